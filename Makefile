@@ -1,0 +1,53 @@
+# The README's commands. Each makes its own fresh virtual environment, so that a run depends on nothing installed
+# before: `make demo`, `make test`.
+
+PYTHON ?= python3
+# Where `make demo` writes; made anew by each run.
+DEMO := build/demo
+INT8 := $(DEMO)/palm_tiny_int8
+ROWS := $(DEMO)/completions.jsonl
+
+PIP_FLAGS := --quiet --disable-pip-version-check
+# Eight simulated devices on the CPU, as a mesh of 2 x 2 x 2.
+SIMULATED := XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=3
+
+.PHONY: help demo test clean
+
+help:
+	@echo 'make demo      fresh environment; convert the bundled T5X checkpoint to int8; generate over 8 simulated devices'
+	@echo 'make test      fresh environment; all tests (those that need T5X are skipped, and say so)'
+	@echo 'make clean     remove everything the other targets made'
+	@echo 'PYTHON=...     the interpreter to use, 3.11 or newer (now: $(PYTHON))'
+
+# $(call environment,DIRECTORY,REQUIREMENTS): a fresh virtual environment with this checkout installed, editable.
+define environment
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, $(PYTHON) is " \
+  + sys.version.split()[0] + ": use make PYTHON=python3.11")'
+@echo '== a fresh virtual environment in $(1), with $(2) (about a minute and a half)'
+@rm -rf $(1)
+@$(PYTHON) -m venv $(1)
+@$(1)/bin/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '$(2)'
+endef
+
+demo:
+	$(call environment,.venv-demo,.)
+	@rm -rf $(DEMO)
+	@mkdir -p $(DEMO)
+	@echo '== convert examples/palm_tiny/checkpoint_1000 to int8'
+	@$(SIMULATED) .venv-demo/bin/python -m t5x_inference_ext.convert_checkpoint \
+	  --input=examples/palm_tiny/checkpoint_1000 --output=$(INT8) --weights=int8
+	@echo '== generate with it over 8 simulated devices'
+	@$(SIMULATED) .venv-demo/bin/python -m t5x_inference_ext.infer --checkpoint=$(INT8) \
+	  --prompts=examples/prompts.jsonl --output=$(ROWS) --max_new_tokens=48 --temperature=0 --dtype=float32 \
+	  --mesh=2x2x2
+	@echo '== what it wrote to $(ROWS)'
+	@.venv-demo/bin/python examples/show_completions.py $(ROWS)
+
+test:
+	$(call environment,.venv-test,.[test])
+	@echo '== all tests, on 8 simulated devices'
+	@.venv-test/bin/python -m pytest -q
+
+clean:
+	rm -rf .venv-demo .venv-test build dist *.egg-info .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

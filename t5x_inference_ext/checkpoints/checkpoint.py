@@ -1,0 +1,160 @@
+"""A checkpoint of any supported format, opened: its model, and its tensors, of which nothing is read yet."""
+
+import dataclasses
+import os
+from typing import Iterator
+
+import numpy as np
+
+from t5x_inference_ext.checkpoints import flaxformer, legacy, orbax, serving, storage
+from t5x_inference_ext.checkpoints.tensor import Tensor
+from t5x_inference_ext.checkpoints.tree import Tree
+from t5x_inference_ext.config import NORM_SCALES, ModelConfig
+from t5x_inference_ext.errors import CheckpointError
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+  """An open checkpoint.
+
+  Attributes:
+    path: its directory.
+    format: 't5x' (T5X's legacy format), 'orbax' or 'serving'.
+    step: the training step, where recorded.
+    config: the model.
+    weights: what the matrices are: 'float32', 'bfloat16' or 'int8'.
+    tensors: exactly parameters.parameters(config), and with int8 parameters.scales(config) too.
+    notes: what was found and assumed, a line each, for commands to print.
+  """
+
+  path: str
+  format: str
+  step: int | None
+  config: ModelConfig
+  weights: str
+  tensors: dict[str, Tensor]
+  notes: tuple[str, ...]
+
+
+def open_checkpoint(path: str | os.PathLike, *, norm_scale: str | None = None,
+                    config: ModelConfig | None = None) -> Checkpoint:
+  """Opens a checkpoint and checks the names and shapes of its parameters; values are read from the tensors later.
+
+  Args:
+    path: a checkpoint directory of any name, or the msgpack file in one; local or gs://.
+    norm_scale: how the norm scales are stored, 'zero' or 'one'. None takes what the checkpoint records; T5X
+      checkpoints record nothing, and 'zero', PaLM's form, is then assumed and noted.
+    config: the model that it must hold; None takes what the checkpoint says, or for T5X's formats what the shapes say.
+
+  Raises:
+    CheckpointError: no checkpoint, or not one of this model. Says what to do.
+  """
+  if norm_scale is not None and norm_scale not in NORM_SCALES:
+    raise CheckpointError(f'norm_scale must be one of {", ".join(NORM_SCALES)}, got {norm_scale!r}')
+  path = storage.normalize(path)
+  if not storage.is_remote(path) and os.path.isfile(path) and os.path.basename(path) == legacy.INDEX:
+    path = os.path.dirname(path)
+  header = storage.read_file(path, serving.CONFIG)
+  if header is not None:
+    return _from_serving(path, header, norm_scale, config)
+  index = storage.read_file(path, legacy.INDEX)
+  if index is not None:
+    return _from_tree('t5x', legacy.read(path, index), norm_scale, config)
+  state = orbax.find(path)
+  if state is not None:
+    return _from_tree('orbax', orbax.read(path, state), norm_scale, config)
+  raise CheckpointError(_not_a_checkpoint(path))
+
+
+def _from_tree(kind: str, tree: Tree, norm_scale: str | None, config: ModelConfig | None) -> Checkpoint:
+  scale, source = norm_scale, 'given'
+  if scale is None and config is not None:
+    scale, source = config.norm_scale, 'given with the model'
+  elif scale is None:
+    scale, source = 'zero', 'assumed, as in PaLM: T5X checkpoints do not record it'
+  if config is not None:
+    config = dataclasses.replace(config, norm_scale=scale)
+  model, weights, tensors = flaxformer.canonical(tree, scale, config)
+  step = '' if tree.step is None else f', step {tree.step}'
+  notes = (
+      f'{tree.description} at {tree.path}{step}',
+      f'model: {model}',
+      f'weights: {weights}',
+      f'norm scales: stored around {scale} ({source})',
+      *_doubts(scale, tensors['final_norm']),
+  )
+  return Checkpoint(tree.path, kind, tree.step, model, weights, tensors, notes)
+
+
+def _doubts(scale: str, final_norm: Tensor) -> Iterator[str]:
+  """A note where the norms look like the other convention: with the wrong one a model only babbles."""
+  mean = float(np.mean(final_norm.read()))
+  if (mean > .5) != (scale == 'one'):
+    other = 'zero' if scale == 'one' else 'one'
+    yield f'  but they average {mean:.2f} in {final_norm.path}: if the output makes no sense, try norm_scale={other}'
+
+
+def _from_serving(path: str, data: bytes, norm_scale: str | None, config: ModelConfig | None) -> Checkpoint:
+  header, found = serving.read_header(path, data)
+  where = f'{path}/{serving.CONFIG}'
+  if norm_scale not in (None, found.norm_scale):
+    raise CheckpointError(f'norm_scale={norm_scale} was asked for, but {where} records {found.norm_scale!r}: leave it '
+                          'out, or convert again')
+  if config is not None and config != found:
+    _compare(config, found, header['weights'], path)
+  tensors = serving.read_tensors(path, found, header['weights'])
+  step = header['source'].get('step')
+  notes = (
+      f'serving checkpoint at {path}, from {header["source"].get("path")}' + ('' if step is None else f', step {step}'),
+      f'model: {found}',
+      f'weights: {header["weights"]}',
+      f'norm scales: stored around {found.norm_scale} (recorded in the checkpoint)',
+  )
+  return Checkpoint(path, 'serving', step, found, header['weights'], tensors, notes)
+
+
+def _compare(config: ModelConfig, found: ModelConfig, weights: str, path: str) -> None:
+  """Raises CheckpointError for the first difference of a model from the one that a serving checkpoint records."""
+  asked, stored = serving.contents(config, weights), serving.contents(found, weights)
+  for name, (shape, _) in stored.items():
+    if shape != asked[name][0]:
+      raise CheckpointError(f'{name}: shape {list(shape)} in {path}/{name}, but the model asked for needs '
+                            f'{list(asked[name][0])}')
+  for field in dataclasses.fields(config):
+    values = getattr(config, field.name), getattr(found, field.name)
+    if values[0] != values[1]:
+      raise CheckpointError(f'{field.name}={values[0]} was asked for, but {path}/{serving.CONFIG} records {values[1]}')
+
+
+def _not_a_checkpoint(path: str) -> str:
+  """Says what is there instead, and which path is probably meant."""
+  expected = (f'a checkpoint directory holds {legacy.INDEX} (T5X), {orbax.STATE}/{orbax.METADATA} (Orbax) or '
+              f'{serving.CONFIG} (made by convert_checkpoint)')
+  if storage.is_remote(path):
+    return f'no checkpoint at {path}: {expected}'
+  if not os.path.lexists(path):
+    parent = os.path.dirname(path)
+    while not os.path.exists(parent):
+      parent = os.path.dirname(parent)
+    return f'no checkpoint at {path}: there is no such directory' + _hint(parent)
+  if not os.path.isdir(path):
+    return f'{path} is not a checkpoint: {expected}; this is a file'
+  return f'{path} is not a checkpoint: {expected}' + (_hint(path) or '; this one holds ' + _listing(os.listdir(path)))
+
+
+def _hint(directory: str) -> str:
+  """The checkpoints inside a directory, for a path that was one level off."""
+  names = [n for n in os.listdir(directory) if _looks_like_one(directory, n)]
+  if not names:
+    return ''
+  return f'; {directory} holds {_listing(names)}: pass ' + ('that one' if len(names) == 1 else 'the one you mean')
+
+
+def _looks_like_one(directory: str, name: str) -> bool:
+  inside = (legacy.INDEX, serving.CONFIG, orbax.METADATA, f'{orbax.STATE}/{orbax.METADATA}')
+  return any(os.path.isfile(os.path.join(directory, name, n)) for n in inside)
+
+
+def _listing(names: list[str], limit: int = 8) -> str:
+  names = sorted(names)
+  return (', '.join(names[:limit]) + (f' and {len(names) - limit} more' if len(names) > limit else '')) or 'nothing'

@@ -1,0 +1,84 @@
+"""Weights from a checkpoint straight onto their shards: no host ever holds a whole model."""
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec as P
+import ml_dtypes
+import numpy as np
+
+from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
+from t5x_inference_ext.decoding.model import Model
+from t5x_inference_ext.layouts.arrangement import DeviceTensor, device_tensors
+from t5x_inference_ext.weights import LayerWeights, Weights
+
+# Up to this depth the program unrolls its layers, which spares a copy of each layer's weights on CPU; beyond it, a loop
+# keeps programs small and compiles quick.
+MAX_UNROLLED_LAYERS = 8
+
+_DTYPES = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
+
+
+def load_weights(checkpoint: Checkpoint, model: Model, *, stacked: bool | None = None, progress=iter) -> Weights:
+  """Reads every shard of every tensor that this process's devices hold.
+
+  Args:
+    checkpoint: an open one, of any format. Int8 weights stay int8; float ones become model.dtype.
+    model: decides mesh and layout.
+    stacked: one array for all layers, or (False) one per layer; by default stacked beyond MAX_UNROLLED_LAYERS layers.
+    progress: wraps the iterator over tensors, e.g. tqdm.
+
+  Returns:
+    The weights, sharded over model.mesh.
+
+  Raises:
+    MeshError: the mesh does not divide the model.
+    CheckpointError: a tensor can't be read.
+  """
+  tensors = device_tensors(model.config, model.layout, dict(model.mesh.shape), checkpoint.weights == 'int8')
+  layers = model.config.num_layers
+  if stacked is None:
+    stacked = layers > MAX_UNROLLED_LAYERS
+  per_layer = [slice(0, layers)] if stacked else range(layers)
+  jobs = [(name, None) for name, t in tensors.items() if not t.per_layer]
+  jobs += [(name, layer) for layer in per_layer for name, t in tensors.items() if t.per_layer]
+  loaded = {(name, str(layer)): load_tensor(checkpoint, model, tensors[name], layer) for name, layer in progress(jobs)}
+
+  def layer_weights(layer):
+    return LayerWeights(**{name: loaded[name, str(layer)] for name, t in tensors.items() if t.per_layer})
+
+  return Weights(
+      loaded['embedding', 'None'], loaded['final_norm', 'None'],
+      layer_weights(per_layer[0]) if stacked else tuple(layer_weights(layer) for layer in per_layer))
+
+
+def load_tensor(checkpoint: Checkpoint, model: Model, tensor: DeviceTensor, layers: slice | int | None) -> jax.Array:
+  """One array onto its shards: of one layer, of a range of layers (stacked in front), or of the model (None)."""
+  dtype = tensor_dtype(tensor, checkpoint.weights, model.dtype)
+  # Norms are applied as scale or 1 + scale; the program knows only the value applied.
+  offset = 1 if tensor.kind == 'norm' and model.config.norm_scale == 'zero' else 0
+
+  def read(layer, index):
+    values = tensor.read(lambda name, where: checkpoint.tensors[name].read(where), layer, index)
+    return (values + offset if offset else values).astype(dtype, copy=False)
+
+  def read_stack(index):
+    stack = range(*index[0].indices(layers.stop))
+    shape = [len(stack)] + [len(range(*s.indices(n))) for s, n in zip(index[1:], tensor.shape)]
+    out = np.empty(shape, dtype)  # filled layer by layer: one layer's float source is the most held beside it
+    for i, layer in enumerate(stack):
+      out[i] = read(layer, index[1:])
+    return out
+
+  if isinstance(layers, slice):
+    shape, spec, callback = (layers.stop, *tensor.shape), P(None, *tensor.spec), read_stack
+  else:
+    shape, spec, callback = tensor.shape, tensor.spec, lambda index: read(layers, index)
+  return jax.make_array_from_callback(shape, NamedSharding(model.mesh, spec), callback)
+
+
+def tensor_dtype(tensor: DeviceTensor, weights: str, compute: str) -> np.dtype:
+  """What a tensor is on the chips, for a checkpoint's weights ('int8', ...) and the compute dtype."""
+  if tensor.kind == 'matrix' and weights == 'int8':
+    return np.dtype(np.int8)
+  if tensor.kind in ('matrix', 'embedding'):
+    return _DTYPES[compute]
+  return _DTYPES['float32']

@@ -1,0 +1,111 @@
+"""Files and zarr arrays of a checkpoint, on a local disk or in a bucket (gs://), all through tensorstore."""
+
+import os
+import re
+
+import numpy as np
+import tensorstore as ts
+
+from t5x_inference_ext.checkpoints.tensor import Tensor
+from t5x_inference_ext.errors import CheckpointError
+
+# Decoded chunks are kept, so that reading one layer after another out of a chunk that holds several decodes it once.
+CACHE_BYTES = 512 * 2**20
+_context = ts.Context({'cache_pool': {'total_bytes_limit': CACHE_BYTES}})
+
+
+def is_remote(path: str) -> bool:
+  return path.startswith('gs://')
+
+
+def normalize(path) -> str:
+  """An absolute path without a trailing slash; gs:// addresses are only stripped."""
+  path = os.fspath(path)
+  return path.rstrip('/') if is_remote(path) else os.path.abspath(os.path.expanduser(path))
+
+
+def kvstore(path: str) -> dict:
+  """tensorstore's spec of a directory."""
+  if is_remote(path):
+    bucket, _, key = path.removeprefix('gs://').partition('/')
+    return {'driver': 'gcs', 'bucket': bucket, 'path': key and key.rstrip('/') + '/'}
+  return {'driver': 'file', 'path': path.rstrip('/') + '/'}
+
+
+def read_file(directory: str, name: str) -> bytes | None:
+  """A whole small file, or None where there is none."""
+  if not is_remote(directory):
+    path = os.path.join(directory, name)
+    if not os.path.isfile(path):
+      return None
+    try:
+      with open(path, 'rb') as f:
+        return f.read()
+    except OSError as e:
+      raise CheckpointError(f'can\'t read {path}: {e.strerror}') from e
+  try:
+    result = ts.KvStore.open(kvstore(directory), context=_context).result().read(name).result()
+  except ValueError as e:
+    raise CheckpointError(f'can\'t read {directory}/{name}: {reason(e)}') from e
+  return bytes(result.value) if result.state == 'value' else None
+
+
+def reason(error: Exception) -> str:
+  """tensorstore's message without its status code and spec dump."""
+  text = re.sub(r'\s*\[(tensorstore_spec|source locations)=.*', '', str(error), flags=re.DOTALL)
+  return re.sub(r'^[A-Z_]+: ', '', text)
+
+
+class Stored(Tensor):
+  """A zarr array.
+
+  Missing chunks are errors, where tensorstore would give zeros.
+  """
+
+  def __init__(self, name: str, path: str, store: ts.TensorStore):
+    super().__init__(store.shape, store.dtype.numpy_dtype, path)
+    self.name = name
+    self._store = store
+
+  def _read(self, bounds):
+    try:
+      return np.asarray(self._store[tuple(slice(*b) for b in bounds)].read().result())
+    except ValueError as e:
+      raise CheckpointError(f'{self.name}: damaged data in {self.path}: {reason(e)}') from e
+
+
+class Opening:
+  """An array being opened: start many with open_array, then wait for each."""
+
+  def __init__(self, name: str, path: str, spec: dict, context: ts.Context):
+    self.name, self.path = name, path
+    self._future = ts.open(ts.Spec(spec), open=True, read=True, context=context)
+
+  def store(self) -> ts.TensorStore:
+    """Raises CheckpointError, naming the parameter and the directory."""
+    try:
+      return self._future.result()
+    except ValueError as e:
+      raise CheckpointError(f'{self.name}: no readable zarr array at {self.path}: {reason(e)}') from e
+
+  def tensor(self) -> Stored:
+    return Stored(self.name, self.path, self.store())
+
+
+def open_array(name: str, path: str, *, driver: str = 'zarr', base: dict | None = None, key: str = '',
+               zeros_are_stored: bool = True, context: ts.Context | None = None) -> Opening:
+  """Starts opening a zarr array.
+
+  Args:
+    name: the parameter, for messages.
+    path: its directory.
+    driver: 'zarr' (version 2) or 'zarr3'.
+    base: the spec of a key-value store that holds it under `key`, where it is not a directory of its own.
+    key: see base.
+    zeros_are_stored: False only where the writer is known to leave out chunks that are all fill value; everywhere else
+      a chunk that is not there has been lost.
+    context: with the cache to use, where not the shared one.
+  """
+  store = kvstore(path) if base is None else {**base, 'path': key.rstrip('/') + '/'}
+  spec = {'driver': driver, 'kvstore': store, 'fill_missing_data_reads': not zeros_are_stored}
+  return Opening(name, path, spec, context or _context)

@@ -1,0 +1,50 @@
+"""The collectives of the paper's appendix A.1, inside shard_map. Over axes of size 1 they are the identity.
+
+Axes are given as a tuple of mesh axis names; shards are ordered with the first axis slowest, as in a PartitionSpec.
+"""
+
+import math
+from typing import Sequence
+
+import jax
+from jax import lax
+
+
+def axis_size(axes: Sequence[str]) -> int:
+  return math.prod(lax.axis_size(a) for a in axes)
+
+
+def _used(axes: Sequence[str]) -> tuple[str, ...]:
+  return tuple(a for a in axes if lax.axis_size(a) > 1)
+
+
+def all_reduce(x: jax.Array, axes: Sequence[str]) -> jax.Array:
+  """Sums over the axes; every shard gets the sum."""
+  axes = _used(axes)
+  return lax.psum(x, axes) if axes else x
+
+
+def all_gather(x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
+  """Concatenates the shards along `dim`."""
+  axes = _used(axes)
+  return lax.all_gather(x, axes, axis=dim, tiled=True) if axes else x
+
+
+def reduce_scatter(x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
+  """Sums over the axes; each shard keeps its slice of `dim`."""
+  axes = _used(axes)
+  return lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True) if axes else x
+
+
+def all_to_all(x: jax.Array, axes: Sequence[str], split: int, concat: int) -> jax.Array:
+  """Moves the sharding from dimension `concat` (gathered) to dimension `split` (scattered)."""
+  axes = _used(axes)
+  return lax.all_to_all(x, axes, split_axis=split, concat_axis=concat, tiled=True) if axes else x
+
+
+def shard_index(axes: Sequence[str]) -> jax.Array:
+  """This shard's position along the axes, first axis slowest."""
+  index = 0
+  for a in axes:
+    index = index * lax.axis_size(a) + lax.axis_index(a)
+  return index

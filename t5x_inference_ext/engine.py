@@ -1,0 +1,193 @@
+"""The Python API: open a checkpoint on a mesh, generate, score.
+
+    engine = Engine.load('checkpoint_1000', mesh='2x2x2', dtype='float32')
+    for completion in engine.generate([[103, 104, 105], [108]], max_new_tokens=16):
+      print(completion.tokens, completion.score)
+"""
+
+import dataclasses
+import functools
+import os
+from typing import NamedTuple, Sequence
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec as P
+import numpy as np
+
+from t5x_inference_ext.checkpoints import Checkpoint, open_checkpoint
+from t5x_inference_ext.checkpoints.load import load_weights
+from t5x_inference_ext.decoding.generate import generate
+from t5x_inference_ext.decoding.model import Model
+from t5x_inference_ext.decoding.sampling import Sampler
+from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.layouts.layout import Layout, batch_axes, check_model, padded_batch
+from t5x_inference_ext.layouts.mesh import make_mesh, parse_mesh
+from t5x_inference_ext.weights import Weights
+
+BOS_ID = 0  # T5X shifts targets right and starts from 0
+EOS_ID = 1
+DTYPES = ('float32', 'bfloat16')
+
+
+class Completion(NamedTuple):
+  """One row's generated ids (EOS included, where it came) and the sum of their log-probabilities."""
+
+  tokens: list[int]
+  score: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+  """A model with its weights on a mesh.
+
+  Attributes:
+    checkpoint: where the weights came from, and what was found there.
+    model: the functions, and the mesh.
+    weights: on the mesh.
+  """
+
+  checkpoint: Checkpoint
+  model: Model
+  weights: Weights
+
+  @classmethod
+  def load(
+      cls,
+      checkpoint: str | os.PathLike | Checkpoint,
+      *,
+      mesh: str | jax.sharding.Mesh = '1x1x1',
+      dtype: str = 'bfloat16',
+      layout: str = 'ws_2d/batch',
+      norm_scale: str | None = None,
+      progress=iter,
+  ) -> 'Engine':
+    """Opens a serving checkpoint, or a T5X one directly, and loads it onto the mesh.
+
+    Args:
+      checkpoint: the directory, or what open_checkpoint made of it.
+      mesh: 'XxYxZ', over the first X*Y*Z devices, or a mesh with axes x, y, z.
+      dtype: of activations, cache and float weights: 'float32' or 'bfloat16'. Int8 weights stay int8.
+      layout: 'feedforward/attention'.
+      norm_scale: 'zero' or 'one' for a checkpoint that does not record how its norm scales are stored.
+      progress: wraps the iterator over tensors, e.g. tqdm.
+
+    Raises:
+      CheckpointError, MeshError, RequestError: before anything is loaded, unless a tensor itself is damaged.
+    """
+    if dtype not in DTYPES:
+      raise RequestError(f'dtype must be one of {", ".join(DTYPES)}, got {dtype!r}')
+    mesh = make_mesh(parse_mesh(mesh)) if isinstance(mesh, str) else mesh
+    if not isinstance(checkpoint, Checkpoint):
+      checkpoint = open_checkpoint(checkpoint, norm_scale=norm_scale)
+    check_model(checkpoint.config, mesh.shape)
+    model = Model(checkpoint.config, mesh, Layout.parse(layout), dtype)
+    return cls(checkpoint, model, load_weights(checkpoint, model, progress=progress))
+
+  def padded_batch(self, rows: int) -> int:
+    """The smallest batch of at least `rows` that this mesh takes."""
+    return padded_batch(rows, self.model.mesh.shape)
+
+  def generate(
+      self,
+      prompts: Sequence[Sequence[int]],
+      *,
+      max_new_tokens: int,
+      sampler: Sampler = Sampler(),
+      seeds: Sequence[int] | None = None,
+      eos_id: int = EOS_ID,
+      cache_size: int | None = None,
+      prompt_size: int | None = None,
+  ) -> list[Completion]:
+    """Continues each prompt until EOS or the limit.
+
+    Args:
+      prompts: token ids without BOS; an empty prompt starts from BOS alone, as in T5X.
+      max_new_tokens: the limit.
+      sampler: how tokens are chosen.
+      seeds: one a prompt, 0 to 2**32 - 1 (default: all 0; equal prompts then give equal completions).
+      eos_id: ends a row; -1 never does.
+      cache_size: positions that each row has, BOS and the new tokens included (default: as many as needed).
+      prompt_size: pads prompts to this length, so that batches share one compilation (default: the longest).
+
+    Raises:
+      RequestError: no prompts, a prompt longer than the cache or not of the vocabulary.
+      MeshError: a number of prompts that does not divide over the mesh: see padded_batch.
+    """
+    check_generation(prompts, self.model.config.vocab_size, max_new_tokens, cache_size, prompt_size)
+    batch_axes(len(prompts), self.model.mesh.shape)
+    longest = max(map(len, prompts))
+    tokens, lengths = model_inputs(prompts, prompt_size or longest)
+    seeds = np.zeros(len(prompts)) if seeds is None else np.asarray(seeds)
+    if seeds.shape != lengths.shape:
+      raise RequestError(f'{len(prompts)} prompts need as many seeds, got shape {seeds.shape}')
+    # The last generated token is never fed back, so it takes no position.
+    size = max(tokens.shape[1], cache_size or tokens.shape[1] + max_new_tokens - 1)
+    result = jax.device_get(_generate(
+        self.model, self.weights, *self._put(tokens, lengths, seeds.astype(np.uint32)), sampler=sampler,
+        max_new_tokens=max_new_tokens, eos_id=eos_id, cache_size=size))
+    return [Completion(row[:n].tolist(), float(score)) for row, n, score in zip(*result)]
+
+  def score(self, inputs: np.ndarray, targets: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """The sum over positions of weight * log p(target | inputs so far).
+
+    Args:
+      inputs: [B, T] model inputs: targets shifted right, BOS first.
+      targets: [B, T] token ids.
+      weights: [B, T], by default 1 where a target is not 0 (padding).
+
+    Returns:
+      [B] float32.
+
+    Raises:
+      RequestError: arrays of different shapes.
+      MeshError: B does not divide over the mesh: see padded_batch.
+    """
+    inputs, targets = np.asarray(inputs, np.int32), np.asarray(targets, np.int32)
+    weights = np.asarray(targets != 0 if weights is None else weights, np.float32)
+    if not inputs.shape == targets.shape == weights.shape or inputs.ndim != 2:
+      raise RequestError(f'score takes three arrays [B, T] of one shape, got {inputs.shape}, {targets.shape} and '
+                         f'{weights.shape}')
+    log_probs = _log_probs(self.model, self.weights, *self._put(inputs, targets))
+    return np.sum(np.asarray(log_probs) * weights, axis=1)
+
+  def logits(self, inputs: np.ndarray) -> np.ndarray:
+    """inputs [B, T] model inputs -> [B, T, V] float32 logits after each position."""
+    return np.asarray(_logits(self.model, self.weights, *self._put(np.asarray(inputs, np.int32))))
+
+  def _put(self, *arrays):
+    return jax.device_put(arrays, NamedSharding(self.model.mesh, P()))
+
+
+_generate = jax.jit(
+    generate, static_argnames=('model', 'sampler', 'max_new_tokens', 'eos_id', 'cache_size'))
+_log_probs = functools.partial(jax.jit, static_argnames='self')(Model.log_probs)
+_logits = functools.partial(jax.jit, static_argnames='self')(Model.logits)
+
+
+def model_inputs(prompts: Sequence[Sequence[int]], size: int) -> tuple[np.ndarray, np.ndarray]:
+  """Prompts -> (BOS and prompt [B, size + 1] int32 from the left, lengths [B] int32 with BOS counted)."""
+  tokens = np.full((len(prompts), size + 1), BOS_ID, np.int32)
+  for row, prompt in zip(tokens, prompts):
+    row[1:len(prompt) + 1] = prompt
+  return tokens, np.asarray([len(p) + 1 for p in prompts], np.int32)
+
+
+def check_generation(
+    prompts: Sequence[Sequence[int]], vocab_size: int, max_new_tokens: int, cache_size: int | None,
+    prompt_size: int | None = None) -> None:
+  """Raises RequestError for what generate could not serve, naming the prompt (counted from 0)."""
+  if not len(prompts):
+    raise RequestError('there are no prompts')
+  if max_new_tokens < 1:
+    raise RequestError(f'max_new_tokens must be at least 1, got {max_new_tokens}')
+  for i, prompt in enumerate(prompts):
+    wrong = [t for t in prompt if not 0 <= t < vocab_size]
+    if wrong:
+      raise RequestError(f'prompt {i} holds token {wrong[0]}, outside the vocabulary of {vocab_size}')
+    if prompt_size is not None and len(prompt) > prompt_size:
+      raise RequestError(f'prompt {i} has {len(prompt)} tokens, more than prompt_size={prompt_size}')
+    needed = len(prompt) + max_new_tokens  # BOS takes a position, the last new token none
+    if cache_size is not None and needed > cache_size:
+      raise RequestError(
+          f'prompt {i} is longer than the cache: {len(prompt)} tokens and {max_new_tokens} new ones need {needed} '
+          f'positions, the cache has {cache_size}: raise cache_size, lower max_new_tokens, or shorten the prompt')

@@ -1,0 +1,105 @@
+"""Generates or scores text with a serving checkpoint, or straight from a T5X one.
+
+A file of prompts, one JSON object a line, {"prompt": TEXT or [token ids]}, here on a mesh of 2 x 2 x 2 devices:
+
+  python -m t5x_inference_ext.infer --checkpoint=examples/palm_tiny/checkpoint_1000 \\
+      --prompts=examples/prompts.jsonl --output=/tmp/completions.jsonl \\
+      --max_new_tokens=48 --temperature=0 --dtype=float32 --mesh=1x1x1
+
+Rows come out in the same order: {"prompt", "completion", "tokens", "score"}; tokens are the generated ids alone (EOS
+included, where it came), score is the sum of their log-probabilities. Other fields of a row are kept. Sampling, with a
+seed for every row that depends on --seed and the row's place alone:
+
+  python -m t5x_inference_ext.infer --checkpoint=DIR --prompts=FILE.jsonl --output=FILE.jsonl \\
+      --temperature=0.8 --top_k=40 --top_p=0.95 --seed=7 --vocabulary=FILE.model
+
+Scoring given completions, {"prompt": ..., "completion": ...}; the output of a generating run can be scored as it is:
+
+  python -m t5x_inference_ext.infer --checkpoint=DIR --prompts=FILE.jsonl --output=FILE.jsonl --mode=score
+
+A seqio task, with the features, rows and file names of T5X's infer (see the head of the gin file for all macros):
+
+  python -m t5x_inference_ext.infer --gin_file=t5x_inference_ext/configs/runs/infer.gin \\
+      --gin.CHECKPOINT_PATH=\\"DIR\\" --gin.INFER_OUTPUT_DIR=\\"DIR\\" --gin.MIXTURE_OR_TASK_NAME=\\"my_task\\" \\
+      --gin.MIXTURE_OR_TASK_MODULE=\\"my_tasks\\" --gin.TASK_FEATURE_LENGTHS="{'inputs': 48, 'targets': 16}"
+
+What is wrong with the files, the flags, the mesh or the checkpoint is said before the weights are loaded. On CPU,
+XLA_FLAGS=--xla_force_host_platform_device_count=8 simulates eight devices.
+"""
+
+import sys
+
+from absl import flags as absl_flags
+
+from t5x_inference_ext import command
+from t5x_inference_ext.config import NORM_SCALES
+from t5x_inference_ext.decoding.sampling import Sampler
+from t5x_inference_ext.engine import DTYPES
+from t5x_inference_ext.errors import UserError
+from t5x_inference_ext.serving import loading, prompts_file
+from t5x_inference_ext.serving.progress import progress
+
+REQUIRED = ('checkpoint', 'prompts', 'output')
+# The defaults of what an Options holds are Options' own.
+OPTIONS = ('mode', 'mesh', 'dtype', 'norm_scale', 'batch_size', 'max_new_tokens', 'cache_length', 'seed')
+PLAIN = (*REQUIRED, *OPTIONS, 'vocabulary', 'overwrite', 'temperature', 'top_k', 'top_p')
+
+
+def define_flags(flags: absl_flags.FlagValues) -> None:
+  defaults = loading.Options('')
+
+  def define(kind, name, default, text, *arguments):
+    getattr(absl_flags, f'DEFINE_{kind}')(name, default, *arguments, text, flag_values=flags)
+
+  define('string', 'checkpoint', None, 'The checkpoint directory: serving, or T5X (legacy or Orbax).')
+  define('string', 'prompts', None, 'The JSONL file to read.')
+  define('string', 'output', None, 'The JSONL file to write, whole or not at all. What was resolved goes into '
+         f'OUTPUT{prompts_file.output.RECORD_SUFFIX}.')
+  define('boolean', 'overwrite', False, 'Replace an existing output.')
+  define('enum', 'mode', defaults.mode, 'predict; predict_with_aux, here the same (rows always have scores); or score.',
+         loading.MODES)
+  define('integer', 'max_new_tokens', defaults.max_new_tokens, 'The limit for each row.')
+  define('float', 'temperature', defaults.sampler.temperature, '0 takes the most likely token.')
+  define('integer', 'top_k', defaults.sampler.top_k, 'Sample among the k most likely tokens; 0: all.')
+  define('float', 'top_p', defaults.sampler.top_p, 'Sample among the most likely tokens that reach this probability.')
+  define('integer', 'seed', defaults.seed, 'Of the run; every row has its own seed from it.')
+  define('string', 'mesh', None, 'XxYxZ, such as 2x2x2, over the first devices. By default over all devices that '
+         'divide the model.')
+  define('enum', 'dtype', defaults.dtype, 'Of activations, cache and float weights; int8 weights stay int8.', DTYPES)
+  define('integer', 'batch_size', defaults.batch_size, 'Rows a batch, rounded up to what the mesh takes.')
+  define('integer', 'cache_length', None, 'Positions of each row\'s cache, new tokens included; a prompt that does not '
+         'fit is an error. By default as many as the longest prompt needs.')
+  define('string', 'vocabulary', None, '`bytes` or a SentencePiece .model file. By default bytes for a model of 384 '
+         'rows.')
+  define('enum', 'norm_scale', None, 'How a T5X checkpoint stores its norm scales: around zero (PaLM) or one. By '
+         'default what the checkpoint records, else zero.', NORM_SCALES)
+
+
+def main(flags: absl_flags.FlagValues) -> None:
+  if command.uses_gin(flags):
+    given = [name for name in PLAIN if flags[name].present]
+    if given:
+      raise UserError(f'--{given[0]} and gin flags can\'t be mixed: with gin, bind macros such as '
+                      '--gin.CHECKPOINT_PATH=\\"DIR\\" (configs/runs/infer.gin lists them)')
+    config_text = command.parse_gin(flags)
+    from t5x_inference_ext.serving import task_run  # seqio brings TensorFlow: seconds that plain runs spare
+
+    command.configure(task_run.infer, config_text=config_text)()
+    return
+  missing = [f'--{name}' for name in REQUIRED if not flags[name].value]
+  if missing:
+    raise UserError(f'{", ".join(missing)} not given; --help shows examples')
+  options = loading.Options(
+      checkpoint=flags.checkpoint, sampler=Sampler(flags.temperature, flags.top_k, flags.top_p),
+      **{name: flags[name].value for name in OPTIONS})
+  prompts_file.infer_file(
+      options, prompts_file.Files(flags.prompts, flags.output, flags.vocabulary, flags.overwrite), progress)
+
+
+def run(argv: list[str] | None = None) -> int:
+  """The entry point; returns the exit code."""
+  return command.run(main, __doc__, define_flags, argv)
+
+
+if __name__ == '__main__':
+  sys.exit(run())

@@ -1,0 +1,159 @@
+"""Many prompts through one engine: batches of one shape, so that all share one compilation, and the clock on them."""
+
+import dataclasses
+import time
+from typing import Iterable, Iterator, Sequence
+
+import jax
+import numpy as np
+
+from t5x_inference_ext.decoding.sampling import Sampler
+from t5x_inference_ext.engine import Completion, Engine
+
+PROMPT_MULTIPLE = 16  # prompts are padded to a multiple of this, so that similar files compile alike
+COMPILE_EVENTS = '/jax/core/compile/'
+
+
+@dataclasses.dataclass
+class Clock:
+  """Where the time of a run went.
+
+  Attributes:
+    rows: served.
+    tokens: useful ones: generated (EOS included), or scored; padding not counted.
+    seconds: in the engine, without compilation.
+    compile_seconds: of tracing and compilation.
+  """
+
+  rows: int = 0
+  tokens: int = 0
+  seconds: float = 0.0
+  compile_seconds: float = 0.0
+
+  @property
+  def tokens_per_second(self) -> float:
+    return self.tokens / self.seconds if self.seconds else 0.0
+
+  def to_dict(self) -> dict[str, float]:
+    return {**dataclasses.asdict(self), 'tokens_per_second': self.tokens_per_second}
+
+  def add(self, rows: int, tokens: int) -> None:
+    self.rows += rows
+    self.tokens += tokens
+
+  def __enter__(self):
+    self._start = time.perf_counter()
+    self._compiled = 0.0
+    jax.monitoring.register_event_duration_secs_listener(self._on_event)
+    return self
+
+  def __exit__(self, *_):
+    jax.monitoring.unregister_event_duration_listener(self._on_event)
+    elapsed = time.perf_counter() - self._start
+    self.compile_seconds += self._compiled
+    self.seconds += max(0.0, elapsed - self._compiled)
+
+  def _on_event(self, event: str, seconds: float, **_):
+    if event.startswith(COMPILE_EVENTS):
+      self._compiled += seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  """The one shape of every batch of a run.
+
+  Attributes:
+    batch: rows, a number that the mesh divides.
+    prompt: tokens that prompts (or whole sequences, to be scored) are padded to.
+    cache: positions of each row's cache, or None: as many as the prompts and new tokens need.
+  """
+
+  batch: int
+  prompt: int
+  cache: int | None = None
+
+
+def prompt_size(longest: int, limit: int | None = None) -> int:
+  """`longest` rounded up to share compilations between files, within the limit that a cache sets."""
+  size = -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
+  return size if limit is None else max(longest, min(size, limit))
+
+
+def row_seed(seed: int, row: int) -> int:
+  """The seed of a row: from the run's seed and the row's place alone, different for every row of a run."""
+  return (int(np.random.SeedSequence(seed).generate_state(1)[0]) + row) % 2**32
+
+
+def generate(
+    engine: Engine,
+    batches: Iterable[Sequence[Sequence[int]]],
+    shape: Shape,
+    clock: Clock,
+    *,
+    max_new_tokens: int,
+    sampler: Sampler,
+    seed: int,
+    eos_id: int,
+    first_row: int = 0,
+) -> Iterator[list[Completion]]:
+  """Completions of each batch of prompts, in order.
+
+  Args:
+    engine: to generate with.
+    batches: lists of at most shape.batch prompts of at most shape.prompt tokens.
+    shape: of the batches as the engine sees them: short ones are padded, and the padding's rows dropped.
+    clock: is advanced.
+    max_new_tokens: the limit for each row.
+    sampler: how to choose tokens.
+    seed: of the run.
+    eos_id: ends a row.
+    first_row: the place in the run of the first prompt.
+  """
+  row = first_row
+  for prompts in batches:
+    seeds = [row_seed(seed, row + i) for i in range(len(prompts))]
+    with clock:
+      completions = engine.generate(
+          pad(prompts, shape.batch), max_new_tokens=max_new_tokens, sampler=sampler, seeds=pad(seeds, shape.batch),
+          eos_id=eos_id, cache_size=shape.cache, prompt_size=shape.prompt)[:len(prompts)]
+    clock.add(len(prompts), sum(len(c.tokens) for c in completions))
+    row += len(prompts)
+    yield completions
+
+
+def score(
+    engine: Engine,
+    batches: Iterable[Sequence[tuple[Sequence[int], Sequence[int]]]],
+    shape: Shape,
+    clock: Clock,
+) -> Iterator[list[float]]:
+  """The summed log-probability of each completion after its prompt.
+
+  Args:
+    engine: to score with.
+    batches: lists of at most shape.batch pairs (prompt, completion) of at most shape.prompt tokens together.
+    shape: of the batches as the engine sees them.
+    clock: is advanced.
+  """
+  for pairs in batches:
+    inputs = np.zeros((shape.batch, shape.prompt), np.int32)
+    targets, weights = np.zeros_like(inputs), np.zeros(inputs.shape, np.float32)
+    for i, (prompt, completion) in enumerate(pairs):
+      sequence = [*prompt, *completion]
+      targets[i, :len(sequence)] = sequence
+      inputs[i, 1:len(sequence)] = sequence[:-1]  # position 0 is BOS
+      weights[i, len(prompt):len(sequence)] = 1
+    with clock:
+      scores = engine.score(inputs, targets, weights)[:len(pairs)]
+    clock.add(len(pairs), sum(len(completion) for _, completion in pairs))
+    yield [float(s) for s in scores]
+
+
+def split(rows: Sequence, size: int) -> Iterator[Sequence]:
+  """Consecutive runs of `size` rows; the last may be shorter."""
+  return (rows[i:i + size] for i in range(0, len(rows), size))
+
+
+def pad(rows: Sequence, size: int) -> list:
+  """Copies of the first row up to `size`: it ends when the first row does, so that padding never prolongs a batch."""
+  return [*rows, *[rows[0]] * (size - len(rows))]

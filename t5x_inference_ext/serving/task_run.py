@@ -1,0 +1,188 @@
+"""The run over a seqio task: T5X's features in, T5X's JSONL out, under T5X's file names."""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+from typing import Any, Callable, Iterator, Mapping
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.decoding.sampling import Sampler
+from t5x_inference_ext.engine import EOS_ID, Engine
+from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.serving import batches, loading
+from t5x_inference_ext.serving.progress import progress
+from t5x_inference_ext.serving.tasks import Example, Source, check_source, check_vocabularies, examples, find_tasks
+from t5x_inference_ext.serving.tasks import import_tasks, prompt, vocabulary_text
+
+gfile = tf.io.gfile
+RECORD = 'infer.config.json'
+
+
+def infer(
+    *,
+    mixture_or_task_name: str | seqio.Task | seqio.Mixture,
+    task_feature_lengths: Mapping[str, int],
+    checkpoint_path: str,
+    output_dir: str,
+    module: str | None = None,
+    split: str = 'test',
+    use_cached: bool = False,
+    mode: str = 'predict',
+    max_new_tokens: int | None = None,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    mesh: str | None = None,
+    layout: str = 'ws_2d/batch',
+    dtype: str = 'bfloat16',
+    batch_size: int = 32,
+    model_config: ModelConfig | None = None,
+    norm_scale: str | None = None,
+    shard_id: int = 0,
+    num_shards: int = 1,
+    config_text: str = '',
+) -> None:
+  """Predicts or scores every example of a task or mixture; gin binds the arguments (configs/runs/infer.gin).
+
+  Args:
+    mixture_or_task_name: of seqio, registered.
+    task_feature_lengths: of 'inputs' and 'targets', to trim to.
+    checkpoint_path: directory, of any format.
+    output_dir: is made where it does not exist.
+    module: to import first; it registers the task.
+    split: of the task.
+    use_cached: whether to read seqio's cached form of it.
+    mode: 'predict', 'predict_with_aux' (with each prediction's score) or 'score' (the targets).
+    max_new_tokens: the limit for each prediction; None: the length of the targets.
+    temperature, top_k, top_p: as Sampler's.
+    seed: of the run: each example's own seed comes from it and the example's place.
+    mesh: 'XxYxZ'; None: over all devices that divide the model.
+    layout: 'feedforward/attention'.
+    dtype: of activations, cache and float weights.
+    batch_size: examples a batch.
+    model_config: the model that the checkpoint must hold; None: the one it holds.
+    norm_scale: how its norm scales are stored, 'zero' or 'one'; None: what it says.
+    shard_id: of num_shards runs that share the task, this one.
+    num_shards: as above.
+    config_text: the configuration of the run, kept as config.gin beside the results.
+
+  Raises:
+    UserError: anything the user can mend, before the weights are loaded.
+  """
+  with contextlib.suppress(RuntimeError):  # already in use by the user's own module
+    tf.config.set_visible_devices([], 'GPU')  # TensorFlow would reserve the memory of devices that are jax's
+  import_tasks(module)
+  source = Source(mixture_or_task_name, task_feature_lengths, split, use_cached, seed, shard_id, num_shards)
+  tasks = find_tasks(source)
+  check_source(source, mode, tasks)
+  options = loading.Options(
+      checkpoint=checkpoint_path, mode=mode, mesh=mesh, dtype=dtype, layout=layout, norm_scale=norm_scale,
+      config=model_config, batch_size=batch_size, sampler=Sampler(temperature, top_k, top_p), seed=seed,
+      max_new_tokens=task_feature_lengths['targets'] if max_new_tokens is None else max_new_tokens)
+  checkpoint, devices = loading.open_model(options)
+  check_vocabularies(source, tasks, checkpoint.config.vocab_size)
+  todo = [task for task in tasks if not gfile.exists(output_path(task, source, mode, output_dir) + '.COMPLETED')]
+  for task in tasks:
+    if task not in todo:
+      print(f'{task.name}: {output_path(task, source, mode, output_dir)}.COMPLETED exists, skipped')
+  if not todo:
+    return
+  gfile.makedirs(output_dir)
+  with gfile.GFile(os.path.join(output_dir, 'config.gin'), 'w') as file:
+    file.write(config_text)
+  engine = loading.load_engine(options, checkpoint, devices, lambda jobs: progress(jobs, 'loading weights', len(jobs)))
+  record = loading.description(options, engine)
+  for task in todo:
+    clock = infer_task(task, source, options, engine, output_dir)
+    record[task.name] = {'vocabulary': vocabulary_text(task), 'time': clock.to_dict()}
+  with gfile.GFile(os.path.join(output_dir, RECORD), 'w') as file:
+    file.write(json.dumps(record, indent=2) + '\n')
+
+
+def infer_task(task: seqio.Task, source: Source, options: loading.Options, engine: Engine, output_dir: str,
+               say: Callable[[str], None] = print) -> batches.Clock:
+  """Runs one task and writes its file, `<task>-<mode>.jsonl-SSSSS-of-NNNNN`, then `.COMPLETED` beside it."""
+  path = output_path(task, source, options.mode, output_dir)
+  rows = examples(task, source)
+  first = list(itertools.islice(rows, options.batch_size))
+  if not first:
+    raise RequestError(f'task {task.name} has no examples in split {source.split!r}'
+                       + (f', shard {source.shard} of {source.num_shards}' if source.num_shards > 1 else ''))
+  # Fewer examples than a batch: a smaller one does.
+  say(f'vocabulary: {vocabulary_text(task)}')
+  batch = loading.batch_rows(options, engine, len(first) if len(first) < options.batch_size else None, say)
+  clock = batches.Clock()
+  temporary = f'{path}.incomplete'
+  with gfile.GFile(temporary, 'w') as file:
+    work = _batched(itertools.chain(first, rows), batch)
+    for some, results in progress(_results(work, task, source, options, engine, batch, clock), task.name, None):
+      for example, result in zip(some, results):
+        file.write(json.dumps({'inputs': _pretokenized(example), **result}) + '\n')
+  gfile.rename(temporary, path, overwrite=True)
+  with gfile.GFile(path + '.COMPLETED', 'w') as file:
+    file.write('')
+  say(f'{task.name}: {loading.summary(clock, options.mode)}')
+  say(f'wrote {path}')
+  return clock
+
+
+def output_path(task: seqio.Task, source: Source, mode: str, output_dir: str) -> str:
+  return os.path.join(output_dir, f'{task.name}-{mode}.jsonl-{source.shard:05}-of-{source.num_shards:05}')
+
+
+def _results(work, task, source, options, engine, batch, clock) -> Iterator[tuple[list[Example], list[dict]]]:
+  """Batches of examples with what their rows add to the inputs."""
+  if options.mode == 'score':
+    length = sum(source.feature_lengths.values())
+    for some in work:
+      features = [np.stack(batches.pad([e.model[f'decoder_{name}'] for e in some], batch))
+                  for name in ('input_tokens', 'target_tokens', 'loss_weights')]
+      with clock:
+        scores = engine.score(*features)[:len(some)]
+      clock.add(len(some), int(features[2][:len(some)].sum()))
+      yield some, [{'score': float(s)} for s in scores]
+    return
+  vocabulary = task.output_features['targets'].vocabulary
+  shape = batches.Shape(batch, source.feature_lengths['inputs'], options.cache_length)
+  kept, prompts = itertools.tee(work)
+  completions = batches.generate(
+      engine, ([prompt(e) for e in some] for some in prompts), shape, clock, max_new_tokens=options.max_new_tokens,
+      sampler=options.sampler, seed=options.seed, eos_id=vocabulary.eos_id or EOS_ID)
+  # T5X's predictions have the length of the whole sequence: vocabularies that decode padding would show it.
+  length = max(sum(source.feature_lengths.values()), options.max_new_tokens)
+  for some, results in zip(kept, completions):
+    yield some, [_prediction(c, length, vocabulary, options.mode) for c in results]
+
+
+def _prediction(completion, length: int, vocabulary: seqio.Vocabulary, mode: str) -> dict[str, Any]:
+  ids = np.zeros(length, np.int32)
+  ids[:len(completion.tokens)] = completion.tokens
+  row = {'prediction': _json(vocabulary.decode_tf(tf.constant(ids)).numpy())}
+  return {**row, 'aux': {'scores': completion.score}} if mode == 'predict_with_aux' else row
+
+
+def _pretokenized(example: Example) -> dict[str, Any]:
+  return {name: _json(value) for name, value in example.task.items() if name.endswith('_pretokenized')}
+
+
+def _json(value: Any) -> Any:
+  """numpy's values as JSON's; bytes that are no UTF-8 are replaced rather than refused at the end of a run."""
+  if isinstance(value, bytes):
+    return value.decode('utf-8', errors='replace')
+  if isinstance(value, (np.ndarray, np.generic)):
+    return _json(value.tolist())
+  if isinstance(value, list):
+    return [_json(v) for v in value]
+  return value
+
+
+def _batched(rows: Iterator, size: int) -> Iterator[list]:
+  while some := list(itertools.islice(rows, size)):
+    yield some

@@ -1,0 +1,231 @@
+"""T5X's DecoderOnlyModel over this package's model: prefill, decode steps and scores run per shard on the mesh."""
+
+import dataclasses
+from typing import Any, Callable, Mapping, MutableMapping
+
+from flax import core as flax_core
+import jax
+import jax.numpy as jnp
+import seqio
+from t5x import decoding
+from t5x import models
+from t5x import utils
+
+from t5x_inference_ext.checkpoints import open_checkpoint
+from t5x_inference_ext.checkpoints.load import MAX_UNROLLED_LAYERS
+from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.decoding.cache import KVCache
+from t5x_inference_ext.decoding.model import Model
+from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.layouts.layout import Layout, padded_batch
+from t5x_inference_ext.layouts.mesh import parse_mesh
+from t5x_inference_ext.serving.loading import default_mesh
+from t5x_inference_ext.t5x.module import STACK, InferenceModule, weights_from_params
+from t5x_inference_ext.t5x.partitioning import inference_mesh
+
+DTYPES = ('float32', 'bfloat16')
+Params = Mapping[str, Any]
+Batch = Mapping[str, jax.Array]
+Cache = dict[str, Any]
+
+
+def task_vocabulary(dataset_cfg: utils.DatasetConfig) -> seqio.Vocabulary:
+  """The vocabulary of a task's targets: of what the model writes."""
+  return utils.get_vocabulary(dataset_cfg)[1]
+
+
+class InferenceModel(models.DecoderOnlyModel):
+  """A PaLM-style decoder for T5X's inference: t5x.infer, interactive_model and export.
+
+  Any batch size runs on any mesh: predict and score methods pad with copies of the last row, and drop them after.
+
+  Args:
+    vocabulary: of inputs and targets.
+    checkpoint: where the model's shape, and whether it is int8, are read from; no weights are. None needs a config.
+    config: the model's shape, which the checkpoint must then have.
+    int8: without a checkpoint, whether the matrices are int8.
+    mesh: 'XxYxZ', over the first X*Y*Z devices; None takes as many devices as divide the model.
+    layout: 'feedforward/attention'; see layouts.layout.Layout.
+    dtype: of activations, cache and float weights: 'float32' or 'bfloat16'.
+    norm_scale: 'zero' or 'one': how norm scales are stored, for a checkpoint that does not record it.
+    scan_layers: one array for all layers and a loop in the program; by default for more than MAX_UNROLLED_LAYERS.
+    decode_fn: decoding.temperature_sample, decoding.beam_search or another of their kind.
+    task_feature_lengths: the task's, where its features are trimmed to them, as T5X's datasets are: prefill then runs
+      over the length of inputs instead of that of inputs and targets.
+    feature_converter_cls: see T5X.
+    inputs_bidirectional_attention: has to be False; here because stock configurations bind it.
+
+  Raises:
+    CheckpointError: no checkpoint there, or another model's.
+    MeshError: a mesh that does not fit the devices or the model.
+    RequestError: an option that is not supported.
+  """
+
+  def __init__(
+      self,
+      vocabulary: seqio.Vocabulary,
+      checkpoint: str | None = None,
+      config: ModelConfig | None = None,
+      *,
+      int8: bool = False,
+      mesh: str | None = None,
+      layout: str = 'ws_2d/batch',
+      dtype: str = 'bfloat16',
+      norm_scale: str | None = None,
+      scan_layers: bool | None = None,
+      decode_fn: models.DecodeFnCallable = decoding.temperature_sample,
+      task_feature_lengths: Mapping[str, int] | None = None,
+      feature_converter_cls: Callable[..., seqio.FeatureConverter] | None = None,
+      inputs_bidirectional_attention: bool = False,
+  ):
+    if dtype not in DTYPES:
+      raise RequestError(f'InferenceModel.dtype must be one of {", ".join(DTYPES)}, got {dtype!r}')
+    if inputs_bidirectional_attention:
+      raise RequestError('InferenceModel.inputs_bidirectional_attention: only causal attention is supported')
+    self.notes: tuple[str, ...] = ()  # what was found and assumed, for the log
+    if checkpoint is not None:
+      opened = open_checkpoint(checkpoint, norm_scale=norm_scale, config=config)
+      config, int8 = opened.config, opened.weights == 'int8'
+      self.notes = opened.notes
+    elif config is None:
+      raise RequestError('InferenceModel needs a checkpoint to read the model\'s shape from, or a config')
+    elif norm_scale is not None:
+      config = dataclasses.replace(config, norm_scale=norm_scale)
+    if vocabulary.vocab_size > config.vocab_size:
+      raise RequestError(
+          f'the vocabulary has {vocabulary.vocab_size} ids and the model\'s embedding {config.vocab_size} rows: this '
+          'is not the vocabulary that the model was trained with')
+    shape = default_mesh(config, jax.device_count()) if mesh is None else parse_mesh(mesh)
+    self.model = Model(config, inference_mesh(shape), Layout.parse(layout), dtype)
+    self._inputs_length = (task_feature_lengths or {}).get('inputs')
+    if scan_layers is None:
+      scan_layers = config.num_layers > MAX_UNROLLED_LAYERS
+    super().__init__(
+        InferenceModule(self.model, int8, scan_layers), vocabulary, optimizer_def=None, decode_fn=decode_fn,
+        feature_converter_cls=feature_converter_cls)
+
+  def get_initial_variables(
+      self, rng: jax.Array, input_shapes: Mapping[str, Any], input_types: Mapping[str, Any] | None = None
+  ) -> Mapping[str, Any]:
+    """The parameters, random, with their axes. T5X only asks for their shapes, unless there is no checkpoint."""
+    del input_shapes, input_types
+    return flax_core.freeze(self.module.init(rng))
+
+  def predict_batch_with_aux(
+      self,
+      params: Params,
+      batch: Batch,
+      rng: jax.Array | None = None,
+      *,
+      return_all_decodes: bool = False,
+      num_decodes: int = 1,
+      decoder_params: MutableMapping[str, Any] | None = None,
+  ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
+    """As T5X's: tokens [B, L] after the prompt, or [B, num_decodes, L] from the worst to the best, and their scores."""
+    rows = batch['decoder_input_tokens'].shape[0]
+    # Decoding runs B * num_decodes rows, which have to fill the mesh too.
+    size = self._padded_batch(rows, num_decodes)
+    if decoder_params is not None:  # per-row options, such as a temperature for each
+      decoder_params = {
+          k: _pad_rows(v, size) if k != 'decode_rng' and getattr(v, 'shape', ())[:1] == (rows,) else v
+          for k, v in decoder_params.items()
+      }
+    tokens, aux = super().predict_batch_with_aux(
+        params, {k: _pad_rows(v, size) for k, v in batch.items()}, rng, return_all_decodes=return_all_decodes,
+        num_decodes=num_decodes, decoder_params=decoder_params)
+    return tokens[:rows], jax.tree.map(lambda x: x[:rows], aux)
+
+  def score_batch(
+      self, params: Params, batch: Batch, return_intermediates: bool = False
+  ) -> jax.Array | tuple[jax.Array, Mapping[str, Any]]:
+    """As T5X's: [B] float32, the sum over positions of weight * log p(target).
+
+    With return_intermediates also T5X's dict of them; the model itself has none to add.
+    """
+    self._check(batch)
+    tokens, targets, weights = (
+        batch[f'decoder_{k}'] for k in ('input_tokens', 'target_tokens', 'loss_weights'))
+    rows = tokens.shape[0]
+    size = self._padded_batch(rows)
+    log_probs = self.model.log_probs(weights_from_params(params), _pad_rows(tokens, size), _pad_rows(targets, size))
+    scores = log_probs[:rows] * weights
+    if not return_intermediates:
+      return scores.sum(-1)
+    intermediates = {'target_tokens': (targets,), 'loss_weights': (weights,), 'token_scores': (scores,)}
+    return scores.sum(-1), {'decoder': intermediates}
+
+  def _compute_logits(
+      self, params: Params, batch: Batch, dropout_rng: jax.Array | None = None, mutable: Any = False,
+      other_variables: Any = None) -> jax.Array:
+    """Logits [B, L, V] float32 after each position."""
+    del dropout_rng, mutable, other_variables  # nothing here is random or mutable
+    self._check(batch)
+    tokens = batch['decoder_input_tokens']
+    padded = _pad_rows(tokens, self._padded_batch(tokens.shape[0]))
+    return self.model.logits(weights_from_params(params), padded)[:tokens.shape[0]]
+
+  def _compute_kv_cache(
+      self, params: Params, inputs: jax.Array, causal_attention_mask: jax.Array) -> tuple[Cache, jax.Array]:
+    """Runs the prompts but for their last token, which T5X feeds to the first decode step.
+
+    Args:
+      params: the parameters.
+      inputs: [B, L] int32, BOS and prompt, then 0; B has to fill the mesh.
+      causal_attention_mask: [B, L], 1 where BOS and prompt are. Lengths come from here, not from the ids: an id 0 in a
+        prompt does not shorten it.
+
+    Returns:
+      The cache, and the position [B] of the last token of each prompt (0, that of BOS, for an empty one).
+    """
+    last = jnp.maximum(jnp.sum(causal_attention_mask != 0, axis=-1).astype(jnp.int32) - 1, 0)
+    # BOS and all but the last token of the prompt: as many positions as a prompt has tokens.
+    prompts = inputs[:, :max(self._inputs_length, 1)] if self._inputs_length is not None else inputs
+    _, cache = self.model.prefill(weights_from_params(params), prompts, jnp.maximum(last, 1), inputs.shape[1])
+    return self._to_t5x(dataclasses.replace(cache, lengths=last)), last
+
+  def _compute_logits_from_slice(
+      self, decoding_state: decoding.DecodingState, params: Params, max_decode_length: int) -> tuple[jax.Array, Cache]:
+    """One token a row: logits [B, V] float32 and the cache with it. Positions are the cache's own."""
+    del max_decode_length
+    cache = self._from_t5x(decoding_state.cache)
+    logits, cache = self.model.decode_step(weights_from_params(params), cache, decoding_state.cur_token[:, 0])
+    return logits, self._to_t5x(cache)
+
+  # T5X's decoding functions tile, flatten and reorder rows on one axis of every leaf: axis 1 if layers are stacked,
+  # else 0. A leaf called cache_index they treat otherwise, and not consistently: after a prefill beam_search gives it a
+  # beam axis and never flattens it. So the lengths go by another name.
+
+  def _to_t5x(self, cache: KVCache) -> Cache:
+    if self.module.scan_layers:
+      return {'cached_key': cache.keys, 'cached_value': cache.values, 'cached_lengths': cache.lengths[None]}
+    layers = {
+        f'{STACK}_{i}': {'cached_key': k, 'cached_value': v} for i, (k, v) in enumerate(zip(cache.keys, cache.values))
+    }
+    return {**layers, 'cached_lengths': cache.lengths}
+
+  def _from_t5x(self, cache: Mapping[str, Any]) -> KVCache:
+    if self.module.scan_layers:
+      return KVCache(cache['cached_key'], cache['cached_value'], cache['cached_lengths'][0])
+    layers = [cache[f'{STACK}_{i}'] for i in range(self.model.config.num_layers)]
+    return KVCache(
+        tuple(c['cached_key'] for c in layers), tuple(c['cached_value'] for c in layers), cache['cached_lengths'])
+
+  def _padded_batch(self, rows: int, copies: int = 1) -> int:
+    """The smallest batch of at least `rows` that fills the mesh, as does `copies` times it."""
+    mesh = self.model.mesh
+    if mesh.size == 1:  # where the batch may also be one of jax.export's symbols, which have no order
+      return rows
+    while True:
+      rows = padded_batch(rows, mesh.shape)
+      if padded_batch(rows * copies, mesh.shape) == rows * copies:
+        return rows
+      rows += 1
+
+  def _check(self, batch: Batch) -> None:
+    if 'decoder_segment_ids' in batch:
+      raise RequestError('packed examples are not supported: set DatasetConfig.pack = False')
+
+
+def _pad_rows(x: jax.Array, rows: int) -> jax.Array:
+  """x [B, ...] with copies of its last row, [rows, ...]: a copy of a real row never makes decoding run longer."""
+  return jnp.pad(x, [(0, rows - x.shape[0])] + [(0, 0)] * (x.ndim - 1), mode='edge')

@@ -1,0 +1,127 @@
+"""The parameters of a model as T5X sees them: a flax module that declares the arrays on the chips, and nothing else.
+
+The tree is weights.Weights as nested dicts: embedding, final_norm, and either `layers` (each array with a leading L) or
+one subtree a layer, `layers_0`, `layers_1`, ...
+"""
+
+import dataclasses
+from typing import Any, Mapping
+
+from flax import linen as nn
+from flax.linen import partitioning as flax_partitioning
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+import numpy as np
+
+from t5x_inference_ext.checkpoints.load import tensor_dtype
+from t5x_inference_ext.decoding.model import Model
+from t5x_inference_ext.layouts.arrangement import DeviceTensor, device_tensors
+from t5x_inference_ext.t5x.partitioning import logical_axis
+from t5x_inference_ext.weights import LayerWeights, Weights
+
+STACK = 'layers'
+Path = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Declaration:
+  """One parameter.
+
+  Attributes:
+    tensor: what it is; its shape and spec are those of one layer.
+    layers: the layers in it: a number, a slice (stacked in front), or None for what no layer owns.
+    dtype: on the chips.
+  """
+
+  tensor: DeviceTensor
+  layers: slice | int | None
+  dtype: np.dtype
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return (self.layers.stop, *self.tensor.shape) if isinstance(self.layers, slice) else self.tensor.shape
+
+  @property
+  def spec(self) -> P:
+    return P(None, *self.tensor.spec) if isinstance(self.layers, slice) else self.tensor.spec
+
+  @property
+  def logical_axes(self) -> tuple[str | None, ...]:
+    names = [logical_axis(axes) for axes in self.spec]
+    return tuple(names + [None] * (len(self.shape) - len(names)))
+
+  def initial(self, key: jax.Array) -> jax.Array:
+    """Random values that keep activations of order 1. For trying out speed and memory; inference loads its weights."""
+    kind, fan_in = self.tensor.kind, self.shape[-2] if len(self.shape) > 1 else 1
+    if kind == 'norm':
+      return jnp.ones(self.shape, self.dtype)
+    if kind == 'scale':  # of uniform int8 values, whose standard deviation is 73
+      return jnp.full(self.shape, self.shape[-1] ** -0.5 / 73, self.dtype)
+    if self.dtype == np.int8:
+      return jax.random.randint(key, self.shape, -127, 128, jnp.int8)
+    return jax.random.normal(key, self.shape, self.dtype) * (1.0 if kind == 'embedding' else fan_in ** -0.5)
+
+
+def declarations(model: Model, int8: bool, stacked: bool) -> dict[Path, Declaration]:
+  """The parameters of a model, by their path in T5X's tree.
+
+  Raises:
+    MeshError: the mesh does not divide the model.
+  """
+  count = model.config.num_layers
+  groups: dict[Path, slice | int] = {(f'{STACK}_{i}',): i for i in range(count)}
+  if stacked:
+    groups = {(STACK,): slice(0, count)}
+  declared = {}
+  for name, tensor in device_tensors(model.config, model.layout, dict(model.mesh.shape), int8).items():
+    dtype = tensor_dtype(tensor, 'int8' if int8 else 'float', model.dtype)
+    for path, layers in (groups if tensor.per_layer else {(): None}).items():
+      declared[*path, name] = Declaration(tensor, layers, dtype)
+  return declared
+
+
+def weights_from_params(params: Mapping[str, Any]) -> Weights:
+  """T5X's parameters as the model's functions take them."""
+  if STACK in params:
+    layers = LayerWeights(**params[STACK])
+  else:
+    names = sorted((n for n in params if n.startswith(f'{STACK}_')), key=lambda n: int(n.removeprefix(f'{STACK}_')))
+    layers = tuple(LayerWeights(**params[n]) for n in names)
+  return Weights(params['embedding'], params['final_norm'], layers)
+
+
+class _Group(nn.Module):
+  """A subtree: names with their declarations."""
+
+  declared: tuple[tuple[str, Declaration], ...]
+
+  @nn.compact
+  def __call__(self):
+    for name, d in self.declared:
+      flax_partitioning.param_with_axes(name, d.initial, axes=d.logical_axes)
+
+
+class InferenceModule(nn.Module):
+  """Declares a model's parameters with their logical axes.
+
+  Attributes:
+    model: its functions and mesh.
+    int8: whether its matrices are int8.
+    scan_layers: whether one array holds all layers. T5X reads this to find the batch axis of the KV cache.
+  """
+
+  model: Model
+  int8: bool
+  scan_layers: bool
+
+  @nn.compact
+  def __call__(self) -> None:
+    groups: dict[str, list] = {}
+    for (*group, name), d in declarations(self.model, self.int8, self.scan_layers).items():
+      if group:
+        groups.setdefault(group[0], []).append((name, d))
+      else:
+        flax_partitioning.param_with_axes(name, d.initial, axes=d.logical_axes)
+    for group, declared in groups.items():
+      _Group(tuple(declared), name=group)()

@@ -1,0 +1,221 @@
+"""What is wrong with a checkpoint is said in one sentence, naming the parameter and the file."""
+
+import pathlib
+import re
+import shutil
+
+import msgpack
+import numpy as np
+import pytest
+
+from t5x_inference_ext.checkpoints import open_checkpoint
+from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.errors import CheckpointError
+from tests.checkpoints import synthetic
+
+SCANNED = synthetic.fused(synthetic.canonical())
+Q_WI = 'decoder/decoder/q_wi_fused/kernel'
+KV = 'decoder/decoder/kv_fused/kernel'
+O_WO = 'decoder/decoder/o_wo_fused/kernel'
+
+
+@pytest.fixture
+def legacy(tmp_path) -> pathlib.Path:
+  return synthetic.write_legacy(tmp_path / 'c', SCANNED)
+
+
+def fails(path, *words, **arguments):
+  """open_checkpoint raises one line with all these words; returns it."""
+  with pytest.raises(CheckpointError) as caught:
+    open_checkpoint(path, **arguments)
+  message = str(caught.value)
+  assert '\n' not in message
+  for word in words:
+    assert str(word) in message
+  return message
+
+
+def read_fails(path, name, *words):
+  """The checkpoint opens, and reading `name` raises one line with all these words."""
+  tensor = open_checkpoint(path).tensors[name]
+  with pytest.raises(CheckpointError) as caught:
+    tensor.read()
+  assert '\n' not in str(caught.value)
+  for word in words:
+    assert str(word) in str(caught.value)
+
+
+def config(**changes) -> ModelConfig:
+  return ModelConfig(**{**synthetic.CONFIG.to_dict(), **changes})
+
+
+def test_missing_path(tmp_path):
+  fails(tmp_path / 'no' / 'such', f'no checkpoint at {tmp_path}/no/such', 'no such directory')
+
+
+def test_missing_step_names_the_others(legacy):
+  fails(legacy.parent / 'checkpoint_9', 'no such directory', f'{legacy.parent} holds c: pass that one')
+
+
+def test_directory_above_a_checkpoint(legacy):
+  fails(legacy.parent, 'is not a checkpoint', 'holds c: pass that one')
+
+
+def test_not_a_checkpoint(tmp_path):
+  (tmp_path / 'config.json').write_text('{}')
+  fails(tmp_path, 'is not a checkpoint', 'serving_config.json', 'holds config.json')
+  fails(tmp_path / 'config.json', 'is not a checkpoint', 'this is a file')
+
+
+@pytest.mark.parametrize('index', [b'', b'text', b'\xc1', msgpack.packb([1]), msgpack.packb({'optimizer': {}}),
+                                   msgpack.packb({'target': {'decoder': {'kernel': 'a string'}}}),
+                                   msgpack.packb({'a': msgpack.ExtType(1, b'123')})])
+def test_not_an_index(tmp_path, index):
+  (tmp_path / 'checkpoint').write_bytes(index)
+  fails(tmp_path, f'{tmp_path}/checkpoint')
+
+
+def test_truncated_index(legacy):
+  data = (legacy / 'checkpoint').read_bytes()
+  (legacy / 'checkpoint').write_bytes(data[:len(data) // 2])
+  fails(legacy, f'{legacy}/checkpoint', 'damaged')
+
+
+@pytest.mark.parametrize('metadata', ['', '{', '[]', '{"tree_metadata": {"a": {}}}'])
+def test_damaged_orbax_metadata(tmp_path, metadata):
+  path = synthetic.write_orbax(tmp_path / 'c', SCANNED)
+  (path / 'state' / '_METADATA').write_text(metadata)
+  fails(path, f'{path}/state/_METADATA', 'damaged')
+
+
+def test_orbax_checkpoint_of_something_else(tmp_path):
+  path = synthetic.write_orbax(tmp_path / 'c', SCANNED, prefix='params/')
+  fails(path, 'below target', 'params')
+
+
+def test_partly_copied_orbax_checkpoint(tmp_path):
+  path = synthetic.write_orbax(tmp_path / 'c', SCANNED)
+  (path / 'state' / 'manifest.ocdbt').unlink()
+  fails(path, 'manifest.ocdbt', 'partly copied')
+
+
+@pytest.mark.parametrize('write', [synthetic.write_legacy, synthetic.write_orbax])
+def test_missing_parameters(tmp_path, write):
+  leaves = {n: v for n, v in SCANNED.items() if n not in (KV, 'decoder/decoder_norm/scale')}
+  fails(write(tmp_path / 'c', leaves), tmp_path / 'c', 'lacks', f'target/{KV}', 'target/decoder/decoder_norm/scale')
+
+
+def test_missing_parameter_of_one_layer(tmp_path):
+  leaves = synthetic.per_layer(SCANNED)
+  del leaves['decoder/layers_0/kv_fused/kernel']
+  fails(synthetic.write_legacy(tmp_path / 'c', leaves), 'lacks target/decoder/layers_0/kv_fused/kernel')
+
+
+@pytest.mark.parametrize('extra', ['decoder/decoder/q_wi_fused/bias', 'decoder/decoder/relpos_bias/rel_embedding',
+                                   'decoder/logits_dense/kernel', 'encoder/x/kernel', Q_WI.replace('kernel', 'qscale')])
+def test_extra_parameters(tmp_path, extra):
+  path = synthetic.write_legacy(tmp_path / 'c', {**SCANNED, extra: np.ones(3, np.float32)})
+  fails(path, path, f'does not use: target/{extra}', 'no biases')
+
+
+def test_another_architecture_names_what_differs(tmp_path):
+  leaves = {'decoder/layers_0/self_attention/query/kernel': np.ones((4, 4), np.float32)}
+  fails(synthetic.write_legacy(tmp_path / 'c', leaves), 'lacks target/decoder/', 'q_wi_fused', 'does not use',
+        'target/decoder/layers_*/self_attention/query/kernel')
+
+
+def test_scanned_and_per_layer_in_one(tmp_path):
+  path = synthetic.write_legacy(tmp_path / 'c', {**SCANNED, **synthetic.per_layer(SCANNED)})
+  fails(path, 'two models in one tree')
+
+
+@pytest.mark.parametrize('changes,name,stored,needed', [
+    ({'d_model': 16}, 'decoder/token_embedder/embedding', [12, 8], [12, 16]),
+    ({'vocab_size': 13}, 'decoder/token_embedder/embedding', [12, 8], [13, 8]),
+    ({'d_ff': 48}, Q_WI, [8, 2, 3, 20], [8, 2, 3, 36]),
+    ({'num_layers': 4}, 'decoder/decoder/layer_norm/scale', [8, 2], [8, 4]),
+])
+def test_wrong_shape(legacy, changes, name, stored, needed):
+  """Against the model asked for."""
+  fails(legacy, f'target/{name}', stored, needed, legacy / f'target.{name.replace("/", ".")}', config=config(**changes))
+
+
+@pytest.mark.parametrize('name,shape', [(O_WO, (3, 2, 12, 7)), (O_WO, (3, 2, 11, 8)),
+                                        ('decoder/decoder_norm/scale', (9,)),
+                                        ('decoder/decoder/layer_norm/scale', (8, 3))])
+def test_wrong_shape_within_a_checkpoint(tmp_path, name, shape):
+  """Without a model given, against the checkpoint's other parameters."""
+  path = synthetic.write_orbax(tmp_path / 'c', {**SCANNED, name: np.ones(shape, np.float32)})
+  fails(path, f'target/{name}', list(shape), list(SCANNED[name].shape), f'{path}/state/target.{name.replace("/", ".")}')
+
+
+@pytest.mark.parametrize('name,shape,words', [
+    (KV, (8, 2, 1, 7), ['kv_fused', '[8, 2, 1, 7]']), (KV, (8, 2, 1, 40), ['q_wi_fused', '[8, 2, 1, 40]']),
+    (KV, (8, 2, 8), ['3 axes', '[8, 2, 8]']), (KV, (8, 2, 4, 8), ['num_kv_heads=4', 'multiquery'])])
+def test_shapes_that_no_model_has(tmp_path, name, shape, words):
+  fails(synthetic.write_legacy(tmp_path / 'c', {**SCANNED, name: np.ones(shape, np.float32)}), *words)
+
+
+def test_wrong_shape_of_one_layer(tmp_path):
+  leaves = synthetic.per_layer(SCANNED)
+  leaves['decoder/layers_1/kv_fused/kernel'] = np.ones((8, 1, 6), np.float32)
+  path = synthetic.write_legacy(tmp_path / 'c', leaves)
+  fails(path, 'target/decoder/layers_1/kv_fused/kernel', '[8, 1, 6]', '[8, 1, 8]')
+
+
+def test_array_of_another_shape_than_the_index_says(legacy, tmp_path):
+  other = synthetic.write_legacy(tmp_path / 'other', {**SCANNED, KV: np.ones((8, 2, 1, 16), np.float32)})
+  name = f'target.{KV.replace("/", ".")}'
+  shutil.rmtree(legacy / name)
+  shutil.copytree(other / name, legacy / name)
+  fails(legacy, f'target/{KV}', legacy / name, '[8, 2, 1, 16]', '[8, 2, 1, 8]')
+
+
+def test_missing_array(legacy):
+  directory = legacy / f'target.{KV.replace("/", ".")}'
+  shutil.rmtree(directory)
+  fails(legacy, f'target/{KV}', directory)
+
+
+@pytest.mark.parametrize('damage,word', [
+    (lambda f: f.write_bytes(f.read_bytes()[:-20]), ''),  # truncated
+    (lambda f: f.write_bytes(b''), ''),
+    (lambda f: f.write_bytes(f.read_bytes()[:40] + bytes(20) + f.read_bytes()[60:]), ''),  # corrupt
+    (lambda f: f.unlink(), 'missing'),  # which tensorstore by itself reads as zeros
+])
+def test_damaged_chunk(tmp_path, damage, word):
+  path = synthetic.write_legacy(tmp_path / 'c', SCANNED, chunks=5)
+  chunk = path / f'target.{Q_WI.replace("/", ".")}' / '1.0.0.2'  # columns 10 to 14 of each head
+  damage(chunk)
+  assert open_checkpoint(path).tensors['query'].read().shape == (2, 8, 12)  # columns 0 to 3
+  read_fails(path, 'gate', f'target/{Q_WI}', chunk, word)
+
+
+def test_missing_and_damaged_data_of_an_orbax_store(tmp_path):
+  path = synthetic.write_orbax(tmp_path / 'c', SCANNED, ocdbt=False)
+  (path / 'state' / f'target.{KV.replace("/", ".")}' / '0.0.0.0').unlink()
+  read_fails(path, 'key', f'target/{KV}', 'missing')
+  path = synthetic.write_orbax(tmp_path / 'ocdbt', SCANNED)
+  for file in (path / 'state' / 'd').iterdir():
+    file.write_bytes(file.read_bytes()[:20])
+  with pytest.raises(CheckpointError, match=re.escape(str(path))):
+    open_checkpoint(path).tensors['key'].read()
+
+
+def test_zeros_are_not_mistaken_for_missing(tmp_path):
+  """Norm scales around zero start as zeros: stored, and read."""
+  leaves = {**SCANNED, 'decoder/decoder/layer_norm/scale': np.zeros((8, 2), np.float32)}
+  paths = synthetic.write_legacy(tmp_path / 'a', leaves), synthetic.write_orbax(tmp_path / 'b', leaves, zarr3=True)
+  for path in paths:
+    assert not open_checkpoint(path).tensors['layer_norm'].read().any()
+
+
+def test_unknown_norm_scale(legacy):
+  fails(legacy, 'zero, one', "'two'", norm_scale='two')
+
+
+def test_index_that_refers_to_another_driver(legacy):
+  tree = msgpack.unpackb((legacy / 'checkpoint').read_bytes(), raw=False)
+  tree['optimizer']['target']['decoder']['decoder']['kv_fused']['kernel']['driver'] = 'n5'
+  (legacy / 'checkpoint').write_bytes(msgpack.packb(tree))
+  fails(legacy, f'target/{KV}', 'n5', 'T5X does not write')

@@ -1,0 +1,137 @@
+"""What all commands share: flags, gin bindings, errors in one line."""
+
+import sys
+import types
+
+from absl import flags as absl_flags
+import pytest
+
+from t5x_inference_ext import command
+from t5x_inference_ext.errors import UserError
+
+
+@pytest.fixture(scope='module')
+def module():
+  """A module that gin files can import: one for all tests, as gin remembers the functions that it has seen."""
+  module = types.ModuleType('command_test_module')
+  exec('def greet(name, greeting="hello", *, end="."):\n  return f"{greeting} {name}{end}"', module.__dict__)
+  module.greet.__module__ = module.__name__
+  sys.modules[module.__name__] = module
+  yield module
+  del sys.modules[module.__name__]
+
+
+@pytest.fixture
+def gin_file(tmp_path):
+  path = tmp_path / 'greet.gin'
+  path.write_text('from __gin__ import dynamic_registration\nimport command_test_module\n'
+                  'NAME = %gin.REQUIRED\nGREETING = "hi"\n'
+                  'command_test_module.greet:\n  name = %NAME\n  greeting = %GREETING\n')
+  return str(path)
+
+
+def run(main, *argv, define=lambda flags: absl_flags.DEFINE_integer('count', 1, 'How many.', flag_values=flags)):
+  return command.run(main, 'What it does.', define, ['prog', *argv])
+
+
+def greet(module, *argv):
+  """What the configured function says, or (exit code)."""
+  said = []
+
+  def main(flags):
+    command.parse_gin(flags)
+    said.append(command.configure(module.greet, end='!')())
+
+  code = run(main, *argv)
+  return said[0] if said else code
+
+
+def test_plain_flags_and_success():
+  seen = []
+  assert run(lambda flags: seen.append((flags.count, flags.gin_file, command.uses_gin(flags))), '--count=3') == 0
+  assert seen == [(3, [], False)]
+
+
+def test_absl_s_logging_flags_are_known():
+  assert run(lambda flags: None, '--alsologtostderr') == 0
+
+
+def test_user_errors_are_one_line(capsys):
+  def main(flags):
+    raise UserError('the path /x is wrong')
+  assert run(main) == 2
+  assert capsys.readouterr().err == 'error: the path /x is wrong\n'
+
+
+def test_other_errors_keep_their_traceback():
+  with pytest.raises(ZeroDivisionError):
+    run(lambda flags: 1 / 0)
+
+
+def test_interrupted():
+  def main(flags):
+    raise KeyboardInterrupt
+  assert run(main) == 130
+
+
+@pytest.mark.parametrize('argv,words', [(['--cuont=1'], 'cuont'), (['--count=x'], 'count'), (['stray'], 'stray'),
+                                        (['--gin.NAME'], 'write --gin.NAME=VALUE')])
+def test_wrong_flags(capsys, argv, words):
+  assert run(lambda flags: pytest.fail('main was called'), *argv) == 2
+  err = capsys.readouterr().err
+  assert err.startswith('error: ') and words in err and err.count('\n') == 1
+
+
+@pytest.mark.parametrize('flag', ['--help', '-h'])
+def test_help(capsys, flag):
+  assert run(lambda flags: pytest.fail('main was called'), flag) == 0
+  out = capsys.readouterr().out
+  for words in ('What it does.', '--count: How many. Default: 1.', '--gin_file', '--gin.NAME=VALUE'):
+    assert words in out
+
+
+def test_bindings(module, gin_file):
+  assert greet(module, f'--gin_file={gin_file}', '--gin.NAME="Ann"') == 'hi Ann!'
+  assert greet(module, f'--gin_file={gin_file}', '--gin.NAME="A = B"', '--gin.greet.greeting="yo"') == 'yo A = B!'
+  assert greet(module, f'--gin_file={gin_file}', '--gin_bindings=NAME = "Ann"') == 'hi Ann!'
+
+
+def test_a_later_run_starts_afresh(module, gin_file):
+  assert greet(module, f'--gin_file={gin_file}', '--gin.NAME="Ann"') == 'hi Ann!'
+  assert greet(module, f'--gin_file={gin_file}') == 2
+
+
+def test_search_paths(module, gin_file, tmp_path):
+  paths = f'--gin_search_paths=nowhere,{tmp_path}'
+  assert greet(module, paths, '--gin_file=greet.gin', '--gin.NAME="Ann"') == 'hi Ann!'
+
+
+def test_files_of_the_package_are_found_from_anywhere(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  texts = []
+  def main(flags):
+    texts.append(command.parse_gin(flags))
+  assert run(main, '--gin_file=t5x_inference_ext/configs/runs/convert.gin', '--gin.INPUT_CHECKPOINT="a"',
+             '--gin.OUTPUT_CHECKPOINT="b"') == 0
+  assert "INPUT_CHECKPOINT = 'a'" in texts[0]
+
+
+@pytest.mark.parametrize('argv,words', [
+    ([], 'NAME has no value: set it with --gin.NAME='),
+    (['--gin.NAMES="x"'], 'nothing uses NAMES; the gin files define GREETING, NAME'),
+    (['--gin.NAM="x"'], 'nothing uses NAM;'),
+    (['--gin.greet.nmae="x"'], "doesn't have a parameter named 'nmae'"),
+    (['--gin.no_such.name="x"'], "No configurable matching 'no_such'"),
+    (['--gin.NAME=text'], 'a string needs quotes'),
+    (['--gin_file=no/such.gin'], 'no/such.gin'),
+])
+def test_gin_errors_are_one_line(module, gin_file, capsys, argv, words):
+  assert greet(module, f'--gin_file={gin_file}', *argv) == 2
+  err = capsys.readouterr().err
+  assert err.startswith('error: gin: ') and words in err and err.count('\n') == 1
+
+
+def test_what_no_gin_file_binds(module, tmp_path, capsys):
+  (tmp_path / 'empty.gin').write_text('')
+  assert greet(module, f'--gin_file={tmp_path}/empty.gin') == 2
+  assert "missing a required argument: 'name'" in capsys.readouterr().err

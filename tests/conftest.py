@@ -1,0 +1,46 @@
+"""The environment of every test: eight simulated CPU devices, exact float32, no implicit broadcasting."""
+
+import os
+import pathlib
+
+# Before the first import of jax or TensorFlow: both read their environment once.
+_DEVICES = '--xla_force_host_platform_device_count'
+if _DEVICES not in os.environ.get('XLA_FLAGS', ''):
+  os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_DEVICES}=8'.strip()
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+# The golden logits were computed at this precision.
+jax.config.update('jax_default_matmul_precision', 'highest')
+# A missing axis is a mistake here, never meant: every broadcast in the package is written out.
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+# A test must compile what it tests, whatever cache the user's environment names.
+jax.config.update('jax_enable_compilation_cache', False)
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope='session')
+def repository() -> pathlib.Path:
+  """The root of the checkout."""
+  return ROOT
+
+
+@pytest.fixture(scope='session')
+def testdata() -> pathlib.Path:
+  return ROOT / 'tests' / 'testdata'
+
+
+@pytest.fixture(scope='session')
+def palm_tiny() -> pathlib.Path:
+  """The T5X checkpoint of the demo: legacy format, scanned, trained, without optimizer state."""
+  return ROOT / 'examples' / 'palm_tiny' / 'checkpoint_1000'
+
+
+@pytest.fixture(scope='session')
+def golden() -> pathlib.Path:
+  """What T5X itself computes with palm_tiny: greedy.json, logits.npz, scores.json, heldout_tokens.npy."""
+  return ROOT / 'tests' / 'testdata' / 'golden'

@@ -1,0 +1,96 @@
+"""The conversion command, as a user runs it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from t5x_inference_ext import convert_checkpoint
+from t5x_inference_ext.checkpoints import open_checkpoint
+
+
+def run(*argv):
+  return convert_checkpoint.run(['convert_checkpoint', *map(str, argv)])
+
+
+@pytest.mark.parametrize('weights,ratio', [('int8', .27), ('bfloat16', .5)])
+def test_plain_flags(palm_tiny, tmp_path, capsys, weights, ratio):
+  out = tmp_path / 'any.name'
+  assert run(f'--input={palm_tiny}', f'--output={out}/', f'--weights={weights}') == 0
+  checkpoint = open_checkpoint(out)
+  assert (checkpoint.weights, checkpoint.config.norm_scale) == (weights, 'zero')
+  captured = capsys.readouterr()
+  for words in ('T5X checkpoint', 'step 1000', '4 layers', 'norm scales: stored around zero (assumed',
+                'worst tensor: ', '15.3 MB before (float32)', f'wrote and verified {out}'):
+    assert words in captured.out
+  line = next(line for line in captured.out.splitlines() if line.startswith('layer weights'))
+  assert float(line.split(' on disk, ')[1].split()[0]) <= ratio
+  assert 'convert: 15.3 MB of 15.3 MB' in captured.err  # no terminal: lines, not a bar
+  assert os.listdir(tmp_path) == ['any.name']
+
+
+def test_gin_and_norm_scale(palm_tiny, tmp_path, capsys):
+  out = tmp_path / 'out'
+  assert run('--gin_file=t5x_inference_ext/configs/runs/convert.gin', f'--gin.INPUT_CHECKPOINT="{palm_tiny}"',
+             f'--gin.OUTPUT_CHECKPOINT="{out}"', '--gin.WEIGHTS="bfloat16"', '--gin.NORM_SCALE="one"') == 0
+  checkpoint = open_checkpoint(out)
+  assert (checkpoint.weights, checkpoint.config.norm_scale) == ('bfloat16', 'one')
+  assert 'stored around one (given)' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('argv,words', [
+    ([], '--input and --output and --weights not given'),
+    (['--input=a', '--output=b'], '--weights not given'),
+    (['--input=a', '--output=b', '--weights=int4'], 'int4'),
+    (['--input=a', '--gin_file=t5x_inference_ext/configs/runs/convert.gin'], '--input and gin flags'),
+    (['--gin_file=t5x_inference_ext/configs/runs/convert.gin', '--gin.INPUT_CHECKPOINT="a"'],
+     'OUTPUT_CHECKPOINT has no value'),
+    (['--gin_file=t5x_inference_ext/configs/runs/convert.gin', '--gin.WEIGHT="int8"'], 'nothing uses WEIGHT;'),
+    (['--input=/no/such', '--output=b', '--weights=int8'], 'no checkpoint at /no/such'),
+])
+def test_errors_are_one_line(tmp_path, monkeypatch, capsys, argv, words):
+  monkeypatch.chdir(tmp_path)
+  assert run(*argv) == 2
+  err = capsys.readouterr().err
+  assert err.startswith('error: ') and words in err and err.count('\n') == 1
+  assert os.listdir(tmp_path) == []
+
+
+def test_existing_output(palm_tiny, tmp_path, capsys):
+  assert run(f'--input={palm_tiny}', f'--output={tmp_path}', '--weights=int8') == 2
+  assert f'{tmp_path} exists already' in capsys.readouterr().err
+
+
+def test_as_a_module_in_a_process_of_its_own(palm_tiny, tmp_path):
+  """Without jax or TensorFlow: a conversion needs neither, and starts at once."""
+  script = ('import runpy, sys; sys.argv[1:] = sys.argv[2:]\n'
+            'try: runpy.run_module("t5x_inference_ext.convert_checkpoint", run_name="__main__")\n'
+            'finally: print("imported", sorted({"jax", "tensorflow", "seqio"} & set(sys.modules)))')
+  environment = {**os.environ, 'PYTHONWARNINGS': 'error'}
+  result = subprocess.run(
+      [sys.executable, '-c', script, '-', f'--input={palm_tiny}', f'--output={tmp_path}/out', '--weights=int8'],
+      capture_output=True, text=True, env=environment, cwd=palm_tiny.parent.parent.parent, check=False)
+  assert result.returncode == 0, result.stderr
+  assert 'imported []' in result.stdout
+  assert open_checkpoint(tmp_path / 'out').weights == 'int8'
+
+
+def test_terminal_gets_a_bar(palm_tiny, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(sys.stderr, 'isatty', lambda: True)
+  assert run(f'--input={palm_tiny}', f'--output={tmp_path}/out', '--weights=int8') == 0
+  err = capsys.readouterr().err
+  assert 'convert: 100%' in err and 'verify: 100%' in err
+
+
+def test_help_teaches(capsys):
+  assert run('--help') == 0
+  out = capsys.readouterr().out
+  for words in ('--input=examples/palm_tiny/checkpoint_1000', '--gin.INPUT_CHECKPOINT=', '--norm_scale',
+                'must not exist'):
+    assert words in out
+
+
+@pytest.mark.parametrize('count,text', [(0, '0 B'), (999, '999 B'), (3_700_000, '3.7 MB'), (2e12, '2000.0 GB')])
+def test_sizes(count, text):
+  assert convert_checkpoint.size(count) == text

@@ -1,0 +1,117 @@
+"""The Python API: what it refuses, and why it says so; and the edges of what it takes."""
+
+import numpy as np
+import pytest
+
+from t5x_inference_ext.checkpoints import open_checkpoint
+from t5x_inference_ext.decoding.sampling import Sampler
+from t5x_inference_ext.engine import Engine
+from t5x_inference_ext.errors import CheckpointError, MeshError, RequestError
+
+PROMPTS = [[103, 104, 105], [108]]
+
+
+@pytest.fixture(scope='module')
+def engine(palm_tiny):
+  return Engine.load(palm_tiny, mesh='2x1x1', dtype='float32')
+
+
+def test_an_empty_prompt_starts_from_bos(engine):
+  """BOS is id 0, so that the first logits are those of [0] alone."""
+  completion, = engine.generate([[]] * 2, max_new_tokens=4)[:1]
+  inputs = [0]
+  for token in completion.tokens:
+    logits = engine.logits(np.array([inputs + [0] * (4 - len(inputs))] * 2))[0, len(inputs) - 1]
+    assert token == np.argmax(logits)
+    inputs.append(token)
+
+
+def test_the_first_eos_ends_a_row_and_is_counted(engine):
+  free = engine.generate(PROMPTS, max_new_tokens=8, eos_id=-1)
+  eos = free[0].tokens[3]
+  ended = engine.generate(PROMPTS, max_new_tokens=8, eos_id=eos)
+  expected = free[0].tokens[:free[0].tokens.index(eos) + 1]
+  assert ended[0].tokens == expected
+  assert 0 > ended[0].score > free[0].score
+
+
+def test_an_open_checkpoint_is_as_good_as_its_path(engine, palm_tiny):
+  again = Engine.load(open_checkpoint(palm_tiny), mesh='2x1x1', dtype='float32')
+  assert again.generate(PROMPTS, max_new_tokens=8) == engine.generate(PROMPTS, max_new_tokens=8)
+
+
+def test_a_full_cache_is_enough(engine):
+  """3 prompt tokens and 8 new ones: BOS takes a position and the last new token none."""
+  free = engine.generate(PROMPTS, max_new_tokens=8)
+  assert engine.generate(PROMPTS, max_new_tokens=8, cache_size=11) == free
+
+
+def test_padded_batch_is_accepted(engine):
+  assert [engine.padded_batch(n) for n in (1, 2, 3, 5)] == [1, 2, 4, 6]
+
+
+@pytest.mark.parametrize('arguments, says', [
+    (dict(prompts=[]), 'there are no prompts'),
+    (dict(max_new_tokens=0), 'max_new_tokens must be at least 1, got 0'),
+    (dict(prompts=[[3], [3, 384]]), 'prompt 1 holds token 384, outside the vocabulary of 384'),
+    (dict(prompts=[[3], [-1]]), 'prompt 1 holds token -1'),
+    (dict(cache_size=10),
+     'prompt 0 is longer than the cache: 3 tokens and 8 new ones need 11 positions, the cache has 10'),
+    (dict(prompt_size=2), 'prompt 0 has 3 tokens, more than prompt_size=2'),
+    (dict(seeds=[1]), '2 prompts need as many seeds, got shape'),
+])
+def test_bad_requests(engine, arguments, says):
+  with pytest.raises(RequestError) as error:
+    engine.generate(**{'prompts': PROMPTS, 'max_new_tokens': 8, **arguments})
+  assert says in str(error.value)
+
+
+def test_an_indivisible_batch(engine):
+  with pytest.raises(MeshError, match='a batch of 3 does not divide over the mesh 2x1x1: pad it to 4 rows'):
+    engine.generate([[3]] * 3, max_new_tokens=8)
+  with pytest.raises(MeshError, match='a batch of 3 does not divide'):
+    engine.score(np.zeros((3, 4)), np.ones((3, 4)))
+
+
+@pytest.mark.parametrize('shapes', [((2, 4), (2, 5)), ((2, 4), (1, 4)), ((4,), (4,))])
+def test_score_takes_arrays_of_one_shape(engine, shapes):
+  with pytest.raises(RequestError, match='score takes three arrays'):
+    engine.score(*map(np.ones, shapes))
+
+
+@pytest.mark.parametrize('mesh, says', [
+    ('4x4x1', 'mesh 4x4x1 needs 16 devices and there are 8'),
+    ('3x1x1', 'd_model=256 does not divide over the 3 devices of the mesh 3x1x1'),
+    ('2x2', 'a mesh is written XxYxZ'),
+    ('0x1x1', 'a mesh is written XxYxZ'),
+])
+def test_meshes_that_do_not_fit(palm_tiny, mesh, says):
+  with pytest.raises(MeshError) as error:
+    Engine.load(palm_tiny, mesh=mesh)
+  assert says in str(error.value)
+
+
+@pytest.mark.parametrize('arguments, error, says', [
+    (dict(dtype='float16'), RequestError, 'dtype must be one of float32, bfloat16'),
+    (dict(layout='ws_9d/batch'), MeshError, "unknown layout part 'ws_9d'; known: ws_2d"),
+    (dict(layout='ws_2d'), MeshError, 'a layout is written feedforward/attention'),
+    (dict(norm_scale='two'), CheckpointError, 'norm_scale must be one of zero, one'),
+])
+def test_bad_loads(palm_tiny, arguments, error, says):
+  with pytest.raises(error) as raised:
+    Engine.load(palm_tiny, **arguments)
+  assert says in str(raised.value)
+
+
+@pytest.mark.parametrize('values, says', [
+    (dict(temperature=-0.1), 'temperature must be 0 or more'),
+    (dict(temperature=float('nan')), 'temperature must be 0 or more'),
+    (dict(temperature=float('inf')), 'temperature must be 0 or more'),
+    (dict(top_k=-1), 'top_k must be 0'),
+    (dict(top_p=0.0), 'top_p must be above 0'),
+    (dict(top_p=1.1), 'top_p must be above 0 and at most 1'),
+])
+def test_bad_samplers(values, says):
+  with pytest.raises(RequestError) as error:
+    Sampler(**values)
+  assert says in str(error.value)

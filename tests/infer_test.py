@@ -1,0 +1,256 @@
+"""The infer command: plain flags and gin, rows in and out, and what it says when something is wrong."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import sentencepiece
+
+from t5x_inference_ext import infer
+from t5x_inference_ext.serving import loading, vocabularies
+
+FLAGS = ('--dtype=float32', '--max_new_tokens=48')
+
+
+@pytest.fixture(scope='module')
+def greedy(golden):
+  return json.loads((golden / 'greedy.json').read_text())
+
+
+@pytest.fixture
+def command(capsys):
+  """Runs the command in this process: (exit code, stdout, stderr)."""
+
+  def run(*flags):
+    code = infer.run(['infer', *map(str, flags)])
+    return code, *capsys.readouterr()
+
+  return run
+
+
+@pytest.fixture
+def complete(command, palm_tiny, tmp_path):
+  """Runs rows through the plain command; (rows out, stdout)."""
+
+  def run(rows, *flags, name='out.jsonl', checkpoint=palm_tiny):
+    prompts = _write(tmp_path / 'prompts.jsonl', rows)
+    code, out, err = command(
+        f'--checkpoint={checkpoint}', f'--prompts={prompts}', f'--output={tmp_path / name}', '--dtype=float32', *flags)
+    assert code == 0, err
+    return _read(tmp_path / name), out
+
+  return run
+
+
+@pytest.fixture
+def complaint(command, palm_tiny, tmp_path, monkeypatch):
+  """What the plain command says of a prompts file (text), on stderr; it must say so before weights are loaded."""
+
+  def load(*_, **__):
+    raise AssertionError('weights were loaded')
+
+  monkeypatch.setattr(loading.Engine, 'load', load)
+
+  def run(text, *flags):
+    prompts = tmp_path / 'prompts.jsonl'
+    prompts.write_text(text, encoding='utf-8')
+    code, _, err = command(
+        f'--checkpoint={palm_tiny}', f'--prompts={prompts}', f'--output={tmp_path / "out.jsonl"}', *flags)
+    assert code == 2
+    assert err.startswith('error: ')
+    assert not (tmp_path / 'out.jsonl').exists()
+    return err
+
+  return run
+
+
+def _write(path, rows):
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows), encoding='utf-8')
+  return path
+
+
+def _read(path):
+  return [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
+
+
+def test_plain_command_without_tensorflow(palm_tiny, greedy, repository, tmp_path):
+  """The command as the README gives it, in a process of its own: T5X's tokens, and no framework imported for them."""
+  output = tmp_path / 'completions.jsonl'
+  script = (
+      'import runpy, sys\n'
+      'try:\n'
+      '  runpy.run_module("t5x_inference_ext.infer", run_name="__main__", alter_sys=True)\n'
+      'except SystemExit as exit:\n'
+      '  assert not {"tensorflow", "seqio", "t5x", "flax"} & set(sys.modules), "frameworks"\n'
+      '  raise\n')
+  result = subprocess.run(
+      [sys.executable, '-c', script, f'--checkpoint={palm_tiny}',
+       f'--prompts={repository / "examples" / "prompts.jsonl"}', f'--output={output}', *FLAGS, '--temperature=0',
+       '--mesh=2x2x2'],
+      capture_output=True, text=True, timeout=120, env={**os.environ, 'JAX_DEFAULT_MATMUL_PRECISION': 'highest'})
+  assert result.returncode == 0, result.stderr
+  rows = _read(output)
+  assert [row['prompt'] for row in rows] == [row['prompt'] for row in greedy]
+  assert [row['tokens'] for row in rows] == [row['greedy_tokens'] for row in greedy]
+  assert [row['completion'] for row in rows] == [row['greedy_text'] for row in greedy]
+  assert all(row.keys() == {'prompt', 'completion', 'tokens', 'score'} and row['score'] < 0 for row in rows)
+  for said in ('mesh: 2x2x2', 'norm scales: stored around zero', 'vocabulary: bytes', 'tokens/s', 'compilation',
+               f'wrote {output}'):
+    assert said in result.stdout
+  record = json.loads((tmp_path / 'completions.jsonl.config.json').read_text())
+  assert record['mesh'] == '2x2x2'
+  assert record['model']['norm_scale'] == 'zero'
+  assert record['vocabulary']['name'] == 'bytes'
+  assert record['time']['tokens'] == 8 * 48
+
+
+def test_scoring_the_output_of_a_run_gives_its_scores(complete, greedy):
+  rows, _ = complete([{'prompt': g['prompt']} for g in greedy], *FLAGS, '--mesh=2x2x2')
+  assert [row['tokens'] for row in rows] == [g['greedy_tokens'] for g in greedy]
+  scored, out = complete(rows, '--mode=score', '--mesh=2x2x2', name='scored.jsonl')
+  assert '384 tokens scored' in out
+  assert [row['score'] for row in scored] == pytest.approx([row['score'] for row in rows], rel=1e-5)
+  assert [{**row, 'score': 0} for row in scored] == [{**row, 'score': 0} for row in rows]
+  # Completions in text, where there are no tokens: these hold no EOS, so they are the same.
+  texts = [{'prompt': row['prompt'], 'completion': row['completion']} for row in rows]
+  rescored, _ = complete(texts, '--mode=score', '--mesh=2x2x2', name='rescored.jsonl')
+  assert [row['score'] for row in rescored] == [row['score'] for row in scored]
+
+
+def test_rows_of_every_kind(complete):
+  """Text and ids, empty and not, with fields of the user's; over the default mesh, with a batch it does not divide."""
+  ids = [b + 3 for b in b'def f(']
+  rows, out = complete(
+      [{'prompt': 'def f('}, {'prompt': ids, 'id': 7}, {'prompt': ''}, {'prompt': []}, {'prompt': 'é'}],
+      '--max_new_tokens=8', '--batch_size=5')
+  assert 'mesh: 2x2x2 (all that divide the model)' in out
+  assert 'batch: 8 rows (5 does not divide over the mesh 2x2x2' in out
+  assert rows[0]['tokens'] == rows[1]['tokens']
+  assert rows[1]['prompt'] == ids and rows[1]['id'] == 7
+  assert rows[2]['tokens'] == rows[3]['tokens'] and len(rows[2]['tokens']) == 8
+  assert len(rows) == 5
+  assert '5 rows, 40 tokens generated' in out
+
+
+def test_a_rows_sample_depends_on_its_seed_and_place_alone(complete):
+  """Not on the batch size, the mesh, nor on what else is in the batch."""
+  prompts = [{'prompt': p} for p in ('def f(', 'def f(', 'import ', 'class A', 'for i in')]
+  sampling = ('--max_new_tokens=8', '--temperature=1', '--top_k=50', '--top_p=0.9')
+  one, _ = complete(prompts, *sampling, '--seed=3', '--mesh=2x2x2', name='1')
+  assert one[0]['tokens'] != one[1]['tokens']
+  two, out = complete(prompts[:3], *sampling, '--seed=3', '--mesh=2x1x1', '--batch_size=2', name='2')
+  assert 'batch: 2 rows' in out
+  assert [row['tokens'] for row in two] == [row['tokens'] for row in one[:3]]
+  other, _ = complete(prompts, *sampling, '--seed=4', '--mesh=2x2x2', name='3')
+  assert all(a['tokens'] != b['tokens'] for a, b in zip(one, other))
+
+
+def test_sentencepiece_vocabulary(complete, repository, tmp_path):
+  text = (repository / 'LICENSE').read_text().splitlines()
+  model = tmp_path / 'words'
+  sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(text), model_prefix=str(model), vocab_size=300, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+      minloglevel=2)
+  rows, out = complete([{'prompt': 'the License'}], '--max_new_tokens=8', f'--vocabulary={model}.model')
+  assert f'vocabulary: {model}.model (given)' in out
+  processor = sentencepiece.SentencePieceProcessor(model_file=f'{model}.model')
+  same, _ = complete([{'prompt': processor.encode('the License')}], '--max_new_tokens=8',
+                     f'--vocabulary={model}.model', name='ids.jsonl')
+  assert same[0]['tokens'] == rows[0]['tokens']
+  known = [t for t in rows[0]['tokens'] if 1 < t < 300]
+  assert rows[0]['completion'] == processor.decode(known)
+
+
+def test_without_a_vocabulary_ids_still_work(complete, monkeypatch):
+  """As for any model that has not 384 rows, where no --vocabulary is given."""
+  monkeypatch.setattr(vocabularies, 'BYTE_ROWS', 0)
+  rows, out = complete([{'prompt': [103, 104, 105]}], '--max_new_tokens=8')
+  assert 'vocabulary: none (not known for 384 rows' in out
+  assert rows[0]['completion'] is None and len(rows[0]['tokens']) == 8
+
+
+def test_overwrite_replaces_and_a_failed_run_leaves_nothing(complete, tmp_path, monkeypatch):
+  complete([{'prompt': 'a'}], '--max_new_tokens=8')
+  rows, _ = complete([{'prompt': 'b'}], '--max_new_tokens=8', '--overwrite')
+  assert [row['prompt'] for row in rows] == ['b']
+
+  def fail(*_, **__):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(loading.Engine, 'generate', fail)
+  before = sorted(os.listdir(tmp_path))
+  with pytest.raises(AssertionError, match='interrupted'):
+    complete([{'prompt': 'c'}], '--max_new_tokens=8', '--overwrite')
+  assert _read(tmp_path / 'out.jsonl') == rows
+  assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_help_shows_examples_and_flags(command):
+  code, out, _ = command('--help')
+  assert code == 0
+  assert '--gin_file=t5x_inference_ext/configs/runs/infer.gin' in out
+  assert '--max_new_tokens: The limit for each row. Default: 64.' in out
+
+
+@pytest.mark.parametrize('text, says', [
+    ('{"prompt": "a"}\n{"prompt": "b"\n', 'prompts.jsonl:2: not JSON'),
+    ('[1, 2]\n', 'prompts.jsonl:1: a row is an object such as {"prompt": "def f("}, not a list'),
+    ('\n{"text": "a"}\n', 'prompts.jsonl:2: no "prompt" (it has \'text\')'),
+    ('{"prompt": 3}\n', '"prompt" must be text or a list of token ids, not the number 3'),
+    ('{"prompt": [3, 1.5]}\n', 'the list holds the number 1.5'),
+    ('{"prompt": [true]}\n', 'the list holds true or false'),
+    ('{"prompt": [4, 384]}\n',
+     'prompts.jsonl:1: `prompt` holds token 384, outside the model\'s vocabulary: ids are 0 to 383'),
+    ('{"prompt": "\\ud800"}\n', 'prompts.jsonl:1: `prompt` is not valid Unicode'),
+    ('\n\n', 'has no rows'),
+])
+def test_bad_rows(complaint, text, says):
+  assert says in complaint(text)
+
+
+def test_every_bad_row_is_listed(complaint):
+  error = complaint('{"prompt": "a"}\nx\n' + '{}\n' * 20)
+  assert '21 row(s) of the prompts file can\'t be used' in error
+  assert 'prompts.jsonl:2: not JSON' in error and 'prompts.jsonl:11: no "prompt" (it is empty)' in error
+  assert '... and 11 more rows' in error
+
+
+@pytest.mark.parametrize('flags, says', [
+    (['--cache_length=64'], 'prompts.jsonl:2: the prompt is longer than the cache: 17 tokens, and there is room for 0'),
+    (['--cache_length=80'], 'there is room for 16 beside the new ones: shorten it, raise --cache_length'),
+    (['--cache_length=63'], 'cache_length=63 has no room for max_new_tokens=64'),
+    (['--mode=score'], 'prompts.jsonl:1: no "completion" to score'),
+    (['--mesh=4x4x1'], 'mesh 4x4x1 needs 16 devices and there are 8'),
+    (['--mesh=3x1x1'], 'd_model=256 does not divide over the 3 devices of the mesh 3x1x1'),
+    (['--mesh=2x2'], 'a mesh is written XxYxZ'),
+    (['--checkpoint=/nowhere/checkpoint_1'], 'no checkpoint at /nowhere/checkpoint_1'),
+    (['--prompts=/nowhere.jsonl'], 'no prompts file at /nowhere.jsonl'),
+    (['--output=/nowhere/out.jsonl'], 'the output\'s directory /nowhere does not exist'),
+    (['--vocabulary=nowhere.model'], 'no vocabulary at nowhere.model'),
+    (['--temperature=-1'], 'temperature must be 0 or more, got -1.0'),
+    (['--top_p=0'], 'top_p must be above 0'),
+    (['--max_new_tokens=0'], 'max_new_tokens must be a whole number, 1 or more, got 0'),
+    (['--batch_size=0'], 'batch_size must be a whole number, 1 or more'),
+    (['--seed=-1'], 'seed must be a whole number, 0 or more'),
+    (['--dtype=float16'], '--dtype'),
+    (['--prompt=x'], 'Unknown command line flag \'prompt\''),
+    (['--output='], '--output not given'),
+    (['--gin.MESH="2x2x2"'], '--checkpoint and gin flags can\'t be mixed'),
+])
+def test_bad_flags(complaint, flags, says):
+  assert says in complaint('{"prompt": ""}\n{"prompt": "seventeen letters"}\n', *flags)
+
+
+def test_text_without_a_vocabulary(complaint, monkeypatch):
+  monkeypatch.setattr(vocabularies, 'BYTE_ROWS', 0)
+  assert 'give --vocabulary=FILE.model (a SentencePiece model) or --vocabulary=bytes, or give token ids' in complaint(
+      '{"prompt": "a"}\n')
+
+
+def test_existing_output_is_refused(complaint, tmp_path):
+  (tmp_path / 'taken.jsonl').write_text('precious')
+  assert 'taken.jsonl exists: remove it, choose another --output, or give --overwrite' in complaint(
+      '{"prompt": "a"}\n', f'--output={tmp_path / "taken.jsonl"}')
+  assert (tmp_path / 'taken.jsonl').read_text() == 'precious'

@@ -1,0 +1,117 @@
+"""A slow, obvious model in numpy: one device, no cache, no sharding, no fusing. Everything else is compared to it."""
+
+import dataclasses
+
+import numpy as np
+
+from t5x_inference_ext import parameters
+from t5x_inference_ext.config import ModelConfig
+
+
+def random_tensors(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
+  """Canonical float32 tensors of plausible sizes."""
+  rng = np.random.default_rng(seed)
+  tensors = {}
+  for name, p in parameters.parameters(config).items():
+    scale = 0.1 if p.kind == 'norm' else 1.0 if p.kind == 'embedding' else p.shape[1] ** -0.5
+    tensors[name] = (rng.normal(size=p.shape) * scale).astype(np.float32)
+    if p.kind == 'norm' and config.norm_scale == 'one':
+      tensors[name] += 1
+  return tensors
+
+
+def quantized(config: ModelConfig, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """The int8 model nearest to `tensors`: int8 matrices and their scales."""
+  groups = {}
+  for name, p in parameters.parameters(config).items():
+    if p.scale:
+      groups.setdefault(p.scale, []).append(name)
+  out = dict(tensors)
+  for scale, names in groups.items():
+    out[scale] = np.max([np.abs(tensors[n]).max(axis=1) for n in names], axis=0) / 127  # [L, out]
+    for n in names:
+      out[n] = np.round(tensors[n] / out[scale][:, None, :]).astype(np.int8)
+  return out
+
+
+def dequantized(config: ModelConfig, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """The float32 model that an int8 one stands for."""
+  out = {n: tensors[n] for n in parameters.parameters(config)}
+  for name, p in parameters.parameters(config).items():
+    if p.scale:
+      out[name] = tensors[name].astype(np.float32) * tensors[p.scale][:, None, :]
+  return out
+
+
+def logits(config: ModelConfig, tensors: dict[str, np.ndarray], tokens: np.ndarray) -> np.ndarray:
+  """tokens [B, T] -> [B, T, V], in float64."""
+  c = config
+  t = {name: np.asarray(x, np.float64) for name, x in tensors.items()}
+  b, length = tokens.shape
+  x = t['embedding'][tokens]
+  for i in range(c.num_layers):
+    y = _rms_norm(x, t['layer_norm'][i], c)
+    q = _rotary((y @ t['query'][i]).reshape(b, length, c.num_heads, c.d_head), c)
+    k = _rotary((y @ t['key'][i]).reshape(b, length, c.num_kv_heads, c.d_head), c)
+    v = (y @ t['value'][i]).reshape(b, length, c.num_kv_heads, c.d_head)
+    k, v = (np.repeat(z, c.num_heads // c.num_kv_heads, axis=2) for z in (k, v))
+    scores = np.einsum('bthd,bshd->bhts', q, k) / np.sqrt(c.d_head)
+    scores = np.where(np.tril(np.ones((length, length), bool)), scores, -np.inf)
+    attention = np.einsum('bhts,bshd->bthd', _softmax(scores), v).reshape(b, length, -1)
+    gate = y @ t['gate'][i]
+    mlp = gate / (1 + np.exp(-gate)) * (y @ t['linear'][i])
+    x = x + attention @ t['attention_output'][i] + mlp @ t['mlp_output'][i]
+  x = _rms_norm(x, t['final_norm'], c)
+  return x @ t['embedding'].T / np.sqrt(c.d_model)
+
+
+def greedy(config, tensors, prompt: list[int], new_tokens: int) -> list[int]:
+  """Greedy continuation of one prompt, the whole sequence recomputed for each token."""
+  tokens = [0] + list(prompt)
+  for _ in range(new_tokens):
+    tokens.append(int(np.argmax(logits(config, tensors, np.asarray([tokens]))[0, -1])))
+  return tokens[len(prompt) + 1:]
+
+
+def _rms_norm(x, scale, c):
+  scale = 1 + scale if c.norm_scale == 'zero' else scale
+  return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + c.norm_epsilon) * scale
+
+
+def _rotary(x, c):
+  half = c.d_head // 2
+  angle = np.arange(x.shape[1])[:, None] * c.rope_max_timescale ** (-np.arange(half) / half)
+  sin, cos = np.sin(angle)[:, None, :], np.cos(angle)[:, None, :]
+  a, b = x[..., :half], x[..., half:]
+  return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def _softmax(x):
+  e = np.exp(x - x.max(axis=-1, keepdims=True))
+  return e / e.sum(axis=-1, keepdims=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayTensor:
+  """A checkpoint tensor held in memory."""
+
+  array: np.ndarray
+
+  def read(self, index=...):
+    return self.array[index]
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryCheckpoint:
+  """What load_weights needs of a checkpoint, over arrays."""
+
+  config: ModelConfig
+  tensors: dict
+
+  @classmethod
+  def of(cls, config, arrays):
+    return cls(config, {name: ArrayTensor(x) for name, x in arrays.items()})
+
+  @property
+  def weights(self):
+    return str(self.tensors['query'].array.dtype)

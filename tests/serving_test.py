@@ -1,0 +1,89 @@
+"""The parts of the infer command: vocabularies, seeds, default meshes, shapes of batches."""
+
+import pytest
+
+from t5x_inference_ext.config import preset
+from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.serving import batches, output
+from t5x_inference_ext.serving.loading import default_mesh
+from t5x_inference_ext.serving.vocabularies import ByteVocabulary, find_vocabulary
+
+
+@pytest.mark.parametrize('text', ['', 'def f(x):\n\treturn x', 'é ß 漢字 😀', '\x00\x7f'])
+def test_bytes_are_seqios(text):
+  import seqio  # seconds, that other tests here need not wait for
+
+  ours, theirs = ByteVocabulary(), seqio.ByteVocabulary()
+  assert ours.encode(text) == list(theirs.encode(text))
+  for ids in (ours.encode(text), ours.encode(text)[:-1], [2, 0, 300, *ours.encode(text), 1, 70]):
+    assert ours.decode(ids) == theirs.decode(ids)
+  assert (ours.size, ours.eos_id) == (theirs.vocab_size, theirs.eos_id)
+
+
+def test_vocabulary_that_is_not_known():
+  assert find_vocabulary(None, 32128, needed=False)[0] is None
+  with pytest.raises(RequestError, match=r'not known: give --vocabulary=FILE.model'):
+    find_vocabulary(None, 32128, needed=True)
+
+
+def test_vocabulary_that_does_not_fit(tmp_path):
+  with pytest.raises(RequestError, match='vocabulary bytes has 259 ids and the model 128 rows'):
+    find_vocabulary('bytes', 128, needed=True)
+  (tmp_path / 'not.model').write_text('nothing')
+  with pytest.raises(RequestError, match='not.model is not a SentencePiece model'):
+    find_vocabulary(str(tmp_path / 'not.model'), 384, needed=True)
+
+
+def test_row_seeds_differ_and_stay():
+  seeds = [batches.row_seed(7, row) for row in range(1000)]
+  assert len(set(seeds)) == 1000
+  assert all(0 <= seed < 2**32 for seed in seeds)
+  assert not set(seeds) & {batches.row_seed(8, row) for row in range(1000)}
+  assert batches.row_seed(7, 3) == seeds[3]
+
+
+@pytest.mark.parametrize('model, devices, mesh', [
+    ('palm_tiny', 1, (1, 1, 1)),
+    ('palm_tiny', 2, (1, 2, 1)),
+    ('palm_tiny', 7, (1, 2, 2)),
+    ('palm_tiny', 8, (2, 2, 2)),
+    ('palm_540b', 64, (4, 4, 4)),
+    ('palm_540b', 256, (8, 8, 4)),
+])
+def test_default_mesh_divides_the_model(model, devices, mesh):
+  assert default_mesh(preset(model), devices) == mesh
+
+
+@pytest.mark.parametrize('longest, limit, size', [(0, None, 0), (1, None, 16), (16, None, 16), (17, None, 32),
+                                                  (17, 20, 20), (17, 17, 17)])
+def test_prompts_are_padded_within_the_cache(longest, limit, size):
+  assert batches.prompt_size(longest, limit) == size
+
+
+def test_compilation_is_not_counted_as_work():
+  import jax
+
+  clock = batches.Clock()
+  step = jax.jit(lambda x: x @ x + 1)
+  with clock:
+    step(jax.numpy.ones((64, 64))).block_until_ready()
+  compiled = clock.compile_seconds
+  assert compiled > 0
+  with clock:
+    step(jax.numpy.ones((64, 64))).block_until_ready()
+  assert clock.compile_seconds == compiled
+  assert clock.seconds > 0
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+  path = tmp_path / 'rows.jsonl'
+  with pytest.raises(KeyboardInterrupt):
+    with output.whole_file(str(path)) as file:
+      file.write('half')
+      raise KeyboardInterrupt
+  assert not list(tmp_path.iterdir())
+  with output.whole_file(str(path)) as file:
+    file.write('all')
+    assert not path.exists()
+  assert path.read_text() == 'all'
+  assert path.stat().st_mode & 0o444 == 0o444

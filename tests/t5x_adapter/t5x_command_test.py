@@ -1,0 +1,57 @@
+"""T5X's own commands, as processes: a stock configuration, and this package's gin file behind it."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+
+from tests.t5x_adapter import inference_tasks
+
+PLUGIN = 't5x_inference_ext/configs/t5x/infer.gin'
+
+
+def _run(repository, *args, succeeds=True):
+  process = subprocess.run(
+      [sys.executable, '-m', *args], cwd=repository, capture_output=True, text=True, timeout=240, check=False)
+  assert (process.returncode == 0) == succeeds, process.stderr[-4000:]
+  return process.stderr
+
+
+def _rows(output, mode):
+  path = output / f'{inference_tasks.TASK}-{mode}.jsonl-00000-of-00001'
+  return [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
+
+
+def test_infer(repository, palm_tiny, stock_rows, tmp_path):
+  """The stock command with one more gin file."""
+  output = tmp_path / 'output'
+  _run(
+      repository, 't5x.infer', '--gin_file=tests/t5x_adapter/stock_infer.gin', f'--gin_file={PLUGIN}',
+      f'--gin.CHECKPOINT_PATH="{palm_tiny}"', f'--gin.INFER_OUTPUT_DIR="{output}"', '--gin.MESH="2x2x2"',
+      '--gin.DTYPE="float32"')
+  assert _rows(output, 'predict') == stock_rows('predict')
+  info = (output / 'model-info.txt').read_text(encoding='utf-8')
+  assert 'Total number of parameters: 3835136' in info
+
+
+def test_main_with_int8(repository, int8_checkpoint, stock_rows, tmp_path):
+  """t5x.main, scoring, on the package's own run file: no stock model, and so no flaxformer, in sight."""
+  output = tmp_path / 'output'
+  _run(
+      repository, 't5x.main', '--run_mode=infer', '--gin_file=t5x_inference_ext/configs/runs/t5x_infer.gin',
+      '--gin_bindings=from tests.t5x_adapter import inference_tasks',
+      f'--gin.MIXTURE_OR_TASK_NAME="{inference_tasks.TASK}"',
+      f'--gin.TASK_FEATURE_LENGTHS={inference_tasks.LENGTHS}', f'--gin.CHECKPOINT_PATH="{int8_checkpoint}"',
+      f'--gin.INFER_OUTPUT_DIR="{output}"', '--gin.infer.mode="score"', '--gin.MESH="1x1x1"')
+  scores, stock = ([row['score'] for row in rows] for rows in (_rows(output, 'score'), stock_rows('score')))
+  # bfloat16 and int8 against float32.
+  np.testing.assert_allclose(scores, stock, rtol=0.05)
+
+
+def test_unknown_binding(repository, palm_tiny, tmp_path):
+  stderr = _run(
+      repository, 't5x.infer', '--gin_file=tests/t5x_adapter/stock_infer.gin', f'--gin_file={PLUGIN}',
+      f'--gin.CHECKPOINT_PATH="{palm_tiny}"', f'--gin.INFER_OUTPUT_DIR="{tmp_path}"',
+      '--gin.InferenceModel.dtypes="float32"', succeeds=False)
+  assert "InferenceModel" in stderr and "doesn't have a parameter named 'dtypes'" in stderr
