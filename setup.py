@@ -6,30 +6,35 @@ import setuptools
 
 ROOT = pathlib.Path(__file__).parent
 
-# Lower bounds are versions the test suite ran with (constraints.txt holds the whole environment); jax has no upper
-# bound because nothing below uses a deprecated API.
+# Lower bounds are the oldest versions that the test suite ran with, constraints.txt the newest. No upper bounds: nothing
+# here uses a deprecated API.
 INSTALL_REQUIRES = [
-    'absl-py>=2.5',
+    'absl-py>=2.3.1',
     'gin-config>=0.5',
-    'jax>=0.10.2',
-    'ml_dtypes>=0.6',
-    'msgpack>=1.2',
-    'numpy>=2.4',
-    'sentencepiece>=0.2.3',
+    'jax>=0.10',
+    'ml_dtypes>=0.5.4',
+    'msgpack>=1.1',
+    'numpy>=2.2.6',
+    'sentencepiece>=0.2',
     'seqio>=0.0.20',  # With TensorFlow: imported only where a task is asked for.
     'tensorflow>=2.21',
-    'tensorstore>=0.1.86',
-    'tqdm>=4.70',
+    'tensorstore>=0.1.84',
+    'tqdm>=4.67.1',
 ]
 
 # T5X is on GitHub only, and PyPI refuses to publish a distribution whose metadata holds such a URL: drop this extra
-# from an upload. T5X's own setup.py asks for flax, optax, clu and seqio at the head of their repositories;
-# requirements-t5x.txt installs the released versions known to work instead.
-T5X_REQUIRES = ['t5x @ git+https://github.com/google-research/t5x@cc342d419ec3e3e9c4bf1df33c82330cafdc1e16']
+# from an upload. docs/t5x.md lists the versions that ran together: T5X's own list floats.
+T5X_REQUIRES = [
+    't5x @ git+https://github.com/google-research/t5x@cc342d419ec3e3e9c4bf1df33c82330cafdc1e16',
+    # What T5X imports without asking for it: the last for t5x.export alone.
+    'grain>=0.2.18',
+    'tensorboard>=2.21',
+    'tensorflow-serving-api>=2.21',
+]
 
 TEST_REQUIRES = [
-    'hypothesis>=6.170',
-    'pytest>=9.2',
+    'hypothesis>=6.150.3',
+    'pytest>=9.0.3',
     'setuptools>=70.1',  # tests/package_test.py builds the wheel without isolation; 70.1 no longer needs `wheel`.
 ]
 
@@ -49,8 +54,8 @@ setuptools.setup(
     install_requires=INSTALL_REQUIRES,
     extras_require={
         't5x': T5X_REQUIRES,
-        'tpu': ['jax[tpu]>=0.10.2'],
-        'plots': ['matplotlib>=3.10'],
+        'tpu': ['jax[tpu]>=0.10'],
+        'plots': ['matplotlib>=3.11'],
         'test': TEST_REQUIRES,
     },
     entry_points={

@@ -113,9 +113,10 @@ def test_command_resolves_and_shows_help(outside, command):
 def test_gin_file_parses_outside_the_checkout(outside, name):
   """By the name that a user gives to --gin_file or writes in an include."""
   needs_t5x = NEEDS_T5X.search((ROOT / name).read_text(encoding='utf-8'))
-  if needs_t5x and importlib.util.find_spec('t5x') is None:
-    pytest.skip('needs T5X, which is not installed')
-  # T5X's own files bind the functions of the script that runs.
+  # export.gin imports what only exporting needs; the others bind the functions of the script that runs.
+  missing = [module for module in ('t5x', 'tensorflow_serving') if importlib.util.find_spec(module) is None]
+  if needs_t5x and missing and (missing[0] == 't5x' or 'export' in name):
+    pytest.skip(f'needs {missing[0]}, which is not installed')
   host = 'from t5x.export_lib import save' if 'export' in name else 'from t5x.infer import infer'
-  program = f'{host if needs_t5x else ""}\nimport gin, importlib.util\nprint(*gin.parse_config_file({name!r}).imports)'
-  assert 't5x_inference_ext' in outside('-c', program)
+  program = f'{host if needs_t5x else ""}\nimport gin, importlib.util\ngin.parse_config_file({name!r})\n'
+  assert 't5x_inference_ext' in outside('-c', f'{program}print(gin.config_str())')

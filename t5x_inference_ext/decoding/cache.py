@@ -39,10 +39,11 @@ def start(keys, values, lengths: jax.Array, size: int) -> KVCache:
 
 def append(cache: KVCache, keys, values) -> KVCache:
   """Writes one token's keys and values [.., B, 1, K, Q] at each row's end; a full row drops its write."""
-  rows = jnp.arange(cache.lengths.shape[0])
+  size = cache.size
+  here = (jnp.arange(size)[None, :] == cache.lengths[:, None])[:, :, None, None]  # [B, S, 1, 1]
 
   def write(x, new):
-    return x.at[..., rows, cache.lengths, :, :].set(new[..., 0, :, :], mode='drop', unique_indices=True)
+    return jnp.where(here.reshape((1,) * (x.ndim - 4) + here.shape), new, x)
 
   return KVCache(
       jax.tree.map(write, cache.keys, keys), jax.tree.map(write, cache.values, values), cache.lengths + 1)

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 
 from t5x_inference_ext.errors import RequestError
 
+SMALLEST = float(jnp.finfo(jnp.float32).tiny)  # below it float32 knows only 0
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
@@ -41,7 +43,9 @@ class Sampler:
     """
     if self.temperature == 0:
       return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = self._filter(logits / self.temperature)
+    # From the largest, so that a temperature near 0 sends all others to -inf and none to infinity.
+    logits = logits - jnp.max(logits, axis=-1, keepdims=True)
+    logits = self._filter(logits / max(self.temperature, SMALLEST))
     noise = jax.vmap(lambda s, p: jax.random.gumbel(jax.random.fold_in(jax.random.key(s), p), logits.shape[-1:]))
     return jnp.argmax(logits + noise(seeds, positions), axis=-1).astype(jnp.int32)
 

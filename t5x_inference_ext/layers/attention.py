@@ -3,9 +3,11 @@
 Shapes are those of one shard: B is the shard's part of the batch; all heads are here.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 
 
@@ -30,24 +32,31 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, context: Context | None) ->
   """
   b, t, h, d = q.shape
   kv = k.shape[2]
-  q = (q * jnp.asarray(d ** -0.5, q.dtype)).reshape(b, t, kv, h // kv, d)
-  logits = [_logits(q, k, jnp.tril(jnp.ones((1, t, t), bool)))]
-  values = [v]
+  q = q * jnp.asarray(d ** -0.5, q.dtype)
+  # Query heads that share a key head lie beside the tokens, as the rows of one product: [B, K, T * H/K, Q].
+  q = jnp.moveaxis(q.reshape(b, t, kv, h // kv, d), 2, 1).reshape(b, kv, -1, d)
+  causal = jnp.repeat(jnp.tril(jnp.ones((t, t), bool)), h // kv, axis=0)  # [T * H/K, T]
+  segments = [(k, v, causal[None, None])]
   if context is not None:
-    valid = jnp.arange(context.keys.shape[1])[None, :] < context.lengths[:, None]  # [B, S]
-    logits.insert(0, _logits(q, context.keys, valid[:, None, :]))
-    values.insert(0, context.values)
-  top = jnp.max(jnp.stack([jnp.max(x, axis=-1) for x in logits]), axis=0)[..., None]  # [B, K, H/K, T, 1]
+    filled = jnp.arange(context.keys.shape[1])[None, :] < context.lengths[:, None]  # [B, S]
+    segments.insert(0, (context.keys, context.values, filled[:, None, None, :]))
+  logits = [_logits(q, keys, visible) for keys, _, visible in segments]
+  top = functools.reduce(jnp.maximum, (jnp.max(x, axis=-1, keepdims=True) for x in logits))  # [B, K, T * H/K, 1]
   weights = [jnp.exp(x - top) for x in logits]
-  total = sum(jnp.sum(w, axis=-1) for w in weights)  # [B, K, H/K, T]
-  out = sum(
-      jnp.einsum('bkgts,bskd->btkgd', w.astype(x.dtype), x, preferred_element_type=jnp.float32)
-      for w, x in zip(weights, values))
-  out = out / jnp.moveaxis(total, 3, 1)[..., None]
-  return out.reshape(b, t, h, d).astype(q.dtype)
+  total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
+  out = sum(_mix(w.astype(q.dtype), values) for w, (_, values, _) in zip(weights, segments)) / total
+  return jnp.moveaxis(out.reshape(b, kv, t, h // kv, d), 1, 2).reshape(b, t, h, d).astype(q.dtype)
 
 
-def _logits(q: jax.Array, k: jax.Array, visible: jax.Array) -> jax.Array:
-  """q [B, T, K, H/K, Q], k [B, S, K, Q], visible [B or 1, T or 1, S] -> [B, K, H/K, T, S] float32."""
-  logits = jnp.einsum('btkgd,bskd->bkgts', q, k, preferred_element_type=jnp.float32)
-  return jnp.where(visible[:, None, None, :, :], logits, -jnp.inf)
+def _logits(q: jax.Array, keys: jax.Array, visible: jax.Array) -> jax.Array:
+  """q [B, K, M, Q], keys [B, S, K, Q], visible [B or 1, 1, M or 1, S] -> [B, K, M, S] float32."""
+  # dot_general, not einsum: it keeps the operands in this order, which spares a transposed copy of the cache on CPU.
+  logits = lax.dot_general(
+      q, jnp.moveaxis(keys, 2, 1), (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+  return jnp.where(visible, logits, -jnp.inf)
+
+
+def _mix(weights: jax.Array, values: jax.Array) -> jax.Array:
+  """weights [B, K, M, S], values [B, S, K, Q] -> [B, K, M, Q] float32."""
+  return lax.dot_general(
+      weights, jnp.moveaxis(values, 2, 1), (((3,), (2,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)

@@ -78,7 +78,8 @@ class DeviceTensor:
     if high > offset:
       shape = [len(range(*s.indices(n))) for s, n in zip(index, self.shape)]
       shape[self.axis] = high - max(low, offset)
-      pieces.append(np.zeros(shape, pieces[0].dtype if pieces else np.float32))
+      # int8 where nothing but padding is read: beside values of any dtype it takes theirs, and never widens int8.
+      pieces.append(np.zeros(shape, pieces[0].dtype if pieces else np.int8))
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=self.axis)
 
 

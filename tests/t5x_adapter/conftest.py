@@ -22,7 +22,7 @@ def _missing() -> str:
 
 
 MISSING = _missing()
-REASON = f'needs T5X and flaxformer ({MISSING} is not importable): install requirements-t5x.txt, or make test-t5x'
+REASON = f'needs T5X and flaxformer ({MISSING} is not importable): see docs/t5x.md for the versions known to work'
 
 
 class _SkippedModule(pytest.Module):

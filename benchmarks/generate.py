@@ -1,0 +1,116 @@
+"""Tokens per second of generation, beside stock T5X where it can be imported, in one run.
+
+    python -m benchmarks.generate
+    python -m benchmarks.generate --batch=1,8,32 --prompt=128 --generate=64 --repeats=7
+
+Run from the root of a checkout, on one device. Both sides serve the same T5X checkpoint, prompts and lengths, greedy,
+never stopping early; each figure is the median of the repeats, which alternate between the two sides. The share of the
+machine's matmul rate counts 2 FLOPs a parameter and token, prompt included, against a large product measured here, in
+the same dtype. Stock T5X is T5X's DecoderOnlyModel with temperature_sample over flaxformer's layers, jitted whole.
+"""
+
+import argparse
+import functools
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from t5x_inference_ext import engine as engine_lib
+from t5x_inference_ext.checkpoints import open_checkpoint
+from t5x_inference_ext.engine import Engine
+
+
+def matmul_rate(dtype: str, size: int = 2048, repeats: int = 5) -> float:
+  """FLOP/s of a size^3 product, the best of `repeats`."""
+  x = jnp.ones((size, size), dtype)
+  product = jax.jit(lambda a, b: a @ b)
+  product(x, x).block_until_ready()
+  return 2 * size**3 / min(seconds(lambda: product(x, x)) for _ in range(repeats))
+
+
+def seconds(run) -> float:
+  start = time.perf_counter()
+  jax.block_until_ready(run())
+  return time.perf_counter() - start
+
+
+def own_run(engine: Engine, prompts: np.ndarray, new_tokens: int):
+  """A function that generates for prompts [B, T], returning numpy tokens [B, new_tokens]."""
+  rows = prompts.tolist()
+  return lambda: np.asarray(
+      [c.tokens for c in engine.generate(rows, max_new_tokens=new_tokens, eos_id=-1)], np.int32)
+
+
+def stock_run(checkpoint: str, config, prompts: np.ndarray, new_tokens: int):
+  """The same with stock T5X; raises ImportError where it, or flaxformer, is absent."""
+  import seqio
+  from t5x import decoding, models
+  from tests.t5x_adapter import palm_flaxformer
+
+  c = config
+  module = palm_flaxformer.make_module(c.vocab_size, c.num_layers, c.d_model, c.d_ff, c.num_heads, c.d_head, scan=True)
+  model = models.DecoderOnlyModel(
+      module, seqio.ByteVocabulary(), optimizer_def=None,
+      decode_fn=functools.partial(decoding.temperature_sample, temperature=0.0))
+  params = stock_params(checkpoint)
+  rows, length = prompts.shape
+  inputs = np.zeros((rows, length + new_tokens), np.int32)
+  inputs[:, 1:length + 1] = prompts
+  causal = np.zeros_like(inputs)
+  causal[:, :length + 1] = 1
+  batch = {'decoder_input_tokens': jnp.asarray(inputs), 'decoder_causal_attention': jnp.asarray(causal)}
+  # eos_id -1: no row ends early, as on the other side.
+  step = jax.jit(lambda params, batch: model.predict_batch_with_aux(
+      params, batch, decoder_params={'eos_id': -1, 'decode_rng': jax.random.PRNGKey(0)})[0])
+  return lambda: np.asarray(step(params, batch))[:, :new_tokens]
+
+
+def stock_params(checkpoint: str):
+  """T5X's own reading of a legacy checkpoint."""
+  from t5x import checkpoints
+  return jax.tree.map(jnp.asarray, checkpoints.load_t5x_checkpoint(checkpoint)['target'])
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--checkpoint', default='examples/palm_tiny/checkpoint_1000', help='a legacy T5X checkpoint')
+  parser.add_argument('--batch', default='1,8,32', help='batch sizes, comma separated')
+  parser.add_argument('--prompt', type=int, default=128, help='tokens of each prompt')
+  parser.add_argument('--generate', type=int, default=64, help='new tokens of each row')
+  parser.add_argument('--dtype', default='float32', choices=engine_lib.DTYPES, help='of this package; stock: float32')
+  parser.add_argument('--repeats', type=int, default=5)
+  args = parser.parse_args()
+
+  config = open_checkpoint(args.checkpoint).config
+  engine = Engine.load(args.checkpoint, dtype=args.dtype)
+  rate = matmul_rate(args.dtype)
+  print(f'{config}\n{jax.devices()[0].device_kind}, {args.dtype}: matmul rate {rate / 1e9:.0f} GFLOP/s; '
+        f'prompt {args.prompt}, generate {args.generate}, median of {args.repeats}')
+  print('batch | this package: tokens/s | share of matmul rate | stock T5X: tokens/s | ratio')
+  for rows in map(int, args.batch.split(',')):
+    prompts = np.random.default_rng(0).integers(3, 259, (rows, args.prompt)).astype(np.int32)
+    sides = {'own': own_run(engine, prompts, args.generate)}
+    try:
+      sides['stock'] = stock_run(args.checkpoint, config, prompts, args.generate)
+    except ImportError as e:
+      missing = f'not importable ({e.name or e})'
+    tokens = {name: run() for name, run in sides.items()}  # compiles
+    times = {name: [] for name in sides}
+    for _ in range(args.repeats):
+      for name, run in sides.items():
+        times[name].append(seconds(run))
+    speed = {name: rows * args.generate / statistics.median(t) for name, t in times.items()}
+    flops = 2 * config.num_params * (args.prompt + args.generate) / args.generate * speed['own']
+    line = f'{rows:5} | {speed["own"]:22.0f} | {flops / rate:20.1%} | '
+    if 'stock' not in sides:
+      print(line + missing)
+      continue
+    same = (tokens['own'] == tokens['stock']).all(axis=1).sum()
+    print(line + f'{speed["stock"]:19.0f} | {speed["own"] / speed["stock"]:.2f}x  ({same} of {rows} rows equal)')
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,127 @@
+"""Generation as a whole: where rows end, what scores mean, and that batch and mesh change nothing."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from t5x_inference_ext.decoding import generate as generation
+from t5x_inference_ext.decoding.sampling import Sampler
+from t5x_inference_ext.engine import model_inputs
+from tests import reference
+from tests.decoding import memory
+
+CONFIG = memory.ODD
+TENSORS = reference.random_tensors(CONFIG, seed=1)
+PROMPTS = [[5, 6, 7], [9], [], [11, 12, 13, 14, 15], [9], [44, 3], [100] * 5, [1, 2]]
+SEEDS = [3, 1, 4, 1, 5, 9, 2, 6]
+SAMPLER = Sampler(temperature=1.0, top_k=40, top_p=0.95)
+NEW = 6
+
+
+@functools.cache
+def engine(mesh):
+  return memory.engine(CONFIG, TENSORS, mesh)
+
+
+@functools.cache
+def sampled():
+  return engine('1x1x1').generate(PROMPTS, max_new_tokens=NEW, sampler=SAMPLER, seeds=SEEDS, eos_id=-1, prompt_size=5)
+
+
+@functools.cache
+def greedy():
+  return engine('1x1x1').generate(PROMPTS, max_new_tokens=NEW, eos_id=-1, prompt_size=5)
+
+
+def raw(mesh, *, eos_id, max_new_tokens=NEW, prompts=PROMPTS):
+  """generate's own result, padding included."""
+  e = engine(mesh)
+  tokens, lengths = model_inputs(prompts, 5)
+  run = jax.jit(generation.generate, static_argnames=('model', 'sampler', 'max_new_tokens', 'eos_id', 'cache_size'))
+  return jax.device_get(run(
+      e.model, e.weights, *e._put(tokens, lengths, np.asarray(SEEDS[:len(prompts)], np.uint32)), sampler=SAMPLER,
+      max_new_tokens=max_new_tokens, eos_id=eos_id, cache_size=5 + max_new_tokens))
+
+
+def test_greedy_is_the_reference_s():
+  for prompt, completion in zip(PROMPTS, greedy()):
+    assert completion.tokens == reference.greedy(CONFIG, TENSORS, prompt, NEW)
+
+
+def test_greedy_as_a_sampler():
+  found = engine('1x1x1').generate(
+      PROMPTS, max_new_tokens=NEW, sampler=Sampler(1.0, top_k=1), seeds=SEEDS, eos_id=-1, prompt_size=5)
+  assert [c.tokens for c in found] == [c.tokens for c in greedy()]
+
+
+@pytest.mark.parametrize('mesh', ['2x2x2', '1x2x4'])
+def test_a_mesh_changes_nothing(mesh):
+  found = engine(mesh).generate(PROMPTS, max_new_tokens=NEW, sampler=SAMPLER, seeds=SEEDS, eos_id=-1, prompt_size=5)
+  assert [c.tokens for c in found] == [c.tokens for c in sampled()]
+  np.testing.assert_allclose([c.score for c in found], [c.score for c in sampled()], atol=1e-4)
+
+
+def test_a_row_is_the_same_anywhere_in_any_batch():
+  """Reversed; alone; with other companions, a longer prompt size and a larger cache."""
+  e = engine('1x1x1')
+  arguments = dict(max_new_tokens=NEW, sampler=SAMPLER, eos_id=-1)
+  backwards = e.generate(PROMPTS[::-1], seeds=SEEDS[::-1], prompt_size=5, **arguments)
+  assert [c.tokens for c in backwards[::-1]] == [c.tokens for c in sampled()]
+  alone, = e.generate(PROMPTS[3:4], seeds=SEEDS[3:4], **arguments)
+  assert alone.tokens == sampled()[3].tokens
+  mixed = e.generate([[8], PROMPTS[5], [7] * 9], seeds=[0, SEEDS[5], 0], cache_size=30, **arguments)
+  assert mixed[1].tokens == sampled()[5].tokens
+
+
+def test_equal_prompts_differ_by_their_seeds_alone():
+  e = engine('1x1x1')
+  found = e.generate([[9]] * 8, max_new_tokens=NEW, sampler=SAMPLER, seeds=[0, 1, 2, 3, 0, 1, 2, 3], eos_id=-1,
+                     prompt_size=5)
+  assert found[:4] == found[4:]
+  assert len({tuple(c.tokens) for c in found[:4]}) == 4
+
+
+@pytest.mark.parametrize('mesh', ['1x1x1', '2x2x2'])
+def test_eos_ends_a_row_and_zeros_follow(mesh):
+  """The others go on. Scores count EOS, and nothing after it."""
+  free = sampled()
+  eos = free[1].tokens[2]
+  result = raw(mesh, eos_id=eos)
+  ended = 0
+  for row, length, score, whole in zip(*result, free):
+    cut = whole.tokens[:whole.tokens.index(eos) + 1] if eos in whole.tokens else whole.tokens
+    ended += len(cut) < NEW
+    assert length == len(cut)
+    assert row.tolist() == cut + [0] * (NEW - len(cut))
+    assert score == pytest.approx(whole.score, abs=1e-4) if len(cut) == NEW else score > whole.score
+  assert 1 <= ended < len(PROMPTS)
+
+
+def test_scores_are_the_model_s_own_log_probs():
+  """Under temperature 1 and all tokens, whatever the sampler: recomputed in one pass over prompt and completion."""
+  e = engine('1x1x1')
+  hot = Sampler(temperature=3.0, top_k=20)
+  free = e.generate(PROMPTS, max_new_tokens=NEW, sampler=hot, seeds=SEEDS, eos_id=-1, prompt_size=5)
+  found = e.generate(PROMPTS, max_new_tokens=NEW, sampler=hot, seeds=SEEDS, eos_id=free[0].tokens[3], prompt_size=5)
+  assert len(found[0].tokens) <= 4
+  targets, weights = np.zeros((8, 5 + NEW), np.int32), np.zeros((8, 5 + NEW), np.float32)
+  for i, (prompt, completion) in enumerate(zip(PROMPTS, found)):
+    sequence = prompt + completion.tokens
+    targets[i, :len(sequence)] = sequence
+    weights[i, len(prompt):len(sequence)] = 1
+  inputs = np.pad(targets[:, :-1], ((0, 0), (1, 0)))
+  np.testing.assert_allclose([c.score for c in found], e.score(inputs, targets, weights), atol=1e-4)
+
+
+def test_one_new_token():
+  """No decode step at all: the first of what a longer run gives."""
+  result = raw('1x1x1', eos_id=-1, max_new_tokens=1)
+  assert result.tokens.tolist() == [c.tokens[:1] for c in sampled()]
+  assert result.lengths.tolist() == [1] * 8
+  assert np.all(result.scores < 0)
+  eos_first = raw('1x1x1', eos_id=int(result.tokens[0, 0]), prompts=PROMPTS[:1])
+  assert eos_first.tokens.tolist() == [[result.tokens[0, 0]] + [0] * (NEW - 1)]
+  assert eos_first.lengths.tolist() == [1]
+  assert eos_first.scores[0] == pytest.approx(result.scores[0], abs=1e-5)

@@ -1,0 +1,50 @@
+"""The int8 matmul: equal to multiplying the dequantized weights, and as exact as its dtype allows."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from t5x_inference_ext.quantization import int8
+
+
+def operands(*shape):
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(*shape, 16)).astype(np.float32)
+  w = rng.integers(-127, 128, (16, 24)).astype(np.int8)
+  return x, w, (rng.random(24) + 0.1).astype(np.float32) / 127
+
+
+@pytest.mark.parametrize('shape', [(), (3,), (2, 3)])
+def test_scales_belong_to_output_channels(shape):
+  x, w, scale = operands(*shape)
+  np.testing.assert_allclose(jax.jit(int8.matmul)(x, w, scale), x @ (w * scale), atol=1e-5)
+  np.testing.assert_allclose(int8.rescale(int8.matmul(x, w), scale), x @ (w * scale), atol=1e-5)
+
+
+def test_float_weights_need_no_scale():
+  x, w, _ = operands(3)
+  w = w.astype(np.float32) / 127
+  np.testing.assert_allclose(int8.matmul(x, w), x @ w, atol=1e-5)
+
+
+def test_int8_is_exact_in_bfloat16():
+  """Every integer of an int8 weight survives: one-hot inputs pick them out."""
+  w = np.arange(-128, 128).astype(np.int8).reshape(16, 16)
+  y = int8.matmul(jnp.eye(16, dtype=jnp.bfloat16), w)
+  assert y.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(np.asarray(y, np.float32), w)
+
+
+def test_bfloat16_activations():
+  x, w, scale = operands(2, 3)
+  y = int8.matmul(jnp.asarray(x, jnp.bfloat16), w, scale)
+  assert y.dtype == jnp.bfloat16
+  # 8 bits of x, of the product and of the result.
+  np.testing.assert_allclose(np.asarray(y, np.float32), x @ (w * scale), atol=3 * 2**-8 * np.abs(x @ (w * scale)).max())
+
+
+def test_scales_are_applied_in_float32():
+  """In bfloat16 the scale itself would lose 16 of its bits: 1 + 2**-8 would be 1, and 128 would come out 128."""
+  y = int8.rescale(jnp.full((1, 1), 384, jnp.bfloat16), jnp.full(1, 1 + 2**-8, jnp.float32))
+  assert float(y[0, 0]) == 386
