@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t5x_inference_ext import engine as engine_lib
 from t5x_inference_ext.checkpoints import open_checkpoint
+from t5x_inference_ext.decoding.model import DTYPES
 from t5x_inference_ext.engine import Engine
 
 
@@ -80,7 +80,7 @@ def main():
   parser.add_argument('--batch', default='1,8,32', help='batch sizes, comma separated')
   parser.add_argument('--prompt', type=int, default=128, help='tokens of each prompt')
   parser.add_argument('--generate', type=int, default=64, help='new tokens of each row')
-  parser.add_argument('--dtype', default='float32', choices=engine_lib.DTYPES, help='of this package; stock: float32')
+  parser.add_argument('--dtype', default='float32', choices=DTYPES, help='of this package; stock: float32')
   parser.add_argument('--repeats', type=int, default=5)
   args = parser.parse_args()
 

@@ -26,7 +26,6 @@ from t5x_inference_ext.weights import Weights
 
 BOS_ID = 0  # T5X shifts targets right and starts from 0
 EOS_ID = 1
-DTYPES = ('float32', 'bfloat16')
 
 
 class Completion(NamedTuple):
@@ -74,8 +73,6 @@ class Engine:
     Raises:
       CheckpointError, MeshError, RequestError: before anything is loaded, unless a tensor itself is damaged.
     """
-    if dtype not in DTYPES:
-      raise RequestError(f'dtype must be one of {", ".join(DTYPES)}, got {dtype!r}')
     mesh = make_mesh(parse_mesh(mesh)) if isinstance(mesh, str) else mesh
     if not isinstance(checkpoint, Checkpoint):
       checkpoint = open_checkpoint(checkpoint, norm_scale=norm_scale)

@@ -34,7 +34,7 @@ from absl import flags as absl_flags
 from t5x_inference_ext import command
 from t5x_inference_ext.config import NORM_SCALES
 from t5x_inference_ext.decoding.sampling import Sampler
-from t5x_inference_ext.engine import DTYPES
+from t5x_inference_ext.decoding.model import DTYPES
 from t5x_inference_ext.errors import UserError
 from t5x_inference_ext.serving import loading, prompts_file
 from t5x_inference_ext.serving.progress import progress

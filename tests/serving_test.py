@@ -4,8 +4,8 @@ import pytest
 
 from t5x_inference_ext.config import preset
 from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.layouts.layout import default_mesh
 from t5x_inference_ext.serving import batches, output
-from t5x_inference_ext.serving.loading import default_mesh
 from t5x_inference_ext.serving.vocabularies import ByteVocabulary, find_vocabulary
 
 

@@ -11,6 +11,7 @@ from t5x_inference_ext.collectives import plain
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.decoding import cache as kv_cache
 from t5x_inference_ext.decoding.cache import KVCache
+from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.layers.attention import Context
 from t5x_inference_ext.layers.embedding import embed, unembed
 from t5x_inference_ext.layers.norm import rms_norm
@@ -20,6 +21,14 @@ from t5x_inference_ext.layers.sharding import BatchSharding
 from t5x_inference_ext.layouts.arrangement import device_tensors
 from t5x_inference_ext.layouts.layout import Layout, batch_axes
 from t5x_inference_ext.weights import LayerWeights, Weights
+
+DTYPES = ('float32', 'bfloat16')
+
+
+def check_dtype(dtype: str) -> None:
+  """Raises RequestError for a dtype that models don't compute in."""
+  if dtype not in DTYPES:
+    raise RequestError(f'dtype must be one of {", ".join(DTYPES)}, got {dtype!r}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +40,18 @@ class Model:
     mesh: axes x, y, z.
     layout: where tensors live on it.
     dtype: of activations and KV cache, 'float32' or 'bfloat16'. Norms, softmax and logits are float32 in either.
+
+  Raises:
+    RequestError: another dtype.
   """
 
   config: ModelConfig
   mesh: Mesh
   layout: Layout = Layout()
   dtype: str = 'bfloat16'
+
+  def __post_init__(self):
+    check_dtype(self.dtype)
 
   def prefill(self, weights: Weights, tokens: jax.Array, lengths: jax.Array, size: int) -> tuple[jax.Array, KVCache]:
     """Runs the prompts in one pass.

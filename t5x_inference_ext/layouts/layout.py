@@ -132,3 +132,25 @@ def check_model(config: ModelConfig, mesh: Mapping[str, int]) -> None:
       raise MeshError(
           f'{name}={size} does not divide over the {chips} devices of the mesh '
           f'{"x".join(str(mesh[a]) for a in AXES)}: choose a mesh whose device count divides {size}')
+
+
+def default_mesh(config: ModelConfig, devices: int) -> tuple[int, int, int]:
+  """A mesh over as many devices as divide the model, shaped for the 2D weight-stationary layout.
+
+  The activations that move are least where X = sqrt(chips * E / F), half the root of the chips for F = 4 E (the paper's
+  section 3.2.2); Y and Z share the rest as evenly as they can.
+  """
+  for chips in range(devices, 0, -1):
+    try:
+      check_model(config, dict(x=chips, y=1, z=1))
+    except MeshError:
+      continue
+    x = _nearest_divisor(chips, math.sqrt(chips * config.d_model / config.d_ff))
+    y = _nearest_divisor(chips // x, math.sqrt(chips // x))
+    return x, y, chips // x // y
+  raise AssertionError('one device divides every model')
+
+
+def _nearest_divisor(n: int, value: float) -> int:
+  """The divisor of n whose ratio to `value` is nearest to 1; the larger of two as near."""
+  return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: (round(abs(math.log(d / value)), 9), -d))

@@ -1,17 +1,17 @@
 """From the options of a run to an engine, saying on the way what was found, assumed and chosen."""
 
 import dataclasses
-import math
 from typing import Any, Callable
 
 import jax
 
 from t5x_inference_ext.checkpoints import Checkpoint, open_checkpoint
 from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.decoding.model import check_dtype
 from t5x_inference_ext.decoding.sampling import Sampler
-from t5x_inference_ext.engine import DTYPES, Engine
-from t5x_inference_ext.errors import MeshError, RequestError
-from t5x_inference_ext.layouts.layout import check_model
+from t5x_inference_ext.engine import Engine
+from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.layouts.layout import check_model, default_mesh
 from t5x_inference_ext.layouts.mesh import make_mesh, mesh_text, parse_mesh
 from t5x_inference_ext.serving.batches import Clock
 
@@ -56,8 +56,7 @@ class Options:
   def __post_init__(self):
     if self.mode not in MODES:
       raise RequestError(f'mode must be one of {", ".join(MODES)}, got {self.mode!r}')
-    if self.dtype not in DTYPES:
-      raise RequestError(f'dtype must be one of {", ".join(DTYPES)}, got {self.dtype!r}')
+    check_dtype(self.dtype)
     for name, least in (('batch_size', 1), ('max_new_tokens', 1), ('seed', 0)):
       value = getattr(self, name)
       if not isinstance(value, int) or value < least:
@@ -109,28 +108,6 @@ def batch_rows(options: Options, engine: Engine, rows: int | None, say: Callable
     note = f' ({options.batch_size} does not divide over the mesh {mesh_text(engine.model.mesh)}; rounded up)'
   say(f'batch: {batch} rows{note}')
   return batch
-
-
-def default_mesh(config: ModelConfig, devices: int) -> tuple[int, int, int]:
-  """A mesh over as many devices as divide the model, shaped for the 2D weight-stationary layout.
-
-  The activations that move are least where X = sqrt(chips * E / F), half the root of the chips for F = 4 E (the paper's
-  section 3.2.2); Y and Z share the rest as evenly as they can.
-  """
-  for chips in range(devices, 0, -1):
-    try:
-      check_model(config, dict(x=chips, y=1, z=1))
-    except MeshError:
-      continue
-    x = _nearest_divisor(chips, math.sqrt(chips * config.d_model / config.d_ff))
-    y = _nearest_divisor(chips // x, math.sqrt(chips // x))
-    return x, y, chips // x // y
-  raise AssertionError('one device divides every model')
-
-
-def _nearest_divisor(n: int, value: float) -> int:
-  """The divisor of n whose ratio to `value` is nearest to 1; the larger of two as near."""
-  return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: (round(abs(math.log(d / value)), 9), -d))
 
 
 def description(options: Options, engine: Engine) -> dict[str, Any]:

@@ -17,13 +17,11 @@ from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.decoding.cache import KVCache
 from t5x_inference_ext.decoding.model import Model
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.layouts.layout import Layout, padded_batch
+from t5x_inference_ext.layouts.layout import Layout, default_mesh, padded_batch
 from t5x_inference_ext.layouts.mesh import parse_mesh
-from t5x_inference_ext.serving.loading import default_mesh
 from t5x_inference_ext.t5x.module import STACK, InferenceModule, weights_from_params
 from t5x_inference_ext.t5x.partitioning import inference_mesh
 
-DTYPES = ('float32', 'bfloat16')
 Params = Mapping[str, Any]
 Batch = Mapping[str, jax.Array]
 Cache = dict[str, Any]
@@ -78,8 +76,6 @@ class InferenceModel(models.DecoderOnlyModel):
       feature_converter_cls: Callable[..., seqio.FeatureConverter] | None = None,
       inputs_bidirectional_attention: bool = False,
   ):
-    if dtype not in DTYPES:
-      raise RequestError(f'InferenceModel.dtype must be one of {", ".join(DTYPES)}, got {dtype!r}')
     if inputs_bidirectional_attention:
       raise RequestError('InferenceModel.inputs_bidirectional_attention: only causal attention is supported')
     self.notes: tuple[str, ...] = ()  # what was found and assumed, for the log

@@ -30,8 +30,8 @@ def close(found, wanted):
 
 
 # (mesh, rows): attention splits rows over all axes, over one, over two, over none. 1x2x4: 2 rows fill y, 4 fill z.
-UNROLLED = [('1x1x1', 3), ('1x2x4', 2), ('1x2x4', 4), ('2x4x1', 2), ('2x4x1', 4), ('4x1x2', 2), ('2x2x2', 1), ('2x2x2', 2),
-            ('2x2x2', 4), ('2x2x2', 8), ('1x1x8', 1), ('8x1x1', 8)]
+UNROLLED = [('1x1x1', 3), ('1x2x4', 2), ('1x2x4', 4), ('2x4x1', 2), ('2x4x1', 4), ('4x1x2', 2), ('2x2x2', 1),
+            ('2x2x2', 2), ('2x2x2', 4), ('2x2x2', 8), ('1x1x8', 1), ('8x1x1', 8)]
 STACKED = [('1x1x1', 3), ('2x2x2', 16), ('1x2x4', 4)]
 CASES = [(*case, False) for case in UNROLLED] + [(*case, True) for case in STACKED]
 
@@ -138,7 +138,7 @@ def test_log_probs(mesh, rows):
 
 @pytest.mark.parametrize('mesh, rows', [('1x1x1', 2), ('2x2x2', 8)])
 def test_bfloat16_keeps_float32_where_it_matters(mesh, rows):
-  """Norms, softmax and logits. 0.09 measured at worst here, of logits up to 3."""
+  """Norms, softmax and logits. 0.03 measured at worst here, of logits up to 4.2; the bound is twice that."""
   config = memory.ODD
   engine = memory.engine(config, TENSORS[config], mesh, dtype='bfloat16')
   assert engine.weights.final_norm.dtype == jnp.float32
@@ -148,4 +148,4 @@ def test_bfloat16_keeps_float32_where_it_matters(mesh, rows):
   assert {x.dtype for x in jax.tree.leaves((cache.keys, cache.values))} == {jnp.dtype(jnp.bfloat16)}
   error = np.abs(np.asarray(logits) - expected(config, rows)[:, 3]).max()
   print(f'bfloat16 logits: {error:.4f} at worst, of {np.abs(expected(config, rows)).max():.1f}')
-  assert 1e-4 < error < 0.2, error
+  assert 1e-4 < error < 0.06, error

@@ -42,7 +42,8 @@ def test_ties_at_the_edge_of_top_k_go_to_the_lowest_ids():
 
 
 @pytest.mark.parametrize('sampler', [
-    Sampler(1.0, top_k=1), Sampler(1.0, top_p=1e-6), Sampler(1e-4), Sampler(1e-30), Sampler(1e-38), Sampler(1e-40)], ids=str)
+    Sampler(1.0, top_k=1), Sampler(1.0, top_p=1e-6), Sampler(1e-4), Sampler(1e-30), Sampler(1e-38), Sampler(1e-40),
+], ids=str)
 def test_what_leaves_one_token_is_greedy(sampler):
   logits = random_logits(50, 40, size=10.)
   np.testing.assert_array_equal(choose(sampler, logits), choose(Sampler(), logits))
@@ -78,8 +79,8 @@ def test_keeps_exactly_the_right_sets(top_k, top_p):
 
 
 def test_both_together_are_not_either_alone():
-  """top_p counts the probabilities of what top_k kept: of 0.4, 0.3, 0.2, 0.1, the first two reach 0.75 only after k=2
-  has renormalised them (0.57, 0.43), and then p=0.5 leaves one, where alone it leaves two."""
+  """top_p counts the probabilities of what top_k kept: k=2 makes 0.57 and 0.43 of 0.4 and 0.3, and then p=0.5 leaves
+  one token, where alone it leaves two."""
   logits = jnp.log(jnp.array([[0.4, 0.3, 0.2, 0.1]]))
   survivors = lambda *args: np.flatnonzero(np.isfinite(Sampler(1.0, *args)._filter(logits)[0])).tolist()
   assert survivors(2, 1.0) == [0, 1]

@@ -105,7 +105,8 @@ def test_shards_hold_the_canonical_values(case):
     np.testing.assert_array_equal(attention, padded(arrays['attention_output'][layer].T, width * shards), strict=True)
     np.testing.assert_array_equal(whole(tensors['norm'], arrays, layer), arrays['layer_norm'][layer], strict=True)
     if int8:
-      np.testing.assert_array_equal(whole(tensors['out_scale'], arrays, layer), arrays['output_scale'][layer], strict=True)
+      out_scale = whole(tensors['out_scale'], arrays, layer)
+      np.testing.assert_array_equal(out_scale, arrays['output_scale'][layer], strict=True)
   embedding = whole(tensors['embedding'], arrays, None)
   assert len(embedding) % shards == 0 and len(embedding) - config.vocab_size < shards
   np.testing.assert_array_equal(embedding.T, padded(arrays['embedding'].T, len(embedding)), strict=True)
