@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 
 
@@ -38,12 +39,22 @@ def start(keys, values, lengths: jax.Array, size: int) -> KVCache:
 
 
 def append(cache: KVCache, keys, values) -> KVCache:
-  """Writes one token's keys and values [.., B, 1, K, Q] at each row's end; a full row drops its write."""
-  size = cache.size
-  here = (jnp.arange(size)[None, :] == cache.lengths[:, None])[:, :, None, None]  # [B, S, 1, 1]
+  """Writes one token's keys and values [.., B, 1, K, Q] at each row's end; a full row drops its write.
 
-  def write(x, new):
-    return jnp.where(here.reshape((1,) * (x.ndim - 4) + here.shape), new, x)
+  Row by row in a loop: in place, where a scatter or a masked rewrite makes XLA copy the whole cache every step (CPU).
+  """
 
-  return KVCache(
-      jax.tree.map(write, cache.keys, keys), jax.tree.map(write, cache.values, values), cache.lengths + 1)
+  def write_row(i, kv):
+    position = cache.lengths[i]
+
+    def write(x, new):
+      lead = (0,) * (x.ndim - 4)
+      where = (*lead, i, position, 0, 0)  # dynamic slices stay inside: at the last position, if the row is full
+      new = lax.dynamic_slice_in_dim(new, i, 1, len(lead))
+      old = lax.dynamic_slice(x, where, new.shape)
+      return lax.dynamic_update_slice(x, jnp.where(position < x.shape[-3], new, old), where)
+
+    return jax.tree.map(write, kv, (keys, values))
+
+  keys, values = lax.fori_loop(0, cache.lengths.shape[0], write_row, (cache.keys, cache.values))
+  return KVCache(keys, values, cache.lengths + 1)

@@ -94,8 +94,6 @@ class Model:
     def run(batch, weights, cache, tokens):
       x, (keys, values) = self._decoder(batch, weights, tokens[:, None], cache.lengths, cache)
       logits = self._logits(batch, weights, x)[:, 0]
-      # Written only once everything has been read, so that the write can be in place.
-      logits, cache = jax.lax.optimization_barrier((logits, cache))
       return logits, kv_cache.append(cache, keys, values)
 
     batch = self._batch(tokens.shape[0])
