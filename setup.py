@@ -6,7 +6,7 @@ import setuptools
 
 ROOT = pathlib.Path(__file__).parent
 
-# Lower bounds are the oldest versions that the test suite ran with, constraints.txt the newest. No upper bounds: nothing
+# Lower bounds are the oldest versions that the test suite ran with, constraints.txt the newest. No upper bound: nothing
 # here uses a deprecated API.
 INSTALL_REQUIRES = [
     'absl-py>=2.3.1',

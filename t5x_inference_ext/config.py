@@ -78,7 +78,8 @@ class ModelConfig:
 
   def __str__(self) -> str:
     return (f'{self.num_layers} layers, d_model {self.d_model}, d_ff {self.d_ff}, {self.num_heads} heads x '
-            f'{self.d_head}, {self.num_kv_heads} kv head(s), vocabulary {self.vocab_size}: {self.num_params:,} parameters')
+            f'{self.d_head}, {self.num_kv_heads} kv head(s), vocabulary {self.vocab_size}: {self.num_params:,} '
+            'parameters')
 
 
 # PaLM's published shapes (the paper's section 4 and PaLM's own Table 1), and the small model of the test fixtures.

@@ -78,7 +78,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel, repository):
 
 def test_wheel_from_an_sdist_is_the_same(wheel, checkout, tmp_path):
   """The checkout's symbolic link to configs/ does not survive an sdist: the files behind it must."""
-  _run([sys.executable, '-c', f'from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})'], checkout)
+  build = f'from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})'
+  _run([sys.executable, '-c', build], checkout)
   sdist, = tmp_path.glob('*.tar.gz')
   assert _names(_wheel(sdist, tmp_path)) == _names(wheel)
 

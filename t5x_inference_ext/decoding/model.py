@@ -93,8 +93,7 @@ class Model:
 
     def run(batch, weights, cache, tokens):
       x, (keys, values) = self._decoder(batch, weights, tokens[:, None], cache.lengths, cache)
-      logits = self._logits(batch, weights, x)[:, 0]
-      return logits, kv_cache.append(cache, keys, values)
+      return self._logits(batch, weights, x)[:, 0], kv_cache.append(cache, keys, values)
 
     batch = self._batch(tokens.shape[0])
     spec = self._cache_spec(weights, batch)
@@ -104,7 +103,8 @@ class Model:
     """tokens [B, T] model inputs -> [B, T, V] float32: what follows each position."""
 
     def run(batch, weights, tokens):
-      x, _ = self._decoder(batch, weights, tokens, jnp.zeros(tokens.shape[0] // plain.axis_size(batch.axes), jnp.int32), None)
+      local_rows = tokens.shape[0] // plain.axis_size(batch.axes)
+      x, _ = self._decoder(batch, weights, tokens, jnp.zeros(local_rows, jnp.int32), None)
       return self._logits(batch, weights, x)
 
     batch = self._batch(tokens.shape[0])

@@ -1,4 +1,4 @@
-"""Choosing the next token: greedy, temperature, top-k, top-p. A row's choice depends on its logits, seed and position."""
+"""Choosing the next token: greedy, temperature, top-k, top-p. A row's choice follows from its own logits and seed."""
 
 import dataclasses
 
@@ -38,8 +38,8 @@ class Sampler:
   def __call__(self, logits: jax.Array, seeds: jax.Array, positions: jax.Array) -> jax.Array:
     """logits [B, V] float32, seeds [B] uint32, positions [B] int32 (of the token chosen) -> tokens [B] int32.
 
-    Ties go to the lowest id. The noise of a row comes from (seed, position) alone, so that neither the rest of the batch
-    nor the layout can change it.
+    Ties go to the lowest id. The noise of a row comes from (seed, position) alone, so that neither the rest of the
+    batch nor the layout can change it.
     """
     if self.temperature == 0:
       return jnp.argmax(logits, axis=-1).astype(jnp.int32)

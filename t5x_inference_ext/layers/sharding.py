@@ -23,7 +23,7 @@ class BatchSharding:
     return [hidden] if all(filled) or not any(filled) else [(a,) for a in hidden]
 
   def to_batch(self, y: jax.Array) -> jax.Array:
-    """[B, T, c] of the shard's columns, partial sums over x -> [B/axes, T, shards, c], summed, every shard's columns."""
+    """[B, T, c] of the shard's columns, partial sums over x -> [B/axes, T, shards, c]: all columns, summed."""
     reduce = self.layout.embed_axes
     width = y.shape[-1]
     y = plain.reduce_scatter(y, reduce, 0) if reduce[0] in self.axes else plain.all_reduce(y, reduce)

@@ -1,8 +1,8 @@
 """How canonical tensors become the arrays on the chips: fused, cut into per-shard column blocks, padded to the mesh.
 
-A shard's columns lie together as one block [gate | linear | query | key, value], so that one matmul gives a shard all it
-needs and no reshape crosses shards. What depends on the mesh, this order and the padding, exists only here: checkpoints
-hold canonical tensors. Padding is with zeros and never touches the MLP, whose width the mesh must divide.
+A shard's columns lie together as one block [gate | linear | query | key, value], so that one matmul gives a shard all
+it needs and no reshape crosses shards. What depends on the mesh, this order and the padding, exists only here:
+checkpoints hold canonical tensors. Padding is with zeros and never touches the MLP, whose width the mesh must divide.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ Reader = Callable[[str, Index], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """Canonical tensors, concatenated along the blocked axis, of which each shard holds `width` (the last ones padded)."""
+  """Canonical tensors, concatenated along the blocked axis, each shard holding `width` (the last ones padded)."""
 
   names: tuple[str, ...]
   sizes: tuple[int, ...]
