@@ -94,6 +94,7 @@ class Engine:
       eos_id: int = EOS_ID,
       cache_size: int | None = None,
       prompt_size: int | None = None,
+      max_length: int | None = None,
   ) -> list[Completion]:
     """Continues each prompt until EOS or the limit.
 
@@ -105,12 +106,13 @@ class Engine:
       eos_id: ends a row; -1 never does.
       cache_size: positions that each row has, BOS and the new tokens included (default: as many as needed).
       prompt_size: pads prompts to this length, so that batches share one compilation (default: the longest).
+      max_length: also ends a row when prompt and new tokens together are this many, as T5X does.
 
     Raises:
       RequestError: no prompts, a prompt longer than the cache or not of the vocabulary.
       MeshError: a number of prompts that does not divide over the mesh: see padded_batch.
     """
-    check_generation(prompts, self.model.config.vocab_size, max_new_tokens, cache_size, prompt_size)
+    check_generation(prompts, self.model.config.vocab_size, max_new_tokens, cache_size, prompt_size, max_length)
     batch_axes(len(prompts), self.model.mesh.shape)
     longest = max(map(len, prompts))
     tokens, lengths = model_inputs(prompts, prompt_size or longest)
@@ -121,7 +123,7 @@ class Engine:
     size = max(tokens.shape[1], cache_size or tokens.shape[1] + max_new_tokens - 1)
     result = jax.device_get(_generate(
         self.model, self.weights, *self._put(tokens, lengths, seeds.astype(np.uint32)), sampler=sampler,
-        max_new_tokens=max_new_tokens, eos_id=eos_id, cache_size=size))
+        max_new_tokens=max_new_tokens, eos_id=eos_id, cache_size=size, max_length=max_length))
     return [Completion(row[:n].tolist(), float(score)) for row, n, score in zip(*result)]
 
   def score(self, inputs: np.ndarray, targets: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
@@ -156,7 +158,7 @@ class Engine:
 
 
 _generate = jax.jit(
-    generate, static_argnames=('model', 'sampler', 'max_new_tokens', 'eos_id', 'cache_size'))
+    generate, static_argnames=('model', 'sampler', 'max_new_tokens', 'eos_id', 'cache_size', 'max_length'))
 _log_probs = functools.partial(jax.jit, static_argnames='self')(Model.log_probs)
 _logits = functools.partial(jax.jit, static_argnames='self')(Model.logits)
 
@@ -171,7 +173,7 @@ def model_inputs(prompts: Sequence[Sequence[int]], size: int) -> tuple[np.ndarra
 
 def check_generation(
     prompts: Sequence[Sequence[int]], vocab_size: int, max_new_tokens: int, cache_size: int | None,
-    prompt_size: int | None = None) -> None:
+    prompt_size: int | None = None, max_length: int | None = None) -> None:
   """Raises RequestError for what generate could not serve, naming the prompt (counted from 0)."""
   if not len(prompts):
     raise RequestError('there are no prompts')
@@ -183,8 +185,11 @@ def check_generation(
       raise RequestError(f'prompt {i} holds token {wrong[0]}, outside the vocabulary of {vocab_size}')
     if prompt_size is not None and len(prompt) > prompt_size:
       raise RequestError(f'prompt {i} has {len(prompt)} tokens, more than prompt_size={prompt_size}')
-    needed = len(prompt) + max_new_tokens  # BOS takes a position, the last new token none
+    if max_length is not None and len(prompt) >= max_length:
+      raise RequestError(f'prompt {i} has {len(prompt)} tokens: max_length={max_length} leaves no room for a new one')
+    # BOS takes a position, the last new token none.
+    needed = len(prompt) + max_new_tokens if max_length is None else min(len(prompt) + max_new_tokens, max_length)
     if cache_size is not None and needed > cache_size:
       raise RequestError(
-          f'prompt {i} is longer than the cache: {len(prompt)} tokens and {max_new_tokens} new ones need {needed} '
-          f'positions, the cache has {cache_size}: raise cache_size, lower max_new_tokens, or shorten the prompt')
+          f'prompt {i} is longer than the cache: {len(prompt)} tokens and {needed - len(prompt)} new ones need '
+          f'{needed} positions, the cache has {cache_size}: raise cache_size, lower max_new_tokens, or shorten the prompt')

@@ -59,7 +59,7 @@ def command(task_directory, palm_tiny, tmp_path, capsys, monkeypatch):
   defaults = {
       'CHECKPOINT_PATH': str(palm_tiny), 'INFER_OUTPUT_DIR': str(tmp_path / 'out'), 'DTYPE': 'float32',
       'MIXTURE_OR_TASK_NAME': 'golden_prompts', 'MIXTURE_OR_TASK_MODULE': 'golden_tasks',
-      'TASK_FEATURE_LENGTHS': {'inputs': 48, 'targets': 16}, 'BATCH_SIZE': 8}
+      'TASK_FEATURE_LENGTHS': {'inputs': 48, 'targets': 16}, 'BATCH_SIZE': 8, 'MAX_NEW_TOKENS': 16}
 
   def run(*flags, **macros):
     macros = {**defaults, **macros}
@@ -81,7 +81,7 @@ def test_predict_writes_t5x_rows(task_directory, palm_tiny, greedy, repository, 
   flags = [f'--gin.{name}="{value}"' for name, value in macros.items()]
   result = subprocess.run(
       [sys.executable, '-m', 't5x_inference_ext.infer', GIN_FILE, *flags,
-       '--gin.TASK_FEATURE_LENGTHS={"inputs": 48, "targets": 16}'],
+       '--gin.TASK_FEATURE_LENGTHS={"inputs": 48, "targets": 16}', '--gin.MAX_NEW_TOKENS=16'],
       capture_output=True, text=True, timeout=120, cwd=repository,
       env={**os.environ, 'PYTHONPATH': os.pathsep.join([str(task_directory), os.environ.get('PYTHONPATH', '')])})
   assert result.returncode == 0, result.stderr
@@ -95,6 +95,16 @@ def test_predict_writes_t5x_rows(task_directory, palm_tiny, greedy, repository, 
   record = json.loads((output / 'infer.config.json').read_text())
   assert record['mesh'] == '2x2x2'
   assert record['golden_prompts']['time']['tokens'] == 8 * 16
+
+
+def test_without_a_limit_rows_fill_the_sequence(command, greedy, tmp_path):
+  """As T5X: prompt and prediction together take inputs + targets."""
+  code, _, err = command(MAX_NEW_TOKENS=None)
+  assert code == 0, err
+  rows = _rows(tmp_path / 'out' / 'golden_prompts-predict.jsonl-00000-of-00001')
+  for row, g in zip(rows, greedy, strict=True):
+    assert len(row['prediction']) == 64 - len(g['prompt_tokens'])
+    assert row['prediction'][:48] == g['greedy_text'][:len(row['prediction'])]
 
 
 def test_mixture_shards_and_completed_tasks(command, greedy, tmp_path):

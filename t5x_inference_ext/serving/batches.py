@@ -66,11 +66,13 @@ class Shape:
     batch: rows, a number that the mesh divides.
     prompt: tokens that prompts (or whole sequences, to be scored) are padded to.
     cache: positions of each row's cache, or None: as many as the prompts and new tokens need.
+    length: prompt and new tokens of a row together, at most, or None: no such limit.
   """
 
   batch: int
   prompt: int
   cache: int | None = None
+  length: int | None = None
 
 
 def prompt_size(longest: int, limit: int | None = None) -> int:
@@ -115,7 +117,8 @@ def generate(
     with clock:
       completions = engine.generate(
           pad(prompts, shape.batch), max_new_tokens=max_new_tokens, sampler=sampler, seeds=pad(seeds, shape.batch),
-          eos_id=eos_id, cache_size=shape.cache, prompt_size=shape.prompt)[:len(prompts)]
+          eos_id=eos_id, cache_size=shape.cache, prompt_size=shape.prompt,
+          max_length=shape.length)[:len(prompts)]
     clock.add(len(prompts), sum(len(c.tokens) for c in completions))
     row += len(prompts)
     yield completions

@@ -32,6 +32,7 @@ class Options:
     config: the model that the checkpoint must hold, or None: the one it holds.
     batch_size: rows a batch, rounded up to what the mesh takes.
     max_new_tokens: the limit for each row.
+    max_length: of prompt and new tokens together, or None: no such limit.
     cache_length: positions of each row's cache, or None: as many as needed.
     sampler: how tokens are chosen.
     seed: of the run; each row has its own from it.
@@ -49,6 +50,7 @@ class Options:
   config: ModelConfig | None = None
   batch_size: int = 32
   max_new_tokens: int = 64
+  max_length: int | None = None
   cache_length: int | None = None
   sampler: Sampler = Sampler()
   seed: int = 0
@@ -123,6 +125,7 @@ def description(options: Options, engine: Engine) -> dict[str, Any]:
       'dtype': options.dtype,
       'sampling': {**dataclasses.asdict(options.sampler), 'seed': options.seed},
       'max_new_tokens': options.max_new_tokens,
+      'max_length': options.max_length,
       'jax': jax.__version__,
       'devices': jax.devices()[0].device_kind,
   }

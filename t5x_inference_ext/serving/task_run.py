@@ -60,7 +60,7 @@ def infer(
     split: of the task.
     use_cached: whether to read seqio's cached form of it.
     mode: 'predict', 'predict_with_aux' (with each prediction's score) or 'score' (the targets).
-    max_new_tokens: the limit for each prediction; None: the length of the targets.
+    max_new_tokens: the limit for each prediction; None: as T5X, until prompt and prediction fill the whole sequence.
     temperature, top_k, top_p: as Sampler's.
     seed: of the run: each example's own seed comes from it and the example's place.
     mesh: 'XxYxZ'; None: over all devices that divide the model.
@@ -85,7 +85,7 @@ def infer(
   options = loading.Options(
       checkpoint=checkpoint_path, mode=mode, mesh=mesh, dtype=dtype, layout=layout, norm_scale=norm_scale,
       config=model_config, batch_size=batch_size, sampler=Sampler(temperature, top_k, top_p), seed=seed,
-      max_new_tokens=task_feature_lengths['targets'] if max_new_tokens is None else max_new_tokens)
+      **_limits(sum(task_feature_lengths.values()), max_new_tokens))
   checkpoint, devices = loading.open_model(options)
   check_vocabularies(source, tasks, checkpoint.config.vocab_size)
   todo = [task for task in tasks if not gfile.exists(output_path(task, source, mode, output_dir) + '.COMPLETED')]
@@ -104,6 +104,13 @@ def infer(
     record[task.name] = {'vocabulary': vocabulary_text(task), 'time': clock.to_dict()}
   with gfile.GFile(os.path.join(output_dir, RECORD), 'w') as file:
     file.write(json.dumps(record, indent=2) + '\n')
+
+
+def _limits(length: int, max_new_tokens: int | None) -> dict[str, int]:
+  """The options that bound a prediction: by max_new_tokens, or else by the length of the whole sequence."""
+  if max_new_tokens is not None:
+    return {'max_new_tokens': max_new_tokens}
+  return {'max_new_tokens': length, 'max_length': length, 'cache_length': length}
 
 
 def infer_task(task: seqio.Task, source: Source, options: loading.Options, engine: Engine, output_dir: str,
@@ -150,7 +157,7 @@ def _results(work, task, source, options, engine, batch, clock) -> Iterator[tupl
       yield some, [{'score': float(s)} for s in scores]
     return
   vocabulary = task.output_features['targets'].vocabulary
-  shape = batches.Shape(batch, source.feature_lengths['inputs'], options.cache_length)
+  shape = batches.Shape(batch, source.feature_lengths['inputs'], options.cache_length, options.max_length)
   kept, prompts = itertools.tee(work)
   completions = batches.generate(
       engine, ([prompt(e) for e in some] for some in prompts), shape, clock, max_new_tokens=options.max_new_tokens,

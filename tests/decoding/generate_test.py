@@ -9,6 +9,7 @@ import pytest
 from t5x_inference_ext.decoding import generate as generation
 from t5x_inference_ext.decoding.sampling import Sampler
 from t5x_inference_ext.engine import model_inputs
+from t5x_inference_ext.errors import RequestError
 from tests import reference
 from tests.decoding import memory
 
@@ -125,3 +126,16 @@ def test_one_new_token():
   assert eos_first.tokens.tolist() == [[result.tokens[0, 0]] + [0] * (NEW - 1)]
   assert eos_first.lengths.tolist() == [1]
   assert eos_first.scores[0] == pytest.approx(result.scores[0], abs=1e-5)
+
+
+def test_max_length_ends_each_row_when_prompt_and_new_tokens_reach_it():
+  """The same tokens, of longer prompts fewer; rows that go on are not disturbed by those that ended."""
+  rows = engine('1x1x1').generate(
+      PROMPTS, max_new_tokens=NEW, sampler=SAMPLER, seeds=SEEDS, eos_id=-1, prompt_size=5, max_length=8, cache_size=8)
+  for row, whole, prompt in zip(rows, sampled(), PROMPTS, strict=True):
+    assert row.tokens == whole.tokens[:8 - len(prompt)]
+
+
+def test_a_prompt_that_fills_max_length_is_refused():
+  with pytest.raises(RequestError, match='prompt 3 has 5 tokens: max_length=5 leaves no room'):
+    engine('1x1x1').generate(PROMPTS, max_new_tokens=NEW, max_length=5)

@@ -7,7 +7,7 @@ import seqio
 import tensorflow as tf
 
 GOLDEN = pathlib.Path(__file__).resolve().parent.parent / 'testdata' / 'golden' / 'greedy.json'
-TASK = 'golden_prompts'
+TASK = 'golden_prompts_in_t5x'
 LENGTHS = {'inputs': 48, 'targets': 48}
 
 

@@ -1,10 +1,13 @@
 """t5x.infer over one seqio task: the adapter writes what the stock model writes."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
 
 from t5x_inference_ext.engine import Engine
+from t5x_inference_ext.serving import task_run
 from tests.t5x_adapter import inference_tasks, running
 
 
@@ -35,6 +38,19 @@ def test_scores_equal_the_stock_models(mesh, palm_tiny, stock_rows, tmp_path):
   stock = stock_rows('score')
   assert [row['inputs'] for row in rows] == [row['inputs'] for row in stock]
   np.testing.assert_allclose([row['score'] for row in rows], [row['score'] for row in stock], rtol=1e-3)
+
+
+@pytest.mark.parametrize('mode', ['predict', 'score'])
+def test_the_standalone_command_writes_the_same(mode, palm_tiny, stock_rows, tmp_path):
+  task_run.infer(
+      mixture_or_task_name=inference_tasks.TASK, task_feature_lengths=inference_tasks.LENGTHS,
+      checkpoint_path=str(palm_tiny), output_dir=str(tmp_path), mode=mode, mesh='2x2x2', dtype='float32', batch_size=3)
+  written = tmp_path / f'{inference_tasks.TASK}-{mode}.jsonl-00000-of-00001'
+  rows, stock = [json.loads(line) for line in written.read_text(encoding='utf-8').splitlines()], stock_rows(mode)
+  if mode == 'score':
+    np.testing.assert_allclose([row.pop('score') for row in rows], [row['score'] for row in stock], rtol=1e-3)
+    stock = [{'inputs': row['inputs']} for row in stock]
+  assert rows == stock
 
 
 def test_orbax_checkpoint(testdata, stock_rows, tmp_path):
