@@ -11,7 +11,9 @@ The same through gin:
 The input is a directory that T5X wrote, legacy or Orbax, scanned or with one subtree a layer, with or without optimizer
 state, float or already quantized (qkernel and qscale); or a serving checkpoint. The model's shape is found from it.
 T5X does not record whether norm scales are stored around zero (PaLM; flaxformer's center_scale_at_zero) or around one:
---norm_scale says so, and the serving checkpoint records it.
+--norm_scale says so, and the serving checkpoint records it. Multihead kernels [E, H Q] do not say how many heads they
+have: with gin, MODEL_CONFIG says which model they are of, usually by a second file from configs/models/; and
+RESCALE_LOGITS=False says that the trained attention did not divide its logits by sqrt(Q).
 
 --output is exactly the directory made. It must not exist, and appears when it is complete and has been read back; a run
 that is killed leaves OUTPUT.unfinished, which the next run replaces. Host memory stays at a few slices of one layer.
@@ -39,7 +41,8 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
   absl_flags.DEFINE_string('output', None, 'The directory to make.', flag_values=flags)
   absl_flags.DEFINE_enum('weights', None, serving.WEIGHTS, 'What the matrices become.', flag_values=flags)
   absl_flags.DEFINE_enum('norm_scale', None, NORM_SCALES, 'How norm scales are stored: the value applied is 1 + scale '
-                         '(zero) or scale (one). By default what the checkpoint records, else zero.', flag_values=flags)
+                         '(zero) or scale (one). By default what the checkpoint records, else zero for fused parallel '
+                         'layers, one for others.', flag_values=flags)
 
 
 def main(flags: absl_flags.FlagValues) -> None:

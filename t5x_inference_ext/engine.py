@@ -20,7 +20,7 @@ from t5x_inference_ext.decoding.generate import generate
 from t5x_inference_ext.decoding.model import Model
 from t5x_inference_ext.decoding.sampling import Sampler
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.layouts.layout import Layout, batch_axes, check_model, padded_batch
+from t5x_inference_ext.layouts.layout import Layout, check_model
 from t5x_inference_ext.layouts.mesh import make_mesh, parse_mesh
 from t5x_inference_ext.weights import Weights
 
@@ -56,7 +56,8 @@ class Engine:
       *,
       mesh: str | jax.sharding.Mesh = '1x1x1',
       dtype: str = 'bfloat16',
-      layout: str = 'ws_2d/batch',
+      prefill_layout: str = 'ws_2d/batch',
+      decode_layout: str = 'ws_2d/batch',
       norm_scale: str | None = None,
       progress=iter,
   ) -> 'Engine':
@@ -66,7 +67,7 @@ class Engine:
       checkpoint: the directory, or what open_checkpoint made of it.
       mesh: 'XxYxZ', over the first X*Y*Z devices, or a mesh with axes x, y, z.
       dtype: of activations, cache and float weights: 'float32' or 'bfloat16'. Int8 weights stay int8.
-      layout: 'feedforward/attention'.
+      prefill_layout, decode_layout: 'feedforward/attention', for each phase; see layouts.layout.Layout.
       norm_scale: 'zero' or 'one' for a checkpoint that does not record how its norm scales are stored.
       progress: wraps the iterator over tensors, e.g. tqdm.
 
@@ -77,12 +78,12 @@ class Engine:
     if not isinstance(checkpoint, Checkpoint):
       checkpoint = open_checkpoint(checkpoint, norm_scale=norm_scale)
     check_model(checkpoint.config, mesh.shape)
-    model = Model(checkpoint.config, mesh, Layout.parse(layout), dtype)
+    model = Model(checkpoint.config, mesh, Layout.parse(prefill_layout), Layout.parse(decode_layout), dtype)
     return cls(checkpoint, model, load_weights(checkpoint, model, progress=progress))
 
   def padded_batch(self, rows: int) -> int:
-    """The smallest batch of at least `rows` that this mesh takes."""
-    return padded_batch(rows, self.model.mesh.shape)
+    """The smallest batch of at least `rows` that keeps the mesh as busy as so many rows can."""
+    return self.model.padded_batch(rows)
 
   def generate(
       self,
@@ -110,10 +111,10 @@ class Engine:
 
     Raises:
       RequestError: no prompts, a prompt longer than the cache or not of the vocabulary.
-      MeshError: a number of prompts that does not divide over the mesh: see padded_batch.
+      MeshError: a number of prompts that the decode layout can't split: see padded_batch.
     """
     check_generation(prompts, self.model.config.vocab_size, max_new_tokens, cache_size, prompt_size, max_length)
-    batch_axes(len(prompts), self.model.mesh.shape)
+    self.model.place_decode(len(prompts))
     longest = max(map(len, prompts))
     tokens, lengths = model_inputs(prompts, prompt_size or longest)
     seeds = np.zeros(len(prompts)) if seeds is None else np.asarray(seeds)
@@ -139,7 +140,6 @@ class Engine:
 
     Raises:
       RequestError: arrays of different shapes.
-      MeshError: B does not divide over the mesh: see padded_batch.
     """
     inputs, targets = np.asarray(inputs, np.int32), np.asarray(targets, np.int32)
     weights = np.asarray(targets != 0 if weights is None else weights, np.float32)
@@ -157,10 +157,20 @@ class Engine:
     return jax.device_put(arrays, NamedSharding(self.model.mesh, P()))
 
 
-_generate = jax.jit(
-    generate, static_argnames=('model', 'sampler', 'max_new_tokens', 'eos_id', 'cache_size', 'max_length'))
-_log_probs = functools.partial(jax.jit, static_argnames='self')(Model.log_probs)
-_logits = functools.partial(jax.jit, static_argnames='self')(Model.logits)
+def _jit(function, *static: str):
+  """`function` of a model, compiled, its results whole on every device: every process can read them."""
+
+  @functools.partial(jax.jit, static_argnames=('model', *static))
+  def run(model, *arguments, **options):
+    whole = NamedSharding(model.mesh, P())
+    return jax.lax.with_sharding_constraint(function(model, *arguments, **options), whole)
+
+  return run
+
+
+_generate = _jit(generate, 'sampler', 'max_new_tokens', 'eos_id', 'cache_size', 'max_length')
+_log_probs = _jit(Model.log_probs)
+_logits = _jit(Model.logits)
 
 
 def model_inputs(prompts: Sequence[Sequence[int]], size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -23,6 +23,15 @@ A seqio task, with the features, rows and file names of T5X's infer (see the hea
       --gin.CHECKPOINT_PATH=\\"DIR\\" --gin.INFER_OUTPUT_DIR=\\"DIR\\" --gin.MIXTURE_OR_TASK_NAME=\\"my_task\\" \\
       --gin.MIXTURE_OR_TASK_MODULE=\\"my_tasks\\" --gin.TASK_FEATURE_LENGTHS="{'inputs': 48, 'targets': 16}"
 
+Each phase has its layout (docs/layouts.md); what a pair of them does to a model on a mesh, before anything is loaded:
+
+  python -m t5x_inference_ext.infer --checkpoint=DIR --mesh=2x2x2 --batch_size=8 \\
+      --prefill_layout=wg_xyz/batch --decode_layout=ws_2d/batch --explain_layout
+
+Several processes, each with devices of one mesh, are started alike but for their --process_id (process 0 writes):
+
+  python -m t5x_inference_ext.infer ... --coordinator_address=HOST:PORT --num_processes=2 --process_id=0
+
 What is wrong with the files, the flags, the mesh or the checkpoint is said before the weights are loaded. On CPU,
 XLA_FLAGS=--xla_force_host_platform_device_count=8 simulates eight devices.
 """
@@ -31,17 +40,20 @@ import sys
 
 from absl import flags as absl_flags
 
-from t5x_inference_ext import command
+from t5x_inference_ext import command, distributed
 from t5x_inference_ext.config import NORM_SCALES
 from t5x_inference_ext.decoding.sampling import Sampler
 from t5x_inference_ext.decoding.model import DTYPES
 from t5x_inference_ext.errors import UserError
+from t5x_inference_ext.layouts.layout import ATTENTION, COLLECTIVES, FEEDFORWARD
 from t5x_inference_ext.serving import loading, prompts_file
 from t5x_inference_ext.serving.progress import progress
 
 REQUIRED = ('checkpoint', 'prompts', 'output')
 # The defaults of what an Options holds are Options' own.
-OPTIONS = ('mode', 'mesh', 'dtype', 'norm_scale', 'batch_size', 'max_new_tokens', 'cache_length', 'seed')
+OPTIONS = ('mode', 'mesh', 'prefill_layout', 'decode_layout', 'dtype', 'norm_scale', 'batch_size', 'max_new_tokens', 'cache_length', 'seed')
+PROCESSES = ('coordinator_address', 'num_processes', 'process_id')
+EXPLAINED_PROMPT = 512  # tokens, where --cache_length does not say how many there could be
 PLAIN = (*REQUIRED, *OPTIONS, 'vocabulary', 'overwrite', 'temperature', 'top_k', 'top_p')
 
 
@@ -65,6 +77,12 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
   define('integer', 'seed', defaults.seed, 'Of the run; every row has its own seed from it.')
   define('string', 'mesh', None, 'XxYxZ, such as 2x2x2, over the first devices. By default over all devices that '
          'divide the model.')
+  for phase in ('prefill', 'decode'):
+    define('string', f'{phase}_layout', getattr(defaults, f'{phase}_layout'), f'feedforward/attention of {phase}, and how '
+           f'collectives run: {", ".join(FEEDFORWARD)} / {", ".join(ATTENTION)} [/ {", ".join(COLLECTIVES)}]; '
+           'see docs/layouts.md.')
+  define('boolean', 'explain_layout', False, 'Print where every tensor would live, and stop; --prompts and --output '
+         'are not needed. The mesh may be larger than the devices here. With gin flags too.')
   define('enum', 'dtype', defaults.dtype, 'Of activations, cache and float weights; int8 weights stay int8.', DTYPES)
   define('integer', 'batch_size', defaults.batch_size, 'Rows a batch, rounded up to what the mesh takes.')
   define('integer', 'cache_length', None, 'Positions of each row\'s cache, new tokens included; a prompt that does not '
@@ -73,25 +91,37 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
          'rows.')
   define('enum', 'norm_scale', None, 'How a T5X checkpoint stores its norm scales: around zero (PaLM) or one. By '
          'default what the checkpoint records, else zero.', NORM_SCALES)
+  define('string', 'coordinator_address', None, 'HOST:PORT of process 0, of several processes that share the mesh; '
+         'auto on TPU pods and other clusters that jax knows. With gin flags too.')
+  define('integer', 'num_processes', None, 'Of the run, started with the same flags but for --process_id.')
+  define('integer', 'process_id', None, 'Of this process, from 0. Process 0 writes the output.')
 
 
 def main(flags: absl_flags.FlagValues) -> None:
+  processes = {name: flags[name].value for name in PROCESSES}
+  distributed.check_arguments(**processes)
   if command.uses_gin(flags):
     given = [name for name in PLAIN if flags[name].present]
     if given:
       raise UserError(f'--{given[0]} and gin flags can\'t be mixed: with gin, bind macros such as '
                       '--gin.CHECKPOINT_PATH=\\"DIR\\" (configs/runs/infer.gin lists them)')
+    distributed.initialize(**processes)
     config_text = command.parse_gin(flags)
     from t5x_inference_ext.serving import task_run  # seqio brings TensorFlow: seconds that plain runs spare
 
-    command.configure(task_run.infer, config_text=config_text)()
+    command.configure(task_run.infer, config_text=config_text, explain_layout=flags.explain_layout)()
     return
-  missing = [f'--{name}' for name in REQUIRED if not flags[name].value]
+  required = ('checkpoint',) if flags.explain_layout else REQUIRED
+  missing = [f'--{name}' for name in required if not flags[name].value]
   if missing:
     raise UserError(f'{", ".join(missing)} not given; --help shows examples')
   options = loading.Options(
       checkpoint=flags.checkpoint, sampler=Sampler(flags.temperature, flags.top_k, flags.top_p),
       **{name: flags[name].value for name in OPTIONS})
+  if flags.explain_layout:
+    loading.explain_layout(options, EXPLAINED_PROMPT if options.max_prompt is None else options.max_prompt)
+    return
+  distributed.initialize(**processes)
   prompts_file.infer_file(
       options, prompts_file.Files(flags.prompts, flags.output, flags.vocabulary, flags.overwrite), progress)
 

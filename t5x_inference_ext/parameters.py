@@ -7,7 +7,7 @@ cut them into shards.
 
 import dataclasses
 
-from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.config import ModelConfig, Sublayer
 
 INT8_SUFFIX = '_scale'
 
@@ -18,8 +18,8 @@ class Parameter:
 
   Attributes:
     shape: e.g. [L, E, H*Q].
-    kind: 'matrix' ([L, in, out], int8 in an int8 checkpoint), 'norm' (always float32), 'embedding' ([V, E], never
-      quantized here) or 'scale' (float32 [L, out]: the int8 matrices' output-channel scales).
+    kind: 'matrix' ([L, in, out], int8 in an int8 checkpoint), 'norm' or 'bias' (of a norm; always float32), 'embedding'
+      ([V, E], never quantized here) or 'scale' (float32 [L, out]: the int8 matrices' output-channel scales).
     scale: for a matrix, the name of the scale tensor that it has when quantized.
   """
 
@@ -36,19 +36,39 @@ def parameters(config: ModelConfig) -> dict[str, Parameter]:
   def matrix(rows, columns, scale):
     return Parameter((c.num_layers, rows, columns), 'matrix', scale)
 
+  def norm(name, *lead):
+    biases = {bias_name(name): Parameter((*lead, c.d_model), 'bias')} if c.norm == 'layer' else {}
+    return {name: Parameter((*lead, c.d_model), 'norm'), **biases}
+
+  # One scale for both: the parallel block sums the two products in one accumulator (section 3.4), as one matrix.
+  outputs = {s.name: output_scale_name(s) for s in c.sublayers}
+  attention_scale, mlp_scale = (outputs.get(n, outputs.get('parallel')) for n in ('attention', 'mlp'))
+  tensors = {'embedding': Parameter((c.vocab_size, c.d_model), 'embedding'), **norm('final_norm')}
+  for sublayer in c.sublayers:
+    tensors.update(norm(norm_name(sublayer), c.num_layers))
   return {
-      'embedding': Parameter((c.vocab_size, c.d_model), 'embedding'),
-      'final_norm': Parameter((c.d_model,), 'norm'),
-      'layer_norm': Parameter((c.num_layers, c.d_model), 'norm'),
+      **tensors,
       'query': matrix(c.d_model, q, 'query_scale'),
       'key': matrix(c.d_model, kv, 'key_scale'),
       'value': matrix(c.d_model, kv, 'value_scale'),
-      'gate': matrix(c.d_model, c.d_ff, 'gate_scale'),
-      'linear': matrix(c.d_model, c.d_ff, 'linear_scale'),
-      # One scale for both: the parallel block sums the two products in one accumulator (section 3.4), as one matrix.
-      'attention_output': matrix(q, c.d_model, 'output_scale'),
-      'mlp_output': matrix(c.d_ff, c.d_model, 'output_scale'),
+      **{name: matrix(c.d_model, c.d_ff, name + INT8_SUFFIX) for name in c.mlp_inputs},
+      'attention_output': matrix(q, c.d_model, attention_scale),
+      'mlp_output': matrix(c.d_ff, c.d_model, mlp_scale),
   }
+
+
+def norm_name(sublayer: Sublayer) -> str:
+  """The norm that feeds a sublayer."""
+  return 'layer_norm' if sublayer.name == 'parallel' else f'{sublayer.name}_norm'
+
+
+def bias_name(norm: str) -> str:
+  return f'{norm}_bias'
+
+
+def output_scale_name(sublayer: Sublayer) -> str:
+  """The scale of what a sublayer adds to the residual stream."""
+  return 'output_scale' if sublayer.name == 'parallel' else f'{sublayer.name}_output_scale'
 
 
 def scales(config: ModelConfig) -> dict[str, Parameter]:

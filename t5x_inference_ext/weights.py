@@ -1,19 +1,21 @@
 """The weights on the chips, as a pytree. Shapes are global; layouts/arrangement.py says what a shard's block holds."""
 
 import dataclasses
+from typing import Any, Mapping
 
 import jax
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LayerWeights:
-  """One layer (or all of them, with a leading L).
+class SublayerWeights:
+  """One sublayer of one layer (or of all layers, with a leading L).
 
   Attributes:
     norm: [E] float32, the value applied.
-    w_in: [E, columns], float or int8; per shard [gate | linear | query | key, value].
+    w_in: [E, columns], float or int8; per shard [gate | linear | query | key, value], of what the sublayer has.
     w_out: [rows, E]; per shard [MLP | attention].
+    norm_bias: [E] float32 with layer norm, else None.
     in_scale: [columns] float32 with int8 weights, else None.
     out_scale: [E] float32 with int8 weights, else None.
   """
@@ -21,8 +23,13 @@ class LayerWeights:
   norm: jax.Array
   w_in: jax.Array
   w_out: jax.Array
+  norm_bias: jax.Array | None = None
   in_scale: jax.Array | None = None
   out_scale: jax.Array | None = None
+
+
+# A layer: its sublayers by name, 'parallel', or 'attention' and 'mlp'.
+LayerWeights = dict[str, SublayerWeights]
 
 
 @jax.tree_util.register_dataclass
@@ -33,15 +40,30 @@ class Weights:
   Attributes:
     embedding: [V padded to the mesh, E], in the compute dtype.
     final_norm: [E] float32.
-    layers: a tuple of LayerWeights, one a layer (the program unrolls them), or one LayerWeights with leading L (the
-      program loops: the form for deep models).
+    layers: a tuple of layers (the program unrolls them), or one layer whose arrays have a leading L (the program loops:
+      the form for deep models).
+    final_norm_bias: [E] float32 with layer norm, else None.
   """
 
   embedding: jax.Array
   final_norm: jax.Array
   layers: LayerWeights | tuple[LayerWeights, ...]
+  final_norm_bias: jax.Array | None = None
+
+  @property
+  def stacked(self) -> bool:
+    return not isinstance(self.layers, tuple)
 
   @property
   def is_int8(self) -> bool:
-    layers = self.layers[0] if isinstance(self.layers, tuple) else self.layers
-    return layers.in_scale is not None
+    layer = self.layers if self.stacked else self.layers[0]
+    return next(iter(layer.values())).in_scale is not None
+
+
+def layer_weights(tensors: Mapping[str, Any]) -> LayerWeights:
+  """A layer from its arrays (or specs) called 'sublayer/field', as layouts.arrangement.device_tensors calls them."""
+  fields: dict[str, dict[str, Any]] = {}
+  for name, value in tensors.items():
+    sublayer, field = name.split('/')
+    fields.setdefault(sublayer, {})[field] = value
+  return {sublayer: SublayerWeights(**named) for sublayer, named in fields.items()}

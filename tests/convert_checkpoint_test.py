@@ -8,6 +8,8 @@ import pytest
 
 from t5x_inference_ext import convert_checkpoint
 from t5x_inference_ext.checkpoints import open_checkpoint
+from t5x_inference_ext.config import ModelConfig
+from tests.checkpoints import synthetic
 
 
 def run(*argv):
@@ -37,6 +39,25 @@ def test_gin_and_norm_scale(palm_tiny, tmp_path, capsys):
   checkpoint = open_checkpoint(out)
   assert (checkpoint.weights, checkpoint.config.norm_scale) == ('bfloat16', 'one')
   assert 'stored around one (given)' in capsys.readouterr().out
+
+
+def test_a_model_whose_tree_does_not_say_its_heads(tmp_path, capsys):
+  config = ModelConfig(
+      num_layers=2, d_model=16, d_ff=24, num_heads=4, d_head=6, vocab_size=12, num_kv_heads=4, block='serial',
+      mlp='gelu', norm='layer', norm_scale='one')
+  leaves = synthetic.separate(synthetic.canonical(config), config)
+  source = synthetic.write_legacy(tmp_path / 'source', leaves, inline=True)
+  assert run(f'--input={source}', f'--output={tmp_path}/out', '--weights=int8') == 2
+  assert 'do not say how many heads' in capsys.readouterr().err
+  model = tmp_path / 'model.gin'
+  model.write_text('from __gin__ import dynamic_registration\nfrom t5x_inference_ext import config\n' + ''.join(
+      f'config.ModelConfig.{name} = {value!r}\n' for name, value in config.to_dict().items()
+  ) + 'MODEL_CONFIG = @config.ModelConfig()\n')
+  assert run('--gin_file=t5x_inference_ext/configs/runs/convert.gin', f'--gin_file={model}',
+             f'--gin.INPUT_CHECKPOINT="{source}"', f'--gin.OUTPUT_CHECKPOINT="{tmp_path}/out"',
+             '--gin.RESCALE_LOGITS=False') == 0
+  assert open_checkpoint(tmp_path / 'out').config == config
+  assert 'not divided by sqrt(d_head) (given)' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('argv,words', [

@@ -66,11 +66,25 @@ def test_bad_requests(engine, arguments, says):
   assert says in str(error.value)
 
 
-def test_an_indivisible_batch(engine):
-  with pytest.raises(MeshError, match='a batch of 3 does not divide over the mesh 2x1x1: pad it to 4 rows'):
-    engine.generate([[3]] * 3, max_new_tokens=8)
-  with pytest.raises(MeshError, match='a batch of 3 does not divide'):
-    engine.score(np.zeros((3, 4)), np.ones((3, 4)))
+def test_a_batch_that_does_not_divide(engine):
+  """3 rows on 2 devices: slower than 4, and as right."""
+  prompts = [*PROMPTS, [103]]
+  found = engine.generate(prompts, max_new_tokens=8)
+  assert [c.tokens for c in found[:2]] == [c.tokens for c in engine.generate(PROMPTS, max_new_tokens=8, prompt_size=3)]
+  assert np.all(engine.score(np.ones((3, 4)), np.ones((3, 4))) < 0)
+
+
+def test_each_phase_has_its_layout(engine, palm_tiny):
+  """From one set of weights: the same completions."""
+  other = Engine.load(palm_tiny, mesh='2x2x1', dtype='float32', prefill_layout='wg_xyz/batch', decode_layout='wg_x/heads')
+  assert [str(other.model.prefill_layout), str(other.model.decode_layout)] == ['wg_xyz/batch', 'wg_x/heads']
+  found, wanted = (e.generate(PROMPTS, max_new_tokens=8) for e in (other, engine))
+  assert [c.tokens for c in found] == [c.tokens for c in wanted]
+  np.testing.assert_allclose([c.score for c in found], [c.score for c in wanted], atol=1e-4)
+  assert [other.padded_batch(n) for n in (1, 2, 3, 5)] == [2, 2, 4, 6]
+  with pytest.raises(MeshError, match='wg_x/heads splits tokens over 2 devices of the mesh 2x2x1, and 3 rows of 1 do not '
+                                      'divide: use a batch that is a multiple of 2'):
+    other.generate([[3]] * 3, max_new_tokens=8)
 
 
 @pytest.mark.parametrize('shapes', [((2, 4), (2, 5)), ((2, 4), (1, 4)), ((4,), (4,))])
@@ -93,8 +107,10 @@ def test_meshes_that_do_not_fit(palm_tiny, mesh, says):
 
 @pytest.mark.parametrize('arguments, error, says', [
     (dict(dtype='float16'), RequestError, 'dtype must be one of float32, bfloat16'),
-    (dict(layout='ws_9d/batch'), MeshError, "unknown layout part 'ws_9d'; known: ws_2d"),
-    (dict(layout='ws_2d'), MeshError, 'a layout is written feedforward/attention'),
+    (dict(prefill_layout='ws_9d/batch'), MeshError, "unknown layout part 'ws_9d'; known: ws_1d, ws_2d"),
+    (dict(decode_layout='ws_2d'), MeshError, 'a layout is written feedforward/attention'),
+    (dict(prefill_layout='wg_xyz/heads'), MeshError, 'leaves none to split heads over; use wg_xyz/batch'),
+    (dict(decode_layout='ws_1d/batch'), MeshError, 'use ws_1d for both phases, or for neither'),
     (dict(norm_scale='two'), CheckpointError, 'norm_scale must be one of zero, one'),
 ])
 def test_bad_loads(palm_tiny, arguments, error, says):

@@ -1,4 +1,4 @@
-"""The gin files this package ships: the models they bind, and that a run's comments tell of all that it takes."""
+"""The gin files this package ships: the models and layouts they bind, and that a run's comments tell all it takes."""
 
 import pathlib
 import re
@@ -8,9 +8,11 @@ import pytest
 
 from t5x_inference_ext import config
 from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.layouts.layout import Layout, check_pair
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / 't5x_inference_ext' / 'configs'
 MODELS = sorted(path.stem for path in (CONFIGS / 'models').glob('*.gin'))
+LAYOUTS = sorted(path.stem for path in (CONFIGS / 'layouts').glob('*.gin'))
 RUNS = sorted(path.name for path in (CONFIGS / 'runs').glob('*.gin'))
 
 
@@ -18,6 +20,12 @@ RUNS = sorted(path.name for path in (CONFIGS / 'runs').glob('*.gin'))
 def checked(model_config: ModelConfig = gin.REQUIRED) -> ModelConfig:
   """Takes MODEL_CONFIG as a run does."""
   return model_config
+
+
+@gin.configurable(module='gin_files_test')
+def layouts(prefill_layout: str = gin.REQUIRED, decode_layout: str = gin.REQUIRED) -> tuple[str, str]:
+  """Takes the macros of configs/layouts as a run does."""
+  return prefill_layout, decode_layout
 
 
 @pytest.fixture(autouse=True)
@@ -58,3 +66,51 @@ def test_a_runs_comments_tell_of_every_macro(name):
   untold = [macro for macro in re.findall(r'^([A-Z_]+) = ', text, re.MULTILINE)
             if not re.search(rf'\b{macro}\b', comments)]
   assert untold == []
+
+
+def test_there_are_files_of_layouts():
+  assert {'ws_1d', 'ws_2d', 'wg_x', 'wg_xy', 'low_latency', 'high_throughput'} <= set(LAYOUTS)
+
+
+def _layouts(name: str) -> tuple[Layout, Layout]:
+  for phase in ('prefill', 'decode'):
+    macro = f'{phase.upper()}_LAYOUT'
+    gin.parse_config([f"{macro} = 'a default'", f'gin_files_test.layouts.{phase}_layout = %{macro}'])
+  gin.parse_config_file(f't5x_inference_ext/configs/layouts/{name}.gin')
+  return tuple(map(Layout.parse, layouts()))
+
+
+@pytest.mark.parametrize('name', LAYOUTS)
+def test_a_file_of_layouts_binds_a_pair_over_a_runs_own(name):
+  prefill, decode = _layouts(name)
+  check_pair(prefill, decode)  # raises for two that can't share weights
+  assert (prefill.ring_directions > 0) == name.endswith('_looped') and decode.ring_directions == 0
+  gin_macros = re.findall(r'^(\w+) =', (CONFIGS / 'layouts' / f'{name}.gin').read_text(encoding='utf-8'), re.MULTILINE)
+  assert gin_macros == ['PREFILL_LAYOUT', 'DECODE_LAYOUT']
+
+
+@pytest.mark.parametrize('name', LAYOUTS)
+def test_the_guide_lists_a_file_of_layouts(name, repository):
+  assert f'`{name}.gin`' in (repository / 'docs' / 'layouts.md').read_text(encoding='utf-8')
+
+
+def test_a_file_named_after_a_layout_binds_it_for_prefill():
+  for name in LAYOUTS:
+    if name.startswith(('ws_', 'wg_')):
+      assert _layouts(name)[0].feedforward == name
+      gin.clear_config()
+
+
+@pytest.mark.parametrize('name', [name for name in LAYOUTS if name.endswith('_looped')])
+def test_a_looped_file_is_its_namesake_looped(name):
+  looped = _layouts(name)
+  gin.clear_config()
+  assert _layouts(name.removesuffix('_looped')) == tuple(
+      Layout(each.feedforward, each.attention) for each in looped)
+
+
+@pytest.mark.parametrize('name', ['runs/infer.gin', 't5x/model.gin'])
+def test_runs_take_the_macros_that_files_of_layouts_bind(name):
+  text = (CONFIGS / name).read_text(encoding='utf-8')
+  assert re.search(r'^  prefill_layout = %PREFILL_LAYOUT$', text, re.MULTILINE)
+  assert re.search(r'^  decode_layout = %DECODE_LAYOUT$', text, re.MULTILINE)

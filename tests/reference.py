@@ -13,7 +13,7 @@ def random_tensors(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
   rng = np.random.default_rng(seed)
   tensors = {}
   for name, p in parameters.parameters(config).items():
-    scale = 0.1 if p.kind == 'norm' else 1.0 if p.kind == 'embedding' else p.shape[1] ** -0.5
+    scale = 0.1 if p.kind in ('norm', 'bias') else 1.0 if p.kind == 'embedding' else p.shape[1] ** -0.5
     tensors[name] = (rng.normal(size=p.shape) * scale).astype(np.float32)
     if p.kind == 'norm' and config.norm_scale == 'one':
       tensors[name] += 1
@@ -47,22 +47,16 @@ def logits(config: ModelConfig, tensors: dict[str, np.ndarray], tokens: np.ndarr
   """tokens [B, T] -> [B, T, V], in float64."""
   c = config
   t = {name: np.asarray(x, np.float64) for name, x in tensors.items()}
-  b, length = tokens.shape
-  x = t['embedding'][tokens]
+  x = t['embedding'][tokens]  # [B, T, E], the residual stream
   for i in range(c.num_layers):
-    y = _rms_norm(x, t['layer_norm'][i], c)
-    q = _rotary((y @ t['query'][i]).reshape(b, length, c.num_heads, c.d_head), c)
-    k = _rotary((y @ t['key'][i]).reshape(b, length, c.num_kv_heads, c.d_head), c)
-    v = (y @ t['value'][i]).reshape(b, length, c.num_kv_heads, c.d_head)
-    k, v = (np.repeat(z, c.num_heads // c.num_kv_heads, axis=2) for z in (k, v))
-    scores = np.einsum('bthd,bshd->bhts', q, k) / np.sqrt(c.d_head)
-    scores = np.where(np.tril(np.ones((length, length), bool)), scores, -np.inf)
-    attention = np.einsum('bhts,bshd->bthd', _softmax(scores), v).reshape(b, length, -1)
-    gate = y @ t['gate'][i]
-    mlp = gate / (1 + np.exp(-gate)) * (y @ t['linear'][i])
-    x = x + attention @ t['attention_output'][i] + mlp @ t['mlp_output'][i]
-  x = _rms_norm(x, t['final_norm'], c)
-  return x @ t['embedding'].T / np.sqrt(c.d_model)
+    layer = {name: w[i] for name, w in t.items() if name not in ('embedding', 'final_norm', 'final_norm_bias')}
+    if c.block == 'parallel':
+      y = _norm(x, layer, 'layer_norm', c)
+      x = x + _attention(y, layer, c) + _mlp(y, layer, c)
+    else:
+      x = x + _attention(_norm(x, layer, 'attention_norm', c), layer, c)
+      x = x + _mlp(_norm(x, layer, 'mlp_norm', c), layer, c)
+  return _norm(x, t, 'final_norm', c) @ t['embedding'].T / np.sqrt(c.d_model)
 
 
 def greedy(config, tensors, prompt: list[int], new_tokens: int) -> list[int]:
@@ -73,9 +67,35 @@ def greedy(config, tensors, prompt: list[int], new_tokens: int) -> list[int]:
   return tokens[len(prompt) + 1:]
 
 
-def _rms_norm(x, scale, c):
-  scale = 1 + scale if c.norm_scale == 'zero' else scale
-  return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + c.norm_epsilon) * scale
+def _norm(x, t, name, c):
+  scale = 1 + t[name] if c.norm_scale == 'zero' else t[name]
+  bias = 0
+  if c.norm == 'layer':
+    x = x - x.mean(axis=-1, keepdims=True)
+    bias = t[f'{name}_bias']
+  return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + c.norm_epsilon) * scale + bias
+
+
+def _attention(y, t, c):
+  b, length, _ = y.shape
+  q = _rotary((y @ t['query']).reshape(b, length, c.num_heads, c.d_head), c)
+  k = _rotary((y @ t['key']).reshape(b, length, c.num_kv_heads, c.d_head), c)
+  v = (y @ t['value']).reshape(b, length, c.num_kv_heads, c.d_head)
+  # Query head h reads key/value head h // (H / K).
+  k, v = (np.repeat(z, c.num_heads // c.num_kv_heads, axis=2) for z in (k, v))
+  scores = np.einsum('bthd,bshd->bhts', q, k) / np.sqrt(c.d_head)
+  scores = np.where(np.tril(np.ones((length, length), bool)), scores, -np.inf)
+  return np.einsum('bhts,bshd->bthd', _softmax(scores), v).reshape(b, length, -1) @ t['attention_output']
+
+
+def _mlp(y, t, c):
+  linear = y @ t['linear']
+  if c.mlp == 'gelu':
+    hidden = linear / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (linear + 0.044715 * linear ** 3)))
+  else:
+    gate = y @ t['gate']
+    hidden = gate / (1 + np.exp(-gate)) * linear
+  return hidden @ t['mlp_output']
 
 
 def _rotary(x, c):

@@ -36,15 +36,19 @@ class Checkpoint:
   notes: tuple[str, ...]
 
 
-def open_checkpoint(path: str | os.PathLike, *, norm_scale: str | None = None,
-                    config: ModelConfig | None = None) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike, *, norm_scale: str | None = None, config: ModelConfig | None = None,
+                    rescale_logits: bool | None = None) -> Checkpoint:
   """Opens a checkpoint and checks the names and shapes of its parameters; values are read from the tensors later.
 
   Args:
     path: a checkpoint directory of any name, or the msgpack file in one; local or gs://.
     norm_scale: how the norm scales are stored, 'zero' or 'one'. None takes what the checkpoint records; T5X
-      checkpoints record nothing, and 'zero', PaLM's form, is then assumed and noted.
-    config: the model that it must hold; None takes what the checkpoint says, or for T5X's formats what the shapes say.
+      checkpoints record nothing, and 'zero', PaLM's form, is then assumed for fused parallel blocks, 'one' for other
+      layers and for layer norms, and noted.
+    config: the model that it must hold; None takes what the checkpoint says, or for T5X's formats what names and shapes
+      say. They do not say the heads of multihead kernels [E, H Q]: these need it.
+    rescale_logits: of T5X's formats, what the trained model's attention had of that name: True, the default, if it
+      divided logits by sqrt(Q); if not, the queries are read multiplied by it, for the program always divides.
 
   Raises:
     CheckpointError: no checkpoint, or not one of this model. Says what to do.
@@ -56,42 +60,65 @@ def open_checkpoint(path: str | os.PathLike, *, norm_scale: str | None = None,
     path = os.path.dirname(path)
   header = storage.read_file(path, serving.CONFIG)
   if header is not None:
+    if rescale_logits is not None:
+      raise CheckpointError(f'rescale_logits is for T5X checkpoints: {path} was converted from one, with the answer of '
+                            'that time in its queries')
     return _from_serving(path, header, norm_scale, config)
   index = storage.read_file(path, legacy.INDEX)
   if index is not None:
-    return _from_tree('t5x', legacy.read(path, index), norm_scale, config)
+    return _from_tree('t5x', legacy.read(path, index), norm_scale, config, rescale_logits)
   state = orbax.find(path)
   if state is not None:
-    return _from_tree('orbax', orbax.read(path, state), norm_scale, config)
+    return _from_tree('orbax', orbax.read(path, state), norm_scale, config, rescale_logits)
   raise CheckpointError(_not_a_checkpoint(path))
 
 
-def _from_tree(kind: str, tree: Tree, norm_scale: str | None, config: ModelConfig | None) -> Checkpoint:
-  scale, source = norm_scale, 'given'
-  if scale is None and config is not None:
-    scale, source = config.norm_scale, 'given with the model'
-  elif scale is None:
-    scale, source = 'zero', 'assumed, as in PaLM: T5X checkpoints do not record it'
-  if config is not None:
-    config = dataclasses.replace(config, norm_scale=scale)
-  model, weights, tensors = flaxformer.canonical(tree, scale, config)
+def _from_tree(kind: str, tree: Tree, norm_scale: str | None, config: ModelConfig | None,
+               rescale_logits: bool | None) -> Checkpoint:
+  found = flaxformer.canonical(tree, norm_scale, config, rescale_logits is not False)
+  model = found.config
   step = '' if tree.step is None else f', step {tree.step}'
+  source = 'given' if norm_scale else 'given with the model' if config else 'assumed'
+  if source == 'assumed':
+    convention = "PaLM's" if model.norm_scale == 'zero' else "flaxformer's default"
+    source = f'assumed, {convention}: T5X checkpoints do not record it'
+  logits = {
+      None: "divided by sqrt(d_head) (assumed, flaxformer's rescale_logits: T5X checkpoints do not record it)",
+      True: 'divided by sqrt(d_head) (given)',
+      False: 'not divided by sqrt(d_head) (given): queries are read multiplied by it',
+  }[rescale_logits]
   notes = (
       f'{tree.description} at {tree.path}{step}',
       f'model: {model}',
-      f'weights: {weights}',
-      f'norm scales: stored around {scale} ({source})',
-      *_doubts(scale, tensors['final_norm']),
+      f"layers: flaxformer's {found.kind.name}, layer axis {found.layer_axis}",
+      f'weights: {found.weights}',
+      f'norm scales: stored around {model.norm_scale} ({source})',
+      *_norm_doubts(model.norm_scale, found.tensors['final_norm']),
+      f'attention logits: {logits}',
+      *(_query_doubts(found) if rescale_logits is None else ()),
+      f'assumed, not recorded: rotary positions up to {model.rope_max_timescale:g}, '
+      + ('swish of the first MLP input' if model.mlp == 'swiglu' else 'tanh GELU'),
   )
-  return Checkpoint(tree.path, kind, tree.step, model, weights, tensors, notes)
+  return Checkpoint(tree.path, kind, tree.step, model, found.weights, found.tensors, notes)
 
 
-def _doubts(scale: str, final_norm: Tensor) -> Iterator[str]:
+def _norm_doubts(scale: str, final_norm: Tensor) -> Iterator[str]:
   """A note where the norms look like the other convention: with the wrong one a model only babbles."""
   mean = float(np.mean(final_norm.read()))
   if (mean > .5) != (scale == 'one'):
     other = 'zero' if scale == 'one' else 'one'
     yield f'  but they average {mean:.2f} in {final_norm.path}: if the output makes no sense, try norm_scale={other}'
+
+
+def _query_doubts(found: flaxformer.Reading) -> Iterator[str]:
+  """A note where queries look as if 1/sqrt(Q) had been folded into their initial values, as flaxformer does then."""
+  if found.weights == 'int8' or not found.kind.folds_logit_scale:
+    return
+  head = (slice(0, 1), slice(None), slice(0, found.config.d_head))
+  query, key = (float(np.std(found.tensors[n].read(head).astype(np.float32))) for n in ('query', 'key'))
+  if query < key * found.config.d_head**-.25:
+    yield (f'  but in layer 0 queries are {query / key:.2f} of the keys: if the output makes no sense, try '
+           'rescale_logits=False')
 
 
 def _from_serving(path: str, data: bytes, norm_scale: str | None, config: ModelConfig | None) -> Checkpoint:
@@ -115,15 +142,17 @@ def _from_serving(path: str, data: bytes, norm_scale: str | None, config: ModelC
 
 def _compare(config: ModelConfig, found: ModelConfig, weights: str, path: str) -> None:
   """Raises CheckpointError for the first difference of a model from the one that a serving checkpoint records."""
-  asked, stored = serving.contents(config, weights), serving.contents(found, weights)
-  for name, (shape, _) in stored.items():
-    if shape != asked[name][0]:
-      raise CheckpointError(f'{name}: shape {list(shape)} in {path}/{name}, but the model asked for needs '
-                            f'{list(asked[name][0])}')
-  for field in dataclasses.fields(config):
-    values = getattr(config, field.name), getattr(found, field.name)
-    if values[0] != values[1]:
-      raise CheckpointError(f'{field.name}={values[0]} was asked for, but {path}/{serving.CONFIG} records {values[1]}')
+  kinds = ('block', 'mlp', 'norm')  # which tensors there are
+  fields = [*kinds, *(f.name for f in dataclasses.fields(config) if f.name not in kinds)]
+  differing = next(name for name in fields if getattr(config, name) != getattr(found, name))
+  if differing not in kinds:
+    asked = serving.contents(config, weights)
+    for name, (shape, _) in serving.contents(found, weights).items():
+      if shape != asked[name][0]:
+        raise CheckpointError(f'{name}: shape {list(shape)} in {path}/{name}, but the model asked for needs '
+                              f'{list(asked[name][0])}')
+  raise CheckpointError(f'{differing}={getattr(config, differing)} was asked for, but {path}/{serving.CONFIG} records '
+                        f'{getattr(found, differing)}')
 
 
 def _not_a_checkpoint(path: str) -> str:

@@ -19,6 +19,7 @@ from t5x_inference_ext.checkpoints import serving
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from t5x_inference_ext.checkpoints.output import OutputDirectory
 from t5x_inference_ext.checkpoints.tensor import Tensor
+from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import CheckpointError, UserError
 from t5x_inference_ext.quantization import rounding
 
@@ -90,7 +91,8 @@ class Report:
 
 
 def convert(input_checkpoint: str, output_checkpoint: str, weights: str = 'int8', norm_scale: str | None = None, *,
-            slice_bytes: int = SLICE_BYTES, found: Callable[[Checkpoint], None] = lambda checkpoint: None,
+            config: ModelConfig | None = None, rescale_logits: bool | None = None, slice_bytes: int = SLICE_BYTES,
+            found: Callable[[Checkpoint], None] = lambda checkpoint: None,
             progress: Progress = lambda what, done, total: None) -> Report:
   """Writes the serving checkpoint `output_checkpoint`: complete and verified, or not at all.
 
@@ -98,7 +100,7 @@ def convert(input_checkpoint: str, output_checkpoint: str, weights: str = 'int8'
     input_checkpoint: a checkpoint of any format.
     output_checkpoint: the directory to make, of any name.
     weights: 'int8' or 'bfloat16'.
-    norm_scale: see open_checkpoint.
+    norm_scale, config, rescale_logits: see open_checkpoint.
     slice_bytes: how much of the source to hold at a time.
     found: told what the input is before anything is converted.
     progress: told after every slice.
@@ -111,7 +113,7 @@ def convert(input_checkpoint: str, output_checkpoint: str, weights: str = 'int8'
     raise UserError(f'weights must be one of {", ".join(serving.WEIGHTS)}, got {weights!r}')
   output = OutputDirectory(output_checkpoint)
   output.check_absent()
-  source = open_checkpoint(input_checkpoint, norm_scale=norm_scale)
+  source = open_checkpoint(input_checkpoint, norm_scale=norm_scale, config=config, rescale_logits=rescale_logits)
   found(source)
   with output:
     conversion = _Conversion(source, weights, output.directory, progress)

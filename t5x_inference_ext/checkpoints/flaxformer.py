@@ -1,80 +1,111 @@
 """From flaxformer's parameter tree, as T5X trained it, to canonical tensors.
 
-Scanned form (layer axis 1), C = Q + 2F/H columns of a head being query, swish input, linear input:
+Scanned form, with the layer axis L on axis 1 (or 0: flaxformer's scan_axis):
 
   decoder/token_embedder/embedding          [V, E]
-  decoder/decoder_norm/scale                [E]
-  decoder/decoder/layer_norm/scale          [E, L]
-  decoder/decoder/q_wi_fused/kernel         [E, L, H, Q + 2F/H]
-  decoder/decoder/kv_fused/kernel           [E, L, 1, 2Q]         key, value
-  decoder/decoder/o_wo_fused/kernel         [H, L, Q + F/H, E]    attention output, MLP output
+  decoder/decoder_norm/scale                [E]               and bias, of a layer norm
+  decoder/decoder/NORM/scale                [E, L]            and bias
+  decoder/decoder/MODULE/kernel             e.g. [E, L, F]    MODULEs and their axes: layer_kinds.py
 
 A tree with one subtree a layer (decoder/layers_0/...) has the same without the layer axis. In the quantized form each
 kernel is a pair: qkernel, int8 of the same shape, and qscale, in which the axes that a matmul sums over have size 1.
 """
 
+import dataclasses
 import re
 
 import ml_dtypes
 import numpy as np
 
-from t5x_inference_ext.checkpoints.tensor import Cast, MergedHeads, Squeezed, Stack, Swapped, Tensor
+from t5x_inference_ext import parameters
+from t5x_inference_ext.checkpoints.layer_kinds import KINDS, Kernel, LayerKind, Shapes, UnknownSizes
+from t5x_inference_ext.checkpoints.tensor import Cast, Merged, Moved, Scaled, Squeezed, Stack, Tensor, Window
 from t5x_inference_ext.checkpoints.tree import Tree
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import CheckpointError
 
 EMBEDDING = 'decoder/token_embedder/embedding'
-FINAL_NORM = 'decoder/decoder_norm/scale'
+FINAL_NORM = 'decoder/decoder_norm'
 LAYERS = 'decoder/decoder'
-LAYER_NORM, Q_WI, KV, O_WO = 'layer_norm/scale', 'q_wi_fused', 'kv_fused', 'o_wo_fused'
 _LAYER = re.compile(r'decoder/layers_(\d+)/(.*)')
-_LAYER_AXIS = 1
+_STACK_AXIS = 1
+SUPPORTED = ('Supported are decoders of flaxformer\'s ParallelFusedDecoderLayer or DecoderLayer: rotary positions, '
+             'SwiGLU or GELU, no biases but those of layer norms, tied embedding')
+# (in a parameter's name, why it can't be served)
+_REASONS = (
+    (r'relpos_bias|rel_embedding|position_embedder', 'positions must be rotary, not learned'),
+    (r'^encoder/|encoder_decoder_attention|cross_attention', 'it must be a decoder alone'),
+    (r'logits_dense', 'the output must be the embedding'),
+    (r'_conv/', 'there are no convolutions'),
+    (r'/bias$', 'only layer norms have biases'),
+)
 
 
-def canonical(tree: Tree, norm_scale: str,
-              config: ModelConfig | None = None) -> tuple[ModelConfig, str, dict[str, Tensor]]:
+@dataclasses.dataclass(frozen=True)
+class Reading:
+  """A tree as a model.
+
+  Attributes:
+    config: the model.
+    weights: 'float32', 'bfloat16' or 'int8'.
+    tensors: the canonical ones.
+    kind: of its layers.
+    layer_axis: of the scanned form.
+  """
+
+  config: ModelConfig
+  weights: str
+  tensors: dict[str, Tensor]
+  kind: LayerKind
+  layer_axis: int
+
+
+def canonical(tree: Tree, norm_scale: str | None = None, config: ModelConfig | None = None,
+              rescale_logits: bool = True) -> Reading:
   """Presents a tree as canonical tensors.
 
   Args:
     tree: as read.
-    norm_scale: the convention of the norms, which a tree does not say.
-    config: the model that it has to be; None finds it from the shapes.
-
-  Returns:
-    The model, its weights ('float32', 'bfloat16' or 'int8') and its canonical tensors.
+    norm_scale: the convention of the norms, which a tree does not say; None takes the kind of layer's usual one.
+    config: the model that it has to be; None finds it from the names and shapes.
+    rescale_logits: flaxformer's: whether attention logits are divided by sqrt(Q). Where they are not, the queries are
+      multiplied by it here.
 
   Raises:
     CheckpointError: missing, extra or unfitting parameters, by name.
   """
   leaves = stack_layers(tree)
-  quantized = check_names(tree, leaves)
-  found = derive_config(leaves, 'qkernel' if quantized else 'kernel', norm_scale, tree.path)
-  model = found if config is None else config
-  check_shapes(tree, leaves, model, quantized, given=config is not None)
+  quantized = any(name.endswith('/qkernel') for name in leaves)
+  kind = find_kind(leaves)
+  modules, norm = check_names(tree, leaves, kind, quantized)
+  axis = _layer_axis(leaves, kind)
+  suffix = 'qkernel' if quantized else 'kernel'
+  shapes = _shapes(leaves, kind, modules, suffix, axis)
+  try:
+    layers = leaves[f'{LAYERS}/{modules[0]}/{suffix}'].shape[axis]
+    model = _model((layers, *leaves[EMBEDDING].shape), kind, shapes, norm, norm_scale, config)
+    kernels = [kind.kernels(model, shapes)[module] for module in modules]
+  except ValueError as e:
+    raise CheckpointError(f'{tree.path}: {e}') from e
+  check_shapes(tree, leaves, kind, kernels, model, quantized, axis, given=config is not None)
 
-  q, g = model.d_head, model.d_ff // model.num_heads
-  tensors = {
-      'embedding': leaves[EMBEDDING],
-      'final_norm': _float32(leaves, FINAL_NORM),
-      'layer_norm': Swapped(_float32(leaves, f'{LAYERS}/{LAYER_NORM}')),
-  }
-  # (canonical name, fused kernel, axis of the heads with layers in front, first column, columns of a head)
-  parts = (('query', Q_WI, 2, 0, q), ('key', KV, 2, 0, q), ('value', KV, 2, q, q), ('gate', Q_WI, 2, q, g),
-           ('linear', Q_WI, 2, q + g, g), ('attention_output', O_WO, 1, 0, q), ('mlp_output', O_WO, 1, q, g))
-  for name, fused, axis, start, width in parts:
-    if not quantized:
-      tensors[name] = MergedHeads(leaves[f'{LAYERS}/{fused}/kernel'], axis, start, width)
-      continue
-    kernel = leaves[f'{LAYERS}/{fused}/qkernel']
-    if kernel.dtype != np.int8:
-      kernel = Cast(kernel, np.int8, f'target/{LAYERS}/{fused}/qkernel')
-    tensors[name] = MergedHeads(kernel, axis, start, width)
-    scale = _float32(leaves, f'{LAYERS}/{fused}/qscale')
-    if fused == O_WO:  # [1, L, 1, E]: one scale for both outputs
-      tensors['output_scale'] = Squeezed(Squeezed(scale, 2), 0)
-    else:  # [1, L, H, C]
-      tensors[f'{name}_scale'] = Squeezed(MergedHeads(scale, axis, start, width), 1)
-  return model, _weights([tensors[name].dtype for name, *_ in parts], quantized), tensors
+  tensors = {'embedding': leaves[EMBEDDING]}
+  for name, place in (('final_norm', FINAL_NORM), *((n, f'{LAYERS}/{module}') for n, module in kind.norms)):
+    for canonical_name, leaf in ((name, 'scale'), (parameters.bias_name(name), 'bias'))[:2 if norm == 'layer' else 1]:
+      stored = _float32(leaves, f'{place}/{leaf}')
+      tensors[canonical_name] = stored if place == FINAL_NORM else Moved(stored, axis)
+  factors = {'attention_output': kind.output_factor, 'mlp_output': kind.output_factor,
+             'query': 1. if rescale_logits else model.d_head**.5}
+  for kernel in kernels:
+    tensors.update(_matrices(tree, leaves, kernel, model, axis, factors, quantized))
+  wanted = {**parameters.parameters(model), **(parameters.scales(model) if quantized else {})}
+  for name, tensor in tensors.items():
+    if tensor.shape != wanted[name].shape:
+      raise CheckpointError(f'{name}: shape {list(tensor.shape)} in {tensor.path}, but the model asked for needs '
+                            f'{list(wanted[name].shape)}')
+  matrices = [tensors[name].dtype for name, p in wanted.items() if p.kind == 'matrix']
+  weights = 'int8' if quantized else 'bfloat16' if all(d == ml_dtypes.bfloat16 for d in matrices) else 'float32'
+  return Reading(model, weights, tensors, kind, axis)
 
 
 def stack_layers(tree: Tree) -> dict[str, Tensor]:
@@ -98,18 +129,46 @@ def stack_layers(tree: Tree) -> dict[str, Tensor]:
         raise CheckpointError(
             f'target/decoder/layers_{i}/{name} has shape {list(of_layer[i].shape)} in {of_layer[i].path}, but layer 0 '
             f'has {list(of_layer[0].shape)}')
-    if len(of_layer[0].shape) < _LAYER_AXIS:
+    if len(of_layer[0].shape) < _STACK_AXIS:
       raise CheckpointError(f'target/decoder/layers_0/{name} is a scalar in {of_layer[0].path}')
-    leaves[f'{LAYERS}/{name}'] = Stack([of_layer[i] for i in range(count)], _LAYER_AXIS)
+    leaves[f'{LAYERS}/{name}'] = Stack([of_layer[i] for i in range(count)], _STACK_AXIS)
   return leaves
 
 
-def check_names(tree: Tree, leaves: dict[str, Tensor]) -> bool:
-  """Whether the (stacked) leaves are the quantized form. Raises CheckpointError for missing and extra parameters."""
-  quantized = any(name.endswith('/qkernel') for name in leaves)
-  kernels = ('qkernel', 'qscale') if quantized else ('kernel',)
-  expected = {EMBEDDING, FINAL_NORM, f'{LAYERS}/{LAYER_NORM}'}
-  expected |= {f'{LAYERS}/{fused}/{kernel}' for fused in (Q_WI, KV, O_WO) for kernel in kernels}
+def find_kind(leaves: dict[str, Tensor]) -> LayerKind:
+  """The kind of layer of which these (stacked) leaves have the most parameters, and lack the fewest."""
+  stored = _modules(leaves)
+
+  def fit(kind):
+    expected = {*kind.modules(stored), *(module for _, module in kind.norms)}
+    return len(expected & stored), -len(expected - stored)
+
+  return max(KINDS, key=fit)
+
+
+def _model(lve: tuple[int, int, int], kind: LayerKind, shapes: Shapes, norm: str, norm_scale: str | None,
+           config: ModelConfig | None) -> ModelConfig:
+  """The model of L, V, E and these shapes, or `config`. Raises ValueError: no model, or not that one."""
+  facts = dict(block=kind.block, norm=norm, mlp=kind.mlp(shapes))
+  if config is None:
+    layers, vocab_size, d_model = lve
+    return ModelConfig(**kind.sizes(shapes), **facts, num_layers=layers, d_model=d_model, vocab_size=vocab_size,
+                       norm_scale=norm_scale or ('one' if norm == 'layer' else kind.norm_scale))
+  for name, value in facts.items():
+    if getattr(config, name) != value:
+      raise UnknownSizes(f'the model asked for has {name}={getattr(config, name)}, but the tree has {name}={value}')
+  return config if norm_scale is None else dataclasses.replace(config, norm_scale=norm_scale)
+
+
+def check_names(tree: Tree, leaves: dict[str, Tensor], kind: LayerKind, quantized: bool) -> tuple[tuple[str, ...], str]:
+  """The modules of kernels, and the kind of norm. Raises CheckpointError for missing and extra parameters."""
+  modules = kind.modules(_modules(leaves))
+  norms = [FINAL_NORM, *(f'{LAYERS}/{module}' for _, module in kind.norms)]
+  norm = 'layer' if any(f'{name}/bias' in leaves for name in norms) else 'rms'
+  expected = {EMBEDDING}
+  expected |= {f'{name}/{leaf}' for name in norms for leaf in ('scale', 'bias')[:2 if norm == 'layer' else 1]}
+  expected |= {f'{LAYERS}/{module}/{kernel}' for module in modules
+               for kernel in (('qkernel', 'qscale') if quantized else ('kernel',))}
   missing, extra = sorted(expected - set(leaves)), sorted(set(leaves) - expected)
   per_layer = any(_LAYER.fullmatch(name) for name in tree.leaves)
 
@@ -120,72 +179,106 @@ def check_names(tree: Tree, leaves: dict[str, Tensor]) -> bool:
   if missing:
     problems.append(f'lacks {stored(missing)}')
   if extra:
-    problems.append(f'has parameters that this model does not use: {stored(extra)}')
+    reasons = [reason for pattern, reason in _REASONS if any(re.search(pattern, name) for name in extra)]
+    problems.append(f'has parameters that this model does not use: {stored(extra)}'
+                    + (f' ({"; ".join(reasons)})' if reasons else ''))
   if problems:
-    raise CheckpointError(f'{tree.path} {" and ".join(problems)}. Only PaLM-style decoders are supported: fused '
-                          'parallel blocks, multiquery attention with rotary positions, SwiGLU, no biases, tied '
-                          'embedding')
-  return quantized
+    raise CheckpointError(f'{tree.path} {" and ".join(problems)}. {SUPPORTED}')
+  return modules, norm
 
 
-def derive_config(leaves: dict[str, Tensor], kernel: str, norm_scale: str, path: str) -> ModelConfig:
-  """The model that has these shapes. Raises CheckpointError where none does."""
-  ranks = {EMBEDDING: 2, f'{LAYERS}/{Q_WI}/{kernel}': 4, f'{LAYERS}/{KV}/{kernel}': 4}
-  for name, rank in ranks.items():
-    if len(leaves[name].shape) != rank:
-      raise CheckpointError(f'target/{name}: shape {list(leaves[name].shape)} in {leaves[name].path} has '
-                            f'{len(leaves[name].shape)} axes, expected {rank}')
-  (v, e), (_, layers, heads, columns), (_, _, kv_heads, kv_columns) = (leaves[name].shape for name in ranks)
-  q = kv_columns // 2
-  if kv_columns % 2 or columns <= q or (columns - q) % 2:
-    q_wi, kv = (list(leaves[f'{LAYERS}/{fused}/{kernel}'].shape) for fused in (Q_WI, KV))
-    raise CheckpointError(f'{path}: {KV} {kv} and {Q_WI} {q_wi} do not fit each other: their last axes should be 2Q '
-                          'and Q + 2F/H')
-  try:
-    return ModelConfig(num_layers=layers, d_model=e, d_ff=(columns - q) // 2 * heads, num_heads=heads, d_head=q,
-                       vocab_size=v, num_kv_heads=kv_heads, norm_scale=norm_scale)
-  except ValueError as e:
-    raise CheckpointError(f'{path}: {e}') from e
-
-
-def check_shapes(tree: Tree, leaves: dict[str, Tensor], config: ModelConfig, quantized: bool, given: bool) -> None:
+def check_shapes(tree: Tree, leaves: dict[str, Tensor], kind: LayerKind, kernels: list[Kernel], config: ModelConfig,
+                 quantized: bool, axis: int, given: bool) -> None:
   """Raises CheckpointError for the first parameter that is not this model's: its name, both shapes and its file."""
-  c = config
-  if c.d_ff % c.num_heads:
-    raise CheckpointError(f'd_ff {c.d_ff} is not a multiple of {c.num_heads} heads: no fused kernel has this shape')
-  g = c.d_ff // c.num_heads
-  fused = {
-      Q_WI: ((c.d_model, c.num_layers, c.num_heads, c.d_head + 2 * g), (0,)),
-      KV: ((c.d_model, c.num_layers, c.num_kv_heads, 2 * c.d_head), (0,)),
-      O_WO: ((c.num_heads, c.num_layers, c.d_head + g, c.d_model), (0, 2)),
-  }
-  expected = {
-      EMBEDDING: (c.vocab_size, c.d_model),
-      FINAL_NORM: (c.d_model,),
-      f'{LAYERS}/{LAYER_NORM}': (c.d_model, c.num_layers),
-  }
-  for name, (shape, summed) in fused.items():
-    expected[f'{LAYERS}/{name}/{"qkernel" if quantized else "kernel"}'] = shape
+  def layered(shape):
+    return (*shape[:axis], config.num_layers, *shape[axis:])
+
+  expected = {EMBEDDING: (config.vocab_size, config.d_model)}
+  for leaf in ('scale', 'bias')[:2 if config.norm == 'layer' else 1]:
+    expected[f'{FINAL_NORM}/{leaf}'] = (config.d_model,)
+    for _, module in kind.norms:
+      expected[f'{LAYERS}/{module}/{leaf}'] = layered((config.d_model,))
+  for kernel in kernels:
+    expected[f'{LAYERS}/{kernel.module}/{"qkernel" if quantized else "kernel"}'] = layered(kernel.shape)
     if quantized:
-      expected[f'{LAYERS}/{name}/qscale'] = tuple(1 if i in summed else n for i, n in enumerate(shape))
+      expected[f'{LAYERS}/{kernel.module}/qscale'] = layered((1,) * len(kernel.inputs) + kernel.outputs)
   per_layer = any(_LAYER.fullmatch(name) for name in tree.leaves)
   source = 'the model asked for' if given else f'the rest of the checkpoint ({config})'
   for name, shape in expected.items():
     if leaves[name].shape != shape:
-      stacked = ' (layers stacked on axis 1)' if per_layer and name.startswith(LAYERS) else ''
+      stacked = f' (layers stacked on axis {axis})' if per_layer and name.startswith(LAYERS) else ''
       raise CheckpointError(f'target/{name}: shape {list(leaves[name].shape)}{stacked} in {leaves[name].path}, but '
                             f'{source} needs {list(shape)}')
+
+
+def _matrices(tree: Tree, leaves: dict[str, Tensor], kernel: Kernel, config: ModelConfig, axis: int,
+              factors: dict[str, float], quantized: bool) -> dict[str, Tensor]:
+  """The canonical matrices [L, in, out] in one kernel, and their scales [L, out]."""
+  place, start, tensors = f'{LAYERS}/{kernel.module}', 0, {}
+  for name, width in kernel.parts:
+    factor = factors.get(name, 1.)
+    window = (kernel.axis, start, width)
+    start += width
+    if not quantized:
+      matrix = _merge(leaves[f'{place}/kernel'], kernel, axis, window)
+      tensors[name] = matrix if factor == 1 else Scaled(matrix, factor)
+      continue
+    stored = leaves[f'{place}/qkernel']
+    if stored.dtype != np.int8:
+      stored = Cast(stored, np.int8, f'target/{place}/qkernel')
+    tensors[name] = _merge(stored, kernel, axis, window)
+    scale_name = parameters.parameters(config)[name].scale
+    sharing = {n for n, p in parameters.parameters(config).items() if p.scale == scale_name}
+    if sharing != sharing & {n for n, _ in kernel.parts}:
+      raise CheckpointError(f'{tree.path} has quantized kernels with scales of their own for '
+                            f'{" and ".join(sorted(sharing))}, which in a parallel block share one: convert the float '
+                            'checkpoint')
+    # Summed axes have size 1, also the one along which parts lie: they share the scale.
+    scale = _merge(_float32(leaves, f'{place}/qscale'), kernel, axis,
+                   None if kernel.axis < len(kernel.inputs) else window)
+    tensors[scale_name] = Squeezed(scale if factor == 1 else Scaled(scale, factor), 1)
+  return tensors
+
+
+def _merge(leaf: Tensor, kernel: Kernel, axis: int, window: tuple[int, int, int] | None) -> Tensor:
+  """The part of a kernel within `window` (axis, start, width) as a matrix [L, in, out]."""
+  view = Moved(leaf, axis)
+  if window is not None and window[2] != view.shape[1 + window[0]]:
+    view = Window(view, 1 + window[0], *window[1:])
+  inputs = len(kernel.inputs)
+  for first, count in ((1 + inputs, len(kernel.outputs)), (1, inputs)):
+    for _ in range(count - 1):
+      view = Merged(view, first)
+  return view
+
+
+def _modules(leaves: dict[str, Tensor]) -> set[str]:
+  """Where in a layer there are parameters."""
+  return {name.removeprefix(f'{LAYERS}/').rpartition('/')[0] for name in leaves if name.startswith(f'{LAYERS}/')}
+
+
+def _layer_axis(leaves: dict[str, Tensor], kind: LayerKind) -> int:
+  """The axis that is not E of a layer's norm scale [E, L] or [L, E]."""
+  shape = leaves[f'{LAYERS}/{kind.norms[0][1]}/scale'].shape
+  d_model = leaves[EMBEDDING].shape[-1:]
+  return 0 if len(shape) == 2 and shape[1:] == d_model != shape[:1] else 1
+
+
+def _shapes(leaves: dict[str, Tensor], kind: LayerKind, modules: tuple[str, ...], suffix: str, axis: int) -> Shapes:
+  """The kernels' shapes without the layer axis. Raises CheckpointError for one with too many or too few axes."""
+  ranks = {EMBEDDING: (2,), f'{LAYERS}/{kind.norms[0][1]}/scale': (2,)}
+  ranks.update({f'{LAYERS}/{module}/{suffix}': tuple(1 + n for n in kind.ranks[module]) for module in modules})
+  for name, expected in ranks.items():
+    if len(leaves[name].shape) not in expected:
+      raise CheckpointError(f'target/{name}: shape {list(leaves[name].shape)} in {leaves[name].path} has '
+                            f'{len(leaves[name].shape)} axes, expected {" or ".join(map(str, expected))}')
+  stored = {module: leaves[f'{LAYERS}/{module}/{suffix}'].shape for module in modules}
+  return {module: shape[:axis] + shape[axis + 1:] for module, shape in stored.items()}
 
 
 def _float32(leaves: dict[str, Tensor], name: str) -> Tensor:
   leaf = leaves[name]
   return leaf if leaf.dtype == np.float32 else Cast(leaf, np.float32, f'target/{name}')
-
-
-def _weights(dtypes: list[np.dtype], quantized: bool) -> str:
-  if quantized:
-    return 'int8'
-  return 'bfloat16' if all(dtype == ml_dtypes.bfloat16 for dtype in dtypes) else 'float32'
 
 
 def _list(names, limit: int = 12) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
 from t5x_inference_ext.decoding.model import Model
 from t5x_inference_ext.layouts.arrangement import DeviceTensor, device_tensors
-from t5x_inference_ext.weights import LayerWeights, Weights
+from t5x_inference_ext.weights import Weights, layer_weights
 
 # Up to this depth the program unrolls its layers, which spares a copy of each layer's weights on CPU; beyond it, a loop
 # keeps programs small and compiles quick.
@@ -33,7 +33,7 @@ def load_weights(checkpoint: Checkpoint, model: Model, *, stacked: bool | None =
     MeshError: the mesh does not divide the model.
     CheckpointError: a tensor can't be read.
   """
-  tensors = device_tensors(model.config, model.layout, dict(model.mesh.shape), checkpoint.weights == 'int8')
+  tensors = device_tensors(model.config, model.prefill_layout, dict(model.mesh.shape), checkpoint.weights == 'int8')
   layers = model.config.num_layers
   if stacked is None:
     stacked = layers > MAX_UNROLLED_LAYERS
@@ -42,12 +42,12 @@ def load_weights(checkpoint: Checkpoint, model: Model, *, stacked: bool | None =
   jobs += [(name, layer) for layer in per_layer for name, t in tensors.items() if t.per_layer]
   loaded = {(name, str(layer)): load_tensor(checkpoint, model, tensors[name], layer) for name, layer in progress(jobs)}
 
-  def layer_weights(layer):
-    return LayerWeights(**{name: loaded[name, str(layer)] for name, t in tensors.items() if t.per_layer})
+  def layer(index):
+    return layer_weights({name: loaded[name, str(index)] for name, t in tensors.items() if t.per_layer})
 
   return Weights(
-      loaded['embedding', 'None'], loaded['final_norm', 'None'],
-      layer_weights(per_layer[0]) if stacked else tuple(layer_weights(layer) for layer in per_layer))
+      layers=layer(per_layer[0]) if stacked else tuple(layer(i) for i in per_layer),
+      **{name: loaded[name, 'None'] for name, t in tensors.items() if not t.per_layer})
 
 
 def load_tensor(checkpoint: Checkpoint, model: Model, tensor: DeviceTensor, layers: slice | int | None) -> jax.Array:

@@ -42,7 +42,7 @@ _no_cache = ts.Context({'cache_pool': {'total_bytes_limit': 0}})
 
 def contents(config: ModelConfig, weights: str) -> dict[str, tuple[tuple[int, ...], str]]:
   """(shape, dtype name) of every tensor in a serving checkpoint of a model, by name."""
-  dtypes = {'matrix': weights, 'embedding': 'bfloat16', 'norm': 'float32', 'scale': 'float32'}
+  dtypes = {'matrix': weights, 'embedding': 'bfloat16', 'norm': 'float32', 'bias': 'float32', 'scale': 'float32'}
   tensors = parameters.parameters(config)
   if weights == 'int8':
     tensors = {**tensors, **parameters.scales(config)}
@@ -51,7 +51,7 @@ def contents(config: ModelConfig, weights: str) -> dict[str, tuple[tuple[int, ..
 
 def is_layered(name: str) -> bool:
   """Whether a tensor's first axis is the layers."""
-  return name not in ('embedding', 'final_norm')
+  return name not in ('embedding', 'final_norm', parameters.bias_name('final_norm'))
 
 
 def chunk_shape(name: str, shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """Lazy tensors: views on what is stored, of which only the needed part is ever read."""
 
+import math
 from typing import Sequence
 
 import numpy as np
@@ -89,44 +90,63 @@ class Stack(Tensor):
     return np.stack([p.read(rest).astype(self.dtype, copy=False) for p in self._parts[begin:end]], self._axis)
 
 
-class Swapped(Tensor):
-  """[A, L] as [L, A]."""
+class Moved(Tensor):
+  """A tensor with one axis brought to the front: layers, wherever they are stored."""
 
-  def __init__(self, source: Tensor):
-    super().__init__(source.shape[::-1], source.dtype, source.path)
-    self._source = source
+  def __init__(self, source: Tensor, axis: int):
+    super().__init__((source.shape[axis],) + source.shape[:axis] + source.shape[axis + 1:], source.dtype, source.path)
+    self._source, self._axis = source, axis
 
   def _read(self, bounds):
-    return self._source.read(_slices(bounds[::-1])).T
+    stored = bounds[1:self._axis + 1] + bounds[:1] + bounds[self._axis + 1:]
+    return np.moveaxis(self._source.read(_slices(stored)), self._axis, 0)
 
 
-class MergedHeads(Tensor):
-  """A column range of every head of a fused kernel, heads and columns merged, layers leading.
-
-  The source is [., L, ., .] with heads on `axis` and their columns on `axis` + 1, counted after layers are brought to
-  the front: [E, L, H, C] with axis 2 gives [L, E, H*W], and [H, L, C, E] with axis 1 gives [L, H*W, E], where W columns
-  from `start` on are taken of each head.
-  """
+class Window(Tensor):
+  """A range of one axis: one matrix of those that a fused kernel holds side by side."""
 
   def __init__(self, source: Tensor, axis: int, start: int, width: int):
-    lead = [source.shape[1], source.shape[0], *source.shape[2:]]
-    super().__init__(lead[:axis] + [lead[axis] * width] + lead[axis + 2:], source.dtype, source.path)
-    self._source, self._axis, self._start, self._width = source, axis, start, width
+    super().__init__(source.shape[:axis] + (width,) + source.shape[axis + 1:], source.dtype, source.path)
+    self._source, self._axis, self._start = source, axis, start
 
   def _read(self, bounds):
-    axis, width = self._axis, self._width
+    begin, end = bounds[self._axis]
+    window = (self._start + begin, self._start + end)
+    return self._source.read(_slices(bounds[:self._axis] + (window,) + bounds[self._axis + 1:]))
+
+
+class Merged(Tensor):
+  """Two neighbouring axes as one: [., H, C, .] as [., H*C, .], heads and their columns."""
+
+  def __init__(self, source: Tensor, axis: int):
+    heads, columns = source.shape[axis:axis + 2]
+    super().__init__(source.shape[:axis] + (heads * columns,) + source.shape[axis + 2:], source.dtype, source.path)
+    self._source, self._axis, self._columns = source, axis, columns
+
+  def _read(self, bounds):
+    axis, columns = self._axis, self._columns
     begin, end = bounds[axis]
-    first, last = begin // width, (end - 1) // width
+    first, last = begin // columns, (end - 1) // columns
     if first == last:  # within one head: only those columns
-      low, high = begin - first * width, end - first * width
+      within = (begin - first * columns, end - first * columns)
     else:  # the covering heads, trimmed below
-      low, high = 0, width
-    columns = (self._start + low, self._start + high)
-    lead = bounds[:axis] + ((first, last + 1), columns) + bounds[axis + 1:]
-    values = self._source.read(_slices((lead[1], lead[0], *lead[2:]))).swapaxes(0, 1)
+      within = (0, columns)
+    values = self._source.read(_slices(bounds[:axis] + ((first, last + 1), within) + bounds[axis + 1:]))
     merged = values.reshape(*values.shape[:axis], -1, *values.shape[axis + 2:])
-    offset = begin - first * width - low
+    offset = begin - first * columns - within[0]
     return merged[(slice(None),) * axis + (slice(offset, offset + end - begin),)]
+
+
+class Scaled(Tensor):
+  """Floats times a constant that the trained model applied elsewhere: exactly for powers of two, else in float32."""
+
+  def __init__(self, source: Tensor, factor: float):
+    exact = math.frexp(factor)[0] == .5
+    super().__init__(source.shape, source.dtype if exact else np.float32, source.path)
+    self._source, self._factor = source, factor
+
+  def _read(self, bounds):
+    return self._source.read(_slices(bounds)).astype(self.dtype, copy=False) * self.dtype.type(self._factor)
 
 
 class Squeezed(Tensor):

@@ -48,3 +48,12 @@ def shard_index(axes: Sequence[str]) -> jax.Array:
   for a in axes:
     index = index * lax.axis_size(a) + lax.axis_index(a)
   return index
+
+
+def local_slice(x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
+  """This shard's slice of `dim` of an array that all shards have: no communication."""
+  shards = axis_size(axes)
+  if shards == 1:
+    return x
+  width = x.shape[dim] // shards
+  return lax.dynamic_slice_in_dim(x, shard_index(axes) * width, width, dim)

@@ -2,10 +2,11 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from t5x_inference_ext.collectives import plain
 from t5x_inference_ext.config import ModelConfig
@@ -13,14 +14,15 @@ from t5x_inference_ext.decoding import cache as kv_cache
 from t5x_inference_ext.decoding.cache import KVCache
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.layers.attention import Context
-from t5x_inference_ext.layers.embedding import embed, unembed
-from t5x_inference_ext.layers.norm import rms_norm
-from t5x_inference_ext.layers.parallel_block import parallel_block
+from t5x_inference_ext.layers.embedding import embed, last_positions, unembed
+from t5x_inference_ext.layers.norm import norm
 from t5x_inference_ext.layers.rotary import rotary_angles
-from t5x_inference_ext.layers.sharding import BatchSharding
+from t5x_inference_ext.layers.sublayer import Layer, Positions
+from t5x_inference_ext.layouts import placement as placements
 from t5x_inference_ext.layouts.arrangement import device_tensors
-from t5x_inference_ext.layouts.layout import Layout, batch_axes
-from t5x_inference_ext.weights import LayerWeights, Weights
+from t5x_inference_ext.layouts.layout import Axes, Layout, check_pair
+from t5x_inference_ext.layouts.placement import Placement
+from t5x_inference_ext.weights import Weights, layer_weights
 
 DTYPES = ('float32', 'bfloat16')
 
@@ -38,23 +40,27 @@ class Model:
   Attributes:
     config: the shape of the model.
     mesh: axes x, y, z.
-    layout: where tensors live on it.
+    prefill_layout: of prefill and of whole sequences (logits, log_probs).
+    decode_layout: of decode steps, and of the KV cache between them.
     dtype: of activations and KV cache, 'float32' or 'bfloat16'. Norms, softmax and logits are float32 in either.
 
   Raises:
     RequestError: another dtype.
+    MeshError: two layouts that can't share weights.
   """
 
   config: ModelConfig
   mesh: Mesh
-  layout: Layout = Layout()
+  prefill_layout: Layout = Layout()
+  decode_layout: Layout = Layout()
   dtype: str = 'bfloat16'
 
   def __post_init__(self):
     check_dtype(self.dtype)
+    check_pair(self.prefill_layout, self.decode_layout)
 
   def prefill(self, weights: Weights, tokens: jax.Array, lengths: jax.Array, size: int) -> tuple[jax.Array, KVCache]:
-    """Runs the prompts in one pass.
+    """Runs the prompts in one pass, in the prefill layout.
 
     Args:
       weights: on this model's mesh.
@@ -63,24 +69,30 @@ class Model:
       size: S, the positions of the cache made; at least T.
 
     Returns:
-      Logits [B, V] float32 after each row's last token, and the cache.
+      Logits [B, V] float32 after each row's last token, and the cache, split as decode takes it.
 
     Raises:
-      MeshError: B does not divide over the mesh.
+      MeshError: B rows that the decode layout can't split.
     """
+    rows, length = tokens.shape
+    place = self.place_prefill(rows, length)
+    decode = self.place_decode(rows)
 
-    def run(batch, weights, tokens, lengths, local_lengths):
-      x, (keys, values) = self._decoder(batch, weights, tokens, jnp.zeros_like(local_lengths), None)
-      x = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)  # [B, 1, E_xyz]
-      return self._logits(batch, weights, x)[:, 0], kv_cache.start(keys, values, local_lengths, size)
+    def run(weights, tokens, lengths):
+      start = jnp.zeros(rows // plain.axis_size(place.attention_rows), jnp.int32)
+      x, kv = self._decoder(place, weights, tokens, start, None)
+      x = last_positions(x, lengths, place)
+      return self._logits(place, weights, x, (), rows)[:, 0], kv
 
-    batch = self._batch(tokens.shape[0])
-    cache = self._cache_spec(weights, batch)
-    return self._per_shard(run, batch, weights, (P(), P(), P(batch.axes)), (P(batch.axes), cache))(
-        weights, tokens, lengths, lengths)
+    kv_spec = self._kv_spec(place, weights)
+    logits, kv = self._per_shard(run, weights, (P(), P(place.rows)), (P(self._sampling(rows)), (kv_spec, kv_spec)))(
+        weights, self._pad(tokens, place.layout), lengths)
+    keys, values = self._to_decode(kv, length, place, decode)
+    lengths = jax.lax.with_sharding_constraint(lengths, NamedSharding(self.mesh, P(decode.attention_rows)))
+    return logits, self._constrain(kv_cache.start(keys, values, lengths, size), decode)
 
   def decode_step(self, weights: Weights, cache: KVCache, tokens: jax.Array) -> tuple[jax.Array, KVCache]:
-    """Runs one token a row.
+    """Runs one token a row, in the decode layout.
 
     Args:
       weights: on this model's mesh.
@@ -90,82 +102,147 @@ class Model:
     Returns:
       Logits [B, V] float32 and the cache with the token in it.
     """
+    rows = tokens.shape[0]
+    place = self.place_decode(rows)
 
-    def run(batch, weights, cache, tokens):
-      x, (keys, values) = self._decoder(batch, weights, tokens[:, None], cache.lengths, cache)
-      return self._logits(batch, weights, x)[:, 0], kv_cache.append(cache, keys, values)
+    def run(weights, cache, tokens):
+      x, (keys, values) = self._decoder(place, weights, tokens[:, None], cache.lengths, cache)
+      return self._logits(place, weights, x, (), rows)[:, 0], kv_cache.append(cache, keys, values)
 
-    batch = self._batch(tokens.shape[0])
-    spec = self._cache_spec(weights, batch)
-    return self._per_shard(run, batch, weights, (spec, P()), (P(batch.axes), spec))(weights, cache, tokens)
+    spec = self.cache_spec(place, weights)
+    return self._per_shard(run, weights, (spec, P()), (P(self._sampling(rows)), spec))(weights, cache, tokens)
 
   def logits(self, weights: Weights, tokens: jax.Array) -> jax.Array:
     """tokens [B, T] model inputs -> [B, T, V] float32: what follows each position."""
+    rows, length = tokens.shape
+    place = self.place_prefill(rows, length)
 
-    def run(batch, weights, tokens):
-      local_rows = tokens.shape[0] // plain.axis_size(batch.axes)
-      x, _ = self._decoder(batch, weights, tokens, jnp.zeros(local_rows, jnp.int32), None)
-      return self._logits(batch, weights, x)
+    def run(weights, tokens):
+      return self._all_logits(place, weights, tokens)
 
-    batch = self._batch(tokens.shape[0])
-    return self._per_shard(run, batch, weights, (P(),), P(batch.axes))(weights, tokens)
+    return self._per_shard(run, weights, (P(),), P(self._sampling(rows)))(
+        weights, self._pad(tokens, place.layout))[:, :length]
 
   def log_probs(self, weights: Weights, tokens: jax.Array, targets: jax.Array) -> jax.Array:
     """log p(target | inputs so far) at each position, [B, T] float32, of tokens and targets [B, T]."""
+    rows, length = tokens.shape
+    place = self.place_prefill(rows, length)
+    sampling = P(self._sampling(rows))
 
-    def run(batch, weights, tokens, targets):
-      x, _ = self._decoder(batch, weights, tokens, jnp.zeros(targets.shape[0], jnp.int32), None)
-      logits = self._logits(batch, weights, x)
+    def run(weights, tokens, targets):
+      logits = self._all_logits(place, weights, tokens)
       return jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
 
-    batch = self._batch(tokens.shape[0])
-    return self._per_shard(run, batch, weights, (P(), P(batch.axes)), P(batch.axes))(weights, tokens, targets)
+    return self._per_shard(run, weights, (P(), sampling), sampling)(
+        weights, self._pad(tokens, place.layout), self._pad(targets, place.layout))[:, :length]
+
+  def place_prefill(self, rows: int, length: int) -> Placement:
+    """Where the activations of a prefill of so many rows and positions live."""
+    shape = self.mesh.shape
+    length = placements.padded_length(self.prefill_layout, shape, rows, length)
+    return placements.place(self.prefill_layout, self.config, shape, rows, length)
+
+  def place_decode(self, rows: int) -> Placement:
+    """Where those of a decode step live. Raises MeshError for rows that the layout can't split."""
+    return placements.place(self.decode_layout, self.config, self.mesh.shape, rows, 1)
+
+  def padded_batch(self, rows: int) -> int:
+    """The smallest batch of at least `rows` that keeps this mesh as busy as so many rows can."""
+    return placements.padded_batch(self.decode_layout, rows, self.mesh.shape)
 
   def weight_specs(self, weights: Weights) -> Weights:
     """The PartitionSpecs of a pytree of weights of this form (stacked or a tuple of layers, int8 or not)."""
-    tensors = device_tensors(self.config, self.layout, dict(self.mesh.shape), weights.is_int8)
+    tensors = device_tensors(self.config, self.prefill_layout, self.mesh.shape, weights.is_int8)
+    lead = (None,) if weights.stacked else ()
+    layer = layer_weights({name: P(*lead, *t.spec) for name, t in tensors.items() if t.per_layer})
+    return Weights(layers=layer if weights.stacked else (layer,) * len(weights.layers),
+                   **{name: t.spec for name, t in tensors.items() if not t.per_layer})
 
-    def layer(lead):
-      return LayerWeights(**{name: P(*lead, *t.spec) for name, t in tensors.items() if t.per_layer})
+  def cache_spec(self, place: Placement, weights: Weights) -> KVCache:
+    """The PartitionSpecs of a KV cache."""
+    kv = self._kv_spec(place, weights)
+    return KVCache(kv, kv, P(place.attention_rows))
 
-    layers = (layer(()),) * len(weights.layers) if isinstance(weights.layers, tuple) else layer((None,))
-    return Weights(tensors['embedding'].spec, tensors['final_norm'].spec, layers)
-
-  def _decoder(self, batch, weights, tokens, start, cache):
-    """One shard's pass over tokens [B, T] that follow `start` [B/axes] positions: x [B, T, E_xyz], (keys, values)."""
+  def _decoder(self, place: Placement, weights, tokens, start, cache):
+    """One shard's pass over all tokens [B, T] that follow `start` [B'] positions: x [B, T, E], (keys, values)."""
     positions = start[:, None] + jnp.arange(tokens.shape[1])[None, :]
-    angles = rotary_angles(positions, self.config.d_head, self.config.rope_max_timescale)
-    x = embed(weights.embedding.astype(self.dtype), tokens, self.layout)
+    keys = rotary_angles(positions, self.config.d_head, self.config.rope_max_timescale)
+    queries = tuple(plain.local_slice(a, place.attention_positions, 1) for a in keys)
+    layer = Layer(self.config, place)
+    x = embed(weights.embedding.astype(self.dtype), tokens, place)
 
     def block(x, inputs):
       w, kv = inputs
       context = None if kv is None else Context(*kv, cache.lengths)
-      return parallel_block(x, w, angles, context, self.config, batch)
+      return layer(x, w, Positions(queries, keys), context)
 
+    layers = _local_vectors(weights.layers, place.layout.residual_axes)
     kv = None if cache is None else (cache.keys, cache.values)
-    if not isinstance(weights.layers, tuple):
-      return jax.lax.scan(block, x, (weights.layers, kv))
+    if weights.stacked:
+      return jax.lax.scan(block, x, (layers, kv))
     new = []
-    for i, w in enumerate(weights.layers):
+    for i, w in enumerate(layers):
       x, new_kv = block(x, (w, None if kv is None else (kv[0][i], kv[1][i])))
       new.append(new_kv)
     return x, tuple(zip(*new))
 
-  def _logits(self, batch, weights, x):
-    x = rms_norm(x, weights.final_norm, self.config.norm_epsilon, self.config.d_model)
-    return unembed(weights.embedding.astype(self.dtype), x, self.config.vocab_size, self.config.d_model, batch)
+  def _all_logits(self, place, weights, tokens):
+    rows = tokens.shape[0]
+    start = jnp.zeros(rows // plain.axis_size(place.attention_rows), jnp.int32)
+    x, _ = self._decoder(place, weights, tokens, start, None)
+    return self._logits(place, weights, x, place.positions, rows)
 
-  def _batch(self, rows: int) -> BatchSharding:
-    return BatchSharding(self.layout, batch_axes(rows, self.mesh.shape))
+  def _logits(self, place, weights, x, positions: Axes, rows: int):
+    axes = place.layout.residual_axes
+    scale, bias = (None if v is None else plain.local_slice(v, axes, 0)
+                   for v in (weights.final_norm, weights.final_norm_bias))
+    x = norm(x, scale, bias, self.config, axes)
+    return unembed(weights.embedding.astype(self.dtype), x, self.config.vocab_size, self.config.d_model, place,
+                   positions, self._sampling(rows))
 
-  def _cache_spec(self, weights, batch):
-    if isinstance(weights.layers, tuple):
-      kv = (P(batch.axes),) * len(weights.layers)
-    else:
-      kv = P(None, batch.axes)
-    return KVCache(kv, kv, P(batch.axes))
+  def _sampling(self, rows: int) -> Axes:
+    return placements.sampling_axes(self.prefill_layout, rows, self.mesh.shape)
 
-  def _per_shard(self, run, batch, weights, in_specs, out_specs):
+  def _pad(self, tokens, layout):
+    rows, length = tokens.shape
+    padded = placements.padded_length(layout, self.mesh.shape, rows, length)
+    return jnp.pad(tokens, ((0, 0), (0, padded - length)))
+
+  def _to_decode(self, kv, length: int, prefill: Placement, decode: Placement):
+    """A prefill's keys and values [.., B, T, K, Q], split by the one placement, without padding, by the other."""
+    held, wanted = prefill.heads.cached(), decode.heads.cached()
+
+    def move(x):
+      x = x[..., :length, :, :]
+      if held != wanted:  # copies and padding of heads differ
+        x = jnp.take(x, jnp.asarray([0 if h is None else held.index(h) for h in wanted]), axis=-2)
+      return self._constrain_kv(x, decode)
+
+    return jax.tree.map(move, kv)
+
+  def _constrain(self, cache: KVCache, place: Placement) -> KVCache:
+    keys, values = jax.tree.map(lambda x: self._constrain_kv(x, place), (cache.keys, cache.values))
+    return KVCache(keys, values, cache.lengths)
+
+  def _constrain_kv(self, x: jax.Array, place: Placement) -> jax.Array:
+    spec = P(*(None,) * (x.ndim - 4), *place.cache)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+
+  def _kv_spec(self, place: Placement, weights: Weights):
+    return P(None, *place.cache) if weights.stacked else (place.cache,) * len(weights.layers)
+
+  def _per_shard(self, run, weights, in_specs, out_specs):
     return jax.shard_map(
-        functools.partial(run, batch), mesh=self.mesh, in_specs=(self.weight_specs(weights), *in_specs),
-        out_specs=out_specs, check_vma=False)
+        run, mesh=self.mesh, in_specs=(self.weight_specs(weights), *in_specs), out_specs=out_specs, check_vma=False)
+
+
+def _local_vectors(layers: Any, axes: Axes) -> Any:
+  """Layers with the part of their vectors [.., E] that this shard's residual stream has; once, not layer by layer."""
+
+  def local(sublayer):
+    vectors = {name: getattr(sublayer, name) for name in ('norm', 'norm_bias', 'out_scale')}
+    return dataclasses.replace(
+        sublayer, **{name: plain.local_slice(v, axes, v.ndim - 1) for name, v in vectors.items() if v is not None})
+
+  is_sublayer = lambda x: hasattr(x, 'w_in')  # noqa: E731
+  return jax.tree.map(local, layers, is_leaf=is_sublayer)

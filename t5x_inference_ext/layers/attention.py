@@ -1,6 +1,7 @@
 """Attention of new tokens over a cached context and over themselves, with one softmax (the paper's section 3.3).
 
-Shapes are those of one shard: B is the shard's part of the batch; all heads are here.
+Shapes are those of one shard: B, H and K are its rows and heads; of the new tokens T are all, and M those that the
+shard's queries are.
 """
 
 import functools
@@ -11,6 +12,10 @@ from jax import lax
 import jax.numpy as jnp
 
 
+# Logits [B, H, M, T] of more elements than this (1 GiB in float32) are not made at once, but some rows at a time.
+MAX_LOGITS = 2**28
+
+
 class Context(NamedTuple):
   """One layer's cached keys and values [B, S, K, Q]; the first lengths [B] positions of each row count."""
 
@@ -19,37 +24,49 @@ class Context(NamedTuple):
   lengths: jax.Array
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, context: Context | None) -> jax.Array:
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, context: Context | None, first: jax.Array | int = 0) -> jax.Array:
   """Each new token sees its row's context and the new tokens up to itself.
 
   Args:
-    q: [B, T, H, Q], rotated, not yet scaled.
+    q: [B, M, H, Q], rotated, not yet scaled.
     k, v: [B, T, K, Q], keys rotated.
     context: what was cached before these tokens, or None.
+    first: of the new tokens, the one that the first query is.
 
   Returns:
-    [B, T, H, Q] in q's dtype. The softmax is float32.
+    [B, M, H, Q] in q's dtype. The softmax is float32.
   """
-  b, t, h, d = q.shape
+  seen = k.shape[1] + (0 if context is None else context.keys.shape[1])
+  rows = max(1, MAX_LOGITS // (q.shape[1] * q.shape[2] * seen))
+  if not isinstance(q.shape[0], int) or q.shape[0] <= rows:  # an exported program has any number of rows
+    return _attend(q, k, v, context, first)
+  return lax.map(lambda row: jax.tree.map(lambda x: x[0], _attend(*jax.tree.map(lambda x: x[None], row), first)),
+                 (q, k, v, context), batch_size=None if rows == 1 else rows)
+
+
+def _attend(q, k, v, context, first):
+  b, m, h, d = q.shape
   kv = k.shape[2]
   q = q * jnp.asarray(d ** -0.5, q.dtype)
-  # Query heads that share a key head lie beside the tokens, as the rows of one product: [B, K, T * H/K, Q].
-  q = jnp.moveaxis(q.reshape(b, t, kv, h // kv, d), 2, 1).reshape(b, kv, -1, d)
-  causal = jnp.repeat(jnp.tril(jnp.ones((t, t), bool)), h // kv, axis=0)  # [T * H/K, T]
+  # Query heads that share a key head lie beside the tokens, as the rows of one product: [B, K, M * H/K, Q].
+  q = jnp.moveaxis(q.reshape(b, m, kv, h // kv, d), 2, 1).reshape(b, kv, -1, d)
+  causal = jnp.arange(k.shape[1])[None, :] <= first + jnp.arange(m)[:, None]  # [M, T]
+  causal = jnp.repeat(causal, h // kv, axis=0)
   segments = [(k, v, causal[None, None])]
   if context is not None:
     filled = jnp.arange(context.keys.shape[1])[None, :] < context.lengths[:, None]  # [B, S]
     segments.insert(0, (context.keys, context.values, filled[:, None, None, :]))
   logits = [_logits(q, keys, visible) for keys, _, visible in segments]
-  top = functools.reduce(jnp.maximum, (jnp.max(x, axis=-1, keepdims=True) for x in logits))  # [B, K, T * H/K, 1]
+  top = functools.reduce(jnp.maximum, (jnp.max(x, axis=-1, keepdims=True) for x in logits))  # [B, K, M * H/K, 1]
   weights = [jnp.exp(x - top) for x in logits]
   total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
   out = sum(_mix(w.astype(q.dtype), values) for w, (_, values, _) in zip(weights, segments)) / total
-  return jnp.moveaxis(out.reshape(b, kv, t, h // kv, d), 1, 2).reshape(b, t, h, d).astype(q.dtype)
+  return jnp.moveaxis(out.reshape(b, kv, m, h // kv, d), 1, 2).reshape(b, m, h, d).astype(q.dtype)
 
 
 def _logits(q: jax.Array, keys: jax.Array, visible: jax.Array) -> jax.Array:
-  """q [B, K, M, Q], keys [B, S, K, Q], visible [B or 1, 1, M or 1, S] -> [B, K, M, S] float32."""
+  """q [B, K, N, Q], keys [B, S, K, Q], visible [B or 1, 1, N or 1, S] -> [B, K, N, S] float32."""
   # dot_general, not einsum: it keeps the operands in this order, which spares a transposed copy of the cache on CPU.
   logits = lax.dot_general(
       q, jnp.moveaxis(keys, 2, 1), (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
@@ -57,6 +74,6 @@ def _logits(q: jax.Array, keys: jax.Array, visible: jax.Array) -> jax.Array:
 
 
 def _mix(weights: jax.Array, values: jax.Array) -> jax.Array:
-  """weights [B, K, M, S], values [B, S, K, Q] -> [B, K, M, Q] float32."""
+  """weights [B, K, N, S], values [B, S, K, Q] -> [B, K, N, Q] float32."""
   return lax.dot_general(
       weights, jnp.moveaxis(values, 2, 1), (((3,), (2,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)

@@ -1,26 +1,79 @@
-"""The tied embedding, split V_yzE_x: lookup and logits, per shard. No weights move."""
+"""The tied embedding, split V_hidden E_embed as it is stored: lookup and logits, per shard. No weights move."""
+
+import math
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 
 from t5x_inference_ext.collectives import plain
-from t5x_inference_ext.layers.sharding import BatchSharding
-from t5x_inference_ext.layouts.layout import Layout
+from t5x_inference_ext.layouts.layout import Axes
+from t5x_inference_ext.layouts.placement import Placement
 
 
-def embed(table: jax.Array, tokens: jax.Array, layout: Layout) -> jax.Array:
-  """table [V_yz, E_x], tokens [B, T] -> [B, T, E_xyz]. An id outside the vocabulary gives zeros, as a one-hot would."""
-  rows = table.shape[0]
-  local = tokens - plain.shard_index(layout.hidden_axes) * rows
+def embed(table: jax.Array, tokens: jax.Array, placement: Placement) -> jax.Array:
+  """table [V/hidden, E/embed], all tokens [B, T] -> the residual stream [B_rows, T_positions, E/residual].
+
+  An id outside the vocabulary gives zeros, as a one-hot would.
+  """
+  # Every device looks up all tokens, also those that others keep. Where only rows are split, that is done for a part of
+  # the positions at a time: never more than the residual stream itself is held.
+  parts = 1 if plain.axis_size(placement.positions) > 1 else math.gcd(tokens.shape[1], plain.axis_size(placement.rows))
+  if parts == 1:
+    return _embed(table, tokens, placement)
+  x = lax.map(lambda part: _embed(table, part, placement),
+              jnp.moveaxis(tokens.reshape(tokens.shape[0], parts, -1), 1, 0))  # [parts, B_rows, T/parts, E/residual]
+  return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], tokens.shape[1], x.shape[-1])
+
+
+def _embed(table, tokens, placement):
+  layout, rows = placement.layout, table.shape[0]
+  local = tokens - plain.shard_index(layout.stored_hidden) * rows
   here = (local >= 0) & (local < rows)
   x = jnp.take(table, jnp.clip(local, 0, rows - 1), axis=0)
-  x = jnp.where(here[..., None], x, jnp.zeros((), x.dtype))  # [B, T, E_x], partial sums over yz
-  return plain.reduce_scatter(x, layout.hidden_axes, 2)
+  x = jnp.where(here[..., None], x, jnp.zeros((), x.dtype))  # [B, T, E/embed], partial sums over hidden
+  for dim, axes in enumerate((placement.rows, placement.positions, layout.hidden_axes)):
+    if dim < 2:
+      x = plain.all_to_all(x, tuple(a for a in axes if a in layout.stored_embed), dim, 2)
+    x = plain.reduce_scatter(x, tuple(a for a in axes if a in layout.stored_hidden), dim)
+  return x
 
 
-def unembed(table: jax.Array, x: jax.Array, vocab_size: int, d_model: int, batch: BatchSharding) -> jax.Array:
-  """x [B, T, E_xyz], normed -> logits [B/axes, T, V] float32, scaled by 1/sqrt(E)."""
-  x = plain.all_gather(x, batch.layout.hidden_axes, 2)  # [B, T, E_x]
-  logits = jnp.einsum('bte,ve->btv', x, table, preferred_element_type=jnp.float32)  # V_yz, partial sums over x
-  logits = batch.to_batch(logits)  # [B/axes, T, yz, V/yz]
+def last_positions(x: jax.Array, lengths: jax.Array, placement: Placement) -> jax.Array:
+  """x [B, T_positions, E] and lengths [B] of these rows -> [B, 1, E] at each row's last token, the same on all."""
+  last = lengths - 1 - plain.shard_index(placement.positions) * x.shape[1]
+  y = jnp.take_along_axis(x, jnp.clip(last, 0, x.shape[1] - 1)[:, None, None], axis=1)
+  here = (last >= 0) & (last < x.shape[1])
+  return plain.all_reduce(jnp.where(here[:, None, None], y, jnp.zeros((), y.dtype)), placement.positions)
+
+
+def unembed(
+    table: jax.Array, x: jax.Array, vocab_size: int, d_model: int, placement: Placement, positions: Axes,
+    sampling: Axes) -> jax.Array:
+  """The logits of x, normed.
+
+  Args:
+    table: [V/hidden, E/embed].
+    x: [B_rows, T/positions, E/residual].
+    vocab_size: V.
+    d_model: E.
+    placement: of x.
+    positions: the axes that x is split over by position.
+    sampling: the axes that the logits are to be split over by rows.
+
+  Returns:
+    [B_sampling, T, V] float32, scaled by 1/sqrt(E).
+  """
+  layout = placement.layout
+  x = plain.all_gather(plain.all_gather(x, placement.rows, 0), positions, 1)
+  x = plain.all_gather(x, layout.hidden_axes, 2)  # [B, T, E/embed]: all tokens, the axes of the table
+  gathered = tuple(a for a in layout.stored_embed if a in layout.gathered_axes)
+  x = plain.local_slice(x, gathered, 2)
+  logits = jnp.einsum('bte,ve->btv', x, table, preferred_element_type=jnp.float32)  # [B, T, V/hidden], partial sums
+  embed_rows = tuple(a for a in layout.stored_embed if a in sampling)
+  logits = plain.reduce_scatter(logits, embed_rows, 0)
+  logits = plain.all_reduce(logits, tuple(a for a in layout.stored_embed if a not in sampling))
+  hidden_rows = tuple(a for a in layout.stored_hidden if a in sampling)
+  logits = plain.all_to_all(logits[:, :, None], hidden_rows, 0, 2)  # [B_sampling, T, blocks, V/hidden]
+  logits = plain.all_gather(logits, tuple(a for a in layout.stored_hidden if a not in sampling), 2)
   return logits.reshape(*logits.shape[:2], -1)[..., :vocab_size] * d_model ** -0.5

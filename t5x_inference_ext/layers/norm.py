@@ -1,18 +1,26 @@
-"""RMS norm over a d_model that is split over the mesh."""
+"""RMS norm and layer norm over a d_model that is split over the mesh."""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from t5x_inference_ext.collectives import plain
-from t5x_inference_ext.layouts.mesh import AXES
+from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.layouts.layout import Axes
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float, d_model: int) -> jax.Array:
-  """x [B, T, E_xyz], scale [E_xyz] (the value applied) -> [B, T, E_xyz].
+def norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None, config: ModelConfig, axes: Axes) -> jax.Array:
+  """x [B, T, E/axes], scale (the value applied) and bias [E/axes] -> [B, T, E/axes].
 
-  The mean square is taken in float32 over all of E: an all-reduce of one number per position.
+  The moments are taken in float32 over all of E: an all-reduce of one number per position, for layer norm of two, the
+  mean's before the variance's: their difference loses no digits.
   """
   x32 = x.astype(jnp.float32)
-  square_sum = plain.all_reduce(jnp.sum(x32 * x32, axis=-1, keepdims=True), AXES)
-  return (x32 * lax.rsqrt(square_sum / d_model + epsilon) * scale[None, None, :]).astype(x.dtype)
+
+  def mean(values):
+    return plain.all_reduce(jnp.sum(values, axis=-1, keepdims=True), axes) / config.d_model
+
+  if config.norm == 'layer':
+    x32 = x32 - mean(x32)
+  y = x32 * lax.rsqrt(mean(x32 * x32) + config.norm_epsilon) * scale[None, None, :]
+  return (y if bias is None else y + bias[None, None, :]).astype(x.dtype)

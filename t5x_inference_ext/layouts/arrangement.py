@@ -6,14 +6,15 @@ checkpoints hold canonical tensors. Padding is with zeros and never touches the 
 """
 
 import dataclasses
-from typing import Callable
+from typing import Callable, Mapping
 
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from t5x_inference_ext import parameters
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.layouts.layout import Layout, check_model, hidden_shards
+from t5x_inference_ext.layouts.heads import HeadSplit
+from t5x_inference_ext.layouts.layout import Layout, check_model, size
 
 Index = tuple[slice, ...]
 # (canonical name, index) -> the values there.
@@ -22,11 +23,19 @@ Reader = Callable[[str, Index], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """Canonical tensors, concatenated along the blocked axis, each shard holding `width` (the last ones padded)."""
+  """Canonical tensors laid side by side along the blocked axis, of which each shard holds a range.
+
+  Attributes:
+    names: the tensors.
+    sizes: their sizes along the axis.
+    width: what a shard holds, padding included.
+    ranges: [start, stop) of each shard; zeros pad it to `width`.
+  """
 
   names: tuple[str, ...]
   sizes: tuple[int, ...]
   width: int
+  ranges: tuple[tuple[int, int], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,31 +69,33 @@ class DeviceTensor:
       for part in self.parts:
         low, high = max(begin, offset), min(end, offset + part.width)
         if low < high:
-          start = shard * part.width - offset
-          pieces.append(self._read_part(reader, lead, index, part, low + start, high + start))
+          start, stop = part.ranges[shard]
+          pieces += self._read_part(reader, lead, index, part, low + start - offset, high + start - offset, stop)
         offset += part.width
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=self.axis)
 
-  def _read_part(self, reader, lead, index, part, low, high):
-    """Columns [low, high) of the part's tensors laid side by side, zeros beyond their end."""
+  def _read_part(self, reader, lead, index, part, low, high, stop):
+    """Columns [low, high) of the part's tensors laid side by side, zeros from `stop` on."""
     pieces, offset = [], 0
-    for name, size in zip(part.names, part.sizes):
-      a, b = max(low - offset, 0), min(high - offset, size)
+    for name, width in zip(part.names, part.sizes):
+      a, b = max(low - offset, 0), min(high - offset, stop - offset, width)
       if a < b:
         where = tuple(slice(a, b) if i == self.axis else s for i, s in enumerate(index))
         values = reader(name, lead + where)
         pieces.append(values[0] if lead else values)
-      offset += size
-    if high > offset:
+      offset += width
+    if high > stop:
       shape = [len(range(*s.indices(n))) for s, n in zip(index, self.shape)]
-      shape[self.axis] = high - max(low, offset)
+      shape[self.axis] = high - max(low, stop)
       # int8 where nothing but padding is read: beside values of any dtype it takes theirs, and never widens int8.
       pieces.append(np.zeros(shape, pieces[0].dtype if pieces else np.int8))
-    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=self.axis)
+    return pieces
 
 
-def device_tensors(config: ModelConfig, layout: Layout, mesh: dict[str, int], int8: bool) -> dict[str, DeviceTensor]:
-  """The arrays that serving this model on this mesh takes, by the field names of weights.Weights and LayerWeights.
+def device_tensors(config: ModelConfig, layout: Layout, mesh: Mapping[str, int], int8: bool) -> dict[str, DeviceTensor]:
+  """The arrays that serving this model on this mesh takes, by the field names of weights.Weights.
+
+  Those of a layer are called 'sublayer/field': 'parallel/w_in', or 'attention/w_in' and 'mlp/w_in' in a serial block.
 
   Args:
     config: the model.
@@ -97,34 +108,60 @@ def device_tensors(config: ModelConfig, layout: Layout, mesh: dict[str, int], in
   """
   check_model(config, mesh)
   canonical = {**parameters.parameters(config), **parameters.scales(config)}
-  shards = hidden_shards(layout, mesh)
-  e = config.d_model
+  shards = size(layout.stored_hidden, mesh)
+  split = HeadSplit.of(config.num_kv_heads, config.num_heads // config.num_kv_heads, shards)
+  e, d = config.d_model, config.d_head
 
-  def part(*names, axis=-1):
+  def even(*names, axis=-1):
     sizes = tuple(canonical[n].shape[axis] for n in names)
-    return Part(names, sizes, -(-sum(sizes) // shards))
+    width = -(-sum(sizes) // shards)
+    return Part(names, sizes, width, tuple((min(s * width, sum(sizes)), min((s + 1) * width, sum(sizes)))
+                                           for s in range(shards)))
+
+  def by_heads(name, count, head_range, axis=-1):
+    ranges = tuple((start * d, stop * d) for start, stop in map(head_range, range(shards)))
+    return Part((name,), (canonical[name].shape[axis],), count * d, ranges)
 
   def tensor(shape, spec, kind, axis, *parts, per_layer=True):
     shape = list(shape)
     shape[axis] = sum(p.width for p in parts) * shards
     return DeviceTensor(tuple(shape), spec, kind, per_layer, axis, parts)
 
-  def whole(name, spec, per_layer):  # no blocks: one part, whose width is all of it
-    size = canonical[name].shape[-1]
-    return DeviceTensor((size,), spec, canonical[name].kind, per_layer, 0, (Part((name,), (size,), size),))
+  def vector(name, per_layer):  # no blocks: one part, whose width is all of it
+    part = Part((name,), (e,), e, ((0, e),))
+    return DeviceTensor((e,), layout.vector, canonical[name].kind, per_layer, 0, (part,))
 
-  columns = ('gate',), ('linear',), ('query',), ('key', 'value')
+  def norm(field, name, per_layer):
+    names = {field: name, f'{field}_bias': parameters.bias_name(name)}
+    return {f: vector(n, per_layer) for f, n in names.items() if n in canonical}
+
+  def column_parts(sublayer, rename=lambda name: name):
+    parts = [even(rename(n)) for n in config.mlp_inputs] if sublayer.mlp else []
+    if sublayer.attention:
+      parts.append(by_heads(rename('query'), split.local_heads, split.query_range))
+      if config.num_kv_heads == 1:  # one key head is less than a shard: all share its columns, and gather them
+        parts.append(even(rename('key'), rename('value')))
+      else:
+        parts += [by_heads(rename(n), split.local_groups, split.group_range) for n in ('key', 'value')]
+    return parts
+
+  def row_parts(sublayer):
+    parts = [even('mlp_output', axis=1)] if sublayer.mlp else []
+    if sublayer.attention:
+      parts.append(by_heads('attention_output', split.local_heads, split.query_range, axis=1))
+    return parts
+
   tensors = {
-      'embedding': tensor((0, e), layout.embedding, 'embedding', 0, part('embedding', axis=0),
-                          per_layer=False),
-      'final_norm': whole('final_norm', layout.norm, False),
-      'norm': whole('layer_norm', layout.norm, True),
-      'w_in': tensor((e, 0), layout.input_matrix, 'matrix', 1, *(part(*n) for n in columns)),
-      'w_out': tensor((0, e), layout.output_matrix, 'matrix', 0,
-                      part('mlp_output', axis=1), part('attention_output', axis=1)),
-  }
-  if int8:
-    scale_columns = [tuple(canonical[n].scale for n in names) for names in columns]
-    tensors['in_scale'] = tensor((0,), layout.input_scale, 'scale', 0, *(part(*n) for n in scale_columns))
-    tensors['out_scale'] = whole('output_scale', layout.output_scale, True)
+      'embedding': tensor((0, e), layout.embedding, 'embedding', 0, even('embedding', axis=0), per_layer=False),
+      **norm('final_norm', 'final_norm', False)}
+  for sublayer in config.sublayers:
+    fields = {
+        **norm('norm', parameters.norm_name(sublayer), True),
+        'w_in': tensor((e, 0), layout.input_matrix, 'matrix', 1, *column_parts(sublayer)),
+        'w_out': tensor((0, e), layout.output_matrix, 'matrix', 0, *row_parts(sublayer))}
+    if int8:
+      fields['in_scale'] = tensor(
+          (0,), layout.input_scale, 'scale', 0, *column_parts(sublayer, lambda name: canonical[name].scale))
+      fields['out_scale'] = vector(parameters.output_scale_name(sublayer), True)
+    tensors.update({f'{sublayer.name}/{field}': t for field, t in fields.items()})
   return tensors

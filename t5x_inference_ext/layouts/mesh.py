@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from t5x_inference_ext.errors import MeshError
+from t5x_inference_ext.layouts import torus
 
 AXES = ('x', 'y', 'z')
 
@@ -21,7 +22,10 @@ def parse_mesh(text: str) -> tuple[int, int, int]:
 
 
 def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """A mesh of the first X*Y*Z devices, in their order, with axes x, y and z.
+  """A mesh of X*Y*Z devices with axes x, y and z.
+
+  All chips of a TPU slice are arranged so that mesh neighbours are torus neighbours (torus.device_grid). Everything
+  else (CPU, GPU, fewer devices than there are, two devices a chip) is the first X*Y*Z devices in their order.
 
   Raises:
     MeshError: fewer devices than the mesh needs.
@@ -32,7 +36,35 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
     raise MeshError(
         f'mesh {"x".join(map(str, shape))} needs {needed} devices and there are {len(devices)}: use a smaller --mesh'
         f' (on CPU, XLA_FLAGS=--xla_force_host_platform_device_count={needed} simulates {needed})')
-  return Mesh(np.asarray(devices[:needed]).reshape(tuple(shape)), AXES)
+  return Mesh(arrange(shape, devices), AXES)
+
+
+def arrange(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+  """[X, Y, Z] devices, as make_mesh orders them."""
+  needed = math.prod(shape)
+  if needed != len(devices) or physical_shape(devices) is None:
+    return _array(devices[:needed]).reshape(tuple(shape))
+  return _array(devices)[torus.device_grid(_coordinates(devices), shape, _wraps(devices))]
+
+
+def physical_shape(devices: Sequence[jax.Device]) -> tuple[int, int, int] | None:
+  """The box of the torus that TPU devices fill, one device a chip: what torus.torus_mesh asks for.
+
+  None for other platforms, for two devices a chip, and for chips that leave holes or belong to several slices.
+  """
+  if not all(d.device_kind.startswith('TPU') and hasattr(d, 'coords') for d in devices):
+    return None
+  box = torus.box_of(_coordinates(devices))
+  return box and box[1]
+
+
+def mesh_links(mesh: Mesh) -> dict[str, str] | None:
+  """Axis -> 'ring', 'chain' or 'broken' on the torus (torus.axis_links); None where the devices have no torus."""
+  devices = mesh.devices.ravel().tolist()
+  if physical_shape(devices) is None:
+    return None
+  grid = np.arange(mesh.size).reshape(mesh.devices.shape)
+  return dict(zip(mesh.axis_names, torus.axis_links(_coordinates(devices), grid, _wraps(devices))))
 
 
 def single_device_mesh(device: jax.Device | None = None) -> Mesh:
@@ -46,3 +78,19 @@ def mesh_shape(mesh: Mesh | jax.sharding.AbstractMesh) -> tuple[int, int, int]:
 
 def mesh_text(mesh: Mesh) -> str:
   return 'x'.join(map(str, mesh_shape(mesh)))
+
+
+def _coordinates(devices: Sequence[jax.Device]) -> np.ndarray:
+  return np.asarray([tuple(d.coords) for d in devices])
+
+
+def _wraps(devices: Sequence[jax.Device]) -> tuple[bool, bool, bool]:
+  corner, shape = torus.box_of(_coordinates(devices))
+  # A box that starts elsewhere is a part of a larger slice: its ends are not linked to each other.
+  return (False,) * 3 if any(corner) else torus.wraparound(shape, torus.kind_of(devices[0].device_kind))
+
+
+def _array(devices: Sequence[jax.Device]) -> np.ndarray:
+  array = np.empty(len(devices), object)
+  array[:] = devices
+  return array

@@ -1,19 +1,25 @@
 """From the options of a run to an engine, saying on the way what was found, assumed and chosen."""
 
 import dataclasses
+import math
 from typing import Any, Callable
 
 import jax
 
+from t5x_inference_ext import distributed
 from t5x_inference_ext.checkpoints import Checkpoint, open_checkpoint
+from t5x_inference_ext.checkpoints.load import MAX_UNROLLED_LAYERS
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.decoding.model import check_dtype
 from t5x_inference_ext.decoding.sampling import Sampler
 from t5x_inference_ext.engine import Engine
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.layouts.layout import check_model, default_mesh
-from t5x_inference_ext.layouts.mesh import make_mesh, mesh_text, parse_mesh
+from t5x_inference_ext.layouts.explain import Setting
+from t5x_inference_ext.layouts.explain_text import explain
+from t5x_inference_ext.layouts.layout import Layout, check_model, check_pair, choose_mesh
+from t5x_inference_ext.layouts.mesh import AXES, make_mesh, mesh_text, parse_mesh
 from t5x_inference_ext.serving.batches import Clock
+from t5x_inference_ext.serving.progress import print_line
 
 MODES = ('predict', 'predict_with_aux', 'score')
 
@@ -27,7 +33,7 @@ class Options:
     mode: one of MODES.
     mesh: 'XxYxZ', or None for default_mesh.
     dtype: of activations, cache and float weights.
-    layout: 'feedforward/attention'.
+    prefill_layout, decode_layout: 'feedforward/attention', for each phase; see layouts.layout.Layout.
     norm_scale: 'zero', 'one' or None: what the checkpoint says.
     config: the model that the checkpoint must hold, or None: the one it holds.
     batch_size: rows a batch, rounded up to what the mesh takes.
@@ -39,13 +45,15 @@ class Options:
 
   Raises:
     RequestError: a value out of its range.
+    MeshError: layouts that are not known, or can't share weights.
   """
 
   checkpoint: str
   mode: str = 'predict'
   mesh: str | None = None
   dtype: str = 'bfloat16'
-  layout: str = 'ws_2d/batch'
+  prefill_layout: str = 'ws_2d/batch'
+  decode_layout: str = 'ws_2d/batch'
   norm_scale: str | None = None
   config: ModelConfig | None = None
   batch_size: int = 32
@@ -59,6 +67,7 @@ class Options:
     if self.mode not in MODES:
       raise RequestError(f'mode must be one of {", ".join(MODES)}, got {self.mode!r}')
     check_dtype(self.dtype)
+    check_pair(*self.layouts)
     for name, least in (('batch_size', 1), ('max_new_tokens', 1), ('seed', 0)):
       value = getattr(self, name)
       if not isinstance(value, int) or value < least:
@@ -69,12 +78,17 @@ class Options:
                          'raise the one or lower the other')
 
   @property
+  def layouts(self) -> tuple[Layout, Layout]:
+    """Of prefill and of decode."""
+    return Layout.parse(self.prefill_layout), Layout.parse(self.decode_layout)
+
+  @property
   def max_prompt(self) -> int | None:
     """The longest prompt that the cache has room for, or None: any."""
     return None if self.cache_length is None else self.cache_length - self.max_new_tokens
 
 
-def open_model(options: Options, say: Callable[[str], None] = print) -> tuple[Checkpoint, jax.sharding.Mesh]:
+def open_model(options: Options, say: Callable[[str], None] = print_line) -> tuple[Checkpoint, jax.sharding.Mesh]:
   """Opens the checkpoint and makes the mesh; weights are not read yet.
 
   Raises:
@@ -87,21 +101,51 @@ def open_model(options: Options, say: Callable[[str], None] = print) -> tuple[Ch
     say(note)
   source = 'given'
   if mesh is None:
-    mesh, source = make_mesh(default_mesh(checkpoint.config, len(jax.devices()))), 'all that divide the model'
+    mesh, source = make_mesh(choose_mesh(checkpoint.config, jax.devices())), 'all that divide the model'
+  distributed.check_mesh(mesh)
   check_model(checkpoint.config, mesh.shape)
-  say(f'mesh: {mesh_text(mesh)} ({source}), {mesh.size} of {len(jax.devices())} {jax.devices()[0].platform} devices')
+  processes = f' in {jax.process_count()} processes' if jax.process_count() > 1 else ''
+  say(f'mesh: {mesh_text(mesh)} ({source}), {mesh.size} of {len(jax.devices())} {jax.devices()[0].platform} devices'
+      f'{processes}')
   return checkpoint, mesh
 
 
+def explain_layout(options: Options, prompt_length: int, say: Callable[[str], None] = print_line) -> None:
+  """Says where every tensor of such a run would live. The mesh may be larger than the devices that there are.
+
+  Args:
+    options: of the run.
+    prompt_length: tokens of its prompts, BOS not counted.
+
+  Raises:
+    CheckpointError, MeshError: as open_model.
+  """
+  checkpoint = open_checkpoint(options.checkpoint, norm_scale=options.norm_scale, config=options.config)
+  config = checkpoint.config
+  sizes = choose_mesh(config, jax.devices()) if options.mesh is None else parse_mesh(options.mesh)
+  prefill, decode = options.layouts
+  new_tokens = options.max_new_tokens if options.max_length is None else options.max_length - prompt_length
+  setting = Setting(
+      config, dict(zip(AXES, sizes)), prefill, decode, dtype=options.dtype, int8=checkpoint.weights == 'int8',
+      stacked=config.num_layers > MAX_UNROLLED_LAYERS, batch=options.batch_size, prompt_length=prompt_length + 1,
+      cache_length=options.cache_length or prompt_length + new_tokens)
+  here = math.prod(sizes) <= len(jax.devices())
+  say(explain(setting, make_mesh(sizes) if here else None))
+
+
 def load_engine(options: Options, checkpoint: Checkpoint, mesh: jax.sharding.Mesh, progress=iter,
-                say: Callable[[str], None] = print) -> Engine:
+                say: Callable[[str], None] = print_line) -> Engine:
   """Loads the weights."""
-  engine = Engine.load(checkpoint, mesh=mesh, dtype=options.dtype, layout=options.layout, progress=progress)
-  say(f'layout: {engine.model.layout}, {options.dtype} activations, {checkpoint.weights} weights')
+  with distributed.together():
+    engine = Engine.load(
+        checkpoint, mesh=mesh, dtype=options.dtype, prefill_layout=options.prefill_layout,
+        decode_layout=options.decode_layout, progress=progress)
+  model = engine.model
+  say(f'layouts: prefill {model.prefill_layout}, decode {model.decode_layout}, {options.dtype} activations, {checkpoint.weights} weights')
   return engine
 
 
-def batch_rows(options: Options, engine: Engine, rows: int | None, say: Callable[[str], None] = print) -> int:
+def batch_rows(options: Options, engine: Engine, rows: int | None, say: Callable[[str], None] = print_line) -> int:
   """The rows of each batch: options.batch_size, fewer for fewer rows, rounded up to what the mesh takes."""
   asked = options.batch_size if rows is None else min(options.batch_size, rows)
   batch = engine.padded_batch(asked)
@@ -121,13 +165,15 @@ def description(options: Options, engine: Engine) -> dict[str, Any]:
       'model': checkpoint.config.to_dict(),
       'mode': options.mode,
       'mesh': mesh_text(engine.model.mesh),
-      'layout': str(engine.model.layout),
+      'prefill_layout': str(engine.model.prefill_layout),
+      'decode_layout': str(engine.model.decode_layout),
       'dtype': options.dtype,
       'sampling': {**dataclasses.asdict(options.sampler), 'seed': options.seed},
       'max_new_tokens': options.max_new_tokens,
       'max_length': options.max_length,
       'jax': jax.__version__,
       'devices': jax.devices()[0].device_kind,
+      'processes': jax.process_count(),
   }
 
 

@@ -1,4 +1,4 @@
-"""Output files that appear whole or not at all."""
+"""Output files that appear whole or not at all. Of several processes, process 0 alone has them."""
 
 import contextlib
 import json
@@ -6,6 +6,7 @@ import os
 import tempfile
 from typing import Any, Iterator, TextIO
 
+from t5x_inference_ext import distributed
 from t5x_inference_ext.errors import RequestError
 
 RECORD_SUFFIX = '.config.json'
@@ -13,6 +14,8 @@ RECORD_SUFFIX = '.config.json'
 
 def check_output(path: str, *, overwrite: bool) -> None:
   """Raises RequestError for a file that could not be written in the end, before hours are spent on its contents."""
+  if not distributed.is_main():
+    return
   directory = os.path.dirname(os.path.abspath(path))
   if os.path.isdir(path):
     raise RequestError(f'the output {path} is a directory: --output names the file to write, e.g. '
@@ -28,6 +31,10 @@ def check_output(path: str, *, overwrite: bool) -> None:
 @contextlib.contextmanager
 def whole_file(path: str) -> Iterator[TextIO]:
   """A file to write that takes its name only when all of it is written; on an exception nothing is left."""
+  if not distributed.is_main():
+    with open(os.devnull, 'w', encoding='utf-8') as file:
+      yield file
+    return
   directory, name = os.path.split(os.path.abspath(path))
   handle, temporary = tempfile.mkstemp(prefix=f'.{name}.', suffix='.tmp', dir=directory, text=True)
   try:

@@ -1,4 +1,4 @@
-"""How far a long step is: a bar on a terminal, now and then a line elsewhere."""
+"""What a run says, in process 0 alone; how far a long step is: a bar on a terminal, now and then a line elsewhere."""
 
 import sys
 import time
@@ -6,11 +6,22 @@ from typing import Iterable, Iterator
 
 import tqdm
 
+from t5x_inference_ext import distributed
+
 LINE_SECONDS = 10  # between lines, where there is no terminal
+
+
+def print_line(text: str) -> None:
+  """Prints a line."""
+  if distributed.is_main():
+    print(text)
 
 
 def progress(items: Iterable, what: str, total: int | None = None) -> Iterator:
   """Yields the items, showing on stderr how many of `total` (None: unknown) are done."""
+  if not distributed.is_main():
+    yield from items
+    return
   if sys.stderr.isatty():
     yield from tqdm.tqdm(items, desc=what, total=total, leave=False)
     return

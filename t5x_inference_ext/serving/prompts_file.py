@@ -4,8 +4,10 @@ import dataclasses
 import json
 from typing import Callable
 
+from t5x_inference_ext import distributed
 from t5x_inference_ext.engine import EOS_ID, Engine
 from t5x_inference_ext.serving import batches, loading, output, requests
+from t5x_inference_ext.serving.progress import print_line
 from t5x_inference_ext.serving.vocabularies import find_vocabulary
 
 
@@ -26,7 +28,8 @@ class Files:
   overwrite: bool = False
 
 
-def infer_file(options: loading.Options, files: Files, progress: Callable, say: Callable[[str], None] = print) -> None:
+def infer_file(
+    options: loading.Options, files: Files, progress: Callable, say: Callable[[str], None] = print_line) -> None:
   """Completes or scores every row of a file. What is wrong is said before the weights are loaded.
 
   Args:
@@ -39,15 +42,17 @@ def infer_file(options: loading.Options, files: Files, progress: Callable, say: 
     UserError: anything the user can mend.
   """
   scoring = options.mode == 'score'
-  output.check_output(files.output, overwrite=files.overwrite)
-  rows = requests.read_rows(files.prompts, score=scoring)
-  checkpoint, mesh = loading.open_model(options, say)
-  vocabulary, source = find_vocabulary(
-      files.vocabulary, checkpoint.config.vocab_size, needed=any(row.is_text for row in rows))
-  name = vocabulary.name if vocabulary else 'none'
-  say(f'vocabulary: {name} ({source})')
-  work = requests.tokenize(files.prompts, rows, vocabulary, checkpoint.config.vocab_size,
-                           None if scoring else options.max_prompt)
+  with distributed.together():
+    output.check_output(files.output, overwrite=files.overwrite)
+    rows = requests.read_rows(files.prompts, score=scoring)
+    checkpoint, mesh = loading.open_model(options, say)
+    vocabulary, source = find_vocabulary(
+        files.vocabulary, checkpoint.config.vocab_size, needed=any(row.is_text for row in rows))
+    name = vocabulary.name if vocabulary else 'none'
+    say(f'vocabulary: {name} ({source})')
+    work = requests.tokenize(files.prompts, rows, vocabulary, checkpoint.config.vocab_size,
+                             None if scoring else options.max_prompt)
+  distributed.check_same(options=options, prompts=work, checkpoint=checkpoint.notes)
   loading_progress = lambda jobs: progress(jobs, 'loading weights', len(jobs))
   engine = loading.load_engine(options, checkpoint, mesh, loading_progress, say)
   shape = _shape(options, engine, work, say)
@@ -56,15 +61,16 @@ def infer_file(options: loading.Options, files: Files, progress: Callable, say: 
     results = _score(engine, work, shape, clock)
   else:
     results = _generate(engine, options, work, shape, clock, vocabulary)
-  with output.whole_file(files.output) as file:
-    done = 0
-    for batch in progress(results, 'scoring' if scoring else 'generating', -(-len(work) // shape.batch)):
-      for tokens, score in batch:
-        file.write(json.dumps(_output_row(rows[done], tokens, score, vocabulary)) + '\n')
-        done += 1
-  record = output.write_record(files.output, {
-      **loading.description(options, engine), 'prompts': files.prompts, 'vocabulary': {'name': name, 'source': source},
-      'shape': dataclasses.asdict(shape), 'time': clock.to_dict()})
+  with distributed.together():
+    with output.whole_file(files.output) as file:
+      done = 0
+      for batch in progress(results, 'scoring' if scoring else 'generating', -(-len(work) // shape.batch)):
+        for tokens, score in batch:
+          file.write(json.dumps(_output_row(rows[done], tokens, score, vocabulary)) + '\n')
+          done += 1
+    record = output.write_record(files.output, {
+        **loading.description(options, engine), 'prompts': files.prompts,
+        'vocabulary': {'name': name, 'source': source}, 'shape': dataclasses.asdict(shape), 'time': clock.to_dict()})
   say(loading.summary(clock, options.mode))
   say(f'wrote {files.output} and {record}')
 
@@ -78,14 +84,14 @@ def _shape(options, engine: Engine, work: list[requests.Request], say) -> batche
 
 
 def _generate(engine, options, work, shape, clock, vocabulary):
-  prompts = batches.split([r.prompt for r in work], shape.batch)
+  prompts = distributed.lockstep(batches.split([r.prompt for r in work], shape.batch))
   return batches.generate(
       engine, prompts, shape, clock, max_new_tokens=options.max_new_tokens, sampler=options.sampler,
       seed=options.seed, eos_id=vocabulary.eos_id if vocabulary else EOS_ID)
 
 
 def _score(engine, work, shape, clock):
-  pairs = batches.split([(r.prompt, r.completion) for r in work], shape.batch)
+  pairs = distributed.lockstep(batches.split([(r.prompt, r.completion) for r in work], shape.batch))
   for some, scores in zip(batches.split(work, shape.batch), batches.score(engine, pairs, shape, clock)):
     yield [(r.completion, s) for r, s in zip(some, scores)]
 

@@ -11,12 +11,13 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from t5x_inference_ext import distributed
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.decoding.sampling import Sampler
 from t5x_inference_ext.engine import EOS_ID, Engine
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.serving import batches, loading
-from t5x_inference_ext.serving.progress import progress
+from t5x_inference_ext.serving.progress import print_line, progress
 from t5x_inference_ext.serving.tasks import Example, Source, check_source, check_vocabularies, examples, find_tasks
 from t5x_inference_ext.serving.tasks import import_tasks, prompt, vocabulary_text
 
@@ -40,14 +41,19 @@ def infer(
     top_p: float = 1.0,
     seed: int = 0,
     mesh: str | None = None,
-    layout: str = 'ws_2d/batch',
+    prefill_layout: str = 'ws_2d/batch',
+    decode_layout: str = 'ws_2d/batch',
     dtype: str = 'bfloat16',
     batch_size: int = 32,
     model_config: ModelConfig | None = None,
     norm_scale: str | None = None,
     shard_id: int = 0,
     num_shards: int = 1,
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
     config_text: str = '',
+    explain_layout: bool = False,
 ) -> None:
   """Predicts or scores every example of a task or mixture; gin binds the arguments (configs/runs/infer.gin).
 
@@ -64,46 +70,61 @@ def infer(
     temperature, top_k, top_p: as Sampler's.
     seed: of the run: each example's own seed comes from it and the example's place.
     mesh: 'XxYxZ'; None: over all devices that divide the model.
-    layout: 'feedforward/attention'.
+    prefill_layout, decode_layout: 'feedforward/attention', for each phase.
     dtype: of activations, cache and float weights.
     batch_size: examples a batch.
     model_config: the model that the checkpoint must hold; None: the one it holds.
     norm_scale: how its norm scales are stored, 'zero' or 'one'; None: what it says.
     shard_id: of num_shards runs that share the task, this one.
     num_shards: as above.
+    coordinator_address, num_processes, process_id: as distributed.initialize's: processes that share the mesh.
     config_text: the configuration of the run, kept as config.gin beside the results.
+    explain_layout: only say where the run's tensors would live.
 
   Raises:
     UserError: anything the user can mend, before the weights are loaded.
   """
+  distributed.initialize(coordinator_address, num_processes, process_id)
   with contextlib.suppress(RuntimeError):  # already in use by the user's own module
     tf.config.set_visible_devices([], 'GPU')  # TensorFlow would reserve the memory of devices that are jax's
-  import_tasks(module)
-  source = Source(mixture_or_task_name, task_feature_lengths, split, use_cached, seed, shard_id, num_shards)
-  tasks = find_tasks(source)
-  check_source(source, mode, tasks)
-  options = loading.Options(
-      checkpoint=checkpoint_path, mode=mode, mesh=mesh, dtype=dtype, layout=layout, norm_scale=norm_scale,
-      config=model_config, batch_size=batch_size, sampler=Sampler(temperature, top_k, top_p), seed=seed,
-      **_limits(sum(task_feature_lengths.values()), max_new_tokens))
-  checkpoint, devices = loading.open_model(options)
-  check_vocabularies(source, tasks, checkpoint.config.vocab_size)
-  todo = [task for task in tasks if not gfile.exists(output_path(task, source, mode, output_dir) + '.COMPLETED')]
-  for task in tasks:
-    if task not in todo:
-      print(f'{task.name}: {output_path(task, source, mode, output_dir)}.COMPLETED exists, skipped')
+  with distributed.together():
+    import_tasks(module)
+    source = Source(mixture_or_task_name, task_feature_lengths, split, use_cached, seed, shard_id, num_shards)
+    tasks = find_tasks(source)
+    check_source(source, mode, tasks)
+    options = loading.Options(
+        checkpoint=checkpoint_path, mode=mode, mesh=mesh, dtype=dtype, prefill_layout=prefill_layout,
+        decode_layout=decode_layout, norm_scale=norm_scale, config=model_config, batch_size=batch_size,
+        sampler=Sampler(temperature, top_k, top_p), seed=seed,
+        **_limits(sum(task_feature_lengths.values()), max_new_tokens))
+    if explain_layout:
+      loading.explain_layout(options, task_feature_lengths['targets' if mode == 'score' else 'inputs'])
+      return
+    checkpoint, devices = loading.open_model(options)
+    check_vocabularies(source, tasks, checkpoint.config.vocab_size)
+  distributed.check_same(
+      options=options, tasks=source._replace(name=[task.name for task in tasks]), checkpoint=checkpoint.notes)
+  # The output directory may be process 0's alone.
+  completed = distributed.from_main(lambda: [
+      task.name for task in tasks if gfile.exists(output_path(task.name, source, mode, output_dir) + '.COMPLETED')])
+  for name in completed:
+    print_line(f'{name}: {output_path(name, source, mode, output_dir)}.COMPLETED exists, skipped')
+  todo = [task for task in tasks if task.name not in completed]
   if not todo:
     return
-  gfile.makedirs(output_dir)
-  with gfile.GFile(os.path.join(output_dir, 'config.gin'), 'w') as file:
-    file.write(config_text)
+  with distributed.together():
+    if distributed.is_main():
+      gfile.makedirs(output_dir)
+    with _output(os.path.join(output_dir, 'config.gin')) as file:
+      file.write(config_text)
   engine = loading.load_engine(options, checkpoint, devices, lambda jobs: progress(jobs, 'loading weights', len(jobs)))
   record = loading.description(options, engine)
-  for task in todo:
-    clock = infer_task(task, source, options, engine, output_dir)
-    record[task.name] = {'vocabulary': vocabulary_text(task), 'time': clock.to_dict()}
-  with gfile.GFile(os.path.join(output_dir, RECORD), 'w') as file:
-    file.write(json.dumps(record, indent=2) + '\n')
+  with distributed.together():
+    for task in todo:
+      clock = infer_task(task, source, options, engine, output_dir)
+      record[task.name] = {'vocabulary': vocabulary_text(task), 'time': clock.to_dict()}
+    with _output(os.path.join(output_dir, RECORD)) as file:
+      file.write(json.dumps(record, indent=2) + '\n')
 
 
 def _limits(length: int, max_new_tokens: int | None) -> dict[str, int]:
@@ -114,9 +135,9 @@ def _limits(length: int, max_new_tokens: int | None) -> dict[str, int]:
 
 
 def infer_task(task: seqio.Task, source: Source, options: loading.Options, engine: Engine, output_dir: str,
-               say: Callable[[str], None] = print) -> batches.Clock:
+               say: Callable[[str], None] = print_line) -> batches.Clock:
   """Runs one task and writes its file, `<task>-<mode>.jsonl-SSSSS-of-NNNNN`, then `.COMPLETED` beside it."""
-  path = output_path(task, source, options.mode, output_dir)
+  path = output_path(task.name, source, options.mode, output_dir)
   rows = examples(task, source)
   first = list(itertools.islice(rows, options.batch_size))
   if not first:
@@ -127,21 +148,32 @@ def infer_task(task: seqio.Task, source: Source, options: loading.Options, engin
   batch = loading.batch_rows(options, engine, len(first) if len(first) < options.batch_size else None, say)
   clock = batches.Clock()
   temporary = f'{path}.incomplete'
-  with gfile.GFile(temporary, 'w') as file:
-    work = _batched(itertools.chain(first, rows), batch)
+  with _output(temporary) as file:
+    work = distributed.lockstep(_batched(itertools.chain(first, rows), batch), _features)
     for some, results in progress(_results(work, task, source, options, engine, batch, clock), task.name, None):
       for example, result in zip(some, results):
         file.write(json.dumps({'inputs': _pretokenized(example), **result}) + '\n')
-  gfile.rename(temporary, path, overwrite=True)
-  with gfile.GFile(path + '.COMPLETED', 'w') as file:
+  if distributed.is_main():
+    gfile.rename(temporary, path, overwrite=True)
+  with _output(path + '.COMPLETED') as file:
     file.write('')
   say(f'{task.name}: {loading.summary(clock, options.mode)}')
   say(f'wrote {path}')
   return clock
 
 
-def output_path(task: seqio.Task, source: Source, mode: str, output_dir: str) -> str:
-  return os.path.join(output_dir, f'{task.name}-{mode}.jsonl-{source.shard:05}-of-{source.num_shards:05}')
+def output_path(name: str, source: Source, mode: str, output_dir: str) -> str:
+  return os.path.join(output_dir, f'{name}-{mode}.jsonl-{source.shard:05}-of-{source.num_shards:05}')
+
+
+def _output(path: str) -> gfile.GFile:
+  """A file to write, of process 0; what other processes write is dropped."""
+  return gfile.GFile(path if distributed.is_main() else os.devnull, 'w')
+
+
+def _features(batch: list[Example]) -> list[list]:
+  """What the model is given, the same in all processes."""
+  return [[(name, value.tolist()) for name, value in sorted(example.model.items())] for example in batch]
 
 
 def _results(work, task, source, options, engine, batch, clock) -> Iterator[tuple[list[Example], list[dict]]]:

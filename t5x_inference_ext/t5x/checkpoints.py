@@ -13,6 +13,7 @@ from t5x_inference_ext.errors import CheckpointError, MeshError
 from t5x_inference_ext.layouts.mesh import AXES, mesh_text
 from t5x_inference_ext.t5x.models import InferenceModel
 from t5x_inference_ext.t5x.module import Declaration, Path, declarations
+from t5x_inference_ext.t5x.partitioning import partitioner_rules
 
 
 def restore_train_state(
@@ -30,13 +31,16 @@ def restore_train_state(
 
   Raises:
     CheckpointError: no checkpoint, or not this model's; names the parameter, both shapes and the file.
-    MeshError: the partitioner's mesh is not the model's.
+    MeshError: the partitioner's mesh or rules are not the model's.
   """
   mesh = model.model.mesh
   if partitioner.mesh != mesh:
     theirs = mesh_text(partitioner.mesh) if set(AXES) <= set(partitioner.mesh.shape) else dict(partitioner.mesh.shape)
     raise MeshError(f'the model\'s mesh is {mesh_text(mesh)} and the partitioner\'s {theirs}: use '
                     'InferencePartitioner, made of the same model')
+  if partitioner.logical_axis_rules != partitioner_rules(model.model.prefill_layout):
+    raise MeshError(f'the partitioner\'s axis rules are not those of the model\'s layout {model.model.prefill_layout}: '
+                    'use InferencePartitioner, made of the same model')
   state = train_state.state_dict()
   if set(state['state']) != {'step'}:
     raise CheckpointError('only weights can be restored, no optimizer state: the model\'s optimizer_def must be None')

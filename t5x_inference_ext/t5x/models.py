@@ -1,6 +1,7 @@
 """T5X's DecoderOnlyModel over this package's model: prefill, decode steps and scores run per shard on the mesh."""
 
 import dataclasses
+import functools
 from typing import Any, Callable, Mapping, MutableMapping
 
 from flax import core as flax_core
@@ -17,7 +18,7 @@ from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.decoding.cache import KVCache
 from t5x_inference_ext.decoding.model import Model
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.layouts.layout import Layout, default_mesh, padded_batch
+from t5x_inference_ext.layouts.layout import Layout, choose_mesh
 from t5x_inference_ext.layouts.mesh import parse_mesh
 from t5x_inference_ext.t5x.module import STACK, InferenceModule, weights_from_params
 from t5x_inference_ext.t5x.partitioning import inference_mesh
@@ -42,8 +43,10 @@ class InferenceModel(models.DecoderOnlyModel):
     checkpoint: where the model's shape, and whether it is int8, are read from; no weights are. None needs a config.
     config: the model's shape, which the checkpoint must then have.
     int8: without a checkpoint, whether the matrices are int8.
-    mesh: 'XxYxZ', over the first X*Y*Z devices; None takes as many devices as divide the model.
-    layout: 'feedforward/attention'; see layouts.layout.Layout.
+    mesh: 'XxYxZ', over the first X*Y*Z devices; None takes as many devices as divide the model, along the
+      torus of a TPU slice (layouts.layout.choose_mesh).
+    prefill_layout: 'feedforward/attention' of prompts and of scores; see layouts.layout.Layout.
+    decode_layout: that of decode steps.
     dtype: of activations, cache and float weights: 'float32' or 'bfloat16'.
     norm_scale: 'zero' or 'one': how norm scales are stored, for a checkpoint that does not record it.
     scan_layers: one array for all layers and a loop in the program; by default for more than MAX_UNROLLED_LAYERS.
@@ -55,7 +58,7 @@ class InferenceModel(models.DecoderOnlyModel):
 
   Raises:
     CheckpointError: no checkpoint there, or another model's.
-    MeshError: a mesh that does not fit the devices or the model.
+    MeshError: a mesh that does not fit the devices or the model, or layouts that do not fit each other.
     RequestError: an option that is not supported.
   """
 
@@ -67,7 +70,8 @@ class InferenceModel(models.DecoderOnlyModel):
       *,
       int8: bool = False,
       mesh: str | None = None,
-      layout: str = 'ws_2d/batch',
+      prefill_layout: str = 'ws_2d/batch',
+      decode_layout: str = 'ws_2d/batch',
       dtype: str = 'bfloat16',
       norm_scale: str | None = None,
       scan_layers: bool | None = None,
@@ -91,14 +95,14 @@ class InferenceModel(models.DecoderOnlyModel):
       raise RequestError(
           f'the vocabulary has {vocabulary.vocab_size} ids and the model\'s embedding {config.vocab_size} rows: this '
           'is not the vocabulary that the model was trained with')
-    shape = default_mesh(config, jax.device_count()) if mesh is None else parse_mesh(mesh)
-    self.model = Model(config, inference_mesh(shape), Layout.parse(layout), dtype)
+    shape = choose_mesh(config, jax.devices()) if mesh is None else parse_mesh(mesh)
+    self.model = Model(config, inference_mesh(shape), Layout.parse(prefill_layout), Layout.parse(decode_layout), dtype)
     self._inputs_length = (task_feature_lengths or {}).get('inputs')
     if scan_layers is None:
       scan_layers = config.num_layers > MAX_UNROLLED_LAYERS
     super().__init__(
-        InferenceModule(self.model, int8, scan_layers), vocabulary, optimizer_def=None, decode_fn=decode_fn,
-        feature_converter_cls=feature_converter_cls)
+        InferenceModule(self.model, int8, scan_layers), vocabulary, optimizer_def=None,
+        decode_fn=functools.partial(self._decode, decode_fn), feature_converter_cls=feature_converter_cls)
 
   def get_initial_variables(
       self, rng: jax.Array, input_shapes: Mapping[str, Any], input_types: Mapping[str, Any] | None = None
@@ -187,6 +191,25 @@ class InferenceModel(models.DecoderOnlyModel):
     logits, cache = self.model.decode_step(weights_from_params(params), cache, decoding_state.cur_token[:, 0])
     return logits, self._to_t5x(cache)
 
+  def _decode(
+      self, decode_fn: models.DecodeFnCallable, *, inputs: jax.Array, cache: Cache, num_decodes: int, **kwargs
+  ) -> tuple[jax.Array, jax.Array]:
+    """decode_fn, for num_decodes samples (or beams) of each prompt, on a cache with the heads that so many rows take.
+
+    Prefill makes a cache for decode steps of B rows, and decode_fn repeats each row num_decodes times. B rows may be
+    split over fewer devices than B * num_decodes, and heads over the others; how many heads the cache has, padding and
+    copies included, depends on that. The rows themselves move as they are repeated, once: the decode step, and with it
+    the loop, takes them in one sharding.
+    """
+    rows = inputs.shape[0]
+    held, wanted = (self.model.place_decode(rows * n).heads.cached() for n in (1, num_decodes))
+    if held != wanted:
+      heads = jnp.asarray([0 if h is None else held.index(h) for h in wanted])
+      kv = self._from_t5x(cache)
+      keys, values = jax.tree.map(lambda x: jnp.take(x, heads, axis=-2), (kv.keys, kv.values))
+      cache = self._to_t5x(dataclasses.replace(kv, keys=keys, values=values))
+    return decode_fn(inputs=inputs, cache=cache, num_decodes=num_decodes, **kwargs)
+
   # T5X's decoding functions tile, flatten and reorder rows on one axis of every leaf: axis 1 if layers are stacked,
   # else 0. A leaf called cache_index they treat otherwise, and not consistently: after a prefill beam_search gives it a
   # beam axis and never flattens it. So the lengths go by another name.
@@ -208,12 +231,11 @@ class InferenceModel(models.DecoderOnlyModel):
 
   def _padded_batch(self, rows: int, copies: int = 1) -> int:
     """The smallest batch of at least `rows` that fills the mesh, as does `copies` times it."""
-    mesh = self.model.mesh
-    if mesh.size == 1:  # where the batch may also be one of jax.export's symbols, which have no order
+    if self.model.mesh.size == 1:  # where the batch may also be one of jax.export's symbols, which have no order
       return rows
     while True:
-      rows = padded_batch(rows, mesh.shape)
-      if padded_batch(rows * copies, mesh.shape) == rows * copies:
+      rows = self.model.padded_batch(rows)
+      if self.model.padded_batch(rows * copies) == rows * copies:
         return rows
       rows += 1
 

@@ -1,24 +1,24 @@
 """The parameters of a model as T5X sees them: a flax module that declares the arrays on the chips, and nothing else.
 
-The tree is weights.Weights as nested dicts: embedding, final_norm, and either `layers` (each array with a leading L) or
-one subtree a layer, `layers_0`, `layers_1`, ...
+The tree is weights.Weights as nested dicts: embedding, final_norm, final_norm_bias (with layer norm), and either
+`layers` (each array with a leading L) or one subtree a layer, `layers_0`, `layers_1`, ...; in these one subtree a
+sublayer, `parallel`, or `attention` and `mlp`.
 """
 
 import dataclasses
-from typing import Any, Mapping
+from typing import Any, Iterable, Mapping
 
 from flax import linen as nn
 from flax.linen import partitioning as flax_partitioning
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from t5x_inference_ext.checkpoints.load import tensor_dtype
 from t5x_inference_ext.decoding.model import Model
 from t5x_inference_ext.layouts.arrangement import DeviceTensor, device_tensors
-from t5x_inference_ext.t5x.partitioning import logical_axis
-from t5x_inference_ext.weights import LayerWeights, Weights
+from t5x_inference_ext.layouts.rules import weight_axes
+from t5x_inference_ext.weights import SublayerWeights, Weights
 
 STACK = 'layers'
 Path = tuple[str, ...]
@@ -29,11 +29,13 @@ class Declaration:
   """One parameter.
 
   Attributes:
+    name: as arrangement.device_tensors calls it.
     tensor: what it is; its shape and spec are those of one layer.
     layers: the layers in it: a number, a slice (stacked in front), or None for what no layer owns.
     dtype: on the chips.
   """
 
+  name: str
   tensor: DeviceTensor
   layers: slice | int | None
   dtype: np.dtype
@@ -43,19 +45,16 @@ class Declaration:
     return (self.layers.stop, *self.tensor.shape) if isinstance(self.layers, slice) else self.tensor.shape
 
   @property
-  def spec(self) -> P:
-    return P(None, *self.tensor.spec) if isinstance(self.layers, slice) else self.tensor.spec
-
-  @property
-  def logical_axes(self) -> tuple[str | None, ...]:
-    names = [logical_axis(axes) for axes in self.spec]
-    return tuple(names + [None] * (len(self.shape) - len(names)))
+  def logical_axes(self) -> tuple[str, ...]:
+    return weight_axes(self.name, stacked=isinstance(self.layers, slice))
 
   def initial(self, key: jax.Array) -> jax.Array:
     """Random values that keep activations of order 1. For trying out speed and memory; inference loads its weights."""
     kind, fan_in = self.tensor.kind, self.shape[-2] if len(self.shape) > 1 else 1
     if kind == 'norm':
       return jnp.ones(self.shape, self.dtype)
+    if kind == 'bias':
+      return jnp.zeros(self.shape, self.dtype)
     if kind == 'scale':  # of uniform int8 values, whose standard deviation is 73
       return jnp.full(self.shape, self.shape[-1] ** -0.5 / 73, self.dtype)
     if self.dtype == np.int8:
@@ -74,32 +73,46 @@ def declarations(model: Model, int8: bool, stacked: bool) -> dict[Path, Declarat
   if stacked:
     groups = {(STACK,): slice(0, count)}
   declared = {}
-  for name, tensor in device_tensors(model.config, model.layout, dict(model.mesh.shape), int8).items():
+  for name, tensor in device_tensors(model.config, model.prefill_layout, model.mesh.shape, int8).items():
     dtype = tensor_dtype(tensor, 'int8' if int8 else 'float', model.dtype)
     for path, layers in (groups if tensor.per_layer else {(): None}).items():
-      declared[*path, name] = Declaration(tensor, layers, dtype)
+      declared[*path, *name.split('/')] = Declaration(name, tensor, layers, dtype)
   return declared
 
 
 def weights_from_params(params: Mapping[str, Any]) -> Weights:
   """T5X's parameters as the model's functions take them."""
+
+  def layer(subtree):
+    return {sublayer: SublayerWeights(**fields) for sublayer, fields in subtree.items()}
+
+  rest = {name: value for name, value in params.items() if not name.startswith(STACK)}
   if STACK in params:
-    layers = LayerWeights(**params[STACK])
-  else:
-    names = sorted((n for n in params if n.startswith(f'{STACK}_')), key=lambda n: int(n.removeprefix(f'{STACK}_')))
-    layers = tuple(LayerWeights(**params[n]) for n in names)
-  return Weights(params['embedding'], params['final_norm'], layers)
+    return Weights(layers=layer(params[STACK]), **rest)
+  names = sorted(params.keys() - rest.keys(), key=lambda n: int(n.removeprefix(f'{STACK}_')))
+  return Weights(layers=tuple(layer(params[n]) for n in names), **rest)
 
 
-class _Group(nn.Module):
-  """A subtree: names with their declarations."""
+class _Subtree(nn.Module):
+  """Parameters by their paths below this one."""
 
-  declared: tuple[tuple[str, Declaration], ...]
+  declared: tuple[tuple[Path, Declaration], ...]
 
   @nn.compact
   def __call__(self):
-    for name, d in self.declared:
+    _declare(self.declared)
+
+
+def _declare(declared: Iterable[tuple[Path, Declaration]]) -> None:
+  """In the module that is running."""
+  subtrees: dict[str, list] = {}
+  for (name, *below), d in declared:
+    if below:
+      subtrees.setdefault(name, []).append((tuple(below), d))
+    else:
       flax_partitioning.param_with_axes(name, d.initial, axes=d.logical_axes)
+  for name, below in subtrees.items():
+    _Subtree(tuple(below), name=name)()
 
 
 class InferenceModule(nn.Module):
@@ -117,11 +130,4 @@ class InferenceModule(nn.Module):
 
   @nn.compact
   def __call__(self) -> None:
-    groups: dict[str, list] = {}
-    for (*group, name), d in declarations(self.model, self.int8, self.scan_layers).items():
-      if group:
-        groups.setdefault(group[0], []).append((name, d))
-      else:
-        flax_partitioning.param_with_axes(name, d.initial, axes=d.logical_axes)
-    for group, declared in groups.items():
-      _Group(tuple(declared), name=group)()
+    _declare(declarations(self.model, self.int8, self.scan_layers).items())

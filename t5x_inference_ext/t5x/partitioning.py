@@ -8,7 +8,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from t5x import partitioning
 
 from t5x_inference_ext.errors import MeshError
+from t5x_inference_ext.layouts.layout import Layout
 from t5x_inference_ext.layouts.mesh import AXES, make_mesh, mesh_text, parse_mesh
+from t5x_inference_ext.layouts.placement import Placement
+from t5x_inference_ext.layouts.rules import Rules, activation_rules, logical_axis_rules
 
 # T5X's exporter and precompiler ask for an axis of this name. Its size is 1: a batch is not split before the model sees
 # it, so any batch size will do; the model's own layout splits it.
@@ -24,37 +27,45 @@ def inference_mesh(shape: Sequence[int]) -> Mesh:
   return Mesh(make_mesh(shape).devices[None], (DATA_AXIS, *AXES))
 
 
-def logical_axis(mesh_axes: str | Sequence[str] | None) -> str | None:
-  """The logical name of a dimension split over these mesh axes: the axes' names in one word, e.g. 'yz'.
-
-  The layouts say over which mesh axes each dimension is split. Naming a dimension after that leaves axis rules nothing
-  to decide, so that they hold for every layout.
-  """
-  if mesh_axes is None or isinstance(mesh_axes, str):
-    return mesh_axes
-  return ''.join(mesh_axes) or None
-
-
-AXIS_RULES = (('batch', DATA_AXIS),) + tuple(
-    (logical_axis(axes), axes) for n in range(1, len(AXES) + 1) for axes in itertools.permutations(AXES, n))
+def partitioner_rules(layout: Layout) -> Rules:
+  """What T5X needs beside the layout's own rules: how it splits batches."""
+  return (('batch', DATA_AXIS), *logical_axis_rules(layout))
 
 
 class InferencePartitioner(partitioning.PjitPartitioner):
-  """Runs T5X's functions on an inference_mesh.
+  """Runs T5X's functions on an inference_mesh, with the rules of a layout (layouts.rules).
+
+  T5X takes from the rules how weights lie: to restore them, to partition functions of them and to write model-info.txt.
+  They are the same in both phases. The rules of one phase's activations (phase_rules) are in force nowhere: prefill,
+  decode steps and scores run per shard, with shardings of their own, taken from the same placement; so does the KV
+  cache between them, whose sharding T5X leaves open. Nor are weights declared anew in a phase, which T5X's modules do,
+  and under rules without the weights' names gathers them all.
 
   Args:
-    model: an InferenceModel, whose mesh this one is then.
+    model: an InferenceModel, whose mesh and layout these are then.
     mesh: 'XxYxZ', for when there is no model yet.
+    layout: then, 'feedforward/attention'; of both phases, either.
 
   Raises:
-    MeshError: neither or both, or more devices than there are.
+    MeshError: neither model nor mesh or both, or more devices than there are.
   """
 
-  def __init__(self, model: Any = None, mesh: str | None = None):
+  def __init__(self, model: Any = None, mesh: str | None = None, layout: str = 'ws_2d/batch'):
     if (model is None) == (mesh is None):
       raise MeshError('InferencePartitioner takes either a model, to share its mesh, or a mesh')
     self._inference_mesh = model.model.mesh if mesh is None else inference_mesh(parse_mesh(mesh))
-    super().__init__(num_partitions=self._inference_mesh.size, logical_axis_rules=AXIS_RULES)
+    layout = model.model.prefill_layout if mesh is None else Layout.parse(layout)
+    super().__init__(num_partitions=self._inference_mesh.size, logical_axis_rules=partitioner_rules(layout))
+
+  def phase_rules(self, placement: Placement) -> Rules:
+    """The rules of a phase in front of the partitioner's own.
+
+    For code beside the model: a decode_fn, say, that constrains the cache with flax's with_logical_constraint.
+
+    Args:
+      placement: Model.place_prefill's or Model.place_decode's.
+    """
+    return (*activation_rules(placement), *self.logical_axis_rules)
 
   @property
   def mesh(self) -> Mesh:

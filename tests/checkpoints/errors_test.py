@@ -119,9 +119,9 @@ def test_extra_parameters(tmp_path, extra):
 
 
 def test_another_architecture_names_what_differs(tmp_path):
-  leaves = {'decoder/layers_0/self_attention/query/kernel': np.ones((4, 4), np.float32)}
+  leaves = {'decoder/layers_0/experts/kernel': np.ones((4, 4), np.float32)}
   fails(synthetic.write_legacy(tmp_path / 'c', leaves), 'lacks target/decoder/', 'q_wi_fused', 'does not use',
-        'target/decoder/layers_*/self_attention/query/kernel')
+        'target/decoder/layers_*/experts/kernel')
 
 
 def test_scanned_and_per_layer_in_one(tmp_path):
@@ -150,8 +150,9 @@ def test_wrong_shape_within_a_checkpoint(tmp_path, name, shape):
 
 
 @pytest.mark.parametrize('name,shape,words', [
-    (KV, (8, 2, 1, 7), ['kv_fused', '[8, 2, 1, 7]']), (KV, (8, 2, 1, 40), ['q_wi_fused', '[8, 2, 1, 40]']),
-    (KV, (8, 2, 8), ['3 axes', '[8, 2, 8]']), (KV, (8, 2, 4, 8), ['num_kv_heads=4', 'multiquery'])])
+    (KV, (8, 2, 1, 7), ['kv_fused', '[8, 1, 7]']), (KV, (8, 2, 1, 40), ['q_wi_fused', '[8, 1, 40]']),
+    (KV, (8, 2, 8), ['3 axes', '[8, 2, 8]']), (KV, (8, 2, 2, 8), ['num_kv_heads=2', 'num_heads=3']),
+    ('decoder/decoder/layer_norm/scale', (8,), ['1 axes, expected 2'])])
 def test_shapes_that_no_model_has(tmp_path, name, shape, words):
   fails(synthetic.write_legacy(tmp_path / 'c', {**SCANNED, name: np.ones(shape, np.float32)}), *words)
 

@@ -47,9 +47,14 @@ def test_every_value_is_read_once_and_in_shards(mesh, stacked):
   for name, tensor in source.tensors.items():
     assert sum(tensor.reads) == tensor.array.size, name
     layers = 1 if name in ('embedding', 'final_norm') else CONFIG.num_layers
-    # A shard of one layer. Keys and values are split as one: the first shards hold keys, the last ones values. 101 rows
-    # leave some shards a row more.
+    if name.endswith('norm'):  # whole everywhere
+      assert max(tensor.reads) == CONFIG.d_model
+      continue
+    # A shard of one layer. Keys and values are split as one: the first shards hold keys, the last ones values. Of heads a
+    # shard holds whole ones, 2 of 3. 101 rows leave some shards a row more.
     together = 2 if name in ('key', 'value') and y * z > 1 else 1
+    if name in ('query', 'attention_output'):
+      together = -(-CONFIG.num_heads // (y * z)) * y * z / CONFIG.num_heads
     assert max(tensor.reads) <= together * tensor.array.size / layers / target.mesh.size + CONFIG.d_model, name
 
 
@@ -75,14 +80,14 @@ def test_norms_are_the_values_applied(norm_scale, added):
   config = dataclasses.replace(CONFIG, norm_scale=norm_scale)
   weights = load_weights(checkpoint(config=config), model(config=config))
   np.testing.assert_array_equal(weights.final_norm, TENSORS['final_norm'] + added)
-  np.testing.assert_array_equal(weights.layers[1].norm, TENSORS['layer_norm'][1] + added)
+  np.testing.assert_array_equal(weights.layers[1]['parallel'].norm, TENSORS['layer_norm'][1] + added)
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_dtypes_of_float_weights(dtype):
   """Matrices and embedding serve in the compute dtype, rounded to nearest; norms in float32."""
   weights = load_weights(checkpoint(), model(dtype=dtype))
-  layer = weights.layers[0]
+  layer = weights.layers[0]['parallel']
   assert {str(x.dtype) for x in (weights.embedding, layer.w_in, layer.w_out)} == {dtype}
   assert weights.final_norm.dtype == layer.norm.dtype == np.float32
   assert layer.in_scale is None and layer.out_scale is None and not weights.is_int8
@@ -94,7 +99,7 @@ def test_dtypes_of_float_weights(dtype):
 def test_int8_stays_int8(dtype):
   arrays = reference.quantized(CONFIG, TENSORS)
   weights = load_weights(checkpoint(arrays), model('1x1x1', dtype=dtype))
-  layer = weights.layers[2]
+  layer = weights.layers[2]['parallel']
   assert weights.is_int8 and layer.w_in.dtype == layer.w_out.dtype == np.int8
   assert layer.in_scale.dtype == layer.out_scale.dtype == np.float32
   assert str(weights.embedding.dtype) == dtype
@@ -109,4 +114,20 @@ def test_progress_counts_every_tensor(stacked, per_layer):
   seen = []
   load_weights(checkpoint(), model('1x1x1'), stacked=stacked, progress=lambda jobs: seen.extend(jobs) or seen)
   names = collections.Counter(name for name, _ in seen)
-  assert names == {'embedding': 1, 'final_norm': 1, 'norm': per_layer, 'w_in': per_layer, 'w_out': per_layer}
+  fields = {f'parallel/{field}': per_layer for field in ('norm', 'w_in', 'w_out')}
+  assert names == {'embedding': 1, 'final_norm': 1, **fields}
+
+
+def test_serial_layers_with_biases():
+  config = dataclasses.replace(CONFIG, block='serial', mlp='gelu', norm='layer', num_kv_heads=3)
+  arrays = reference.random_tensors(config)
+  weights = load_weights(checkpoint(arrays, config), model('1x1x1', config=config))
+  layer = weights.layers[1]
+  assert set(layer) == {'attention', 'mlp'}
+  np.testing.assert_array_equal(weights.final_norm_bias, arrays['final_norm_bias'])
+  np.testing.assert_array_equal(layer['mlp'].norm_bias, arrays['mlp_norm_bias'][1])
+  np.testing.assert_array_equal(layer['mlp'].w_in, arrays['linear'][1])
+  np.testing.assert_array_equal(layer['mlp'].w_out, arrays['mlp_output'][1])
+  np.testing.assert_array_equal(
+      layer['attention'].w_in, np.concatenate([arrays[n][1] for n in ('query', 'key', 'value')], axis=1))
+  np.testing.assert_array_equal(layer['attention'].w_out, arrays['attention_output'][1])

@@ -17,33 +17,78 @@ Leaves = dict[str, np.ndarray]
 def canonical(config: ModelConfig = CONFIG, seed: int = 0) -> Leaves:
   """Random float32 values for every canonical tensor."""
   rng = np.random.default_rng(seed)
-  return {name: rng.standard_normal(p.shape).astype(np.float32) * (.1 if p.kind == 'norm' else 1)
+  return {name: rng.standard_normal(p.shape).astype(np.float32) * (.1 if p.kind in ('norm', 'bias') else 1)
           for name, p in parameters.parameters(config).items()}
 
 
 def fused(tensors: Leaves, config: ModelConfig = CONFIG) -> Leaves:
-  """The scanned tree of these tensors, head by head as flaxformer fuses them."""
+  """The scanned tree of these tensors, head by head as ParallelFusedDecoderLayer fuses them."""
   c = config
   g = c.d_ff // c.num_heads
-  q_wi = np.zeros((c.d_model, c.num_layers, c.num_heads, c.d_head + 2 * g), np.float32)
+  inputs = [tensors[name] for name in c.mlp_inputs]
+  q_wi = np.zeros((c.d_model, c.num_layers, c.num_heads, c.d_head + len(inputs) * g), np.float32)
   o_wo = np.zeros((c.num_heads, c.num_layers, c.d_head + g, c.d_model), np.float32)
-  kv = np.zeros((c.d_model, c.num_layers, 1, 2 * c.d_head), np.float32)
+  kv = np.zeros((c.d_model, c.num_layers, c.num_kv_heads, 2 * c.d_head), np.float32)
   for layer in range(c.num_layers):
-    kv[:, layer, 0] = np.concatenate([tensors['key'][layer], tensors['value'][layer]], axis=1)
+    for head in range(c.num_kv_heads):
+      columns = slice(head * c.d_head, (head + 1) * c.d_head)
+      kv[:, layer, head] = np.concatenate([tensors[name][layer][:, columns] for name in ('key', 'value')], axis=1)
     for head in range(c.num_heads):
       query, mlp = slice(head * c.d_head, (head + 1) * c.d_head), slice(head * g, (head + 1) * g)
       q_wi[:, layer, head] = np.concatenate(
-          [tensors['query'][layer][:, query], tensors['gate'][layer][:, mlp], tensors['linear'][layer][:, mlp]], axis=1)
+          [tensors['query'][layer][:, query], *(x[layer][:, mlp] for x in inputs)], axis=1)
       o_wo[head, layer] = np.concatenate(
           [tensors['attention_output'][layer][query], tensors['mlp_output'][layer][mlp]], axis=0)
-  return {
-      'decoder/token_embedder/embedding': tensors['embedding'],
-      'decoder/decoder_norm/scale': tensors['final_norm'],
-      'decoder/decoder/layer_norm/scale': tensors['layer_norm'].T,
-      'decoder/decoder/q_wi_fused/kernel': q_wi,
-      'decoder/decoder/kv_fused/kernel': kv,
-      'decoder/decoder/o_wo_fused/kernel': o_wo,
-  }
+  kernels = {'q_wi_fused': q_wi, 'kv_fused': kv, 'o_wo_fused': o_wo}
+  return {**_norms(tensors, layer_norm='layer_norm'),
+          **{f'decoder/decoder/{module}/kernel': kernel for module, kernel in kernels.items()}}
+
+
+def separate(tensors: Leaves, config: ModelConfig, *, split: bool = False, attention: str = '',
+             mlp: str = '') -> Leaves:
+  """The scanned tree of these tensors as DecoderLayer stores them, serial or (of a parallel block) parallel=True.
+
+  Args:
+    tensors: canonical.
+    config: their model.
+    split: heads in an axis of their own.
+    attention, mlp: what is fused: 'kv' or 'qkv'; 'wi'.
+  """
+  c = config
+  kernels = {
+      'self_attention/out': tensors['attention_output'].reshape(
+          c.num_layers, *((c.num_heads, c.d_head) if split else (-1,)), c.d_model),
+      'mlp/wo': tensors['mlp_output']}
+  heads = {'query': c.num_heads, 'key': c.num_kv_heads, 'value': c.num_kv_heads}
+  by_head = {name: tensors[name].reshape(c.num_layers, c.d_model, count, c.d_head) for name, count in heads.items()}
+  together = {'': (), 'kv': ('key', 'value'), 'qkv': ('query', 'key', 'value')}[attention]
+  if together:
+    kernels[f'self_attention/{attention}_fused'] = np.stack([by_head[name] for name in together], 2)
+  for name in heads:
+    if name not in together:  # flaxformer's multiquery keys have no axis of heads to split
+      merged = not split or heads[name] == 1
+      kernels[f'self_attention/{name}'] = tensors[name] if merged else by_head[name]
+  inputs = [tensors[name] for name in c.mlp_inputs]
+  if mlp:
+    kernels['mlp/wi_fused'] = np.stack(inputs, 2)
+  else:
+    kernels.update({f'mlp/wi_{i}' if len(inputs) > 1 else 'mlp/wi': x for i, x in enumerate(inputs)})
+  if c.block == 'serial':
+    norms = _norms(tensors, attention_norm='pre_self_attention_layer_norm', mlp_norm='pre_mlp_layer_norm')
+  else:
+    norms = _norms(tensors, layer_norm='layer_norm')
+  return {**norms, **{f'decoder/decoder/{module}/kernel': np.moveaxis(x, 0, 1) for module, x in kernels.items()}}
+
+
+def _norms(tensors: Leaves, **modules: str) -> Leaves:
+  """The embedding and the norms; `modules` are those of a layer."""
+  leaves = {'decoder/token_embedder/embedding': tensors['embedding']}
+  for suffix, leaf in (('', 'scale'), ('_bias', 'bias')):
+    if f'final_norm{suffix}' in tensors:
+      leaves[f'decoder/decoder_norm/{leaf}'] = tensors[f'final_norm{suffix}']
+      leaves.update({f'decoder/decoder/{module}/{leaf}': tensors[f'{name}{suffix}'].T
+                     for name, module in modules.items()})
+  return leaves
 
 
 def quantized(leaves: Leaves) -> Leaves:
@@ -53,7 +98,7 @@ def quantized(leaves: Leaves) -> Leaves:
     if not name.endswith('kernel'):
       out[name] = values
       continue
-    axes = (0, 2) if 'o_wo' in name else (0,)
+    axes = (0, 2) if 'o_wo' in name or ('/out/' in name and values.ndim == 4) else (0,)
     scale = np.abs(values).max(axes, keepdims=True) / np.float32(127)
     out[name.replace('kernel', 'qkernel')] = np.rint(values / scale).astype(np.int8)
     out[name.replace('kernel', 'qscale')] = scale
@@ -70,6 +115,12 @@ def per_layer(leaves: Leaves) -> Leaves:
     else:
       out[name] = values
   return out
+
+
+def layers_first(leaves: Leaves) -> Leaves:
+  """A scanned tree with the layer axis in front: flaxformer's scan_axis=0."""
+  return {name: np.moveaxis(values, 1, 0) if name.startswith('decoder/decoder/') else values
+          for name, values in leaves.items()}
 
 
 def pack_array(values: np.ndarray) -> msgpack.ExtType:

@@ -5,7 +5,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from t5x_inference_ext.checkpoints.tensor import Cast, InMemory, MergedHeads, Squeezed, Stack, Swapped
+from t5x_inference_ext.checkpoints.tensor import (
+    Cast, InMemory, Merged, Moved, Scaled, Squeezed, Stack, Tensor, Window)
 from t5x_inference_ext.errors import CheckpointError
 
 
@@ -30,6 +31,11 @@ def slices(shape):
   return st.integers(0, len(shape)).flatmap(lambda k: st.tuples(*each[:k]))
 
 
+def merged_heads(source: Tensor, axis: int, start: int, width: int) -> Tensor:
+  """Columns of every head, merged, layers in front."""
+  return Merged(Window(Moved(source, 1), axis + 1, start, width), axis)
+
+
 @settings(deadline=None, derandomize=True, max_examples=300)
 @given(st.data())
 def test_any_slice_of_merged_heads(data):
@@ -38,11 +44,11 @@ def test_any_slice_of_merged_heads(data):
   columns = start + width + rest
   if data.draw(st.booleans(), label='columns are outputs'):
     source = numbers(other, layers, heads, columns)
-    view = MergedHeads(InMemory(source, ''), 2, start, width)
+    view = merged_heads(InMemory(source, ''), 2, start, width)
     whole = source.transpose(1, 0, 2, 3)[..., start:start + width].reshape(layers, other, heads * width)
   else:
     source = numbers(heads, layers, columns, other)
-    view = MergedHeads(InMemory(source, ''), 1, start, width)
+    view = merged_heads(InMemory(source, ''), 1, start, width)
     whole = source.transpose(1, 0, 2, 3)[:, :, start:start + width].reshape(layers, heads * width, other)
   assert view.shape == whole.shape
   index = data.draw(slices(whole.shape), label='index')
@@ -56,7 +62,8 @@ def test_any_slice_of_the_other_views(data):
   parts = [numbers(3, 4) + 100 * i for i in range(3)]
   axis = data.draw(st.integers(0, 2), label='axis')
   views = [(Stack([InMemory(p, '') for p in parts], axis), np.stack(parts, axis)),
-           (Swapped(InMemory(parts[0], '')), parts[0].T),
+           (Moved(InMemory(numbers(3, 2, 4), ''), axis), np.moveaxis(numbers(3, 2, 4), axis, 0)),
+           (Scaled(InMemory(parts[0], ''), 3.), parts[0] * 3),
            (Squeezed(InMemory(numbers(3, 1, 4), ''), 1), numbers(3, 4)),
            (Cast(InMemory(parts[0], ''), np.int8, 'name'), parts[0].astype(np.int8)),
            (InMemory(parts[0], ''), parts[0])]
@@ -68,7 +75,7 @@ def test_any_slice_of_the_other_views(data):
 
 def test_reads_only_the_covering_heads_and_layers():
   source = Recording(numbers(5, 6, 8, 10), '')  # [E, L, H, C]
-  view = MergedHeads(source, 2, 4, 3)
+  view = merged_heads(source, 2, 4, 3)
   view.read((slice(2, 3), slice(None), slice(7, 8)))  # one column of head 2
   assert source.asked == 5
   source.asked = 0
@@ -80,6 +87,13 @@ def test_a_stack_reads_only_its_layers():
   parts = [Recording(numbers(4), '') for _ in range(3)]
   Stack(parts, 1).read((slice(None), slice(1, 2)))
   assert [p.asked for p in parts] == [0, 4, 0]
+
+
+@pytest.mark.parametrize('factor,dtype', [(.5, ml_dtypes.bfloat16), (8., ml_dtypes.bfloat16), (3., np.float32)])
+def test_scaling_bfloat16_rounds_nothing_away(factor, dtype):
+  values = np.linspace(-1, 1, 50).astype(ml_dtypes.bfloat16)
+  expected = (values.astype(np.float32) * np.float32(factor)).astype(dtype)
+  np.testing.assert_array_equal(Scaled(InMemory(values, ''), factor).read(), expected, strict=True)
 
 
 @pytest.mark.parametrize('dtype', [np.float32, ml_dtypes.bfloat16])

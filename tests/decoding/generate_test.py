@@ -22,8 +22,8 @@ NEW = 6
 
 
 @functools.cache
-def engine(mesh):
-  return memory.engine(CONFIG, TENSORS, mesh)
+def engine(mesh, prefill='ws_2d/batch', decode='ws_2d/batch'):
+  return memory.engine(CONFIG, TENSORS, mesh, prefill=prefill, decode=decode)
 
 
 @functools.cache
@@ -57,9 +57,11 @@ def test_greedy_as_a_sampler():
   assert [c.tokens for c in found] == [c.tokens for c in greedy()]
 
 
-@pytest.mark.parametrize('mesh', ['2x2x2', '1x2x4'])
-def test_a_mesh_changes_nothing(mesh):
-  found = engine(mesh).generate(PROMPTS, max_new_tokens=NEW, sampler=SAMPLER, seeds=SEEDS, eos_id=-1, prompt_size=5)
+@pytest.mark.parametrize('mesh, prefill, decode', [
+    ('2x2x2', 'ws_2d/batch', 'ws_2d/batch'), ('1x2x4', 'wg_xy/heads', 'ws_2d/batch/two_way'),
+    ('2x2x2', 'ws_1d/batch', 'ws_1d/heads'), ('8x1x1', 'wg_xyz/batch', 'wg_xyz/batch')])
+def test_mesh_and_layouts_change_nothing(mesh, prefill, decode):
+  found = engine(mesh, prefill, decode).generate(PROMPTS, max_new_tokens=NEW, sampler=SAMPLER, seeds=SEEDS, eos_id=-1, prompt_size=5)
   assert [c.tokens for c in found] == [c.tokens for c in sampled()]
   np.testing.assert_allclose([c.score for c in found], [c.score for c in sampled()], atol=1e-4)
 

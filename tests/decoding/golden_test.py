@@ -1,22 +1,35 @@
-"""The real checkpoints against what T5X itself computed with them: float32 on 1 to 8 devices, bfloat16, int8."""
+"""The real checkpoints against what T5X itself computed: float32 on 1 to 8 devices in every layout, bfloat16, int8."""
 
+import dataclasses
+import functools
+import itertools
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from t5x_inference_ext.checkpoints import open_checkpoint
 from t5x_inference_ext.checkpoints.convert import convert
 from t5x_inference_ext.checkpoints.load import load_weights
-from t5x_inference_ext.engine import Engine
+from t5x_inference_ext.decoding.model import Model
+from t5x_inference_ext.engine import Engine, model_inputs
+from t5x_inference_ext.layouts.layout import Layout
 from tests.decoding import memory
 
-MESHES = ['1x1x1', '2x1x1', '1x2x2', '2x2x2', '1x2x4']
+# (mesh, prefill, decode)
+ENGINES = [('1x1x1', 'ws_2d/batch', 'ws_2d/batch'), ('2x1x1', 'wg_x/batch', 'ws_2d/heads'),
+           ('1x2x2', 'ws_1d/heads', 'ws_1d/batch/two_way'), ('2x2x2', 'wg_xyz/batch', 'ws_2d/batch'),
+           ('1x2x4', 'ws_2d/batch/one_way', 'wg_xy/heads')]
+
+LAYOUTS_2D = ['ws_2d/heads', 'ws_2d/batch', 'wg_x/heads', 'wg_x/batch', 'wg_xy/heads', 'wg_xy/batch', 'wg_xyz/batch']
+PAIRS = [*itertools.product(['ws_1d/heads', 'ws_1d/batch'], repeat=2), *itertools.product(LAYOUTS_2D, repeat=2)]
 
 
-@pytest.fixture(scope='module', params=MESHES)
+@pytest.fixture(scope='module', params=ENGINES, ids='-'.join)
 def engine(request, palm_tiny):
-  return Engine.load(palm_tiny, mesh=request.param, dtype='float32')
+  mesh, prefill, decode = request.param
+  return Engine.load(palm_tiny, mesh=mesh, dtype='float32', prefill_layout=prefill, decode_layout=decode)
 
 
 @pytest.fixture(scope='module')
@@ -49,6 +62,38 @@ def test_greedy(engine, greedy):
 def test_scores(engine, forced, scores):
   found = engine.score(forced['input_tokens'], forced['target_tokens'])
   np.testing.assert_allclose(found, scores['score_batch'], rtol=1e-3)
+
+
+@functools.cache
+def loaded(checkpoint, layout: str) -> Engine:
+  """The weights of a storage kind, layers stacked: programs are then small and compile quickly."""
+  model = Engine.load(checkpoint, mesh='2x2x2', dtype='float32', prefill_layout=layout, decode_layout=layout)
+  return dataclasses.replace(model, weights=load_weights(model.checkpoint, model.model, stacked=True))
+
+
+def test_there_are_53_valid_pairs():
+  assert len(set(PAIRS)) == 2 * 2 + 7 * 7
+
+
+decode_step = jax.jit(Model.decode_step, static_argnames='self')
+
+
+@pytest.mark.parametrize('prefill, decode', PAIRS)
+def test_greedy_under_every_valid_pair(palm_tiny, greedy, prefill, decode):
+  """On 2x2x2: all 48 tokens where both phases have one layout, else the first 8, by when the cache has moved."""
+  steps = 48 if prefill == decode else 8
+  one = loaded(palm_tiny, 'ws_1d/batch' if prefill.startswith('ws_1d') else 'ws_2d/batch')
+  model = dataclasses.replace(one.model, prefill_layout=Layout.parse(prefill), decode_layout=Layout.parse(decode))
+  # A decode step knows nothing of the prefill's layout, so that pairs share a program.
+  decoder = dataclasses.replace(model, prefill_layout=model.decode_layout)
+  tokens, lengths = model_inputs([row['prompt_tokens'] for row in greedy], 41)
+  wanted = np.asarray([row['greedy_tokens'] for row in greedy])
+  logits, cache = memory.prefill(model, one.weights, *one._put(tokens, lengths), size=41 + 48)
+  for step in range(steps):
+    token = np.argmax(logits, axis=-1).astype(np.int32)
+    np.testing.assert_array_equal(token, wanted[:, step], err_msg=f'step {step}')
+    if step < steps - 1:
+      logits, cache = decode_step(decoder, one.weights, cache, *one._put(token))
 
 
 def bits_per_byte(engine: Engine, targets: np.ndarray) -> float:

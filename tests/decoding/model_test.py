@@ -1,4 +1,7 @@
-"""The sharded model against the slow one, over shapes that divide badly: logits, prefill, and every decode step."""
+"""The sharded model against the slow one, over shapes that divide badly: logits, prefill, and every decode step.
+
+layouts_test.py has the same of every layout; here are the meshes and batches of the default one, and the edges.
+"""
 
 import dataclasses
 import functools
@@ -9,15 +12,14 @@ import numpy as np
 import pytest
 
 from t5x_inference_ext.decoding.model import Model
+from t5x_inference_ext.errors import MeshError, RequestError
+from t5x_inference_ext.layouts.layout import Layout
+from t5x_inference_ext.layouts.mesh import make_mesh
 from tests import reference
 from tests.decoding import memory
 
 TENSORS = {config: reference.random_tensors(config) for config in (memory.ODD, memory.ODDER)}
 LENGTH = 7
-
-# jit keeps one compilation for all tests of a shape.
-prefill = jax.jit(Model.prefill, static_argnames=('self', 'size'))
-decode_step = functools.partial(jax.jit, static_argnames='self')(Model.decode_step)
 
 
 @functools.cache
@@ -29,10 +31,9 @@ def close(found, wanted):
   np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
 
 
-# (mesh, rows): attention splits rows over all axes, over one, over two, over none. 1x2x4: 2 rows fill y, 4 fill z.
-UNROLLED = [('1x1x1', 3), ('1x2x4', 2), ('1x2x4', 4), ('2x4x1', 2), ('2x4x1', 4), ('4x1x2', 2), ('2x2x2', 1),
-            ('2x2x2', 2), ('2x2x2', 4), ('2x2x2', 8), ('1x1x8', 1), ('8x1x1', 8)]
-STACKED = [('1x1x1', 3), ('2x2x2', 16), ('1x2x4', 4)]
+# (mesh, rows): attention splits rows over all axes, over some, over none.
+UNROLLED = [('1x1x1', 3), ('1x2x4', 2), ('2x4x1', 4), ('4x1x2', 2), ('2x2x2', 3), ('1x1x8', 1)]
+STACKED = [('1x1x1', 3), ('2x2x2', 16)]
 CASES = [(*case, False) for case in UNROLLED] + [(*case, True) for case in STACKED]
 
 
@@ -46,21 +47,24 @@ def test_prefill_and_decode_equal_the_full_forward(mesh, rows, stacked):
   everyone = np.arange(rows)
   # Beyond its length a row holds ids that must not matter.
   prompt = np.where(np.arange(4)[None, :] < lengths[:, None], tokens[:, :4], 77).astype(np.int32)
-  logits, cache = prefill(engine.model, engine.weights, *engine._put(prompt, lengths.astype(np.int32)), size=LENGTH)
+  logits, cache = memory.prefill(engine.model, engine.weights, *engine._put(prompt, lengths.astype(np.int32)), size=LENGTH)
   close(logits, wanted[everyone, lengths - 1])
   assert cache.size == LENGTH
   for step in range(LENGTH - 4):
     token, = engine._put(tokens[everyone, lengths + step])
-    logits, cache = decode_step(engine.model, engine.weights, cache, token)
+    logits, cache = memory.decode_step(engine.model, engine.weights, cache, token)
     close(logits, wanted[everyone, lengths + step])
   np.testing.assert_array_equal(cache.lengths, lengths + LENGTH - 4)
 
 
-@pytest.mark.parametrize('mesh, rows, stacked', [
-    ('2x2x2', 2, False), ('1x4x1', 1, False), ('4x2x1', 4, True)])
+@pytest.mark.parametrize('mesh, rows, stacked, layout', [
+    ('2x2x2', 2, False, 'ws_2d/batch'), ('1x4x1', 1, False, 'ws_2d/heads'), ('4x2x1', 4, True, 'ws_2d/batch/two_way'),
+    ('2x2x2', 8, True, 'ws_1d/batch'), ('2x2x2', 1, True, 'wg_xyz/batch'), ('2x2x2', 2, False, 'wg_xy/heads'),
+    ('2x2x2', 3, True, 'wg_x/batch')])
 @pytest.mark.parametrize('config', TENSORS, ids=['norms around 0', 'norms around 1'])
-def test_logits_at_every_position(config, mesh, rows, stacked):
-  engine = memory.engine(config, TENSORS[config], mesh, stacked=stacked)
+def test_logits_at_every_position(config, mesh, rows, stacked, layout):
+  """Where rows are few, weight-gathered layouts split positions, of which there must be one more."""
+  engine = memory.engine(config, TENSORS[config], mesh, stacked=stacked, prefill=layout, decode=layout)
   close(engine.logits(memory.tokens(config, rows, LENGTH)), expected(config, rows))
 
 
@@ -111,8 +115,8 @@ def test_a_full_row_drops_its_write_and_the_others_do_not(stacked):
   tokens, wanted = memory.tokens(config, 2, LENGTH), expected(config, 2)
   lengths = np.array([4, 2], np.int32)
   prompt = np.where(np.arange(size)[None, :] < lengths[:, None], tokens[:, :size], 77).astype(np.int32)
-  _, before = prefill(engine.model, engine.weights, *engine._put(prompt, lengths), size=size)
-  logits, after = decode_step(engine.model, engine.weights, before, *engine._put(tokens[[0, 1], lengths]))
+  _, before = memory.prefill(engine.model, engine.weights, *engine._put(prompt, lengths), size=size)
+  logits, after = memory.decode_step(engine.model, engine.weights, before, *engine._put(tokens[[0, 1], lengths]))
   close(logits, wanted[[0, 1], lengths])
   for old, new in zip(jax.tree.leaves((before.keys, before.values)), jax.tree.leaves((after.keys, after.values))):
     old, new = np.moveaxis(old, -4, 0), np.moveaxis(new, -4, 0)  # [B, (L,) S, K, Q]
@@ -121,10 +125,11 @@ def test_a_full_row_drops_its_write_and_the_others_do_not(stacked):
     np.testing.assert_array_equal(np.delete(new[1], 2, axis=-3), np.delete(old[1], 2, axis=-3))
 
 
-@pytest.mark.parametrize('mesh, rows', [('1x1x1', 2), ('2x2x2', 8)])
-def test_log_probs(mesh, rows):
+@pytest.mark.parametrize('mesh, rows, layout', [
+    ('1x1x1', 2, 'ws_2d/batch'), ('2x2x2', 8, 'ws_2d/batch'), ('2x2x2', 2, 'wg_xyz/batch'), ('2x2x2', 3, 'ws_1d/heads')])
+def test_log_probs(mesh, rows, layout):
   config = memory.ODD
-  engine = memory.engine(config, TENSORS[config], mesh)
+  engine = memory.engine(config, TENSORS[config], mesh, prefill=layout, decode=layout)
   inputs = memory.tokens(config, rows, LENGTH)
   targets = np.roll(inputs, -1, axis=1)
   wanted = np.take_along_axis(np.asarray(jax.nn.log_softmax(expected(config, rows))), targets[..., None], 2)[..., 0]
@@ -143,9 +148,35 @@ def test_bfloat16_keeps_float32_where_it_matters(mesh, rows):
   engine = memory.engine(config, TENSORS[config], mesh, dtype='bfloat16')
   assert engine.weights.final_norm.dtype == jnp.float32
   prompt, lengths = memory.tokens(config, rows, LENGTH)[:, :4], np.full(rows, 4, np.int32)
-  logits, cache = prefill(engine.model, engine.weights, *engine._put(prompt, lengths), size=LENGTH)
+  logits, cache = memory.prefill(engine.model, engine.weights, *engine._put(prompt, lengths), size=LENGTH)
   assert logits.dtype == jnp.float32
   assert {x.dtype for x in jax.tree.leaves((cache.keys, cache.values))} == {jnp.dtype(jnp.bfloat16)}
   error = np.abs(np.asarray(logits) - expected(config, rows)[:, 3]).max()
   print(f'bfloat16 logits: {error:.4f} at worst, of {np.abs(expected(config, rows)).max():.1f}')
   assert 1e-4 < error < 0.06, error
+
+
+def test_the_cache_lies_as_decode_has_it():
+  """Split by rows or heads, whatever prefill's layout; a step leaves it there, and nothing moves."""
+  config = memory.ODD
+  for decode, spec in (('ws_2d/batch', (('x', 'z', 'y'),)), ('ws_2d/heads', ())):
+    engine = memory.engine(config, TENSORS[config], '2x2x2', prefill='wg_xyz/batch', decode=decode)
+    wanted = jax.sharding.NamedSharding(engine.model.mesh, jax.sharding.PartitionSpec(*spec))
+    tokens = memory.tokens(config, 8, 4)
+    _, cache = memory.prefill(engine.model, engine.weights, *engine._put(tokens, np.full(8, 4, np.int32)), size=6)
+    _, after = memory.decode_step(engine.model, engine.weights, cache, *engine._put(tokens[:, 1]))
+    for x in jax.tree.leaves((cache, after)):
+      assert x.sharding.is_equivalent_to(wanted, x.ndim), (decode, x.sharding)
+
+
+def test_what_is_refused():
+  """Before anything is compiled or loaded."""
+  mesh = make_mesh((2, 2, 2))
+  with pytest.raises(RequestError, match='dtype must be one of float32, bfloat16'):
+    Model(memory.ODD, mesh, dtype='float16')
+  with pytest.raises(MeshError, match='ws_1d/batch for prefill and wg_x/batch for decode place the weights differently'):
+    Model(memory.ODD, mesh, Layout('ws_1d'), Layout('wg_x'))
+  model = Model(memory.ODD, mesh, Layout('wg_xyz'), Layout('wg_xyz'), 'float32')
+  with pytest.raises(MeshError, match='use a batch that is a multiple of 8, or a weight-stationary layout .* for decode'):
+    jax.eval_shape(lambda: model.prefill(None, jnp.zeros((4, 8), jnp.int32), jnp.ones(4, jnp.int32), 8))
+  assert model.padded_batch(4) == 8

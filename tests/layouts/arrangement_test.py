@@ -9,7 +9,8 @@ from t5x_inference_ext import parameters
 from t5x_inference_ext.config import ModelConfig, preset
 from t5x_inference_ext.errors import MeshError
 from t5x_inference_ext.layouts.arrangement import device_tensors
-from t5x_inference_ext.layouts.layout import Layout
+from t5x_inference_ext.layouts.heads import HeadSplit
+from t5x_inference_ext.layouts.layout import Layout, size
 from t5x_inference_ext.layouts.mesh import AXES
 
 many = settings(deadline=None, derandomize=True, max_examples=200)
@@ -25,14 +26,18 @@ def canonical(config: ModelConfig, int8: bool) -> dict[str, np.ndarray]:
 
 @st.composite
 def cases(draw):
-  """(config, mesh, int8): heads, key columns and vocabulary of any size."""
+  """(config, layout, mesh, int8): every kind of model; heads, key columns and vocabulary of any size."""
   mesh = {axis: draw(st.sampled_from([1, 2, 3, 4]), label=axis) for axis in AXES}
   chips = mesh['x'] * mesh['y'] * mesh['z']
+  kv_heads = draw(st.integers(1, 5), label='key heads')
   config = ModelConfig(
       num_layers=2, d_model=chips, d_ff=chips * draw(st.integers(1, 2), label='d_ff / chips'),
-      num_heads=draw(st.integers(1, 7), label='heads'), d_head=2 * draw(st.integers(1, 5), label='half d_head'),
-      vocab_size=draw(st.integers(1, 40), label='vocabulary'))
-  return config, mesh, draw(st.booleans(), label='int8')
+      num_heads=kv_heads * draw(st.integers(1, 7), label='queries of each'), num_kv_heads=kv_heads,
+      d_head=2 * draw(st.integers(1, 5), label='half d_head'), vocab_size=draw(st.integers(1, 40), label='vocabulary'),
+      block=draw(st.sampled_from(['parallel', 'serial'])), mlp=draw(st.sampled_from(['swiglu', 'gelu'])),
+      norm=draw(st.sampled_from(['rms', 'layer'])))
+  layout = Layout(draw(st.sampled_from(['ws_1d', 'ws_2d', 'wg_xyz'])))
+  return config, layout, mesh, draw(st.booleans(), label='int8')
 
 
 def whole(tensor, arrays, layer):
@@ -42,9 +47,9 @@ def whole(tensor, arrays, layer):
 @many
 @given(cases(), st.data())
 def test_any_range_is_that_range_of_the_whole(case, data):
-  config, mesh, int8 = case
+  config, layout, mesh, int8 = case
   arrays = canonical(config, int8)
-  tensors = device_tensors(config, Layout(), mesh, int8)
+  tensors = device_tensors(config, layout, mesh, int8)
   name = data.draw(st.sampled_from(sorted(tensors)), label='tensor')
   tensor = tensors[name]
   layer = data.draw(st.integers(0, 1), label='layer') if tensor.per_layer else None
@@ -72,55 +77,94 @@ def test_any_range_is_that_range_of_the_whole(case, data):
 @many
 @given(cases())
 def test_shards_hold_the_canonical_values(case):
-  """Concatenated over shards, each part of a block is its canonical tensors side by side, then zeros."""
-  config, mesh, int8 = case
+  """Each part of each shard's block: the MLP cut evenly, whole heads where HeadSplit has them, zeros elsewhere."""
+  config, layout, mesh, int8 = case
   arrays = canonical(config, int8)
-  shards = mesh['y'] * mesh['z']
-  q, f = config.num_heads * config.d_head, config.d_ff
-  tensors = device_tensors(config, Layout(), mesh, int8)
-  width = -(-q // shards)
-  kv_width = -(-2 * config.d_head // shards)
+  shards = size(layout.stored_hidden, mesh)
+  assert shards == mesh['y'] * mesh['z'] * (mesh['x'] if layout.feedforward == 'ws_1d' else 1)
+  tensors = device_tensors(config, layout, mesh, int8)
+  split = HeadSplit.of(config.num_kv_heads, config.num_heads // config.num_kv_heads, shards)
+  f, d = config.d_ff // shards, config.d_head
 
-  def parts(values, widths):
-    """[..., shards * block] -> for each part its columns of all shards."""
-    blocks = values.reshape(*values.shape[:-1], shards, sum(widths))
-    pieces = np.split(blocks, np.cumsum(widths)[:-1], axis=-1)
-    return [p.reshape(*values.shape[:-1], -1) for p in pieces]
+  def evenly(values, width):
+    """[..., n] -> [..., shards, width], zeros last."""
+    padded = np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, shards * width - values.shape[-1])])
+    return padded.reshape(*values.shape[:-1], shards, width)
 
-  def padded(values, size):
-    return np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, size - values.shape[-1])])
+  def by_heads(values, slots, head_range):
+    """[..., heads * Q] -> [..., shards, slots * Q]."""
+    out = np.zeros((*values.shape[:-1], shards, slots, d), values.dtype)
+    values = values.reshape(*values.shape[:-1], -1, d)
+    for shard in range(shards):
+      start, stop = head_range(shard)
+      out[..., shard, :stop - start, :] = values[..., start:stop, :]
+    return out.reshape(*out.shape[:-2], -1)
 
-  widths = [f // shards, f // shards, width, kv_width]
+  def columns(sublayer, layer, suffix=''):
+    parts = []
+    if sublayer.mlp:
+      parts += [evenly(arrays[n + suffix][layer], f) for n in config.mlp_inputs]
+    if sublayer.attention:
+      key, value = arrays['key' + suffix][layer], arrays['value' + suffix][layer]
+      parts.append(by_heads(arrays['query' + suffix][layer], split.local_heads, split.query_range))
+      if config.num_kv_heads == 1:
+        parts.append(evenly(np.concatenate([key, value], axis=-1), -(-2 * d // shards)))
+      else:
+        parts += [by_heads(x, split.local_groups, split.group_range) for x in (key, value)]
+    return np.concatenate(parts, axis=-1)
+
+  def rows(sublayer, layer):
+    parts = [evenly(arrays['mlp_output'][layer].T, f)] if sublayer.mlp else []
+    if sublayer.attention:
+      parts.append(by_heads(arrays['attention_output'][layer].T, split.local_heads, split.query_range))
+    return np.concatenate(parts, axis=-1)
+
+  def check(name, layer, wanted):
+    found = whole(tensors.pop(name) if layer in (1, None) else tensors[name], arrays, layer)
+    np.testing.assert_array_equal(found, wanted, strict=True)
+
+  def check_norm(name, layer, norm):
+    for suffix in ('', '_bias') if config.norm == 'layer' else ('',):
+      check(name + suffix, layer, arrays[norm + suffix] if layer is None else arrays[norm + suffix][layer])
+
   for layer in range(2):
-    fused = {'w_in': ''} | ({'in_scale': '_scale'} if int8 else {})
-    for name, suffix in fused.items():
-      gate, linear, query, kv = parts(whole(tensors[name], arrays, layer), widths)
-      np.testing.assert_array_equal(gate, arrays['gate' + suffix][layer], strict=True)
-      np.testing.assert_array_equal(linear, arrays['linear' + suffix][layer], strict=True)
-      np.testing.assert_array_equal(query, padded(arrays['query' + suffix][layer], width * shards), strict=True)
-      keys_values = np.concatenate([arrays['key' + suffix][layer], arrays['value' + suffix][layer]], axis=-1)
-      np.testing.assert_array_equal(kv, padded(keys_values, kv_width * shards), strict=True)
-    mlp, attention = parts(whole(tensors['w_out'], arrays, layer).T, [f // shards, width])
-    np.testing.assert_array_equal(mlp, arrays['mlp_output'][layer].T, strict=True)
-    np.testing.assert_array_equal(attention, padded(arrays['attention_output'][layer].T, width * shards), strict=True)
-    np.testing.assert_array_equal(whole(tensors['norm'], arrays, layer), arrays['layer_norm'][layer], strict=True)
-    if int8:
-      out_scale = whole(tensors['out_scale'], arrays, layer)
-      np.testing.assert_array_equal(out_scale, arrays['output_scale'][layer], strict=True)
-  embedding = whole(tensors['embedding'], arrays, None)
-  assert len(embedding) % shards == 0 and len(embedding) - config.vocab_size < shards
-  np.testing.assert_array_equal(embedding.T, padded(arrays['embedding'].T, len(embedding)), strict=True)
-  np.testing.assert_array_equal(whole(tensors['final_norm'], arrays, None), arrays['final_norm'], strict=True)
+    for sublayer in config.sublayers:
+      flat = lambda x: x.reshape(*x.shape[:-2], -1)  # noqa: E731
+      check(f'{sublayer.name}/w_in', layer, flat(columns(sublayer, layer)))
+      check(f'{sublayer.name}/w_out', layer, flat(rows(sublayer, layer)).T)
+      own = config.block == 'serial'
+      check_norm(f'{sublayer.name}/norm', layer, f'{sublayer.name}_norm' if own else 'layer_norm')
+      if int8:
+        check(f'{sublayer.name}/in_scale', layer, flat(columns(sublayer, layer, '_scale')))
+        check(f'{sublayer.name}/out_scale', layer, arrays[f'{sublayer.name}_output_scale' if own else 'output_scale'][layer])
+  check_norm('final_norm', None, 'final_norm')
+  height = -(-config.vocab_size // shards)
+  check('embedding', None, evenly(arrays['embedding'].T, height).reshape(config.d_model, -1).T)
+  assert not tensors, 'arrays that nothing above looked at'
 
 
 @many
 @given(cases())
 def test_every_device_gets_as_much(case):
-  config, mesh, int8 = case
-  for name, tensor in device_tensors(config, Layout(), mesh, int8).items():
-    for size, axes in zip(tensor.shape, tensor.spec):
-      axes = (axes,) if isinstance(axes, str) else axes or ()
-      assert size % int(np.prod([mesh[a] for a in axes])) == 0, name
+  config, layout, mesh, int8 = case
+  for name, tensor in device_tensors(config, layout, mesh, int8).items():
+    for n, axes in zip(tensor.shape, tensor.spec):
+      assert n % size((axes,) if isinstance(axes, str) else axes or (), mesh) == 0, name
+
+
+@many
+@given(cases())
+def test_layouts_of_one_storage_kind_have_the_same_arrays(case):
+  """So that one set of weights serves both phases (section 3.2.3), and a checkpoint loaded for one serves the other."""
+  config, layout, mesh, int8 = case
+  mine = device_tensors(config, layout, mesh, int8)
+  for feedforward in ('ws_1d', 'ws_2d', 'wg_x', 'wg_xy', 'wg_xyz'):
+    other = device_tensors(config, Layout(feedforward), mesh, int8)
+    if (feedforward == 'ws_1d') == (layout.feedforward == 'ws_1d'):
+      assert other == mine
+    else:
+      specs = [{name: t.spec for name, t in tensors.items() if t.kind == 'matrix'} for tensors in (mine, other)]
+      assert all(specs[0][name] != specs[1][name] for name in specs[0])
 
 
 @pytest.mark.parametrize('dtype', [np.int8, ml_dtypes.bfloat16, np.float32])
@@ -128,22 +172,32 @@ def test_padding_keeps_the_dtype(dtype):
   """Also where all that a shard has of a part is padding: int8 must not pass through float32 on its way."""
   config = ModelConfig(num_layers=1, d_model=8, d_ff=8, num_heads=1, d_head=2, vocab_size=5)
   arrays = {n: np.ones(p.shape, dtype) for n, p in parameters.parameters(config).items()}
-  tensor = device_tensors(config, Layout(), dict(x=1, y=8, z=1), True)['w_in']
+  tensor = device_tensors(config, Layout(), dict(x=1, y=8, z=1), True)['parallel/w_in']
   block = tensor.shape[1] // 8
   last = tensor.read(lambda name, index: arrays[name][index], 0, (slice(0, 8), slice(7 * block, 8 * block)))
-  assert last.dtype == dtype and last.shape == (8, block) == (8, 4)
-  np.testing.assert_array_equal(last, np.tile(np.array([[1, 1, 0, 0]], dtype), (8, 1)), strict=True)
+  assert last.dtype == dtype and last.shape == (8, block) == (8, 5)
+  np.testing.assert_array_equal(last, np.tile(np.array([[1, 1, 0, 0, 0]], dtype), (8, 1)), strict=True)
 
 
-def test_palm_540b_on_64_chips():
-  """48 heads over 16 shards pad nothing; over 64 a head is cut, and still nothing is padded."""
+@pytest.mark.parametrize('layout, mesh, heads', [
+    ('ws_2d', (4, 4, 4), 48), ('wg_xyz', (4, 4, 4), 48), ('ws_2d', (1, 8, 8), 64), ('ws_1d', (4, 4, 4), 64)])
+def test_palm_540b_on_64_chips(layout, mesh, heads):
+  """48 heads over 16 shards pad nothing; over 64 they are padded to 64, as the paper does (section 4)."""
   config = preset('palm_540b')
-  for mesh in (dict(x=4, y=4, z=4), dict(x=1, y=8, z=8)):
-    tensors = device_tensors(config, Layout(), mesh, True)
-    columns = 2 * config.d_ff + 48 * 256 + 2 * 256
-    assert tensors['w_in'].shape == (18432, columns)
-    assert tensors['w_out'].shape == (config.d_ff + 48 * 256, 18432)
-    assert tensors['embedding'].shape[0] - 256128 < 64
+  tensors = device_tensors(config, Layout(layout), dict(zip(AXES, mesh)), True)
+  assert tensors['parallel/w_in'].shape == (18432, 2 * config.d_ff + heads * 256 + 2 * 256)
+  assert tensors['parallel/w_out'].shape == (config.d_ff + heads * 256, 18432)
+  assert tensors['embedding'].shape[0] - 256128 < 64
+
+
+def test_megatron_530b_on_64_chips():
+  """A serial block: attention and MLP are matrices of their own. 128 heads divide."""
+  config = preset('megatron_530b')
+  for layout in ('ws_1d', 'ws_2d'):
+    tensors = device_tensors(config, Layout(layout), dict(x=4, y=4, z=4), False)
+    shapes = {name: t.shape for name, t in tensors.items() if t.kind == 'matrix'}
+    assert shapes == {'attention/w_in': (20480, 3 * 20480), 'attention/w_out': (20480, 20480),
+                      'mlp/w_in': (20480, 81920), 'mlp/w_out': (81920, 20480)}
 
 
 def test_a_mesh_that_does_not_divide_the_mlp():

@@ -1,76 +1,94 @@
-"""Layouts by name, and which batches a mesh takes."""
+"""Layouts by name, what each splits over which axes, and the pairs and meshes that are refused."""
 
 import itertools
-import math
 
 from hypothesis import given, settings, strategies as st
+from jax.sharding import PartitionSpec as P
 import pytest
 
 from t5x_inference_ext.config import preset
 from t5x_inference_ext.errors import MeshError
-from t5x_inference_ext.layouts.layout import Layout, batch_axes, check_model, hidden_shards, padded_batch
+from t5x_inference_ext.layouts.layout import (
+    ATTENTION, COLLECTIVES, FEEDFORWARD, ORDER, Layout, check_model, check_pair, default_mesh, size)
 from t5x_inference_ext.layouts.mesh import AXES
 
 many = settings(deadline=None, derandomize=True, max_examples=300)
 meshes = st.fixed_dictionaries({axis: st.integers(1, 8) for axis in AXES})
-batches = st.integers(1, 1200)
 
-
-def size(axes, mesh):
-  return math.prod(mesh[a] for a in axes)
-
-
-def subsets():
-  return [axes for k in range(4) for axes in itertools.combinations(AXES, k)]
-
-
-@many
-@given(meshes, batches)
-def test_batch_axes_split_the_batch_evenly_over_as_many_as_it_fills(mesh, batch):
-  fills = [axes for axes in subsets() if size(axes, mesh) == batch]
-  if batch % size(AXES, mesh) and not fills:
-    with pytest.raises(MeshError) as error:
-      batch_axes(batch, mesh)
-    text = f'a batch of {batch} does not divide over the mesh {mesh["x"]}x{mesh["y"]}x{mesh["z"]}'
-    assert f'{text}: pad it to {padded_batch(batch, mesh)} rows' in str(error.value)
-    return
-  axes = batch_axes(batch, mesh)
-  assert list(axes) == [a for a in AXES if a in axes]
-  assert batch % size(axes, mesh) == 0
-  assert size(axes, mesh) == math.gcd(batch, size(AXES, mesh)) or size(axes, mesh) == batch
-  assert all(len(axes) >= len(other) for other in fills)
-
-
-@many
-@given(meshes, batches)
-def test_padded_batch_is_the_smallest_that_is_taken(mesh, batch):
-  padded = padded_batch(batch, mesh)
-  assert padded >= batch
-  batch_axes(padded, mesh)
-  assert padded_batch(padded, mesh) == padded
-  for fewer in range(batch, padded):
-    with pytest.raises(MeshError):
-      batch_axes(fewer, mesh)
-  # Never more than a full round of the chips wasted.
-  assert padded - batch < size(AXES, mesh)
-
-
-@pytest.mark.parametrize('shape, batch, axes', [
-    ((2, 2, 2), 8, 'xyz'), ((2, 2, 2), 16, 'xyz'), ((2, 2, 2), 4, 'xy'), ((2, 2, 2), 2, 'x'), ((2, 2, 2), 1, ''),
-    ((1, 2, 4), 2, 'xy'), ((1, 2, 4), 4, 'xz'), ((2, 4, 1), 4, 'yz'), ((4, 2, 1), 2, 'yz'), ((1, 1, 1), 5, 'xyz')])
-def test_batch_axes_of_small_meshes(shape, batch, axes):
-  """Axes of size 1 come along: they cost nothing."""
-  assert ''.join(batch_axes(batch, dict(zip(AXES, shape)))) == axes
+LAYOUTS = [Layout(*parts) for parts in itertools.product(FEEDFORWARD, ATTENTION, COLLECTIVES)
+           if parts[:2] != ('wg_xyz', 'heads')]
 
 
 def test_layouts_by_name():
-  assert Layout.parse('ws_2d/batch') == Layout()
-  assert str(Layout.parse('ws_2d/batch')) == 'ws_2d/batch'
-  for text, says in (('ws_2d', 'feedforward/attention'), ('ws_2d/batch/x', 'feedforward/attention'),
-                     ('ws_9d/batch', "'ws_9d'"), ('ws_2d/heads', "'heads'")):
+  assert Layout.parse('ws_2d/batch') == Layout() == Layout('ws_2d', 'batch', 'plain')
+  assert str(Layout.parse('ws_2d/batch/plain')) == 'ws_2d/batch'
+  assert Layout.parse('wg_xy/heads/two_way') == Layout('wg_xy', 'heads', 'two_way')
+  assert len(LAYOUTS) == 9 * 3
+  for layout in LAYOUTS:
+    assert Layout.parse(str(layout)) == layout
+  assert len(set(map(str, LAYOUTS))) == len(LAYOUTS)
+  assert [Layout(collectives=c).ring_directions for c in ('plain', 'one_way', 'two_way')] == [0, 1, 2]
+
+
+@pytest.mark.parametrize('text, says', [
+    ('ws_2d', "a layout is written feedforward/attention, e.g. ws_2d/batch, or with its collectives, e.g. "
+              "ws_2d/batch/two_way, got 'ws_2d'"),
+    ('ws_2d/batch/plain/plain', 'a layout is written feedforward/attention'),
+    (None, 'a layout is written feedforward/attention'),
+    ('', 'a layout is written feedforward/attention'),
+    ('ws_9d/batch', "unknown layout part 'ws_9d'; known: ws_1d, ws_2d, wg_x, wg_xy, wg_xyz"),
+    ('wg_z/batch', "unknown layout part 'wg_z'"),
+    ('batch/ws_2d', "unknown layout part 'batch'"),
+    ('ws_2d/sequence', "unknown layout part 'sequence'; known: batch, heads"),
+    ('ws_2d/', "unknown layout part ''; known: batch, heads"),
+    ('ws_2d/batch/three_way', "unknown layout part 'three_way'; known: plain, one_way, two_way"),
+    ('wg_xyz/heads', 'wg_xyz/heads makes no sense: wg_xyz splits rows over every axis, which leaves none to split heads '
+                     'over; use wg_xyz/batch'),
+    ('wg_xyz/heads/two_way', 'wg_xyz/heads makes no sense'),
+])
+def test_what_is_no_layout_is_refused_with_the_reason(text, says):
+  with pytest.raises(MeshError) as error:
+    Layout.parse(text)
+  assert says in str(error.value)
+
+
+@pytest.mark.parametrize('feedforward, matrix, gathered, embed, hidden', [
+    ('ws_1d', P((), ('x', 'z', 'y')), '', '', 'xzy'), ('ws_2d', P(('x',), ('z', 'y')), '', 'x', 'zy'),
+    ('wg_x', P(('x',), ('z', 'y')), 'x', '', 'zy'), ('wg_xy', P(('x',), ('z', 'y')), 'xy', '', 'z'),
+    ('wg_xyz', P(('x',), ('z', 'y')), 'xzy', '', '')])
+def test_the_axes_of_the_paper(feedforward, matrix, gathered, embed, hidden):
+  """Appendix A.2: weights EF_xyz or E_xF_yz, and what is gathered, summed and split at work."""
+  layout = Layout(feedforward)
+  assert layout.input_matrix == matrix and layout.output_matrix == P(*reversed(matrix))
+  assert layout.input_scale == P(matrix[1])
+  assert layout.embedding == layout.output_matrix
+  assert tuple(''.join(axes) for axes in (layout.gathered_axes, layout.embed_axes, layout.hidden_axes)) == (
+      gathered, embed, hidden)
+
+
+@pytest.mark.parametrize('layout', LAYOUTS, ids=str)
+def test_every_axis_splits_weights_once_and_tokens_or_features_once(layout):
+  assert sorted(layout.stored_embed + layout.stored_hidden) == sorted(AXES) == sorted(ORDER)
+  assert sorted(layout.gathered_axes + layout.residual_axes) == sorted(AXES)
+  for axes in (layout.stored_hidden, layout.hidden_axes):
+    assert list(axes) == [a for a in ORDER if a in axes]
+  assert not set(layout.embed_axes) & set(layout.hidden_axes)
+
+
+def test_pairs():
+  """Attention and collectives place no weights; of the feedforward layouts only ws_1d places them in its own way."""
+  taken = set()
+  for prefill, decode in itertools.product(LAYOUTS, repeat=2):
+    if (prefill.feedforward == 'ws_1d') == (decode.feedforward == 'ws_1d'):
+      check_pair(prefill, decode)
+      taken.add((prefill.feedforward, prefill.attention, decode.feedforward, decode.attention))
+      continue
     with pytest.raises(MeshError) as error:
-      Layout.parse(text)
-    assert says in str(error.value)
+      check_pair(prefill, decode)
+    assert str(error.value) == (
+        f'{prefill} for prefill and {decode} for decode place the weights differently (ws_1d splits them over d_ff alone, '
+        'all others over d_model and d_ff), so that one set can\'t serve both: use ws_1d for both phases, or for neither')
+  assert len(taken) == 2 * 2 + 7 * 7
 
 
 @many
@@ -78,7 +96,6 @@ def test_layouts_by_name():
 def test_check_model_takes_what_every_device_can_share(mesh):
   config = preset('palm_540b')
   chips = size(AXES, mesh)
-  assert hidden_shards(Layout(), mesh) == mesh['y'] * mesh['z']
   if config.d_model % chips or config.d_ff % chips:
     with pytest.raises(MeshError, match=f'does not divide over the {chips} devices'):
       check_model(config, mesh)
@@ -87,5 +104,18 @@ def test_check_model_takes_what_every_device_can_share(mesh):
 
 
 def test_check_model_names_what_does_not_divide():
-  with pytest.raises(MeshError, match='d_ff=1028 does not divide over the 8 devices of the mesh 2x2x2'):
+  with pytest.raises(MeshError, match='d_ff=1028 does not divide over the 8 devices of the mesh 2x2x2: choose a mesh '
+                                      'whose device count divides 1028'):
     check_model(preset('palm_tiny', d_ff=1028), dict(x=2, y=2, z=2))
+
+
+@many
+@given(st.integers(1, 600), st.sampled_from(['palm_tiny', 'palm_540b', 'megatron_530b']))
+def test_the_default_mesh_divides_the_model_and_wastes_no_device_that_could_serve(devices, name):
+  config = preset(name)
+  x, y, z = default_mesh(config, devices)
+  check_model(config, dict(x=x, y=y, z=z))
+  chips = x * y * z
+  assert chips <= devices
+  for more in range(chips + 1, devices + 1):
+    assert config.d_model % more or config.d_ff % more

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 
 def make_module(
-    vocab: int, layers: int, embed: int, ff: int, heads: int, head_dim: int, scan: bool = True, dtype=jnp.float32
-) -> nn.Module:
+    vocab: int, layers: int, embed: int, ff: int, heads: int, head_dim: int, scan: bool = True, dtype=jnp.float32,
+    activations: tuple[str, ...] = ('swish', 'linear')) -> nn.Module:
   """A module that T5X's DecoderOnlyModel drives unchanged; (384, 4, 256, 1024, 8, 32) is palm_tiny."""
   kernels = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
   no_bias = dict(use_bias=False, bias_init=nn.initializers.zeros)
@@ -31,7 +31,7 @@ def make_module(
         use_rotary_embedding=True, **no_bias)
     mlp = dense.MlpBlock(
         intermediate_dim=ff, out_dim=embed, precomputed_intermediates=True, fuse_kernels=False,
-        activations=('swish', 'linear'), kernel_init=kernels, intermediate_dropout_rate=0.0, final_dropout_rate=0.0,
+        activations=activations, kernel_init=kernels, intermediate_dropout_rate=0.0, final_dropout_rate=0.0,
         dtype=dtype, **no_bias)
     return parallel_fused_decoder.ParallelFusedDecoderLayer(
         self_attention=attention, mlp=mlp, dropout_factory=dropout, layer_norm_factory=norm, scanned=scan)

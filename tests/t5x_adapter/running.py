@@ -69,9 +69,10 @@ def stock_infer(checkpoint, output_dir: pathlib.Path, mode: str) -> list[dict]:
 
 
 def adapter_infer(
-    checkpoint, output_dir: pathlib.Path, mode: str, mesh: str, restore_dtype=None, **kwargs) -> list[dict]:
-  """The rows that T5X writes with the adapter's model on `mesh`."""
-  model = adapter_model(checkpoint, mesh)
+    checkpoint, output_dir: pathlib.Path, mode: str, mesh: str, restore_dtype=None,
+    layouts: tuple[str, str] = ('ws_2d/batch', 'ws_2d/batch'), **kwargs) -> list[dict]:
+  """The rows that T5X writes with the adapter's model on `mesh`, with the layouts of prefill and decode."""
+  model = adapter_model(checkpoint, mesh, prefill_layout=layouts[0], decode_layout=layouts[1])
   restore_cfg = utils.RestoreCheckpointConfig(
       str(checkpoint), 'specific', dtype=restore_dtype,
       checkpoint_manager_cls=functools.partial(InferenceCheckpointManager, model=model),

@@ -75,17 +75,24 @@ def test_partitioner_on_another_mesh(palm_tiny):
     restore_train_state(str(palm_tiny), model, _shapes(model), running.partitioning.PjitPartitioner(num_partitions=1))
 
 
+def test_partitioner_of_another_layout(palm_tiny):
+  model = running.adapter_model(palm_tiny, MESH, prefill_layout='ws_1d/heads', decode_layout='ws_1d/batch')
+  with pytest.raises(MeshError, match='axis rules are not those of the model.s layout ws_1d/heads'):
+    _restore(palm_tiny, model)
+
+
 def test_train_state_of_another_model(palm_tiny):
   model = running.adapter_model(palm_tiny, MESH)
   state = _shapes(running.adapter_model(palm_tiny, MESH, dtype='bfloat16'))
   with pytest.raises(CheckpointError, match=r'embedding is bfloat16\[384, 256\] in the train state, and float32'):
     _restore(palm_tiny, model, state)
   state = _shapes(running.adapter_model(palm_tiny, MESH, scan_layers=True))
-  with pytest.raises(CheckpointError, match='the train state has parameters that .* has not: layers/norm, layers/w_in'):
+  extra = 'layers/parallel/norm, layers/parallel/w_in'
+  with pytest.raises(CheckpointError, match=f'the train state has parameters that .* has not: {extra}'):
     _restore(palm_tiny, model, state)
   state = _shapes(model)
   fewer = {k: v for k, v in state.params.items() if k != 'layers_3'}
-  with pytest.raises(CheckpointError, match='has parameters that the train state has not: layers_3/norm'):
+  with pytest.raises(CheckpointError, match='has parameters that the train state has not: layers_3/parallel/norm'):
     _restore(palm_tiny, model, dataclasses.replace(state, params=fewer))
 
 

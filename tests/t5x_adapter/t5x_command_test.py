@@ -1,6 +1,7 @@
 """T5X's own commands, as processes: a stock configuration, and this package's gin file behind it."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -24,15 +25,16 @@ def _rows(output, mode):
 
 
 def test_infer(repository, palm_tiny, stock_rows, tmp_path):
-  """The stock command with one more gin file."""
+  """The stock command with one more gin file, and one that chooses layouts."""
   output = tmp_path / 'output'
   _run(
       repository, 't5x.infer', '--gin_file=tests/t5x_adapter/stock_infer.gin', f'--gin_file={PLUGIN}',
-      f'--gin.CHECKPOINT_PATH="{palm_tiny}"', f'--gin.INFER_OUTPUT_DIR="{output}"', '--gin.MESH="2x2x2"',
-      '--gin.DTYPE="float32"')
+      '--gin_file=t5x_inference_ext/configs/layouts/high_throughput.gin', f'--gin.CHECKPOINT_PATH="{palm_tiny}"',
+      f'--gin.INFER_OUTPUT_DIR="{output}"', '--gin.MESH="2x2x2"', '--gin.DTYPE="float32"')
   assert _rows(output, 'predict') == stock_rows('predict')
   info = (output / 'model-info.txt').read_text(encoding='utf-8')
   assert 'Total number of parameters: 3835136' in info
+  assert re.search(r"layers_0/parallel/w_in .*\(embed=256, hidden=.*'x', \('z', 'y'\)", info), info
 
 
 def test_main_with_int8(repository, int8_checkpoint, stock_rows, tmp_path):

@@ -20,6 +20,13 @@ def test_predictions_equal_the_stock_models(mesh, palm_tiny, stock_rows, tmp_pat
   assert running.adapter_infer(palm_tiny, tmp_path, 'predict', mesh) == stock_rows('predict')
 
 
+@pytest.mark.parametrize('layouts', [
+    ('ws_2d/heads', 'ws_2d/batch'), ('wg_xyz/batch', 'ws_2d/batch'), ('ws_1d/heads', 'ws_1d/batch'),
+    ('ws_2d/batch/two_way', 'wg_x/heads')], ids=' then '.join)
+def test_predictions_under_other_layouts(layouts, palm_tiny, stock_rows, tmp_path):
+  assert running.adapter_infer(palm_tiny, tmp_path, 'predict', '2x2x2', layouts=layouts) == stock_rows('predict')
+
+
 def test_stock_predictions_are_the_golden_ones(stock_rows):
   """So that equal rows mean something: they are long, differ, and are what was recorded."""
   predictions = _predictions(stock_rows('predict'))
@@ -32,9 +39,11 @@ def test_predict_with_aux(palm_tiny, stock_rows, tmp_path):
   assert rows[0]['aux'] == {'scores': 0.0}  # T5X's score of a greedy completion, with rescale_log_probs
 
 
-@pytest.mark.parametrize('mesh', ['1x1x1', '2x2x2'])
-def test_scores_equal_the_stock_models(mesh, palm_tiny, stock_rows, tmp_path):
-  rows = running.adapter_infer(palm_tiny, tmp_path, 'score', mesh)
+@pytest.mark.parametrize('mesh, layouts', [
+    ('1x1x1', ('ws_2d/batch', 'ws_2d/batch')), ('2x2x2', ('ws_2d/batch', 'ws_2d/batch')),
+    ('2x2x2', ('wg_xyz/batch', 'ws_2d/heads'))])
+def test_scores_equal_the_stock_models(mesh, layouts, palm_tiny, stock_rows, tmp_path):
+  rows = running.adapter_infer(palm_tiny, tmp_path, 'score', mesh, layouts=layouts)
   stock = stock_rows('score')
   assert [row['inputs'] for row in rows] == [row['inputs'] for row in stock]
   np.testing.assert_allclose([row['score'] for row in rows], [row['score'] for row in stock], rtol=1e-3)

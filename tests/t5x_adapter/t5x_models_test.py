@@ -114,13 +114,16 @@ def test_beam_search(scan_layers, palm_tiny, stock_params, state_of):
   assert tokens.any()
 
 
-@pytest.mark.parametrize('mesh', ['1x1x1', '2x2x2'])
+@pytest.mark.parametrize('mesh, layouts', [
+    ('1x1x1', ('ws_2d/batch', 'ws_2d/batch')), ('2x2x2', ('wg_xy/batch', 'ws_2d/batch'))])
 @pytest.mark.parametrize('scan_layers', [False, True])
-def test_greedy_continues_every_prompt(mesh, scan_layers, palm_tiny, state_of):
+def test_greedy_continues_every_prompt(mesh, layouts, scan_layers, palm_tiny, state_of):
   """An empty prompt and one with id 0 inside, which T5X's own model takes for shorter, with either form of weights."""
   prompts = PROMPTS + [[103, 0, 104, 0, 105]]
   lengths = {'inputs': max(map(len, prompts)), 'targets': 1} if scan_layers else None  # prefill over the inputs alone
-  model = running.adapter_model(palm_tiny, mesh, scan_layers=scan_layers, task_feature_lengths=lengths)
+  model = running.adapter_model(
+      palm_tiny, mesh, scan_layers=scan_layers, task_feature_lengths=lengths, prefill_layout=layouts[0],
+      decode_layout=layouts[1])
   tokens, aux = _predict(model, state_of(model), _batch(prompts), num_decodes=2)
   np.testing.assert_array_equal(aux['scores'], np.zeros(len(prompts)))
   engine = Engine.load(str(palm_tiny), dtype='float32')
@@ -162,11 +165,12 @@ def test_scores_and_logits(palm_tiny, golden, stock_params, state_of):
   np.testing.assert_allclose(logits, arrays['logits'][:rows, :length], atol=1e-4)
 
 
-@pytest.mark.parametrize('scan_layers', [False, True])
-def test_int8_initializes_from_scratch(scan_layers):
+@pytest.mark.parametrize('scan_layers, fields', [
+    (False, {}), (True, {}), (True, dict(num_kv_heads=4, block='serial', mlp='gelu', norm='layer'))])
+def test_int8_initializes_from_scratch(scan_layers, fields):
   """Without a checkpoint T5X makes random parameters, in place and of a sensible size."""
   model = InferenceModel(
-      running.VOCABULARY, config=config.preset('palm_tiny'), int8=True, mesh='2x2x2', dtype='float32',
+      running.VOCABULARY, config=config.preset('palm_tiny', **fields), int8=True, mesh='2x2x2', dtype='float32',
       scan_layers=scan_layers)
   partitioner = running.InferencePartitioner(mesh='2x2x2')
   initializer = running.utils.TrainStateInitializer(
@@ -207,6 +211,10 @@ class TestErrors:
   def test_mesh_larger_than_the_devices(self, palm_tiny):
     with pytest.raises(MeshError, match='needs 64 devices and there are 8'):
       running.adapter_model(palm_tiny, '4x4x4')
+
+  def test_layouts_that_cannot_share_weights(self, palm_tiny):
+    with pytest.raises(MeshError, match='ws_1d/batch for prefill and ws_2d/batch for decode place the weights'):
+      running.adapter_model(palm_tiny, '2x2x2', prefill_layout='ws_1d/batch')
 
   def test_mesh_that_does_not_divide_the_model(self, palm_tiny):
     model = running.adapter_model(palm_tiny, '1x1x7')

@@ -1,5 +1,7 @@
 """InferencePartitioner: one set of shardings, the layouts', whoever asks; and what T5X's scripts ask a partitioner."""
 
+from flax import linen as nn
+from flax.linen import partitioning as flax_partitioning
 import jax
 from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
@@ -7,9 +9,12 @@ import pytest
 from t5x import checkpoints
 from t5x import utils
 
+from t5x_inference_ext.config import preset
 from t5x_inference_ext.errors import MeshError
+from t5x_inference_ext.layouts.rules import ACTIVATIONS, WEIGHTS
 from t5x_inference_ext.t5x import module
 from t5x_inference_ext.t5x import partitioning
+from t5x_inference_ext.t5x.models import InferenceModel
 from tests.t5x_adapter import running
 
 
@@ -17,25 +22,57 @@ def _initializer(model, partitioner):
   return utils.TrainStateInitializer(None, model.get_initial_variables, {'decoder_input_tokens': (3, 32)}, partitioner)
 
 
+def _specs(tree):
+  return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, P))
+
+
 @pytest.mark.parametrize('scan_layers', [False, True])
-def test_axis_rules_say_what_the_layout_says(scan_layers, int8_checkpoint):
+@pytest.mark.parametrize('config', [{}, dict(num_kv_heads=8, block='serial', mlp='gelu', norm='layer')])
+@pytest.mark.parametrize('layouts', [('ws_1d/heads', 'ws_1d/batch'), ('wg_xyz/batch', 'ws_2d/batch')])
+def test_axis_rules_say_what_the_layout_says(layouts, config, scan_layers):
   """T5X derives shardings from names and rules, the loader takes the layout's: they agree for every parameter."""
-  model = running.adapter_model(int8_checkpoint, '2x2x2', scan_layers=scan_layers)
-  partitioner = partitioning.InferencePartitioner(mesh='2x2x2')
+  model = InferenceModel(
+      running.VOCABULARY, config=preset('palm_tiny', **config), int8=True, mesh='2x2x2', prefill_layout=layouts[0],
+      decode_layout=layouts[1], scan_layers=scan_layers)
+  partitioner = partitioning.InferencePartitioner(model)
   state = _initializer(model, partitioner).global_train_state_shape
-  shapes = jax.tree_util.tree_leaves_with_path(state.params)
-  specs = jax.tree.leaves(partitioner.get_mesh_axes(state).params, is_leaf=lambda x: isinstance(x, P))
   weights = module.weights_from_params(state.params)
-  expected = dict(jax.tree_util.tree_leaves_with_path(
-      model.model.weight_specs(weights), is_leaf=lambda x: isinstance(x, P)))
-  assert len(shapes) == len(specs) == len(expected)
-  for (path, shape), spec in zip(shapes, specs):
-    layer = [jax.tree_util.GetAttrKey('layers')] if len(path) > 1 else []
-    if layer and not scan_layers:
-      layer.append(jax.tree_util.SequenceKey(int(path[0].key.removeprefix('layers_'))))
-    wanted = expected[(*layer, jax.tree_util.GetAttrKey(path[-1].key))]
-    assert NamedSharding(partitioner.mesh, spec).is_equivalent_to(
-        NamedSharding(partitioner.mesh, wanted), shape.ndim), path
+  theirs = module.weights_from_params(partitioner.get_mesh_axes(state).params)
+  shapes, specs, expected = jax.tree.leaves(weights), _specs(theirs), _specs(model.model.weight_specs(weights))
+  assert len(shapes) == len(jax.tree.leaves(state.params)) == len(specs) == len(expected)
+  for shape, spec, wanted in zip(shapes, specs, expected):
+    assert NamedSharding(partitioner.mesh, spec).is_equivalent_to(NamedSharding(partitioner.mesh, wanted), shape.ndim)
+  assert any(len(spec) > 1 and spec[-1] for spec in specs)
+
+
+def test_logical_axes_have_names(int8_checkpoint):
+  model = running.adapter_model(int8_checkpoint, '2x2x2', scan_layers=True)
+  partitioner = partitioning.InferencePartitioner(model)
+  axes = partitioner.get_logical_axes(_initializer(model, partitioner).global_train_state_shape).params
+  assert axes['embedding'] == P('vocab', 'embed')
+  assert axes['layers']['parallel']['w_in'] == P('layers', 'embed', 'hidden')
+  assert axes['layers']['parallel']['norm'] == P('layers', 'features')
+
+
+def test_phase_rules_come_in_front(palm_tiny):
+  """flax constrains the cache to the phase's sharding by its names, and weights by theirs as without a phase."""
+  model = running.adapter_model(palm_tiny, '2x2x2', prefill_layout='wg_xyz/batch', decode_layout='ws_2d/heads')
+  partitioner = partitioning.InferencePartitioner(model)
+  phases = {'prefill': model.model.place_prefill(8, 16), 'decode': model.model.place_decode(8)}
+  assert phases['prefill'].cache != phases['decode'].cache
+  for placement in phases.values():
+    rules = partitioner.phase_rules(placement)
+
+    @jax.jit
+    def constrained(cache, matrix):
+      with flax_partitioning.axis_rules(rules):  # noqa: B023: traced at once
+        return (nn.with_logical_constraint(cache, ACTIVATIONS['cache'], mesh=partitioner.mesh),
+                nn.with_logical_constraint(matrix, WEIGHTS['w_in'], mesh=partitioner.mesh))
+
+    cache, matrix = constrained(np.zeros((8, 4, 1, 2)), np.zeros((8, 8)))
+    assert cache.sharding.is_equivalent_to(NamedSharding(partitioner.mesh, placement.cache), 4)
+    assert matrix.sharding.is_equivalent_to(
+        NamedSharding(partitioner.mesh, model.model.prefill_layout.input_matrix), 2)
 
 
 def test_mesh_is_the_models_or_given(int8_checkpoint):
@@ -111,5 +148,6 @@ def test_t5x_can_save_what_is_loaded(int8_checkpoint, tmp_path):
   state, _, partitioner = running.restored(model, int8_checkpoint)
   running.saved_by_t5x(state, partitioner, tmp_path)
   again = checkpoints.load_t5x_checkpoint(str(tmp_path / 'checkpoint_1000'))['target']
-  assert again['layers_0']['w_in'].dtype == np.int8
-  np.testing.assert_array_equal(again['layers_0']['w_in'], state.params['layers_0']['w_in'])
+  saved, held = (tree['layers_0']['parallel']['w_in'] for tree in (again, state.params))
+  assert saved.dtype == np.int8
+  np.testing.assert_array_equal(saved, held)

@@ -1,0 +1,190 @@
+"""What flaxformer's decoder layers store: names, axes, and the canonical matrices inside each kernel.
+
+Everything that tells one kind of layer from another is in these tables; flaxformer.py reads trees by them. Shapes here
+are of one layer, without the layer axis.
+
+  ParallelFusedDecoderLayer   C = Q + 2F/H (SwiGLU) or Q + F/H (GELU) columns a head; it exists for multiquery only
+    q_wi_fused [E, H, C]    kv_fused [E, 1, 2Q]    o_wo_fused [H, Q + F/H, E]
+  DecoderLayer                heads in an axis of their own (split_head_kernel) or merged, [E, H Q]; fused or not
+    self_attention/{query, key, value} [E, H, Q], of multiquery key and value [E, Q]; or kv_fused [E, 2, H, Q], or
+    qkv_fused [E, 3, H, Q]; out [H, Q, E]
+    mlp/wi (GELU), or wi_0 and wi_1 (SwiGLU) [E, F], or wi_fused [E, 1 or 2, F]; wo [F, E]
+"""
+
+import dataclasses
+from typing import Callable, Mapping
+
+from t5x_inference_ext.config import ModelConfig
+
+Shapes = Mapping[str, tuple[int, ...]]  # of the stored kernels, by module
+
+
+class UnknownSizes(ValueError):
+  """Shapes from which no model, or more than one, follows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+  """A stored kernel.
+
+  Attributes:
+    module: its place in a layer.
+    inputs, outputs: its shape is inputs + outputs; a matmul sums over `inputs`.
+    parts: (canonical name, width) of the matrices that lie side by side on `axis`.
+    axis: counted in inputs + outputs.
+  """
+
+  module: str
+  inputs: tuple[int, ...]
+  outputs: tuple[int, ...]
+  parts: tuple[tuple[str, int], ...]
+  axis: int
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.inputs + self.outputs
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+  """A kind of layer.
+
+  Attributes:
+    name: flaxformer's, for messages.
+    block: ModelConfig's.
+    norm_scale: what its norms are assumed to be, where nobody says.
+    norms: (canonical name, module).
+    alternatives: of each choice of modules, the possibilities: exactly one is in a tree.
+    ranks: the axes that a module's kernel may have.
+    sizes: from the stored shapes, d_ff, num_heads, d_head and num_kv_heads. Raises UnknownSizes.
+    mlp: from the stored shapes, ModelConfig's.
+    kernels: of a model, by module, those that the alternatives name among them.
+    output_factor: what the layer multiplies its outputs with before it adds them.
+    folds_logit_scale: whether attention without rescale_logits starts with smaller queries, which then tell of it.
+  """
+
+  name: str
+  block: str
+  norm_scale: str
+  norms: tuple[tuple[str, str], ...]
+  alternatives: tuple[tuple[tuple[str, ...], ...], ...]
+  ranks: Mapping[str, tuple[int, ...]]
+  sizes: Callable[[Shapes], dict[str, int]]
+  mlp: Callable[[Shapes], str]
+  kernels: Callable[[ModelConfig, Shapes], dict[str, Kernel]]
+  output_factor: float = 1.
+  folds_logit_scale: bool = True
+
+  def modules(self, stored: set[str]) -> tuple[str, ...]:
+    """The kernels' modules that a tree with these modules has to have."""
+    def fit(modules):
+      return sum(1 if module in stored else -1 for module in modules)
+
+    return tuple(module for choice in self.alternatives for module in max(choice, key=fit))
+
+
+Q_WI, KV, O_WO = 'q_wi_fused', 'kv_fused', 'o_wo_fused'
+
+
+def _fused_mlp(shapes: Shapes) -> str:
+  return 'gelu' if shapes[Q_WI][2] == shapes[O_WO][1] else 'swiglu'
+
+
+def _fused_sizes(shapes: Shapes) -> dict[str, int]:
+  (_, heads, columns), (_, kv_heads, kv_columns) = shapes[Q_WI], shapes[KV]
+  inputs = 2 if _fused_mlp(shapes) == 'swiglu' else 1
+  q = kv_columns // 2
+  if kv_columns % 2 or columns <= q or (columns - q) % inputs:
+    raise UnknownSizes(f'{KV} {list(shapes[KV])} and {Q_WI} {list(shapes[Q_WI])} (of a layer) do not fit each other: '
+                       'their last axes should be 2Q and Q + 2F/H')
+  return dict(d_ff=(columns - q) // inputs * heads, num_heads=heads, d_head=q, num_kv_heads=kv_heads)
+
+
+def _fused_kernels(c: ModelConfig, shapes: Shapes) -> dict[str, Kernel]:
+  del shapes  # one form only
+  if c.d_ff % c.num_heads:
+    raise UnknownSizes(f'd_ff {c.d_ff} is not a multiple of {c.num_heads} heads: no fused kernel has this shape')
+  e, h, q, g = c.d_model, c.num_heads, c.d_head, c.d_ff // c.num_heads
+  columns = q + len(c.mlp_inputs) * g
+  kernels = (
+      Kernel(Q_WI, (e,), (h, columns), (('query', q), *((name, g) for name in c.mlp_inputs)), 2),
+      Kernel(KV, (e,), (c.num_kv_heads, 2 * q), (('key', q), ('value', q)), 2),
+      Kernel(O_WO, (h, q + g), (e,), (('attention_output', q), ('mlp_output', g)), 1),
+  )
+  return {kernel.module: kernel for kernel in kernels}
+
+
+QUERY, KEY, VALUE, OUT, ATTENTION_KV, ATTENTION_QKV = (
+    f'self_attention/{name}' for name in ('query', 'key', 'value', 'out', 'kv_fused', 'qkv_fused'))
+WI, WI_0, WI_1, WI_FUSED, WO = (f'mlp/{name}' for name in ('wi', 'wi_0', 'wi_1', 'wi_fused', 'wo'))
+
+
+def _separate_mlp(shapes: Shapes) -> str:
+  return 'gelu' if WI in shapes or shapes.get(WI_FUSED, (0, 2))[1] == 1 else 'swiglu'
+
+
+def _separate_sizes(shapes: Shapes) -> dict[str, int]:
+  d_ff = shapes[WO][0]
+  if ATTENTION_QKV in shapes:
+    _, _, heads, q = shapes[ATTENTION_QKV]
+    return dict(d_ff=d_ff, num_heads=heads, d_head=q, num_kv_heads=heads)
+  queries, out = shapes[QUERY], shapes[OUT]
+  key = shapes[KEY] if KEY in shapes else (shapes[ATTENTION_KV][0], *shapes[ATTENTION_KV][2:])
+  if len(queries) == 3:
+    q = queries[2]
+  elif len(out) == 3:
+    q = out[1]
+  elif len(key) == 3 or key[1] < queries[1]:
+    q = key[-1]  # of two axes, [E, Q]: multiquery
+  else:
+    raise UnknownSizes(f'{QUERY} {list(queries)} and {KEY} {list(key)} do not say how many heads their columns are: '
+                       'give the model (config=ModelConfig(...), or MODEL_CONFIG in gin)')
+  columns, kv_columns = (x[1] * x[2] if len(x) == 3 else x[1] for x in (queries, key))
+  if columns % q or kv_columns % q:
+    raise UnknownSizes(f'{QUERY} {list(queries)} and {KEY} {list(key)} do not fit each other: both should be whole '
+                       f'heads of {q} columns')
+  return dict(d_ff=d_ff, num_heads=columns // q, d_head=q, num_kv_heads=kv_columns // q)
+
+
+def _separate_kernels(c: ModelConfig, shapes: Shapes) -> dict[str, Kernel]:
+  e, f, h, k, q = c.d_model, c.d_ff, c.num_heads, c.num_kv_heads, c.d_head
+  inputs = c.mlp_inputs
+
+  def heads(count, module):  # as stored: split or merged
+    return (count, q) if len(shapes.get(module, ())) == 3 else (count * q,)
+
+  def one(module, inputs, outputs, name):
+    return Kernel(module, inputs, outputs, ((name, inputs[0]),), 0)
+
+  def stacked(module, outputs, names):
+    return Kernel(module, (e,), (len(names), *outputs), tuple((name, 1) for name in names), 1)
+
+  kernels = (
+      one(QUERY, (e,), heads(h, QUERY), 'query'), one(KEY, (e,), heads(k, KEY), 'key'),
+      one(VALUE, (e,), heads(k, VALUE), 'value'), stacked(ATTENTION_KV, (k, q), ('key', 'value')),
+      stacked(ATTENTION_QKV, (h, q), ('query', 'key', 'value')), one(OUT, heads(h, OUT), (e,), 'attention_output'),
+      one(WI, (e,), (f,), inputs[-1]), one(WI_0, (e,), (f,), inputs[0]), one(WI_1, (e,), (f,), inputs[-1]),
+      stacked(WI_FUSED, (f,), inputs), one(WO, (f,), (e,), 'mlp_output'))
+  return {kernel.module: kernel for kernel in kernels}
+
+
+_SEPARATE = dict(
+    alternatives=(((QUERY, KEY, VALUE), (QUERY, ATTENTION_KV), (ATTENTION_QKV,)), ((OUT,),),
+                  ((WI_0, WI_1), (WI,), (WI_FUSED,)), ((WO,),)),
+    ranks={QUERY: (2, 3), KEY: (2, 3), VALUE: (2, 3), ATTENTION_KV: (4,), ATTENTION_QKV: (4,), OUT: (2, 3),
+           WI: (2,), WI_0: (2,), WI_1: (2,), WI_FUSED: (3,), WO: (2,)},
+    sizes=_separate_sizes, mlp=_separate_mlp, kernels=_separate_kernels)
+
+# Where two fit equally well, the first is meant.
+KINDS = (
+    LayerKind(
+        'ParallelFusedDecoderLayer', 'parallel', 'zero', (('layer_norm', 'layer_norm'),),
+        alternatives=(((Q_WI, KV, O_WO),),), ranks={Q_WI: (3,), KV: (3,), O_WO: (3,)},
+        sizes=_fused_sizes, mlp=_fused_mlp, kernels=_fused_kernels, folds_logit_scale=False),
+    LayerKind(
+        'DecoderLayer', 'serial', 'one',
+        (('attention_norm', 'pre_self_attention_layer_norm'), ('mlp_norm', 'pre_mlp_layer_norm')), **_SEPARATE),
+    # It adds (attention + MLP) / sqrt(2): the factor goes into both output matrices.
+    LayerKind('DecoderLayer(parallel=True)', 'parallel', 'one', (('layer_norm', 'layer_norm'),), **_SEPARATE,
+              output_factor=2**-.5),
+)

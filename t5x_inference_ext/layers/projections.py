@@ -1,0 +1,103 @@
+"""A sublayer's matmuls, with weights that stay (section 3.2.1, 3.2.2) or are gathered (section 3.2.3).
+
+Both give the same: from [B, T, E/residual axes] the columns of each part, partial sums over the embed axes; and from
+columns back to the residual stream's split.
+"""
+
+import dataclasses
+from typing import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from t5x_inference_ext.collectives import looped, plain
+from t5x_inference_ext.collectives.weight_gather import Gatherer
+from t5x_inference_ext.config import ModelConfig, Sublayer
+from t5x_inference_ext.layouts.heads import HeadSplit
+from t5x_inference_ext.layouts.layout import Layout
+from t5x_inference_ext.quantization import int8
+from t5x_inference_ext.weights import SublayerWeights
+
+Parts = dict[str, jax.Array]
+
+
+def column_widths(config: ModelConfig, sublayer: Sublayer, stored: HeadSplit) -> dict[str, int]:
+  """The parts of a stored shard's columns, in order: 'gate', 'linear', 'query' and 'kv', of what the sublayer has."""
+  widths = {name: config.d_ff // stored.shards for name in config.mlp_inputs} if sublayer.mlp else {}
+  if sublayer.attention:
+    widths['query'] = stored.local_heads * config.d_head
+    kv = 2 * config.d_head
+    widths['kv'] = -(-kv // stored.shards) if config.num_kv_heads == 1 else stored.local_groups * kv
+  return widths
+
+
+@dataclasses.dataclass(frozen=True)
+class Stationary:
+  """Activations move to the weights: one fused product in, one out."""
+
+  layout: Layout
+
+  def inputs(self, y: jax.Array, w: SublayerWeights, widths: Mapping[str, int]) -> Parts:
+    hidden, directions = self.layout.hidden_axes, self.layout.ring_directions
+    if directions:
+      y = looped.all_gather_matmul(y, w.w_in, hidden, directions)
+      y = y if w.in_scale is None else int8.rescale(y, w.in_scale)
+    else:
+      y = plain.all_gather(y, hidden, 2)  # [B, T, E/embed]
+      y = int8.matmul(y, w.w_in, w.in_scale)
+    parts, offset = {}, 0
+    for name, width in widths.items():
+      parts[name] = y[..., offset:offset + width]
+      offset += width
+    return parts
+
+  def outputs(self, parts: list[jax.Array], w: SublayerWeights) -> jax.Array:
+    """parts, columns [B, T, rows of w_out] in order -> [B, T, E/residual], not yet scaled."""
+    hidden, directions = self.layout.hidden_axes, self.layout.ring_directions
+    y = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+    if directions:
+      return looped.matmul_reduce_scatter(y, w.w_out, hidden, directions)
+    return plain.reduce_scatter(int8.matmul(y, w.w_out), hidden, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gathered:
+  """Weights move to the activations: matrix by matrix, since a whole layer would not fit beside the stored weights."""
+
+  layout: Layout
+  gatherer: Gatherer
+
+  @property
+  def _gathered_embed(self):
+    return tuple(a for a in self.layout.stored_embed if a in self.layout.gathered_axes)
+
+  @property
+  def _gathered_hidden(self):
+    return tuple(a for a in self.layout.stored_hidden if a in self.layout.gathered_axes)
+
+  def inputs(self, y: jax.Array, w: SublayerWeights, widths: Mapping[str, int]) -> Parts:
+    y = plain.all_gather(y, self.layout.hidden_axes, 2)  # [B, T, E]
+    parts, offset = {}, 0
+    for name, width in reversed(widths.items()):  # attention's first: it has most to do before the output product
+      offset -= width
+      columns = slice(w.w_in.shape[1] + offset, w.w_in.shape[1] + offset + width)
+      part = self.gatherer.matmul(y, w.w_in[:, columns], self._gathered_embed, self._gathered_hidden)
+      if w.in_scale is not None:
+        part = int8.rescale(part, plain.all_gather(w.in_scale[columns], self._gathered_hidden, 0))
+      parts[name] = part
+    return parts
+
+  def outputs(self, parts: list[jax.Array], w: SublayerWeights) -> jax.Array:
+    offset, y = 0, None
+    copies = plain.axis_size(self._gathered_hidden)
+    for part in parts:
+      rows = part.shape[-1] // copies  # of the stored shard
+      product = self.gatherer.matmul(
+          part, w.w_out[offset:offset + rows], self._gathered_hidden, self._gathered_embed)
+      y = product if y is None else y + product
+      offset += rows
+    return plain.reduce_scatter(y, self.layout.hidden_axes, 2)
+
+
+def projections(layout: Layout) -> Stationary | Gathered:
+  return Gathered(layout, Gatherer(layout.ring_directions)) if layout.gathered_axes else Stationary(layout)

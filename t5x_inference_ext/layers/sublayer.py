@@ -1,0 +1,90 @@
+"""One layer on one shard, in any layout: the paper's sections 3.2 to 3.4 and appendix A.2.
+
+In the parallel block one norm feeds attention and MLP; query, key, value and both MLP inputs are one matmul, both
+outputs another. The serial block is two such sublayers, with attention alone and with the MLP alone.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+
+from t5x_inference_ext.collectives import plain
+from t5x_inference_ext.config import ModelConfig, Sublayer
+from t5x_inference_ext.layers.attention import Context, attend
+from t5x_inference_ext.layers.attention_sharding import AttentionSharding
+from t5x_inference_ext.layers.norm import norm
+from t5x_inference_ext.layers.projections import column_widths, projections
+from t5x_inference_ext.layers.rotary import rotate
+from t5x_inference_ext.layouts.placement import Placement
+from t5x_inference_ext.quantization import int8
+from t5x_inference_ext.weights import LayerWeights, SublayerWeights
+
+
+class Positions(NamedTuple):
+  """Rotary (sin, cos) of the new tokens: of the shard's queries [B', T', Q/2] and of all keys [B', T, Q/2]."""
+
+  queries: tuple[jax.Array, jax.Array]
+  keys: tuple[jax.Array, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+  """A layer's function, for a model and a placement.
+
+  Attributes:
+    config: the model.
+    placement: where activations live.
+  """
+
+  config: ModelConfig
+  placement: Placement
+
+  def __call__(
+      self, x: jax.Array, w: LayerWeights, positions: Positions, context: Context | None
+  ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Runs the layer's sublayers.
+
+    Args:
+      x: [B, T, E], the shard's part of the residual stream.
+      w: the shard's part of the layer's weights; of vectors [E] the part that x has.
+      positions: of the new tokens.
+      context: the layer's cache, the shard's part, or None.
+
+    Returns:
+      The new x, and the new tokens' (keys, values), each [B', T, K', Q].
+    """
+    kv = None
+    for sublayer in self.config.sublayers:
+      x, new = self._sublayer(x, w[sublayer.name], sublayer, positions, context)
+      kv = new if kv is None else kv
+    return x, kv
+
+  def _sublayer(self, x, w: SublayerWeights, sublayer: Sublayer, positions, context):
+    layout = self.placement.layout
+    project = projections(layout)
+    y = norm(x, w.norm, w.norm_bias, self.config, layout.residual_axes)
+    parts = project.inputs(y, w, column_widths(self.config, sublayer, self.placement.heads.stored))
+    attention, kv, outputs = None, None, []
+    if sublayer.attention:
+      attention, kv = self._attention(parts['query'], parts['kv'], positions, context)
+    if sublayer.mlp:
+      outputs.append(self._mlp(parts))
+    if attention is not None:
+      outputs.append(attention)
+    y = project.outputs(outputs, w)
+    return x + (y if w.out_scale is None else int8.rescale(y, w.out_scale)), kv
+
+  def _mlp(self, parts):
+    """The inputs [B, T, F/hidden], partial sums -> [B, T, F/hidden], the same on every embed shard."""
+    embed = self.placement.layout.embed_axes
+    linear, *gate = (plain.reduce_scatter(parts[n], embed, 2) for n in reversed(self.config.mlp_inputs))
+    y = jax.nn.swish(gate[0]) * linear if gate else jax.nn.gelu(linear, approximate=True)
+    return plain.all_gather(y, embed, 2)
+
+  def _attention(self, query, kv, positions, context):
+    moves = AttentionSharding(self.placement, self.config.d_head)
+    q, k, v = moves.to_attention(query, kv)
+    q, k = rotate(q, *positions.queries), rotate(k, *positions.keys)
+    out = attend(q, k, v, context, moves.query_positions(k.shape[1]))
+    return moves.from_attention(out), (k, v)

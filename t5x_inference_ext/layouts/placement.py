@@ -1,0 +1,139 @@
+"""A layout resolved for one pass: a model, a mesh, so many rows of so many positions."""
+
+import dataclasses
+import itertools
+from typing import Mapping
+
+from jax.sharding import PartitionSpec as P
+
+from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.errors import MeshError
+from t5x_inference_ext.layouts.heads import AttentionHeads, HeadSplit
+from t5x_inference_ext.layouts.layout import Axes, Layout, shape_text, size
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+  """Where the activations of one pass live.
+
+  The residual stream is [B_rows, T_positions, E_residual]. In attention queries are
+  [B_attention_rows, T_attention_positions, heads, Q], and keys and values have all positions of the rows.
+
+  Attributes:
+    layout: what was resolved.
+    rows, positions: axes that split the residual stream's tokens.
+    attention_rows: axes that split attention's and the cache's rows; `rows` lead.
+    attention_heads: axes that split its heads.
+    attention_positions: axes that split its queries by position; `positions` lead.
+    heads: the heads on each device.
+  """
+
+  layout: Layout
+  rows: Axes
+  positions: Axes
+  attention_rows: Axes
+  attention_heads: Axes
+  attention_positions: Axes
+  heads: AttentionHeads
+
+  @property
+  def residual(self) -> P:
+    """[B, T, E]."""
+    return P(self.rows, self.positions, self.layout.residual_axes)
+
+  @property
+  def cache(self) -> P:
+    """[B, S, K, Q]; one key head in all is whole on every device that splits heads."""
+    return P(self.attention_rows, None, None if self.heads.multiquery else self.attention_heads, None)
+
+  @property
+  def hidden_rows(self) -> Axes:
+    """Working hidden axes that attention splits rows over: an all-to-all takes columns to rows."""
+    return tuple(a for a in self.layout.hidden_axes if a in self.attention_rows)
+
+
+def place(layout: Layout, config: ModelConfig, mesh: Mapping[str, int], batch: int, length: int) -> Placement:
+  """Resolves a layout.
+
+  Args:
+    layout: to resolve.
+    config: the model.
+    mesh: axis name -> size.
+    batch: B.
+    length: T; 1 is a decode step. See padded_length for what it must be a multiple of.
+
+  Raises:
+    MeshError: rows that a weight-gathered decode step can't split, naming what it could.
+  """
+  rows = _filled(_subsets(layout.gathered_axes), batch, mesh)
+  positions = tuple(a for a in layout.gathered_axes if a not in rows)
+  if length % size(positions, mesh):
+    chips = size(layout.gathered_axes, mesh)
+    raise MeshError(
+        f'{layout} splits tokens over {chips} devices of the mesh {shape_text(mesh)}, and {batch} rows of {length} do '
+        f'not divide: use a batch that is a multiple of {chips}' +
+        (', or a weight-stationary layout (ws_2d) for decode' if length == 1 else ''))
+  hidden, embed = layout.hidden_axes, layout.embed_axes
+  more: Axes = ()
+  if layout.attention == 'batch':
+    more = _filled(_row_axes(embed, hidden), batch // size(rows, mesh), mesh)
+  heads = tuple(a for a in hidden if a not in more)
+  stored = HeadSplit.of(
+      config.num_kv_heads, config.num_heads // config.num_kv_heads, size(layout.stored_hidden, mesh))
+  cut = 1
+  if embed and embed[0] not in more:
+    # Partial sums over x are reduced into parts: of heads, else of positions, else (one token) not at all.
+    if heads == hidden and stored.local_heads >= size(embed, mesh):
+      heads, cut = heads + embed, size(embed, mesh)
+    elif length % size(embed, mesh) == 0:
+      positions += embed
+  blocks = stored.shards // size(tuple(a for a in heads if a in hidden), mesh)
+  return Placement(layout, rows, tuple(a for a in positions if a in layout.gathered_axes), rows + more, heads, positions,
+                   AttentionHeads(stored, blocks, cut, config.num_kv_heads == 1))
+
+
+def padded_length(layout: Layout, mesh: Mapping[str, int], batch: int, length: int) -> int:
+  """The smallest length of at least `length` that `place` takes; padding goes to the right, where nothing sees it."""
+  rows = _filled(_subsets(layout.gathered_axes), batch, mesh)
+  multiple = size(tuple(a for a in layout.gathered_axes if a not in rows), mesh)
+  return -(-length // multiple) * multiple
+
+
+def sampling_axes(layout: Layout, batch: int, mesh: Mapping[str, int]) -> Axes:
+  """The axes that logits [B, V] are split over by rows, for the choice of tokens: as many as the rows fill."""
+  return _filled(_row_axes(layout.stored_embed, layout.stored_hidden), batch, mesh)
+
+
+def padded_batch(decode: Layout, batch: int, mesh: Mapping[str, int]) -> int:
+  """The smallest batch of at least `batch` rows that fills every set of axes that so many rows could fill.
+
+  On 2x2x2 that makes 3 rows 4, 5 rows 8 and 9 rows 16: a few rows more cost less than rows that each device repeats.
+  Where decode splits heads alone no number is better than another. A weight-gathered decode needs a multiple of what it
+  gathers over.
+  """
+  gathered = size(decode.gathered_axes, mesh)
+  candidates = _row_axes(decode.embed_axes, decode.hidden_axes) if decode.attention == 'batch' else [()]
+  sizes = [size(c, mesh) for c in candidates]
+  rows = itertools.count(-(-batch // gathered))
+  return gathered * next(n for n in rows if n % max(s for s in sizes if s <= n) == 0)
+
+
+def _row_axes(embed: Axes, hidden: Axes) -> list[Axes]:
+  """The sets of axes that rows may be split over in attention.
+
+  Hidden axes from the fastest: the heads of those left over are then consecutive.
+  """
+  return [e + hidden[i:] for i in range(len(hidden) + 1) for e in ((embed, ()) if embed else ((),))]
+
+
+def _filled(candidates, batch: int, mesh: Mapping[str, int]) -> Axes:
+  """The candidate with the most devices that divide the batch.
+
+  Of equals one with x: heads can take the other axes, while x, over which products are partial sums, would be idle.
+  """
+  return max((c for c in candidates if batch % size(c, mesh) == 0), key=lambda c: (size(c, mesh), 'x' in c))
+
+
+def _subsets(axes: Axes):
+  """More axes first."""
+  return [s for n in range(len(axes), -1, -1) for s in itertools.combinations(axes, n)]

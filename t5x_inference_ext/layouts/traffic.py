@@ -1,0 +1,239 @@
+"""What each collective of a pass moves, predicted from the layout alone: the paper's sections 3.2, 3.3 and appendix A.
+
+Everything is per device. The letters are those of the paper's section 3.1 and of config.py; N is the number of devices
+that weights are gathered over, and an activation [B, T, ..] has B T / N tokens on each.
+"""
+
+import dataclasses
+from typing import Mapping
+
+from t5x_inference_ext.config import ModelConfig, Sublayer
+from t5x_inference_ext.layouts.heads import HeadSplit
+from t5x_inference_ext.layouts.layout import Layout
+from t5x_inference_ext.layouts.moves import FLOAT32, Move, Pass
+from t5x_inference_ext.layouts.placement import Placement, sampling_axes
+
+
+def layer_moves(
+    config: ModelConfig, placement: Placement, mesh: Mapping[str, int], batch: int, length: int,
+    activation_bytes: int = 2, weight_bytes: int = 2) -> list[Move]:
+  """The moves of one layer, sublayer by sublayer: a serial block has two 'norm', two 'input' and two 'output'.
+
+  Padded heads and columns count: they move.
+
+  Args:
+    config: the model.
+    placement: of a pass over `batch` rows of `length` positions (placement.place).
+    mesh: axis name -> size.
+    batch: B.
+    length: T; 1 is a decode step.
+    activation_bytes: of one element: 4 or 2.
+    weight_bytes: of one element: 4, 2, or 1: int8, with float32 scales.
+  """
+  p = Pass.of(config, placement.layout, mesh, batch * length, activation_bytes, weight_bytes)
+  moves = []
+  for sublayer in config.sublayers:
+    moves += _norm(p)
+    moves += _projections(p, sublayer, before=True)
+    if sublayer.attention:
+      moves += _to_attention(p, placement)
+    if sublayer.mlp:
+      moves += _mlp(p)
+    if sublayer.attention:
+      moves += _from_attention(p, placement)
+    moves += _projections(p, sublayer, before=False)
+  return moves
+
+
+def feedforward_moves(
+    config: ModelConfig, layout: Layout, mesh: Mapping[str, int], tokens: int, activation_bytes: int = 2,
+    weight_bytes: int = 2) -> list[Move]:
+  """The moves of an MLP alone, without its norm: the paper's appendix A.2 formulas, which have no gate.
+
+  The sum of `bytes` is 2 B L E for ws_1d, 2 B L (E/X + F/YZ) for ws_2d, 2 E F N/n + 2 B L E/N for the weight-gathered
+  layouts, in elements.
+
+  Args:
+    config, layout, mesh, activation_bytes, weight_bytes: as in layer_moves.
+    tokens: B L.
+
+  Raises:
+    ValueError: tokens that do not divide over the devices that split them.
+  """
+  p = Pass.of(config, layout, mesh, tokens, activation_bytes, weight_bytes)
+  mlp = Sublayer('mlp', False, True)
+  return _projections(p, mlp, before=True) + _mlp(p) + _projections(p, mlp, before=False)
+
+
+def embedding_moves(
+    config: ModelConfig, placement: Placement, mesh: Mapping[str, int], batch: int, length: int,
+    activation_bytes: int = 2) -> list[Move]:
+  """The moves of the lookup, once a pass: [B, T, E/stored embed], partial sums over the vocabulary, to the residual.
+
+  Where rows are split this is done in parts, a few positions at a time; the moves are then the sums of the parts'.
+  """
+  layout = placement.layout
+  p = Pass.of(config, layout, mesh, batch * length, activation_bytes, activation_bytes)
+  moves, tokens, width = [], batch * length, config.d_model // p.size(layout.stored_embed)
+  for axes in (placement.rows, placement.positions):
+    embed, hidden = (tuple(a for a in axes if a in stored) for stored in (layout.stored_embed, layout.stored_hidden))
+    moves += p.activations('embedding', 'all_to_all', embed, tokens * width)
+    tokens, width = tokens // p.size(embed), width * p.size(embed)
+    moves += p.activations('embedding', 'reduce_scatter', hidden, tokens * width)
+    tokens //= p.size(hidden)
+  return moves + p.activations('embedding', 'reduce_scatter', layout.hidden_axes, tokens * width)
+
+
+def logits_moves(
+    config: ModelConfig, placement: Placement, mesh: Mapping[str, int], batch: int, length: int, sampling: Layout,
+    activation_bytes: int = 2, last: bool = True) -> list[Move]:
+  """The moves of the final norm and the logits, once a pass.
+
+  Args:
+    config, placement, mesh, batch, length, activation_bytes: as in layer_moves.
+    sampling: the prefill's layout, which says how rows are split for the choice of tokens (placement.sampling_axes).
+    last: logits of each row's last position alone, as prefill and decode take, or of all.
+  """
+  layout, e = placement.layout, config.d_model
+  p = Pass.of(config, layout, mesh, batch * length, activation_bytes, activation_bytes)
+  moves, positions = [], placement.positions
+  rows = batch // p.size(placement.rows)
+  if last:
+    moves += p.activations('last positions', 'all_reduce', positions, rows * e // p.size(layout.residual_axes))
+    length, positions = 1, ()
+  length //= p.size(positions)  # on each device
+  p = dataclasses.replace(p, tokens=rows * length)
+  moves += _norm(p)
+  # All tokens come together, then d_model as the table has it.
+  width = e // p.size(layout.residual_axes)
+  moves += p.activations('logits input', 'all_gather', placement.rows, batch * length * width)
+  tokens = batch * length * p.size(positions)
+  moves += p.activations('logits input', 'all_gather', positions, tokens * width)
+  moves += p.activations(
+      'logits input', 'all_gather', layout.hidden_axes, tokens * width * p.size(layout.hidden_axes))
+  # [B, T, V/hidden], partial sums over d_model, to [B/sampling, T, V].
+  split = sampling_axes(sampling, batch, mesh)
+  vocabulary = -(-config.vocab_size // p.size(layout.stored_hidden))
+  scattered = tuple(a for a in layout.stored_embed if a in split)
+  moves += p.move('logits', 'reduce_scatter', scattered, tokens * vocabulary, FLOAT32)
+  tokens //= p.size(scattered)
+  reduced = tuple(a for a in layout.stored_embed if a not in split)
+  moves += p.move('logits', 'all_reduce', reduced, tokens * vocabulary, FLOAT32)
+  rows = tuple(a for a in layout.stored_hidden if a in split)
+  moves += p.move('logits', 'all_to_all', rows, tokens * vocabulary, FLOAT32)
+  rest = tuple(a for a in layout.stored_hidden if a not in split)
+  return moves + p.move('logits', 'all_gather', rest, tokens * vocabulary * p.size(rest), FLOAT32)
+
+
+def _norm(p: Pass) -> list[Move]:
+  """A moment of each token is summed over all of d_model; layer norm has two, one after the other."""
+  moments = 2 if p.config.norm == 'layer' else 1
+  return moments * p.move('norm', 'all_reduce', p.layout.residual_axes, p.tokens, FLOAT32)
+
+
+def _projections(p: Pass, sublayer: Sublayer, before: bool) -> list[Move]:
+  """Around the input product (before) or the output product.
+
+  Activations: B T E/embed gathered, or summed, over the hidden axes. Weights, where they are gathered:
+  `E_xF_zy` -AG-> `E_(embed)F_(hidden)`, of the axes that are left, and the scales of the input's columns.
+  """
+  layout, c, stored = p.layout, p.config, p.stored_heads
+  x, hidden, gathered = p.size(layout.embed_axes), p.size(layout.hidden_axes), layout.gathered_axes
+  columns = {name: c.d_ff // hidden for name in c.mlp_inputs} if sublayer.mlp else {}
+  if sublayer.attention:
+    here = stored.shards // hidden
+    columns['query'] = here * stored.local_heads * c.d_head
+    columns['keys and values'] = here * _key_value_columns(c, stored)
+  weights = []
+  if before:
+    for name, width in columns.items():
+      weights += p.move(f'weights: {name}', 'all_gather', gathered, c.d_model // x * width, p.weight, looped=True)
+      if p.weight == 1:
+        scales = tuple(a for a in layout.stored_hidden if a in gathered)
+        weights += p.move(f'scales: {name}', 'all_gather', scales, width, FLOAT32)
+  else:
+    rows = {'mlp output': columns.get('linear'), 'attention output': columns.get('query')}
+    for name, width in rows.items():
+      if width is not None:
+        weights += p.move(f'weights: {name}', 'all_gather', gathered, width * c.d_model // x, p.weight, looped=True)
+  # Where weights are gathered, theirs are the matmuls that loop.
+  name, kind = ('input', 'all_gather') if before else ('output', 'reduce_scatter')
+  stream = p.activations(name, kind, layout.hidden_axes, p.tokens * c.d_model // x, looped=not gathered)
+  return stream + weights if before else weights + stream
+
+
+def _mlp(p: Pass) -> list[Move]:
+  """`BLF_yz(partialsum-x)` -RS(x)-> `BLF_xyz` for each input, -AG(x)-> `BLF_yz` of their product."""
+  count = p.tokens * p.config.d_ff // p.size(p.layout.hidden_axes)
+  moves = []
+  for name in p.config.mlp_inputs:
+    moves += p.activations(name, 'reduce_scatter', p.layout.embed_axes, count)
+  return moves + p.activations('mlp', 'all_gather', p.layout.embed_axes, count)
+
+
+def _key_value_columns(config: ModelConfig, stored: HeadSplit) -> int:
+  """A stored shard's columns of keys and values. One key head's are spread over all shards, padded to divide."""
+  if config.num_kv_heads == 1:
+    return -(-2 * config.d_head // stored.shards)
+  return 2 * stored.local_groups * config.d_head
+
+
+def _to_attention(p: Pass, placement: Placement) -> list[Move]:
+  """Section 3.3: `BLH_yzQ(partialsum-x)` to queries, keys and values as attention splits them."""
+  layout, heads, d = p.layout, placement.heads, p.config.d_head
+  embed, rows = layout.embed_axes, placement.hidden_rows
+  x, here = p.size(embed), heads.stored.shards // p.size(layout.hidden_axes)
+  query = p.tokens * here * heads.stored.local_heads * d
+  kv = p.tokens * here * _key_value_columns(p.config, heads.stored)
+  together, by = 'query, keys and values', _split_by(placement)
+  if by == 'heads':  # each part's heads are padded to divide; so are its key heads, unless devices share them
+    cut = heads.cut
+    query = p.tokens * cut.padded_groups * cut.padded_queries * d
+    moves = p.activations('query', 'reduce_scatter', embed, query)
+    if not heads.multiquery and cut.copies == 1:
+      moves += p.activations('keys and values', 'reduce_scatter', embed, 2 * p.tokens * cut.padded_groups * d)
+    else:
+      moves += p.activations('keys and values', 'all_reduce', embed, kv)
+    query //= x
+    kv = kv if heads.multiquery else 2 * p.tokens * cut.local_groups * d
+  elif by == 'positions':  # every device's queries see all keys
+    moves = p.activations('query', 'reduce_scatter', embed, query)
+    moves += p.activations('keys and values', 'all_reduce', embed, kv)
+    query //= x
+  elif by == 'rows':
+    moves = p.activations(together, 'reduce_scatter', embed, query + kv)
+    query, kv = query // x, kv // x
+  else:
+    moves = p.activations(together, 'all_reduce', embed, query + kv)
+  if by in ('rows', None) and rows == layout.hidden_axes:
+    moves += p.activations(together, 'all_to_all', rows, query + kv)
+  else:
+    moves += p.activations('query', 'all_to_all', rows, query)
+    moves += p.activations('keys and values', 'all_to_all', rows, kv)
+  if heads.multiquery:
+    rest = tuple(a for a in layout.hidden_axes if a not in rows)
+    kv *= p.size(rest)
+    moves += p.activations('keys and values', 'all_gather', rest, kv)
+  elif by != 'heads':
+    kv //= heads.stride  # of key heads that devices share, one copy is kept
+  return moves + p.activations('keys and values', 'all_gather', placement.positions, kv * p.size(placement.positions))
+
+
+def _from_attention(p: Pass, placement: Placement) -> list[Move]:
+  """Section 3.3: what attention gives, back to `BLH_yzQ`, the same on every shard of d_model."""
+  layout, heads = p.layout, placement.heads
+  here = heads.stored.shards // p.size(layout.hidden_axes)
+  columns = p.tokens * here * heads.stored.local_heads * p.config.d_head
+  by = _split_by(placement)
+  if by == 'heads':
+    columns = p.tokens * heads.cut.padded_groups * heads.cut.padded_queries * p.config.d_head
+  moves = p.activations(
+      'attention', 'all_to_all', placement.hidden_rows, columns // p.size(layout.embed_axes) if by else columns)
+  return moves + (p.activations('attention', 'all_gather', layout.embed_axes, columns) if by else [])
+
+
+def _split_by(placement: Placement) -> str | None:
+  """What attention splits over the embed axis: 'heads', 'positions' or 'rows'; None where nothing, or there is none."""
+  split = {'heads': placement.attention_heads, 'positions': placement.attention_positions,
+           'rows': placement.attention_rows}
+  return next((by for by, axes in split.items() if set(placement.layout.embed_axes) & set(axes)), None)

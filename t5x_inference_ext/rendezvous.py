@@ -1,0 +1,130 @@
+"""The processes of a run find each other, or say who is missing, before jax looks for them.
+
+jax's own client waits for minutes where a process does not come, and then ends with a stack trace of its C++ code. Here
+process 0 listens at the coordinator's port until the others have told it who they are, tells all of them the verdict
+and leaves the port to jax. One JSON object a line each way.
+"""
+
+import contextlib
+import json
+import socket
+import time
+from typing import Any
+
+from t5x_inference_ext.errors import RequestError
+
+NAME = 't5x_inference_ext'  # in every message: whatever else talks to the port is not of this run
+RETRY_SECONDS = 0.2
+HELLO_SECONDS = 5  # that a connection has to say who it is
+MAX_MESSAGE = 4096
+
+
+def parse_address(address: str) -> tuple[str, int]:
+  """'HOST:PORT' -> (host, port). Raises RequestError for anything else."""
+  host, colon, port = str(address).rpartition(':')
+  if not colon or not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+    raise RequestError(f'coordinator_address is HOST:PORT of process 0, e.g. 10.0.0.1:1234, or auto, got {address!r}')
+  return host.strip('[]'), int(port)
+
+
+def meet(address: str, num_processes: int, process_id: int, timeout: float) -> None:
+  """Returns when all processes have come.
+
+  Args:
+    address: HOST:PORT of process 0.
+    num_processes: of the run.
+    process_id: this one's.
+    timeout: seconds to wait.
+
+  Raises:
+    RequestError: process 0 can't be reached or can't listen; others are missing, twice there, or of another run.
+  """
+  host, port = parse_address(address)
+  deadline = time.monotonic() + timeout
+  if process_id == 0:
+    _receive_all(port, num_processes, deadline, timeout)
+  else:
+    _report(host, port, num_processes, process_id, deadline, timeout)
+
+
+def _receive_all(port: int, num_processes: int, deadline: float, timeout: float) -> None:
+  """Process 0: waits for the others and tells them what came of it."""
+  arrived, connections, error = {0}, [], None
+  with contextlib.ExitStack() as stack:
+    server = stack.enter_context(_listen(port, num_processes))
+    while len(arrived) < num_processes and error is None:
+      server.settimeout(max(deadline - time.monotonic(), 0.001))
+      try:
+        connection = stack.enter_context(server.accept()[0])
+      except TimeoutError:
+        missing = sorted(set(range(num_processes)) - arrived)
+        error = (f'{_names(missing)} of {num_processes} did not come within {timeout:g} s: are they started, with '
+                 'the same coordinator_address?')
+        break
+      connection.settimeout(HELLO_SECONDS)
+      hello = _read(connection)
+      if hello is None:
+        continue
+      connections.append(connection)
+      process = hello['process_id']
+      if hello['num_processes'] != num_processes:
+        error = (f'process {process} was started with num_processes={hello["num_processes"]} and process 0 with '
+                 f'{num_processes}')
+      elif process in arrived:
+        error = f'two processes were started with process_id={process}'
+      arrived.add(process)
+    for connection in connections:
+      with contextlib.suppress(OSError):  # it has gone: jax will notice
+        _write(connection, error=error)
+  if error is not None:
+    raise RequestError(error)
+
+
+def _report(host: str, port: int, num_processes: int, process_id: int, deadline: float, timeout: float) -> None:
+  """Another process: says who it is, and waits for the verdict."""
+  while True:
+    try:
+      with socket.create_connection((host, port), timeout=max(deadline - time.monotonic(), 0.001)) as connection:
+        _write(connection, process_id=process_id, num_processes=num_processes)
+        connection.settimeout(max(deadline - time.monotonic(), 0.001))
+        verdict = _read(connection)
+      reason = 'something else answers there' if verdict is None else None
+    except OSError as error:
+      reason = error.strerror or str(error)
+    if reason is None:
+      break
+    if time.monotonic() + RETRY_SECONDS > deadline:
+      raise RequestError(f'process 0 was not reached at coordinator_address={host}:{port} within {timeout:g} s '
+                         f'({reason}): is it started there, and the port open?')
+    time.sleep(RETRY_SECONDS)
+  if verdict['error'] is not None:
+    raise RequestError(verdict['error'])
+
+
+def _listen(port: int, backlog: int) -> socket.socket:
+  both = socket.has_dualstack_ipv6()
+  try:
+    return socket.create_server(
+        ('', port), family=socket.AF_INET6 if both else socket.AF_INET, backlog=backlog, dualstack_ipv6=both)
+  except OSError as error:
+    raise RequestError(f'process 0 can\'t listen at port {port} of coordinator_address ({error.strerror}): choose '
+                       'another port, for all processes') from error
+
+
+def _write(connection: socket.socket, **message: Any) -> None:
+  connection.sendall(json.dumps({'name': NAME, **message}).encode() + b'\n')
+
+
+def _read(connection: socket.socket) -> dict[str, Any] | None:
+  """The message, or None for anything else: a port on a network is also visited by strangers."""
+  try:
+    with connection.makefile('rb') as stream:
+      message = json.loads(stream.readline(MAX_MESSAGE))
+  except (OSError, ValueError):
+    return None
+  return message if isinstance(message, dict) and message.get('name') == NAME else None
+
+
+def _names(processes: list[int]) -> str:
+  shown = ', '.join(map(str, processes[:8])) + (', ...' if len(processes) > 8 else '')
+  return f'process{"es" if len(processes) > 1 else ""} {shown}'

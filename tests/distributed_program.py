@@ -1,0 +1,84 @@
+"""What each process of distributed_test's runs: several runs of the command in one process, which jax joins once.
+
+Its arguments are the coordinator's port, its process id and a directory; it prints a JSON object of what it saw, last.
+"""
+
+import contextlib
+import io
+import json
+import pathlib
+import sys
+
+import numpy as np
+
+from t5x_inference_ext import distributed, infer
+from t5x_inference_ext.checkpoints import storage
+from t5x_inference_ext.errors import RequestError
+from tests import processes
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+CHECKPOINT = ROOT / 'examples' / 'palm_tiny' / 'checkpoint_1000'
+TASK_FLAGS = (
+    '--gin_file=t5x_inference_ext/configs/runs/infer.gin', f'--gin.CHECKPOINT_PATH="{CHECKPOINT}"',
+    '--gin.DTYPE="float32"', '--gin.MESH="2x2x2"', '--gin.MIXTURE_OR_TASK_NAME="golden_prompts"',
+    '--gin.MIXTURE_OR_TASK_MODULE="golden_tasks"', '--gin.TASK_FEATURE_LENGTHS={"inputs": 48, "targets": 16}',
+    '--gin.MODE="predict_with_aux"', '--gin.MAX_NEW_TOKENS=8', '--gin.BATCH_SIZE=4')
+PLAIN_FLAGS = (f'--checkpoint={CHECKPOINT}', '--dtype=float32', '--max_new_tokens=8', '--batch_size=4')
+
+
+def count_bytes() -> list[int]:
+  """A list of one number: bytes read of the checkpoint's arrays from now on."""
+  read, total = storage.Stored._read, [0]
+
+  def counted(self, bounds):
+    values = read(self, bounds)
+    total[0] += np.asarray(values).nbytes
+    return values
+
+  storage.Stored._read = counted
+  return total
+
+
+def complaint(function) -> str:
+  """What a function complains of, in this process."""
+  try:
+    function()
+  except RequestError as error:
+    return str(error)
+  return ''
+
+
+def main(port: str, process: str, directory: str) -> None:
+  root = pathlib.Path(directory)
+  mine = root / process  # of this process alone, as on hosts without a shared file system
+  flags = (f'--coordinator_address=localhost:{port}', f'--num_processes={processes.COUNT}', f'--process_id={process}')
+  seen = {}
+
+  def command(name, *arguments):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+      code = infer.run(['infer', *flags, *arguments])
+    seen[name] = [code, out.getvalue(), err.getvalue()]
+
+  total = count_bytes()
+  scores = ['--mode=score', f'--prompts={root / "scored.jsonl"}', f'--output={mine / "scores.jsonl"}']
+  command('score', *PLAIN_FLAGS, *scores, '--mesh=2x2x2')
+  seen['bytes'] = total[0]
+  command('taken', *PLAIN_FLAGS, *scores, '--mesh=2x2x2')  # by process 0's output; process 1 has none
+  command('small', *PLAIN_FLAGS, *scores, '--mesh=2x2x1', '--overwrite')
+  command('differing', *PLAIN_FLAGS, *scores, f'--seed={process}', '--overwrite')
+  command('lacking', *PLAIN_FLAGS, '--mode=score', f'--prompts={mine / "only_0.jsonl"}',
+          f'--output={mine / "other.jsonl"}')
+  task = (*TASK_FLAGS, f'--gin.INFER_OUTPUT_DIR="{mine / "task"}"')
+  command('task', *task)
+  command('completed', *task)
+  seen['identity'] = [distributed.is_main(), distributed.exchange(lambda: int(process) + 1),
+                      distributed.from_main(lambda: f'of {process}')]
+  seen['unequal'] = complaint(lambda: list(distributed.lockstep('ab' if process == '0' else 'a', key=str)))
+  seen['joined_twice'] = complaint(lambda: distributed.initialize(f'localhost:{port}', 3, int(process)))
+  seen['written'] = sorted(str(path.relative_to(mine)) for path in mine.rglob('*') if path.is_file())
+  print(json.dumps(seen))
+
+
+if __name__ == '__main__':
+  main(*sys.argv[1:])
