@@ -32,8 +32,14 @@ T5X_REQUIRES = [
     'tensorflow-serving-api>=2.21',
 ]
 
+# The TPU compiler and runtime; compiling needs no TPU. Not through jax[tpu], which pins an older one: an executable runs
+# only with the version that compiled it.
+LIBTPU = 'libtpu>=0.0.52'
+
 TEST_REQUIRES = [
     'hypothesis>=6.150.3',
+    # Tests of the compiled programs; on a platform without it they are skipped, and say so.
+    f"{LIBTPU}; sys_platform == 'linux' and platform_machine == 'x86_64'",
     'pytest>=9.0.3',
     'setuptools>=70.1',  # tests/package_test.py builds the wheel without isolation; 70.1 no longer needs `wheel`.
 ]
@@ -54,7 +60,7 @@ setuptools.setup(
     install_requires=INSTALL_REQUIRES,
     extras_require={
         't5x': T5X_REQUIRES,
-        'tpu': ['jax[tpu]>=0.10'],
+        'tpu': [LIBTPU, 'requests>=2.32'],
         'plots': ['matplotlib>=3.11'],
         'test': TEST_REQUIRES,
     },
@@ -62,6 +68,7 @@ setuptools.setup(
         'console_scripts': [
             't5x_inference_ext-convert = t5x_inference_ext.convert_checkpoint:run',
             't5x_inference_ext-infer = t5x_inference_ext.infer:run',
+            't5x_inference_ext-precompile = t5x_inference_ext.precompile.__main__:run',
         ],
     },
     classifiers=[

@@ -85,7 +85,7 @@ class Model:
       return self._logits(place, weights, x, (), rows)[:, 0], kv
 
     kv_spec = self._kv_spec(place, weights)
-    logits, kv = self._per_shard(run, weights, (P(), P(place.rows)), (P(self._sampling(rows)), (kv_spec, kv_spec)))(
+    logits, kv = self._per_shard(run, weights, (P(), P(place.residual[0])), (P(self._sampling(rows)), (kv_spec, kv_spec)))(
         weights, self._pad(tokens, place.layout), lengths)
     keys, values = self._to_decode(kv, length, place, decode)
     lengths = jax.lax.with_sharding_constraint(lengths, NamedSharding(self.mesh, P(decode.attention_rows)))
@@ -176,7 +176,7 @@ class Model:
       context = None if kv is None else Context(*kv, cache.lengths)
       return layer(x, w, Positions(queries, keys), context)
 
-    layers = _local_vectors(weights.layers, place.layout.residual_axes)
+    layers = _local_vectors(weights.layers, place.residual[2])
     kv = None if cache is None else (cache.keys, cache.values)
     if weights.stacked:
       return jax.lax.scan(block, x, (layers, kv))
@@ -190,10 +190,10 @@ class Model:
     rows = tokens.shape[0]
     start = jnp.zeros(rows // plain.axis_size(place.attention_rows), jnp.int32)
     x, _ = self._decoder(place, weights, tokens, start, None)
-    return self._logits(place, weights, x, place.positions, rows)
+    return self._logits(place, weights, x, place.residual[1], rows)
 
   def _logits(self, place, weights, x, positions: Axes, rows: int):
-    axes = place.layout.residual_axes
+    axes = place.residual[2]
     scale, bias = (None if v is None else plain.local_slice(v, axes, 0)
                    for v in (weights.final_norm, weights.final_norm_bias))
     x = norm(x, scale, bias, self.config, axes)

@@ -14,10 +14,10 @@ from t5x_inference_ext.layouts.placement import Placement
 class AttentionSharding:
   """The moves of one placement, on one shard.
 
-  The projections' columns come as [B_rows, T_positions, columns/hidden], partial sums over the embed axes: a block of
-  columns for each stored shard that is here. By axis:
+  The projections' columns come as [B_rows, T_positions, columns/hidden], a block of columns for each stored shard that is
+  here. Unless rows are split over the embed axes, they are partial sums over these. By axis:
 
-    embed axis (x)    partial sums are reduced into rows, heads or positions, whichever attention splits over x.
+    embed axis (x)    partial sums are reduced into heads or positions, whichever attention splits over x.
     hidden axes       an all-to-all takes columns to rows where attention splits rows; where it splits heads the columns
                       stay, and with one key head in all its columns are gathered.
     positions' axes   queries stay split, keys and values are gathered: each device attends from its positions.
@@ -52,8 +52,8 @@ class AttentionSharding:
       # Queries, keys and values in one collective.
       width = query.shape[-1]
       y = jnp.concatenate([query, kv], axis=-1)
-      y = plain.reduce_scatter(y, self._embed, 0) if self._embed_splits(p.attention_rows) else plain.all_reduce(
-          y, self._embed)
+      if not self._embed_splits(p.attention_rows):
+        y = plain.all_reduce(y, self._embed)
       if p.hidden_rows == p.layout.hidden_axes:
         y = plain.all_to_all(y, p.hidden_rows, 0, 2)
       query, kv = y[..., :width], y[..., width:]
@@ -68,13 +68,11 @@ class AttentionSharding:
     return q, *self._keys_values(kv, by_heads)
 
   def from_attention(self, out: jax.Array) -> jax.Array:
-    """[B', T', H', Q] -> columns [B_rows, T_positions, columns/hidden], the same on every embed shard."""
+    """[B', T', H', Q] -> columns [B_rows, T_positions, columns/hidden], split over the embed axes as they came."""
     p, heads = self.placement, self.placement.heads
     y = out.reshape(*out.shape[:2], heads.blocks if heads.shards == 1 else 1, -1)
     y = plain.all_to_all(y, p.hidden_rows, 2, 0)
-    if self._embed_splits(p.attention_rows):
-      y = plain.all_gather(y, self._embed, 0)
-    elif self._embed_splits(p.attention_positions):
+    if self._embed_splits(p.attention_positions):
       y = plain.all_gather(y, self._embed, 1)
     elif self._embed_splits(p.attention_heads):
       y = plain.all_gather(y, self._embed, 2)

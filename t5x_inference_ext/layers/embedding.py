@@ -12,17 +12,18 @@ from t5x_inference_ext.layouts.placement import Placement
 
 
 def embed(table: jax.Array, tokens: jax.Array, placement: Placement) -> jax.Array:
-  """table [V/hidden, E/embed], all tokens [B, T] -> the residual stream [B_rows, T_positions, E/residual].
+  """table [V/hidden, E/embed], all tokens [B, T] -> [B, T, E], the shard's part of the residual stream.
 
   An id outside the vocabulary gives zeros, as a one-hot would.
   """
   # Every device looks up all tokens, also those that others keep. Where only rows are split, that is done for a part of
   # the positions at a time: never more than the residual stream itself is held.
-  parts = 1 if plain.axis_size(placement.positions) > 1 else math.gcd(tokens.shape[1], plain.axis_size(placement.rows))
+  rows, positions, _ = map(plain.axis_size, placement.residual)
+  parts = 1 if positions > 1 else math.gcd(tokens.shape[1], rows if placement.layout.gathered_axes else 1)
   if parts == 1:
     return _embed(table, tokens, placement)
   x = lax.map(lambda part: _embed(table, part, placement),
-              jnp.moveaxis(tokens.reshape(tokens.shape[0], parts, -1), 1, 0))  # [parts, B_rows, T/parts, E/residual]
+              jnp.moveaxis(tokens.reshape(tokens.shape[0], parts, -1), 1, 0))  # [parts, B, T/parts, E]
   return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], tokens.shape[1], x.shape[-1])
 
 
@@ -32,7 +33,7 @@ def _embed(table, tokens, placement):
   here = (local >= 0) & (local < rows)
   x = jnp.take(table, jnp.clip(local, 0, rows - 1), axis=0)
   x = jnp.where(here[..., None], x, jnp.zeros((), x.dtype))  # [B, T, E/embed], partial sums over hidden
-  for dim, axes in enumerate((placement.rows, placement.positions, layout.hidden_axes)):
+  for dim, axes in enumerate(placement.residual):
     if dim < 2:
       x = plain.all_to_all(x, tuple(a for a in axes if a in layout.stored_embed), dim, 2)
     x = plain.reduce_scatter(x, tuple(a for a in axes if a in layout.stored_hidden), dim)
@@ -40,11 +41,12 @@ def _embed(table, tokens, placement):
 
 
 def last_positions(x: jax.Array, lengths: jax.Array, placement: Placement) -> jax.Array:
-  """x [B, T_positions, E] and lengths [B] of these rows -> [B, 1, E] at each row's last token, the same on all."""
-  last = lengths - 1 - plain.shard_index(placement.positions) * x.shape[1]
+  """x [B, T, E] of the residual stream and lengths [B] of its rows -> [B, 1, E]: each row's last token."""
+  positions = placement.residual[1]
+  last = lengths - 1 - plain.shard_index(positions) * x.shape[1]
   y = jnp.take_along_axis(x, jnp.clip(last, 0, x.shape[1] - 1)[:, None, None], axis=1)
   here = (last >= 0) & (last < x.shape[1])
-  return plain.all_reduce(jnp.where(here[:, None, None], y, jnp.zeros((), y.dtype)), placement.positions)
+  return plain.all_reduce(jnp.where(here[:, None, None], y, jnp.zeros((), y.dtype)), positions)
 
 
 def unembed(
@@ -54,7 +56,7 @@ def unembed(
 
   Args:
     table: [V/hidden, E/embed].
-    x: [B_rows, T/positions, E/residual].
+    x: [B, T, E], split as the residual stream but for its positions.
     vocab_size: V.
     d_model: E.
     placement: of x.
@@ -65,8 +67,10 @@ def unembed(
     [B_sampling, T, V] float32, scaled by 1/sqrt(E).
   """
   layout = placement.layout
-  x = plain.all_gather(plain.all_gather(x, placement.rows, 0), positions, 1)
-  x = plain.all_gather(x, layout.hidden_axes, 2)  # [B, T, E/embed]: all tokens, the axes of the table
+  rows, _, features = placement.residual
+  x = plain.all_gather(plain.all_gather(x, rows, 0), positions, 1)
+  # All tokens, and the axes of the table: [B, T, E/embed].
+  x = plain.all_gather(x, tuple(a for a in features if a in layout.stored_hidden), 2)
   gathered = tuple(a for a in layout.stored_embed if a in layout.gathered_axes)
   x = plain.local_slice(x, gathered, 2)
   logits = jnp.einsum('bte,ve->btv', x, table, preferred_element_type=jnp.float32)  # [B, T, V/hidden], partial sums

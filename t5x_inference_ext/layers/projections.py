@@ -1,7 +1,7 @@
 """A sublayer's matmuls, with weights that stay (section 3.2.1, 3.2.2) or are gathered (section 3.2.3).
 
-Both give the same: from [B, T, E/residual axes] the columns of each part, partial sums over the embed axes; and from
-columns back to the residual stream's split.
+Both give the same: from the residual stream's split of [B, T, E] the columns of each part, and from columns back to it.
+Columns are partial sums over the embed axes; where all of a sublayer's go into rows, they are summed, and rows split.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from t5x_inference_ext.collectives import looped, plain
 from t5x_inference_ext.collectives.weight_gather import Gatherer
 from t5x_inference_ext.config import ModelConfig, Sublayer
 from t5x_inference_ext.layouts.heads import HeadSplit
-from t5x_inference_ext.layouts.layout import Layout
+from t5x_inference_ext.layouts.placement import Placement
 from t5x_inference_ext.quantization import int8
 from t5x_inference_ext.weights import SublayerWeights
 
@@ -35,16 +35,19 @@ def column_widths(config: ModelConfig, sublayer: Sublayer, stored: HeadSplit) ->
 class Stationary:
   """Activations move to the weights: one fused product in, one out."""
 
-  layout: Layout
+  placement: Placement
+  sublayer: Sublayer
 
   def inputs(self, y: jax.Array, w: SublayerWeights, widths: Mapping[str, int]) -> Parts:
-    hidden, directions = self.layout.hidden_axes, self.layout.ring_directions
+    hidden, directions = self.placement.layout.hidden_axes, self.placement.layout.ring_directions
     if directions:
       y = looped.all_gather_matmul(y, w.w_in, hidden, directions)
       y = y if w.in_scale is None else int8.rescale(y, w.in_scale)
     else:
-      y = plain.all_gather(y, hidden, 2)  # [B, T, E/embed]
+      y = plain.all_gather(y, hidden, self.placement.residual_dim)  # [B, T, E/embed]
       y = int8.matmul(y, w.w_in, w.in_scale)
+    if self.placement.sums_into_rows(self.sublayer):  # before anything is cut out of it
+      y = plain.reduce_scatter(y, self.placement.layout.embed_axes, 0)
     parts, offset = {}, 0
     for name, width in widths.items():
       parts[name] = y[..., offset:offset + width]
@@ -52,31 +55,33 @@ class Stationary:
     return parts
 
   def outputs(self, parts: list[jax.Array], w: SublayerWeights) -> jax.Array:
-    """parts, columns [B, T, rows of w_out] in order -> [B, T, E/residual], not yet scaled."""
-    hidden, directions = self.layout.hidden_axes, self.layout.ring_directions
+    """parts, columns [B, T, rows of w_out] in order -> the residual stream's split of [B, T, E], not yet scaled."""
+    hidden, directions = self.placement.layout.hidden_axes, self.placement.layout.ring_directions
     y = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+    if self.placement.sums_into_rows(self.sublayer):
+      y = plain.all_gather(y, self.placement.layout.embed_axes, 0)
     if directions:
       return looped.matmul_reduce_scatter(y, w.w_out, hidden, directions)
-    return plain.reduce_scatter(int8.matmul(y, w.w_out), hidden, 2)
+    return plain.reduce_scatter(int8.matmul(y, w.w_out), hidden, self.placement.residual_dim)
 
 
 @dataclasses.dataclass(frozen=True)
 class Gathered:
   """Weights move to the activations: matrix by matrix, since a whole layer would not fit beside the stored weights."""
 
-  layout: Layout
+  placement: Placement
   gatherer: Gatherer
 
   @property
   def _gathered_embed(self):
-    return tuple(a for a in self.layout.stored_embed if a in self.layout.gathered_axes)
+    return tuple(a for a in self.placement.layout.stored_embed if a in self.placement.layout.gathered_axes)
 
   @property
   def _gathered_hidden(self):
-    return tuple(a for a in self.layout.stored_hidden if a in self.layout.gathered_axes)
+    return tuple(a for a in self.placement.layout.stored_hidden if a in self.placement.layout.gathered_axes)
 
   def inputs(self, y: jax.Array, w: SublayerWeights, widths: Mapping[str, int]) -> Parts:
-    y = plain.all_gather(y, self.layout.hidden_axes, 2)  # [B, T, E]
+    y = plain.all_gather(y, self.placement.layout.hidden_axes, self.placement.residual_dim)  # [B, T, E]
     parts, offset = {}, 0
     for name, width in reversed(widths.items()):  # attention's first: it has most to do before the output product
       offset -= width
@@ -96,8 +101,10 @@ class Gathered:
           part, w.w_out[offset:offset + rows], self._gathered_hidden, self._gathered_embed)
       y = product if y is None else y + product
       offset += rows
-    return plain.reduce_scatter(y, self.layout.hidden_axes, 2)
+    return plain.reduce_scatter(y, self.placement.layout.hidden_axes, self.placement.residual_dim)
 
 
-def projections(layout: Layout) -> Stationary | Gathered:
-  return Gathered(layout, Gatherer(layout.ring_directions)) if layout.gathered_axes else Stationary(layout)
+def projections(placement: Placement, sublayer: Sublayer) -> Stationary | Gathered:
+  if placement.layout.gathered_axes:
+    return Gathered(placement, Gatherer(placement.layout.ring_directions))
+  return Stationary(placement, sublayer)

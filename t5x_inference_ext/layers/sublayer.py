@@ -61,26 +61,25 @@ class Layer:
     return x, kv
 
   def _sublayer(self, x, w: SublayerWeights, sublayer: Sublayer, positions, context):
-    layout = self.placement.layout
-    project = projections(layout)
-    y = norm(x, w.norm, w.norm_bias, self.config, layout.residual_axes)
+    project = projections(self.placement, sublayer)
+    y = norm(x, w.norm, w.norm_bias, self.config, self.placement.residual[2])
     parts = project.inputs(y, w, column_widths(self.config, sublayer, self.placement.heads.stored))
     attention, kv, outputs = None, None, []
     if sublayer.attention:
       attention, kv = self._attention(parts['query'], parts['kv'], positions, context)
     if sublayer.mlp:
-      outputs.append(self._mlp(parts))
+      outputs.append(self._mlp(parts, summed=self.placement.sums_into_rows(sublayer)))
     if attention is not None:
       outputs.append(attention)
     y = project.outputs(outputs, w)
     return x + (y if w.out_scale is None else int8.rescale(y, w.out_scale)), kv
 
-  def _mlp(self, parts):
-    """The inputs [B, T, F/hidden], partial sums -> [B, T, F/hidden], the same on every embed shard."""
-    embed = self.placement.layout.embed_axes
-    linear, *gate = (plain.reduce_scatter(parts[n], embed, 2) for n in reversed(self.config.mlp_inputs))
+  def _mlp(self, parts, summed):
+    """The inputs [B, T, F/hidden], partial sums unless summed -> [B, T, F/hidden]."""
+    embed, dim = () if summed else self.placement.layout.embed_axes, self.placement.mlp_dim
+    linear, *gate = (plain.reduce_scatter(parts[n], embed, dim) for n in reversed(self.config.mlp_inputs))
     y = jax.nn.swish(gate[0]) * linear if gate else jax.nn.gelu(linear, approximate=True)
-    return plain.all_gather(y, embed, 2)
+    return plain.all_gather(y, embed, dim)
 
   def _attention(self, query, kv, positions, context):
     moves = AttentionSharding(self.placement, self.config.d_head)

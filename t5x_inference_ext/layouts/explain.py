@@ -224,7 +224,8 @@ def _phase(s: Setting, name: str, p: Placement, length: int, tensors: Mapping[st
     return _layered(s, name, ('B', letter, 'K', 'Q'), axes['cache'], shape, s.dtype, p.cache, arrays=2)
 
   made = [
-      _tensor(s, 'residual', 'BTE', axes['residual'], (rows, length, c.d_model), s.dtype, p.residual),
+      _tensor(s, 'residual', 'BTE', axes['residual'], (rows, length, c.d_model), s.dtype,
+              P(*p.residual)),
       _tensor(s, 'mlp', 'BTF', axes['mlp'], (rows, length, c.d_ff), s.dtype,
               P(p.rows, p.positions, layout.hidden_axes)),
       _tensor(s, 'queries', 'BTHQ', axes['queries'], (rows, length, query_heads, c.d_head), s.dtype,

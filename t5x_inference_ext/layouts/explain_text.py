@@ -102,7 +102,7 @@ def _phase_title(phase: Phase, s: Setting) -> str:
     weights = f'weights {weights_notation(layout)} gathered over {"".join(layout.gathered_axes)} to {gathered}'
   else:
     weights = f'weights {weights_notation(layout)} stay'
-  stream = _split('B', p.rows) + _split('T', p.positions) + _split('E', layout.residual_axes)
+  stream = ''.join(map(_split, 'BTE', p.residual))
   rings = ('', ', looped one way', ', looped both ways')[layout.ring_directions]
   return f'{phase.name}: {layout} ({weights}, activations {stream}{rings})'
 

@@ -134,11 +134,6 @@ class Layout:
     """Over these, products of the output matrix are partial sums."""
     return tuple(a for a in self.stored_hidden if a not in self.gathered_axes)
 
-  @property
-  def residual_axes(self) -> Axes:
-    """The axes that d_model is split over in the residual stream."""
-    return self.embed_axes + self.hidden_axes
-
 
 def size(axes: Axes, mesh: Mapping[str, int]) -> int:
   """The product of the axes' sizes."""

@@ -6,7 +6,7 @@ from typing import Mapping
 
 from jax.sharding import PartitionSpec as P
 
-from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.config import ModelConfig, Sublayer
 from t5x_inference_ext.errors import MeshError
 from t5x_inference_ext.layouts.heads import AttentionHeads, HeadSplit
 from t5x_inference_ext.layouts.layout import Axes, Layout, shape_text, size
@@ -16,12 +16,17 @@ from t5x_inference_ext.layouts.layout import Axes, Layout, shape_text, size
 class Placement:
   """Where the activations of one pass live.
 
-  The residual stream is [B_rows, T_positions, E_residual]. In attention queries are
-  [B_attention_rows, T_attention_positions, heads, Q], and keys and values have all positions of the rows.
+  Inside a layer tokens are [B_rows, T_positions]. In attention queries are
+  [B_attention_rows, T_attention_positions, heads, Q], and keys and values have all positions of the rows. What products
+  leave summed over some axes is also split over them: the residual stream over the hidden axes, the MLP's columns over
+  the embed axes. Of its dimensions that is rows, where they divide: whole rows of features need no all-reduce in the
+  norm, and no change of layout around the collectives on a TPU; else positions, else features.
 
   Attributes:
     layout: what was resolved.
-    rows, positions: axes that split the residual stream's tokens.
+    rows, positions: axes that split tokens, those that weights are gathered over.
+    residual_dim: the dimension of the residual stream [B, T, E] that the hidden axes split.
+    mlp_dim: the dimension of the MLP's columns [B, T, F] that the embed axes split.
     attention_rows: axes that split attention's and the cache's rows; `rows` lead.
     attention_heads: axes that split its heads.
     attention_positions: axes that split its queries by position; `positions` lead.
@@ -31,20 +36,28 @@ class Placement:
   layout: Layout
   rows: Axes
   positions: Axes
+  residual_dim: int
+  mlp_dim: int
   attention_rows: Axes
   attention_heads: Axes
   attention_positions: Axes
   heads: AttentionHeads
 
   @property
-  def residual(self) -> P:
-    """[B, T, E]."""
-    return P(self.rows, self.positions, self.layout.residual_axes)
+  def residual(self) -> tuple[Axes, Axes, Axes]:
+    """The axes that split the dimensions of the residual stream [B, T, E]."""
+    return tuple(axes + (self.layout.hidden_axes if dim == self.residual_dim else ())
+                 for dim, axes in enumerate((self.rows, self.positions, self.layout.embed_axes)))
 
   @property
   def cache(self) -> P:
     """[B, S, K, Q]; one key head in all is whole on every device that splits heads."""
     return P(self.attention_rows, None, None if self.heads.multiquery else self.attention_heads, None)
+
+  def sums_into_rows(self, sublayer: Sublayer) -> bool:
+    """Whether all that a sublayer's input product leaves summed over the embed axes goes into rows: in one collective."""
+    embed = self.layout.embed_axes
+    return bool(embed) and self.mlp_dim == 0 and (not sublayer.attention or embed[0] in self.attention_rows)
 
   @property
   def hidden_rows(self) -> Axes:
@@ -88,8 +101,13 @@ def place(layout: Layout, config: ModelConfig, mesh: Mapping[str, int], batch: i
     elif length % size(embed, mesh) == 0:
       positions += embed
   blocks = stored.shards // size(tuple(a for a in heads if a in hidden), mesh)
-  return Placement(layout, rows, tuple(a for a in positions if a in layout.gathered_axes), rows + more, heads, positions,
-                   AttentionHeads(stored, blocks, cut, config.num_kv_heads == 1))
+  gathered = tuple(a for a in positions if a in layout.gathered_axes)
+  tokens = batch // size(rows, mesh), length // size(gathered, mesh)
+  # Looped collectives cut the dimension that the product sums over: whole rows would be few for each step.
+  residual_dim = 2 if layout.ring_directions else _token_dim(tokens, size(hidden, mesh))
+  return Placement(
+      layout, rows, gathered, residual_dim, _token_dim(tokens, size(embed, mesh)), rows + more, heads, positions,
+      AttentionHeads(stored, blocks, cut, config.num_kv_heads == 1))
 
 
 def padded_length(layout: Layout, mesh: Mapping[str, int], batch: int, length: int) -> int:
@@ -116,6 +134,11 @@ def padded_batch(decode: Layout, batch: int, mesh: Mapping[str, int]) -> int:
   sizes = [size(c, mesh) for c in candidates]
   rows = itertools.count(-(-batch // gathered))
   return gathered * next(n for n in rows if n % max(s for s in sizes if s <= n) == 0)
+
+
+def _token_dim(tokens: tuple[int, int], shards: int) -> int:
+  """The dimension of [rows, positions, features] that so many shards split: the first that they divide."""
+  return next((dim for dim, n in enumerate(tokens) if n % shards == 0), 2)
 
 
 def _row_axes(embed: Axes, hidden: Axes) -> list[Axes]:

@@ -25,7 +25,7 @@ WEIGHTS = {
     **dict.fromkeys(('out_scale', 'norm', 'norm_bias', 'final_norm', 'final_norm_bias'), ('features',)),
 }
 ACTIVATIONS = {
-    'residual': ('rows', 'positions', 'residual'),
+    'residual': ('residual_rows', 'residual_positions', 'residual'),
     'mlp': ('rows', 'positions', 'mlp'),
     'queries': ('attention_rows', 'attention_positions', 'attention_heads', 'd_head'),
     'cache': ('attention_rows', 'cache_positions', 'kv_heads', 'd_head'),
@@ -56,7 +56,7 @@ def activation_rules(placement: Placement) -> Rules:
   """The rules of activations and KV cache in one phase, for the placement's rows and positions."""
   queries = P(placement.attention_rows, placement.attention_positions, placement.attention_heads)
   return _rules((
-      (ACTIVATIONS['residual'], placement.residual),
+      (ACTIVATIONS['residual'], P(*placement.residual)),
       (ACTIVATIONS['mlp'], P(placement.rows, placement.positions, placement.layout.hidden_axes)),
       (ACTIVATIONS['queries'], queries),
       (ACTIVATIONS['cache'], placement.cache),

@@ -9,7 +9,7 @@ from typing import Mapping
 
 from t5x_inference_ext.config import ModelConfig, Sublayer
 from t5x_inference_ext.layouts.heads import HeadSplit
-from t5x_inference_ext.layouts.layout import Layout
+from t5x_inference_ext.layouts.layout import Axes, Layout
 from t5x_inference_ext.layouts.moves import FLOAT32, Move, Pass
 from t5x_inference_ext.layouts.placement import Placement, sampling_axes
 
@@ -33,14 +33,21 @@ def layer_moves(
   p = Pass.of(config, placement.layout, mesh, batch * length, activation_bytes, weight_bytes)
   moves = []
   for sublayer in config.sublayers:
-    moves += _norm(p)
+    moves += _norm(p, placement, batch * length)
     moves += _projections(p, sublayer, before=True)
+    into_rows = placement.sums_into_rows(sublayer)
+    if into_rows:
+      moves += p.activations('all columns', 'reduce_scatter', p.layout.embed_axes, p.tokens * sum(_columns(p, sublayer).values()))
     if sublayer.attention:
       moves += _to_attention(p, placement)
-    if sublayer.mlp:
+    if sublayer.mlp and not into_rows:
       moves += _mlp(p)
     if sublayer.attention:
       moves += _from_attention(p, placement)
+    if into_rows:
+      rows = p.config.d_ff // p.size(p.layout.hidden_axes) * sublayer.mlp
+      rows += p.stored_heads.local_heads * p.config.d_head * sublayer.attention
+      moves += p.activations('mlp and attention', 'all_gather', p.layout.embed_axes, p.tokens * rows)
     moves += _projections(p, sublayer, before=False)
   return moves
 
@@ -74,14 +81,14 @@ def embedding_moves(
   """
   layout = placement.layout
   p = Pass.of(config, layout, mesh, batch * length, activation_bytes, activation_bytes)
-  moves, tokens, width = [], batch * length, config.d_model // p.size(layout.stored_embed)
-  for axes in (placement.rows, placement.positions):
-    embed, hidden = (tuple(a for a in axes if a in stored) for stored in (layout.stored_embed, layout.stored_hidden))
-    moves += p.activations('embedding', 'all_to_all', embed, tokens * width)
-    tokens, width = tokens // p.size(embed), width * p.size(embed)
-    moves += p.activations('embedding', 'reduce_scatter', hidden, tokens * width)
-    tokens //= p.size(hidden)
-  return moves + p.activations('embedding', 'reduce_scatter', layout.hidden_axes, tokens * width)
+  moves, here = [], batch * length * config.d_model // p.size(layout.stored_embed)
+  for dim, axes in enumerate(placement.residual):
+    if dim < 2:  # d_model comes together as tokens are split: as much as before
+      moves += p.activations('embedding', 'all_to_all', tuple(a for a in axes if a in layout.stored_embed), here)
+    hidden = tuple(a for a in axes if a in layout.stored_hidden)
+    moves += p.activations('embedding', 'reduce_scatter', hidden, here)
+    here //= p.size(hidden)
+  return moves
 
 
 def logits_moves(
@@ -96,21 +103,18 @@ def logits_moves(
   """
   layout, e = placement.layout, config.d_model
   p = Pass.of(config, layout, mesh, batch * length, activation_bytes, activation_bytes)
-  moves, positions = [], placement.positions
-  rows = batch // p.size(placement.rows)
+  rows, positions, features = placement.residual
+  moves, width = [], e // p.size(features)
   if last:
-    moves += p.activations('last positions', 'all_reduce', positions, rows * e // p.size(layout.residual_axes))
+    moves += p.activations('last positions', 'all_reduce', positions, batch // p.size(rows) * width)
     length, positions = 1, ()
-  length //= p.size(positions)  # on each device
-  p = dataclasses.replace(p, tokens=rows * length)
-  moves += _norm(p)
+  moves += _moments(p, features, batch // p.size(rows) * length // p.size(positions))
   # All tokens come together, then d_model as the table has it.
-  width = e // p.size(layout.residual_axes)
-  moves += p.activations('logits input', 'all_gather', placement.rows, batch * length * width)
-  tokens = batch * length * p.size(positions)
+  moves += p.activations('logits input', 'all_gather', rows, batch * length // p.size(positions) * width)
+  tokens = batch * length
   moves += p.activations('logits input', 'all_gather', positions, tokens * width)
-  moves += p.activations(
-      'logits input', 'all_gather', layout.hidden_axes, tokens * width * p.size(layout.hidden_axes))
+  hidden = tuple(a for a in features if a in layout.stored_hidden)
+  moves += p.activations('logits input', 'all_gather', hidden, tokens * width * p.size(hidden))
   # [B, T, V/hidden], partial sums over d_model, to [B/sampling, T, V].
   split = sampling_axes(sampling, batch, mesh)
   vocabulary = -(-config.vocab_size // p.size(layout.stored_hidden))
@@ -125,10 +129,14 @@ def logits_moves(
   return moves + p.move('logits', 'all_gather', rest, tokens * vocabulary * p.size(rest), FLOAT32)
 
 
-def _norm(p: Pass) -> list[Move]:
+def _norm(p: Pass, placement: Placement, tokens: int) -> list[Move]:
+  rows, positions, features = placement.residual
+  return _moments(p, features, tokens // p.size(rows + positions))
+
+
+def _moments(p: Pass, features: Axes, tokens: int) -> list[Move]:
   """A moment of each token is summed over all of d_model; layer norm has two, one after the other."""
-  moments = 2 if p.config.norm == 'layer' else 1
-  return moments * p.move('norm', 'all_reduce', p.layout.residual_axes, p.tokens, FLOAT32)
+  return (2 if p.config.norm == 'layer' else 1) * p.move('norm', 'all_reduce', features, tokens, FLOAT32)
 
 
 def _projections(p: Pass, sublayer: Sublayer, before: bool) -> list[Move]:
@@ -137,14 +145,9 @@ def _projections(p: Pass, sublayer: Sublayer, before: bool) -> list[Move]:
   Activations: B T E/embed gathered, or summed, over the hidden axes. Weights, where they are gathered:
   `E_xF_zy` -AG-> `E_(embed)F_(hidden)`, of the axes that are left, and the scales of the input's columns.
   """
-  layout, c, stored = p.layout, p.config, p.stored_heads
-  x, hidden, gathered = p.size(layout.embed_axes), p.size(layout.hidden_axes), layout.gathered_axes
-  columns = {name: c.d_ff // hidden for name in c.mlp_inputs} if sublayer.mlp else {}
-  if sublayer.attention:
-    here = stored.shards // hidden
-    columns['query'] = here * stored.local_heads * c.d_head
-    columns['keys and values'] = here * _key_value_columns(c, stored)
-  weights = []
+  layout, c = p.layout, p.config
+  x, gathered = p.size(layout.embed_axes), layout.gathered_axes
+  columns, weights = _columns(p, sublayer), []
   if before:
     for name, width in columns.items():
       weights += p.move(f'weights: {name}', 'all_gather', gathered, c.d_model // x * width, p.weight, looped=True)
@@ -160,6 +163,17 @@ def _projections(p: Pass, sublayer: Sublayer, before: bool) -> list[Move]:
   name, kind = ('input', 'all_gather') if before else ('output', 'reduce_scatter')
   stream = p.activations(name, kind, layout.hidden_axes, p.tokens * c.d_model // x, looped=not gathered)
   return stream + weights if before else weights + stream
+
+
+def _columns(p: Pass, sublayer: Sublayer) -> dict[str, int]:
+  """The columns of the input product on one device."""
+  c, stored, hidden = p.config, p.stored_heads, p.size(p.layout.hidden_axes)
+  columns = {name: c.d_ff // hidden for name in c.mlp_inputs} if sublayer.mlp else {}
+  if sublayer.attention:
+    here = stored.shards // hidden
+    columns['query'] = here * stored.local_heads * c.d_head
+    columns['keys and values'] = here * _key_value_columns(c, stored)
+  return columns
 
 
 def _mlp(p: Pass) -> list[Move]:
@@ -200,9 +214,8 @@ def _to_attention(p: Pass, placement: Placement) -> list[Move]:
     moves = p.activations('query', 'reduce_scatter', embed, query)
     moves += p.activations('keys and values', 'all_reduce', embed, kv)
     query //= x
-  elif by == 'rows':
-    moves = p.activations(together, 'reduce_scatter', embed, query + kv)
-    query, kv = query // x, kv // x
+  elif by == 'rows':  # all columns of the input product have gone there already
+    moves, query, kv = [], query // x, kv // x
   else:
     moves = p.activations(together, 'all_reduce', embed, query + kv)
   if by in ('rows', None) and rows == layout.hidden_axes:
@@ -229,7 +242,7 @@ def _from_attention(p: Pass, placement: Placement) -> list[Move]:
     columns = p.tokens * heads.cut.padded_groups * heads.cut.padded_queries * p.config.d_head
   moves = p.activations(
       'attention', 'all_to_all', placement.hidden_rows, columns // p.size(layout.embed_axes) if by else columns)
-  return moves + (p.activations('attention', 'all_gather', layout.embed_axes, columns) if by else [])
+  return moves + (p.activations('attention', 'all_gather', layout.embed_axes, columns) if by not in (None, 'rows') else [])
 
 
 def _split_by(placement: Placement) -> str | None:

@@ -192,7 +192,7 @@ def test_text():
   lines = text.splitlines()
   assert 'mesh:  4x4x4, 64 devices' in lines
   assert 'prefill: wg_xyz/batch (weights E_xF_zy gathered over xzy to EF, activations B_xzyTE)' in lines
-  assert 'decode: ws_2d/batch (weights E_xF_zy stay, activations BTE_xzy)' in lines
+  assert 'decode: ws_2d/batch (weights E_xF_zy stay, activations B_zyTE_x)' in lines
   assert ['parallel/w_in', '118x18432x160256', 'bfloat16', 'L', 'E_x', 'columns_zy', '10.14', 'GiB', 'layers,',
           'embed,', 'hidden'] in [line.split() for line in lines]
   assert '[gate 4608 | linear 4608 | query 768 (3 heads) | key, value 32]' in text

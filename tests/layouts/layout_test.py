@@ -69,7 +69,7 @@ def test_the_axes_of_the_paper(feedforward, matrix, gathered, embed, hidden):
 @pytest.mark.parametrize('layout', LAYOUTS, ids=str)
 def test_every_axis_splits_weights_once_and_tokens_or_features_once(layout):
   assert sorted(layout.stored_embed + layout.stored_hidden) == sorted(AXES) == sorted(ORDER)
-  assert sorted(layout.gathered_axes + layout.residual_axes) == sorted(AXES)
+  assert sorted(layout.gathered_axes + layout.embed_axes + layout.hidden_axes) == sorted(AXES)
   for axes in (layout.stored_hidden, layout.hidden_axes):
     assert list(axes) == [a for a in ORDER if a in axes]
   assert not set(layout.embed_axes) & set(layout.hidden_axes)

@@ -48,11 +48,16 @@ def used(axes, mesh):
 def test_every_axis_splits_one_thing_and_divides_it(layout, mesh, batch, length, heads):
   length = padded_length(layout, mesh, batch, length)
   p = place(layout, config(heads), mesh, batch, length)
-  # The residual stream: tokens over the gathered axes, features over the others.
+  # Tokens over the gathered axes; the residual stream over all.
   assert sorted(p.rows + p.positions) == sorted(layout.gathered_axes)
-  assert sorted(p.rows + p.positions + layout.residual_axes) == sorted(AXES)
-  assert batch % size(p.rows, mesh) == 0 and length % size(p.positions, mesh) == 0
-  assert p.residual == P(p.rows, p.positions, layout.residual_axes)
+  rows, positions, features = p.residual
+  assert sorted(rows + positions + features) == sorted(AXES)
+  assert rows[:len(p.rows)] == p.rows and positions[:len(p.positions)] == p.positions
+  assert features[:len(layout.embed_axes)] == layout.embed_axes
+  assert batch % size(rows, mesh) == 0 and length % size(positions, mesh) == 0
+  # Features are split over hidden axes where tokens don't divide, or where a ring cuts the product's sum.
+  if size(features, mesh) > size(layout.embed_axes, mesh) and not layout.ring_directions:
+    assert batch % size(p.rows + layout.hidden_axes, mesh) and length % size(p.positions + layout.hidden_axes, mesh)
   # Attention.
   split = p.attention_rows + p.attention_heads + p.attention_positions
   assert len(set(split)) == len(split)

@@ -60,7 +60,7 @@ def test_activations(config, layout, rows, length):
   length = padded_length(layout, MESH, rows, length)
   placement = place(layout, CONFIGS[config], MESH, rows, length)
   rules = logical_axis_rules(layout, placement)
-  assert _spec(ACTIVATIONS['residual'], rules) == _trimmed(placement.residual)
+  assert _spec(ACTIVATIONS['residual'], rules) == _trimmed(P(*placement.residual))
   assert _spec(ACTIVATIONS['cache'], rules) == _trimmed(placement.cache)
   assert _spec(ACTIVATIONS['queries'], rules) == _trimmed(
       P(placement.attention_rows, placement.attention_positions, placement.attention_heads))

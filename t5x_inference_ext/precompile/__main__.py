@@ -1,0 +1,93 @@
+"""Compiles a model for a TPU slice, here, without one: does it fit, and how long does each step take?
+
+  python -m t5x_inference_ext.precompile --model=palm_540b --weights=int8 --slice=v4:4x4x4 \\
+      --phase=decode --batch=64 --context=2048 --layout=ws_2d/batch
+
+The program is the real one at full size: embedding, all layers, logits, greedy choice of the next token, and the KV
+cache written in place. Only its weights are missing. The TPU compiler (libtpu: pip install 't5x_inference_ext[tpu]')
+runs on any Linux machine; no TPU is looked for. It says what the program takes of a chip's memory and how many cycles
+it expects of every operation; the links of the slice say what collectives cost. Without --layout the layouts that
+suit the phase are all compiled, and the one with the least estimate is reported. A prefill takes prompts of --prompt
+tokens (by default of all the context):
+
+  python -m t5x_inference_ext.precompile --model=palm_62b --weights=bfloat16 --slice=v5e:4x4 \\
+      --phase=prefill --batch=16 --context=2048 --prompt=1024 --json=/tmp/prefill.json --hlo=/tmp/prefill.txt
+
+--save=FILE keeps the executable, for programs with the same versions and as many of the same chips. The same by gin,
+where models of other shapes are, too:
+
+  python -m t5x_inference_ext.precompile --gin_file=t5x_inference_ext/configs/runs/precompile.gin \\
+      --gin_file=t5x_inference_ext/configs/models/palm_8b.gin --gin.SLICE=\\"v4:2x2x1\\" --gin.BATCH=32
+
+The exit code is 0 if it fits, 1 if it does not (the report then says what is missing, and the nearest layout, batch and
+slice that would do), 2 for an error. docs/precompile.md explains every line of the report.
+"""
+
+import os
+import sys
+
+from absl import flags as absl_flags
+
+from t5x_inference_ext import command
+from t5x_inference_ext.config import PRESETS, preset
+from t5x_inference_ext.errors import UserError
+
+FITS, DOES_NOT_FIT = 0, 1
+REQUIRED = ('model', 'slice', 'batch')
+# Flag -> the parameter of run.precompile, where they differ.
+PARAMETERS = {'slice': 'slice_name', 'json': 'json_file', 'hlo': 'hlo_file', 'save': 'save_file'}
+FLAGS = ('model', 'weights', 'slice', 'phase', 'batch', 'context', 'prompt', 'layout', 'other_layout', 'mesh', 'json',
+         'hlo', 'save')
+
+
+def define_flags(flags: absl_flags.FlagValues) -> None:
+
+  def define(kind, name, default, text, *arguments):
+    getattr(absl_flags, f'DEFINE_{kind}')(name, default, *arguments, text, flag_values=flags)
+
+  define('enum', 'model', None, f'The model: {", ".join(sorted(PRESETS))}.', sorted(PRESETS))
+  define('enum', 'weights', 'int8', 'int8 or bfloat16.', ('int8', 'bfloat16'))
+  define('string', 'slice', None, 'The slice: v4:4x4x4, v5p:2x2x4, v5e:4x8, v6e:2x2, ...')
+  define('enum', 'phase', 'decode', 'decode: one token for each row; prefill: whole prompts.', ('decode', 'prefill'))
+  define('integer', 'batch', None, 'Rows.')
+  define('integer', 'context', 2048, 'Positions of the KV cache for each row.')
+  define('integer', 'prompt', None, 'Tokens of each row that a prefill takes. By default all of the context.')
+  define('string', 'layout', None, 'feedforward/attention[/collectives] of the phase, such as ws_2d/batch '
+         '(docs/layouts.md). By default the best of those that suit the phase.')
+  define('string', 'other_layout', None, 'Of the other phase, which shares the weights and the cache. By default '
+         'ws_2d/batch, or ws_1d/batch beside ws_1d.')
+  define('string', 'mesh', None, 'XxYxZ over the whole slice. By default along its torus.')
+  define('string', 'json', None, 'Write the report into this file, as JSON.')
+  define('string', 'hlo', None, 'Write the compiled program into this file, as text.')
+  define('string', 'save', None, 'Write the executable into this file.')
+
+
+def main(flags: absl_flags.FlagValues) -> bool:
+  """Returns whether it fits."""
+  # Before jax is imported: the command computes nothing, and must not take the accelerators of this machine.
+  os.environ['JAX_PLATFORMS'] = 'cpu'
+  from t5x_inference_ext.precompile import run as runner
+
+  given = [name for name in FLAGS if flags[name].present]
+  if command.uses_gin(flags):
+    if given:
+      raise UserError(f'--{given[0]} and gin flags can\'t be mixed: with gin, bind macros such as --gin.BATCH=64 '
+                      '(configs/runs/precompile.gin lists them)')
+    command.parse_gin(flags)
+    return command.configure(runner.precompile)()
+  missing = [f'--{name}' for name in REQUIRED if flags[name].value is None]
+  if missing:
+    raise UserError(f'{", ".join(missing)} not given; --help shows examples')
+  arguments = {PARAMETERS.get(name, name): flags[name].value for name in FLAGS}
+  return runner.precompile(**{**arguments, 'model': preset(flags.model)})
+
+
+def run(argv: list[str] | None = None) -> int:
+  """The entry point; returns the exit code."""
+  fits = []
+  code = command.run(lambda flags: fits.append(main(flags)), __doc__, define_flags, argv)
+  return code or (DOES_NOT_FIT if fits == [False] else FITS)
+
+
+if __name__ == '__main__':
+  sys.exit(run())

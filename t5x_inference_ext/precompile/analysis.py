@@ -1,0 +1,134 @@
+"""One question, answered: a phase of a model on a slice. Compiles it, looks for what would fit, chooses a layout."""
+
+import dataclasses
+from typing import Callable
+
+from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.errors import MeshError, UserError
+from t5x_inference_ext.layouts.layout import Layout
+from t5x_inference_ext.layouts.mesh import parse_mesh
+from t5x_inference_ext.layouts.torus import Slice, parse_slice
+from t5x_inference_ext.precompile import fit, slices
+from t5x_inference_ext.precompile.estimate import Estimate, estimate
+from t5x_inference_ext.precompile.fit import Alternative, Say, Shortage
+from t5x_inference_ext.precompile.program import Case, Program
+
+
+@dataclasses.dataclass(frozen=True)
+class Tried:
+  """A layout that was compiled when the best was looked for: its serial seconds, or why it has none."""
+
+  layout: str
+  seconds: float | None
+  reason: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+  """What came out.
+
+  Attributes:
+    slice: for what.
+    program: compiled, or what is missing.
+    estimate: of a program that fits, else None.
+    tried: the candidates where no layout was asked for, else ().
+    alternatives: where it does not fit, what near it would.
+  """
+
+  slice: Slice
+  program: Program | Shortage
+  estimate: Estimate | None
+  tried: tuple[Tried, ...] = ()
+  alternatives: tuple[Alternative, ...] = ()
+
+  @property
+  def fits(self) -> bool:
+    return isinstance(self.program, Program)
+
+  @property
+  def case(self) -> Case:
+    return self.program.case
+
+
+def analyze(
+    model: ModelConfig,
+    weights: str,
+    slice_name: str,
+    phase: str,
+    batch: int,
+    context: int,
+    *,
+    layout: str | None = None,
+    other_layout: str | None = None,
+    mesh: str | None = None,
+    prompt: int | None = None,
+    say: Say = lambda text: None,
+) -> Answer:
+  """Compiles a phase for a slice and estimates its time there.
+
+  Args:
+    model: the model.
+    weights: 'int8' or 'bfloat16'.
+    slice_name: 'v4:4x4x4'.
+    phase: 'decode' or 'prefill'.
+    batch: B.
+    context: S, the positions of each row's cache.
+    layout: of the phase, 'feedforward/attention'; None: the one of fit.CANDIDATES with the least serial estimate.
+    other_layout: of the other phase; see program.Case.
+    mesh: 'XxYxZ' over the whole slice; None: along its torus.
+    prompt: T of a prefill; None: the context.
+    say: hears what is being done.
+
+  Raises:
+    UserError: a slice, mesh, layout or number that makes no sense; no libtpu; a program that the compiler refuses for
+      another reason than memory.
+  """
+  slice_ = parse_slice(slice_name)
+  slices.check_slice(slice_)
+  case = Case(model, weights, phase, batch, context, Layout.parse(layout) if layout else Layout(), prompt,
+              Layout.parse(other_layout) if other_layout else None)
+  mesh = slices.slice_mesh(slice_, model, parse_mesh(mesh) if mesh else None)
+  say(f'{slice_}: {slice_.chips} chips as a mesh of {"x".join(map(str, mesh.devices.shape))}')
+
+  def compiled(case: Case) -> Program | Shortage:
+    say(f'compiling {phase} in {case.layout}')
+    return fit.try_compile(case, slice_, mesh)
+
+  tried = ()
+  if layout:
+    program = compiled(case)
+    found = _estimate(program, slice_)
+  else:
+    program, found, tried = _best(case, slice_, compiled)
+  if isinstance(program, Program):
+    return Answer(slice_, program, found, tried)
+  say('it does not fit; looking for what would')
+  return Answer(slice_, program, None, tried, tuple(fit.alternatives(program, say=say)))
+
+
+def _best(case: Case, slice_: Slice, compiled: Callable[[Case], Program | Shortage]):
+  """The program with the least serial estimate, or the least shortage; its estimate; all that was tried."""
+  results, tried, refusal = [], [], None
+  for text in fit.CANDIDATES[case.phase]:
+    try:
+      program = compiled(dataclasses.replace(case, layout=Layout.parse(text)))
+    except MeshError as e:  # rows that this layout can't split, or weights that the other phase's layout can't share
+      tried.append(Tried(text, None, str(e)))
+      refusal = refusal or e
+      continue
+    found = _estimate(program, slice_)
+    results.append((program, found))
+    tried.append(Tried(text, found.serial_seconds) if found else Tried(text, None, 'does not fit'))
+  if not results:
+    raise UserError(f'none of the layouts {", ".join(fit.CANDIDATES[case.phase])} can be used: {refusal}')
+
+  def order(result):
+    program, found = result
+    return (False, found.serial_seconds) if found else (True, program.needed or program.weights + program.cache)
+
+  program, found = min(results, key=order)
+  return program, found, tuple(tried)
+
+
+def _estimate(program: Program | Shortage, slice_: Slice) -> Estimate | None:
+  return estimate(program.text, slice_, program.mesh) if isinstance(program, Program) else None

@@ -1,0 +1,322 @@
+"""The text of a compiled program, `compiled.as_text()`: its computations and instructions in the order of the schedule.
+
+A scheduled module lists each computation's instructions as they run. The TPU compiler adds to fusions, copies and
+convolutions the cycles that it expects (`estimated_cycles`), and to every array its layout: the dimensions from minor to
+major, the tiles, and the memory it lives in (0 is HBM, others are on chip; 5 is the host's).
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from typing import Iterator
+
+# Bits of an element.
+_BITS = {
+    'pred': 8, 's2': 2, 'u2': 2, 's4': 4, 'u4': 4, 's8': 8, 'u8': 8, 's16': 16, 'u16': 16, 's32': 32, 'u32': 32,
+    's64': 64, 'u64': 64, 'f16': 16, 'bf16': 16, 'f32': 32, 'f64': 64, 'c64': 64, 'c128': 128, 'f4e2m1fn': 4,
+    'f8e3m4': 8, 'f8e4m3': 8, 'f8e4m3b11fnuz': 8, 'f8e4m3fn': 8, 'f8e4m3fnuz': 8, 'f8e5m2': 8, 'f8e5m2fnuz': 8,
+    'f8e8m0fnu': 8, 'token': 0, 'opaque': 0}
+HBM, HOST = 0, 5
+
+_ARRAY = re.compile(r'([a-z]\w*)\[([0-9<=,\s]*)\](?:\{([^{}]*)\})?')
+_NAME = re.compile(r'%([\w.-]+)')
+_COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.-]+) \(.*\{\s*$')
+_INSTRUCTION = re.compile(r'^\s*(ROOT )?%?([\w.-]+) = ')
+_CALLED = re.compile(r'\b(body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)')
+_BRANCHES = re.compile(r'\bbranch_computations=\{([^}]*)\}')
+_CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
+_OP_NAME = re.compile(r'metadata=\{[^}]*?op_name="((?:[^"\\]|\\.)*)"')
+_FRAME = re.compile(r'\bstack_frame_id=(\d+)')
+_TABLE_ROW = re.compile(r'^(\d+) (?:"(.*)"|\{(.*)\})$')
+_COMMENT = re.compile(r'/\*.*?\*/')
+
+
+class HloError(ValueError):
+  """Compiled text that this reader does not understand."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  """One array.
+
+  Attributes:
+    minor_to_major: the dimensions as they lie in memory, the fastest first.
+    tiles: as written after them, 'T(8,128)(2,1)'.
+    space: the memory: 0 is HBM.
+  """
+
+  dtype: str
+  dims: tuple[int, ...]
+  minor_to_major: tuple[int, ...] = ()
+  tiles: str = ''
+  space: int = HBM
+
+  @property
+  def elements(self) -> int:
+    return math.prod(self.dims)
+
+  @property
+  def bytes(self) -> int:
+    """Without the padding of tiles."""
+    return (self.elements * _BITS[self.dtype] + 7) // 8
+
+  @property
+  def on_chip(self) -> bool:
+    return self.space not in (HBM, HOST)
+
+  @property
+  def order(self) -> tuple[int, ...]:
+    """minor_to_major without dimensions of 1, which lie anywhere."""
+    return tuple(d for d in self.minor_to_major if self.dims[d] != 1)
+
+  def __str__(self) -> str:
+    layout = ','.join(map(str, self.minor_to_major)) + (f':{self.tiles}' if self.tiles else '')
+    return f'{self.dtype}[{",".join(map(str, self.dims))}]{{{layout}{f"S({self.space})" if self.space else ""}}}'
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+  """One line of a computation.
+
+  Attributes:
+    shapes: the result's arrays; those of nested tuples in one row.
+    parts: of a tuple, how many arrays each of its elements has; () of an array.
+    operands: names of instructions of the same computation.
+    argument: the text between the parentheses, for what has no operands: a parameter's number, a constant's value.
+    called: (role, computation), role one of body, condition, calls, to_apply, branch.
+    attributes: the text after the operands.
+    cycles: the compiler's estimate, or None.
+    frame: where in the user's program it comes from (Module.functions), or 0.
+  """
+
+  name: str
+  opcode: str
+  shapes: tuple[Shape, ...]
+  parts: tuple[int, ...]
+  operands: tuple[str, ...]
+  argument: str
+  called: tuple[tuple[str, str], ...]
+  attributes: str
+  cycles: int | None
+  op_name: str
+  frame: int
+  is_root: bool
+
+  @property
+  def bytes(self) -> int:
+    return sum(s.bytes for s in self.shapes)
+
+  @property
+  def phase(self) -> str:
+    """'start', 'update' or 'done' of an asynchronous operation, else ''."""
+    head, _, tail = self.opcode.rpartition('-')
+    return tail if head and tail in ('start', 'update', 'done') else ''
+
+  @property
+  def operation(self) -> str:
+    """The opcode without its phase: 'copy' of copy-start."""
+    return self.opcode.removesuffix(f'-{self.phase}') if self.phase else self.opcode
+
+  @property
+  def results(self) -> tuple[Shape, ...]:
+    """The arrays that come out: of an asynchronous start, without the operands and contexts that it holds."""
+    if self.phase != 'start':
+      return self.shapes
+    return self.element(0 if self.opcode == 'copy-start' else min(1, len(self.parts) - 1))
+
+  def call(self, role: str) -> str | None:
+    return next((name for r, name in self.called if r == role), None)
+
+  def element(self, index: int) -> tuple[Shape, ...]:
+    """The arrays of a tuple's element."""
+    first = sum(self.parts[:index])
+    return self.shapes[first:first + self.parts[index]]
+
+  def attribute(self, name: str) -> str | None:
+    """The text of `name=...`, a bare word or what stands in its outer braces; None where there is none."""
+    found = re.search(rf'(?:^|[ ,]){name}=', self.attributes)
+    if not found:
+      return None
+    rest = self.attributes[found.end():]
+    return rest[1:_closing(rest, 0) - 1] if rest.startswith('{') else re.match(r'[^ ,]*', rest)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Computation:
+  """Instructions in the order in which they run."""
+
+  name: str
+  instructions: tuple[Instruction, ...]
+
+  @functools.cached_property
+  def by_name(self) -> dict[str, Instruction]:
+    return {i.name: i for i in self.instructions}
+
+  @functools.cached_property
+  def position(self) -> dict[str, int]:
+    return {i.name: n for n, i in enumerate(self.instructions)}
+
+  @functools.cached_property
+  def users(self) -> dict[str, tuple[Instruction, ...]]:
+    """Name -> the instructions that read it."""
+    users = {i.name: [] for i in self.instructions}
+    for instruction in self.instructions:
+      for operand in dict.fromkeys(instruction.operands):
+        users[operand].append(instruction)
+    return {name: tuple(found) for name, found in users.items()}
+
+  @property
+  def root(self) -> Instruction:
+    return next((i for i in self.instructions if i.is_root), self.instructions[-1])
+
+  @functools.cached_property
+  def parameters(self) -> tuple[Instruction, ...]:
+    """In the order of their numbers."""
+    return tuple(sorted((i for i in self.instructions if i.opcode == 'parameter'), key=lambda i: int(i.argument)))
+
+  def __getitem__(self, name: str) -> Instruction:
+    return self.by_name[name]
+
+  def operands(self, instruction: Instruction) -> list[Instruction]:
+    return [self.by_name[o] for o in instruction.operands]
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+  """A compiled program.
+
+  Attributes:
+    partitions: the devices that run it together.
+    frames: stack frame -> (function, file, the frame that called it, or 0).
+  """
+
+  computations: dict[str, Computation]
+  entry: Computation
+  partitions: int
+  frames: dict[int, tuple[str, str, int]]
+
+  def called(self, instruction: Instruction, role: str = 'calls') -> Computation | None:
+    name = instruction.call(role)
+    return self.computations[name] if name else None
+
+  def functions(self, instruction: Instruction) -> tuple[str, ...]:
+    """The functions of the user's program that the instruction comes from, the innermost first."""
+    found, frame = [], instruction.frame
+    while frame in self.frames and len(found) < 100:
+      function, _, frame = self.frames[frame]
+      found.append(function)
+    return tuple(found)
+
+  def inside(self, instruction: Instruction) -> Iterator[Instruction]:
+    """The instruction, and those of the computations that it runs as one: a fusion's, an asynchronous operation's."""
+    yield instruction
+    if body := self.called(instruction):
+      for inner in body.instructions:
+        yield from self.inside(inner)
+
+
+def parse(text: str) -> Module:
+  """Reads compiled.as_text().
+
+  Raises:
+    HloError: no entry computation, or a line that is no instruction.
+  """
+  computations, name, lines, entry, tables, table = {}, None, [], None, {}, None
+  for line in text.splitlines():
+    if name is not None:
+      if line.startswith('}'):
+        computations[name] = Computation(name, tuple(_instruction(each) for each in lines))
+        name = None
+      elif line.strip():
+        lines.append(line)
+    elif match := _COMPUTATION.match(line):
+      name, lines, table = match[2], [], None
+      entry = name if match[1] else entry
+    elif match := _TABLE_ROW.match(line):
+      tables.setdefault(table, {})[int(match[1])] = match[2] if match[2] is not None else dict(
+          re.findall(r'(\w+)=(\d+)', match[3]))
+    else:
+      table = line.strip() or None
+  if entry is None:
+    raise HloError('this is no compiled program: it has no ENTRY computation (pass compiled.as_text())')
+  partitions = re.search(r'\bnum_partitions=(\d+)', text)
+  return Module(computations, computations[entry], int(partitions[1]) if partitions else 1, _frames(tables))
+
+
+def _frames(tables: dict[str, dict]) -> dict[int, tuple[str, str, int]]:
+  names, files = tables.get('FunctionNames', {}), tables.get('FileNames', {})
+  locations, found = tables.get('FileLocations', {}), {}
+  for number, row in tables.get('StackFrames', {}).items():
+    place = locations.get(int(row.get('file_location_id', 0)), {})
+    # The table writes the caller's number plus 1, so that the outermost frame has a number to write.
+    found[number] = (names.get(int(place.get('function_name_id', 0)), ''),
+                     files.get(int(place.get('file_name_id', 0)), ''), int(row.get('parent_frame_id', 1)) - 1)
+  return found
+
+
+def _instruction(line: str) -> Instruction:
+  head = _INSTRUCTION.match(line)
+  if not head:
+    raise HloError(f'not an instruction of a compiled program: {line.strip()[:200]}')
+  rest = line[head.end():]
+  end = _closing(rest, 0) if rest.startswith('(') else rest.index(' ')
+  result, rest = rest[:end], rest[end:].lstrip()
+  opcode, _, _ = rest.partition('(')
+  end = _closing(rest, len(opcode))
+  argument, attributes = rest[len(opcode) + 1:end - 1], rest[end:].lstrip(', ')
+  shapes, parts = _shapes(result)
+  constant = opcode in ('constant', 'parameter')
+  called = [(role, name) for role, name in _CALLED.findall(attributes)]
+  if branches := _BRANCHES.search(attributes):
+    called += [('branch', name) for name in re.findall(r'[\w.-]+', branches[1])]
+  called = [('branch' if role.endswith('_computation') else role, name) for role, name in called]
+  cycles, op_name, frame = (p.search(attributes) for p in (_CYCLES, _OP_NAME, _FRAME))
+  return Instruction(
+      name=head[2], opcode=opcode, shapes=shapes, parts=parts,
+      operands=() if constant else tuple(_NAME.findall(argument)), argument=argument, called=tuple(called),
+      attributes=attributes, cycles=int(cycles[1]) if cycles else None,
+      op_name=op_name[1].replace("\\'", "'") if op_name else '', frame=int(frame[1]) if frame else 0,
+      is_root=bool(head[1]))
+
+
+def _shapes(text: str) -> tuple[tuple[Shape, ...], tuple[int, ...]]:
+  if not text.startswith('('):
+    return (_shape(_ARRAY.match(text)),), ()
+  shapes, parts, inner = [], [], _COMMENT.sub('', text)[1:-1]
+  depth = start = 0
+  for n, letter in enumerate(inner + ','):
+    depth += (letter in '([{') - (letter in ')]}')
+    if letter == ',' and not depth and inner[start:n].strip():
+      found = [_shape(m) for m in _ARRAY.finditer(inner[start:n])]
+      shapes += found
+      parts.append(len(found))
+      start = n + 1
+  return tuple(shapes), tuple(parts)
+
+
+def _shape(match: re.Match) -> Shape:
+  dtype, dims, layout = match[1], match[2], match[3] or ''
+  if dtype not in _BITS:
+    raise HloError(f'the element type {dtype} is not known here: {match[0]}')
+  order, _, tiles = layout.partition(':')
+  space = re.search(r'S\((\d+)\)', tiles)
+  return Shape(
+      dtype, tuple(int(d.strip('<= ')) for d in dims.split(',') if d.strip()),
+      tuple(int(d) for d in order.split(',') if d.strip()), re.sub(r'S\(\d+\)', '', tiles),
+      int(space[1]) if space else HBM)
+
+
+def _closing(text: str, start: int) -> int:
+  """The place after the bracket that closes the one at `start`."""
+  depth = 0
+  quoted = False
+  for n in range(start, len(text)):
+    letter = text[n]
+    if letter == '"' and text[n - 1] != '\\':
+      quoted = not quoted
+    elif not quoted:
+      depth += (letter in '([{') - (letter in ')]}')
+      if not depth:
+        return n + 1
+  raise HloError(f'a bracket that never closes: {text[start:start + 200]}')

@@ -1,0 +1,253 @@
+"""The program of one phase, at full size and without weights, compiled for the devices of a mesh."""
+
+import dataclasses
+import functools
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+from t5x_inference_ext.checkpoints.load import tensor_dtype
+from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.decoding.cache import KVCache
+from t5x_inference_ext.decoding.model import Model
+from t5x_inference_ext.decoding.sampling import Sampler
+from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.layouts.arrangement import device_tensors
+from t5x_inference_ext.layouts.layout import Layout
+from t5x_inference_ext.weights import Weights, layer_weights
+
+PHASES = ('decode', 'prefill')
+WEIGHTS = ('int8', 'bfloat16')
+GREEDY = Sampler()
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """What is compiled, but for the devices.
+
+  Attributes:
+    config: the model.
+    weights: 'int8' or 'bfloat16'.
+    phase: 'decode', one token for each row, or 'prefill', whole prompts; both with the choice of the next token.
+    batch: B.
+    context: S, the positions that the cache has for each row.
+    layout: of the phase.
+    prompt: T of a prefill, by default all of the context.
+    other_layout: of the other phase, which shares the weights and hands over or takes the cache: by default ws_2d/batch,
+      or ws_1d/batch beside ws_1d, whose weights lie otherwise.
+    dtype: of activations, cache and embedding.
+    stacked: whether the layers are one loop.
+
+  Raises:
+    RequestError: a value out of its range.
+    MeshError: two layouts that can't share weights.
+  """
+
+  config: ModelConfig
+  weights: str
+  phase: str
+  batch: int
+  context: int
+  layout: Layout = Layout()
+  prompt: int | None = None
+  other_layout: Layout | None = None
+  dtype: str = 'bfloat16'
+  stacked: bool = True
+
+  def __post_init__(self):
+    for name, known in (('phase', PHASES), ('weights', WEIGHTS)):
+      if getattr(self, name) not in known:
+        raise RequestError(f'{name} must be one of {", ".join(known)}, got {getattr(self, name)!r}')
+    for name in ('batch', 'context', 'prompt'):
+      value = getattr(self, name)
+      if not (value is None and name == 'prompt') and (not isinstance(value, int) or value < 1):
+        raise RequestError(f'{name} must be a whole number above 0, got {value!r}')
+    if self.length > self.context:
+      raise RequestError(f'prompt={self.prompt} does not fit into context={self.context}, the positions of the cache')
+
+  @property
+  def length(self) -> int:
+    """T: the tokens of each row that one pass takes."""
+    return 1 if self.phase == 'decode' else self.prompt or self.context
+
+  @property
+  def tokens(self) -> int:
+    """Of the whole batch, in one pass."""
+    return self.batch * self.length
+
+  @property
+  def layouts(self) -> tuple[Layout, Layout]:
+    """Of prefill and of decode."""
+    other = self.other_layout or Layout('ws_1d' if self.layout.feedforward == 'ws_1d' else 'ws_2d')
+    return (self.layout, other) if self.phase == 'prefill' else (other, self.layout)
+
+  def model(self, mesh: Mesh) -> Model:
+    return Model(self.config, mesh, *self.layouts, self.dtype)
+
+  def to_dict(self) -> dict[str, Any]:
+    """JSON-ready."""
+    prefill, decode = map(str, self.layouts)
+    return {'model': self.config.to_dict(), 'weights': self.weights, 'phase': self.phase, 'batch': self.batch,
+            'context': self.context, 'prompt': self.length if self.phase == 'prefill' else None,
+            'prefill_layout': prefill, 'decode_layout': decode, 'dtype': self.dtype, 'stacked': self.stacked}
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """Bytes of one chip.
+
+  Attributes:
+    weights, cache: of these arguments (of a prefill, whose cache is a result, the result).
+    other: tokens, lengths and logits that go in and out, and the program's code.
+    temporaries: what the program needs besides while it runs.
+    available: what a program may take in all, or None where nobody says (CPU).
+  """
+
+  weights: int
+  cache: int
+  other: int
+  temporaries: int
+  available: int | None = None
+
+  @property
+  def needed(self) -> int:
+    return self.weights + self.cache + self.other + self.temporaries
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A compiled phase.
+
+  Attributes:
+    case: what it is of.
+    mesh: the devices that it is for.
+    compiled: jax's own, with as_text(), memory_analysis() and cost_analysis().
+    arguments: the shapes that it takes, as ShapeDtypeStructs with shardings.
+    memory: of one chip.
+    seconds: that compiling took.
+  """
+
+  case: Case
+  mesh: Mesh
+  compiled: jax.stages.Compiled
+  arguments: tuple[Any, ...]
+  memory: Memory
+  seconds: float
+
+  @functools.cached_property
+  def text(self) -> str:
+    """The scheduled HLO after partitioning."""
+    return self.compiled.as_text()
+
+
+def compile_case(case: Case, mesh: Mesh, available: int | None = None) -> Program:
+  """Compiles a phase for a mesh, of devices that need not be here.
+
+  Args:
+    case: what to compile.
+    mesh: axes x, y, z.
+    available: bytes that a program may take on a chip, if known: only kept.
+
+  Raises:
+    MeshError: the mesh does not divide the model, or the layout can't split the batch.
+    jax.errors.JaxRuntimeError: the compiler refused; RESOURCE_EXHAUSTED is for want of memory.
+  """
+  function, arguments = phase_function(case, mesh)
+  start = time.monotonic()
+  compiled = function.lower(*arguments).compile()
+  seconds = time.monotonic() - start
+  return Program(case, mesh, compiled, arguments, _memory(case, arguments, compiled, available), seconds)
+
+
+def phase_function(case: Case, mesh: Mesh) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
+  """The jitted function of a phase, and the shapes of what it takes.
+
+  decode: (weights, cache, tokens [B]) -> (next tokens [B], cache), the cache in place.
+  prefill: (weights, tokens [B, T], lengths [B]) -> (next tokens [B], cache).
+  """
+  model = case.model(mesh)
+  weights = abstract_weights(model, case.weights, case.stacked)
+  whole = NamedSharding(mesh, P())
+  row_of_ints = jax.ShapeDtypeStruct((case.batch,), jnp.int32, sharding=whole)
+
+  def choose(logits, positions):
+    # Whole on every device: the next step's embedding takes them so.
+    tokens = GREEDY(logits, jnp.zeros_like(positions, jnp.uint32), positions)
+    return jax.lax.with_sharding_constraint(tokens, whole)
+
+  if case.phase == 'prefill':
+
+    def prefill(weights, tokens, lengths):
+      logits, cache = model.prefill(weights, tokens, lengths, case.context)
+      return choose(logits, lengths), cache
+
+    tokens = jax.ShapeDtypeStruct((case.batch, case.length), jnp.int32, sharding=whole)
+    return jax.jit(prefill), (weights, tokens, row_of_ints)
+
+  def decode(weights, cache, tokens):
+    logits, cache = model.decode_step(weights, cache, tokens)
+    return choose(logits, cache.lengths), cache
+
+  cache = abstract_cache(model, weights, case.batch, case.context)
+  return jax.jit(decode, donate_argnames='cache'), (weights, cache, row_of_ints)
+
+
+def abstract_weights(model: Model, weights: str, stacked: bool = True) -> Weights:
+  """The shapes and shardings of a model's weights, as checkpoints.load would make them.
+
+  Args:
+    model: decides mesh and layout.
+    weights: 'int8', or anything else: of the compute dtype.
+    stacked: one array for all layers.
+
+  Raises:
+    MeshError: the mesh does not divide the model.
+  """
+  tensors = device_tensors(model.config, model.prefill_layout, dict(model.mesh.shape), weights == 'int8')
+  layers = model.config.num_layers
+
+  def struct(tensor):
+    lead = (layers,) if tensor.per_layer and stacked else ()
+    sharding = NamedSharding(model.mesh, P(*(None,) * len(lead), *tensor.spec))
+    return jax.ShapeDtypeStruct(
+        lead + tensor.shape, tensor_dtype(tensor, weights, model.dtype), sharding=sharding)
+
+  layer = layer_weights({name: struct(t) for name, t in tensors.items() if t.per_layer})
+  return Weights(layers=layer if stacked else (layer,) * layers,
+                 **{name: struct(t) for name, t in tensors.items() if not t.per_layer})
+
+
+def abstract_cache(model: Model, weights: Weights, batch: int, context: int) -> KVCache:
+  """The shapes and shardings of the cache that a decode step takes: those of what a prefill makes.
+
+  Raises:
+    MeshError: rows that the decode layout can't split.
+  """
+  specs = model.cache_spec(model.place_decode(batch), weights)
+  row = jax.ShapeDtypeStruct((batch,), jnp.int32)
+  made = jax.eval_shape(lambda w, tokens, lengths: model.prefill(w, tokens, lengths, context)[1], weights,
+                        jax.ShapeDtypeStruct((batch, 1), jnp.int32), row)
+  return jax.tree.map(lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(model.mesh, spec)),
+                      made, specs)
+
+
+def shard_bytes(tree: Any) -> int:
+  """What one device holds of a tree of arrays, or of shapes with shardings."""
+  return sum(_size(x.sharding.shard_shape(x.shape), x.dtype) for x in jax.tree.leaves(tree))
+
+
+def _size(shape, dtype) -> int:
+  return int(jnp.dtype(dtype).itemsize * functools.reduce(lambda a, b: a * b, shape, 1))
+
+
+def _memory(case: Case, arguments, compiled, available) -> Memory:
+  """What the compiler says, shared out: it pads arrays to its tiles, so weights are what its arguments have left."""
+  found = compiled.memory_analysis()
+  outputs = found.output_size_in_bytes - found.alias_size_in_bytes
+  total = found.argument_size_in_bytes + outputs + found.generated_code_size_in_bytes
+  weights = shard_bytes(arguments[0])
+  cache = shard_bytes(arguments[1]) if case.phase == 'decode' else outputs
+  return Memory(weights, cache, total - weights - cache, found.temp_size_in_bytes, available)

@@ -1,0 +1,83 @@
+"""The precompile command without its flags: asks, prints, writes the files."""
+
+import json
+import os
+import sys
+from typing import Callable
+
+from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.precompile import report, saved
+from t5x_inference_ext.precompile.analysis import Answer, analyze
+
+
+def precompile(
+    model: ModelConfig,
+    slice_name: str,
+    batch: int,
+    weights: str = 'int8',
+    phase: str = 'decode',
+    context: int = 2048,
+    prompt: int | None = None,
+    layout: str | None = None,
+    other_layout: str | None = None,
+    mesh: str | None = None,
+    json_file: str | None = None,
+    hlo_file: str | None = None,
+    save_file: str | None = None,
+    write: Callable[[str], None] = print,
+) -> bool:
+  """Compiles a phase of a model for a slice, and prints what came out.
+
+  Args:
+    model, slice_name, batch, weights, phase, context, prompt, layout, other_layout, mesh: see analysis.analyze.
+    json_file: takes the report as JSON.
+    hlo_file: takes the compiled program's text.
+    save_file: takes the executable; see saved.
+    write: takes the report's text. Progress goes to stderr.
+
+  Returns:
+    Whether it fits.
+
+  Raises:
+    UserError: see analysis.analyze; or a file that can't be written.
+  """
+  for path in filter(None, (json_file, hlo_file, save_file)):  # found out before minutes of compiling
+    directory = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(directory):
+      raise RequestError(f'can\'t write {path}: there is no directory {directory}')
+  answer = analyze(
+      model, weights, slice_name, phase, batch, context, layout=layout, other_layout=other_layout, mesh=mesh,
+      prompt=prompt, say=_say)
+  write(report.text(answer))
+  if json_file:
+    _write(json_file, json.dumps(report.to_dict(answer), indent=2) + '\n')
+    write(f'report as JSON: {json_file}')
+  if answer.fits:
+    _write_program(answer, hlo_file, save_file, write)
+  elif hlo_file or save_file:
+    write(f'nothing to write to {hlo_file or save_file}: the program does not fit')
+  return answer.fits
+
+
+def _write_program(answer: Answer, hlo_file, save_file, write) -> None:
+  program = answer.program
+  if hlo_file:
+    _write(hlo_file, program.text)
+    write(f'compiled program: {hlo_file}')
+  if save_file:
+    header = saved.save(save_file, program.compiled, program.arguments, program.mesh, program.case.to_dict())
+    versions = ', '.join(f'{name} {header[name]}' for name in ('jax', 'jaxlib', 'libtpu') if header[name])
+    write(f'executable: {save_file}, {header["bytes"] / 2**20:.1f} MiB, for {answer.slice} with {versions}')
+
+
+def _write(path: str, text: str) -> None:
+  try:
+    with open(path, 'w', encoding='utf-8') as f:
+      f.write(text)
+  except OSError as e:
+    raise RequestError(f'can\'t write {path}: {e.strerror}') from e
+
+
+def _say(text: str) -> None:
+  print(f'{text} ...', file=sys.stderr, flush=True)

@@ -1,0 +1,146 @@
+"""The report: what it says follows from the compiled program, the chip and the model."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+
+from t5x_inference_ext import hardware
+from t5x_inference_ext.config import preset
+from t5x_inference_ext.errors import MeshError, RequestError, UserError
+from t5x_inference_ext.precompile import analysis, fit, report
+from t5x_inference_ext.precompile.analysis import Answer, analyze
+from t5x_inference_ext.precompile.fit import Alternative, Shortage
+from t5x_inference_ext.precompile.program import Memory
+
+SMALL = preset('palm_tiny', num_layers=2)
+GIB = 2**30
+
+
+@pytest.fixture(scope='module')
+def answer() -> Answer:
+  return analyze(SMALL, 'int8', 'v4:2x2x1', 'decode', 8, 128, layout='ws_2d/batch')
+
+
+@pytest.fixture(scope='module')
+def shortage(answer) -> Answer:
+  case = dataclasses.replace(answer.case, batch=4096)
+  program = dataclasses.replace(answer.program, memory=Memory(GIB, 2 * GIB, 0, GIB, 30 * GIB))
+  return Answer(
+      answer.slice, Shortage(case, answer.slice, 45 * GIB, 30 * GIB, 4 * GIB, 11 * GIB, 'RESOURCE_EXHAUSTED: too much'),
+      None, (), (Alternative('batch', answer.slice, program), Alternative('layout', answer.slice, program)))
+
+
+@pytest.mark.libtpu
+def test_the_bounds_follow_from_the_chip(answer):
+  chip, found = hardware.chip('v4'), report.bounds(answer)
+  assert found.flops == pytest.approx(2 * SMALL.num_params * 8 / 4 / chip.bf16_flops)
+  assert found.weights == pytest.approx(answer.program.memory.weights / chip.hbm_bandwidth)
+  assert found.memory > found.weights
+
+
+@pytest.mark.libtpu
+def test_the_text_has_everything_in_one_screen(answer):
+  text = report.text(answer)
+  for words in ('model:  2 layers', 'phase:  decode in ws_2d/batch', 'v4:2x2x1, 4 chips, mesh', 'fits: 0.0', 'of 30.75 GiB',
+                'weights 0.00, cache 0.00, temporaries', 'with nothing overlapped', 'with what the schedule overlaps',
+                'the MFU', 'weight-load bound', 'FLOP bound', 'where it goes: ', 'collectives: over mesh axes',
+                'copies and layout changes: '):
+    assert words in text, words
+  lines = text.splitlines()
+  assert len(lines) < 60 and max(map(len, lines)) <= 120
+
+
+@pytest.mark.libtpu
+def test_every_collective_is_listed_with_axes_bytes_and_time(answer):
+  rows = report.to_dict(answer)['collectives']
+  assert sum(row['seconds'] for row in rows) == pytest.approx(answer.estimate.by_kind['collective'])
+  # A 2D layout gathers, and reduces into parts, over both of the mesh's axes; nothing is sent along z of size 1.
+  assert {axis for row in rows for axis in row['axes']} == {'x', 'y'}
+  text = report.text(answer)
+  for row in rows:
+    assert row['bytes'] > 0 and row['seconds'] > 0 and row['devices'] in (2, 4)
+    assert re.search(rf'{row["kind"]} +{"".join(row["axes"])} +{row["count"]} x', text), row
+
+
+@pytest.mark.libtpu
+def test_json_and_text_agree_and_add_up(answer):
+  data = json.loads(json.dumps(report.to_dict(answer)))
+  assert data['fits'] and data['slice'] == 'v4:2x2x1' and data['mesh'] == {'x': 2, 'y': 2, 'z': 1}
+  assert data['case']['decode_layout'] == 'ws_2d/batch' and data['case']['model'] == SMALL.to_dict()
+  serial = data['seconds']['serial']
+  assert sum(row['seconds'] for row in data['operations']) == pytest.approx(serial)
+  assert sum(data['seconds']['by_kind'].values()) == pytest.approx(serial)
+  assert 0 < data['seconds']['overlapped'] <= serial
+  assert data['mfu']['serial'] == pytest.approx(data['bounds']['flops'] / serial)
+  assert data['memory']['needed'] == sum(data['memory'][k] for k in ('weights', 'cache', 'other', 'temporaries'))
+  assert f'time: {serial * 1e3:.2f} ms a step' in report.text(answer)
+
+
+@pytest.mark.libtpu
+def test_the_layer_s_products_run_once_a_layer(answer):
+  products = [row for row in report.to_dict(answer)['operations'] if row['kind'] == 'matmul']
+  assert {row['count'] for row in products} == {1, 2}  # of the 2 layers; the logits'
+  assert sum(row['flops'] * row['count'] for row in products) >= 2 * SMALL.num_params * 8 / 4
+
+
+@pytest.mark.libtpu
+def test_a_shortage_says_what_is_missing_and_what_would_do(shortage):
+  text = report.text(shortage)
+  for words in ('does not fit: 45.00 GiB are needed on each chip and 30.00 GiB are available', 'weights 4.00, cache 11.00',
+                'the rest 30.00', 'RESOURCE_EXHAUSTED: too much', 'would fit: --batch=8, 4.00 of 30.00 GiB (compiled)',
+                'would fit: --layout=ws_2d/batch'):
+    assert words in text, words
+  data = json.loads(json.dumps(report.to_dict(shortage)))
+  assert not data['fits'] and data['memory']['needed'] == 45 * GIB
+  assert [a['change'] for a in data['alternatives']] == ['batch', 'layout']
+  nothing = report.text(dataclasses.replace(shortage, alternatives=()))
+  assert 'no other layout, smaller batch or larger slice that was tried would do' in nothing
+
+
+@pytest.mark.libtpu
+def test_the_best_layout_has_the_least_estimate(monkeypatch):
+  monkeypatch.setitem(fit.CANDIDATES, 'decode', ('ws_2d/batch', 'ws_1d/batch', 'wg_xyz/batch'))
+  answer = analyze(SMALL, 'int8', 'v4:2x2x1', 'decode', 6, 128)
+  tried = {t.layout: t for t in answer.tried}
+  assert set(tried) == {'ws_2d/batch', 'ws_1d/batch', 'wg_xyz/batch'}
+  timed = {name: t.seconds for name, t in tried.items() if t.seconds is not None}
+  assert set(timed) == {'ws_2d/batch', 'ws_1d/batch'} and 'multiple of 4' in tried['wg_xyz/batch'].reason
+  assert str(answer.case.layout) == min(timed, key=timed.get)
+  assert answer.estimate.serial_seconds == min(timed.values())
+  text = report.text(answer)
+  assert f'layout: none given; {answer.case.layout} has the least estimated time of ws_2d/batch' in text
+  assert 'wg_xyz/batch can\'t be used here' in ' '.join(text.split())
+
+
+@pytest.mark.libtpu
+def test_no_layout_may_do(monkeypatch):
+  monkeypatch.setitem(fit.CANDIDATES, 'decode', ('wg_xyz/batch',))
+  with pytest.raises(UserError, match='none of the layouts wg_xyz/batch can be used: wg_xyz/batch splits tokens'):
+    analyze(SMALL, 'int8', 'v4:2x2x1', 'decode', 3, 128)
+
+
+@pytest.mark.libtpu
+def test_where_none_fits_the_nearest_is_reported(monkeypatch):
+  needs = {'ws_2d/batch': 50 * GIB, 'ws_2d/heads': 40 * GIB, 'ws_1d/batch': 60 * GIB}
+
+  def refuse(case, slice_, mesh=None):
+    return Shortage(case, slice_, needs[str(case.layout)], 30 * GIB, GIB, GIB, 'no')
+
+  monkeypatch.setattr(fit, 'try_compile', refuse)
+  monkeypatch.setattr(analysis.fit, 'alternatives', lambda shortage, say: [])
+  answer = analyze(SMALL, 'int8', 'v4:2x2x1', 'decode', 8, 128)
+  assert str(answer.case.layout) == 'ws_2d/heads' and not answer.fits
+  assert [t.reason for t in answer.tried] == ['does not fit'] * 3
+  assert 'ws_2d/heads has the nearest to fitting of ws_2d/batch does not fit' in ' '.join(report.text(answer).split())
+
+
+@pytest.mark.parametrize('arguments,error,words', [
+    (('v4:9x9x9', 'decode', 8), MeshError, 'there is no v4 slice v4:9x9x9'),
+    (('v7:2x2', 'decode', 8), MeshError, 'a slice is written generation:shape'),
+    (('v4:2x2x1', 'train', 8), RequestError, 'phase must be one of')])
+def test_what_makes_no_sense_is_refused_before_compiling(arguments, error, words):
+  slice_name, phase, batch = arguments
+  with pytest.raises(error, match=words):
+    analyze(SMALL, 'int8', slice_name, phase, batch, 128, layout='ws_2d/batch')
