@@ -15,13 +15,14 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
 
 from t5x_inference_ext.checkpoints import Checkpoint, open_checkpoint
-from t5x_inference_ext.checkpoints.load import load_weights
+from t5x_inference_ext.checkpoints.load import load_weights, scans_layers
 from t5x_inference_ext.decoding.generate import generate
 from t5x_inference_ext.decoding.model import Model
 from t5x_inference_ext.decoding.sampling import Sampler
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.layouts.layout import Layout, check_model
 from t5x_inference_ext.layouts.mesh import make_mesh, parse_mesh
+from t5x_inference_ext.precompile.generation import Run, SavedGeneration
 from t5x_inference_ext.weights import Weights
 
 BOS_ID = 0  # T5X shifts targets right and starts from 0
@@ -43,11 +44,13 @@ class Engine:
     checkpoint: where the weights came from, and what was found there.
     model: the functions, and the mesh.
     weights: on the mesh.
+    executable: what runs generations instead of what jit would compile, or None.
   """
 
   checkpoint: Checkpoint
   model: Model
   weights: Weights
+  executable: SavedGeneration | None = None
 
   @classmethod
   def load(
@@ -59,6 +62,8 @@ class Engine:
       prefill_layout: str = 'ws_2d/batch',
       decode_layout: str = 'ws_2d/batch',
       norm_scale: str | None = None,
+      scan_layers: bool | None = None,
+      executable: str | os.PathLike | None = None,
       progress=iter,
   ) -> 'Engine':
     """Opens a serving checkpoint, or a T5X one directly, and loads it onto the mesh.
@@ -69,17 +74,24 @@ class Engine:
       dtype: of activations, cache and float weights: 'float32' or 'bfloat16'. Int8 weights stay int8.
       prefill_layout, decode_layout: 'feedforward/attention', for each phase; see layouts.layout.Layout.
       norm_scale: 'zero' or 'one' for a checkpoint that does not record how its norm scales are stored.
+      scan_layers: one array for all layers and a loop over them, or arrays and code for each; by default a loop for more
+        than 8 layers.
+      executable: a generation that precompile saved, for this model, mesh and versions: it runs instead of compiling, and
+        only what it was compiled for. Loading one runs code: it has to be of your own making.
       progress: wraps the iterator over tensors, e.g. tqdm.
 
     Raises:
-      CheckpointError, MeshError, RequestError: before anything is loaded, unless a tensor itself is damaged.
+      CheckpointError, MeshError, RequestError, SavedError: before anything is loaded, unless a tensor itself is damaged.
     """
     mesh = make_mesh(parse_mesh(mesh)) if isinstance(mesh, str) else mesh
     if not isinstance(checkpoint, Checkpoint):
       checkpoint = open_checkpoint(checkpoint, norm_scale=norm_scale)
     check_model(checkpoint.config, mesh.shape)
     model = Model(checkpoint.config, mesh, Layout.parse(prefill_layout), Layout.parse(decode_layout), dtype)
-    return cls(checkpoint, model, load_weights(checkpoint, model, progress=progress))
+    scan_layers = scans_layers(model.config.num_layers, scan_layers)
+    if executable is not None:
+      executable = SavedGeneration.open(executable, model, checkpoint.weights, scan_layers)
+    return cls(checkpoint, model, load_weights(checkpoint, model, stacked=scan_layers, progress=progress), executable)
 
   def padded_batch(self, rows: int) -> int:
     """The smallest batch of at least `rows` that keeps the mesh as busy as so many rows can."""
@@ -111,6 +123,7 @@ class Engine:
 
     Raises:
       RequestError: no prompts, a prompt longer than the cache or not of the vocabulary.
+      SavedError: with an executable, anything but what it was compiled for.
       MeshError: a number of prompts that the decode layout can't split: see padded_batch.
     """
     check_generation(prompts, self.model.config.vocab_size, max_new_tokens, cache_size, prompt_size, max_length)
@@ -122,9 +135,9 @@ class Engine:
       raise RequestError(f'{len(prompts)} prompts need as many seeds, got shape {seeds.shape}')
     # The last generated token is never fed back, so it takes no position.
     size = max(tokens.shape[1], cache_size or tokens.shape[1] + max_new_tokens - 1)
-    result = jax.device_get(_generate(
-        self.model, self.weights, *self._put(tokens, lengths, seeds.astype(np.uint32)), sampler=sampler,
-        max_new_tokens=max_new_tokens, eos_id=eos_id, cache_size=size, max_length=max_length))
+    program = self._generation(Run(
+        len(prompts), tokens.shape[1] - 1, size, max_new_tokens, sampler, eos_id, max_length))
+    result = jax.device_get(program(self.weights, *self._put(tokens, lengths, seeds.astype(np.uint32))))
     return [Completion(row[:n].tolist(), float(score)) for row, n, score in zip(*result)]
 
   def score(self, inputs: np.ndarray, targets: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
@@ -153,6 +166,13 @@ class Engine:
     """inputs [B, T] model inputs -> [B, T, V] float32 logits after each position."""
     return np.asarray(_logits(self.model, self.weights, *self._put(np.asarray(inputs, np.int32))))
 
+  def _generation(self, run: Run):
+    """The function of (weights, tokens, lengths, seeds) that generates a batch."""
+    if self.executable is None:
+      return functools.partial(_generate, self.model, **_options(run))
+    self.executable.check_run(run)
+    return self.executable.load(*generation_program(self.model, run, self.weights), self.model.mesh)
+
   def _put(self, *arrays):
     return jax.device_put(arrays, NamedSharding(self.model.mesh, P()))
 
@@ -169,6 +189,22 @@ def _jit(function, *static: str):
 
 
 _generate = _jit(generate, 'sampler', 'max_new_tokens', 'eos_id', 'cache_size', 'max_length')
+
+
+def generation_program(model: Model, run: Run, weights: Weights):
+  """What `generate` compiles for a batch: the jitted function, and the shapes that it takes beside these weights'."""
+  whole = NamedSharding(model.mesh, P())
+  tokens = jax.ShapeDtypeStruct((run.batch, run.prompt + 1), np.int32, sharding=whole)
+  lengths, seeds = (jax.ShapeDtypeStruct((run.batch,), dtype, sharding=whole) for dtype in (np.int32, np.uint32))
+  function = jax.jit(functools.partial(_generate.__wrapped__, model, **_options(run)))
+  return function, (weights, tokens, lengths, seeds)
+
+
+def _options(run: Run):
+  return dict(sampler=run.sampler, max_new_tokens=run.max_new_tokens, eos_id=run.eos_id, cache_size=run.context,
+              max_length=run.max_length)
+
+
 _log_probs = _jit(Model.log_probs)
 _logits = _jit(Model.logits)
 

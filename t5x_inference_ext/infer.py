@@ -51,7 +51,8 @@ from t5x_inference_ext.serving.progress import progress
 
 REQUIRED = ('checkpoint', 'prompts', 'output')
 # The defaults of what an Options holds are Options' own.
-OPTIONS = ('mode', 'mesh', 'prefill_layout', 'decode_layout', 'dtype', 'norm_scale', 'batch_size', 'max_new_tokens', 'cache_length', 'seed')
+OPTIONS = ('mode', 'mesh', 'prefill_layout', 'decode_layout', 'dtype', 'norm_scale', 'batch_size', 'max_new_tokens',
+           'cache_length', 'seed', 'scan_layers', 'executable')
 PROCESSES = ('coordinator_address', 'num_processes', 'process_id')
 EXPLAINED_PROMPT = 512  # tokens, where --cache_length does not say how many there could be
 PLAIN = (*REQUIRED, *OPTIONS, 'vocabulary', 'overwrite', 'temperature', 'top_k', 'top_p')
@@ -87,6 +88,11 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
   define('integer', 'batch_size', defaults.batch_size, 'Rows a batch, rounded up to what the mesh takes.')
   define('integer', 'cache_length', None, 'Positions of each row\'s cache, new tokens included; a prompt that does not '
          'fit is an error. By default as many as the longest prompt needs.')
+  define('boolean', 'scan_layers', None, 'One loop over all layers; --noscan_layers writes them out, which takes longer to '
+         'compile, and lets a TPU prefetch each layer\'s weights. By default a loop for more than 8.')
+  define('string', 'executable', None, 'A generation that `python -m t5x_inference_ext.precompile --phase=generate --save` '
+         'compiled for these chips, run instead of compiling; its batch and prompt size are used. It runs as code: use '
+         'files of your own making alone.')
   define('string', 'vocabulary', None, '`bytes` or a SentencePiece .model file. By default bytes for a model of 384 '
          'rows.')
   define('enum', 'norm_scale', None, 'How a T5X checkpoint stores its norm scales: around zero (PaLM) or one. By '

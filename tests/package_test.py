@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 GIN_FILES = sorted(
     path.relative_to(ROOT).as_posix() for path in (ROOT / 't5x_inference_ext' / 'configs').rglob('*.gin'))
 NEEDS_T5X = re.compile(r"^(from|import) (t5x|t5x_inference_ext\.t5x)\b|^include 't5x/", re.MULTILINE)
-COMMANDS = ('t5x_inference_ext-convert', 't5x_inference_ext-infer')
+COMMANDS = ('t5x_inference_ext-convert', 't5x_inference_ext-infer', 't5x_inference_ext-precompile')
 # Frameworks with import costs or global state, which a user of the Python API has not asked for.
 FRAMEWORKS = ('absl.flags', 'gin', 'seqio', 'tensorflow', 't5x', 'flax')
 
@@ -107,7 +107,7 @@ def test_command_resolves_and_shows_help(outside, command):
              f'entry, = m.distribution("t5x_inference_ext").entry_points.select(name={command!r}); '
              f'run = entry.load(); sys.argv = [{command!r}, "--help"]; sys.exit(run())')
   text = outside('-c', program)
-  assert '--output' in text and '--gin_file' in text
+  assert 'python -m t5x_inference_ext.' in text and '--gin_file' in text
 
 
 @pytest.mark.parametrize('name', GIN_FILES)

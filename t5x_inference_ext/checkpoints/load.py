@@ -17,13 +17,18 @@ MAX_UNROLLED_LAYERS = 8
 _DTYPES = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
 
 
+def scans_layers(num_layers: int, asked: bool | None = None) -> bool:
+  """Whether the program loops over stacked layers: as asked, or by default beyond MAX_UNROLLED_LAYERS layers."""
+  return num_layers > MAX_UNROLLED_LAYERS if asked is None else asked
+
+
 def load_weights(checkpoint: Checkpoint, model: Model, *, stacked: bool | None = None, progress=iter) -> Weights:
   """Reads every shard of every tensor that this process's devices hold.
 
   Args:
     checkpoint: an open one, of any format. Int8 weights stay int8; float ones become model.dtype.
     model: decides mesh and layout.
-    stacked: one array for all layers, or (False) one per layer; by default stacked beyond MAX_UNROLLED_LAYERS layers.
+    stacked: one array for all layers, or (False) one per layer; by default as scans_layers says.
     progress: wraps the iterator over tensors, e.g. tqdm.
 
   Returns:
@@ -35,8 +40,7 @@ def load_weights(checkpoint: Checkpoint, model: Model, *, stacked: bool | None =
   """
   tensors = device_tensors(model.config, model.prefill_layout, dict(model.mesh.shape), checkpoint.weights == 'int8')
   layers = model.config.num_layers
-  if stacked is None:
-    stacked = layers > MAX_UNROLLED_LAYERS
+  stacked = scans_layers(layers, stacked)
   per_layer = [slice(0, layers)] if stacked else range(layers)
   jobs = [(name, None) for name, t in tensors.items() if not t.per_layer]
   jobs += [(name, layer) for layer in per_layer for name, t in tensors.items() if t.per_layer]

@@ -51,8 +51,8 @@ def _attend(q, k, v, context, first):
   q = q * jnp.asarray(d ** -0.5, q.dtype)
   # Query heads that share a key head lie beside the tokens, as the rows of one product: [B, K, M * H/K, Q].
   q = jnp.moveaxis(q.reshape(b, m, kv, h // kv, d), 2, 1).reshape(b, kv, -1, d)
-  causal = jnp.arange(k.shape[1])[None, :] <= first + jnp.arange(m)[:, None]  # [M, T]
-  causal = jnp.repeat(causal, h // kv, axis=0)
+  row = jnp.arange(m * (h // kv)) // (h // kv)  # the token that a row of the product is of
+  causal = jnp.arange(k.shape[1])[None, :] <= first + row[:, None]  # [M * H/K, T]
   segments = [(k, v, causal[None, None])]
   if context is not None:
     filled = jnp.arange(context.keys.shape[1])[None, :] < context.lengths[:, None]  # [B, S]

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from t5x_inference_ext.collectives import plain
+from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.layouts.heads import kv_columns
 from t5x_inference_ext.layouts.placement import Placement
 
 
@@ -15,7 +17,7 @@ class AttentionSharding:
   """The moves of one placement, on one shard.
 
   The projections' columns come as [B_rows, T_positions, columns/hidden], a block of columns for each stored shard that is
-  here. Unless rows are split over the embed axes, they are partial sums over these. By axis:
+  here; partial sums over the embed axes, unless summed already. By axis:
 
     embed axis (x)    partial sums are reduced into heads or positions, whichever attention splits over x.
     hidden axes       an all-to-all takes columns to rows where attention splits rows; where it splits heads the columns
@@ -24,11 +26,18 @@ class AttentionSharding:
 
   Attributes:
     placement: says which axis does what.
-    d_head: Q.
+    config: the model.
+    summed: whether columns come summed, and with rows or positions split, over the embed axes (Placement.sums_into). Then
+      what goes back is split so too.
   """
 
   placement: Placement
-  d_head: int
+  config: ModelConfig
+  summed: bool
+
+  @property
+  def d_head(self) -> int:
+    return self.config.d_head
 
   @property
   def _embed(self):
@@ -42,28 +51,28 @@ class AttentionSharding:
     p, heads = self.placement, self.placement.heads
     here = heads.stored.shards // plain.axis_size(p.layout.hidden_axes)  # blocks before the move
     query, kv = (y.reshape(*y.shape[:2], here, -1) for y in (query, kv))  # [B, T, blocks, columns of a block]
-    by_heads, by_positions = (self._embed_splits(axes) for axes in (p.attention_heads, p.attention_positions))
+    kv = kv[..., :kv_columns(self.config, heads.stored)[0]]
+    by_heads = self._embed_splits(p.attention_heads)
     if by_heads:
       query, kv = self._cut_queries(query), self._cut_keys(kv)
-    elif by_positions:
-      query = plain.reduce_scatter(query, self._embed, 1)
-      kv = plain.all_reduce(kv, self._embed)
     else:
-      # Queries, keys and values in one collective.
+      # Queries, keys and values in one collective, wherever they go the same way.
       width = query.shape[-1]
       y = jnp.concatenate([query, kv], axis=-1)
-      if not self._embed_splits(p.attention_rows):
-        y = plain.all_reduce(y, self._embed)
+      if not self.summed:
+        reduce = plain.reduce_scatter if self._embed_splits(p.attention_positions) else lambda y, axes, _: (
+            plain.all_reduce(y, axes))
+        y = reduce(y, self._embed, 1)
       if p.hidden_rows == p.layout.hidden_axes:
         y = plain.all_to_all(y, p.hidden_rows, 0, 2)
       query, kv = y[..., :width], y[..., width:]
-    if by_heads or by_positions or p.hidden_rows != p.layout.hidden_axes:
+    if by_heads or p.hidden_rows != p.layout.hidden_axes:
       query, kv = (plain.all_to_all(y, p.hidden_rows, 0, 2) for y in (query, kv))
       if heads.multiquery:
         kv = plain.all_gather(kv, tuple(a for a in p.layout.hidden_axes if a not in p.hidden_rows), 2)
     if not by_heads and not heads.multiquery:
       kv = kv[:, :, ::heads.stride]  # before the gather: copies need not move
-    kv = plain.all_gather(kv, p.positions, 1)
+    kv = plain.all_gather(kv, p.attention_positions, 1)
     q = query.reshape(*query.shape[:2], heads.heads, self.d_head)
     return q, *self._keys_values(kv, by_heads)
 
@@ -72,7 +81,7 @@ class AttentionSharding:
     p, heads = self.placement, self.placement.heads
     y = out.reshape(*out.shape[:2], heads.blocks if heads.shards == 1 else 1, -1)
     y = plain.all_to_all(y, p.hidden_rows, 2, 0)
-    if self._embed_splits(p.attention_positions):
+    if self._embed_splits(p.attention_positions) and not self.summed:
       y = plain.all_gather(y, self._embed, 1)
     elif self._embed_splits(p.attention_heads):
       y = plain.all_gather(y, self._embed, 2)

@@ -1,7 +1,8 @@
 """A sublayer's matmuls, with weights that stay (section 3.2.1, 3.2.2) or are gathered (section 3.2.3).
 
 Both give the same: from the residual stream's split of [B, T, E] the columns of each part, and from columns back to it.
-Columns are partial sums over the embed axes; where all of a sublayer's go into rows, they are summed, and rows split.
+Columns are partial sums over the embed axes; where all of a sublayer's go into rows, or all into positions
+(Placement.sums_into), they come summed and split.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from t5x_inference_ext.collectives import looped, plain
 from t5x_inference_ext.collectives.weight_gather import Gatherer
 from t5x_inference_ext.config import ModelConfig, Sublayer
-from t5x_inference_ext.layouts.heads import HeadSplit
+from t5x_inference_ext.layouts.heads import HeadSplit, kv_columns
 from t5x_inference_ext.layouts.placement import Placement
 from t5x_inference_ext.quantization import int8
 from t5x_inference_ext.weights import SublayerWeights
@@ -26,8 +27,7 @@ def column_widths(config: ModelConfig, sublayer: Sublayer, stored: HeadSplit) ->
   widths = {name: config.d_ff // stored.shards for name in config.mlp_inputs} if sublayer.mlp else {}
   if sublayer.attention:
     widths['query'] = stored.local_heads * config.d_head
-    kv = 2 * config.d_head
-    widths['kv'] = -(-kv // stored.shards) if config.num_kv_heads == 1 else stored.local_groups * kv
+    widths['kv'] = kv_columns(config, stored)[1]
   return widths
 
 
@@ -46,8 +46,8 @@ class Stationary:
     else:
       y = plain.all_gather(y, hidden, self.placement.residual_dim)  # [B, T, E/embed]
       y = int8.matmul(y, w.w_in, w.in_scale)
-    if self.placement.sums_into_rows(self.sublayer):  # before anything is cut out of it
-      y = plain.reduce_scatter(y, self.placement.layout.embed_axes, 0)
+    if (dim := self.placement.sums_into(self.sublayer)) is not None:  # before anything is cut out of it
+      y = plain.reduce_scatter(y, self.placement.layout.embed_axes, dim)
     parts, offset = {}, 0
     for name, width in widths.items():
       parts[name] = y[..., offset:offset + width]
@@ -58,8 +58,8 @@ class Stationary:
     """parts, columns [B, T, rows of w_out] in order -> the residual stream's split of [B, T, E], not yet scaled."""
     hidden, directions = self.placement.layout.hidden_axes, self.placement.layout.ring_directions
     y = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
-    if self.placement.sums_into_rows(self.sublayer):
-      y = plain.all_gather(y, self.placement.layout.embed_axes, 0)
+    if (dim := self.placement.sums_into(self.sublayer)) is not None:
+      y = plain.all_gather(y, self.placement.layout.embed_axes, dim)
     if directions:
       return looped.matmul_reduce_scatter(y, w.w_out, hidden, directions)
     return plain.reduce_scatter(int8.matmul(y, w.w_out), hidden, self.placement.residual_dim)

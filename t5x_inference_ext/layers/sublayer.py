@@ -62,13 +62,14 @@ class Layer:
 
   def _sublayer(self, x, w: SublayerWeights, sublayer: Sublayer, positions, context):
     project = projections(self.placement, sublayer)
+    summed = self.placement.sums_into(sublayer) is not None
     y = norm(x, w.norm, w.norm_bias, self.config, self.placement.residual[2])
     parts = project.inputs(y, w, column_widths(self.config, sublayer, self.placement.heads.stored))
     attention, kv, outputs = None, None, []
     if sublayer.attention:
-      attention, kv = self._attention(parts['query'], parts['kv'], positions, context)
+      attention, kv = self._attention(parts['query'], parts['kv'], summed, positions, context)
     if sublayer.mlp:
-      outputs.append(self._mlp(parts, summed=self.placement.sums_into_rows(sublayer)))
+      outputs.append(self._mlp(parts, summed))
     if attention is not None:
       outputs.append(attention)
     y = project.outputs(outputs, w)
@@ -81,8 +82,8 @@ class Layer:
     y = jax.nn.swish(gate[0]) * linear if gate else jax.nn.gelu(linear, approximate=True)
     return plain.all_gather(y, embed, dim)
 
-  def _attention(self, query, kv, positions, context):
-    moves = AttentionSharding(self.placement, self.config.d_head)
+  def _attention(self, query, kv, summed, positions, context):
+    moves = AttentionSharding(self.placement, self.config, summed)
     q, k, v = moves.to_attention(query, kv)
     q, k = rotate(q, *positions.queries), rotate(k, *positions.keys)
     out = attend(q, k, v, context, moves.query_positions(k.shape[1]))

@@ -6,6 +6,7 @@ checkpoints hold canonical tensors. Padding is with zeros and never touches the 
 """
 
 import dataclasses
+import itertools
 from typing import Callable, Mapping
 
 from jax.sharding import PartitionSpec as P
@@ -13,7 +14,7 @@ import numpy as np
 
 from t5x_inference_ext import parameters
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.layouts.heads import HeadSplit
+from t5x_inference_ext.layouts.heads import kv_columns, stored_heads
 from t5x_inference_ext.layouts.layout import Layout, check_model, size
 
 Index = tuple[slice, ...]
@@ -109,14 +110,14 @@ def device_tensors(config: ModelConfig, layout: Layout, mesh: Mapping[str, int],
   check_model(config, mesh)
   canonical = {**parameters.parameters(config), **parameters.scales(config)}
   shards = size(layout.stored_hidden, mesh)
-  split = HeadSplit.of(config.num_kv_heads, config.num_heads // config.num_kv_heads, shards)
+  split = stored_heads(config, shards)
   e, d = config.d_model, config.d_head
 
-  def even(*names, axis=-1):
+  def even(*names, axis=-1, padded=0):
     sizes = tuple(canonical[n].shape[axis] for n in names)
-    width = -(-sum(sizes) // shards)
-    return Part(names, sizes, width, tuple((min(s * width, sum(sizes)), min((s + 1) * width, sum(sizes)))
-                                           for s in range(shards)))
+    share = -(-sum(sizes) // shards)
+    bounds = [min(s * share, sum(sizes)) for s in range(shards + 1)]
+    return Part(names, sizes, padded or share, tuple(itertools.pairwise(bounds)))
 
   def by_heads(name, count, head_range, axis=-1):
     ranges = tuple((start * d, stop * d) for start, stop in map(head_range, range(shards)))
@@ -140,7 +141,7 @@ def device_tensors(config: ModelConfig, layout: Layout, mesh: Mapping[str, int],
     if sublayer.attention:
       parts.append(by_heads(rename('query'), split.local_heads, split.query_range))
       if config.num_kv_heads == 1:  # one key head is less than a shard: all share its columns, and gather them
-        parts.append(even(rename('key'), rename('value')))
+        parts.append(even(rename('key'), rename('value'), padded=kv_columns(config, split)[1]))
       else:
         parts += [by_heads(rename(n), split.local_groups, split.group_range) for n in ('key', 'value')]
     return parts

@@ -7,6 +7,10 @@ several shards share a group, each with a part of its queries and a copy of its 
 import dataclasses
 import math
 
+from t5x_inference_ext.config import ModelConfig
+
+LANES = 128  # columns of a TPU tile: what begins elsewhere is moved before it is used
+
 
 @dataclasses.dataclass(frozen=True)
 class HeadSplit:
@@ -62,6 +66,23 @@ class HeadSplit:
     """The groups, that is key heads, [start, stop) of a shard."""
     start = min(shard // self.copies * self.local_groups, self.groups)
     return start, min(start + self.local_groups, self.groups)
+
+
+def stored_heads(config: ModelConfig, shards: int) -> HeadSplit:
+  """How the weights of a model hold its heads, on this many shards of the hidden axes."""
+  return HeadSplit.of(config.num_kv_heads, config.num_heads // config.num_kv_heads, shards)
+
+
+def kv_columns(config: ModelConfig, stored: HeadSplit) -> tuple[int, int]:
+  """A stored shard's columns of keys and values: those that count, and those that there are, padded.
+
+  One key head in all is less than a shard: all share its columns evenly, padded to whole tiles where a shard's queries
+  are so many that this is little.
+  """
+  if config.num_kv_heads > 1:
+    return (2 * stored.local_groups * config.d_head,) * 2
+  count = -(-2 * config.d_head // stored.shards)
+  return count, -(-count // LANES) * LANES if stored.local_heads * config.d_head >= 4 * LANES else count
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Mapping
 
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.layouts.heads import HeadSplit
+from t5x_inference_ext.layouts.heads import HeadSplit, stored_heads
 from t5x_inference_ext.layouts.layout import Axes, Layout, size
 
 # Norm moments, scales and logits are float32 whatever the activations are.
@@ -88,5 +88,4 @@ class Pass:
 
   @property
   def stored_heads(self) -> HeadSplit:
-    c = self.config
-    return HeadSplit.of(c.num_kv_heads, c.num_heads // c.num_kv_heads, self.size(self.layout.stored_hidden))
+    return stored_heads(self.config, self.size(self.layout.stored_hidden))

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from t5x_inference_ext.config import ModelConfig, Sublayer
 from t5x_inference_ext.errors import MeshError
-from t5x_inference_ext.layouts.heads import AttentionHeads, HeadSplit
+from t5x_inference_ext.layouts.heads import AttentionHeads, stored_heads
 from t5x_inference_ext.layouts.layout import Axes, Layout, shape_text, size
 
 
@@ -54,10 +54,16 @@ class Placement:
     """[B, S, K, Q]; one key head in all is whole on every device that splits heads."""
     return P(self.attention_rows, None, None if self.heads.multiquery else self.attention_heads, None)
 
-  def sums_into_rows(self, sublayer: Sublayer) -> bool:
-    """Whether all that a sublayer's input product leaves summed over the embed axes goes into rows: in one collective."""
-    embed = self.layout.embed_axes
-    return bool(embed) and self.mlp_dim == 0 and (not sublayer.attention or embed[0] in self.attention_rows)
+  def sums_into(self, sublayer: Sublayer) -> int | None:
+    """The dimension of tokens [B, T] that one collective splits all columns of a sublayer over, the embed axes' part.
+
+    None where MLP and attention go into different dimensions or into none, or no axis is left to sum over.
+    """
+    embed = set(self.layout.embed_axes)
+    dims = [self.mlp_dim] if sublayer.mlp else []
+    if sublayer.attention:
+      dims.append(0 if embed & set(self.attention_rows) else 1 if embed & set(self.attention_positions) else 2)
+    return dims[0] if embed and len(set(dims)) == 1 and dims[0] < 2 else None
 
   @property
   def hidden_rows(self) -> Axes:
@@ -91,14 +97,16 @@ def place(layout: Layout, config: ModelConfig, mesh: Mapping[str, int], batch: i
   if layout.attention == 'batch':
     more = _filled(_row_axes(embed, hidden), batch // size(rows, mesh), mesh)
   heads = tuple(a for a in hidden if a not in more)
-  stored = HeadSplit.of(
-      config.num_kv_heads, config.num_heads // config.num_kv_heads, size(layout.stored_hidden, mesh))
+  stored = stored_heads(config, size(layout.stored_hidden, mesh))
   cut = 1
   if embed and embed[0] not in more:
-    # Partial sums over x are reduced into parts: of heads, else of positions, else (one token) not at all.
-    if heads == hidden and stored.local_heads >= size(embed, mesh):
+    # Partial sums over x are reduced into positions, as the MLP's are, or into heads if these are asked for, padded where
+    # most are real; if neither will do (one token, few heads) not at all.
+    divides = length % size(embed, mesh) == 0
+    enough = heads == hidden and 2 * stored.local_heads > size(embed, mesh)
+    if enough and not (divides and layout.attention == 'batch'):
       heads, cut = heads + embed, size(embed, mesh)
-    elif length % size(embed, mesh) == 0:
+    elif divides:
       positions += embed
   blocks = stored.shards // size(tuple(a for a in heads if a in hidden), mesh)
   gathered = tuple(a for a in positions if a in layout.gathered_axes)

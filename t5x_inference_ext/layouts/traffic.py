@@ -8,7 +8,7 @@ import dataclasses
 from typing import Mapping
 
 from t5x_inference_ext.config import ModelConfig, Sublayer
-from t5x_inference_ext.layouts.heads import HeadSplit
+from t5x_inference_ext.layouts.heads import kv_columns
 from t5x_inference_ext.layouts.layout import Axes, Layout
 from t5x_inference_ext.layouts.moves import FLOAT32, Move, Pass
 from t5x_inference_ext.layouts.placement import Placement, sampling_axes
@@ -35,16 +35,16 @@ def layer_moves(
   for sublayer in config.sublayers:
     moves += _norm(p, placement, batch * length)
     moves += _projections(p, sublayer, before=True)
-    into_rows = placement.sums_into_rows(sublayer)
-    if into_rows:
+    together = placement.sums_into(sublayer) is not None
+    if together:
       moves += p.activations('all columns', 'reduce_scatter', p.layout.embed_axes, p.tokens * sum(_columns(p, sublayer).values()))
     if sublayer.attention:
-      moves += _to_attention(p, placement)
-    if sublayer.mlp and not into_rows:
+      moves += _to_attention(p, placement, together)
+    if sublayer.mlp and not together:
       moves += _mlp(p)
     if sublayer.attention:
-      moves += _from_attention(p, placement)
-    if into_rows:
+      moves += _from_attention(p, placement, together)
+    if together:
       rows = p.config.d_ff // p.size(p.layout.hidden_axes) * sublayer.mlp
       rows += p.stored_heads.local_heads * p.config.d_head * sublayer.attention
       moves += p.activations('mlp and attention', 'all_gather', p.layout.embed_axes, p.tokens * rows)
@@ -172,7 +172,7 @@ def _columns(p: Pass, sublayer: Sublayer) -> dict[str, int]:
   if sublayer.attention:
     here = stored.shards // hidden
     columns['query'] = here * stored.local_heads * c.d_head
-    columns['keys and values'] = here * _key_value_columns(c, stored)
+    columns['keys and values'] = here * kv_columns(c, stored)[1]
   return columns
 
 
@@ -185,20 +185,13 @@ def _mlp(p: Pass) -> list[Move]:
   return moves + p.activations('mlp', 'all_gather', p.layout.embed_axes, count)
 
 
-def _key_value_columns(config: ModelConfig, stored: HeadSplit) -> int:
-  """A stored shard's columns of keys and values. One key head's are spread over all shards, padded to divide."""
-  if config.num_kv_heads == 1:
-    return -(-2 * config.d_head // stored.shards)
-  return 2 * stored.local_groups * config.d_head
-
-
-def _to_attention(p: Pass, placement: Placement) -> list[Move]:
-  """Section 3.3: `BLH_yzQ(partialsum-x)` to queries, keys and values as attention splits them."""
+def _to_attention(p: Pass, placement: Placement, summed: bool) -> list[Move]:
+  """Section 3.3: `BLH_yzQ(partialsum-x)`, unless summed already, to queries, keys and values as attention splits them."""
   layout, heads, d = p.layout, placement.heads, p.config.d_head
   embed, rows = layout.embed_axes, placement.hidden_rows
   x, here = p.size(embed), heads.stored.shards // p.size(layout.hidden_axes)
   query = p.tokens * here * heads.stored.local_heads * d
-  kv = p.tokens * here * _key_value_columns(p.config, heads.stored)
+  kv = p.tokens * here * kv_columns(p.config, heads.stored)[0]
   together, by = 'query, keys and values', _split_by(placement)
   if by == 'heads':  # each part's heads are padded to divide; so are its key heads, unless devices share them
     cut = heads.cut
@@ -210,15 +203,12 @@ def _to_attention(p: Pass, placement: Placement) -> list[Move]:
       moves += p.activations('keys and values', 'all_reduce', embed, kv)
     query //= x
     kv = kv if heads.multiquery else 2 * p.tokens * cut.local_groups * d
-  elif by == 'positions':  # every device's queries see all keys
-    moves = p.activations('query', 'reduce_scatter', embed, query)
-    moves += p.activations('keys and values', 'all_reduce', embed, kv)
-    query //= x
-  elif by == 'rows':  # all columns of the input product have gone there already
-    moves, query, kv = [], query // x, kv // x
-  else:
+  elif by is None:
     moves = p.activations(together, 'all_reduce', embed, query + kv)
-  if by in ('rows', None) and rows == layout.hidden_axes:
+  else:
+    moves = [] if summed else p.activations(together, 'reduce_scatter', embed, query + kv)
+    query, kv = query // x, kv // x
+  if by != 'heads' and rows == layout.hidden_axes:
     moves += p.activations(together, 'all_to_all', rows, query + kv)
   else:
     moves += p.activations('query', 'all_to_all', rows, query)
@@ -229,11 +219,12 @@ def _to_attention(p: Pass, placement: Placement) -> list[Move]:
     moves += p.activations('keys and values', 'all_gather', rest, kv)
   elif by != 'heads':
     kv //= heads.stride  # of key heads that devices share, one copy is kept
-  return moves + p.activations('keys and values', 'all_gather', placement.positions, kv * p.size(placement.positions))
+  positions = placement.attention_positions  # every device's queries see all keys
+  return moves + p.activations('keys and values', 'all_gather', positions, kv * p.size(positions))
 
 
-def _from_attention(p: Pass, placement: Placement) -> list[Move]:
-  """Section 3.3: what attention gives, back to `BLH_yzQ`, the same on every shard of d_model."""
+def _from_attention(p: Pass, placement: Placement, summed: bool) -> list[Move]:
+  """Section 3.3: what attention gives, back to `BLH_yzQ`."""
   layout, heads = p.layout, placement.heads
   here = heads.stored.shards // p.size(layout.hidden_axes)
   columns = p.tokens * here * heads.stored.local_heads * p.config.d_head
@@ -242,7 +233,7 @@ def _from_attention(p: Pass, placement: Placement) -> list[Move]:
     columns = p.tokens * heads.cut.padded_groups * heads.cut.padded_queries * p.config.d_head
   moves = p.activations(
       'attention', 'all_to_all', placement.hidden_rows, columns // p.size(layout.embed_axes) if by else columns)
-  return moves + (p.activations('attention', 'all_gather', layout.embed_axes, columns) if by not in (None, 'rows') else [])
+  return moves + (p.activations('attention', 'all_gather', layout.embed_axes, columns) if by and not summed else [])
 
 
 def _split_by(placement: Placement) -> str | None:

@@ -13,8 +13,15 @@ tokens (by default of all the context):
   python -m t5x_inference_ext.precompile --model=palm_62b --weights=bfloat16 --slice=v5e:4x4 \\
       --phase=prefill --batch=16 --context=2048 --prompt=1024 --json=/tmp/prefill.json --hlo=/tmp/prefill.txt
 
---save=FILE keeps the executable, for programs with the same versions and as many of the same chips. The same by gin,
-where models of other shapes are, too:
+--save=FILE keeps the executable, for the same versions and chips. That of --phase=generate is what infer runs for a
+batch; on the slice it starts without compiling:
+
+  python -m t5x_inference_ext.precompile --model=palm_8b --slice=v4:2x2x1 --phase=generate --batch=32 --context=512 \
+      --max_new_tokens=64 --layout=ws_2d/batch --save=/tmp/palm_8b.executable
+  python -m t5x_inference_ext.infer --checkpoint=DIR --prompts=FILE.jsonl --output=FILE.jsonl --batch_size=32 \
+      --max_new_tokens=64 --executable=/tmp/palm_8b.executable
+
+The same by gin, where models of other shapes are, too:
 
   python -m t5x_inference_ext.precompile --gin_file=t5x_inference_ext/configs/runs/precompile.gin \\
       --gin_file=t5x_inference_ext/configs/models/palm_8b.gin --gin.SLICE=\\"v4:2x2x1\\" --gin.BATCH=32
@@ -36,8 +43,8 @@ FITS, DOES_NOT_FIT = 0, 1
 REQUIRED = ('model', 'slice', 'batch')
 # Flag -> the parameter of run.precompile, where they differ.
 PARAMETERS = {'slice': 'slice_name', 'json': 'json_file', 'hlo': 'hlo_file', 'save': 'save_file'}
-FLAGS = ('model', 'weights', 'slice', 'phase', 'batch', 'context', 'prompt', 'layout', 'other_layout', 'mesh', 'json',
-         'hlo', 'save')
+FLAGS = ('model', 'weights', 'slice', 'phase', 'batch', 'context', 'prompt', 'layout', 'other_layout', 'mesh', 'scan_layers',
+         'max_new_tokens', 'temperature', 'top_k', 'top_p', 'json', 'hlo', 'save')
 
 
 def define_flags(flags: absl_flags.FlagValues) -> None:
@@ -48,15 +55,23 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
   define('enum', 'model', None, f'The model: {", ".join(sorted(PRESETS))}.', sorted(PRESETS))
   define('enum', 'weights', 'int8', 'int8 or bfloat16.', ('int8', 'bfloat16'))
   define('string', 'slice', None, 'The slice: v4:4x4x4, v5p:2x2x4, v5e:4x8, v6e:2x2, ...')
-  define('enum', 'phase', 'decode', 'decode: one token for each row; prefill: whole prompts.', ('decode', 'prefill'))
+  define('enum', 'phase', 'decode', 'decode: one token for each row; prefill: whole prompts; generate: '
+         'all that infer runs for a batch, to be saved.', ('decode', 'prefill', 'generate'))
   define('integer', 'batch', None, 'Rows.')
   define('integer', 'context', 2048, 'Positions of the KV cache for each row.')
-  define('integer', 'prompt', None, 'Tokens of each row that a prefill takes. By default all of the context.')
+  define('integer', 'prompt', None, 'Tokens of each row that a prefill takes: by default all of the context. Of a '
+         'generation, what the new tokens leave of it.')
   define('string', 'layout', None, 'feedforward/attention[/collectives] of the phase, such as ws_2d/batch '
          '(docs/layouts.md). By default the best of those that suit the phase.')
   define('string', 'other_layout', None, 'Of the other phase, which shares the weights and the cache. By default '
          'ws_2d/batch, or ws_1d/batch beside ws_1d.')
   define('string', 'mesh', None, 'XxYxZ over the whole slice. By default along its torus.')
+  define('boolean', 'scan_layers', None, 'One loop over all layers; --noscan_layers writes them out, which takes longer to '
+         'compile, and prefetches each layer\'s weights. By default a loop for more than 8, as in infer.')
+  define('integer', 'max_new_tokens', 64, 'Of a generation: the limit for each row.')
+  define('float', 'temperature', 0.0, 'Of a generation; 0 takes the most likely token.')
+  define('integer', 'top_k', 0, 'Of a generation: sample among the k most likely tokens; 0: all.')
+  define('float', 'top_p', 1.0, 'Of a generation: sample among the most likely tokens that reach this probability.')
   define('string', 'json', None, 'Write the report into this file, as JSON.')
   define('string', 'hlo', None, 'Write the compiled program into this file, as text.')
   define('string', 'save', None, 'Write the executable into this file.')

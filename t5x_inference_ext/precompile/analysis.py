@@ -4,6 +4,7 @@ import dataclasses
 from typing import Callable
 
 from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.decoding.sampling import Sampler
 from t5x_inference_ext.errors import MeshError, UserError
 from t5x_inference_ext.layouts.layout import Layout
 from t5x_inference_ext.layouts.mesh import parse_mesh
@@ -61,7 +62,10 @@ def analyze(
     layout: str | None = None,
     other_layout: str | None = None,
     mesh: str | None = None,
+    scan_layers: bool | None = None,
     prompt: int | None = None,
+    max_new_tokens: int = 64,
+    sampler: Sampler = Sampler(),
     say: Say = lambda text: None,
 ) -> Answer:
   """Compiles a phase for a slice and estimates its time there.
@@ -70,13 +74,15 @@ def analyze(
     model: the model.
     weights: 'int8' or 'bfloat16'.
     slice_name: 'v4:4x4x4'.
-    phase: 'decode' or 'prefill'.
+    phase: 'decode', 'prefill' or 'generate'.
     batch: B.
     context: S, the positions of each row's cache.
     layout: of the phase, 'feedforward/attention'; None: the one of fit.CANDIDATES with the least serial estimate.
     other_layout: of the other phase; see program.Case.
     mesh: 'XxYxZ' over the whole slice; None: along its torus.
-    prompt: T of a prefill; None: the context.
+    scan_layers: one loop over all layers, or code for each; None: a loop for more than 8.
+    prompt: tokens of each row that a prefill or a generation takes; see program.Case.
+    max_new_tokens, sampler: of a generation.
     say: hears what is being done.
 
   Raises:
@@ -86,7 +92,8 @@ def analyze(
   slice_ = parse_slice(slice_name)
   slices.check_slice(slice_)
   case = Case(model, weights, phase, batch, context, Layout.parse(layout) if layout else Layout(), prompt,
-              Layout.parse(other_layout) if other_layout else None)
+              Layout.parse(other_layout) if other_layout else None, max_new_tokens=max_new_tokens, sampler=sampler,
+              stacked=scan_layers)
   mesh = slices.slice_mesh(slice_, model, parse_mesh(mesh) if mesh else None)
   say(f'{slice_}: {slice_.chips} chips as a mesh of {"x".join(map(str, mesh.devices.shape))}')
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from t5x_inference_ext.hardware import Chip
 from t5x_inference_ext.layouts.torus import Slice
-from t5x_inference_ext.precompile.hlo import Computation, HloError, Instruction, Module
+from t5x_inference_ext.precompile.hlo import Computation, Instruction, Module
+from t5x_inference_ext.precompile.shapes import HloError
 
 KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
 
@@ -97,9 +98,11 @@ def replica_groups(instruction: Instruction, partitions: int) -> tuple[tuple[int
 def seconds(collective: Collective, chip: Chip, slice_: Slice) -> float:
   """Its time alone on the links.
 
-  An all-gather of K chips takes (K-1)/K of its result over the torus axes that it uses, and their hops; a
-  reduce-scatter the same of its operand; an all-reduce both; an all-to-all half of an all-gather's bytes. One axis is
-  used up to 4 chips, two up to 16, three beyond, as many as the torus has. A collective-permute is one link and one hop.
+  An all-gather of K chips takes (K-1)/K of its result over the torus axes that it uses, all at once, and their hops;
+  a reduce-scatter the same of its operand; an all-reduce both; an all-to-all half of an all-gather's bytes. Up to 4
+  chips use one axis, up to 16 two, more of them three, as far as the torus has so many. Where a slice's axes are of
+  other lengths, the chips count as a box of as many axes, as even as can be. A collective-permute takes its bytes over
+  one link, and one hop.
   """
   if collective.kind == 'collective-permute':
     return collective.bytes / chip.link_bandwidth + chip.hop_latency

@@ -2,17 +2,17 @@
 
 The serial estimate runs everything in sequence and overlaps nothing:
 
-- An instruction that the compiler puts estimated cycles on takes these over the chip's clock. One without (custom calls,
-  kernels, plain copies) takes the longer of its bytes, read and written, over the HBM bandwidth and its FLOPs over the
-  bf16 peak, and is listed by name; an in-place dynamic-update-slice moves its update alone. Asynchronous copies into
-  on-chip memory take nothing: they are what hides.
-- A link carries one way what hardware.Chip says. A torus axis with wraparound carries twice that and needs size/2 hops; one
-  without carries it once and needs size-1 hops. Collectives: collective_cost.seconds. Of two collective-permutes that run
-  in opposite directions in the same step the longer counts.
+- An instruction that the compiler puts estimated cycles on takes these over the chip's clock. One without (custom
+  calls, kernels, plain copies) takes the longer of its bytes, read and written, over the HBM bandwidth and its FLOPs
+  over the bf16 peak, and is listed by name; an in-place dynamic-update-slice reads and writes its update alone.
+  Asynchronous copies into on-chip memory take nothing: they are what hides.
+- A link carries one way what hardware.Chip says. A torus axis with wraparound carries twice that and needs size/2 hops;
+  one without carries it once and needs size-1 hops. Collectives: collective_cost.seconds. Of two collective-permutes
+  that run in opposite directions in the same step, which are those under way together, the longer counts.
 - Loops multiply by their trip counts. Of a conditional the longest branch counts.
 
-The overlapped estimate is the same sum with each asynchronous collective shortened by the compute that the schedule puts
-between its start and its done.
+The overlapped estimate is the same sum with each asynchronous collective shortened by the compute that the schedule
+puts between its start and its done.
 
 An estimate is not a TPU: it ranks programs, and shows where they spend.
 """
@@ -77,7 +77,7 @@ class Estimate:
   """A program's time on one slice.
 
   Attributes:
-    costs: every instruction that runs, in the order of the schedule.
+    costs: every instruction that runs, in the order of the schedule; the end of an asynchronous one is left out.
     unknown_loops: loops whose trip count the text does not tell: they count once, so that the sums are too small.
     weight_copies: weights and caches that the program writes to HBM again (relayouts.weight_copies).
   """
@@ -145,7 +145,8 @@ def estimate(program: Any, slice_: Slice, mesh: Any) -> Estimate:
   _keep_longest_branches(found, costs)
   _hide(found, costs)
   _mark_layer_loop(found, costs)
-  kept = tuple(c for e, c in zip(found, costs) if not is_free(e.instruction))
+  kept = tuple(
+      c for e, c in zip(found, costs) if not is_free(e.instruction) and e.instruction.phase not in ('done', 'update'))
   return Estimate(kept, tuple(unknown), tuple(weight_copies(program)))
 
 

@@ -18,7 +18,9 @@ from t5x_inference_ext.precompile.program import Case, Program, compile_case
 # What is tried, in this order, where no layout is asked for: see docs/layouts.md for which is for what.
 CANDIDATES = {
     'decode': ('ws_2d/batch', 'ws_2d/heads', 'ws_1d/batch'),
-    'prefill': ('ws_2d/batch', 'ws_2d/heads', 'wg_x/batch', 'wg_xy/batch', 'wg_xyz/batch')}
+    'prefill': ('ws_2d/batch', 'ws_2d/heads', 'wg_x/batch', 'wg_xy/batch', 'wg_xyz/batch'),
+    # How long its loop turns nobody knows beforehand, so that no estimate could choose.
+    'generate': ('ws_2d/batch',)}
 # Compilations that the search for each kind of alternative may spend.
 TRIES = 3
 

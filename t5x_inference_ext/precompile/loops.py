@@ -65,8 +65,8 @@ def trip_count(
     outer: tuple[tuple[Computation, Instruction], ...] = ()) -> int | None:
   """How often a while instruction turns, or None where the text does not tell.
 
-  As the compiler noted it, else from the condition: it compares one element of the state, which starts at a constant and
-  which the body moves by a constant, with another constant.
+  As the compiler noted it, else from the condition: it compares one element of the state, which starts at a constant
+  and which the body moves by a constant, with another constant.
 
   Args:
     computation: where the loop stands.

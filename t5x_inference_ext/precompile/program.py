@@ -9,17 +9,20 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-from t5x_inference_ext.checkpoints.load import tensor_dtype
+from t5x_inference_ext.checkpoints.load import scans_layers, tensor_dtype
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.decoding.cache import KVCache
 from t5x_inference_ext.decoding.model import Model
 from t5x_inference_ext.decoding.sampling import Sampler
+from t5x_inference_ext.engine import generation_program
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.layouts.arrangement import device_tensors
 from t5x_inference_ext.layouts.layout import Layout
+from t5x_inference_ext.precompile.generation import Run, describe
+from t5x_inference_ext.precompile.memory import Memory, memory_of
 from t5x_inference_ext.weights import Weights, layer_weights
 
-PHASES = ('decode', 'prefill')
+PHASES = ('decode', 'prefill', 'generate')
 WEIGHTS = ('int8', 'bfloat16')
 GREEDY = Sampler()
 
@@ -31,15 +34,18 @@ class Case:
   Attributes:
     config: the model.
     weights: 'int8' or 'bfloat16'.
-    phase: 'decode', one token for each row, or 'prefill', whole prompts; both with the choice of the next token.
+    phase: 'decode', one token for each row, or 'prefill', whole prompts; both with the choice of the next token. Or
+      'generate', all of it: what infer runs for a batch.
     batch: B.
     context: S, the positions that the cache has for each row.
-    layout: of the phase.
-    prompt: T of a prefill, by default all of the context.
+    layout: of the phase; of a generation that of its prefill.
+    prompt: T of a prefill, by default all of the context; of a generation, BOS not counted, by default what the new tokens
+      leave of the context.
     other_layout: of the other phase, which shares the weights and hands over or takes the cache: by default ws_2d/batch,
       or ws_1d/batch beside ws_1d, whose weights lie otherwise.
     dtype: of activations, cache and embedding.
-    stacked: whether the layers are one loop.
+    stacked: whether the layers are one loop; by default as loading a checkpoint has it.
+    max_new_tokens, sampler: of a generation.
 
   Raises:
     RequestError: a value out of its range.
@@ -55,9 +61,12 @@ class Case:
   prompt: int | None = None
   other_layout: Layout | None = None
   dtype: str = 'bfloat16'
-  stacked: bool = True
+  stacked: bool | None = None
+  max_new_tokens: int = 64
+  sampler: Sampler = GREEDY
 
   def __post_init__(self):
+    object.__setattr__(self, 'stacked', scans_layers(self.config.num_layers, self.stacked))
     for name, known in (('phase', PHASES), ('weights', WEIGHTS)):
       if getattr(self, name) not in known:
         raise RequestError(f'{name} must be one of {", ".join(known)}, got {getattr(self, name)!r}')
@@ -65,13 +74,26 @@ class Case:
       value = getattr(self, name)
       if not (value is None and name == 'prompt') and (not isinstance(value, int) or value < 1):
         raise RequestError(f'{name} must be a whole number above 0, got {value!r}')
-    if self.length > self.context:
+    if self.phase == 'generate':
+      # BOS takes a position, the last new token none.
+      if self.max_new_tokens < 1 or (self.prompt or 1) + self.max_new_tokens > self.context:
+        raise RequestError(f'context={self.context} positions have no room for prompt={self.prompt or 1} and '
+                           f'max_new_tokens={self.max_new_tokens}')
+    elif self.length > self.context:
       raise RequestError(f'prompt={self.prompt} does not fit into context={self.context}, the positions of the cache')
 
   @property
   def length(self) -> int:
-    """T: the tokens of each row that one pass takes."""
+    """T: the tokens of each row that one pass, of a generation the prefill, takes."""
+    if self.phase == 'generate':
+      return self.run.prompt + 1
     return 1 if self.phase == 'decode' else self.prompt or self.context
+
+  @property
+  def run(self) -> Run:
+    """Of a generation."""
+    prompt = self.prompt or self.context - self.max_new_tokens
+    return Run(self.batch, prompt, self.context, self.max_new_tokens, self.sampler)
 
   @property
   def tokens(self) -> int:
@@ -82,39 +104,19 @@ class Case:
   def layouts(self) -> tuple[Layout, Layout]:
     """Of prefill and of decode."""
     other = self.other_layout or Layout('ws_1d' if self.layout.feedforward == 'ws_1d' else 'ws_2d')
-    return (self.layout, other) if self.phase == 'prefill' else (other, self.layout)
+    return (other, self.layout) if self.phase == 'decode' else (self.layout, other)
 
   def model(self, mesh: Mesh) -> Model:
     return Model(self.config, mesh, *self.layouts, self.dtype)
 
   def to_dict(self) -> dict[str, Any]:
     """JSON-ready."""
+    if self.phase == 'generate':
+      return describe(self.config, self.weights, self.layouts, self.dtype, self.stacked, self.run)
     prefill, decode = map(str, self.layouts)
     return {'model': self.config.to_dict(), 'weights': self.weights, 'phase': self.phase, 'batch': self.batch,
             'context': self.context, 'prompt': self.length if self.phase == 'prefill' else None,
             'prefill_layout': prefill, 'decode_layout': decode, 'dtype': self.dtype, 'stacked': self.stacked}
-
-
-@dataclasses.dataclass(frozen=True)
-class Memory:
-  """Bytes of one chip.
-
-  Attributes:
-    weights, cache: of these arguments (of a prefill, whose cache is a result, the result).
-    other: tokens, lengths and logits that go in and out, and the program's code.
-    temporaries: what the program needs besides while it runs.
-    available: what a program may take in all, or None where nobody says (CPU).
-  """
-
-  weights: int
-  cache: int
-  other: int
-  temporaries: int
-  available: int | None = None
-
-  @property
-  def needed(self) -> int:
-    return self.weights + self.cache + self.other + self.temporaries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +161,7 @@ def compile_case(case: Case, mesh: Mesh, available: int | None = None) -> Progra
   start = time.monotonic()
   compiled = function.lower(*arguments).compile()
   seconds = time.monotonic() - start
-  return Program(case, mesh, compiled, arguments, _memory(case, arguments, compiled, available), seconds)
+  return Program(case, mesh, compiled, arguments, memory_of(case.phase, arguments, compiled, available), seconds)
 
 
 def phase_function(case: Case, mesh: Mesh) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
@@ -167,9 +169,12 @@ def phase_function(case: Case, mesh: Mesh) -> tuple[jax.stages.Wrapped, tuple[An
 
   decode: (weights, cache, tokens [B]) -> (next tokens [B], cache), the cache in place.
   prefill: (weights, tokens [B, T], lengths [B]) -> (next tokens [B], cache).
+  generate: (weights, tokens [B, T], lengths [B], seeds [B]) -> decoding.generate.Generation.
   """
   model = case.model(mesh)
   weights = abstract_weights(model, case.weights, case.stacked)
+  if case.phase == 'generate':
+    return generation_program(model, case.run, weights)
   whole = NamedSharding(mesh, P())
   row_of_ints = jax.ShapeDtypeStruct((case.batch,), jnp.int32, sharding=whole)
 
@@ -232,22 +237,3 @@ def abstract_cache(model: Model, weights: Weights, batch: int, context: int) -> 
                         jax.ShapeDtypeStruct((batch, 1), jnp.int32), row)
   return jax.tree.map(lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(model.mesh, spec)),
                       made, specs)
-
-
-def shard_bytes(tree: Any) -> int:
-  """What one device holds of a tree of arrays, or of shapes with shardings."""
-  return sum(_size(x.sharding.shard_shape(x.shape), x.dtype) for x in jax.tree.leaves(tree))
-
-
-def _size(shape, dtype) -> int:
-  return int(jnp.dtype(dtype).itemsize * functools.reduce(lambda a, b: a * b, shape, 1))
-
-
-def _memory(case: Case, arguments, compiled, available) -> Memory:
-  """What the compiler says, shared out: it pads arrays to its tiles, so weights are what its arguments have left."""
-  found = compiled.memory_analysis()
-  outputs = found.output_size_in_bytes - found.alias_size_in_bytes
-  total = found.argument_size_in_bytes + outputs + found.generated_code_size_in_bytes
-  weights = shard_bytes(arguments[0])
-  cache = shard_bytes(arguments[1]) if case.phase == 'decode' else outputs
-  return Memory(weights, cache, total - weights - cache, found.temp_size_in_bytes, available)

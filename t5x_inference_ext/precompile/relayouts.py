@@ -8,7 +8,8 @@ followed no further.
 import collections
 import dataclasses
 
-from t5x_inference_ext.precompile.hlo import Computation, HBM, Instruction, Module, Shape
+from t5x_inference_ext.precompile.hlo import Computation, Instruction, Module
+from t5x_inference_ext.precompile.shapes import HBM, Shape
 from t5x_inference_ext.precompile.work import in_place, is_free
 
 # Results that carry what their operands held, moved or converted.

@@ -54,8 +54,9 @@ def _heading(answer: Answer) -> Iterable[str]:
   case, slice_ = answer.case, answer.slice
   prefill, decode = case.layouts
   yield from _wrap(f'model:  {case.config}', '        ')
-  what = f'B {case.batch}, S {case.context}' + (f', T {case.length}' if case.phase == 'prefill' else '')
-  other = f'cache for decode in {decode}' if case.phase == 'prefill' else f'weights shared with prefill in {prefill}'
+  what = f'B {case.batch}, S {case.context}' + (f', T {case.length}' if case.phase != 'decode' else '')
+  other = {'prefill': f'cache for decode in {decode}', 'decode': f'weights shared with prefill in {prefill}',
+           'generate': f'decode in {decode}, {case.max_new_tokens} new tokens'}[case.phase]
   yield from _wrap(f'phase:  {case.phase} in {case.layout} ({other}); {what}; {case.weights} weights, {case.dtype} '
                    'activations', '        ')
   mesh = ''
@@ -91,6 +92,11 @@ def _memory(program: Program) -> Iterable[str]:
 def _time(answer: Answer) -> Iterable[str]:
   found, limits = answer.estimate, bounds(answer)
   serial, overlapped = found.serial_seconds, found.overlapped_seconds
+  if answer.case.phase == 'generate':  # of how many steps, only the run will tell
+    yield ''
+    yield (f'time: {_ms(serial)} for the prefill and one decode step, with nothing overlapped; --phase=decode tells what '
+           'each step takes')
+    return
   unit = 'step' if answer.case.phase == 'decode' else 'prefill'
 
   def between(form, value):  # of both estimates, once where they are the same
@@ -135,7 +141,7 @@ def _origin(c: Cost) -> str:
   """Where an operation comes from: the function of the package, else what the compiler calls it."""
   function = c.functions[0] if c.functions else ''
   tail = '/'.join(c.op_name.split('/')[-2:]) if c.op_name else ''
-  return ' '.join(filter(None, [c.name, f'in {function}' if function else '', f'({tail})' if tail else '']))[:70]
+  return ' '.join(filter(None, [c.name, f'in {function}' if function else '', f'({tail})' if tail else '']))[:56]
 
 
 def _collectives(found: Estimate) -> Iterable[str]:
@@ -168,7 +174,7 @@ def _remarks(answer: Answer) -> Iterable[str]:
   moved = sum(c.seconds for c in found.costs if c.kind in (COPY, RELAYOUT))
   yield ''
   yield (f'copies and layout changes: {_ms(moved)}, {moved / found.serial_seconds:.1%}; '
-         f'{len(found.offending_relayouts) or "no"} weight or cache is laid out anew in HBM')
+         f'weights and caches laid out anew in HBM: {len(found.offending_relayouts) or "none"}')
   for copy in found.offending_relayouts:
     yield from _wrap(f'  ! {copy.name} writes {", ".join(copy.sources)} again, as {copy.result} '
                      f'({bytes_text(copy.result.bytes)})', '    ')

@@ -6,6 +6,7 @@ import sys
 from typing import Callable
 
 from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.decoding.sampling import Sampler
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.precompile import report, saved
 from t5x_inference_ext.precompile.analysis import Answer, analyze
@@ -22,6 +23,11 @@ def precompile(
     layout: str | None = None,
     other_layout: str | None = None,
     mesh: str | None = None,
+    scan_layers: bool | None = None,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
     json_file: str | None = None,
     hlo_file: str | None = None,
     save_file: str | None = None,
@@ -30,7 +36,9 @@ def precompile(
   """Compiles a phase of a model for a slice, and prints what came out.
 
   Args:
-    model, slice_name, batch, weights, phase, context, prompt, layout, other_layout, mesh: see analysis.analyze.
+    model, slice_name, batch, weights, phase, context, prompt, layout, other_layout, mesh, scan_layers: see
+      analysis.analyze.
+    max_new_tokens, temperature, top_k, top_p: of a generation; a prefill and a decode step alone are greedy.
     json_file: takes the report as JSON.
     hlo_file: takes the compiled program's text.
     save_file: takes the executable; see saved.
@@ -48,7 +56,7 @@ def precompile(
       raise RequestError(f'can\'t write {path}: there is no directory {directory}')
   answer = analyze(
       model, weights, slice_name, phase, batch, context, layout=layout, other_layout=other_layout, mesh=mesh,
-      prompt=prompt, say=_say)
+      scan_layers=scan_layers, prompt=prompt, max_new_tokens=max_new_tokens, sampler=Sampler(temperature, top_k, top_p), say=_say)
   write(report.text(answer))
   if json_file:
     _write(json_file, json.dumps(report.to_dict(answer), indent=2) + '\n')

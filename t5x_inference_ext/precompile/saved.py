@@ -9,7 +9,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Mapping, NoReturn
 
 import jax
 from jax.experimental import serialize_executable
@@ -19,8 +19,9 @@ import jaxlib
 from t5x_inference_ext.errors import UserError
 
 FORMAT = b't5x_inference_ext executable 1\n'
-# Of a header, what must be the same where it is loaded, and what to say of it.
+# Of a header, what must be installed where it is loaded.
 _VERSIONS = ('jax', 'jaxlib', 'libtpu')
+_AGAIN = 'compile it again with this installation'
 
 
 class SavedError(UserError):
@@ -67,6 +68,15 @@ def read_header(path: str | os.PathLike) -> dict[str, Any]:
   return _read(path, payload=False)[0]
 
 
+def check(path: str | os.PathLike, mesh: Mesh, description: Mapping[str, Any]) -> None:
+  """What `load` checks but for shapes and damage, before anything large is read.
+
+  Raises:
+    SavedError: as load.
+  """
+  _check(path, read_header(path), mesh, None, description)
+
+
 def load(path: str | os.PathLike, function: Callable[..., Any], arguments: Any, mesh: Mesh,
          description: Mapping[str, Any]) -> jax.stages.Compiled:
   """Loads an executable onto a mesh, if it is what would be compiled here.
@@ -95,6 +105,11 @@ def load(path: str | os.PathLike, function: Callable[..., Any], arguments: Any, 
         payload, structure, results, backend=devices[0].client, execution_devices=devices)
   except Exception as e:  # pickle's and the runtime's own errors are of many kinds
     raise SavedError(f'{os.fspath(path)} does not load on {devices[0].device_kind}: {" ".join(str(e).split())}') from e
+
+
+def shapes(tree: Any) -> Any:
+  """Arrays, on a device or not, as ShapeDtypeStructs without shardings: for functions that have their own."""
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype)), tree)
 
 
 def _here(mesh: Mesh) -> dict[str, Any]:
@@ -138,35 +153,46 @@ def _read(path, payload: bool = True) -> tuple[dict[str, Any], bytes]:
 
 def _check(path, header, mesh, arguments, description) -> None:
   """Raises SavedError for the first thing that differs."""
-  name, here = os.fspath(path), _here(mesh)
-
-  def refuse(what, saved, wanted, fix):
-    raise SavedError(f'{name} was compiled for {what} {saved}, and here it is {wanted}: {fix}')
-
-  again = 'compile it again with this installation'
+  here = _here(mesh)
   for field in _VERSIONS:
     if header[field] != here[field]:
-      refuse(field, header[field], here[field], f'install {field} {header[field]}, or {again}')
-  for field, fix in (('platform', again), ('device_kind', 'compile it for these chips'),
-                     ('mesh', f'pass its mesh, {"x".join(map(str, header["mesh"].values()))}, or {again}'),
+      _refuse(path, field, header[field], here[field], f'install {field} {header[field]}, or {_AGAIN}')
+  for field, fix in (('platform', _AGAIN), ('device_kind', 'compile it for these chips'),
+                     ('mesh', f'pass its mesh, {"x".join(map(str, header["mesh"].values()))}, or {_AGAIN}'),
                      ('devices', 'the chips have other numbers, or another order, than in the slice it was compiled for')):
     if header[field] != here[field]:
-      refuse(field.replace('_', ' '), header[field], here[field], fix)
-  for field, saved, wanted in _differences(header['description'], json.loads(json.dumps(dict(description)))):
-    refuse(field, saved, wanted, 'run with the same, or compile it for this')
-  saved, wanted = header['arguments'], _signature(arguments)
-  for field, a, b in _differences(saved, wanted):
-    refuse(f'the argument {field} as', a, b, again)
+      _refuse(path, field.replace('_', ' '), header[field], here[field], fix)
+  refuse_differences(path, header['description'], description)
+  if arguments is not None:
+    for field, a, b in _differences(header['arguments'], _signature(arguments)):
+      _refuse(path, f'the argument {field} as', a, b, _AGAIN)
+
+
+def _refuse(path, what, saved, wanted, fix) -> NoReturn:
+  raise SavedError(f'{os.fspath(path)} was compiled for {what} {saved}, and here it is {wanted}: {fix}')
+
+
+def refuse_differences(path: str | os.PathLike, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+  """Raises SavedError for the first setting of two descriptions that differs."""
+  for field, a, b in _differences(saved, json.loads(json.dumps(dict(wanted)))):
+    _refuse(path, field, a, b, 'run with the same, or compile it for this')
 
 
 def _differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]):
   for field in sorted({*saved, *wanted}, key=str):
-    if saved.get(field) != wanted.get(field):
-      yield field, saved.get(field), wanted.get(field)
+    a, b = saved.get(field), wanted.get(field)
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+      yield from ((f'{field}.{inner}', *values) for inner, *values in _differences(a, b))
+    elif a != b:
+      yield field, a, b
 
 
 def _signature(arguments: Any) -> dict[str, str]:
   """Path of a leaf -> 'bfloat16[64,2048] PartitionSpec(...)'."""
   leaves = jax.tree_util.tree_leaves_with_path(arguments)
-  return {jax.tree_util.keystr(path): f'{x.dtype}[{",".join(map(str, x.shape))}] {getattr(x.sharding, "spec", x.sharding)}'
+  return {jax.tree_util.keystr(path): f'{x.dtype}[{",".join(map(str, x.shape))}] {_sharding(x)}'.rstrip()
           for path, x in leaves}
+
+
+def _sharding(x: Any) -> str:
+  return '' if x.sharding is None else str(getattr(x.sharding, 'spec', x.sharding))

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import math
 import os
 import re
 from typing import Sequence
@@ -99,13 +100,11 @@ def slice_mesh(slice_: Slice, config: ModelConfig, shape: Sequence[int] | None =
     UserError: no libtpu.
   """
   shape = torus_mesh(slice_.shape, config) if shape is None else tuple(shape)
+  if math.prod(shape) != slice_.chips:
+    raise MeshError(f'the mesh {"x".join(map(str, shape))} has {math.prod(shape)} positions and {slice_} has '
+                    f'{slice_.chips} chips: a program runs on all of them')
   check_model(config, dict(zip(AXES, shape)))
-  devices = topology_devices(slice_)
-  mesh = make_mesh(shape, devices)
-  if mesh.size != slice_.chips:
-    raise MeshError(f'the mesh {"x".join(map(str, shape))} has {mesh.size} positions and {slice_} has {slice_.chips} '
-                    'chips: a program runs on all of them')
-  return mesh
+  return make_mesh(shape, topology_devices(slice_))
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import jax
 
 from t5x_inference_ext import distributed
 from t5x_inference_ext.checkpoints import Checkpoint, open_checkpoint
-from t5x_inference_ext.checkpoints.load import MAX_UNROLLED_LAYERS
+from t5x_inference_ext.checkpoints.load import scans_layers
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.decoding.model import check_dtype
 from t5x_inference_ext.decoding.sampling import Sampler
@@ -18,6 +18,7 @@ from t5x_inference_ext.layouts.explain import Setting
 from t5x_inference_ext.layouts.explain_text import explain
 from t5x_inference_ext.layouts.layout import Layout, check_model, check_pair, choose_mesh
 from t5x_inference_ext.layouts.mesh import AXES, make_mesh, mesh_text, parse_mesh
+from t5x_inference_ext.precompile import generation
 from t5x_inference_ext.serving.batches import Clock
 from t5x_inference_ext.serving.progress import print_line
 
@@ -42,6 +43,8 @@ class Options:
     cache_length: positions of each row's cache, or None: as many as needed.
     sampler: how tokens are chosen.
     seed: of the run; each row has its own from it.
+    scan_layers: as Engine.load's.
+    executable: a saved generation (precompile --phase=generate --save) to run instead of compiling, or None.
 
   Raises:
     RequestError: a value out of its range.
@@ -62,6 +65,8 @@ class Options:
   cache_length: int | None = None
   sampler: Sampler = Sampler()
   seed: int = 0
+  scan_layers: bool | None = None
+  executable: str | None = None
 
   def __post_init__(self):
     if self.mode not in MODES:
@@ -72,6 +77,8 @@ class Options:
       value = getattr(self, name)
       if not isinstance(value, int) or value < least:
         raise RequestError(f'{name} must be a whole number, {least} or more, got {value!r}')
+    if self.executable is not None and self.mode == 'score':
+      raise RequestError(f'the executable {self.executable} generates: mode=score can\'t use it')
     # An empty prompt needs max_new_tokens positions: BOS takes one and the last new token none.
     if self.mode != 'score' and self.cache_length is not None and self.cache_length < self.max_new_tokens:
       raise RequestError(f'cache_length={self.cache_length} has no room for max_new_tokens={self.max_new_tokens}: '
@@ -127,7 +134,7 @@ def explain_layout(options: Options, prompt_length: int, say: Callable[[str], No
   new_tokens = options.max_new_tokens if options.max_length is None else options.max_length - prompt_length
   setting = Setting(
       config, dict(zip(AXES, sizes)), prefill, decode, dtype=options.dtype, int8=checkpoint.weights == 'int8',
-      stacked=config.num_layers > MAX_UNROLLED_LAYERS, batch=options.batch_size, prompt_length=prompt_length + 1,
+      stacked=scans_layers(config.num_layers, options.scan_layers), batch=options.batch_size, prompt_length=prompt_length + 1,
       cache_length=options.cache_length or prompt_length + new_tokens)
   here = math.prod(sizes) <= len(jax.devices())
   say(explain(setting, make_mesh(sizes) if here else None))
@@ -135,18 +142,31 @@ def explain_layout(options: Options, prompt_length: int, say: Callable[[str], No
 
 def load_engine(options: Options, checkpoint: Checkpoint, mesh: jax.sharding.Mesh, progress=iter,
                 say: Callable[[str], None] = print_line) -> Engine:
-  """Loads the weights."""
+  """Loads the weights.
+
+  Raises:
+    SavedError: options.executable is not what these options need; before the weights are read.
+  """
   with distributed.together():
+    if options.executable is not None:
+      generation.check_options(
+          options.executable, max_new_tokens=options.max_new_tokens, max_length=options.max_length,
+          sampler=dataclasses.asdict(options.sampler))
     engine = Engine.load(
         checkpoint, mesh=mesh, dtype=options.dtype, prefill_layout=options.prefill_layout,
-        decode_layout=options.decode_layout, progress=progress)
+        decode_layout=options.decode_layout, scan_layers=options.scan_layers, executable=options.executable,
+        progress=progress)
   model = engine.model
-  say(f'layouts: prefill {model.prefill_layout}, decode {model.decode_layout}, {options.dtype} activations, {checkpoint.weights} weights')
+  say(f'layouts: prefill {model.prefill_layout}, decode {model.decode_layout}, {options.dtype} activations, '
+      f'{checkpoint.weights} weights')
   return engine
 
 
 def batch_rows(options: Options, engine: Engine, rows: int | None, say: Callable[[str], None] = print_line) -> int:
   """The rows of each batch: options.batch_size, fewer for fewer rows, rounded up to what the mesh takes."""
+  if engine.executable:
+    say(f'batch: {engine.executable.run.batch} rows, as {options.executable} was compiled')
+    return engine.executable.run.batch
   asked = options.batch_size if rows is None else min(options.batch_size, rows)
   batch = engine.padded_batch(asked)
   note = ''

@@ -6,6 +6,7 @@ from typing import Callable
 
 from t5x_inference_ext import distributed
 from t5x_inference_ext.engine import EOS_ID, Engine
+from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.serving import batches, loading, output, requests
 from t5x_inference_ext.serving.progress import print_line
 from t5x_inference_ext.serving.vocabularies import find_vocabulary
@@ -80,6 +81,12 @@ def _shape(options, engine: Engine, work: list[requests.Request], say) -> batche
   if options.mode == 'score':
     return batches.Shape(batch, batches.prompt_size(max(len(r.prompt) + len(r.completion) for r in work)))
   longest = max(len(r.prompt) for r in work)
+  if engine.executable:
+    run = engine.executable.run
+    if longest > run.prompt:
+      raise RequestError(f'the longest prompt has {longest} tokens, and {options.executable} was compiled for '
+                         f'{run.prompt}: compile it with --prompt={longest} or more')
+    return batches.Shape(batch, run.prompt, run.context)
   return batches.Shape(batch, batches.prompt_size(longest, options.max_prompt), options.cache_length)
 
 

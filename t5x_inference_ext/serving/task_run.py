@@ -43,6 +43,7 @@ def infer(
     mesh: str | None = None,
     prefill_layout: str = 'ws_2d/batch',
     decode_layout: str = 'ws_2d/batch',
+    scan_layers: bool | None = None,
     dtype: str = 'bfloat16',
     batch_size: int = 32,
     model_config: ModelConfig | None = None,
@@ -71,6 +72,7 @@ def infer(
     seed: of the run: each example's own seed comes from it and the example's place.
     mesh: 'XxYxZ'; None: over all devices that divide the model.
     prefill_layout, decode_layout: 'feedforward/attention', for each phase.
+    scan_layers: as Engine.load's.
     dtype: of activations, cache and float weights.
     batch_size: examples a batch.
     model_config: the model that the checkpoint must hold; None: the one it holds.
@@ -95,7 +97,7 @@ def infer(
     options = loading.Options(
         checkpoint=checkpoint_path, mode=mode, mesh=mesh, dtype=dtype, prefill_layout=prefill_layout,
         decode_layout=decode_layout, norm_scale=norm_scale, config=model_config, batch_size=batch_size,
-        sampler=Sampler(temperature, top_k, top_p), seed=seed,
+        sampler=Sampler(temperature, top_k, top_p), seed=seed, scan_layers=scan_layers,
         **_limits(sum(task_feature_lengths.values()), max_new_tokens))
     if explain_layout:
       loading.explain_layout(options, task_feature_lengths['targets' if mode == 'score' else 'inputs'])

@@ -13,7 +13,7 @@ from t5x import models
 from t5x import utils
 
 from t5x_inference_ext.checkpoints import open_checkpoint
-from t5x_inference_ext.checkpoints.load import MAX_UNROLLED_LAYERS
+from t5x_inference_ext.checkpoints.load import scans_layers
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.decoding.cache import KVCache
 from t5x_inference_ext.decoding.model import Model
@@ -44,12 +44,13 @@ class InferenceModel(models.DecoderOnlyModel):
     config: the model's shape, which the checkpoint must then have.
     int8: without a checkpoint, whether the matrices are int8.
     mesh: 'XxYxZ', over the first X*Y*Z devices; None takes as many devices as divide the model, along the
-      torus of a TPU slice (layouts.layout.choose_mesh).
+      torus of a TPU slice (layouts.layout.choose_mesh). Or a jax Mesh of axes x, y, z, whose devices need not be here:
+      for precompiling (precompile.slices.slice_mesh).
     prefill_layout: 'feedforward/attention' of prompts and of scores; see layouts.layout.Layout.
     decode_layout: that of decode steps.
     dtype: of activations, cache and float weights: 'float32' or 'bfloat16'.
     norm_scale: 'zero' or 'one': how norm scales are stored, for a checkpoint that does not record it.
-    scan_layers: one array for all layers and a loop in the program; by default for more than MAX_UNROLLED_LAYERS.
+    scan_layers: one array for all layers and a loop in the program; by default for more than 8.
     decode_fn: decoding.temperature_sample, decoding.beam_search or another of their kind.
     task_feature_lengths: the task's, where its features are trimmed to them, as T5X's datasets are: prefill then runs
       over the length of inputs instead of that of inputs and targets.
@@ -69,7 +70,7 @@ class InferenceModel(models.DecoderOnlyModel):
       config: ModelConfig | None = None,
       *,
       int8: bool = False,
-      mesh: str | None = None,
+      mesh: str | jax.sharding.Mesh | None = None,
       prefill_layout: str = 'ws_2d/batch',
       decode_layout: str = 'ws_2d/batch',
       dtype: str = 'bfloat16',
@@ -95,13 +96,12 @@ class InferenceModel(models.DecoderOnlyModel):
       raise RequestError(
           f'the vocabulary has {vocabulary.vocab_size} ids and the model\'s embedding {config.vocab_size} rows: this '
           'is not the vocabulary that the model was trained with')
-    shape = choose_mesh(config, jax.devices()) if mesh is None else parse_mesh(mesh)
-    self.model = Model(config, inference_mesh(shape), Layout.parse(prefill_layout), Layout.parse(decode_layout), dtype)
+    if not isinstance(mesh, jax.sharding.Mesh):
+      mesh = choose_mesh(config, jax.devices()) if mesh is None else parse_mesh(mesh)
+    self.model = Model(config, inference_mesh(mesh), Layout.parse(prefill_layout), Layout.parse(decode_layout), dtype)
     self._inputs_length = (task_feature_lengths or {}).get('inputs')
-    if scan_layers is None:
-      scan_layers = config.num_layers > MAX_UNROLLED_LAYERS
     super().__init__(
-        InferenceModule(self.model, int8, scan_layers), vocabulary, optimizer_def=None,
+        InferenceModule(self.model, int8, scans_layers(config.num_layers, scan_layers)), vocabulary, optimizer_def=None,
         decode_fn=functools.partial(self._decode, decode_fn), feature_converter_cls=feature_converter_cls)
 
   def get_initial_variables(

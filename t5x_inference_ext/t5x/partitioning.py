@@ -1,6 +1,8 @@
 """A T5X partitioner over the mesh axes x, y and z, whose shardings are those of the package's layouts."""
 
+import hashlib
 import itertools
+import os
 from typing import Any, Callable, Sequence
 
 import jax
@@ -12,19 +14,25 @@ from t5x_inference_ext.layouts.layout import Layout
 from t5x_inference_ext.layouts.mesh import AXES, make_mesh, mesh_text, parse_mesh
 from t5x_inference_ext.layouts.placement import Placement
 from t5x_inference_ext.layouts.rules import Rules, activation_rules, logical_axis_rules
+from t5x_inference_ext.precompile import saved
 
 # T5X's exporter and precompiler ask for an axis of this name. Its size is 1: a batch is not split before the model sees
 # it, so any batch size will do; the model's own layout splits it.
 DATA_AXIS = 'data'
 
 
-def inference_mesh(shape: Sequence[int]) -> Mesh:
-  """The mesh with axes data (of size 1), x, y and z, over the first X*Y*Z devices.
+# The function that t5x.utils.get_infer_fn makes of a model's step.
+_INFER_STEP = 'infer_step_with_indices'
+
+
+def inference_mesh(shape: Sequence[int] | Mesh) -> Mesh:
+  """The mesh with axes data (of size 1), x, y and z, over the first X*Y*Z devices, or over those of a mesh x, y, z.
 
   Raises:
     MeshError: fewer devices than that.
   """
-  return Mesh(make_mesh(shape).devices[None], (DATA_AXIS, *AXES))
+  mesh = shape if isinstance(shape, Mesh) else make_mesh(shape)
+  return Mesh(mesh.devices[None], (DATA_AXIS, *AXES))
 
 
 def partitioner_rules(layout: Layout) -> Rules:
@@ -45,16 +53,22 @@ class InferencePartitioner(partitioning.PjitPartitioner):
     model: an InferenceModel, whose mesh and layout these are then.
     mesh: 'XxYxZ', for when there is no model yet.
     layout: then, 'feedforward/attention'; of both phases, either.
+    executable: a file of saved_step.save_infer_step, which runs t5x.infer's step instead of compiling it. Loading it runs
+      code: it has to be of your own making.
 
   Raises:
     MeshError: neither model nor mesh or both, or more devices than there are.
   """
 
-  def __init__(self, model: Any = None, mesh: str | None = None, layout: str = 'ws_2d/batch'):
+  def __init__(self, model: Any = None, mesh: str | None = None, layout: str = 'ws_2d/batch',
+               executable: str | os.PathLike | None = None):
     if (model is None) == (mesh is None):
       raise MeshError('InferencePartitioner takes either a model, to share its mesh, or a mesh')
     self._inference_mesh = model.model.mesh if mesh is None else inference_mesh(parse_mesh(mesh))
     layout = model.model.prefill_layout if mesh is None else Layout.parse(layout)
+    self._executable = executable
+    if executable is not None:
+      saved.read_header(executable)  # a wrong path is found out now, not after the weights are restored
     super().__init__(num_partitions=self._inference_mesh.size, logical_axis_rules=partitioner_rules(layout))
 
   def phase_rules(self, placement: Placement) -> Rules:
@@ -89,9 +103,12 @@ class InferencePartitioner(partitioning.PjitPartitioner):
           lambda spec: NamedSharding(self.mesh, P() if spec is None else spec), specs,
           is_leaf=lambda x: x is None or isinstance(x, P))
 
-    return jax.jit(
+    step = jax.jit(
         fn, in_shardings=shardings(in_axis_resources), out_shardings=shardings(out_axis_resources),
         static_argnums=static_argnums, donate_argnums=donate_argnums)
+    if self._executable is None or fn.__name__ != _INFER_STEP:
+      return step
+    return SavedStep(self._executable, step, self.mesh)
 
   def get_local_chunk_info(
       self, global_shape: tuple[int, ...], mesh_axes: Sequence[str | Sequence[str] | None]
@@ -118,3 +135,30 @@ class InferencePartitioner(partitioning.PjitPartitioner):
       slices.append(slice(chunk * length, (chunk + 1) * length) if axes else slice(None))
     return partitioning.LocalChunkInfo(tuple(slices), chunker.get_replica_id(used))
 
+
+
+class SavedStep:
+  """A partitioned step that is loaded from a file when it is first called.
+
+  Args:
+    path: the file.
+    step: what would be compiled.
+    mesh: its devices.
+  """
+
+  def __init__(self, path: str | os.PathLike, step: jax.stages.Wrapped, mesh: Mesh):
+    self.path, self.step, self.mesh = path, step, mesh
+    self._loaded = None
+
+  def __call__(self, *arguments):
+    """Raises SavedError where the file holds another program than this step with these arguments."""
+    if self._loaded is None:
+      shapes = saved.shapes(arguments)
+      described = describe_step(self.step.lower(*shapes))
+      self._loaded = saved.load(self.path, self.step, shapes, self.mesh, described)
+    return self._loaded(*arguments)
+
+
+def describe_step(lowered: jax.stages.Lowered) -> dict[str, str]:
+  """What identifies a step: the program before compilation, which model, layouts, mode and decode_fn all change."""
+  return {'phase': 't5x_infer_step', 'program': hashlib.sha256(lowered.as_text().encode()).hexdigest()}

@@ -1,6 +1,6 @@
 """Compiling an inference step without weights. T5X's own precompile compiles the train step only."""
 
-from typing import Mapping
+from typing import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -33,17 +33,23 @@ def precompile(
   Raises:
     RequestError: another mode.
   """
-  steps = {
-      'predict': model.predict_batch, 'predict_with_aux': model.predict_batch_with_aux, 'score': model.score_batch}
-  if mode not in steps:
-    raise RequestError(f'mode must be one of {", ".join(steps)}, got {mode!r}')
+  infer_step = infer_step_of(model, mode)
   lengths = model.FEATURE_CONVERTER_CLS(pack=False).get_model_feature_lengths(task_feature_lengths)
   batch = {name: jax.ShapeDtypeStruct((batch_size, length), jnp.int32) for name, length in lengths.items()}
   initializer = utils.TrainStateInitializer(
       None, model.get_initial_variables, {name: x.shape for name, x in batch.items()}, partitioner)
   key = () if mode == 'score' else (jax.eval_shape(lambda: jax.random.PRNGKey(0)),)
   step = partitioner.partition(
-      steps[mode], in_axis_resources=(
+      infer_step, in_axis_resources=(
           initializer.train_state_axes.params, partitioner.data_partition_spec, *(None for _ in key)),
       out_axis_resources=None)
   return partitioner.compile(step, initializer.global_train_state_shape.params, batch, *key)
+
+
+def infer_step_of(model: InferenceModel, mode: str) -> Callable:
+  """The method that t5x.infer calls in a mode. Raises RequestError for another."""
+  steps = {
+      'predict': model.predict_batch, 'predict_with_aux': model.predict_batch_with_aux, 'score': model.score_batch}
+  if mode not in steps:
+    raise RequestError(f'mode must be one of {", ".join(steps)}, got {mode!r}')
+  return steps[mode]

@@ -27,6 +27,8 @@ MODELS = {
     'multihead-parallel': ModelConfig(num_heads=3, num_kv_heads=3, norm='layer', **_SIZES),
     'multiquery-serial': ModelConfig(num_heads=8, block='serial', norm_scale='one', **_SIZES),
 }
+# So many queries on a shard that its columns of the one key head are padded to a tile.
+TILES = {'multiquery-tiles': ModelConfig(num_heads=32, **{**_SIZES, 'd_head': 64})}
 
 STEPS = 4
 MAX_ROWS = 24
@@ -89,6 +91,9 @@ def cases() -> list[Case]:
     out.append(Case(models[(i + 1) % 6], layout, layout, 16, weights='int8', stacked=i % 2 == 0))
   out += [Case(models[i % 6], prefill, decode, rows, prompt_size=size) for i, (prefill, decode, rows, size)
           in enumerate(MIXED)]
+  for prefill, decode, rows in (
+      ('ws_2d/heads', 'ws_2d/batch', 8), ('wg_xyz/batch', 'ws_2d/batch/two_way', 2), ('wg_xy/batch', 'wg_x/heads', 4)):
+    out.append(Case('multiquery-tiles', prefill, decode, rows, weights='int8'))
   # Few rows in rings, and on a mesh whose positions do not fill z.
   out.append(Case(models[3], 'wg_xyz/batch/two_way', 'ws_2d/batch/one_way', 2, prompt_size=5))
   out.append(Case(models[0], 'wg_xyz/batch', 'ws_2d/batch', 3, '1x2x4', 5))
@@ -99,20 +104,24 @@ def cases() -> list[Case]:
 CASES = cases()
 
 
+def config_of(model: str) -> ModelConfig:
+  return {**MODELS, **TILES}[model]
+
+
 @functools.cache
 def tensors(model: str, weights: str) -> dict[str, np.ndarray]:
-  made = reference.random_tensors(MODELS[model])
-  return reference.quantized(MODELS[model], made) if weights == 'int8' else made
+  made = reference.random_tensors(config_of(model))
+  return reference.quantized(config_of(model), made) if weights == 'int8' else made
 
 
 @functools.cache
 def expected(model: str, weights: str) -> memory.Greedy:
-  config, made = MODELS[model], tensors(model, weights)
+  config, made = config_of(model), tensors(model, weights)
   return memory.greedy(config, reference.dequantized(config, made) if weights == 'int8' else made, MAX_ROWS, STEPS)
 
 
 def load(case: Case, dtype: str = 'float32'):
-  return memory.engine(MODELS[case.model], tensors(case.model, case.weights), case.mesh, stacked=case.stacked,
+  return memory.engine(config_of(case.model), tensors(case.model, case.weights), case.mesh, stacked=case.stacked,
                        dtype=dtype, prefill=case.prefill, decode=case.decode)
 
 
@@ -135,12 +144,12 @@ def test_the_cases_have_every_value_of_every_layout():
   for layout, phase in itertools.product(LAYOUTS, ['prefill', 'decode']):
     mine = [c for c in CASES if getattr(c, phase).startswith(layout)]
     assert {getattr(c, phase) for c in mine} == {layout, f'{layout}/one_way', f'{layout}/two_way'}
-    assert {c.model for c in mine} == set(MODELS)
+    assert {c.model for c in mine} >= set(MODELS)
     assert {c.mesh for c in mine} == {'2x2x2', '1x2x4', '8x1x1'}
     assert {c.weights for c in mine} == {'float32', 'int8'}
     assert {c.stacked for c in mine} == {False, True}
     # Int8 in both blocks, and another layout in the other phase.
-    assert len({MODELS[c.model].block for c in mine if c.weights == 'int8'}) == 2
+    assert len({config_of(c.model).block for c in mine if c.weights == 'int8'}) == 2
     assert any(c.prefill.split('/')[:2] != c.decode.split('/')[:2] for c in mine)
     # Batches that fill the mesh, and where they can be: some axes, and none.
     rows = {c.rows for c in mine if c.mesh == '2x2x2'}

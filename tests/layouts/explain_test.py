@@ -180,7 +180,8 @@ def test_the_paper_s_mesh_needs_no_devices():
   e = describe(s)
   matrices = [t for t in e.weights if t.name in ('embedding', 'parallel/w_in', 'parallel/w_out')]
   norms = 119 * 18432
-  assert 64 * sum(t.bytes for t in matrices) == 2 * (s.config.num_params - norms)  # nothing is padded
+  padding = 16 * (128 - 32) * 118 * 18432  # each shard's columns of keys and values, to a tile
+  assert 64 * sum(t.bytes for t in matrices) == 2 * (s.config.num_params - norms + padding)
   assert phase_tensor(e, 1, 'cache').bytes == 2 * 118 * 256 * 2 * 2048 * (512 // 64)
   assert e.phases[0].gathered == 18432 * 73728 * 2
   assert e.phases[1].gathered == 0
@@ -193,9 +194,9 @@ def test_text():
   assert 'mesh:  4x4x4, 64 devices' in lines
   assert 'prefill: wg_xyz/batch (weights E_xF_zy gathered over xzy to EF, activations B_xzyTE)' in lines
   assert 'decode: ws_2d/batch (weights E_xF_zy stay, activations B_zyTE_x)' in lines
-  assert ['parallel/w_in', '118x18432x160256', 'bfloat16', 'L', 'E_x', 'columns_zy', '10.14', 'GiB', 'layers,',
+  assert ['parallel/w_in', '118x18432x161792', 'bfloat16', 'L', 'E_x', 'columns_zy', '10.24', 'GiB', 'layers,',
           'embed,', 'hidden'] in [line.split() for line in lines]
-  assert '[gate 4608 | linear 4608 | query 768 (3 heads) | key, value 32]' in text
+  assert '[gate 4608 | linear 4608 | query 768 (3 heads) | key, value 128 of 2048, 1536 padding]' in text
   assert 'the largest 2.53 GiB on each device' in text  # 18432 * 73728 * 2 bytes
   assert 'after prefill keys and values stay where they are' in text
   columns = [line.index('per device') for line in lines if 'per device' in line]

@@ -161,7 +161,7 @@ def test_padded_batch_is_the_smallest_that_fills_what_fewer_rows_could(layout, m
 
 @pytest.mark.parametrize('layout, mesh, batch, length, rows, heads, positions', [
     # The paper's table 2, on 64 chips.
-    ('ws_2d/heads', '4x4x4', 1, 2048, '', 'zy', 'x'),
+    ('ws_2d/heads', '4x4x4', 1, 2048, '', 'zyx', ''),
     ('ws_2d/batch', '4x4x4', 64, 1, 'xzy', '', ''),
     ('wg_xyz/batch', '4x4x4', 512, 2048, 'xzy', '', ''),
     ('ws_2d/batch', '4x4x4', 512, 1, 'xzy', '', ''),
@@ -179,11 +179,12 @@ def test_padded_batch_is_the_smallest_that_fills_what_fewer_rows_could(layout, m
     ('wg_xy/heads', '4x4x4', 4, 16, 'x', 'z', 'y'),
     ('wg_xyz/batch', '4x4x4', 1, 64, '', '', 'xzy'),
     ('wg_xyz/batch', '4x4x4', 16, 64, 'xz', '', 'y'),
-    # Partial sums over x are reduced into heads if there is one for each part, else into positions, else nothing.
+    # Partial sums over x are reduced into heads if most parts get one, else into positions, else nothing.
     ('ws_2d/heads', '2x4x4', 1, 2048, '', 'zyx', ''),
     ('ws_2d/heads', '8x1x1', 1, 1, '', 'x', ''),
-    ('ws_2d/heads', '64x1x1', 1, 64, '', '', 'x'),
-    ('ws_2d/heads', '64x1x1', 1, 1, '', '', ''),
+    ('ws_2d/heads', '64x1x1', 1, 64, '', 'x', ''),
+    ('ws_2d/heads', '128x1x1', 1, 128, '', '', 'x'),
+    ('ws_2d/heads', '128x1x1', 1, 1, '', '', ''),
 ])
 def test_attention_of_palm_540b(layout, mesh, batch, length, rows, heads, positions):
   mesh = mesh_of(mesh)

@@ -103,4 +103,4 @@ def test_a_plain_shell_needs_no_variables(repository, tmp_path):
   assert result.returncode == 0, result.stderr
   assert 'slice:  v5e:2x2, 4 chips' in result.stdout
   assert set(result.stderr.splitlines()) == {
-      'v5e:2x2: 4 chips as a mesh of 2x2x1 ...', 'compiling prefill in ws_2d/batch ...'}
+      'v5e:2x2: 4 chips as a mesh of 1x2x2 ...', 'compiling prefill in ws_2d/batch ...'}

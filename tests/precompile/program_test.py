@@ -88,10 +88,10 @@ def test_a_mesh_that_does_not_divide_the_model_is_refused():
     slices.slice_mesh(parse_slice('v4:2x2x1'), preset('palm_tiny', d_model=250), (1, 2, 2))
 
 
-@pytest.mark.libtpu
-def test_a_mesh_over_a_part_of_the_slice_is_refused():
-  with pytest.raises(MeshError, match='the mesh 1x2x1 has 2 positions and v4:2x2x1 has 4 chips'):
-    slices.slice_mesh(parse_slice('v4:2x2x1'), SMALL, (1, 2, 1))
+@pytest.mark.parametrize('shape,positions', [((1, 2, 1), 2), ((2, 2, 2), 8)])
+def test_a_mesh_of_another_size_than_the_slice_is_refused(shape, positions):
+  with pytest.raises(MeshError, match=f'has {positions} positions and v4:2x2x1 has 4 chips'):
+    slices.slice_mesh(parse_slice('v4:2x2x1'), SMALL, shape)
 
 
 # Cases.

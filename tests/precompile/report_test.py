@@ -14,13 +14,13 @@ from t5x_inference_ext.precompile.analysis import Answer, analyze
 from t5x_inference_ext.precompile.fit import Alternative, Shortage
 from t5x_inference_ext.precompile.program import Memory
 
-SMALL = preset('palm_tiny', num_layers=2)
+SMALL = preset('palm_tiny', num_layers=10)
 GIB = 2**30
 
 
 @pytest.fixture(scope='module')
 def answer() -> Answer:
-  return analyze(SMALL, 'int8', 'v4:2x2x1', 'decode', 8, 128, layout='ws_2d/batch')
+  return analyze(SMALL, 'int8', 'v4:2x2x1', 'decode', 8, 128, layout='ws_2d/batch', mesh='2x2x1')
 
 
 @pytest.fixture(scope='module')
@@ -43,7 +43,7 @@ def test_the_bounds_follow_from_the_chip(answer):
 @pytest.mark.libtpu
 def test_the_text_has_everything_in_one_screen(answer):
   text = report.text(answer)
-  for words in ('model:  2 layers', 'phase:  decode in ws_2d/batch', 'v4:2x2x1, 4 chips, mesh', 'fits: 0.0', 'of 30.75 GiB',
+  for words in ('model:  10 layers', 'phase:  decode in ws_2d/batch', 'v4:2x2x1, 4 chips, mesh', 'fits: 0.0', 'of 30.75 GiB',
                 'weights 0.00, cache 0.00, temporaries', 'with nothing overlapped', 'with what the schedule overlaps',
                 'the MFU', 'weight-load bound', 'FLOP bound', 'where it goes: ', 'collectives: over mesh axes',
                 'copies and layout changes: '):
@@ -81,8 +81,9 @@ def test_json_and_text_agree_and_add_up(answer):
 @pytest.mark.libtpu
 def test_the_layer_s_products_run_once_a_layer(answer):
   products = [row for row in report.to_dict(answer)['operations'] if row['kind'] == 'matmul']
-  assert {row['count'] for row in products} == {1, 2}  # of the 2 layers; the logits'
-  assert sum(row['flops'] * row['count'] for row in products) >= 2 * SMALL.num_params * 8 / 4
+  assert {row['count'] for row in products} == {1, 10}  # the logits', and of the 10 layers
+  # All parameters but the norms' multiply; a single key head's columns are on more than one chip.
+  assert sum(row['flops'] * row['count'] for row in products) == pytest.approx(2 * SMALL.num_params * 8 / 4, rel=0.05)
 
 
 @pytest.mark.libtpu

@@ -14,7 +14,7 @@ from t5x_inference_ext.precompile import saved
 from t5x_inference_ext.precompile.program import Case, compile_case, phase_function
 from t5x_inference_ext.precompile.saved import SavedError
 
-CASE = Case(preset('palm_tiny', num_layers=2), 'int8', 'decode', batch=8, context=16, dtype='float32')
+CASE = Case(preset('palm_tiny', num_layers=2), 'int8', 'decode', batch=8, context=16, dtype='float32', stacked=True)
 
 
 @pytest.fixture(scope='module')

@@ -73,11 +73,18 @@ def adapter_infer(
     layouts: tuple[str, str] = ('ws_2d/batch', 'ws_2d/batch'), **kwargs) -> list[dict]:
   """The rows that T5X writes with the adapter's model on `mesh`, with the layouts of prefill and decode."""
   model = adapter_model(checkpoint, mesh, prefill_layout=layouts[0], decode_layout=layouts[1])
+  return infer_with(model, InferencePartitioner(model), checkpoint, output_dir, mode, restore_dtype, **kwargs)
+
+
+def infer_with(
+    model: InferenceModel, partitioner: InferencePartitioner, checkpoint, output_dir: pathlib.Path, mode: str,
+    restore_dtype=None, **kwargs) -> list[dict]:
+  """The rows that T5X writes with this model and partitioner."""
   restore_cfg = utils.RestoreCheckpointConfig(
       str(checkpoint), 'specific', dtype=restore_dtype,
       checkpoint_manager_cls=functools.partial(InferenceCheckpointManager, model=model),
       checkpointer_cls=functools.partial(InferenceCheckpointer, model=model))
-  return _infer(model, InferencePartitioner(model), restore_cfg, output_dir, mode, **kwargs)
+  return _infer(model, partitioner, restore_cfg, output_dir, mode, **kwargs)
 
 
 def restored(model: InferenceModel, checkpoint, restore_dtype=None):

@@ -1,0 +1,66 @@
+"""The step that t5x.infer runs for each batch, compiled beforehand and kept in a file (precompile/saved.py)."""
+
+import os
+from typing import Any, Mapping
+from unittest import mock
+
+import jax
+import numpy as np
+from t5x import utils
+
+from t5x_inference_ext.precompile import saved
+from t5x_inference_ext.t5x.models import InferenceModel
+from t5x_inference_ext.t5x.partitioning import InferencePartitioner, describe_step
+from t5x_inference_ext.t5x.precompile import infer_step_of
+
+
+def save_infer_step(
+    path: str | os.PathLike,
+    model: InferenceModel,
+    partitioner: InferencePartitioner,
+    task_feature_lengths: Mapping[str, int],
+    batch_size: int,
+    mode: str = 'predict',
+) -> dict[str, Any]:
+  """Compiles what t5x.infer runs for a batch, and saves it for InferencePartitioner(executable=path).
+
+  Args:
+    path: the file to write.
+    model: of a checkpoint or of a config alone.
+    partitioner: on the model's mesh.
+    task_feature_lengths: as t5x.infer's.
+    batch_size: rows of a batch, as the dataset's configuration says.
+    mode: 'predict', 'predict_with_aux' or 'score'.
+
+  Returns:
+    The file's header.
+
+  Raises:
+    RequestError: another mode.
+    SavedError: the file can't be written.
+  """
+  infer_step = infer_step_of(model, mode)
+  converter = model.FEATURE_CONVERTER_CLS(pack=False)
+  lengths = converter.get_model_feature_lengths(task_feature_lengths)
+  dtypes = {name: feature.dtype for name, feature in converter.MODEL_FEATURES.items()}  # TensorFlow's
+  batch = {name: jax.ShapeDtypeStruct((batch_size, length), dtypes[name].as_numpy_dtype)
+           for name, length in lengths.items()}
+  initializer = utils.TrainStateInitializer(
+      None, model.get_initial_variables, {name: x.shape for name, x in batch.items()}, partitioner)
+  state = initializer.global_train_state_shape
+  steps, partition = [], partitioner.partition
+
+  def kept(*arguments, **options):
+    steps.append(partition(*arguments, **options))
+    return steps[-1]
+
+  # T5X wraps the step in a function of its own, which it hands to the partitioner alone.
+  with mock.patch.object(partitioner, 'partition', kept):
+    utils.get_infer_fn(infer_step, batch_size, initializer.train_state_axes, partitioner)
+  step, = steps
+  step = getattr(step, 'step', step)
+  key = jax.eval_shape(lambda: jax.random.PRNGKey(0))
+  rows = jax.ShapeDtypeStruct((batch_size,), np.int32)
+  arguments = saved.shapes((state.params, batch, key, rows, state.flax_mutables))
+  lowered = step.lower(*arguments)
+  return saved.save(path, lowered.compile(), arguments, partitioner.mesh, describe_step(lowered))

@@ -1,0 +1,179 @@
+"""The serial and the overlapped estimate, by hand on small compiled texts."""
+
+import pathlib
+
+import pytest
+
+from t5x_inference_ext.layouts.mesh import make_mesh
+from t5x_inference_ext.layouts.torus import parse_slice
+from t5x_inference_ext.precompile import hlo
+from t5x_inference_ext.precompile.estimate import Estimate, estimate
+
+TEXTS = pathlib.Path(__file__).parents[1] / 'testdata' / 'hlo'
+US = 1e-6
+
+
+def text(name: str) -> str:
+  return (TEXTS / f'{name}.txt').read_text()
+
+
+def read(name: str, slice_: str = 'v4:4x4x4', **mesh: int) -> Estimate:
+  return estimate(text(name), parse_slice(slice_), mesh or {'x': 4, 'y': 4, 'z': 4})
+
+
+def rows(found: Estimate) -> dict:
+  return {c.name: c for c in found.costs}
+
+
+def test_a_decode_layer():
+  found = read('decode_layer')
+  layer = {
+      'broadcast.9': 610 / 1050 * US,
+      'psum.19': 2 * (256 * 63 / 64 / 270e9 + 6 * US),
+      'all_gather.22': 64 * 4608 * 2 * 15 / 16 / 180e9 + 4 * US,
+      'copy.50': 15936 / 1050 * US,
+      'fusion.89': 72826 / 1050 * US,
+      'slice.4': 1 * US,
+      'reshape.275': 2 * 48 * 256 * 2 / 1200e9,
+      'fusion.92': 2 * US,
+      'dynamic_update_slice.17': 2 * 48 * 256 * 2 / 1200e9,
+      'add.1': 12 / 1200e9,
+      'lt.109': 9 / 1200e9}
+  costs = rows(found)
+  for name, seconds in layer.items():
+    assert costs[name].seconds == pytest.approx(118 * seconds, rel=1e-9), name
+    assert (costs[name].count, costs[name].in_layer_loop) == (118, True)
+  # Outside the loop: a prefetch, which is free, and the counter's first value.
+  assert costs['copy-start.1'].seconds == 0
+  assert not costs['copy.58'].in_layer_loop
+  assert found.serial_seconds == pytest.approx(118 * sum(layer.values()) + 8 / 1200e9, rel=1e-9)
+  assert found.overlapped_seconds == found.serial_seconds
+  assert found.flops == 118 * (2 * 64 * 4608 * 10016 + 2 * 48 * 2048 * 256)
+  assert not found.unknown_loops
+  assert not found.weight_copies
+
+
+def test_kinds_and_totals():
+  found = read('decode_layer')
+  kinds = {n: c.kind for n, c in rows(found).items()}
+  assert kinds['fusion.89'] == 'matmul'
+  assert kinds['fusion.92'] == 'attention'
+  assert kinds['copy.50'] == kinds['reshape.275'] == 'relayout'
+  assert kinds['slice.4'] == kinds['dynamic_update_slice.17'] == kinds['copy-start.1'] == 'copy'
+  assert kinds['psum.19'] == kinds['all_gather.22'] == 'collective'
+  assert kinds['broadcast.9'] == 'other'
+  assert sum(found.by_kind.values()) == pytest.approx(found.serial_seconds)
+  assert list(found.by_kind) == sorted(found.by_kind, key=found.by_kind.get, reverse=True)
+  assert list(found.by_collective) == [('all-reduce', ('x', 'y', 'z')), ('all-gather', ('y', 'z'))]
+  assert found.by_collective['all-gather', ('y', 'z')] == rows(found)['all_gather.22'].seconds
+  assert [c.name for c in found.longest(2)] == ['fusion.89', 'copy.50']
+
+
+def test_instructions_without_cycles_are_listed_by_name():
+  names = [c.name for c in read('decode_layer').without_cycles]
+  assert names == ['reshape.275', 'dynamic_update_slice.17', 'add.1', 'lt.109', 'copy.58']
+
+
+def test_a_ring_step_overlapped():
+  """16 chips without wraparound: 45 GB/s and size - 1 hops an axis. Arrays of 2 MiB."""
+  found = read('ring_step', 'v4:2x2x4', x=4, y=4)
+  mib2, costs = 2**21, rows(found)
+  permute = mib2 / 45e9 + 1 * US
+  expected = {
+      'copy-start': 0, 'slice-start': 0,  # into on-chip memory
+      # Opposite ways at the same time: once. One after the other: each.
+      'collective-permute-start.1': permute, 'collective-permute-start': 0,
+      'collective-permute-start.2': permute, 'collective-permute-start.3': permute,
+      'convolution.1': 10 * US,
+      'kernel.1': 10 * US,  # 2.75 GFLOP at 275 TFLOP/s; its 6 MB take 5 us
+      'all-to-all-start': mib2 * 3 / 4 / 2 / 45e9 + 3 * US,
+      'fusion.3': 4 * US,
+      'fusion.4': mib2 * 3 / 4 / 45e9 + 3 * US,
+      'async-start': mib2 * 3 / 4 / 45e9 + 3 * US,
+      'all-gather-start': mib2 * 15 / 16 / 90e9 + 6 * US,
+      'copy-start.5': 2 * mib2 / 1200e9}  # out of on-chip memory
+  assert {n: c.seconds for n, c in costs.items()} == pytest.approx(expected, rel=1e-9)
+  assert found.serial_seconds == pytest.approx(sum(expected.values()))
+  # Beside the permutes a product and a kernel run, beside the all-to-all an addition, beside the others nothing.
+  hidden = {n: c.hidden_seconds for n, c in costs.items() if c.hidden_seconds}
+  assert hidden == pytest.approx({'collective-permute-start.1': 20 * US, 'all-to-all-start': 4 * US})
+  assert found.overlapped_seconds == pytest.approx(found.serial_seconds - 24 * US)
+  assert [c.name for c in found.without_cycles] == ['kernel.1', 'copy-start.5']
+
+
+def test_no_more_is_hidden_than_a_collective_takes():
+  longer = text('ring_step').replace('"estimated_cycles":"10500"', '"estimated_cycles":"1050000"')
+  found = estimate(longer, parse_slice('v4:2x2x4'), {'x': 4, 'y': 4})
+  cost = rows(found)['collective-permute-start.1']
+  assert cost.hidden_seconds == cost.seconds
+
+
+def test_kernels_without_an_estimate_cost_their_operands_and_results():
+  silent = text('ring_step').replace('"cost_estimate":{"flops":"2750000000","transcendentals":"0",'
+                                     '"bytes_accessed":"6000000"}', '"output_memory_colors":[]')
+  found = estimate(silent, parse_slice('v4:2x2x4'), {'x': 4, 'y': 4})
+  assert rows(found)['kernel.1'].seconds == pytest.approx((2**21 + 64 * 1024 * 2) / 1200e9)
+
+
+def test_nested_loops_and_one_of_unknown_length():
+  found = read('nested_loops', 'v4:1x1x1', x=1)
+  costs = rows(found)
+  assert costs['copy.1'].seconds == pytest.approx(32 * US)
+  assert costs['copy.2'].seconds == pytest.approx(16 * US)
+  assert costs['copy.3'].seconds == pytest.approx(4 * US)  # once, and said so
+  assert found.unknown_loops == ('while.search',)
+  assert costs['copy.1'].in_layer_loop and not costs['copy.3'].in_layer_loop
+
+
+def test_of_a_conditional_the_longest_branch_counts():
+  program = """
+%one (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  ROOT %n.1 = f32[8]{0} negate(%a), backend_config={"estimated_cycles":"1050"}
+}
+
+%two (b: f32[8]) -> f32[8] {
+  %b = f32[8]{0} parameter(0)
+  ROOT %n.2 = f32[8]{0} negate(%b), backend_config={"estimated_cycles":"3150"}
+}
+
+ENTRY %m (p: s32[], x: f32[8]) -> f32[8] {
+  %p = s32[] parameter(0)
+  %x = f32[8]{0} parameter(1)
+  ROOT %c = f32[8]{0} conditional(%p, %x, %x), branch_computations={%one, %two}
+}
+"""
+  found = estimate(program, parse_slice('v4:1x1x1'), {'x': 1})
+  assert {n: (c.seconds, c.count) for n, c in rows(found).items()} == {'n.1': (0, 0), 'n.2': (pytest.approx(3 * US), 1)}
+
+
+def test_cycles_are_of_the_chip_that_the_program_is_for():
+  """1.75 GHz and links of 90 GB/s on v5p, 1.05 GHz and 45 GB/s on v4."""
+  v4, v5p = (rows(read('decode_layer', f'{kind}:4x4x4')) for kind in ('v4', 'v5p'))
+  assert v5p['fusion.89'].seconds == pytest.approx(v4['fusion.89'].seconds * 1.05 / 1.75)
+  assert v5p['all_gather.22'].seconds - 118 * 4 * US == pytest.approx((v4['all_gather.22'].seconds - 118 * 4 * US) / 2)
+
+
+def test_relaid_weights_are_offences_and_slices_are_not():
+  found = read('relaid_weights')
+  assert {c.name for c in found.offending_relayouts} == {'copy.68', 'copy.70', 'copy.90', 'fusion.107'}
+  assert {c.name for c in found.weight_copies} - {c.name for c in found.offending_relayouts} == {'fusion.106'}
+  assert rows(found)['copy.68'].kind == 'relayout'
+
+
+def test_a_compiled_program_or_its_module_will_do():
+
+  class Compiled:
+
+    def as_text(self):
+      return text('decode_layer')
+
+  arguments = parse_slice('v4:4x4x4'), {'x': 4, 'y': 4, 'z': 4}
+  seconds = read('decode_layer').serial_seconds
+  assert estimate(Compiled(), *arguments).serial_seconds == seconds
+  assert estimate(hlo.parse(text('decode_layer')), *arguments).serial_seconds == seconds
+
+
+def test_a_mesh_of_devices_will_do():
+  found = estimate(text('nested_loops'), parse_slice('v4:1x1x1'), make_mesh((1, 1, 1)))
+  assert found.serial_seconds == read('nested_loops', 'v4:1x1x1', x=1).serial_seconds
