@@ -23,6 +23,13 @@ jax.config.update('jax_enable_compilation_cache', False)
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(autouse=True, scope='module')
+def no_compiled_programs_left():
+  """Each takes several memory maps, of which Linux lets a process have 65530: the whole suite would run out of them."""
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture(scope='session')
 def repository() -> pathlib.Path:
   """The root of the checkout."""

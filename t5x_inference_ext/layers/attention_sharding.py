@@ -60,9 +60,8 @@ class AttentionSharding:
       width = query.shape[-1]
       y = jnp.concatenate([query, kv], axis=-1)
       if not self.summed:
-        reduce = plain.reduce_scatter if self._embed_splits(p.attention_positions) else lambda y, axes, _: (
-            plain.all_reduce(y, axes))
-        y = reduce(y, self._embed, 1)
+        y = (plain.reduce_scatter(y, self._embed, 1) if self._embed_splits(p.attention_positions) else
+             plain.all_reduce(y, self._embed))
       if p.hidden_rows == p.layout.hidden_axes:
         y = plain.all_to_all(y, p.hidden_rows, 0, 2)
       query, kv = y[..., :width], y[..., width:]
