@@ -1,8 +1,10 @@
 """Attention against plain numpy, with and without a context, for one key head and for several."""
 
+import jax
 import numpy as np
 import pytest
 
+from t5x_inference_ext.layers import attention
 from t5x_inference_ext.layers.attention import Context, attend
 
 
@@ -31,3 +33,21 @@ def test_a_token_sees_its_context_and_what_comes_before_it(new, kv_heads, cached
     all_k, all_v = (np.repeat(np.concatenate([p, x[i]]), h // kv_heads, axis=1) for p, x in zip(past, (k, v)))
     visible = np.concatenate([np.ones((new, length), bool), np.tril(np.ones((new, new), bool))], axis=1)
     np.testing.assert_allclose(out[i], _numpy(q[i], all_k, all_v, visible), atol=1e-6)
+
+
+@pytest.mark.parametrize('limit', [1, 2 * 3 * 4 * 9, 3 * 3 * 4 * 9])
+@pytest.mark.parametrize('cached', [False, True])
+def test_rows_in_several_passes_are_the_same(monkeypatch, limit, cached):
+  """Where logits would be too large: one row of five at a time, or a few."""
+  rng = np.random.default_rng(0)
+  b, t, h, k, d, s = 5, 3, 4, 2, 8, 6
+  q, keys, values = (rng.normal(size=(b, t, n, d)).astype(np.float32) for n in (h, k, k))
+  context = None
+  if cached:
+    kv = rng.normal(size=(2, b, s, k, d)).astype(np.float32)
+    context = Context(*kv, np.array([0, 6, 3, 1, 2], np.int32))
+  whole = attend(q, keys, values, context)
+  monkeypatch.setattr(attention, 'MAX_LOGITS', limit)
+  jaxpr = jax.make_jaxpr(attend)(q, keys, values, context)
+  assert 'scan' in str(jaxpr)
+  np.testing.assert_allclose(attend(q, keys, values, context), whole, atol=1e-6)
