@@ -68,7 +68,10 @@ def gathered_matmul(
   if x.shape[-1] != w.shape[0] * shards:
     raise ValueError(f'{shards} shards of {w.shape[0]} rows cannot be multiplied by {x.shape[-1]} columns')
   if directions == 0 or Ring((*row_axes, *column_axes)).size == 1:
-    return int8.matmul(x, plain.all_gather(plain.all_gather(w, row_axes, 0), column_axes, 1))
+    # Over the fewer shards first: the most bytes then go over the more axes, and links, of a torus.
+    for axes, dim in sorted([(row_axes, 0), (column_axes, 1)], key=lambda gather: plain.axis_size(gather[0])):
+      w = plain.all_gather(w, axes, dim)
+    return int8.matmul(x, w)
   return _ring_matmul(x, w, row_axes, column_axes, directions)
 
 
