@@ -2,19 +2,16 @@
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec as P
-import ml_dtypes
 import numpy as np
 
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
 from t5x_inference_ext.decoding.model import Model
-from t5x_inference_ext.layouts.arrangement import DeviceTensor, device_tensors
+from t5x_inference_ext.layouts.arrangement import DeviceTensor, device_tensors, tensor_dtype
 from t5x_inference_ext.weights import Weights, layer_weights
 
 # Up to this depth the program unrolls its layers, which spares a copy of each layer's weights on CPU; beyond it, a loop
 # keeps programs small and compiles quick.
 MAX_UNROLLED_LAYERS = 8
-
-_DTYPES = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
 
 
 def scans_layers(num_layers: int, asked: bool | None = None) -> bool:
@@ -77,12 +74,3 @@ def load_tensor(checkpoint: Checkpoint, model: Model, tensor: DeviceTensor, laye
   else:
     shape, spec, callback = tensor.shape, tensor.spec, lambda index: read(layers, index)
   return jax.make_array_from_callback(shape, NamedSharding(model.mesh, spec), callback)
-
-
-def tensor_dtype(tensor: DeviceTensor, weights: str, compute: str) -> np.dtype:
-  """What a tensor is on the chips, for a checkpoint's weights ('int8', ...) and the compute dtype."""
-  if tensor.kind == 'matrix' and weights == 'int8':
-    return np.dtype(np.int8)
-  if tensor.kind in ('matrix', 'embedding'):
-    return _DTYPES[compute]
-  return _DTYPES['float32']

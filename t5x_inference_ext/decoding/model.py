@@ -22,7 +22,7 @@ from t5x_inference_ext.layouts import placement as placements
 from t5x_inference_ext.layouts.arrangement import device_tensors
 from t5x_inference_ext.layouts.layout import Axes, Layout, check_pair
 from t5x_inference_ext.layouts.placement import Placement
-from t5x_inference_ext.weights import Weights, layer_weights
+from t5x_inference_ext.weights import SublayerWeights, Weights, layer_weights
 
 DTYPES = ('float32', 'bfloat16')
 
@@ -244,5 +244,4 @@ def _local_vectors(layers: Any, axes: Axes) -> Any:
     return dataclasses.replace(
         sublayer, **{name: plain.local_slice(v, axes, v.ndim - 1) for name, v in vectors.items() if v is not None})
 
-  is_sublayer = lambda x: hasattr(x, 'w_in')  # noqa: E731
-  return jax.tree.map(local, layers, is_leaf=is_sublayer)
+  return jax.tree.map(local, layers, is_leaf=lambda x: isinstance(x, SublayerWeights))

@@ -10,6 +10,7 @@ import itertools
 from typing import Callable, Mapping
 
 from jax.sharding import PartitionSpec as P
+import ml_dtypes
 import numpy as np
 
 from t5x_inference_ext import parameters
@@ -20,6 +21,8 @@ from t5x_inference_ext.layouts.layout import Layout, check_model, size
 Index = tuple[slice, ...]
 # (canonical name, index) -> the values there.
 Reader = Callable[[str, Index], np.ndarray]
+
+_DTYPES = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +94,15 @@ class DeviceTensor:
       # int8 where nothing but padding is read: beside values of any dtype it takes theirs, and never widens int8.
       pieces.append(np.zeros(shape, pieces[0].dtype if pieces else np.int8))
     return pieces
+
+
+def tensor_dtype(tensor: DeviceTensor, weights: str, compute: str) -> np.dtype:
+  """What a tensor is on the chips, for a checkpoint's weights ('int8', ...) and the compute dtype."""
+  if tensor.kind == 'matrix' and weights == 'int8':
+    return np.dtype(np.int8)
+  if tensor.kind in ('matrix', 'embedding'):
+    return _DTYPES[compute]
+  return _DTYPES['float32']
 
 
 def device_tensors(config: ModelConfig, layout: Layout, mesh: Mapping[str, int], int8: bool) -> dict[str, DeviceTensor]:

@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec as P
 
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.layouts import placement as placements, rules, traffic
-from t5x_inference_ext.layouts.arrangement import DeviceTensor, Part, device_tensors
+from t5x_inference_ext.layouts.arrangement import DeviceTensor, Part, device_tensors, tensor_dtype
 from t5x_inference_ext.layouts.layout import Axes, Layout, check_pair, size
 from t5x_inference_ext.layouts.mesh import AXES
 from t5x_inference_ext.layouts.placement import Placement
@@ -201,9 +201,7 @@ def _weight(s: Setting, name: str, tensor: DeviceTensor) -> Tensor:
 
 
 def _dtype(s: Setting, tensor: DeviceTensor) -> str:
-  if tensor.kind == 'matrix' and s.int8:
-    return 'int8'
-  return s.dtype if tensor.kind in ('matrix', 'embedding') else 'float32'
+  return tensor_dtype(tensor, 'int8' if s.int8 else s.dtype, s.dtype).name
 
 
 def _block(s: Setting, part: Part) -> Block:

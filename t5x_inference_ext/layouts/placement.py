@@ -84,8 +84,7 @@ def place(layout: Layout, config: ModelConfig, mesh: Mapping[str, int], batch: i
   Raises:
     MeshError: rows that a weight-gathered decode step can't split, naming what it could.
   """
-  rows = _filled(_subsets(layout.gathered_axes), batch, mesh)
-  positions = tuple(a for a in layout.gathered_axes if a not in rows)
+  rows, positions = _token_axes(layout, batch, mesh)
   if length % size(positions, mesh):
     chips = size(layout.gathered_axes, mesh)
     raise MeshError(
@@ -120,8 +119,7 @@ def place(layout: Layout, config: ModelConfig, mesh: Mapping[str, int], batch: i
 
 def padded_length(layout: Layout, mesh: Mapping[str, int], batch: int, length: int) -> int:
   """The smallest length of at least `length` that `place` takes; padding goes to the right, where nothing sees it."""
-  rows = _filled(_subsets(layout.gathered_axes), batch, mesh)
-  multiple = size(tuple(a for a in layout.gathered_axes if a not in rows), mesh)
+  multiple = size(_token_axes(layout, batch, mesh)[1], mesh)
   return -(-length // multiple) * multiple
 
 
@@ -142,6 +140,12 @@ def padded_batch(decode: Layout, batch: int, mesh: Mapping[str, int]) -> int:
   sizes = [size(c, mesh) for c in candidates]
   rows = itertools.count(-(-batch // gathered))
   return gathered * next(n for n in rows if n % max(s for s in sizes if s <= n) == 0)
+
+
+def _token_axes(layout: Layout, batch: int, mesh: Mapping[str, int]) -> tuple[Axes, Axes]:
+  """The axes that weights are gathered over: those that rows fill, and the rest, which split positions."""
+  rows = _filled(_subsets(layout.gathered_axes), batch, mesh)
+  return rows, tuple(a for a in layout.gathered_axes if a not in rows)
 
 
 def _token_dim(tokens: tuple[int, int], shards: int) -> int:

@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-from t5x_inference_ext.checkpoints.load import scans_layers, tensor_dtype
+from t5x_inference_ext.checkpoints.load import scans_layers
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.decoding.cache import KVCache
 from t5x_inference_ext.decoding.model import Model
 from t5x_inference_ext.decoding.sampling import Sampler
 from t5x_inference_ext.engine import generation_program
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.layouts.arrangement import device_tensors
+from t5x_inference_ext.layouts.arrangement import device_tensors, tensor_dtype
 from t5x_inference_ext.layouts.layout import Layout
 from t5x_inference_ext.precompile.generation import Run, describe
 from t5x_inference_ext.precompile.memory import Memory, memory_of

@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t5x_inference_ext.checkpoints.load import tensor_dtype
 from t5x_inference_ext.decoding.model import Model
-from t5x_inference_ext.layouts.arrangement import DeviceTensor, device_tensors
+from t5x_inference_ext.layouts.arrangement import DeviceTensor, device_tensors, tensor_dtype
 from t5x_inference_ext.layouts.rules import weight_axes
 from t5x_inference_ext.weights import SublayerWeights, Weights
 

@@ -3,7 +3,6 @@
 from typing import Callable, Mapping
 
 import jax
-import jax.numpy as jnp
 from t5x import utils
 
 from t5x_inference_ext.errors import RequestError
@@ -34,16 +33,26 @@ def precompile(
     RequestError: another mode.
   """
   infer_step = infer_step_of(model, mode)
-  lengths = model.FEATURE_CONVERTER_CLS(pack=False).get_model_feature_lengths(task_feature_lengths)
-  batch = {name: jax.ShapeDtypeStruct((batch_size, length), jnp.int32) for name, length in lengths.items()}
-  initializer = utils.TrainStateInitializer(
-      None, model.get_initial_variables, {name: x.shape for name, x in batch.items()}, partitioner)
+  batch, initializer = abstract_inputs(model, partitioner, task_feature_lengths, batch_size)
   key = () if mode == 'score' else (jax.eval_shape(lambda: jax.random.PRNGKey(0)),)
   step = partitioner.partition(
       infer_step, in_axis_resources=(
           initializer.train_state_axes.params, partitioner.data_partition_spec, *(None for _ in key)),
       out_axis_resources=None)
   return partitioner.compile(step, initializer.global_train_state_shape.params, batch, *key)
+
+
+def abstract_inputs(
+    model: InferenceModel, partitioner: InferencePartitioner, task_feature_lengths: Mapping[str, int], batch_size: int
+) -> tuple[dict[str, jax.ShapeDtypeStruct], utils.TrainStateInitializer]:
+  """The shapes of a batch as the model's feature converter makes it, and what knows those of the train state."""
+  converter = model.FEATURE_CONVERTER_CLS(pack=False)
+  lengths = converter.get_model_feature_lengths(task_feature_lengths)
+  dtypes = {name: feature.dtype for name, feature in converter.MODEL_FEATURES.items()}  # TensorFlow's
+  batch = {name: jax.ShapeDtypeStruct((batch_size, length), dtypes[name].as_numpy_dtype)
+           for name, length in lengths.items()}
+  return batch, utils.TrainStateInitializer(
+      None, model.get_initial_variables, {name: x.shape for name, x in batch.items()}, partitioner)
 
 
 def infer_step_of(model: InferenceModel, mode: str) -> Callable:

@@ -11,7 +11,7 @@ from t5x import utils
 from t5x_inference_ext.precompile import saved
 from t5x_inference_ext.t5x.models import InferenceModel
 from t5x_inference_ext.t5x.partitioning import InferencePartitioner, describe_step
-from t5x_inference_ext.t5x.precompile import infer_step_of
+from t5x_inference_ext.t5x.precompile import abstract_inputs, infer_step_of
 
 
 def save_infer_step(
@@ -40,13 +40,7 @@ def save_infer_step(
     SavedError: the file can't be written.
   """
   infer_step = infer_step_of(model, mode)
-  converter = model.FEATURE_CONVERTER_CLS(pack=False)
-  lengths = converter.get_model_feature_lengths(task_feature_lengths)
-  dtypes = {name: feature.dtype for name, feature in converter.MODEL_FEATURES.items()}  # TensorFlow's
-  batch = {name: jax.ShapeDtypeStruct((batch_size, length), dtypes[name].as_numpy_dtype)
-           for name, length in lengths.items()}
-  initializer = utils.TrainStateInitializer(
-      None, model.get_initial_variables, {name: x.shape for name, x in batch.items()}, partitioner)
+  batch, initializer = abstract_inputs(model, partitioner, task_feature_lengths, batch_size)
   state = initializer.global_train_state_shape
   steps, partition = [], partitioner.partition
 
