@@ -10,6 +10,11 @@ import jax
 from jax import lax
 
 
+# Of some larger reduce-scatters than this, in elements, the TPU compiler makes an all-reduce and a slice, unless the shards
+# have a dimension of their own; which costs copies where arrays are small, or where it cuts tiles of 8 by 128.
+_LARGE = 2**21
+
+
 def axis_size(axes: Sequence[str]) -> int:
   return math.prod(lax.axis_size(a) for a in axes)
 
@@ -33,7 +38,13 @@ def all_gather(x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
 def reduce_scatter(x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
   """Sums over the axes; each shard keeps its slice of `dim`."""
   axes = _used(axes)
-  return lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True) if axes else x
+  if not axes:
+    return x
+  shards = axis_size(axes)
+  if x.size < _LARGE or x.shape[dim] % (shards * (128 if dim == x.ndim - 1 else 8)):
+    return lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
+  x = x.reshape(*x.shape[:dim], shards, x.shape[dim] // shards, *x.shape[dim + 1:])
+  return lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=False)
 
 
 def all_to_all(x: jax.Array, axes: Sequence[str], split: int, concat: int) -> jax.Array:

@@ -168,6 +168,7 @@ class Model:
     positions = start[:, None] + jnp.arange(tokens.shape[1])[None, :]
     keys = rotary_angles(positions, self.config.d_head, self.config.rope_max_timescale)
     queries = tuple(plain.local_slice(a, place.attention_positions, 1) for a in keys)
+    queries, keys = jax.lax.optimization_barrier((queries, keys))  # or they are computed anew in every layer
     layer = Layer(self.config, place)
     x = embed(weights.embedding.astype(self.dtype), tokens, place)
 

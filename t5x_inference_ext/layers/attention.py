@@ -49,9 +49,9 @@ def _attend(q, k, v, context, first):
   b, m, h, d = q.shape
   kv = k.shape[2]
   q = q * jnp.asarray(d ** -0.5, q.dtype)
-  # Query heads that share a key head lie beside the tokens, as the rows of one product: [B, K, M * H/K, Q].
-  q = jnp.moveaxis(q.reshape(b, m, kv, h // kv, d), 2, 1).reshape(b, kv, -1, d)
-  row = jnp.arange(m * (h // kv)) // (h // kv)  # the token that a row of the product is of
+  # Query heads that share a key head lie above each other, as the rows of one product: [B, K, H/K * M, Q].
+  q = jnp.moveaxis(q.reshape(b, m, kv, h // kv, d), 1, 3).reshape(b, kv, -1, d)
+  row = jnp.arange(m * (h // kv)) % m  # the token that a row of the product is of
   causal = jnp.arange(k.shape[1])[None, :] <= first + row[:, None]  # [M * H/K, T]
   segments = [(k, v, causal[None, None])]
   if context is not None:
@@ -62,7 +62,7 @@ def _attend(q, k, v, context, first):
   weights = [jnp.exp(x - top) for x in logits]
   total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
   out = sum(_mix(w.astype(q.dtype), values) for w, (_, values, _) in zip(weights, segments)) / total
-  return jnp.moveaxis(out.reshape(b, kv, m, h // kv, d), 1, 2).reshape(b, m, h, d).astype(q.dtype)
+  return jnp.moveaxis(out.reshape(b, kv, h // kv, m, d), 3, 1).reshape(b, m, h, d).astype(q.dtype)
 
 
 def _logits(q: jax.Array, keys: jax.Array, visible: jax.Array) -> jax.Array:

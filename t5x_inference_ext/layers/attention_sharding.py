@@ -8,7 +8,7 @@ from jax import lax
 
 from t5x_inference_ext.collectives import plain
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.layouts.heads import kv_columns
+from t5x_inference_ext.layouts.heads import kv_columns, query_columns
 from t5x_inference_ext.layouts.placement import Placement
 
 
@@ -21,7 +21,8 @@ class AttentionSharding:
 
     embed axis (x)    partial sums are reduced into heads or positions, whichever attention splits over x.
     hidden axes       an all-to-all takes columns to rows where attention splits rows; where it splits heads the columns
-                      stay, and with one key head in all its columns are gathered.
+                      stay, and with one key head in all its columns are gathered. Where columns are parts of heads,
+                      an all-to-all takes them to positions, or, of a single token, they are gathered.
     positions' axes   queries stay split, keys and values are gathered: each device attends from its positions.
 
   Attributes:
@@ -46,32 +47,30 @@ class AttentionSharding:
   def _embed_splits(self, axes) -> bool:
     return bool(self._embed) and self._embed[0] in axes
 
-  def to_attention(self, query: jax.Array, kv: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Columns of queries and of keys and values -> q [B', T', H', Q], k and v [B', T, K', Q], as placed."""
+  def to_attention(self, columns: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Blocks of queries' columns, then keys' and values' -> q [B', T', H', Q], k and v [B', T, K', Q], as placed."""
     p, heads = self.placement, self.placement.heads
     here = heads.stored.shards // plain.axis_size(p.layout.hidden_axes)  # blocks before the move
-    query, kv = (y.reshape(*y.shape[:2], here, -1) for y in (query, kv))  # [B, T, blocks, columns of a block]
-    kv = kv[..., :kv_columns(self.config, heads.stored)[0]]
+    y = columns.reshape(*columns.shape[:2], here, -1)  # [B, T, blocks, columns of a block]
+    width = query_columns(self.config, heads.stored)
     by_heads = self._embed_splits(p.attention_heads)
+    # Queries, keys and values in one collective, wherever they go the same way.
+    if not by_heads and not self.summed:
+      y = (plain.reduce_scatter(y, self._embed, 1) if self._embed_splits(p.attention_positions) else
+           plain.all_reduce(y, self._embed))
+    if not by_heads and p.hidden_rows == p.layout.hidden_axes:
+      y = plain.all_to_all(y, p.hidden_rows, 0, 2)
+    query, kv = y[..., :width], y[..., width:width + kv_columns(self.config, heads.stored)[0]]
     if by_heads:
       query, kv = self._cut_queries(query), self._cut_keys(kv)
-    else:
-      # Queries, keys and values in one collective, wherever they go the same way.
-      width = query.shape[-1]
-      y = jnp.concatenate([query, kv], axis=-1)
-      if not self.summed:
-        y = (plain.reduce_scatter(y, self._embed, 1) if self._embed_splits(p.attention_positions) else
-             plain.all_reduce(y, self._embed))
-      if p.hidden_rows == p.layout.hidden_axes:
-        y = plain.all_to_all(y, p.hidden_rows, 0, 2)
-      query, kv = y[..., :width], y[..., width:]
     if by_heads or p.hidden_rows != p.layout.hidden_axes:
       query, kv = (plain.all_to_all(y, p.hidden_rows, 0, 2) for y in (query, kv))
       if heads.multiquery:
         kv = plain.all_gather(kv, tuple(a for a in p.layout.hidden_axes if a not in p.hidden_rows), 2)
     if not by_heads and not heads.multiquery:
       kv = kv[:, :, ::heads.stride]  # before the gather: copies need not move
-    kv = plain.all_gather(kv, p.attention_positions, 1)
+    query = plain.all_gather(plain.all_to_all(query, p.hidden_positions, 1, 2), p.joined, 2)
+    kv = plain.all_gather(kv, tuple(a for a in p.attention_positions if a not in p.hidden_positions), 1)
     q = query.reshape(*query.shape[:2], heads.heads, self.d_head)
     return q, *self._keys_values(kv, by_heads)
 
@@ -79,6 +78,7 @@ class AttentionSharding:
     """[B', T', H', Q] -> columns [B_rows, T_positions, columns/hidden], split over the embed axes as they came."""
     p, heads = self.placement, self.placement.heads
     y = out.reshape(*out.shape[:2], heads.blocks if heads.shards == 1 else 1, -1)
+    y = plain.all_to_all(plain.local_slice(y, p.joined, 2), p.hidden_positions, 2, 1)
     y = plain.all_to_all(y, p.hidden_rows, 2, 0)
     if self._embed_splits(p.attention_positions) and not self.summed:
       y = plain.all_gather(y, self._embed, 1)

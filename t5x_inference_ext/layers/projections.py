@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from t5x_inference_ext.collectives import looped, plain
 from t5x_inference_ext.collectives.weight_gather import Gatherer
 from t5x_inference_ext.config import ModelConfig, Sublayer
-from t5x_inference_ext.layouts.heads import HeadSplit, kv_columns
+from t5x_inference_ext.layouts.heads import HeadSplit, kv_columns, query_columns
 from t5x_inference_ext.layouts.placement import Placement
 from t5x_inference_ext.quantization import int8
 from t5x_inference_ext.weights import SublayerWeights
@@ -23,11 +23,10 @@ Parts = dict[str, jax.Array]
 
 
 def column_widths(config: ModelConfig, sublayer: Sublayer, stored: HeadSplit) -> dict[str, int]:
-  """The parts of a stored shard's columns, in order: 'gate', 'linear', 'query' and 'kv', of what the sublayer has."""
+  """The parts of a stored shard's columns, in order: 'gate', 'linear', 'attention' (queries, then keys and values)."""
   widths = {name: config.d_ff // stored.shards for name in config.mlp_inputs} if sublayer.mlp else {}
   if sublayer.attention:
-    widths['query'] = stored.local_heads * config.d_head
-    widths['kv'] = kv_columns(config, stored)[1]
+    widths['attention'] = query_columns(config, stored) + kv_columns(config, stored)[1]
   return widths
 
 
@@ -48,21 +47,39 @@ class Stationary:
       y = int8.matmul(y, w.w_in, w.in_scale)
     if (dim := self.placement.sums_into(self.sublayer)) is not None:  # before anything is cut out of it
       y = plain.reduce_scatter(y, self.placement.layout.embed_axes, dim)
+    # Where attention follows the MLP in one array, its output is written beside the MLP's: there is room for it, the next
+    # columns, whose values don't count.
+    room = w.w_out.shape[0] - widths.get('linear', 0) if len(widths) > 1 and dim is not None else 0
     parts, offset = {}, 0
     for name, width in widths.items():
-      parts[name] = y[..., offset:offset + width]
+      parts[name] = y[..., offset:offset + width + (0 if name == 'attention' else room)]
       offset += width
     return parts
 
   def outputs(self, parts: list[jax.Array], w: SublayerWeights) -> jax.Array:
     """parts, columns [B, T, rows of w_out] in order -> the residual stream's split of [B, T, E], not yet scaled."""
     hidden, directions = self.placement.layout.hidden_axes, self.placement.layout.ring_directions
-    y = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+    y = _side_by_side(parts, w.w_out.shape[0])
     if (dim := self.placement.sums_into(self.sublayer)) is not None:
       y = plain.all_gather(y, self.placement.layout.embed_axes, dim)
     if directions:
       return looped.matmul_reduce_scatter(y, w.w_out, hidden, directions)
     return plain.reduce_scatter(int8.matmul(y, w.w_out), hidden, self.placement.residual_dim)
+
+
+def _side_by_side(parts: list[jax.Array], width: int) -> jax.Array:
+  """Concatenates columns; where the first part has room for all, `width` in all, by writing the others into it.
+
+  For a TPU concatenating is one more pass over everything, and so is making room afterwards.
+  """
+  first, *rest = parts
+  if first.shape[-1] < width:
+    return jnp.concatenate(parts, axis=-1)
+  offset = width - sum(p.shape[-1] for p in rest)
+  for part in rest:
+    first = jax.lax.dynamic_update_slice_in_dim(first, part, offset, part.ndim - 1)
+    offset += part.shape[-1]
+  return first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +119,17 @@ class Gathered:
       y = product if y is None else y + product
       offset += rows
     return plain.reduce_scatter(y, self.placement.layout.hidden_axes, self.placement.residual_dim)
+
+
+def in_pieces(w: SublayerWeights, placement: Placement) -> SublayerWeights:
+  """The weights of a layer, of its own where its matrices are gathered or multiplied in pieces.
+
+  Of a piece of a slice of all layers the TPU compiler makes one cut, for which it lays all layers out anew.
+  """
+  if not (placement.layout.gathered_axes or placement.layout.ring_directions):
+    return w
+  w_in, w_out = jax.lax.optimization_barrier((w.w_in, w.w_out))
+  return dataclasses.replace(w, w_in=w_in, w_out=w_out)
 
 
 def projections(placement: Placement, sublayer: Sublayer) -> Stationary | Gathered:

@@ -14,7 +14,7 @@ from t5x_inference_ext.config import ModelConfig, Sublayer
 from t5x_inference_ext.layers.attention import Context, attend
 from t5x_inference_ext.layers.attention_sharding import AttentionSharding
 from t5x_inference_ext.layers.norm import norm
-from t5x_inference_ext.layers.projections import column_widths, projections
+from t5x_inference_ext.layers.projections import column_widths, in_pieces, projections
 from t5x_inference_ext.layers.rotary import rotate
 from t5x_inference_ext.layouts.placement import Placement
 from t5x_inference_ext.quantization import int8
@@ -61,13 +61,13 @@ class Layer:
     return x, kv
 
   def _sublayer(self, x, w: SublayerWeights, sublayer: Sublayer, positions, context):
-    project = projections(self.placement, sublayer)
+    project, w = projections(self.placement, sublayer), in_pieces(w, self.placement)
     summed = self.placement.sums_into(sublayer) is not None
     y = norm(x, w.norm, w.norm_bias, self.config, self.placement.residual[2])
     parts = project.inputs(y, w, column_widths(self.config, sublayer, self.placement.heads.stored))
     attention, kv, outputs = None, None, []
     if sublayer.attention:
-      attention, kv = self._attention(parts['query'], parts['kv'], summed, positions, context)
+      attention, kv = self._attention(parts['attention'], summed, positions, context)
     if sublayer.mlp:
       outputs.append(self._mlp(parts, summed))
     if attention is not None:
@@ -82,9 +82,9 @@ class Layer:
     y = jax.nn.swish(gate[0]) * linear if gate else jax.nn.gelu(linear, approximate=True)
     return plain.all_gather(y, embed, dim)
 
-  def _attention(self, query, kv, summed, positions, context):
+  def _attention(self, columns, summed, positions, context):
     moves = AttentionSharding(self.placement, self.config, summed)
-    q, k, v = moves.to_attention(query, kv)
+    q, k, v = moves.to_attention(columns)
     q, k = rotate(q, *positions.queries), rotate(k, *positions.keys)
     out = attend(q, k, v, context, moves.query_positions(k.shape[1]))
     return moves.from_attention(out), (k, v)

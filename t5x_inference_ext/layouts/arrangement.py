@@ -15,7 +15,7 @@ import numpy as np
 
 from t5x_inference_ext import parameters
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.layouts.heads import kv_columns, stored_heads
+from t5x_inference_ext.layouts.heads import kv_columns, stored_heads, vocabulary_rows
 from t5x_inference_ext.layouts.layout import Layout, check_model, size
 
 Index = tuple[slice, ...]
@@ -125,11 +125,14 @@ def device_tensors(config: ModelConfig, layout: Layout, mesh: Mapping[str, int],
   split = stored_heads(config, shards)
   e, d = config.d_model, config.d_head
 
-  def even(*names, axis=-1, padded=0):
+  def even(*names, axis=-1, padded=0, share=0):
     sizes = tuple(canonical[n].shape[axis] for n in names)
-    share = -(-sum(sizes) // shards)
+    share = share or -(-sum(sizes) // shards)
     bounds = [min(s * share, sum(sizes)) for s in range(shards + 1)]
     return Part(names, sizes, padded or share, tuple(itertools.pairwise(bounds)))
+
+  def queries(name, axis=-1):
+    return even(name, axis=axis) if split.pieces > 1 else by_heads(name, split.local_heads, split.query_range, axis)
 
   def by_heads(name, count, head_range, axis=-1):
     ranges = tuple((start * d, stop * d) for start, stop in map(head_range, range(shards)))
@@ -151,7 +154,7 @@ def device_tensors(config: ModelConfig, layout: Layout, mesh: Mapping[str, int],
   def column_parts(sublayer, rename=lambda name: name):
     parts = [even(rename(n)) for n in config.mlp_inputs] if sublayer.mlp else []
     if sublayer.attention:
-      parts.append(by_heads(rename('query'), split.local_heads, split.query_range))
+      parts.append(queries(rename('query')))
       if config.num_kv_heads == 1:  # one key head is less than a shard: all share its columns, and gather them
         parts.append(even(rename('key'), rename('value'), padded=kv_columns(config, split)[1]))
       else:
@@ -161,11 +164,12 @@ def device_tensors(config: ModelConfig, layout: Layout, mesh: Mapping[str, int],
   def row_parts(sublayer):
     parts = [even('mlp_output', axis=1)] if sublayer.mlp else []
     if sublayer.attention:
-      parts.append(by_heads('attention_output', split.local_heads, split.query_range, axis=1))
+      parts.append(queries('attention_output', axis=1))
     return parts
 
+  vocabulary = even('embedding', axis=0, share=vocabulary_rows(config, shards))
   tensors = {
-      'embedding': tensor((0, e), layout.embedding, 'embedding', 0, even('embedding', axis=0), per_layer=False),
+      'embedding': tensor((0, e), layout.embedding, 'embedding', 0, vocabulary, per_layer=False),
       **norm('final_norm', 'final_norm', False)}
   for sublayer in config.sublayers:
     fields = {

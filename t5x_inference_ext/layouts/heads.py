@@ -1,7 +1,8 @@
 """Attention heads laid over equal shards, padded where they do not divide (the paper pads 48 heads to 64, section 4).
 
 A key head and the query heads that it serves are a *group*. Shards take whole groups where there are enough; otherwise
-several shards share a group, each with a part of its queries and a copy of its key head.
+several shards share a group, each with a part of its queries and a copy of its key head. One key head in all lies over
+all shards: then consecutive shards may also share the columns of their queries, with parts of heads on each.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ class HeadSplit:
     local_groups: groups (or parts of one) that a shard has.
     local_queries: query heads that it has for each, padding included.
     copies: shards that share one group.
+    pieces: consecutive shards over which the columns of `local_heads` are cut evenly; 1: each has so many heads.
   """
 
   groups: int
@@ -29,6 +31,7 @@ class HeadSplit:
   local_groups: int
   local_queries: int
   copies: int
+  pieces: int = 1
 
   @classmethod
   def of(cls, groups: int, queries: int, shards: int) -> 'HeadSplit':
@@ -40,7 +43,7 @@ class HeadSplit:
 
   @property
   def local_heads(self) -> int:
-    """Query heads of a shard, padding included."""
+    """Query heads of a shard, or of `pieces` shards together, padding included."""
     return self.local_groups * self.local_queries
 
   @property
@@ -69,8 +72,29 @@ class HeadSplit:
 
 
 def stored_heads(config: ModelConfig, shards: int) -> HeadSplit:
-  """How the weights of a model hold its heads, on this many shards of the hidden axes."""
-  return HeadSplit.of(config.num_kv_heads, config.num_heads // config.num_kv_heads, shards)
+  """How the weights of a model hold its heads, on this many shards of the hidden axes.
+
+  With one key head in all, heads that would have to be padded are cut evenly over a few shards, if that gives whole tiles:
+  48 heads of 256 over 32 shards are 3 heads over each 2, with 384 columns on each shard.
+  """
+  split = HeadSplit.of(config.num_kv_heads, config.num_heads // config.num_kv_heads, shards)
+  columns = config.num_heads * config.d_head
+  if config.num_kv_heads > 1 or split.local_heads * shards == config.num_heads or columns % (shards * LANES):
+    return split
+  pieces = next(n for n in range(2, shards + 1) if shards % n == 0 and config.num_heads % (shards // n) == 0)
+  whole = HeadSplit.of(1, config.num_heads, shards // pieces)
+  return dataclasses.replace(whole, shards=shards, copies=shards, pieces=pieces)
+
+
+def query_columns(config: ModelConfig, stored: HeadSplit) -> int:
+  """A stored shard's columns of queries, and rows of attention's output matrix, padding included."""
+  return stored.local_heads * config.d_head // stored.pieces
+
+
+def vocabulary_rows(config: ModelConfig, shards: int) -> int:
+  """A shard's rows of the embedding: whole tiles of logits, where there are so many that the last shards can spare some."""
+  unit = LANES if config.vocab_size >= 8 * LANES * shards else 1
+  return -(-config.vocab_size // (shards * unit)) * unit
 
 
 def kv_columns(config: ModelConfig, stored: HeadSplit) -> tuple[int, int]:
@@ -82,7 +106,7 @@ def kv_columns(config: ModelConfig, stored: HeadSplit) -> tuple[int, int]:
   if config.num_kv_heads > 1:
     return (2 * stored.local_groups * config.d_head,) * 2
   count = -(-2 * config.d_head // stored.shards)
-  return count, -(-count // LANES) * LANES if stored.local_heads * config.d_head >= 4 * LANES else count
+  return count, -(-count // LANES) * LANES if query_columns(config, stored) >= 3 * LANES else count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +145,7 @@ class AttentionHeads:
   @property
   def heads(self) -> int:
     """Query heads here, padding included; consecutive ones share a key head."""
-    return self.cut.local_heads if self.shards > 1 else self.blocks * self.stored.local_heads
+    return self.cut.local_heads if self.shards > 1 else self.blocks * self.stored.local_heads // self.stored.pieces
 
   def cached(self) -> tuple[int | None, ...]:
     """The key head behind each head of the cache, over all devices that split heads; None is padding."""

@@ -87,5 +87,10 @@ class Pass:
     return size(axes, self.mesh)
 
   @property
+  def blocks(self) -> int:
+    """Stored shards' blocks of columns on one device, weights gathered."""
+    return self.size(self.layout.stored_hidden) // self.size(self.layout.hidden_axes)
+
+  @property
   def stored_heads(self) -> HeadSplit:
     return stored_heads(self.config, self.size(self.layout.stored_hidden))

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from t5x_inference_ext.config import ModelConfig, Sublayer
 from t5x_inference_ext.errors import MeshError
-from t5x_inference_ext.layouts.heads import AttentionHeads, stored_heads
+from t5x_inference_ext.layouts.heads import AttentionHeads, HeadSplit, stored_heads
 from t5x_inference_ext.layouts.layout import Axes, Layout, shape_text, size
 
 
@@ -29,7 +29,9 @@ class Placement:
     mlp_dim: the dimension of the MLP's columns [B, T, F] that the embed axes split.
     attention_rows: axes that split attention's and the cache's rows; `rows` lead.
     attention_heads: axes that split its heads.
-    attention_positions: axes that split its queries by position; `positions` lead.
+    attention_positions: axes that split its queries by position; `positions` lead. Hidden axes are among them where the
+      columns of their shards hold parts of heads.
+    joined: hidden axes over which the queries' columns are gathered for want of positions: all their devices do the same.
     heads: the heads on each device.
   """
 
@@ -41,6 +43,7 @@ class Placement:
   attention_rows: Axes
   attention_heads: Axes
   attention_positions: Axes
+  joined: Axes
   heads: AttentionHeads
 
   @property
@@ -70,6 +73,11 @@ class Placement:
     """Working hidden axes that attention splits rows over: an all-to-all takes columns to rows."""
     return tuple(a for a in self.layout.hidden_axes if a in self.attention_rows)
 
+  @property
+  def hidden_positions(self) -> Axes:
+    """Working hidden axes that attention splits queries' positions over: an all-to-all takes columns to positions."""
+    return tuple(a for a in self.layout.hidden_axes if a in self.attention_positions)
+
 
 def place(layout: Layout, config: ModelConfig, mesh: Mapping[str, int], batch: int, length: int) -> Placement:
   """Resolves a layout.
@@ -95,8 +103,9 @@ def place(layout: Layout, config: ModelConfig, mesh: Mapping[str, int], batch: i
   more: Axes = ()
   if layout.attention == 'batch':
     more = _filled(_row_axes(embed, hidden), batch // size(rows, mesh), mesh)
-  heads = tuple(a for a in hidden if a not in more)
   stored = stored_heads(config, size(layout.stored_hidden, mesh))
+  whole = _whole_heads(stored, hidden, more, mesh)
+  heads = tuple(a for a in hidden if a not in more + whole)
   cut = 1
   if embed and embed[0] not in more:
     # Partial sums over x are reduced into positions, as the MLP's are, or into heads if these are asked for, padded where
@@ -107,13 +116,15 @@ def place(layout: Layout, config: ModelConfig, mesh: Mapping[str, int], batch: i
       heads, cut = heads + embed, size(embed, mesh)
     elif divides:
       positions += embed
+  joined = whole if length % size(positions + whole, mesh) else ()
+  positions += () if joined else whole
   blocks = stored.shards // size(tuple(a for a in heads if a in hidden), mesh)
   gathered = tuple(a for a in positions if a in layout.gathered_axes)
   tokens = batch // size(rows, mesh), length // size(gathered, mesh)
   # Looped collectives cut the dimension that the product sums over: whole rows would be few for each step.
   residual_dim = 2 if layout.ring_directions else _token_dim(tokens, size(hidden, mesh))
   return Placement(
-      layout, rows, gathered, residual_dim, _token_dim(tokens, size(embed, mesh)), rows + more, heads, positions,
+      layout, rows, gathered, residual_dim, _token_dim(tokens, size(embed, mesh)), rows + more, heads, positions, joined,
       AttentionHeads(stored, blocks, cut, config.num_kv_heads == 1))
 
 
@@ -140,6 +151,14 @@ def padded_batch(decode: Layout, batch: int, mesh: Mapping[str, int]) -> int:
   sizes = [size(c, mesh) for c in candidates]
   rows = itertools.count(-(-batch // gathered))
   return gathered * next(n for n in rows if n % max(s for s in sizes if s <= n) == 0)
+
+
+def _whole_heads(stored: HeadSplit, hidden: Axes, rows: Axes, mesh: Mapping[str, int]) -> Axes:
+  """The hidden axes, besides those that rows take, whose shards' columns together are whole heads: the fastest."""
+  here = stored.shards // size(hidden, mesh)
+  left = tuple(a for a in hidden if a not in rows)
+  taken = size(tuple(a for a in hidden if a in rows), mesh)
+  return next(left[i:] for i in range(len(left), -1, -1) if here * taken * size(left[i:], mesh) % stored.pieces == 0)
 
 
 def _token_axes(layout: Layout, batch: int, mesh: Mapping[str, int]) -> tuple[Axes, Axes]:

@@ -8,7 +8,7 @@ import dataclasses
 from typing import Mapping
 
 from t5x_inference_ext.config import ModelConfig, Sublayer
-from t5x_inference_ext.layouts.heads import kv_columns
+from t5x_inference_ext.layouts.heads import kv_columns, query_columns, vocabulary_rows
 from t5x_inference_ext.layouts.layout import Axes, Layout
 from t5x_inference_ext.layouts.moves import FLOAT32, Move, Pass
 from t5x_inference_ext.layouts.placement import Placement, sampling_axes
@@ -46,7 +46,7 @@ def layer_moves(
       moves += _from_attention(p, placement, together)
     if together:
       rows = p.config.d_ff // p.size(p.layout.hidden_axes) * sublayer.mlp
-      rows += p.stored_heads.local_heads * p.config.d_head * sublayer.attention
+      rows += query_columns(p.config, p.stored_heads) * sublayer.attention
       moves += p.activations('mlp and attention', 'all_gather', p.layout.embed_axes, p.tokens * rows)
     moves += _projections(p, sublayer, before=False)
   return moves
@@ -117,7 +117,7 @@ def logits_moves(
   moves += p.activations('logits input', 'all_gather', hidden, tokens * width * p.size(hidden))
   # [B, T, V/hidden], partial sums over d_model, to [B/sampling, T, V].
   split = sampling_axes(sampling, batch, mesh)
-  vocabulary = -(-config.vocab_size // p.size(layout.stored_hidden))
+  vocabulary = vocabulary_rows(config, p.size(layout.stored_hidden))
   scattered = tuple(a for a in layout.stored_embed if a in split)
   moves += p.move('logits', 'reduce_scatter', scattered, tokens * vocabulary, FLOAT32)
   tokens //= p.size(scattered)
@@ -155,9 +155,10 @@ def _projections(p: Pass, sublayer: Sublayer, before: bool) -> list[Move]:
         scales = tuple(a for a in layout.stored_hidden if a in gathered)
         weights += p.move(f'scales: {name}', 'all_gather', scales, width, FLOAT32)
   else:
-    rows = {'mlp output': columns.get('linear'), 'attention output': columns.get('query')}
+    rows = {'mlp output': columns.get('linear', 0),
+            'attention output': sublayer.attention * p.blocks * query_columns(c, p.stored_heads)}
     for name, width in rows.items():
-      if width is not None:
+      if width:
         weights += p.move(f'weights: {name}', 'all_gather', gathered, width * c.d_model // x, p.weight, looped=True)
   # Where weights are gathered, theirs are the matmuls that loop.
   name, kind = ('input', 'all_gather') if before else ('output', 'reduce_scatter')
@@ -167,12 +168,10 @@ def _projections(p: Pass, sublayer: Sublayer, before: bool) -> list[Move]:
 
 def _columns(p: Pass, sublayer: Sublayer) -> dict[str, int]:
   """The columns of the input product on one device."""
-  c, stored, hidden = p.config, p.stored_heads, p.size(p.layout.hidden_axes)
-  columns = {name: c.d_ff // hidden for name in c.mlp_inputs} if sublayer.mlp else {}
+  c, stored = p.config, p.stored_heads
+  columns = {name: c.d_ff // p.size(p.layout.hidden_axes) for name in c.mlp_inputs} if sublayer.mlp else {}
   if sublayer.attention:
-    here = stored.shards // hidden
-    columns['query'] = here * stored.local_heads * c.d_head
-    columns['keys and values'] = here * kv_columns(c, stored)[1]
+    columns['attention'] = p.blocks * (query_columns(c, stored) + kv_columns(c, stored)[1])
   return columns
 
 
@@ -189,9 +188,9 @@ def _to_attention(p: Pass, placement: Placement, summed: bool) -> list[Move]:
   """Section 3.3: `BLH_yzQ(partialsum-x)`, unless summed already, to queries, keys and values as attention splits them."""
   layout, heads, d = p.layout, placement.heads, p.config.d_head
   embed, rows = layout.embed_axes, placement.hidden_rows
-  x, here = p.size(embed), heads.stored.shards // p.size(layout.hidden_axes)
-  query = p.tokens * here * heads.stored.local_heads * d
-  kv = p.tokens * here * kv_columns(p.config, heads.stored)[0]
+  x = p.size(embed)
+  query = p.tokens * p.blocks * query_columns(p.config, heads.stored)
+  kv, padded = (p.tokens * p.blocks * n for n in kv_columns(p.config, heads.stored))
   together, by = 'query, keys and values', _split_by(placement)
   if by == 'heads':  # each part's heads are padded to divide; so are its key heads, unless devices share them
     cut = heads.cut
@@ -204,35 +203,38 @@ def _to_attention(p: Pass, placement: Placement, summed: bool) -> list[Move]:
     query //= x
     kv = kv if heads.multiquery else 2 * p.tokens * cut.local_groups * d
   elif by is None:
-    moves = p.activations(together, 'all_reduce', embed, query + kv)
+    moves = p.activations(together, 'all_reduce', embed, query + padded)
   else:
-    moves = [] if summed else p.activations(together, 'reduce_scatter', embed, query + kv)
-    query, kv = query // x, kv // x
+    moves = [] if summed else p.activations(together, 'reduce_scatter', embed, query + padded)
+    query, kv, padded = query // x, kv // x, padded // x
   if by != 'heads' and rows == layout.hidden_axes:
-    moves += p.activations(together, 'all_to_all', rows, query + kv)
+    moves += p.activations(together, 'all_to_all', rows, query + padded)
   else:
     moves += p.activations('query', 'all_to_all', rows, query)
     moves += p.activations('keys and values', 'all_to_all', rows, kv)
+  moves += p.activations('query', 'all_to_all', placement.hidden_positions, query)
+  moves += p.activations('query', 'all_gather', placement.joined, query * p.size(placement.joined))
   if heads.multiquery:
     rest = tuple(a for a in layout.hidden_axes if a not in rows)
     kv *= p.size(rest)
     moves += p.activations('keys and values', 'all_gather', rest, kv)
   elif by != 'heads':
     kv //= heads.stride  # of key heads that devices share, one copy is kept
-  positions = placement.attention_positions  # every device's queries see all keys
+  # Every device's queries see all keys; which were gathered over hidden axes already.
+  positions = tuple(a for a in placement.attention_positions if a not in placement.hidden_positions)
   return moves + p.activations('keys and values', 'all_gather', positions, kv * p.size(positions))
 
 
 def _from_attention(p: Pass, placement: Placement, summed: bool) -> list[Move]:
   """Section 3.3: what attention gives, back to `BLH_yzQ`."""
   layout, heads = p.layout, placement.heads
-  here = heads.stored.shards // p.size(layout.hidden_axes)
-  columns = p.tokens * here * heads.stored.local_heads * p.config.d_head
+  columns = p.tokens * p.blocks * query_columns(p.config, heads.stored)
   by = _split_by(placement)
   if by == 'heads':
     columns = p.tokens * heads.cut.padded_groups * heads.cut.padded_queries * p.config.d_head
-  moves = p.activations(
-      'attention', 'all_to_all', placement.hidden_rows, columns // p.size(layout.embed_axes) if by else columns)
+  here = columns // p.size(layout.embed_axes) if by else columns
+  moves = p.activations('attention', 'all_to_all', placement.hidden_positions, here)
+  moves += p.activations('attention', 'all_to_all', placement.hidden_rows, here)
   return moves + (p.activations('attention', 'all_gather', layout.embed_axes, columns) if by and not summed else [])
 
 

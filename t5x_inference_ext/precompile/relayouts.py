@@ -23,6 +23,9 @@ _MATERIALISES = frozenset((
     'fusion', 'copy', 'transpose', 'reshape', 'slice', 'dynamic-slice', 'convert', 'bitcast-convert', 'pad',
     'concatenate', 'reverse', 'select', 'multiply'))
 
+_CUTS = frozenset(('copy', 'slice', 'dynamic-slice', 'pad'))
+_MOVED_WHOLE = _CUTS | {'bitcast', 'fusion'}
+
 # What a value carries: names of weights and caches; of a tuple, one set per element.
 _Carried = frozenset | tuple
 
@@ -177,26 +180,59 @@ def _filled(module, loop, index) -> bool:
 
 
 def _relays(module: Module, computation: Computation, i: Instruction) -> bool:
-  """Whether an instruction, or one that its fusion runs, changes how its operand lies or what its elements are."""
+  """Whether an instruction changes how its operand lies or what its elements are."""
   if i.opcode == 'fusion':
     body = module.called(i)
-    return any(_relays(module, body, inner) for inner in body.instructions)
+    if any(_changes(module, body, inner) for inner in body.instructions):
+      return True
+    # What a fusion cuts and copies on the way is nowhere in memory: its ends count.
+    ends = [body[o] for o in body.root.operands] if body.root.opcode == 'tuple' else [body.root]
+    return any(relays(_origin(body, end).shapes[0], end.shapes[0]) for end in ends if end.opcode in _MOVED_WHOLE)
+  return _changes(module, computation, i) or (
+      i.opcode in _CUTS and relays(computation.operands(i)[0].shapes[0], i.shapes[0]))
+
+
+def _changes(module: Module, computation: Computation, i: Instruction) -> bool:
+  """Whether it, or what a fusion in a fusion runs, reorders or converts elements."""
+  if i.opcode == 'fusion':
+    body = module.called(i)
+    return any(_changes(module, body, inner) for inner in body.instructions)
   if i.opcode in ('convert', 'reshape', 'bitcast-convert', 'reverse'):
     return i.shapes[0].elements > 1
   if i.opcode == 'transpose':
     before, after = computation.operands(i)[0].shapes[0], i.shapes[0]
     moved = [int(d) for d in i.attribute('dimensions').split(',')]
     return tuple(moved[d] for d in after.order) != before.order
-  if i.opcode in ('copy', 'slice', 'dynamic-slice', 'pad'):
-    return relays(computation.operands(i)[0].shapes[0], i.shapes[0])
   return False
 
 
+def _origin(body: Computation, i: Instruction) -> Instruction:
+  """What an instruction of a fusion has cut and copied."""
+  while i.opcode in _MOVED_WHOLE:
+    i = body.operands(i)[0]
+  return i
+
+
 def relays(before: Shape, after: Shape) -> bool:
-  """Whether two arrays of as many dimensions lie differently: another order, or of the same shape other tiles."""
-  wide = [d for d in after.minor_to_major if before.dims[d] != 1 and after.dims[d] != 1]
-  return [d for d in before.minor_to_major if d in wide] != wide or (
-      before.dims == after.dims and before.tiles != after.tiles)
+  """Whether two arrays lie differently: another order of dimensions, or, where sizes are equal, other tiles.
+
+  Dimensions of one element don't count; where one array has fewer dimensions, it is the first that it lacks.
+  """
+  sizes = [[n for n in shape.dims if n != 1] for shape in (before, after)]
+  ranks = [_order(shape) for shape in (before, after)]
+  if len(before.dims) == len(after.dims):
+    wide = [d for d in after.minor_to_major if before.dims[d] != 1 and after.dims[d] != 1]
+    return [d for d in before.minor_to_major if d in wide] != wide or (
+        before.dims == after.dims and before.tiles != after.tiles)
+  few = min(map(len, ranks))
+  last = [[d for d in rank if d < few] for rank in ranks]
+  return last[0] != last[1] or sizes[0][-2:] == sizes[1][-2:] and before.tiles != after.tiles
+
+
+def _order(shape: Shape) -> list[int]:
+  """Its dimensions of more than one element from the fastest, each counted from the last."""
+  wide = [d for d, n in enumerate(shape.dims) if n != 1]
+  return [len(wide) - 1 - wide.index(d) for d in shape.minor_to_major if shape.dims[d] != 1]
 
 
 def _spread(computation, name) -> bool:

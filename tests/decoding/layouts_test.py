@@ -28,7 +28,9 @@ MODELS = {
     'multiquery-serial': ModelConfig(num_heads=8, block='serial', norm_scale='one', **_SIZES),
 }
 # So many queries on a shard that its columns of the one key head are padded to a tile.
-TILES = {'multiquery-tiles': ModelConfig(num_heads=32, **{**_SIZES, 'd_head': 64})}
+TILES = {'multiquery-tiles': ModelConfig(num_heads=32, **{**_SIZES, 'd_head': 64}),
+         # 6 heads over 4 shards are 3 over each 2, in whole tiles.
+         'multiquery-cut': ModelConfig(num_heads=6, **{**_SIZES, 'd_head': 256})}
 
 STEPS = 4
 MAX_ROWS = 24
@@ -94,6 +96,12 @@ def cases() -> list[Case]:
   for prefill, decode, rows in (
       ('ws_2d/heads', 'ws_2d/batch', 8), ('wg_xyz/batch', 'ws_2d/batch/two_way', 2), ('wg_xy/batch', 'wg_x/heads', 4)):
     out.append(Case('multiquery-tiles', prefill, decode, rows, weights='int8'))
+  # Heads cut between shards: rows, positions, or, in a decode step of one row, every device makes them whole.
+  for prefill, decode, rows, size, weights in (
+      ('ws_2d/batch', 'ws_2d/batch', 8, 4, 'int8'), ('ws_2d/batch', 'ws_2d/heads', 1, 4, 'float32'),
+      ('ws_2d/heads', 'ws_2d/batch', 1, 5, 'float32'), ('wg_x/heads', 'ws_2d/batch', 2, 8, 'float32'),
+      ('wg_xy/batch', 'ws_2d/batch/two_way', 4, 4, 'float32'), ('wg_xyz/batch', 'wg_x/batch', 8, 4, 'int8')):
+    out.append(Case('multiquery-cut', prefill, decode, rows, prompt_size=size, weights=weights))
   # Few rows in rings, and on a mesh whose positions do not fill z.
   out.append(Case(models[3], 'wg_xyz/batch/two_way', 'ws_2d/batch/one_way', 2, prompt_size=5))
   out.append(Case(models[0], 'wg_xyz/batch', 'ws_2d/batch', 3, '1x2x4', 5))

@@ -190,7 +190,20 @@ def test_palm_540b_on_64_chips(layout, mesh, heads):
   tensors = device_tensors(config, Layout(layout), dict(zip(AXES, mesh)), True)
   assert tensors['parallel/w_in'].shape == (18432, 2 * config.d_ff + heads * 256 + (16 * 128 if heads == 48 else 2 * 256))
   assert tensors['parallel/w_out'].shape == (config.d_ff + heads * 256, 18432)
-  assert tensors['embedding'].shape[0] - 256128 < 64
+  # Whole tiles of the vocabulary on each shard.
+  shards = size(Layout(layout).stored_hidden, dict(zip(AXES, mesh)))
+  assert tensors['embedding'].shape[0] % (128 * shards) == 0
+  assert 0 <= tensors['embedding'].shape[0] - 256128 < 128 * shards
+
+
+def test_heads_that_do_not_divide_are_cut_between_shards():
+  """48 heads of 256 over 32 shards: 384 columns each, in order, and nothing is padded."""
+  config = preset('palm_540b')
+  tensors = device_tensors(config, Layout('ws_2d'), dict(x=2, y=8, z=4), True)
+  assert tensors['parallel/w_in'].shape == (18432, 2 * config.d_ff + 48 * 256 + 32 * 128)
+  assert tensors['parallel/w_out'].shape == (config.d_ff + 48 * 256, 18432)
+  query = next(p for p in tensors['parallel/w_in'].parts if p.names == ('query',))
+  assert query.ranges == tuple((384 * s, 384 * s + 384) for s in range(32))
 
 
 def test_megatron_530b_on_64_chips():

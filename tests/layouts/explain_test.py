@@ -181,7 +181,8 @@ def test_the_paper_s_mesh_needs_no_devices():
   matrices = [t for t in e.weights if t.name in ('embedding', 'parallel/w_in', 'parallel/w_out')]
   norms = 119 * 18432
   padding = 16 * (128 - 32) * 118 * 18432  # each shard's columns of keys and values, to a tile
-  assert 64 * sum(t.bytes for t in matrices) == 2 * (s.config.num_params - norms + padding)
+  vocabulary = (16 * 126 * 128 - 256128) * 18432  # each shard's rows of the embedding, to tiles
+  assert 64 * sum(t.bytes for t in matrices) == 2 * (s.config.num_params - norms + padding + vocabulary)
   assert phase_tensor(e, 1, 'cache').bytes == 2 * 118 * 256 * 2 * 2048 * (512 // 64)
   assert e.phases[0].gathered == 18432 * 73728 * 2
   assert e.phases[1].gathered == 0

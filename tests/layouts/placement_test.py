@@ -185,6 +185,13 @@ def test_padded_batch_is_the_smallest_that_fills_what_fewer_rows_could(layout, m
     ('ws_2d/heads', '64x1x1', 1, 64, '', 'x', ''),
     ('ws_2d/heads', '128x1x1', 1, 128, '', '', 'x'),
     ('ws_2d/heads', '128x1x1', 1, 1, '', '', ''),
+    # 48 heads over 32 shards are cut: what would have parts of heads splits rows or positions instead, or nothing.
+    ('ws_2d/batch', '2x8x4', 64, 1, 'xzy', '', ''),
+    ('ws_2d/batch', '2x8x4', 1, 2048, '', 'z', 'xy'),
+    ('ws_2d/heads', '2x8x4', 1, 2048, '', 'z', 'xy'),
+    ('ws_2d/batch', '2x8x4', 1, 1, '', 'z', ''),
+    ('ws_2d/batch', '2x8x4', 8, 1, 'y', 'z', ''),
+    ('wg_xy/batch', '2x8x4', 16, 64, 'xy', 'z', ''),
 ])
 def test_attention_of_palm_540b(layout, mesh, batch, length, rows, heads, positions):
   mesh = mesh_of(mesh)

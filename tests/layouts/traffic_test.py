@@ -47,6 +47,7 @@ MODELS = {
     'padded': model(num_heads=3),
     'multihead': model(num_kv_heads=8, block='serial', mlp='gelu', norm='layer'),
     'grouped': model(num_heads=12, num_kv_heads=2, block='serial'),
+    'cut': model(num_heads=6, d_head=256),
 }
 
 
@@ -228,6 +229,11 @@ LAYERS = [
     ('grouped', 'ws_2d/heads', '4x2x1', 3, 8, False), ('multihead', 'ws_2d/heads', '8x1x1', 1, 8, False),
     ('multiquery', 'ws_2d/batch', '8x1x1', 2, 8, True), ('multiquery', 'ws_2d/batch', '1x2x4', 4, 1, True),
     ('padded', 'wg_xy/batch', '1x2x4', 8, 4, False),
+    # Heads cut between shards: into rows, positions, or whole on every device.
+    *[('cut', layout, '2x2x2', batch, length, int8) for layout, batch, length, int8 in (
+        ('ws_2d/batch', 8, 1, False), ('ws_2d/batch', 1, 8, False), ('ws_2d/batch', 1, 1, True),
+        ('ws_2d/heads', 2, 8, True), ('ws_2d/heads', 2, 3, False), ('wg_x/heads', 2, 8, False),
+        ('wg_xy/batch', 4, 8, True))],
     ('multiquery', 'ws_1d/batch/two_way', '2x2x2', 8, 1, False),
     ('multiquery', 'ws_2d/batch/one_way', '2x2x2', 8, 1, False),
     ('multihead', 'ws_2d/batch/two_way', '2x2x2', 8, 8, True),

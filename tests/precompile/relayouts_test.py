@@ -1,0 +1,35 @@
+"""Weights and caches lie as the compiled programs want them: no layer lays one out anew in HBM, in any layout."""
+
+import dataclasses
+
+import pytest
+
+from t5x_inference_ext.config import preset
+from t5x_inference_ext.precompile.analysis import analyze
+
+pytestmark = pytest.mark.libtpu
+
+LAYOUTS = ('ws_1d/heads', 'ws_1d/batch', 'ws_2d/heads', 'ws_2d/batch', 'wg_x/heads', 'wg_x/batch', 'wg_xy/heads',
+           'wg_xy/batch', 'wg_xyz/batch')
+
+
+def _relaid(weights: str, phase: str, layout: str, **fields) -> list[str]:
+  config = dataclasses.replace(preset('palm_8b'), num_layers=3, **fields)
+  answer = analyze(config, weights, 'v4:2x2x2', phase, 16, 512, layout=layout, mesh='2x2x2', scan_layers=True)
+  return [f'{c.name} {c.result} of {c.sources}' for c in answer.estimate.weight_copies if c.relaid]
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('weights', ['int8', 'bfloat16'])
+def test_no_decode_step_lays_a_weight_or_a_cache_out_anew(weights, layout):
+  assert not _relaid(weights, 'decode', layout)
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_no_prefill_lays_a_weight_out_anew(layout):
+  assert not _relaid('int8', 'prefill', layout)
+
+
+@pytest.mark.parametrize('collectives', ['one_way', 'two_way'])
+def test_no_looped_decode_step_does(collectives):
+  assert not _relaid('int8', 'decode', f'ws_2d/batch/{collectives}')
