@@ -19,15 +19,15 @@ Run from the root of a checkout, on one device, with random weights; nothing but
 import argparse
 import dataclasses
 import statistics
-import sys
+from typing import Iterator, Sequence
+
+import jax
+import numpy as np
 
 from benchmarks.machine import copy_bandwidth, matmul_rate, median_seconds, seconds
 from benchmarks.random_model import RandomModel
 from t5x_inference_ext.checkpoints.load import scans_layers
 from t5x_inference_ext.config import ModelConfig, preset
-
-import jax
-import numpy as np
 
 DECODE_TARGET, PREFILL_TARGET = 0.80, 0.65
 WEIGHTS = ('bfloat16', 'int8')
@@ -39,6 +39,8 @@ SHAPES = {
                               **_FALCON), 1024, 64),
     'tiny': (ModelConfig(num_layers=2, d_model=128, d_ff=512, num_heads=4, d_head=32, vocab_size=512, **_FALCON), 32, 8),
 }
+LARGE, SMALL = ('palm_8b', 'falcon_7b'), ('tiny',)
+BATCHES = (1, 8, 64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,42 +122,49 @@ def measure(own: RandomModel, batch: int, prompt: int, new: int, repeats: int, o
   return Cell(batch, decode, prefill, *map(statistics.median, zip(*times)))
 
 
+def is_falcon(config: ModelConfig) -> bool:
+  """Whether transformers' Falcon can have this shape: like Falcon-7B parallel, multiquery, with GELU and layer norm."""
+  return (config.block, config.mlp, config.norm, config.num_kv_heads) == ('parallel', 'gelu', 'layer', 1) and (
+      config.num_heads * config.d_head == config.d_model)
+
+
 def other_side(config: ModelConfig, context: int):
-  """(a Falcon, what it is), or (None, why there is none)."""
+  """(a falcon.Falcon, what it is), or (None, why there is none)."""
+  if not is_falcon(config):
+    return None, 'transformers has no model of this shape (it has that of --shape=falcon_7b)'
   try:
     from benchmarks import falcon
   except ImportError as e:
     return None, f'transformers is left out: {e.name or e} is not importable (pip install torch transformers)'
-  if not falcon.is_falcon(config):
-    return None, 'transformers is left out: it has no model of this shape (--shape=falcon_7b)'
   made = falcon.Falcon(config, context)
   if made.num_params != config.num_params:
     raise AssertionError(f'{made.num_params:,} parameters in transformers, {config.num_params:,} here')
   return made, f'beside {made}, bfloat16'
 
 
-def run(shape: str, weights, batches, repeats: int, machine: Machine, scan_layers: bool | None = None,
-        prompt: int | None = None, new: int | None = None, write=print) -> None:
-  """Prints a shape's table.
+def table(shape: str, machine: Machine, weights: Sequence[str] = WEIGHTS, batches: Sequence[int] = BATCHES,
+          repeats: int = 5, scan_layers: bool | None = None, prompt: int | None = None, new: int | None = None
+          ) -> Iterator[str]:
+  """A shape's table, line by line as it is measured.
 
   Args:
     shape: of SHAPES.
+    machine: measured.
     weights: of WEIGHTS.
     batches: rows.
     repeats: of each measurement.
-    machine: measured.
     scan_layers: a loop over all layers, or code for each; None: what loading a checkpoint does.
     prompt, new: tokens, by default the shape's.
-    write: takes lines.
   """
   config, default_prompt, default_new = SHAPES[shape]
   prompt, new = prompt or default_prompt, new or default_new
   scan_layers = scans_layers(config.num_layers, scan_layers)
   other, remark = other_side(config, prompt + new)
-  write(f'\n{shape}: {config}\nprompt {prompt}, generate {new}, {"a loop over" if scan_layers else "unrolled"} layers, '
-        f'median of {repeats}; {remark}\n')
+  yield f'\n{shape}: {config}'
+  yield (f'prompt {prompt}, generate {new}, {"a loop over" if scan_layers else "unrolled"} layers, median of {repeats}; '
+         f'{remark}\n')
   titles = TITLES + (OTHER_TITLES if other else ())
-  write(f'| {" | ".join(titles)} |\n|{"---|" * len(titles)}')
+  yield f'| {" | ".join(titles)} |\n|{"---|" * len(titles)}'
   for kind in weights:
     own = RandomModel.make(config, kind, scan_layers)
     for batch in batches:
@@ -164,10 +173,19 @@ def run(shape: str, weights, batches, repeats: int, machine: Machine, scan_layer
       except jax.errors.JaxRuntimeError as e:
         if 'RESOURCE_EXHAUSTED' not in str(e):
           raise
-        write(f'| {kind} | {batch} | does not fit |')
+        yield f'| {kind} | {batch} | out of memory |'
         continue
-      write(row(cell, kind, config, own.weight_bytes, machine, prompt, new))
-    del own
+      yield row(cell, kind, config, own.weight_bytes, machine, prompt, new)
+    del own  # before the next is made
+
+
+def report(shapes: Sequence[str], **options) -> None:
+  """Measures the machine, and prints the tables of some shapes; options: see table."""
+  machine = Machine.measure()
+  print(machine)
+  for shape in shapes:
+    for line in table(shape, machine, **options):
+      print(line, flush=True)
 
 
 def main() -> None:
@@ -175,26 +193,27 @@ def main() -> None:
   parser.add_argument('--shape', help=f'of {", ".join(SHAPES)}, comma separated; by default palm_8b,falcon_7b on an '
                       'accelerator and tiny on a CPU')
   parser.add_argument('--weights', default=','.join(WEIGHTS), help='comma separated')
-  parser.add_argument('--batch', default='1,8,64', help='batch sizes, comma separated')
+  parser.add_argument('--batch', default=','.join(map(str, BATCHES)), help='batch sizes, comma separated')
   parser.add_argument('--prompt', type=int, help='tokens of each prompt; by default the shape\'s')
   parser.add_argument('--generate', type=int, help='new tokens of each row, at least 2; by default the shape\'s')
   parser.add_argument('--repeats', type=int, default=5)
   parser.add_argument('--scan_layers', action=argparse.BooleanOptionalAction,
                       help='one loop over all layers, or code for each; by default a loop for more than 8')
   args = parser.parse_args()
-  shapes = (args.shape or ('tiny' if jax.devices()[0].platform == 'cpu' else 'palm_8b,falcon_7b')).split(',')
+  default = SMALL if jax.devices()[0].platform == 'cpu' else LARGE
+  shapes = args.shape.split(',') if args.shape else default
   weights = args.weights.split(',')
   for name, given, known in (('shape', shapes, SHAPES), ('weights', weights, WEIGHTS)):
     if unknown := set(given) - set(known):
       parser.error(f'--{name}={",".join(sorted(unknown))} is not known: there are {", ".join(known)}')
   if args.generate is not None and args.generate < 2:
-    parser.error('--generate has to be at least 2: the first new token is the prefill\'s')
-  machine = Machine.measure()
-  print(machine)
-  for shape in shapes:
-    run(shape, weights, [int(b) for b in args.batch.split(',')], args.repeats, machine, args.scan_layers, args.prompt,
-        args.generate, lambda text: print(text, flush=True))
+    parser.error(f'--generate={args.generate} has to be at least 2: the first new token is the prefill\'s')
+  batches = args.batch.split(',')
+  if not all(b.isdecimal() and int(b) for b in batches):
+    parser.error(f'--batch={args.batch} has to be whole numbers above 0, comma separated')
+  report(shapes, weights=weights, batches=list(map(int, batches)), repeats=args.repeats,
+         scan_layers=args.scan_layers, prompt=args.prompt, new=args.generate)
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  main()

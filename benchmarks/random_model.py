@@ -128,7 +128,8 @@ def _maker(name, shape, dtype, d_model, layers, sharding):
   elif dtype == jnp.int8:
     one = lambda key: jax.lax.bitcast_convert_type(jax.random.bits(key, shape, jnp.uint8), jnp.int8)
   else:
-    size = 1 if name == 'embedding' else math.sqrt(shape[0])
-    one = lambda key: (jax.random.normal(key, shape, jnp.bfloat16) / size).astype(dtype)
+    # A small embedding: the layers choose the next token, not the tied embedding, which would repeat the last one.
+    size = 0.1 if name == 'embedding' else 1 / math.sqrt(shape[0])
+    one = lambda key: (size * jax.random.normal(key, shape, jnp.bfloat16)).astype(dtype)
   make = (lambda key: jax.lax.map(one, jax.random.split(key, layers))) if layers else one
   return jax.jit(make, out_shardings=sharding)
