@@ -18,6 +18,7 @@ from t5x_inference_ext.precompile.program import Case, abstract_weights, phase_f
 from t5x_inference_ext.weights import Weights
 
 GREEDY = Sampler()
+_BLOCK = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,8 @@ class RandomModel:
 
   def programs(self, batch: int, prompt: int, new_tokens: int) -> Programs:
     """For rows of `prompt` tokens, BOS included, that all end after new_tokens (at least 2)."""
-    config, context = self.model.config, prompt + new_tokens - 1
+    # In whole blocks: of other lengths XLA pads the cache for attention's products, that is copies it, every step (GPU).
+    config, context = self.model.config, -(-(prompt + new_tokens - 1) // _BLOCK) * _BLOCK
     case = Case(config, self.kind, 'prefill', batch, context, prompt=prompt, stacked=self.weights.stacked)
     prefill, _ = phase_function(case, self.model.mesh)
     tokens = np.random.default_rng(0).integers(2, config.vocab_size, (batch, prompt)).astype(np.int32)

@@ -122,10 +122,12 @@ def main() -> None:
               f'{serial * 1e3 / row.target:.2f} | {taken:.0f} |')
     if beside:
       line += stock_cells(beside, row.batch, serial)
-      splits[row.slice_name] = splits.get(row.slice_name, {}) | {row.phase: str(beside.partitioning)}
+      splits[f'{row.model} {row.slice_name} {row.phase} batch {row.batch}'] = beside.partitioning
     print(line, flush=True)
-  for slice_name, phases in splits.items():
-    print(f'Stock T5X on {slice_name}: ' + '; '.join(f'{phase}: {split}' for phase, split in phases.items()))
+  if splits:
+    print('\nStock T5X, the best of each:')
+  for case, partitioning in splits.items():
+    print(f'- {case}: {partitioning}')
 
 
 if __name__ == '__main__':
