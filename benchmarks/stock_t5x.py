@@ -21,8 +21,8 @@ from absl import logging
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from t5x import decoding, models, partitioning, train_state  # first: what it brings takes long to import
 import seqio
-from t5x import decoding, models, partitioning, train_state
 
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import MeshError, UserError
