@@ -2,17 +2,17 @@
 
     python -m benchmarks.accelerator
     python -m benchmarks.accelerator --shape=palm_8b,falcon_7b --weights=bfloat16,int8 --batch=1,8,64
-    python -m benchmarks.accelerator --shape=tiny                  # the same on a CPU, in seconds: figures of no interest
+    python -m benchmarks.accelerator --shape=tiny              # the same on a CPU, in seconds: figures of no interest
 
 Run from the root of a checkout, on one device, with random weights; nothing but jax is needed. bfloat16 activations.
 
-- decode: a loop of steps on the device, each with embedding, logits and greedy choice. Its bound is the time to read all
-  weights once at the machine's memory bandwidth: that of a large copy, measured in this run, bytes read and written.
+- decode: a loop of steps on the device, each with embedding, logits and greedy choice. Its bound is the time to read
+  all weights once at the machine's memory bandwidth: that of a large copy, measured in this run, bytes read and written.
 - prefill: whole prompts. Its FLOPs are those of the layers' matrices, of the visible half of attention, and of the last
   token's logits; the matrix rate is that of a large bfloat16 product of random numbers, measured in this run.
 - generate: prompts and new tokens in one program, as the infer command runs them.
-- transformers: for a Falcon shape (Falcon-7B's multiquery attention and parallel block), where torch and transformers can
-  be imported: its generate with torch.compile and a static cache, bfloat16, the same batch and lengths, the repeats
+- transformers: for a Falcon shape (Falcon-7B's multiquery attention and parallel block), where torch and transformers
+  can be imported: its generate with torch.compile and a static cache, bfloat16, the same batch and lengths, the repeats
   alternating between both sides. The ratio is of tokens/s.
 """
 
@@ -36,7 +36,8 @@ SHAPES = {
     'palm_8b': (preset('palm_8b'), 1024, 64),
     'falcon_7b': (ModelConfig(num_layers=32, d_model=4544, d_ff=18176, num_heads=71, d_head=64, vocab_size=65024,
                               **_FALCON), 1024, 64),
-    'tiny': (ModelConfig(num_layers=2, d_model=128, d_ff=512, num_heads=4, d_head=32, vocab_size=512, **_FALCON), 32, 8),
+    'tiny': (ModelConfig(num_layers=2, d_model=128, d_ff=512, num_heads=4, d_head=32, vocab_size=512,
+                         **_FALCON), 32, 8),
 }
 LARGE, SMALL = ('palm_8b', 'falcon_7b'), ('tiny',)
 BATCHES = (1, 8, 64)
@@ -142,7 +143,8 @@ def other_side(config: ModelConfig, context: int):
 
 
 def table(shape: str, machine: Machine, weights: Sequence[str] = WEIGHTS, batches: Sequence[int] = BATCHES,
-          repeats: int = 5, scan_layers: bool = False, prompt: int | None = None, new: int | None = None) -> Iterator[str]:
+          repeats: int = 5, scan_layers: bool = False, prompt: int | None = None,
+          new: int | None = None) -> Iterator[str]:
   """A shape's table, line by line as it is measured.
 
   Args:
@@ -159,8 +161,8 @@ def table(shape: str, machine: Machine, weights: Sequence[str] = WEIGHTS, batche
   prompt, new = prompt or default_prompt, new or default_new
   other, remark = other_side(config, prompt + new)
   yield f'\n{shape}: {config}'
-  yield (f'prompt {prompt}, generate {new}, {"a loop over" if scan_layers else "unrolled"} layers, median of {repeats}; '
-         f'{remark}\n')
+  yield (f'prompt {prompt}, generate {new}, {"a loop over" if scan_layers else "unrolled"} layers, median of {repeats};'
+         f' {remark}\n')
   titles = TITLES + (OTHER_TITLES if other else ())
   yield f'| {" | ".join(titles)} |\n|{"---|" * len(titles)}'
   for kind in weights:

@@ -20,8 +20,8 @@ class Falcon:
     c = transformers.FalconConfig(
         vocab_size=config.vocab_size, hidden_size=config.d_model, num_hidden_layers=config.num_layers,
         num_attention_heads=config.num_heads, ffn_hidden_size=config.d_ff, layer_norm_epsilon=config.norm_epsilon,
-        max_position_embeddings=context, multi_query=True, parallel_attn=True, new_decoder_architecture=False, bias=False,
-        alibi=False, bos_token_id=0, eos_token_id=None, pad_token_id=0)
+        max_position_embeddings=context, multi_query=True, parallel_attn=True, new_decoder_architecture=False,
+        bias=False, alibi=False, bos_token_id=0, eos_token_id=None, pad_token_id=0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:

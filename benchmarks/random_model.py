@@ -59,7 +59,7 @@ class RandomModel:
 
   def programs(self, batch: int, prompt: int, new_tokens: int) -> Programs:
     """For rows of `prompt` tokens, BOS included, that all end after new_tokens (at least 2)."""
-    # In whole blocks: of other lengths XLA pads the cache for attention's products, that is copies it, every step (GPU).
+    # In whole blocks: of other lengths XLA pads, that is copies, the cache for attention's products in every step (GPU).
     config, context = self.model.config, -(-(prompt + new_tokens - 1) // _BLOCK) * _BLOCK
     case = Case(config, self.kind, 'prefill', batch, context, prompt=prompt, stacked=self.weights.stacked)
     prefill, _ = phase_function(case, self.model.mesh)
@@ -112,8 +112,8 @@ def random_weights(model: Model, kind: str, scan_layers: bool) -> Weights:
   for n, (path, x) in enumerate(leaves):
     name = path[-1].name
     layered = scan_layers and 'layers' in [getattr(p, 'name', None) for p in path]
-    make = _maker(name, x.shape[1:] if layered else x.shape, x.dtype, model.config.d_model, x.shape[0] if layered else 0,
-                  x.sharding)
+    layers, shape = (x.shape[0], x.shape[1:]) if layered else (0, x.shape)
+    make = _maker(name, shape, x.dtype, model.config.d_model, layers, x.sharding)
     made.append(make(jax.random.key(n)))
   return jax.tree.unflatten(tree, made)
 

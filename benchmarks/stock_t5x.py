@@ -3,10 +3,10 @@
 Importing this module raises ImportError where T5X or flaxformer is absent.
 
 The model is flaxformer's ParallelFusedDecoderLayer, scanned, as the test checkpoints have it, in bfloat16: T5X has no
-int8. T5X's standard_logical_axis_rules and a model-parallel submesh decide how it is split: PARTITIONINGS has those that
-are tried, of which the fastest counts. The KV cache, which no standard rule names, is split by rows over 'data' and whole
-over 'model': so XLA splits it inside T5X's own predict_batch, where nothing asks for it. (A step that takes it whole on
-every chip needs 45.7 GiB for PaLM 540B at batch 64, and does not fit.)
+int8. T5X's standard_logical_axis_rules and a model-parallel submesh decide how it is split: PARTITIONINGS has those
+that are tried, of which the fastest counts. The KV cache, which no standard rule names, is split by rows over 'data'
+and whole over 'model': so XLA splits it inside T5X's own predict_batch, where nothing asks for it. (A step that takes
+it whole on every chip needs 45.7 GiB for PaLM 540B at batch 64, and does not fit.)
 
 decode: _compute_logits_from_slice and an argmax, cache donated. prefill: _compute_kv_cache, and the same step for the
 last token of the prompt, which T5X runs again to get its first new one.
@@ -208,6 +208,7 @@ def _cache(model, params, tokens, partitioner):
       lambda p, t: model.module.apply(
           {'params': p}, t, t, enable_dropout=False, decode=True, mutable=['cache'])[1]['cache'], params, tokens)
   specs = jax.tree.map(lambda x: P(None, *partitioner.data_partition_spec), made)
+  mesh = partitioner.mesh
   cache = jax.tree.map(
-      lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(partitioner.mesh, spec)), made, specs)
+      lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)), made, specs)
   return cache, specs

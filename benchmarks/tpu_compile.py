@@ -6,9 +6,9 @@ Each row is a phase of a PaLM model compiled at full size for a slice of TPU v4,
 included. The time is the serial estimate of `python -m t5x_inference_ext.precompile`: everything in sequence, nothing
 overlapped. Needs libtpu. The rows with all layers written out take two minutes each, the others seconds.
 
-Where T5X and flaxformer can be imported, their own model in bfloat16, split by T5X's standard rules, is compiled for the
-same slice, phase and batch, and estimated by the same rule (benchmarks/stock_t5x.py says how it is split); that takes
-half a minute for each case.
+Where T5X and flaxformer can be imported, their own model in bfloat16, split by T5X's standard rules, is compiled for
+the same slice, phase and batch, and estimated by the same rule (benchmarks/stock_t5x.py says how it is split); that
+takes up to half a minute for each case.
 """
 
 import argparse

@@ -39,7 +39,7 @@ def test_row_relates_times_to_the_machine():
   flops = accelerator.prefill_flops(TINY, 2, 32)
   cells = _cells(accelerator.row(cell, 'int8', TINY, int(4e8), Machine(1e9, flops), prompt=32, new=16))
   assert len(cells) == len(accelerator.TITLES + accelerator.OTHER_TITLES)
-  # 0.4 s to read the weights, of 0.5; the prefill's FLOPs take a second at the full rate, of 4; 32 tokens in 8 and 12 s.
+  # 0.4 s to read the weights, of 0.5; the prefill's FLOPs take a second at full rate, of 4; 32 tokens in 8 and 12 s.
   assert cells[:5] == ['int8', '2', '500.000', '400.000', '80.0%']
   assert cells[7:] == ['25.0%', '4', '3', '1.50x']
 

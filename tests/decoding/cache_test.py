@@ -39,7 +39,8 @@ def test_a_tuple_of_layers_is_appended_to():
 
 def test_gpus_take_the_scatter():
   cache, keys, values = _cache(())
-  lowered = {platform: jax.jit(kv_cache.append).trace(cache, keys, values).lower(lowering_platforms=(platform,)).as_text()
+  traced = jax.jit(kv_cache.append).trace(cache, keys, values)
+  lowered = {platform: traced.lower(lowering_platforms=(platform,)).as_text()
              for platform in ('cuda', 'rocm', 'cpu', 'tpu')}
   assert {p: 'stablehlo.scatter' in text for p, text in lowered.items()} == {
       'cuda': True, 'rocm': True, 'cpu': False, 'tpu': False}
