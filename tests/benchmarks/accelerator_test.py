@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+import benchmarks
 from benchmarks import accelerator
 from benchmarks.accelerator import SHAPES, Cell, Machine
 from benchmarks.random_model import RandomModel
@@ -118,6 +119,7 @@ def test_other_side_says_why_it_is_absent(monkeypatch):
       None, 'transformers has no model of this shape (it has that of --shape=falcon_7b)')
   monkeypatch.setitem(sys.modules, 'torch', None)
   monkeypatch.delitem(sys.modules, 'benchmarks.falcon', raising=False)
+  monkeypatch.delattr(benchmarks, 'falcon', raising=False)
   side, remark = accelerator.other_side(TINY, 8)
   assert side is None and 'torch is not importable' in remark
 
