@@ -5,7 +5,7 @@
 
 VERSION is jax's. Run from the root of a checkout. Nothing runs, and nothing is tuned on the device, which picks other
 kernels for products; what shows is whether a step reads its weights and cache once (`times them` near 1: no copies), and
-how many kernels it starts: each costs a microsecond or two, whatever it does.
+how many kernels it starts, each of which takes some time whatever it does.
 """
 
 import argparse
