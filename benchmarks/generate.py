@@ -7,34 +7,23 @@ Run from the root of a checkout, on one device. Both sides serve the same T5X ch
 never stopping early; each figure is the median of the repeats, which alternate between the two sides. The share of the
 machine's matmul rate counts 2 FLOPs a parameter and token, prompt included, against a large product measured here, in
 the same dtype. Stock T5X is T5X's DecoderOnlyModel with temperature_sample over flaxformer's layers, jitted whole.
+
+Where jax has an accelerator, a PaLM 8B and a Falcon-7B of random weights follow: python -m benchmarks.accelerator.
 """
 
 import argparse
 import functools
 import statistics
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import accelerator
+from benchmarks.machine import matmul_rate, seconds
 from t5x_inference_ext.checkpoints import open_checkpoint
 from t5x_inference_ext.decoding.model import DTYPES
 from t5x_inference_ext.engine import Engine
-
-
-def matmul_rate(dtype: str, size: int = 2048, repeats: int = 5) -> float:
-  """FLOP/s of a size^3 product, the best of `repeats`."""
-  x = jnp.ones((size, size), dtype)
-  product = jax.jit(lambda a, b: a @ b)
-  product(x, x).block_until_ready()
-  return 2 * size**3 / min(seconds(lambda: product(x, x)) for _ in range(repeats))
-
-
-def seconds(run) -> float:
-  start = time.perf_counter()
-  jax.block_until_ready(run())
-  return time.perf_counter() - start
 
 
 def own_run(engine: Engine, prompts: np.ndarray, new_tokens: int):
@@ -110,6 +99,9 @@ def main():
       continue
     same = (tokens['own'] == tokens['stock']).all(axis=1).sum()
     print(line + f'{speed["stock"]:19.0f} | {speed["own"] / speed["stock"]:.2f}x  ({same} of {rows} rows equal)')
+  if jax.devices()[0].platform != 'cpu':
+    del engine, sides
+    accelerator.report(accelerator.LARGE, repeats=args.repeats)
 
 
 if __name__ == '__main__':

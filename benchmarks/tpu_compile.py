@@ -1,14 +1,19 @@
-"""What the TPU compiler makes of this package's programs, beside the targets: one table, no TPU.
+"""What the TPU compiler makes of this package's programs, beside the targets and stock T5X: one table, no TPU.
 
   python -m benchmarks.tpu_compile [--case=SUBSTRING]
 
 Each row is a phase of a PaLM model compiled at full size for a slice of TPU v4, embedding, logits and greedy choice
 included. The time is the serial estimate of `python -m t5x_inference_ext.precompile`: everything in sequence, nothing
 overlapped. Needs libtpu. The rows with all layers written out take two minutes each, the others seconds.
+
+Where T5X and flaxformer can be imported, their own model in bfloat16, split by T5X's standard rules, is compiled for
+the same slice, phase and batch, and estimated by the same rule (benchmarks/stock_t5x.py says how it is split); that
+takes up to half a minute for each case.
 """
 
 import argparse
 import dataclasses
+import functools
 import os
 import time
 
@@ -43,6 +48,7 @@ class Row:
             f'{f" mesh {self.mesh}" if self.mesh else ""}{" unrolled" if self.scan_layers is False else ""}')
 
 
+CONTEXT = 2048
 # MFU 80% of PaLM 540B's 512 x 2048 tokens on 64 chips of 275 TFLOP/s.
 MFU_80 = 2 * 540.36e9 * 512 * 2048 / (0.8 * 64 * 275e12) * 1e3
 
@@ -61,26 +67,67 @@ ROWS = (
 )
 
 
+def stock_side():
+  """The module that compiles stock T5X, or None, and what to tell the user of its absence."""
+  try:
+    from benchmarks import stock_t5x
+  except ImportError as e:
+    return None, (f'Stock T5X is left out: {e.name or e} is not importable. The extra `t5x` has T5X, docs/t5x.md the '
+                  'versions; flaxformer and aqt are used from their source (PYTHONPATH).')
+  return stock_t5x, ''
+
+
+def stock_cells(stock, batch: int, seconds: float | None) -> str:
+  """The stock columns of a row: ' time | ratio |'.
+
+  Args:
+    stock: stock_t5x.Stock.
+    batch: of the row.
+    seconds: this package's serial estimate, or None where it does not fit.
+  """
+  if not stock.fits:
+    needs = f': {stock.needed / 2**30:.1f} GiB' if stock.needed else ''
+    return f' does not fit{needs} | |'
+  time_ = stock.estimate.serial_seconds
+  rows = '' if stock.batch == batch else f' (batch {stock.batch}, the least it takes)'
+  return f' {time_ * 1e3:.1f}{rows} | {f"{time_ / seconds:.1f}x" if seconds else ""} |'
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--case', default='', help='only rows whose text holds this')
   arguments = parser.parse_args()
-  print('| case | serial estimate, ms | with overlap | target, ms | of the target | compiled in, s |')
-  print('|---|---|---|---|---|---|', flush=True)
+  stock, missing = stock_side()
+  if missing:
+    print(missing + '\n')
+  titles = ['case', 'serial estimate, ms', 'with overlap', 'target, ms', 'of the target', 'compiled in, s']
+  titles += ['stock T5X bfloat16, ms', 'ratio'] if stock else []
+  print(f'| {" | ".join(titles)} |\n|{"---|" * len(titles)}', flush=True)
+  stock_best = functools.cache(lambda model, *case: stock.best(preset(model), *case)[0])
+  splits = {}
   for row in (r for r in ROWS if arguments.case in str(r)):
     start = time.perf_counter()
     try:
-      answer = analyze(preset(row.model), row.weights, row.slice_name, row.phase, row.batch, 2048, layout=row.layout,
+      answer = analyze(preset(row.model), row.weights, row.slice_name, row.phase, row.batch, CONTEXT, layout=row.layout,
                        mesh=row.mesh, scan_layers=row.scan_layers)
+      taken = time.perf_counter() - start
+      beside = stock_best(row.model, row.slice_name, row.phase, row.batch, CONTEXT) if stock else None
     except UserError as error:
       raise SystemExit(f'{row}: {error}') from error
-    seconds = time.perf_counter() - start
-    if not answer.fits:
-      print(f'| {row} | does not fit | | {row.target:.0f} | | {seconds:.0f} |', flush=True)
-      continue
-    serial, overlapped = answer.estimate.serial_seconds * 1e3, answer.estimate.overlapped_seconds * 1e3
-    print(f'| {row} | {serial:.2f} | {overlapped:.2f} | {row.target:.0f} | {serial / row.target:.2f} | {seconds:.0f} |',
-          flush=True)
+    serial = answer.estimate.serial_seconds if answer.fits else None
+    if serial is None:
+      line = f'| {row} | does not fit | | {row.target:.0f} | | {taken:.0f} |'
+    else:
+      line = (f'| {row} | {serial * 1e3:.2f} | {answer.estimate.overlapped_seconds * 1e3:.2f} | {row.target:.0f} | '
+              f'{serial * 1e3 / row.target:.2f} | {taken:.0f} |')
+    if beside:
+      line += stock_cells(beside, row.batch, serial)
+      splits[f'{row.model} {row.slice_name} {row.phase} batch {row.batch}'] = beside.partitioning
+    print(line, flush=True)
+  if splits:
+    print('\nStock T5X, the best of each:')
+  for case, partitioning in splits.items():
+    print(f'- {case}: {partitioning}')
 
 
 if __name__ == '__main__':

@@ -39,10 +39,13 @@ def start(keys, values, lengths: jax.Array, size: int) -> KVCache:
 
 
 def append(cache: KVCache, keys, values) -> KVCache:
-  """Writes one token's keys and values [.., B, 1, K, Q] at each row's end; a full row drops its write.
+  """Writes one token's keys and values [.., B, 1, K, Q] at each row's end; a full row drops its write."""
+  keys, values = lax.platform_dependent(cache, keys, values, cuda=_scatter, rocm=_scatter, default=_row_by_row)
+  return KVCache(keys, values, cache.lengths + 1)
 
-  Row by row in a loop: in place, where a scatter or a masked rewrite makes XLA copy the whole cache every step (CPU).
-  """
+
+def _row_by_row(cache: KVCache, keys, values):
+  """In a loop: in place, where a scatter or a masked rewrite makes XLA copy the whole cache every step (CPU)."""
 
   def write_row(i, kv):
     position = cache.lengths[i]
@@ -56,5 +59,14 @@ def append(cache: KVCache, keys, values) -> KVCache:
 
     return jax.tree.map(write, kv, (keys, values))
 
-  keys, values = lax.fori_loop(0, cache.lengths.shape[0], write_row, (cache.keys, cache.values))
-  return KVCache(keys, values, cache.lengths + 1)
+  return lax.fori_loop(0, cache.lengths.shape[0], write_row, (cache.keys, cache.values))
+
+
+def _scatter(cache: KVCache, keys, values):
+  """All rows at once, in place on a GPU, where a loop would start a kernel for each row, layer, and key or value."""
+
+  def write(x, new):
+    where = (*(slice(None),) * (x.ndim - 4), jnp.arange(x.shape[-4]), cache.lengths)
+    return x.at[where].set(jnp.squeeze(new, -3), mode='drop', unique_indices=True)
+
+  return jax.tree.map(write, (cache.keys, cache.values), (keys, values))

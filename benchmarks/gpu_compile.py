@@ -1,0 +1,107 @@
+"""What the GPU compiler makes of a decode step or a prefill on one H200: kernels and bytes, and no GPU.
+
+    pip install --no-deps jax-cuda13-pjrt==VERSION jax-cuda13-plugin==VERSION nvidia-cuda-nvcc nvidia-nvvm
+    python -m benchmarks.gpu_compile --shape=palm_8b --weights=bfloat16,int8 --batch=1,8,64
+
+VERSION is jax's. Run from the root of a checkout. Nothing runs, and nothing is tuned on the device, which picks other
+kernels for products; what shows is whether a step reads its weights and cache once (`times them` near 1: no copies), and
+how many kernels it starts, each of which takes some time whatever it does.
+"""
+
+import argparse
+import dataclasses
+import os
+import pathlib
+
+# Before jax is imported: the plugin is loaded for its compiler alone.
+os.environ.update(JAX_PLATFORMS='cpu', JAX_SKIP_CUDA_CONSTRAINTS_CHECK='1')
+
+import jax  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+
+from benchmarks.accelerator import BATCHES, SHAPES, WEIGHTS  # noqa: E402
+from t5x_inference_ext.layouts.mesh import single_device_mesh  # noqa: E402
+from t5x_inference_ext.precompile import hlo, loops, work  # noqa: E402
+from t5x_inference_ext.precompile.program import Case, phase_function  # noqa: E402
+
+# What the compiler asks of an H200 (NVIDIA's data sheet and CUDA's device properties).
+_H200 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 4800000000000 l2_cache_size: 52428800
+  clock_rate_ghz: 1.98 device_memory_size: 151397597184 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } device_description_str: "NVIDIA H200"
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Launches:
+  """Kernels that one run of a program starts, the bytes that they read and write, and the largest: (bytes, name)."""
+
+  kernels: int
+  bytes: int
+  largest: tuple[tuple[int, str], ...]
+
+
+def launches(text: str, count: int = 3) -> Launches:
+  """Counts those of a compiled program's text, loops by their turns; `count` of the largest are named."""
+  module = hlo.parse(text)
+  found, _ = loops.executed(module)
+  runs = [(e.times, e.times * work.traffic(module, e.computation, e.instruction), e.instruction.name)
+          for e in found if not work.is_free(e.instruction)]
+  largest = sorted(((moved, name) for _, moved, name in runs), reverse=True)[:count]
+  return Launches(sum(times for times, _, _ in runs), sum(moved for _, moved, _ in runs), tuple(largest))
+
+
+def gpu_mesh() -> jax.sharding.Mesh:
+  """One H200 that is not here.
+
+  Raises:
+    SystemExit: the plugin is not installed.
+  """
+  try:
+    devices = topologies.get_topology_desc('h200', 'cuda', target_config=_H200, topology='1x1x1').devices
+  except NotImplementedError as e:
+    raise SystemExit(f'jax has no CUDA plugin here: {__doc__.split("    ")[1].strip()}') from e
+  return single_device_mesh(devices[0])
+
+
+def compiler_options() -> dict[str, str]:
+  """No tuning on a device, and the assembler of the installed packages where CUDA itself is not installed."""
+  try:
+    import nvidia
+  except ImportError:
+    return {'xla_gpu_autotune_level': '0'}
+  folders = [folder for root in nvidia.__path__ for folder in sorted(pathlib.Path(root).glob('cu1*'))]
+  return {'xla_gpu_autotune_level': '0', **({'xla_gpu_cuda_data_dir': str(folders[-1])} if folders else {})}
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--shape', default='palm_8b', choices=SHAPES)
+  parser.add_argument('--phase', default='decode', choices=('decode', 'prefill'))
+  parser.add_argument('--weights', default=','.join(WEIGHTS), help='comma separated')
+  parser.add_argument('--batch', default=','.join(map(str, BATCHES)), help='batch sizes, comma separated')
+  parser.add_argument('--context', type=int, default=1152, help='positions of the cache, and tokens of a prefill\'s rows')
+  parser.add_argument('--scan_layers', action='store_true', help='one loop over all layers instead of code for each')
+  args = parser.parse_args()
+  mesh, config = gpu_mesh(), SHAPES[args.shape][0]
+  print('| weights | batch | kernels | GB read and written | weights and cache, GB | times them | largest |')
+  print('|---|---|---|---|---|---|---|', flush=True)
+  for weights in args.weights.split(','):
+    for batch in map(int, args.batch.split(',')):
+      case = Case(config, weights, args.phase, batch, args.context, stacked=args.scan_layers)
+      function, arguments = phase_function(case, mesh)
+      compiled = function.lower(*arguments).compile(compiler_options())
+      found = launches(compiled.as_text())
+      held = compiled.memory_analysis().argument_size_in_bytes
+      largest = ', '.join(f'{name} {moved / 1e9:.2f}' for moved, name in found.largest)
+      print(f'| {weights} | {batch} | {found.kernels} | {found.bytes / 1e9:.2f} | {held / 1e9:.2f} | '
+            f'{found.bytes / held:.2f} | {largest} |', flush=True)
+
+
+if __name__ == '__main__':
+  main()

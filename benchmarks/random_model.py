@@ -1,0 +1,137 @@
+"""A model of a shape, with random weights, on one device: what the benchmarks run where there is no checkpoint."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.decoding.model import Model
+from t5x_inference_ext.decoding.sampling import Sampler
+from t5x_inference_ext.engine import generation_program
+from t5x_inference_ext.layouts.mesh import single_device_mesh
+from t5x_inference_ext.precompile.generation import Run
+from t5x_inference_ext.precompile.program import Case, abstract_weights, phase_function
+from t5x_inference_ext.weights import Weights
+
+GREEDY = Sampler()
+_BLOCK = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+  """What is timed for one batch size: functions without arguments, compiled by their first call.
+
+  Attributes:
+    prefill: whole prompts [B, T] -> next tokens [B], and the cache.
+    decode: `steps` decode steps with their greedy choices, in one loop on the device -> tokens [B].
+    generate: what the infer command runs for a batch -> tokens [B, new tokens].
+    steps: of `decode`.
+  """
+
+  prefill: object
+  decode: object
+  generate: object
+  steps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomModel:
+  """A model and its weights, bfloat16 or int8; activations and cache are bfloat16."""
+
+  model: Model
+  weights: Weights
+  kind: str
+
+  @classmethod
+  def make(cls, config: ModelConfig, kind: str, scan_layers: bool) -> 'RandomModel':
+    """kind: 'bfloat16' or 'int8'. scan_layers: one loop over all layers, or code for each."""
+    model = Model(config, single_device_mesh())
+    return cls(model, random_weights(model, kind, scan_layers), kind)
+
+  @property
+  def weight_bytes(self) -> int:
+    """Which a decode step reads once, the embedding for its logits."""
+    return sum(x.nbytes for x in jax.tree.leaves(self.weights))
+
+  def programs(self, batch: int, prompt: int, new_tokens: int) -> Programs:
+    """For rows of `prompt` tokens, BOS included, that all end after new_tokens (at least 2)."""
+    # In whole blocks: of other lengths XLA pads, that is copies, the cache for attention's products in every step (GPU).
+    config, context = self.model.config, -(-(prompt + new_tokens - 1) // _BLOCK) * _BLOCK
+    case = Case(config, self.kind, 'prefill', batch, context, prompt=prompt, stacked=self.weights.stacked)
+    prefill, _ = phase_function(case, self.model.mesh)
+    tokens = np.random.default_rng(0).integers(2, config.vocab_size, (batch, prompt)).astype(np.int32)
+    tokens, lengths = jax.device_put((tokens, np.full(batch, prompt, np.int32)))
+    run = Run(batch, prompt - 1, context, new_tokens, GREEDY, eos_id=-1)
+    generate, _ = generation_program(self.model, run, self.weights)
+    seeds = jnp.zeros(batch, jnp.uint32)
+    return Programs(
+        prefill=lambda: prefill(self.weights, tokens, lengths),
+        decode=_DecodeLoop(self, new_tokens - 1, lambda: prefill(self.weights, tokens, lengths)),
+        generate=lambda: generate(self.weights, tokens, lengths, seeds).tokens,
+        steps=new_tokens - 1)
+
+
+class _DecodeLoop:
+  """Decode steps after a prefill; each call starts from the prompts' end again, in the memory of one cache."""
+
+  def __init__(self, owner: RandomModel, steps: int, prefill):
+    self._prefill, self._state, self._weights = prefill, None, owner.weights
+    model = owner.model
+
+    def run(weights, cache, tokens):
+      lengths, seeds = cache.lengths, jnp.zeros(tokens.shape, jnp.uint32)
+
+      def step(_, state):
+        cache, tokens = state
+        logits, cache = model.decode_step(weights, cache, tokens)
+        return cache, GREEDY(logits, seeds, cache.lengths)
+
+      cache, last = jax.lax.fori_loop(0, steps, step, (cache, tokens))
+      return dataclasses.replace(cache, lengths=lengths), tokens, last
+
+    self._run = jax.jit(run, donate_argnames='cache')
+
+  def __call__(self) -> jax.Array:
+    if self._state is None:
+      tokens, cache = self._prefill()
+      self._state = cache, tokens
+    cache, tokens, last = self._run(self._weights, *self._state)
+    self._state = cache, tokens
+    return last
+
+
+def random_weights(model: Model, kind: str, scan_layers: bool) -> Weights:
+  """Weights that keep activations near 1, made on the device, layer by layer where these are one array."""
+  shapes = abstract_weights(model, kind, scan_layers)
+  leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
+  made = []
+  for n, (path, x) in enumerate(leaves):
+    name = path[-1].name
+    layered = scan_layers and 'layers' in [getattr(p, 'name', None) for p in path]
+    layers, shape = (x.shape[0], x.shape[1:]) if layered else (0, x.shape)
+    make = _maker(name, shape, x.dtype, model.config.d_model, layers, x.sharding)
+    made.append(make(jax.random.key(n)))
+  return jax.tree.unflatten(tree, made)
+
+
+@functools.cache
+def _maker(name, shape, dtype, d_model, layers, sharding):
+  """A jitted function of a key: one array, or one of all layers."""
+  if name.endswith('_scale'):  # of int8 weights, whose standard deviation is 73
+    one = lambda key: jnp.full(shape, 1 / (73 * math.sqrt(d_model)), dtype)
+  elif name.endswith('norm'):
+    one = lambda key: jnp.ones(shape, dtype)
+  elif name.endswith('_bias'):
+    one = lambda key: jnp.zeros(shape, dtype)
+  elif dtype == jnp.int8:
+    one = lambda key: jax.lax.bitcast_convert_type(jax.random.bits(key, shape, jnp.uint8), jnp.int8)
+  else:
+    # A small embedding: the layers choose the next token, not the tied embedding, which would repeat the last one.
+    size = 0.1 if name == 'embedding' else 1 / math.sqrt(shape[0])
+    one = lambda key: (size * jax.random.normal(key, shape, jnp.bfloat16)).astype(dtype)
+  make = (lambda key: jax.lax.map(one, jax.random.split(key, layers))) if layers else one
+  return jax.jit(make, out_shardings=sharding)

@@ -1,0 +1,214 @@
+"""Stock T5X compiled for a TPU slice: flaxformer's PaLM, T5X's model, partitioner and rules; no line of them changed.
+
+Importing this module raises ImportError where T5X or flaxformer is absent.
+
+The model is flaxformer's ParallelFusedDecoderLayer, scanned, as the test checkpoints have it, in bfloat16: T5X has no
+int8. T5X's standard_logical_axis_rules and a model-parallel submesh decide how it is split: PARTITIONINGS has those
+that are tried, of which the fastest counts. The KV cache, which no standard rule names, is split by rows over 'data'
+and whole over 'model': so XLA splits it inside T5X's own predict_batch, where nothing asks for it. (A step that takes
+it whole on every chip needs 45.7 GiB for PaLM 540B at batch 64, and does not fit.)
+
+decode: _compute_logits_from_slice and an argmax, cache donated. prefill: _compute_kv_cache, and the same step for the
+last token of the prompt, which T5X runs again to get its first new one.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+from absl import logging
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from t5x import decoding, models, partitioning, train_state  # first: what it brings takes long to import
+import seqio
+
+from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.errors import MeshError, UserError
+from t5x_inference_ext.layouts.torus import Slice, parse_slice
+from t5x_inference_ext.precompile import slices
+from t5x_inference_ext.precompile.estimate import Estimate, estimate
+from t5x_inference_ext.precompile.memory import Memory, memory_of, shard_bytes
+from tests.t5x_adapter import palm_flaxformer
+
+logging.set_verbosity(logging.ERROR)  # flaxformer and T5X warn of their own deprecations, at every trace
+
+
+@dataclasses.dataclass(frozen=True)
+class Partitioning:
+  """What a T5X user chooses.
+
+  Attributes:
+    submesh: chips along x, y, z, and cores, of a model-parallel tile ('model'); the other chips are 'data'.
+    activation_dims, parameter_dims: of standard_logical_axis_rules. With 2 parameter dimensions weights are split over
+      'data' too.
+  """
+
+  submesh: tuple[int, int, int, int]
+  activation_dims: int
+  parameter_dims: int
+
+  def __str__(self) -> str:
+    tile = 'x'.join(map(str, self.submesh[:3]))
+    return f'submesh {tile}, {self.activation_dims}D activations, {self.parameter_dims}D parameters'
+
+
+# Of each slice those worth trying: model-parallel alone, where the weights fit so; else over both axes. 'model' has to
+# divide the heads, 48 in PaLM 540B. Two dimensions of activations change decode by less than a hundredth.
+PARTITIONINGS = {
+    'v4:4x4x4': (Partitioning((4, 4, 1, 1), 1, 2), Partitioning((4, 2, 1, 1), 1, 2)),
+    'v4:2x2x4': (Partitioning((2, 2, 4, 1), 1, 1), Partitioning((2, 2, 1, 1), 1, 2)),
+    'v4:2x2x1': (Partitioning((2, 2, 1, 1), 1, 1), Partitioning((2, 1, 1, 1), 1, 2)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stock:
+  """What the compiler made of one partitioning.
+
+  Attributes:
+    partitioning: tried.
+    batch: of the program; more than was asked for where 'data' does not divide that: T5X refuses such a batch.
+    memory: of one chip; None where it does not fit.
+    estimate: the time; None likewise.
+    needed: bytes on a chip, where they are too many, as the compiler or arithmetic says; None where it does not say.
+  """
+
+  partitioning: Partitioning
+  batch: int
+  memory: Memory | None = None
+  estimate: Estimate | None = None
+  needed: int | None = None
+
+  @property
+  def fits(self) -> bool:
+    return self.estimate is not None
+
+
+def best(config: ModelConfig, slice_name: str, phase: str, batch: int, context: int) -> tuple[Stock, tuple[Stock, ...]]:
+  """The fastest of a slice's PARTITIONINGS, else the one that lacks least, and all that were tried."""
+  tried = tuple(analyze(config, slice_name, phase, batch, context, p) for p in PARTITIONINGS[slice_name])
+
+  def order(stock):
+    return (False, stock.estimate.serial_seconds) if stock.fits else (True, stock.needed or math.inf)
+
+  return min(tried, key=order), tried
+
+
+def analyze(
+    config: ModelConfig, slice_name: str, phase: str, batch: int, context: int, partitioning_: Partitioning) -> Stock:
+  """Compiles stock T5X for a slice.
+
+  Args:
+    config: a PaLM: parallel block, multiquery, SwiGLU.
+    slice_name: 'v4:4x4x4'.
+    phase: 'decode', or 'prefill' of whole prompts of `context` tokens.
+    batch: B, rounded up to what 'data' divides.
+    context: S, the positions of the cache.
+    partitioning_: how.
+
+  Raises:
+    UserError: no libtpu, no such slice, or the compiler refused for another reason than memory.
+  """
+  slice_ = parse_slice(slice_name)
+  partitioner = slice_partitioner(slice_, partitioning_)
+  rows = partitioner.mesh.shape['data']
+  batch = -(-batch // rows) * rows
+  function, arguments = phase_function(config, partitioner, phase, batch, context)
+  available = slices.available_bytes(slice_.kind)
+  held = shard_bytes(arguments[0])
+  if held > available:
+    return Stock(partitioning_, batch, needed=held)
+  try:
+    compiled = partitioner.compile(function, *arguments)
+  except jax.errors.JaxRuntimeError as e:
+    message = str(e).strip().splitlines()[0]
+    if 'RESOURCE_EXHAUSTED' not in message:
+      raise UserError(f'the TPU compiler refused stock T5X, {phase} for {slice_}: {message}') from e
+    return Stock(partitioning_, batch, needed=slices.memory_limits(str(e))[0])
+  return Stock(partitioning_, batch, memory_of(phase, arguments, compiled, available),
+               estimate(compiled.as_text(), slice_, partitioner.mesh))
+
+
+def slice_partitioner(slice_: Slice, choice: Partitioning) -> partitioning.PjitPartitioner:
+  """T5X's partitioner over the chips of a slice that is not here.
+
+  Raises:
+    MeshError: a submesh that does not divide the slice.
+  """
+  if any(n % m for n, m in zip(slice_.shape, choice.submesh)):
+    raise MeshError(f'the submesh {choice.submesh} does not divide {slice_}')
+  devices = list(slices.topology_devices(slice_))
+  here = [d for d in devices if d.process_index == devices[0].process_index]
+  mesh_of_slice = partitioning.get_mesh(choice.submesh, input_devices=devices, input_local_devices=here)
+
+  class SlicePartitioner(partitioning.PjitPartitioner):
+    """PjitPartitioner takes its mesh from the devices that are here."""
+
+    @functools.cached_property
+    def mesh(self) -> Mesh:
+      return mesh_of_slice
+
+  return SlicePartitioner(
+      model_parallel_submesh=choice.submesh,
+      logical_axis_rules=partitioning.standard_logical_axis_rules(choice.activation_dims, choice.parameter_dims))
+
+
+def phase_function(
+    config: ModelConfig, partitioner: partitioning.PjitPartitioner, phase: str, batch: int, context: int
+) -> tuple[partitioning.PjittedFnWithContext, tuple[Any, ...]]:
+  """T5X's partitioned function of a phase, and the shapes that it takes, with shardings.
+
+  decode: (params, cache, tokens [B, 1]) -> (next tokens [B, 1], cache).
+  prefill: (params, tokens [B, T], causal attention [B, T]) -> (next tokens [B, 1], cache).
+  """
+  model = stock_model(config)
+  mesh, rows = partitioner.mesh, partitioner.data_partition_spec
+
+  def struct(x, spec, dtype=None):
+    return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=NamedSharding(mesh, spec))
+
+  # T5X relies on implicit broadcasting.
+  with jax.numpy_rank_promotion('allow'):
+    initial = jax.eval_shape(
+        lambda: model.get_initial_variables(jax.random.PRNGKey(0), {'decoder_input_tokens': (batch, 8)}))
+    state = train_state.InferenceState.create(initial)
+    specs = partitioner.get_mesh_axes(state).params
+    params = jax.tree.map(lambda x, spec: struct(x, spec, jnp.bfloat16), state.params, specs)  # infer.gin's dtype
+    tokens = jax.ShapeDtypeStruct((batch, context), jnp.int32, sharding=NamedSharding(mesh, rows))
+    cache, cache_specs = _cache(model, params, tokens, partitioner)
+
+  def step(params, cache, tokens):
+    state = decoding.DecodingState(cur_index=None, sequences=None, cur_token=tokens, cache=cache)
+    logits, cache = model._compute_logits_from_slice(state, params, context)
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)[:, None], cache
+
+  def prefill(params, tokens, causal):
+    cache, lengths = model._compute_kv_cache(params, tokens, causal)
+    return step(params, cache, jnp.take_along_axis(tokens, lengths[:, None], axis=1))
+
+  if phase == 'prefill':
+    return (partitioner.partition(prefill, (specs, rows, rows), (rows, cache_specs)), (params, tokens, tokens))
+  one = jax.ShapeDtypeStruct((batch, 1), jnp.int32, sharding=NamedSharding(mesh, rows))
+  return (partitioner.partition(step, (specs, cache_specs, rows), (rows, cache_specs), donate_argnums=(1,)),
+          (params, cache, one))
+
+
+def stock_model(config: ModelConfig) -> models.DecoderOnlyModel:
+  c = config
+  module = palm_flaxformer.make_module(
+      c.vocab_size, c.num_layers, c.d_model, c.d_ff, c.num_heads, c.d_head, scan=True, dtype=jnp.bfloat16)
+  return models.DecoderOnlyModel(module, seqio.ByteVocabulary(), optimizer_def=None)
+
+
+def _cache(model, params, tokens, partitioner):
+  """The cache that T5X makes before a prefill, its rows over 'data': arrays [L, B, ..], and their specs."""
+  made = jax.eval_shape(
+      lambda p, t: model.module.apply(
+          {'params': p}, t, t, enable_dropout=False, decode=True, mutable=['cache'])[1]['cache'], params, tokens)
+  specs = jax.tree.map(lambda x: P(None, *partitioner.data_partition_spec), made)
+  mesh = partitioner.mesh
+  cache = jax.tree.map(
+      lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)), made, specs)
+  return cache, specs

@@ -1,0 +1,46 @@
+"""Two ways to write a token into the cache, one for GPUs: the same cache."""
+
+import jax
+import numpy as np
+import pytest
+
+from t5x_inference_ext.decoding import cache as kv_cache
+from t5x_inference_ext.decoding.cache import KVCache
+
+B, S, K, Q = 4, 8, 2, 6
+LENGTHS = np.asarray([0, S - 1, S, 3], np.int32)  # empty, nearly full, full, and between
+
+
+def _cache(lead):
+  keys, values, new_keys, new_values = (
+      jax.random.normal(jax.random.key(i), (*lead, B, size, K, Q)) for i, size in enumerate((S, S, 1, 1)))
+  return KVCache(keys, values, LENGTHS), new_keys, new_values
+
+
+@pytest.mark.parametrize('lead', [(), (3,)], ids=['one layer', 'stacked'])
+@pytest.mark.parametrize('write', [kv_cache._scatter, kv_cache._row_by_row])
+def test_each_row_is_written_at_its_end(lead, write):
+  cache, *new = _cache(lead)
+  for old, wanted, written in zip((cache.keys, cache.values), new, jax.jit(write)(cache, *new)):
+    expected = np.array(old)
+    for row in (0, 1, 3):  # the full one drops its write
+      expected[..., row, LENGTHS[row], :, :] = np.asarray(wanted)[..., row, 0, :, :]
+    np.testing.assert_array_equal(written, expected)
+
+
+def test_a_tuple_of_layers_is_appended_to():
+  cache, keys, values = _cache(())
+  layers = KVCache((cache.keys,) * 2, (cache.values,) * 2, LENGTHS)
+  appended = jax.jit(kv_cache.append)(layers, (keys, keys + 1), (values, values + 1))
+  np.testing.assert_array_equal(appended.lengths, LENGTHS + 1)
+  np.testing.assert_array_equal(appended.keys[1][3, 3], keys[3, 0] + 1)
+  np.testing.assert_array_equal(appended.values[0][0, 0], values[0, 0])
+
+
+def test_gpus_take_the_scatter():
+  cache, keys, values = _cache(())
+  traced = jax.jit(kv_cache.append).trace(cache, keys, values)
+  lowered = {platform: traced.lower(lowering_platforms=(platform,)).as_text()
+             for platform in ('cuda', 'rocm', 'cpu', 'tpu')}
+  assert {p: 'stablehlo.scatter' in text for p, text in lowered.items()} == {
+      'cuda': True, 'rocm': True, 'cpu': False, 'tpu': False}
