@@ -1,0 +1,128 @@
+"""The plan's two programs compiled for its slice, and what was predicted beside what came out, part by part."""
+
+import dataclasses
+from typing import Any, Callable, Iterable
+
+from t5x_inference_ext.errors import UserError
+from t5x_inference_ext.planner.costs import Cost, cost
+from t5x_inference_ext.planner.efficiency import IDEAL
+from t5x_inference_ext.planner.memory import memory
+from t5x_inference_ext.planner.request import Plan
+from t5x_inference_ext.precompile.analysis import Answer, analyze
+
+# What the compiler's kinds of operations hold -> the parts that predict them. Its products read weights as they go.
+GROUPS = {
+    'products and weights': (('matmul',), ('matmuls', 'logits', 'weight load')),
+    'attention and cache': (('attention',), ('attention', 'cache load')),
+    'collectives': (('collective',), ('activations moved', 'weights moved')),
+    'copies and the rest': (('copy', 'relayout', 'other'), ())}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One part.
+
+  Attributes:
+    name: a key of GROUPS, 'all', or what is counted.
+    unit: 's' or 'bytes'.
+    predicted: with the efficiencies; of bytes, those.
+    at_full_rate: without them.
+    compiled: by the compiler's estimate, which knows no efficiencies either.
+  """
+
+  name: str
+  unit: str
+  predicted: float
+  at_full_rate: float
+  compiled: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+  """A phase.
+
+  Attributes:
+    cost: predicted, with the whole cache: what a program attends to.
+    answer: the compiler's.
+    rows: both; none where it does not fit.
+  """
+
+  cost: Cost
+  answer: Answer
+  rows: tuple[Row, ...]
+
+
+def check(plan: Plan, say: Callable[[str], None] = lambda text: None) -> tuple[Checked, Checked]:
+  """Compiles both phases of a plan.
+
+  Raises:
+    UserError: a machine or a cache that programs can't be compiled for here; see precompile.analysis.analyze.
+  """
+  refuse(plan)
+  return tuple(_checked(plan, phase, say) for phase in (plan.prefill, plan.decode))
+
+
+def refuse(plan: Plan) -> None:
+  """Raises UserError for a plan that can't be checked."""
+  if not plan.machine.chip.torus:
+    raise UserError(f'--check compiles with the TPU compiler, and {plan.machine} is no TPU slice: plan without --check')
+  if plan.request.cache != 'bfloat16':
+    raise UserError('--check compiles programs with a bfloat16 cache: plan with --cache=bfloat16')
+
+
+def _checked(plan: Plan, planned: Cost, say) -> Checked:
+  case, request = planned.case, plan.request
+  positions = max(request.context, case.padded)
+  if case.phase == 'decode':
+    case = dataclasses.replace(case, context=positions)
+  answer = analyze(
+      request.config, request.weights, str(plan.machine), case.phase, plan.rows, positions, layout=str(case.layout),
+      other_layout=plan.layouts[case.phase == 'prefill'], mesh=plan.mesh_text,
+      prompt=case.padded if case.phase == 'prefill' else None, say=say)
+  found = cost(case, request.convention, planned.efficiency)
+  return Checked(found, answer, tuple(_rows(found, answer, positions)) if answer.fits else ())
+
+
+def _rows(found: Cost, answer: Answer, positions: int) -> Iterable[Row]:
+  ideal, kinds = found.at(IDEAL), answer.estimate.by_kind
+  for name, (compiled, parts) in GROUPS.items():
+    yield Row(name, 's', sum(found.parts[p] for p in parts), sum(ideal.parts[p] for p in parts),
+              sum(kinds.get(kind, 0.) for kind in compiled))
+  yield Row('all', 's', found.seconds, ideal.seconds, answer.estimate.serial_seconds)
+  moved = sum(c.count * c.move.moved for c in found.collectives)
+  yield Row('sent by a chip', 'bytes', moved, moved, sum(_sent(c) for c in answer.estimate.costs if c.collective))
+  held, compiled = memory(found.case, positions), answer.program.memory
+  for name in ('weights', 'cache'):
+    yield Row(f'{name} held', 'bytes', getattr(held, name), getattr(held, name), getattr(compiled, name))
+  yield Row('temporaries', 'bytes', held.working, held.working, compiled.temporaries)
+
+
+def _sent(c: Any) -> float:
+  """Bytes that a chip sends in all runs of a collective, as layouts/moves.Move counts them."""
+  if c.collective.kind == 'collective-permute':
+    return c.count * c.bytes
+  share = (c.collective.size - 1) / c.collective.size * (2 if c.collective.kind == 'all-reduce' else 1)
+  return c.count * c.bytes * share
+
+
+def text(checked: Iterable[Checked]) -> str:
+  """Tables."""
+  lines = []
+  for each in checked:
+    case = each.cost.case
+    lines.append(f'check of {case.phase} in {case.layout} on {"x".join(map(str, case.mesh))}:')
+    if not each.rows:
+      lines.append('  it does not fit, says the compiler; python -m t5x_inference_ext.precompile says what is missing')
+      continue
+    lines.append(f'  {"":22}{"predicted":>13}{"at full rate":>14}{"compiled":>13}')
+    for row in each.rows:
+      lines.append(f'  {row.name:22}{_show(row.predicted, row):>13}{_show(row.at_full_rate, row):>14}'
+                   f'{_show(row.compiled, row):>13}')
+  lines.append('compiled: the compiler\'s estimate, nothing overlapped, at full rate; docs/precompile.md')
+  return '\n'.join(lines)
+
+
+def _show(value: float, row: Row) -> str:
+  if row.unit == 'bytes':
+    return f'{value / 2**30:.3f} GiB'
+  return f'{value:.3f} s' if value >= 1 else f'{value * 1e3:.3f} ms'
