@@ -42,8 +42,8 @@ class Machine:
     kind, colon, sizes = text.partition(':')
     names = {name.lower(): name for name in CHIPS}
     if colon and kind.lower() not in names:
-      raise MeshError(f'no chip is called {kind!r}: a slice is written chip:shape, such as v4:4x4x4, v5e:4x8 or A100:16, '
-                      f'with chip {", ".join(CHIPS)}')
+      raise MeshError(f'no chip is called {kind!r}: a slice is written chip:shape, such as v4:4x4x4 or A100:16, with '
+                      f'chip {", ".join(CHIPS)}')
     chip = hardware.chip(names[kind.lower()]) if colon else None
     if chip is None or chip.torus:
       slice_ = torus.parse_slice(text)
@@ -81,7 +81,7 @@ class Machine:
                for each in owners}
     else:
       found = {(x, y, self.chips // x // y) for x in _divisors(self.chips) for y in _divisors(self.chips // x)}
-      first = min(found, key=lambda m: (_distance(m[0], self.chips, config), m[2]))
+      first = min((m for m in found if m[1] >= m[2]), key=lambda m: (_distance(m[0], self.chips, config), m[1]))
     found = {m for m in found if m[1] >= m[2]}
     return (first, *sorted(found - {first}))
 
