@@ -6,7 +6,7 @@ from typing import Any, Callable, Iterable
 from t5x_inference_ext.errors import UserError
 from t5x_inference_ext.planner.costs import Cost, cost
 from t5x_inference_ext.planner.efficiency import IDEAL
-from t5x_inference_ext.planner.memory import memory
+from t5x_inference_ext.planner.memory import Memory, memory
 from t5x_inference_ext.planner.request import Plan
 from t5x_inference_ext.precompile.analysis import Answer, analyze
 
@@ -81,10 +81,12 @@ def _checked(plan: Plan, planned: Cost, say) -> Checked:
       other_layout=plan.layouts[case.phase == 'prefill'], mesh=plan.mesh_text,
       prompt=case.padded if case.phase == 'prefill' else None, say=say)
   found = cost(case, request.convention, planned.efficiency)
-  return Checked(found, answer, tuple(_rows(found, answer, positions)) if answer.fits else ())
+  # Prefill, too, hands the cache over as decode has it.
+  held = dataclasses.replace(memory(case, positions), cache=memory(plan.decode.case, positions).cache)
+  return Checked(found, answer, tuple(_rows(found, answer, held)) if answer.fits else ())
 
 
-def _rows(found: Cost, answer: Answer, positions: int) -> Iterable[Row]:
+def _rows(found: Cost, answer: Answer, held: Memory) -> Iterable[Row]:
   ideal, kinds = found.at(IDEAL), answer.estimate.by_kind
   hidden = [found.hidden_seconds, ideal.hidden_seconds, sum(c.hidden_seconds for c in answer.estimate.costs)]
   for name, (compiled, parts) in GROUPS.items():
@@ -97,7 +99,7 @@ def _rows(found: Cost, answer: Answer, positions: int) -> Iterable[Row]:
   yield Row('all, but what is hidden', 's', found.seconds, ideal.seconds, answer.estimate.overlapped_seconds)
   moved = sum(c.count * c.move.moved for c in found.collectives)
   yield Row('sent by a chip', 'bytes', moved, moved, sum(_sent(c) for c in answer.estimate.costs if c.collective))
-  held, compiled = memory(found.case, positions), answer.program.memory
+  compiled = answer.program.memory
   for name in ('weights', 'cache'):
     yield Row(f'{name} held', 'bytes', getattr(held, name), getattr(held, name), getattr(compiled, name))
   yield Row('temporaries', 'bytes', held.working, held.working, compiled.temporaries)

@@ -132,8 +132,9 @@ class Plan:
 
   @functools.cached_property
   def memories(self) -> tuple[Memory, Memory]:
-    """In prefill, with the keys and values of the prompts, and in decode, with the whole cache."""
-    return memory(self.prefill.case, self.request.input_length), memory(self.decode.case, self.request.context)
+    """In prefill and in decode. Prefill hands over the whole cache, split as decode has it."""
+    prefill, decode = memory(self.prefill.case, self.request.input_length), memory(self.decode.case, self.request.context)
+    return dataclasses.replace(prefill, cache=max(prefill.cache, decode.cache)), decode
 
   @property
   def fits(self) -> bool:

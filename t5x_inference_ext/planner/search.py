@@ -62,9 +62,16 @@ def meshes(request: Request, machine: Machine) -> tuple[Mesh, ...]:
 
 
 def row_choices(batch: int, mesh: Mesh) -> list[int]:
-  """The rows asked for, and the fewest more that some of the axes split evenly: a few empty rows may save more."""
-  shares = {math.prod(axes) for n in range(4) for axes in itertools.combinations(mesh, n)}
-  return sorted({-(-batch // share) * share for share in shares})
+  """The fewest rows, of at least `batch`, for each way that axes may split them evenly.
+
+  A few empty rows more may save time: that they divide, or that they do not, decides what a layout splits. With one
+  number for each way, a request for more rows never takes less time.
+  """
+  shares = sorted({math.prod(axes) for n in range(4) for axes in itertools.combinations(mesh, n)})
+  found = {}
+  for rows in range(batch, batch + 2 * shares[-1]):
+    found.setdefault(tuple(rows % share == 0 for share in shares), rows)
+  return sorted(found.values())
 
 
 def phase_costs(
