@@ -7,7 +7,7 @@ bandwidth a program reaches is efficiency.py's to say.
           collective runs over; (K-1)/K counts as 1; no hops.
   torus   A collective uses the links along its own axes alone. A physical axis with wraparound (torus.wraparound)
           brings two links, one without brings one; several add up. (K-1)/K counts (appendix A.1). Each chip passed is a
-          hop. GPUs have no torus: NVLink within a node, each chip's network card across nodes.
+          hop. GPUs have no torus: NVLink within a node, each chip's network card across nodes, log2 K hops.
 """
 
 import dataclasses
@@ -90,7 +90,10 @@ class Network:
     return move.moved / (sum(p.links for p in paths) * chip.link_bandwidth) + latency
 
   def _through_switches(self, move: Move) -> float:
-    """Within nodes over NVLink; between them each chip of a node sends its share through its own network card."""
+    """Within nodes over NVLink; between them each chip of a node sends its share through its own network card.
+
+    Any chip is one hop from any other, so that log2 K exchanges between pairs reach all.
+    """
     chip = self.machine.chip
     ids = self._group(move.axes)[:, 0]
     nodes = len(set((ids // chip.node).tolist()))
@@ -100,7 +103,7 @@ class Network:
     # An all-gather's data comes in once for the node; an all-to-all's is each chip's own.
     share = 1 if move.kind == 'all_to_all' else local
     between = move.bytes / share * (nodes - 1) / nodes / chip.node_bandwidth
-    return passes * (inside + between + (len(ids) - 1) * chip.hop_latency)
+    return passes * (inside + between + (len(ids) - 1).bit_length() * chip.hop_latency)
 
   def paths(self, axes: Axes) -> tuple[Path, ...]:
     """Where a collective over these mesh axes runs on the torus."""
