@@ -31,18 +31,20 @@ def pareto(path: str, points: Sequence[Point]) -> None:
     for i, (phase, unit) in enumerate((('decode', 'a step'), ('prefill', 'all prompts')), 1):
       axes = _axes(figure, 1, 2, i, f'{phase}: {unit} (ms)', 'cost (chip-ms a token)', 'log', 'log', phase)
       kinds = dict.fromkeys(p.request.weights for p in points)
-      for colour, weights in zip(_COLOURS, kinds):
+      for n, (colour, weights) in enumerate(zip(_COLOURS, kinds)):
         some = [p for p in points if p.phase == phase and p.request.weights == weights]
         best = [p for p in some if p.on_front]
         axes.scatter(*_milliseconds(some), s=6, color=colour, alpha=0.3, linewidths=0)
         axes.plot(*_milliseconds(best), color=colour, marker='o', markersize=3, label=f'{weights} weights')
-        last = None
+        named = set()  # each slice where the front first comes to it
         for p in best:
-          if p.cost.case.machine.chips != last:
+          if p.cost.case.machine.chips not in named:
             axes.annotate(f'{p.cost.case.machine.chips} chips, B {p.request.batch}',
                           (p.seconds * 1e3, p.chip_seconds_per_token * 1e3), fontsize=6, color=colour,
-                          xytext=(3, 3), textcoords='offset points')
-          last = p.cost.case.machine.chips
+                          xytext=(3, 3) if n else (-3, -4), ha='left' if n else 'right', va='bottom' if n else 'top',
+                          textcoords='offset points')
+          named.add(p.cost.case.machine.chips)
+      axes.margins(x=0.12)
       axes.legend(fontsize=8)
 
 

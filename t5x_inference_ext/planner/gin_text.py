@@ -19,12 +19,13 @@ def gin_text(plan: Plan) -> str:
                     'plan with --cache=bfloat16')
   prefill, decode = plan.layouts
   slice_ = f"SLICE = '{plan.machine}'\n" if plan.machine.chip.torus else ''
-  return f'''# Made by `python -m t5x_inference_ext.plan` for {plan.machine}, {plan.machine.chips} chips: {request.weights} weights,
-# prompts of {request.input_length} tokens and {request.output_length} new ones, {request.batch} rows. The model says: prefill \
+  return f'''# Made by `python -m t5x_inference_ext.plan` for {plan.machine}, {plan.machine.chips} chips, {request.weights} weights.
+# {request.batch} rows of {request.input_length} tokens, {request.output_length} new ones each. Predicted: prefill \
 {plan.prefill.seconds:.4g} s, {plan.decode.seconds * 1e3:.4g} ms a step.
 #
-# Give it as a --gin_file after the run's own: configs/runs/infer.gin, T5X's and configs/t5x/infer.gin, or
-# configs/runs/precompile.gin (one decode step; --gin.PHASE, LAYOUT and OTHER_LAYOUT are then the other phase's).
+# Give it as a --gin_file after the run's own: configs/runs/infer.gin, T5X's and configs/t5x/infer.gin (T5X's batch is
+# utils.DatasetConfig.batch_size: {plan.rows}), or configs/runs/precompile.gin: one decode step. For the prefill add
+# --gin.PHASE='"prefill"' --gin.LAYOUT=%PREFILL_LAYOUT --gin.OTHER_LAYOUT=%DECODE_LAYOUT.
 from __gin__ import dynamic_registration
 
 {_model(request.config)}

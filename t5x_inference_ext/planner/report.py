@@ -83,8 +83,9 @@ def why(choice: Choice) -> str:
     return (f'{names} take {_time(plan.seconds)} in all, {more} {" and ".join(rival.layouts)} on {rival.mesh_text}; '
             'either will do.')
   part, saved = _largest_difference(plan, rival)
+  lost = f' against {_time(saved - behind)} more elsewhere' if saved > 1.05 * behind else ''
   return (f'{names} take {_time(plan.seconds)} in all, {_time(behind)} less than the next pair, '
-          f'{" and ".join(rival.layouts)} on {rival.mesh_text}, mostly as {_time(saved)} less go into {part}.')
+          f'{" and ".join(rival.layouts)} on {rival.mesh_text}, mostly as {_time(saved)} less go into {part}{lost}.')
 
 
 def _largest_difference(plan: Plan, rival: Plan) -> tuple[str, float]:
