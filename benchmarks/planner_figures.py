@@ -24,7 +24,8 @@ SLICE = Machine.parse('v4:4x4x4')
 def draw(output_dir: str) -> list[str]:
   """Writes all; returns the files."""
   os.makedirs(output_dir, exist_ok=True)
-  files = {name: os.path.join(output_dir, f'planner_{name}.svg') for name in ('communication', 'context', 'parts', 'pareto')}
+  names = 'communication', 'context', 'parts', 'pareto'
+  files = {name: os.path.join(output_dir, f'planner_{name}.svg') for name in names}
   figures.communication(files['communication'])
   figures.contexts(files['context'], MODEL, SLICE, (4, 4, 4))
   figures.time_parts(files['parts'], choose(Request(MODEL, 64), [SLICE]).ranked[:8])

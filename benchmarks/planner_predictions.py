@@ -4,9 +4,9 @@
 
 First the other measured points of Pope et al. (arXiv 2211.05102): PaLM 540B at batch 64 with weights of either kind
 (section 4.4), and Table 3, PaLM 62B. Each latency is checked against the MFU that is printed beside it. The mesh is the
-slice's own (torus_mesh), the layout the paper's. Then Megatron 530B beside NVIDIA's FasterTransformer on A100s with tensor
-parallelism, for 20, 60 and 128 tokens in and 8 or 20 out: on the same GPUs in the layout that tensor parallelism is
-(ws_1d/heads), and on 64 TPU v4 in the best.
+slice's own (torus_mesh), the layout the paper's. Then Megatron 530B beside NVIDIA's FasterTransformer on A100s with
+tensor parallelism, for 20, 60 and 128 tokens in and 8 or 20 out: on the same GPUs in the layout that tensor parallelism
+is (ws_1d/heads), and on 64 TPU v4 in the best.
 """
 
 import dataclasses
@@ -62,8 +62,8 @@ PAPER = (
     Measured('Table 3', 'palm_62b', 'v4:2x2x2', 'decode', 512, 'ws_2d/batch', 'bfloat16', 5.1 / 64, 0.37))
 
 # (tokens in, tokens out) -> batch -> milliseconds with tensor parallelism of 16 and of 32, FP16, no pipeline: NVIDIA's
-# FasterTransformer, docs/gpt_guide.md, "Performance of Megatron-530B" (8 A100 80 GB a node, 8 x 200 Gb/s between nodes):
-# 105 layers, 128 heads of 160, vocabulary 51200, as the preset megatron_530b.
+# FasterTransformer, docs/gpt_guide.md, "Performance of Megatron-530B" (8 A100 80 GB a node, 8 x 200 Gb/s between
+# nodes): 105 layers, 128 heads of 160, vocabulary 51200, as the preset megatron_530b.
 FASTER_TRANSFORMER = {
     (20, 8): {1: (565, 431), 4: (616, 493), 16: (730, 575), 64: (1191, 942), 256: (3341, 2483)},
     (60, 20): {1: (1379, 1037), 4: (1512, 1198), 16: (1868, 1454), 64: (3383, 2646), 128: (5406, 4099)},
@@ -88,12 +88,14 @@ def paper() -> None:
     case = point.case
     found = cost(case)
     request = Request(case.config, case.batch, 2048 if case.phase == 'prefill' else 2016, 64, weights=case.weights)
-    best = min((c for mesh in case.machine.meshes(case.config)
-                for c in search.phase_costs(request, case.machine, mesh, case.phase, case.batch)), key=lambda c: c.seconds)
+    found_all = (c for mesh in case.machine.meshes(case.config)
+                 for c in search.phase_costs(request, case.machine, mesh, case.phase, case.batch))
+    best = min(found_all, key=lambda c: c.seconds)
     errors.append(found.seconds / point.latency - 1)
     print(f'{point.where:12} {point.model:10} {point.machine:9} {case.phase:8} {case.batch:5} {case.weights:9} '
           f'{point.layout:13} {point.latency * 1e3:8.1f} ms {found.seconds * 1e3:8.1f} ms {errors[-1]:+6.0%} '
-          f'{str(best.case.layout):>12} {"x".join(map(str, best.case.mesh)):>6} {best.seconds / point.latency - 1:+.0%}')
+          f'{str(best.case.layout):>12} {"x".join(map(str, best.case.mesh)):>6} '
+          f'{best.seconds / point.latency - 1:+.0%}')
   sizes = sorted(map(abs, errors))
   print(f'median error {statistics.median(sizes):.0%}, largest {sizes[-1]:.0%}')
 

@@ -3,9 +3,9 @@
 FLOP/s and bytes per second are SI (1e12, 1e9); memory is in bytes. TPU v4 is the chip of Pope et al. (section 4); what
 the compiler makes of each TPU generation was measured by compiling for it (jax 0.10.2, libtpu 0.0.52).
 
-Bandwidth of the network: `link_bandwidth` is that of one link, one way; `network_bandwidth`, all links of a chip, is the
-paper's single number (270 GB/s on v4). Data sheets of TPUs add both ways, those of NVLink too. planner/network.py says
-which of them a collective can use.
+Bandwidth of the network: `link_bandwidth` is that of one link, one way; `network_bandwidth`, all links of a chip, is
+the paper's single number (270 GB/s on v4). Data sheets of TPUs add both ways, those of NVLink too. planner/network.py
+says which of them a collective can use.
 """
 
 import dataclasses
@@ -26,8 +26,8 @@ class Chip:
     link_bandwidth: bytes per second, one way: over one link; over all of NVLink where there is no torus.
     hop_latency: seconds from a chip to the next.
     clock_hz: what the compiler's estimated cycles count; None where no compiler estimates cycles.
-    matrix_rows: rows that a product with a tile of weights takes the time of, however few they are. A systolic array takes
-      as many cycles to load its tile as it has rows; the tiles of GPU tensor cores have a side of 8.
+    matrix_rows: rows that a product with a tile of weights takes the time of, however few they are. A systolic array
+      takes as many cycles to load its tile as it has rows; the tiles of GPU tensor cores have a side of 8.
     node: chips that NVLink joins; 0 on a torus, which has no nodes.
     node_bandwidth: bytes per second, one way, of each chip to chips of other nodes; 0 on a torus.
     source: where the numbers are published.
@@ -88,7 +88,7 @@ CHIPS = {c.name: c for c in (
     Chip('H100', 990e12, 1980e12, 80e9, 3350e9, None, 0, 0, 450e9, 1e-6, None, 8, 8, 50e9,
          'NVIDIA H100 and DGX H100 data sheets: 990 TFLOP/s, 80 GB at 3350 GB/s, NVLink 900 GB/s, 8 cards of 400 Gb/s'),
     Chip('H200', 990e12, 1980e12, 141e9, 4800e9, None, 0, 0, 450e9, 1e-6, None, 8, 8, 50e9,
-         'NVIDIA H200 and DGX H200 data sheets: 990 TFLOP/s, 141 GB at 4800 GB/s, NVLink 900 GB/s, 8 cards of 400 Gb/s'),
+         'NVIDIA H200, DGX H200 data sheets: 990 TFLOP/s, 141 GB at 4800 GB/s, NVLink 900 GB/s, 8 cards of 400 Gb/s'),
 )}
 
 

@@ -15,7 +15,7 @@ from t5x_inference_ext.planner.machine import Machine, Mesh
 from t5x_inference_ext.planner.network import sizes
 
 PHASES = ('prefill', 'decode')
-# Bytes of an element. Activations are bfloat16 whatever the weights are (the paper's section 3.6: int8 for weights only).
+# Bytes of an element. Activations are bfloat16 whatever the weights are (section 3.6: int8 for weights only).
 WEIGHTS = {'int8': 1, 'bfloat16': 2}
 CACHES = {'int8': 1, 'bfloat16': 2}
 ACTIVATION_BYTES = 2

@@ -126,7 +126,7 @@ def text(checked: Iterable[Checked]) -> str:
     for row in each.rows:
       lines.append(f'  {row.name:24}{_show(row.predicted, row):>13}{_show(row.at_full_rate, row):>14}'
                    f'{_show(row.compiled, row):>13}')
-  lines.append('compiled: the compiler\'s estimate, at full rate; hidden is what its schedule hides (docs/precompile.md)')
+  lines.append('compiled: the compiler\'s estimate, at full rate; hidden: by its schedule (docs/precompile.md)')
   return '\n'.join(lines)
 
 

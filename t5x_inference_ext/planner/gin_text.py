@@ -19,7 +19,8 @@ def gin_text(plan: Plan) -> str:
                     'plan with --cache=bfloat16')
   prefill, decode = plan.layouts
   slice_ = f"SLICE = '{plan.machine}'\n" if plan.machine.chip.torus else ''
-  return f'''# Made by `python -m t5x_inference_ext.plan` for {plan.machine}, {plan.machine.chips} chips, {request.weights} weights.
+  return f'''# Made by `python -m t5x_inference_ext.plan` for {plan.machine}, {plan.machine.chips} chips, \
+{request.weights} weights.
 # {request.batch} rows of {request.input_length} tokens, {request.output_length} new ones each. Predicted: prefill \
 {plan.prefill.seconds:.4g} s, {plan.decode.seconds * 1e3:.4g} ms a step.
 #

@@ -50,8 +50,8 @@ def memory(case: Case, positions: int) -> Memory:
 def working_bytes(case: Case) -> float:
   """What is alive at once in the widest place of a layer, and after the last one; an estimate.
 
-  The residual stream and its sum; the input product's MLP columns, gate and linear in one, or the queries; what attention
-  computes at once of its logits; the largest gathered matrix. Or the logits of each row's last position.
+  The residual stream and its sum; the input product's MLP columns, gate and linear in one, or the queries; what
+  attention computes at once of its logits; the largest gathered matrix. Or the logits of each row's last position.
   """
   c, p = case.config, case.placement
   tokens = case.batch * case.padded / case.size(case.layout.gathered_axes)

@@ -1,4 +1,4 @@
-"""What the paper measured, for the fit: its Table 2, PaLM 540B on 64 TPU v4, context 2048. Nothing else belongs here."""
+"""What the paper measured, for the fit: its Table 2, PaLM 540B on 64 TPU v4, context 2048. Nothing else goes here."""
 
 import dataclasses
 

@@ -29,11 +29,11 @@ def _heading(plan: Plan) -> Iterable[str]:
   yield from _wrap(f'model:   {r.config}', '         ')
   links = {'torus': 'links of its own axes for each collective, with hops',
            'paper': f'{plan.machine.chip.network_bandwidth / 1e9:.0f} GB/s for every collective, no hops'}[r.convention]
-  yield from _wrap(f'machine: {plan.machine}, {plan.machine.chips} chips; network: {r.convention} ({links}); efficiency: '
-                   f'matmul {e.matmul:g}, memory {e.memory:g}, network {e.network:g}', '         ')
+  yield from _wrap(f'machine: {plan.machine}, {plan.machine.chips} chips; network: {r.convention} ({links}); '
+                   f'efficiency: matmul {e.matmul:g}, memory {e.memory:g}, network {e.network:g}', '         ')
   empty = f' ({plan.rows - r.batch} more, empty, let the mesh split them)' if plan.rows > r.batch else ''
-  yield from _wrap(f'work:    {r.batch} rows{empty}, {r.input_length} tokens in, {r.output_length} out; {r.weights} weights, '
-                   f'{r.cache} cache', '         ')
+  yield from _wrap(f'work:    {r.batch} rows{empty}, {r.input_length} tokens in, {r.output_length} out; '
+                   f'{r.weights} weights, {r.cache} cache', '         ')
 
 
 def _table(ranked: Sequence[Plan], rows: int) -> Iterable[str]:
@@ -62,7 +62,8 @@ def _parts(plan: Plan) -> Iterable[str]:
   hidden = plan.prefill.hidden_seconds, plan.decode.hidden_seconds
   if any(hidden):
     yield f'{"weights, hidden":20}{_time(hidden[0]):>12}{"":6}{_time(hidden[1]):>12}'
-  yield (f'{"chip-ms a token":20}{plan.cost_of(plan.prefill) * 1e3:12.3f}{"":6}{plan.cost_of(plan.decode) * 1e3:12.3f}   '
+  cost = [plan.cost_of(phase) * 1e3 for phase in (plan.prefill, plan.decode)]
+  yield (f'{"chip-ms a token":20}{cost[0]:12.3f}{"":6}{cost[1]:12.3f}   '
          f'(a token made, with its share of the prefill: {plan.chip_seconds_per_token * 1e3:.3f})')
   m = plan.memory
   yield (f'memory a chip: weights {m.weights / 2**30:.2f} + cache {m.cache / 2**30:.2f} + temporaries about '
@@ -120,8 +121,8 @@ def _again(c: Cost, plan: Plan) -> Cost:
 
 def _others(plans: Sequence[Plan]) -> Iterable[str]:
   for p in plans:
-    yield (f'  {str(p.machine):12} batch {p.request.batch:5}  {" and ".join(p.layouts):32} {_time(p.seconds):>10} in all, '
-           f'{_time(p.decode.seconds):>9} a step, {p.tokens_per_second:9.1f} tokens/s, '
+    yield (f'  {str(p.machine):12} batch {p.request.batch:5}  {" and ".join(p.layouts):32} {_time(p.seconds):>10} '
+           f'in all, {_time(p.decode.seconds):>9} a step, {p.tokens_per_second:9.1f} tokens/s, '
            f'{p.chip_seconds_per_token * 1e3:9.2f} chip-ms a token')
 
 

@@ -133,7 +133,8 @@ class Plan:
   @functools.cached_property
   def memories(self) -> tuple[Memory, Memory]:
     """In prefill and in decode. Prefill hands over the whole cache, split as decode has it."""
-    prefill, decode = memory(self.prefill.case, self.request.input_length), memory(self.decode.case, self.request.context)
+    prefill = memory(self.prefill.case, self.request.input_length)
+    decode = memory(self.decode.case, self.request.context)
     return dataclasses.replace(prefill, cache=max(prefill.cache, decode.cache)), decode
 
   @property

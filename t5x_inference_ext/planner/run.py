@@ -115,7 +115,8 @@ def _sweep(request, machines, batches, output_dir, write) -> None:
     if p.on_front:
       write(f'{p.phase:8} {p.request.weights:9} {str(p.cost.case.machine):11} {p.request.batch:6} '
             f'{str(p.cost.case.layout):13} {p.seconds * 1e3:9.2f} ms {p.chip_seconds_per_token * 1e3:16.3f}')
-  write(f'{len(points)} points, of which these {sum(p.on_front for p in points)} are beaten by none: {" and ".join(files)}')
+  on_front = sum(p.on_front for p in points)
+  write(f'{len(points)} points, of which these {on_front} are beaten by none: {" and ".join(files)}')
 
 
 def _draw(choice: choose.Choice, output_dir: str, write) -> None:

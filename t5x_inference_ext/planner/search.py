@@ -13,8 +13,8 @@ from t5x_inference_ext.planner.machine import Machine, Mesh
 from t5x_inference_ext.planner.network import sizes
 from t5x_inference_ext.planner.request import Plan, Request
 
-# wg_xyz splits rows over every axis, which leaves none to split heads over. Looped collectives are left out: they move as
-# much, and what they hide the efficiencies hold already.
+# wg_xyz splits rows over every axis, which leaves none to split heads over. Looped collectives are left out: they move
+# as much, and what they hide the efficiencies hold already.
 LAYOUTS = tuple(Layout(feedforward, attention) for feedforward in ('ws_2d', *(f for f in FEEDFORWARD if f != 'ws_2d'))
                 for attention in ATTENTION if (feedforward, attention) != ('wg_xyz', 'heads'))
 
@@ -55,8 +55,8 @@ def meshes(request: Request, machine: Machine) -> tuple[Mesh, ...]:
   if request.mesh is None:
     return machine.meshes(request.config)
   if math.prod(request.mesh) != machine.chips:
-    raise MeshError(f'the mesh {"x".join(map(str, request.mesh))} has {math.prod(request.mesh)} positions and {machine} '
-                    f'has {machine.chips} chips: a program runs on all of them')
+    raise MeshError(f'the mesh {"x".join(map(str, request.mesh))} has {math.prod(request.mesh)} positions and '
+                    f'{machine} has {machine.chips} chips: a program runs on all of them')
   check_model(request.config, sizes(request.mesh))
   return (request.mesh,)
 

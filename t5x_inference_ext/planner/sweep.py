@@ -87,8 +87,8 @@ def _fastest(request: Request, machine: Machine, phase: str) -> Cost | None:
   return min((c for c in costs if memory(c.case, positions).fits), key=lambda c: c.seconds, default=None)
 
 
-COLUMNS = ('phase', 'weights', 'machine', 'chips', 'batch', 'rows', 'mesh', 'layout', 'seconds', 'chip_seconds_per_token',
-           'mfu', 'limit', 'pareto')
+COLUMNS = ('phase', 'weights', 'machine', 'chips', 'batch', 'rows', 'mesh', 'layout', 'seconds',
+           'chip_seconds_per_token', 'mfu', 'limit', 'pareto')
 
 
 def csv_text(points: Iterable[Point]) -> str:

@@ -88,7 +88,7 @@ class ContextRow:
 
 
 def table_1(config: ModelConfig) -> tuple[ContextRow, ...]:
-  """Its rows, for a multiquery model: multihead with heads of half the size (as many parameters), by heads, by batch."""
+  """Its rows, for a multiquery model: multihead with heads of half the size, as in the paper; by heads; by batch."""
   multihead = dataclasses.replace(config, num_kv_heads=config.num_heads, d_head=config.d_head // 2)
   return (ContextRow('multihead', multihead, 'ws_2d/heads'),
           ContextRow('multiquery by heads', config, 'ws_2d/heads'),

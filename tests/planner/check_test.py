@@ -5,7 +5,7 @@ import json
 import pytest
 
 from t5x_inference_ext import config, plan as command
-from t5x_inference_ext.planner.check import check, text
+from t5x_inference_ext.planner.check import GROUPS, check, text
 from t5x_inference_ext.planner.choose import choose
 from t5x_inference_ext.planner.machine import Machine
 from t5x_inference_ext.planner.request import Request
@@ -30,7 +30,7 @@ def test_bytes_held_are_those_of_the_program(checked):
 def test_parts_are_summed_alike(checked):
   for phase in checked:
     rows = {row.name: row for row in phase.rows}
-    groups = [rows[name] for name in ('products and weights', 'attention and cache', 'collectives', 'copies and the rest')]
+    groups = [rows[name] for name in GROUPS]
     hidden = rows['of collectives, hidden']
     for which in ('predicted', 'at_full_rate', 'compiled'):
       assert sum(getattr(row, which) for row in groups) - getattr(hidden, which) == pytest.approx(

@@ -18,7 +18,8 @@ from t5x_inference_ext.precompile import __main__ as precompile
 
 TINY = ['--model=palm_tiny', '--slice=v4:2x2x1', '--batch=8', '--input_length=48', '--output_length=16']
 PALM = ['--model=palm_540b', '--slice=v4:4x4x4', '--batch=64', '--input_length=1920', '--output_length=64']
-GIN = ['--gin_file=t5x_inference_ext/configs/runs/plan.gin', '--gin_file=t5x_inference_ext/configs/models/palm_540b.gin']
+GIN = ['--gin_file=t5x_inference_ext/configs/runs/plan.gin',
+       '--gin_file=t5x_inference_ext/configs/models/palm_540b.gin']
 
 
 @pytest.fixture(autouse=True)
@@ -42,8 +43,8 @@ def test_the_report_ranks_breaks_down_and_says_why(capsys):
   for words in ('weight load', 'chip-ms a token', 'memory a chip: weights 8.00 + cache', 'efficiency: matmul 0.775'):
     assert words in out.replace('\n         ', ' ')
   sentence = ' '.join(out.split())
-  assert re.search(r'wg_xyz/batch for prefill and ws_2d/batch for decode on 4x4x4 take 12\.\d+ s in all, [\d.]+ ms less than '
-                   r'the next pair, .* mostly as [\d.]+ ms less go into', sentence)
+  assert re.search(r'wg_xyz/batch for prefill and ws_2d/batch for decode on 4x4x4 take 12\.\d+ s in all, [\d.]+ ms '
+                   r'less than the next pair, .* mostly as [\d.]+ ms less go into', sentence)
   assert "The paper's convention, 270 GB/s for every collective" in sentence
 
 
@@ -88,7 +89,8 @@ def test_gpus_are_planned_for_too(capsys):
   assert 'machine: A100:8, 8 chips' in capsys.readouterr().out
 
 
-@pytest.mark.skipif(importlib.util.find_spec('matplotlib') is None, reason='matplotlib is not installed (extra `plots`)')
+@pytest.mark.skipif(
+    importlib.util.find_spec('matplotlib') is None, reason='matplotlib is not installed (extra `plots`)')
 def test_a_sweep_and_figures_write_their_files(tmp_path, capsys):
   assert run(*TINY, '--sweep', f'--output_dir={tmp_path}') == 0
   out = capsys.readouterr().out
@@ -166,17 +168,20 @@ import tensorflow as tf
 
 def rows(split, shuffle_files, seed=None):
   with open({str(golden / 'greedy.json')!r}) as file:
-    return tf.data.Dataset.from_tensor_slices({{'inputs': [row['prompt'] for row in json.load(file)], 'targets': [''] * 8}})
+    prompts = [row['prompt'] for row in json.load(file)]
+  return tf.data.Dataset.from_tensor_slices({{'inputs': prompts, 'targets': [''] * len(prompts)}})
 
 feature = seqio.Feature(seqio.ByteVocabulary(), add_eos=False)
 seqio.TaskRegistry.add('planned', source=seqio.FunctionDataSource(rows, splits=['test']),
-                       preprocessors=[seqio.preprocessors.tokenize], output_features={{'inputs': feature, 'targets': feature}})
+                       preprocessors=[seqio.preprocessors.tokenize],
+                       output_features={{'inputs': feature, 'targets': feature}})
 ''')
   monkeypatch.syspath_prepend(tmp_path)
   assert infer.run(['infer', *INFER, f'--gin_file={planned}', *TASK, '--gin.MIXTURE_OR_TASK_MODULE="planned_task"',
                     f'--gin.CHECKPOINT_PATH="{palm_tiny}"', f'--gin.INFER_OUTPUT_DIR="{tmp_path}"',
                     '--gin.DTYPE="float32"']) == 0  # so that tokens are those of float32
-  plan = choose.choose(Request(config.preset('palm_tiny'), 8, 48, 16, weights='bfloat16'), [Machine.parse('v4:2x2x1')]).plan
+  request = Request(config.preset('palm_tiny'), 8, 48, 16, weights='bfloat16')
+  plan = choose.choose(request, [Machine.parse('v4:2x2x1')]).plan
   out = capsys.readouterr().out
   assert f'mesh: {plan.mesh_text} (given)' in out
   record = json.loads((tmp_path / 'infer.config.json').read_text())
@@ -189,8 +194,8 @@ seqio.TaskRegistry.add('planned', source=seqio.FunctionDataSource(rows, splits=[
 @pytest.mark.libtpu
 def test_precompile_runs_the_file_as_it_is(planned, tmp_path, capsys):
   report = tmp_path / 'report'
-  assert precompile.run(['precompile', '--gin_file=t5x_inference_ext/configs/runs/precompile.gin', f'--gin_file={planned}',
-                         f'--gin.JSON_FILE="{report}"']) == 0
+  assert precompile.run(['precompile', '--gin_file=t5x_inference_ext/configs/runs/precompile.gin',
+                         f'--gin_file={planned}', f'--gin.JSON_FILE="{report}"']) == 0
   case, text = json.loads(report.read_text())['case'], planned.read_text()
   assert case['phase'] == 'decode' and case['batch'] == 8 and case['context'] == 64 and case['weights'] == 'bfloat16'
   assert f"PREFILL_LAYOUT = '{case['prefill_layout']}'" in text and f"DECODE_LAYOUT = '{case['decode_layout']}'" in text

@@ -24,8 +24,8 @@ ONE, EIGHT = Machine.parse('v4:1x1x1'), Machine.parse('v4:2x2x2')
 SMALL = ModelConfig(num_layers=2, d_model=256, d_ff=1024, num_heads=8, d_head=32, vocab_size=384)
 
 
-def case(model=SMALL, machine=EIGHT, mesh=(2, 2, 2), layout='ws_2d/batch', phase='decode', batch=8, length=1, context=64,
-         **fields) -> Case:
+def case(model=SMALL, machine=EIGHT, mesh=(2, 2, 2), layout='ws_2d/batch', phase='decode', batch=8, length=1,
+         context=64, **fields) -> Case:
   return Case(model, machine, mesh, Layout.parse(layout), phase, batch, length, context, **fields)
 
 
@@ -109,13 +109,14 @@ def test_weights_are_gathered_beside_products():
   assert long.work.weight_bytes - table == pytest.approx(8 * (stays - table), rel=1e-2)
 
 
-@pytest.mark.parametrize('layout,phase', [('ws_2d/batch', 'decode'), ('wg_xyz/batch', 'prefill'), ('ws_1d/batch', 'decode')])
+@pytest.mark.parametrize('layout,phase', [
+    ('ws_2d/batch', 'decode'), ('wg_xyz/batch', 'prefill'), ('ws_1d/batch', 'decode')])
 @pytest.mark.parametrize('weights', ['int8', 'bfloat16'])
 def test_memory_is_that_of_the_arrays_on_the_chips(layout, phase, weights):
   each = case(layout=layout, phase=phase, batch=16, length=8 if phase == 'prefill' else 1, weights=weights)
   parsed = Layout.parse(layout)
-  e = describe(Setting(SMALL, sizes(each.mesh), parsed, parsed if phase == 'decode' else Layout(), int8=weights == 'int8',
-                       batch=16, prompt_length=8, cache_length=64))
+  e = describe(Setting(SMALL, sizes(each.mesh), parsed, parsed if phase == 'decode' else Layout(),
+                       int8=weights == 'int8', batch=16, prompt_length=8, cache_length=64))
   found = memory(each, 64)
   assert found.weights == e.weight_bytes
   cache = next(t.bytes for t in e.cache if t.name == 'cache')
@@ -135,8 +136,10 @@ def test_other_efficiencies_stretch_their_own_parts():
 
 
 @pytest.mark.parametrize('fields,words', [
-    (dict(phase='train'), 'phase must be one of prefill, decode'), (dict(weights='int4'), 'weights must be one of int8'),
-    (dict(cache='float8'), 'cache must be one of int8, bfloat16'), (dict(batch=0), 'batch must be a whole number above 0'),
+    (dict(phase='train'), 'phase must be one of prefill, decode'),
+    (dict(weights='int4'), 'weights must be one of int8, bfloat16'),
+    (dict(cache='float8'), 'cache must be one of int8, bfloat16'),
+    (dict(batch=0), 'batch must be a whole number above 0'),
     (dict(length=2), 'a decode step takes one position'), (dict(mesh=(2, 2, 1)), 'the mesh 2x2x1 has 4 positions'),
     (dict(phase='prefill', length=65), 'context=64 must hold the 65 positions')])
 def test_what_makes_no_sense_is_refused(fields, words):
@@ -151,8 +154,8 @@ def test_rows_that_can_not_be_split_are_refused():
 
 # What holds for every shape. Sizes that divide: padding is another matter, and tested above.
 
-MESHES = {(1, 1, 1): 'v4:1x1x1', (2, 2, 2): 'v4:2x2x2', (1, 2, 2): 'v4:2x2x1', (2, 4, 2): 'v4:2x2x4', (4, 4, 4): 'v4:4x4x4',
-          (4, 2, 1): 'v5e:2x4', (2, 4, 1): 'A100:8', (4, 4, 1): 'A100:16'}
+MESHES = {(1, 1, 1): 'v4:1x1x1', (2, 2, 2): 'v4:2x2x2', (1, 2, 2): 'v4:2x2x1', (2, 4, 2): 'v4:2x2x4',
+          (4, 4, 4): 'v4:4x4x4', (4, 2, 1): 'v5e:2x4', (2, 4, 1): 'A100:8', (4, 4, 1): 'A100:16'}
 
 
 @st.composite
@@ -166,9 +169,9 @@ def cases(draw):
       mlp=draw(st.sampled_from(['swiglu', 'gelu'])), norm=draw(st.sampled_from(['rms', 'layer'])))
   phase = draw(st.sampled_from(['prefill', 'decode']))
   length = 64 * draw(st.integers(1, 8)) if phase == 'prefill' else 1
-  return Case(model, Machine.parse(MESHES[mesh]), mesh, draw(st.sampled_from(LAYOUTS)), phase, 64 * draw(st.integers(1, 4)),
-              length, length + draw(st.integers(0, 3000)), draw(st.sampled_from(['int8', 'bfloat16'])),
-              draw(st.sampled_from(['int8', 'bfloat16'])))
+  return Case(model, Machine.parse(MESHES[mesh]), mesh, draw(st.sampled_from(LAYOUTS)), phase,
+              64 * draw(st.integers(1, 4)), length, length + draw(st.integers(0, 3000)),
+              draw(st.sampled_from(['int8', 'bfloat16'])), draw(st.sampled_from(['int8', 'bfloat16'])))
 
 
 conventions = st.sampled_from(['torus', 'paper'])
@@ -195,7 +198,8 @@ def test_the_sum_of_the_parts_is_the_whole(each, convention, efficiency):
        st.integers(2, 3))
 def test_time_never_falls_when_work_grows(each, convention, what, factor):
   if what in ('num_layers', 'd_ff', 'vocab_size'):
-    more = dataclasses.replace(each, config=dataclasses.replace(each.config, **{what: getattr(each.config, what) * factor}))
+    model = dataclasses.replace(each.config, **{what: getattr(each.config, what) * factor})
+    more = dataclasses.replace(each, config=model)
   elif what == 'length':
     if each.phase == 'decode':
       return

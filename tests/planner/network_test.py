@@ -18,7 +18,8 @@ def seconds(machine, mesh, move, convention='torus'):
 
 
 @pytest.mark.parametrize('name,chips,wraps', [
-    ('v4:4x4x4', 64, True), ('v4:2x2x4', 16, False), ('v5e:4x8', 32, False), ('A100:16', 16, False), ('h100:8', 8, False)])
+    ('v4:4x4x4', 64, True), ('v4:2x2x4', 16, False), ('v5e:4x8', 32, False), ('A100:16', 16, False),
+    ('h100:8', 8, False)])
 def test_machines(name, chips, wraps):
   machine = Machine.parse(name)
   assert machine.chips == chips and all(machine.wraps) == wraps

@@ -20,7 +20,8 @@ FIGURE_3 = {
     1048576: (34.36, 17.45, 5.369, 4.2950)}
 # Table 1: (row, batch) -> positions.
 TABLE_1 = {
-    ('multihead', 128): 1320, ('multihead', 512): 330, ('multiquery by heads', 128): 660, ('multiquery by heads', 512): 165,
+    ('multihead', 128): 1320, ('multihead', 512): 330,
+    ('multiquery by heads', 128): 660, ('multiquery by heads', 512): 165,
     ('multiquery by batch', 128): 43000, ('multiquery by batch', 512): 10700}
 
 

@@ -158,7 +158,7 @@ def test_the_cheapest_slice_that_meets_a_target():
 
 
 def test_a_target_that_nothing_meets_is_said_with_how_far_off():
-  with pytest.raises(NothingFits, match=r'nothing meets 1 ms: the fastest is v4:4x4x4 with .* ms .* times the target: allow'):
+  with pytest.raises(NothingFits, match=r'nothing meets 1 ms: the fastest is v4:4x4x4 with .* ms .* times the target'):
     choose(Request(PALM_62B, 16, 512, 64), V4, target=1e-3)
 
 
@@ -189,8 +189,9 @@ def test_a_model_that_no_machine_divides_is_refused():
 
 
 @pytest.mark.parametrize('fields,words', [
-    (dict(batch=0), 'batch must be'), (dict(input_length=0), 'input_length must be'), (dict(weights='int4'), 'weights must'),
-    (dict(output_length=-1), 'output_length must be'), (dict(convention='wires'), 'convention must be one of torus, paper')])
+    (dict(batch=0), 'batch must be'), (dict(input_length=0), 'input_length must be'),
+    (dict(weights='int4'), 'weights must'), (dict(output_length=-1), 'output_length must be'),
+    (dict(convention='wires'), 'convention must be one of torus, paper')])
 def test_a_request_that_makes_no_sense_is_refused(fields, words):
   with pytest.raises(RequestError, match=words):
     Request(SMALL, **{'batch': 1, **fields})
