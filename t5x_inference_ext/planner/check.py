@@ -1,7 +1,10 @@
 """The plan's two programs compiled for its slice, and what was predicted beside what came out, part by part."""
 
 import dataclasses
+import textwrap
 from typing import Any, Callable, Iterable
+
+import jax
 
 from t5x_inference_ext.errors import UserError
 from t5x_inference_ext.planner.costs import Cost, cost
@@ -44,13 +47,15 @@ class Checked:
 
   Attributes:
     cost: predicted, with the whole cache: what a program attends to.
-    answer: the compiler's.
-    rows: both; none where it does not fit.
+    answer: the compiler's; None where it failed.
+    rows: both; none where there is nothing to compare.
+    problem: why there are none; '' where there are some.
   """
 
   cost: Cost
-  answer: Answer
+  answer: Answer | None
   rows: tuple[Row, ...]
+  problem: str = ''
 
 
 def check(plan: Plan, say: Callable[[str], None] = lambda text: None) -> tuple[Checked, Checked]:
@@ -76,14 +81,19 @@ def _checked(plan: Plan, planned: Cost, say) -> Checked:
   positions = max(request.context, case.padded)
   if case.phase == 'decode':
     case = dataclasses.replace(case, context=positions)
-  answer = analyze(
-      request.config, request.weights, str(plan.machine), case.phase, plan.rows, positions, layout=str(case.layout),
-      other_layout=plan.layouts[case.phase == 'prefill'], mesh=plan.mesh_text,
-      prompt=case.padded if case.phase == 'prefill' else None, say=say)
   found = cost(case, request.convention, planned.efficiency)
+  try:
+    answer = analyze(
+        request.config, request.weights, str(plan.machine), case.phase, plan.rows, positions, layout=str(case.layout),
+        other_layout=plan.layouts[case.phase == 'prefill'], mesh=plan.mesh_text,
+        prompt=case.padded if case.phase == 'prefill' else None, say=say)
+  except jax.errors.JaxRuntimeError as e:  # of some programs the compiler can't write the text that is read here
+    return Checked(found, None, (), f'the compiler failed: {str(e).splitlines()[0]}')
+  if not answer.fits:
+    return Checked(found, answer, (), 'it does not fit; python -m t5x_inference_ext.precompile says what is missing')
   # Prefill, too, hands the cache over as decode has it.
   held = dataclasses.replace(memory(case, positions), cache=memory(plan.decode.case, positions).cache)
-  return Checked(found, answer, tuple(_rows(found, answer, held)) if answer.fits else ())
+  return Checked(found, answer, tuple(_rows(found, answer, held)))
 
 
 def _rows(found: Cost, answer: Answer, held: Memory) -> Iterable[Row]:
@@ -119,8 +129,8 @@ def text(checked: Iterable[Checked]) -> str:
   for each in checked:
     case = each.cost.case
     lines.append(f'check of {case.phase} in {case.layout} on {"x".join(map(str, case.mesh))}:')
-    if not each.rows:
-      lines.append('  it does not fit, says the compiler; python -m t5x_inference_ext.precompile says what is missing')
+    if each.problem:
+      lines += textwrap.wrap(f'  {each.problem}', 120, subsequent_indent='  ')
       continue
     lines.append(f'  {"":24}{"predicted":>13}{"at full rate":>14}{"compiled":>13}')
     for row in each.rows:

@@ -25,11 +25,15 @@ class Choice:
     plan: the best.
     ranked: of its machine and batch, the best plan of each pair of layouts, in order; those that do not fit come last.
     others: the best plans of the other machines and batches that were considered and would do, the best first.
+    objective: by which.
+    target: seconds, that they all meet; None: none was set.
   """
 
   plan: Plan
   ranked: tuple[Plan, ...]
   others: tuple[Plan, ...]
+  objective: str
+  target: float | None
 
 
 def choose(request: Request, machines: Sequence[Machine], objective: str = 'latency', *, batches: Sequence[int] = (),
@@ -84,9 +88,9 @@ def choose(request: Request, machines: Sequence[Machine], objective: str = 'late
         'a smaller batch, shorter prompts, fewer tokens or another chip')
   keys = {'latency': lambda p: p.seconds, 'throughput': lambda p: -p.tokens_per_second,
           'cost': lambda p: p.chip_seconds_per_token}
-  key = keys['cost' if target is not None else objective]
-  ordered = sorted(meeting, key=lambda found: key(found[0]))
-  return Choice(ordered[0][0], ordered[0], tuple(found[0] for found in ordered[1:]))
+  by = 'cost' if target is not None else objective
+  ordered = sorted(meeting, key=lambda found: keys[by](found[0]))
+  return Choice(ordered[0][0], ordered[0], tuple(found[0] for found in ordered[1:]), by, target)
 
 
 def _advice(request: Request, machines: Sequence[Machine], refusal: MeshError | None) -> str:

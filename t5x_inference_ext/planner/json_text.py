@@ -12,19 +12,20 @@ from t5x_inference_ext.planner.report import conventions_differ, why
 from t5x_inference_ext.planner.request import Plan
 
 
-def to_dict(choice: Choice, objective: str, checked: Sequence[Checked] = ()) -> dict[str, Any]:
+def to_dict(choice: Choice, checked: Sequence[Checked] = ()) -> dict[str, Any]:
   """Everything."""
   r, machine = choice.plan.request, choice.plan.machine
   return {
       'model': r.config.to_dict(), 'parameters': r.config.num_params, 'slice': str(machine), 'chips': machine.chips,
       'chip': dataclasses.asdict(machine.chip), 'batch': r.batch, 'input_length': r.input_length,
-      'output_length': r.output_length, 'weights': r.weights, 'cache': r.cache, 'objective': objective,
+      'output_length': r.output_length, 'weights': r.weights, 'cache': r.cache,
+      'objective': choice.objective, 'latency_target': choice.target,
       'convention': r.convention, 'efficiency': dataclasses.asdict(choice.plan.decode.efficiency),
       'why': why(choice), 'paper_convention': conventions_differ(choice.plan),
       'plan': plan_dict(choice.plan), 'ranked': [plan_dict(p) for p in choice.ranked],
       'others': [plan_dict(p) for p in choice.others],
-      'check': [{'phase': c.cost.case.phase, 'fits': c.answer.fits, 'rows': [dataclasses.asdict(row) for row in c.rows]}
-                for c in checked]}
+      'check': [{'phase': c.cost.case.phase, 'fits': c.answer and c.answer.fits, 'problem': c.problem,
+                 'rows': [dataclasses.asdict(row) for row in c.rows]} for c in checked]}
 
 
 def plan_dict(plan: Plan) -> dict[str, Any]:
@@ -49,5 +50,5 @@ def phase_dict(plan: Plan, cost: Cost, held: Memory) -> dict[str, Any]:
            'of_weights': c.of_weights} for c in cost.collectives]}
 
 
-def text(choice: Choice, objective: str, checked: Sequence[Checked] = ()) -> str:
-  return json.dumps(to_dict(choice, objective, checked), indent=2) + '\n'
+def text(choice: Choice, checked: Sequence[Checked] = ()) -> str:
+  return json.dumps(to_dict(choice, checked), indent=2) + '\n'

@@ -1,6 +1,7 @@
 """What a chip has to hold: weights and cache as they are placed, and an estimate of what a pass works with."""
 
 import dataclasses
+import functools
 import math
 
 from t5x_inference_ext.planner.case import ACTIVATION_BYTES, WEIGHTS, Case
@@ -36,6 +37,7 @@ class Memory:
     return self.needed <= self.available
 
 
+@functools.lru_cache(maxsize=65536)  # each pass is part of many plans
 def memory(case: Case, positions: int) -> Memory:
   """Of a pass.
 

@@ -11,7 +11,7 @@ from t5x_inference_ext.planner.request import Plan
 ROWS = 12  # of the table; JSON has all
 
 
-def text(choice: Choice, objective: str, rows: int = ROWS) -> str:
+def text(choice: Choice, rows: int = ROWS) -> str:
   """The report, one screen."""
   plan = choice.plan
   lines = [*_heading(plan), '', *_table(choice.ranked, rows), '', *_parts(plan), '']
@@ -20,7 +20,7 @@ def text(choice: Choice, objective: str, rows: int = ROWS) -> str:
   if difference:
     lines += _wrap(difference)
   if choice.others:
-    lines += ['', f'other machines and batches, by {objective}:', *_others(choice.others[:rows])]
+    lines += ['', *_wrap(chosen(choice)), *_others(choice.others[:rows])]
   return '\n'.join(lines)
 
 
@@ -87,6 +87,17 @@ def why(choice: Choice) -> str:
   lost = f' against {_time(saved - behind)} more elsewhere' if saved > 1.05 * behind else ''
   return (f'{names} take {_time(plan.seconds)} in all, {_time(behind)} less than the next pair, '
           f'{" and ".join(rival.layouts)} on {rival.mesh_text}, mostly as {_time(saved)} less go into {part}{lost}.')
+
+
+def chosen(choice: Choice) -> str:
+  """Why this machine and batch, of those that were considered, in one sentence."""
+  plan = choice.plan
+  said = {'latency': f'the fastest, {_time(plan.seconds)} in all,',
+          'throughput': f'that which makes most, {plan.tokens_per_second:.1f} tokens/s,',
+          'cost': f'the cheapest, {plan.chip_seconds_per_token * 1e3:.2f} chip-ms a token,'}[choice.objective]
+  meeting = '' if choice.target is None else f' that take at most {choice.target * 1e3:g} ms'
+  return (f'{plan.machine} with a batch of {plan.request.batch} is {said} of {len(choice.others) + 1} slices and '
+          f'batches{meeting}. The next:')
 
 
 def _largest_difference(plan: Plan, rival: Plan) -> tuple[str, float]:

@@ -88,7 +88,7 @@ def plan(
     text = gin_text.gin_text(choice.plan)
   if check:
     checks.refuse(choice.plan)
-  write(report.text(choice, objective))
+  write(report.text(choice))
   checked = checks.check(choice.plan, lambda text: _say(f'{text} ...')) if check else ()
   if check:
     write('\n' + checks.text(checked))
@@ -96,7 +96,7 @@ def plan(
     _write(gin_output, text)
     write(f'gin: {gin_output}')
   if json_file:
-    _write(json_file, json_text.text(choice, objective, checked))
+    _write(json_file, json_text.text(choice, checked))
     write(f'every number as JSON: {json_file}')
   if figure:
     _draw(choice, output_dir, write)

@@ -1,10 +1,13 @@
 """A plan's programs compiled: predicted beside compiled."""
 
+import dataclasses
 import json
 
+import jax
 import pytest
 
 from t5x_inference_ext import config, plan as command
+from t5x_inference_ext.planner import check as checks
 from t5x_inference_ext.planner.check import GROUPS, check, text
 from t5x_inference_ext.planner.choose import choose
 from t5x_inference_ext.planner.machine import Machine
@@ -60,3 +63,19 @@ def test_the_command_prints_and_writes_it(tmp_path, capsys, monkeypatch):
   assert 'check of prefill in ' in out and 'compiling decode in ' in err
   data = json.loads(path.read_text())
   assert [c['phase'] for c in data['check']] == ['prefill', 'decode'] and all(c['rows'] for c in data['check'])
+
+
+def test_what_the_compiler_can_not_do_is_said(monkeypatch):
+  def fail(*unused_arguments, **unused_options):
+    raise jax.errors.JaxRuntimeError('INTERNAL: no text\nand more')
+  monkeypatch.setattr(checks, 'analyze', fail)
+  plan = choose(Request(config.preset('palm_tiny'), 8, 48, 16), [Machine.parse('v4:2x2x1')]).plan
+  found = check(plan)
+  assert [c.rows for c in found] == [(), ()] and 'the compiler failed: INTERNAL: no text' in text(found)
+
+
+def test_a_program_that_does_not_fit_after_all(checked, monkeypatch):
+  answer = dataclasses.replace(checked[0].answer, program=None, estimate=None)
+  monkeypatch.setattr(checks, 'analyze', lambda *unused_arguments, **unused_options: answer)
+  plan = choose(Request(config.preset('palm_tiny'), 8, 48, 16), [Machine.parse('v4:2x2x1')]).plan
+  assert 'it does not fit' in text(check(plan))

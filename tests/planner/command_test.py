@@ -78,7 +78,13 @@ def test_without_a_slice_the_cheapest_that_meets_the_target(capsys):
   asked = ['--model=palm_62b', '--batch=8', '--input_length=256', '--output_length=16']
   assert run(*asked, '--latency_target_ms=400') == 0
   out, err = capsys.readouterr()
-  assert 'machine: v4:' in out and 'other machines and batches, by latency:' in out
+  slice_ = re.search(r'machine: (v4:\S+), ', out)[1]
+  assert f'{slice_} with a batch of 8 is the cheapest, ' in out
+  assert 'that take at most 400 ms. The next:' in ' '.join(out.split())
+  costs = [float(c) for c in re.findall(r'([\d.]+) chip-ms a token', out)]
+  assert len(costs) > 2 and costs[1:] == sorted(costs[1:]) and costs[0] <= costs[1]
+  times = [float(t) for t in re.findall(r'([\d.]+) ms +in all', out)]
+  assert times and max(times) <= 400
   assert 'v4:1x1x1, batch 8: does not fit' in err
   assert run(*asked, '--latency_target_ms=1') == 2
   assert 'error: nothing meets 1 ms: the fastest is v4:' in capsys.readouterr().err

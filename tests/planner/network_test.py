@@ -109,3 +109,13 @@ def test_within_a_node_there_is_nvlink_and_between_nodes_are_cards():
 def test_an_unknown_convention_is_refused():
   with pytest.raises(UserError, match='there are torus, paper'):
     seconds('v4:4x4x4', (4, 4, 4), Move('', 'all_gather', ('x',), 4, 1), 'wires')
+
+
+@pytest.mark.parametrize('name', hardware.CHIPS)
+def test_the_guide_has_the_numbers_of_a_chip(name, repository):
+  chip = hardware.chip(name)
+  text = (repository / 'docs' / 'planner.md').read_text(encoding='utf-8')
+  row = next(line for line in text.splitlines() if line.startswith(f'| {name} |')).split('|')[2:6]
+  assert [float(cell) for cell in row] == pytest.approx([
+      chip.bf16_flops / 1e12, chip.hbm_bandwidth / 1e12, chip.usable_bytes / 2**30, chip.network_bandwidth / 1e9],
+      abs=0.005)
