@@ -40,7 +40,8 @@ from t5x_inference_ext.errors import UserError
 # Flag -> the parameter of planner.run.plan, where they differ.
 PARAMETERS = {'slice': 'slice_name', 'json': 'json_file', 'figures': 'figure'}
 FLAGS = ('model', 'slice', 'chip', 'batch', 'input_length', 'output_length', 'weights', 'cache', 'objective',
-         'latency_target_ms', 'convention', 'mesh', 'check', 'sweep', 'figures', 'output_dir', 'gin_output', 'json')
+         'latency_target_ms', 'convention', 'mesh', 'phase', 'check', 'sweep', 'figures', 'output_dir', 'gin_output',
+         'json')
 
 
 def define_flags(flags: absl_flags.FlagValues) -> None:
@@ -65,6 +66,8 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
   define('enum', 'convention', 'torus', 'Of the network: torus, each collective has the links of its own axes, and '
          'hops; paper, all links for every collective, and no hops.', ('torus', 'paper'))
   define('string', 'mesh', None, 'XxYxZ over the whole slice. By default the best.')
+  define('enum', 'phase', 'both', 'both, or prefill or decode, where the other phase runs on another slice: only that '
+         'is priced, and has to fit.', ('both', 'prefill', 'decode'))
   define('boolean', 'check', False, 'Compile the plan for its slice, and print predicted beside compiled.')
   define('boolean', 'sweep', False, 'Latency against cost, in int8 and bfloat16, instead of one plan: a CSV and a '
          'figure.')

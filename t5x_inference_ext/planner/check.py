@@ -58,14 +58,14 @@ class Checked:
   problem: str = ''
 
 
-def check(plan: Plan, say: Callable[[str], None] = lambda text: None) -> tuple[Checked, Checked]:
-  """Compiles both phases of a plan.
+def check(plan: Plan, say: Callable[[str], None] = lambda text: None) -> tuple[Checked, ...]:
+  """Compiles the phases of a plan.
 
   Raises:
     UserError: a machine or a cache that programs can't be compiled for here; see precompile.analysis.analyze.
   """
   refuse(plan)
-  return tuple(_checked(plan, phase, say) for phase in (plan.prefill, plan.decode))
+  return tuple(_checked(plan, phase, say) for phase in plan.phases)
 
 
 def refuse(plan: Plan) -> None:

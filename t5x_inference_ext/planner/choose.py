@@ -81,11 +81,11 @@ def choose(request: Request, machines: Sequence[Machine], objective: str = 'late
   meeting = [found for found in candidates if target is None or found[0].seconds <= target]
   if not meeting:
     fastest = min((found[0] for found in candidates), key=lambda p: p.seconds)
+    passes = ', '.join(f'{fastest.runs(phase)} {phase.case.phase} of {_ms(phase.seconds)}' for phase in fastest.phases)
     raise NothingFits(
         f'nothing meets {target * 1e3:g} ms: the fastest is {fastest.machine} with {_ms(fastest.seconds)} for a batch '
-        f'of {fastest.request.batch} (prefill {_ms(fastest.prefill.seconds)}, {fastest.request.output_length} steps of '
-        f'{_ms(fastest.decode.seconds)}), {fastest.seconds / target:.2f} times the target: allow more time, or ask for '
-        'a smaller batch, shorter prompts, fewer tokens or another chip')
+        f'of {fastest.request.batch} ({passes}), {fastest.seconds / target:.2f} times the target: allow more time, or '
+        'ask for a smaller batch, shorter prompts, fewer tokens or another chip')
   keys = {'latency': lambda p: p.seconds, 'throughput': lambda p: -p.tokens_per_second,
           'cost': lambda p: p.chip_seconds_per_token}
   by = 'cost' if target is not None else objective

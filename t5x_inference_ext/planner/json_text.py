@@ -18,7 +18,7 @@ def to_dict(choice: Choice, checked: Sequence[Checked] = ()) -> dict[str, Any]:
   return {
       'model': r.config.to_dict(), 'parameters': r.config.num_params, 'slice': str(machine), 'chips': machine.chips,
       'chip': dataclasses.asdict(machine.chip), 'batch': r.batch, 'input_length': r.input_length,
-      'output_length': r.output_length, 'weights': r.weights, 'cache': r.cache,
+      'output_length': r.output_length, 'weights': r.weights, 'cache': r.cache, 'phase': r.phase,
       'objective': choice.objective, 'latency_target': choice.target,
       'convention': r.convention, 'efficiency': dataclasses.asdict(choice.plan.decode.efficiency),
       'why': why(choice), 'paper_convention': conventions_differ(choice.plan),

@@ -33,7 +33,8 @@ def _heading(plan: Plan) -> Iterable[str]:
                    f'efficiency: matmul {e.matmul:g}, memory {e.memory:g}, network {e.network:g}', '         ')
   empty = f' ({plan.rows - r.batch} more, empty, let the mesh split them)' if plan.rows > r.batch else ''
   yield from _wrap(f'work:    {r.batch} rows{empty}, {r.input_length} tokens in, {r.output_length} out; '
-                   f'{r.weights} weights, {r.cache} cache', '         ')
+                   f'{r.weights} weights, {r.cache} cache' +
+                   ('' if r.phase == 'both' else f'; {r.phase} alone, the other phase elsewhere'), '         ')
 
 
 def _table(ranked: Sequence[Plan], rows: int) -> Iterable[str]:
@@ -49,8 +50,9 @@ def _table(ranked: Sequence[Plan], rows: int) -> Iterable[str]:
     yield '  '.join(cell.ljust(w) if i < 4 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
   fit = sum(plan.fits for plan in ranked)
   available = ranked[0].memory.available / 2**30
+  kind = 'pairs' if len(ranked[0].phases) > 1 else 'layouts'
   more = f' {len(ranked) - rows} more are in the JSON.' if len(ranked) > rows else ''
-  yield f'{fit} of {len(ranked)} pairs fit into {available:.2f} GiB a chip, each on its best mesh.{more}'
+  yield f'{fit} of {len(ranked)} {kind} fit into {available:.2f} GiB a chip, each on its best mesh.{more}'
 
 
 def _parts(plan: Plan) -> Iterable[str]:
@@ -63,8 +65,8 @@ def _parts(plan: Plan) -> Iterable[str]:
   if any(hidden):
     yield f'{"weights, hidden":20}{_time(hidden[0]):>12}{"":6}{_time(hidden[1]):>12}'
   cost = [plan.cost_of(phase) * 1e3 for phase in (plan.prefill, plan.decode)]
-  yield (f'{"chip-ms a token":20}{cost[0]:12.3f}{"":6}{cost[1]:12.3f}   '
-         f'(a token made, with its share of the prefill: {plan.chip_seconds_per_token * 1e3:.3f})')
+  both = f'   (a token made, with its share of the prefill: {plan.chip_seconds_per_token * 1e3:.3f})'
+  yield (f'{"chip-ms a token":20}{cost[0]:12.3f}{"":6}{cost[1]:12.3f}' + both * (len(plan.phases) > 1))
   m = plan.memory
   yield (f'memory a chip: weights {m.weights / 2**30:.2f} + cache {m.cache / 2**30:.2f} + temporaries about '
          f'{m.working / 2**30:.2f} = {m.needed / 2**30:.2f} of {m.available / 2**30:.2f} GiB')
@@ -73,20 +75,21 @@ def _parts(plan: Plan) -> Iterable[str]:
 def why(choice: Choice) -> str:
   """Why the first pair is the first, in one sentence."""
   plan = choice.plan
-  names = f'{plan.layouts[0]} for prefill and {plan.layouts[1]} for decode on {plan.mesh_text}'
+  names = ' and '.join(f'{c.case.layout} for {c.case.phase}' for c in plan.phases) + f' on {plan.mesh_text}'
+  kind, verb = ('pair of layouts', 'take') if len(plan.phases) > 1 else ('layout', 'takes')
   rivals = [p for p in choice.ranked[1:] if p.fits]
   if not rivals:
-    return f'{names}: no other pair of layouts fits.'
+    return f'{names}: no other {kind} fits.'
   rival = rivals[0]
   behind = rival.seconds - plan.seconds
   if behind < 1e-3 * plan.seconds:
     more = 'as fast as' if behind < 1e-9 * plan.seconds else 'hardly faster than'
-    return (f'{names} take {_time(plan.seconds)} in all, {more} {" and ".join(rival.layouts)} on {rival.mesh_text}; '
+    return (f'{names} {verb} {_time(plan.seconds)} in all, {more} {_layouts(rival)} on {rival.mesh_text}; '
             'either will do.')
   part, saved = _largest_difference(plan, rival)
   lost = f' against {_time(saved - behind)} more elsewhere' if saved > 1.05 * behind else ''
-  return (f'{names} take {_time(plan.seconds)} in all, {_time(behind)} less than the next pair, '
-          f'{" and ".join(rival.layouts)} on {rival.mesh_text}, mostly as {_time(saved)} less go into {part}{lost}.')
+  return (f'{names} {verb} {_time(plan.seconds)} in all, {_time(behind)} less than the next {kind}, '
+          f'{_layouts(rival)} on {rival.mesh_text}, mostly as {_time(saved)} less go into {part}{lost}.')
 
 
 def chosen(choice: Choice) -> str:
@@ -100,12 +103,15 @@ def chosen(choice: Choice) -> str:
           f'batches{meeting}. The next:')
 
 
+def _layouts(plan: Plan) -> str:
+  """Of the phases that run here."""
+  return ' and '.join(str(c.case.layout) for c in plan.phases)
+
+
 def _largest_difference(plan: Plan, rival: Plan) -> tuple[str, float]:
-  steps = plan.request.output_length
-  differences = {}
-  for part in PARTS:
-    differences[f'{part} in prefill'] = rival.prefill.parts[part] - plan.prefill.parts[part]
-    differences[f'{part} in decode'] = steps * (rival.decode.parts[part] - plan.decode.parts[part])
+  differences = {
+      f'{part} in {ours.case.phase}': plan.runs(ours) * (theirs.parts[part] - ours.parts[part])
+      for ours, theirs in zip(plan.phases, rival.phases) for part in PARTS}
   return max(differences.items(), key=lambda item: item[1])
 
 
@@ -115,14 +121,14 @@ def conventions_differ(plan: Plan) -> str:
     return ''
   request = plan.request.replace(convention='paper', efficiency=None)
   theirs = next((p for p in search.best(search.plans(request, plan.machine)) if p.fits), None)
-  if theirs is None or (theirs.layouts, theirs.mesh) == (plan.layouts, plan.mesh):
+  if theirs is None or (_layouts(theirs), theirs.mesh) == (_layouts(plan), plan.mesh):
     return ''
   ours = Plan(plan.request, *(_again(c, plan) for c in (theirs.prefill, theirs.decode)))
   bandwidth = f'{plan.machine.chip.network_bandwidth / 1e9:.0f} GB/s'
   slower = ours.seconds - plan.seconds
   part, saved = _largest_difference(plan, ours)
   return (f'The paper\'s convention, {bandwidth} for every collective whatever axes it uses and no hops, would take '
-          f'{" and ".join(theirs.layouts)} on {theirs.mesh_text}; with the links that each axis has, that takes '
+          f'{_layouts(theirs)} on {theirs.mesh_text}; with the links that each axis has, that takes '
           f'{_time(slower)} more, mostly {part} ({_time(saved)}).')
 
 
@@ -132,7 +138,7 @@ def _again(c: Cost, plan: Plan) -> Cost:
 
 def _others(plans: Sequence[Plan]) -> Iterable[str]:
   for p in plans:
-    yield (f'  {str(p.machine):12} batch {p.request.batch:5}  {" and ".join(p.layouts):32} {_time(p.seconds):>10} '
+    yield (f'  {str(p.machine):12} batch {p.request.batch:5}  {_layouts(p):32} {_time(p.seconds):>10} '
            f'in all, {_time(p.decode.seconds):>9} a step, {p.tokens_per_second:9.1f} tokens/s, '
            f'{p.chip_seconds_per_token * 1e3:9.2f} chip-ms a token')
 

@@ -13,6 +13,8 @@ from t5x_inference_ext.planner.memory import Memory, memory
 from t5x_inference_ext.planner.network import CONVENTIONS
 
 OBJECTIVES = ('latency', 'throughput', 'cost')
+# Of a plan: both phases on one machine, or one, where the other runs elsewhere.
+PHASES = ('both', 'prefill', 'decode')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Request:
     convention: of the network (network.CONVENTIONS).
     efficiency: of the chips; None: the fitted one of the convention.
     mesh: (X, Y, Z), where it is not to be chosen.
+    phase: what is to run there: 'both', 'prefill' or 'decode'. Only that is priced, and has to fit.
 
   Raises:
     RequestError: a value out of its range.
@@ -42,13 +45,15 @@ class Request:
   convention: str = 'torus'
   efficiency: Efficiency | None = None
   mesh: Mesh | None = None
+  phase: str = 'both'
 
   def __post_init__(self):
     for name in ('batch', 'input_length', 'output_length'):
       value = getattr(self, name)
       if not isinstance(value, int) or value < 1:
         raise RequestError(f'{name} must be a whole number above 0, got {value!r}')
-    for name, known in (('weights', WEIGHTS), ('cache', CACHES), ('convention', CONVENTIONS)):
+    for name, known in (('weights', WEIGHTS), ('cache', CACHES), ('convention', CONVENTIONS),
+                        ('phase', PHASES)):
       if getattr(self, name) not in known:
         raise RequestError(f'{name} must be one of {", ".join(known)}, got {getattr(self, name)!r}')
 
@@ -103,18 +108,29 @@ class Plan:
     return str(self.prefill.case.layout), str(self.decode.case.layout)
 
   @property
+  def phases(self) -> tuple[Cost, ...]:
+    """What runs here. Of one phase alone the other is the fastest that can share its weights."""
+    return {'both': (self.prefill, self.decode), 'prefill': (self.prefill,), 'decode': (self.decode,)}[
+        self.request.phase]
+
+  @property
   def seconds(self) -> float:
-    """From the prompts to the last token."""
-    return self.prefill.seconds + self.request.output_length * self.decode.seconds
+    """Of what runs here; of both phases from the prompts to the last token."""
+    return sum(c.seconds * self.runs(c) for c in self.phases)
+
+  def runs(self, phase: Cost) -> int:
+    """How often a phase's pass runs."""
+    return self.request.output_length if phase.case.phase == 'decode' else 1
 
   @property
   def tokens_per_second(self) -> float:
-    """That are made, of all rows asked for."""
-    return self.request.batch * self.request.output_length / self.seconds
+    """That are made, or taken by a prefill alone, of all rows asked for."""
+    each = self.request.input_length if self.request.phase == 'prefill' else self.request.output_length
+    return self.request.batch * each / self.seconds
 
   @property
   def chip_seconds_per_token(self) -> float:
-    """Of a token that is made, its share of the prefill included."""
+    """Of a token that is made, its share of the prefill included; or of one that a prefill alone takes."""
     return self.machine.chips / self.tokens_per_second
 
   def cost_of(self, phase: Cost) -> float:
@@ -127,8 +143,9 @@ class Plan:
 
   @functools.cached_property
   def memory(self) -> Memory:
-    """Of the phase that needs more."""
-    return max(self.memories, key=lambda m: m.needed)
+    """Of the phase that needs more, of those that run here."""
+    held = dict(zip(('prefill', 'decode'), self.memories))
+    return max((held[c.case.phase] for c in self.phases), key=lambda m: m.needed)
 
   @functools.cached_property
   def memories(self) -> tuple[Memory, Memory]:

@@ -28,6 +28,7 @@ def plan(
     latency_target_ms: float | None = None,
     convention: str = 'torus',
     mesh: str | None = None,
+    phase: str = 'both',
     check: bool = False,
     sweep: bool = False,
     figure: bool = False,
@@ -46,6 +47,7 @@ def plan(
     input_length, output_length, weights, cache, convention: see request.Request.
     objective, latency_target_ms: see choose.choose; the target in milliseconds, from the prompts to the last token.
     mesh: 'XxYxZ' over the whole slice; None: the best.
+    phase: 'both', 'prefill' or 'decode': see request.Request.
     check: compile the choice, too.
     sweep: latency against cost of all slices and batches that may be chosen from, instead of a choice.
     figure: draw the figures of the choice.
@@ -70,12 +72,13 @@ def plan(
   if mesh and not slice_name:
     raise RequestError(f'mesh={mesh} is over one slice: say which')
   request = Request(model, 1 if batch is None else batch, input_length, output_length, weights, cache, convention,
-                    mesh=parse_mesh(mesh) if mesh else None)
+                    mesh=parse_mesh(mesh) if mesh else None, phase=phase)
   names = [slice_name] if slice_name else [name for kind in chip.split(',') for name in known(kind.strip())]
   machines = [Machine.parse(name) for name in names]
   batches = choose.BATCHES if batch is None else (batch,)
   if sweep:
-    for given, name in ((gin_output, 'gin_output'), (json_file, 'json'), (check, 'check')):
+    for given, name in ((gin_output, 'gin_output'), (json_file, 'json'), (check, 'check'),
+                        (latency_target_ms, 'latency_target_ms'), (phase != 'both', 'phase')):
       if given:
         raise RequestError(f'{name} is of one plan, and sweep has many: ask for one of them')
     _sweep(request, machines, batches, output_dir, write)

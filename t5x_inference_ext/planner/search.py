@@ -33,21 +33,30 @@ def plans(request: Request, machine: Machine) -> list[Plan]:
       prefills = phase_costs(request, machine, mesh, 'prefill', rows)
       decodes = phase_costs(request, machine, mesh, 'decode', rows)
       found += [Plan(request, p, d) for p, d in itertools.product(prefills, decodes) if _share_weights(p, d)]
-  return sorted(found, key=lambda plan: plan.seconds)
+  return sorted(found, key=_speed)
 
 
 def best(found: Iterable[Plan]) -> list[Plan]:
-  """Of each pair of layouts its fastest plan that fits, or else that which needs least; those that fit first."""
+  """Of each pair of layouts its fastest plan that fits, or else that which needs least; those that fit first.
+
+  Of a request for one phase, of each layout of that.
+  """
   pairs = {}
   for plan in found:
-    held = pairs.get(plan.layouts)
+    layouts = tuple(c.case.layout for c in plan.phases)
+    held = pairs.get(layouts)
     if held is None or _order(plan) < _order(held):
-      pairs[plan.layouts] = plan
+      pairs[layouts] = plan
   return sorted(pairs.values(), key=_order)
 
 
 def _order(plan: Plan):
-  return (False, plan.seconds) if plan.fits else (True, plan.memory.needed)
+  return (False, *_speed(plan)) if plan.fits else (True, plan.memory.needed)
+
+
+def _speed(plan: Plan) -> tuple[float, float]:
+  """Of what is asked for, and of what is not."""
+  return plan.seconds, plan.prefill.seconds + plan.decode.seconds
 
 
 def meshes(request: Request, machine: Machine) -> tuple[Mesh, ...]:

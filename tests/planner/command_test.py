@@ -44,7 +44,7 @@ def test_the_report_ranks_breaks_down_and_says_why(capsys):
     assert words in out.replace('\n         ', ' ')
   sentence = ' '.join(out.split())
   assert re.search(r'wg_xyz/batch for prefill and ws_2d/batch for decode on 4x4x4 take 12\.\d+ s in all, [\d.]+ ms '
-                   r'less than the next pair, .* mostly as [\d.]+ ms less go into', sentence)
+                   r'less than the next pair of layouts, .* mostly as [\d.]+ ms less go into', sentence)
   assert "The paper's convention, 270 GB/s for every collective" in sentence
 
 
@@ -125,6 +125,7 @@ def test_a_sweep_and_figures_write_their_files(tmp_path, capsys):
     ([*TINY, '--json=/nowhere/plan'], "can't write /nowhere/plan: there is no directory"),
     ([*TINY, '--sweep', '--output_dir=/nowhere'], 'there is no directory /nowhere'),
     ([*TINY, '--sweep', '--gin_output=plan.gin'], 'gin_output is of one plan, and sweep has many'),
+    ([*TINY, '--sweep', '--phase=decode'], 'phase is of one plan, and sweep has many'),
     ([*TINY, '--cache=int8', '--gin_output=plan.gin'], 'no gin file can ask for an int8 cache'),
     ([*TINY, '--cache=int8', '--check'], '--check compiles programs with a bfloat16 cache'),
     ([*TINY, '--slice=H100:4', '--check'], 'H100:4 is no TPU slice'),

@@ -195,3 +195,20 @@ def test_a_model_that_no_machine_divides_is_refused():
 def test_a_request_that_makes_no_sense_is_refused(fields, words):
   with pytest.raises(RequestError, match=words):
     Request(SMALL, **{'batch': 1, **fields})
+
+
+def test_one_phase_alone_has_to_fit_and_is_priced_alone():
+  """The paper decodes 512 rows of PaLM 62B on 8 chips, which can't prefill them."""
+  request, slice_ = Request(PALM_62B, 512, 1984, 64, weights='bfloat16'), [Machine.parse('v4:2x2x2')]
+  with pytest.raises(NothingFits, match='in prefill'):
+    choose(request, slice_)
+  choice = choose(request.replace(phase='decode'), slice_)
+  plan = choice.plan
+  assert plan.seconds == 64 * plan.decode.seconds and plan.memory == plan.memories[1] and plan.fits
+  layouts = [p.layouts[1] for p in choice.ranked]
+  assert len(layouts) == len(set(layouts)) == len(search.LAYOUTS)
+  prefill = choose(request.replace(phase='prefill'), [Machine.parse('v4:2x4x4')]).plan
+  assert prefill.seconds == prefill.prefill.seconds
+  assert prefill.chip_seconds_per_token == pytest.approx(32 * prefill.seconds / (512 * 1984))
+  with pytest.raises(RequestError, match='phase must be one of both, prefill, decode'):
+    request.replace(phase='train')
