@@ -3,7 +3,7 @@
   python -m benchmarks.planner_predictions
 
 First the other measured points of Pope et al. (arXiv 2211.05102): PaLM 540B at batch 64 with weights of either kind
-(section 4.4), and Table 3, PaLM 62B. Each latency is checked against the MFU that is printed beside it. The mesh is the
+(its text), and Table 3, PaLM 62B. Each latency is checked against the MFU that is printed beside it. The mesh is the
 slice's own (torus_mesh), the layout the paper's. Then Megatron 530B beside NVIDIA's FasterTransformer on A100s with
 tensor parallelism, for 20, 60 and 128 tokens in and 8 or 20 out: on the same GPUs in the layout that tensor parallelism
 is (ws_1d/heads), and on 64 TPU v4 in the best.
@@ -54,8 +54,8 @@ class Measured:
 
 
 PAPER = (
-    Measured('section 4.4', 'palm_540b', 'v4:4x4x4', 'decode', 64, 'ws_2d/batch', 'int8', 0.0285),
-    Measured('section 4.4', 'palm_540b', 'v4:4x4x4', 'decode', 64, 'ws_2d/batch', 'bfloat16', 0.0369),
+    Measured('text', 'palm_540b', 'v4:4x4x4', 'decode', 64, 'ws_2d/batch', 'int8', 0.0285),
+    Measured('text', 'palm_540b', 'v4:4x4x4', 'decode', 64, 'ws_2d/batch', 'bfloat16', 0.0369),
     Measured('Table 3', 'palm_62b', 'v4:2x2x4', 'prefill', 1, 'ws_2d/heads', 'int8', 0.16, 0.36),
     Measured('Table 3', 'palm_62b', 'v4:2x2x4', 'decode', 32, 'ws_2d/batch', 'int8', 0.73 / 64, 0.08),
     Measured('Table 3', 'palm_62b', 'v4:2x4x4', 'prefill', 512, 'wg_xyz/batch', 'bfloat16', 20.2, 0.73),
