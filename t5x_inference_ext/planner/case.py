@@ -1,0 +1,105 @@
+"""What is priced: a model in one phase, so many rows, on a mesh. Everything that costs.py and memory.py are told."""
+
+import dataclasses
+import functools
+import math
+
+from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.layouts import placement as placements, traffic
+from t5x_inference_ext.layouts.arrangement import DeviceTensor, device_tensors
+from t5x_inference_ext.layouts.layout import Layout
+from t5x_inference_ext.layouts.moves import Move
+from t5x_inference_ext.layouts.placement import Placement
+from t5x_inference_ext.planner.machine import Machine, Mesh
+from t5x_inference_ext.planner.network import sizes
+
+PHASES = ('prefill', 'decode')
+# Bytes of an element. Activations are bfloat16 whatever the weights are (section 3.6: int8 for weights only).
+WEIGHTS = {'int8': 1, 'bfloat16': 2}
+CACHES = {'int8': 1, 'bfloat16': 2}
+ACTIVATION_BYTES = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One pass of one phase.
+
+  Attributes:
+    config: the model.
+    machine, mesh: the chips, and (X, Y, Z) over all of them.
+    layout: of the phase.
+    phase: 'prefill' or 'decode'.
+    batch: B, rows of the pass; a decode that can't split so many is refused by layouts/placement.py.
+    length: T, positions that the pass takes of each row: 1 in decode.
+    context: S, positions that attention sees at the end of the pass, those of the pass included.
+    weights: 'int8' or 'bfloat16'.
+    cache: 'int8' or 'bfloat16', of keys and values.
+
+  Raises:
+    RequestError: a number or dtype out of its range.
+    MeshError: the mesh does not divide the model, or the layout does not split the rows.
+  """
+
+  config: ModelConfig
+  machine: Machine
+  mesh: Mesh
+  layout: Layout
+  phase: str
+  batch: int
+  length: int
+  context: int
+  weights: str = 'bfloat16'
+  cache: str = 'bfloat16'
+
+  def __post_init__(self):
+    for name, known in (('phase', PHASES), ('weights', WEIGHTS), ('cache', CACHES)):
+      if getattr(self, name) not in known:
+        raise RequestError(f'{name} must be one of {", ".join(known)}, got {getattr(self, name)!r}')
+    for name in ('batch', 'length', 'context'):
+      value = getattr(self, name)
+      if not isinstance(value, int) or value < 1:
+        raise RequestError(f'{name} must be a whole number above 0, got {value!r}')
+    if self.phase == 'decode' and self.length != 1:
+      raise RequestError(f'a decode step takes one position of each row, not {self.length}')
+    if self.context < self.length:
+      raise RequestError(f'context={self.context} must hold the {self.length} positions of the pass')
+    if math.prod(self.mesh) != self.machine.chips:
+      raise RequestError(f'the mesh {"x".join(map(str, self.mesh))} has {math.prod(self.mesh)} positions and '
+                         f'{self.machine} has {self.machine.chips} chips')
+    assert self.placement  # refused here, not in the middle of a search's sums
+
+  @functools.cached_property
+  def placement(self) -> Placement:
+    return placements.place(self.layout, self.config, sizes(self.mesh), self.batch, self.padded)
+
+  @property
+  def padded(self) -> int:
+    """T as it runs: what the layout splits is padded until it divides."""
+    if self.phase == 'decode':
+      return 1
+    return placements.padded_length(self.layout, sizes(self.mesh), self.batch, self.length)
+
+  @property
+  def tensors(self) -> dict[str, DeviceTensor]:
+    """The arrays on the chips, padding and copies of heads included."""
+    return _tensors(self.config, self.layout.feedforward == 'ws_1d', self.mesh, self.weights == 'int8')
+
+  @property
+  def moves(self) -> tuple[list[Move], list[Move]]:
+    """The collectives of one layer, and those of the lookup, the final norm and the logits."""
+    mesh, width = sizes(self.mesh), WEIGHTS[self.weights]
+    of_pass = self.config, self.placement, mesh, self.batch, self.padded
+    # How rows are split for the choice of tokens is alike for all layouts that can share weights with this one.
+    return (traffic.layer_moves(*of_pass, ACTIVATION_BYTES, width),
+            traffic.embedding_moves(*of_pass, ACTIVATION_BYTES) +
+            traffic.logits_moves(*of_pass, self.layout, ACTIVATION_BYTES))
+
+  def size(self, axes) -> int:
+    return math.prod(sizes(self.mesh)[a] for a in axes)
+
+
+@functools.lru_cache(maxsize=256)
+def _tensors(config: ModelConfig, one_dimensional: bool, mesh: Mesh, int8: bool) -> dict[str, DeviceTensor]:
+  # All layouts but ws_1d place the weights alike.
+  return device_tensors(config, Layout('ws_1d' if one_dimensional else 'ws_2d'), sizes(mesh), int8)

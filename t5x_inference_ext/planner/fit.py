@@ -1,0 +1,91 @@
+"""Fits the three efficiencies to the paper's Table 2, and says what each column would be without itself.
+
+  python -m t5x_inference_ext.planner.fit
+
+prints the efficiencies of both bandwidth conventions, which efficiency.FITTED repeats, and the errors.
+"""
+
+import dataclasses
+import itertools
+import math
+from typing import Callable, Sequence
+
+import numpy as np
+
+from t5x_inference_ext.planner.costs import Cost, cost
+from t5x_inference_ext.planner.efficiency import IDEAL, Efficiency
+from t5x_inference_ext.planner.network import CONVENTIONS
+from t5x_inference_ext.planner.published import TABLE_2, Column
+
+_NAMES = tuple(f.name for f in dataclasses.fields(Efficiency))
+_GRID = 7  # points along each parameter, in every round
+_ROUNDS = 12  # each with half the range of the last
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+  """What came out for a convention.
+
+  Attributes:
+    efficiency: of all columns.
+    errors: predicted over measured time, less 1, of each column.
+    left_out: the same of each column, with efficiencies fitted to the others alone.
+  """
+
+  convention: str
+  efficiency: Efficiency
+  errors: tuple[float, ...]
+  left_out: tuple[float, ...]
+
+
+def fit(convention: str) -> Fit:
+  """The efficiencies with the least sum of squared log ratios of predicted to measured times."""
+  ideal = [cost(c.case, convention, IDEAL) for c in TABLE_2]
+  found = _least(ideal, TABLE_2)
+  left_out = []
+  for i, column in enumerate(TABLE_2):
+    others = _least(ideal[:i] + ideal[i + 1:], TABLE_2[:i] + TABLE_2[i + 1:])
+    left_out.append(_error(ideal[i], column, others))
+  return Fit(convention, found, tuple(_error(c, column, found) for c, column in zip(ideal, TABLE_2)), tuple(left_out))
+
+
+def _error(ideal: Cost, column: Column, efficiency: Efficiency) -> float:
+  return ideal.at(efficiency).seconds / column.seconds - 1
+
+
+def _least(ideal: Sequence[Cost], columns: Sequence[Column]) -> Efficiency:
+
+  def loss(efficiency: Efficiency) -> float:
+    return sum(math.log1p(_error(c, column, efficiency))**2 for c, column in zip(ideal, columns))
+
+  return search(loss)
+
+
+def search(loss: Callable[[Efficiency], float]) -> Efficiency:
+  """The least loss, by grids that close in on the best point so far; to three digits. Efficiencies of 0.05 to 1."""
+  centre, reach = np.full(len(_NAMES), 0.525), 0.475
+  best = None
+  for _ in range(_ROUNDS):
+    axes = [np.unique(np.clip(np.linspace(c - reach, c + reach, _GRID), 0.05, 1).round(3)) for c in centre]
+    for values in itertools.product(*axes):
+      found = loss(Efficiency(*map(float, values)))
+      if best is None or found < best[0]:
+        best = found, values
+    centre, reach = np.asarray(best[1]), reach / 2
+  return Efficiency(*map(float, best[1]))
+
+
+def text(found: Fit) -> str:
+  """A table."""
+  e = found.efficiency
+  lines = [f'{found.convention} convention: ' + ', '.join(f'{name} {getattr(e, name):.3f}' for name in _NAMES),
+           f'  {"column of Table 2":24} {"measured":>10} {"predicted":>10} {"error":>7} {"left out":>9}']
+  for column, error, left_out in zip(TABLE_2, found.errors, found.left_out):
+    lines.append(f'  {column.name:24} {column.seconds:8.4f} s {column.seconds * (1 + error):8.4f} s {error:+7.1%} '
+                 f'{left_out:+9.1%}')
+  return '\n'.join(lines)
+
+
+if __name__ == '__main__':
+  for _convention in CONVENTIONS:
+    print(text(fit(_convention)), end='\n\n')

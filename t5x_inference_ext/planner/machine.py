@@ -1,0 +1,106 @@
+"""What a plan is for: so many chips of a kind, and how they are joined: a TPU slice, or GPUs in nodes."""
+
+import dataclasses
+import itertools
+import math
+
+from t5x_inference_ext import hardware
+from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.errors import MeshError
+from t5x_inference_ext.hardware import CHIPS, Chip
+from t5x_inference_ext.layouts import torus
+from t5x_inference_ext.layouts.layout import check_model
+from t5x_inference_ext.layouts.mesh import AXES
+from t5x_inference_ext.precompile import slices
+
+Mesh = tuple[int, int, int]
+
+_GPUS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+  """So many chips, joined by a torus or by NVLink.
+
+  Attributes:
+    chip: each of them.
+    shape: of the torus; GPUs are (n, 1, 1).
+    wraps: per physical axis, whether its ends are linked.
+  """
+
+  chip: Chip
+  shape: tuple[int, int, int]
+  wraps: tuple[bool, bool, bool]
+
+  @classmethod
+  def parse(cls, text: str) -> 'Machine':
+    """'v4:4x4x4', 'v5e:4x8' or 'A100:16'.
+
+    Raises:
+      MeshError: an unknown chip, or a slice that can't be rented, listing the known.
+    """
+    kind, colon, sizes = text.partition(':')
+    names = {name.lower(): name for name in CHIPS}
+    if colon and kind.lower() not in names:
+      raise MeshError(f'no chip is called {kind!r}: a slice is written chip:shape, such as v4:4x4x4 or A100:16, with '
+                      f'chip {", ".join(CHIPS)}')
+    chip = hardware.chip(names[kind.lower()]) if colon else None
+    if chip is None or chip.torus:
+      slice_ = torus.parse_slice(text)
+      slices.check_slice(slice_)
+      return cls(hardware.chip(slice_.kind), slice_.shape, slice_.wraps)
+    if not sizes.isdecimal() or int(sizes) not in _GPUS:
+      raise MeshError(f'{chip.name}s are written with their number, such as {chip.name}:8; known: '
+                      f'{", ".join(known(chip.name))}; got {text!r}')
+    return cls(chip, (int(sizes), 1, 1), (False,) * 3)
+
+  @property
+  def chips(self) -> int:
+    return math.prod(self.shape)
+
+  def __str__(self) -> str:
+    """As `parse` reads it."""
+    if not self.chip.torus:
+      return f'{self.chip.name}:{self.chips}'
+    return str(torus.Slice(self.chip.name, self.shape))
+
+  def meshes(self, config: ModelConfig) -> tuple[Mesh, ...]:
+    """The meshes (X, Y, Z) that a plan for this model may use; first torus.torus_mesh's, the best for ws_2d.
+
+    On a torus each mesh axis is a product of whole physical axes, and Y no smaller than Z: the other order moves the
+    same. GPUs have no torus: any three factors.
+
+    Raises:
+      MeshError: the chips do not divide the model.
+    """
+    check_model(config, dict(zip(AXES, (self.chips, 1, 1))))
+    first = torus.torus_mesh(self.shape, config)
+    if self.chip.torus:
+      owners = itertools.product(range(3), repeat=3)
+      found = {tuple(math.prod(n for n, owner in zip(self.shape, each) if owner == axis) for axis in range(3))
+               for each in owners}
+    else:
+      found = {(x, y, self.chips // x // y) for x in _divisors(self.chips) for y in _divisors(self.chips // x)}
+      first = min((m for m in found if m[1] >= m[2]), key=lambda m: (_distance(m[0], self.chips, config), m[1]))
+    found = {m for m in found if m[1] >= m[2]}
+    return (first, *sorted(found - {first}))
+
+
+def known(chip: str) -> list[str]:
+  """The usual slices of a chip, smallest first.
+
+  Raises:
+    UserError: a chip that is not in hardware.CHIPS.
+  """
+  if hardware.chip(chip).torus:
+    return slices.known(chip)
+  return [f'{chip}:{n}' for n in _GPUS]
+
+
+def _divisors(n: int) -> list[int]:
+  return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _distance(x: int, chips: int, config: ModelConfig) -> float:
+  """How far X is from sqrt(n E / F), where ws_2d moves least."""
+  return abs(math.log(x * x * config.d_ff / (chips * config.d_model)))

@@ -1,0 +1,55 @@
+"""What the paper measured, for the fit: its Table 2, PaLM 540B on 64 TPU v4, context 2048. Nothing else goes here."""
+
+import dataclasses
+
+from t5x_inference_ext.config import preset
+from t5x_inference_ext.layouts.layout import Layout
+from t5x_inference_ext.planner.case import Case
+from t5x_inference_ext.planner.machine import Machine
+
+SLICE = 'v4:4x4x4'
+MESH = (4, 4, 4)
+CONTEXT = 2048
+DECODED = 64  # tokens; the table's decode latencies are of all of them
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+  """A column of Table 2.
+
+  Attributes:
+    name: its heading.
+    phase, batch, layout, weights: as there.
+    latency: seconds, of a prefill of 2048 tokens or of 64 decode steps.
+    mfu: as printed.
+  """
+
+  name: str
+  phase: str
+  batch: int
+  layout: str
+  weights: str
+  latency: float
+  mfu: float
+
+  @property
+  def seconds(self) -> float:
+    """Of one pass: the prefill, or a decode step."""
+    return self.latency / (DECODED if self.phase == 'decode' else 1)
+
+  @property
+  def length(self) -> int:
+    """T."""
+    return 1 if self.phase == 'decode' else CONTEXT
+
+  @property
+  def case(self) -> Case:
+    return Case(preset('palm_540b'), Machine.parse(SLICE), MESH, Layout.parse(self.layout), self.phase, self.batch,
+                self.length, CONTEXT, self.weights)
+
+
+TABLE_2 = (
+    Column('low-latency prefill', 'prefill', 1, 'ws_2d/heads', 'int8', 0.29, 0.43),
+    Column('low-latency decode', 'decode', 64, 'ws_2d/batch', 'int8', 1.82, 0.14),
+    Column('high-throughput prefill', 'prefill', 512, 'wg_xyz/batch', 'bfloat16', 85.2, 0.76),
+    Column('high-throughput decode', 'decode', 512, 'ws_2d/batch', 'bfloat16', 6.0, 0.33))

@@ -1,0 +1,114 @@
+"""The sweep and the figures."""
+
+import csv
+import dataclasses
+import importlib.util
+import io
+import random
+
+import pytest
+
+from t5x_inference_ext import config
+from t5x_inference_ext.errors import RequestError, UserError
+from t5x_inference_ext.planner import figures, tables
+from t5x_inference_ext.planner.choose import choose
+from t5x_inference_ext.planner.machine import Machine
+from t5x_inference_ext.planner.request import Request
+from t5x_inference_ext.planner.sweep import COLUMNS, csv_text, front, sweep
+
+MODEL = config.preset('palm_8b')
+MACHINES = [Machine.parse(name) for name in ('v4:2x2x1', 'v4:2x2x2')]
+
+needs_matplotlib = pytest.mark.skipif(
+    importlib.util.find_spec('matplotlib') is None, reason='matplotlib is not installed (extra `plots`)')
+
+
+@pytest.fixture(scope='module')
+def points():
+  return sweep(Request(MODEL, 1, 256, 16), MACHINES, (1, 16, 4096), ('int8', 'bfloat16'))
+
+
+def test_points_of_both_phases_for_all_that_fits(points):
+  asked = {(p.phase, p.request.weights, str(p.cost.case.machine), p.request.batch) for p in points}
+  assert len(asked) == len(points) and {a[0] for a in asked} == {'prefill', 'decode'}
+  # All of 4 and 8 chips, but for the largest prefill.
+  assert {a[1:] for a in asked if a[0] == 'decode' and a[3] < 4096} == {
+      (w, str(m), b) for w in ('int8', 'bfloat16') for m in MACHINES for b in (1, 16)}
+
+
+def test_the_front_is_what_no_point_beats(points):
+  for p in points:
+    rivals = [q for q in points if q.phase == p.phase and q.request.weights == p.request.weights and q is not p]
+    beaten = any(q.seconds <= p.seconds and q.chip_seconds_per_token <= p.chip_seconds_per_token for q in rivals)
+    assert p.on_front != beaten
+
+
+def test_the_front_does_not_depend_on_the_order(points):
+  some = [p for p in points if p.phase == 'decode' and p.request.weights == 'int8']
+  shuffled = some[:]
+  random.Random(0).shuffle(shuffled)
+  assert front(shuffled) == front(some)
+
+
+def test_a_point_is_the_fastest_layout(points):
+  p = next(p for p in points if p.phase == 'decode' and p.request.batch == 16)
+  plan = choose(p.request, [p.cost.case.machine]).plan
+  assert p.seconds <= plan.decode.seconds  # it need not share weights with a prefill
+  assert p.chip_seconds_per_token == pytest.approx(p.cost.case.machine.chips * p.seconds / 16)
+
+
+def test_csv(points):
+  rows = list(csv.DictReader(io.StringIO(csv_text(points))))
+  assert tuple(rows[0]) == COLUMNS and len(rows) == len(points)
+  for row, p in zip(rows, points):
+    assert float(row['seconds']) == pytest.approx(p.seconds, rel=1e-5) and row['pareto'] == str(int(p.on_front))
+    assert row['layout'] == str(p.cost.case.layout) and int(row['batch']) == p.request.batch
+
+
+@needs_matplotlib
+def test_figures_are_drawn_and_the_same_again(points, tmp_path):
+  choice = choose(Request(MODEL, 16, 256, 16), [MACHINES[1]])
+
+  def draw(directory):
+    directory.mkdir()
+    figures.pareto(str(directory / 'pareto.svg'), points)
+    figures.communication(str(directory / 'communication.svg'))
+    figures.contexts(str(directory / 'context.svg'), MODEL, MACHINES[1], (2, 2, 2))
+    figures.time_parts(str(directory / 'parts.svg'), choice.ranked[:4])
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+  first, second = draw(tmp_path / 'a'), draw(tmp_path / 'b')
+  assert first == second and len(first) == 4
+  for words in (b'int8 weights', b'chips, B '):
+    assert words in first['pareto.svg']
+  for words in (b'wg_xyz', b'16,384', b'65,536', b'786,432'):
+    assert words in first['communication.svg']
+  assert b'multiquery by batch' in first['context.svg'] and b'weight load' in first['parts.svg']
+
+
+@needs_matplotlib
+def test_a_figure_of_a_model_with_several_key_heads(tmp_path):
+  model = dataclasses.replace(config.preset('palm_8b'), num_kv_heads=8)
+  figures.contexts(str(tmp_path / 'context.png'), model, MACHINES[1], (2, 2, 2))
+  assert (tmp_path / 'context.png').read_bytes().startswith(b'\x89PNG')
+
+
+@needs_matplotlib
+@pytest.mark.parametrize('name,words', [('f.jpg', 'figures are written as .svg or .png'), ('no/f.svg', "can't write")])
+def test_a_figure_that_can_not_be_written(tmp_path, name, words):
+  with pytest.raises(RequestError, match=words):
+    figures.communication(str(tmp_path / name))
+
+
+def test_without_matplotlib_what_to_install_is_said(monkeypatch, tmp_path):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(UserError, match=r"pip install 't5x_inference_ext\[plots\]'"):
+    figures.communication(str(tmp_path / 'f.svg'))
+
+
+def test_switch_points_are_where_bytes_are_equal():
+  model = dataclasses.replace(tables.FIGURE_3_MODEL, d_model=8192, d_ff=16384)
+  for tokens, below, above in tables.switch_points(model, (4, 4, 2)):
+    near = round(tokens / 32) * 32
+    before, after = (tables.feedforward_bytes(model, (4, 4, 2), name, near) for name in (below, above))
+    assert before == pytest.approx(after, rel=32 / near)
