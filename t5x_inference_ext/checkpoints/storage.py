@@ -12,6 +12,8 @@ from t5x_inference_ext.errors import CheckpointError
 # Decoded chunks are kept, so that reading one layer after another out of a chunk that holds several decodes it once.
 CACHE_BYTES = 512 * 2**20
 _context = ts.Context({'cache_pool': {'total_bytes_limit': CACHE_BYTES}})
+# What is read once, or must come from the disk, is not kept.
+no_cache = ts.Context({'cache_pool': {'total_bytes_limit': 0}})
 
 
 def is_remote(path: str) -> bool:
@@ -62,10 +64,14 @@ class Stored(Tensor):
   Missing chunks are errors, where tensorstore would give zeros.
   """
 
-  def __init__(self, name: str, path: str, store: ts.TensorStore):
+  def __init__(self, name: str, path: str, store: ts.TensorStore, spec: dict):
     super().__init__(store.shape, store.dtype.numpy_dtype, path)
     self.name = name
-    self._store = store
+    self.chunk = tuple(c or n for c, n in zip(store.chunk_layout.read_chunk.shape or (), self.shape))
+    self._store, self._spec = store, spec
+
+  def uncached(self):
+    return Opening(self.name, self.path, self._spec, no_cache).tensor()
 
   def _read(self, bounds):
     try:
@@ -78,7 +84,7 @@ class Opening:
   """An array being opened: start many with open_array, then wait for each."""
 
   def __init__(self, name: str, path: str, spec: dict, context: ts.Context):
-    self.name, self.path = name, path
+    self.name, self.path, self._spec = name, path, spec
     self._future = ts.open(ts.Spec(spec), open=True, read=True, context=context)
 
   def store(self) -> ts.TensorStore:
@@ -89,7 +95,7 @@ class Opening:
       raise CheckpointError(f'{self.name}: no readable zarr array at {self.path}: {reason(e)}') from e
 
   def tensor(self) -> Stored:
-    return Stored(self.name, self.path, self.store())
+    return Stored(self.name, self.path, self.store(), self._spec)
 
 
 def open_array(name: str, path: str, *, driver: str = 'zarr', base: dict | None = None, key: str = '',
