@@ -22,7 +22,15 @@ def allocate(path: str, size: int) -> None:
 
 def write_block(path: str, shape: tuple[int, ...], index: tuple[slice, ...], values: np.ndarray) -> None:
   """Writes values into the allocated file of one array of `shape`, in C order, touching only the pages they are on."""
-  with _named(path), open(path, 'r+b') as f:
+  with _named(path), open(path, 'r+b', buffering=0) as f:
+    varying = [axis for axis, n in enumerate(values.shape) if n > 1] or [0]
+    if values.shape[varying[0] + 1:] == shape[varying[0] + 1:]:  # one range of bytes
+      begin = int(np.ravel_multi_index([s.start for s in index], shape)) * values.dtype.itemsize
+      data = memoryview(np.ascontiguousarray(values).view(np.uint8)).cast('B')
+      while data:
+        written = os.pwrite(f.fileno(), data, begin)
+        begin, data = begin + written, data[written:]
+      return
     with mmap.mmap(f.fileno(), 0) as memory:
       np.frombuffer(memory, values.dtype).reshape(shape)[index] = values
 

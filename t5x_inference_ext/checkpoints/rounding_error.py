@@ -23,15 +23,15 @@ class RoundingError:
   squares: float = 0.
   norm: float = 0.
 
-  def add(self, w: np.ndarray, written: np.ndarray, scale: np.ndarray | None) -> None:
-    """Counts a block w [L, in, out] and what was written of it; scale [L, out] of what is int8."""
+  def add(self, w: np.ndarray, written: np.ndarray, scale: np.ndarray | None, magnitude: float) -> None:
+    """Counts a block w [L, in, out] and what was written of it; scale [L, out] of what is int8; magnitude = max|w|."""
+    self.magnitude = max(self.magnitude, magnitude)
     for layers, rows in rounding.blocks(w.shape):
       values = [v[layers, rows] for v in (w, written)]
       exact, rounded = (rounding.dequantize(v, scale[layers, None]) if v.dtype == np.int8 else
                         v.astype(np.float32, copy=False) for v in values)
-      difference = rounded - exact
+      difference = np.subtract(rounded, exact)
       self.largest = max(self.largest, float(difference.max()), -float(difference.min()))
-      self.magnitude = max(self.magnitude, float(exact.max()), -float(exact.min()))
       exact = np.ascontiguousarray(exact)
       self.squares += float(np.vdot(difference, difference))
       self.norm += float(np.vdot(exact, exact))

@@ -136,14 +136,18 @@ class SliceWork:
     for part, rectangle, w in array.rectangles(values, block.bounds):
       scale_name, scale = self._kinds[part.name].scale, None
       layers, columns = self._place(rectangle)
-      if scale_name is not None and self._job.source.weights == 'int8':
-        scale = self._job.source.tensors[scale_name].read((slice(*rectangle.layers), slice(*rectangle.columns)))
-      elif self._slice.scaled:
+      if self._slice.scaled:
         scale = self._scales[scale_name][layers, columns]
+        magnitude = self._maxima[part.name][layers, columns].max()
+      elif scale_name is not None and self._job.source.weights == 'int8':
+        scale = self._job.source.tensors[scale_name].read((slice(*rectangle.layers), slice(*rectangle.columns)))
+        magnitude = rounding.QMAX * scale.max()
       else:
-        check_finite(self._job.source, part.name, rounding.largest(w), rectangle.layers[0])
+        largest = rounding.largest(w)
+        check_finite(self._job.source, part.name, largest, rectangle.layers[0])
+        magnitude = largest.max()
       written = _written(w, scale, output.dtype(part.name))
-      errors.setdefault(part.name, RoundingError()).add(w, written, scale)
+      errors.setdefault(part.name, RoundingError()).add(w, written, scale, float(magnitude))
       self._put(part.name, rectangle, written)
       names.append(part.name)
     with self._lock:
