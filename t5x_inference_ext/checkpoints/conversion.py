@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import os
 import threading
-from typing import Callable, Iterator
+from typing import Callable, Iterable, Iterator
 import zlib
 
 import numpy as np
@@ -105,7 +105,8 @@ class Conversion:
           if len(slices) <= scales_slice or not os.path.isdir(work.payload):
             return self.report(work.path, slices.values(), finished=False)
           checksums = seal(self.output.arrays, slices.values(), entries, work.record, self.workers, self._progress)
-          for name, data in self.output.headers(checksums):
+          errors = {name: error.summary() for name, error in self._errors(slices.values()).items()}
+          for name, data in self.output.headers(checksums, errors):
             work.write_file(name, data)
           work.finish()
       except NotFinite:
@@ -142,17 +143,21 @@ class Conversion:
     with self._progress_lock:
       self._progress(what, nbytes, self._total)
 
-  def report(self, path: str, slices, finished: bool = True) -> Report:
-    """What came of it. slices: their records."""
+  def _errors(self, slices: Iterable[dict]) -> dict[str, RoundingError]:
+    """By tensor. slices: their records."""
     errors = {name: RoundingError() for name in parameters.parameters(self.source.config)} if slices else {}
     for entry in sorted(slices, key=lambda e: e['slice']):
       for name, values in entry['errors'].items():
         errors[name].merge(RoundingError(*values))
+    return errors
+
+  def report(self, path: str, slices: Iterable[dict], finished: bool = True) -> Report:
+    """What came of it. slices: their records."""
     sizes = {a.name: _disk_usage(os.path.join(path, a.name)) for a in self.output.arrays}
     kinds = {**parameters.parameters(self.source.config), **parameters.scales(self.source.config)}
     layer_bytes = sum(size for name, size in sizes.items() if self.output.is_layer_weight(name))
     return Report(
-        self.source, path, self.output.weights, finished, errors,
+        self.source, path, self.output.weights, finished, self._errors(slices),
         source_bytes=sum(t.nbytes for t in self.source.tensors.values()), output_bytes=_disk_usage(path),
         layer_bytes=layer_bytes,
         layer_float32_bytes=sum(4 * int(np.prod(p.shape)) for p in kinds.values() if p.kind == 'matrix'))

@@ -42,8 +42,8 @@ class Output(Protocol):
   def is_layer_weight(self, array: str) -> bool:
     """Whether the array of this name holds matrices of layers, or their scales."""
 
-  def headers(self, checksums: dict[str, list[int]]) -> Iterator[tuple[str, bytes]]:
-    """The files that describe the arrays: name and content, the header last."""
+  def headers(self, checksums: dict[str, list[int]], errors: dict[str, dict]) -> Iterator[tuple[str, bytes]]:
+    """The files that describe the arrays: name and content, the header last. errors: of each tensor, by name."""
 
 
 class ServingOutput:
@@ -77,9 +77,9 @@ class ServingOutput:
     else:
       yield array, (layers, columns), values[:, 0]
 
-  def headers(self, checksums: dict[str, list[int]]) -> Iterator[tuple[str, bytes]]:
+  def headers(self, checksums: dict[str, list[int]], errors: dict[str, dict]) -> Iterator[tuple[str, bytes]]:
     yield serving.CHECKSUMS, serving.checksums_file(checksums)
-    yield serving.CONFIG, json.dumps(self._header, indent=2).encode() + b'\n'
+    yield serving.CONFIG, json.dumps({**self._header, 'errors': errors}, indent=2).encode() + b'\n'
 
 
 FORMATS = ('serving', 't5x_int8', 't5x_float')

@@ -43,6 +43,10 @@ class RoundingError:
   def to_list(self) -> list[float]:
     return [self.largest, self.magnitude, self.squares, self.norm]
 
+  def summary(self) -> dict[str, float]:
+    """For manifests: to six digits, which do not depend on the order of summing."""
+    return {'largest': float(f'{self.worst:.6g}'), 'relative': float(f'{self.relative:.6g}')}
+
   @property
   def worst(self) -> float:
     """max|w' - w| / max|w|."""

@@ -16,7 +16,7 @@ from t5x_inference_ext import parameters
 from t5x_inference_ext.checkpoints import flaxformer, flaxformer_names, legacy, serving
 from t5x_inference_ext.checkpoints.arrays import Arrangement, Part, Rectangle
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
-from t5x_inference_ext.checkpoints.layer_kinds import KINDS, Kernel, LayerKind
+from t5x_inference_ext.checkpoints.layer_kinds import KINDS, OUT, Kernel, LayerKind
 from t5x_inference_ext.checkpoints.raw_array import RawArray
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import CheckpointError
@@ -60,6 +60,8 @@ class T5xOutput:
         self._add(f'{name}{suffix}', f'{flaxformer_names.LAYERS}/{module}/{leaf}', Arrangement(
             self._layers, self._axis, (), (e,), (Part(f'{name}{suffix}', 0, e),), 0), np.float32)
     factors = {'attention_output': kind.output_factor, 'mlp_output': kind.output_factor}
+    if self.weights == 'int8' and OUT in stored:
+      stored = {**stored, OUT: stored[OUT][-2:]}  # flaxformer's quantized output projection has its heads joined
     kernels = kind.kernels(config, {module: tuple(shape) for module, shape in stored.items()})
     for module in stored:
       kernel = kernels[module]
@@ -111,9 +113,9 @@ class T5xOutput:
         else:
           yield self._leaves[leaf][0], arrangement.to_stored(bounds), np.moveaxis(piece, 0, self._axis)
 
-  def headers(self, checksums: dict[str, list[int]]) -> Iterator[tuple[str, bytes]]:
+  def headers(self, checksums: dict[str, list[int]], errors: dict[str, dict]) -> Iterator[tuple[str, bytes]]:
     yield serving.CHECKSUMS, serving.checksums_file(checksums)
-    yield MANIFEST, json.dumps(self._manifest, indent=2).encode() + b'\n'
+    yield MANIFEST, json.dumps({**self._manifest, 'errors': errors}, indent=2).encode() + b'\n'
     target = {}
     for array in self.arrays:
       *keys, last = array.name.split('.')[1:]
@@ -123,7 +125,7 @@ class T5xOutput:
       node[last] = {'driver': 'zarr', 'dtype': array.dtype.name,
                     'kvstore': {'driver': 'file', 'path': f'{array.name}/'},
                     'metadata': {k: array.metadata[k] for k in ('shape', 'chunks', 'compressor')}}
-    state = {'step': legacy.pack_array(np.int32(self._step or 0)), 'param_states': {}}
+    state = {'step': legacy.pack_array(np.int32(self._step or 0))}
     index = {'version': 3, 'optimizer': {'target': target, 'state': state}}
     yield legacy.INDEX, msgpack.packb(index, use_bin_type=True)
 

@@ -38,7 +38,7 @@ def verify(path: str, source: str | None = None, *, workers: int | None = None, 
     CheckpointError: the first thing that is not as recorded.
   """
   path = storage.normalize(path)
-  manifest_name, manifest = _manifest(path)
+  manifest_name, manifest = read_manifest(path)
   listed = {name: (tuple(t['shape']), t['dtype']) for name, t in manifest['tensors'].items()}
   tensors = serving.read_listed(path, listed, manifest_name, cached=False)
   total = sum(t.nbytes for t in tensors.values())
@@ -88,8 +88,8 @@ def _compare(path: str, manifest: dict, source: str, workers: int, rescale_logit
   Conversion(checkpoint, options, path, progress).compare(compare)
 
 
-def _manifest(path: str) -> tuple[str, dict]:
-  """The name and content of the file that lists a checkpoint's tensors."""
+def read_manifest(path: str) -> tuple[str, dict]:
+  """The name and content of the file that lists a checkpoint's tensors. Raises CheckpointError where there is none."""
   for name, kind in ((serving.CONFIG, serving.FORMAT), (t5x_output.MANIFEST, t5x_output.FORMAT)):
     data = storage.read_file(path, name)
     if data is None:
