@@ -153,8 +153,8 @@ def main() -> None:
     start = time.perf_counter()
     nbytes = make(source, config)
     stored = sum(f.stat().st_size for f in chunk_files(source))
-    print(f'{config}\n{nbytes / 1e9:.2f} GB of float32, {stored / 1e9:.2f} GB compressed, in {len(chunk_files(source))} '
-          f'chunks, made in {time.perf_counter() - start:.0f} s; {CORES} cores', flush=True)
+    print(f'{config}\n{nbytes / 1e9:.2f} GB of float32, {stored / 1e9:.2f} GB compressed, in '
+          f'{len(chunk_files(source))} chunks, made in {time.perf_counter() - start:.0f} s; {CORES} cores', flush=True)
     rows = {'copy and sync': copy(source, scratch / 'copy'), 'decompress on all cores': decompress(source)}
     seconds, peak = convert(source, scratch / 'out', arguments.workers)
     rows['convert to int8'] = seconds

@@ -150,8 +150,8 @@ def write_report(flags: absl_flags.FlagValues, arguments: dict) -> None:
   from t5x_inference_ext import quality  # with jax and matplotlib
   for line in quality.report(
       arguments['input_checkpoint'], arguments['output_checkpoint'], flags.report,
-      norm_scale=arguments.get('norm_scale'), config=arguments.get('config'), rescale_logits=arguments.get('rescale_logits'), tokens=flags.report_tokens,
-      task=flags.report_task, task_module=flags.report_task_module):
+      tokens=flags.report_tokens, task=flags.report_task, task_module=flags.report_task_module,
+      **{name: arguments.get(name) for name in ('norm_scale', 'config', 'rescale_logits')}):
     print_line(line)
 
 

@@ -1,4 +1,4 @@
-"""What rounding did to a model: the errors of its tensors, and the losses with and without it, as a table and a plot."""
+"""What rounding did to a model: errors of its tensors, and losses with and without it, as a table and a plot."""
 
 import json
 import os

@@ -73,13 +73,19 @@ def open_checkpoint(path: str | os.PathLike, *, norm_scale: str | None = None, c
       raise CheckpointError(f'rescale_logits is for T5X checkpoints: {path} was converted from one, with the answer of '
                             'that time in its queries')
     return _from_serving(path, header, norm_scale, config)
+  found = read_tree(path)
+  if found is None:
+    raise CheckpointError(_not_a_checkpoint(path))
+  return _from_tree(*found, norm_scale, config, rescale_logits)
+
+
+def read_tree(path: str) -> tuple[str, Tree] | None:
+  """The format and parameters of a T5X checkpoint, of whatever model, or None. Raises CheckpointError: damaged."""
   index = storage.read_file(path, legacy.INDEX)
   if index is not None:
-    return _from_tree('t5x', legacy.read(path, index), norm_scale, config, rescale_logits)
+    return 't5x', legacy.read(path, index)
   state = orbax.find(path)
-  if state is not None:
-    return _from_tree('orbax', orbax.read(path, state), norm_scale, config, rescale_logits)
-  raise CheckpointError(_not_a_checkpoint(path))
+  return None if state is None else ('orbax', orbax.read(path, state))
 
 
 def _from_tree(kind: str, tree: Tree, norm_scale: str | None, config: ModelConfig | None,

@@ -86,8 +86,8 @@ class Conversion:
   def run(self, work: WorkDirectory) -> Report:
     """Does what this shard has to do; the last one to have done it makes the output appear."""
     scales_slice = len(self.plan.slices)
-    with work.working(self.options.shard_id):
-      try:
+    try:
+      with work.working(self.options.shard_id):
         with work.lock('setup.lock'):
           if not work.adopt(self.identity):
             for array in self.output.arrays:
@@ -99,24 +99,24 @@ class Conversion:
         self._convert(todo, self._write, work.record)
         if self.options.num_shards > 1:
           self._sync(work)
-        with work.lock('setup.lock'):
-          entries = work.entries()
-          slices = {entry['slice']: entry for entry in entries if 'slice' in entry}
-          if len(slices) <= scales_slice or not os.path.isdir(work.payload):
-            return self.report(work.path, slices.values(), finished=False)
-          checksums = seal(self.output.arrays, slices.values(), entries, work.record, self.workers, self._progress)
-          errors = {name: error.summary() for name, error in self._errors(slices.values()).items()}
-          for name, data in self.output.headers(checksums, errors):
-            work.write_file(name, data)
-          work.finish()
-      except NotFinite:
-        work.discard()
-        raise
-      except (CheckpointError, OSError):
-        if not any('slice' in entry for entry in work.entries()):
-          with contextlib.suppress(OSError):
-            work.discard()
-        raise
+      with work.finishing() as last:
+        entries = work.entries() if last else []
+        slices = {entry['slice']: entry for entry in entries if 'slice' in entry}
+        if len(slices) <= scales_slice:
+          return self.report(work.path, slices.values(), finished=False)
+        checksums = seal(self.output.arrays, slices.values(), entries, work.record, self.workers, self._progress)
+        errors = {name: error.summary() for name, error in self._errors(slices.values()).items()}
+        for name, data in self.output.headers(checksums, errors):
+          work.write_file(name, data)
+        work.finish()
+    except NotFinite:
+      work.discard()
+      raise
+    except (CheckpointError, OSError):
+      if not any('slice' in entry for entry in work.entries()):
+        with contextlib.suppress(OSError):
+          work.discard()
+      raise
     return self.report(work.path, slices.values())
 
   def compare(self, put: Callable[[Placement], None]) -> None:

@@ -55,6 +55,7 @@ def convert(input_checkpoint: str, output_checkpoint: str, weights: str = 'int8'
   try:
     return conversion.run(work)
   except OSError as e:
+    work.check_absent()  # another process has finished it meanwhile
     kept = ''
     if os.path.isdir(work.root):
       kept = f'; what is finished is kept in {work.root}, and the same command goes on from there'

@@ -55,7 +55,8 @@ class T5xOutput:
               Arrangement(None, 0, (v,), (e,), (Part('embedding', 0, v),), 0), np.float32)
     leaf_names = (('', 'scale'), ('_bias', 'bias'))[:2 if config.norm == 'layer' else 1]
     for suffix, leaf in leaf_names:
-      self._add(f'final_norm{suffix}', f'{flaxformer_names.FINAL_NORM}/{leaf}', vector(f'final_norm{suffix}'), np.float32)
+      self._add(f'final_norm{suffix}', f'{flaxformer_names.FINAL_NORM}/{leaf}', vector(f'final_norm{suffix}'),
+                np.float32)
       for name, module in kind.norms:
         self._add(f'{name}{suffix}', f'{flaxformer_names.LAYERS}/{module}/{leaf}', Arrangement(
             self._layers, self._axis, (), (e,), (Part(f'{name}{suffix}', 0, e),), 0), np.float32)

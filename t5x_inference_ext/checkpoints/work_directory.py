@@ -86,6 +86,21 @@ class WorkDirectory:
     with self.lock(f'shard-{shard}.lock', f'another conversion is writing {self.path}, as shard {shard}'):
       yield
 
+  @contextlib.contextmanager
+  def finishing(self) -> Iterator[bool]:
+    """Waits for the shards that are at work. Yields whether there is something left: False when another has finished.
+    """
+    with contextlib.ExitStack() as locks:
+      try:
+        locks.enter_context(self.lock('setup.lock'))
+        for name in sorted(os.listdir(self.root)):
+          if name.startswith('shard-'):  # a shard that waits for setup.lock has let go of its own
+            locks.enter_context(self.lock(name))
+      except FileNotFoundError:
+        yield False
+        return
+      yield os.path.isdir(self.payload)
+
   def adopt(self, plan: dict[str, Any]) -> bool:
     """Whether the directory is laid out for `plan`; if not, what is in it is removed. Call under setup.lock.
 
@@ -132,7 +147,7 @@ class WorkDirectory:
     restarted, or on another one, and not yet SYNCED: what is recorded may have been in its page cache only.
     """
     found, here = [], _boot_id()
-    for name in sorted(os.listdir(self.root)):
+    for name in sorted(os.listdir(self.root)) if os.path.isdir(self.root) else ():
       if name.startswith('journal-'):
         boot, pending = None, []
         for entry in _lines(os.path.join(self.root, name)):

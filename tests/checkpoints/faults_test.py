@@ -1,4 +1,4 @@
-"""Kills at any moment, full disks, failing reads: what is resumed ends in the same bytes, and no part of it ever loads."""
+"""Kills at any moment, full disks, failing reads: what is resumed ends in the same bytes, and no part ever loads."""
 
 import json
 import os

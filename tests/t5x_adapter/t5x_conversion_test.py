@@ -7,7 +7,7 @@ from flax import traverse_util
 import jax
 import numpy as np
 import pytest
-from t5x import checkpoints, decoding, models
+from t5x import checkpoints, models
 
 from t5x_inference_ext.checkpoints import open_checkpoint
 from t5x_inference_ext.checkpoints.convert import convert
@@ -43,11 +43,11 @@ def test_float_is_what_t5x_wrote(palm_tiny, tmp_path):
     np.testing.assert_array_equal(ours[name], values, strict=True, err_msg=name)
 
 
-def test_float_from_a_serving_checkpoint_serves_in_stock_t5x(palm_tiny, int8_checkpoint, golden, tmp_path):
+def test_float_from_a_serving_checkpoint_serves_in_stock_t5x(int8_checkpoint, stock_rows, tmp_path):
   """Back from int8: T5X's whole inference runs on it, and says mostly what it said before."""
   convert(int8_checkpoint, tmp_path / 'checkpoint_1000', format='t5x_float')
   rows = running.stock_infer(tmp_path / 'checkpoint_1000', tmp_path / 'out', 'predict')
-  before = running.stock_infer(palm_tiny, tmp_path / 'before', 'predict')
+  before = stock_rows('predict')
   assert len(rows) == len(before)
   same = sum(a['prediction'] == b['prediction'] for a, b in zip(rows, before))
   assert same >= len(rows) // 2
