@@ -10,7 +10,8 @@ as T5X would cut them (at most 64 MiB, gzip level 1), and times, each with a col
   convert     python -m t5x_inference_ext.convert_checkpoint to int8, its own process: start-up, reading back from the
               disk and renaming included
 
-It needs about 2.2 times --gigabytes of disk, and removes everything it made.
+It needs about 2.2 times --gigabytes of disk, and removes everything it made, but for a checkpoint in --source, which it
+makes where it is not there. Processor seconds are of all threads: on a machine that others use, too, they say more.
 """
 
 import argparse
@@ -57,10 +58,10 @@ def leaves(c: ModelConfig) -> dict[str, tuple[int, ...]]:
       'decoder/decoder/o_wo_fused/kernel': (c.num_heads, c.num_layers, c.d_head + g, c.d_model)}
 
 
-def make(path: pathlib.Path, config: ModelConfig) -> int:
-  """Writes the checkpoint; returns the bytes of its parameters."""
+def make(path: pathlib.Path, config: ModelConfig) -> None:
+  """Writes the checkpoint."""
   path.mkdir(parents=True)
-  target, jobs, total = {}, [], 0
+  target, jobs = {}, []
   context = ts.Context({'cache_pool': {'total_bytes_limit': 0}, 'data_copy_concurrency': {'limit': CORES}})
   for name, shape in leaves(config).items():
     directory = f'target.{name.replace("/", ".")}'
@@ -74,7 +75,6 @@ def make(path: pathlib.Path, config: ModelConfig) -> int:
       node = node.setdefault(key, {})
     node[last] = {'driver': 'zarr', 'dtype': 'float32', 'kvstore': {'driver': 'file', 'path': f'{directory}/'},
                   'metadata': metadata}
-    total += 4 * int(np.prod(shape))
     for place in np.ndindex(*(n // c for n, c in zip(shape, chunks))):
       jobs.append((store, tuple(slice(p * c, (p + 1) * c) for p, c in zip(place, chunks))))
   def write(job):
@@ -87,7 +87,6 @@ def make(path: pathlib.Path, config: ModelConfig) -> int:
     list(pool.map(write, enumerate(jobs)))
   index = {'version': 3, 'optimizer': {'target': target, 'state': {'step': legacy.pack_array(np.int32(1000))}}}
   (path / 'checkpoint').write_bytes(msgpack.packb(index, use_bin_type=True))
-  return total
 
 
 def chunk_files(path: pathlib.Path) -> list[pathlib.Path]:
@@ -103,27 +102,29 @@ def forget(path: pathlib.Path) -> None:
         os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def copy(source: pathlib.Path, target: pathlib.Path) -> float:
+def copy(source: pathlib.Path, target: pathlib.Path) -> tuple[float, float]:
+  """Seconds, and processor seconds."""
   forget(source)
-  start = time.perf_counter()
+  start, before = time.perf_counter(), os.times()
   subprocess.run(['cp', '-r', str(source), str(target)], check=True)
   subprocess.run(['sync', '-f', str(target)], check=True)
-  seconds = time.perf_counter() - start
+  seconds, after = time.perf_counter() - start, os.times()
   shutil.rmtree(target)
-  return seconds
+  return seconds, sum(after[2:4]) - sum(before[2:4])
 
 
-def decompress(source: pathlib.Path) -> float:
+def decompress(source: pathlib.Path) -> tuple[float, float]:
+  """Seconds, and processor seconds."""
   forget(source)
-  start = time.perf_counter()
+  start, before = time.perf_counter(), time.process_time()
   with concurrent.futures.ThreadPoolExecutor(CORES) as pool:
     sizes = pool.map(lambda f: len(zlib.decompress(f.read_bytes(), 31)), chunk_files(source))
     sum(sizes)
-  return time.perf_counter() - start
+  return time.perf_counter() - start, time.process_time() - before
 
 
-def convert(source: pathlib.Path, target: pathlib.Path, workers: int) -> tuple[float, int]:
-  """Seconds, and the peak resident bytes of the process."""
+def convert(source: pathlib.Path, target: pathlib.Path, workers: int) -> tuple[tuple[float, float], int]:
+  """(Seconds, processor seconds), and the peak resident bytes of the process."""
   forget(source)
   command = [sys.executable, '-m', 't5x_inference_ext.convert_checkpoint', f'--input={source}', f'--output={target}',
              '--weights=int8', f'--workers={workers}']
@@ -134,13 +135,14 @@ def convert(source: pathlib.Path, target: pathlib.Path, workers: int) -> tuple[f
   process.returncode = os.waitstatus_to_exitcode(status)
   if process.returncode:
     raise SystemExit(process.returncode)
-  return seconds, usage.ru_maxrss * 1024
+  return (seconds, usage.ru_utime + usage.ru_stime), usage.ru_maxrss * 1024
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--gigabytes', type=float, default=8.2, help='of float32 parameters')
   parser.add_argument('--directory', default=None, help='where to work; by default the temporary directory')
+  parser.add_argument('--source', default=None, help='the checkpoint, made where it is not there, and kept')
   parser.add_argument('--workers', type=int, default=CORES, help='threads of the conversion')
   arguments = parser.parse_args()
   free = shutil.disk_usage(arguments.directory or tempfile.gettempdir()).free
@@ -149,20 +151,21 @@ def main() -> None:
   config = model(arguments.gigabytes)
   with tempfile.TemporaryDirectory(dir=arguments.directory) as scratch:
     scratch = pathlib.Path(scratch)
-    source = scratch / 'source'
+    source = pathlib.Path(arguments.source) if arguments.source else scratch / 'source'
     start = time.perf_counter()
-    nbytes = make(source, config)
+    nbytes = 4 * sum(int(np.prod(shape)) for shape in leaves(config).values())
+    if not source.exists():
+      make(source, config)
     stored = sum(f.stat().st_size for f in chunk_files(source))
     print(f'{config}\n{nbytes / 1e9:.2f} GB of float32, {stored / 1e9:.2f} GB compressed, in '
           f'{len(chunk_files(source))} chunks, made in {time.perf_counter() - start:.0f} s; {CORES} cores', flush=True)
     rows = {'copy and sync': copy(source, scratch / 'copy'), 'decompress on all cores': decompress(source)}
-    seconds, peak = convert(source, scratch / 'out', arguments.workers)
-    rows['convert to int8'] = seconds
-    for name, taken in rows.items():
-      print(f'{name:26}{taken:8.1f} s {nbytes / taken / 1e6:8.1f} MB/s of float32')
-    slower = max(rows['copy and sync'], rows['decompress on all cores'])
-    print(f'convert: {slower / seconds:.2f} of the slower of the other two; peak RSS {peak / 1e9:.2f} GB')
-    print(json.dumps({'bytes': nbytes, 'seconds': rows, 'peak_rss': peak, 'ratio': slower / seconds}))
+    rows['convert to int8'], peak = convert(source, scratch / 'out', arguments.workers)
+    for name, (taken, processor) in rows.items():
+      print(f'{name:26}{taken:8.1f} s {nbytes / taken / 1e6:8.1f} MB/s of float32 {processor:8.1f} processor s')
+    ratio = max(rows['copy and sync'][0], rows['decompress on all cores'][0]) / rows['convert to int8'][0]
+    print(f'convert: {ratio:.2f} of the slower of the other two; peak RSS {peak / 1e9:.2f} GB')
+    print(json.dumps({'bytes': nbytes, 'seconds, processor seconds': rows, 'peak_rss': peak, 'ratio': ratio}))
 
 
 if __name__ == '__main__':

@@ -9,7 +9,7 @@ import numpy as np
 
 QMAX = 127
 # What the search for the least squared error multiplies max|w| / 127 with, largest first. Exact in float32.
-SEARCHED = tuple(1 - k / 32 for k in range(16))
+SEARCHED = tuple(1 - k / 64 for k in range(24))
 # An error of at most 127 / SEARCHED[-1] steps, squared, in these units, over a million rows, fits 63 bits.
 SQUARE_UNITS = 2**24
 
