@@ -8,7 +8,8 @@ Scanned form, with the layer axis L on axis 1 (or 0: flaxformer's scan_axis):
   decoder/decoder/MODULE/kernel             e.g. [E, L, F]    MODULEs and their axes: layer_kinds.py
 
 A tree with one subtree a layer (decoder/layers_0/...) has the same without the layer axis. In the quantized form each
-kernel is a pair: qkernel, int8 of the same shape, and qscale, in which the axes that a matmul sums over have size 1.
+kernel is a pair: qkernel, int8 of the same shape, and qscale, in which the axes that a matmul sums over have size 1:
+a weight is qkernel / qscale.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ from t5x_inference_ext.checkpoints.arrays import Arrangement, Part, SourceArray,
 from t5x_inference_ext.checkpoints.flaxformer_names import (
     EMBEDDING, FINAL_NORM, LAYER, LAYERS, check_names, check_shapes, listing, modules_in)
 from t5x_inference_ext.checkpoints.layer_kinds import KINDS, Kernel, LayerKind, Shapes, UnknownSizes
-from t5x_inference_ext.checkpoints.tensor import Cast, Merged, Moved, Scaled, Squeezed, Stack, Tensor, Window
+from t5x_inference_ext.checkpoints.tensor import Cast, Merged, Moved, Reciprocal, Scaled, Squeezed, Stack, Tensor, Window
 from t5x_inference_ext.checkpoints.tree import Tree
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import CheckpointError
@@ -188,7 +189,8 @@ def _matrices(tree: Tree, leaves: dict[str, Tensor], kernel: Kernel, config: Mod
                             f'{" and ".join(sorted(sharing))}, which in a parallel block share one: convert the float '
                             'checkpoint')
     # Summed axes have size 1, also the one along which parts lie: they share the scale.
-    scale = _merge(_float32(leaves, f'{place}/qscale'), kernel, axis,
+    # AQT's scales are what a weight is multiplied with before rounding: flaxformer divides the product by them.
+    scale = _merge(Reciprocal(_float32(leaves, f'{place}/qscale')), kernel, axis,
                    None if kernel.axis < len(kernel.inputs) else window)
     tensors[scale_name] = Squeezed(scale if factor == 1 else Scaled(scale, factor), 1)
   return tensors

@@ -104,6 +104,8 @@ class T5xOutput:
     for leaf, arrangement in self._places[name]:
       part = next(p for p in arrangement.parts if p.name == name)
       scaled = values if part.factor == 1 else values / values.dtype.type(part.factor)
+      if leaf.endswith('/qscale'):
+        scaled = 1 / scaled  # flaxformer divides by what is stored
       for bounds, index in arrangement.pieces(part, rectangle):
         piece = scaled[index]
         if self._per_layer and arrangement.layers is not None:

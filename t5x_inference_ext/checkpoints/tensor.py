@@ -159,6 +159,18 @@ class Scaled(Tensor):
     return self._source.read(_slices(bounds)).astype(self.dtype, copy=False) * self.dtype.type(self._factor)
 
 
+class Reciprocal(Tensor):
+  """1 / a tensor of floats."""
+
+  def __init__(self, source: Tensor):
+    super().__init__(source.shape, source.dtype, source.path)
+    self._source = source
+
+  def _read(self, bounds):
+    with np.errstate(divide='ignore'):  # conversions refuse infinite scales
+      return self.dtype.type(1) / self._source.read(_slices(bounds))
+
+
 class Squeezed(Tensor):
   """A tensor without one of its axes of size 1."""
 
