@@ -86,10 +86,13 @@ class Conversion:
   def run(self, work: WorkDirectory) -> Report:
     """Does what this shard has to do; the last one to have done it makes the output appear."""
     scales_slice = len(self.plan.slices)
+    alone = False  # in the directory, whose contents are then ours to remove
     try:
       with work.working(self.options.shard_id):
         with work.lock('setup.lock'):
-          if not work.adopt(self.identity):
+          adopted = work.adopt(self.identity)
+          alone = self.options.num_shards == 1
+          if not adopted:
             for array in self.output.arrays:
               array.create()
             work.start(self.identity)
@@ -109,11 +112,9 @@ class Conversion:
         for name, data in self.output.headers(checksums, errors):
           work.write_file(name, data)
         work.finish()
-    except NotFinite:
-      work.discard()
-      raise
-    except (CheckpointError, OSError):
-      if not any('slice' in entry for entry in work.entries()):
+    except (CheckpointError, OSError) as e:
+      # Nothing is worth keeping of a source that can't be converted, nor where nothing is finished.
+      if alone and (isinstance(e, NotFinite) or not any('slice' in entry for entry in work.entries())):
         with contextlib.suppress(OSError):
           work.discard()
       raise

@@ -1,6 +1,9 @@
 """One slice on its way: read, measured, rounded, written."""
 
+import bisect
 import dataclasses
+import itertools
+import math
 import threading
 from typing import Callable
 
@@ -73,8 +76,10 @@ class SliceWork:
                         self._write])
     self._lock = threading.Lock()
     self._held = {}
-    self._first = piece.boxes[0].bounds[0][0]
-    self._maxima, self._squares, self._scales, self._columns = {}, {}, {}, {}
+    self._layers = piece.boxes[0].bounds[0]
+    # Of a channel's scale, the slice's columns alone, side by side: by scale, (begin, end) in the tensor -> place here.
+    self._columns = self._channels() if piece.scaled else {}
+    self._maxima, self._squares, self._scales = {}, {}, {}
     self._sums, self._errors = {}, {}
 
   def may_start(self) -> bool:
@@ -98,18 +103,18 @@ class SliceWork:
     array, values = self._job.plan.arrays[block.array], self._values(block)
     for part, rectangle, w in array.rectangles(values, block.bounds):
       largest = rounding.largest(w)
+      scale = self._kinds[part.name].scale
+      place = self._place(scale, rectangle)
       with self._lock:
-        layers, columns = self._place(rectangle)
-        maxima = self._buffer(self._maxima, part.name, np.float32)
-        np.maximum(maxima[layers, columns], largest, out=maxima[layers, columns])
-        self._columns.setdefault(self._kinds[part.name].scale, set()).add(rectangle.columns)
+        maxima = self._buffer(self._maxima, part.name, scale, np.float32)
+        np.maximum(maxima[place], largest, out=maxima[place])
     if self._job.hold.take(values.nbytes):
       self._held[number] = values
 
   def _find_scales(self) -> None:
     together = {}
     for name, maxima in self._maxima.items():
-      check_finite(self._job.source, name, maxima, self._first)
+      check_finite(self._job.source, name, maxima, self._layers[0])
       together.setdefault(self._kinds[name].scale, []).append(maxima)
     self._scales = {scale: rounding.scales_of(np.maximum.reduce(maxima)) for scale, maxima in together.items()}
 
@@ -117,11 +122,11 @@ class SliceWork:
     array = self._job.plan.arrays[block.array]
     values = self._held[number] if number in self._held else self._values(block)
     for part, rectangle, w in array.rectangles(values, block.bounds):
-      layers, columns = self._place(rectangle)
       scale = self._kinds[part.name].scale
-      squares = rounding.squared_errors(w, self._scales[scale][layers, columns])
+      place = self._place(scale, rectangle)
+      squares = rounding.squared_errors(w, self._scales[scale][place])
       with self._lock:
-        self._buffer(self._squares, scale, np.int64, len(rounding.SEARCHED))[:, layers, columns] += squares
+        self._buffer(self._squares, scale, scale, np.int64, len(rounding.SEARCHED))[:, *place] += squares
 
   def _choose(self) -> None:
     for scale, squares in self._squares.items():
@@ -135,10 +140,9 @@ class SliceWork:
     errors, names = {}, []
     for part, rectangle, w in array.rectangles(values, block.bounds):
       scale_name, scale = self._kinds[part.name].scale, None
-      layers, columns = self._place(rectangle)
       if self._slice.scaled:
-        scale = self._scales[scale_name][layers, columns]
-        magnitude = self._maxima[part.name][layers, columns].max()
+        place = self._place(scale_name, rectangle)
+        scale, magnitude = self._scales[scale_name][place], self._maxima[part.name][place].max()
       elif scale_name is not None and self._job.source.weights == 'int8':
         scale = self._job.source.tensors[scale_name].read((slice(*rectangle.layers), slice(*rectangle.columns)))
         magnitude = rounding.QMAX * scale.max()
@@ -158,10 +162,10 @@ class SliceWork:
     self._job.progress(where + ' '.join(dict.fromkeys(names)), values.nbytes)
 
   def _finish(self) -> None:
-    for scale, ranges in self._columns.items():
-      for begin, end in sorted(ranges):
-        layers = (self._first, self._slice.boxes[0].bounds[0][1])
-        self._put(scale, Rectangle(layers, (0, 1), (begin, end)), self._scales[scale][:, None, begin:end])
+    for scale, places in self._columns.items():
+      for columns, place in places.items():
+        values = self._scales[scale][:, None, place:place + columns[1] - columns[0]]
+        self._put(scale, Rectangle(self._layers, (0, 1), columns), values)
     errors = {}
     for _, of_block in sorted(self._errors.items()):
       for name, error in of_block.items():
@@ -175,16 +179,31 @@ class SliceWork:
       with self._lock:
         self._sums[placement[0].name] = self._sums.get(placement[0].name, 0) + byte_sum(placement[2])
 
-  def _place(self, rectangle: Rectangle) -> tuple[slice, slice]:
-    """Of a rectangle in the slice's buffers."""
-    return slice(*(i - self._first for i in rectangle.layers)), slice(*rectangle.columns)
+  def _channels(self) -> dict[str, dict[tuple[int, int], int]]:
+    columns = {}
+    for box in self._slice.boxes:
+      for part, rectangle, _ in self._job.plan.arrays[box.array].arrangement.rectangles(box.bounds):
+        columns.setdefault(self._kinds[part.name].scale, set()).add(rectangle.columns)
+    places = {}
+    for scale, ranges in columns.items():
+      ranges = sorted(ranges)
+      ends = itertools.accumulate(end - begin for begin, end in ranges)
+      places[scale] = {r: place - (r[1] - r[0]) for r, place in zip(ranges, ends)}
+    return places
 
-  def _buffer(self, buffers: dict[str, np.ndarray], name: str, dtype: type, *lead: int) -> np.ndarray:
-    """Of all columns of a tensor or of its scale, for the slice's layers."""
+  def _place(self, scale: str, rectangle: Rectangle) -> tuple[slice, slice]:
+    """Of a rectangle's layers and columns in the slice's buffers."""
+    ranges = list(self._columns[scale])
+    begin, end = rectangle.columns
+    first = ranges[bisect.bisect_right(ranges, (begin, math.inf)) - 1]
+    place = self._columns[scale][first] + begin - first[0]
+    return slice(*(i - self._layers[0] for i in rectangle.layers)), slice(place, place + end - begin)
+
+  def _buffer(self, buffers: dict[str, np.ndarray], name: str, scale: str, dtype: type, *lead: int) -> np.ndarray:
+    """[*lead, layers, columns] of the slice."""
     if name not in buffers:
-      begin, end = self._slice.boxes[0].bounds[0]
-      shape = self._kinds[name].shape if name in self._kinds else parameters.scales(self._job.source.config)[name].shape
-      buffers[name] = np.zeros((*lead, end - begin, shape[-1]), dtype)
+      columns = sum(end - begin for begin, end in self._columns[scale])
+      buffers[name] = np.zeros((*lead, self._layers[1] - self._layers[0], columns), dtype)
     return buffers[name]
 
 
