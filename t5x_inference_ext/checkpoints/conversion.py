@@ -18,7 +18,7 @@ from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
 from t5x_inference_ext.checkpoints.conversion_options import Options, Report
 from t5x_inference_ext.checkpoints.not_finite import NotFinite, check_finite
 from t5x_inference_ext.checkpoints.outputs import Placement, make_output
-from t5x_inference_ext.checkpoints.pipeline import Pipeline
+from t5x_inference_ext.checkpoints.pipeline import Pipeline, cores
 from t5x_inference_ext.checkpoints.raw_array import byte_sum
 from t5x_inference_ext.checkpoints.rounding_error import RoundingError
 from t5x_inference_ext.checkpoints.seal import seal
@@ -64,7 +64,7 @@ class Conversion:
 
   @functools.cached_property
   def workers(self) -> int:
-    return self.options.workers or len(os.sched_getaffinity(0))
+    return self.options.workers or cores()
 
   @property
   def peak_bytes(self) -> int:

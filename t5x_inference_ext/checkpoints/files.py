@@ -10,12 +10,20 @@ from typing import Any, Iterator
 import numpy as np
 
 
+_ZEROS = 2**20
+
+
 def allocate(path: str, size: int) -> None:
   """Makes a file of zeros whose blocks are reserved, so that no later write into it finds the disk full."""
   descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
   try:
     with _named(path):
-      os.posix_fallocate(descriptor, 0, size)
+      if hasattr(os, 'posix_fallocate'):
+        os.posix_fallocate(descriptor, 0, size)
+      else:  # not on macOS: zeros, written
+        os.ftruncate(descriptor, 0)
+        for begin in range(0, size, _ZEROS):
+          os.write(descriptor, bytes(min(_ZEROS, size - begin)))
   finally:
     os.close(descriptor)
 
@@ -41,7 +49,7 @@ def sync(path: str) -> None:
   try:
     with _named(path):
       os.fsync(descriptor)
-      if not os.path.isdir(path):
+      if not os.path.isdir(path) and hasattr(os, 'posix_fadvise'):
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
   finally:
     os.close(descriptor)

@@ -5,6 +5,7 @@ steps (find its scales, write it); a step's jobs, one a block, run in any order,
 done. A worker that finds the current step handed out takes up the next slice.
 """
 
+import os
 import threading
 from typing import Callable, Iterator, Protocol
 
@@ -121,6 +122,11 @@ class _Jobs:
 
   def jobs(self) -> list[Callable[[], None]] | None:
     return next(self._steps, None)
+
+
+def cores() -> int:
+  """How many this process may use."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 def run_jobs(jobs: list[Callable[[], None]], workers: int) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import threading
 from typing import Callable
 
@@ -12,7 +11,7 @@ from t5x_inference_ext.checkpoints import serving, storage, t5x_output
 from t5x_inference_ext.checkpoints.checkpoint import open_checkpoint
 from t5x_inference_ext.checkpoints.conversion import Conversion
 from t5x_inference_ext.checkpoints.conversion_options import Options
-from t5x_inference_ext.checkpoints.pipeline import run_jobs
+from t5x_inference_ext.checkpoints.pipeline import cores, run_jobs
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import CheckpointError
 
@@ -50,7 +49,7 @@ def verify(path: str, source: str | None = None, *, workers: int | None = None, 
       nbytes = math.prod(s.stop - s.start for s in index) * tensor.dtype.itemsize
       progress(f'verify {tensor.name}', nbytes, total)
 
-  workers = workers or len(os.sched_getaffinity(0))
+  workers = workers or cores()
   run_jobs([lambda t=t, c=c: check(t, *c) for t in tensors.values() for c in t.chunks()], workers)
   chunks = sum(1 for t in tensors.values() for _ in t.chunks())
   lines = [f'{path}: {len(tensors)} tensors, {chunks} chunks, {total / 1e6:.1f} MB are as recorded in {manifest_name}']

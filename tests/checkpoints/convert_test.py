@@ -107,6 +107,22 @@ def test_every_source_form_gives_the_same_bytes(tmp_path):
   assert len(checksums) == 1
 
 
+def test_what_t5x_saved_through_orbax_gives_the_same_bytes(palm_tiny, testdata, tmp_path):
+  convert.convert(palm_tiny, tmp_path / 'legacy')
+  convert.convert(testdata / 'palm_tiny_orbax' / 'checkpoint_1000', tmp_path / 'orbax')
+  legacy, orbax = ((tmp_path / name / 'checksums.json').read_text() for name in ('legacy', 'orbax'))
+  assert legacy == orbax
+
+
+def test_without_a_call_that_reserves_space(source, tmp_path, monkeypatch):
+  convert.convert(source, tmp_path / 'out')
+  monkeypatch.delattr(os, 'posix_fallocate')
+  monkeypatch.delattr(os, 'posix_fadvise')
+  monkeypatch.delattr(os, 'sched_getaffinity')
+  convert.convert(source, tmp_path / 'other')
+  assert (tmp_path / 'out' / 'checksums.json').read_text() == (tmp_path / 'other' / 'checksums.json').read_text()
+
+
 def test_sizes_of_the_real_checkpoint(palm_tiny, tmp_path):
   report = convert.convert(palm_tiny, tmp_path / 'out')
   assert report.layer_float32_bytes == 4 * (report.source.config.num_params - 384 * 256 - 256 - 4 * 256)
