@@ -9,6 +9,7 @@ OUTPUT.unfinished/
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -174,9 +175,15 @@ class WorkDirectory:
   def discard(self) -> None:
     """Removes the working directory; the marker last, so that until then it is known as ours."""
     files.remove(self.payload)
-    for name in sorted(os.listdir(self.root), key=lambda n: n == MARKER):
-      os.remove(os.path.join(self.root, name))
-    os.rmdir(self.root)
+    while os.path.isdir(self.root):
+      with contextlib.suppress(FileNotFoundError):
+        for name in sorted(os.listdir(self.root), key=lambda n: n == MARKER):
+          os.remove(os.path.join(self.root, name))
+        try:
+          os.rmdir(self.root)
+        except OSError as e:
+          if e.errno != errno.ENOTEMPTY:  # a shard that is just looking whether it is the last makes its lock file
+            raise
 
 
 def _lines(path: str) -> Iterator[dict[str, Any]]:
