@@ -67,6 +67,7 @@ setuptools.setup(
     entry_points={
         'console_scripts': [
             't5x_inference_ext-convert = t5x_inference_ext.convert_checkpoint:run',
+            't5x_inference_ext-inspect = t5x_inference_ext.inspect_checkpoint:run',
             't5x_inference_ext-infer = t5x_inference_ext.infer:run',
             't5x_inference_ext-plan = t5x_inference_ext.plan:run',
             't5x_inference_ext-precompile = t5x_inference_ext.precompile.__main__:run',

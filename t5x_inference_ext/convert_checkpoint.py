@@ -1,4 +1,4 @@
-"""Converts a T5X checkpoint into a serving checkpoint with int8 or bfloat16 weights.
+"""Converts a checkpoint: T5X's into a serving checkpoint with int8 or bfloat16 weights, or back into T5X's formats.
 
   python -m t5x_inference_ext.convert_checkpoint \\
       --input=examples/palm_tiny/checkpoint_1000 --output=/tmp/palm_tiny_int8 --weights=int8
@@ -15,10 +15,28 @@ T5X does not record whether norm scales are stored around zero (PaLM; flaxformer
 have: with gin, MODEL_CONFIG says which model they are of, usually by a second file from configs/models/; and
 RESCALE_LOGITS=False says that the trained attention did not divide its logits by sqrt(Q).
 
---output is exactly the directory made. It must not exist, and appears when it is complete and has been read back; a run
-that is killed leaves OUTPUT.unfinished, which the next run replaces. Host memory stays at a few slices of one layer.
+--format=t5x_int8 writes flaxformer's quantized tree (qkernel, qscale) in T5X's legacy format, --format=t5x_float one in
+float32: from a serving checkpoint, too.
+
+--output is exactly the directory made. It must not exist, and appears when it is complete and has been read back. A run
+that is killed, or finds the disk full or the source unreadable, leaves OUTPUT.unfinished, which no command takes for a
+checkpoint: the same command goes on from there. Memory and disk that it will take are printed first. Several processes,
+also on hosts that share a file system, divide the work: start each with the same flags but for its --shard_id.
+
+  python -m t5x_inference_ext.convert_checkpoint ... --num_shards=8 --shard_id=0
+
+A finished checkpoint, re-read and compared with its manifest, and with --input also with its source:
+
+  python -m t5x_inference_ext.convert_checkpoint --verify --output=/tmp/palm_tiny_int8 --input=CHECKPOINT
+
+What the rounding does, as a table and a plot in --report (made by the conversion, or later of a finished output); with
+tokens, also the losses of both models on them:
+
+  python -m t5x_inference_ext.convert_checkpoint --input=CHECKPOINT --output=/tmp/palm_tiny_int8 --weights=int8 \\
+      --report=/tmp/report --report_tokens=TOKENS.npy
 """
 
+import os
 import sys
 import time
 
@@ -26,43 +44,119 @@ from absl import flags as absl_flags
 import tqdm
 
 from t5x_inference_ext import command
-from t5x_inference_ext.checkpoints import convert as conversion
-from t5x_inference_ext.checkpoints import serving
+from t5x_inference_ext.checkpoints import conversion_options, convert, outputs, serving
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
+from t5x_inference_ext.checkpoints.verify import verify
 from t5x_inference_ext.config import NORM_SCALES
 from t5x_inference_ext.errors import UserError
 
 # Without a terminal, a line at most this often.
 LOG_SECONDS = 10
+REQUIRED = ('input', 'output')
+# Flags that say what gin's bindings of convert.convert say, too.
+CONVERT = ('weights', 'format', 'norm_scale', 'scale_search', 'embedding')
+HERE = ('workers', 'num_shards', 'shard_id')
+PROCESSES = ('coordinator_address', 'num_processes', 'process_id')
 
 
 def define_flags(flags: absl_flags.FlagValues) -> None:
-  absl_flags.DEFINE_string('input', None, 'The checkpoint directory to read.', flag_values=flags)
-  absl_flags.DEFINE_string('output', None, 'The directory to make.', flag_values=flags)
-  absl_flags.DEFINE_enum('weights', None, serving.WEIGHTS, 'What the matrices become.', flag_values=flags)
-  absl_flags.DEFINE_enum('norm_scale', None, NORM_SCALES, 'How norm scales are stored: the value applied is 1 + scale '
-                         '(zero) or scale (one). By default what the checkpoint records, else zero for fused parallel '
-                         'layers, one for others.', flag_values=flags)
+  def define(kind, name, default, text, *arguments):
+    getattr(absl_flags, f'DEFINE_{kind}')(name, default, *arguments, text, flag_values=flags)
+
+  define('string', 'input', None, 'The checkpoint directory to read.')
+  define('string', 'output', None, 'The directory to make.')
+  define('enum', 'format', None, 'What to make: a serving checkpoint (the default), or T5X\'s legacy format.',
+         outputs.FORMATS)
+  define('enum', 'weights', None, 'What the matrices of a serving checkpoint become.', serving.WEIGHTS)
+  define('enum', 'norm_scale', None, 'How norm scales are stored: the value applied is 1 + scale (zero) or scale (one).'
+         ' By default what the checkpoint records, else zero for fused parallel layers, one for others.', NORM_SCALES)
+  define('enum', 'scale_search', None, 'An int8 channel\'s scale: max|w| / 127 (absmax, the default), or the multiple '
+         'of it with the least squared error (mse: some 20 times the arithmetic).', conversion_options.SCALE_SEARCHES)
+  define('enum', 'embedding', None, 'What the embedding of a serving checkpoint becomes. int8 is refused: it can\'t be '
+         'served.', ('bfloat16', 'int8'))
+  define('integer', 'workers', None, 'Threads. By default one a core.')
+  define('integer', 'num_shards', 1, 'How many processes divide the work.')
+  define('integer', 'shard_id', 0, 'Which of them this is, from 0.')
+  define('string', 'coordinator_address', None, 'HOST:PORT of process 0, or auto: the shards are the processes of '
+         'jax.distributed.')
+  define('integer', 'num_processes', None, 'With --coordinator_address, how many there are.')
+  define('integer', 'process_id', None, 'With --coordinator_address, which this is.')
+  define('boolean', 'verify', False, 'Convert nothing: re-read the finished checkpoint --output.')
+  define('string', 'report', None, 'A directory for the quality report: errors.csv, report.txt, report.png.')
+  define('string', 'report_tokens', None, 'For the report, tokens [rows, length]: a .npy file.')
+  define('string', 'report_task', None, 'For the report, a seqio task with the feature `targets`.')
+  define('string', 'report_task_module', None, 'The module that registers it.')
 
 
 def main(flags: absl_flags.FlagValues) -> None:
-  plain = {name: flags[name].value for name in ('input', 'output', 'weights', 'norm_scale')}
-  given = [name for name, value in plain.items() if value is not None]
+  given = {name: flags[name].value for name in (*REQUIRED, *CONVERT) if flags[name].value is not None}
+  if flags.verify:
+    verify_only(flags)
+    return
   if command.uses_gin(flags):
     if given:
-      raise UserError(f'--{given[0]} and gin flags say the same in two ways: with gin, bind INPUT_CHECKPOINT, '
-                      'OUTPUT_CHECKPOINT, WEIGHTS and NORM_SCALE')
+      raise UserError(f'--{next(iter(given))} and gin flags say the same in two ways: with gin, bind INPUT_CHECKPOINT, '
+                      'OUTPUT_CHECKPOINT, FORMAT, WEIGHTS, NORM_SCALE, SCALE_SEARCH and EMBEDDING')
     command.parse_gin(flags)
     arguments = {}
   else:
-    missing = [f'--{name}' for name in ('input', 'output', 'weights') if plain[name] is None]
+    needed = REQUIRED if given.get('format', 'serving') != 'serving' else (*REQUIRED, 'weights')
+    missing = [f'--{name}' for name in needed if name not in given]
     if missing:
       raise UserError(f'{" and ".join(missing)} not given; --help shows examples')
-    arguments = dict(input_checkpoint=flags.input, output_checkpoint=flags.output, weights=flags.weights,
-                     norm_scale=flags.norm_scale)
+    arguments = {'input_checkpoint': given.pop('input'), 'output_checkpoint': given.pop('output'), **given}
+  if not (flags.report_tokens is None or flags.report_task is None):
+    raise UserError('--report_tokens and --report_task say the same in two ways')
+  arguments.update({name: flags[name].value for name in HERE})
+  arguments.update(shards_of_processes(flags))
   with Progress() as progress:
-    report = command.configure(conversion.convert, found=print_source, progress=progress, **arguments)()
-  print_report(report, progress.seconds)
+    configured = command.configure(
+        convert.convert, found=print_source, planned=print_line, progress=progress, **arguments)
+    if flags.report is not None and os.path.isdir(configured.keywords['output_checkpoint']):
+      print_line(f'{configured.keywords["output_checkpoint"]} exists: only the report is made')
+    else:
+      report = configured()
+      if not report.finished:
+        print_line(f'this is done: the shard that finishes last completes {report.output}')
+        return
+      print_report(report, progress.seconds)
+  if flags.report is not None:
+    write_report(flags, configured.keywords)
+
+
+def shards_of_processes(flags: absl_flags.FlagValues) -> dict[str, int]:
+  """num_shards and shard_id of jax.distributed's processes, where flags ask for it."""
+  processes = {name: flags[name].value for name in PROCESSES}
+  if all(value is None for value in processes.values()):
+    return {}
+  if flags.num_shards != 1 or flags.shard_id != 0:
+    raise UserError('--num_shards and --coordinator_address say the same in two ways')
+  from t5x_inference_ext import distributed  # with jax: slow to import, and not needed otherwise
+  distributed.check_arguments(**processes)
+  distributed.initialize(**processes)
+  import jax
+  return {'num_shards': jax.process_count(), 'shard_id': jax.process_index()}
+
+
+def verify_only(flags: absl_flags.FlagValues) -> None:
+  if flags.output is None:
+    raise UserError('--output not given: with --verify it is the finished checkpoint; --input may be its source')
+  with Progress() as progress:
+    for line in verify(flags.output, flags.input, workers=flags.workers, progress=progress):
+      print_line(line)
+
+
+def write_report(flags: absl_flags.FlagValues, arguments: dict) -> None:
+  from t5x_inference_ext import quality  # with jax and matplotlib
+  for line in quality.report(
+      arguments['input_checkpoint'], arguments['output_checkpoint'], flags.report,
+      tokens=flags.report_tokens, task=flags.report_task, task_module=flags.report_task_module,
+      **{name: arguments.get(name) for name in ('norm_scale', 'config', 'rescale_logits')}):
+    print_line(line)
+
+
+def print_line(line: str) -> None:
+  print(line, flush=True)
 
 
 def print_source(checkpoint: Checkpoint) -> None:
@@ -70,8 +164,10 @@ def print_source(checkpoint: Checkpoint) -> None:
     print(note, flush=True)
 
 
-def print_report(report: conversion.Report, seconds: float) -> None:
+def print_report(report: conversion_options.Report, seconds: float) -> None:
   """Sizes, errors, and where it is."""
+  if not report.errors:
+    return
   print(f'{"tensor":20}{"max error":>12}{"rms error":>12}   of max|w| and rms w, after rounding to {report.weights}')
   for name, error in report.errors.items():
     print(f'{name:20}{error.worst:12.3%}{error.relative:12.3%}')

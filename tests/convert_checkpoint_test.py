@@ -41,6 +41,17 @@ def test_gin_and_norm_scale(palm_tiny, tmp_path, capsys):
   assert 'stored around one (given)' in capsys.readouterr().out
 
 
+def test_formats_and_scale_search(palm_tiny, tmp_path, capsys):
+  assert run(f'--input={palm_tiny}', f'--output={tmp_path}/int8', '--format=t5x_int8', '--scale_search=mse') == 0
+  assert 'slices of up to' in capsys.readouterr().out
+  assert run('--gin_file=t5x_inference_ext/configs/runs/convert.gin', f'--gin.INPUT_CHECKPOINT="{tmp_path}/int8"',
+             f'--gin.OUTPUT_CHECKPOINT="{tmp_path}/float"', '--gin.FORMAT="t5x_float"') == 0
+  int8, floats = open_checkpoint(tmp_path / 'int8'), open_checkpoint(tmp_path / 'float')
+  assert (int8.format, int8.weights, floats.format, floats.weights) == ('t5x', 'int8', 't5x', 'float32')
+  assert run(f'--input={palm_tiny}', f'--output={tmp_path}/x', '--weights=int8', '--embedding=int8') == 2
+  assert "can't be served" in capsys.readouterr().err and sorted(os.listdir(tmp_path)) == ['float', 'int8']
+
+
 def test_a_model_whose_tree_does_not_say_its_heads(tmp_path, capsys):
   config = ModelConfig(
       num_layers=2, d_model=16, d_ff=24, num_heads=4, d_head=6, vocab_size=12, num_kv_heads=4, block='serial',

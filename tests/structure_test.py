@@ -11,7 +11,8 @@ MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob(
 # Slow or global things, and the only modules that may reach for them: the entry points, the runs over a seqio task that
 # one of them imports when asked for a task, and the adapter, whose host brings them all.
 FRAMEWORKS = {
-    'absl': ('command.py', 'convert_checkpoint.py', 'infer.py', 'plan.py', 'precompile/__main__.py', 't5x/'),
+    'absl': ('command.py', 'convert_checkpoint.py', 'infer.py', 'inspect_checkpoint.py', 'plan.py',
+             'precompile/__main__.py', 't5x/'),
     'gin': ('command.py', 't5x/'),
     'seqio': ('serving/task_run.py', 'serving/tasks.py', 't5x/'),
     'tensorflow': ('serving/task_run.py', 'serving/tasks.py', 't5x/'),

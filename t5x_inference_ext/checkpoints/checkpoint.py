@@ -2,11 +2,13 @@
 
 import dataclasses
 import os
-from typing import Iterator
+from typing import Any, Iterator
 
 import numpy as np
 
-from t5x_inference_ext.checkpoints import flaxformer, legacy, orbax, serving, storage
+from t5x_inference_ext import parameters
+from t5x_inference_ext.checkpoints import flaxformer, legacy, orbax, serving, storage, work_directory
+from t5x_inference_ext.checkpoints.arrays import SourceArray, whole
 from t5x_inference_ext.checkpoints.tensor import Tensor
 from t5x_inference_ext.checkpoints.tree import Tree
 from t5x_inference_ext.config import NORM_SCALES, ModelConfig
@@ -24,6 +26,8 @@ class Checkpoint:
     config: the model.
     weights: what the matrices are: 'float32', 'bfloat16' or 'int8'.
     tensors: exactly parameters.parameters(config), and with int8 parameters.scales(config) too.
+    arrays: the stored arrays that hold them, but for the scales of int8 weights.
+    form: of a T5X tree, how it arranges its parameters (flaxformer.Reading.form); None where nobody recorded it.
     notes: what was found and assumed, a line each, for commands to print.
   """
 
@@ -33,6 +37,8 @@ class Checkpoint:
   config: ModelConfig
   weights: str
   tensors: dict[str, Tensor]
+  arrays: tuple[SourceArray, ...]
+  form: dict[str, Any] | None
   notes: tuple[str, ...]
 
 
@@ -58,19 +64,28 @@ def open_checkpoint(path: str | os.PathLike, *, norm_scale: str | None = None, c
   path = storage.normalize(path)
   if not storage.is_remote(path) and os.path.isfile(path) and os.path.basename(path) == legacy.INDEX:
     path = os.path.dirname(path)
+  if not storage.is_remote(path) and work_directory.is_unfinished(path):
+    raise CheckpointError(f'{path} is not a checkpoint, but a conversion that has not finished: run the same '
+                          'convert_checkpoint again, it goes on from there')
   header = storage.read_file(path, serving.CONFIG)
   if header is not None:
     if rescale_logits is not None:
       raise CheckpointError(f'rescale_logits is for T5X checkpoints: {path} was converted from one, with the answer of '
                             'that time in its queries')
     return _from_serving(path, header, norm_scale, config)
+  found = read_tree(path)
+  if found is None:
+    raise CheckpointError(_not_a_checkpoint(path))
+  return _from_tree(*found, norm_scale, config, rescale_logits)
+
+
+def read_tree(path: str) -> tuple[str, Tree] | None:
+  """The format and parameters of a T5X checkpoint, of whatever model, or None. Raises CheckpointError: damaged."""
   index = storage.read_file(path, legacy.INDEX)
   if index is not None:
-    return _from_tree('t5x', legacy.read(path, index), norm_scale, config, rescale_logits)
+    return 't5x', legacy.read(path, index)
   state = orbax.find(path)
-  if state is not None:
-    return _from_tree('orbax', orbax.read(path, state), norm_scale, config, rescale_logits)
-  raise CheckpointError(_not_a_checkpoint(path))
+  return None if state is None else ('orbax', orbax.read(path, state))
 
 
 def _from_tree(kind: str, tree: Tree, norm_scale: str | None, config: ModelConfig | None,
@@ -99,7 +114,8 @@ def _from_tree(kind: str, tree: Tree, norm_scale: str | None, config: ModelConfi
       f'assumed, not recorded: rotary positions up to {model.rope_max_timescale:g}, '
       + ('swish of the first MLP input' if model.mlp == 'swiglu' else 'tanh GELU'),
   )
-  return Checkpoint(tree.path, kind, tree.step, model, found.weights, found.tensors, notes)
+  return Checkpoint(tree.path, kind, tree.step, model, found.weights, found.tensors, found.arrays, found.form,
+                    notes)
 
 
 def _norm_doubts(scale: str, final_norm: Tensor) -> Iterator[str]:
@@ -137,7 +153,10 @@ def _from_serving(path: str, data: bytes, norm_scale: str | None, config: ModelC
       f'weights: {header["weights"]}',
       f'norm scales: stored around {found.norm_scale} (recorded in the checkpoint)',
   )
-  return Checkpoint(path, 'serving', step, found, header['weights'], tensors, notes)
+  arrays = tuple(whole(t, name, serving.is_layered(name)) for name, t in tensors.items()
+                 if name in parameters.parameters(found))
+  return Checkpoint(path, 'serving', step, found, header['weights'], tensors, arrays, header['source'].get('form'),
+                    notes)
 
 
 def _compare(config: ModelConfig, found: ModelConfig, weights: str, path: str) -> None:

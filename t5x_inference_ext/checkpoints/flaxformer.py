@@ -8,37 +8,27 @@ Scanned form, with the layer axis L on axis 1 (or 0: flaxformer's scan_axis):
   decoder/decoder/MODULE/kernel             e.g. [E, L, F]    MODULEs and their axes: layer_kinds.py
 
 A tree with one subtree a layer (decoder/layers_0/...) has the same without the layer axis. In the quantized form each
-kernel is a pair: qkernel, int8 of the same shape, and qscale, in which the axes that a matmul sums over have size 1.
+kernel is a pair: qkernel, int8 of the same shape, and qscale, in which the axes that a matmul sums over have size 1:
+a weight is qkernel / qscale.
 """
 
 import dataclasses
-import re
+from typing import Any, Mapping
 
 import ml_dtypes
 import numpy as np
 
 from t5x_inference_ext import parameters
+from t5x_inference_ext.checkpoints.arrays import Arrangement, Part, SourceArray, whole
+from t5x_inference_ext.checkpoints.flaxformer_names import (
+    EMBEDDING, FINAL_NORM, LAYER, LAYERS, check_names, check_shapes, listing, modules_in)
 from t5x_inference_ext.checkpoints.layer_kinds import KINDS, Kernel, LayerKind, Shapes, UnknownSizes
-from t5x_inference_ext.checkpoints.tensor import Cast, Merged, Moved, Scaled, Squeezed, Stack, Tensor, Window
+from t5x_inference_ext.checkpoints.tensor import Cast, Merged, Moved, Reciprocal, Scaled, Squeezed, Stack, Tensor, Window
 from t5x_inference_ext.checkpoints.tree import Tree
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import CheckpointError
 
-EMBEDDING = 'decoder/token_embedder/embedding'
-FINAL_NORM = 'decoder/decoder_norm'
-LAYERS = 'decoder/decoder'
-_LAYER = re.compile(r'decoder/layers_(\d+)/(.*)')
 _STACK_AXIS = 1
-SUPPORTED = ('Supported are decoders of flaxformer\'s ParallelFusedDecoderLayer or DecoderLayer: rotary positions, '
-             'SwiGLU or GELU, no biases but those of layer norms, tied embedding')
-# (in a parameter's name, why it can't be served)
-_REASONS = (
-    (r'relpos_bias|rel_embedding|position_embedder', 'positions must be rotary, not learned'),
-    (r'^encoder/|encoder_decoder_attention|cross_attention', 'it must be a decoder alone'),
-    (r'logits_dense', 'the output must be the embedding'),
-    (r'_conv/', 'there are no convolutions'),
-    (r'/bias$', 'only layer norms have biases'),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,15 +39,19 @@ class Reading:
     config: the model.
     weights: 'float32', 'bfloat16' or 'int8'.
     tensors: the canonical ones.
+    arrays: the stored arrays that hold them, but for the scales of int8 ones.
     kind: of its layers.
     layer_axis: of the scanned form.
+    form: how the tree arranges all this, for writing such a tree: JSON-ready.
   """
 
   config: ModelConfig
   weights: str
   tensors: dict[str, Tensor]
+  arrays: tuple[SourceArray, ...]
   kind: LayerKind
   layer_axis: int
+  form: dict[str, Any]
 
 
 def canonical(tree: Tree, norm_scale: str | None = None, config: ModelConfig | None = None,
@@ -90,14 +84,24 @@ def canonical(tree: Tree, norm_scale: str | None = None, config: ModelConfig | N
   check_shapes(tree, leaves, kind, kernels, model, quantized, axis, given=config is not None)
 
   tensors = {'embedding': leaves[EMBEDDING]}
+  arrays = [whole(leaves[EMBEDDING], 'embedding', layered=False)]
   for name, place in (('final_norm', FINAL_NORM), *((n, f'{LAYERS}/{module}') for n, module in kind.norms)):
     for canonical_name, leaf in ((name, 'scale'), (parameters.bias_name(name), 'bias'))[:2 if norm == 'layer' else 1]:
       stored = _float32(leaves, f'{place}/{leaf}')
-      tensors[canonical_name] = stored if place == FINAL_NORM else Moved(stored, axis)
+      layered = place != FINAL_NORM
+      tensors[canonical_name] = Moved(stored, axis) if layered else stored
+      arrays.append(SourceArray(stored, Arrangement(
+          model.num_layers if layered else None, axis, (), (model.d_model,), (Part(canonical_name, 0, model.d_model),),
+          0)))
   factors = {'attention_output': kind.output_factor, 'mlp_output': kind.output_factor,
              'query': 1. if rescale_logits else model.d_head**.5}
   for kernel in kernels:
     tensors.update(_matrices(tree, leaves, kernel, model, axis, factors, quantized))
+    stored = leaves[f'{LAYERS}/{kernel.module}/{suffix}']
+    if quantized and stored.dtype != np.int8:
+      stored = Cast(stored, np.int8, f'target/{LAYERS}/{kernel.module}/{suffix}')
+    # A quantized matrix's factor is in its scale.
+    arrays.append(SourceArray(stored, arrangement(kernel, model, axis, {} if quantized else factors)))
   wanted = {**parameters.parameters(model), **(parameters.scales(model) if quantized else {})}
   for name, tensor in tensors.items():
     if tensor.shape != wanted[name].shape:
@@ -105,14 +109,16 @@ def canonical(tree: Tree, norm_scale: str | None = None, config: ModelConfig | N
                             f'{list(wanted[name].shape)}')
   matrices = [tensors[name].dtype for name, p in wanted.items() if p.kind == 'matrix']
   weights = 'int8' if quantized else 'bfloat16' if all(d == ml_dtypes.bfloat16 for d in matrices) else 'float32'
-  return Reading(model, weights, tensors, kind, axis)
+  form = {'layers': kind.name, 'layer_axis': axis, 'per_layer': any(LAYER.fullmatch(name) for name in tree.leaves),
+          'kernels': {kernel.module: list(kernel.shape) for kernel in kernels}}
+  return Reading(model, weights, tensors, tuple(arrays), kind, axis, form)
 
 
 def stack_layers(tree: Tree) -> dict[str, Tensor]:
   """The leaves in scanned form, whichever form they are stored in."""
   layers, leaves = {}, {}
   for name, leaf in tree.leaves.items():
-    match = _LAYER.fullmatch(name)
+    match = LAYER.fullmatch(name)
     if match:
       layers.setdefault(match[2], {})[int(match[1])] = leaf
     else:
@@ -123,7 +129,7 @@ def stack_layers(tree: Tree) -> dict[str, Tensor]:
   for name, of_layer in layers.items():
     gone = sorted(set(range(count)) - set(of_layer))
     if gone:
-      raise CheckpointError(f'{tree.path} lacks ' + _list(f'target/decoder/layers_{i}/{name}' for i in gone))
+      raise CheckpointError(f'{tree.path} lacks ' + listing(f'target/decoder/layers_{i}/{name}' for i in gone))
     for i in range(1, count):
       if of_layer[i].shape != of_layer[0].shape:
         raise CheckpointError(
@@ -137,7 +143,7 @@ def stack_layers(tree: Tree) -> dict[str, Tensor]:
 
 def find_kind(leaves: dict[str, Tensor]) -> LayerKind:
   """The kind of layer of which these (stacked) leaves have the most parameters, and lack the fewest."""
-  stored = _modules(leaves)
+  stored = modules_in(leaves)
 
   def fit(kind):
     expected = {*kind.modules(stored), *(module for _, module in kind.norms)}
@@ -158,57 +164,6 @@ def _model(lve: tuple[int, int, int], kind: LayerKind, shapes: Shapes, norm: str
     if getattr(config, name) != value:
       raise UnknownSizes(f'the model asked for has {name}={getattr(config, name)}, but the tree has {name}={value}')
   return config if norm_scale is None else dataclasses.replace(config, norm_scale=norm_scale)
-
-
-def check_names(tree: Tree, leaves: dict[str, Tensor], kind: LayerKind, quantized: bool) -> tuple[tuple[str, ...], str]:
-  """The modules of kernels, and the kind of norm. Raises CheckpointError for missing and extra parameters."""
-  modules = kind.modules(_modules(leaves))
-  norms = [FINAL_NORM, *(f'{LAYERS}/{module}' for _, module in kind.norms)]
-  norm = 'layer' if any(f'{name}/bias' in leaves for name in norms) else 'rms'
-  expected = {EMBEDDING}
-  expected |= {f'{name}/{leaf}' for name in norms for leaf in ('scale', 'bias')[:2 if norm == 'layer' else 1]}
-  expected |= {f'{LAYERS}/{module}/{kernel}' for module in modules
-               for kernel in (('qkernel', 'qscale') if quantized else ('kernel',))}
-  missing, extra = sorted(expected - set(leaves)), sorted(set(leaves) - expected)
-  per_layer = any(_LAYER.fullmatch(name) for name in tree.leaves)
-
-  def stored(names):
-    return _list(f'target/{n.replace(LAYERS, "decoder/layers_*") if per_layer else n}' for n in names)
-
-  problems = []
-  if missing:
-    problems.append(f'lacks {stored(missing)}')
-  if extra:
-    reasons = [reason for pattern, reason in _REASONS if any(re.search(pattern, name) for name in extra)]
-    problems.append(f'has parameters that this model does not use: {stored(extra)}'
-                    + (f' ({"; ".join(reasons)})' if reasons else ''))
-  if problems:
-    raise CheckpointError(f'{tree.path} {" and ".join(problems)}. {SUPPORTED}')
-  return modules, norm
-
-
-def check_shapes(tree: Tree, leaves: dict[str, Tensor], kind: LayerKind, kernels: list[Kernel], config: ModelConfig,
-                 quantized: bool, axis: int, given: bool) -> None:
-  """Raises CheckpointError for the first parameter that is not this model's: its name, both shapes and its file."""
-  def layered(shape):
-    return (*shape[:axis], config.num_layers, *shape[axis:])
-
-  expected = {EMBEDDING: (config.vocab_size, config.d_model)}
-  for leaf in ('scale', 'bias')[:2 if config.norm == 'layer' else 1]:
-    expected[f'{FINAL_NORM}/{leaf}'] = (config.d_model,)
-    for _, module in kind.norms:
-      expected[f'{LAYERS}/{module}/{leaf}'] = layered((config.d_model,))
-  for kernel in kernels:
-    expected[f'{LAYERS}/{kernel.module}/{"qkernel" if quantized else "kernel"}'] = layered(kernel.shape)
-    if quantized:
-      expected[f'{LAYERS}/{kernel.module}/qscale'] = layered((1,) * len(kernel.inputs) + kernel.outputs)
-  per_layer = any(_LAYER.fullmatch(name) for name in tree.leaves)
-  source = 'the model asked for' if given else f'the rest of the checkpoint ({config})'
-  for name, shape in expected.items():
-    if leaves[name].shape != shape:
-      stacked = f' (layers stacked on axis {axis})' if per_layer and name.startswith(LAYERS) else ''
-      raise CheckpointError(f'target/{name}: shape {list(leaves[name].shape)}{stacked} in {leaves[name].path}, but '
-                            f'{source} needs {list(shape)}')
 
 
 def _matrices(tree: Tree, leaves: dict[str, Tensor], kernel: Kernel, config: ModelConfig, axis: int,
@@ -234,7 +189,8 @@ def _matrices(tree: Tree, leaves: dict[str, Tensor], kernel: Kernel, config: Mod
                             f'{" and ".join(sorted(sharing))}, which in a parallel block share one: convert the float '
                             'checkpoint')
     # Summed axes have size 1, also the one along which parts lie: they share the scale.
-    scale = _merge(_float32(leaves, f'{place}/qscale'), kernel, axis,
+    # AQT's scales are what a weight is multiplied with before rounding: flaxformer divides the product by them.
+    scale = _merge(Reciprocal(_float32(leaves, f'{place}/qscale')), kernel, axis,
                    None if kernel.axis < len(kernel.inputs) else window)
     tensors[scale_name] = Squeezed(scale if factor == 1 else Scaled(scale, factor), 1)
   return tensors
@@ -252,9 +208,13 @@ def _merge(leaf: Tensor, kernel: Kernel, axis: int, window: tuple[int, int, int]
   return view
 
 
-def _modules(leaves: dict[str, Tensor]) -> set[str]:
-  """Where in a layer there are parameters."""
-  return {name.removeprefix(f'{LAYERS}/').rpartition('/')[0] for name in leaves if name.startswith(f'{LAYERS}/')}
+def arrangement(kernel: Kernel, config: ModelConfig, axis: int, factors: Mapping[str, float]) -> Arrangement:
+  """The canonical matrices in a stored kernel; canonical values are stored values times `factors`."""
+  parts, start = [], 0
+  for name, width in kernel.parts:
+    parts.append(Part(name, start, width, factors.get(name, 1.)))
+    start += width
+  return Arrangement(config.num_layers, axis, kernel.inputs, kernel.outputs, tuple(parts), kernel.axis)
 
 
 def _layer_axis(leaves: dict[str, Tensor], kind: LayerKind) -> int:
@@ -279,8 +239,3 @@ def _shapes(leaves: dict[str, Tensor], kind: LayerKind, modules: tuple[str, ...]
 def _float32(leaves: dict[str, Tensor], name: str) -> Tensor:
   leaf = leaves[name]
   return leaf if leaf.dtype == np.float32 else Cast(leaf, np.float32, f'target/{name}')
-
-
-def _list(names, limit: int = 12) -> str:
-  names = list(names)
-  return ', '.join(names[:limit]) + (f' and {len(names) - limit} more' if len(names) > limit else '')

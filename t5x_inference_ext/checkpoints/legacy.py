@@ -56,6 +56,13 @@ def parse(data: bytes, path: str) -> Any:
     raise CheckpointError(f'{path} is not a T5X checkpoint index, or is damaged: {e}') from e
 
 
+def pack_array(values: np.ndarray) -> msgpack.ExtType:
+  """A small array inside an index; the inverse of what parse does."""
+  values = np.asarray(values)
+  content = values.shape, values.dtype.name, values.tobytes()
+  return msgpack.ExtType(_NDARRAY, msgpack.packb(content, use_bin_type=True))
+
+
 def _extension(code: int, data: bytes) -> Any:
   if code not in (_NDARRAY, _SCALAR):
     return msgpack.ExtType(code, data)

@@ -1,17 +1,21 @@
 """Files and zarr arrays of a checkpoint, on a local disk or in a bucket (gs://), all through tensorstore."""
 
+import itertools
+import math
 import os
 import re
 
 import numpy as np
 import tensorstore as ts
 
-from t5x_inference_ext.checkpoints.tensor import Tensor
+from t5x_inference_ext.checkpoints.tensor import Bounds, Tensor
 from t5x_inference_ext.errors import CheckpointError
 
 # Decoded chunks are kept, so that reading one layer after another out of a chunk that holds several decodes it once.
 CACHE_BYTES = 512 * 2**20
 _context = ts.Context({'cache_pool': {'total_bytes_limit': CACHE_BYTES}})
+# What is read once, or must come from the disk, is not kept.
+no_cache = ts.Context({'cache_pool': {'total_bytes_limit': 0}})
 
 
 def is_remote(path: str) -> bool:
@@ -62,23 +66,53 @@ class Stored(Tensor):
   Missing chunks are errors, where tensorstore would give zeros.
   """
 
-  def __init__(self, name: str, path: str, store: ts.TensorStore):
+  def __init__(self, name: str, path: str, store: ts.TensorStore, spec: dict):
     super().__init__(store.shape, store.dtype.numpy_dtype, path)
     self.name = name
-    self._store = store
+    self.chunk = tuple(c or n for c, n in zip(store.chunk_layout.read_chunk.shape or (), self.shape))
+    self._store, self._spec = store, spec
+    metadata = store.spec().to_json().get('metadata', {})
+    self._ends_told = (metadata.get('compressor') or {}).get('id') == 'gzip' and metadata.get('zarr_format') == 2
+    self._separator, self._complete = metadata.get('dimension_separator', '.'), set()
+
+  def uncached(self):
+    return Opening(self.name, self.path, self._spec, no_cache).tensor()
 
   def _read(self, bounds):
     try:
+      if self._ends_told:
+        self._check_ends(bounds)
       return np.asarray(self._store[tuple(slice(*b) for b in bounds)].read().result())
     except ValueError as e:
       raise CheckpointError(f'{self.name}: damaged data in {self.path}: {reason(e)}') from e
+
+
+  def _check_ends(self, bounds: Bounds) -> None:
+    """Raises CheckpointError for a gzip file without its end.
+
+    tensorstore stops when it has all values, and so does not miss the checksum that follows them. A file's last four
+    bytes are the length of what was compressed.
+    """
+    expected = math.prod(self.chunk) * self.dtype.itemsize % 2**32
+    ranges = (range(begin // c, -(-end // c)) for (begin, end), c in zip(bounds, self.chunk))
+    keys = [self._separator.join(map(str, place)) or '0' for place in itertools.product(*ranges)]
+    ends = {key: self._store.kvstore.read(key, byte_range=slice(-4, None))
+            for key in keys if key not in self._complete}
+    for key, end in ends.items():
+      try:
+        result = end.result()
+      except ValueError as e:  # shorter than four bytes
+        raise CheckpointError(f'{self.name}: damaged data in {self.path}/{key}: {reason(e)}') from e
+      if result.state == 'value' and int.from_bytes(result.value, 'little') != expected:
+        raise CheckpointError(f'{self.name}: damaged data in {self.path}/{key}: the end of the file is not there')
+      self._complete.add(key)
 
 
 class Opening:
   """An array being opened: start many with open_array, then wait for each."""
 
   def __init__(self, name: str, path: str, spec: dict, context: ts.Context):
-    self.name, self.path = name, path
+    self.name, self.path, self._spec = name, path, spec
     self._future = ts.open(ts.Spec(spec), open=True, read=True, context=context)
 
   def store(self) -> ts.TensorStore:
@@ -89,7 +123,7 @@ class Opening:
       raise CheckpointError(f'{self.name}: no readable zarr array at {self.path}: {reason(e)}') from e
 
   def tensor(self) -> Stored:
-    return Stored(self.name, self.path, self.store())
+    return Stored(self.name, self.path, self.store(), self._spec)
 
 
 def open_array(name: str, path: str, *, driver: str = 'zarr', base: dict | None = None, key: str = '',

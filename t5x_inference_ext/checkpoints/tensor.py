@@ -18,12 +18,18 @@ class Tensor:
     shape: its shape.
     dtype: of what read() returns; may be ml_dtypes' bfloat16.
     path: the file or directory that holds it, for messages.
+    chunk: the shape of what is stored, and so decoded, as one piece.
   """
 
   def __init__(self, shape: Sequence[int], dtype: np.dtype, path: str):
     self.shape = tuple(int(n) for n in shape)
     self.dtype = np.dtype(dtype)
     self.path = path
+    self.chunk = self.shape
+
+  def uncached(self) -> 'Tensor':
+    """The same tensor without a cache of decoded chunks: for those who read each chunk once."""
+    return self
 
   def read(self, index: tuple[slice, ...] | None = None) -> np.ndarray:
     """The values at `index`, reading little more than them.
@@ -83,6 +89,10 @@ class Stack(Tensor):
     shape.insert(axis, len(parts))
     super().__init__(shape, np.result_type(*(p.dtype for p in parts)), parts[0].path)
     self._parts, self._axis = tuple(parts), axis
+    self.chunk = parts[0].chunk[:axis] + (1,) + parts[0].chunk[axis:]
+
+  def uncached(self):
+    return Stack([part.uncached() for part in self._parts], self._axis)
 
   def _read(self, bounds):
     begin, end = bounds[self._axis]
@@ -149,6 +159,18 @@ class Scaled(Tensor):
     return self._source.read(_slices(bounds)).astype(self.dtype, copy=False) * self.dtype.type(self._factor)
 
 
+class Reciprocal(Tensor):
+  """1 / a tensor of floats."""
+
+  def __init__(self, source: Tensor):
+    super().__init__(source.shape, source.dtype, source.path)
+    self._source = source
+
+  def _read(self, bounds):
+    with np.errstate(divide='ignore'):  # conversions refuse infinite scales
+      return self.dtype.type(1) / self._source.read(_slices(bounds))
+
+
 class Squeezed(Tensor):
   """A tensor without one of its axes of size 1."""
 
@@ -166,6 +188,10 @@ class Cast(Tensor):
   def __init__(self, source: Tensor, dtype: np.dtype, name: str):
     super().__init__(source.shape, dtype, source.path)
     self._source, self._name = source, name
+    self.chunk = source.chunk
+
+  def uncached(self):
+    return Cast(self._source.uncached(), self.dtype, self._name)
 
   def _read(self, bounds):
     values = self._source.read(_slices(bounds))

@@ -11,7 +11,7 @@ import pytest
 
 from t5x_inference_ext import parameters
 from t5x_inference_ext.checkpoints import convert, open_checkpoint, serving
-from t5x_inference_ext.checkpoints.output import MARKER, OutputDirectory
+from t5x_inference_ext.checkpoints.work_directory import MARKER, WorkDirectory
 from t5x_inference_ext.errors import CheckpointError, UserError
 from tests.checkpoints import synthetic
 
@@ -107,6 +107,22 @@ def test_every_source_form_gives_the_same_bytes(tmp_path):
   assert len(checksums) == 1
 
 
+def test_what_t5x_saved_through_orbax_gives_the_same_bytes(palm_tiny, testdata, tmp_path):
+  convert.convert(palm_tiny, tmp_path / 'legacy')
+  convert.convert(testdata / 'palm_tiny_orbax' / 'checkpoint_1000', tmp_path / 'orbax')
+  legacy, orbax = ((tmp_path / name / 'checksums.json').read_text() for name in ('legacy', 'orbax'))
+  assert legacy == orbax
+
+
+def test_without_a_call_that_reserves_space(source, tmp_path, monkeypatch):
+  convert.convert(source, tmp_path / 'out')
+  monkeypatch.delattr(os, 'posix_fallocate')
+  monkeypatch.delattr(os, 'posix_fadvise')
+  monkeypatch.delattr(os, 'sched_getaffinity')
+  convert.convert(source, tmp_path / 'other')
+  assert (tmp_path / 'out' / 'checksums.json').read_text() == (tmp_path / 'other' / 'checksums.json').read_text()
+
+
 def test_sizes_of_the_real_checkpoint(palm_tiny, tmp_path):
   report = convert.convert(palm_tiny, tmp_path / 'out')
   assert report.layer_float32_bytes == 4 * (report.source.config.num_params - 384 * 256 - 256 - 4 * 256)
@@ -168,12 +184,15 @@ def test_unknown_weights(source, tmp_path):
     convert.convert(source, tmp_path / 'out', 'int4')
 
 
-def test_damaged_source_leaves_nothing(source, tmp_path):
+def test_damaged_source_leaves_nothing_that_looks_finished(source, tmp_path):
   chunk = source / 'target.decoder.decoder.o_wo_fused.kernel' / '0.0.0.0'
   chunk.write_bytes(chunk.read_bytes()[:50])
   with pytest.raises(CheckpointError, match=str(chunk)):
     convert.convert(source, tmp_path / 'deep' / 'out')
-  assert list((tmp_path / 'deep').iterdir()) == []
+  assert [p.name for p in (tmp_path / 'deep').iterdir()] == ['out.unfinished']  # other arrays were converted
+  for path in ('out.unfinished', 'out.unfinished/checkpoint'):
+    with pytest.raises(CheckpointError, match='has not finished'):
+      open_checkpoint(tmp_path / 'deep' / path)
 
 
 def test_a_user_s_directory_in_the_way_is_left_alone(source, tmp_path):
@@ -186,27 +205,30 @@ def test_a_user_s_directory_in_the_way_is_left_alone(source, tmp_path):
 
 
 def test_two_conversions_into_one_directory(source, tmp_path):
-  with OutputDirectory(tmp_path / 'out') as first:
+  first = WorkDirectory(tmp_path / 'out')
+  with first.working(0):
     with pytest.raises(CheckpointError, match='another conversion'):
       convert.convert(source, tmp_path / 'out')
-    assert (pathlib.Path(first.directory) / MARKER).exists()
+    assert (pathlib.Path(first.root) / MARKER).exists()
 
 
 def test_output_that_appears_meanwhile(source, tmp_path):
   with pytest.raises(CheckpointError, match='exists already'):
     convert.convert(source, tmp_path / 'out', progress=lambda *_: (tmp_path / 'out').mkdir(exist_ok=True))
   assert list((tmp_path / 'out').iterdir()) == []
-  assert not (tmp_path / 'out.unfinished').exists()
+  (tmp_path / 'out').rmdir()
+  assert convert.convert(source, tmp_path / 'out').finished
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['out', 'source']
 
 
 def test_what_was_written_wrongly_is_noticed(source, tmp_path):
   """A disk that does not keep what it was given."""
   def damage(what, done, total):
-    chunk = tmp_path / 'out.unfinished' / 'gate' / '0.0.0'
-    if what.startswith('layer 1 attention'):  # the last slice
-      chunk.write_bytes((tmp_path / 'out.unfinished' / 'linear' / '0.0.0').read_bytes())
+    root = tmp_path / 'out.unfinished' / 'checkpoint'
+    if what.startswith('verify query'):
+      (root / 'gate' / '0.0.0').write_bytes((root / 'linear' / '0.0.0').read_bytes())
   with pytest.raises(CheckpointError, match='gate: damaged data'):
-    convert.convert(source, tmp_path / 'out', progress=damage)
+    convert.convert(source, tmp_path / 'out', progress=damage, workers=1)
   assert not (tmp_path / 'out').exists()
 
 
@@ -225,9 +247,9 @@ def test_killed_in_the_middle(source, tmp_path, slices):
   assert process.exitcode == -signal.SIGKILL
   assert not (tmp_path / 'out').exists()
   assert (tmp_path / 'out.unfinished').exists()
-  if slices < 14:
+  for path in ('out.unfinished', 'out.unfinished/checkpoint'):
     with pytest.raises(CheckpointError, match='not a checkpoint'):
-      open_checkpoint(tmp_path / 'out.unfinished')
+      open_checkpoint(tmp_path / path)
   convert.convert(source, tmp_path / 'out')
   assert sorted(p.name for p in tmp_path.iterdir()) == ['out', 'source']
   assert not (tmp_path / 'out' / MARKER).exists()
@@ -240,30 +262,3 @@ def test_progress_adds_up(source, tmp_path):
                   progress=lambda what, n, total: done['verify' if 'verify' in what else 'convert'].append((n, total)))
   for steps in done.values():
     assert sum(n for n, _ in steps) == steps[0][1]
-
-
-@pytest.mark.parametrize('layers_at_a_time', [1, 2])
-def test_reads_the_source_once_and_in_slices(source, tmp_path, monkeypatch, layers_at_a_time):
-  """Host memory is bounded by slice_bytes, or one column of chunks of one layer."""
-  monkeypatch.setattr(serving, 'MAX_CHUNK_COLUMNS', 5)
-  reads = []
-  original = convert.open_checkpoint
-
-  def recording(*args, **kwargs):
-    checkpoint = original(*args, **kwargs)
-    for name, tensor in checkpoint.tensors.items():
-      def read(index=None, name=name, inner=tensor.read):
-        values = inner(index)
-        reads.append((name, values.nbytes))
-        return values
-      tensor.read = read
-    return checkpoint
-
-  monkeypatch.setattr(convert, 'open_checkpoint', recording)
-  # The largest slices are of both output matrices: [L, 12, 4] and [L, 24, 4] float32.
-  convert.convert(source, tmp_path / 'out', slice_bytes=layers_at_a_time * 36 * 4 * 4)
-  for name in MATRICES:
-    sizes = [n for read_name, n in reads if read_name == name]
-    assert sum(sizes) == VALUES[name].nbytes
-    assert max(sizes) <= layers_at_a_time * 36 * 4 * 4
-  assert max(n for name, n in reads if name == 'mlp_output') == layers_at_a_time * 24 * 4 * 4

@@ -185,8 +185,8 @@ def test_quantized_kernels(tmp_path, form, layers):
   """Two output scales; the products are those of the stored pairs."""
   config = model(num_kv_heads=2 if form.get('attention') else 1)
   leaves = synthetic.quantized(synthetic.separate(synthetic.canonical(config), config, **form))
-  product = {n.replace('qkernel', 'kernel'): v * leaves[n.replace('qkernel', 'qscale')] if n.endswith('qkernel') else v
-             for n, v in leaves.items() if not n.endswith('qscale')}
+  product = {n.replace('qkernel', 'kernel'): v * (1 / leaves[n.replace('qkernel', 'qscale')])
+             if n.endswith('qkernel') else v for n, v in leaves.items() if not n.endswith('qscale')}
   checkpoint = opened(tmp_path / 'a', LAYERS[layers](leaves))
   products = opened(tmp_path / 'b', product)
   assert (checkpoint.weights, checkpoint.config) == ('int8', config)

@@ -59,9 +59,9 @@ def test_float_checkpoints(tmp_path, form, layers):
 @pytest.mark.parametrize('form', ['legacy', 'legacy, arrays in the index', 'orbax', 'orbax, zarr 3'])
 @pytest.mark.parametrize('widened', [None, np.float32, ml_dtypes.bfloat16])
 def test_quantized_checkpoints(tmp_path, form, layers, widened):
-  """qkernel and qscale: value = qkernel * qscale, also where T5X's writer has widened the int8 kernels."""
+  """qkernel and qscale: value = qkernel / qscale, also where T5X's writer has widened the int8 kernels."""
   leaves = synthetic.quantized(SCANNED)
-  kernels = {n.replace('qkernel', 'kernel'): v * leaves[n.replace('qkernel', 'qscale')]
+  kernels = {n.replace('qkernel', 'kernel'): v * (1 / leaves[n.replace('qkernel', 'qscale')])
              for n, v in leaves.items() if n.endswith('qkernel')}
   if widened is not None:
     leaves = {n: v.astype(widened) if n.endswith('qkernel') else v for n, v in leaves.items()}

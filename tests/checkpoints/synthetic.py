@@ -92,7 +92,7 @@ def _norms(tensors: Leaves, **modules: str) -> Leaves:
 
 
 def quantized(leaves: Leaves) -> Leaves:
-  """A scanned tree with each kernel as qkernel and qscale."""
+  """A scanned tree with each kernel as qkernel and qscale: a weight is qkernel / qscale, as in flaxformer (AQT)."""
   out = {}
   for name, values in leaves.items():
     if not name.endswith('kernel'):
@@ -101,7 +101,7 @@ def quantized(leaves: Leaves) -> Leaves:
     axes = (0, 2) if 'o_wo' in name or ('/out/' in name and values.ndim == 4) else (0,)
     scale = np.abs(values).max(axes, keepdims=True) / np.float32(127)
     out[name.replace('kernel', 'qkernel')] = np.rint(values / scale).astype(np.int8)
-    out[name.replace('kernel', 'qscale')] = scale
+    out[name.replace('kernel', 'qscale')] = 1 / scale
   return out
 
 

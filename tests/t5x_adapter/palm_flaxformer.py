@@ -12,8 +12,16 @@ import jax.numpy as jnp
 
 def make_module(
     vocab: int, layers: int, embed: int, ff: int, heads: int, head_dim: int, scan: bool = True, dtype=jnp.float32,
-    activations: tuple[str, ...] = ('swish', 'linear')) -> nn.Module:
-  """A module that T5X's DecoderOnlyModel drives unchanged; (384, 4, 256, 1024, 8, 32) is palm_tiny."""
+    activations: tuple[str, ...] = ('swish', 'linear'), quantized: bool = False) -> nn.Module:
+  """A module that T5X's DecoderOnlyModel drives unchanged; (384, 4, 256, 1024, 8, 32) is palm_tiny.
+
+  With `quantized`, its kernels are flaxformer's quantized variables, qkernel and qscale.
+  """
+  aqt = {}
+  if quantized:
+    from aqt.jax_legacy.jax import quantization
+    weights = quantization.QuantOps.WeightParams(prec=8, half_shift=False, axis=None)
+    aqt = dict(use_aqt=True, weight_params=weights, possibly_use_quantized_vars=True)
   kernels = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
   no_bias = dict(use_bias=False, bias_init=nn.initializers.zeros)
 
@@ -34,7 +42,8 @@ def make_module(
         activations=activations, kernel_init=kernels, intermediate_dropout_rate=0.0, final_dropout_rate=0.0,
         dtype=dtype, **no_bias)
     return parallel_fused_decoder.ParallelFusedDecoderLayer(
-        self_attention=attention, mlp=mlp, dropout_factory=dropout, layer_norm_factory=norm, scanned=scan)
+        self_attention=attention, mlp=mlp, dropout_factory=dropout, layer_norm_factory=norm, scanned=scan,
+        **aqt)
 
   def embedder():
     return embedding.Embed(

@@ -1,0 +1,106 @@
+"""Every way in which a conversion changes the disk. Each raises OSError: a full disk, a failing device."""
+
+import contextlib
+import json
+import mmap
+import os
+import shutil
+from typing import Any, Iterator
+
+import numpy as np
+
+
+_ZEROS = 2**20
+
+
+def allocate(path: str, size: int) -> None:
+  """Makes a file of zeros whose blocks are reserved, so that no later write into it finds the disk full."""
+  descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+  try:
+    with _named(path):
+      if hasattr(os, 'posix_fallocate'):
+        os.posix_fallocate(descriptor, 0, size)
+      else:  # not on macOS: zeros, written
+        os.ftruncate(descriptor, 0)
+        for begin in range(0, size, _ZEROS):
+          os.write(descriptor, bytes(min(_ZEROS, size - begin)))
+  finally:
+    os.close(descriptor)
+
+
+def write_block(path: str, shape: tuple[int, ...], index: tuple[slice, ...], values: np.ndarray) -> None:
+  """Writes values into the allocated file of one array of `shape`, in C order, touching only the pages they are on."""
+  with _named(path), open(path, 'r+b', buffering=0) as f:
+    varying = [axis for axis, n in enumerate(values.shape) if n > 1] or [0]
+    if values.shape[varying[0] + 1:] == shape[varying[0] + 1:]:  # one range of bytes
+      begin = int(np.ravel_multi_index([s.start for s in index], shape)) * values.dtype.itemsize
+      data = memoryview(np.ascontiguousarray(values).view(np.uint8)).cast('B')
+      while data:
+        written = os.pwrite(f.fileno(), data, begin)
+        begin, data = begin + written, data[written:]
+      return
+    with mmap.mmap(f.fileno(), 0) as memory:
+      np.frombuffer(memory, values.dtype).reshape(shape)[index] = values
+
+
+def sync(path: str) -> None:
+  """Waits until a file or a directory is on the disk, and forgets what is cached of it: the next read is the disk's."""
+  descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+  try:
+    with _named(path):
+      os.fsync(descriptor)
+      if not os.path.isdir(path) and hasattr(os, 'posix_fadvise'):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+  finally:
+    os.close(descriptor)
+
+
+def append_line(path: str, entry: Any) -> None:
+  """Adds a line of JSON to a file, and waits until it is on the disk. A kill leaves it out, or torn."""
+  descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+  try:
+    with _named(path):
+      line = b'\n' + json.dumps(entry).encode() + b'\n'  # the first ends what a kill may have torn
+      if os.write(descriptor, line) != len(line):
+        raise OSError(28, 'No space left on device')
+      os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
+
+
+def write_file(path: str, data: bytes) -> None:
+  """A whole small file that is there entirely or not at all."""
+  temporary = f'{path}.new'
+  with _named(path):
+    with open(temporary, 'wb') as f:
+      f.write(data)
+      f.flush()
+      os.fsync(f.fileno())
+    os.rename(temporary, path)
+    sync(os.path.dirname(path))
+
+
+def publish(directory: str, path: str) -> None:
+  """Renames a directory whose contents are on the disk to its final name, in one step."""
+  with _named(path):
+    for root, _, _ in os.walk(directory):
+      sync(root)
+    os.rename(directory, path)
+    sync(os.path.dirname(path))
+
+
+def remove(directory: str) -> None:
+  """Removes a directory and all in it, if it is there."""
+  if os.path.lexists(directory):
+    shutil.rmtree(directory)
+
+
+@contextlib.contextmanager
+def _named(path: str) -> Iterator[None]:
+  """An OSError from here on names the file, which those of descriptors do not."""
+  try:
+    yield
+  except OSError as e:
+    if e.filename is None:
+      raise type(e)(e.errno, e.strerror, path) from e
+    raise

@@ -1,0 +1,175 @@
+"""T5X's own checkpoint format, written: float32, or int8 with flaxformer's names qkernel and qscale.
+
+The tree is arranged as the one that the weights came from, where that is known (flaxformer.Reading.form, which
+serving checkpoints record); else as flaxformer's layer for such a model usually is: scanned, ParallelFusedDecoderLayer
+where the model can be one, DecoderLayer with split heads where not.
+"""
+
+import json
+import math
+from typing import Any, Iterator, Sequence
+
+import msgpack
+import numpy as np
+
+from t5x_inference_ext import parameters
+from t5x_inference_ext.checkpoints import flaxformer, flaxformer_names, legacy, serving
+from t5x_inference_ext.checkpoints.arrays import Arrangement, Part, Rectangle
+from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
+from t5x_inference_ext.checkpoints.layer_kinds import KINDS, OUT, Kernel, LayerKind
+from t5x_inference_ext.checkpoints.raw_array import RawArray
+from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.errors import CheckpointError
+
+MANIFEST = 't5x_inference_ext.json'
+FORMAT = 't5x_inference_ext T5X checkpoint'
+CHUNK_BYTES = 64 * 2**20
+
+
+class T5xOutput:
+  """A T5X checkpoint being written. An Output."""
+
+  header = legacy.INDEX
+
+  def __init__(self, source: Checkpoint, directory: str, weights: str, provenance: dict[str, Any], version: str,
+               options: dict[str, Any]):
+    self.weights = weights
+    form = source.form or usual_form(source.config)
+    self._step, self._kinds = source.step, parameters.parameters(source.config)
+    self._leaves, self._places, self._layer_weights = {}, {}, set()
+    self._directory = directory
+    self._per_layer, self._axis = form['per_layer'], form['layer_axis']
+    self._layers = source.config.num_layers
+    self._lay_out(source.config, next(k for k in KINDS if k.name == form['layers']), form['kernels'])
+    self.arrays = tuple(a for leaves in self._leaves.values() for a in leaves)
+    self._manifest = {
+        'format': FORMAT, 'version': 1, 'written_by': f't5x_inference_ext {version}', 'weights': weights,
+        'options': options, 'model': source.config.to_dict(), 'source': provenance,
+        'tensors': {a.name: {'shape': a.shape, 'dtype': a.dtype.name, 'chunks': a.chunk} for a in self.arrays}}
+
+  def _lay_out(self, config: ModelConfig, kind: LayerKind, stored: dict[str, list[int]]) -> None:
+    e = config.d_model
+    vector = lambda name: Arrangement(None, 0, (), (e,), (Part(name, 0, e),), 0)
+    v = config.vocab_size
+    self._add('embedding', flaxformer_names.EMBEDDING,
+              Arrangement(None, 0, (v,), (e,), (Part('embedding', 0, v),), 0), np.float32)
+    leaf_names = (('', 'scale'), ('_bias', 'bias'))[:2 if config.norm == 'layer' else 1]
+    for suffix, leaf in leaf_names:
+      self._add(f'final_norm{suffix}', f'{flaxformer_names.FINAL_NORM}/{leaf}', vector(f'final_norm{suffix}'),
+                np.float32)
+      for name, module in kind.norms:
+        self._add(f'{name}{suffix}', f'{flaxformer_names.LAYERS}/{module}/{leaf}', Arrangement(
+            self._layers, self._axis, (), (e,), (Part(f'{name}{suffix}', 0, e),), 0), np.float32)
+    factors = {'attention_output': kind.output_factor, 'mlp_output': kind.output_factor}
+    if self.weights == 'int8' and OUT in stored:
+      stored = {**stored, OUT: stored[OUT][-2:]}  # flaxformer's quantized output projection has its heads joined
+    kernels = kind.kernels(config, {module: tuple(shape) for module, shape in stored.items()})
+    for module in stored:
+      kernel = kernels[module]
+      place = f'{flaxformer_names.LAYERS}/{module}'
+      if self.weights == 'int8':
+        matrix = flaxformer.arrangement(kernel, config, self._axis, {})
+        scale = _scale_arrangement(kernel, config, self._axis, factors, self._kinds)
+        self._add_parts(f'{place}/qkernel', matrix, np.int8)
+        self._add_parts(f'{place}/qscale', scale, np.float32)
+      else:
+        self._add_parts(f'{place}/kernel', flaxformer.arrangement(kernel, config, self._axis, factors), np.float32)
+
+  def _add_parts(self, leaf: str, arrangement: Arrangement, dtype: type) -> None:
+    for part in arrangement.parts:
+      self._add(part.name, leaf, arrangement, dtype)
+    self._layer_weights |= {array.name for array in self._leaves[leaf]}
+
+  def _add(self, name: str, leaf: str, arrangement: Arrangement, dtype: type) -> None:
+    """Says that the canonical tensor `name` goes to `leaf`."""
+    self._places.setdefault(name, []).append((leaf, arrangement))
+    if leaf in self._leaves:
+      return
+    shape = arrangement.to_stored(arrangement.factored)
+    names = [leaf]
+    if self._per_layer and arrangement.layers is not None:
+      shape = shape[:self._axis] + shape[self._axis + 1:]
+      names = [leaf.replace(flaxformer_names.LAYERS, f'decoder/layers_{i}', 1) for i in range(self._layers)]
+    chunk = chunk_shape(shape, CHUNK_BYTES // np.dtype(dtype).itemsize)
+    self._leaves[leaf] = [
+        RawArray(self._directory, f'target.{n.replace("/", ".")}', shape, dtype, chunk) for n in names]
+
+  def dtype(self, name: str) -> np.dtype:
+    return self._leaves[self._places[name][0][0]][0].dtype
+
+  def is_layer_weight(self, array: str) -> bool:
+    return array in self._layer_weights
+
+  def placements(self, name: str, rectangle: Rectangle, values: np.ndarray) -> Iterator[tuple]:
+    for leaf, arrangement in self._places[name]:
+      part = next(p for p in arrangement.parts if p.name == name)
+      scaled = values if part.factor == 1 else values / values.dtype.type(part.factor)
+      if leaf.endswith('/qscale'):
+        scaled = 1 / scaled  # flaxformer divides by what is stored
+      for bounds, index in arrangement.pieces(part, rectangle):
+        piece = scaled[index]
+        if self._per_layer and arrangement.layers is not None:
+          for i in range(*bounds[0]):
+            yield self._leaves[leaf][i], bounds[1:], piece[i - bounds[0][0]]
+        elif arrangement.layers is None:
+          yield self._leaves[leaf][0], bounds[1:], piece[0]
+        else:
+          yield self._leaves[leaf][0], arrangement.to_stored(bounds), np.moveaxis(piece, 0, self._axis)
+
+  def headers(self, checksums: dict[str, list[int]], errors: dict[str, dict]) -> Iterator[tuple[str, bytes]]:
+    yield serving.CHECKSUMS, serving.checksums_file(checksums)
+    yield MANIFEST, json.dumps({**self._manifest, 'errors': errors}, indent=2).encode() + b'\n'
+    target = {}
+    for array in self.arrays:
+      *keys, last = array.name.split('.')[1:]
+      node = target
+      for key in keys:
+        node = node.setdefault(key, {})
+      node[last] = {'driver': 'zarr', 'dtype': array.dtype.name,
+                    'kvstore': {'driver': 'file', 'path': f'{array.name}/'},
+                    'metadata': {k: array.metadata[k] for k in ('shape', 'chunks', 'compressor')}}
+    state = {'step': legacy.pack_array(np.int32(self._step or 0))}
+    index = {'version': 3, 'optimizer': {'target': target, 'state': state}}
+    yield legacy.INDEX, msgpack.packb(index, use_bin_type=True)
+
+
+def usual_form(config: ModelConfig) -> dict[str, Any]:
+  """How flaxformer usually arranges such a model, where nobody recorded it. Raises CheckpointError where it can't."""
+  c = config
+  fused, serial, parallel = KINDS
+  if c.block == 'parallel' and c.num_kv_heads == 1 and c.norm == 'rms' and c.d_ff % c.num_heads == 0:
+    kind, names, shapes = fused, fused.alternatives[0][0], {}
+  else:
+    kind = serial if c.block == 'serial' else parallel
+    if c.num_kv_heads not in (1, c.num_heads):
+      raise CheckpointError(f'flaxformer has no layer with {c.num_heads} query and {c.num_kv_heads} key/value heads: a '
+                            'T5X checkpoint is written only where this model came from one')
+    mlp = ('mlp/wi_0', 'mlp/wi_1') if c.mlp == 'swiglu' else ('mlp/wi',)
+    heads = ('self_attention/query', *(() if c.num_kv_heads == 1 else ('self_attention/key', 'self_attention/value')))
+    names = (*(f'self_attention/{n}' for n in ('query', 'key', 'value', 'out')), *mlp, 'mlp/wo')
+    shapes = {name: (0, 0, 0) for name in (*heads, 'self_attention/out')}  # of three axes: heads are split
+  kernels = kind.kernels(c, shapes)
+  return {'layers': kind.name, 'layer_axis': 1, 'per_layer': False,
+          'kernels': {name: list(kernels[name].shape) for name in names}}
+
+
+def chunk_shape(shape: Sequence[int], elements: int) -> tuple[int, ...]:
+  """T5X's rule: the largest side goes down to its next divisor, until a chunk has at most so many elements."""
+  sides = list(shape)
+  while math.prod(sides) > elements:
+    axis = sides.index(max(sides))
+    sides[axis] = next(d for d in range(sides[axis] - 1, 0, -1) if shape[axis] % d == 0)
+  return tuple(sides)
+
+
+def _scale_arrangement(kernel: Kernel, config: ModelConfig, axis: int, factors: dict[str, float],
+                       kinds: dict[str, parameters.Parameter]) -> Arrangement:
+  """Of the scales beside a quantized kernel: axes that are summed over have size 1, and parts along them one scale."""
+  parts, start = {}, 0
+  summed = kernel.axis < len(kernel.inputs)
+  for name, width in kernel.parts:
+    scale = kinds[name].scale
+    parts.setdefault(scale, Part(scale, 0 if summed else start, 1 if summed else width, factors.get(name, 1.)))
+    start += width
+  return Arrangement(config.num_layers, axis, (1,) * len(kernel.inputs), kernel.outputs, tuple(parts.values()),
+                     kernel.axis)

@@ -1,0 +1,194 @@
+"""Converts again and again in child processes that are killed, or whose disk fails; prints what came of it as JSON.
+
+  python fault_program.py SOURCE SCRATCH kills SEED COUNT
+  python fault_program.py SOURCE SCRATCH errors
+
+A process of its own, without jax: it forks, and a fork starts at once.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import pathlib
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+
+from t5x_inference_ext.checkpoints import convert, files, open_checkpoint, storage
+from t5x_inference_ext.checkpoints.work_directory import WorkDirectory
+from t5x_inference_ext.errors import CheckpointError
+
+# Many slices; some blocks are held, some read again; and most of the time is spent on them.
+OPTIONS = dict(workers=2, slice_bytes=1, hold_bytes=2000, progress=lambda *_: time.sleep(.002))
+FUNCTIONS = ('allocate', 'write_block', 'sync', 'append_line', 'write_file', 'publish')
+
+
+def digest(path: pathlib.Path) -> str:
+  """Of all names and contents below a directory."""
+  total = hashlib.sha256()
+  for file in sorted(p for p in path.rglob('*') if p.is_file()):
+    total.update(str(file.relative_to(path)).encode() + b'\0' + file.read_bytes())
+  return total.hexdigest()
+
+
+def fork(function) -> int:
+  """Runs function() in a child, which ends with 0, or 2 and the message in the file `error`."""
+  pid = os.fork()
+  if pid:
+    return pid
+  code = 1
+  try:
+    function()
+    code = 0
+  except CheckpointError as e:
+    code = 2
+    with contextlib.suppress(OSError):
+      pathlib.Path('error').write_text(str(e), encoding='utf-8')
+  finally:
+    os._exit(code)
+
+
+def exit_code(pid: int) -> int:
+  return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def loads(out: pathlib.Path) -> bool:
+  """Whether anything of an unfinished conversion passes for a checkpoint."""
+  for path in (f'{out}.unfinished', f'{out}.unfinished/checkpoint'):
+    try:
+      open_checkpoint(path)
+      return True
+    except CheckpointError:
+      pass
+  return False
+
+
+def check_parts(out: pathlib.Path) -> bool:
+  """In a child: opening a checkpoint starts tensorstore's threads, which a fork would lose."""
+  def check():
+    if loads(out):
+      raise CheckpointError('loads')
+  return exit_code(fork(check)) == 0
+
+
+def recorded(out: pathlib.Path) -> list[int]:
+  """The slices that are finished, by the journal."""
+  if not os.path.isdir(f'{out}.unfinished'):
+    return []
+  return sorted(e['slice'] for e in WorkDirectory(out).entries() if 'slice' in e)
+
+
+def kills(source: str, scratch: pathlib.Path, seed: int, count: int) -> dict:
+  """Kills a conversion at random moments, over and over until it finishes; then another one, until `count` kills."""
+  rng = random.Random(seed)
+  whole = scratch / 'whole'
+  begin = time.monotonic()
+  assert exit_code(fork(lambda: convert.convert(source, whole, **OPTIONS))) == 0
+  seconds = time.monotonic() - begin
+  expected = digest(whole)
+  result = dict(kills=0, finished=0, different=0, partial_loads=0, lost=0, resumed=0, seconds=seconds)
+  while result['kills'] < count or not result['finished']:
+    out = scratch / f'out{result["finished"]}'
+    done, killed = [], 0
+    while not out.exists():
+      pid = fork(lambda: convert.convert(source, out, **OPTIONS))
+      if killed < 12:  # then it may finish
+        time.sleep(rng.uniform(.05, 1.) * seconds)
+        os.kill(pid, signal.SIGKILL)
+      code = exit_code(pid)
+      if code == -signal.SIGKILL:
+        killed += 1
+        if not out.exists():
+          result['partial_loads'] += not check_parts(out)
+          now = recorded(out)
+          result['lost'] += len(set(done) - set(now))
+          result['resumed'] += bool(done)
+          done = now
+      elif code:
+        raise SystemExit(f'ended with {code}: {pathlib.Path("error").read_text(encoding="utf-8")}')
+    result['kills'] += killed
+    if os.path.lexists(f'{out}.unfinished'):  # killed between its last two steps
+      assert exit_code(fork(lambda: convert.convert(source, out, **OPTIONS))) == 0
+    result['finished'] += 1
+    result['different'] += digest(out) != expected or os.path.lexists(f'{out}.unfinished')
+    shutil.rmtree(out)
+  return result
+
+
+def failing(function: str, number: int, code: int):
+  """Makes the number-th call of one of files' functions fail."""
+  original, calls = getattr(files, function), [0]
+
+  def replaced(*arguments):
+    calls[0] += 1
+    if calls[0] == number:
+      raise OSError(code, os.strerror(code), str(arguments[0]))
+    return original(*arguments)
+
+  setattr(files, function, replaced)
+
+
+def failing_read(number: int):
+  original, calls = storage.Stored._read, [0]
+
+  def replaced(self, bounds):
+    calls[0] += 1
+    if calls[0] == number:
+      raise CheckpointError(f'{self.name}: damaged data in {self.path}: Input/output error')
+    return original(self, bounds)
+
+  storage.Stored._read = replaced
+
+
+def errors(source: str, scratch: pathlib.Path) -> dict:
+  """Disks that fill up and reads that fail, at various moments; each followed by the same command without the fault."""
+  whole = scratch / 'whole'
+  assert exit_code(fork(lambda: convert.convert(source, whole, **OPTIONS))) == 0
+  expected = digest(whole)
+  faults = [(name, number, code) for name in FUNCTIONS for number in (1, 4, 30)
+            for code in (errno.ENOSPC, errno.EIO) if name != 'publish' or number == 1]
+  faults += [('read', number, 0) for number in (1, 5, 12)] + [('limit', 0, 0)]
+  result = dict(faults=0, hit=0, wrong=[], messages=[])
+  for name, number, code in faults:
+    out = scratch / f'out{result["faults"]}'
+
+    def faulty():
+      if name == 'read':
+        failing_read(number)
+      elif name == 'limit':  # a real one, of the system: no file may be so long
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+      else:
+        failing(name, number, code)
+      convert.convert(source, out, **OPTIONS)
+
+    ended = exit_code(fork(faulty))
+    result['faults'] += 1
+    result['hit'] += ended == 2
+    if ended == 2:
+      message = pathlib.Path('error').read_text(encoding='utf-8') if name != 'limit' else ''
+      result['messages'].append(message)
+      if out.exists() or not check_parts(out):
+        result['wrong'].append(f'{name} {number} {code}: looks finished')
+    elif ended:
+      result['wrong'].append(f'{name} {number} {code}: ended with {ended}')
+    if not out.exists() and exit_code(fork(lambda: convert.convert(source, out, **OPTIONS))) != 0:
+      result['wrong'].append(f'{name} {number} {code}: {pathlib.Path("error").read_text(encoding="utf-8")}')
+    elif digest(out) != expected or os.path.lexists(f'{out}.unfinished'):
+      result['wrong'].append(f'{name} {number} {code}: another checkpoint')
+    shutil.rmtree(out, ignore_errors=True)
+  return result
+
+
+if __name__ == '__main__':
+  scratch_directory = pathlib.Path(sys.argv[2])
+  os.chdir(scratch_directory)
+  if sys.argv[3] == 'kills':
+    print(json.dumps(kills(sys.argv[1], scratch_directory, *map(int, sys.argv[4:]))))
+  else:
+    print(json.dumps(errors(sys.argv[1], scratch_directory)))

@@ -1,0 +1,51 @@
+"""Kills at any moment, full disks, failing reads: what is resumed ends in the same bytes, and no part ever loads."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+
+import pytest
+
+from t5x_inference_ext.config import ModelConfig
+from tests.checkpoints import synthetic
+
+CONFIG = ModelConfig(num_layers=3, d_model=16, d_ff=48, num_heads=4, d_head=8, vocab_size=32)
+KILLS = 40
+
+
+@pytest.fixture
+def run(tmp_path, repository, request):
+  source = synthetic.write_legacy(tmp_path / 'source', synthetic.fused(synthetic.canonical(CONFIG), CONFIG), chunks=8)
+  # In memory where that is possible: a conversion waits for the disk again and again, which costs a minute here.
+  memory = '/dev/shm' if os.access('/dev/shm', os.W_OK) else None
+  scratch = tempfile.TemporaryDirectory(dir=memory)
+  request.addfinalizer(scratch.cleanup)
+
+  def program(*arguments):
+    command = [sys.executable, str(repository / 'tests' / 'checkpoints' / 'fault_program.py'), str(source),
+               scratch.name, *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300,
+                            env={'PYTHONPATH': str(repository), 'PATH': '/usr/bin:/bin'})
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+  return program
+
+
+def test_kills(run):
+  result = run('kills', 0, KILLS)
+  assert result['kills'] >= KILLS and result['resumed'] >= KILLS // 4, result
+  assert result['finished'] >= 1
+  for name in ('different', 'partial_loads', 'lost'):
+    assert result[name] == 0, result
+
+
+def test_full_disks_and_failing_reads(run):
+  result = run('errors')
+  assert result['hit'] >= 30, result
+  assert result['wrong'] == []
+  for message in filter(None, result['messages']):
+    assert '\n' not in message and ('can\'t write to' in message or 'damaged data in' in message)
+  assert any('goes on from there' in message for message in result['messages'])
