@@ -54,11 +54,13 @@ MFU_80 = 2 * 540.36e9 * 512 * 2048 / (0.8 * 64 * 275e12) * 1e3
 
 ROWS = (
     Row('palm_540b', 'int8', 'v4:4x4x4', 'decode', 64, 'ws_2d/batch', 20),
-    Row('palm_540b', 'int8', 'v4:4x4x4', 'decode', 64, 'ws_2d/batch', 20, scan_layers=False),
+    Row('palm_540b', 'int8', 'v4:4x4x4', 'decode', 64, 'ws_2d/batch', 20, mesh='2x8x4'),
+    Row('palm_540b', 'int8', 'v4:4x4x4', 'decode', 64, 'ws_2d/batch', 20, mesh='2x8x4', scan_layers=False),
     Row('palm_540b', 'bfloat16', 'v4:4x4x4', 'decode', 512, 'ws_2d/batch', 65),
     Row('palm_540b', 'bfloat16', 'v4:4x4x4', 'decode', 512, 'ws_2d/batch', 65, mesh='2x8x4'),
     Row('palm_540b', 'int8', 'v4:4x4x4', 'prefill', 1, 'ws_2d/batch', 220),
-    Row('palm_540b', 'int8', 'v4:4x4x4', 'prefill', 1, 'ws_2d/heads', 220, mesh='2x8x4'),
+    Row('palm_540b', 'int8', 'v4:4x4x4', 'prefill', 1, 'ws_2d/batch', 220, mesh='2x8x4'),
+    Row('palm_540b', 'int8', 'v4:4x4x4', 'prefill', 1, 'ws_2d/batch', 220, mesh='2x8x4', scan_layers=False),
     Row('palm_540b', 'bfloat16', 'v4:4x4x4', 'prefill', 512, 'wg_xyz/batch', MFU_80),
     Row('palm_62b', 'int8', 'v4:2x2x4', 'decode', 32, 'ws_2d/batch', 8),
     Row('palm_62b', 'int8', 'v4:2x2x4', 'decode', 32, 'ws_2d/batch', 8, scan_layers=False),
