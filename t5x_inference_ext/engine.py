@@ -18,7 +18,7 @@ from t5x_inference_ext.checkpoints import Checkpoint, open_checkpoint
 from t5x_inference_ext.checkpoints.load import load_weights, scans_layers
 from t5x_inference_ext.decoding.generate import generate
 from t5x_inference_ext.decoding.model import Model
-from t5x_inference_ext.decoding.sampling import Sampler
+from t5x_inference_ext.decoding.sampling import Sampler, samplers as stack
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.layouts.layout import Layout, check_model
 from t5x_inference_ext.layouts.mesh import make_mesh, parse_mesh
@@ -102,7 +102,7 @@ class Engine:
       prompts: Sequence[Sequence[int]],
       *,
       max_new_tokens: int,
-      sampler: Sampler = Sampler(),
+      sampler: Sampler | Sequence[Sampler] = Sampler(),
       seeds: Sequence[int] | None = None,
       eos_id: int = EOS_ID,
       cache_size: int | None = None,
@@ -114,7 +114,7 @@ class Engine:
     Args:
       prompts: token ids without BOS; an empty prompt starts from BOS alone, as in T5X.
       max_new_tokens: the limit.
-      sampler: how tokens are chosen.
+      sampler: how tokens are chosen: of all rows, or one for each.
       seeds: one a prompt, 0 to 2**32 - 1 (default: all 0; equal prompts then give equal completions).
       eos_id: ends a row; -1 never does.
       cache_size: positions that each row has, BOS and the new tokens included (default: as many as needed).
@@ -135,9 +135,16 @@ class Engine:
       raise RequestError(f'{len(prompts)} prompts need as many seeds, got shape {seeds.shape}')
     # The last generated token is never fed back, so it takes no position.
     size = max(tokens.shape[1], cache_size or tokens.shape[1] + max_new_tokens - 1)
-    program = self._generation(Run(
-        len(prompts), tokens.shape[1] - 1, size, max_new_tokens, sampler, eos_id, max_length))
-    result = jax.device_get(program(self.weights, *self._put(tokens, lengths, seeds.astype(np.uint32))))
+    rows = ()
+    if not isinstance(sampler, Sampler):
+      if len(sampler) != len(prompts):
+        raise RequestError(f'{len(prompts)} prompts need as many samplers, got {len(sampler)}')
+      rows, sampler = self._put(stack(sampler, self.model.config.vocab_size)), Sampler()
+    else:
+      stack([sampler], self.model.config.vocab_size)  # its ids are checked
+    run = Run(len(prompts), tokens.shape[1] - 1, size, max_new_tokens, sampler, eos_id, max_length)
+    program = self._generation(run, bool(rows))
+    result = jax.device_get(program(self.weights, *self._put(tokens, lengths, seeds.astype(np.uint32)), *rows))
     return [Completion(row[:n].tolist(), float(score)) for row, n, score in zip(*result)]
 
   def score(self, inputs: np.ndarray, targets: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
@@ -166,8 +173,10 @@ class Engine:
     """inputs [B, T] model inputs -> [B, T, V] float32 logits after each position."""
     return np.asarray(_logits(self.model, self.weights, *self._put(np.asarray(inputs, np.int32))))
 
-  def _generation(self, run: Run):
-    """The function of (weights, tokens, lengths, seeds) that generates a batch."""
+  def _generation(self, run: Run, per_row: bool):
+    """The function of (weights, tokens, lengths, seeds), and samplers if rows have their own, that generates a batch."""
+    if self.executable is not None and per_row:
+      raise RequestError(f'the executable {self.executable.path} was compiled for one sampler: rows can\'t have their own')
     if self.executable is None:
       return functools.partial(_generate, self.model, **_options(run))
     self.executable.check_run(run)
