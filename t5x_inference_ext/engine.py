@@ -108,6 +108,7 @@ class Engine:
       cache_size: int | None = None,
       prompt_size: int | None = None,
       max_length: int | None = None,
+      prefill_chunk: int | None = None,
   ) -> list[Completion]:
     """Continues each prompt until EOS or the limit.
 
@@ -120,6 +121,7 @@ class Engine:
       cache_size: positions that each row has, BOS and the new tokens included (default: as many as needed).
       prompt_size: pads prompts to this length, so that batches share one compilation (default: the longest).
       max_length: also ends a row when prompt and new tokens together are this many, as T5X does.
+      prefill_chunk: positions of the prompts that one pass takes, for prompts whose activations take too much memory.
 
     Raises:
       RequestError: no prompts, a prompt longer than the cache or not of the vocabulary.
@@ -143,7 +145,7 @@ class Engine:
     else:
       stack([sampler], self.model.config.vocab_size)  # its ids are checked
     run = Run(len(prompts), tokens.shape[1] - 1, size, max_new_tokens, sampler, eos_id, max_length)
-    program = self._generation(run, bool(rows))
+    program = self._generation(run, bool(rows), prefill_chunk)
     result = jax.device_get(program(self.weights, *self._put(tokens, lengths, seeds.astype(np.uint32)), *rows))
     return [Completion(row[:n].tolist(), float(score)) for row, n, score in zip(*result)]
 
@@ -173,12 +175,13 @@ class Engine:
     """inputs [B, T] model inputs -> [B, T, V] float32 logits after each position."""
     return np.asarray(_logits(self.model, self.weights, *self._put(np.asarray(inputs, np.int32))))
 
-  def _generation(self, run: Run, per_row: bool):
+  def _generation(self, run: Run, per_row: bool, prefill_chunk: int | None):
     """The function of (weights, tokens, lengths, seeds), and samplers if rows have their own, that generates a batch."""
-    if self.executable is not None and per_row:
-      raise RequestError(f'the executable {self.executable.path} was compiled for one sampler: rows can\'t have their own')
     if self.executable is None:
-      return functools.partial(_generate, self.model, **_options(run))
+      return functools.partial(_generate, self.model, **_options(run), prefill_chunk=prefill_chunk)
+    if per_row or prefill_chunk is not None:
+      what = 'one sampler' if per_row else 'prompts in one pass'
+      raise RequestError(f'the executable {self.executable.path} was compiled for {what}: run without it')
     self.executable.check_run(run)
     return self.executable.load(*generation_program(self.model, run, self.weights), self.model.mesh)
 
@@ -197,7 +200,7 @@ def _jit(function, *static: str):
   return run
 
 
-_generate = _jit(generate, 'sampler', 'max_new_tokens', 'eos_id', 'cache_size', 'max_length')
+_generate = _jit(generate, 'sampler', 'max_new_tokens', 'eos_id', 'cache_size', 'max_length', 'prefill_chunk')
 
 
 def generation_program(model: Model, run: Run, weights: Weights):

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from t5x_inference_ext.decoding.incremental import prefill_in_chunks
 from t5x_inference_ext.decoding.model import Model
 from t5x_inference_ext.decoding.rows import Rows, advance, begin
 from t5x_inference_ext.decoding.sampling import Sampler, Samplers, samplers as stack
@@ -39,6 +40,7 @@ def generate(
     eos_id: int,
     cache_size: int,
     max_length: int | None = None,
+    prefill_chunk: int | None = None,
 ) -> Generation:
   """Generates for a batch; to be jitted, with the keyword arguments and `model` static.
 
@@ -54,6 +56,7 @@ def generate(
     eos_id: ends a row; -1 never does.
     cache_size: S; at least T and every row's length + max_new_tokens - 1 (the last token is not fed back).
     max_length: also ends a row when prompt and new tokens, BOS not counted, are this many: T5X's way to bound it.
+    prefill_chunk: positions of the prompts that one pass takes; None: all.
   """
   count = tokens.shape[0]
   if samplers is None:
@@ -62,7 +65,10 @@ def generate(
   if max_length is not None:
     limits = jnp.minimum(limits, max_length - (lengths - 1))
   rows = Rows(samplers, seeds, limits, eos_id)
-  logits, cache = model.prefill(weights, tokens, lengths, cache_size)
+  if prefill_chunk is None:
+    logits, cache = model.prefill(weights, tokens, lengths, cache_size)
+  else:
+    logits, cache = prefill_in_chunks(model, weights, tokens, lengths, cache_size, prefill_chunk)
 
   def step(state):
     i, progress, cache, out, scores = state
