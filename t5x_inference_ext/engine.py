@@ -101,7 +101,7 @@ class Engine:
       self,
       prompts: Sequence[Sequence[int]],
       *,
-      max_new_tokens: int,
+      max_new_tokens: int | Sequence[int],
       sampler: Sampler | Sequence[Sampler] = Sampler(),
       seeds: Sequence[int] | None = None,
       eos_id: int = EOS_ID,
@@ -114,7 +114,7 @@ class Engine:
 
     Args:
       prompts: token ids without BOS; an empty prompt starts from BOS alone, as in T5X.
-      max_new_tokens: the limit.
+      max_new_tokens: the limit, of all or for each.
       sampler: how tokens are chosen: of all rows, or one for each.
       seeds: one a prompt, 0 to 2**32 - 1 (default: all 0; equal prompts then give equal completions).
       eos_id: ends a row; -1 never does.
@@ -128,25 +128,30 @@ class Engine:
       SavedError: with an executable, anything but what it was compiled for.
       MeshError: a number of prompts that the decode layout can't split: see padded_batch.
     """
-    check_generation(prompts, self.model.config.vocab_size, max_new_tokens, cache_size, prompt_size, max_length)
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    most = max(limits, default=1)
+    check_generation(prompts, self.model.config.vocab_size, min(limits, default=1), cache_size, prompt_size, max_length)
+    check_generation(prompts, self.model.config.vocab_size, most, cache_size, prompt_size, max_length)
     self.model.place_decode(len(prompts))
     longest = max(map(len, prompts))
     tokens, lengths = model_inputs(prompts, prompt_size or longest)
     seeds = np.zeros(len(prompts)) if seeds is None else np.asarray(seeds)
-    if seeds.shape != lengths.shape:
-      raise RequestError(f'{len(prompts)} prompts need as many seeds, got shape {seeds.shape}')
+    samplers = [sampler] if isinstance(sampler, Sampler) else list(sampler)
+    for what, count in (('seeds', seeds.shape), ('limits', (len(limits),)), ('samplers', (len(samplers),))):
+      if count != lengths.shape and not (what == 'samplers' and isinstance(sampler, Sampler)):
+        raise RequestError(f'{len(prompts)} prompts need as many {what}, got shape {count}')
     # The last generated token is never fed back, so it takes no position.
-    size = max(tokens.shape[1], cache_size or tokens.shape[1] + max_new_tokens - 1)
-    rows = ()
+    size = max(tokens.shape[1], cache_size or tokens.shape[1] + most - 1)
+    stacked = stack(samplers, self.model.config.vocab_size)  # checks ids, too
+    own = {}
     if not isinstance(sampler, Sampler):
-      if len(sampler) != len(prompts):
-        raise RequestError(f'{len(prompts)} prompts need as many samplers, got {len(sampler)}')
-      rows, sampler = self._put(stack(sampler, self.model.config.vocab_size)), Sampler()
-    else:
-      stack([sampler], self.model.config.vocab_size)  # its ids are checked
-    run = Run(len(prompts), tokens.shape[1] - 1, size, max_new_tokens, sampler, eos_id, max_length)
-    program = self._generation(run, bool(rows), prefill_chunk)
-    result = jax.device_get(program(self.weights, *self._put(tokens, lengths, seeds.astype(np.uint32)), *rows))
+      own['samplers'], sampler = stacked, Sampler()
+    if not isinstance(max_new_tokens, int):
+      own['limits'] = np.asarray(limits, np.int32)
+    run = Run(len(prompts), tokens.shape[1] - 1, size, most, sampler, eos_id, max_length)
+    program = self._generation(run, bool(own), prefill_chunk)
+    arguments = self._put(tokens, lengths, seeds.astype(np.uint32), own)
+    result = jax.device_get(program(self.weights, *arguments[:3], **arguments[3]))
     return [Completion(row[:n].tolist(), float(score)) for row, n, score in zip(*result)]
 
   def score(self, inputs: np.ndarray, targets: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
@@ -176,11 +181,11 @@ class Engine:
     return np.asarray(_logits(self.model, self.weights, *self._put(np.asarray(inputs, np.int32))))
 
   def _generation(self, run: Run, per_row: bool, prefill_chunk: int | None):
-    """The function of (weights, tokens, lengths, seeds), and samplers if rows have their own, that generates a batch."""
+    """The function of (weights, tokens, lengths, seeds), and what rows have of their own, that generates a batch."""
     if self.executable is None:
       return functools.partial(_generate, self.model, **_options(run), prefill_chunk=prefill_chunk)
     if per_row or prefill_chunk is not None:
-      what = 'one sampler' if per_row else 'prompts in one pass'
+      what = 'one sampler and limit' if per_row else 'prompts in one pass'
       raise RequestError(f'the executable {self.executable.path} was compiled for {what}: run without it')
     self.executable.check_run(run)
     return self.executable.load(*generation_program(self.model, run, self.weights), self.model.mesh)

@@ -34,6 +34,7 @@ def generate(
     lengths: jax.Array,
     seeds: jax.Array,
     samplers: Samplers | None = None,
+    limits: jax.Array | None = None,
     *,
     sampler: Sampler = Sampler(),
     max_new_tokens: int,
@@ -51,6 +52,7 @@ def generate(
     lengths: [B] int32, at least 1.
     seeds: [B] uint32.
     samplers: how each row chooses tokens, or None: all as `sampler` says.
+    limits: [B] int32, of each row's new tokens, or None: max_new_tokens, which is the highest, of all.
     sampler: compiled in; without effect beside `samplers`.
     max_new_tokens: the limit for each row.
     eos_id: ends a row; -1 never does.
@@ -61,7 +63,7 @@ def generate(
   count = tokens.shape[0]
   if samplers is None:
     samplers = stack([sampler] * count, model.config.vocab_size)
-  limits = jnp.full(count, max_new_tokens)
+  limits = jnp.full(count, max_new_tokens) if limits is None else limits
   if max_length is not None:
     limits = jnp.minimum(limits, max_length - (lengths - 1))
   rows = Rows(samplers, seeds, limits, eos_id)

@@ -45,7 +45,7 @@ def moved(model: Model, cache: KVCache, weights: Weights, to: Model) -> KVCache:
   """The rows of a cache of one model's decode layout, in another's. What they share is dropped: it is stored beside."""
   rows = cache.lengths.shape[0]
   held, wanted = (place_cache(m, rows).heads.cached() for m in (model, to))
-  keys, values = jax.tree.map(lambda x: _with_heads(x, held, wanted), (cache.keys, cache.values))
+  keys, values = jax.tree.map(lambda x: with_heads(x, held, wanted), (cache.keys, cache.values))
   return constrained(to, KVCache(keys, values, cache.lengths), weights)
 
 
@@ -66,7 +66,7 @@ def share(model: Model, cache: KVCache, weights: Weights, row: int, length: int,
 
   def take(x):  # [.., B, S, K, Q] -> [.., P, K, Q]
     x = lax.index_in_dim(x, row, x.ndim - 4, keepdims=False)
-    return _with_heads(lax.slice_in_dim(x, 0, length, axis=-3), held, wanted)
+    return with_heads(lax.slice_in_dim(x, 0, length, axis=-3), held, wanted)
 
   keys, values = jax.tree.map(take, (cache.keys, cache.values))
   return constrained(to, empty_cache(to, weights, rows, 1, Shared(keys, values, jnp.zeros(rows, jnp.int32))), weights).shared
@@ -103,7 +103,7 @@ def prefill_in_chunks(
   return logits, moved(prefill, cache, weights, model)
 
 
-def _with_heads(x, held, wanted):
+def with_heads(x, held, wanted):
   """[.., K, Q] with the key heads, and the copies and padding among them, that another placement has."""
   if held == wanted:
     return x

@@ -1,0 +1,121 @@
+"""Useful tokens per second of slot refill beside a static batch, and time to first tokens with a shared prefix.
+
+    python -m benchmarks.continuous                   # refill: 256 requests, 32 slots, the issue of ragged lengths
+    python -m benchmarks.continuous --case=prefix     # 32 requests that share 80% of their prompts
+    python -m benchmarks.continuous --case=chat       # the paper's chatbot: 1920 cached, 64 new, 64 generated
+
+Run from the root of a checkout, on one device. Prompts of 16 to 512 tokens and outputs of 8 to 256 are drawn log-uniformly
+with seed 0. A useful token is one that a request asked for. The static batch takes requests in order, 32 at a time, each
+batch padded to its longest prompt and stopping when all of its rows end; both sides give the same tokens. `bound` is what
+refill could gain at most: the static side's positions and slot-steps over those that are useful, weighed by the time that
+each takes here. With --stock the same requests go through T5X's DecoderOnlyModel, batch by batch as `t5x.infer` does.
+"""
+
+import argparse
+import statistics
+import time
+
+import jax
+import numpy as np
+
+from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.checkpoints.load import load_weights
+from t5x_inference_ext.decoding import plans
+from t5x_inference_ext.decoding.model import DTYPES, Model
+from t5x_inference_ext.decoding.scheduler import Request, Scheduler
+from t5x_inference_ext.engine import Engine
+from t5x_inference_ext.layouts.mesh import make_mesh
+from tests import reference
+
+
+def make_engine(layers: int, d_model: int, vocabulary: int, dtype: str) -> Engine:
+  """A random model of PaLM's form on one device."""
+  config = ModelConfig(layers, d_model, 4 * d_model, d_model // 64, 64, vocabulary)
+  checkpoint = reference.MemoryCheckpoint.of(config, reference.random_tensors(config))
+  model = Model(config, make_mesh((1, 1, 1)), dtype=dtype)
+  return Engine(checkpoint, model, load_weights(checkpoint, model, stacked=True))
+
+
+def ragged(vocabulary: int, count: int, longest: int, most: int) -> list[Request]:
+  rng = np.random.default_rng(0)
+  draw = lambda low, high: int(np.exp(rng.uniform(np.log(low), np.log(high + 1))))
+  return [Request((0, *rng.integers(3, vocabulary, draw(16, longest)).tolist()), limit=draw(8, most))
+          for _ in range(count)]
+
+
+def refilled(engine: Engine, requests: list[Request], slots: int, **options):
+  plan, shared = plans.plan(engine.model, requests, slots=slots, eos_id=-1, **options)
+
+  def run():
+    scheduler = Scheduler(engine.model, engine.weights, plan, shared)
+    tokens = [[] for _ in requests]
+    for event in scheduler.run(requests):
+      tokens[event.request] += event.tokens
+    return tokens, scheduler.tally
+
+  return run
+
+
+def static(engine: Engine, requests: list[Request], slots: int):
+  def run():
+    tokens, positions, steps = [], 0, 0
+    for i in range(0, len(requests), slots):
+      some = requests[i:i + slots]
+      longest = -(-max(len(r.tokens) - 1 for r in some) // 32) * 32
+      found = engine.generate([r.tokens[1:] for r in some], max_new_tokens=[r.limit for r in some], eos_id=-1,
+                              prompt_size=longest, cache_size=-(-(longest + max(r.limit for r in some)) // 32) * 32)
+      tokens += [c.tokens for c in found]
+      positions += len(some) * (longest + 1)
+      steps += len(some) * (max(r.limit for r in some) - 1)
+    return tokens, (positions, steps)
+
+  return run
+
+
+def timed(run, repeats: int):
+  result, times = run(), []  # compiles
+  for _ in range(repeats):
+    start = time.perf_counter()
+    result = run()
+    times.append(time.perf_counter() - start)
+  return result, statistics.median(times)
+
+
+def refill_case(args) -> None:
+  engine = make_engine(args.layers, args.d_model, args.vocabulary, args.dtype)
+  requests = ragged(args.vocabulary, args.requests, args.prompt, args.generate)
+  useful = sum(r.limit for r in requests)
+  print(f'{engine.model.config}\n{jax.devices()[0].device_kind}, {args.dtype}; {len(requests)} requests, '
+        f'{sum(len(r.tokens) for r in requests)} prompt tokens, {useful} asked for; {args.slots} slots; median of '
+        f'{args.repeats}')
+  (old, (positions, steps)), slow = timed(static(engine, requests, args.slots), args.repeats)
+  print(f'static batch: {useful / slow:8.0f} useful tokens/s ({slow:.2f} s: {positions} prompt positions, {steps} '
+        'slot-steps)', flush=True)
+  (new, tally), fast = timed(refilled(engine, requests, args.slots, chunk=args.chunk, budget=args.budget), args.repeats)
+  print(f'slot refill:  {useful / fast:8.0f} useful tokens/s ({fast:.2f} s: {tally.prefilled} prompt positions, '
+        f'{tally.decoded} slot-steps), {slow / fast:.2f}x')
+  print(f'positions {positions / tally.prefilled:.2f}x fewer, slot-steps {steps / tally.decoded:.2f}x fewer; without any '
+        f'waste {positions / sum(len(r.tokens) for r in requests):.2f}x and {steps / (useful - len(requests)):.2f}x; '
+        f'{sum(a == b for a, b in zip(old, new))} of {len(requests)} rows equal')
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--case', default='refill', choices=('refill', 'prefix', 'chat'))
+  parser.add_argument('--requests', type=int, default=256)
+  parser.add_argument('--slots', type=int, default=32)
+  parser.add_argument('--prompt', type=int, default=512, help='the longest prompt')
+  parser.add_argument('--generate', type=int, default=256, help='the longest output')
+  parser.add_argument('--chunk', type=int, default=256)
+  parser.add_argument('--budget', type=int, default=2048)
+  parser.add_argument('--layers', type=int, default=6)
+  parser.add_argument('--d_model', type=int, default=384, help='a multiple of 64')
+  parser.add_argument('--vocabulary', type=int, default=8192)
+  parser.add_argument('--dtype', default='float32', choices=DTYPES)
+  parser.add_argument('--repeats', type=int, default=3)
+  args = parser.parse_args()
+  dict(refill=refill_case)[args.case](args)
+
+
+if __name__ == '__main__':
+  main()
