@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from t5x_inference_ext.decoding.sampling import Sampler
-from t5x_inference_ext.engine import Completion, Engine
+from t5x_inference_ext.engine import Engine
 
 PROMPT_MULTIPLE = 16  # prompts are padded to a multiple of this, so that similar files compile alike
 COMPILE_EVENTS = '/jax/core/compile/'
@@ -88,7 +88,7 @@ def row_seed(seed: int, row: int) -> int:
 
 def generate(
     engine: Engine,
-    batches: Iterable[Sequence[Sequence[int]]],
+    batches: Iterable[Sequence[tuple[int, Sequence[int]]]],
     shape: Shape,
     clock: Clock,
     *,
@@ -96,32 +96,30 @@ def generate(
     sampler: Sampler,
     seed: int,
     eos_id: int,
-    first_row: int = 0,
-) -> Iterator[list[Completion]]:
-  """Completions of each batch of prompts, in order.
+) -> Iterator[tuple[int, list]]:
+  """(row, [tokens, score]) of each prompt, in order.
 
   Args:
     engine: to generate with.
-    batches: lists of at most shape.batch prompts of at most shape.prompt tokens.
+    batches: lists of at most shape.batch pairs (row, prompt), a prompt of at most shape.prompt tokens; a row is its place
+      in the run.
     shape: of the batches as the engine sees them: short ones are padded, and the padding's rows dropped.
     clock: is advanced.
     max_new_tokens: the limit for each row.
     sampler: how to choose tokens.
     seed: of the run.
     eos_id: ends a row.
-    first_row: the place in the run of the first prompt.
   """
-  row = first_row
-  for prompts in batches:
-    seeds = [row_seed(seed, row + i) for i in range(len(prompts))]
+  for some in batches:
+    rows, prompts = zip(*some)
+    seeds = [row_seed(seed, row) for row in rows]
     with clock:
       completions = engine.generate(
           pad(prompts, shape.batch), max_new_tokens=max_new_tokens, sampler=sampler, seeds=pad(seeds, shape.batch),
           eos_id=eos_id, cache_size=shape.cache, prompt_size=shape.prompt,
           max_length=shape.length)[:len(prompts)]
     clock.add(len(prompts), sum(len(c.tokens) for c in completions))
-    row += len(prompts)
-    yield completions
+    yield from ((row, [c.tokens, c.score]) for row, c in zip(rows, completions))
 
 
 def score(
