@@ -8,7 +8,7 @@
 import dataclasses
 import functools
 import os
-from typing import NamedTuple, Sequence
+from typing import Iterator, NamedTuple, Sequence
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec as P
@@ -16,17 +16,18 @@ import numpy as np
 
 from t5x_inference_ext.checkpoints import Checkpoint, open_checkpoint
 from t5x_inference_ext.checkpoints.load import load_weights, scans_layers
+from t5x_inference_ext.decoding import plans
+from t5x_inference_ext.decoding.conversation import Conversation
 from t5x_inference_ext.decoding.generate import generate
+from t5x_inference_ext.decoding.inputs import BOS_ID, EOS_ID, check_generation, model_inputs
 from t5x_inference_ext.decoding.model import Model
 from t5x_inference_ext.decoding.sampling import Sampler, samplers as stack
+from t5x_inference_ext.decoding.scheduler import Event, Request, Scheduler
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.layouts.layout import Layout, check_model
 from t5x_inference_ext.layouts.mesh import make_mesh, parse_mesh
 from t5x_inference_ext.precompile.generation import Run, SavedGeneration
 from t5x_inference_ext.weights import Weights
-
-BOS_ID = 0  # T5X shifts targets right and starts from 0
-EOS_ID = 1
 
 
 class Completion(NamedTuple):
@@ -154,6 +155,55 @@ class Engine:
     result = jax.device_get(program(self.weights, *arguments[:3], **arguments[3]))
     return [Completion(row[:n].tolist(), float(score)) for row, n, score in zip(*result)]
 
+  def stream(
+      self,
+      prompts: Sequence[Sequence[int]],
+      *,
+      max_new_tokens: int | Sequence[int],
+      sampler: Sampler | Sequence[Sampler] = Sampler(),
+      seeds: Sequence[int] | None = None,
+      samples: int = 1,
+      slots: int = 32,
+      eos_id: int = EOS_ID,
+      **options,
+  ) -> Iterator[Event]:
+    """Continues prompts in slots that are kept full, and yields each row's new tokens as they are made.
+
+    Tokens are those of `generate`. What prompts begin with in common is prefilled once, and so is a prompt of which
+    several samples are asked for.
+
+    Args:
+      prompts, max_new_tokens, sampler, seeds, eos_id: as generate's.
+      samples: of each prompt. The i-th has the seed (prompt's seed + i) % 2**32.
+      slots: rows decoded together, at most.
+      options: decoding.plans.plan's: chunk, budget, top (log-probabilities of so many most likely tokens), ...
+
+    Raises:
+      RequestError: as generate.
+    """
+    asked = self.requests(prompts, max_new_tokens, sampler, seeds, samples)
+    plan, shared = plans.plan(self.model, asked, slots=slots, eos_id=eos_id, **options)
+    return Scheduler(self.model, self.weights, plan, shared).run(asked)
+
+  def requests(self, prompts, max_new_tokens, sampler=Sampler(), seeds=None, samples: int = 1) -> list[Request]:
+    """Prompts as the scheduler takes them; arguments, and errors, are stream's."""
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    each = [sampler] * len(prompts) if isinstance(sampler, Sampler) else list(sampler)
+    seeds = [0] * len(prompts) if seeds is None else list(map(int, seeds))
+    check_generation(prompts, self.model.config.vocab_size, min(limits, default=1), None)
+    stack(each, self.model.config.vocab_size)
+    if samples < 1:
+      raise RequestError(f'samples must be at least 1, got {samples}')
+    for what, found in (('limits', limits), ('samplers', each), ('seeds', seeds)):
+      if len(found) != len(prompts):
+        raise RequestError(f'{len(prompts)} prompts need as many {what}, got {len(found)}')
+    return [Request((BOS_ID, *prompt), tuple((seed + i) % 2**32 for i in range(samples)), limit, one)
+            for prompt, seed, limit, one in zip(prompts, seeds, limits, each)]
+
+  def chat(self, *, max_length: int, eos_id: int = EOS_ID, chunk: int = 256) -> Conversation:
+    """A conversation of at most so many tokens, whose cache is kept between turns; see decoding.conversation."""
+    return Conversation(self.model, self.weights, max_length=max_length, bos_id=BOS_ID, eos_id=eos_id, chunk=chunk)
+
   def score(self, inputs: np.ndarray, targets: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
     """The sum over positions of weight * log p(target | inputs so far).
 
@@ -224,35 +274,3 @@ def _options(run: Run):
 
 _log_probs = _jit(Model.log_probs)
 _logits = _jit(Model.logits)
-
-
-def model_inputs(prompts: Sequence[Sequence[int]], size: int) -> tuple[np.ndarray, np.ndarray]:
-  """Prompts -> (BOS and prompt [B, size + 1] int32 from the left, lengths [B] int32 with BOS counted)."""
-  tokens = np.full((len(prompts), size + 1), BOS_ID, np.int32)
-  for row, prompt in zip(tokens, prompts):
-    row[1:len(prompt) + 1] = prompt
-  return tokens, np.asarray([len(p) + 1 for p in prompts], np.int32)
-
-
-def check_generation(
-    prompts: Sequence[Sequence[int]], vocab_size: int, max_new_tokens: int, cache_size: int | None,
-    prompt_size: int | None = None, max_length: int | None = None) -> None:
-  """Raises RequestError for what generate could not serve, naming the prompt (counted from 0)."""
-  if not len(prompts):
-    raise RequestError('there are no prompts')
-  if max_new_tokens < 1:
-    raise RequestError(f'max_new_tokens must be at least 1, got {max_new_tokens}')
-  for i, prompt in enumerate(prompts):
-    wrong = [t for t in prompt if not 0 <= t < vocab_size]
-    if wrong:
-      raise RequestError(f'prompt {i} holds token {wrong[0]}, outside the vocabulary of {vocab_size}')
-    if prompt_size is not None and len(prompt) > prompt_size:
-      raise RequestError(f'prompt {i} has {len(prompt)} tokens, more than prompt_size={prompt_size}')
-    if max_length is not None and len(prompt) >= max_length:
-      raise RequestError(f'prompt {i} has {len(prompt)} tokens: max_length={max_length} leaves no room for a new one')
-    # BOS takes a position, the last new token none.
-    needed = len(prompt) + max_new_tokens if max_length is None else min(len(prompt) + max_new_tokens, max_length)
-    if cache_size is not None and needed > cache_size:
-      raise RequestError(
-          f'prompt {i} is longer than the cache: {len(prompt)} tokens and {needed - len(prompt)} new ones need '
-          f'{needed} positions, the cache has {cache_size}: raise cache_size, lower max_new_tokens, or shorten the prompt')

@@ -73,7 +73,7 @@ def empty_slots(model: Model, weights: Weights, asks: Rows, rows: int, size: int
   nothing = jnp.zeros((rows, 1), jnp.int32)
   progress = begin(asks, nothing, nothing[:, 0], model.config.vocab_size)
   progress = dataclasses.replace(progress, ended=jnp.ones(rows, bool))
-  return Slots(empty_cache(model, weights, rows, size, shared), *_whole(model, (asks, progress)))
+  return Slots(empty_cache(model, weights, rows, size, shared), *whole(model, (asks, progress)))
 
 
 @_jit(('rows', 'size'))
@@ -130,7 +130,7 @@ def admit(model: Model, slots: Slots, weights: Weights, prompts: Prompts, row: j
   progress, chosen = advance(asks, begin(asks, prompt, length, model.config.vocab_size), logits, length)
   put = lambda x, new: lax.dynamic_update_slice_in_dim(x, new.astype(x.dtype), slot, 0)
   rows, progress = jax.tree.map(put, (slots.rows, slots.progress), (asks, progress))
-  return Slots(constrained(model, cache, weights), *_whole(model, (rows, progress))), _whole(model, chosen)
+  return Slots(constrained(model, cache, weights), *whole(model, (rows, progress))), whole(model, chosen)
 
 
 @_jit(('most',), ('slots',))
@@ -158,10 +158,10 @@ def run(model: Model, slots: Slots, weights: Weights, steps: jax.Array, until_fr
     return i + 1, progress, cache, out
 
   _, progress, cache, out = lax.while_loop(running, step, (0, before, slots.cache, out))
-  told = _whole(model, Steps(out, progress.counts - before.counts, progress.ended))
-  return Slots(constrained(model, cache, weights), slots.rows, _whole(model, progress)), told
+  told = whole(model, Steps(out, progress.counts - before.counts, progress.ended))
+  return Slots(constrained(model, cache, weights), slots.rows, whole(model, progress)), told
 
 
-def _whole(model, tree):
+def whole(model, tree):
   """Whole on every device: every process can read it, and every step finds it alike."""
   return jax.tree.map(lambda x: lax.with_sharding_constraint(x, NamedSharding(model.mesh, P())), tree)
