@@ -16,7 +16,7 @@ import numpy as np
 
 from t5x_inference_ext.checkpoints import Checkpoint, open_checkpoint
 from t5x_inference_ext.checkpoints.load import load_weights, scans_layers
-from t5x_inference_ext.decoding import plans
+from t5x_inference_ext.decoding import plans, scoring
 from t5x_inference_ext.decoding.conversation import Conversation
 from t5x_inference_ext.decoding.generate import generate
 from t5x_inference_ext.decoding.inputs import BOS_ID, EOS_ID, check_generation, model_inputs
@@ -169,17 +169,13 @@ class Engine:
   ) -> Iterator[Event]:
     """Continues prompts in slots that are kept full, and yields each row's new tokens as they are made.
 
-    Tokens are those of `generate`. What prompts begin with in common is prefilled once, and so is a prompt of which
-    several samples are asked for.
+    Tokens are those of `generate`. What prompts begin with in common is prefilled once, as is a prompt of many samples.
 
     Args:
       prompts, max_new_tokens, sampler, seeds, eos_id: as generate's.
       samples: of each prompt. The i-th has the seed (prompt's seed + i) % 2**32.
       slots: rows decoded together, at most.
       options: decoding.plans.plan's: chunk, budget, top (log-probabilities of so many most likely tokens), ...
-
-    Raises:
-      RequestError: as generate.
     """
     asked = self.requests(prompts, max_new_tokens, sampler, seeds, samples)
     plan, shared = plans.plan(self.model, asked, slots=slots, eos_id=eos_id, **options)
@@ -218,13 +214,28 @@ class Engine:
     Raises:
       RequestError: arrays of different shapes.
     """
+    weights = np.asarray(np.asarray(targets) != 0 if weights is None else weights, np.float32)
+    _check_shapes(inputs, targets, weights)
+    return np.sum(self.log_probs(inputs, targets) * weights, axis=1)
+
+  def log_probs(self, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """log p(target | inputs so far) at each position, [B, T] float32; arguments as score's."""
+    _check_shapes(inputs, targets)
     inputs, targets = np.asarray(inputs, np.int32), np.asarray(targets, np.int32)
-    weights = np.asarray(targets != 0 if weights is None else weights, np.float32)
-    if not inputs.shape == targets.shape == weights.shape or inputs.ndim != 2:
-      raise RequestError(f'score takes three arrays [B, T] of one shape, got {inputs.shape}, {targets.shape} and '
-                         f'{weights.shape}')
-    log_probs = _log_probs(self.model, self.weights, *self._put(inputs, targets))
-    return np.sum(np.asarray(log_probs) * weights, axis=1)
+    return np.asarray(_log_probs(self.model, self.weights, *self._put(inputs, targets)))
+
+  def score_completions(
+      self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, tokens: int = 8192) -> list[list[float]]:
+    """The log-probabilities of each completion's tokens after its prompt; their sum is its score.
+
+    Pairs of like lengths are scored together, whatever their order.
+
+    Args:
+      pairs: (prompt, completion), token ids without BOS.
+      tokens: scored at once, padding included.
+    """
+    found = dict(scoring.score(self.log_probs, [scoring.Example.of(*pair) for pair in pairs], tokens, self.padded_batch))
+    return [found[i][len(prompt):].tolist() for i, (prompt, _) in enumerate(pairs)]
 
   def logits(self, inputs: np.ndarray) -> np.ndarray:
     """inputs [B, T] model inputs -> [B, T, V] float32 logits after each position."""
@@ -242,6 +253,12 @@ class Engine:
 
   def _put(self, *arrays):
     return jax.device_put(arrays, NamedSharding(self.model.mesh, P()))
+
+
+def _check_shapes(*arrays) -> None:
+  shapes = [np.shape(x) for x in arrays]
+  if len(set(shapes)) > 1 or len(shapes[0]) != 2:
+    raise RequestError(f'score takes three arrays [B, T] of one shape, got {" and ".join(map(str, shapes))}')
 
 
 def _jit(function, *static: str):

@@ -52,7 +52,8 @@ from t5x_inference_ext.serving.progress import progress
 REQUIRED = ('checkpoint', 'prompts', 'output')
 # The defaults of what an Options holds are Options' own.
 OPTIONS = ('mode', 'mesh', 'prefill_layout', 'decode_layout', 'dtype', 'norm_scale', 'batch_size', 'max_new_tokens',
-           'cache_length', 'seed', 'scan_layers', 'executable', 'batching', 'prefill_chunk', 'prefill_budget')
+           'cache_length', 'seed', 'scan_layers', 'executable', 'batching', 'prefill_chunk', 'prefill_budget',
+           'token_log_probs')
 PROCESSES = ('coordinator_address', 'num_processes', 'process_id')
 EXPLAINED_PROMPT = 512  # tokens, where --cache_length does not say how many there could be
 # What a Sampler holds, as plain flags have it.
@@ -94,6 +95,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
          'are not needed. The mesh may be larger than the devices here. With gin flags too.')
   define('enum', 'dtype', defaults.dtype, 'Of activations, cache and float weights; int8 weights stay int8.', DTYPES)
   define('integer', 'batch_size', defaults.batch_size, 'Rows a batch, rounded up to what the mesh takes.')
+  define('boolean', 'token_log_probs', False, 'With --mode=score: also the log-probability of each token, as `log_probs`.')
   define('enum', 'batching', defaults.batching, 'continuous: finished rows leave, waiting prompts enter; or static: batches '
          'that end with their last row. Rows are the same.', loading.BATCHING)
   define('integer', 'prefill_chunk', defaults.prefill_chunk, 'With continuous batching: positions of a prompt that one pass '

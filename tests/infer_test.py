@@ -113,6 +113,10 @@ def test_scoring_the_output_of_a_run_gives_its_scores(complete, greedy):
   assert '384 tokens scored' in out
   assert [row['score'] for row in scored] == pytest.approx([row['score'] for row in rows], rel=1e-5)
   assert [{**row, 'score': 0} for row in scored] == [{**row, 'score': 0} for row in rows]
+  told, _ = complete(rows, '--mode=score', '--mesh=2x2x2', '--token_log_probs', name='told.jsonl')
+  assert [len(row['log_probs']) for row in told] == [48] * 8
+  assert [sum(row.pop('log_probs')) for row in told] == pytest.approx([row['score'] for row in told], rel=1e-5)
+  assert told == scored
   # Completions in text, where there are no tokens: these hold no EOS, so they are the same.
   texts = [{'prompt': row['prompt'], 'completion': row['completion']} for row in rows]
   rescored, _ = complete(texts, '--mode=score', '--mesh=2x2x2', name='rescored.jsonl')
@@ -275,6 +279,9 @@ def test_every_bad_row_is_listed(complaint):
     (['--batch_size=0'], 'batch_size must be a whole number, 1 or more'),
     (['--seed=-1'], 'seed must be a whole number, 0 or more'),
     (['--dtype=float16'], '--dtype'),
+    (['--token_log_probs'], 'token_log_probs is for mode=score'),
+    (['--prefill_chunk=0'], 'prefill_chunk must be a whole number, 1 or more'),
+    (['--repetition_penalty=0'], 'repetition_penalty must be above 0'),
     (['--prompt=x'], 'Unknown command line flag \'prompt\''),
     (['--output='], '--output not given'),
     (['--gin.MESH="2x2x2"'], '--checkpoint and gin flags can\'t be mixed'),

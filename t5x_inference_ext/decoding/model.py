@@ -12,6 +12,7 @@ from t5x_inference_ext.collectives import plain
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.decoding import cache as kv_cache
 from t5x_inference_ext.decoding.cache import KVCache
+from t5x_inference_ext.decoding.scoring import target_log_probs
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.layers.embedding import embed, last_positions, unembed
 from t5x_inference_ext.layers.norm import norm
@@ -19,7 +20,7 @@ from t5x_inference_ext.layers.rotary import rotary_angles
 from t5x_inference_ext.layers.sublayer import Layer, Positions
 from t5x_inference_ext.layouts import placement as placements
 from t5x_inference_ext.layouts.arrangement import device_tensors
-from t5x_inference_ext.layouts.layout import Axes, Layout, check_pair
+from t5x_inference_ext.layouts.layout import Axes, Layout, check_pair, size
 from t5x_inference_ext.layouts.placement import Placement
 from t5x_inference_ext.weights import SublayerWeights, Weights, layer_weights
 
@@ -154,21 +155,27 @@ class Model:
     rows, length = tokens.shape
     place = self.place_prefill(rows, length)
 
-    def run(weights, tokens):
-      return self._all_logits(place, weights, tokens)
-
+    run = lambda weights, tokens: self._logits(
+        place, weights, self._whole(place, weights, tokens), place.residual[1], rows)
     return self._per_shard(run, weights, (P(),), P(self._sampling(rows)))(
         weights, self._pad(tokens, place.layout))[:, :length]
 
   def log_probs(self, weights: Weights, tokens: jax.Array, targets: jax.Array) -> jax.Array:
-    """log p(target | inputs so far) at each position, [B, T] float32, of tokens and targets [B, T]."""
+    """log p(target | inputs so far) at each position, [B, T] float32, of tokens and targets [B, T].
+
+    Logits are made for some positions at a time: never [B, T, V] of a large vocabulary.
+    """
     rows, length = tokens.shape
     place = self.place_prefill(rows, length)
-    sampling = P(self._sampling(rows))
+    sampling, shape = P(self._sampling(rows)), self.mesh.shape
+    # While they are made logits are split over the vocabulary, then over rows.
+    split = size(self.prefill_layout.stored_hidden, shape), size(self._sampling(rows), shape)
+    width = rows * self.config.vocab_size // min(split)
 
     def run(weights, tokens, targets):
-      logits = self._all_logits(place, weights, tokens)
-      return jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
+      x = self._whole(place, weights, tokens)
+      logits = lambda x: self._logits(place, weights, x, place.residual[1], rows)
+      return target_log_probs(x, targets, logits, place.residual[1], width)
 
     return self._per_shard(run, weights, (P(), sampling), sampling)(
         weights, self._pad(tokens, place.layout), self._pad(targets, place.layout))[:, :length]
@@ -233,11 +240,10 @@ class Model:
       new.append(new_kv)
     return x, tuple(zip(*new))
 
-  def _all_logits(self, place, weights, tokens):
-    rows = tokens.shape[0]
-    start = jnp.zeros(rows // plain.axis_size(place.attention_rows), jnp.int32)
-    x, _ = self._decoder(place, weights, tokens, start, None)
-    return self._logits(place, weights, x, place.residual[1], rows)
+  def _whole(self, place, weights, tokens):
+    """A pass over whole sequences [B, T]: x [B, T, E]."""
+    start = jnp.zeros(tokens.shape[0] // plain.axis_size(place.attention_rows), jnp.int32)
+    return self._decoder(place, weights, tokens, start, None)[0]
 
   def _logits(self, place, weights, x, positions: Axes, rows: int):
     axes = place.residual[2]

@@ -50,6 +50,7 @@ class Options:
     batching: 'continuous', prompts enter slots as rows leave them, or 'static', batches that end as a whole.
     prefill_chunk: positions of a prompt that one pass takes, with continuous batching.
     prefill_budget: prompt tokens between decode steps, at most, while rows wait.
+    token_log_probs: with mode score of a prompts file, whether each token's log-probability is told.
 
   Raises:
     RequestError: a value out of its range.
@@ -75,6 +76,7 @@ class Options:
   batching: str = 'continuous'
   prefill_chunk: int = 256
   prefill_budget: int = 2048
+  token_log_probs: bool = False
 
   def __post_init__(self):
     if self.mode not in MODES:
@@ -87,6 +89,8 @@ class Options:
       value = getattr(self, name)
       if not isinstance(value, int) or value < least:
         raise RequestError(f'{name} must be a whole number, {least} or more, got {value!r}')
+    if self.token_log_probs and self.mode != 'score':
+      raise RequestError('token_log_probs is for mode=score: a run that generates tells the scores of rows')
     if self.executable is not None and self.mode == 'score':
       raise RequestError(f'the executable {self.executable} generates: mode=score can\'t use it')
     # An empty prompt needs max_new_tokens positions: BOS takes one and the last new token none.

@@ -6,10 +6,14 @@ import json
 import os
 from typing import Callable
 
+import numpy as np
+
 from t5x_inference_ext import distributed
 from t5x_inference_ext.decoding import plans
 from t5x_inference_ext.decoding.scheduler import Request
-from t5x_inference_ext.engine import BOS_ID, EOS_ID, Engine
+from t5x_inference_ext.decoding.scoring import Example
+from t5x_inference_ext.decoding.inputs import BOS_ID, EOS_ID
+from t5x_inference_ext.engine import Engine
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.serving import batches, loading, output, refill, requests
 from t5x_inference_ext.serving.journal import Files as JournalFiles, Journal
@@ -69,15 +73,18 @@ def infer_file(
   shape, results = {}, ()
   if len(journal.done) < len(work):
     todo = [(row, request) for row, request in enumerate(work) if row not in journal.done]
-    shape, results = _refill(engine, options, todo, clock, vocabulary, say) if (
-        options.continuous and not scoring) else _batches(engine, options, todo, clock, vocabulary, say)
+    if scoring:
+      shape, results = _score(engine, options, todo, clock, say)
+    else:
+      run = _refill if options.continuous else _batches
+      shape, results = run(engine, options, todo, clock, vocabulary, say)
   with distributed.together():
     with contextlib.closing(journal.keep(results)) as kept:
       for _ in progress(kept, 'scoring' if scoring else 'generating', len(work) - len(journal.done)):
         pass
     with output.whole_file(files.output) as file:
-      for row, (tokens, score) in zip(rows, journal.in_order(len(work))):
-        file.write(json.dumps(_output_row(row, tokens, score, vocabulary)) + '\n')
+      for row, result in zip(rows, journal.in_order(len(work))):
+        file.write(json.dumps(_output_row(row, vocabulary, *result)) + '\n')
     record = output.write_record(files.output, {
         **loading.description(options, engine), 'prompts': files.prompts,
         'vocabulary': {'name': name, 'source': source}, 'shape': shape, 'time': clock.to_dict()})
@@ -104,16 +111,13 @@ def _refill(engine: Engine, options, todo, clock, vocabulary, say):
 
 
 def _batches(engine: Engine, options, todo, clock, vocabulary, say):
-  """The same of batches that end as a whole; and scores."""
+  """The same of batches that end as a whole."""
   shape = _shape(options, engine, [r for _, r in todo], say)
-  results = (_score if options.mode == 'score' else _generate)(engine, options, todo, shape, clock, vocabulary)
-  return dataclasses.asdict(shape), results
+  return dataclasses.asdict(shape), _generate(engine, options, todo, shape, clock, vocabulary)
 
 
 def _shape(options, engine: Engine, work: list[requests.Request], say) -> batches.Shape:
   batch = loading.batch_rows(options, engine, len(work), say)
-  if options.mode == 'score':
-    return batches.Shape(batch, batches.prompt_size(max(len(r.prompt) + len(r.completion) for r in work)))
   longest = max(len(r.prompt) for r in work)
   if engine.executable:
     run = engine.executable.run
@@ -131,17 +135,25 @@ def _generate(engine, options, todo, shape, clock, vocabulary):
       eos_id=vocabulary.eos_id if vocabulary else EOS_ID)
 
 
-def _score(engine, options, todo, shape, clock, vocabulary):
-  del options, vocabulary
-  pairs = distributed.lockstep(batches.split([(r.prompt, r.completion) for _, r in todo], shape.batch))
-  for some, scores in zip(batches.split(todo, shape.batch), batches.score(engine, pairs, shape, clock)):
-    yield from ((row, [r.completion, score]) for (row, r), score in zip(some, scores))
+def _score(engine: Engine, options, todo, clock, say):
+  """The same of completions that are given: those of like lengths together."""
+  longest = max(len(r.prompt) + len(r.completion) for _, r in todo)
+  tokens = loading.batch_rows(options, engine, len(todo), say) * batches.prompt_size(longest)
+
+  def results():
+    for item, scores in batches.score(engine, [Example.of(r.prompt, r.completion) for _, r in todo], tokens, clock):
+      row, request = todo[item]
+      each = [scores[len(request.prompt):].tolist()] if options.token_log_probs else []
+      yield row, [request.completion, float(np.sum(scores)), *each]
+
+  return {'tokens': tokens}, results()
 
 
-def _output_row(row: requests.Row, tokens: list[int], score: float, vocabulary) -> dict:
+def _output_row(row: requests.Row, vocabulary, tokens: list[int], score: float, log_probs: list[float] | None = None) -> dict:
   """The row as it came, with the completion: its text (None where there is no vocabulary), ids and score."""
   if isinstance(row.completion, str):
     text = row.completion
   else:
     text = vocabulary.decode(tokens) if vocabulary else None
-  return {**row.fields, 'prompt': row.prompt, 'completion': text, 'tokens': tokens, 'score': score}
+  each = {} if log_probs is None else {'log_probs': log_probs}
+  return {**row.fields, 'prompt': row.prompt, 'completion': text, 'tokens': tokens, 'score': score, **each}

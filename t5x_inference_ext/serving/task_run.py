@@ -13,10 +13,11 @@ import tensorflow as tf
 
 from t5x_inference_ext import distributed
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.decoding import plans
+from t5x_inference_ext.decoding import plans, scoring
 from t5x_inference_ext.decoding.sampling import Sampler
 from t5x_inference_ext.decoding.scheduler import Request
-from t5x_inference_ext.engine import BOS_ID, EOS_ID, Engine
+from t5x_inference_ext.decoding.inputs import BOS_ID, EOS_ID
+from t5x_inference_ext.engine import Engine
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.serving import batches, loading, refill
 from t5x_inference_ext.serving.journal import Files, Journal
@@ -26,6 +27,7 @@ from t5x_inference_ext.serving.tasks import import_tasks, prompt, vocabulary_tex
 
 gfile = tf.io.gfile
 RECORD = 'infer.config.json'
+SCORED_BATCHES = 16  # examples that are sorted by length together
 
 
 def infer(
@@ -199,16 +201,19 @@ def _features(batch: list[tuple[int, Example]]) -> list[list]:
 
 
 def _scores(todo, task, source, options, engine, batch, clock, say) -> Iterator[tuple[int, dict]]:
-  """(row, output row) of examples scored."""
-  del task, source, options, say
-  for some in _batched(todo, batch):
-    examples_ = [example for _, example in some]
-    features = [np.stack(batches.pad([e.model[f'decoder_{name}'] for e in examples_], batch))
-                for name in ('input_tokens', 'target_tokens', 'loss_weights')]
-    with clock:
-      scores = engine.score(*features)[:len(some)]
-    clock.add(len(some), int(features[2][:len(some)].sum()))
-    yield from ((row, _output_row(e, {'score': float(s)})) for (row, e), s in zip(some, scores))
+  """(row, output row) of examples scored, some batches of them at a time: those of like lengths together."""
+  del task, options, say
+  tokens = batch * sum(source.feature_lengths.values())
+  for some in _batched(todo, SCORED_BATCHES * batch):
+    found = batches.score(engine, [_scored(example) for _, example in some], tokens, clock)
+    yield from ((some[item][0], _output_row(some[item][1], {'score': float(np.sum(scores))})) for item, scores in found)
+
+
+def _scored(example: Example) -> scoring.Example:
+  """Up to the last position that counts."""
+  features = [example.model[f'decoder_{name}'] for name in ('input_tokens', 'target_tokens', 'loss_weights')]
+  length = int(np.max(np.flatnonzero(features[2]), initial=-1)) + 1
+  return scoring.Example(*(x[:length] for x in features))
 
 
 def _predictions(todo, task, source, options, engine, batch, clock, say) -> Iterator[tuple[int, dict]]:

@@ -17,7 +17,7 @@ from t5x_inference_ext.checkpoints.load import scans_layers
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.decoding.cache import KVCache
 from t5x_inference_ext.decoding.model import Model
-from t5x_inference_ext.engine import EOS_ID
+from t5x_inference_ext.decoding.inputs import EOS_ID
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.layouts.layout import Layout, choose_mesh
 from t5x_inference_ext.layouts.mesh import parse_mesh

@@ -8,7 +8,7 @@ import pytest
 
 from t5x_inference_ext.decoding import generate as generation
 from t5x_inference_ext.decoding.sampling import Sampler
-from t5x_inference_ext.engine import model_inputs
+from t5x_inference_ext.decoding.inputs import model_inputs
 from t5x_inference_ext.errors import RequestError
 from tests import reference
 from tests.decoding import memory
