@@ -1,14 +1,12 @@
 """Useful tokens per second of slot refill beside a static batch, and time to first tokens with a shared prefix.
 
-    python -m benchmarks.continuous                   # refill: 256 requests, 32 slots, the issue of ragged lengths
+    python -m benchmarks.continuous                   # refill: 256 requests of ragged lengths, 32 slots
     python -m benchmarks.continuous --case=prefix     # 32 requests that share 80% of their prompts
     python -m benchmarks.continuous --case=chat       # the paper's chatbot: 1920 cached, 64 new, 64 generated
 
 Run from the root of a checkout, on one device. Prompts of 16 to 512 tokens and outputs of 8 to 256 are drawn log-uniformly
 with seed 0. A useful token is one that a request asked for. The static batch takes requests in order, 32 at a time, each
-batch padded to its longest prompt and stopping when all of its rows end; both sides give the same tokens. `bound` is what
-refill could gain at most: the static side's positions and slot-steps over those that are useful, weighed by the time that
-each takes here. With --stock the same requests go through T5X's DecoderOnlyModel, batch by batch as `t5x.infer` does.
+batch padded to its longest prompt and stopping when all of its rows end; both sides give the same tokens.
 """
 
 import argparse
@@ -99,6 +97,52 @@ def refill_case(args) -> None:
         f'{sum(a == b for a, b in zip(old, new))} of {len(requests)} rows equal')
 
 
+def prefix_case(args) -> None:
+  """Time until each of 32 requests has its first token: shared prefix found and stored once, beside each on its own."""
+  engine = make_engine(args.layers, args.d_model, args.vocabulary, args.dtype)
+  rng = np.random.default_rng(0)
+  ids = lambda n: rng.integers(3, args.vocabulary, n).tolist()
+  begin = ids(args.prompt * 4 // 5)
+  requests = [Request((0, *begin, *ids(args.prompt - len(begin))), limit=1) for _ in range(32)]
+  print(f'{engine.model.config}\n{jax.devices()[0].device_kind}, {args.dtype}; 32 requests of {args.prompt} tokens, '
+        f'{len(begin)} of them the same; median of {args.repeats}')
+  times, tokens = {}, {}
+  for name, share in (('each on its own', False), ('shared once', True)):
+    run = refilled(engine, requests, 32, chunk=args.chunk, budget=32 * args.prompt, share=share)
+    (tokens[name], tally), times[name] = timed(run, args.repeats)
+    print(f'{name}: all first tokens after {times[name]:.3f} s, {tally.prefilled} positions after what is shared', flush=True)
+  alone, shared = times.values()
+  print(f'{alone / shared:.2f}x sooner; {sum(a == b for a, b in zip(*tokens.values()))} of 32 rows equal')
+
+
+def chat_case(args) -> None:
+  """The paper's chatbot (section 1): a turn of 64 tokens after 1920 that are cached, 64 generated."""
+  engine = make_engine(args.layers, args.d_model, args.vocabulary, args.dtype)
+  rng = np.random.default_rng(0)
+  ids = lambda n: rng.integers(3, args.vocabulary, n).tolist()
+  history, times, replies = ids(1920), {'cached': [], 'from the start': []}, {}
+  for repeat in range(args.repeats + 1):  # the first compiles
+    turn = ids(64)
+    chat = engine.chat(max_length=2112, eos_id=-1, chunk=args.chunk)
+    list(chat.reply(history, max_new_tokens=1))
+    for name, said in (('cached', turn), ('from the start', [*chat.tokens, *turn])):
+      if name == 'from the start':
+        chat = engine.chat(max_length=2112, eos_id=-1, chunk=args.chunk)
+      start = time.perf_counter()
+      reply = chat.reply(said, max_new_tokens=64)
+      first = next(reply)
+      wait = time.perf_counter() - start
+      replies[name] = [first, *reply]
+      if repeat:
+        times[name].append((wait, time.perf_counter() - start))
+  print(f'{engine.model.config}\n{jax.devices()[0].device_kind}, {args.dtype}; 1920 tokens, a turn of 64, a reply of 64; '
+        f'median of {args.repeats}')
+  for name, seconds in times.items():
+    wait, total = (statistics.median(x) for x in zip(*seconds))
+    print(f'{name}: first token after {wait:.3f} s, the reply after {total:.3f} s')
+  print('the replies are', 'equal' if replies['cached'] == replies['from the start'] else 'not equal')
+
+
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--case', default='refill', choices=('refill', 'prefix', 'chat'))
@@ -114,7 +158,7 @@ def main():
   parser.add_argument('--dtype', default='float32', choices=DTYPES)
   parser.add_argument('--repeats', type=int, default=3)
   args = parser.parse_args()
-  dict(refill=refill_case)[args.case](args)
+  dict(refill=refill_case, prefix=prefix_case, chat=chat_case)[args.case](args)
 
 
 if __name__ == '__main__':
