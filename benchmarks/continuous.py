@@ -6,7 +6,10 @@
 
 Run from the root of a checkout, on one device. Prompts of 16 to 512 tokens and outputs of 8 to 256 are drawn log-uniformly
 with seed 0. A useful token is one that a request asked for. The static batch takes requests in order, 32 at a time, each
-batch padded to its longest prompt and stopping when all of its rows end; both sides give the same tokens.
+batch padded to its longest prompt and stopping when all of its rows end; both sides give the same tokens. With --stock
+the same batches also go through the step that stock `t5x.infer` makes of T5X's DecoderOnlyModel (needs T5X and
+flaxformer): sequences as long as the longest prompt and output, decoding as many steps as the batch's longest output, since
+T5X has no limit for each row.
 """
 
 import argparse
@@ -70,6 +73,42 @@ def static(engine: Engine, requests: list[Request], slots: int):
   return run
 
 
+def stock(engine: Engine, tensors, requests: list[Request], slots: int):
+  """The same batches through stock T5X."""
+  import functools
+
+  import jax.numpy as jnp
+  import seqio
+  from t5x import decoding, models
+  from tests.checkpoints import synthetic
+  from tests.t5x_adapter import palm_flaxformer
+
+  c = engine.model.config
+  module = palm_flaxformer.make_module(c.vocab_size, c.num_layers, c.d_model, c.d_ff, c.num_heads, c.d_head, scan=True)
+  params = jax.tree.map(jnp.asarray, synthetic.nest(synthetic.fused(tensors, c)))
+  length = max(len(r.tokens) for r in requests) + max(r.limit for r in requests)
+
+  @functools.partial(jax.jit, static_argnames='steps')
+  def step(params, batch, steps):
+    decode = functools.partial(decoding.temperature_sample, temperature=0.0, max_decode_steps=steps)
+    model = models.DecoderOnlyModel(module, seqio.ByteVocabulary(), optimizer_def=None, decode_fn=decode)
+    return model.predict_batch_with_aux(params, batch, decoder_params={'eos_id': -1, 'decode_rng': jax.random.PRNGKey(0)})[0]
+
+  def run():
+    tokens = []
+    for i in range(0, len(requests), slots):
+      some = requests[i:i + slots]
+      inputs, causal = np.zeros((2, len(some), length), np.int32)
+      for row, request in enumerate(some):
+        inputs[row, :len(request.tokens)], causal[row, :len(request.tokens)] = request.tokens, 1
+      batch = {'decoder_input_tokens': inputs, 'decoder_causal_attention': causal}
+      found = np.asarray(step(params, batch, max(r.limit for r in some)))
+      tokens += [row[:r.limit].tolist() for row, r in zip(found, some)]
+    return tokens
+
+  return run
+
+
 def timed(run, repeats: int):
   result, times = run(), []  # compiles
   for _ in range(repeats):
@@ -94,7 +133,9 @@ def refill_case(args) -> None:
         f'{tally.decoded} slot-steps), {slow / fast:.2f}x')
   print(f'positions {positions / tally.prefilled:.2f}x fewer, slot-steps {steps / tally.decoded:.2f}x fewer; without any '
         f'waste {positions / sum(len(r.tokens) for r in requests):.2f}x and {steps / (useful - len(requests)):.2f}x; '
-        f'{sum(a == b for a, b in zip(old, new))} of {len(requests)} rows equal')
+        f'{sum(a == b for a, b in zip(old, new))} of {len(requests)} rows equal', flush=True)
+  if args.stock:
+    stock_case(args, engine, requests, new, fast)
 
 
 def prefix_case(args) -> None:
@@ -143,6 +184,14 @@ def chat_case(args) -> None:
   print('the replies are', 'equal' if replies['cached'] == replies['from the start'] else 'not equal')
 
 
+def stock_case(args, engine, requests, new, fast) -> None:
+  run = stock(engine, reference.random_tensors(engine.model.config), requests, args.slots)
+  found, slow = timed(run, args.repeats)
+  useful = sum(r.limit for r in requests)
+  print(f'stock T5X:    {useful / slow:8.0f} useful tokens/s ({slow:.2f} s); slot refill is {slow / fast:.2f}x; '
+        f'{sum(a == b for a, b in zip(found, new))} of {len(requests)} rows equal')
+
+
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--case', default='refill', choices=('refill', 'prefix', 'chat'))
@@ -156,6 +205,7 @@ def main():
   parser.add_argument('--d_model', type=int, default=384, help='a multiple of 64')
   parser.add_argument('--vocabulary', type=int, default=8192)
   parser.add_argument('--dtype', default='float32', choices=DTYPES)
+  parser.add_argument('--stock', action='store_true', help='also stock T5X')
   parser.add_argument('--repeats', type=int, default=3)
   args = parser.parse_args()
   dict(refill=refill_case, prefix=prefix_case, chat=chat_case)[args.case](args)

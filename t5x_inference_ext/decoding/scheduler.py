@@ -147,13 +147,19 @@ class Scheduler:
     asks = self._asks(Request((0,), sampler=plan.like[0]), 0)
     self._slots = device.empty_slots(model, weights, asks, plan.slots, max(plan.size, room), stored[0])
     self._prompts = device.empty_prompts(model, weights, plan.prompts, room, stored[1])
+    self._in_use = False
 
   def run(self, requests: Iterable[Request]) -> Iterator[Event]:
     """Serves requests as slots become free, in order. They are taken from the iterable as they are needed.
 
+    A run that is left before its end gives its slots to the next; two can't go on at once.
+
     Raises:
       RequestError: a request that does not fit the plan.
     """
+    if self._in_use:
+      self._slots = device.free(self.model, self._slots)
+    self._in_use = True
     waiting = _Waiting(enumerate(requests))
     ready: collections.deque[tuple[int, int, int]] = collections.deque()  # (row, request, sample)
     rows: list[tuple[int, int] | None] = [None] * self.plan.slots  # of each slot, (request, sample)
@@ -176,6 +182,7 @@ class Scheduler:
           ready.extend((row, index, sample) for row, (index, request) in enumerate(group.members)
                        for sample in range(len(request.seeds)))
       if not any(rows):
+        self._in_use = False
         return
       more = bool(ready) or (group is not None and group.left > 0) or waiting.any()
       steps = 1 if None in rows and more else self.plan.steps

@@ -88,6 +88,14 @@ def prompt_room(model: Model, rows: int, length: int) -> int:
   return placements.padded_length(model.prefill_layout, model.mesh.shape, rows, length)
 
 
+@_jit((), ('slots',))
+def free(model: Model, slots: Slots) -> Slots:
+  """All of them free, whoever was in them."""
+  del model
+  progress = dataclasses.replace(slots.progress, ended=jnp.ones_like(slots.progress.ended))
+  return dataclasses.replace(slots, progress=progress)
+
+
 @_jit((), ('prompts',))
 def take_prompts(model: Model, prompts: Prompts, weights: Weights, shared: jax.Array) -> Prompts:
   """New prompts in the place of the last, that begin with so many shared positions, [R]."""

@@ -135,6 +135,18 @@ def test_a_budget_lets_rows_go_on_while_prompts_wait():
   assert [sum(len(e.tokens) for e in events if e.request == i) for i in (0, 1)] == [12, 2]
 
 
+def test_a_run_that_is_left_makes_room_for_the_next():
+  e = engine('1x1x1')
+  scheduler = Scheduler(e.model, e.weights, Plan(3, 40, 21, 21, eos_id=-1, chunk=4, steps=5))
+  left = scheduler.run([Request((0, 5), (i,), 12) for i in range(5)])
+  next(left)
+  left.close()
+  scheduler.tally.decoded = 0
+  found = served(scheduler, [Request((0, 9), limit=4)])
+  assert found[0, 0] == e.generate([[9]], max_new_tokens=4, eos_id=-1)[0].tokens
+  assert scheduler.tally.decoded == 3 * 3
+
+
 def test_top_log_probabilities():
   e = engine('1x1x1')
   scheduler = Scheduler(e.model, e.weights, Plan(2, 40, 21, 21, eos_id=-1, chunk=4, steps=5, top=3))
