@@ -92,7 +92,8 @@ def stock(engine: Engine, tensors, requests: list[Request], slots: int):
   def step(params, batch, steps):
     decode = functools.partial(decoding.temperature_sample, temperature=0.0, max_decode_steps=steps)
     model = models.DecoderOnlyModel(module, seqio.ByteVocabulary(), optimizer_def=None, decode_fn=decode)
-    return model.predict_batch_with_aux(params, batch, decoder_params={'eos_id': -1, 'decode_rng': jax.random.PRNGKey(0)})[0]
+    options = {'eos_id': -1, 'decode_rng': jax.random.PRNGKey(0)}
+    return model.predict_batch_with_aux(params, batch, decoder_params=options)[0]
 
   def run():
     tokens = []
@@ -151,7 +152,8 @@ def prefix_case(args) -> None:
   for name, share in (('each on its own', False), ('shared once', True)):
     run = refilled(engine, requests, 32, chunk=args.chunk, budget=32 * args.prompt, share=share)
     (tokens[name], tally), times[name] = timed(run, args.repeats)
-    print(f'{name}: all first tokens after {times[name]:.3f} s, {tally.prefilled} positions after what is shared', flush=True)
+    print(f'{name}: all first tokens after {times[name]:.3f} s, {tally.prefilled} positions after what is shared',
+          flush=True)
   alone, shared = times.values()
   print(f'{alone / shared:.2f}x sooner; {sum(a == b for a, b in zip(*tokens.values()))} of 32 rows equal')
 

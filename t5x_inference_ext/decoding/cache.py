@@ -1,4 +1,4 @@
-"""The KV cache: each row has its own length; new tokens are written at the row's end. What begins alike is stored once."""
+"""The KV cache: each row has its own length, and grows at its end. What begins alike is stored once."""
 
 import dataclasses
 from typing import Any

@@ -69,7 +69,8 @@ def share(model: Model, cache: KVCache, weights: Weights, row: int, length: int,
     return with_heads(lax.slice_in_dim(x, 0, length, axis=-3), held, wanted)
 
   keys, values = jax.tree.map(take, (cache.keys, cache.values))
-  return constrained(to, empty_cache(to, weights, rows, 1, Shared(keys, values, jnp.zeros(rows, jnp.int32))), weights).shared
+  shared = Shared(keys, values, jnp.zeros(rows, jnp.int32))
+  return empty_cache(to, weights, rows, 1, shared).shared
 
 
 def prefill_in_chunks(

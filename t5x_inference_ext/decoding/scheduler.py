@@ -1,4 +1,4 @@
-"""Continuous batching: finished rows leave their slots, waiting prompts enter, and prefill takes turns with decode steps."""
+"""Continuous batching: finished rows leave, waiting prompts enter, and prefill takes turns with decode steps."""
 
 import collections
 import dataclasses

@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens, without the logits of all positions at once; and ragged examples packed by length."""
+"""Log-probabilities of given tokens, some positions at a time; and ragged examples packed by length."""
 
 from typing import Callable, Iterator, NamedTuple, Sequence
 

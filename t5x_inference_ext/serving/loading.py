@@ -85,7 +85,8 @@ class Options:
       raise RequestError(f'batching must be one of {", ".join(BATCHING)}, got {self.batching!r}')
     check_dtype(self.dtype)
     check_pair(*self.layouts)
-    for name, least in (('batch_size', 1), ('max_new_tokens', 1), ('seed', 0), ('prefill_chunk', 1), ('prefill_budget', 1)):
+    for name, least in (('batch_size', 1), ('max_new_tokens', 1), ('seed', 0), ('prefill_chunk', 1),
+                        ('prefill_budget', 1)):
       value = getattr(self, name)
       if not isinstance(value, int) or value < least:
         raise RequestError(f'{name} must be a whole number, {least} or more, got {value!r}')

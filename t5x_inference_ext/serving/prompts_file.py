@@ -103,8 +103,8 @@ def _refill(engine: Engine, options, todo, clock, vocabulary, say):
   asked = [(row, Request((BOS_ID, *r.prompt), (batches.row_seed(options.seed, row),), options.max_new_tokens,
                          options.sampler)) for row, r in todo]
   plan, shared = plans.plan(
-      engine.model, [r for _, r in asked], slots=options.batch_size, size=options.cache_length, chunk=options.prefill_chunk,
-      budget=options.prefill_budget, eos_id=vocabulary.eos_id if vocabulary else EOS_ID)
+      engine.model, [r for _, r in asked], slots=options.batch_size, size=options.cache_length,
+      chunk=options.prefill_chunk, budget=options.prefill_budget, eos_id=vocabulary.eos_id if vocabulary else EOS_ID)
   loading.say_slots(options, plan, shared, engine.model, say)
   results = ((row, [c.tokens, c.score]) for row, (c,) in refill.completions(engine, asked, plan, shared, clock))
   return {'batch': plan.slots, 'prompt': plan.prompt, 'cache': plan.size, 'shared': len(shared)}, results
@@ -149,7 +149,8 @@ def _score(engine: Engine, options, todo, clock, say):
   return {'tokens': tokens}, results()
 
 
-def _output_row(row: requests.Row, vocabulary, tokens: list[int], score: float, log_probs: list[float] | None = None) -> dict:
+def _output_row(row: requests.Row, vocabulary, tokens: list[int], score: float,
+                log_probs: list[float] | None = None) -> dict:
   """The row as it came, with the completion: its text (None where there is no vocabulary), ids and score."""
   if isinstance(row.completion, str):
     text = row.completion

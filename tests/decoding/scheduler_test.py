@@ -45,7 +45,8 @@ def mix(rng, samplers=SAMPLERS):
     begin = beginning[:rng.integers(0, 13)] if rng.random() < 0.7 else []
     own = rng.integers(3, CONFIG.vocab_size, rng.integers(0, LONGEST - len(begin) + 1)).tolist()
     seeds = tuple(rng.integers(0, 2**32, 1 + (rng.random() < 0.2)).tolist())
-    requests.append(Request((0, *begin, *own), seeds, int(rng.integers(1, MOST + 1)), samplers[rng.integers(len(samplers))]))
+    limit, sampler = int(rng.integers(1, MOST + 1)), samplers[rng.integers(len(samplers))]
+    requests.append(Request((0, *begin, *own), seeds, limit, sampler))
   return requests
 
 
