@@ -8,7 +8,7 @@
 import dataclasses
 import functools
 import os
-from typing import NamedTuple, Sequence
+from typing import Iterator, NamedTuple, Sequence
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec as P
@@ -16,17 +16,18 @@ import numpy as np
 
 from t5x_inference_ext.checkpoints import Checkpoint, open_checkpoint
 from t5x_inference_ext.checkpoints.load import load_weights, scans_layers
+from t5x_inference_ext.decoding import plans, scoring
+from t5x_inference_ext.decoding.conversation import Conversation
 from t5x_inference_ext.decoding.generate import generate
+from t5x_inference_ext.decoding.inputs import BOS_ID, EOS_ID, check_generation, model_inputs
 from t5x_inference_ext.decoding.model import Model
-from t5x_inference_ext.decoding.sampling import Sampler
+from t5x_inference_ext.decoding.sampling import Sampler, samplers as stack
+from t5x_inference_ext.decoding.scheduler import Event, Request, Scheduler
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.layouts.layout import Layout, check_model
 from t5x_inference_ext.layouts.mesh import make_mesh, parse_mesh
 from t5x_inference_ext.precompile.generation import Run, SavedGeneration
 from t5x_inference_ext.weights import Weights
-
-BOS_ID = 0  # T5X shifts targets right and starts from 0
-EOS_ID = 1
 
 
 class Completion(NamedTuple):
@@ -101,44 +102,103 @@ class Engine:
       self,
       prompts: Sequence[Sequence[int]],
       *,
-      max_new_tokens: int,
-      sampler: Sampler = Sampler(),
+      max_new_tokens: int | Sequence[int],
+      sampler: Sampler | Sequence[Sampler] = Sampler(),
       seeds: Sequence[int] | None = None,
       eos_id: int = EOS_ID,
       cache_size: int | None = None,
       prompt_size: int | None = None,
       max_length: int | None = None,
+      prefill_chunk: int | None = None,
   ) -> list[Completion]:
     """Continues each prompt until EOS or the limit.
 
     Args:
       prompts: token ids without BOS; an empty prompt starts from BOS alone, as in T5X.
-      max_new_tokens: the limit.
-      sampler: how tokens are chosen.
+      max_new_tokens: the limit, of all or for each.
+      sampler: how tokens are chosen: of all rows, or one for each.
       seeds: one a prompt, 0 to 2**32 - 1 (default: all 0; equal prompts then give equal completions).
       eos_id: ends a row; -1 never does.
       cache_size: positions that each row has, BOS and the new tokens included (default: as many as needed).
       prompt_size: pads prompts to this length, so that batches share one compilation (default: the longest).
       max_length: also ends a row when prompt and new tokens together are this many, as T5X does.
+      prefill_chunk: positions of the prompts that one pass takes, for prompts whose activations take too much memory.
 
     Raises:
       RequestError: no prompts, a prompt longer than the cache or not of the vocabulary.
       SavedError: with an executable, anything but what it was compiled for.
       MeshError: a number of prompts that the decode layout can't split: see padded_batch.
     """
-    check_generation(prompts, self.model.config.vocab_size, max_new_tokens, cache_size, prompt_size, max_length)
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    most = max(limits, default=1)
+    check_generation(prompts, self.model.config.vocab_size, min(limits, default=1), cache_size, prompt_size, max_length)
+    check_generation(prompts, self.model.config.vocab_size, most, cache_size, prompt_size, max_length)
     self.model.place_decode(len(prompts))
     longest = max(map(len, prompts))
     tokens, lengths = model_inputs(prompts, prompt_size or longest)
     seeds = np.zeros(len(prompts)) if seeds is None else np.asarray(seeds)
-    if seeds.shape != lengths.shape:
-      raise RequestError(f'{len(prompts)} prompts need as many seeds, got shape {seeds.shape}')
+    samplers = [sampler] if isinstance(sampler, Sampler) else list(sampler)
+    for what, count in (('seeds', seeds.shape), ('limits', (len(limits),)), ('samplers', (len(samplers),))):
+      if count != lengths.shape and not (what == 'samplers' and isinstance(sampler, Sampler)):
+        raise RequestError(f'{len(prompts)} prompts need as many {what}, got shape {count}')
     # The last generated token is never fed back, so it takes no position.
-    size = max(tokens.shape[1], cache_size or tokens.shape[1] + max_new_tokens - 1)
-    program = self._generation(Run(
-        len(prompts), tokens.shape[1] - 1, size, max_new_tokens, sampler, eos_id, max_length))
-    result = jax.device_get(program(self.weights, *self._put(tokens, lengths, seeds.astype(np.uint32))))
+    size = max(tokens.shape[1], cache_size or tokens.shape[1] + most - 1)
+    stacked = stack(samplers, self.model.config.vocab_size)  # checks ids, too
+    own = {}
+    if not isinstance(sampler, Sampler):
+      own['samplers'], sampler = stacked, Sampler()
+    if not isinstance(max_new_tokens, int):
+      own['limits'] = np.asarray(limits, np.int32)
+    run = Run(len(prompts), tokens.shape[1] - 1, size, most, sampler, eos_id, max_length)
+    program = self._generation(run, bool(own), prefill_chunk)
+    arguments = self._put(tokens, lengths, seeds.astype(np.uint32), own)
+    result = jax.device_get(program(self.weights, *arguments[:3], **arguments[3]))
     return [Completion(row[:n].tolist(), float(score)) for row, n, score in zip(*result)]
+
+  def stream(
+      self,
+      prompts: Sequence[Sequence[int]],
+      *,
+      max_new_tokens: int | Sequence[int],
+      sampler: Sampler | Sequence[Sampler] = Sampler(),
+      seeds: Sequence[int] | None = None,
+      samples: int = 1,
+      slots: int = 32,
+      eos_id: int = EOS_ID,
+      **options,
+  ) -> Iterator[Event]:
+    """Continues prompts in slots that are kept full, and yields each row's new tokens as they are made.
+
+    Tokens are those of `generate`. What prompts begin with in common is prefilled once, as is a prompt of many samples.
+
+    Args:
+      prompts, max_new_tokens, sampler, seeds, eos_id: as generate's.
+      samples: of each prompt. The i-th has the seed (prompt's seed + i) % 2**32.
+      slots: rows decoded together, at most.
+      options: decoding.plans.plan's: chunk, budget, top (log-probabilities of so many most likely tokens), ...
+    """
+    asked = self.requests(prompts, max_new_tokens, sampler, seeds, samples)
+    plan, shared = plans.plan(self.model, asked, slots=slots, eos_id=eos_id, **options)
+    return Scheduler(self.model, self.weights, plan, shared).run(asked)
+
+  def requests(self, prompts, max_new_tokens, sampler=Sampler(), seeds=None, samples: int = 1) -> list[Request]:
+    """Prompts as the scheduler takes them; arguments, and errors, are stream's."""
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    each = [sampler] * len(prompts) if isinstance(sampler, Sampler) else list(sampler)
+    seeds = [0] * len(prompts) if seeds is None else list(map(int, seeds))
+    check_generation(prompts, self.model.config.vocab_size, min(limits, default=1), None)
+    stack(each, self.model.config.vocab_size)
+    if samples < 1:
+      raise RequestError(f'samples must be at least 1, got {samples}')
+    for what, found in (('limits', limits), ('samplers', each), ('seeds', seeds)):
+      if len(found) != len(prompts):
+        raise RequestError(f'{len(prompts)} prompts need as many {what}, got {len(found)}')
+    return [Request((BOS_ID, *prompt), tuple((seed + i) % 2**32 for i in range(samples)), limit, one)
+            for prompt, seed, limit, one in zip(prompts, seeds, limits, each)]
+
+  def chat(self, *, max_length: int, eos_id: int = EOS_ID, chunk: int = 256) -> Conversation:
+    """A conversation of at most so many tokens, whose cache is kept between turns; see decoding.conversation."""
+    return Conversation(self.model, self.weights, max_length=max_length, bos_id=BOS_ID, eos_id=eos_id, chunk=chunk)
 
   def score(self, inputs: np.ndarray, targets: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
     """The sum over positions of weight * log p(target | inputs so far).
@@ -154,27 +214,51 @@ class Engine:
     Raises:
       RequestError: arrays of different shapes.
     """
+    weights = np.asarray(np.asarray(targets) != 0 if weights is None else weights, np.float32)
+    _check_shapes(inputs, targets, weights)
+    return np.sum(self.log_probs(inputs, targets) * weights, axis=1)
+
+  def log_probs(self, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """log p(target | inputs so far) at each position, [B, T] float32; arguments as score's."""
+    _check_shapes(inputs, targets)
     inputs, targets = np.asarray(inputs, np.int32), np.asarray(targets, np.int32)
-    weights = np.asarray(targets != 0 if weights is None else weights, np.float32)
-    if not inputs.shape == targets.shape == weights.shape or inputs.ndim != 2:
-      raise RequestError(f'score takes three arrays [B, T] of one shape, got {inputs.shape}, {targets.shape} and '
-                         f'{weights.shape}')
-    log_probs = _log_probs(self.model, self.weights, *self._put(inputs, targets))
-    return np.sum(np.asarray(log_probs) * weights, axis=1)
+    return np.asarray(_log_probs(self.model, self.weights, *self._put(inputs, targets)))
+
+  def score_completions(
+      self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, tokens: int = 8192) -> list[list[float]]:
+    """The log-probabilities of each completion's tokens after its prompt; their sum is its score.
+
+    Pairs of like lengths are scored together, whatever their order.
+
+    Args:
+      pairs: (prompt, completion), token ids without BOS.
+      tokens: scored at once, padding included.
+    """
+    found = dict(scoring.score(self.log_probs, [scoring.Example.of(*pair) for pair in pairs], tokens, self.padded_batch))
+    return [found[i][len(prompt):].tolist() for i, (prompt, _) in enumerate(pairs)]
 
   def logits(self, inputs: np.ndarray) -> np.ndarray:
     """inputs [B, T] model inputs -> [B, T, V] float32 logits after each position."""
     return np.asarray(_logits(self.model, self.weights, *self._put(np.asarray(inputs, np.int32))))
 
-  def _generation(self, run: Run):
-    """The function of (weights, tokens, lengths, seeds) that generates a batch."""
+  def _generation(self, run: Run, per_row: bool, prefill_chunk: int | None):
+    """The function of (weights, tokens, lengths, seeds), and what rows have of their own, that generates a batch."""
     if self.executable is None:
-      return functools.partial(_generate, self.model, **_options(run))
+      return functools.partial(_generate, self.model, **_options(run), prefill_chunk=prefill_chunk)
+    if per_row or prefill_chunk is not None:
+      what = 'one sampler and limit' if per_row else 'prompts in one pass'
+      raise RequestError(f'the executable {self.executable.path} was compiled for {what}: run without it')
     self.executable.check_run(run)
     return self.executable.load(*generation_program(self.model, run, self.weights), self.model.mesh)
 
   def _put(self, *arrays):
     return jax.device_put(arrays, NamedSharding(self.model.mesh, P()))
+
+
+def _check_shapes(*arrays) -> None:
+  shapes = [np.shape(x) for x in arrays]
+  if len(set(shapes)) > 1 or len(shapes[0]) != 2:
+    raise RequestError(f'score takes three arrays [B, T] of one shape, got {" and ".join(map(str, shapes))}')
 
 
 def _jit(function, *static: str):
@@ -188,7 +272,7 @@ def _jit(function, *static: str):
   return run
 
 
-_generate = _jit(generate, 'sampler', 'max_new_tokens', 'eos_id', 'cache_size', 'max_length')
+_generate = _jit(generate, 'sampler', 'max_new_tokens', 'eos_id', 'cache_size', 'max_length', 'prefill_chunk')
 
 
 def generation_program(model: Model, run: Run, weights: Weights):
@@ -207,35 +291,3 @@ def _options(run: Run):
 
 _log_probs = _jit(Model.log_probs)
 _logits = _jit(Model.logits)
-
-
-def model_inputs(prompts: Sequence[Sequence[int]], size: int) -> tuple[np.ndarray, np.ndarray]:
-  """Prompts -> (BOS and prompt [B, size + 1] int32 from the left, lengths [B] int32 with BOS counted)."""
-  tokens = np.full((len(prompts), size + 1), BOS_ID, np.int32)
-  for row, prompt in zip(tokens, prompts):
-    row[1:len(prompt) + 1] = prompt
-  return tokens, np.asarray([len(p) + 1 for p in prompts], np.int32)
-
-
-def check_generation(
-    prompts: Sequence[Sequence[int]], vocab_size: int, max_new_tokens: int, cache_size: int | None,
-    prompt_size: int | None = None, max_length: int | None = None) -> None:
-  """Raises RequestError for what generate could not serve, naming the prompt (counted from 0)."""
-  if not len(prompts):
-    raise RequestError('there are no prompts')
-  if max_new_tokens < 1:
-    raise RequestError(f'max_new_tokens must be at least 1, got {max_new_tokens}')
-  for i, prompt in enumerate(prompts):
-    wrong = [t for t in prompt if not 0 <= t < vocab_size]
-    if wrong:
-      raise RequestError(f'prompt {i} holds token {wrong[0]}, outside the vocabulary of {vocab_size}')
-    if prompt_size is not None and len(prompt) > prompt_size:
-      raise RequestError(f'prompt {i} has {len(prompt)} tokens, more than prompt_size={prompt_size}')
-    if max_length is not None and len(prompt) >= max_length:
-      raise RequestError(f'prompt {i} has {len(prompt)} tokens: max_length={max_length} leaves no room for a new one')
-    # BOS takes a position, the last new token none.
-    needed = len(prompt) + max_new_tokens if max_length is None else min(len(prompt) + max_new_tokens, max_length)
-    if cache_size is not None and needed > cache_size:
-      raise RequestError(
-          f'prompt {i} is longer than the cache: {len(prompt)} tokens and {needed - len(prompt)} new ones need '
-          f'{needed} positions, the cache has {cache_size}: raise cache_size, lower max_new_tokens, or shorten the prompt')

@@ -52,10 +52,14 @@ from t5x_inference_ext.serving.progress import progress
 REQUIRED = ('checkpoint', 'prompts', 'output')
 # The defaults of what an Options holds are Options' own.
 OPTIONS = ('mode', 'mesh', 'prefill_layout', 'decode_layout', 'dtype', 'norm_scale', 'batch_size', 'max_new_tokens',
-           'cache_length', 'seed', 'scan_layers', 'executable')
+           'cache_length', 'seed', 'scan_layers', 'executable', 'batching', 'prefill_chunk', 'prefill_budget',
+           'token_log_probs')
 PROCESSES = ('coordinator_address', 'num_processes', 'process_id')
 EXPLAINED_PROMPT = 512  # tokens, where --cache_length does not say how many there could be
-PLAIN = (*REQUIRED, *OPTIONS, 'vocabulary', 'overwrite', 'temperature', 'top_k', 'top_p')
+# What a Sampler holds, as plain flags have it.
+SAMPLING = ('temperature', 'top_k', 'top_p', 'repetition_penalty', 'frequency_penalty', 'presence_penalty',
+            'min_new_tokens')
+PLAIN = (*REQUIRED, *OPTIONS, 'vocabulary', 'overwrite', *SAMPLING)
 
 
 def define_flags(flags: absl_flags.FlagValues) -> None:
@@ -75,6 +79,11 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
   define('float', 'temperature', defaults.sampler.temperature, '0 takes the most likely token.')
   define('integer', 'top_k', defaults.sampler.top_k, 'Sample among the k most likely tokens; 0: all.')
   define('float', 'top_p', defaults.sampler.top_p, 'Sample among the most likely tokens that reach this probability.')
+  define('float', 'repetition_penalty', 1.0, 'Divides positive logits of tokens in prompt or output, and '
+         'multiplies negative ones.')
+  define('float', 'frequency_penalty', 0.0, 'Is taken off a token\'s logit for each time it was generated.')
+  define('float', 'presence_penalty', 0.0, 'Is taken off the logits of all tokens that were generated.')
+  define('integer', 'min_new_tokens', 0, 'EOS is not chosen before so many tokens.')
   define('integer', 'seed', defaults.seed, 'Of the run; every row has its own seed from it.')
   define('string', 'mesh', None, 'XxYxZ, such as 2x2x2, over the first devices. By default over all devices that '
          'divide the model.')
@@ -86,6 +95,14 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
          'are not needed. The mesh may be larger than the devices here. With gin flags too.')
   define('enum', 'dtype', defaults.dtype, 'Of activations, cache and float weights; int8 weights stay int8.', DTYPES)
   define('integer', 'batch_size', defaults.batch_size, 'Rows a batch, rounded up to what the mesh takes.')
+  define('boolean', 'token_log_probs', False, 'With --mode=score: also the log-probability of each token, '
+         'as `log_probs`.')
+  define('enum', 'batching', defaults.batching, 'continuous: finished rows leave, waiting prompts enter; or static: '
+         'batches that end with their last row. Rows are the same.', loading.BATCHING)
+  define('integer', 'prefill_chunk', defaults.prefill_chunk, 'With continuous batching: positions of a prompt that '
+         'one pass takes.')
+  define('integer', 'prefill_budget', defaults.prefill_budget, 'With continuous batching: prompt tokens between '
+         'decode steps while rows wait.')
   define('integer', 'cache_length', None, 'Positions of each row\'s cache, new tokens included; a prompt that does not '
          'fit is an error. By default as many as the longest prompt needs.')
   define('boolean', 'scan_layers', None, 'One loop over all layers; --noscan_layers writes them out, which takes longer to '
@@ -122,7 +139,7 @@ def main(flags: absl_flags.FlagValues) -> None:
   if missing:
     raise UserError(f'{", ".join(missing)} not given; --help shows examples')
   options = loading.Options(
-      checkpoint=flags.checkpoint, sampler=Sampler(flags.temperature, flags.top_k, flags.top_p),
+      checkpoint=flags.checkpoint, sampler=Sampler(**{name: flags[name].value for name in SAMPLING}),
       **{name: flags[name].value for name in OPTIONS})
   if flags.explain_layout:
     loading.explain_layout(options, EXPLAINED_PROMPT if options.max_prompt is None else options.max_prompt)

@@ -131,3 +131,20 @@ def test_bad_samplers(values, says):
   with pytest.raises(RequestError) as error:
     Sampler(**values)
   assert says in str(error.value)
+
+
+def test_a_stream_gives_generate_s_tokens_as_they_are_made(engine):
+  """Samples of a prompt too, each with a seed of its own."""
+  options = dict(max_new_tokens=20, sampler=Sampler(1.0, top_k=20), seeds=[4, 9], eos_id=-1)
+  found, events = {}, 0
+  for event in engine.stream(PROMPTS, samples=2, slots=2, **options):
+    found.setdefault((event.request, event.sample), []).extend(event.tokens)
+    events += 1
+  assert events > 4
+  seeds = {**options, 'seeds': [4, 5, 9, 10]}
+  wanted = engine.generate([PROMPTS[0]] * 2 + [PROMPTS[1]] * 2, **seeds)
+  assert [found[key] for key in sorted(found)] == [c.tokens for c in wanted]
+  for bad, says in ((dict(samples=0), 'samples must be at least 1'), (dict(seeds=[1]), '2 prompts need as many seeds, got 1'),
+                    (dict(max_new_tokens=0), 'max_new_tokens must be at least 1')):
+    with pytest.raises(RequestError, match=says):
+      engine.stream(PROMPTS, **{**options, **bad})

@@ -9,7 +9,7 @@ import pytest
 import sentencepiece
 
 from t5x_inference_ext import infer
-from t5x_inference_ext.serving import loading, vocabularies
+from t5x_inference_ext.serving import loading, prompts_file, refill, vocabularies
 
 FLAGS = ('--dtype=float32', '--max_new_tokens=48')
 
@@ -113,6 +113,10 @@ def test_scoring_the_output_of_a_run_gives_its_scores(complete, greedy):
   assert '384 tokens scored' in out
   assert [row['score'] for row in scored] == pytest.approx([row['score'] for row in rows], rel=1e-5)
   assert [{**row, 'score': 0} for row in scored] == [{**row, 'score': 0} for row in rows]
+  told, _ = complete(rows, '--mode=score', '--mesh=2x2x2', '--token_log_probs', name='told.jsonl')
+  assert [len(row['log_probs']) for row in told] == [48] * 8
+  assert [sum(row.pop('log_probs')) for row in told] == pytest.approx([row['score'] for row in told], rel=1e-5)
+  assert told == scored
   # Completions in text, where there are no tokens: these hold no EOS, so they are the same.
   texts = [{'prompt': row['prompt'], 'completion': row['completion']} for row in rows]
   rescored, _ = complete(texts, '--mode=score', '--mesh=2x2x2', name='rescored.jsonl')
@@ -179,12 +183,52 @@ def test_overwrite_replaces_and_a_failed_run_leaves_nothing(complete, tmp_path, 
   def fail(*_, **__):
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(loading.Engine, 'generate', fail)
+  monkeypatch.setattr(refill.Scheduler, 'run', fail)
   before = sorted(os.listdir(tmp_path))
   with pytest.raises(AssertionError, match='interrupted'):
     complete([{'prompt': 'c'}], '--max_new_tokens=8', '--overwrite')
   assert _read(tmp_path / 'out.jsonl') == rows
   assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize('batching', ['continuous', 'static'])
+def test_an_interrupted_run_goes_on_where_it_stopped(complete, tmp_path, monkeypatch, batching):
+  """Rows that were done are not done again, and come out as of one run; another run does not take them for its own."""
+  prompts = [{'prompt': 'def f('[:i]} for i in range(6)]
+  flags = '--max_new_tokens=6', '--batch_size=2', '--mesh=1x1x1', '--temperature=1', f'--batching={batching}'
+  whole, _ = complete(prompts, *flags, name='whole.jsonl')
+  keep = prompts_file.Journal.keep
+
+  def interrupted(self, results):
+    for i, result in enumerate(keep(self, results)):
+      if i == 3:
+        raise KeyboardInterrupt
+      yield result
+
+  with monkeypatch.context() as patch:
+    patch.setattr(prompts_file.Journal, 'keep', interrupted)
+    with pytest.raises(AssertionError, match='interrupted'):
+      complete(prompts, *flags)
+  assert {p.name for p in tmp_path.glob('.*')} == {'.out.jsonl.unfinished'} and not (tmp_path / 'out.jsonl').exists()
+  _, out = complete(prompts, *flags, '--seed=1', name='other.jsonl')
+  assert 'resumed' not in out
+  rows, out = complete(prompts, *flags)
+  assert 'resumed: 4 of 6 rows were done' in out and '2 rows, 12 tokens generated' in out
+  assert rows == whole
+  assert not list(tmp_path.glob('.*'))
+
+
+def test_batching_changes_no_row(complete):
+  """With a beginning that most prompts share, chunks that are short, and as little as one prompt between steps."""
+  begin = 'import os\nimport sys\n\n\ndef '
+  prompts = [{'prompt': begin + name} for name in ('main', 'f(x', 'read_', 'a')] + [{'prompt': 'x'}, {'prompt': begin}]
+  flags = '--max_new_tokens=7', '--mesh=2x1x1', '--temperature=0.7', '--top_k=40', '--batch_size=4'
+  static, out = complete(prompts, *flags, '--batching=static', name='static.jsonl')
+  assert 'refilled' not in out
+  rows, out = complete(prompts, *flags, '--prefill_chunk=16', '--prefill_budget=1')
+  assert 'batch: 4 rows, refilled as they end' in out and 'shared: 28 first positions' in out
+  assert [{**r, 'score': 0} for r in rows] == [{**r, 'score': 0} for r in static]
+  assert [r['score'] for r in rows] == pytest.approx([r['score'] for r in static], rel=1e-5)
 
 
 def test_help_shows_examples_and_flags(command):
@@ -235,6 +279,9 @@ def test_every_bad_row_is_listed(complaint):
     (['--batch_size=0'], 'batch_size must be a whole number, 1 or more'),
     (['--seed=-1'], 'seed must be a whole number, 0 or more'),
     (['--dtype=float16'], '--dtype'),
+    (['--token_log_probs'], 'token_log_probs is for mode=score'),
+    (['--prefill_chunk=0'], 'prefill_chunk must be a whole number, 1 or more'),
+    (['--repetition_penalty=0'], 'repetition_penalty must be above 0'),
     (['--prompt=x'], 'Unknown command line flag \'prompt\''),
     (['--output='], '--output not given'),
     (['--gin.MESH="2x2x2"'], '--checkpoint and gin flags can\'t be mixed'),

@@ -1,4 +1,6 @@
-"""The parts of the infer command: vocabularies, seeds, default meshes, shapes of batches."""
+"""The parts of the infer command: vocabularies, seeds, default meshes, shapes of batches, what a run keeps."""
+
+import os
 
 import pytest
 
@@ -6,6 +8,7 @@ from t5x_inference_ext.config import preset
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.layouts.layout import default_mesh
 from t5x_inference_ext.serving import batches, output
+from t5x_inference_ext.serving.journal import Files, Journal
 from t5x_inference_ext.serving.vocabularies import ByteVocabulary, find_vocabulary
 
 
@@ -87,3 +90,49 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     assert not path.exists()
   assert path.read_text() == 'all'
   assert path.stat().st_mode & 0o444 == 0o444
+
+
+@pytest.fixture
+def journal(tmp_path):
+  return lambda run='one': Journal(str(tmp_path / 'rows'), run, Files(output.open_text, os.path.exists, os.remove))
+
+
+def test_a_journal_keeps_rows_until_the_run_has_ended(journal, tmp_path):
+  first = journal()
+  for row, _ in first.keep([(3, ['c', 1.5]), (0, ['a', 0.5]), (1, [None, 2])]):
+    if row == 0:
+      break
+  again = journal()
+  assert again.done == {3: ['c', 1.5], 0: ['a', 0.5]}
+  assert journal('another run').done == {}
+  assert dict(again.keep([(1, 'x')])) == {1: 'x'}
+  assert list(again.in_order()) == [['a', 0.5], 'x', ['c', 1.5]]
+  assert journal().done == again.done
+  again.remove()
+  assert not list(tmp_path.iterdir())
+  again.remove()
+
+
+def test_a_journal_that_was_cut_off_keeps_its_whole_lines(journal, tmp_path):
+  list(journal().keep([(0, 'a'), (1, 'b')]))
+  path = tmp_path / 'rows'
+  path.write_text(path.read_text()[:-3])
+  assert journal().done == {0: 'a'}
+  path.write_text('')
+  assert journal().done == {}
+
+
+def test_another_run_writes_over_a_journal(journal):
+  list(journal().keep([(0, 'a')]))
+  list(journal('other').keep([(5, 'b')]))
+  assert journal('other').done == {5: 'b'} and journal().done == {}
+
+
+def test_an_error_keeps_what_came_before_it(journal):
+  def rows():
+    yield 0, 'a'
+    raise ValueError
+
+  with pytest.raises(ValueError):
+    list(journal().keep(rows()))
+  assert journal().done == {0: 'a'}

@@ -1,10 +1,28 @@
-"""The KV cache: each row has its own length; new tokens are written at the row's end."""
+"""The KV cache: each row has its own length, and grows at its end. What begins alike is stored once."""
 
 import dataclasses
+from typing import Any
 
 import jax
 from jax import lax
 import jax.numpy as jnp
+
+from t5x_inference_ext.layers.attention import Context
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Shared:
+  """The first positions of rows that begin alike.
+
+  Attributes:
+    keys, values: [L, P, K, Q], or a tuple of L arrays [P, K, Q].
+    lengths: [B] int32: each row begins with so many of them; 0 for a row that shares nothing.
+  """
+
+  keys: jax.Array | tuple[jax.Array, ...]
+  values: jax.Array | tuple[jax.Array, ...]
+  lengths: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -15,16 +33,23 @@ class KVCache:
   Attributes:
     keys, values: [L, B, S, K, Q], or a tuple of L arrays [B, S, K, Q] where the layers are unrolled.
     lengths: [B] int32, the positions of each row that are filled.
+    shared: what comes before these positions, or None: nothing.
   """
 
   keys: jax.Array | tuple[jax.Array, ...]
   values: jax.Array | tuple[jax.Array, ...]
   lengths: jax.Array
+  shared: Shared | None = None
 
   @property
   def size(self) -> int:
-    """S, the positions that each row has room for."""
+    """S, the positions that each row has room for, beside what it shares."""
     return jax.tree.leaves(self.keys)[0].shape[-3]
+
+  @property
+  def positions(self) -> jax.Array:
+    """[B] int32, the position in its sequence of each row's next token."""
+    return self.lengths if self.shared is None else self.lengths + self.shared.lengths
 
 
 def start(keys, values, lengths: jax.Array, size: int) -> KVCache:
@@ -38,35 +63,89 @@ def start(keys, values, lengths: jax.Array, size: int) -> KVCache:
   return KVCache(jax.tree.map(grow, keys), jax.tree.map(grow, values), lengths)
 
 
-def append(cache: KVCache, keys, values) -> KVCache:
-  """Writes one token's keys and values [.., B, 1, K, Q] at each row's end; a full row drops its write."""
-  keys, values = lax.platform_dependent(cache, keys, values, cuda=_scatter, rocm=_scatter, default=_row_by_row)
-  return KVCache(keys, values, cache.lengths + 1)
+def layers(cache: KVCache) -> Any:
+  """What `context` takes, of all layers: with a leading L, or a tuple where the layers are unrolled."""
+  parts = [cache.keys, cache.values]
+  if cache.shared is not None:
+    parts += [cache.shared.keys, cache.shared.values]
+  return tuple(zip(*parts)) if isinstance(cache.keys, tuple) else tuple(parts)
 
 
-def _row_by_row(cache: KVCache, keys, values):
+def context(cache: KVCache, layer: Any) -> Context:
+  """What one layer's attention sees, of its part of `layers`."""
+  if cache.shared is None:
+    return Context(*layer, cache.lengths)
+  keys, values, *shared = layer
+  return Context(keys, values, cache.lengths, *shared, cache.shared.lengths)
+
+
+def append(cache: KVCache, keys, values, counts: jax.Array | None = None) -> KVCache:
+  """Writes new tokens' keys and values [.., B, T, K, Q] at each row's end; what finds no room there is dropped.
+
+  Args:
+    cache: with at least T positions.
+    keys, values: of the new tokens.
+    counts: [B] int32, how many of the T are the row's, from the first; None: all.
+  """
+  tokens = jax.tree.leaves(keys)[0].shape[-3]
+  keys, values = lax.platform_dependent(cache, keys, values, counts, cuda=_scatter, rocm=_scatter, default=_row_by_row)
+  return dataclasses.replace(cache, keys=keys, values=values, lengths=cache.lengths + (tokens if counts is None else counts))
+
+
+def _row_by_row(cache: KVCache, keys, values, counts):
   """In a loop: in place, where a scatter or a masked rewrite makes XLA copy the whole cache every step (CPU)."""
+  tokens = jax.tree.leaves(keys)[0].shape[-3]
 
   def write_row(i, kv):
     position = cache.lengths[i]
 
     def write(x, new):
       lead = (0,) * (x.ndim - 4)
-      where = (*lead, i, position, 0, 0)  # dynamic slices stay inside: at the last position, if the row is full
+      # Dynamic slices stay inside: they begin before the row's end, if the row has room for less than T.
+      first = position if tokens == 1 else jnp.minimum(position, x.shape[-3] - tokens)
+      where = (*lead, i, first, 0, 0)
       new = lax.dynamic_slice_in_dim(new, i, 1, len(lead))
       old = lax.dynamic_slice(x, where, new.shape)
-      return lax.dynamic_update_slice(x, jnp.where(position < x.shape[-3], new, old), where)
+      if tokens == 1:
+        mine = position < x.shape[-3] if counts is None else (position < x.shape[-3]) & (counts[i] > 0)
+      else:
+        late, at = position - first, jnp.arange(tokens).reshape(*(1,) * (len(lead) + 1), tokens, 1, 1)
+        new = jnp.roll(new, late, axis=-3)
+        mine = (at >= late) & (at < late + (tokens if counts is None else counts[i]))
+      return lax.dynamic_update_slice(x, jnp.where(mine, new, old), where)
 
     return jax.tree.map(write, kv, (keys, values))
 
   return lax.fori_loop(0, cache.lengths.shape[0], write_row, (cache.keys, cache.values))
 
 
-def _scatter(cache: KVCache, keys, values):
+def _scatter(cache: KVCache, keys, values, counts):
   """All rows at once, in place on a GPU, where a loop would start a kernel for each row, layer, and key or value."""
+  tokens = jax.tree.leaves(keys)[0].shape[-3]
+  positions = cache.lengths[:, None] + jnp.arange(tokens)[None, :]  # [B, T]
+  if counts is not None:  # others go nowhere
+    positions = jnp.where(jnp.arange(tokens)[None, :] < counts[:, None], positions, cache.size)
+  rows = jnp.arange(cache.lengths.shape[0])[:, None]
 
   def write(x, new):
-    where = (*(slice(None),) * (x.ndim - 4), jnp.arange(x.shape[-4]), cache.lengths)
-    return x.at[where].set(jnp.squeeze(new, -3), mode='drop', unique_indices=True)
+    return x.at[(*(slice(None),) * (x.ndim - 4), rows, positions)].set(new, mode='drop')
 
   return jax.tree.map(write, (cache.keys, cache.values), (keys, values))
+
+
+def take_row(cache: KVCache, row: jax.Array | int) -> KVCache:
+  """One row, as a cache of one."""
+  rows = lambda x: lax.dynamic_slice_in_dim(x, row, 1, x.ndim - 4)
+  one = lambda x: lax.dynamic_slice_in_dim(x, row, 1, 0)
+  shared = cache.shared and dataclasses.replace(cache.shared, lengths=one(cache.shared.lengths))
+  return KVCache(jax.tree.map(rows, cache.keys), jax.tree.map(rows, cache.values), one(cache.lengths), shared)
+
+
+def put_row(cache: KVCache, row: jax.Array | int, one: KVCache) -> KVCache:
+  """The cache with a cache of one, no longer than it, in the place of a row. Both share the same, or nothing."""
+  put = lambda x, new: lax.dynamic_update_slice(x, new, (*(0,) * (x.ndim - 4), row, 0, 0, 0))
+  where = lambda x, new: lax.dynamic_update_slice(x, new, (row,))
+  shared = cache.shared and dataclasses.replace(
+      cache.shared, lengths=where(cache.shared.lengths, one.shared.lengths))
+  return KVCache(jax.tree.map(put, cache.keys, one.keys), jax.tree.map(put, cache.values, one.values),
+                 where(cache.lengths, one.lengths), shared)

@@ -1,12 +1,14 @@
-"""Generation: prefill once, then decode until every row has ended."""
+"""Generation of a static batch: prefill once, then decode until every row has ended."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from t5x_inference_ext.decoding.incremental import prefill_in_chunks
 from t5x_inference_ext.decoding.model import Model
-from t5x_inference_ext.decoding.sampling import Sampler
+from t5x_inference_ext.decoding.rows import Rows, advance, begin
+from t5x_inference_ext.decoding.sampling import Sampler, Samplers, samplers as stack
 from t5x_inference_ext.weights import Weights
 
 
@@ -31,12 +33,15 @@ def generate(
     tokens: jax.Array,
     lengths: jax.Array,
     seeds: jax.Array,
+    samplers: Samplers | None = None,
+    limits: jax.Array | None = None,
     *,
-    sampler: Sampler,
+    sampler: Sampler = Sampler(),
     max_new_tokens: int,
     eos_id: int,
     cache_size: int,
     max_length: int | None = None,
+    prefill_chunk: int | None = None,
 ) -> Generation:
   """Generates for a batch; to be jitted, with the keyword arguments and `model` static.
 
@@ -46,39 +51,38 @@ def generate(
     tokens: [B, T] int32 model inputs: BOS, then the prompt, from the left.
     lengths: [B] int32, at least 1.
     seeds: [B] uint32.
-    sampler: how to choose tokens.
+    samplers: how each row chooses tokens, or None: all as `sampler` says.
+    limits: [B] int32, of each row's new tokens, or None: max_new_tokens, which is the highest, of all.
+    sampler: compiled in; without effect beside `samplers`.
     max_new_tokens: the limit for each row.
     eos_id: ends a row; -1 never does.
     cache_size: S; at least T and every row's length + max_new_tokens - 1 (the last token is not fed back).
     max_length: also ends a row when prompt and new tokens, BOS not counted, are this many: T5X's way to bound it.
+    prefill_chunk: positions of the prompts that one pass takes; None: all.
   """
-  rows = tokens.shape[0]
-  logits, cache = model.prefill(weights, tokens, lengths, cache_size)
-
-  def choose(logits, positions, ended):
-    token = jnp.where(ended, 0, sampler(logits, seeds, positions))
-    log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
-    return token, jnp.where(ended, 0.0, log_prob)
-
-  def ends(token, counts):
-    end = (token == eos_id) | (counts >= max_new_tokens)
-    return end if max_length is None else end | (lengths - 1 + counts >= max_length)
+  count = tokens.shape[0]
+  if samplers is None:
+    samplers = stack([sampler] * count, model.config.vocab_size)
+  limits = jnp.full(count, max_new_tokens) if limits is None else limits
+  if max_length is not None:
+    limits = jnp.minimum(limits, max_length - (lengths - 1))
+  rows = Rows(samplers, seeds, limits, eos_id)
+  if prefill_chunk is None:
+    logits, cache = model.prefill(weights, tokens, lengths, cache_size)
+  else:
+    logits, cache = prefill_in_chunks(model, weights, tokens, lengths, cache_size, prefill_chunk)
 
   def step(state):
-    i, token, ended, cache, out, counts, scores = state
-    logits, cache = model.decode_step(weights, cache, token)
-    token, log_prob = choose(logits, cache.lengths, ended)
-    out = jax.lax.dynamic_update_slice(out, token[:, None], (0, i))
-    counts = counts + ~ended
-    return i + 1, token, ended | ends(token, counts), cache, out, counts, scores + log_prob
+    i, progress, cache, out, scores = state
+    logits, cache = model.decode_step(weights, cache, progress.tokens)
+    progress, chosen = advance(rows, progress, logits, cache.lengths)
+    out = jax.lax.dynamic_update_slice(out, chosen.tokens[:, None], (0, i))
+    return i + 1, progress, cache, out, scores + chosen.log_probs
 
   def running(state):
-    return ~jnp.all(state[2])
+    return ~jnp.all(state[1].ended)
 
-  nobody = jnp.zeros(rows, bool)
-  token, score = choose(logits, lengths, nobody)
-  out = jnp.zeros((rows, max_new_tokens), jnp.int32).at[:, 0].set(token)
-  counts = jnp.ones(rows, jnp.int32)
-  state = (1, token, ends(token, counts), cache, out, counts, score)
-  _, _, _, _, out, counts, scores = jax.lax.while_loop(running, step, state)
-  return Generation(out, counts, scores)
+  progress, chosen = advance(rows, begin(rows, tokens, lengths, model.config.vocab_size), logits, lengths)
+  out = jnp.zeros((count, max_new_tokens), jnp.int32).at[:, 0].set(chosen.tokens)
+  _, progress, _, out, scores = jax.lax.while_loop(running, step, (1, progress, cache, out, chosen.log_probs))
+  return Generation(out, progress.counts, scores)

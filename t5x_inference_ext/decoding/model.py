@@ -1,8 +1,6 @@
 """The model on a mesh: prefill, decode step and full-length logits as functions of weights, ready for jit."""
 
 import dataclasses
-import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +10,17 @@ from t5x_inference_ext.collectives import plain
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.decoding import cache as kv_cache
 from t5x_inference_ext.decoding.cache import KVCache
+from t5x_inference_ext.decoding.scoring import target_log_probs
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.layers.attention import Context
 from t5x_inference_ext.layers.embedding import embed, last_positions, unembed
 from t5x_inference_ext.layers.norm import norm
 from t5x_inference_ext.layers.rotary import rotary_angles
-from t5x_inference_ext.layers.sublayer import Layer, Positions
+from t5x_inference_ext.layers.sublayer import Layer, Positions, local_vectors
 from t5x_inference_ext.layouts import placement as placements
 from t5x_inference_ext.layouts.arrangement import device_tensors
-from t5x_inference_ext.layouts.layout import Axes, Layout, check_pair
+from t5x_inference_ext.layouts.layout import Axes, Layout, check_pair, size
 from t5x_inference_ext.layouts.placement import Placement
-from t5x_inference_ext.weights import SublayerWeights, Weights, layer_weights
+from t5x_inference_ext.weights import Weights, layer_weights
 
 DTYPES = ('float32', 'bfloat16')
 
@@ -58,6 +56,11 @@ class Model:
   def __post_init__(self):
     check_dtype(self.dtype)
     check_pair(self.prefill_layout, self.decode_layout)
+
+  @property
+  def prefilling(self) -> 'Model':
+    """The same with the prefill layout in both phases: its caches lie, and grow, as prefill has them."""
+    return dataclasses.replace(self, decode_layout=self.prefill_layout)
 
   def prefill(self, weights: Weights, tokens: jax.Array, lengths: jax.Array, size: int) -> tuple[jax.Array, KVCache]:
     """Runs the prompts in one pass, in the prefill layout.
@@ -106,32 +109,71 @@ class Model:
     place = self.place_decode(rows)
 
     def run(weights, cache, tokens):
-      x, (keys, values) = self._decoder(place, weights, tokens[:, None], cache.lengths, cache)
+      x, (keys, values) = self._decoder(place, weights, tokens[:, None], cache.positions, cache)
       return self._logits(place, weights, x, (), rows)[:, 0], kv_cache.append(cache, keys, values)
 
-    spec = self.cache_spec(place, weights)
+    spec = self.cache_spec(place, weights, cache)
     return self._per_shard(run, weights, (spec, P()), (P(self._sampling(rows)), spec))(weights, cache, tokens)
+
+  def extend(
+      self, weights: Weights, cache: KVCache, tokens: jax.Array, counts: jax.Array) -> tuple[jax.Array, KVCache]:
+    """Runs T more tokens a row on what is cached, in the decode layout: a chunk of a prompt, a conversation's next turn.
+
+    Args:
+      weights: on this model's mesh.
+      cache: with room for the new tokens in each row, and at least T positions.
+      tokens: [B, T] int32, each row filled from the left.
+      counts: [B] int32: how many of a row's tokens count. A row with 0 stays as it is; its logits mean nothing.
+
+    Returns:
+      Logits [B, V] float32 after each row's last token, and the cache with the tokens in it. Chunks of any size give the
+      same.
+
+    Raises:
+      RequestError: T above the cache's size.
+    """
+    rows, length = tokens.shape
+    place = self.place_extend(rows, length)
+    tokens = self._pad(tokens, self.decode_layout)
+    if tokens.shape[1] > cache.size:
+      raise RequestError(f'{tokens.shape[1]} new tokens at once do not fit into a cache of {cache.size} positions: use '
+                         'shorter chunks, or a larger cache')
+
+    def run(weights, cache, tokens, counts, cached_counts):
+      x, (keys, values) = self._decoder(place, weights, tokens, cache.positions, cache)
+      x = last_positions(x, jnp.maximum(counts, 1), place)
+      return self._logits(place, weights, x, (), rows)[:, 0], kv_cache.append(cache, keys, values, cached_counts)
+
+    spec = self.cache_spec(place, weights, cache)
+    in_specs = (spec, P(), P(place.residual[0]), P(place.attention_rows))
+    return self._per_shard(run, weights, in_specs, (P(self._sampling(rows)), spec))(weights, cache, tokens, counts, counts)
 
   def logits(self, weights: Weights, tokens: jax.Array) -> jax.Array:
     """tokens [B, T] model inputs -> [B, T, V] float32: what follows each position."""
     rows, length = tokens.shape
     place = self.place_prefill(rows, length)
 
-    def run(weights, tokens):
-      return self._all_logits(place, weights, tokens)
-
+    run = lambda weights, tokens: self._logits(
+        place, weights, self._whole(place, weights, tokens), place.residual[1], rows)
     return self._per_shard(run, weights, (P(),), P(self._sampling(rows)))(
         weights, self._pad(tokens, place.layout))[:, :length]
 
   def log_probs(self, weights: Weights, tokens: jax.Array, targets: jax.Array) -> jax.Array:
-    """log p(target | inputs so far) at each position, [B, T] float32, of tokens and targets [B, T]."""
+    """log p(target | inputs so far) at each position, [B, T] float32, of tokens and targets [B, T].
+
+    Logits are made for some positions at a time: never [B, T, V] of a large vocabulary.
+    """
     rows, length = tokens.shape
     place = self.place_prefill(rows, length)
-    sampling = P(self._sampling(rows))
+    sampling, shape = P(self._sampling(rows)), self.mesh.shape
+    # While they are made logits are split over the vocabulary, then over rows.
+    split = size(self.prefill_layout.stored_hidden, shape), size(self._sampling(rows), shape)
+    width = rows * self.config.vocab_size // min(split)
 
     def run(weights, tokens, targets):
-      logits = self._all_logits(place, weights, tokens)
-      return jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
+      x = self._whole(place, weights, tokens)
+      logits = lambda x: self._logits(place, weights, x, place.residual[1], rows)
+      return target_log_probs(x, targets, logits, place.residual[1], width)
 
     return self._per_shard(run, weights, (P(), sampling), sampling)(
         weights, self._pad(tokens, place.layout), self._pad(targets, place.layout))[:, :length]
@@ -141,6 +183,12 @@ class Model:
     shape = self.mesh.shape
     length = placements.padded_length(self.prefill_layout, shape, rows, length)
     return placements.place(self.prefill_layout, self.config, shape, rows, length)
+
+  def place_extend(self, rows: int, length: int) -> Placement:
+    """Where those of so many more positions of cached rows live. The cache lies as place_decode has it."""
+    shape = self.mesh.shape
+    length = placements.padded_length(self.decode_layout, shape, rows, length)
+    return placements.place(self.decode_layout, self.config, shape, rows, length, cached=True)
 
   def place_decode(self, rows: int) -> Placement:
     """Where those of a decode step live. Raises MeshError for rows that the layout can't split."""
@@ -158,10 +206,14 @@ class Model:
     return Weights(layers=layer if weights.stacked else (layer,) * len(weights.layers),
                    **{name: t.spec for name, t in tensors.items() if not t.per_layer})
 
-  def cache_spec(self, place: Placement, weights: Weights) -> KVCache:
-    """The PartitionSpecs of a KV cache."""
-    kv = self._kv_spec(place, weights)
-    return KVCache(kv, kv, P(place.attention_rows))
+  def cache_spec(self, place: Placement, weights: Weights, cache: KVCache | None = None) -> KVCache:
+    """The PartitionSpecs of a KV cache; of one that shares positions, if `cache` does."""
+    kv, rows = self._kv_spec(place, weights), P(place.attention_rows)
+    if cache is None or cache.shared is None:
+      return KVCache(kv, kv, rows)
+    shared = P(*place.cache[1:])  # whole on every device that splits rows
+    shared = P(None, *shared) if weights.stacked else (shared,) * len(weights.layers)
+    return KVCache(kv, kv, rows, kv_cache.Shared(shared, shared, rows))
 
   def _decoder(self, place: Placement, weights, tokens, start, cache):
     """One shard's pass over all tokens [B, T] that follow `start` [B'] positions: x [B, T, E], (keys, values)."""
@@ -174,24 +226,23 @@ class Model:
 
     def block(x, inputs):
       w, kv = inputs
-      context = None if kv is None else Context(*kv, cache.lengths)
+      context = None if kv is None else kv_cache.context(cache, kv)
       return layer(x, w, Positions(queries, keys), context)
 
-    layers = _local_vectors(weights.layers, place.residual[2])
-    kv = None if cache is None else (cache.keys, cache.values)
+    layers = local_vectors(weights.layers, place.residual[2])
+    kv = None if cache is None else kv_cache.layers(cache)
     if weights.stacked:
       return jax.lax.scan(block, x, (layers, kv))
     new = []
     for i, w in enumerate(layers):
-      x, new_kv = block(x, (w, None if kv is None else (kv[0][i], kv[1][i])))
+      x, new_kv = block(x, (w, None if kv is None else kv[i]))
       new.append(new_kv)
     return x, tuple(zip(*new))
 
-  def _all_logits(self, place, weights, tokens):
-    rows = tokens.shape[0]
-    start = jnp.zeros(rows // plain.axis_size(place.attention_rows), jnp.int32)
-    x, _ = self._decoder(place, weights, tokens, start, None)
-    return self._logits(place, weights, x, place.residual[1], rows)
+  def _whole(self, place, weights, tokens):
+    """A pass over whole sequences [B, T]: x [B, T, E]."""
+    start = jnp.zeros(tokens.shape[0] // plain.axis_size(place.attention_rows), jnp.int32)
+    return self._decoder(place, weights, tokens, start, None)[0]
 
   def _logits(self, place, weights, x, positions: Axes, rows: int):
     axes = place.residual[2]
@@ -223,7 +274,7 @@ class Model:
 
   def _constrain(self, cache: KVCache, place: Placement) -> KVCache:
     keys, values = jax.tree.map(lambda x: self._constrain_kv(x, place), (cache.keys, cache.values))
-    return KVCache(keys, values, cache.lengths)
+    return dataclasses.replace(cache, keys=keys, values=values)
 
   def _constrain_kv(self, x: jax.Array, place: Placement) -> jax.Array:
     spec = P(*(None,) * (x.ndim - 4), *place.cache)
@@ -235,14 +286,3 @@ class Model:
   def _per_shard(self, run, weights, in_specs, out_specs):
     return jax.shard_map(
         run, mesh=self.mesh, in_specs=(self.weight_specs(weights), *in_specs), out_specs=out_specs, check_vma=False)
-
-
-def _local_vectors(layers: Any, axes: Axes) -> Any:
-  """Layers with the part of their vectors [.., E] that this shard's residual stream has; once, not layer by layer."""
-
-  def local(sublayer):
-    vectors = {name: getattr(sublayer, name) for name in ('norm', 'norm_bias', 'out_scale')}
-    return dataclasses.replace(
-        sublayer, **{name: plain.local_slice(v, axes, v.ndim - 1) for name, v in vectors.items() if v is not None})
-
-  return jax.tree.map(local, layers, is_leaf=lambda x: isinstance(x, SublayerWeights))

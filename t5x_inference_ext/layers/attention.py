@@ -17,11 +17,17 @@ MAX_LOGITS = 2**28
 
 
 class Context(NamedTuple):
-  """One layer's cached keys and values [B, S, K, Q]; the first lengths [B] positions of each row count."""
+  """One layer's cached keys and values [B, S, K, Q]; the first lengths [B] positions of each row count.
+
+  Before them may come positions that rows share, [P, K, Q], of which each row has the first shared_lengths [B].
+  """
 
   keys: jax.Array
   values: jax.Array
   lengths: jax.Array
+  shared_keys: jax.Array | None = None
+  shared_values: jax.Array | None = None
+  shared_lengths: jax.Array | None = None
 
 
 def attend(
@@ -37,12 +43,20 @@ def attend(
   Returns:
     [B, M, H, Q] in q's dtype. The softmax is float32.
   """
-  seen = k.shape[1] + (0 if context is None else context.keys.shape[1])
+  seen = k.shape[1]
+  if context is not None:
+    seen += context.keys.shape[1] + (0 if context.shared_keys is None else context.shared_keys.shape[0])
   rows = max(1, MAX_LOGITS // (q.shape[1] * q.shape[2] * seen))
   if not isinstance(q.shape[0], int) or q.shape[0] <= rows:  # an exported program has any number of rows
     return _attend(q, k, v, context, first)
-  return lax.map(lambda row: jax.tree.map(lambda x: x[0], _attend(*jax.tree.map(lambda x: x[None], row), first)),
-                 (q, k, v, context), batch_size=None if rows == 1 else rows)
+  shared = {} if context is None else dict(shared_keys=context.shared_keys, shared_values=context.shared_values)
+  own = context and context._replace(shared_keys=None, shared_values=None)  # of rows; the rest is not mapped over
+
+  def one(row):
+    q, k, v, own = jax.tree.map(lambda x: x[None], row)
+    return _attend(q, k, v, own and own._replace(**shared), first)[0]
+
+  return lax.map(one, (q, k, v, own), batch_size=None if rows == 1 else rows)
 
 
 def _attend(q, k, v, context, first):
@@ -50,23 +64,29 @@ def _attend(q, k, v, context, first):
   kv = k.shape[2]
   q = q * jnp.asarray(d ** -0.5, q.dtype)
   # Query heads that share a key head lie above each other, as the rows of one product: [B, K, H/K * M, Q].
-  q = jnp.moveaxis(q.reshape(b, m, kv, h // kv, d), 1, 3).reshape(b, kv, -1, d)
-  row = jnp.arange(m * (h // kv)) % m  # the token that a row of the product is of
+  q = jnp.moveaxis(q.reshape(b, m, kv, h // kv, d), 2, 1).reshape(b, kv, -1, d)
+  row = jnp.arange(m * (h // kv)) // (h // kv)  # the token that a row of the product is of
   causal = jnp.arange(k.shape[1])[None, :] <= first + row[:, None]  # [M * H/K, T]
   segments = [(k, v, causal[None, None])]
   if context is not None:
     filled = jnp.arange(context.keys.shape[1])[None, :] < context.lengths[:, None]  # [B, S]
     segments.insert(0, (context.keys, context.values, filled[:, None, None, :]))
+    if context.shared_keys is not None:
+      begins = jnp.arange(context.shared_keys.shape[0])[None, :] < context.shared_lengths[:, None]  # [B, P]
+      segments.insert(0, (context.shared_keys, context.shared_values, begins[:, None, None, :]))
   logits = [_logits(q, keys, visible) for keys, _, visible in segments]
   top = functools.reduce(jnp.maximum, (jnp.max(x, axis=-1, keepdims=True) for x in logits))  # [B, K, M * H/K, 1]
   weights = [jnp.exp(x - top) for x in logits]
   total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
   out = sum(_mix(w.astype(q.dtype), values) for w, (_, values, _) in zip(weights, segments)) / total
-  return jnp.moveaxis(out.reshape(b, kv, h // kv, m, d), 3, 1).reshape(b, m, h, d).astype(q.dtype)
+  return jnp.moveaxis(out.reshape(b, kv, m, h // kv, d), 1, 2).reshape(b, m, h, d).astype(q.dtype)
 
 
 def _logits(q: jax.Array, keys: jax.Array, visible: jax.Array) -> jax.Array:
-  """q [B, K, N, Q], keys [B, S, K, Q], visible [B or 1, 1, N or 1, S] -> [B, K, N, S] float32."""
+  """q [B, K, N, Q], keys [B, S, K, Q] or shared [P, K, Q], visible [B or 1, 1, N or 1, S] -> [B, K, N, S] float32."""
+  if keys.ndim == 3:  # one product of all rows: what they share is read once
+    logits = jnp.einsum('bknq,skq->bkns', q, keys, preferred_element_type=jnp.float32)
+    return jnp.where(visible, logits, -jnp.inf)
   # dot_general, not einsum: it keeps the operands in this order, which spares a transposed copy of the cache on CPU.
   logits = lax.dot_general(
       q, jnp.moveaxis(keys, 2, 1), (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
@@ -74,6 +94,8 @@ def _logits(q: jax.Array, keys: jax.Array, visible: jax.Array) -> jax.Array:
 
 
 def _mix(weights: jax.Array, values: jax.Array) -> jax.Array:
-  """weights [B, K, N, S], values [B, S, K, Q] -> [B, K, N, Q] float32."""
+  """weights [B, K, N, S], values [B, S, K, Q] or shared [P, K, Q] -> [B, K, N, Q] float32."""
+  if values.ndim == 3:
+    return jnp.einsum('bkns,skq->bknq', weights, values, preferred_element_type=jnp.float32)
   return lax.dot_general(
       weights, jnp.moveaxis(values, 2, 1), (((3,), (2,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)

@@ -5,7 +5,7 @@ outputs another. The serial block is two such sublayers, with attention alone an
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -16,6 +16,7 @@ from t5x_inference_ext.layers.attention_sharding import AttentionSharding
 from t5x_inference_ext.layers.norm import norm
 from t5x_inference_ext.layers.projections import column_widths, in_pieces, projections
 from t5x_inference_ext.layers.rotary import rotate
+from t5x_inference_ext.layouts.layout import Axes
 from t5x_inference_ext.layouts.placement import Placement
 from t5x_inference_ext.quantization import int8
 from t5x_inference_ext.weights import LayerWeights, SublayerWeights
@@ -88,3 +89,14 @@ class Layer:
     q, k = rotate(q, *positions.queries), rotate(k, *positions.keys)
     out = attend(q, k, v, context, moves.query_positions(k.shape[1]))
     return moves.from_attention(out), (k, v)
+
+
+def local_vectors(layers: Any, axes: Axes) -> Any:
+  """Layers with the part of their vectors [.., E] that this shard's residual stream has; once, not layer by layer."""
+
+  def local(sublayer):
+    vectors = {name: getattr(sublayer, name) for name in ('norm', 'norm_bias', 'out_scale')}
+    return dataclasses.replace(
+        sublayer, **{name: plain.local_slice(v, axes, v.ndim - 1) for name, v in vectors.items() if v is not None})
+
+  return jax.tree.map(local, layers, is_leaf=lambda x: isinstance(x, SublayerWeights))

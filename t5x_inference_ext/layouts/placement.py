@@ -79,7 +79,8 @@ class Placement:
     return tuple(a for a in self.layout.hidden_axes if a in self.attention_positions)
 
 
-def place(layout: Layout, config: ModelConfig, mesh: Mapping[str, int], batch: int, length: int) -> Placement:
+def place(layout: Layout, config: ModelConfig, mesh: Mapping[str, int], batch: int, length: int,
+          cached: bool = False) -> Placement:
   """Resolves a layout.
 
   Args:
@@ -88,6 +89,7 @@ def place(layout: Layout, config: ModelConfig, mesh: Mapping[str, int], batch: i
     mesh: axis name -> size.
     batch: B.
     length: T; 1 is a decode step. See padded_length for what it must be a multiple of.
+    cached: whether these positions follow others in a cache, which then lies as decode steps of the layout have it.
 
   Raises:
     MeshError: rows that a weight-gathered decode step can't split, naming what it could.
@@ -110,7 +112,7 @@ def place(layout: Layout, config: ModelConfig, mesh: Mapping[str, int], batch: i
   if embed and embed[0] not in more:
     # Partial sums over x are reduced into positions, as the MLP's are, or into heads if these are asked for, padded where
     # most are real; if neither will do (one token, few heads) not at all.
-    divides = length % size(embed, mesh) == 0
+    divides = (1 if cached else length) % size(embed, mesh) == 0
     enough = heads == hidden and 2 * stored.local_heads > size(embed, mesh)
     if enough and not (divides and layout.attention == 'batch'):
       heads, cut = heads + embed, size(embed, mesh)

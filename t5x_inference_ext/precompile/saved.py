@@ -174,7 +174,7 @@ def _refuse(path, what, saved, wanted, fix) -> NoReturn:
 
 def refuse_differences(path: str | os.PathLike, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
   """Raises SavedError for the first setting of two descriptions that differs."""
-  for field, a, b in _differences(saved, json.loads(json.dumps(dict(wanted)))):
+  for field, a, b in _differences(*(json.loads(json.dumps(dict(x))) for x in (saved, wanted))):
     _refuse(path, field, a, b, 'run with the same, or compile it for this')
 
 

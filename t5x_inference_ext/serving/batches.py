@@ -7,8 +7,10 @@ from typing import Iterable, Iterator, Sequence
 import jax
 import numpy as np
 
+from t5x_inference_ext.decoding import scoring
 from t5x_inference_ext.decoding.sampling import Sampler
-from t5x_inference_ext.engine import Completion, Engine
+from t5x_inference_ext.decoding.scoring import Example
+from t5x_inference_ext.engine import Engine
 
 PROMPT_MULTIPLE = 16  # prompts are padded to a multiple of this, so that similar files compile alike
 COMPILE_EVENTS = '/jax/core/compile/'
@@ -64,7 +66,7 @@ class Shape:
 
   Attributes:
     batch: rows, a number that the mesh divides.
-    prompt: tokens that prompts (or whole sequences, to be scored) are padded to.
+    prompt: tokens that prompts are padded to.
     cache: positions of each row's cache, or None: as many as the prompts and new tokens need.
     length: prompt and new tokens of a row together, at most, or None: no such limit.
   """
@@ -88,7 +90,7 @@ def row_seed(seed: int, row: int) -> int:
 
 def generate(
     engine: Engine,
-    batches: Iterable[Sequence[Sequence[int]]],
+    batches: Iterable[Sequence[tuple[int, Sequence[int]]]],
     shape: Shape,
     clock: Clock,
     *,
@@ -96,60 +98,50 @@ def generate(
     sampler: Sampler,
     seed: int,
     eos_id: int,
-    first_row: int = 0,
-) -> Iterator[list[Completion]]:
-  """Completions of each batch of prompts, in order.
+) -> Iterator[tuple[int, list]]:
+  """(row, [tokens, score]) of each prompt, in order.
 
   Args:
     engine: to generate with.
-    batches: lists of at most shape.batch prompts of at most shape.prompt tokens.
+    batches: lists of at most shape.batch pairs (row, prompt), a prompt of at most shape.prompt tokens; a row is its place
+      in the run.
     shape: of the batches as the engine sees them: short ones are padded, and the padding's rows dropped.
     clock: is advanced.
     max_new_tokens: the limit for each row.
     sampler: how to choose tokens.
     seed: of the run.
     eos_id: ends a row.
-    first_row: the place in the run of the first prompt.
   """
-  row = first_row
-  for prompts in batches:
-    seeds = [row_seed(seed, row + i) for i in range(len(prompts))]
+  for some in batches:
+    rows, prompts = zip(*some)
+    seeds = [row_seed(seed, row) for row in rows]
     with clock:
       completions = engine.generate(
           pad(prompts, shape.batch), max_new_tokens=max_new_tokens, sampler=sampler, seeds=pad(seeds, shape.batch),
           eos_id=eos_id, cache_size=shape.cache, prompt_size=shape.prompt,
           max_length=shape.length)[:len(prompts)]
     clock.add(len(prompts), sum(len(c.tokens) for c in completions))
-    row += len(prompts)
-    yield completions
+    yield from ((row, [c.tokens, c.score]) for row, c in zip(rows, completions))
 
 
-def score(
-    engine: Engine,
-    batches: Iterable[Sequence[tuple[Sequence[int], Sequence[int]]]],
-    shape: Shape,
-    clock: Clock,
-) -> Iterator[list[float]]:
-  """The summed log-probability of each completion after its prompt.
+def score(engine: Engine, examples: Sequence[Example], tokens: int, clock: Clock) -> Iterator[tuple[int, np.ndarray]]:
+  """The place of each example and its weighted log-probabilities [n], those of like lengths together.
 
   Args:
     engine: to score with.
-    batches: lists of at most shape.batch pairs (prompt, completion) of at most shape.prompt tokens together.
-    shape: of the batches as the engine sees them.
+    examples: in any order.
+    tokens: of a batch, padding included.
     clock: is advanced.
   """
-  for pairs in batches:
-    inputs = np.zeros((shape.batch, shape.prompt), np.int32)
-    targets, weights = np.zeros_like(inputs), np.zeros(inputs.shape, np.float32)
-    for i, (prompt, completion) in enumerate(pairs):
-      sequence = [*prompt, *completion]
-      targets[i, :len(sequence)] = sequence
-      inputs[i, 1:len(sequence)] = sequence[:-1]  # position 0 is BOS
-      weights[i, len(prompt):len(sequence)] = 1
+  results = scoring.score(engine.log_probs, examples, tokens, engine.padded_batch)
+  end = object()
+  while True:
     with clock:
-      scores = engine.score(inputs, targets, weights)[:len(pairs)]
-    clock.add(len(pairs), sum(len(completion) for _, completion in pairs))
-    yield [float(s) for s in scores]
+      result = next(results, end)
+    if result is end:
+      return
+    clock.add(1, int(np.count_nonzero(examples[result[0]].weights)))
+    yield result
 
 
 def split(rows: Sequence, size: int) -> Iterator[Sequence]:

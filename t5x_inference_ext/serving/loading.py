@@ -10,8 +10,9 @@ from t5x_inference_ext import distributed
 from t5x_inference_ext.checkpoints import Checkpoint, open_checkpoint
 from t5x_inference_ext.checkpoints.load import scans_layers
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.decoding.model import check_dtype
+from t5x_inference_ext.decoding.model import Model, check_dtype
 from t5x_inference_ext.decoding.sampling import Sampler
+from t5x_inference_ext.decoding.scheduler import Plan
 from t5x_inference_ext.engine import Engine
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.layouts.explain import Setting
@@ -22,6 +23,7 @@ from t5x_inference_ext.precompile import generation
 from t5x_inference_ext.serving.batches import Clock
 from t5x_inference_ext.serving.progress import print_line
 
+BATCHING = ('continuous', 'static')
 MODES = ('predict', 'predict_with_aux', 'score')
 
 
@@ -45,6 +47,10 @@ class Options:
     seed: of the run; each row has its own from it.
     scan_layers: as Engine.load's.
     executable: a saved generation (precompile --phase=generate --save) to run instead of compiling, or None.
+    batching: 'continuous', prompts enter slots as rows leave them, or 'static', batches that end as a whole.
+    prefill_chunk: positions of a prompt that one pass takes, with continuous batching.
+    prefill_budget: prompt tokens between decode steps, at most, while rows wait.
+    token_log_probs: with mode score of a prompts file, whether each token's log-probability is told.
 
   Raises:
     RequestError: a value out of its range.
@@ -67,16 +73,25 @@ class Options:
   seed: int = 0
   scan_layers: bool | None = None
   executable: str | None = None
+  batching: str = 'continuous'
+  prefill_chunk: int = 256
+  prefill_budget: int = 2048
+  token_log_probs: bool = False
 
   def __post_init__(self):
     if self.mode not in MODES:
       raise RequestError(f'mode must be one of {", ".join(MODES)}, got {self.mode!r}')
+    if self.batching not in BATCHING:
+      raise RequestError(f'batching must be one of {", ".join(BATCHING)}, got {self.batching!r}')
     check_dtype(self.dtype)
     check_pair(*self.layouts)
-    for name, least in (('batch_size', 1), ('max_new_tokens', 1), ('seed', 0)):
+    for name, least in (('batch_size', 1), ('max_new_tokens', 1), ('seed', 0), ('prefill_chunk', 1),
+                        ('prefill_budget', 1)):
       value = getattr(self, name)
       if not isinstance(value, int) or value < least:
         raise RequestError(f'{name} must be a whole number, {least} or more, got {value!r}')
+    if self.token_log_probs and self.mode != 'score':
+      raise RequestError('token_log_probs is for mode=score: a run that generates tells the scores of rows')
     if self.executable is not None and self.mode == 'score':
       raise RequestError(f'the executable {self.executable} generates: mode=score can\'t use it')
     # An empty prompt needs max_new_tokens positions: BOS takes one and the last new token none.
@@ -88,6 +103,11 @@ class Options:
   def layouts(self) -> tuple[Layout, Layout]:
     """Of prefill and of decode."""
     return Layout.parse(self.prefill_layout), Layout.parse(self.decode_layout)
+
+  @property
+  def continuous(self) -> bool:
+    """Whether slots are refilled. A saved generation is a whole batch's."""
+    return self.batching == 'continuous' and self.executable is None
 
   @property
   def max_prompt(self) -> int | None:
@@ -176,6 +196,17 @@ def batch_rows(options: Options, engine: Engine, rows: int | None, say: Callable
   return batch
 
 
+def say_slots(options: Options, plan: Plan, shared: tuple[int, ...], model: Model,
+              say: Callable[[str], None] = print_line) -> None:
+  """The same for slots that are refilled, and what prompts share."""
+  note = ''
+  if plan.slots > options.batch_size:
+    note = f' ({options.batch_size} does not divide over the mesh {mesh_text(model.mesh)}; rounded up)'
+  say(f'batch: {plan.slots} rows{note}, refilled as they end')
+  if shared:
+    say(f'shared: {len(shared)} first positions of the prompts are prefilled and stored once')
+
+
 def description(options: Options, engine: Engine) -> dict[str, Any]:
   """What was resolved, JSON-ready, to be kept beside the results."""
   checkpoint = engine.checkpoint
@@ -191,6 +222,7 @@ def description(options: Options, engine: Engine) -> dict[str, Any]:
       'sampling': {**dataclasses.asdict(options.sampler), 'seed': options.seed},
       'max_new_tokens': options.max_new_tokens,
       'max_length': options.max_length,
+      'batching': 'continuous' if options.continuous else 'static',
       'jax': jax.__version__,
       'devices': jax.devices()[0].device_kind,
       'processes': jax.process_count(),

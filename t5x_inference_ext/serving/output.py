@@ -28,6 +28,10 @@ def check_output(path: str, *, overwrite: bool) -> None:
     raise RequestError(f'the output {path} exists: remove it, choose another --output, or give --overwrite')
 
 
+def open_text(path: str, mode: str) -> TextIO:
+  return open(path, mode, encoding='utf-8')
+
+
 @contextlib.contextmanager
 def whole_file(path: str) -> Iterator[TextIO]:
   """A file to write that takes its name only when all of it is written; on an exception nothing is left."""

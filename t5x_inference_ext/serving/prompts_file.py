@@ -1,13 +1,22 @@
 """The plain run: a JSONL file of prompts in, a JSONL file of completions out, in the same order."""
 
+import contextlib
 import dataclasses
 import json
+import os
 from typing import Callable
 
+import numpy as np
+
 from t5x_inference_ext import distributed
-from t5x_inference_ext.engine import EOS_ID, Engine
+from t5x_inference_ext.decoding import plans
+from t5x_inference_ext.decoding.scheduler import Request
+from t5x_inference_ext.decoding.scoring import Example
+from t5x_inference_ext.decoding.inputs import BOS_ID, EOS_ID
+from t5x_inference_ext.engine import Engine
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.serving import batches, loading, output, requests
+from t5x_inference_ext.serving import batches, loading, output, refill, requests
+from t5x_inference_ext.serving.journal import Files as JournalFiles, Journal
 from t5x_inference_ext.serving.progress import print_line
 from t5x_inference_ext.serving.vocabularies import find_vocabulary
 
@@ -56,30 +65,59 @@ def infer_file(
   distributed.check_same(options=options, prompts=work, checkpoint=checkpoint.notes)
   loading_progress = lambda jobs: progress(jobs, 'loading weights', len(jobs))
   engine = loading.load_engine(options, checkpoint, mesh, loading_progress, say)
-  shape = _shape(options, engine, work, say)
+  journal = Journal(_journal_path(files.output), (options, work, checkpoint.path, checkpoint.step, checkpoint.notes),
+                    JournalFiles(output.open_text, os.path.exists, os.remove))
+  if journal.done:
+    say(f'resumed: {len(journal.done)} of {len(work)} rows were done when an earlier run ended')
   clock = batches.Clock()
-  if scoring:
-    results = _score(engine, work, shape, clock)
-  else:
-    results = _generate(engine, options, work, shape, clock, vocabulary)
+  shape, results = {}, ()
+  if len(journal.done) < len(work):
+    todo = [(row, request) for row, request in enumerate(work) if row not in journal.done]
+    if scoring:
+      shape, results = _score(engine, options, todo, clock, say)
+    else:
+      run = _refill if options.continuous else _batches
+      shape, results = run(engine, options, todo, clock, vocabulary, say)
   with distributed.together():
+    with contextlib.closing(journal.keep(results)) as kept:
+      for _ in progress(kept, 'scoring' if scoring else 'generating', len(work) - len(journal.done)):
+        pass
     with output.whole_file(files.output) as file:
-      done = 0
-      for batch in progress(results, 'scoring' if scoring else 'generating', -(-len(work) // shape.batch)):
-        for tokens, score in batch:
-          file.write(json.dumps(_output_row(rows[done], tokens, score, vocabulary)) + '\n')
-          done += 1
+      for row, result in zip(rows, journal.in_order(len(work))):
+        file.write(json.dumps(_output_row(row, vocabulary, *result)) + '\n')
     record = output.write_record(files.output, {
         **loading.description(options, engine), 'prompts': files.prompts,
-        'vocabulary': {'name': name, 'source': source}, 'shape': dataclasses.asdict(shape), 'time': clock.to_dict()})
+        'vocabulary': {'name': name, 'source': source}, 'shape': shape, 'time': clock.to_dict()})
+    journal.remove()
   say(loading.summary(clock, options.mode))
   say(f'wrote {files.output} and {record}')
 
 
+def _journal_path(path: str) -> str:
+  directory, name = os.path.split(os.path.abspath(path))
+  return os.path.join(directory, f'.{name}.unfinished')
+
+
+def _refill(engine: Engine, options, todo, clock, vocabulary, say):
+  """The sizes of the run, and (row, [tokens, score]) as rows end."""
+  asked = [(row, Request((BOS_ID, *r.prompt), (batches.row_seed(options.seed, row),), options.max_new_tokens,
+                         options.sampler)) for row, r in todo]
+  plan, shared = plans.plan(
+      engine.model, [r for _, r in asked], slots=options.batch_size, size=options.cache_length,
+      chunk=options.prefill_chunk, budget=options.prefill_budget, eos_id=vocabulary.eos_id if vocabulary else EOS_ID)
+  loading.say_slots(options, plan, shared, engine.model, say)
+  results = ((row, [c.tokens, c.score]) for row, (c,) in refill.completions(engine, asked, plan, shared, clock))
+  return {'batch': plan.slots, 'prompt': plan.prompt, 'cache': plan.size, 'shared': len(shared)}, results
+
+
+def _batches(engine: Engine, options, todo, clock, vocabulary, say):
+  """The same of batches that end as a whole."""
+  shape = _shape(options, engine, [r for _, r in todo], say)
+  return dataclasses.asdict(shape), _generate(engine, options, todo, shape, clock, vocabulary)
+
+
 def _shape(options, engine: Engine, work: list[requests.Request], say) -> batches.Shape:
   batch = loading.batch_rows(options, engine, len(work), say)
-  if options.mode == 'score':
-    return batches.Shape(batch, batches.prompt_size(max(len(r.prompt) + len(r.completion) for r in work)))
   longest = max(len(r.prompt) for r in work)
   if engine.executable:
     run = engine.executable.run
@@ -90,23 +128,33 @@ def _shape(options, engine: Engine, work: list[requests.Request], say) -> batche
   return batches.Shape(batch, batches.prompt_size(longest, options.max_prompt), options.cache_length)
 
 
-def _generate(engine, options, work, shape, clock, vocabulary):
-  prompts = distributed.lockstep(batches.split([r.prompt for r in work], shape.batch))
-  return batches.generate(
-      engine, prompts, shape, clock, max_new_tokens=options.max_new_tokens, sampler=options.sampler,
-      seed=options.seed, eos_id=vocabulary.eos_id if vocabulary else EOS_ID)
+def _generate(engine, options, todo, shape, clock, vocabulary):
+  work = distributed.lockstep(batches.split([(row, r.prompt) for row, r in todo], shape.batch))
+  yield from batches.generate(
+      engine, work, shape, clock, max_new_tokens=options.max_new_tokens, sampler=options.sampler, seed=options.seed,
+      eos_id=vocabulary.eos_id if vocabulary else EOS_ID)
 
 
-def _score(engine, work, shape, clock):
-  pairs = distributed.lockstep(batches.split([(r.prompt, r.completion) for r in work], shape.batch))
-  for some, scores in zip(batches.split(work, shape.batch), batches.score(engine, pairs, shape, clock)):
-    yield [(r.completion, s) for r, s in zip(some, scores)]
+def _score(engine: Engine, options, todo, clock, say):
+  """The same of completions that are given: those of like lengths together."""
+  longest = max(len(r.prompt) + len(r.completion) for _, r in todo)
+  tokens = loading.batch_rows(options, engine, len(todo), say) * batches.prompt_size(longest)
+
+  def results():
+    for item, scores in batches.score(engine, [Example.of(r.prompt, r.completion) for _, r in todo], tokens, clock):
+      row, request = todo[item]
+      each = [scores[len(request.prompt):].tolist()] if options.token_log_probs else []
+      yield row, [request.completion, float(np.sum(scores)), *each]
+
+  return {'tokens': tokens}, results()
 
 
-def _output_row(row: requests.Row, tokens: list[int], score: float, vocabulary) -> dict:
+def _output_row(row: requests.Row, vocabulary, tokens: list[int], score: float,
+                log_probs: list[float] | None = None) -> dict:
   """The row as it came, with the completion: its text (None where there is no vocabulary), ids and score."""
   if isinstance(row.completion, str):
     text = row.completion
   else:
     text = vocabulary.decode(tokens) if vocabulary else None
-  return {**row.fields, 'prompt': row.prompt, 'completion': text, 'tokens': tokens, 'score': score}
+  each = {} if log_probs is None else {'log_probs': log_probs}
+  return {**row.fields, 'prompt': row.prompt, 'completion': text, 'tokens': tokens, 'score': score, **each}

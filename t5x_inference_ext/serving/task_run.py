@@ -13,16 +13,21 @@ import tensorflow as tf
 
 from t5x_inference_ext import distributed
 from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.decoding import plans, scoring
 from t5x_inference_ext.decoding.sampling import Sampler
-from t5x_inference_ext.engine import EOS_ID, Engine
+from t5x_inference_ext.decoding.scheduler import Request
+from t5x_inference_ext.decoding.inputs import BOS_ID, EOS_ID
+from t5x_inference_ext.engine import Engine
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.serving import batches, loading
+from t5x_inference_ext.serving import batches, loading, refill
+from t5x_inference_ext.serving.journal import Files, Journal
 from t5x_inference_ext.serving.progress import print_line, progress
 from t5x_inference_ext.serving.tasks import Example, Source, check_source, check_vocabularies, examples, find_tasks
 from t5x_inference_ext.serving.tasks import import_tasks, prompt, vocabulary_text
 
 gfile = tf.io.gfile
 RECORD = 'infer.config.json'
+SCORED_BATCHES = 16  # examples that are sorted by length together
 
 
 def infer(
@@ -46,6 +51,9 @@ def infer(
     scan_layers: bool | None = None,
     dtype: str = 'bfloat16',
     batch_size: int = 32,
+    batching: str = 'continuous',
+    prefill_chunk: int = 256,
+    prefill_budget: int = 2048,
     model_config: ModelConfig | None = None,
     norm_scale: str | None = None,
     shard_id: int = 0,
@@ -74,7 +82,8 @@ def infer(
     prefill_layout, decode_layout: 'feedforward/attention', for each phase.
     scan_layers: as Engine.load's.
     dtype: of activations, cache and float weights.
-    batch_size: examples a batch.
+    batch_size: examples a batch, or decode slots.
+    batching, prefill_chunk, prefill_budget: as loading.Options'.
     model_config: the model that the checkpoint must hold; None: the one it holds.
     norm_scale: how its norm scales are stored, 'zero' or 'one'; None: what it says.
     shard_id: of num_shards runs that share the task, this one.
@@ -97,7 +106,8 @@ def infer(
     options = loading.Options(
         checkpoint=checkpoint_path, mode=mode, mesh=mesh, dtype=dtype, prefill_layout=prefill_layout,
         decode_layout=decode_layout, norm_scale=norm_scale, config=model_config, batch_size=batch_size,
-        sampler=Sampler(temperature, top_k, top_p), seed=seed, scan_layers=scan_layers,
+        sampler=Sampler(temperature, top_k, top_p), seed=seed, scan_layers=scan_layers, batching=batching,
+        prefill_chunk=prefill_chunk, prefill_budget=prefill_budget,
         **_limits(sum(task_feature_lengths.values()), max_new_tokens))
     if explain_layout:
       loading.explain_layout(options, task_feature_lengths['targets' if mode == 'score' else 'inputs'])
@@ -147,18 +157,30 @@ def infer_task(task: seqio.Task, source: Source, options: loading.Options, engin
                        + (f', shard {source.shard} of {source.num_shards}' if source.num_shards > 1 else ''))
   # Fewer examples than a batch: a smaller one does.
   say(f'vocabulary: {vocabulary_text(task)}')
-  batch = loading.batch_rows(options, engine, len(first) if len(first) < options.batch_size else None, say)
+  batch = loading.batch_rows(options, engine, len(first) if len(first) < options.batch_size else None,
+                             (lambda text: None) if options.continuous and options.mode != 'score' else say)
+  checkpoint = engine.checkpoint
+  journal = Journal(f'{path}.unfinished', (options, source._replace(name=task.name), checkpoint.path, checkpoint.step),
+                    Files(gfile.GFile, gfile.exists, gfile.remove))
+  if journal.done:
+    say(f'resumed: {len(journal.done)} rows were done when an earlier run ended')
   clock = batches.Clock()
+  work = distributed.lockstep(_batched(enumerate(itertools.chain(first, rows)), batch), _features)
+  todo = ((row, example) for some in work for row, example in some if row not in journal.done)
+  results = {'score': _scores, 'predict': _predictions}[options.mode.partition('_')[0]](
+      todo, task, source, options, engine, batch, clock, say)
+  with contextlib.closing(journal.keep(results)) as kept:
+    for _ in progress(kept, task.name, None):
+      pass
   temporary = f'{path}.incomplete'
   with _output(temporary) as file:
-    work = distributed.lockstep(_batched(itertools.chain(first, rows), batch), _features)
-    for some, results in progress(_results(work, task, source, options, engine, batch, clock), task.name, None):
-      for example, result in zip(some, results):
-        file.write(json.dumps({'inputs': _pretokenized(example), **result}) + '\n')
+    for result in journal.in_order():
+      file.write(json.dumps(result) + '\n')
   if distributed.is_main():
     gfile.rename(temporary, path, overwrite=True)
   with _output(path + '.COMPLETED') as file:
     file.write('')
+  journal.remove()
   say(f'{task.name}: {loading.summary(clock, options.mode)}')
   say(f'wrote {path}')
   return clock
@@ -173,40 +195,80 @@ def _output(path: str) -> gfile.GFile:
   return gfile.GFile(path if distributed.is_main() else os.devnull, 'w')
 
 
-def _features(batch: list[Example]) -> list[list]:
+def _features(batch: list[tuple[int, Example]]) -> list[list]:
   """What the model is given, the same in all processes."""
-  return [[(name, value.tolist()) for name, value in sorted(example.model.items())] for example in batch]
+  return [[(name, value.tolist()) for name, value in sorted(example.model.items())] for _, example in batch]
 
 
-def _results(work, task, source, options, engine, batch, clock) -> Iterator[tuple[list[Example], list[dict]]]:
-  """Batches of examples with what their rows add to the inputs."""
-  if options.mode == 'score':
-    length = sum(source.feature_lengths.values())
-    for some in work:
-      features = [np.stack(batches.pad([e.model[f'decoder_{name}'] for e in some], batch))
-                  for name in ('input_tokens', 'target_tokens', 'loss_weights')]
-      with clock:
-        scores = engine.score(*features)[:len(some)]
-      clock.add(len(some), int(features[2][:len(some)].sum()))
-      yield some, [{'score': float(s)} for s in scores]
-    return
+def _scores(todo, task, source, options, engine, batch, clock, say) -> Iterator[tuple[int, dict]]:
+  """(row, output row) of examples scored, some batches of them at a time: those of like lengths together."""
+  del task, options, say
+  tokens = batch * sum(source.feature_lengths.values())
+  for some in _batched(todo, SCORED_BATCHES * batch):
+    found = batches.score(engine, [_scored(example) for _, example in some], tokens, clock)
+    yield from ((some[item][0], _output_row(some[item][1], {'score': float(np.sum(scores))})) for item, scores in found)
+
+
+def _scored(example: Example) -> scoring.Example:
+  """Up to the last position that counts."""
+  features = [example.model[f'decoder_{name}'] for name in ('input_tokens', 'target_tokens', 'loss_weights')]
+  length = int(np.max(np.flatnonzero(features[2]), initial=-1)) + 1
+  return scoring.Example(*(x[:length] for x in features))
+
+
+def _predictions(todo, task, source, options, engine, batch, clock, say) -> Iterator[tuple[int, dict]]:
+  """The same of predictions, in order or as they end."""
   vocabulary = task.output_features['targets'].vocabulary
-  shape = batches.Shape(batch, source.feature_lengths['inputs'], options.cache_length, options.max_length)
-  kept, prompts = itertools.tee(work)
-  completions = batches.generate(
-      engine, ([prompt(e) for e in some] for some in prompts), shape, clock, max_new_tokens=options.max_new_tokens,
-      sampler=options.sampler, seed=options.seed, eos_id=vocabulary.eos_id or EOS_ID)
+  examples_ = {}  # those on their way
+
+  def prompts():
+    for row, example in todo:
+      examples_[row] = example
+      yield row, prompt(example)
+
+  run = _refilled if options.continuous else _batches
   # T5X's predictions have the length of the whole sequence: vocabularies that decode padding would show it.
   length = max(sum(source.feature_lengths.values()), options.max_new_tokens)
-  for some, results in zip(kept, completions):
-    yield some, [_prediction(c, length, vocabulary, options.mode) for c in results]
+  for row, (tokens, score) in run(prompts(), source, options, engine, batch, clock, say, vocabulary.eos_id or EOS_ID):
+    yield row, _output_row(examples_.pop(row), _prediction(tokens, score, length, vocabulary, options.mode))
 
 
-def _prediction(completion, length: int, vocabulary: seqio.Vocabulary, mode: str) -> dict[str, Any]:
+def _batches(prompts, source, options, engine, batch, clock, say, eos_id):
+  del say
+  shape = batches.Shape(batch, source.feature_lengths['inputs'], options.cache_length, options.max_length)
+  yield from batches.generate(
+      engine, _batched(prompts, batch), shape, clock, max_new_tokens=options.max_new_tokens, sampler=options.sampler,
+      seed=options.seed, eos_id=eos_id)
+
+
+def _refilled(prompts, source, options, engine, batch, clock, say, eos_id):
+  def request(row, tokens):
+    limit = options.max_new_tokens if options.max_length is None else min(
+        options.max_new_tokens, options.max_length - len(tokens))
+    return row, Request((BOS_ID, *tokens), (batches.row_seed(options.seed, row),), limit, options.sampler)
+
+  requests = itertools.starmap(request, prompts)
+  first = list(itertools.islice(requests, 4 * batch))  # enough to see what they share
+  if not first:
+    return
+  longest = source.feature_lengths['inputs'] + 1
+  size = options.max_length or longest - 1 + options.max_new_tokens
+  plan, shared = plans.plan(engine.model, [r for _, r in first], slots=batch, prompt=longest, size=size, eos_id=eos_id,
+                            chunk=options.prefill_chunk, budget=options.prefill_budget)
+  loading.say_slots(options, plan, shared, engine.model, say)
+  for row, (completion,) in refill.completions(engine, itertools.chain(first, requests), plan, shared, clock):
+    yield row, (completion.tokens, completion.score)
+
+
+def _output_row(example: Example, result: dict[str, Any]) -> dict[str, Any]:
+  return {'inputs': _pretokenized(example), **result}
+
+
+def _prediction(tokens: list[int], score: float, length: int, vocabulary: seqio.Vocabulary, mode: str) -> dict[str, Any]:
   ids = np.zeros(length, np.int32)
-  ids[:len(completion.tokens)] = completion.tokens
+  ids[:len(tokens)] = tokens
   row = {'prediction': _json(vocabulary.decode_tf(tf.constant(ids)).numpy())}
-  return {**row, 'aux': {'scores': completion.score}} if mode == 'predict_with_aux' else row
+  return {**row, 'aux': {'scores': score}} if mode == 'predict_with_aux' else row
 
 
 def _pretokenized(example: Example) -> dict[str, Any]:

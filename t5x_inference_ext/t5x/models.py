@@ -17,11 +17,13 @@ from t5x_inference_ext.checkpoints.load import scans_layers
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.decoding.cache import KVCache
 from t5x_inference_ext.decoding.model import Model
+from t5x_inference_ext.decoding.inputs import EOS_ID
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.layouts.layout import Layout, choose_mesh
 from t5x_inference_ext.layouts.mesh import parse_mesh
 from t5x_inference_ext.t5x.module import STACK, InferenceModule, weights_from_params
 from t5x_inference_ext.t5x.partitioning import inference_mesh
+from t5x_inference_ext.t5x.refill import Predictor, Refill, is_concrete
 
 Params = Mapping[str, Any]
 Batch = Mapping[str, jax.Array]
@@ -54,6 +56,8 @@ class InferenceModel(models.DecoderOnlyModel):
     decode_fn: decoding.temperature_sample, decoding.beam_search or another of their kind.
     task_feature_lengths: the task's, where its features are trimmed to them, as T5X's datasets are: prefill then runs
       over the length of inputs instead of that of inputs and targets.
+    refill: predictions are made on the host, through decode slots that are kept full; decode_fn is then without effect.
+      None: T5X's loop over a batch. See t5x.refill.
     feature_converter_cls: see T5X.
     inputs_bidirectional_attention: has to be False; here because stock configurations bind it.
 
@@ -78,6 +82,7 @@ class InferenceModel(models.DecoderOnlyModel):
       scan_layers: bool | None = None,
       decode_fn: models.DecodeFnCallable = decoding.temperature_sample,
       task_feature_lengths: Mapping[str, int] | None = None,
+      refill: Refill | None = None,
       feature_converter_cls: Callable[..., seqio.FeatureConverter] | None = None,
       inputs_bidirectional_attention: bool = False,
   ):
@@ -100,6 +105,9 @@ class InferenceModel(models.DecoderOnlyModel):
       mesh = choose_mesh(config, jax.devices()) if mesh is None else parse_mesh(mesh)
     self.model = Model(config, inference_mesh(mesh), Layout.parse(prefill_layout), Layout.parse(decode_layout), dtype)
     self._inputs_length = (task_feature_lengths or {}).get('inputs')
+    self.refills = refill is not None
+    self._predictor = Predictor(self.model, refill, vocabulary.eos_id or EOS_ID, self._inputs_length) if refill else None
+    self._jitted_scores = jax.jit(self._scores)
     super().__init__(
         InferenceModule(self.model, int8, scans_layers(config.num_layers, scan_layers)), vocabulary, optimizer_def=None,
         decode_fn=functools.partial(self._decode, decode_fn), feature_converter_cls=feature_converter_cls)
@@ -122,6 +130,8 @@ class InferenceModel(models.DecoderOnlyModel):
       decoder_params: MutableMapping[str, Any] | None = None,
   ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
     """As T5X's: tokens [B, L] after the prompt, or [B, num_decodes, L] from the worst to the best, and their scores."""
+    if self.refills and decoder_params is None and is_concrete(params, batch):
+      return self._predictor(params, batch, rng, num_decodes, return_all_decodes)
     rows = batch['decoder_input_tokens'].shape[0]
     # Decoding runs B * num_decodes rows, which have to fill the mesh too.
     size = self._padded_batch(rows, num_decodes)
@@ -145,14 +155,19 @@ class InferenceModel(models.DecoderOnlyModel):
     self._check(batch)
     tokens, targets, weights = (
         batch[f'decoder_{k}'] for k in ('input_tokens', 'target_tokens', 'loss_weights'))
-    rows = tokens.shape[0]
-    size = self._padded_batch(rows)
-    log_probs = self.model.log_probs(weights_from_params(params), _pad_rows(tokens, size), _pad_rows(targets, size))
-    scores = log_probs[:rows] * weights
+    compute = self._jitted_scores if is_concrete(params, batch) else self._scores
+    scores = compute(params, tokens, targets) * weights
     if not return_intermediates:
       return scores.sum(-1)
     intermediates = {'target_tokens': (targets,), 'loss_weights': (weights,), 'token_scores': (scores,)}
     return scores.sum(-1), {'decoder': intermediates}
+
+  def _scores(self, params, tokens, targets):
+    """log p(target) at each position, [B, L]."""
+    rows = tokens.shape[0]
+    size = self._padded_batch(rows)
+    return self.model.log_probs(
+        weights_from_params(params), _pad_rows(tokens, size), _pad_rows(targets, size))[:rows]
 
   def _compute_logits(
       self, params: Params, batch: Batch, dropout_rng: jax.Array | None = None, mutable: Any = False,

@@ -9,12 +9,13 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from t5x import partitioning
 
-from t5x_inference_ext.errors import MeshError
+from t5x_inference_ext.errors import MeshError, RequestError
 from t5x_inference_ext.layouts.layout import Layout
 from t5x_inference_ext.layouts.mesh import AXES, make_mesh, mesh_text, parse_mesh
 from t5x_inference_ext.layouts.placement import Placement
 from t5x_inference_ext.layouts.rules import Rules, activation_rules, logical_axis_rules
 from t5x_inference_ext.precompile import saved
+from t5x_inference_ext.t5x.refill import HostStep
 
 # T5X's exporter and precompiler ask for an axis of this name. Its size is 1: a batch is not split before the model sees
 # it, so any batch size will do; the model's own layout splits it.
@@ -66,6 +67,10 @@ class InferencePartitioner(partitioning.PjitPartitioner):
       raise MeshError('InferencePartitioner takes either a model, to share its mesh, or a mesh')
     self._inference_mesh = model.model.mesh if mesh is None else inference_mesh(parse_mesh(mesh))
     layout = model.model.prefill_layout if mesh is None else Layout.parse(layout)
+    self._host_driven = model is not None and model.refills
+    if self._host_driven and executable is not None:
+      raise RequestError('InferencePartitioner.executable holds a compiled step, and a model with refill has none: use one '
+                         'of the two')
     self._executable = executable
     if executable is not None:
       saved.read_header(executable)  # a wrong path is found out now, not after the weights are restored
@@ -92,11 +97,16 @@ class InferencePartitioner(partitioning.PjitPartitioner):
       out_axis_resources,
       static_argnums: int | Sequence[int] = (),
       donate_argnums: int | Sequence[int] = (),
-  ) -> jax.stages.Wrapped:
+  ) -> jax.stages.Wrapped | HostStep:
     """As T5X's: pytree prefixes of PartitionSpecs, where None means replicated.
+
+    The step of a model that refills slots is not compiled, but run on the host.
 
     Nothing is put in force around the function: shardings and the model's own mesh are concrete.
     """
+
+    if self._host_driven and fn.__name__ == _INFER_STEP:
+      return HostStep(fn, self.mesh)
 
     def shardings(specs):
       return jax.tree.map(

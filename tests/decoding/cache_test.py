@@ -11,21 +11,24 @@ B, S, K, Q = 4, 8, 2, 6
 LENGTHS = np.asarray([0, S - 1, S, 3], np.int32)  # empty, nearly full, full, and between
 
 
-def _cache(lead):
+def _cache(lead, tokens=1):
   keys, values, new_keys, new_values = (
-      jax.random.normal(jax.random.key(i), (*lead, B, size, K, Q)) for i, size in enumerate((S, S, 1, 1)))
+      jax.random.normal(jax.random.key(i), (*lead, B, size, K, Q)) for i, size in enumerate((S, S, tokens, tokens)))
   return KVCache(keys, values, LENGTHS), new_keys, new_values
 
 
+@pytest.mark.parametrize('tokens, counts', [(1, None), (1, (1, 1, 1, 0)), (3, None), (3, (3, 1, 2, 0))])
 @pytest.mark.parametrize('lead', [(), (3,)], ids=['one layer', 'stacked'])
 @pytest.mark.parametrize('write', [kv_cache._scatter, kv_cache._row_by_row])
-def test_each_row_is_written_at_its_end(lead, write):
-  cache, *new = _cache(lead)
-  for old, wanted, written in zip((cache.keys, cache.values), new, jax.jit(write)(cache, *new)):
+def test_each_row_is_written_at_its_end(write, lead, tokens, counts):
+  cache, *new = _cache(lead, tokens)
+  written = jax.jit(write)(cache, *new, None if counts is None else np.asarray(counts, np.int32))
+  for old, wanted, found in zip((cache.keys, cache.values), new, written):
     expected = np.array(old)
-    for row in (0, 1, 3):  # the full one drops its write
-      expected[..., row, LENGTHS[row], :, :] = np.asarray(wanted)[..., row, 0, :, :]
-    np.testing.assert_array_equal(written, expected)
+    for row, length in enumerate(LENGTHS):
+      count = min(S - length, tokens if counts is None else counts[row])  # what finds no room is dropped
+      expected[..., row, length:length + count, :, :] = np.asarray(wanted)[..., row, :count, :, :]
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_a_tuple_of_layers_is_appended_to():

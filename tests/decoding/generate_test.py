@@ -8,7 +8,7 @@ import pytest
 
 from t5x_inference_ext.decoding import generate as generation
 from t5x_inference_ext.decoding.sampling import Sampler
-from t5x_inference_ext.engine import model_inputs
+from t5x_inference_ext.decoding.inputs import model_inputs
 from t5x_inference_ext.errors import RequestError
 from tests import reference
 from tests.decoding import memory
@@ -141,3 +141,46 @@ def test_max_length_ends_each_row_when_prompt_and_new_tokens_reach_it():
 def test_a_prompt_that_fills_max_length_is_refused():
   with pytest.raises(RequestError, match='prompt 3 has 5 tokens: max_length=5 leaves no room'):
     engine('1x1x1').generate(PROMPTS, max_new_tokens=NEW, max_length=5)
+
+
+def test_a_prefill_in_chunks_changes_nothing():
+  e = engine('2x2x2', 'wg_xy/heads', 'ws_2d/batch')
+  found = e.generate(PROMPTS, max_new_tokens=NEW, sampler=SAMPLER, seeds=SEEDS, eos_id=-1, prompt_size=5, prefill_chunk=4)
+  assert [c.tokens for c in found] == [c.tokens for c in sampled()]
+
+
+def test_each_row_has_its_own_sampler():
+  """The same as rows that all have it."""
+  e = engine('1x1x1')
+  mixed = [SAMPLER, Sampler(), Sampler(0.7)] * 2 + [SAMPLER, Sampler()]
+  arguments = dict(max_new_tokens=NEW, seeds=SEEDS, eos_id=-1, prompt_size=5)
+  found = e.generate(PROMPTS, sampler=mixed, **arguments)
+  warm = e.generate(PROMPTS, sampler=Sampler(0.7), **arguments)
+  for row, sampler, *wanted in zip(found, mixed, sampled(), greedy(), warm):
+    assert row.tokens == wanted[(SAMPLER, Sampler(), Sampler(0.7)).index(sampler)].tokens
+  with pytest.raises(RequestError, match='8 prompts need as many samplers, got shape .2'):
+    e.generate(PROMPTS, sampler=mixed[:2], **arguments)
+
+
+def test_each_row_has_its_own_limit():
+  limits = [1, 6, 2, 3, 6, 4, 5, 1]
+  found = engine('1x1x1').generate(PROMPTS, max_new_tokens=limits, sampler=SAMPLER, seeds=SEEDS, eos_id=-1, prompt_size=5)
+  assert [c.tokens for c in found] == [c.tokens[:n] for c, n in zip(sampled(), limits)]
+  with pytest.raises(RequestError, match='8 prompts need as many limits, got shape .3'):
+    engine('1x1x1').generate(PROMPTS, max_new_tokens=[1, 2, 3])
+  with pytest.raises(RequestError, match='max_new_tokens must be at least 1, got 0'):
+    engine('1x1x1').generate(PROMPTS, max_new_tokens=[0] * 8)
+
+
+def test_options_reach_the_loop():
+  """A stop sequence, a least number of tokens, a penalty: told by what they do to the free greedy rows."""
+  e = engine('1x1x1')
+  free = greedy()[0].tokens
+  pair = tuple(free[1:3])
+  row, = e.generate(PROMPTS[:1], max_new_tokens=NEW, sampler=Sampler(stop=(pair,)), eos_id=-1, prompt_size=5)
+  assert row.tokens == free[:next(i for i in range(2, 4) if tuple(free[i - 2:i]) == pair)]
+  banned = Sampler(repetition_penalty=1e9)  # of equal ids none is taken twice, nor any of the prompt
+  row, = e.generate(PROMPTS[:1], max_new_tokens=NEW, sampler=banned, eos_id=-1, prompt_size=5)
+  assert len({*row.tokens, *PROMPTS[0]}) == NEW + len(PROMPTS[0])
+  row, = e.generate(PROMPTS[:1], max_new_tokens=NEW, sampler=Sampler(min_new_tokens=2), eos_id=free[0], prompt_size=5)
+  assert row.tokens[0] != free[0]

@@ -13,7 +13,8 @@ from t5x_inference_ext.checkpoints import open_checkpoint
 from t5x_inference_ext.checkpoints.convert import convert
 from t5x_inference_ext.checkpoints.load import load_weights
 from t5x_inference_ext.decoding.model import Model
-from t5x_inference_ext.engine import Engine, model_inputs
+from t5x_inference_ext.decoding.inputs import model_inputs
+from t5x_inference_ext.engine import Engine
 from t5x_inference_ext.layouts.layout import Layout
 from tests.decoding import memory
 

@@ -51,3 +51,22 @@ def test_rows_in_several_passes_are_the_same(monkeypatch, limit, cached):
   jaxpr = jax.make_jaxpr(attend)(q, keys, values, context)
   assert 'scan' in str(jaxpr)
   np.testing.assert_allclose(attend(q, keys, values, context), whole, atol=1e-6)
+
+
+@pytest.mark.parametrize('limit', [2**28, 1, 3 * 3 * 4 * 13])
+@pytest.mark.parametrize('kv_heads', [1, 2])
+def test_what_rows_share_is_as_if_each_had_it(monkeypatch, kv_heads, limit):
+  """Each row its own part of it, the first positions; all rows at once, or some at a time."""
+  rng = np.random.default_rng(0)
+  b, t, h, d, s, p = 5, 3, 4, 8, 6, 4
+  q, k, v = (rng.normal(size=(b, t, n, d)).astype(np.float32) for n in (h, kv_heads, kv_heads))
+  own, shared = rng.normal(size=(2, b, s, kv_heads, d)), rng.normal(size=(2, p, kv_heads, d))
+  lengths, common = np.array([0, 6, 3, 1, 2], np.int32), np.array([4, 0, 2, 3, 4], np.int32)
+  each = np.zeros((2, b, p + s, kv_heads, d), np.float32)
+  for row in range(b):
+    n, m = common[row], lengths[row]
+    each[:, row, :n], each[:, row, n:n + m] = shared[:, :n], own[:, row, :m]
+  wanted = attend(q, k, v, Context(*each, lengths + common))
+  monkeypatch.setattr(attention, 'MAX_LOGITS', limit)
+  context = Context(*own.astype(np.float32), lengths, *shared.astype(np.float32), common)
+  np.testing.assert_allclose(attend(q, k, v, context), wanted, atol=1e-5)

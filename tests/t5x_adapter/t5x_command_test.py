@@ -37,6 +37,16 @@ def test_infer(repository, palm_tiny, stock_rows, tmp_path):
   assert re.search(r"layers_0/parallel/w_in .*\(embed=256, hidden=.*'x', \('z', 'y'\)", info), info
 
 
+def test_infer_with_slots(repository, palm_tiny, stock_rows, tmp_path):
+  """And a third one, that keeps decode slots full."""
+  output = tmp_path / 'output'
+  _run(
+      repository, 't5x.infer', '--gin_file=tests/t5x_adapter/stock_infer.gin', f'--gin_file={PLUGIN}',
+      '--gin_file=t5x_inference_ext/configs/t5x/continuous.gin', f'--gin.CHECKPOINT_PATH="{palm_tiny}"',
+      f'--gin.INFER_OUTPUT_DIR="{output}"', '--gin.MESH="1x1x1"', '--gin.DTYPE="float32"', '--gin.SLOTS=2')
+  assert _rows(output, 'predict') == stock_rows('predict')
+
+
 def test_main_with_int8(repository, int8_checkpoint, stock_rows, tmp_path):
   """t5x.main, scoring, on the package's own run file: no stock model, and so no flaxformer, in sight."""
   output = tmp_path / 'output'

@@ -1,0 +1,217 @@
+"""Useful tokens per second of slot refill beside a static batch, and time to first tokens with a shared prefix.
+
+    python -m benchmarks.continuous                   # refill: 256 requests of ragged lengths, 32 slots
+    python -m benchmarks.continuous --case=prefix     # 32 requests that share 80% of their prompts
+    python -m benchmarks.continuous --case=chat       # the paper's chatbot: 1920 cached, 64 new, 64 generated
+
+Run from the root of a checkout, on one device. Prompts of 16 to 512 tokens and outputs of 8 to 256 are drawn log-uniformly
+with seed 0. A useful token is one that a request asked for. The static batch takes requests in order, 32 at a time, each
+batch padded to its longest prompt and stopping when all of its rows end; both sides give the same tokens. With --stock
+the same batches also go through the step that stock `t5x.infer` makes of T5X's DecoderOnlyModel (needs T5X and
+flaxformer): sequences as long as the longest prompt and output, decoding as many steps as the batch's longest output, since
+T5X has no limit for each row.
+"""
+
+import argparse
+import statistics
+import time
+
+import jax
+import numpy as np
+
+from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.checkpoints.load import load_weights
+from t5x_inference_ext.decoding import plans
+from t5x_inference_ext.decoding.model import DTYPES, Model
+from t5x_inference_ext.decoding.scheduler import Request, Scheduler
+from t5x_inference_ext.engine import Engine
+from t5x_inference_ext.layouts.mesh import make_mesh
+from tests import reference
+
+
+def make_engine(layers: int, d_model: int, vocabulary: int, dtype: str) -> Engine:
+  """A random model of PaLM's form on one device."""
+  config = ModelConfig(layers, d_model, 4 * d_model, d_model // 64, 64, vocabulary)
+  checkpoint = reference.MemoryCheckpoint.of(config, reference.random_tensors(config))
+  model = Model(config, make_mesh((1, 1, 1)), dtype=dtype)
+  return Engine(checkpoint, model, load_weights(checkpoint, model, stacked=True))
+
+
+def ragged(vocabulary: int, count: int, longest: int, most: int) -> list[Request]:
+  rng = np.random.default_rng(0)
+  draw = lambda low, high: int(np.exp(rng.uniform(np.log(low), np.log(high + 1))))
+  return [Request((0, *rng.integers(3, vocabulary, draw(16, longest)).tolist()), limit=draw(8, most))
+          for _ in range(count)]
+
+
+def refilled(engine: Engine, requests: list[Request], slots: int, **options):
+  plan, shared = plans.plan(engine.model, requests, slots=slots, eos_id=-1, **options)
+
+  def run():
+    scheduler = Scheduler(engine.model, engine.weights, plan, shared)
+    tokens = [[] for _ in requests]
+    for event in scheduler.run(requests):
+      tokens[event.request] += event.tokens
+    return tokens, scheduler.tally
+
+  return run
+
+
+def static(engine: Engine, requests: list[Request], slots: int):
+  def run():
+    tokens, positions, steps = [], 0, 0
+    for i in range(0, len(requests), slots):
+      some = requests[i:i + slots]
+      longest = -(-max(len(r.tokens) - 1 for r in some) // 32) * 32
+      found = engine.generate([r.tokens[1:] for r in some], max_new_tokens=[r.limit for r in some], eos_id=-1,
+                              prompt_size=longest, cache_size=-(-(longest + max(r.limit for r in some)) // 32) * 32)
+      tokens += [c.tokens for c in found]
+      positions += len(some) * (longest + 1)
+      steps += len(some) * (max(r.limit for r in some) - 1)
+    return tokens, (positions, steps)
+
+  return run
+
+
+def stock(engine: Engine, tensors, requests: list[Request], slots: int):
+  """The same batches through stock T5X."""
+  import functools
+
+  import jax.numpy as jnp
+  import seqio
+  from t5x import decoding, models
+  from tests.checkpoints import synthetic
+  from tests.t5x_adapter import palm_flaxformer
+
+  c = engine.model.config
+  module = palm_flaxformer.make_module(c.vocab_size, c.num_layers, c.d_model, c.d_ff, c.num_heads, c.d_head, scan=True)
+  params = jax.tree.map(jnp.asarray, synthetic.nest(synthetic.fused(tensors, c)))
+  length = max(len(r.tokens) for r in requests) + max(r.limit for r in requests)
+
+  @functools.partial(jax.jit, static_argnames='steps')
+  def step(params, batch, steps):
+    decode = functools.partial(decoding.temperature_sample, temperature=0.0, max_decode_steps=steps)
+    model = models.DecoderOnlyModel(module, seqio.ByteVocabulary(), optimizer_def=None, decode_fn=decode)
+    options = {'eos_id': -1, 'decode_rng': jax.random.PRNGKey(0)}
+    return model.predict_batch_with_aux(params, batch, decoder_params=options)[0]
+
+  def run():
+    tokens = []
+    for i in range(0, len(requests), slots):
+      some = requests[i:i + slots]
+      inputs, causal = np.zeros((2, len(some), length), np.int32)
+      for row, request in enumerate(some):
+        inputs[row, :len(request.tokens)], causal[row, :len(request.tokens)] = request.tokens, 1
+      batch = {'decoder_input_tokens': inputs, 'decoder_causal_attention': causal}
+      found = np.asarray(step(params, batch, max(r.limit for r in some)))
+      tokens += [row[:r.limit].tolist() for row, r in zip(found, some)]
+    return tokens
+
+  return run
+
+
+def timed(run, repeats: int):
+  result, times = run(), []  # compiles
+  for _ in range(repeats):
+    start = time.perf_counter()
+    result = run()
+    times.append(time.perf_counter() - start)
+  return result, statistics.median(times)
+
+
+def refill_case(args) -> None:
+  engine = make_engine(args.layers, args.d_model, args.vocabulary, args.dtype)
+  requests = ragged(args.vocabulary, args.requests, args.prompt, args.generate)
+  useful = sum(r.limit for r in requests)
+  print(f'{engine.model.config}\n{jax.devices()[0].device_kind}, {args.dtype}; {len(requests)} requests, '
+        f'{sum(len(r.tokens) for r in requests)} prompt tokens, {useful} asked for; {args.slots} slots; median of '
+        f'{args.repeats}')
+  (old, (positions, steps)), slow = timed(static(engine, requests, args.slots), args.repeats)
+  print(f'static batch: {useful / slow:8.0f} useful tokens/s ({slow:.2f} s: {positions} prompt positions, {steps} '
+        'slot-steps)', flush=True)
+  (new, tally), fast = timed(refilled(engine, requests, args.slots, chunk=args.chunk, budget=args.budget), args.repeats)
+  print(f'slot refill:  {useful / fast:8.0f} useful tokens/s ({fast:.2f} s: {tally.prefilled} prompt positions, '
+        f'{tally.decoded} slot-steps), {slow / fast:.2f}x')
+  print(f'positions {positions / tally.prefilled:.2f}x fewer, slot-steps {steps / tally.decoded:.2f}x fewer; without any '
+        f'waste {positions / sum(len(r.tokens) for r in requests):.2f}x and {steps / (useful - len(requests)):.2f}x; '
+        f'{sum(a == b for a, b in zip(old, new))} of {len(requests)} rows equal', flush=True)
+  if args.stock:
+    stock_case(args, engine, requests, new, fast)
+
+
+def prefix_case(args) -> None:
+  """Time until each of 32 requests has its first token: shared prefix found and stored once, beside each on its own."""
+  engine = make_engine(args.layers, args.d_model, args.vocabulary, args.dtype)
+  rng = np.random.default_rng(0)
+  ids = lambda n: rng.integers(3, args.vocabulary, n).tolist()
+  begin = ids(args.prompt * 4 // 5)
+  requests = [Request((0, *begin, *ids(args.prompt - len(begin))), limit=1) for _ in range(32)]
+  print(f'{engine.model.config}\n{jax.devices()[0].device_kind}, {args.dtype}; 32 requests of {args.prompt} tokens, '
+        f'{len(begin)} of them the same; median of {args.repeats}')
+  times, tokens = {}, {}
+  for name, share in (('each on its own', False), ('shared once', True)):
+    run = refilled(engine, requests, 32, chunk=args.chunk, budget=32 * args.prompt, share=share)
+    (tokens[name], tally), times[name] = timed(run, args.repeats)
+    print(f'{name}: all first tokens after {times[name]:.3f} s, {tally.prefilled} positions after what is shared',
+          flush=True)
+  alone, shared = times.values()
+  print(f'{alone / shared:.2f}x sooner; {sum(a == b for a, b in zip(*tokens.values()))} of 32 rows equal')
+
+
+def chat_case(args) -> None:
+  """The paper's chatbot (section 1): a turn of 64 tokens after 1920 that are cached, 64 generated."""
+  engine = make_engine(args.layers, args.d_model, args.vocabulary, args.dtype)
+  rng = np.random.default_rng(0)
+  ids = lambda n: rng.integers(3, args.vocabulary, n).tolist()
+  history, times, replies = ids(1920), {'cached': [], 'from the start': []}, {}
+  for repeat in range(args.repeats + 1):  # the first compiles
+    turn = ids(64)
+    chat = engine.chat(max_length=2112, eos_id=-1, chunk=args.chunk)
+    list(chat.reply(history, max_new_tokens=1))
+    for name, said in (('cached', turn), ('from the start', [*chat.tokens, *turn])):
+      if name == 'from the start':
+        chat = engine.chat(max_length=2112, eos_id=-1, chunk=args.chunk)
+      start = time.perf_counter()
+      reply = chat.reply(said, max_new_tokens=64)
+      first = next(reply)
+      wait = time.perf_counter() - start
+      replies[name] = [first, *reply]
+      if repeat:
+        times[name].append((wait, time.perf_counter() - start))
+  print(f'{engine.model.config}\n{jax.devices()[0].device_kind}, {args.dtype}; 1920 tokens, a turn of 64, a reply of 64; '
+        f'median of {args.repeats}')
+  for name, seconds in times.items():
+    wait, total = (statistics.median(x) for x in zip(*seconds))
+    print(f'{name}: first token after {wait:.3f} s, the reply after {total:.3f} s')
+  print('the replies are', 'equal' if replies['cached'] == replies['from the start'] else 'not equal')
+
+
+def stock_case(args, engine, requests, new, fast) -> None:
+  run = stock(engine, reference.random_tensors(engine.model.config), requests, args.slots)
+  found, slow = timed(run, args.repeats)
+  useful = sum(r.limit for r in requests)
+  print(f'stock T5X:    {useful / slow:8.0f} useful tokens/s ({slow:.2f} s); slot refill is {slow / fast:.2f}x; '
+        f'{sum(a == b for a, b in zip(found, new))} of {len(requests)} rows equal')
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--case', default='refill', choices=('refill', 'prefix', 'chat'))
+  parser.add_argument('--requests', type=int, default=256)
+  parser.add_argument('--slots', type=int, default=32)
+  parser.add_argument('--prompt', type=int, default=512, help='the longest prompt')
+  parser.add_argument('--generate', type=int, default=256, help='the longest output')
+  parser.add_argument('--chunk', type=int, default=256)
+  parser.add_argument('--budget', type=int, default=2048)
+  parser.add_argument('--layers', type=int, default=6)
+  parser.add_argument('--d_model', type=int, default=384, help='a multiple of 64')
+  parser.add_argument('--vocabulary', type=int, default=8192)
+  parser.add_argument('--dtype', default='float32', choices=DTYPES)
+  parser.add_argument('--stock', action='store_true', help='also stock T5X')
+  parser.add_argument('--repeats', type=int, default=3)
+  args = parser.parse_args()
+  dict(refill=refill_case, prefix=prefix_case, chat=chat_case)[args.case](args)
+
+
+if __name__ == '__main__':
+  main()

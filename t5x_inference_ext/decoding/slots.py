@@ -1,0 +1,175 @@
+"""Decode slots: rows of one cache that prompts enter and leave one by one, while the others go on."""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+from t5x_inference_ext.decoding import cache as kv_cache
+from t5x_inference_ext.decoding.cache import KVCache, Shared
+from t5x_inference_ext.decoding.incremental import constrained, empty_cache, place_cache, with_heads
+from t5x_inference_ext.decoding.model import Model
+from t5x_inference_ext.decoding.rows import Chosen, Progress, Rows, advance, begin
+from t5x_inference_ext.layouts import placement as placements
+from t5x_inference_ext.weights import Weights
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slots:
+  """B rows, each in use or free: a free one has ended.
+
+  Attributes:
+    cache: what they have seen but for their last token.
+    rows: what they ask for.
+    progress: how far they are.
+  """
+
+  cache: KVCache
+  rows: Rows
+  progress: Progress
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+  """Prompts on their way to a slot, as the prefill layout has them.
+
+  Attributes:
+    cache: of R rows.
+    logits: [R, V] float32, after the last token of each so far.
+  """
+
+  cache: KVCache
+  logits: jax.Array
+
+
+class Steps(NamedTuple):
+  """What some decode steps gave.
+
+  Attributes:
+    chosen: of each step, [N, B] and [N, B, top]; 0 for rows that had ended.
+    counts: [B] int32, how many of the N are the row's: the first ones.
+    ended: [B] bool, after them.
+  """
+
+  chosen: Chosen
+  counts: jax.Array
+  ended: jax.Array
+
+
+def _jit(static: tuple[str, ...], donated: tuple[str, ...] = ()):
+  return functools.partial(jax.jit, static_argnames=('model', *static), donate_argnames=donated)
+
+
+@_jit(('rows', 'size'))
+def empty_slots(model: Model, weights: Weights, asks: Rows, rows: int, size: int, shared: Shared | None) -> Slots:
+  """All free. asks [1] is of the form of what they will be asked for; see empty_cache for the rest."""
+  asks = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], (rows, *x.shape[1:])), asks)
+  nothing = jnp.zeros((rows, 1), jnp.int32)
+  progress = begin(asks, nothing, nothing[:, 0], model.config.vocab_size)
+  progress = dataclasses.replace(progress, ended=jnp.ones(rows, bool))
+  return Slots(empty_cache(model, weights, rows, size, shared), *whole(model, (asks, progress)))
+
+
+@_jit(('rows', 'size'))
+def empty_prompts(model: Model, weights: Weights, rows: int, size: int, shared: Shared | None) -> Prompts:
+  """No prompts yet, for `rows` at a time. `shared` is in the prefill layout."""
+  logits = jnp.zeros((rows, model.config.vocab_size), jnp.float32)
+  return Prompts(empty_cache(model.prefilling, weights, rows, size, shared), logits)
+
+
+def prompt_room(model: Model, rows: int, length: int) -> int:
+  """The positions of a cache of so many prompts that a chunk of `length`, padded as the prefill layout needs, fits into."""
+  return placements.padded_length(model.prefill_layout, model.mesh.shape, rows, length)
+
+
+@_jit((), ('slots',))
+def free(model: Model, slots: Slots) -> Slots:
+  """All of them free, whoever was in them."""
+  del model
+  progress = dataclasses.replace(slots.progress, ended=jnp.ones_like(slots.progress.ended))
+  return dataclasses.replace(slots, progress=progress)
+
+
+@_jit((), ('prompts',))
+def take_prompts(model: Model, prompts: Prompts, weights: Weights, shared: jax.Array) -> Prompts:
+  """New prompts in the place of the last, that begin with so many shared positions, [R]."""
+  cache = prompts.cache
+  own = None if cache.shared is None else dataclasses.replace(cache.shared, lengths=shared)
+  cache = dataclasses.replace(cache, lengths=jnp.zeros_like(cache.lengths), shared=own)
+  return Prompts(constrained(model.prefilling, cache, weights), prompts.logits)
+
+
+@_jit((), ('prompts',))
+def prefill(model: Model, prompts: Prompts, weights: Weights, tokens: jax.Array, counts: jax.Array) -> Prompts:
+  """The next tokens of prompts, [R, T] of which counts [R] are real, maybe none."""
+  logits, cache = model.prefilling.extend(weights, prompts.cache, tokens, counts)
+  return Prompts(cache, jnp.where(counts[:, None] > 0, logits, prompts.logits))
+
+
+@_jit((), ('slots',))
+def admit(model: Model, slots: Slots, weights: Weights, prompts: Prompts, row: jax.Array, slot: jax.Array, asks: Rows,
+          prompt: jax.Array, length: jax.Array) -> tuple[Slots, Chosen]:
+  """Puts a prompt whose tokens are all in the cache into a slot, and chooses its first new token.
+
+  Args:
+    model: decides layouts.
+    slots: one of which is free.
+    weights: for their form.
+    prompts: holds the prompt, which stays there: it may enter several slots.
+    row: of prompts.
+    slot: that is free.
+    asks: [1] what the row asks for.
+    prompt: [1, T] int32 the whole of it, BOS first, for penalties of what it holds.
+    length: [1] int32, how many of these count.
+  """
+  cache, everyone = slots.cache, slots.cache.lengths.shape[0]
+  held = place_cache(model.prefilling, prompts.logits.shape[0]).heads.cached()
+  wanted = place_cache(model, everyone).heads.cached()
+  one = kv_cache.take_row(prompts.cache, row)
+  keys, values = jax.tree.map(lambda x: with_heads(x, held, wanted), (one.keys, one.values))
+  cache = kv_cache.put_row(cache, slot, dataclasses.replace(one, keys=keys, values=values))
+  logits = lax.dynamic_slice_in_dim(prompts.logits, row, 1, 0)
+  progress, chosen = advance(asks, begin(asks, prompt, length, model.config.vocab_size), logits, length)
+  put = lambda x, new: lax.dynamic_update_slice_in_dim(x, new.astype(x.dtype), slot, 0)
+  rows, progress = jax.tree.map(put, (slots.rows, slots.progress), (asks, progress))
+  return Slots(constrained(model, cache, weights), *whole(model, (rows, progress))), whole(model, chosen)
+
+
+@_jit(('most',), ('slots',))
+def run(model: Model, slots: Slots, weights: Weights, steps: jax.Array, until_free: jax.Array, most: int
+        ) -> tuple[Slots, Steps]:
+  """Decode steps: `steps` of them, `most` at most; fewer if all rows end, or, with until_free, as soon as one does."""
+  before, count = slots.progress, len(slots.progress.ended)
+  top = slots.rows.top
+  out = Chosen(jnp.zeros((most, count), jnp.int32), jnp.zeros((most, count)), jnp.zeros((most, count, top), jnp.int32),
+               jnp.zeros((most, count, top)))
+
+  def running(state):
+    i, progress, _, _ = state
+    freed = until_free & jnp.any(progress.ended & ~before.ended)
+    return (i < steps) & ~jnp.all(progress.ended) & ~freed
+
+  def step(state):
+    i, progress, cache, out = state
+    lengths = cache.lengths
+    logits, cache = model.decode_step(weights, cache, progress.tokens)
+    # What a free slot wrote is beyond its end, and is written over.
+    cache = dataclasses.replace(cache, lengths=jnp.where(progress.ended, lengths, cache.lengths))
+    progress, chosen = advance(slots.rows, progress, logits, cache.positions)
+    out = jax.tree.map(lambda x, new: lax.dynamic_update_slice_in_dim(x, new[None], i, 0), out, chosen)
+    return i + 1, progress, cache, out
+
+  _, progress, cache, out = lax.while_loop(running, step, (0, before, slots.cache, out))
+  told = whole(model, Steps(out, progress.counts - before.counts, progress.ended))
+  return Slots(constrained(model, cache, weights), slots.rows, whole(model, progress)), told
+
+
+def whole(model, tree):
+  """Whole on every device: every process can read it, and every step finds it alike."""
+  return jax.tree.map(lambda x: lax.with_sharding_constraint(x, NamedSharding(model.mesh, P())), tree)

@@ -1,0 +1,91 @@
+"""t5x.infer with slot refill: T5X's rows, in T5X's order, from slots that its batch of the task keeps full."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from t5x_inference_ext.decoding.sampling import Sampler
+from t5x_inference_ext.engine import Engine
+from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.t5x.partitioning import InferencePartitioner
+from t5x_inference_ext.t5x.refill import HostStep, Refill
+from tests.t5x_adapter import inference_tasks, running
+
+
+def refilled(checkpoint, output_dir, mode, refill, mesh='1x1x1', layouts=('ws_2d/batch', 'ws_2d/batch')):
+  model = running.adapter_model(
+      checkpoint, mesh, prefill_layout=layouts[0], decode_layout=layouts[1], refill=refill,
+      task_feature_lengths=inference_tasks.LENGTHS)
+  return running.infer_with(model, InferencePartitioner(model), checkpoint, output_dir, mode)
+
+
+@pytest.mark.parametrize('mesh, layouts', [
+    ('1x1x1', ('ws_2d/batch', 'ws_2d/batch')), ('2x2x2', ('wg_xyz/batch', 'ws_2d/heads'))])
+def test_predictions_equal_the_stock_models(mesh, layouts, palm_tiny, stock_rows, tmp_path):
+  """Batches of 3 through 2 slots; the last batch, of 2, is padded by T5X and not decoded in full."""
+  rows = refilled(palm_tiny, tmp_path, 'predict', Refill(slots=2, chunk=16), mesh, layouts)
+  assert rows == stock_rows('predict')
+
+
+def test_scores_equal_the_stock_models(palm_tiny, stock_rows, tmp_path):
+  rows = refilled(palm_tiny, tmp_path, 'score', Refill(slots=2))
+  np.testing.assert_allclose([r['score'] for r in rows], [r['score'] for r in stock_rows('score')], rtol=1e-3)
+
+
+def test_aux_has_the_model_s_own_scores(palm_tiny, stock_rows, tmp_path):
+  rows = refilled(palm_tiny, tmp_path, 'predict_with_aux', Refill(slots=4, max_new_tokens=8))
+  engine = Engine.load(palm_tiny, dtype='float32')
+  found = engine.generate([row['prompt_tokens'] for row in inference_tasks.rows()], max_new_tokens=8)
+  np.testing.assert_allclose([row['aux']['scores'] for row in rows], [c.score for c in found], rtol=1e-4)
+  for row, stock in zip(rows, stock_rows('predict'), strict=True):
+    assert stock['prediction'].startswith(row['prediction'][:8].rstrip('\\x00'))
+
+
+@pytest.fixture(scope='module')
+def batch():
+  rows = inference_tasks.rows()[:3]
+  inputs, mask = np.zeros((3, 96), np.int32), np.zeros((3, 96), np.int32)
+  for i, row in enumerate(rows):
+    inputs[i, 1:len(row['prompt_tokens']) + 1] = row['prompt_tokens']
+    mask[i, :len(row['prompt_tokens']) + 1] = 1
+  return {'decoder_input_tokens': inputs, 'decoder_causal_attention': mask}
+
+
+def test_num_decodes_share_a_prefill_and_come_from_the_worst_to_the_best(palm_tiny, batch):
+  refill = Refill(slots=4, sampler=Sampler(3.0, top_k=40), max_new_tokens=6)
+  model = running.adapter_model(palm_tiny, refill=refill)
+  state, _, _ = running.restored(model, palm_tiny)
+  predict = functools.partial(model.predict_batch_with_aux, state.params, batch, jax.random.PRNGKey(3), num_decodes=3)
+  tokens, aux = predict(return_all_decodes=True)
+  assert tokens.shape == (3, 3, 96) and aux['scores'].shape == (3, 3)
+  assert np.all(np.diff(aux['scores'], axis=1) >= 0)
+  assert len({row.tobytes() for row in tokens.reshape(9, -1)}) > 5
+  best, best_aux = predict()
+  np.testing.assert_array_equal(best, tokens[:, -1])
+  np.testing.assert_array_equal(best_aux['scores'], aux['scores'][:, -1])
+  other, _ = model.predict_batch_with_aux(state.params, batch, jax.random.PRNGKey(4))
+  assert not np.array_equal(other, best)
+
+
+def test_a_traced_step_is_t5x_s_loop(palm_tiny, batch):
+  """Export and precompile trace the step: there is no host in it."""
+  model = running.adapter_model(palm_tiny, refill=Refill(slots=2))
+  state, _, _ = running.restored(model, palm_tiny)
+  traced = jax.jit(lambda params, batch: model.predict_batch(params, batch))(state.params, batch)
+  np.testing.assert_array_equal(model.predict_batch(state.params, batch), traced)
+
+
+def test_what_is_refused(palm_tiny, tmp_path):
+  with pytest.raises(RequestError, match='Refill.slots must be at least 1'):
+    Refill(slots=0)
+  with pytest.raises(RequestError, match='Refill.max_new_tokens must be at least 1'):
+    Refill(max_new_tokens=0)
+  with pytest.raises(RequestError, match='a model with refill has none: use one of the two'):
+    InferencePartitioner(running.adapter_model(palm_tiny, refill=Refill()), executable=str(tmp_path))
+
+
+def test_only_the_step_of_a_batch_runs_on_the_host(palm_tiny):
+  partitioner = InferencePartitioner(running.adapter_model(palm_tiny, refill=Refill()))
+  assert not isinstance(partitioner.partition(lambda x: x, (None,), None), HostStep)
