@@ -6,7 +6,7 @@ from typing import Any, Callable, Iterable
 
 import jax
 
-from t5x_inference_ext.errors import UserError
+from t5x_inference_ext.errors import RequestError, UserError
 from t5x_inference_ext.planner.costs import Cost, cost
 from t5x_inference_ext.planner.efficiency import IDEAL
 from t5x_inference_ext.planner.memory import Memory, memory
@@ -87,7 +87,7 @@ def _checked(plan: Plan, planned: Cost, say) -> Checked:
         request.config, request.weights, str(plan.machine), case.phase, plan.rows, positions, layout=str(case.layout),
         other_layout=plan.layouts[case.phase == 'prefill'], mesh=plan.mesh_text,
         prompt=case.padded if case.phase == 'prefill' else None, say=say)
-  except jax.errors.JaxRuntimeError as e:  # of some programs the compiler can't write the text that is read here
+  except (RequestError, jax.errors.JaxRuntimeError) as e:  # of some programs it can't write the text that is read here
     return Checked(found, None, (), f'the compiler failed: {str(e).splitlines()[0]}')
   if not answer.fits:
     return Checked(found, answer, (), 'it does not fit; python -m t5x_inference_ext.precompile says what is missing')

@@ -141,8 +141,13 @@ class Program:
 
   @functools.cached_property
   def text(self) -> str:
-    """The scheduled HLO after partitioning."""
-    return self.compiled.as_text()
+    """The scheduled HLO after partitioning. Raises RequestError for the few programs that jaxlib can't write as text."""
+    try:
+      return self.compiled.as_text()
+    except jax.errors.JaxRuntimeError as e:
+      raise RequestError(
+          f'compiled, but this jaxlib can\'t write the program of {self.case.phase} in {self.case.layout} as text, of which '
+          f'the report is made ({str(e).splitlines()[0]}): ask for another layout or batch') from e
 
 
 def compile_case(case: Case, mesh: Mesh, available: int | None = None) -> Program:
