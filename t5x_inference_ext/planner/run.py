@@ -13,6 +13,7 @@ from t5x_inference_ext.planner import sweep as sweeps
 from t5x_inference_ext.planner.machine import Machine, known
 from t5x_inference_ext.planner.request import Request
 from t5x_inference_ext.serving.progress import progress
+from t5x_inference_ext.text_files import check_writable, write_text
 
 
 def plan(
@@ -59,10 +60,7 @@ def plan(
   Raises:
     UserError: what is asked makes no sense, nothing fits or meets the target, or a file that can't be written.
   """
-  for path in filter(None, (gin_output, json_file)):  # found out before anything is computed
-    directory = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(directory):
-      raise RequestError(f'can\'t write {path}: there is no directory {directory}')
+  check_writable(gin_output, json_file)
   if sweep or figure:
     figures.check_plots()
     if not os.path.isdir(output_dir):
@@ -96,10 +94,10 @@ def plan(
   if check:
     write('\n' + checks.text(checked))
   if gin_output:
-    _write(gin_output, text)
+    write_text(gin_output, text)
     write(f'gin: {gin_output}')
   if json_file:
-    _write(json_file, json_text.text(choice, checked))
+    write_text(json_file, json_text.text(choice, checked))
     write(f'every number as JSON: {json_file}')
   if figure:
     _draw(choice, output_dir, write)
@@ -111,7 +109,7 @@ def _sweep(request, machines, batches, output_dir, write) -> None:
   if not points:  # says by how much
     choose.choose(request.replace(batch=min(batches), weights='int8'), machines)
   files = [os.path.join(output_dir, f'pareto.{kind}') for kind in ('csv', 'svg')]
-  _write(files[0], sweeps.csv_text(points))
+  write_text(files[0], sweeps.csv_text(points))
   figures.pareto(files[1], points)
   write(f'{"phase":8} {"weights":9} {"machine":11} {"batch":>6} {"layout":13} {"latency":>12} {"chip-ms a token":>16}')
   for p in points:
@@ -131,14 +129,6 @@ def _draw(choice: choose.Choice, output_dir: str, write) -> None:
   figures.contexts(files['context'], config, best.machine, at)
   figures.time_parts(files['parts'], choice.ranked[:report.ROWS])
   write(f'figures: {", ".join(files.values())}')
-
-
-def _write(path: str, text: str) -> None:
-  try:
-    with open(path, 'w', encoding='utf-8') as f:
-      f.write(text)
-  except OSError as e:
-    raise RequestError(f'can\'t write {path}: {e.strerror}') from e
 
 
 def _say(text: str) -> None:

@@ -1,15 +1,14 @@
 """The precompile command without its flags: asks, prints, writes the files."""
 
 import json
-import os
 import sys
 from typing import Callable
 
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.decoding.sampling import Sampler
-from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.precompile import report, saved
 from t5x_inference_ext.precompile.analysis import Answer, analyze
+from t5x_inference_ext.text_files import check_writable, write_text
 
 
 def precompile(
@@ -50,16 +49,13 @@ def precompile(
   Raises:
     UserError: see analysis.analyze; or a file that can't be written.
   """
-  for path in filter(None, (json_file, hlo_file, save_file)):  # found out before minutes of compiling
-    directory = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(directory):
-      raise RequestError(f'can\'t write {path}: there is no directory {directory}')
+  check_writable(json_file, hlo_file, save_file)
   answer = analyze(
       model, weights, slice_name, phase, batch, context, layout=layout, other_layout=other_layout, mesh=mesh,
       scan_layers=scan_layers, prompt=prompt, max_new_tokens=max_new_tokens, sampler=Sampler(temperature, top_k, top_p), say=_say)
   write(report.text(answer))
   if json_file:
-    _write(json_file, json.dumps(report.to_dict(answer), indent=2) + '\n')
+    write_text(json_file, json.dumps(report.to_dict(answer), indent=2) + '\n')
     write(f'report as JSON: {json_file}')
   if answer.fits:
     _write_program(answer, hlo_file, save_file, write)
@@ -71,20 +67,12 @@ def precompile(
 def _write_program(answer: Answer, hlo_file, save_file, write) -> None:
   program = answer.program
   if hlo_file:
-    _write(hlo_file, program.text)
+    write_text(hlo_file, program.text)
     write(f'compiled program: {hlo_file}')
   if save_file:
     header = saved.save(save_file, program.compiled, program.arguments, program.mesh, program.case.to_dict())
     versions = ', '.join(f'{name} {header[name]}' for name in ('jax', 'jaxlib', 'libtpu') if header[name])
     write(f'executable: {save_file}, {header["bytes"] / 2**20:.1f} MiB, for {answer.slice} with {versions}')
-
-
-def _write(path: str, text: str) -> None:
-  try:
-    with open(path, 'w', encoding='utf-8') as f:
-      f.write(text)
-  except OSError as e:
-    raise RequestError(f'can\'t write {path}: {e.strerror}') from e
 
 
 def _say(text: str) -> None:
