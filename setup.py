@@ -36,7 +36,10 @@ T5X_REQUIRES = [
 # only with the version that compiled it.
 LIBTPU = 'libtpu>=0.0.52'
 
+PLOTS = 'matplotlib>=3.11'
+
 TEST_REQUIRES = [
+    PLOTS,  # figures are drawn in tests too
     'hypothesis>=6.150.3',
     # Tests of the compiled programs; on a platform without it they are skipped, and say so.
     f"{LIBTPU}; sys_platform == 'linux' and platform_machine == 'x86_64'",
@@ -61,7 +64,7 @@ setuptools.setup(
     extras_require={
         't5x': T5X_REQUIRES,
         'tpu': [LIBTPU, 'requests>=2.32'],
-        'plots': ['matplotlib>=3.11'],
+        'plots': [PLOTS],
         'test': TEST_REQUIRES,
     },
     entry_points={
