@@ -22,7 +22,7 @@ import logging
 import os
 import re
 import sys
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterable, Sequence
 
 from absl import flags as absl_flags
 from absl import logging as absl_logging
@@ -90,6 +90,14 @@ def rewrite_gin_flags(argv: Sequence[str]) -> list[str]:
 
 def uses_gin(flags: absl_flags.FlagValues) -> bool:
   return bool(flags.gin_file or flags.gin_bindings)
+
+
+def check_unmixed(flags: absl_flags.FlagValues, names: Iterable[str], example: str, gin_file: str) -> None:
+  """Raises UserError for any of a command's plain flags beside gin, with a binding such as to use and where macros are."""
+  given = [name for name in names if flags[name].present]
+  if given:
+    raise UserError(f'--{given[0]} and gin flags can\'t be mixed: with gin, bind macros such as --gin.{example} '
+                    f'({gin_file} lists them)')
 
 
 def parse_gin(flags: absl_flags.FlagValues) -> str:

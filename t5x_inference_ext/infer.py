@@ -124,10 +124,7 @@ def main(flags: absl_flags.FlagValues) -> None:
   processes = {name: flags[name].value for name in PROCESSES}
   distributed.check_arguments(**processes)
   if command.uses_gin(flags):
-    given = [name for name in PLAIN if flags[name].present]
-    if given:
-      raise UserError(f'--{given[0]} and gin flags can\'t be mixed: with gin, bind macros such as '
-                      '--gin.CHECKPOINT_PATH=\\"DIR\\" (configs/runs/infer.gin lists them)')
+    command.check_unmixed(flags, PLAIN, 'CHECKPOINT_PATH=\\"DIR\\"', 'configs/runs/infer.gin')
     distributed.initialize(**processes)
     config_text = command.parse_gin(flags)
     from t5x_inference_ext.serving import task_run  # seqio brings TensorFlow: seconds that plain runs spare

@@ -83,11 +83,8 @@ def main(flags: absl_flags.FlagValues) -> None:
   os.environ['JAX_PLATFORMS'] = 'cpu'
   from t5x_inference_ext.planner import run as runner
 
-  given = [name for name in FLAGS if flags[name].present]
   if command.uses_gin(flags):
-    if given:
-      raise UserError(f'--{given[0]} and gin flags can\'t be mixed: with gin, bind macros such as --gin.BATCH=64 '
-                      '(configs/runs/plan.gin lists them)')
+    command.check_unmixed(flags, FLAGS, 'BATCH=64', 'configs/runs/plan.gin')
     command.parse_gin(flags)
     return command.configure(runner.plan)()
   if flags.model is None:

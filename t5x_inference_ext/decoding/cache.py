@@ -149,3 +149,10 @@ def put_row(cache: KVCache, row: jax.Array | int, one: KVCache) -> KVCache:
       cache.shared, lengths=where(cache.shared.lengths, one.shared.lengths))
   return KVCache(jax.tree.map(put, cache.keys, one.keys), jax.tree.map(put, cache.values, one.values),
                  where(cache.lengths, one.lengths), shared)
+
+
+def with_heads(x: jax.Array, held: tuple, wanted: tuple) -> jax.Array:
+  """[.., K, Q] with the key heads, and the copies and padding among them, that another placement has (heads.cached())."""
+  if held == wanted:
+    return x
+  return jnp.take(x, jnp.asarray([0 if h is None else held.index(h) for h in wanted]), axis=-2)

@@ -5,9 +5,9 @@ import dataclasses
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding
 
-from t5x_inference_ext.decoding.cache import KVCache, Shared
+from t5x_inference_ext.decoding.cache import KVCache, Shared, with_heads
 from t5x_inference_ext.decoding.model import Model
 from t5x_inference_ext.layouts.placement import Placement
 from t5x_inference_ext.weights import Weights
@@ -102,10 +102,3 @@ def prefill_in_chunks(
   cut = lambda x: x[..., :size, :, :]
   cache = dataclasses.replace(cache, keys=jax.tree.map(cut, cache.keys), values=jax.tree.map(cut, cache.values))
   return logits, moved(prefill, cache, weights, model)
-
-
-def with_heads(x, held, wanted):
-  """[.., K, Q] with the key heads, and the copies and padding among them, that another placement has."""
-  if held == wanted:
-    return x
-  return jnp.take(x, jnp.asarray([0 if h is None else held.index(h) for h in wanted]), axis=-2)

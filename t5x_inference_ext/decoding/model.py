@@ -264,12 +264,7 @@ class Model:
     """A prefill's keys and values [.., B, T, K, Q], split by the one placement, without padding, by the other."""
     held, wanted = prefill.heads.cached(), decode.heads.cached()
 
-    def move(x):
-      x = x[..., :length, :, :]
-      if held != wanted:  # copies and padding of heads differ
-        x = jnp.take(x, jnp.asarray([0 if h is None else held.index(h) for h in wanted]), axis=-2)
-      return self._constrain_kv(x, decode)
-
+    move = lambda x: self._constrain_kv(kv_cache.with_heads(x[..., :length, :, :], held, wanted), decode)
     return jax.tree.map(move, kv)
 
   def _constrain(self, cache: KVCache, place: Placement) -> KVCache:

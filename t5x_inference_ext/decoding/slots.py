@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 from t5x_inference_ext.decoding import cache as kv_cache
 from t5x_inference_ext.decoding.cache import KVCache, Shared
-from t5x_inference_ext.decoding.incremental import constrained, empty_cache, place_cache, with_heads
+from t5x_inference_ext.decoding.incremental import constrained, empty_cache, place_cache
 from t5x_inference_ext.decoding.model import Model
 from t5x_inference_ext.decoding.rows import Chosen, Progress, Rows, advance, begin
 from t5x_inference_ext.layouts import placement as placements
@@ -132,7 +132,7 @@ def admit(model: Model, slots: Slots, weights: Weights, prompts: Prompts, row: j
   held = place_cache(model.prefilling, prompts.logits.shape[0]).heads.cached()
   wanted = place_cache(model, everyone).heads.cached()
   one = kv_cache.take_row(prompts.cache, row)
-  keys, values = jax.tree.map(lambda x: with_heads(x, held, wanted), (one.keys, one.values))
+  keys, values = jax.tree.map(lambda x: kv_cache.with_heads(x, held, wanted), (one.keys, one.values))
   cache = kv_cache.put_row(cache, slot, dataclasses.replace(one, keys=keys, values=values))
   logits = lax.dynamic_slice_in_dim(prompts.logits, row, 1, 0)
   progress, chosen = advance(asks, begin(asks, prompt, length, model.config.vocab_size), logits, length)

@@ -83,11 +83,8 @@ def main(flags: absl_flags.FlagValues) -> bool:
   os.environ['JAX_PLATFORMS'] = 'cpu'
   from t5x_inference_ext.precompile import run as runner
 
-  given = [name for name in FLAGS if flags[name].present]
   if command.uses_gin(flags):
-    if given:
-      raise UserError(f'--{given[0]} and gin flags can\'t be mixed: with gin, bind macros such as --gin.BATCH=64 '
-                      '(configs/runs/precompile.gin lists them)')
+    command.check_unmixed(flags, FLAGS, 'BATCH=64', 'configs/runs/precompile.gin')
     command.parse_gin(flags)
     return command.configure(runner.precompile)()
   missing = [f'--{name}' for name in REQUIRED if flags[name].value is None]

@@ -218,15 +218,14 @@ def relays(before: Shape, after: Shape) -> bool:
 
   Dimensions of one element don't count; where one array has fewer dimensions, it is the first that it lacks.
   """
-  sizes = [[n for n in shape.dims if n != 1] for shape in (before, after)]
-  ranks = [_order(shape) for shape in (before, after)]
   if len(before.dims) == len(after.dims):
     wide = [d for d in after.minor_to_major if before.dims[d] != 1 and after.dims[d] != 1]
     return [d for d in before.minor_to_major if d in wide] != wide or (
         before.dims == after.dims and before.tiles != after.tiles)
-  few = min(map(len, ranks))
-  last = [[d for d in rank if d < few] for rank in ranks]
-  return last[0] != last[1] or sizes[0][-2:] == sizes[1][-2:] and before.tiles != after.tiles
+  orders, sizes = [_order(before), _order(after)], [[n for n in shape.dims if n != 1] for shape in (before, after)]
+  few = min(map(len, orders))
+  first, second = ([d for d in order if d < few] for order in orders)
+  return first != second or sizes[0][-2:] == sizes[1][-2:] and before.tiles != after.tiles
 
 
 def _order(shape: Shape) -> list[int]:

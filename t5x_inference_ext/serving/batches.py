@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from typing import Iterable, Iterator, Sequence
+from typing import Iterable, Iterator, Sequence, TypeVar
 
 import jax
 import numpy as np
@@ -14,6 +14,7 @@ from t5x_inference_ext.engine import Engine
 
 PROMPT_MULTIPLE = 16  # prompts are padded to a multiple of this, so that similar files compile alike
 COMPILE_EVENTS = '/jax/core/compile/'
+T = TypeVar('T')
 
 
 @dataclasses.dataclass
@@ -42,6 +43,16 @@ class Clock:
   def add(self, rows: int, tokens: int) -> None:
     self.rows += rows
     self.tokens += tokens
+
+  def over(self, items: Iterator[T]) -> Iterator[T]:
+    """The items, each with the time that it takes to come."""
+    end = object()
+    while True:
+      with self:
+        item = next(items, end)
+      if item is end:
+        return
+      yield item
 
   def __enter__(self):
     self._start = time.perf_counter()
@@ -133,13 +144,7 @@ def score(engine: Engine, examples: Sequence[Example], tokens: int, clock: Clock
     tokens: of a batch, padding included.
     clock: is advanced.
   """
-  results = scoring.score(engine.log_probs, examples, tokens, engine.padded_batch)
-  end = object()
-  while True:
-    with clock:
-      result = next(results, end)
-    if result is end:
-      return
+  for result in clock.over(scoring.score(engine.log_probs, examples, tokens, engine.padded_batch)):
     clock.add(1, int(np.count_nonzero(examples[result[0]].weights)))
     yield result
 

@@ -1,12 +1,10 @@
 """Requests through decode slots that are kept full (decoding.scheduler), and the clock on them."""
 
-from typing import Iterable, Iterator, TypeVar
+from typing import Iterable, Iterator
 
 from t5x_inference_ext.decoding.scheduler import Plan, Request, Scheduler
 from t5x_inference_ext.engine import Completion, Engine
 from t5x_inference_ext.serving.batches import Clock
-
-T = TypeVar('T')
 
 
 def completions(
@@ -30,7 +28,7 @@ def completions(
       yield request
 
   clock = clock or Clock()
-  for event in _clocked(scheduler.run(taken()), clock):
+  for event in clock.over(scheduler.run(taken())):
     tokens, log_probs = parts.setdefault(event.request, {}).setdefault(event.sample, ([], []))
     tokens += event.tokens
     log_probs += event.log_probs
@@ -42,13 +40,3 @@ def completions(
         clock.add(1, 0)
         del parts[event.request]
         yield names[event.request], [done[i] for i in range(len(done))]
-
-
-def _clocked(items: Iterator[T], clock: Clock) -> Iterator[T]:
-  end = object()
-  while True:
-    with clock:
-      item = next(items, end)
-    if item is end:
-      return
-    yield item

@@ -1,7 +1,6 @@
 """The run over a seqio task: T5X's features in, T5X's JSONL out, under T5X's file names."""
 
 import contextlib
-import dataclasses
 import itertools
 import json
 import os
