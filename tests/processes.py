@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import tempfile
@@ -19,6 +20,15 @@ class Result(NamedTuple):
   returncode: int
   stdout: str
   stderr: str
+
+
+# What the transport of CPU runs prints, from C++ threads, a piece at a time: lines of several threads are mixed.
+_GLOO = re.compile(r'\[Gloo\] Rank |is connected to |peer ranks\. |Expected number of connected peer ranks is : |\d+|\s')
+
+
+def own(stdout: str) -> str:
+  """What the command itself printed, without blanks and digits, where that should be nothing."""
+  return _GLOO.sub('', stdout)
 
 
 def free_port() -> int:

@@ -88,8 +88,9 @@ class Conversion:
     scales_slice = len(self.plan.slices)
     alone = False  # in the directory, whose contents are then ours to remove
     try:
-      with work.working(self.options.shard_id):
-        with work.lock('setup.lock'):
+      with contextlib.ExitStack() as shard:
+        with work.setup():
+          shard.enter_context(work.working(self.options.shard_id))
           adopted = work.adopt(self.identity)
           alone = self.options.num_shards == 1
           if not adopted:

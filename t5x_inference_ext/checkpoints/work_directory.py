@@ -59,31 +59,54 @@ class WorkDirectory:
             and self._stored_plan() == plan)
 
   @contextlib.contextmanager
-  def lock(self, name: str, refusal: str | None = None) -> Iterator[None]:
-    """Holds a lock file of the directory; where it is held by another: waits, or raises CheckpointError(refusal)."""
+  def lock(self, name: str, refusal: str | None = None) -> Iterator[bool]:
+    """Holds a lock file of the directory; where it is held by another: waits, or raises CheckpointError(refusal).
+
+    Yields:
+      Whether the file is still there: whoever held it may have removed the directory.
+    """
     with open(os.path.join(self.root, name), 'a', encoding='utf-8') as f:
       try:
         fcntl.flock(f, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
       except BlockingIOError:
         raise CheckpointError(refusal) from None
+      try:
+        current = os.path.samestat(os.fstat(f.fileno()), os.stat(f.name))
+      except FileNotFoundError:
+        current = False
+      yield current
+
+  @contextlib.contextmanager
+  def setup(self) -> Iterator[None]:
+    """Makes the directory where it is not there, and is the one process that starts, or finishes, work in it.
+
+    Raises:
+      CheckpointError: the output exists; the directory is not ours.
+    """
+    with contextlib.ExitStack() as held:
+      current = False
+      while not current:  # who held the lock may have removed the directory
+        held.close()
+        self.check_absent()
+        os.makedirs(os.path.dirname(self.path), exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+          os.mkdir(self.root)
+        with contextlib.suppress(FileNotFoundError):
+          if os.listdir(self.root) and not os.path.isfile(os.path.join(self.root, MARKER)):
+            raise CheckpointError(f'{self.root} is in the way, and not left by an earlier conversion: move it')
+          with open(os.path.join(self.root, MARKER), 'a', encoding='utf-8'):
+            pass
+          current = held.enter_context(self.lock('setup.lock'))
       yield
 
   @contextlib.contextmanager
   def working(self, shard: int) -> Iterator[None]:
-    """Makes the directory where it is not there, and is the one process that is this shard.
+    """Is the one process that is this shard. Enter it under setup(): who waits to start holds no shard's lock.
 
     Raises:
-      CheckpointError: the output exists; it is not ours; the shard is being worked on.
+      CheckpointError: the shard is being worked on.
     """
-    self.check_absent()
     self._shard = shard
-    os.makedirs(os.path.dirname(self.path), exist_ok=True)
-    with contextlib.suppress(FileExistsError):
-      os.mkdir(self.root)
-    if os.listdir(self.root) and not os.path.isfile(os.path.join(self.root, MARKER)):
-      raise CheckpointError(f'{self.root} is in the way, and not left by an earlier conversion: move it')
-    with open(os.path.join(self.root, MARKER), 'a', encoding='utf-8'):
-      pass
     with self.lock(f'shard-{shard}.lock', f'another conversion is writing {self.path}, as shard {shard}'):
       yield
 
@@ -95,7 +118,7 @@ class WorkDirectory:
       try:
         locks.enter_context(self.lock('setup.lock'))
         for name in sorted(os.listdir(self.root)):
-          if name.startswith('shard-'):  # a shard that waits for setup.lock has let go of its own
+          if name.startswith('shard-'):
             locks.enter_context(self.lock(name))
       except FileNotFoundError:
         yield False
@@ -103,7 +126,7 @@ class WorkDirectory:
       yield os.path.isdir(self.payload)
 
   def adopt(self, plan: dict[str, Any]) -> bool:
-    """Whether the directory is laid out for `plan`; if not, what is in it is removed. Call under setup.lock.
+    """Whether the directory is laid out for `plan`; if not, what is in it is removed. Call under setup().
 
     Raises:
       CheckpointError: another process is at work here on another plan.

@@ -1,5 +1,6 @@
 """Conversion: contents against a numpy oracle, exact copies, errors, and never half a directory."""
 
+import contextlib
 import multiprocessing
 import os
 import pathlib
@@ -206,7 +207,9 @@ def test_a_user_s_directory_in_the_way_is_left_alone(source, tmp_path):
 
 def test_two_conversions_into_one_directory(source, tmp_path):
   first = WorkDirectory(tmp_path / 'out')
-  with first.working(0):
+  with contextlib.ExitStack() as shard:
+    with first.setup():
+      shard.enter_context(first.working(0))
     with pytest.raises(CheckpointError, match='another conversion'):
       convert.convert(source, tmp_path / 'out')
     assert (pathlib.Path(first.root) / MARKER).exists()

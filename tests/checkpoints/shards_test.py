@@ -1,5 +1,6 @@
 """Several processes divide a conversion: together, one after the other, and in other numbers after an interruption."""
 
+import concurrent.futures
 import pathlib
 import sys
 
@@ -74,6 +75,29 @@ def fail_at(name, original):
       raise OSError(5, 'disk says no', path)
     original(path, data)
   return write_file
+
+
+def test_a_shard_that_waits_for_another_to_lay_out_is_not_in_its_way(source, tmp_path):
+  first = WorkDirectory(tmp_path / 'out')
+  with concurrent.futures.ThreadPoolExecutor() as threads:
+    with first.setup():
+      second = threads.submit(run, source, tmp_path / 'out', num_shards=2, shard_id=1)
+      with pytest.raises(concurrent.futures.TimeoutError):
+        second.result(timeout=1)
+      assert not first.adopt({'plan': 'of the first'})
+    assert not second.result().finished
+  assert run(source, tmp_path / 'out', num_shards=2, shard_id=0).finished
+
+
+def test_a_working_directory_removed_while_waiting_for_it(source, tmp_path):
+  first = WorkDirectory(tmp_path / 'out')
+  with concurrent.futures.ThreadPoolExecutor() as threads:
+    with first.setup():
+      second = threads.submit(run, source, tmp_path / 'out')
+      with pytest.raises(concurrent.futures.TimeoutError):
+        second.result(timeout=1)
+      first.discard()
+    assert second.result().finished
 
 
 def test_shards_of_different_conversions(source, tmp_path):
