@@ -68,6 +68,16 @@ def append_line(path: str, entry: Any) -> None:
     os.close(descriptor)
 
 
+def read_lines(path: str) -> Iterator[dict[str, Any]]:
+  """The objects that append_line added, without what a kill tore."""
+  with open(path, 'rb') as f:
+    for line in f.read().split(b'\n'):
+      with contextlib.suppress(ValueError):
+        entry = json.loads(line)
+        if isinstance(entry, dict):
+          yield entry
+
+
 def write_file(path: str, data: bytes) -> None:
   """A whole small file that is there entirely or not at all."""
   temporary = f'{path}.new'

@@ -42,7 +42,7 @@ class WorkDirectory:
     if not path:
       raise CheckpointError('the output directory has an empty name')
     if storage.is_remote(path):
-      raise CheckpointError(f'can\'t write to {path}: convert to a local directory, then copy it')
+      raise CheckpointError(f'can\'t convert into {path}: it is no local directory')
     self.path = storage.normalize(path)
     self.root = self.path + '.unfinished'
     self.payload = os.path.join(self.root, 'checkpoint')
@@ -174,7 +174,7 @@ class WorkDirectory:
     for name in sorted(os.listdir(self.root)) if os.path.isdir(self.root) else ():
       if name.startswith('journal-'):
         boot, pending = None, []
-        for entry in _lines(os.path.join(self.root, name)):
+        for entry in files.read_lines(os.path.join(self.root, name)):
           if _BOOT in entry:
             pending = pending if entry[_BOOT] == boot else []
             boot = entry[_BOOT]
@@ -207,15 +207,6 @@ class WorkDirectory:
         except OSError as e:
           if e.errno != errno.ENOTEMPTY:  # a shard that is just looking whether it is the last makes its lock file
             raise
-
-
-def _lines(path: str) -> Iterator[dict[str, Any]]:
-  with open(path, 'rb') as f:
-    for line in f.read().split(b'\n'):
-      with contextlib.suppress(ValueError):
-        entry = json.loads(line)
-        if isinstance(entry, dict):
-          yield entry
 
 
 def _boot_id() -> str:
