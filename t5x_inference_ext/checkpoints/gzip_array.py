@@ -6,11 +6,13 @@ them would not be looked at.
 
 import collections
 import concurrent.futures
+import io
 import itertools
 import math
+import os
 import re
 import threading
-from typing import Any, Hashable, Iterator
+from typing import Any, Hashable, Iterable, Iterator
 
 from isal import isal_zlib
 import numpy as np
@@ -23,7 +25,8 @@ from t5x_inference_ext.errors import CheckpointError
 
 # isal's windowBits, zlib's: of the stream that each zarr compressor writes.
 _WINDOWS = {'gzip': 31, 'zlib': 15}
-# Compressed bytes given to the decompressor at a time: what comes out stays in the processor's cache while it is copied.
+# Compressed bytes read and given to the decompressor at a time: what comes out stays in the processor's cache while it is
+# copied.
 _PIECE_BYTES = 2**19
 
 
@@ -66,6 +69,7 @@ class GzipArray(Tensor):
     self._stored_dtype = self.dtype if metadata['dtype'] == 'bfloat16' else np.dtype(metadata['dtype'])
     self._separator = metadata.get('dimension_separator', '.')
     self._window = _WINDOWS[metadata['compressor']['id']]
+    self._local = store.kvstore.spec().to_json()['driver'] == 'file'
 
   @staticmethod
   def supports(store: ts.TensorStore) -> bool:
@@ -82,7 +86,7 @@ class GzipArray(Tensor):
     places = list(itertools.product(*ranges))
     if self._cache is None:
       # A block of a conversion is little more than a chunk: all of it is on its way before the first is decoded.
-      fetched = [self._store.kvstore.read(self._key(place)) for place in places]
+      fetched = [self._fetch(place) for place in places]
       chunks = (self._decode(place, future) for place, future in zip(places, fetched))
       if len(places) == 1 and self._stored_dtype == self.dtype and math.prod(
           end - begin for begin, end in bounds) == math.prod(self._stored_chunk):
@@ -105,48 +109,71 @@ class GzipArray(Tensor):
   def _cached(self, place: tuple[int, ...]) -> np.ndarray:
     values = self._cache.get((self, place))
     if values is None:
-      values = self._decode(place, self._store.kvstore.read(self._key(place)))
+      values = self._decode(place, self._fetch(place))
       self._cache.put((self, place), values)
     return values
 
-  def _decode(self, place: tuple[int, ...], fetched: ts.Future) -> np.ndarray:
+  def _fetch(self, place: tuple[int, ...]) -> ts.Future | None:
+    """What is stored of a chunk, on its way; None for a file, which is read while it is decompressed."""
+    return None if self._local else self._store.kvstore.read(self._key(place))
+
+  def _decode(self, place: tuple[int, ...], fetched: ts.Future | None) -> np.ndarray:
     """The values of a chunk, padding included."""
     def damaged(why):
       return CheckpointError(f'{self.name}: damaged data in {self.path}/{self._key(place)}: {why}')
 
+    size = math.prod(self._stored_chunk) * self._stored_dtype.itemsize
     try:
-      result = fetched.result()
-    except ValueError as e:
-      raise damaged(storage.reason(e)) from e
-    if result.state != 'value':
-      raise damaged('the chunk is missing')
-    try:
-      data = decompress(result.value, self._window, math.prod(self._stored_chunk) * self._stored_dtype.itemsize)
-    except ValueError as e:
+      if fetched is None:
+        with open(os.path.join(self.path, self._key(place)), 'rb', buffering=0) as f:
+          data = decompress(_file_pieces(f), self._window, size)
+      elif (result := fetched.result()).state == 'value':
+        data = decompress(_pieces(result.value), self._window, size)
+      else:
+        raise damaged('the chunk is missing')
+    except FileNotFoundError:
+      raise damaged('the chunk is missing') from None
+    except OSError as e:
+      raise damaged(e.strerror) from e
+    except isal_zlib.error as e:
       raise damaged(e) from e
+    except CheckpointError:
+      raise
+    except ValueError as e:  # tensorstore's
+      raise damaged(storage.reason(e)) from e
     return data.view(self._stored_dtype).reshape(self._stored_chunk, order=self._order)
 
 
-def decompress(data: bytes, window: int, size: int) -> np.ndarray:
-  """The `size` bytes [size] uint8 of one whole stream, its checksum compared. Raises ValueError: it is another."""
-  out, done = np.empty(size, np.uint8), 0
-  stream, data = isal_zlib.decompressobj(window), memoryview(data)
-  for begin in range(0, len(data), _PIECE_BYTES):
-    try:
-      piece = stream.decompress(data[begin:begin + _PIECE_BYTES])
-    except isal_zlib.error as e:
-      raise ValueError(e) from e
-    if len(piece) > size - done:
-      raise ValueError(f'it holds more than {size} bytes')
-    out[done:done + len(piece)] = np.frombuffer(piece, np.uint8)
-    done += len(piece)
-    if stream.eof and (stream.unused_data or begin + _PIECE_BYTES < len(data)):
-      raise ValueError('there is something behind its end')
+def decompress(pieces: Iterable[memoryview], window: int, size: int) -> np.ndarray:
+  """The `size` bytes [size] uint8 of one whole stream, its checksum compared. Raises isal_zlib.error: it is another."""
+  out, done, stream = np.empty(size, np.uint8), 0, isal_zlib.decompressobj(window)
+  for piece in pieces:
+    if stream.eof:
+      raise isal_zlib.error('there is something behind its end')
+    values = stream.decompress(piece)
+    if len(values) > size - done:
+      raise isal_zlib.error(f'it holds more than {size} bytes')
+    out[done:done + len(values)] = np.frombuffer(values, np.uint8)
+    done += len(values)
+  if stream.unused_data:
+    raise isal_zlib.error('there is something behind its end')
   if not stream.eof:
-    raise ValueError('the end of the file is not there')
+    raise isal_zlib.error('the end of the file is not there')
   if done != size:
-    raise ValueError(f'it holds {done} bytes, expected {size}')
+    raise isal_zlib.error(f'it holds {done} bytes, expected {size}')
   return out
+
+
+def _pieces(data: bytes) -> Iterator[memoryview]:
+  for begin in range(0, len(data), _PIECE_BYTES):
+    yield memoryview(data)[begin:begin + _PIECE_BYTES]
+
+
+def _file_pieces(file: io.RawIOBase) -> Iterator[memoryview]:
+  """Each is overwritten by the next."""
+  buffer = memoryview(bytearray(_PIECE_BYTES))
+  while length := file.readinto(buffer):
+    yield buffer[:length]
 
 
 def _metadata(store: ts.TensorStore) -> dict[str, Any]:
