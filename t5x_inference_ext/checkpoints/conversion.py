@@ -121,19 +121,22 @@ class Conversion:
       raise
     return self.report(work.path, slices.values())
 
-  def compare(self, put: Callable[[Placement], None]) -> None:
-    """Gives `put` all that a conversion would write."""
+  def compare(self, put: Callable[[list[Placement]], None]) -> None:
+    """Gives `put` all that a conversion would write, those of a block at once."""
     self._convert(range(len(self.plan.slices) + 1), put, lambda entry: None)
 
-  def _convert(self, numbers, put: Callable[[Placement], None], record: Callable[[dict], None]) -> None:
+  def _convert(self, numbers, put: Callable[[list[Placement]], None], record: Callable[[dict], None]) -> None:
     job = Job(self.source, self.output, self.plan, put, Hold(self.options.hold_bytes),
               self.options.scale_search == 'mse', self._told, record)
     works = (SliceWork(job, self.plan.slices[n]) if n < len(self.plan.slices) else _Scales(self, job) for n in numbers)
     Pipeline(works, self.workers).run()
 
-  def _write(self, placement: Placement) -> None:
-    array, bounds, values = placement
-    array.write(bounds, values)
+  def _write(self, placements: list[Placement]) -> None:
+    by_array = {}
+    for array, bounds, values in placements:
+      by_array.setdefault(array, []).append((bounds, values))
+    for array, pieces in by_array.items():
+      array.write(pieces)
 
   def _sync(self, work: WorkDirectory) -> None:
     for array in self.output.arrays:
@@ -190,11 +193,11 @@ class _Scales:
     if self._job.output.weights == 'int8':
       layers, columns = values.shape
       rectangle = Rectangle((0, layers), (0, 1), (0, columns))
-      for placement in self._job.output.placements(name, rectangle, values[:, None]):
-        self._job.put(placement)
+      placements = list(self._job.output.placements(name, rectangle, values[:, None]))
+      self._job.put(placements)
+      for array, _, written in placements:
         with self._lock:
-          array = placement[0]
-          self._sums[array.name] = self._sums.get(array.name, 0) + byte_sum(placement[2])
+          self._sums[array.name] = self._sums.get(array.name, 0) + byte_sum(written)
 
 
 def _index_checksum(path: str) -> int:

@@ -26,7 +26,7 @@ from t5x_inference_ext.errors import CheckpointError
 
 # Many slices; some blocks are held, some read again; and most of the time is spent on them.
 OPTIONS = dict(slice_bytes=1, hold_bytes=2000, progress=lambda *_: time.sleep(.002))
-FUNCTIONS = ('allocate', 'write_block', 'sync', 'append_line', 'write_file', 'publish')
+FUNCTIONS = ('allocate', 'write_blocks', 'sync', 'append_line', 'write_file', 'publish')
 
 
 def digest(path: pathlib.Path) -> str:
