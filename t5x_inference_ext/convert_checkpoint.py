@@ -106,8 +106,8 @@ def main(flags: absl_flags.FlagValues) -> None:
   if command.uses_gin(flags):
     if given:
       raise UserError(f'--{next(iter(given))} and gin flags say the same in two ways: with gin, bind INPUT_CHECKPOINT, '
-                      'OUTPUT_CHECKPOINT, FORMAT, WEIGHTS, NORM_SCALE, SCALE_SEARCH, EMBEDDING, STAGING, HOLD_BYTES and '
-                      'SLICE_BYTES')
+                      'OUTPUT_CHECKPOINT, FORMAT, WEIGHTS, NORM_SCALE, SCALE_SEARCH, EMBEDDING, STAGING, HOLD_BYTES '
+                      'and SLICE_BYTES')
     command.parse_gin(flags)
     arguments = {}
   else:

@@ -100,7 +100,7 @@ def _staging(output: str, directory: str | None) -> Staging | None:
   """Of an output in a bucket. Raises UserError for one without the other."""
   remote = storage.is_remote(os.fspath(output))
   if remote != (directory is not None):
-    raise UserError(f'{output} is in a bucket, where nothing can be written in pieces: --staging=DIR says in which local '
-                    'directory the checkpoint is made before it is uploaded' if remote else
+    raise UserError(f'{output} is in a bucket, where nothing can be written in pieces: --staging=DIR says in which '
+                    'local directory the checkpoint is made before it is uploaded' if remote else
                     f'--staging={directory} is for outputs in a bucket, and {output} is none')
   return Staging(output, directory) if remote else None

@@ -1,7 +1,7 @@
 """Arrays of T5X's own format: zarr version 2, each chunk one gzip or zlib stream, decompressed here.
 
-tensorstore would use zlib, which takes twice as long as igzip, and would stop where it has all values: the checksum behind
-them would not be looked at.
+tensorstore would use zlib, which takes twice as long as igzip, and would stop where it has all values, without a look at
+the checksum behind them.
 """
 
 import collections
@@ -25,8 +25,8 @@ from t5x_inference_ext.errors import CheckpointError
 
 # isal's windowBits, zlib's: of the stream that each zarr compressor writes.
 _WINDOWS = {'gzip': 31, 'zlib': 15}
-# Compressed bytes read and given to the decompressor at a time: what comes out stays in the processor's cache while it is
-# copied.
+# Compressed bytes read and given to the decompressor at a time: what comes out is still in the processor's cache when it
+# is copied.
 _PIECE_BYTES = 2**19
 
 

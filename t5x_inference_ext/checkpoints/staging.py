@@ -1,7 +1,7 @@
 """An output in a bucket: made in a directory on a local disk, then uploaded.
 
-A bucket's objects can't be written in pieces, nor a directory of them be renamed. What makes a checkpoint appear whole is
-its header, without which it is none: it is uploaded last.
+A bucket's objects can't be written in pieces, nor a directory of them be renamed. What makes a checkpoint appear whole
+is its header, without which it is none: it is uploaded last.
 
 STAGING/NAME-CHECKSUM/    of the output's address
   plan.json               what is converted, and how

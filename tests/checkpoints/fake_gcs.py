@@ -1,4 +1,4 @@
-"""As much of Google Cloud Storage's JSON API as tensorstore uses, in memory: one bucket, and what goes wrong with it."""
+"""As much of Google Cloud Storage's JSON API as tensorstore uses, in memory: a bucket, and what goes wrong with it."""
 
 import collections
 import http.server

@@ -1,4 +1,4 @@
-"""zarr chunks decompressed without tensorstore: what it would give, and an error wherever a chunk is not what was written."""
+"""zarr chunks decompressed without tensorstore: its values, and an error wherever a chunk is not what was written."""
 
 import gzip
 import itertools
@@ -96,7 +96,8 @@ def test_a_flipped_bit_in_the_checksum_or_before(tmp_path, compressor, end):
 @pytest.mark.parametrize('data,words', [
     (gzip.compress(bytes(SIZE)) + b'x', 'behind its end'), (gzip.compress(bytes(SIZE)) * 2, 'behind its end'),
     (gzip.compress(bytes(SIZE - 4)), f'it holds {SIZE - 4} bytes, expected {SIZE}'),
-    (gzip.compress(bytes(SIZE + 4)), f'more than {SIZE} bytes'), (gzip.compress(bytes(10**7)), f'more than {SIZE} bytes'),
+    (gzip.compress(bytes(SIZE + 4)), f'more than {SIZE} bytes'),
+    (gzip.compress(bytes(10**7)), f'more than {SIZE} bytes'),
     (zlib.compress(bytes(SIZE)), ''), (b'something else, which is no stream at all', '')])
 def test_another_stream(tmp_path, data, words):
   write(tmp_path)
