@@ -1,7 +1,11 @@
 """Checkpoints in a bucket: read from one as from a disk, and uploaded to one whole or not at all."""
 
+import itertools
 import json
 import pathlib
+import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -172,6 +176,30 @@ def test_an_upload_goes_on_where_it_was_interrupted(gcs, source, tmp_path):
   assert gcs.below('out') == files(tmp_path / 'local') and list((tmp_path / 's').iterdir()) == []
   # Once more for each failure, and no more.
   assert all(gcs.uploads().count(f'out/{name}') == 2 for name in names)
+
+
+def test_killed_while_uploading(gcs, source, tmp_path, repository):
+  convert.convert(source, tmp_path / 'local')
+  out, original, killed = f'{gcs.bucket}/out', gcs.store, 0
+  command = [sys.executable, '-m', 't5x_inference_ext.convert_checkpoint', f'--input={source}', f'--output={out}',
+             '--weights=int8', f'--staging={tmp_path}/s']
+  for last in (1, 3, 8, 20, None):  # uploads that a process lives to see
+    with subprocess.Popen(command, cwd=repository, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+      seen = itertools.count(1)
+
+      def store(name, value):
+        if next(seen) == last:
+          process.kill()
+        return original(name, value)
+
+      gcs.store = store
+    if last is None:
+      assert process.returncode == 0
+    else:
+      killed += process.returncode == -signal.SIGKILL
+      assert not opens(out)
+  assert killed == 4
+  assert gcs.below('out') == files(tmp_path / 'local') and list((tmp_path / 's').iterdir()) == []
 
 
 def interrupt(gcs, source, tmp_path, name='serving_config.json', **options) -> str:
