@@ -1,6 +1,7 @@
 """Converts again and again in child processes that are killed, or whose disk fails; prints what came of it as JSON.
 
   python fault_program.py SOURCE SCRATCH kills SEED COUNT
+  python fault_program.py SOURCE SCRATCH shard_kills SEED COUNT
   python fault_program.py SOURCE SCRATCH errors
 
 A process of its own, without jax: it forks, and a fork starts at once.
@@ -141,6 +142,41 @@ def kills(source: str, scratch: pathlib.Path, seed: int, count: int) -> dict:
   return result
 
 
+def shard_kills(source: str, scratch: pathlib.Path, seed: int, count: int) -> dict:
+  """Two shards at once, of which one or both are killed, over and over."""
+  rng = random.Random(seed)
+  whole = scratch / 'whole'
+  begin = time.monotonic()
+  assert exit_code(fork(lambda: convert.convert(source, whole, workers=2, **OPTIONS))) == 0
+  seconds = time.monotonic() - begin
+  expected = digest(whole)
+  result = dict(kills=0, finished=0, different=0, partial_loads=0, wrong=[])
+  while result['kills'] < count or not result['finished']:
+    out = scratch / f'out{result["finished"]}'
+    rounds = 0
+    while not out.exists():
+      pids = [fork(lambda i=i: convert.convert(source, out, workers=1, num_shards=2, shard_id=i, **OPTIONS))
+              for i in range(2)]
+      if rounds < 6:  # then they may finish
+        time.sleep(rng.uniform(.05, 1.2) * seconds)
+        for pid in rng.choice([pids, pids[:1], pids[1:]]):
+          os.kill(pid, signal.SIGKILL)
+      rounds += 1
+      for code in map(exit_code, pids):
+        result['kills'] += code == -signal.SIGKILL
+        # One that comes when the other has finished finds the output there.
+        if code not in (0, -signal.SIGKILL) and not out.exists():
+          result['wrong'].append(f'{code}: {pathlib.Path("error").read_text(encoding="utf-8")}')
+      if not out.exists():
+        result['partial_loads'] += not check_parts(out)
+    if os.path.lexists(f'{out}.unfinished'):  # killed between the last two steps
+      assert exit_code(fork(lambda: convert.convert(source, out, workers=2, num_shards=2, **OPTIONS))) == 0
+    result['finished'] += 1
+    result['different'] += digest(out) != expected or os.path.lexists(f'{out}.unfinished')
+    shutil.rmtree(out)
+  return result
+
+
 def failing(function: str, number: int, code: int):
   """Makes the number-th call of one of files' functions fail."""
   original, calls = getattr(files, function), [0]
@@ -209,7 +245,7 @@ def errors(source: str, scratch: pathlib.Path) -> dict:
 if __name__ == '__main__':
   scratch_directory = pathlib.Path(sys.argv[2])
   os.chdir(scratch_directory)
-  if sys.argv[3] == 'kills':
-    print(json.dumps(kills(sys.argv[1], scratch_directory, *map(int, sys.argv[4:]))))
+  if sys.argv[3] in ('kills', 'shard_kills'):
+    print(json.dumps(globals()[sys.argv[3]](sys.argv[1], scratch_directory, *map(int, sys.argv[4:]))))
   else:
     print(json.dumps(errors(sys.argv[1], scratch_directory)))
