@@ -98,6 +98,22 @@ def convert_noting(source: str, out: pathlib.Path, workers: int) -> None:
   convert.convert(source, out, workers=workers, **OPTIONS)
 
 
+def begun() -> list[int]:
+  return list(map(int, pathlib.Path('begun').read_text(encoding='utf-8').split()))
+
+
+def kill(pid: int, rng: random.Random, seconds: float) -> None:
+  """At some time, or some slices and a moment later: so that it has done something, however busy the machine is."""
+  if rng.random() < .3:
+    time.sleep(rng.uniform(.05, 1.) * seconds)
+  else:
+    slices = rng.randrange(1, 7)
+    while len(begun()) < slices and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+      time.sleep(.001)
+    time.sleep(rng.uniform(0, .01))
+  os.kill(pid, signal.SIGKILL)
+
+
 def kills(source: str, scratch: pathlib.Path, seed: int, count: int) -> dict:
   """Kills a conversion at random moments, over and over until it finishes; then another one, until `count` kills.
 
@@ -118,8 +134,7 @@ def kills(source: str, scratch: pathlib.Path, seed: int, count: int) -> dict:
       pathlib.Path('begun').write_text('', encoding='utf-8')
       pid = fork(lambda: convert_noting(source, out, workers))
       if killed < 12:  # then it may finish
-        time.sleep(rng.uniform(.05, 1.) * seconds)
-        os.kill(pid, signal.SIGKILL)
+        kill(pid, rng, seconds)
       code = exit_code(pid)
       if code == -signal.SIGKILL:
         killed += 1
@@ -127,8 +142,7 @@ def kills(source: str, scratch: pathlib.Path, seed: int, count: int) -> dict:
           result['partial_loads'] += not check_parts(out)
           now = recorded(out)
           result['lost'] += len(set(done) - set(now))
-          begun = set(map(int, pathlib.Path('begun').read_text(encoding='utf-8').split()))
-          result['redone'][workers] = max(result['redone'][workers], len(begun - set(now)))
+          result['redone'][workers] = max(result['redone'][workers], len(set(begun()) - set(now)))
           result['resumed'] += bool(done)
           done = now
       elif code:
