@@ -63,7 +63,7 @@ class Staging:
 
   def description(self, largest_file: int, workers: int) -> str:
     """What it takes, for people."""
-    return (f'that disk is needed in {self.root} until all is uploaded to {self.path}, with up to '
+    return (f'made in {self.root}, whose disk it takes until all is uploaded to {self.path}; uploading takes up to '
             f'{_COPIES * largest_file * workers / 1e6:.0f} MB of memory')
 
   def adopt(self, plan: dict[str, Any]) -> bool:

@@ -123,7 +123,7 @@ def test_an_output_in_a_bucket(gcs, source, tmp_path, capsys, form):
   command = [f'--input={source}', f'--output={out}/', f'--format={form}', '--weights=int8', f'--staging={tmp_path}/s']
   assert run(*command) == 0
   said = capsys.readouterr()
-  assert 'disk is needed in' in said.out and f'wrote and verified {out}' in said.out and 'upload: ' in said.err
+  assert 'whose disk it takes until all is uploaded' in said.out and f'wrote and verified {out}' in said.out and 'upload: ' in said.err
   assert gcs.below('deep/out') == files(tmp_path / 'local')
   assert list((tmp_path / 's').iterdir()) == []
   header = 'checkpoint' if form == 't5x_int8' else 'serving_config.json'
