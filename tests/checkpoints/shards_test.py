@@ -104,6 +104,7 @@ def test_shards_read_back_together(source, written, tmp_path):
   ours, theirs = spawn.Pipe()
   other = spawn.Process(target=claim_and_wait, args=(written, [0, 2], theirs))
   other.start()
+  theirs.close()  # so that a child that fails ends the wait
   assert ours.recv() == [True, True]
   read, most = [], threading.Event()
 
@@ -122,6 +123,7 @@ def test_shards_read_back_together(source, written, tmp_path):
     other.kill()
     other.join()
     assert shard.result().finished
+  ours.close()
   assert len(read) == len(set(read)) == groups
   run(source, tmp_path / 'whole')
   assert contents(written) == contents(tmp_path / 'whole')
