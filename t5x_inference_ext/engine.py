@@ -60,6 +60,7 @@ class Engine:
       *,
       mesh: str | jax.sharding.Mesh = '1x1x1',
       dtype: str = 'bfloat16',
+      cache: str | None = None,
       prefill_layout: str = 'ws_2d/batch',
       decode_layout: str = 'ws_2d/batch',
       norm_scale: str | None = None,
@@ -72,7 +73,8 @@ class Engine:
     Args:
       checkpoint: the directory, or what open_checkpoint made of it.
       mesh: 'XxYxZ', over the first X*Y*Z devices, or a mesh with axes x, y, z.
-      dtype: of activations, cache and float weights: 'float32' or 'bfloat16'. Int8 weights stay int8.
+      dtype: of activations and float weights: 'float32' or 'bfloat16'. Int8 weights stay int8.
+      cache: what the KV cache holds: 'float32', 'bfloat16', 'int8' with a scale for each position and head, or None: dtype.
       prefill_layout, decode_layout: 'feedforward/attention', for each phase; see layouts.layout.Layout.
       norm_scale: 'zero' or 'one' for a checkpoint that does not record how its norm scales are stored.
       scan_layers: one array for all layers and a loop over them, or arrays and code for each; by default a loop for more
@@ -88,7 +90,7 @@ class Engine:
     if not isinstance(checkpoint, Checkpoint):
       checkpoint = open_checkpoint(checkpoint, norm_scale=norm_scale)
     check_model(checkpoint.config, mesh.shape)
-    model = Model(checkpoint.config, mesh, Layout.parse(prefill_layout), Layout.parse(decode_layout), dtype)
+    model = Model(checkpoint.config, mesh, Layout.parse(prefill_layout), Layout.parse(decode_layout), dtype, cache)
     scan_layers = scans_layers(model.config.num_layers, scan_layers)
     if executable is not None:
       executable = SavedGeneration.open(executable, model, checkpoint.weights, scan_layers)

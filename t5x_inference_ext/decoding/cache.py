@@ -1,4 +1,7 @@
-"""The KV cache: each row has its own length, and grows at its end. What begins alike is stored once."""
+"""The KV cache: each row has its own length, and grows at its end. What begins alike is stored once.
+
+Keys and values are floats or int8 with scales (quantization.kv): all here is done to each array of them alike.
+"""
 
 import dataclasses
 from typing import Any
@@ -8,6 +11,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from t5x_inference_ext.layers.attention import Context
+from t5x_inference_ext.quantization.kv import KV
 
 
 @jax.tree_util.register_dataclass
@@ -20,8 +24,8 @@ class Shared:
     lengths: [B] int32: each row begins with so many of them; 0 for a row that shares nothing.
   """
 
-  keys: jax.Array | tuple[jax.Array, ...]
-  values: jax.Array | tuple[jax.Array, ...]
+  keys: KV | tuple[KV, ...]
+  values: KV | tuple[KV, ...]
   lengths: jax.Array
 
 
@@ -36,8 +40,8 @@ class KVCache:
     shared: what comes before these positions, or None: nothing.
   """
 
-  keys: jax.Array | tuple[jax.Array, ...]
-  values: jax.Array | tuple[jax.Array, ...]
+  keys: KV | tuple[KV, ...]
+  values: KV | tuple[KV, ...]
   lengths: jax.Array
   shared: Shared | None = None
 

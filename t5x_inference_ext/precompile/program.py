@@ -43,7 +43,8 @@ class Case:
       leave of the context.
     other_layout: of the other phase, which shares the weights and hands over or takes the cache: by default ws_2d/batch,
       or ws_1d/batch beside ws_1d, whose weights lie otherwise.
-    dtype: of activations, cache and embedding.
+    dtype: of activations and embedding.
+    cache: what the KV cache holds: 'int8', or None: `dtype`.
     stacked: whether the layers are one loop; by default as loading a checkpoint has it.
     max_new_tokens, sampler: of a generation.
 
@@ -61,6 +62,7 @@ class Case:
   prompt: int | None = None
   other_layout: Layout | None = None
   dtype: str = 'bfloat16'
+  cache: str | None = None
   stacked: bool | None = None
   max_new_tokens: int = 64
   sampler: Sampler = GREEDY
@@ -96,6 +98,11 @@ class Case:
     return Run(self.batch, prompt, self.context, self.max_new_tokens, self.sampler)
 
   @property
+  def cache_dtype(self) -> str:
+    """What the KV cache holds."""
+    return self.cache or self.dtype
+
+  @property
   def tokens(self) -> int:
     """Of the whole batch, in one pass."""
     return self.batch * self.length
@@ -107,16 +114,17 @@ class Case:
     return (other, self.layout) if self.phase == 'decode' else (self.layout, other)
 
   def model(self, mesh: Mesh) -> Model:
-    return Model(self.config, mesh, *self.layouts, self.dtype)
+    return Model(self.config, mesh, *self.layouts, self.dtype, self.cache)
 
   def to_dict(self) -> dict[str, Any]:
     """JSON-ready."""
     if self.phase == 'generate':
-      return describe(self.config, self.weights, self.layouts, self.dtype, self.stacked, self.run)
+      return describe(self.config, self.weights, self.layouts, self.dtype, self.cache_dtype, self.stacked, self.run)
     prefill, decode = map(str, self.layouts)
     return {'model': self.config.to_dict(), 'weights': self.weights, 'phase': self.phase, 'batch': self.batch,
             'context': self.context, 'prompt': self.length if self.phase == 'prefill' else None,
-            'prefill_layout': prefill, 'decode_layout': decode, 'dtype': self.dtype, 'stacked': self.stacked}
+            'prefill_layout': prefill, 'decode_layout': decode, 'dtype': self.dtype, 'cache': self.cache_dtype,
+            'stacked': self.stacked}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,5 +248,9 @@ def abstract_cache(model: Model, weights: Weights, batch: int, context: int) -> 
   row = jax.ShapeDtypeStruct((batch,), jnp.int32)
   made = jax.eval_shape(lambda w, tokens, lengths: model.prefill(w, tokens, lengths, context)[1], weights,
                         jax.ShapeDtypeStruct((batch, 1), jnp.int32), row)
-  return jax.tree.map(lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(model.mesh, spec)),
-                      made, specs)
+
+  def struct(spec, kv):
+    sharding = NamedSharding(model.mesh, spec)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), kv)
+
+  return jax.tree.map(struct, specs, made)

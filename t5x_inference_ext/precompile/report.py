@@ -58,7 +58,7 @@ def _heading(answer: Answer) -> Iterable[str]:
   other = {'prefill': f'cache for decode in {decode}', 'decode': f'weights shared with prefill in {prefill}',
            'generate': f'decode in {decode}, {case.max_new_tokens} new tokens'}[case.phase]
   yield from _wrap(f'phase:  {case.phase} in {case.layout} ({other}); {what}; {case.weights} weights, {case.dtype} '
-                   'activations', '        ')
+                   f'activations, {case.cache_dtype} cache', '        ')
   mesh = ''
   if answer.fits:
     shape = answer.program.mesh.shape

@@ -126,8 +126,6 @@ def test_a_sweep_and_figures_write_their_files(tmp_path, capsys):
     ([*TINY, '--sweep', '--output_dir=/nowhere'], 'there is no directory /nowhere'),
     ([*TINY, '--sweep', '--gin_output=plan.gin'], 'gin_output is of one plan, and sweep has many'),
     ([*TINY, '--sweep', '--phase=decode'], 'phase is of one plan, and sweep has many'),
-    ([*TINY, '--cache=int8', '--gin_output=plan.gin'], 'no gin file can ask for an int8 cache'),
-    ([*TINY, '--cache=int8', '--check'], '--check compiles programs with a bfloat16 cache'),
     ([*TINY, '--slice=H100:4', '--check'], 'H100:4 is no TPU slice'),
     ([*TINY, *GIN], "--model and gin flags can't be mixed"),
     (GIN[:1], 'MODEL_CONFIG has no value'),
