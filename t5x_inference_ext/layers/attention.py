@@ -98,7 +98,10 @@ def _logits(q: jax.Array, keys: KV, visible: jax.Array) -> jax.Array:
 
 def _scaled(x: jax.Array, scales: jax.Array | None) -> jax.Array:
   """x [B, K, N, S] float32 times scales [B, S, K] or shared [P, K]: they multiply what is small, not keys and values."""
-  return x if scales is None else x * jnp.moveaxis(scales, -1, -2)[..., None, :]
+  if scales is None:
+    return x
+  scales = scales if scales.ndim == 3 else scales[None]
+  return x * jnp.moveaxis(scales, 2, 1)[:, :, None]
 
 
 def _mix(weights: jax.Array, values: KV, dtype: jnp.dtype) -> jax.Array:
