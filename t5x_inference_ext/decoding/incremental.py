@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from t5x_inference_ext.decoding.cache import KVCache, Shared, with_heads
 from t5x_inference_ext.decoding.model import Model
 from t5x_inference_ext.layouts.placement import Placement
-from t5x_inference_ext.quantization.kv import to_cache
+from t5x_inference_ext.quantization.kv import to_cache, whole_tiles
 from t5x_inference_ext.weights import Weights
 
 
@@ -25,7 +25,7 @@ def empty_cache(model: Model, weights: Weights, rows: int, size: int, shared: Sh
     shared: as `share` makes it for so many rows.
   """
   place, config = place_cache(model, rows), model.config
-  shape = rows, size, len(place.heads.cached()), config.d_head
+  shape = rows, whole_tiles(size, model.cache_dtype), len(place.heads.cached()), config.d_head
   shape = (config.num_layers, *shape) if weights.stacked else shape
   zeros = lambda: to_cache(jnp.zeros(shape), model.cache_dtype)
   make = lambda: zeros() if weights.stacked else tuple(zeros() for _ in range(config.num_layers))
@@ -102,6 +102,6 @@ def prefill_in_chunks(
 
   logits = jnp.zeros((rows, model.config.vocab_size), jnp.float32)
   (logits, cache), _ = lax.scan(step, (logits, cache), jnp.arange(steps))
-  cut = lambda x: x[..., :size, :, :]
+  cut = lambda x: x[..., :whole_tiles(size, model.cache_dtype), :, :]
   cache = dataclasses.replace(cache, keys=jax.tree.map(cut, cache.keys), values=jax.tree.map(cut, cache.values))
   return logits, moved(prefill, cache, weights, model)

@@ -85,7 +85,7 @@ class Model:
       weights: on this model's mesh.
       tokens: [B, T] int32 model inputs (BOS first), each row filled from the left.
       lengths: [B] int32, at least 1: how many of a row's tokens count.
-      size: S, the positions of the cache made; at least T.
+      size: S, the positions of the cache made; at least T. An int8 cache has them rounded up to whole tiles.
 
     Returns:
       Logits [B, V] float32 after each row's last token, and the cache, split as decode takes it.

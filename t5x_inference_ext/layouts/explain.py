@@ -18,6 +18,7 @@ from t5x_inference_ext.layouts.arrangement import DeviceTensor, Part, device_ten
 from t5x_inference_ext.layouts.layout import Axes, Layout, check_pair, size
 from t5x_inference_ext.layouts.mesh import AXES
 from t5x_inference_ext.layouts.placement import Placement
+from t5x_inference_ext.quantization.kv import whole_tiles
 
 # The dimensions of weights by field name; all others are vectors [E].
 _DIMS = {'embedding': ('V', 'E'), 'w_in': ('E', 'columns'), 'w_out': ('rows', 'E'), 'in_scale': ('columns',)}
@@ -237,7 +238,7 @@ def _phase(s: Setting, name: str, p: Placement, length: int, tensors: Mapping[st
   if name == 'prefill':
     made += keys_values('keys, values', 'T', length)
   else:
-    made += keys_values('cache', 'S', s.cache_length)
+    made += keys_values('cache', 'S', whole_tiles(s.cache_length, s.cache or s.dtype))
     made.append(_tensor(s, 'cache lengths', 'B', axes['lengths'], (rows,), 'int32', P(p.attention_rows)))
   sampling = placements.sampling_axes(s.prefill, rows, s.mesh)
   made.append(_tensor(s, 'logits', 'BV', ('sampled_rows', 'whole_vocab'), (rows, c.vocab_size), 'float32', P(sampling)))

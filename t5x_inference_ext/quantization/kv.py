@@ -36,6 +36,17 @@ class Int8KV:
 KV = jax.Array | Int8KV
 
 
+def tile_positions(dtype: str | jnp.dtype) -> int:
+  """Positions that a TPU can't write apart: it lays int8 out anew, whole, to write less than a tile of it in place."""
+  return 32 if jnp.dtype(dtype) == jnp.int8 else 1
+
+
+def whole_tiles(size: int, dtype: str | jnp.dtype) -> int:
+  """The positions, at least `size`, that a cache of keys and values in `dtype` has."""
+  tile = tile_positions(dtype)
+  return -(-size // tile) * tile
+
+
 def to_cache(x: jax.Array, dtype: str) -> KV:
   """Keys or values [.., S, K, Q] as a cache of `dtype`, a float's or 'int8', holds them. NaN stays NaN, in the scale."""
   if dtype != 'int8':
