@@ -206,6 +206,15 @@ def test_precompile_runs_the_file_as_it_is(planned, tmp_path, capsys):
   assert f"PREFILL_LAYOUT = '{case['prefill_layout']}'" in text and f"DECODE_LAYOUT = '{case['decode_layout']}'" in text
 
 
+@pytest.mark.libtpu
+def test_a_plan_with_an_int8_cache(tmp_path):
+  path, report = tmp_path / 'plan.gin', tmp_path / 'report'
+  assert run(*TINY, '--cache=int8', f'--gin_output={path}') == 0
+  assert precompile.run(['precompile', '--gin_file=t5x_inference_ext/configs/runs/precompile.gin', f'--gin_file={path}',
+                         f'--gin.JSON_FILE="{report}"']) == 0
+  assert json.loads(report.read_text())['case']['cache'] == 'int8'
+
+
 def test_a_model_of_another_shape_is_written_out():
   model = config.preset('palm_tiny', num_layers=3)
   text = gin_text(choose.choose(Request(model, 1, 8, 8), [Machine.parse('v4:1x1x1')]).plan)
