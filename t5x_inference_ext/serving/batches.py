@@ -99,6 +99,11 @@ def row_seed(seed: int, row: int) -> int:
   return (int(np.random.SeedSequence(seed).generate_state(1)[0]) + row) % 2**32
 
 
+def row_seeds(seed: int, row: int, samples: int) -> tuple[int, ...]:
+  """The seeds of a row's samples: different for every sample of a run; of one sample row_seed's."""
+  return tuple(row_seed(seed, row * samples + i) for i in range(samples))
+
+
 def generate(
     engine: Engine,
     batches: Iterable[Sequence[tuple[int, Sequence[int]]]],
