@@ -52,10 +52,10 @@ def put_row(model: Model, cache: KVCache, weights: Weights, row: jax.Array, one:
 
   def run(cache, one, row):
     at, mine = _here(cache.lengths.shape[0], axes, row)
-    # Others write what they have there, which leaves the update in place.
-    new = jax.tree.map(lambda x, old: jnp.where(mine, x, old[tuple(slice(n) for n in x.shape)]), one,
-                       kv_cache.take_row(cache, at))
-    return kv_cache.put_row(cache, at, new)
+    if plain.axis_size(axes) > 1:  # others write what they have there, which leaves the update in place
+      there = kv_cache.take_row(cache, at)
+      one = jax.tree.map(lambda x, old: jnp.where(mine, x, old[tuple(slice(n) for n in x.shape)]), one, there)
+    return kv_cache.put_row(cache, at, one)
 
   strip = lambda c: dataclasses.replace(c, shared=None)
   new = _per_shard(model, run, (spec, one_spec, P()), spec)(strip(cache), strip(one), row)
@@ -81,7 +81,7 @@ def _here(rows: int, axes: Axes, row: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _from_owner(x: jax.Array, axes: Axes, mine: jax.Array) -> jax.Array:
-  return plain.all_reduce(jnp.where(mine, x, jnp.zeros_like(x)), axes)
+  return x if plain.axis_size(axes) == 1 else plain.all_reduce(jnp.where(mine, x, jnp.zeros_like(x)), axes)
 
 
 def _per_shard(model: Model, run: Callable, in_specs: Any, out_specs: Any) -> Callable:

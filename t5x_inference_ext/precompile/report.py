@@ -113,10 +113,11 @@ def _time(answer: Answer) -> Iterable[str]:
     return between('{:.1%}'.format, lambda time: seconds / time)
 
   yield ''
-  yield (f'time: {_ms(serial)} a {unit} with nothing overlapped, {_ms(overlapped)} with what the schedule overlaps{once}; '
-         f'{between("{:,.0f}".format, lambda time: answer.case.tokens / time)} tokens/s')
-  if answer.case.phase == 'admit':  # moves what it has
+  time = f'time: {_ms(serial)} a {unit} with nothing overlapped, {_ms(overlapped)} with what the schedule overlaps{once}'
+  if answer.case.phase == 'admit':  # moves what there is
+    yield time
     return
+  yield f'{time}; {between("{:,.0f}".format, lambda time: answer.case.tokens / time)} tokens/s'
   yield f'  FLOP bound (2N a token, bf16 peak):  {_ms(limits.flops):>10}, {share(limits.flops)} of the time: the MFU'
   yield f'  weight-load bound (each read once): {_ms(limits.weights):>10}, {share(limits.weights)}'
   yield f'  weights and cache read once:        {_ms(limits.memory):>10}, {share(limits.memory)}'

@@ -126,6 +126,6 @@ def test_a_step_of_slots_is_a_decode_step_and_the_choice_of_tokens():
 def test_admission_moves_one_row(layout, other):
   """No collective carries more than a row's keys or values, or a row of logits; and the cache is not read whole."""
   answer = _answer('admit', layout=layout, other_layout=other)
-  row = 2 * 3 * 128 * 256  # bytes of a prompt's keys
+  row = max(2 * 3 * 128 * 256, 4 * answer.case.config.vocab_size)  # bytes of a prompt's keys, or of its logits
   assert all(c.collective.bytes <= 2 * row for c in answer.estimate.costs if c.collective)
-  assert all(c.bytes * c.count <= 20 * row for c in answer.estimate.costs)
+  assert answer.program.memory.temporaries < 8 * row
