@@ -7,7 +7,7 @@ from typing import Iterable, Iterator, Sequence, TypeVar
 import jax
 import numpy as np
 
-from t5x_inference_ext.decoding import scoring
+from t5x_inference_ext.decoding import packing, scoring
 from t5x_inference_ext.decoding.sampling import Sampler
 from t5x_inference_ext.decoding.scoring import Example
 from t5x_inference_ext.engine import Engine
@@ -149,7 +149,7 @@ def score(engine: Engine, examples: Sequence[Example], tokens: int, clock: Clock
     tokens: of a batch, padding included.
     clock: is advanced.
   """
-  for result in clock.over(scoring.score(engine.log_probs, examples, tokens, engine.padded_batch)):
+  for result in clock.over(scoring.score(engine.log_probs, examples, packing.packer(engine.model, tokens))):
     clock.add(1, int(np.count_nonzero(examples[result[0]].weights)))
     yield result
 

@@ -26,7 +26,7 @@ from t5x_inference_ext.serving.tasks import import_tasks, prompt, vocabulary_tex
 
 gfile = tf.io.gfile
 RECORD = 'infer.config.json'
-SCORED_BATCHES = 16  # examples that are sorted by length together
+SCORED_BATCHES = 128  # examples that are sorted by length together
 
 
 def infer(
