@@ -16,7 +16,7 @@ import numpy as np
 
 from t5x_inference_ext.checkpoints import Checkpoint, open_checkpoint
 from t5x_inference_ext.checkpoints.load import load_weights, scans_layers
-from t5x_inference_ext.decoding import plans, scoring
+from t5x_inference_ext.decoding import packing, plans, scoring
 from t5x_inference_ext.decoding.conversation import Conversation
 from t5x_inference_ext.decoding.generate import generate
 from t5x_inference_ext.decoding.inputs import BOS_ID, EOS_ID, check_generation, model_inputs
@@ -236,7 +236,8 @@ class Engine:
       pairs: (prompt, completion), token ids without BOS.
       tokens: scored at once, padding included.
     """
-    found = dict(scoring.score(self.log_probs, [scoring.Example.of(*pair) for pair in pairs], tokens, self.padded_batch))
+    examples = [scoring.Example.of(*pair) for pair in pairs]
+    found = dict(scoring.score(self.log_probs, examples, packing.packer(self.model, tokens)))
     return [found[i][len(prompt):].tolist() for i, (prompt, _) in enumerate(pairs)]
 
   def logits(self, inputs: np.ndarray) -> np.ndarray:

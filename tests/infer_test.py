@@ -9,6 +9,7 @@ import pytest
 import sentencepiece
 
 from t5x_inference_ext import infer
+from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.serving import loading, prompts_file, refill, vocabularies
 
 FLAGS = ('--dtype=float32', '--max_new_tokens=48')
@@ -167,6 +168,19 @@ def test_sentencepiece_vocabulary(complete, repository, tmp_path):
   assert rows[0]['completion'] == processor.decode(known)
 
 
+def test_a_stop_in_sentencepiece_is_found_within_words(repository, tmp_path):
+  text = (repository / 'LICENSE').read_text().splitlines()
+  model = tmp_path / 'words'
+  sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(text), model_prefix=str(model), vocab_size=300, minloglevel=2)
+  vocabulary = vocabularies.SentencePieceVocabulary(f'{model}.model')
+  found = vocabularies.stop_sequences(vocabulary, 'or')
+  assert vocabulary.encode('or') in found and vocabulary.encode('Lor')[-len(found[1]):] == found[1] and len(found) > 1
+  assert all(vocabulary.decode(ids) == 'or' for ids in found)
+  with pytest.raises(RequestError, match=r"stop='\\n\\n' can't be written in the vocabulary"):
+    vocabularies.stop_sequences(vocabulary, '\n\n')
+
+
 def test_without_a_vocabulary_ids_still_work(complete, monkeypatch):
   """As for any model that has not 384 rows, where no --vocabulary is given."""
   monkeypatch.setattr(vocabularies, 'BYTE_ROWS', 0)
@@ -244,6 +258,52 @@ def test_an_int8_cache(complete, tmp_path):
   assert [r['score'] for r in found] != [r['score'] for r in floats]
 
 
+def test_several_samples_of_each_prompt(complete):
+  """In the order of their seeds, of which every sample has its own; one sample of a row alone is the row's."""
+  prompts = [{'prompt': 'def f(', 'id': 1}, {'prompt': 'import '}, {'prompt': 'def f('}]
+  flags = '--max_new_tokens=6', '--temperature=1', '--mesh=2x1x1', '--batch_size=4'
+  rows, out = complete(prompts, *flags, '--num_decodes=3')
+  assert [row.keys() for row in rows] == [{'prompt', 'id', 'samples'}, *[{'prompt', 'samples'}] * 2]
+  assert all(sample.keys() == {'completion', 'tokens', 'score'} for row in rows for sample in row['samples'])
+  assert len({tuple(sample['tokens']) for row in rows for sample in row['samples']}) == 9
+  assert '3 rows, 54 tokens generated' in out
+  again, _ = complete(prompts[:1] * 3, *flags, '--batch_size=2', name='one.jsonl')
+  # Samples have seeds as rows of a file would: the first prompt's three are those of three rows of it.
+  assert [row['tokens'] for row in again] == [sample['tokens'] for sample in rows[0]['samples']]
+
+
+def test_what_is_told_of_tokens(complete, greedy):
+  """Log-probabilities of the tokens, which greedy ones share with the most likely; scoring them gives the same."""
+  prompts = [{'prompt': g['prompt']} for g in greedy[:3]]
+  rows, _ = complete(prompts, '--max_new_tokens=5', '--top_log_probs=3', '--mesh=1x1x1')
+  for row in rows:
+    assert [len(top) for top in row['top_log_probs']] == [3] * 5
+    assert [top[0] for top in row['top_log_probs']] == [list(pair) for pair in zip(row['tokens'], row['log_probs'])]
+    assert all(top[0][1] >= top[1][1] >= top[2][1] for top in row['top_log_probs'])
+    assert row['score'] == pytest.approx(sum(row['log_probs']), rel=1e-6)
+  scored, _ = complete(rows, '--mode=score', '--token_log_probs', '--mesh=1x1x1', name='scored.jsonl')
+  for row, told in zip(rows, scored):
+    assert told['log_probs'] == pytest.approx(row['log_probs'], rel=1e-4)
+  without, _ = complete(prompts, '--max_new_tokens=5', '--token_log_probs', '--mesh=1x1x1', name='without.jsonl')
+  assert without == [{k: v for k, v in row.items() if k != 'top_log_probs'} for row in rows]
+
+
+@pytest.mark.parametrize('batching', ['continuous', 'static'])
+def test_texts_end_rows_and_biases_move_them(complete, greedy, batching):
+  """A row's text ends before the stop, its tokens with it."""
+  flags = '--max_new_tokens=12', '--mesh=1x1x1', f'--batching={batching}'
+  golden = greedy[0]['greedy_text'][:12]
+  stop = golden[4:6]
+  cut = golden.index(stop)
+  rows, _ = complete([{'prompt': greedy[0]['prompt']}], *flags, f'--stop={stop}', '--stop=never')
+  assert rows[0]['completion'] == golden[:cut]
+  assert rows[0]['tokens'] == greedy[0]['greedy_tokens'][:cut + 2]
+  first = greedy[0]['greedy_tokens'][0]
+  rows, _ = complete([{'prompt': greedy[0]['prompt']}], *flags, f'--logit_bias={{"{first}": -Infinity, "60": 1e9}}',
+                     name='biased.jsonl')
+  assert rows[0]['tokens'] == [60] * 12
+
+
 def test_help_shows_examples_and_flags(command):
   code, out, _ = command('--help')
   assert code == 0
@@ -292,7 +352,19 @@ def test_every_bad_row_is_listed(complaint):
     (['--batch_size=0'], 'batch_size must be a whole number, 1 or more'),
     (['--seed=-1'], 'seed must be a whole number, 0 or more'),
     (['--dtype=float16'], '--dtype'),
-    (['--token_log_probs'], 'token_log_probs is for mode=score'),
+    (['--token_log_probs', '--batching=static'], 'token_log_probs needs batching=continuous'),
+    (['--num_decodes=2', '--batching=static'], 'num_decodes needs batching=continuous: a static batch has one sample'),
+    (['--num_decodes=2', '--executable=there'], 'num_decodes can\'t be used with the executable there'),
+    (['--num_decodes=2', '--mode=score'], 'num_decodes is for runs that generate'),
+    (['--top_log_probs=2', '--mode=score'], 'top_log_probs is for runs that generate'),
+    (['--stop=x', '--mode=score'], 'stop is for runs that generate'),
+    (['--logit_bias={"1": 2}', '--mode=score'], 'logit_bias is for runs that generate'),
+    (['--num_decodes=0'], 'num_decodes must be a whole number, 1 or more'),
+    (['--top_log_probs=385'], 'top_log_probs=385 are more tokens than the 384 of the model'),
+    (['--stop='], 'stop must be texts that are not empty'),
+    (['--logit_bias={1: 2}'], 'logit_bias is not JSON'),
+    (['--logit_bias=[1, 2]'], 'logit_bias must be an object of token ids and numbers'),
+    (['--logit_bias={"384": 2}'], 'logit_bias or stop holds token 384, outside the vocabulary of 384'),
     (['--prefill_chunk=0'], 'prefill_chunk must be a whole number, 1 or more'),
     (['--repetition_penalty=0'], 'repetition_penalty must be above 0'),
     (['--prompt=x'], 'Unknown command line flag \'prompt\''),

@@ -44,6 +44,17 @@ def constrained(model: Model, cache: KVCache, weights: Weights) -> KVCache:
       lambda spec, x: lax.with_sharding_constraint(x, NamedSharding(model.mesh, spec)), specs, cache)
 
 
+def abstract(model: Model, cache: KVCache, weights: Weights) -> KVCache:
+  """The shapes of a cache (jax.eval_shape), with the shardings that the decode layout gives it."""
+  specs = model.cache_spec(place_cache(model, cache.lengths.shape[0]), weights, cache)
+
+  def struct(spec, arrays):  # of keys or of values
+    sharding = NamedSharding(model.mesh, spec)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arrays)
+
+  return jax.tree.map(struct, specs, cache)
+
+
 def moved(model: Model, cache: KVCache, weights: Weights, to: Model) -> KVCache:
   """The rows of a cache of one model's decode layout, in another's. What they share is dropped: it is stored beside."""
   rows = cache.lengths.shape[0]

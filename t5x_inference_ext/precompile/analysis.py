@@ -75,7 +75,7 @@ def analyze(
     model: the model.
     weights: 'int8' or 'bfloat16'.
     slice_name: 'v4:4x4x4'.
-    phase: 'decode', 'prefill' or 'generate'.
+    phase: one of program.PHASES.
     batch: B.
     context: S, the positions of each row's cache.
     layout: of the phase, 'feedforward/attention'; None: the one of fit.CANDIDATES with the least serial estimate.
@@ -83,8 +83,9 @@ def analyze(
     mesh: 'XxYxZ' over the whole slice; None: along its torus.
     cache: what the KV cache holds: 'int8', or None: bfloat16.
     scan_layers: one loop over all layers, or code for each; None: a loop for more than 8.
-    prompt: tokens of each row that a prefill or a generation takes; see program.Case.
-    max_new_tokens, sampler: of a generation.
+    prompt: tokens of each row that one pass takes; see program.Case.
+    max_new_tokens: of a generation.
+    sampler: of a generation, of slots and of what enters them.
     say: hears what is being done.
 
   Raises:

@@ -19,6 +19,9 @@ from t5x_inference_ext.precompile.program import Case, Program, compile_case
 CANDIDATES = {
     'decode': ('ws_2d/batch', 'ws_2d/heads', 'ws_1d/batch'),
     'prefill': ('ws_2d/batch', 'ws_2d/heads', 'wg_x/batch', 'wg_xy/batch', 'wg_xyz/batch'),
+    'extend': ('ws_2d/batch', 'ws_2d/heads', 'wg_x/batch', 'wg_xy/batch', 'wg_xyz/batch'),
+    'slots': ('ws_2d/batch', 'ws_2d/heads', 'ws_1d/batch'),
+    'admit': ('ws_2d/batch',),
     # How long its loop turns nobody knows beforehand, so that no estimate could choose.
     'generate': ('ws_2d/batch',)}
 # Compilations that the search for each kind of alternative may spend.
@@ -139,7 +142,7 @@ def _layouts(shortage: Shortage) -> Iterator[tuple[Case, Slice]]:
   case = shortage.case
   held_now = shortage.weights + shortage.cache
   # In prefill what differs between layouts is temporaries, in decode the cache: only one that holds less can help.
-  least = held_now if case.phase == 'decode' else 0
+  least = held_now if case.phase in ('decode', 'slots', 'admit') else 0
   for text in CANDIDATES[case.phase]:
     layout = Layout.parse(text)
     other = dataclasses.replace(case, layout=layout, other_layout=None)

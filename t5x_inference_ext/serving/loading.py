@@ -11,7 +11,7 @@ from t5x_inference_ext.checkpoints import Checkpoint, open_checkpoint
 from t5x_inference_ext.checkpoints.load import scans_layers
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.decoding.model import Model, check_cache, check_dtype
-from t5x_inference_ext.decoding.sampling import Sampler
+from t5x_inference_ext.decoding.sampling import Sampler, samplers
 from t5x_inference_ext.decoding.scheduler import Plan
 from t5x_inference_ext.engine import Engine
 from t5x_inference_ext.errors import RequestError
@@ -22,6 +22,7 @@ from t5x_inference_ext.layouts.mesh import AXES, make_mesh, mesh_text, parse_mes
 from t5x_inference_ext.precompile import generation
 from t5x_inference_ext.serving.batches import Clock
 from t5x_inference_ext.serving.progress import print_line
+from t5x_inference_ext.serving.vocabularies import stop_sequences
 
 BATCHING = ('continuous', 'static')
 MODES = ('predict', 'predict_with_aux', 'score')
@@ -45,13 +46,16 @@ class Options:
     max_length: of prompt and new tokens together, or None: no such limit.
     cache_length: positions of each row's cache, or None: as many as needed.
     sampler: how tokens are chosen.
+    stop: texts that end a row, beside the sampler's sequences of ids: see with_vocabulary.
+    num_decodes: samples of each prompt.
     seed: of the run; each row has its own from it.
     scan_layers: as Engine.load's.
     executable: a saved generation (precompile --phase=generate --save) to run instead of compiling, or None.
     batching: 'continuous', prompts enter slots as rows leave them, or 'static', batches that end as a whole.
     prefill_chunk: positions of a prompt that one pass takes, with continuous batching.
     prefill_budget: prompt tokens between decode steps, at most, while rows wait.
-    token_log_probs: with mode score of a prompts file, whether each token's log-probability is told.
+    token_log_probs: with a prompts file, whether each token's log-probability is told.
+    top_log_probs: of a prompts file that is continued, how many of the most likely tokens are told at each step.
 
   Raises:
     RequestError: a value out of its range.
@@ -72,6 +76,8 @@ class Options:
   max_length: int | None = None
   cache_length: int | None = None
   sampler: Sampler = Sampler()
+  stop: tuple[str, ...] = ()
+  num_decodes: int = 1
   seed: int = 0
   scan_layers: bool | None = None
   executable: str | None = None
@@ -79,6 +85,7 @@ class Options:
   prefill_chunk: int = 256
   prefill_budget: int = 2048
   token_log_probs: bool = False
+  top_log_probs: int = 0
 
   def __post_init__(self):
     if self.mode not in MODES:
@@ -89,18 +96,36 @@ class Options:
     check_cache(self.cache)
     check_pair(*self.layouts)
     for name, least in (('batch_size', 1), ('max_new_tokens', 1), ('seed', 0), ('prefill_chunk', 1),
-                        ('prefill_budget', 1)):
+                        ('prefill_budget', 1), ('num_decodes', 1), ('top_log_probs', 0)):
       value = getattr(self, name)
       if not isinstance(value, int) or value < least:
         raise RequestError(f'{name} must be a whole number, {least} or more, got {value!r}')
-    if self.token_log_probs and self.mode != 'score':
-      raise RequestError('token_log_probs is for mode=score: a run that generates tells the scores of rows')
+    if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+      raise RequestError(f'stop must be texts that are not empty, got {self.stop!r}; Sampler.stop takes ids')
+    object.__setattr__(self, 'stop', tuple(self.stop))
+    self._check_asked()
     if self.executable is not None and self.mode == 'score':
       raise RequestError(f'the executable {self.executable} generates: mode=score can\'t use it')
     # An empty prompt needs max_new_tokens positions: BOS takes one and the last new token none.
     if self.mode != 'score' and self.cache_length is not None and self.cache_length < self.max_new_tokens:
       raise RequestError(f'cache_length={self.cache_length} has no room for max_new_tokens={self.max_new_tokens}: '
                          'raise the one or lower the other')
+
+  def _check_asked(self) -> None:
+    """Raises RequestError for what the mode, or the way that rows are batched, has not."""
+    asked = {'num_decodes': self.num_decodes > 1, 'top_log_probs': self.top_log_probs,
+             'token_log_probs': self.token_log_probs}
+    if self.mode == 'score':
+      asked = {**asked, 'token_log_probs': False, 'stop': self.stop or self.sampler.stop,
+               'logit_bias': self.sampler.logit_bias}
+      why = 'is for runs that generate: mode=score chooses no tokens'
+    elif self.executable is not None:
+      why = f'can\'t be used with the executable {self.executable}: it returns one sample of each row, and its score'
+    else:
+      why = 'needs batching=continuous: a static batch has one sample of each row, and tells its score alone'
+    wrong = [name for name, value in asked.items() if value]
+    if wrong and not (self.mode != 'score' and self.continuous):
+      raise RequestError(f'{wrong[0]} {why}')
 
   @property
   def layouts(self) -> tuple[Layout, Layout]:
@@ -116,6 +141,25 @@ class Options:
   def max_prompt(self) -> int | None:
     """The longest prompt that the cache has room for, or None: any."""
     return None if self.cache_length is None else self.cache_length - self.max_new_tokens
+
+
+def with_vocabulary(options: Options, vocabulary: Any, vocab_size: int) -> Options:
+  """The options with the texts that end rows among the sampler's stop sequences.
+
+  Args:
+    options: of the run.
+    vocabulary: encodes and decodes; not needed without texts.
+    vocab_size: V, rows of the model's embedding.
+
+  Raises:
+    RequestError: a text that the vocabulary can't write, or ids that the model does not have.
+  """
+  if options.top_log_probs > vocab_size:
+    raise RequestError(f'top_log_probs={options.top_log_probs} are more tokens than the {vocab_size} of the model')
+  ids = [sequence for text in options.stop for sequence in stop_sequences(vocabulary, text)]
+  sampler = dataclasses.replace(options.sampler, stop=(*options.sampler.stop, *ids))
+  samplers([sampler], vocab_size)
+  return dataclasses.replace(options, sampler=sampler)
 
 
 def open_model(options: Options, say: Callable[[str], None] = print_line) -> tuple[Checkpoint, jax.sharding.Mesh]:
@@ -226,6 +270,7 @@ def description(options: Options, engine: Engine) -> dict[str, Any]:
       'sampling': {**dataclasses.asdict(options.sampler), 'seed': options.seed},
       'max_new_tokens': options.max_new_tokens,
       'max_length': options.max_length,
+      'num_decodes': options.num_decodes,
       'batching': 'continuous' if options.continuous else 'static',
       'jax': jax.__version__,
       'devices': jax.devices()[0].device_kind,

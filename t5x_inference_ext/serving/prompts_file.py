@@ -57,11 +57,12 @@ def infer_file(
     rows = requests.read_rows(files.prompts, score=scoring)
     checkpoint, mesh = loading.open_model(options, say)
     vocabulary, source = find_vocabulary(
-        files.vocabulary, checkpoint.config.vocab_size, needed=any(row.is_text for row in rows))
+        files.vocabulary, checkpoint.config.vocab_size, needed=bool(options.stop) or any(row.is_text for row in rows))
     name = vocabulary.name if vocabulary else 'none'
     say(f'vocabulary: {name} ({source})')
     work = requests.tokenize(files.prompts, rows, vocabulary, checkpoint.config.vocab_size,
                              None if scoring else options.max_prompt)
+    options = loading.with_vocabulary(options, vocabulary, checkpoint.config.vocab_size)
   distributed.check_same(options=options, prompts=work, checkpoint=checkpoint.notes)
   loading_progress = lambda jobs: progress(jobs, 'loading weights', len(jobs))
   engine = loading.load_engine(options, checkpoint, mesh, loading_progress, say)
@@ -84,7 +85,7 @@ def infer_file(
         pass
     with output.whole_file(files.output) as file:
       for row, result in zip(rows, journal.in_order(len(work))):
-        file.write(json.dumps(_output_row(row, vocabulary, *result)) + '\n')
+        file.write(json.dumps(_output_row(row, vocabulary, options, result)) + '\n')
     record = output.write_record(files.output, {
         **loading.description(options, engine), 'prompts': files.prompts,
         'vocabulary': {'name': name, 'source': source}, 'shape': shape, 'time': clock.to_dict()})
@@ -99,14 +100,23 @@ def _journal_path(path: str) -> str:
 
 
 def _refill(engine: Engine, options, todo, clock, vocabulary, say):
-  """The sizes of the run, and (row, [tokens, score]) as rows end."""
-  asked = [(row, Request((BOS_ID, *r.prompt), (batches.row_seed(options.seed, row),), options.max_new_tokens,
-                         options.sampler)) for row, r in todo]
+  """The sizes of the run, and (row, [what is told of each sample]) as rows end."""
+  asked = [(row, Request((BOS_ID, *r.prompt), batches.row_seeds(options.seed, row, options.num_decodes),
+                         options.max_new_tokens, options.sampler)) for row, r in todo]
   plan, shared = plans.plan(
       engine.model, [r for _, r in asked], slots=options.batch_size, size=options.cache_length,
-      chunk=options.prefill_chunk, budget=options.prefill_budget, eos_id=vocabulary.eos_id if vocabulary else EOS_ID)
+      chunk=options.prefill_chunk, budget=options.prefill_budget, eos_id=vocabulary.eos_id if vocabulary else EOS_ID,
+      top=options.top_log_probs)
   loading.say_slots(options, plan, shared, engine.model, say)
-  results = ((row, [c.tokens, c.score]) for row, (c,) in refill.completions(engine, asked, plan, shared, clock))
+
+  def told(sample):
+    result = {'tokens': sample.tokens, 'score': sample.score}
+    if options.token_log_probs or options.top_log_probs:
+      result['log_probs'] = sample.log_probs
+    return {**result, 'top_log_probs': sample.top} if options.top_log_probs else result
+
+  results = ((row, list(map(told, samples)))
+             for row, samples in refill.completions(engine, asked, plan, shared, clock))
   return {'batch': plan.slots, 'prompt': plan.prompt, 'cache': plan.size, 'shared': len(shared)}, results
 
 
@@ -130,9 +140,10 @@ def _shape(options, engine: Engine, work: list[requests.Request], say) -> batche
 
 def _generate(engine, options, todo, shape, clock, vocabulary):
   work = distributed.lockstep(batches.split([(row, r.prompt) for row, r in todo], shape.batch))
-  yield from batches.generate(
+  for row, (tokens, score) in batches.generate(
       engine, work, shape, clock, max_new_tokens=options.max_new_tokens, sampler=options.sampler, seed=options.seed,
-      eos_id=vocabulary.eos_id if vocabulary else EOS_ID)
+      eos_id=vocabulary.eos_id if vocabulary else EOS_ID):
+    yield row, [{'tokens': tokens, 'score': score}]
 
 
 def _score(engine: Engine, options, todo, clock, say):
@@ -143,18 +154,22 @@ def _score(engine: Engine, options, todo, clock, say):
   def results():
     for item, scores in batches.score(engine, [Example.of(r.prompt, r.completion) for _, r in todo], tokens, clock):
       row, request = todo[item]
-      each = [scores[len(request.prompt):].tolist()] if options.token_log_probs else []
-      yield row, [request.completion, float(np.sum(scores)), *each]
+      each = {'log_probs': scores[len(request.prompt):].tolist()} if options.token_log_probs else {}
+      yield row, [{'tokens': request.completion, 'score': float(np.sum(scores)), **each}]
 
   return {'tokens': tokens}, results()
 
 
-def _output_row(row: requests.Row, vocabulary, tokens: list[int], score: float,
-                log_probs: list[float] | None = None) -> dict:
-  """The row as it came, with the completion: its text (None where there is no vocabulary), ids and score."""
-  if isinstance(row.completion, str):
-    text = row.completion
-  else:
-    text = vocabulary.decode(tokens) if vocabulary else None
-  each = {} if log_probs is None else {'log_probs': log_probs}
-  return {**row.fields, 'prompt': row.prompt, 'completion': text, 'tokens': tokens, 'score': score, **each}
+def _output_row(row: requests.Row, vocabulary, options, results: list[dict]) -> dict:
+  """The row as it came, with what is told of its sample, or of all in a list.
+
+  The text of a completion is None where there is no vocabulary. It ends before EOS or a stop sequence.
+  """
+
+  def text(tokens):
+    if isinstance(row.completion, str):
+      return row.completion
+    return vocabulary.decode(options.sampler.before_stop(tokens)) if vocabulary else None
+
+  told = [{'completion': text(result['tokens']), **result} for result in results]
+  return {**row.fields, 'prompt': row.prompt, **(told[0] if options.num_decodes == 1 else {'samples': told})}

@@ -31,6 +31,12 @@ def test_no_prefill_lays_a_weight_out_anew(layout):
   assert not _relaid('int8', 'prefill', layout)
 
 
+@pytest.mark.parametrize('phase', ['extend', 'slots', 'admit'])
+@pytest.mark.parametrize('layout', ['ws_2d/heads', 'ws_2d/batch', 'wg_xyz/batch'])
+def test_no_program_of_slot_refill_does(phase, layout):
+  assert not _relaid('int8', phase, layout)
+
+
 @pytest.mark.parametrize('collectives', ['one_way', 'two_way'])
 def test_no_looped_decode_step_does(collectives):
   assert not _relaid('int8', 'decode', f'ws_2d/batch/{collectives}')
