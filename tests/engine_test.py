@@ -58,7 +58,7 @@ def test_padded_batch_is_accepted(engine):
     (dict(cache_size=10),
      'prompt 0 is longer than the cache: 3 tokens and 8 new ones need 11 positions, the cache has 10'),
     (dict(prompt_size=2), 'prompt 0 has 3 tokens, more than prompt_size=2'),
-    (dict(seeds=[1]), '2 prompts need as many seeds, got shape'),
+    (dict(seeds=[1]), '2 prompts need as many seeds, got 1'),
 ])
 def test_bad_requests(engine, arguments, says):
   with pytest.raises(RequestError) as error:
