@@ -1,6 +1,7 @@
 """The conversion command, as a user runs it."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -71,6 +72,26 @@ def test_a_model_whose_tree_does_not_say_its_heads(tmp_path, capsys):
   assert 'not divided by sqrt(d_head) (given)' in capsys.readouterr().out
 
 
+@pytest.mark.parametrize('gin', [False, True])
+def test_sizes_of_slices_and_of_what_is_held(palm_tiny, tmp_path, capsys, gin):
+  def planned(source, name, **sizes):
+    flags = [f'--input={source}', f'--output={tmp_path}/{name}', '--weights=int8', '--workers=1',
+             *(f'--{size}={value}' for size, value in sizes.items())]
+    if gin:
+      flags = ['--gin_file=t5x_inference_ext/configs/runs/convert.gin', f'--gin.INPUT_CHECKPOINT="{source}"',
+               f'--gin.OUTPUT_CHECKPOINT="{tmp_path}/{name}"', '--workers=1',
+               *(f'--gin.{size.upper()}="{value}"' for size, value in sizes.items())]
+    assert run(*flags) == 0
+    found = re.search(r'(\d+) slices of up to .* about (\d+) MB of memory', capsys.readouterr().out)
+    return int(found[1]), int(found[2])
+
+  assert planned(palm_tiny, 'a')[1] > planned(palm_tiny, 'b', hold_bytes='1MiB')[1]
+  source = synthetic.write_legacy(tmp_path / 'source', synthetic.fused(synthetic.canonical()), chunks=4)
+  assert planned(source, 'c')[0] < planned(source, 'd', slice_bytes='1kB')[0]
+  for one, other in ('ab', 'cd'):
+    assert (tmp_path / one / 'checksums.json').read_bytes() == (tmp_path / other / 'checksums.json').read_bytes()
+
+
 @pytest.mark.parametrize('argv,words', [
     ([], '--input and --output and --weights not given'),
     (['--input=a', '--output=b'], '--weights not given'),
@@ -80,6 +101,10 @@ def test_a_model_whose_tree_does_not_say_its_heads(tmp_path, capsys):
      'OUTPUT_CHECKPOINT has no value'),
     (['--gin_file=t5x_inference_ext/configs/runs/convert.gin', '--gin.WEIGHT="int8"'], 'nothing uses WEIGHT;'),
     (['--input=/no/such', '--output=b', '--weights=int8'], 'no checkpoint at /no/such'),
+    (['--input=a', '--output=b', '--weights=int8', '--hold_bytes=much'], 'hold_bytes must be a number of bytes'),
+    (['--input=a', '--output=b', '--weights=int8', '--slice_bytes=1 TB'], 'slice_bytes must be a number of bytes'),
+    (['--input=a', '--output=gs://b/c', '--weights=int8'], '--staging=DIR says in which local directory'),
+    (['--input=a', '--output=b', '--weights=int8', '--staging=s'], 'is for outputs in a bucket'),
 ])
 def test_errors_are_one_line(tmp_path, monkeypatch, capsys, argv, words):
   monkeypatch.chdir(tmp_path)

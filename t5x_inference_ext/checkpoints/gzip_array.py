@@ -92,6 +92,8 @@ class GzipArray(Tensor):
           end - begin for begin, end in bounds) == math.prod(self._stored_chunk):
         return next(chunks)
       return self._assemble(bounds, places, chunks)
+    if len(places) == 1:
+      return self._assemble(bounds, places, map(self._cached, places))
     with concurrent.futures.ThreadPoolExecutor(min(len(places), cores())) as pool:
       return self._assemble(bounds, places, pool.map(self._cached, places))
 

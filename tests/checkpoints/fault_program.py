@@ -1,6 +1,7 @@
 """Converts again and again in child processes that are killed, or whose disk fails; prints what came of it as JSON.
 
   python fault_program.py SOURCE SCRATCH kills SEED COUNT
+  python fault_program.py SOURCE SCRATCH shard_kills SEED COUNT
   python fault_program.py SOURCE SCRATCH errors
 
 A process of its own, without jax: it forks, and a fork starts at once.
@@ -97,6 +98,22 @@ def convert_noting(source: str, out: pathlib.Path, workers: int) -> None:
   convert.convert(source, out, workers=workers, **OPTIONS)
 
 
+def begun() -> list[int]:
+  return list(map(int, pathlib.Path('begun').read_text(encoding='utf-8').split()))
+
+
+def kill(pid: int, rng: random.Random, seconds: float) -> None:
+  """At some time, or some slices and a moment later: so that it has done something, however busy the machine is."""
+  if rng.random() < .3:
+    time.sleep(rng.uniform(.05, 1.) * seconds)
+  else:
+    slices = rng.randrange(1, 7)
+    while len(begun()) < slices and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+      time.sleep(.001)
+    time.sleep(rng.uniform(0, .01))
+  os.kill(pid, signal.SIGKILL)
+
+
 def kills(source: str, scratch: pathlib.Path, seed: int, count: int) -> dict:
   """Kills a conversion at random moments, over and over until it finishes; then another one, until `count` kills.
 
@@ -117,8 +134,7 @@ def kills(source: str, scratch: pathlib.Path, seed: int, count: int) -> dict:
       pathlib.Path('begun').write_text('', encoding='utf-8')
       pid = fork(lambda: convert_noting(source, out, workers))
       if killed < 12:  # then it may finish
-        time.sleep(rng.uniform(.05, 1.) * seconds)
-        os.kill(pid, signal.SIGKILL)
+        kill(pid, rng, seconds)
       code = exit_code(pid)
       if code == -signal.SIGKILL:
         killed += 1
@@ -126,8 +142,7 @@ def kills(source: str, scratch: pathlib.Path, seed: int, count: int) -> dict:
           result['partial_loads'] += not check_parts(out)
           now = recorded(out)
           result['lost'] += len(set(done) - set(now))
-          begun = set(map(int, pathlib.Path('begun').read_text(encoding='utf-8').split()))
-          result['redone'][workers] = max(result['redone'][workers], len(begun - set(now)))
+          result['redone'][workers] = max(result['redone'][workers], len(set(begun()) - set(now)))
           result['resumed'] += bool(done)
           done = now
       elif code:
@@ -135,6 +150,41 @@ def kills(source: str, scratch: pathlib.Path, seed: int, count: int) -> dict:
     result['kills'] += killed
     if os.path.lexists(f'{out}.unfinished'):  # killed between its last two steps
       assert exit_code(fork(lambda: convert.convert(source, out, workers=workers, **OPTIONS))) == 0
+    result['finished'] += 1
+    result['different'] += digest(out) != expected or os.path.lexists(f'{out}.unfinished')
+    shutil.rmtree(out)
+  return result
+
+
+def shard_kills(source: str, scratch: pathlib.Path, seed: int, count: int) -> dict:
+  """Two shards at once, of which one or both are killed, over and over."""
+  rng = random.Random(seed)
+  whole = scratch / 'whole'
+  begin = time.monotonic()
+  assert exit_code(fork(lambda: convert.convert(source, whole, workers=2, **OPTIONS))) == 0
+  seconds = time.monotonic() - begin
+  expected = digest(whole)
+  result = dict(kills=0, finished=0, different=0, partial_loads=0, wrong=[])
+  while result['kills'] < count or not result['finished']:
+    out = scratch / f'out{result["finished"]}'
+    rounds = 0
+    while not out.exists():
+      pids = [fork(lambda i=i: convert.convert(source, out, workers=1, num_shards=2, shard_id=i, **OPTIONS))
+              for i in range(2)]
+      if rounds < 6:  # then they may finish
+        time.sleep(rng.uniform(.05, 1.2) * seconds)
+        for pid in rng.choice([pids, pids[:1], pids[1:]]):
+          os.kill(pid, signal.SIGKILL)
+      rounds += 1
+      for code in map(exit_code, pids):
+        result['kills'] += code == -signal.SIGKILL
+        # One that comes when the other has finished finds the output there.
+        if code not in (0, -signal.SIGKILL) and not out.exists():
+          result['wrong'].append(f'{code}: {pathlib.Path("error").read_text(encoding="utf-8")}')
+      if not out.exists():
+        result['partial_loads'] += not check_parts(out)
+    if os.path.lexists(f'{out}.unfinished'):  # killed between the last two steps
+      assert exit_code(fork(lambda: convert.convert(source, out, workers=2, num_shards=2, **OPTIONS))) == 0
     result['finished'] += 1
     result['different'] += digest(out) != expected or os.path.lexists(f'{out}.unfinished')
     shutil.rmtree(out)
@@ -209,7 +259,7 @@ def errors(source: str, scratch: pathlib.Path) -> dict:
 if __name__ == '__main__':
   scratch_directory = pathlib.Path(sys.argv[2])
   os.chdir(scratch_directory)
-  if sys.argv[3] == 'kills':
-    print(json.dumps(kills(sys.argv[1], scratch_directory, *map(int, sys.argv[4:]))))
+  if sys.argv[3] in ('kills', 'shard_kills'):
+    print(json.dumps(globals()[sys.argv[3]](sys.argv[1], scratch_directory, *map(int, sys.argv[4:]))))
   else:
     print(json.dumps(errors(sys.argv[1], scratch_directory)))

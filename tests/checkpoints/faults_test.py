@@ -44,6 +44,12 @@ def test_kills(run):
   assert all(0 < redone <= int(workers) for workers, redone in result['redone'].items()), result
 
 
+def test_kills_of_shards(run):
+  result = run('shard_kills', 0, 20)
+  assert result['kills'] >= 20 and result['finished'] >= 1, result
+  assert not (result['different'] or result['partial_loads'] or result['wrong']), result
+
+
 def test_full_disks_and_failing_reads(run):
   result = run('errors')
   assert result['hit'] >= 30, result

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from t5x_inference_ext import convert_checkpoint, inspect_checkpoint
-from t5x_inference_ext.checkpoints import convert, open_checkpoint, staging
+from t5x_inference_ext.checkpoints import convert, files as local_files, open_checkpoint, staging
 from t5x_inference_ext.checkpoints.load import load_weights
 from t5x_inference_ext.checkpoints.verify import verify
 from t5x_inference_ext.checkpoints.work_directory import MARKER
@@ -278,6 +278,13 @@ def test_a_source_that_cannot_be_converted_leaves_nothing(gcs, tmp_path):
   leaves['decoder/decoder/o_wo_fused/kernel'][1, 0, 5, 3] = np.nan
   source = synthetic.write_legacy(tmp_path / 'source', leaves)
   with pytest.raises(CheckpointError, match='NaN'):
+    convert.convert(source, f'{gcs.bucket}/out', staging=tmp_path / 's')
+  assert gcs.objects == {} and list((tmp_path / 's').iterdir()) == []
+
+
+def test_a_full_disk_leaves_nothing(gcs, source, tmp_path, monkeypatch):
+  monkeypatch.setattr(local_files.os, 'posix_fallocate', lambda *_: (_ for _ in ()).throw(OSError(28, 'No space left')))
+  with pytest.raises(CheckpointError, match=f"can't write to {tmp_path}/s/out-.*No space left"):
     convert.convert(source, f'{gcs.bucket}/out', staging=tmp_path / 's')
   assert gcs.objects == {} and list((tmp_path / 's').iterdir()) == []
 
