@@ -25,6 +25,11 @@ also on hosts that share a file system, divide the work: start each with the sam
 
   python -m t5x_inference_ext.convert_checkpoint ... --num_shards=8 --shard_id=0
 
+Inputs and outputs may be in a bucket. An output there is made in a directory of a local disk first, and uploaded:
+
+  python -m t5x_inference_ext.convert_checkpoint --input=gs://BUCKET/checkpoint_1000 --output=gs://BUCKET/int8 \\
+      --staging=/scratch --weights=int8
+
 A finished checkpoint, re-read and compared with its manifest, and with --input also with its source:
 
   python -m t5x_inference_ext.convert_checkpoint --verify --output=/tmp/palm_tiny_int8 --input=CHECKPOINT
@@ -45,7 +50,7 @@ import tqdm
 
 from t5x_inference_ext import command
 from t5x_inference_ext.checkpoints import conversion_options, convert, outputs, serving
-from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
+from t5x_inference_ext.checkpoints.checkpoint import Checkpoint, is_finished
 from t5x_inference_ext.checkpoints.verify import verify
 from t5x_inference_ext.config import NORM_SCALES
 from t5x_inference_ext.errors import UserError
@@ -54,7 +59,7 @@ from t5x_inference_ext.errors import UserError
 LOG_SECONDS = 10
 REQUIRED = ('input', 'output')
 # Flags that say what gin's bindings of convert.convert say, too.
-CONVERT = ('weights', 'format', 'norm_scale', 'scale_search', 'embedding')
+CONVERT = ('weights', 'format', 'norm_scale', 'scale_search', 'embedding', 'staging', 'hold_bytes', 'slice_bytes')
 HERE = ('workers', 'num_shards', 'shard_id')
 PROCESSES = ('coordinator_address', 'num_processes', 'process_id')
 
@@ -74,6 +79,11 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
          'of it with the least squared error (mse: some 20 times the arithmetic).', conversion_options.SCALE_SEARCHES)
   define('enum', 'embedding', None, 'What the embedding of a serving checkpoint becomes. int8 is refused: it can\'t be '
          'served.', ('bfloat16', 'int8'))
+  define('string', 'staging', None, 'For an output in a bucket, the local directory in which it is made before.')
+  define('string', 'hold_bytes', None, 'How much of the source to hold until its scales are known, as 512MiB (the '
+         'default): what is more is read again.')
+  define('string', 'slice_bytes', None, 'How much of the source is recorded as finished at a time, as 256MiB (the '
+         'default), if its chunks allow it.')
   define('integer', 'workers', None, 'Threads. By default one a core.')
   define('integer', 'num_shards', 1, 'How many processes divide the work.')
   define('integer', 'shard_id', 0, 'Which of them this is, from 0.')
@@ -96,7 +106,8 @@ def main(flags: absl_flags.FlagValues) -> None:
   if command.uses_gin(flags):
     if given:
       raise UserError(f'--{next(iter(given))} and gin flags say the same in two ways: with gin, bind INPUT_CHECKPOINT, '
-                      'OUTPUT_CHECKPOINT, FORMAT, WEIGHTS, NORM_SCALE, SCALE_SEARCH and EMBEDDING')
+                      'OUTPUT_CHECKPOINT, FORMAT, WEIGHTS, NORM_SCALE, SCALE_SEARCH, EMBEDDING, STAGING, HOLD_BYTES '
+                      'and SLICE_BYTES')
     command.parse_gin(flags)
     arguments = {}
   else:
@@ -112,7 +123,7 @@ def main(flags: absl_flags.FlagValues) -> None:
   with Progress() as progress:
     configured = command.configure(
         convert.convert, found=print_source, planned=print_line, progress=progress, **arguments)
-    if flags.report is not None and os.path.isdir(configured.keywords['output_checkpoint']):
+    if flags.report is not None and is_finished(configured.keywords['output_checkpoint']):
       print_line(f'{configured.keywords["output_checkpoint"]} exists: only the report is made')
     else:
       report = configured()
@@ -206,7 +217,7 @@ class Progress:
     return time.monotonic() - self._start
 
   def __call__(self, what: str, done: int, total: int) -> None:
-    kind = 'verify' if what.startswith('verify') else 'convert'
+    kind = next((k for k in ('verify', 'upload') if what.startswith(f'{k} ')), 'convert')
     if kind != self._pass:
       self._pass, self._done = kind, 0
       if self._bar is not None:

@@ -50,7 +50,7 @@ from absl import flags as absl_flags
 
 from t5x_inference_ext import command, distributed, sampling_flags
 from t5x_inference_ext.config import NORM_SCALES
-from t5x_inference_ext.decoding.model import DTYPES
+from t5x_inference_ext.decoding.model import CACHES, DTYPES
 from t5x_inference_ext.errors import UserError
 from t5x_inference_ext.layouts.layout import ATTENTION, COLLECTIVES, FEEDFORWARD
 from t5x_inference_ext.serving import loading, prompts_file
@@ -58,7 +58,7 @@ from t5x_inference_ext.serving.progress import progress
 
 REQUIRED = ('checkpoint', 'prompts', 'output')
 # The defaults of what an Options holds are Options' own.
-OPTIONS = ('mode', 'mesh', 'prefill_layout', 'decode_layout', 'dtype', 'norm_scale', 'batch_size', 'max_new_tokens',
+OPTIONS = ('mode', 'mesh', 'prefill_layout', 'decode_layout', 'dtype', 'cache', 'norm_scale', 'batch_size', 'max_new_tokens',
            'cache_length', 'seed', 'scan_layers', 'executable', 'batching', 'prefill_chunk', 'prefill_budget',
            'num_decodes', 'token_log_probs', 'top_log_probs')
 PROCESSES = ('coordinator_address', 'num_processes', 'process_id')
@@ -94,7 +94,9 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
            'see docs/layouts.md.')
   define('boolean', 'explain_layout', False, 'Print where every tensor would live, and stop; --prompts and --output '
          'are not needed. The mesh may be larger than the devices here. With gin flags too.')
-  define('enum', 'dtype', defaults.dtype, 'Of activations, cache and float weights; int8 weights stay int8.', DTYPES)
+  define('enum', 'dtype', defaults.dtype, 'Of activations and float weights; int8 weights stay int8.', DTYPES)
+  define('enum', 'cache', defaults.cache, 'What the KV cache holds; int8 has a scale for each position and head, and takes '
+         'half of the memory of bfloat16. By default --dtype.', CACHES)
   define('integer', 'batch_size', defaults.batch_size, 'Rows a batch, rounded up to what the mesh takes.')
   define('boolean', 'token_log_probs', False, 'Also the log-probability of each token, as `log_probs`; of generated ones '
          'with continuous batching.')

@@ -12,7 +12,7 @@ import sys
 import numpy as np
 
 from t5x_inference_ext import distributed, infer
-from t5x_inference_ext.checkpoints import storage
+from t5x_inference_ext.checkpoints.gzip_array import GzipArray
 from t5x_inference_ext.errors import RequestError
 from tests import processes
 
@@ -28,14 +28,14 @@ PLAIN_FLAGS = (f'--checkpoint={CHECKPOINT}', '--dtype=float32', '--max_new_token
 
 def count_bytes() -> list[int]:
   """A list of one number: bytes read of the checkpoint's arrays from now on."""
-  read, total = storage.Stored._read, [0]
+  read, total = GzipArray._read, [0]
 
   def counted(self, bounds):
     values = read(self, bounds)
     total[0] += np.asarray(values).nbytes
     return values
 
-  storage.Stored._read = counted
+  GzipArray._read = counted
   return total
 
 

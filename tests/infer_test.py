@@ -245,6 +245,19 @@ def test_batching_changes_no_row(complete):
   assert [r['score'] for r in rows] == pytest.approx([r['score'] for r in static], rel=1e-5)
 
 
+def test_an_int8_cache(complete, tmp_path):
+  """Both batchings give the same, of other probabilities than a float cache; the run's record says which it was."""
+  rows = [{'prompt': 'def f(x):\n'}, {'prompt': 'import '}]
+  flags = ('--max_new_tokens=8', '--mesh=1x1x1')
+  floats, _ = complete(rows, *flags, name='float.jsonl')
+  found, out = complete(rows, *flags, '--cache=int8')
+  static, _ = complete(rows, *flags, '--cache=int8', '--batching=static', name='static.jsonl')
+  assert 'int8 cache' in out
+  assert json.loads((tmp_path / 'out.jsonl.config.json').read_text())['cache'] == 'int8'
+  assert [r['tokens'] for r in found] == [r['tokens'] for r in static]
+  assert [r['score'] for r in found] != [r['score'] for r in floats]
+
+
 def test_several_samples_of_each_prompt(complete):
   """In the order of their seeds, of which every sample has its own; one sample of a row alone is the row's."""
   prompts = [{'prompt': 'def f(', 'id': 1}, {'prompt': 'import '}, {'prompt': 'def f('}]

@@ -79,6 +79,15 @@ def open_checkpoint(path: str | os.PathLike, *, norm_scale: str | None = None, c
   return _from_tree(*found, norm_scale, config, rescale_logits)
 
 
+def is_finished(path: str | os.PathLike) -> bool:
+  """Whether a conversion into `path` has nothing left to do."""
+  path = storage.normalize(path)
+  if not storage.is_remote(path):
+    return os.path.isdir(path)
+  names = storage.list_objects(path)
+  return bool(names) and work_directory.MARKER not in names
+
+
 def read_tree(path: str) -> tuple[str, Tree] | None:
   """The format and parameters of a T5X checkpoint, of whatever model, or None. Raises CheckpointError: damaged."""
   index = storage.read_file(path, legacy.INDEX)
@@ -179,6 +188,8 @@ def _not_a_checkpoint(path: str) -> str:
   expected = (f'a checkpoint directory holds {legacy.INDEX} (T5X), {orbax.STATE}/{orbax.METADATA} (Orbax) or '
               f'{serving.CONFIG} (made by convert_checkpoint)')
   if storage.is_remote(path):
+    if storage.read_file(path, work_directory.MARKER) is not None:
+      return f'{path} is not a checkpoint, but an upload that has not ended: run the same convert_checkpoint again'
     return f'no checkpoint at {path}: {expected}'
   if not os.path.lexists(path):
     parent = os.path.dirname(path)

@@ -12,7 +12,7 @@ import zlib
 import numpy as np
 
 from t5x_inference_ext import parameters
-from t5x_inference_ext.checkpoints import storage
+from t5x_inference_ext.checkpoints import seal, storage
 from t5x_inference_ext.checkpoints.arrays import Rectangle, SourceArray
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
 from t5x_inference_ext.checkpoints.conversion_options import Options, Report
@@ -21,7 +21,6 @@ from t5x_inference_ext.checkpoints.outputs import Placement, make_output
 from t5x_inference_ext.checkpoints.pipeline import Pipeline, cores
 from t5x_inference_ext.checkpoints.raw_array import byte_sum
 from t5x_inference_ext.checkpoints.rounding_error import RoundingError
-from t5x_inference_ext.checkpoints.seal import seal
 from t5x_inference_ext.checkpoints.slice_work import Hold, Job, SliceWork
 from t5x_inference_ext.checkpoints.slices import Plan
 from t5x_inference_ext.checkpoints.work_directory import SYNCED, WorkDirectory
@@ -103,12 +102,17 @@ class Conversion:
         self._convert(todo, self._write, work.record)
         if self.options.num_shards > 1:
           self._sync(work)
+      if self.options.num_shards > 1:
+        with work.sealing() as claim:
+          if claim is not None and scales_slice < len({e['slice'] for e in work.entries() if 'slice' in e}):
+            self._read_back(work, claim)
       with work.finishing() as last:
         entries = work.entries() if last else []
         slices = {entry['slice']: entry for entry in entries if 'slice' in entry}
         if len(slices) <= scales_slice:
           return self.report(work.path, slices.values(), finished=False)
-        checksums = seal(self.output.arrays, slices.values(), entries, work.record, self.workers, self._progress)
+        self._read_back(work)
+        checksums = seal.checksums(self.output.arrays, slices.values(), work.entries())
         errors = {name: error.summary() for name, error in self._errors(slices.values()).items()}
         for name, data in self.output.headers(checksums, errors):
           work.write_file(name, data)
@@ -121,19 +125,25 @@ class Conversion:
       raise
     return self.report(work.path, slices.values())
 
-  def compare(self, put: Callable[[Placement], None]) -> None:
-    """Gives `put` all that a conversion would write."""
+  def compare(self, put: Callable[[list[Placement]], None]) -> None:
+    """Gives `put` all that a conversion would write, those of a block at once."""
     self._convert(range(len(self.plan.slices) + 1), put, lambda entry: None)
 
-  def _convert(self, numbers, put: Callable[[Placement], None], record: Callable[[dict], None]) -> None:
+  def _convert(self, numbers, put: Callable[[list[Placement]], None], record: Callable[[dict], None]) -> None:
     job = Job(self.source, self.output, self.plan, put, Hold(self.options.hold_bytes),
               self.options.scale_search == 'mse', self._told, record)
     works = (SliceWork(job, self.plan.slices[n]) if n < len(self.plan.slices) else _Scales(self, job) for n in numbers)
     Pipeline(works, self.workers).run()
 
-  def _write(self, placement: Placement) -> None:
-    array, bounds, values = placement
-    array.write(bounds, values)
+  def _write(self, placements: list[Placement]) -> None:
+    by_array = {}
+    for array, bounds, values in placements:
+      by_array.setdefault(array, []).append((bounds, values))
+    for array, pieces in by_array.items():
+      array.write(pieces)
+
+  def _read_back(self, work: WorkDirectory, claim: Callable[[int], bool] | None = None) -> None:
+    seal.read_back(self.output.arrays, work.entries, work.record, self.workers, self._progress, claim)
 
   def _sync(self, work: WorkDirectory) -> None:
     for array in self.output.arrays:
@@ -190,11 +200,11 @@ class _Scales:
     if self._job.output.weights == 'int8':
       layers, columns = values.shape
       rectangle = Rectangle((0, layers), (0, 1), (0, columns))
-      for placement in self._job.output.placements(name, rectangle, values[:, None]):
-        self._job.put(placement)
+      placements = list(self._job.output.placements(name, rectangle, values[:, None]))
+      self._job.put(placements)
+      for array, _, written in placements:
         with self._lock:
-          array = placement[0]
-          self._sums[array.name] = self._sums.get(array.name, 0) + byte_sum(placement[2])
+          self._sums[array.name] = self._sums.get(array.name, 0) + byte_sum(written)
 
 
 def _index_checksum(path: str) -> int:

@@ -1,6 +1,7 @@
 """How a conversion is asked for, and what it reports."""
 
 import dataclasses
+import re
 
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
 from t5x_inference_ext.checkpoints.rounding_error import RoundingError
@@ -9,6 +10,15 @@ from t5x_inference_ext.errors import UserError
 
 HOLD_BYTES = 512 * 2**20
 SCALE_SEARCHES = ('absmax', 'mse')
+_UNITS = {'': 1, 'kB': 10**3, 'MB': 10**6, 'GB': 10**9, 'KiB': 2**10, 'MiB': 2**20, 'GiB': 2**30}
+
+
+def parse_size(name: str, size: int | str) -> int:
+  """Bytes, given as such or with a unit, 512MiB. Raises UserError."""
+  found = re.fullmatch(r'(\d+) *([kMGKi]*B)?', str(size))
+  if found is None or (found[2] or '') not in _UNITS:
+    raise UserError(f'{name} must be a number of bytes, as 536870912, 512MiB or 1GB, got {size!r}')
+  return int(found[1]) * _UNITS[found[2] or '']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +31,7 @@ class Options:
     scale_search: 'absmax', max|w| / 127, or 'mse', the multiple of it with the least squared error.
     embedding: what the embedding becomes: 'bfloat16' (float32 in T5X's formats).
     workers: threads; None is one a core.
-    hold_bytes: how much of the source to hold for a second look.
+    hold_bytes: how much of the source to hold for a second look; sizes may have a unit, '512MiB'.
     slice_bytes: how much of the source is a unit of progress, unless a column of its chunks is more.
     num_shards, shard_id: this process does the slices shard_id, shard_id + num_shards, ...
   """
@@ -31,8 +41,8 @@ class Options:
   scale_search: str = 'absmax'
   embedding: str = 'bfloat16'
   workers: int | None = None
-  hold_bytes: int = HOLD_BYTES
-  slice_bytes: int = SLICE_BYTES
+  hold_bytes: int | str = HOLD_BYTES
+  slice_bytes: int | str = SLICE_BYTES
   num_shards: int = 1
   shard_id: int = 0
 
@@ -44,6 +54,8 @@ class Options:
                       'without scales; it stays bfloat16')
     if not 0 <= self.shard_id < self.num_shards:
       raise UserError(f'shard_id must be 0 to num_shards - 1 = {self.num_shards - 1}, got {self.shard_id}')
+    for name in ('hold_bytes', 'slice_bytes'):
+      object.__setattr__(self, name, parse_size(name, getattr(self, name)))
     if self.workers is not None and self.workers < 1:
       raise UserError(f'workers must be at least 1, got {self.workers}')
 

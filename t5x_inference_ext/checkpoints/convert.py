@@ -5,33 +5,38 @@ For int8, a slice holds all that is summed into its output channels, so their sc
 does not fit into `hold_bytes` is read a second time (a third, with a search for scales).
 """
 
+import dataclasses
 import os
 from typing import Callable
 
+from t5x_inference_ext.checkpoints import storage
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from t5x_inference_ext.checkpoints.conversion import Conversion, Progress
 from t5x_inference_ext.checkpoints.conversion_options import Options, Report
+from t5x_inference_ext.checkpoints.staging import Staging
 from t5x_inference_ext.checkpoints.work_directory import WorkDirectory
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.errors import CheckpointError
+from t5x_inference_ext.errors import CheckpointError, UserError
 
 
 def convert(input_checkpoint: str, output_checkpoint: str, weights: str = 'int8', norm_scale: str | None = None, *,
-            config: ModelConfig | None = None, rescale_logits: bool | None = None,
+            config: ModelConfig | None = None, rescale_logits: bool | None = None, staging: str | None = None,
             found: Callable[[Checkpoint], None] = lambda checkpoint: None,
             planned: Callable[[str], None] = lambda line: None,
             progress: Progress = lambda what, done, total: None, **options) -> Report:
   """Writes the checkpoint `output_checkpoint`: complete and verified, or not at all.
 
-  What a killed or failed run has finished is in `output_checkpoint`.unfinished, and the same call goes on from there.
+  What a killed or failed run has finished is in `output_checkpoint`.unfinished, or in the staging directory, and the
+  same call goes on from there.
 
   Args:
     input_checkpoint: a checkpoint of any format.
-    output_checkpoint: the directory to make, of any name.
+    output_checkpoint: the directory to make, of any name: local, or gs://.
     weights: see Options.
-    norm_scale, config, rescale_logits: see open_checkpoint.
-    found: told what the input is before anything is converted.
-    planned: told, in lines of text, what will be done and how much memory it takes.
+    norm_scale, config, rescale_logits: as in open_checkpoint.
+    staging: a local directory in which an output in a bucket is made before it is uploaded.
+    found: told what was opened.
+    planned: told what will be done, in lines.
     progress: told after every block.
     **options: other fields of Options.
 
@@ -40,12 +45,41 @@ def convert(input_checkpoint: str, output_checkpoint: str, weights: str = 'int8'
     UserError: unknown options.
   """
   options = Options(weights=weights, **options)
-  work = WorkDirectory(output_checkpoint)
-  if not os.path.isdir(work.root):
+  staged = _staging(output_checkpoint, staging)
+  work = WorkDirectory(output_checkpoint if staged is None else staged.local)
+  if staged is not None:
+    staged.check_target()
+  elif not os.path.isdir(work.root):
     work.check_absent()
   source = open_checkpoint(input_checkpoint, norm_scale=norm_scale, config=config, rescale_logits=rescale_logits)
   found(source)
   conversion = Conversion(source, options, work.payload, progress)
+  if staged is None:
+    return _convert(conversion, work, planned)
+  try:
+    if staged.adopt(conversion.identity):
+      planned(f'{staged.path} was finished before')
+      return dataclasses.replace(conversion.report(staged.local, []), output=staged.path)
+    planned(staged.description(max(a.chunk_bytes for a in conversion.output.arrays), conversion.workers))
+    if os.path.isdir(staged.local) and not os.path.isdir(work.root):
+      report = conversion.report(staged.local, [])
+    else:
+      try:
+        report = _convert(conversion, work, planned)
+      except CheckpointError:
+        if not os.path.isdir(work.root) and not os.path.isdir(staged.local):  # nothing worth keeping
+          staged.remove()
+        raise
+    if report.finished:
+      staged.upload(conversion.output.header, conversion.workers, progress)
+  except OSError as e:
+    raise CheckpointError(f'can\'t write to {e.filename}: {e.strerror}; what is finished is kept in {staged.root}, and '
+                          'the same command goes on from there') from e
+  return dataclasses.replace(report, output=staged.path)
+
+
+def _convert(conversion: Conversion, work: WorkDirectory, planned: Callable[[str], None]) -> Report:
+  """What is left to do of a conversion into a local directory."""
   if work.finished_before(conversion.identity):
     planned(f'{work.path} was finished before')
     work.discard()
@@ -60,3 +94,13 @@ def convert(input_checkpoint: str, output_checkpoint: str, weights: str = 'int8'
     if os.path.isdir(work.root):
       kept = f'; what is finished is kept in {work.root}, and the same command goes on from there'
     raise CheckpointError(f'can\'t write to {work.path}: {e.filename}: {e.strerror}{kept}') from e
+
+
+def _staging(output: str, directory: str | None) -> Staging | None:
+  """Of an output in a bucket. Raises UserError for one without the other."""
+  remote = storage.is_remote(os.fspath(output))
+  if remote != (directory is not None):
+    raise UserError(f'{output} is in a bucket, where nothing can be written in pieces: --staging=DIR says in which '
+                    'local directory the checkpoint is made before it is uploaded' if remote else
+                    f'--staging={directory} is for outputs in a bucket, and {output} is none')
+  return Staging(output, directory) if remote else None

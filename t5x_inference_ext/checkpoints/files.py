@@ -1,7 +1,10 @@
 """Every way in which a conversion changes the disk. Each raises OSError: a full disk, a failing device."""
 
 import contextlib
+import io
+import itertools
 import json
+import math
 import mmap
 import os
 import shutil
@@ -28,19 +31,54 @@ def allocate(path: str, size: int) -> None:
     os.close(descriptor)
 
 
-def write_block(path: str, shape: tuple[int, ...], index: tuple[slice, ...], values: np.ndarray) -> None:
-  """Writes values into the allocated file of one array of `shape`, in C order, touching only the pages they are on."""
+def write_blocks(path: str, shape: tuple[int, ...], blocks: list[tuple[tuple[slice, ...], np.ndarray]]) -> None:
+  """Writes values at indices into the allocated file of one array of `shape`, in C order, touching only their pages."""
+  axis = next((a for a, n in enumerate(shape) if n > 1), 0)  # the file is a sequence of rows along it
   with _named(path), open(path, 'r+b', buffering=0) as f:
-    varying = [axis for axis, n in enumerate(values.shape) if n > 1] or [0]
-    if values.shape[varying[0] + 1:] == shape[varying[0] + 1:]:  # one range of bytes
-      begin = int(np.ravel_multi_index([s.start for s in index], shape)) * values.dtype.itemsize
-      data = memoryview(np.ascontiguousarray(values).view(np.uint8)).cast('B')
-      while data:
-        written = os.pwrite(f.fileno(), data, begin)
-        begin, data = begin + written, data[written:]
-      return
-    with mmap.mmap(f.fileno(), 0) as memory:
-      np.frombuffer(memory, values.dtype).reshape(shape)[index] = values
+    for _, group in itertools.groupby(sorted(blocks, key=lambda b: _rows(b, axis)), lambda b: _rows(b, axis)):
+      group = list(group)
+      if len(group) == 1 and _is_one_range(group[0][1].shape, shape):
+        _write_range(f, shape, *group[0])
+      else:
+        _write_mapped(f, shape, axis, group)
+
+
+def _rows(block: tuple[tuple[slice, ...], np.ndarray], axis: int) -> tuple[int, int]:
+  return block[0][axis].start, block[0][axis].stop
+
+
+def _is_one_range(part: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+  """Whether the bytes of a part of an array of `shape` follow each other."""
+  varying = next((axis for axis, n in enumerate(part) if n > 1), 0)
+  return part[varying + 1:] == shape[varying + 1:]
+
+
+def _write_range(file: io.RawIOBase, shape: tuple[int, ...], index: tuple[slice, ...], values: np.ndarray) -> None:
+  begin = int(np.ravel_multi_index([s.start for s in index], shape)) * values.dtype.itemsize
+  data = memoryview(np.ascontiguousarray(values).view(np.uint8)).cast('B')
+  while data:
+    written = os.pwrite(file.fileno(), data, begin)
+    begin, data = begin + written, data[written:]
+
+
+def _write_mapped(file: io.RawIOBase, shape: tuple[int, ...], axis: int,
+                  blocks: list[tuple[tuple[slice, ...], np.ndarray]]) -> None:
+  """Blocks of the same rows."""
+  (first, last), dtype = _rows(blocks[0], axis), blocks[0][1].dtype
+  row_bytes = math.prod(shape[axis + 1:]) * dtype.itemsize
+  begin = first * row_bytes
+  skipped = begin % mmap.ALLOCATIONGRANULARITY
+  length = skipped + (last - first) * row_bytes
+  # Pages are mapped one after the other as they are touched, or, where most will be, at once: that is quicker.
+  runs = sum(values.size // values.shape[-1] for _, values in blocks)
+  touched = runs * mmap.PAGESIZE + sum(values.nbytes for _, values in blocks)
+  flags = getattr(mmap, 'MAP_POPULATE', 0) if 2 * touched >= length else 0
+  with mmap.mmap(file.fileno(), length, flags=mmap.MAP_SHARED | flags, offset=begin - skipped) as memory:
+    rows = np.frombuffer(memory, dtype, (last - first) * row_bytes // dtype.itemsize, skipped).reshape(
+        *shape[:axis], last - first, *shape[axis + 1:])
+    for index, values in blocks:
+      rows[*index[:axis], :, *index[axis + 1:]] = values
+    del rows  # before what it is a view of
 
 
 def sync(path: str) -> None:
@@ -66,6 +104,16 @@ def append_line(path: str, entry: Any) -> None:
       os.fsync(descriptor)
   finally:
     os.close(descriptor)
+
+
+def read_lines(path: str) -> Iterator[dict[str, Any]]:
+  """The objects that append_line added, without what a kill tore."""
+  with open(path, 'rb') as f:
+    for line in f.read().split(b'\n'):
+      with contextlib.suppress(ValueError):
+        entry = json.loads(line)
+        if isinstance(entry, dict):
+          yield entry
 
 
 def write_file(path: str, data: bytes) -> None:

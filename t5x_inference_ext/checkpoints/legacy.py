@@ -7,7 +7,7 @@ import ml_dtypes
 import msgpack
 import numpy as np
 
-from t5x_inference_ext.checkpoints import storage
+from t5x_inference_ext.checkpoints import zarr_arrays
 from t5x_inference_ext.checkpoints.tensor import InMemory
 from t5x_inference_ext.checkpoints.tree import Tree
 from t5x_inference_ext.errors import CheckpointError
@@ -35,7 +35,7 @@ def read(path: str, index: bytes) -> Tree:
     name = '/'.join(keys)
     if isinstance(leaf, dict):
       where = os.path.join(path, _relative(leaf, f'target/{name}'))
-      opening[name] = storage.open_array(f'target/{name}', where), leaf.get('metadata', {}).get('shape')
+      opening[name] = zarr_arrays.open_array(f'target/{name}', where), leaf.get('metadata', {}).get('shape')
     elif isinstance(leaf, np.ndarray):
       leaves[name] = InMemory(leaf, f'{path}/{INDEX}')
     else:

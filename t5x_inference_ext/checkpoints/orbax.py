@@ -9,7 +9,7 @@ from typing import Any, Iterator
 
 import numpy as np
 
-from t5x_inference_ext.checkpoints import legacy, storage
+from t5x_inference_ext.checkpoints import legacy, storage, zarr_arrays
 from t5x_inference_ext.checkpoints.tensor import InMemory, Tensor
 from t5x_inference_ext.checkpoints.tree import Tree
 from t5x_inference_ext.errors import CheckpointError
@@ -57,7 +57,7 @@ def read(path: str, directory: str) -> Tree:
 
   def opening(keys: tuple[str, ...]):
     key = '.'.join(keys)
-    return storage.open_array('/'.join(keys), f'{directory}/{key}', driver='zarr3' if zarr3 else 'zarr', base=base,
+    return zarr_arrays.open_array('/'.join(keys), f'{directory}/{key}', driver='zarr3' if zarr3 else 'zarr', base=base,
                               key=key, zeros_are_stored=zeros_are_stored)
 
   prefix = next((p for p in (('target',), ('optimizer', 'target')) if any(keys[:len(p)] == p for keys in leaves)), None)

@@ -10,8 +10,8 @@ import json
 import math
 import os
 from typing import Iterator
-import zlib
 
+from isal import isal_zlib
 import numpy as np
 
 from t5x_inference_ext.checkpoints import files
@@ -57,14 +57,18 @@ class RawArray:
       files.allocate(self._path(number), self.chunk_bytes)
     files.write_file(os.path.join(self.path, '.zarray'), json.dumps(self.metadata).encode())
 
-  def write(self, bounds: Bounds, values: np.ndarray) -> None:
-    """Writes values of `bounds`; other threads and processes may be writing other bounds, also of the same chunks."""
-    ranges = (range(b // c, -(-e // c)) for (b, e), c in zip(bounds, self.chunk))
-    for place in itertools.product(*ranges):
-      spans = [(max(b, p * c), min(e, (p + 1) * c)) for p, c, (b, e) in zip(place, self.chunk, bounds)]
-      inside = tuple(slice(b - p * c, e - p * c) for p, c, (b, e) in zip(place, self.chunk, spans))
-      taken = tuple(slice(s - b, e - b) for (s, e), (b, _) in zip(spans, bounds))
-      files.write_block(self._path(int(np.ravel_multi_index(place, self._grid))), self.chunk, inside, values[taken])
+  def write(self, pieces: list[tuple[Bounds, np.ndarray]]) -> None:
+    """Writes values within bounds; other threads and processes may be writing others, also of the same chunks."""
+    by_chunk = {}
+    for bounds, values in pieces:
+      ranges = (range(b // c, -(-e // c)) for (b, e), c in zip(bounds, self.chunk))
+      for place in itertools.product(*ranges):
+        spans = [(max(b, p * c), min(e, (p + 1) * c)) for p, c, (b, e) in zip(place, self.chunk, bounds)]
+        inside = tuple(slice(b - p * c, e - p * c) for p, c, (b, e) in zip(place, self.chunk, spans))
+        taken = tuple(slice(s - b, e - b) for (s, e), (b, _) in zip(spans, bounds))
+        by_chunk.setdefault(place, []).append((inside, values[taken]))
+    for place, blocks in by_chunk.items():
+      files.write_blocks(self._path(int(np.ravel_multi_index(place, self._grid))), self.chunk, blocks)
 
   def chunks(self) -> Iterator[int]:
     """The numbers of the chunks, in C order of their grid."""
@@ -92,8 +96,8 @@ class RawArray:
 
 
 def checksum(values: np.ndarray) -> int:
-  """CRC-32 of the raw little-endian bytes in C order."""
-  return zlib.crc32(np.ascontiguousarray(values).view(np.uint8).data)
+  """CRC-32, as zlib's, of the raw little-endian bytes in C order."""
+  return isal_zlib.crc32(np.ascontiguousarray(values).view(np.uint8).data)
 
 
 def byte_sum(values: np.ndarray) -> int:

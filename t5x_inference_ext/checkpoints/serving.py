@@ -13,7 +13,7 @@ import numpy as np
 import tensorstore as ts
 
 from t5x_inference_ext import parameters
-from t5x_inference_ext.checkpoints import storage
+from t5x_inference_ext.checkpoints import storage, zarr_arrays
 from t5x_inference_ext.checkpoints.raw_array import checksum
 from t5x_inference_ext.checkpoints.tensor import Bounds, Tensor
 from t5x_inference_ext.config import ModelConfig
@@ -181,8 +181,7 @@ def read_listed(path: str, listed: dict[str, tuple[tuple[int, ...], str]], heade
     checksums = {name: [int(c, 16) for c in values] for name, values in json.loads(data or b'').items()}
   except (ValueError, TypeError, AttributeError) as e:
     raise CheckpointError(f'{path}/{CHECKSUMS} is missing or damaged: {e}') from e
-  context = None if cached else storage.no_cache
-  opening = {name: storage.open_array(name, f'{path}/{name}', context=context) for name in listed}
+  opening = {name: zarr_arrays.open_array(name, f'{path}/{name}', cached=cached) for name in listed}
   tensors = {}
   for name, (shape, dtype) in listed.items():
     store = opening[name].store()

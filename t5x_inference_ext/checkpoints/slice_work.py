@@ -19,8 +19,8 @@ from t5x_inference_ext.checkpoints.rounding_error import RoundingError
 from t5x_inference_ext.checkpoints.slices import Block, Plan, Slice
 from t5x_inference_ext.quantization import rounding
 
-# What to do with values that are final: write them, or compare them with what is there.
-Put = Callable[[Placement], None]
+# What to do with values that are final, those of a block at once: write them, or compare them with what is there.
+Put = Callable[[list[Placement]], None]
 
 
 class Hold:
@@ -137,7 +137,7 @@ class SliceWork:
     array, output = self._job.plan.arrays[block.array], self._job.output
     held = self._held.pop(number, None)
     values = self._values(block) if held is None else held
-    errors, names = {}, []
+    errors, placements, names = {}, [], []
     for part, rectangle, w in array.rectangles(values, block.bounds):
       scale_name, scale = self._kinds[part.name].scale, None
       if self._slice.scaled:
@@ -152,8 +152,9 @@ class SliceWork:
         magnitude = largest.max()
       written = _written(w, scale, output.dtype(part.name))
       errors.setdefault(part.name, RoundingError()).add(w, written, scale, float(magnitude))
-      self._put(part.name, rectangle, written)
+      placements.extend(output.placements(part.name, rectangle, written))
       names.append(part.name)
+    self._put(placements)
     with self._lock:
       self._errors[number] = errors
     if held is not None:
@@ -165,7 +166,7 @@ class SliceWork:
     for scale, places in self._columns.items():
       for columns, place in places.items():
         values = self._scales[scale][:, None, place:place + columns[1] - columns[0]]
-        self._put(scale, Rectangle(self._layers, (0, 1), columns), values)
+        self._put(list(self._job.output.placements(scale, Rectangle(self._layers, (0, 1), columns), values)))
     errors = {}
     for _, of_block in sorted(self._errors.items()):
       for name, error in of_block.items():
@@ -173,11 +174,12 @@ class SliceWork:
     self._job.finished({'slice': self._slice.number, 'sums': self._sums,
                         'errors': {name: error.to_list() for name, error in errors.items()}})
 
-  def _put(self, name: str, rectangle: Rectangle, values: np.ndarray) -> None:
-    for placement in self._job.output.placements(name, rectangle, values):
-      self._job.put(placement)
+  def _put(self, placements: list[Placement]) -> None:
+    self._job.put(placements)
+    for array, _, values in placements:
+      total = byte_sum(values)
       with self._lock:
-        self._sums[placement[0].name] = self._sums.get(placement[0].name, 0) + byte_sum(placement[2])
+        self._sums[array.name] = self._sums.get(array.name, 0) + total
 
   def _channels(self) -> dict[str, dict[tuple[int, int], int]]:
     columns = {}

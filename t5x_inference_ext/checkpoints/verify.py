@@ -74,8 +74,11 @@ def _compare(path: str, manifest: dict, source: str, workers: int, rescale_logit
                     scale_search=manifest.get('options', {}).get('scale_search', 'absmax'))
   stored = serving.read_listed(path, {n: (tuple(t['shape']), t['dtype']) for n, t in manifest['tensors'].items()}, '')
 
-  def compare(placement):
-    array, bounds, values = placement
+  def compare_all(placements):
+    for placement in placements:
+      compare(*placement)
+
+  def compare(array, bounds, values):
     found = stored[array.name].read(tuple(slice(*b) for b in bounds))
     # Bits, not values: NaN is not among them, but zeros have signs.
     different = found.view(f'u{found.itemsize}') != np.ascontiguousarray(values).view(f'u{found.itemsize}')
@@ -84,7 +87,7 @@ def _compare(path: str, manifest: dict, source: str, workers: int, rescale_logit
       raise CheckpointError(f'{array.name}: {int(different.sum())} values from {first} on in {path}/{array.name} are '
                             f'not what {source} converts to')
 
-  Conversion(checkpoint, options, path, progress).compare(compare)
+  Conversion(checkpoint, options, path, progress).compare(compare_all)
 
 
 def read_manifest(path: str) -> tuple[str, dict]:

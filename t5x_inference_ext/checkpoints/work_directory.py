@@ -4,6 +4,8 @@ OUTPUT.unfinished/
   UNFINISHED            marks it as ours; the plan (what is converted, and how) once all is laid out for it
   setup.lock            held while making or finishing it
   shard-I.lock          held by the process that is shard I
+  seal.lock             shared by the shards that read back what was written, by several at a time
+  claims                what each of them reads: bytes of this file that it has locked
   journal-I.jsonl       the slices that shard I has finished, a line each
   checkpoint/           becomes OUTPUT by one rename
 """
@@ -13,7 +15,7 @@ import errno
 import fcntl
 import json
 import os
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 from t5x_inference_ext.checkpoints import files, storage
 from t5x_inference_ext.errors import CheckpointError
@@ -21,6 +23,7 @@ from t5x_inference_ext.errors import CheckpointError
 MARKER = 'UNFINISHED'
 _BOOT = 'boot'
 SYNCED = 'synced'
+_SEAL, _CLAIMS = 'seal.lock', 'claims'
 
 
 def is_unfinished(path: str) -> bool:
@@ -42,7 +45,7 @@ class WorkDirectory:
     if not path:
       raise CheckpointError('the output directory has an empty name')
     if storage.is_remote(path):
-      raise CheckpointError(f'can\'t write to {path}: convert to a local directory, then copy it')
+      raise CheckpointError(f'can\'t convert into {path}: it is no local directory')
     self.path = storage.normalize(path)
     self.root = self.path + '.unfinished'
     self.payload = os.path.join(self.root, 'checkpoint')
@@ -59,7 +62,7 @@ class WorkDirectory:
             and self._stored_plan() == plan)
 
   @contextlib.contextmanager
-  def lock(self, name: str, refusal: str | None = None) -> Iterator[bool]:
+  def lock(self, name: str, refusal: str | None = None, shared: bool = False) -> Iterator[bool]:
     """Holds a lock file of the directory; where it is held by another: waits, or raises CheckpointError(refusal).
 
     Yields:
@@ -67,7 +70,7 @@ class WorkDirectory:
     """
     with open(os.path.join(self.root, name), 'a', encoding='utf-8') as f:
       try:
-        fcntl.flock(f, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
+        fcntl.flock(f, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (fcntl.LOCK_NB if refusal else 0))
       except BlockingIOError:
         raise CheckpointError(refusal) from None
       try:
@@ -111,15 +114,45 @@ class WorkDirectory:
       yield
 
   @contextlib.contextmanager
+  def sealing(self) -> Iterator[Callable[[int], bool] | None]:
+    """Waits for the shards that are at work, to read back what they wrote together with others that have waited.
+
+    Yields:
+      Takes the number of a part, and says whether it is now this process's, until the end of the context. None where
+      another process has finished already.
+    """
+    with contextlib.ExitStack() as held:
+      current = False
+      with contextlib.suppress(FileNotFoundError):  # another has finished it
+        for name in self._shard_locks():
+          with self.lock(name, shared=True):
+            pass
+        current = held.enter_context(self.lock(_SEAL, shared=True)) and os.path.isdir(self.payload)
+        claims = held.enter_context(open(os.path.join(self.root, _CLAIMS), 'a', encoding='utf-8'))
+
+      def claim(number: int) -> bool:
+        try:
+          fcntl.lockf(claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
+          return True
+        except OSError as e:
+          if e.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+          raise
+
+      yield claim if current else None
+
+  def _shard_locks(self) -> list[str]:
+    return sorted(name for name in os.listdir(self.root) if name.startswith('shard-'))
+
+  @contextlib.contextmanager
   def finishing(self) -> Iterator[bool]:
     """Waits for the shards that are at work. Yields whether there is something left: False when another has finished.
     """
     with contextlib.ExitStack() as locks:
       try:
         locks.enter_context(self.lock('setup.lock'))
-        for name in sorted(os.listdir(self.root)):
-          if name.startswith('shard-'):
-            locks.enter_context(self.lock(name))
+        for name in (*self._shard_locks(), _SEAL):
+          locks.enter_context(self.lock(name))
       except FileNotFoundError:
         yield False
         return
@@ -135,7 +168,7 @@ class WorkDirectory:
       return True
     for name in sorted(os.listdir(self.root)):
       path = os.path.join(self.root, name)
-      if name.startswith('shard-') and name != f'shard-{self._shard}.lock':
+      if name == _SEAL or (name.startswith('shard-') and name != f'shard-{self._shard}.lock'):
         with self.lock(name, f'{path} is held by a conversion into {self.path} with other options or of another '
                        'source: all shards need the same'):
           os.remove(path)
@@ -168,18 +201,19 @@ class WorkDirectory:
     """What all shards have recorded and is there.
 
     A line that a kill tore is left out: its slice is done again. So is all that was written on a machine since
-    restarted, or on another one, and not yet SYNCED: what is recorded may have been in its page cache only.
+    restarted, or on another one, and not yet SYNCED: what is recorded may have been in its page cache only. What was
+    sealed after all else was SYNCED has been on the disk.
     """
     found, here = [], _boot_id()
     for name in sorted(os.listdir(self.root)) if os.path.isdir(self.root) else ():
       if name.startswith('journal-'):
         boot, pending = None, []
-        for entry in _lines(os.path.join(self.root, name)):
+        for entry in files.read_lines(os.path.join(self.root, name)):
           if _BOOT in entry:
             pending = pending if entry[_BOOT] == boot else []
             boot = entry[_BOOT]
-          elif SYNCED in entry:
-            found, pending = found + pending, []
+          elif SYNCED in entry or ('sealed' in entry and not pending):
+            found, pending = [*found, *pending, entry], []
           else:
             pending.append(entry)
         found += pending if boot == here else []
@@ -207,15 +241,6 @@ class WorkDirectory:
         except OSError as e:
           if e.errno != errno.ENOTEMPTY:  # a shard that is just looking whether it is the last makes its lock file
             raise
-
-
-def _lines(path: str) -> Iterator[dict[str, Any]]:
-  with open(path, 'rb') as f:
-    for line in f.read().split(b'\n'):
-      with contextlib.suppress(ValueError):
-        entry = json.loads(line)
-        if isinstance(entry, dict):
-          yield entry
 
 
 def _boot_id() -> str:

@@ -48,8 +48,8 @@ FITS, DOES_NOT_FIT = 0, 1
 REQUIRED = ('model', 'slice', 'batch')
 # Flag -> the parameter of run.precompile, where they differ.
 PARAMETERS = {'slice': 'slice_name', 'json': 'json_file', 'hlo': 'hlo_file', 'save': 'save_file'}
-FLAGS = ('model', 'weights', 'slice', 'phase', 'batch', 'context', 'prompt', 'layout', 'other_layout', 'mesh', 'scan_layers',
-         'max_new_tokens', 'json', 'hlo', 'save')
+FLAGS = ('model', 'weights', 'slice', 'phase', 'batch', 'context', 'prompt', 'layout', 'other_layout', 'mesh', 'cache',
+         'scan_layers', 'max_new_tokens', 'json', 'hlo', 'save')
 PHASES = {
     'decode': 'one token for each row', 'prefill': 'whole prompts', 'generate': 'all that infer runs for a static batch, to be '
     'saved', 'extend': 'a chunk of prompts on what is cached of them', 'slots': 'a decode step of slot refill',
@@ -76,6 +76,8 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
   define('string', 'other_layout', None, 'Of the other phase, which shares the weights and the cache. By default '
          'ws_2d/batch, or ws_1d/batch beside ws_1d.')
   define('string', 'mesh', None, 'XxYxZ over the whole slice. By default along its torus.')
+  define('enum', 'cache', None, 'What the KV cache holds: int8, with a scale for each position and head, or bfloat16, the '
+         'default.', ('int8', 'bfloat16'))
   define('boolean', 'scan_layers', None, 'One loop over all layers; --noscan_layers writes them out, which takes longer to '
          'compile, and prefetches each layer\'s weights. By default a loop for more than 8, as in infer.')
   define('integer', 'max_new_tokens', 64, 'Of a generation: the limit for each row.')

@@ -62,6 +62,7 @@ def analyze(
     layout: str | None = None,
     other_layout: str | None = None,
     mesh: str | None = None,
+    cache: str | None = None,
     scan_layers: bool | None = None,
     prompt: int | None = None,
     max_new_tokens: int = 64,
@@ -80,6 +81,7 @@ def analyze(
     layout: of the phase, 'feedforward/attention'; None: the one of fit.CANDIDATES with the least serial estimate.
     other_layout: of the other phase; see program.Case.
     mesh: 'XxYxZ' over the whole slice; None: along its torus.
+    cache: what the KV cache holds: 'int8', or None: bfloat16.
     scan_layers: one loop over all layers, or code for each; None: a loop for more than 8.
     prompt: tokens of each row that one pass takes; see program.Case.
     max_new_tokens: of a generation.
@@ -93,8 +95,8 @@ def analyze(
   slice_ = parse_slice(slice_name)
   slices.check_slice(slice_)
   case = Case(model, weights, phase, batch, context, Layout.parse(layout) if layout else Layout(), prompt,
-              Layout.parse(other_layout) if other_layout else None, max_new_tokens=max_new_tokens, sampler=sampler,
-              stacked=scan_layers)
+              Layout.parse(other_layout) if other_layout else None, cache=cache, max_new_tokens=max_new_tokens,
+              sampler=sampler, stacked=scan_layers)
   mesh = slices.slice_mesh(slice_, model, parse_mesh(mesh) if mesh else None)
   say(f'{slice_}: {slice_.chips} chips as a mesh of {"x".join(map(str, mesh.devices.shape))}')
 

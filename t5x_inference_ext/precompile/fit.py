@@ -100,7 +100,7 @@ def held(case: Case, mesh: dict[str, int]) -> tuple[int, int]:
   """
   prefill, decode = case.layouts
   e = describe(Setting(
-      case.config, mesh, prefill, decode, dtype=case.dtype, int8=case.weights == 'int8', stacked=case.stacked,
+      case.config, mesh, prefill, decode, dtype=case.dtype, cache=case.cache, int8=case.weights == 'int8', stacked=case.stacked,
       batch=case.batch, prompt_length=case.length, cache_length=case.context))
   return e.weight_bytes, e.cache_bytes
 

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from t5x_inference_ext.checkpoints.load import scans_layers
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.decoding.cache import KVCache
+from t5x_inference_ext.decoding.incremental import abstract
 from t5x_inference_ext.decoding.model import Model
 from t5x_inference_ext.decoding.sampling import Sampler
 from t5x_inference_ext.engine import generation_program
@@ -46,7 +47,8 @@ class Case:
       positions, by default all of the context.
     other_layout: of the other phase, which shares the weights and hands over or takes the cache: by default ws_2d/batch,
       or ws_1d/batch beside ws_1d, whose weights lie otherwise.
-    dtype: of activations, cache and embedding.
+    dtype: of activations and embedding.
+    cache: what the KV cache holds: 'int8', or None: `dtype`.
     stacked: whether the layers are one loop; by default as loading a checkpoint has it.
     max_new_tokens: of a generation.
     sampler: of a generation, slots and admit.
@@ -65,6 +67,7 @@ class Case:
   prompt: int | None = None
   other_layout: Layout | None = None
   dtype: str = 'bfloat16'
+  cache: str | None = None
   stacked: bool | None = None
   max_new_tokens: int = 64
   sampler: Sampler = GREEDY
@@ -102,6 +105,11 @@ class Case:
     return Run(self.batch, prompt, self.context, self.max_new_tokens, self.sampler)
 
   @property
+  def cache_dtype(self) -> str:
+    """What the KV cache holds."""
+    return self.cache or self.dtype
+
+  @property
   def tokens(self) -> int:
     """Of the whole batch, in one pass."""
     return self.batch * self.length
@@ -115,17 +123,18 @@ class Case:
     return (self.layout, other) if self.phase in ('prefill', 'generate') else (other, self.layout)
 
   def model(self, mesh: Mesh) -> Model:
-    return Model(self.config, mesh, *self.layouts, self.dtype)
+    return Model(self.config, mesh, *self.layouts, self.dtype, self.cache)
 
   def to_dict(self) -> dict[str, Any]:
     """JSON-ready."""
     if self.phase == 'generate':
-      return describe(self.config, self.weights, self.layouts, self.dtype, self.stacked, self.run)
+      return describe(self.config, self.weights, self.layouts, self.dtype, self.cache_dtype, self.stacked, self.run)
     prefill, decode = map(str, self.layouts)
     sampled = {'sampler': dataclasses.asdict(self.sampler)} if self.phase in ('slots', 'admit') else {}
     return {'model': self.config.to_dict(), 'weights': self.weights, 'phase': self.phase, 'batch': self.batch,
             'context': self.context, 'prompt': self.length if self.phase in ('prefill', 'extend', 'admit') else None,
-            'prefill_layout': prefill, 'decode_layout': decode, 'dtype': self.dtype, 'stacked': self.stacked, **sampled}
+            'prefill_layout': prefill, 'decode_layout': decode, 'dtype': self.dtype, 'cache': self.cache_dtype,
+            'stacked': self.stacked, **sampled}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,9 +257,7 @@ def abstract_cache(model: Model, weights: Weights, batch: int, context: int) -> 
   Raises:
     MeshError: rows that the decode layout can't split.
   """
-  specs = model.cache_spec(model.place_decode(batch), weights)
   row = jax.ShapeDtypeStruct((batch,), jnp.int32)
   made = jax.eval_shape(lambda w, tokens, lengths: model.prefill(w, tokens, lengths, context)[1], weights,
                         jax.ShapeDtypeStruct((batch, 1), jnp.int32), row)
-  return jax.tree.map(lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(model.mesh, spec)),
-                      made, specs)
+  return abstract(model, made, weights)

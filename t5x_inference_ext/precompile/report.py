@@ -60,7 +60,7 @@ def _heading(answer: Answer) -> Iterable[str]:
            'extend': 'a chunk, on a cache in the same', 'slots': f'slot refill, prompts in {prefill}',
            'admit': f'a prompt from {prefill} into its slot'}[case.phase]
   yield from _wrap(f'phase:  {case.phase} in {case.layout} ({other}); {what}; {case.weights} weights, {case.dtype} '
-                   'activations', '        ')
+                   f'activations, {case.cache_dtype} cache', '        ')
   mesh = ''
   if answer.fits:
     shape = answer.program.mesh.shape

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 
 from t5x_inference_ext.decoding import slots as device
-from t5x_inference_ext.decoding.incremental import place_cache
+from t5x_inference_ext.decoding.incremental import abstract
 from t5x_inference_ext.decoding.model import Model
 from t5x_inference_ext.decoding.rows import Rows
 from t5x_inference_ext.decoding.sampling import Sampler, samplers
@@ -63,7 +63,7 @@ def _jitted(function: Callable, model: Model, **static: Any) -> jax.stages.Wrapp
 def _slots(model: Model, weights: Weights, asks: Rows, rows: int, size: int) -> device.Slots:
   made = jax.eval_shape(functools.partial(device.empty_slots.__wrapped__, model, rows=rows, size=size, shared=None),
                         weights, asks)
-  cache = _placed(model, made.cache, weights)
+  cache = abstract(model, made.cache, weights)
   return device.Slots(cache, *_whole(model.mesh, (made.rows, made.progress)))
 
 
@@ -73,13 +73,7 @@ def _prompts(model: Model, weights: Weights, rows: int, size: int) -> device.Pro
                         weights)
   sharding = NamedSharding(model.mesh, P(device.logits_axes(model, rows)))
   logits = jax.ShapeDtypeStruct(made.logits.shape, made.logits.dtype, sharding=sharding)
-  return device.Prompts(_placed(model.prefilling, made.cache, weights), logits)
-
-
-def _placed(model: Model, cache: Any, weights: Weights) -> Any:
-  specs = model.cache_spec(place_cache(model, cache.lengths.shape[0]), weights)
-  return jax.tree.map(lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(model.mesh, spec)),
-                      cache, specs)
+  return device.Prompts(abstract(model.prefilling, made.cache, weights), logits)
 
 
 def _ints(*shape: int) -> jax.ShapeDtypeStruct:

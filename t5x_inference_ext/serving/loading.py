@@ -10,7 +10,7 @@ from t5x_inference_ext import distributed
 from t5x_inference_ext.checkpoints import Checkpoint, open_checkpoint
 from t5x_inference_ext.checkpoints.load import scans_layers
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.decoding.model import Model, check_dtype
+from t5x_inference_ext.decoding.model import Model, check_cache, check_dtype
 from t5x_inference_ext.decoding.sampling import Sampler, samplers
 from t5x_inference_ext.decoding.scheduler import Plan
 from t5x_inference_ext.engine import Engine
@@ -36,7 +36,8 @@ class Options:
     checkpoint: directory.
     mode: one of MODES.
     mesh: 'XxYxZ', or None for default_mesh.
-    dtype: of activations, cache and float weights.
+    dtype: of activations and float weights.
+    cache: what the KV cache holds: 'float32', 'bfloat16', 'int8', or None: dtype.
     prefill_layout, decode_layout: 'feedforward/attention', for each phase; see layouts.layout.Layout.
     norm_scale: 'zero', 'one' or None: what the checkpoint says.
     config: the model that the checkpoint must hold, or None: the one it holds.
@@ -65,6 +66,7 @@ class Options:
   mode: str = 'predict'
   mesh: str | None = None
   dtype: str = 'bfloat16'
+  cache: str | None = None
   prefill_layout: str = 'ws_2d/batch'
   decode_layout: str = 'ws_2d/batch'
   norm_scale: str | None = None
@@ -91,6 +93,7 @@ class Options:
     if self.batching not in BATCHING:
       raise RequestError(f'batching must be one of {", ".join(BATCHING)}, got {self.batching!r}')
     check_dtype(self.dtype)
+    check_cache(self.cache)
     check_pair(*self.layouts)
     for name, least in (('batch_size', 1), ('max_new_tokens', 1), ('seed', 0), ('prefill_chunk', 1),
                         ('prefill_budget', 1), ('num_decodes', 1), ('top_log_probs', 0)):
@@ -197,7 +200,7 @@ def explain_layout(options: Options, prompt_length: int, say: Callable[[str], No
   prefill, decode = options.layouts
   new_tokens = options.max_new_tokens if options.max_length is None else options.max_length - prompt_length
   setting = Setting(
-      config, dict(zip(AXES, sizes)), prefill, decode, dtype=options.dtype, int8=checkpoint.weights == 'int8',
+      config, dict(zip(AXES, sizes)), prefill, decode, dtype=options.dtype, cache=options.cache, int8=checkpoint.weights == 'int8',
       stacked=scans_layers(config.num_layers, options.scan_layers), batch=options.batch_size, prompt_length=prompt_length + 1,
       cache_length=options.cache_length or prompt_length + new_tokens)
   here = math.prod(sizes) <= len(jax.devices())
@@ -217,12 +220,12 @@ def load_engine(options: Options, checkpoint: Checkpoint, mesh: jax.sharding.Mes
           options.executable, max_new_tokens=options.max_new_tokens, max_length=options.max_length,
           sampler=dataclasses.asdict(options.sampler))
     engine = Engine.load(
-        checkpoint, mesh=mesh, dtype=options.dtype, prefill_layout=options.prefill_layout,
+        checkpoint, mesh=mesh, dtype=options.dtype, cache=options.cache, prefill_layout=options.prefill_layout,
         decode_layout=options.decode_layout, scan_layers=options.scan_layers, executable=options.executable,
         progress=progress)
   model = engine.model
   say(f'layouts: prefill {model.prefill_layout}, decode {model.decode_layout}, {options.dtype} activations, '
-      f'{checkpoint.weights} weights')
+      f'{checkpoint.weights} weights, {model.cache_dtype} cache')
   return engine
 
 
@@ -263,6 +266,7 @@ def description(options: Options, engine: Engine) -> dict[str, Any]:
       'prefill_layout': str(engine.model.prefill_layout),
       'decode_layout': str(engine.model.decode_layout),
       'dtype': options.dtype,
+      'cache': engine.model.cache_dtype,
       'sampling': {**dataclasses.asdict(options.sampler), 'seed': options.seed},
       'max_new_tokens': options.max_new_tokens,
       'max_length': options.max_length,

@@ -49,6 +49,7 @@ def infer(
     decode_layout: str = 'ws_2d/batch',
     scan_layers: bool | None = None,
     dtype: str = 'bfloat16',
+    cache: str | None = None,
     batch_size: int = 32,
     batching: str = 'continuous',
     prefill_chunk: int = 256,
@@ -82,7 +83,8 @@ def infer(
     mesh: 'XxYxZ'; None: over all devices that divide the model.
     prefill_layout, decode_layout: 'feedforward/attention', for each phase.
     scan_layers: as Engine.load's.
-    dtype: of activations, cache and float weights.
+    dtype: of activations and float weights.
+    cache: what the KV cache holds: 'float32', 'bfloat16', 'int8', or None: dtype.
     batch_size: examples a batch, or decode slots.
     batching, prefill_chunk, prefill_budget: as loading.Options'.
     model_config: the model that the checkpoint must hold; None: the one it holds.
@@ -105,10 +107,10 @@ def infer(
     tasks = find_tasks(source)
     check_source(source, mode, tasks)
     options = loading.Options(
-        checkpoint=checkpoint_path, mode=mode, mesh=mesh, dtype=dtype, prefill_layout=prefill_layout,
-        decode_layout=decode_layout, norm_scale=norm_scale, config=model_config, batch_size=batch_size,
-        sampler=sampler, num_decodes=num_decodes, stop=stop, seed=seed, scan_layers=scan_layers, batching=batching,
-        prefill_chunk=prefill_chunk, prefill_budget=prefill_budget,
+        checkpoint=checkpoint_path, mode=mode, mesh=mesh, dtype=dtype, cache=cache,
+        prefill_layout=prefill_layout, decode_layout=decode_layout, norm_scale=norm_scale, config=model_config,
+        batch_size=batch_size, sampler=sampler, num_decodes=num_decodes, stop=stop, seed=seed, scan_layers=scan_layers,
+        batching=batching, prefill_chunk=prefill_chunk, prefill_budget=prefill_budget,
         **_limits(sum(task_feature_lengths.values()), max_new_tokens))
     if explain_layout:
       loading.explain_layout(options, task_feature_lengths['targets' if mode == 'score' else 'inputs'])

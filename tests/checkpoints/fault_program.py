@@ -19,13 +19,14 @@ import signal
 import sys
 import time
 
-from t5x_inference_ext.checkpoints import convert, files, open_checkpoint, storage
+from t5x_inference_ext.checkpoints import conversion, convert, files, open_checkpoint
+from t5x_inference_ext.checkpoints.gzip_array import GzipArray
 from t5x_inference_ext.checkpoints.work_directory import WorkDirectory
 from t5x_inference_ext.errors import CheckpointError
 
 # Many slices; some blocks are held, some read again; and most of the time is spent on them.
-OPTIONS = dict(workers=2, slice_bytes=1, hold_bytes=2000, progress=lambda *_: time.sleep(.002))
-FUNCTIONS = ('allocate', 'write_block', 'sync', 'append_line', 'write_file', 'publish')
+OPTIONS = dict(slice_bytes=1, hold_bytes=2000, progress=lambda *_: time.sleep(.002))
+FUNCTIONS = ('allocate', 'write_blocks', 'sync', 'append_line', 'write_file', 'publish')
 
 
 def digest(path: pathlib.Path) -> str:
@@ -83,20 +84,38 @@ def recorded(out: pathlib.Path) -> list[int]:
   return sorted(e['slice'] for e in WorkDirectory(out).entries() if 'slice' in e)
 
 
+def convert_noting(source: str, out: pathlib.Path, workers: int) -> None:
+  """A conversion that writes the numbers of the slices it begins to the file `begun`."""
+  original = conversion.SliceWork
+
+  def begin(job, piece):
+    with open('begun', 'a', encoding='utf-8') as f:
+      f.write(f'{piece.number}\n')
+    return original(job, piece)
+
+  conversion.SliceWork = begin
+  convert.convert(source, out, workers=workers, **OPTIONS)
+
+
 def kills(source: str, scratch: pathlib.Path, seed: int, count: int) -> dict:
-  """Kills a conversion at random moments, over and over until it finishes; then another one, until `count` kills."""
+  """Kills a conversion at random moments, over and over until it finishes; then another one, until `count` kills.
+
+  Of every two, one has a single worker. `redone` is how many slices a kill made to be done again, at most, by workers.
+  """
   rng = random.Random(seed)
   whole = scratch / 'whole'
   begin = time.monotonic()
-  assert exit_code(fork(lambda: convert.convert(source, whole, **OPTIONS))) == 0
+  assert exit_code(fork(lambda: convert.convert(source, whole, workers=2, **OPTIONS))) == 0
   seconds = time.monotonic() - begin
   expected = digest(whole)
-  result = dict(kills=0, finished=0, different=0, partial_loads=0, lost=0, resumed=0, seconds=seconds)
-  while result['kills'] < count or not result['finished']:
+  result = dict(kills=0, finished=0, different=0, partial_loads=0, lost=0, resumed=0, seconds=seconds,
+                redone={1: 0, 2: 0})
+  while result['kills'] < count or result['finished'] < 2:
     out = scratch / f'out{result["finished"]}'
-    done, killed = [], 0
+    done, killed, workers = [], 0, 2 - result['finished'] % 2
     while not out.exists():
-      pid = fork(lambda: convert.convert(source, out, **OPTIONS))
+      pathlib.Path('begun').write_text('', encoding='utf-8')
+      pid = fork(lambda: convert_noting(source, out, workers))
       if killed < 12:  # then it may finish
         time.sleep(rng.uniform(.05, 1.) * seconds)
         os.kill(pid, signal.SIGKILL)
@@ -107,13 +126,15 @@ def kills(source: str, scratch: pathlib.Path, seed: int, count: int) -> dict:
           result['partial_loads'] += not check_parts(out)
           now = recorded(out)
           result['lost'] += len(set(done) - set(now))
+          begun = set(map(int, pathlib.Path('begun').read_text(encoding='utf-8').split()))
+          result['redone'][workers] = max(result['redone'][workers], len(begun - set(now)))
           result['resumed'] += bool(done)
           done = now
       elif code:
         raise SystemExit(f'ended with {code}: {pathlib.Path("error").read_text(encoding="utf-8")}')
     result['kills'] += killed
     if os.path.lexists(f'{out}.unfinished'):  # killed between its last two steps
-      assert exit_code(fork(lambda: convert.convert(source, out, **OPTIONS))) == 0
+      assert exit_code(fork(lambda: convert.convert(source, out, workers=workers, **OPTIONS))) == 0
     result['finished'] += 1
     result['different'] += digest(out) != expected or os.path.lexists(f'{out}.unfinished')
     shutil.rmtree(out)
@@ -134,7 +155,7 @@ def failing(function: str, number: int, code: int):
 
 
 def failing_read(number: int):
-  original, calls = storage.Stored._read, [0]
+  original, calls = GzipArray._read, [0]
 
   def replaced(self, bounds):
     calls[0] += 1
@@ -142,13 +163,13 @@ def failing_read(number: int):
       raise CheckpointError(f'{self.name}: damaged data in {self.path}: Input/output error')
     return original(self, bounds)
 
-  storage.Stored._read = replaced
+  GzipArray._read = replaced
 
 
 def errors(source: str, scratch: pathlib.Path) -> dict:
   """Disks that fill up and reads that fail, at various moments; each followed by the same command without the fault."""
   whole = scratch / 'whole'
-  assert exit_code(fork(lambda: convert.convert(source, whole, **OPTIONS))) == 0
+  assert exit_code(fork(lambda: convert.convert(source, whole, workers=2, **OPTIONS))) == 0
   expected = digest(whole)
   faults = [(name, number, code) for name in FUNCTIONS for number in (1, 4, 30)
             for code in (errno.ENOSPC, errno.EIO) if name != 'publish' or number == 1]
@@ -165,7 +186,7 @@ def errors(source: str, scratch: pathlib.Path) -> dict:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
       else:
         failing(name, number, code)
-      convert.convert(source, out, **OPTIONS)
+      convert.convert(source, out, workers=2, **OPTIONS)
 
     ended = exit_code(fork(faulty))
     result['faults'] += 1
@@ -177,7 +198,7 @@ def errors(source: str, scratch: pathlib.Path) -> dict:
         result['wrong'].append(f'{name} {number} {code}: looks finished')
     elif ended:
       result['wrong'].append(f'{name} {number} {code}: ended with {ended}')
-    if not out.exists() and exit_code(fork(lambda: convert.convert(source, out, **OPTIONS))) != 0:
+    if not out.exists() and exit_code(fork(lambda: convert.convert(source, out, workers=2, **OPTIONS))) != 0:
       result['wrong'].append(f'{name} {number} {code}: {pathlib.Path("error").read_text(encoding="utf-8")}')
     elif digest(out) != expected or os.path.lexists(f'{out}.unfinished'):
       result['wrong'].append(f'{name} {number} {code}: another checkpoint')

@@ -1,12 +1,14 @@
 """Several processes divide a conversion: together, one after the other, and in other numbers after an interruption."""
 
 import concurrent.futures
+import multiprocessing
 import pathlib
 import sys
+import threading
 
 import pytest
 
-from t5x_inference_ext.checkpoints import convert, files, open_checkpoint
+from t5x_inference_ext.checkpoints import convert, files, open_checkpoint, seal
 from t5x_inference_ext.checkpoints.work_directory import WorkDirectory
 from t5x_inference_ext.errors import CheckpointError, UserError
 from tests import processes
@@ -75,6 +77,67 @@ def fail_at(name, original):
       raise OSError(5, 'disk says no', path)
     original(path, data)
   return write_file
+
+
+@pytest.fixture
+def written(source, tmp_path, monkeypatch):
+  """An output of two shards that have written all, and read back nothing."""
+  assert not run(source, tmp_path / 'out', num_shards=2, shard_id=0).finished
+  with monkeypatch.context() as patched:
+    patched.setattr(seal, 'read_back', lambda *_: (_ for _ in ()).throw(CheckpointError('stopped')))
+    with pytest.raises(CheckpointError, match='stopped'):
+      run(source, tmp_path / 'out', num_shards=2, shard_id=1)
+  assert not any('sealed' in entry for entry in WorkDirectory(tmp_path / 'out').entries())
+  return tmp_path / 'out'
+
+
+def claim_and_wait(out, parts, connection):
+  """A shard that reads back, and never ends."""
+  with WorkDirectory(out).sealing() as claim:
+    connection.send([claim(part) for part in parts])
+    connection.recv()
+
+
+def test_shards_read_back_together(source, written, tmp_path):
+  """And what one had taken when it was killed, another reads."""
+  spawn = multiprocessing.get_context('spawn')
+  ours, theirs = spawn.Pipe()
+  other = spawn.Process(target=claim_and_wait, args=(written, [0, 2], theirs))
+  other.start()
+  assert ours.recv() == [True, True]
+  read, most = [], threading.Event()
+
+  def progress(what, *_):
+    if what.startswith('verify'):
+      read.append(what)
+      if len(read) == groups - 2:
+        most.set()
+
+  manifest_arrays = [p for p in (written.parent / 'out.unfinished' / 'checkpoint').iterdir() if p.is_dir()]
+  groups = len(manifest_arrays)  # small arrays are one group each
+  with concurrent.futures.ThreadPoolExecutor() as threads:
+    shard = threads.submit(run, source, written, num_shards=2, shard_id=1, progress=progress)
+    assert most.wait(60)
+    assert not shard.done()  # waits for the other one
+    other.kill()
+    other.join()
+    assert shard.result().finished
+  assert len(read) == len(set(read)) == groups
+  run(source, tmp_path / 'whole')
+  assert contents(written) == contents(tmp_path / 'whole')
+
+
+def test_what_another_machine_read_back_is_not_read_again(source, written, tmp_path, monkeypatch):
+  with monkeypatch.context() as patched:
+    patched.setattr('t5x_inference_ext.checkpoints.work_directory._boot_id', lambda: 'another')
+    patched.setattr(files, 'write_file', fail_at('serving_config.json', files.write_file))
+    with pytest.raises(CheckpointError, match='disk says no'):
+      run(source, written, num_shards=2, shard_id=0)
+  seen = []
+  assert run(source, written, num_shards=2, shard_id=1, progress=lambda what, *_: seen.append(what)).finished
+  assert seen == []
+  run(source, tmp_path / 'whole')
+  assert contents(written) == contents(tmp_path / 'whole')
 
 
 def test_a_shard_that_waits_for_another_to_lay_out_is_not_in_its_way(source, tmp_path):

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from t5x_inference_ext import parameters
-from t5x_inference_ext.checkpoints import convert, open_checkpoint, storage
+from t5x_inference_ext.checkpoints import convert, open_checkpoint
 from t5x_inference_ext.checkpoints.arrays import Arrangement, Part, Rectangle, SourceArray
 from t5x_inference_ext.checkpoints.conversion import Conversion
 from t5x_inference_ext.checkpoints.conversion_options import Options
+from t5x_inference_ext.checkpoints.gzip_array import GzipArray
 from t5x_inference_ext.checkpoints.pipeline import Pipeline, run_jobs
 from t5x_inference_ext.checkpoints.slices import Plan
 from t5x_inference_ext.checkpoints.tensor import InMemory
@@ -94,13 +95,13 @@ def test_a_plan_covers_everything_once(chunk, slice_bytes, finds_scales):
 
 
 def counted_reads(monkeypatch) -> list:
-  reads, original = [], storage.Stored._read
+  reads, original = [], GzipArray._read
 
   def read(self, bounds):
     reads.append((self.name, bounds))
     return original(self, bounds)
 
-  monkeypatch.setattr(storage.Stored, '_read', read)
+  monkeypatch.setattr(GzipArray, '_read', read)
   return reads
 
 

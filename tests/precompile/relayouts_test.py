@@ -13,9 +13,10 @@ LAYOUTS = ('ws_1d/heads', 'ws_1d/batch', 'ws_2d/heads', 'ws_2d/batch', 'wg_x/hea
            'wg_xy/batch', 'wg_xyz/batch')
 
 
-def _relaid(weights: str, phase: str, layout: str, **fields) -> list[str]:
+def _relaid(weights: str, phase: str, layout: str, cache: str | None = None, **fields) -> list[str]:
   config = dataclasses.replace(preset('palm_8b'), num_layers=3, **fields)
-  answer = analyze(config, weights, 'v4:2x2x2', phase, 16, 512, layout=layout, mesh='2x2x2', scan_layers=True)
+  answer = analyze(config, weights, 'v4:2x2x2', phase, 16, 512, layout=layout, mesh='2x2x2', cache=cache,
+                   scan_layers=True)
   return [f'{c.name} {c.result} of {c.sources}' for c in answer.estimate.weight_copies if c.relaid]
 
 
@@ -39,3 +40,9 @@ def test_no_program_of_slot_refill_does(phase, layout):
 @pytest.mark.parametrize('collectives', ['one_way', 'two_way'])
 def test_no_looped_decode_step_does(collectives):
   assert not _relaid('int8', 'decode', f'ws_2d/batch/{collectives}')
+
+
+@pytest.mark.parametrize('phase, layout', [('decode', 'ws_1d/heads'), ('decode', 'ws_2d/batch'), ('prefill', 'ws_2d/batch')])
+def test_no_int8_cache_is_laid_out_anew(phase, layout):
+  """A row's new position is a part of a tile, which would make the compiler copy the cache, twice for every row."""
+  assert not _relaid('int8', phase, layout, 'int8')

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from t5x import checkpoints
+from t5x import models
 
 from t5x_inference_ext.checkpoints import open_checkpoint
 from t5x_inference_ext.checkpoints.convert import convert
@@ -63,15 +64,19 @@ def test_int8_gives_the_same_tokens_with_flaxformer_s_quantized_variables(palm_t
   assert {name: (x.shape, x.dtype) for name, x in flat(params).items()} == {
       name: (x.shape, x.dtype) for name, x in expected.items()}
 
-  # Greedy tokens by induction: given ours so far, flaxformer's most likely next token is ours, at every position.
+  # T5X's own loop over flaxformer's quantized variables and its cache, beside ours.
   prompts = [row['prompt_tokens'] for row in json.loads((golden / 'greedy.json').read_text())]
+  new, eos = 24, running.VOCABULARY.eos_id
   engine = Engine.load(open_checkpoint(tmp_path / 'checkpoint_1000'), dtype='float32')
-  rows = [p + c.tokens for p, c in zip(prompts, engine.generate(prompts, max_new_tokens=24, eos_id=-1))]
-  tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
-  for row, values in zip(tokens, rows):
-    row[:len(values)] = values
-  inputs = np.pad(tokens, ((0, 0), (1, 0)))[:, :-1]
-  logits = jax.jit(lambda p: module.apply({'params': p}, inputs, tokens, enable_dropout=False))(params)
-  expected = np.argmax(np.asarray(logits), -1)
-  for prompt, row, greedy in zip(prompts, rows, expected):
-    np.testing.assert_array_equal(greedy[len(prompt):len(row)], row[len(prompt):])
+  ours = [c.tokens for c in engine.generate(prompts, max_new_tokens=new, eos_id=eos)]
+  tokens = np.zeros((len(prompts), max(map(len, prompts)) + new), np.int32)
+  for row, prompt in zip(tokens, prompts):
+    row[:len(prompt)] = prompt
+  lengths = np.array([len(prompt) for prompt in prompts])
+  batch = {'decoder_target_tokens': tokens, 'decoder_input_tokens': np.pad(tokens, ((0, 0), (1, 0)))[:, :-1],
+           'decoder_causal_attention': (np.arange(tokens.shape[1]) <= lengths[:, None]).astype(np.int32)}
+  model = models.DecoderOnlyModel(module, running.VOCABULARY, optimizer_def=None, decode_fn=running.GREEDY)
+  decoded, _ = jax.jit(model.predict_batch_with_aux)(params, batch)
+  assert any(len(row) == new for row in ours)
+  for row, expected in zip(np.asarray(decoded), ours):
+    np.testing.assert_array_equal(row[:len(expected)], expected)
