@@ -304,6 +304,43 @@ def test_texts_end_rows_and_biases_move_them(complete, greedy, batching):
   assert rows[0]['tokens'] == [60] * 12
 
 
+def test_rows_that_say_themselves_how(complete, greedy):
+  """Each as a run with its options would have it; what it says comes out with it."""
+  prompt, flags = greedy[0]['prompt'], ('--max_new_tokens=8', '--mesh=1x1x1', '--seed=2')
+  golden, stop = greedy[0]['greedy_text'], greedy[0]['greedy_text'][2]
+  rows, _ = complete([
+      {'prompt': prompt}, {'prompt': prompt, 'sampling': {'temperature': 1, 'top_k': 20, 'seed': 5}},
+      {'prompt': prompt, 'sampling': {'max_new_tokens': 3}}, {'prompt': prompt, 'sampling': {'stop': stop}},
+      {'prompt': prompt, 'sampling': {'stop': [[7, 7], golden[3:5]], 'logit_bias': {'60': 1e9}, 'max_new_tokens': 2}}], *flags)
+  assert rows[0]['completion'] == golden[:8]
+  assert rows[1]['sampling'] == {'temperature': 1, 'top_k': 20, 'seed': 5}
+  alone, _ = complete([{'prompt': prompt, 'sampling': {'seed': 5}}], *flags, '--temperature=1', '--top_k=20', name='alone')
+  assert rows[1]['tokens'] == alone[0]['tokens'] != rows[0]['tokens']
+  assert rows[2]['completion'] == golden[:3]
+  assert rows[3]['completion'] == golden[:golden.index(stop)]
+  assert rows[4]['tokens'] == [60, 60]
+  scored, _ = complete(rows[1:2], '--mode=score', '--mesh=1x1x1', name='scored')
+  assert scored[0]['sampling'] == rows[1]['sampling']
+
+
+@pytest.mark.parametrize('sampling, says', [
+    ('3', '"sampling" must be an object such as {"temperature": 0.7}, not the number 3'),
+    ('{"temprature": 1}', "prompts.jsonl:1: `sampling` has 'temprature', and can have temperature, top_k"),
+    ('{"temperature": "hot"}', "temperature must be a number, got 'hot'"),
+    ('{"top_k": 1.5}', 'top_k must be a whole number, got 1.5'), ('{"top_p": 0}', 'top_p must be above 0'),
+    ('{"max_new_tokens": 65}', 'max_new_tokens must be 1 to 64, the run\'s, got 65'),
+    ('{"seed": -1}', 'seed must be 0 to 2**32 - 1'), ('{"stop": [""]}', 'stop must be a text, or a list of texts'),
+    ('{"stop": [[400]]}', 'logit_bias or stop holds token 400'),
+    ('{"logit_bias": {"a": 1}}', 'logit_bias must be an object of token ids and numbers')])
+def test_rows_that_say_it_wrong(complaint, sampling, says):
+  assert says in complaint(f'{{"prompt": "a", "sampling": {sampling}}}\n')
+
+
+def test_a_static_batch_has_one_way_for_all(complaint):
+  assert '`sampling` of their own, which needs batching=continuous' in complaint(
+      '{"prompt": "a", "sampling": {"temperature": 1}}\n', '--batching=static')
+
+
 def test_help_shows_examples_and_flags(command):
   code, out, _ = command('--help')
   assert code == 0

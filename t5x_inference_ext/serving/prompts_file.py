@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 from typing import Callable
@@ -18,6 +19,7 @@ from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.serving import batches, loading, output, refill, requests
 from t5x_inference_ext.serving.journal import Files as JournalFiles, Journal
 from t5x_inference_ext.serving.progress import print_line
+from t5x_inference_ext.serving.row_sampling import Asked
 from t5x_inference_ext.serving.vocabularies import find_vocabulary
 
 
@@ -60,9 +62,12 @@ def infer_file(
         files.vocabulary, checkpoint.config.vocab_size, needed=bool(options.stop) or any(row.is_text for row in rows))
     name = vocabulary.name if vocabulary else 'none'
     say(f'vocabulary: {name} ({source})')
-    work = requests.tokenize(files.prompts, rows, vocabulary, checkpoint.config.vocab_size,
-                             None if scoring else options.max_prompt)
     options = loading.with_vocabulary(options, vocabulary, checkpoint.config.vocab_size)
+    asked = Asked(options.sampler, options.max_new_tokens)
+    work = requests.tokenize(files.prompts, rows, vocabulary, checkpoint.config.vocab_size, asked,
+                             None if scoring else options.max_prompt)
+    if not options.continuous and any(request.asked != asked for request in work):
+      raise RequestError('rows have `sampling` of their own, which needs batching=continuous')
   distributed.check_same(options=options, prompts=work, checkpoint=checkpoint.notes)
   loading_progress = lambda jobs: progress(jobs, 'loading weights', len(jobs))
   engine = loading.load_engine(options, checkpoint, mesh, loading_progress, say)
@@ -84,8 +89,10 @@ def infer_file(
       for _ in progress(kept, 'scoring' if scoring else 'generating', len(work) - len(journal.done)):
         pass
     with output.whole_file(files.output) as file:
-      for row, result in zip(rows, journal.in_order(len(work))):
-        file.write(json.dumps(_output_row(row, vocabulary, options, result)) + '\n')
+      for row, request, result in zip(rows, work, journal.in_order(len(work))):
+        told = _told(row, request, vocabulary, result)
+        told = told[0] if options.num_decodes == 1 else {'samples': told}
+        file.write(json.dumps({**row.fields, 'prompt': row.prompt, **told}) + '\n')
     record = output.write_record(files.output, {
         **loading.description(options, engine), 'prompts': files.prompts,
         'vocabulary': {'name': name, 'source': source}, 'shape': shape, 'time': clock.to_dict()})
@@ -101,8 +108,14 @@ def _journal_path(path: str) -> str:
 
 def _refill(engine: Engine, options, todo, clock, vocabulary, say):
   """The sizes of the run, and (row, [what is told of each sample]) as rows end."""
-  asked = [(row, Request((BOS_ID, *r.prompt), batches.row_seeds(options.seed, row, options.num_decodes),
-                         options.max_new_tokens, options.sampler)) for row, r in todo]
+
+  def request(row, r):
+    seeds = batches.row_seeds(options.seed, row, options.num_decodes)
+    if r.asked.seed is not None:
+      seeds = tuple((r.asked.seed + i) % 2**32 for i in range(options.num_decodes))
+    return row, Request((BOS_ID, *r.prompt), seeds, r.asked.max_new_tokens, r.asked.sampler)
+
+  asked = list(itertools.starmap(request, todo))
   plan, shared = plans.plan(
       engine.model, [r for _, r in asked], slots=options.batch_size, size=options.cache_length,
       chunk=options.prefill_chunk, budget=options.prefill_budget, eos_id=vocabulary.eos_id if vocabulary else EOS_ID,
@@ -160,8 +173,8 @@ def _score(engine: Engine, options, todo, clock, say):
   return {'tokens': tokens}, results()
 
 
-def _output_row(row: requests.Row, vocabulary, options, results: list[dict]) -> dict:
-  """The row as it came, with what is told of its sample, or of all in a list.
+def _told(row: requests.Row, request: requests.Request, vocabulary, results: list[dict]) -> list[dict]:
+  """What is told of each sample of a row.
 
   The text of a completion is None where there is no vocabulary. It ends before EOS or a stop sequence.
   """
@@ -169,7 +182,6 @@ def _output_row(row: requests.Row, vocabulary, options, results: list[dict]) -> 
   def text(tokens):
     if isinstance(row.completion, str):
       return row.completion
-    return vocabulary.decode(options.sampler.before_stop(tokens)) if vocabulary else None
+    return vocabulary.decode(request.asked.sampler.before_stop(tokens)) if vocabulary else None
 
-  told = [{'completion': text(result['tokens']), **result} for result in results]
-  return {**row.fields, 'prompt': row.prompt, **(told[0] if options.num_decodes == 1 else {'samples': told})}
+  return [{'completion': text(result['tokens']), **result} for result in results]

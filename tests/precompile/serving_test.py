@@ -13,9 +13,9 @@ from t5x_inference_ext.decoding.sampling import Sampler
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.layouts.layout import Layout
 from t5x_inference_ext.layouts.mesh import make_mesh
-from t5x_inference_ext.precompile import report, serving
+from t5x_inference_ext.precompile import report, saved, serving
 from t5x_inference_ext.precompile.analysis import analyze
-from t5x_inference_ext.precompile.program import Case, phase_function
+from t5x_inference_ext.precompile.program import Case, compile_case, phase_function
 
 SMALL = preset('palm_tiny', num_layers=2)
 ROWS, CONTEXT, PROMPT = 8, 16, 4
@@ -76,6 +76,16 @@ def test_a_prompt_s_way_through_the_programs(layout):
 def _rows(x, rows, first, count):
   axis = x.shape.index(rows)
   return jax.lax.slice_in_dim(x, first, first + count, axis=axis)
+
+
+def test_a_saved_program_takes_and_gives_what_it_did(tmp_path):
+  mesh, case = make_mesh((2, 2, 2)), _case('slots', sampler=Sampler(1.0, repetition_penalty=1.1))
+  program = compile_case(case, mesh)
+  saved.save(tmp_path / 'slots', program.compiled, program.arguments, mesh, case.to_dict())
+  loaded = saved.load(tmp_path / 'slots', *phase_function(case, mesh), mesh, case.to_dict())
+  with_nobody = lambda: _zeros(program.arguments)
+  results = [jax.tree.map(np.asarray, run(*with_nobody())) for run in (loaded, program.compiled)]
+  jax.tree.map(np.testing.assert_array_equal, *results)
 
 
 def test_the_default_chunk_is_the_scheduler_s():
