@@ -17,8 +17,9 @@ from t5x_inference_ext.engine import Engine
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.layouts.explain import Setting
 from t5x_inference_ext.layouts.explain_text import explain
-from t5x_inference_ext.layouts.layout import Layout, check_model, check_pair, choose_mesh
+from t5x_inference_ext.layouts.layout import Layout, check_model, check_pair
 from t5x_inference_ext.layouts.mesh import AXES, make_mesh, mesh_text, parse_mesh
+from t5x_inference_ext.layouts.mesh_choice import choose_mesh
 from t5x_inference_ext.precompile import generation
 from t5x_inference_ext.serving.batches import Clock
 from t5x_inference_ext.serving.progress import print_line
