@@ -51,7 +51,7 @@ def torus_mesh(shape: Sequence[int], wraps: Sequence[bool], config: ModelConfig,
   """(X, Y, Z) for a slice: of torus_meshes that on which a decode step in ws_2d waits least for links.
 
   That is what its layers move for as many rows as chips (traffic.layer_moves), over the links that each collective has
-  (links.wait). With a larger X fewer features and more columns move; the columns over x, which has the fewest links. X is
+  (links.wait); hops are as many on all of them. With a larger X fewer features and more columns move; the columns over x, which has the fewest links. X is
   1, which makes ws_2d what ws_1d is, only where two dimensions move more bytes (section 3.2.2). Of meshes as good it is
   one of whole physical axes, with Y and Z as even as they can be. Nothing is checked against the model: whether the chips
   divide it is the caller's to ask.
@@ -65,16 +65,26 @@ def torus_mesh(shape: Sequence[int], wraps: Sequence[bool], config: ModelConfig,
 
 @functools.lru_cache(maxsize=256)
 def _torus_mesh(shape, wraps, config: ModelConfig, split: bool) -> Mesh:
-  moved, waits = {}, {}
-  for mesh in torus_meshes(shape, wraps, split):
-    sizes, rows = dict(zip(AXES, mesh)), math.prod(mesh)
-    moves = layer_moves(config, place(Layout('ws_2d', 'batch'), config, sizes, rows, 1), sizes, rows, 1)
-    moved[mesh] = sum(move.moved for move in moves)
-    waits[mesh] = sum(links.wait(move, links.paths(shape, wraps, mesh, move.axes)) for move in moves)
-  one, two = ([m for m in moved if (m[0] > 1) == several] for several in (False, True))
+  found = torus_meshes(shape, wraps, split)
+  moved = {m: sum(move.moved for move in _moves(config, m)) for m in found}
+  one, two = ([m for m in found if (m[0] > 1) == several] for several in (False, True))
   candidates = two if two and min(map(moved.get, two)) < min(map(moved.get, one)) else one
   whole = torus_meshes(shape, wraps, split=False)
-  return min(candidates, key=lambda m: (round(waits[m]), m not in whole, fractions.Fraction(m[1], m[2])))
+
+  def order(mesh):
+    return round(wait(shape, wraps, mesh, config)), mesh not in whole, fractions.Fraction(mesh[1], mesh[2])
+
+  return min(candidates, key=order)
+
+
+def wait(shape: Sequence[int], wraps: Sequence[bool], mesh: Mesh, config: ModelConfig) -> float:
+  """Bytes that go through a link, one after the other, in a layer's decode step in ws_2d of as many rows as chips."""
+  return sum(links.wait(move, links.paths(shape, wraps, mesh, move.axes)) for move in _moves(config, mesh))
+
+
+def _moves(config, mesh):
+  sizes, rows = dict(zip(AXES, mesh)), math.prod(mesh)
+  return layer_moves(config, place(Layout('ws_2d', 'batch'), config, sizes, rows, 1), sizes, rows, 1)
 
 
 def default_mesh(config: ModelConfig, devices: int) -> tuple[int, int, int]:
