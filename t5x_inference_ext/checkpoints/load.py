@@ -14,9 +14,20 @@ from t5x_inference_ext.weights import Weights, layer_weights
 MAX_UNROLLED_LAYERS = 8
 
 
-def scans_layers(num_layers: int, asked: bool | None = None) -> bool:
-  """Whether the program loops over stacked layers: as asked, or by default beyond MAX_UNROLLED_LAYERS layers."""
-  return num_layers > MAX_UNROLLED_LAYERS if asked is None else asked
+def scans_layers(num_layers: int, asked: bool | None = None, platform: str = 'tpu') -> bool:
+  """Whether the program loops over stacked layers: as asked, or by default beyond MAX_UNROLLED_LAYERS layers.
+
+  On a GPU by default never: each turn of a loop copies the layer's weights out of the stack there, which more than doubles
+  the bytes of a decode step.
+
+  Args:
+    num_layers: of the model.
+    asked: what the user wants; None: nothing.
+    platform: jax's name for that of the devices.
+  """
+  if asked is not None:
+    return asked
+  return platform != 'gpu' and num_layers > MAX_UNROLLED_LAYERS
 
 
 def load_weights(checkpoint: Checkpoint, model: Model, *, stacked: bool | None = None, progress=iter) -> Weights:
@@ -37,7 +48,7 @@ def load_weights(checkpoint: Checkpoint, model: Model, *, stacked: bool | None =
   """
   tensors = device_tensors(model.config, model.prefill_layout, dict(model.mesh.shape), checkpoint.weights == 'int8')
   layers = model.config.num_layers
-  stacked = scans_layers(layers, stacked)
+  stacked = scans_layers(layers, stacked, model.mesh.devices.flat[0].platform)
   per_layer = [slice(0, layers)] if stacked else range(layers)
   jobs = [(name, None) for name, t in tensors.items() if not t.per_layer]
   jobs += [(name, layer) for layer in per_layer for name, t in tensors.items() if t.per_layer]

@@ -155,8 +155,8 @@ def explain_layout(options: Options, prompt_length: int, say: Callable[[str], No
   new_tokens = options.max_new_tokens if options.max_length is None else options.max_length - prompt_length
   setting = Setting(
       config, dict(zip(AXES, sizes)), prefill, decode, dtype=options.dtype, int8=checkpoint.weights == 'int8',
-      stacked=scans_layers(config.num_layers, options.scan_layers), batch=options.batch_size, prompt_length=prompt_length + 1,
-      cache_length=options.cache_length or prompt_length + new_tokens)
+      stacked=scans_layers(config.num_layers, options.scan_layers, jax.devices()[0].platform), batch=options.batch_size,
+      prompt_length=prompt_length + 1, cache_length=options.cache_length or prompt_length + new_tokens)
   here = math.prod(sizes) <= len(jax.devices())
   say(explain(setting, make_mesh(sizes) if here else None))
 

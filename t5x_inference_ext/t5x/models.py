@@ -53,7 +53,7 @@ class InferenceModel(models.DecoderOnlyModel):
     decode_layout: that of decode steps.
     dtype: of activations, cache and float weights: 'float32' or 'bfloat16'.
     norm_scale: 'zero' or 'one': how norm scales are stored, for a checkpoint that does not record it.
-    scan_layers: one array for all layers and a loop in the program; by default for more than 8.
+    scan_layers: one array for all layers and a loop in the program; by default for more than 8, but on a GPU never.
     decode_fn: decoding.temperature_sample, decoding.beam_search or another of their kind.
     task_feature_lengths: the task's, where its features are trimmed to them, as T5X's datasets are: prefill then runs
       over the length of inputs instead of that of inputs and targets.
@@ -109,8 +109,9 @@ class InferenceModel(models.DecoderOnlyModel):
     self.refills = refill is not None
     self._predictor = Predictor(self.model, refill, vocabulary.eos_id or EOS_ID, self._inputs_length) if refill else None
     self._jitted_scores = jax.jit(self._scores)
+    scan_layers = scans_layers(config.num_layers, scan_layers, self.model.mesh.devices.flat[0].platform)
     super().__init__(
-        InferenceModule(self.model, int8, scans_layers(config.num_layers, scan_layers)), vocabulary, optimizer_def=None,
+        InferenceModule(self.model, int8, scan_layers), vocabulary, optimizer_def=None,
         decode_fn=functools.partial(self._decode, decode_fn), feature_converter_cls=feature_converter_cls)
 
   def get_initial_variables(
