@@ -76,7 +76,7 @@ class Engine:
       prefill_layout, decode_layout: 'feedforward/attention', for each phase; see layouts.layout.Layout.
       norm_scale: 'zero' or 'one' for a checkpoint that does not record how its norm scales are stored.
       scan_layers: one array for all layers and a loop over them, or arrays and code for each; by default a loop for more
-        than 8 layers, but on a GPU never.
+        than 8 layers on CPU, on accelerators never.
       executable: a generation that precompile saved, for this model, mesh and versions: it runs instead of compiling, and
         only what it was compiled for. Loading one runs code: it has to be of your own making.
       progress: wraps the iterator over tensors, e.g. tqdm.

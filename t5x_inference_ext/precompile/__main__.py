@@ -66,8 +66,8 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
   define('string', 'other_layout', None, 'Of the other phase, which shares the weights and the cache. By default '
          'ws_2d/batch, or ws_1d/batch beside ws_1d.')
   define('string', 'mesh', None, 'XxYxZ over the whole slice. By default along its torus.')
-  define('boolean', 'scan_layers', None, 'One loop over all layers; --noscan_layers writes them out, which takes longer to '
-         'compile, and prefetches each layer\'s weights. By default a loop for more than 8, as in infer on a TPU.')
+  define('boolean', 'scan_layers', None, 'One loop over all layers, which compiles in seconds; by default they are written '
+         'out, as in infer on a TPU, which prefetches each layer\'s weights and takes a minute or two for 100 layers.')
   define('integer', 'max_new_tokens', 64, 'Of a generation: the limit for each row.')
   define('float', 'temperature', 0.0, 'Of a generation; 0 takes the most likely token.')
   define('integer', 'top_k', 0, 'Of a generation: sample among the k most likely tokens; 0: all.')

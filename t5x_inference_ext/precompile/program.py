@@ -44,7 +44,7 @@ class Case:
     other_layout: of the other phase, which shares the weights and hands over or takes the cache: by default ws_2d/batch,
       or ws_1d/batch beside ws_1d, whose weights lie otherwise.
     dtype: of activations, cache and embedding.
-    stacked: whether the layers are one loop; by default as loading a checkpoint has it.
+    stacked: whether the layers are one loop; by default as loading a checkpoint onto a TPU has it.
     max_new_tokens, sampler: of a generation.
 
   Raises:

@@ -53,7 +53,7 @@ class InferenceModel(models.DecoderOnlyModel):
     decode_layout: that of decode steps.
     dtype: of activations, cache and float weights: 'float32' or 'bfloat16'.
     norm_scale: 'zero' or 'one': how norm scales are stored, for a checkpoint that does not record it.
-    scan_layers: one array for all layers and a loop in the program; by default for more than 8, but on a GPU never.
+    scan_layers: one array for all layers and a loop in the program; by default for more than 8 on CPU, else never.
     decode_fn: decoding.temperature_sample, decoding.beam_search or another of their kind.
     task_feature_lengths: the task's, where its features are trimmed to them, as T5X's datasets are: prefill then runs
       over the length of inputs instead of that of inputs and targets.

@@ -75,10 +75,10 @@ def test_deep_models_are_stacked(layers, stacked):
   assert isinstance(weights.layers, tuple) != stacked
 
 
-def test_a_gpu_has_no_loop_unless_it_is_asked_for():
+def test_accelerators_have_no_loop_unless_it_is_asked_for():
   depths = MAX_UNROLLED_LAYERS, MAX_UNROLLED_LAYERS + 1
   found = {p: [scans_layers(n, None, p) for n in depths] for p in ('cpu', 'tpu', 'gpu')}
-  assert found == dict(cpu=[False, True], tpu=[False, True], gpu=[False, False])
+  assert found == dict(cpu=[False, True], tpu=[False, False], gpu=[False, False])
   for platform in found:
     assert [scans_layers(n, asked, platform) for n in depths for asked in (True, False)] == [True, False] * 2
 
