@@ -78,7 +78,7 @@ class Engine:
       prefill_layout, decode_layout: 'feedforward/attention', for each phase; see layouts.layout.Layout.
       norm_scale: 'zero' or 'one' for a checkpoint that does not record how its norm scales are stored.
       scan_layers: one array for all layers and a loop over them, or arrays and code for each; by default a loop for more
-        than 8 layers.
+        than 8 layers on CPU, on accelerators never.
       executable: a generation that precompile saved, for this model, mesh and versions: it runs instead of compiling, and
         only what it was compiled for. Loading one runs code: it has to be of your own making.
       progress: wraps the iterator over tensors, e.g. tqdm.
@@ -91,7 +91,7 @@ class Engine:
       checkpoint = open_checkpoint(checkpoint, norm_scale=norm_scale)
     check_model(checkpoint.config, mesh.shape)
     model = Model(checkpoint.config, mesh, Layout.parse(prefill_layout), Layout.parse(decode_layout), dtype, cache)
-    scan_layers = scans_layers(model.config.num_layers, scan_layers)
+    scan_layers = scans_layers(model.config.num_layers, scan_layers, mesh.devices.flat[0].platform)
     if executable is not None:
       executable = SavedGeneration.open(executable, model, checkpoint.weights, scan_layers)
     return cls(checkpoint, model, load_weights(checkpoint, model, stacked=scan_layers, progress=progress), executable)

@@ -110,8 +110,8 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
          'decode steps while rows wait.')
   define('integer', 'cache_length', None, 'Positions of each row\'s cache, new tokens included; a prompt that does not '
          'fit is an error. By default as many as the longest prompt needs.')
-  define('boolean', 'scan_layers', None, 'One loop over all layers; --noscan_layers writes them out, which takes longer to '
-         'compile, and lets a TPU prefetch each layer\'s weights. By default a loop for more than 8.')
+  define('boolean', 'scan_layers', None, 'One loop over all layers, which compiles in seconds; --noscan_layers writes '
+         'them out, which decodes faster on a TPU or GPU. By default a loop for more than 8 on CPU, else none.')
   define('string', 'executable', None, 'A generation that `python -m t5x_inference_ext.precompile --phase=generate --save` '
          'compiled for these chips, run instead of compiling; its batch and prompt size are used. It runs as code: use '
          'files of your own making alone.')

@@ -78,8 +78,8 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
   define('string', 'mesh', None, 'XxYxZ over the whole slice. By default along its torus.')
   define('enum', 'cache', None, 'What the KV cache holds: int8, with a scale for each position and head, or bfloat16, the '
          'default.', ('int8', 'bfloat16'))
-  define('boolean', 'scan_layers', None, 'One loop over all layers; --noscan_layers writes them out, which takes longer to '
-         'compile, and prefetches each layer\'s weights. By default a loop for more than 8, as in infer.')
+  define('boolean', 'scan_layers', None, 'One loop over all layers, which compiles in seconds; by default they are written '
+         'out, as in infer on a TPU, which prefetches each layer\'s weights and takes a minute or two for 100 layers.')
   define('integer', 'max_new_tokens', 64, 'Of a generation: the limit for each row.')
   sampling_flags.define(define, 'Of a generation, slots and admit: ')
   define('string', 'json', None, 'Write the report into this file, as JSON.')

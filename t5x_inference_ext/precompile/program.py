@@ -49,7 +49,7 @@ class Case:
       or ws_1d/batch beside ws_1d, whose weights lie otherwise.
     dtype: of activations and embedding.
     cache: what the KV cache holds: 'int8', or None: `dtype`.
-    stacked: whether the layers are one loop; by default as loading a checkpoint has it.
+    stacked: whether the layers are one loop; by default as loading a checkpoint onto a TPU has it.
     max_new_tokens: of a generation.
     sampler: of a generation, slots and admit.
 

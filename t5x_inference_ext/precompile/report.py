@@ -76,7 +76,8 @@ def _tried(answer: Answer) -> Iterable[str]:
   results = [f'{t.layout} {_ms(t.seconds)}' if t.seconds is not None else f'{t.layout} {_reason(t.reason)}'
              for t in answer.tried]
   chosen = 'least estimated time' if answer.fits else 'nearest to fitting'
-  yield from _wrap(f'layout: none given; {answer.case.layout} has the {chosen} of {"; ".join(results)}', '        ')
+  loops = ', as loops over the layers' if any(t.stacked for t in answer.tried) and not answer.case.stacked else ''
+  yield from _wrap(f'layout: none given; {answer.case.layout} has the {chosen} of {"; ".join(results)}{loops}', '        ')
 
 
 def _reason(reason: str) -> str:

@@ -17,8 +17,9 @@ from t5x_inference_ext.engine import Engine
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.layouts.explain import Setting
 from t5x_inference_ext.layouts.explain_text import explain
-from t5x_inference_ext.layouts.layout import Layout, check_model, check_pair, choose_mesh
+from t5x_inference_ext.layouts.layout import Layout, check_model, check_pair
 from t5x_inference_ext.layouts.mesh import AXES, make_mesh, mesh_text, parse_mesh
+from t5x_inference_ext.layouts.mesh_choice import choose_mesh
 from t5x_inference_ext.precompile import generation
 from t5x_inference_ext.serving.batches import Clock
 from t5x_inference_ext.serving.progress import print_line
@@ -200,9 +201,10 @@ def explain_layout(options: Options, prompt_length: int, say: Callable[[str], No
   prefill, decode = options.layouts
   new_tokens = options.max_new_tokens if options.max_length is None else options.max_length - prompt_length
   setting = Setting(
-      config, dict(zip(AXES, sizes)), prefill, decode, dtype=options.dtype, cache=options.cache, int8=checkpoint.weights == 'int8',
-      stacked=scans_layers(config.num_layers, options.scan_layers), batch=options.batch_size, prompt_length=prompt_length + 1,
-      cache_length=options.cache_length or prompt_length + new_tokens)
+      config, dict(zip(AXES, sizes)), prefill, decode, dtype=options.dtype, cache=options.cache,
+      int8=checkpoint.weights == 'int8',
+      stacked=scans_layers(config.num_layers, options.scan_layers, jax.devices()[0].platform), batch=options.batch_size,
+      prompt_length=prompt_length + 1, cache_length=options.cache_length or prompt_length + new_tokens)
   here = math.prod(sizes) <= len(jax.devices())
   say(explain(setting, make_mesh(sizes) if here else None))
 

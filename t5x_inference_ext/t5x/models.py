@@ -19,8 +19,9 @@ from t5x_inference_ext.decoding.cache import KVCache
 from t5x_inference_ext.decoding.model import Model
 from t5x_inference_ext.decoding.inputs import EOS_ID
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.layouts.layout import Layout, choose_mesh
+from t5x_inference_ext.layouts.layout import Layout
 from t5x_inference_ext.layouts.mesh import parse_mesh
+from t5x_inference_ext.layouts.mesh_choice import choose_mesh
 from t5x_inference_ext.quantization.kv import KV, Int8KV
 from t5x_inference_ext.t5x.module import STACK, InferenceModule, weights_from_params
 from t5x_inference_ext.t5x.partitioning import inference_mesh
@@ -47,14 +48,14 @@ class InferenceModel(models.DecoderOnlyModel):
     config: the model's shape, which the checkpoint must then have.
     int8: without a checkpoint, whether the matrices are int8.
     mesh: 'XxYxZ', over the first X*Y*Z devices; None takes as many devices as divide the model, along the
-      torus of a TPU slice (layouts.layout.choose_mesh). Or a jax Mesh of axes x, y, z, whose devices need not be here:
+      torus of a TPU slice (layouts.mesh_choice.choose_mesh). Or a jax Mesh of axes x, y, z, whose devices need not be here:
       for precompiling (precompile.slices.slice_mesh).
     prefill_layout: 'feedforward/attention' of prompts and of scores; see layouts.layout.Layout.
     decode_layout: that of decode steps.
     dtype: of activations and float weights: 'float32' or 'bfloat16'.
     cache: what the KV cache holds: 'float32', 'bfloat16', 'int8' with a scale for each position and head, or None: dtype.
     norm_scale: 'zero' or 'one': how norm scales are stored, for a checkpoint that does not record it.
-    scan_layers: one array for all layers and a loop in the program; by default for more than 8.
+    scan_layers: one array for all layers and a loop in the program; by default for more than 8 on CPU, else never.
     decode_fn: decoding.temperature_sample, decoding.beam_search or another of their kind.
     task_feature_lengths: the task's, where its features are trimmed to them, as T5X's datasets are: prefill then runs
       over the length of inputs instead of that of inputs and targets.
@@ -112,8 +113,9 @@ class InferenceModel(models.DecoderOnlyModel):
     self.refills = refill is not None
     self._predictor = Predictor(self.model, refill, vocabulary.eos_id or EOS_ID, self._inputs_length) if refill else None
     self._jitted_scores = jax.jit(self._scores)
+    scan_layers = scans_layers(config.num_layers, scan_layers, self.model.mesh.devices.flat[0].platform)
     super().__init__(
-        InferenceModule(self.model, int8, scans_layers(config.num_layers, scan_layers)), vocabulary, optimizer_def=None,
+        InferenceModule(self.model, int8, scan_layers), vocabulary, optimizer_def=None,
         decode_fn=functools.partial(self._decode, decode_fn), feature_converter_cls=feature_converter_cls)
 
   def get_initial_variables(

@@ -1,4 +1,7 @@
-"""Weights and caches lie as the compiled programs want them: no layer lays one out anew in HBM, in any layout."""
+"""Weights, caches and rows lie as the compiled programs want them.
+
+No layer lays a weight or a cache out anew in HBM, in any layout; a reduce-scatter is compiled as one.
+"""
 
 import dataclasses
 
@@ -46,3 +49,14 @@ def test_no_looped_decode_step_does(collectives):
 def test_no_int8_cache_is_laid_out_anew(phase, layout):
   """A row's new position is a part of a tile, which would make the compiler copy the cache, twice for every row."""
   assert not _relaid('int8', phase, layout, 'int8')
+
+
+@pytest.mark.parametrize('slice_name, batch', [('v4:2x2x1', 32), ('v4:2x2x4', 32), ('v4:4x4x4', 64)])
+def test_a_decode_step_scatters_few_rows(slice_name, batch):
+  """Of up to a tile of rows on each chip the compiler made an all-reduce and a slice (collectives/plain.py)."""
+  config = dataclasses.replace(preset('palm_8b'), num_layers=3)
+  answer = analyze(config, 'int8', slice_name, 'decode', batch, 512, layout='ws_2d/batch', scan_layers=True)
+  collectives = [(c.collective.kind, c.bytes) for c in answer.estimate.costs if c.collective and c.in_layer_loop]
+  # The norms sum one number for each row.
+  assert not [c for c in collectives if c[0] == 'all-reduce' and c[1] > 4 * batch]
+  assert 'reduce-scatter' in dict(collectives)
