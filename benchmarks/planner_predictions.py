@@ -3,8 +3,9 @@
   python -m benchmarks.planner_predictions
 
 First the other measured points of Pope et al. (arXiv 2211.05102): PaLM 540B at batch 64 with weights of either kind
-(its text), and Table 3, PaLM 62B. Each latency is checked against the MFU that is printed beside it. The mesh is the
-slice's own (torus_mesh), the layout the paper's. Then Megatron 530B beside NVIDIA's FasterTransformer on A100s with
+(its text), and Table 3, PaLM 62B. Each latency is checked against the MFU that is printed beside it. The layout is the
+paper's, and the mesh of whole axes with X nearest to sqrt(n E / F) (section 3.2.2; of two as near the larger): the paper
+does not say which its small slices had. Then Megatron 530B beside NVIDIA's FasterTransformer on A100s with
 tensor parallelism, for 20, 60 and 128 tokens in and 8 or 20 out: on the same GPUs in the layout that tensor parallelism
 is (ws_1d/heads), and on 64 TPU v4 in the best.
 """
@@ -17,6 +18,7 @@ os.environ['JAX_PLATFORMS'] = 'cpu'  # before jax is imported: nothing is comput
 
 from t5x_inference_ext.config import preset  # noqa: E402
 from t5x_inference_ext.layouts.layout import Layout  # noqa: E402
+from t5x_inference_ext.layouts.mesh import parse_mesh  # noqa: E402
 from t5x_inference_ext.planner import search  # noqa: E402
 from t5x_inference_ext.planner.case import Case  # noqa: E402
 from t5x_inference_ext.planner.choose import choose  # noqa: E402
@@ -32,6 +34,7 @@ class Measured:
   where: str
   model: str
   machine: str
+  mesh: str
   phase: str
   batch: int
   layout: str
@@ -42,7 +45,7 @@ class Measured:
   @property
   def case(self) -> Case:
     model, machine = preset(self.model), Machine.parse(self.machine)
-    return Case(model, machine, machine.meshes(model)[0], Layout.parse(self.layout), self.phase, self.batch,
+    return Case(model, machine, parse_mesh(self.mesh), Layout.parse(self.layout), self.phase, self.batch,
                 2048 if self.phase == 'prefill' else 1, 2048, self.weights)
 
   def check(self) -> None:
@@ -54,12 +57,12 @@ class Measured:
 
 
 PAPER = (
-    Measured('text', 'palm_540b', 'v4:4x4x4', 'decode', 64, 'ws_2d/batch', 'int8', 0.0285),
-    Measured('text', 'palm_540b', 'v4:4x4x4', 'decode', 64, 'ws_2d/batch', 'bfloat16', 0.0369),
-    Measured('Table 3', 'palm_62b', 'v4:2x2x4', 'prefill', 1, 'ws_2d/heads', 'int8', 0.16, 0.36),
-    Measured('Table 3', 'palm_62b', 'v4:2x2x4', 'decode', 32, 'ws_2d/batch', 'int8', 0.73 / 64, 0.08),
-    Measured('Table 3', 'palm_62b', 'v4:2x4x4', 'prefill', 512, 'wg_xyz/batch', 'bfloat16', 20.2, 0.73),
-    Measured('Table 3', 'palm_62b', 'v4:2x2x2', 'decode', 512, 'ws_2d/batch', 'bfloat16', 5.1 / 64, 0.37))
+    Measured('text', 'palm_540b', 'v4:4x4x4', '4x4x4', 'decode', 64, 'ws_2d/batch', 'int8', 0.0285),
+    Measured('text', 'palm_540b', 'v4:4x4x4', '4x4x4', 'decode', 64, 'ws_2d/batch', 'bfloat16', 0.0369),
+    Measured('Table 3', 'palm_62b', 'v4:2x2x4', '2x4x2', 'prefill', 1, 'ws_2d/heads', 'int8', 0.16, 0.36),
+    Measured('Table 3', 'palm_62b', 'v4:2x2x4', '2x4x2', 'decode', 32, 'ws_2d/batch', 'int8', 0.73 / 64, 0.08),
+    Measured('Table 3', 'palm_62b', 'v4:2x4x4', '4x4x2', 'prefill', 512, 'wg_xyz/batch', 'bfloat16', 20.2, 0.73),
+    Measured('Table 3', 'palm_62b', 'v4:2x2x2', '2x2x2', 'decode', 512, 'ws_2d/batch', 'bfloat16', 5.1 / 64, 0.37))
 
 # (tokens in, tokens out) -> batch -> milliseconds with tensor parallelism of 16 and of 32, FP16, no pipeline: NVIDIA's
 # FasterTransformer, docs/gpt_guide.md, "Performance of Megatron-530B" (8 A100 80 GB a node, 8 x 200 Gb/s between

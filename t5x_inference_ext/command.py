@@ -146,10 +146,12 @@ def configure(function: Callable[..., Any], **arguments) -> Callable[[], Any]:
   A function that no gin file imports has no bindings. The gin files' names for it are its module and name.
 
   Raises:
-    UserError: a parameter without a default that is neither bound nor given.
+    UserError: a parameter without a default that is neither bound nor given, or a bound object that can't be made.
   """
   try:
     bound = gin.get_bindings(function)
+  except UserError as e:  # of an object that gin makes: it adds the call's place, for which users have no use
+    raise UserError(str(e).partition('\n  In call to configurable')[0]) from e
   except ValueError:  # no gin file names it
     bound = {}
   arguments = {**bound, **arguments}

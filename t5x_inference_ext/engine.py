@@ -16,10 +16,10 @@ import numpy as np
 
 from t5x_inference_ext.checkpoints import Checkpoint, open_checkpoint
 from t5x_inference_ext.checkpoints.load import load_weights, scans_layers
-from t5x_inference_ext.decoding import plans, scoring
+from t5x_inference_ext.decoding import packing, plans, scoring
 from t5x_inference_ext.decoding.conversation import Conversation
 from t5x_inference_ext.decoding.generate import generate
-from t5x_inference_ext.decoding.inputs import BOS_ID, EOS_ID, check_generation, model_inputs
+from t5x_inference_ext.decoding.inputs import BOS_ID, EOS_ID, check_generation, for_each, model_inputs
 from t5x_inference_ext.decoding.model import Model
 from t5x_inference_ext.decoding.sampling import Sampler, samplers as stack
 from t5x_inference_ext.decoding.scheduler import Event, Request, Scheduler
@@ -60,6 +60,7 @@ class Engine:
       *,
       mesh: str | jax.sharding.Mesh = '1x1x1',
       dtype: str = 'bfloat16',
+      cache: str | None = None,
       prefill_layout: str = 'ws_2d/batch',
       decode_layout: str = 'ws_2d/batch',
       norm_scale: str | None = None,
@@ -72,11 +73,12 @@ class Engine:
     Args:
       checkpoint: the directory, or what open_checkpoint made of it.
       mesh: 'XxYxZ', over the first X*Y*Z devices, or a mesh with axes x, y, z.
-      dtype: of activations, cache and float weights: 'float32' or 'bfloat16'. Int8 weights stay int8.
+      dtype: of activations and float weights: 'float32' or 'bfloat16'. Int8 weights stay int8.
+      cache: what the KV cache holds: 'float32', 'bfloat16', 'int8' with a scale for each position and head, or None: dtype.
       prefill_layout, decode_layout: 'feedforward/attention', for each phase; see layouts.layout.Layout.
       norm_scale: 'zero' or 'one' for a checkpoint that does not record how its norm scales are stored.
       scan_layers: one array for all layers and a loop over them, or arrays and code for each; by default a loop for more
-        than 8 layers.
+        than 8 layers on CPU, on accelerators never.
       executable: a generation that precompile saved, for this model, mesh and versions: it runs instead of compiling, and
         only what it was compiled for. Loading one runs code: it has to be of your own making.
       progress: wraps the iterator over tensors, e.g. tqdm.
@@ -88,8 +90,8 @@ class Engine:
     if not isinstance(checkpoint, Checkpoint):
       checkpoint = open_checkpoint(checkpoint, norm_scale=norm_scale)
     check_model(checkpoint.config, mesh.shape)
-    model = Model(checkpoint.config, mesh, Layout.parse(prefill_layout), Layout.parse(decode_layout), dtype)
-    scan_layers = scans_layers(model.config.num_layers, scan_layers)
+    model = Model(checkpoint.config, mesh, Layout.parse(prefill_layout), Layout.parse(decode_layout), dtype, cache)
+    scan_layers = scans_layers(model.config.num_layers, scan_layers, mesh.devices.flat[0].platform)
     if executable is not None:
       executable = SavedGeneration.open(executable, model, checkpoint.weights, scan_layers)
     return cls(checkpoint, model, load_weights(checkpoint, model, stacked=scan_layers, progress=progress), executable)
@@ -129,18 +131,11 @@ class Engine:
       SavedError: with an executable, anything but what it was compiled for.
       MeshError: a number of prompts that the decode layout can't split: see padded_batch.
     """
-    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-    most = max(limits, default=1)
-    check_generation(prompts, self.model.config.vocab_size, min(limits, default=1), cache_size, prompt_size, max_length)
-    check_generation(prompts, self.model.config.vocab_size, most, cache_size, prompt_size, max_length)
+    limits, samplers, seeds = self._for_each(prompts, max_new_tokens, sampler, seeds)
+    check_generation(prompts, self.model.config.vocab_size, limits, cache_size, prompt_size, max_length)
     self.model.place_decode(len(prompts))
-    longest = max(map(len, prompts))
+    most, longest = max(limits), max(map(len, prompts))
     tokens, lengths = model_inputs(prompts, prompt_size or longest)
-    seeds = np.zeros(len(prompts)) if seeds is None else np.asarray(seeds)
-    samplers = [sampler] if isinstance(sampler, Sampler) else list(sampler)
-    for what, count in (('seeds', seeds.shape), ('limits', (len(limits),)), ('samplers', (len(samplers),))):
-      if count != lengths.shape and not (what == 'samplers' and isinstance(sampler, Sampler)):
-        raise RequestError(f'{len(prompts)} prompts need as many {what}, got shape {count}')
     # The last generated token is never fed back, so it takes no position.
     size = max(tokens.shape[1], cache_size or tokens.shape[1] + most - 1)
     stacked = stack(samplers, self.model.config.vocab_size)  # checks ids, too
@@ -151,7 +146,7 @@ class Engine:
       own['limits'] = np.asarray(limits, np.int32)
     run = Run(len(prompts), tokens.shape[1] - 1, size, most, sampler, eos_id, max_length)
     program = self._generation(run, bool(own), prefill_chunk)
-    arguments = self._put(tokens, lengths, seeds.astype(np.uint32), own)
+    arguments = self._put(tokens, lengths, np.asarray(seeds).astype(np.uint32), own)
     result = jax.device_get(program(self.weights, *arguments[:3], **arguments[3]))
     return [Completion(row[:n].tolist(), float(score)) for row, n, score in zip(*result)]
 
@@ -183,18 +178,17 @@ class Engine:
 
   def requests(self, prompts, max_new_tokens, sampler=Sampler(), seeds=None, samples: int = 1) -> list[Request]:
     """Prompts as the scheduler takes them; arguments, and errors, are stream's."""
-    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-    each = [sampler] * len(prompts) if isinstance(sampler, Sampler) else list(sampler)
-    seeds = [0] * len(prompts) if seeds is None else list(map(int, seeds))
-    check_generation(prompts, self.model.config.vocab_size, min(limits, default=1), None)
-    stack(each, self.model.config.vocab_size)
+    limits, samplers, seeds = self._for_each(prompts, max_new_tokens, sampler, seeds)
+    check_generation(prompts, self.model.config.vocab_size, limits)
+    stack(samplers, self.model.config.vocab_size)  # checks ids
     if samples < 1:
       raise RequestError(f'samples must be at least 1, got {samples}')
-    for what, found in (('limits', limits), ('samplers', each), ('seeds', seeds)):
-      if len(found) != len(prompts):
-        raise RequestError(f'{len(prompts)} prompts need as many {what}, got {len(found)}')
-    return [Request((BOS_ID, *prompt), tuple((seed + i) % 2**32 for i in range(samples)), limit, one)
-            for prompt, seed, limit, one in zip(prompts, seeds, limits, each)]
+    return [Request((BOS_ID, *prompt), tuple((int(seed) + i) % 2**32 for i in range(samples)), limit, one)
+            for prompt, seed, limit, one in zip(prompts, seeds, limits, samplers)]
+
+  def _for_each(self, prompts, max_new_tokens, sampler, seeds):
+    return (for_each(prompts, 'limits', max_new_tokens), for_each(prompts, 'samplers', sampler),
+            for_each(prompts, 'seeds', 0 if seeds is None else seeds))
 
   def chat(self, *, max_length: int, eos_id: int = EOS_ID, chunk: int = 256) -> Conversation:
     """A conversation of at most so many tokens, whose cache is kept between turns; see decoding.conversation."""
@@ -234,7 +228,8 @@ class Engine:
       pairs: (prompt, completion), token ids without BOS.
       tokens: scored at once, padding included.
     """
-    found = dict(scoring.score(self.log_probs, [scoring.Example.of(*pair) for pair in pairs], tokens, self.padded_batch))
+    examples = [scoring.Example.of(*pair) for pair in pairs]
+    found = dict(scoring.score(self.log_probs, examples, packing.packer(self.model, tokens)))
     return [found[i][len(prompt):].tolist() for i, (prompt, _) in enumerate(pairs)]
 
   def logits(self, inputs: np.ndarray) -> np.ndarray:

@@ -13,6 +13,14 @@ seed for every row that depends on --seed and the row's place alone:
   python -m t5x_inference_ext.infer --checkpoint=DIR --prompts=FILE.jsonl --output=FILE.jsonl \\
       --temperature=0.8 --top_k=40 --top_p=0.95 --seed=7 --vocabulary=FILE.model
 
+Four samples of each prompt, which share its prefill, each until its first blank line, with the log-probabilities of its
+tokens and of the three most likely at each step; --help has more ways to choose tokens:
+
+  python -m t5x_inference_ext.infer --checkpoint=DIR --prompts=FILE.jsonl --output=FILE.jsonl \\
+      --temperature=0.8 --num_decodes=4 --stop=$'\\n\\n' --top_log_probs=3
+
+A row can say itself how it is to be continued: {"prompt": ..., "sampling": {"temperature": 0.7, "stop": ["END"], "seed": 3}}.
+
 Scoring given completions, {"prompt": ..., "completion": ...}; the output of a generating run can be scored as it is:
 
   python -m t5x_inference_ext.infer --checkpoint=DIR --prompts=FILE.jsonl --output=FILE.jsonl --mode=score
@@ -40,10 +48,9 @@ import sys
 
 from absl import flags as absl_flags
 
-from t5x_inference_ext import command, distributed
+from t5x_inference_ext import command, distributed, sampling_flags
 from t5x_inference_ext.config import NORM_SCALES
-from t5x_inference_ext.decoding.sampling import Sampler
-from t5x_inference_ext.decoding.model import DTYPES
+from t5x_inference_ext.decoding.model import CACHES, DTYPES
 from t5x_inference_ext.errors import UserError
 from t5x_inference_ext.layouts.layout import ATTENTION, COLLECTIVES, FEEDFORWARD
 from t5x_inference_ext.serving import loading, prompts_file
@@ -51,15 +58,12 @@ from t5x_inference_ext.serving.progress import progress
 
 REQUIRED = ('checkpoint', 'prompts', 'output')
 # The defaults of what an Options holds are Options' own.
-OPTIONS = ('mode', 'mesh', 'prefill_layout', 'decode_layout', 'dtype', 'norm_scale', 'batch_size', 'max_new_tokens',
+OPTIONS = ('mode', 'mesh', 'prefill_layout', 'decode_layout', 'dtype', 'cache', 'norm_scale', 'batch_size', 'max_new_tokens',
            'cache_length', 'seed', 'scan_layers', 'executable', 'batching', 'prefill_chunk', 'prefill_budget',
-           'token_log_probs')
+           'num_decodes', 'token_log_probs', 'top_log_probs')
 PROCESSES = ('coordinator_address', 'num_processes', 'process_id')
 EXPLAINED_PROMPT = 512  # tokens, where --cache_length does not say how many there could be
-# What a Sampler holds, as plain flags have it.
-SAMPLING = ('temperature', 'top_k', 'top_p', 'repetition_penalty', 'frequency_penalty', 'presence_penalty',
-            'min_new_tokens')
-PLAIN = (*REQUIRED, *OPTIONS, 'vocabulary', 'overwrite', *SAMPLING)
+PLAIN = (*REQUIRED, *OPTIONS, 'stop', 'vocabulary', 'overwrite', *sampling_flags.TEXTS)
 
 
 def define_flags(flags: absl_flags.FlagValues) -> None:
@@ -76,14 +80,11 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
   define('enum', 'mode', defaults.mode, 'predict; predict_with_aux, here the same (rows always have scores); or score.',
          loading.MODES)
   define('integer', 'max_new_tokens', defaults.max_new_tokens, 'The limit for each row.')
-  define('float', 'temperature', defaults.sampler.temperature, '0 takes the most likely token.')
-  define('integer', 'top_k', defaults.sampler.top_k, 'Sample among the k most likely tokens; 0: all.')
-  define('float', 'top_p', defaults.sampler.top_p, 'Sample among the most likely tokens that reach this probability.')
-  define('float', 'repetition_penalty', 1.0, 'Divides positive logits of tokens in prompt or output, and '
-         'multiplies negative ones.')
-  define('float', 'frequency_penalty', 0.0, 'Is taken off a token\'s logit for each time it was generated.')
-  define('float', 'presence_penalty', 0.0, 'Is taken off the logits of all tokens that were generated.')
-  define('integer', 'min_new_tokens', 0, 'EOS is not chosen before so many tokens.')
+  sampling_flags.define(define)
+  define('multi_string', 'stop', [], 'A text that ends a row, where the model writes it in the tokens that the vocabulary '
+         'cuts it into; may be repeated.')
+  define('integer', 'num_decodes', defaults.num_decodes, 'Samples of each prompt, which share its prefill: with more than '
+         'one a row has them as `samples`.')
   define('integer', 'seed', defaults.seed, 'Of the run; every row has its own seed from it.')
   define('string', 'mesh', None, 'XxYxZ, such as 2x2x2, over the first devices. By default over all devices that '
          'divide the model.')
@@ -93,10 +94,14 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
            'see docs/layouts.md.')
   define('boolean', 'explain_layout', False, 'Print where every tensor would live, and stop; --prompts and --output '
          'are not needed. The mesh may be larger than the devices here. With gin flags too.')
-  define('enum', 'dtype', defaults.dtype, 'Of activations, cache and float weights; int8 weights stay int8.', DTYPES)
+  define('enum', 'dtype', defaults.dtype, 'Of activations and float weights; int8 weights stay int8.', DTYPES)
+  define('enum', 'cache', defaults.cache, 'What the KV cache holds; int8 has a scale for each position and head, and takes '
+         'half of the memory of bfloat16. By default --dtype.', CACHES)
   define('integer', 'batch_size', defaults.batch_size, 'Rows a batch, rounded up to what the mesh takes.')
-  define('boolean', 'token_log_probs', False, 'With --mode=score: also the log-probability of each token, '
-         'as `log_probs`.')
+  define('boolean', 'token_log_probs', False, 'Also the log-probability of each token, as `log_probs`; of generated ones '
+         'with continuous batching.')
+  define('integer', 'top_log_probs', defaults.top_log_probs, 'With continuous batching: also the so many most likely tokens '
+         'at each step and their log-probabilities, as `top_log_probs`.')
   define('enum', 'batching', defaults.batching, 'continuous: finished rows leave, waiting prompts enter; or static: '
          'batches that end with their last row. Rows are the same.', loading.BATCHING)
   define('integer', 'prefill_chunk', defaults.prefill_chunk, 'With continuous batching: positions of a prompt that '
@@ -105,8 +110,8 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
          'decode steps while rows wait.')
   define('integer', 'cache_length', None, 'Positions of each row\'s cache, new tokens included; a prompt that does not '
          'fit is an error. By default as many as the longest prompt needs.')
-  define('boolean', 'scan_layers', None, 'One loop over all layers; --noscan_layers writes them out, which takes longer to '
-         'compile, and lets a TPU prefetch each layer\'s weights. By default a loop for more than 8.')
+  define('boolean', 'scan_layers', None, 'One loop over all layers, which compiles in seconds; --noscan_layers writes '
+         'them out, which decodes faster on a TPU or GPU. By default a loop for more than 8 on CPU, else none.')
   define('string', 'executable', None, 'A generation that `python -m t5x_inference_ext.precompile --phase=generate --save` '
          'compiled for these chips, run instead of compiling; its batch and prompt size are used. It runs as code: use '
          'files of your own making alone.')
@@ -136,7 +141,7 @@ def main(flags: absl_flags.FlagValues) -> None:
   if missing:
     raise UserError(f'{", ".join(missing)} not given; --help shows examples')
   options = loading.Options(
-      checkpoint=flags.checkpoint, sampler=Sampler(**{name: flags[name].value for name in SAMPLING}),
+      checkpoint=flags.checkpoint, sampler=sampling_flags.sampler(flags), stop=tuple(flags.stop),
       **{name: flags[name].value for name in OPTIONS})
   if flags.explain_layout:
     loading.explain_layout(options, EXPLAINED_PROMPT if options.max_prompt is None else options.max_prompt)

@@ -51,8 +51,13 @@ def report(source: str, output: str, directory: str, *, norm_scale: str | None =
     targets = task_tokens(task, task_module, task_split, original.config.vocab_size)
   losses = {}
   if targets is not None:
-    for label, checkpoint in ((f'source, {original.weights}', original), (f'output, {rounded.weights}', rounded)):
-      losses[label] = loss(checkpoint, targets)
+    for label, checkpoint, dtype, cache in (
+        (f'source, {original.weights}', original, 'float32', None),
+        ('source as bfloat16', original, 'bfloat16', None),
+        (f'output, {rounded.weights}', rounded, 'float32', None),
+        (f'output, {rounded.weights}, int8 cache', rounded, 'float32', 'int8'),
+        ('the same as bfloat16', rounded, 'bfloat16', 'int8')):
+      losses[label] = loss(checkpoint, targets, dtype, cache)
   lines = list(_table(errors, losses, targets))
   os.makedirs(directory, exist_ok=True)
   with open(os.path.join(directory, 'report.txt'), 'w', encoding='utf-8') as f:
@@ -63,12 +68,16 @@ def report(source: str, output: str, directory: str, *, norm_scale: str | None =
   return [*lines, f'wrote {directory}/report.txt, report.json and report.png']
 
 
-def loss(checkpoint: Checkpoint, targets: np.ndarray) -> float:
+def loss(checkpoint: Checkpoint, targets: np.ndarray, dtype: str = 'float32', cache: str | None = None) -> float:
   """Nats per token of targets [rows, length], in which 0 is padding: the model predicts each from those before it.
 
-  In float32 with exact products, so that only the weights differ.
+  Args:
+    checkpoint: the model.
+    targets: what it is to predict.
+    dtype: of activations and float weights. In float32 products are exact, and only int8 rounds.
+    cache: what the KV cache holds, as Engine.load's: each position sees keys and values as decoding would find them.
   """
-  engine = Engine.load(checkpoint, dtype='float32')
+  engine = Engine.load(checkpoint, dtype=dtype, cache=cache)
   total = 0.
   for begin in range(0, len(targets), BATCH_ROWS):
     rows = targets[begin:begin + BATCH_ROWS]
@@ -118,14 +127,14 @@ def _checked(tokens: np.ndarray, where: str, vocab_size: int) -> np.ndarray:
 
 
 def _table(errors: dict[str, dict], losses: dict[str, float], targets: np.ndarray | None) -> Iterator[str]:
-  yield f'{"tensor":20}{"max":>12}{"Frobenius":>12}   of max|w|, of ||w||'
+  yield f'{"tensor":26}{"max":>12}{"Frobenius":>12}   of max|w|, of ||w||'
   for name, error in errors.items():
-    yield f'{name:20}{error["largest"]:12.4%}{error["relative"]:12.4%}'
+    yield f'{name:26}{error["largest"]:12.4%}{error["relative"]:12.4%}'
   if losses:
-    yield f'{"loss on":20}{"nats":>12}{"bits":>12}   a token, of {int(np.count_nonzero(targets))}'
+    yield f'{"loss":26}{"nats":>12}{"bits":>12}   a token, of {int(np.count_nonzero(targets))}'
     first = next(iter(losses.values()))
     for name, value in losses.items():
-      yield f'{name:20}{value:12.5f}{value / np.log(2):12.5f}   {value / first - 1:+.3%}'
+      yield f'{name:26}{value:12.5f}{value / np.log(2):12.5f}   {value / first - 1:+.3%}'
 
 
 def _plot(pyplot, errors: dict[str, dict], losses: dict[str, float], path: str) -> None:

@@ -58,7 +58,7 @@ def test_padded_batch_is_accepted(engine):
     (dict(cache_size=10),
      'prompt 0 is longer than the cache: 3 tokens and 8 new ones need 11 positions, the cache has 10'),
     (dict(prompt_size=2), 'prompt 0 has 3 tokens, more than prompt_size=2'),
-    (dict(seeds=[1]), '2 prompts need as many seeds, got shape'),
+    (dict(seeds=[1]), '2 prompts need as many seeds, got 1'),
 ])
 def test_bad_requests(engine, arguments, says):
   with pytest.raises(RequestError) as error:
@@ -107,6 +107,7 @@ def test_meshes_that_do_not_fit(palm_tiny, mesh, says):
 
 @pytest.mark.parametrize('arguments, error, says', [
     (dict(dtype='float16'), RequestError, 'dtype must be one of float32, bfloat16'),
+    (dict(cache='int4'), RequestError, "cache must be one of float32, bfloat16, int8, got 'int4'"),
     (dict(prefill_layout='ws_9d/batch'), MeshError, "unknown layout part 'ws_9d'; known: ws_1d, ws_2d"),
     (dict(decode_layout='ws_2d'), MeshError, 'a layout is written feedforward/attention'),
     (dict(prefill_layout='wg_xyz/heads'), MeshError, 'leaves none to split heads over; use wg_xyz/batch'),
@@ -148,3 +149,28 @@ def test_a_stream_gives_generate_s_tokens_as_they_are_made(engine):
                     (dict(max_new_tokens=0), 'max_new_tokens must be at least 1')):
     with pytest.raises(RequestError, match=says):
       engine.stream(PROMPTS, **{**options, **bad})
+
+
+def test_an_int8_cache_gives_every_way_of_decoding_the_same(palm_tiny, engine):
+  """A batch at once, prompts in chunks, slots with a shared beginning, turns of a chat; and score tells its probabilities."""
+  int8 = Engine.load(palm_tiny, mesh='2x1x1', dtype='float32', cache='int8')
+  begin = [byte + 3 for byte in b'import os\nimport sys\n\ndef main(argv):\n  ']
+  prompts = [[*begin, 117, 104], [*begin, 105], begin]
+  batch = [*prompts, prompts[0]]
+  wanted = int8.generate(batch, max_new_tokens=12, eos_id=-1)
+  assert [c.score for c in wanted] != [c.score for c in engine.generate(batch, max_new_tokens=12, eos_id=-1)]
+  chunks = int8.generate(batch, max_new_tokens=12, eos_id=-1, prefill_chunk=16)
+  assert [c.tokens for c in chunks] == [c.tokens for c in wanted]
+  np.testing.assert_allclose([c.score for c in chunks], [c.score for c in wanted], atol=1e-3)
+  found = {}
+  for event in int8.stream(prompts, max_new_tokens=12, eos_id=-1, slots=2):
+    found.setdefault(event.request, []).extend(event.tokens)
+  assert [found[i] for i in range(3)] == [c.tokens for c in wanted[:3]]
+  chat = int8.chat(max_length=100, eos_id=-1)
+  list(chat.reply(prompts[2][:20], max_new_tokens=1))
+  chat.tokens.pop()
+  assert list(chat.reply(prompts[2][20:], max_new_tokens=12)) == wanted[2].tokens
+  targets = np.array([[*p, *c.tokens] for p, c in zip(batch, wanted) if p == prompts[0]])
+  inputs = np.pad(targets, ((0, 0), (1, 0)))[:, :-1]
+  scores = int8.score(inputs, targets, np.broadcast_to(np.arange(targets.shape[1]) >= len(prompts[0]), targets.shape))
+  np.testing.assert_allclose(scores, [wanted[0].score, wanted[3].score], atol=1e-3)

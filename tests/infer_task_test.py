@@ -128,6 +128,31 @@ def test_mixture_shards_and_completed_tasks(command, greedy, tmp_path):
   assert eos.read_text() == 'kept'
 
 
+def test_several_predictions_come_from_the_worst_to_the_best(command, greedy, tmp_path):
+  """As T5X's return_all_decodes has them; each ends before a text of STOP."""
+  code, out, err = command(MODE='predict_with_aux', NUM_DECODES=3, TEMPERATURE=0.5, TOP_K=8, STOP=['e'], BATCH_SIZE=4)
+  assert code == 0, err
+  rows = _rows(tmp_path / 'out' / 'golden_prompts-predict_with_aux.jsonl-00000-of-00001')
+  assert len(rows) == len(greedy) and '8 rows, ' in out
+  for row in rows:
+    assert len(row['prediction']) == 3 and row['aux']['scores'] == sorted(row['aux']['scores'])
+    assert not any('e' in text for text in row['prediction'])
+  assert any(len(text) < 16 for row in rows for text in row['prediction'])
+  record = json.loads((tmp_path / 'out' / 'infer.config.json').read_text())
+  assert record['num_decodes'] == 3 and record['sampling']['top_k'] == 8
+
+
+@pytest.mark.parametrize('macros, says', [
+    (dict(NUM_DECODES=2, BATCHING='static'), 'num_decodes needs batching=continuous'),
+    (dict(NUM_DECODES=2, MODE='score'), 'num_decodes is for runs that generate'),
+    (dict(STOP='ab'), "stop must be texts that are not empty, got 'ab'"),
+    (dict(TEMPERATURE=-1.0), 'temperature must be 0 or more, got -1.0'),
+    (dict(LOGIT_BIAS={400: 1.0}), 'logit_bias or stop holds token 400')])
+def test_ways_to_choose_that_can_t_be(command, macros, says):
+  code, _, err = command(**macros)
+  assert code == 2 and err.startswith('error: ') and says in err and err.count('\n') == 1
+
+
 def test_scores_are_those_of_the_targets_after_the_inputs(command, greedy, palm_tiny, tmp_path):
   """With and without EOS on the targets, which are trimmed to 16, EOS and all, as seqio does."""
   code, _, err = command(MIXTURE_OR_TASK_NAME='golden_mixture', MODE='score')

@@ -9,6 +9,7 @@ import pytest
 import sentencepiece
 
 from t5x_inference_ext import infer
+from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.serving import loading, prompts_file, refill, vocabularies
 
 FLAGS = ('--dtype=float32', '--max_new_tokens=48')
@@ -167,6 +168,19 @@ def test_sentencepiece_vocabulary(complete, repository, tmp_path):
   assert rows[0]['completion'] == processor.decode(known)
 
 
+def test_a_stop_in_sentencepiece_is_found_within_words(repository, tmp_path):
+  text = (repository / 'LICENSE').read_text().splitlines()
+  model = tmp_path / 'words'
+  sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(text), model_prefix=str(model), vocab_size=300, minloglevel=2)
+  vocabulary = vocabularies.SentencePieceVocabulary(f'{model}.model')
+  found = vocabularies.stop_sequences(vocabulary, 'or')
+  assert vocabulary.encode('or') in found and vocabulary.encode('Lor')[-len(found[1]):] == found[1] and len(found) > 1
+  assert all(vocabulary.decode(ids) == 'or' for ids in found)
+  with pytest.raises(RequestError, match=r"stop='\\n\\n' can't be written in the vocabulary"):
+    vocabularies.stop_sequences(vocabulary, '\n\n')
+
+
 def test_without_a_vocabulary_ids_still_work(complete, monkeypatch):
   """As for any model that has not 384 rows, where no --vocabulary is given."""
   monkeypatch.setattr(vocabularies, 'BYTE_ROWS', 0)
@@ -231,6 +245,102 @@ def test_batching_changes_no_row(complete):
   assert [r['score'] for r in rows] == pytest.approx([r['score'] for r in static], rel=1e-5)
 
 
+def test_an_int8_cache(complete, tmp_path):
+  """Both batchings give the same, of other probabilities than a float cache; the run's record says which it was."""
+  rows = [{'prompt': 'def f(x):\n'}, {'prompt': 'import '}]
+  flags = ('--max_new_tokens=8', '--mesh=1x1x1')
+  floats, _ = complete(rows, *flags, name='float.jsonl')
+  found, out = complete(rows, *flags, '--cache=int8')
+  static, _ = complete(rows, *flags, '--cache=int8', '--batching=static', name='static.jsonl')
+  assert 'int8 cache' in out
+  assert json.loads((tmp_path / 'out.jsonl.config.json').read_text())['cache'] == 'int8'
+  assert [r['tokens'] for r in found] == [r['tokens'] for r in static]
+  assert [r['score'] for r in found] != [r['score'] for r in floats]
+
+
+def test_several_samples_of_each_prompt(complete):
+  """In the order of their seeds, of which every sample has its own; one sample of a row alone is the row's."""
+  prompts = [{'prompt': 'def f(', 'id': 1}, {'prompt': 'import '}, {'prompt': 'def f('}]
+  flags = '--max_new_tokens=6', '--temperature=1', '--mesh=2x1x1', '--batch_size=4'
+  rows, out = complete(prompts, *flags, '--num_decodes=3')
+  assert [row.keys() for row in rows] == [{'prompt', 'id', 'samples'}, *[{'prompt', 'samples'}] * 2]
+  assert all(sample.keys() == {'completion', 'tokens', 'score'} for row in rows for sample in row['samples'])
+  assert len({tuple(sample['tokens']) for row in rows for sample in row['samples']}) == 9
+  assert '3 rows, 54 tokens generated' in out
+  again, _ = complete(prompts[:1] * 3, *flags, '--batch_size=2', name='one.jsonl')
+  # Samples have seeds as rows of a file would: the first prompt's three are those of three rows of it.
+  assert [row['tokens'] for row in again] == [sample['tokens'] for sample in rows[0]['samples']]
+
+
+def test_what_is_told_of_tokens(complete, greedy):
+  """Log-probabilities of the tokens, which greedy ones share with the most likely; scoring them gives the same."""
+  prompts = [{'prompt': g['prompt']} for g in greedy[:3]]
+  rows, _ = complete(prompts, '--max_new_tokens=5', '--top_log_probs=3', '--mesh=1x1x1')
+  for row in rows:
+    assert [len(top) for top in row['top_log_probs']] == [3] * 5
+    assert [top[0] for top in row['top_log_probs']] == [list(pair) for pair in zip(row['tokens'], row['log_probs'])]
+    assert all(top[0][1] >= top[1][1] >= top[2][1] for top in row['top_log_probs'])
+    assert row['score'] == pytest.approx(sum(row['log_probs']), rel=1e-6)
+  scored, _ = complete(rows, '--mode=score', '--token_log_probs', '--mesh=1x1x1', name='scored.jsonl')
+  for row, told in zip(rows, scored):
+    assert told['log_probs'] == pytest.approx(row['log_probs'], rel=1e-4)
+  without, _ = complete(prompts, '--max_new_tokens=5', '--token_log_probs', '--mesh=1x1x1', name='without.jsonl')
+  assert without == [{k: v for k, v in row.items() if k != 'top_log_probs'} for row in rows]
+
+
+@pytest.mark.parametrize('batching', ['continuous', 'static'])
+def test_texts_end_rows_and_biases_move_them(complete, greedy, batching):
+  """A row's text ends before the stop, its tokens with it."""
+  flags = '--max_new_tokens=12', '--mesh=1x1x1', f'--batching={batching}'
+  golden = greedy[0]['greedy_text'][:12]
+  stop = golden[4:6]
+  cut = golden.index(stop)
+  rows, _ = complete([{'prompt': greedy[0]['prompt']}], *flags, f'--stop={stop}', '--stop=never')
+  assert rows[0]['completion'] == golden[:cut]
+  assert rows[0]['tokens'] == greedy[0]['greedy_tokens'][:cut + 2]
+  first = greedy[0]['greedy_tokens'][0]
+  rows, _ = complete([{'prompt': greedy[0]['prompt']}], *flags, f'--logit_bias={{"{first}": -Infinity, "60": 1e9}}',
+                     name='biased.jsonl')
+  assert rows[0]['tokens'] == [60] * 12
+
+
+def test_rows_that_say_themselves_how(complete, greedy):
+  """Each as a run with its options would have it; what it says comes out with it."""
+  prompt, flags = greedy[0]['prompt'], ('--max_new_tokens=8', '--mesh=1x1x1', '--seed=2')
+  golden, stop = greedy[0]['greedy_text'], greedy[0]['greedy_text'][2]
+  rows, _ = complete([
+      {'prompt': prompt}, {'prompt': prompt, 'sampling': {'temperature': 1, 'top_k': 20, 'seed': 5}},
+      {'prompt': prompt, 'sampling': {'max_new_tokens': 3}}, {'prompt': prompt, 'sampling': {'stop': stop}},
+      {'prompt': prompt, 'sampling': {'stop': [[7, 7], golden[3:5]], 'logit_bias': {'60': 1e9}, 'max_new_tokens': 2}}], *flags)
+  assert rows[0]['completion'] == golden[:8]
+  assert rows[1]['sampling'] == {'temperature': 1, 'top_k': 20, 'seed': 5}
+  alone, _ = complete([{'prompt': prompt, 'sampling': {'seed': 5}}], *flags, '--temperature=1', '--top_k=20', name='alone')
+  assert rows[1]['tokens'] == alone[0]['tokens'] != rows[0]['tokens']
+  assert rows[2]['completion'] == golden[:3]
+  assert rows[3]['completion'] == golden[:golden.index(stop)]
+  assert rows[4]['tokens'] == [60, 60]
+  scored, _ = complete(rows[1:2], '--mode=score', '--mesh=1x1x1', name='scored')
+  assert scored[0]['sampling'] == rows[1]['sampling']
+
+
+@pytest.mark.parametrize('sampling, says', [
+    ('3', '"sampling" must be an object such as {"temperature": 0.7}, not the number 3'),
+    ('{"temprature": 1}', "prompts.jsonl:1: `sampling` has 'temprature', and can have temperature, top_k"),
+    ('{"temperature": "hot"}', "temperature must be a number, got 'hot'"),
+    ('{"top_k": 1.5}', 'top_k must be a whole number, got 1.5'), ('{"top_p": 0}', 'top_p must be above 0'),
+    ('{"max_new_tokens": 65}', 'max_new_tokens must be 1 to 64, the run\'s, got 65'),
+    ('{"seed": -1}', 'seed must be 0 to 2**32 - 1'), ('{"stop": [""]}', 'stop must be a text, or a list of texts'),
+    ('{"stop": [[400]]}', 'logit_bias or stop holds token 400'),
+    ('{"logit_bias": {"a": 1}}', 'logit_bias must be an object of token ids and numbers')])
+def test_rows_that_say_it_wrong(complaint, sampling, says):
+  assert says in complaint(f'{{"prompt": "a", "sampling": {sampling}}}\n')
+
+
+def test_a_static_batch_has_one_way_for_all(complaint):
+  assert '`sampling` of their own, which needs batching=continuous' in complaint(
+      '{"prompt": "a", "sampling": {"temperature": 1}}\n', '--batching=static')
+
+
 def test_help_shows_examples_and_flags(command):
   code, out, _ = command('--help')
   assert code == 0
@@ -279,7 +389,19 @@ def test_every_bad_row_is_listed(complaint):
     (['--batch_size=0'], 'batch_size must be a whole number, 1 or more'),
     (['--seed=-1'], 'seed must be a whole number, 0 or more'),
     (['--dtype=float16'], '--dtype'),
-    (['--token_log_probs'], 'token_log_probs is for mode=score'),
+    (['--token_log_probs', '--batching=static'], 'token_log_probs needs batching=continuous'),
+    (['--num_decodes=2', '--batching=static'], 'num_decodes needs batching=continuous: a static batch has one sample'),
+    (['--num_decodes=2', '--executable=there'], 'num_decodes can\'t be used with the executable there'),
+    (['--num_decodes=2', '--mode=score'], 'num_decodes is for runs that generate'),
+    (['--top_log_probs=2', '--mode=score'], 'top_log_probs is for runs that generate'),
+    (['--stop=x', '--mode=score'], 'stop is for runs that generate'),
+    (['--logit_bias={"1": 2}', '--mode=score'], 'logit_bias is for runs that generate'),
+    (['--num_decodes=0'], 'num_decodes must be a whole number, 1 or more'),
+    (['--top_log_probs=385'], 'top_log_probs=385 are more tokens than the 384 of the model'),
+    (['--stop='], 'stop must be texts that are not empty'),
+    (['--logit_bias={1: 2}'], 'logit_bias is not JSON'),
+    (['--logit_bias=[1, 2]'], 'logit_bias must be an object of token ids and numbers'),
+    (['--logit_bias={"384": 2}'], 'logit_bias or stop holds token 384, outside the vocabulary of 384'),
     (['--prefill_chunk=0'], 'prefill_chunk must be a whole number, 1 or more'),
     (['--repetition_penalty=0'], 'repetition_penalty must be above 0'),
     (['--prompt=x'], 'Unknown command line flag \'prompt\''),

@@ -43,8 +43,8 @@ def dequantized(config: ModelConfig, tensors: dict[str, np.ndarray]) -> dict[str
   return out
 
 
-def logits(config: ModelConfig, tensors: dict[str, np.ndarray], tokens: np.ndarray) -> np.ndarray:
-  """tokens [B, T] -> [B, T, V], in float64."""
+def logits(config: ModelConfig, tensors: dict[str, np.ndarray], tokens: np.ndarray, cache: str | None = None) -> np.ndarray:
+  """tokens [B, T] -> [B, T, V], in float64, with keys and values as a cache holds them."""
   c = config
   t = {name: np.asarray(x, np.float64) for name, x in tensors.items()}
   x = t['embedding'][tokens]  # [B, T, E], the residual stream
@@ -52,9 +52,9 @@ def logits(config: ModelConfig, tensors: dict[str, np.ndarray], tokens: np.ndarr
     layer = {name: w[i] for name, w in t.items() if name not in ('embedding', 'final_norm', 'final_norm_bias')}
     if c.block == 'parallel':
       y = _norm(x, layer, 'layer_norm', c)
-      x = x + _attention(y, layer, c) + _mlp(y, layer, c)
+      x = x + _attention(y, layer, c, cache) + _mlp(y, layer, c)
     else:
-      x = x + _attention(_norm(x, layer, 'attention_norm', c), layer, c)
+      x = x + _attention(_norm(x, layer, 'attention_norm', c), layer, c, cache)
       x = x + _mlp(_norm(x, layer, 'mlp_norm', c), layer, c)
   return _norm(x, t, 'final_norm', c) @ t['embedding'].T / np.sqrt(c.d_model)
 
@@ -76,16 +76,24 @@ def _norm(x, t, name, c):
   return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + c.norm_epsilon) * scale + bias
 
 
-def _attention(y, t, c):
+def _attention(y, t, c, cache):
   b, length, _ = y.shape
   q = _rotary((y @ t['query']).reshape(b, length, c.num_heads, c.d_head), c)
   k = _rotary((y @ t['key']).reshape(b, length, c.num_kv_heads, c.d_head), c)
   v = (y @ t['value']).reshape(b, length, c.num_kv_heads, c.d_head)
+  if cache == 'int8':
+    k, v = (_rounded(z) for z in (k, v))
   # Query head h reads key/value head h // (H / K).
   k, v = (np.repeat(z, c.num_heads // c.num_kv_heads, axis=2) for z in (k, v))
   scores = np.einsum('bthd,bshd->bhts', q, k) / np.sqrt(c.d_head)
   scores = np.where(np.tril(np.ones((length, length), bool)), scores, -np.inf)
   return np.einsum('bhts,bshd->bthd', _softmax(scores), v).reshape(b, length, -1) @ t['attention_output']
+
+
+def _rounded(x):
+  """[B, T, K, Q] in units of a 127th of the largest of each position and head."""
+  units = np.abs(x).max(-1, keepdims=True) / 127
+  return np.rint(x / units) * units
 
 
 def _mlp(y, t, c):

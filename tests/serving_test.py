@@ -6,7 +6,7 @@ import pytest
 
 from t5x_inference_ext.config import preset
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.layouts.layout import default_mesh
+from t5x_inference_ext.layouts.mesh_choice import default_mesh
 from t5x_inference_ext.serving import batches, output
 from t5x_inference_ext.serving.journal import Files, Journal
 from t5x_inference_ext.serving.vocabularies import ByteVocabulary, find_vocabulary

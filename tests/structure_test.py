@@ -14,8 +14,8 @@ FRAMEWORKS = {
     'absl': ('command.py', 'convert_checkpoint.py', 'infer.py', 'inspect_checkpoint.py', 'plan.py',
              'precompile/__main__.py', 't5x/'),
     'gin': ('command.py', 't5x/'),
-    'seqio': ('serving/task_run.py', 'serving/tasks.py', 't5x/'),
-    'tensorflow': ('serving/task_run.py', 'serving/tasks.py', 't5x/'),
+    'seqio': ('serving/task_rows.py', 'serving/task_run.py', 'serving/tasks.py', 't5x/'),
+    'tensorflow': ('serving/task_rows.py', 'serving/task_run.py', 'serving/tasks.py', 't5x/'),
 }
 # The adapter alone knows T5X and flax.
 HOST = {'t5x', 'flax', 'flaxformer'}

@@ -9,14 +9,26 @@ from t5x_inference_ext.decoding.model import Model
 from t5x_inference_ext.layouts.arrangement import DeviceTensor, device_tensors, tensor_dtype
 from t5x_inference_ext.weights import Weights, layer_weights
 
-# Up to this depth the program unrolls its layers, which spares a copy of each layer's weights on CPU; beyond it, a loop
+# On CPU, up to this depth the program unrolls its layers, which spares a copy of each layer's weights; beyond it, a loop
 # keeps programs small and compiles quick.
 MAX_UNROLLED_LAYERS = 8
 
 
-def scans_layers(num_layers: int, asked: bool | None = None) -> bool:
-  """Whether the program loops over stacked layers: as asked, or by default beyond MAX_UNROLLED_LAYERS layers."""
-  return num_layers > MAX_UNROLLED_LAYERS if asked is None else asked
+def scans_layers(num_layers: int, asked: bool | None = None, platform: str = 'tpu') -> bool:
+  """Whether the program loops over stacked layers: as asked, or by default on CPU beyond MAX_UNROLLED_LAYERS layers.
+
+  On accelerators by default never. Each turn of a loop copies the layer's weights out of the stack on a GPU, which more than
+  doubles the bytes of a decode step; a TPU prefetches whole arrays into on-chip memory, but no slices of a stack, and a
+  decode step takes a fifth less without (docs/tpu_v4_tuning.md). Compiling then takes a minute or two for 100 layers.
+
+  Args:
+    num_layers: of the model.
+    asked: what the user wants; None: nothing.
+    platform: jax's name for that of the devices.
+  """
+  if asked is not None:
+    return asked
+  return platform == 'cpu' and num_layers > MAX_UNROLLED_LAYERS
 
 
 def load_weights(checkpoint: Checkpoint, model: Model, *, stacked: bool | None = None, progress=iter) -> Weights:
@@ -37,7 +49,7 @@ def load_weights(checkpoint: Checkpoint, model: Model, *, stacked: bool | None =
   """
   tensors = device_tensors(model.config, model.prefill_layout, dict(model.mesh.shape), checkpoint.weights == 'int8')
   layers = model.config.num_layers
-  stacked = scans_layers(layers, stacked)
+  stacked = scans_layers(layers, stacked, model.mesh.devices.flat[0].platform)
   per_layer = [slice(0, layers)] if stacked else range(layers)
   jobs = [(name, None) for name, t in tensors.items() if not t.per_layer]
   jobs += [(name, layer) for layer in per_layer for name, t in tensors.items() if t.per_layer]

@@ -1,4 +1,7 @@
-"""The KV cache: each row has its own length, and grows at its end. What begins alike is stored once."""
+"""The KV cache: each row has its own length, and grows at its end. What begins alike is stored once.
+
+Keys and values are floats or int8 with scales (quantization.kv): all here is done to each array of them alike.
+"""
 
 import dataclasses
 from typing import Any
@@ -8,6 +11,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from t5x_inference_ext.layers.attention import Context
+from t5x_inference_ext.quantization.kv import KV, tile_positions, whole_tiles
 
 
 @jax.tree_util.register_dataclass
@@ -20,8 +24,8 @@ class Shared:
     lengths: [B] int32: each row begins with so many of them; 0 for a row that shares nothing.
   """
 
-  keys: jax.Array | tuple[jax.Array, ...]
-  values: jax.Array | tuple[jax.Array, ...]
+  keys: KV | tuple[KV, ...]
+  values: KV | tuple[KV, ...]
   lengths: jax.Array
 
 
@@ -36,8 +40,8 @@ class KVCache:
     shared: what comes before these positions, or None: nothing.
   """
 
-  keys: jax.Array | tuple[jax.Array, ...]
-  values: jax.Array | tuple[jax.Array, ...]
+  keys: KV | tuple[KV, ...]
+  values: KV | tuple[KV, ...]
   lengths: jax.Array
   shared: Shared | None = None
 
@@ -54,6 +58,7 @@ class KVCache:
 
 def start(keys, values, lengths: jax.Array, size: int) -> KVCache:
   """A cache of `size` positions holding a prefill's keys and values [.., B, T, K, Q], of which lengths [B] count."""
+  size = whole_tiles(size, jax.tree.leaves(keys)[0].dtype)
 
   def grow(x):
     padding = [(0, 0)] * x.ndim
@@ -98,21 +103,24 @@ def _row_by_row(cache: KVCache, keys, values, counts):
 
   def write_row(i, kv):
     position = cache.lengths[i]
+    count = tokens if counts is None else counts[i]
 
     def write(x, new):
-      lead = (0,) * (x.ndim - 4)
-      # Dynamic slices stay inside: they begin before the row's end, if the row has room for less than T.
-      first = position if tokens == 1 else jnp.minimum(position, x.shape[-3] - tokens)
+      lead, size, tile = (0,) * (x.ndim - 4), x.shape[-3], tile_positions(x.dtype)
+      tile = 1 if size % tile else tile
+      # A window of whole tiles around the new positions, which stays inside: of the rest of it what is there is written.
+      # The product comes last: then the compiler sees that the window begins at a tile.
+      width = min(size, -(-(tokens + tile - 1) // tile) * tile)
+      first = jnp.minimum(position // tile, (size - width) // tile) * tile
+      late, at = position - first, jnp.arange(width).reshape(*(1,) * (len(lead) + 1), width, 1, 1)
       where = (*lead, i, first, 0, 0)
       new = lax.dynamic_slice_in_dim(new, i, 1, len(lead))
-      old = lax.dynamic_slice(x, where, new.shape)
-      if tokens == 1:
-        mine = position < x.shape[-3] if counts is None else (position < x.shape[-3]) & (counts[i] > 0)
-      else:
-        late, at = position - first, jnp.arange(tokens).reshape(*(1,) * (len(lead) + 1), tokens, 1, 1)
-        new = jnp.roll(new, late, axis=-3)
-        mine = (at >= late) & (at < late + (tokens if counts is None else counts[i]))
-      return lax.dynamic_update_slice(x, jnp.where(mine, new, old), where)
+      old = lax.dynamic_slice(x, where, (*new.shape[:-3], width, *new.shape[-2:]))
+      if tokens > 1:
+        padding = [(0, 0)] * x.ndim
+        padding[-3] = (0, width - tokens)
+        new = jnp.roll(jnp.pad(new, padding), late, axis=-3)
+      return lax.dynamic_update_slice(x, jnp.where((at >= late) & (at < late + count), new, old), where)
 
     return jax.tree.map(write, kv, (keys, values))
 

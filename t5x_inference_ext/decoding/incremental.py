@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from t5x_inference_ext.decoding.cache import KVCache, Shared, with_heads
 from t5x_inference_ext.decoding.model import Model
 from t5x_inference_ext.layouts.placement import Placement
+from t5x_inference_ext.quantization.kv import to_cache, whole_tiles
 from t5x_inference_ext.weights import Weights
 
 
@@ -24,8 +25,9 @@ def empty_cache(model: Model, weights: Weights, rows: int, size: int, shared: Sh
     shared: as `share` makes it for so many rows.
   """
   place, config = place_cache(model, rows), model.config
-  shape = rows, size, len(place.heads.cached()), config.d_head
-  zeros = lambda: jnp.zeros((config.num_layers, *shape) if weights.stacked else shape, model.dtype)
+  shape = rows, whole_tiles(size, model.cache_dtype), len(place.heads.cached()), config.d_head
+  shape = (config.num_layers, *shape) if weights.stacked else shape
+  zeros = lambda: to_cache(jnp.zeros(shape), model.cache_dtype)
   make = lambda: zeros() if weights.stacked else tuple(zeros() for _ in range(config.num_layers))
   return constrained(model, KVCache(make(), make(), jnp.zeros(rows, jnp.int32), shared), weights)
 
@@ -38,7 +40,19 @@ def place_cache(model: Model, rows: int) -> Placement:
 def constrained(model: Model, cache: KVCache, weights: Weights) -> KVCache:
   """The cache, where the decode layout has it."""
   specs = model.cache_spec(place_cache(model, cache.lengths.shape[0]), weights, cache)
-  return jax.tree.map(lambda x, spec: lax.with_sharding_constraint(x, NamedSharding(model.mesh, spec)), cache, specs)
+  return jax.tree.map(
+      lambda spec, x: lax.with_sharding_constraint(x, NamedSharding(model.mesh, spec)), specs, cache)
+
+
+def abstract(model: Model, cache: KVCache, weights: Weights) -> KVCache:
+  """The shapes of a cache (jax.eval_shape), with the shardings that the decode layout gives it."""
+  specs = model.cache_spec(place_cache(model, cache.lengths.shape[0]), weights, cache)
+
+  def struct(spec, arrays):  # of keys or of values
+    sharding = NamedSharding(model.mesh, spec)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arrays)
+
+  return jax.tree.map(struct, specs, cache)
 
 
 def moved(model: Model, cache: KVCache, weights: Weights, to: Model) -> KVCache:
@@ -99,6 +113,6 @@ def prefill_in_chunks(
 
   logits = jnp.zeros((rows, model.config.vocab_size), jnp.float32)
   (logits, cache), _ = lax.scan(step, (logits, cache), jnp.arange(steps))
-  cut = lambda x: x[..., :size, :, :]
+  cut = lambda x: x[..., :whole_tiles(size, model.cache_dtype), :, :]
   cache = dataclasses.replace(cache, keys=jax.tree.map(cut, cache.keys), values=jax.tree.map(cut, cache.values))
   return logits, moved(prefill, cache, weights, model)

@@ -1,6 +1,6 @@
 """Prompts as the model takes them, and what generation could not serve."""
 
-from typing import Sequence
+from typing import Any, Sequence
 
 import numpy as np
 
@@ -18,14 +18,30 @@ def model_inputs(prompts: Sequence[Sequence[int]], size: int) -> tuple[np.ndarra
   return tokens, np.asarray([len(p) + 1 for p in prompts], np.int32)
 
 
+def for_each(prompts: Sequence[Sequence[int]], what: str, value: Any) -> list:
+  """What is given of all prompts, or in a sequence for each, as one for each. Raises RequestError for another number."""
+  values = list(value) if isinstance(value, (Sequence, np.ndarray)) else [value] * len(prompts)
+  if len(values) != len(prompts):
+    raise RequestError(f'{len(prompts)} prompts need as many {what}, got {len(values)}')
+  return values
+
+
 def check_generation(
-    prompts: Sequence[Sequence[int]], vocab_size: int, max_new_tokens: int, cache_size: int | None,
+    prompts: Sequence[Sequence[int]], vocab_size: int, limits: Sequence[int], cache_size: int | None = None,
     prompt_size: int | None = None, max_length: int | None = None) -> None:
-  """Raises RequestError for what generate could not serve, naming the prompt (counted from 0)."""
+  """Raises RequestError for what generate could not serve, naming the prompt (counted from 0).
+
+  Args:
+    prompts: token ids without BOS.
+    vocab_size: V.
+    limits: of each prompt's new tokens. All caches have room for the highest.
+    cache_size, prompt_size, max_length: as Engine.generate's.
+  """
   if not len(prompts):
     raise RequestError('there are no prompts')
-  if max_new_tokens < 1:
-    raise RequestError(f'max_new_tokens must be at least 1, got {max_new_tokens}')
+  if min(limits) < 1:
+    raise RequestError(f'max_new_tokens must be at least 1, got {min(limits)}')
+  max_new_tokens = max(limits)
   for i, prompt in enumerate(prompts):
     wrong = [t for t in prompt if not 0 <= t < vocab_size]
     if wrong:

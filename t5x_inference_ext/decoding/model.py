@@ -23,12 +23,19 @@ from t5x_inference_ext.layouts.placement import Placement
 from t5x_inference_ext.weights import Weights, layer_weights
 
 DTYPES = ('float32', 'bfloat16')
+CACHES = (*DTYPES, 'int8')
 
 
 def check_dtype(dtype: str) -> None:
   """Raises RequestError for a dtype that models don't compute in."""
   if dtype not in DTYPES:
     raise RequestError(f'dtype must be one of {", ".join(DTYPES)}, got {dtype!r}')
+
+
+def check_cache(cache: str | None) -> None:
+  """Raises RequestError for what a KV cache can't hold; None is the dtype of activations."""
+  if cache not in (None, *CACHES):
+    raise RequestError(f'cache must be one of {", ".join(CACHES)}, got {cache!r}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +47,12 @@ class Model:
     mesh: axes x, y, z.
     prefill_layout: of prefill and of whole sequences (logits, log_probs).
     decode_layout: of decode steps, and of the KV cache between them.
-    dtype: of activations and KV cache, 'float32' or 'bfloat16'. Norms, softmax and logits are float32 in either.
+    dtype: of activations, 'float32' or 'bfloat16'. Norms, softmax and logits are float32 in either.
+    cache: what the KV cache holds: 'float32', 'bfloat16', 'int8' with a scale for each position and head, or None:
+      `dtype`. Passes without a cache see keys and values as one would hold them, too.
 
   Raises:
-    RequestError: another dtype.
+    RequestError: another dtype, or cache.
     MeshError: two layouts that can't share weights.
   """
 
@@ -52,10 +61,17 @@ class Model:
   prefill_layout: Layout = Layout()
   decode_layout: Layout = Layout()
   dtype: str = 'bfloat16'
+  cache: str | None = None
 
   def __post_init__(self):
     check_dtype(self.dtype)
+    check_cache(self.cache)
     check_pair(self.prefill_layout, self.decode_layout)
+
+  @property
+  def cache_dtype(self) -> str:
+    """What the KV cache holds: a float's dtype, or 'int8'."""
+    return self.cache or self.dtype
 
   @property
   def prefilling(self) -> 'Model':
@@ -69,7 +85,7 @@ class Model:
       weights: on this model's mesh.
       tokens: [B, T] int32 model inputs (BOS first), each row filled from the left.
       lengths: [B] int32, at least 1: how many of a row's tokens count.
-      size: S, the positions of the cache made; at least T.
+      size: S, the positions of the cache made; at least T. An int8 cache has them rounded up to whole tiles.
 
     Returns:
       Logits [B, V] float32 after each row's last token, and the cache, split as decode takes it.
@@ -207,7 +223,8 @@ class Model:
                    **{name: t.spec for name, t in tensors.items() if not t.per_layer})
 
   def cache_spec(self, place: Placement, weights: Weights, cache: KVCache | None = None) -> KVCache:
-    """The PartitionSpecs of a KV cache; of one that shares positions, if `cache` does."""
+    """The PartitionSpecs of a KV cache, one for all arrays of a layer's keys; of one that shares positions, if `cache` does.
+    """
     kv, rows = self._kv_spec(place, weights), P(place.attention_rows)
     if cache is None or cache.shared is None:
       return KVCache(kv, kv, rows)
@@ -221,7 +238,7 @@ class Model:
     keys = rotary_angles(positions, self.config.d_head, self.config.rope_max_timescale)
     queries = tuple(plain.local_slice(a, place.attention_positions, 1) for a in keys)
     queries, keys = jax.lax.optimization_barrier((queries, keys))  # or they are computed anew in every layer
-    layer = Layer(self.config, place)
+    layer = Layer(self.config, place, self.cache_dtype)
     x = embed(weights.embedding.astype(self.dtype), tokens, place)
 
     def block(x, inputs):

@@ -2,7 +2,7 @@
 and options alone."""
 
 import dataclasses
-from typing import NamedTuple, Sequence
+from typing import Mapping, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ class Sampler:
       multiplied where negative; 1 changes none.
     frequency_penalty: is subtracted from a token's logit once for each time that it was generated.
     presence_penalty: is subtracted from the logit of every token that was generated.
-    logit_bias: pairs of a token id and what is added to its logit.
+    logit_bias: pairs of a token id and what is added to its logit, or a mapping of the one to the other.
     min_new_tokens: EOS can't be chosen, and stop sequences do not count, before so many tokens.
     stop: sequences of token ids: a row ends when what it generated ends in one. Its tokens keep the sequence, as they do
       EOS.
@@ -50,6 +50,8 @@ class Sampler:
   stop: tuple[tuple[int, ...], ...] = ()
 
   def __post_init__(self):
+    if isinstance(self.logit_bias, Mapping):
+      object.__setattr__(self, 'logit_bias', tuple(self.logit_bias.items()))
     for name in ('logit_bias', 'stop'):  # hashable, also as read from JSON
       object.__setattr__(self, name, tuple(map(tuple, getattr(self, name))))
     if not 0 <= self.temperature < float('inf'):
@@ -73,6 +75,11 @@ class Sampler:
   @property
   def penalizes(self) -> bool:
     return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1, 0, 0)
+
+  def before_stop(self, tokens: list[int]) -> list[int]:
+    """A row's tokens without the stop sequence that they end in, the longest if several match."""
+    ends = [len(s) for s in self.stop if tuple(tokens[-len(s):]) == s]
+    return tokens[:len(tokens) - max(ends, default=0)]
 
   def __call__(self, logits: jax.Array, seeds: jax.Array, positions: jax.Array) -> jax.Array:
     """logits [B, V] float32, seeds [B] uint32, positions [B] int32 (of the token chosen) -> tokens [B] int32.

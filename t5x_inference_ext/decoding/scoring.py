@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens, some positions at a time; and ragged examples packed by length."""
+"""Log-probabilities of given tokens, some positions at a time, and of ragged examples."""
 
 from typing import Callable, Iterator, NamedTuple, Sequence
 
@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from t5x_inference_ext.collectives import plain
+from t5x_inference_ext.decoding.packing import Packer
 
 # Logits of more elements than this (256 MiB) are not made at once on a device, but some positions at a time.
 MAX_LOGITS = 2**26
-SHORTEST = 16
 
 
 def target_log_probs(
@@ -50,52 +50,6 @@ def _chosen(logits: jax.Array, targets: jax.Array) -> jax.Array:
   return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
-class Pack(NamedTuple):
-  """Examples that are scored together.
-
-  Attributes:
-    items: their places.
-    rows: of the batch, padding included.
-    length: that all are padded to.
-  """
-
-  items: list[int]
-  rows: int
-  length: int
-
-
-def pack(lengths: Sequence[int], tokens: int, padded_batch: Callable[[int], int]) -> Iterator[Pack]:
-  """Batches of examples of like lengths, so that little of a batch is padding, and few shapes are compiled.
-
-  Lengths are padded to powers of two or halfway between. All batches of a length but its last have as many rows.
-
-  Args:
-    lengths: of the examples.
-    tokens: of a batch, at most, before its rows are rounded up to what the mesh takes.
-    padded_batch: Model.padded_batch.
-  """
-  buckets: dict[int, list[int]] = {}
-  for item, length in enumerate(lengths):
-    buckets.setdefault(padded(length), []).append(item)
-  for length, items in sorted(buckets.items()):
-    most = padded_batch(max(1, tokens // length))
-    for i in range(0, len(items), most):
-      some = items[i:i + most]
-      # The last batch of a length: a power of two of its rows, for as few shapes.
-      yield Pack(some, min(most, padded_batch(1 << (len(some) - 1).bit_length())), length)
-
-
-def padded(length: int) -> int:
-  """The smallest of 16, 24, 32, 48, 64, 96, ... that is enough."""
-  size = SHORTEST
-  while size < length:
-    if size * 3 // 2 >= length:
-      return size * 3 // 2
-    size *= 2
-  return size
-
-
-
 class Example(NamedTuple):
   """What is scored: targets given what comes before them, and what each counts for. All [n], of any n."""
 
@@ -110,17 +64,15 @@ class Example(NamedTuple):
     return cls([bos_id, *targets][:len(targets)], targets, [0.] * len(prompt) + [1.] * len(completion))
 
 
-def score(
-    log_probs: Callable, examples: Sequence[Example], tokens: int, padded_batch: Callable[[int], int]
-) -> Iterator[tuple[int, np.ndarray]]:
+def score(log_probs: Callable, examples: Sequence[Example], packer: Packer) -> Iterator[tuple[int, np.ndarray]]:
   """The place of an example and its log-probabilities [n], weighted: batch by batch, of like lengths.
 
   Args:
     log_probs: Engine.log_probs.
     examples: in any order.
-    tokens, padded_batch: as pack's.
+    packer: makes batches of them.
   """
-  for some in pack([len(e.targets) for e in examples], tokens, padded_batch):
+  for some in packer.pack([len(e.targets) for e in examples]):
     inputs, targets = np.zeros((2, some.rows, some.length), np.int32)
     for row, item in enumerate(some.items):
       inputs[row, :len(examples[item].inputs)] = examples[item].inputs

@@ -9,12 +9,13 @@ from jax import lax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from t5x_inference_ext.decoding import cache as kv_cache
+from t5x_inference_ext.decoding import cache as kv_cache, row_moves
 from t5x_inference_ext.decoding.cache import KVCache, Shared
 from t5x_inference_ext.decoding.incremental import constrained, empty_cache, place_cache
 from t5x_inference_ext.decoding.model import Model
 from t5x_inference_ext.decoding.rows import Chosen, Progress, Rows, advance, begin
 from t5x_inference_ext.layouts import placement as placements
+from t5x_inference_ext.layouts.layout import Axes
 from t5x_inference_ext.weights import Weights
 
 
@@ -80,7 +81,17 @@ def empty_slots(model: Model, weights: Weights, asks: Rows, rows: int, size: int
 def empty_prompts(model: Model, weights: Weights, rows: int, size: int, shared: Shared | None) -> Prompts:
   """No prompts yet, for `rows` at a time. `shared` is in the prefill layout."""
   logits = jnp.zeros((rows, model.config.vocab_size), jnp.float32)
-  return Prompts(empty_cache(model.prefilling, weights, rows, size, shared), logits)
+  return Prompts(empty_cache(model.prefilling, weights, rows, size, shared), _placed(model, logits))
+
+
+def logits_axes(model: Model, rows: int) -> Axes:
+  """The axes that split the logits of so many prompts by rows, as the model makes them."""
+  return placements.sampling_axes(model.prefill_layout, rows, model.mesh.shape)
+
+
+def _placed(model: Model, logits: jax.Array) -> jax.Array:
+  # One sharding at every call, or the next would be compiled for another.
+  return lax.with_sharding_constraint(logits, NamedSharding(model.mesh, P(logits_axes(model, len(logits)))))
 
 
 def prompt_room(model: Model, rows: int, length: int) -> int:
@@ -109,7 +120,7 @@ def take_prompts(model: Model, prompts: Prompts, weights: Weights, shared: jax.A
 def prefill(model: Model, prompts: Prompts, weights: Weights, tokens: jax.Array, counts: jax.Array) -> Prompts:
   """The next tokens of prompts, [R, T] of which counts [R] are real, maybe none."""
   logits, cache = model.prefilling.extend(weights, prompts.cache, tokens, counts)
-  return Prompts(cache, jnp.where(counts[:, None] > 0, logits, prompts.logits))
+  return Prompts(cache, _placed(model, jnp.where(counts[:, None] > 0, logits, prompts.logits)))
 
 
 @_jit((), ('slots',))
@@ -131,10 +142,10 @@ def admit(model: Model, slots: Slots, weights: Weights, prompts: Prompts, row: j
   cache, everyone = slots.cache, slots.cache.lengths.shape[0]
   held = place_cache(model.prefilling, prompts.logits.shape[0]).heads.cached()
   wanted = place_cache(model, everyone).heads.cached()
-  one = kv_cache.take_row(prompts.cache, row)
+  one = row_moves.take_row(model.prefilling, prompts.cache, weights, row)
   keys, values = jax.tree.map(lambda x: kv_cache.with_heads(x, held, wanted), (one.keys, one.values))
-  cache = kv_cache.put_row(cache, slot, dataclasses.replace(one, keys=keys, values=values))
-  logits = lax.dynamic_slice_in_dim(prompts.logits, row, 1, 0)
+  cache = row_moves.put_row(model, cache, weights, slot, dataclasses.replace(one, keys=keys, values=values))
+  logits = row_moves.take(model, prompts.logits, logits_axes(model, prompts.logits.shape[0]), row)
   progress, chosen = advance(asks, begin(asks, prompt, length, model.config.vocab_size), logits, length)
   put = lambda x, new: lax.dynamic_update_slice_in_dim(x, new.astype(x.dtype), slot, 0)
   rows, progress = jax.tree.map(put, (slots.rows, slots.progress), (asks, progress))

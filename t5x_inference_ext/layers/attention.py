@@ -11,6 +11,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from t5x_inference_ext.quantization.kv import KV, units_and_scales
+
 
 # Logits [B, H, M, T] of more elements than this (1 GiB in float32) are not made at once, but some rows at a time.
 MAX_LOGITS = 2**28
@@ -22,21 +24,21 @@ class Context(NamedTuple):
   Before them may come positions that rows share, [P, K, Q], of which each row has the first shared_lengths [B].
   """
 
-  keys: jax.Array
-  values: jax.Array
+  keys: KV
+  values: KV
   lengths: jax.Array
-  shared_keys: jax.Array | None = None
-  shared_values: jax.Array | None = None
+  shared_keys: KV | None = None
+  shared_values: KV | None = None
   shared_lengths: jax.Array | None = None
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, context: Context | None, first: jax.Array | int = 0) -> jax.Array:
+    q: jax.Array, k: KV, v: KV, context: Context | None, first: jax.Array | int = 0) -> jax.Array:
   """Each new token sees its row's context and the new tokens up to itself.
 
   Args:
     q: [B, M, H, Q], rotated, not yet scaled.
-    k, v: [B, T, K, Q], keys rotated.
+    k, v: [B, T, K, Q], keys rotated, as the cache holds them: chunks of any size then give the same.
     context: what was cached before these tokens, or None.
     first: of the new tokens, the one that the first query is.
 
@@ -78,23 +80,34 @@ def _attend(q, k, v, context, first):
   top = functools.reduce(jnp.maximum, (jnp.max(x, axis=-1, keepdims=True) for x in logits))  # [B, K, M * H/K, 1]
   weights = [jnp.exp(x - top) for x in logits]
   total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
-  out = sum(_mix(w.astype(q.dtype), values) for w, (_, values, _) in zip(weights, segments)) / total
+  out = sum(_mix(w, values, q.dtype) for w, (_, values, _) in zip(weights, segments)) / total
   return jnp.moveaxis(out.reshape(b, kv, m, h // kv, d), 1, 2).reshape(b, m, h, d).astype(q.dtype)
 
 
-def _logits(q: jax.Array, keys: jax.Array, visible: jax.Array) -> jax.Array:
+def _logits(q: jax.Array, keys: KV, visible: jax.Array) -> jax.Array:
   """q [B, K, N, Q], keys [B, S, K, Q] or shared [P, K, Q], visible [B or 1, 1, N or 1, S] -> [B, K, N, S] float32."""
+  keys, scales = units_and_scales(keys, q.dtype)
   if keys.ndim == 3:  # one product of all rows: what they share is read once
     logits = jnp.einsum('bknq,skq->bkns', q, keys, preferred_element_type=jnp.float32)
-    return jnp.where(visible, logits, -jnp.inf)
-  # dot_general, not einsum: it keeps the operands in this order, which spares a transposed copy of the cache on CPU.
-  logits = lax.dot_general(
-      q, jnp.moveaxis(keys, 2, 1), (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
-  return jnp.where(visible, logits, -jnp.inf)
+  else:
+    # dot_general, not einsum: it keeps the operands in this order, which spares a transposed copy of the cache on CPU.
+    logits = lax.dot_general(
+        q, jnp.moveaxis(keys, 2, 1), (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+  return jnp.where(visible, _scaled(logits, scales), -jnp.inf)
 
 
-def _mix(weights: jax.Array, values: jax.Array) -> jax.Array:
-  """weights [B, K, N, S], values [B, S, K, Q] or shared [P, K, Q] -> [B, K, N, Q] float32."""
+def _scaled(x: jax.Array, scales: jax.Array | None) -> jax.Array:
+  """x [B, K, N, S] float32 times scales [B, S, K] or shared [P, K]: they multiply what is small, not keys and values."""
+  if scales is None:
+    return x
+  scales = scales if scales.ndim == 3 else scales[None]
+  return x * jnp.moveaxis(scales, 2, 1)[:, :, None]
+
+
+def _mix(weights: jax.Array, values: KV, dtype: jnp.dtype) -> jax.Array:
+  """weights [B, K, N, S] float32, values [B, S, K, Q] or shared [P, K, Q], both as `dtype` -> [B, K, N, Q] float32."""
+  values, scales = units_and_scales(values, dtype)
+  weights = _scaled(weights, scales).astype(dtype)
   if values.ndim == 3:
     return jnp.einsum('bkns,skq->bknq', weights, values, preferred_element_type=jnp.float32)
   return lax.dot_general(

@@ -19,6 +19,7 @@ from t5x_inference_ext.layers.rotary import rotate
 from t5x_inference_ext.layouts.layout import Axes
 from t5x_inference_ext.layouts.placement import Placement
 from t5x_inference_ext.quantization import int8
+from t5x_inference_ext.quantization.kv import KV, to_cache
 from t5x_inference_ext.weights import LayerWeights, SublayerWeights
 
 
@@ -36,14 +37,16 @@ class Layer:
   Attributes:
     config: the model.
     placement: where activations live.
+    cache: the dtype of keys and values, a float's or 'int8': attention sees them as the cache will hold them.
   """
 
   config: ModelConfig
   placement: Placement
+  cache: str
 
   def __call__(
       self, x: jax.Array, w: LayerWeights, positions: Positions, context: Context | None
-  ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  ) -> tuple[jax.Array, tuple[KV, KV]]:
     """Runs the layer's sublayers.
 
     Args:
@@ -87,6 +90,7 @@ class Layer:
     moves = AttentionSharding(self.placement, self.config, summed)
     q, k, v = moves.to_attention(columns)
     q, k = rotate(q, *positions.queries), rotate(k, *positions.keys)
+    k, v = (to_cache(x, self.cache) for x in (k, v))
     out = attend(q, k, v, context, moves.query_positions(k.shape[1]))
     return moves.from_attention(out), (k, v)
 

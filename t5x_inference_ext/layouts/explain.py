@@ -18,6 +18,7 @@ from t5x_inference_ext.layouts.arrangement import DeviceTensor, Part, device_ten
 from t5x_inference_ext.layouts.layout import Axes, Layout, check_pair, size
 from t5x_inference_ext.layouts.mesh import AXES
 from t5x_inference_ext.layouts.placement import Placement
+from t5x_inference_ext.quantization.kv import whole_tiles
 
 # The dimensions of weights by field name; all others are vectors [E].
 _DIMS = {'embedding': ('V', 'E'), 'w_in': ('E', 'columns'), 'w_out': ('rows', 'E'), 'in_scale': ('columns',)}
@@ -31,7 +32,8 @@ class Setting:
     config: the model.
     mesh: axis name -> size.
     prefill, decode: the layouts of the phases.
-    dtype: of activations, cache and float weights.
+    dtype: of activations and float weights.
+    cache: what the KV cache holds, a float's dtype or 'int8', or None: dtype.
     int8: whether the matrices are int8.
     stacked: whether one array holds all layers.
     batch: rows asked for; as in a run, rounded up to what the mesh takes.
@@ -44,6 +46,7 @@ class Setting:
   prefill: Layout = Layout()
   decode: Layout = Layout()
   dtype: str = 'bfloat16'
+  cache: str | None = None
   int8: bool = False
   stacked: bool = True
   batch: int = 1
@@ -152,7 +155,7 @@ class Explanation:
   @property
   def cache(self) -> tuple[Tensor, ...]:
     """The KV cache, as decode holds it."""
-    return tuple(t for t in self.phases[1].tensors if t.name in ('cache', 'cache lengths'))
+    return tuple(t for t in self.phases[1].tensors if t.name in ('cache', 'cache scales', 'cache lengths'))
 
   @property
   def cache_bytes(self) -> int:
@@ -218,8 +221,12 @@ def _phase(s: Setting, name: str, p: Placement, length: int, tensors: Mapping[st
   axes = {**rules.ACTIVATIONS, 'mlp': ('rows', 'positions', 'mlp'), 'lengths': rules.ACTIVATIONS['cache'][:1]}
 
   def keys_values(name, letter, positions):
-    shape = (rows, positions, kv_heads, c.d_head)
-    return _layered(s, name, ('B', letter, 'K', 'Q'), axes['cache'], shape, s.dtype, p.cache, arrays=2)
+    shape, dims = (rows, positions, kv_heads, c.d_head), ('B', letter, 'K', 'Q')
+    kv = _layered(s, name, dims, axes['cache'], shape, s.cache or s.dtype, p.cache, arrays=2)
+    if s.cache != 'int8':
+      return [kv]
+    scales = _layered(s, f'{name} scales', (*dims[:3], '1'), axes['cache'], (*shape[:3], 1), 'float32', p.cache, arrays=2)
+    return [kv, scales]
 
   made = [
       _tensor(s, 'residual', 'BTE', axes['residual'], (rows, length, c.d_model), s.dtype,
@@ -229,9 +236,9 @@ def _phase(s: Setting, name: str, p: Placement, length: int, tensors: Mapping[st
       _tensor(s, 'queries', 'BTHQ', axes['queries'], (rows, length, query_heads, c.d_head), s.dtype,
               P(p.attention_rows, p.attention_positions, p.attention_heads, None))]
   if name == 'prefill':
-    made.append(keys_values('keys, values', 'T', length))
+    made += keys_values('keys, values', 'T', length)
   else:
-    made.append(keys_values('cache', 'S', s.cache_length))
+    made += keys_values('cache', 'S', whole_tiles(s.cache_length, s.cache or s.dtype))
     made.append(_tensor(s, 'cache lengths', 'B', axes['lengths'], (rows,), 'int32', P(p.attention_rows)))
   sampling = placements.sampling_axes(s.prefill, rows, s.mesh)
   made.append(_tensor(s, 'logits', 'BV', ('sampled_rows', 'whole_vocab'), (rows, c.vocab_size), 'float32', P(sampling)))
@@ -263,8 +270,8 @@ def _moved(s: Setting, prefill: Placement, decode: Placement) -> int:
     (rows, heads), (new_rows, new_heads) = _held(s, prefill, device), _held(s, decode, device)
     common = len(range(max(rows.start, new_rows.start), min(rows.stop, new_rows.stop))) * len(heads & new_heads)
     most = max(most, len(new_rows) * len(new_heads) - common)
-  head = s.prompt_length * c.d_head * jax.numpy.dtype(s.dtype).itemsize
-  return most * head * 2 * c.num_layers
+  head = c.d_head * jax.numpy.dtype(s.cache or s.dtype).itemsize + (4 if s.cache == 'int8' else 0)  # and its scale
+  return most * s.prompt_length * head * 2 * c.num_layers
 
 
 def _held(s: Setting, p: Placement, device: Mapping[str, int]) -> tuple[range, set[int]]:

@@ -92,7 +92,7 @@ def _heading(e: Explanation, mesh: Mesh | None) -> Iterable[str]:
   yield f'mesh:  {shape_text(s.mesh)}, {size(tuple(s.mesh), s.mesh)} devices{devices}{links}'
   rounded = f' ({s.batch} rounded up to what the mesh takes)' if s.rows != s.batch else ''
   yield from _wrap(f'pass:  B {s.rows}{rounded}, T {s.prompt_length} in prefill and 1 in decode, S {s.cache_length}; '
-                   f'{"int8" if s.int8 else s.dtype} weights, {s.dtype} activations')
+                   f'{"int8" if s.int8 else s.dtype} weights, {s.dtype} activations, {s.cache or s.dtype} cache')
 
 
 def _phase_title(phase: Phase, s: Setting) -> str:
@@ -135,7 +135,7 @@ def _moves(phase: Phase) -> str:
 def _total(e: Explanation) -> str:
   text = (f'each device: weights {bytes_text(e.weight_bytes)} + cache {bytes_text(e.cache_bytes)} = '
           f'{bytes_text(e.weight_bytes + e.cache_bytes)}')
-  made = _tensor(e.phases[0], 'keys, values').bytes
+  made = sum(t.bytes for t in e.phases[0].tensors if t.name in ('keys, values', 'keys, values scales'))
   return text + (f'; in prefill {bytes_text(e.weight_bytes + made)} with its keys and values'
                  if made > e.cache_bytes else '')
 

@@ -18,8 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import MeshError
-from t5x_inference_ext.layouts.mesh import AXES, physical_shape
-from t5x_inference_ext.layouts.torus import torus_mesh
+from t5x_inference_ext.layouts.mesh import AXES
 
 Axes = tuple[str, ...]
 
@@ -161,33 +160,3 @@ def check_model(config: ModelConfig, mesh: Mapping[str, int]) -> None:
       raise MeshError(
           f'{name}={width} does not divide over the {chips} devices of the mesh {shape_text(mesh)}: choose a mesh '
           f'whose device count divides {width}')
-
-
-def choose_mesh(config: ModelConfig, devices: Sequence[jax.Device]) -> tuple[int, int, int]:
-  """The mesh shape for these devices where none is asked for: along the torus of a TPU slice, if all of it divides."""
-  box = physical_shape(devices)
-  if box is not None and not config.d_model % math.prod(box) and not config.d_ff % math.prod(box):
-    return torus_mesh(box, config)
-  return default_mesh(config, len(devices))
-
-
-def default_mesh(config: ModelConfig, devices: int) -> tuple[int, int, int]:
-  """A mesh over as many devices as divide the model, shaped for the 2D weight-stationary layout.
-
-  The activations that move are least where X = sqrt(chips * E / F), half the root of the chips for F = 4 E (the paper's
-  section 3.2.2); Y and Z share the rest as evenly as they can.
-  """
-  for chips in range(devices, 0, -1):
-    try:
-      check_model(config, dict(x=chips, y=1, z=1))
-    except MeshError:
-      continue
-    x = _nearest_divisor(chips, math.sqrt(chips * config.d_model / config.d_ff))
-    y = _nearest_divisor(chips // x, math.sqrt(chips // x))
-    return x, y, chips // x // y
-  raise AssertionError('one device divides every model')
-
-
-def _nearest_divisor(n: int, value: float) -> int:
-  """The divisor of n whose ratio to `value` is nearest to 1; the larger of two as near."""
-  return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: (round(abs(math.log(d / value)), 9), -d))

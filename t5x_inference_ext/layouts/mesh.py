@@ -44,11 +44,11 @@ def arrange(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
   needed = math.prod(shape)
   if needed != len(devices) or physical_shape(devices) is None:
     return _array(devices[:needed]).reshape(tuple(shape))
-  return _array(devices)[torus.device_grid(_coordinates(devices), shape, _wraps(devices))]
+  return _array(devices)[torus.device_grid(_coordinates(devices), shape, wraps(devices))]
 
 
 def physical_shape(devices: Sequence[jax.Device]) -> tuple[int, int, int] | None:
-  """The box of the torus that TPU devices fill, one device a chip: what torus.torus_mesh asks for.
+  """The box of the torus that TPU devices fill, one device a chip: what mesh_choice.torus_mesh asks for.
 
   None for other platforms, for two devices a chip, and for chips that leave holes or belong to several slices.
   """
@@ -64,7 +64,7 @@ def mesh_links(mesh: Mesh) -> dict[str, str] | None:
   if physical_shape(devices) is None:
     return None
   grid = np.arange(mesh.size).reshape(mesh.devices.shape)
-  return dict(zip(mesh.axis_names, torus.axis_links(_coordinates(devices), grid, _wraps(devices))))
+  return dict(zip(mesh.axis_names, torus.axis_links(_coordinates(devices), grid, wraps(devices))))
 
 
 def single_device_mesh(device: jax.Device | None = None) -> Mesh:
@@ -84,7 +84,8 @@ def _coordinates(devices: Sequence[jax.Device]) -> np.ndarray:
   return np.asarray([tuple(d.coords) for d in devices])
 
 
-def _wraps(devices: Sequence[jax.Device]) -> tuple[bool, bool, bool]:
+def wraps(devices: Sequence[jax.Device]) -> tuple[bool, bool, bool]:
+  """Whether the ends of each physical axis are linked, of devices that have a physical_shape."""
   corner, shape = torus.box_of(_coordinates(devices))
   # A box that starts elsewhere is a part of a larger slice: its ends are not linked to each other.
   return (False,) * 3 if any(corner) else torus.wraparound(shape, torus.kind_of(devices[0].device_kind))

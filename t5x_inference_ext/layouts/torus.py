@@ -1,20 +1,18 @@
 """The torus under the mesh: which physical axes of a slice become x, y and z, and which chip sits where (section 3.1).
 
 A slice is a box of chips, each linked to the next along three physical axes. Collectives run along mesh axes, so a mesh
-is fast where a step along any of its axes is one physical link. `torus_mesh` chooses such a mesh for a model and
-`device_grid` the chip at each of its positions.
+is fast where a step along any of its axes is one physical link. `device_grid` finds the chip at each position of a mesh;
+mesh_choice.py chooses the mesh.
 """
 
 import collections
 import dataclasses
-from fractions import Fraction
 import itertools
 import math
 from typing import Sequence
 
 import numpy as np
 
-from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import MeshError
 
 # Generation -> physical axes. The compiler's device kinds name the generations otherwise: kind_of.
@@ -80,32 +78,6 @@ def wraparound(shape: Sequence[int], kind: str | None = 'v4') -> tuple[bool, boo
   if dimensions == 2:
     return tuple(size == 16 for size in shape)
   return (dimensions == 3 and all(size % 4 == 0 for size in shape),) * 3
-
-
-def torus_mesh(shape: Sequence[int], config: ModelConfig) -> tuple[int, int, int]:
-  """(X, Y, Z) for a slice, each the product of whole physical axes, or 1.
-
-  X is the product nearest in ratio to sqrt(n E / F), where the 2D weight-stationary layout moves least (section 3.2.2);
-  of two as near, which move the same, the larger. Y and Z are the rest, as even as they can be, Y no smaller than Z.
-  Nothing is checked against the model: whether n divides it is the caller's to ask.
-
-  Args:
-    shape: chips along each physical axis.
-    config: whose d_model is E and d_ff is F.
-  """
-  chips = math.prod(shape)
-  best = None
-  for owners in itertools.product(range(3), repeat=len(shape)):
-    mesh = tuple(math.prod(size for size, owner in zip(shape, owners) if owner == axis) for axis in range(3))
-    x, y, z = mesh
-    if y < z:
-      continue
-    # Ratios squared, and as fractions, so that ties are exact.
-    distance = Fraction(x * x * config.d_ff, chips * config.d_model)
-    key = max(distance, 1 / distance), -x, Fraction(y, z)
-    if best is None or key < best[0]:
-      best = key, mesh
-  return best[1]
 
 
 def box_of(coordinates: np.ndarray) -> tuple[tuple[int, int, int], tuple[int, int, int]] | None:

@@ -62,7 +62,7 @@ def check(plan: Plan, say: Callable[[str], None] = lambda text: None) -> tuple[C
   """Compiles the phases of a plan.
 
   Raises:
-    UserError: a machine or a cache that programs can't be compiled for here; see precompile.analysis.analyze.
+    UserError: a machine that programs can't be compiled for here; see precompile.analysis.analyze.
   """
   refuse(plan)
   return tuple(_checked(plan, phase, say) for phase in plan.phases)
@@ -72,8 +72,6 @@ def refuse(plan: Plan) -> None:
   """Raises UserError for a plan that can't be checked."""
   if not plan.machine.chip.torus:
     raise UserError(f'--check compiles with the TPU compiler, and {plan.machine} is no TPU slice: plan without --check')
-  if plan.request.cache != 'bfloat16':
-    raise UserError('--check compiles programs with a bfloat16 cache: plan with --cache=bfloat16')
 
 
 def _checked(plan: Plan, planned: Cost, say) -> Checked:
@@ -86,7 +84,7 @@ def _checked(plan: Plan, planned: Cost, say) -> Checked:
     answer = analyze(
         request.config, request.weights, str(plan.machine), case.phase, plan.rows, positions, layout=str(case.layout),
         other_layout=plan.layouts[case.phase == 'prefill'], mesh=plan.mesh_text,
-        prompt=case.padded if case.phase == 'prefill' else None, say=say)
+        cache=request.cache, prompt=case.padded if case.phase == 'prefill' else None, say=say)
   except (RequestError, jax.errors.JaxRuntimeError) as e:  # of some programs it can't write the text that is read here
     return Checked(found, None, (), f'the compiler failed: {str(e).splitlines()[0]}')
   if not answer.fits:

@@ -3,21 +3,14 @@
 import dataclasses
 
 from t5x_inference_ext.config import PRESETS, ModelConfig, preset
-from t5x_inference_ext.errors import UserError
 from t5x_inference_ext.planner.request import Plan
 
 
 def gin_text(plan: Plan) -> str:
-  """The file: given as a --gin_file after a run's own, it makes the run that which was planned.
-
-  Raises:
-    UserError: a plan that these programs have no option for.
-  """
+  """The file: given as a --gin_file after a run's own, it makes the run that which was planned."""
   request = plan.request
-  if request.cache != 'bfloat16':
-    raise UserError('no gin file can ask for an int8 cache: infer, the T5X adapter and precompile keep bfloat16 ones; '
-                    'plan with --cache=bfloat16')
   prefill, decode = plan.layouts
+  cache = None if request.cache == 'bfloat16' else repr(request.cache)  # None: as DTYPE
   slice_ = f"SLICE = '{plan.machine}'\n" if plan.machine.chip.torus else ''
   return f'''# Made by `python -m t5x_inference_ext.plan` for {plan.machine}, {plan.machine.chips} chips, \
 {request.weights} weights.
@@ -34,6 +27,7 @@ MESH = '{plan.mesh_text}'
 PREFILL_LAYOUT = '{prefill}'
 DECODE_LAYOUT = '{decode}'
 DTYPE = 'bfloat16'
+CACHE = {cache}
 BATCH_SIZE = {plan.rows}
 MAX_NEW_TOKENS = {request.output_length}
 

@@ -1,7 +1,6 @@
 """What a plan is for: so many chips of a kind, and how they are joined: a TPU slice, or GPUs in nodes."""
 
 import dataclasses
-import itertools
 import math
 
 from t5x_inference_ext import hardware
@@ -10,10 +9,10 @@ from t5x_inference_ext.errors import MeshError
 from t5x_inference_ext.hardware import CHIPS, Chip
 from t5x_inference_ext.layouts import torus
 from t5x_inference_ext.layouts.layout import check_model
+from t5x_inference_ext.layouts.links import Mesh
 from t5x_inference_ext.layouts.mesh import AXES
+from t5x_inference_ext.layouts.mesh_choice import torus_mesh, torus_meshes
 from t5x_inference_ext.precompile import slices
-
-Mesh = tuple[int, int, int]
 
 _GPUS = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -64,25 +63,27 @@ class Machine:
       return f'{self.chip.name}:{self.chips}'
     return str(torus.Slice(self.chip.name, self.shape))
 
-  def meshes(self, config: ModelConfig) -> tuple[Mesh, ...]:
-    """The meshes (X, Y, Z) that a plan for this model may use; first torus.torus_mesh's, the best for ws_2d.
+  def meshes(self, config: ModelConfig, split: bool = True) -> tuple[Mesh, ...]:
+    """The meshes (X, Y, Z) that a plan for this model may use, Y no smaller than Z: the other order moves the same.
 
-    On a torus each mesh axis is a product of whole physical axes, and Y no smaller than Z: the other order moves the
-    same. GPUs have no torus: any three factors.
+    On a torus those of mesh_choice.torus_meshes, first that which a slice has where none is asked for. GPUs have no torus:
+    any three factors, first those that are best for ws_2d.
+
+    Args:
+      config: the model.
+      split: whether mesh axes may share a physical axis of the torus.
 
     Raises:
       MeshError: the chips do not divide the model.
     """
     check_model(config, dict(zip(AXES, (self.chips, 1, 1))))
-    first = torus.torus_mesh(self.shape, config)
     if self.chip.torus:
-      owners = itertools.product(range(3), repeat=3)
-      found = {tuple(math.prod(n for n, owner in zip(self.shape, each) if owner == axis) for axis in range(3))
-               for each in owners}
+      found = set(torus_meshes(self.shape, self.wraps, split))
+      first = torus_mesh(self.shape, self.wraps, config, split)
     else:
       found = {(x, y, self.chips // x // y) for x in _divisors(self.chips) for y in _divisors(self.chips // x)}
-      first = min((m for m in found if m[1] >= m[2]), key=lambda m: (_distance(m[0], self.chips, config), m[1]))
-    found = {m for m in found if m[1] >= m[2]}
+      found = {m for m in found if m[1] >= m[2]}
+      first = min(found, key=lambda m: (_distance(m[0], self.chips, config), m[1]))
     return (first, *sorted(found - {first}))
 
 

@@ -60,9 +60,9 @@ def _speed(plan: Plan) -> tuple[float, float]:
 
 
 def meshes(request: Request, machine: Machine) -> tuple[Mesh, ...]:
-  """That which was asked for, or those of the machine."""
+  """That which was asked for, or those of the machine; where one bandwidth serves all, as in the paper, of whole axes."""
   if request.mesh is None:
-    return machine.meshes(request.config)
+    return machine.meshes(request.config, split=request.convention != 'paper')
   if math.prod(request.mesh) != machine.chips:
     raise MeshError(f'the mesh {"x".join(map(str, request.mesh))} has {math.prod(request.mesh)} positions and '
                     f'{machine} has {machine.chips} chips: a program runs on all of them')

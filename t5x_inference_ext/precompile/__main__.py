@@ -21,6 +21,11 @@ batch; on the slice it starts without compiling:
   python -m t5x_inference_ext.infer --checkpoint=DIR --prompts=FILE.jsonl --output=FILE.jsonl --batch_size=32 \
       --max_new_tokens=64 --executable=/tmp/palm_8b.executable
 
+What slot refill runs (docs/decoding.md): a chunk of 256 prompt tokens on a cache of 2048, and a step of 64 slots:
+
+  python -m t5x_inference_ext.precompile --model=palm_540b --slice=v4:4x4x4 --phase=extend --batch=64 --prompt=256
+  python -m t5x_inference_ext.precompile --model=palm_540b --slice=v4:4x4x4 --phase=slots --batch=64
+
 The same by gin, where models of other shapes are, too:
 
   python -m t5x_inference_ext.precompile --gin_file=t5x_inference_ext/configs/runs/precompile.gin \\
@@ -43,11 +48,17 @@ FITS, DOES_NOT_FIT = 0, 1
 REQUIRED = ('model', 'slice', 'batch')
 # Flag -> the parameter of run.precompile, where they differ.
 PARAMETERS = {'slice': 'slice_name', 'json': 'json_file', 'hlo': 'hlo_file', 'save': 'save_file'}
-FLAGS = ('model', 'weights', 'slice', 'phase', 'batch', 'context', 'prompt', 'layout', 'other_layout', 'mesh', 'scan_layers',
-         'max_new_tokens', 'temperature', 'top_k', 'top_p', 'json', 'hlo', 'save')
+FLAGS = ('model', 'weights', 'slice', 'phase', 'batch', 'context', 'prompt', 'layout', 'other_layout', 'mesh', 'cache',
+         'scan_layers', 'max_new_tokens', 'json', 'hlo', 'save')
+PHASES = {
+    'decode': 'one token for each row', 'prefill': 'whole prompts', 'generate': 'all that infer runs for a static batch, to be '
+    'saved', 'extend': 'a chunk of prompts on what is cached of them', 'slots': 'a decode step of slot refill',
+    'admit': 'a prompt\'s way into a slot'}
 
 
 def define_flags(flags: absl_flags.FlagValues) -> None:
+
+  sampling_flags = _sampling_flags()
 
   def define(kind, name, default, text, *arguments):
     getattr(absl_flags, f'DEFINE_{kind}')(name, default, *arguments, text, flag_values=flags)
@@ -55,43 +66,49 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
   define('enum', 'model', None, f'The model: {", ".join(sorted(PRESETS))}.', sorted(PRESETS))
   define('enum', 'weights', 'int8', 'int8 or bfloat16.', ('int8', 'bfloat16'))
   define('string', 'slice', None, 'The slice: v4:4x4x4, v5p:2x2x4, v5e:4x8, v6e:2x2, ...')
-  define('enum', 'phase', 'decode', 'decode: one token for each row; prefill: whole prompts; generate: '
-         'all that infer runs for a batch, to be saved.', ('decode', 'prefill', 'generate'))
+  define('enum', 'phase', 'decode', '; '.join(f'{name}: {what}' for name, what in PHASES.items()) + '.', tuple(PHASES))
   define('integer', 'batch', None, 'Rows.')
   define('integer', 'context', 2048, 'Positions of the KV cache for each row.')
   define('integer', 'prompt', None, 'Tokens of each row that a prefill takes: by default all of the context. Of a '
-         'generation, what the new tokens leave of it.')
+         'generation, what the new tokens leave of it; of extend, a chunk of 256.')
   define('string', 'layout', None, 'feedforward/attention[/collectives] of the phase, such as ws_2d/batch '
          '(docs/layouts.md). By default the best of those that suit the phase.')
   define('string', 'other_layout', None, 'Of the other phase, which shares the weights and the cache. By default '
          'ws_2d/batch, or ws_1d/batch beside ws_1d.')
   define('string', 'mesh', None, 'XxYxZ over the whole slice. By default along its torus.')
-  define('boolean', 'scan_layers', None, 'One loop over all layers; --noscan_layers writes them out, which takes longer to '
-         'compile, and prefetches each layer\'s weights. By default a loop for more than 8, as in infer.')
+  define('enum', 'cache', None, 'What the KV cache holds: int8, with a scale for each position and head, or bfloat16, the '
+         'default.', ('int8', 'bfloat16'))
+  define('boolean', 'scan_layers', None, 'One loop over all layers, which compiles in seconds; by default they are written '
+         'out, as in infer on a TPU, which prefetches each layer\'s weights and takes a minute or two for 100 layers.')
   define('integer', 'max_new_tokens', 64, 'Of a generation: the limit for each row.')
-  define('float', 'temperature', 0.0, 'Of a generation; 0 takes the most likely token.')
-  define('integer', 'top_k', 0, 'Of a generation: sample among the k most likely tokens; 0: all.')
-  define('float', 'top_p', 1.0, 'Of a generation: sample among the most likely tokens that reach this probability.')
+  sampling_flags.define(define, 'Of a generation, slots and admit: ')
   define('string', 'json', None, 'Write the report into this file, as JSON.')
   define('string', 'hlo', None, 'Write the compiled program into this file, as text.')
   define('string', 'save', None, 'Write the executable into this file.')
 
 
+def _sampling_flags():
+  """The module, which brings jax: the command computes nothing, and must not take the accelerators of this machine."""
+  os.environ['JAX_PLATFORMS'] = 'cpu'
+  from t5x_inference_ext import sampling_flags  # pylint: disable=g-import-not-at-top
+
+  return sampling_flags
+
+
 def main(flags: absl_flags.FlagValues) -> bool:
   """Returns whether it fits."""
-  # Before jax is imported: the command computes nothing, and must not take the accelerators of this machine.
-  os.environ['JAX_PLATFORMS'] = 'cpu'
+  sampling_flags = _sampling_flags()
   from t5x_inference_ext.precompile import run as runner
 
   if command.uses_gin(flags):
-    command.check_unmixed(flags, FLAGS, 'BATCH=64', 'configs/runs/precompile.gin')
+    command.check_unmixed(flags, (*FLAGS, *sampling_flags.TEXTS), 'BATCH=64', 'configs/runs/precompile.gin')
     command.parse_gin(flags)
     return command.configure(runner.precompile)()
   missing = [f'--{name}' for name in REQUIRED if flags[name].value is None]
   if missing:
     raise UserError(f'{", ".join(missing)} not given; --help shows examples')
   arguments = {PARAMETERS.get(name, name): flags[name].value for name in FLAGS}
-  return runner.precompile(**{**arguments, 'model': preset(flags.model)})
+  return runner.precompile(**{**arguments, 'model': preset(flags.model)}, sampler=sampling_flags.sampler(flags))
 
 
 def run(argv: list[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Callable
 
+from t5x_inference_ext.checkpoints.load import MAX_UNROLLED_LAYERS
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.decoding.sampling import Sampler
 from t5x_inference_ext.errors import MeshError, UserError
@@ -17,11 +18,12 @@ from t5x_inference_ext.precompile.program import Case, Program
 
 @dataclasses.dataclass(frozen=True)
 class Tried:
-  """A layout that was compiled when the best was looked for: its serial seconds, or why it has none."""
+  """A layout that was compiled when the best was looked for: its serial seconds, or why it has none; whether as a loop."""
 
   layout: str
   seconds: float | None
   reason: str = ''
+  stacked: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +64,7 @@ def analyze(
     layout: str | None = None,
     other_layout: str | None = None,
     mesh: str | None = None,
+    cache: str | None = None,
     scan_layers: bool | None = None,
     prompt: int | None = None,
     max_new_tokens: int = 64,
@@ -74,15 +77,18 @@ def analyze(
     model: the model.
     weights: 'int8' or 'bfloat16'.
     slice_name: 'v4:4x4x4'.
-    phase: 'decode', 'prefill' or 'generate'.
+    phase: one of program.PHASES.
     batch: B.
     context: S, the positions of each row's cache.
     layout: of the phase, 'feedforward/attention'; None: the one of fit.CANDIDATES with the least serial estimate.
     other_layout: of the other phase; see program.Case.
     mesh: 'XxYxZ' over the whole slice; None: along its torus.
-    scan_layers: one loop over all layers, or code for each; None: a loop for more than 8.
-    prompt: tokens of each row that a prefill or a generation takes; see program.Case.
-    max_new_tokens, sampler: of a generation.
+    cache: what the KV cache holds: 'int8', or None: bfloat16.
+    scan_layers: one loop over all layers, or code for each, as by default. What others are chosen from is compiled as loops,
+      in seconds, where layers are many.
+    prompt: tokens of each row that one pass takes; see program.Case.
+    max_new_tokens: of a generation.
+    sampler: of a generation, of slots and of what enters them.
     say: hears what is being done.
 
   Raises:
@@ -92,8 +98,8 @@ def analyze(
   slice_ = parse_slice(slice_name)
   slices.check_slice(slice_)
   case = Case(model, weights, phase, batch, context, Layout.parse(layout) if layout else Layout(), prompt,
-              Layout.parse(other_layout) if other_layout else None, max_new_tokens=max_new_tokens, sampler=sampler,
-              stacked=scan_layers)
+              Layout.parse(other_layout) if other_layout else None, cache=cache, max_new_tokens=max_new_tokens,
+              sampler=sampler, stacked=scan_layers)
   mesh = slices.slice_mesh(slice_, model, parse_mesh(mesh) if mesh else None)
   say(f'{slice_}: {slice_.chips} chips as a mesh of {"x".join(map(str, mesh.devices.shape))}')
 
@@ -107,27 +113,39 @@ def analyze(
     found = _estimate(program, slice_)
   else:
     program, found, tried = _best(case, slice_, compiled)
+    if isinstance(program, Program) and program.case.stacked != case.stacked:
+      program = compiled(dataclasses.replace(program.case, stacked=case.stacked))
+      found = _estimate(program, slice_)
   if isinstance(program, Program):
     return Answer(slice_, program, found, tried)
   say('it does not fit; looking for what would')
-  return Answer(slice_, program, None, tried, tuple(fit.alternatives(program, say=say)))
+  shortage = dataclasses.replace(program, case=_quick(program.case))
+  return Answer(slice_, program, None, tried, tuple(fit.alternatives(shortage, say=say)))
+
+
+def _quick(case: Case) -> Case:
+  """The same as a loop, where writing many layers out would take minutes."""
+  return dataclasses.replace(case, stacked=case.stacked or case.config.num_layers > MAX_UNROLLED_LAYERS)
 
 
 def _best(case: Case, slice_: Slice, compiled: Callable[[Case], Program | Shortage]):
   """The program with the least serial estimate, or the least shortage; its estimate; all that was tried."""
   results, tried, refusal = [], [], None
-  for text in fit.CANDIDATES[case.phase]:
+  candidates = fit.CANDIDATES[case.phase]
+  case = _quick(case) if len(candidates) > 1 else case
+  for text in candidates:
     try:
       program = compiled(dataclasses.replace(case, layout=Layout.parse(text)))
     except MeshError as e:  # rows that this layout can't split, or weights that the other phase's layout can't share
-      tried.append(Tried(text, None, str(e)))
+      tried.append(Tried(text, None, str(e), case.stacked))
       refusal = refusal or e
       continue
     found = _estimate(program, slice_)
     results.append((program, found))
-    tried.append(Tried(text, found.serial_seconds) if found else Tried(text, None, 'does not fit'))
+    seconds, reason = (found.serial_seconds, '') if found else (None, 'does not fit')
+    tried.append(Tried(text, seconds, reason, case.stacked))
   if not results:
-    raise UserError(f'none of the layouts {", ".join(fit.CANDIDATES[case.phase])} can be used: {refusal}')
+    raise UserError(f'none of the layouts {", ".join(candidates)} can be used: {refusal}')
 
   def order(result):
     program, found = result

@@ -54,7 +54,7 @@ class Cost:
     bytes: read and written in one run; of a collective, what its time is counted from.
     flops: of the matrix products of one run.
     estimated: whether the compiler's cycles give the time.
-    in_layer_loop: inside the longest loop.
+    in_layer_loop: inside the longest loop, or any within it.
   """
 
   name: str
@@ -93,6 +93,12 @@ class Estimate:
   @property
   def overlapped_seconds(self) -> float:
     return sum(c.seconds - c.hidden_seconds for c in self.costs)
+
+  @property
+  def turn_seconds(self) -> tuple[float, float]:
+    """Serial and overlapped seconds inside the longest loop: of one turn, if it does not tell how often it turns."""
+    inside = [c for c in self.costs if c.in_layer_loop]
+    return sum(c.seconds for c in inside), sum(c.seconds - c.hidden_seconds for c in inside)
 
   @property
   def flops(self) -> int:

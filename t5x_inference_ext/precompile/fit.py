@@ -11,7 +11,8 @@ from t5x_inference_ext.layouts import placement as placements
 from t5x_inference_ext.layouts.explain import Setting, describe
 from t5x_inference_ext.layouts.layout import Layout
 from t5x_inference_ext.layouts.mesh import AXES
-from t5x_inference_ext.layouts.torus import Slice, parse_slice, torus_mesh
+from t5x_inference_ext.layouts.mesh_choice import torus_mesh
+from t5x_inference_ext.layouts.torus import Slice, parse_slice
 from t5x_inference_ext.precompile import slices
 from t5x_inference_ext.precompile.program import Case, Program, compile_case
 
@@ -19,6 +20,9 @@ from t5x_inference_ext.precompile.program import Case, Program, compile_case
 CANDIDATES = {
     'decode': ('ws_2d/batch', 'ws_2d/heads', 'ws_1d/batch'),
     'prefill': ('ws_2d/batch', 'ws_2d/heads', 'wg_x/batch', 'wg_xy/batch', 'wg_xyz/batch'),
+    'extend': ('ws_2d/batch', 'ws_2d/heads', 'wg_x/batch', 'wg_xy/batch', 'wg_xyz/batch'),
+    'slots': ('ws_2d/batch', 'ws_2d/heads', 'ws_1d/batch'),
+    'admit': ('ws_2d/batch',),
     # How long its loop turns nobody knows beforehand, so that no estimate could choose.
     'generate': ('ws_2d/batch',)}
 # Compilations that the search for each kind of alternative may spend.
@@ -97,7 +101,7 @@ def held(case: Case, mesh: dict[str, int]) -> tuple[int, int]:
   """
   prefill, decode = case.layouts
   e = describe(Setting(
-      case.config, mesh, prefill, decode, dtype=case.dtype, int8=case.weights == 'int8', stacked=case.stacked,
+      case.config, mesh, prefill, decode, dtype=case.dtype, cache=case.cache, int8=case.weights == 'int8', stacked=case.stacked,
       batch=case.batch, prompt_length=case.length, cache_length=case.context))
   return e.weight_bytes, e.cache_bytes
 
@@ -126,7 +130,7 @@ def alternatives(shortage: Shortage, compiled: Compile = try_compile, say: Say =
 
 def _promising(case: Case, slice_: Slice, available: int, least: int = 0) -> bool:
   """Whether weights and cache leave room, and are less than `least` where that is given."""
-  mesh = dict(zip(AXES, torus_mesh(slice_.shape, case.config)))
+  mesh = dict(zip(AXES, torus_mesh(slice_.shape, slice_.wraps, case.config)))
   try:
     placements.place(case.layouts[1], case.config, mesh, case.batch, 1)
     total = sum(held(case, mesh))
@@ -139,7 +143,7 @@ def _layouts(shortage: Shortage) -> Iterator[tuple[Case, Slice]]:
   case = shortage.case
   held_now = shortage.weights + shortage.cache
   # In prefill what differs between layouts is temporaries, in decode the cache: only one that holds less can help.
-  least = held_now if case.phase == 'decode' else 0
+  least = held_now if case.phase in ('decode', 'slots', 'admit') else 0
   for text in CANDIDATES[case.phase]:
     layout = Layout.parse(text)
     other = dataclasses.replace(case, layout=layout, other_layout=None)

@@ -34,7 +34,7 @@ class Run:
   max_length: int | None = None
 
 
-def describe(config: ModelConfig, weights: str, layouts: tuple[Any, Any], dtype: str, stacked: bool,
+def describe(config: ModelConfig, weights: str, layouts: tuple[Any, Any], dtype: str, cache: str, stacked: bool,
              run: Run) -> dict[str, Any]:
   """What a saved generation was compiled for, JSON-ready.
 
@@ -42,13 +42,14 @@ def describe(config: ModelConfig, weights: str, layouts: tuple[Any, Any], dtype:
     config: the model.
     weights: 'int8' or 'bfloat16'; others are what the compute dtype makes of them.
     layouts: of prefill and of decode.
-    dtype: of activations, cache and float weights.
+    dtype: of activations and float weights.
+    cache: what the KV cache holds, a float's dtype or 'int8'.
     stacked: whether one array holds all layers.
     run: the rest.
   """
   prefill, decode = map(str, layouts)
   return {'phase': 'generate', 'model': config.to_dict(), 'weights': 'int8' if weights == 'int8' else dtype,
-          'prefill_layout': prefill, 'decode_layout': decode, 'dtype': dtype, 'stacked': stacked,
+          'prefill_layout': prefill, 'decode_layout': decode, 'dtype': dtype, 'cache': cache, 'stacked': stacked,
           **dataclasses.asdict(run)}
 
 
@@ -77,7 +78,8 @@ class SavedGeneration:
     said = _read(path)
     fields = {f.name: said[f.name] for f in dataclasses.fields(Run)}
     run = Run(**{**fields, 'sampler': Sampler(**fields['sampler'])})
-    wanted = describe(model.config, weights, (model.prefill_layout, model.decode_layout), model.dtype, stacked, run)
+    wanted = describe(model.config, weights, (model.prefill_layout, model.decode_layout), model.dtype, model.cache_dtype,
+                      stacked, run)
     saved.check(path, model.mesh, wanted)
     return cls(os.fspath(path), run, wanted)
 

@@ -14,7 +14,7 @@ class Memory:
 
   Attributes:
     weights: of these arguments.
-    cache: of a decode step, where it is an argument, or of a prefill, where it is a result. A whole generation has it
+    cache: where it is an argument, as of a decode step, or of a prefill, where it is a result. A whole generation has it
       among its temporaries.
     other: tokens, lengths and logits that go in and out, and the program's code.
     temporaries: what the program needs besides while it runs.
@@ -37,7 +37,7 @@ def memory_of(phase: str, arguments: tuple[Any, ...], compiled: jax.stages.Compi
 
   Args:
     phase: of the program.
-    arguments: what it was lowered with; weights, and in decode the cache, come first.
+    arguments: what it was lowered with; weights, and the cache or what holds it, come first.
     compiled: the program.
     available: bytes of a chip.
   """
@@ -45,7 +45,8 @@ def memory_of(phase: str, arguments: tuple[Any, ...], compiled: jax.stages.Compi
   results = found.output_size_in_bytes - found.alias_size_in_bytes
   total = found.argument_size_in_bytes + results + found.generated_code_size_in_bytes
   weights = shard_bytes(arguments[0])
-  cache = {'decode': lambda: shard_bytes(arguments[1]), 'prefill': lambda: results}.get(phase, lambda: 0)()
+  held = lambda: shard_bytes(arguments[1].cache)
+  cache = {'decode': lambda: shard_bytes(arguments[1]), 'prefill': lambda: results, 'generate': lambda: 0}.get(phase, held)()
   return Memory(weights, cache, total - weights - cache, found.temp_size_in_bytes, available)
 
 

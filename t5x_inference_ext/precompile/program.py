@@ -12,17 +12,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from t5x_inference_ext.checkpoints.load import scans_layers
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.decoding.cache import KVCache
+from t5x_inference_ext.decoding.incremental import abstract
 from t5x_inference_ext.decoding.model import Model
 from t5x_inference_ext.decoding.sampling import Sampler
 from t5x_inference_ext.engine import generation_program
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.layouts.arrangement import device_tensors, tensor_dtype
 from t5x_inference_ext.layouts.layout import Layout
+from t5x_inference_ext.precompile import serving
 from t5x_inference_ext.precompile.generation import Run, describe
 from t5x_inference_ext.precompile.memory import Memory, memory_of
 from t5x_inference_ext.weights import Weights, layer_weights
 
-PHASES = ('decode', 'prefill', 'generate')
+PHASES = ('decode', 'prefill', 'generate', *serving.PHASES)
 WEIGHTS = ('int8', 'bfloat16')
 GREEDY = Sampler()
 
@@ -35,17 +37,21 @@ class Case:
     config: the model.
     weights: 'int8' or 'bfloat16'.
     phase: 'decode', one token for each row, or 'prefill', whole prompts; both with the choice of the next token. Or
-      'generate', all of it: what infer runs for a batch.
-    batch: B.
+      'generate', all of it: what infer runs for a batch. Or what slot refill runs: 'extend', a chunk of prompts on what is
+      cached of them, 'slots', decode steps of slots, 'admit', a prompt's way into a slot.
+    batch: B: rows, prompts of 'extend', slots.
     context: S, the positions that the cache has for each row.
     layout: of the phase; of a generation that of its prefill.
     prompt: T of a prefill, by default all of the context; of a generation, BOS not counted, by default what the new tokens
-      leave of the context.
+      leave of the context; of 'extend' by default a chunk as slot refill has it; of 'admit' the room for a prompt's
+      positions, by default all of the context.
     other_layout: of the other phase, which shares the weights and hands over or takes the cache: by default ws_2d/batch,
       or ws_1d/batch beside ws_1d, whose weights lie otherwise.
-    dtype: of activations, cache and embedding.
-    stacked: whether the layers are one loop; by default as loading a checkpoint has it.
-    max_new_tokens, sampler: of a generation.
+    dtype: of activations and embedding.
+    cache: what the KV cache holds: 'int8', or None: `dtype`.
+    stacked: whether the layers are one loop; by default as loading a checkpoint onto a TPU has it.
+    max_new_tokens: of a generation.
+    sampler: of a generation, slots and admit.
 
   Raises:
     RequestError: a value out of its range.
@@ -61,6 +67,7 @@ class Case:
   prompt: int | None = None
   other_layout: Layout | None = None
   dtype: str = 'bfloat16'
+  cache: str | None = None
   stacked: bool | None = None
   max_new_tokens: int = 64
   sampler: Sampler = GREEDY
@@ -87,13 +94,20 @@ class Case:
     """T: the tokens of each row that one pass, of a generation the prefill, takes."""
     if self.phase == 'generate':
       return self.run.prompt + 1
-    return 1 if self.phase == 'decode' else self.prompt or self.context
+    if self.phase == 'extend':
+      return self.prompt or min(serving.CHUNK, self.context)
+    return 1 if self.phase in ('decode', 'slots') else self.prompt or self.context
 
   @property
   def run(self) -> Run:
     """Of a generation."""
     prompt = self.prompt or self.context - self.max_new_tokens
     return Run(self.batch, prompt, self.context, self.max_new_tokens, self.sampler)
+
+  @property
+  def cache_dtype(self) -> str:
+    """What the KV cache holds."""
+    return self.cache or self.dtype
 
   @property
   def tokens(self) -> int:
@@ -103,20 +117,24 @@ class Case:
   @property
   def layouts(self) -> tuple[Layout, Layout]:
     """Of prefill and of decode."""
+    if self.phase == 'extend':  # the cache of prompts on their way lies as their layout has it
+      return self.layout, self.layout
     other = self.other_layout or Layout('ws_1d' if self.layout.feedforward == 'ws_1d' else 'ws_2d')
-    return (other, self.layout) if self.phase == 'decode' else (self.layout, other)
+    return (self.layout, other) if self.phase in ('prefill', 'generate') else (other, self.layout)
 
   def model(self, mesh: Mesh) -> Model:
-    return Model(self.config, mesh, *self.layouts, self.dtype)
+    return Model(self.config, mesh, *self.layouts, self.dtype, self.cache)
 
   def to_dict(self) -> dict[str, Any]:
     """JSON-ready."""
     if self.phase == 'generate':
-      return describe(self.config, self.weights, self.layouts, self.dtype, self.stacked, self.run)
+      return describe(self.config, self.weights, self.layouts, self.dtype, self.cache_dtype, self.stacked, self.run)
     prefill, decode = map(str, self.layouts)
+    sampled = {'sampler': dataclasses.asdict(self.sampler)} if self.phase in ('slots', 'admit') else {}
     return {'model': self.config.to_dict(), 'weights': self.weights, 'phase': self.phase, 'batch': self.batch,
-            'context': self.context, 'prompt': self.length if self.phase == 'prefill' else None,
-            'prefill_layout': prefill, 'decode_layout': decode, 'dtype': self.dtype, 'stacked': self.stacked}
+            'context': self.context, 'prompt': self.length if self.phase in ('prefill', 'extend', 'admit') else None,
+            'prefill_layout': prefill, 'decode_layout': decode, 'dtype': self.dtype, 'cache': self.cache_dtype,
+            'stacked': self.stacked, **sampled}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,11 +193,14 @@ def phase_function(case: Case, mesh: Mesh) -> tuple[jax.stages.Wrapped, tuple[An
   decode: (weights, cache, tokens [B]) -> (next tokens [B], cache), the cache in place.
   prefill: (weights, tokens [B, T], lengths [B]) -> (next tokens [B], cache).
   generate: (weights, tokens [B, T], lengths [B], seeds [B]) -> decoding.generate.Generation.
+  extend, slots, admit: see serving.program.
   """
   model = case.model(mesh)
   weights = abstract_weights(model, case.weights, case.stacked)
   if case.phase == 'generate':
     return generation_program(model, case.run, weights)
+  if case.phase in serving.PHASES:
+    return serving.program(case.phase, model, weights, case.batch, case.context, case.length, case.sampler)
   whole = NamedSharding(mesh, P())
   row_of_ints = jax.ShapeDtypeStruct((case.batch,), jnp.int32, sharding=whole)
 
@@ -236,9 +257,7 @@ def abstract_cache(model: Model, weights: Weights, batch: int, context: int) -> 
   Raises:
     MeshError: rows that the decode layout can't split.
   """
-  specs = model.cache_spec(model.place_decode(batch), weights)
   row = jax.ShapeDtypeStruct((batch,), jnp.int32)
   made = jax.eval_shape(lambda w, tokens, lengths: model.prefill(w, tokens, lengths, context)[1], weights,
                         jax.ShapeDtypeStruct((batch, 1), jnp.int32), row)
-  return jax.tree.map(lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(model.mesh, spec)),
-                      made, specs)
+  return abstract(model, made, weights)

@@ -54,11 +54,13 @@ def _heading(answer: Answer) -> Iterable[str]:
   case, slice_ = answer.case, answer.slice
   prefill, decode = case.layouts
   yield from _wrap(f'model:  {case.config}', '        ')
-  what = f'B {case.batch}, S {case.context}' + (f', T {case.length}' if case.phase != 'decode' else '')
+  what = f'B {case.batch}, S {case.context}' + (f', T {case.length}' if case.phase not in ('decode', 'slots') else '')
   other = {'prefill': f'cache for decode in {decode}', 'decode': f'weights shared with prefill in {prefill}',
-           'generate': f'decode in {decode}, {case.max_new_tokens} new tokens'}[case.phase]
+           'generate': f'decode in {decode}, {case.max_new_tokens} new tokens',
+           'extend': 'a chunk, on a cache in the same', 'slots': f'slot refill, prompts in {prefill}',
+           'admit': f'a prompt from {prefill} into its slot'}[case.phase]
   yield from _wrap(f'phase:  {case.phase} in {case.layout} ({other}); {what}; {case.weights} weights, {case.dtype} '
-                   'activations', '        ')
+                   f'activations, {case.cache_dtype} cache', '        ')
   mesh = ''
   if answer.fits:
     shape = answer.program.mesh.shape
@@ -74,7 +76,8 @@ def _tried(answer: Answer) -> Iterable[str]:
   results = [f'{t.layout} {_ms(t.seconds)}' if t.seconds is not None else f'{t.layout} {_reason(t.reason)}'
              for t in answer.tried]
   chosen = 'least estimated time' if answer.fits else 'nearest to fitting'
-  yield from _wrap(f'layout: none given; {answer.case.layout} has the {chosen} of {"; ".join(results)}', '        ')
+  loops = ', as loops over the layers' if any(t.stacked for t in answer.tried) and not answer.case.stacked else ''
+  yield from _wrap(f'layout: none given; {answer.case.layout} has the {chosen} of {"; ".join(results)}{loops}', '        ')
 
 
 def _reason(reason: str) -> str:
@@ -97,7 +100,11 @@ def _time(answer: Answer) -> Iterable[str]:
     yield (f'time: {_ms(serial)} for the prefill and one decode step, with nothing overlapped; --phase=decode tells what '
            'each step takes')
     return
-  unit = 'step' if answer.case.phase == 'decode' else 'prefill'
+  once = ''
+  if answer.case.phase == 'slots':
+    once = f', and {_ms(serial - found.turn_seconds[0])} once for all steps between two looks at what came out'
+    serial, overlapped = found.turn_seconds
+  unit = {'prefill': 'prefill', 'extend': 'chunk', 'admit': 'prompt'}.get(answer.case.phase, 'step')
 
   def between(form, value):  # of both estimates, once where they are the same
     low, high = form(value(serial)), form(value(overlapped))
@@ -107,8 +114,11 @@ def _time(answer: Answer) -> Iterable[str]:
     return between('{:.1%}'.format, lambda time: seconds / time)
 
   yield ''
-  yield (f'time: {_ms(serial)} a {unit} with nothing overlapped, {_ms(overlapped)} with what the schedule overlaps; '
-         f'{between("{:,.0f}".format, lambda time: answer.case.tokens / time)} tokens/s')
+  time = f'time: {_ms(serial)} a {unit} with nothing overlapped, {_ms(overlapped)} with what the schedule overlaps{once}'
+  if answer.case.phase == 'admit':  # moves what there is
+    yield time
+    return
+  yield f'{time}; {between("{:,.0f}".format, lambda time: answer.case.tokens / time)} tokens/s'
   yield f'  FLOP bound (2N a token, bf16 peak):  {_ms(limits.flops):>10}, {share(limits.flops)} of the time: the MFU'
   yield f'  weight-load bound (each read once): {_ms(limits.weights):>10}, {share(limits.weights)}'
   yield f'  weights and cache read once:        {_ms(limits.memory):>10}, {share(limits.memory)}'
@@ -178,7 +188,8 @@ def _remarks(answer: Answer) -> Iterable[str]:
   for copy in found.offending_relayouts:
     yield from _wrap(f'  ! {copy.name} writes {", ".join(copy.sources)} again, as {copy.result} '
                      f'({bytes_text(copy.result.bytes)})', '    ')
-  for loop in found.unknown_loops:
+  # That of the steps of slots is known to be: the times above are of one.
+  for loop in found.unknown_loops[answer.case.phase == 'slots':]:
     yield f'  ! the loop {loop} does not tell how often it turns: it counts once, and the times above are too short'
 
 
@@ -210,11 +221,13 @@ def to_dict(answer: Answer) -> dict[str, Any]:
                 {'change': a.change, 'layout': str(a.program.case.layout), 'batch': a.program.case.batch,
                  'slice': str(a.slice), 'needed': a.program.memory.needed} for a in answer.alternatives]}
   found, limits, program = answer.estimate, bounds(answer), answer.program
-  serial, overlapped = found.serial_seconds, found.overlapped_seconds
+  serial, overlapped, step = found.serial_seconds, found.overlapped_seconds, {}
+  if answer.case.phase == 'slots':
+    step = {'step': dict(zip(('serial', 'overlapped'), found.turn_seconds))}
   return {
       **report, 'mesh': dict(program.mesh.shape), 'links': mesh_links(program.mesh), 'compile_seconds': program.seconds,
       'memory': {**dataclasses.asdict(program.memory), 'needed': program.memory.needed},
-      'seconds': {'serial': serial, 'overlapped': overlapped, 'by_kind': found.by_kind},
+      'seconds': {'serial': serial, 'overlapped': overlapped, 'by_kind': found.by_kind, **step},
       'tokens': answer.case.tokens,
       'bounds': dataclasses.asdict(limits),
       'mfu': {'serial': limits.flops / serial, 'overlapped': limits.flops / overlapped},

@@ -22,11 +22,10 @@ def precompile(
     layout: str | None = None,
     other_layout: str | None = None,
     mesh: str | None = None,
+    cache: str | None = None,
     scan_layers: bool | None = None,
     max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    sampler: Sampler = Sampler(),
     json_file: str | None = None,
     hlo_file: str | None = None,
     save_file: str | None = None,
@@ -35,9 +34,10 @@ def precompile(
   """Compiles a phase of a model for a slice, and prints what came out.
 
   Args:
-    model, slice_name, batch, weights, phase, context, prompt, layout, other_layout, mesh, scan_layers: see
+    model, slice_name, batch, weights, phase, context, prompt, layout, other_layout, mesh, cache, scan_layers: see
       analysis.analyze.
-    max_new_tokens, temperature, top_k, top_p: of a generation; a prefill and a decode step alone are greedy.
+    max_new_tokens: of a generation.
+    sampler: of a generation, of slots and of what enters them; a prefill and a decode step alone are greedy.
     json_file: takes the report as JSON.
     hlo_file: takes the compiled program's text.
     save_file: takes the executable; see saved.
@@ -52,7 +52,7 @@ def precompile(
   check_writable(json_file, hlo_file, save_file)
   answer = analyze(
       model, weights, slice_name, phase, batch, context, layout=layout, other_layout=other_layout, mesh=mesh,
-      scan_layers=scan_layers, prompt=prompt, max_new_tokens=max_new_tokens, sampler=Sampler(temperature, top_k, top_p), say=_say)
+      cache=cache, scan_layers=scan_layers, prompt=prompt, max_new_tokens=max_new_tokens, sampler=sampler, say=_say)
   write(report.text(answer))
   if json_file:
     write_text(json_file, json.dumps(report.to_dict(answer), indent=2) + '\n')

@@ -16,7 +16,8 @@ from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import MeshError, UserError
 from t5x_inference_ext.layouts.layout import check_model
 from t5x_inference_ext.layouts.mesh import AXES, make_mesh
-from t5x_inference_ext.layouts.torus import GENERATIONS, Slice, torus_mesh
+from t5x_inference_ext.layouts.mesh_choice import torus_mesh
+from t5x_inference_ext.layouts.torus import GENERATIONS, Slice
 
 # libtpu aborts the process on boxes that no pod has (v4:1x2x2), so that only real ones reach it. Smaller ones by name;
 # larger ones of v4 and v5p are boxes of whole 4x4x4 cubes, and cubes in a row.
@@ -92,14 +93,14 @@ def slice_mesh(slice_: Slice, config: ModelConfig, shape: Sequence[int] | None =
 
   Args:
     slice_: whose devices.
-    config: decides the shape where none is given (torus.torus_mesh).
+    config: decides the shape where none is given (mesh_choice.torus_mesh).
     shape: (X, Y, Z), of as many devices as the slice has chips.
 
   Raises:
     MeshError: no such slice, a mesh of another size, or one that does not divide the model.
     UserError: no libtpu.
   """
-  shape = torus_mesh(slice_.shape, config) if shape is None else tuple(shape)
+  shape = torus_mesh(slice_.shape, slice_.wraps, config) if shape is None else tuple(shape)
   if math.prod(shape) != slice_.chips:
     raise MeshError(f'the mesh {"x".join(map(str, shape))} has {math.prod(shape)} positions and {slice_} has '
                     f'{slice_.chips} chips: a program runs on all of them')

@@ -7,7 +7,7 @@ from typing import Iterable, Iterator, Sequence, TypeVar
 import jax
 import numpy as np
 
-from t5x_inference_ext.decoding import scoring
+from t5x_inference_ext.decoding import packing, scoring
 from t5x_inference_ext.decoding.sampling import Sampler
 from t5x_inference_ext.decoding.scoring import Example
 from t5x_inference_ext.engine import Engine
@@ -99,6 +99,11 @@ def row_seed(seed: int, row: int) -> int:
   return (int(np.random.SeedSequence(seed).generate_state(1)[0]) + row) % 2**32
 
 
+def row_seeds(seed: int, row: int, samples: int) -> tuple[int, ...]:
+  """The seeds of a row's samples: different for every sample of a run; of one sample row_seed's."""
+  return tuple(row_seed(seed, row * samples + i) for i in range(samples))
+
+
 def generate(
     engine: Engine,
     batches: Iterable[Sequence[tuple[int, Sequence[int]]]],
@@ -144,7 +149,7 @@ def score(engine: Engine, examples: Sequence[Example], tokens: int, clock: Clock
     tokens: of a batch, padding included.
     clock: is advanced.
   """
-  for result in clock.over(scoring.score(engine.log_probs, examples, tokens, engine.padded_batch)):
+  for result in clock.over(scoring.score(engine.log_probs, examples, packing.packer(engine.model, tokens))):
     clock.add(1, int(np.count_nonzero(examples[result[0]].weights)))
     yield result
 

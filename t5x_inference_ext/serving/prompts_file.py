@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 from typing import Callable
@@ -18,6 +19,7 @@ from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.serving import batches, loading, output, refill, requests
 from t5x_inference_ext.serving.journal import Files as JournalFiles, Journal
 from t5x_inference_ext.serving.progress import print_line
+from t5x_inference_ext.serving.row_sampling import Asked
 from t5x_inference_ext.serving.vocabularies import find_vocabulary
 
 
@@ -57,11 +59,15 @@ def infer_file(
     rows = requests.read_rows(files.prompts, score=scoring)
     checkpoint, mesh = loading.open_model(options, say)
     vocabulary, source = find_vocabulary(
-        files.vocabulary, checkpoint.config.vocab_size, needed=any(row.is_text for row in rows))
+        files.vocabulary, checkpoint.config.vocab_size, needed=bool(options.stop) or any(row.is_text for row in rows))
     name = vocabulary.name if vocabulary else 'none'
     say(f'vocabulary: {name} ({source})')
-    work = requests.tokenize(files.prompts, rows, vocabulary, checkpoint.config.vocab_size,
+    options = loading.with_vocabulary(options, vocabulary, checkpoint.config.vocab_size)
+    asked = Asked(options.sampler, options.max_new_tokens)
+    work = requests.tokenize(files.prompts, rows, vocabulary, checkpoint.config.vocab_size, asked,
                              None if scoring else options.max_prompt)
+    if not options.continuous and any(request.asked != asked for request in work):
+      raise RequestError('rows have `sampling` of their own, which needs batching=continuous')
   distributed.check_same(options=options, prompts=work, checkpoint=checkpoint.notes)
   loading_progress = lambda jobs: progress(jobs, 'loading weights', len(jobs))
   engine = loading.load_engine(options, checkpoint, mesh, loading_progress, say)
@@ -83,8 +89,10 @@ def infer_file(
       for _ in progress(kept, 'scoring' if scoring else 'generating', len(work) - len(journal.done)):
         pass
     with output.whole_file(files.output) as file:
-      for row, result in zip(rows, journal.in_order(len(work))):
-        file.write(json.dumps(_output_row(row, vocabulary, *result)) + '\n')
+      for row, request, result in zip(rows, work, journal.in_order(len(work))):
+        told = _told(row, request, vocabulary, result)
+        told = told[0] if options.num_decodes == 1 else {'samples': told}
+        file.write(json.dumps({**row.fields, 'prompt': row.prompt, **told}) + '\n')
     record = output.write_record(files.output, {
         **loading.description(options, engine), 'prompts': files.prompts,
         'vocabulary': {'name': name, 'source': source}, 'shape': shape, 'time': clock.to_dict()})
@@ -99,14 +107,29 @@ def _journal_path(path: str) -> str:
 
 
 def _refill(engine: Engine, options, todo, clock, vocabulary, say):
-  """The sizes of the run, and (row, [tokens, score]) as rows end."""
-  asked = [(row, Request((BOS_ID, *r.prompt), (batches.row_seed(options.seed, row),), options.max_new_tokens,
-                         options.sampler)) for row, r in todo]
+  """The sizes of the run, and (row, [what is told of each sample]) as rows end."""
+
+  def request(row, r):
+    seeds = batches.row_seeds(options.seed, row, options.num_decodes)
+    if r.asked.seed is not None:
+      seeds = tuple((r.asked.seed + i) % 2**32 for i in range(options.num_decodes))
+    return row, Request((BOS_ID, *r.prompt), seeds, r.asked.max_new_tokens, r.asked.sampler)
+
+  asked = list(itertools.starmap(request, todo))
   plan, shared = plans.plan(
       engine.model, [r for _, r in asked], slots=options.batch_size, size=options.cache_length,
-      chunk=options.prefill_chunk, budget=options.prefill_budget, eos_id=vocabulary.eos_id if vocabulary else EOS_ID)
+      chunk=options.prefill_chunk, budget=options.prefill_budget, eos_id=vocabulary.eos_id if vocabulary else EOS_ID,
+      top=options.top_log_probs)
   loading.say_slots(options, plan, shared, engine.model, say)
-  results = ((row, [c.tokens, c.score]) for row, (c,) in refill.completions(engine, asked, plan, shared, clock))
+
+  def told(sample):
+    result = {'tokens': sample.tokens, 'score': sample.score}
+    if options.token_log_probs or options.top_log_probs:
+      result['log_probs'] = sample.log_probs
+    return {**result, 'top_log_probs': sample.top} if options.top_log_probs else result
+
+  results = ((row, list(map(told, samples)))
+             for row, samples in refill.completions(engine, asked, plan, shared, clock))
   return {'batch': plan.slots, 'prompt': plan.prompt, 'cache': plan.size, 'shared': len(shared)}, results
 
 
@@ -130,9 +153,10 @@ def _shape(options, engine: Engine, work: list[requests.Request], say) -> batche
 
 def _generate(engine, options, todo, shape, clock, vocabulary):
   work = distributed.lockstep(batches.split([(row, r.prompt) for row, r in todo], shape.batch))
-  yield from batches.generate(
+  for row, (tokens, score) in batches.generate(
       engine, work, shape, clock, max_new_tokens=options.max_new_tokens, sampler=options.sampler, seed=options.seed,
-      eos_id=vocabulary.eos_id if vocabulary else EOS_ID)
+      eos_id=vocabulary.eos_id if vocabulary else EOS_ID):
+    yield row, [{'tokens': tokens, 'score': score}]
 
 
 def _score(engine: Engine, options, todo, clock, say):
@@ -143,18 +167,21 @@ def _score(engine: Engine, options, todo, clock, say):
   def results():
     for item, scores in batches.score(engine, [Example.of(r.prompt, r.completion) for _, r in todo], tokens, clock):
       row, request = todo[item]
-      each = [scores[len(request.prompt):].tolist()] if options.token_log_probs else []
-      yield row, [request.completion, float(np.sum(scores)), *each]
+      each = {'log_probs': scores[len(request.prompt):].tolist()} if options.token_log_probs else {}
+      yield row, [{'tokens': request.completion, 'score': float(np.sum(scores)), **each}]
 
   return {'tokens': tokens}, results()
 
 
-def _output_row(row: requests.Row, vocabulary, tokens: list[int], score: float,
-                log_probs: list[float] | None = None) -> dict:
-  """The row as it came, with the completion: its text (None where there is no vocabulary), ids and score."""
-  if isinstance(row.completion, str):
-    text = row.completion
-  else:
-    text = vocabulary.decode(tokens) if vocabulary else None
-  each = {} if log_probs is None else {'log_probs': log_probs}
-  return {**row.fields, 'prompt': row.prompt, 'completion': text, 'tokens': tokens, 'score': score, **each}
+def _told(row: requests.Row, request: requests.Request, vocabulary, results: list[dict]) -> list[dict]:
+  """What is told of each sample of a row.
+
+  The text of a completion is None where there is no vocabulary. It ends before EOS or a stop sequence.
+  """
+
+  def text(tokens):
+    if isinstance(row.completion, str):
+      return row.completion
+    return vocabulary.decode(request.asked.sampler.before_stop(tokens)) if vocabulary else None
+
+  return [{'completion': text(result['tokens']), **result} for result in results]

@@ -1,16 +1,34 @@
 """Requests through decode slots that are kept full (decoding.scheduler), and the clock on them."""
 
-from typing import Iterable, Iterator
+from typing import Iterable, Iterator, NamedTuple
 
 from t5x_inference_ext.decoding.scheduler import Plan, Request, Scheduler
-from t5x_inference_ext.engine import Completion, Engine
+from t5x_inference_ext.engine import Engine
 from t5x_inference_ext.serving.batches import Clock
+
+
+class Sample(NamedTuple):
+  """One sample of a request, whole.
+
+  Attributes:
+    tokens: generated ids, EOS included where it came.
+    log_probs: of each of them.
+    top: at each the most likely, as pairs (id, log-probability), as many as the plan says.
+  """
+
+  tokens: list[int]
+  log_probs: list[float]
+  top: list[list[tuple[int, float]]]
+
+  @property
+  def score(self) -> float:
+    return sum(self.log_probs)
 
 
 def completions(
     engine: Engine, requests: Iterable[tuple[int, Request]], plan: Plan, shared: tuple[int, ...] = (),
-    clock: Clock | None = None) -> Iterator[tuple[int, list[Completion]]]:
-  """Each request's samples, as soon as all of them have ended: not in order.
+    clock: Clock | None = None) -> Iterator[tuple[int, list[Sample]]]:
+  """Each request's samples in the order of its seeds, as soon as all of them have ended: requests not in order.
 
   Args:
     engine: to run on.
@@ -19,24 +37,23 @@ def completions(
     clock: is advanced.
   """
   scheduler = Scheduler(engine.model, engine.weights, plan, shared)
-  names, asked, parts = [], [], {}
+  names, under_way, left = [], {}, {}
 
   def taken():
     for name, request in requests:
+      under_way[len(names)] = [Sample([], [], []) for _ in request.seeds]
+      left[len(names)] = len(request.seeds)
       names.append(name)
-      asked.append(request)
       yield request
 
   clock = clock or Clock()
   for event in clock.over(scheduler.run(taken())):
-    tokens, log_probs = parts.setdefault(event.request, {}).setdefault(event.sample, ([], []))
-    tokens += event.tokens
-    log_probs += event.log_probs
+    sample = under_way[event.request][event.sample]
+    for whole, new in zip(sample, (event.tokens, event.log_probs, event.top)):
+      whole += new
     clock.add(0, len(event.tokens))
-    if event.ended:
-      parts[event.request][event.sample] = Completion(tokens, sum(log_probs))
-      done = parts[event.request]
-      if len(done) == len(asked[event.request].seeds) and all(isinstance(c, Completion) for c in done.values()):
-        clock.add(1, 0)
-        del parts[event.request]
-        yield names[event.request], [done[i] for i in range(len(done))]
+    left[event.request] -= event.ended
+    if not left[event.request]:
+      clock.add(1, 0)
+      del left[event.request]
+      yield names[event.request], under_way.pop(event.request)

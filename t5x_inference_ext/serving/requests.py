@@ -5,6 +5,7 @@ import json
 from typing import Any, Callable, Iterable
 
 from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.serving.row_sampling import Asked, asked
 from t5x_inference_ext.serving.vocabularies import Vocabulary
 
 MAX_COMPLAINTS = 10
@@ -21,12 +22,14 @@ class Row:
     fields: the whole JSON object: what is not used here comes out again.
     prompt: text or token ids; empty starts from BOS alone.
     completion: what to score, text or ids; None where nothing is scored.
+    sampling: how it is to be continued, as it says itself; None where it says nothing, or is scored.
   """
 
   line: int
   fields: dict[str, Any]
   prompt: Text
   completion: Text | None = None
+  sampling: dict[str, Any] | None = None
 
   @property
   def is_text(self) -> bool:
@@ -63,13 +66,14 @@ def read_rows(path: str, *, score: bool) -> list[Row]:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """A row in token ids: `completion` is empty where nothing is scored."""
+  """A row in token ids: `completion` is empty where nothing is scored. `asked`: how it is to be continued."""
 
   prompt: list[int]
   completion: list[int]
+  asked: Asked
 
 
-def tokenize(path: str, rows: list[Row], vocabulary: Vocabulary | None, vocab_size: int,
+def tokenize(path: str, rows: list[Row], vocabulary: Vocabulary | None, vocab_size: int, run: Asked,
              max_prompt: int | None = None) -> list[Request]:
   """Rows in token ids.
 
@@ -78,6 +82,7 @@ def tokenize(path: str, rows: list[Row], vocabulary: Vocabulary | None, vocab_si
     rows: from read_rows.
     vocabulary: for text.
     vocab_size: V, rows of the model's embedding: ids are below it.
+    run: how rows are continued that do not say it themselves.
     max_prompt: the longest prompt that the cache has room for.
 
   Raises:
@@ -102,7 +107,8 @@ def tokenize(path: str, rows: list[Row], vocabulary: Vocabulary | None, vocab_si
       raise ValueError(
           f'the prompt is longer than the cache: {len(prompt)} tokens, and there is room for {max_prompt} beside the '
           'new ones: shorten it, raise --cache_length or lower --max_new_tokens')
-    return Request(prompt, [] if row.completion is None else ids_of('completion', row.completion))
+    own = run if row.sampling is None else asked(run, row.sampling, vocabulary, vocab_size)
+    return Request(prompt, [] if row.completion is None else ids_of('completion', row.completion), own)
 
   return _each(path, request, lambda row: row.line)(rows)
 
@@ -120,7 +126,10 @@ def _parse(number: int, line: str, score: bool) -> Row:
     raise ValueError(f'no "prompt" ({found}): write {{"prompt": TEXT or [token ids]}}')
   prompt = _text('prompt', fields['prompt'])
   if not score:
-    return Row(number, fields, prompt)
+    sampling = fields.get('sampling')
+    if sampling is not None and not isinstance(sampling, dict):
+      raise ValueError(f'"sampling" must be an object such as {{"temperature": 0.7}}, not {_kind(sampling)}')
+    return Row(number, fields, prompt, sampling=sampling)
   for name in ('tokens', 'completion'):
     if fields.get(name) is not None:
       completion = _text(name, fields[name])

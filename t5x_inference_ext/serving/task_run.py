@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import json
 import os
-from typing import Any, Callable, Iterator, Mapping
+from typing import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import seqio
@@ -18,7 +18,7 @@ from t5x_inference_ext.decoding.scheduler import Request
 from t5x_inference_ext.decoding.inputs import BOS_ID, EOS_ID
 from t5x_inference_ext.engine import Engine
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.serving import batches, loading, refill
+from t5x_inference_ext.serving import batches, loading, refill, task_rows
 from t5x_inference_ext.serving.journal import Files, Journal
 from t5x_inference_ext.serving.progress import print_line, progress
 from t5x_inference_ext.serving.tasks import Example, Source, check_source, check_vocabularies, examples, find_tasks
@@ -26,7 +26,7 @@ from t5x_inference_ext.serving.tasks import import_tasks, prompt, vocabulary_tex
 
 gfile = tf.io.gfile
 RECORD = 'infer.config.json'
-SCORED_BATCHES = 16  # examples that are sorted by length together
+SCORED_BATCHES = 128  # examples that are sorted by length together
 
 
 def infer(
@@ -40,15 +40,16 @@ def infer(
     use_cached: bool = False,
     mode: str = 'predict',
     max_new_tokens: int | None = None,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    sampler: Sampler = Sampler(),
+    num_decodes: int = 1,
+    stop: Sequence[str] = (),
     seed: int = 0,
     mesh: str | None = None,
     prefill_layout: str = 'ws_2d/batch',
     decode_layout: str = 'ws_2d/batch',
     scan_layers: bool | None = None,
     dtype: str = 'bfloat16',
+    cache: str | None = None,
     batch_size: int = 32,
     batching: str = 'continuous',
     prefill_chunk: int = 256,
@@ -75,12 +76,15 @@ def infer(
     use_cached: whether to read seqio's cached form of it.
     mode: 'predict', 'predict_with_aux' (with each prediction's score) or 'score' (the targets).
     max_new_tokens: the limit for each prediction; None: as T5X, until prompt and prediction fill the whole sequence.
-    temperature, top_k, top_p: as Sampler's.
+    sampler: how tokens are chosen.
+    num_decodes: predictions for each example, which share its prefill.
+    stop: texts that end a prediction.
     seed: of the run: each example's own seed comes from it and the example's place.
     mesh: 'XxYxZ'; None: over all devices that divide the model.
     prefill_layout, decode_layout: 'feedforward/attention', for each phase.
     scan_layers: as Engine.load's.
-    dtype: of activations, cache and float weights.
+    dtype: of activations and float weights.
+    cache: what the KV cache holds: 'float32', 'bfloat16', 'int8', or None: dtype.
     batch_size: examples a batch, or decode slots.
     batching, prefill_chunk, prefill_budget: as loading.Options'.
     model_config: the model that the checkpoint must hold; None: the one it holds.
@@ -103,16 +107,18 @@ def infer(
     tasks = find_tasks(source)
     check_source(source, mode, tasks)
     options = loading.Options(
-        checkpoint=checkpoint_path, mode=mode, mesh=mesh, dtype=dtype, prefill_layout=prefill_layout,
-        decode_layout=decode_layout, norm_scale=norm_scale, config=model_config, batch_size=batch_size,
-        sampler=Sampler(temperature, top_k, top_p), seed=seed, scan_layers=scan_layers, batching=batching,
-        prefill_chunk=prefill_chunk, prefill_budget=prefill_budget,
+        checkpoint=checkpoint_path, mode=mode, mesh=mesh, dtype=dtype, cache=cache,
+        prefill_layout=prefill_layout, decode_layout=decode_layout, norm_scale=norm_scale, config=model_config,
+        batch_size=batch_size, sampler=sampler, num_decodes=num_decodes, stop=stop, seed=seed, scan_layers=scan_layers,
+        batching=batching, prefill_chunk=prefill_chunk, prefill_budget=prefill_budget,
         **_limits(sum(task_feature_lengths.values()), max_new_tokens))
     if explain_layout:
       loading.explain_layout(options, task_feature_lengths['targets' if mode == 'score' else 'inputs'])
       return
     checkpoint, devices = loading.open_model(options)
     check_vocabularies(source, tasks, checkpoint.config.vocab_size)
+    for task in tasks:
+      _of_task(options, task, checkpoint.config)
   distributed.check_same(
       options=options, tasks=source._replace(name=[task.name for task in tasks]), checkpoint=checkpoint.notes)
   # The output directory may be process 0's alone.
@@ -145,10 +151,16 @@ def _limits(length: int, max_new_tokens: int | None) -> dict[str, int]:
   return {'max_new_tokens': length, 'max_length': length, 'cache_length': length}
 
 
+def _of_task(options: loading.Options, task: seqio.Task, config: ModelConfig) -> loading.Options:
+  """The options with the texts that end rows in the task's own ids."""
+  return loading.with_vocabulary(options, task.output_features['targets'].vocabulary, config.vocab_size)
+
+
 def infer_task(task: seqio.Task, source: Source, options: loading.Options, engine: Engine, output_dir: str,
                say: Callable[[str], None] = print_line) -> batches.Clock:
   """Runs one task and writes its file, `<task>-<mode>.jsonl-SSSSS-of-NNNNN`, then `.COMPLETED` beside it."""
   path = output_path(task.name, source, options.mode, output_dir)
+  options = _of_task(options, task, engine.model.config)
   rows = examples(task, source)
   first = list(itertools.islice(rows, options.batch_size))
   if not first:
@@ -156,7 +168,8 @@ def infer_task(task: seqio.Task, source: Source, options: loading.Options, engin
                        + (f', shard {source.shard} of {source.num_shards}' if source.num_shards > 1 else ''))
   # Fewer examples than a batch: a smaller one does.
   say(f'vocabulary: {vocabulary_text(task)}')
-  batch = loading.batch_rows(options, engine, len(first) if len(first) < options.batch_size else None,
+  samples = len(first) * options.num_decodes
+  batch = loading.batch_rows(options, engine, samples if len(first) < options.batch_size else None,
                              (lambda text: None) if options.continuous and options.mode != 'score' else say)
   checkpoint = engine.checkpoint
   journal = Journal(f'{path}.unfinished', (options, source._replace(name=task.name), checkpoint.path, checkpoint.step),
@@ -205,7 +218,7 @@ def _scores(todo, task, source, options, engine, batch, clock, say) -> Iterator[
   tokens = batch * sum(source.feature_lengths.values())
   for some in _batched(todo, SCORED_BATCHES * batch):
     found = batches.score(engine, [_scored(example) for _, example in some], tokens, clock)
-    yield from ((some[item][0], _output_row(some[item][1], {'score': float(np.sum(scores))})) for item, scores in found)
+    yield from ((some[item][0], task_rows.score(some[item][1], float(np.sum(scores)))) for item, scores in found)
 
 
 def _scored(example: Example) -> scoring.Example:
@@ -228,23 +241,26 @@ def _predictions(todo, task, source, options, engine, batch, clock, say) -> Iter
   run = _refilled if options.continuous else _batches
   # T5X's predictions have the length of the whole sequence: vocabularies that decode padding would show it.
   length = max(sum(source.feature_lengths.values()), options.max_new_tokens)
-  for row, (tokens, score) in run(prompts(), source, options, engine, batch, clock, say, vocabulary.eos_id or EOS_ID):
-    yield row, _output_row(examples_.pop(row), _prediction(tokens, score, length, vocabulary, options.mode))
+  for row, samples in run(prompts(), source, options, engine, batch, clock, say, vocabulary.eos_id or EOS_ID):
+    samples = [(options.sampler.before_stop(tokens), score) for tokens, score in samples]
+    yield row, task_rows.prediction(examples_.pop(row), samples, length, vocabulary, options.mode)
 
 
 def _batches(prompts, source, options, engine, batch, clock, say, eos_id):
   del say
   shape = batches.Shape(batch, source.feature_lengths['inputs'], options.cache_length, options.max_length)
-  yield from batches.generate(
+  for row, sample in batches.generate(
       engine, _batched(prompts, batch), shape, clock, max_new_tokens=options.max_new_tokens, sampler=options.sampler,
-      seed=options.seed, eos_id=eos_id)
+      seed=options.seed, eos_id=eos_id):
+    yield row, [sample]
 
 
 def _refilled(prompts, source, options, engine, batch, clock, say, eos_id):
   def request(row, tokens):
     limit = options.max_new_tokens if options.max_length is None else min(
         options.max_new_tokens, options.max_length - len(tokens))
-    return row, Request((BOS_ID, *tokens), (batches.row_seed(options.seed, row),), limit, options.sampler)
+    seeds = batches.row_seeds(options.seed, row, options.num_decodes)
+    return row, Request((BOS_ID, *tokens), seeds, limit, options.sampler)
 
   requests = itertools.starmap(request, prompts)
   first = list(itertools.islice(requests, 4 * batch))  # enough to see what they share
@@ -255,34 +271,8 @@ def _refilled(prompts, source, options, engine, batch, clock, say, eos_id):
   plan, shared = plans.plan(engine.model, [r for _, r in first], slots=batch, prompt=longest, size=size, eos_id=eos_id,
                             chunk=options.prefill_chunk, budget=options.prefill_budget)
   loading.say_slots(options, plan, shared, engine.model, say)
-  for row, (completion,) in refill.completions(engine, itertools.chain(first, requests), plan, shared, clock):
-    yield row, (completion.tokens, completion.score)
-
-
-def _output_row(example: Example, result: dict[str, Any]) -> dict[str, Any]:
-  return {'inputs': _pretokenized(example), **result}
-
-
-def _prediction(tokens: list[int], score: float, length: int, vocabulary: seqio.Vocabulary, mode: str) -> dict[str, Any]:
-  ids = np.zeros(length, np.int32)
-  ids[:len(tokens)] = tokens
-  row = {'prediction': _json(vocabulary.decode_tf(tf.constant(ids)).numpy())}
-  return {**row, 'aux': {'scores': score}} if mode == 'predict_with_aux' else row
-
-
-def _pretokenized(example: Example) -> dict[str, Any]:
-  return {name: _json(value) for name, value in example.task.items() if name.endswith('_pretokenized')}
-
-
-def _json(value: Any) -> Any:
-  """numpy's values as JSON's; bytes that are no UTF-8 are replaced rather than refused at the end of a run."""
-  if isinstance(value, bytes):
-    return value.decode('utf-8', errors='replace')
-  if isinstance(value, (np.ndarray, np.generic)):
-    return _json(value.tolist())
-  if isinstance(value, list):
-    return [_json(v) for v in value]
-  return value
+  for row, samples in refill.completions(engine, itertools.chain(first, requests), plan, shared, clock):
+    yield row, [(sample.tokens, sample.score) for sample in samples]
 
 
 def _batched(rows: Iterator, size: int) -> Iterator[list]:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from typing import Protocol, Sequence
+from typing import Any, Protocol, Sequence
 
 from t5x_inference_ext.errors import RequestError
 
@@ -76,6 +76,29 @@ class SentencePieceVocabulary:
 
   def decode(self, ids: Sequence[int]) -> str:
     return self._model.decode([i for i in _until(ids, self.eos_id) if 0 < i < self.size])
+
+
+def stop_sequences(vocabulary: Any, text: str) -> list[list[int]]:
+  """The ids that write a text: where it begins a word and where it goes on from others, which SentencePiece tells apart.
+
+  Args:
+    vocabulary: a Vocabulary, or seqio's.
+    text: that is to end rows.
+
+  Raises:
+    RequestError: the vocabulary can't write it: it has no ids for it, or they stand for another text.
+  """
+  among = vocabulary.decode(list(vocabulary.encode(f'a{text}a')))
+  if text not in among:
+    raise RequestError(f'stop={text!r} can\'t be written in the vocabulary: between two "a" it comes out as {among!r}; choose '
+                       'another text')
+  found = [list(vocabulary.encode(text))]
+  for before in ('.', 'a', '\n'):
+    start, both = (list(vocabulary.encode(t)) for t in (before, before + text))
+    rest = both[len(start):]
+    if rest and both[:len(start)] == start and rest not in found:
+      found.append(rest)
+  return found
 
 
 def _until(ids, end):

@@ -19,8 +19,10 @@ from t5x_inference_ext.decoding.cache import KVCache
 from t5x_inference_ext.decoding.model import Model
 from t5x_inference_ext.decoding.inputs import EOS_ID
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.layouts.layout import Layout, choose_mesh
+from t5x_inference_ext.layouts.layout import Layout
 from t5x_inference_ext.layouts.mesh import parse_mesh
+from t5x_inference_ext.layouts.mesh_choice import choose_mesh
+from t5x_inference_ext.quantization.kv import KV, Int8KV
 from t5x_inference_ext.t5x.module import STACK, InferenceModule, weights_from_params
 from t5x_inference_ext.t5x.partitioning import inference_mesh
 from t5x_inference_ext.t5x.refill import Predictor, Refill, is_concrete
@@ -46,13 +48,14 @@ class InferenceModel(models.DecoderOnlyModel):
     config: the model's shape, which the checkpoint must then have.
     int8: without a checkpoint, whether the matrices are int8.
     mesh: 'XxYxZ', over the first X*Y*Z devices; None takes as many devices as divide the model, along the
-      torus of a TPU slice (layouts.layout.choose_mesh). Or a jax Mesh of axes x, y, z, whose devices need not be here:
+      torus of a TPU slice (layouts.mesh_choice.choose_mesh). Or a jax Mesh of axes x, y, z, whose devices need not be here:
       for precompiling (precompile.slices.slice_mesh).
     prefill_layout: 'feedforward/attention' of prompts and of scores; see layouts.layout.Layout.
     decode_layout: that of decode steps.
-    dtype: of activations, cache and float weights: 'float32' or 'bfloat16'.
+    dtype: of activations and float weights: 'float32' or 'bfloat16'.
+    cache: what the KV cache holds: 'float32', 'bfloat16', 'int8' with a scale for each position and head, or None: dtype.
     norm_scale: 'zero' or 'one': how norm scales are stored, for a checkpoint that does not record it.
-    scan_layers: one array for all layers and a loop in the program; by default for more than 8.
+    scan_layers: one array for all layers and a loop in the program; by default for more than 8 on CPU, else never.
     decode_fn: decoding.temperature_sample, decoding.beam_search or another of their kind.
     task_feature_lengths: the task's, where its features are trimmed to them, as T5X's datasets are: prefill then runs
       over the length of inputs instead of that of inputs and targets.
@@ -78,6 +81,7 @@ class InferenceModel(models.DecoderOnlyModel):
       prefill_layout: str = 'ws_2d/batch',
       decode_layout: str = 'ws_2d/batch',
       dtype: str = 'bfloat16',
+      cache: str | None = None,
       norm_scale: str | None = None,
       scan_layers: bool | None = None,
       decode_fn: models.DecodeFnCallable = decoding.temperature_sample,
@@ -103,13 +107,15 @@ class InferenceModel(models.DecoderOnlyModel):
           'is not the vocabulary that the model was trained with')
     if not isinstance(mesh, jax.sharding.Mesh):
       mesh = choose_mesh(config, jax.devices()) if mesh is None else parse_mesh(mesh)
-    self.model = Model(config, inference_mesh(mesh), Layout.parse(prefill_layout), Layout.parse(decode_layout), dtype)
+    self.model = Model(
+        config, inference_mesh(mesh), Layout.parse(prefill_layout), Layout.parse(decode_layout), dtype, cache)
     self._inputs_length = (task_feature_lengths or {}).get('inputs')
     self.refills = refill is not None
     self._predictor = Predictor(self.model, refill, vocabulary.eos_id or EOS_ID, self._inputs_length) if refill else None
     self._jitted_scores = jax.jit(self._scores)
+    scan_layers = scans_layers(config.num_layers, scan_layers, self.model.mesh.devices.flat[0].platform)
     super().__init__(
-        InferenceModule(self.model, int8, scans_layers(config.num_layers, scan_layers)), vocabulary, optimizer_def=None,
+        InferenceModule(self.model, int8, scan_layers), vocabulary, optimizer_def=None,
         decode_fn=functools.partial(self._decode, decode_fn), feature_converter_cls=feature_converter_cls)
 
   def get_initial_variables(
@@ -231,18 +237,15 @@ class InferenceModel(models.DecoderOnlyModel):
 
   def _to_t5x(self, cache: KVCache) -> Cache:
     if self.module.scan_layers:
-      return {'cached_key': cache.keys, 'cached_value': cache.values, 'cached_lengths': cache.lengths[None]}
-    layers = {
-        f'{STACK}_{i}': {'cached_key': k, 'cached_value': v} for i, (k, v) in enumerate(zip(cache.keys, cache.values))
-    }
+      return {**_named(cache.keys, cache.values), 'cached_lengths': cache.lengths[None]}
+    layers = {f'{STACK}_{i}': _named(k, v) for i, (k, v) in enumerate(zip(cache.keys, cache.values))}
     return {**layers, 'cached_lengths': cache.lengths}
 
   def _from_t5x(self, cache: Mapping[str, Any]) -> KVCache:
     if self.module.scan_layers:
-      return KVCache(cache['cached_key'], cache['cached_value'], cache['cached_lengths'][0])
-    layers = [cache[f'{STACK}_{i}'] for i in range(self.model.config.num_layers)]
-    return KVCache(
-        tuple(c['cached_key'] for c in layers), tuple(c['cached_value'] for c in layers), cache['cached_lengths'])
+      return KVCache(*_keys_values(cache), cache['cached_lengths'][0])
+    layers = [_keys_values(cache[f'{STACK}_{i}']) for i in range(self.model.config.num_layers)]
+    return KVCache(*zip(*layers), cache['cached_lengths'])
 
   def _padded_batch(self, rows: int, copies: int = 1) -> int:
     """The smallest batch of at least `rows` that fills the mesh, as does `copies` times it."""
@@ -257,6 +260,20 @@ class InferenceModel(models.DecoderOnlyModel):
   def _check(self, batch: Batch) -> None:
     if 'decoder_segment_ids' in batch:
       raise RequestError('packed examples are not supported: set DatasetConfig.pack = False')
+
+
+def _named(keys: KV, values: KV) -> Cache:
+  """Keys and values as T5X's cache has them, by name; those of int8 have their scales beside them."""
+  named = {}
+  for name, kv in (('cached_key', keys), ('cached_value', values)):
+    named.update({name: kv.units, f'{name}_scale': kv.scales} if isinstance(kv, Int8KV) else {name: kv})
+  return named
+
+
+def _keys_values(named: Mapping[str, jax.Array]) -> tuple[KV, KV]:
+  """What _named was given."""
+  return tuple(Int8KV(named[name], named[f'{name}_scale']) if f'{name}_scale' in named else named[name]
+               for name in ('cached_key', 'cached_value'))
 
 
 def _pad_rows(x: jax.Array, rows: int) -> jax.Array:

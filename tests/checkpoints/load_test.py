@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from t5x_inference_ext.checkpoints.load import MAX_UNROLLED_LAYERS, load_weights
+from t5x_inference_ext.checkpoints.load import MAX_UNROLLED_LAYERS, load_weights, scans_layers
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.decoding.model import Model
 from t5x_inference_ext.layouts.mesh import make_mesh, parse_mesh
@@ -73,6 +73,14 @@ def test_deep_models_are_stacked(layers, stacked):
   config = dataclasses.replace(CONFIG, num_layers=layers)
   weights = load_weights(checkpoint(reference.random_tensors(config), config), model('1x1x1', config=config))
   assert isinstance(weights.layers, tuple) != stacked
+
+
+def test_accelerators_have_no_loop_unless_it_is_asked_for():
+  depths = MAX_UNROLLED_LAYERS, MAX_UNROLLED_LAYERS + 1
+  found = {p: [scans_layers(n, None, p) for n in depths] for p in ('cpu', 'tpu', 'gpu')}
+  assert found == dict(cpu=[False, True], tpu=[False, False], gpu=[False, False])
+  for platform in found:
+    assert [scans_layers(n, asked, platform) for n in depths for asked in (True, False)] == [True, False] * 2
 
 
 @pytest.mark.parametrize('norm_scale, added', [('zero', 1), ('one', 0)])

@@ -29,6 +29,17 @@ def test_reduce_scatter_sums_and_keeps_the_shards_slice(axes):
   np.testing.assert_array_equal(scaled, X * (shards * (shards + 1) / 2))
 
 
+@pytest.mark.parametrize('shape, dim', [
+    ((8, 1, 256), 0), ((32, 1, 128), 0), ((64, 1, 256), 0), ((128, 1, 256), 0), ((8, 2, 384), 0), ((2, 16, 128), 1),
+    ((8, 1, 100), 0), ((2, 8, 2**17), 1), ((64, 2**16), 0), ((1, 3, 2**20), 2)])
+def test_reduce_scatter_of_few_and_of_many_elements(shape, dim):
+  """Each way that it is written for the TPU compiler: up to a tile of rows on a shard, more, large arrays."""
+  x = np.random.default_rng(0).integers(-9, 9, shape).astype(np.float32)
+  spec = P(*(AXES if i == dim else None for i in range(len(shape))))
+  found = _run(lambda x: plain.reduce_scatter(x * (1 + plain.shard_index(AXES)), AXES, dim), P(), spec, x)
+  np.testing.assert_array_equal(found, 36 * x)
+
+
 @pytest.mark.parametrize('axes', [('y',), ('y', 'z'), AXES])
 def test_all_to_all_moves_a_sharding(axes):
   moved = _run(lambda x: plain.all_to_all(x, axes, 0, 1), P(None, axes), P(axes))

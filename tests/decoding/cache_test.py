@@ -6,6 +6,7 @@ import pytest
 
 from t5x_inference_ext.decoding import cache as kv_cache
 from t5x_inference_ext.decoding.cache import KVCache
+from t5x_inference_ext.quantization.kv import to_cache
 
 B, S, K, Q = 4, 8, 2, 6
 LENGTHS = np.asarray([0, S - 1, S, 3], np.int32)  # empty, nearly full, full, and between
@@ -38,6 +39,21 @@ def test_a_tuple_of_layers_is_appended_to():
   np.testing.assert_array_equal(appended.lengths, LENGTHS + 1)
   np.testing.assert_array_equal(appended.keys[1][3, 3], keys[3, 0] + 1)
   np.testing.assert_array_equal(appended.values[0][0, 0], values[0, 0])
+
+
+@pytest.mark.parametrize('tokens', [1, 3, 40])
+@pytest.mark.parametrize('size', [64, 72])
+@pytest.mark.parametrize('write', [kv_cache._scatter, kv_cache._row_by_row])
+def test_units_and_scales_are_written_alike(write, size, tokens):
+  """In windows of whole tiles, if the cache has no others."""
+  lengths = np.asarray([0, 31, size - 1, size], np.int32)
+  keys, values = (jax.random.normal(jax.random.key(i), (2, B, size, K, Q)) for i in range(2))
+  new = [jax.random.normal(jax.random.key(2 + i), (2, B, tokens, K, Q)) for i in range(2)]
+  counts = np.minimum(tokens, [tokens, 2, tokens, tokens]).astype(np.int32)
+  int8 = lambda x: to_cache(x, 'int8')
+  found = jax.jit(write)(KVCache(int8(keys), int8(values), lengths), *map(int8, new), counts)
+  wanted = map(int8, jax.jit(write)(KVCache(keys, values, lengths), *new, counts))
+  jax.tree.map(np.testing.assert_array_equal, tuple(found), tuple(wanted))
 
 
 def test_gpus_take_the_scatter():

@@ -133,10 +133,12 @@ def test_heldout_bfloat16(float32_bits, palm_tiny, heldout):
   assert bits == pytest.approx(float32_bits, rel=1e-3)
 
 
+@pytest.mark.parametrize('cache', [None, 'int8'])
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_heldout_int8(float32_bits, palm_tiny_int8, heldout, dtype):
-  bits = bits_per_byte(Engine.load(palm_tiny_int8, mesh='1x1x1', dtype=dtype), heldout)
-  print(f'bits per byte, int8 weights and {dtype} activations: {bits:.6f} ({bits / float32_bits - 1:+.4%})')
+def test_heldout_int8(float32_bits, palm_tiny_int8, heldout, dtype, cache):
+  bits = bits_per_byte(Engine.load(palm_tiny_int8, mesh='1x1x1', dtype=dtype, cache=cache), heldout)
+  print(f'bits per byte, int8 weights, {dtype} activations, {cache or dtype} cache: {bits:.6f} '
+        f'({bits / float32_bits - 1:+.4%})')
   assert bits != float32_bits, 'int8 weights were not used'
   assert bits == pytest.approx(float32_bits, rel=1e-3)
 

@@ -30,13 +30,14 @@ def tensors(model):
 
 
 @functools.cache
-def expected(model):
+def expected(model, cache=None):
   """Logits [16, LENGTH, V] at every position of memory.tokens."""
-  return reference.logits(MODELS[model], tensors(model), memory.tokens(MODELS[model], 16, LENGTH))
+  return reference.logits(MODELS[model], tensors(model), memory.tokens(MODELS[model], 16, LENGTH), cache)
 
 
-def close(found, wanted):
-  np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-5)
+def close(found, wanted, cache=None):
+  # float32 may round a number that lies between two units another way than float64: that moves logits by up to 1e-3 here.
+  np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-5 if cache is None else 2e-3)
 
 
 # (model, prefill, decode, rows, mesh). Each decode layout is extended in, and each prefill layout in chunks, with rows that
@@ -54,14 +55,15 @@ CASES = [
     ('grouped-parallel', 'wg_xy/batch/two_way', 'wg_xyz/batch/one_way', 8, '2x2x2'),
     ('multihead-parallel', 'wg_x/heads/one_way', 'ws_2d/batch/two_way', 1, '8x1x1'),
     ('multiquery-serial', 'ws_2d/batch', 'ws_2d/heads', 3, '1x1x1')]
+CASES = [(*case, None) for case in CASES] + [(*CASES[i], 'int8') for i in (1, 2, 5)]
 
 
-@pytest.mark.parametrize('model, prefill, decode, rows, mesh', CASES)
-def test_extend_then_decode_equals_the_full_forward(model, prefill, decode, rows, mesh):
+@pytest.mark.parametrize('model, prefill, decode, rows, mesh, holds', CASES)
+def test_extend_then_decode_equals_the_full_forward(model, prefill, decode, rows, mesh, holds):
   """Ragged chunks, with rows that get nothing; then a decode step on the same cache; then another chunk, a turn."""
   config = MODELS[model]
-  engine = memory.engine(config, tensors(model), mesh, stacked=rows % 2 == 0, prefill=prefill, decode=decode)
-  tokens, wanted, everyone = memory.tokens(config, rows, LENGTH), expected(model), np.arange(rows)
+  engine = memory.engine(config, tensors(model), mesh, stacked=rows % 2 == 0, prefill=prefill, decode=decode, cache=holds)
+  tokens, wanted, everyone = memory.tokens(config, rows, LENGTH), expected(model, holds), np.arange(rows)
   cache = empty_cache(engine.model, engine.weights, rows, LENGTH)
   lengths = np.zeros(rows, np.int32)
   for step, size in enumerate((4, 4, 1, 4)):
@@ -76,37 +78,37 @@ def test_extend_then_decode_equals_the_full_forward(model, prefill, decode, rows
       logits, cache = extend(engine.model, engine.weights, cache, *engine._put(new, counts))
     lengths += counts
     some = counts > 0
-    close(np.asarray(logits)[some], wanted[everyone, lengths - 1][some])
+    close(np.asarray(logits)[some], wanted[everyone, lengths - 1][some], holds)
     np.testing.assert_array_equal(cache.lengths, lengths)
 
 
-@pytest.mark.parametrize('model, prefill, decode, rows, mesh', CASES[:11:2])
-def test_prefill_in_chunks_equals_prefill(model, prefill, decode, rows, mesh):
+@pytest.mark.parametrize('model, prefill, decode, rows, mesh, holds', CASES[:11:2] + CASES[-3:])
+def test_prefill_in_chunks_equals_prefill(model, prefill, decode, rows, mesh, holds):
   """In the prefill layout, with the cache then where decode has it: the next step is right, and nothing moves for it."""
   config = MODELS[model]
-  engine = memory.engine(config, tensors(model), mesh, stacked=True, prefill=prefill, decode=decode)
-  tokens, wanted, everyone = memory.tokens(config, rows, LENGTH), expected(model), np.arange(rows)
+  engine = memory.engine(config, tensors(model), mesh, stacked=True, prefill=prefill, decode=decode, cache=holds)
+  tokens, wanted, everyone = memory.tokens(config, rows, LENGTH), expected(model, holds), np.arange(rows)
   lengths = (3 + everyone * 5 % 8).astype(np.int32)
   prompts = np.where(np.arange(10)[None, :] < lengths[:, None], tokens[:, :10], 77).astype(np.int32)
   whole = jax.eval_shape(lambda w, t, l: engine.model.prefill(w, t, l, LENGTH)[1], engine.weights, prompts, lengths)
   for chunk in (3, 8):
     logits, cache = in_chunks(engine.model, engine.weights, *engine._put(prompts, lengths), size=LENGTH, chunk=chunk)
-    close(logits, wanted[everyone, lengths - 1])
+    close(logits, wanted[everyone, lengths - 1], holds)
     assert jax.tree.map(jnp.shape, cache) == jax.tree.map(jnp.shape, whole)
     if engine.model.padded_batch(rows) == rows:
       logits, _ = memory.decode_step(engine.model, engine.weights, cache, *engine._put(tokens[everyone, lengths]))
-      close(logits, wanted[everyone, lengths])
+      close(logits, wanted[everyone, lengths], holds)
 
 
-@pytest.mark.parametrize('model, prefill, decode, rows, mesh', CASES)
-def test_rows_that_begin_alike_share_it(model, prefill, decode, rows, mesh):
+@pytest.mark.parametrize('model, prefill, decode, rows, mesh, holds', CASES)
+def test_rows_that_begin_alike_share_it(model, prefill, decode, rows, mesh, holds):
   """Prefilled once, in a row of its own; each row of the others begins with as much of it as it likes, or with nothing."""
   config = MODELS[model]
-  engine = memory.engine(config, tensors(model), mesh, stacked=rows % 2 == 0, prefill=prefill, decode=decode)
+  engine = memory.engine(config, tensors(model), mesh, stacked=rows % 2 == 0, prefill=prefill, decode=decode, cache=holds)
   tokens, everyone = memory.tokens(config, rows, LENGTH), np.arange(rows)
   common = (5 - everyone % 6).astype(np.int32)  # 5, 4, ... 0 positions of the first row
   tokens = np.where(np.arange(LENGTH)[None, :] < common[:, None], tokens[:1], tokens)
-  wanted = reference.logits(config, tensors(model), tokens)
+  wanted = reference.logits(config, tensors(model), tokens, holds)
   one = engine.model.prefilling
   first = np.tile(tokens[:1, :6], (2, 1))
   cache = empty_cache(one, engine.weights, 2, 8)
@@ -125,7 +127,7 @@ def test_rows_that_begin_alike_share_it(model, prefill, decode, rows, mesh):
     else:
       logits, cache = extend(engine.model, engine.weights, cache, *engine._put(new, counts))
     lengths, size = lengths + counts, 1
-    close(logits, wanted[everyone, lengths - 1])
+    close(logits, wanted[everyone, lengths - 1], holds)
     np.testing.assert_array_equal(cache.positions, lengths)
 
 

@@ -21,9 +21,10 @@ ODDER = ModelConfig(
 
 
 def engine(config: ModelConfig, tensors: dict[str, np.ndarray], mesh: str, *, stacked: bool = False,
-           dtype: str = 'float32', prefill: str = 'ws_2d/batch', decode: str = 'ws_2d/batch') -> Engine:
+           dtype: str = 'float32', prefill: str = 'ws_2d/batch', decode: str = 'ws_2d/batch',
+           cache: str | None = None) -> Engine:
   """The model of canonical `tensors` on a mesh 'XxYxZ' of simulated devices, in these layouts."""
-  model = Model(config, make_mesh(parse_mesh(mesh)), Layout.parse(prefill), Layout.parse(decode), dtype)
+  model = Model(config, make_mesh(parse_mesh(mesh)), Layout.parse(prefill), Layout.parse(decode), dtype, cache)
   checkpoint = reference.MemoryCheckpoint.of(config, tensors)
   return Engine(checkpoint, model, load_weights(checkpoint, model, stacked=stacked))
 

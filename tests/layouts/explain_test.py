@@ -38,7 +38,7 @@ def engine(s: Setting):
   if s.int8:
     tensors = reference.quantized(s.config, tensors)
   return memory.engine(s.config, tensors, 'x'.join(str(s.mesh[a]) for a in AXES), stacked=s.stacked, dtype=s.dtype,
-                       prefill=str(s.prefill), decode=str(s.decode))
+                       prefill=str(s.prefill), decode=str(s.decode), cache=s.cache)
 
 
 def check(explained: Tensor, arrays: list[jax.Array]) -> None:
@@ -54,6 +54,15 @@ def check(explained: Tensor, arrays: list[jax.Array]) -> None:
   assert len(explained.dims) == len(explained.axes) == len(explained.shape)
 
 
+def check_cache(e: Explanation, cache) -> None:
+  """Keys and values are those explained; and their scales, where they have some."""
+  leaves = jax.tree.leaves((cache.keys, cache.values))
+  if e.setting.cache == 'int8':
+    check(phase_tensor(e, 1, 'cache scales'), [x for x in leaves if x.dtype == np.float32])
+    leaves = [x for x in leaves if x.dtype == np.int8]
+  check(phase_tensor(e, 1, 'cache'), leaves)
+
+
 def phase_tensor(e: Explanation, phase: int, name: str) -> Tensor:
   found, = [t for t in e.phases[phase].tensors if t.name == name]
   return found
@@ -67,6 +76,7 @@ CASES = [
     ('grouped', '8x1x1', 'ws_2d/heads', 'ws_2d/heads', dict(batch=1, stacked=False, int8=True)),
     ('multihead', '2x2x2', 'wg_xy/batch/one_way', 'wg_x/heads', dict(batch=4, dtype='bfloat16')),
     ('multihead', '1x1x1', 'ws_2d/batch', 'ws_2d/batch', dict(batch=2)),
+    ('grouped', '2x2x2', 'wg_x/batch', 'ws_2d/heads', dict(batch=2, cache='int8', dtype='bfloat16')),
 ]
 
 
@@ -86,11 +96,11 @@ def test_explained_tensors_are_those_on_the_devices(model, mesh, first, second, 
   tokens = memory.tokens(s.config, s.rows, 5)
   logits, cache = prefill(run.model, run.weights, *run._put(tokens, np.full(s.rows, 5, np.int32)), size=9)
   check(phase_tensor(e, 0, 'logits'), [logits])
-  check(phase_tensor(e, 1, 'cache'), jax.tree.leaves((cache.keys, cache.values)))
+  check_cache(e, cache)
   assert e.cache_bytes == sum(a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(cache))
   logits, cache = decode_step(run.model, run.weights, cache, *run._put(np.ones(s.rows, np.int32)))
   check(phase_tensor(e, 1, 'logits'), [logits])
-  check(phase_tensor(e, 1, 'cache'), jax.tree.leaves((cache.keys, cache.values)))
+  check_cache(e, cache)
   check(phase_tensor(e, 1, 'cache lengths'), [cache.lengths])
 
 

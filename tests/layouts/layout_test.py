@@ -9,7 +9,7 @@ import pytest
 from t5x_inference_ext.config import preset
 from t5x_inference_ext.errors import MeshError
 from t5x_inference_ext.layouts.layout import (
-    ATTENTION, COLLECTIVES, FEEDFORWARD, ORDER, Layout, check_model, check_pair, default_mesh, size)
+    ATTENTION, COLLECTIVES, FEEDFORWARD, ORDER, Layout, check_model, check_pair, size)
 from t5x_inference_ext.layouts.mesh import AXES
 
 many = settings(deadline=None, derandomize=True, max_examples=300)
@@ -107,15 +107,3 @@ def test_check_model_names_what_does_not_divide():
   with pytest.raises(MeshError, match='d_ff=1028 does not divide over the 8 devices of the mesh 2x2x2: choose a mesh '
                                       'whose device count divides 1028'):
     check_model(preset('palm_tiny', d_ff=1028), dict(x=2, y=2, z=2))
-
-
-@many
-@given(st.integers(1, 600), st.sampled_from(['palm_tiny', 'palm_540b', 'megatron_530b']))
-def test_the_default_mesh_divides_the_model_and_wastes_no_device_that_could_serve(devices, name):
-  config = preset(name)
-  x, y, z = default_mesh(config, devices)
-  check_model(config, dict(x=x, y=y, z=z))
-  chips = x * y * z
-  assert chips <= devices
-  for more in range(chips + 1, devices + 1):
-    assert config.d_model % more or config.d_ff % more

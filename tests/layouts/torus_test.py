@@ -9,14 +9,12 @@ from hypothesis import given, settings, strategies as st
 import numpy as np
 import pytest
 
-from t5x_inference_ext.config import preset
 from t5x_inference_ext.errors import MeshError
 from t5x_inference_ext.layouts.mesh import arrange, physical_shape
 from t5x_inference_ext.layouts.torus import (
-    GENERATIONS, Slice, axis_links, box_of, device_grid, kind_of, neighbours_adjacent, parse_slice, torus_mesh,
-    wraparound)
+    GENERATIONS, Slice, axis_links, box_of, device_grid, kind_of, neighbours_adjacent, parse_slice, wraparound)
 
-# Slice -> mesh of PaLM 8B, 62B and 540B, whose F = 4 E: X is best near sqrt(n) / 2.
+# Slice -> a mesh of whole physical axes.
 MESHES = {
     (2, 2, 1): (1, 2, 2),
     (2, 2, 2): (2, 2, 2),
@@ -109,40 +107,6 @@ def test_wraparound(shape, kind, expected):
   assert wraparound(shape, kind) == expected
   if kind:
     assert Slice(kind, shape).wraps == expected
-
-
-@pytest.mark.parametrize('model', ['palm_8b', 'palm_62b', 'palm_540b'])
-@pytest.mark.parametrize('shape, mesh', MESHES.items())
-def test_x_is_near_the_optimum(shape, mesh, model):
-  config = preset(model)
-  for turned in set(itertools.permutations(shape)):
-    assert torus_mesh(turned, config) == mesh
-  optimum = math.sqrt(math.prod(shape) * config.d_model / config.d_ff)
-  # Powers of 2: one lies within sqrt(2) of anything.
-  assert max(mesh[0] / optimum, optimum / mesh[0]) < 1.415
-
-
-@pytest.mark.parametrize('shape, f_by_e, mesh', [
-    ((4, 4, 4), 1, (16, 4, 1)),  # 4 and 16 are as near to 8: the larger.
-    ((4, 4, 4), 16, (4, 4, 4)),  # 1 and 4 are as near to 2.
-    ((4, 4, 4), 64, (1, 16, 4)),
-    ((4, 4, 8), 1, (16, 8, 1)),  # 8 and 16 are as near to 11.3.
-    ((4, 8, 1), 4, (4, 8, 1)),
-    ((1, 1, 1), 4, (1, 1, 1))])
-def test_x_follows_the_model(shape, f_by_e, mesh):
-  assert torus_mesh(shape, preset('palm_8b', d_ff=4096 * f_by_e)) == mesh
-
-
-@many
-@given(st.tuples(*[st.sampled_from([1, 2, 3, 4, 6, 8])] * 3), st.integers(1, 64))
-def test_no_other_product_of_whole_axes_is_nearer(shape, ratio):
-  mesh = torus_mesh(shape, preset('palm_8b', d_ff=4096 * ratio))
-  optimum = math.sqrt(math.prod(shape) / ratio)
-  products = {math.prod(axes) for k in range(4) for axes in itertools.combinations(shape, k)}
-  distances = {x: abs(math.log(x / optimum)) for x in products}
-  assert math.prod(mesh) == math.prod(shape) and set(mesh) <= products and mesh[1] >= mesh[2]
-  assert distances[mesh[0]] <= min(distances.values()) + 1e-9
-  assert not any(x > mesh[0] and abs(d - distances[mesh[0]]) < 1e-9 for x, d in distances.items())
 
 
 @pytest.mark.parametrize('shape, mesh', MESHES.items())

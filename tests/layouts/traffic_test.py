@@ -106,7 +106,7 @@ def layer_collectives(config: ModelConfig, placed: Placement, mesh, batch: int, 
     angles = rotary_angles(start[:, None] + jnp.arange(length)[None, :], config.d_head, 1e4)
     queries = tuple(plain.local_slice(a, placed.attention_positions, 1) for a in angles)
     context = Context(keys, values, lengths) if decode else None
-    return Layer(config, placed)(x, w, Positions(queries, angles), context)
+    return Layer(config, placed, 'float32')(x, w, Positions(queries, angles), context)
 
   specs = (P(*placed.residual), weight_specs, placed.cache, placed.cache, P(placed.attention_rows))
   return compiled(run, mesh, (x, weights, kv, kv, lengths), specs, (P(*placed.residual), (placed.cache, placed.cache)))
@@ -119,7 +119,7 @@ def feedforward_collectives(config: ModelConfig, layout: Layout, mesh, batch: in
   x = jax.ShapeDtypeStruct((batch, length, config.d_model), jnp.float32)
 
   def run(x, w):
-    return Layer(config, placed)._sublayer(x, w, Sublayer('mlp', False, True), None, None)[0]
+    return Layer(config, placed, 'float32')._sublayer(x, w, Sublayer('mlp', False, True), None, None)[0]
 
   return compiled(run, mesh, (x, weights['mlp']), (P(*placed.residual), specs['mlp']), P(*placed.residual))
 

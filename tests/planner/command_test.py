@@ -126,8 +126,6 @@ def test_a_sweep_and_figures_write_their_files(tmp_path, capsys):
     ([*TINY, '--sweep', '--output_dir=/nowhere'], 'there is no directory /nowhere'),
     ([*TINY, '--sweep', '--gin_output=plan.gin'], 'gin_output is of one plan, and sweep has many'),
     ([*TINY, '--sweep', '--phase=decode'], 'phase is of one plan, and sweep has many'),
-    ([*TINY, '--cache=int8', '--gin_output=plan.gin'], 'no gin file can ask for an int8 cache'),
-    ([*TINY, '--cache=int8', '--check'], '--check compiles programs with a bfloat16 cache'),
     ([*TINY, '--slice=H100:4', '--check'], 'H100:4 is no TPU slice'),
     ([*TINY, *GIN], "--model and gin flags can't be mixed"),
     (GIN[:1], 'MODEL_CONFIG has no value'),
@@ -206,6 +204,15 @@ def test_precompile_runs_the_file_as_it_is(planned, tmp_path, capsys):
   case, text = json.loads(report.read_text())['case'], planned.read_text()
   assert case['phase'] == 'decode' and case['batch'] == 8 and case['context'] == 64 and case['weights'] == 'bfloat16'
   assert f"PREFILL_LAYOUT = '{case['prefill_layout']}'" in text and f"DECODE_LAYOUT = '{case['decode_layout']}'" in text
+
+
+@pytest.mark.libtpu
+def test_a_plan_with_an_int8_cache(tmp_path):
+  path, report = tmp_path / 'plan.gin', tmp_path / 'report'
+  assert run(*TINY, '--cache=int8', f'--gin_output={path}') == 0
+  assert precompile.run(['precompile', '--gin_file=t5x_inference_ext/configs/runs/precompile.gin', f'--gin_file={path}',
+                         f'--gin.JSON_FILE="{report}"']) == 0
+  assert json.loads(report.read_text())['case']['cache'] == 'int8'
 
 
 def test_a_model_of_another_shape_is_written_out():

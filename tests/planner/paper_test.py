@@ -67,8 +67,10 @@ def _costs(column, mesh, convention):
 
 @pytest.mark.parametrize('column', published.TABLE_2, ids=lambda c: c.name)
 def test_in_the_papers_convention_its_layouts_are_the_best(column):
-  """Of all layouts on all meshes of the slice."""
-  found = [c for mesh in V4_64.meshes(PALM) for c in _costs(column, mesh, 'paper')]
+  """Of all layouts on all meshes of whole axes of the slice: half an axis does not have the links of a whole one."""
+  meshes = search.meshes(Request(PALM, column.batch, convention='paper'), V4_64)
+  assert (2, 8, 4) not in meshes and (2, 8, 4) in V4_64.meshes(PALM)
+  found = [c for mesh in meshes for c in _costs(column, mesh, 'paper')]
   best = min(found, key=lambda c: c.seconds)
   assert str(best.case.layout) == column.layout
   # Weights are gathered over all axes in every mesh alike.

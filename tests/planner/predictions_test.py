@@ -24,7 +24,7 @@ def test_each_latency_is_that_of_its_mfu_and_none_is_of_the_fit():
     point.check()
     assert not any(c.case.config == point.case.config and (c.phase, c.batch, c.weights, c.seconds) == (
         point.phase, point.batch, point.weights, point.latency) for c in TABLE_2)
-  wrong = planner_predictions.Measured('', 'palm_62b', 'v4:2x2x4', 'prefill', 1, 'ws_2d/heads', 'int8', 0.16, 0.46)
+  wrong = planner_predictions.Measured('', 'palm_62b', 'v4:2x2x4', '2x4x2', 'prefill', 1, 'ws_2d/heads', 'int8', 0.16, 0.46)
   with pytest.raises(ValueError, match='the MFU is not that of the latency'):
     wrong.check()
 

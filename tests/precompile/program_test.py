@@ -60,7 +60,7 @@ def test_a_slice_has_one_device_a_chip_in_its_box(text):
 @pytest.mark.libtpu
 def test_the_mesh_lies_along_the_torus():
   mesh = slices.slice_mesh(parse_slice('v4:4x4x4'), preset('palm_540b'))
-  assert mesh_links(mesh) == dict(x='ring', y='ring', z='ring') and mesh.devices.shape == (4, 4, 4)
+  assert mesh_links(mesh) == dict(x='ring', y='ring', z='ring') and mesh.devices.shape == (2, 8, 4)
 
 
 @pytest.mark.libtpu

@@ -1,4 +1,7 @@
-"""Weights and caches lie as the compiled programs want them: no layer lays one out anew in HBM, in any layout."""
+"""Weights, caches and rows lie as the compiled programs want them.
+
+No layer lays a weight or a cache out anew in HBM, in any layout; a reduce-scatter is compiled as one.
+"""
 
 import dataclasses
 
@@ -13,9 +16,10 @@ LAYOUTS = ('ws_1d/heads', 'ws_1d/batch', 'ws_2d/heads', 'ws_2d/batch', 'wg_x/hea
            'wg_xy/batch', 'wg_xyz/batch')
 
 
-def _relaid(weights: str, phase: str, layout: str, **fields) -> list[str]:
+def _relaid(weights: str, phase: str, layout: str, cache: str | None = None, **fields) -> list[str]:
   config = dataclasses.replace(preset('palm_8b'), num_layers=3, **fields)
-  answer = analyze(config, weights, 'v4:2x2x2', phase, 16, 512, layout=layout, mesh='2x2x2', scan_layers=True)
+  answer = analyze(config, weights, 'v4:2x2x2', phase, 16, 512, layout=layout, mesh='2x2x2', cache=cache,
+                   scan_layers=True)
   return [f'{c.name} {c.result} of {c.sources}' for c in answer.estimate.weight_copies if c.relaid]
 
 
@@ -30,6 +34,29 @@ def test_no_prefill_lays_a_weight_out_anew(layout):
   assert not _relaid('int8', 'prefill', layout)
 
 
+@pytest.mark.parametrize('phase', ['extend', 'slots', 'admit'])
+@pytest.mark.parametrize('layout', ['ws_2d/heads', 'ws_2d/batch', 'wg_xyz/batch'])
+def test_no_program_of_slot_refill_does(phase, layout):
+  assert not _relaid('int8', phase, layout)
+
+
 @pytest.mark.parametrize('collectives', ['one_way', 'two_way'])
 def test_no_looped_decode_step_does(collectives):
   assert not _relaid('int8', 'decode', f'ws_2d/batch/{collectives}')
+
+
+@pytest.mark.parametrize('phase, layout', [('decode', 'ws_1d/heads'), ('decode', 'ws_2d/batch'), ('prefill', 'ws_2d/batch')])
+def test_no_int8_cache_is_laid_out_anew(phase, layout):
+  """A row's new position is a part of a tile, which would make the compiler copy the cache, twice for every row."""
+  assert not _relaid('int8', phase, layout, 'int8')
+
+
+@pytest.mark.parametrize('slice_name, batch', [('v4:2x2x1', 32), ('v4:2x2x4', 32), ('v4:4x4x4', 64)])
+def test_a_decode_step_scatters_few_rows(slice_name, batch):
+  """Of up to a tile of rows on each chip the compiler made an all-reduce and a slice (collectives/plain.py)."""
+  config = dataclasses.replace(preset('palm_8b'), num_layers=3)
+  answer = analyze(config, 'int8', slice_name, 'decode', batch, 512, layout='ws_2d/batch', scan_layers=True)
+  collectives = [(c.collective.kind, c.bytes) for c in answer.estimate.costs if c.collective and c.in_layer_loop]
+  # The norms sum one number for each row.
+  assert not [c for c in collectives if c[0] == 'all-reduce' and c[1] > 4 * batch]
+  assert 'reduce-scatter' in dict(collectives)

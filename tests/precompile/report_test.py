@@ -20,7 +20,7 @@ GIB = 2**30
 
 @pytest.fixture(scope='module')
 def answer() -> Answer:
-  return analyze(SMALL, 'int8', 'v4:2x2x1', 'decode', 8, 128, layout='ws_2d/batch', mesh='2x2x1')
+  return analyze(SMALL, 'int8', 'v4:2x2x1', 'decode', 8, 128, layout='ws_2d/batch', mesh='2x2x1', scan_layers=True)
 
 
 @pytest.fixture(scope='module')
@@ -103,7 +103,7 @@ def test_a_shortage_says_what_is_missing_and_what_would_do(shortage):
 @pytest.mark.libtpu
 def test_the_best_layout_has_the_least_estimate(monkeypatch):
   monkeypatch.setitem(fit.CANDIDATES, 'decode', ('ws_2d/batch', 'ws_1d/batch', 'wg_xyz/batch'))
-  answer = analyze(SMALL, 'int8', 'v4:2x2x1', 'decode', 6, 128)
+  answer = analyze(SMALL, 'int8', 'v4:2x2x1', 'decode', 6, 128, scan_layers=True)
   tried = {t.layout: t for t in answer.tried}
   assert set(tried) == {'ws_2d/batch', 'ws_1d/batch', 'wg_xyz/batch'}
   timed = {name: t.seconds for name, t in tried.items() if t.seconds is not None}
@@ -113,6 +113,20 @@ def test_the_best_layout_has_the_least_estimate(monkeypatch):
   text = report.text(answer)
   assert f'layout: none given; {answer.case.layout} has the least estimated time of ws_2d/batch' in text
   assert 'wg_xyz/batch can\'t be used here' in ' '.join(text.split())
+
+
+@pytest.mark.libtpu
+def test_the_best_of_many_layers_is_found_as_a_loop_and_written_out(monkeypatch):
+  monkeypatch.setitem(fit.CANDIDATES, 'decode', ('ws_2d/batch', 'ws_1d/batch'))
+  heard = []
+  answer = analyze(SMALL, 'int8', 'v4:2x2x1', 'decode', 8, 128, say=heard.append)
+  assert not answer.case.stacked and [t.stacked for t in answer.tried] == [True, True]
+  assert sum(text.startswith('compiling') for text in heard) == 3
+  assert not any(c.kind == 'matmul' and c.count > 1 for c in answer.estimate.costs)
+  assert ', as loops over the layers' in ' '.join(report.text(answer).split())
+  as_loop = analyze(SMALL, 'int8', 'v4:2x2x1', 'decode', 8, 128, scan_layers=True)
+  assert as_loop.case.stacked and any(c.kind == 'matmul' and c.count == 10 for c in as_loop.estimate.costs)
+  assert 'as loops' not in report.text(as_loop)
 
 
 @pytest.mark.libtpu

@@ -50,12 +50,12 @@ def adapter_model(checkpoint, mesh='1x1x1', decode_fn=GREEDY, dtype='float32', *
   return InferenceModel(VOCABULARY, str(checkpoint), mesh=mesh, decode_fn=decode_fn, dtype=dtype, **kwargs)
 
 
-def _infer(model, partitioner, restore_cfg, output_dir: pathlib.Path, mode, **kwargs) -> list[dict]:
+def _infer(model, partitioner, restore_cfg, output_dir: pathlib.Path, mode, checkpoint_period=100, **kwargs) -> list[dict]:
   infer.infer(
       mode=mode, model=model, partitioner=partitioner, restore_checkpoint_cfg=restore_cfg, output_dir=str(output_dir),
       dataset_cfg=utils.DatasetConfig(
           inference_tasks.TASK, inference_tasks.LENGTHS, split='test', batch_size=3, shuffle=False, seed=0),
-      checkpoint_period=100, **kwargs)
+      checkpoint_period=checkpoint_period, **kwargs)
   written = output_dir / f'{inference_tasks.TASK}-{mode}.jsonl-00000-of-00001'
   return [json.loads(line) for line in written.read_text(encoding='utf-8').splitlines()]
 

@@ -4,13 +4,21 @@ import json
 import os
 import sys
 
+import pytest
+
 from tests import processes
 from tests.t5x_adapter import inference_tasks
 
 STEPS = 8
 
 
-def test_infer(repository, palm_tiny, tmp_path):
+LOOP = [f'--gin.decoding.temperature_sample.max_decode_steps={STEPS}', '--gin.decoding.temperature_sample.temperature=0.0']
+# Batches of 5 through 2 slots, the last one padded; each process drives its own host loop, alike.
+REFILL = ['--gin_file=t5x_inference_ext/configs/t5x/continuous.gin', '--gin.SLOTS=2', f'--gin.MAX_NEW_TOKENS={STEPS}']
+
+
+@pytest.mark.parametrize('flags, batch', [(LOOP, 8), (REFILL, 5)])
+def test_infer(flags, batch, repository, palm_tiny, tmp_path):
   """The rows that one process writes: T5X's golden ones."""
   output = tmp_path / 'output'
   command = [
@@ -19,8 +27,7 @@ def test_infer(repository, palm_tiny, tmp_path):
       '--gin_bindings=from tests.t5x_adapter import inference_tasks',
       f'--gin.MIXTURE_OR_TASK_NAME="{inference_tasks.TASK}"', f'--gin.TASK_FEATURE_LENGTHS={inference_tasks.LENGTHS}',
       f'--gin.CHECKPOINT_PATH="{palm_tiny}"', f'--gin.INFER_OUTPUT_DIR="{output}"', '--gin.MESH="2x2x2"',
-      '--gin.DTYPE="float32"', f'--gin.decoding.temperature_sample.max_decode_steps={STEPS}',
-      '--gin.decoding.temperature_sample.temperature=0.0', '--gin.utils.DatasetConfig.batch_size=8']
+      '--gin.DTYPE="float32"', f'--gin.utils.DatasetConfig.batch_size={batch}', *flags]
   results = processes.run(
       lambda port, process: [*command, f'--gin.COORDINATOR_ADDRESS="localhost:{port}"',
                              f'--gin.NUM_PROCESSES={processes.COUNT}', f'--gin.PROCESS_ID={process}'], repository)

@@ -114,6 +114,28 @@ def test_beam_search(scan_layers, palm_tiny, stock_params, state_of):
   assert tokens.any()
 
 
+@pytest.mark.parametrize('scan_layers', [False, True])
+def test_an_int8_cache(scan_layers, palm_tiny, state_of):
+  """As the Engine decodes with one; and T5X's beam search reorders its scales with it."""
+  model = running.adapter_model(palm_tiny, '2x2x2', scan_layers=scan_layers, cache='int8')
+  shapes = jax.eval_shape(
+      model._compute_kv_cache, state_of(model)[0].params, _batch(PROMPTS * 4)['decoder_input_tokens'],
+      _batch(PROMPTS * 4)['decoder_causal_attention'])[0]
+  kept = shapes if scan_layers else shapes['layers_0']
+  assert (kept['cached_key'].dtype, kept['cached_key_scale'].dtype) == (np.int8, np.float32)
+  engine = Engine.load(str(palm_tiny), dtype='float32', cache='int8')
+  tokens, _ = _predict(model, state_of(model), _batch(PROMPTS))
+  for row, prompt, completion in zip(tokens, PROMPTS, engine.generate(PROMPTS, max_new_tokens=LENGTH), strict=True):
+    expected = completion.tokens[:LENGTH - len(prompt)]
+    np.testing.assert_array_equal(row[:len(expected)], expected)
+  prompts = [row['prompt_tokens'][:11] for row in inference_tasks.rows()][:3]
+  model = running.adapter_model(palm_tiny, '2x2x2', decoding.beam_search, scan_layers=scan_layers, cache='int8')
+  tokens, aux = _predict(model, state_of(model), _batch(prompts), num_decodes=3, return_all_decodes=True)
+  found = [(prompt, beam[beam != 0].tolist()) for prompt, beams in zip(prompts, tokens) for beam in beams]
+  scores = [sum(log_probs) for log_probs in engine.score_completions(found)]
+  np.testing.assert_allclose(aux['scores'].ravel(), scores, rtol=1e-4)
+
+
 @pytest.mark.parametrize('mesh, layouts', [
     ('1x1x1', ('ws_2d/batch', 'ws_2d/batch')), ('2x2x2', ('wg_xy/batch', 'ws_2d/batch'))])
 @pytest.mark.parametrize('scan_layers', [False, True])

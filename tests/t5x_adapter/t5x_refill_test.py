@@ -1,6 +1,8 @@
 """t5x.infer with slot refill: T5X's rows, in T5X's order, from slots that its batch of the task keeps full."""
 
 import functools
+import glob
+import time
 
 import jax
 import numpy as np
@@ -10,15 +12,15 @@ from t5x_inference_ext.decoding.sampling import Sampler
 from t5x_inference_ext.engine import Engine
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.t5x.partitioning import InferencePartitioner
-from t5x_inference_ext.t5x.refill import HostStep, Refill
+from t5x_inference_ext.t5x.refill import HostStep, Predictor, Refill
 from tests.t5x_adapter import inference_tasks, running
 
 
-def refilled(checkpoint, output_dir, mode, refill, mesh='1x1x1', layouts=('ws_2d/batch', 'ws_2d/batch')):
+def refilled(checkpoint, output_dir, mode, refill, mesh='1x1x1', layouts=('ws_2d/batch', 'ws_2d/batch'), **kwargs):
   model = running.adapter_model(
       checkpoint, mesh, prefill_layout=layouts[0], decode_layout=layouts[1], refill=refill,
       task_feature_lengths=inference_tasks.LENGTHS)
-  return running.infer_with(model, InferencePartitioner(model), checkpoint, output_dir, mode)
+  return running.infer_with(model, InferencePartitioner(model), checkpoint, output_dir, mode, **kwargs)
 
 
 @pytest.mark.parametrize('mesh, layouts', [
@@ -41,6 +43,37 @@ def test_aux_has_the_model_s_own_scores(palm_tiny, stock_rows, tmp_path):
   np.testing.assert_allclose([row['aux']['scores'] for row in rows], [c.score for c in found], rtol=1e-4)
   for row, stock in zip(rows, stock_rows('predict'), strict=True):
     assert stock['prediction'].startswith(row['prediction'][:8].rstrip('\\x00'))
+
+
+@pytest.mark.parametrize('sampler', [Sampler(), Sampler(1.0, top_k=40)])
+def test_an_interrupted_run_goes_on_after_its_last_chunk(palm_tiny, sampler, tmp_path, monkeypatch):
+  """T5X keeps the chunks that are done: they are not predicted again, and the rows are those of one run."""
+  refill = Refill(slots=2, sampler=sampler, max_new_tokens=6)
+  predict, calls = Predictor.__call__, []
+
+  def counted(self, *arguments):
+    calls.append(arguments)
+    return predict(self, *arguments)
+
+  def interrupted(self, *arguments):
+    if calls:  # once the first chunk is written, which T5X does in a thread
+      deadline = time.monotonic() + 60
+      while glob.glob(f'{tmp_path}/cut/tmp-*/0.ckpt*') or not glob.glob(f'{tmp_path}/cut/tmp-*/input.ckpt*'):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+      raise KeyboardInterrupt
+    return counted(self, *arguments)
+
+  run = functools.partial(refilled, palm_tiny, mode='predict', refill=refill, checkpoint_period=1)
+  whole = run(output_dir=tmp_path / 'whole')
+  with monkeypatch.context() as patch:
+    patch.setattr(Predictor, '__call__', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+      run(output_dir=tmp_path / 'cut')
+  calls.clear()
+  monkeypatch.setattr(Predictor, '__call__', counted)
+  assert run(output_dir=tmp_path / 'cut') == whole
+  assert len(calls) == 2  # of three batches
 
 
 @pytest.fixture(scope='module')

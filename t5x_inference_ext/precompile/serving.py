@@ -1,0 +1,86 @@
+"""The programs of slot refill (decoding.slots) and the shapes that they take: a chunk of prompts, decode steps of slots, and
+a prompt's way into a slot."""
+
+import functools
+from typing import Any, Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+import numpy as np
+
+from t5x_inference_ext.decoding import slots as device
+from t5x_inference_ext.decoding.incremental import abstract
+from t5x_inference_ext.decoding.model import Model
+from t5x_inference_ext.decoding.rows import Rows
+from t5x_inference_ext.decoding.sampling import Sampler, samplers
+from t5x_inference_ext.decoding.scheduler import Plan
+from t5x_inference_ext.weights import Weights
+
+PHASES = ('extend', 'slots', 'admit')
+CHUNK = Plan.chunk  # positions that one pass of prefill takes, where nobody says otherwise
+STEPS = Plan.steps  # decode steps of a call, at most
+
+
+def program(phase: str, model: Model, weights: Weights, batch: int, context: int, length: int, sampler: Sampler
+            ) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
+  """A phase's jitted function, and the shapes of what it takes. What it changes is changed in place.
+
+  extend: (weights, prompts, tokens [B, T], counts [B]) -> prompts.
+  slots: (weights, slots, steps, until_free) -> (slots, decoding.slots.Steps), of STEPS steps at most.
+  admit: (weights, slots, prompts, row, slot, asks, prompt [1, T], its length [1]) -> (slots, the first token).
+
+  Args:
+    phase: one of PHASES.
+    model: decides mesh and layouts.
+    weights: their shapes, with shardings.
+    batch: B: prompts of an extend, else slots.
+    context: S, positions of the cache.
+    length: T, of a chunk or of the prompt that enters.
+    sampler: what slots and prompts ask for.
+  """
+  if phase == 'extend':
+    tokens, counts = _whole(model.mesh, (_ints(batch, length), _ints(batch)))
+    return _jitted(device.prefill, model), (weights, _prompts(model, weights, batch, context), tokens, counts)
+  asks = _whole(model.mesh, Rows(samplers([sampler], model.config.vocab_size), np.zeros(1, np.uint32),
+                                 np.ones(1, np.int32), eos_id=1))
+  slots = _slots(model, weights, asks, batch, context)
+  if phase == 'slots':
+    scalars = _whole(model.mesh, (np.int32(0), np.bool_(False)))
+    return _jitted(device.run, model, most=STEPS), (weights, slots, *scalars)
+  prompts = _prompts(model, weights, model.prefilling.padded_batch(1), length)
+  # The prompt's own tokens are looked at for penalties alone.
+  rest = (np.int32(0), np.int32(0), asks, _ints(1, length if sampler.penalizes else 1), _ints(1))
+  return _jitted(device.admit, model), (weights, slots, prompts, *_whole(model.mesh, rest))
+
+
+def _jitted(function: Callable, model: Model, **static: Any) -> jax.stages.Wrapped:
+  """A function of decoding.slots, weights first. Weights that it does not use are where they are nonetheless."""
+  run = lambda weights, state, *arguments: function.__wrapped__(model, state, weights, *arguments, **static)
+  return jax.jit(run, donate_argnums=1, keep_unused=True)
+
+
+def _slots(model: Model, weights: Weights, asks: Rows, rows: int, size: int) -> device.Slots:
+  made = jax.eval_shape(functools.partial(device.empty_slots.__wrapped__, model, rows=rows, size=size, shared=None),
+                        weights, asks)
+  cache = abstract(model, made.cache, weights)
+  return device.Slots(cache, *_whole(model.mesh, (made.rows, made.progress)))
+
+
+def _prompts(model: Model, weights: Weights, rows: int, size: int) -> device.Prompts:
+  room = device.prompt_room(model, rows, size)
+  made = jax.eval_shape(functools.partial(device.empty_prompts.__wrapped__, model, rows=rows, size=room, shared=None),
+                        weights)
+  sharding = NamedSharding(model.mesh, P(device.logits_axes(model, rows)))
+  logits = jax.ShapeDtypeStruct(made.logits.shape, made.logits.dtype, sharding=sharding)
+  return device.Prompts(abstract(model.prefilling, made.cache, weights), logits)
+
+
+def _ints(*shape: int) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def _whole(mesh: Mesh, tree: Any) -> Any:
+  """The shapes of arrays that every device has whole."""
+  whole = NamedSharding(mesh, P())
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), tree)

@@ -1,0 +1,58 @@
+"""Keys and values as int8: units, scales, and attention over them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from t5x_inference_ext.layers.attention import Context, attend
+from t5x_inference_ext.quantization.kv import Int8KV, to_cache
+
+
+def dequantized(kv):
+  return np.asarray(kv.units, np.float32) * kv.scales
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_each_position_and_head_has_its_own_scale(dtype):
+  x = jax.random.normal(jax.random.key(0), (3, 5, 2, 16), dtype) * jnp.asarray([1e-30, 1., 1e30], dtype)[:, None, None, None]
+  kv = to_cache(x, 'int8')
+  assert (kv.units.dtype, kv.units.shape, kv.shape, kv.ndim) == (np.int8, x.shape, x.shape, 4)
+  assert (kv.scales.dtype, kv.scales.shape) == (np.float32, (3, 5, 2, 1))
+  np.testing.assert_array_equal(np.abs(kv.units).max(-1), 127)
+  x = np.asarray(x, np.float32)
+  assert (np.abs(dequantized(kv) - x) <= .501 * np.asarray(kv.scales)).all()
+
+
+def test_zeros_stay_zeros_and_nan_is_not_hidden():
+  x = np.zeros((1, 3, 1, 4), np.float32)
+  x[0, 1, 0, 2] = np.nan
+  x[0, 2] = np.inf
+  kv = to_cache(x, 'int8')
+  np.testing.assert_array_equal(dequantized(kv)[0, 0], 0)
+  assert not np.isfinite(np.asarray(kv.scales)[0, 1:]).any()
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_a_float_cache_is_of_its_dtype(dtype):
+  assert to_cache(np.ones((1, 2, 1, 4), np.float32), dtype).dtype == dtype
+
+
+@pytest.mark.parametrize('shared', [False, True])
+@pytest.mark.parametrize('kv_heads', [1, 2])
+def test_attention_is_that_over_what_the_units_stand_for(kv_heads, shared):
+  rng = np.random.default_rng(0)
+  b, t, h, d, s, p = 3, 2, 4, 8, 5, 3
+  q = rng.normal(size=(b, t, h, d)).astype(np.float32)
+  new, cached = (to_cache(rng.normal(size=(2, b, n, kv_heads, d)), 'int8') for n in (t, s))
+  begins = to_cache(rng.normal(size=(2, p, kv_heads, d)) * 3, 'int8')
+  lengths = np.array([0, 5, 2], np.int32), np.array([3, 0, 2], np.int32)
+
+  def attention(form):
+    context = Context(form(cached, 0), form(cached, 1), lengths[0])
+    if shared:
+      context = Context(*context[:3], form(begins, 0), form(begins, 1), lengths[1])
+    return attend(q, form(new, 0), form(new, 1), context)
+
+  found = attention(lambda kv, i: Int8KV(kv.units[i], kv.scales[i]))
+  np.testing.assert_allclose(found, attention(lambda kv, i: dequantized(kv)[i]), atol=1e-6)
