@@ -5,12 +5,19 @@ import re
 import subprocess
 import sys
 
+import gin
 import pytest
 
 from t5x_inference_ext import convert_checkpoint
 from t5x_inference_ext.checkpoints import open_checkpoint
 from t5x_inference_ext.config import ModelConfig
 from tests.checkpoints import synthetic
+
+
+@pytest.fixture(autouse=True)
+def no_bindings():
+  """A command with plain flags is a process of its own, to which no gin file has been given."""
+  gin.clear_config()
 
 
 def run(*argv):
