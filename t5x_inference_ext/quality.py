@@ -6,7 +6,7 @@ from typing import Iterator
 
 import numpy as np
 
-from t5x_inference_ext.checkpoints import storage
+from t5x_inference_ext.checkpoints import serving, storage
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from t5x_inference_ext.checkpoints.verify import read_manifest
 from t5x_inference_ext.config import ModelConfig
@@ -42,8 +42,8 @@ def report(source: str, output: str, directory: str, *, norm_scale: str | None =
   if not errors:
     raise UserError(f'{output} records no errors: it was converted by an older version; convert again')
   original = open_checkpoint(source, norm_scale=norm_scale, config=config, rescale_logits=rescale_logits)
-  rounded = open_checkpoint(
-      output, config=None if os.path.exists(os.path.join(output, 'serving_config.json')) else original.config)
+  serves = storage.read_file(storage.normalize(output), serving.CONFIG) is not None  # and so says what it is of
+  rounded = open_checkpoint(output, config=None if serves else original.config)
   targets = None
   if tokens is not None:
     targets = read_tokens(tokens, original.config.vocab_size)
