@@ -58,7 +58,6 @@ ROWS = (
     Row('palm_540b', 'bfloat16', 'v4:4x4x4', 'decode', 512, 'ws_2d/batch', 65, scan_layers=True),
     Row('palm_540b', 'int8', 'v4:4x4x4', 'prefill', 1, 'ws_2d/batch', 220),
     Row('palm_540b', 'int8', 'v4:4x4x4', 'prefill', 1, 'ws_2d/batch', 220, scan_layers=True),
-    Row('palm_540b', 'bfloat16', 'v4:4x4x4', 'prefill', 512, 'wg_xyz/batch', MFU_80),
     Row('palm_540b', 'bfloat16', 'v4:4x4x4', 'prefill', 512, 'wg_xyz/batch', MFU_80, scan_layers=True),
     Row('palm_62b', 'int8', 'v4:2x2x4', 'decode', 32, 'ws_2d/batch', 8),
     Row('palm_62b', 'int8', 'v4:2x2x4', 'decode', 32, 'ws_2d/batch', 8, scan_layers=True),
