@@ -51,10 +51,10 @@ def torus_mesh(shape: Sequence[int], wraps: Sequence[bool], config: ModelConfig,
   """(X, Y, Z) for a slice: of torus_meshes that on which a decode step in ws_2d waits least for links.
 
   That is what its layers move for as many rows as chips (traffic.layer_moves), over the links that each collective has
-  (links.wait); hops are as many on all of them. With a larger X fewer features and more columns move; the columns over x, which has the fewest links. X is
-  1, which makes ws_2d what ws_1d is, only where two dimensions move more bytes (section 3.2.2). Of meshes as good it is
-  one of whole physical axes, with Y and Z as even as they can be. Nothing is checked against the model: whether the chips
-  divide it is the caller's to ask.
+  (links.wait); hops are as many on all of them. With a larger X fewer features and more columns move; the columns over x,
+  which has the fewest links. X is 1, which makes ws_2d what ws_1d is, only where two dimensions move more bytes (section
+  3.2.2). Of meshes as good it is one of whole physical axes, with Y and Z as even as they can be. Nothing is checked
+  against the model: whether the chips divide it is the caller's to ask.
 
   Args:
     shape, wraps, split: as in torus_meshes.
