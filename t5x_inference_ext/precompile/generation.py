@@ -49,8 +49,8 @@ def describe(config: ModelConfig, weights: str, layouts: tuple[Any, Any], dtype:
   """
   prefill, decode = map(str, layouts)
   return {'phase': 'generate', 'model': config.to_dict(), 'weights': 'int8' if weights == 'int8' else dtype,
-          'prefill_layout': prefill, 'decode_layout': decode, 'dtype': dtype, 'cache': cache, 'stacked': stacked,
-          **dataclasses.asdict(run)}
+          'prefill_layout': prefill, 'decode_layout': decode, 'dtype': dtype, 'stacked': stacked,
+          'cache': 'as dtype' if cache == dtype else cache, **dataclasses.asdict(run)}
 
 
 @dataclasses.dataclass(frozen=True)

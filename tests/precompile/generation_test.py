@@ -57,6 +57,7 @@ def test_the_engine_refuses_another_run(palm_tiny, path, options, words):
 
 @pytest.mark.parametrize('options,words', [
     (dict(mesh='1x2x2'), "mesh .*and here it is .*pass its mesh, 2x2x2"), (dict(dtype='bfloat16'), 'dtype float32'),
+    (dict(cache='int8'), 'cache as dtype, and here it is int8'),
     (dict(prefill_layout='wg_xyz/batch'), 'prefill_layout ws_2d/batch, and here it is wg_xyz/batch'),
     (dict(norm_scale='one'), 'model.norm_scale zero, and here it is one')])
 def test_another_engine_is_refused_before_weights_are_read(palm_tiny, path, options, words):
