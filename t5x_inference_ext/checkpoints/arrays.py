@@ -144,8 +144,9 @@ class SourceArray:
     for part, rectangle, index in self.arrangement.rectangles(bounds):
       part_values = values[index]
       if part.factor != 1:
-        exact = math.frexp(part.factor)[0] == .5
-        part_values = (part_values if exact else part_values.astype(np.float32)) * part_values.dtype.type(part.factor)
+        if math.frexp(part.factor)[0] != .5:  # only a power of two is the same in every dtype
+          part_values = part_values.astype(np.float32)
+        part_values = part_values * part_values.dtype.type(part.factor)
       yield part, rectangle, part_values
 
 

@@ -83,6 +83,23 @@ def test_bfloat16(tmp_path, config, chunking):
     np.testing.assert_array_equal(out[name], tensors[name].astype(dtype), strict=True, err_msg=name)
 
 
+@pytest.mark.parametrize('block', ['parallel', 'serial'])
+def test_factors_of_a_bfloat16_source(tmp_path, block):
+  """1/sqrt(2) of a parallel DecoderLayer, sqrt(6) of queries: bfloat16 has only three digits of them."""
+  config = ModelConfig(**BASE, num_kv_heads=4, block=block, norm_scale='one')
+  tensors = reference.random_tensors(config)
+  leaves = {name: values.astype(ml_dtypes.bfloat16)
+            for name, values in synthetic.separate(tensors, config, split=True).items()}
+  source = synthetic.write_legacy(tmp_path / 'source', leaves)
+  direct = read(open_checkpoint(source, rescale_logits=False))
+  convert.convert(source, tmp_path / 'out', 'bfloat16', rescale_logits=False)
+  out = read(open_checkpoint(tmp_path / 'out'))
+  exact = tensors['query'].astype(ml_dtypes.bfloat16).astype(np.float64) * np.sqrt(6)
+  np.testing.assert_allclose(direct['query'], exact, rtol=1e-6)
+  for name in ('query', 'attention_output', 'mlp_output'):
+    np.testing.assert_array_equal(out[name], direct[name].astype(ml_dtypes.bfloat16), strict=True, err_msg=name)
+
+
 def test_a_second_conversion_is_a_copy(tmp_path, config):
   convert.convert(write(tmp_path / 'source', config, reference.random_tensors(config)), tmp_path / 'a', config=config)
   convert.convert(tmp_path / 'a', tmp_path / 'b')
