@@ -82,7 +82,7 @@ def _convert(conversion: Conversion, work: WorkDirectory, planned: Callable[[str
   """What is left to do of a conversion into a local directory."""
   if work.finished_before(conversion.identity):
     planned(f'{work.path} was finished before')
-    work.discard()
+    work.clear()
     return conversion.report(work.path, [])
   for line in conversion.description():
     planned(line)

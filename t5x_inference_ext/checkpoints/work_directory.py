@@ -95,7 +95,8 @@ class WorkDirectory:
         with contextlib.suppress(FileExistsError):
           os.mkdir(self.root)
         with contextlib.suppress(FileNotFoundError):
-          if os.listdir(self.root) and not os.path.isfile(os.path.join(self.root, MARKER)):
+          strange = os.listdir(self.root) and not os.path.isfile(os.path.join(self.root, MARKER))
+          if strange or os.path.islink(self.root):
             raise CheckpointError(f'{self.root} is in the way, and not left by an earlier conversion: move it')
           with open(os.path.join(self.root, MARKER), 'a', encoding='utf-8'):
             pass
@@ -164,7 +165,7 @@ class WorkDirectory:
     Raises:
       CheckpointError: another process is at work here on another plan.
     """
-    if self._stored_plan() == plan:
+    if self._stored_plan() == plan and os.path.isdir(self.payload):
       return True
     for name in sorted(os.listdir(self.root)):
       path = os.path.join(self.root, name)
@@ -172,11 +173,17 @@ class WorkDirectory:
         with self.lock(name, f'{path} is held by a conversion into {self.path} with other options or of another '
                        'source: all shards need the same'):
           os.remove(path)
-      elif name.startswith('journal-'):
-        os.remove(path)
-    files.remove(self.payload)
+    self._forget()
     os.mkdir(self.payload)
     return False
+
+  def _forget(self) -> None:
+    """Removes what is finished. The plan first: killed on the way, what is left is not taken for laid out for it."""
+    files.truncate(os.path.join(self.root, MARKER))
+    for name in os.listdir(self.root):
+      if name.startswith('journal-'):
+        os.remove(os.path.join(self.root, name))
+    files.remove(self.payload)
 
   def start(self, plan: dict[str, Any]) -> None:
     """Records that the payload is laid out for `plan`."""
@@ -227,11 +234,15 @@ class WorkDirectory:
     """The output appears; the rest goes."""
     self.check_absent()
     files.publish(self.payload, self.path)
-    self.discard()
+    self.clear()
 
   def discard(self) -> None:
-    """Removes the working directory; the marker last, so that until then it is known as ours."""
-    files.remove(self.payload)
+    """Removes the working directory and what is finished in it."""
+    self._forget()
+    self.clear()
+
+  def clear(self) -> None:
+    """Removes the working directory without a payload; the marker last, so that until then it is known as ours."""
     while os.path.isdir(self.root):
       with contextlib.suppress(FileNotFoundError):
         for name in sorted(os.listdir(self.root), key=lambda n: n == MARKER):
