@@ -21,7 +21,7 @@ import numpy as np
 from t5x_inference_ext import parameters
 from t5x_inference_ext.checkpoints.arrays import Arrangement, Part, SourceArray, whole
 from t5x_inference_ext.checkpoints.flaxformer_names import (
-    EMBEDDING, FINAL_NORM, LAYER, LAYERS, check_names, check_shapes, listing, modules_in)
+    EMBEDDING, FINAL_NORM, LAYER, LAYERS, check_dtypes, check_names, check_shapes, listing, modules_in)
 from t5x_inference_ext.checkpoints.layer_kinds import KINDS, Kernel, LayerKind, Shapes, UnknownSizes
 from t5x_inference_ext.checkpoints.tensor import Cast, Merged, Moved, Reciprocal, Scaled, Squeezed, Stack, Tensor, Window
 from t5x_inference_ext.checkpoints.tree import Tree
@@ -72,6 +72,7 @@ def canonical(tree: Tree, norm_scale: str | None = None, config: ModelConfig | N
   quantized = any(name.endswith('/qkernel') for name in leaves)
   kind = find_kind(leaves)
   modules, norm = check_names(tree, leaves, kind, quantized)
+  check_dtypes(leaves)
   axis = _layer_axis(leaves, kind)
   suffix = 'qkernel' if quantized else 'kernel'
   shapes = _shapes(leaves, kind, modules, suffix, axis)

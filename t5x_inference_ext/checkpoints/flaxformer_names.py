@@ -2,6 +2,8 @@
 
 import re
 
+import ml_dtypes
+
 from t5x_inference_ext.checkpoints.layer_kinds import Kernel, LayerKind
 from t5x_inference_ext.checkpoints.tensor import Tensor
 from t5x_inference_ext.checkpoints.tree import Tree
@@ -49,6 +51,13 @@ def check_names(tree: Tree, leaves: dict[str, Tensor], kind: LayerKind, quantize
   if problems:
     raise CheckpointError(f'{tree.path} {" and ".join(problems)}. {SUPPORTED}')
   return modules, norm
+
+
+def check_dtypes(leaves: dict[str, Tensor]) -> None:
+  """Raises CheckpointError for a parameter that holds no floats; quantized kernels may be anything that holds int8."""
+  for name, leaf in leaves.items():
+    if not (name.endswith('/qkernel') or leaf.dtype.kind == 'f' or leaf.dtype == ml_dtypes.bfloat16):
+      raise CheckpointError(f'target/{name}: {leaf.path} holds {leaf.dtype.name} values, expected float32 or bfloat16')
 
 
 def check_shapes(tree: Tree, leaves: dict[str, Tensor], kind: LayerKind, kernels: list[Kernel], config: ModelConfig,

@@ -133,6 +133,8 @@ class GzipArray(Tensor):
         data = decompress(_pieces(result.value), self._window, size)
       else:
         raise damaged('the chunk is missing')
+    except MemoryError:
+      raise damaged(f'the array says that its chunks are {list(self._stored_chunk)}, {size / 1e9:.0f} GB each') from None
     except FileNotFoundError:
       raise damaged('the chunk is missing') from None
     except OSError as e:

@@ -9,7 +9,7 @@ import numpy as np
 
 from t5x_inference_ext.checkpoints import zarr_arrays
 from t5x_inference_ext.checkpoints.tensor import InMemory
-from t5x_inference_ext.checkpoints.tree import Tree
+from t5x_inference_ext.checkpoints.tree import Tree, step_number
 from t5x_inference_ext.errors import CheckpointError
 
 INDEX = 'checkpoint'
@@ -35,16 +35,16 @@ def read(path: str, index: bytes) -> Tree:
     name = '/'.join(keys)
     if isinstance(leaf, dict):
       where = os.path.join(path, _relative(leaf, f'target/{name}'))
-      opening[name] = zarr_arrays.open_array(f'target/{name}', where), leaf.get('metadata', {}).get('shape')
+      opening[name] = zarr_arrays.open_array(f'target/{name}', where), _recorded_shape(leaf)
     elif isinstance(leaf, np.ndarray):
       leaves[name] = InMemory(leaf, f'{path}/{INDEX}')
     else:
       raise CheckpointError(f'target/{name} in {path}/{INDEX} is neither an array nor a reference to one: {leaf!r:.80}')
   for name, (future, shape) in opening.items():
     leaves[name] = stored = future.tensor()
-    if shape is not None and tuple(shape) != stored.shape:
+    if shape is not None and shape != list(stored.shape):
       raise CheckpointError(f'target/{name}: {stored.path} has shape {list(stored.shape)}, but {path}/{INDEX} says '
-                            f'{list(shape)}: the files belong to different checkpoints')
+                            f'{shape}: the files belong to different checkpoints')
   return Tree(path, 'T5X checkpoint', leaves, _step(content.get('state')))
 
 
@@ -52,8 +52,8 @@ def parse(data: bytes, path: str) -> Any:
   """flax's msgpack: nested dicts with numpy arrays. Raises CheckpointError."""
   try:
     return msgpack.unpackb(data, ext_hook=_extension, raw=False, strict_map_key=False, object_hook=_join_chunks)
-  except (ValueError, TypeError, AttributeError, msgpack.UnpackException) as e:
-    raise CheckpointError(f'{path} is not a T5X checkpoint index, or is damaged: {e}') from e
+  except (ValueError, TypeError, AttributeError, KeyError, msgpack.UnpackException) as e:
+    raise CheckpointError(f'{path} is not a T5X checkpoint index, or is damaged: {type(e).__name__} {e}') from e
 
 
 def pack_array(values: np.ndarray) -> msgpack.ExtType:
@@ -100,6 +100,12 @@ def _relative(spec: dict, name: str) -> str:
   return path.rstrip('/').rpartition('/')[2]
 
 
+def _recorded_shape(spec: dict) -> Any:
+  """What the index says of an array's shape, if it does."""
+  metadata = spec.get('metadata')
+  return metadata.get('shape') if isinstance(metadata, dict) else None
+
+
 def _step(state: Any) -> int | None:
   step = state.get('step') if isinstance(state, dict) else None
-  return int(step) if isinstance(step, (int, np.ndarray)) and np.size(step) == 1 else None
+  return step_number(step) if isinstance(step, (int, np.ndarray)) else None

@@ -1,5 +1,6 @@
-"""NaN and infinite weights: where, how many, and what to do."""
+"""NaN and infinite weights, and those too large for the output: where, how many, and what to do."""
 
+import ml_dtypes
 import numpy as np
 
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
@@ -11,11 +12,27 @@ class NotFinite(CheckpointError):
   """A source that no repetition of the command will convert."""
 
 
-def check_finite(source: Checkpoint, name: str, values: np.ndarray, first_layer: int) -> None:
-  """Raises NotFinite if values [layers, ...] of a tensor, or maxima of their magnitudes, are not all finite."""
-  bad = ~np.isfinite(values.reshape(len(values), -1)).all(1)
+# The largest number of what is written. int8 stands for floats that the program has as bfloat16, as all weights.
+_FLOAT32, _BFLOAT16 = (float(ml_dtypes.finfo(dtype).max) for dtype in (np.float32, ml_dtypes.bfloat16))
+
+
+def check_finite(source: Checkpoint, name: str, values: np.ndarray, first_layer: int,
+                 written: np.dtype | type = np.float32) -> None:
+  """Raises NotFinite if not all of a tensor's values can be written.
+
+  Args:
+    source, name: the tensor.
+    values: [layers, ...] of it, or maxima of their magnitudes, float32.
+    first_layer: the number of the first of these layers.
+    written: the dtype that they are written in.
+  """
+  limit = _FLOAT32 if np.dtype(written) == np.float32 else _BFLOAT16
+  bad = ~(np.abs(values) <= limit).reshape(len(values), -1).all(1)
   if not bad.any():
     return
+  what, advice = f'values above {limit:.3g}, which become infinite in {np.dtype(written).name}', 'nothing trained has any'
+  if not np.isfinite(values).all():
+    limit, what, advice = _FLOAT32, 'NaN or infinite values', 'take a checkpoint from before training diverged'
   tensor = source.tensors[name]
   layered = len(tensor.shape) == 3 or name.rpartition('_')[2] == 'scale' or (
       len(tensor.shape) == 2 and name != 'embedding')
@@ -23,12 +40,11 @@ def check_finite(source: Checkpoint, name: str, values: np.ndarray, first_layer:
   if layered:
     layer = first_layer + int(np.argmax(bad))
     where, whole = f' in layer {layer}', (slice(layer, layer + 1),)
-  raise NotFinite(f'{name}: {_count(tensor, whole)} NaN or infinite values{where}, read from {tensor.path}: take a '
-                  'checkpoint from before training diverged')
+  raise NotFinite(f'{name}: {_count(tensor, whole, limit)} {what}{where}, read from {tensor.path}: {advice}')
 
 
-def _count(tensor: Tensor, where: tuple[slice, ...]) -> int:
-  """How many values are not finite, in the whole layer, not only in the slice that showed it."""
+def _count(tensor: Tensor, where: tuple[slice, ...], limit: float) -> int:
+  """How many values are not within `limit`, in the whole layer, not only in the slice that showed it."""
   axis = len(where) if len(tensor.shape) > len(where) else 0
   bounds = [s.indices(n)[:2] for s, n in zip(where + (slice(None),) * len(tensor.shape), tensor.shape)]
   step = max(1, 2**24 // max(1, int(np.prod([e - b for i, (b, e) in enumerate(bounds) if i != axis]))))
@@ -37,5 +53,5 @@ def _count(tensor: Tensor, where: tuple[slice, ...]) -> int:
     index = [slice(*b) for b in bounds]
     index[axis] = slice(begin, min(begin + step, bounds[axis][1]))
     values = tensor.read(tuple(index))
-    count += values.size - int(np.isfinite(values).sum())
+    count += values.size - int((np.abs(values.astype(np.float32, copy=False)) <= limit).sum())
   return count

@@ -11,7 +11,7 @@ import numpy as np
 
 from t5x_inference_ext.checkpoints import legacy, storage, zarr_arrays
 from t5x_inference_ext.checkpoints.tensor import InMemory, Tensor
-from t5x_inference_ext.checkpoints.tree import Tree
+from t5x_inference_ext.checkpoints.tree import Tree, step_number
 from t5x_inference_ext.errors import CheckpointError
 
 METADATA = '_METADATA'
@@ -93,4 +93,4 @@ def _step(leaves, keys, opening) -> int | None:
   if keys not in leaves:
     return None
   tensor = opening(keys).tensor() if leaves[keys] is None else leaves[keys]
-  return int(tensor.read()) if tensor.shape == () else None
+  return step_number(tensor.read()) if tensor.shape == () else None

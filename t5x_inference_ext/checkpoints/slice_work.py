@@ -114,7 +114,7 @@ class SliceWork:
   def _find_scales(self) -> None:
     together = {}
     for name, maxima in self._maxima.items():
-      check_finite(self._job.source, name, maxima, self._layers[0])
+      check_finite(self._job.source, name, maxima, self._layers[0], np.int8)
       together.setdefault(self._kinds[name].scale, []).append(maxima)
     self._scales = {scale: rounding.scales_of(np.maximum.reduce(maxima)) for scale, maxima in together.items()}
 
@@ -148,7 +148,7 @@ class SliceWork:
         magnitude = rounding.QMAX * scale.max()
       else:
         largest = rounding.largest(w)
-        check_finite(self._job.source, part.name, largest, rectangle.layers[0])
+        check_finite(self._job.source, part.name, largest, rectangle.layers[0], output.dtype(part.name))
         magnitude = largest.max()
       written = _written(w, scale, output.dtype(part.name))
       errors.setdefault(part.name, RoundingError()).add(w, written, scale, float(magnitude))

@@ -16,7 +16,7 @@ from t5x_inference_ext import parameters
 from t5x_inference_ext.checkpoints import flaxformer, flaxformer_names, legacy, serving
 from t5x_inference_ext.checkpoints.arrays import Arrangement, Part, Rectangle
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
-from t5x_inference_ext.checkpoints.layer_kinds import KINDS, OUT, Kernel, LayerKind
+from t5x_inference_ext.checkpoints.layer_kinds import KINDS, OUT, Kernel, LayerKind, UnknownSizes
 from t5x_inference_ext.checkpoints.raw_array import RawArray
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import CheckpointError
@@ -38,9 +38,13 @@ class T5xOutput:
     self._step, self._kinds = source.step, parameters.parameters(source.config)
     self._leaves, self._places, self._layer_weights = {}, {}, set()
     self._directory = directory
-    self._per_layer, self._axis = form['per_layer'], form['layer_axis']
     self._layers = source.config.num_layers
-    self._lay_out(source.config, next(k for k in KINDS if k.name == form['layers']), form['kernels'])
+    try:
+      self._per_layer, self._axis = form['per_layer'], form['layer_axis']
+      self._lay_out(source.config, {k.name: k for k in KINDS}[form['layers']], form['kernels'])
+    except (TypeError, KeyError, AttributeError, UnknownSizes) as e:  # of a damaged header
+      raise CheckpointError(f'{source.path}: source.form in {serving.CONFIG} is not an arrangement that T5X has: '
+                            f'{type(e).__name__} {e}') from e
     self.arrays = tuple(a for leaves in self._leaves.values() for a in leaves)
     self._manifest = {
         'format': FORMAT, 'version': 1, 'written_by': f't5x_inference_ext {version}', 'weights': weights,

@@ -42,14 +42,20 @@ class Opening:
 
   def __init__(self, name: str, path: str, spec: dict, cached: bool):
     self.name, self.path, self._spec, self._cached = name, path, spec, cached
-    self._future = ts.open(ts.Spec(spec), open=True, read=True, context=_context if cached else _no_cache)
+    try:
+      self._future = ts.open(ts.Spec(spec), open=True, read=True, context=_context if cached else _no_cache)
+    except ValueError as e:  # a path that no file has
+      raise self._error(e) from e
 
   def store(self) -> ts.TensorStore:
     """Raises CheckpointError, naming the parameter and the directory."""
     try:
       return self._future.result()
     except ValueError as e:
-      raise CheckpointError(f'{self.name}: no readable zarr array at {self.path}: {storage.reason(e)}') from e
+      raise self._error(e) from e
+
+  def _error(self, e: ValueError) -> CheckpointError:
+    return CheckpointError(f'{self.name}: no readable zarr array at {self.path}: {storage.reason(e)}')
 
   def tensor(self) -> Tensor:
     store = self.store()

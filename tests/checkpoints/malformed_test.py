@@ -85,6 +85,12 @@ def layers(change):
   return source
 
 
+def of_dtype(name, dtype):
+  def change(leaves):
+    leaves[name] = leaves[name].astype(dtype)
+  return lambda path: legacy(path, change)
+
+
 def orbax(damage, **options):
   def source(path):
     damage(synthetic.write_orbax(path, LEAVES, **options))
@@ -131,12 +137,25 @@ SOURCES = {
     'index cut short': (lambda path: garbage(path, (legacy(path.parent / 'a') / 'checkpoint').read_bytes()[:300]),
                         'damaged'),
     'index with a string for an array': (on_index(lambda d: d['decoder_norm'].update(scale='x')), 'neither an array'),
+    'index with a cut array that lacks its pieces': (lambda path: garbage(path, msgpack.packb(
+        {'target': {'x': {'__msgpack_chunked_array__': True}}})), 'damaged'),
+    'index whose shape is no list': (on_index(
+        lambda d: d['decoder_norm']['scale']['metadata'].update(shape=8)), 'different checkpoints'),
+    'index that leads out of the directory': (on_index(
+        lambda d: d['decoder_norm']['scale']['kvstore'].update(path='../')), 'decoder_norm/scale: no readable zarr'),
     'missing parameter': (on_index(lambda d: d.pop('token_embedder')), 'lacks target/decoder/token_embedder'),
     'unknown parameter': (on_index(lambda d: d.update(bias=d['decoder_norm']['scale'])), 'does not use'),
     'duplicated layer': (layers(twice), 'two models in one tree'),
     'missing layer': (layers(lambda leaves: [leaves.pop(n) for n in list(leaves) if 'layers_0' in n]), 'layers_0'),
     'layer of another shape': (layers(lambda leaves: leaves.update({
         'decoder/layers_1/kv_fused/kernel': np.ones((8, 1, 6), np.float32)})), '[8, 1, 6]'),
+    'chunks larger than any memory': (on_zarray(chunks=[2**40, 2, 3, 20]), 'GB each'),
+    'whole numbers for floats': (of_dtype('decoder/decoder/q_wi_fused/kernel', np.int32), 'holds int32 values'),
+    'int8 without scales': (of_dtype('decoder/decoder/kv_fused/kernel', np.int8), 'holds int8 values'),
+    'an embedding of booleans': (of_dtype('decoder/token_embedder/embedding', bool), 'holds bool values'),
+    'infinite as bfloat16': (put('decoder/token_embedder/embedding', (5, 5), 3.4e38),
+                             'embedding: 1 values above 3.39e+38, which become infinite in bfloat16'),
+    'infinite as int8': (put(O_WO, (1, 1, 5, 3), -3.4e38), 'which become infinite in int8 in layer 1'),
     'NaN': (put(O_WO, (1, 0, 5, 3), np.nan), 'NaN or infinite values in layer 0'),
     'infinity': (put('decoder/token_embedder/embedding', (5, 5), -np.inf), 'embedding: 1 NaN or infinite'),
     'NaN in a scale': (quantized(lambda leaves: leaves[f'{KV}/qscale'].__setitem__((0, 1, 0, 2), np.nan)), 'key_scale'),
@@ -199,6 +218,28 @@ def test_full_disk_is_found_before_anything_is_read(tmp_path, capsys, monkeypatc
   assert run(f'--input={source}', f'--output={tmp_path}/out', '--weights=int8') == 2
   is_clear(capsys.readouterr().err, 'No space left')
   assert sorted(p.name for p in tmp_path.iterdir()) == ['source']
+
+
+@pytest.mark.parametrize('step', [np.float32('nan'), np.zeros(2, np.int32), np.complex64(1)])
+def test_a_step_that_is_none(tmp_path, step):
+  """It is not needed, and so not recorded."""
+  source = legacy(tmp_path / 'source')
+  tree = msgpack.unpackb((source / 'checkpoint').read_bytes(), raw=False, strict_map_key=False)
+  tree['optimizer']['state']['step'] = synthetic.pack_array(step)
+  (source / 'checkpoint').write_bytes(msgpack.packb(tree))
+  assert open_checkpoint(source).step is None
+
+
+@pytest.mark.parametrize('form', ['scanned', {'layers': 'EncoderLayer', 'layer_axis': 1, 'per_layer': False, 'kernels': {}},
+                                  {'layers': 'DecoderLayer'}])
+def test_serving_checkpoint_of_no_arrangement(tmp_path, capsys, form):
+  assert run(f'--input={legacy(tmp_path / "source")}', f'--output={tmp_path}/serving', '--weights=int8') == 0
+  header = json.loads((tmp_path / 'serving' / 'serving_config.json').read_text())
+  header['source']['form'] = form
+  (tmp_path / 'serving' / 'serving_config.json').write_text(json.dumps(header))
+  capsys.readouterr()
+  assert run(f'--input={tmp_path}/serving', f'--output={tmp_path}/out', '--format=t5x_float') == 2
+  is_clear(capsys.readouterr().err, 'source.form in serving_config.json')
 
 
 def test_bfloat16_is_no_malformed_source(tmp_path):

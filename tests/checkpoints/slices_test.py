@@ -3,6 +3,7 @@
 import threading
 
 from hypothesis import given, settings, strategies as st
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -13,6 +14,7 @@ from t5x_inference_ext.checkpoints.conversion import Conversion
 from t5x_inference_ext.checkpoints.conversion_options import Options
 from t5x_inference_ext.checkpoints.gzip_array import GzipArray
 from t5x_inference_ext.checkpoints.pipeline import Pipeline, run_jobs
+from t5x_inference_ext.checkpoints.rounding_error import RoundingError
 from t5x_inference_ext.checkpoints.slices import Plan
 from t5x_inference_ext.checkpoints.tensor import InMemory
 from t5x_inference_ext.config import ModelConfig
@@ -151,6 +153,17 @@ def test_squared_errors_are_what_they_say():
   assert (best <= scale).all() and (best < scale).any()
   written = [rounding.dequantize(rounding.quantize_layers(w, s), s[:, None]) for s in (scale, best)]
   assert np.square(written[1] - w).sum() < np.square(written[0] - w).sum()
+
+
+@pytest.mark.parametrize('size', [1e-30, 1e-3, 1e25])
+def test_errors_of_values_whose_squares_no_float32_holds(size):
+  w = (np.random.default_rng(0).standard_normal((1, 50, 3)) * size).astype(np.float32)
+  written = w.astype(ml_dtypes.bfloat16)
+  error = RoundingError()
+  error.add(w, written, None, float(np.abs(w).max()))
+  exact = w.astype(np.float64)
+  expected = np.linalg.norm(written.astype(np.float64) - exact) / np.linalg.norm(exact)
+  np.testing.assert_allclose(error.relative, expected, rtol=1e-4)
 
 
 def test_memory_said_does_not_grow_with_the_model():
