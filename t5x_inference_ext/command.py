@@ -21,6 +21,7 @@ import inspect
 import logging
 import os
 import re
+import signal
 import sys
 from typing import Any, Callable, Iterable, Sequence
 
@@ -72,6 +73,23 @@ def run(main: Main, doc: str, define_flags: Callable[[absl_flags.FlagValues], No
     print('interrupted', file=sys.stderr)
     return 130
   return 0
+
+
+def print_line(line: str) -> None:
+  """Prints a line of a command's output, at once.
+
+  Raises:
+    SystemExit: nobody reads any more, as behind `| head`. The status is a shell's for SIGPIPE.
+    UserError: it can't be written.
+  """
+  try:
+    print(line, flush=True)
+  except BrokenPipeError:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())  # Python flushes once more when it ends
+    raise SystemExit(128 + signal.SIGPIPE) from None
+  except OSError as e:
+    raise UserError(f'can\'t write to standard output: {e.strerror}') from e
 
 
 def rewrite_gin_flags(argv: Sequence[str]) -> list[str]:

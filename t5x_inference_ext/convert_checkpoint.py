@@ -41,9 +41,12 @@ tokens, also the losses of both models on them:
       --report=/tmp/report --report_tokens=TOKENS.npy
 """
 
+import contextlib
+import importlib.util
 import os
 import sys
 import time
+from typing import Iterator
 
 from absl import flags as absl_flags
 import tqdm
@@ -92,7 +95,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
   define('integer', 'num_processes', None, 'With --coordinator_address, how many there are.')
   define('integer', 'process_id', None, 'With --coordinator_address, which this is.')
   define('boolean', 'verify', False, 'Convert nothing: re-read the finished checkpoint --output.')
-  define('string', 'report', None, 'A directory for the quality report: errors.csv, report.txt, report.png.')
+  define('string', 'report', None, 'A directory for the quality report: report.txt, report.json, report.png.')
   define('string', 'report_tokens', None, 'For the report, tokens [rows, length]: a .npy file.')
   define('string', 'report_task', None, 'For the report, a seqio task with the feature `targets`.')
   define('string', 'report_task_module', None, 'The module that registers it.')
@@ -116,23 +119,38 @@ def main(flags: absl_flags.FlagValues) -> None:
     if missing:
       raise UserError(f'{" and ".join(missing)} not given; --help shows examples')
     arguments = {'input_checkpoint': given.pop('input'), 'output_checkpoint': given.pop('output'), **given}
-  if not (flags.report_tokens is None or flags.report_task is None):
-    raise UserError('--report_tokens and --report_task say the same in two ways')
+  check_report(flags)
   arguments.update({name: flags[name].value for name in HERE})
   arguments.update(shards_of_processes(flags))
   with Progress() as progress:
     configured = command.configure(
-        convert.convert, found=print_source, planned=print_line, progress=progress, **arguments)
+        convert.convert, found=print_source, planned=command.print_line, progress=progress, **arguments)
     if flags.report is not None and is_finished(configured.keywords['output_checkpoint']):
-      print_line(f'{configured.keywords["output_checkpoint"]} exists: only the report is made')
+      command.print_line(f'{configured.keywords["output_checkpoint"]} exists: only the report is made')
     else:
       report = configured()
       if not report.finished:
-        print_line(f'this is done: the shard that finishes last completes {report.output}')
+        command.print_line(f'this is done: the shard that finishes last completes {report.output}')
         return
-      print_report(report, progress.seconds)
+      for line in summary(report, progress.seconds):
+        command.print_line(line)
   if flags.report is not None:
     write_report(flags, configured.keywords)
+
+
+def check_report(flags: absl_flags.FlagValues) -> None:
+  """What would keep the report from being made is said before the conversion, not after it."""
+  if not (flags.report_tokens is None or flags.report_task is None):
+    raise UserError('--report_tokens and --report_task say the same in two ways')
+  if flags.report is None:
+    given = [f'--{name}' for name in ('report_tokens', 'report_task', 'report_task_module') if flags[name].value]
+    if given:
+      raise UserError(f'{given[0]} is for the quality report: --report=DIR says where to write it')
+    return
+  if flags.report_tokens is not None and not os.path.isfile(flags.report_tokens):
+    raise UserError(f'{flags.report_tokens}: no .npy file of tokens: there is no such file')
+  if importlib.util.find_spec('matplotlib') is None:
+    raise UserError('the report needs matplotlib: pip install t5x_inference_ext[plots]')
 
 
 def shards_of_processes(flags: absl_flags.FlagValues) -> dict[str, int]:
@@ -150,11 +168,13 @@ def shards_of_processes(flags: absl_flags.FlagValues) -> dict[str, int]:
 
 
 def verify_only(flags: absl_flags.FlagValues) -> None:
+  if command.uses_gin(flags) or flags.report is not None:
+    raise UserError('--verify takes --output, --input and --workers: no gin flags, no --report')
   if flags.output is None:
     raise UserError('--output not given: with --verify it is the finished checkpoint; --input may be its source')
   with Progress() as progress:
     for line in verify(flags.output, flags.input, workers=flags.workers, progress=progress):
-      print_line(line)
+      command.print_line(line)
 
 
 def write_report(flags: absl_flags.FlagValues, arguments: dict) -> None:
@@ -163,32 +183,28 @@ def write_report(flags: absl_flags.FlagValues, arguments: dict) -> None:
       arguments['input_checkpoint'], arguments['output_checkpoint'], flags.report,
       tokens=flags.report_tokens, task=flags.report_task, task_module=flags.report_task_module,
       **{name: arguments.get(name) for name in ('norm_scale', 'config', 'rescale_logits')}):
-    print_line(line)
-
-
-def print_line(line: str) -> None:
-  print(line, flush=True)
+    command.print_line(line)
 
 
 def print_source(checkpoint: Checkpoint) -> None:
   for note in checkpoint.notes:
-    print(note, flush=True)
+    command.print_line(note)
 
 
-def print_report(report: conversion_options.Report, seconds: float) -> None:
-  """Sizes, errors, and where it is."""
+def summary(report: conversion_options.Report, seconds: float) -> Iterator[str]:
+  """Sizes, errors, and where it is, in lines."""
   if not report.errors:
     return
-  print(f'{"tensor":20}{"max error":>12}{"rms error":>12}   of max|w| and rms w, after rounding to {report.weights}')
+  yield f'{"tensor":20}{"max error":>12}{"rms error":>12}   of max|w| and rms w, after rounding to {report.weights}'
   for name, error in report.errors.items():
-    print(f'{name:20}{error.worst:12.3%}{error.relative:12.3%}')
+    yield f'{name:20}{error.worst:12.3%}{error.relative:12.3%}'
   worst = max(report.errors, key=lambda name: report.errors[name].relative)
-  print(f'worst tensor: {worst}, {report.errors[worst].relative:.3%} rms')
-  print(f'parameters: {size(report.source_bytes)} before ({report.source.weights}), {size(report.output_bytes)} on '
-        f'disk after: {report.output_bytes / report.source_bytes:.3f} of it')
-  print(f'layer weights: {size(report.layer_bytes)} on disk, {report.layer_bytes / report.layer_float32_bytes:.3f} of '
-        f'{size(report.layer_float32_bytes)} as float32')
-  print(f'wrote and verified {report.output} in {seconds:.1f} s')
+  yield f'worst tensor: {worst}, {report.errors[worst].relative:.3%} rms'
+  yield (f'parameters: {size(report.source_bytes)} before ({report.source.weights}), {size(report.output_bytes)} on '
+         f'disk after: {report.output_bytes / report.source_bytes:.3f} of it')
+  yield (f'layer weights: {size(report.layer_bytes)} on disk, {report.layer_bytes / report.layer_float32_bytes:.3f} of '
+         f'{size(report.layer_float32_bytes)} as float32')
+  yield f'wrote and verified {report.output} in {seconds:.1f} s'
 
 
 def size(count: int) -> str:
@@ -217,17 +233,21 @@ class Progress:
     return time.monotonic() - self._start
 
   def __call__(self, what: str, done: int, total: int) -> None:
+    with contextlib.suppress(OSError):  # a terminal that is gone ends no conversion
+      self._tell(what, done, total)
+
+  def _tell(self, what: str, done: int, total: int) -> None:
     kind = next((k for k in ('verify', 'upload') if what.startswith(f'{k} ')), 'convert')
     if kind != self._pass:
       self._pass, self._done = kind, 0
       if self._bar is not None:
         self._bar.close()
-      if sys.stderr.isatty():
+      if sys.stderr is not None and sys.stderr.isatty():
         self._bar = tqdm.tqdm(total=total, unit='B', unit_scale=True, desc=kind, file=sys.stderr)
     self._done += done
     if self._bar is not None:
       self._bar.update(done)
-    elif time.monotonic() - self._logged > LOG_SECONDS or self._done == total:
+    elif sys.stderr is not None and (time.monotonic() - self._logged > LOG_SECONDS or self._done == total):
       self._logged = time.monotonic()
       print(f'{kind}: {size(self._done)} of {size(total)}, {self.seconds:.0f} s', file=sys.stderr, flush=True)
 

@@ -14,6 +14,7 @@ import time
 from typing import Iterator
 
 from absl import flags as absl_flags
+import numpy as np
 
 from t5x_inference_ext import command, parameters
 from t5x_inference_ext.checkpoints import serving, storage
@@ -37,7 +38,7 @@ def main(flags: absl_flags.FlagValues) -> None:
   if flags.path is None:
     raise UserError('which checkpoint? inspect_checkpoint PATH')
   for line in describe(flags.path):
-    print(line)
+    command.print_line(line)
 
 
 def describe(path: str) -> Iterator[str]:
@@ -57,14 +58,14 @@ def describe(path: str) -> Iterator[str]:
   if checkpoint.format == 'serving':
     yield from contents(checkpoint.tensors)
   else:
-    yield from contents(read_tree(path)[1].leaves)
+    yield from contents(read_tree(checkpoint.path)[1].leaves)
   yield looks_like(checkpoint.config)
   yield from costs(checkpoint)
 
 
 def contents(tensors: dict[str, Tensor]) -> Iterator[str]:
   """A line for each tensor, and their sum."""
-  width = max(map(len, tensors))
+  width = max(map(len, tensors), default=0)
   for name, tensor in tensors.items():
     chunk = '' if tensor.chunk == tensor.shape else f' in chunks of {list(tensor.chunk)}'
     yield f'  {name:{width}}  {tensor.dtype.name:9}{list(tensor.shape)}{chunk}'
@@ -109,11 +110,12 @@ def rate(conversion: Conversion) -> float:
   array = plan.arrays[block.array]
   values = array.read(block.bounds)
   kinds = parameters.parameters(conversion.source.config)
-  for part, _, w in array.rectangles(values, block.bounds):
-    if conversion.output.weights == 'int8' and w.dtype.kind != 'i' and kinds[part.name].kind == 'matrix':
-      rounding.quantize_layers(w, rounding.scales_of(rounding.largest(w)))
-    else:
-      w.astype(conversion.output.dtype(part.name))
+  with np.errstate(all='ignore'):  # NaN is for conversions to find
+    for part, _, w in array.rectangles(values, block.bounds):
+      if conversion.output.weights == 'int8' and w.dtype.kind != 'i' and kinds[part.name].kind == 'matrix':
+        rounding.quantize_layers(w, rounding.scales_of(rounding.largest(w)))
+      else:
+        w.astype(conversion.output.dtype(part.name))
   return values.nbytes / max(time.perf_counter() - start, 1e-6)
 
 

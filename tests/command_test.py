@@ -1,5 +1,6 @@
 """What all commands share: flags, gin bindings, errors in one line."""
 
+import subprocess
 import sys
 import types
 
@@ -135,3 +136,27 @@ def test_what_no_gin_file_binds(module, tmp_path, capsys):
   (tmp_path / 'empty.gin').write_text('')
   assert greet(module, f'--gin_file={tmp_path}/empty.gin') == 2
   assert "missing a required argument: 'name'" in capsys.readouterr().err
+
+
+LINES = """
+import sys
+from t5x_inference_ext import command
+sys.exit(command.run(lambda flags: [command.print_line('a line') for _ in range(99999)], '', lambda flags: None))
+"""
+
+
+def test_a_reader_that_goes(repository):
+  """As `| head`: the command ends, and says nothing."""
+  process = subprocess.Popen([sys.executable, '-c', LINES], cwd=repository, text=True, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE)
+  assert process.stdout.readline() == 'a line\n'
+  process.stdout.close()
+  assert process.stderr.read() == '' and process.wait() == 141
+  process.stderr.close()
+
+
+def test_output_that_can_t_be_written(repository):
+  with open('/dev/full', 'w', encoding='utf-8') as full:
+    result = subprocess.run([sys.executable, '-c', LINES], cwd=repository, text=True, stdout=full,
+                            stderr=subprocess.PIPE, check=False)
+  assert (result.returncode, result.stderr) == (2, "error: can't write to standard output: No space left on device\n")

@@ -112,6 +112,11 @@ def test_sizes_of_slices_and_of_what_is_held(palm_tiny, tmp_path, capsys, gin):
     (['--input=a', '--output=b', '--weights=int8', '--slice_bytes=1 TB'], 'slice_bytes must be a number of bytes'),
     (['--input=a', '--output=gs://b/c', '--weights=int8'], '--staging=DIR says in which local directory'),
     (['--input=a', '--output=b', '--weights=int8', '--staging=s'], 'is for outputs in a bucket'),
+    (['--input=a', '--output=b', '--weights=int8', '--num_shards=0'], 'num_shards must be at least 1'),
+    (['--input=a', '--output=b', '--weights=int8', '--report_tokens=t.npy'], '--report=DIR says where'),
+    (['--input=a', '--output=b', '--weights=int8', '--report=r', '--report_tokens=t.npy'], 'there is no such file'),
+    (['--verify', '--output=b', '--report=r'], '--verify takes --output, --input and --workers'),
+    (['--verify', '--output=b', '--gin.INPUT_CHECKPOINT="a"'], 'no gin flags'),
 ])
 def test_errors_are_one_line(tmp_path, monkeypatch, capsys, argv, words):
   monkeypatch.chdir(tmp_path)
@@ -138,6 +143,15 @@ def test_as_a_module_in_a_process_of_its_own(palm_tiny, tmp_path):
   assert result.returncode == 0, result.stderr
   assert 'imported []' in result.stdout
   assert open_checkpoint(tmp_path / 'out').weights == 'int8'
+
+
+@pytest.mark.parametrize('stderr', ['2>&-', '2>/dev/full'])
+def test_nowhere_to_tell_progress(palm_tiny, tmp_path, repository, stderr):
+  """As after the terminal has gone: the conversion goes on."""
+  command = (f'{sys.executable} -m t5x_inference_ext.convert_checkpoint --input={palm_tiny} --output={tmp_path}/out '
+             f'--weights=int8 {stderr}')
+  result = subprocess.run(command, shell=True, stdout=subprocess.PIPE, text=True, cwd=repository, check=False)
+  assert result.returncode == 0 and f'wrote and verified {tmp_path}/out' in result.stdout
 
 
 def test_terminal_gets_a_bar(palm_tiny, tmp_path, capsys, monkeypatch):

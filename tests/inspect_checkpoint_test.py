@@ -1,5 +1,6 @@
 """inspect_checkpoint: what a directory holds, whatever it is."""
 
+import msgpack
 import numpy as np
 import pytest
 
@@ -37,6 +38,25 @@ def test_a_model_that_can_t_be_served(tmp_path, capsys):
   path = synthetic.write_legacy(tmp_path / 'c', {'encoder/layers_0/mlp/wi/kernel': np.ones((4, 4), np.float32)})
   code, out, _ = inspect(capsys, path)
   assert code == 0 and 'encoder/layers_0/mlp/wi/kernel' in out and "can't be served" in out and 'a decoder alone' in out
+
+
+def test_the_index_file_itself(palm_tiny, capsys):
+  code, out, _ = inspect(capsys, palm_tiny / 'checkpoint')
+  assert code == 0 and out.splitlines()[:5] == inspect(capsys, palm_tiny)[1].splitlines()[:5]
+
+
+def test_no_parameters(tmp_path, capsys):
+  (tmp_path / 'checkpoint').write_bytes(msgpack.packb({'target': {}}))
+  code, out, _ = inspect(capsys, tmp_path)
+  assert code == 0 and '0 tensors, 0 values' in out and "can't be served" in out
+
+
+def test_nan(tmp_path, capsys):
+  """Which is for a conversion to find: it is only timed here."""
+  leaves = synthetic.fused(synthetic.canonical())
+  leaves['decoder/decoder/q_wi_fused/kernel'][0] = np.nan
+  code, out, err = inspect(capsys, synthetic.write_legacy(tmp_path / 'c', leaves))
+  assert code == 0 and 'with int8 weights' in out and not err
 
 
 @pytest.mark.parametrize('argv,words', [((), 'which checkpoint'), (('/no/such',), 'no such directory')])
