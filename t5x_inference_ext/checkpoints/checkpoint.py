@@ -29,6 +29,7 @@ class Checkpoint:
     arrays: the stored arrays that hold them, but for the scales of int8 weights.
     form: of a T5X tree, how it arranges its parameters (flaxformer.Reading.form); None where nobody recorded it.
     notes: what was found and assumed, a line each, for commands to print.
+    rescale_logits: of a T5X checkpoint, as it was given to open_checkpoint.
   """
 
   path: str
@@ -40,6 +41,7 @@ class Checkpoint:
   arrays: tuple[SourceArray, ...]
   form: dict[str, Any] | None
   notes: tuple[str, ...]
+  rescale_logits: bool | None = None
 
 
 def open_checkpoint(path: str | os.PathLike, *, norm_scale: str | None = None, config: ModelConfig | None = None,
@@ -124,7 +126,7 @@ def _from_tree(kind: str, tree: Tree, norm_scale: str | None, config: ModelConfi
       + ('swish of the first MLP input' if model.mlp == 'swiglu' else 'tanh GELU'),
   )
   return Checkpoint(tree.path, kind, tree.step, model, found.weights, found.tensors, found.arrays, found.form,
-                    notes)
+                    notes, rescale_logits)
 
 
 def _norm_doubts(scale: str, final_norm: Tensor) -> Iterator[str]:

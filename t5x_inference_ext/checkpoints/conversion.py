@@ -47,7 +47,8 @@ class Conversion:
   def __init__(self, source: Checkpoint, options: Options, directory: str, progress: Progress):
     self.source, self.options = source, options
     provenance = {'path': source.path, 'format': source.format, 'step': source.step, 'notes': list(source.notes),
-                  'form': source.form, 'index_crc32': _index_checksum(source.path)}
+                  'form': source.form, 'rescale_logits': source.rescale_logits,
+                  'index_crc32': _index_checksum(source.path)}
     asked = {'scale_search': options.scale_search}
     self.output = make_output(source, directory, options.format, options.weights, provenance, _version(), asked)
     finds_scales = self.output.weights == 'int8' and source.weights != 'int8'

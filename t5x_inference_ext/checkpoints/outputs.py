@@ -1,13 +1,12 @@
 """What a conversion can write: which arrays there are, and where canonical values go in them."""
 
-import json
 from typing import Any, Iterator, Protocol
 
 import ml_dtypes
 import numpy as np
 
 from t5x_inference_ext import parameters
-from t5x_inference_ext.checkpoints import serving
+from t5x_inference_ext.checkpoints import manifest, serving
 from t5x_inference_ext.checkpoints.arrays import Rectangle
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
 from t5x_inference_ext.checkpoints.raw_array import RawArray
@@ -78,8 +77,10 @@ class ServingOutput:
       yield array, (layers, columns), values[:, 0]
 
   def headers(self, checksums: dict[str, list[int]], errors: dict[str, dict]) -> Iterator[tuple[str, bytes]]:
-    yield serving.CHECKSUMS, serving.checksums_file(checksums)
-    yield serving.CONFIG, json.dumps({**self._header, 'errors': errors}, indent=2).encode() + b'\n'
+    files = {serving.CHECKSUMS: serving.checksums_file(checksums)}
+    yield from files.items()
+    yield serving.CONFIG, manifest.write(
+        {**self._header, 'errors': errors}, {**files, **manifest.array_files(self.arrays)})
 
 
 FORMATS = ('serving', 't5x_int8', 't5x_float')

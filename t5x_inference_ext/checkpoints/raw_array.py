@@ -28,6 +28,8 @@ class RawArray:
     shape, dtype, chunk: its own.
   """
 
+  METADATA = '.zarray'
+
   def __init__(self, directory: str, name: str, shape: tuple[int, ...], dtype: np.dtype, chunk: tuple[int, ...]):
     self.name, self.shape, self.dtype, self.chunk = name, tuple(shape), np.dtype(dtype), tuple(chunk)
     self.path = os.path.join(directory, name)
@@ -44,8 +46,13 @@ class RawArray:
     return math.prod(self._grid) * self.chunk_bytes
 
   @property
+  def metadata_file(self) -> bytes:
+    """What METADATA holds."""
+    return json.dumps(self.metadata).encode()
+
+  @property
   def metadata(self) -> dict:
-    """What .zarray holds. No fill value: a chunk that is not there has been lost."""
+    """The same, parsed. No fill value: a chunk that is not there has been lost."""
     return {'chunks': list(self.chunk), 'compressor': None, 'dimension_separator': '.',
             'dtype': ZARR_DTYPES[self.dtype.name], 'fill_value': None, 'filters': None, 'order': 'C',
             'shape': list(self.shape), 'zarr_format': 2}
@@ -55,7 +62,7 @@ class RawArray:
     os.makedirs(self.path, exist_ok=True)
     for number in range(math.prod(self._grid)):
       files.allocate(self._path(number), self.chunk_bytes)
-    files.write_file(os.path.join(self.path, '.zarray'), json.dumps(self.metadata).encode())
+    files.write_file(os.path.join(self.path, self.METADATA), self.metadata_file)
 
   def write(self, pieces: list[tuple[Bounds, np.ndarray]]) -> None:
     """Writes values within bounds; other threads and processes may be writing others, also of the same chunks."""

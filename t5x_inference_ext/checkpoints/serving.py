@@ -94,11 +94,29 @@ class ServingTensor(Tensor):
     values = self._load(index)
     if number not in self._verified:
       if checksum(values) != self._checksums[number]:
-        place = '.'.join(str(s.start // c) for s, c in zip(index, self.chunk))
-        raise CheckpointError(f'{self.name}: damaged data in {self.path}/{place}: its checksum is not the one '
+        raise CheckpointError(f'{self.name}: damaged data in {self.path}/{self.file(index)}: its checksum is not the one '
                               f'recorded in {CHECKSUMS}; convert again')
       self._verified.add(number)
     return values
+
+  def check_padding(self, index: tuple[slice, ...]) -> None:
+    """Whether what a chunk stores beyond the array's end is still zeros. Raises CheckpointError."""
+    inside = tuple(slice(0, s.stop - s.start) for s in index)
+    if all(s.stop == c for s, c in zip(inside, self.chunk)):
+      return
+    key = self.file(index)
+    stored = self._store.kvstore.read(key).result().value
+    if len(stored) != int(np.prod(self.chunk)) * self.dtype.itemsize:
+      return  # compressed, by an earlier version
+    values = np.frombuffer(stored, np.uint8).reshape(*self.chunk, self.dtype.itemsize).copy()
+    values[inside] = 0
+    if values.any():
+      raise CheckpointError(f'{self.name}: damaged data in {self.path}/{key}: what is behind the end of the array is '
+                            'not zero; convert again')
+
+  def file(self, index: tuple[slice, ...]) -> str:
+    """The name of the file of a chunk."""
+    return '.'.join(str(s.start // c) for s, c in zip(index, self.chunk))
 
   def _load(self, index):
     try:

@@ -73,6 +73,14 @@ def list_objects(directory: str) -> list[str]:
     raise CheckpointError(f'can\'t list {directory}: {reason(e)}') from e
 
 
+def list_files(directory: str) -> list[str]:
+  """The names of all files below a directory."""
+  if is_remote(directory):
+    return list_objects(directory)
+  return sorted(os.path.relpath(os.path.join(root, name), directory)
+                for root, _, names in os.walk(directory) for name in names)
+
+
 def _open(directory: str) -> ts.KvStore:
   return ts.KvStore.open(kvstore(directory)).result()
 

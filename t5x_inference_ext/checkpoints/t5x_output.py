@@ -5,7 +5,6 @@ serving checkpoints record); else as flaxformer's layer for such a model usually
 where the model can be one, DecoderLayer with split heads where not.
 """
 
-import json
 import math
 from typing import Any, Iterator, Sequence
 
@@ -13,7 +12,7 @@ import msgpack
 import numpy as np
 
 from t5x_inference_ext import parameters
-from t5x_inference_ext.checkpoints import flaxformer, flaxformer_names, legacy, serving
+from t5x_inference_ext.checkpoints import flaxformer, flaxformer_names, legacy, manifest, serving
 from t5x_inference_ext.checkpoints.arrays import Arrangement, Part, Rectangle
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
 from t5x_inference_ext.checkpoints.layer_kinds import KINDS, OUT, Kernel, LayerKind, UnknownSizes
@@ -121,8 +120,13 @@ class T5xOutput:
           yield self._leaves[leaf][0], arrangement.to_stored(bounds), np.moveaxis(piece, 0, self._axis)
 
   def headers(self, checksums: dict[str, list[int]], errors: dict[str, dict]) -> Iterator[tuple[str, bytes]]:
-    yield serving.CHECKSUMS, serving.checksums_file(checksums)
-    yield MANIFEST, json.dumps({**self._manifest, 'errors': errors}, indent=2).encode() + b'\n'
+    files = {serving.CHECKSUMS: serving.checksums_file(checksums), legacy.INDEX: self._index()}
+    yield serving.CHECKSUMS, files[serving.CHECKSUMS]
+    yield MANIFEST, manifest.write(
+        {**self._manifest, 'errors': errors}, {**files, **manifest.array_files(self.arrays)})
+    yield legacy.INDEX, files[legacy.INDEX]
+
+  def _index(self) -> bytes:
     target = {}
     for array in self.arrays:
       *keys, last = array.name.split('.')[1:]
@@ -134,7 +138,7 @@ class T5xOutput:
                     'metadata': {k: array.metadata[k] for k in ('shape', 'chunks', 'compressor')}}
     state = {'step': legacy.pack_array(np.int32(self._step or 0))}
     index = {'version': 3, 'optimizer': {'target': target, 'state': state}}
-    yield legacy.INDEX, msgpack.packb(index, use_bin_type=True)
+    return msgpack.packb(index, use_bin_type=True)
 
 
 def usual_form(config: ModelConfig) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from t5x_inference_ext.checkpoints import serving, storage, t5x_output
 from t5x_inference_ext.checkpoints.checkpoint import open_checkpoint
 from t5x_inference_ext.checkpoints.conversion import Conversion
 from t5x_inference_ext.checkpoints.conversion_options import Options
+from t5x_inference_ext.checkpoints.manifest import check
 from t5x_inference_ext.checkpoints.pipeline import cores, run_jobs
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import CheckpointError
@@ -21,13 +22,13 @@ Progress = Callable[[str, int, int], None]
 
 def verify(path: str, source: str | None = None, *, workers: int | None = None, rescale_logits: bool | None = None,
            progress: Progress = lambda what, done, total: None) -> list[str]:
-  """Reads every chunk of a checkpoint that a conversion wrote, and compares it with the checksum recorded.
+  """Reads every file of a checkpoint that a conversion wrote, and compares it with the checksum recorded.
 
   Args:
     path: a finished checkpoint, of any format that conversions write.
     source: the checkpoint that it was made from: is converted again, in memory, and compared value by value.
     workers: threads; None is one a core.
-    rescale_logits: of the source, as it was given to the conversion.
+    rescale_logits: of the source, as it was given to the conversion; None takes what the conversion recorded.
     progress: told after every chunk.
 
   Returns:
@@ -38,21 +39,27 @@ def verify(path: str, source: str | None = None, *, workers: int | None = None, 
   """
   path = storage.normalize(path)
   manifest_name, manifest = read_manifest(path)
+  small_files = check(path, manifest_name, manifest)
   listed = {name: (tuple(t['shape']), t['dtype']) for name, t in manifest['tensors'].items()}
   tensors = serving.read_listed(path, listed, manifest_name, cached=False)
   total = sum(t.nbytes for t in tensors.values())
   lock = threading.Lock()
 
-  def check(tensor, number, index):
+  def check_chunk(tensor, number, index):
     tensor.check(number, index)
+    tensor.check_padding(index)
     with lock:
       nbytes = math.prod(s.stop - s.start for s in index) * tensor.dtype.itemsize
       progress(f'verify {tensor.name}', nbytes, total)
 
   workers = workers or cores()
-  run_jobs([lambda t=t, c=c: check(t, *c) for t in tensors.values() for c in t.chunks()], workers)
-  chunks = sum(1 for t in tensors.values() for _ in t.chunks())
-  lines = [f'{path}: {len(tensors)} tensors, {chunks} chunks, {total / 1e6:.1f} MB are as recorded in {manifest_name}']
+  run_jobs([lambda t=t, c=c: check_chunk(t, *c) for t in tensors.values() for c in t.chunks()], workers)
+  chunks = [f'{name}/{t.file(index)}' for name, t in tensors.items() for _, index in t.chunks()]
+  extra = sorted(set(storage.list_files(path)) - {manifest_name, *small_files, *chunks}) if small_files else []
+  if extra:
+    raise CheckpointError(f'{path} holds {", ".join(extra[:3])}{", ..." if len(extra) > 3 else ""}, of which '
+                          f'{manifest_name} knows nothing: remove what is not of the checkpoint')
+  lines = [f'{path}: {len(tensors)} tensors, {len(chunks)} chunks, {total / 1e6:.1f} MB are as recorded in {manifest_name}']
   if source is not None:
     _compare(path, manifest, source, workers, rescale_logits, progress)
     lines.append(f'and what {source} converts to')
@@ -62,6 +69,8 @@ def verify(path: str, source: str | None = None, *, workers: int | None = None, 
 def _compare(path: str, manifest: dict, source: str, workers: int, rescale_logits: bool | None,
              progress: Progress) -> None:
   model = ModelConfig.from_dict(manifest['model'])
+  if rescale_logits is None:
+    rescale_logits = manifest['source'].get('rescale_logits')
   checkpoint = open_checkpoint(source, config=None if manifest['source']['format'] == 'serving' else model,
                                rescale_logits=rescale_logits)
   recorded = manifest['source'].get('step')

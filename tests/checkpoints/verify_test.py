@@ -3,11 +3,13 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 
 from t5x_inference_ext import convert_checkpoint
-from t5x_inference_ext.checkpoints import convert
+from t5x_inference_ext.checkpoints import convert, serving
 from t5x_inference_ext.checkpoints.verify import verify
+from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import CheckpointError
 from tests.checkpoints import synthetic
 
@@ -47,6 +49,67 @@ def test_one_flipped_bit(root, form, tmp_path):
   chunk.write_bytes(data)
   with pytest.raises(CheckpointError, match=f'damaged data in {chunk}'):
     verify(copy)
+
+
+@pytest.mark.parametrize('form', FORMATS)
+def test_a_flipped_bit_in_any_file(root, form, tmp_path):
+  """Also where JSON does not care: in spaces, in what is only for people, in the case of a checksum's digits."""
+  copy, rng = shutil.copytree(root / form, tmp_path / 'copy'), np.random.default_rng(0)
+  for file in sorted(p for p in copy.rglob('*') if p.is_file()):
+    data = file.read_bytes()
+    for place in rng.integers(0, len(data), 8):
+      damaged = bytearray(data)
+      damaged[place] ^= 1 << rng.integers(8)
+      file.write_bytes(damaged)
+      with pytest.raises(CheckpointError):
+        verify(copy)
+    file.unlink()
+    with pytest.raises(CheckpointError):
+      verify(copy)
+    file.write_bytes(data)
+  verify(copy)
+
+
+def test_a_flipped_bit_behind_the_end_of_an_array(tmp_path, monkeypatch):
+  monkeypatch.setattr(serving, 'MAX_CHUNK_COLUMNS', 5)
+  config = ModelConfig(num_layers=2, d_model=8, d_ff=27, num_heads=3, d_head=4, vocab_size=12)
+  source = synthetic.write_legacy(tmp_path / 'source', synthetic.fused(synthetic.canonical(config), config))
+  convert.convert(source, tmp_path / 'out')
+  chunk = tmp_path / 'out' / 'gate' / '0.0.6'  # columns 24 to 28
+  data = bytearray(chunk.read_bytes())
+  data[-1] = 4
+  verify(tmp_path / 'out')
+  chunk.write_bytes(data)
+  with pytest.raises(CheckpointError, match=f'{chunk}: what is behind the end'):
+    verify(tmp_path / 'out')
+
+
+@pytest.mark.parametrize('form', FORMATS)
+@pytest.mark.parametrize('name', ['notes.txt', 'query/9.9.9'])
+def test_a_file_too_many(root, form, tmp_path, name):
+  copy = shutil.copytree(root / form, tmp_path / 'copy')
+  (copy / name).parent.mkdir(exist_ok=True)
+  (copy / name).write_text('')
+  with pytest.raises(CheckpointError, match=f'holds {name}, of which'):
+    verify(copy)
+
+
+def test_checkpoint_of_before_small_files_had_checksums(root, tmp_path):
+  copy = shutil.copytree(root / 'serving', tmp_path / 'copy')
+  header = json.loads((copy / 'serving_config.json').read_text())
+  del header['files'], header['crc32']
+  (copy / 'serving_config.json').write_text(json.dumps(header))
+  verify(copy, root / 'source')
+
+
+def test_queries_multiplied_as_the_conversion_was_told(tmp_path):
+  """rescale_logits=False is recorded: the source converts to the same without saying it again."""
+  config = ModelConfig(num_layers=2, d_model=8, d_ff=24, num_heads=3, d_head=6, vocab_size=12, block='serial')
+  leaves = synthetic.separate(synthetic.canonical(config), config)
+  convert.convert(synthetic.write_legacy(tmp_path / 'source', leaves), tmp_path / 'out', rescale_logits=False)
+  verify(tmp_path / 'out', tmp_path / 'source')
+  with pytest.raises(CheckpointError, match='query_scale: .* are not what'):
+    verify(tmp_path / 'out', tmp_path / 'source', rescale_logits=True)
 
 
 @pytest.mark.parametrize('form', FORMATS)

@@ -1,0 +1,62 @@
+"""What proves a finished checkpoint's small files: the manifest has the CRC-32 of each other one, and its own.
+
+The manifest is serving_config.json of a serving checkpoint, t5x_inference_ext.json of a T5X one: JSON, with
+
+  files    name: CRC-32, of all files that are neither chunks nor the manifest
+  crc32    of the manifest itself, with zeros in place of these eight digits
+"""
+
+import json
+from typing import Any, Iterable, Mapping
+import zlib
+
+from t5x_inference_ext.checkpoints import storage
+from t5x_inference_ext.checkpoints.raw_array import RawArray
+from t5x_inference_ext.errors import CheckpointError
+
+_UNKNOWN = '00000000'
+
+
+def array_files(arrays: Iterable[RawArray]) -> dict[str, bytes]:
+  """The metadata files of arrays, by their names in the checkpoint."""
+  return {f'{array.name}/{array.METADATA}': array.metadata_file for array in arrays}
+
+
+def write(content: Mapping[str, Any], files: Mapping[str, bytes]) -> bytes:
+  """The manifest: `content`, and the checksums of `files` and of itself."""
+  content = {**content, 'files': {name: _crc(data) for name, data in files.items()}, 'crc32': _UNKNOWN}
+  data = json.dumps(content, indent=2).encode() + b'\n'
+  return _with_own(data, _UNKNOWN, _crc(data))
+
+
+def check(path: str, name: str, manifest: Mapping[str, Any]) -> list[str]:
+  """Reads the small files of the checkpoint `path`, of which `name` holds `manifest`.
+
+  Returns:
+    Their names; none for a manifest of an earlier version, which says nothing of them.
+
+  Raises:
+    CheckpointError: the first file that is not as it was written.
+  """
+  if 'files' not in manifest and 'crc32' not in manifest:
+    return []
+  data, own = storage.read_file(path, name) or b'', str(manifest.get('crc32'))
+  if not isinstance(manifest.get('files'), dict) or _crc(_with_own(data, own, _UNKNOWN)) != own:
+    raise CheckpointError(f'{path}/{name} is not as it was written: its checksum is not the one recorded in it; convert '
+                          'again')
+  for file, recorded in manifest['files'].items():
+    data = storage.read_file(path, file)
+    if data is None or _crc(data) != recorded:
+      raise CheckpointError(f'{path}/{file} is {"missing" if data is None else "damaged"}: its checksum is not the one '
+                            f'recorded in {name}; convert again')
+  return list(manifest['files'])
+
+
+def _crc(data: bytes) -> str:
+  return f'{zlib.crc32(data):08x}'
+
+
+def _with_own(data: bytes, old: str, new: str) -> bytes:
+  """The manifest with another checksum of its own, the last of its fields."""
+  head, field, tail = data.rpartition(b'"crc32": "')
+  return head + field + (new.encode() + tail[len(old):] if tail.startswith(old.encode()) else tail)
