@@ -177,9 +177,11 @@ def test_shards_of_different_conversions(source, tmp_path):
   assert open_checkpoint(tmp_path / 'out').weights == 'bfloat16'
 
 
-@pytest.mark.parametrize('shards', [dict(num_shards=2, shard_id=2), dict(num_shards=0), dict(shard_id=-1)])
-def test_shards_that_are_not(source, tmp_path, shards):
-  with pytest.raises(UserError, match='shard_id must be'):
+@pytest.mark.parametrize('shards,words', [
+    (dict(num_shards=2, shard_id=2), 'shard_id must be 0 to'), (dict(num_shards=0), 'num_shards must be at least 1'),
+    (dict(shard_id=-1), 'shard_id must be 0 to')])
+def test_shards_that_are_not(source, tmp_path, shards, words):
+  with pytest.raises(UserError, match=words):
     run(source, tmp_path / 'out', **shards)
 
 
