@@ -138,7 +138,7 @@ def _table(errors: dict[str, dict], losses: dict[str, float], targets: np.ndarra
 
 
 def _plot(pyplot, errors: dict[str, dict], losses: dict[str, float], path: str) -> None:
-  figure, axes = pyplot.subplots(1, 2 if losses else 1, figsize=(11 if losses else 7, 4.5), squeeze=False)
+  figure, axes = pyplot.subplots(1, 2 if losses else 1, figsize=(12 if losses else 7, 4.5), squeeze=False)
   errors_axes = axes[0, 0]
   names = list(errors)
   places = np.arange(len(names))
@@ -149,9 +149,12 @@ def _plot(pyplot, errors: dict[str, dict], losses: dict[str, float], path: str) 
   errors_axes.set_xlabel('rounding error, % of the tensor\'s')
   errors_axes.legend()
   if losses:
-    bars = axes[0, 1].bar(list(losses), [value / np.log(2) for value in losses.values()], width=.5)
-    axes[0, 1].bar_label(bars, fmt='%.4f')
-    axes[0, 1].set_ylabel('bits a token')
+    first = next(iter(losses.values()))
+    labels = [f'{name}\n{value / np.log(2):.5f} bits a token' for name, value in losses.items()]
+    axes[0, 1].barh(labels, [100 * (value / first - 1) for value in losses.values()], height=.5)
+    axes[0, 1].invert_yaxis()
+    axes[0, 1].axvline(0, color='black', linewidth=.8)
+    axes[0, 1].set_xlabel('loss, % above the first')
   figure.tight_layout()
   figure.savefig(path, dpi=120)
   pyplot.close(figure)

@@ -53,6 +53,22 @@ def test_report_with_tokens(palm_tiny, golden, int8, tmp_path, capsys):
   assert (tmp_path / 'report' / 'report.png').read_bytes().startswith(b'\x89PNG')
 
 
+def test_labels_of_the_plot_can_be_read(tmp_path, monkeypatch):
+  """None lies over another."""
+  pytest.importorskip('matplotlib')
+  pyplot = quality._pyplot()
+  monkeypatch.setattr(pyplot, 'close', lambda figure: None)
+  names = ('source, float32', 'source as bfloat16', 'output, int8', 'output, int8, int8 cache', 'the same as bfloat16')
+  quality._plot(pyplot, {'query': {'relative': .01, 'largest': .02}}, {n: 1. + i / 1000 for i, n in enumerate(names)},
+                tmp_path / 'report.png')
+  boxes = [label.get_window_extent() for axes in pyplot.gcf().axes
+           for axis in (axes.xaxis, axes.yaxis) for label in axis.get_ticklabels() if label.get_text()]
+  monkeypatch.undo()
+  pyplot.close('all')
+  assert len(boxes) > len(names)
+  assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
 def test_report_of_a_conversion_with_a_task(palm_tiny, tmp_path, capsys, monkeypatch):
   pytest.importorskip('matplotlib')
   (tmp_path / 'conversion_tasks.py').write_text(MODULE)
