@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -162,6 +163,13 @@ def test_small_numbers_are_shown(capsys):
 def test_a_chip_that_is_named_twice_counts_once(capsys):
   assert run('--model=palm_tiny', '--batch=8', '--chip=A100,A100', '--input_length=48') == 0
   assert 'of 8 slices' in ' '.join(capsys.readouterr().out.split())
+
+
+def test_a_file_without_permission_is_refused_first(capsys, monkeypatch, tmp_path):
+  monkeypatch.setattr(os, 'access', lambda *unused: False)  # root may write everywhere
+  assert run(*TINY, f'--json={tmp_path / "plan"}') == 2
+  out, err = capsys.readouterr()
+  assert out == '' and err.endswith('plan: permission denied\n')
 
 
 def test_help_teaches(capsys):
