@@ -170,8 +170,11 @@ def configure(function: Callable[..., Any], **arguments) -> Callable[[], Any]:
     bound = gin.get_bindings(function)
   except UserError as e:  # of an object that gin makes: it adds the call's place, for which users have no use
     raise UserError(str(e).partition('\n  In call to configurable')[0]) from e
-  except ValueError:  # no gin file names it
-    bound = {}
+  except ValueError as e:
+    message, call, _ = str(e).partition('\n  In call to configurable')
+    if call:
+      raise UserError(message) from e
+    bound = {}  # no gin file names it
   arguments = {**bound, **arguments}
   try:
     inspect.signature(function).bind(**arguments)

@@ -7,9 +7,11 @@ from typing import Any, Callable, Iterable
 import jax
 
 from t5x_inference_ext.errors import RequestError, UserError
+from t5x_inference_ext.layouts.explain_text import bytes_text
 from t5x_inference_ext.planner.costs import Cost, cost
 from t5x_inference_ext.planner.efficiency import IDEAL
 from t5x_inference_ext.planner.memory import Memory, memory
+from t5x_inference_ext.planner.report import time_text
 from t5x_inference_ext.planner.request import Plan
 from t5x_inference_ext.precompile.analysis import Answer, analyze
 
@@ -139,6 +141,4 @@ def text(checked: Iterable[Checked]) -> str:
 
 
 def _show(value: float, row: Row) -> str:
-  if row.unit == 'bytes':
-    return f'{value / 2**30:.3f} GiB'
-  return f'{value:.3f} s' if value >= 1 else f'{value * 1e3:.3f} ms'
+  return bytes_text(round(value)) if row.unit == 'bytes' else time_text(value)

@@ -107,11 +107,14 @@ def _advice(request: Request, machines: Sequence[Machine], refusal: MeshError | 
     return str(refusal)
   m = least.memory
   over = ('prefill', 'decode')[least.memories.index(m)]
+  nearest = least.machine
   text = (f'nothing fits: with the least memory ({" and ".join(least.layouts)} on {least.mesh_text}) each chip of '
           f'{least.machine} needs {_gib(m.needed)} GiB in {over} (weights {_gib(m.weights)}, cache {_gib(m.cache)}, '
           f'temporaries about {_gib(m.working)}) and has {_gib(m.available)}: {_gib(m.needed - m.available)} too many')
   changes = [change for change in (
-      _smaller_weights(request, machines), _smaller_cache(request, machines), _smaller_batch(request, machines),
+      _smaller_weights(request, machines), _smaller_cache(request, machines),
+      _less(request, nearest, 'batch', 'a batch of {}'),
+      _less(request, nearest, 'input_length', 'prompts of {} tokens'),
       _larger_slice(request, machines)) if change]
   return f'{text}; what would fit: {"; ".join(changes) or "no change of one thing"}'
 
@@ -134,15 +137,20 @@ def _smaller_cache(request: Request, machines: Sequence[Machine]) -> str:
   return 'an int8 cache' if request.cache != 'int8' and any(fits(smaller, m) for m in machines) else ''
 
 
-def _smaller_batch(request: Request, machines: Sequence[Machine]) -> str:
-  low, high = 0, request.batch  # low fits, or is none; high does not
+def _less(request: Request, machine: Machine, field: str, words: str) -> str:
+  """The most of a number that fits."""
+  low, high = 0, getattr(request, field)  # low fits, or is none; high does not
+  middle = 1
   while high - low > 1:
-    middle = (low + high) // 2
-    if any(fits(request.replace(batch=middle), m) for m in machines):
+    if fits(request.replace(**{field: middle}), machine):
       low = middle
+    elif middle == 1:
+      break
     else:
       high = middle
-  return f'a batch of {low}' if low else ''
+    # Doubled while that stays below: what fits is often much less than what was asked.
+    middle = 2 * low if high == getattr(request, field) and 2 * low < high else (low + high) // 2
+  return words.format(low) if low else ''
 
 
 def _larger_slice(request: Request, machines: Sequence[Machine]) -> str:

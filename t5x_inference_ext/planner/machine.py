@@ -40,7 +40,9 @@ class Machine:
     """
     kind, colon, sizes = text.partition(':')
     names = {name.lower(): name for name in CHIPS}
-    if colon and kind.lower() not in names:
+    if not colon and text.lower() in names:
+      raise MeshError(f'{text} is a chip, not a slice of it; known: {", ".join(known(names[text.lower()]))}')
+    if kind.lower() not in names and (colon or not text[:1].isdecimal()):  # v4 is left out, as in 4x4x4
       raise MeshError(f'no chip is called {kind!r}: a slice is written chip:shape, such as v4:4x4x4 or A100:16, with '
                       f'chip {", ".join(CHIPS)}')
     chip = hardware.chip(names[kind.lower()]) if colon else None

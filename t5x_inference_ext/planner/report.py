@@ -3,6 +3,7 @@
 import textwrap
 from typing import Iterable, Sequence
 
+from t5x_inference_ext.layouts.explain_text import bytes_text
 from t5x_inference_ext.planner import search
 from t5x_inference_ext.planner.choose import Choice
 from t5x_inference_ext.planner.costs import PARTS, Cost
@@ -42,8 +43,8 @@ def _table(ranked: Sequence[Plan], rows: int) -> Iterable[str]:
   body = []
   for plan in ranked[:rows]:
     p, d = plan.prefill, plan.decode
-    body.append((*plan.layouts, plan.mesh_text, str(plan.rows), _time(plan.seconds) if plan.fits else 'does not fit',
-                 _time(p.seconds), f'{plan.mfu_of(p):.0%}', p.limit, _time(d.seconds), f'{plan.mfu_of(d):.0%}', d.limit,
+    body.append((*plan.layouts, plan.mesh_text, str(plan.rows), time_text(plan.seconds) if plan.fits else 'does not fit',
+                 time_text(p.seconds), f'{plan.mfu_of(p):.0%}', p.limit, time_text(d.seconds), f'{plan.mfu_of(d):.0%}', d.limit,
                  f'{plan.memory.needed / 2**30:.1f}'))
   widths = [max(map(len, column)) for column in zip(header, *body)]
   for row in (header, *body):
@@ -59,17 +60,17 @@ def _parts(plan: Plan) -> Iterable[str]:
   yield f'{"":20}{"prefill":>12}{"":6}{"per step":>12}'
   for part in PARTS:
     p, d = plan.prefill.parts[part], plan.decode.parts[part]
-    yield f'{part:20}{_time(p):>12}{p / plan.prefill.seconds:6.0%}{_time(d):>12}{d / plan.decode.seconds:6.0%}'
-  yield f'{"all":20}{_time(plan.prefill.seconds):>12}{"":6}{_time(plan.decode.seconds):>12}'
+    yield f'{part:20}{time_text(p):>12}{p / plan.prefill.seconds:6.0%}{time_text(d):>12}{d / plan.decode.seconds:6.0%}'
+  yield f'{"all":20}{time_text(plan.prefill.seconds):>12}{"":6}{time_text(plan.decode.seconds):>12}'
   hidden = plan.prefill.hidden_seconds, plan.decode.hidden_seconds
   if any(hidden):
-    yield f'{"weights, hidden":20}{_time(hidden[0]):>12}{"":6}{_time(hidden[1]):>12}'
+    yield f'{"weights, hidden":20}{time_text(hidden[0]):>12}{"":6}{time_text(hidden[1]):>12}'
   cost = [plan.cost_of(phase) * 1e3 for phase in (plan.prefill, plan.decode)]
-  both = f'   (a token made, with its share of the prefill: {plan.chip_seconds_per_token * 1e3:.3f})'
-  yield (f'{"chip-ms a token":20}{cost[0]:12.3f}{"":6}{cost[1]:12.3f}' + both * (len(plan.phases) > 1))
+  both = f'   (a token made, with its share of the prefill: {plan.chip_seconds_per_token * 1e3:.4g})'
+  yield (f'{"chip-ms a token":20}{cost[0]:12.4g}{"":6}{cost[1]:12.4g}' + both * (len(plan.phases) > 1))
   m = plan.memory
-  yield (f'memory a chip: weights {m.weights / 2**30:.2f} + cache {m.cache / 2**30:.2f} + temporaries about '
-         f'{m.working / 2**30:.2f} = {m.needed / 2**30:.2f} of {m.available / 2**30:.2f} GiB')
+  shown = [bytes_text(round(count)) for count in (m.weights, m.cache, m.working, m.needed, m.available)]
+  yield 'memory a chip: weights {} + cache {} + temporaries about {} = {} of {}'.format(*shown)
 
 
 def why(choice: Choice) -> str:
@@ -84,20 +85,20 @@ def why(choice: Choice) -> str:
   behind = rival.seconds - plan.seconds
   if behind < 1e-3 * plan.seconds:
     more = 'as fast as' if behind < 1e-9 * plan.seconds else 'hardly faster than'
-    return (f'{names} {verb} {_time(plan.seconds)} in all, {more} {_layouts(rival)} on {rival.mesh_text}; '
+    return (f'{names} {verb} {time_text(plan.seconds)} in all, {more} {_layouts(rival)} on {rival.mesh_text}; '
             'either will do.')
   part, saved = _largest_difference(plan, rival)
-  lost = f' against {_time(saved - behind)} more elsewhere' if saved > 1.05 * behind else ''
-  return (f'{names} {verb} {_time(plan.seconds)} in all, {_time(behind)} less than the next {kind}, '
-          f'{_layouts(rival)} on {rival.mesh_text}, mostly as {_time(saved)} less go into {part}{lost}.')
+  lost = f' against {time_text(saved - behind)} more elsewhere' if saved > 1.05 * behind else ''
+  return (f'{names} {verb} {time_text(plan.seconds)} in all, {time_text(behind)} less than the next {kind}, '
+          f'{_layouts(rival)} on {rival.mesh_text}, mostly as {time_text(saved)} less go into {part}{lost}.')
 
 
 def chosen(choice: Choice) -> str:
   """Why this machine and batch, of those that were considered, in one sentence."""
   plan = choice.plan
-  said = {'latency': f'the fastest, {_time(plan.seconds)} in all,',
+  said = {'latency': f'the fastest, {time_text(plan.seconds)} in all,',
           'throughput': f'that which makes most, {plan.tokens_per_second:.1f} tokens/s,',
-          'cost': f'the cheapest, {plan.chip_seconds_per_token * 1e3:.2f} chip-ms a token,'}[choice.objective]
+          'cost': f'the cheapest, {plan.chip_seconds_per_token * 1e3:.4g} chip-ms a token,'}[choice.objective]
   meeting = '' if choice.target is None else f' that take at most {choice.target * 1e3:g} ms'
   return (f'{plan.machine} with a batch of {plan.request.batch} is {said} of {len(choice.others) + 1} slices and '
           f'batches{meeting}. The next:')
@@ -129,7 +130,7 @@ def conventions_differ(plan: Plan) -> str:
   part, saved = _largest_difference(plan, ours)
   return (f'The paper\'s convention, {bandwidth} for every collective whatever axes it uses and no hops, would take '
           f'{_layouts(theirs)} on {theirs.mesh_text}; with the links that each axis has, that takes '
-          f'{_time(slower)} more, mostly {part} ({_time(saved)}).')
+          f'{time_text(slower)} more, mostly {part} ({time_text(saved)}).')
 
 
 def _again(c: Cost, plan: Plan) -> Cost:
@@ -138,12 +139,13 @@ def _again(c: Cost, plan: Plan) -> Cost:
 
 def _others(plans: Sequence[Plan]) -> Iterable[str]:
   for p in plans:
-    yield (f'  {str(p.machine):12} batch {p.request.batch:5}  {_layouts(p):32} {_time(p.seconds):>10} '
-           f'in all, {_time(p.decode.seconds):>9} a step, {p.tokens_per_second:9.1f} tokens/s, '
-           f'{p.chip_seconds_per_token * 1e3:9.2f} chip-ms a token')
+    yield (f'  {str(p.machine):12} batch {p.request.batch:5}  {_layouts(p):32} {time_text(p.seconds):>10} '
+           f'in all, {time_text(p.decode.seconds):>9} a step, {p.tokens_per_second:9.1f} tokens/s, '
+           f'{p.chip_seconds_per_token * 1e3:9.4g} chip-ms a token')
 
 
-def _time(seconds: float) -> str:
+def time_text(seconds: float) -> str:
+  """0.0123 -> '12.30 ms'."""
   if seconds == 0:
     return '0'
   if seconds >= 1:

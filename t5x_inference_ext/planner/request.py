@@ -54,7 +54,7 @@ class Request:
         raise RequestError(f'{name} must be a whole number above 0, got {value!r}')
     for name, known in (('weights', WEIGHTS), ('cache', CACHES), ('convention', CONVENTIONS),
                         ('phase', PHASES)):
-      if getattr(self, name) not in known:
+      if getattr(self, name) not in tuple(known):
         raise RequestError(f'{name} must be one of {", ".join(known)}, got {getattr(self, name)!r}')
 
   @property

@@ -1,6 +1,7 @@
 """The plan command without its flags: chooses, prints, writes the files."""
 
 import functools
+import math
 import os
 import sys
 from typing import Callable
@@ -60,23 +61,29 @@ def plan(
   Raises:
     UserError: what is asked makes no sense, nothing fits or meets the target, or a file that can't be written.
   """
+  for name, value in (('slice', slice_name), ('chip', chip), ('mesh', mesh), ('output_dir', output_dir),
+                      ('gin_output', gin_output), ('json', json_file)):
+    if value is not None and not isinstance(value, str):  # gin may bind anything
+      raise RequestError(f'{name} must be text in quotes, got {value!r}')
   check_writable(gin_output, json_file)
   if sweep or figure:
     figures.check_plots()
     if not os.path.isdir(output_dir):
       raise RequestError(f'can\'t write figures: there is no directory {output_dir}')
-  if latency_target_ms is not None and latency_target_ms <= 0:
-    raise RequestError(f'latency_target_ms must be above 0, got {latency_target_ms}')
+  number = isinstance(latency_target_ms, (int, float)) and 0 < latency_target_ms < math.inf
+  if latency_target_ms is not None and not number:
+    raise RequestError(f'latency_target_ms must be above 0 and finite, got {latency_target_ms!r}')
   if mesh and not slice_name:
     raise RequestError(f'mesh={mesh} is over one slice: say which')
   request = Request(model, 1 if batch is None else batch, input_length, output_length, weights, cache, convention,
                     mesh=parse_mesh(mesh) if mesh else None, phase=phase)
-  names = [slice_name] if slice_name else [name for kind in chip.split(',') for name in known(kind.strip())]
+  kinds = dict.fromkeys(kind.strip() for kind in chip.split(','))
+  names = [slice_name] if slice_name else [name for kind in kinds for name in known(kind)]
   machines = [Machine.parse(name) for name in names]
   batches = choose.BATCHES if batch is None else (batch,)
   if sweep:
     for given, name in ((gin_output, 'gin_output'), (json_file, 'json'), (check, 'check'),
-                        (latency_target_ms, 'latency_target_ms'), (phase != 'both', 'phase')):
+                        (figure, 'figures'), (latency_target_ms, 'latency_target_ms'), (phase != 'both', 'phase')):
       if given:
         raise RequestError(f'{name} is of one plan, and sweep has many: ask for one of them')
     _sweep(request, machines, batches, output_dir, write)
@@ -115,7 +122,7 @@ def _sweep(request, machines, batches, output_dir, write) -> None:
   for p in points:
     if p.on_front:
       write(f'{p.phase:8} {p.request.weights:9} {str(p.cost.case.machine):11} {p.request.batch:6} '
-            f'{str(p.cost.case.layout):13} {p.seconds * 1e3:9.2f} ms {p.chip_seconds_per_token * 1e3:16.3f}')
+            f'{str(p.cost.case.layout):13} {report.time_text(p.seconds):>12} {p.chip_seconds_per_token * 1e3:16.4g}')
   on_front = sum(p.on_front for p in points)
   write(f'{len(points)} points, of which these {on_front} are beaten by none: {" and ".join(files)}')
 

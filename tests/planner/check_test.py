@@ -52,6 +52,8 @@ def test_the_table_shows_both(checked):
   for phase in checked:
     assert f'check of {phase.cost.case.phase} in {phase.cost.case.layout} on' in shown
   assert shown.count('copies and the rest') == 2 and 'at full rate' in shown
+  held = [line for line in shown.splitlines() if 'weights held' in line]
+  assert len(held) == 2 and not any('GiB' in line for line in held)  # 0.00, that would be
 
 
 def test_the_command_prints_and_writes_it(tmp_path, capsys, monkeypatch):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -40,7 +41,7 @@ def test_the_report_ranks_breaks_down_and_says_why(capsys):
   totals = [float(row[3]) for row in rows]
   assert len(totals) == 12 and totals == sorted(totals)
   assert re.search(r'pairs fit into 30\.75 GiB a chip', out)
-  for words in ('weight load', 'chip-ms a token', 'memory a chip: weights 8.00 + cache', 'efficiency: matmul 0.775'):
+  for words in ('weight load', 'chip-ms a token', 'memory a chip: weights 8.00 GiB + cache 228.', 'efficiency: matmul 0.775'):
     assert words in out.replace('\n         ', ' ')
   sentence = ' '.join(out.split())
   assert re.search(r'wg_xyz/batch for prefill and ws_2d/batch for decode on 4x4x4 take 12\.\d+ s in all, [\d.]+ ms '
@@ -122,6 +123,19 @@ def test_a_sweep_and_figures_write_their_files(tmp_path, capsys):
     (['--model=palm_tiny', '--batch=1', '--mesh=2x2x2'], 'mesh=2x2x2 is over one slice: say which'),
     ([*TINY, '--slice=v4:8x8x8'], 'd_model=256 does not divide over the 512 devices'),
     ([*TINY, '--latency_target_ms=-1'], 'latency_target_ms must be above 0'),
+    ([*TINY, '--latency_target_ms=nan'], 'latency_target_ms must be above 0 and finite, got nan'),
+    ([*TINY, '--latency_target_ms=inf'], 'latency_target_ms must be above 0 and finite, got inf'),
+    ([*TINY, '--slice=v5e'], 'v5e is a chip, not a slice of it; known: v5e:1x1'),
+    ([*TINY, '--slice=h100'], 'h100 is a chip, not a slice of it; known: H100:1'),
+    ([*TINY, '--slice=v9'], "no chip is called 'v9': a slice is written chip:shape"),
+    ([*TINY, '--json=tests'], "can't write tests: it is a directory"),
+    ([*TINY, '--sweep', '--figures'], 'figures is of one plan, and sweep has many'),
+    ([*GIN, '--gin.SLICE=4'], 'slice must be text in quotes, got 4'),
+    ([*GIN, '--gin.SLICE="v4:4x4x4"', '--gin.MESH=(4, 4, 4)'], 'mesh must be text in quotes, got (4, 4, 4)'),
+    ([*GIN, '--gin.CHIP=["v4"]'], "chip must be text in quotes, got ['v4']"),
+    ([*GIN, '--gin.LATENCY_TARGET_MS="fast"'], "latency_target_ms must be above 0 and finite, got 'fast'"),
+    ([*GIN, '--gin.WEIGHTS=["int8"]'], "weights must be one of int8, bfloat16, got ['int8']"),
+    ([*GIN, '--gin.config.preset.num_layers=0'], 'ModelConfig.num_layers must be a whole number above 0, got 0'),
     ([*TINY, '--json=/nowhere/plan'], "can't write /nowhere/plan: there is no directory"),
     ([*TINY, '--sweep', '--output_dir=/nowhere'], 'there is no directory /nowhere'),
     ([*TINY, '--sweep', '--gin_output=plan.gin'], 'gin_output is of one plan, and sweep has many'),
@@ -136,6 +150,26 @@ def test_two_is_for_errors_in_one_line(capsys, argv, words):
   assert run(*argv) == 2
   err = capsys.readouterr().err
   assert err.startswith('error: ') and words in err and err.count('\n') == 1
+
+
+def test_small_numbers_are_shown(capsys):
+  assert run(*TINY) == 0
+  out = capsys.readouterr().out
+  assert re.search(r'memory a chip: weights [\d.]+ [KM]iB \+ cache [\d.]+ [KM]iB', out)
+  costs = re.search(r'chip-ms a token +(\S+) +(\S+) .*prefill: (\S+)\)', out).groups()
+  assert all(float(cost) > 0 for cost in costs)
+
+
+def test_a_chip_that_is_named_twice_counts_once(capsys):
+  assert run('--model=palm_tiny', '--batch=8', '--chip=A100,A100', '--input_length=48') == 0
+  assert 'of 8 slices' in ' '.join(capsys.readouterr().out.split())
+
+
+def test_a_file_without_permission_is_refused_first(capsys, monkeypatch, tmp_path):
+  monkeypatch.setattr(os, 'access', lambda *unused: False)  # root may write everywhere
+  assert run(*TINY, f'--json={tmp_path / "plan"}') == 2
+  out, err = capsys.readouterr()
+  assert out == '' and err.endswith('plan: permission denied\n')
 
 
 def test_help_teaches(capsys):

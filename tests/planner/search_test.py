@@ -183,6 +183,16 @@ def test_the_largest_batch_that_fits_is_named():
     choose(request.replace(batch=batch + 1), [slice_])
 
 
+def test_the_longest_prompts_that_fit_are_named():
+  slice_, request = Machine.parse('v4:2x2x1'), Request(config.preset('palm_8b'), 1, 10_000_000, 64)
+  with pytest.raises(NothingFits) as raised:
+    choose(request, [slice_])
+  length = int(str(raised.value).partition('prompts of ')[2].partition(' tokens')[0])
+  assert choose(request.replace(input_length=length), [slice_]).plan.fits
+  with pytest.raises(NothingFits):
+    choose(request.replace(input_length=length + 1), [slice_])
+
+
 def test_a_model_that_no_machine_divides_is_refused():
   with pytest.raises(MeshError, match='d_model=250 does not divide over the 4 devices'):
     choose(Request(dataclasses.replace(SMALL, d_model=250), 1), [Machine.parse('v4:2x2x1')])
