@@ -61,17 +61,18 @@ class Sampler:
         raise RequestError(f'{name} must be a sequence of sequences, such as [[5, 6]], got {value!r}')
       object.__setattr__(self, name, tuple(map(tuple, value)))
     if not 0 <= self.temperature <= LARGEST:
-      raise RequestError(f'temperature must be 0 or more, got {self.temperature}')
+      most = f' and at most {LARGEST:.1e}' if self.temperature > LARGEST else ''
+      raise RequestError(f'temperature must be 0 or more{most}, got {self.temperature}')
     for name, least in (('top_k', '0 (keep all)'), ('min_new_tokens', '0')):
       if not is_whole(getattr(self, name)) or getattr(self, name) < 0:
         raise RequestError(f'{name} must be {least} or more, and a whole number, got {getattr(self, name)!r}')
     if not 0 < self.top_p <= 1:
       raise RequestError(f'top_p must be above 0 and at most 1, got {self.top_p}')
-    if not 0 < self.repetition_penalty < float('inf'):
-      raise RequestError(f'repetition_penalty must be above 0, got {self.repetition_penalty}')
+    if not SMALLEST <= self.repetition_penalty <= LARGEST:
+      raise RequestError(f'repetition_penalty must be above 0 and a float32, got {self.repetition_penalty}')
     for name in ('frequency_penalty', 'presence_penalty'):
-      if not -float('inf') < getattr(self, name) < float('inf'):
-        raise RequestError(f'{name} must be a number, got {getattr(self, name)}')
+      if not -LARGEST <= getattr(self, name) <= LARGEST:
+        raise RequestError(f'{name} must be a number and a float32, got {getattr(self, name)}')
     pair = next((p for p in self.logit_bias if len(p) != 2 or not _is_id(p[0]) or not _is_bias(p[1])), None)
     if pair is not None:
       raise RequestError('logit_bias must be pairs of a token id and a number (-Infinity forbids a token, and 1e9 makes it '
