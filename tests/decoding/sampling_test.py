@@ -46,7 +46,8 @@ def test_ties_at_the_edge_of_top_k_go_to_the_lowest_ids():
 
 
 @pytest.mark.parametrize('sampler', [
-    Sampler(1.0, top_k=1), Sampler(1.0, top_p=1e-6), Sampler(1.0, top_p=1e-40), Sampler(1.0, top_p=1e-50), Sampler(1e-4), Sampler(1e-30), Sampler(1e-38), Sampler(1e-40),
+    Sampler(1.0, top_k=1), Sampler(1.0, top_p=1e-6), Sampler(1.0, top_p=1e-40), Sampler(1.0, top_p=1e-50),
+    Sampler(1e-4), Sampler(1e-30), Sampler(1e-38), Sampler(1e-40),
 ], ids=str)
 def test_what_leaves_one_token_is_greedy(sampler):
   logits = random_logits(50, 40, size=10.)
