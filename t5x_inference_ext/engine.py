@@ -19,7 +19,8 @@ from t5x_inference_ext.checkpoints.load import load_weights, scans_layers
 from t5x_inference_ext.decoding import packing, plans, scoring
 from t5x_inference_ext.decoding.conversation import Conversation
 from t5x_inference_ext.decoding.generate import generate
-from t5x_inference_ext.decoding.inputs import BOS_ID, EOS_ID, check_generation, for_each, model_inputs
+from t5x_inference_ext.decoding.inputs import BOS_ID, EOS_ID, check_arrays, check_at_least, check_generation, check_pairs
+from t5x_inference_ext.decoding.inputs import check_seeds, for_each, model_inputs
 from t5x_inference_ext.decoding.model import Model
 from t5x_inference_ext.decoding.sampling import Sampler, samplers as stack
 from t5x_inference_ext.decoding.scheduler import Event, Request, Scheduler
@@ -127,12 +128,14 @@ class Engine:
       prefill_chunk: positions of the prompts that one pass takes, for prompts whose activations take too much memory.
 
     Raises:
-      RequestError: no prompts, a prompt longer than the cache or not of the vocabulary.
+      RequestError: no prompts, a prompt longer than the cache or not of the vocabulary, or an option out of its range.
       SavedError: with an executable, anything but what it was compiled for.
       MeshError: a number of prompts that the decode layout can't split: see padded_batch.
     """
     limits, samplers, seeds = self._for_each(prompts, max_new_tokens, sampler, seeds)
     check_generation(prompts, self.model.config.vocab_size, limits, cache_size, prompt_size, max_length)
+    if prefill_chunk is not None:
+      check_at_least(1, prefill_chunk=prefill_chunk)
     self.model.place_decode(len(prompts))
     most, longest = max(limits), max(map(len, prompts))
     tokens, lengths = model_inputs(prompts, prompt_size or longest)
@@ -159,6 +162,7 @@ class Engine:
       seeds: Sequence[int] | None = None,
       samples: int = 1,
       slots: int = 32,
+      together: int | None = None,
       eos_id: int = EOS_ID,
       **options,
   ) -> Iterator[Event]:
@@ -169,9 +173,15 @@ class Engine:
     Args:
       prompts, max_new_tokens, sampler, seeds, eos_id: as generate's.
       samples: of each prompt. The i-th has the seed (prompt's seed + i) % 2**32.
-      slots: rows decoded together, at most.
-      options: decoding.plans.plan's: chunk, budget, top (log-probabilities of so many most likely tokens), ...
+      slots: rows decoded together, at most, rounded up to what the mesh takes.
+      together: prompts that are prefilled together; None: what the prefill layout fills.
+      options: decoding.plans.plan's: chunk, budget, steps, share, top (log-probabilities of so many most likely tokens).
+
+    Raises:
+      RequestError: what generate refuses, or an option out of its range; before anything runs.
     """
+    if together is not None:
+      options['prompts'] = together
     asked = self.requests(prompts, max_new_tokens, sampler, seeds, samples)
     plan, shared = plans.plan(self.model, asked, slots=slots, eos_id=eos_id, **options)
     return Scheduler(self.model, self.weights, plan, shared).run(asked)
@@ -187,8 +197,9 @@ class Engine:
             for prompt, seed, limit, one in zip(prompts, seeds, limits, samplers)]
 
   def _for_each(self, prompts, max_new_tokens, sampler, seeds):
-    return (for_each(prompts, 'limits', max_new_tokens), for_each(prompts, 'samplers', sampler),
-            for_each(prompts, 'seeds', 0 if seeds is None else seeds))
+    seeds = for_each(prompts, 'seeds', 0 if seeds is None else seeds)
+    check_seeds(seeds)
+    return for_each(prompts, 'limits', max_new_tokens), for_each(prompts, 'samplers', sampler), seeds
 
   def chat(self, *, max_length: int, eos_id: int = EOS_ID, chunk: int = 256) -> Conversation:
     """A conversation of at most so many tokens, whose cache is kept between turns; see decoding.conversation."""
@@ -206,15 +217,15 @@ class Engine:
       [B] float32.
 
     Raises:
-      RequestError: arrays of different shapes.
+      RequestError: arrays of different shapes or of none, or what are no token ids of the vocabulary.
     """
     weights = np.asarray(np.asarray(targets) != 0 if weights is None else weights, np.float32)
-    _check_shapes(inputs, targets, weights)
+    check_arrays(self.model.config.vocab_size, inputs, targets, weights=weights)
     return np.sum(self.log_probs(inputs, targets) * weights, axis=1)
 
   def log_probs(self, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """log p(target | inputs so far) at each position, [B, T] float32; arguments as score's."""
-    _check_shapes(inputs, targets)
+    check_arrays(self.model.config.vocab_size, inputs, targets)
     inputs, targets = np.asarray(inputs, np.int32), np.asarray(targets, np.int32)
     return np.asarray(_log_probs(self.model, self.weights, *self._put(inputs, targets)))
 
@@ -227,13 +238,19 @@ class Engine:
     Args:
       pairs: (prompt, completion), token ids without BOS.
       tokens: scored at once, padding included.
+
+    Raises:
+      RequestError: what are no token ids of the vocabulary, naming the pair (counted from 0).
     """
+    check_at_least(1, tokens=tokens)
+    check_pairs(pairs, self.model.config.vocab_size)
     examples = [scoring.Example.of(*pair) for pair in pairs]
     found = dict(scoring.score(self.log_probs, examples, packing.packer(self.model, tokens)))
     return [found[i][len(prompt):].tolist() for i, (prompt, _) in enumerate(pairs)]
 
   def logits(self, inputs: np.ndarray) -> np.ndarray:
     """inputs [B, T] model inputs -> [B, T, V] float32 logits after each position."""
+    check_arrays(self.model.config.vocab_size, inputs)
     return np.asarray(_logits(self.model, self.weights, *self._put(np.asarray(inputs, np.int32))))
 
   def _generation(self, run: Run, per_row: bool, prefill_chunk: int | None):
@@ -248,12 +265,6 @@ class Engine:
 
   def _put(self, *arrays):
     return jax.device_put(arrays, NamedSharding(self.model.mesh, P()))
-
-
-def _check_shapes(*arrays) -> None:
-  shapes = [np.shape(x) for x in arrays]
-  if len(set(shapes)) > 1 or len(shapes[0]) != 2:
-    raise RequestError(f'score takes three arrays [B, T] of one shape, got {" and ".join(map(str, shapes))}')
 
 
 def _jit(function, *static: str):

@@ -59,6 +59,12 @@ def test_padded_batch_is_accepted(engine):
      'prompt 0 is longer than the cache: 3 tokens and 8 new ones need 11 positions, the cache has 10'),
     (dict(prompt_size=2), 'prompt 0 has 3 tokens, more than prompt_size=2'),
     (dict(seeds=[1]), '2 prompts need as many seeds, got 1'),
+    (dict(prompts=['def', [3]]), "prompt 0 must be token ids, got 'def'"),
+    (dict(prompts=[3, 4]), 'prompt 0 must be token ids, got 3'),
+    (dict(prompts=[[3], [3.5]]), 'prompt 1 holds 3.5: token ids are whole numbers'),
+    (dict(max_new_tokens=2.5), 'max_new_tokens must be a whole number, got 2.5'),
+    (dict(seeds=[0, -1]), 'seeds must be whole numbers from 0 to 2**32 - 1, got -1'),
+    (dict(prefill_chunk=0), 'prefill_chunk must be at least 1, got 0'),
 ])
 def test_bad_requests(engine, arguments, says):
   with pytest.raises(RequestError) as error:
@@ -89,8 +95,19 @@ def test_each_phase_has_its_layout(engine, palm_tiny):
 
 @pytest.mark.parametrize('shapes', [((2, 4), (2, 5)), ((2, 4), (1, 4)), ((4,), (4,))])
 def test_score_takes_arrays_of_one_shape(engine, shapes):
-  with pytest.raises(RequestError, match='score takes three arrays'):
+  with pytest.raises(RequestError, match='must be arrays .* of one shape'):
     engine.score(*map(np.ones, shapes))
+  with pytest.raises(RequestError, match='not empty'):
+    engine.log_probs(np.zeros((0, 4), int), np.zeros((0, 4), int))
+
+
+def test_what_can_t_be_scored(engine):
+  for pair, says in ((([3], [384]), 'the completion of pair 1 holds token 384'), (([-1], [3]), 'the prompt of pair 1 holds'),
+                     (('a', [3]), 'the prompt of pair 1 must be token ids')):
+    with pytest.raises(RequestError, match=says):
+      engine.score_completions([([], [3]), pair])
+  with pytest.raises(RequestError, match='the arrays hold token 384'):
+    engine.score(np.ones((2, 4), int), np.full((2, 4), 384))
 
 
 @pytest.mark.parametrize('mesh, says', [
@@ -125,6 +142,8 @@ def test_bad_loads(palm_tiny, arguments, error, says):
     (dict(temperature=float('nan')), 'temperature must be 0 or more'),
     (dict(temperature=float('inf')), 'temperature must be 0 or more'),
     (dict(top_k=-1), 'top_k must be 0'),
+    (dict(top_k=2.5), 'top_k must be 0 (keep all) or more, and a whole number, got 2.5'),
+    (dict(temperature=1e39), 'temperature must be 0 or more'),
     (dict(top_p=0.0), 'top_p must be above 0'),
     (dict(top_p=1.1), 'top_p must be above 0 and at most 1'),
 ])
@@ -138,7 +157,7 @@ def test_a_stream_gives_generate_s_tokens_as_they_are_made(engine):
   """Samples of a prompt too, each with a seed of its own."""
   options = dict(max_new_tokens=20, sampler=Sampler(1.0, top_k=20), seeds=[4, 9], eos_id=-1)
   found, events = {}, 0
-  for event in engine.stream(PROMPTS, samples=2, slots=2, **options):
+  for event in engine.stream(PROMPTS, samples=2, slots=2, together=4, **options):
     found.setdefault((event.request, event.sample), []).extend(event.tokens)
     events += 1
   assert events > 4
@@ -146,7 +165,8 @@ def test_a_stream_gives_generate_s_tokens_as_they_are_made(engine):
   wanted = engine.generate([PROMPTS[0]] * 2 + [PROMPTS[1]] * 2, **seeds)
   assert [found[key] for key in sorted(found)] == [c.tokens for c in wanted]
   for bad, says in ((dict(samples=0), 'samples must be at least 1'), (dict(seeds=[1]), '2 prompts need as many seeds, got 1'),
-                    (dict(max_new_tokens=0), 'max_new_tokens must be at least 1')):
+                    (dict(max_new_tokens=0), 'max_new_tokens must be at least 1'), (dict(slots=0), 'slots must be at least 1'),
+                    (dict(together=0), 'prompts must be at least 1'), (dict(top=385), 'top must be 0 to 384')):
     with pytest.raises(RequestError, match=says):
       engine.stream(PROMPTS, **{**options, **bad})
 

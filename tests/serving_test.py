@@ -122,6 +122,14 @@ def test_a_journal_that_was_cut_off_keeps_its_whole_lines(journal, tmp_path):
   assert journal().done == {}
 
 
+def test_a_run_that_is_killed_has_every_row_that_ended(journal):
+  """Rows are read while the run that writes them goes on: what it has not closed is there."""
+  rows = journal().keep([(0, 'a'), (1, 'b'), (2, 'c')])
+  next(rows), next(rows)
+  assert journal().done == {0: 'a', 1: 'b'}
+  rows.close()
+
+
 def test_another_run_writes_over_a_journal(journal):
   list(journal().keep([(0, 'a')]))
   list(journal('other').keep([(5, 'b')]))

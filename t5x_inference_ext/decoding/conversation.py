@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Iterator, Sequence
+from typing import Generator, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
 
 from t5x_inference_ext.decoding.incremental import constrained, empty_cache
+from t5x_inference_ext.decoding.inputs import check_at_least, check_seeds, check_tokens
 from t5x_inference_ext.decoding.model import Model
 from t5x_inference_ext.decoding.rows import Rows, advance, begin
 from t5x_inference_ext.decoding.sampling import Sampler, samplers
@@ -39,12 +40,16 @@ class Conversation:
     eos_id: ends a reply; -1 never does.
     chunk: positions of a turn that one pass takes.
 
+  Raises:
+    RequestError: a max_length or chunk below 1.
+
   Attributes:
     tokens: all so far, turns and replies, without BOS.
     prefilled: positions that prefill passes took so far, padding included.
   """
 
   def __init__(self, model: Model, weights: Weights, *, max_length: int, bos_id: int, eos_id: int, chunk: int = 256):
+    check_at_least(1, max_length=max_length, chunk=chunk)
     self._model, self._weights, self._eos, self._bos = model, weights, eos_id, bos_id
     self._rows = model.padded_batch(1)  # as few as the mesh takes; the first is the conversation
     self._chunk = min(chunk, 1 << max_length.bit_length())
@@ -55,32 +60,37 @@ class Conversation:
     room = padded_length(model.decode_layout, model.mesh.shape, self._rows, max_length + self._chunk)
     self._cache = _empty(model, weights, self._rows, room)
     self._cached = 0  # positions of it that hold BOS and `tokens`
+    self._last: Generator | None = None  # reply: while it is being made, it has the cache
 
   def reply(self, turn: Sequence[int], *, max_new_tokens: int, sampler: Sampler = Sampler(), seed: int = 0
             ) -> Iterator[int]:
     """Adds a turn and yields the reply, token by token, as it is made.
 
-    What is not taken of it is not part of the conversation: closing the iterator ends the reply there.
+    What is not taken of it is not part of the conversation: closing the iterator ends the reply there, and so does the
+    next turn.
 
     Args:
       turn: token ids; empty goes on from where the last reply ended.
       max_new_tokens, sampler, seed: as Engine.generate's.
 
     Raises:
-      RequestError: more tokens than max_length has room for, or ids outside the vocabulary; before anything runs.
+      RequestError: more tokens than max_length has room for, or what generate refuses; before anything runs.
     """
-    vocabulary = self._model.config.vocab_size
-    wrong = [t for t in turn if not 0 <= t < vocabulary]
-    if wrong:
-      raise RequestError(f'the turn holds token {wrong[0]}, outside the vocabulary of {vocabulary}')
-    if max_new_tokens < 1 or len(self.tokens) + len(turn) + max_new_tokens > self._max_length:
+    check_tokens('the turn', turn, self._model.config.vocab_size)
+    check_at_least(1, max_new_tokens=max_new_tokens)
+    check_seeds([seed])
+    samplers([sampler], self._model.config.vocab_size)  # checks ids
+    if len(self.tokens) + len(turn) + max_new_tokens > self._max_length:
       raise RequestError(
           f'{len(self.tokens)} tokens so far, {len(turn)} of this turn and {max_new_tokens} new ones do not fit into '
           f'max_length={self._max_length}: begin another conversation, or one of more tokens')
+    if self._last is not None:
+      self._last.close()
     # Of a reply that was not taken to its end the cache may hold more; of a turn without tokens the last one is run again.
     self._cached = min(self._cached, len(self.tokens) + 1)
-    self.tokens += turn
-    return self._reply(max_new_tokens, sampler, seed)
+    self.tokens += map(int, turn)
+    self._last = self._reply(max_new_tokens, sampler, seed)
+    return self._last
 
   def _reply(self, max_new_tokens, sampler, seed):
     logits = self._prefill()

@@ -1,5 +1,6 @@
 """Prompts as the model takes them, and what generation could not serve."""
 
+import numbers
 from typing import Any, Sequence
 
 import numpy as np
@@ -26,6 +27,57 @@ def for_each(prompts: Sequence[Sequence[int]], what: str, value: Any) -> list:
   return values
 
 
+def check_at_least(least: int, **values: Any) -> None:
+  """Raises RequestError for a value that is no whole number, or below `least`, by its name."""
+  for name, value in values.items():
+    if not is_whole(value):
+      raise RequestError(f'{name} must be a whole number, got {value!r}')
+    if value < least:
+      raise RequestError(f'{name} must be at least {least}, got {value}')
+
+
+def check_tokens(what: str, tokens: Any, vocab_size: int) -> None:
+  """Raises RequestError for what are no token ids of a vocabulary of so many, `what` being their name."""
+  if isinstance(tokens, str) or not isinstance(tokens, (Sequence, np.ndarray)):
+    raise RequestError(f'{what} must be token ids, got {tokens!r}')
+  for token in tokens:
+    if not is_whole(token):
+      raise RequestError(f'{what} holds {token!r}: token ids are whole numbers')
+    if not 0 <= token < vocab_size:
+      raise RequestError(f'{what} holds token {token}, outside the vocabulary of {vocab_size}')
+
+
+def check_pairs(pairs: Sequence[tuple[Any, Any]], vocab_size: int) -> None:
+  """The same of (prompt, completion), naming the pair (counted from 0)."""
+  for i, (prompt, completion) in enumerate(pairs):
+    check_tokens(f'the prompt of pair {i}', prompt, vocab_size)
+    check_tokens(f'the completion of pair {i}', completion, vocab_size)
+
+
+def check_arrays(vocab_size: int, *ids: Any, weights: Any = None) -> None:
+  """Raises RequestError for arrays of token ids, and weights of them, that are not [B, T] of one shape, or empty."""
+  arrays = [np.asarray(x) for x in (*ids, *(() if weights is None else (weights,)))]
+  shapes = [x.shape for x in arrays]
+  if len(set(shapes)) > 1 or len(shapes[0]) != 2 or not arrays[0].size:
+    raise RequestError(f'tokens must be arrays [B, T] of one shape, not empty, got {" and ".join(map(str, shapes))}')
+  for x in arrays[:len(ids)]:
+    wrong = x[(x < 0) | (x >= vocab_size) | (x % 1 != 0)]
+    if wrong.size:
+      raise RequestError(f'the arrays hold token {wrong[0]}: ids are whole numbers, 0 to {vocab_size - 1}')
+
+
+def check_seeds(seeds: Sequence[Any]) -> None:
+  """Raises RequestError for seeds that are not those of rows."""
+  wrong = [seed for seed in seeds if not is_whole(seed) or not 0 <= seed < 2**32]
+  if wrong:
+    raise RequestError(f'seeds must be whole numbers from 0 to 2**32 - 1, got {wrong[0]!r}')
+
+
+def is_whole(value: Any) -> bool:
+  """Whether it is an integer, of Python or numpy."""
+  return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def check_generation(
     prompts: Sequence[Sequence[int]], vocab_size: int, limits: Sequence[int], cache_size: int | None = None,
     prompt_size: int | None = None, max_length: int | None = None) -> None:
@@ -39,13 +91,11 @@ def check_generation(
   """
   if not len(prompts):
     raise RequestError('there are no prompts')
-  if min(limits) < 1:
-    raise RequestError(f'max_new_tokens must be at least 1, got {min(limits)}')
+  for limit in limits:
+    check_at_least(1, max_new_tokens=limit)
   max_new_tokens = max(limits)
   for i, prompt in enumerate(prompts):
-    wrong = [t for t in prompt if not 0 <= t < vocab_size]
-    if wrong:
-      raise RequestError(f'prompt {i} holds token {wrong[0]}, outside the vocabulary of {vocab_size}')
+    check_tokens(f'prompt {i}', prompt, vocab_size)
     if prompt_size is not None and len(prompt) > prompt_size:
       raise RequestError(f'prompt {i} has {len(prompt)} tokens, more than prompt_size={prompt_size}')
     if max_length is not None and len(prompt) >= max_length:

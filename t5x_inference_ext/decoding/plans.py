@@ -3,9 +3,11 @@
 from typing import Sequence
 
 from t5x_inference_ext.decoding import prefixes
+from t5x_inference_ext.decoding.inputs import check_at_least
 from t5x_inference_ext.decoding.model import Model
 from t5x_inference_ext.decoding.sampling import Sampler
 from t5x_inference_ext.decoding.scheduler import Plan, Request
+from t5x_inference_ext.errors import RequestError
 
 SIZE_MULTIPLE = 16  # sizes are rounded up to it, so that similar runs compile alike
 
@@ -35,6 +37,10 @@ def plan(
   Raises:
     RequestError: an option out of its range.
   """
+  check_at_least(1, slots=slots)
+  top = options.get('top', 0)
+  if not 0 <= top <= model.config.vocab_size:
+    raise RequestError(f'top must be 0 to {model.config.vocab_size}, the tokens of the model, got {top}')
   shared = prefixes.find([r.tokens for r in requests]) if share else ()
   rests = [len(r.tokens) - prefixes.common(shared, r.tokens) for r in requests]
   longest = max(*(len(r.tokens) for r in requests), prompt or 0)

@@ -9,9 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from t5x_inference_ext.decoding import selection
+from t5x_inference_ext.decoding.inputs import is_whole
 from t5x_inference_ext.errors import RequestError
 
 SMALLEST = float(jnp.finfo(jnp.float32).tiny)  # below it float32 knows only 0
+LARGEST = float(jnp.finfo(jnp.float32).max)  # above it only infinity
+MOST_TOKENS = 2**31 - 1  # that an int32 counts
 # Rows that keep at most so many tokens are drawn from candidates, found without a look at the others.
 MAX_CANDIDATES = 256
 
@@ -28,7 +31,7 @@ class Sampler:
       multiplied where negative; 1 changes none.
     frequency_penalty: is subtracted from a token's logit once for each time that it was generated.
     presence_penalty: is subtracted from the logit of every token that was generated.
-    logit_bias: pairs of a token id and what is added to its logit, or a mapping of the one to the other.
+    logit_bias: pairs of a token id and what is added to its logit, -inf to forbid it, or a mapping of the one to the other.
     min_new_tokens: EOS can't be chosen, and stop sequences do not count, before so many tokens.
     stop: sequences of token ids: a row ends when what it generated ends in one. Its tokens keep the sequence, as they do
       EOS.
@@ -53,22 +56,29 @@ class Sampler:
     if isinstance(self.logit_bias, Mapping):
       object.__setattr__(self, 'logit_bias', tuple(self.logit_bias.items()))
     for name in ('logit_bias', 'stop'):  # hashable, also as read from JSON
-      object.__setattr__(self, name, tuple(map(tuple, getattr(self, name))))
-    if not 0 <= self.temperature < float('inf'):
-      raise RequestError(f'temperature must be 0 or more, got {self.temperature}')
-    if self.top_k < 0:
-      raise RequestError(f'top_k must be 0 (keep all) or more, got {self.top_k}')
+      value = getattr(self, name)
+      if not all(isinstance(item, (Sequence, np.ndarray)) for item in value):
+        raise RequestError(f'{name} must be a sequence of sequences, such as [[5, 6]], got {value!r}')
+      object.__setattr__(self, name, tuple(map(tuple, value)))
+    if not 0 <= self.temperature <= LARGEST:
+      most = f' and at most {LARGEST:.1e}' if self.temperature > LARGEST else ''
+      raise RequestError(f'temperature must be 0 or more{most}, got {self.temperature}')
+    for name, least in (('top_k', '0 (keep all)'), ('min_new_tokens', '0')):
+      if not is_whole(getattr(self, name)) or getattr(self, name) < 0:
+        raise RequestError(f'{name} must be {least} or more, and a whole number, got {getattr(self, name)!r}')
     if not 0 < self.top_p <= 1:
       raise RequestError(f'top_p must be above 0 and at most 1, got {self.top_p}')
-    if not 0 < self.repetition_penalty < float('inf'):
-      raise RequestError(f'repetition_penalty must be above 0, got {self.repetition_penalty}')
+    if not SMALLEST <= self.repetition_penalty <= LARGEST:
+      raise RequestError(f'repetition_penalty must be above 0 and a float32, got {self.repetition_penalty}')
     for name in ('frequency_penalty', 'presence_penalty'):
-      if not -float('inf') < getattr(self, name) < float('inf'):
-        raise RequestError(f'{name} must be a number, got {getattr(self, name)}')
-    if any(len(pair) != 2 or pair[0] < 0 or pair[1] != pair[1] for pair in self.logit_bias):
-      raise RequestError(f'logit_bias must be pairs of a token id and a number, got {self.logit_bias}')
-    if self.min_new_tokens < 0:
-      raise RequestError(f'min_new_tokens must be 0 or more, got {self.min_new_tokens}')
+      if not -LARGEST <= getattr(self, name) <= LARGEST:
+        raise RequestError(f'{name} must be a number and a float32, got {getattr(self, name)}')
+    pair = next((p for p in self.logit_bias if len(p) != 2 or not _is_id(p[0]) or not _is_bias(p[1])), None)
+    if pair is not None:
+      raise RequestError('logit_bias must be pairs of a token id and a number (-Infinity forbids a token, and 1e9 makes it '
+                         f'the choice), got {pair}')
+    if not all(_is_id(token) for sequence in self.stop for token in sequence):
+      raise RequestError(f'stop must be sequences of token ids, got {self.stop}')
     if not all(self.stop):
       raise RequestError('stop holds an empty sequence: it would end every row at once')
 
@@ -79,7 +89,7 @@ class Sampler:
   def before_stop(self, tokens: list[int]) -> list[int]:
     """A row's tokens without the stop sequence that they end in, the longest if several match."""
     ends = [len(s) for s in self.stop if tuple(tokens[-len(s):]) == s]
-    return tokens[:len(tokens) - max(ends, default=0)]
+    return tokens[:len(tokens) - max(ends, default=0)] if len(tokens) >= self.min_new_tokens else tokens
 
   def __call__(self, logits: jax.Array, seeds: jax.Array, positions: jax.Array) -> jax.Array:
     """logits [B, V] float32, seeds [B] uint32, positions [B] int32 (of the token chosen) -> tokens [B] int32.
@@ -87,6 +97,14 @@ class Sampler:
     Ties go to the lowest id. What depends on a row's earlier tokens is not in it: see decoding.rows.
     """
     return sample(logits, samplers([self] * logits.shape[0], logits.shape[1]), seeds, positions)
+
+
+def _is_id(value) -> bool:
+  return is_whole(value) and value >= 0
+
+
+def _is_bias(value) -> bool:
+  return -LARGEST <= value <= LARGEST or value == -float('inf')
 
 
 class Plan(NamedTuple):
@@ -175,10 +193,11 @@ def samplers(rows: Sequence[Sampler], vocabulary: int, like: Sequence[Sampler] =
       bias_ids[i, j], bias[i, j] = token, value
     for j, sequence in enumerate(sampler.stop):
       stop[i, j] = [ANY] * (longest - len(sequence)) + list(sequence)
-  field = lambda name, dtype=np.float32: np.asarray([getattr(s, name) for s in rows], dtype)
+  field = lambda name: np.asarray([getattr(s, name) for s in rows], np.float32)
+  least = np.asarray([min(s.min_new_tokens, MOST_TOKENS) for s in rows], np.int32)
   return Samplers(
       field('temperature'), np.asarray([keep(s) for s in rows], np.int32), field('top_p'), field('repetition_penalty'),
-      field('frequency_penalty'), field('presence_penalty'), field('min_new_tokens', np.int32), bias_ids, bias, stop, plan)
+      field('frequency_penalty'), field('presence_penalty'), least, bias_ids, bias, stop, plan)
 
 
 def sample(logits: jax.Array, rows: Samplers, seeds: jax.Array, positions: jax.Array) -> jax.Array:

@@ -118,8 +118,9 @@ def draw_from_all(
     token = jnp.where(allowed[1], token, jnp.argmax(jnp.where(allowed[0], perturbed, -jnp.inf), axis=-1))
     value = jnp.take_along_axis(logits, token[:, None], axis=1)
     before = (logits > value) | ((logits == value) & (ids < token[:, None]))  # [B, V]
-    kept = jnp.sum(before, axis=-1, dtype=jnp.int32) < top_k
-    kept &= jnp.sum(jnp.where(before, weights, 0), axis=-1) < limit
+    count = jnp.sum(before, axis=-1, dtype=jnp.int32)
+    kept = (count < top_k) & (jnp.sum(jnp.where(before, weights, 0), axis=-1) < limit)
+    kept |= count == 0  # the first always is, though a top_p of next to nothing rounds to 0, or logits are no numbers
     return token, jnp.all(kept), (before, kept)
 
   everything = jnp.ones(logits.shape, bool), jnp.zeros(logits.shape[0], bool)

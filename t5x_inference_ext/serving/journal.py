@@ -7,7 +7,7 @@ from typing import Any, Callable, Iterable, Iterator, TypeVar
 from t5x_inference_ext import distributed
 
 T = TypeVar('T')
-FLUSH_ROWS = 64  # written together: some stores rewrite a file that grows
+FLUSH_ROWS = 64  # written together to a bucket: some stores rewrite a file that grows
 
 
 class Journal:
@@ -21,6 +21,8 @@ class Journal:
 
   def __init__(self, path: str, run: Any, files: 'Files'):
     self._path, self._files, self._file, self._pending = path, files, None, 0
+    # A process that is killed has written what it flushed: of a local file every row.
+    self._each = FLUSH_ROWS if '://' in path else 1
     self._run = hashlib.sha256(repr(run).encode()).hexdigest()
     found = distributed.from_main(self._read)
     self.done: dict[int, Any] = {int(row): result for row, result in found}
@@ -66,7 +68,7 @@ class Journal:
     else:
       self._file.write(json.dumps(line) + '\n')
     self._pending += 1
-    if self._pending >= FLUSH_ROWS:
+    if self._pending >= self._each:
       self._file.flush()
       self._pending = 0
 

@@ -51,7 +51,8 @@ def is_concrete(*trees: Any) -> bool:
 
 
 class Predictor:
-  """Predicts batches, with one set of slots and one shared beginning for all of them: the first batch's.
+  """Predicts batches, with one set of slots and one shared beginning for all of them: the first batch's. Batches of longer
+  sequences have new ones made.
 
   Args:
     model: decides mesh and layouts.
@@ -94,14 +95,14 @@ class Predictor:
     return Request(tuple(inputs[:count].tolist()), tuple(seeds.tolist()), int(max(limit, 1)), self._refill.sampler)
 
   def _slots(self, params, requests, length) -> Scheduler:
-    if self._made_for is not params:
+    if self._made_for is None or self._made_for[0] is not params or self._made_for[1] < length:
       refill = self._refill
       prompt = length if self._inputs is None else self._inputs + 1
       weights = weights_from_params(params)
       plan, shared = plans.plan(
           self._model, requests, slots=refill.slots, eos_id=self._eos, prompt=prompt, size=length + 1, chunk=refill.chunk,
           budget=refill.budget)
-      self._scheduler, self._made_for = Scheduler(self._model, weights, plan, shared), params
+      self._scheduler, self._made_for = Scheduler(self._model, weights, plan, shared), (params, length)
     return self._scheduler
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 
 from t5x_inference_ext.decoding.sampling import Sampler
@@ -44,6 +45,19 @@ def test_a_reply_that_is_not_taken_is_not_said():
   assert chat.prefilled == 32
 
 
+def test_a_turn_ends_the_reply_before_it():
+  """One that is under way, and one that was never begun; a turn may be an array."""
+  engine = memory.engine(memory.ODD, TENSORS, '1x1x1')
+  chat = engine.chat(max_length=100, eos_id=-1)
+  first = chat.reply([5, 6, 7], max_new_tokens=40)
+  heard = list(itertools.islice(first, 5))
+  never = chat.reply(np.array([8]), max_new_tokens=6)
+  wanted, = engine.generate([[5, 6, 7, *heard, 8, 9]], max_new_tokens=6, eos_id=-1)
+  assert list(chat.reply([9], max_new_tokens=6)) == wanted.tokens
+  assert not list(first) and not list(never)
+  assert chat.tokens == [5, 6, 7, *heard, 8, 9, *wanted.tokens]
+
+
 def test_eos_ends_a_reply():
   engine = memory.engine(memory.ODD, TENSORS, '1x1x1')
   free = list(engine.chat(max_length=100, eos_id=-1).reply([5, 9], max_new_tokens=30, sampler=SAMPLER))
@@ -57,4 +71,10 @@ def test_what_does_not_fit_is_refused():
     chat.reply([5] * 15, max_new_tokens=6)
   with pytest.raises(RequestError, match='the turn holds token 101, outside the vocabulary of 101'):
     chat.reply([101], max_new_tokens=6)
+  for options, says in ((dict(max_new_tokens=0), 'max_new_tokens must be at least 1'), (dict(seed=-1), 'seeds must be whole'),
+                        (dict(sampler=Sampler(stop=((101,),))), 'logit_bias or stop holds token 101')):
+    with pytest.raises(RequestError, match=says):
+      chat.reply([5], **{'max_new_tokens': 6, **options})
   assert chat.tokens == []
+  with pytest.raises(RequestError, match='chunk must be at least 1'):
+    memory.engine(memory.ODD, TENSORS, '1x1x1').chat(max_length=20, chunk=0)

@@ -109,9 +109,13 @@ def test_arrays_are_as_wide_as_asked():
 
 @pytest.mark.parametrize('values, says', [
     (dict(repetition_penalty=0.), 'repetition_penalty must be above 0'),
+    (dict(repetition_penalty=1e-50), 'repetition_penalty must be above 0'),
+    (dict(frequency_penalty=1e300), 'frequency_penalty must be a number and a float32'),
     (dict(frequency_penalty=float('nan')), 'frequency_penalty must be a number'),
     (dict(presence_penalty=float('inf')), 'presence_penalty must be a number'),
     (dict(logit_bias=((-1, 2.),)), 'logit_bias must be pairs'), (dict(min_new_tokens=-1), 'min_new_tokens must be 0'),
+    (dict(logit_bias={5: float('inf')}), 'logit_bias must be pairs'), (dict(logit_bias={5.5: 1.}), 'logit_bias must be pairs'),
+    (dict(stop=(5, 6)), 'stop must be a sequence of sequences'), (dict(stop=('ab',)), 'stop must be sequences of token ids'),
     (dict(stop=((),)), 'stop holds an empty sequence')])
 def test_bad_options(values, says):
   with pytest.raises(RequestError, match=says):

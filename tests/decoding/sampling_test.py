@@ -1,5 +1,7 @@
 """Choosing tokens: which may be chosen, how often, and that nothing but logits, seed and position decides."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,7 +46,8 @@ def test_ties_at_the_edge_of_top_k_go_to_the_lowest_ids():
 
 
 @pytest.mark.parametrize('sampler', [
-    Sampler(1.0, top_k=1), Sampler(1.0, top_p=1e-6), Sampler(1e-4), Sampler(1e-30), Sampler(1e-38), Sampler(1e-40),
+    Sampler(1.0, top_k=1), Sampler(1.0, top_p=1e-6), Sampler(1.0, top_p=1e-40), Sampler(1.0, top_p=1e-50),
+    Sampler(1e-4), Sampler(1e-30), Sampler(1e-38), Sampler(1e-40),
 ], ids=str)
 def test_what_leaves_one_token_is_greedy(sampler):
   logits = random_logits(50, 40, size=10.)
@@ -167,6 +170,15 @@ def test_logit_bias():
   assert choose(Sampler(logit_bias=((5, 100.),)), logits).tolist() == [5]
   with pytest.raises(RequestError, match='logit_bias or stop holds token 12, outside the vocabulary of 12'):
     choose(Sampler(logit_bias=((12, 1.),)), logits)
+
+
+@pytest.mark.parametrize('sampler', [Sampler(1.0, top_p=0.9), Sampler(1.0, top_k=300, top_p=0.9), Sampler(1.0, top_k=9),
+                                     Sampler(1.0), Sampler()], ids=str)
+def test_a_choice_ends_where_nothing_can_be_chosen(sampler):
+  """All tokens forbidden, or logits that are no numbers: any token, but no search without an end."""
+  forbidden = dataclasses.replace(sampler, logit_bias={i: -np.inf for i in range(400)})
+  for chosen in choose(forbidden, random_logits(3, 400)), choose(sampler, np.full((3, 400), np.nan)):
+    assert np.all((chosen >= 0) & (chosen < 400))
 
 
 def test_a_row_depends_on_its_own_logits_seed_and_position_alone():

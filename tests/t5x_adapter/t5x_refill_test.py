@@ -102,6 +102,19 @@ def test_num_decodes_share_a_prefill_and_come_from_the_worst_to_the_best(palm_ti
   assert not np.array_equal(other, best)
 
 
+def test_a_longer_batch_has_slots_made_for_it(palm_tiny, batch):
+  """After a batch of 64 positions one of 96, of the same parameters; and the shorter one again."""
+  model = running.adapter_model(palm_tiny, refill=Refill(slots=2))
+  state, _, _ = running.restored(model, palm_tiny)
+  predict = lambda size: model.predict_batch(state.params, {name: x[:, :size] for name, x in batch.items()})
+  short, whole, again = predict(64), predict(96), predict(64)
+  np.testing.assert_array_equal(short, again)
+  assert short.shape == (3, 64) and whole.shape == (3, 96)
+  for row, long_row in zip(short, whole):
+    made = np.count_nonzero(row)
+    np.testing.assert_array_equal(row[:made], long_row[:made])
+
+
 def test_a_traced_step_is_t5x_s_loop(palm_tiny, batch):
   """Export and precompile trace the step: there is no host in it."""
   model = running.adapter_model(palm_tiny, refill=Refill(slots=2))
