@@ -54,6 +54,7 @@ from t5x_inference_ext.checkpoints.checkpoint import Checkpoint, is_finished
 from t5x_inference_ext.checkpoints.verify import verify
 from t5x_inference_ext.config import NORM_SCALES
 from t5x_inference_ext.errors import UserError
+from t5x_inference_ext.text_files import check_plots
 
 # Without a terminal, a line at most this often.
 LOG_SECONDS = 10
@@ -92,7 +93,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
   define('integer', 'num_processes', None, 'With --coordinator_address, how many there are.')
   define('integer', 'process_id', None, 'With --coordinator_address, which this is.')
   define('boolean', 'verify', False, 'Convert nothing: re-read the finished checkpoint --output.')
-  define('string', 'report', None, 'A directory for the quality report: errors.csv, report.txt, report.png.')
+  define('string', 'report', None, 'A directory for the quality report: report.txt, report.json, report.png.')
   define('string', 'report_tokens', None, 'For the report, tokens [rows, length]: a .npy file.')
   define('string', 'report_task', None, 'For the report, a seqio task with the feature `targets`.')
   define('string', 'report_task_module', None, 'The module that registers it.')
@@ -116,8 +117,7 @@ def main(flags: absl_flags.FlagValues) -> None:
     if missing:
       raise UserError(f'{" and ".join(missing)} not given; --help shows examples')
     arguments = {'input_checkpoint': given.pop('input'), 'output_checkpoint': given.pop('output'), **given}
-  if not (flags.report_tokens is None or flags.report_task is None):
-    raise UserError('--report_tokens and --report_task say the same in two ways')
+  check_report(flags)
   arguments.update({name: flags[name].value for name in HERE})
   arguments.update(shards_of_processes(flags))
   with Progress() as progress:
@@ -133,6 +133,19 @@ def main(flags: absl_flags.FlagValues) -> None:
       print_report(report, progress.seconds)
   if flags.report is not None:
     write_report(flags, configured.keywords)
+
+
+def check_report(flags: absl_flags.FlagValues) -> None:
+  """Raises UserError for a report that can't be made: before the conversion, which may take hours, not after."""
+  if not (flags.report_tokens is None or flags.report_task is None):
+    raise UserError('--report_tokens and --report_task say the same in two ways')
+  if flags.report is None:
+    return
+  check_plots()
+  if os.path.exists(flags.report) and not os.path.isdir(flags.report):
+    raise UserError(f'--report={flags.report} is a file: name a directory')
+  if flags.report_tokens is not None and not os.path.isfile(flags.report_tokens):
+    raise UserError(f'no file at --report_tokens={flags.report_tokens}')
 
 
 def shards_of_processes(flags: absl_flags.FlagValues) -> dict[str, int]:

@@ -13,7 +13,7 @@ from t5x_inference_ext.planner import sweep as sweeps
 from t5x_inference_ext.planner.machine import Machine, known
 from t5x_inference_ext.planner.request import Request
 from t5x_inference_ext.serving.progress import progress
-from t5x_inference_ext.text_files import check_writable, write_text
+from t5x_inference_ext.text_files import check_plots, check_writable, write_text
 
 
 def plan(
@@ -62,7 +62,7 @@ def plan(
   """
   check_writable(gin_output, json_file)
   if sweep or figure:
-    figures.check_plots()
+    check_plots()
     if not os.path.isdir(output_dir):
       raise RequestError(f'can\'t write figures: there is no directory {output_dir}')
   if latency_target_ms is not None and latency_target_ms <= 0:
