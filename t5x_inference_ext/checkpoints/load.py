@@ -6,6 +6,7 @@ import numpy as np
 
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
 from t5x_inference_ext.decoding.model import Model
+from t5x_inference_ext.errors import CheckpointError
 from t5x_inference_ext.layouts.arrangement import DeviceTensor, device_tensors, tensor_dtype
 from t5x_inference_ext.weights import Weights, layer_weights
 
@@ -45,7 +46,7 @@ def load_weights(checkpoint: Checkpoint, model: Model, *, stacked: bool | None =
 
   Raises:
     MeshError: the mesh does not divide the model.
-    CheckpointError: a tensor can't be read.
+    CheckpointError: a tensor can't be read, or holds NaN or infinite values.
   """
   tensors = device_tensors(model.config, model.prefill_layout, dict(model.mesh.shape), checkpoint.weights == 'int8')
   layers = model.config.num_layers
@@ -70,7 +71,7 @@ def load_tensor(checkpoint: Checkpoint, model: Model, tensor: DeviceTensor, laye
   offset = 1 if tensor.kind == 'norm' and model.config.norm_scale == 'zero' else 0
 
   def read(layer, index):
-    values = tensor.read(lambda name, where: checkpoint.tensors[name].read(where), layer, index)
+    values = tensor.read(lambda name, where: _read(checkpoint, name, where), layer, index)
     return (values + offset if offset else values).astype(dtype, copy=False)
 
   def read_stack(index):
@@ -86,3 +87,13 @@ def load_tensor(checkpoint: Checkpoint, model: Model, tensor: DeviceTensor, laye
   else:
     shape, spec, callback = tensor.shape, tensor.spec, lambda index: read(layers, index)
   return jax.make_array_from_callback(shape, NamedSharding(model.mesh, spec), callback)
+
+
+def _read(checkpoint: Checkpoint, name: str, where: tuple[slice, ...]) -> np.ndarray:
+  """A tensor's values, which are finite: a serving checkpoint's were when it was made, and have checksums."""
+  tensor = checkpoint.tensors[name]
+  values = tensor.read(where)
+  if checkpoint.format != 'serving' and values.dtype.kind != 'i' and not np.isfinite(values).all():
+    raise CheckpointError(f'{name}: NaN or infinite values, read from {tensor.path}: take a checkpoint from before '
+                          'training diverged')
+  return values
