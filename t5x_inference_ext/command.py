@@ -179,7 +179,8 @@ def _check_types(function: Callable[..., Any]) -> None:
     maker = _maker(bound)
     if maker:
       _check_types(maker)
-    elif name in annotated and not _has_type(value := copy.deepcopy(bound), annotated[name]):  # gin evaluates macros on copying
+    # gin evaluates macros as they are copied.
+    elif name in annotated and not _has_type(value := copy.deepcopy(bound), annotated[name]):
       label = str(bound).removeprefix('%') if isinstance(bound, gin.config.ConfigurableReference) else name
       hint = ': text has quotes that the shell keeps, --gin.NAME=\\"text\\", and numbers have none'
       raise UserError(f'gin: {label} must be {_type_name(annotated[name])}, got {value!r}{hint}')
