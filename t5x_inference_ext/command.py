@@ -15,6 +15,7 @@ Gin flags are T5X's: --gin_file=FILE (repeatable), --gin.NAME=VALUE, --gin_bindi
 --gin_search_paths.
 """
 
+import copy
 import functools
 import importlib.util  # gin uses it for files inside packages, but imports only importlib
 import inspect
@@ -23,7 +24,9 @@ import os
 import re
 import signal
 import sys
-from typing import Any, Callable, Iterable, Sequence
+import types
+import typing
+from typing import Any, Callable, Collection, Iterable, Sequence
 
 from absl import flags as absl_flags
 from absl import logging as absl_logging
@@ -164,9 +167,11 @@ def configure(function: Callable[..., Any], **arguments) -> Callable[[], Any]:
   A function that no gin file imports has no bindings. The gin files' names for it are its module and name.
 
   Raises:
-    UserError: a parameter without a default that is neither bound nor given, or a bound object that can't be made.
+    UserError: a parameter without a default that is neither bound nor given, a value of another type than the parameter
+      is annotated with, or a bound object that can't be made.
   """
   try:
+    _check_types(function)
     bound = gin.get_bindings(function)
   except UserError as e:  # of an object that gin makes: it adds the call's place, for which users have no use
     raise UserError(str(e).partition('\n  In call to configurable')[0]) from e
@@ -182,6 +187,50 @@ def configure(function: Callable[..., Any], **arguments) -> Callable[[], Any]:
     name = f'{function.__module__}.{function.__name__}'
     raise UserError(f'{name}: {e}: bind it in a gin file or with --gin.NAME=VALUE') from e
   return functools.partial(function, **arguments)
+
+
+def _check_types(function: Callable[..., Any]) -> None:
+  """Raises UserError for a value that gin binds to a parameter of another type, here or in what makes an argument.
+
+  Raises:
+    ValueError: no gin file names the function.
+  """
+  annotated = typing.get_type_hints(function)
+  for name, bound in gin.get_bindings(function, resolve_references=False).items():
+    maker = _maker(bound)
+    if maker:
+      _check_types(maker)
+    # gin evaluates macros as they are copied.
+    elif name in annotated and not _has_type(value := copy.deepcopy(bound), annotated[name]):
+      label = str(bound).removeprefix('%') if isinstance(bound, gin.config.ConfigurableReference) else name
+      hint = ': text has quotes that the shell keeps, --gin.NAME=\\"text\\", and numbers have none'
+      raise UserError(f'gin: {label} must be {_type_name(annotated[name])}, got {value!r}{hint}')
+
+
+def _maker(bound: Any) -> Callable[..., Any] | None:
+  """What gin calls for a bound value, itself or through macros; None where the value stands for itself."""
+  while isinstance(bound, gin.config.ConfigurableReference) and bound.evaluate:
+    made_by = bound.configurable.wrapped
+    if made_by is not gin.config.macro:
+      return made_by
+    with gin.config_scope('/'.join(bound.scopes)):
+      bound = gin.get_bindings(made_by, resolve_references=False).get('value')
+  return None
+
+
+def _has_type(value: Any, annotation: Any) -> bool:
+  """Of containers only whether it is one: what is in them is the function's to check."""
+  if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+    return any(_has_type(value, member) for member in typing.get_args(annotation))
+  if typing.get_origin(annotation) is not None:
+    return isinstance(value, Collection)
+  return isinstance(value, (int, float) if annotation is float else annotation)
+
+
+def _type_name(annotation: Any) -> str:
+  if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+    return ' or '.join(map(_type_name, typing.get_args(annotation)))
+  return 'None' if annotation is types.NoneType else getattr(annotation, '__name__', str(annotation))
 
 
 def _check_macro(binding: str) -> None:

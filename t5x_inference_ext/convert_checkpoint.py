@@ -42,7 +42,6 @@ tokens, also the losses of both models on them:
 """
 
 import contextlib
-import importlib.util
 import os
 import sys
 import time
@@ -57,6 +56,7 @@ from t5x_inference_ext.checkpoints.checkpoint import Checkpoint, is_finished
 from t5x_inference_ext.checkpoints.verify import verify
 from t5x_inference_ext.config import NORM_SCALES
 from t5x_inference_ext.errors import UserError
+from t5x_inference_ext.text_files import check_plots
 
 # Without a terminal, a line at most this often.
 LOG_SECONDS = 10
@@ -139,7 +139,7 @@ def main(flags: absl_flags.FlagValues) -> None:
 
 
 def check_report(flags: absl_flags.FlagValues) -> None:
-  """What would keep the report from being made is said before the conversion, not after it."""
+  """Raises UserError for a report that can't be made: before the conversion, which may take hours, not after."""
   if not (flags.report_tokens is None or flags.report_task is None):
     raise UserError('--report_tokens and --report_task say the same in two ways')
   if flags.report is None:
@@ -147,10 +147,11 @@ def check_report(flags: absl_flags.FlagValues) -> None:
     if given:
       raise UserError(f'{given[0]} is for the quality report: --report=DIR says where to write it')
     return
+  check_plots()
+  if os.path.exists(flags.report) and not os.path.isdir(flags.report):
+    raise UserError(f'--report={flags.report} is a file: name a directory')
   if flags.report_tokens is not None and not os.path.isfile(flags.report_tokens):
-    raise UserError(f'{flags.report_tokens}: no .npy file of tokens: there is no such file')
-  if importlib.util.find_spec('matplotlib') is None:
-    raise UserError('the report needs matplotlib: pip install t5x_inference_ext[plots]')
+    raise UserError(f'no file at --report_tokens={flags.report_tokens}')
 
 
 def shards_of_processes(flags: absl_flags.FlagValues) -> dict[str, int]:

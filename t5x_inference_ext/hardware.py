@@ -12,6 +12,9 @@ import dataclasses
 
 from t5x_inference_ext.errors import UserError
 
+# A TPU keeps arrays in tiles of so many columns, or at most so many rows: what begins elsewhere is copied first.
+LANES = 128
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:

@@ -19,7 +19,9 @@ tokens and of the three most likely at each step; --help has more ways to choose
   python -m t5x_inference_ext.infer --checkpoint=DIR --prompts=FILE.jsonl --output=FILE.jsonl \\
       --temperature=0.8 --num_decodes=4 --stop=$'\\n\\n' --top_log_probs=3
 
-A row can say itself how it is to be continued: {"prompt": ..., "sampling": {"temperature": 0.7, "stop": ["END"], "seed": 3}}.
+A row can say itself how it is to be continued:
+
+  {"prompt": ..., "sampling": {"temperature": 0.7, "stop": ["END"], "seed": 3}}
 
 Scoring given completions, {"prompt": ..., "completion": ...}; the output of a generating run can be scored as it is:
 

@@ -12,6 +12,7 @@ from t5x_inference_ext.checkpoints.verify import read_manifest
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.engine import Engine
 from t5x_inference_ext.errors import UserError
+from t5x_inference_ext.text_files import check_plots
 
 BATCH_ROWS = 8
 # Of a seqio task, as many examples and tokens of each.
@@ -161,10 +162,8 @@ def _plot(pyplot, errors: dict[str, dict], losses: dict[str, float], path: str) 
 
 
 def _pyplot():
-  try:
-    import matplotlib
-  except ModuleNotFoundError as e:
-    raise UserError('the report needs matplotlib: pip install t5x_inference_ext[plots]') from e
+  check_plots()
+  import matplotlib
   matplotlib.use('Agg')
   from matplotlib import pyplot
   return pyplot

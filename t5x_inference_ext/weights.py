@@ -1,9 +1,11 @@
 """The weights on the chips, as a pytree. Shapes are global; layouts/arrangement.py says what a shard's block holds."""
 
 import dataclasses
-from typing import Any, Mapping
+from typing import Any, Callable, Iterable, Mapping
 
 import jax
+
+from t5x_inference_ext.layouts.arrangement import DeviceTensor
 
 
 @jax.tree_util.register_dataclass
@@ -67,3 +69,27 @@ def layer_weights(tensors: Mapping[str, Any]) -> LayerWeights:
     sublayer, field = name.split('/')
     fields.setdefault(sublayer, {})[field] = value
   return {sublayer: SublayerWeights(**named) for sublayer, named in fields.items()}
+
+
+def build_weights(
+    tensors: Mapping[str, DeviceTensor], num_layers: int, stacked: bool,
+    make: Callable[[str, slice | int | None], Any], progress: Callable[[list], Iterable] = iter) -> Weights:
+  """Weights of arrays, shapes or specs.
+
+  Args:
+    tensors: as layouts.arrangement.device_tensors has them.
+    num_layers: L.
+    stacked: one array for all layers, or one per layer.
+    make: gives that of a tensor's name and its layers: a number, slice(0, L) if stacked, or None for what no layer
+      owns.
+    progress: wraps the list of what is to be made, names first.
+  """
+  places = [None, *([slice(0, num_layers)] if stacked else range(num_layers))]
+  made = [{} for _ in places]
+  jobs = [(name, i) for i, layers in enumerate(places) for name, tensor in tensors.items()
+          if tensor.per_layer == (layers is not None)]
+  for name, i in progress(jobs):
+    made[i][name] = make(name, places[i])
+  whole, *layers = made
+  layers = tuple(map(layer_weights, layers))
+  return Weights(layers=layers[0] if stacked else layers, **whole)

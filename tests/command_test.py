@@ -7,16 +7,20 @@ import types
 from absl import flags as absl_flags
 import pytest
 
-from t5x_inference_ext import command
+from t5x_inference_ext import command, convert_checkpoint, infer, inspect_checkpoint, plan
 from t5x_inference_ext.errors import UserError
+from t5x_inference_ext.precompile import __main__ as precompile
 
 
 @pytest.fixture(scope='module')
 def module():
   """A module that gin files can import: one for all tests, as gin remembers the functions that it has seen."""
   module = types.ModuleType('command_test_module')
-  exec('def greet(name, greeting="hello", *, end="."):\n  return f"{greeting} {name}{end}"', module.__dict__)
-  module.greet.__module__ = module.__name__
+  module.__dict__['__name__'] = module.__name__
+  exec('def greet(name, greeting="hello", *, end="."):\n  return f"{greeting} {name}{end}"\n'
+       'def make(letters: str, times: int = 1):\n  return letters * times\n'
+       'def typed(name: str | None = None, times: float = 1, loud: bool = False, marks: tuple[str, ...] = ()):\n'
+       '  return name, times, loud, marks', module.__dict__)
   sys.modules[module.__name__] = module
   yield module
   del sys.modules[module.__name__]
@@ -160,3 +164,49 @@ def test_output_that_can_t_be_written(repository):
     result = subprocess.run([sys.executable, '-c', LINES], cwd=repository, text=True, stdout=full,
                             stderr=subprocess.PIPE, check=False)
   assert (result.returncode, result.stderr) == (2, "error: can't write to standard output: No space left on device\n")
+
+
+@pytest.fixture
+def typed(module, tmp_path):
+  """Runs the annotated function with a gin binding more; returns what it says, or the exit code."""
+  path = tmp_path / 'typed.gin'
+  path.write_text('from __gin__ import dynamic_registration\nimport command_test_module\nTIMES = 1\n'
+                  'NAME = @command_test_module.make()\ncommand_test_module.typed.name = %NAME\n'
+                  'command_test_module.make.letters = "ab"\ncommand_test_module.make.times = %TIMES\n')
+
+  def call(binding):
+    said = []
+
+    def main(flags):
+      command.parse_gin(flags)
+      said.append(command.configure(module.typed)())
+
+    code = run(main, f'--gin_file={path}', f'--gin.{binding}')
+    return said[0] if said else code
+
+  return call
+
+
+@pytest.mark.parametrize('binding,message', [
+    ('TIMES="x"', "TIMES must be int, got 'x'"), ('NAME=3', 'NAME must be str or None, got 3'),
+    ('command_test_module.typed.times="2"', "times must be float, got '2'"),
+    ('command_test_module.typed.loud="no"', "loud must be bool, got 'no'"),
+    ('command_test_module.typed.marks=3', 'marks must be tuple, got 3')])
+def test_a_value_of_another_type(typed, capsys, binding, message):
+  assert typed(binding) == 2
+  error = capsys.readouterr().err
+  assert message in error and error.count('\n') == 1
+
+
+@pytest.mark.parametrize('binding,result', [
+    ('TIMES=2', ('abab', 1, False, ())), ('NAME=None', (None, 1, False, ())), ('NAME="c"', ('c', 1, False, ())),
+    ('command_test_module.typed.times=2', ('ab', 2, False, ())),
+    ('command_test_module.typed.marks=["!"]', ('ab', 1, False, ['!']))])
+def test_values_of_the_type(typed, binding, result):
+  assert typed(binding) == result
+
+
+@pytest.mark.parametrize('module', [convert_checkpoint, infer, inspect_checkpoint, plan, precompile])
+def test_help_keeps_its_commands_lines(module):
+  for line in module.__doc__.splitlines():
+    assert len(line) <= 120 and '  ' not in line.strip()  # else a backslash has eaten the line's end

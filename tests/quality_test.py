@@ -1,5 +1,6 @@
 """The quality report: errors and losses, against what T5X itself computed."""
 
+import importlib.util
 import json
 
 import numpy as np
@@ -97,3 +98,19 @@ def test_padding_is_not_counted(int8):
   rows = np.random.default_rng(0).integers(3, 258, (3, 20))
   padded = np.pad(rows, ((0, 0), (0, 4)))
   np.testing.assert_allclose(quality.loss(checkpoint, padded), quality.loss(checkpoint, rows), rtol=1e-5)
+
+
+def test_a_report_that_can_not_be_made_is_refused_before_the_conversion(palm_tiny, tmp_path, capsys, monkeypatch):
+  arguments = [f'--input={palm_tiny}', f'--output={tmp_path}/int8', '--weights=int8']
+  (tmp_path / 'file').write_text('')
+
+  def refused(*argv):
+    assert run(*arguments, *argv) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['file']
+    return capsys.readouterr().err
+
+  assert f'no file at --report_tokens={tmp_path}/none.npy' in refused(
+      f'--report={tmp_path}/report', f'--report_tokens={tmp_path}/none.npy')
+  assert 'is a file: name a directory' in refused(f'--report={tmp_path}/file')
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  assert "pip install 't5x_inference_ext[plots]'" in refused(f'--report={tmp_path}/report')

@@ -135,6 +135,7 @@ class MemoryCheckpoint:
 
   config: ModelConfig
   tensors: dict
+  format: str = 'serving'
 
   @classmethod
   def of(cls, config, arrays):

@@ -200,6 +200,8 @@ def _not_a_checkpoint(path: str) -> str:
     return f'no checkpoint at {path}: there is no such directory' + _hint(parent)
   if not os.path.isdir(path):
     return f'{path} is not a checkpoint: {expected}; this is a file'
+  if not os.access(path, os.R_OK | os.X_OK):
+    return f'can\'t read {path}: permission denied'
   return f'{path} is not a checkpoint: {expected}' + (_hint(path) or '; this one holds ' + _listing(os.listdir(path)))
 
 

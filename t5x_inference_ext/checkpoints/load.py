@@ -6,8 +6,9 @@ import numpy as np
 
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
 from t5x_inference_ext.decoding.model import Model
+from t5x_inference_ext.errors import CheckpointError
 from t5x_inference_ext.layouts.arrangement import DeviceTensor, device_tensors, tensor_dtype
-from t5x_inference_ext.weights import Weights, layer_weights
+from t5x_inference_ext.weights import Weights, build_weights
 
 # On CPU, up to this depth the program unrolls its layers, which spares a copy of each layer's weights; beyond it, a loop
 # keeps programs small and compiles quick.
@@ -45,22 +46,13 @@ def load_weights(checkpoint: Checkpoint, model: Model, *, stacked: bool | None =
 
   Raises:
     MeshError: the mesh does not divide the model.
-    CheckpointError: a tensor can't be read.
+    CheckpointError: a tensor can't be read, or holds NaN or infinite values.
   """
   tensors = device_tensors(model.config, model.prefill_layout, dict(model.mesh.shape), checkpoint.weights == 'int8')
   layers = model.config.num_layers
   stacked = scans_layers(layers, stacked, model.mesh.devices.flat[0].platform)
-  per_layer = [slice(0, layers)] if stacked else range(layers)
-  jobs = [(name, None) for name, t in tensors.items() if not t.per_layer]
-  jobs += [(name, layer) for layer in per_layer for name, t in tensors.items() if t.per_layer]
-  loaded = {(name, str(layer)): load_tensor(checkpoint, model, tensors[name], layer) for name, layer in progress(jobs)}
-
-  def layer(index):
-    return layer_weights({name: loaded[name, str(index)] for name, t in tensors.items() if t.per_layer})
-
-  return Weights(
-      layers=layer(per_layer[0]) if stacked else tuple(layer(i) for i in per_layer),
-      **{name: loaded[name, 'None'] for name, t in tensors.items() if not t.per_layer})
+  make = lambda name, layers: load_tensor(checkpoint, model, tensors[name], layers)
+  return build_weights(tensors, layers, stacked, make, progress)
 
 
 def load_tensor(checkpoint: Checkpoint, model: Model, tensor: DeviceTensor, layers: slice | int | None) -> jax.Array:
@@ -70,7 +62,7 @@ def load_tensor(checkpoint: Checkpoint, model: Model, tensor: DeviceTensor, laye
   offset = 1 if tensor.kind == 'norm' and model.config.norm_scale == 'zero' else 0
 
   def read(layer, index):
-    values = tensor.read(lambda name, where: checkpoint.tensors[name].read(where), layer, index)
+    values = tensor.read(lambda name, where: _read(checkpoint, name, where), layer, index)
     return (values + offset if offset else values).astype(dtype, copy=False)
 
   def read_stack(index):
@@ -86,3 +78,13 @@ def load_tensor(checkpoint: Checkpoint, model: Model, tensor: DeviceTensor, laye
   else:
     shape, spec, callback = tensor.shape, tensor.spec, lambda index: read(layers, index)
   return jax.make_array_from_callback(shape, NamedSharding(model.mesh, spec), callback)
+
+
+def _read(checkpoint: Checkpoint, name: str, where: tuple[slice, ...]) -> np.ndarray:
+  """A tensor's values, which are finite: a serving checkpoint's were when it was made, and have checksums."""
+  tensor = checkpoint.tensors[name]
+  values = tensor.read(where)
+  if checkpoint.format != 'serving' and values.dtype.kind != 'i' and not np.isfinite(values).all():
+    raise CheckpointError(f'{name}: NaN or infinite values, read from {tensor.path}: take a checkpoint from before '
+                          'training diverged')
+  return values

@@ -9,13 +9,14 @@ from typing import Sequence
 import jax
 from jax import lax
 
+from t5x_inference_ext.hardware import LANES
 
 # Of some reduce-scatters the TPU compiler makes an all-reduce and a slice, which takes twice the time. Not where the shards
-# have a dimension of their own; but that costs copies where arrays are small, or where it cuts tiles of 8 by 128. So they
+# have a dimension of their own; but that costs copies where arrays are small, or where it cuts tiles of 8 by LANES. So they
 # have it in arrays of more elements than this, and, of at most a tile of rows on each shard, with tiles of the features
 # in place of the rows.
 _LARGE = 2**21
-_ROWS, _COLUMNS = 8, 128
+_ROWS = 8
 
 
 def axis_size(axes: Sequence[str]) -> int:
@@ -45,9 +46,9 @@ def reduce_scatter(x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
     return x
   shards, last = axis_size(axes), dim == x.ndim - 1
   shape = (*x.shape[:dim], x.shape[dim] // shards, *x.shape[dim + 1:])
-  if not last and math.prod(shape[dim:-1]) <= _ROWS and shape[-1] % _COLUMNS == 0 and x.shape[dim] % shards == 0:
-    kept = (-1, _COLUMNS)
-  elif x.size >= _LARGE and x.shape[dim] % (shards * (_COLUMNS if last else _ROWS)) == 0:
+  if not last and math.prod(shape[dim:-1]) <= _ROWS and shape[-1] % LANES == 0 and x.shape[dim] % shards == 0:
+    kept = (-1, LANES)
+  elif x.size >= _LARGE and x.shape[dim] % (shards * (LANES if last else _ROWS)) == 0:
     kept = shape[dim:]
   else:
     return lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from t5x_inference_ext.collectives import plain
+from t5x_inference_ext.hardware import LANES
 
 
 class Ring:
@@ -66,10 +67,6 @@ def snake(sizes: tuple[int, ...]) -> tuple[int, ...]:
   return tuple(sum(p * strides[i] for p, i in zip(position, dims)) for position in walk)
 
 
-# A TPU keeps arrays in tiles of at most 128 rows or columns; to cut one elsewhere is to copy what it is cut from.
-_TILE = 128
-
-
 def lanes(size: int, directions: int) -> list[tuple[int, int, int]]:
   """How a slice of this size travels: (offset, size, direction of the ring) of each part.
 
@@ -86,5 +83,5 @@ def lanes(size: int, directions: int) -> list[tuple[int, int, int]]:
     raise ValueError(f'a ring has 1 or 2 directions, got {directions}')
   if directions == 1 or size == 1:
     return [(0, size, 1)]
-  first = round(size / 2 / _TILE) * _TILE if size >= 2 * _TILE else -(-size // 2)
+  first = round(size / 2 / LANES) * LANES if size >= 2 * LANES else -(-size // 2)
   return [(0, first, 1), (first, size - first, -1)]

@@ -39,9 +39,7 @@ def place_cache(model: Model, rows: int) -> Placement:
 
 def constrained(model: Model, cache: KVCache, weights: Weights) -> KVCache:
   """The cache, where the decode layout has it."""
-  specs = model.cache_spec(place_cache(model, cache.lengths.shape[0]), weights, cache)
-  return jax.tree.map(
-      lambda spec, x: lax.with_sharding_constraint(x, NamedSharding(model.mesh, spec)), specs, cache)
+  return model.constrained(cache, place_cache(model, cache.lengths.shape[0]), weights)
 
 
 def abstract(model: Model, cache: KVCache, weights: Weights) -> KVCache:

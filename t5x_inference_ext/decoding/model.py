@@ -20,7 +20,7 @@ from t5x_inference_ext.layouts import placement as placements
 from t5x_inference_ext.layouts.arrangement import device_tensors
 from t5x_inference_ext.layouts.layout import Axes, Layout, check_pair, size
 from t5x_inference_ext.layouts.placement import Placement
-from t5x_inference_ext.weights import Weights, layer_weights
+from t5x_inference_ext.weights import Weights, build_weights
 
 DTYPES = ('float32', 'bfloat16')
 CACHES = (*DTYPES, 'int8')
@@ -107,8 +107,7 @@ class Model:
     logits, kv = self._per_shard(run, weights, (P(), P(place.residual[0])), (P(self._sampling(rows)), (kv_spec, kv_spec)))(
         weights, self._pad(tokens, place.layout), lengths)
     keys, values = self._to_decode(kv, length, place, decode)
-    lengths = jax.lax.with_sharding_constraint(lengths, NamedSharding(self.mesh, P(decode.attention_rows)))
-    return logits, self._constrain(kv_cache.start(keys, values, lengths, size), decode)
+    return logits, self.constrained(kv_cache.start(keys, values, lengths, size), decode, weights)
 
   def decode_step(self, weights: Weights, cache: KVCache, tokens: jax.Array) -> tuple[jax.Array, KVCache]:
     """Runs one token a row, in the decode layout.
@@ -217,10 +216,8 @@ class Model:
   def weight_specs(self, weights: Weights) -> Weights:
     """The PartitionSpecs of a pytree of weights of this form (stacked or a tuple of layers, int8 or not)."""
     tensors = device_tensors(self.config, self.prefill_layout, self.mesh.shape, weights.is_int8)
-    lead = (None,) if weights.stacked else ()
-    layer = layer_weights({name: P(*lead, *t.spec) for name, t in tensors.items() if t.per_layer})
-    return Weights(layers=layer if weights.stacked else (layer,) * len(weights.layers),
-                   **{name: t.spec for name, t in tensors.items() if not t.per_layer})
+    spec = lambda name, layers: P(*(None,) * isinstance(layers, slice), *tensors[name].spec)
+    return build_weights(tensors, self.config.num_layers, weights.stacked, spec)
 
   def cache_spec(self, place: Placement, weights: Weights, cache: KVCache | None = None) -> KVCache:
     """The PartitionSpecs of a KV cache, one for all arrays of a layer's keys; of one that shares positions, if `cache` does.
@@ -231,6 +228,12 @@ class Model:
     shared = P(*place.cache[1:])  # whole on every device that splits rows
     shared = P(None, *shared) if weights.stacked else (shared,) * len(weights.layers)
     return KVCache(kv, kv, rows, kv_cache.Shared(shared, shared, rows))
+
+  def constrained(self, cache: KVCache, place: Placement, weights: Weights) -> KVCache:
+    """The cache, lying as the placement has it."""
+    specs = self.cache_spec(place, weights, cache)
+    return jax.tree.map(
+        lambda spec, x: jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec)), specs, cache)
 
   def _decoder(self, place: Placement, weights, tokens, start, cache):
     """One shard's pass over all tokens [B, T] that follow `start` [B'] positions: x [B, T, E], (keys, values)."""
@@ -283,10 +286,6 @@ class Model:
 
     move = lambda x: self._constrain_kv(kv_cache.with_heads(x[..., :length, :, :], held, wanted), decode)
     return jax.tree.map(move, kv)
-
-  def _constrain(self, cache: KVCache, place: Placement) -> KVCache:
-    keys, values = jax.tree.map(lambda x: self._constrain_kv(x, place), (cache.keys, cache.values))
-    return dataclasses.replace(cache, keys=keys, values=values)
 
   def _constrain_kv(self, x: jax.Array, place: Placement) -> jax.Array:
     spec = P(*(None,) * (x.ndim - 4), *place.cache)

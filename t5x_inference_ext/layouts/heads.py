@@ -9,8 +9,7 @@ import dataclasses
 import math
 
 from t5x_inference_ext.config import ModelConfig
-
-LANES = 128  # columns of a TPU tile: what begins elsewhere is moved before it is used
+from t5x_inference_ext.hardware import LANES
 
 
 @dataclasses.dataclass(frozen=True)

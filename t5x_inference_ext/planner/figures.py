@@ -4,7 +4,6 @@ matplotlib is in the extra `plots`, and imported only when a figure is drawn.
 """
 
 import contextlib
-import importlib.util
 import os
 from typing import Any, Iterator, Sequence
 
@@ -14,15 +13,10 @@ from t5x_inference_ext.planner.costs import PARTS
 from t5x_inference_ext.planner.machine import Machine, Mesh
 from t5x_inference_ext.planner.request import Plan
 from t5x_inference_ext.planner.sweep import Point
+from t5x_inference_ext.text_files import check_plots
 
 FORMATS = ('.svg', '.png')
 _COLOURS = ('#1f77b4', '#d62728', '#2ca02c', '#9467bd', '#ff7f0e', '#8c564b', '#7f7f7f')
-
-
-def check_plots() -> None:
-  """Raises UserError where matplotlib is not installed, before anything is computed."""
-  if importlib.util.find_spec('matplotlib') is None:
-    raise UserError("figures need matplotlib: pip install 't5x_inference_ext[plots]'")
 
 
 def pareto(path: str, points: Sequence[Point]) -> None:

@@ -14,7 +14,7 @@ from t5x_inference_ext.planner import sweep as sweeps
 from t5x_inference_ext.planner.machine import Machine, known
 from t5x_inference_ext.planner.request import Request
 from t5x_inference_ext.serving.progress import progress
-from t5x_inference_ext.text_files import check_writable, write_text
+from t5x_inference_ext.text_files import check_plots, check_writable, write_text
 
 
 def plan(
@@ -67,7 +67,7 @@ def plan(
       raise RequestError(f'{name} must be text in quotes, got {value!r}')
   check_writable(gin_output, json_file)
   if sweep or figure:
-    figures.check_plots()
+    check_plots()
     if not os.path.isdir(output_dir):
       raise RequestError(f'can\'t write figures: there is no directory {output_dir}')
   number = isinstance(latency_target_ms, (int, float)) and 0 < latency_target_ms < math.inf

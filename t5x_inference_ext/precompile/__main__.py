@@ -16,9 +16,9 @@ tokens (by default of all the context):
 --save=FILE keeps the executable, for the same versions and chips. That of --phase=generate is what infer runs for a
 batch; on the slice it starts without compiling:
 
-  python -m t5x_inference_ext.precompile --model=palm_8b --slice=v4:2x2x1 --phase=generate --batch=32 --context=512 \
+  python -m t5x_inference_ext.precompile --model=palm_8b --slice=v4:2x2x1 --phase=generate --batch=32 --context=512 \\
       --max_new_tokens=64 --layout=ws_2d/batch --save=/tmp/palm_8b.executable
-  python -m t5x_inference_ext.infer --checkpoint=DIR --prompts=FILE.jsonl --output=FILE.jsonl --batch_size=32 \
+  python -m t5x_inference_ext.infer --checkpoint=DIR --prompts=FILE.jsonl --output=FILE.jsonl --batch_size=32 \\
       --max_new_tokens=64 --executable=/tmp/palm_8b.executable
 
 What slot refill runs (docs/decoding.md): a chunk of 256 prompt tokens on a cache of 2048, and a step of 64 slots:

@@ -22,7 +22,7 @@ from t5x_inference_ext.layouts.layout import Layout
 from t5x_inference_ext.precompile import serving
 from t5x_inference_ext.precompile.generation import Run, describe
 from t5x_inference_ext.precompile.memory import Memory, memory_of
-from t5x_inference_ext.weights import Weights, layer_weights
+from t5x_inference_ext.weights import Weights, build_weights
 
 PHASES = ('decode', 'prefill', 'generate', *serving.PHASES)
 WEIGHTS = ('int8', 'bfloat16')
@@ -240,15 +240,13 @@ def abstract_weights(model: Model, weights: str, stacked: bool = True) -> Weight
   tensors = device_tensors(model.config, model.prefill_layout, dict(model.mesh.shape), weights == 'int8')
   layers = model.config.num_layers
 
-  def struct(tensor):
-    lead = (layers,) if tensor.per_layer and stacked else ()
+  def struct(name, place):
+    tensor, lead = tensors[name], (layers,) if isinstance(place, slice) else ()
     sharding = NamedSharding(model.mesh, P(*(None,) * len(lead), *tensor.spec))
     return jax.ShapeDtypeStruct(
         lead + tensor.shape, tensor_dtype(tensor, weights, model.dtype), sharding=sharding)
 
-  layer = layer_weights({name: struct(t) for name, t in tensors.items() if t.per_layer})
-  return Weights(layers=layer if stacked else (layer,) * layers,
-                 **{name: struct(t) for name, t in tensors.items() if not t.per_layer})
+  return build_weights(tensors, layers, stacked, struct)
 
 
 def abstract_cache(model: Model, weights: Weights, batch: int, context: int) -> KVCache:

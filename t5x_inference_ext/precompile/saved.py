@@ -154,10 +154,9 @@ def _read(path, payload: bool = True) -> tuple[dict[str, Any], bytes]:
 def _check(path, header, mesh, arguments, description) -> None:
   """Raises SavedError for the first thing that differs."""
   here = _here(mesh)
-  for field in _VERSIONS:
-    if header[field] != here[field]:
-      _refuse(path, field, header[field], here[field], f'install {field} {header[field]}, or {_AGAIN}')
-  for field, fix in (('platform', _AGAIN), ('device_kind', 'compile it for these chips'),
+  versions = [(field, f'install {field} {header[field]}, or {_AGAIN}') for field in _VERSIONS]
+  # The platform first: where it is another there may be no libtpu, and that is not what is wrong.
+  for field, fix in (('platform', _AGAIN), *versions, ('device_kind', 'compile it for these chips'),
                      ('mesh', f'pass its mesh, {"x".join(map(str, header["mesh"].values()))}, or {_AGAIN}'),
                      ('devices', 'the chips have other numbers, or another order, than in the slice it was compiled for')):
     if header[field] != here[field]:

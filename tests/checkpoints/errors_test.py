@@ -1,5 +1,6 @@
 """What is wrong with a checkpoint is said in one sentence, naming the parameter and the file."""
 
+import os
 import pathlib
 import re
 import shutil
@@ -51,6 +52,11 @@ def config(**changes) -> ModelConfig:
 
 def test_missing_path(tmp_path):
   fails(tmp_path / 'no' / 'such', f'no checkpoint at {tmp_path}/no/such', 'no such directory')
+
+
+def test_directory_that_can_not_be_read(tmp_path, monkeypatch):
+  monkeypatch.setattr(os, 'access', lambda path, mode: False)
+  fails(tmp_path, f"can't read {tmp_path}: permission denied")
 
 
 def test_missing_step_names_the_others(legacy):

@@ -2,17 +2,21 @@
 
 import collections
 import dataclasses
+import re
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
 
+from t5x_inference_ext.checkpoints import open_checkpoint
 from t5x_inference_ext.checkpoints.load import MAX_UNROLLED_LAYERS, load_weights, scans_layers
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.decoding.model import Model
+from t5x_inference_ext.errors import CheckpointError
 from t5x_inference_ext.layouts.mesh import make_mesh, parse_mesh
 from tests import reference
+from tests.checkpoints import synthetic
 
 CONFIG = ModelConfig(num_layers=3, d_model=16, d_ff=24, num_heads=3, d_head=8, vocab_size=101)
 TENSORS = reference.random_tensors(CONFIG)
@@ -139,3 +143,13 @@ def test_serial_layers_with_biases():
   np.testing.assert_array_equal(
       layer['attention'].w_in, np.concatenate([arrays[n][1] for n in ('query', 'key', 'value')], axis=1))
   np.testing.assert_array_equal(layer['attention'].w_out, arrays['attention_output'][1])
+
+
+@pytest.mark.parametrize('name,index,value', [('gate', (0, 3, 1), np.nan), ('embedding', (2, 1), np.inf)])
+@pytest.mark.parametrize('stacked', [False, True], ids=['unrolled', 'stacked'])
+def test_weights_that_are_not_finite_are_refused(tmp_path, name, index, value, stacked):
+  arrays = {n: x.copy() for n, x in synthetic.canonical().items()}
+  arrays[name][index] = value
+  source = open_checkpoint(synthetic.write_legacy(tmp_path / 'c', synthetic.fused(arrays)))
+  with pytest.raises(CheckpointError, match=f'^{name}: NaN or infinite values, read from {re.escape(str(tmp_path))}/c'):
+    load_weights(source, model('1x1x1', config=source.config), stacked=stacked)

@@ -88,6 +88,12 @@ def test_other_versions_and_chips_are_refused(path, mesh, field, words):
     _load(path, mesh)
 
 
+def test_another_platform_is_said_before_its_compiler(path, mesh):
+  _rewrite(path, platform='tpu', libtpu='0.0.1')  # here there is no libtpu in use
+  with pytest.raises(SavedError, match='platform tpu, and here it is cpu'):
+    _load(path, mesh)
+
+
 def test_another_mesh_is_refused(path, program):
   mesh = make_mesh((4, 2, 1))
   with pytest.raises(SavedError, match="mesh {'x': 2, 'y': 2, 'z': 2}, and here it is .*pass its mesh, 2x2x2"):

@@ -1,0 +1,37 @@
+"""Files that a command writes: refused before the work, where they can't be written."""
+
+import importlib.util
+import os
+
+import pytest
+
+from t5x_inference_ext import text_files
+from t5x_inference_ext.errors import RequestError, UserError
+
+
+def test_what_can_be_written(tmp_path):
+  (tmp_path / 'old').write_text('')
+  text_files.check_writable(None, f'{tmp_path}/new', f'{tmp_path}/old')
+
+
+@pytest.mark.parametrize('name,words', [('none/new', 'there is no directory'), ('.', 'it is a directory')])
+def test_what_can_not_is_refused(tmp_path, name, words):
+  with pytest.raises(RequestError, match=f"can't write .*: {words}"):
+    text_files.check_writable(f'{tmp_path}/{name}')
+
+
+@pytest.mark.parametrize('exists', [False, True])
+def test_permissions_are_asked_of_the_file_or_its_directory(tmp_path, monkeypatch, exists):
+  path = tmp_path / 'file'
+  if exists:
+    path.write_text('')
+  refused = str(path if exists else tmp_path)
+  monkeypatch.setattr(os, 'access', lambda asked, mode: str(asked) != refused)
+  with pytest.raises(RequestError, match='permission denied'):
+    text_files.check_writable(str(path))
+
+
+def test_without_matplotlib_the_extra_is_named(monkeypatch):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(UserError, match="pip install 't5x_inference_ext.plots.'"):
+    text_files.check_plots()
