@@ -47,6 +47,7 @@ def reduce_scatter(x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
   shape = (*x.shape[:dim], x.shape[dim] // shards, *x.shape[dim + 1:])
   if not last and math.prod(shape[dim:-1]) <= _ROWS and shape[-1] % _COLUMNS == 0 and x.shape[dim] % shards == 0:
     kept = (-1, _COLUMNS)
+    x = lax.optimization_barrier(x)
   elif x.size >= _LARGE and x.shape[dim] % (shards * (_COLUMNS if last else _ROWS)) == 0:
     kept = shape[dim:]
   else:
