@@ -8,6 +8,7 @@ from typing import Sequence
 
 import jax
 from jax import lax
+import jax.numpy as jnp
 
 from t5x_inference_ext.hardware import LANES
 
@@ -36,7 +37,13 @@ def all_reduce(x: jax.Array, axes: Sequence[str]) -> jax.Array:
 def all_gather(x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
   """Concatenates the shards along `dim`."""
   axes = _used(axes)
-  return lax.all_gather(x, axes, axis=dim, tiled=True) if axes else x
+  if not axes:
+    return x
+  if dim == x.ndim - 1 and x.shape[dim] % LANES:
+    # Of parts of tiles the TPU compiler would make an array that lies features first, and turn that around: ten times the
+    # gather itself.
+    return jnp.moveaxis(lax.all_gather(x, axes), 0, -2).reshape(*x.shape[:-1], -1)
+  return lax.all_gather(x, axes, axis=dim, tiled=True)
 
 
 def reduce_scatter(x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
@@ -48,6 +55,8 @@ def reduce_scatter(x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
   shape = (*x.shape[:dim], x.shape[dim] // shards, *x.shape[dim + 1:])
   if not last and math.prod(shape[dim:-1]) <= _ROWS and shape[-1] % LANES == 0 and x.shape[dim] % shards == 0:
     kept = (-1, LANES)
+    # Or the product that x comes from would be made of tiles already, and its weights be laid out for that.
+    x = lax.optimization_barrier(x)
   elif x.size >= _LARGE and x.shape[dim] % (shards * (LANES if last else _ROWS)) == 0:
     kept = shape[dim:]
   else:

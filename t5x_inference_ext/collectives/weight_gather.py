@@ -9,6 +9,7 @@ from typing import Sequence
 
 import jax
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 import jax.numpy as jnp
 
 from t5x_inference_ext.collectives import plain
@@ -71,6 +72,7 @@ def gathered_matmul(
     # Over the fewer shards first: the most bytes then go over the more axes, and links, of a torus.
     for axes, dim in sorted([(row_axes, 0), (column_axes, 1)], key=lambda gather: plain.axis_size(gather[0])):
       w = plain.all_gather(w, axes, dim)
+    w = with_layout_constraint(w, Layout((0, 1)))
     return int8.matmul(x, w)
   return _ring_matmul(x, w, row_axes, column_axes, directions)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from t5x_inference_ext.collectives import plain
 from t5x_inference_ext.layouts.layout import Axes
 from t5x_inference_ext.layouts.placement import Placement
+from t5x_inference_ext.quantization import int8
 
 
 def embed(table: jax.Array, tokens: jax.Array, placement: Placement) -> jax.Array:
@@ -73,7 +74,7 @@ def unembed(
   x = plain.all_gather(x, tuple(a for a in features if a in layout.stored_hidden), 2)
   gathered = tuple(a for a in layout.stored_embed if a in layout.gathered_axes)
   x = plain.local_slice(x, gathered, 2)
-  logits = jnp.einsum('bte,ve->btv', x, table, preferred_element_type=jnp.float32)  # [B, T, V/hidden], partial sums
+  logits = int8.matmul(x, table, dtype=jnp.float32, transposed=True)  # [B, T, V/hidden], partial sums
   embed_rows = tuple(a for a in layout.stored_embed if a in sampling)
   logits = plain.reduce_scatter(logits, embed_rows, 0)
   logits = plain.all_reduce(logits, tuple(a for a in layout.stored_embed if a not in sampling))
