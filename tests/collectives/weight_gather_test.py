@@ -126,7 +126,7 @@ def test_a_gatherer_computes_what_gathered_matmuls_do(directions):
 def test_one_matrix_in_use_and_one_in_flight():
   """A gather waits for the matmul before the last and no later one; a matmul for all before it."""
   x, w = operands(40, 24)
-  found = prerequisites(layer(0, 6), np.tile(x[:, 0], (4, 1)), *[w] * 6)
+  found = prerequisites(layer(0, 6), np.tile(x[:, 0], (8, 1)), *[w] * 6)
   matmuls = [i for i, (name, _) in enumerate(found) if name == 'dot_general']
   gathers = [needed for name, needed in found if name == 'all_gather']
   assert len(matmuls) == 6 and len(gathers) == 12
@@ -139,7 +139,7 @@ def test_one_matrix_in_use_and_one_in_flight():
 @pytest.mark.parametrize('directions', [1, 2])
 def test_one_shard_in_use_and_one_in_flight(directions):
   x, w = operands(40, 24)
-  found = prerequisites(layer(directions, 1), np.tile(x[:, 0], (4, 1)), w)
+  found = prerequisites(layer(directions, 1), np.tile(x[:, 0], (8, 1)), w)
   matmuls = [i for i, (name, _) in enumerate(found) if name == 'dot_general']
   permutes = [needed for name, needed in found if name == 'ppermute']
   assert len(matmuls) == 8 * directions and len(permutes) == 7 * directions
