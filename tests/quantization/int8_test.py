@@ -15,7 +15,7 @@ def operands(*shape):
   return x, w, (rng.random(24) + 0.1).astype(np.float32) / 127
 
 
-@pytest.mark.parametrize('shape', [(), (3,), (2, 3)])
+@pytest.mark.parametrize('shape', [(1,), (3,), (1, 1), (2, 3)])
 def test_scales_belong_to_output_channels(shape):
   x, w, scale = operands(*shape)
   np.testing.assert_allclose(jax.jit(int8.matmul)(x, w, scale), x @ (w * scale), atol=1e-5)
@@ -26,6 +26,21 @@ def test_float_weights_need_no_scale():
   x, w, _ = operands(3)
   w = w.astype(np.float32) / 127
   np.testing.assert_allclose(int8.matmul(x, w), x @ w, atol=1e-5)
+
+
+def test_a_transposed_matrix():
+  x, w, _ = operands(2, 3)
+  np.testing.assert_array_equal(int8.matmul(x, w.T, transposed=True), int8.matmul(x, w))
+
+
+@pytest.mark.parametrize('rows', [1, 2])
+def test_a_single_row_is_two_on_a_tpu_alone(rows, monkeypatch):
+  x, w, scale = operands(rows)
+  lowered = jax.jit(int8.matmul).trace(x, w, scale).lower(lowering_platforms=('tpu',)).as_text()
+  assert 'tensor<2x16xf32>' in lowered
+  assert ('tensor<2x16xf32>' in jax.jit(int8.matmul).lower(x, w, scale).as_text()) == (rows == 2)
+  monkeypatch.setattr(jax.lax, 'platform_dependent', lambda *arguments, tpu, default: tpu(*arguments))
+  np.testing.assert_allclose(int8.matmul(x, w, scale), x @ (w * scale), atol=1e-5)
 
 
 def test_int8_is_exact_in_bfloat16():
