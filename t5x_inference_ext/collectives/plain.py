@@ -18,6 +18,9 @@ from t5x_inference_ext.hardware import LANES
 # in place of the rows.
 _LARGE = 2**21
 _ROWS = 8
+# Gathers and reduce-scatters over this many axes, all of a mesh, become all-reduces too. They are done in two steps, which
+# move as many bytes.
+_ALL = 3
 
 
 def axis_size(axes: Sequence[str]) -> int:
@@ -39,6 +42,8 @@ def all_gather(x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
   axes = _used(axes)
   if not axes:
     return x
+  if len(axes) == _ALL:
+    return all_gather(all_gather(x, axes[-1:], dim), axes[:-1], dim)
   if dim == x.ndim - 1 and x.shape[dim] % LANES:
     # Of parts of tiles the TPU compiler would make an array that lies features first, and turn that around: ten times the
     # gather itself.
@@ -51,6 +56,8 @@ def reduce_scatter(x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
   axes = _used(axes)
   if not axes:
     return x
+  if len(axes) == _ALL:
+    return reduce_scatter(reduce_scatter(x, axes[:-1], dim), axes[-1:], dim)
   shards, last = axis_size(axes), dim == x.ndim - 1
   shape = (*x.shape[:dim], x.shape[dim] // shards, *x.shape[dim + 1:])
   if not last and math.prod(shape[dim:-1]) <= _ROWS and shape[-1] % LANES == 0 and x.shape[dim] % shards == 0:
