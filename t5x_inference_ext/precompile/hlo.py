@@ -17,7 +17,9 @@ _COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.-]+) \(.*\{\s*$')
 _INSTRUCTION = re.compile(r'^\s*(ROOT )?%?([\w.-]+) = ')
 _CALLED = re.compile(r'\b(body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)')
 _BRANCHES = re.compile(r'\bbranch_computations=\{([^}]*)\}')
+_CALLED_BY_CUSTOM_CALL = re.compile(r'\bcalled_computations=\{%?([\w.-]+)\}')
 _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
+_UNKNOWN_CYCLES = 2**63 - 1
 _OP_NAME = re.compile(r'metadata=\{[^}]*?op_name="((?:[^"\\]|\\.)*)"')
 _FRAME = re.compile(r'\bstack_frame_id=(\d+)')
 _TABLE_ROW = re.compile(r'^(\d+) (?:"(.*)"|\{(.*)\})$')
@@ -32,7 +34,7 @@ class Instruction:
     parts: of a tuple, how many arrays each of its elements has; () of an array.
     operands: names of instructions of the same computation.
     argument: the text between the parentheses, for what has no operands: a parameter's number, a constant's value.
-    called: (role, computation), role one of body, condition, calls, to_apply, branch.
+    called: (role, computation), role one of body, condition, calls, to_apply, branch; of a custom call 'custom'.
     attributes: the text after the operands.
     cycles: the compiler's estimate, or None.
     frame: where in the user's program it comes from (Module.functions), or 0.
@@ -218,12 +220,13 @@ def _instruction(line: str) -> Instruction:
   called = [(role, name) for role, name in _CALLED.findall(attributes)]
   if branches := _BRANCHES.search(attributes):
     called += [('branch', name) for name in re.findall(r'[\w.-]+', branches[1])]
+  called += [('custom', name) for name in _CALLED_BY_CUSTOM_CALL.findall(attributes)]
   called = [('branch' if role.endswith('_computation') else role, name) for role, name in called]
   cycles, op_name, frame = (p.search(attributes) for p in (_CYCLES, _OP_NAME, _FRAME))
   return Instruction(
       name=head[2], opcode=opcode, shapes=shapes, parts=parts,
       operands=() if constant else tuple(_NAME.findall(argument)), argument=argument, called=tuple(called),
-      attributes=attributes, cycles=int(cycles[1]) if cycles else None,
+      attributes=attributes, cycles=int(cycles[1]) if cycles and int(cycles[1]) < _UNKNOWN_CYCLES else None,
       op_name=op_name[1].replace("\\'", "'") if op_name else '', frame=int(frame[1]) if frame else 0,
       is_root=bool(head[1]))
 

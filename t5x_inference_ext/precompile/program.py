@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import pathlib
+import tempfile
 import time
 from typing import Any
 
@@ -159,13 +161,31 @@ class Program:
 
   @functools.cached_property
   def text(self) -> str:
-    """The scheduled HLO after partitioning. Raises RequestError for the few programs that jaxlib can't write as text."""
+    """The scheduled HLO after partitioning.
+
+    Raises:
+      RequestError: a program that neither jaxlib nor the compiler writes as text.
+    """
     try:
       return self.compiled.as_text()
     except jax.errors.JaxRuntimeError as e:
+      if text := _dumped_text(self.case, self.mesh):
+        return text
       raise RequestError(
           f'compiled, but this jaxlib can\'t write the program of {self.case.phase} in {self.case.layout} as text, of which '
           f'the report is made ({str(e).splitlines()[0]}): ask for another layout or batch') from e
+
+
+def _dumped_text(case: Case, mesh: Mesh) -> str | None:
+  """The text that the compiler itself leaves of a program, compiled once more; None where it leaves none.
+
+  jaxlib can't read all that a newer compiler makes, such as the lookups that v5p and v6e leave to sparse cores.
+  """
+  function, arguments = phase_function(case, mesh)
+  with tempfile.TemporaryDirectory() as directory:
+    function.lower(*arguments).compile(compiler_options={'xla_dump_to': directory, 'xla_dump_hlo_as_text': True})
+    texts = sorted(pathlib.Path(directory).glob('*.after_codegen.txt'), key=lambda path: path.stat().st_size)
+    return texts[-1].read_text(encoding='utf-8') if texts else None
 
 
 def compile_case(case: Case, mesh: Mesh, available: int | None = None) -> Program:

@@ -107,8 +107,10 @@ class _Flow:
       return operands[0][index] if isinstance(operands[0], tuple) else operands[0]
     if i.opcode == 'while':
       return self._loop(i, operands[0])
-    if i.opcode == 'fusion' or i.phase == 'start' and self.module.called(i):
+    if i.opcode == 'fusion' or i.phase == 'start' and self.module.called(i) and operands:
       return self.run(self.module.called(i), operands, fused=True)
+    if i.phase == 'update' and len(operands) > 1:  # it brings what the start had not yet
+      return self.run(self.module.called(computation[i.operands[0]]), operands[1:], fused=True)
     if i.opcode == 'call':
       return self.run(self.module.called(i, 'to_apply'), operands)
     if i.opcode == 'conditional':

@@ -46,7 +46,7 @@ def traffic(module: Module, computation: Computation, instruction: Instruction) 
     return 0
   operands = computation.operands(i)
   if i.phase == 'start' and (body := module.called(i)):
-    return sum(traffic(module, body, inner) for inner in body.instructions)
+    return _traffic_of_all(module, body)
   written = sum(s.bytes for s in i.results)
   if i.operation in _SLICING:
     return 2 * written + sum(o.bytes for o in operands[1:])
@@ -61,7 +61,15 @@ def traffic(module: Module, computation: Computation, instruction: Instruction) 
     return read + _written(module, body)
   if i.opcode == 'custom-call' and (said := _KERNEL_BYTES.search(i.attributes)) and int(said[1]):
     return int(said[1])
+  if i.opcode == 'custom-call' and (body := module.called(i, 'custom')):
+    return _traffic_of_all(module, body)
   return sum(o.bytes for o in operands) + written
+
+
+def _traffic_of_all(module, body) -> int:
+  """Of all that an asynchronous computation runs. It may be called in it, as what is left to a sparse core is."""
+  return sum(_traffic_of_all(module, module.called(i, 'to_apply')) if i.opcode == 'call' else traffic(module, body, i)
+             for i in body.instructions)
 
 
 def in_place(module: Module, instruction: Instruction) -> bool:

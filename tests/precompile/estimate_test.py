@@ -1,12 +1,17 @@
 """The serial and the overlapped estimate, by hand on small compiled texts."""
 
+import dataclasses
 import pathlib
 
+import jax
 import pytest
 
+from t5x_inference_ext import hardware
+from t5x_inference_ext.config import preset
 from t5x_inference_ext.layouts.mesh import make_mesh
 from t5x_inference_ext.layouts.torus import parse_slice
 from t5x_inference_ext.precompile import hlo
+from t5x_inference_ext.precompile.analysis import analyze
 from t5x_inference_ext.precompile.estimate import Estimate, estimate
 
 TEXTS = pathlib.Path(__file__).parents[1] / 'testdata' / 'hlo'
@@ -177,3 +182,19 @@ def test_a_compiled_program_or_its_module_will_do():
 def test_a_mesh_of_devices_will_do():
   found = estimate(text('nested_loops'), parse_slice('v4:1x1x1'), make_mesh((1, 1, 1)))
   assert found.serial_seconds == read('nested_loops', 'v4:1x1x1', x=1).serial_seconds
+
+
+@pytest.mark.libtpu
+@pytest.mark.parametrize('slice_name', ['v5p:2x2x1', 'v6e:2x2'])
+def test_a_lookup_that_is_left_to_a_sparse_core(slice_name):
+  """jaxlib can't write such a program as text: it is the compiler's own, and the lookup is in it with all its bytes."""
+  config = dataclasses.replace(preset('palm_8b'), num_layers=2)
+  answer = analyze(config, 'int8', slice_name, 'prefill', 4, 512, layout='ws_2d/batch')
+  with pytest.raises(jax.errors.JaxRuntimeError):
+    answer.program.compiled.as_text()
+  lookups = [c for c in answer.estimate.costs if c.opcode == 'async-start' and 'gather' in c.name]
+  # The rows of 4 x 512 tokens are read and written, some of them at a time.
+  assert sum(c.bytes * c.count for c in lookups) == pytest.approx(2 * 4 * 512 * config.d_model * 2, rel=0.01)
+  assert sum(c.seconds for c in lookups) == pytest.approx(
+      sum(c.bytes * c.count for c in lookups) / hardware.chip(answer.slice.kind).hbm_bandwidth, rel=0.01)
+  assert answer.estimate.serial_seconds < 1
