@@ -61,17 +61,12 @@ def plan(
   Raises:
     UserError: what is asked makes no sense, nothing fits or meets the target, or a file that can't be written.
   """
-  for name, value in (('slice', slice_name), ('chip', chip), ('mesh', mesh), ('output_dir', output_dir),
-                      ('gin_output', gin_output), ('json', json_file)):
-    if value is not None and not isinstance(value, str):  # gin may bind anything
-      raise RequestError(f'{name} must be text in quotes, got {value!r}')
   check_writable(gin_output, json_file)
   if sweep or figure:
     check_plots()
     if not os.path.isdir(output_dir):
       raise RequestError(f'can\'t write figures: there is no directory {output_dir}')
-  number = isinstance(latency_target_ms, (int, float)) and 0 < latency_target_ms < math.inf
-  if latency_target_ms is not None and not number:
+  if latency_target_ms is not None and not 0 < latency_target_ms < math.inf:
     raise RequestError(f'latency_target_ms must be above 0 and finite, got {latency_target_ms!r}')
   if mesh and not slice_name:
     raise RequestError(f'mesh={mesh} is over one slice: say which')
