@@ -70,11 +70,11 @@ setuptools.setup(
     },
     entry_points={
         'console_scripts': [
-            't5x_inference_ext-convert = t5x_inference_ext.convert_checkpoint:run',
-            't5x_inference_ext-inspect = t5x_inference_ext.inspect_checkpoint:run',
-            't5x_inference_ext-infer = t5x_inference_ext.infer:run',
-            't5x_inference_ext-plan = t5x_inference_ext.plan:run',
-            't5x_inference_ext-precompile = t5x_inference_ext.precompile.__main__:run',
+            't5x_inference_ext-convert = t5x_inference_ext.commands.convert_checkpoint:run',
+            't5x_inference_ext-inspect = t5x_inference_ext.commands.inspect_checkpoint:run',
+            't5x_inference_ext-infer = t5x_inference_ext.commands.infer:run',
+            't5x_inference_ext-plan = t5x_inference_ext.commands.plan:run',
+            't5x_inference_ext-precompile = t5x_inference_ext.commands.precompile:run',
         ],
     },
     classifiers=[

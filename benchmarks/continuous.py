@@ -21,11 +21,11 @@ import numpy as np
 
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.checkpoints.load import load_weights
-from t5x_inference_ext.decoding import plans
-from t5x_inference_ext.decoding.model import DTYPES, Model
-from t5x_inference_ext.decoding.scheduler import Request, Scheduler
-from t5x_inference_ext.engine import Engine
-from t5x_inference_ext.layouts.mesh import make_mesh
+from t5x_inference_ext.engine import scheduler_config
+from t5x_inference_ext.model.transformer import DTYPES, Model
+from t5x_inference_ext.engine.scheduler import Request, Scheduler
+from t5x_inference_ext.engine.engine import Engine
+from t5x_inference_ext.sharding.mesh import make_mesh
 from tests import reference
 
 
@@ -45,7 +45,7 @@ def ragged(vocabulary: int, count: int, longest: int, most: int) -> list[Request
 
 
 def refilled(engine: Engine, requests: list[Request], slots: int, **options):
-  plan, shared = plans.plan(engine.model, requests, slots=slots, eos_id=-1, **options)
+  plan, shared = scheduler_config.plan(engine.model, requests, slots=slots, eos_id=-1, **options)
 
   def run():
     scheduler = Scheduler(engine.model, engine.weights, plan, shared)

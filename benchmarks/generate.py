@@ -22,8 +22,8 @@ import numpy as np
 from benchmarks import accelerator
 from benchmarks.machine import matmul_rate, seconds
 from t5x_inference_ext.checkpoints import open_checkpoint
-from t5x_inference_ext.decoding.model import DTYPES
-from t5x_inference_ext.engine import Engine
+from t5x_inference_ext.model.transformer import DTYPES
+from t5x_inference_ext.engine.engine import Engine
 
 
 def own_run(engine: Engine, prompts: np.ndarray, new_tokens: int):

@@ -20,7 +20,7 @@ import jax  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
 from benchmarks.accelerator import BATCHES, SHAPES, WEIGHTS  # noqa: E402
-from t5x_inference_ext.layouts.mesh import single_device_mesh  # noqa: E402
+from t5x_inference_ext.sharding.mesh import single_device_mesh  # noqa: E402
 from t5x_inference_ext.precompile import hlo, loops, work  # noqa: E402
 from t5x_inference_ext.precompile.program import Case, phase_function  # noqa: E402
 

@@ -1,4 +1,4 @@
-"""The share of padding when ragged examples are scored: batches in the order of a file, and those of decoding.packing.
+"""The share of padding when ragged examples are scored: batches in the order of a file, and those of engine.length_buckets.
 
     python -m benchmarks.padding
 
@@ -7,7 +7,7 @@ Nothing is computed with them.
 """
 
 from benchmarks.continuous import ragged
-from t5x_inference_ext.decoding.packing import Packer
+from t5x_inference_ext.engine.length_buckets import Packer
 
 ROWS = 32
 

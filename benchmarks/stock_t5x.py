@@ -26,7 +26,7 @@ import seqio
 
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import MeshError, UserError
-from t5x_inference_ext.layouts.torus import Slice, parse_slice
+from t5x_inference_ext.sharding.torus import Slice, parse_slice
 from t5x_inference_ext.precompile import slices
 from t5x_inference_ext.precompile.estimate import Estimate, estimate
 from t5x_inference_ext.precompile.memory import Memory, memory_of, shard_bytes

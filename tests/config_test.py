@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from t5x_inference_ext import config, parameters
+from t5x_inference_ext import config, params
 from t5x_inference_ext.config import ModelConfig
 
 PALM = dict(num_layers=2, d_model=8, d_ff=24, num_heads=4, d_head=4, vocab_size=12)
@@ -23,7 +23,7 @@ def test_presets_have_the_published_parameter_counts(name, count):
 def test_parameters_are_those_of_the_tensors(changes):
   model = ModelConfig(**{**PALM, **changes})
   count = 0
-  for p in parameters.parameters(model).values():
+  for p in params.parameters(model).values():
     size = 1
     for n in p.shape:
       size *= n
@@ -37,7 +37,7 @@ def test_parameters_are_those_of_the_tensors(changes):
     (dict(block='serial'), {'gate_scale', 'linear_scale', 'attention_output_scale', 'mlp_output_scale'})], ids=str)
 def test_an_int8_model_has_a_scale_for_every_sum(changes, scales):
   """One for each addition to the residual stream."""
-  assert set(parameters.scales(ModelConfig(**{**PALM, **changes}))) == {
+  assert set(params.scales(ModelConfig(**{**PALM, **changes}))) == {
       'query_scale', 'key_scale', 'value_scale', *scales}
 
 

@@ -1,5 +1,6 @@
 """The environment of every test: eight simulated CPU devices, exact float32, no implicit broadcasting."""
 
+import importlib.util
 import os
 import pathlib
 
@@ -21,6 +22,17 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_enable_compilation_cache', False)
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config):
+  config.addinivalue_line('markers', 'libtpu: compiles for a TPU slice; needs libtpu, the TPU compiler, and no TPU.')
+
+
+def pytest_collection_modifyitems(items):
+  if importlib.util.find_spec('libtpu') is None:
+    for item in items:
+      if item.get_closest_marker('libtpu'):
+        item.add_marker(pytest.mark.skip(reason='libtpu, the TPU compiler, is not installed (extra `test`)'))
 
 
 @pytest.fixture(autouse=True, scope='module')

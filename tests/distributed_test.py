@@ -9,9 +9,11 @@ import time
 import jax
 import pytest
 
-from t5x_inference_ext import distributed, infer, rendezvous
+from t5x_inference_ext import distributed, rendezvous
+from t5x_inference_ext.commands import infer
 from t5x_inference_ext.errors import RequestError
-from tests import distributed_program, infer_task_test, processes
+from tests import distributed_program, processes
+from tests.commands import infer_task_test
 
 
 def _rows(path):

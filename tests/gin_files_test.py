@@ -8,7 +8,7 @@ import pytest
 
 from t5x_inference_ext import config
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.layouts.layout import Layout, check_pair
+from t5x_inference_ext.sharding.layout import Layout, check_pair
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / 't5x_inference_ext' / 'configs'
 MODELS = sorted(path.stem for path in (CONFIGS / 'models').glob('*.gin'))

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from t5x_inference_ext import parameters
+from t5x_inference_ext import params
 from t5x_inference_ext.config import ModelConfig
 
 
@@ -12,7 +12,7 @@ def random_tensors(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
   """Canonical float32 tensors of plausible sizes."""
   rng = np.random.default_rng(seed)
   tensors = {}
-  for name, p in parameters.parameters(config).items():
+  for name, p in params.parameters(config).items():
     scale = 0.1 if p.kind in ('norm', 'bias') else 1.0 if p.kind == 'embedding' else p.shape[1] ** -0.5
     tensors[name] = (rng.normal(size=p.shape) * scale).astype(np.float32)
     if p.kind == 'norm' and config.norm_scale == 'one':
@@ -23,7 +23,7 @@ def random_tensors(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
 def quantized(config: ModelConfig, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   """The int8 model nearest to `tensors`: int8 matrices and their scales."""
   groups = {}
-  for name, p in parameters.parameters(config).items():
+  for name, p in params.parameters(config).items():
     if p.scale:
       groups.setdefault(p.scale, []).append(name)
   out = dict(tensors)
@@ -36,8 +36,8 @@ def quantized(config: ModelConfig, tensors: dict[str, np.ndarray]) -> dict[str, 
 
 def dequantized(config: ModelConfig, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   """The float32 model that an int8 one stands for."""
-  out = {n: tensors[n] for n in parameters.parameters(config)}
-  for name, p in parameters.parameters(config).items():
+  out = {n: tensors[n] for n in params.parameters(config)}
+  for name, p in params.parameters(config).items():
     if p.scale:
       out[name] = tensors[name].astype(np.float32) * tensors[p.scale][:, None, :]
   return out

@@ -6,7 +6,7 @@ from typing import Any, Iterator
 
 import numpy as np
 
-from t5x_inference_ext import parameters
+from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints import flaxformer, legacy, orbax, serving, storage, work_directory
 from t5x_inference_ext.checkpoints.arrays import SourceArray, whole
 from t5x_inference_ext.checkpoints.tensor import Tensor
@@ -165,7 +165,7 @@ def _from_serving(path: str, data: bytes, norm_scale: str | None, config: ModelC
       f'norm scales: stored around {found.norm_scale} (recorded in the checkpoint)',
   )
   arrays = tuple(whole(t, name, serving.is_layered(name)) for name, t in tensors.items()
-                 if name in parameters.parameters(found))
+                 if name in params.parameters(found))
   return Checkpoint(path, 'serving', step, found, header['weights'], tensors, arrays, header['source'].get('form'),
                     notes)
 

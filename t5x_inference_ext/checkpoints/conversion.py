@@ -11,7 +11,7 @@ import zlib
 
 import numpy as np
 
-from t5x_inference_ext import parameters
+from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints import seal, storage
 from t5x_inference_ext.checkpoints.arrays import Rectangle, SourceArray
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
@@ -158,7 +158,7 @@ class Conversion:
 
   def _errors(self, slices: Iterable[dict]) -> dict[str, RoundingError]:
     """By tensor. slices: their records."""
-    errors = {name: RoundingError() for name in parameters.parameters(self.source.config)} if slices else {}
+    errors = {name: RoundingError() for name in params.parameters(self.source.config)} if slices else {}
     for entry in sorted(slices, key=lambda e: e['slice']):
       for name, values in entry['errors'].items():
         errors[name].merge(RoundingError(*values))
@@ -167,7 +167,7 @@ class Conversion:
   def report(self, path: str, slices: Iterable[dict], finished: bool = True) -> Report:
     """What came of it. slices: their records."""
     sizes = {a.name: _disk_usage(os.path.join(path, a.name)) for a in self.output.arrays}
-    kinds = {**parameters.parameters(self.source.config), **parameters.scales(self.source.config)}
+    kinds = {**params.parameters(self.source.config), **params.scales(self.source.config)}
     layer_bytes = sum(size for name, size in sizes.items() if self.output.is_layer_weight(name))
     return Report(
         self.source, path, self.output.weights, finished, self._errors(slices),
@@ -193,7 +193,7 @@ class _Scales:
     self._started = True
     if self._job.source.weights != 'int8':
       return []
-    return [functools.partial(self._scale, name) for name in parameters.scales(self._job.source.config)]
+    return [functools.partial(self._scale, name) for name in params.scales(self._job.source.config)]
 
   def _scale(self, name: str) -> None:
     values = self._job.source.tensors[name].read()  # [L, out]: 90 MB in all for palm_540b

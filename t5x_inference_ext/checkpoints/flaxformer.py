@@ -18,7 +18,7 @@ from typing import Any, Mapping
 import ml_dtypes
 import numpy as np
 
-from t5x_inference_ext import parameters
+from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints.arrays import Arrangement, Part, SourceArray, whole
 from t5x_inference_ext.checkpoints.flaxformer_names import (
     EMBEDDING, FINAL_NORM, LAYER, LAYERS, check_dtypes, check_names, check_shapes, listing, modules_in)
@@ -87,7 +87,7 @@ def canonical(tree: Tree, norm_scale: str | None = None, config: ModelConfig | N
   tensors = {'embedding': leaves[EMBEDDING]}
   arrays = [whole(leaves[EMBEDDING], 'embedding', layered=False)]
   for name, place in (('final_norm', FINAL_NORM), *((n, f'{LAYERS}/{module}') for n, module in kind.norms)):
-    for canonical_name, leaf in ((name, 'scale'), (parameters.bias_name(name), 'bias'))[:2 if norm == 'layer' else 1]:
+    for canonical_name, leaf in ((name, 'scale'), (params.bias_name(name), 'bias'))[:2 if norm == 'layer' else 1]:
       stored = _float32(leaves, f'{place}/{leaf}')
       layered = place != FINAL_NORM
       tensors[canonical_name] = Moved(stored, axis) if layered else stored
@@ -103,7 +103,7 @@ def canonical(tree: Tree, norm_scale: str | None = None, config: ModelConfig | N
       stored = Cast(stored, np.int8, f'target/{LAYERS}/{kernel.module}/{suffix}')
     # A quantized matrix's factor is in its scale.
     arrays.append(SourceArray(stored, arrangement(kernel, model, axis, {} if quantized else factors)))
-  wanted = {**parameters.parameters(model), **(parameters.scales(model) if quantized else {})}
+  wanted = {**params.parameters(model), **(params.scales(model) if quantized else {})}
   for name, tensor in tensors.items():
     if tensor.shape != wanted[name].shape:
       raise CheckpointError(f'{name}: shape {list(tensor.shape)} in {tensor.path}, but the model asked for needs '
@@ -183,8 +183,8 @@ def _matrices(tree: Tree, leaves: dict[str, Tensor], kernel: Kernel, config: Mod
     if stored.dtype != np.int8:
       stored = Cast(stored, np.int8, f'target/{place}/qkernel')
     tensors[name] = _merge(stored, kernel, axis, window)
-    scale_name = parameters.parameters(config)[name].scale
-    sharing = {n for n, p in parameters.parameters(config).items() if p.scale == scale_name}
+    scale_name = params.parameters(config)[name].scale
+    sharing = {n for n, p in params.parameters(config).items() if p.scale == scale_name}
     if sharing != sharing & {n for n, _ in kernel.parts}:
       raise CheckpointError(f'{tree.path} has quantized kernels with scales of their own for '
                             f'{" and ".join(sorted(sharing))}, which in a parallel block share one: convert the float '

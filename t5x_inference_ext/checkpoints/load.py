@@ -5,10 +5,10 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
 
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
-from t5x_inference_ext.decoding.model import Model
+from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.errors import CheckpointError
-from t5x_inference_ext.layouts.arrangement import DeviceTensor, device_tensors, tensor_dtype
-from t5x_inference_ext.weights import Weights, build_weights
+from t5x_inference_ext.sharding.packing import DeviceTensor, device_tensors, tensor_dtype
+from t5x_inference_ext.model.weights import Weights, build_weights
 
 # On CPU, up to this depth the program unrolls its layers, which spares a copy of each layer's weights; beyond it, a loop
 # keeps programs small and compiles quick.

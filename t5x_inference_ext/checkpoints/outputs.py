@@ -5,7 +5,7 @@ from typing import Any, Iterator, Protocol
 import ml_dtypes
 import numpy as np
 
-from t5x_inference_ext import parameters
+from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints import manifest, serving
 from t5x_inference_ext.checkpoints.arrays import Rectangle
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
@@ -59,7 +59,7 @@ class ServingOutput:
         for name, (shape, dtype) in contents.items()}
     self.arrays = tuple(self._arrays.values())
     self._header = serving.header(source.config, weights, provenance, version, options)
-    self._kinds = {**parameters.parameters(source.config), **parameters.scales(source.config)}
+    self._kinds = {**params.parameters(source.config), **params.scales(source.config)}
 
   def dtype(self, name: str) -> np.dtype:
     return self._arrays[name].dtype

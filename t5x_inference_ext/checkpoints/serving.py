@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import tensorstore as ts
 
-from t5x_inference_ext import parameters
+from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints import storage, zarr_arrays
 from t5x_inference_ext.checkpoints.raw_array import checksum
 from t5x_inference_ext.checkpoints.tensor import Bounds, Tensor
@@ -36,15 +36,15 @@ _DTYPES = {'int8': np.dtype(np.int8), 'bfloat16': np.dtype(ml_dtypes.bfloat16), 
 def contents(config: ModelConfig, weights: str) -> dict[str, tuple[tuple[int, ...], str]]:
   """(shape, dtype name) of every tensor in a serving checkpoint of a model, by name."""
   dtypes = {'matrix': weights, 'embedding': 'bfloat16', 'norm': 'float32', 'bias': 'float32', 'scale': 'float32'}
-  tensors = parameters.parameters(config)
+  tensors = params.parameters(config)
   if weights == 'int8':
-    tensors = {**tensors, **parameters.scales(config)}
+    tensors = {**tensors, **params.scales(config)}
   return {name: (p.shape, dtypes[p.kind]) for name, p in tensors.items()}
 
 
 def is_layered(name: str) -> bool:
   """Whether a tensor's first axis is the layers."""
-  return name not in ('embedding', 'final_norm', parameters.bias_name('final_norm'))
+  return name not in ('embedding', 'final_norm', params.bias_name('final_norm'))
 
 
 def chunk_shape(name: str, shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from typing import Callable
 
 import numpy as np
 
-from t5x_inference_ext import parameters
+from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints.arrays import Rectangle
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
 from t5x_inference_ext.checkpoints.not_finite import check_finite
@@ -70,7 +70,7 @@ class SliceWork:
 
   def __init__(self, job: Job, piece: Slice):
     self._job, self._slice = job, piece
-    self._kinds = parameters.parameters(job.source.config)
+    self._kinds = params.parameters(job.source.config)
     self._blocks = job.plan.blocks(piece)
     self._steps = iter([*((self._measure, *((self._search,) if job.search else ())) if piece.scaled else ()),
                         self._write])

@@ -10,7 +10,7 @@ import itertools
 import math
 from typing import Iterator, Sequence
 
-from t5x_inference_ext import parameters
+from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints.arrays import SourceArray
 from t5x_inference_ext.checkpoints.tensor import Bounds
 from t5x_inference_ext.config import ModelConfig
@@ -56,7 +56,7 @@ class Plan:
   def __init__(self, arrays: Sequence[SourceArray], config: ModelConfig, finds_scales: bool,
                slice_bytes: int = SLICE_BYTES):
     self.arrays = tuple(arrays)
-    kinds = parameters.parameters(config)
+    kinds = params.parameters(config)
     by_scale, single = {}, []
     for i, array in enumerate(self.arrays):
       scales = sorted({kinds[part.name].scale for part in array.arrangement.parts if kinds[part.name].scale})

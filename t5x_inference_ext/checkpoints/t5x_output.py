@@ -11,7 +11,7 @@ from typing import Any, Iterator, Sequence
 import msgpack
 import numpy as np
 
-from t5x_inference_ext import parameters
+from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints import flaxformer, flaxformer_names, legacy, manifest, serving
 from t5x_inference_ext.checkpoints.arrays import Arrangement, Part, Rectangle
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
@@ -34,7 +34,7 @@ class T5xOutput:
                options: dict[str, Any]):
     self.weights = weights
     form = source.form or usual_form(source.config)
-    self._step, self._kinds = source.step, parameters.parameters(source.config)
+    self._step, self._kinds = source.step, params.parameters(source.config)
     self._leaves, self._places, self._layer_weights = {}, {}, set()
     self._directory = directory
     self._layers = source.config.num_layers
@@ -171,7 +171,7 @@ def chunk_shape(shape: Sequence[int], elements: int) -> tuple[int, ...]:
 
 
 def _scale_arrangement(kernel: Kernel, config: ModelConfig, axis: int, factors: dict[str, float],
-                       kinds: dict[str, parameters.Parameter]) -> Arrangement:
+                       kinds: dict[str, params.Parameter]) -> Arrangement:
   """Of the scales beside a quantized kernel: axes that are summed over have size 1, and parts along them one scale."""
   parts, start = {}, 0
   summed = kernel.axis < len(kernel.inputs)

@@ -6,11 +6,11 @@ import math
 
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.layouts import placement as placements, traffic
-from t5x_inference_ext.layouts.arrangement import DeviceTensor, device_tensors
-from t5x_inference_ext.layouts.layout import Layout
-from t5x_inference_ext.layouts.moves import Move
-from t5x_inference_ext.layouts.placement import Placement
+from t5x_inference_ext.sharding import activations, traffic
+from t5x_inference_ext.sharding.packing import DeviceTensor, device_tensors
+from t5x_inference_ext.sharding.layout import Layout
+from t5x_inference_ext.sharding.collective import Move
+from t5x_inference_ext.sharding.activations import Placement
 from t5x_inference_ext.planner.machine import Machine, Mesh
 from t5x_inference_ext.planner.network import sizes
 
@@ -30,7 +30,7 @@ class Case:
     machine, mesh: the chips, and (X, Y, Z) over all of them.
     layout: of the phase.
     phase: 'prefill' or 'decode'.
-    batch: B, rows of the pass; a decode that can't split so many is refused by layouts/placement.py.
+    batch: B, rows of the pass; a decode that can't split so many is refused by sharding/activations.py.
     length: T, positions that the pass takes of each row: 1 in decode.
     context: S, positions that attention sees at the end of the pass, those of the pass included.
     weights: 'int8' or 'bfloat16'.
@@ -71,14 +71,14 @@ class Case:
 
   @functools.cached_property
   def placement(self) -> Placement:
-    return placements.place(self.layout, self.config, sizes(self.mesh), self.batch, self.padded)
+    return activations.place(self.layout, self.config, sizes(self.mesh), self.batch, self.padded)
 
   @property
   def padded(self) -> int:
     """T as it runs: what the layout splits is padded until it divides."""
     if self.phase == 'decode':
       return 1
-    return placements.padded_length(self.layout, sizes(self.mesh), self.batch, self.length)
+    return activations.padded_length(self.layout, sizes(self.mesh), self.batch, self.length)
 
   @property
   def tensors(self) -> dict[str, DeviceTensor]:

@@ -7,7 +7,7 @@ from typing import Any, Callable, Iterable
 import jax
 
 from t5x_inference_ext.errors import RequestError, UserError
-from t5x_inference_ext.layouts.explain_text import bytes_text
+from t5x_inference_ext.sharding.explain_text import bytes_text
 from t5x_inference_ext.planner.costs import Cost, cost
 from t5x_inference_ext.planner.efficiency import IDEAL
 from t5x_inference_ext.planner.memory import Memory, memory

@@ -6,7 +6,7 @@ the layer before (section 3.5), and only what is longer than these counts.
 
 import dataclasses
 
-from t5x_inference_ext.layouts.moves import Move
+from t5x_inference_ext.sharding.collective import Move
 from t5x_inference_ext.planner.case import Case
 from t5x_inference_ext.planner.efficiency import FITTED, IDEAL, Efficiency
 from t5x_inference_ext.planner.machine import Machine

@@ -7,7 +7,7 @@ import contextlib
 import os
 from typing import Any, Iterator, Sequence
 
-from t5x_inference_ext.errors import RequestError, UserError
+from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.planner import tables
 from t5x_inference_ext.planner.costs import PARTS
 from t5x_inference_ext.planner.machine import Machine, Mesh

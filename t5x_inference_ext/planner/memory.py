@@ -7,7 +7,7 @@ import math
 from t5x_inference_ext.planner.case import ACTIVATION_BYTES, WEIGHTS, Case
 from t5x_inference_ext.planner.work import cache_bytes, stored_bytes
 
-# Attention of more logits than this goes a few rows at a time (decoding/model.py).
+# Attention of more logits than this goes a few rows at a time (model/transformer.py).
 _ATTENTION_LOGITS = 2**30
 _FLOAT32 = 4
 

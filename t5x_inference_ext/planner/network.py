@@ -1,11 +1,11 @@
 """How long a collective takes: the paper's one bandwidth, or each axis of the torus with its links and hops.
 
-Both take what layouts/traffic.py says is moved (layouts/moves.Move), and both are at full rate: how much of the links'
+Both take what sharding/traffic.py says is moved (layouts/moves.Move), and both are at full rate: how much of the links'
 bandwidth a program reaches is efficiency.py's to say.
 
   paper   Sections 3.2 and 3.3: bytes over the bandwidth of all links of a chip (270 GB/s on v4), whatever axes the
           collective runs over; (K-1)/K counts as 1; no hops.
-  torus   A collective uses the links along its own axes alone (layouts/links.py). A physical axis with wraparound
+  torus   A collective uses the links along its own axes alone (sharding/links.py). A physical axis with wraparound
           (torus.wraparound) brings two links, one without, or a part of an axis, brings one; several add up. (K-1)/K
           counts (appendix A.1). Each chip passed is a hop. GPUs have no torus: NVLink within a node, each chip's network
           card across nodes, log2 K hops.
@@ -15,10 +15,10 @@ import dataclasses
 from typing import Mapping
 
 from t5x_inference_ext.errors import UserError
-from t5x_inference_ext.layouts import links
-from t5x_inference_ext.layouts.layout import Axes
-from t5x_inference_ext.layouts.mesh import AXES
-from t5x_inference_ext.layouts.moves import Move
+from t5x_inference_ext.sharding import links
+from t5x_inference_ext.sharding.layout import Axes
+from t5x_inference_ext.sharding.mesh import AXES
+from t5x_inference_ext.sharding.collective import Move
 from t5x_inference_ext.planner.machine import Machine, Mesh
 
 CONVENTIONS = ('torus', 'paper')

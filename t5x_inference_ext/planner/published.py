@@ -3,7 +3,7 @@
 import dataclasses
 
 from t5x_inference_ext.config import preset
-from t5x_inference_ext.layouts.layout import Layout
+from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.planner.case import Case
 from t5x_inference_ext.planner.machine import Machine
 

@@ -3,7 +3,7 @@
 import textwrap
 from typing import Iterable, Sequence
 
-from t5x_inference_ext.layouts.explain_text import bytes_text
+from t5x_inference_ext.sharding.explain_text import bytes_text
 from t5x_inference_ext.planner import search
 from t5x_inference_ext.planner.choose import Choice
 from t5x_inference_ext.planner.costs import PARTS, Cost

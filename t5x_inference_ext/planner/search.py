@@ -5,8 +5,14 @@ import math
 from typing import Iterable, Iterator
 
 from t5x_inference_ext.errors import MeshError
-from t5x_inference_ext.layouts import placement as placements
-from t5x_inference_ext.layouts.layout import ATTENTION, FEEDFORWARD, Layout, check_model, check_pair
+from t5x_inference_ext.sharding import activations
+from t5x_inference_ext.sharding.layout import (
+    ATTENTION,
+    FEEDFORWARD,
+    Layout,
+    check_model,
+    check_pair,
+)
 from t5x_inference_ext.planner.case import Case
 from t5x_inference_ext.planner.costs import Cost, cost
 from t5x_inference_ext.planner.machine import Machine, Mesh
@@ -104,7 +110,7 @@ def _cases(request: Request, machine: Machine, mesh: Mesh, phase: str, rows: int
   for layout in LAYOUTS:
     if _is_another(layout, mesh):
       continue
-    if phase == 'decode' and rows != placements.padded_batch(layout, rows, sizes(mesh)):
+    if phase == 'decode' and rows != activations.padded_batch(layout, rows, sizes(mesh)):
       continue  # the runtime would take more: they are another choice
     case = Case(request.config, machine, mesh, layout, phase, rows, length, context, request.weights, request.cache)
     if request.convention == 'paper' and layout.attention == 'batch' and not splits_rows(case) and machine.chips > 1:

@@ -5,8 +5,8 @@ import math
 from typing import Sequence
 
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.layouts.layout import Layout
-from t5x_inference_ext.layouts.traffic import feedforward_moves
+from t5x_inference_ext.sharding.layout import Layout
+from t5x_inference_ext.sharding.traffic import feedforward_moves
 from t5x_inference_ext.planner.case import Case
 from t5x_inference_ext.planner.machine import Machine, Mesh
 from t5x_inference_ext.planner.network import sizes

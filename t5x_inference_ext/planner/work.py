@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from t5x_inference_ext.layouts.arrangement import DeviceTensor, tensor_dtype
+from t5x_inference_ext.sharding.packing import DeviceTensor, tensor_dtype
 from t5x_inference_ext.planner.case import CACHES, Case
 
 _SCALE_BYTES = 4  # an int8 cache has a float32 scale for each row, position and head

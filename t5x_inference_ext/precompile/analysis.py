@@ -5,11 +5,11 @@ from typing import Callable
 
 from t5x_inference_ext.checkpoints.load import MAX_UNROLLED_LAYERS
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.decoding.sampling import Sampler
+from t5x_inference_ext.engine.sampling import Sampler
 from t5x_inference_ext.errors import MeshError, UserError
-from t5x_inference_ext.layouts.layout import Layout
-from t5x_inference_ext.layouts.mesh import parse_mesh
-from t5x_inference_ext.layouts.torus import Slice, parse_slice
+from t5x_inference_ext.sharding.layout import Layout
+from t5x_inference_ext.sharding.mesh import parse_mesh
+from t5x_inference_ext.sharding.torus import Slice, parse_slice
 from t5x_inference_ext.precompile import fit, slices
 from t5x_inference_ext.precompile.estimate import Estimate, estimate
 from t5x_inference_ext.precompile.fit import Alternative, Say, Shortage

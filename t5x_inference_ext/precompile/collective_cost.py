@@ -8,7 +8,7 @@ from typing import Mapping, Sequence
 import numpy as np
 
 from t5x_inference_ext.hardware import Chip
-from t5x_inference_ext.layouts.torus import Slice
+from t5x_inference_ext.sharding.torus import Slice
 from t5x_inference_ext.precompile.hlo import Computation, Instruction, Module
 from t5x_inference_ext.precompile.shapes import HloError
 

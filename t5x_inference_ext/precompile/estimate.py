@@ -23,7 +23,7 @@ import re
 from typing import Any, Mapping
 
 from t5x_inference_ext import hardware
-from t5x_inference_ext.layouts.torus import Slice
+from t5x_inference_ext.sharding.torus import Slice
 from t5x_inference_ext.precompile import collective_cost
 from t5x_inference_ext.precompile import loops
 from t5x_inference_ext.precompile.collective_cost import Collective

@@ -7,12 +7,12 @@ import jax
 from jax.sharding import Mesh
 
 from t5x_inference_ext.errors import MeshError, UserError
-from t5x_inference_ext.layouts import placement as placements
-from t5x_inference_ext.layouts.explain import Setting, describe
-from t5x_inference_ext.layouts.layout import Layout
-from t5x_inference_ext.layouts.mesh import AXES
-from t5x_inference_ext.layouts.mesh_choice import torus_mesh
-from t5x_inference_ext.layouts.torus import Slice, parse_slice
+from t5x_inference_ext.sharding import activations
+from t5x_inference_ext.sharding.explain import Setting, describe
+from t5x_inference_ext.sharding.layout import Layout
+from t5x_inference_ext.sharding.mesh import AXES
+from t5x_inference_ext.sharding.mesh_choice import torus_mesh
+from t5x_inference_ext.sharding.torus import Slice, parse_slice
 from t5x_inference_ext.precompile import slices
 from t5x_inference_ext.precompile.program import Case, Program, compile_case
 
@@ -132,7 +132,7 @@ def _promising(case: Case, slice_: Slice, available: int, least: int = 0) -> boo
   """Whether weights and cache leave room, and are less than `least` where that is given."""
   mesh = dict(zip(AXES, torus_mesh(slice_.shape, slice_.wraps, case.config)))
   try:
-    placements.place(case.layouts[1], case.config, mesh, case.batch, 1)
+    activations.place(case.layouts[1], case.config, mesh, case.batch, 1)
     total = sum(held(case, mesh))
   except MeshError:
     return False

@@ -13,18 +13,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from t5x_inference_ext.checkpoints.load import scans_layers
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.decoding.cache import KVCache
-from t5x_inference_ext.decoding.incremental import abstract
-from t5x_inference_ext.decoding.model import Model
-from t5x_inference_ext.decoding.sampling import Sampler
-from t5x_inference_ext.engine import generation_program
+from t5x_inference_ext.model.cache import KVCache
+from t5x_inference_ext.model.chunks import abstract
+from t5x_inference_ext.model.transformer import Model
+from t5x_inference_ext.engine.sampling import Sampler
+from t5x_inference_ext.engine.engine import generation_program
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.layouts.arrangement import device_tensors, tensor_dtype
-from t5x_inference_ext.layouts.layout import Layout
+from t5x_inference_ext.sharding.packing import device_tensors, tensor_dtype
+from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.precompile import serving
-from t5x_inference_ext.precompile.generation import Run, describe
+from t5x_inference_ext.engine.saved_generation import Run, describe
 from t5x_inference_ext.precompile.memory import Memory, memory_of
-from t5x_inference_ext.weights import Weights, build_weights
+from t5x_inference_ext.model.weights import Weights, build_weights
 
 PHASES = ('decode', 'prefill', 'generate', *serving.PHASES)
 WEIGHTS = ('int8', 'bfloat16')
@@ -212,7 +212,7 @@ def phase_function(case: Case, mesh: Mesh) -> tuple[jax.stages.Wrapped, tuple[An
 
   decode: (weights, cache, tokens [B]) -> (next tokens [B], cache), the cache in place.
   prefill: (weights, tokens [B, T], lengths [B]) -> (next tokens [B], cache).
-  generate: (weights, tokens [B, T], lengths [B], seeds [B]) -> decoding.generate.Generation.
+  generate: (weights, tokens [B, T], lengths [B], seeds [B]) -> engine.static_batch.Generation.
   extend, slots, admit: see serving.program.
   """
   model = case.model(mesh)

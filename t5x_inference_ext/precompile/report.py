@@ -6,8 +6,8 @@ import textwrap
 from typing import Any, Iterable, Sequence
 
 from t5x_inference_ext import hardware
-from t5x_inference_ext.layouts.explain_text import bytes_text
-from t5x_inference_ext.layouts.mesh import mesh_links, mesh_text
+from t5x_inference_ext.sharding.explain_text import bytes_text
+from t5x_inference_ext.sharding.mesh import mesh_links, mesh_text
 from t5x_inference_ext.precompile.analysis import Answer
 from t5x_inference_ext.precompile.estimate import COLLECTIVE, COPY, MATMUL, RELAYOUT, Cost, Estimate
 from t5x_inference_ext.precompile.fit import Shortage

@@ -5,8 +5,9 @@ import sys
 from typing import Callable
 
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.decoding.sampling import Sampler
-from t5x_inference_ext.precompile import report, saved
+from t5x_inference_ext.engine.sampling import Sampler
+from t5x_inference_ext.precompile import report
+from t5x_inference_ext.engine import saved_program
 from t5x_inference_ext.precompile.analysis import Answer, analyze
 from t5x_inference_ext.text_files import check_writable, write_text
 
@@ -70,7 +71,7 @@ def _write_program(answer: Answer, hlo_file, save_file, write) -> None:
     write_text(hlo_file, program.text)
     write(f'compiled program: {hlo_file}')
   if save_file:
-    header = saved.save(save_file, program.compiled, program.arguments, program.mesh, program.case.to_dict())
+    header = saved_program.save(save_file, program.compiled, program.arguments, program.mesh, program.case.to_dict())
     versions = ', '.join(f'{name} {header[name]}' for name in ('jax', 'jaxlib', 'libtpu') if header[name])
     write(f'executable: {save_file}, {header["bytes"] / 2**20:.1f} MiB, for {answer.slice} with {versions}')
 

@@ -1,4 +1,4 @@
-"""The programs of slot refill (decoding.slots) and the shapes that they take: a chunk of prompts, decode steps of slots, and
+"""The programs of slot refill (engine.slots) and the shapes that they take: a chunk of prompts, decode steps of slots, and
 a prompt's way into a slot."""
 
 import functools
@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 
-from t5x_inference_ext.decoding import slots as device
-from t5x_inference_ext.decoding.incremental import abstract
-from t5x_inference_ext.decoding.model import Model
-from t5x_inference_ext.decoding.rows import Rows
-from t5x_inference_ext.decoding.sampling import Sampler, samplers
-from t5x_inference_ext.decoding.scheduler import Plan
-from t5x_inference_ext.weights import Weights
+from t5x_inference_ext.engine import slots as device
+from t5x_inference_ext.model.chunks import abstract
+from t5x_inference_ext.model.transformer import Model
+from t5x_inference_ext.engine.state import Rows
+from t5x_inference_ext.engine.sampling import Sampler, samplers
+from t5x_inference_ext.engine.scheduler import Plan
+from t5x_inference_ext.model.weights import Weights
 
 PHASES = ('extend', 'slots', 'admit')
 CHUNK = Plan.chunk  # positions that one pass of prefill takes, where nobody says otherwise
@@ -27,7 +27,7 @@ def program(phase: str, model: Model, weights: Weights, batch: int, context: int
   """A phase's jitted function, and the shapes of what it takes. What it changes is changed in place.
 
   extend: (weights, prompts, tokens [B, T], counts [B]) -> prompts.
-  slots: (weights, slots, steps, until_free) -> (slots, decoding.slots.Steps), of STEPS steps at most.
+  slots: (weights, slots, steps, until_free) -> (slots, engine.slots.Steps), of STEPS steps at most.
   admit: (weights, slots, prompts, row, slot, asks, prompt [1, T], its length [1]) -> (slots, the first token).
 
   Args:
@@ -55,7 +55,7 @@ def program(phase: str, model: Model, weights: Weights, batch: int, context: int
 
 
 def _jitted(function: Callable, model: Model, **static: Any) -> jax.stages.Wrapped:
-  """A function of decoding.slots, weights first. Weights that it does not use are where they are nonetheless."""
+  """A function of engine.slots, weights first. Weights that it does not use are where they are nonetheless."""
   run = lambda weights, state, *arguments: function.__wrapped__(model, state, weights, *arguments, **static)
   return jax.jit(run, donate_argnums=1, keep_unused=True)
 

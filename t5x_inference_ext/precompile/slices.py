@@ -14,10 +14,10 @@ from jax.sharding import Mesh
 
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import MeshError, UserError
-from t5x_inference_ext.layouts.layout import check_model
-from t5x_inference_ext.layouts.mesh import AXES, make_mesh
-from t5x_inference_ext.layouts.mesh_choice import torus_mesh
-from t5x_inference_ext.layouts.torus import GENERATIONS, Slice
+from t5x_inference_ext.sharding.layout import check_model
+from t5x_inference_ext.sharding.mesh import AXES, make_mesh
+from t5x_inference_ext.sharding.mesh_choice import torus_mesh
+from t5x_inference_ext.sharding.torus import GENERATIONS, Slice
 
 # libtpu aborts the process on boxes that no pod has (v4:1x2x2), so that only real ones reach it. Smaller ones by name;
 # larger ones of v4 and v5p are boxes of whole 4x4x4 cubes, and cubes in a row.

@@ -10,7 +10,7 @@ from t5x import partitioning
 from t5x_inference_ext.checkpoints import open_checkpoint
 from t5x_inference_ext.checkpoints.load import load_tensor
 from t5x_inference_ext.errors import CheckpointError, MeshError
-from t5x_inference_ext.layouts.mesh import AXES, mesh_text
+from t5x_inference_ext.sharding.mesh import AXES, mesh_text
 from t5x_inference_ext.t5x.models import InferenceModel
 from t5x_inference_ext.t5x.module import Declaration, Path, declarations
 from t5x_inference_ext.t5x.partitioning import partitioner_rules

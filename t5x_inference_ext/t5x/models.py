@@ -15,13 +15,13 @@ from t5x import utils
 from t5x_inference_ext.checkpoints import open_checkpoint
 from t5x_inference_ext.checkpoints.load import scans_layers
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.decoding.cache import KVCache
-from t5x_inference_ext.decoding.model import Model
-from t5x_inference_ext.decoding.inputs import EOS_ID
+from t5x_inference_ext.model.cache import KVCache
+from t5x_inference_ext.model.transformer import Model
+from t5x_inference_ext.engine.inputs import EOS_ID
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.layouts.layout import Layout
-from t5x_inference_ext.layouts.mesh import parse_mesh
-from t5x_inference_ext.layouts.mesh_choice import choose_mesh
+from t5x_inference_ext.sharding.layout import Layout
+from t5x_inference_ext.sharding.mesh import parse_mesh
+from t5x_inference_ext.sharding.mesh_choice import choose_mesh
 from t5x_inference_ext.quantization.kv import KV, Int8KV
 from t5x_inference_ext.t5x.module import STACK, InferenceModule, weights_from_params
 from t5x_inference_ext.t5x.partitioning import inference_mesh
@@ -48,9 +48,9 @@ class InferenceModel(models.DecoderOnlyModel):
     config: the model's shape, which the checkpoint must then have.
     int8: without a checkpoint, whether the matrices are int8.
     mesh: 'XxYxZ', over the first X*Y*Z devices; None takes as many devices as divide the model, along the
-      torus of a TPU slice (layouts.mesh_choice.choose_mesh). Or a jax Mesh of axes x, y, z, whose devices need not be here:
+      torus of a TPU slice (sharding.mesh_choice.choose_mesh). Or a jax Mesh of axes x, y, z, whose devices need not be here:
       for precompiling (precompile.slices.slice_mesh).
-    prefill_layout: 'feedforward/attention' of prompts and of scores; see layouts.layout.Layout.
+    prefill_layout: 'feedforward/attention' of prompts and of scores; see sharding.layout.Layout.
     decode_layout: that of decode steps.
     dtype: of activations and float weights: 'float32' or 'bfloat16'.
     cache: what the KV cache holds: 'float32', 'bfloat16', 'int8' with a scale for each position and head, or None: dtype.

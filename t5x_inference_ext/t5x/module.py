@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t5x_inference_ext.decoding.model import Model
-from t5x_inference_ext.layouts.arrangement import DeviceTensor, device_tensors, tensor_dtype
-from t5x_inference_ext.layouts.rules import weight_axes
-from t5x_inference_ext.weights import SublayerWeights, Weights
+from t5x_inference_ext.model.transformer import Model
+from t5x_inference_ext.sharding.packing import DeviceTensor, device_tensors, tensor_dtype
+from t5x_inference_ext.sharding.axis_rules import weight_axes
+from t5x_inference_ext.model.weights import SublayerWeights, Weights
 
 STACK = 'layers'
 Path = tuple[str, ...]

@@ -10,11 +10,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from t5x import partitioning
 
 from t5x_inference_ext.errors import MeshError, RequestError
-from t5x_inference_ext.layouts.layout import Layout
-from t5x_inference_ext.layouts.mesh import AXES, make_mesh, mesh_text, parse_mesh
-from t5x_inference_ext.layouts.placement import Placement
-from t5x_inference_ext.layouts.rules import Rules, activation_rules, logical_axis_rules
-from t5x_inference_ext.precompile import saved
+from t5x_inference_ext.sharding.layout import Layout
+from t5x_inference_ext.sharding.mesh import AXES, make_mesh, mesh_text, parse_mesh
+from t5x_inference_ext.sharding.activations import Placement
+from t5x_inference_ext.sharding.axis_rules import Rules, activation_rules, logical_axis_rules
+from t5x_inference_ext.engine import saved_program
 from t5x_inference_ext.t5x.refill import HostStep
 
 # T5X's exporter and precompiler ask for an axis of this name. Its size is 1: a batch is not split before the model sees
@@ -42,7 +42,7 @@ def partitioner_rules(layout: Layout) -> Rules:
 
 
 class InferencePartitioner(partitioning.PjitPartitioner):
-  """Runs T5X's functions on an inference_mesh, with the rules of a layout (layouts.rules).
+  """Runs T5X's functions on an inference_mesh, with the rules of a layout (sharding.axis_rules).
 
   T5X takes from the rules how weights lie: to restore them, to partition functions of them and to write model-info.txt.
   They are the same in both phases. The rules of one phase's activations (phase_rules) are in force nowhere: prefill,
@@ -73,7 +73,7 @@ class InferencePartitioner(partitioning.PjitPartitioner):
                          'of the two')
     self._executable = executable
     if executable is not None:
-      saved.read_header(executable)  # a wrong path is found out now, not after the weights are restored
+      saved_program.read_header(executable)  # a wrong path is found out now, not after the weights are restored
     super().__init__(num_partitions=self._inference_mesh.size, logical_axis_rules=partitioner_rules(layout))
 
   def phase_rules(self, placement: Placement) -> Rules:
@@ -163,9 +163,9 @@ class SavedStep:
   def __call__(self, *arguments):
     """Raises SavedError where the file holds another program than this step with these arguments."""
     if self._loaded is None:
-      shapes = saved.shapes(arguments)
+      shapes = saved_program.shapes(arguments)
       described = describe_step(self.step.lower(*shapes))
-      self._loaded = saved.load(self.path, self.step, shapes, self.mesh, described)
+      self._loaded = saved_program.load(self.path, self.step, shapes, self.mesh, described)
     return self._loaded(*arguments)
 
 

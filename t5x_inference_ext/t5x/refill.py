@@ -11,10 +11,10 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 
-from t5x_inference_ext.decoding import plans
-from t5x_inference_ext.decoding.model import Model
-from t5x_inference_ext.decoding.sampling import Sampler
-from t5x_inference_ext.decoding.scheduler import Request, Scheduler
+from t5x_inference_ext.engine import scheduler_config
+from t5x_inference_ext.model.transformer import Model
+from t5x_inference_ext.engine.sampling import Sampler
+from t5x_inference_ext.engine.scheduler import Request, Scheduler
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.t5x.module import weights_from_params
 
@@ -99,7 +99,7 @@ class Predictor:
       refill = self._refill
       prompt = length if self._inputs is None else self._inputs + 1
       weights = weights_from_params(params)
-      plan, shared = plans.plan(
+      plan, shared = scheduler_config.plan(
           self._model, requests, slots=refill.slots, eos_id=self._eos, prompt=prompt, size=length + 1, chunk=refill.chunk,
           budget=refill.budget)
       self._scheduler, self._made_for = Scheduler(self._model, weights, plan, shared), (params, length)

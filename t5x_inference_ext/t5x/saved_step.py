@@ -1,4 +1,4 @@
-"""The step that t5x.infer runs for each batch, compiled beforehand and kept in a file (precompile/saved.py)."""
+"""The step that t5x.infer runs for each batch, compiled beforehand and kept in a file (engine/saved_program.py)."""
 
 import os
 from typing import Any, Mapping
@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from t5x import utils
 
-from t5x_inference_ext.precompile import saved
+from t5x_inference_ext.engine import saved_program
 from t5x_inference_ext.t5x.models import InferenceModel
 from t5x_inference_ext.t5x.partitioning import InferencePartitioner, describe_step
 from t5x_inference_ext.t5x.precompile import abstract_inputs, infer_step_of
@@ -55,6 +55,6 @@ def save_infer_step(
   step = getattr(step, 'step', step)
   key = jax.eval_shape(lambda: jax.random.PRNGKey(0))
   rows = jax.ShapeDtypeStruct((batch_size,), np.int32)
-  arguments = saved.shapes((state.params, batch, key, rows, state.flax_mutables))
+  arguments = saved_program.shapes((state.params, batch, key, rows, state.flax_mutables))
   lowered = step.lower(*arguments)
-  return saved.save(path, lowered.compile(), arguments, partitioner.mesh, describe_step(lowered))
+  return saved_program.save(path, lowered.compile(), arguments, partitioner.mesh, describe_step(lowered))

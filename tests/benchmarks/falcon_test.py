@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from benchmarks import accelerator
-from t5x_inference_ext.decoding.model import Model
-from t5x_inference_ext.layouts.arrangement import device_tensors
-from t5x_inference_ext.layouts.mesh import single_device_mesh
-from t5x_inference_ext.weights import Weights, layer_weights
+from t5x_inference_ext.model.transformer import Model
+from t5x_inference_ext.sharding.packing import device_tensors
+from t5x_inference_ext.sharding.mesh import single_device_mesh
+from t5x_inference_ext.model.weights import Weights, layer_weights
 
 pytestmark = [
     pytest.mark.skipif(any(importlib.util.find_spec(m) is None for m in ('torch', 'transformers')),

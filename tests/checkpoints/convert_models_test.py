@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from t5x_inference_ext import parameters
+from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints import convert, open_checkpoint, serving
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import CheckpointError
@@ -51,17 +51,17 @@ def test_int8(tmp_path, config, chunking):
   checkpoint = open_checkpoint(tmp_path / 'out')
   assert (checkpoint.config, checkpoint.weights) == (config, 'int8')
   out, expected = read(checkpoint), reference.quantized(config, tensors)
-  assert set(out) == {*parameters.parameters(config), *parameters.scales(config)}
-  for name, p in {**parameters.parameters(config), **parameters.scales(config)}.items():
+  assert set(out) == {*params.parameters(config), *params.scales(config)}
+  for name, p in {**params.parameters(config), **params.scales(config)}.items():
     if p.kind != 'embedding':
       np.testing.assert_array_equal(out[name], expected[name], strict=True, err_msg=name)
   np.testing.assert_array_equal(out['embedding'], tensors['embedding'].astype(ml_dtypes.bfloat16), strict=True)
-  on_disk = sum(f.stat().st_size for name, p in {**parameters.parameters(config), **parameters.scales(config)}.items()
+  on_disk = sum(f.stat().st_size for name, p in {**params.parameters(config), **params.scales(config)}.items()
                 if p.kind in ('matrix', 'scale') for f in (tmp_path / 'out' / name).iterdir())
   assert report.layer_bytes == on_disk
   assert report.source_bytes == 4 * config.num_params
   assert report.layer_float32_bytes == 4 * sum(
-      tensors[name].size for name, p in parameters.parameters(config).items() if p.kind == 'matrix')
+      tensors[name].size for name, p in params.parameters(config).items() if p.kind == 'matrix')
 
 
 def test_int8_model_is_near_the_float_one(tmp_path, config):
@@ -78,7 +78,7 @@ def test_bfloat16(tmp_path, config, chunking):
   convert.convert(write(tmp_path / 'source', config, tensors), tmp_path / 'out', 'bfloat16', config=config)
   out = read(open_checkpoint(tmp_path / 'out'))
   assert set(out) == set(tensors)
-  for name, p in parameters.parameters(config).items():
+  for name, p in params.parameters(config).items():
     dtype = np.float32 if p.kind in ('norm', 'bias') else ml_dtypes.bfloat16
     np.testing.assert_array_equal(out[name], tensors[name].astype(dtype), strict=True, err_msg=name)
 

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from t5x_inference_ext import parameters
+from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints import convert, open_checkpoint, serving
 from t5x_inference_ext.checkpoints.work_directory import MARKER, WorkDirectory
 from t5x_inference_ext.errors import CheckpointError, UserError
@@ -18,7 +18,7 @@ from tests.checkpoints import synthetic
 
 VALUES = synthetic.canonical()
 VALUES['query'][1, :, 3] = 0  # a channel of zeros
-MATRICES = [name for name, p in parameters.parameters(synthetic.CONFIG).items() if p.kind == 'matrix']
+MATRICES = [name for name, p in params.parameters(synthetic.CONFIG).items() if p.kind == 'matrix']
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_int8_contents(source, tmp_path, chunking):
   for name, scale in scales.items():
     np.testing.assert_array_equal(out[name], scale, strict=True, err_msg=name)
   for name in MATRICES:
-    scale = scales[parameters.parameters(synthetic.CONFIG)[name].scale][:, None, :]
+    scale = scales[params.parameters(synthetic.CONFIG)[name].scale][:, None, :]
     expected = np.rint(VALUES[name] / scale)
     np.testing.assert_array_equal(out[name], expected.astype(np.int8), strict=True, err_msg=name)
     assert np.abs(out[name].astype(int)).max() <= 127
@@ -93,7 +93,7 @@ def test_int8_source_to_bfloat16_is_its_value(tmp_path):
   convert.convert(source, tmp_path / 'out', 'bfloat16')
   expected, out = read(source), read(tmp_path / 'out')
   for name in MATRICES:
-    scale = expected[parameters.parameters(synthetic.CONFIG)[name].scale][:, None, :]
+    scale = expected[params.parameters(synthetic.CONFIG)[name].scale][:, None, :]
     np.testing.assert_array_equal(out[name], (expected[name] * scale).astype(ml_dtypes.bfloat16), strict=True)
 
 
@@ -127,7 +127,7 @@ def test_without_a_call_that_reserves_space(source, tmp_path, monkeypatch):
 def test_sizes_of_the_real_checkpoint(palm_tiny, tmp_path):
   report = convert.convert(palm_tiny, tmp_path / 'out')
   assert report.layer_float32_bytes == 4 * (report.source.config.num_params - 384 * 256 - 256 - 4 * 256)
-  on_disk = sum(f.stat().st_size for name in (*MATRICES, *parameters.scales(report.source.config))
+  on_disk = sum(f.stat().st_size for name in (*MATRICES, *params.scales(report.source.config))
                 for f in (tmp_path / 'out' / name).iterdir())
   assert report.layer_bytes == on_disk <= .27 * report.layer_float32_bytes
   assert report.output_bytes == sum(f.stat().st_size for f in (tmp_path / 'out').rglob('*') if f.is_file())

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from t5x_inference_ext import parameters
+from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints import convert, open_checkpoint
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import CheckpointError
@@ -28,7 +28,7 @@ def opened(tmp_path, leaves, **arguments):
 def check(checkpoint, config, expected):
   """This model, exactly its canonical tensors, and these values."""
   assert checkpoint.config == config
-  assert set(checkpoint.tensors) == set(parameters.parameters(config))
+  assert set(checkpoint.tensors) == set(params.parameters(config))
   for name, values in expected.items():
     np.testing.assert_array_equal(checkpoint.tensors[name].read(), values, strict=True, err_msg=name)
 
@@ -190,8 +190,8 @@ def test_quantized_kernels(tmp_path, form, layers):
   checkpoint = opened(tmp_path / 'a', LAYERS[layers](leaves))
   products = opened(tmp_path / 'b', product)
   assert (checkpoint.weights, checkpoint.config) == ('int8', config)
-  assert set(checkpoint.tensors) == {*parameters.parameters(config), *parameters.scales(config)}
-  for name, p in parameters.parameters(config).items():
+  assert set(checkpoint.tensors) == {*params.parameters(config), *params.scales(config)}
+  for name, p in params.parameters(config).items():
     if p.kind == 'matrix':
       values, scale = checkpoint.tensors[name].read(), checkpoint.tensors[p.scale].read()
       assert (values.dtype, scale.dtype) == (np.int8, np.float32)

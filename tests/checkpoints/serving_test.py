@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from t5x_inference_ext import parameters
+from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints import convert, open_checkpoint, serving
 from t5x_inference_ext.config import PRESETS, ModelConfig, preset
 from t5x_inference_ext.errors import CheckpointError
@@ -35,7 +35,7 @@ def test_records_all_that_loading_needs(finished):
   assert (checkpoint.format, checkpoint.weights, checkpoint.step) == ('serving', 'int8', 7)
   assert checkpoint.config == ModelConfig(**{**synthetic.CONFIG.to_dict(), 'norm_scale': 'one'})
   assert any('stored around one (recorded in the checkpoint)' in n for n in checkpoint.notes)
-  expected = {**parameters.parameters(checkpoint.config), **parameters.scales(checkpoint.config)}
+  expected = {**params.parameters(checkpoint.config), **params.scales(checkpoint.config)}
   dtypes = {'matrix': np.int8, 'embedding': ml_dtypes.bfloat16, 'norm': np.float32, 'scale': np.float32}
   assert {n: (t.shape, t.dtype) for n, t in checkpoint.tensors.items()} == {
       n: (p.shape, dtypes[p.kind]) for n, p in expected.items()}

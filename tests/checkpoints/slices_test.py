@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from t5x_inference_ext import parameters
+from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints import convert, open_checkpoint
 from t5x_inference_ext.checkpoints.arrays import Arrangement, Part, Rectangle, SourceArray
 from t5x_inference_ext.checkpoints.conversion import Conversion
@@ -131,7 +131,7 @@ def test_mse_scales_are_better_and_do_not_depend_on_chunks(tmp_path):
       out = tmp_path / f'out{search}{chunks}'
       reports[search, chunks] = convert.convert(source, out, scale_search=search, slice_bytes=1)
     assert (tmp_path / f'out{search}None' / 'checksums.json').read_bytes() == (out / 'checksums.json').read_bytes()
-  for name, p in parameters.parameters(synthetic.CONFIG).items():
+  for name, p in params.parameters(synthetic.CONFIG).items():
     if p.kind == 'matrix' and p.scale != 'output_scale':
       assert reports['mse', None].errors[name].squares <= reports['absmax', None].errors[name].squares
   together = lambda report: report.errors['attention_output'].squares + report.errors['mlp_output'].squares
@@ -170,7 +170,7 @@ def test_memory_said_does_not_grow_with_the_model():
   """Of blocks and slices alone: the same chunks, four times the layers."""
   def peak(layers):
     config = ModelConfig(num_layers=layers, d_model=8, d_ff=24, num_heads=3, d_head=4, vocab_size=12)
-    tensors = {name: np.zeros(p.shape, np.float32) for name, p in parameters.parameters(config).items()}
+    tensors = {name: np.zeros(p.shape, np.float32) for name, p in params.parameters(config).items()}
     tree = {}
     for name, values in synthetic.fused(tensors, config).items():
       tree[name] = values

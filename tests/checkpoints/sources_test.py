@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorstore as ts
 
-from t5x_inference_ext import parameters
+from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints import open_checkpoint
 from t5x_inference_ext.config import PRESETS, ModelConfig
 from tests.checkpoints import synthetic
@@ -20,9 +20,9 @@ SCANNED = synthetic.fused(EXPECTED)
 def check(checkpoint, expected=EXPECTED, config=synthetic.CONFIG):
   """All canonical tensors, and nothing else, with these values."""
   assert checkpoint.config == config
-  shapes = {name: p.shape for name, p in parameters.parameters(config).items()}
+  shapes = {name: p.shape for name, p in params.parameters(config).items()}
   if checkpoint.weights == 'int8':
-    shapes.update({name: p.shape for name, p in parameters.scales(config).items()})
+    shapes.update({name: p.shape for name, p in params.scales(config).items()})
   assert {name: t.shape for name, t in checkpoint.tensors.items()} == shapes
   for name, values in expected.items():
     read = checkpoint.tensors[name].read()
@@ -72,7 +72,7 @@ def test_quantized_checkpoints(tmp_path, form, layers, widened):
   check(checkpoint, {n: EXPECTED[n] for n in ('embedding', 'final_norm', 'layer_norm')})
   # The canonical tensors of the product, by the float path, are the products of the canonical tensors.
   product = open_checkpoint(synthetic.write_legacy(tmp_path / 'product', {**SCANNED, **kernels}))
-  for name, p in parameters.parameters(synthetic.CONFIG).items():
+  for name, p in params.parameters(synthetic.CONFIG).items():
     if p.kind == 'matrix':
       values, scale = checkpoint.tensors[name].read(), checkpoint.tensors[p.scale].read()
       assert values.dtype == np.int8 and scale.dtype == np.float32

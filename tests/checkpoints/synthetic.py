@@ -7,7 +7,7 @@ import msgpack
 import numpy as np
 import tensorstore as ts
 
-from t5x_inference_ext import parameters
+from t5x_inference_ext import params
 from t5x_inference_ext.config import ModelConfig
 
 CONFIG = ModelConfig(num_layers=2, d_model=8, d_ff=24, num_heads=3, d_head=4, vocab_size=12)
@@ -18,7 +18,7 @@ def canonical(config: ModelConfig = CONFIG, seed: int = 0) -> Leaves:
   """Random float32 values for every canonical tensor."""
   rng = np.random.default_rng(seed)
   return {name: rng.standard_normal(p.shape).astype(np.float32) * (.1 if p.kind in ('norm', 'bias') else 1)
-          for name, p in parameters.parameters(config).items()}
+          for name, p in params.parameters(config).items()}
 
 
 def fused(tensors: Leaves, config: ModelConfig = CONFIG) -> Leaves:

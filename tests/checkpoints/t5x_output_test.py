@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from t5x_inference_ext import parameters
+from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints import convert, open_checkpoint, t5x_output
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import CheckpointError
@@ -60,7 +60,7 @@ def test_there_and_back_is_within_the_rounding(tree, tmp_path):
   convert.convert(tmp_path / 'int8', tmp_path / 'back', format='t5x_float')
   original, back, int8 = (read(tmp_path / n, config) for n in ('source', 'back', 'int8'))
   assert {p.name for p in (tmp_path / 'back').glob('target*')} == {p.name for p in source.glob('target*')}
-  for name, p in parameters.parameters(config).items():
+  for name, p in params.parameters(config).items():
     if p.kind == 'matrix':
       step = int8[p.scale][:, None]
       assert (np.abs(back[name] - original[name]) <= .501 * step).all(), name

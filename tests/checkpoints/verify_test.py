@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from t5x_inference_ext import convert_checkpoint
+from t5x_inference_ext.commands import convert_checkpoint
 from t5x_inference_ext.checkpoints import convert, serving
 from t5x_inference_ext.checkpoints.verify import verify
 from t5x_inference_ext.config import ModelConfig

@@ -6,7 +6,8 @@ import json
 import jax
 import pytest
 
-from t5x_inference_ext import config, plan as command
+from t5x_inference_ext import config
+from t5x_inference_ext.commands import plan as command
 from t5x_inference_ext.planner import check as checks
 from t5x_inference_ext.planner.check import GROUPS, check, text
 from t5x_inference_ext.planner.choose import choose

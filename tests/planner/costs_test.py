@@ -9,8 +9,8 @@ import pytest
 from t5x_inference_ext import config
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import MeshError, RequestError
-from t5x_inference_ext.layouts.explain import Setting, describe
-from t5x_inference_ext.layouts.layout import Layout
+from t5x_inference_ext.sharding.explain import Setting, describe
+from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.planner.case import Case
 from t5x_inference_ext.planner.costs import LIMITS, PARTS, cost
 from t5x_inference_ext.planner.efficiency import FITTED, IDEAL, Efficiency

@@ -6,7 +6,7 @@ import pytest
 
 from t5x_inference_ext import config, hardware
 from t5x_inference_ext.errors import MeshError, UserError
-from t5x_inference_ext.layouts.moves import Move
+from t5x_inference_ext.sharding.collective import Move
 from t5x_inference_ext.planner.machine import Machine, known
 from t5x_inference_ext.planner.network import Network
 

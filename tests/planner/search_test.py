@@ -9,8 +9,8 @@ import pytest
 from t5x_inference_ext import config
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import MeshError, RequestError, UserError
-from t5x_inference_ext.layouts.layout import ATTENTION, FEEDFORWARD, Layout, check_pair
-from t5x_inference_ext.layouts.placement import padded_batch
+from t5x_inference_ext.sharding.layout import ATTENTION, FEEDFORWARD, Layout, check_pair
+from t5x_inference_ext.sharding.activations import padded_batch
 from t5x_inference_ext.planner import search
 from t5x_inference_ext.planner.case import Case
 from t5x_inference_ext.planner.choose import NothingFits, choose

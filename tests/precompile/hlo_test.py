@@ -6,7 +6,7 @@ import pytest
 
 from t5x_inference_ext import hardware
 from t5x_inference_ext.errors import UserError
-from t5x_inference_ext.layouts.torus import parse_slice
+from t5x_inference_ext.sharding.torus import parse_slice
 from t5x_inference_ext.precompile import collective_cost, hlo, loops, work
 from t5x_inference_ext.precompile.collective_cost import Collective
 from t5x_inference_ext.precompile.relayouts import relays, weight_copies

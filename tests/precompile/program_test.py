@@ -9,12 +9,12 @@ import pytest
 
 from t5x_inference_ext import hardware
 from t5x_inference_ext.config import preset
-from t5x_inference_ext.decoding.cache import KVCache
-from t5x_inference_ext.decoding.model import Model
+from t5x_inference_ext.model.cache import KVCache
+from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.errors import MeshError, RequestError, UserError
-from t5x_inference_ext.layouts.layout import Layout
-from t5x_inference_ext.layouts.mesh import make_mesh, mesh_links
-from t5x_inference_ext.layouts.torus import parse_slice
+from t5x_inference_ext.sharding.layout import Layout
+from t5x_inference_ext.sharding.mesh import make_mesh, mesh_links
+from t5x_inference_ext.sharding.torus import parse_slice
 from t5x_inference_ext.precompile import slices
 from t5x_inference_ext.precompile.program import Case, abstract_cache, abstract_weights, compile_case, phase_function
 

@@ -71,7 +71,7 @@ def _layer_costs(model: str, slice_name: str, batch: int, layout: str):
     ('v4:2x2x1', 32, 'ws_2d/batch'), ('v4:2x2x4', 32, 'ws_2d/batch'), ('v4:4x4x4', 64, 'ws_2d/batch'),
     ('v4:4x4x4', 64, 'ws_1d/batch')])
 def test_a_decode_step_scatters_few_rows(slice_name, batch, layout):
-  """Of up to a tile of rows on each chip, or over three axes, the compiler made an all-reduce (collectives/plain.py)."""
+  """Of up to a tile of rows on each chip, or over three axes, the compiler made an all-reduce (model/collectives/ops.py)."""
   collectives = [(c.collective.kind, c.bytes) for c in _layer_costs('palm_8b', slice_name, batch, layout) if c.collective]
   # The norms sum one number for each row.
   assert not [c for c in collectives if c[0] == 'all-reduce' and c[1] > 4 * batch]

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from t5x_inference_ext.config import preset
-from t5x_inference_ext.decoding.sampling import Sampler
+from t5x_inference_ext.engine.sampling import Sampler
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.layouts.layout import Layout
-from t5x_inference_ext.layouts.mesh import make_mesh
-from t5x_inference_ext.precompile import report, saved, serving
+from t5x_inference_ext.sharding.layout import Layout
+from t5x_inference_ext.sharding.mesh import make_mesh
+from t5x_inference_ext.precompile import report, serving
+from t5x_inference_ext.engine import saved_program
 from t5x_inference_ext.precompile.analysis import analyze
 from t5x_inference_ext.precompile.program import Case, compile_case, phase_function
 
@@ -81,8 +82,8 @@ def _rows(x, rows, first, count):
 def test_a_saved_program_takes_and_gives_what_it_did(tmp_path):
   mesh, case = make_mesh((2, 2, 2)), _case('slots', sampler=Sampler(1.0, repetition_penalty=1.1))
   program = compile_case(case, mesh)
-  saved.save(tmp_path / 'slots', program.compiled, program.arguments, mesh, case.to_dict())
-  loaded = saved.load(tmp_path / 'slots', *phase_function(case, mesh), mesh, case.to_dict())
+  saved_program.save(tmp_path / 'slots', program.compiled, program.arguments, mesh, case.to_dict())
+  loaded = saved_program.load(tmp_path / 'slots', *phase_function(case, mesh), mesh, case.to_dict())
   with_nobody = lambda: _zeros(program.arguments)
   results = [jax.tree.map(np.asarray, run(*with_nobody())) for run in (loaded, program.compiled)]
   jax.tree.map(np.testing.assert_array_equal, *results)

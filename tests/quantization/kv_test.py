@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t5x_inference_ext.layers.attention import Context, attend
+from t5x_inference_ext.model.attention import Context, attend
 from t5x_inference_ext.quantization.kv import Int8KV, to_cache
 
 

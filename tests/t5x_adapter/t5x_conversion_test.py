@@ -12,7 +12,7 @@ from t5x import models
 
 from t5x_inference_ext.checkpoints import open_checkpoint
 from t5x_inference_ext.checkpoints.convert import convert
-from t5x_inference_ext.engine import Engine
+from t5x_inference_ext.engine.engine import Engine
 from tests.t5x_adapter import palm_flaxformer, running
 
 SIZES = (384, 4, 256, 1024, 8, 32)

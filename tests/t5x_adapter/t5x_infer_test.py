@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from t5x_inference_ext.engine import Engine
-from t5x_inference_ext.serving import task_run
+from t5x_inference_ext.engine.engine import Engine
+from t5x_inference_ext.runs import task_run
 from tests.t5x_adapter import inference_tasks, running
 
 

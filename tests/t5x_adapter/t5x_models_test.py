@@ -10,7 +10,7 @@ from t5x import checkpoints
 from t5x import decoding
 
 from t5x_inference_ext import config
-from t5x_inference_ext.engine import Engine
+from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.errors import CheckpointError, MeshError, RequestError
 from t5x_inference_ext.t5x.models import InferenceModel
 from tests.t5x_adapter import inference_tasks, running

@@ -11,7 +11,7 @@ from t5x import utils
 
 from t5x_inference_ext.config import preset
 from t5x_inference_ext.errors import MeshError
-from t5x_inference_ext.layouts.rules import ACTIVATIONS, WEIGHTS
+from t5x_inference_ext.sharding.axis_rules import ACTIVATIONS, WEIGHTS
 from t5x_inference_ext.t5x import module
 from t5x_inference_ext.t5x import partitioning
 from t5x_inference_ext.t5x.models import InferenceModel

@@ -2,9 +2,10 @@
 
 import pytest
 
-from t5x_inference_ext.layouts.torus import parse_slice
-from t5x_inference_ext.precompile import saved, slices
-from t5x_inference_ext.precompile.saved import SavedError
+from t5x_inference_ext.sharding.torus import parse_slice
+from t5x_inference_ext.engine import saved_program
+from t5x_inference_ext.precompile import slices
+from t5x_inference_ext.engine.saved_program import SavedError
 from t5x_inference_ext.t5x.partitioning import InferencePartitioner
 from t5x_inference_ext.t5x.saved_step import save_infer_step
 from tests.t5x_adapter import inference_tasks, running
@@ -25,8 +26,8 @@ def _infer(palm_tiny, tmp_path, path, mode='predict', **options):
 
 
 def test_predictions_are_the_same(palm_tiny, stock_rows, tmp_path, path, monkeypatch):
-  loads, load = [], saved.load
-  monkeypatch.setattr(saved, 'load', lambda *arguments: loads.append(arguments[0]) or load(*arguments))
+  loads, load = [], saved_program.load
+  monkeypatch.setattr(saved_program, 'load', lambda *arguments: loads.append(arguments[0]) or load(*arguments))
   assert _infer(palm_tiny, tmp_path, path) == stock_rows('predict')
   assert loads == [path]  # once, for all batches
 

@@ -9,7 +9,7 @@ from benchmarks import stock_t5x, tpu_compile
 from benchmarks.stock_t5x import Partitioning
 from t5x_inference_ext.config import ModelConfig, preset
 from t5x_inference_ext.errors import MeshError
-from t5x_inference_ext.layouts.torus import parse_slice
+from t5x_inference_ext.sharding.torus import parse_slice
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec('libtpu') is None, reason='libtpu, the TPU compiler, is not installed (extra `test`)')

@@ -1,0 +1,157 @@
+"""A conversation: turns on one cache, each of which prefills its own new tokens alone."""
+
+import dataclasses
+import functools
+from typing import Generator, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+import numpy as np
+
+from t5x_inference_ext.model.chunks import constrained, empty_cache
+from t5x_inference_ext.engine.inputs import check_at_least, check_seeds, check_tokens
+from t5x_inference_ext.model.transformer import Model
+from t5x_inference_ext.engine.state import Rows, advance, begin
+from t5x_inference_ext.engine.sampling import Sampler, samplers
+from t5x_inference_ext.engine.scheduler import SMALLEST_CHUNK
+from t5x_inference_ext.engine.slots import Slots, run, whole
+from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.sharding.activations import padded_length
+from t5x_inference_ext.model.weights import Weights
+
+STEPS = 16
+
+
+class Conversation:
+  """What was said so far, token for token, and its cache.
+
+    chat = engine.chat(max_length=2048)
+    for token in chat.reply(first_turn, max_new_tokens=64):
+      ...
+    for token in chat.reply(second_turn, max_new_tokens=64):   # prefills the second turn alone
+
+  A reply is what the whole conversation so far, as one prompt, would be continued with.
+
+  Args:
+    model, weights: of an Engine.
+    max_length: tokens of the whole conversation, at most.
+    bos_id: begins it.
+    eos_id: ends a reply; -1 never does.
+    chunk: positions of a turn that one pass takes.
+
+  Raises:
+    RequestError: a max_length or chunk below 1.
+
+  Attributes:
+    tokens: all so far, turns and replies, without BOS.
+    prefilled: positions that prefill passes took so far, padding included.
+  """
+
+  def __init__(self, model: Model, weights: Weights, *, max_length: int, bos_id: int, eos_id: int, chunk: int = 256):
+    check_at_least(1, max_length=max_length, chunk=chunk)
+    self._model, self._weights, self._eos, self._bos = model, weights, eos_id, bos_id
+    self._rows = model.padded_batch(1)  # as few as the mesh takes; the first is the conversation
+    self._chunk = min(chunk, 1 << max_length.bit_length())
+    self._max_length = max_length
+    self.tokens: list[int] = []
+    self.prefilled = 0
+    # The cache stays where decode steps have it, and turns run there too: nothing moves between them.
+    room = padded_length(model.decode_layout, model.mesh.shape, self._rows, max_length + self._chunk)
+    self._cache = _empty(model, weights, self._rows, room)
+    self._cached = 0  # positions of it that hold BOS and `tokens`
+    self._last: Generator | None = None  # reply: while it is being made, it has the cache
+
+  def reply(self, turn: Sequence[int], *, max_new_tokens: int, sampler: Sampler = Sampler(), seed: int = 0
+            ) -> Iterator[int]:
+    """Adds a turn and yields the reply, token by token, as it is made.
+
+    What is not taken of it is not part of the conversation: closing the iterator ends the reply there, and so does the
+    next turn.
+
+    Args:
+      turn: token ids; empty goes on from where the last reply ended.
+      max_new_tokens, sampler, seed: as Engine.generate's.
+
+    Raises:
+      RequestError: more tokens than max_length has room for, or what generate refuses; before anything runs.
+    """
+    check_tokens('the turn', turn, self._model.config.vocab_size)
+    check_at_least(1, max_new_tokens=max_new_tokens)
+    check_seeds([seed])
+    samplers([sampler], self._model.config.vocab_size)  # checks ids
+    if len(self.tokens) + len(turn) + max_new_tokens > self._max_length:
+      raise RequestError(
+          f'{len(self.tokens)} tokens so far, {len(turn)} of this turn and {max_new_tokens} new ones do not fit into '
+          f'max_length={self._max_length}: begin another conversation, or one of more tokens')
+    if self._last is not None:
+      self._last.close()
+    # Of a reply that was not taken to its end the cache may hold more; of a turn without tokens the last one is run again.
+    self._cached = min(self._cached, len(self.tokens) + 1)
+    self.tokens += map(int, turn)
+    self._last = self._reply(max_new_tokens, sampler, seed)
+    return self._last
+
+  def _reply(self, max_new_tokens, sampler, seed):
+    logits = self._prefill()
+    count = self._rows
+    rows = Rows(samplers([sampler] * count, self._model.config.vocab_size), np.full(count, seed, np.uint32),
+                np.full(count, max_new_tokens, np.int32), self._eos)
+    prompts = np.zeros((count, self._max_length + 1 if sampler.penalizes else 1), np.int32)
+    if sampler.penalizes:
+      prompts[:, 1:len(self.tokens) + 1] = self.tokens
+    lengths = np.full(count, len(self.tokens) + 1, np.int32)
+    slots, first = _begin(self._model, self._cache, logits, *self._put(rows, prompts, lengths))
+    first = jax.device_get(first)
+    new, ended, told = [int(first.tokens[0])], False, None
+    try:
+      while True:
+        for token in new:
+          self.tokens.append(token)
+          yield token
+        if ended:
+          return
+        slots, told = run(self._model, slots, self._weights, *self._put(np.int32(STEPS), np.asarray(False)), most=STEPS)
+        told = jax.device_get(told)
+        self._cached += int(told.counts[0])
+        new, ended = told.chosen.tokens[:told.counts[0], 0].tolist(), bool(told.ended[0])
+    finally:
+      self._cache = slots.cache
+
+  def _prefill(self):
+    """Brings the cache up to the last token; the logits after it."""
+    everything = [self._bos, *self.tokens]
+    self._cached = min(self._cached, len(everything) - 1)
+    logits = None
+    while self._cached < len(everything):
+      some = everything[self._cached:self._cached + self._chunk]
+      size = min(self._chunk, max(SMALLEST_CHUNK, 1 << (len(some) - 1).bit_length()))
+      tokens, counts = np.zeros((self._rows, size), np.int32), np.zeros(self._rows, np.int32)
+      tokens[0, :len(some)], counts[0] = some, len(some)
+      logits, self._cache = _extend(
+          self._model, self._cache, self._weights, *self._put(np.int32(self._cached), tokens, counts))
+      self._cached += len(some)
+      self.prefilled += size
+    return logits
+
+  def _put(self, *arrays):
+    return jax.device_put(arrays, NamedSharding(self._model.mesh, P()))
+
+
+_empty = jax.jit(empty_cache, static_argnames=('model', 'rows', 'size'))
+
+
+@functools.partial(jax.jit, static_argnames='model', donate_argnames='cache')
+def _extend(model, cache, weights, cached, tokens, counts):
+  """Model.extend on the first `cached` positions of a cache."""
+  cache = dataclasses.replace(cache, lengths=jnp.full_like(cache.lengths, cached))
+  return model.extend(weights, constrained(model, cache, weights), tokens, counts)
+
+
+@functools.partial(jax.jit, static_argnames='model', donate_argnames='cache')
+def _begin(model, cache, logits, rows, prompts, lengths):
+  """Slots of which the first is in use, with its first token."""
+  progress = begin(rows, prompts, lengths, model.config.vocab_size)
+  progress = dataclasses.replace(progress, ended=jnp.arange(len(lengths)) > 0)
+  progress, chosen = advance(rows, progress, logits, lengths)
+  return Slots(cache, *whole(model, (rows, progress))), whole(model, chosen)

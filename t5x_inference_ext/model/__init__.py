@@ -1,0 +1,1 @@
+"""The model on a mesh: weights, layers, cache, and the passes over them."""

@@ -1,0 +1,106 @@
+"""One layer on one shard, in any layout: the paper's sections 3.2 to 3.4 and appendix A.2.
+
+In the parallel block one norm feeds attention and MLP; query, key, value and both MLP inputs are one matmul, both
+outputs another. The serial block is two such sublayers, with attention alone and with the MLP alone.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+
+from t5x_inference_ext.model.collectives import ops
+from t5x_inference_ext.config import ModelConfig, Sublayer
+from t5x_inference_ext.model.attention import Context, attend
+from t5x_inference_ext.model.attention_columns import AttentionSharding
+from t5x_inference_ext.model.norm import norm
+from t5x_inference_ext.model.projections import column_widths, in_pieces, projections
+from t5x_inference_ext.model.positions import rotate
+from t5x_inference_ext.sharding.layout import Axes
+from t5x_inference_ext.sharding.activations import Placement
+from t5x_inference_ext.quantization import int8
+from t5x_inference_ext.quantization.kv import KV, to_cache
+from t5x_inference_ext.model.weights import LayerWeights, SublayerWeights
+
+
+class Positions(NamedTuple):
+  """Rotary (sin, cos) of the new tokens: of the shard's queries [B', T', Q/2] and of all keys [B', T, Q/2]."""
+
+  queries: tuple[jax.Array, jax.Array]
+  keys: tuple[jax.Array, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+  """A layer's function, for a model and a placement.
+
+  Attributes:
+    config: the model.
+    placement: where activations live.
+    cache: the dtype of keys and values, a float's or 'int8': attention sees them as the cache will hold them.
+  """
+
+  config: ModelConfig
+  placement: Placement
+  cache: str
+
+  def __call__(
+      self, x: jax.Array, w: LayerWeights, positions: Positions, context: Context | None
+  ) -> tuple[jax.Array, tuple[KV, KV]]:
+    """Runs the layer's sublayers.
+
+    Args:
+      x: [B, T, E], the shard's part of the residual stream.
+      w: the shard's part of the layer's weights; of vectors [E] the part that x has.
+      positions: of the new tokens.
+      context: the layer's cache, the shard's part, or None.
+
+    Returns:
+      The new x, and the new tokens' (keys, values), each [B', T, K', Q].
+    """
+    kv = None
+    for sublayer in self.config.sublayers:
+      x, new = self._sublayer(x, w[sublayer.name], sublayer, positions, context)
+      kv = new if kv is None else kv
+    return x, kv
+
+  def _sublayer(self, x, w: SublayerWeights, sublayer: Sublayer, positions, context):
+    project, w = projections(self.placement, sublayer), in_pieces(w, self.placement)
+    summed = self.placement.sums_into(sublayer) is not None
+    y = norm(x, w.norm, w.norm_bias, self.config, self.placement.residual[2])
+    parts = project.inputs(y, w, column_widths(self.config, sublayer, self.placement.heads.stored))
+    attention, kv, outputs = None, None, []
+    if sublayer.attention:
+      attention, kv = self._attention(parts['attention'], summed, positions, context)
+    if sublayer.mlp:
+      outputs.append(self._mlp(parts, summed))
+    if attention is not None:
+      outputs.append(attention)
+    y = project.outputs(outputs, w)
+    return x + (y if w.out_scale is None else int8.rescale(y, w.out_scale)), kv
+
+  def _mlp(self, parts, summed):
+    """The inputs [B, T, F/hidden], partial sums unless summed -> [B, T, F/hidden]."""
+    embed, dim = () if summed else self.placement.layout.embed_axes, self.placement.mlp_dim
+    linear, *gate = (ops.reduce_scatter(parts[n], embed, dim) for n in reversed(self.config.mlp_inputs))
+    y = jax.nn.swish(gate[0]) * linear if gate else jax.nn.gelu(linear, approximate=True)
+    return ops.all_gather(y, embed, dim)
+
+  def _attention(self, columns, summed, positions, context):
+    moves = AttentionSharding(self.placement, self.config, summed)
+    q, k, v = moves.to_attention(columns)
+    q, k = rotate(q, *positions.queries), rotate(k, *positions.keys)
+    k, v = (to_cache(x, self.cache) for x in (k, v))
+    out = attend(q, k, v, context, moves.query_positions(k.shape[1]))
+    return moves.from_attention(out), (k, v)
+
+
+def local_vectors(layers: Any, axes: Axes) -> Any:
+  """Layers with the part of their vectors [.., E] that this shard's residual stream has; once, not layer by layer."""
+
+  def local(sublayer):
+    vectors = {name: getattr(sublayer, name) for name in ('norm', 'norm_bias', 'out_scale')}
+    return dataclasses.replace(
+        sublayer, **{name: ops.local_slice(v, axes, v.ndim - 1) for name, v in vectors.items() if v is not None})
+
+  return jax.tree.map(local, layers, is_leaf=lambda x: isinstance(x, SublayerWeights))

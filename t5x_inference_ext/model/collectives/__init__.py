@@ -1,0 +1,1 @@
+"""Collectives inside shard_map: plain, looped around a ring, and gathers of weights."""

@@ -1,0 +1,138 @@
+"""A sublayer's matmuls, with weights that stay (section 3.2.1, 3.2.2) or are gathered (section 3.2.3).
+
+Both give the same: from the residual stream's split of [B, T, E] the columns of each part, and from columns back to it.
+Columns are partial sums over the embed axes; where all of a sublayer's go into rows, or all into positions
+(Placement.sums_into), they come summed and split.
+"""
+
+import dataclasses
+from typing import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from t5x_inference_ext.model.collectives import looped, ops
+from t5x_inference_ext.model.collectives.weight_gather import Gatherer
+from t5x_inference_ext.config import ModelConfig, Sublayer
+from t5x_inference_ext.sharding.heads import HeadSplit, kv_columns, query_columns
+from t5x_inference_ext.sharding.activations import Placement
+from t5x_inference_ext.quantization import int8
+from t5x_inference_ext.model.weights import SublayerWeights
+
+Parts = dict[str, jax.Array]
+
+
+def column_widths(config: ModelConfig, sublayer: Sublayer, stored: HeadSplit) -> dict[str, int]:
+  """The parts of a stored shard's columns, in order: 'gate', 'linear', 'attention' (queries, then keys and values)."""
+  widths = {name: config.d_ff // stored.shards for name in config.mlp_inputs} if sublayer.mlp else {}
+  if sublayer.attention:
+    widths['attention'] = query_columns(config, stored) + kv_columns(config, stored)[1]
+  return widths
+
+
+@dataclasses.dataclass(frozen=True)
+class Stationary:
+  """Activations move to the weights: one fused product in, one out."""
+
+  placement: Placement
+  sublayer: Sublayer
+
+  def inputs(self, y: jax.Array, w: SublayerWeights, widths: Mapping[str, int]) -> Parts:
+    hidden, directions = self.placement.layout.hidden_axes, self.placement.layout.ring_directions
+    if directions:
+      y = looped.all_gather_matmul(y, w.w_in, hidden, directions)
+      y = y if w.in_scale is None else int8.rescale(y, w.in_scale)
+    else:
+      y = ops.all_gather(y, hidden, self.placement.residual_dim)  # [B, T, E/embed]
+      y = int8.matmul(y, w.w_in, w.in_scale)
+    if (dim := self.placement.sums_into(self.sublayer)) is not None:  # before anything is cut out of it
+      y = ops.reduce_scatter(y, self.placement.layout.embed_axes, dim)
+    # Where attention follows the MLP in one array, its output is written beside the MLP's: there is room for it, the next
+    # columns, whose values don't count.
+    room = w.w_out.shape[0] - widths.get('linear', 0) if len(widths) > 1 and dim is not None else 0
+    parts, offset = {}, 0
+    for name, width in widths.items():
+      parts[name] = y[..., offset:offset + width + (0 if name == 'attention' else room)]
+      offset += width
+    return parts
+
+  def outputs(self, parts: list[jax.Array], w: SublayerWeights) -> jax.Array:
+    """parts, columns [B, T, rows of w_out] in order -> the residual stream's split of [B, T, E], not yet scaled."""
+    hidden, directions = self.placement.layout.hidden_axes, self.placement.layout.ring_directions
+    y = _side_by_side(parts, w.w_out.shape[0])
+    if (dim := self.placement.sums_into(self.sublayer)) is not None:
+      y = ops.all_gather(y, self.placement.layout.embed_axes, dim)
+    if directions:
+      return looped.matmul_reduce_scatter(y, w.w_out, hidden, directions)
+    return ops.reduce_scatter(int8.matmul(y, w.w_out), hidden, self.placement.residual_dim)
+
+
+def _side_by_side(parts: list[jax.Array], width: int) -> jax.Array:
+  """Concatenates columns; where the first part has room for all, `width` in all, by writing the others into it.
+
+  For a TPU concatenating is one more pass over everything, and so is making room afterwards.
+  """
+  first, *rest = parts
+  if first.shape[-1] < width:
+    return jnp.concatenate(parts, axis=-1)
+  offset = width - sum(p.shape[-1] for p in rest)
+  for part in rest:
+    first = jax.lax.dynamic_update_slice_in_dim(first, part, offset, part.ndim - 1)
+    offset += part.shape[-1]
+  return first
+
+
+@dataclasses.dataclass(frozen=True)
+class Gathered:
+  """Weights move to the activations: matrix by matrix, since a whole layer would not fit beside the stored weights."""
+
+  placement: Placement
+  gatherer: Gatherer
+
+  @property
+  def _gathered_embed(self):
+    return tuple(a for a in self.placement.layout.stored_embed if a in self.placement.layout.gathered_axes)
+
+  @property
+  def _gathered_hidden(self):
+    return tuple(a for a in self.placement.layout.stored_hidden if a in self.placement.layout.gathered_axes)
+
+  def inputs(self, y: jax.Array, w: SublayerWeights, widths: Mapping[str, int]) -> Parts:
+    y = ops.all_gather(y, self.placement.layout.hidden_axes, self.placement.residual_dim)  # [B, T, E]
+    parts, offset = {}, 0
+    for name, width in reversed(widths.items()):  # attention's first: it has most to do before the output product
+      offset -= width
+      columns = slice(w.w_in.shape[1] + offset, w.w_in.shape[1] + offset + width)
+      part = self.gatherer.matmul(y, w.w_in[:, columns], self._gathered_embed, self._gathered_hidden)
+      if w.in_scale is not None:
+        part = int8.rescale(part, ops.all_gather(w.in_scale[columns], self._gathered_hidden, 0))
+      parts[name] = part
+    return parts
+
+  def outputs(self, parts: list[jax.Array], w: SublayerWeights) -> jax.Array:
+    offset, y = 0, None
+    copies = ops.axis_size(self._gathered_hidden)
+    for part in parts:
+      rows = part.shape[-1] // copies  # of the stored shard
+      product = self.gatherer.matmul(
+          part, w.w_out[offset:offset + rows], self._gathered_hidden, self._gathered_embed)
+      y = product if y is None else y + product
+      offset += rows
+    return ops.reduce_scatter(y, self.placement.layout.hidden_axes, self.placement.residual_dim)
+
+
+def in_pieces(w: SublayerWeights, placement: Placement) -> SublayerWeights:
+  """The weights of a layer, of its own where its matrices are gathered or multiplied in pieces.
+
+  Of a piece of a slice of all layers the TPU compiler makes one cut, for which it lays all layers out anew.
+  """
+  if not (placement.layout.gathered_axes or placement.layout.ring_directions):
+    return w
+  w_in, w_out = jax.lax.optimization_barrier((w.w_in, w.w_out))
+  return dataclasses.replace(w, w_in=w_in, w_out=w_out)
+
+
+def projections(placement: Placement, sublayer: Sublayer) -> Stationary | Gathered:
+  if placement.layout.gathered_axes:
+    return Gathered(placement, Gatherer(placement.layout.ring_directions))
+  return Stationary(placement, sublayer)

@@ -1,0 +1,169 @@
+"""What rounding did to a model: errors of its tensors, and losses with and without it, as a table and a plot."""
+
+import json
+import os
+from typing import Iterator
+
+import numpy as np
+
+from t5x_inference_ext.checkpoints import serving, storage
+from t5x_inference_ext.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from t5x_inference_ext.checkpoints.verify import read_manifest
+from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.engine.engine import Engine
+from t5x_inference_ext.errors import UserError
+from t5x_inference_ext.text_files import check_plots
+
+BATCH_ROWS = 8
+# Of a seqio task, as many examples and tokens of each.
+TASK_ROWS, TASK_LENGTH = 256, 512
+
+
+def report(source: str, output: str, directory: str, *, norm_scale: str | None = None,
+           config: ModelConfig | None = None, rescale_logits: bool | None = None, tokens: str | None = None,
+           task: str | None = None, task_module: str | None = None, task_split: str = 'validation') -> list[str]:
+  """Writes report.txt, report.json and report.png.
+
+  Args:
+    source: the checkpoint that was converted.
+    output: what it was converted into.
+    directory: to write to; is made.
+    norm_scale, config, rescale_logits: of the source, see open_checkpoint.
+    tokens: a .npy file of token ids [rows, length], 0 where there is none, to compute losses on.
+    task, task_module, task_split: or a seqio task with a feature `targets`, and the module that registers it.
+
+  Returns:
+    The table, line by line.
+
+  Raises:
+    UserError: a file that is not there or not what it should be; matplotlib is missing.
+  """
+  pyplot = _pyplot()
+  errors = read_manifest(storage.normalize(output))[1].get('errors')
+  if not errors:
+    raise UserError(f'{output} records no errors: it was converted by an older version; convert again')
+  original = open_checkpoint(source, norm_scale=norm_scale, config=config, rescale_logits=rescale_logits)
+  serves = storage.read_file(storage.normalize(output), serving.CONFIG) is not None  # and so says what it is of
+  rounded = open_checkpoint(output, config=None if serves else original.config)
+  targets = None
+  if tokens is not None:
+    targets = read_tokens(tokens, original.config.vocab_size)
+  elif task is not None:
+    targets = task_tokens(task, task_module, task_split, original.config.vocab_size)
+  losses = {}
+  if targets is not None:
+    for label, checkpoint, dtype, cache in (
+        (f'source, {original.weights}', original, 'float32', None),
+        ('source as bfloat16', original, 'bfloat16', None),
+        (f'output, {rounded.weights}', rounded, 'float32', None),
+        (f'output, {rounded.weights}, int8 cache', rounded, 'float32', 'int8'),
+        ('the same as bfloat16', rounded, 'bfloat16', 'int8')):
+      losses[label] = loss(checkpoint, targets, dtype, cache)
+  lines = list(_table(errors, losses, targets))
+  os.makedirs(directory, exist_ok=True)
+  with open(os.path.join(directory, 'report.txt'), 'w', encoding='utf-8') as f:
+    f.write('\n'.join([f'{source} -> {output}', *lines]) + '\n')
+  with open(os.path.join(directory, 'report.json'), 'w', encoding='utf-8') as f:
+    json.dump({'source': str(source), 'output': str(output), 'errors': errors, 'losses': losses}, f, indent=2)
+  _plot(pyplot, errors, losses, os.path.join(directory, 'report.png'))
+  return [*lines, f'wrote {directory}/report.txt, report.json and report.png']
+
+
+def loss(checkpoint: Checkpoint, targets: np.ndarray, dtype: str = 'float32', cache: str | None = None) -> float:
+  """Nats per token of targets [rows, length], in which 0 is padding: the model predicts each from those before it.
+
+  Args:
+    checkpoint: the model.
+    targets: what it is to predict.
+    dtype: of activations and float weights. In float32 products are exact, and only int8 rounds.
+    cache: what the KV cache holds, as Engine.load's: each position sees keys and values as decoding would find them.
+  """
+  engine = Engine.load(checkpoint, dtype=dtype, cache=cache)
+  total = 0.
+  for begin in range(0, len(targets), BATCH_ROWS):
+    rows = targets[begin:begin + BATCH_ROWS]
+    missing = BATCH_ROWS - len(rows)
+    rows = np.pad(rows, ((0, missing), (0, 0)))  # one shape, one compilation
+    inputs = np.pad(rows, ((0, 0), (1, 0)))[:, :-1]
+    total -= float(engine.score(inputs, rows).sum())
+  return total / int(np.count_nonzero(targets))
+
+
+def read_tokens(path: str, vocab_size: int) -> np.ndarray:
+  """Token ids [rows, length] of a .npy file. Raises UserError."""
+  try:
+    tokens = np.load(path, allow_pickle=False)
+  except (OSError, ValueError) as e:
+    raise UserError(f'{path}: no .npy file of tokens: {str(e).splitlines()[0]}') from e
+  return _checked(tokens, path, vocab_size)
+
+
+def task_tokens(name: str, module: str | None, split: str, vocab_size: int) -> np.ndarray:
+  """The first TASK_ROWS targets of a seqio task, trimmed to TASK_LENGTH and padded. Raises UserError."""
+  from t5x_inference_ext.runs import tasks  # brings TensorFlow
+  tasks.import_tasks(module)
+  source = tasks.Source(name, {'targets': TASK_LENGTH}, split)
+  found = tasks.find_tasks(source)
+  tasks.check_source(source, 'score', found)
+  tasks.check_vocabularies(source, found, vocab_size)
+  rows = []
+  for task in found:
+    for example in tasks.examples(task, source):
+      rows.append(example.model['decoder_target_tokens'])
+      if len(rows) == TASK_ROWS:
+        break
+  if not rows:
+    raise UserError(f'task {name} has no examples in split {split}')
+  return _checked(np.stack(rows[:TASK_ROWS]), f'task {name}', vocab_size)
+
+
+def _checked(tokens: np.ndarray, where: str, vocab_size: int) -> np.ndarray:
+  if tokens.ndim != 2 or tokens.dtype.kind not in 'iu' or not tokens.any():
+    raise UserError(f'{where}: tokens are whole numbers [rows, length], not all 0, got {tokens.dtype} '
+                    f'{list(tokens.shape)}')
+  if tokens.min() < 0 or tokens.max() >= vocab_size:
+    raise UserError(f'{where} holds token {tokens.max() if tokens.max() >= vocab_size else tokens.min()}, outside the '
+                    f'vocabulary of {vocab_size}')
+  return tokens.astype(np.int32)
+
+
+def _table(errors: dict[str, dict], losses: dict[str, float], targets: np.ndarray | None) -> Iterator[str]:
+  yield f'{"tensor":26}{"max":>12}{"Frobenius":>12}   of max|w|, of ||w||'
+  for name, error in errors.items():
+    yield f'{name:26}{error["largest"]:12.4%}{error["relative"]:12.4%}'
+  if losses:
+    yield f'{"loss":26}{"nats":>12}{"bits":>12}   a token, of {int(np.count_nonzero(targets))}'
+    first = next(iter(losses.values()))
+    for name, value in losses.items():
+      yield f'{name:26}{value:12.5f}{value / np.log(2):12.5f}   {value / first - 1:+.3%}'
+
+
+def _plot(pyplot, errors: dict[str, dict], losses: dict[str, float], path: str) -> None:
+  figure, axes = pyplot.subplots(1, 2 if losses else 1, figsize=(12 if losses else 7, 4.5), squeeze=False)
+  errors_axes = axes[0, 0]
+  names = list(errors)
+  places = np.arange(len(names))
+  for offset, (field, label) in enumerate((('relative', 'Frobenius norm'), ('largest', 'largest'))):
+    errors_axes.barh(places + (offset - .5) * .4, [100 * errors[n][field] for n in names], height=.4, label=label)
+  errors_axes.set_yticks(places, names)
+  errors_axes.invert_yaxis()
+  errors_axes.set_xlabel('rounding error, % of the tensor\'s')
+  errors_axes.legend()
+  if losses:
+    first = next(iter(losses.values()))
+    labels = [f'{name}\n{value / np.log(2):.5f} bits a token' for name, value in losses.items()]
+    axes[0, 1].barh(labels, [100 * (value / first - 1) for value in losses.values()], height=.5)
+    axes[0, 1].invert_yaxis()
+    axes[0, 1].axvline(0, color='black', linewidth=.8)
+    axes[0, 1].set_xlabel('loss, % above the first')
+  figure.tight_layout()
+  figure.savefig(path, dpi=120)
+  pyplot.close(figure)
+
+
+def _pyplot():
+  check_plots()
+  import matplotlib
+  matplotlib.use('Agg')
+  from matplotlib import pyplot
+  return pyplot

@@ -1,0 +1,82 @@
+"""What a row of a prompts file says of how it is continued, in the place of what the run says."""
+
+import dataclasses
+from typing import Any, Mapping
+
+from t5x_inference_ext.engine.sampling import Sampler, samplers
+from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.engine.vocabularies import Vocabulary, stop_sequences
+
+FIELDS = {field.name: field.type for field in dataclasses.fields(Sampler)}
+KNOWN = (*FIELDS, 'max_new_tokens', 'seed')
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+  """How one row is continued.
+
+  Attributes:
+    sampler: how its tokens are chosen, and what ends it.
+    max_new_tokens: its limit.
+    seed: of its first sample, others follow; None: one from the run's seed and the row's place.
+  """
+
+  sampler: Sampler
+  max_new_tokens: int
+  seed: int | None = None
+
+
+def asked(run: Asked, said: Mapping[str, Any], vocabulary: Vocabulary | None, vocab_size: int) -> Asked:
+  """What a row asks for.
+
+  Args:
+    run: what all rows do that say nothing.
+    said: the row's `sampling`, as read from JSON: a Sampler's fields, with texts or ids in `stop` and an object as
+      `logit_bias`; `max_new_tokens`, the run's at most; `seed`.
+    vocabulary: for texts.
+    vocab_size: V, rows of the model's embedding.
+
+  Raises:
+    RequestError: an option that is not known, or a value that makes no sense.
+  """
+  for name, value in said.items():
+    if name not in KNOWN:
+      raise RequestError(f'`sampling` has {name!r}, and can have {", ".join(KNOWN)}')
+    kind = FIELDS.get(name, int)
+    number = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
+    if kind in (int, float) and not number:
+      raise RequestError(f'`sampling`: {name} must be a {"number" if kind is float else "whole number"}, got {value!r}')
+  fields = {name: value for name, value in said.items() if name in FIELDS}
+  if 'stop' in fields:
+    fields['stop'] = _stop(fields['stop'], vocabulary)
+  if 'logit_bias' in fields:
+    fields['logit_bias'] = _bias(fields['logit_bias'])
+  sampler = dataclasses.replace(run.sampler, **fields)
+  samplers([sampler], vocab_size)
+  limit, seed = said.get('max_new_tokens', run.max_new_tokens), said.get('seed', run.seed)
+  if not 1 <= limit <= run.max_new_tokens:
+    raise RequestError(f'`sampling`: max_new_tokens must be 1 to {run.max_new_tokens}, the run\'s, got {limit}')
+  if seed is not None and not 0 <= seed < 2**32:
+    raise RequestError(f'`sampling`: seed must be 0 to 2**32 - 1, got {seed}')
+  return Asked(sampler, limit, seed)
+
+
+def _stop(value: Any, vocabulary: Vocabulary | None) -> list[list[int]]:
+  found = []
+  for item in value if isinstance(value, list) else [value]:
+    if isinstance(item, str) and item:
+      if vocabulary is None:
+        raise RequestError('`sampling`: stop has a text, and the vocabulary is not known: give --vocabulary, or ids')
+      found += stop_sequences(vocabulary, item)
+    elif isinstance(item, list) and item and all(isinstance(i, int) and not isinstance(i, bool) for i in item):
+      found.append(item)
+    else:
+      raise RequestError(f'`sampling`: stop must be a text, or a list of texts and lists of token ids, got {value!r}')
+  return found
+
+
+def _bias(value: Any) -> dict[int, float]:
+  try:
+    return {int(token): float(bias) for token, bias in value.items()}
+  except (AttributeError, TypeError, ValueError):
+    raise RequestError(f'`sampling`: logit_bias must be an object of token ids and numbers, got {value!r}') from None

@@ -1,0 +1,109 @@
+"""A saved generation runs in infer and in the engine as what jit compiles does, and only where it is meant to."""
+
+import json
+
+import pytest
+
+from t5x_inference_ext.commands import infer
+from t5x_inference_ext.checkpoints import open_checkpoint
+from t5x_inference_ext.engine.sampling import Sampler
+from t5x_inference_ext.engine.engine import Engine
+from t5x_inference_ext.sharding.layout import Layout
+from t5x_inference_ext.sharding.mesh import make_mesh
+from t5x_inference_ext.engine import saved_program
+from t5x_inference_ext.precompile.program import Case, compile_case
+from t5x_inference_ext.engine.saved_program import SavedError
+
+SAMPLER = Sampler(temperature=0.7, top_k=20)
+PROMPTS = [[103, 104, 105], [108, 112], [], [40, 41, 42, 43, 44], [97]]
+
+
+@pytest.fixture(scope='module')
+def path(palm_tiny, tmp_path_factory):
+  """For 8 rows of up to 16 tokens and 6 new ones, over 2x2x2."""
+  mesh = make_mesh((2, 2, 2))
+  case = Case(
+      open_checkpoint(palm_tiny).config, 'bfloat16', 'generate', batch=8, context=24, prompt=16, max_new_tokens=6,
+      sampler=SAMPLER, dtype='float32')
+  program = compile_case(case, mesh)
+  assert program.memory.weights > 0 and program.memory.cache == 0
+  path = tmp_path_factory.mktemp('saved') / 'generation'
+  saved_program.save(path, program.compiled, program.arguments, mesh, case.to_dict())
+  return path
+
+
+def _engine(palm_tiny, **options):
+  return Engine.load(palm_tiny, **{**dict(mesh='2x2x2', dtype='float32'), **options})
+
+
+def test_the_engine_gives_what_it_gives_without(palm_tiny, path):
+  prompts = [*PROMPTS, *PROMPTS[:3]]
+  options = dict(max_new_tokens=6, sampler=SAMPLER, seeds=list(range(8)), cache_size=24, prompt_size=16)
+  loaded = _engine(palm_tiny, executable=path)
+  first = loaded.generate(prompts, **options)
+  assert first == loaded.generate(prompts, **options) == _engine(palm_tiny).generate(prompts, **options)
+  assert any(len(completion.tokens) == 6 for completion in first)
+
+
+@pytest.mark.parametrize('options,words', [
+    (dict(max_new_tokens=5), 'max_new_tokens 6, and here it is 5'),
+    (dict(sampler=Sampler()), 'sampler.temperature 0.7, and here it is 0.0'),
+    (dict(cache_size=32), 'context 24, and here it is 32'), (dict(prompt_size=8), 'prompt 16, and here it is 8')])
+def test_the_engine_refuses_another_run(palm_tiny, path, options, words):
+  engine = _engine(palm_tiny, executable=path)
+  with pytest.raises(SavedError, match=words):
+    engine.generate([[1]] * 8, **{**dict(max_new_tokens=6, sampler=SAMPLER, cache_size=24, prompt_size=16), **options})
+
+
+@pytest.mark.parametrize('options,words', [
+    (dict(mesh='1x2x2'), "mesh .*and here it is .*pass its mesh, 2x2x2"), (dict(dtype='bfloat16'), 'dtype float32'),
+    (dict(cache='int8'), 'cache as dtype, and here it is int8'),
+    (dict(prefill_layout='wg_xyz/batch'), 'prefill_layout ws_2d/batch, and here it is wg_xyz/batch'),
+    (dict(norm_scale='one'), 'model.norm_scale zero, and here it is one')])
+def test_another_engine_is_refused_before_weights_are_read(palm_tiny, path, options, words):
+  def no_weights(jobs):
+    pytest.fail('weights were read')
+  with pytest.raises(SavedError, match=words):
+    _engine(palm_tiny, executable=path, progress=no_weights, **options)
+
+
+def test_a_step_is_no_generation(palm_tiny, tmp_path):
+  mesh = make_mesh((2, 2, 2))
+  case = Case(open_checkpoint(palm_tiny).config, 'bfloat16', 'decode', 8, 24, Layout(), dtype='float32')
+  program = compile_case(case, mesh)
+  saved_program.save(tmp_path / 'step', program.compiled, program.arguments, mesh, case.to_dict())
+  with pytest.raises(SavedError, match='holds a decode program: infer runs whole generations'):
+    _engine(palm_tiny, executable=tmp_path / 'step')
+
+
+def _infer(palm_tiny, tmp_path, name, *flags):
+  prompts, output = tmp_path / 'prompts', tmp_path / name
+  prompts.write_text(''.join(json.dumps({'prompt': p}) + '\n' for p in PROMPTS))
+  code = infer.run(['infer', f'--checkpoint={palm_tiny}', f'--prompts={prompts}', f'--output={output}',
+                    '--dtype=float32', '--mesh=2x2x2', '--temperature=0.7', '--top_k=20', *flags])
+  return output.read_text() if code == 0 else code
+
+
+def test_infer_writes_the_same_rows(palm_tiny, path, tmp_path, capsys):
+  with_it = _infer(palm_tiny, tmp_path, 'with', '--max_new_tokens=6', f'--executable={path}')
+  assert f'batch: 8 rows, as {path} was compiled' in capsys.readouterr().out
+  without = _infer(palm_tiny, tmp_path, 'without', '--max_new_tokens=6', '--cache_length=24')
+  rows = [[json.loads(line) for line in text.splitlines()] for text in (with_it, without)]
+  assert [row['tokens'] for row in rows[0]] == [row['tokens'] for row in rows[1]] and len(rows[0]) == len(PROMPTS)
+  assert [row['score'] for row in rows[0]] == pytest.approx([row['score'] for row in rows[1]], rel=1e-5)
+
+
+@pytest.mark.parametrize('flags,words', [
+    (['--max_new_tokens=7'], 'was compiled for max_new_tokens 6, and here it is 7'),
+    (['--max_new_tokens=6', '--mode=score'], "mode=score can't use it"),
+    (['--max_new_tokens=6', '--mesh=1x1x1'], 'pass its mesh, 2x2x2')])
+def test_infer_refuses_in_one_line(palm_tiny, path, tmp_path, capsys, flags, words):
+  assert _infer(palm_tiny, tmp_path, 'out', *flags, f'--executable={path}') == 2
+  err = capsys.readouterr().err
+  assert words in err and err.startswith('error: ') and not (tmp_path / 'out').exists()
+
+
+def test_a_prompt_that_is_too_long_is_refused(palm_tiny, path, tmp_path, capsys, monkeypatch):
+  monkeypatch.setitem(globals(), 'PROMPTS', [[1] * 17])
+  assert _infer(palm_tiny, tmp_path, 'out', '--max_new_tokens=6', f'--executable={path}') == 2
+  assert 'the longest prompt has 17 tokens' in capsys.readouterr().err

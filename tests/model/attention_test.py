@@ -1,0 +1,72 @@
+"""Attention against plain numpy, with and without a context, for one key head and for several."""
+
+import jax
+import numpy as np
+import pytest
+
+from t5x_inference_ext.model import attention
+from t5x_inference_ext.model.attention import Context, attend
+
+
+def _numpy(q, k, v, visible):
+  """q [T, H, Q], k and v [S, H, Q], visible [T, S] -> [T, H, Q]."""
+  logits = np.einsum('thd,shd->hts', q, k) / np.sqrt(q.shape[-1])
+  weights = np.exp(np.where(visible, logits, -np.inf))
+  return np.einsum('hts,shd->thd', weights / weights.sum(-1, keepdims=True), v)
+
+
+@pytest.mark.parametrize('new', [1, 3])
+@pytest.mark.parametrize('kv_heads', [1, 2])
+@pytest.mark.parametrize('cached', [0, 5])
+def test_a_token_sees_its_context_and_what_comes_before_it(new, kv_heads, cached):
+  b, h, d, rng = 2, 4, 6, np.random.default_rng(0)
+  q = rng.normal(size=(b, new, h, d)).astype(np.float32)
+  k, v = rng.normal(size=(2, b, new, kv_heads, d)).astype(np.float32)
+  context, lengths = None, [0] * b
+  if cached:
+    lengths = [0, 3]  # an empty row, and one filled in part: what lies beyond must not be seen
+    keys, values = rng.normal(size=(2, b, cached, kv_heads, d)).astype(np.float32)
+    context = Context(keys, values, np.asarray(lengths, np.int32))
+  out = np.asarray(attend(q, k, v, context))
+  for i, length in enumerate(lengths):
+    past = (keys[i, :length], values[i, :length]) if cached else (k[i, :0], v[i, :0])
+    all_k, all_v = (np.repeat(np.concatenate([p, x[i]]), h // kv_heads, axis=1) for p, x in zip(past, (k, v)))
+    visible = np.concatenate([np.ones((new, length), bool), np.tril(np.ones((new, new), bool))], axis=1)
+    np.testing.assert_allclose(out[i], _numpy(q[i], all_k, all_v, visible), atol=1e-6)
+
+
+@pytest.mark.parametrize('limit', [1, 2 * 3 * 4 * 9, 3 * 3 * 4 * 9])
+@pytest.mark.parametrize('cached', [False, True])
+def test_rows_in_several_passes_are_the_same(monkeypatch, limit, cached):
+  """Where logits would be too large: one row of five at a time, or a few."""
+  rng = np.random.default_rng(0)
+  b, t, h, k, d, s = 5, 3, 4, 2, 8, 6
+  q, keys, values = (rng.normal(size=(b, t, n, d)).astype(np.float32) for n in (h, k, k))
+  context = None
+  if cached:
+    kv = rng.normal(size=(2, b, s, k, d)).astype(np.float32)
+    context = Context(*kv, np.array([0, 6, 3, 1, 2], np.int32))
+  whole = attend(q, keys, values, context)
+  monkeypatch.setattr(attention, 'MAX_LOGITS', limit)
+  jaxpr = jax.make_jaxpr(attend)(q, keys, values, context)
+  assert 'scan' in str(jaxpr)
+  np.testing.assert_allclose(attend(q, keys, values, context), whole, atol=1e-6)
+
+
+@pytest.mark.parametrize('limit', [2**28, 1, 3 * 3 * 4 * 13])
+@pytest.mark.parametrize('kv_heads', [1, 2])
+def test_what_rows_share_is_as_if_each_had_it(monkeypatch, kv_heads, limit):
+  """Each row its own part of it, the first positions; all rows at once, or some at a time."""
+  rng = np.random.default_rng(0)
+  b, t, h, d, s, p = 5, 3, 4, 8, 6, 4
+  q, k, v = (rng.normal(size=(b, t, n, d)).astype(np.float32) for n in (h, kv_heads, kv_heads))
+  own, shared = rng.normal(size=(2, b, s, kv_heads, d)), rng.normal(size=(2, p, kv_heads, d))
+  lengths, common = np.array([0, 6, 3, 1, 2], np.int32), np.array([4, 0, 2, 3, 4], np.int32)
+  each = np.zeros((2, b, p + s, kv_heads, d), np.float32)
+  for row in range(b):
+    n, m = common[row], lengths[row]
+    each[:, row, :n], each[:, row, n:n + m] = shared[:, :n], own[:, row, :m]
+  wanted = attend(q, k, v, Context(*each, lengths + common))
+  monkeypatch.setattr(attention, 'MAX_LOGITS', limit)
+  context = Context(*own.astype(np.float32), lengths, *shared.astype(np.float32), common)
+  np.testing.assert_allclose(attend(q, k, v, context), wanted, atol=1e-5)

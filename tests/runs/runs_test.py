@@ -1,0 +1,146 @@
+"""The parts of the infer command: vocabularies, seeds, default meshes, shapes of batches, what a run keeps."""
+
+import os
+
+import pytest
+
+from t5x_inference_ext.config import preset
+from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.sharding.mesh_choice import default_mesh
+from t5x_inference_ext.runs import batches, output
+from t5x_inference_ext.runs.journal import Files, Journal
+from t5x_inference_ext.engine.vocabularies import ByteVocabulary, find_vocabulary
+
+
+@pytest.mark.parametrize('text', ['', 'def f(x):\n\treturn x', 'é ß 漢字 😀', '\x00\x7f'])
+def test_bytes_are_seqios(text):
+  import seqio  # seconds, that other tests here need not wait for
+
+  ours, theirs = ByteVocabulary(), seqio.ByteVocabulary()
+  assert ours.encode(text) == list(theirs.encode(text))
+  for ids in (ours.encode(text), ours.encode(text)[:-1], [2, 0, 300, *ours.encode(text), 1, 70]):
+    assert ours.decode(ids) == theirs.decode(ids)
+  assert (ours.size, ours.eos_id) == (theirs.vocab_size, theirs.eos_id)
+
+
+def test_vocabulary_that_is_not_known():
+  assert find_vocabulary(None, 32128, needed=False)[0] is None
+  with pytest.raises(RequestError, match=r'not known: give --vocabulary=FILE.model'):
+    find_vocabulary(None, 32128, needed=True)
+
+
+def test_vocabulary_that_does_not_fit(tmp_path):
+  with pytest.raises(RequestError, match='vocabulary bytes has 259 ids and the model 128 rows'):
+    find_vocabulary('bytes', 128, needed=True)
+  (tmp_path / 'not.model').write_text('nothing')
+  with pytest.raises(RequestError, match='not.model is not a SentencePiece model'):
+    find_vocabulary(str(tmp_path / 'not.model'), 384, needed=True)
+
+
+def test_row_seeds_differ_and_stay():
+  seeds = [batches.row_seed(7, row) for row in range(1000)]
+  assert len(set(seeds)) == 1000
+  assert all(0 <= seed < 2**32 for seed in seeds)
+  assert not set(seeds) & {batches.row_seed(8, row) for row in range(1000)}
+  assert batches.row_seed(7, 3) == seeds[3]
+
+
+@pytest.mark.parametrize('model, devices, mesh', [
+    ('palm_tiny', 1, (1, 1, 1)),
+    ('palm_tiny', 2, (1, 2, 1)),
+    ('palm_tiny', 7, (1, 2, 2)),
+    ('palm_tiny', 8, (2, 2, 2)),
+    ('palm_540b', 64, (4, 4, 4)),
+    ('palm_540b', 256, (8, 8, 4)),
+])
+def test_default_mesh_divides_the_model(model, devices, mesh):
+  assert default_mesh(preset(model), devices) == mesh
+
+
+@pytest.mark.parametrize('longest, limit, size', [(0, None, 0), (1, None, 16), (16, None, 16), (17, None, 32),
+                                                  (17, 20, 20), (17, 17, 17)])
+def test_prompts_are_padded_within_the_cache(longest, limit, size):
+  assert batches.prompt_size(longest, limit) == size
+
+
+def test_compilation_is_not_counted_as_work():
+  import jax
+
+  clock = batches.Clock()
+  step = jax.jit(lambda x: x @ x + 1)
+  with clock:
+    step(jax.numpy.ones((64, 64))).block_until_ready()
+  compiled = clock.compile_seconds
+  assert compiled > 0
+  with clock:
+    step(jax.numpy.ones((64, 64))).block_until_ready()
+  assert clock.compile_seconds == compiled
+  assert clock.seconds > 0
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+  path = tmp_path / 'rows.jsonl'
+  with pytest.raises(KeyboardInterrupt):
+    with output.whole_file(str(path)) as file:
+      file.write('half')
+      raise KeyboardInterrupt
+  assert not list(tmp_path.iterdir())
+  with output.whole_file(str(path)) as file:
+    file.write('all')
+    assert not path.exists()
+  assert path.read_text() == 'all'
+  assert path.stat().st_mode & 0o444 == 0o444
+
+
+@pytest.fixture
+def journal(tmp_path):
+  return lambda run='one': Journal(str(tmp_path / 'rows'), run, Files(output.open_text, os.path.exists, os.remove))
+
+
+def test_a_journal_keeps_rows_until_the_run_has_ended(journal, tmp_path):
+  first = journal()
+  for row, _ in first.keep([(3, ['c', 1.5]), (0, ['a', 0.5]), (1, [None, 2])]):
+    if row == 0:
+      break
+  again = journal()
+  assert again.done == {3: ['c', 1.5], 0: ['a', 0.5]}
+  assert journal('another run').done == {}
+  assert dict(again.keep([(1, 'x')])) == {1: 'x'}
+  assert list(again.in_order()) == [['a', 0.5], 'x', ['c', 1.5]]
+  assert journal().done == again.done
+  again.remove()
+  assert not list(tmp_path.iterdir())
+  again.remove()
+
+
+def test_a_journal_that_was_cut_off_keeps_its_whole_lines(journal, tmp_path):
+  list(journal().keep([(0, 'a'), (1, 'b')]))
+  path = tmp_path / 'rows'
+  path.write_text(path.read_text()[:-3])
+  assert journal().done == {0: 'a'}
+  path.write_text('')
+  assert journal().done == {}
+
+
+def test_a_run_that_is_killed_has_every_row_that_ended(journal):
+  """Rows are read while the run that writes them goes on: what it has not closed is there."""
+  rows = journal().keep([(0, 'a'), (1, 'b'), (2, 'c')])
+  next(rows), next(rows)
+  assert journal().done == {0: 'a', 1: 'b'}
+  rows.close()
+
+
+def test_another_run_writes_over_a_journal(journal):
+  list(journal().keep([(0, 'a')]))
+  list(journal('other').keep([(5, 'b')]))
+  assert journal('other').done == {5: 'b'} and journal().done == {}
+
+
+def test_an_error_keeps_what_came_before_it(journal):
+  def rows():
+    yield 0, 'a'
+    raise ValueError
+
+  with pytest.raises(ValueError):
+    list(journal().keep(rows()))
+  assert journal().done == {0: 'a'}

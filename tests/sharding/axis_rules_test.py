@@ -1,0 +1,89 @@
+"""Rules by which logical axes, that is names, say what the layouts say in specs."""
+
+import itertools
+
+from jax.sharding import PartitionSpec as P
+import pytest
+
+from t5x_inference_ext.config import preset
+from t5x_inference_ext.sharding.packing import device_tensors
+from t5x_inference_ext.sharding.layout import ATTENTION, FEEDFORWARD, Layout
+from t5x_inference_ext.sharding.activations import padded_length, place
+from t5x_inference_ext.sharding.axis_rules import (
+    ACTIVATIONS,
+    WEIGHTS,
+    logical_axis_rules,
+    weight_axes,
+)
+
+MESH = dict(x=2, y=2, z=2)
+LAYOUTS = [Layout(f, a) for f, a in itertools.product(FEEDFORWARD, ATTENTION) if (f, a) != ('wg_xyz', 'heads')]
+CONFIGS = {
+    'parallel multiquery': preset('palm_tiny'),
+    'serial multihead': preset('palm_tiny', num_kv_heads=8, block='serial', mlp='gelu', norm='layer'),
+}
+
+
+def _spec(names, rules):
+  """As flax resolves names: the first rule of a name whose mesh axes are free."""
+  taken, entries = set(), []
+  for name in names:
+    axes = next(axes for rule, axes in rules if rule == name)
+    axes = (axes,) if isinstance(axes, str) else axes or ()
+    assert not taken & set(axes), f'{names} under {rules}'
+    taken |= set(axes)
+    entries.append(axes)
+  return _trimmed(entries)
+
+
+def _trimmed(spec):
+  """A spec as tuples of axes, without the unsplit dimensions at its end."""
+  entries = [(axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in spec]
+  while entries and not entries[-1]:
+    entries.pop()
+  return entries
+
+
+@pytest.mark.parametrize('layout', LAYOUTS, ids=str)
+@pytest.mark.parametrize('config', CONFIGS)
+def test_weights(config, layout):
+  """With the rules of a phase in front as without: those name no weights."""
+  config = CONFIGS[config]
+  placement = place(layout, config, MESH, 8, 8)
+  for name, tensor in device_tensors(config, layout, MESH, int8=True).items():
+    names = weight_axes(name)
+    assert len(names) == len(tensor.shape)
+    for rules in (logical_axis_rules(layout), logical_axis_rules(layout, placement)):
+      assert _spec(names, rules) == _trimmed(tensor.spec), name
+      assert _spec(weight_axes(name, stacked=True), rules) == _trimmed(P(None, *tensor.spec)), name
+
+
+@pytest.mark.parametrize('layout', LAYOUTS, ids=str)
+@pytest.mark.parametrize('config', CONFIGS)
+@pytest.mark.parametrize('rows, length', [(1, 16), (4, 16), (8, 1), (16, 1)])
+def test_activations(config, layout, rows, length):
+  length = padded_length(layout, MESH, rows, length)
+  placement = place(layout, CONFIGS[config], MESH, rows, length)
+  rules = logical_axis_rules(layout, placement)
+  assert _spec(ACTIVATIONS['residual'], rules) == _trimmed(P(*placement.residual))
+  assert _spec(ACTIVATIONS['cache'], rules) == _trimmed(placement.cache)
+  assert _spec(ACTIVATIONS['queries'], rules) == _trimmed(
+      P(placement.attention_rows, placement.attention_positions, placement.attention_heads))
+  assert _spec(ACTIVATIONS['mlp'], rules) == _trimmed(
+      P(placement.rows, placement.positions, placement.layout.hidden_axes))
+
+
+def test_names_have_one_meaning():
+  """A name is a weight's or an activation's, and each has its rule."""
+  weights = {name for names in WEIGHTS.values() for name in names}
+  activations = {name for names in ACTIVATIONS.values() for name in names}
+  assert not weights & activations
+  rules = logical_axis_rules(Layout(), place(Layout(), CONFIGS['parallel multiquery'], MESH, 8, 8))
+  names = [name for name, _ in rules]
+  assert len(names) == len(set(names)) and set(names) == weights | activations | {'layers'}
+
+
+def test_rules_in_t5x_form():
+  rules = dict(logical_axis_rules(Layout.parse('ws_2d/batch')))
+  assert rules == {'layers': None, 'vocab': ('z', 'y'), 'embed': 'x', 'hidden': ('z', 'y'), 'features': None}
+  assert dict(logical_axis_rules(Layout.parse('ws_1d/batch')))['embed'] is None
