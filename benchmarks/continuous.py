@@ -22,7 +22,7 @@ import numpy as np
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.checkpoints.load import load_weights
 from t5x_inference_ext.engine import scheduler_config
-from t5x_inference_ext.model.transformer import DTYPES, Model
+from t5x_inference_ext.model.transformer import COMPUTE_DTYPES, Model
 from t5x_inference_ext.engine.scheduler import Request, Scheduler
 from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.sharding.mesh import make_mesh
@@ -45,7 +45,7 @@ def ragged(vocabulary: int, count: int, longest: int, most: int) -> list[Request
 
 
 def refilled(engine: Engine, requests: list[Request], slots: int, **options):
-  plan, shared = scheduler_config.plan(engine.model, requests, slots=slots, eos_id=-1, **options)
+  plan, shared = scheduler_config.config_for(engine.model, requests, slots=slots, eos_id=-1, **options)
 
   def run():
     scheduler = Scheduler(engine.model, engine.weights, plan, shared)
@@ -206,7 +206,7 @@ def main():
   parser.add_argument('--layers', type=int, default=6)
   parser.add_argument('--d_model', type=int, default=384, help='a multiple of 64')
   parser.add_argument('--vocabulary', type=int, default=8192)
-  parser.add_argument('--dtype', default='float32', choices=DTYPES)
+  parser.add_argument('--dtype', default='float32', choices=COMPUTE_DTYPES)
   parser.add_argument('--stock', action='store_true', help='also stock T5X')
   parser.add_argument('--repeats', type=int, default=3)
   args = parser.parse_args()

@@ -65,7 +65,7 @@ def make(path: pathlib.Path, config: ModelConfig) -> None:
   context = ts.Context({'cache_pool': {'total_bytes_limit': 0}, 'data_copy_concurrency': {'limit': CORES}})
   for name, shape in leaves(config).items():
     directory = f'target.{name.replace("/", ".")}'
-    chunks = t5x_output.chunk_shape(shape, t5x_output.CHUNK_BYTES // 4)
+    chunks = t5x_output.t5x_chunk_shape(shape, t5x_output.CHUNK_BYTES // 4)
     metadata = {'shape': list(shape), 'chunks': list(chunks), 'compressor': COMPRESSOR}
     store = ts.open({'driver': 'zarr', 'kvstore': {'driver': 'file', 'path': f'{path}/{directory}/'},
                      'metadata': metadata, 'dtype': 'float32'}, create=True, context=context).result()

@@ -22,7 +22,7 @@ import numpy as np
 from benchmarks import accelerator
 from benchmarks.machine import matmul_rate, seconds
 from t5x_inference_ext.checkpoints import open_checkpoint
-from t5x_inference_ext.model.transformer import DTYPES
+from t5x_inference_ext.model.transformer import COMPUTE_DTYPES
 from t5x_inference_ext.engine.engine import Engine
 
 
@@ -69,7 +69,7 @@ def main():
   parser.add_argument('--batch', default='1,8,32', help='batch sizes, comma separated')
   parser.add_argument('--prompt', type=int, default=128, help='tokens of each prompt')
   parser.add_argument('--generate', type=int, default=64, help='new tokens of each row')
-  parser.add_argument('--dtype', default='float32', choices=DTYPES, help='of this package; stock: float32')
+  parser.add_argument('--dtype', default='float32', choices=COMPUTE_DTYPES, help='of this package; stock: float32')
   parser.add_argument('--repeats', type=int, default=5)
   args = parser.parse_args()
 

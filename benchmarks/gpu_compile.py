@@ -22,7 +22,7 @@ from jax.experimental import topologies  # noqa: E402
 from benchmarks.accelerator import BATCHES, SHAPES, WEIGHTS  # noqa: E402
 from t5x_inference_ext.sharding.mesh import single_device_mesh  # noqa: E402
 from t5x_inference_ext.precompile import hlo, loops, work  # noqa: E402
-from t5x_inference_ext.precompile.program import Case, phase_function  # noqa: E402
+from t5x_inference_ext.precompile.program import CompileCase, phase_function  # noqa: E402
 
 # What the compiler asks of an H200 (NVIDIA's data sheet and CUDA's device properties).
 _H200 = """
@@ -48,7 +48,7 @@ class Launches:
 
 def launches(text: str, count: int = 3) -> Launches:
   """Counts those of a compiled program's text, loops by their turns; `count` of the largest are named."""
-  module = hlo.parse(text)
+  module = hlo.parse_hlo(text)
   found, _ = loops.executed(module)
   runs = [(e.times, e.times * work.traffic(module, e.computation, e.instruction), e.instruction.name)
           for e in found if not work.is_free(e.instruction)]
@@ -93,7 +93,7 @@ def main() -> None:
   print('|---|---|---|---|---|---|---|', flush=True)
   for weights in args.weights.split(','):
     for batch in map(int, args.batch.split(',')):
-      case = Case(config, weights, args.phase, batch, args.context, stacked=args.scan_layers)
+      case = CompileCase(config, weights, args.phase, batch, args.context, stacked=args.scan_layers)
       function, arguments = phase_function(case, mesh)
       compiled = function.lower(*arguments).compile(compiler_options())
       found = launches(compiled.as_text())

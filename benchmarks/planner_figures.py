@@ -13,8 +13,8 @@ os.environ['JAX_PLATFORMS'] = 'cpu'  # before jax is imported: nothing is comput
 from t5x_inference_ext.config import preset  # noqa: E402
 from t5x_inference_ext.planner import figures  # noqa: E402
 from t5x_inference_ext.planner.choose import BATCHES, choose  # noqa: E402
-from t5x_inference_ext.planner.machine import Machine, known  # noqa: E402
-from t5x_inference_ext.planner.request import Request  # noqa: E402
+from t5x_inference_ext.planner.machine import Machine, known_machines  # noqa: E402
+from t5x_inference_ext.planner.request import PlanRequest  # noqa: E402
 from t5x_inference_ext.planner.sweep import sweep  # noqa: E402
 
 MODEL = preset('palm_540b')
@@ -28,9 +28,9 @@ def draw(output_dir: str) -> list[str]:
   files = {name: os.path.join(output_dir, f'planner_{name}.svg') for name in names}
   figures.communication(files['communication'])
   figures.contexts(files['context'], MODEL, SLICE, (4, 4, 4))
-  figures.time_parts(files['parts'], choose(Request(MODEL, 64), [SLICE]).ranked[:8])
-  machines = [Machine.parse(name) for name in known('v4')]
-  points = sweep(Request(MODEL, 1), machines, BATCHES, ('int8', 'bfloat16'))
+  figures.time_parts(files['parts'], choose(PlanRequest(MODEL, 64), [SLICE]).ranked[:8])
+  machines = [Machine.parse(name) for name in known_machines('v4')]
+  points = sweep(PlanRequest(MODEL, 1), machines, BATCHES, ('int8', 'bfloat16'))
   figures.pareto(files['pareto'], points)
   return list(files.values())
 

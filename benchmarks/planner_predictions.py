@@ -20,11 +20,11 @@ from t5x_inference_ext.config import preset  # noqa: E402
 from t5x_inference_ext.sharding.layout import Layout  # noqa: E402
 from t5x_inference_ext.sharding.mesh import parse_mesh  # noqa: E402
 from t5x_inference_ext.planner import search  # noqa: E402
-from t5x_inference_ext.planner.case import Case  # noqa: E402
+from t5x_inference_ext.planner.case import PassCase  # noqa: E402
 from t5x_inference_ext.planner.choose import choose  # noqa: E402
 from t5x_inference_ext.planner.costs import cost, mfu  # noqa: E402
 from t5x_inference_ext.planner.machine import Machine  # noqa: E402
-from t5x_inference_ext.planner.request import Plan, Request  # noqa: E402
+from t5x_inference_ext.planner.request import Plan, PlanRequest  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Measured:
   mfu: float | None = None
 
   @property
-  def case(self) -> Case:
+  def case(self) -> PassCase:
     model, machine = preset(self.model), Machine.parse(self.machine)
-    return Case(model, machine, parse_mesh(self.mesh), Layout.parse(self.layout), self.phase, self.batch,
+    return PassCase(model, machine, parse_mesh(self.mesh), Layout.parse(self.layout), self.phase, self.batch,
                 2048 if self.phase == 'prefill' else 1, 2048, self.weights)
 
   def check(self) -> None:
@@ -73,9 +73,9 @@ FASTER_TRANSFORMER = {
     (128, 8): {1: (585, 451), 4: (765, 606), 16: (1377, 1074), 64: (4002, 3114)}}
 
 
-def tensor_parallel(request: Request, machine: Machine) -> Plan:
+def tensor_parallel(request: PlanRequest, machine: Machine) -> Plan:
   """Megatron's: d_ff and heads split over all chips, the activations of all tokens summed over them."""
-  case = Case(request.config, machine, (1, machine.chips, 1), Layout.parse('ws_1d/heads'), 'prefill', request.batch,
+  case = PassCase(request.config, machine, (1, machine.chips, 1), Layout.parse('ws_1d/heads'), 'prefill', request.batch,
               request.input_length, request.input_length, request.weights)
   decode = dataclasses.replace(case, phase='decode', length=1, context=request.mean_context)
   return Plan(request, cost(case), cost(decode))
@@ -90,7 +90,7 @@ def paper() -> None:
     point.check()
     case = point.case
     found = cost(case)
-    request = Request(case.config, case.batch, 2048 if case.phase == 'prefill' else 2016, 64, weights=case.weights)
+    request = PlanRequest(case.config, case.batch, 2048 if case.phase == 'prefill' else 2016, 64, weights=case.weights)
     found_all = (c for mesh in case.machine.meshes(case.config)
                  for c in search.phase_costs(request, case.machine, mesh, case.phase, case.batch))
     best = min(found_all, key=lambda c: c.seconds)
@@ -111,7 +111,7 @@ def megatron() -> None:
   errors = []
   for (tokens, output), rows in FASTER_TRANSFORMER.items():
     for batch, measured in rows.items():
-      request = Request(model, batch, tokens, output, weights='bfloat16')
+      request = PlanRequest(model, batch, tokens, output, weights='bfloat16')
       line = f'{f"{tokens}, {output}":>8} {batch:5}'
       for chips, milliseconds in zip((16, 32), measured):
         found = tensor_parallel(request, Machine.parse(f'A100:{chips}')).seconds * 1e3

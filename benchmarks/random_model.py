@@ -10,14 +10,14 @@ import numpy as np
 
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.model.transformer import Model
-from t5x_inference_ext.engine.sampling import Sampler
+from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.engine import generation_program
 from t5x_inference_ext.sharding.mesh import single_device_mesh
-from t5x_inference_ext.engine.saved_generation import Run
-from t5x_inference_ext.precompile.program import Case, abstract_weights, phase_function
+from t5x_inference_ext.engine.saved_generation import GenerationShape
+from t5x_inference_ext.precompile.program import CompileCase, abstract_weights, phase_function
 from t5x_inference_ext.model.weights import Weights
 
-GREEDY = Sampler()
+GREEDY = SamplingParams()
 _BLOCK = 128
 
 
@@ -61,11 +61,11 @@ class RandomModel:
     """For rows of `prompt` tokens, BOS included, that all end after new_tokens (at least 2)."""
     # In whole blocks: of other lengths XLA pads, that is copies, the cache for attention's products in every step (GPU).
     config, context = self.model.config, -(-(prompt + new_tokens - 1) // _BLOCK) * _BLOCK
-    case = Case(config, self.kind, 'prefill', batch, context, prompt=prompt, stacked=self.weights.stacked)
+    case = CompileCase(config, self.kind, 'prefill', batch, context, prompt=prompt, stacked=self.weights.stacked)
     prefill, _ = phase_function(case, self.model.mesh)
     tokens = np.random.default_rng(0).integers(2, config.vocab_size, (batch, prompt)).astype(np.int32)
     tokens, lengths = jax.device_put((tokens, np.full(batch, prompt, np.int32)))
-    run = Run(batch, prompt - 1, context, new_tokens, GREEDY, eos_id=-1)
+    run = GenerationShape(batch, prompt - 1, context, new_tokens, GREEDY, eos_id=-1)
     generate, _ = generation_program(self.model, run, self.weights)
     seeds = jnp.zeros(batch, jnp.uint32)
     return Programs(

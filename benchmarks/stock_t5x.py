@@ -26,10 +26,10 @@ import seqio
 
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import MeshError, UserError
-from t5x_inference_ext.sharding.torus import Slice, parse_slice
+from t5x_inference_ext.sharding.torus import TpuSlice, parse_slice
 from t5x_inference_ext.precompile import slices
 from t5x_inference_ext.precompile.estimate import Estimate, estimate
-from t5x_inference_ext.precompile.memory import Memory, memory_of, shard_bytes
+from t5x_inference_ext.precompile.memory import CompiledMemory, memory_of, shard_bytes
 from tests.t5x_adapter import palm_flaxformer
 
 logging.set_verbosity(logging.ERROR)  # flaxformer and T5X warn of their own deprecations, at every trace
@@ -77,7 +77,7 @@ class Stock:
 
   partitioning: Partitioning
   batch: int
-  memory: Memory | None = None
+  memory: CompiledMemory | None = None
   estimate: Estimate | None = None
   needed: int | None = None
 
@@ -131,7 +131,7 @@ def analyze(
                estimate(compiled.as_text(), slice_, partitioner.mesh))
 
 
-def slice_partitioner(slice_: Slice, choice: Partitioning) -> partitioning.PjitPartitioner:
+def slice_partitioner(slice_: TpuSlice, choice: Partitioning) -> partitioning.PjitPartitioner:
   """T5X's partitioner over the chips of a slice that is not here.
 
   Raises:

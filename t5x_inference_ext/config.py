@@ -16,7 +16,7 @@ NORM_SCALES = ('zero', 'one')
 
 
 @dataclasses.dataclass(frozen=True)
-class Sublayer:
+class BlockPart:
   """A norm, what reads it, and one addition to the residual stream.
 
   Attributes:
@@ -83,11 +83,11 @@ class ModelConfig:
                        'as many query heads')
 
   @property
-  def sublayers(self) -> tuple[Sublayer, ...]:
+  def block_parts(self) -> tuple[BlockPart, ...]:
     """What a layer is made of, in order."""
     if self.block == 'parallel':
-      return (Sublayer('parallel', True, True),)
-    return Sublayer('attention', True, False), Sublayer('mlp', False, True)
+      return (BlockPart('parallel', True, True),)
+    return BlockPart('attention', True, False), BlockPart('mlp', False, True)
 
   @property
   def mlp_inputs(self) -> tuple[str, ...]:
@@ -99,7 +99,7 @@ class ModelConfig:
     """Parameters, with the tied embedding counted once and the norms included."""
     attention = 2 * self.d_model * self.d_head * (self.num_heads + self.num_kv_heads)
     mlp = (len(self.mlp_inputs) + 1) * self.d_model * self.d_ff
-    norms = (self.num_layers * len(self.sublayers) + 1) * self.d_model * (1 if self.norm == 'rms' else 2)
+    norms = (self.num_layers * len(self.block_parts) + 1) * self.d_model * (1 if self.norm == 'rms' else 2)
     return self.num_layers * (attention + mlp) + norms + self.vocab_size * self.d_model
 
   def to_dict(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ TIMEOUT_SECONDS = 120  # to wait for the other processes
 # That a process that is done waits for the others to end: tf.data takes up to a minute to drop an iterator.
 SHUTDOWN_SECONDS = 120
 
-T = TypeVar('T')
+_T = TypeVar('T')
 
 
 def initialize(coordinator_address: str | None = None, num_processes: int | None = None, process_id: int | None = None,
@@ -155,7 +155,7 @@ def together() -> Iterator[None]:
   exchange(lambda: None)
 
 
-def lockstep(items: Iterable[T], key: Callable[[T], Any] = lambda item: None) -> Iterator[T]:
+def lockstep(items: Iterable[_T], key: Callable[[_T], Any] = lambda item: None) -> Iterator[_T]:
   """The items, each when every process has one: so that all run the same batches.
 
   Args:

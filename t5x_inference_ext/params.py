@@ -7,7 +7,7 @@ cut them into shards.
 
 import dataclasses
 
-from t5x_inference_ext.config import ModelConfig, Sublayer
+from t5x_inference_ext.config import BlockPart, ModelConfig
 
 INT8_SUFFIX = '_scale'
 
@@ -41,11 +41,11 @@ def parameters(config: ModelConfig) -> dict[str, Parameter]:
     return {name: Parameter((*lead, c.d_model), 'norm'), **biases}
 
   # One scale for both: the parallel block sums the two products in one accumulator (section 3.4), as one matrix.
-  outputs = {s.name: output_scale_name(s) for s in c.sublayers}
+  outputs = {s.name: output_scale_name(s) for s in c.block_parts}
   attention_scale, mlp_scale = (outputs.get(n, outputs.get('parallel')) for n in ('attention', 'mlp'))
   tensors = {'embedding': Parameter((c.vocab_size, c.d_model), 'embedding'), **norm('final_norm')}
-  for sublayer in c.sublayers:
-    tensors.update(norm(norm_name(sublayer), c.num_layers))
+  for block_part in c.block_parts:
+    tensors.update(norm(norm_name(block_part), c.num_layers))
   return {
       **tensors,
       'query': matrix(c.d_model, q, 'query_scale'),
@@ -57,18 +57,18 @@ def parameters(config: ModelConfig) -> dict[str, Parameter]:
   }
 
 
-def norm_name(sublayer: Sublayer) -> str:
+def norm_name(block_part: BlockPart) -> str:
   """The norm that feeds a sublayer."""
-  return 'layer_norm' if sublayer.name == 'parallel' else f'{sublayer.name}_norm'
+  return 'layer_norm' if block_part.name == 'parallel' else f'{block_part.name}_norm'
 
 
 def bias_name(norm: str) -> str:
   return f'{norm}_bias'
 
 
-def output_scale_name(sublayer: Sublayer) -> str:
+def output_scale_name(block_part: BlockPart) -> str:
   """The scale of what a sublayer adds to the residual stream."""
-  return 'output_scale' if sublayer.name == 'parallel' else f'{sublayer.name}_output_scale'
+  return 'output_scale' if block_part.name == 'parallel' else f'{block_part.name}_output_scale'
 
 
 def scales(config: ModelConfig) -> dict[str, Parameter]:

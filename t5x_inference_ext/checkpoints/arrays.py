@@ -16,7 +16,7 @@ from t5x_inference_ext.checkpoints.tensor import Bounds, Tensor
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class KernelPart:
   """A canonical tensor inside an array.
 
   Attributes:
@@ -40,7 +40,7 @@ class Rectangle(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Arrangement:
+class KernelLayout:
   """How an array holds canonical tensors.
 
   Attributes:
@@ -55,7 +55,7 @@ class Arrangement:
   layer_axis: int
   inputs: tuple[int, ...]
   outputs: tuple[int, ...]
-  parts: tuple[Part, ...]
+  parts: tuple[KernelPart, ...]
   axis: int
 
   @property
@@ -76,7 +76,7 @@ class Arrangement:
     axis = self.layer_axis
     return (*factored[1:axis + 1], factored[0], *factored[axis + 1:])
 
-  def rectangles(self, bounds: Bounds) -> Iterator[tuple[Part, Rectangle, tuple]]:
+  def rectangles(self, bounds: Bounds) -> Iterator[tuple[KernelPart, Rectangle, tuple]]:
     """The canonical rectangles within factored `bounds`.
 
     Yields:
@@ -98,7 +98,7 @@ class Arrangement:
         for columns, column_index in _merge(local[split:], sizes[split:], offsets[split:]):
           yield part, Rectangle(bounds[0], rows, columns), (slice(None), *row_index, *column_index)
 
-  def pieces(self, part: Part, rectangle: Rectangle) -> Iterator[tuple[Bounds, tuple]]:
+  def pieces(self, part: KernelPart, rectangle: Rectangle) -> Iterator[tuple[Bounds, tuple]]:
     """Where a canonical rectangle of `part` goes.
 
     Yields:
@@ -124,7 +124,7 @@ class SourceArray:
   """
 
   tensor: Tensor
-  arrangement: Arrangement
+  arrangement: KernelLayout
 
   @property
   def chunk(self) -> tuple[int, ...]:
@@ -139,7 +139,7 @@ class SourceArray:
     values = self.tensor.read(tuple(slice(*b) for b in self.arrangement.to_stored(bounds)))
     return values[None] if self.arrangement.layers is None else np.moveaxis(values, self.arrangement.layer_axis, 0)
 
-  def rectangles(self, values: np.ndarray, bounds: Bounds) -> Iterator[tuple[Part, Rectangle, np.ndarray]]:
+  def rectangles(self, values: np.ndarray, bounds: Bounds) -> Iterator[tuple[KernelPart, Rectangle, np.ndarray]]:
     """The canonical rectangles in a block that was read, with values [layers, rows, columns], mostly views."""
     for part, rectangle, index in self.arrangement.rectangles(bounds):
       part_values = values[index]
@@ -150,12 +150,12 @@ class SourceArray:
       yield part, rectangle, part_values
 
 
-def whole(tensor: Tensor, name: str, layered: bool) -> SourceArray:
+def whole_array(tensor: Tensor, name: str, layered: bool) -> SourceArray:
   """A canonical tensor stored by itself: [L, in, out], [L, E], [E] or [V, E]."""
   layers, *sizes = tensor.shape if layered else (None, *tensor.shape)
   inputs = tuple(sizes[:-1])
-  part = Part(name, 0, sizes[0])
-  return SourceArray(tensor, Arrangement(layers, 0, inputs, (sizes[-1],), (part,), 0))
+  part = KernelPart(name, 0, sizes[0])
+  return SourceArray(tensor, KernelLayout(layers, 0, inputs, (sizes[-1],), (part,), 0))
 
 
 def _merge(local, sizes, offsets) -> Iterator[tuple[tuple[int, int], tuple]]:

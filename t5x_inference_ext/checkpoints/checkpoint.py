@@ -8,7 +8,7 @@ import numpy as np
 
 from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints import flaxformer, legacy, orbax, serving, storage, work_directory
-from t5x_inference_ext.checkpoints.arrays import SourceArray, whole
+from t5x_inference_ext.checkpoints.arrays import SourceArray, whole_array
 from t5x_inference_ext.checkpoints.tensor import Tensor
 from t5x_inference_ext.checkpoints.tree import Tree
 from t5x_inference_ext.config import NORM_SCALES, ModelConfig
@@ -94,9 +94,9 @@ def read_tree(path: str) -> tuple[str, Tree] | None:
   """The format and parameters of a T5X checkpoint, of whatever model, or None. Raises CheckpointError: damaged."""
   index = storage.read_file(path, legacy.INDEX)
   if index is not None:
-    return 't5x', legacy.read(path, index)
-  state = orbax.find(path)
-  return None if state is None else ('orbax', orbax.read(path, state))
+    return 't5x', legacy.read_legacy(path, index)
+  state = orbax.find_state(path)
+  return None if state is None else ('orbax', orbax.read_orbax(path, state))
 
 
 def _from_tree(kind: str, tree: Tree, norm_scale: str | None, config: ModelConfig | None,
@@ -149,7 +149,7 @@ def _query_doubts(found: flaxformer.Reading) -> Iterator[str]:
 
 
 def _from_serving(path: str, data: bytes, norm_scale: str | None, config: ModelConfig | None) -> Checkpoint:
-  header, found = serving.read_header(path, data)
+  header, found = serving.read_serving_header(path, data)
   where = f'{path}/{serving.CONFIG}'
   if norm_scale not in (None, found.norm_scale):
     raise CheckpointError(f'norm_scale={norm_scale} was asked for, but {where} records {found.norm_scale!r}: leave it '
@@ -164,7 +164,7 @@ def _from_serving(path: str, data: bytes, norm_scale: str | None, config: ModelC
       f'weights: {header["weights"]}',
       f'norm scales: stored around {found.norm_scale} (recorded in the checkpoint)',
   )
-  arrays = tuple(whole(t, name, serving.is_layered(name)) for name, t in tensors.items()
+  arrays = tuple(whole_array(t, name, serving.is_layered(name)) for name, t in tensors.items()
                  if name in params.parameters(found))
   return Checkpoint(path, 'serving', step, found, header['weights'], tensors, arrays, header['source'].get('form'),
                     notes)
@@ -176,8 +176,8 @@ def _compare(config: ModelConfig, found: ModelConfig, weights: str, path: str) -
   fields = [*kinds, *(f.name for f in dataclasses.fields(config) if f.name not in kinds)]
   differing = next(name for name in fields if getattr(config, name) != getattr(found, name))
   if differing not in kinds:
-    asked = serving.contents(config, weights)
-    for name, (shape, _) in serving.contents(found, weights).items():
+    asked = serving.serving_tensors(config, weights)
+    for name, (shape, _) in serving.serving_tensors(found, weights).items():
       if shape != asked[name][0]:
         raise CheckpointError(f'{name}: shape {list(shape)} in {path}/{name}, but the model asked for needs '
                               f'{list(asked[name][0])}')

@@ -12,17 +12,17 @@ import zlib
 import numpy as np
 
 from t5x_inference_ext import params
-from t5x_inference_ext.checkpoints import seal, storage
+from t5x_inference_ext.checkpoints import durable, storage
 from t5x_inference_ext.checkpoints.arrays import Rectangle, SourceArray
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
-from t5x_inference_ext.checkpoints.conversion_options import Options, Report
+from t5x_inference_ext.checkpoints.conversion_options import ConvertOptions, Report
 from t5x_inference_ext.checkpoints.not_finite import NotFinite, check_finite
-from t5x_inference_ext.checkpoints.outputs import Placement, make_output
+from t5x_inference_ext.checkpoints.outputs import ArrayWrite, make_output
 from t5x_inference_ext.checkpoints.pipeline import Pipeline, cores
 from t5x_inference_ext.checkpoints.raw_array import byte_sum
 from t5x_inference_ext.checkpoints.rounding_error import RoundingError
 from t5x_inference_ext.checkpoints.slice_work import Hold, Job, SliceWork
-from t5x_inference_ext.checkpoints.slices import Plan
+from t5x_inference_ext.checkpoints.slices import ConversionPlan
 from t5x_inference_ext.checkpoints.work_directory import SYNCED, WorkDirectory
 from t5x_inference_ext.errors import CheckpointError
 
@@ -31,7 +31,7 @@ _BASE_BYTES = 150 * 2**20
 _BLOCKS_A_WORKER = 3.5
 
 # (what is being done, bytes of the source it was, bytes of the source in all)
-Progress = Callable[[str, int, int], None]
+ConversionProgress = Callable[[str, int, int], None]
 
 
 class Conversion:
@@ -44,7 +44,7 @@ class Conversion:
     identity: all on which the output's bytes depend, JSON-ready: a run goes on only where this is the same.
   """
 
-  def __init__(self, source: Checkpoint, options: Options, directory: str, progress: Progress):
+  def __init__(self, source: Checkpoint, options: ConvertOptions, directory: str, progress: ConversionProgress):
     self.source, self.options = source, options
     provenance = {'path': source.path, 'format': source.format, 'step': source.step, 'notes': list(source.notes),
                   'form': source.form, 'rescale_logits': source.rescale_logits,
@@ -53,7 +53,7 @@ class Conversion:
     self.output = make_output(source, directory, options.format, options.weights, provenance, _version(), asked)
     finds_scales = self.output.weights == 'int8' and source.weights != 'int8'
     arrays = [SourceArray(a.tensor.uncached(), a.arrangement) for a in source.arrays]
-    self.plan = Plan(arrays, source.config, finds_scales, options.slice_bytes)
+    self.plan = ConversionPlan(arrays, source.config, finds_scales, options.slice_bytes)
     self._finds_scales = finds_scales
     self._total = sum(a.tensor.nbytes for a in arrays)
     self._progress, self._progress_lock = progress, threading.Lock()
@@ -113,7 +113,7 @@ class Conversion:
         if len(slices) <= scales_slice:
           return self.report(work.path, slices.values(), finished=False)
         self._read_back(work)
-        checksums = seal.checksums(self.output.arrays, slices.values(), work.entries())
+        checksums = durable.checksums(self.output.arrays, slices.values(), work.entries())
         errors = {name: error.summary() for name, error in self._errors(slices.values()).items()}
         for name, data in self.output.headers(checksums, errors):
           work.write_file(name, data)
@@ -126,17 +126,17 @@ class Conversion:
       raise
     return self.report(work.path, slices.values())
 
-  def compare(self, put: Callable[[list[Placement]], None]) -> None:
+  def compare(self, put: Callable[[list[ArrayWrite]], None]) -> None:
     """Gives `put` all that a conversion would write, those of a block at once."""
     self._convert(range(len(self.plan.slices) + 1), put, lambda entry: None)
 
-  def _convert(self, numbers, put: Callable[[list[Placement]], None], record: Callable[[dict], None]) -> None:
+  def _convert(self, numbers, put: Callable[[list[ArrayWrite]], None], record: Callable[[dict], None]) -> None:
     job = Job(self.source, self.output, self.plan, put, Hold(self.options.hold_bytes),
               self.options.scale_search == 'mse', self._told, record)
     works = (SliceWork(job, self.plan.slices[n]) if n < len(self.plan.slices) else _Scales(self, job) for n in numbers)
     Pipeline(works, self.workers).run()
 
-  def _write(self, placements: list[Placement]) -> None:
+  def _write(self, placements: list[ArrayWrite]) -> None:
     by_array = {}
     for array, bounds, values in placements:
       by_array.setdefault(array, []).append((bounds, values))
@@ -144,7 +144,7 @@ class Conversion:
       array.write(pieces)
 
   def _read_back(self, work: WorkDirectory, claim: Callable[[int], bool] | None = None) -> None:
-    seal.read_back(self.output.arrays, work.entries, work.record, self.workers, self._progress, claim)
+    durable.read_back(self.output.arrays, work.entries, work.record, self.workers, self._progress, claim)
 
   def _sync(self, work: WorkDirectory) -> None:
     for array in self.output.arrays:

@@ -22,7 +22,7 @@ def parse_size(name: str, size: int | str) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class ConvertOptions:
   """How to convert.
 
   Attributes:

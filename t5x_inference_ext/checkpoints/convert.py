@@ -11,8 +11,8 @@ from typing import Callable
 
 from t5x_inference_ext.checkpoints import storage
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from t5x_inference_ext.checkpoints.conversion import Conversion, Progress
-from t5x_inference_ext.checkpoints.conversion_options import Options, Report
+from t5x_inference_ext.checkpoints.conversion import Conversion, ConversionProgress
+from t5x_inference_ext.checkpoints.conversion_options import ConvertOptions, Report
 from t5x_inference_ext.checkpoints.staging import Staging
 from t5x_inference_ext.checkpoints.work_directory import WorkDirectory
 from t5x_inference_ext.config import ModelConfig
@@ -23,7 +23,7 @@ def convert(input_checkpoint: str, output_checkpoint: str, weights: str = 'int8'
             config: ModelConfig | None = None, rescale_logits: bool | None = None, staging: str | None = None,
             found: Callable[[Checkpoint], None] = lambda checkpoint: None,
             planned: Callable[[str], None] = lambda line: None,
-            progress: Progress = lambda what, done, total: None, **options) -> Report:
+            progress: ConversionProgress = lambda what, done, total: None, **options) -> Report:
   """Writes the checkpoint `output_checkpoint`: complete and verified, or not at all.
 
   What a killed or failed run has finished is in `output_checkpoint`.unfinished, or in the staging directory, and the
@@ -44,7 +44,7 @@ def convert(input_checkpoint: str, output_checkpoint: str, weights: str = 'int8'
     CheckpointError: the input can't be read, or holds NaN or infinite values; the output exists, or can't be written.
     UserError: unknown options.
   """
-  options = Options(weights=weights, **options)
+  options = ConvertOptions(weights=weights, **options)
   staged = _staging(output_checkpoint, staging)
   work = WorkDirectory(output_checkpoint if staged is None else staged.local)
   if staged is not None:

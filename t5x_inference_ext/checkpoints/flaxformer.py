@@ -19,10 +19,16 @@ import ml_dtypes
 import numpy as np
 
 from t5x_inference_ext import params
-from t5x_inference_ext.checkpoints.arrays import Arrangement, Part, SourceArray, whole
+from t5x_inference_ext.checkpoints.arrays import KernelLayout, KernelPart, SourceArray, whole_array
 from t5x_inference_ext.checkpoints.flaxformer_names import (
     EMBEDDING, FINAL_NORM, LAYER, LAYERS, check_dtypes, check_names, check_shapes, listing, modules_in)
-from t5x_inference_ext.checkpoints.layer_kinds import KINDS, Kernel, LayerKind, Shapes, UnknownSizes
+from t5x_inference_ext.checkpoints.layer_kinds import (
+    Kernel,
+    LAYER_KINDS,
+    LayerKind,
+    Shapes,
+    UnknownSizes,
+)
 from t5x_inference_ext.checkpoints.tensor import Cast, Merged, Moved, Reciprocal, Scaled, Squeezed, Stack, Tensor, Window
 from t5x_inference_ext.checkpoints.tree import Tree
 from t5x_inference_ext.config import ModelConfig
@@ -85,14 +91,14 @@ def canonical(tree: Tree, norm_scale: str | None = None, config: ModelConfig | N
   check_shapes(tree, leaves, kind, kernels, model, quantized, axis, given=config is not None)
 
   tensors = {'embedding': leaves[EMBEDDING]}
-  arrays = [whole(leaves[EMBEDDING], 'embedding', layered=False)]
+  arrays = [whole_array(leaves[EMBEDDING], 'embedding', layered=False)]
   for name, place in (('final_norm', FINAL_NORM), *((n, f'{LAYERS}/{module}') for n, module in kind.norms)):
     for canonical_name, leaf in ((name, 'scale'), (params.bias_name(name), 'bias'))[:2 if norm == 'layer' else 1]:
       stored = _float32(leaves, f'{place}/{leaf}')
       layered = place != FINAL_NORM
       tensors[canonical_name] = Moved(stored, axis) if layered else stored
-      arrays.append(SourceArray(stored, Arrangement(
-          model.num_layers if layered else None, axis, (), (model.d_model,), (Part(canonical_name, 0, model.d_model),),
+      arrays.append(SourceArray(stored, KernelLayout(
+          model.num_layers if layered else None, axis, (), (model.d_model,), (KernelPart(canonical_name, 0, model.d_model),),
           0)))
   factors = {'attention_output': kind.output_factor, 'mlp_output': kind.output_factor,
              'query': 1. if rescale_logits else model.d_head**.5}
@@ -150,7 +156,7 @@ def find_kind(leaves: dict[str, Tensor]) -> LayerKind:
     expected = {*kind.modules(stored), *(module for _, module in kind.norms)}
     return len(expected & stored), -len(expected - stored)
 
-  return max(KINDS, key=fit)
+  return max(LAYER_KINDS, key=fit)
 
 
 def _model(lve: tuple[int, int, int], kind: LayerKind, shapes: Shapes, norm: str, norm_scale: str | None,
@@ -209,13 +215,13 @@ def _merge(leaf: Tensor, kernel: Kernel, axis: int, window: tuple[int, int, int]
   return view
 
 
-def arrangement(kernel: Kernel, config: ModelConfig, axis: int, factors: Mapping[str, float]) -> Arrangement:
+def arrangement(kernel: Kernel, config: ModelConfig, axis: int, factors: Mapping[str, float]) -> KernelLayout:
   """The canonical matrices in a stored kernel; canonical values are stored values times `factors`."""
   parts, start = [], 0
   for name, width in kernel.parts:
-    parts.append(Part(name, start, width, factors.get(name, 1.)))
+    parts.append(KernelPart(name, start, width, factors.get(name, 1.)))
     start += width
-  return Arrangement(config.num_layers, axis, kernel.inputs, kernel.outputs, tuple(parts), kernel.axis)
+  return KernelLayout(config.num_layers, axis, kernel.inputs, kernel.outputs, tuple(parts), kernel.axis)
 
 
 def _layer_axis(leaves: dict[str, Tensor], kind: LayerKind) -> int:

@@ -176,7 +176,7 @@ _SEPARATE = dict(
     sizes=_separate_sizes, mlp=_separate_mlp, kernels=_separate_kernels)
 
 # Where two fit equally well, the first is meant.
-KINDS = (
+LAYER_KINDS = (
     LayerKind(
         'ParallelFusedDecoderLayer', 'parallel', 'zero', (('layer_norm', 'layer_norm'),),
         alternatives=(((Q_WI, KV, O_WO),),), ranks={Q_WI: (3,), KV: (3,), O_WO: (3,)},

@@ -19,13 +19,13 @@ _NDARRAY, _COMPLEX, _SCALAR = 1, 2, 3
 _CHUNKED = '__msgpack_chunked_array__'
 
 
-def read(path: str, index: bytes) -> Tree:
+def read_legacy(path: str, index: bytes) -> Tree:
   """The parameters of the checkpoint directory `path`, whose msgpack file holds `index`.
 
   Raises:
     CheckpointError: an index of another kind, a missing array, or one whose shape is not the index's.
   """
-  content = parse(index, f'{path}/{INDEX}')
+  content = parse_index(index, f'{path}/{INDEX}')
   # {'optimizer': {'target', 'state'}} since T5X's first version; a bare {'target', 'state'} from other writers.
   content = content.get('optimizer', content) if isinstance(content, dict) else None
   if not isinstance(content, dict) or not isinstance(content.get('target'), dict):
@@ -48,7 +48,7 @@ def read(path: str, index: bytes) -> Tree:
   return Tree(path, 'T5X checkpoint', leaves, _step(content.get('state')))
 
 
-def parse(data: bytes, path: str) -> Any:
+def parse_index(data: bytes, path: str) -> Any:
   """flax's msgpack: nested dicts with numpy arrays. Raises CheckpointError."""
   try:
     return msgpack.unpackb(data, ext_hook=_extension, raw=False, strict_map_key=False, object_hook=_join_chunks)

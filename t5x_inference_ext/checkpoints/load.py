@@ -7,7 +7,7 @@ import numpy as np
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.errors import CheckpointError
-from t5x_inference_ext.sharding.packing import DeviceTensor, device_tensors, tensor_dtype
+from t5x_inference_ext.sharding.packing import PackedTensor, packed_tensors, tensor_dtype
 from t5x_inference_ext.model.weights import Weights, build_weights
 
 # On CPU, up to this depth the program unrolls its layers, which spares a copy of each layer's weights; beyond it, a loop
@@ -48,14 +48,14 @@ def load_weights(checkpoint: Checkpoint, model: Model, *, stacked: bool | None =
     MeshError: the mesh does not divide the model.
     CheckpointError: a tensor can't be read, or holds NaN or infinite values.
   """
-  tensors = device_tensors(model.config, model.prefill_layout, dict(model.mesh.shape), checkpoint.weights == 'int8')
+  tensors = packed_tensors(model.config, model.prefill_layout, dict(model.mesh.shape), checkpoint.weights == 'int8')
   layers = model.config.num_layers
   stacked = scans_layers(layers, stacked, model.mesh.devices.flat[0].platform)
   make = lambda name, layers: load_tensor(checkpoint, model, tensors[name], layers)
   return build_weights(tensors, layers, stacked, make, progress)
 
 
-def load_tensor(checkpoint: Checkpoint, model: Model, tensor: DeviceTensor, layers: slice | int | None) -> jax.Array:
+def load_tensor(checkpoint: Checkpoint, model: Model, tensor: PackedTensor, layers: slice | int | None) -> jax.Array:
   """One array onto its shards: of one layer, of a range of layers (stacked in front), or of the model (None)."""
   dtype = tensor_dtype(tensor, checkpoint.weights, model.dtype)
   # Norms are applied as scale or 1 + scale; the program knows only the value applied.

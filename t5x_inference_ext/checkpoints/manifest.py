@@ -29,7 +29,7 @@ def write(content: Mapping[str, Any], files: Mapping[str, bytes]) -> bytes:
   return _with_own(data, _UNKNOWN, _crc(data))
 
 
-def check(path: str, name: str, manifest: Mapping[str, Any]) -> list[str]:
+def check_manifest(path: str, name: str, manifest: Mapping[str, Any]) -> list[str]:
   """Reads the small files of the checkpoint `path`, of which `name` holds `manifest`.
 
   Returns:

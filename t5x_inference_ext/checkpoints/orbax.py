@@ -23,7 +23,7 @@ _OLD_INDEX = 'checkpoint'
 _PLACEHOLDER = 'PLACEHOLDER://'
 
 
-def find(path: str) -> str | None:
+def find_state(path: str) -> str | None:
   """The directory at or below `path` that holds an Orbax tree, or None."""
   for item in _ITEMS:
     directory = os.path.join(path, item).rstrip('/')
@@ -33,13 +33,13 @@ def find(path: str) -> str | None:
   return state if storage.read_file(state, _OLD_INDEX) is not None else None
 
 
-def read(path: str, directory: str) -> Tree:
+def read_orbax(path: str, directory: str) -> Tree:
   """The parameters of the Orbax checkpoint `path`, whose arrays are below `directory`. Raises CheckpointError."""
   metadata = storage.read_file(directory, METADATA)
   where = f'{directory}/{METADATA}'
   if metadata is None:
     where = f'{directory}/{_OLD_INDEX}'
-    leaves = dict(_old_leaves(legacy.parse(storage.read_file(directory, _OLD_INDEX), where), where))
+    leaves = dict(_old_leaves(legacy.parse_index(storage.read_file(directory, _OLD_INDEX), where), where))
     zarr3, zeros_are_stored = False, True
     ocdbt = storage.read_file(directory, 'manifest.ocdbt') is not None
   else:

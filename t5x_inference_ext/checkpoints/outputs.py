@@ -14,9 +14,9 @@ from t5x_inference_ext.checkpoints.t5x_output import T5xOutput
 from t5x_inference_ext.checkpoints.tensor import Bounds
 from t5x_inference_ext.errors import UserError
 
-DTYPES = {'int8': np.dtype(np.int8), 'bfloat16': np.dtype(ml_dtypes.bfloat16), 'float32': np.dtype(np.float32)}
+OUTPUT_DTYPES = {'int8': np.dtype(np.int8), 'bfloat16': np.dtype(ml_dtypes.bfloat16), 'float32': np.dtype(np.float32)}
 # (array, bounds in it, their values)
-Placement = tuple[RawArray, Bounds, np.ndarray]
+ArrayWrite = tuple[RawArray, Bounds, np.ndarray]
 
 
 class Output(Protocol):
@@ -35,7 +35,7 @@ class Output(Protocol):
   def dtype(self, name: str) -> np.dtype:
     """Of the canonical tensor `name`, as written."""
 
-  def placements(self, name: str, rectangle: Rectangle, values: np.ndarray) -> Iterator[Placement]:
+  def placements(self, name: str, rectangle: Rectangle, values: np.ndarray) -> Iterator[ArrayWrite]:
     """Where canonical values [layers, rows, columns] go; scales are tensors of one row."""
 
   def is_layer_weight(self, array: str) -> bool:
@@ -53,9 +53,9 @@ class ServingOutput:
   def __init__(self, source: Checkpoint, directory: str, weights: str, provenance: dict[str, Any], version: str,
                options: dict[str, Any]):
     self.weights = weights
-    contents = serving.contents(source.config, weights)
+    contents = serving.serving_tensors(source.config, weights)
     self._arrays = {
-        name: RawArray(directory, name, shape, DTYPES[dtype], serving.chunk_shape(name, shape, DTYPES[dtype].itemsize))
+        name: RawArray(directory, name, shape, OUTPUT_DTYPES[dtype], serving.serving_chunk_shape(name, shape, OUTPUT_DTYPES[dtype].itemsize))
         for name, (shape, dtype) in contents.items()}
     self.arrays = tuple(self._arrays.values())
     self._header = serving.header(source.config, weights, provenance, version, options)
@@ -67,7 +67,7 @@ class ServingOutput:
   def is_layer_weight(self, array: str) -> bool:
     return self._kinds[array].kind in ('matrix', 'scale')
 
-  def placements(self, name: str, rectangle: Rectangle, values: np.ndarray) -> Iterator[Placement]:
+  def placements(self, name: str, rectangle: Rectangle, values: np.ndarray) -> Iterator[ArrayWrite]:
     array, (layers, rows, columns) = self._arrays[name], rectangle
     if not serving.is_layered(name):
       yield (array, (rows, columns), values[0]) if len(array.shape) == 2 else (array, (columns,), values[0, 0])
@@ -83,16 +83,16 @@ class ServingOutput:
         {**self._header, 'errors': errors}, {**files, **manifest.array_files(self.arrays)})
 
 
-FORMATS = ('serving', 't5x_int8', 't5x_float')
+OUTPUT_FORMATS = ('serving', 't5x_int8', 't5x_float')
 
 
 def make_output(source: Checkpoint, directory: str, kind: str, weights: str, provenance: dict[str, Any], version: str,
                 options: dict[str, Any]) -> Output:
   """The output of a format, below a directory. Raises UserError for an unknown format, and for weights of 'serving'."""
-  if kind not in FORMATS:
-    raise UserError(f'format must be one of {", ".join(FORMATS)}, got {kind!r}')
-  if kind == 'serving' and weights not in serving.WEIGHTS:
-    raise UserError(f'weights must be one of {", ".join(serving.WEIGHTS)}, got {weights!r}')
+  if kind not in OUTPUT_FORMATS:
+    raise UserError(f'format must be one of {", ".join(OUTPUT_FORMATS)}, got {kind!r}')
+  if kind == 'serving' and weights not in serving.SERVING_WEIGHTS:
+    raise UserError(f'weights must be one of {", ".join(serving.SERVING_WEIGHTS)}, got {weights!r}')
   if kind != 'serving':
     return T5xOutput(source, directory, 'int8' if kind == 't5x_int8' else 'float32', provenance, version, options)
   return ServingOutput(source, directory, weights, provenance, version, options)

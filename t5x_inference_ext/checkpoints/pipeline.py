@@ -10,7 +10,7 @@ import threading
 from typing import Callable, Iterator, Protocol
 
 
-class Work(Protocol):
+class PipelineWork(Protocol):
   """A slice on its way."""
 
   def jobs(self) -> list[Callable[[], None]] | None:
@@ -23,14 +23,14 @@ class Work(Protocol):
 class _Open:
   """A slice being worked on."""
 
-  def __init__(self, work: Work):
+  def __init__(self, work: PipelineWork):
     self.work, self.waiting, self.running, self.started = work, [], 0, False
 
 
 class Pipeline:
   """Runs works in order, at most two at a time, on a number of threads."""
 
-  def __init__(self, works: Iterator[Work], workers: int):
+  def __init__(self, works: Iterator[PipelineWork], workers: int):
     self._works, self._workers = works, workers
     self._open = []
     self._exhausted, self._error = False, None

@@ -21,9 +21,9 @@ from t5x_inference_ext.errors import CheckpointError
 
 CONFIG = 'serving_config.json'
 CHECKSUMS = 'checksums.json'
-FORMAT = 't5x_inference_ext serving checkpoint'
+SERVING_FORMAT = 't5x_inference_ext serving checkpoint'
 VERSION = 1
-WEIGHTS = ('int8', 'bfloat16')
+SERVING_WEIGHTS = ('int8', 'bfloat16')
 
 # A chunk's sides are halved until they are at most these, so that any shard of a matrix covers few chunks more than its
 # share, and a conversion can hold all rows of one column of chunks; then its rows until it has at most MAX_CHUNK_BYTES.
@@ -33,7 +33,7 @@ MAX_CHUNK_BYTES = 64 * 2**20
 _DTYPES = {'int8': np.dtype(np.int8), 'bfloat16': np.dtype(ml_dtypes.bfloat16), 'float32': np.dtype(np.float32)}
 
 
-def contents(config: ModelConfig, weights: str) -> dict[str, tuple[tuple[int, ...], str]]:
+def serving_tensors(config: ModelConfig, weights: str) -> dict[str, tuple[tuple[int, ...], str]]:
   """(shape, dtype name) of every tensor in a serving checkpoint of a model, by name."""
   dtypes = {'matrix': weights, 'embedding': 'bfloat16', 'norm': 'float32', 'bias': 'float32', 'scale': 'float32'}
   tensors = params.parameters(config)
@@ -47,7 +47,7 @@ def is_layered(name: str) -> bool:
   return name not in ('embedding', 'final_norm', params.bias_name('final_norm'))
 
 
-def chunk_shape(name: str, shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+def serving_chunk_shape(name: str, shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
   """The chunks of a tensor: one layer of it, or a tile of one layer."""
   halve = lambda n: -(-n // 2)
   sides = list(shape[1:] if is_layered(name) else shape)
@@ -144,9 +144,9 @@ def header(config: ModelConfig, weights: str, source: dict[str, Any], tool_versi
     tool_version: of this package.
     options: how it was made, for people.
   """
-  tensors = {name: {'shape': shape, 'dtype': dtype, 'chunks': chunk_shape(name, shape, _DTYPES[dtype].itemsize)}
-             for name, (shape, dtype) in contents(config, weights).items()}
-  return {'format': FORMAT, 'version': VERSION, 'written_by': f't5x_inference_ext {tool_version}', 'weights': weights,
+  tensors = {name: {'shape': shape, 'dtype': dtype, 'chunks': serving_chunk_shape(name, shape, _DTYPES[dtype].itemsize)}
+             for name, (shape, dtype) in serving_tensors(config, weights).items()}
+  return {'format': SERVING_FORMAT, 'version': VERSION, 'written_by': f't5x_inference_ext {tool_version}', 'weights': weights,
           'options': options, 'model': config.to_dict(), 'source': source, 'tensors': tensors}
 
 
@@ -155,19 +155,19 @@ def checksums_file(checksums: dict[str, list[int]]) -> bytes:
   return json.dumps({name: [f'{c:08x}' for c in values] for name, values in checksums.items()}).encode()
 
 
-def read_header(path: str, data: bytes) -> tuple[dict[str, Any], ModelConfig]:
+def read_serving_header(path: str, data: bytes) -> tuple[dict[str, Any], ModelConfig]:
   """The header of the serving checkpoint `path`, whose serving_config.json is `data`. Raises CheckpointError."""
   where = f'{path}/{CONFIG}'
   try:
     header = json.loads(data)
-    if header['format'] != FORMAT:
-      raise CheckpointError(f'{where}: format {header["format"]!r} is not {FORMAT!r}')
+    if header['format'] != SERVING_FORMAT:
+      raise CheckpointError(f'{where}: format {header["format"]!r} is not {SERVING_FORMAT!r}')
     if header['version'] != VERSION:
       raise CheckpointError(f'{where}: format version {header["version"]}, but this package reads version {VERSION}: '
                             f'written by {header.get("written_by")}')
     config = ModelConfig.from_dict(header['model'])
-    if header['weights'] not in WEIGHTS:
-      raise CheckpointError(f'{where}: weights {header["weights"]!r} are none of {", ".join(WEIGHTS)}')
+    if header['weights'] not in SERVING_WEIGHTS:
+      raise CheckpointError(f'{where}: weights {header["weights"]!r} are none of {", ".join(SERVING_WEIGHTS)}')
     source = header.get('source')
     return {**header, 'source': source if isinstance(source, dict) else {}}, config
   except CheckpointError:
@@ -188,7 +188,7 @@ def read_tensors(path: str, config: ModelConfig, weights: str, cached: bool = Tr
   Raises:
     CheckpointError: an array that is missing, or not of the model's shape and dtype.
   """
-  return read_listed(path, contents(config, weights), CONFIG, cached)
+  return read_listed(path, serving_tensors(config, weights), CONFIG, cached)
 
 
 def read_listed(path: str, listed: dict[str, tuple[tuple[int, ...], str]], header_file: str,

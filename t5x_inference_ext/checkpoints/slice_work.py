@@ -13,14 +13,14 @@ from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints.arrays import Rectangle
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
 from t5x_inference_ext.checkpoints.not_finite import check_finite
-from t5x_inference_ext.checkpoints.outputs import Output, Placement
+from t5x_inference_ext.checkpoints.outputs import ArrayWrite, Output
 from t5x_inference_ext.checkpoints.raw_array import byte_sum
 from t5x_inference_ext.checkpoints.rounding_error import RoundingError
-from t5x_inference_ext.checkpoints.slices import Block, Plan, Slice
+from t5x_inference_ext.checkpoints.slices import ConversionPlan, StoredBlock, TensorSlice
 from t5x_inference_ext.quantization import rounding
 
 # What to do with values that are final, those of a block at once: write them, or compare them with what is there.
-Put = Callable[[list[Placement]], None]
+Put = Callable[[list[ArrayWrite]], None]
 
 
 class Hold:
@@ -57,7 +57,7 @@ class Job:
 
   source: Checkpoint
   output: Output
-  plan: Plan
+  plan: ConversionPlan
   put: Put
   hold: Hold
   search: bool
@@ -68,7 +68,7 @@ class Job:
 class SliceWork:
   """A slice. A pipeline.Work."""
 
-  def __init__(self, job: Job, piece: Slice):
+  def __init__(self, job: Job, piece: TensorSlice):
     self._job, self._slice = job, piece
     self._kinds = params.parameters(job.source.config)
     self._blocks = job.plan.blocks(piece)
@@ -96,10 +96,10 @@ class SliceWork:
       return None
     return [lambda b=block, i=i: step(i, b) for i, block in enumerate(self._blocks)]
 
-  def _values(self, block: Block) -> np.ndarray:
+  def _values(self, block: StoredBlock) -> np.ndarray:
     return self._job.plan.arrays[block.array].read(block.bounds)
 
-  def _measure(self, number: int, block: Block) -> None:
+  def _measure(self, number: int, block: StoredBlock) -> None:
     array, values = self._job.plan.arrays[block.array], self._values(block)
     for part, rectangle, w in array.rectangles(values, block.bounds):
       largest = rounding.largest(w)
@@ -118,7 +118,7 @@ class SliceWork:
       together.setdefault(self._kinds[name].scale, []).append(maxima)
     self._scales = {scale: rounding.scales_of(np.maximum.reduce(maxima)) for scale, maxima in together.items()}
 
-  def _search(self, number: int, block: Block) -> None:
+  def _search(self, number: int, block: StoredBlock) -> None:
     array = self._job.plan.arrays[block.array]
     values = self._held[number] if number in self._held else self._values(block)
     for part, rectangle, w in array.rectangles(values, block.bounds):
@@ -133,7 +133,7 @@ class SliceWork:
       self._scales[scale] = rounding.best_scales(self._scales[scale], squares)
     self._squares = {}
 
-  def _write(self, number: int, block: Block) -> None:
+  def _write(self, number: int, block: StoredBlock) -> None:
     array, output = self._job.plan.arrays[block.array], self._job.output
     held = self._held.pop(number, None)
     values = self._values(block) if held is None else held
@@ -174,7 +174,7 @@ class SliceWork:
     self._job.finished({'slice': self._slice.number, 'sums': self._sums,
                         'errors': {name: error.to_list() for name, error in errors.items()}})
 
-  def _put(self, placements: list[Placement]) -> None:
+  def _put(self, placements: list[ArrayWrite]) -> None:
     self._job.put(placements)
     for array, _, values in placements:
       total = byte_sum(values)

@@ -21,7 +21,7 @@ BLOCK_BYTES = 32 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
+class StoredBlock:
   """Whole chunks of one array: its number in the plan, and factored bounds."""
 
   array: int
@@ -29,7 +29,7 @@ class Block:
 
 
 @dataclasses.dataclass(frozen=True)
-class Slice:
+class TensorSlice:
   """One unit of progress.
 
   Attributes:
@@ -39,11 +39,11 @@ class Slice:
   """
 
   number: int
-  boxes: tuple[Block, ...]
+  boxes: tuple[StoredBlock, ...]
   scaled: bool
 
 
-class Plan:
+class ConversionPlan:
   """All slices of a conversion.
 
   Attributes:
@@ -64,21 +64,21 @@ class Plan:
         by_scale.setdefault(scales[0], []).append(i)  # arrays that share one scale share all: output matrices
       else:
         single.append(i)
-    boxes = [((Block(i, b),), False) for i in single
+    boxes = [((StoredBlock(i, b),), False) for i in single
              for b in _boxes(self.arrays[i].arrangement.factored, self._cell(i, slice_bytes))]
     for indices in by_scale.values():
       boxes += [(cut, True) for cut in self._columns(indices, slice_bytes)]
-    self.slices = tuple(Slice(n, cut, scaled) for n, (cut, scaled) in enumerate(boxes))
+    self.slices = tuple(TensorSlice(n, cut, scaled) for n, (cut, scaled) in enumerate(boxes))
     self.slice_bytes = max(self.nbytes(s) for s in self.slices)
     self.block_bytes = max(self.arrays[i].nbytes(tuple((0, n) for n in self._cell(i, BLOCK_BYTES)))
                            for i in range(len(self.arrays)))
 
-  def nbytes(self, s: Slice) -> int:
+  def nbytes(self, s: TensorSlice) -> int:
     """What it holds of the source, decoded."""
     return sum(self.arrays[box.array].nbytes(box.bounds) for box in s.boxes)
 
-  def blocks(self, s: Slice) -> list[Block]:
-    return [Block(box.array, bounds) for box in s.boxes for bounds in _boxes(box.bounds, self._cell(
+  def blocks(self, s: TensorSlice) -> list[StoredBlock]:
+    return [StoredBlock(box.array, bounds) for box in s.boxes for bounds in _boxes(box.bounds, self._cell(
         box.array, BLOCK_BYTES, tuple(end - begin for begin, end in box.bounds)))]
 
   def _cell(self, index: int, nbytes: int, within: Sequence[int] | None = None) -> tuple[int, ...]:
@@ -86,7 +86,7 @@ class Plan:
     array = self.arrays[index]
     return _grow(array.chunk, within or array.arrangement.factored, array.tensor.dtype.itemsize, nbytes)
 
-  def _columns(self, indices: list[int], slice_bytes: int) -> Iterator[tuple[Block, ...]]:
+  def _columns(self, indices: list[int], slice_bytes: int) -> Iterator[tuple[StoredBlock, ...]]:
     """Cuts arrays that share scales across layers and outputs alike, at borders of chunks of all of them."""
     arrays = [self.arrays[i] for i in indices]
     split = [1 + len(a.arrangement.inputs) for a in arrays]
@@ -99,7 +99,7 @@ class Plan:
     rows = sum(math.prod(a.arrangement.inputs) * a.tensor.dtype.itemsize for a in arrays)
     cell = _grow(cell, kept[0], rows, slice_bytes)
     for first, *outputs in _boxes(kept[0], cell):
-      yield tuple(Block(i, (first, *((0, n) for n in a.arrangement.inputs), *outputs))
+      yield tuple(StoredBlock(i, (first, *((0, n) for n in a.arrangement.inputs), *outputs))
                   for i, a in zip(indices, arrays))
 
 

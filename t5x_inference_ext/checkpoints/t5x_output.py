@@ -13,15 +13,21 @@ import numpy as np
 
 from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints import flaxformer, flaxformer_names, legacy, manifest, serving
-from t5x_inference_ext.checkpoints.arrays import Arrangement, Part, Rectangle
+from t5x_inference_ext.checkpoints.arrays import KernelLayout, KernelPart, Rectangle
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
-from t5x_inference_ext.checkpoints.layer_kinds import KINDS, OUT, Kernel, LayerKind, UnknownSizes
+from t5x_inference_ext.checkpoints.layer_kinds import (
+    Kernel,
+    LAYER_KINDS,
+    LayerKind,
+    OUT,
+    UnknownSizes,
+)
 from t5x_inference_ext.checkpoints.raw_array import RawArray
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import CheckpointError
 
 MANIFEST = 't5x_inference_ext.json'
-FORMAT = 't5x_inference_ext T5X checkpoint'
+T5X_MANIFEST_FORMAT = 't5x_inference_ext T5X checkpoint'
 CHUNK_BYTES = 64 * 2**20
 
 
@@ -40,29 +46,29 @@ class T5xOutput:
     self._layers = source.config.num_layers
     try:
       self._per_layer, self._axis = form['per_layer'], form['layer_axis']
-      self._lay_out(source.config, {k.name: k for k in KINDS}[form['layers']], form['kernels'])
+      self._lay_out(source.config, {k.name: k for k in LAYER_KINDS}[form['layers']], form['kernels'])
     except (TypeError, KeyError, AttributeError, UnknownSizes) as e:  # of a damaged header
       raise CheckpointError(f'{source.path}: source.form in {serving.CONFIG} is not an arrangement that T5X has: '
                             f'{type(e).__name__} {e}') from e
     self.arrays = tuple(a for leaves in self._leaves.values() for a in leaves)
     self._manifest = {
-        'format': FORMAT, 'version': 1, 'written_by': f't5x_inference_ext {version}', 'weights': weights,
+        'format': T5X_MANIFEST_FORMAT, 'version': 1, 'written_by': f't5x_inference_ext {version}', 'weights': weights,
         'options': options, 'model': source.config.to_dict(), 'source': provenance,
         'tensors': {a.name: {'shape': a.shape, 'dtype': a.dtype.name, 'chunks': a.chunk} for a in self.arrays}}
 
   def _lay_out(self, config: ModelConfig, kind: LayerKind, stored: dict[str, list[int]]) -> None:
     e = config.d_model
-    vector = lambda name: Arrangement(None, 0, (), (e,), (Part(name, 0, e),), 0)
+    vector = lambda name: KernelLayout(None, 0, (), (e,), (KernelPart(name, 0, e),), 0)
     v = config.vocab_size
     self._add('embedding', flaxformer_names.EMBEDDING,
-              Arrangement(None, 0, (v,), (e,), (Part('embedding', 0, v),), 0), np.float32)
+              KernelLayout(None, 0, (v,), (e,), (KernelPart('embedding', 0, v),), 0), np.float32)
     leaf_names = (('', 'scale'), ('_bias', 'bias'))[:2 if config.norm == 'layer' else 1]
     for suffix, leaf in leaf_names:
       self._add(f'final_norm{suffix}', f'{flaxformer_names.FINAL_NORM}/{leaf}', vector(f'final_norm{suffix}'),
                 np.float32)
       for name, module in kind.norms:
-        self._add(f'{name}{suffix}', f'{flaxformer_names.LAYERS}/{module}/{leaf}', Arrangement(
-            self._layers, self._axis, (), (e,), (Part(f'{name}{suffix}', 0, e),), 0), np.float32)
+        self._add(f'{name}{suffix}', f'{flaxformer_names.LAYERS}/{module}/{leaf}', KernelLayout(
+            self._layers, self._axis, (), (e,), (KernelPart(f'{name}{suffix}', 0, e),), 0), np.float32)
     factors = {'attention_output': kind.output_factor, 'mlp_output': kind.output_factor}
     if self.weights == 'int8' and OUT in stored:
       stored = {**stored, OUT: stored[OUT][-2:]}  # flaxformer's quantized output projection has its heads joined
@@ -78,12 +84,12 @@ class T5xOutput:
       else:
         self._add_parts(f'{place}/kernel', flaxformer.arrangement(kernel, config, self._axis, factors), np.float32)
 
-  def _add_parts(self, leaf: str, arrangement: Arrangement, dtype: type) -> None:
+  def _add_parts(self, leaf: str, arrangement: KernelLayout, dtype: type) -> None:
     for part in arrangement.parts:
       self._add(part.name, leaf, arrangement, dtype)
     self._layer_weights |= {array.name for array in self._leaves[leaf]}
 
-  def _add(self, name: str, leaf: str, arrangement: Arrangement, dtype: type) -> None:
+  def _add(self, name: str, leaf: str, arrangement: KernelLayout, dtype: type) -> None:
     """Says that the canonical tensor `name` goes to `leaf`."""
     self._places.setdefault(name, []).append((leaf, arrangement))
     if leaf in self._leaves:
@@ -93,7 +99,7 @@ class T5xOutput:
     if self._per_layer and arrangement.layers is not None:
       shape = shape[:self._axis] + shape[self._axis + 1:]
       names = [leaf.replace(flaxformer_names.LAYERS, f'decoder/layers_{i}', 1) for i in range(self._layers)]
-    chunk = chunk_shape(shape, CHUNK_BYTES // np.dtype(dtype).itemsize)
+    chunk = t5x_chunk_shape(shape, CHUNK_BYTES // np.dtype(dtype).itemsize)
     self._leaves[leaf] = [
         RawArray(self._directory, f'target.{n.replace("/", ".")}', shape, dtype, chunk) for n in names]
 
@@ -144,7 +150,7 @@ class T5xOutput:
 def usual_form(config: ModelConfig) -> dict[str, Any]:
   """How flaxformer usually arranges such a model, where nobody recorded it. Raises CheckpointError where it can't."""
   c = config
-  fused, serial, parallel = KINDS
+  fused, serial, parallel = LAYER_KINDS
   if c.block == 'parallel' and c.num_kv_heads == 1 and c.norm == 'rms' and c.d_ff % c.num_heads == 0:
     kind, names, shapes = fused, fused.alternatives[0][0], {}
   else:
@@ -161,7 +167,7 @@ def usual_form(config: ModelConfig) -> dict[str, Any]:
           'kernels': {name: list(kernels[name].shape) for name in names}}
 
 
-def chunk_shape(shape: Sequence[int], elements: int) -> tuple[int, ...]:
+def t5x_chunk_shape(shape: Sequence[int], elements: int) -> tuple[int, ...]:
   """T5X's rule: the largest side goes down to its next divisor, until a chunk has at most so many elements."""
   sides = list(shape)
   while math.prod(sides) > elements:
@@ -171,13 +177,13 @@ def chunk_shape(shape: Sequence[int], elements: int) -> tuple[int, ...]:
 
 
 def _scale_arrangement(kernel: Kernel, config: ModelConfig, axis: int, factors: dict[str, float],
-                       kinds: dict[str, params.Parameter]) -> Arrangement:
+                       kinds: dict[str, params.Parameter]) -> KernelLayout:
   """Of the scales beside a quantized kernel: axes that are summed over have size 1, and parts along them one scale."""
   parts, start = {}, 0
   summed = kernel.axis < len(kernel.inputs)
   for name, width in kernel.parts:
     scale = kinds[name].scale
-    parts.setdefault(scale, Part(scale, 0 if summed else start, 1 if summed else width, factors.get(name, 1.)))
+    parts.setdefault(scale, KernelPart(scale, 0 if summed else start, 1 if summed else width, factors.get(name, 1.)))
     start += width
-  return Arrangement(config.num_layers, axis, (1,) * len(kernel.inputs), kernel.outputs, tuple(parts.values()),
+  return KernelLayout(config.num_layers, axis, (1,) * len(kernel.inputs), kernel.outputs, tuple(parts.values()),
                      kernel.axis)

@@ -10,18 +10,18 @@ import numpy as np
 from t5x_inference_ext.checkpoints import serving, storage, t5x_output
 from t5x_inference_ext.checkpoints.checkpoint import open_checkpoint
 from t5x_inference_ext.checkpoints.conversion import Conversion
-from t5x_inference_ext.checkpoints.conversion_options import Options
-from t5x_inference_ext.checkpoints.manifest import check
+from t5x_inference_ext.checkpoints.conversion_options import ConvertOptions
+from t5x_inference_ext.checkpoints.manifest import check_manifest
 from t5x_inference_ext.checkpoints.pipeline import cores, run_jobs
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import CheckpointError
 
 # (what is being done, bytes that it was, bytes in all)
-Progress = Callable[[str, int, int], None]
+VerifyProgress = Callable[[str, int, int], None]
 
 
 def verify(path: str, source: str | None = None, *, workers: int | None = None, rescale_logits: bool | None = None,
-           progress: Progress = lambda what, done, total: None) -> list[str]:
+           progress: VerifyProgress = lambda what, done, total: None) -> list[str]:
   """Reads every file of a checkpoint that a conversion wrote, and compares it with the checksum recorded.
 
   Args:
@@ -39,7 +39,7 @@ def verify(path: str, source: str | None = None, *, workers: int | None = None, 
   """
   path = storage.normalize(path)
   manifest_name, manifest = read_manifest(path)
-  small_files = check(path, manifest_name, manifest)
+  small_files = check_manifest(path, manifest_name, manifest)
   listed = {name: (tuple(t['shape']), t['dtype']) for name, t in manifest['tensors'].items()}
   tensors = serving.read_listed(path, listed, manifest_name, cached=False)
   total = sum(t.nbytes for t in tensors.values())
@@ -67,7 +67,7 @@ def verify(path: str, source: str | None = None, *, workers: int | None = None, 
 
 
 def _compare(path: str, manifest: dict, source: str, workers: int, rescale_logits: bool | None,
-             progress: Progress) -> None:
+             progress: VerifyProgress) -> None:
   model = ModelConfig.from_dict(manifest['model'])
   if rescale_logits is None:
     rescale_logits = manifest['source'].get('rescale_logits')
@@ -76,10 +76,10 @@ def _compare(path: str, manifest: dict, source: str, workers: int, rescale_logit
   recorded = manifest['source'].get('step')
   if checkpoint.step != recorded:
     raise CheckpointError(f'{path} was made from step {recorded}, but {source} is step {checkpoint.step}')
-  form = 'serving' if manifest['format'] == serving.FORMAT else (
+  form = 'serving' if manifest['format'] == serving.SERVING_FORMAT else (
       't5x_int8' if manifest['weights'] == 'int8' else 't5x_float')
   weights = manifest['weights'] if form == 'serving' else 'int8'
-  options = Options(format=form, weights=weights, workers=workers,
+  options = ConvertOptions(format=form, weights=weights, workers=workers,
                     scale_search=manifest.get('options', {}).get('scale_search', 'absmax'))
   stored = serving.read_listed(path, {n: (tuple(t['shape']), t['dtype']) for n, t in manifest['tensors'].items()}, '')
 
@@ -101,7 +101,7 @@ def _compare(path: str, manifest: dict, source: str, workers: int, rescale_logit
 
 def read_manifest(path: str) -> tuple[str, dict]:
   """The name and content of the file that lists a checkpoint's tensors. Raises CheckpointError where there is none."""
-  for name, kind in ((serving.CONFIG, serving.FORMAT), (t5x_output.MANIFEST, t5x_output.FORMAT)):
+  for name, kind in ((serving.CONFIG, serving.SERVING_FORMAT), (t5x_output.MANIFEST, t5x_output.T5X_MANIFEST_FORMAT)):
     data = storage.read_file(path, name)
     if data is None:
       continue
@@ -110,7 +110,7 @@ def read_manifest(path: str) -> tuple[str, dict]:
       if manifest['format'] != kind:
         raise CheckpointError(f'{path}/{name}: format {manifest["format"]!r} is not {kind!r}')
       if name == serving.CONFIG:
-        serving.read_header(path, data)
+        serving.read_serving_header(path, data)
       if all(isinstance(t['shape'], list) and t['dtype'] in ('int8', 'bfloat16', 'float32')
              for t in manifest['tensors'].values()) and isinstance(manifest['source'], dict) and manifest['weights']:
         return name, manifest

@@ -60,11 +60,11 @@ from t5x_inference_ext.text_files import check_plots
 
 # Without a terminal, a line at most this often.
 LOG_SECONDS = 10
-REQUIRED = ('input', 'output')
+CONVERT_REQUIRED = ('input', 'output')
 # Flags that say what gin's bindings of convert.convert say, too.
 CONVERT = ('weights', 'format', 'norm_scale', 'scale_search', 'embedding', 'staging', 'hold_bytes', 'slice_bytes')
 HERE = ('workers', 'num_shards', 'shard_id')
-PROCESSES = ('coordinator_address', 'num_processes', 'process_id')
+SHARD_FLAGS = ('coordinator_address', 'num_processes', 'process_id')
 
 
 def define_flags(flags: absl_flags.FlagValues) -> None:
@@ -74,8 +74,8 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
   define('string', 'input', None, 'The checkpoint directory to read.')
   define('string', 'output', None, 'The directory to make.')
   define('enum', 'format', None, 'What to make: a serving checkpoint (the default), or T5X\'s legacy format.',
-         outputs.FORMATS)
-  define('enum', 'weights', None, 'What the matrices of a serving checkpoint become.', serving.WEIGHTS)
+         outputs.OUTPUT_FORMATS)
+  define('enum', 'weights', None, 'What the matrices of a serving checkpoint become.', serving.SERVING_WEIGHTS)
   define('enum', 'norm_scale', None, 'How norm scales are stored: the value applied is 1 + scale (zero) or scale (one).'
          ' By default what the checkpoint records, else zero for fused parallel layers, one for others.', NORM_SCALES)
   define('enum', 'scale_search', None, 'An int8 channel\'s scale: max|w| / 127 (absmax, the default), or the multiple '
@@ -102,7 +102,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
 
 
 def main(flags: absl_flags.FlagValues) -> None:
-  given = {name: flags[name].value for name in (*REQUIRED, *CONVERT) if flags[name].value is not None}
+  given = {name: flags[name].value for name in (*CONVERT_REQUIRED, *CONVERT) if flags[name].value is not None}
   if flags.verify:
     verify_only(flags)
     return
@@ -114,7 +114,7 @@ def main(flags: absl_flags.FlagValues) -> None:
     cli.parse_gin(flags)
     arguments = {}
   else:
-    needed = REQUIRED if given.get('format', 'serving') != 'serving' else (*REQUIRED, 'weights')
+    needed = CONVERT_REQUIRED if given.get('format', 'serving') != 'serving' else (*CONVERT_REQUIRED, 'weights')
     missing = [f'--{name}' for name in needed if name not in given]
     if missing:
       raise UserError(f'{" and ".join(missing)} not given; --help shows examples')
@@ -122,7 +122,7 @@ def main(flags: absl_flags.FlagValues) -> None:
   check_report(flags)
   arguments.update({name: flags[name].value for name in HERE})
   arguments.update(shards_of_processes(flags))
-  with Progress() as progress:
+  with ProgressLines() as progress:
     configured = cli.configure(
         convert.convert, found=print_source, planned=cli.print_line, progress=progress, **arguments)
     if flags.report is not None and is_finished(configured.keywords['output_checkpoint']):
@@ -132,7 +132,7 @@ def main(flags: absl_flags.FlagValues) -> None:
       if not report.finished:
         cli.print_line(f'this is done: the shard that finishes last completes {report.output}')
         return
-      for line in summary(report, progress.seconds):
+      for line in conversion_summary(report, progress.seconds):
         cli.print_line(line)
   if flags.report is not None:
     write_report(flags, configured.keywords)
@@ -156,7 +156,7 @@ def check_report(flags: absl_flags.FlagValues) -> None:
 
 def shards_of_processes(flags: absl_flags.FlagValues) -> dict[str, int]:
   """num_shards and shard_id of jax.distributed's processes, where flags ask for it."""
-  processes = {name: flags[name].value for name in PROCESSES}
+  processes = {name: flags[name].value for name in SHARD_FLAGS}
   if all(value is None for value in processes.values()):
     return {}
   if flags.num_shards != 1 or flags.shard_id != 0:
@@ -173,7 +173,7 @@ def verify_only(flags: absl_flags.FlagValues) -> None:
     raise UserError('--verify takes --output, --input and --workers: no gin flags, no --report')
   if flags.output is None:
     raise UserError('--output not given: with --verify it is the finished checkpoint; --input may be its source')
-  with Progress() as progress:
+  with ProgressLines() as progress:
     for line in verify(flags.output, flags.input, workers=flags.workers, progress=progress):
       cli.print_line(line)
 
@@ -192,7 +192,7 @@ def print_source(checkpoint: Checkpoint) -> None:
     cli.print_line(note)
 
 
-def summary(report: conversion_options.Report, seconds: float) -> Iterator[str]:
+def conversion_summary(report: conversion_options.Report, seconds: float) -> Iterator[str]:
   """Sizes, errors, and where it is, in lines."""
   if not report.errors:
     return
@@ -201,28 +201,28 @@ def summary(report: conversion_options.Report, seconds: float) -> Iterator[str]:
     yield f'{name:20}{error.worst:12.3%}{error.relative:12.3%}'
   worst = max(report.errors, key=lambda name: report.errors[name].relative)
   yield f'worst tensor: {worst}, {report.errors[worst].relative:.3%} rms'
-  yield (f'parameters: {size(report.source_bytes)} before ({report.source.weights}), {size(report.output_bytes)} on '
+  yield (f'parameters: {size_text(report.source_bytes)} before ({report.source.weights}), {size_text(report.output_bytes)} on '
          f'disk after: {report.output_bytes / report.source_bytes:.3f} of it')
-  yield (f'layer weights: {size(report.layer_bytes)} on disk, {report.layer_bytes / report.layer_float32_bytes:.3f} of '
-         f'{size(report.layer_float32_bytes)} as float32')
+  yield (f'layer weights: {size_text(report.layer_bytes)} on disk, {report.layer_bytes / report.layer_float32_bytes:.3f} of '
+         f'{size_text(report.layer_float32_bytes)} as float32')
   yield f'wrote and verified {report.output} in {seconds:.1f} s'
 
 
-def size(count: int) -> str:
+def size_text(count: int) -> str:
   for unit in ('B', 'kB', 'MB', 'GB'):
     if count < 1000 or unit == 'GB':
       return f'{count:.1f} {unit}' if unit != 'B' else f'{count} B'
     count /= 1000
 
 
-class Progress:
+class ProgressLines:
   """A bar for each pass over the data on a terminal, log lines elsewhere; all on stderr."""
 
   def __init__(self):
     self._start = self._logged = time.monotonic()
     self._bar, self._pass, self._done = None, None, 0
 
-  def __enter__(self) -> 'Progress':
+  def __enter__(self) -> 'ProgressLines':
     return self
 
   def __exit__(self, *exc) -> None:
@@ -250,7 +250,7 @@ class Progress:
       self._bar.update(done)
     elif sys.stderr is not None and (time.monotonic() - self._logged > LOG_SECONDS or self._done == total):
       self._logged = time.monotonic()
-      print(f'{kind}: {size(self._done)} of {size(total)}, {self.seconds:.0f} s', file=sys.stderr, flush=True)
+      print(f'{kind}: {size_text(self._done)} of {size_text(total)}, {self.seconds:.0f} s', file=sys.stderr, flush=True)
 
 
 def run(argv: list[str] | None = None) -> int:

@@ -52,24 +52,24 @@ from absl import flags as absl_flags
 from t5x_inference_ext.commands import cli, sampling_flags
 from t5x_inference_ext import distributed
 from t5x_inference_ext.config import NORM_SCALES
-from t5x_inference_ext.model.transformer import CACHES, DTYPES
+from t5x_inference_ext.model.transformer import CACHE_DTYPES, COMPUTE_DTYPES
 from t5x_inference_ext.errors import UserError
-from t5x_inference_ext.sharding.layout import ATTENTION, COLLECTIVES, FEEDFORWARD
+from t5x_inference_ext.sharding.layout import ATTENTION, FEEDFORWARD, RING_DIRECTIONS
 from t5x_inference_ext.runs import loading, prompts_file
 from t5x_inference_ext.runs.progress import progress
 
-REQUIRED = ('checkpoint', 'prompts', 'output')
+INFER_REQUIRED = ('checkpoint', 'prompts', 'output')
 # The defaults of what an Options holds are Options' own.
 OPTIONS = ('mode', 'mesh', 'prefill_layout', 'decode_layout', 'dtype', 'cache', 'norm_scale', 'batch_size', 'max_new_tokens',
            'cache_length', 'seed', 'scan_layers', 'executable', 'batching', 'prefill_chunk', 'prefill_budget',
            'num_decodes', 'token_log_probs', 'top_log_probs')
-PROCESSES = ('coordinator_address', 'num_processes', 'process_id')
+PROCESS_FLAGS = ('coordinator_address', 'num_processes', 'process_id')
 EXPLAINED_PROMPT = 512  # tokens, where --cache_length does not say how many there could be
-PLAIN = (*REQUIRED, *OPTIONS, 'stop', 'vocabulary', 'overwrite', *sampling_flags.TEXTS)
+PLAIN = (*INFER_REQUIRED, *OPTIONS, 'stop', 'vocabulary', 'overwrite', *sampling_flags.TEXTS)
 
 
 def define_flags(flags: absl_flags.FlagValues) -> None:
-  defaults = loading.Options('')
+  defaults = loading.InferOptions('')
 
   def define(kind, name, default, text, *arguments):
     getattr(absl_flags, f'DEFINE_{kind}')(name, default, *arguments, text, flag_values=flags)
@@ -92,13 +92,13 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
          'divide the model.')
   for phase in ('prefill', 'decode'):
     define('string', f'{phase}_layout', getattr(defaults, f'{phase}_layout'), f'feedforward/attention of {phase}, and how '
-           f'collectives run: {", ".join(FEEDFORWARD)} / {", ".join(ATTENTION)} [/ {", ".join(COLLECTIVES)}]; '
+           f'collectives run: {", ".join(FEEDFORWARD)} / {", ".join(ATTENTION)} [/ {", ".join(RING_DIRECTIONS)}]; '
            'see docs/layouts.md.')
   define('boolean', 'explain_layout', False, 'Print where every tensor would live, and stop; --prompts and --output '
          'are not needed. The mesh may be larger than the devices here. With gin flags too.')
-  define('enum', 'dtype', defaults.dtype, 'Of activations and float weights; int8 weights stay int8.', DTYPES)
+  define('enum', 'dtype', defaults.dtype, 'Of activations and float weights; int8 weights stay int8.', COMPUTE_DTYPES)
   define('enum', 'cache', defaults.cache, 'What the KV cache holds; int8 has a scale for each position and head, and takes '
-         'half of the memory of bfloat16. By default --dtype.', CACHES)
+         'half of the memory of bfloat16. By default --dtype.', CACHE_DTYPES)
   define('integer', 'batch_size', defaults.batch_size, 'Rows a batch, rounded up to what the mesh takes.')
   define('boolean', 'token_log_probs', False, 'Also the log-probability of each token, as `log_probs`; of generated ones '
          'with continuous batching.')
@@ -128,7 +128,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
 
 
 def main(flags: absl_flags.FlagValues) -> None:
-  processes = {name: flags[name].value for name in PROCESSES}
+  processes = {name: flags[name].value for name in PROCESS_FLAGS}
   distributed.check_arguments(**processes)
   if cli.uses_gin(flags):
     cli.check_unmixed(flags, PLAIN, 'CHECKPOINT_PATH=\\"DIR\\"', 'configs/runs/infer.gin')
@@ -138,19 +138,19 @@ def main(flags: absl_flags.FlagValues) -> None:
 
     cli.configure(task_run.infer, config_text=config_text, explain_layout=flags.explain_layout)()
     return
-  required = ('checkpoint',) if flags.explain_layout else REQUIRED
+  required = ('checkpoint',) if flags.explain_layout else INFER_REQUIRED
   missing = [f'--{name}' for name in required if not flags[name].value]
   if missing:
     raise UserError(f'{", ".join(missing)} not given; --help shows examples')
-  options = loading.Options(
-      checkpoint=flags.checkpoint, sampler=sampling_flags.sampler(flags), stop=tuple(flags.stop),
+  options = loading.InferOptions(
+      checkpoint=flags.checkpoint, sampling=sampling_flags.sampling(flags), stop=tuple(flags.stop),
       **{name: flags[name].value for name in OPTIONS})
   if flags.explain_layout:
     loading.explain_layout(options, EXPLAINED_PROMPT if options.max_prompt is None else options.max_prompt)
     return
   distributed.initialize(**processes)
   prompts_file.infer_file(
-      options, prompts_file.Files(flags.prompts, flags.output, flags.vocabulary, flags.overwrite), progress)
+      options, prompts_file.PromptsFiles(flags.prompts, flags.output, flags.vocabulary, flags.overwrite), progress)
 
 
 def run(argv: list[str] | None = None) -> int:

@@ -21,7 +21,7 @@ from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints import serving, storage
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint, open_checkpoint, read_tree
 from t5x_inference_ext.checkpoints.conversion import Conversion
-from t5x_inference_ext.checkpoints.conversion_options import Options
+from t5x_inference_ext.checkpoints.conversion_options import ConvertOptions
 from t5x_inference_ext.checkpoints.tensor import Tensor
 from t5x_inference_ext.config import PRESETS, ModelConfig, preset
 from t5x_inference_ext.errors import CheckpointError, UserError
@@ -38,11 +38,11 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
 def main(flags: absl_flags.FlagValues) -> None:
   if flags.path is None:
     raise UserError('which checkpoint? inspect_checkpoint PATH')
-  for line in describe(flags.path):
+  for line in describe_checkpoint(flags.path):
     cli.print_line(line)
 
 
-def describe(path: str) -> Iterator[str]:
+def describe_checkpoint(path: str) -> Iterator[str]:
   """What `path` holds, in lines. Raises CheckpointError where it is no checkpoint, or a damaged one."""
   path = storage.normalize(path)
   try:
@@ -52,26 +52,26 @@ def describe(path: str) -> Iterator[str]:
     if found is None:
       raise
     yield found[1].description + f' at {path}' + ('' if found[1].step is None else f', step {found[1].step}')
-    yield from contents(found[1].leaves)
+    yield from tensor_lines(found[1].leaves)
     yield f'this can\'t be served as it is: {e}'
     return
   yield from checkpoint.notes
   if checkpoint.format == 'serving':
-    yield from contents(checkpoint.tensors)
+    yield from tensor_lines(checkpoint.tensors)
   else:
-    yield from contents(read_tree(checkpoint.path)[1].leaves)
+    yield from tensor_lines(read_tree(checkpoint.path)[1].leaves)
   yield looks_like(checkpoint.config)
   yield from costs(checkpoint)
 
 
-def contents(tensors: dict[str, Tensor]) -> Iterator[str]:
+def tensor_lines(tensors: dict[str, Tensor]) -> Iterator[str]:
   """A line for each tensor, and their sum."""
   width = max(map(len, tensors), default=0)
   for name, tensor in tensors.items():
     chunk = '' if tensor.chunk == tensor.shape else f' in chunks of {list(tensor.chunk)}'
     yield f'  {name:{width}}  {tensor.dtype.name:9}{list(tensor.shape)}{chunk}'
   elements = sum(t.nbytes // t.dtype.itemsize for t in tensors.values())
-  yield f'{len(tensors)} tensors, {elements:,} values, {size(sum(t.nbytes for t in tensors.values()))} uncompressed'
+  yield f'{len(tensors)} tensors, {elements:,} values, {bytes_text(sum(t.nbytes for t in tensors.values()))} uncompressed'
 
 
 def looks_like(config: ModelConfig) -> str:
@@ -93,12 +93,12 @@ def looks_like(config: ModelConfig) -> str:
 
 def costs(checkpoint: Checkpoint) -> Iterator[str]:
   """What conversions to serve would take, and serving itself."""
-  for weights in serving.WEIGHTS:
-    conversion = Conversion(checkpoint, Options(weights=weights), os.devnull, lambda *_: None)
+  for weights in serving.SERVING_WEIGHTS:
+    conversion = Conversion(checkpoint, ConvertOptions(weights=weights), os.devnull, lambda *_: None)
     disk = sum(array.nbytes for array in conversion.output.arrays)
     seconds = sum(t.nbytes for t in checkpoint.tensors.values()) / rate(conversion) / conversion.workers
-    yield (f'as a serving checkpoint with {weights} weights: {size(disk)} of disk and of device memory; converting '
-           f'takes about {size(conversion.peak_bytes)} of memory and, with {conversion.workers} workers, '
+    yield (f'as a serving checkpoint with {weights} weights: {bytes_text(disk)} of disk and of device memory; converting '
+           f'takes about {bytes_text(conversion.peak_bytes)} of memory and, with {conversion.workers} workers, '
            f'{duration(seconds)}')
 
 
@@ -120,7 +120,7 @@ def rate(conversion: Conversion) -> float:
   return values.nbytes / max(time.perf_counter() - start, 1e-6)
 
 
-def size(count: float) -> str:
+def bytes_text(count: float) -> str:
   for unit in ('B', 'kB', 'MB', 'GB', 'TB'):
     if count < 1000 or unit == 'TB':
       return f'{count:.1f} {unit}' if unit != 'B' else f'{count:.0f} B'

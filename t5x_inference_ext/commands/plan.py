@@ -37,8 +37,8 @@ from t5x_inference_ext.config import PRESETS, preset
 from t5x_inference_ext.errors import UserError
 
 # Flag -> the parameter of planner.run.plan, where they differ.
-PARAMETERS = {'slice': 'slice_name', 'json': 'json_file', 'figures': 'figure'}
-FLAGS = ('model', 'slice', 'chip', 'batch', 'input_length', 'output_length', 'weights', 'cache', 'objective',
+PLAN_PARAMETERS = {'slice': 'slice_name', 'json': 'json_file', 'figures': 'figure'}
+PLAN_FLAGS = ('model', 'slice', 'chip', 'batch', 'input_length', 'output_length', 'weights', 'cache', 'objective',
          'latency_target_ms', 'convention', 'mesh', 'phase', 'check', 'sweep', 'figures', 'output_dir', 'gin_output',
          'json')
 
@@ -83,12 +83,12 @@ def main(flags: absl_flags.FlagValues) -> None:
   from t5x_inference_ext.planner import run as runner
 
   if cli.uses_gin(flags):
-    cli.check_unmixed(flags, FLAGS, 'BATCH=64', 'configs/runs/plan.gin')
+    cli.check_unmixed(flags, PLAN_FLAGS, 'BATCH=64', 'configs/runs/plan.gin')
     cli.parse_gin(flags)
     return cli.configure(runner.plan)()
   if flags.model is None:
     raise UserError('--model not given; --help shows examples')
-  arguments = {PARAMETERS.get(name, name): flags[name].value for name in FLAGS}
+  arguments = {PLAN_PARAMETERS.get(name, name): flags[name].value for name in PLAN_FLAGS}
   return runner.plan(**{**arguments, 'model': preset(flags.model)})
 
 

@@ -44,12 +44,12 @@ from t5x_inference_ext.config import PRESETS, preset
 from t5x_inference_ext.errors import UserError
 
 FITS, DOES_NOT_FIT = 0, 1
-REQUIRED = ('model', 'slice', 'batch')
+PRECOMPILE_REQUIRED = ('model', 'slice', 'batch')
 # Flag -> the parameter of run.precompile, where they differ.
-PARAMETERS = {'slice': 'slice_name', 'json': 'json_file', 'hlo': 'hlo_file', 'save': 'save_file'}
-FLAGS = ('model', 'weights', 'slice', 'phase', 'batch', 'context', 'prompt', 'layout', 'other_layout', 'mesh', 'cache',
+PRECOMPILE_PARAMETERS = {'slice': 'slice_name', 'json': 'json_file', 'hlo': 'hlo_file', 'save': 'save_file'}
+PRECOMPILE_FLAGS = ('model', 'weights', 'slice', 'phase', 'batch', 'context', 'prompt', 'layout', 'other_layout', 'mesh', 'cache',
          'scan_layers', 'max_new_tokens', 'json', 'hlo', 'save')
-PHASES = {
+PHASE_HELP = {
     'decode': 'one token for each row', 'prefill': 'whole prompts', 'generate': 'all that infer runs for a static batch, to be '
     'saved', 'extend': 'a chunk of prompts on what is cached of them', 'slots': 'a decode step of slot refill',
     'admit': 'a prompt\'s way into a slot'}
@@ -65,7 +65,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
   define('enum', 'model', None, f'The model: {", ".join(sorted(PRESETS))}.', sorted(PRESETS))
   define('enum', 'weights', 'int8', 'int8 or bfloat16.', ('int8', 'bfloat16'))
   define('string', 'slice', None, 'The slice: v4:4x4x4, v5p:2x2x4, v5e:4x8, v6e:2x2, ...')
-  define('enum', 'phase', 'decode', '; '.join(f'{name}: {what}' for name, what in PHASES.items()) + '.', tuple(PHASES))
+  define('enum', 'phase', 'decode', '; '.join(f'{name}: {what}' for name, what in PHASE_HELP.items()) + '.', tuple(PHASE_HELP))
   define('integer', 'batch', None, 'Rows.')
   define('integer', 'context', 2048, 'Positions of the KV cache for each row.')
   define('integer', 'prompt', None, 'Tokens of each row that a prefill takes: by default all of the context. Of a '
@@ -100,14 +100,14 @@ def main(flags: absl_flags.FlagValues) -> bool:
   from t5x_inference_ext.precompile import run as runner
 
   if cli.uses_gin(flags):
-    cli.check_unmixed(flags, (*FLAGS, *sampling_flags.TEXTS), 'BATCH=64', 'configs/runs/precompile.gin')
+    cli.check_unmixed(flags, (*PRECOMPILE_FLAGS, *sampling_flags.TEXTS), 'BATCH=64', 'configs/runs/precompile.gin')
     cli.parse_gin(flags)
     return cli.configure(runner.precompile)()
-  missing = [f'--{name}' for name in REQUIRED if flags[name].value is None]
+  missing = [f'--{name}' for name in PRECOMPILE_REQUIRED if flags[name].value is None]
   if missing:
     raise UserError(f'{", ".join(missing)} not given; --help shows examples')
-  arguments = {PARAMETERS.get(name, name): flags[name].value for name in FLAGS}
-  return runner.precompile(**{**arguments, 'model': preset(flags.model)}, sampler=sampling_flags.sampler(flags))
+  arguments = {PRECOMPILE_PARAMETERS.get(name, name): flags[name].value for name in PRECOMPILE_FLAGS}
+  return runner.precompile(**{**arguments, 'model': preset(flags.model)}, sampling=sampling_flags.sampling(flags))
 
 
 def run(argv: list[str] | None = None) -> int:

@@ -1,13 +1,13 @@
-"""A Sampler as plain flags, for every command that has one. Its gin bindings are configs/sampling.gin's."""
+"""A SamplingParams as plain flags, for every command that has one. Its gin bindings are configs/sampling.gin's."""
 
 import dataclasses
 import json
 from typing import Any, Callable
 
-from t5x_inference_ext.engine.sampling import Sampler
+from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.errors import UserError
 
-# What each does; flags have the names and defaults of a Sampler's fields. Stop sequences are ids there, and texts in
+# What each does; flags have the names and defaults of a SamplingParams's fields. Stop sequences are ids there, and texts in
 # commands, which have a flag of their own for them.
 TEXTS = {
     'temperature': '0 takes the most likely token.',
@@ -19,22 +19,22 @@ TEXTS = {
     'logit_bias': 'What is added to logits, as JSON: {"TOKEN ID": NUMBER, ...}; -Infinity forbids a token.',
     'min_new_tokens': 'EOS is not chosen, and no stop sequence counts, before so many tokens.',
 }
-KINDS = {float: 'float', int: 'integer'}
+FLAG_KINDS = {float: 'float', int: 'integer'}
 
 
 def define(define_flag: Callable[..., None], whose: str = '') -> None:
   """Defines the flags with define_flag(kind, name, default, text); `whose` begins each text."""
-  for field in dataclasses.fields(Sampler):
+  for field in dataclasses.fields(SamplingParams):
     if field.name in TEXTS:
-      kind = KINDS.get(field.type)
+      kind = FLAG_KINDS.get(field.type)
       default = field.default if kind else None
       define_flag(kind or 'string', field.name, default, whose + TEXTS[field.name])
 
 
-def sampler(flags: Any) -> Sampler:
+def sampling(flags: Any) -> SamplingParams:
   """What the flags say. Raises UserError (RequestError) for a value that makes no sense."""
   values = {name: flags[name].value for name in TEXTS}
-  return Sampler(**{**values, 'logit_bias': _bias(values['logit_bias'])})
+  return SamplingParams(**{**values, 'logit_bias': _bias(values['logit_bias'])})
 
 
 def _bias(text: str | None) -> dict[int, float]:

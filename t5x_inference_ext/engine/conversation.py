@@ -9,18 +9,18 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
 
-from t5x_inference_ext.model.chunks import constrained, empty_cache
+from t5x_inference_ext.model.chunks import constrain_cache, empty_cache
 from t5x_inference_ext.engine.inputs import check_at_least, check_seeds, check_tokens
 from t5x_inference_ext.model.transformer import Model
-from t5x_inference_ext.engine.state import Rows, advance, begin
-from t5x_inference_ext.engine.sampling import Sampler, samplers
+from t5x_inference_ext.engine.state import RowParams, advance, initial_state
+from t5x_inference_ext.engine.sampling import SamplingParams, stack_params
 from t5x_inference_ext.engine.scheduler import SMALLEST_CHUNK
-from t5x_inference_ext.engine.slots import Slots, run, whole
+from t5x_inference_ext.engine.slots import Slots, decode_steps, replicated
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.sharding.activations import padded_length
 from t5x_inference_ext.model.weights import Weights
 
-STEPS = 16
+REPLY_STEPS = 16
 
 
 class Conversation:
@@ -62,7 +62,7 @@ class Conversation:
     self._cached = 0  # positions of it that hold BOS and `tokens`
     self._last: Generator | None = None  # reply: while it is being made, it has the cache
 
-  def reply(self, turn: Sequence[int], *, max_new_tokens: int, sampler: Sampler = Sampler(), seed: int = 0
+  def reply(self, turn: Sequence[int], *, max_new_tokens: int, sampling: SamplingParams = SamplingParams(), seed: int = 0
             ) -> Iterator[int]:
     """Adds a turn and yields the reply, token by token, as it is made.
 
@@ -79,7 +79,7 @@ class Conversation:
     check_tokens('the turn', turn, self._model.config.vocab_size)
     check_at_least(1, max_new_tokens=max_new_tokens)
     check_seeds([seed])
-    samplers([sampler], self._model.config.vocab_size)  # checks ids
+    stack_params([sampling], self._model.config.vocab_size)  # checks ids
     if len(self.tokens) + len(turn) + max_new_tokens > self._max_length:
       raise RequestError(
           f'{len(self.tokens)} tokens so far, {len(turn)} of this turn and {max_new_tokens} new ones do not fit into '
@@ -89,16 +89,16 @@ class Conversation:
     # Of a reply that was not taken to its end the cache may hold more; of a turn without tokens the last one is run again.
     self._cached = min(self._cached, len(self.tokens) + 1)
     self.tokens += map(int, turn)
-    self._last = self._reply(max_new_tokens, sampler, seed)
+    self._last = self._reply(max_new_tokens, sampling, seed)
     return self._last
 
-  def _reply(self, max_new_tokens, sampler, seed):
+  def _reply(self, max_new_tokens, sampling, seed):
     logits = self._prefill()
     count = self._rows
-    rows = Rows(samplers([sampler] * count, self._model.config.vocab_size), np.full(count, seed, np.uint32),
+    rows = RowParams(stack_params([sampling] * count, self._model.config.vocab_size), np.full(count, seed, np.uint32),
                 np.full(count, max_new_tokens, np.int32), self._eos)
-    prompts = np.zeros((count, self._max_length + 1 if sampler.penalizes else 1), np.int32)
-    if sampler.penalizes:
+    prompts = np.zeros((count, self._max_length + 1 if sampling.penalizes else 1), np.int32)
+    if sampling.penalizes:
       prompts[:, 1:len(self.tokens) + 1] = self.tokens
     lengths = np.full(count, len(self.tokens) + 1, np.int32)
     slots, first = _begin(self._model, self._cache, logits, *self._put(rows, prompts, lengths))
@@ -111,7 +111,7 @@ class Conversation:
           yield token
         if ended:
           return
-        slots, told = run(self._model, slots, self._weights, *self._put(np.int32(STEPS), np.asarray(False)), most=STEPS)
+        slots, told = decode_steps(self._model, slots, self._weights, *self._put(np.int32(REPLY_STEPS), np.asarray(False)), most=REPLY_STEPS)
         told = jax.device_get(told)
         self._cached += int(told.counts[0])
         new, ended = told.chosen.tokens[:told.counts[0], 0].tolist(), bool(told.ended[0])
@@ -143,15 +143,15 @@ _empty = jax.jit(empty_cache, static_argnames=('model', 'rows', 'size'))
 
 @functools.partial(jax.jit, static_argnames='model', donate_argnames='cache')
 def _extend(model, cache, weights, cached, tokens, counts):
-  """Model.extend on the first `cached` positions of a cache."""
+  """Model.prefill_chunk on the first `cached` positions of a cache."""
   cache = dataclasses.replace(cache, lengths=jnp.full_like(cache.lengths, cached))
-  return model.extend(weights, constrained(model, cache, weights), tokens, counts)
+  return model.prefill_chunk(weights, constrain_cache(model, cache, weights), tokens, counts)
 
 
 @functools.partial(jax.jit, static_argnames='model', donate_argnames='cache')
 def _begin(model, cache, logits, rows, prompts, lengths):
   """Slots of which the first is in use, with its first token."""
-  progress = begin(rows, prompts, lengths, model.config.vocab_size)
+  progress = initial_state(rows, prompts, lengths, model.config.vocab_size)
   progress = dataclasses.replace(progress, ended=jnp.arange(len(lengths)) > 0)
   progress, chosen = advance(rows, progress, logits, lengths)
-  return Slots(cache, *whole(model, (rows, progress))), whole(model, chosen)
+  return Slots(cache, *replicated(model, (rows, progress))), replicated(model, chosen)

@@ -18,7 +18,7 @@ from t5x_inference_ext.checkpoints import Checkpoint, open_checkpoint
 from t5x_inference_ext.checkpoints.load import load_weights, scans_layers
 from t5x_inference_ext.engine import length_buckets, scheduler_config, scoring
 from t5x_inference_ext.engine.conversation import Conversation
-from t5x_inference_ext.engine.static_batch import generate
+from t5x_inference_ext.engine.static_batch import generate_batch
 from t5x_inference_ext.engine.inputs import (
     BOS_ID,
     EOS_ID,
@@ -29,12 +29,12 @@ from t5x_inference_ext.engine.inputs import (
 )
 from t5x_inference_ext.engine.inputs import check_seeds, for_each, model_inputs
 from t5x_inference_ext.model.transformer import Model
-from t5x_inference_ext.engine.sampling import Sampler, samplers as stack
+from t5x_inference_ext.engine.sampling import SamplingParams, stack_params
 from t5x_inference_ext.engine.scheduler import Event, Request, Scheduler
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.sharding.layout import Layout, check_model
 from t5x_inference_ext.sharding.mesh import make_mesh, parse_mesh
-from t5x_inference_ext.engine.saved_generation import Run, SavedGeneration
+from t5x_inference_ext.engine.saved_generation import GenerationShape, SavedGeneration
 from t5x_inference_ext.model.weights import Weights
 
 
@@ -113,7 +113,7 @@ class Engine:
       prompts: Sequence[Sequence[int]],
       *,
       max_new_tokens: int | Sequence[int],
-      sampler: Sampler | Sequence[Sampler] = Sampler(),
+      sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
       seeds: Sequence[int] | None = None,
       eos_id: int = EOS_ID,
       cache_size: int | None = None,
@@ -139,22 +139,22 @@ class Engine:
       SavedError: with an executable, anything but what it was compiled for.
       MeshError: a number of prompts that the decode layout can't split: see padded_batch.
     """
-    limits, samplers, seeds = self._for_each(prompts, max_new_tokens, sampler, seeds)
+    limits, sampling_arrays, seeds = self._for_each(prompts, max_new_tokens, sampling, seeds)
     check_generation(prompts, self.model.config.vocab_size, limits, cache_size, prompt_size, max_length)
     if prefill_chunk is not None:
       check_at_least(1, prefill_chunk=prefill_chunk)
-    self.model.place_decode(len(prompts))
+    self.model.decode_sharding(len(prompts))
     most, longest = max(limits), max(map(len, prompts))
     tokens, lengths = model_inputs(prompts, prompt_size or longest)
     # The last generated token is never fed back, so it takes no position.
     size = max(tokens.shape[1], cache_size or tokens.shape[1] + most - 1)
-    stacked = stack(samplers, self.model.config.vocab_size)  # checks ids, too
+    stacked = stack_params(sampling_arrays, self.model.config.vocab_size)  # checks ids, too
     own = {}
-    if not isinstance(sampler, Sampler):
-      own['samplers'], sampler = stacked, Sampler()
+    if not isinstance(sampling, SamplingParams):
+      own['sampling_arrays'], sampling = stacked, SamplingParams()
     if not isinstance(max_new_tokens, int):
       own['limits'] = np.asarray(limits, np.int32)
-    run = Run(len(prompts), tokens.shape[1] - 1, size, most, sampler, eos_id, max_length)
+    run = GenerationShape(len(prompts), tokens.shape[1] - 1, size, most, sampling, eos_id, max_length)
     program = self._generation(run, bool(own), prefill_chunk)
     arguments = self._put(tokens, lengths, np.asarray(seeds).astype(np.uint32), own)
     result = jax.device_get(program(self.weights, *arguments[:3], **arguments[3]))
@@ -165,7 +165,7 @@ class Engine:
       prompts: Sequence[Sequence[int]],
       *,
       max_new_tokens: int | Sequence[int],
-      sampler: Sampler | Sequence[Sampler] = Sampler(),
+      sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
       seeds: Sequence[int] | None = None,
       samples: int = 1,
       slots: int = 32,
@@ -189,24 +189,24 @@ class Engine:
     """
     if together is not None:
       options['prompts'] = together
-    asked = self.requests(prompts, max_new_tokens, sampler, seeds, samples)
-    plan, shared = scheduler_config.plan(self.model, asked, slots=slots, eos_id=eos_id, **options)
+    asked = self.requests(prompts, max_new_tokens, sampling, seeds, samples)
+    plan, shared = scheduler_config.config_for(self.model, asked, slots=slots, eos_id=eos_id, **options)
     return Scheduler(self.model, self.weights, plan, shared).run(asked)
 
-  def requests(self, prompts, max_new_tokens, sampler=Sampler(), seeds=None, samples: int = 1) -> list[Request]:
+  def requests(self, prompts, max_new_tokens, sampling=SamplingParams(), seeds=None, samples: int = 1) -> list[Request]:
     """Prompts as the scheduler takes them; arguments, and errors, are stream's."""
-    limits, samplers, seeds = self._for_each(prompts, max_new_tokens, sampler, seeds)
+    limits, sampling_arrays, seeds = self._for_each(prompts, max_new_tokens, sampling, seeds)
     check_generation(prompts, self.model.config.vocab_size, limits)
-    stack(samplers, self.model.config.vocab_size)  # checks ids
+    stack_params(sampling_arrays, self.model.config.vocab_size)  # checks ids
     if samples < 1:
       raise RequestError(f'samples must be at least 1, got {samples}')
     return [Request((BOS_ID, *prompt), tuple((int(seed) + i) % 2**32 for i in range(samples)), limit, one)
-            for prompt, seed, limit, one in zip(prompts, seeds, limits, samplers)]
+            for prompt, seed, limit, one in zip(prompts, seeds, limits, sampling_arrays)]
 
-  def _for_each(self, prompts, max_new_tokens, sampler, seeds):
+  def _for_each(self, prompts, max_new_tokens, sampling, seeds):
     seeds = for_each(prompts, 'seeds', 0 if seeds is None else seeds)
     check_seeds(seeds)
-    return for_each(prompts, 'limits', max_new_tokens), for_each(prompts, 'samplers', sampler), seeds
+    return for_each(prompts, 'limits', max_new_tokens), for_each(prompts, 'sampling parameters', sampling), seeds
 
   def chat(self, *, max_length: int, eos_id: int = EOS_ID, chunk: int = 256) -> Conversation:
     """A conversation of at most so many tokens, whose cache is kept between turns; see engine.conversation."""
@@ -251,8 +251,8 @@ class Engine:
     """
     check_at_least(1, tokens=tokens)
     check_pairs(pairs, self.model.config.vocab_size)
-    examples = [scoring.Example.of(*pair) for pair in pairs]
-    found = dict(scoring.score(self.log_probs, examples, length_buckets.packer(self.model, tokens)))
+    examples = [scoring.ScoringExample.of(*pair) for pair in pairs]
+    found = dict(scoring.score_examples(self.log_probs, examples, length_buckets.packer(self.model, tokens)))
     return [found[i][len(prompt):].tolist() for i, (prompt, _) in enumerate(pairs)]
 
   def logits(self, inputs: np.ndarray) -> np.ndarray:
@@ -260,7 +260,7 @@ class Engine:
     check_arrays(self.model.config.vocab_size, inputs)
     return np.asarray(_logits(self.model, self.weights, *self._put(np.asarray(inputs, np.int32))))
 
-  def _generation(self, run: Run, per_row: bool, prefill_chunk: int | None):
+  def _generation(self, run: GenerationShape, per_row: bool, prefill_chunk: int | None):
     """The function of (weights, tokens, lengths, seeds), and what rows have of their own, that generates a batch."""
     if self.executable is None:
       return functools.partial(_generate, self.model, **_options(run), prefill_chunk=prefill_chunk)
@@ -285,10 +285,10 @@ def _jit(function, *static: str):
   return run
 
 
-_generate = _jit(generate, 'sampler', 'max_new_tokens', 'eos_id', 'cache_size', 'max_length', 'prefill_chunk')
+_generate = _jit(generate_batch, 'sampling', 'max_new_tokens', 'eos_id', 'cache_size', 'max_length', 'prefill_chunk')
 
 
-def generation_program(model: Model, run: Run, weights: Weights):
+def generation_program(model: Model, run: GenerationShape, weights: Weights):
   """What `generate` compiles for a batch: the jitted function, and the shapes that it takes beside these weights'."""
   whole = NamedSharding(model.mesh, P())
   tokens = jax.ShapeDtypeStruct((run.batch, run.prompt + 1), np.int32, sharding=whole)
@@ -297,8 +297,8 @@ def generation_program(model: Model, run: Run, weights: Weights):
   return function, (weights, tokens, lengths, seeds)
 
 
-def _options(run: Run):
-  return dict(sampler=run.sampler, max_new_tokens=run.max_new_tokens, eos_id=run.eos_id, cache_size=run.context,
+def _options(run: GenerationShape):
+  return dict(sampling=run.sampling, max_new_tokens=run.max_new_tokens, eos_id=run.eos_id, cache_size=run.context,
               max_length=run.max_length)
 
 

@@ -20,7 +20,7 @@ MAX_CANDIDATES = 256
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampler:
+class SamplingParams:
   """How a row chooses its tokens, and what ends it beside EOS and its limit.
 
   Attributes:
@@ -96,7 +96,7 @@ class Sampler:
 
     Ties go to the lowest id. What depends on a row's earlier tokens is not in it: see engine.state.
     """
-    return sample(logits, samplers([self] * logits.shape[0], logits.shape[1]), seeds, positions)
+    return sample(logits, stack_params([self] * logits.shape[0], logits.shape[1]), seeds, positions)
 
 
 def _is_id(value) -> bool:
@@ -107,7 +107,7 @@ def _is_bias(value) -> bool:
   return -LARGEST <= value <= LARGEST or value == -float('inf')
 
 
-class Plan(NamedTuple):
+class SamplingFeatures(NamedTuple):
   """What a compiled choice has to be able to do, for all of its rows together.
 
   Attributes:
@@ -130,7 +130,7 @@ class Plan(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Samplers:
+class SamplingArrays:
   """The samplers of B rows, as arrays.
 
   Attributes:
@@ -152,13 +152,13 @@ class Samplers:
   bias_ids: jax.Array
   bias: jax.Array
   stop: jax.Array
-  plan: Plan = dataclasses.field(metadata=dict(static=True))
+  plan: SamplingFeatures = dataclasses.field(metadata=dict(static=True))
 
 
 ANY, NEVER, NOTHING = -1, -2, -3  # in stop sequences, and in what is compared with them: no token ids
 
 
-def samplers(rows: Sequence[Sampler], vocabulary: int, like: Sequence[Sampler] = ()) -> Samplers:
+def stack_params(rows: Sequence[SamplingParams], vocabulary: int, like: Sequence[SamplingParams] = ()) -> SamplingArrays:
   """Rows' samplers as numpy arrays.
 
   Args:
@@ -170,14 +170,14 @@ def samplers(rows: Sequence[Sampler], vocabulary: int, like: Sequence[Sampler] =
     RequestError: a logit_bias or stop sequence of ids outside the vocabulary.
   """
   every = {*rows, *like}
-  for sampler in every:
-    wrong = [i for i in (*(i for i, _ in sampler.logit_bias), *sum(sampler.stop, ())) if not 0 <= i < vocabulary]
+  for sampling in every:
+    wrong = [i for i in (*(i for i, _ in sampling.logit_bias), *sum(sampling.stop, ())) if not 0 <= i < vocabulary]
     if wrong:
       raise RequestError(f'logit_bias or stop holds token {wrong[0]}, outside the vocabulary of {vocabulary}')
   keep = lambda s: min(s.top_k or vocabulary, vocabulary)
   sampled = [s for s in every if s.temperature > 0]
   most = max(map(keep, sampled), default=1)
-  plan = Plan(
+  plan = SamplingFeatures(
       sampled=bool(sampled), candidates=min(vocabulary, 1 << (most - 1).bit_length()) if most <= MAX_CANDIDATES else 0,
       limited=any(keep(s) < vocabulary or s.top_p < 1 for s in sampled),
       both=any(keep(s) < vocabulary and s.top_p < 1 for s in sampled),
@@ -188,19 +188,19 @@ def samplers(rows: Sequence[Sampler], vocabulary: int, like: Sequence[Sampler] =
   longest = max((len(q) for s in every for q in s.stop), default=0)
   stop = np.full((len(rows), stops, longest), NEVER, np.int32)
   bias_ids, bias = np.full((len(rows), biases), vocabulary, np.int32), np.zeros((len(rows), biases), np.float32)
-  for i, sampler in enumerate(rows):
-    for j, (token, value) in enumerate(sampler.logit_bias):
+  for i, sampling in enumerate(rows):
+    for j, (token, value) in enumerate(sampling.logit_bias):
       bias_ids[i, j], bias[i, j] = token, value
-    for j, sequence in enumerate(sampler.stop):
+    for j, sequence in enumerate(sampling.stop):
       stop[i, j] = [ANY] * (longest - len(sequence)) + list(sequence)
   field = lambda name: np.asarray([getattr(s, name) for s in rows], np.float32)
   least = np.asarray([min(s.min_new_tokens, MOST_TOKENS) for s in rows], np.int32)
-  return Samplers(
+  return SamplingArrays(
       field('temperature'), np.asarray([keep(s) for s in rows], np.int32), field('top_p'), field('repetition_penalty'),
       field('frequency_penalty'), field('presence_penalty'), least, bias_ids, bias, stop, plan)
 
 
-def sample(logits: jax.Array, rows: Samplers, seeds: jax.Array, positions: jax.Array) -> jax.Array:
+def sample(logits: jax.Array, rows: SamplingArrays, seeds: jax.Array, positions: jax.Array) -> jax.Array:
   """Tokens [B] int32 of logits [B, V] float32, biased; penalties are not applied here (penalize)."""
   if rows.bias.shape[1]:
     logits = logits.at[jnp.arange(len(logits))[:, None], rows.bias_ids].add(rows.bias, mode='drop')
@@ -223,7 +223,7 @@ def sample(logits: jax.Array, rows: Samplers, seeds: jax.Array, positions: jax.A
   return selection.draw_from_all(logits, noise, top_k, top_p, rows.plan.both)
 
 
-def penalize(logits: jax.Array, rows: Samplers, in_prompt: jax.Array, made: jax.Array) -> jax.Array:
+def penalize(logits: jax.Array, rows: SamplingArrays, in_prompt: jax.Array, made: jax.Array) -> jax.Array:
   """Logits [B, V] with the penalties of what is in the prompt, [B, V] bool, and was generated, [B, V] int32 times."""
   repetition, frequency, presence = (
       jnp.asarray(x)[:, None] for x in (rows.repetition_penalty, rows.frequency_penalty, rows.presence_penalty))

@@ -9,12 +9,12 @@ from jax.sharding import Mesh
 
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.model.transformer import Model
-from t5x_inference_ext.engine.sampling import Sampler
+from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine import saved_program
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class GenerationShape:
   """What is fixed when a generation is compiled, beside the model.
 
   Attributes:
@@ -29,13 +29,13 @@ class Run:
   prompt: int
   context: int
   max_new_tokens: int
-  sampler: Sampler = Sampler()
+  sampling: SamplingParams = SamplingParams()
   eos_id: int = 1
   max_length: int | None = None
 
 
-def describe(config: ModelConfig, weights: str, layouts: tuple[Any, Any], dtype: str, cache: str, stacked: bool,
-             run: Run) -> dict[str, Any]:
+def describe_run(config: ModelConfig, weights: str, layouts: tuple[Any, Any], dtype: str, cache: str, stacked: bool,
+             run: GenerationShape) -> dict[str, Any]:
   """What a saved generation was compiled for, JSON-ready.
 
   Args:
@@ -64,7 +64,7 @@ class SavedGeneration:
   """
 
   path: str
-  run: Run
+  run: GenerationShape
   described: dict[str, Any]
   _loaded: list[jax.stages.Compiled] = dataclasses.field(default_factory=list, compare=False, repr=False)
 
@@ -76,14 +76,14 @@ class SavedGeneration:
       SavedError: not a generation, or one of other versions, devices, model or layouts, naming the first difference.
     """
     said = _read(path)
-    fields = {f.name: said[f.name] for f in dataclasses.fields(Run)}
-    run = Run(**{**fields, 'sampler': Sampler(**fields['sampler'])})
-    wanted = describe(model.config, weights, (model.prefill_layout, model.decode_layout), model.dtype, model.cache_dtype,
+    fields = {f.name: said[f.name] for f in dataclasses.fields(GenerationShape)}
+    run = GenerationShape(**{**fields, 'sampling': SamplingParams(**fields['sampling'])})
+    wanted = describe_run(model.config, weights, (model.prefill_layout, model.decode_layout), model.dtype, model.cache_dtype,
                       stacked, run)
-    saved_program.check(path, model.mesh, wanted)
+    saved_program.check_header(path, model.mesh, wanted)
     return cls(os.fspath(path), run, wanted)
 
-  def check_run(self, run: Run) -> None:
+  def check_run(self, run: GenerationShape) -> None:
     """Raises SavedError for a run that it was not compiled for, naming the first difference."""
     saved_program.refuse_differences(self.path, self.described, {**self.described, **dataclasses.asdict(run)})
 
@@ -101,7 +101,7 @@ def check_options(path: str | os.PathLike, **wanted: Any) -> None:
 
 
 def _read(path) -> dict[str, Any]:
-  said = saved_program.read_header(path)['description']
+  said = saved_program.read_program_header(path)['description']
   if said.get('phase') != 'generate':
     raise saved_program.SavedError(f'{os.fspath(path)} holds a {said.get("phase")} program: infer runs whole generations, made '
                            'with `python -m t5x_inference_ext.precompile --phase=generate --save=FILE`')

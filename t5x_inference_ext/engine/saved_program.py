@@ -18,7 +18,7 @@ import jaxlib
 
 from t5x_inference_ext.errors import UserError
 
-FORMAT = b't5x_inference_ext executable 1\n'
+PROGRAM_FORMAT = b't5x_inference_ext executable 2\n'
 # Of a header, what must be installed where it is loaded.
 _VERSIONS = ('jax', 'jaxlib', 'libtpu')
 _AGAIN = 'compile it again with this installation'
@@ -52,14 +52,14 @@ def save(path: str | os.PathLike, compiled: jax.stages.Compiled, arguments: Any,
   unfinished = f'{os.fspath(path)}.unfinished'
   try:
     with open(unfinished, 'wb') as f:
-      f.write(FORMAT + json.dumps(header).encode() + b'\n' + payload)
+      f.write(PROGRAM_FORMAT + json.dumps(header).encode() + b'\n' + payload)
     os.replace(unfinished, path)
   except OSError as e:
     raise SavedError(f'can\'t write the executable {os.fspath(path)}: {e.strerror}') from e
   return header
 
 
-def read_header(path: str | os.PathLike) -> dict[str, Any]:
+def read_program_header(path: str | os.PathLike) -> dict[str, Any]:
   """What a file says of itself; nothing in it is run.
 
   Raises:
@@ -68,13 +68,13 @@ def read_header(path: str | os.PathLike) -> dict[str, Any]:
   return _read(path, payload=False)[0]
 
 
-def check(path: str | os.PathLike, mesh: Mesh, description: Mapping[str, Any]) -> None:
+def check_header(path: str | os.PathLike, mesh: Mesh, description: Mapping[str, Any]) -> None:
   """What `load` checks but for shapes and damage, before anything large is read.
 
   Raises:
     SavedError: as load.
   """
-  _check(path, read_header(path), mesh, None, description)
+  _check(path, read_program_header(path), mesh, None, description)
 
 
 def load(path: str | os.PathLike, function: Callable[..., Any], arguments: Any, mesh: Mesh,
@@ -135,7 +135,7 @@ def _read(path, payload: bool = True) -> tuple[dict[str, Any], bytes]:
   name = os.fspath(path)
   try:
     with open(path, 'rb') as f:
-      if f.readline(len(FORMAT)) != FORMAT:
+      if f.readline(len(PROGRAM_FORMAT)) != PROGRAM_FORMAT:
         raise SavedError(f'{name} is not an executable that this version of the package saved: make it with '
                          '`python -m t5x_inference_ext.precompile --save=FILE`')
       try:

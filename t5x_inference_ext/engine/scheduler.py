@@ -11,8 +11,8 @@ import numpy as np
 
 from t5x_inference_ext.engine import shared_prefix, slots as device
 from t5x_inference_ext.model.transformer import Model
-from t5x_inference_ext.engine.state import Rows
-from t5x_inference_ext.engine.sampling import Sampler, samplers
+from t5x_inference_ext.engine.state import RowParams
+from t5x_inference_ext.engine.sampling import SamplingParams, stack_params
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.weights import Weights
 
@@ -33,7 +33,7 @@ class Request:
   tokens: tuple[int, ...]
   seeds: tuple[int, ...] = (0,)
   limit: int = 64
-  sampler: Sampler = Sampler()
+  sampling: SamplingParams = SamplingParams()
 
 
 class Event(NamedTuple):
@@ -56,7 +56,7 @@ class Event(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class SchedulerConfig:
   """The sizes that a run compiles for.
 
   Attributes:
@@ -80,7 +80,7 @@ class Plan:
   size: int
   prompt: int
   rest: int
-  like: tuple[Sampler, ...] = (Sampler(),)
+  like: tuple[SamplingParams, ...] = (SamplingParams(),)
   eos_id: int = 1
   chunk: int = 256
   prompts: int = 1
@@ -108,7 +108,7 @@ class _Group:
 
 
 @dataclasses.dataclass
-class Tally:
+class SchedulerStats:
   """What a run did.
 
   Attributes:
@@ -136,17 +136,17 @@ class Scheduler:
   A row's tokens are those it has alone, whatever else is in the slots: neither noise nor attention looks at other rows.
   """
 
-  def __init__(self, model: Model, weights: Weights, plan: Plan, shared: tuple[int, ...] = ()):
-    self.model, self.weights, self.plan, self.tally = model, weights, plan, Tally()
+  def __init__(self, model: Model, weights: Weights, plan: SchedulerConfig, shared: tuple[int, ...] = ()):
+    self.model, self.weights, self.plan, self.tally = model, weights, plan, SchedulerStats()
     chunk = min(plan.chunk, 1 << (plan.rest - 1).bit_length())
     self._chunks = [c for c in _powers(SMALLEST_CHUNK) if c < chunk] + [chunk]
     room = device.prompt_room(model, plan.prompts, max(plan.rest, chunk))
     self._shared, stored = shared, (None, None)
     if shared:
-      stored = shared_prefix.store(model, weights, shared, (plan.slots, plan.prompts), plan.chunk, self._put)
-    asks = self._asks(Request((0,), sampler=plan.like[0]), 0)
+      stored = shared_prefix.store_prefix(model, weights, shared, (plan.slots, plan.prompts), plan.chunk, self._put)
+    asks = self._asks(Request((0,), sampling=plan.like[0]), 0)
     self._slots = device.empty_slots(model, weights, asks, plan.slots, max(plan.size, room), stored[0])
-    self._prompts = device.empty_prompts(model, weights, plan.prompts, room, stored[1])
+    self._prompts = device.empty_prefill(model, weights, plan.prompts, room, stored[1])
     self._in_use = False
 
   def run(self, requests: Iterable[Request]) -> Iterator[Event]:
@@ -158,7 +158,7 @@ class Scheduler:
       RequestError: a request that does not fit the plan.
     """
     if self._in_use:
-      self._slots = device.free(self.model, self._slots)
+      self._slots = device.free_slots(self.model, self._slots)
     self._in_use = True
     waiting = _Waiting(enumerate(requests))
     ready: collections.deque[tuple[int, int, int]] = collections.deque()  # (row, request, sample)
@@ -186,7 +186,7 @@ class Scheduler:
         return
       more = bool(ready) or (group is not None and group.left > 0) or waiting.any()
       steps = 1 if None in rows and more else self.plan.steps
-      self._slots, result = device.run(
+      self._slots, result = device.decode_steps(
           self.model, self._slots, self.weights, *self._put(np.int32(min(steps, self.plan.steps)), np.asarray(more)),
           most=self.plan.steps)
       firsts, result = jax.device_get(([chosen for _, chosen in told], result))
@@ -212,12 +212,12 @@ class Scheduler:
     starts = [self._checked(index, request) for index, request in members]
     shared = np.zeros(self.plan.prompts, np.int32)
     shared[:len(starts)] = starts
-    self._prompts = device.take_prompts(self.model, self._prompts, self.weights, *self._put(shared))
+    self._prompts = device.start_prefill(self.model, self._prompts, self.weights, *self._put(shared))
     return _Group(members, starts)
 
   def _checked(self, index: int, request: Request) -> int:
     """How many positions of a request are shared. Raises RequestError for one that does not fit."""
-    start = shared_prefix.common(self._shared, request.tokens)
+    start = shared_prefix.common_length(self._shared, request.tokens)
     length, rest, plan = len(request.tokens), len(request.tokens) - start, self.plan
     if request.limit < 1 or not request.seeds:
       raise RequestError(f'request {index} asks for {request.limit} new tokens of {len(request.seeds)} samples: at least '
@@ -236,7 +236,7 @@ class Scheduler:
     for row, ((_, request), start) in enumerate(zip(group.members, group.starts)):
       new = request.tokens[start + group.done:start + group.done + size]
       tokens[row, :len(new)], counts[row] = new, len(new)
-    self._prompts = device.prefill(self.model, self._prompts, self.weights, *self._put(tokens, counts))
+    self._prompts = device.prefill_chunk(self.model, self._prompts, self.weights, *self._put(tokens, counts))
     group.done += size
     self.tally.prefilled += tokens.size
     self.tally.prompt_tokens += int(counts.sum())
@@ -248,7 +248,7 @@ class Scheduler:
     length = np.asarray([len(request.tokens)], np.int32)
     if self._penalizes:
       prompt[0, :length[0]] = request.tokens
-    self._slots, chosen = device.admit(
+    self._slots, chosen = device.insert(
         self.model, self._slots, self.weights, self._prompts,
         *self._put(np.int32(row), np.int32(slot), self._asks(request, sample), prompt, length))
     return chosen
@@ -257,10 +257,10 @@ class Scheduler:
   def _penalizes(self) -> bool:
     return any(s.penalizes for s in self.plan.like)
 
-  def _asks(self, request: Request, sample: int) -> Rows:
-    if request.sampler not in self.plan.like:
-      raise RequestError(f'{request.sampler} is not among the samplers that the plan is for')
-    return Rows(samplers([request.sampler], self.model.config.vocab_size, self.plan.like),
+  def _asks(self, request: Request, sample: int) -> RowParams:
+    if request.sampling not in self.plan.like:
+      raise RequestError(f'{request.sampling} is not among the sampling parameters that the run was compiled for')
+    return RowParams(stack_params([request.sampling], self.model.config.vocab_size, self.plan.like),
                 np.asarray([request.seeds[sample]], np.uint32), np.asarray([request.limit], np.int32), self.plan.eos_id,
                 self.plan.top)
 

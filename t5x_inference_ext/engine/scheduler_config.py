@@ -5,14 +5,14 @@ from typing import Sequence
 from t5x_inference_ext.engine import shared_prefix
 from t5x_inference_ext.engine.inputs import check_at_least
 from t5x_inference_ext.model.transformer import Model
-from t5x_inference_ext.engine.sampling import Sampler
-from t5x_inference_ext.engine.scheduler import Plan, Request
+from t5x_inference_ext.engine.sampling import SamplingParams
+from t5x_inference_ext.engine.scheduler import Request, SchedulerConfig
 from t5x_inference_ext.errors import RequestError
 
 SIZE_MULTIPLE = 16  # sizes are rounded up to it, so that similar runs compile alike
 
 
-def plan(
+def config_for(
     model: Model,
     requests: Sequence[Request],
     *,
@@ -22,7 +22,7 @@ def plan(
     prompt: int | None = None,
     size: int | None = None,
     **options,
-) -> tuple[Plan, tuple[int, ...]]:
+) -> tuple[SchedulerConfig, tuple[int, ...]]:
   """A plan for requests, and the beginning that they share.
 
   Args:
@@ -41,16 +41,16 @@ def plan(
   top = options.get('top', 0)
   if not 0 <= top <= model.config.vocab_size:
     raise RequestError(f'top must be 0 to {model.config.vocab_size}, the tokens of the model, got {top}')
-  shared = shared_prefix.find([r.tokens for r in requests]) if share else ()
-  rests = [len(r.tokens) - shared_prefix.common(shared, r.tokens) for r in requests]
+  shared = shared_prefix.find_shared_prefix([r.tokens for r in requests]) if share else ()
+  rests = [len(r.tokens) - shared_prefix.common_length(shared, r.tokens) for r in requests]
   longest = max(*(len(r.tokens) for r in requests), prompt or 0)
   rest = max(*rests, prompt or 0)
   size = max(*(n + r.limit - 1 for n, r in zip(rests, requests)), size or 0, rest)
-  like: tuple[Sampler, ...] = tuple(dict.fromkeys(r.sampler for r in requests))
+  like: tuple[SamplingParams, ...] = tuple(dict.fromkeys(r.sampling for r in requests))
   samples = sum(len(r.seeds) for r in requests)
   options = {'prompts': model.prefilling.padded_batch(1), **options}
   rows = model.padded_batch(slots if prompt is not None else min(slots, samples))
-  return Plan(rows, _rounded(size), _rounded(longest), _rounded(rest), like, eos_id, **options), shared
+  return SchedulerConfig(rows, _rounded(size), _rounded(longest), _rounded(rest), like, eos_id, **options), shared
 
 
 def _rounded(size: int) -> int:

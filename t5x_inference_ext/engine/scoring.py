@@ -50,7 +50,7 @@ def _chosen(logits: jax.Array, targets: jax.Array) -> jax.Array:
   return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
-class Example(NamedTuple):
+class ScoringExample(NamedTuple):
   """What is scored: targets given what comes before them, and what each counts for. All [n], of any n."""
 
   inputs: Sequence[int]
@@ -58,13 +58,13 @@ class Example(NamedTuple):
   weights: Sequence[float]
 
   @classmethod
-  def of(cls, prompt: Sequence[int], completion: Sequence[int], bos_id: int = 0) -> 'Example':
+  def of(cls, prompt: Sequence[int], completion: Sequence[int], bos_id: int = 0) -> 'ScoringExample':
     """A completion after its prompt."""
     targets = [*prompt, *completion]
     return cls([bos_id, *targets][:len(targets)], targets, [0.] * len(prompt) + [1.] * len(completion))
 
 
-def score(log_probs: Callable, examples: Sequence[Example], packer: Packer) -> Iterator[tuple[int, np.ndarray]]:
+def score_examples(log_probs: Callable, examples: Sequence[ScoringExample], packer: Packer) -> Iterator[tuple[int, np.ndarray]]:
   """The place of an example and its log-probabilities [n], weighted: batch by batch, of like lengths.
 
   Args:

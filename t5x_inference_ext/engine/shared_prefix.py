@@ -16,7 +16,7 @@ from t5x_inference_ext.model.weights import Weights
 LEAST_SPARED = 64
 
 
-def find(prompts: Sequence[Sequence[int]], least: int = LEAST_SPARED) -> tuple[int, ...]:
+def find_shared_prefix(prompts: Sequence[Sequence[int]], least: int = LEAST_SPARED) -> tuple[int, ...]:
   """The beginning to store: followed from the first token, always with most of the prompts, while two or more go on.
 
   Args:
@@ -46,13 +46,13 @@ def find(prompts: Sequence[Sequence[int]], least: int = LEAST_SPARED) -> tuple[i
   return rows[found][:depth] if spared >= least else ()
 
 
-def common(shared: Sequence[int], tokens: Sequence[int]) -> int:
+def common_length(shared: Sequence[int], tokens: Sequence[int]) -> int:
   """How many of the first positions of a prompt are shared; all but its last can be."""
   most = min(len(shared), len(tokens) - 1)
   return next((i for i in range(most) if shared[i] != tokens[i]), most)
 
 
-def store(model: Model, weights: Weights, tokens: Sequence[int], rows: tuple[int, int], chunk: int, put: Callable
+def store_prefix(model: Model, weights: Weights, tokens: Sequence[int], rows: tuple[int, int], chunk: int, put: Callable
           ) -> tuple[Shared, Shared]:
   """Prefills a beginning.
 
@@ -68,17 +68,17 @@ def store(model: Model, weights: Weights, tokens: Sequence[int], rows: tuple[int
     What the slots share, in the decode layout, and what prompts do, in the prefill layout.
   """
   steps = -(-len(tokens) // chunk)
-  prompts = device.empty_prompts(model, weights, rows[1], device.prompt_room(model, rows[1], steps * chunk), None)
+  prompts = device.empty_prefill(model, weights, rows[1], device.prompt_room(model, rows[1], steps * chunk), None)
   for i in range(0, len(tokens), chunk):
     some, counts = np.zeros((rows[1], chunk), np.int32), np.zeros(rows[1], np.int32)
     counts[0] = len(tokens[i:i + chunk])
     some[0, :counts[0]] = tokens[i:i + chunk]
-    prompts = device.prefill(model, prompts, weights, *put(some, counts))
+    prompts = device.prefill_chunk(model, prompts, weights, *put(some, counts))
   share = functools.partial(_share, model.prefilling, prompts.cache, weights, row=0, length=len(tokens))
   return share(to=model, rows=rows[0]), share(to=model.prefilling, rows=rows[1])
 
 
-_share = jax.jit(chunks.share, static_argnames=('model', 'row', 'length', 'to', 'rows'))
+_share = jax.jit(chunks.share_row, static_argnames=('model', 'row', 'length', 'to', 'rows'))
 
 
 def _run_end(rows, start, stop, depth):

@@ -12,9 +12,15 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from t5x_inference_ext.model import cache as kv_cache
 from t5x_inference_ext.engine import cache_rows
 from t5x_inference_ext.model.cache import KVCache, Shared
-from t5x_inference_ext.model.chunks import constrained, empty_cache, place_cache
+from t5x_inference_ext.model.chunks import cache_sharding, constrain_cache, empty_cache
 from t5x_inference_ext.model.transformer import Model
-from t5x_inference_ext.engine.state import Chosen, Progress, Rows, advance, begin
+from t5x_inference_ext.engine.state import (
+    ChosenTokens,
+    DecodeState,
+    RowParams,
+    advance,
+    initial_state,
+)
 from t5x_inference_ext.sharding import activations
 from t5x_inference_ext.sharding.layout import Axes
 from t5x_inference_ext.model.weights import Weights
@@ -32,13 +38,13 @@ class Slots:
   """
 
   cache: KVCache
-  rows: Rows
-  progress: Progress
+  rows: RowParams
+  progress: DecodeState
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Prompts:
+class PrefillState:
   """Prompts on their way to a slot, as the prefill layout has them.
 
   Attributes:
@@ -50,7 +56,7 @@ class Prompts:
   logits: jax.Array
 
 
-class Steps(NamedTuple):
+class StepsOutput(NamedTuple):
   """What some decode steps gave.
 
   Attributes:
@@ -59,7 +65,7 @@ class Steps(NamedTuple):
     ended: [B] bool, after them.
   """
 
-  chosen: Chosen
+  chosen: ChosenTokens
   counts: jax.Array
   ended: jax.Array
 
@@ -69,20 +75,20 @@ def _jit(static: tuple[str, ...], donated: tuple[str, ...] = ()):
 
 
 @_jit(('rows', 'size'))
-def empty_slots(model: Model, weights: Weights, asks: Rows, rows: int, size: int, shared: Shared | None) -> Slots:
+def empty_slots(model: Model, weights: Weights, asks: RowParams, rows: int, size: int, shared: Shared | None) -> Slots:
   """All free. asks [1] is of the form of what they will be asked for; see empty_cache for the rest."""
   asks = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], (rows, *x.shape[1:])), asks)
   nothing = jnp.zeros((rows, 1), jnp.int32)
-  progress = begin(asks, nothing, nothing[:, 0], model.config.vocab_size)
+  progress = initial_state(asks, nothing, nothing[:, 0], model.config.vocab_size)
   progress = dataclasses.replace(progress, ended=jnp.ones(rows, bool))
-  return Slots(empty_cache(model, weights, rows, size, shared), *whole(model, (asks, progress)))
+  return Slots(empty_cache(model, weights, rows, size, shared), *replicated(model, (asks, progress)))
 
 
 @_jit(('rows', 'size'))
-def empty_prompts(model: Model, weights: Weights, rows: int, size: int, shared: Shared | None) -> Prompts:
+def empty_prefill(model: Model, weights: Weights, rows: int, size: int, shared: Shared | None) -> PrefillState:
   """No prompts yet, for `rows` at a time. `shared` is in the prefill layout."""
   logits = jnp.zeros((rows, model.config.vocab_size), jnp.float32)
-  return Prompts(empty_cache(model.prefilling, weights, rows, size, shared), _placed(model, logits))
+  return PrefillState(empty_cache(model.prefilling, weights, rows, size, shared), _placed(model, logits))
 
 
 def logits_axes(model: Model, rows: int) -> Axes:
@@ -101,7 +107,7 @@ def prompt_room(model: Model, rows: int, length: int) -> int:
 
 
 @_jit((), ('slots',))
-def free(model: Model, slots: Slots) -> Slots:
+def free_slots(model: Model, slots: Slots) -> Slots:
   """All of them free, whoever was in them."""
   del model
   progress = dataclasses.replace(slots.progress, ended=jnp.ones_like(slots.progress.ended))
@@ -109,24 +115,24 @@ def free(model: Model, slots: Slots) -> Slots:
 
 
 @_jit((), ('prompts',))
-def take_prompts(model: Model, prompts: Prompts, weights: Weights, shared: jax.Array) -> Prompts:
+def start_prefill(model: Model, prompts: PrefillState, weights: Weights, shared: jax.Array) -> PrefillState:
   """New prompts in the place of the last, that begin with so many shared positions, [R]."""
   cache = prompts.cache
   own = None if cache.shared is None else dataclasses.replace(cache.shared, lengths=shared)
   cache = dataclasses.replace(cache, lengths=jnp.zeros_like(cache.lengths), shared=own)
-  return Prompts(constrained(model.prefilling, cache, weights), prompts.logits)
+  return PrefillState(constrain_cache(model.prefilling, cache, weights), prompts.logits)
 
 
 @_jit((), ('prompts',))
-def prefill(model: Model, prompts: Prompts, weights: Weights, tokens: jax.Array, counts: jax.Array) -> Prompts:
+def prefill_chunk(model: Model, prompts: PrefillState, weights: Weights, tokens: jax.Array, counts: jax.Array) -> PrefillState:
   """The next tokens of prompts, [R, T] of which counts [R] are real, maybe none."""
-  logits, cache = model.prefilling.extend(weights, prompts.cache, tokens, counts)
-  return Prompts(cache, _placed(model, jnp.where(counts[:, None] > 0, logits, prompts.logits)))
+  logits, cache = model.prefilling.prefill_chunk(weights, prompts.cache, tokens, counts)
+  return PrefillState(cache, _placed(model, jnp.where(counts[:, None] > 0, logits, prompts.logits)))
 
 
 @_jit((), ('slots',))
-def admit(model: Model, slots: Slots, weights: Weights, prompts: Prompts, row: jax.Array, slot: jax.Array, asks: Rows,
-          prompt: jax.Array, length: jax.Array) -> tuple[Slots, Chosen]:
+def insert(model: Model, slots: Slots, weights: Weights, prompts: PrefillState, row: jax.Array, slot: jax.Array, asks: RowParams,
+          prompt: jax.Array, length: jax.Array) -> tuple[Slots, ChosenTokens]:
   """Puts a prompt whose tokens are all in the cache into a slot, and chooses its first new token.
 
   Args:
@@ -141,25 +147,25 @@ def admit(model: Model, slots: Slots, weights: Weights, prompts: Prompts, row: j
     length: [1] int32, how many of these count.
   """
   cache, everyone = slots.cache, slots.cache.lengths.shape[0]
-  held = place_cache(model.prefilling, prompts.logits.shape[0]).heads.cached()
-  wanted = place_cache(model, everyone).heads.cached()
-  one = cache_rows.take_row(model.prefilling, prompts.cache, weights, row)
+  held = cache_sharding(model.prefilling, prompts.logits.shape[0]).heads.cached()
+  wanted = cache_sharding(model, everyone).heads.cached()
+  one = cache_rows.gather_cache_row(model.prefilling, prompts.cache, weights, row)
   keys, values = jax.tree.map(lambda x: kv_cache.with_heads(x, held, wanted), (one.keys, one.values))
-  cache = cache_rows.put_row(model, cache, weights, slot, dataclasses.replace(one, keys=keys, values=values))
-  logits = cache_rows.take(model, prompts.logits, logits_axes(model, prompts.logits.shape[0]), row)
-  progress, chosen = advance(asks, begin(asks, prompt, length, model.config.vocab_size), logits, length)
+  cache = cache_rows.scatter_cache_row(model, cache, weights, slot, dataclasses.replace(one, keys=keys, values=values))
+  logits = cache_rows.gather_row(model, prompts.logits, logits_axes(model, prompts.logits.shape[0]), row)
+  progress, chosen = advance(asks, initial_state(asks, prompt, length, model.config.vocab_size), logits, length)
   put = lambda x, new: lax.dynamic_update_slice_in_dim(x, new.astype(x.dtype), slot, 0)
   rows, progress = jax.tree.map(put, (slots.rows, slots.progress), (asks, progress))
-  return Slots(constrained(model, cache, weights), *whole(model, (rows, progress))), whole(model, chosen)
+  return Slots(constrain_cache(model, cache, weights), *replicated(model, (rows, progress))), replicated(model, chosen)
 
 
 @_jit(('most',), ('slots',))
-def run(model: Model, slots: Slots, weights: Weights, steps: jax.Array, until_free: jax.Array, most: int
-        ) -> tuple[Slots, Steps]:
+def decode_steps(model: Model, slots: Slots, weights: Weights, steps: jax.Array, until_free: jax.Array, most: int
+        ) -> tuple[Slots, StepsOutput]:
   """Decode steps: `steps` of them, `most` at most; fewer if all rows end, or, with until_free, as soon as one does."""
   before, count = slots.progress, len(slots.progress.ended)
   top = slots.rows.top
-  out = Chosen(jnp.zeros((most, count), jnp.int32), jnp.zeros((most, count)), jnp.zeros((most, count, top), jnp.int32),
+  out = ChosenTokens(jnp.zeros((most, count), jnp.int32), jnp.zeros((most, count)), jnp.zeros((most, count, top), jnp.int32),
                jnp.zeros((most, count, top)))
 
   def running(state):
@@ -178,10 +184,10 @@ def run(model: Model, slots: Slots, weights: Weights, steps: jax.Array, until_fr
     return i + 1, progress, cache, out
 
   _, progress, cache, out = lax.while_loop(running, step, (0, before, slots.cache, out))
-  told = whole(model, Steps(out, progress.counts - before.counts, progress.ended))
-  return Slots(constrained(model, cache, weights), slots.rows, whole(model, progress)), told
+  told = replicated(model, StepsOutput(out, progress.counts - before.counts, progress.ended))
+  return Slots(constrain_cache(model, cache, weights), slots.rows, replicated(model, progress)), told
 
 
-def whole(model, tree):
+def replicated(model, tree):
   """Whole on every device: every process can read it, and every step finds it alike."""
   return jax.tree.map(lambda x: lax.with_sharding_constraint(x, NamedSharding(model.mesh, P())), tree)

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from t5x_inference_ext.engine import selection
-from t5x_inference_ext.engine.sampling import ANY, NOTHING, Samplers, penalize, sample
+from t5x_inference_ext.engine.sampling import ANY, NOTHING, SamplingArrays, penalize, sample
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class RowParams:
   """What B rows ask for.
 
   Attributes:
@@ -23,7 +23,7 @@ class Rows:
     top: how many of the most likely tokens are told with each choice.
   """
 
-  samplers: Samplers
+  sampling_arrays: SamplingArrays
   seeds: jax.Array
   limits: jax.Array
   eos_id: int = dataclasses.field(metadata=dict(static=True))
@@ -32,7 +32,7 @@ class Rows:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Progress:
+class DecodeState:
   """How far B rows are.
 
   Attributes:
@@ -52,7 +52,7 @@ class Progress:
   made: jax.Array | None
 
 
-class Chosen(NamedTuple):
+class ChosenTokens(NamedTuple):
   """One step's tokens: ids [B], log-probabilities [B], and of the `top` most likely, in order, ids and log-probabilities
   [B, top]. Log-probabilities are the model's own: temperature 1, nothing dropped, no penalties or bias."""
 
@@ -62,21 +62,21 @@ class Chosen(NamedTuple):
   top_log_probs: jax.Array
 
 
-def begin(rows: Rows, prompts: jax.Array, lengths: jax.Array, vocabulary: int) -> Progress:
+def initial_state(rows: RowParams, prompts: jax.Array, lengths: jax.Array, vocabulary: int) -> DecodeState:
   """Rows that have generated nothing. prompts [B, T] and lengths [B] are model inputs, BOS first; it does not count."""
   count = prompts.shape[0]
   in_prompt = made = None
-  if rows.samplers.plan.penalties:
+  if rows.sampling_arrays.plan.penalties:
     where = jnp.arange(prompts.shape[1])[None, :]
     ids = jnp.where((where > 0) & (where < lengths[:, None]), prompts, vocabulary)
     in_prompt = jnp.zeros((count, vocabulary), bool).at[jnp.arange(count)[:, None], ids].set(True, mode='drop')
     made = jnp.zeros((count, vocabulary), jnp.int32)
   nothing = jnp.zeros(count, jnp.int32)
-  recent = jnp.full((count, rows.samplers.stop.shape[2]), NOTHING, jnp.int32)
-  return Progress(nothing, nothing, jnp.zeros(count, bool), recent, in_prompt, made)
+  recent = jnp.full((count, rows.sampling_arrays.stop.shape[2]), NOTHING, jnp.int32)
+  return DecodeState(nothing, nothing, jnp.zeros(count, bool), recent, in_prompt, made)
 
 
-def advance(rows: Rows, progress: Progress, logits: jax.Array, positions: jax.Array) -> tuple[Progress, Chosen]:
+def advance(rows: RowParams, progress: DecodeState, logits: jax.Array, positions: jax.Array) -> tuple[DecodeState, ChosenTokens]:
   """Each row's next token. Rows that have ended stay as they are: their tokens are 0, with log-probability 0.
 
   Args:
@@ -85,26 +85,26 @@ def advance(rows: Rows, progress: Progress, logits: jax.Array, positions: jax.Ar
     logits: [B, V] float32.
     positions: [B] int32, of the tokens chosen, BOS being at 0.
   """
-  plan, ended = rows.samplers.plan, progress.ended
+  plan, ended = rows.sampling_arrays.plan, progress.ended
   biased = logits
   if plan.penalties:
-    biased = penalize(biased, rows.samplers, progress.in_prompt, progress.made)
-  early = progress.counts + 1 < jnp.asarray(rows.samplers.min_new_tokens) if plan.least else None
+    biased = penalize(biased, rows.sampling_arrays, progress.in_prompt, progress.made)
+  early = progress.counts + 1 < jnp.asarray(rows.sampling_arrays.min_new_tokens) if plan.least else None
   if plan.least and rows.eos_id >= 0:
     biased = biased.at[:, rows.eos_id].set(jnp.where(early, -jnp.inf, biased[:, rows.eos_id]))
-  token = jnp.where(ended, 0, sample(biased, rows.samplers, rows.seeds, positions))
+  token = jnp.where(ended, 0, sample(biased, rows.sampling_arrays, rows.seeds, positions))
   normal = jax.nn.logsumexp(logits, axis=-1)
   log_prob = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0] - normal
   top, top_ids = selection.most_likely(logits, rows.top) if rows.top else (jnp.zeros((len(token), 0)),) * 2
-  chosen = Chosen(token, jnp.where(ended, 0.0, log_prob), top_ids.astype(jnp.int32), top - normal[:, None])
+  chosen = ChosenTokens(token, jnp.where(ended, 0.0, log_prob), top_ids.astype(jnp.int32), top - normal[:, None])
   counts = progress.counts + ~ended
   end = (token == rows.eos_id) | (counts >= rows.limits)
   recent, made = progress.recent, progress.made
   if plan.stop:
     recent = jnp.where(ended[:, None], recent, jnp.concatenate([recent[:, 1:], token[:, None]], axis=1))
-    stop = jnp.asarray(rows.samplers.stop)
+    stop = jnp.asarray(rows.sampling_arrays.stop)
     stopped = jnp.any(jnp.all((stop == ANY) | (stop == recent[:, None, :]), axis=2), axis=1)
     end |= stopped & ~early if plan.least else stopped
   if plan.penalties:
     made = made.at[jnp.arange(len(token)), token].add((~ended).astype(jnp.int32))
-  return Progress(token, counts, ended | end, recent, progress.in_prompt, made), chosen
+  return DecodeState(token, counts, ended | end, recent, progress.in_prompt, made), chosen

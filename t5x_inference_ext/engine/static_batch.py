@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from t5x_inference_ext.model.chunks import prefill_in_chunks
 from t5x_inference_ext.model.transformer import Model
-from t5x_inference_ext.engine.state import Rows, advance, begin
-from t5x_inference_ext.engine.sampling import Sampler, Samplers, samplers as stack
+from t5x_inference_ext.engine.state import RowParams, advance, initial_state
+from t5x_inference_ext.engine.sampling import SamplingArrays, SamplingParams, stack_params
 from t5x_inference_ext.model.weights import Weights
 
 
@@ -27,16 +27,16 @@ class Generation(NamedTuple):
   scores: jax.Array
 
 
-def generate(
+def generate_batch(
     model: Model,
     weights: Weights,
     tokens: jax.Array,
     lengths: jax.Array,
     seeds: jax.Array,
-    samplers: Samplers | None = None,
+    sampling_arrays: SamplingArrays | None = None,
     limits: jax.Array | None = None,
     *,
-    sampler: Sampler = Sampler(),
+    sampling: SamplingParams = SamplingParams(),
     max_new_tokens: int,
     eos_id: int,
     cache_size: int,
@@ -61,12 +61,12 @@ def generate(
     prefill_chunk: positions of the prompts that one pass takes; None: all.
   """
   count = tokens.shape[0]
-  if samplers is None:
-    samplers = stack([sampler] * count, model.config.vocab_size)
+  if sampling_arrays is None:
+    sampling_arrays = stack_params([sampling] * count, model.config.vocab_size)
   limits = jnp.full(count, max_new_tokens) if limits is None else limits
   if max_length is not None:
     limits = jnp.minimum(limits, max_length - (lengths - 1))
-  rows = Rows(samplers, seeds, limits, eos_id)
+  rows = RowParams(sampling_arrays, seeds, limits, eos_id)
   if prefill_chunk is None:
     logits, cache = model.prefill(weights, tokens, lengths, cache_size)
   else:
@@ -82,7 +82,7 @@ def generate(
   def running(state):
     return ~jnp.all(state[1].ended)
 
-  progress, chosen = advance(rows, begin(rows, tokens, lengths, model.config.vocab_size), logits, lengths)
+  progress, chosen = advance(rows, initial_state(rows, tokens, lengths, model.config.vocab_size), logits, lengths)
   out = jnp.zeros((count, max_new_tokens), jnp.int32).at[:, 0].set(chosen.tokens)
   _, progress, _, out, scores = jax.lax.while_loop(running, step, (1, progress, cache, out, chosen.log_probs))
   return Generation(out, progress.counts, scores)

@@ -15,7 +15,7 @@ from t5x_inference_ext.quantization.kv import KV, units_and_scales
 
 
 # Logits [B, H, M, T] of more elements than this (1 GiB in float32) are not made at once, but some rows at a time.
-MAX_LOGITS = 2**28
+MAX_ATTENTION_LOGITS = 2**28
 
 
 class Context(NamedTuple):
@@ -48,7 +48,7 @@ def attend(
   seen = k.shape[1]
   if context is not None:
     seen += context.keys.shape[1] + (0 if context.shared_keys is None else context.shared_keys.shape[0])
-  rows = max(1, MAX_LOGITS // (q.shape[1] * q.shape[2] * seen))
+  rows = max(1, MAX_ATTENTION_LOGITS // (q.shape[1] * q.shape[2] * seen))
   if not isinstance(q.shape[0], int) or q.shape[0] <= rows:  # an exported program has any number of rows
     return _attend(q, k, v, context, first)
   shared = {} if context is None else dict(shared_keys=context.shared_keys, shared_values=context.shared_values)

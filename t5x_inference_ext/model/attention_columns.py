@@ -9,11 +9,11 @@ from jax import lax
 from t5x_inference_ext.model.collectives import ops
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.sharding.heads import kv_columns, query_columns
-from t5x_inference_ext.sharding.activations import Placement
+from t5x_inference_ext.sharding.activations import ActivationSharding
 
 
 @dataclasses.dataclass(frozen=True)
-class AttentionSharding:
+class AttentionColumns:
   """The moves of one placement, on one shard.
 
   The projections' columns come as [B_rows, T_positions, columns/hidden], a block of columns for each stored shard that is
@@ -28,11 +28,11 @@ class AttentionSharding:
   Attributes:
     placement: says which axis does what.
     config: the model.
-    summed: whether columns come summed, and with rows or positions split, over the embed axes (Placement.sums_into). Then
+    summed: whether columns come summed, and with rows or positions split, over the embed axes (ActivationSharding.sums_into). Then
       what goes back is split so too.
   """
 
-  placement: Placement
+  sharding: ActivationSharding
   config: ModelConfig
   summed: bool
 
@@ -42,14 +42,14 @@ class AttentionSharding:
 
   @property
   def _embed(self):
-    return self.placement.layout.embed_axes
+    return self.sharding.layout.embed_axes
 
   def _embed_splits(self, axes) -> bool:
     return bool(self._embed) and self._embed[0] in axes
 
   def to_attention(self, columns: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Blocks of queries' columns, then keys' and values' -> q [B', T', H', Q], k and v [B', T, K', Q], as placed."""
-    p, heads = self.placement, self.placement.heads
+    p, heads = self.sharding, self.sharding.heads
     here = heads.stored.shards // ops.axis_size(p.layout.hidden_axes)  # blocks before the move
     y = columns.reshape(*columns.shape[:2], here, -1)  # [B, T, blocks, columns of a block]
     width = query_columns(self.config, heads.stored)
@@ -76,7 +76,7 @@ class AttentionSharding:
 
   def from_attention(self, out: jax.Array) -> jax.Array:
     """[B', T', H', Q] -> columns [B_rows, T_positions, columns/hidden], split over the embed axes as they came."""
-    p, heads = self.placement, self.placement.heads
+    p, heads = self.sharding, self.sharding.heads
     y = out.reshape(*out.shape[:2], heads.blocks if heads.shards == 1 else 1, -1)
     y = ops.all_to_all(ops.local_slice(y, p.joined, 2), p.hidden_positions, 2, 1)
     y = ops.all_to_all(y, p.hidden_rows, 2, 0)
@@ -91,12 +91,12 @@ class AttentionSharding:
 
   def query_positions(self, positions: int) -> jax.Array | int:
     """The first of this shard's queries among `positions` positions."""
-    axes = self.placement.attention_positions
+    axes = self.sharding.attention_positions
     return ops.shard_index(axes) * (positions // ops.axis_size(axes))
 
   def _cut_queries(self, query):
     """One block's [B, T, 1, heads * Q], partial sums -> [B, T, heads of this embed shard, Q], summed."""
-    stored, cut = self.placement.heads.stored, self.placement.heads.cut
+    stored, cut = self.sharding.heads.stored, self.sharding.heads.cut
     y = query.reshape(*query.shape[:2], stored.local_groups, stored.local_queries, self.d_head)
     y = jnp.pad(y, ((0, 0), (0, 0), (0, cut.padded_groups - stored.local_groups),
                     (0, cut.padded_queries - stored.local_queries), (0, 0)))
@@ -104,7 +104,7 @@ class AttentionSharding:
 
   def _cut_keys(self, kv):
     """One block's [B, T, 1, columns], partial sums -> the same of this embed shard's key heads, summed."""
-    heads = self.placement.heads
+    heads = self.sharding.heads
     if heads.multiquery:
       return ops.all_reduce(kv, self._embed)
     y = kv.reshape(*kv.shape[:2], 2, heads.stored.local_groups, self.d_head)
@@ -118,7 +118,7 @@ class AttentionSharding:
 
   def _keys_values(self, kv, cut):
     """[B, T, blocks, columns of a block] -> keys, values [B, T, K', Q]."""
-    heads = self.placement.heads
+    heads = self.sharding.heads
     lead = kv.shape[:2]
     if heads.multiquery:
       y = kv.reshape(*lead, -1)[..., :2 * self.d_head].reshape(*lead, 2, 1, self.d_head)

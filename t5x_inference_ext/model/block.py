@@ -10,17 +10,17 @@ from typing import Any, NamedTuple
 import jax
 
 from t5x_inference_ext.model.collectives import ops
-from t5x_inference_ext.config import ModelConfig, Sublayer
+from t5x_inference_ext.config import BlockPart, ModelConfig
 from t5x_inference_ext.model.attention import Context, attend
-from t5x_inference_ext.model.attention_columns import AttentionSharding
+from t5x_inference_ext.model.attention_columns import AttentionColumns
 from t5x_inference_ext.model.norm import norm
 from t5x_inference_ext.model.projections import column_widths, in_pieces, projections
 from t5x_inference_ext.model.positions import rotate
 from t5x_inference_ext.sharding.layout import Axes
-from t5x_inference_ext.sharding.activations import Placement
+from t5x_inference_ext.sharding.activations import ActivationSharding
 from t5x_inference_ext.quantization import int8
 from t5x_inference_ext.quantization.kv import KV, to_cache
-from t5x_inference_ext.model.weights import LayerWeights, SublayerWeights
+from t5x_inference_ext.model.weights import BlockPartWeights, LayerWeights
 
 
 class Positions(NamedTuple):
@@ -41,7 +41,7 @@ class Layer:
   """
 
   config: ModelConfig
-  placement: Placement
+  sharding: ActivationSharding
   cache: str
 
   def __call__(
@@ -59,20 +59,20 @@ class Layer:
       The new x, and the new tokens' (keys, values), each [B', T, K', Q].
     """
     kv = None
-    for sublayer in self.config.sublayers:
-      x, new = self._sublayer(x, w[sublayer.name], sublayer, positions, context)
+    for block_part in self.config.block_parts:
+      x, new = self._sublayer(x, w[block_part.name], block_part, positions, context)
       kv = new if kv is None else kv
     return x, kv
 
-  def _sublayer(self, x, w: SublayerWeights, sublayer: Sublayer, positions, context):
-    project, w = projections(self.placement, sublayer), in_pieces(w, self.placement)
-    summed = self.placement.sums_into(sublayer) is not None
-    y = norm(x, w.norm, w.norm_bias, self.config, self.placement.residual[2])
-    parts = project.inputs(y, w, column_widths(self.config, sublayer, self.placement.heads.stored))
+  def _sublayer(self, x, w: BlockPartWeights, block_part: BlockPart, positions, context):
+    project, w = projections(self.sharding, block_part), in_pieces(w, self.sharding)
+    summed = self.sharding.sums_into(block_part) is not None
+    y = norm(x, w.norm, w.norm_bias, self.config, self.sharding.residual[2])
+    parts = project.inputs(y, w, column_widths(self.config, block_part, self.sharding.heads.stored))
     attention, kv, outputs = None, None, []
-    if sublayer.attention:
+    if block_part.attention:
       attention, kv = self._attention(parts['attention'], summed, positions, context)
-    if sublayer.mlp:
+    if block_part.mlp:
       outputs.append(self._mlp(parts, summed))
     if attention is not None:
       outputs.append(attention)
@@ -81,13 +81,13 @@ class Layer:
 
   def _mlp(self, parts, summed):
     """The inputs [B, T, F/hidden], partial sums unless summed -> [B, T, F/hidden]."""
-    embed, dim = () if summed else self.placement.layout.embed_axes, self.placement.mlp_dim
+    embed, dim = () if summed else self.sharding.layout.embed_axes, self.sharding.mlp_dim
     linear, *gate = (ops.reduce_scatter(parts[n], embed, dim) for n in reversed(self.config.mlp_inputs))
     y = jax.nn.swish(gate[0]) * linear if gate else jax.nn.gelu(linear, approximate=True)
     return ops.all_gather(y, embed, dim)
 
   def _attention(self, columns, summed, positions, context):
-    moves = AttentionSharding(self.placement, self.config, summed)
+    moves = AttentionColumns(self.sharding, self.config, summed)
     q, k, v = moves.to_attention(columns)
     q, k = rotate(q, *positions.queries), rotate(k, *positions.keys)
     k, v = (to_cache(x, self.cache) for x in (k, v))
@@ -98,9 +98,9 @@ class Layer:
 def local_vectors(layers: Any, axes: Axes) -> Any:
   """Layers with the part of their vectors [.., E] that this shard's residual stream has; once, not layer by layer."""
 
-  def local(sublayer):
-    vectors = {name: getattr(sublayer, name) for name in ('norm', 'norm_bias', 'out_scale')}
+  def local(block_part):
+    vectors = {name: getattr(block_part, name) for name in ('norm', 'norm_bias', 'out_scale')}
     return dataclasses.replace(
-        sublayer, **{name: ops.local_slice(v, axes, v.ndim - 1) for name, v in vectors.items() if v is not None})
+        block_part, **{name: ops.local_slice(v, axes, v.ndim - 1) for name, v in vectors.items() if v is not None})
 
-  return jax.tree.map(local, layers, is_leaf=lambda x: isinstance(x, SublayerWeights))
+  return jax.tree.map(local, layers, is_leaf=lambda x: isinstance(x, BlockPartWeights))

@@ -141,7 +141,7 @@ def _scatter(cache: KVCache, keys, values, counts):
   return jax.tree.map(write, (cache.keys, cache.values), (keys, values))
 
 
-def take_row(cache: KVCache, row: jax.Array | int) -> KVCache:
+def local_row(cache: KVCache, row: jax.Array | int) -> KVCache:
   """One row, as a cache of one."""
   rows = lambda x: lax.dynamic_slice_in_dim(x, row, 1, x.ndim - 4)
   one = lambda x: lax.dynamic_slice_in_dim(x, row, 1, 0)
@@ -149,7 +149,7 @@ def take_row(cache: KVCache, row: jax.Array | int) -> KVCache:
   return KVCache(jax.tree.map(rows, cache.keys), jax.tree.map(rows, cache.values), one(cache.lengths), shared)
 
 
-def put_row(cache: KVCache, row: jax.Array | int, one: KVCache) -> KVCache:
+def with_local_row(cache: KVCache, row: jax.Array | int, one: KVCache) -> KVCache:
   """The cache with a cache of one, no longer than it, in the place of a row. Both share the same, or nothing."""
   put = lambda x, new: lax.dynamic_update_slice(x, new, (*(0,) * (x.ndim - 4), row, 0, 0, 0))
   where = lambda x, new: lax.dynamic_update_slice(x, new, (row,))

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 
 from t5x_inference_ext.model.cache import KVCache, Shared, with_heads
 from t5x_inference_ext.model.transformer import Model
-from t5x_inference_ext.sharding.activations import Placement
+from t5x_inference_ext.sharding.activations import ActivationSharding
 from t5x_inference_ext.quantization.kv import to_cache, whole_tiles
 from t5x_inference_ext.model.weights import Weights
 
@@ -24,27 +24,27 @@ def empty_cache(model: Model, weights: Weights, rows: int, size: int, shared: Sh
     size: S, beside what is shared.
     shared: as `share` makes it for so many rows.
   """
-  place, config = place_cache(model, rows), model.config
-  shape = rows, whole_tiles(size, model.cache_dtype), len(place.heads.cached()), config.d_head
+  sharding, config = cache_sharding(model, rows), model.config
+  shape = rows, whole_tiles(size, model.cache_dtype), len(sharding.heads.cached()), config.d_head
   shape = (config.num_layers, *shape) if weights.stacked else shape
   zeros = lambda: to_cache(jnp.zeros(shape), model.cache_dtype)
   make = lambda: zeros() if weights.stacked else tuple(zeros() for _ in range(config.num_layers))
-  return constrained(model, KVCache(make(), make(), jnp.zeros(rows, jnp.int32), shared), weights)
+  return constrain_cache(model, KVCache(make(), make(), jnp.zeros(rows, jnp.int32), shared), weights)
 
 
-def place_cache(model: Model, rows: int) -> Placement:
+def cache_sharding(model: Model, rows: int) -> ActivationSharding:
   """Where a cache of so many rows lies in the decode layout. Prefill may take rows that a decode step can't split."""
-  return model.place_extend(rows, 1)
+  return model.chunk_sharding(rows, 1)
 
 
-def constrained(model: Model, cache: KVCache, weights: Weights) -> KVCache:
+def constrain_cache(model: Model, cache: KVCache, weights: Weights) -> KVCache:
   """The cache, where the decode layout has it."""
-  return model.constrained(cache, place_cache(model, cache.lengths.shape[0]), weights)
+  return model.constrained(cache, cache_sharding(model, cache.lengths.shape[0]), weights)
 
 
-def abstract(model: Model, cache: KVCache, weights: Weights) -> KVCache:
+def abstract_cache(model: Model, cache: KVCache, weights: Weights) -> KVCache:
   """The shapes of a cache (jax.eval_shape), with the shardings that the decode layout gives it."""
-  specs = model.cache_spec(place_cache(model, cache.lengths.shape[0]), weights, cache)
+  specs = model.cache_spec(cache_sharding(model, cache.lengths.shape[0]), weights, cache)
 
   def struct(spec, arrays):  # of keys or of values
     sharding = NamedSharding(model.mesh, spec)
@@ -53,15 +53,15 @@ def abstract(model: Model, cache: KVCache, weights: Weights) -> KVCache:
   return jax.tree.map(struct, specs, cache)
 
 
-def moved(model: Model, cache: KVCache, weights: Weights, to: Model) -> KVCache:
+def with_layout_of(model: Model, cache: KVCache, weights: Weights, to: Model) -> KVCache:
   """The rows of a cache of one model's decode layout, in another's. What they share is dropped: it is stored beside."""
   rows = cache.lengths.shape[0]
-  held, wanted = (place_cache(m, rows).heads.cached() for m in (model, to))
+  held, wanted = (cache_sharding(m, rows).heads.cached() for m in (model, to))
   keys, values = jax.tree.map(lambda x: with_heads(x, held, wanted), (cache.keys, cache.values))
-  return constrained(to, KVCache(keys, values, cache.lengths), weights)
+  return constrain_cache(to, KVCache(keys, values, cache.lengths), weights)
 
 
-def share(model: Model, cache: KVCache, weights: Weights, row: int, length: int, to: Model, rows: int) -> Shared:
+def share_row(model: Model, cache: KVCache, weights: Weights, row: int, length: int, to: Model, rows: int) -> Shared:
   """The first positions of one row, for the rows of another cache to begin with.
 
   Args:
@@ -73,8 +73,8 @@ def share(model: Model, cache: KVCache, weights: Weights, row: int, length: int,
     to: in whose decode layout the others' cache is.
     rows: theirs. None of them has anything of it yet: set the lengths.
   """
-  held = place_cache(model, cache.lengths.shape[0]).heads.cached()
-  wanted = place_cache(to, rows).heads.cached()
+  held = cache_sharding(model, cache.lengths.shape[0]).heads.cached()
+  wanted = cache_sharding(to, rows).heads.cached()
 
   def take(x):  # [.., B, S, K, Q] -> [.., P, K, Q]
     x = lax.index_in_dim(x, row, x.ndim - 4, keepdims=False)
@@ -106,11 +106,11 @@ def prefill_in_chunks(
     logits, cache = state
     new = lax.dynamic_slice_in_dim(tokens, i * chunk, chunk, 1)
     counts = jnp.clip(lengths - i * chunk, 0, chunk)
-    found, cache = prefill.extend(weights, cache, new, counts)
+    found, cache = prefill.prefill_chunk(weights, cache, new, counts)
     return (jnp.where(counts[:, None] > 0, found, logits), cache), None
 
   logits = jnp.zeros((rows, model.config.vocab_size), jnp.float32)
   (logits, cache), _ = lax.scan(step, (logits, cache), jnp.arange(steps))
   cut = lambda x: x[..., :whole_tiles(size, model.cache_dtype), :, :]
   cache = dataclasses.replace(cache, keys=jax.tree.map(cut, cache.keys), values=jax.tree.map(cut, cache.values))
-  return logits, moved(prefill, cache, weights, model)
+  return logits, with_layout_of(prefill, cache, weights, model)

@@ -5,12 +5,12 @@ from typing import Any, Callable, Iterable, Mapping
 
 import jax
 
-from t5x_inference_ext.sharding.packing import DeviceTensor
+from t5x_inference_ext.sharding.packing import PackedTensor
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class SublayerWeights:
+class BlockPartWeights:
   """One sublayer of one layer (or of all layers, with a leading L).
 
   Attributes:
@@ -31,7 +31,7 @@ class SublayerWeights:
 
 
 # A layer: its sublayers by name, 'parallel', or 'attention' and 'mlp'.
-LayerWeights = dict[str, SublayerWeights]
+LayerWeights = dict[str, BlockPartWeights]
 
 
 @jax.tree_util.register_dataclass
@@ -63,21 +63,21 @@ class Weights:
 
 
 def layer_weights(tensors: Mapping[str, Any]) -> LayerWeights:
-  """A layer from its arrays (or specs) called 'sublayer/field', as sharding.packing.device_tensors calls them."""
+  """A layer from its arrays (or specs) called 'sublayer/field', as sharding.packing.packed_tensors calls them."""
   fields: dict[str, dict[str, Any]] = {}
   for name, value in tensors.items():
-    sublayer, field = name.split('/')
-    fields.setdefault(sublayer, {})[field] = value
-  return {sublayer: SublayerWeights(**named) for sublayer, named in fields.items()}
+    block_part, field = name.split('/')
+    fields.setdefault(block_part, {})[field] = value
+  return {block_part: BlockPartWeights(**named) for block_part, named in fields.items()}
 
 
 def build_weights(
-    tensors: Mapping[str, DeviceTensor], num_layers: int, stacked: bool,
+    tensors: Mapping[str, PackedTensor], num_layers: int, stacked: bool,
     make: Callable[[str, slice | int | None], Any], progress: Callable[[list], Iterable] = iter) -> Weights:
   """Weights of arrays, shapes or specs.
 
   Args:
-    tensors: as sharding.packing.device_tensors has them.
+    tensors: as sharding.packing.packed_tensors has them.
     num_layers: L.
     stacked: one array for all layers, or one per layer.
     make: gives that of a tensor's name and its layers: a number, slice(0, L) if stacked, or None for what no layer

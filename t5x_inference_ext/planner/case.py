@@ -7,22 +7,22 @@ import math
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.sharding import activations, traffic
-from t5x_inference_ext.sharding.packing import DeviceTensor, device_tensors
+from t5x_inference_ext.sharding.packing import PackedTensor, packed_tensors
 from t5x_inference_ext.sharding.layout import Layout
-from t5x_inference_ext.sharding.collective import Move
-from t5x_inference_ext.sharding.activations import Placement
+from t5x_inference_ext.sharding.collective import Collective
+from t5x_inference_ext.sharding.activations import ActivationSharding
 from t5x_inference_ext.planner.machine import Machine, Mesh
 from t5x_inference_ext.planner.network import sizes
 
-PHASES = ('prefill', 'decode')
+PASSES = ('prefill', 'decode')
 # Bytes of an element. Activations are bfloat16 whatever the weights are (section 3.6: int8 for weights only).
-WEIGHTS = {'int8': 1, 'bfloat16': 2}
-CACHES = {'int8': 1, 'bfloat16': 2}
+WEIGHT_BYTES = {'int8': 1, 'bfloat16': 2}
+CACHE_ELEMENT_BYTES = {'int8': 1, 'bfloat16': 2}
 ACTIVATION_BYTES = 2
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class PassCase:
   """One pass of one phase.
 
   Attributes:
@@ -53,7 +53,7 @@ class Case:
   cache: str = 'bfloat16'
 
   def __post_init__(self):
-    for name, known in (('phase', PHASES), ('weights', WEIGHTS), ('cache', CACHES)):
+    for name, known in (('phase', PASSES), ('weights', WEIGHT_BYTES), ('cache', CACHE_ELEMENT_BYTES)):
       if getattr(self, name) not in known:
         raise RequestError(f'{name} must be one of {", ".join(known)}, got {getattr(self, name)!r}')
     for name in ('batch', 'length', 'context'):
@@ -67,11 +67,11 @@ class Case:
     if math.prod(self.mesh) != self.machine.chips:
       raise RequestError(f'the mesh {"x".join(map(str, self.mesh))} has {math.prod(self.mesh)} positions and '
                          f'{self.machine} has {self.machine.chips} chips')
-    assert self.placement  # refused here, not in the middle of a search's sums
+    assert self.sharding  # refused here, not in the middle of a search's sums
 
   @functools.cached_property
-  def placement(self) -> Placement:
-    return activations.place(self.layout, self.config, sizes(self.mesh), self.batch, self.padded)
+  def sharding(self) -> ActivationSharding:
+    return activations.shard_activations(self.layout, self.config, sizes(self.mesh), self.batch, self.padded)
 
   @property
   def padded(self) -> int:
@@ -81,15 +81,15 @@ class Case:
     return activations.padded_length(self.layout, sizes(self.mesh), self.batch, self.length)
 
   @property
-  def tensors(self) -> dict[str, DeviceTensor]:
+  def tensors(self) -> dict[str, PackedTensor]:
     """The arrays on the chips, padding and copies of heads included."""
     return _tensors(self.config, self.layout.feedforward == 'ws_1d', self.mesh, self.weights == 'int8')
 
   @property
-  def moves(self) -> tuple[list[Move], list[Move]]:
+  def moves(self) -> tuple[list[Collective], list[Collective]]:
     """The collectives of one layer, and those of the lookup, the final norm and the logits."""
-    mesh, width = sizes(self.mesh), WEIGHTS[self.weights]
-    of_pass = self.config, self.placement, mesh, self.batch, self.padded
+    mesh, width = sizes(self.mesh), WEIGHT_BYTES[self.weights]
+    of_pass = self.config, self.sharding, mesh, self.batch, self.padded
     # How rows are split for the choice of tokens is alike for all layouts that can share weights with this one.
     return (traffic.layer_moves(*of_pass, ACTIVATION_BYTES, width),
             traffic.embedding_moves(*of_pass, ACTIVATION_BYTES) +
@@ -100,6 +100,6 @@ class Case:
 
 
 @functools.lru_cache(maxsize=256)
-def _tensors(config: ModelConfig, one_dimensional: bool, mesh: Mesh, int8: bool) -> dict[str, DeviceTensor]:
+def _tensors(config: ModelConfig, one_dimensional: bool, mesh: Mesh, int8: bool) -> dict[str, PackedTensor]:
   # All layouts but ws_1d place the weights alike.
-  return device_tensors(config, Layout('ws_1d' if one_dimensional else 'ws_2d'), sizes(mesh), int8)
+  return packed_tensors(config, Layout('ws_1d' if one_dimensional else 'ws_2d'), sizes(mesh), int8)

@@ -8,24 +8,24 @@ import jax
 
 from t5x_inference_ext.errors import RequestError, UserError
 from t5x_inference_ext.sharding.explain_text import bytes_text
-from t5x_inference_ext.planner.costs import Cost, cost
+from t5x_inference_ext.planner.costs import PassCost, cost
 from t5x_inference_ext.planner.efficiency import IDEAL
-from t5x_inference_ext.planner.memory import Memory, memory
+from t5x_inference_ext.planner.memory import PlannedMemory, memory
 from t5x_inference_ext.planner.report import time_text
 from t5x_inference_ext.planner.request import Plan
 from t5x_inference_ext.precompile.analysis import Answer, analyze
 
-COLLECTIVES = 'collectives'
+COLLECTIVES_ROW = 'collectives'
 # What the compiler's kinds of operations hold -> the parts that predict them. Its products read weights as they go.
 GROUPS = {
     'products and weights': (('matmul',), ('matmuls', 'logits', 'weight load')),
     'attention and cache': (('attention',), ('attention', 'cache load')),
-    COLLECTIVES: (('collective',), ('activations moved', 'weights moved')),
+    COLLECTIVES_ROW: (('collective',), ('activations moved', 'weights moved')),
     'copies and the rest': (('copy', 'relayout', 'other'), ())}
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class CheckRow:
   """One part.
 
   Attributes:
@@ -54,13 +54,13 @@ class Checked:
     problem: why there are none; '' where there are some.
   """
 
-  cost: Cost
+  cost: PassCost
   answer: Answer | None
-  rows: tuple[Row, ...]
+  rows: tuple[CheckRow, ...]
   problem: str = ''
 
 
-def check(plan: Plan, say: Callable[[str], None] = lambda text: None) -> tuple[Checked, ...]:
+def check_plan(plan: Plan, say: Callable[[str], None] = lambda text: None) -> tuple[Checked, ...]:
   """Compiles the phases of a plan.
 
   Raises:
@@ -76,7 +76,7 @@ def refuse(plan: Plan) -> None:
     raise UserError(f'--check compiles with the TPU compiler, and {plan.machine} is no TPU slice: plan without --check')
 
 
-def _checked(plan: Plan, planned: Cost, say) -> Checked:
+def _checked(plan: Plan, planned: PassCost, say) -> Checked:
   case, request = planned.case, plan.request
   positions = max(request.context, case.padded)
   if case.phase == 'decode':
@@ -96,34 +96,34 @@ def _checked(plan: Plan, planned: Cost, say) -> Checked:
   return Checked(found, answer, tuple(_rows(found, answer, held)))
 
 
-def _rows(found: Cost, answer: Answer, held: Memory) -> Iterable[Row]:
+def _rows(found: PassCost, answer: Answer, held: PlannedMemory) -> Iterable[CheckRow]:
   ideal, kinds = found.at(IDEAL), answer.estimate.by_kind
   hidden = [found.hidden_seconds, ideal.hidden_seconds, sum(c.hidden_seconds for c in answer.estimate.costs)]
   for name, (compiled, parts) in GROUPS.items():
     values = [sum(c.parts[p] for p in parts) for c in (found, ideal)] + [sum(kinds.get(kind, 0.) for kind in compiled)]
-    if name == COLLECTIVES:  # of these the parts leave out what is hidden, and the compiler's serial estimate does not
+    if name == COLLECTIVES_ROW:  # of these the parts leave out what is hidden, and the compiler's serial estimate does not
       values[0] += hidden[0]
       values[1] += hidden[1]
-    yield Row(name, 's', *values)
-  yield Row(f'of {COLLECTIVES}, hidden', 's', *hidden)
-  yield Row('all, but what is hidden', 's', found.seconds, ideal.seconds, answer.estimate.overlapped_seconds)
+    yield CheckRow(name, 's', *values)
+  yield CheckRow(f'of {COLLECTIVES_ROW}, hidden', 's', *hidden)
+  yield CheckRow('all, but what is hidden', 's', found.seconds, ideal.seconds, answer.estimate.overlapped_seconds)
   moved = sum(c.count * c.move.moved for c in found.collectives)
-  yield Row('sent by a chip', 'bytes', moved, moved, sum(_sent(c) for c in answer.estimate.costs if c.collective))
+  yield CheckRow('sent by a chip', 'bytes', moved, moved, sum(_sent(c) for c in answer.estimate.costs if c.collective))
   compiled = answer.program.memory
   for name in ('weights', 'cache'):
-    yield Row(f'{name} held', 'bytes', getattr(held, name), getattr(held, name), getattr(compiled, name))
-  yield Row('temporaries', 'bytes', held.working, held.working, compiled.temporaries)
+    yield CheckRow(f'{name} held', 'bytes', getattr(held, name), getattr(held, name), getattr(compiled, name))
+  yield CheckRow('temporaries', 'bytes', held.working, held.working, compiled.temporaries)
 
 
 def _sent(c: Any) -> float:
-  """Bytes that a chip sends in all runs of a collective, as layouts/moves.Move counts them."""
+  """Bytes that a chip sends in all runs of a collective, as sharding.collective.Collective counts them."""
   if c.collective.kind == 'collective-permute':
     return c.count * c.bytes
   share = (c.collective.size - 1) / c.collective.size * (2 if c.collective.kind == 'all-reduce' else 1)
   return c.count * c.bytes * share
 
 
-def text(checked: Iterable[Checked]) -> str:
+def check_text(checked: Iterable[Checked]) -> str:
   """Tables."""
   lines = []
   for each in checked:
@@ -140,5 +140,5 @@ def text(checked: Iterable[Checked]) -> str:
   return '\n'.join(lines)
 
 
-def _show(value: float, row: Row) -> str:
+def _show(value: float, row: CheckRow) -> str:
   return bytes_text(round(value)) if row.unit == 'bytes' else time_text(value)

@@ -5,10 +5,10 @@ from typing import Callable, Sequence
 
 from t5x_inference_ext.errors import MeshError, UserError
 from t5x_inference_ext.planner import search
-from t5x_inference_ext.planner.machine import Machine, known
-from t5x_inference_ext.planner.request import OBJECTIVES, Plan, Request
+from t5x_inference_ext.planner.machine import Machine, known_machines
+from t5x_inference_ext.planner.request import OBJECTIVES, Plan, PlanRequest
 
-Say = Callable[[str], None]
+_Say = Callable[[str], None]
 # Where no batch is asked for: what is tried, as far as it fits.
 BATCHES = tuple(2**i for i in range(11))
 
@@ -36,8 +36,8 @@ class Choice:
   target: float | None
 
 
-def choose(request: Request, machines: Sequence[Machine], objective: str = 'latency', *, batches: Sequence[int] = (),
-           target: float | None = None, say: Say = lambda text: None) -> Choice:
+def choose(request: PlanRequest, machines: Sequence[Machine], objective: str = 'latency', *, batches: Sequence[int] = (),
+           target: float | None = None, say: _Say = lambda text: None) -> Choice:
   """The best plan.
 
   With one machine and one batch all objectives mean the least time. Of several machines or batches 'latency' takes the
@@ -93,7 +93,7 @@ def choose(request: Request, machines: Sequence[Machine], objective: str = 'late
   return Choice(ordered[0][0], ordered[0], tuple(found[0] for found in ordered[1:]), by, target)
 
 
-def _advice(request: Request, machines: Sequence[Machine], refusal: MeshError | None) -> str:
+def _advice(request: PlanRequest, machines: Sequence[Machine], refusal: MeshError | None) -> str:
   """How far off the nearest is, and what would do."""
   least = None
   for machine in machines:
@@ -119,7 +119,7 @@ def _advice(request: Request, machines: Sequence[Machine], refusal: MeshError | 
   return f'{text}; what would fit: {"; ".join(changes) or "no change of one thing"}'
 
 
-def fits(request: Request, machine: Machine) -> bool:
+def fits(request: PlanRequest, machine: Machine) -> bool:
   """Whether any plan does."""
   try:
     return search.best(search.plans(request, machine))[0].fits
@@ -127,17 +127,17 @@ def fits(request: Request, machine: Machine) -> bool:
     return False
 
 
-def _smaller_weights(request: Request, machines: Sequence[Machine]) -> str:
+def _smaller_weights(request: PlanRequest, machines: Sequence[Machine]) -> str:
   smaller = request.replace(weights='int8')
   return 'int8 weights' if request.weights != 'int8' and any(fits(smaller, m) for m in machines) else ''
 
 
-def _smaller_cache(request: Request, machines: Sequence[Machine]) -> str:
+def _smaller_cache(request: PlanRequest, machines: Sequence[Machine]) -> str:
   smaller = request.replace(cache='int8')
   return 'an int8 cache' if request.cache != 'int8' and any(fits(smaller, m) for m in machines) else ''
 
 
-def _less(request: Request, machine: Machine, field: str, words: str) -> str:
+def _less(request: PlanRequest, machine: Machine, field: str, words: str) -> str:
   """The most of a number that fits."""
   low, high = 0, getattr(request, field)  # low fits, or is none; high does not
   middle = 1
@@ -153,10 +153,10 @@ def _less(request: Request, machine: Machine, field: str, words: str) -> str:
   return words.format(low) if low else ''
 
 
-def _larger_slice(request: Request, machines: Sequence[Machine]) -> str:
+def _larger_slice(request: PlanRequest, machines: Sequence[Machine]) -> str:
   kinds = dict.fromkeys(m.chip.name for m in machines)
   most = max(m.chips for m in machines)
-  for machine in sorted((Machine.parse(text) for kind in kinds for text in known(kind)), key=lambda m: m.chips):
+  for machine in sorted((Machine.parse(text) for kind in kinds for text in known_machines(kind)), key=lambda m: m.chips):
     if machine.chips > most and fits(request.replace(mesh=None), machine):
       return f'{machine}'
   return ''

@@ -6,12 +6,12 @@ the layer before (section 3.5), and only what is longer than these counts.
 
 import dataclasses
 
-from t5x_inference_ext.sharding.collective import Move
-from t5x_inference_ext.planner.case import Case
+from t5x_inference_ext.sharding.collective import Collective
+from t5x_inference_ext.planner.case import PassCase
 from t5x_inference_ext.planner.efficiency import FITTED, IDEAL, Efficiency
 from t5x_inference_ext.planner.machine import Machine
 from t5x_inference_ext.planner.network import Network
-from t5x_inference_ext.planner.work import Work, work
+from t5x_inference_ext.planner.work import PassWork, work
 
 # Part -> what limits it.
 LIMITS = {'matmuls': 'compute', 'logits': 'compute', 'attention': 'compute', 'weight load': 'weight load',
@@ -23,7 +23,7 @@ _EFFICIENCIES = {part: _STRETCHED_BY[limit] for part, limit in LIMITS.items()}
 
 
 @dataclasses.dataclass(frozen=True)
-class Collective:
+class CollectiveTime:
   """A collective, all its runs in a pass together.
 
   Attributes:
@@ -33,14 +33,14 @@ class Collective:
     of_weights: whether it gathers weights, beside compute.
   """
 
-  move: Move
+  move: Collective
   count: int
   seconds: float
   of_weights: bool
 
 
 @dataclasses.dataclass(frozen=True)
-class Cost:
+class PassCost:
   """What a pass takes.
 
   Attributes:
@@ -53,11 +53,11 @@ class Cost:
     hidden_seconds: of gathering weights, beside products.
   """
 
-  case: Case
+  case: PassCase
   efficiency: Efficiency
   convention: str
-  work: Work
-  collectives: tuple[Collective, ...]
+  work: PassWork
+  collectives: tuple[CollectiveTime, ...]
   parts: dict[str, float]
   hidden_seconds: float
 
@@ -94,7 +94,7 @@ class Cost:
     """What takes most."""
     return max(self.limits, key=self.limits.get)
 
-  def at(self, efficiency: Efficiency) -> 'Cost':
+  def at(self, efficiency: Efficiency) -> 'PassCost':
     """The same pass where chips reach other shares of their peaks."""
     before, now = dataclasses.asdict(self.efficiency), dataclasses.asdict(efficiency)
     slower = {name: before[name] / now[name] for name in now}
@@ -115,7 +115,7 @@ def mfu(params: float, tokens: float, machine: Machine, seconds: float) -> float
   return 2 * params * tokens / (machine.chips * machine.chip.bf16_flops * seconds)
 
 
-def cost(case: Case, convention: str = 'torus', efficiency: Efficiency | None = None) -> Cost:
+def cost(case: PassCase, convention: str = 'torus', efficiency: Efficiency | None = None) -> PassCost:
   """Prices a pass.
 
   Args:
@@ -144,14 +144,14 @@ def cost(case: Case, convention: str = 'torus', efficiency: Efficiency | None = 
       'cache load': done.cache_bytes / chip.hbm_bandwidth,
       'activations moved': sum(c.seconds for c in collectives if not c.of_weights),
       'weights moved': exposed}
-  ideal = Cost(case, IDEAL, convention, done, collectives, parts, gathering - exposed)
+  ideal = PassCost(case, IDEAL, convention, done, collectives, parts, gathering - exposed)
   return ideal.at(FITTED[convention] if efficiency is None else efficiency)
 
 
-def _collectives(case: Case, network: Network) -> tuple[Collective, ...]:
+def _collectives(case: PassCase, network: Network) -> tuple[CollectiveTime, ...]:
   found = []
   for moves, count in zip(case.moves, (case.config.num_layers, 1)):
     for move in moves:
       of_weights = move.name.startswith(('weights: ', 'scales: '))
-      found.append(Collective(move, count, count * network.seconds(move), of_weights))
+      found.append(CollectiveTime(move, count, count * network.seconds(move), of_weights))
   return tuple(found)

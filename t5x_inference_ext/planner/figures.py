@@ -15,7 +15,7 @@ from t5x_inference_ext.planner.request import Plan
 from t5x_inference_ext.planner.sweep import Point
 from t5x_inference_ext.text_files import check_plots
 
-FORMATS = ('.svg', '.png')
+FIGURE_FORMATS = ('.svg', '.png')
 _COLOURS = ('#1f77b4', '#d62728', '#2ca02c', '#9467bd', '#ff7f0e', '#8c564b', '#7f7f7f')
 
 
@@ -97,8 +97,8 @@ def time_parts(path: str, plans: Sequence[Plan]) -> None:
 
 def check_path(path: str) -> None:
   """Raises RequestError for a file that can't be written, or whose format is not drawn."""
-  if os.path.splitext(path)[1] not in FORMATS:
-    raise RequestError(f'figures are written as {" or ".join(FORMATS)}, not {path}')
+  if os.path.splitext(path)[1] not in FIGURE_FORMATS:
+    raise RequestError(f'figures are written as {" or ".join(FIGURE_FORMATS)}, not {path}')
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from typing import Callable, Sequence
 
 import numpy as np
 
-from t5x_inference_ext.planner.costs import Cost, cost
+from t5x_inference_ext.planner.costs import PassCost, cost
 from t5x_inference_ext.planner.efficiency import IDEAL, Efficiency
 from t5x_inference_ext.planner.network import CONVENTIONS
 from t5x_inference_ext.planner.published import TABLE_2, Column
@@ -49,11 +49,11 @@ def fit(convention: str) -> Fit:
   return Fit(convention, found, tuple(_error(c, column, found) for c, column in zip(ideal, TABLE_2)), tuple(left_out))
 
 
-def _error(ideal: Cost, column: Column, efficiency: Efficiency) -> float:
+def _error(ideal: PassCost, column: Column, efficiency: Efficiency) -> float:
   return ideal.at(efficiency).seconds / column.seconds - 1
 
 
-def _least(ideal: Sequence[Cost], columns: Sequence[Column]) -> Efficiency:
+def _least(ideal: Sequence[PassCost], columns: Sequence[Column]) -> Efficiency:
 
   def loss(efficiency: Efficiency) -> float:
     return sum(math.log1p(_error(c, column, efficiency))**2 for c, column in zip(ideal, columns))
@@ -75,7 +75,7 @@ def search(loss: Callable[[Efficiency], float]) -> Efficiency:
   return Efficiency(*map(float, best[1]))
 
 
-def text(found: Fit) -> str:
+def fit_text(found: Fit) -> str:
   """A table."""
   e = found.efficiency
   lines = [f'{found.convention} convention: ' + ', '.join(f'{name} {getattr(e, name):.3f}' for name in _NAMES),
@@ -88,4 +88,4 @@ def text(found: Fit) -> str:
 
 if __name__ == '__main__':
   for _convention in CONVENTIONS:
-    print(text(fit(_convention)), end='\n\n')
+    print(fit_text(fit(_convention)), end='\n\n')

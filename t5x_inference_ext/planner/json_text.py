@@ -6,13 +6,13 @@ from typing import Any, Sequence
 
 from t5x_inference_ext.planner.check import Checked
 from t5x_inference_ext.planner.choose import Choice
-from t5x_inference_ext.planner.costs import Cost
-from t5x_inference_ext.planner.memory import Memory
+from t5x_inference_ext.planner.costs import PassCost
+from t5x_inference_ext.planner.memory import PlannedMemory
 from t5x_inference_ext.planner.report import conventions_differ, why
 from t5x_inference_ext.planner.request import Plan
 
 
-def to_dict(choice: Choice, checked: Sequence[Checked] = ()) -> dict[str, Any]:
+def choice_dict(choice: Choice, checked: Sequence[Checked] = ()) -> dict[str, Any]:
   """Everything."""
   r, machine = choice.plan.request, choice.plan.machine
   return {
@@ -37,7 +37,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
       'prefill': phase_dict(plan, plan.prefill, prefill), 'decode': phase_dict(plan, plan.decode, decode)}
 
 
-def phase_dict(plan: Plan, cost: Cost, held: Memory) -> dict[str, Any]:
+def phase_dict(plan: Plan, cost: PassCost, held: PlannedMemory) -> dict[str, Any]:
   return {
       'layout': str(cost.case.layout), 'seconds': cost.seconds, 'parts': cost.parts, 'limit': cost.limit,
       'limits': cost.limits, 'hidden_seconds': cost.hidden_seconds, 'mfu': plan.mfu_of(cost),
@@ -50,5 +50,5 @@ def phase_dict(plan: Plan, cost: Cost, held: Memory) -> dict[str, Any]:
            'of_weights': c.of_weights} for c in cost.collectives]}
 
 
-def text(choice: Choice, checked: Sequence[Checked] = ()) -> str:
-  return json.dumps(to_dict(choice, checked), indent=2) + '\n'
+def plan_json(choice: Choice, checked: Sequence[Checked] = ()) -> str:
+  return json.dumps(choice_dict(choice, checked), indent=2) + '\n'

@@ -41,7 +41,7 @@ class Machine:
     kind, colon, sizes = text.partition(':')
     names = {name.lower(): name for name in CHIPS}
     if not colon and text.lower() in names:
-      raise MeshError(f'{text} is a chip, not a slice of it; known: {", ".join(known(names[text.lower()]))}')
+      raise MeshError(f'{text} is a chip, not a slice of it; known: {", ".join(known_machines(names[text.lower()]))}')
     if kind.lower() not in names and (colon or not text[:1].isdecimal()):  # v4 is left out, as in 4x4x4
       raise MeshError(f'no chip is called {kind!r}: a slice is written chip:shape, such as v4:4x4x4 or A100:16, with '
                       f'chip {", ".join(CHIPS)}')
@@ -52,7 +52,7 @@ class Machine:
       return cls(hardware.chip(slice_.kind), slice_.shape, slice_.wraps)
     if not sizes.isdecimal() or int(sizes) not in _GPUS:
       raise MeshError(f'{chip.name}s are written with their number, such as {chip.name}:8; known: '
-                      f'{", ".join(known(chip.name))}; got {text!r}')
+                      f'{", ".join(known_machines(chip.name))}; got {text!r}')
     return cls(chip, (int(sizes), 1, 1), (False,) * 3)
 
   @property
@@ -63,7 +63,7 @@ class Machine:
     """As `parse` reads it."""
     if not self.chip.torus:
       return f'{self.chip.name}:{self.chips}'
-    return str(torus.Slice(self.chip.name, self.shape))
+    return str(torus.TpuSlice(self.chip.name, self.shape))
 
   def meshes(self, config: ModelConfig, split: bool = True) -> tuple[Mesh, ...]:
     """The meshes (X, Y, Z) that a plan for this model may use, Y no smaller than Z: the other order moves the same.
@@ -89,14 +89,14 @@ class Machine:
     return (first, *sorted(found - {first}))
 
 
-def known(chip: str) -> list[str]:
+def known_machines(chip: str) -> list[str]:
   """The usual slices of a chip, smallest first.
 
   Raises:
     UserError: a chip that is not in hardware.CHIPS.
   """
   if hardware.chip(chip).torus:
-    return slices.known(chip)
+    return slices.known_slices(chip)
   return [f'{chip}:{n}' for n in _GPUS]
 
 

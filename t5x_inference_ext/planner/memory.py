@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 
-from t5x_inference_ext.planner.case import ACTIVATION_BYTES, WEIGHTS, Case
+from t5x_inference_ext.planner.case import ACTIVATION_BYTES, PassCase, WEIGHT_BYTES
 from t5x_inference_ext.planner.work import cache_bytes, stored_bytes
 
 # Attention of more logits than this goes a few rows at a time (model/transformer.py).
@@ -13,7 +13,7 @@ _FLOAT32 = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
+class PlannedMemory:
   """Bytes on one chip.
 
   Attributes:
@@ -38,7 +38,7 @@ class Memory:
 
 
 @functools.lru_cache(maxsize=65536)  # each pass is part of many plans
-def memory(case: Case, positions: int) -> Memory:
+def memory(case: PassCase, positions: int) -> PlannedMemory:
   """Of a pass.
 
   Args:
@@ -46,16 +46,16 @@ def memory(case: Case, positions: int) -> Memory:
     positions: S, that the cache has for each row.
   """
   weights = sum(stored_bytes(case, t) for t in case.tensors.values())
-  return Memory(weights, cache_bytes(case, positions), working_bytes(case), case.machine.chip.usable_bytes)
+  return PlannedMemory(weights, cache_bytes(case, positions), working_bytes(case), case.machine.chip.usable_bytes)
 
 
-def working_bytes(case: Case) -> float:
+def working_bytes(case: PassCase) -> float:
   """What is alive at once in the widest place of a layer, and after the last one; an estimate.
 
   The residual stream and its sum; the input product's MLP columns, gate and linear in one, or the queries; what
   attention computes at once of its logits; the largest gathered matrix. Or the logits of each row's last position.
   """
-  c, p = case.config, case.placement
+  c, p = case.config, case.sharding
   tokens = case.batch * case.padded / case.size(case.layout.gathered_axes)
   stream = 2 * tokens * c.d_model / case.size(case.layout.embed_axes)
   columns = tokens * c.d_ff / case.size(case.layout.hidden_axes)
@@ -67,14 +67,14 @@ def working_bytes(case: Case) -> float:
   return max(layer, case.batch * vocabulary / case.size(case.layout.stored_hidden) * _FLOAT32)
 
 
-def _gathered(case: Case) -> float:
+def _gathered(case: PassCase) -> float:
   """The largest matrix on a chip when its shards have come together; 0 where none are gathered."""
   gathered = case.size(case.layout.gathered_axes)
   if gathered == 1:
     return 0.
   largest = max(max(part.width for part in t.parts) * len(t.parts[0].ranges) * _other(t)
                 for t in case.tensors.values() if t.kind == 'matrix')
-  return largest * gathered / case.machine.chips * WEIGHTS[case.weights]
+  return largest * gathered / case.machine.chips * WEIGHT_BYTES[case.weights]
 
 
 def _other(tensor) -> int:

@@ -1,6 +1,6 @@
 """How long a collective takes: the paper's one bandwidth, or each axis of the torus with its links and hops.
 
-Both take what sharding/traffic.py says is moved (layouts/moves.Move), and both are at full rate: how much of the links'
+Both take what sharding/traffic.py says is moved (sharding.collective.Collective), and both are at full rate: how much of the links'
 bandwidth a program reaches is efficiency.py's to say.
 
   paper   Sections 3.2 and 3.3: bytes over the bandwidth of all links of a chip (270 GB/s on v4), whatever axes the
@@ -18,7 +18,7 @@ from t5x_inference_ext.errors import UserError
 from t5x_inference_ext.sharding import links
 from t5x_inference_ext.sharding.layout import Axes
 from t5x_inference_ext.sharding.mesh import AXES
-from t5x_inference_ext.sharding.collective import Move
+from t5x_inference_ext.sharding.collective import Collective
 from t5x_inference_ext.planner.machine import Machine, Mesh
 
 CONVENTIONS = ('torus', 'paper')
@@ -42,7 +42,7 @@ class Network:
     if self.convention not in CONVENTIONS:
       raise UserError(f'no bandwidth convention is called {self.convention!r}: there are {", ".join(CONVENTIONS)}')
 
-  def seconds(self, move: Move) -> float:
+  def seconds(self, move: Collective) -> float:
     """The time of one collective, alone on the links, at their full rate."""
     chip = self.machine.chip
     passes = 2 if move.kind == 'all_reduce' else 1
@@ -52,9 +52,9 @@ class Network:
       return self._through_switches(move)
     paths = self.paths(move.axes)
     latency = passes * sum(p.hops for p in paths) * chip.hop_latency
-    return links.wait(move, paths) / chip.link_bandwidth + latency
+    return links.bytes_through_a_link(move, paths) / chip.link_bandwidth + latency
 
-  def _through_switches(self, move: Move) -> float:
+  def _through_switches(self, move: Collective) -> float:
     """Within nodes over NVLink; between them each chip of a node sends its share through its own network card.
 
     Any chip is one hop from any other, so that log2 K exchanges between pairs reach all.
@@ -71,7 +71,7 @@ class Network:
     between = move.bytes / share * (nodes - 1) / nodes / chip.node_bandwidth
     return passes * (inside + between + (len(ids) - 1).bit_length() * chip.hop_latency)
 
-  def paths(self, axes: Axes) -> tuple[links.Path, ...]:
+  def paths(self, axes: Axes) -> tuple[links.LinkPath, ...]:
     """Where a collective over these mesh axes runs on the torus."""
     return links.paths(self.machine.shape, self.machine.wraps, self.mesh, axes)
 

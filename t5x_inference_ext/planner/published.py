@@ -4,7 +4,7 @@ import dataclasses
 
 from t5x_inference_ext.config import preset
 from t5x_inference_ext.sharding.layout import Layout
-from t5x_inference_ext.planner.case import Case
+from t5x_inference_ext.planner.case import PassCase
 from t5x_inference_ext.planner.machine import Machine
 
 SLICE = 'v4:4x4x4'
@@ -43,8 +43,8 @@ class Column:
     return 1 if self.phase == 'decode' else CONTEXT
 
   @property
-  def case(self) -> Case:
-    return Case(preset('palm_540b'), Machine.parse(SLICE), MESH, Layout.parse(self.layout), self.phase, self.batch,
+  def case(self) -> PassCase:
+    return PassCase(preset('palm_540b'), Machine.parse(SLICE), MESH, Layout.parse(self.layout), self.phase, self.batch,
                 self.length, CONTEXT, self.weights)
 
 

@@ -6,13 +6,13 @@ from typing import Iterable, Sequence
 from t5x_inference_ext.sharding.explain_text import bytes_text
 from t5x_inference_ext.planner import search
 from t5x_inference_ext.planner.choose import Choice
-from t5x_inference_ext.planner.costs import PARTS, Cost
+from t5x_inference_ext.planner.costs import PARTS, PassCost
 from t5x_inference_ext.planner.request import Plan
 
 ROWS = 12  # of the table; JSON has all
 
 
-def text(choice: Choice, rows: int = ROWS) -> str:
+def plan_text(choice: Choice, rows: int = ROWS) -> str:
   """The report, one screen."""
   plan = choice.plan
   lines = [*_heading(plan), '', *_table(choice.ranked, rows), '', *_parts(plan), '']
@@ -133,7 +133,7 @@ def conventions_differ(plan: Plan) -> str:
           f'{time_text(slower)} more, mostly {part} ({time_text(saved)}).')
 
 
-def _again(c: Cost, plan: Plan) -> Cost:
+def _again(c: PassCost, plan: Plan) -> PassCost:
   return search.cost(c.case, plan.request.convention, plan.request.efficiency)
 
 

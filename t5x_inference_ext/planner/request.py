@@ -5,20 +5,20 @@ import functools
 
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.planner.case import CACHES, WEIGHTS
-from t5x_inference_ext.planner.costs import Cost
+from t5x_inference_ext.planner.case import CACHE_ELEMENT_BYTES, WEIGHT_BYTES
+from t5x_inference_ext.planner.costs import PassCost
 from t5x_inference_ext.planner.efficiency import Efficiency
 from t5x_inference_ext.planner.machine import Machine, Mesh
-from t5x_inference_ext.planner.memory import Memory, memory
+from t5x_inference_ext.planner.memory import PlannedMemory, memory
 from t5x_inference_ext.planner.network import CONVENTIONS
 
 OBJECTIVES = ('latency', 'throughput', 'cost')
 # Of a plan: both phases on one machine, or one, where the other runs elsewhere.
-PHASES = ('both', 'prefill', 'decode')
+PLAN_PHASES = ('both', 'prefill', 'decode')
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class PlanRequest:
   """A model, and what is to be served.
 
   Attributes:
@@ -52,8 +52,8 @@ class Request:
       value = getattr(self, name)
       if not isinstance(value, int) or value < 1:
         raise RequestError(f'{name} must be a whole number above 0, got {value!r}')
-    for name, known in (('weights', WEIGHTS), ('cache', CACHES), ('convention', CONVENTIONS),
-                        ('phase', PHASES)):
+    for name, known in (('weights', WEIGHT_BYTES), ('cache', CACHE_ELEMENT_BYTES), ('convention', CONVENTIONS),
+                        ('phase', PLAN_PHASES)):
       if getattr(self, name) not in tuple(known):
         raise RequestError(f'{name} must be one of {", ".join(known)}, got {getattr(self, name)!r}')
 
@@ -67,7 +67,7 @@ class Request:
     """What attention sees in the middle of the decode steps: the time of all of them is that of so many of this."""
     return self.input_length + (self.output_length + 1) // 2
 
-  def replace(self, **fields) -> 'Request':
+  def replace(self, **fields) -> 'PlanRequest':
     return dataclasses.replace(self, **fields)
 
 
@@ -81,9 +81,9 @@ class Plan:
     decode: the cost of one step, in the middle of them. Of the same machine, mesh and rows.
   """
 
-  request: Request
-  prefill: Cost
-  decode: Cost
+  request: PlanRequest
+  prefill: PassCost
+  decode: PassCost
 
   @property
   def machine(self) -> Machine:
@@ -108,7 +108,7 @@ class Plan:
     return str(self.prefill.case.layout), str(self.decode.case.layout)
 
   @property
-  def phases(self) -> tuple[Cost, ...]:
+  def phases(self) -> tuple[PassCost, ...]:
     """What runs here. Of one phase alone the other is the fastest that can share its weights."""
     return {'both': (self.prefill, self.decode), 'prefill': (self.prefill,), 'decode': (self.decode,)}[
         self.request.phase]
@@ -118,7 +118,7 @@ class Plan:
     """Of what runs here; of both phases from the prompts to the last token."""
     return sum(c.seconds * self.runs(c) for c in self.phases)
 
-  def runs(self, phase: Cost) -> int:
+  def runs(self, phase: PassCost) -> int:
     """How often a phase's pass runs."""
     return self.request.output_length if phase.case.phase == 'decode' else 1
 
@@ -133,22 +133,22 @@ class Plan:
     """Of a token that is made, its share of the prefill included; or of one that a prefill alone takes."""
     return self.machine.chips / self.tokens_per_second
 
-  def cost_of(self, phase: Cost) -> float:
+  def cost_of(self, phase: PassCost) -> float:
     """Chip-seconds per token of a phase, empty rows not counted: the paper's cost."""
     return self.machine.chips * phase.seconds / (self.request.batch * phase.case.length)
 
-  def mfu_of(self, phase: Cost) -> float:
+  def mfu_of(self, phase: PassCost) -> float:
     """The same for MFU."""
     return phase.mfu * self.request.batch / self.rows
 
   @functools.cached_property
-  def memory(self) -> Memory:
+  def memory(self) -> PlannedMemory:
     """Of the phase that needs more, of those that run here."""
     held = dict(zip(('prefill', 'decode'), self.memories))
     return max((held[c.case.phase] for c in self.phases), key=lambda m: m.needed)
 
   @functools.cached_property
-  def memories(self) -> tuple[Memory, Memory]:
+  def memories(self) -> tuple[PlannedMemory, PlannedMemory]:
     """In prefill and in decode. Prefill hands over the whole cache, split as decode has it."""
     prefill = memory(self.prefill.case, self.request.input_length)
     decode = memory(self.decode.case, self.request.context)

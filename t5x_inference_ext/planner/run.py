@@ -11,8 +11,8 @@ from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.sharding.mesh import parse_mesh
 from t5x_inference_ext.planner import check as checks, choose, figures, gin_text, json_text, report
 from t5x_inference_ext.planner import sweep as sweeps
-from t5x_inference_ext.planner.machine import Machine, known
-from t5x_inference_ext.planner.request import Request
+from t5x_inference_ext.planner.machine import Machine, known_machines
+from t5x_inference_ext.planner.request import PlanRequest
 from t5x_inference_ext.runs.progress import progress
 from t5x_inference_ext.text_files import check_plots, check_writable, write_text
 
@@ -70,10 +70,10 @@ def plan(
     raise RequestError(f'latency_target_ms must be above 0 and finite, got {latency_target_ms!r}')
   if mesh and not slice_name:
     raise RequestError(f'mesh={mesh} is over one slice: say which')
-  request = Request(model, 1 if batch is None else batch, input_length, output_length, weights, cache, convention,
+  request = PlanRequest(model, 1 if batch is None else batch, input_length, output_length, weights, cache, convention,
                     mesh=parse_mesh(mesh) if mesh else None, phase=phase)
   kinds = dict.fromkeys(kind.strip() for kind in chip.split(','))
-  names = [slice_name] if slice_name else [name for kind in kinds for name in known(kind)]
+  names = [slice_name] if slice_name else [name for kind in kinds for name in known_machines(kind)]
   machines = [Machine.parse(name) for name in names]
   batches = choose.BATCHES if batch is None else (batch,)
   if sweep:
@@ -91,15 +91,15 @@ def plan(
     text = gin_text.gin_text(choice.plan)
   if check:
     checks.refuse(choice.plan)
-  write(report.text(choice))
-  checked = checks.check(choice.plan, lambda text: _say(f'{text} ...')) if check else ()
+  write(report.plan_text(choice))
+  checked = checks.check_plan(choice.plan, lambda text: _say(f'{text} ...')) if check else ()
   if check:
-    write('\n' + checks.text(checked))
+    write('\n' + checks.check_text(checked))
   if gin_output:
     write_text(gin_output, text)
     write(f'gin: {gin_output}')
   if json_file:
-    write_text(json_file, json_text.text(choice, checked))
+    write_text(json_file, json_text.plan_json(choice, checked))
     write(f'every number as JSON: {json_file}')
   if figure:
     _draw(choice, output_dir, write)

@@ -13,11 +13,11 @@ from t5x_inference_ext.sharding.layout import (
     check_model,
     check_pair,
 )
-from t5x_inference_ext.planner.case import Case
-from t5x_inference_ext.planner.costs import Cost, cost
+from t5x_inference_ext.planner.case import PassCase
+from t5x_inference_ext.planner.costs import PassCost, cost
 from t5x_inference_ext.planner.machine import Machine, Mesh
 from t5x_inference_ext.planner.network import sizes
-from t5x_inference_ext.planner.request import Plan, Request
+from t5x_inference_ext.planner.request import Plan, PlanRequest
 
 # wg_xyz splits rows over every axis, which leaves none to split heads over. Looped collectives are left out: they move
 # as much, and what they hide the efficiencies hold already.
@@ -25,7 +25,7 @@ LAYOUTS = tuple(Layout(feedforward, attention) for feedforward in ('ws_2d', *(f 
                 for attention in ATTENTION if (feedforward, attention) != ('wg_xyz', 'heads'))
 
 
-def plans(request: Request, machine: Machine) -> list[Plan]:
+def plans(request: PlanRequest, machine: Machine) -> list[Plan]:
   """Every plan: meshes, numbers of rows and pairs of layouts that can share weights; the fastest first.
 
   Whether they fit is theirs to say. Of plans as fast, the one whose mesh comes first in Machine.meshes.
@@ -65,7 +65,7 @@ def _speed(plan: Plan) -> tuple[float, float]:
   return plan.seconds, plan.prefill.seconds + plan.decode.seconds
 
 
-def meshes(request: Request, machine: Machine) -> tuple[Mesh, ...]:
+def meshes(request: PlanRequest, machine: Machine) -> tuple[Mesh, ...]:
   """That which was asked for, or those of the machine; where one bandwidth serves all, as in the paper, of whole axes."""
   if request.mesh is None:
     return machine.meshes(request.config, split=request.convention != 'paper')
@@ -90,7 +90,7 @@ def row_choices(batch: int, mesh: Mesh) -> list[int]:
 
 
 def phase_costs(
-    request: Request, machine: Machine, mesh: Mesh, phase: str, rows: int) -> list[Cost]:
+    request: PlanRequest, machine: Machine, mesh: Mesh, phase: str, rows: int) -> list[PassCost]:
   """The costs of one phase in every layout that can run so many rows, the fastest first."""
   found = [cost(case, request.convention, request.efficiency) for case in _cases(request, machine, mesh, phase, rows)]
   by_heads = {c.case.layout.feedforward: c.parts for c in found if c.case.layout.attention == 'heads'}
@@ -100,19 +100,19 @@ def phase_costs(
   return sorted((c for c in found if c not in same), key=lambda c: c.seconds)
 
 
-def splits_rows(case: Case) -> bool:
+def splits_rows(case: PassCase) -> bool:
   """Whether attention splits rows over more than one chip."""
-  return case.size(case.placement.attention_rows) > 1
+  return case.size(case.sharding.attention_rows) > 1
 
 
-def _cases(request: Request, machine: Machine, mesh: Mesh, phase: str, rows: int) -> Iterator[Case]:
+def _cases(request: PlanRequest, machine: Machine, mesh: Mesh, phase: str, rows: int) -> Iterator[PassCase]:
   length, context = (request.input_length,) * 2 if phase == 'prefill' else (1, request.mean_context)
   for layout in LAYOUTS:
     if _is_another(layout, mesh):
       continue
     if phase == 'decode' and rows != activations.padded_batch(layout, rows, sizes(mesh)):
       continue  # the runtime would take more: they are another choice
-    case = Case(request.config, machine, mesh, layout, phase, rows, length, context, request.weights, request.cache)
+    case = PassCase(request.config, machine, mesh, layout, phase, rows, length, context, request.weights, request.cache)
     if request.convention == 'paper' and layout.attention == 'batch' and not splits_rows(case) and machine.chips > 1:
       continue  # section 3.3: a batch that fills no axis is not sharded by batch
     yield case
@@ -129,7 +129,7 @@ def _is_another(layout: Layout, mesh: Mesh) -> bool:
   return layout.feedforward == 'wg_xyz' and not gathered
 
 
-def _share_weights(prefill: Cost, decode: Cost) -> bool:
+def _share_weights(prefill: PassCost, decode: PassCost) -> bool:
   mesh = prefill.case.mesh
   if mesh[0] == 1 < math.prod(mesh) and prefill.case.layout.feedforward == decode.case.layout.feedforward == 'ws_2d':
     return False  # d_model is whole: that is ws_1d

@@ -7,11 +7,11 @@ from typing import Callable, Iterable, Sequence
 
 from t5x_inference_ext.errors import MeshError
 from t5x_inference_ext.planner import search
-from t5x_inference_ext.planner.case import PHASES
-from t5x_inference_ext.planner.costs import Cost
+from t5x_inference_ext.planner.case import PASSES
+from t5x_inference_ext.planner.costs import PassCost
 from t5x_inference_ext.planner.machine import Machine
 from t5x_inference_ext.planner.memory import memory
-from t5x_inference_ext.planner.request import Request
+from t5x_inference_ext.planner.request import PlanRequest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Point:
     on_front: whether no other point of its phase and weights is as fast and as cheap.
   """
 
-  request: Request
-  cost: Cost
+  request: PlanRequest
+  cost: PassCost
   on_front: bool = False
 
   @property
@@ -42,7 +42,7 @@ class Point:
     return self.cost.chip_seconds_per_token * self.cost.case.batch / self.request.batch
 
 
-def sweep(request: Request, machines: Sequence[Machine], batches: Sequence[int], weights: Sequence[str],
+def sweep(request: PlanRequest, machines: Sequence[Machine], batches: Sequence[int], weights: Sequence[str],
           progress: Callable[[Iterable], Iterable] = iter) -> list[Point]:
   """The points of both phases, marked, by phase, weights and latency.
 
@@ -55,12 +55,12 @@ def sweep(request: Request, machines: Sequence[Machine], batches: Sequence[int],
            for w in weights]
   points = []
   for machine, each in progress(asked):
-    for phase in PHASES:
+    for phase in PASSES:
       found = _fastest(each, machine, phase)
       if found is not None:
         points.append(Point(each, found))
   marked = []
-  for phase in PHASES:
+  for phase in PASSES:
     for w in weights:
       marked += front([p for p in points if p.phase == phase and p.request.weights == w])
   return marked
@@ -76,7 +76,7 @@ def front(points: Sequence[Point]) -> list[Point]:
   return marked
 
 
-def _fastest(request: Request, machine: Machine, phase: str) -> Cost | None:
+def _fastest(request: PlanRequest, machine: Machine, phase: str) -> PassCost | None:
   positions = request.input_length if phase == 'prefill' else request.context
   try:
     meshes = search.meshes(request, machine)

@@ -7,7 +7,7 @@ from typing import Sequence
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.traffic import feedforward_moves
-from t5x_inference_ext.planner.case import Case
+from t5x_inference_ext.planner.case import PassCase
 from t5x_inference_ext.planner.machine import Machine, Mesh
 from t5x_inference_ext.planner.network import sizes
 from t5x_inference_ext.planner.work import cache_bytes
@@ -69,7 +69,7 @@ def longest_context(
   Raises:
     MeshError: rows that the layout can't split, or a mesh that does not divide the model.
   """
-  case = Case(config, machine, mesh, Layout.parse(layout), 'decode', batch, 1, 1, cache=cache)
+  case = PassCase(config, machine, mesh, Layout.parse(layout), 'decode', batch, 1, 1, cache=cache)
   return int(share * machine.chip.hbm_bytes / cache_bytes(case, 1))
 
 

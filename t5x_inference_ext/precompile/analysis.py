@@ -5,15 +5,15 @@ from typing import Callable
 
 from t5x_inference_ext.checkpoints.load import MAX_UNROLLED_LAYERS
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.engine.sampling import Sampler
+from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.errors import MeshError, UserError
 from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.mesh import parse_mesh
-from t5x_inference_ext.sharding.torus import Slice, parse_slice
+from t5x_inference_ext.sharding.torus import TpuSlice, parse_slice
 from t5x_inference_ext.precompile import fit, slices
 from t5x_inference_ext.precompile.estimate import Estimate, estimate
-from t5x_inference_ext.precompile.fit import Alternative, Say, Shortage
-from t5x_inference_ext.precompile.program import Case, Program
+from t5x_inference_ext.precompile.fit import Alternative, Shortage, _Say
+from t5x_inference_ext.precompile.program import CompileCase, Program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Answer:
     alternatives: where it does not fit, what near it would.
   """
 
-  slice: Slice
+  slice: TpuSlice
   program: Program | Shortage
   estimate: Estimate | None
   tried: tuple[Tried, ...] = ()
@@ -49,7 +49,7 @@ class Answer:
     return isinstance(self.program, Program)
 
   @property
-  def case(self) -> Case:
+  def case(self) -> CompileCase:
     return self.program.case
 
 
@@ -68,8 +68,8 @@ def analyze(
     scan_layers: bool | None = None,
     prompt: int | None = None,
     max_new_tokens: int = 64,
-    sampler: Sampler = Sampler(),
-    say: Say = lambda text: None,
+    sampling: SamplingParams = SamplingParams(),
+    say: _Say = lambda text: None,
 ) -> Answer:
   """Compiles a phase for a slice and estimates its time there.
 
@@ -97,13 +97,13 @@ def analyze(
   """
   slice_ = parse_slice(slice_name)
   slices.check_slice(slice_)
-  case = Case(model, weights, phase, batch, context, Layout.parse(layout) if layout else Layout(), prompt,
+  case = CompileCase(model, weights, phase, batch, context, Layout.parse(layout) if layout else Layout(), prompt,
               Layout.parse(other_layout) if other_layout else None, cache=cache, max_new_tokens=max_new_tokens,
-              sampler=sampler, stacked=scan_layers)
+              sampling=sampling, stacked=scan_layers)
   mesh = slices.slice_mesh(slice_, model, parse_mesh(mesh) if mesh else None)
   say(f'{slice_}: {slice_.chips} chips as a mesh of {"x".join(map(str, mesh.devices.shape))}')
 
-  def compiled(case: Case) -> Program | Shortage:
+  def compiled(case: CompileCase) -> Program | Shortage:
     say(f'compiling {phase} in {case.layout}')
     return fit.try_compile(case, slice_, mesh)
 
@@ -123,12 +123,12 @@ def analyze(
   return Answer(slice_, program, None, tried, tuple(fit.alternatives(shortage, say=say)))
 
 
-def _quick(case: Case) -> Case:
+def _quick(case: CompileCase) -> CompileCase:
   """The same as a loop, where writing many layers out would take minutes."""
   return dataclasses.replace(case, stacked=case.stacked or case.config.num_layers > MAX_UNROLLED_LAYERS)
 
 
-def _best(case: Case, slice_: Slice, compiled: Callable[[Case], Program | Shortage]):
+def _best(case: CompileCase, slice_: TpuSlice, compiled: Callable[[CompileCase], Program | Shortage]):
   """The program with the least serial estimate, or the least shortage; its estimate; all that was tried."""
   results, tried, refusal = [], [], None
   candidates = fit.CANDIDATES[case.phase]
@@ -155,5 +155,5 @@ def _best(case: Case, slice_: Slice, compiled: Callable[[Case], Program | Shorta
   return program, found, tuple(tried)
 
 
-def _estimate(program: Program | Shortage, slice_: Slice) -> Estimate | None:
+def _estimate(program: Program | Shortage, slice_: TpuSlice) -> Estimate | None:
   return estimate(program.text, slice_, program.mesh) if isinstance(program, Program) else None

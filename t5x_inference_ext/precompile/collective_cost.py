@@ -8,18 +8,18 @@ from typing import Mapping, Sequence
 import numpy as np
 
 from t5x_inference_ext.hardware import Chip
-from t5x_inference_ext.sharding.torus import Slice
+from t5x_inference_ext.sharding.torus import TpuSlice
 from t5x_inference_ext.precompile.hlo import Computation, Instruction, Module
 from t5x_inference_ext.precompile.shapes import HloError
 
-KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
+HLO_COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
 
 _IOTA = re.compile(r'\[([0-9,]+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\))?')
 _LIST = re.compile(r'\{([0-9, ]*)\}')
 
 
 @dataclasses.dataclass(frozen=True)
-class Collective:
+class HloCollective:
   """One collective, per device.
 
   Attributes:
@@ -39,8 +39,8 @@ class Collective:
   pairs: tuple[tuple[int, int], ...] = ()
 
 
-def find(
-    module: Module, computation: Computation, instruction: Instruction, mesh: Mapping[str, int]) -> Collective | None:
+def find_collectives(
+    module: Module, computation: Computation, instruction: Instruction, mesh: Mapping[str, int]) -> HloCollective | None:
   """The collective that an instruction runs, or starts; None for any other instruction, and for a collective's end.
 
   The compiler may hide one inside a fusion or an asynchronous operation: it is found there. A fusion of an all-reduce
@@ -53,7 +53,7 @@ def find(
     return None
   for i in module.inside(instruction):
     kind = i.operation
-    if kind in KINDS:
+    if kind in HLO_COLLECTIVES:
       break
   else:
     return None
@@ -64,14 +64,14 @@ def find(
   if kind == 'collective-permute':
     pairs = tuple(tuple(map(int, p.split(','))) for p in _LIST.findall(i.attribute('source_target_pairs')))
     axes, _ = _axes(pairs, mesh)
-    return Collective(kind, 2, operand, axes, pairs=pairs)
+    return HloCollective(kind, 2, operand, axes, pairs=pairs)
   groups = replica_groups(i, module.partitions)
   size = len(groups[0])
   if hidden and kind == 'all-reduce' and instruction.opcode == 'fusion' and _keeps_a_slice(where, i):
     kind = 'reduce-scatter'
   axes, whole = _axes(groups, mesh)
   # What an asynchronous start gives differs by kind; what each kind makes of its operands does not.
-  return Collective(kind, size, operand * size if kind == 'all-gather' else operand, axes, whole)
+  return HloCollective(kind, size, operand * size if kind == 'all-gather' else operand, axes, whole)
 
 
 def replica_groups(instruction: Instruction, partitions: int) -> tuple[tuple[int, ...], ...]:
@@ -95,7 +95,7 @@ def replica_groups(instruction: Instruction, partitions: int) -> tuple[tuple[int
   raise HloError(f'replica groups in a form not known here: {instruction.attributes[:200]}')
 
 
-def seconds(collective: Collective, chip: Chip, slice_: Slice) -> float:
+def seconds(collective: HloCollective, chip: Chip, slice_: TpuSlice) -> float:
   """Its time alone on the links.
 
   An all-gather of K chips takes (K-1)/K of its result over the torus axes that it uses, all at once, and their hops;
@@ -131,7 +131,7 @@ def axis_lengths(k: int, chip: Chip) -> tuple[int, ...]:
   return tuple(lengths)
 
 
-def opposite(a: Collective, b: Collective) -> bool:
+def opposite(a: HloCollective, b: HloCollective) -> bool:
   """Whether two collective-permutes send along the same links the other way."""
   return a.kind == b.kind == 'collective-permute' and sorted(a.pairs) == sorted((t, s) for s, t in b.pairs)
 

@@ -23,15 +23,15 @@ import re
 from typing import Any, Mapping
 
 from t5x_inference_ext import hardware
-from t5x_inference_ext.sharding.torus import Slice
+from t5x_inference_ext.sharding.torus import TpuSlice
 from t5x_inference_ext.precompile import collective_cost
 from t5x_inference_ext.precompile import loops
-from t5x_inference_ext.precompile.collective_cost import Collective
-from t5x_inference_ext.precompile.hlo import Instruction, Module, parse
+from t5x_inference_ext.precompile.collective_cost import HloCollective
+from t5x_inference_ext.precompile.hlo import Instruction, Module, parse_hlo
 from t5x_inference_ext.precompile.relayouts import WeightCopy, relays, weight_copies
 from t5x_inference_ext.precompile.work import flops, is_free, traffic
 
-MATMUL, ATTENTION, COPY, RELAYOUT, COLLECTIVE, OTHER = KINDS = (
+MATMUL, ATTENTION, COPY, RELAYOUT, COLLECTIVE, OTHER = OPERATION_KINDS = (
     'matmul', 'attention', 'copy', 'relayout', 'collective', 'other')
 
 # Functions that attend: this package's attend, flaxformer's and flax's dot_product_attention.
@@ -42,7 +42,7 @@ _NAMES_ONLY = ('bitcast', 'parameter', 'constant', 'tuple', 'get-tuple-element')
 
 
 @dataclasses.dataclass(frozen=True)
-class Cost:
+class OperationCost:
   """What one instruction costs in one run of the program.
 
   Attributes:
@@ -68,7 +68,7 @@ class Cost:
   flops: int
   estimated: bool
   in_layer_loop: bool
-  collective: Collective | None = None
+  collective: HloCollective | None = None
   functions: tuple[str, ...] = ()
 
 
@@ -82,7 +82,7 @@ class Estimate:
     weight_copies: weights and caches that the program writes to HBM again (relayouts.weight_copies).
   """
 
-  costs: tuple[Cost, ...]
+  costs: tuple[OperationCost, ...]
   unknown_loops: tuple[str, ...]
   weight_copies: tuple[WeightCopy, ...]
 
@@ -116,7 +116,7 @@ class Estimate:
     return _totals(((c.collective.kind, c.collective.axes), c.seconds) for c in self.costs if c.collective)
 
   @property
-  def without_cycles(self) -> tuple[Cost, ...]:
+  def without_cycles(self) -> tuple[OperationCost, ...]:
     """What the compiler puts no cycles on and is no collective, the longest first."""
     found = [c for c in self.costs if not c.estimated and c.kind != COLLECTIVE and c.seconds]
     return tuple(sorted(found, key=lambda c: -c.seconds))
@@ -126,11 +126,11 @@ class Estimate:
     """Weights and caches written to HBM in another layout or type."""
     return tuple(c for c in self.weight_copies if c.relaid)
 
-  def longest(self, count: int) -> tuple[Cost, ...]:
+  def longest(self, count: int) -> tuple[OperationCost, ...]:
     return tuple(sorted(self.costs, key=lambda c: -c.seconds)[:count])
 
 
-def estimate(program: Any, slice_: Slice, mesh: Any) -> Estimate:
+def estimate(program: Any, slice_: TpuSlice, mesh: Any) -> Estimate:
   """The time of one run.
 
   Args:
@@ -142,7 +142,7 @@ def estimate(program: Any, slice_: Slice, mesh: Any) -> Estimate:
     HloError: text that is no compiled program, or a collective in a form that is not known here.
   """
   if not isinstance(program, Module):
-    program = parse(program if isinstance(program, str) else program.as_text())
+    program = parse_hlo(program if isinstance(program, str) else program.as_text())
   mesh = dict(mesh.items() if isinstance(mesh, Mapping) else mesh.shape.items())
   chip = hardware.chip(slice_.kind)
   found, unknown = loops.executed(program)
@@ -156,9 +156,9 @@ def estimate(program: Any, slice_: Slice, mesh: Any) -> Estimate:
   return Estimate(kept, tuple(unknown), tuple(weight_copies(program)))
 
 
-def _cost(module, e, chip, slice_, mesh) -> Cost:
+def _cost(module, e, chip, slice_, mesh) -> OperationCost:
   i = e.instruction
-  collective = collective_cost.find(module, e.computation, i, mesh)
+  collective = collective_cost.find_collectives(module, e.computation, i, mesh)
   work, moved = flops(module, e.computation, i), traffic(module, e.computation, i)
   if collective:
     each, moved = collective_cost.seconds(collective, chip, slice_), collective.bytes
@@ -169,7 +169,7 @@ def _cost(module, e, chip, slice_, mesh) -> Cost:
   else:
     each = max(moved / chip.hbm_bandwidth, work / chip.bf16_flops)
   kind = COLLECTIVE if collective else _kind(module, e.computation, i, work)
-  return Cost(
+  return OperationCost(
       name=i.name, opcode=i.opcode, op_name=i.op_name, kind=kind, count=e.times, seconds=each * e.times,
       hidden_seconds=0., bytes=moved, flops=work, estimated=i.cycles is not None, in_layer_loop=False,
       collective=collective, functions=module.functions(i))

@@ -8,13 +8,13 @@ from jax.sharding import Mesh
 
 from t5x_inference_ext.errors import MeshError, UserError
 from t5x_inference_ext.sharding import activations
-from t5x_inference_ext.sharding.explain import Setting, describe
+from t5x_inference_ext.sharding.explain import ExplainSetting, explain_setting
 from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.mesh import AXES
 from t5x_inference_ext.sharding.mesh_choice import torus_mesh
-from t5x_inference_ext.sharding.torus import Slice, parse_slice
+from t5x_inference_ext.sharding.torus import TpuSlice, parse_slice
 from t5x_inference_ext.precompile import slices
-from t5x_inference_ext.precompile.program import Case, Program, compile_case
+from t5x_inference_ext.precompile.program import CompileCase, Program, compile_case
 
 # What is tried, in this order, where no layout is asked for: see docs/layouts.md for which is for what.
 CANDIDATES = {
@@ -41,8 +41,8 @@ class Shortage:
     message: the compiler's first line, or why it was not asked.
   """
 
-  case: Case
-  slice: Slice
+  case: CompileCase
+  slice: TpuSlice
   needed: int | None
   available: int
   weights: int
@@ -55,16 +55,16 @@ class Alternative:
   """A change that makes a program fit: 'layout', 'batch' or 'slice', and the program."""
 
   change: str
-  slice: Slice
+  slice: TpuSlice
   program: Program
 
 
-Say = Callable[[str], None]
+_Say = Callable[[str], None]
 # Compiles a case for a slice, or says what is missing.
-Compile = Callable[[Case, Slice], Program | Shortage]
+Compile = Callable[[CompileCase, TpuSlice], Program | Shortage]
 
 
-def try_compile(case: Case, slice_: Slice, mesh: Mesh | None = None) -> Program | Shortage:
+def try_compile(case: CompileCase, slice_: TpuSlice, mesh: Mesh | None = None) -> Program | Shortage:
   """Compiles a case for a slice; a lack of memory is an answer.
 
   Args:
@@ -78,7 +78,7 @@ def try_compile(case: Case, slice_: Slice, mesh: Mesh | None = None) -> Program 
   """
   mesh = slices.slice_mesh(slice_, case.config) if mesh is None else mesh
   available = slices.available_bytes(slice_.kind)
-  case.model(mesh).place_decode(case.batch)
+  case.model(mesh).decode_sharding(case.batch)
   weights, cache = held(case, dict(mesh.shape))
   if weights + cache > available:  # the compiler would say the same, some seconds later
     return Shortage(case, slice_, weights + cache, available, weights, cache,
@@ -93,20 +93,20 @@ def try_compile(case: Case, slice_: Slice, mesh: Mesh | None = None) -> Program 
     return Shortage(case, slice_, needed, available, weights, cache, message)
 
 
-def held(case: Case, mesh: dict[str, int]) -> tuple[int, int]:
+def held(case: CompileCase, mesh: dict[str, int]) -> tuple[int, int]:
   """(weights, cache) bytes on each device, by arithmetic alone.
 
   Raises:
     MeshError: the mesh does not divide the model, or the layout does not split the batch.
   """
   prefill, decode = case.layouts
-  e = describe(Setting(
+  e = explain_setting(ExplainSetting(
       case.config, mesh, prefill, decode, dtype=case.dtype, cache=case.cache, int8=case.weights == 'int8', stacked=case.stacked,
       batch=case.batch, prompt_length=case.length, cache_length=case.context))
   return e.weight_bytes, e.cache_bytes
 
 
-def alternatives(shortage: Shortage, compiled: Compile = try_compile, say: Say = lambda text: None) -> list[Alternative]:
+def alternatives(shortage: Shortage, compiled: Compile = try_compile, say: _Say = lambda text: None) -> list[Alternative]:
   """The nearest layout, the largest batch and the smallest slice that make the program fit, of each kind at most one.
 
   Args:
@@ -128,18 +128,18 @@ def alternatives(shortage: Shortage, compiled: Compile = try_compile, say: Say =
   return found
 
 
-def _promising(case: Case, slice_: Slice, available: int, least: int = 0) -> bool:
+def _promising(case: CompileCase, slice_: TpuSlice, available: int, least: int = 0) -> bool:
   """Whether weights and cache leave room, and are less than `least` where that is given."""
   mesh = dict(zip(AXES, torus_mesh(slice_.shape, slice_.wraps, case.config)))
   try:
-    activations.place(case.layouts[1], case.config, mesh, case.batch, 1)
+    activations.shard_activations(case.layouts[1], case.config, mesh, case.batch, 1)
     total = sum(held(case, mesh))
   except MeshError:
     return False
   return total < available and (not least or total < least)
 
 
-def _layouts(shortage: Shortage) -> Iterator[tuple[Case, Slice]]:
+def _layouts(shortage: Shortage) -> Iterator[tuple[CompileCase, TpuSlice]]:
   case = shortage.case
   held_now = shortage.weights + shortage.cache
   # In prefill what differs between layouts is temporaries, in decode the cache: only one that holds less can help.
@@ -151,7 +151,7 @@ def _layouts(shortage: Shortage) -> Iterator[tuple[Case, Slice]]:
       yield other, shortage.slice
 
 
-def _batches(shortage: Shortage) -> Iterator[tuple[Case, Slice]]:
+def _batches(shortage: Shortage) -> Iterator[tuple[CompileCase, TpuSlice]]:
   """From the largest batch that what is known allows, then by half."""
   case = shortage.case
   batch = case.batch
@@ -170,8 +170,8 @@ def _batches(shortage: Shortage) -> Iterator[tuple[Case, Slice]]:
       yield smaller, shortage.slice
 
 
-def _larger(shortage: Shortage) -> Iterator[tuple[Case, Slice]]:
-  for text in slices.known(shortage.slice.kind):
+def _larger(shortage: Shortage) -> Iterator[tuple[CompileCase, TpuSlice]]:
+  for text in slices.known_slices(shortage.slice.kind):
     slice_ = parse_slice(text)
     if slice_.chips > shortage.slice.chips and _promising(shortage.case, slice_, shortage.available):
       yield shortage.case, slice_

@@ -10,7 +10,7 @@ import functools
 import re
 from typing import Iterator
 
-from t5x_inference_ext.precompile.shapes import HloError, parse_result, Shape
+from t5x_inference_ext.precompile.shapes import ArrayShape, HloError, parse_result
 
 _NAME = re.compile(r'%([\w.-]+)')
 _COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.-]+) \(.*\{\s*$')
@@ -42,7 +42,7 @@ class Instruction:
 
   name: str
   opcode: str
-  shapes: tuple[Shape, ...]
+  shapes: tuple[ArrayShape, ...]
   parts: tuple[int, ...]
   operands: tuple[str, ...]
   argument: str
@@ -69,7 +69,7 @@ class Instruction:
     return self.opcode.removesuffix(f'-{self.phase}') if self.phase else self.opcode
 
   @property
-  def results(self) -> tuple[Shape, ...]:
+  def results(self) -> tuple[ArrayShape, ...]:
     """The arrays that come out: of an asynchronous start, without the operands and contexts that it holds."""
     if self.phase != 'start':
       return self.shapes
@@ -78,7 +78,7 @@ class Instruction:
   def call(self, role: str) -> str | None:
     return next((name for r, name in self.called if r == role), None)
 
-  def element(self, index: int) -> tuple[Shape, ...]:
+  def element(self, index: int) -> tuple[ArrayShape, ...]:
     """The arrays of a tuple's element."""
     first = sum(self.parts[:index])
     return self.shapes[first:first + self.parts[index]]
@@ -166,7 +166,7 @@ class Module:
         yield from self.inside(inner)
 
 
-def parse(text: str) -> Module:
+def parse_hlo(text: str) -> Module:
   """Reads compiled.as_text().
 
   Raises:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
+class CompiledMemory:
   """Bytes of one chip.
 
   Attributes:
@@ -32,7 +32,7 @@ class Memory:
     return self.weights + self.cache + self.other + self.temporaries
 
 
-def memory_of(phase: str, arguments: tuple[Any, ...], compiled: jax.stages.Compiled, available: int | None) -> Memory:
+def memory_of(phase: str, arguments: tuple[Any, ...], compiled: jax.stages.Compiled, available: int | None) -> CompiledMemory:
   """Shares out what the compiler says: `other` is what its sum has beyond the plain bytes of weights and cache.
 
   Args:
@@ -47,7 +47,7 @@ def memory_of(phase: str, arguments: tuple[Any, ...], compiled: jax.stages.Compi
   weights = shard_bytes(arguments[0])
   held = lambda: shard_bytes(arguments[1].cache)
   cache = {'decode': lambda: shard_bytes(arguments[1]), 'prefill': lambda: results, 'generate': lambda: 0}.get(phase, held)()
-  return Memory(weights, cache, total - weights - cache, found.temp_size_in_bytes, available)
+  return CompiledMemory(weights, cache, total - weights - cache, found.temp_size_in_bytes, available)
 
 
 def shard_bytes(tree: Any) -> int:

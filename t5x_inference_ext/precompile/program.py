@@ -14,25 +14,25 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from t5x_inference_ext.checkpoints.load import scans_layers
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.model.cache import KVCache
-from t5x_inference_ext.model.chunks import abstract
+from t5x_inference_ext.model.chunks import abstract_cache
 from t5x_inference_ext.model.transformer import Model
-from t5x_inference_ext.engine.sampling import Sampler
+from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.engine import generation_program
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.sharding.packing import device_tensors, tensor_dtype
+from t5x_inference_ext.sharding.packing import packed_tensors, tensor_dtype
 from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.precompile import serving
-from t5x_inference_ext.engine.saved_generation import Run, describe
-from t5x_inference_ext.precompile.memory import Memory, memory_of
+from t5x_inference_ext.engine.saved_generation import GenerationShape, describe_run
+from t5x_inference_ext.precompile.memory import CompiledMemory, memory_of
 from t5x_inference_ext.model.weights import Weights, build_weights
 
-PHASES = ('decode', 'prefill', 'generate', *serving.PHASES)
-WEIGHTS = ('int8', 'bfloat16')
-GREEDY = Sampler()
+COMPILE_PHASES = ('decode', 'prefill', 'generate', *serving.SLOT_PHASES)
+COMPILE_WEIGHTS = ('int8', 'bfloat16')
+GREEDY = SamplingParams()
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class CompileCase:
   """What is compiled, but for the devices.
 
   Attributes:
@@ -72,11 +72,11 @@ class Case:
   cache: str | None = None
   stacked: bool | None = None
   max_new_tokens: int = 64
-  sampler: Sampler = GREEDY
+  sampling: SamplingParams = GREEDY
 
   def __post_init__(self):
     object.__setattr__(self, 'stacked', scans_layers(self.config.num_layers, self.stacked))
-    for name, known in (('phase', PHASES), ('weights', WEIGHTS)):
+    for name, known in (('phase', COMPILE_PHASES), ('weights', COMPILE_WEIGHTS)):
       if getattr(self, name) not in known:
         raise RequestError(f'{name} must be one of {", ".join(known)}, got {getattr(self, name)!r}')
     for name in ('batch', 'context', 'prompt'):
@@ -101,10 +101,10 @@ class Case:
     return 1 if self.phase in ('decode', 'slots') else self.prompt or self.context
 
   @property
-  def run(self) -> Run:
+  def run(self) -> GenerationShape:
     """Of a generation."""
     prompt = self.prompt or self.context - self.max_new_tokens
-    return Run(self.batch, prompt, self.context, self.max_new_tokens, self.sampler)
+    return GenerationShape(self.batch, prompt, self.context, self.max_new_tokens, self.sampling)
 
   @property
   def cache_dtype(self) -> str:
@@ -130,9 +130,9 @@ class Case:
   def to_dict(self) -> dict[str, Any]:
     """JSON-ready."""
     if self.phase == 'generate':
-      return describe(self.config, self.weights, self.layouts, self.dtype, self.cache_dtype, self.stacked, self.run)
+      return describe_run(self.config, self.weights, self.layouts, self.dtype, self.cache_dtype, self.stacked, self.run)
     prefill, decode = map(str, self.layouts)
-    sampled = {'sampler': dataclasses.asdict(self.sampler)} if self.phase in ('slots', 'admit') else {}
+    sampled = {'sampling': dataclasses.asdict(self.sampling)} if self.phase in ('slots', 'admit') else {}
     return {'model': self.config.to_dict(), 'weights': self.weights, 'phase': self.phase, 'batch': self.batch,
             'context': self.context, 'prompt': self.length if self.phase in ('prefill', 'extend', 'admit') else None,
             'prefill_layout': prefill, 'decode_layout': decode, 'dtype': self.dtype, 'cache': self.cache_dtype,
@@ -152,11 +152,11 @@ class Program:
     seconds: that compiling took.
   """
 
-  case: Case
+  case: CompileCase
   mesh: Mesh
   compiled: jax.stages.Compiled
   arguments: tuple[Any, ...]
-  memory: Memory
+  memory: CompiledMemory
   seconds: float
 
   @functools.cached_property
@@ -176,7 +176,7 @@ class Program:
           f'the report is made ({str(e).splitlines()[0]}): ask for another layout or batch') from e
 
 
-def _dumped_text(case: Case, mesh: Mesh) -> str | None:
+def _dumped_text(case: CompileCase, mesh: Mesh) -> str | None:
   """The text that the compiler itself leaves of a program, compiled once more; None where it leaves none.
 
   jaxlib can't read all that a newer compiler makes, such as the lookups that v5p and v6e leave to sparse cores.
@@ -188,7 +188,7 @@ def _dumped_text(case: Case, mesh: Mesh) -> str | None:
     return texts[-1].read_text(encoding='utf-8') if texts else None
 
 
-def compile_case(case: Case, mesh: Mesh, available: int | None = None) -> Program:
+def compile_case(case: CompileCase, mesh: Mesh, available: int | None = None) -> Program:
   """Compiles a phase for a mesh, of devices that need not be here.
 
   Args:
@@ -207,7 +207,7 @@ def compile_case(case: Case, mesh: Mesh, available: int | None = None) -> Progra
   return Program(case, mesh, compiled, arguments, memory_of(case.phase, arguments, compiled, available), seconds)
 
 
-def phase_function(case: Case, mesh: Mesh) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
+def phase_function(case: CompileCase, mesh: Mesh) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
   """The jitted function of a phase, and the shapes of what it takes.
 
   decode: (weights, cache, tokens [B]) -> (next tokens [B], cache), the cache in place.
@@ -219,8 +219,8 @@ def phase_function(case: Case, mesh: Mesh) -> tuple[jax.stages.Wrapped, tuple[An
   weights = abstract_weights(model, case.weights, case.stacked)
   if case.phase == 'generate':
     return generation_program(model, case.run, weights)
-  if case.phase in serving.PHASES:
-    return serving.program(case.phase, model, weights, case.batch, case.context, case.length, case.sampler)
+  if case.phase in serving.SLOT_PHASES:
+    return serving.program(case.phase, model, weights, case.batch, case.context, case.length, case.sampling)
   whole = NamedSharding(mesh, P())
   row_of_ints = jax.ShapeDtypeStruct((case.batch,), jnp.int32, sharding=whole)
 
@@ -242,7 +242,7 @@ def phase_function(case: Case, mesh: Mesh) -> tuple[jax.stages.Wrapped, tuple[An
     logits, cache = model.decode_step(weights, cache, tokens)
     return choose(logits, cache.lengths), cache
 
-  cache = abstract_cache(model, weights, case.batch, case.context)
+  cache = abstract_decode_cache(model, weights, case.batch, case.context)
   return jax.jit(decode, donate_argnames='cache'), (weights, cache, row_of_ints)
 
 
@@ -257,11 +257,11 @@ def abstract_weights(model: Model, weights: str, stacked: bool = True) -> Weight
   Raises:
     MeshError: the mesh does not divide the model.
   """
-  tensors = device_tensors(model.config, model.prefill_layout, dict(model.mesh.shape), weights == 'int8')
+  tensors = packed_tensors(model.config, model.prefill_layout, dict(model.mesh.shape), weights == 'int8')
   layers = model.config.num_layers
 
-  def struct(name, place):
-    tensor, lead = tensors[name], (layers,) if isinstance(place, slice) else ()
+  def struct(name, owners):
+    tensor, lead = tensors[name], (layers,) if isinstance(owners, slice) else ()
     sharding = NamedSharding(model.mesh, P(*(None,) * len(lead), *tensor.spec))
     return jax.ShapeDtypeStruct(
         lead + tensor.shape, tensor_dtype(tensor, weights, model.dtype), sharding=sharding)
@@ -269,7 +269,7 @@ def abstract_weights(model: Model, weights: str, stacked: bool = True) -> Weight
   return build_weights(tensors, layers, stacked, struct)
 
 
-def abstract_cache(model: Model, weights: Weights, batch: int, context: int) -> KVCache:
+def abstract_decode_cache(model: Model, weights: Weights, batch: int, context: int) -> KVCache:
   """The shapes and shardings of the cache that a decode step takes: those of what a prefill makes.
 
   Raises:
@@ -278,4 +278,4 @@ def abstract_cache(model: Model, weights: Weights, batch: int, context: int) -> 
   row = jax.ShapeDtypeStruct((batch,), jnp.int32)
   made = jax.eval_shape(lambda w, tokens, lengths: model.prefill(w, tokens, lengths, context)[1], weights,
                         jax.ShapeDtypeStruct((batch, 1), jnp.int32), row)
-  return abstract(model, made, weights)
+  return abstract_cache(model, made, weights)

@@ -9,7 +9,7 @@ import collections
 import dataclasses
 
 from t5x_inference_ext.precompile.hlo import Computation, Instruction, Module
-from t5x_inference_ext.precompile.shapes import HBM, Shape
+from t5x_inference_ext.precompile.shapes import ArrayShape, HBM
 from t5x_inference_ext.precompile.work import in_place, is_free
 
 # Results that carry what their operands held, moved or converted.
@@ -44,7 +44,7 @@ class WeightCopy:
   name: str
   computation: str
   sources: tuple[str, ...]
-  result: Shape
+  result: ArrayShape
   relaid: bool
 
 
@@ -215,7 +215,7 @@ def _origin(body: Computation, i: Instruction) -> Instruction:
   return i
 
 
-def relays(before: Shape, after: Shape) -> bool:
+def relays(before: ArrayShape, after: ArrayShape) -> bool:
   """Whether two arrays lie differently: another order of dimensions, or, where sizes are equal, other tiles.
 
   Dimensions of one element don't count; where one array has fewer dimensions, it is the first that it lacks.
@@ -230,7 +230,7 @@ def relays(before: Shape, after: Shape) -> bool:
   return first != second or sizes[0][-2:] == sizes[1][-2:] and before.tiles != after.tiles
 
 
-def _order(shape: Shape) -> list[int]:
+def _order(shape: ArrayShape) -> list[int]:
   """Its dimensions of more than one element from the fastest, each counted from the last."""
   wide = [d for d, n in enumerate(shape.dims) if n != 1]
   return [len(wide) - 1 - wide.index(d) for d in shape.minor_to_major if shape.dims[d] != 1]

@@ -9,7 +9,14 @@ from t5x_inference_ext import hardware
 from t5x_inference_ext.sharding.explain_text import bytes_text
 from t5x_inference_ext.sharding.mesh import mesh_links, mesh_text
 from t5x_inference_ext.precompile.analysis import Answer
-from t5x_inference_ext.precompile.estimate import COLLECTIVE, COPY, MATMUL, RELAYOUT, Cost, Estimate
+from t5x_inference_ext.precompile.estimate import (
+    COLLECTIVE,
+    COPY,
+    Estimate,
+    MATMUL,
+    OperationCost,
+    RELAYOUT,
+)
 from t5x_inference_ext.precompile.fit import Shortage
 from t5x_inference_ext.precompile.program import Program
 
@@ -17,7 +24,7 @@ LONGEST = 8  # rows of operations in the text; JSON has all
 
 
 @dataclasses.dataclass(frozen=True)
-class Bounds:
+class TimeBounds:
   """What no program on this slice can be faster than, in seconds.
 
   Attributes:
@@ -31,15 +38,15 @@ class Bounds:
   memory: float
 
 
-def bounds(answer: Answer) -> Bounds:
+def bounds(answer: Answer) -> TimeBounds:
   """Of a program that fits."""
   chip, program, case = hardware.chip(answer.slice.kind), answer.program, answer.case
   work = 2 * case.config.num_params * case.tokens / answer.slice.chips
   weights = program.memory.weights / chip.hbm_bandwidth
-  return Bounds(work / chip.bf16_flops, weights, weights + program.memory.cache / chip.hbm_bandwidth)
+  return TimeBounds(work / chip.bf16_flops, weights, weights + program.memory.cache / chip.hbm_bandwidth)
 
 
-def text(answer: Answer) -> str:
+def report_text(answer: Answer) -> str:
   """The report, one screen."""
   lines = [*_heading(answer), *_tried(answer)]
   if answer.fits:
@@ -138,7 +145,7 @@ def _operations(found: Estimate) -> Iterable[str]:
            f'{_us(seconds / max(sum(g.count for g in group), 1)):>9}{" " if c.estimated else "*"} {_origin(c)}{more}')
 
 
-def _grouped(costs: Iterable[Cost]) -> list[list[Cost]]:
+def _grouped(costs: Iterable[OperationCost]) -> list[list[OperationCost]]:
   """Operations that come from one place of the program and are of a kind, products each alone; the longest first."""
   groups = collections.defaultdict(list)
   for c in costs:
@@ -147,7 +154,7 @@ def _grouped(costs: Iterable[Cost]) -> list[list[Cost]]:
   return sorted(groups.values(), key=lambda group: -sum(c.seconds for c in group))
 
 
-def _origin(c: Cost) -> str:
+def _origin(c: OperationCost) -> str:
   """Where an operation comes from: the function of the package, else what the compiler calls it."""
   function = c.functions[0] if c.functions else ''
   tail = '/'.join(c.op_name.split('/')[-2:]) if c.op_name else ''
@@ -209,7 +216,7 @@ def _shortage(answer: Answer) -> Iterable[str]:
     yield f'would fit: {what}, {_gib(m.needed)} of {_gib(m.available)} GiB (compiled)'
 
 
-def to_dict(answer: Answer) -> dict[str, Any]:
+def report_dict(answer: Answer) -> dict[str, Any]:
   """The report, JSON-ready: seconds and bytes, of one chip."""
   report = {
       'fits': answer.fits, 'slice': str(answer.slice), 'chips': answer.slice.chips, 'case': answer.case.to_dict(),

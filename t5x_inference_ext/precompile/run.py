@@ -5,7 +5,7 @@ import sys
 from typing import Callable
 
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.engine.sampling import Sampler
+from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.precompile import report
 from t5x_inference_ext.engine import saved_program
 from t5x_inference_ext.precompile.analysis import Answer, analyze
@@ -26,7 +26,7 @@ def precompile(
     cache: str | None = None,
     scan_layers: bool | None = None,
     max_new_tokens: int = 64,
-    sampler: Sampler = Sampler(),
+    sampling: SamplingParams = SamplingParams(),
     json_file: str | None = None,
     hlo_file: str | None = None,
     save_file: str | None = None,
@@ -53,10 +53,10 @@ def precompile(
   check_writable(json_file, hlo_file, save_file)
   answer = analyze(
       model, weights, slice_name, phase, batch, context, layout=layout, other_layout=other_layout, mesh=mesh,
-      cache=cache, scan_layers=scan_layers, prompt=prompt, max_new_tokens=max_new_tokens, sampler=sampler, say=_say)
-  write(report.text(answer))
+      cache=cache, scan_layers=scan_layers, prompt=prompt, max_new_tokens=max_new_tokens, sampling=sampling, say=_say)
+  write(report.report_text(answer))
   if json_file:
-    write_text(json_file, json.dumps(report.to_dict(answer), indent=2) + '\n')
+    write_text(json_file, json.dumps(report.report_dict(answer), indent=2) + '\n')
     write(f'report as JSON: {json_file}')
   if answer.fits:
     _write_program(answer, hlo_file, save_file, write)

@@ -10,19 +10,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 
 from t5x_inference_ext.engine import slots as device
-from t5x_inference_ext.model.chunks import abstract
+from t5x_inference_ext.model.chunks import abstract_cache
 from t5x_inference_ext.model.transformer import Model
-from t5x_inference_ext.engine.state import Rows
-from t5x_inference_ext.engine.sampling import Sampler, samplers
-from t5x_inference_ext.engine.scheduler import Plan
+from t5x_inference_ext.engine.state import RowParams
+from t5x_inference_ext.engine.sampling import SamplingParams, stack_params
+from t5x_inference_ext.engine.scheduler import SchedulerConfig
 from t5x_inference_ext.model.weights import Weights
 
-PHASES = ('extend', 'slots', 'admit')
-CHUNK = Plan.chunk  # positions that one pass of prefill takes, where nobody says otherwise
-STEPS = Plan.steps  # decode steps of a call, at most
+SLOT_PHASES = ('extend', 'slots', 'admit')
+CHUNK = SchedulerConfig.chunk  # positions that one pass of prefill takes, where nobody says otherwise
+SLOT_STEPS = SchedulerConfig.steps  # decode steps of a call, at most
 
 
-def program(phase: str, model: Model, weights: Weights, batch: int, context: int, length: int, sampler: Sampler
+def program(phase: str, model: Model, weights: Weights, batch: int, context: int, length: int, sampling: SamplingParams
             ) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
   """A phase's jitted function, and the shapes of what it takes. What it changes is changed in place.
 
@@ -41,17 +41,17 @@ def program(phase: str, model: Model, weights: Weights, batch: int, context: int
   """
   if phase == 'extend':
     tokens, counts = _whole(model.mesh, (_ints(batch, length), _ints(batch)))
-    return _jitted(device.prefill, model), (weights, _prompts(model, weights, batch, context), tokens, counts)
-  asks = _whole(model.mesh, Rows(samplers([sampler], model.config.vocab_size), np.zeros(1, np.uint32),
+    return _jitted(device.prefill_chunk, model), (weights, _prompts(model, weights, batch, context), tokens, counts)
+  asks = _whole(model.mesh, RowParams(stack_params([sampling], model.config.vocab_size), np.zeros(1, np.uint32),
                                  np.ones(1, np.int32), eos_id=1))
   slots = _slots(model, weights, asks, batch, context)
   if phase == 'slots':
     scalars = _whole(model.mesh, (np.int32(0), np.bool_(False)))
-    return _jitted(device.run, model, most=STEPS), (weights, slots, *scalars)
+    return _jitted(device.decode_steps, model, most=SLOT_STEPS), (weights, slots, *scalars)
   prompts = _prompts(model, weights, model.prefilling.padded_batch(1), length)
   # The prompt's own tokens are looked at for penalties alone.
-  rest = (np.int32(0), np.int32(0), asks, _ints(1, length if sampler.penalizes else 1), _ints(1))
-  return _jitted(device.admit, model), (weights, slots, prompts, *_whole(model.mesh, rest))
+  rest = (np.int32(0), np.int32(0), asks, _ints(1, length if sampling.penalizes else 1), _ints(1))
+  return _jitted(device.insert, model), (weights, slots, prompts, *_whole(model.mesh, rest))
 
 
 def _jitted(function: Callable, model: Model, **static: Any) -> jax.stages.Wrapped:
@@ -60,20 +60,20 @@ def _jitted(function: Callable, model: Model, **static: Any) -> jax.stages.Wrapp
   return jax.jit(run, donate_argnums=1, keep_unused=True)
 
 
-def _slots(model: Model, weights: Weights, asks: Rows, rows: int, size: int) -> device.Slots:
+def _slots(model: Model, weights: Weights, asks: RowParams, rows: int, size: int) -> device.Slots:
   made = jax.eval_shape(functools.partial(device.empty_slots.__wrapped__, model, rows=rows, size=size, shared=None),
                         weights, asks)
-  cache = abstract(model, made.cache, weights)
+  cache = abstract_cache(model, made.cache, weights)
   return device.Slots(cache, *_whole(model.mesh, (made.rows, made.progress)))
 
 
-def _prompts(model: Model, weights: Weights, rows: int, size: int) -> device.Prompts:
+def _prompts(model: Model, weights: Weights, rows: int, size: int) -> device.PrefillState:
   room = device.prompt_room(model, rows, size)
-  made = jax.eval_shape(functools.partial(device.empty_prompts.__wrapped__, model, rows=rows, size=room, shared=None),
+  made = jax.eval_shape(functools.partial(device.empty_prefill.__wrapped__, model, rows=rows, size=room, shared=None),
                         weights)
   sharding = NamedSharding(model.mesh, P(device.logits_axes(model, rows)))
   logits = jax.ShapeDtypeStruct(made.logits.shape, made.logits.dtype, sharding=sharding)
-  return device.Prompts(abstract(model.prefilling, made.cache, weights), logits)
+  return device.PrefillState(abstract_cache(model.prefilling, made.cache, weights), logits)
 
 
 def _ints(*shape: int) -> jax.ShapeDtypeStruct:

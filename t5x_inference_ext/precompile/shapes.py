@@ -23,7 +23,7 @@ class HloError(UserError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
+class ArrayShape:
   """One array.
 
   Attributes:
@@ -61,7 +61,7 @@ class Shape:
     return f'{self.dtype}[{",".join(map(str, self.dims))}]{{{layout}{f"S({self.space})" if self.space else ""}}}'
 
 
-def parse_result(text: str) -> tuple[tuple[Shape, ...], tuple[int, ...]]:
+def parse_result(text: str) -> tuple[tuple[ArrayShape, ...], tuple[int, ...]]:
   """An instruction's type -> its arrays, and of a tuple how many arrays each of its elements has; () of an array."""
   if not text.startswith('('):
     return (_shape(_ARRAY.match(text)),), ()
@@ -77,13 +77,13 @@ def parse_result(text: str) -> tuple[tuple[Shape, ...], tuple[int, ...]]:
   return tuple(shapes), tuple(parts)
 
 
-def _shape(match: re.Match) -> Shape:
+def _shape(match: re.Match) -> ArrayShape:
   dtype, dims, layout = match[1], match[2], match[3] or ''
   if dtype not in _BITS:
     raise HloError(f'the element type {dtype} is not known here: {match[0]}')
   order, _, tiles = layout.partition(':')
   space = re.search(r'S\((\d+)\)', tiles)
-  return Shape(
+  return ArrayShape(
       dtype, tuple(int(d.strip('<= ')) for d in dims.split(',') if d.strip()),
       tuple(int(d) for d in order.split(',') if d.strip()), re.sub(r'S\(\d+\)', '', tiles),
       int(space[1]) if space else HBM)

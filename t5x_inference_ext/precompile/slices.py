@@ -17,7 +17,7 @@ from t5x_inference_ext.errors import MeshError, UserError
 from t5x_inference_ext.sharding.layout import check_model
 from t5x_inference_ext.sharding.mesh import AXES, make_mesh
 from t5x_inference_ext.sharding.mesh_choice import torus_mesh
-from t5x_inference_ext.sharding.torus import GENERATIONS, Slice
+from t5x_inference_ext.sharding.torus import GENERATIONS, TpuSlice
 
 # libtpu aborts the process on boxes that no pod has (v4:1x2x2), so that only real ones reach it. Smaller ones by name;
 # larger ones of v4 and v5p are boxes of whole 4x4x4 cubes, and cubes in a row.
@@ -33,7 +33,7 @@ _OUT_OF_MEMORY = re.compile(r'available HBM \(([\d.]+)([KMGT])\)|of ([\d.]+)([KM
 _UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 
-def check_slice(slice_: Slice) -> None:
+def check_slice(slice_: TpuSlice) -> None:
   """Raises MeshError for a slice that can't be rented, and that the compiler would crash on, listing those near it."""
   dimensions = GENERATIONS[slice_.kind]
   shape = tuple(sorted(slice_.shape)) if dimensions == 3 else slice_.shape
@@ -42,23 +42,23 @@ def check_slice(slice_: Slice) -> None:
   # One chip thick is only ever the last axis: v4:2x2x1.
   if (shape in boxes and (1 not in slice_.shape[:2] or slice_.chips == 1)) or cubes:
     return
-  raise MeshError(f'there is no {slice_.kind} slice {slice_}; known: {", ".join(known(slice_.kind))}' +
+  raise MeshError(f'there is no {slice_.kind} slice {slice_}; known: {", ".join(known_slices(slice_.kind))}' +
                   (', and any box of 4x4x4 cubes' if dimensions == 3 else ''))
 
 
-def known(kind: str) -> list[str]:
+def known_slices(kind: str) -> list[str]:
   """The usual slices of a generation, smallest first: ['v4:1x1x1', 'v4:2x2x1', ...]."""
   cubes = ((4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8), (8, 8, 16)) if GENERATIONS[kind] == 3 else ()
-  return [str(Slice(kind, box)) for box in (*_BOXES[GENERATIONS[kind]], *cubes)]
+  return [str(TpuSlice(kind, box)) for box in (*_BOXES[GENERATIONS[kind]], *cubes)]
 
 
-def accelerator_type(slice_: Slice) -> str:
+def accelerator_type(slice_: TpuSlice) -> str:
   """'v4-128' for v4:4x4x4: what the cloud calls the slice."""
   name, each = _TYPES[slice_.kind]
   return f'{name}-{each * slice_.chips}'
 
 
-def topology_devices(slice_: Slice) -> Sequence[jax.Device]:
+def topology_devices(slice_: TpuSlice) -> Sequence[jax.Device]:
   """The slice's devices, one a chip: programs can be compiled for them, not run.
 
   Sets what libtpu reads from the environment when it loads, where the user has not.
@@ -88,7 +88,7 @@ def topology_devices(slice_: Slice) -> Sequence[jax.Device]:
   return devices
 
 
-def slice_mesh(slice_: Slice, config: ModelConfig, shape: Sequence[int] | None = None) -> Mesh:
+def slice_mesh(slice_: TpuSlice, config: ModelConfig, shape: Sequence[int] | None = None) -> Mesh:
   """The mesh over a whole slice, along its torus.
 
   Args:
@@ -114,7 +114,7 @@ def available_bytes(kind: str) -> int:
 
   Not in any table: it says so when it refuses a program, so it is given one that nothing could hold.
   """
-  device = topology_devices(Slice(kind, (1, 1, 1)))[0]
+  device = topology_devices(TpuSlice(kind, (1, 1, 1)))[0]
   x = jax.ShapeDtypeStruct((2**20, 2**24), jnp.bfloat16, sharding=jax.sharding.SingleDeviceSharding(device))
   try:
     jax.jit(lambda x: x + x).lower(x).compile()

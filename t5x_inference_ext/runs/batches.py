@@ -8,13 +8,13 @@ import jax
 import numpy as np
 
 from t5x_inference_ext.engine import length_buckets, scoring
-from t5x_inference_ext.engine.sampling import Sampler
-from t5x_inference_ext.engine.scoring import Example
+from t5x_inference_ext.engine.sampling import SamplingParams
+from t5x_inference_ext.engine.scoring import ScoringExample
 from t5x_inference_ext.engine.engine import Engine
 
 PROMPT_MULTIPLE = 16  # prompts are padded to a multiple of this, so that similar files compile alike
 COMPILE_EVENTS = '/jax/core/compile/'
-T = TypeVar('T')
+_T = TypeVar('T')
 
 
 @dataclasses.dataclass
@@ -44,7 +44,7 @@ class Clock:
     self.rows += rows
     self.tokens += tokens
 
-  def over(self, items: Iterator[T]) -> Iterator[T]:
+  def over(self, items: Iterator[_T]) -> Iterator[_T]:
     """The items, each with the time that it takes to come."""
     end = object()
     while True:
@@ -72,7 +72,7 @@ class Clock:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
+class BatchShape:
   """The one shape of every batch of a run.
 
   Attributes:
@@ -104,14 +104,14 @@ def row_seeds(seed: int, row: int, samples: int) -> tuple[int, ...]:
   return tuple(row_seed(seed, row * samples + i) for i in range(samples))
 
 
-def generate(
+def generate_batches(
     engine: Engine,
     batches: Iterable[Sequence[tuple[int, Sequence[int]]]],
-    shape: Shape,
+    shape: BatchShape,
     clock: Clock,
     *,
     max_new_tokens: int,
-    sampler: Sampler,
+    sampling: SamplingParams,
     seed: int,
     eos_id: int,
 ) -> Iterator[tuple[int, list]]:
@@ -133,14 +133,14 @@ def generate(
     seeds = [row_seed(seed, row) for row in rows]
     with clock:
       completions = engine.generate(
-          pad(prompts, shape.batch), max_new_tokens=max_new_tokens, sampler=sampler, seeds=pad(seeds, shape.batch),
+          pad(prompts, shape.batch), max_new_tokens=max_new_tokens, sampling=sampling, seeds=pad(seeds, shape.batch),
           eos_id=eos_id, cache_size=shape.cache, prompt_size=shape.prompt,
           max_length=shape.length)[:len(prompts)]
     clock.add(len(prompts), sum(len(c.tokens) for c in completions))
     yield from ((row, [c.tokens, c.score]) for row, c in zip(rows, completions))
 
 
-def score(engine: Engine, examples: Sequence[Example], tokens: int, clock: Clock) -> Iterator[tuple[int, np.ndarray]]:
+def score_batches(engine: Engine, examples: Sequence[ScoringExample], tokens: int, clock: Clock) -> Iterator[tuple[int, np.ndarray]]:
   """The place of each example and its weighted log-probabilities [n], those of like lengths together.
 
   Args:
@@ -149,7 +149,7 @@ def score(engine: Engine, examples: Sequence[Example], tokens: int, clock: Clock
     tokens: of a batch, padding included.
     clock: is advanced.
   """
-  for result in clock.over(scoring.score(engine.log_probs, examples, length_buckets.packer(engine.model, tokens))):
+  for result in clock.over(scoring.score_examples(engine.log_probs, examples, length_buckets.packer(engine.model, tokens))):
     clock.add(1, int(np.count_nonzero(examples[result[0]].weights)))
     yield result
 

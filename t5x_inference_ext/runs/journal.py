@@ -6,7 +6,7 @@ from typing import Any, Callable, Iterable, Iterator, TypeVar
 
 from t5x_inference_ext import distributed
 
-T = TypeVar('T')
+_T = TypeVar('T')
 FLUSH_ROWS = 64  # written together to a bucket: some stores rewrite a file that grows
 
 
@@ -19,7 +19,7 @@ class Journal:
     files: opens, renames and removes files: runs.output's for local files, a gfile for others.
   """
 
-  def __init__(self, path: str, run: Any, files: 'Files'):
+  def __init__(self, path: str, run: Any, files: 'FileSystem'):
     self._path, self._files, self._file, self._pending = path, files, None, 0
     # A process that is killed has written what it flushed: of a local file every row.
     self._each = FLUSH_ROWS if '://' in path else 1
@@ -73,7 +73,7 @@ class Journal:
       self._pending = 0
 
 
-class Files:
+class FileSystem:
   """How files are opened, found and removed.
 
   Args:

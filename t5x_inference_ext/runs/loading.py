@@ -11,18 +11,18 @@ from t5x_inference_ext.checkpoints import Checkpoint, open_checkpoint
 from t5x_inference_ext.checkpoints.load import scans_layers
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.model.transformer import Model, check_cache, check_dtype
-from t5x_inference_ext.engine.sampling import Sampler, samplers
-from t5x_inference_ext.engine.scheduler import Plan
+from t5x_inference_ext.engine.sampling import SamplingParams, stack_params
+from t5x_inference_ext.engine.scheduler import SchedulerConfig
 from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.sharding.explain import Setting
+from t5x_inference_ext.sharding.explain import ExplainSetting
 from t5x_inference_ext.sharding.explain_text import explain
 from t5x_inference_ext.sharding.layout import Layout, check_model, check_pair
 from t5x_inference_ext.sharding.mesh import AXES, make_mesh, mesh_text, parse_mesh
 from t5x_inference_ext.sharding.mesh_choice import choose_mesh
 from t5x_inference_ext.engine import saved_generation
 from t5x_inference_ext.runs.batches import Clock
-from t5x_inference_ext.runs.progress import print_line
+from t5x_inference_ext.runs.progress import print_on_main
 from t5x_inference_ext.engine.vocabularies import stop_sequences
 
 BATCHING = ('continuous', 'static')
@@ -30,7 +30,7 @@ MODES = ('predict', 'predict_with_aux', 'score')
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class InferOptions:
   """What every run is told, from flags or from gin.
 
   Attributes:
@@ -76,7 +76,7 @@ class Options:
   max_new_tokens: int = 64
   max_length: int | None = None
   cache_length: int | None = None
-  sampler: Sampler = Sampler()
+  sampling: SamplingParams = SamplingParams()
   stop: tuple[str, ...] = ()
   num_decodes: int = 1
   seed: int = 0
@@ -117,8 +117,8 @@ class Options:
     asked = {'num_decodes': self.num_decodes > 1, 'top_log_probs': self.top_log_probs,
              'token_log_probs': self.token_log_probs}
     if self.mode == 'score':
-      asked = {**asked, 'token_log_probs': False, 'stop': self.stop or self.sampler.stop,
-               'logit_bias': self.sampler.logit_bias}
+      asked = {**asked, 'token_log_probs': False, 'stop': self.stop or self.sampling.stop,
+               'logit_bias': self.sampling.logit_bias}
       why = 'is for runs that generate: mode=score chooses no tokens'
     elif self.executable is not None:
       why = f'can\'t be used with the executable {self.executable}: it returns one sample of each row, and its score'
@@ -144,7 +144,7 @@ class Options:
     return None if self.cache_length is None else self.cache_length - self.max_new_tokens
 
 
-def with_vocabulary(options: Options, vocabulary: Any, vocab_size: int) -> Options:
+def with_vocabulary(options: InferOptions, vocabulary: Any, vocab_size: int) -> InferOptions:
   """The options with the texts that end rows among the sampler's stop sequences.
 
   Args:
@@ -158,12 +158,12 @@ def with_vocabulary(options: Options, vocabulary: Any, vocab_size: int) -> Optio
   if options.top_log_probs > vocab_size:
     raise RequestError(f'top_log_probs={options.top_log_probs} are more tokens than the {vocab_size} of the model')
   ids = [sequence for text in options.stop for sequence in stop_sequences(vocabulary, text)]
-  sampler = dataclasses.replace(options.sampler, stop=(*options.sampler.stop, *ids))
-  samplers([sampler], vocab_size)
-  return dataclasses.replace(options, sampler=sampler)
+  sampling = dataclasses.replace(options.sampling, stop=(*options.sampling.stop, *ids))
+  stack_params([sampling], vocab_size)
+  return dataclasses.replace(options, sampling=sampling)
 
 
-def open_model(options: Options, say: Callable[[str], None] = print_line) -> tuple[Checkpoint, jax.sharding.Mesh]:
+def open_model(options: InferOptions, say: Callable[[str], None] = print_on_main) -> tuple[Checkpoint, jax.sharding.Mesh]:
   """Opens the checkpoint and makes the mesh; weights are not read yet.
 
   Raises:
@@ -185,7 +185,7 @@ def open_model(options: Options, say: Callable[[str], None] = print_line) -> tup
   return checkpoint, mesh
 
 
-def explain_layout(options: Options, prompt_length: int, say: Callable[[str], None] = print_line) -> None:
+def explain_layout(options: InferOptions, prompt_length: int, say: Callable[[str], None] = print_on_main) -> None:
   """Says where every tensor of such a run would live. The mesh may be larger than the devices that there are.
 
   Args:
@@ -200,7 +200,7 @@ def explain_layout(options: Options, prompt_length: int, say: Callable[[str], No
   sizes = choose_mesh(config, jax.devices()) if options.mesh is None else parse_mesh(options.mesh)
   prefill, decode = options.layouts
   new_tokens = options.max_new_tokens if options.max_length is None else options.max_length - prompt_length
-  setting = Setting(
+  setting = ExplainSetting(
       config, dict(zip(AXES, sizes)), prefill, decode, dtype=options.dtype, cache=options.cache,
       int8=checkpoint.weights == 'int8',
       stacked=scans_layers(config.num_layers, options.scan_layers, jax.devices()[0].platform), batch=options.batch_size,
@@ -209,8 +209,8 @@ def explain_layout(options: Options, prompt_length: int, say: Callable[[str], No
   say(explain(setting, make_mesh(sizes) if here else None))
 
 
-def load_engine(options: Options, checkpoint: Checkpoint, mesh: jax.sharding.Mesh, progress=iter,
-                say: Callable[[str], None] = print_line) -> Engine:
+def load_engine(options: InferOptions, checkpoint: Checkpoint, mesh: jax.sharding.Mesh, progress=iter,
+                say: Callable[[str], None] = print_on_main) -> Engine:
   """Loads the weights.
 
   Raises:
@@ -220,7 +220,7 @@ def load_engine(options: Options, checkpoint: Checkpoint, mesh: jax.sharding.Mes
     if options.executable is not None:
       saved_generation.check_options(
           options.executable, max_new_tokens=options.max_new_tokens, max_length=options.max_length,
-          sampler=dataclasses.asdict(options.sampler))
+          sampling=dataclasses.asdict(options.sampling))
     engine = Engine.load(
         checkpoint, mesh=mesh, dtype=options.dtype, cache=options.cache, prefill_layout=options.prefill_layout,
         decode_layout=options.decode_layout, scan_layers=options.scan_layers, executable=options.executable,
@@ -231,7 +231,7 @@ def load_engine(options: Options, checkpoint: Checkpoint, mesh: jax.sharding.Mes
   return engine
 
 
-def batch_rows(options: Options, engine: Engine, rows: int | None, say: Callable[[str], None] = print_line) -> int:
+def batch_rows(options: InferOptions, engine: Engine, rows: int | None, say: Callable[[str], None] = print_on_main) -> int:
   """The rows of each batch: options.batch_size, fewer for fewer rows, rounded up to what the mesh takes."""
   if engine.executable:
     say(f'batch: {engine.executable.run.batch} rows, as {options.executable} was compiled')
@@ -245,8 +245,8 @@ def batch_rows(options: Options, engine: Engine, rows: int | None, say: Callable
   return batch
 
 
-def say_slots(options: Options, plan: Plan, shared: tuple[int, ...], model: Model,
-              say: Callable[[str], None] = print_line) -> None:
+def say_slots(options: InferOptions, plan: SchedulerConfig, shared: tuple[int, ...], model: Model,
+              say: Callable[[str], None] = print_on_main) -> None:
   """The same for slots that are refilled, and what prompts share."""
   note = ''
   if plan.slots > options.batch_size:
@@ -256,7 +256,7 @@ def say_slots(options: Options, plan: Plan, shared: tuple[int, ...], model: Mode
     say(f'shared: {len(shared)} first positions of the prompts are prefilled and stored once')
 
 
-def description(options: Options, engine: Engine) -> dict[str, Any]:
+def description(options: InferOptions, engine: Engine) -> dict[str, Any]:
   """What was resolved, JSON-ready, to be kept beside the results."""
   checkpoint = engine.checkpoint
   return {
@@ -269,7 +269,7 @@ def description(options: Options, engine: Engine) -> dict[str, Any]:
       'decode_layout': str(engine.model.decode_layout),
       'dtype': options.dtype,
       'cache': engine.model.cache_dtype,
-      'sampling': {**dataclasses.asdict(options.sampler), 'seed': options.seed},
+      'sampling': {**dataclasses.asdict(options.sampling), 'seed': options.seed},
       'max_new_tokens': options.max_new_tokens,
       'max_length': options.max_length,
       'num_decodes': options.num_decodes,
@@ -280,7 +280,7 @@ def description(options: Options, engine: Engine) -> dict[str, Any]:
   }
 
 
-def summary(clock: Clock, mode: str) -> str:
+def run_summary(clock: Clock, mode: str) -> str:
   """What was done, and how fast: useful tokens alone, compilation apart."""
   verb = 'scored' if mode == 'score' else 'generated'
   return (f'{clock.rows} rows, {clock.tokens} tokens {verb} in {clock.seconds:.2f} s: {clock.tokens_per_second:.0f} '

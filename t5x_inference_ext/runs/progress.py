@@ -11,7 +11,7 @@ from t5x_inference_ext import distributed
 LINE_SECONDS = 10  # between lines, where there is no terminal
 
 
-def print_line(text: str) -> None:
+def print_on_main(text: str) -> None:
   """Prints a line."""
   if distributed.is_main():
     print(text)

@@ -14,7 +14,7 @@ Text = str | list[int]
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class PromptRow:
   """One row as it was written.
 
   Attributes:
@@ -36,7 +36,7 @@ class Row:
     return isinstance(self.prompt, str) or isinstance(self.completion, str)
 
 
-def read_rows(path: str, *, score: bool) -> list[Row]:
+def read_rows(path: str, *, score: bool) -> list[PromptRow]:
   """Reads a JSONL file of prompts; blank lines are skipped.
 
   Args:
@@ -65,7 +65,7 @@ def read_rows(path: str, *, score: bool) -> list[Row]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class TokenizedRow:
   """A row in token ids: `completion` is empty where nothing is scored. `asked`: how it is to be continued."""
 
   prompt: list[int]
@@ -73,8 +73,8 @@ class Request:
   asked: Asked
 
 
-def tokenize(path: str, rows: list[Row], vocabulary: Vocabulary | None, vocab_size: int, run: Asked,
-             max_prompt: int | None = None) -> list[Request]:
+def tokenize(path: str, rows: list[PromptRow], vocabulary: Vocabulary | None, vocab_size: int, run: Asked,
+             max_prompt: int | None = None) -> list[TokenizedRow]:
   """Rows in token ids.
 
   Args:
@@ -101,19 +101,19 @@ def tokenize(path: str, rows: list[Row], vocabulary: Vocabulary | None, vocab_si
                        f'{vocab_size - 1}')
     return text
 
-  def request(row: Row) -> Request:
+  def request(row: PromptRow) -> TokenizedRow:
     prompt = ids_of('prompt', row.prompt)
     if max_prompt is not None and len(prompt) > max_prompt:
       raise ValueError(
           f'the prompt is longer than the cache: {len(prompt)} tokens, and there is room for {max_prompt} beside the '
           'new ones: shorten it, raise --cache_length or lower --max_new_tokens')
     own = run if row.sampling is None else asked(run, row.sampling, vocabulary, vocab_size)
-    return Request(prompt, [] if row.completion is None else ids_of('completion', row.completion), own)
+    return TokenizedRow(prompt, [] if row.completion is None else ids_of('completion', row.completion), own)
 
   return _each(path, request, lambda row: row.line)(rows)
 
 
-def _parse(number: int, line: str, score: bool) -> Row:
+def _parse(number: int, line: str, score: bool) -> PromptRow:
   try:
     fields = json.loads(line)
   except json.JSONDecodeError as error:
@@ -129,13 +129,13 @@ def _parse(number: int, line: str, score: bool) -> Row:
     sampling = fields.get('sampling')
     if sampling is not None and not isinstance(sampling, dict):
       raise ValueError(f'"sampling" must be an object such as {{"temperature": 0.7}}, not {_kind(sampling)}')
-    return Row(number, fields, prompt, sampling=sampling)
+    return PromptRow(number, fields, prompt, sampling=sampling)
   for name in ('tokens', 'completion'):
     if fields.get(name) is not None:
       completion = _text(name, fields[name])
       if not completion:
         raise ValueError(f'"{name}" is empty: there is nothing to score')
-      return Row(number, fields, prompt, completion)
+      return PromptRow(number, fields, prompt, completion)
   raise ValueError('no "completion" to score: write {"prompt": ..., "completion": TEXT or [token ids]}, or "tokens" '
                    'with ids')
 

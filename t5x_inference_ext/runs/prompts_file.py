@@ -12,19 +12,19 @@ import numpy as np
 from t5x_inference_ext import distributed
 from t5x_inference_ext.engine import scheduler_config
 from t5x_inference_ext.engine.scheduler import Request
-from t5x_inference_ext.engine.scoring import Example
+from t5x_inference_ext.engine.scoring import ScoringExample
 from t5x_inference_ext.engine.inputs import BOS_ID, EOS_ID
 from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.runs import batches, loading, output, prompt_rows, refill
-from t5x_inference_ext.runs.journal import Files as JournalFiles, Journal
-from t5x_inference_ext.runs.progress import print_line
+from t5x_inference_ext.runs.journal import FileSystem, Journal
+from t5x_inference_ext.runs.progress import print_on_main
 from t5x_inference_ext.runs.row_sampling import Asked
 from t5x_inference_ext.engine.vocabularies import find_vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
-class Files:
+class PromptsFiles:
   """What a plain run reads and writes.
 
   Attributes:
@@ -41,7 +41,7 @@ class Files:
 
 
 def infer_file(
-    options: loading.Options, files: Files, progress: Callable, say: Callable[[str], None] = print_line) -> None:
+    options: loading.InferOptions, files: PromptsFiles, progress: Callable, say: Callable[[str], None] = print_on_main) -> None:
   """Completes or scores every row of a file. What is wrong is said before the weights are loaded.
 
   Args:
@@ -63,7 +63,7 @@ def infer_file(
     name = vocabulary.name if vocabulary else 'none'
     say(f'vocabulary: {name} ({source})')
     options = loading.with_vocabulary(options, vocabulary, checkpoint.config.vocab_size)
-    asked = Asked(options.sampler, options.max_new_tokens)
+    asked = Asked(options.sampling, options.max_new_tokens)
     work = prompt_rows.tokenize(files.prompts, rows, vocabulary, checkpoint.config.vocab_size, asked,
                              None if scoring else options.max_prompt)
     if not options.continuous and any(request.asked != asked for request in work):
@@ -72,7 +72,7 @@ def infer_file(
   loading_progress = lambda jobs: progress(jobs, 'loading weights', len(jobs))
   engine = loading.load_engine(options, checkpoint, mesh, loading_progress, say)
   journal = Journal(_journal_path(files.output), (options, work, checkpoint.path, checkpoint.step, checkpoint.notes),
-                    JournalFiles(output.open_text, os.path.exists, os.remove))
+                    FileSystem(output.open_text, os.path.exists, os.remove))
   if journal.done:
     say(f'resumed: {len(journal.done)} of {len(work)} rows were done when an earlier run ended')
   clock = batches.Clock()
@@ -97,7 +97,7 @@ def infer_file(
         **loading.description(options, engine), 'prompts': files.prompts,
         'vocabulary': {'name': name, 'source': source}, 'shape': shape, 'time': clock.to_dict()})
     journal.remove()
-  say(loading.summary(clock, options.mode))
+  say(loading.run_summary(clock, options.mode))
   say(f'wrote {files.output} and {record}')
 
 
@@ -113,10 +113,10 @@ def _refill(engine: Engine, options, todo, clock, vocabulary, say):
     seeds = batches.row_seeds(options.seed, row, options.num_decodes)
     if r.asked.seed is not None:
       seeds = tuple((r.asked.seed + i) % 2**32 for i in range(options.num_decodes))
-    return row, Request((BOS_ID, *r.prompt), seeds, r.asked.max_new_tokens, r.asked.sampler)
+    return row, Request((BOS_ID, *r.prompt), seeds, r.asked.max_new_tokens, r.asked.sampling)
 
   asked = list(itertools.starmap(request, todo))
-  plan, shared = scheduler_config.plan(
+  plan, shared = scheduler_config.config_for(
       engine.model, [r for _, r in asked], slots=options.batch_size, size=options.cache_length,
       chunk=options.prefill_chunk, budget=options.prefill_budget, eos_id=vocabulary.eos_id if vocabulary else EOS_ID,
       top=options.top_log_probs)
@@ -139,7 +139,7 @@ def _batches(engine: Engine, options, todo, clock, vocabulary, say):
   return dataclasses.asdict(shape), _generate(engine, options, todo, shape, clock, vocabulary)
 
 
-def _shape(options, engine: Engine, work: list[prompt_rows.Request], say) -> batches.Shape:
+def _shape(options, engine: Engine, work: list[prompt_rows.TokenizedRow], say) -> batches.BatchShape:
   batch = loading.batch_rows(options, engine, len(work), say)
   longest = max(len(r.prompt) for r in work)
   if engine.executable:
@@ -147,14 +147,14 @@ def _shape(options, engine: Engine, work: list[prompt_rows.Request], say) -> bat
     if longest > run.prompt:
       raise RequestError(f'the longest prompt has {longest} tokens, and {options.executable} was compiled for '
                          f'{run.prompt}: compile it with --prompt={longest} or more')
-    return batches.Shape(batch, run.prompt, run.context)
-  return batches.Shape(batch, batches.prompt_size(longest, options.max_prompt), options.cache_length)
+    return batches.BatchShape(batch, run.prompt, run.context)
+  return batches.BatchShape(batch, batches.prompt_size(longest, options.max_prompt), options.cache_length)
 
 
 def _generate(engine, options, todo, shape, clock, vocabulary):
   work = distributed.lockstep(batches.split([(row, r.prompt) for row, r in todo], shape.batch))
-  for row, (tokens, score) in batches.generate(
-      engine, work, shape, clock, max_new_tokens=options.max_new_tokens, sampler=options.sampler, seed=options.seed,
+  for row, (tokens, score) in batches.generate_batches(
+      engine, work, shape, clock, max_new_tokens=options.max_new_tokens, sampling=options.sampling, seed=options.seed,
       eos_id=vocabulary.eos_id if vocabulary else EOS_ID):
     yield row, [{'tokens': tokens, 'score': score}]
 
@@ -165,7 +165,7 @@ def _score(engine: Engine, options, todo, clock, say):
   tokens = loading.batch_rows(options, engine, len(todo), say) * batches.prompt_size(longest)
 
   def results():
-    for item, scores in batches.score(engine, [Example.of(r.prompt, r.completion) for _, r in todo], tokens, clock):
+    for item, scores in batches.score_batches(engine, [ScoringExample.of(r.prompt, r.completion) for _, r in todo], tokens, clock):
       row, request = todo[item]
       each = {'log_probs': scores[len(request.prompt):].tolist()} if options.token_log_probs else {}
       yield row, [{'tokens': request.completion, 'score': float(np.sum(scores)), **each}]
@@ -173,7 +173,7 @@ def _score(engine: Engine, options, todo, clock, say):
   return {'tokens': tokens}, results()
 
 
-def _told(row: prompt_rows.Row, request: prompt_rows.Request, vocabulary, results: list[dict]) -> list[dict]:
+def _told(row: prompt_rows.PromptRow, request: prompt_rows.TokenizedRow, vocabulary, results: list[dict]) -> list[dict]:
   """What is told of each sample of a row.
 
   The text of a completion is None where there is no vocabulary. It ends before EOS or a stop sequence.
@@ -182,6 +182,6 @@ def _told(row: prompt_rows.Row, request: prompt_rows.Request, vocabulary, result
   def text(tokens):
     if isinstance(row.completion, str):
       return row.completion
-    return vocabulary.decode(request.asked.sampler.before_stop(tokens)) if vocabulary else None
+    return vocabulary.decode(request.asked.sampling.before_stop(tokens)) if vocabulary else None
 
   return [{'completion': text(result['tokens']), **result} for result in results]

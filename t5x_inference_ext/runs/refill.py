@@ -2,7 +2,7 @@
 
 from typing import Iterable, Iterator, NamedTuple
 
-from t5x_inference_ext.engine.scheduler import Plan, Request, Scheduler
+from t5x_inference_ext.engine.scheduler import Request, Scheduler, SchedulerConfig
 from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.runs.batches import Clock
 
@@ -26,7 +26,7 @@ class Sample(NamedTuple):
 
 
 def completions(
-    engine: Engine, requests: Iterable[tuple[int, Request]], plan: Plan, shared: tuple[int, ...] = (),
+    engine: Engine, requests: Iterable[tuple[int, Request]], plan: SchedulerConfig, shared: tuple[int, ...] = (),
     clock: Clock | None = None) -> Iterator[tuple[int, list[Sample]]]:
   """Each request's samples in the order of its seeds, as soon as all of them have ended: requests not in order.
 

@@ -3,11 +3,11 @@
 import dataclasses
 from typing import Any, Mapping
 
-from t5x_inference_ext.engine.sampling import Sampler, samplers
+from t5x_inference_ext.engine.sampling import SamplingParams, stack_params
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.engine.vocabularies import Vocabulary, stop_sequences
 
-FIELDS = {field.name: field.type for field in dataclasses.fields(Sampler)}
+FIELDS = {field.name: field.type for field in dataclasses.fields(SamplingParams)}
 KNOWN = (*FIELDS, 'max_new_tokens', 'seed')
 
 
@@ -21,7 +21,7 @@ class Asked:
     seed: of its first sample, others follow; None: one from the run's seed and the row's place.
   """
 
-  sampler: Sampler
+  sampling: SamplingParams
   max_new_tokens: int
   seed: int | None = None
 
@@ -31,7 +31,7 @@ def asked(run: Asked, said: Mapping[str, Any], vocabulary: Vocabulary | None, vo
 
   Args:
     run: what all rows do that say nothing.
-    said: the row's `sampling`, as read from JSON: a Sampler's fields, with texts or ids in `stop` and an object as
+    said: the row's `sampling`, as read from JSON: a SamplingParams's fields, with texts or ids in `stop` and an object as
       `logit_bias`; `max_new_tokens`, the run's at most; `seed`.
     vocabulary: for texts.
     vocab_size: V, rows of the model's embedding.
@@ -51,14 +51,14 @@ def asked(run: Asked, said: Mapping[str, Any], vocabulary: Vocabulary | None, vo
     fields['stop'] = _stop(fields['stop'], vocabulary)
   if 'logit_bias' in fields:
     fields['logit_bias'] = _bias(fields['logit_bias'])
-  sampler = dataclasses.replace(run.sampler, **fields)
-  samplers([sampler], vocab_size)
+  sampling = dataclasses.replace(run.sampling, **fields)
+  stack_params([sampling], vocab_size)
   limit, seed = said.get('max_new_tokens', run.max_new_tokens), said.get('seed', run.seed)
   if not 1 <= limit <= run.max_new_tokens:
     raise RequestError(f'`sampling`: max_new_tokens must be 1 to {run.max_new_tokens}, the run\'s, got {limit}')
   if seed is not None and not 0 <= seed < 2**32:
     raise RequestError(f'`sampling`: seed must be 0 to 2**32 - 1, got {seed}')
-  return Asked(sampler, limit, seed)
+  return Asked(sampling, limit, seed)
 
 
 def _stop(value: Any, vocabulary: Vocabulary | None) -> list[list[int]]:

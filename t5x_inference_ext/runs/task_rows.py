@@ -6,10 +6,10 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from t5x_inference_ext.runs.tasks import Example
+from t5x_inference_ext.runs.tasks import TaskExample
 
 
-def prediction(example: Example, samples: Sequence[tuple[list[int], float]], length: int, vocabulary: seqio.Vocabulary,
+def predicted_row(example: TaskExample, samples: Sequence[tuple[list[int], float]], length: int, vocabulary: seqio.Vocabulary,
                mode: str) -> dict[str, Any]:
   """A predicted example.
 
@@ -32,12 +32,12 @@ def prediction(example: Example, samples: Sequence[tuple[list[int], float]], len
   return {'inputs': _pretokenized(example), 'prediction': texts, **aux}
 
 
-def score(example: Example, value: float) -> dict[str, Any]:
+def scored_row(example: TaskExample, value: float) -> dict[str, Any]:
   """A scored example."""
   return {'inputs': _pretokenized(example), 'score': value}
 
 
-def _pretokenized(example: Example) -> dict[str, Any]:
+def _pretokenized(example: TaskExample) -> dict[str, Any]:
   return {name: _json(value) for name, value in example.task.items() if name.endswith('_pretokenized')}
 
 

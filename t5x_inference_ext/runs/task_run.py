@@ -13,17 +13,17 @@ import tensorflow as tf
 from t5x_inference_ext import distributed
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.engine import scheduler_config, scoring
-from t5x_inference_ext.engine.sampling import Sampler
+from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.scheduler import Request
 from t5x_inference_ext.engine.inputs import BOS_ID, EOS_ID
 from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.runs import batches, loading, refill, task_rows
-from t5x_inference_ext.runs.journal import Files, Journal
-from t5x_inference_ext.runs.progress import print_line, progress
+from t5x_inference_ext.runs.journal import FileSystem, Journal
+from t5x_inference_ext.runs.progress import print_on_main, progress
 from t5x_inference_ext.runs.tasks import (
-    Example,
     Source,
+    TaskExample,
     check_source,
     check_vocabularies,
     examples,
@@ -47,7 +47,7 @@ def infer(
     use_cached: bool = False,
     mode: str = 'predict',
     max_new_tokens: int | None = None,
-    sampler: Sampler = Sampler(),
+    sampling: SamplingParams = SamplingParams(),
     num_decodes: int = 1,
     stop: Sequence[str] = (),
     seed: int = 0,
@@ -93,7 +93,7 @@ def infer(
     dtype: of activations and float weights.
     cache: what the KV cache holds: 'float32', 'bfloat16', 'int8', or None: dtype.
     batch_size: examples a batch, or decode slots.
-    batching, prefill_chunk, prefill_budget: as loading.Options'.
+    batching, prefill_chunk, prefill_budget: as loading.InferOptions'.
     model_config: the model that the checkpoint must hold; None: the one it holds.
     norm_scale: how its norm scales are stored, 'zero' or 'one'; None: what it says.
     shard_id: of num_shards runs that share the task, this one.
@@ -113,10 +113,10 @@ def infer(
     source = Source(mixture_or_task_name, task_feature_lengths, split, use_cached, seed, shard_id, num_shards)
     tasks = find_tasks(source)
     check_source(source, mode, tasks)
-    options = loading.Options(
+    options = loading.InferOptions(
         checkpoint=checkpoint_path, mode=mode, mesh=mesh, dtype=dtype, cache=cache,
         prefill_layout=prefill_layout, decode_layout=decode_layout, norm_scale=norm_scale, config=model_config,
-        batch_size=batch_size, sampler=sampler, num_decodes=num_decodes, stop=stop, seed=seed, scan_layers=scan_layers,
+        batch_size=batch_size, sampling=sampling, num_decodes=num_decodes, stop=stop, seed=seed, scan_layers=scan_layers,
         batching=batching, prefill_chunk=prefill_chunk, prefill_budget=prefill_budget,
         **_limits(sum(task_feature_lengths.values()), max_new_tokens))
     if explain_layout:
@@ -132,7 +132,7 @@ def infer(
   completed = distributed.from_main(lambda: [
       task.name for task in tasks if gfile.exists(output_path(task.name, source, mode, output_dir) + '.COMPLETED')])
   for name in completed:
-    print_line(f'{name}: {output_path(name, source, mode, output_dir)}.COMPLETED exists, skipped')
+    print_on_main(f'{name}: {output_path(name, source, mode, output_dir)}.COMPLETED exists, skipped')
   todo = [task for task in tasks if task.name not in completed]
   if not todo:
     return
@@ -158,13 +158,13 @@ def _limits(length: int, max_new_tokens: int | None) -> dict[str, int]:
   return {'max_new_tokens': length, 'max_length': length, 'cache_length': length}
 
 
-def _of_task(options: loading.Options, task: seqio.Task, config: ModelConfig) -> loading.Options:
+def _of_task(options: loading.InferOptions, task: seqio.Task, config: ModelConfig) -> loading.InferOptions:
   """The options with the texts that end rows in the task's own ids."""
   return loading.with_vocabulary(options, task.output_features['targets'].vocabulary, config.vocab_size)
 
 
-def infer_task(task: seqio.Task, source: Source, options: loading.Options, engine: Engine, output_dir: str,
-               say: Callable[[str], None] = print_line) -> batches.Clock:
+def infer_task(task: seqio.Task, source: Source, options: loading.InferOptions, engine: Engine, output_dir: str,
+               say: Callable[[str], None] = print_on_main) -> batches.Clock:
   """Runs one task and writes its file, `<task>-<mode>.jsonl-SSSSS-of-NNNNN`, then `.COMPLETED` beside it."""
   path = output_path(task.name, source, options.mode, output_dir)
   options = _of_task(options, task, engine.model.config)
@@ -180,7 +180,7 @@ def infer_task(task: seqio.Task, source: Source, options: loading.Options, engin
                              (lambda text: None) if options.continuous and options.mode != 'score' else say)
   checkpoint = engine.checkpoint
   journal = Journal(f'{path}.unfinished', (options, source._replace(name=task.name), checkpoint.path, checkpoint.step),
-                    Files(gfile.GFile, gfile.exists, gfile.remove))
+                    FileSystem(gfile.GFile, gfile.exists, gfile.remove))
   if journal.done:
     say(f'resumed: {len(journal.done)} rows were done when an earlier run ended')
   clock = batches.Clock()
@@ -200,7 +200,7 @@ def infer_task(task: seqio.Task, source: Source, options: loading.Options, engin
   with _output(path + '.COMPLETED') as file:
     file.write('')
   journal.remove()
-  say(f'{task.name}: {loading.summary(clock, options.mode)}')
+  say(f'{task.name}: {loading.run_summary(clock, options.mode)}')
   say(f'wrote {path}')
   return clock
 
@@ -214,7 +214,7 @@ def _output(path: str) -> gfile.GFile:
   return gfile.GFile(path if distributed.is_main() else os.devnull, 'w')
 
 
-def _features(batch: list[tuple[int, Example]]) -> list[list]:
+def _features(batch: list[tuple[int, TaskExample]]) -> list[list]:
   """What the model is given, the same in all processes."""
   return [[(name, value.tolist()) for name, value in sorted(example.model.items())] for _, example in batch]
 
@@ -224,15 +224,15 @@ def _scores(todo, task, source, options, engine, batch, clock, say) -> Iterator[
   del task, options, say
   tokens = batch * sum(source.feature_lengths.values())
   for some in _batched(todo, SCORED_BATCHES * batch):
-    found = batches.score(engine, [_scored(example) for _, example in some], tokens, clock)
-    yield from ((some[item][0], task_rows.score(some[item][1], float(np.sum(scores)))) for item, scores in found)
+    found = batches.score_batches(engine, [_scored(example) for _, example in some], tokens, clock)
+    yield from ((some[item][0], task_rows.scored_row(some[item][1], float(np.sum(scores)))) for item, scores in found)
 
 
-def _scored(example: Example) -> scoring.Example:
+def _scored(example: TaskExample) -> scoring.ScoringExample:
   """Up to the last position that counts."""
   features = [example.model[f'decoder_{name}'] for name in ('input_tokens', 'target_tokens', 'loss_weights')]
   length = int(np.max(np.flatnonzero(features[2]), initial=-1)) + 1
-  return scoring.Example(*(x[:length] for x in features))
+  return scoring.ScoringExample(*(x[:length] for x in features))
 
 
 def _predictions(todo, task, source, options, engine, batch, clock, say) -> Iterator[tuple[int, dict]]:
@@ -249,15 +249,15 @@ def _predictions(todo, task, source, options, engine, batch, clock, say) -> Iter
   # T5X's predictions have the length of the whole sequence: vocabularies that decode padding would show it.
   length = max(sum(source.feature_lengths.values()), options.max_new_tokens)
   for row, samples in run(prompts(), source, options, engine, batch, clock, say, vocabulary.eos_id or EOS_ID):
-    samples = [(options.sampler.before_stop(tokens), score) for tokens, score in samples]
-    yield row, task_rows.prediction(examples_.pop(row), samples, length, vocabulary, options.mode)
+    samples = [(options.sampling.before_stop(tokens), score) for tokens, score in samples]
+    yield row, task_rows.predicted_row(examples_.pop(row), samples, length, vocabulary, options.mode)
 
 
 def _batches(prompts, source, options, engine, batch, clock, say, eos_id):
   del say
-  shape = batches.Shape(batch, source.feature_lengths['inputs'], options.cache_length, options.max_length)
-  for row, sample in batches.generate(
-      engine, _batched(prompts, batch), shape, clock, max_new_tokens=options.max_new_tokens, sampler=options.sampler,
+  shape = batches.BatchShape(batch, source.feature_lengths['inputs'], options.cache_length, options.max_length)
+  for row, sample in batches.generate_batches(
+      engine, _batched(prompts, batch), shape, clock, max_new_tokens=options.max_new_tokens, sampling=options.sampling,
       seed=options.seed, eos_id=eos_id):
     yield row, [sample]
 
@@ -267,7 +267,7 @@ def _refilled(prompts, source, options, engine, batch, clock, say, eos_id):
     limit = options.max_new_tokens if options.max_length is None else min(
         options.max_new_tokens, options.max_length - len(tokens))
     seeds = batches.row_seeds(options.seed, row, options.num_decodes)
-    return row, Request((BOS_ID, *tokens), seeds, limit, options.sampler)
+    return row, Request((BOS_ID, *tokens), seeds, limit, options.sampling)
 
   requests = itertools.starmap(request, prompts)
   first = list(itertools.islice(requests, 4 * batch))  # enough to see what they share
@@ -275,7 +275,7 @@ def _refilled(prompts, source, options, engine, batch, clock, say, eos_id):
     return
   longest = source.feature_lengths['inputs'] + 1
   size = options.max_length or longest - 1 + options.max_new_tokens
-  plan, shared = scheduler_config.plan(engine.model, [r for _, r in first], slots=batch, prompt=longest, size=size, eos_id=eos_id,
+  plan, shared = scheduler_config.config_for(engine.model, [r for _, r in first], slots=batch, prompt=longest, size=size, eos_id=eos_id,
                             chunk=options.prefill_chunk, budget=options.prefill_budget)
   loading.say_slots(options, plan, shared, engine.model, say)
   for row, samples in refill.completions(engine, itertools.chain(first, requests), plan, shared, clock):

@@ -34,7 +34,7 @@ class Source(NamedTuple):
   num_shards: int = 1
 
 
-class Example(NamedTuple):
+class TaskExample(NamedTuple):
   """One example: the task's own features, and the model's."""
 
   task: dict[str, Any]
@@ -103,17 +103,17 @@ def vocabulary_text(task: seqio.Task) -> str:
   return f'{type(vocabulary).__name__} of task {task.name}, {vocabulary.vocab_size} ids'
 
 
-def examples(task: seqio.Task, source: Source) -> Iterator[Example]:
+def examples(task: seqio.Task, source: Source) -> Iterator[TaskExample]:
   """The task's examples as T5X's infer reads them, converted by seqio as for a decoder-only model, unpacked."""
   ds = task.get_dataset(
       sequence_length=source.feature_lengths, split=source.split, shuffle=False, num_epochs=1,
       shard_info=seqio.ShardInfo(index=source.shard, num_shards=source.num_shards), use_cached=source.use_cached,
       seed=source.seed)
   model_ds = seqio.DecoderFeatureConverter(pack=False)(ds, task_feature_lengths=source.feature_lengths)
-  return itertools.starmap(Example, tf.data.Dataset.zip((ds, model_ds)).as_numpy_iterator())
+  return itertools.starmap(TaskExample, tf.data.Dataset.zip((ds, model_ds)).as_numpy_iterator())
 
 
-def prompt(example: Example) -> list[int]:
+def prompt(example: TaskExample) -> list[int]:
   """The tokens that T5X's predict continues: the inputs without BOS, up to the padding."""
   inputs = example.model['decoder_input_tokens'] * example.model['decoder_causal_attention']
   return inputs[1:][:np.count_nonzero(inputs[1:])].tolist()

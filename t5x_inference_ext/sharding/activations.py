@@ -6,14 +6,14 @@ from typing import Mapping
 
 from jax.sharding import PartitionSpec as P
 
-from t5x_inference_ext.config import ModelConfig, Sublayer
+from t5x_inference_ext.config import BlockPart, ModelConfig
 from t5x_inference_ext.errors import MeshError
 from t5x_inference_ext.sharding.heads import AttentionHeads, HeadSplit, stored_heads
-from t5x_inference_ext.sharding.layout import Axes, Layout, shape_text, size
+from t5x_inference_ext.sharding.layout import Axes, Layout, num_shards, shape_text
 
 
 @dataclasses.dataclass(frozen=True)
-class Placement:
+class ActivationSharding:
   """Where the activations of one pass live.
 
   Inside a layer tokens are [B_rows, T_positions]. In attention queries are
@@ -57,14 +57,14 @@ class Placement:
     """[B, S, K, Q]; one key head in all is whole on every device that splits heads."""
     return P(self.attention_rows, None, None if self.heads.multiquery else self.attention_heads, None)
 
-  def sums_into(self, sublayer: Sublayer) -> int | None:
+  def sums_into(self, block_part: BlockPart) -> int | None:
     """The dimension of tokens [B, T] that one collective splits all columns of a sublayer over, the embed axes' part.
 
     None where MLP and attention go into different dimensions or into none, or no axis is left to sum over.
     """
     embed = set(self.layout.embed_axes)
-    dims = [self.mlp_dim] if sublayer.mlp else []
-    if sublayer.attention:
+    dims = [self.mlp_dim] if block_part.mlp else []
+    if block_part.attention:
       dims.append(0 if embed & set(self.attention_rows) else 1 if embed & set(self.attention_positions) else 2)
     return dims[0] if embed and len(set(dims)) == 1 and dims[0] < 2 else None
 
@@ -79,8 +79,8 @@ class Placement:
     return tuple(a for a in self.layout.hidden_axes if a in self.attention_positions)
 
 
-def place(layout: Layout, config: ModelConfig, mesh: Mapping[str, int], batch: int, length: int,
-          cached: bool = False) -> Placement:
+def shard_activations(layout: Layout, config: ModelConfig, mesh: Mapping[str, int], batch: int, length: int,
+          cached: bool = False) -> ActivationSharding:
   """Resolves a layout.
 
   Args:
@@ -95,8 +95,8 @@ def place(layout: Layout, config: ModelConfig, mesh: Mapping[str, int], batch: i
     MeshError: rows that a weight-gathered decode step can't split, naming what it could.
   """
   rows, positions = _token_axes(layout, batch, mesh)
-  if length % size(positions, mesh):
-    chips = size(layout.gathered_axes, mesh)
+  if length % num_shards(positions, mesh):
+    chips = num_shards(layout.gathered_axes, mesh)
     raise MeshError(
         f'{layout} splits tokens over {chips} devices of the mesh {shape_text(mesh)}, and {batch} rows of {length} do '
         f'not divide: use a batch that is a multiple of {chips}' +
@@ -104,35 +104,35 @@ def place(layout: Layout, config: ModelConfig, mesh: Mapping[str, int], batch: i
   hidden, embed = layout.hidden_axes, layout.embed_axes
   more: Axes = ()
   if layout.attention == 'batch':
-    more = _filled(_row_axes(embed, hidden), batch // size(rows, mesh), mesh)
-  stored = stored_heads(config, size(layout.stored_hidden, mesh))
+    more = _filled(_row_axes(embed, hidden), batch // num_shards(rows, mesh), mesh)
+  stored = stored_heads(config, num_shards(layout.stored_hidden, mesh))
   whole = _whole_heads(stored, hidden, more, mesh)
   heads = tuple(a for a in hidden if a not in more + whole)
   cut = 1
   if embed and embed[0] not in more:
     # Partial sums over x are reduced into positions, as the MLP's are, or into heads if these are asked for, padded where
     # most are real; if neither will do (one token, few heads) not at all.
-    divides = (1 if cached else length) % size(embed, mesh) == 0
-    enough = heads == hidden and 2 * stored.local_heads > size(embed, mesh)
+    divides = (1 if cached else length) % num_shards(embed, mesh) == 0
+    enough = heads == hidden and 2 * stored.local_heads > num_shards(embed, mesh)
     if enough and not (divides and layout.attention == 'batch'):
-      heads, cut = heads + embed, size(embed, mesh)
+      heads, cut = heads + embed, num_shards(embed, mesh)
     elif divides:
       positions += embed
-  joined = whole if length % size(positions + whole, mesh) else ()
+  joined = whole if length % num_shards(positions + whole, mesh) else ()
   positions += () if joined else whole
-  blocks = stored.shards // size(tuple(a for a in heads if a in hidden), mesh)
+  blocks = stored.shards // num_shards(tuple(a for a in heads if a in hidden), mesh)
   gathered = tuple(a for a in positions if a in layout.gathered_axes)
-  tokens = batch // size(rows, mesh), length // size(gathered, mesh)
+  tokens = batch // num_shards(rows, mesh), length // num_shards(gathered, mesh)
   # Looped collectives cut the dimension that the product sums over: whole rows would be few for each step.
-  residual_dim = 2 if layout.ring_directions else _token_dim(tokens, size(hidden, mesh))
-  return Placement(
-      layout, rows, gathered, residual_dim, _token_dim(tokens, size(embed, mesh)), rows + more, heads, positions, joined,
+  residual_dim = 2 if layout.ring_directions else _token_dim(tokens, num_shards(hidden, mesh))
+  return ActivationSharding(
+      layout, rows, gathered, residual_dim, _token_dim(tokens, num_shards(embed, mesh)), rows + more, heads, positions, joined,
       AttentionHeads(stored, blocks, cut, config.num_kv_heads == 1))
 
 
 def padded_length(layout: Layout, mesh: Mapping[str, int], batch: int, length: int) -> int:
   """The smallest length of at least `length` that `place` takes; padding goes to the right, where nothing sees it."""
-  multiple = size(_token_axes(layout, batch, mesh)[1], mesh)
+  multiple = num_shards(_token_axes(layout, batch, mesh)[1], mesh)
   return -(-length // multiple) * multiple
 
 
@@ -148,19 +148,19 @@ def padded_batch(decode: Layout, batch: int, mesh: Mapping[str, int]) -> int:
   Where decode splits heads alone no number is better than another. A weight-gathered decode needs a multiple of what it
   gathers over.
   """
-  gathered = size(decode.gathered_axes, mesh)
+  gathered = num_shards(decode.gathered_axes, mesh)
   candidates = _row_axes(decode.embed_axes, decode.hidden_axes) if decode.attention == 'batch' else [()]
-  sizes = [size(c, mesh) for c in candidates]
+  sizes = [num_shards(c, mesh) for c in candidates]
   rows = itertools.count(-(-batch // gathered))
   return gathered * next(n for n in rows if n % max(s for s in sizes if s <= n) == 0)
 
 
 def _whole_heads(stored: HeadSplit, hidden: Axes, rows: Axes, mesh: Mapping[str, int]) -> Axes:
   """The hidden axes, besides those that rows take, whose shards' columns together are whole heads: the fastest."""
-  here = stored.shards // size(hidden, mesh)
+  here = stored.shards // num_shards(hidden, mesh)
   left = tuple(a for a in hidden if a not in rows)
-  taken = size(tuple(a for a in hidden if a in rows), mesh)
-  return next(left[i:] for i in range(len(left), -1, -1) if here * taken * size(left[i:], mesh) % stored.pieces == 0)
+  taken = num_shards(tuple(a for a in hidden if a in rows), mesh)
+  return next(left[i:] for i in range(len(left), -1, -1) if here * taken * num_shards(left[i:], mesh) % stored.pieces == 0)
 
 
 def _token_axes(layout: Layout, batch: int, mesh: Mapping[str, int]) -> tuple[Axes, Axes]:
@@ -187,7 +187,7 @@ def _filled(candidates, batch: int, mesh: Mapping[str, int]) -> Axes:
 
   Of equals one with x: heads can take the other axes, while x, over which products are partial sums, would be idle.
   """
-  return max((c for c in candidates if batch % size(c, mesh) == 0), key=lambda c: (size(c, mesh), 'x' in c))
+  return max((c for c in candidates if batch % num_shards(c, mesh) == 0), key=lambda c: (num_shards(c, mesh), 'x' in c))
 
 
 def _subsets(axes: Axes):

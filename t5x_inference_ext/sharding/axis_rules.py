@@ -1,7 +1,7 @@
 """Logical axis names: what each dimension of a tensor means, and by a layout's rules which mesh axes split it.
 
 The names are the same in every layout and phase. Rules, pairs of a name and mesh axes in T5X's and flax's form, are
-read off the specs of a Layout and a Placement, so that nothing is decided here.
+read off the specs of a Layout and a ActivationSharding, so that nothing is decided here.
 """
 
 from typing import Iterable
@@ -9,7 +9,7 @@ from typing import Iterable
 from jax.sharding import PartitionSpec as P
 
 from t5x_inference_ext.sharding.layout import Layout
-from t5x_inference_ext.sharding.activations import Placement
+from t5x_inference_ext.sharding.activations import ActivationSharding
 
 # None: not split. One axis goes by itself, as T5X prints it.
 Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
@@ -17,14 +17,14 @@ Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 # In front of a layer's dimensions where one array holds all layers.
 STACKED = 'layers'
 # 'hidden' is the width between the matrices: MLP columns and heads, block by block. 'features' is d_model unsplit.
-WEIGHTS = {
+WEIGHT_AXES = {
     'embedding': ('vocab', 'embed'),
     'w_in': ('embed', 'hidden'),
     'w_out': ('hidden', 'embed'),
     'in_scale': ('hidden',),
     **dict.fromkeys(('out_scale', 'norm', 'norm_bias', 'final_norm', 'final_norm_bias'), ('features',)),
 }
-ACTIVATIONS = {
+ACTIVATION_AXES = {
     'residual': ('residual_rows', 'residual_positions', 'residual'),
     'mlp': ('rows', 'positions', 'mlp'),
     'queries': ('attention_rows', 'attention_positions', 'attention_heads', 'd_head'),
@@ -33,37 +33,37 @@ ACTIVATIONS = {
 
 
 def weight_axes(name: str, stacked: bool = False) -> tuple[str, ...]:
-  """The logical axes of a tensor of arrangement.device_tensors: 'mlp/w_in' -> ('embed', 'hidden').
+  """The logical axes of a tensor of arrangement.packed_tensors: 'mlp/w_in' -> ('embed', 'hidden').
 
   Args:
     name: as there.
     stacked: whether the array has all layers, in front.
   """
-  axes = WEIGHTS[name.rpartition('/')[2]]
+  axes = WEIGHT_AXES[name.rpartition('/')[2]]
   return (STACKED, *axes) if stacked else axes
 
 
 def weight_rules(layout: Layout) -> Rules:
   """The rules of weights as stored: those of both phases, since two phases share one set of weights."""
   return ((STACKED, None), *_rules((
-      (WEIGHTS['embedding'], layout.embedding),
-      (WEIGHTS['w_in'], layout.input_matrix),
-      (WEIGHTS['norm'], layout.vector),
+      (WEIGHT_AXES['embedding'], layout.embedding),
+      (WEIGHT_AXES['w_in'], layout.input_matrix),
+      (WEIGHT_AXES['norm'], layout.vector),
   )))
 
 
-def activation_rules(placement: Placement) -> Rules:
+def activation_rules(sharding: ActivationSharding) -> Rules:
   """The rules of activations and KV cache in one phase, for the placement's rows and positions."""
-  queries = P(placement.attention_rows, placement.attention_positions, placement.attention_heads)
+  queries = P(sharding.attention_rows, sharding.attention_positions, sharding.attention_heads)
   return _rules((
-      (ACTIVATIONS['residual'], P(*placement.residual)),
-      (ACTIVATIONS['mlp'], P(placement.rows, placement.positions, placement.layout.hidden_axes)),
-      (ACTIVATIONS['queries'], queries),
-      (ACTIVATIONS['cache'], placement.cache),
+      (ACTIVATION_AXES['residual'], P(*sharding.residual)),
+      (ACTIVATION_AXES['mlp'], P(sharding.rows, sharding.positions, sharding.layout.hidden_axes)),
+      (ACTIVATION_AXES['queries'], queries),
+      (ACTIVATION_AXES['cache'], sharding.cache),
   ))
 
 
-def logical_axis_rules(layout: Layout, placement: Placement | None = None) -> Rules:
+def logical_axis_rules(layout: Layout, sharding: ActivationSharding | None = None) -> Rules:
   """A layout's rules for T5X.
 
   Args:
@@ -71,7 +71,7 @@ def logical_axis_rules(layout: Layout, placement: Placement | None = None) -> Ru
     placement: adds, in front, the rules of one phase. They never replace those of weights: where a function declares
       weights anew, names without a rule would have them gathered onto every device.
   """
-  return (*(() if placement is None else activation_rules(placement)), *weight_rules(layout))
+  return (*(() if sharding is None else activation_rules(sharding)), *weight_rules(layout))
 
 
 def _rules(tensors: Iterable[tuple[tuple[str, ...], P]]) -> Rules:

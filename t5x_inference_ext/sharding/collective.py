@@ -5,14 +5,14 @@ from typing import Mapping
 
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.sharding.heads import HeadSplit, stored_heads
-from t5x_inference_ext.sharding.layout import Axes, Layout, size
+from t5x_inference_ext.sharding.layout import Axes, Layout, num_shards
 
 # Norm moments, scales and logits are float32 whatever the activations are.
 FLOAT32 = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Move:
+class Collective:
   """One collective, as the paper's appendix A.1 counts it.
 
   Attributes:
@@ -68,23 +68,23 @@ class Pass:
   def of(cls, config: ModelConfig, layout: Layout, mesh: Mapping[str, int], tokens: int, activation: int,
          weight: int) -> 'Pass':
     """Of B T `tokens` in all. Raises ValueError where they do not divide over N."""
-    devices = size(layout.gathered_axes, mesh)
+    devices = num_shards(layout.gathered_axes, mesh)
     if tokens % devices:
       raise ValueError(f'{layout} splits tokens over {devices} devices, and {tokens} do not divide')
     return cls(config, layout, mesh, tokens // devices, activation, weight)
 
-  def move(self, name: str, kind: str, axes: Axes, count: int, width: int, looped: bool = False) -> list[Move]:
+  def move(self, name: str, kind: str, axes: Axes, count: int, width: int, looped: bool = False) -> list[Collective]:
     """`count` elements of `width` bytes, as Move.bytes counts them."""
     axes = tuple(a for a in axes if self.mesh[a] > 1)
     directions = self.layout.ring_directions if looped else 0
-    return [Move(name, kind, axes, self.size(axes), count * width, directions)] if axes else []
+    return [Collective(name, kind, axes, self.size(axes), count * width, directions)] if axes else []
 
-  def activations(self, name: str, kind: str, axes: Axes, count: int, looped: bool = False) -> list[Move]:
+  def activations(self, name: str, kind: str, axes: Axes, count: int, looped: bool = False) -> list[Collective]:
     """`count` elements of activations."""
     return self.move(name, kind, axes, count, self.activation, looped)
 
   def size(self, axes: Axes) -> int:
-    return size(axes, self.mesh)
+    return num_shards(axes, self.mesh)
 
   @property
   def blocks(self) -> int:

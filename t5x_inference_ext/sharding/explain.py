@@ -14,10 +14,15 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec as P
 
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.sharding import activations, axis_rules, traffic
-from t5x_inference_ext.sharding.packing import DeviceTensor, Part, device_tensors, tensor_dtype
-from t5x_inference_ext.sharding.layout import Axes, Layout, check_pair, size
+from t5x_inference_ext.sharding.packing import (
+    PackedPart,
+    PackedTensor,
+    packed_tensors,
+    tensor_dtype,
+)
+from t5x_inference_ext.sharding.layout import Axes, Layout, check_pair, num_shards
 from t5x_inference_ext.sharding.mesh import AXES
-from t5x_inference_ext.sharding.activations import Placement
+from t5x_inference_ext.sharding.activations import ActivationSharding
 from t5x_inference_ext.quantization.kv import whole_tiles
 
 # The dimensions of weights by field name; all others are vectors [E].
@@ -25,7 +30,7 @@ _DIMS = {'embedding': ('V', 'E'), 'w_in': ('E', 'columns'), 'w_out': ('rows', 'E
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
+class ExplainSetting:
   """What is explained.
 
   Attributes:
@@ -60,7 +65,7 @@ class Setting:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tensor:
+class ExplainedTensor:
   """One array, or several alike.
 
   Attributes:
@@ -85,7 +90,7 @@ class Tensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
+class ExplainedBlock:
   """A part of what a device holds of a matrix's columns (or rows), side by side with the other parts.
 
   Attributes:
@@ -120,12 +125,12 @@ class Phase:
   """
 
   name: str
-  placement: Placement
+  sharding: ActivationSharding
   length: int
-  tensors: tuple[Tensor, ...]
+  tensors: tuple[ExplainedTensor, ...]
   repeated: Axes
   gathered: int
-  moves: tuple[traffic.Move, ...]
+  moves: tuple[traffic.Collective, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,9 +146,9 @@ class Explanation:
       prefill's sharding to decode's.
   """
 
-  setting: Setting
-  weights: tuple[Tensor, ...]
-  blocks: Mapping[str, tuple[Block, ...]]
+  setting: ExplainSetting
+  weights: tuple[ExplainedTensor, ...]
+  blocks: Mapping[str, tuple[ExplainedBlock, ...]]
   phases: tuple[Phase, Phase]
   moved: int
 
@@ -153,7 +158,7 @@ class Explanation:
     return sum(t.bytes for t in self.weights)
 
   @property
-  def cache(self) -> tuple[Tensor, ...]:
+  def cache(self) -> tuple[ExplainedTensor, ...]:
     """The KV cache, as decode holds it."""
     return tuple(t for t in self.phases[1].tensors if t.name in ('cache', 'cache scales', 'cache lengths'))
 
@@ -163,7 +168,7 @@ class Explanation:
     return sum(t.bytes for t in self.cache)
 
 
-def describe(setting: Setting) -> Explanation:
+def explain_setting(setting: ExplainSetting) -> Explanation:
   """Resolves a setting.
 
   Raises:
@@ -171,10 +176,10 @@ def describe(setting: Setting) -> Explanation:
   """
   s = setting
   check_pair(s.prefill, s.decode)
-  tensors = device_tensors(s.config, s.prefill, s.mesh, s.int8)
+  tensors = packed_tensors(s.config, s.prefill, s.mesh, s.int8)
   length = activations.padded_length(s.prefill, s.mesh, s.rows, s.prompt_length)
-  prefill = activations.place(s.prefill, s.config, s.mesh, s.rows, length)
-  decode = activations.place(s.decode, s.config, s.mesh, s.rows, 1)
+  prefill = activations.shard_activations(s.prefill, s.config, s.mesh, s.rows, length)
+  decode = activations.shard_activations(s.decode, s.config, s.mesh, s.rows, 1)
   blocks = {name: tuple(_block(s, part) for part in t.parts) for name, t in tensors.items() if len(t.shape) == 2}
   return Explanation(
       s, tuple(_weight(s, name, t) for name, t in tensors.items()), blocks,
@@ -182,14 +187,14 @@ def describe(setting: Setting) -> Explanation:
       _moved(s, prefill, decode))
 
 
-def _tensor(s: Setting, name, dims, axes, shape, dtype, spec, arrays=1) -> Tensor:
+def _tensor(s: ExplainSetting, name, dims, axes, shape, dtype, spec, arrays=1) -> ExplainedTensor:
   mesh = AbstractMesh(tuple(s.mesh[a] for a in AXES), AXES)
   shard = NamedSharding(mesh, spec).shard_shape(tuple(shape))
-  return Tensor(name, tuple(dims), tuple(axes), tuple(shape), dtype, spec, arrays,
+  return ExplainedTensor(name, tuple(dims), tuple(axes), tuple(shape), dtype, spec, arrays,
                 arrays * math.prod(shard) * jax.numpy.dtype(dtype).itemsize)
 
 
-def _layered(s: Setting, name, dims, axes, shape, dtype, spec, arrays=1) -> Tensor:
+def _layered(s: ExplainSetting, name, dims, axes, shape, dtype, spec, arrays=1) -> ExplainedTensor:
   """A tensor of every layer: one array with all of them, or one a layer."""
   if not s.stacked:
     return _tensor(s, name, dims, axes, shape, dtype, spec, arrays * s.config.num_layers)
@@ -197,28 +202,28 @@ def _layered(s: Setting, name, dims, axes, shape, dtype, spec, arrays=1) -> Tens
                  arrays)
 
 
-def _weight(s: Setting, name: str, tensor: DeviceTensor) -> Tensor:
+def _weight(s: ExplainSetting, name: str, tensor: PackedTensor) -> ExplainedTensor:
   dims = _DIMS.get(name.rpartition('/')[2], ('E',))
   make = _layered if tensor.per_layer else _tensor
   return make(s, name, dims, axis_rules.weight_axes(name), tensor.shape, _dtype(s, tensor), tensor.spec)
 
 
-def _dtype(s: Setting, tensor: DeviceTensor) -> str:
+def _dtype(s: ExplainSetting, tensor: PackedTensor) -> str:
   return tensor_dtype(tensor, 'int8' if s.int8 else s.dtype, s.dtype).name
 
 
-def _block(s: Setting, part: Part) -> Block:
+def _block(s: ExplainSetting, part: PackedPart) -> ExplainedBlock:
   by_heads = len(part.names) == 1 and part.names[0] in ('query', 'key', 'value', 'attention_output')
   unit = s.config.d_head if by_heads else 1
   total, used = part.width * len(part.ranges), sum(stop - start for start, stop in part.ranges)
-  return Block(part.names, unit, part.width // unit, total // unit, (total - used) // unit,
+  return ExplainedBlock(part.names, unit, part.width // unit, total // unit, (total - used) // unit,
                (used - sum(part.sizes)) // unit)
 
 
-def _phase(s: Setting, name: str, p: Placement, length: int, tensors: Mapping[str, DeviceTensor]) -> Phase:
+def _phase(s: ExplainSetting, name: str, p: ActivationSharding, length: int, tensors: Mapping[str, PackedTensor]) -> Phase:
   c, layout, rows = s.config, p.layout, s.rows
-  query_heads, kv_heads = p.heads.heads * size(p.attention_heads, s.mesh), len(p.heads.cached())
-  axes = {**axis_rules.ACTIVATIONS, 'mlp': ('rows', 'positions', 'mlp'), 'lengths': axis_rules.ACTIVATIONS['cache'][:1]}
+  query_heads, kv_heads = p.heads.heads * num_shards(p.attention_heads, s.mesh), len(p.heads.cached())
+  axes = {**axis_rules.ACTIVATION_AXES, 'mlp': ('rows', 'positions', 'mlp'), 'lengths': axis_rules.ACTIVATION_AXES['cache'][:1]}
 
   def keys_values(name, letter, positions):
     shape, dims = (rows, positions, kv_heads, c.d_head), ('B', letter, 'K', 'Q')
@@ -250,19 +255,19 @@ def _phase(s: Setting, name: str, p: Placement, length: int, tensors: Mapping[st
   return Phase(name, p, length, tuple(made), repeated, max(_gathered(s, layout, t) for t in matrices), tuple(moves))
 
 
-def _gathered(s: Setting, layout: Layout, tensor: DeviceTensor) -> int:
+def _gathered(s: ExplainSetting, layout: Layout, tensor: PackedTensor) -> int:
   """Bytes on each device of the largest part of a matrix that is gathered at once; 0: none is."""
-  if size(layout.gathered_axes, s.mesh) == 1:
+  if num_shards(layout.gathered_axes, s.mesh) == 1:
     return 0
   widths = [p.width for p in tensor.parts]
   if [p.names for p in tensor.parts[-2:]] == [('key',), ('value',)]:  # these two go together
     widths[-2:] = [sum(widths[-2:])]
-  hidden = size(tuple(a for a in layout.stored_hidden if a in layout.gathered_axes), s.mesh)
+  hidden = num_shards(tuple(a for a in layout.stored_hidden if a in layout.gathered_axes), s.mesh)
   itemsize = jax.numpy.dtype(_dtype(s, tensor)).itemsize
-  return max(widths) * hidden * s.config.d_model // size(layout.embed_axes, s.mesh) * itemsize
+  return max(widths) * hidden * s.config.d_model // num_shards(layout.embed_axes, s.mesh) * itemsize
 
 
-def _moved(s: Setting, prefill: Placement, decode: Placement) -> int:
+def _moved(s: ExplainSetting, prefill: ActivationSharding, decode: ActivationSharding) -> int:
   """See Explanation.moved. What a device has already, it does not receive."""
   c, most = s.config, 0
   for place in itertools.product(*(range(s.mesh[a]) for a in AXES)):
@@ -274,14 +279,14 @@ def _moved(s: Setting, prefill: Placement, decode: Placement) -> int:
   return most * s.prompt_length * head * 2 * c.num_layers
 
 
-def _held(s: Setting, p: Placement, device: Mapping[str, int]) -> tuple[range, set[int]]:
+def _held(s: ExplainSetting, p: ActivationSharding, device: Mapping[str, int]) -> tuple[range, set[int]]:
   """The rows and the key heads that a device has of the cache."""
 
   def part(count, axes):
     index = 0
     for axis in axes:  # the first is slowest
       index = index * s.mesh[axis] + device[axis]
-    width = count // size(axes, s.mesh)
+    width = count // num_shards(axes, s.mesh)
     return range(index * width, (index + 1) * width)
 
   heads = p.heads.cached()

@@ -6,21 +6,28 @@ from typing import Iterable, Mapping, Sequence
 
 from jax.sharding import Mesh
 
-from t5x_inference_ext.sharding.explain import Block, Explanation, Phase, Setting, Tensor, describe
-from t5x_inference_ext.sharding.layout import Axes, Layout, ORDER, shape_text, size
+from t5x_inference_ext.sharding.explain import (
+    ExplainSetting,
+    ExplainedBlock,
+    ExplainedTensor,
+    Explanation,
+    Phase,
+    explain_setting,
+)
+from t5x_inference_ext.sharding.layout import Axes, Layout, ORDER, num_shards, shape_text
 from t5x_inference_ext.sharding.mesh import mesh_links
 from t5x_inference_ext.sharding.torus import BROKEN, RING
 
 _PARTS = {'attention_output': 'attention', 'mlp_output': 'mlp', 'embedding': 'vocab'}
 
 
-def explain(setting: Setting, mesh: Mesh | None = None) -> str:
+def explain(setting: ExplainSetting, mesh: Mesh | None = None) -> str:
   """The text for a setting; with a mesh of devices it also says what they are and how they are linked.
 
   Raises:
     MeshError: see explain.describe.
   """
-  return render(describe(setting), mesh)
+  return render(explain_setting(setting), mesh)
 
 
 def render(e: Explanation, mesh: Mesh | None = None) -> str:
@@ -44,7 +51,7 @@ def weights_notation(layout: Layout) -> str:
   return f'{_split("E", layout.stored_embed)}{_split("F", layout.stored_hidden)}'
 
 
-def sharding_text(tensor: Tensor, mesh: Mapping[str, int]) -> str:
+def sharding_text(tensor: ExplainedTensor, mesh: Mapping[str, int]) -> str:
   """'L E_x columns_zy'; axes of size 1, which split nothing, are left out."""
   spec = (*tensor.spec, *(None,) * (len(tensor.dims) - len(tensor.spec)))
   return ' '.join(_split(dim, _axes(entry, mesh)) for dim, entry in zip(tensor.dims, spec))
@@ -63,7 +70,7 @@ def bytes_text(count: int) -> str:
 _HEADER = ('tensor', 'shape', 'dtype', 'sharding', 'per device', 'logical axes')
 
 
-def _table(tensors: Sequence[Tensor], s: Setting) -> Iterable[str]:
+def _table(tensors: Sequence[ExplainedTensor], s: ExplainSetting) -> Iterable[str]:
   rows = [_HEADER]
   for t in tensors:
     shape = (f'{t.arrays} of ' if t.arrays > 1 else '') + 'x'.join(map(str, t.shape))
@@ -89,14 +96,14 @@ def _heading(e: Explanation, mesh: Mesh | None) -> Iterable[str]:
     found = mesh_links(mesh)
     links = '; links: ' + (', '.join(f'{a} {link}' for a, link in found.items()) if found else 'no torus known')
   yield from _wrap(f'model: {s.config}')
-  yield f'mesh:  {shape_text(s.mesh)}, {size(tuple(s.mesh), s.mesh)} devices{devices}{links}'
+  yield f'mesh:  {shape_text(s.mesh)}, {num_shards(tuple(s.mesh), s.mesh)} devices{devices}{links}'
   rounded = f' ({s.batch} rounded up to what the mesh takes)' if s.rows != s.batch else ''
   yield from _wrap(f'pass:  B {s.rows}{rounded}, T {s.prompt_length} in prefill and 1 in decode, S {s.cache_length}; '
                    f'{"int8" if s.int8 else s.dtype} weights, {s.dtype} activations, {s.cache or s.dtype} cache')
 
 
-def _phase_title(phase: Phase, s: Setting) -> str:
-  layout, p = phase.placement.layout, phase.placement
+def _phase_title(phase: Phase, s: ExplainSetting) -> str:
+  layout, p = phase.sharding.layout, phase.sharding
   if layout.gathered_axes:
     gathered = f'{_split("E", layout.embed_axes)}{_split("F", layout.hidden_axes)}'
     weights = f'weights {weights_notation(layout)} gathered over {"".join(layout.gathered_axes)} to {gathered}'
@@ -107,15 +114,15 @@ def _phase_title(phase: Phase, s: Setting) -> str:
   return f'{phase.name}: {layout} ({weights}, activations {stream}{rings})'
 
 
-def _attention(phase: Phase, s: Setting) -> str:
+def _attention(phase: Phase, s: ExplainSetting) -> str:
   """What a device attends with."""
-  p = phase.placement
+  p = phase.sharding
 
   def share(what, count, axes):
     axes = tuple(a for a in axes if s.mesh[a] > 1)
-    return f'{count // size(axes, s.mesh)} of {count} {what}' + (f' ({"".join(axes)})' if axes else '')
+    return f'{count // num_shards(axes, s.mesh)} of {count} {what}' + (f' ({"".join(axes)})' if axes else '')
 
-  heads = p.heads.heads * size(p.attention_heads, s.mesh)
+  heads = p.heads.heads * num_shards(p.attention_heads, s.mesh)
   padding = heads - s.config.num_heads
   text = [share('rows', s.rows, p.attention_rows),
           share('query heads', heads, p.attention_heads) + (f', {padding} of them padding' if padding else '')]
@@ -140,7 +147,7 @@ def _total(e: Explanation) -> str:
                  if made > e.cache_bytes else '')
 
 
-def _block(b: Block) -> str:
+def _block(b: ExplainedBlock) -> str:
   text = f'{", ".join(_PARTS.get(n, n) for n in b.names)} {b.width * b.unit}'
   what = 'head' if b.unit > 1 else ''
   if what:
@@ -153,14 +160,14 @@ def _remarks(e: Explanation, mesh: Mesh | None) -> Iterable[str]:
   s = e.setting
   prefill, decode = e.phases
   for phase in e.phases:
-    p = phase.placement
+    p = phase.sharding
     if phase.repeated:
-      axes, count = ''.join(phase.repeated), size(phase.repeated, s.mesh)
+      axes, count = ''.join(phase.repeated), num_shards(phase.repeated, s.mesh)
       yield (f'{phase.name}: attention splits neither rows nor heads nor positions over {axes}; all {count} devices '
              'along it do the same')
     keys = tuple(a for a in ORDER if s.mesh[a] > 1 and a in p.attention_heads + p.attention_positions)
     if p.heads.multiquery and keys:
-      yield f'{phase.name}: the one key head is whole on all {size(keys, s.mesh)} devices along {"".join(keys)}'
+      yield f'{phase.name}: the one key head is whole on all {num_shards(keys, s.mesh)} devices along {"".join(keys)}'
     if phase.gathered and p.layout.ring_directions:
       yield f'{phase.name}: gathered weights travel shard by shard; no whole matrix is held'
     elif phase.gathered:
@@ -179,12 +186,12 @@ def _remarks(e: Explanation, mesh: Mesh | None) -> Iterable[str]:
   for axis, link in ((mesh is not None and mesh_links(mesh)) or {}).items():
     if link == BROKEN:
       yield f'some neighbours along {axis} are more than one link apart: another mesh shape may be faster'
-    elif link != RING and any(p.placement.layout.ring_directions for p in e.phases):
+    elif link != RING and any(p.sharding.layout.ring_directions for p in e.phases):
       yield (f'{axis} is a chain, not a ring: what looped collectives send from its last device to its first crosses '
              'all of it')
 
 
-def _tensor(phase: Phase, name: str) -> Tensor:
+def _tensor(phase: Phase, name: str) -> ExplainedTensor:
   return next(t for t in phase.tensors if t.name == name)
 
 

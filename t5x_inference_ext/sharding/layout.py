@@ -31,7 +31,7 @@ FEEDFORWARD: dict[str, Axes] = {
 ATTENTION = ('batch', 'heads')
 # How the collectives beside matmuls run: at once, or in steps around a ring, one way or both (section 3.5). The number
 # is that of directions.
-COLLECTIVES = {'plain': 0, 'one_way': 1, 'two_way': 2}
+RING_DIRECTIONS = {'plain': 0, 'one_way': 1, 'two_way': 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Layout:
   collectives: str = 'plain'
 
   def __post_init__(self):
-    for value, known in ((self.feedforward, FEEDFORWARD), (self.attention, ATTENTION), (self.collectives, COLLECTIVES)):
+    for value, known in ((self.feedforward, FEEDFORWARD), (self.attention, ATTENTION), (self.collectives, RING_DIRECTIONS)):
       if value not in known:
         raise MeshError(f'unknown layout part {value!r}; known: {", ".join(known)}')
     if self.attention == 'heads' and not self.embed_axes + self.hidden_axes:
@@ -76,7 +76,7 @@ class Layout:
   @property
   def ring_directions(self) -> int:
     """0 for plain collectives, else in how many directions of a ring the looped ones send."""
-    return COLLECTIVES[self.collectives]
+    return RING_DIRECTIONS[self.collectives]
 
   # As stored.
 
@@ -133,7 +133,7 @@ class Layout:
     return tuple(a for a in self.stored_hidden if a not in self.gathered_axes)
 
 
-def size(axes: Axes, mesh: Mapping[str, int]) -> int:
+def num_shards(axes: Axes, mesh: Mapping[str, int]) -> int:
   """The product of the axes' sizes."""
   return math.prod(mesh[a] for a in axes)
 
@@ -153,7 +153,7 @@ def check_pair(prefill: Layout, decode: Layout) -> None:
 
 def check_model(config: ModelConfig, mesh: Mapping[str, int]) -> None:
   """Raises MeshError where the mesh does not divide the model, naming the sizes, before anything is loaded."""
-  chips = size(AXES, mesh)
+  chips = num_shards(AXES, mesh)
   for name, width in (('d_model', config.d_model), ('d_ff', config.d_ff)):
     if width % chips:
       raise MeshError(

@@ -13,13 +13,13 @@ import numpy as np
 
 from t5x_inference_ext.sharding import torus
 from t5x_inference_ext.sharding.mesh import AXES
-from t5x_inference_ext.sharding.collective import Move
+from t5x_inference_ext.sharding.collective import Collective
 
 Mesh = tuple[int, int, int]
 
 
 @dataclasses.dataclass(frozen=True)
-class Path:
+class LinkPath:
   """What each group of a collective has along one physical axis.
 
   Attributes:
@@ -50,7 +50,7 @@ class Path:
     return self.chips * self.load / (8 if self.ring else 4)
 
 
-def paths(shape: Sequence[int], wraps: Sequence[bool], mesh: Mesh, axes: Sequence[str]) -> tuple[Path, ...]:
+def paths(shape: Sequence[int], wraps: Sequence[bool], mesh: Mesh, axes: Sequence[str]) -> tuple[LinkPath, ...]:
   """Where a collective over these mesh axes runs on the torus.
 
   Args:
@@ -61,7 +61,7 @@ def paths(shape: Sequence[int], wraps: Sequence[bool], mesh: Mesh, axes: Sequenc
   return _paths(tuple(shape), tuple(wraps), tuple(mesh), tuple(sorted(axes)))
 
 
-def wait(move: Move, found: Sequence[Path]) -> float:
+def bytes_through_a_link(move: Collective, found: Sequence[LinkPath]) -> float:
   """The bytes that go through one link, one after the other, while a collective runs on these paths; hops come on top."""
   if move.kind == 'all_to_all':
     return max(p.exchange for p in found) * move.bytes
@@ -78,7 +78,7 @@ def grid(shape: tuple[int, ...], wraps: tuple[bool, ...], mesh: Mesh) -> np.ndar
 
 
 @functools.lru_cache(maxsize=4096)
-def _paths(shape, wraps, mesh: Mesh, axes) -> tuple[Path, ...]:
+def _paths(shape, wraps, mesh: Mesh, axes) -> tuple[LinkPath, ...]:
   kept = [a not in axes for a in AXES]
   place = np.unravel_index(np.arange(math.prod(mesh)), mesh)
   groups = np.empty(shape, int).ravel()
@@ -91,12 +91,12 @@ def _paths(shape, wraps, mesh: Mesh, axes) -> tuple[Path, ...]:
     on_lines = [_on_line(line, wraps[axis]) for line in lines]
     chips = max(p.chips for p in on_lines)
     if chips > 1:
-      found.append(Path(chips, all(p.ring for p in on_lines), max(p.load for p in on_lines),
+      found.append(LinkPath(chips, all(p.ring for p in on_lines), max(p.load for p in on_lines),
                         max(p.step for p in on_lines)))
   size = math.prod(n for n, k in zip(mesh, kept) if not k)
   if math.prod(p.chips for p in found) != size:
     # A line that winds through several axes: one link in each direction.
-    return (Path(size, all(p.ring for p in found)),)
+    return (LinkPath(size, all(p.ring for p in found)),)
   return tuple(found)
 
 
@@ -105,11 +105,11 @@ def _renumbered(lines: np.ndarray) -> np.ndarray:
   return (lines[:, :, None] == lines[:, None, :]).argmax(axis=-1)
 
 
-def _on_line(line: np.ndarray, wrap: bool) -> Path:
+def _on_line(line: np.ndarray, wrap: bool) -> LinkPath:
   """The groups on one line of chips, each going from chip to chip the short way; the way that is longest is left out."""
   size, groups = len(line), set(line.tolist())
   if len(groups) == 1:
-    return Path(size, bool(wrap))
+    return LinkPath(size, bool(wrap))
   carried, chips, longest = np.zeros(size, int), 1, 1  # link i is from chip i to the next
   for group in groups:
     places = np.flatnonzero(line == group)
@@ -120,4 +120,4 @@ def _on_line(line: np.ndarray, wrap: bool) -> Path:
       carried[np.arange(places[i], places[i] + gaps[i]) % size] += 1
       longest = max(longest, int(gaps[i]))
     chips = max(chips, len(places))
-  return Path(chips, False, max(1, int(carried.max())), longest)
+  return LinkPath(chips, False, max(1, int(carried.max())), longest)

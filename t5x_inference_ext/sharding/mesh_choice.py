@@ -14,7 +14,7 @@ from t5x_inference_ext.sharding import links, mesh as device_mesh
 from t5x_inference_ext.sharding.layout import Layout, check_model
 from t5x_inference_ext.sharding.links import Mesh
 from t5x_inference_ext.sharding.mesh import AXES
-from t5x_inference_ext.sharding.activations import place
+from t5x_inference_ext.sharding.activations import shard_activations
 from t5x_inference_ext.sharding.traffic import layer_moves
 
 
@@ -72,19 +72,19 @@ def _torus_mesh(shape, wraps, config: ModelConfig, split: bool) -> Mesh:
   whole = torus_meshes(shape, wraps, split=False)
 
   def order(mesh):
-    return round(wait(shape, wraps, mesh, config)), mesh not in whole, fractions.Fraction(mesh[1], mesh[2])
+    return round(layer_bytes_through_a_link(shape, wraps, mesh, config)), mesh not in whole, fractions.Fraction(mesh[1], mesh[2])
 
   return min(candidates, key=order)
 
 
-def wait(shape: Sequence[int], wraps: Sequence[bool], mesh: Mesh, config: ModelConfig) -> float:
+def layer_bytes_through_a_link(shape: Sequence[int], wraps: Sequence[bool], mesh: Mesh, config: ModelConfig) -> float:
   """Bytes that go through a link, one after the other, in a layer's decode step in ws_2d of as many rows as chips."""
-  return sum(links.wait(move, links.paths(shape, wraps, mesh, move.axes)) for move in _moves(config, mesh))
+  return sum(links.bytes_through_a_link(move, links.paths(shape, wraps, mesh, move.axes)) for move in _moves(config, mesh))
 
 
 def _moves(config, mesh):
   sizes, rows = dict(zip(AXES, mesh)), math.prod(mesh)
-  return layer_moves(config, place(Layout('ws_2d', 'batch'), config, sizes, rows, 1), sizes, rows, 1)
+  return layer_moves(config, shard_activations(Layout('ws_2d', 'batch'), config, sizes, rows, 1), sizes, rows, 1)
 
 
 def default_mesh(config: ModelConfig, devices: int) -> tuple[int, int, int]:

@@ -16,7 +16,7 @@ import numpy as np
 from t5x_inference_ext import params
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.sharding.heads import kv_columns, stored_heads, vocabulary_rows
-from t5x_inference_ext.sharding.layout import Layout, check_model, size
+from t5x_inference_ext.sharding.layout import Layout, check_model, num_shards
 
 Index = tuple[slice, ...]
 # (canonical name, index) -> the values there.
@@ -26,7 +26,7 @@ _DTYPES = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloa
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class PackedPart:
   """Canonical tensors laid side by side along the blocked axis, of which each shard holds a range.
 
   Attributes:
@@ -43,7 +43,7 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True)
-class DeviceTensor:
+class PackedTensor:
   """One array on the chips, or one a layer.
 
   Attributes:
@@ -60,7 +60,7 @@ class DeviceTensor:
   kind: str
   per_layer: bool
   axis: int
-  parts: tuple[Part, ...]
+  parts: tuple[PackedPart, ...]
 
   def read(self, reader: Reader, layer: int | None, index: Index) -> np.ndarray:
     """The values at `index` (into `shape`), assembled from canonical tensors; only what is needed is read."""
@@ -96,7 +96,7 @@ class DeviceTensor:
     return pieces
 
 
-def tensor_dtype(tensor: DeviceTensor, weights: str, compute: str) -> np.dtype:
+def tensor_dtype(tensor: PackedTensor, weights: str, compute: str) -> np.dtype:
   """What a tensor is on the chips, for a checkpoint's weights ('int8', ...) and the compute dtype."""
   if tensor.kind == 'matrix' and weights == 'int8':
     return np.dtype(np.int8)
@@ -105,7 +105,7 @@ def tensor_dtype(tensor: DeviceTensor, weights: str, compute: str) -> np.dtype:
   return _DTYPES['float32']
 
 
-def device_tensors(config: ModelConfig, layout: Layout, mesh: Mapping[str, int], int8: bool) -> dict[str, DeviceTensor]:
+def packed_tensors(config: ModelConfig, layout: Layout, mesh: Mapping[str, int], int8: bool) -> dict[str, PackedTensor]:
   """The arrays that serving this model on this mesh takes, by the field names of weights.Weights.
 
   Those of a layer are called 'sublayer/field': 'parallel/w_in', or 'attention/w_in' and 'mlp/w_in' in a serial block.
@@ -121,7 +121,7 @@ def device_tensors(config: ModelConfig, layout: Layout, mesh: Mapping[str, int],
   """
   check_model(config, mesh)
   canonical = {**params.parameters(config), **params.scales(config)}
-  shards = size(layout.stored_hidden, mesh)
+  shards = num_shards(layout.stored_hidden, mesh)
   split = stored_heads(config, shards)
   e, d = config.d_model, config.d_head
 
@@ -129,31 +129,31 @@ def device_tensors(config: ModelConfig, layout: Layout, mesh: Mapping[str, int],
     sizes = tuple(canonical[n].shape[axis] for n in names)
     share = share or -(-sum(sizes) // shards)
     bounds = [min(s * share, sum(sizes)) for s in range(shards + 1)]
-    return Part(names, sizes, padded or share, tuple(itertools.pairwise(bounds)))
+    return PackedPart(names, sizes, padded or share, tuple(itertools.pairwise(bounds)))
 
   def queries(name, axis=-1):
     return even(name, axis=axis) if split.pieces > 1 else by_heads(name, split.local_heads, split.query_range, axis)
 
   def by_heads(name, count, head_range, axis=-1):
     ranges = tuple((start * d, stop * d) for start, stop in map(head_range, range(shards)))
-    return Part((name,), (canonical[name].shape[axis],), count * d, ranges)
+    return PackedPart((name,), (canonical[name].shape[axis],), count * d, ranges)
 
   def tensor(shape, spec, kind, axis, *parts, per_layer=True):
     shape = list(shape)
     shape[axis] = sum(p.width for p in parts) * shards
-    return DeviceTensor(tuple(shape), spec, kind, per_layer, axis, parts)
+    return PackedTensor(tuple(shape), spec, kind, per_layer, axis, parts)
 
   def vector(name, per_layer):  # no blocks: one part, whose width is all of it
-    part = Part((name,), (e,), e, ((0, e),))
-    return DeviceTensor((e,), layout.vector, canonical[name].kind, per_layer, 0, (part,))
+    part = PackedPart((name,), (e,), e, ((0, e),))
+    return PackedTensor((e,), layout.vector, canonical[name].kind, per_layer, 0, (part,))
 
   def norm(field, name, per_layer):
     names = {field: name, f'{field}_bias': params.bias_name(name)}
     return {f: vector(n, per_layer) for f, n in names.items() if n in canonical}
 
-  def column_parts(sublayer, rename=lambda name: name):
-    parts = [even(rename(n)) for n in config.mlp_inputs] if sublayer.mlp else []
-    if sublayer.attention:
+  def column_parts(block_part, rename=lambda name: name):
+    parts = [even(rename(n)) for n in config.mlp_inputs] if block_part.mlp else []
+    if block_part.attention:
       parts.append(queries(rename('query')))
       if config.num_kv_heads == 1:  # one key head is less than a shard: all share its columns, and gather them
         parts.append(even(rename('key'), rename('value'), padded=kv_columns(config, split)[1]))
@@ -161,9 +161,9 @@ def device_tensors(config: ModelConfig, layout: Layout, mesh: Mapping[str, int],
         parts += [by_heads(rename(n), split.local_groups, split.group_range) for n in ('key', 'value')]
     return parts
 
-  def row_parts(sublayer):
-    parts = [even('mlp_output', axis=1)] if sublayer.mlp else []
-    if sublayer.attention:
+  def row_parts(block_part):
+    parts = [even('mlp_output', axis=1)] if block_part.mlp else []
+    if block_part.attention:
       parts.append(queries('attention_output', axis=1))
     return parts
 
@@ -171,14 +171,14 @@ def device_tensors(config: ModelConfig, layout: Layout, mesh: Mapping[str, int],
   tensors = {
       'embedding': tensor((0, e), layout.embedding, 'embedding', 0, vocabulary, per_layer=False),
       **norm('final_norm', 'final_norm', False)}
-  for sublayer in config.sublayers:
+  for block_part in config.block_parts:
     fields = {
-        **norm('norm', params.norm_name(sublayer), True),
-        'w_in': tensor((e, 0), layout.input_matrix, 'matrix', 1, *column_parts(sublayer)),
-        'w_out': tensor((0, e), layout.output_matrix, 'matrix', 0, *row_parts(sublayer))}
+        **norm('norm', params.norm_name(block_part), True),
+        'w_in': tensor((e, 0), layout.input_matrix, 'matrix', 1, *column_parts(block_part)),
+        'w_out': tensor((0, e), layout.output_matrix, 'matrix', 0, *row_parts(block_part))}
     if int8:
       fields['in_scale'] = tensor(
-          (0,), layout.input_scale, 'scale', 0, *column_parts(sublayer, lambda name: canonical[name].scale))
-      fields['out_scale'] = vector(params.output_scale_name(sublayer), True)
-    tensors.update({f'{sublayer.name}/{field}': t for field, t in fields.items()})
+          (0,), layout.input_scale, 'scale', 0, *column_parts(block_part, lambda name: canonical[name].scale))
+      fields['out_scale'] = vector(params.output_scale_name(block_part), True)
+    tensors.update({f'{block_part.name}/{field}': t for field, t in fields.items()})
   return tensors

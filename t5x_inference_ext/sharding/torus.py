@@ -25,7 +25,7 @@ RING, CHAIN, BROKEN = 'ring', 'chain', 'broken'
 
 
 @dataclasses.dataclass(frozen=True)
-class Slice:
+class TpuSlice:
   """A slice of a TPU pod: its generation ('v4', ...) and the chips along each physical axis (1 for one it lacks)."""
 
   kind: str
@@ -44,7 +44,7 @@ class Slice:
     return f'{self.kind}:{"x".join(map(str, self.shape[:GENERATIONS[self.kind]]))}'
 
 
-def parse_slice(text: str) -> Slice:
+def parse_slice(text: str) -> TpuSlice:
   """'v4:4x4x4' -> Slice('v4', (4, 4, 4)); without a generation v4 is meant; 'v5e:4x8' -> Slice('v5e', (4, 8, 1)).
 
   Raises:
@@ -60,7 +60,7 @@ def parse_slice(text: str) -> Slice:
   if len(parts) != GENERATIONS[kind] or not all(p.isdecimal() and int(p) > 0 for p in parts):
     example = f'{kind}:4x4x4' if GENERATIONS[kind] == 3 else f'{kind}:4x8'
     raise MeshError(f'a {kind} slice has {GENERATIONS[kind]} physical axes and is written e.g. {example}, got {text!r}')
-  return Slice(kind, (*map(int, parts), 1)[:3])
+  return TpuSlice(kind, (*map(int, parts), 1)[:3])
 
 
 def kind_of(device_kind: str) -> str | None:

@@ -6,16 +6,16 @@ that weights are gathered over, and an activation [B, T, ..] has B T / N tokens 
 
 from typing import Mapping
 
-from t5x_inference_ext.config import ModelConfig, Sublayer
+from t5x_inference_ext.config import BlockPart, ModelConfig
 from t5x_inference_ext.sharding.heads import kv_columns, query_columns, vocabulary_rows
 from t5x_inference_ext.sharding.layout import Axes, Layout
-from t5x_inference_ext.sharding.collective import FLOAT32, Move, Pass
-from t5x_inference_ext.sharding.activations import Placement, sampling_axes
+from t5x_inference_ext.sharding.collective import Collective, FLOAT32, Pass
+from t5x_inference_ext.sharding.activations import ActivationSharding, sampling_axes
 
 
 def layer_moves(
-    config: ModelConfig, placement: Placement, mesh: Mapping[str, int], batch: int, length: int,
-    activation_bytes: int = 2, weight_bytes: int = 2) -> list[Move]:
+    config: ModelConfig, sharding: ActivationSharding, mesh: Mapping[str, int], batch: int, length: int,
+    activation_bytes: int = 2, weight_bytes: int = 2) -> list[Collective]:
   """The moves of one layer, sublayer by sublayer: a serial block has two 'norm', two 'input' and two 'output'.
 
   Padded heads and columns count: they move.
@@ -29,31 +29,31 @@ def layer_moves(
     activation_bytes: of one element: 4 or 2.
     weight_bytes: of one element: 4, 2, or 1: int8, with float32 scales.
   """
-  p = Pass.of(config, placement.layout, mesh, batch * length, activation_bytes, weight_bytes)
+  p = Pass.of(config, sharding.layout, mesh, batch * length, activation_bytes, weight_bytes)
   moves = []
-  for sublayer in config.sublayers:
-    moves += _norm(p, placement, batch * length)
-    moves += _projections(p, sublayer, before=True)
-    together = placement.sums_into(sublayer) is not None
+  for block_part in config.block_parts:
+    moves += _norm(p, sharding, batch * length)
+    moves += _projections(p, block_part, before=True)
+    together = sharding.sums_into(block_part) is not None
     if together:
-      moves += p.activations('all columns', 'reduce_scatter', p.layout.embed_axes, p.tokens * sum(_columns(p, sublayer).values()))
-    if sublayer.attention:
-      moves += _to_attention(p, placement, together)
-    if sublayer.mlp and not together:
+      moves += p.activations('all columns', 'reduce_scatter', p.layout.embed_axes, p.tokens * sum(_columns(p, block_part).values()))
+    if block_part.attention:
+      moves += _to_attention(p, sharding, together)
+    if block_part.mlp and not together:
       moves += _mlp(p)
-    if sublayer.attention:
-      moves += _from_attention(p, placement, together)
+    if block_part.attention:
+      moves += _from_attention(p, sharding, together)
     if together:
-      rows = p.config.d_ff // p.size(p.layout.hidden_axes) * sublayer.mlp
-      rows += query_columns(p.config, p.stored_heads) * sublayer.attention
+      rows = p.config.d_ff // p.size(p.layout.hidden_axes) * block_part.mlp
+      rows += query_columns(p.config, p.stored_heads) * block_part.attention
       moves += p.activations('mlp and attention', 'all_gather', p.layout.embed_axes, p.tokens * rows)
-    moves += _projections(p, sublayer, before=False)
+    moves += _projections(p, block_part, before=False)
   return moves
 
 
 def feedforward_moves(
     config: ModelConfig, layout: Layout, mesh: Mapping[str, int], tokens: int, activation_bytes: int = 2,
-    weight_bytes: int = 2) -> list[Move]:
+    weight_bytes: int = 2) -> list[Collective]:
   """The moves of an MLP alone, without its norm: the paper's appendix A.2 formulas, which have no gate.
 
   The sum of `bytes` is 2 B L E for ws_1d, 2 B L (E/X + F/YZ) for ws_2d, 2 E F N/n + 2 B L E/N for the weight-gathered
@@ -67,21 +67,21 @@ def feedforward_moves(
     ValueError: tokens that do not divide over the devices that split them.
   """
   p = Pass.of(config, layout, mesh, tokens, activation_bytes, weight_bytes)
-  mlp = Sublayer('mlp', False, True)
+  mlp = BlockPart('mlp', False, True)
   return _projections(p, mlp, before=True) + _mlp(p) + _projections(p, mlp, before=False)
 
 
 def embedding_moves(
-    config: ModelConfig, placement: Placement, mesh: Mapping[str, int], batch: int, length: int,
-    activation_bytes: int = 2) -> list[Move]:
+    config: ModelConfig, sharding: ActivationSharding, mesh: Mapping[str, int], batch: int, length: int,
+    activation_bytes: int = 2) -> list[Collective]:
   """The moves of the lookup, once a pass: [B, T, E/stored embed], partial sums over the vocabulary, to the residual.
 
   Where rows are split this is done in parts, a few positions at a time; the moves are then the sums of the parts'.
   """
-  layout = placement.layout
+  layout = sharding.layout
   p = Pass.of(config, layout, mesh, batch * length, activation_bytes, activation_bytes)
   moves, here = [], batch * length * config.d_model // p.size(layout.stored_embed)
-  for dim, axes in enumerate(placement.residual):
+  for dim, axes in enumerate(sharding.residual):
     if dim < 2:  # d_model comes together as tokens are split: as much as before
       moves += p.activations('embedding', 'all_to_all', tuple(a for a in axes if a in layout.stored_embed), here)
     hidden = tuple(a for a in axes if a in layout.stored_hidden)
@@ -91,8 +91,8 @@ def embedding_moves(
 
 
 def logits_moves(
-    config: ModelConfig, placement: Placement, mesh: Mapping[str, int], batch: int, length: int, sampling: Layout,
-    activation_bytes: int = 2, last: bool = True) -> list[Move]:
+    config: ModelConfig, sharding: ActivationSharding, mesh: Mapping[str, int], batch: int, length: int, sampling: Layout,
+    activation_bytes: int = 2, last: bool = True) -> list[Collective]:
   """The moves of the final norm and the logits, once a pass.
 
   Args:
@@ -100,9 +100,9 @@ def logits_moves(
     sampling: the prefill's layout, which says how rows are split for the choice of tokens (placement.sampling_axes).
     last: logits of each row's last position alone, as prefill and decode take, or of all.
   """
-  layout, e = placement.layout, config.d_model
+  layout, e = sharding.layout, config.d_model
   p = Pass.of(config, layout, mesh, batch * length, activation_bytes, activation_bytes)
-  rows, positions, features = placement.residual
+  rows, positions, features = sharding.residual
   moves, width = [], e // p.size(features)
   if last:
     moves += p.activations('last positions', 'all_reduce', positions, batch // p.size(rows) * width)
@@ -128,17 +128,17 @@ def logits_moves(
   return moves + p.move('logits', 'all_gather', rest, tokens * vocabulary * p.size(rest), FLOAT32)
 
 
-def _norm(p: Pass, placement: Placement, tokens: int) -> list[Move]:
-  rows, positions, features = placement.residual
+def _norm(p: Pass, sharding: ActivationSharding, tokens: int) -> list[Collective]:
+  rows, positions, features = sharding.residual
   return _moments(p, features, tokens // p.size(rows + positions))
 
 
-def _moments(p: Pass, features: Axes, tokens: int) -> list[Move]:
+def _moments(p: Pass, features: Axes, tokens: int) -> list[Collective]:
   """A moment of each token is summed over all of d_model; layer norm has two, one after the other."""
   return (2 if p.config.norm == 'layer' else 1) * p.move('norm', 'all_reduce', features, tokens, FLOAT32)
 
 
-def _projections(p: Pass, sublayer: Sublayer, before: bool) -> list[Move]:
+def _projections(p: Pass, block_part: BlockPart, before: bool) -> list[Collective]:
   """Around the input product (before) or the output product.
 
   Activations: B T E/embed gathered, or summed, over the hidden axes. Weights, where they are gathered:
@@ -146,7 +146,7 @@ def _projections(p: Pass, sublayer: Sublayer, before: bool) -> list[Move]:
   """
   layout, c = p.layout, p.config
   x, gathered = p.size(layout.embed_axes), layout.gathered_axes
-  columns, weights = _columns(p, sublayer), []
+  columns, weights = _columns(p, block_part), []
   if before:
     for name, width in columns.items():
       weights += p.move(f'weights: {name}', 'all_gather', gathered, c.d_model // x * width, p.weight, looped=True)
@@ -155,7 +155,7 @@ def _projections(p: Pass, sublayer: Sublayer, before: bool) -> list[Move]:
         weights += p.move(f'scales: {name}', 'all_gather', scales, width, FLOAT32)
   else:
     rows = {'mlp output': columns.get('linear', 0),
-            'attention output': sublayer.attention * p.blocks * query_columns(c, p.stored_heads)}
+            'attention output': block_part.attention * p.blocks * query_columns(c, p.stored_heads)}
     for name, width in rows.items():
       if width:
         weights += p.move(f'weights: {name}', 'all_gather', gathered, width * c.d_model // x, p.weight, looped=True)
@@ -165,16 +165,16 @@ def _projections(p: Pass, sublayer: Sublayer, before: bool) -> list[Move]:
   return stream + weights if before else weights + stream
 
 
-def _columns(p: Pass, sublayer: Sublayer) -> dict[str, int]:
+def _columns(p: Pass, block_part: BlockPart) -> dict[str, int]:
   """The columns of the input product on one device."""
   c, stored = p.config, p.stored_heads
-  columns = {name: c.d_ff // p.size(p.layout.hidden_axes) for name in c.mlp_inputs} if sublayer.mlp else {}
-  if sublayer.attention:
+  columns = {name: c.d_ff // p.size(p.layout.hidden_axes) for name in c.mlp_inputs} if block_part.mlp else {}
+  if block_part.attention:
     columns['attention'] = p.blocks * (query_columns(c, stored) + kv_columns(c, stored)[1])
   return columns
 
 
-def _mlp(p: Pass) -> list[Move]:
+def _mlp(p: Pass) -> list[Collective]:
   """`BLF_yz(partialsum-x)` -RS(x)-> `BLF_xyz` for each input, -AG(x)-> `BLF_yz` of their product."""
   count = p.tokens * p.config.d_ff // p.size(p.layout.hidden_axes)
   moves = []
@@ -183,14 +183,14 @@ def _mlp(p: Pass) -> list[Move]:
   return moves + p.activations('mlp', 'all_gather', p.layout.embed_axes, count)
 
 
-def _to_attention(p: Pass, placement: Placement, summed: bool) -> list[Move]:
+def _to_attention(p: Pass, sharding: ActivationSharding, summed: bool) -> list[Collective]:
   """Section 3.3: `BLH_yzQ(partialsum-x)`, unless summed already, to queries, keys and values as attention splits them."""
-  layout, heads, d = p.layout, placement.heads, p.config.d_head
-  embed, rows = layout.embed_axes, placement.hidden_rows
+  layout, heads, d = p.layout, sharding.heads, p.config.d_head
+  embed, rows = layout.embed_axes, sharding.hidden_rows
   x = p.size(embed)
   query = p.tokens * p.blocks * query_columns(p.config, heads.stored)
   kv, padded = (p.tokens * p.blocks * n for n in kv_columns(p.config, heads.stored))
-  together, by = 'query, keys and values', _split_by(placement)
+  together, by = 'query, keys and values', _split_by(sharding)
   if by == 'heads':  # each part's heads are padded to divide; so are its key heads, unless devices share them
     cut = heads.cut
     query = p.tokens * cut.padded_groups * cut.padded_queries * d
@@ -211,8 +211,8 @@ def _to_attention(p: Pass, placement: Placement, summed: bool) -> list[Move]:
   else:
     moves += p.activations('query', 'all_to_all', rows, query)
     moves += p.activations('keys and values', 'all_to_all', rows, kv)
-  moves += p.activations('query', 'all_to_all', placement.hidden_positions, query)
-  moves += p.activations('query', 'all_gather', placement.joined, query * p.size(placement.joined))
+  moves += p.activations('query', 'all_to_all', sharding.hidden_positions, query)
+  moves += p.activations('query', 'all_gather', sharding.joined, query * p.size(sharding.joined))
   if heads.multiquery:
     rest = tuple(a for a in layout.hidden_axes if a not in rows)
     kv *= p.size(rest)
@@ -220,25 +220,25 @@ def _to_attention(p: Pass, placement: Placement, summed: bool) -> list[Move]:
   elif by != 'heads':
     kv //= heads.stride  # of key heads that devices share, one copy is kept
   # Every device's queries see all keys; which were gathered over hidden axes already.
-  positions = tuple(a for a in placement.attention_positions if a not in placement.hidden_positions)
+  positions = tuple(a for a in sharding.attention_positions if a not in sharding.hidden_positions)
   return moves + p.activations('keys and values', 'all_gather', positions, kv * p.size(positions))
 
 
-def _from_attention(p: Pass, placement: Placement, summed: bool) -> list[Move]:
+def _from_attention(p: Pass, sharding: ActivationSharding, summed: bool) -> list[Collective]:
   """Section 3.3: what attention gives, back to `BLH_yzQ`."""
-  layout, heads = p.layout, placement.heads
+  layout, heads = p.layout, sharding.heads
   columns = p.tokens * p.blocks * query_columns(p.config, heads.stored)
-  by = _split_by(placement)
+  by = _split_by(sharding)
   if by == 'heads':
     columns = p.tokens * heads.cut.padded_groups * heads.cut.padded_queries * p.config.d_head
   here = columns // p.size(layout.embed_axes) if by else columns
-  moves = p.activations('attention', 'all_to_all', placement.hidden_positions, here)
-  moves += p.activations('attention', 'all_to_all', placement.hidden_rows, here)
+  moves = p.activations('attention', 'all_to_all', sharding.hidden_positions, here)
+  moves += p.activations('attention', 'all_to_all', sharding.hidden_rows, here)
   return moves + (p.activations('attention', 'all_gather', layout.embed_axes, columns) if by and not summed else [])
 
 
-def _split_by(placement: Placement) -> str | None:
+def _split_by(sharding: ActivationSharding) -> str | None:
   """What attention splits over the embed axis: 'heads', 'positions' or 'rows'; None where nothing, or there is none."""
-  split = {'heads': placement.attention_heads, 'positions': placement.attention_positions,
-           'rows': placement.attention_rows}
-  return next((by for by, axes in split.items() if set(placement.layout.embed_axes) & set(axes)), None)
+  split = {'heads': sharding.attention_heads, 'positions': sharding.attention_positions,
+           'rows': sharding.attention_rows}
+  return next((by for by, axes in split.items() if set(sharding.layout.embed_axes) & set(axes)), None)

@@ -12,7 +12,7 @@ from t5x_inference_ext.checkpoints.load import load_tensor
 from t5x_inference_ext.errors import CheckpointError, MeshError
 from t5x_inference_ext.sharding.mesh import AXES, mesh_text
 from t5x_inference_ext.t5x.models import InferenceModel
-from t5x_inference_ext.t5x.module import Declaration, Path, declarations
+from t5x_inference_ext.t5x.module import Declaration, ParamPath, declarations
 from t5x_inference_ext.t5x.partitioning import partitioner_rules
 
 
@@ -61,7 +61,7 @@ def restore_train_state(
   })
 
 
-def _check_state(target: Mapping[Path, Any], declared: Mapping[Path, Declaration], path: str) -> None:
+def _check_state(target: Mapping[ParamPath, Any], declared: Mapping[ParamPath, Declaration], path: str) -> None:
   """Raises CheckpointError for parameters of the train state that the model does not have, or has otherwise."""
 
   def names(paths):

@@ -223,7 +223,7 @@ class InferenceModel(models.DecoderOnlyModel):
     the loop, takes them in one sharding.
     """
     rows = inputs.shape[0]
-    held, wanted = (self.model.place_decode(rows * n).heads.cached() for n in (1, num_decodes))
+    held, wanted = (self.model.decode_sharding(rows * n).heads.cached() for n in (1, num_decodes))
     if held != wanted:
       heads = jnp.asarray([0 if h is None else held.index(h) for h in wanted])
       kv = self._from_t5x(cache)

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from t5x_inference_ext.model.transformer import Model
-from t5x_inference_ext.sharding.packing import DeviceTensor, device_tensors, tensor_dtype
+from t5x_inference_ext.sharding.packing import PackedTensor, packed_tensors, tensor_dtype
 from t5x_inference_ext.sharding.axis_rules import weight_axes
-from t5x_inference_ext.model.weights import SublayerWeights, Weights
+from t5x_inference_ext.model.weights import BlockPartWeights, Weights
 
 STACK = 'layers'
-Path = tuple[str, ...]
+ParamPath = tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,14 +28,14 @@ class Declaration:
   """One parameter.
 
   Attributes:
-    name: as arrangement.device_tensors calls it.
+    name: as arrangement.packed_tensors calls it.
     tensor: what it is; its shape and spec are those of one layer.
     layers: the layers in it: a number, a slice (stacked in front), or None for what no layer owns.
     dtype: on the chips.
   """
 
   name: str
-  tensor: DeviceTensor
+  tensor: PackedTensor
   layers: slice | int | None
   dtype: np.dtype
 
@@ -61,18 +61,18 @@ class Declaration:
     return jax.random.normal(key, self.shape, self.dtype) * (1.0 if kind == 'embedding' else fan_in ** -0.5)
 
 
-def declarations(model: Model, int8: bool, stacked: bool) -> dict[Path, Declaration]:
+def declarations(model: Model, int8: bool, stacked: bool) -> dict[ParamPath, Declaration]:
   """The parameters of a model, by their path in T5X's tree.
 
   Raises:
     MeshError: the mesh does not divide the model.
   """
   count = model.config.num_layers
-  groups: dict[Path, slice | int] = {(f'{STACK}_{i}',): i for i in range(count)}
+  groups: dict[ParamPath, slice | int] = {(f'{STACK}_{i}',): i for i in range(count)}
   if stacked:
     groups = {(STACK,): slice(0, count)}
   declared = {}
-  for name, tensor in device_tensors(model.config, model.prefill_layout, model.mesh.shape, int8).items():
+  for name, tensor in packed_tensors(model.config, model.prefill_layout, model.mesh.shape, int8).items():
     dtype = tensor_dtype(tensor, 'int8' if int8 else 'float', model.dtype)
     for path, layers in (groups if tensor.per_layer else {(): None}).items():
       declared[*path, *name.split('/')] = Declaration(name, tensor, layers, dtype)
@@ -83,7 +83,7 @@ def weights_from_params(params: Mapping[str, Any]) -> Weights:
   """T5X's parameters as the model's functions take them."""
 
   def layer(subtree):
-    return {sublayer: SublayerWeights(**fields) for sublayer, fields in subtree.items()}
+    return {block_part: BlockPartWeights(**fields) for block_part, fields in subtree.items()}
 
   rest = {name: value for name, value in params.items() if not name.startswith(STACK)}
   if STACK in params:
@@ -95,14 +95,14 @@ def weights_from_params(params: Mapping[str, Any]) -> Weights:
 class _Subtree(nn.Module):
   """Parameters by their paths below this one."""
 
-  declared: tuple[tuple[Path, Declaration], ...]
+  declared: tuple[tuple[ParamPath, Declaration], ...]
 
   @nn.compact
   def __call__(self):
     _declare(self.declared)
 
 
-def _declare(declared: Iterable[tuple[Path, Declaration]]) -> None:
+def _declare(declared: Iterable[tuple[ParamPath, Declaration]]) -> None:
   """In the module that is running."""
   subtrees: dict[str, list] = {}
   for (name, *below), d in declared:

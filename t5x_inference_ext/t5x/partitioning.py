@@ -12,7 +12,7 @@ from t5x import partitioning
 from t5x_inference_ext.errors import MeshError, RequestError
 from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.mesh import AXES, make_mesh, mesh_text, parse_mesh
-from t5x_inference_ext.sharding.activations import Placement
+from t5x_inference_ext.sharding.activations import ActivationSharding
 from t5x_inference_ext.sharding.axis_rules import Rules, activation_rules, logical_axis_rules
 from t5x_inference_ext.engine import saved_program
 from t5x_inference_ext.t5x.refill import HostStep
@@ -73,18 +73,18 @@ class InferencePartitioner(partitioning.PjitPartitioner):
                          'of the two')
     self._executable = executable
     if executable is not None:
-      saved_program.read_header(executable)  # a wrong path is found out now, not after the weights are restored
+      saved_program.read_program_header(executable)  # a wrong path is found out now, not after the weights are restored
     super().__init__(num_partitions=self._inference_mesh.size, logical_axis_rules=partitioner_rules(layout))
 
-  def phase_rules(self, placement: Placement) -> Rules:
+  def phase_rules(self, sharding: ActivationSharding) -> Rules:
     """The rules of a phase in front of the partitioner's own.
 
     For code beside the model: a decode_fn, say, that constrains the cache with flax's with_logical_constraint.
 
     Args:
-      placement: Model.place_prefill's or Model.place_decode's.
+      placement: Model.prefill_sharding's or Model.decode_sharding's.
     """
-    return (*activation_rules(placement), *self.logical_axis_rules)
+    return (*activation_rules(sharding), *self.logical_axis_rules)
 
   @property
   def mesh(self) -> Mesh:

@@ -10,7 +10,7 @@ from t5x_inference_ext.t5x.models import InferenceModel
 from t5x_inference_ext.t5x.partitioning import InferencePartitioner
 
 
-def precompile(
+def precompile_step(
     model: InferenceModel,
     partitioner: InferencePartitioner,
     task_feature_lengths: Mapping[str, int],

@@ -13,7 +13,7 @@ import numpy as np
 
 from t5x_inference_ext.engine import scheduler_config
 from t5x_inference_ext.model.transformer import Model
-from t5x_inference_ext.engine.sampling import Sampler
+from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.scheduler import Request, Scheduler
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.t5x.module import weights_from_params
@@ -32,7 +32,7 @@ class Refill:
   """
 
   slots: int = 32
-  sampler: Sampler = Sampler()
+  sampling: SamplingParams = SamplingParams()
   max_new_tokens: int | None = None
   chunk: int = 256
   budget: int = 2048
@@ -92,14 +92,14 @@ class Predictor:
     limit = length - (count - 1)  # BOS is not of the sequence
     if self._refill.max_new_tokens is not None:
       limit = min(limit, self._refill.max_new_tokens)
-    return Request(tuple(inputs[:count].tolist()), tuple(seeds.tolist()), int(max(limit, 1)), self._refill.sampler)
+    return Request(tuple(inputs[:count].tolist()), tuple(seeds.tolist()), int(max(limit, 1)), self._refill.sampling)
 
   def _slots(self, params, requests, length) -> Scheduler:
     if self._made_for is None or self._made_for[0] is not params or self._made_for[1] < length:
       refill = self._refill
       prompt = length if self._inputs is None else self._inputs + 1
       weights = weights_from_params(params)
-      plan, shared = scheduler_config.plan(
+      plan, shared = scheduler_config.config_for(
           self._model, requests, slots=refill.slots, eos_id=self._eos, prompt=prompt, size=length + 1, chunk=refill.chunk,
           budget=refill.budget)
       self._scheduler, self._made_for = Scheduler(self._model, weights, plan, shared), (params, length)

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import accelerator
 from t5x_inference_ext.model.transformer import Model
-from t5x_inference_ext.sharding.packing import device_tensors
+from t5x_inference_ext.sharding.packing import packed_tensors
 from t5x_inference_ext.sharding.mesh import single_device_mesh
 from t5x_inference_ext.model.weights import Weights, layer_weights
 
@@ -46,7 +46,7 @@ def _canonical(state) -> dict[str, np.ndarray]:
 
 
 def _weights(model: Model, canonical) -> Weights:
-  tensors = device_tensors(TINY, model.prefill_layout, dict(model.mesh.shape), False)
+  tensors = packed_tensors(TINY, model.prefill_layout, dict(model.mesh.shape), False)
 
   def read(tensor, layer):
     return jnp.asarray(tensor.read(

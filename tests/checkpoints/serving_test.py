@@ -72,11 +72,11 @@ def test_any_slice_over_many_chunks(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('name', sorted(PRESETS))
-@pytest.mark.parametrize('weights', serving.WEIGHTS)
+@pytest.mark.parametrize('weights', serving.SERVING_WEIGHTS)
 def test_chunks_are_of_one_layer_and_bounded(name, weights):
-  for tensor, (shape, dtype) in serving.contents(preset(name), weights).items():
+  for tensor, (shape, dtype) in serving.serving_tensors(preset(name), weights).items():
     itemsize = 1 if dtype == 'int8' else 2 if dtype == 'bfloat16' else 4
-    chunk = serving.chunk_shape(tensor, shape, itemsize)
+    chunk = serving.serving_chunk_shape(tensor, shape, itemsize)
     assert len(chunk) == len(shape) and int(np.prod(chunk)) * itemsize <= 64 * 2**20
     assert tensor in ('embedding', 'final_norm', 'final_norm_bias') or chunk[0] == 1
     assert all(c <= n for c, n in zip(chunk, shape))

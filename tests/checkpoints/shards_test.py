@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from t5x_inference_ext.checkpoints import convert, files, open_checkpoint, seal
+from t5x_inference_ext.checkpoints import convert, durable, files, open_checkpoint
 from t5x_inference_ext.checkpoints.work_directory import WorkDirectory
 from t5x_inference_ext.errors import CheckpointError, UserError
 from tests import processes
@@ -84,7 +84,7 @@ def written(source, tmp_path, monkeypatch):
   """An output of two shards that have written all, and read back nothing."""
   assert not run(source, tmp_path / 'out', num_shards=2, shard_id=0).finished
   with monkeypatch.context() as patched:
-    patched.setattr(seal, 'read_back', lambda *_: (_ for _ in ()).throw(CheckpointError('stopped')))
+    patched.setattr(durable, 'read_back', lambda *_: (_ for _ in ()).throw(CheckpointError('stopped')))
     with pytest.raises(CheckpointError, match='stopped'):
       run(source, tmp_path / 'out', num_shards=2, shard_id=1)
   assert not any('sealed' in entry for entry in WorkDirectory(tmp_path / 'out').entries())

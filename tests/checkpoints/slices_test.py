@@ -9,13 +9,13 @@ import pytest
 
 from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints import convert, open_checkpoint
-from t5x_inference_ext.checkpoints.arrays import Arrangement, Part, Rectangle, SourceArray
+from t5x_inference_ext.checkpoints.arrays import KernelLayout, KernelPart, Rectangle, SourceArray
 from t5x_inference_ext.checkpoints.conversion import Conversion
-from t5x_inference_ext.checkpoints.conversion_options import Options
+from t5x_inference_ext.checkpoints.conversion_options import ConvertOptions
 from t5x_inference_ext.checkpoints.gzip_array import GzipArray
 from t5x_inference_ext.checkpoints.pipeline import Pipeline, run_jobs
 from t5x_inference_ext.checkpoints.rounding_error import RoundingError
-from t5x_inference_ext.checkpoints.slices import Plan
+from t5x_inference_ext.checkpoints.slices import ConversionPlan
 from t5x_inference_ext.checkpoints.tensor import InMemory
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import UserError
@@ -35,10 +35,10 @@ def arrangements(draw):
   sizes = inputs + outputs
   axis = draw(st.integers(0, len(sizes) - 1))
   cut = draw(st.integers(0, sizes[axis]))
-  parts = tuple(Part(f'p{i}', start, width) for i, (start, width) in enumerate(
+  parts = tuple(KernelPart(f'p{i}', start, width) for i, (start, width) in enumerate(
       ((0, cut), (cut, sizes[axis] - cut))) if width)
   layer_axis = 0 if layers is None else draw(st.integers(0, len(sizes)))
-  arrangement = Arrangement(layers, layer_axis, inputs, outputs, parts, axis)
+  arrangement = KernelLayout(layers, layer_axis, inputs, outputs, parts, axis)
   bounds = []
   for n in arrangement.factored:
     begin = draw(st.integers(0, n - 1))
@@ -78,8 +78,8 @@ def test_a_plan_covers_everything_once(chunk, slice_bytes, finds_scales):
       ((12, 8), None, (12,), (8,), 0, (('embedding', 0, 12),))):
     tensor = InMemory(np.zeros(shape, np.float32), 'here')
     tensor.chunk = tuple(min(n, chunk) for n in shape)
-    arrays.append(SourceArray(tensor, Arrangement(layers, 1, inputs, outputs, tuple(Part(*p) for p in parts), axis)))
-  plan = Plan(arrays, synthetic.CONFIG, finds_scales, slice_bytes)
+    arrays.append(SourceArray(tensor, KernelLayout(layers, 1, inputs, outputs, tuple(KernelPart(*p) for p in parts), axis)))
+  plan = ConversionPlan(arrays, synthetic.CONFIG, finds_scales, slice_bytes)
   seen = [np.zeros(a.arrangement.factored, int) for a in arrays]
   for number, piece in enumerate(plan.slices):
     assert piece.number == number and plan.nbytes(piece) <= plan.slice_bytes
@@ -176,8 +176,8 @@ def test_memory_said_does_not_grow_with_the_model():
       tree[name] = values
     array = InMemory(tree['decoder/decoder/q_wi_fused/kernel'], 'here')
     array.chunk = (8, 1, 3, 20)
-    parts = (Part('query', 0, 4), Part('gate', 4, 8), Part('linear', 12, 8))
-    plan = Plan([SourceArray(array, Arrangement(layers, 1, (8,), (3, 20), parts, 2))], config, True, 1)
+    parts = (KernelPart('query', 0, 4), KernelPart('gate', 4, 8), KernelPart('linear', 12, 8))
+    plan = ConversionPlan([SourceArray(array, KernelLayout(layers, 1, (8,), (3, 20), parts, 2))], config, True, 1)
     return plan.slice_bytes, plan.block_bytes <= 8 * layers * 60 * 4
   assert peak(1)[0] == peak(4)[0]
 
@@ -241,5 +241,5 @@ def test_rectangles_name_layers_rows_and_columns():
 
 def test_a_conversion_says_how_much_memory_it_takes(tmp_path):
   source = open_checkpoint(synthetic.write_legacy(tmp_path / 'source', LEAVES))
-  small, large = (Conversion(source, Options(workers=n), str(tmp_path), lambda *_: None).peak_bytes for n in (1, 64))
+  small, large = (Conversion(source, ConvertOptions(workers=n), str(tmp_path), lambda *_: None).peak_bytes for n in (1, 64))
   assert small < large < small + 64 * 4 * max(v.nbytes for v in LEAVES.values())

@@ -115,7 +115,7 @@ def test_no_layer_for_grouped_heads(tmp_path):
 @pytest.mark.parametrize('shape,elements,expected', [
     ((2048, 33, 8, 2304), 2**24, (1024, 33, 8, 192)), ((8, 4), 64, (8, 4)), ((7, 3), 3, (1, 3)), ((6,), 1, (1,))])
 def test_chunks_are_t5x_s(shape, elements, expected):
-  chunk = t5x_output.chunk_shape(shape, elements)
+  chunk = t5x_output.t5x_chunk_shape(shape, elements)
   assert np.prod(chunk) <= elements and all(n % c == 0 for n, c in zip(shape, chunk))
   if shape[0] != 2048:
     assert chunk == expected

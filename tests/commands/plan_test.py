@@ -15,7 +15,7 @@ from t5x_inference_ext.planner import choose
 from t5x_inference_ext.planner.choose import NothingFits
 from t5x_inference_ext.planner.gin_text import gin_text
 from t5x_inference_ext.planner.machine import Machine
-from t5x_inference_ext.planner.request import Request
+from t5x_inference_ext.planner.request import PlanRequest
 from t5x_inference_ext.commands import precompile
 
 TINY = ['--model=palm_tiny', '--slice=v4:2x2x1', '--batch=8', '--input_length=48', '--output_length=16']
@@ -220,7 +220,7 @@ seqio.TaskRegistry.add('planned', source=seqio.FunctionDataSource(rows, splits=[
   assert infer.run(['infer', *INFER, f'--gin_file={planned}', *TASK, '--gin.MIXTURE_OR_TASK_MODULE="planned_task"',
                     f'--gin.CHECKPOINT_PATH="{palm_tiny}"', f'--gin.INFER_OUTPUT_DIR="{tmp_path}"',
                     '--gin.DTYPE="float32"']) == 0  # so that tokens are those of float32
-  request = Request(config.preset('palm_tiny'), 8, 48, 16, weights='bfloat16')
+  request = PlanRequest(config.preset('palm_tiny'), 8, 48, 16, weights='bfloat16')
   plan = choose.choose(request, [Machine.parse('v4:2x2x1')]).plan
   out = capsys.readouterr().out
   assert f'mesh: {plan.mesh_text} (given)' in out
@@ -252,7 +252,7 @@ def test_a_plan_with_an_int8_cache(tmp_path):
 
 def test_a_model_of_another_shape_is_written_out():
   model = config.preset('palm_tiny', num_layers=3)
-  text = gin_text(choose.choose(Request(model, 1, 8, 8), [Machine.parse('v4:1x1x1')]).plan)
+  text = gin_text(choose.choose(PlanRequest(model, 1, 8, 8), [Machine.parse('v4:1x1x1')]).plan)
   assert 'config.ModelConfig:\n  num_layers = 3\n' in text and 'MODEL_CONFIG = @config.ModelConfig()' in text
 
 

@@ -30,7 +30,7 @@ def test_a_report_and_its_files(tmp_path, capsys):
   data = json.loads(files['json'].read_text())
   assert data['fits'] and data['case']['weights'] == 'int8' and data['case']['phase'] == 'decode'
   assert files['hlo'].read_text().startswith('HloModule')
-  header = saved_program.read_header(files['save'])
+  header = saved_program.read_program_header(files['save'])
   assert header['platform'] == 'tpu' and header['libtpu'] and len(header['devices']) == 4
   assert header['description'] == data['case'] and f'libtpu {header["libtpu"]}' in out
 

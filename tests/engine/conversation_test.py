@@ -5,13 +5,13 @@ import itertools
 import numpy as np
 import pytest
 
-from t5x_inference_ext.engine.sampling import Sampler
+from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.errors import RequestError
 from tests import reference
 from tests import memory
 
 TENSORS = reference.random_tensors(memory.ODD, seed=1)
-SAMPLER = Sampler(1.0, top_k=40, repetition_penalty=1.2)
+SAMPLER = SamplingParams(1.0, top_k=40, repetition_penalty=1.2)
 
 
 @pytest.mark.parametrize('mesh, prefill, decode', [
@@ -23,9 +23,9 @@ def test_replies_are_those_of_one_long_prompt(mesh, prefill, decode):
   said = []
   for turn, new in (([5, 6, 7], 20), ([9] * 40, 3), ([], 4), ([11], 1)):
     before = chat.prefilled
-    reply = list(chat.reply(turn, max_new_tokens=new, sampler=SAMPLER, seed=3))
+    reply = list(chat.reply(turn, max_new_tokens=new, sampling=SAMPLER, seed=3))
     said += turn
-    wanted, = alone.generate([said], max_new_tokens=20, sampler=SAMPLER, seeds=[3], eos_id=-1, prompt_size=100)
+    wanted, = alone.generate([said], max_new_tokens=20, sampling=SAMPLER, seeds=[3], eos_id=-1, prompt_size=100)
     assert reply == wanted.tokens[:new]
     said += reply
     assert chat.tokens == said
@@ -60,9 +60,9 @@ def test_a_turn_ends_the_reply_before_it():
 
 def test_eos_ends_a_reply():
   engine = memory.engine(memory.ODD, TENSORS, '1x1x1')
-  free = list(engine.chat(max_length=100, eos_id=-1).reply([5, 9], max_new_tokens=30, sampler=SAMPLER))
+  free = list(engine.chat(max_length=100, eos_id=-1).reply([5, 9], max_new_tokens=30, sampling=SAMPLER))
   chat = engine.chat(max_length=100, eos_id=free[20])
-  assert list(chat.reply([5, 9], max_new_tokens=30, sampler=SAMPLER)) == free[:free.index(free[20]) + 1]
+  assert list(chat.reply([5, 9], max_new_tokens=30, sampling=SAMPLER)) == free[:free.index(free[20]) + 1]
 
 
 def test_what_does_not_fit_is_refused():
@@ -72,7 +72,7 @@ def test_what_does_not_fit_is_refused():
   with pytest.raises(RequestError, match='the turn holds token 101, outside the vocabulary of 101'):
     chat.reply([101], max_new_tokens=6)
   for options, says in ((dict(max_new_tokens=0), 'max_new_tokens must be at least 1'), (dict(seed=-1), 'seeds must be whole'),
-                        (dict(sampler=Sampler(stop=((101,),))), 'logit_bias or stop holds token 101')):
+                        (dict(sampling=SamplingParams(stop=((101,),))), 'logit_bias or stop holds token 101')):
     with pytest.raises(RequestError, match=says):
       chat.reply([5], **{'max_new_tokens': 6, **options})
   assert chat.tokens == []

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from t5x_inference_ext.checkpoints import open_checkpoint
-from t5x_inference_ext.engine.sampling import Sampler
+from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.errors import CheckpointError, MeshError, RequestError
 
@@ -149,13 +149,13 @@ def test_bad_loads(palm_tiny, arguments, error, says):
 ])
 def test_bad_samplers(values, says):
   with pytest.raises(RequestError) as error:
-    Sampler(**values)
+    SamplingParams(**values)
   assert says in str(error.value)
 
 
 def test_a_stream_gives_generate_s_tokens_as_they_are_made(engine):
   """Samples of a prompt too, each with a seed of its own."""
-  options = dict(max_new_tokens=20, sampler=Sampler(1.0, top_k=20), seeds=[4, 9], eos_id=-1)
+  options = dict(max_new_tokens=20, sampling=SamplingParams(1.0, top_k=20), seeds=[4, 9], eos_id=-1)
   found, events = {}, 0
   for event in engine.stream(PROMPTS, samples=2, slots=2, together=4, **options):
     found.setdefault((event.request, event.sample), []).extend(event.tokens)

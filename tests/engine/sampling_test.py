@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from t5x_inference_ext.engine import selection
-from t5x_inference_ext.engine.sampling import Sampler, sample, samplers
+from t5x_inference_ext.engine.sampling import SamplingParams, sample, stack_params
 from t5x_inference_ext.errors import RequestError
 
 
-def choose(sampler, logits, seeds=None, positions=None):
+def choose(sampling, logits, seeds=None, positions=None):
   rows = len(logits)
   seeds = np.zeros(rows, np.uint32) if seeds is None else seeds
   positions = np.arange(rows, dtype=np.int32) if positions is None else positions
-  return np.asarray(jax.jit(sampler)(jnp.asarray(logits, jnp.float32), jnp.asarray(seeds, jnp.uint32),
+  return np.asarray(jax.jit(sampling)(jnp.asarray(logits, jnp.float32), jnp.asarray(seeds, jnp.uint32),
                                      jnp.asarray(positions, jnp.int32)))
 
 
@@ -37,21 +37,21 @@ def kept(logits, top_k, top_p):
 
 def test_greedy_ties_go_to_the_lowest_id():
   logits = np.array([[0, 3, 1, 3], [2, 2, 2, 2], [-5, -7, -5, -9]], np.float32)
-  assert choose(Sampler(), logits).tolist() == [1, 0, 0]
+  assert choose(SamplingParams(), logits).tolist() == [1, 0, 0]
 
 
 def test_ties_at_the_edge_of_top_k_go_to_the_lowest_ids():
   logits = np.tile(np.array([[1, 3, 1, 1, 3]], np.float32), (500, 1))
-  assert set(choose(Sampler(1.0, top_k=3), logits)) == {0, 1, 4}
+  assert set(choose(SamplingParams(1.0, top_k=3), logits)) == {0, 1, 4}
 
 
-@pytest.mark.parametrize('sampler', [
-    Sampler(1.0, top_k=1), Sampler(1.0, top_p=1e-6), Sampler(1.0, top_p=1e-40), Sampler(1.0, top_p=1e-50),
-    Sampler(1e-4), Sampler(1e-30), Sampler(1e-38), Sampler(1e-40),
+@pytest.mark.parametrize('sampling', [
+    SamplingParams(1.0, top_k=1), SamplingParams(1.0, top_p=1e-6), SamplingParams(1.0, top_p=1e-40), SamplingParams(1.0, top_p=1e-50),
+    SamplingParams(1e-4), SamplingParams(1e-30), SamplingParams(1e-38), SamplingParams(1e-40),
 ], ids=str)
-def test_what_leaves_one_token_is_greedy(sampler):
+def test_what_leaves_one_token_is_greedy(sampling):
   logits = random_logits(50, 40, size=10.)
-  np.testing.assert_array_equal(choose(sampler, logits), choose(Sampler(), logits))
+  np.testing.assert_array_equal(choose(sampling, logits), choose(SamplingParams(), logits))
 
 
 # Chi-squared at 1 in 1000, by degrees of freedom.
@@ -76,13 +76,13 @@ def check_distribution(chosen, probabilities):
 def test_distribution(temperature, top_k, top_p):
   n, vocabulary = 4000, 12
   logits = random_logits(1, vocabulary, seed=3, size=0.4)
-  chosen = choose(Sampler(temperature, top_k, top_p), np.tile(logits, (n, 1)))
+  chosen = choose(SamplingParams(temperature, top_k, top_p), np.tile(logits, (n, 1)))
   divided = logits[0] / np.float32(temperature) if temperature else logits[0]
   check_distribution(chosen, kept(divided, top_k if temperature else 1, top_p))
 
 
-FEW = [Sampler(1.0, top_k=5), Sampler(0.5, top_k=8, top_p=0.7), Sampler(), Sampler(2.0, top_k=2), Sampler(1.0, 7, 0.9)]
-MANY = [*FEW, Sampler(1.0, top_p=0.6), Sampler(0.8), Sampler(0.7, top_k=300, top_p=0.5), Sampler(1.0, top_k=9)]
+FEW = [SamplingParams(1.0, top_k=5), SamplingParams(0.5, top_k=8, top_p=0.7), SamplingParams(), SamplingParams(2.0, top_k=2), SamplingParams(1.0, 7, 0.9)]
+MANY = [*FEW, SamplingParams(1.0, top_p=0.6), SamplingParams(0.8), SamplingParams(0.7, top_k=300, top_p=0.5), SamplingParams(1.0, top_k=9)]
 
 
 @pytest.mark.parametrize('mix', [FEW, MANY], ids=['few candidates', 'all tokens'])
@@ -92,7 +92,7 @@ def test_each_row_of_a_mix_has_its_own_distribution(mix):
   logits = np.full(vocabulary, -30, np.float32)
   likely = np.random.default_rng(1).choice(vocabulary, 12, replace=False)
   logits[likely] = random_logits(1, 12, seed=5, size=0.4)[0]
-  rows = samplers(mix * n, vocabulary)
+  rows = stack_params(mix * n, vocabulary)
   assert (rows.plan.candidates > 0) == (mix is FEW)
   chosen = draw(np.tile(logits, (n * len(mix), 1)), rows)
   for i, s in enumerate(mix):
@@ -100,7 +100,7 @@ def test_each_row_of_a_mix_has_its_own_distribution(mix):
     probabilities = kept(divided, s.top_k if s.temperature else 1, s.top_p)
     check_distribution(chosen[i::len(mix)], np.where(probabilities > 1e-6, probabilities, 0))
   if mix is MANY:  # and the same tokens, whichever way they are drawn
-    few = draw(np.tile(logits, (n * len(FEW), 1)), samplers(FEW * n, vocabulary),
+    few = draw(np.tile(logits, (n * len(FEW), 1)), stack_params(FEW * n, vocabulary),
                np.arange(len(chosen)).reshape(n, -1)[:, :len(FEW)].ravel())
     np.testing.assert_array_equal(chosen.reshape(n, -1)[:, :len(FEW)].ravel(), few)
 
@@ -131,7 +131,7 @@ def test_both_together_are_not_either_alone():
   """top_p counts the probabilities of what top_k kept: k=2 makes 0.57 and 0.43 of 0.4 and 0.3, and then p=0.5 leaves
   one token, where alone it leaves two."""
   logits = np.tile(np.log(np.array([[0.4, 0.3, 0.2, 0.1]], np.float32)), (300, 1))
-  survivors = lambda *args: sorted(set(choose(Sampler(1.0, *args), logits).tolist()))
+  survivors = lambda *args: sorted(set(choose(SamplingParams(1.0, *args), logits).tolist()))
   assert survivors(2, 1.0) == [0, 1]
   assert survivors(0, 0.5) == [0, 1]
   assert survivors(2, 0.5) == [0]
@@ -162,46 +162,46 @@ def test_noise_of_some_is_that_of_all():
 def test_logit_bias():
   logits = random_logits(1, 12, seed=3, size=0.4)
   bias = ((2, 1.5), (7, -np.inf), (0, -0.5))
-  chosen = choose(Sampler(1.0, logit_bias=bias), np.tile(logits, (4000, 1)))
+  chosen = choose(SamplingParams(1.0, logit_bias=bias), np.tile(logits, (4000, 1)))
   biased = logits[0].copy()
   for token, value in bias:
     biased[token] += value
   check_distribution(chosen, kept(biased, 0, 1.0))
-  assert choose(Sampler(logit_bias=((5, 100.),)), logits).tolist() == [5]
+  assert choose(SamplingParams(logit_bias=((5, 100.),)), logits).tolist() == [5]
   with pytest.raises(RequestError, match='logit_bias or stop holds token 12, outside the vocabulary of 12'):
-    choose(Sampler(logit_bias=((12, 1.),)), logits)
+    choose(SamplingParams(logit_bias=((12, 1.),)), logits)
 
 
-@pytest.mark.parametrize('sampler', [Sampler(1.0, top_p=0.9), Sampler(1.0, top_k=300, top_p=0.9), Sampler(1.0, top_k=9),
-                                     Sampler(1.0), Sampler()], ids=str)
-def test_a_choice_ends_where_nothing_can_be_chosen(sampler):
+@pytest.mark.parametrize('sampling', [SamplingParams(1.0, top_p=0.9), SamplingParams(1.0, top_k=300, top_p=0.9), SamplingParams(1.0, top_k=9),
+                                     SamplingParams(1.0), SamplingParams()], ids=str)
+def test_a_choice_ends_where_nothing_can_be_chosen(sampling):
   """All tokens forbidden, or logits that are no numbers: any token, but no search without an end."""
-  forbidden = dataclasses.replace(sampler, logit_bias={i: -np.inf for i in range(400)})
-  for chosen in choose(forbidden, random_logits(3, 400)), choose(sampler, np.full((3, 400), np.nan)):
+  forbidden = dataclasses.replace(sampling, logit_bias={i: -np.inf for i in range(400)})
+  for chosen in choose(forbidden, random_logits(3, 400)), choose(sampling, np.full((3, 400), np.nan)):
     assert np.all((chosen >= 0) & (chosen < 400))
 
 
 def test_a_row_depends_on_its_own_logits_seed_and_position_alone():
-  sampler = Sampler(1.0, top_k=30, top_p=0.95)
+  sampling = SamplingParams(1.0, top_k=30, top_p=0.95)
   logits, seeds = random_logits(16, 40), np.arange(100, 116)
   positions = np.arange(16) * 3
-  together = choose(sampler, logits, seeds, positions)
+  together = choose(sampling, logits, seeds, positions)
   order = np.random.default_rng(1).permutation(16)
-  np.testing.assert_array_equal(choose(sampler, logits[order], seeds[order], positions[order]), together[order])
+  np.testing.assert_array_equal(choose(sampling, logits[order], seeds[order], positions[order]), together[order])
   for i in (0, 7, 15):
-    assert choose(sampler, logits[i:i + 1], seeds[i:i + 1], positions[i:i + 1]) == together[i]
+    assert choose(sampling, logits[i:i + 1], seeds[i:i + 1], positions[i:i + 1]) == together[i]
 
 
 @pytest.mark.parametrize('differ', ['seeds', 'positions'])
 def test_seeds_and_positions_make_a_difference(differ):
   """400 draws from 100 equal tokens repeat themselves no more than chance has it."""
   noise = {'seeds': np.full(400, 7), 'positions': np.full(400, 7), differ: np.arange(400)}
-  chosen = choose(Sampler(1.0), np.zeros((400, 100), np.float32), **noise)
+  chosen = choose(SamplingParams(1.0), np.zeros((400, 100), np.float32), **noise)
   assert len(set(chosen)) > 90
   neighbours = np.mean(chosen[1:] == chosen[:-1])
   assert neighbours < 0.05
-  assert len(set(choose(Sampler(1.0), np.zeros((9, 100), np.float32), np.full(9, 7), np.full(9, 7)))) == 1
+  assert len(set(choose(SamplingParams(1.0), np.zeros((9, 100), np.float32), np.full(9, 7), np.full(9, 7)))) == 1
 
 
 def test_the_largest_seed():
-  assert choose(Sampler(1.0), np.zeros((1, 9), np.float32), [2**32 - 1]).shape == (1,)
+  assert choose(SamplingParams(1.0), np.zeros((1, 9), np.float32), [2**32 - 1]).shape == (1,)

@@ -6,15 +6,15 @@ import pytest
 
 from t5x_inference_ext.commands import infer
 from t5x_inference_ext.checkpoints import open_checkpoint
-from t5x_inference_ext.engine.sampling import Sampler
+from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.mesh import make_mesh
 from t5x_inference_ext.engine import saved_program
-from t5x_inference_ext.precompile.program import Case, compile_case
+from t5x_inference_ext.precompile.program import CompileCase, compile_case
 from t5x_inference_ext.engine.saved_program import SavedError
 
-SAMPLER = Sampler(temperature=0.7, top_k=20)
+SAMPLER = SamplingParams(temperature=0.7, top_k=20)
 PROMPTS = [[103, 104, 105], [108, 112], [], [40, 41, 42, 43, 44], [97]]
 
 
@@ -22,9 +22,9 @@ PROMPTS = [[103, 104, 105], [108, 112], [], [40, 41, 42, 43, 44], [97]]
 def path(palm_tiny, tmp_path_factory):
   """For 8 rows of up to 16 tokens and 6 new ones, over 2x2x2."""
   mesh = make_mesh((2, 2, 2))
-  case = Case(
+  case = CompileCase(
       open_checkpoint(palm_tiny).config, 'bfloat16', 'generate', batch=8, context=24, prompt=16, max_new_tokens=6,
-      sampler=SAMPLER, dtype='float32')
+      sampling=SAMPLER, dtype='float32')
   program = compile_case(case, mesh)
   assert program.memory.weights > 0 and program.memory.cache == 0
   path = tmp_path_factory.mktemp('saved') / 'generation'
@@ -38,7 +38,7 @@ def _engine(palm_tiny, **options):
 
 def test_the_engine_gives_what_it_gives_without(palm_tiny, path):
   prompts = [*PROMPTS, *PROMPTS[:3]]
-  options = dict(max_new_tokens=6, sampler=SAMPLER, seeds=list(range(8)), cache_size=24, prompt_size=16)
+  options = dict(max_new_tokens=6, sampling=SAMPLER, seeds=list(range(8)), cache_size=24, prompt_size=16)
   loaded = _engine(palm_tiny, executable=path)
   first = loaded.generate(prompts, **options)
   assert first == loaded.generate(prompts, **options) == _engine(palm_tiny).generate(prompts, **options)
@@ -47,12 +47,12 @@ def test_the_engine_gives_what_it_gives_without(palm_tiny, path):
 
 @pytest.mark.parametrize('options,words', [
     (dict(max_new_tokens=5), 'max_new_tokens 6, and here it is 5'),
-    (dict(sampler=Sampler()), 'sampler.temperature 0.7, and here it is 0.0'),
+    (dict(sampling=SamplingParams()), 'sampler.temperature 0.7, and here it is 0.0'),
     (dict(cache_size=32), 'context 24, and here it is 32'), (dict(prompt_size=8), 'prompt 16, and here it is 8')])
 def test_the_engine_refuses_another_run(palm_tiny, path, options, words):
   engine = _engine(palm_tiny, executable=path)
   with pytest.raises(SavedError, match=words):
-    engine.generate([[1]] * 8, **{**dict(max_new_tokens=6, sampler=SAMPLER, cache_size=24, prompt_size=16), **options})
+    engine.generate([[1]] * 8, **{**dict(max_new_tokens=6, sampling=SAMPLER, cache_size=24, prompt_size=16), **options})
 
 
 @pytest.mark.parametrize('options,words', [
@@ -69,7 +69,7 @@ def test_another_engine_is_refused_before_weights_are_read(palm_tiny, path, opti
 
 def test_a_step_is_no_generation(palm_tiny, tmp_path):
   mesh = make_mesh((2, 2, 2))
-  case = Case(open_checkpoint(palm_tiny).config, 'bfloat16', 'decode', 8, 24, Layout(), dtype='float32')
+  case = CompileCase(open_checkpoint(palm_tiny).config, 'bfloat16', 'decode', 8, 24, Layout(), dtype='float32')
   program = compile_case(case, mesh)
   saved_program.save(tmp_path / 'step', program.compiled, program.arguments, mesh, case.to_dict())
   with pytest.raises(SavedError, match='holds a decode program: infer runs whole generations'):

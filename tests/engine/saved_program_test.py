@@ -11,10 +11,10 @@ import pytest
 from t5x_inference_ext.config import preset
 from t5x_inference_ext.sharding.mesh import make_mesh
 from t5x_inference_ext.engine import saved_program
-from t5x_inference_ext.precompile.program import Case, compile_case, phase_function
+from t5x_inference_ext.precompile.program import CompileCase, compile_case, phase_function
 from t5x_inference_ext.engine.saved_program import SavedError
 
-CASE = Case(preset('palm_tiny', num_layers=2), 'int8', 'decode', batch=8, context=16, dtype='float32', stacked=True)
+CASE = CompileCase(preset('palm_tiny', num_layers=2), 'int8', 'decode', batch=8, context=16, dtype='float32', stacked=True)
 
 
 @pytest.fixture(scope='module')
@@ -67,7 +67,7 @@ def test_the_loaded_cache_is_written_in_place(path, program, mesh):
 
 
 def test_the_header_tells_what_it_is_without_loading(path):
-  header = saved_program.read_header(path)
+  header = saved_program.read_program_header(path)
   assert header['jax'] == jax.__version__ and header['description']['batch'] == 8
   assert header['mesh'] == {'x': 2, 'y': 2, 'z': 2} and header['platform'] == 'cpu'
   assert any('int8[2,' in text for text in header['arguments'].values())
@@ -136,9 +136,9 @@ def test_what_is_no_executable_is_refused(tmp_path, mesh):
   other = tmp_path / 'other'
   other.write_bytes(b'something else')
   with pytest.raises(SavedError, match='is not an executable'):
-    saved_program.read_header(other)
+    saved_program.read_program_header(other)
   with pytest.raises(SavedError, match="can't read the executable .*missing: No such file"):
-    saved_program.read_header(tmp_path / 'missing')
+    saved_program.read_program_header(tmp_path / 'missing')
 
 
 def test_a_file_that_cannot_be_written_is_an_error(program, mesh, tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from t5x_inference_ext.engine import static_batch as generation
-from t5x_inference_ext.engine.sampling import Sampler
+from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.inputs import model_inputs
 from t5x_inference_ext.errors import RequestError
 from tests import reference
@@ -17,7 +17,7 @@ CONFIG = memory.ODD
 TENSORS = reference.random_tensors(CONFIG, seed=1)
 PROMPTS = [[5, 6, 7], [9], [], [11, 12, 13, 14, 15], [9], [44, 3], [100] * 5, [1, 2]]
 SEEDS = [3, 1, 4, 1, 5, 9, 2, 6]
-SAMPLER = Sampler(temperature=1.0, top_k=40, top_p=0.95)
+SAMPLER = SamplingParams(temperature=1.0, top_k=40, top_p=0.95)
 NEW = 6
 
 
@@ -28,7 +28,7 @@ def engine(mesh, prefill='ws_2d/batch', decode='ws_2d/batch'):
 
 @functools.cache
 def sampled():
-  return engine('1x1x1').generate(PROMPTS, max_new_tokens=NEW, sampler=SAMPLER, seeds=SEEDS, eos_id=-1, prompt_size=5)
+  return engine('1x1x1').generate(PROMPTS, max_new_tokens=NEW, sampling=SAMPLER, seeds=SEEDS, eos_id=-1, prompt_size=5)
 
 
 @functools.cache
@@ -40,9 +40,9 @@ def raw(mesh, *, eos_id, max_new_tokens=NEW, prompts=PROMPTS):
   """generate's own result, padding included."""
   e = engine(mesh)
   tokens, lengths = model_inputs(prompts, 5)
-  run = jax.jit(generation.generate, static_argnames=('model', 'sampler', 'max_new_tokens', 'eos_id', 'cache_size'))
+  run = jax.jit(generation.generate_batch, static_argnames=('model', 'sampling', 'max_new_tokens', 'eos_id', 'cache_size'))
   return jax.device_get(run(
-      e.model, e.weights, *e._put(tokens, lengths, np.asarray(SEEDS[:len(prompts)], np.uint32)), sampler=SAMPLER,
+      e.model, e.weights, *e._put(tokens, lengths, np.asarray(SEEDS[:len(prompts)], np.uint32)), sampling=SAMPLER,
       max_new_tokens=max_new_tokens, eos_id=eos_id, cache_size=5 + max_new_tokens))
 
 
@@ -53,7 +53,7 @@ def test_greedy_is_the_reference_s():
 
 def test_greedy_as_a_sampler():
   found = engine('1x1x1').generate(
-      PROMPTS, max_new_tokens=NEW, sampler=Sampler(1.0, top_k=1), seeds=SEEDS, eos_id=-1, prompt_size=5)
+      PROMPTS, max_new_tokens=NEW, sampling=SamplingParams(1.0, top_k=1), seeds=SEEDS, eos_id=-1, prompt_size=5)
   assert [c.tokens for c in found] == [c.tokens for c in greedy()]
 
 
@@ -61,7 +61,7 @@ def test_greedy_as_a_sampler():
     ('2x2x2', 'ws_2d/batch', 'ws_2d/batch'), ('1x2x4', 'wg_xy/heads', 'ws_2d/batch/two_way'),
     ('2x2x2', 'ws_1d/batch', 'ws_1d/heads')])
 def test_mesh_and_layouts_change_nothing(mesh, prefill, decode):
-  found = engine(mesh, prefill, decode).generate(PROMPTS, max_new_tokens=NEW, sampler=SAMPLER, seeds=SEEDS, eos_id=-1, prompt_size=5)
+  found = engine(mesh, prefill, decode).generate(PROMPTS, max_new_tokens=NEW, sampling=SAMPLER, seeds=SEEDS, eos_id=-1, prompt_size=5)
   assert [c.tokens for c in found] == [c.tokens for c in sampled()]
   np.testing.assert_allclose([c.score for c in found], [c.score for c in sampled()], atol=1e-4)
 
@@ -69,7 +69,7 @@ def test_mesh_and_layouts_change_nothing(mesh, prefill, decode):
 def test_a_row_is_the_same_anywhere_in_any_batch():
   """Reversed; alone; with other companions, a longer prompt size and a larger cache."""
   e = engine('1x1x1')
-  arguments = dict(max_new_tokens=NEW, sampler=SAMPLER, eos_id=-1)
+  arguments = dict(max_new_tokens=NEW, sampling=SAMPLER, eos_id=-1)
   backwards = e.generate(PROMPTS[::-1], seeds=SEEDS[::-1], prompt_size=5, **arguments)
   assert [c.tokens for c in backwards[::-1]] == [c.tokens for c in sampled()]
   alone, = e.generate(PROMPTS[3:4], seeds=SEEDS[3:4], **arguments)
@@ -80,7 +80,7 @@ def test_a_row_is_the_same_anywhere_in_any_batch():
 
 def test_equal_prompts_differ_by_their_seeds_alone():
   e = engine('1x1x1')
-  found = e.generate([[9]] * 8, max_new_tokens=NEW, sampler=SAMPLER, seeds=[0, 1, 2, 3, 0, 1, 2, 3], eos_id=-1,
+  found = e.generate([[9]] * 8, max_new_tokens=NEW, sampling=SAMPLER, seeds=[0, 1, 2, 3, 0, 1, 2, 3], eos_id=-1,
                      prompt_size=5)
   assert found[:4] == found[4:]
   assert len({tuple(c.tokens) for c in found[:4]}) == 4
@@ -105,9 +105,9 @@ def test_eos_ends_a_row_and_zeros_follow(mesh):
 def test_scores_are_the_model_s_own_log_probs():
   """Under temperature 1 and all tokens, whatever the sampler: recomputed in one pass over prompt and completion."""
   e = engine('1x1x1')
-  hot = Sampler(temperature=3.0, top_k=20)
-  free = e.generate(PROMPTS, max_new_tokens=NEW, sampler=hot, seeds=SEEDS, eos_id=-1, prompt_size=5)
-  found = e.generate(PROMPTS, max_new_tokens=NEW, sampler=hot, seeds=SEEDS, eos_id=free[0].tokens[3], prompt_size=5)
+  hot = SamplingParams(temperature=3.0, top_k=20)
+  free = e.generate(PROMPTS, max_new_tokens=NEW, sampling=hot, seeds=SEEDS, eos_id=-1, prompt_size=5)
+  found = e.generate(PROMPTS, max_new_tokens=NEW, sampling=hot, seeds=SEEDS, eos_id=free[0].tokens[3], prompt_size=5)
   assert len(found[0].tokens) <= 4
   targets, weights = np.zeros((8, 5 + NEW), np.int32), np.zeros((8, 5 + NEW), np.float32)
   for i, (prompt, completion) in enumerate(zip(PROMPTS, found)):
@@ -133,7 +133,7 @@ def test_one_new_token():
 def test_max_length_ends_each_row_when_prompt_and_new_tokens_reach_it():
   """The same tokens, of longer prompts fewer; rows that go on are not disturbed by those that ended."""
   rows = engine('1x1x1').generate(
-      PROMPTS, max_new_tokens=NEW, sampler=SAMPLER, seeds=SEEDS, eos_id=-1, prompt_size=5, max_length=8, cache_size=8)
+      PROMPTS, max_new_tokens=NEW, sampling=SAMPLER, seeds=SEEDS, eos_id=-1, prompt_size=5, max_length=8, cache_size=8)
   for row, whole, prompt in zip(rows, sampled(), PROMPTS, strict=True):
     assert row.tokens == whole.tokens[:8 - len(prompt)]
 
@@ -145,26 +145,26 @@ def test_a_prompt_that_fills_max_length_is_refused():
 
 def test_a_prefill_in_chunks_changes_nothing():
   e = engine('2x2x2', 'wg_xy/heads', 'ws_2d/batch')
-  found = e.generate(PROMPTS, max_new_tokens=NEW, sampler=SAMPLER, seeds=SEEDS, eos_id=-1, prompt_size=5, prefill_chunk=4)
+  found = e.generate(PROMPTS, max_new_tokens=NEW, sampling=SAMPLER, seeds=SEEDS, eos_id=-1, prompt_size=5, prefill_chunk=4)
   assert [c.tokens for c in found] == [c.tokens for c in sampled()]
 
 
 def test_each_row_has_its_own_sampler():
   """The same as rows that all have it."""
   e = engine('1x1x1')
-  mixed = [SAMPLER, Sampler(), Sampler(0.7)] * 2 + [SAMPLER, Sampler()]
+  mixed = [SAMPLER, SamplingParams(), SamplingParams(0.7)] * 2 + [SAMPLER, SamplingParams()]
   arguments = dict(max_new_tokens=NEW, seeds=SEEDS, eos_id=-1, prompt_size=5)
-  found = e.generate(PROMPTS, sampler=mixed, **arguments)
-  warm = e.generate(PROMPTS, sampler=Sampler(0.7), **arguments)
-  for row, sampler, *wanted in zip(found, mixed, sampled(), greedy(), warm):
-    assert row.tokens == wanted[(SAMPLER, Sampler(), Sampler(0.7)).index(sampler)].tokens
-  with pytest.raises(RequestError, match='8 prompts need as many samplers, got 2'):
-    e.generate(PROMPTS, sampler=mixed[:2], **arguments)
+  found = e.generate(PROMPTS, sampling=mixed, **arguments)
+  warm = e.generate(PROMPTS, sampling=SamplingParams(0.7), **arguments)
+  for row, sampling, *wanted in zip(found, mixed, sampled(), greedy(), warm):
+    assert row.tokens == wanted[(SAMPLER, SamplingParams(), SamplingParams(0.7)).index(sampling)].tokens
+  with pytest.raises(RequestError, match='8 prompts need as many sampling parameters, got 2'):
+    e.generate(PROMPTS, sampling=mixed[:2], **arguments)
 
 
 def test_each_row_has_its_own_limit():
   limits = [1, 6, 2, 3, 6, 4, 5, 1]
-  found = engine('1x1x1').generate(PROMPTS, max_new_tokens=limits, sampler=SAMPLER, seeds=SEEDS, eos_id=-1, prompt_size=5)
+  found = engine('1x1x1').generate(PROMPTS, max_new_tokens=limits, sampling=SAMPLER, seeds=SEEDS, eos_id=-1, prompt_size=5)
   assert [c.tokens for c in found] == [c.tokens[:n] for c, n in zip(sampled(), limits)]
   with pytest.raises(RequestError, match='8 prompts need as many limits, got 3'):
     engine('1x1x1').generate(PROMPTS, max_new_tokens=[1, 2, 3])
@@ -177,10 +177,10 @@ def test_options_reach_the_loop():
   e = engine('1x1x1')
   free = greedy()[0].tokens
   pair = tuple(free[1:3])
-  row, = e.generate(PROMPTS[:1], max_new_tokens=NEW, sampler=Sampler(stop=(pair,)), eos_id=-1, prompt_size=5)
+  row, = e.generate(PROMPTS[:1], max_new_tokens=NEW, sampling=SamplingParams(stop=(pair,)), eos_id=-1, prompt_size=5)
   assert row.tokens == free[:next(i for i in range(2, 4) if tuple(free[i - 2:i]) == pair)]
-  banned = Sampler(repetition_penalty=1e9)  # of equal ids none is taken twice, nor any of the prompt
-  row, = e.generate(PROMPTS[:1], max_new_tokens=NEW, sampler=banned, eos_id=-1, prompt_size=5)
+  banned = SamplingParams(repetition_penalty=1e9)  # of equal ids none is taken twice, nor any of the prompt
+  row, = e.generate(PROMPTS[:1], max_new_tokens=NEW, sampling=banned, eos_id=-1, prompt_size=5)
   assert len({*row.tokens, *PROMPTS[0]}) == NEW + len(PROMPTS[0])
-  row, = e.generate(PROMPTS[:1], max_new_tokens=NEW, sampler=Sampler(min_new_tokens=2), eos_id=free[0], prompt_size=5)
+  row, = e.generate(PROMPTS[:1], max_new_tokens=NEW, sampling=SamplingParams(min_new_tokens=2), eos_id=free[0], prompt_size=5)
   assert row.tokens[0] != free[0]

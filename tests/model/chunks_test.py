@@ -19,9 +19,9 @@ MODELS = layouts_test.MODELS
 LENGTH = 12
 
 empty_cache = memory._quick(chunks.empty_cache, static_argnames=('model', 'rows', 'size'))
-extend = memory._quick(Model.extend, static_argnames='self')
-share = memory._quick(chunks.share, static_argnames=('model', 'row', 'length', 'to', 'rows'))
-moved = memory._quick(chunks.moved, static_argnames=('model', 'to'))
+extend = memory._quick(Model.prefill_chunk, static_argnames='self')
+share = memory._quick(chunks.share_row, static_argnames=('model', 'row', 'length', 'to', 'rows'))
+moved = memory._quick(chunks.with_layout_of, static_argnames=('model', 'to'))
 in_chunks = memory._quick(chunks.prefill_in_chunks, static_argnames=('model', 'size', 'chunk'))
 
 
@@ -153,4 +153,4 @@ def test_more_tokens_than_positions_are_refused():
   model = memory.engine(memory.ODD, reference.random_tensors(memory.ODD), '1x1x1')
   cache = empty_cache(model.model, model.weights, 2, 4)
   with pytest.raises(RequestError, match='5 new tokens at once do not fit into a cache of 4 positions'):
-    jax.eval_shape(model.model.extend, model.weights, cache, jnp.zeros((2, 5), jnp.int32), jnp.ones(2, jnp.int32))
+    jax.eval_shape(model.model.prefill_chunk, model.weights, cache, jnp.zeros((2, 5), jnp.int32), jnp.ones(2, jnp.int32))

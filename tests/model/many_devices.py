@@ -40,7 +40,7 @@ def run(model: str, mesh: str, prefill: str, decode: str, rows: int, heads: int)
   tensors = reference.random_tensors(config)
   engine = memory.engine(config, tensors, mesh, stacked=True, prefill=prefill, decode=decode)
   assert engine.model.mesh.size == jax.device_count()
-  stored = engine.model.place_prefill(rows, 4).heads.stored
+  stored = engine.model.prefill_sharding(rows, 4).heads.stored
   assert stored.shards * stored.local_heads == heads, stored
   wanted = memory.greedy(config, tensors, rows, STEPS)
   found = memory.decode(engine, wanted, 4)

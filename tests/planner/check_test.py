@@ -9,10 +9,10 @@ import pytest
 from t5x_inference_ext import config
 from t5x_inference_ext.commands import plan as command
 from t5x_inference_ext.planner import check as checks
-from t5x_inference_ext.planner.check import GROUPS, check, text
+from t5x_inference_ext.planner.check import GROUPS, check_plan, check_text
 from t5x_inference_ext.planner.choose import choose
 from t5x_inference_ext.planner.machine import Machine
-from t5x_inference_ext.planner.request import Request
+from t5x_inference_ext.planner.request import PlanRequest
 
 pytestmark = pytest.mark.libtpu
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.libtpu
 @pytest.fixture(scope='module')
 def checked():
   model = config.preset('palm_tiny', num_layers=9)
-  return check(choose(Request(model, 64, 96, 32), [Machine.parse('v4:2x2x2')]).plan)
+  return check_plan(choose(PlanRequest(model, 64, 96, 32), [Machine.parse('v4:2x2x2')]).plan)
 
 
 def test_bytes_held_are_those_of_the_program(checked):
@@ -49,7 +49,7 @@ def test_decode_sends_what_was_predicted(checked):
 
 
 def test_the_table_shows_both(checked):
-  shown = text(checked)
+  shown = check_text(checked)
   for phase in checked:
     assert f'check of {phase.cost.case.phase} in {phase.cost.case.layout} on' in shown
   assert shown.count('copies and the rest') == 2 and 'at full rate' in shown
@@ -72,13 +72,13 @@ def test_what_the_compiler_can_not_do_is_said(monkeypatch):
   def fail(*unused_arguments, **unused_options):
     raise jax.errors.JaxRuntimeError('INTERNAL: no text\nand more')
   monkeypatch.setattr(checks, 'analyze', fail)
-  plan = choose(Request(config.preset('palm_tiny'), 8, 48, 16), [Machine.parse('v4:2x2x1')]).plan
-  found = check(plan)
-  assert [c.rows for c in found] == [(), ()] and 'the compiler failed: INTERNAL: no text' in text(found)
+  plan = choose(PlanRequest(config.preset('palm_tiny'), 8, 48, 16), [Machine.parse('v4:2x2x1')]).plan
+  found = check_plan(plan)
+  assert [c.rows for c in found] == [(), ()] and 'the compiler failed: INTERNAL: no text' in check_text(found)
 
 
 def test_a_program_that_does_not_fit_after_all(checked, monkeypatch):
   answer = dataclasses.replace(checked[0].answer, program=None, estimate=None)
   monkeypatch.setattr(checks, 'analyze', lambda *unused_arguments, **unused_options: answer)
-  plan = choose(Request(config.preset('palm_tiny'), 8, 48, 16), [Machine.parse('v4:2x2x1')]).plan
-  assert 'it does not fit' in text(check(plan))
+  plan = choose(PlanRequest(config.preset('palm_tiny'), 8, 48, 16), [Machine.parse('v4:2x2x1')]).plan
+  assert 'it does not fit' in check_text(check_plan(plan))

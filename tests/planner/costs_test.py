@@ -9,9 +9,9 @@ import pytest
 from t5x_inference_ext import config
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import MeshError, RequestError
-from t5x_inference_ext.sharding.explain import Setting, describe
+from t5x_inference_ext.sharding.explain import ExplainSetting, explain_setting
 from t5x_inference_ext.sharding.layout import Layout
-from t5x_inference_ext.planner.case import Case
+from t5x_inference_ext.planner.case import PassCase
 from t5x_inference_ext.planner.costs import LIMITS, PARTS, cost
 from t5x_inference_ext.planner.efficiency import FITTED, IDEAL, Efficiency
 from t5x_inference_ext.planner.machine import Machine
@@ -25,8 +25,8 @@ SMALL = ModelConfig(num_layers=2, d_model=256, d_ff=1024, num_heads=8, d_head=32
 
 
 def case(model=SMALL, machine=EIGHT, mesh=(2, 2, 2), layout='ws_2d/batch', phase='decode', batch=8, length=1,
-         context=64, **fields) -> Case:
-  return Case(model, machine, mesh, Layout.parse(layout), phase, batch, length, context, **fields)
+         context=64, **fields) -> PassCase:
+  return PassCase(model, machine, mesh, Layout.parse(layout), phase, batch, length, context, **fields)
 
 
 def test_the_work_of_one_chip_is_the_models():
@@ -115,7 +115,7 @@ def test_weights_are_gathered_beside_products():
 def test_memory_is_that_of_the_arrays_on_the_chips(layout, phase, weights):
   each = case(layout=layout, phase=phase, batch=16, length=8 if phase == 'prefill' else 1, weights=weights)
   parsed = Layout.parse(layout)
-  e = describe(Setting(SMALL, sizes(each.mesh), parsed, parsed if phase == 'decode' else Layout(),
+  e = explain_setting(ExplainSetting(SMALL, sizes(each.mesh), parsed, parsed if phase == 'decode' else Layout(),
                        int8=weights == 'int8', batch=16, prompt_length=8, cache_length=64))
   found = memory(each, 64)
   assert found.weights == e.weight_bytes
@@ -169,7 +169,7 @@ def cases(draw):
       mlp=draw(st.sampled_from(['swiglu', 'gelu'])), norm=draw(st.sampled_from(['rms', 'layer'])))
   phase = draw(st.sampled_from(['prefill', 'decode']))
   length = 64 * draw(st.integers(1, 8)) if phase == 'prefill' else 1
-  return Case(model, Machine.parse(MESHES[mesh]), mesh, draw(st.sampled_from(LAYOUTS)), phase,
+  return PassCase(model, Machine.parse(MESHES[mesh]), mesh, draw(st.sampled_from(LAYOUTS)), phase,
               64 * draw(st.integers(1, 4)), length, length + draw(st.integers(0, 3000)),
               draw(st.sampled_from(['int8', 'bfloat16'])), draw(st.sampled_from(['int8', 'bfloat16'])))
 

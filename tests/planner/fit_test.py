@@ -39,7 +39,7 @@ def test_no_better_efficiencies_are_near(fitted):
 def test_errors_are_small_and_said(fitted):
   assert max(map(abs, fitted.errors)) < 0.05
   assert len(fitted.left_out) == len(fitted.errors) == 4
-  text = fit.text(fitted)
+  text = fit.fit_text(fitted)
   for column, error, left_out in zip(published.TABLE_2, fitted.errors, fitted.left_out):
     line = next(line for line in text.splitlines() if column.name in line)
     assert f'{error:+.1%}' in line and f'{left_out:+.1%}' in line

@@ -6,8 +6,8 @@ import pytest
 
 from t5x_inference_ext import config, hardware
 from t5x_inference_ext.errors import MeshError, UserError
-from t5x_inference_ext.sharding.collective import Move
-from t5x_inference_ext.planner.machine import Machine, known
+from t5x_inference_ext.sharding.collective import Collective
+from t5x_inference_ext.planner.machine import Machine, known_machines
 from t5x_inference_ext.planner.network import Network
 
 MB = 10**6
@@ -40,7 +40,7 @@ def test_what_is_known_can_be_used(chip):
   model = config.preset('palm_62b')
   # The compiler's figure counts in GiB what data sheets of TPUs call GB.
   assert hardware.chip(chip).source and 0.9 <= hardware.chip(chip).usable_bytes / hardware.chip(chip).hbm_bytes < 1.08
-  for name in known(chip):
+  for name in known_machines(chip):
     machine = Machine.parse(name)
     assert str(machine) == name
     for mesh in machine.meshes(model):
@@ -62,7 +62,7 @@ def test_chips_that_do_not_divide_the_model_are_refused():
 def test_the_papers_convention_knows_one_bandwidth():
   for axes in (('x',), ('x', 'z', 'y')):
     for kind, passes in (('all_gather', 1), ('reduce_scatter', 1), ('all_to_all', 1), ('all_reduce', 2)):
-      assert seconds('v4:4x4x4', (4, 4, 4), Move('', kind, axes, 4, 270 * MB), 'paper') == pytest.approx(passes * 1e-3)
+      assert seconds('v4:4x4x4', (4, 4, 4), Collective('', kind, axes, 4, 270 * MB), 'paper') == pytest.approx(passes * 1e-3)
 
 
 @pytest.mark.parametrize('machine,mesh,axes,shards,rate,hops', [
@@ -80,38 +80,38 @@ def test_a_collective_has_the_links_of_its_own_axes(machine, mesh, axes, shards,
   moved = 90 * MB * (shards - 1) / shards
   each = moved / rate + hops * 1e-6
   for kind, passes in (('all_gather', 1), ('reduce_scatter', 1), ('all_reduce', 2)):
-    assert seconds(machine, mesh, Move('', kind, axes, shards, 90 * MB)) == pytest.approx(passes * each)
+    assert seconds(machine, mesh, Collective('', kind, axes, shards, 90 * MB)) == pytest.approx(passes * each)
 
 
 def test_half_of_what_an_all_to_all_moves_crosses_the_middle():
   # A ring of 4: two links cross each cut, each way. 2 chips send half their array across.
-  ring = seconds('v4:4x4x4', (4, 4, 4), Move('', 'all_to_all', ('x',), 4, 90 * MB))
+  ring = seconds('v4:4x4x4', (4, 4, 4), Collective('', 'all_to_all', ('x',), 4, 90 * MB))
   assert ring == pytest.approx(2 * 45 * MB / (2 * 45e9) + 2e-6)
-  chain = seconds('v5e:4x4', (4, 4, 1), Move('', 'all_to_all', ('x',), 4, 90 * MB))
+  chain = seconds('v5e:4x4', (4, 4, 1), Collective('', 'all_to_all', ('x',), 4, 90 * MB))
   assert chain == pytest.approx(2 * 45 * MB / 45e9 + 3e-6)
 
 
 def test_a_split_axis_is_slower_than_a_whole_one():
   # Half of a physical axis of 4: a chain of 2 with one link.
-  whole = seconds('v4:4x4x4', (4, 4, 4), Move('', 'all_gather', ('x',), 4, 90 * MB))
-  split = seconds('v4:4x4x4', (2, 8, 4), Move('', 'all_gather', ('x',), 2, 90 * MB))
+  whole = seconds('v4:4x4x4', (4, 4, 4), Collective('', 'all_gather', ('x',), 4, 90 * MB))
+  split = seconds('v4:4x4x4', (2, 8, 4), Collective('', 'all_gather', ('x',), 2, 90 * MB))
   assert split * 4 / 3 > whole
 
 
 def test_within_a_node_there_is_nvlink_and_between_nodes_are_cards():
   bytes_ = 8 * 300 * MB
-  inside = seconds('A100:8', (8, 1, 1), Move('', 'all_gather', ('x',), 8, bytes_))
+  inside = seconds('A100:8', (8, 1, 1), Collective('', 'all_gather', ('x',), 8, bytes_))
   assert inside == pytest.approx(bytes_ * 7 / 8 / 300e9 + 3e-6)
-  both = seconds('A100:16', (16, 1, 1), Move('', 'all_gather', ('x',), 16, bytes_))
+  both = seconds('A100:16', (16, 1, 1), Collective('', 'all_gather', ('x',), 16, bytes_))
   assert both == pytest.approx(bytes_ * 7 / 8 / 300e9 + bytes_ / 8 / 2 / 25e9 + 4e-6)
   # Across nodes alone: one chip of each.
-  across = seconds('A100:16', (2, 8, 1), Move('', 'all_gather', ('x',), 2, bytes_))
+  across = seconds('A100:16', (2, 8, 1), Collective('', 'all_gather', ('x',), 2, bytes_))
   assert across == pytest.approx(bytes_ / 2 / 25e9 + 1e-6)
 
 
 def test_an_unknown_convention_is_refused():
   with pytest.raises(UserError, match='there are torus, paper'):
-    seconds('v4:4x4x4', (4, 4, 4), Move('', 'all_gather', ('x',), 4, 1), 'wires')
+    seconds('v4:4x4x4', (4, 4, 4), Collective('', 'all_gather', ('x',), 4, 1), 'wires')
 
 
 @pytest.mark.parametrize('name', hardware.CHIPS)

@@ -8,7 +8,7 @@ from t5x_inference_ext import config
 from t5x_inference_ext.planner import published, search, tables
 from t5x_inference_ext.planner.costs import cost, mfu
 from t5x_inference_ext.planner.machine import Machine
-from t5x_inference_ext.planner.request import Request
+from t5x_inference_ext.planner.request import PlanRequest
 
 V4_64 = Machine.parse('v4:4x4x4')
 PALM = config.preset('palm_540b')
@@ -61,14 +61,14 @@ def test_parameters(name, billions):
 def _costs(column, mesh, convention):
   """Of all layouts, for the rows of a column of Table 2."""
   length = 2048 if column.phase == 'prefill' else 2016  # decode steps then see 2048 in the middle
-  request = Request(PALM, column.batch, length, 64, weights=column.weights, convention=convention)
+  request = PlanRequest(PALM, column.batch, length, 64, weights=column.weights, convention=convention)
   return search.phase_costs(request, V4_64, mesh, column.phase, column.batch)
 
 
 @pytest.mark.parametrize('column', published.TABLE_2, ids=lambda c: c.name)
 def test_in_the_papers_convention_its_layouts_are_the_best(column):
   """Of all layouts on all meshes of whole axes of the slice: half an axis does not have the links of a whole one."""
-  meshes = search.meshes(Request(PALM, column.batch, convention='paper'), V4_64)
+  meshes = search.meshes(PlanRequest(PALM, column.batch, convention='paper'), V4_64)
   assert (2, 8, 4) not in meshes and (2, 8, 4) in V4_64.meshes(PALM)
   found = [c for mesh in meshes for c in _costs(column, mesh, 'paper')]
   best = min(found, key=lambda c: c.seconds)
@@ -91,7 +91,7 @@ def test_on_the_torus_one_dimension_is_ahead_by_little(column, best):
 def test_two_dimensions_win_on_both_networks_with_more_chips():
   machine = Machine.parse('v4:8x8x8')
   for convention in ('paper', 'torus'):
-    request = Request(PALM, 512, 2016, 64, convention=convention)
+    request = PlanRequest(PALM, 512, 2016, 64, convention=convention)
     found = search.phase_costs(request, machine, (8, 8, 8), 'decode', 512)
     assert str(found[0].case.layout) == 'ws_2d/batch'
 

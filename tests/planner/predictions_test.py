@@ -9,7 +9,7 @@ from t5x_inference_ext import config
 from t5x_inference_ext.planner.costs import cost
 from t5x_inference_ext.planner.machine import Machine
 from t5x_inference_ext.planner.published import TABLE_2
-from t5x_inference_ext.planner.request import Request
+from t5x_inference_ext.planner.request import PlanRequest
 
 
 @pytest.mark.parametrize('convention', ['torus', 'paper'])
@@ -39,7 +39,7 @@ def test_megatron_on_gpus_is_within_twice(chips, column):
   ratios = []
   for (tokens, output), rows in planner_predictions.FASTER_TRANSFORMER.items():
     for batch, measured in rows.items():
-      request = Request(config.preset('megatron_530b'), batch, tokens, output, weights='bfloat16')
+      request = PlanRequest(config.preset('megatron_530b'), batch, tokens, output, weights='bfloat16')
       found = planner_predictions.tensor_parallel(request, Machine.parse(f'A100:{chips}'))
       assert (found.prefill.case.length, found.request.output_length) == (tokens, output)
       ratios.append(found.seconds * 1e3 / measured[column])

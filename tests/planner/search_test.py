@@ -12,12 +12,12 @@ from t5x_inference_ext.errors import MeshError, RequestError, UserError
 from t5x_inference_ext.sharding.layout import ATTENTION, FEEDFORWARD, Layout, check_pair
 from t5x_inference_ext.sharding.activations import padded_batch
 from t5x_inference_ext.planner import search
-from t5x_inference_ext.planner.case import Case
+from t5x_inference_ext.planner.case import PassCase
 from t5x_inference_ext.planner.choose import NothingFits, choose
 from t5x_inference_ext.planner.costs import cost
 from t5x_inference_ext.planner.machine import Machine
 from t5x_inference_ext.planner.network import sizes
-from t5x_inference_ext.planner.request import Plan, Request
+from t5x_inference_ext.planner.request import Plan, PlanRequest
 
 SMALL = ModelConfig(num_layers=2, d_model=256, d_ff=1024, num_heads=8, d_head=32, vocab_size=384)
 PALM = config.preset('palm_540b')
@@ -26,7 +26,7 @@ NO_SHRINKING = (Phase.explicit, Phase.generate)
 MACHINES = [Machine.parse(name) for name in ('v4:1x1x1', 'v4:2x2x1', 'v4:2x2x2', 'v5e:2x4', 'v4:4x4x4', 'A100:8')]
 
 
-def every_plan(request: Request, machine: Machine):
+def every_plan(request: PlanRequest, machine: Machine):
   """All pairs of all layouts that can run, on all meshes, without any of the search's shortcuts."""
   layouts = [Layout(f, a) for f, a in itertools.product(FEEDFORWARD, ATTENTION) if (f, a) != ('wg_xyz', 'heads')]
 
@@ -34,7 +34,7 @@ def every_plan(request: Request, machine: Machine):
     found = []
     for layout in layouts:
       try:
-        case = Case(request.config, machine, mesh, layout, phase, request.batch, length, context, request.weights,
+        case = PassCase(request.config, machine, mesh, layout, phase, request.batch, length, context, request.weights,
                     request.cache)
       except MeshError:
         continue
@@ -58,7 +58,7 @@ def every_plan(request: Request, machine: Machine):
        st.sampled_from([1, 8]), st.sampled_from(['int8', 'bfloat16']), st.sampled_from(['parallel', 'serial']))
 def test_no_other_layout_beats_the_choice(machine, batch, tokens, output, kv_heads, weights, block):
   model = dataclasses.replace(SMALL, num_kv_heads=kv_heads, block=block)
-  request = Request(model, batch, tokens, output, weights=weights)
+  request = PlanRequest(model, batch, tokens, output, weights=weights)
   choice = choose(request, [machine])
   least = min(plan.seconds for plan in every_plan(request, machine) if plan.fits)
   assert choice.plan.seconds <= least * (1 + 1e-12)
@@ -72,7 +72,7 @@ def test_no_other_layout_beats_the_choice(machine, batch, tokens, output, kv_hea
        st.sampled_from(['torus', 'paper']), st.sampled_from([1, 8]))
 def test_a_request_for_more_never_takes_less(machine, batch, tokens, output, what, by, convention, kv_heads):
   """Whatever divides: the planner may add empty rows."""
-  request = Request(dataclasses.replace(SMALL, num_kv_heads=kv_heads), batch, tokens, output, convention=convention)
+  request = PlanRequest(dataclasses.replace(SMALL, num_kv_heads=kv_heads), batch, tokens, output, convention=convention)
   more = request.replace(**{what: getattr(request, what) + by})
   # The paper's network makes no layout by batch of rows that fill no axis, which a few more rows may.
   if convention == 'paper' and what == 'batch':
@@ -84,14 +84,14 @@ def test_a_request_for_more_never_takes_less(machine, batch, tokens, output, wha
 @settings(max_examples=5, deadline=None, derandomize=True, phases=NO_SHRINKING)
 @given(st.integers(1, 40), st.integers(1, 3000), st.sampled_from([1, 8]), st.sampled_from(['int8', 'bfloat16']))
 def test_a_larger_slice_needs_no_more_memory_per_chip(batch, tokens, kv_heads, weights):
-  request = Request(dataclasses.replace(SMALL, num_kv_heads=kv_heads), batch, tokens, 8, weights=weights)
+  request = PlanRequest(dataclasses.replace(SMALL, num_kv_heads=kv_heads), batch, tokens, 8, weights=weights)
   needs = [min(p.memory.needed for p in search.plans(request, Machine.parse(name)))
            for name in ('v4:1x1x1', 'v4:2x2x1', 'v4:2x2x2', 'v4:2x2x4', 'v4:2x4x4', 'v4:4x4x4')]
   assert needs == sorted(needs, reverse=True)
 
 
 def test_empty_rows_are_added_where_they_save_time():
-  plan = choose(Request(config.preset('palm_62b'), 63, 8000, 500), [Machine.parse('v4:4x4x4')]).plan
+  plan = choose(PlanRequest(config.preset('palm_62b'), 63, 8000, 500), [Machine.parse('v4:4x4x4')]).plan
   assert plan.rows == 64
   # Nobody is charged less for them, nor credited for their work.
   assert plan.cost_of(plan.decode) == 64 * plan.decode.seconds / 63
@@ -99,7 +99,7 @@ def test_empty_rows_are_added_where_they_save_time():
 
 
 def test_the_total_is_the_prefill_and_all_steps():
-  plan = choose(Request(PALM, 64), [Machine.parse('v4:4x4x4')]).plan
+  plan = choose(PlanRequest(PALM, 64), [Machine.parse('v4:4x4x4')]).plan
   assert plan.seconds == plan.prefill.seconds + 64 * plan.decode.seconds
   assert plan.prefill.case.length == 1920 and plan.decode.case.context == 1952
   assert plan.memories[1].cache == plan.memories[1].cache and plan.request.context == 1984
@@ -107,25 +107,25 @@ def test_the_total_is_the_prefill_and_all_steps():
 
 
 def test_one_chip_has_one_layout():
-  choice = choose(Request(SMALL, 3, 16, 4), [Machine.parse('v4:1x1x1')])
+  choice = choose(PlanRequest(SMALL, 3, 16, 4), [Machine.parse('v4:1x1x1')])
   assert [p.layouts for p in choice.ranked] == [('ws_2d/heads', 'ws_2d/heads')]
 
 
 @pytest.mark.parametrize('mesh', [(4, 4, 4), (1, 16, 4), (64, 1, 1)])
 def test_no_layout_comes_twice_under_two_names(mesh):
-  request = Request(PALM, 64, mesh=mesh)
+  request = PlanRequest(PALM, 64, mesh=mesh)
   for phase in ('prefill', 'decode'):
     found = search.phase_costs(request, Machine.parse('v4:4x4x4'), mesh, phase, 64)
-    placed = [(c.case.placement.attention_heads, c.case.placement.attention_rows, c.case.placement.attention_positions,
+    placed = [(c.case.sharding.attention_heads, c.case.sharding.attention_rows, c.case.sharding.attention_positions,
                tuple(sorted(c.parts.items()))) for c in found if c.case.layout.feedforward != 'ws_1d']
     assert len(placed) == len(set(placed))
 
 
 def test_a_mesh_that_is_asked_for_is_taken():
-  plan = choose(Request(PALM, 64, mesh=(16, 2, 2)), [Machine.parse('v4:4x4x4')]).plan
+  plan = choose(PlanRequest(PALM, 64, mesh=(16, 2, 2)), [Machine.parse('v4:4x4x4')]).plan
   assert plan.mesh == (16, 2, 2)
   with pytest.raises(MeshError, match='the mesh 2x2x2 has 8 positions and v4:4x4x4 has 64 chips'):
-    choose(Request(PALM, 64, mesh=(2, 2, 2)), [Machine.parse('v4:4x4x4')])
+    choose(PlanRequest(PALM, 64, mesh=(2, 2, 2)), [Machine.parse('v4:4x4x4')])
 
 
 # One of several machines and batches.
@@ -135,7 +135,7 @@ PALM_62B = config.preset('palm_62b')
 
 
 def test_the_objectives():
-  found = {o: choose(Request(PALM_62B, 1, 512, 64), V4, o, batches=(1, 64)) for o in ('latency', 'throughput', 'cost')}
+  found = {o: choose(PlanRequest(PALM_62B, 1, 512, 64), V4, o, batches=(1, 64)) for o in ('latency', 'throughput', 'cost')}
   for objective, key in (('latency', lambda p: p.seconds), ('throughput', lambda p: -p.tokens_per_second),
                          ('cost', lambda p: p.chip_seconds_per_token)):
     choice = found[objective]
@@ -144,11 +144,11 @@ def test_the_objectives():
   assert found['latency'].plan.request.batch == 1 and found['latency'].plan.machine.chips == 64
   assert found['throughput'].plan.request.batch == 64 and found['cost'].plan.machine.chips < 64
   with pytest.raises(UserError, match='objective must be one of latency, throughput, cost'):
-    choose(Request(SMALL, 1), V4, 'speed')
+    choose(PlanRequest(SMALL, 1), V4, 'speed')
 
 
 def test_the_cheapest_slice_that_meets_a_target():
-  request = Request(PALM_62B, 16, 512, 64)
+  request = PlanRequest(PALM_62B, 16, 512, 64)
   all_of_them = [choose(request, [m]).plan for m in V4]
   target = sorted(p.seconds for p in all_of_them)[1] * 1.01
   choice = choose(request, V4, target=target)
@@ -159,22 +159,22 @@ def test_the_cheapest_slice_that_meets_a_target():
 
 def test_a_target_that_nothing_meets_is_said_with_how_far_off():
   with pytest.raises(NothingFits, match=r'nothing meets 1 ms: the fastest is v4:4x4x4 with .* ms .* times the target'):
-    choose(Request(PALM_62B, 16, 512, 64), V4, target=1e-3)
+    choose(PlanRequest(PALM_62B, 16, 512, 64), V4, target=1e-3)
 
 
 def test_what_does_not_fit_says_how_far_off_and_what_would():
   with pytest.raises(NothingFits) as raised:
-    choose(Request(PALM, 64, weights='bfloat16'), [Machine.parse('v4:2x4x4')])
+    choose(PlanRequest(PALM, 64, weights='bfloat16'), [Machine.parse('v4:2x4x4')])
   message = str(raised.value)
   assert 'nothing fits: with the least memory' in message and 'and has 30.75: ' in message and 'too many' in message
   assert message.endswith('what would fit: int8 weights; v4:4x4x4')
   for change in (dict(weights='int8'), dict(machine='v4:4x4x4')):  # as promised
     machine = Machine.parse(change.pop('machine', 'v4:2x4x4'))
-    assert choose(Request(PALM, 64, **{'weights': 'bfloat16', **change}), [machine]).plan.fits
+    assert choose(PlanRequest(PALM, 64, **{'weights': 'bfloat16', **change}), [machine]).plan.fits
 
 
 def test_the_largest_batch_that_fits_is_named():
-  slice_, request = Machine.parse('v4:2x2x1'), Request(config.preset('palm_8b'), 1024, 4000, 64)
+  slice_, request = Machine.parse('v4:2x2x1'), PlanRequest(config.preset('palm_8b'), 1024, 4000, 64)
   with pytest.raises(NothingFits) as raised:
     choose(request, [slice_])
   batch = int(str(raised.value).partition('a batch of ')[2].partition(';')[0])
@@ -184,7 +184,7 @@ def test_the_largest_batch_that_fits_is_named():
 
 
 def test_the_longest_prompts_that_fit_are_named():
-  slice_, request = Machine.parse('v4:2x2x1'), Request(config.preset('palm_8b'), 1, 10_000_000, 64)
+  slice_, request = Machine.parse('v4:2x2x1'), PlanRequest(config.preset('palm_8b'), 1, 10_000_000, 64)
   with pytest.raises(NothingFits) as raised:
     choose(request, [slice_])
   length = int(str(raised.value).partition('prompts of ')[2].partition(' tokens')[0])
@@ -195,7 +195,7 @@ def test_the_longest_prompts_that_fit_are_named():
 
 def test_a_model_that_no_machine_divides_is_refused():
   with pytest.raises(MeshError, match='d_model=250 does not divide over the 4 devices'):
-    choose(Request(dataclasses.replace(SMALL, d_model=250), 1), [Machine.parse('v4:2x2x1')])
+    choose(PlanRequest(dataclasses.replace(SMALL, d_model=250), 1), [Machine.parse('v4:2x2x1')])
 
 
 @pytest.mark.parametrize('fields,words', [
@@ -204,12 +204,12 @@ def test_a_model_that_no_machine_divides_is_refused():
     (dict(convention='wires'), 'convention must be one of torus, paper')])
 def test_a_request_that_makes_no_sense_is_refused(fields, words):
   with pytest.raises(RequestError, match=words):
-    Request(SMALL, **{'batch': 1, **fields})
+    PlanRequest(SMALL, **{'batch': 1, **fields})
 
 
 def test_one_phase_alone_has_to_fit_and_is_priced_alone():
   """The paper decodes 512 rows of PaLM 62B on 8 chips, which can't prefill them."""
-  request, slice_ = Request(PALM_62B, 512, 1984, 64, weights='bfloat16'), [Machine.parse('v4:2x2x2')]
+  request, slice_ = PlanRequest(PALM_62B, 512, 1984, 64, weights='bfloat16'), [Machine.parse('v4:2x2x2')]
   with pytest.raises(NothingFits, match='in prefill'):
     choose(request, slice_)
   choice = choose(request.replace(phase='decode'), slice_)

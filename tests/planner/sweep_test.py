@@ -13,7 +13,7 @@ from t5x_inference_ext.errors import RequestError, UserError
 from t5x_inference_ext.planner import figures, tables
 from t5x_inference_ext.planner.choose import choose
 from t5x_inference_ext.planner.machine import Machine
-from t5x_inference_ext.planner.request import Request
+from t5x_inference_ext.planner.request import PlanRequest
 from t5x_inference_ext.planner.sweep import COLUMNS, csv_text, front, sweep
 
 MODEL = config.preset('palm_8b')
@@ -25,7 +25,7 @@ needs_matplotlib = pytest.mark.skipif(
 
 @pytest.fixture(scope='module')
 def points():
-  return sweep(Request(MODEL, 1, 256, 16), MACHINES, (1, 16, 4096), ('int8', 'bfloat16'))
+  return sweep(PlanRequest(MODEL, 1, 256, 16), MACHINES, (1, 16, 4096), ('int8', 'bfloat16'))
 
 
 def test_points_of_both_phases_for_all_that_fits(points):
@@ -67,7 +67,7 @@ def test_csv(points):
 
 @needs_matplotlib
 def test_figures_are_drawn_and_the_same_again(points, tmp_path):
-  choice = choose(Request(MODEL, 16, 256, 16), [MACHINES[1]])
+  choice = choose(PlanRequest(MODEL, 16, 256, 16), [MACHINES[1]])
 
   def draw(directory):
     directory.mkdir()

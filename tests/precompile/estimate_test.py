@@ -176,7 +176,7 @@ def test_a_compiled_program_or_its_module_will_do():
   arguments = parse_slice('v4:4x4x4'), {'x': 4, 'y': 4, 'z': 4}
   seconds = read('decode_layer').serial_seconds
   assert estimate(Compiled(), *arguments).serial_seconds == seconds
-  assert estimate(hlo.parse(text('decode_layer')), *arguments).serial_seconds == seconds
+  assert estimate(hlo.parse_hlo(text('decode_layer')), *arguments).serial_seconds == seconds
 
 
 def test_a_mesh_of_devices_will_do():

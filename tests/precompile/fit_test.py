@@ -11,13 +11,13 @@ from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.torus import parse_slice
 from t5x_inference_ext.precompile import fit, slices
 from t5x_inference_ext.precompile.fit import Shortage
-from t5x_inference_ext.precompile.program import Case, Memory, Program
+from t5x_inference_ext.precompile.program import CompileCase, CompiledMemory, Program
 
 GIB = 2**30
 SMALL = preset('palm_tiny', num_layers=2)
 SLICE = parse_slice('v4:2x2x1')
 # Rows of 2 MiB of cache a position of 2 layers: palm_62b's on 16 chips.
-LARGE = Case(preset('palm_62b'), 'bfloat16', 'decode', batch=512, context=8192)
+LARGE = CompileCase(preset('palm_62b'), 'bfloat16', 'decode', batch=512, context=8192)
 
 
 def _shortage(case, slice_, needed):
@@ -34,7 +34,7 @@ class Compiler:
   def __call__(self, case, slice_):
     self.asked.append((str(case.layout), case.batch, str(slice_)))
     if self.fits(case, slice_):
-      return Program(case, None, None, (), Memory(1, 1, 1, 1, 30 * GIB), 0.)
+      return Program(case, None, None, (), CompiledMemory(1, 1, 1, 1, 30 * GIB), 0.)
     return _shortage(case, slice_, 40 * GIB)
 
 
@@ -82,7 +82,7 @@ def test_batches_get_smaller_until_the_compiler_agrees():
 
 
 def test_weights_that_do_not_fit_leave_only_larger_slices():
-  case = Case(preset('palm_540b'), 'bfloat16', 'decode', 1, 128)
+  case = CompileCase(preset('palm_540b'), 'bfloat16', 'decode', 1, 128)
   shortage = Shortage(case, parse_slice('v4:2x2x1'), 300 * GIB, 30 * GIB, 270 * GIB, 0, '')
   found = fit.alternatives(shortage, Compiler(lambda *_: True))
   assert [(a.change, str(a.slice)) for a in found] == [('slice', 'v4:4x4x4')]
@@ -95,7 +95,7 @@ def test_nothing_may_fit():
 
 @pytest.mark.libtpu
 def test_what_arithmetic_rules_out_is_not_compiled():
-  case = Case(SMALL, 'int8', 'decode', batch=4096, context=2**19)
+  case = CompileCase(SMALL, 'int8', 'decode', batch=4096, context=2**19)
   found = fit.try_compile(case, SLICE)
   assert isinstance(found, Shortage) and found.cache > 100 * GIB and found.available == slices.available_bytes('v4')
   assert found.needed == found.weights + found.cache and 'nothing was compiled' in found.message
@@ -104,7 +104,7 @@ def test_what_arithmetic_rules_out_is_not_compiled():
 @pytest.mark.libtpu
 def test_the_compiler_s_word_becomes_an_answer():
   """The cache alone would fit; what the program needs besides does not."""
-  case = Case(SMALL, 'int8', 'prefill', batch=1024, context=2**15)
+  case = CompileCase(SMALL, 'int8', 'prefill', batch=1024, context=2**15)
   found = fit.try_compile(case, SLICE)
   assert isinstance(found, Shortage) and 'RESOURCE_EXHAUSTED' in found.message
   assert found.weights + found.cache < found.available < found.needed
@@ -112,14 +112,14 @@ def test_the_compiler_s_word_becomes_an_answer():
 
 @pytest.mark.libtpu
 def test_what_fits_is_a_program():
-  found = fit.try_compile(Case(SMALL, 'int8', 'decode', batch=8, context=128), SLICE)
+  found = fit.try_compile(CompileCase(SMALL, 'int8', 'decode', batch=8, context=128), SLICE)
   assert isinstance(found, Program) and found.memory.needed < found.memory.available
 
 
 @pytest.mark.libtpu
 def test_rows_that_a_layout_cannot_split_are_an_error():
   with pytest.raises(MeshError, match='use a batch that is a multiple of 4'):
-    fit.try_compile(Case(SMALL, 'int8', 'decode', 3, 128, Layout.parse('wg_xyz/batch')), SLICE)
+    fit.try_compile(CompileCase(SMALL, 'int8', 'decode', 3, 128, Layout.parse('wg_xyz/batch')), SLICE)
 
 
 @pytest.mark.libtpu
@@ -128,4 +128,4 @@ def test_another_refusal_of_the_compiler_is_an_error(monkeypatch):
     raise jax.errors.JaxRuntimeError('UNIMPLEMENTED: no such thing\nmore')
   monkeypatch.setattr(fit, 'compile_case', refuse)
   with pytest.raises(UserError, match='the TPU compiler refused decode in ws_2d/batch for v4:2x2x1: UNIMPLEMENTED: no'):
-    fit.try_compile(Case(SMALL, 'int8', 'decode', 8, 128), SLICE)
+    fit.try_compile(CompileCase(SMALL, 'int8', 'decode', 8, 128), SLICE)

@@ -8,16 +8,16 @@ from t5x_inference_ext import hardware
 from t5x_inference_ext.errors import UserError
 from t5x_inference_ext.sharding.torus import parse_slice
 from t5x_inference_ext.precompile import collective_cost, hlo, loops, work
-from t5x_inference_ext.precompile.collective_cost import Collective
+from t5x_inference_ext.precompile.collective_cost import HloCollective
 from t5x_inference_ext.precompile.relayouts import relays, weight_copies
-from t5x_inference_ext.precompile.shapes import HBM, HloError, Shape
+from t5x_inference_ext.precompile.shapes import ArrayShape, HBM, HloError
 
 TEXTS = pathlib.Path(__file__).parents[1] / 'testdata' / 'hlo'
 V4 = hardware.chip('v4')
 
 
 def read(name: str) -> hlo.Module:
-  return hlo.parse((TEXTS / f'{name}.txt').read_text())
+  return hlo.parse_hlo((TEXTS / f'{name}.txt').read_text())
 
 
 @pytest.fixture(scope='module')
@@ -49,12 +49,12 @@ def test_instructions_in_the_order_of_the_schedule(decode):
 
 def test_shapes_with_layout_and_memory(decode):
   shape = decode.computations['body']['all_gather.22'].shapes[0]
-  assert shape == Shape('bf16', (64, 4608), (0, 1), 'T(2,128)(2,1)', 3)
+  assert shape == ArrayShape('bf16', (64, 4608), (0, 1), 'T(2,128)(2,1)', 3)
   assert (shape.bytes, shape.on_chip) == (64 * 4608 * 2, True)
   assert str(shape) == 'bf16[64,4608]{0,1:T(2,128)(2,1)S(3)}'
   weights = decode.entry['param.16'].shapes[0]
   assert (weights.bytes, weights.space, weights.on_chip) == (118 * 4608 * 10016, HBM, False)
-  assert Shape('s4', (3, 3)).bytes == 5
+  assert ArrayShape('s4', (3, 3)).bytes == 5
   loop = decode.entry['while.4']
   assert loop.parts == (1, 1, 1, 1, 1)
   assert loop.element(3)[0].dims == (118, 1, 2048, 1, 256)
@@ -82,7 +82,7 @@ def test_functions_that_an_instruction_comes_from(decode):
     ('ENTRY %m () -> f32[] {\n  ROOT %a = f32[] add(%b, (%c\n}\n', 'never closes')])
 def test_text_that_is_not_understood(text, reason):
   with pytest.raises(HloError, match=reason):
-    hlo.parse(text)
+    hlo.parse_hlo(text)
 
 
 def test_trip_counts_multiply_and_the_unknown_is_named():
@@ -98,7 +98,7 @@ def test_trip_counts_multiply_and_the_unknown_is_named():
 def test_a_noted_trip_count_is_believed():
   text = (TEXTS / 'nested_loops.txt').read_text().replace(
       'body=%search_body', 'body=%search_body, backend_config={"known_trip_count":{"n":"6"}}')
-  found, unknown = loops.executed(hlo.parse(text))
+  found, unknown = loops.executed(hlo.parse_hlo(text))
   assert not unknown
   assert next(e.times for e in found if e.instruction.name == 'copy.3') == 6
 
@@ -113,12 +113,12 @@ def test_a_noted_trip_count_is_believed():
 def test_trip_count_of_the_condition(change, trips):
   text = (TEXTS / 'decode_layer.txt').read_text()
   assert change[0] in text
-  module = hlo.parse(text.replace(*change))
+  module = hlo.parse_hlo(text.replace(*change))
   assert loops.trip_count(module, module.entry, module.entry['while.4']) == trips
 
 
 def test_only_one_branch_of_a_conditional_is_told_from_the_others():
-  module = hlo.parse("""
+  module = hlo.parse_hlo("""
 %one (a: f32[8]) -> f32[8] {
   %a = f32[8]{0} parameter(0)
   ROOT %n.1 = f32[8]{0} negate(%a)
@@ -144,7 +144,7 @@ ENTRY %m (p: s32[], x: f32[8]) -> f32[8] {
     ('{{0,2},{1,3}}', ((0, 2), (1, 3))), ('[2,2]<=[4]', ((0, 1), (2, 3))), ('[2,2]<=[2,2]T(1,0)', ((0, 2), (1, 3))),
     ('[1,8]<=[2,2,2]T(2,0,1)', ((0, 2, 4, 6, 1, 3, 5, 7),)), ('{}', ((0, 1, 2, 3),))])
 def test_replica_groups(text, groups):
-  module = hlo.parse(f"""
+  module = hlo.parse_hlo(f"""
 ENTRY %m (x: f32[8]) -> f32[8] {{
   %x = f32[8]{{0}} parameter(0)
   ROOT %r = f32[8]{{0}} all-reduce(%x), channel_id=1, replica_groups={text}, to_apply=%m
@@ -156,27 +156,27 @@ ENTRY %m (x: f32[8]) -> f32[8] {{
 def test_collectives_with_bytes_and_mesh_axes(decode, ring):
   mesh = {'x': 4, 'y': 4, 'z': 4}
   body = decode.computations['body']
-  assert collective_cost.find(decode, body, body['psum.19'], mesh) == Collective(
+  assert collective_cost.find_collectives(decode, body, body['psum.19'], mesh) == HloCollective(
       'all-reduce', 64, 256, ('x', 'y', 'z'))
-  assert collective_cost.find(decode, body, body['all_gather.22'], mesh) == Collective(
+  assert collective_cost.find_collectives(decode, body, body['all_gather.22'], mesh) == HloCollective(
       'all-gather', 16, 64 * 4608 * 2, ('y', 'z'))
-  assert collective_cost.find(decode, body, body['copy.50'], mesh) is None
+  assert collective_cost.find_collectives(decode, body, body['copy.50'], mesh) is None
 
   mesh, entry = {'x': 4, 'y': 4}, ring.entry
-  found = {n: collective_cost.find(ring, entry, entry[n], mesh) for n in (
+  found = {n: collective_cost.find_collectives(ring, entry, entry[n], mesh) for n in (
       'fusion.4', 'async-start', 'async-done', 'all-to-all-start', 'all-gather-start', 'collective-permute-start')}
   # An all-reduce inside a fusion that keeps a slice, and a wrapped reduce-scatter, down the columns.
-  assert found['fusion.4'] == Collective('reduce-scatter', 4, 2**21, ('y',))
-  assert found['async-start'] == Collective('reduce-scatter', 4, 2**21, ('x',))
+  assert found['fusion.4'] == HloCollective('reduce-scatter', 4, 2**21, ('y',))
+  assert found['async-start'] == HloCollective('reduce-scatter', 4, 2**21, ('x',))
   assert found['async-done'] is None
-  assert found['all-to-all-start'] == Collective('all-to-all', 4, 2**21, ('x',))
-  assert found['all-gather-start'] == Collective('all-gather', 16, 2**21, ('x', 'y'))
+  assert found['all-to-all-start'] == HloCollective('all-to-all', 4, 2**21, ('x',))
+  assert found['all-gather-start'] == HloCollective('all-gather', 16, 2**21, ('x', 'y'))
   permute = found['collective-permute-start']
   assert (permute.axes, permute.bytes, permute.pairs[0]) == (('y',), 2**21, (0, 1))
   # Half of an axis is told apart from a whole one.
-  assert not collective_cost.find(ring, entry, entry['all-to-all-start'], {'x': 8, 'y': 2}).whole
+  assert not collective_cost.find_collectives(ring, entry, entry['all-to-all-start'], {'x': 8, 'y': 2}).whole
   with pytest.raises(HloError, match='more devices than the mesh'):
-    collective_cost.find(ring, entry, entry['all-to-all-start'], {'x': 4, 'y': 2})
+    collective_cost.find_collectives(ring, entry, entry['all-to-all-start'], {'x': 4, 'y': 2})
 
 
 @pytest.mark.parametrize('kind, size, slice_, seconds', [
@@ -193,7 +193,7 @@ def test_collectives_with_bytes_and_mesh_axes(decode, ring):
     ('all-gather', 1, 'v4:4x4x4', 0), ('collective-permute', 2, 'v4:2x2x1', 2e-3 + 1e-6)])
 def test_time_of_a_collective_at_link_speed(kind, size, slice_, seconds):
   slice_ = parse_slice(slice_)
-  found = collective_cost.seconds(Collective(kind, size, 90_000_000, ()), hardware.chip(slice_.kind), slice_)
+  found = collective_cost.seconds(HloCollective(kind, size, 90_000_000, ()), hardware.chip(slice_.kind), slice_)
   assert found == pytest.approx(seconds, rel=1e-12)
 
 
@@ -213,7 +213,7 @@ def test_flops_of_products(decode):
     ('%r = f32[8,5,7]{2,1,0} convolution(%a, %b), window={size=8 pad=7_0}, dim_labels=0bf_0io->0bf',
      2 * sum(range(1, 9)) * 5 * 6 * 7)])
 def test_flops_of_batched_products(line, flops):
-  module = hlo.parse(f"""
+  module = hlo.parse_hlo(f"""
 ENTRY %m (a: f32[8,5,6], b: f32[8,6,7]) -> f32[8,5,7] {{
   %a = f32[8,5,6]{{2,1,0}} parameter(0)
   %b = f32[8,6,7]{{2,1,0}} parameter(1)
@@ -239,12 +239,12 @@ def test_traffic_counts_what_is_touched(decode, ring):
 @pytest.mark.parametrize('before, after, differ', [
     ((2, 1, 0), (2, 1, 0), False), ((2, 1, 0), (1, 2, 0), True), ((0, 2, 1), (2, 1, 0), False)])
 def test_relaid_is_another_order_of_dimensions_that_count(before, after, differ):
-  shapes = [Shape('bf16', (1, 64, 32), order, 'T(8,128)(2,1)') for order in (before, after)]
+  shapes = [ArrayShape('bf16', (1, 64, 32), order, 'T(8,128)(2,1)') for order in (before, after)]
   assert relays(*shapes) == differ
 
 
 def test_other_tiles_are_another_layout():
-  shapes = [Shape('s8', (64, 32), (1, 0), tiles) for tiles in ('T(32,128)(4,1)', 'T(8,128)(4,1)')]
+  shapes = [ArrayShape('s8', (64, 32), (1, 0), tiles) for tiles in ('T(32,128)(4,1)', 'T(8,128)(4,1)')]
   assert relays(*shapes)
 
 

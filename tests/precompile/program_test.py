@@ -16,7 +16,13 @@ from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.mesh import make_mesh, mesh_links
 from t5x_inference_ext.sharding.torus import parse_slice
 from t5x_inference_ext.precompile import slices
-from t5x_inference_ext.precompile.program import Case, abstract_cache, abstract_weights, compile_case, phase_function
+from t5x_inference_ext.precompile.program import (
+    CompileCase,
+    abstract_decode_cache,
+    abstract_weights,
+    compile_case,
+    phase_function,
+)
 
 SMALL = preset('palm_tiny', num_layers=2)
 KINDS = ('v4', 'v5e', 'v5p', 'v6e')
@@ -32,7 +38,7 @@ def test_accelerator_types(text, name):
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_known_slices_are_accepted(kind):
-  for text in slices.known(kind):
+  for text in slices.known_slices(kind):
     slices.check_slice(parse_slice(text))
 
 
@@ -102,13 +108,13 @@ def test_a_mesh_of_another_size_than_the_slice_is_refused(shape, positions):
     (dict(phase='prefill', prompt=17), 'prompt=17 does not fit into context=16')])
 def test_a_case_that_makes_no_sense_is_refused(fields, words):
   with pytest.raises(RequestError, match=words):
-    Case(**{**dict(config=SMALL, weights='int8', phase='decode', batch=8, context=16), **fields})
+    CompileCase(**{**dict(config=SMALL, weights='int8', phase='decode', batch=8, context=16), **fields})
 
 
 def test_the_other_phase_gets_a_layout_that_shares_the_weights():
-  case = Case(SMALL, 'int8', 'prefill', 8, 16, Layout.parse('wg_xyz/batch'))
+  case = CompileCase(SMALL, 'int8', 'prefill', 8, 16, Layout.parse('wg_xyz/batch'))
   assert [str(each) for each in case.layouts] == ['wg_xyz/batch', 'ws_2d/batch']
-  case = Case(SMALL, 'int8', 'decode', 8, 16, Layout.parse('ws_1d/heads'))
+  case = CompileCase(SMALL, 'int8', 'decode', 8, 16, Layout.parse('ws_1d/heads'))
   assert [str(each) for each in case.layouts] == ['ws_1d/batch', 'ws_1d/heads']
 
 
@@ -129,7 +135,7 @@ def test_abstract_weights_are_what_loading_makes(palm_tiny, tmp_path, weights, s
 def test_an_abstract_cache_is_what_prefill_makes():
   model = Model(SMALL, make_mesh((2, 2, 2)), decode_layout=Layout.parse('ws_2d/heads'))
   weights = abstract_weights(model, 'bfloat16')
-  cache = abstract_cache(model, weights, 8, 16)
+  cache = abstract_decode_cache(model, weights, 8, 16)
   zeros = jax.tree.map(lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding), weights)
   tokens, lengths = jnp.ones((8, 4), jnp.int32), jnp.full((8,), 4, jnp.int32)
   made = jax.jit(model.prefill, static_argnums=3)(zeros, tokens, lengths, 16)[1]
@@ -142,7 +148,7 @@ def test_an_abstract_cache_is_what_prefill_makes():
 def test_phases_run_and_agree_with_the_model():
   """The programs that are compiled for a slice, run here: a prefill's cache and token go into a decode step."""
   mesh = make_mesh((2, 2, 2))
-  case = Case(SMALL, 'bfloat16', 'prefill', 8, 16, prompt=4, dtype='float32')
+  case = CompileCase(SMALL, 'bfloat16', 'prefill', 8, 16, prompt=4, dtype='float32')
   prefill, (weights, tokens, lengths) = phase_function(case, mesh)
   random = np.random.default_rng(0)
   weights = jax.tree.map(
@@ -150,7 +156,7 @@ def test_phases_run_and_agree_with_the_model():
   tokens = jax.device_put(random.integers(3, 380, tokens.shape, np.int32), tokens.sharding)
   lengths = jax.device_put(np.full(lengths.shape, 4, np.int32), lengths.sharding)
   first, cache = prefill(weights, tokens, lengths)
-  decode, _ = phase_function(Case(SMALL, 'bfloat16', 'decode', 8, 16, dtype='float32'), mesh)
+  decode, _ = phase_function(CompileCase(SMALL, 'bfloat16', 'decode', 8, 16, dtype='float32'), mesh)
   second, cache = decode(weights, cache, first)
   both = jnp.concatenate([tokens, first[:, None], second[:, None]], axis=1)
   logits = jax.jit(case.model(mesh).logits)(weights, both)
@@ -161,7 +167,7 @@ def test_phases_run_and_agree_with_the_model():
 @pytest.mark.libtpu
 @pytest.mark.parametrize('text', ['v4:2x2x1', 'v5e:2x2', 'v6e:2x2', 'v5p:2x2x1'])
 def test_a_decode_step_compiles_for_every_generation(text):
-  case = Case(SMALL, 'int8', 'decode', batch=8, context=128)
+  case = CompileCase(SMALL, 'int8', 'decode', batch=8, context=128)
   program = compile_case(case, slices.slice_mesh(parse_slice(text), SMALL))
   m = program.memory
   # Per chip of 4: rows of 2 in 2 layers, keys and values, one head, 2 bytes each; and the rows' lengths.
@@ -175,6 +181,6 @@ def test_a_decode_step_compiles_for_every_generation(text):
 
 @pytest.mark.libtpu
 def test_a_prefill_makes_the_cache():
-  case = Case(SMALL, 'bfloat16', 'prefill', batch=8, context=128, prompt=64)
+  case = CompileCase(SMALL, 'bfloat16', 'prefill', batch=8, context=128, prompt=64)
   m = compile_case(case, slices.slice_mesh(parse_slice('v4:2x2x1'), SMALL)).memory
   assert m.cache >= 2 * 128 * 32 * 2 * 2 * 2 and m.needed > m.weights + m.cache

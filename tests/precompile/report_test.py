@@ -12,7 +12,7 @@ from t5x_inference_ext.errors import MeshError, RequestError, UserError
 from t5x_inference_ext.precompile import analysis, fit, report
 from t5x_inference_ext.precompile.analysis import Answer, analyze
 from t5x_inference_ext.precompile.fit import Alternative, Shortage
-from t5x_inference_ext.precompile.program import Memory
+from t5x_inference_ext.precompile.program import CompiledMemory
 
 SMALL = preset('palm_tiny', num_layers=10)
 GIB = 2**30
@@ -26,7 +26,7 @@ def answer() -> Answer:
 @pytest.fixture(scope='module')
 def shortage(answer) -> Answer:
   case = dataclasses.replace(answer.case, batch=4096)
-  program = dataclasses.replace(answer.program, memory=Memory(GIB, 2 * GIB, 0, GIB, 30 * GIB))
+  program = dataclasses.replace(answer.program, memory=CompiledMemory(GIB, 2 * GIB, 0, GIB, 30 * GIB))
   return Answer(
       answer.slice, Shortage(case, answer.slice, 45 * GIB, 30 * GIB, 4 * GIB, 11 * GIB, 'RESOURCE_EXHAUSTED: too much'),
       None, (), (Alternative('batch', answer.slice, program), Alternative('layout', answer.slice, program)))
@@ -42,7 +42,7 @@ def test_the_bounds_follow_from_the_chip(answer):
 
 @pytest.mark.libtpu
 def test_the_text_has_everything_in_one_screen(answer):
-  text = report.text(answer)
+  text = report.report_text(answer)
   for words in ('model:  10 layers', 'phase:  decode in ws_2d/batch', 'v4:2x2x1, 4 chips, mesh', 'fits: 0.0', 'of 30.75 GiB',
                 'weights 0.00, cache 0.00, temporaries', 'with nothing overlapped', 'with what the schedule overlaps',
                 'the MFU', 'weight-load bound', 'FLOP bound', 'where it goes: ', 'collectives: over mesh axes',
@@ -54,11 +54,11 @@ def test_the_text_has_everything_in_one_screen(answer):
 
 @pytest.mark.libtpu
 def test_every_collective_is_listed_with_axes_bytes_and_time(answer):
-  rows = report.to_dict(answer)['collectives']
+  rows = report.report_dict(answer)['collectives']
   assert sum(row['seconds'] for row in rows) == pytest.approx(answer.estimate.by_kind['collective'])
   # A 2D layout gathers, and reduces into parts, over both of the mesh's axes; nothing is sent along z of size 1.
   assert {axis for row in rows for axis in row['axes']} == {'x', 'y'}
-  text = report.text(answer)
+  text = report.report_text(answer)
   for row in rows:
     assert row['bytes'] > 0 and row['seconds'] > 0 and row['devices'] in (2, 4)
     assert re.search(rf'{row["kind"]} +{"".join(row["axes"])} +{row["count"]} x', text), row
@@ -66,7 +66,7 @@ def test_every_collective_is_listed_with_axes_bytes_and_time(answer):
 
 @pytest.mark.libtpu
 def test_json_and_text_agree_and_add_up(answer):
-  data = json.loads(json.dumps(report.to_dict(answer)))
+  data = json.loads(json.dumps(report.report_dict(answer)))
   assert data['fits'] and data['slice'] == 'v4:2x2x1' and data['mesh'] == {'x': 2, 'y': 2, 'z': 1}
   assert data['case']['decode_layout'] == 'ws_2d/batch' and data['case']['model'] == SMALL.to_dict()
   serial = data['seconds']['serial']
@@ -75,12 +75,12 @@ def test_json_and_text_agree_and_add_up(answer):
   assert 0 < data['seconds']['overlapped'] <= serial
   assert data['mfu']['serial'] == pytest.approx(data['bounds']['flops'] / serial)
   assert data['memory']['needed'] == sum(data['memory'][k] for k in ('weights', 'cache', 'other', 'temporaries'))
-  assert f'time: {serial * 1e3:.2f} ms a step' in report.text(answer)
+  assert f'time: {serial * 1e3:.2f} ms a step' in report.report_text(answer)
 
 
 @pytest.mark.libtpu
 def test_the_layer_s_products_run_once_a_layer(answer):
-  products = [row for row in report.to_dict(answer)['operations'] if row['kind'] == 'matmul']
+  products = [row for row in report.report_dict(answer)['operations'] if row['kind'] == 'matmul']
   assert {row['count'] for row in products} == {1, 10}  # the logits', and of the 10 layers
   # All parameters but the norms' multiply; a single key head's columns are on more than one chip.
   assert sum(row['flops'] * row['count'] for row in products) == pytest.approx(2 * SMALL.num_params * 8 / 4, rel=0.05)
@@ -88,15 +88,15 @@ def test_the_layer_s_products_run_once_a_layer(answer):
 
 @pytest.mark.libtpu
 def test_a_shortage_says_what_is_missing_and_what_would_do(shortage):
-  text = report.text(shortage)
+  text = report.report_text(shortage)
   for words in ('does not fit: 45.00 GiB are needed on each chip and 30.00 GiB are available', 'weights 4.00, cache 11.00',
                 'the rest 30.00', 'RESOURCE_EXHAUSTED: too much', 'would fit: --batch=8, 4.00 of 30.00 GiB (compiled)',
                 'would fit: --layout=ws_2d/batch'):
     assert words in text, words
-  data = json.loads(json.dumps(report.to_dict(shortage)))
+  data = json.loads(json.dumps(report.report_dict(shortage)))
   assert not data['fits'] and data['memory']['needed'] == 45 * GIB
   assert [a['change'] for a in data['alternatives']] == ['batch', 'layout']
-  nothing = report.text(dataclasses.replace(shortage, alternatives=()))
+  nothing = report.report_text(dataclasses.replace(shortage, alternatives=()))
   assert 'no other layout, smaller batch or larger slice that was tried would do' in nothing
 
 
@@ -110,7 +110,7 @@ def test_the_best_layout_has_the_least_estimate(monkeypatch):
   assert set(timed) == {'ws_2d/batch', 'ws_1d/batch'} and 'multiple of 4' in tried['wg_xyz/batch'].reason
   assert str(answer.case.layout) == min(timed, key=timed.get)
   assert answer.estimate.serial_seconds == min(timed.values())
-  text = report.text(answer)
+  text = report.report_text(answer)
   assert f'layout: none given; {answer.case.layout} has the least estimated time of ws_2d/batch' in text
   assert 'wg_xyz/batch can\'t be used here' in ' '.join(text.split())
 
@@ -123,10 +123,10 @@ def test_the_best_of_many_layers_is_found_as_a_loop_and_written_out(monkeypatch)
   assert not answer.case.stacked and [t.stacked for t in answer.tried] == [True, True]
   assert sum(text.startswith('compiling') for text in heard) == 3
   assert not any(c.kind == 'matmul' and c.count > 1 for c in answer.estimate.costs)
-  assert ', as loops over the layers' in ' '.join(report.text(answer).split())
+  assert ', as loops over the layers' in ' '.join(report.report_text(answer).split())
   as_loop = analyze(SMALL, 'int8', 'v4:2x2x1', 'decode', 8, 128, scan_layers=True)
   assert as_loop.case.stacked and any(c.kind == 'matmul' and c.count == 10 for c in as_loop.estimate.costs)
-  assert 'as loops' not in report.text(as_loop)
+  assert 'as loops' not in report.report_text(as_loop)
 
 
 @pytest.mark.libtpu
@@ -148,7 +148,7 @@ def test_where_none_fits_the_nearest_is_reported(monkeypatch):
   answer = analyze(SMALL, 'int8', 'v4:2x2x1', 'decode', 8, 128)
   assert str(answer.case.layout) == 'ws_2d/heads' and not answer.fits
   assert [t.reason for t in answer.tried] == ['does not fit'] * 3
-  assert 'ws_2d/heads has the nearest to fitting of ws_2d/batch does not fit' in ' '.join(report.text(answer).split())
+  assert 'ws_2d/heads has the nearest to fitting of ws_2d/batch does not fit' in ' '.join(report.report_text(answer).split())
 
 
 @pytest.mark.parametrize('arguments,error,words', [

@@ -9,21 +9,21 @@ import numpy as np
 import pytest
 
 from t5x_inference_ext.config import preset
-from t5x_inference_ext.engine.sampling import Sampler
+from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.mesh import make_mesh
 from t5x_inference_ext.precompile import report, serving
 from t5x_inference_ext.engine import saved_program
 from t5x_inference_ext.precompile.analysis import analyze
-from t5x_inference_ext.precompile.program import Case, compile_case, phase_function
+from t5x_inference_ext.precompile.program import CompileCase, compile_case, phase_function
 
 SMALL = preset('palm_tiny', num_layers=2)
 ROWS, CONTEXT, PROMPT = 8, 16, 4
 
 
 def _case(phase, **fields):
-  return Case(SMALL, 'bfloat16', phase, ROWS, CONTEXT, **{**dict(dtype='float32', prompt=PROMPT), **fields})
+  return CompileCase(SMALL, 'bfloat16', phase, ROWS, CONTEXT, **{**dict(dtype='float32', prompt=PROMPT), **fields})
 
 
 def _put(struct, value=0):
@@ -80,7 +80,7 @@ def _rows(x, rows, first, count):
 
 
 def test_a_saved_program_takes_and_gives_what_it_did(tmp_path):
-  mesh, case = make_mesh((2, 2, 2)), _case('slots', sampler=Sampler(1.0, repetition_penalty=1.1))
+  mesh, case = make_mesh((2, 2, 2)), _case('slots', sampling=SamplingParams(1.0, repetition_penalty=1.1))
   program = compile_case(case, mesh)
   saved_program.save(tmp_path / 'slots', program.compiled, program.arguments, mesh, case.to_dict())
   loaded = saved_program.load(tmp_path / 'slots', *phase_function(case, mesh), mesh, case.to_dict())
@@ -90,28 +90,28 @@ def test_a_saved_program_takes_and_gives_what_it_did(tmp_path):
 
 
 def test_the_default_chunk_is_the_scheduler_s():
-  assert Case(SMALL, 'int8', 'extend', 8, 2048).length == serving.CHUNK == 256
-  assert Case(SMALL, 'int8', 'extend', 8, 64).length == 64
-  assert Case(SMALL, 'int8', 'slots', 8, 64).length == 1
+  assert CompileCase(SMALL, 'int8', 'extend', 8, 2048).length == serving.CHUNK == 256
+  assert CompileCase(SMALL, 'int8', 'extend', 8, 64).length == 64
+  assert CompileCase(SMALL, 'int8', 'slots', 8, 64).length == 1
   with pytest.raises(RequestError, match='prompt=65 does not fit into context=64'):
-    Case(SMALL, 'int8', 'extend', 8, 64, prompt=65)
+    CompileCase(SMALL, 'int8', 'extend', 8, 64, prompt=65)
 
 
 @functools.cache
-def _answer(phase, sampler=Sampler(), layout='ws_2d/batch', **fields):
+def _answer(phase, sampling=SamplingParams(), layout='ws_2d/batch', **fields):
   config = dataclasses.replace(preset('palm_8b'), num_layers=3)
   return analyze(config, 'int8', 'v4:2x2x2', phase, 16, 512, layout=layout, mesh='2x2x2', scan_layers=True, prompt=128,
-                 sampler=sampler, **fields)
+                 sampling=sampling, **fields)
 
 
 @pytest.mark.libtpu
 @pytest.mark.parametrize('phase, unit', [('extend', 'a chunk'), ('slots', 'a step'), ('admit', 'a prompt')])
 def test_the_report_tells_the_time_of_one(phase, unit):
   answer = _answer(phase)
-  text, found = report.text(answer), answer.estimate
+  text, found = report.report_text(answer), answer.estimate
   assert f'phase:  {phase} in ws_2d/batch' in text and f' {unit} with nothing overlapped' in text
   assert 'does not tell how often it turns' not in text
-  memory, data = answer.program.memory, report.to_dict(answer)
+  memory, data = answer.program.memory, report.report_dict(answer)
   # [L, B, S, K, Q] of keys and of values in 2 bytes: one row of 16 on each of 8 chips twice, or all of them on each.
   rows = 16 // 8
   assert memory.cache == pytest.approx(2 * 2 * 3 * rows * 512 * 256, rel=0.01)
@@ -125,7 +125,7 @@ def test_the_report_tells_the_time_of_one(phase, unit):
 @pytest.mark.libtpu
 def test_a_step_of_slots_is_a_decode_step_and_the_choice_of_tokens():
   step, _ = _answer('slots').estimate.turn_seconds
-  sampled, _ = _answer('slots', Sampler(1.0, top_k=40)).estimate.turn_seconds
+  sampled, _ = _answer('slots', SamplingParams(1.0, top_k=40)).estimate.turn_seconds
   decode = _answer('decode').estimate.serial_seconds
   assert decode < step < 1.25 * decode
   assert step < sampled

@@ -8,7 +8,7 @@ from t5x_inference_ext.config import preset
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.sharding.mesh_choice import default_mesh
 from t5x_inference_ext.runs import batches, output
-from t5x_inference_ext.runs.journal import Files, Journal
+from t5x_inference_ext.runs.journal import FileSystem, Journal
 from t5x_inference_ext.engine.vocabularies import ByteVocabulary, find_vocabulary
 
 
@@ -94,7 +94,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
 
 @pytest.fixture
 def journal(tmp_path):
-  return lambda run='one': Journal(str(tmp_path / 'rows'), run, Files(output.open_text, os.path.exists, os.remove))
+  return lambda run='one': Journal(str(tmp_path / 'rows'), run, FileSystem(output.open_text, os.path.exists, os.remove))
 
 
 def test_a_journal_keeps_rows_until_the_run_has_ended(journal, tmp_path):

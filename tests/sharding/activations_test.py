@@ -11,7 +11,12 @@ from t5x_inference_ext.config import ModelConfig, preset
 from t5x_inference_ext.errors import MeshError
 from t5x_inference_ext.sharding.layout import ATTENTION, FEEDFORWARD, Layout
 from t5x_inference_ext.sharding.mesh import AXES, parse_mesh
-from t5x_inference_ext.sharding.activations import padded_batch, padded_length, place, sampling_axes
+from t5x_inference_ext.sharding.activations import (
+    padded_batch,
+    padded_length,
+    sampling_axes,
+    shard_activations,
+)
 
 many = settings(deadline=None, derandomize=True, max_examples=200)
 LAYOUTS = [Layout(*parts) for parts in itertools.product(FEEDFORWARD, ATTENTION) if parts != ('wg_xyz', 'heads')]
@@ -47,7 +52,7 @@ def used(axes, mesh):
 @given(layouts, meshes, batches, lengths, heads)
 def test_every_axis_splits_one_thing_and_divides_it(layout, mesh, batch, length, heads):
   length = padded_length(layout, mesh, batch, length)
-  p = place(layout, config(heads), mesh, batch, length)
+  p = shard_activations(layout, config(heads), mesh, batch, length)
   # Tokens over the gathered axes; the residual stream over all.
   assert sorted(p.rows + p.positions) == sorted(layout.gathered_axes)
   rows, positions, features = p.residual
@@ -78,7 +83,7 @@ def test_every_axis_splits_one_thing_and_divides_it(layout, mesh, batch, length,
 @given(layouts, meshes, batches, lengths, heads)
 def test_devices_that_split_heads_have_them_all(layout, mesh, batch, length, heads):
   c = config(heads)
-  p = place(layout, c, mesh, batch, padded_length(layout, mesh, batch, length))
+  p = shard_activations(layout, c, mesh, batch, padded_length(layout, mesh, batch, length))
   shards = size(p.attention_heads, mesh)
   assert p.heads.heads * shards >= c.num_heads
   assert p.heads.multiquery == (c.num_kv_heads == 1)
@@ -96,7 +101,7 @@ def test_devices_that_split_heads_have_them_all(layout, mesh, batch, length, hea
 @given(layouts, meshes, batches, heads)
 def test_attention_by_batch_splits_rows_as_far_as_they_go(layout, mesh, batch, heads):
   """Over the hidden axes from the fastest on, with or without x: no more devices could have a row."""
-  p = place(layout, config(heads), mesh, batch, padded_length(layout, mesh, batch, 1))
+  p = shard_activations(layout, config(heads), mesh, batch, padded_length(layout, mesh, batch, 1))
   if layout.attention == 'batch':
     hidden, left = layout.hidden_axes, batch // size(p.rows, mesh)
     sizes = [size(embed + hidden[n:], mesh) for n in range(len(hidden) + 1) for embed in ((), layout.embed_axes)]
@@ -112,21 +117,21 @@ def test_attention_by_batch_splits_rows_as_far_as_they_go(layout, mesh, batch, h
 def test_lengths_that_do_not_divide(layout, mesh, batch, length, heads):
   """Prefill pads them, by as little as it can; a decode step has one position, and needs rows instead."""
   padded = padded_length(layout, mesh, batch, length)
-  place(layout, config(heads), mesh, batch, padded)
+  shard_activations(layout, config(heads), mesh, batch, padded)
   assert length <= padded < length + size(layout.gathered_axes, mesh)
   for shorter in range(length, padded):
     with pytest.raises(MeshError):
-      place(layout, config(heads), mesh, batch, shorter)
+      shard_activations(layout, config(heads), mesh, batch, shorter)
   divides = batch % size(layout.gathered_axes, mesh) == 0
   assert (padded_length(layout, mesh, batch, 1) == 1) == divides
   if not divides:
     with pytest.raises(MeshError, match=f'multiple of {size(layout.gathered_axes, mesh)}, or a weight-stationary layout'):
-      place(layout, config(heads), mesh, batch, 1)
+      shard_activations(layout, config(heads), mesh, batch, 1)
 
 
 def test_a_decode_step_that_can_t_split_its_rows_says_what_could():
   with pytest.raises(MeshError) as error:
-    place(Layout('wg_xy'), preset('palm_540b'), mesh_of('2x2x4'), 6, 1)
+    shard_activations(Layout('wg_xy'), preset('palm_540b'), mesh_of('2x2x4'), 6, 1)
   assert str(error.value) == (
       'wg_xy/batch splits tokens over 4 devices of the mesh 2x2x4, and 6 rows of 1 do not divide: use a batch that is a '
       'multiple of 4, or a weight-stationary layout (ws_2d) for decode')
@@ -148,7 +153,7 @@ def test_padded_batch_is_the_smallest_that_fills_what_fewer_rows_could(layout, m
   def devices(rows):
     """How many share the rows in a decode step's attention; 0 where it is refused."""
     try:
-      return size(place(layout, config((1, 6)), mesh, rows, 1).attention_rows, mesh)
+      return size(shard_activations(layout, config((1, 6)), mesh, rows, 1).attention_rows, mesh)
     except MeshError:
       return 0
 
@@ -195,7 +200,7 @@ def test_padded_batch_is_the_smallest_that_fills_what_fewer_rows_could(layout, m
 ])
 def test_attention_of_palm_540b(layout, mesh, batch, length, rows, heads, positions):
   mesh = mesh_of(mesh)
-  p = place(Layout.parse(layout), preset('palm_540b'), mesh, batch, length)
+  p = shard_activations(Layout.parse(layout), preset('palm_540b'), mesh, batch, length)
   assert (used(p.attention_rows, mesh), used(p.attention_heads, mesh), used(p.attention_positions, mesh)) == (
       rows, heads, positions)
 

@@ -6,12 +6,12 @@ from jax.sharding import PartitionSpec as P
 import pytest
 
 from t5x_inference_ext.config import preset
-from t5x_inference_ext.sharding.packing import device_tensors
+from t5x_inference_ext.sharding.packing import packed_tensors
 from t5x_inference_ext.sharding.layout import ATTENTION, FEEDFORWARD, Layout
-from t5x_inference_ext.sharding.activations import padded_length, place
+from t5x_inference_ext.sharding.activations import padded_length, shard_activations
 from t5x_inference_ext.sharding.axis_rules import (
-    ACTIVATIONS,
-    WEIGHTS,
+    ACTIVATION_AXES,
+    WEIGHT_AXES,
     logical_axis_rules,
     weight_axes,
 )
@@ -49,11 +49,11 @@ def _trimmed(spec):
 def test_weights(config, layout):
   """With the rules of a phase in front as without: those name no weights."""
   config = CONFIGS[config]
-  placement = place(layout, config, MESH, 8, 8)
-  for name, tensor in device_tensors(config, layout, MESH, int8=True).items():
+  sharding = shard_activations(layout, config, MESH, 8, 8)
+  for name, tensor in packed_tensors(config, layout, MESH, int8=True).items():
     names = weight_axes(name)
     assert len(names) == len(tensor.shape)
-    for rules in (logical_axis_rules(layout), logical_axis_rules(layout, placement)):
+    for rules in (logical_axis_rules(layout), logical_axis_rules(layout, sharding)):
       assert _spec(names, rules) == _trimmed(tensor.spec), name
       assert _spec(weight_axes(name, stacked=True), rules) == _trimmed(P(None, *tensor.spec)), name
 
@@ -63,22 +63,22 @@ def test_weights(config, layout):
 @pytest.mark.parametrize('rows, length', [(1, 16), (4, 16), (8, 1), (16, 1)])
 def test_activations(config, layout, rows, length):
   length = padded_length(layout, MESH, rows, length)
-  placement = place(layout, CONFIGS[config], MESH, rows, length)
-  rules = logical_axis_rules(layout, placement)
-  assert _spec(ACTIVATIONS['residual'], rules) == _trimmed(P(*placement.residual))
-  assert _spec(ACTIVATIONS['cache'], rules) == _trimmed(placement.cache)
-  assert _spec(ACTIVATIONS['queries'], rules) == _trimmed(
-      P(placement.attention_rows, placement.attention_positions, placement.attention_heads))
-  assert _spec(ACTIVATIONS['mlp'], rules) == _trimmed(
-      P(placement.rows, placement.positions, placement.layout.hidden_axes))
+  sharding = shard_activations(layout, CONFIGS[config], MESH, rows, length)
+  rules = logical_axis_rules(layout, sharding)
+  assert _spec(ACTIVATION_AXES['residual'], rules) == _trimmed(P(*sharding.residual))
+  assert _spec(ACTIVATION_AXES['cache'], rules) == _trimmed(sharding.cache)
+  assert _spec(ACTIVATION_AXES['queries'], rules) == _trimmed(
+      P(sharding.attention_rows, sharding.attention_positions, sharding.attention_heads))
+  assert _spec(ACTIVATION_AXES['mlp'], rules) == _trimmed(
+      P(sharding.rows, sharding.positions, sharding.layout.hidden_axes))
 
 
 def test_names_have_one_meaning():
   """A name is a weight's or an activation's, and each has its rule."""
-  weights = {name for names in WEIGHTS.values() for name in names}
-  activations = {name for names in ACTIVATIONS.values() for name in names}
+  weights = {name for names in WEIGHT_AXES.values() for name in names}
+  activations = {name for names in ACTIVATION_AXES.values() for name in names}
   assert not weights & activations
-  rules = logical_axis_rules(Layout(), place(Layout(), CONFIGS['parallel multiquery'], MESH, 8, 8))
+  rules = logical_axis_rules(Layout(), shard_activations(Layout(), CONFIGS['parallel multiquery'], MESH, 8, 8))
   names = [name for name, _ in rules]
   assert len(names) == len(set(names)) and set(names) == weights | activations | {'layers'}
 

@@ -11,7 +11,12 @@ from t5x_inference_ext.config import ModelConfig, preset
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.errors import MeshError
 from t5x_inference_ext.sharding import axis_rules, explain_text
-from t5x_inference_ext.sharding.explain import Explanation, Setting, Tensor, describe
+from t5x_inference_ext.sharding.explain import (
+    ExplainSetting,
+    ExplainedTensor,
+    Explanation,
+    explain_setting,
+)
 from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.mesh import AXES, make_mesh, parse_mesh
 from tests import reference
@@ -29,11 +34,11 @@ decode_step = functools.partial(jax.jit, static_argnames='self')(Model.decode_st
 
 
 def setting(config: ModelConfig, mesh: str, prefill_layout='ws_2d/batch', decode_layout='ws_2d/batch', **fields):
-  return Setting(config, dict(zip(AXES, parse_mesh(mesh))), Layout.parse(prefill_layout), Layout.parse(decode_layout),
+  return ExplainSetting(config, dict(zip(AXES, parse_mesh(mesh))), Layout.parse(prefill_layout), Layout.parse(decode_layout),
                  **fields)
 
 
-def engine(s: Setting):
+def engine(s: ExplainSetting):
   tensors = reference.random_tensors(s.config)
   if s.int8:
     tensors = reference.quantized(s.config, tensors)
@@ -41,7 +46,7 @@ def engine(s: Setting):
                        prefill=str(s.prefill), decode=str(s.decode), cache=s.cache)
 
 
-def check(explained: Tensor, arrays: list[jax.Array]) -> None:
+def check(explained: ExplainedTensor, arrays: list[jax.Array]) -> None:
   """An explained tensor is these arrays."""
   assert explained.arrays == len(arrays)
   for array in arrays:
@@ -63,7 +68,7 @@ def check_cache(e: Explanation, cache) -> None:
   check(phase_tensor(e, 1, 'cache'), leaves)
 
 
-def phase_tensor(e: Explanation, phase: int, name: str) -> Tensor:
+def phase_tensor(e: Explanation, phase: int, name: str) -> ExplainedTensor:
   found, = [t for t in e.phases[phase].tensors if t.name == name]
   return found
 
@@ -84,11 +89,11 @@ CASES = [
 def test_explained_tensors_are_those_on_the_devices(model, mesh, first, second, fields):
   s = setting(MODELS[model], mesh, first, second,
               **{'dtype': 'float32', 'prompt_length': 5, 'cache_length': 9, **fields})
-  e, run = describe(s), engine(s)
+  e, run = explain_setting(s), engine(s)
   layers = [run.weights.layers] if s.stacked else run.weights.layers
   for t in e.weights:
-    sublayer, _, field = t.name.rpartition('/')
-    check(t, [getattr(layer[sublayer], field) for layer in layers] if sublayer else [getattr(run.weights, field)])
+    block_part, _, field = t.name.rpartition('/')
+    check(t, [getattr(layer[block_part], field) for layer in layers] if block_part else [getattr(run.weights, field)])
   assert e.weight_bytes == sum(  # no array is left out
       a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(run.weights))
 
@@ -109,17 +114,17 @@ def test_attention_of_each_phase(model, mesh, first, second, fields):
   """A device's queries are heads by positions by rows of its placement."""
   s = setting(MODELS[model], mesh, first, second,
               **{'dtype': 'float32', 'prompt_length': 5, 'cache_length': 9, **fields})
-  e = describe(s)
+  e = explain_setting(s)
   run = Model(s.config, make_mesh(parse_mesh(mesh)), s.prefill, s.decode, s.dtype)
-  for phase, place in zip(e.phases, (run.place_prefill(s.rows, 5), run.place_decode(s.rows))):
-    assert phase.placement == place
+  for phase, sharding in zip(e.phases, (run.prefill_sharding(s.rows, 5), run.decode_sharding(s.rows))):
+    assert phase.sharding == sharding
     rows, positions, _ = (np.prod([s.mesh[a] for a in axes], dtype=int) for axes in (
-        place.attention_rows, place.attention_positions, place.attention_heads))
+        sharding.attention_rows, sharding.attention_positions, sharding.attention_heads))
     queries = next(t for t in phase.tensors if t.name == 'queries')
     width = 4 if s.dtype == 'float32' else 2
     assert queries.bytes == (
-        s.rows // rows * (phase.length // positions) * place.heads.heads * s.config.d_head * width)
-    named = dict(axis_rules.activation_rules(place))
+        s.rows // rows * (phase.length // positions) * sharding.heads.heads * s.config.d_head * width)
+    named = dict(axis_rules.activation_rules(sharding))
     for t in phase.tensors:
       if t.name in ('residual', 'queries', 'cache', 'keys, values'):
         assert [_names(a) for a in t.spec] == [_names(named.get(name)) for name in t.axes][:len(t.spec)]
@@ -131,7 +136,7 @@ def _names(axes):
 
 @pytest.mark.parametrize('layout', ['ws_1d/batch', 'ws_2d/heads', 'wg_xy/batch'])
 def test_weights_have_the_axes_that_rules_split(layout):
-  e = describe(setting(MODELS['grouped'], '2x2x2', layout, layout, batch=8, int8=True))
+  e = explain_setting(setting(MODELS['grouped'], '2x2x2', layout, layout, batch=8, int8=True))
   named = dict(axis_rules.weight_rules(Layout.parse(layout)))
   for t in e.weights:
     spec = (*t.spec, *(None,) * (len(t.axes) - len(t.spec)))
@@ -157,26 +162,26 @@ def moved(e: Explanation) -> int:
     ('2x4x1', 'wg_x/heads', 'ws_2d/batch', 4), ('1x2x4', 'wg_xy/batch', 'ws_2d/batch', 4),
     ('2x2x2', 'wg_xyz/batch', 'ws_2d/batch', 16), ('2x2x2', 'ws_1d/heads', 'ws_1d/batch', 2)])
 def test_what_the_cache_moves(mesh, first, second, batch):
-  e = describe(setting(MODELS['multiquery'], mesh, first, second, batch=batch, prompt_length=6, cache_length=8,
+  e = explain_setting(setting(MODELS['multiquery'], mesh, first, second, batch=batch, prompt_length=6, cache_length=8,
                        dtype='float32'))
   assert e.moved == moved(e)
 
 
 def test_a_cache_of_many_heads_moves_those_that_a_device_lacks():
   """1x2x1, 2 rows, 4 key heads: half of the heads of both rows becomes a row with all heads."""
-  e = describe(setting(MODELS['multihead'], '1x2x1', 'ws_2d/heads', 'ws_2d/batch', batch=2, prompt_length=6,
+  e = explain_setting(setting(MODELS['multihead'], '1x2x1', 'ws_2d/heads', 'ws_2d/batch', batch=2, prompt_length=6,
                        cache_length=8, dtype='float32'))
   assert e.moved == 2 * 2 * (2 * 6 * 8) * 4  # layers, keys and values, 2 heads x 6 positions x 8, float32
-  same = describe(setting(MODELS['multihead'], '1x2x1', batch=2, prompt_length=6, cache_length=8))
+  same = explain_setting(setting(MODELS['multihead'], '1x2x1', batch=2, prompt_length=6, cache_length=8))
   assert same.moved == 0
 
 
 def test_padding_and_copies_of_heads_are_told():
   # 3 groups of 2 heads: on 4 shards a group each, the last of zeros; on 8 shared by two, a query head each.
-  four = describe(setting(MODELS['grouped'], '2x2x2', batch=8)).blocks['attention/w_in']
+  four = explain_setting(setting(MODELS['grouped'], '2x2x2', batch=8)).blocks['attention/w_in']
   assert [(b.names[0], b.width, b.total, b.padding, b.copies) for b in four] == [
       ('query', 2, 8, 2, 0), ('key', 1, 4, 1, 0), ('value', 1, 4, 1, 0)]
-  eight = describe(setting(MODELS['grouped'], '2x2x2', 'ws_1d/batch', 'ws_1d/batch', batch=8)).blocks['attention/w_in']
+  eight = explain_setting(setting(MODELS['grouped'], '2x2x2', 'ws_1d/batch', 'ws_1d/batch', batch=8)).blocks['attention/w_in']
   assert [(b.names[0], b.width, b.total, b.padding, b.copies) for b in eight] == [
       ('query', 1, 8, 2, 0), ('key', 1, 8, 2, 3), ('value', 1, 8, 2, 3)]
   text = explain_text.explain(setting(preset('palm_540b'), '4x4x4', 'ws_1d/batch', 'ws_1d/batch', batch=64))
@@ -187,7 +192,7 @@ def test_the_paper_s_mesh_needs_no_devices():
   """PaLM 540B on 64 chips: weights a 64th of all, cache as the paper's Table 1 counts it (section 3.3)."""
   s = setting(preset('palm_540b'), '4x4x4', 'wg_xyz/batch', 'ws_2d/batch', batch=512, prompt_length=2048,
               cache_length=2048)
-  e = describe(s)
+  e = explain_setting(s)
   matrices = [t for t in e.weights if t.name in ('embedding', 'parallel/w_in', 'parallel/w_out')]
   norms = 119 * 18432
   padding = 16 * (128 - 32) * 118 * 18432  # each shard's columns of keys and values, to a tile
@@ -223,7 +228,7 @@ def test_the_guide_shows_what_is_printed(repository):
 
 def test_text_leaves_out_axes_of_one_device():
   s = setting(MODELS['multiquery'], '8x1x1', batch=8)
-  w_in = next(t for t in describe(s).weights if t.name == 'parallel/w_in')
+  w_in = next(t for t in explain_setting(s).weights if t.name == 'parallel/w_in')
   assert explain_text.sharding_text(w_in, s.mesh) == 'L E_x columns'
   assert explain_text.weights_notation(s.prefill) == 'E_xF_zy'
   assert explain_text.weights_notation(Layout('ws_1d')) == 'EF_xzy'
@@ -255,7 +260,7 @@ def test_keys_and_values_of_prefill_are_told():
   by_heads = dict(batch=8, prompt_length=6, cache_length=8, dtype='float32')
   text = explain_text.explain(setting(MODELS['multiquery'], '2x2x2', 'ws_2d/heads', 'ws_2d/batch', **by_heads))
   assert 'each device keeps its part of keys and values, B T K Q to B_xzy S K Q: nothing moves' in text
-  e = describe(setting(MODELS['multiquery'], '2x2x2', 'ws_2d/heads', 'ws_2d/batch', **by_heads))
+  e = explain_setting(setting(MODELS['multiquery'], '2x2x2', 'ws_2d/heads', 'ws_2d/batch', **by_heads))
   made = 2 * 2 * 8 * 6 * 8 * 4  # layers, keys and values, rows, positions, Q, float32
   assert f'in prefill {explain_text.bytes_text(e.weight_bytes + made)} with its keys and values' in text
   text = explain_text.explain(setting(MODELS['multihead'], '2x2x2', 'ws_2d/heads', 'ws_2d/batch', **by_heads))
@@ -279,6 +284,6 @@ def test_bytes_text():
 
 def test_what_cannot_run_is_refused():
   with pytest.raises(MeshError, match='ws_1d'):
-    describe(setting(MODELS['multiquery'], '2x2x2', 'ws_1d/batch', 'ws_2d/batch'))
+    explain_setting(setting(MODELS['multiquery'], '2x2x2', 'ws_1d/batch', 'ws_2d/batch'))
   with pytest.raises(MeshError, match='d_model=16'):
-    describe(setting(MODELS['multiquery'], '3x1x1'))
+    explain_setting(setting(MODELS['multiquery'], '3x1x1'))

@@ -10,20 +10,20 @@ from t5x_inference_ext.config import preset
 from t5x_inference_ext.errors import MeshError
 from t5x_inference_ext.sharding.layout import (
     ATTENTION,
-    COLLECTIVES,
     FEEDFORWARD,
     Layout,
     ORDER,
+    RING_DIRECTIONS,
     check_model,
     check_pair,
-    size,
+    num_shards,
 )
 from t5x_inference_ext.sharding.mesh import AXES
 
 many = settings(deadline=None, derandomize=True, max_examples=300)
 meshes = st.fixed_dictionaries({axis: st.integers(1, 8) for axis in AXES})
 
-LAYOUTS = [Layout(*parts) for parts in itertools.product(FEEDFORWARD, ATTENTION, COLLECTIVES)
+LAYOUTS = [Layout(*parts) for parts in itertools.product(FEEDFORWARD, ATTENTION, RING_DIRECTIONS)
            if parts[:2] != ('wg_xyz', 'heads')]
 
 
@@ -103,7 +103,7 @@ def test_pairs():
 @given(meshes)
 def test_check_model_takes_what_every_device_can_share(mesh):
   config = preset('palm_540b')
-  chips = size(AXES, mesh)
+  chips = num_shards(AXES, mesh)
   if config.d_model % chips or config.d_ff % chips:
     with pytest.raises(MeshError, match=f'does not divide over the {chips} devices'):
       check_model(config, mesh)

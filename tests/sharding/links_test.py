@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from t5x_inference_ext.sharding.links import Path, paths
+from t5x_inference_ext.sharding.links import LinkPath, paths
 from t5x_inference_ext.sharding.mesh import AXES
 from t5x_inference_ext.sharding.torus import device_grid, parse_slice
 
@@ -17,25 +17,25 @@ def of(name, mesh, axes):
 
 
 @pytest.mark.parametrize('name,mesh,axes,expected', [
-    ('v4:4x4x4', (4, 4, 4), 'x', [Path(4, True)]),
-    ('v4:4x4x4', (4, 4, 4), 'xzy', [Path(4, True)] * 3),
+    ('v4:4x4x4', (4, 4, 4), 'x', [LinkPath(4, True)]),
+    ('v4:4x4x4', (4, 4, 4), 'xzy', [LinkPath(4, True)] * 3),
     # Half a ring of 4: its chips are neighbours, on links that no other half uses.
-    ('v4:4x4x4', (2, 8, 4), 'x', [Path(2, False)]),
-    ('v4:4x4x4', (2, 8, 4), 'y', [Path(2, False), Path(4, True)]),
-    ('v4:4x4x4', (2, 8, 4), 'zy', [Path(2, False), Path(4, True), Path(4, True)]),
-    ('v4:4x4x4', (2, 8, 4), 'xy', [Path(4, True)] * 2),
-    ('v4:2x2x4', (2, 4, 2), 'y', [Path(4, False)]),
+    ('v4:4x4x4', (2, 8, 4), 'x', [LinkPath(2, False)]),
+    ('v4:4x4x4', (2, 8, 4), 'y', [LinkPath(2, False), LinkPath(4, True)]),
+    ('v4:4x4x4', (2, 8, 4), 'zy', [LinkPath(2, False), LinkPath(4, True), LinkPath(4, True)]),
+    ('v4:4x4x4', (2, 8, 4), 'xy', [LinkPath(4, True)] * 2),
+    ('v4:2x2x4', (2, 4, 2), 'y', [LinkPath(4, False)]),
     # Pairs of a ring of 8, folded: the link between the ends carries two of them, and one pair is three links apart.
-    ('v4:8x8x8', (2, 4, 64), 'x', [Path(2, False, 2, 3)]),
-    ('v4:8x8x8', (2, 4, 64), 'y', [Path(4, False)])])
+    ('v4:8x8x8', (2, 4, 64), 'x', [LinkPath(2, False, 2, 3)]),
+    ('v4:8x8x8', (2, 4, 64), 'y', [LinkPath(4, False)])])
 def test_paths(name, mesh, axes, expected):
   assert sorted(of(name, mesh, tuple(axes)), key=str) == sorted(expected, key=str)
 
 
 def test_shared_links_are_slower():
-  assert (Path(2, False).links, Path(2, False, 2).links, Path(4, True).links) == (1, 0.5, 2)
-  assert (Path(4, False).hops, Path(2, False, 1, 3).hops, Path(8, True).hops) == (3, 3, 4)
-  assert Path(4, True).exchange == 0.5 and Path(4, False, 2).exchange == 2
+  assert (LinkPath(2, False).links, LinkPath(2, False, 2).links, LinkPath(4, True).links) == (1, 0.5, 2)
+  assert (LinkPath(4, False).hops, LinkPath(2, False, 1, 3).hops, LinkPath(8, True).hops) == (3, 3, 4)
+  assert LinkPath(4, True).exchange == 0.5 and LinkPath(4, False, 2).exchange == 2
 
 
 @pytest.mark.parametrize('name,mesh', [

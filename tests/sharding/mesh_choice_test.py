@@ -17,7 +17,7 @@ from t5x_inference_ext.sharding.mesh_choice import (
     torus_mesh,
     torus_meshes,
 )
-from t5x_inference_ext.sharding.activations import place
+from t5x_inference_ext.sharding.activations import shard_activations
 from t5x_inference_ext.sharding.torus import (
     device_grid,
     neighbours_adjacent,
@@ -79,7 +79,7 @@ def test_the_mesh_of_a_slice(name, meshes, model):
 
 def _moved(config, mesh):
   sizes, rows = dict(zip(AXES, mesh)), math.prod(mesh)
-  return sum(m.moved for m in layer_moves(config, place(Layout(), config, sizes, rows, 1), sizes, rows, 1))
+  return sum(m.moved for m in layer_moves(config, shard_activations(Layout(), config, sizes, rows, 1), sizes, rows, 1))
 
 
 @many

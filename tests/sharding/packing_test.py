@@ -8,9 +8,9 @@ import pytest
 from t5x_inference_ext import params
 from t5x_inference_ext.config import ModelConfig, preset
 from t5x_inference_ext.errors import MeshError
-from t5x_inference_ext.sharding.packing import device_tensors
+from t5x_inference_ext.sharding.packing import packed_tensors
 from t5x_inference_ext.sharding.heads import HeadSplit
-from t5x_inference_ext.sharding.layout import Layout, size
+from t5x_inference_ext.sharding.layout import Layout, num_shards
 from t5x_inference_ext.sharding.mesh import AXES
 
 many = settings(deadline=None, derandomize=True, max_examples=200)
@@ -49,7 +49,7 @@ def whole(tensor, arrays, layer):
 def test_any_range_is_that_range_of_the_whole(case, data):
   config, layout, mesh, int8 = case
   arrays = canonical(config, int8)
-  tensors = device_tensors(config, layout, mesh, int8)
+  tensors = packed_tensors(config, layout, mesh, int8)
   name = data.draw(st.sampled_from(sorted(tensors)), label='tensor')
   tensor = tensors[name]
   layer = data.draw(st.integers(0, 1), label='layer') if tensor.per_layer else None
@@ -80,9 +80,9 @@ def test_shards_hold_the_canonical_values(case):
   """Each part of each shard's block: the MLP cut evenly, whole heads where HeadSplit has them, zeros elsewhere."""
   config, layout, mesh, int8 = case
   arrays = canonical(config, int8)
-  shards = size(layout.stored_hidden, mesh)
+  shards = num_shards(layout.stored_hidden, mesh)
   assert shards == mesh['y'] * mesh['z'] * (mesh['x'] if layout.feedforward == 'ws_1d' else 1)
-  tensors = device_tensors(config, layout, mesh, int8)
+  tensors = packed_tensors(config, layout, mesh, int8)
   split = HeadSplit.of(config.num_kv_heads, config.num_heads // config.num_kv_heads, shards)
   f, d = config.d_ff // shards, config.d_head
 
@@ -100,11 +100,11 @@ def test_shards_hold_the_canonical_values(case):
       out[..., shard, :stop - start, :] = values[..., start:stop, :]
     return out.reshape(*out.shape[:-2], -1)
 
-  def columns(sublayer, layer, suffix=''):
+  def columns(block_part, layer, suffix=''):
     parts = []
-    if sublayer.mlp:
+    if block_part.mlp:
       parts += [evenly(arrays[n + suffix][layer], f) for n in config.mlp_inputs]
-    if sublayer.attention:
+    if block_part.attention:
       key, value = arrays['key' + suffix][layer], arrays['value' + suffix][layer]
       parts.append(by_heads(arrays['query' + suffix][layer], split.local_heads, split.query_range))
       if config.num_kv_heads == 1:
@@ -113,9 +113,9 @@ def test_shards_hold_the_canonical_values(case):
         parts += [by_heads(x, split.local_groups, split.group_range) for x in (key, value)]
     return np.concatenate(parts, axis=-1)
 
-  def rows(sublayer, layer):
-    parts = [evenly(arrays['mlp_output'][layer].T, f)] if sublayer.mlp else []
-    if sublayer.attention:
+  def rows(block_part, layer):
+    parts = [evenly(arrays['mlp_output'][layer].T, f)] if block_part.mlp else []
+    if block_part.attention:
       parts.append(by_heads(arrays['attention_output'][layer].T, split.local_heads, split.query_range))
     return np.concatenate(parts, axis=-1)
 
@@ -128,15 +128,15 @@ def test_shards_hold_the_canonical_values(case):
       check(name + suffix, layer, arrays[norm + suffix] if layer is None else arrays[norm + suffix][layer])
 
   for layer in range(2):
-    for sublayer in config.sublayers:
+    for block_part in config.block_parts:
       flat = lambda x: x.reshape(*x.shape[:-2], -1)  # noqa: E731
-      check(f'{sublayer.name}/w_in', layer, flat(columns(sublayer, layer)))
-      check(f'{sublayer.name}/w_out', layer, flat(rows(sublayer, layer)).T)
+      check(f'{block_part.name}/w_in', layer, flat(columns(block_part, layer)))
+      check(f'{block_part.name}/w_out', layer, flat(rows(block_part, layer)).T)
       own = config.block == 'serial'
-      check_norm(f'{sublayer.name}/norm', layer, f'{sublayer.name}_norm' if own else 'layer_norm')
+      check_norm(f'{block_part.name}/norm', layer, f'{block_part.name}_norm' if own else 'layer_norm')
       if int8:
-        check(f'{sublayer.name}/in_scale', layer, flat(columns(sublayer, layer, '_scale')))
-        check(f'{sublayer.name}/out_scale', layer, arrays[f'{sublayer.name}_output_scale' if own else 'output_scale'][layer])
+        check(f'{block_part.name}/in_scale', layer, flat(columns(block_part, layer, '_scale')))
+        check(f'{block_part.name}/out_scale', layer, arrays[f'{block_part.name}_output_scale' if own else 'output_scale'][layer])
   check_norm('final_norm', None, 'final_norm')
   height = -(-config.vocab_size // shards)
   check('embedding', None, evenly(arrays['embedding'].T, height).reshape(config.d_model, -1).T)
@@ -147,9 +147,9 @@ def test_shards_hold_the_canonical_values(case):
 @given(cases())
 def test_every_device_gets_as_much(case):
   config, layout, mesh, int8 = case
-  for name, tensor in device_tensors(config, layout, mesh, int8).items():
+  for name, tensor in packed_tensors(config, layout, mesh, int8).items():
     for n, axes in zip(tensor.shape, tensor.spec):
-      assert n % size((axes,) if isinstance(axes, str) else axes or (), mesh) == 0, name
+      assert n % num_shards((axes,) if isinstance(axes, str) else axes or (), mesh) == 0, name
 
 
 @many
@@ -157,9 +157,9 @@ def test_every_device_gets_as_much(case):
 def test_layouts_of_one_storage_kind_have_the_same_arrays(case):
   """So that one set of weights serves both phases (section 3.2.3), and a checkpoint loaded for one serves the other."""
   config, layout, mesh, int8 = case
-  mine = device_tensors(config, layout, mesh, int8)
+  mine = packed_tensors(config, layout, mesh, int8)
   for feedforward in ('ws_1d', 'ws_2d', 'wg_x', 'wg_xy', 'wg_xyz'):
-    other = device_tensors(config, Layout(feedforward), mesh, int8)
+    other = packed_tensors(config, Layout(feedforward), mesh, int8)
     if (feedforward == 'ws_1d') == (layout.feedforward == 'ws_1d'):
       assert other == mine
     else:
@@ -172,7 +172,7 @@ def test_padding_keeps_the_dtype(dtype):
   """Also where all that a shard has of a part is padding: int8 must not pass through float32 on its way."""
   config = ModelConfig(num_layers=1, d_model=8, d_ff=8, num_heads=1, d_head=2, vocab_size=5)
   arrays = {n: np.ones(p.shape, dtype) for n, p in params.parameters(config).items()}
-  tensor = device_tensors(config, Layout(), dict(x=1, y=8, z=1), True)['parallel/w_in']
+  tensor = packed_tensors(config, Layout(), dict(x=1, y=8, z=1), True)['parallel/w_in']
   block = tensor.shape[1] // 8
   last = tensor.read(lambda name, index: arrays[name][index], 0, (slice(0, 8), slice(7 * block, 8 * block)))
   assert last.dtype == dtype and last.shape == (8, block) == (8, 5)
@@ -187,11 +187,11 @@ def test_palm_540b_on_64_chips(layout, mesh, heads):
   A shard of 16 has 32 columns of the key head and its values, padded to a tile of 128; of 64, it has too few queries.
   """
   config = preset('palm_540b')
-  tensors = device_tensors(config, Layout(layout), dict(zip(AXES, mesh)), True)
+  tensors = packed_tensors(config, Layout(layout), dict(zip(AXES, mesh)), True)
   assert tensors['parallel/w_in'].shape == (18432, 2 * config.d_ff + heads * 256 + (16 * 128 if heads == 48 else 2 * 256))
   assert tensors['parallel/w_out'].shape == (config.d_ff + heads * 256, 18432)
   # Whole tiles of the vocabulary on each shard.
-  shards = size(Layout(layout).stored_hidden, dict(zip(AXES, mesh)))
+  shards = num_shards(Layout(layout).stored_hidden, dict(zip(AXES, mesh)))
   assert tensors['embedding'].shape[0] % (128 * shards) == 0
   assert 0 <= tensors['embedding'].shape[0] - 256128 < 128 * shards
 
@@ -199,7 +199,7 @@ def test_palm_540b_on_64_chips(layout, mesh, heads):
 def test_heads_that_do_not_divide_are_cut_between_shards():
   """48 heads of 256 over 32 shards: 384 columns each, in order, and nothing is padded."""
   config = preset('palm_540b')
-  tensors = device_tensors(config, Layout('ws_2d'), dict(x=2, y=8, z=4), True)
+  tensors = packed_tensors(config, Layout('ws_2d'), dict(x=2, y=8, z=4), True)
   assert tensors['parallel/w_in'].shape == (18432, 2 * config.d_ff + 48 * 256 + 32 * 128)
   assert tensors['parallel/w_out'].shape == (config.d_ff + 48 * 256, 18432)
   query = next(p for p in tensors['parallel/w_in'].parts if p.names == ('query',))
@@ -210,7 +210,7 @@ def test_megatron_530b_on_64_chips():
   """A serial block: attention and MLP are matrices of their own. 128 heads divide."""
   config = preset('megatron_530b')
   for layout in ('ws_1d', 'ws_2d'):
-    tensors = device_tensors(config, Layout(layout), dict(x=4, y=4, z=4), False)
+    tensors = packed_tensors(config, Layout(layout), dict(x=4, y=4, z=4), False)
     shapes = {name: t.shape for name, t in tensors.items() if t.kind == 'matrix'}
     assert shapes == {'attention/w_in': (20480, 3 * 20480), 'attention/w_out': (20480, 20480),
                       'mlp/w_in': (20480, 81920), 'mlp/w_out': (81920, 20480)}
@@ -218,4 +218,4 @@ def test_megatron_530b_on_64_chips():
 
 def test_a_mesh_that_does_not_divide_the_mlp():
   with pytest.raises(MeshError, match='d_model=256 does not divide'):
-    device_tensors(preset('palm_tiny'), Layout(), dict(x=3, y=1, z=1), False)
+    packed_tensors(preset('palm_tiny'), Layout(), dict(x=3, y=1, z=1), False)

@@ -13,7 +13,7 @@ from t5x_inference_ext.errors import MeshError
 from t5x_inference_ext.sharding.mesh import arrange, physical_shape
 from t5x_inference_ext.sharding.torus import (
     GENERATIONS,
-    Slice,
+    TpuSlice,
     axis_links,
     box_of,
     device_grid,
@@ -71,8 +71,8 @@ def _longest(positions, shape, wraps):
 
 
 @pytest.mark.parametrize('text, expected', [
-    ('4x4x4', Slice('v4', (4, 4, 4))), ('v4:2x2x1', Slice('v4', (2, 2, 1))), ('V5P:8X8X16', Slice('v5p', (8, 8, 16))),
-    ('v5e:4x8', Slice('v5e', (4, 8, 1))), ('v6e:16x16', Slice('v6e', (16, 16, 1)))])
+    ('4x4x4', TpuSlice('v4', (4, 4, 4))), ('v4:2x2x1', TpuSlice('v4', (2, 2, 1))), ('V5P:8X8X16', TpuSlice('v5p', (8, 8, 16))),
+    ('v5e:4x8', TpuSlice('v5e', (4, 8, 1))), ('v6e:16x16', TpuSlice('v6e', (16, 16, 1)))])
 def test_slices_are_read(text, expected):
   parsed = parse_slice(text)
   assert parsed == expected
@@ -83,7 +83,7 @@ def test_slices_are_read(text, expected):
 @many
 @given(st.sampled_from(sorted(GENERATIONS)), st.tuples(*[st.integers(1, 99)] * 3))
 def test_what_a_slice_writes_is_read(kind, sizes):
-  written = Slice(kind, (*sizes[:GENERATIONS[kind]], 1)[:3])
+  written = TpuSlice(kind, (*sizes[:GENERATIONS[kind]], 1)[:3])
   assert parse_slice(str(written)) == written
 
 
@@ -115,7 +115,7 @@ def test_anything_else_is_a_mesh_error(text):
 def test_wraparound(shape, kind, expected):
   assert wraparound(shape, kind) == expected
   if kind:
-    assert Slice(kind, shape).wraps == expected
+    assert TpuSlice(kind, shape).wraps == expected
 
 
 @pytest.mark.parametrize('shape, mesh', MESHES.items())

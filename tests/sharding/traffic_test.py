@@ -19,18 +19,18 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 import pytest
 
 from t5x_inference_ext.model.collectives import ops
-from t5x_inference_ext.config import ModelConfig, Sublayer
+from t5x_inference_ext.config import BlockPart, ModelConfig
 from t5x_inference_ext.model.cache import KVCache
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.attention import Context
 from t5x_inference_ext.model.positions import rotary_angles
 from t5x_inference_ext.model.block import Layer, Positions
 from t5x_inference_ext.sharding import traffic
-from t5x_inference_ext.sharding.packing import device_tensors
+from t5x_inference_ext.sharding.packing import packed_tensors
 from t5x_inference_ext.sharding.layout import FEEDFORWARD, Layout
 from t5x_inference_ext.sharding.mesh import AXES, make_mesh, parse_mesh
-from t5x_inference_ext.sharding.collective import Move
-from t5x_inference_ext.sharding.activations import Placement, place
+from t5x_inference_ext.sharding.collective import Collective
+from t5x_inference_ext.sharding.activations import ActivationSharding, shard_activations
 from t5x_inference_ext.model.weights import Weights, layer_weights
 from tests import hlo
 
@@ -55,7 +55,7 @@ def mesh_sizes(text: str) -> dict[str, int]:
   return dict(zip(AXES, parse_mesh(text)))
 
 
-def by_kind(moves: list[Move]) -> dict[str, float]:
+def by_kind(moves: list[Collective]) -> dict[str, float]:
   """Bytes moved by the HLO's kinds: a looped collective is a ring of collective-permutes."""
   totals = collections.defaultdict(float)
   for move in moves:
@@ -74,10 +74,10 @@ def _placed(arguments, specs, mesh):
       lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec)), arguments, specs)
 
 
-def _layer_weights(config: ModelConfig, placed: Placement, mesh, int8: bool):
+def _layer_weights(config: ModelConfig, placed: ActivationSharding, mesh, int8: bool):
   """Shapes and specs of a layer; vectors are split as the residual stream is, as the model hands them to its layers."""
   layout = placed.layout
-  tensors = {n: t for n, t in device_tensors(config, layout, mesh.shape, int8).items() if t.per_layer}
+  tensors = {n: t for n, t in packed_tensors(config, layout, mesh.shape, int8).items() if t.per_layer}
 
   def dtype(t):
     return jnp.int8 if int8 and t.kind == 'matrix' else jnp.float32
@@ -87,13 +87,13 @@ def _layer_weights(config: ModelConfig, placed: Placement, mesh, int8: bool):
   return shapes, layer_weights(specs)
 
 
-def _cached(config: ModelConfig, placed: Placement, mesh, *lead: int) -> jax.ShapeDtypeStruct:
+def _cached(config: ModelConfig, placed: ActivationSharding, mesh, *lead: int) -> jax.ShapeDtypeStruct:
   """[*lead, S, K, Q] of a cache, copies and padding of heads included."""
   heads = placed.heads.kv_heads * math.prod(mesh.shape[a] for a in placed.cache[2] or ())
   return jax.ShapeDtypeStruct((*lead, CACHE, heads, config.d_head), jnp.float32)
 
 
-def layer_collectives(config: ModelConfig, placed: Placement, mesh, batch: int, length: int, int8: bool):
+def layer_collectives(config: ModelConfig, placed: ActivationSharding, mesh, batch: int, length: int, int8: bool):
   """Those of one layer; a single token per row attends to a cache."""
   weights, weight_specs = _layer_weights(config, placed, mesh, int8)
   x = jax.ShapeDtypeStruct((batch, length, config.d_model), jnp.float32)
@@ -114,12 +114,12 @@ def layer_collectives(config: ModelConfig, placed: Placement, mesh, batch: int, 
 
 def feedforward_collectives(config: ModelConfig, layout: Layout, mesh, batch: int, length: int):
   """Those of a serial block's MLP; its norm's all-reduce is the only one."""
-  placed = place(layout, config, mesh.shape, batch, length)
+  placed = shard_activations(layout, config, mesh.shape, batch, length)
   weights, specs = _layer_weights(config, placed, mesh, False)
   x = jax.ShapeDtypeStruct((batch, length, config.d_model), jnp.float32)
 
   def run(x, w):
-    return Layer(config, placed, 'float32')._sublayer(x, w, Sublayer('mlp', False, True), None, None)[0]
+    return Layer(config, placed, 'float32')._sublayer(x, w, BlockPart('mlp', False, True), None, None)[0]
 
   return compiled(run, mesh, (x, weights['mlp']), (P(*placed.residual), specs['mlp']), P(*placed.residual))
 
@@ -162,7 +162,7 @@ def large_report() -> dict:
   mesh = make_mesh((4, 4, 4))
   layers = []
   for name, layout, batch, length in LARGE_LAYERS:
-    placed = place(Layout.parse(layout), MODELS[name], mesh.shape, batch, length)
+    placed = shard_activations(Layout.parse(layout), MODELS[name], mesh.shape, batch, length)
     layers.append(hlo.moved(layer_collectives(MODELS[name], placed, mesh, batch, length, False)))
   return dict(feedforward=feedforward_report('4x4x4'), layers=layers)
 
@@ -246,7 +246,7 @@ LAYERS = [
 ]
 
 
-def collective_counts(moves: list[Move]) -> collections.Counter:
+def collective_counts(moves: list[Collective]) -> collections.Counter:
   """Instructions by the HLO's kinds; a ring of two directions has two in each step.
 
   Of a gather or reduce-scatter over all of three axes there are two (model/collectives/ops.py).
@@ -262,7 +262,7 @@ def collective_counts(moves: list[Move]) -> collections.Counter:
 @pytest.mark.parametrize('name, layout, mesh, batch, length, int8', LAYERS)
 def test_a_layer_moves_what_its_layout_predicts(name, layout, mesh, batch, length, int8):
   config, devices = MODELS[name], make_mesh(parse_mesh(mesh))
-  placed = place(Layout.parse(layout), config, devices.shape, batch, length)
+  placed = shard_activations(Layout.parse(layout), config, devices.shape, batch, length)
   moves = traffic.layer_moves(config, placed, devices.shape, batch, length, 4, 1 if int8 else 4)
   found = layer_collectives(config, placed, devices, batch, length, int8)
   assert hlo.moved(found) == pytest.approx(by_kind(moves), rel=1e-9)
@@ -275,7 +275,7 @@ def test_a_layer_moves_what_its_layout_predicts(name, layout, mesh, batch, lengt
 def test_a_layer_on_64_devices_moves_what_its_layout_predicts(large, index):
   name, layout, batch, length = LARGE_LAYERS[index]
   config, sizes = MODELS[name], mesh_sizes('4x4x4')
-  placed = place(Layout.parse(layout), config, sizes, batch, length)
+  placed = shard_activations(Layout.parse(layout), config, sizes, batch, length)
   moves = traffic.layer_moves(config, placed, sizes, batch, length, 4, 4)
   assert large['layers'][index] == pytest.approx(by_kind(moves), rel=1e-9)
 
@@ -302,7 +302,7 @@ PASSES = [
 def test_a_pass_moves_its_layers_its_lookup_and_its_logits(phase, name, prefill, decode, mesh, batch, length):
   config, devices = dataclasses.replace(MODELS[name], num_layers=3), make_mesh(parse_mesh(mesh))
   program = Model(config, devices, Layout.parse(prefill), Layout.parse(decode), 'float32')
-  placed = program.place_decode(batch) if phase == 'decode' else program.place_prefill(batch, length)
+  placed = program.decode_sharding(batch) if phase == 'decode' else program.prefill_sharding(batch, length)
   weights = _stacked_weights(config, placed.layout, devices)
 
   def ints(*shape):
@@ -327,7 +327,7 @@ def test_a_pass_moves_its_layers_its_lookup_and_its_logits(phase, name, prefill,
 
 
 def _stacked_weights(config: ModelConfig, layout: Layout, mesh) -> Weights:
-  tensors = device_tensors(config, layout, mesh.shape, False)
+  tensors = packed_tensors(config, layout, mesh.shape, False)
 
   def shape(t):
     return jax.ShapeDtypeStruct((*(config.num_layers,) * t.per_layer, *t.shape), jnp.float32)
@@ -413,7 +413,7 @@ def test_what_loops_is_said_in_steps():
 @pytest.mark.parametrize('feedforward', FEEDFORWARD)
 def test_one_device_moves_nothing(name, feedforward):
   sizes, config = mesh_sizes('1x1x1'), MODELS[name]
-  of_pass = config, place(Layout(feedforward), config, sizes, 2, 3), sizes, 2, 3
+  of_pass = config, shard_activations(Layout(feedforward), config, sizes, 2, 3), sizes, 2, 3
   assert traffic.layer_moves(*of_pass) == traffic.embedding_moves(*of_pass) == []
   assert traffic.logits_moves(*of_pass, Layout(feedforward)) == []
 

@@ -13,7 +13,7 @@ from t5x_inference_ext.checkpoints.load import load_tensor
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.t5x.models import InferenceModel
 from t5x_inference_ext.t5x.module import declarations
-from t5x_inference_ext.t5x.precompile import precompile
+from t5x_inference_ext.t5x.precompile import precompile_step
 from tests import reference
 from tests.t5x_adapter import running
 
@@ -74,7 +74,7 @@ def test_several_decodes_of_each_prompt(search, rows, decodes, scan_layers, layo
 def test_heads_of_the_cache_depend_on_its_rows():
   """What makes the test above one of more than shardings."""
   model = _model(PAIRS[-1]).model
-  assert model.place_decode(1).heads.cached() != model.place_decode(4).heads.cached()
+  assert model.decode_sharding(1).heads.cached() != model.decode_sharding(4).heads.cached()
 
 
 @pytest.mark.parametrize('layouts, decodes', [(PAIRS[0], 1), (PAIRS[0], 4), (PAIRS[-1], 4)])
@@ -82,7 +82,7 @@ def test_the_cache_moves_before_the_loop(layouts, decodes):
   """T5X's loop carries the cache as decode steps take it: no collective in it touches an array as long as the cache."""
   model = _model(layouts, scan_layers=False)
   model.predict_batch_with_aux = functools.partial(model.predict_batch_with_aux, num_decodes=decodes)
-  compiled = precompile(
+  compiled = precompile_step(
       model, running.InferencePartitioner(model), {'inputs': 8, 'targets': LENGTH - 8}, 4, 'predict_with_aux')
   _, *computations = re.split(r'\n(?=%|ENTRY )', compiled.as_text())
   looped = ''.join(c for c in computations if not c.startswith('ENTRY'))

@@ -11,7 +11,7 @@ from t5x import utils
 
 from t5x_inference_ext.config import preset
 from t5x_inference_ext.errors import MeshError
-from t5x_inference_ext.sharding.axis_rules import ACTIVATIONS, WEIGHTS
+from t5x_inference_ext.sharding.axis_rules import ACTIVATION_AXES, WEIGHT_AXES
 from t5x_inference_ext.t5x import module
 from t5x_inference_ext.t5x import partitioning
 from t5x_inference_ext.t5x.models import InferenceModel
@@ -58,19 +58,19 @@ def test_phase_rules_come_in_front(palm_tiny):
   """flax constrains the cache to the phase's sharding by its names, and weights by theirs as without a phase."""
   model = running.adapter_model(palm_tiny, '2x2x2', prefill_layout='wg_xyz/batch', decode_layout='ws_2d/heads')
   partitioner = partitioning.InferencePartitioner(model)
-  phases = {'prefill': model.model.place_prefill(8, 16), 'decode': model.model.place_decode(8)}
+  phases = {'prefill': model.model.prefill_sharding(8, 16), 'decode': model.model.decode_sharding(8)}
   assert phases['prefill'].cache != phases['decode'].cache
-  for placement in phases.values():
-    rules = partitioner.phase_rules(placement)
+  for sharding in phases.values():
+    rules = partitioner.phase_rules(sharding)
 
     @jax.jit
     def constrained(cache, matrix):
       with flax_partitioning.axis_rules(rules):  # noqa: B023: traced at once
-        return (nn.with_logical_constraint(cache, ACTIVATIONS['cache'], mesh=partitioner.mesh),
-                nn.with_logical_constraint(matrix, WEIGHTS['w_in'], mesh=partitioner.mesh))
+        return (nn.with_logical_constraint(cache, ACTIVATION_AXES['cache'], mesh=partitioner.mesh),
+                nn.with_logical_constraint(matrix, WEIGHT_AXES['w_in'], mesh=partitioner.mesh))
 
     cache, matrix = constrained(np.zeros((8, 4, 1, 2)), np.zeros((8, 8)))
-    assert cache.sharding.is_equivalent_to(NamedSharding(partitioner.mesh, placement.cache), 4)
+    assert cache.sharding.is_equivalent_to(NamedSharding(partitioner.mesh, sharding.cache), 4)
     assert matrix.sharding.is_equivalent_to(
         NamedSharding(partitioner.mesh, model.model.prefill_layout.input_matrix), 2)
 

@@ -8,13 +8,13 @@ from t5x_inference_ext import config
 from t5x_inference_ext.planner.choose import choose
 from t5x_inference_ext.planner.gin_text import gin_text
 from t5x_inference_ext.planner.machine import Machine
-from t5x_inference_ext.planner.request import Request
+from t5x_inference_ext.planner.request import PlanRequest
 from tests.t5x_adapter import inference_tasks
 
 
 def test_t5x_runs_a_plan_as_it_is(repository, palm_tiny, stock_rows, tmp_path):
   """The stock command, the adapter's gin file, and the plan behind it. float32, as the stock rows are."""
-  plan = choose(Request(config.preset('palm_tiny'), 3, 48, 16, weights='bfloat16'), [Machine.parse('v4:2x2x1')]).plan
+  plan = choose(PlanRequest(config.preset('palm_tiny'), 3, 48, 16, weights='bfloat16'), [Machine.parse('v4:2x2x1')]).plan
   path, output = tmp_path / 'plan.gin', tmp_path / 'output'
   path.write_text(gin_text(plan))
   process = subprocess.run(

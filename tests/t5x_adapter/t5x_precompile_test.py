@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.t5x.precompile import precompile
+from t5x_inference_ext.t5x.precompile import precompile_step
 from tests.t5x_adapter import running
 
 LENGTHS = {'inputs': 8, 'targets': 8}
@@ -15,7 +15,7 @@ LENGTHS = {'inputs': 8, 'targets': 8}
 def test_compiled_step_runs(mode, int8_checkpoint):
   model = running.adapter_model(int8_checkpoint, '2x2x2', scan_layers=True)
   state, _, partitioner = running.restored(model, int8_checkpoint)
-  compiled = precompile(model, partitioner, LENGTHS, batch_size=3, mode=mode)
+  compiled = precompile_step(model, partitioner, LENGTHS, batch_size=3, mode=mode)
   batch = dict.fromkeys(
       ('decoder_input_tokens', 'decoder_target_tokens', 'decoder_loss_weights', 'decoder_causal_attention'),
       np.ones((3, 16), np.int32))
@@ -30,4 +30,4 @@ def test_compiled_step_runs(mode, int8_checkpoint):
 def test_unknown_mode(int8_checkpoint):
   model = running.adapter_model(int8_checkpoint)
   with pytest.raises(RequestError, match="'train'"):
-    precompile(model, running.InferencePartitioner(mesh='1x1x1'), LENGTHS, 1, mode='train')
+    precompile_step(model, running.InferencePartitioner(mesh='1x1x1'), LENGTHS, 1, mode='train')

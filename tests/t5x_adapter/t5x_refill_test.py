@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from t5x_inference_ext.engine.sampling import Sampler
+from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.t5x.partitioning import InferencePartitioner
@@ -45,10 +45,10 @@ def test_aux_has_the_model_s_own_scores(palm_tiny, stock_rows, tmp_path):
     assert stock['prediction'].startswith(row['prediction'][:8].rstrip('\\x00'))
 
 
-@pytest.mark.parametrize('sampler', [Sampler(), Sampler(1.0, top_k=40)])
-def test_an_interrupted_run_goes_on_after_its_last_chunk(palm_tiny, sampler, tmp_path, monkeypatch):
+@pytest.mark.parametrize('sampling', [SamplingParams(), SamplingParams(1.0, top_k=40)])
+def test_an_interrupted_run_goes_on_after_its_last_chunk(palm_tiny, sampling, tmp_path, monkeypatch):
   """T5X keeps the chunks that are done: they are not predicted again, and the rows are those of one run."""
-  refill = Refill(slots=2, sampler=sampler, max_new_tokens=6)
+  refill = Refill(slots=2, sampling=sampling, max_new_tokens=6)
   predict, calls = Predictor.__call__, []
 
   def counted(self, *arguments):
@@ -87,7 +87,7 @@ def batch():
 
 
 def test_num_decodes_share_a_prefill_and_come_from_the_worst_to_the_best(palm_tiny, batch):
-  refill = Refill(slots=4, sampler=Sampler(3.0, top_k=40), max_new_tokens=6)
+  refill = Refill(slots=4, sampling=SamplingParams(3.0, top_k=40), max_new_tokens=6)
   model = running.adapter_model(palm_tiny, refill=refill)
   state, _, _ = running.restored(model, palm_tiny)
   predict = functools.partial(model.predict_batch_with_aux, state.params, batch, jax.random.PRNGKey(3), num_decodes=3)
