@@ -30,14 +30,26 @@ from t5x_inference_ext.config import ModelConfig, preset
 
 DECODE_TARGET, PREFILL_TARGET = 0.80, 0.65
 WEIGHTS = ('bfloat16', 'int8')
-_FALCON = dict(num_kv_heads=1, block='parallel', mlp='gelu', norm='layer', norm_scale='one', norm_epsilon=1e-5)
+_FALCON = dict(
+  num_kv_heads=1, block='parallel', mlp='gelu', norm='layer', norm_scale='one', norm_epsilon=1e-5
+)
 # Name -> the model, the tokens of a prompt, and the new ones.
 SHAPES = {
-    'palm_8b': (preset('palm_8b'), 1024, 64),
-    'falcon_7b': (ModelConfig(num_layers=32, d_model=4544, d_ff=18176, num_heads=71, d_head=64, vocab_size=65024,
-                              **_FALCON), 1024, 64),
-    'tiny': (ModelConfig(num_layers=2, d_model=128, d_ff=512, num_heads=4, d_head=32, vocab_size=512,
-                         **_FALCON), 32, 8),
+  'palm_8b': (preset('palm_8b'), 1024, 64),
+  'falcon_7b': (
+    ModelConfig(
+      num_layers=32, d_model=4544, d_ff=18176, num_heads=71, d_head=64, vocab_size=65024, **_FALCON
+    ),
+    1024,
+    64,
+  ),
+  'tiny': (
+    ModelConfig(
+      num_layers=2, d_model=128, d_ff=512, num_heads=4, d_head=32, vocab_size=512, **_FALCON
+    ),
+    32,
+    8,
+  ),
 }
 LARGE, SMALL = ('palm_8b', 'falcon_7b'), ('tiny',)
 BATCHES = (1, 8, 64)
@@ -57,8 +69,10 @@ class Machine:
     return cls(copy_bandwidth(2**31), matmul_rate('bfloat16', 8192))
 
   def __str__(self) -> str:
-    return (f'{jax.devices()[0].device_kind}, jax {jax.__version__}: copies at {self.bandwidth / 1e9:.0f} GB/s, '
-            f'bfloat16 products at {self.flops / 1e12:.2f} TFLOP/s')
+    return (
+      f'{jax.devices()[0].device_kind}, jax {jax.__version__}: copies at {self.bandwidth / 1e9:.0f} GB/s, '
+      f'bfloat16 products at {self.flops / 1e12:.2f} TFLOP/s'
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,27 +89,58 @@ class Cell:
 def prefill_flops(config: ModelConfig, batch: int, prompt: int) -> float:
   """What a prefill of [batch, prompt] tokens has to multiply."""
   c = config
-  matrices = c.num_layers * (2 * c.d_model * c.d_head * (c.num_heads + c.num_kv_heads)
-                             + (len(c.mlp_inputs) + 1) * c.d_model * c.d_ff)
+  matrices = c.num_layers * (
+    2 * c.d_model * c.d_head * (c.num_heads + c.num_kv_heads)
+    + (len(c.mlp_inputs) + 1) * c.d_model * c.d_ff
+  )
   # A token sees (prompt + 1) / 2 on average: a product with keys, and one with values.
   attention = 2 * c.num_layers * c.num_heads * c.d_head * (prompt + 1) / 2
   return 2 * batch * (prompt * (matrices + attention) + c.vocab_size * c.d_model)
 
 
-def row(cell: Cell, kind: str, config: ModelConfig, weight_bytes: int, machine: Machine, prompt: int, new: int) -> str:
+def row(
+  cell: Cell,
+  kind: str,
+  config: ModelConfig,
+  weight_bytes: int,
+  machine: Machine,
+  prompt: int,
+  new: int,
+) -> str:
   """A line of the table, without what TITLES ends in where there is no other side."""
   bound = weight_bytes / machine.bandwidth
   flops = prefill_flops(config, cell.batch, prompt) / cell.prefill
   speed = cell.batch * new / cell.generate
-  cells = [kind, cell.batch, f'{cell.decode * 1e3:.3f}', f'{bound * 1e3:.3f}', f'{bound / cell.decode:.1%}',
-           f'{cell.prefill * 1e3:.2f}', f'{flops / 1e12:.2f}', f'{flops / machine.flops:.1%}', f'{speed:.0f}']
+  cells = [
+    kind,
+    cell.batch,
+    f'{cell.decode * 1e3:.3f}',
+    f'{bound * 1e3:.3f}',
+    f'{bound / cell.decode:.1%}',
+    f'{cell.prefill * 1e3:.2f}',
+    f'{flops / 1e12:.2f}',
+    f'{flops / machine.flops:.1%}',
+    f'{speed:.0f}',
+  ]
   if cell.transformers:
-    cells += [f'{cell.batch * new / cell.transformers:.0f}', f'{cell.transformers / cell.generate:.2f}x']
+    cells += [
+      f'{cell.batch * new / cell.transformers:.0f}',
+      f'{cell.transformers / cell.generate:.2f}x',
+    ]
   return f'| {" | ".join(map(str, cells))} |'
 
 
-TITLES = ('weights', 'batch', 'decode, ms', 'bound, ms', f'of the bound (batch 1: {DECODE_TARGET:.0%})', 'prefill, ms',
-          'TFLOP/s', f'of the matrix rate ({PREFILL_TARGET:.0%})', 'generate, tokens/s')
+TITLES = (
+  'weights',
+  'batch',
+  'decode, ms',
+  'bound, ms',
+  f'of the bound (batch 1: {DECODE_TARGET:.0%})',
+  'prefill, ms',
+  'TFLOP/s',
+  f'of the matrix rate ({PREFILL_TARGET:.0%})',
+  'generate, tokens/s',
+)
 OTHER_TITLES = ('transformers, tokens/s', 'ratio (above 1)')
 
 
@@ -124,8 +169,12 @@ def measure(own: RandomModel, batch: int, prompt: int, new: int, repeats: int, o
 
 def is_falcon(config: ModelConfig) -> bool:
   """Whether transformers' Falcon can have this shape: like Falcon-7B parallel, multiquery, with GELU and layer norm."""
-  return (config.block, config.mlp, config.norm, config.num_kv_heads) == ('parallel', 'gelu', 'layer', 1) and (
-      config.num_heads * config.d_head == config.d_model)
+  return (config.block, config.mlp, config.norm, config.num_kv_heads) == (
+    'parallel',
+    'gelu',
+    'layer',
+    1,
+  ) and (config.num_heads * config.d_head == config.d_model)
 
 
 def other_side(config: ModelConfig, context: int):
@@ -135,16 +184,28 @@ def other_side(config: ModelConfig, context: int):
   try:
     from benchmarks import falcon
   except ImportError as e:
-    return None, f'transformers is left out: {e.name or e} is not importable (pip install torch transformers)'
+    return (
+      None,
+      f'transformers is left out: {e.name or e} is not importable (pip install torch transformers)',
+    )
   made = falcon.Falcon(config, context)
   if made.num_params != config.num_params:
-    raise AssertionError(f'{made.num_params:,} parameters in transformers, {config.num_params:,} here')
+    raise AssertionError(
+      f'{made.num_params:,} parameters in transformers, {config.num_params:,} here'
+    )
   return made, f'beside {made}, bfloat16'
 
 
-def table(shape: str, machine: Machine, weights: Sequence[str] = WEIGHTS, batches: Sequence[int] = BATCHES,
-          repeats: int = 5, scan_layers: bool = False, prompt: int | None = None,
-          new: int | None = None) -> Iterator[str]:
+def table(
+  shape: str,
+  machine: Machine,
+  weights: Sequence[str] = WEIGHTS,
+  batches: Sequence[int] = BATCHES,
+  repeats: int = 5,
+  scan_layers: bool = False,
+  prompt: int | None = None,
+  new: int | None = None,
+) -> Iterator[str]:
   """A shape's table, line by line as it is measured.
 
   Args:
@@ -161,8 +222,10 @@ def table(shape: str, machine: Machine, weights: Sequence[str] = WEIGHTS, batche
   prompt, new = prompt or default_prompt, new or default_new
   other, remark = other_side(config, prompt + new)
   yield f'\n{shape}: {config}'
-  yield (f'prompt {prompt}, generate {new}, {"a loop over" if scan_layers else "unrolled"} layers, median of {repeats};'
-         f' {remark}\n')
+  yield (
+    f'prompt {prompt}, generate {new}, {"a loop over" if scan_layers else "unrolled"} layers, median of {repeats};'
+    f' {remark}\n'
+  )
   titles = TITLES + (OTHER_TITLES if other else ())
   yield f'| {" | ".join(titles)} |\n|{"---|" * len(titles)}'
   for kind in weights:
@@ -189,30 +252,54 @@ def report(shapes: Sequence[str], **options) -> None:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--shape', help=f'of {", ".join(SHAPES)}, comma separated; by default palm_8b,falcon_7b on an '
-                      'accelerator and tiny on a CPU')
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument(
+    '--shape',
+    help=f'of {", ".join(SHAPES)}, comma separated; by default palm_8b,falcon_7b on an '
+    'accelerator and tiny on a CPU',
+  )
   parser.add_argument('--weights', default=','.join(WEIGHTS), help='comma separated')
-  parser.add_argument('--batch', default=','.join(map(str, BATCHES)), help='batch sizes, comma separated')
-  parser.add_argument('--prompt', type=int, help='tokens of each prompt; by default the shape\'s')
-  parser.add_argument('--generate', type=int, help='new tokens of each row, at least 2; by default the shape\'s')
+  parser.add_argument(
+    '--batch', default=','.join(map(str, BATCHES)), help='batch sizes, comma separated'
+  )
+  parser.add_argument('--prompt', type=int, help="tokens of each prompt; by default the shape's")
+  parser.add_argument(
+    '--generate', type=int, help="new tokens of each row, at least 2; by default the shape's"
+  )
   parser.add_argument('--repeats', type=int, default=5)
-  parser.add_argument('--scan_layers', action=argparse.BooleanOptionalAction, default=False,
-                      help='one loop over all layers, quicker to compile, slower to run on a GPU')
+  parser.add_argument(
+    '--scan_layers',
+    action=argparse.BooleanOptionalAction,
+    default=False,
+    help='one loop over all layers, quicker to compile, slower to run on a GPU',
+  )
   args = parser.parse_args()
   default = SMALL if jax.devices()[0].platform == 'cpu' else LARGE
   shapes = args.shape.split(',') if args.shape else default
   weights = args.weights.split(',')
   for name, given, known in (('shape', shapes, SHAPES), ('weights', weights, WEIGHTS)):
     if unknown := set(given) - set(known):
-      parser.error(f'--{name}={",".join(sorted(unknown))} is not known: there are {", ".join(known)}')
+      parser.error(
+        f'--{name}={",".join(sorted(unknown))} is not known: there are {", ".join(known)}'
+      )
   if args.generate is not None and args.generate < 2:
-    parser.error(f'--generate={args.generate} has to be at least 2: the first new token is the prefill\'s')
+    parser.error(
+      f"--generate={args.generate} has to be at least 2: the first new token is the prefill's"
+    )
   batches = args.batch.split(',')
   if not all(b.isdecimal() and int(b) for b in batches):
     parser.error(f'--batch={args.batch} has to be whole numbers above 0, comma separated')
-  report(shapes, weights=weights, batches=list(map(int, batches)), repeats=args.repeats,
-         scan_layers=args.scan_layers, prompt=args.prompt, new=args.generate)
+  report(
+    shapes,
+    weights=weights,
+    batches=list(map(int, batches)),
+    repeats=args.repeats,
+    scan_layers=args.scan_layers,
+    prompt=args.prompt,
+    new=args.generate,
+  )
 
 
 if __name__ == '__main__':

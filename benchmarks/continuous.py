@@ -40,12 +40,16 @@ def make_engine(layers: int, d_model: int, vocabulary: int, dtype: str) -> Engin
 def ragged(vocabulary: int, count: int, longest: int, most: int) -> list[Request]:
   rng = np.random.default_rng(0)
   draw = lambda low, high: int(np.exp(rng.uniform(np.log(low), np.log(high + 1))))
-  return [Request((0, *rng.integers(3, vocabulary, draw(16, longest)).tolist()), limit=draw(8, most))
-          for _ in range(count)]
+  return [
+    Request((0, *rng.integers(3, vocabulary, draw(16, longest)).tolist()), limit=draw(8, most))
+    for _ in range(count)
+  ]
 
 
 def refilled(engine: Engine, requests: list[Request], slots: int, **options):
-  plan, shared = scheduler_config.config_for(engine.model, requests, slots=slots, eos_id=-1, **options)
+  plan, shared = scheduler_config.config_for(
+    engine.model, requests, slots=slots, eos_id=-1, **options
+  )
 
   def run():
     scheduler = Scheduler(engine.model, engine.weights, plan, shared)
@@ -61,10 +65,15 @@ def static(engine: Engine, requests: list[Request], slots: int):
   def run():
     tokens, positions, steps = [], 0, 0
     for i in range(0, len(requests), slots):
-      some = requests[i:i + slots]
+      some = requests[i : i + slots]
       longest = -(-max(len(r.tokens) - 1 for r in some) // 32) * 32
-      found = engine.generate([r.tokens[1:] for r in some], max_new_tokens=[r.limit for r in some], eos_id=-1,
-                              prompt_size=longest, cache_size=-(-(longest + max(r.limit for r in some)) // 32) * 32)
+      found = engine.generate(
+        [r.tokens[1:] for r in some],
+        max_new_tokens=[r.limit for r in some],
+        eos_id=-1,
+        prompt_size=longest,
+        cache_size=-(-(longest + max(r.limit for r in some)) // 32) * 32,
+      )
       tokens += [c.tokens for c in found]
       positions += len(some) * (longest + 1)
       steps += len(some) * (max(r.limit for r in some) - 1)
@@ -84,27 +93,31 @@ def stock(engine: Engine, tensors, requests: list[Request], slots: int):
   from tests.t5x_adapter import palm_flaxformer
 
   c = engine.model.config
-  module = palm_flaxformer.make_module(c.vocab_size, c.num_layers, c.d_model, c.d_ff, c.num_heads, c.d_head, scan=True)
+  module = palm_flaxformer.make_module(
+    c.vocab_size, c.num_layers, c.d_model, c.d_ff, c.num_heads, c.d_head, scan=True
+  )
   params = jax.tree.map(jnp.asarray, synthetic.nest(synthetic.fused(tensors, c)))
   length = max(len(r.tokens) for r in requests) + max(r.limit for r in requests)
 
   @functools.partial(jax.jit, static_argnames='steps')
   def step(params, batch, steps):
     decode = functools.partial(decoding.temperature_sample, temperature=0.0, max_decode_steps=steps)
-    model = models.DecoderOnlyModel(module, seqio.ByteVocabulary(), optimizer_def=None, decode_fn=decode)
+    model = models.DecoderOnlyModel(
+      module, seqio.ByteVocabulary(), optimizer_def=None, decode_fn=decode
+    )
     options = {'eos_id': -1, 'decode_rng': jax.random.PRNGKey(0)}
     return model.predict_batch_with_aux(params, batch, decoder_params=options)[0]
 
   def run():
     tokens = []
     for i in range(0, len(requests), slots):
-      some = requests[i:i + slots]
+      some = requests[i : i + slots]
       inputs, causal = np.zeros((2, len(some), length), np.int32)
       for row, request in enumerate(some):
-        inputs[row, :len(request.tokens)], causal[row, :len(request.tokens)] = request.tokens, 1
+        inputs[row, : len(request.tokens)], causal[row, : len(request.tokens)] = request.tokens, 1
       batch = {'decoder_input_tokens': inputs, 'decoder_causal_attention': causal}
       found = np.asarray(step(params, batch, max(r.limit for r in some)))
-      tokens += [row[:r.limit].tolist() for row, r in zip(found, some)]
+      tokens += [row[: r.limit].tolist() for row, r in zip(found, some)]
     return tokens
 
   return run
@@ -123,18 +136,30 @@ def refill_case(args) -> None:
   engine = make_engine(args.layers, args.d_model, args.vocabulary, args.dtype)
   requests = ragged(args.vocabulary, args.requests, args.prompt, args.generate)
   useful = sum(r.limit for r in requests)
-  print(f'{engine.model.config}\n{jax.devices()[0].device_kind}, {args.dtype}; {len(requests)} requests, '
-        f'{sum(len(r.tokens) for r in requests)} prompt tokens, {useful} asked for; {args.slots} slots; median of '
-        f'{args.repeats}')
+  print(
+    f'{engine.model.config}\n{jax.devices()[0].device_kind}, {args.dtype}; {len(requests)} requests, '
+    f'{sum(len(r.tokens) for r in requests)} prompt tokens, {useful} asked for; {args.slots} slots; median of '
+    f'{args.repeats}'
+  )
   (old, (positions, steps)), slow = timed(static(engine, requests, args.slots), args.repeats)
-  print(f'static batch: {useful / slow:8.0f} useful tokens/s ({slow:.2f} s: {positions} prompt positions, {steps} '
-        'slot-steps)', flush=True)
-  (new, tally), fast = timed(refilled(engine, requests, args.slots, chunk=args.chunk, budget=args.budget), args.repeats)
-  print(f'slot refill:  {useful / fast:8.0f} useful tokens/s ({fast:.2f} s: {tally.prefilled} prompt positions, '
-        f'{tally.decoded} slot-steps), {slow / fast:.2f}x')
-  print(f'positions {positions / tally.prefilled:.2f}x fewer, slot-steps {steps / tally.decoded:.2f}x fewer; without any '
-        f'waste {positions / sum(len(r.tokens) for r in requests):.2f}x and {steps / (useful - len(requests)):.2f}x; '
-        f'{sum(a == b for a, b in zip(old, new))} of {len(requests)} rows equal', flush=True)
+  print(
+    f'static batch: {useful / slow:8.0f} useful tokens/s ({slow:.2f} s: {positions} prompt positions, {steps} '
+    'slot-steps)',
+    flush=True,
+  )
+  (new, tally), fast = timed(
+    refilled(engine, requests, args.slots, chunk=args.chunk, budget=args.budget), args.repeats
+  )
+  print(
+    f'slot refill:  {useful / fast:8.0f} useful tokens/s ({fast:.2f} s: {tally.prefilled} prompt positions, '
+    f'{tally.decoded} slot-steps), {slow / fast:.2f}x'
+  )
+  print(
+    f'positions {positions / tally.prefilled:.2f}x fewer, slot-steps {steps / tally.decoded:.2f}x fewer; without any '
+    f'waste {positions / sum(len(r.tokens) for r in requests):.2f}x and {steps / (useful - len(requests)):.2f}x; '
+    f'{sum(a == b for a, b in zip(old, new))} of {len(requests)} rows equal',
+    flush=True,
+  )
   if args.stock:
     stock_case(args, engine, requests, new, fast)
 
@@ -146,16 +171,22 @@ def prefix_case(args) -> None:
   ids = lambda n: rng.integers(3, args.vocabulary, n).tolist()
   begin = ids(args.prompt * 4 // 5)
   requests = [Request((0, *begin, *ids(args.prompt - len(begin))), limit=1) for _ in range(32)]
-  print(f'{engine.model.config}\n{jax.devices()[0].device_kind}, {args.dtype}; 32 requests of {args.prompt} tokens, '
-        f'{len(begin)} of them the same; median of {args.repeats}')
+  print(
+    f'{engine.model.config}\n{jax.devices()[0].device_kind}, {args.dtype}; 32 requests of {args.prompt} tokens, '
+    f'{len(begin)} of them the same; median of {args.repeats}'
+  )
   times, tokens = {}, {}
   for name, share in (('each on its own', False), ('shared once', True)):
     run = refilled(engine, requests, 32, chunk=args.chunk, budget=32 * args.prompt, share=share)
     (tokens[name], tally), times[name] = timed(run, args.repeats)
-    print(f'{name}: all first tokens after {times[name]:.3f} s, {tally.prefilled} positions after what is shared',
-          flush=True)
+    print(
+      f'{name}: all first tokens after {times[name]:.3f} s, {tally.prefilled} positions after what is shared',
+      flush=True,
+    )
   alone, shared = times.values()
-  print(f'{alone / shared:.2f}x sooner; {sum(a == b for a, b in zip(*tokens.values()))} of 32 rows equal')
+  print(
+    f'{alone / shared:.2f}x sooner; {sum(a == b for a, b in zip(*tokens.values()))} of 32 rows equal'
+  )
 
 
 def chat_case(args) -> None:
@@ -178,24 +209,32 @@ def chat_case(args) -> None:
       replies[name] = [first, *reply]
       if repeat:
         times[name].append((wait, time.perf_counter() - start))
-  print(f'{engine.model.config}\n{jax.devices()[0].device_kind}, {args.dtype}; 1920 tokens, a turn of 64, a reply of 64; '
-        f'median of {args.repeats}')
+  print(
+    f'{engine.model.config}\n{jax.devices()[0].device_kind}, {args.dtype}; 1920 tokens, a turn of 64, a reply of 64; '
+    f'median of {args.repeats}'
+  )
   for name, seconds in times.items():
     wait, total = (statistics.median(x) for x in zip(*seconds))
     print(f'{name}: first token after {wait:.3f} s, the reply after {total:.3f} s')
-  print('the replies are', 'equal' if replies['cached'] == replies['from the start'] else 'not equal')
+  print(
+    'the replies are', 'equal' if replies['cached'] == replies['from the start'] else 'not equal'
+  )
 
 
 def stock_case(args, engine, requests, new, fast) -> None:
   run = stock(engine, reference.random_tensors(engine.model.config), requests, args.slots)
   found, slow = timed(run, args.repeats)
   useful = sum(r.limit for r in requests)
-  print(f'stock T5X:    {useful / slow:8.0f} useful tokens/s ({slow:.2f} s); slot refill is {slow / fast:.2f}x; '
-        f'{sum(a == b for a, b in zip(found, new))} of {len(requests)} rows equal')
+  print(
+    f'stock T5X:    {useful / slow:8.0f} useful tokens/s ({slow:.2f} s); slot refill is {slow / fast:.2f}x; '
+    f'{sum(a == b for a, b in zip(found, new))} of {len(requests)} rows equal'
+  )
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument('--case', default='refill', choices=('refill', 'prefix', 'chat'))
   parser.add_argument('--requests', type=int, default=256)
   parser.add_argument('--slots', type=int, default=32)

@@ -18,10 +18,22 @@ class Falcon:
     """config: a shape that accelerator.is_falcon. context: positions that it is made for."""
     self.device = 'cuda' if torch.cuda.is_available() else 'cpu'
     c = transformers.FalconConfig(
-        vocab_size=config.vocab_size, hidden_size=config.d_model, num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads, ffn_hidden_size=config.d_ff, layer_norm_epsilon=config.norm_epsilon,
-        max_position_embeddings=context, multi_query=True, parallel_attn=True, new_decoder_architecture=False,
-        bias=False, alibi=False, bos_token_id=0, eos_token_id=None, pad_token_id=0)
+      vocab_size=config.vocab_size,
+      hidden_size=config.d_model,
+      num_hidden_layers=config.num_layers,
+      num_attention_heads=config.num_heads,
+      ffn_hidden_size=config.d_ff,
+      layer_norm_epsilon=config.norm_epsilon,
+      max_position_embeddings=context,
+      multi_query=True,
+      parallel_attn=True,
+      new_decoder_architecture=False,
+      bias=False,
+      alibi=False,
+      bos_token_id=0,
+      eos_token_id=None,
+      pad_token_id=0,
+    )
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -43,13 +55,18 @@ class Falcon:
     compile_config = CompileConfig(dynamic=False)  # each batch size gets code of its own
     compile_config._compile_all_devices = True  # on a CPU too, where this is tested
     options = dict(
-        attention_mask=torch.ones_like(tokens), do_sample=False, min_new_tokens=new_tokens, max_new_tokens=new_tokens,
-        cache_implementation='static', compile_config=compile_config)
+      attention_mask=torch.ones_like(tokens),
+      do_sample=False,
+      min_new_tokens=new_tokens,
+      max_new_tokens=new_tokens,
+      cache_implementation='static',
+      compile_config=compile_config,
+    )
 
     @torch.inference_mode()
     def run() -> np.ndarray:
       # The copy to the host waits for the device.
-      return self.model.generate(tokens, **options)[:, prompts.shape[1]:].cpu().numpy()
+      return self.model.generate(tokens, **options)[:, prompts.shape[1] :].cpu().numpy()
 
     return run
 

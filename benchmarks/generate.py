@@ -30,7 +30,8 @@ def own_run(engine: Engine, prompts: np.ndarray, new_tokens: int):
   """A function that generates for prompts [B, T], returning numpy tokens [B, new_tokens]."""
   rows = prompts.tolist()
   return lambda: np.asarray(
-      [c.tokens for c in engine.generate(rows, max_new_tokens=new_tokens, eos_id=-1)], np.int32)
+    [c.tokens for c in engine.generate(rows, max_new_tokens=new_tokens, eos_id=-1)], np.int32
+  )
 
 
 def stock_run(checkpoint: str, config, prompts: np.ndarray, new_tokens: int):
@@ -40,44 +41,64 @@ def stock_run(checkpoint: str, config, prompts: np.ndarray, new_tokens: int):
   from tests.t5x_adapter import palm_flaxformer
 
   c = config
-  module = palm_flaxformer.make_module(c.vocab_size, c.num_layers, c.d_model, c.d_ff, c.num_heads, c.d_head, scan=True)
+  module = palm_flaxformer.make_module(
+    c.vocab_size, c.num_layers, c.d_model, c.d_ff, c.num_heads, c.d_head, scan=True
+  )
   model = models.DecoderOnlyModel(
-      module, seqio.ByteVocabulary(), optimizer_def=None,
-      decode_fn=functools.partial(decoding.temperature_sample, temperature=0.0))
+    module,
+    seqio.ByteVocabulary(),
+    optimizer_def=None,
+    decode_fn=functools.partial(decoding.temperature_sample, temperature=0.0),
+  )
   params = stock_params(checkpoint)
   rows, length = prompts.shape
   inputs = np.zeros((rows, length + new_tokens), np.int32)
-  inputs[:, 1:length + 1] = prompts
+  inputs[:, 1 : length + 1] = prompts
   causal = np.zeros_like(inputs)
-  causal[:, :length + 1] = 1
-  batch = {'decoder_input_tokens': jnp.asarray(inputs), 'decoder_causal_attention': jnp.asarray(causal)}
+  causal[:, : length + 1] = 1
+  batch = {
+    'decoder_input_tokens': jnp.asarray(inputs),
+    'decoder_causal_attention': jnp.asarray(causal),
+  }
   # eos_id -1: no row ends early, as on the other side.
-  step = jax.jit(lambda params, batch: model.predict_batch_with_aux(
-      params, batch, decoder_params={'eos_id': -1, 'decode_rng': jax.random.PRNGKey(0)})[0])
+  step = jax.jit(
+    lambda params, batch: model.predict_batch_with_aux(
+      params, batch, decoder_params={'eos_id': -1, 'decode_rng': jax.random.PRNGKey(0)}
+    )[0]
+  )
   return lambda: np.asarray(step(params, batch))[:, :new_tokens]
 
 
 def stock_params(checkpoint: str):
   """T5X's own reading of a legacy checkpoint."""
   from t5x import checkpoints
+
   return jax.tree.map(jnp.asarray, checkpoints.load_t5x_checkpoint(checkpoint)['target'])
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--checkpoint', default='examples/palm_tiny/checkpoint_1000', help='a legacy T5X checkpoint')
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument(
+    '--checkpoint', default='examples/palm_tiny/checkpoint_1000', help='a legacy T5X checkpoint'
+  )
   parser.add_argument('--batch', default='1,8,32', help='batch sizes, comma separated')
   parser.add_argument('--prompt', type=int, default=128, help='tokens of each prompt')
   parser.add_argument('--generate', type=int, default=64, help='new tokens of each row')
-  parser.add_argument('--dtype', default='float32', choices=COMPUTE_DTYPES, help='of this package; stock: float32')
+  parser.add_argument(
+    '--dtype', default='float32', choices=COMPUTE_DTYPES, help='of this package; stock: float32'
+  )
   parser.add_argument('--repeats', type=int, default=5)
   args = parser.parse_args()
 
   config = open_checkpoint(args.checkpoint).config
   engine = Engine.load(args.checkpoint, dtype=args.dtype)
   rate = matmul_rate(args.dtype)
-  print(f'{config}\n{jax.devices()[0].device_kind}, {args.dtype}: matmul rate {rate / 1e9:.0f} GFLOP/s; '
-        f'prompt {args.prompt}, generate {args.generate}, median of {args.repeats}')
+  print(
+    f'{config}\n{jax.devices()[0].device_kind}, {args.dtype}: matmul rate {rate / 1e9:.0f} GFLOP/s; '
+    f'prompt {args.prompt}, generate {args.generate}, median of {args.repeats}'
+  )
   print('batch | this package: tokens/s | share of matmul rate | stock T5X: tokens/s | ratio')
   for rows in map(int, args.batch.split(',')):
     prompts = np.random.default_rng(0).integers(3, 259, (rows, args.prompt)).astype(np.int32)
@@ -98,7 +119,10 @@ def main():
       print(line + missing)
       continue
     same = (tokens['own'] == tokens['stock']).all(axis=1).sum()
-    print(line + f'{speed["stock"]:19.0f} | {speed["own"] / speed["stock"]:.2f}x  ({same} of {rows} rows equal)')
+    print(
+      line
+      + f'{speed["stock"]:19.0f} | {speed["own"] / speed["stock"]:.2f}x  ({same} of {rows} rows equal)'
+    )
   if jax.devices()[0].platform != 'cpu':
     del engine, sides
     accelerator.report(accelerator.LARGE, repeats=args.repeats)

@@ -50,10 +50,15 @@ def launches(text: str, count: int = 3) -> Launches:
   """Counts those of a compiled program's text, loops by their turns; `count` of the largest are named."""
   module = hlo.parse_hlo(text)
   found, _ = loops.executed(module)
-  runs = [(e.times, e.times * work.traffic(module, e.computation, e.instruction), e.instruction.name)
-          for e in found if not work.is_free(e.instruction)]
+  runs = [
+    (e.times, e.times * work.traffic(module, e.computation, e.instruction), e.instruction.name)
+    for e in found
+    if not work.is_free(e.instruction)
+  ]
   largest = sorted(((moved, name) for _, moved, name in runs), reverse=True)[:count]
-  return Launches(sum(times for times, _, _ in runs), sum(moved for _, moved, _ in runs), tuple(largest))
+  return Launches(
+    sum(times for times, _, _ in runs), sum(moved for _, moved, _ in runs), tuple(largest)
+  )
 
 
 def gpu_mesh() -> jax.sharding.Mesh:
@@ -63,7 +68,9 @@ def gpu_mesh() -> jax.sharding.Mesh:
     SystemExit: the plugin is not installed.
   """
   try:
-    devices = topologies.get_topology_desc('h200', 'cuda', target_config=_H200, topology='1x1x1').devices
+    devices = topologies.get_topology_desc(
+      'h200', 'cuda', target_config=_H200, topology='1x1x1'
+    ).devices
   except NotImplementedError as e:
     raise SystemExit(f'jax has no CUDA plugin here: {__doc__.split("    ")[1].strip()}') from e
   return single_device_mesh(devices[0])
@@ -75,21 +82,39 @@ def compiler_options() -> dict[str, str]:
     import nvidia
   except ImportError:
     return {'xla_gpu_autotune_level': '0'}
-  folders = [folder for root in nvidia.__path__ for folder in sorted(pathlib.Path(root).glob('cu1*'))]
-  return {'xla_gpu_autotune_level': '0', **({'xla_gpu_cuda_data_dir': str(folders[-1])} if folders else {})}
+  folders = [
+    folder for root in nvidia.__path__ for folder in sorted(pathlib.Path(root).glob('cu1*'))
+  ]
+  return {
+    'xla_gpu_autotune_level': '0',
+    **({'xla_gpu_cuda_data_dir': str(folders[-1])} if folders else {}),
+  }
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument('--shape', default='palm_8b', choices=SHAPES)
   parser.add_argument('--phase', default='decode', choices=('decode', 'prefill'))
   parser.add_argument('--weights', default=','.join(WEIGHTS), help='comma separated')
-  parser.add_argument('--batch', default=','.join(map(str, BATCHES)), help='batch sizes, comma separated')
-  parser.add_argument('--context', type=int, default=1152, help='positions of the cache, and tokens of a prefill\'s rows')
-  parser.add_argument('--scan_layers', action='store_true', help='one loop over all layers instead of code for each')
+  parser.add_argument(
+    '--batch', default=','.join(map(str, BATCHES)), help='batch sizes, comma separated'
+  )
+  parser.add_argument(
+    '--context',
+    type=int,
+    default=1152,
+    help="positions of the cache, and tokens of a prefill's rows",
+  )
+  parser.add_argument(
+    '--scan_layers', action='store_true', help='one loop over all layers instead of code for each'
+  )
   args = parser.parse_args()
   mesh, config = gpu_mesh(), SHAPES[args.shape][0]
-  print('| weights | batch | kernels | GB read and written | weights and cache, GB | times them | largest |')
+  print(
+    '| weights | batch | kernels | GB read and written | weights and cache, GB | times them | largest |'
+  )
   print('|---|---|---|---|---|---|---|', flush=True)
   for weights in args.weights.split(','):
     for batch in map(int, args.batch.split(',')):
@@ -99,8 +124,11 @@ def main() -> None:
       found = launches(compiled.as_text())
       held = compiled.memory_analysis().argument_size_in_bytes
       largest = ', '.join(f'{name} {moved / 1e9:.2f}' for moved, name in found.largest)
-      print(f'| {weights} | {batch} | {found.kernels} | {found.bytes / 1e9:.2f} | {held / 1e9:.2f} | '
-            f'{found.bytes / held:.2f} | {largest} |', flush=True)
+      print(
+        f'| {weights} | {batch} | {found.kernels} | {found.bytes / 1e9:.2f} | {held / 1e9:.2f} | '
+        f'{found.bytes / held:.2f} | {largest} |',
+        flush=True,
+      )
 
 
 if __name__ == '__main__':

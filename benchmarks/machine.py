@@ -41,4 +41,6 @@ def copy_bandwidth(size: int, repeats: int = 5) -> float:
 def best_seconds(function, x, repeats: int, calls: int = 10) -> float:
   """Of one of `calls` calls in a row, so that starting them hides behind running them; the best of `repeats`."""
   jax.block_until_ready(function(x))
-  return min(seconds(lambda: [function(x) for _ in range(calls)][-1]) for _ in range(repeats)) / calls
+  return (
+    min(seconds(lambda: [function(x) for _ in range(calls)][-1]) for _ in range(repeats)) / calls
+  )

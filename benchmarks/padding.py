@@ -15,12 +15,14 @@ ROWS = 32
 def main() -> None:
   for count in (256, 2048, 16384):
     lengths = [len(r.tokens) + r.limit for r in ragged(384, count, 512, 256)]
-    in_order = sum(ROWS * max(lengths[i:i + ROWS]) for i in range(0, count, ROWS))
+    in_order = sum(ROWS * max(lengths[i : i + ROWS]) for i in range(0, count, ROWS))
     packs = Packer(ROWS * max(lengths), lambda rows: rows).pack(lengths)
     packed = sum(p.rows * p.length for p in packs)
     shapes = len({(p.rows, p.length) for p in packs})
-    print(f'{count} examples: padding {1 - sum(lengths) / in_order:.1%} in order, {1 - sum(lengths) / packed:.1%} packed, in '
-          f'{len(packs)} batches of {shapes} shapes')
+    print(
+      f'{count} examples: padding {1 - sum(lengths) / in_order:.1%} in order, {1 - sum(lengths) / packed:.1%} packed, in '
+      f'{len(packs)} batches of {shapes} shapes'
+    )
 
 
 if __name__ == '__main__':

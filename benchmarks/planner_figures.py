@@ -36,6 +36,8 @@ def draw(output_dir: str) -> list[str]:
 
 
 if __name__ == '__main__':
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument('--output_dir', default='docs/figures')
   print('\n'.join(draw(parser.parse_args().output_dir)))

@@ -45,60 +45,126 @@ class Measured:
   @property
   def case(self) -> PassCase:
     model, machine = preset(self.model), Machine.parse(self.machine)
-    return PassCase(model, machine, parse_mesh(self.mesh), Layout.parse(self.layout), self.phase, self.batch,
-                2048 if self.phase == 'prefill' else 1, 2048, self.weights)
+    return PassCase(
+      model,
+      machine,
+      parse_mesh(self.mesh),
+      Layout.parse(self.layout),
+      self.phase,
+      self.batch,
+      2048 if self.phase == 'prefill' else 1,
+      2048,
+      self.weights,
+    )
 
   def check(self) -> None:
     """Raises ValueError where latency and MFU, as printed, do not belong together."""
     case = self.case
     tokens = case.batch * case.length
-    if self.mfu and abs(mfu(case.config.num_params, tokens, case.machine, self.latency) - self.mfu) > 0.01:
+    if (
+      self.mfu
+      and abs(mfu(case.config.num_params, tokens, case.machine, self.latency) - self.mfu) > 0.01
+    ):
       raise ValueError(f'{self}: the MFU is not that of the latency')
 
 
 PAPER = (
-    Measured('text', 'palm_540b', 'v4:4x4x4', '4x4x4', 'decode', 64, 'ws_2d/batch', 'int8', 0.0285),
-    Measured('text', 'palm_540b', 'v4:4x4x4', '4x4x4', 'decode', 64, 'ws_2d/batch', 'bfloat16', 0.0369),
-    Measured('Table 3', 'palm_62b', 'v4:2x2x4', '2x4x2', 'prefill', 1, 'ws_2d/heads', 'int8', 0.16, 0.36),
-    Measured('Table 3', 'palm_62b', 'v4:2x2x4', '2x4x2', 'decode', 32, 'ws_2d/batch', 'int8', 0.73 / 64, 0.08),
-    Measured('Table 3', 'palm_62b', 'v4:2x4x4', '4x4x2', 'prefill', 512, 'wg_xyz/batch', 'bfloat16', 20.2, 0.73),
-    Measured('Table 3', 'palm_62b', 'v4:2x2x2', '2x2x2', 'decode', 512, 'ws_2d/batch', 'bfloat16', 5.1 / 64, 0.37))
+  Measured('text', 'palm_540b', 'v4:4x4x4', '4x4x4', 'decode', 64, 'ws_2d/batch', 'int8', 0.0285),
+  Measured(
+    'text', 'palm_540b', 'v4:4x4x4', '4x4x4', 'decode', 64, 'ws_2d/batch', 'bfloat16', 0.0369
+  ),
+  Measured(
+    'Table 3', 'palm_62b', 'v4:2x2x4', '2x4x2', 'prefill', 1, 'ws_2d/heads', 'int8', 0.16, 0.36
+  ),
+  Measured(
+    'Table 3', 'palm_62b', 'v4:2x2x4', '2x4x2', 'decode', 32, 'ws_2d/batch', 'int8', 0.73 / 64, 0.08
+  ),
+  Measured(
+    'Table 3',
+    'palm_62b',
+    'v4:2x4x4',
+    '4x4x2',
+    'prefill',
+    512,
+    'wg_xyz/batch',
+    'bfloat16',
+    20.2,
+    0.73,
+  ),
+  Measured(
+    'Table 3',
+    'palm_62b',
+    'v4:2x2x2',
+    '2x2x2',
+    'decode',
+    512,
+    'ws_2d/batch',
+    'bfloat16',
+    5.1 / 64,
+    0.37,
+  ),
+)
 
 # (tokens in, tokens out) -> batch -> milliseconds with tensor parallelism of 16 and of 32, FP16, no pipeline: NVIDIA's
 # FasterTransformer, docs/gpt_guide.md, "Performance of Megatron-530B" (8 A100 80 GB a node, 8 x 200 Gb/s between
 # nodes): 105 layers, 128 heads of 160, vocabulary 51200, as the preset megatron_530b.
 FASTER_TRANSFORMER = {
-    (20, 8): {1: (565, 431), 4: (616, 493), 16: (730, 575), 64: (1191, 942), 256: (3341, 2483)},
-    (60, 20): {1: (1379, 1037), 4: (1512, 1198), 16: (1868, 1454), 64: (3383, 2646), 128: (5406, 4099)},
-    (128, 8): {1: (585, 451), 4: (765, 606), 16: (1377, 1074), 64: (4002, 3114)}}
+  (20, 8): {1: (565, 431), 4: (616, 493), 16: (730, 575), 64: (1191, 942), 256: (3341, 2483)},
+  (60, 20): {
+    1: (1379, 1037),
+    4: (1512, 1198),
+    16: (1868, 1454),
+    64: (3383, 2646),
+    128: (5406, 4099),
+  },
+  (128, 8): {1: (585, 451), 4: (765, 606), 16: (1377, 1074), 64: (4002, 3114)},
+}
 
 
 def tensor_parallel(request: PlanRequest, machine: Machine) -> Plan:
   """Megatron's: d_ff and heads split over all chips, the activations of all tokens summed over them."""
-  case = PassCase(request.config, machine, (1, machine.chips, 1), Layout.parse('ws_1d/heads'), 'prefill', request.batch,
-              request.input_length, request.input_length, request.weights)
+  case = PassCase(
+    request.config,
+    machine,
+    (1, machine.chips, 1),
+    Layout.parse('ws_1d/heads'),
+    'prefill',
+    request.batch,
+    request.input_length,
+    request.input_length,
+    request.weights,
+  )
   decode = dataclasses.replace(case, phase='decode', length=1, context=request.mean_context)
   return Plan(request, cost(case), cost(decode))
 
 
 def paper() -> None:
   """Prints the first table."""
-  print(f'{"":12} {"model":10} {"slice":9} {"phase":8} {"batch":>5} {"weights":9} {"layout":13} {"measured":>11} '
-        f'{"predicted":>11} {"error":>6} {"best mesh":>22}')
+  print(
+    f'{"":12} {"model":10} {"slice":9} {"phase":8} {"batch":>5} {"weights":9} {"layout":13} {"measured":>11} '
+    f'{"predicted":>11} {"error":>6} {"best mesh":>22}'
+  )
   errors = []
   for point in PAPER:
     point.check()
     case = point.case
     found = cost(case)
-    request = PlanRequest(case.config, case.batch, 2048 if case.phase == 'prefill' else 2016, 64, weights=case.weights)
-    found_all = (c for mesh in case.machine.meshes(case.config)
-                 for c in search.phase_costs(request, case.machine, mesh, case.phase, case.batch))
+    request = PlanRequest(
+      case.config, case.batch, 2048 if case.phase == 'prefill' else 2016, 64, weights=case.weights
+    )
+    found_all = (
+      c
+      for mesh in case.machine.meshes(case.config)
+      for c in search.phase_costs(request, case.machine, mesh, case.phase, case.batch)
+    )
     best = min(found_all, key=lambda c: c.seconds)
     errors.append(found.seconds / point.latency - 1)
-    print(f'{point.where:12} {point.model:10} {point.machine:9} {case.phase:8} {case.batch:5} {case.weights:9} '
-          f'{point.layout:13} {point.latency * 1e3:8.1f} ms {found.seconds * 1e3:8.1f} ms {errors[-1]:+6.0%} '
-          f'{str(best.case.layout):>12} {"x".join(map(str, best.case.mesh)):>6} '
-          f'{best.seconds / point.latency - 1:+.0%}')
+    print(
+      f'{point.where:12} {point.model:10} {point.machine:9} {case.phase:8} {case.batch:5} {case.weights:9} '
+      f'{point.layout:13} {point.latency * 1e3:8.1f} ms {found.seconds * 1e3:8.1f} ms {errors[-1]:+6.0%} '
+      f'{str(best.case.layout):>12} {"x".join(map(str, best.case.mesh)):>6} '
+      f'{best.seconds / point.latency - 1:+.0%}'
+    )
   sizes = sorted(map(abs, errors))
   print(f'median error {statistics.median(sizes):.0%}, largest {sizes[-1]:.0%}')
 
@@ -106,8 +172,10 @@ def paper() -> None:
 def megatron() -> None:
   """Prints the second."""
   model = preset('megatron_530b')
-  print(f'{"in, out":>8} {"batch":>5} {"TP-16":>9} {"predicted":>10} {"error":>6} {"TP-32":>9} {"predicted":>10} '
-        f'{"error":>6} {"64 TPU v4, predicted":>22}')
+  print(
+    f'{"in, out":>8} {"batch":>5} {"TP-16":>9} {"predicted":>10} {"error":>6} {"TP-32":>9} {"predicted":>10} '
+    f'{"error":>6} {"64 TPU v4, predicted":>22}'
+  )
   errors = []
   for (tokens, output), rows in FASTER_TRANSFORMER.items():
     for batch, measured in rows.items():

@@ -61,18 +61,23 @@ class RandomModel:
     """For rows of `prompt` tokens, BOS included, that all end after new_tokens (at least 2)."""
     # In whole blocks: of other lengths XLA pads, that is copies, the cache for attention's products in every step (GPU).
     config, context = self.model.config, -(-(prompt + new_tokens - 1) // _BLOCK) * _BLOCK
-    case = CompileCase(config, self.kind, 'prefill', batch, context, prompt=prompt, stacked=self.weights.stacked)
+    case = CompileCase(
+      config, self.kind, 'prefill', batch, context, prompt=prompt, stacked=self.weights.stacked
+    )
     prefill, _ = phase_function(case, self.model.mesh)
-    tokens = np.random.default_rng(0).integers(2, config.vocab_size, (batch, prompt)).astype(np.int32)
+    tokens = (
+      np.random.default_rng(0).integers(2, config.vocab_size, (batch, prompt)).astype(np.int32)
+    )
     tokens, lengths = jax.device_put((tokens, np.full(batch, prompt, np.int32)))
     run = GenerationShape(batch, prompt - 1, context, new_tokens, GREEDY, eos_id=-1)
     generate, _ = generation_program(self.model, run, self.weights)
     seeds = jnp.zeros(batch, jnp.uint32)
     return Programs(
-        prefill=lambda: prefill(self.weights, tokens, lengths),
-        decode=_DecodeLoop(self, new_tokens - 1, lambda: prefill(self.weights, tokens, lengths)),
-        generate=lambda: generate(self.weights, tokens, lengths, seeds).tokens,
-        steps=new_tokens - 1)
+      prefill=lambda: prefill(self.weights, tokens, lengths),
+      decode=_DecodeLoop(self, new_tokens - 1, lambda: prefill(self.weights, tokens, lengths)),
+      generate=lambda: generate(self.weights, tokens, lengths, seeds).tokens,
+      steps=new_tokens - 1,
+    )
 
 
 class _DecodeLoop:

@@ -21,7 +21,12 @@ from absl import logging
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from t5x import decoding, models, partitioning, train_state  # first: what it brings takes long to import
+from t5x import (
+  decoding,
+  models,
+  partitioning,
+  train_state,
+)  # first: what it brings takes long to import
 import seqio
 
 from t5x_inference_ext.config import ModelConfig
@@ -32,7 +37,9 @@ from t5x_inference_ext.precompile.estimate import Estimate, estimate
 from t5x_inference_ext.precompile.memory import CompiledMemory, memory_of, shard_bytes
 from tests.t5x_adapter import palm_flaxformer
 
-logging.set_verbosity(logging.ERROR)  # flaxformer and T5X warn of their own deprecations, at every trace
+logging.set_verbosity(
+  logging.ERROR
+)  # flaxformer and T5X warn of their own deprecations, at every trace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +64,9 @@ class Partitioning:
 # Of each slice those worth trying: model-parallel alone, where the weights fit so; else over both axes. 'model' has to
 # divide the heads, 48 in PaLM 540B. Two dimensions of activations change decode by less than a hundredth.
 PARTITIONINGS = {
-    'v4:4x4x4': (Partitioning((4, 4, 1, 1), 1, 2), Partitioning((4, 2, 1, 1), 1, 2)),
-    'v4:2x2x4': (Partitioning((2, 2, 4, 1), 1, 1), Partitioning((2, 2, 1, 1), 1, 2)),
-    'v4:2x2x1': (Partitioning((2, 2, 1, 1), 1, 1), Partitioning((2, 1, 1, 1), 1, 2)),
+  'v4:4x4x4': (Partitioning((4, 4, 1, 1), 1, 2), Partitioning((4, 2, 1, 1), 1, 2)),
+  'v4:2x2x4': (Partitioning((2, 2, 4, 1), 1, 1), Partitioning((2, 2, 1, 1), 1, 2)),
+  'v4:2x2x1': (Partitioning((2, 2, 1, 1), 1, 1), Partitioning((2, 1, 1, 1), 1, 2)),
 }
 
 
@@ -86,18 +93,30 @@ class Stock:
     return self.estimate is not None
 
 
-def best(config: ModelConfig, slice_name: str, phase: str, batch: int, context: int) -> tuple[Stock, tuple[Stock, ...]]:
+def best(
+  config: ModelConfig, slice_name: str, phase: str, batch: int, context: int
+) -> tuple[Stock, tuple[Stock, ...]]:
   """The fastest of a slice's PARTITIONINGS, else the one that lacks least, and all that were tried."""
-  tried = tuple(analyze(config, slice_name, phase, batch, context, p) for p in PARTITIONINGS[slice_name])
+  tried = tuple(
+    analyze(config, slice_name, phase, batch, context, p) for p in PARTITIONINGS[slice_name]
+  )
 
   def order(stock):
-    return (False, stock.estimate.serial_seconds) if stock.fits else (True, stock.needed or math.inf)
+    return (
+      (False, stock.estimate.serial_seconds) if stock.fits else (True, stock.needed or math.inf)
+    )
 
   return min(tried, key=order), tried
 
 
 def analyze(
-    config: ModelConfig, slice_name: str, phase: str, batch: int, context: int, partitioning_: Partitioning) -> Stock:
+  config: ModelConfig,
+  slice_name: str,
+  phase: str,
+  batch: int,
+  context: int,
+  partitioning_: Partitioning,
+) -> Stock:
   """Compiles stock T5X for a slice.
 
   Args:
@@ -127,8 +146,12 @@ def analyze(
     if 'RESOURCE_EXHAUSTED' not in message:
       raise UserError(f'the TPU compiler refused stock T5X, {phase} for {slice_}: {message}') from e
     return Stock(partitioning_, batch, needed=slices.memory_limits(str(e))[0])
-  return Stock(partitioning_, batch, memory_of(phase, arguments, compiled, available),
-               estimate(compiled.as_text(), slice_, partitioner.mesh))
+  return Stock(
+    partitioning_,
+    batch,
+    memory_of(phase, arguments, compiled, available),
+    estimate(compiled.as_text(), slice_, partitioner.mesh),
+  )
 
 
 def slice_partitioner(slice_: TpuSlice, choice: Partitioning) -> partitioning.PjitPartitioner:
@@ -141,7 +164,9 @@ def slice_partitioner(slice_: TpuSlice, choice: Partitioning) -> partitioning.Pj
     raise MeshError(f'the submesh {choice.submesh} does not divide {slice_}')
   devices = list(slices.topology_devices(slice_))
   here = [d for d in devices if d.process_index == devices[0].process_index]
-  mesh_of_slice = partitioning.get_mesh(choice.submesh, input_devices=devices, input_local_devices=here)
+  mesh_of_slice = partitioning.get_mesh(
+    choice.submesh, input_devices=devices, input_local_devices=here
+  )
 
   class SlicePartitioner(partitioning.PjitPartitioner):
     """PjitPartitioner takes its mesh from the devices that are here."""
@@ -151,12 +176,19 @@ def slice_partitioner(slice_: TpuSlice, choice: Partitioning) -> partitioning.Pj
       return mesh_of_slice
 
   return SlicePartitioner(
-      model_parallel_submesh=choice.submesh,
-      logical_axis_rules=partitioning.standard_logical_axis_rules(choice.activation_dims, choice.parameter_dims))
+    model_parallel_submesh=choice.submesh,
+    logical_axis_rules=partitioning.standard_logical_axis_rules(
+      choice.activation_dims, choice.parameter_dims
+    ),
+  )
 
 
 def phase_function(
-    config: ModelConfig, partitioner: partitioning.PjitPartitioner, phase: str, batch: int, context: int
+  config: ModelConfig,
+  partitioner: partitioning.PjitPartitioner,
+  phase: str,
+  batch: int,
+  context: int,
 ) -> tuple[partitioning.PjittedFnWithContext, tuple[Any, ...]]:
   """T5X's partitioned function of a phase, and the shapes that it takes, with shardings.
 
@@ -172,10 +204,15 @@ def phase_function(
   # T5X relies on implicit broadcasting.
   with jax.numpy_rank_promotion('allow'):
     initial = jax.eval_shape(
-        lambda: model.get_initial_variables(jax.random.PRNGKey(0), {'decoder_input_tokens': (batch, 8)}))
+      lambda: model.get_initial_variables(
+        jax.random.PRNGKey(0), {'decoder_input_tokens': (batch, 8)}
+      )
+    )
     state = train_state.InferenceState.create(initial)
     specs = partitioner.get_mesh_axes(state).params
-    params = jax.tree.map(lambda x, spec: struct(x, spec, jnp.bfloat16), state.params, specs)  # infer.gin's dtype
+    params = jax.tree.map(
+      lambda x, spec: struct(x, spec, jnp.bfloat16), state.params, specs
+    )  # infer.gin's dtype
     tokens = jax.ShapeDtypeStruct((batch, context), jnp.int32, sharding=NamedSharding(mesh, rows))
     cache, cache_specs = _cache(model, params, tokens, partitioner)
 
@@ -189,26 +226,48 @@ def phase_function(
     return step(params, cache, jnp.take_along_axis(tokens, lengths[:, None], axis=1))
 
   if phase == 'prefill':
-    return (partitioner.partition(prefill, (specs, rows, rows), (rows, cache_specs)), (params, tokens, tokens))
+    return (
+      partitioner.partition(prefill, (specs, rows, rows), (rows, cache_specs)),
+      (params, tokens, tokens),
+    )
   one = jax.ShapeDtypeStruct((batch, 1), jnp.int32, sharding=NamedSharding(mesh, rows))
-  return (partitioner.partition(step, (specs, cache_specs, rows), (rows, cache_specs), donate_argnums=(1,)),
-          (params, cache, one))
+  return (
+    partitioner.partition(
+      step, (specs, cache_specs, rows), (rows, cache_specs), donate_argnums=(1,)
+    ),
+    (params, cache, one),
+  )
 
 
 def stock_model(config: ModelConfig) -> models.DecoderOnlyModel:
   c = config
   module = palm_flaxformer.make_module(
-      c.vocab_size, c.num_layers, c.d_model, c.d_ff, c.num_heads, c.d_head, scan=True, dtype=jnp.bfloat16)
+    c.vocab_size,
+    c.num_layers,
+    c.d_model,
+    c.d_ff,
+    c.num_heads,
+    c.d_head,
+    scan=True,
+    dtype=jnp.bfloat16,
+  )
   return models.DecoderOnlyModel(module, seqio.ByteVocabulary(), optimizer_def=None)
 
 
 def _cache(model, params, tokens, partitioner):
   """The cache that T5X makes before a prefill, its rows over 'data': arrays [L, B, ..], and their specs."""
   made = jax.eval_shape(
-      lambda p, t: model.module.apply(
-          {'params': p}, t, t, enable_dropout=False, decode=True, mutable=['cache'])[1]['cache'], params, tokens)
+    lambda p, t: model.module.apply(
+      {'params': p}, t, t, enable_dropout=False, decode=True, mutable=['cache']
+    )[1]['cache'],
+    params,
+    tokens,
+  )
   specs = jax.tree.map(lambda x: P(None, *partitioner.data_partition_spec), made)
   mesh = partitioner.mesh
   cache = jax.tree.map(
-      lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)), made, specs)
+    lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
+    made,
+    specs,
+  )
   return cache, specs

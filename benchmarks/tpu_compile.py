@@ -43,8 +43,10 @@ class Row:
   scan_layers: bool | None = None
 
   def __str__(self) -> str:
-    return (f'{self.model} {self.weights} {self.slice_name} {self.phase} batch {self.batch} {self.layout}'
-            f'{", layers as a loop" if self.scan_layers else ""}')
+    return (
+      f'{self.model} {self.weights} {self.slice_name} {self.phase} batch {self.batch} {self.layout}'
+      f'{", layers as a loop" if self.scan_layers else ""}'
+    )
 
 
 CONTEXT = 2048
@@ -52,17 +54,19 @@ CONTEXT = 2048
 MFU_80 = 2 * 540.36e9 * 512 * 2048 / (0.8 * 64 * 275e12) * 1e3
 
 ROWS = (
-    Row('palm_540b', 'int8', 'v4:4x4x4', 'decode', 64, 'ws_2d/batch', 20),
-    Row('palm_540b', 'int8', 'v4:4x4x4', 'decode', 64, 'ws_2d/batch', 20, scan_layers=True),
-    Row('palm_540b', 'bfloat16', 'v4:4x4x4', 'decode', 512, 'ws_2d/batch', 65),
-    Row('palm_540b', 'bfloat16', 'v4:4x4x4', 'decode', 512, 'ws_2d/batch', 65, scan_layers=True),
-    Row('palm_540b', 'int8', 'v4:4x4x4', 'prefill', 1, 'ws_2d/batch', 220),
-    Row('palm_540b', 'int8', 'v4:4x4x4', 'prefill', 1, 'ws_2d/batch', 220, scan_layers=True),
-    Row('palm_540b', 'bfloat16', 'v4:4x4x4', 'prefill', 512, 'wg_xyz/batch', MFU_80, scan_layers=True),
-    Row('palm_62b', 'int8', 'v4:2x2x4', 'decode', 32, 'ws_2d/batch', 8),
-    Row('palm_62b', 'int8', 'v4:2x2x4', 'decode', 32, 'ws_2d/batch', 8, scan_layers=True),
-    Row('palm_8b', 'int8', 'v4:2x2x1', 'decode', 32, 'ws_2d/batch', 5),
-    Row('palm_8b', 'int8', 'v4:2x2x1', 'decode', 32, 'ws_2d/batch', 5, scan_layers=True),
+  Row('palm_540b', 'int8', 'v4:4x4x4', 'decode', 64, 'ws_2d/batch', 20),
+  Row('palm_540b', 'int8', 'v4:4x4x4', 'decode', 64, 'ws_2d/batch', 20, scan_layers=True),
+  Row('palm_540b', 'bfloat16', 'v4:4x4x4', 'decode', 512, 'ws_2d/batch', 65),
+  Row('palm_540b', 'bfloat16', 'v4:4x4x4', 'decode', 512, 'ws_2d/batch', 65, scan_layers=True),
+  Row('palm_540b', 'int8', 'v4:4x4x4', 'prefill', 1, 'ws_2d/batch', 220),
+  Row('palm_540b', 'int8', 'v4:4x4x4', 'prefill', 1, 'ws_2d/batch', 220, scan_layers=True),
+  Row(
+    'palm_540b', 'bfloat16', 'v4:4x4x4', 'prefill', 512, 'wg_xyz/batch', MFU_80, scan_layers=True
+  ),
+  Row('palm_62b', 'int8', 'v4:2x2x4', 'decode', 32, 'ws_2d/batch', 8),
+  Row('palm_62b', 'int8', 'v4:2x2x4', 'decode', 32, 'ws_2d/batch', 8, scan_layers=True),
+  Row('palm_8b', 'int8', 'v4:2x2x1', 'decode', 32, 'ws_2d/batch', 5),
+  Row('palm_8b', 'int8', 'v4:2x2x1', 'decode', 32, 'ws_2d/batch', 5, scan_layers=True),
 )
 
 
@@ -71,8 +75,10 @@ def stock_side():
   try:
     from benchmarks import stock_t5x
   except ImportError as e:
-    return None, (f'Stock T5X is left out: {e.name or e} is not importable. The extra `t5x` has T5X, docs/t5x.md the '
-                  'versions; flaxformer and aqt are used from their source (PYTHONPATH).')
+    return None, (
+      f'Stock T5X is left out: {e.name or e} is not importable. The extra `t5x` has T5X, docs/t5x.md the '
+      'versions; flaxformer and aqt are used from their source (PYTHONPATH).'
+    )
   return stock_t5x, ''
 
 
@@ -93,13 +99,22 @@ def stock_cells(stock, batch: int, seconds: float | None) -> str:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument('--case', default='', help='only rows whose text holds this')
   arguments = parser.parse_args()
   stock, missing = stock_side()
   if missing:
     print(missing + '\n')
-  titles = ['case', 'serial estimate, ms', 'with overlap', 'target, ms', 'of the target', 'compiled in, s']
+  titles = [
+    'case',
+    'serial estimate, ms',
+    'with overlap',
+    'target, ms',
+    'of the target',
+    'compiled in, s',
+  ]
   titles += ['stock T5X bfloat16, ms', 'ratio'] if stock else []
   print(f'| {" | ".join(titles)} |\n|{"---|" * len(titles)}', flush=True)
   stock_best = functools.cache(lambda model, *case: stock.best(preset(model), *case)[0])
@@ -107,18 +122,30 @@ def main() -> None:
   for row in (r for r in ROWS if arguments.case in str(r)):
     start = time.perf_counter()
     try:
-      answer = analyze(preset(row.model), row.weights, row.slice_name, row.phase, row.batch, CONTEXT, layout=row.layout,
-                       scan_layers=row.scan_layers)
+      answer = analyze(
+        preset(row.model),
+        row.weights,
+        row.slice_name,
+        row.phase,
+        row.batch,
+        CONTEXT,
+        layout=row.layout,
+        scan_layers=row.scan_layers,
+      )
       taken = time.perf_counter() - start
-      beside = stock_best(row.model, row.slice_name, row.phase, row.batch, CONTEXT) if stock else None
+      beside = (
+        stock_best(row.model, row.slice_name, row.phase, row.batch, CONTEXT) if stock else None
+      )
     except UserError as error:
       raise SystemExit(f'{row}: {error}') from error
     serial = answer.estimate.serial_seconds if answer.fits else None
     if serial is None:
       line = f'| {row} | does not fit | | {row.target:.0f} | | {taken:.0f} |'
     else:
-      line = (f'| {row} | {serial * 1e3:.2f} | {answer.estimate.overlapped_seconds * 1e3:.2f} | {row.target:.0f} | '
-              f'{serial * 1e3 / row.target:.2f} | {taken:.0f} |')
+      line = (
+        f'| {row} | {serial * 1e3:.2f} | {answer.estimate.overlapped_seconds * 1e3:.2f} | {row.target:.0f} | '
+        f'{serial * 1e3 / row.target:.2f} | {taken:.0f} |'
+      )
     if beside:
       line += stock_cells(beside, row.batch, serial)
       splits[f'{row.model} {row.slice_name} {row.phase} batch {row.batch}'] = beside.partitioning

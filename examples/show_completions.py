@@ -8,7 +8,9 @@ def main(path: str):
   with open(path, encoding='utf-8') as rows:
     for row in map(json.loads, rows):
       print(f'--- prompt\n{row["prompt"]}')
-      print(f'--- completion ({len(row["tokens"])} tokens, score {row["score"]:.3f})\n{row["completion"]}\n')
+      print(
+        f'--- completion ({len(row["tokens"])} tokens, score {row["score"]:.3f})\n{row["completion"]}\n'
+      )
 
 
 if __name__ == '__main__':

@@ -73,14 +73,21 @@ class ModelConfig:
       value = getattr(self, field.name)
       if field.type in (int, 'int') and (not isinstance(value, int) or value < 1):
         raise ValueError(f'ModelConfig.{field.name} must be a whole number above 0, got {value!r}')
-    for name, known in (('block', BLOCKS), ('mlp', MLPS), ('norm', NORMS), ('norm_scale', NORM_SCALES)):
+    for name, known in (
+      ('block', BLOCKS),
+      ('mlp', MLPS),
+      ('norm', NORMS),
+      ('norm_scale', NORM_SCALES),
+    ):
       if getattr(self, name) not in known:
         raise ValueError(f'ModelConfig.{name} must be one of {known}, got {getattr(self, name)!r}')
     if self.d_head % 2:
       raise ValueError(f'rotary positions need an even d_head, got {self.d_head}')
     if self.num_heads % self.num_kv_heads:
-      raise ValueError(f'num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}: each key head serves '
-                       'as many query heads')
+      raise ValueError(
+        f'num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}: each key head serves '
+        'as many query heads'
+      )
 
   @property
   def block_parts(self) -> tuple[BlockPart, ...]:
@@ -99,7 +106,11 @@ class ModelConfig:
     """Parameters, with the tied embedding counted once and the norms included."""
     attention = 2 * self.d_model * self.d_head * (self.num_heads + self.num_kv_heads)
     mlp = (len(self.mlp_inputs) + 1) * self.d_model * self.d_ff
-    norms = (self.num_layers * len(self.block_parts) + 1) * self.d_model * (1 if self.norm == 'rms' else 2)
+    norms = (
+      (self.num_layers * len(self.block_parts) + 1)
+      * self.d_model
+      * (1 if self.norm == 'rms' else 2)
+    )
     return self.num_layers * (attention + mlp) + norms + self.vocab_size * self.d_model
 
   def to_dict(self) -> dict[str, Any]:
@@ -111,25 +122,46 @@ class ModelConfig:
     """Raises ValueError for fields this version does not know: a newer writer may mean something by them."""
     unknown = set(fields) - {f.name for f in dataclasses.fields(cls)}
     if unknown:
-      raise ValueError(f'unknown model config fields {sorted(unknown)}: written by a newer version of this package?')
+      raise ValueError(
+        f'unknown model config fields {sorted(unknown)}: written by a newer version of this package?'
+      )
     return cls(**fields)
 
   def __str__(self) -> str:
-    return (f'{self.num_layers} layers, d_model {self.d_model}, d_ff {self.d_ff}, {self.num_heads} heads x '
-            f'{self.d_head}, {self.num_kv_heads} kv head(s), {self.block} block, {self.mlp} MLP, {self.norm} norm, '
-            f'vocabulary {self.vocab_size}: {self.num_params:,} parameters')
+    return (
+      f'{self.num_layers} layers, d_model {self.d_model}, d_ff {self.d_ff}, {self.num_heads} heads x '
+      f'{self.d_head}, {self.num_kv_heads} kv head(s), {self.block} block, {self.mlp} MLP, {self.norm} norm, '
+      f'vocabulary {self.vocab_size}: {self.num_params:,} parameters'
+    )
 
 
 # PaLM's published shapes (the paper's section 4 and PaLM's own Table 1), the Megatron-Turing model that the paper compares
 # with (its section 5), and the small model of the test fixtures.
 PRESETS = {
-    'palm_tiny': dict(num_layers=4, d_model=256, d_ff=1024, num_heads=8, d_head=32, vocab_size=384),
-    'palm_8b': dict(num_layers=32, d_model=4096, d_ff=16384, num_heads=16, d_head=256, vocab_size=256128),
-    'palm_62b': dict(num_layers=64, d_model=8192, d_ff=32768, num_heads=32, d_head=256, vocab_size=256128),
-    'palm_540b': dict(num_layers=118, d_model=18432, d_ff=73728, num_heads=48, d_head=256, vocab_size=256128),
-    'megatron_530b': dict(
-        num_layers=105, d_model=20480, d_ff=81920, num_heads=128, d_head=160, vocab_size=51200, num_kv_heads=128,
-        block='serial', mlp='gelu', norm='layer', norm_scale='one', norm_epsilon=1e-5),
+  'palm_tiny': dict(num_layers=4, d_model=256, d_ff=1024, num_heads=8, d_head=32, vocab_size=384),
+  'palm_8b': dict(
+    num_layers=32, d_model=4096, d_ff=16384, num_heads=16, d_head=256, vocab_size=256128
+  ),
+  'palm_62b': dict(
+    num_layers=64, d_model=8192, d_ff=32768, num_heads=32, d_head=256, vocab_size=256128
+  ),
+  'palm_540b': dict(
+    num_layers=118, d_model=18432, d_ff=73728, num_heads=48, d_head=256, vocab_size=256128
+  ),
+  'megatron_530b': dict(
+    num_layers=105,
+    d_model=20480,
+    d_ff=81920,
+    num_heads=128,
+    d_head=160,
+    vocab_size=51200,
+    num_kv_heads=128,
+    block='serial',
+    mlp='gelu',
+    norm='layer',
+    norm_scale='one',
+    norm_epsilon=1e-5,
+  ),
 }
 
 

@@ -25,8 +25,13 @@ SHUTDOWN_SECONDS = 120
 _T = TypeVar('T')
 
 
-def initialize(coordinator_address: str | None = None, num_processes: int | None = None, process_id: int | None = None,
-               *, timeout: float = TIMEOUT_SECONDS) -> None:
+def initialize(
+  coordinator_address: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+  *,
+  timeout: float = TIMEOUT_SECONDS,
+) -> None:
   """Joins this process to the others of its run; has to come before jax is asked for devices.
 
   Args:
@@ -45,36 +50,53 @@ def initialize(coordinator_address: str | None = None, num_processes: int | None
   if jax.distributed.is_initialized():
     found = (jax.process_count(), jax.process_index())
     if coordinator_address != AUTO and found != (num_processes, process_id):
-      raise RequestError(f'this process is already process {found[1]} of {found[0]}, and can\'t become process '
-                         f'{process_id} of {num_processes}')
+      raise RequestError(
+        f"this process is already process {found[1]} of {found[0]}, and can't become process "
+        f'{process_id} of {num_processes}'
+      )
     return
   # On CPU the collectives between processes are gloo's, jax's default.
   arguments = {}
   if coordinator_address != AUTO:
     rendezvous.meet(coordinator_address, num_processes, process_id, timeout)
-    arguments = dict(coordinator_address=coordinator_address, num_processes=num_processes, process_id=process_id)
+    arguments = dict(
+      coordinator_address=coordinator_address, num_processes=num_processes, process_id=process_id
+    )
   try:
     jax.distributed.initialize(
-        **arguments, initialization_timeout=int(timeout), shutdown_timeout_seconds=SHUTDOWN_SECONDS)
+      **arguments, initialization_timeout=int(timeout), shutdown_timeout_seconds=SHUTDOWN_SECONDS
+    )
   except (RuntimeError, ValueError) as error:
     hint = ''
     if coordinator_address == AUTO:
-      hint = (': auto needs a cluster that jax knows; elsewhere give coordinator_address=HOST:PORT, num_processes and '
-              'process_id')
-    raise RequestError(f'jax.distributed: {str(error).splitlines()[0].rstrip(".")}{hint}') from error
+      hint = (
+        ': auto needs a cluster that jax knows; elsewhere give coordinator_address=HOST:PORT, num_processes and '
+        'process_id'
+      )
+    raise RequestError(
+      f'jax.distributed: {str(error).splitlines()[0].rstrip(".")}{hint}'
+    ) from error
 
 
-def check_arguments(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> None:
+def check_arguments(
+  coordinator_address: str | None, num_processes: int | None, process_id: int | None
+) -> None:
   """Raises RequestError for arguments of initialize that don't go together."""
-  given = dict(coordinator_address=coordinator_address, num_processes=num_processes, process_id=process_id)
+  given = dict(
+    coordinator_address=coordinator_address, num_processes=num_processes, process_id=process_id
+  )
   missing = [name for name, value in given.items() if value is None]
   if coordinator_address == AUTO:
     if len(missing) < 2:
-      raise RequestError('coordinator_address=auto finds num_processes and process_id by itself: leave them out')
+      raise RequestError(
+        'coordinator_address=auto finds num_processes and process_id by itself: leave them out'
+      )
     return
   if missing and len(missing) < 3:
-    raise RequestError(f'coordinator_address, num_processes and process_id go together: {" and ".join(missing)} not '
-                       'given')
+    raise RequestError(
+      f'coordinator_address, num_processes and process_id go together: {" and ".join(missing)} not '
+      'given'
+    )
   if missing:
     return
   rendezvous.parse_address(coordinator_address)
@@ -82,7 +104,9 @@ def check_arguments(coordinator_address: str | None, num_processes: int | None, 
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
       raise RequestError(f'{name} must be a whole number, {least} or more, got {value!r}')
   if process_id >= num_processes:
-    raise RequestError(f'process_id must be 0 to num_processes - 1 = {num_processes - 1}, got {process_id}')
+    raise RequestError(
+      f'process_id must be 0 to num_processes - 1 = {num_processes - 1}, got {process_id}'
+    )
 
 
 def is_main() -> bool:
@@ -94,8 +118,10 @@ def check_mesh(mesh: jax.sharding.Mesh) -> None:
   """Raises MeshError for a mesh that leaves a process without a device: it could not take part."""
   idle = set(range(jax.process_count())) - {device.process_index for device in mesh.devices.flat}
   if idle:
-    raise MeshError(f'the mesh has {mesh.size} of {jax.device_count()} devices, and none of process {min(idle)}: with '
-                    f'{jax.process_count()} processes it needs devices of each: use a larger mesh, or fewer processes')
+    raise MeshError(
+      f'the mesh has {mesh.size} of {jax.device_count()} devices, and none of process {min(idle)}: with '
+      f'{jax.process_count()} processes it needs devices of each: use a larger mesh, or fewer processes'
+    )
 
 
 def exchange(make: Callable[[], Any]) -> list[Any]:
@@ -134,12 +160,18 @@ def check_same(**parts: Any) -> None:
   Args:
     **parts: things with a telling repr, by the names that the error calls them.
   """
-  digests = exchange(lambda: {k: hashlib.sha256(repr(part).encode()).hexdigest() for k, part in parts.items()})
+  digests = exchange(
+    lambda: {k: hashlib.sha256(repr(part).encode()).hexdigest() for k, part in parts.items()}
+  )
   for process, digest in enumerate(digests):
     for name, value in digests[0].items():
       if digest[name] != value:
-        raise _told(RequestError(f'process {process} has other {name} than process 0: all processes need the same '
-                                 'flags and files'))
+        raise _told(
+          RequestError(
+            f'process {process} has other {name} than process 0: all processes need the same '
+            'flags and files'
+          )
+        )
 
 
 @contextlib.contextmanager
@@ -167,6 +199,7 @@ def lockstep(items: Iterable[_T], key: Callable[[_T], Any] = lambda item: None) 
   """
   iterator, end, count = iter(items), object(), 0
   while True:
+
     def digest():
       nonlocal item
       item = next(iterator, end)
@@ -176,8 +209,12 @@ def lockstep(items: Iterable[_T], key: Callable[[_T], Any] = lambda item: None) 
     digests = exchange(digest)
     for process, other in enumerate(digests):
       if other != digests[0]:
-        raise _told(RequestError(f'batch {count} of process {process} is not that of process 0: the processes must '
-                                 'read the same examples in the same order'))
+        raise _told(
+          RequestError(
+            f'batch {count} of process {process} is not that of process 0: the processes must '
+            'read the same examples in the same order'
+          )
+        )
     if item is end:
       return
     count += 1

@@ -42,18 +42,20 @@ def parameters(config: ModelConfig) -> dict[str, Parameter]:
 
   # One scale for both: the parallel block sums the two products in one accumulator (section 3.4), as one matrix.
   outputs = {s.name: output_scale_name(s) for s in c.block_parts}
-  attention_scale, mlp_scale = (outputs.get(n, outputs.get('parallel')) for n in ('attention', 'mlp'))
+  attention_scale, mlp_scale = (
+    outputs.get(n, outputs.get('parallel')) for n in ('attention', 'mlp')
+  )
   tensors = {'embedding': Parameter((c.vocab_size, c.d_model), 'embedding'), **norm('final_norm')}
   for block_part in c.block_parts:
     tensors.update(norm(norm_name(block_part), c.num_layers))
   return {
-      **tensors,
-      'query': matrix(c.d_model, q, 'query_scale'),
-      'key': matrix(c.d_model, kv, 'key_scale'),
-      'value': matrix(c.d_model, kv, 'value_scale'),
-      **{name: matrix(c.d_model, c.d_ff, name + INT8_SUFFIX) for name in c.mlp_inputs},
-      'attention_output': matrix(q, c.d_model, attention_scale),
-      'mlp_output': matrix(c.d_ff, c.d_model, mlp_scale),
+    **tensors,
+    'query': matrix(c.d_model, q, 'query_scale'),
+    'key': matrix(c.d_model, kv, 'key_scale'),
+    'value': matrix(c.d_model, kv, 'value_scale'),
+    **{name: matrix(c.d_model, c.d_ff, name + INT8_SUFFIX) for name in c.mlp_inputs},
+    'attention_output': matrix(q, c.d_model, attention_scale),
+    'mlp_output': matrix(c.d_ff, c.d_model, mlp_scale),
   }
 
 
@@ -74,6 +76,7 @@ def output_scale_name(block_part: BlockPart) -> str:
 def scales(config: ModelConfig) -> dict[str, Parameter]:
   """The scale tensors [L, out] that an int8 model has beside its matrices, by name."""
   return {
-      p.scale: Parameter((p.shape[0], p.shape[2]), 'scale')
-      for p in parameters(config).values() if p.scale is not None
+    p.scale: Parameter((p.shape[0], p.shape[2]), 'scale')
+    for p in parameters(config).values()
+    if p.scale is not None
   }

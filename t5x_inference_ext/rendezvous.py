@@ -23,7 +23,9 @@ def parse_address(address: str) -> tuple[str, int]:
   """'HOST:PORT' -> (host, port). Raises RequestError for anything else."""
   host, colon, port = str(address).rpartition(':')
   if not colon or not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-    raise RequestError(f'coordinator_address is HOST:PORT of process 0, e.g. 10.0.0.1:1234, or auto, got {address!r}')
+    raise RequestError(
+      f'coordinator_address is HOST:PORT of process 0, e.g. 10.0.0.1:1234, or auto, got {address!r}'
+    )
   return host.strip('[]'), int(port)
 
 
@@ -58,8 +60,10 @@ def _receive_all(port: int, num_processes: int, deadline: float, timeout: float)
         connection = stack.enter_context(server.accept()[0])
       except TimeoutError:
         missing = sorted(set(range(num_processes)) - arrived)
-        error = (f'{_names(missing)} of {num_processes} did not come within {timeout:g} s: are they started, with '
-                 'the same coordinator_address?')
+        error = (
+          f'{_names(missing)} of {num_processes} did not come within {timeout:g} s: are they started, with '
+          'the same coordinator_address?'
+        )
         break
       connection.settimeout(HELLO_SECONDS)
       hello = _read(connection)
@@ -68,8 +72,10 @@ def _receive_all(port: int, num_processes: int, deadline: float, timeout: float)
       connections.append(connection)
       process = hello['process_id']
       if hello['num_processes'] != num_processes:
-        error = (f'process {process} was started with num_processes={hello["num_processes"]} and process 0 with '
-                 f'{num_processes}')
+        error = (
+          f'process {process} was started with num_processes={hello["num_processes"]} and process 0 with '
+          f'{num_processes}'
+        )
       elif process in arrived:
         error = f'two processes were started with process_id={process}'
       arrived.add(process)
@@ -80,11 +86,15 @@ def _receive_all(port: int, num_processes: int, deadline: float, timeout: float)
     raise RequestError(error)
 
 
-def _report(host: str, port: int, num_processes: int, process_id: int, deadline: float, timeout: float) -> None:
+def _report(
+  host: str, port: int, num_processes: int, process_id: int, deadline: float, timeout: float
+) -> None:
   """Another process: says who it is, and waits for the verdict."""
   while True:
     try:
-      with socket.create_connection((host, port), timeout=max(deadline - time.monotonic(), 0.001)) as connection:
+      with socket.create_connection(
+        (host, port), timeout=max(deadline - time.monotonic(), 0.001)
+      ) as connection:
         _write(connection, process_id=process_id, num_processes=num_processes)
         connection.settimeout(max(deadline - time.monotonic(), 0.001))
         verdict = _read(connection)
@@ -94,8 +104,10 @@ def _report(host: str, port: int, num_processes: int, process_id: int, deadline:
     if reason is None:
       break
     if time.monotonic() + RETRY_SECONDS > deadline:
-      raise RequestError(f'process 0 was not reached at coordinator_address={host}:{port} within {timeout:g} s '
-                         f'({reason}): is it started there, and the port open?')
+      raise RequestError(
+        f'process 0 was not reached at coordinator_address={host}:{port} within {timeout:g} s '
+        f'({reason}): is it started there, and the port open?'
+      )
     time.sleep(RETRY_SECONDS)
   if verdict['error'] is not None:
     raise RequestError(verdict['error'])
@@ -105,10 +117,16 @@ def _listen(port: int, backlog: int) -> socket.socket:
   both = socket.has_dualstack_ipv6()
   try:
     return socket.create_server(
-        ('', port), family=socket.AF_INET6 if both else socket.AF_INET, backlog=backlog, dualstack_ipv6=both)
+      ('', port),
+      family=socket.AF_INET6 if both else socket.AF_INET,
+      backlog=backlog,
+      dualstack_ipv6=both,
+    )
   except OSError as error:
-    raise RequestError(f'process 0 can\'t listen at port {port} of coordinator_address ({error.strerror}): choose '
-                       'another port, for all processes') from error
+    raise RequestError(
+      f"process 0 can't listen at port {port} of coordinator_address ({error.strerror}): choose "
+      'another port, for all processes'
+    ) from error
 
 
 def _write(connection: socket.socket, **message: Any) -> None:

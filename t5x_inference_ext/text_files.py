@@ -11,11 +11,11 @@ def check_writable(*paths: str | None) -> None:
   for path in filter(None, paths):
     directory = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(directory):
-      raise RequestError(f'can\'t write {path}: there is no directory {directory}')
+      raise RequestError(f"can't write {path}: there is no directory {directory}")
     if os.path.isdir(path):
-      raise RequestError(f'can\'t write {path}: it is a directory')
+      raise RequestError(f"can't write {path}: it is a directory")
     if not os.access(path if os.path.exists(path) else directory, os.W_OK):
-      raise RequestError(f'can\'t write {path}: permission denied')
+      raise RequestError(f"can't write {path}: permission denied")
 
 
 def check_plots() -> None:
@@ -30,4 +30,4 @@ def write_text(path: str, text: str) -> None:
     with open(path, 'w', encoding='utf-8') as f:
       f.write(text)
   except OSError as e:
-    raise RequestError(f'can\'t write {path}: {e.strerror}') from e
+    raise RequestError(f"can't write {path}: {e.strerror}") from e

@@ -10,16 +10,27 @@ from t5x_inference_ext.config import ModelConfig
 PALM = dict(num_layers=2, d_model=8, d_ff=24, num_heads=4, d_head=4, vocab_size=12)
 
 
-@pytest.mark.parametrize('name,count', [
-    ('palm_8b', 8.63e9), ('palm_62b', 62.50e9), ('palm_540b', 540.36e9), ('megatron_530b', 529.5e9)])
+@pytest.mark.parametrize(
+  'name,count',
+  [('palm_8b', 8.63e9), ('palm_62b', 62.50e9), ('palm_540b', 540.36e9), ('megatron_530b', 529.5e9)],
+)
 def test_presets_have_the_published_parameter_counts(name, count):
   """PaLM's Table 1 and the Megatron-Turing model, to 0.1%."""
   assert config.preset(name).num_params == pytest.approx(count, rel=1e-3)
 
 
-@pytest.mark.parametrize('changes', [
-    {}, dict(num_kv_heads=2), dict(block='serial', mlp='gelu', norm='layer', num_kv_heads=4), dict(norm='layer'),
-    dict(mlp='gelu'), dict(block='serial')], ids=str)
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {},
+    dict(num_kv_heads=2),
+    dict(block='serial', mlp='gelu', norm='layer', num_kv_heads=4),
+    dict(norm='layer'),
+    dict(mlp='gelu'),
+    dict(block='serial'),
+  ],
+  ids=str,
+)
 def test_parameters_are_those_of_the_tensors(changes):
   model = ModelConfig(**{**PALM, **changes})
   count = 0
@@ -31,14 +42,26 @@ def test_parameters_are_those_of_the_tensors(changes):
   assert model.num_params == count
 
 
-@pytest.mark.parametrize('changes,scales', [
+@pytest.mark.parametrize(
+  'changes,scales',
+  [
     ({}, {'gate_scale', 'linear_scale', 'output_scale'}),
     (dict(mlp='gelu'), {'linear_scale', 'output_scale'}),
-    (dict(block='serial'), {'gate_scale', 'linear_scale', 'attention_output_scale', 'mlp_output_scale'})], ids=str)
+    (
+      dict(block='serial'),
+      {'gate_scale', 'linear_scale', 'attention_output_scale', 'mlp_output_scale'},
+    ),
+  ],
+  ids=str,
+)
 def test_an_int8_model_has_a_scale_for_every_sum(changes, scales):
   """One for each addition to the residual stream."""
   assert set(params.scales(ModelConfig(**{**PALM, **changes}))) == {
-      'query_scale', 'key_scale', 'value_scale', *scales}
+    'query_scale',
+    'key_scale',
+    'value_scale',
+    *scales,
+  }
 
 
 @pytest.mark.parametrize('name', sorted(config.PRESETS))
@@ -48,20 +71,32 @@ def test_dict_and_back(name):
 
 
 def test_a_dict_from_before_there_were_other_models_is_palm_style():
-  fields = {k: v for k, v in ModelConfig(**PALM).to_dict().items() if k not in ('block', 'mlp', 'norm')}
-  assert ModelConfig.from_dict(fields) == ModelConfig(**PALM, block='parallel', mlp='swiglu', norm='rms')
+  fields = {
+    k: v for k, v in ModelConfig(**PALM).to_dict().items() if k not in ('block', 'mlp', 'norm')
+  }
+  assert ModelConfig.from_dict(fields) == ModelConfig(
+    **PALM, block='parallel', mlp='swiglu', norm='rms'
+  )
 
 
 def test_unknown_fields_are_of_a_newer_version():
-  with pytest.raises(ValueError, match="num_experts.*newer version"):
+  with pytest.raises(ValueError, match='num_experts.*newer version'):
     ModelConfig.from_dict({**PALM, 'num_experts': 2})
 
 
-@pytest.mark.parametrize('changes,words', [
-    (dict(num_layers=0), 'num_layers.*above 0'), (dict(d_ff=2.5), 'd_ff.*2.5'), (dict(d_head=5), 'even d_head'),
-    (dict(num_kv_heads=3), 'num_kv_heads=3 must divide num_heads=4'), (dict(block='both'), "block.*'both'"),
-    (dict(mlp='relu'), "mlp.*'relu'"), (dict(norm='batch'), "norm.*'batch'"),
-    (dict(norm_scale='two'), "norm_scale.*'two'")])
+@pytest.mark.parametrize(
+  'changes,words',
+  [
+    (dict(num_layers=0), 'num_layers.*above 0'),
+    (dict(d_ff=2.5), 'd_ff.*2.5'),
+    (dict(d_head=5), 'even d_head'),
+    (dict(num_kv_heads=3), 'num_kv_heads=3 must divide num_heads=4'),
+    (dict(block='both'), "block.*'both'"),
+    (dict(mlp='relu'), "mlp.*'relu'"),
+    (dict(norm='batch'), "norm.*'batch'"),
+    (dict(norm_scale='two'), "norm_scale.*'two'"),
+  ],
+)
 def test_what_no_model_can_be(changes, words):
   with pytest.raises(ValueError, match=words):
     ModelConfig(**{**PALM, **changes})
@@ -70,10 +105,19 @@ def test_what_no_model_can_be(changes, words):
 def test_unknown_preset():
   with pytest.raises(ValueError, match='palm_9b.*known: megatron_530b, palm_540b'):
     config.preset('palm_9b')
-  assert config.preset('palm_8b', num_layers=1) == dataclasses.replace(config.preset('palm_8b'), num_layers=1)
+  assert config.preset('palm_8b', num_layers=1) == dataclasses.replace(
+    config.preset('palm_8b'), num_layers=1
+  )
 
 
 def test_printed_as_what_it_is():
   text = str(config.preset('megatron_530b'))
-  for words in ('105 layers', '128 heads x 160', '128 kv head', 'serial block', 'gelu', 'layer norm'):
+  for words in (
+    '105 layers',
+    '128 heads x 160',
+    '128 kv head',
+    'serial block',
+    'gelu',
+    'layer norm',
+  ):
     assert words in text

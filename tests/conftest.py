@@ -25,14 +25,18 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def pytest_configure(config):
-  config.addinivalue_line('markers', 'libtpu: compiles for a TPU slice; needs libtpu, the TPU compiler, and no TPU.')
+  config.addinivalue_line(
+    'markers', 'libtpu: compiles for a TPU slice; needs libtpu, the TPU compiler, and no TPU.'
+  )
 
 
 def pytest_collection_modifyitems(items):
   if importlib.util.find_spec('libtpu') is None:
     for item in items:
       if item.get_closest_marker('libtpu'):
-        item.add_marker(pytest.mark.skip(reason='libtpu, the TPU compiler, is not installed (extra `test`)'))
+        item.add_marker(
+          pytest.mark.skip(reason='libtpu, the TPU compiler, is not installed (extra `test`)')
+        )
 
 
 @pytest.fixture(autouse=True, scope='module')

@@ -20,11 +20,23 @@ from tests import processes
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CHECKPOINT = ROOT / 'examples' / 'palm_tiny' / 'checkpoint_1000'
 TASK_FLAGS = (
-    '--gin_file=t5x_inference_ext/configs/runs/infer.gin', f'--gin.CHECKPOINT_PATH="{CHECKPOINT}"',
-    '--gin.DTYPE="float32"', '--gin.MESH="2x2x2"', '--gin.MIXTURE_OR_TASK_NAME="golden_prompts"',
-    '--gin.MIXTURE_OR_TASK_MODULE="golden_tasks"', '--gin.TASK_FEATURE_LENGTHS={"inputs": 48, "targets": 16}',
-    '--gin.MODE="predict_with_aux"', '--gin.MAX_NEW_TOKENS=8', '--gin.BATCH_SIZE=4')
-PLAIN_FLAGS = (f'--checkpoint={CHECKPOINT}', '--dtype=float32', '--max_new_tokens=8', '--batch_size=4')
+  '--gin_file=t5x_inference_ext/configs/runs/infer.gin',
+  f'--gin.CHECKPOINT_PATH="{CHECKPOINT}"',
+  '--gin.DTYPE="float32"',
+  '--gin.MESH="2x2x2"',
+  '--gin.MIXTURE_OR_TASK_NAME="golden_prompts"',
+  '--gin.MIXTURE_OR_TASK_MODULE="golden_tasks"',
+  '--gin.TASK_FEATURE_LENGTHS={"inputs": 48, "targets": 16}',
+  '--gin.MODE="predict_with_aux"',
+  '--gin.MAX_NEW_TOKENS=8',
+  '--gin.BATCH_SIZE=4',
+)
+PLAIN_FLAGS = (
+  f'--checkpoint={CHECKPOINT}',
+  '--dtype=float32',
+  '--max_new_tokens=8',
+  '--batch_size=4',
+)
 
 
 def count_bytes() -> list[int]:
@@ -52,7 +64,11 @@ def complaint(function) -> str:
 def main(port: str, process: str, directory: str) -> None:
   root = pathlib.Path(directory)
   mine = root / process  # of this process alone, as on hosts without a shared file system
-  flags = (f'--coordinator_address=localhost:{port}', f'--num_processes={processes.COUNT}', f'--process_id={process}')
+  flags = (
+    f'--coordinator_address=localhost:{port}',
+    f'--num_processes={processes.COUNT}',
+    f'--process_id={process}',
+  )
   seen = {}
 
   def command(name, *arguments):
@@ -62,22 +78,42 @@ def main(port: str, process: str, directory: str) -> None:
     seen[name] = [code, out.getvalue(), err.getvalue()]
 
   total = count_bytes()
-  scores = ['--mode=score', f'--prompts={root / "scored.jsonl"}', f'--output={mine / "scores.jsonl"}']
+  scores = [
+    '--mode=score',
+    f'--prompts={root / "scored.jsonl"}',
+    f'--output={mine / "scores.jsonl"}',
+  ]
   command('score', *PLAIN_FLAGS, *scores, '--mesh=2x2x2')
   seen['bytes'] = total[0]
-  command('taken', *PLAIN_FLAGS, *scores, '--mesh=2x2x2')  # by process 0's output; process 1 has none
+  command(
+    'taken', *PLAIN_FLAGS, *scores, '--mesh=2x2x2'
+  )  # by process 0's output; process 1 has none
   command('small', *PLAIN_FLAGS, *scores, '--mesh=2x2x1', '--overwrite')
   command('differing', *PLAIN_FLAGS, *scores, f'--seed={process}', '--overwrite')
-  command('lacking', *PLAIN_FLAGS, '--mode=score', f'--prompts={mine / "only_0.jsonl"}',
-          f'--output={mine / "other.jsonl"}')
+  command(
+    'lacking',
+    *PLAIN_FLAGS,
+    '--mode=score',
+    f'--prompts={mine / "only_0.jsonl"}',
+    f'--output={mine / "other.jsonl"}',
+  )
   task = (*TASK_FLAGS, f'--gin.INFER_OUTPUT_DIR="{mine / "task"}"')
   command('task', *task)
   command('completed', *task)
-  seen['identity'] = [distributed.is_main(), distributed.exchange(lambda: int(process) + 1),
-                      distributed.from_main(lambda: f'of {process}')]
-  seen['unequal'] = complaint(lambda: list(distributed.lockstep('ab' if process == '0' else 'a', key=str)))
-  seen['joined_twice'] = complaint(lambda: distributed.initialize(f'localhost:{port}', 3, int(process)))
-  seen['written'] = sorted(str(path.relative_to(mine)) for path in mine.rglob('*') if path.is_file())
+  seen['identity'] = [
+    distributed.is_main(),
+    distributed.exchange(lambda: int(process) + 1),
+    distributed.from_main(lambda: f'of {process}'),
+  ]
+  seen['unequal'] = complaint(
+    lambda: list(distributed.lockstep('ab' if process == '0' else 'a', key=str))
+  )
+  seen['joined_twice'] = complaint(
+    lambda: distributed.initialize(f'localhost:{port}', 3, int(process))
+  )
+  seen['written'] = sorted(
+    str(path.relative_to(mine)) for path in mine.rglob('*') if path.is_file()
+  )
   print(json.dumps(seen))
 
 

@@ -23,7 +23,9 @@ def checked(model_config: ModelConfig = gin.REQUIRED) -> ModelConfig:
 
 
 @gin.configurable(module='gin_files_test')
-def layouts(prefill_layout: str = gin.REQUIRED, decode_layout: str = gin.REQUIRED) -> tuple[str, str]:
+def layouts(
+  prefill_layout: str = gin.REQUIRED, decode_layout: str = gin.REQUIRED
+) -> tuple[str, str]:
   """Takes the macros of configs/layouts as a run does."""
   return prefill_layout, decode_layout
 
@@ -36,8 +38,10 @@ def no_configuration():
 
 
 def _model(name: str, bindings: str = '') -> ModelConfig:
-  gin.parse_config(f"include 't5x_inference_ext/configs/models/{name}.gin'\n"
-                   f'gin_files_test.checked.model_config = %MODEL_CONFIG\n{bindings}')
+  gin.parse_config(
+    f"include 't5x_inference_ext/configs/models/{name}.gin'\n"
+    f'gin_files_test.checked.model_config = %MODEL_CONFIG\n{bindings}'
+  )
   return checked()
 
 
@@ -51,7 +55,9 @@ def test_a_model_file_binds_its_preset(name):
 
 
 def test_a_field_of_a_preset_can_be_overridden():
-  assert _model('palm_8b', "config.preset.norm_scale = 'one'") == config.preset('palm_8b', norm_scale='one')
+  assert _model('palm_8b', "config.preset.norm_scale = 'one'") == config.preset(
+    'palm_8b', norm_scale='one'
+  )
 
 
 def test_an_unknown_field_of_a_preset_is_refused():
@@ -63,8 +69,11 @@ def test_an_unknown_field_of_a_preset_is_refused():
 def test_a_runs_comments_tell_of_every_macro(name):
   text = (CONFIGS / 'runs' / name).read_text(encoding='utf-8')
   comments = ' '.join(re.findall(r'^#(.*)$', text, re.MULTILINE))
-  untold = [macro for macro in re.findall(r'^([A-Z_]+) = ', text, re.MULTILINE)
-            if not re.search(rf'\b{macro}\b', comments)]
+  untold = [
+    macro
+    for macro in re.findall(r'^([A-Z_]+) = ', text, re.MULTILINE)
+    if not re.search(rf'\b{macro}\b', comments)
+  ]
   assert untold == []
 
 
@@ -75,7 +84,9 @@ def test_there_are_files_of_layouts():
 def _layouts(name: str) -> tuple[Layout, Layout]:
   for phase in ('prefill', 'decode'):
     macro = f'{phase.upper()}_LAYOUT'
-    gin.parse_config([f"{macro} = 'a default'", f'gin_files_test.layouts.{phase}_layout = %{macro}'])
+    gin.parse_config(
+      [f"{macro} = 'a default'", f'gin_files_test.layouts.{phase}_layout = %{macro}']
+    )
   gin.parse_config_file(f't5x_inference_ext/configs/layouts/{name}.gin')
   return tuple(map(Layout.parse, layouts()))
 
@@ -85,7 +96,9 @@ def test_a_file_of_layouts_binds_a_pair_over_a_runs_own(name):
   prefill, decode = _layouts(name)
   check_pair(prefill, decode)  # raises for two that can't share weights
   assert (prefill.ring_directions > 0) == name.endswith('_looped') and decode.ring_directions == 0
-  gin_macros = re.findall(r'^(\w+) =', (CONFIGS / 'layouts' / f'{name}.gin').read_text(encoding='utf-8'), re.MULTILINE)
+  gin_macros = re.findall(
+    r'^(\w+) =', (CONFIGS / 'layouts' / f'{name}.gin').read_text(encoding='utf-8'), re.MULTILINE
+  )
   assert gin_macros == ['PREFILL_LAYOUT', 'DECODE_LAYOUT']
 
 
@@ -106,7 +119,8 @@ def test_a_looped_file_is_its_namesake_looped(name):
   looped = _layouts(name)
   gin.clear_config()
   assert _layouts(name.removesuffix('_looped')) == tuple(
-      Layout(each.feedforward, each.attention) for each in looped)
+    Layout(each.feedforward, each.attention) for each in looped
+  )
 
 
 @pytest.mark.parametrize('name', ['runs/infer.gin', 't5x/model.gin'])

@@ -8,13 +8,30 @@ from typing import Iterable
 
 KINDS = ('all-gather', 'reduce-scatter', 'all-reduce', 'all-to-all', 'collective-permute')
 
-_WIDTHS = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4, 'f32': 4, 's64': 8, 'f64': 8}
+_WIDTHS = {
+  'pred': 1,
+  's8': 1,
+  'u8': 1,
+  'bf16': 2,
+  'f16': 2,
+  's32': 4,
+  'u32': 4,
+  'f32': 4,
+  's64': 8,
+  'f64': 8,
+}
 # `%name = <type> all-gather(<operands>), <attributes>`, the type an array's or, of several at once, a tuple's.
-_LINE = re.compile(r'^\s*(?:ROOT )?%?[\w.-]+ = (?P<type>.*?) (?P<kind>' + '|'.join(KINDS) + r')(?P<phase>-start|-done)?'
-                   r'\((?P<operands>.*?)\), (?P<attributes>.*)$')
+_LINE = re.compile(
+  r'^\s*(?:ROOT )?%?[\w.-]+ = (?P<type>.*?) (?P<kind>'
+  + '|'.join(KINDS)
+  + r')(?P<phase>-start|-done)?'
+  r'\((?P<operands>.*?)\), (?P<attributes>.*)$'
+)
 _MENTION = re.compile(r' (?:' + '|'.join(KINDS) + r')(?:-start)?\(')
 _COMPUTATION = re.compile(r'^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$')
-_CALLED = re.compile(r'(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)')
+_CALLED = re.compile(
+  r'(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)'
+)
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"([0-9]+)"\}')
 _ARRAY = re.compile(r'\b([a-z]+[0-9]*)\[([0-9,]*)\]')
 _LISTED = re.compile(r'replica_groups=\{\{([0-9,]+)\}')

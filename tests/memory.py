@@ -17,14 +17,32 @@ from tests import reference
 # Nothing divides but what must: 3 heads on 2, 4 or 8 shards, 24 or 18 query columns, 101 rows of the embedding.
 ODD = ModelConfig(num_layers=2, d_model=16, d_ff=24, num_heads=3, d_head=8, vocab_size=101)
 ODDER = ModelConfig(
-    num_layers=2, d_model=16, d_ff=24, num_heads=3, d_head=6, vocab_size=101, norm_scale='one', rope_max_timescale=100.)
+  num_layers=2,
+  d_model=16,
+  d_ff=24,
+  num_heads=3,
+  d_head=6,
+  vocab_size=101,
+  norm_scale='one',
+  rope_max_timescale=100.0,
+)
 
 
-def engine(config: ModelConfig, tensors: dict[str, np.ndarray], mesh: str, *, stacked: bool = False,
-           dtype: str = 'float32', prefill: str = 'ws_2d/batch', decode: str = 'ws_2d/batch',
-           cache: str | None = None) -> Engine:
+def engine(
+  config: ModelConfig,
+  tensors: dict[str, np.ndarray],
+  mesh: str,
+  *,
+  stacked: bool = False,
+  dtype: str = 'float32',
+  prefill: str = 'ws_2d/batch',
+  decode: str = 'ws_2d/batch',
+  cache: str | None = None,
+) -> Engine:
   """The model of canonical `tensors` on a mesh 'XxYxZ' of simulated devices, in these layouts."""
-  model = Model(config, make_mesh(parse_mesh(mesh)), Layout.parse(prefill), Layout.parse(decode), dtype, cache)
+  model = Model(
+    config, make_mesh(parse_mesh(mesh)), Layout.parse(prefill), Layout.parse(decode), dtype, cache
+  )
   checkpoint = reference.MemoryCheckpoint.of(config, tensors)
   return Engine(checkpoint, model, load_weights(checkpoint, model, stacked=stacked))
 
@@ -52,7 +70,9 @@ class Greedy(NamedTuple):
   @property
   def chosen(self) -> np.ndarray:
     """[steps, B] token ids."""
-    return np.stack([self.tokens[np.arange(len(self.lengths)), self.lengths + i] for i in range(len(self.logits))])
+    return np.stack(
+      [self.tokens[np.arange(len(self.lengths)), self.lengths + i] for i in range(len(self.logits))]
+    )
 
   def first(self, rows: int) -> 'Greedy':
     """Of the first rows alone: a row does not depend on the others."""
@@ -72,7 +92,9 @@ def greedy(config: ModelConfig, tensors: dict[str, np.ndarray], rows: int, steps
 
 # Without the compiler's optimizations, which take three quarters of its time; the partitioned program is the same.
 _quick = functools.partial(
-    jax.jit, compiler_options={'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False})
+  jax.jit,
+  compiler_options={'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False},
+)
 prefill = _quick(Model.prefill, static_argnames=('self', 'size'))
 decode_step = _quick(Model.decode_step, static_argnames='self')
 
@@ -87,16 +109,20 @@ def decode(engine: Engine, wanted: Greedy, prompt_size: int, *, forced: bool = F
   tokens = wanted.tokens.copy()
   tokens[np.arange(tokens.shape[1])[None, :] >= wanted.lengths[:, None]] = 77
   prompts = np.full((rows, prompt_size), 77, np.int32)
-  prompts[:, :tokens.shape[1]] = tokens[:, :prompt_size]
+  prompts[:, : tokens.shape[1]] = tokens[:, :prompt_size]
   size = max(prompt_size, max(wanted.lengths) + steps - 1)  # the last token is not fed back
-  logits, cache = prefill(engine.model, engine.weights, *engine._put(prompts, wanted.lengths), size=int(size))
+  logits, cache = prefill(
+    engine.model, engine.weights, *engine._put(prompts, wanted.lengths), size=int(size)
+  )
   found = []
   for step in range(steps):
     found.append(np.asarray(logits))
     token = wanted.chosen[step] if forced else np.argmax(logits, axis=-1).astype(np.int32)
     tokens[everyone, wanted.lengths + step] = token
     if step < steps - 1:
-      logits, cache = decode_step(engine.model, engine.weights, cache, *engine._put(np.asarray(token)))
+      logits, cache = decode_step(
+        engine.model, engine.weights, cache, *engine._put(np.asarray(token))
+      )
   np.testing.assert_array_equal(cache.lengths, wanted.lengths + steps - 1)
   return Greedy(tokens, wanted.lengths, np.stack(found))
 

@@ -14,8 +14,12 @@ import pytest
 PIP = [sys.executable, '-m', 'pip', '--quiet', '--disable-pip-version-check']
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GIN_FILES = sorted(
-    path.relative_to(ROOT).as_posix() for path in (ROOT / 't5x_inference_ext' / 'configs').rglob('*.gin'))
-NEEDS_T5X = re.compile(r"^(from|import) (t5x|t5x_inference_ext\.t5x)\b|^include 't5x/", re.MULTILINE)
+  path.relative_to(ROOT).as_posix()
+  for path in (ROOT / 't5x_inference_ext' / 'configs').rglob('*.gin')
+)
+NEEDS_T5X = re.compile(
+  r"^(from|import) (t5x|t5x_inference_ext\.t5x)\b|^include 't5x/", re.MULTILINE
+)
 COMMANDS = ('t5x_inference_ext-convert', 't5x_inference_ext-infer', 't5x_inference_ext-precompile')
 # Frameworks with import costs or global state, which a user of the Python API has not asked for.
 FRAMEWORKS = ('absl.flags', 'gin', 'seqio', 'tensorflow', 't5x', 'flax')
@@ -23,15 +27,29 @@ FRAMEWORKS = ('absl.flags', 'gin', 'seqio', 'tensorflow', 't5x', 'flax')
 
 def _run(command, cwd, **environment) -> str:
   result = subprocess.run(
-      command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300)
-  assert result.returncode == 0, f'{command} exited {result.returncode}\n{result.stdout}\n{result.stderr}'
+    command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
+  )
+  assert result.returncode == 0, (
+    f'{command} exited {result.returncode}\n{result.stdout}\n{result.stderr}'
+  )
   return result.stdout
 
 
 def _wheel(source: pathlib.Path, destination: pathlib.Path) -> pathlib.Path:
   """Builds with what is installed: no network, no isolated environment."""
-  _run([*PIP, 'wheel', '--no-deps', '--no-build-isolation', '--wheel-dir', str(destination), str(source)], destination)
-  wheel, = destination.glob('*.whl')
+  _run(
+    [
+      *PIP,
+      'wheel',
+      '--no-deps',
+      '--no-build-isolation',
+      '--wheel-dir',
+      str(destination),
+      str(source),
+    ],
+    destination,
+  )
+  (wheel,) = destination.glob('*.whl')
   return wheel
 
 
@@ -44,7 +62,9 @@ def _names(wheel: pathlib.Path) -> set[str]:
 def checkout(repository, tmp_path_factory) -> pathlib.Path:
   """A copy of the sources: a build writes beside them, and finds what an earlier build left there."""
   copy = tmp_path_factory.mktemp('checkout') / 'sources'
-  unwanted = shutil.ignore_patterns('.*', 'build', 'dist', '*.egg-info', '__pycache__', 'testdata', 'palm_tiny')
+  unwanted = shutil.ignore_patterns(
+    '.*', 'build', 'dist', '*.egg-info', '__pycache__', 'testdata', 'palm_tiny'
+  )
   return shutil.copytree(repository, copy, symlinks=True, ignore=unwanted)
 
 
@@ -71,7 +91,9 @@ def outside(installed, tmp_path):
 def test_wheel_holds_the_package_and_nothing_else(wheel, repository):
   package = repository / 't5x_inference_ext'
   sources = [*package.rglob('*.py'), *(package / 'configs').rglob('*')]
-  wanted = {path.relative_to(repository).as_posix() for path in sources if path.suffix in ('.py', '.gin')}
+  wanted = {
+    path.relative_to(repository).as_posix() for path in sources if path.suffix in ('.py', '.gin')
+  }
   assert any(name.endswith('.gin') for name in wanted)
   assert _names(wheel) == wanted
 
@@ -80,7 +102,7 @@ def test_wheel_from_an_sdist_is_the_same(wheel, checkout, tmp_path):
   """The checkout's symbolic link to configs/ does not survive an sdist: the files behind it must."""
   build = f'from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})'
   _run([sys.executable, '-c', build], checkout)
-  sdist, = tmp_path.glob('*.tar.gz')
+  (sdist,) = tmp_path.glob('*.tar.gz')
   assert _names(_wheel(sdist, tmp_path)) == _names(wheel)
 
 
@@ -90,22 +112,28 @@ def test_is_imported_from_the_wheel(outside, installed):
 
 
 def test_core_needs_nothing_from_outside_pypi(outside):
-  requirements = outside('-c', 'import importlib.metadata as m; print(*m.requires("t5x_inference_ext"), sep="\\n")')
+  requirements = outside(
+    '-c', 'import importlib.metadata as m; print(*m.requires("t5x_inference_ext"), sep="\\n")'
+  )
   direct = [line for line in requirements.splitlines() if '@' in line]
   assert direct and all('extra == "t5x"' in line for line in direct)
 
 
 @pytest.mark.parametrize('module', ['t5x_inference_ext', 't5x_inference_ext.engine'])
 def test_python_api_imports_no_framework(outside, module):
-  program = f'import sys, {module}; print(*(name for name in {FRAMEWORKS!r} if name in sys.modules))'
+  program = (
+    f'import sys, {module}; print(*(name for name in {FRAMEWORKS!r} if name in sys.modules))'
+  )
   assert outside('-c', program).split() == []
 
 
 @pytest.mark.parametrize('command', COMMANDS)
 def test_command_resolves_and_shows_help(outside, command):
-  program = ('import importlib.metadata as m, sys; '
-             f'entry, = m.distribution("t5x_inference_ext").entry_points.select(name={command!r}); '
-             f'run = entry.load(); sys.argv = [{command!r}, "--help"]; sys.exit(run())')
+  program = (
+    'import importlib.metadata as m, sys; '
+    f'entry, = m.distribution("t5x_inference_ext").entry_points.select(name={command!r}); '
+    f'run = entry.load(); sys.argv = [{command!r}, "--help"]; sys.exit(run())'
+  )
   text = outside('-c', program)
   assert 'python -m t5x_inference_ext.' in text and '--gin_file' in text
 
@@ -115,9 +143,13 @@ def test_gin_file_parses_outside_the_checkout(outside, name):
   """By the name that a user gives to --gin_file or writes in an include."""
   needs_t5x = NEEDS_T5X.search((ROOT / name).read_text(encoding='utf-8'))
   # export.gin imports what only exporting needs; the others bind the functions of the script that runs.
-  missing = [module for module in ('t5x', 'tensorflow_serving') if importlib.util.find_spec(module) is None]
+  missing = [
+    module for module in ('t5x', 'tensorflow_serving') if importlib.util.find_spec(module) is None
+  ]
   if needs_t5x and missing and (missing[0] == 't5x' or 'export' in name):
     pytest.skip(f'needs {missing[0]}, which is not installed')
   host = 'from t5x.export_lib import save' if 'export' in name else 'from t5x.infer import infer'
-  program = f'{host if needs_t5x else ""}\nimport gin, importlib.util\ngin.parse_config_file({name!r})\n'
+  program = (
+    f'{host if needs_t5x else ""}\nimport gin, importlib.util\ngin.parse_config_file({name!r})\n'
+  )
   assert ' = ' in outside('-c', f'{program}print(gin.config_str())')  # some bind macros alone

@@ -23,7 +23,9 @@ class Result(NamedTuple):
 
 
 # What the transport of CPU runs prints, from C++ threads, a piece at a time: lines of several threads are mixed.
-_GLOO = re.compile(r'\[Gloo\] Rank |is connected to |peer ranks\. |Expected number of connected peer ranks is : |\d+|\s')
+_GLOO = re.compile(
+  r'\[Gloo\] Rank |is connected to |peer ranks\. |Expected number of connected peer ranks is : |\d+|\s'
+)
 
 
 def own(stdout: str) -> str:
@@ -36,18 +38,28 @@ def free_port() -> int:
     return server.getsockname()[1]
 
 
-def run(command: Callable[[int, int], list[str]], cwd: pathlib.Path, **environment: str) -> list[Result]:
+def run(
+  command: Callable[[int, int], list[str]], cwd: pathlib.Path, **environment: str
+) -> list[Result]:
   """Runs command(port of the coordinator, process id) for each process, at once; none outlives this call."""
   port = free_port()
-  env = {**os.environ, 'XLA_FLAGS': f'--xla_force_host_platform_device_count={8 // COUNT}',
-         'JAX_DEFAULT_MATMUL_PRECISION': 'highest', **environment}
+  env = {
+    **os.environ,
+    'XLA_FLAGS': f'--xla_force_host_platform_device_count={8 // COUNT}',
+    'JAX_DEFAULT_MATMUL_PRECISION': 'highest',
+    **environment,
+  }
   deadline = time.monotonic() + TIMEOUT_SECONDS
   with contextlib.ExitStack() as stack:
     started = []
     for process in range(COUNT):
       # Files, not pipes: a process must not wait for its output to be read while another is waited for.
-      outputs = [stack.enter_context(tempfile.TemporaryFile('w+', encoding='utf-8')) for _ in range(2)]
-      running = subprocess.Popen(command(port, process), cwd=cwd, env=env, stdout=outputs[0], stderr=outputs[1])
+      outputs = [
+        stack.enter_context(tempfile.TemporaryFile('w+', encoding='utf-8')) for _ in range(2)
+      ]
+      running = subprocess.Popen(
+        command(port, process), cwd=cwd, env=env, stdout=outputs[0], stderr=outputs[1]
+      )
       stack.callback(running.wait)
       stack.callback(running.kill)
       started.append((running, outputs))

@@ -13,7 +13,9 @@ def random_tensors(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
   rng = np.random.default_rng(seed)
   tensors = {}
   for name, p in params.parameters(config).items():
-    scale = 0.1 if p.kind in ('norm', 'bias') else 1.0 if p.kind == 'embedding' else p.shape[1] ** -0.5
+    scale = (
+      0.1 if p.kind in ('norm', 'bias') else 1.0 if p.kind == 'embedding' else p.shape[1] ** -0.5
+    )
     tensors[name] = (rng.normal(size=p.shape) * scale).astype(np.float32)
     if p.kind == 'norm' and config.norm_scale == 'one':
       tensors[name] += 1
@@ -43,13 +45,19 @@ def dequantized(config: ModelConfig, tensors: dict[str, np.ndarray]) -> dict[str
   return out
 
 
-def logits(config: ModelConfig, tensors: dict[str, np.ndarray], tokens: np.ndarray, cache: str | None = None) -> np.ndarray:
+def logits(
+  config: ModelConfig, tensors: dict[str, np.ndarray], tokens: np.ndarray, cache: str | None = None
+) -> np.ndarray:
   """tokens [B, T] -> [B, T, V], in float64, with keys and values as a cache holds them."""
   c = config
   t = {name: np.asarray(x, np.float64) for name, x in tensors.items()}
   x = t['embedding'][tokens]  # [B, T, E], the residual stream
   for i in range(c.num_layers):
-    layer = {name: w[i] for name, w in t.items() if name not in ('embedding', 'final_norm', 'final_norm_bias')}
+    layer = {
+      name: w[i]
+      for name, w in t.items()
+      if name not in ('embedding', 'final_norm', 'final_norm_bias')
+    }
     if c.block == 'parallel':
       y = _norm(x, layer, 'layer_norm', c)
       x = x + _attention(y, layer, c, cache) + _mlp(y, layer, c)
@@ -64,7 +72,7 @@ def greedy(config, tensors, prompt: list[int], new_tokens: int) -> list[int]:
   tokens = [0] + list(prompt)
   for _ in range(new_tokens):
     tokens.append(int(np.argmax(logits(config, tensors, np.asarray([tokens]))[0, -1])))
-  return tokens[len(prompt) + 1:]
+  return tokens[len(prompt) + 1 :]
 
 
 def _norm(x, t, name, c):
@@ -87,7 +95,9 @@ def _attention(y, t, c, cache):
   k, v = (np.repeat(z, c.num_heads // c.num_kv_heads, axis=2) for z in (k, v))
   scores = np.einsum('bthd,bshd->bhts', q, k) / np.sqrt(c.d_head)
   scores = np.where(np.tril(np.ones((length, length), bool)), scores, -np.inf)
-  return np.einsum('bhts,bshd->bthd', _softmax(scores), v).reshape(b, length, -1) @ t['attention_output']
+  return (
+    np.einsum('bhts,bshd->bthd', _softmax(scores), v).reshape(b, length, -1) @ t['attention_output']
+  )
 
 
 def _rounded(x):
@@ -99,7 +109,7 @@ def _rounded(x):
 def _mlp(y, t, c):
   linear = y @ t['linear']
   if c.mlp == 'gelu':
-    hidden = linear / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (linear + 0.044715 * linear ** 3)))
+    hidden = linear / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (linear + 0.044715 * linear**3)))
   else:
     gate = y @ t['gate']
     hidden = gate / (1 + np.exp(-gate)) * linear

@@ -11,11 +11,18 @@ MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob(
 # Slow or global things, and the only modules that may reach for them: the entry points, the runs over a seqio task that
 # one of them imports when asked for a task, and the adapter, whose host brings them all.
 FRAMEWORKS = {
-    'absl': ('commands/cli.py', 'commands/convert_checkpoint.py', 'commands/infer.py', 'commands/inspect_checkpoint.py', 'commands/plan.py',
-             'commands/precompile.py', 't5x/'),
-    'gin': ('commands/cli.py', 't5x/'),
-    'seqio': ('runs/task_rows.py', 'runs/task_run.py', 'runs/tasks.py', 't5x/'),
-    'tensorflow': ('runs/task_rows.py', 'runs/task_run.py', 'runs/tasks.py', 't5x/'),
+  'absl': (
+    'commands/cli.py',
+    'commands/convert_checkpoint.py',
+    'commands/infer.py',
+    'commands/inspect_checkpoint.py',
+    'commands/plan.py',
+    'commands/precompile.py',
+    't5x/',
+  ),
+  'gin': ('commands/cli.py', 't5x/'),
+  'seqio': ('runs/task_rows.py', 'runs/task_run.py', 'runs/tasks.py', 't5x/'),
+  'tensorflow': ('runs/task_rows.py', 'runs/task_run.py', 'runs/tasks.py', 't5x/'),
 }
 # The adapter alone knows T5X and flax.
 HOST = {'t5x', 'flax', 'flaxformer'}
@@ -35,7 +42,12 @@ def _imports(module: str) -> set[str]:
 
 
 def test_there_are_modules():
-  assert {'config.py', 'engine/engine.py', 'commands/infer.py', 'commands/convert_checkpoint.py'} <= set(MODULES)
+  assert {
+    'config.py',
+    'engine/engine.py',
+    'commands/infer.py',
+    'commands/convert_checkpoint.py',
+  } <= set(MODULES)
 
 
 @pytest.mark.parametrize('module', MODULES)
@@ -44,7 +56,9 @@ def test_imports_only_what_its_room_may(module):
   if not module.startswith(ADAPTER):
     assert not imports & HOST, f'only t5x_inference_ext/t5x may import {sorted(imports & HOST)}'
   for framework, allowed in FRAMEWORKS.items():
-    assert framework not in imports or module.startswith(allowed), f'only {", ".join(allowed)} may import {framework}'
+    assert framework not in imports or module.startswith(allowed), (
+      f'only {", ".join(allowed)} may import {framework}'
+    )
 
 
 @pytest.mark.parametrize('framework', FRAMEWORKS)

@@ -14,7 +14,9 @@ def test_what_can_be_written(tmp_path):
   text_files.check_writable(None, f'{tmp_path}/new', f'{tmp_path}/old')
 
 
-@pytest.mark.parametrize('name,words', [('none/new', 'there is no directory'), ('.', 'it is a directory')])
+@pytest.mark.parametrize(
+  'name,words', [('none/new', 'there is no directory'), ('.', 'it is a directory')]
+)
 def test_what_can_not_is_refused(tmp_path, name, words):
   with pytest.raises(RequestError, match=f"can't write .*: {words}"):
     text_files.check_writable(f'{tmp_path}/{name}')

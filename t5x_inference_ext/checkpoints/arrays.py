@@ -28,7 +28,7 @@ class KernelPart:
   name: str
   start: int
   width: int
-  factor: float = 1.
+  factor: float = 1.0
 
 
 class Rectangle(NamedTuple):
@@ -67,14 +67,14 @@ class KernelLayout:
     if self.layers is None:
       return ((0, 1) if isinstance(stored[0], tuple) else 1, *stored)
     axis = self.layer_axis
-    return (stored[axis], *stored[:axis], *stored[axis + 1:])
+    return (stored[axis], *stored[:axis], *stored[axis + 1 :])
 
   def to_stored(self, factored: tuple) -> tuple:
     """The inverse of to_factored."""
     if self.layers is None:
       return factored[1:]
     axis = self.layer_axis
-    return (*factored[1:axis + 1], factored[0], *factored[axis + 1:])
+    return (*factored[1 : axis + 1], factored[0], *factored[axis + 1 :])
 
   def rectangles(self, bounds: Bounds) -> Iterator[tuple[KernelPart, Rectangle, tuple]]:
     """The canonical rectangles within factored `bounds`.
@@ -87,7 +87,7 @@ class KernelLayout:
       begin, end = max(bounds[place][0], part.start), min(bounds[place][1], part.start + part.width)
       if begin >= end:
         continue
-      clipped = (*bounds[:place], (begin, end), *bounds[place + 1:])
+      clipped = (*bounds[:place], (begin, end), *bounds[place + 1 :])
       origin = [0] * len(bounds)
       origin[place] = part.start
       local = [(b - o, e - o) for (b, e), o in zip(clipped, origin)]
@@ -137,14 +137,20 @@ class SourceArray:
   def read(self, bounds: Bounds) -> np.ndarray:
     """The values in factored order, as stored: parts' factors are not applied."""
     values = self.tensor.read(tuple(slice(*b) for b in self.arrangement.to_stored(bounds)))
-    return values[None] if self.arrangement.layers is None else np.moveaxis(values, self.arrangement.layer_axis, 0)
+    return (
+      values[None]
+      if self.arrangement.layers is None
+      else np.moveaxis(values, self.arrangement.layer_axis, 0)
+    )
 
-  def rectangles(self, values: np.ndarray, bounds: Bounds) -> Iterator[tuple[KernelPart, Rectangle, np.ndarray]]:
+  def rectangles(
+    self, values: np.ndarray, bounds: Bounds
+  ) -> Iterator[tuple[KernelPart, Rectangle, np.ndarray]]:
     """The canonical rectangles in a block that was read, with values [layers, rows, columns], mostly views."""
     for part, rectangle, index in self.arrangement.rectangles(bounds):
       part_values = values[index]
       if part.factor != 1:
-        if math.frexp(part.factor)[0] != .5:  # only a power of two is the same in every dtype
+        if math.frexp(part.factor)[0] != 0.5:  # only a power of two is the same in every dtype
           part_values = part_values.astype(np.float32)
         part_values = part_values * part_values.dtype.type(part.factor)
       yield part, rectangle, part_values
@@ -170,7 +176,10 @@ def _merge(local, sizes, offsets) -> Iterator[tuple[tuple[int, int], tuple]]:
     for i, n in zip(outer, sizes):
       base = base * n + i
     base *= sizes[-1]
-    yield (base + begin, base + end), (*(o + i - b for o, i, (b, _) in zip(offsets, outer, local)), inner)
+    yield (
+      (base + begin, base + end),
+      (*(o + i - b for o, i, (b, _) in zip(offsets, outer, local)), inner),
+    )
 
 
 def _unmerge(span: tuple[int, int], sizes) -> Iterator[tuple[tuple[tuple[int, int], ...], tuple]]:
@@ -186,6 +195,8 @@ def _unmerge(span: tuple[int, int], sizes) -> Iterator[tuple[tuple[tuple[int, in
       outer.insert(0, (rest % n, rest % n + 1))
       rest //= n
     first = position % inner
-    yield ((*outer, (first, first + end - position)),
-           (*((None,) * len(outer)), slice(position - span[0], end - span[0])))
+    yield (
+      (*outer, (first, first + end - position)),
+      (*((None,) * len(outer)), slice(position - span[0], end - span[0])),
+    )
     position = end

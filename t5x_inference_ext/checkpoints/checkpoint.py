@@ -7,7 +7,14 @@ from typing import Any, Iterator
 import numpy as np
 
 from t5x_inference_ext import params
-from t5x_inference_ext.checkpoints import flaxformer, legacy, orbax, serving, storage, work_directory
+from t5x_inference_ext.checkpoints import (
+  flaxformer,
+  legacy,
+  orbax,
+  serving,
+  storage,
+  work_directory,
+)
 from t5x_inference_ext.checkpoints.arrays import SourceArray, whole_array
 from t5x_inference_ext.checkpoints.tensor import Tensor
 from t5x_inference_ext.checkpoints.tree import Tree
@@ -44,8 +51,13 @@ class Checkpoint:
   rescale_logits: bool | None = None
 
 
-def open_checkpoint(path: str | os.PathLike, *, norm_scale: str | None = None, config: ModelConfig | None = None,
-                    rescale_logits: bool | None = None) -> Checkpoint:
+def open_checkpoint(
+  path: str | os.PathLike,
+  *,
+  norm_scale: str | None = None,
+  config: ModelConfig | None = None,
+  rescale_logits: bool | None = None,
+) -> Checkpoint:
   """Opens a checkpoint and checks the names and shapes of its parameters; values are read from the tensors later.
 
   Args:
@@ -64,16 +76,22 @@ def open_checkpoint(path: str | os.PathLike, *, norm_scale: str | None = None, c
   if norm_scale is not None and norm_scale not in NORM_SCALES:
     raise CheckpointError(f'norm_scale must be one of {", ".join(NORM_SCALES)}, got {norm_scale!r}')
   path = storage.normalize(path)
-  if not storage.is_remote(path) and os.path.isfile(path) and os.path.basename(path) == legacy.INDEX:
+  if (
+    not storage.is_remote(path) and os.path.isfile(path) and os.path.basename(path) == legacy.INDEX
+  ):
     path = os.path.dirname(path)
   if not storage.is_remote(path) and work_directory.is_unfinished(path):
-    raise CheckpointError(f'{path} is not a checkpoint, but a conversion that has not finished: run the same '
-                          'convert_checkpoint again, it goes on from there')
+    raise CheckpointError(
+      f'{path} is not a checkpoint, but a conversion that has not finished: run the same '
+      'convert_checkpoint again, it goes on from there'
+    )
   header = storage.read_file(path, serving.CONFIG)
   if header is not None:
     if rescale_logits is not None:
-      raise CheckpointError(f'rescale_logits is for T5X checkpoints: {path} was converted from one, with the answer of '
-                            'that time in its queries')
+      raise CheckpointError(
+        f'rescale_logits is for T5X checkpoints: {path} was converted from one, with the answer of '
+        'that time in its queries'
+      )
     return _from_serving(path, header, norm_scale, config)
   found = read_tree(path)
   if found is None:
@@ -99,8 +117,13 @@ def read_tree(path: str) -> tuple[str, Tree] | None:
   return None if state is None else ('orbax', orbax.read_orbax(path, state))
 
 
-def _from_tree(kind: str, tree: Tree, norm_scale: str | None, config: ModelConfig | None,
-               rescale_logits: bool | None) -> Checkpoint:
+def _from_tree(
+  kind: str,
+  tree: Tree,
+  norm_scale: str | None,
+  config: ModelConfig | None,
+  rescale_logits: bool | None,
+) -> Checkpoint:
   found = flaxformer.canonical(tree, norm_scale, config, rescale_logits is not False)
   model = found.config
   step = '' if tree.step is None else f', step {tree.step}'
@@ -109,30 +132,40 @@ def _from_tree(kind: str, tree: Tree, norm_scale: str | None, config: ModelConfi
     convention = "PaLM's" if model.norm_scale == 'zero' else "flaxformer's default"
     source = f'assumed, {convention}: T5X checkpoints do not record it'
   logits = {
-      None: "divided by sqrt(d_head) (assumed, flaxformer's rescale_logits: T5X checkpoints do not record it)",
-      True: 'divided by sqrt(d_head) (given)',
-      False: 'not divided by sqrt(d_head) (given): queries are read multiplied by it',
+    None: "divided by sqrt(d_head) (assumed, flaxformer's rescale_logits: T5X checkpoints do not record it)",
+    True: 'divided by sqrt(d_head) (given)',
+    False: 'not divided by sqrt(d_head) (given): queries are read multiplied by it',
   }[rescale_logits]
   notes = (
-      f'{tree.description} at {tree.path}{step}',
-      f'model: {model}',
-      f"layers: flaxformer's {found.kind.name}, layer axis {found.layer_axis}",
-      f'weights: {found.weights}',
-      f'norm scales: stored around {model.norm_scale} ({source})',
-      *_norm_doubts(model.norm_scale, found.tensors['final_norm']),
-      f'attention logits: {logits}',
-      *(_query_doubts(found) if rescale_logits is None else ()),
-      f'assumed, not recorded: rotary positions up to {model.rope_max_timescale:g}, '
-      + ('swish of the first MLP input' if model.mlp == 'swiglu' else 'tanh GELU'),
+    f'{tree.description} at {tree.path}{step}',
+    f'model: {model}',
+    f"layers: flaxformer's {found.kind.name}, layer axis {found.layer_axis}",
+    f'weights: {found.weights}',
+    f'norm scales: stored around {model.norm_scale} ({source})',
+    *_norm_doubts(model.norm_scale, found.tensors['final_norm']),
+    f'attention logits: {logits}',
+    *(_query_doubts(found) if rescale_logits is None else ()),
+    f'assumed, not recorded: rotary positions up to {model.rope_max_timescale:g}, '
+    + ('swish of the first MLP input' if model.mlp == 'swiglu' else 'tanh GELU'),
   )
-  return Checkpoint(tree.path, kind, tree.step, model, found.weights, found.tensors, found.arrays, found.form,
-                    notes, rescale_logits)
+  return Checkpoint(
+    tree.path,
+    kind,
+    tree.step,
+    model,
+    found.weights,
+    found.tensors,
+    found.arrays,
+    found.form,
+    notes,
+    rescale_logits,
+  )
 
 
 def _norm_doubts(scale: str, final_norm: Tensor) -> Iterator[str]:
   """A note where the norms look like the other convention: with the wrong one a model only babbles."""
   mean = float(np.mean(final_norm.read()))
-  if (mean > .5) != (scale == 'one'):
+  if (mean > 0.5) != (scale == 'one'):
     other = 'zero' if scale == 'one' else 'one'
     yield f'  but they average {mean:.2f} in {final_norm.path}: if the output makes no sense, try norm_scale={other}'
 
@@ -142,32 +175,53 @@ def _query_doubts(found: flaxformer.Reading) -> Iterator[str]:
   if found.weights == 'int8' or not found.kind.folds_logit_scale:
     return
   head = (slice(0, 1), slice(None), slice(0, found.config.d_head))
-  query, key = (float(np.std(found.tensors[n].read(head).astype(np.float32))) for n in ('query', 'key'))
-  if query < key * found.config.d_head**-.25:
-    yield (f'  but in layer 0 queries are {query / key:.2f} of the keys: if the output makes no sense, try '
-           'rescale_logits=False')
+  query, key = (
+    float(np.std(found.tensors[n].read(head).astype(np.float32))) for n in ('query', 'key')
+  )
+  if query < key * found.config.d_head**-0.25:
+    yield (
+      f'  but in layer 0 queries are {query / key:.2f} of the keys: if the output makes no sense, try '
+      'rescale_logits=False'
+    )
 
 
-def _from_serving(path: str, data: bytes, norm_scale: str | None, config: ModelConfig | None) -> Checkpoint:
+def _from_serving(
+  path: str, data: bytes, norm_scale: str | None, config: ModelConfig | None
+) -> Checkpoint:
   header, found = serving.read_serving_header(path, data)
   where = f'{path}/{serving.CONFIG}'
   if norm_scale not in (None, found.norm_scale):
-    raise CheckpointError(f'norm_scale={norm_scale} was asked for, but {where} records {found.norm_scale!r}: leave it '
-                          'out, or convert again')
+    raise CheckpointError(
+      f'norm_scale={norm_scale} was asked for, but {where} records {found.norm_scale!r}: leave it '
+      'out, or convert again'
+    )
   if config is not None and config != found:
     _compare(config, found, header['weights'], path)
   tensors = serving.read_tensors(path, found, header['weights'])
   step = header['source'].get('step')
   notes = (
-      f'serving checkpoint at {path}, from {header["source"].get("path")}' + ('' if step is None else f', step {step}'),
-      f'model: {found}',
-      f'weights: {header["weights"]}',
-      f'norm scales: stored around {found.norm_scale} (recorded in the checkpoint)',
+    f'serving checkpoint at {path}, from {header["source"].get("path")}'
+    + ('' if step is None else f', step {step}'),
+    f'model: {found}',
+    f'weights: {header["weights"]}',
+    f'norm scales: stored around {found.norm_scale} (recorded in the checkpoint)',
   )
-  arrays = tuple(whole_array(t, name, serving.is_layered(name)) for name, t in tensors.items()
-                 if name in params.parameters(found))
-  return Checkpoint(path, 'serving', step, found, header['weights'], tensors, arrays, header['source'].get('form'),
-                    notes)
+  arrays = tuple(
+    whole_array(t, name, serving.is_layered(name))
+    for name, t in tensors.items()
+    if name in params.parameters(found)
+  )
+  return Checkpoint(
+    path,
+    'serving',
+    step,
+    found,
+    header['weights'],
+    tensors,
+    arrays,
+    header['source'].get('form'),
+    notes,
+  )
 
 
 def _compare(config: ModelConfig, found: ModelConfig, weights: str, path: str) -> None:
@@ -179,16 +233,22 @@ def _compare(config: ModelConfig, found: ModelConfig, weights: str, path: str) -
     asked = serving.serving_tensors(config, weights)
     for name, (shape, _) in serving.serving_tensors(found, weights).items():
       if shape != asked[name][0]:
-        raise CheckpointError(f'{name}: shape {list(shape)} in {path}/{name}, but the model asked for needs '
-                              f'{list(asked[name][0])}')
-  raise CheckpointError(f'{differing}={getattr(config, differing)} was asked for, but {path}/{serving.CONFIG} records '
-                        f'{getattr(found, differing)}')
+        raise CheckpointError(
+          f'{name}: shape {list(shape)} in {path}/{name}, but the model asked for needs '
+          f'{list(asked[name][0])}'
+        )
+  raise CheckpointError(
+    f'{differing}={getattr(config, differing)} was asked for, but {path}/{serving.CONFIG} records '
+    f'{getattr(found, differing)}'
+  )
 
 
 def _not_a_checkpoint(path: str) -> str:
   """Says what is there instead, and which path is probably meant."""
-  expected = (f'a checkpoint directory holds {legacy.INDEX} (T5X), {orbax.STATE}/{orbax.METADATA} (Orbax) or '
-              f'{serving.CONFIG} (made by convert_checkpoint)')
+  expected = (
+    f'a checkpoint directory holds {legacy.INDEX} (T5X), {orbax.STATE}/{orbax.METADATA} (Orbax) or '
+    f'{serving.CONFIG} (made by convert_checkpoint)'
+  )
   if storage.is_remote(path):
     if storage.read_file(path, work_directory.MARKER) is not None:
       return f'{path} is not a checkpoint, but an upload that has not ended: run the same convert_checkpoint again'
@@ -201,8 +261,10 @@ def _not_a_checkpoint(path: str) -> str:
   if not os.path.isdir(path):
     return f'{path} is not a checkpoint: {expected}; this is a file'
   if not os.access(path, os.R_OK | os.X_OK):
-    return f'can\'t read {path}: permission denied'
-  return f'{path} is not a checkpoint: {expected}' + (_hint(path) or '; this one holds ' + _listing(os.listdir(path)))
+    return f"can't read {path}: permission denied"
+  return f'{path} is not a checkpoint: {expected}' + (
+    _hint(path) or '; this one holds ' + _listing(os.listdir(path))
+  )
 
 
 def _hint(directory: str) -> str:
@@ -210,7 +272,9 @@ def _hint(directory: str) -> str:
   names = [n for n in os.listdir(directory) if _looks_like_one(directory, n)]
   if not names:
     return ''
-  return f'; {directory} holds {_listing(names)}: pass ' + ('that one' if len(names) == 1 else 'the one you mean')
+  return f'; {directory} holds {_listing(names)}: pass ' + (
+    'that one' if len(names) == 1 else 'the one you mean'
+  )
 
 
 def _looks_like_one(directory: str, name: str) -> bool:
@@ -220,4 +284,6 @@ def _looks_like_one(directory: str, name: str) -> bool:
 
 def _listing(names: list[str], limit: int = 8) -> str:
   names = sorted(names)
-  return (', '.join(names[:limit]) + (f' and {len(names) - limit} more' if len(names) > limit else '')) or 'nothing'
+  return (
+    ', '.join(names[:limit]) + (f' and {len(names) - limit} more' if len(names) > limit else '')
+  ) or 'nothing'

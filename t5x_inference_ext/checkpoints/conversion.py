@@ -44,23 +44,43 @@ class Conversion:
     identity: all on which the output's bytes depend, JSON-ready: a run goes on only where this is the same.
   """
 
-  def __init__(self, source: Checkpoint, options: ConvertOptions, directory: str, progress: ConversionProgress):
+  def __init__(
+    self, source: Checkpoint, options: ConvertOptions, directory: str, progress: ConversionProgress
+  ):
     self.source, self.options = source, options
-    provenance = {'path': source.path, 'format': source.format, 'step': source.step, 'notes': list(source.notes),
-                  'form': source.form, 'rescale_logits': source.rescale_logits,
-                  'index_crc32': _index_checksum(source.path)}
+    provenance = {
+      'path': source.path,
+      'format': source.format,
+      'step': source.step,
+      'notes': list(source.notes),
+      'form': source.form,
+      'rescale_logits': source.rescale_logits,
+      'index_crc32': _index_checksum(source.path),
+    }
     asked = {'scale_search': options.scale_search}
-    self.output = make_output(source, directory, options.format, options.weights, provenance, _version(), asked)
+    self.output = make_output(
+      source, directory, options.format, options.weights, provenance, _version(), asked
+    )
     finds_scales = self.output.weights == 'int8' and source.weights != 'int8'
     arrays = [SourceArray(a.tensor.uncached(), a.arrangement) for a in source.arrays]
     self.plan = ConversionPlan(arrays, source.config, finds_scales, options.slice_bytes)
     self._finds_scales = finds_scales
     self._total = sum(a.tensor.nbytes for a in arrays)
     self._progress, self._progress_lock = progress, threading.Lock()
-    self.identity = json.loads(json.dumps({
-        'source': provenance, 'model': source.config.to_dict(), 'format': options.format,
-        'weights': self.output.weights, **asked, 'slice_bytes': options.slice_bytes, 'version': _version(),
-        'arrays': {a.name: a.metadata for a in self.output.arrays}}))
+    self.identity = json.loads(
+      json.dumps(
+        {
+          'source': provenance,
+          'model': source.config.to_dict(),
+          'format': options.format,
+          'weights': self.output.weights,
+          **asked,
+          'slice_bytes': options.slice_bytes,
+          'version': _version(),
+          'arrays': {a.name: a.metadata for a in self.output.arrays},
+        }
+      )
+    )
 
   @functools.cached_property
   def workers(self) -> int:
@@ -75,10 +95,14 @@ class Conversion:
   def description(self) -> Iterator[str]:
     """What will be done, for people, in lines."""
     mb = lambda n: f'{n / 1e6:.0f} MB' if n < 1e9 else f'{n / 1e9:.2f} GB'
-    yield (f'{len(self.plan.slices)} slices of up to {mb(self.plan.slice_bytes)}, in blocks of up to '
-           f'{mb(self.plan.block_bytes)}, by {self.workers} workers; about {mb(self.peak_bytes)} of memory; the output '
-           f'takes {mb(sum(a.nbytes for a in self.output.arrays))} of disk')
-    again = sum(max(0, self.plan.nbytes(s) - self.options.hold_bytes) for s in self.plan.slices if s.scaled)
+    yield (
+      f'{len(self.plan.slices)} slices of up to {mb(self.plan.slice_bytes)}, in blocks of up to '
+      f'{mb(self.plan.block_bytes)}, by {self.workers} workers; about {mb(self.peak_bytes)} of memory; the output '
+      f'takes {mb(sum(a.nbytes for a in self.output.arrays))} of disk'
+    )
+    again = sum(
+      max(0, self.plan.nbytes(s) - self.options.hold_bytes) for s in self.plan.slices if s.scaled
+    )
     if again:
       times = 'a third time' if self.options.scale_search == 'mse' else 'twice'
       yield f'{mb(again)} of {mb(self._total)} are read {times}: columns of chunks are larger than what is held'
@@ -98,14 +122,19 @@ class Conversion:
               array.create()
             work.start(self.identity)
         done = {entry['slice'] for entry in work.entries() if 'slice' in entry}
-        todo = [n for n in range(scales_slice + 1)
-                if n % self.options.num_shards == self.options.shard_id and n not in done]
+        todo = [
+          n
+          for n in range(scales_slice + 1)
+          if n % self.options.num_shards == self.options.shard_id and n not in done
+        ]
         self._convert(todo, self._write, work.record)
         if self.options.num_shards > 1:
           self._sync(work)
       if self.options.num_shards > 1:
         with work.sealing() as claim:
-          if claim is not None and scales_slice < len({e['slice'] for e in work.entries() if 'slice' in e}):
+          if claim is not None and scales_slice < len(
+            {e['slice'] for e in work.entries() if 'slice' in e}
+          ):
             self._read_back(work, claim)
       with work.finishing() as last:
         entries = work.entries() if last else []
@@ -120,7 +149,9 @@ class Conversion:
         work.finish()
     except (CheckpointError, OSError) as e:
       # Nothing is worth keeping of a source that can't be converted, nor where nothing is finished.
-      if alone and (isinstance(e, NotFinite) or not any('slice' in entry for entry in work.entries())):
+      if alone and (
+        isinstance(e, NotFinite) or not any('slice' in entry for entry in work.entries())
+      ):
         with contextlib.suppress(OSError):
           work.discard()
       raise
@@ -130,10 +161,23 @@ class Conversion:
     """Gives `put` all that a conversion would write, those of a block at once."""
     self._convert(range(len(self.plan.slices) + 1), put, lambda entry: None)
 
-  def _convert(self, numbers, put: Callable[[list[ArrayWrite]], None], record: Callable[[dict], None]) -> None:
-    job = Job(self.source, self.output, self.plan, put, Hold(self.options.hold_bytes),
-              self.options.scale_search == 'mse', self._told, record)
-    works = (SliceWork(job, self.plan.slices[n]) if n < len(self.plan.slices) else _Scales(self, job) for n in numbers)
+  def _convert(
+    self, numbers, put: Callable[[list[ArrayWrite]], None], record: Callable[[dict], None]
+  ) -> None:
+    job = Job(
+      self.source,
+      self.output,
+      self.plan,
+      put,
+      Hold(self.options.hold_bytes),
+      self.options.scale_search == 'mse',
+      self._told,
+      record,
+    )
+    works = (
+      SliceWork(job, self.plan.slices[n]) if n < len(self.plan.slices) else _Scales(self, job)
+      for n in numbers
+    )
     Pipeline(works, self.workers).run()
 
   def _write(self, placements: list[ArrayWrite]) -> None:
@@ -144,7 +188,9 @@ class Conversion:
       array.write(pieces)
 
   def _read_back(self, work: WorkDirectory, claim: Callable[[int], bool] | None = None) -> None:
-    durable.read_back(self.output.arrays, work.entries, work.record, self.workers, self._progress, claim)
+    durable.read_back(
+      self.output.arrays, work.entries, work.record, self.workers, self._progress, claim
+    )
 
   def _sync(self, work: WorkDirectory) -> None:
     for array in self.output.arrays:
@@ -158,7 +204,9 @@ class Conversion:
 
   def _errors(self, slices: Iterable[dict]) -> dict[str, RoundingError]:
     """By tensor. slices: their records."""
-    errors = {name: RoundingError() for name in params.parameters(self.source.config)} if slices else {}
+    errors = (
+      {name: RoundingError() for name in params.parameters(self.source.config)} if slices else {}
+    )
     for entry in sorted(slices, key=lambda e: e['slice']):
       for name, values in entry['errors'].items():
         errors[name].merge(RoundingError(*values))
@@ -170,10 +218,18 @@ class Conversion:
     kinds = {**params.parameters(self.source.config), **params.scales(self.source.config)}
     layer_bytes = sum(size for name, size in sizes.items() if self.output.is_layer_weight(name))
     return Report(
-        self.source, path, self.output.weights, finished, self._errors(slices),
-        source_bytes=sum(t.nbytes for t in self.source.tensors.values()), output_bytes=_disk_usage(path),
-        layer_bytes=layer_bytes,
-        layer_float32_bytes=sum(4 * int(np.prod(p.shape)) for p in kinds.values() if p.kind == 'matrix'))
+      self.source,
+      path,
+      self.output.weights,
+      finished,
+      self._errors(slices),
+      source_bytes=sum(t.nbytes for t in self.source.tensors.values()),
+      output_bytes=_disk_usage(path),
+      layer_bytes=layer_bytes,
+      layer_float32_bytes=sum(
+        4 * int(np.prod(p.shape)) for p in kinds.values() if p.kind == 'matrix'
+      ),
+    )
 
 
 class _Scales:
@@ -211,8 +267,16 @@ class _Scales:
 def _index_checksum(path: str) -> int:
   """Of the small files that say what a checkpoint is: another checkpoint in its place has others."""
   total = 0
-  for name in ('checkpoint', 'serving_config.json', 'checksums.json', '_METADATA', 'manifest.ocdbt', 'state/_METADATA',
-               'state/manifest.ocdbt', 'state/checkpoint'):
+  for name in (
+    'checkpoint',
+    'serving_config.json',
+    'checksums.json',
+    '_METADATA',
+    'manifest.ocdbt',
+    'state/_METADATA',
+    'state/manifest.ocdbt',
+    'state/checkpoint',
+  ):
     with contextlib.suppress(CheckpointError):
       total = zlib.crc32(storage.read_file(path, name) or b'', total)
   return total
@@ -227,4 +291,6 @@ def _version() -> str:
 
 def _disk_usage(path: str) -> int:
   """Bytes in all files below a directory."""
-  return sum(os.path.getsize(os.path.join(root, name)) for root, _, names in os.walk(path) for name in names)
+  return sum(
+    os.path.getsize(os.path.join(root, name)) for root, _, names in os.walk(path) for name in names
+  )

@@ -48,14 +48,20 @@ class ConvertOptions:
 
   def __post_init__(self):
     if self.scale_search not in SCALE_SEARCHES:
-      raise UserError(f'scale_search must be one of {", ".join(SCALE_SEARCHES)}, got {self.scale_search!r}')
+      raise UserError(
+        f'scale_search must be one of {", ".join(SCALE_SEARCHES)}, got {self.scale_search!r}'
+      )
     if self.embedding != 'bfloat16':
-      raise UserError(f'embedding={self.embedding!r} can\'t be served: the program reads its rows and multiplies by it '
-                      'without scales; it stays bfloat16')
+      raise UserError(
+        f"embedding={self.embedding!r} can't be served: the program reads its rows and multiplies by it "
+        'without scales; it stays bfloat16'
+      )
     if self.num_shards < 1:
       raise UserError(f'num_shards must be at least 1, got {self.num_shards}')
     if not 0 <= self.shard_id < self.num_shards:
-      raise UserError(f'shard_id must be 0 to num_shards - 1 = {self.num_shards - 1}, got {self.shard_id}')
+      raise UserError(
+        f'shard_id must be 0 to num_shards - 1 = {self.num_shards - 1}, got {self.shard_id}'
+      )
     for name in ('hold_bytes', 'slice_bytes'):
       object.__setattr__(self, name, parse_size(name, getattr(self, name)))
     if self.workers is not None and self.workers < 1:

@@ -19,11 +19,20 @@ from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import CheckpointError, UserError
 
 
-def convert(input_checkpoint: str, output_checkpoint: str, weights: str = 'int8', norm_scale: str | None = None, *,
-            config: ModelConfig | None = None, rescale_logits: bool | None = None, staging: str | None = None,
-            found: Callable[[Checkpoint], None] = lambda checkpoint: None,
-            planned: Callable[[str], None] = lambda line: None,
-            progress: ConversionProgress = lambda what, done, total: None, **options) -> Report:
+def convert(
+  input_checkpoint: str,
+  output_checkpoint: str,
+  weights: str = 'int8',
+  norm_scale: str | None = None,
+  *,
+  config: ModelConfig | None = None,
+  rescale_logits: bool | None = None,
+  staging: str | None = None,
+  found: Callable[[Checkpoint], None] = lambda checkpoint: None,
+  planned: Callable[[str], None] = lambda line: None,
+  progress: ConversionProgress = lambda what, done, total: None,
+  **options,
+) -> Report:
   """Writes the checkpoint `output_checkpoint`: complete and verified, or not at all.
 
   What a killed or failed run has finished is in `output_checkpoint`.unfinished, or in the staging directory, and the
@@ -51,7 +60,9 @@ def convert(input_checkpoint: str, output_checkpoint: str, weights: str = 'int8'
     staged.check_target()
   elif not os.path.isdir(work.root):
     work.check_absent()
-  source = open_checkpoint(input_checkpoint, norm_scale=norm_scale, config=config, rescale_logits=rescale_logits)
+  source = open_checkpoint(
+    input_checkpoint, norm_scale=norm_scale, config=config, rescale_logits=rescale_logits
+  )
   found(source)
   conversion = Conversion(source, options, work.payload, progress)
   if staged is None:
@@ -60,21 +71,27 @@ def convert(input_checkpoint: str, output_checkpoint: str, weights: str = 'int8'
     if staged.adopt(conversion.identity):
       planned(f'{staged.path} was finished before')
       return dataclasses.replace(conversion.report(staged.local, []), output=staged.path)
-    planned(staged.description(max(a.chunk_bytes for a in conversion.output.arrays), conversion.workers))
+    planned(
+      staged.description(max(a.chunk_bytes for a in conversion.output.arrays), conversion.workers)
+    )
     if os.path.isdir(staged.local) and not os.path.isdir(work.root):
       report = conversion.report(staged.local, [])
     else:
       try:
         report = _convert(conversion, work, planned)
       except CheckpointError:
-        if not os.path.isdir(work.root) and not os.path.isdir(staged.local):  # nothing worth keeping
+        if not os.path.isdir(work.root) and not os.path.isdir(
+          staged.local
+        ):  # nothing worth keeping
           staged.remove()
         raise
     if report.finished:
       staged.upload(conversion.output.header, conversion.workers, progress)
   except OSError as e:
-    raise CheckpointError(f'can\'t write to {e.filename}: {e.strerror}; what is finished is kept in {staged.root}, and '
-                          'the same command goes on from there') from e
+    raise CheckpointError(
+      f"can't write to {e.filename}: {e.strerror}; what is finished is kept in {staged.root}, and "
+      'the same command goes on from there'
+    ) from e
   return dataclasses.replace(report, output=staged.path)
 
 
@@ -93,14 +110,17 @@ def _convert(conversion: Conversion, work: WorkDirectory, planned: Callable[[str
     kept = ''
     if os.path.isdir(work.root):
       kept = f'; what is finished is kept in {work.root}, and the same command goes on from there'
-    raise CheckpointError(f'can\'t write to {work.path}: {e.filename}: {e.strerror}{kept}') from e
+    raise CheckpointError(f"can't write to {work.path}: {e.filename}: {e.strerror}{kept}") from e
 
 
 def _staging(output: str, directory: str | None) -> Staging | None:
   """Of an output in a bucket. Raises UserError for one without the other."""
   remote = storage.is_remote(os.fspath(output))
   if remote != (directory is not None):
-    raise UserError(f'{output} is in a bucket, where nothing can be written in pieces: --staging=DIR says in which '
-                    'local directory the checkpoint is made before it is uploaded' if remote else
-                    f'--staging={directory} is for outputs in a bucket, and {output} is none')
+    raise UserError(
+      f'{output} is in a bucket, where nothing can be written in pieces: --staging=DIR says in which '
+      'local directory the checkpoint is made before it is uploaded'
+      if remote
+      else f'--staging={directory} is for outputs in a bucket, and {output} is none'
+    )
   return Staging(output, directory) if remote else None

@@ -12,9 +12,14 @@ from t5x_inference_ext.errors import CheckpointError
 GROUP_BYTES = 256 * 2**20
 
 
-def read_back(arrays: Iterable[RawArray], entries: Callable[[], Iterable[dict]], record: Callable[[dict], None],
-              workers: int, progress: Callable[[str, int, int], None],
-              claim: Callable[[int], bool] | None = None) -> None:
+def read_back(
+  arrays: Iterable[RawArray],
+  entries: Callable[[], Iterable[dict]],
+  record: Callable[[dict], None],
+  workers: int,
+  progress: Callable[[str, int, int], None],
+  claim: Callable[[int], bool] | None = None,
+) -> None:
   """Reads groups of chunks from the disk and records their checksums.
 
   Args:
@@ -34,17 +39,31 @@ def read_back(arrays: Iterable[RawArray], entries: Callable[[], Iterable[dict]],
       return
     results = [array.seal(chunk) for chunk in chunks]
     with lock:
-      record({'sealed': array.name, 'first': chunks[0], 'checksums': [c for c, _ in results],
-              'sum': sum(s for _, s in results)})
+      record(
+        {
+          'sealed': array.name,
+          'first': chunks[0],
+          'checksums': [c for c, _ in results],
+          'sum': sum(s for _, s in results),
+        }
+      )
       progress(f'verify {array.name}', sum(array.values_bytes(chunk) for chunk in chunks), total)
 
   groups = [(array, group) for array in arrays for group in _groups(array)]
   sealed = _sealed(entries())
-  run_jobs([lambda n=n, a=a, g=g: one(n, a, g) for n, (a, g) in enumerate(groups) if (a.name, g[0]) not in sealed],
-           workers)
+  run_jobs(
+    [
+      lambda n=n, a=a, g=g: one(n, a, g)
+      for n, (a, g) in enumerate(groups)
+      if (a.name, g[0]) not in sealed
+    ],
+    workers,
+  )
 
 
-def checksums(arrays: Iterable[RawArray], slices: Iterable[dict], entries: Iterable[dict]) -> dict[str, list[int]]:
+def checksums(
+  arrays: Iterable[RawArray], slices: Iterable[dict], entries: Iterable[dict]
+) -> dict[str, list[int]]:
   """Checksums of all chunks, by array, once all are read back.
 
   Args:
@@ -64,8 +83,10 @@ def checksums(arrays: Iterable[RawArray], slices: Iterable[dict], entries: Itera
   for array in arrays:
     found = [sealed[array.name, group[0]] for group in _groups(array)]
     if sum(e['sum'] for e in found) != written[array.name]:
-      raise CheckpointError(f'{array.name}: damaged data in {array.path}: what was read back from the disk is not what '
-                            'was written: check the disk, remove the directory and convert again')
+      raise CheckpointError(
+        f'{array.name}: damaged data in {array.path}: what was read back from the disk is not what '
+        'was written: check the disk, remove the directory and convert again'
+      )
     result[array.name] = [c for e in found for c in e['checksums']]
   return result
 

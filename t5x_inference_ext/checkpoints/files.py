@@ -31,11 +31,17 @@ def allocate(path: str, size: int) -> None:
     os.close(descriptor)
 
 
-def write_blocks(path: str, shape: tuple[int, ...], blocks: list[tuple[tuple[slice, ...], np.ndarray]]) -> None:
+def write_blocks(
+  path: str, shape: tuple[int, ...], blocks: list[tuple[tuple[slice, ...], np.ndarray]]
+) -> None:
   """Writes values at indices into the allocated file of one array of `shape`, in C order, touching only their pages."""
-  axis = next((a for a, n in enumerate(shape) if n > 1), 0)  # the file is a sequence of rows along it
+  axis = next(
+    (a for a, n in enumerate(shape) if n > 1), 0
+  )  # the file is a sequence of rows along it
   with _named(path), open(path, 'r+b', buffering=0) as f:
-    for _, group in itertools.groupby(sorted(blocks, key=lambda b: _rows(b, axis)), lambda b: _rows(b, axis)):
+    for _, group in itertools.groupby(
+      sorted(blocks, key=lambda b: _rows(b, axis)), lambda b: _rows(b, axis)
+    ):
       group = list(group)
       if len(group) == 1 and _is_one_range(group[0][1].shape, shape):
         _write_range(f, shape, *group[0])
@@ -50,10 +56,12 @@ def _rows(block: tuple[tuple[slice, ...], np.ndarray], axis: int) -> tuple[int, 
 def _is_one_range(part: tuple[int, ...], shape: tuple[int, ...]) -> bool:
   """Whether the bytes of a part of an array of `shape` follow each other."""
   varying = next((axis for axis, n in enumerate(part) if n > 1), 0)
-  return part[varying + 1:] == shape[varying + 1:]
+  return part[varying + 1 :] == shape[varying + 1 :]
 
 
-def _write_range(file: io.RawIOBase, shape: tuple[int, ...], index: tuple[slice, ...], values: np.ndarray) -> None:
+def _write_range(
+  file: io.RawIOBase, shape: tuple[int, ...], index: tuple[slice, ...], values: np.ndarray
+) -> None:
   begin = int(np.ravel_multi_index([s.start for s in index], shape)) * values.dtype.itemsize
   data = memoryview(np.ascontiguousarray(values).view(np.uint8)).cast('B')
   while data:
@@ -61,11 +69,15 @@ def _write_range(file: io.RawIOBase, shape: tuple[int, ...], index: tuple[slice,
     begin, data = begin + written, data[written:]
 
 
-def _write_mapped(file: io.RawIOBase, shape: tuple[int, ...], axis: int,
-                  blocks: list[tuple[tuple[slice, ...], np.ndarray]]) -> None:
+def _write_mapped(
+  file: io.RawIOBase,
+  shape: tuple[int, ...],
+  axis: int,
+  blocks: list[tuple[tuple[slice, ...], np.ndarray]],
+) -> None:
   """Blocks of the same rows."""
   (first, last), dtype = _rows(blocks[0], axis), blocks[0][1].dtype
-  row_bytes = math.prod(shape[axis + 1:]) * dtype.itemsize
+  row_bytes = math.prod(shape[axis + 1 :]) * dtype.itemsize
   begin = first * row_bytes
   skipped = begin % mmap.ALLOCATIONGRANULARITY
   length = skipped + (last - first) * row_bytes
@@ -73,11 +85,14 @@ def _write_mapped(file: io.RawIOBase, shape: tuple[int, ...], axis: int,
   runs = sum(values.size // values.shape[-1] for _, values in blocks)
   touched = runs * mmap.PAGESIZE + sum(values.nbytes for _, values in blocks)
   flags = getattr(mmap, 'MAP_POPULATE', 0) if 2 * touched >= length else 0
-  with mmap.mmap(file.fileno(), length, flags=mmap.MAP_SHARED | flags, offset=begin - skipped) as memory:
-    rows = np.frombuffer(memory, dtype, (last - first) * row_bytes // dtype.itemsize, skipped).reshape(
-        *shape[:axis], last - first, *shape[axis + 1:])
+  with mmap.mmap(
+    file.fileno(), length, flags=mmap.MAP_SHARED | flags, offset=begin - skipped
+  ) as memory:
+    rows = np.frombuffer(
+      memory, dtype, (last - first) * row_bytes // dtype.itemsize, skipped
+    ).reshape(*shape[:axis], last - first, *shape[axis + 1 :])
     for index, values in blocks:
-      rows[*index[:axis], :, *index[axis + 1:]] = values
+      rows[*index[:axis], :, *index[axis + 1 :]] = values
     del rows  # before what it is a view of
 
 

@@ -56,17 +56,19 @@ class GzipArray(Tensor):
 
   def __init__(self, name: str, path: str, store: ts.TensorStore, cache: ChunkCache | None = None):
     """Args:
-      name: the parameter, for messages.
-      path: its directory.
-      store: the array, opened.
-      cache: of decoded chunks; None keeps none and decodes in the calling thread alone.
+    name: the parameter, for messages.
+    path: its directory.
+    store: the array, opened.
+    cache: of decoded chunks; None keeps none and decodes in the calling thread alone.
     """
     super().__init__(store.shape, store.dtype.numpy_dtype, path)
     metadata = _metadata(store)
     self.name, self.chunk = name, tuple(min(c, n) for c, n in zip(metadata['chunks'], self.shape))
     self._store, self._cache = store, cache
     self._stored_chunk, self._order = tuple(metadata['chunks']), metadata['order']
-    self._stored_dtype = self.dtype if metadata['dtype'] == 'bfloat16' else np.dtype(metadata['dtype'])
+    self._stored_dtype = (
+      self.dtype if metadata['dtype'] == 'bfloat16' else np.dtype(metadata['dtype'])
+    )
     self._separator = metadata.get('dimension_separator', '.')
     self._window = _WINDOWS[metadata['compressor']['id']]
     self._local = store.kvstore.spec().to_json()['driver'] == 'file'
@@ -75,21 +77,29 @@ class GzipArray(Tensor):
   def supports(store: ts.TensorStore) -> bool:
     """Whether an opened array of zarr version 2 is one of these."""
     metadata = _metadata(store)
-    return ((metadata.get('compressor') or {}).get('id') in _WINDOWS and not metadata.get('filters')
-            and re.fullmatch(r'bfloat16|[<>|][iuf][1248]', str(metadata['dtype'])) is not None)
+    return (
+      (metadata.get('compressor') or {}).get('id') in _WINDOWS
+      and not metadata.get('filters')
+      and re.fullmatch(r'bfloat16|[<>|][iuf][1248]', str(metadata['dtype'])) is not None
+    )
 
   def uncached(self):
     return GzipArray(self.name, self.path, self._store)
 
   def _read(self, bounds):
-    ranges = (range(begin // c, -(-end // c)) for (begin, end), c in zip(bounds, self._stored_chunk))
+    ranges = (
+      range(begin // c, -(-end // c)) for (begin, end), c in zip(bounds, self._stored_chunk)
+    )
     places = list(itertools.product(*ranges))
     if self._cache is None:
       # A block of a conversion is little more than a chunk: all of it is on its way before the first is decoded.
       fetched = [self._fetch(place) for place in places]
       chunks = (self._decode(place, future) for place, future in zip(places, fetched))
-      if len(places) == 1 and self._stored_dtype == self.dtype and math.prod(
-          end - begin for begin, end in bounds) == math.prod(self._stored_chunk):
+      if (
+        len(places) == 1
+        and self._stored_dtype == self.dtype
+        and math.prod(end - begin for begin, end in bounds) == math.prod(self._stored_chunk)
+      ):
         return next(chunks)
       return self._assemble(bounds, places, chunks)
     if len(places) == 1:
@@ -97,12 +107,21 @@ class GzipArray(Tensor):
     with concurrent.futures.ThreadPoolExecutor(min(len(places), cores())) as pool:
       return self._assemble(bounds, places, pool.map(self._cached, places))
 
-  def _assemble(self, bounds: Bounds, places: list[tuple[int, ...]], chunks: Iterator[np.ndarray]) -> np.ndarray:
+  def _assemble(
+    self, bounds: Bounds, places: list[tuple[int, ...]], chunks: Iterator[np.ndarray]
+  ) -> np.ndarray:
     out = np.empty([end - begin for begin, end in bounds], self.dtype)
     for place, values in zip(places, chunks):
-      spans = [(max(b, p * c), min(e, (p + 1) * c)) for p, c, (b, e) in zip(place, self._stored_chunk, bounds)]
-      inside = tuple(slice(b - p * c, e - p * c) for p, c, (b, e) in zip(place, self._stored_chunk, spans))
-      out[tuple(slice(b - first, e - first) for (b, e), (first, _) in zip(spans, bounds))] = values[inside]
+      spans = [
+        (max(b, p * c), min(e, (p + 1) * c))
+        for p, c, (b, e) in zip(place, self._stored_chunk, bounds)
+      ]
+      inside = tuple(
+        slice(b - p * c, e - p * c) for p, c, (b, e) in zip(place, self._stored_chunk, spans)
+      )
+      out[tuple(slice(b - first, e - first) for (b, e), (first, _) in zip(spans, bounds))] = values[
+        inside
+      ]
     return out
 
   def _key(self, place: tuple[int, ...]) -> str:
@@ -121,6 +140,7 @@ class GzipArray(Tensor):
 
   def _decode(self, place: tuple[int, ...], fetched: ts.Future | None) -> np.ndarray:
     """The values of a chunk, padding included."""
+
     def damaged(why):
       return CheckpointError(f'{self.name}: damaged data in {self.path}/{self._key(place)}: {why}')
 
@@ -134,7 +154,9 @@ class GzipArray(Tensor):
       else:
         raise damaged('the chunk is missing')
     except MemoryError:
-      raise damaged(f'the array says that its chunks are {list(self._stored_chunk)}, {size / 1e9:.0f} GB each') from None
+      raise damaged(
+        f'the array says that its chunks are {list(self._stored_chunk)}, {size / 1e9:.0f} GB each'
+      ) from None
     except FileNotFoundError:
       raise damaged('the chunk is missing') from None
     except OSError as e:
@@ -157,7 +179,7 @@ def decompress(pieces: Iterable[memoryview], window: int, size: int) -> np.ndarr
     values = stream.decompress(piece)
     if len(values) > size - done:
       raise isal_zlib.error(f'it holds more than {size} bytes')
-    out[done:done + len(values)] = np.frombuffer(values, np.uint8)
+    out[done : done + len(values)] = np.frombuffer(values, np.uint8)
     done += len(values)
   if stream.unused_data:
     raise isal_zlib.error('there is something behind its end')
@@ -170,7 +192,7 @@ def decompress(pieces: Iterable[memoryview], window: int, size: int) -> np.ndarr
 
 def _pieces(data: bytes) -> Iterator[memoryview]:
   for begin in range(0, len(data), _PIECE_BYTES):
-    yield memoryview(data)[begin:begin + _PIECE_BYTES]
+    yield memoryview(data)[begin : begin + _PIECE_BYTES]
 
 
 def _file_pieces(file: io.RawIOBase) -> Iterator[memoryview]:

@@ -72,11 +72,12 @@ class LayerKind:
   sizes: Callable[[Shapes], dict[str, int]]
   mlp: Callable[[Shapes], str]
   kernels: Callable[[ModelConfig, Shapes], dict[str, Kernel]]
-  output_factor: float = 1.
+  output_factor: float = 1.0
   folds_logit_scale: bool = True
 
   def modules(self, stored: set[str]) -> tuple[str, ...]:
     """The kernels' modules that a tree with these modules has to have."""
+
     def fit(modules):
       return sum(1 if module in stored else -1 for module in modules)
 
@@ -95,27 +96,34 @@ def _fused_sizes(shapes: Shapes) -> dict[str, int]:
   inputs = 2 if _fused_mlp(shapes) == 'swiglu' else 1
   q = kv_columns // 2
   if kv_columns % 2 or columns <= q or (columns - q) % inputs:
-    raise UnknownSizes(f'{KV} {list(shapes[KV])} and {Q_WI} {list(shapes[Q_WI])} (of a layer) do not fit each other: '
-                       'their last axes should be 2Q and Q + 2F/H')
-  return dict(d_ff=(columns - q) // inputs * heads, num_heads=heads, d_head=q, num_kv_heads=kv_heads)
+    raise UnknownSizes(
+      f'{KV} {list(shapes[KV])} and {Q_WI} {list(shapes[Q_WI])} (of a layer) do not fit each other: '
+      'their last axes should be 2Q and Q + 2F/H'
+    )
+  return dict(
+    d_ff=(columns - q) // inputs * heads, num_heads=heads, d_head=q, num_kv_heads=kv_heads
+  )
 
 
 def _fused_kernels(c: ModelConfig, shapes: Shapes) -> dict[str, Kernel]:
   del shapes  # one form only
   if c.d_ff % c.num_heads:
-    raise UnknownSizes(f'd_ff {c.d_ff} is not a multiple of {c.num_heads} heads: no fused kernel has this shape')
+    raise UnknownSizes(
+      f'd_ff {c.d_ff} is not a multiple of {c.num_heads} heads: no fused kernel has this shape'
+    )
   e, h, q, g = c.d_model, c.num_heads, c.d_head, c.d_ff // c.num_heads
   columns = q + len(c.mlp_inputs) * g
   kernels = (
-      Kernel(Q_WI, (e,), (h, columns), (('query', q), *((name, g) for name in c.mlp_inputs)), 2),
-      Kernel(KV, (e,), (c.num_kv_heads, 2 * q), (('key', q), ('value', q)), 2),
-      Kernel(O_WO, (h, q + g), (e,), (('attention_output', q), ('mlp_output', g)), 1),
+    Kernel(Q_WI, (e,), (h, columns), (('query', q), *((name, g) for name in c.mlp_inputs)), 2),
+    Kernel(KV, (e,), (c.num_kv_heads, 2 * q), (('key', q), ('value', q)), 2),
+    Kernel(O_WO, (h, q + g), (e,), (('attention_output', q), ('mlp_output', g)), 1),
   )
   return {kernel.module: kernel for kernel in kernels}
 
 
 QUERY, KEY, VALUE, OUT, ATTENTION_KV, ATTENTION_QKV = (
-    f'self_attention/{name}' for name in ('query', 'key', 'value', 'out', 'kv_fused', 'qkv_fused'))
+  f'self_attention/{name}' for name in ('query', 'key', 'value', 'out', 'kv_fused', 'qkv_fused')
+)
 WI, WI_0, WI_1, WI_FUSED, WO = (f'mlp/{name}' for name in ('wi', 'wi_0', 'wi_1', 'wi_fused', 'wo'))
 
 
@@ -137,12 +145,16 @@ def _separate_sizes(shapes: Shapes) -> dict[str, int]:
   elif len(key) == 3 or key[1] < queries[1]:
     q = key[-1]  # of two axes, [E, Q]: multiquery
   else:
-    raise UnknownSizes(f'{QUERY} {list(queries)} and {KEY} {list(key)} do not say how many heads their columns are: '
-                       'give the model (config=ModelConfig(...), or MODEL_CONFIG in gin)')
+    raise UnknownSizes(
+      f'{QUERY} {list(queries)} and {KEY} {list(key)} do not say how many heads their columns are: '
+      'give the model (config=ModelConfig(...), or MODEL_CONFIG in gin)'
+    )
   columns, kv_columns = (x[1] * x[2] if len(x) == 3 else x[1] for x in (queries, key))
   if columns % q or kv_columns % q:
-    raise UnknownSizes(f'{QUERY} {list(queries)} and {KEY} {list(key)} do not fit each other: both should be whole '
-                       f'heads of {q} columns')
+    raise UnknownSizes(
+      f'{QUERY} {list(queries)} and {KEY} {list(key)} do not fit each other: both should be whole '
+      f'heads of {q} columns'
+    )
   return dict(d_ff=d_ff, num_heads=columns // q, d_head=q, num_kv_heads=kv_columns // q)
 
 
@@ -160,31 +172,74 @@ def _separate_kernels(c: ModelConfig, shapes: Shapes) -> dict[str, Kernel]:
     return Kernel(module, (e,), (len(names), *outputs), tuple((name, 1) for name in names), 1)
 
   kernels = (
-      one(QUERY, (e,), heads(h, QUERY), 'query'), one(KEY, (e,), heads(k, KEY), 'key'),
-      one(VALUE, (e,), heads(k, VALUE), 'value'), stacked(ATTENTION_KV, (k, q), ('key', 'value')),
-      stacked(ATTENTION_QKV, (h, q), ('query', 'key', 'value')), one(OUT, heads(h, OUT), (e,), 'attention_output'),
-      one(WI, (e,), (f,), inputs[-1]), one(WI_0, (e,), (f,), inputs[0]), one(WI_1, (e,), (f,), inputs[-1]),
-      stacked(WI_FUSED, (f,), inputs), one(WO, (f,), (e,), 'mlp_output'))
+    one(QUERY, (e,), heads(h, QUERY), 'query'),
+    one(KEY, (e,), heads(k, KEY), 'key'),
+    one(VALUE, (e,), heads(k, VALUE), 'value'),
+    stacked(ATTENTION_KV, (k, q), ('key', 'value')),
+    stacked(ATTENTION_QKV, (h, q), ('query', 'key', 'value')),
+    one(OUT, heads(h, OUT), (e,), 'attention_output'),
+    one(WI, (e,), (f,), inputs[-1]),
+    one(WI_0, (e,), (f,), inputs[0]),
+    one(WI_1, (e,), (f,), inputs[-1]),
+    stacked(WI_FUSED, (f,), inputs),
+    one(WO, (f,), (e,), 'mlp_output'),
+  )
   return {kernel.module: kernel for kernel in kernels}
 
 
 _SEPARATE = dict(
-    alternatives=(((QUERY, KEY, VALUE), (QUERY, ATTENTION_KV), (ATTENTION_QKV,)), ((OUT,),),
-                  ((WI_0, WI_1), (WI,), (WI_FUSED,)), ((WO,),)),
-    ranks={QUERY: (2, 3), KEY: (2, 3), VALUE: (2, 3), ATTENTION_KV: (4,), ATTENTION_QKV: (4,), OUT: (2, 3),
-           WI: (2,), WI_0: (2,), WI_1: (2,), WI_FUSED: (3,), WO: (2,)},
-    sizes=_separate_sizes, mlp=_separate_mlp, kernels=_separate_kernels)
+  alternatives=(
+    ((QUERY, KEY, VALUE), (QUERY, ATTENTION_KV), (ATTENTION_QKV,)),
+    ((OUT,),),
+    ((WI_0, WI_1), (WI,), (WI_FUSED,)),
+    ((WO,),),
+  ),
+  ranks={
+    QUERY: (2, 3),
+    KEY: (2, 3),
+    VALUE: (2, 3),
+    ATTENTION_KV: (4,),
+    ATTENTION_QKV: (4,),
+    OUT: (2, 3),
+    WI: (2,),
+    WI_0: (2,),
+    WI_1: (2,),
+    WI_FUSED: (3,),
+    WO: (2,),
+  },
+  sizes=_separate_sizes,
+  mlp=_separate_mlp,
+  kernels=_separate_kernels,
+)
 
 # Where two fit equally well, the first is meant.
 LAYER_KINDS = (
-    LayerKind(
-        'ParallelFusedDecoderLayer', 'parallel', 'zero', (('layer_norm', 'layer_norm'),),
-        alternatives=(((Q_WI, KV, O_WO),),), ranks={Q_WI: (3,), KV: (3,), O_WO: (3,)},
-        sizes=_fused_sizes, mlp=_fused_mlp, kernels=_fused_kernels, folds_logit_scale=False),
-    LayerKind(
-        'DecoderLayer', 'serial', 'one',
-        (('attention_norm', 'pre_self_attention_layer_norm'), ('mlp_norm', 'pre_mlp_layer_norm')), **_SEPARATE),
-    # It adds (attention + MLP) / sqrt(2): the factor goes into both output matrices.
-    LayerKind('DecoderLayer(parallel=True)', 'parallel', 'one', (('layer_norm', 'layer_norm'),), **_SEPARATE,
-              output_factor=2**-.5),
+  LayerKind(
+    'ParallelFusedDecoderLayer',
+    'parallel',
+    'zero',
+    (('layer_norm', 'layer_norm'),),
+    alternatives=(((Q_WI, KV, O_WO),),),
+    ranks={Q_WI: (3,), KV: (3,), O_WO: (3,)},
+    sizes=_fused_sizes,
+    mlp=_fused_mlp,
+    kernels=_fused_kernels,
+    folds_logit_scale=False,
+  ),
+  LayerKind(
+    'DecoderLayer',
+    'serial',
+    'one',
+    (('attention_norm', 'pre_self_attention_layer_norm'), ('mlp_norm', 'pre_mlp_layer_norm')),
+    **_SEPARATE,
+  ),
+  # It adds (attention + MLP) / sqrt(2): the factor goes into both output matrices.
+  LayerKind(
+    'DecoderLayer(parallel=True)',
+    'parallel',
+    'one',
+    (('layer_norm', 'layer_norm'),),
+    **_SEPARATE,
+    output_factor=2**-0.5,
+  ),
 )

@@ -29,7 +29,9 @@ def read_legacy(path: str, index: bytes) -> Tree:
   # {'optimizer': {'target', 'state'}} since T5X's first version; a bare {'target', 'state'} from other writers.
   content = content.get('optimizer', content) if isinstance(content, dict) else None
   if not isinstance(content, dict) or not isinstance(content.get('target'), dict):
-    raise CheckpointError(f'{path}/{INDEX} is not a T5X checkpoint index: it holds no optimizer/target or target')
+    raise CheckpointError(
+      f'{path}/{INDEX} is not a T5X checkpoint index: it holds no optimizer/target or target'
+    )
   leaves, opening = {}, {}
   for keys, leaf in _leaves(content['target']):
     name = '/'.join(keys)
@@ -39,21 +41,29 @@ def read_legacy(path: str, index: bytes) -> Tree:
     elif isinstance(leaf, np.ndarray):
       leaves[name] = InMemory(leaf, f'{path}/{INDEX}')
     else:
-      raise CheckpointError(f'target/{name} in {path}/{INDEX} is neither an array nor a reference to one: {leaf!r:.80}')
+      raise CheckpointError(
+        f'target/{name} in {path}/{INDEX} is neither an array nor a reference to one: {leaf!r:.80}'
+      )
   for name, (future, shape) in opening.items():
     leaves[name] = stored = future.tensor()
     if shape is not None and shape != list(stored.shape):
-      raise CheckpointError(f'target/{name}: {stored.path} has shape {list(stored.shape)}, but {path}/{INDEX} says '
-                            f'{shape}: the files belong to different checkpoints')
+      raise CheckpointError(
+        f'target/{name}: {stored.path} has shape {list(stored.shape)}, but {path}/{INDEX} says '
+        f'{shape}: the files belong to different checkpoints'
+      )
   return Tree(path, 'T5X checkpoint', leaves, _step(content.get('state')))
 
 
 def parse_index(data: bytes, path: str) -> Any:
   """flax's msgpack: nested dicts with numpy arrays. Raises CheckpointError."""
   try:
-    return msgpack.unpackb(data, ext_hook=_extension, raw=False, strict_map_key=False, object_hook=_join_chunks)
+    return msgpack.unpackb(
+      data, ext_hook=_extension, raw=False, strict_map_key=False, object_hook=_join_chunks
+    )
   except (ValueError, TypeError, AttributeError, KeyError, msgpack.UnpackException) as e:
-    raise CheckpointError(f'{path} is not a T5X checkpoint index, or is damaged: {type(e).__name__} {e}') from e
+    raise CheckpointError(
+      f'{path} is not a T5X checkpoint index, or is damaged: {type(e).__name__} {e}'
+    ) from e
 
 
 def pack_array(values: np.ndarray) -> msgpack.ExtType:
@@ -75,7 +85,9 @@ def _extension(code: int, data: bytes) -> Any:
 def _join_chunks(node: dict) -> Any:
   if not node.get(_CHUNKED):
     return node
-  chunks, shape = ([node[field][str(i)] for i in range(len(node[field]))] for field in ('chunks', 'shape'))
+  chunks, shape = (
+    [node[field][str(i)] for i in range(len(node[field]))] for field in ('chunks', 'shape')
+  )
   return np.concatenate([c.ravel() for c in chunks]).reshape([int(n) for n in shape])
 
 
@@ -96,7 +108,9 @@ def _relative(spec: dict, name: str) -> str:
   kvstore = spec.get('kvstore')
   path = (kvstore.get('path') if isinstance(kvstore, dict) else None) or spec.get('path')
   if spec['driver'] != 'zarr' or not isinstance(path, str) or not path.strip('/'):
-    raise CheckpointError(f'{name}: the checkpoint index refers to it in a way that T5X does not write: {spec!r:.200}')
+    raise CheckpointError(
+      f'{name}: the checkpoint index refers to it in a way that T5X does not write: {spec!r:.200}'
+    )
   return path.rstrip('/').rpartition('/')[2]
 
 

@@ -32,7 +32,9 @@ def scans_layers(num_layers: int, asked: bool | None = None, platform: str = 'tp
   return platform == 'cpu' and num_layers > MAX_UNROLLED_LAYERS
 
 
-def load_weights(checkpoint: Checkpoint, model: Model, *, stacked: bool | None = None, progress=iter) -> Weights:
+def load_weights(
+  checkpoint: Checkpoint, model: Model, *, stacked: bool | None = None, progress=iter
+) -> Weights:
   """Reads every shard of every tensor that this process's devices hold.
 
   Args:
@@ -48,14 +50,18 @@ def load_weights(checkpoint: Checkpoint, model: Model, *, stacked: bool | None =
     MeshError: the mesh does not divide the model.
     CheckpointError: a tensor can't be read, or holds NaN or infinite values.
   """
-  tensors = packed_tensors(model.config, model.prefill_layout, dict(model.mesh.shape), checkpoint.weights == 'int8')
+  tensors = packed_tensors(
+    model.config, model.prefill_layout, dict(model.mesh.shape), checkpoint.weights == 'int8'
+  )
   layers = model.config.num_layers
   stacked = scans_layers(layers, stacked, model.mesh.devices.flat[0].platform)
   make = lambda name, layers: load_tensor(checkpoint, model, tensors[name], layers)
   return build_weights(tensors, layers, stacked, make, progress)
 
 
-def load_tensor(checkpoint: Checkpoint, model: Model, tensor: PackedTensor, layers: slice | int | None) -> jax.Array:
+def load_tensor(
+  checkpoint: Checkpoint, model: Model, tensor: PackedTensor, layers: slice | int | None
+) -> jax.Array:
   """One array onto its shards: of one layer, of a range of layers (stacked in front), or of the model (None)."""
   dtype = tensor_dtype(tensor, checkpoint.weights, model.dtype)
   # Norms are applied as scale or 1 + scale; the program knows only the value applied.
@@ -68,7 +74,9 @@ def load_tensor(checkpoint: Checkpoint, model: Model, tensor: PackedTensor, laye
   def read_stack(index):
     stack = range(*index[0].indices(layers.stop))
     shape = [len(stack)] + [len(range(*s.indices(n))) for s, n in zip(index[1:], tensor.shape)]
-    out = np.empty(shape, dtype)  # filled layer by layer: one layer's float source is the most held beside it
+    out = np.empty(
+      shape, dtype
+    )  # filled layer by layer: one layer's float source is the most held beside it
     for i, layer in enumerate(stack):
       out[i] = read(layer, index[1:])
     return out
@@ -85,6 +93,8 @@ def _read(checkpoint: Checkpoint, name: str, where: tuple[slice, ...]) -> np.nda
   tensor = checkpoint.tensors[name]
   values = tensor.read(where)
   if checkpoint.format != 'serving' and values.dtype.kind != 'i' and not np.isfinite(values).all():
-    raise CheckpointError(f'{name}: NaN or infinite values, read from {tensor.path}: take a checkpoint from before '
-                          'training diverged')
+    raise CheckpointError(
+      f'{name}: NaN or infinite values, read from {tensor.path}: take a checkpoint from before '
+      'training diverged'
+    )
   return values

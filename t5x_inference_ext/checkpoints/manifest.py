@@ -24,7 +24,11 @@ def array_files(arrays: Iterable[RawArray]) -> dict[str, bytes]:
 
 def write(content: Mapping[str, Any], files: Mapping[str, bytes]) -> bytes:
   """The manifest: `content`, and the checksums of `files` and of itself."""
-  content = {**content, 'files': {name: _crc(data) for name, data in files.items()}, 'crc32': _UNKNOWN}
+  content = {
+    **content,
+    'files': {name: _crc(data) for name, data in files.items()},
+    'crc32': _UNKNOWN,
+  }
   data = json.dumps(content, indent=2).encode() + b'\n'
   return _with_own(data, _UNKNOWN, _crc(data))
 
@@ -42,13 +46,17 @@ def check_manifest(path: str, name: str, manifest: Mapping[str, Any]) -> list[st
     return []
   data, own = storage.read_file(path, name) or b'', str(manifest.get('crc32'))
   if not isinstance(manifest.get('files'), dict) or _crc(_with_own(data, own, _UNKNOWN)) != own:
-    raise CheckpointError(f'{path}/{name} is not as it was written: its checksum is not the one recorded in it; convert '
-                          'again')
+    raise CheckpointError(
+      f'{path}/{name} is not as it was written: its checksum is not the one recorded in it; convert '
+      'again'
+    )
   for file, recorded in manifest['files'].items():
     data = storage.read_file(path, file)
     if data is None or _crc(data) != recorded:
-      raise CheckpointError(f'{path}/{file} is {"missing" if data is None else "damaged"}: its checksum is not the one '
-                            f'recorded in {name}; convert again')
+      raise CheckpointError(
+        f'{path}/{file} is {"missing" if data is None else "damaged"}: its checksum is not the one '
+        f'recorded in {name}; convert again'
+      )
   return list(manifest['files'])
 
 
@@ -59,4 +67,4 @@ def _crc(data: bytes) -> str:
 def _with_own(data: bytes, old: str, new: str) -> bytes:
   """The manifest with another checksum of its own, the last of its fields."""
   head, field, tail = data.rpartition(b'"crc32": "')
-  return head + field + (new.encode() + tail[len(old):] if tail.startswith(old.encode()) else tail)
+  return head + field + (new.encode() + tail[len(old) :] if tail.startswith(old.encode()) else tail)

@@ -13,11 +13,18 @@ class NotFinite(CheckpointError):
 
 
 # The largest number of what is written. int8 stands for floats that the program has as bfloat16, as all weights.
-_FLOAT32, _BFLOAT16 = (float(ml_dtypes.finfo(dtype).max) for dtype in (np.float32, ml_dtypes.bfloat16))
+_FLOAT32, _BFLOAT16 = (
+  float(ml_dtypes.finfo(dtype).max) for dtype in (np.float32, ml_dtypes.bfloat16)
+)
 
 
-def check_finite(source: Checkpoint, name: str, values: np.ndarray, first_layer: int,
-                 written: np.dtype | type = np.float32) -> None:
+def check_finite(
+  source: Checkpoint,
+  name: str,
+  values: np.ndarray,
+  first_layer: int,
+  written: np.dtype | type = np.float32,
+) -> None:
   """Raises NotFinite if not all of a tensor's values can be written.
 
   Args:
@@ -30,24 +37,40 @@ def check_finite(source: Checkpoint, name: str, values: np.ndarray, first_layer:
   bad = ~(np.abs(values) <= limit).reshape(len(values), -1).all(1)
   if not bad.any():
     return
-  what, advice = f'values above {limit:.3g}, which become infinite in {np.dtype(written).name}', 'nothing trained has any'
+  what, advice = (
+    f'values above {limit:.3g}, which become infinite in {np.dtype(written).name}',
+    'nothing trained has any',
+  )
   if not np.isfinite(values).all():
-    limit, what, advice = _FLOAT32, 'NaN or infinite values', 'take a checkpoint from before training diverged'
+    limit, what, advice = (
+      _FLOAT32,
+      'NaN or infinite values',
+      'take a checkpoint from before training diverged',
+    )
   tensor = source.tensors[name]
-  layered = len(tensor.shape) == 3 or name.rpartition('_')[2] == 'scale' or (
-      len(tensor.shape) == 2 and name != 'embedding')
+  layered = (
+    len(tensor.shape) == 3
+    or name.rpartition('_')[2] == 'scale'
+    or (len(tensor.shape) == 2 and name != 'embedding')
+  )
   where, whole = '', (slice(None),)
   if layered:
     layer = first_layer + int(np.argmax(bad))
     where, whole = f' in layer {layer}', (slice(layer, layer + 1),)
-  raise NotFinite(f'{name}: {_count(tensor, whole, limit)} {what}{where}, read from {tensor.path}: {advice}')
+  raise NotFinite(
+    f'{name}: {_count(tensor, whole, limit)} {what}{where}, read from {tensor.path}: {advice}'
+  )
 
 
 def _count(tensor: Tensor, where: tuple[slice, ...], limit: float) -> int:
   """How many values are not within `limit`, in the whole layer, not only in the slice that showed it."""
   axis = len(where) if len(tensor.shape) > len(where) else 0
-  bounds = [s.indices(n)[:2] for s, n in zip(where + (slice(None),) * len(tensor.shape), tensor.shape)]
-  step = max(1, 2**24 // max(1, int(np.prod([e - b for i, (b, e) in enumerate(bounds) if i != axis]))))
+  bounds = [
+    s.indices(n)[:2] for s, n in zip(where + (slice(None),) * len(tensor.shape), tensor.shape)
+  ]
+  step = max(
+    1, 2**24 // max(1, int(np.prod([e - b for i, (b, e) in enumerate(bounds) if i != axis])))
+  )
   count = 0
   for begin in range(bounds[axis][0], bounds[axis][1], step):
     index = [slice(*b) for b in bounds]

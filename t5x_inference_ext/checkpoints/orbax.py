@@ -39,7 +39,9 @@ def read_orbax(path: str, directory: str) -> Tree:
   where = f'{directory}/{METADATA}'
   if metadata is None:
     where = f'{directory}/{_OLD_INDEX}'
-    leaves = dict(_old_leaves(legacy.parse_index(storage.read_file(directory, _OLD_INDEX), where), where))
+    leaves = dict(
+      _old_leaves(legacy.parse_index(storage.read_file(directory, _OLD_INDEX), where), where)
+    )
     zarr3, zeros_are_stored = False, True
     ocdbt = storage.read_file(directory, 'manifest.ocdbt') is not None
   else:
@@ -52,24 +54,49 @@ def read_orbax(path: str, directory: str) -> Tree:
     # zarr 2 arrays of Orbax have no fill value, and so always store zeros; zarr 3 arrays have one.
     zeros_are_stored = not zarr3 or bool(content.get('store_array_data_equal_to_fill_value'))
   if ocdbt and storage.read_file(directory, 'manifest.ocdbt') is None:
-    raise CheckpointError(f'{directory} lacks manifest.ocdbt: the checkpoint was not finished, or only partly copied')
+    raise CheckpointError(
+      f'{directory} lacks manifest.ocdbt: the checkpoint was not finished, or only partly copied'
+    )
   base = {'driver': 'ocdbt', 'base': storage.kvstore(directory)} if ocdbt else None
 
   def opening(keys: tuple[str, ...]):
     key = '.'.join(keys)
-    return zarr_arrays.open_array('/'.join(keys), f'{directory}/{key}', driver='zarr3' if zarr3 else 'zarr', base=base,
-                              key=key, zeros_are_stored=zeros_are_stored)
+    return zarr_arrays.open_array(
+      '/'.join(keys),
+      f'{directory}/{key}',
+      driver='zarr3' if zarr3 else 'zarr',
+      base=base,
+      key=key,
+      zeros_are_stored=zeros_are_stored,
+    )
 
-  prefix = next((p for p in (('target',), ('optimizer', 'target')) if any(keys[:len(p)] == p for keys in leaves)), None)
+  prefix = next(
+    (
+      p
+      for p in (('target',), ('optimizer', 'target'))
+      if any(keys[: len(p)] == p for keys in leaves)
+    ),
+    None,
+  )
   if prefix is None:
     tops = sorted({keys[0] for keys in leaves})
-    raise CheckpointError(f'{where} lists no parameters below target, as T5X has them; found: '
-                          f'{", ".join(tops) or "none"}')
-  target = {'/'.join(keys[len(prefix):]): (leaf, keys) for keys, leaf in leaves.items() if keys[:len(prefix)] == prefix}
+    raise CheckpointError(
+      f'{where} lists no parameters below target, as T5X has them; found: '
+      f'{", ".join(tops) or "none"}'
+    )
+  target = {
+    '/'.join(keys[len(prefix) :]): (leaf, keys)
+    for keys, leaf in leaves.items()
+    if keys[: len(prefix)] == prefix
+  }
   started = {name: opening(keys) if leaf is None else leaf for name, (leaf, keys) in target.items()}
   tensors = {name: s if isinstance(s, Tensor) else s.tensor() for name, s in started.items()}
-  return Tree(path, f'Orbax checkpoint ({"OCDBT, " if ocdbt else ""}zarr {3 if zarr3 else 2})', tensors,
-              _step(leaves, prefix[:-1] + ('state', 'step'), opening))
+  return Tree(
+    path,
+    f'Orbax checkpoint ({"OCDBT, " if ocdbt else ""}zarr {3 if zarr3 else 2})',
+    tensors,
+    _step(leaves, prefix[:-1] + ('state', 'step'), opening),
+  )
 
 
 def _leaves(tree_metadata: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], None]]:
@@ -79,7 +106,9 @@ def _leaves(tree_metadata: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], No
       yield tuple(str(k['key']) for k in leaf['key_metadata']), None
 
 
-def _old_leaves(node: Any, where: str, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Tensor | None]]:
+def _old_leaves(
+  node: Any, where: str, keys: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Tensor | None]]:
   if isinstance(node, dict):
     for key, child in node.items():
       yield from _old_leaves(child, where, keys + (str(key),))

@@ -14,7 +14,11 @@ from t5x_inference_ext.checkpoints.t5x_output import T5xOutput
 from t5x_inference_ext.checkpoints.tensor import Bounds
 from t5x_inference_ext.errors import UserError
 
-OUTPUT_DTYPES = {'int8': np.dtype(np.int8), 'bfloat16': np.dtype(ml_dtypes.bfloat16), 'float32': np.dtype(np.float32)}
+OUTPUT_DTYPES = {
+  'int8': np.dtype(np.int8),
+  'bfloat16': np.dtype(ml_dtypes.bfloat16),
+  'float32': np.dtype(np.float32),
+}
 # (array, bounds in it, their values)
 ArrayWrite = tuple[RawArray, Bounds, np.ndarray]
 
@@ -41,7 +45,9 @@ class Output(Protocol):
   def is_layer_weight(self, array: str) -> bool:
     """Whether the array of this name holds matrices of layers, or their scales."""
 
-  def headers(self, checksums: dict[str, list[int]], errors: dict[str, dict]) -> Iterator[tuple[str, bytes]]:
+  def headers(
+    self, checksums: dict[str, list[int]], errors: dict[str, dict]
+  ) -> Iterator[tuple[str, bytes]]:
     """The files that describe the arrays: name and content, the header last. errors: of each tensor, by name."""
 
 
@@ -50,13 +56,27 @@ class ServingOutput:
 
   header = serving.CONFIG
 
-  def __init__(self, source: Checkpoint, directory: str, weights: str, provenance: dict[str, Any], version: str,
-               options: dict[str, Any]):
+  def __init__(
+    self,
+    source: Checkpoint,
+    directory: str,
+    weights: str,
+    provenance: dict[str, Any],
+    version: str,
+    options: dict[str, Any],
+  ):
     self.weights = weights
     contents = serving.serving_tensors(source.config, weights)
     self._arrays = {
-        name: RawArray(directory, name, shape, OUTPUT_DTYPES[dtype], serving.serving_chunk_shape(name, shape, OUTPUT_DTYPES[dtype].itemsize))
-        for name, (shape, dtype) in contents.items()}
+      name: RawArray(
+        directory,
+        name,
+        shape,
+        OUTPUT_DTYPES[dtype],
+        serving.serving_chunk_shape(name, shape, OUTPUT_DTYPES[dtype].itemsize),
+      )
+      for name, (shape, dtype) in contents.items()
+    }
     self.arrays = tuple(self._arrays.values())
     self._header = serving.header(source.config, weights, provenance, version, options)
     self._kinds = {**params.parameters(source.config), **params.scales(source.config)}
@@ -70,29 +90,48 @@ class ServingOutput:
   def placements(self, name: str, rectangle: Rectangle, values: np.ndarray) -> Iterator[ArrayWrite]:
     array, (layers, rows, columns) = self._arrays[name], rectangle
     if not serving.is_layered(name):
-      yield (array, (rows, columns), values[0]) if len(array.shape) == 2 else (array, (columns,), values[0, 0])
+      yield (
+        (array, (rows, columns), values[0])
+        if len(array.shape) == 2
+        else (array, (columns,), values[0, 0])
+      )
     elif len(array.shape) == 3:
       yield array, (layers, rows, columns), values
     else:
       yield array, (layers, columns), values[:, 0]
 
-  def headers(self, checksums: dict[str, list[int]], errors: dict[str, dict]) -> Iterator[tuple[str, bytes]]:
+  def headers(
+    self, checksums: dict[str, list[int]], errors: dict[str, dict]
+  ) -> Iterator[tuple[str, bytes]]:
     files = {serving.CHECKSUMS: serving.checksums_file(checksums)}
     yield from files.items()
-    yield serving.CONFIG, manifest.write(
-        {**self._header, 'errors': errors}, {**files, **manifest.array_files(self.arrays)})
+    yield (
+      serving.CONFIG,
+      manifest.write(
+        {**self._header, 'errors': errors}, {**files, **manifest.array_files(self.arrays)}
+      ),
+    )
 
 
 OUTPUT_FORMATS = ('serving', 't5x_int8', 't5x_float')
 
 
-def make_output(source: Checkpoint, directory: str, kind: str, weights: str, provenance: dict[str, Any], version: str,
-                options: dict[str, Any]) -> Output:
+def make_output(
+  source: Checkpoint,
+  directory: str,
+  kind: str,
+  weights: str,
+  provenance: dict[str, Any],
+  version: str,
+  options: dict[str, Any],
+) -> Output:
   """The output of a format, below a directory. Raises UserError for an unknown format, and for weights of 'serving'."""
   if kind not in OUTPUT_FORMATS:
     raise UserError(f'format must be one of {", ".join(OUTPUT_FORMATS)}, got {kind!r}')
   if kind == 'serving' and weights not in serving.SERVING_WEIGHTS:
     raise UserError(f'weights must be one of {", ".join(serving.SERVING_WEIGHTS)}, got {weights!r}')
   if kind != 'serving':
-    return T5xOutput(source, directory, 'int8' if kind == 't5x_int8' else 'float32', provenance, version, options)
+    return T5xOutput(
+      source, directory, 'int8' if kind == 't5x_int8' else 'float32', provenance, version, options
+    )
   return ServingOutput(source, directory, weights, provenance, version, options)

@@ -38,7 +38,10 @@ class Pipeline:
 
   def run(self) -> None:
     """Returns when all are done. Raises the first error of any job, once no job runs any more."""
-    threads = [threading.Thread(target=self._worker, name=f'convert-{i}', daemon=True) for i in range(self._workers)]
+    threads = [
+      threading.Thread(target=self._worker, name=f'convert-{i}', daemon=True)
+      for i in range(self._workers)
+    ]
     for thread in threads:
       thread.start()
     try:

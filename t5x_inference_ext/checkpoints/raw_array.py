@@ -30,8 +30,15 @@ class RawArray:
 
   METADATA = '.zarray'
 
-  def __init__(self, directory: str, name: str, shape: tuple[int, ...], dtype: np.dtype, chunk: tuple[int, ...]):
-    self.name, self.shape, self.dtype, self.chunk = name, tuple(shape), np.dtype(dtype), tuple(chunk)
+  def __init__(
+    self, directory: str, name: str, shape: tuple[int, ...], dtype: np.dtype, chunk: tuple[int, ...]
+  ):
+    self.name, self.shape, self.dtype, self.chunk = (
+      name,
+      tuple(shape),
+      np.dtype(dtype),
+      tuple(chunk),
+    )
     self.path = os.path.join(directory, name)
     self._grid = tuple(-(-n // c) for n, c in zip(self.shape, self.chunk))
 
@@ -53,9 +60,17 @@ class RawArray:
   @property
   def metadata(self) -> dict:
     """The same, parsed. No fill value: a chunk that is not there has been lost."""
-    return {'chunks': list(self.chunk), 'compressor': None, 'dimension_separator': '.',
-            'dtype': ZARR_DTYPES[self.dtype.name], 'fill_value': None, 'filters': None, 'order': 'C',
-            'shape': list(self.shape), 'zarr_format': 2}
+    return {
+      'chunks': list(self.chunk),
+      'compressor': None,
+      'dimension_separator': '.',
+      'dtype': ZARR_DTYPES[self.dtype.name],
+      'fill_value': None,
+      'filters': None,
+      'order': 'C',
+      'shape': list(self.shape),
+      'zarr_format': 2,
+    }
 
   def create(self) -> None:
     """Makes the directory, and all chunks as zeros. Raises OSError where the disk is too small."""
@@ -70,12 +85,18 @@ class RawArray:
     for bounds, values in pieces:
       ranges = (range(b // c, -(-e // c)) for (b, e), c in zip(bounds, self.chunk))
       for place in itertools.product(*ranges):
-        spans = [(max(b, p * c), min(e, (p + 1) * c)) for p, c, (b, e) in zip(place, self.chunk, bounds)]
-        inside = tuple(slice(b - p * c, e - p * c) for p, c, (b, e) in zip(place, self.chunk, spans))
+        spans = [
+          (max(b, p * c), min(e, (p + 1) * c)) for p, c, (b, e) in zip(place, self.chunk, bounds)
+        ]
+        inside = tuple(
+          slice(b - p * c, e - p * c) for p, c, (b, e) in zip(place, self.chunk, spans)
+        )
         taken = tuple(slice(s - b, e - b) for (s, e), (b, _) in zip(spans, bounds))
         by_chunk.setdefault(place, []).append((inside, values[taken]))
     for place, blocks in by_chunk.items():
-      files.write_blocks(self._path(int(np.ravel_multi_index(place, self._grid))), self.chunk, blocks)
+      files.write_blocks(
+        self._path(int(np.ravel_multi_index(place, self._grid))), self.chunk, blocks
+      )
 
   def chunks(self) -> Iterator[int]:
     """The numbers of the chunks, in C order of their grid."""

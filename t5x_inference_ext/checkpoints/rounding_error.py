@@ -18,18 +18,24 @@ class RoundingError:
     norm: the sum of w^2.
   """
 
-  largest: float = 0.
-  magnitude: float = 0.
-  squares: float = 0.
-  norm: float = 0.
+  largest: float = 0.0
+  magnitude: float = 0.0
+  squares: float = 0.0
+  norm: float = 0.0
 
-  def add(self, w: np.ndarray, written: np.ndarray, scale: np.ndarray | None, magnitude: float) -> None:
+  def add(
+    self, w: np.ndarray, written: np.ndarray, scale: np.ndarray | None, magnitude: float
+  ) -> None:
     """Counts a block w [L, in, out] and what was written of it; scale [L, out] of what is int8; magnitude = max|w|."""
     self.magnitude = max(self.magnitude, magnitude)
     for layers, rows in rounding.blocks(w.shape):
       values = [v[layers, rows] for v in (w, written)]
-      exact, rounded = (rounding.dequantize(v, scale[layers, None]) if v.dtype == np.int8 else
-                        v.astype(np.float32, copy=False) for v in values)
+      exact, rounded = (
+        rounding.dequantize(v, scale[layers, None])
+        if v.dtype == np.int8
+        else v.astype(np.float32, copy=False)
+        for v in values
+      )
       difference = np.subtract(rounded, exact)
       self.largest = max(self.largest, float(difference.max()), -float(difference.min()))
       exact = np.ascontiguousarray(exact)
@@ -37,7 +43,10 @@ class RoundingError:
       self.norm += _squares(exact)
 
   def merge(self, other: 'RoundingError') -> None:
-    self.largest, self.magnitude = max(self.largest, other.largest), max(self.magnitude, other.magnitude)
+    self.largest, self.magnitude = (
+      max(self.largest, other.largest),
+      max(self.magnitude, other.magnitude),
+    )
     self.squares, self.norm = self.squares + other.squares, self.norm + other.norm
 
   def to_list(self) -> list[float]:
@@ -50,12 +59,12 @@ class RoundingError:
   @property
   def worst(self) -> float:
     """max|w' - w| / max|w|."""
-    return self.largest / self.magnitude if self.magnitude else 0.
+    return self.largest / self.magnitude if self.magnitude else 0.0
 
   @property
   def relative(self) -> float:
     """||w' - w|| / ||w||."""
-    return (self.squares / self.norm)**.5 if self.norm else 0.
+    return (self.squares / self.norm) ** 0.5 if self.norm else 0.0
 
 
 def _squares(values: np.ndarray) -> float:

@@ -30,12 +30,22 @@ SERVING_WEIGHTS = ('int8', 'bfloat16')
 MAX_CHUNK_ROWS = 8192
 MAX_CHUNK_COLUMNS = 4096
 MAX_CHUNK_BYTES = 64 * 2**20
-_DTYPES = {'int8': np.dtype(np.int8), 'bfloat16': np.dtype(ml_dtypes.bfloat16), 'float32': np.dtype(np.float32)}
+_DTYPES = {
+  'int8': np.dtype(np.int8),
+  'bfloat16': np.dtype(ml_dtypes.bfloat16),
+  'float32': np.dtype(np.float32),
+}
 
 
 def serving_tensors(config: ModelConfig, weights: str) -> dict[str, tuple[tuple[int, ...], str]]:
   """(shape, dtype name) of every tensor in a serving checkpoint of a model, by name."""
-  dtypes = {'matrix': weights, 'embedding': 'bfloat16', 'norm': 'float32', 'bias': 'float32', 'scale': 'float32'}
+  dtypes = {
+    'matrix': weights,
+    'embedding': 'bfloat16',
+    'norm': 'float32',
+    'bias': 'float32',
+    'scale': 'float32',
+  }
   tensors = params.parameters(config)
   if weights == 'int8':
     tensors = {**tensors, **params.scales(config)}
@@ -72,15 +82,19 @@ class ServingTensor(Tensor):
     self._checksums = checksums
     self._verified = set()
     if len(checksums) != int(np.prod(self._grid)):
-      raise CheckpointError(f'{name}: {path} has {int(np.prod(self._grid))} chunks, but {CHECKSUMS} lists '
-                            f'{len(checksums)}')
+      raise CheckpointError(
+        f'{name}: {path} has {int(np.prod(self._grid))} chunks, but {CHECKSUMS} lists '
+        f'{len(checksums)}'
+      )
 
   def chunks(self, bounds: Bounds | None = None) -> Iterator[tuple[int, tuple[slice, ...]]]:
     """(number, index) of the chunks that cover `bounds`, in C order of the chunk grid."""
     bounds = bounds or tuple((0, n) for n in self.shape)
     ranges = (range(begin // c, -(-end // c)) for (begin, end), c in zip(bounds, self.chunk))
     for place in itertools.product(*ranges):
-      index = tuple(slice(i * c, min((i + 1) * c, n)) for i, c, n in zip(place, self.chunk, self.shape))
+      index = tuple(
+        slice(i * c, min((i + 1) * c, n)) for i, c, n in zip(place, self.chunk, self.shape)
+      )
       yield int(np.ravel_multi_index(place, self._grid)), index
 
   def verify(self, bounds: Bounds | None = None) -> None:
@@ -94,8 +108,10 @@ class ServingTensor(Tensor):
     values = self._load(index)
     if number not in self._verified:
       if checksum(values) != self._checksums[number]:
-        raise CheckpointError(f'{self.name}: damaged data in {self.path}/{self.file(index)}: its checksum is not the one '
-                              f'recorded in {CHECKSUMS}; convert again')
+        raise CheckpointError(
+          f'{self.name}: damaged data in {self.path}/{self.file(index)}: its checksum is not the one '
+          f'recorded in {CHECKSUMS}; convert again'
+        )
       self._verified.add(number)
     return values
 
@@ -111,8 +127,10 @@ class ServingTensor(Tensor):
     values = np.frombuffer(stored, np.uint8).reshape(*self.chunk, self.dtype.itemsize).copy()
     values[inside] = 0
     if values.any():
-      raise CheckpointError(f'{self.name}: damaged data in {self.path}/{key}: what is behind the end of the array is '
-                            'not zero; convert again')
+      raise CheckpointError(
+        f'{self.name}: damaged data in {self.path}/{key}: what is behind the end of the array is '
+        'not zero; convert again'
+      )
 
   def file(self, index: tuple[slice, ...]) -> str:
     """The name of the file of a chunk."""
@@ -133,8 +151,13 @@ class ServingTensor(Tensor):
     return self._load(index)
 
 
-def header(config: ModelConfig, weights: str, source: dict[str, Any], tool_version: str,
-           options: dict[str, Any]) -> dict[str, Any]:
+def header(
+  config: ModelConfig,
+  weights: str,
+  source: dict[str, Any],
+  tool_version: str,
+  options: dict[str, Any],
+) -> dict[str, Any]:
   """What serving_config.json holds, the last file of a serving checkpoint to be written.
 
   Args:
@@ -144,15 +167,31 @@ def header(config: ModelConfig, weights: str, source: dict[str, Any], tool_versi
     tool_version: of this package.
     options: how it was made, for people.
   """
-  tensors = {name: {'shape': shape, 'dtype': dtype, 'chunks': serving_chunk_shape(name, shape, _DTYPES[dtype].itemsize)}
-             for name, (shape, dtype) in serving_tensors(config, weights).items()}
-  return {'format': SERVING_FORMAT, 'version': VERSION, 'written_by': f't5x_inference_ext {tool_version}', 'weights': weights,
-          'options': options, 'model': config.to_dict(), 'source': source, 'tensors': tensors}
+  tensors = {
+    name: {
+      'shape': shape,
+      'dtype': dtype,
+      'chunks': serving_chunk_shape(name, shape, _DTYPES[dtype].itemsize),
+    }
+    for name, (shape, dtype) in serving_tensors(config, weights).items()
+  }
+  return {
+    'format': SERVING_FORMAT,
+    'version': VERSION,
+    'written_by': f't5x_inference_ext {tool_version}',
+    'weights': weights,
+    'options': options,
+    'model': config.to_dict(),
+    'source': source,
+    'tensors': tensors,
+  }
 
 
 def checksums_file(checksums: dict[str, list[int]]) -> bytes:
   """What checksums.json holds."""
-  return json.dumps({name: [f'{c:08x}' for c in values] for name, values in checksums.items()}).encode()
+  return json.dumps(
+    {name: [f'{c:08x}' for c in values] for name, values in checksums.items()}
+  ).encode()
 
 
 def read_serving_header(path: str, data: bytes) -> tuple[dict[str, Any], ModelConfig]:
@@ -163,11 +202,15 @@ def read_serving_header(path: str, data: bytes) -> tuple[dict[str, Any], ModelCo
     if header['format'] != SERVING_FORMAT:
       raise CheckpointError(f'{where}: format {header["format"]!r} is not {SERVING_FORMAT!r}')
     if header['version'] != VERSION:
-      raise CheckpointError(f'{where}: format version {header["version"]}, but this package reads version {VERSION}: '
-                            f'written by {header.get("written_by")}')
+      raise CheckpointError(
+        f'{where}: format version {header["version"]}, but this package reads version {VERSION}: '
+        f'written by {header.get("written_by")}'
+      )
     config = ModelConfig.from_dict(header['model'])
     if header['weights'] not in SERVING_WEIGHTS:
-      raise CheckpointError(f'{where}: weights {header["weights"]!r} are none of {", ".join(SERVING_WEIGHTS)}')
+      raise CheckpointError(
+        f'{where}: weights {header["weights"]!r} are none of {", ".join(SERVING_WEIGHTS)}'
+      )
     source = header.get('source')
     return {**header, 'source': source if isinstance(source, dict) else {}}, config
   except CheckpointError:
@@ -176,7 +219,9 @@ def read_serving_header(path: str, data: bytes) -> tuple[dict[str, Any], ModelCo
     raise CheckpointError(f'{where} is damaged: {type(e).__name__} {e}') from e
 
 
-def read_tensors(path: str, config: ModelConfig, weights: str, cached: bool = True) -> dict[str, ServingTensor]:
+def read_tensors(
+  path: str, config: ModelConfig, weights: str, cached: bool = True
+) -> dict[str, ServingTensor]:
   """The tensors of a serving checkpoint.
 
   Args:
@@ -191,12 +236,15 @@ def read_tensors(path: str, config: ModelConfig, weights: str, cached: bool = Tr
   return read_listed(path, serving_tensors(config, weights), CONFIG, cached)
 
 
-def read_listed(path: str, listed: dict[str, tuple[tuple[int, ...], str]], header_file: str,
-                cached: bool = True) -> dict[str, ServingTensor]:
+def read_listed(
+  path: str, listed: dict[str, tuple[tuple[int, ...], str]], header_file: str, cached: bool = True
+) -> dict[str, ServingTensor]:
   """The arrays `listed` (shape, dtype name) in a directory with checksums.json, by their directories' names."""
   data = storage.read_file(path, CHECKSUMS)
   try:
-    checksums = {name: [int(c, 16) for c in values] for name, values in json.loads(data or b'').items()}
+    checksums = {
+      name: [int(c, 16) for c in values] for name, values in json.loads(data or b'').items()
+    }
   except (ValueError, TypeError, AttributeError) as e:
     raise CheckpointError(f'{path}/{CHECKSUMS} is missing or damaged: {e}') from e
   opening = {name: zarr_arrays.open_array(name, f'{path}/{name}', cached=cached) for name in listed}
@@ -204,8 +252,10 @@ def read_listed(path: str, listed: dict[str, tuple[tuple[int, ...], str]], heade
   for name, (shape, dtype) in listed.items():
     store = opening[name].store()
     if store.shape != tuple(shape) or store.dtype.numpy_dtype != _DTYPES[dtype]:
-      raise CheckpointError(f'{name}: {path}/{name} is {store.dtype.name} {list(store.shape)}, but '
-                            f'{path}/{header_file} says {dtype} {list(shape)}')
+      raise CheckpointError(
+        f'{name}: {path}/{name} is {store.dtype.name} {list(store.shape)}, but '
+        f'{path}/{header_file} says {dtype} {list(shape)}'
+      )
     if name not in checksums:
       raise CheckpointError(f'{path}/{CHECKSUMS} lacks {name}')
     tensors[name] = ServingTensor(name, f'{path}/{name}', store, checksums[name])

@@ -72,8 +72,12 @@ class SliceWork:
     self._job, self._slice = job, piece
     self._kinds = params.parameters(job.source.config)
     self._blocks = job.plan.blocks(piece)
-    self._steps = iter([*((self._measure, *((self._search,) if job.search else ())) if piece.scaled else ()),
-                        self._write])
+    self._steps = iter(
+      [
+        *((self._measure, *((self._search,) if job.search else ())) if piece.scaled else ()),
+        self._write,
+      ]
+    )
     self._lock = threading.Lock()
     self._held = {}
     self._layers = piece.boxes[0].bounds[0]
@@ -116,7 +120,9 @@ class SliceWork:
     for name, maxima in self._maxima.items():
       check_finite(self._job.source, name, maxima, self._layers[0], np.int8)
       together.setdefault(self._kinds[name].scale, []).append(maxima)
-    self._scales = {scale: rounding.scales_of(np.maximum.reduce(maxima)) for scale, maxima in together.items()}
+    self._scales = {
+      scale: rounding.scales_of(np.maximum.reduce(maxima)) for scale, maxima in together.items()
+    }
 
   def _search(self, number: int, block: StoredBlock) -> None:
     array = self._job.plan.arrays[block.array]
@@ -126,7 +132,9 @@ class SliceWork:
       place = self._place(scale, rectangle)
       squares = rounding.squared_errors(w, self._scales[scale][place])
       with self._lock:
-        self._buffer(self._squares, scale, scale, np.int64, len(rounding.SEARCHED))[:, *place] += squares
+        self._buffer(self._squares, scale, scale, np.int64, len(rounding.SEARCHED))[:, *place] += (
+          squares
+        )
 
   def _choose(self) -> None:
     for scale, squares in self._squares.items():
@@ -144,11 +152,15 @@ class SliceWork:
         place = self._place(scale_name, rectangle)
         scale, magnitude = self._scales[scale_name][place], self._maxima[part.name][place].max()
       elif scale_name is not None and self._job.source.weights == 'int8':
-        scale = self._job.source.tensors[scale_name].read((slice(*rectangle.layers), slice(*rectangle.columns)))
+        scale = self._job.source.tensors[scale_name].read(
+          (slice(*rectangle.layers), slice(*rectangle.columns))
+        )
         magnitude = rounding.QMAX * scale.max()
       else:
         largest = rounding.largest(w)
-        check_finite(self._job.source, part.name, largest, rectangle.layers[0], output.dtype(part.name))
+        check_finite(
+          self._job.source, part.name, largest, rectangle.layers[0], output.dtype(part.name)
+        )
         magnitude = largest.max()
       written = _written(w, scale, output.dtype(part.name))
       errors.setdefault(part.name, RoundingError()).add(w, written, scale, float(magnitude))
@@ -165,14 +177,21 @@ class SliceWork:
   def _finish(self) -> None:
     for scale, places in self._columns.items():
       for columns, place in places.items():
-        values = self._scales[scale][:, None, place:place + columns[1] - columns[0]]
-        self._put(list(self._job.output.placements(scale, Rectangle(self._layers, (0, 1), columns), values)))
+        values = self._scales[scale][:, None, place : place + columns[1] - columns[0]]
+        self._put(
+          list(self._job.output.placements(scale, Rectangle(self._layers, (0, 1), columns), values))
+        )
     errors = {}
     for _, of_block in sorted(self._errors.items()):
       for name, error in of_block.items():
         errors.setdefault(name, RoundingError()).merge(error)
-    self._job.finished({'slice': self._slice.number, 'sums': self._sums,
-                        'errors': {name: error.to_list() for name, error in errors.items()}})
+    self._job.finished(
+      {
+        'slice': self._slice.number,
+        'sums': self._sums,
+        'errors': {name: error.to_list() for name, error in errors.items()},
+      }
+    )
 
   def _put(self, placements: list[ArrayWrite]) -> None:
     self._job.put(placements)
@@ -199,9 +218,13 @@ class SliceWork:
     begin, end = rectangle.columns
     first = ranges[bisect.bisect_right(ranges, (begin, math.inf)) - 1]
     place = self._columns[scale][first] + begin - first[0]
-    return slice(*(i - self._layers[0] for i in rectangle.layers)), slice(place, place + end - begin)
+    return slice(*(i - self._layers[0] for i in rectangle.layers)), slice(
+      place, place + end - begin
+    )
 
-  def _buffer(self, buffers: dict[str, np.ndarray], name: str, scale: str, dtype: type, *lead: int) -> np.ndarray:
+  def _buffer(
+    self, buffers: dict[str, np.ndarray], name: str, scale: str, dtype: type, *lead: int
+  ) -> np.ndarray:
     """[*lead, layers, columns] of the slice."""
     if name not in buffers:
       columns = sum(end - begin for begin, end in self._columns[scale])
@@ -213,4 +236,6 @@ def _written(w: np.ndarray, scale: np.ndarray | None, dtype: np.dtype) -> np.nda
   """w [layers, rows, columns], float or int8, as it is written; scale [layers, columns] where either is int8."""
   if dtype == np.int8:
     return w if w.dtype == np.int8 else rounding.quantize_layers(w, scale)
-  return (rounding.dequantize(w, scale[:, None]) if w.dtype == np.int8 else w).astype(dtype, copy=False)
+  return (rounding.dequantize(w, scale[:, None]) if w.dtype == np.int8 else w).astype(
+    dtype, copy=False
+  )

@@ -53,38 +53,60 @@ class ConversionPlan:
     slice_bytes: the largest slice's.
   """
 
-  def __init__(self, arrays: Sequence[SourceArray], config: ModelConfig, finds_scales: bool,
-               slice_bytes: int = SLICE_BYTES):
+  def __init__(
+    self,
+    arrays: Sequence[SourceArray],
+    config: ModelConfig,
+    finds_scales: bool,
+    slice_bytes: int = SLICE_BYTES,
+  ):
     self.arrays = tuple(arrays)
     kinds = params.parameters(config)
     by_scale, single = {}, []
     for i, array in enumerate(self.arrays):
-      scales = sorted({kinds[part.name].scale for part in array.arrangement.parts if kinds[part.name].scale})
+      scales = sorted(
+        {kinds[part.name].scale for part in array.arrangement.parts if kinds[part.name].scale}
+      )
       if scales and finds_scales:
-        by_scale.setdefault(scales[0], []).append(i)  # arrays that share one scale share all: output matrices
+        by_scale.setdefault(scales[0], []).append(
+          i
+        )  # arrays that share one scale share all: output matrices
       else:
         single.append(i)
-    boxes = [((StoredBlock(i, b),), False) for i in single
-             for b in _boxes(self.arrays[i].arrangement.factored, self._cell(i, slice_bytes))]
+    boxes = [
+      ((StoredBlock(i, b),), False)
+      for i in single
+      for b in _boxes(self.arrays[i].arrangement.factored, self._cell(i, slice_bytes))
+    ]
     for indices in by_scale.values():
       boxes += [(cut, True) for cut in self._columns(indices, slice_bytes)]
     self.slices = tuple(TensorSlice(n, cut, scaled) for n, (cut, scaled) in enumerate(boxes))
     self.slice_bytes = max(self.nbytes(s) for s in self.slices)
-    self.block_bytes = max(self.arrays[i].nbytes(tuple((0, n) for n in self._cell(i, BLOCK_BYTES)))
-                           for i in range(len(self.arrays)))
+    self.block_bytes = max(
+      self.arrays[i].nbytes(tuple((0, n) for n in self._cell(i, BLOCK_BYTES)))
+      for i in range(len(self.arrays))
+    )
 
   def nbytes(self, s: TensorSlice) -> int:
     """What it holds of the source, decoded."""
     return sum(self.arrays[box.array].nbytes(box.bounds) for box in s.boxes)
 
   def blocks(self, s: TensorSlice) -> list[StoredBlock]:
-    return [StoredBlock(box.array, bounds) for box in s.boxes for bounds in _boxes(box.bounds, self._cell(
-        box.array, BLOCK_BYTES, tuple(end - begin for begin, end in box.bounds)))]
+    return [
+      StoredBlock(box.array, bounds)
+      for box in s.boxes
+      for bounds in _boxes(
+        box.bounds,
+        self._cell(box.array, BLOCK_BYTES, tuple(end - begin for begin, end in box.bounds)),
+      )
+    ]
 
   def _cell(self, index: int, nbytes: int, within: Sequence[int] | None = None) -> tuple[int, ...]:
     """Whole chunks of an array of up to nbytes, or one chunk: grown along its last axes first, as they are stored."""
     array = self.arrays[index]
-    return _grow(array.chunk, within or array.arrangement.factored, array.tensor.dtype.itemsize, nbytes)
+    return _grow(
+      array.chunk, within or array.arrangement.factored, array.tensor.dtype.itemsize, nbytes
+    )
 
   def _columns(self, indices: list[int], slice_bytes: int) -> Iterator[tuple[StoredBlock, ...]]:
     """Cuts arrays that share scales across layers and outputs alike, at borders of chunks of all of them."""
@@ -92,15 +114,19 @@ class ConversionPlan:
     split = [1 + len(a.arrangement.inputs) for a in arrays]
     kept = [(a.arrangement.factored[0], *a.arrangement.outputs) for a in arrays]
     if any(sizes != kept[0] for sizes in kept):
-      raise CheckpointError(f'{" and ".join(a.tensor.path for a in arrays)} have one scale for each channel together, '
-                            f'but different output axes {kept}')
+      raise CheckpointError(
+        f'{" and ".join(a.tensor.path for a in arrays)} have one scale for each channel together, '
+        f'but different output axes {kept}'
+      )
     chunks = [(a.chunk[0], *a.chunk[n:]) for a, n in zip(arrays, split)]
     cell = tuple(min(n, math.lcm(*sides)) for n, *sides in zip(kept[0], *chunks))
     rows = sum(math.prod(a.arrangement.inputs) * a.tensor.dtype.itemsize for a in arrays)
     cell = _grow(cell, kept[0], rows, slice_bytes)
     for first, *outputs in _boxes(kept[0], cell):
-      yield tuple(StoredBlock(i, (first, *((0, n) for n in a.arrangement.inputs), *outputs))
-                  for i, a in zip(indices, arrays))
+      yield tuple(
+        StoredBlock(i, (first, *((0, n) for n in a.arrangement.inputs), *outputs))
+        for i, a in zip(indices, arrays)
+      )
 
 
 def _grow(cell: Sequence[int], shape: Sequence[int], itemsize: int, nbytes: int) -> tuple[int, ...]:
@@ -118,5 +144,7 @@ def _grow(cell: Sequence[int], shape: Sequence[int], itemsize: int, nbytes: int)
 def _boxes(shape: Sequence, cell: Sequence[int]) -> Iterator[Bounds]:
   """Cuts a shape, or bounds, into boxes of a cell's size; they start at multiples of it from where the bounds begin."""
   bounds = [n if isinstance(n, tuple) else (0, n) for n in shape]
-  ranges = ([(i, min(i + c, end)) for i in range(begin, end, c)] for (begin, end), c in zip(bounds, cell))
+  ranges = (
+    [(i, min(i + c, end)) for i in range(begin, end, c)] for (begin, end), c in zip(bounds, cell)
+  )
   yield from itertools.product(*ranges)

@@ -51,20 +51,27 @@ class Staging:
     if storage.is_remote(staging):
       raise CheckpointError(f'the staging directory must be on a local disk, not {staging}')
     name = re.sub(r'[^\w.-]', '_', os.path.basename(key))
-    self.root = os.path.join(storage.normalize(staging), f'{name}-{zlib.crc32(self.path.encode()):08x}')
+    self.root = os.path.join(
+      storage.normalize(staging), f'{name}-{zlib.crc32(self.path.encode()):08x}'
+    )
     self.local, self._plan, self._journal = (
-        os.path.join(self.root, n) for n in ('checkpoint', 'plan.json', 'journal.jsonl'))
+      os.path.join(self.root, n) for n in ('checkpoint', 'plan.json', 'journal.jsonl')
+    )
 
   def check_target(self) -> None:
     """Raises CheckpointError where there is something that is not an upload of ours, or cannot be looked at."""
     names = storage.list_objects(self.path)
     if names and MARKER not in names and _COMPLETE not in self._entries():
-      raise CheckpointError(f'{self.path} exists already, with {names[0]} in it: remove it, or choose another output')
+      raise CheckpointError(
+        f'{self.path} exists already, with {names[0]} in it: remove it, or choose another output'
+      )
 
   def description(self, largest_file: int, workers: int) -> str:
     """What it takes, for people."""
-    return (f'made in {self.root}, whose disk it takes until all is uploaded to {self.path}; uploading takes up to '
-            f'{_COPIES * largest_file * workers / 1e6:.0f} MB of memory')
+    return (
+      f'made in {self.root}, whose disk it takes until all is uploaded to {self.path}; uploading takes up to '
+      f'{_COPIES * largest_file * workers / 1e6:.0f} MB of memory'
+    )
 
   def adopt(self, plan: dict[str, Any]) -> bool:
     """Makes the directory that of this plan: what is left of another, here and in the bucket, is removed.
@@ -80,8 +87,10 @@ class Staging:
       entries, stored = self._entries(), self._stored_plan()
       complete = _COMPLETE in entries
       if complete and stored not in (None, plan):
-        raise CheckpointError(f'{self.path} exists already, from another source or with other options: remove it, or '
-                              'choose another output')
+        raise CheckpointError(
+          f'{self.path} exists already, from another source or with other options: remove it, or '
+          'choose another output'
+        )
       if not complete and (stored != plan or MARKER not in entries):
         with self._uploading():
           self._start(plan)
@@ -95,7 +104,9 @@ class Staging:
       with contextlib.suppress(FileNotFoundError):
         os.remove(path)
     # Written before all else: it says whether the bucket takes anything. And headers go before what they describe.
-    generation = storage.write_object(self.path, MARKER, b'Unfinished: run the same convert_checkpoint again.\n')
+    generation = storage.write_object(
+      self.path, MARKER, b'Unfinished: run the same convert_checkpoint again.\n'
+    )
     for name in sorted(storage.list_objects(self.path), key=lambda n: ('/' in n, n)):
       if name != MARKER:
         storage.remove_object(self.path, name)
@@ -129,16 +140,21 @@ class Staging:
 
       run_jobs([lambda n=name: one(n) for name in sizes if name != header], workers)
       if not self._is_there(MARKER, entries[MARKER]):
-        raise CheckpointError(f'{self.path}/{MARKER} is not the one written by this conversion: another one writes to '
-                              f'{self.path}; end it, and run the same command again')
+        raise CheckpointError(
+          f'{self.path}/{MARKER} is not the one written by this conversion: another one writes to '
+          f'{self.path}; end it, and run the same command again'
+        )
       one(header)
       files.append_line(self._journal, {_COMPLETE: ''})
       self.remove()
 
   def _is_there(self, name: str, generation: str | None) -> bool:
     """Whether an object still is what was written, by its generation."""
-    return generation is not None and storage.read_object(
-        self.path, name, unless=bytes.fromhex(generation)).state == 'unspecified'
+    return (
+      generation is not None
+      and storage.read_object(self.path, name, unless=bytes.fromhex(generation)).state
+      == 'unspecified'
+    )
 
   def _copy(self, name: str) -> bytes:
     """Uploads a file and reads it back. Returns the object's generation."""
@@ -147,21 +163,29 @@ class Staging:
     generation = storage.write_object(self.path, name, data)
     found = storage.read_object(self.path, name)
     if found.state != 'value' or found.stamp.generation != generation or found.value != data:
-      raise CheckpointError(f'{self.path}/{name} is not what was written there a moment ago: if nothing else writes '
-                            'there, run the same command again')
+      raise CheckpointError(
+        f'{self.path}/{name} is not what was written there a moment ago: if nothing else writes '
+        'there, run the same command again'
+      )
     return generation
 
   def remove(self) -> None:
     """The directory, and the object that says that there is one."""
     storage.remove_object(self.path, MARKER)
     files.remove(self.local)
-    shutil.rmtree(self.root, ignore_errors=True)  # another shard may be looking whether there is something to do
+    shutil.rmtree(
+      self.root, ignore_errors=True
+    )  # another shard may be looking whether there is something to do
 
   def _entries(self) -> dict[str, str]:
     """What the journal says is in the bucket: generations by name."""
     if not os.path.exists(self._journal):
       return {}
-    return {name: generation for entry in files.read_lines(self._journal) for name, generation in entry.items()}
+    return {
+      name: generation
+      for entry in files.read_lines(self._journal)
+      for name, generation in entry.items()
+    }
 
   def _stored_plan(self) -> dict[str, Any] | None:
     try:
@@ -179,7 +203,9 @@ class Staging:
       try:
         fcntl.flock(f, how)
       except BlockingIOError:
-        raise CheckpointError(f'another conversion is uploading {self.path} from {self.root}') from None
+        raise CheckpointError(
+          f'another conversion is uploading {self.path} from {self.root}'
+        ) from None
       yield
 
 

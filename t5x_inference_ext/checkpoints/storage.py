@@ -36,7 +36,7 @@ def read_file(directory: str, name: str) -> bytes | None:
       with open(path, 'rb') as f:
         return f.read()
     except OSError as e:
-      raise CheckpointError(f'can\'t read {path}: {e.strerror}') from e
+      raise CheckpointError(f"can't read {path}: {e.strerror}") from e
   result = read_object(directory, name)
   return bytes(result.value) if result.state == 'value' else None
 
@@ -46,7 +46,7 @@ def read_object(directory: str, name: str, unless: bytes | None = None) -> ts.Kv
   try:
     return _open(directory).read(name, if_not_equal=unless).result()
   except ValueError as e:
-    raise CheckpointError(f'can\'t read {directory}/{name}: {reason(e)}') from e
+    raise CheckpointError(f"can't read {directory}/{name}: {reason(e)}") from e
 
 
 def write_object(directory: str, name: str, data: bytes) -> bytes:
@@ -54,7 +54,7 @@ def write_object(directory: str, name: str, data: bytes) -> bytes:
   try:
     return _open(directory).write(name, data).result().generation
   except ValueError as e:
-    raise CheckpointError(f'can\'t write to {directory}/{name}: {reason(e)}') from e
+    raise CheckpointError(f"can't write to {directory}/{name}: {reason(e)}") from e
 
 
 def remove_object(directory: str, name: str) -> None:
@@ -62,7 +62,7 @@ def remove_object(directory: str, name: str) -> None:
   try:
     _open(directory).write(name, None).result()
   except ValueError as e:
-    raise CheckpointError(f'can\'t remove {directory}/{name}: {reason(e)}') from e
+    raise CheckpointError(f"can't remove {directory}/{name}: {reason(e)}") from e
 
 
 def list_objects(directory: str) -> list[str]:
@@ -70,15 +70,18 @@ def list_objects(directory: str) -> list[str]:
   try:
     return sorted(name.decode() for name in _open(directory).list().result())
   except ValueError as e:
-    raise CheckpointError(f'can\'t list {directory}: {reason(e)}') from e
+    raise CheckpointError(f"can't list {directory}: {reason(e)}") from e
 
 
 def list_files(directory: str) -> list[str]:
   """The names of all files below a directory."""
   if is_remote(directory):
     return list_objects(directory)
-  return sorted(os.path.relpath(os.path.join(root, name), directory)
-                for root, _, names in os.walk(directory) for name in names)
+  return sorted(
+    os.path.relpath(os.path.join(root, name), directory)
+    for root, _, names in os.walk(directory)
+    for name in names
+  )
 
 
 def _open(directory: str) -> ts.KvStore:

@@ -16,11 +16,11 @@ from t5x_inference_ext.checkpoints import flaxformer, flaxformer_names, legacy, 
 from t5x_inference_ext.checkpoints.arrays import KernelLayout, KernelPart, Rectangle
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
 from t5x_inference_ext.checkpoints.layer_kinds import (
-    Kernel,
-    LAYER_KINDS,
-    LayerKind,
-    OUT,
-    UnknownSizes,
+  Kernel,
+  LAYER_KINDS,
+  LayerKind,
+  OUT,
+  UnknownSizes,
 )
 from t5x_inference_ext.checkpoints.raw_array import RawArray
 from t5x_inference_ext.config import ModelConfig
@@ -36,8 +36,15 @@ class T5xOutput:
 
   header = legacy.INDEX
 
-  def __init__(self, source: Checkpoint, directory: str, weights: str, provenance: dict[str, Any], version: str,
-               options: dict[str, Any]):
+  def __init__(
+    self,
+    source: Checkpoint,
+    directory: str,
+    weights: str,
+    provenance: dict[str, Any],
+    version: str,
+    options: dict[str, Any],
+  ):
     self.weights = weights
     form = source.form or usual_form(source.config)
     self._step, self._kinds = source.step, params.parameters(source.config)
@@ -46,32 +53,61 @@ class T5xOutput:
     self._layers = source.config.num_layers
     try:
       self._per_layer, self._axis = form['per_layer'], form['layer_axis']
-      self._lay_out(source.config, {k.name: k for k in LAYER_KINDS}[form['layers']], form['kernels'])
+      self._lay_out(
+        source.config, {k.name: k for k in LAYER_KINDS}[form['layers']], form['kernels']
+      )
     except (TypeError, KeyError, AttributeError, UnknownSizes) as e:  # of a damaged header
-      raise CheckpointError(f'{source.path}: source.form in {serving.CONFIG} is not an arrangement that T5X has: '
-                            f'{type(e).__name__} {e}') from e
+      raise CheckpointError(
+        f'{source.path}: source.form in {serving.CONFIG} is not an arrangement that T5X has: '
+        f'{type(e).__name__} {e}'
+      ) from e
     self.arrays = tuple(a for leaves in self._leaves.values() for a in leaves)
     self._manifest = {
-        'format': T5X_MANIFEST_FORMAT, 'version': 1, 'written_by': f't5x_inference_ext {version}', 'weights': weights,
-        'options': options, 'model': source.config.to_dict(), 'source': provenance,
-        'tensors': {a.name: {'shape': a.shape, 'dtype': a.dtype.name, 'chunks': a.chunk} for a in self.arrays}}
+      'format': T5X_MANIFEST_FORMAT,
+      'version': 1,
+      'written_by': f't5x_inference_ext {version}',
+      'weights': weights,
+      'options': options,
+      'model': source.config.to_dict(),
+      'source': provenance,
+      'tensors': {
+        a.name: {'shape': a.shape, 'dtype': a.dtype.name, 'chunks': a.chunk} for a in self.arrays
+      },
+    }
 
   def _lay_out(self, config: ModelConfig, kind: LayerKind, stored: dict[str, list[int]]) -> None:
     e = config.d_model
     vector = lambda name: KernelLayout(None, 0, (), (e,), (KernelPart(name, 0, e),), 0)
     v = config.vocab_size
-    self._add('embedding', flaxformer_names.EMBEDDING,
-              KernelLayout(None, 0, (v,), (e,), (KernelPart('embedding', 0, v),), 0), np.float32)
-    leaf_names = (('', 'scale'), ('_bias', 'bias'))[:2 if config.norm == 'layer' else 1]
+    self._add(
+      'embedding',
+      flaxformer_names.EMBEDDING,
+      KernelLayout(None, 0, (v,), (e,), (KernelPart('embedding', 0, v),), 0),
+      np.float32,
+    )
+    leaf_names = (('', 'scale'), ('_bias', 'bias'))[: 2 if config.norm == 'layer' else 1]
     for suffix, leaf in leaf_names:
-      self._add(f'final_norm{suffix}', f'{flaxformer_names.FINAL_NORM}/{leaf}', vector(f'final_norm{suffix}'),
-                np.float32)
+      self._add(
+        f'final_norm{suffix}',
+        f'{flaxformer_names.FINAL_NORM}/{leaf}',
+        vector(f'final_norm{suffix}'),
+        np.float32,
+      )
       for name, module in kind.norms:
-        self._add(f'{name}{suffix}', f'{flaxformer_names.LAYERS}/{module}/{leaf}', KernelLayout(
-            self._layers, self._axis, (), (e,), (KernelPart(f'{name}{suffix}', 0, e),), 0), np.float32)
+        self._add(
+          f'{name}{suffix}',
+          f'{flaxformer_names.LAYERS}/{module}/{leaf}',
+          KernelLayout(
+            self._layers, self._axis, (), (e,), (KernelPart(f'{name}{suffix}', 0, e),), 0
+          ),
+          np.float32,
+        )
     factors = {'attention_output': kind.output_factor, 'mlp_output': kind.output_factor}
     if self.weights == 'int8' and OUT in stored:
-      stored = {**stored, OUT: stored[OUT][-2:]}  # flaxformer's quantized output projection has its heads joined
+      stored = {
+        **stored,
+        OUT: stored[OUT][-2:],
+      }  # flaxformer's quantized output projection has its heads joined
     kernels = kind.kernels(config, {module: tuple(shape) for module, shape in stored.items()})
     for module in stored:
       kernel = kernels[module]
@@ -82,7 +118,9 @@ class T5xOutput:
         self._add_parts(f'{place}/qkernel', matrix, np.int8)
         self._add_parts(f'{place}/qscale', scale, np.float32)
       else:
-        self._add_parts(f'{place}/kernel', flaxformer.arrangement(kernel, config, self._axis, factors), np.float32)
+        self._add_parts(
+          f'{place}/kernel', flaxformer.arrangement(kernel, config, self._axis, factors), np.float32
+        )
 
   def _add_parts(self, leaf: str, arrangement: KernelLayout, dtype: type) -> None:
     for part in arrangement.parts:
@@ -97,11 +135,14 @@ class T5xOutput:
     shape = arrangement.to_stored(arrangement.factored)
     names = [leaf]
     if self._per_layer and arrangement.layers is not None:
-      shape = shape[:self._axis] + shape[self._axis + 1:]
-      names = [leaf.replace(flaxformer_names.LAYERS, f'decoder/layers_{i}', 1) for i in range(self._layers)]
+      shape = shape[: self._axis] + shape[self._axis + 1 :]
+      names = [
+        leaf.replace(flaxformer_names.LAYERS, f'decoder/layers_{i}', 1) for i in range(self._layers)
+      ]
     chunk = t5x_chunk_shape(shape, CHUNK_BYTES // np.dtype(dtype).itemsize)
     self._leaves[leaf] = [
-        RawArray(self._directory, f'target.{n.replace("/", ".")}', shape, dtype, chunk) for n in names]
+      RawArray(self._directory, f'target.{n.replace("/", ".")}', shape, dtype, chunk) for n in names
+    ]
 
   def dtype(self, name: str) -> np.dtype:
     return self._leaves[self._places[name][0][0]][0].dtype
@@ -123,13 +164,23 @@ class T5xOutput:
         elif arrangement.layers is None:
           yield self._leaves[leaf][0], bounds[1:], piece[0]
         else:
-          yield self._leaves[leaf][0], arrangement.to_stored(bounds), np.moveaxis(piece, 0, self._axis)
+          yield (
+            self._leaves[leaf][0],
+            arrangement.to_stored(bounds),
+            np.moveaxis(piece, 0, self._axis),
+          )
 
-  def headers(self, checksums: dict[str, list[int]], errors: dict[str, dict]) -> Iterator[tuple[str, bytes]]:
+  def headers(
+    self, checksums: dict[str, list[int]], errors: dict[str, dict]
+  ) -> Iterator[tuple[str, bytes]]:
     files = {serving.CHECKSUMS: serving.checksums_file(checksums), legacy.INDEX: self._index()}
     yield serving.CHECKSUMS, files[serving.CHECKSUMS]
-    yield MANIFEST, manifest.write(
-        {**self._manifest, 'errors': errors}, {**files, **manifest.array_files(self.arrays)})
+    yield (
+      MANIFEST,
+      manifest.write(
+        {**self._manifest, 'errors': errors}, {**files, **manifest.array_files(self.arrays)}
+      ),
+    )
     yield legacy.INDEX, files[legacy.INDEX]
 
   def _index(self) -> bytes:
@@ -139,9 +190,12 @@ class T5xOutput:
       node = target
       for key in keys:
         node = node.setdefault(key, {})
-      node[last] = {'driver': 'zarr', 'dtype': array.dtype.name,
-                    'kvstore': {'driver': 'file', 'path': f'{array.name}/'},
-                    'metadata': {k: array.metadata[k] for k in ('shape', 'chunks', 'compressor')}}
+      node[last] = {
+        'driver': 'zarr',
+        'dtype': array.dtype.name,
+        'kvstore': {'driver': 'file', 'path': f'{array.name}/'},
+        'metadata': {k: array.metadata[k] for k in ('shape', 'chunks', 'compressor')},
+      }
     state = {'step': legacy.pack_array(np.int32(self._step or 0))}
     index = {'version': 3, 'optimizer': {'target': target, 'state': state}}
     return msgpack.packb(index, use_bin_type=True)
@@ -151,20 +205,33 @@ def usual_form(config: ModelConfig) -> dict[str, Any]:
   """How flaxformer usually arranges such a model, where nobody recorded it. Raises CheckpointError where it can't."""
   c = config
   fused, serial, parallel = LAYER_KINDS
-  if c.block == 'parallel' and c.num_kv_heads == 1 and c.norm == 'rms' and c.d_ff % c.num_heads == 0:
+  if (
+    c.block == 'parallel' and c.num_kv_heads == 1 and c.norm == 'rms' and c.d_ff % c.num_heads == 0
+  ):
     kind, names, shapes = fused, fused.alternatives[0][0], {}
   else:
     kind = serial if c.block == 'serial' else parallel
     if c.num_kv_heads not in (1, c.num_heads):
-      raise CheckpointError(f'flaxformer has no layer with {c.num_heads} query and {c.num_kv_heads} key/value heads: a '
-                            'T5X checkpoint is written only where this model came from one')
+      raise CheckpointError(
+        f'flaxformer has no layer with {c.num_heads} query and {c.num_kv_heads} key/value heads: a '
+        'T5X checkpoint is written only where this model came from one'
+      )
     mlp = ('mlp/wi_0', 'mlp/wi_1') if c.mlp == 'swiglu' else ('mlp/wi',)
-    heads = ('self_attention/query', *(() if c.num_kv_heads == 1 else ('self_attention/key', 'self_attention/value')))
+    heads = (
+      'self_attention/query',
+      *(() if c.num_kv_heads == 1 else ('self_attention/key', 'self_attention/value')),
+    )
     names = (*(f'self_attention/{n}' for n in ('query', 'key', 'value', 'out')), *mlp, 'mlp/wo')
-    shapes = {name: (0, 0, 0) for name in (*heads, 'self_attention/out')}  # of three axes: heads are split
+    shapes = {
+      name: (0, 0, 0) for name in (*heads, 'self_attention/out')
+    }  # of three axes: heads are split
   kernels = kind.kernels(c, shapes)
-  return {'layers': kind.name, 'layer_axis': 1, 'per_layer': False,
-          'kernels': {name: list(kernels[name].shape) for name in names}}
+  return {
+    'layers': kind.name,
+    'layer_axis': 1,
+    'per_layer': False,
+    'kernels': {name: list(kernels[name].shape) for name in names},
+  }
 
 
 def t5x_chunk_shape(shape: Sequence[int], elements: int) -> tuple[int, ...]:
@@ -176,14 +243,28 @@ def t5x_chunk_shape(shape: Sequence[int], elements: int) -> tuple[int, ...]:
   return tuple(sides)
 
 
-def _scale_arrangement(kernel: Kernel, config: ModelConfig, axis: int, factors: dict[str, float],
-                       kinds: dict[str, params.Parameter]) -> KernelLayout:
+def _scale_arrangement(
+  kernel: Kernel,
+  config: ModelConfig,
+  axis: int,
+  factors: dict[str, float],
+  kinds: dict[str, params.Parameter],
+) -> KernelLayout:
   """Of the scales beside a quantized kernel: axes that are summed over have size 1, and parts along them one scale."""
   parts, start = {}, 0
   summed = kernel.axis < len(kernel.inputs)
   for name, width in kernel.parts:
     scale = kinds[name].scale
-    parts.setdefault(scale, KernelPart(scale, 0 if summed else start, 1 if summed else width, factors.get(name, 1.)))
+    parts.setdefault(
+      scale,
+      KernelPart(scale, 0 if summed else start, 1 if summed else width, factors.get(name, 1.0)),
+    )
     start += width
-  return KernelLayout(config.num_layers, axis, (1,) * len(kernel.inputs), kernel.outputs, tuple(parts.values()),
-                     kernel.axis)
+  return KernelLayout(
+    config.num_layers,
+    axis,
+    (1,) * len(kernel.inputs),
+    kernel.outputs,
+    tuple(parts.values()),
+    kernel.axis,
+  )

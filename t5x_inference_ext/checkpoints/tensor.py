@@ -96,19 +96,25 @@ class Stack(Tensor):
 
   def _read(self, bounds):
     begin, end = bounds[self._axis]
-    rest = _slices(bounds[:self._axis] + bounds[self._axis + 1:])
-    return np.stack([p.read(rest).astype(self.dtype, copy=False) for p in self._parts[begin:end]], self._axis)
+    rest = _slices(bounds[: self._axis] + bounds[self._axis + 1 :])
+    return np.stack(
+      [p.read(rest).astype(self.dtype, copy=False) for p in self._parts[begin:end]], self._axis
+    )
 
 
 class Moved(Tensor):
   """A tensor with one axis brought to the front: layers, wherever they are stored."""
 
   def __init__(self, source: Tensor, axis: int):
-    super().__init__((source.shape[axis],) + source.shape[:axis] + source.shape[axis + 1:], source.dtype, source.path)
+    super().__init__(
+      (source.shape[axis],) + source.shape[:axis] + source.shape[axis + 1 :],
+      source.dtype,
+      source.path,
+    )
     self._source, self._axis = source, axis
 
   def _read(self, bounds):
-    stored = bounds[1:self._axis + 1] + bounds[:1] + bounds[self._axis + 1:]
+    stored = bounds[1 : self._axis + 1] + bounds[:1] + bounds[self._axis + 1 :]
     return np.moveaxis(self._source.read(_slices(stored)), self._axis, 0)
 
 
@@ -116,21 +122,25 @@ class Window(Tensor):
   """A range of one axis: one matrix of those that a fused kernel holds side by side."""
 
   def __init__(self, source: Tensor, axis: int, start: int, width: int):
-    super().__init__(source.shape[:axis] + (width,) + source.shape[axis + 1:], source.dtype, source.path)
+    super().__init__(
+      source.shape[:axis] + (width,) + source.shape[axis + 1 :], source.dtype, source.path
+    )
     self._source, self._axis, self._start = source, axis, start
 
   def _read(self, bounds):
     begin, end = bounds[self._axis]
     window = (self._start + begin, self._start + end)
-    return self._source.read(_slices(bounds[:self._axis] + (window,) + bounds[self._axis + 1:]))
+    return self._source.read(_slices(bounds[: self._axis] + (window,) + bounds[self._axis + 1 :]))
 
 
 class Merged(Tensor):
   """Two neighbouring axes as one: [., H, C, .] as [., H*C, .], heads and their columns."""
 
   def __init__(self, source: Tensor, axis: int):
-    heads, columns = source.shape[axis:axis + 2]
-    super().__init__(source.shape[:axis] + (heads * columns,) + source.shape[axis + 2:], source.dtype, source.path)
+    heads, columns = source.shape[axis : axis + 2]
+    super().__init__(
+      source.shape[:axis] + (heads * columns,) + source.shape[axis + 2 :], source.dtype, source.path
+    )
     self._source, self._axis, self._columns = source, axis, columns
 
   def _read(self, bounds):
@@ -141,8 +151,10 @@ class Merged(Tensor):
       within = (begin - first * columns, end - first * columns)
     else:  # the covering heads, trimmed below
       within = (0, columns)
-    values = self._source.read(_slices(bounds[:axis] + ((first, last + 1), within) + bounds[axis + 1:]))
-    merged = values.reshape(*values.shape[:axis], -1, *values.shape[axis + 2:])
+    values = self._source.read(
+      _slices(bounds[:axis] + ((first, last + 1), within) + bounds[axis + 1 :])
+    )
+    merged = values.reshape(*values.shape[:axis], -1, *values.shape[axis + 2 :])
     offset = begin - first * columns - within[0]
     return merged[(slice(None),) * axis + (slice(offset, offset + end - begin),)]
 
@@ -151,12 +163,14 @@ class Scaled(Tensor):
   """Floats times a constant that the trained model applied elsewhere: exactly for powers of two, else in float32."""
 
   def __init__(self, source: Tensor, factor: float):
-    exact = math.frexp(factor)[0] == .5
+    exact = math.frexp(factor)[0] == 0.5
     super().__init__(source.shape, source.dtype if exact else np.float32, source.path)
     self._source, self._factor = source, factor
 
   def _read(self, bounds):
-    return self._source.read(_slices(bounds)).astype(self.dtype, copy=False) * self.dtype.type(self._factor)
+    return self._source.read(_slices(bounds)).astype(self.dtype, copy=False) * self.dtype.type(
+      self._factor
+    )
 
 
 class Reciprocal(Tensor):
@@ -175,11 +189,13 @@ class Squeezed(Tensor):
   """A tensor without one of its axes of size 1."""
 
   def __init__(self, source: Tensor, axis: int):
-    super().__init__(source.shape[:axis] + source.shape[axis + 1:], source.dtype, source.path)
+    super().__init__(source.shape[:axis] + source.shape[axis + 1 :], source.dtype, source.path)
     self._source, self._axis = source, axis
 
   def _read(self, bounds):
-    return self._source.read(_slices(bounds[:self._axis] + ((0, 1),) + bounds[self._axis:])).squeeze(self._axis)
+    return self._source.read(
+      _slices(bounds[: self._axis] + ((0, 1),) + bounds[self._axis :])
+    ).squeeze(self._axis)
 
 
 class Cast(Tensor):
@@ -201,5 +217,7 @@ class Cast(Tensor):
     limits = np.iinfo(self.dtype)
     # Not `!=` after a cast: casting NaN or values out of range to integers is undefined.
     if not np.all((values >= limits.min) & (values <= limits.max) & (values == np.rint(values))):
-      raise CheckpointError(f'{self._name}: {self.path} should hold {self.dtype.name} values, but holds others')
+      raise CheckpointError(
+        f'{self._name}: {self.path} should hold {self.dtype.name} values, but holds others'
+      )
     return values.astype(self.dtype)

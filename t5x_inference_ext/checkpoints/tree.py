@@ -11,10 +11,10 @@ from t5x_inference_ext.checkpoints.tensor import Tensor
 @dataclasses.dataclass(frozen=True)
 class Tree:
   """Attributes:
-    path: the checkpoint directory.
-    description: what was found there, in words.
-    leaves: by their place under target, e.g. 'decoder/decoder/kv_fused/kernel'.
-    step: the training step, where recorded.
+  path: the checkpoint directory.
+  description: what was found there, in words.
+  leaves: by their place under target, e.g. 'decoder/decoder/kv_fused/kernel'.
+  step: the training step, where recorded.
   """
 
   path: str

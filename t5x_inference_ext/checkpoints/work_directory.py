@@ -45,7 +45,7 @@ class WorkDirectory:
     if not path:
       raise CheckpointError('the output directory has an empty name')
     if storage.is_remote(path):
-      raise CheckpointError(f'can\'t convert into {path}: it is no local directory')
+      raise CheckpointError(f"can't convert into {path}: it is no local directory")
     self.path = storage.normalize(path)
     self.root = self.path + '.unfinished'
     self.payload = os.path.join(self.root, 'checkpoint')
@@ -54,12 +54,18 @@ class WorkDirectory:
   def check_absent(self) -> None:
     """Raises CheckpointError if the output exists."""
     if os.path.lexists(self.path):
-      raise CheckpointError(f'{self.path} exists already: remove it, or choose another output directory')
+      raise CheckpointError(
+        f'{self.path} exists already: remove it, or choose another output directory'
+      )
 
   def finished_before(self, plan: dict[str, Any]) -> bool:
     """Whether the output is there, of this plan, and only the working directory has not been removed."""
-    return (os.path.isdir(self.path) and os.path.isdir(self.root) and not os.path.lexists(self.payload)
-            and self._stored_plan() == plan)
+    return (
+      os.path.isdir(self.path)
+      and os.path.isdir(self.root)
+      and not os.path.lexists(self.payload)
+      and self._stored_plan() == plan
+    )
 
   @contextlib.contextmanager
   def lock(self, name: str, refusal: str | None = None, shared: bool = False) -> Iterator[bool]:
@@ -70,7 +76,9 @@ class WorkDirectory:
     """
     with open(os.path.join(self.root, name), 'a', encoding='utf-8') as f:
       try:
-        fcntl.flock(f, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (fcntl.LOCK_NB if refusal else 0))
+        fcntl.flock(
+          f, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (fcntl.LOCK_NB if refusal else 0)
+        )
       except BlockingIOError:
         raise CheckpointError(refusal) from None
       try:
@@ -97,7 +105,9 @@ class WorkDirectory:
         with contextlib.suppress(FileNotFoundError):
           strange = os.listdir(self.root) and not os.path.isfile(os.path.join(self.root, MARKER))
           if strange or os.path.islink(self.root):
-            raise CheckpointError(f'{self.root} is in the way, and not left by an earlier conversion: move it')
+            raise CheckpointError(
+              f'{self.root} is in the way, and not left by an earlier conversion: move it'
+            )
           with open(os.path.join(self.root, MARKER), 'a', encoding='utf-8'):
             pass
           current = held.enter_context(self.lock('setup.lock'))
@@ -111,7 +121,9 @@ class WorkDirectory:
       CheckpointError: the shard is being worked on.
     """
     self._shard = shard
-    with self.lock(f'shard-{shard}.lock', f'another conversion is writing {self.path}, as shard {shard}'):
+    with self.lock(
+      f'shard-{shard}.lock', f'another conversion is writing {self.path}, as shard {shard}'
+    ):
       yield
 
   @contextlib.contextmanager
@@ -147,8 +159,7 @@ class WorkDirectory:
 
   @contextlib.contextmanager
   def finishing(self) -> Iterator[bool]:
-    """Waits for the shards that are at work. Yields whether there is something left: False when another has finished.
-    """
+    """Waits for the shards that are at work. Yields whether there is something left: False when another has finished."""
     with contextlib.ExitStack() as locks:
       try:
         locks.enter_context(self.lock('setup.lock'))
@@ -170,8 +181,11 @@ class WorkDirectory:
     for name in sorted(os.listdir(self.root)):
       path = os.path.join(self.root, name)
       if name == _SEAL or (name.startswith('shard-') and name != f'shard-{self._shard}.lock'):
-        with self.lock(name, f'{path} is held by a conversion into {self.path} with other options or of another '
-                       'source: all shards need the same'):
+        with self.lock(
+          name,
+          f'{path} is held by a conversion into {self.path} with other options or of another '
+          'source: all shards need the same',
+        ):
           os.remove(path)
     self._forget()
     os.mkdir(self.payload)
@@ -250,7 +264,9 @@ class WorkDirectory:
         try:
           os.rmdir(self.root)
         except OSError as e:
-          if e.errno != errno.ENOTEMPTY:  # a shard that is just looking whether it is the last makes its lock file
+          if (
+            e.errno != errno.ENOTEMPTY
+          ):  # a shard that is just looking whether it is the last makes its lock file
             raise
 
 

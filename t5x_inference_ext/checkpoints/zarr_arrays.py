@@ -10,7 +10,10 @@ from t5x_inference_ext.errors import CheckpointError
 
 # Decoded chunks are kept, so that reading one layer after another out of a chunk that holds several decodes it once.
 CACHE_BYTES = 512 * 2**20
-_cache, _context = ChunkCache(CACHE_BYTES), ts.Context({'cache_pool': {'total_bytes_limit': CACHE_BYTES}})
+_cache, _context = (
+  ChunkCache(CACHE_BYTES),
+  ts.Context({'cache_pool': {'total_bytes_limit': CACHE_BYTES}}),
+)
 # What is read once, or must come from the disk, is not kept.
 _no_cache = ts.Context({'cache_pool': {'total_bytes_limit': 0}})
 
@@ -24,7 +27,9 @@ class Stored(Tensor):
   def __init__(self, name: str, path: str, store: ts.TensorStore, spec: dict):
     super().__init__(store.shape, store.dtype.numpy_dtype, path)
     self.name = name
-    self.chunk = tuple(c or n for c, n in zip(store.chunk_layout.read_chunk.shape or (), self.shape))
+    self.chunk = tuple(
+      c or n for c, n in zip(store.chunk_layout.read_chunk.shape or (), self.shape)
+    )
     self._store, self._spec = store, spec
 
   def uncached(self):
@@ -43,7 +48,9 @@ class Opening:
   def __init__(self, name: str, path: str, spec: dict, cached: bool):
     self.name, self.path, self._spec, self._cached = name, path, spec, cached
     try:
-      self._future = ts.open(ts.Spec(spec), open=True, read=True, context=_context if cached else _no_cache)
+      self._future = ts.open(
+        ts.Spec(spec), open=True, read=True, context=_context if cached else _no_cache
+      )
     except ValueError as e:  # a path that no file has
       raise self._error(e) from e
 
@@ -55,17 +62,31 @@ class Opening:
       raise self._error(e) from e
 
   def _error(self, e: ValueError) -> CheckpointError:
-    return CheckpointError(f'{self.name}: no readable zarr array at {self.path}: {storage.reason(e)}')
+    return CheckpointError(
+      f'{self.name}: no readable zarr array at {self.path}: {storage.reason(e)}'
+    )
 
   def tensor(self) -> Tensor:
     store = self.store()
-    if self._spec['driver'] == 'zarr' and not self._spec['fill_missing_data_reads'] and GzipArray.supports(store):
+    if (
+      self._spec['driver'] == 'zarr'
+      and not self._spec['fill_missing_data_reads']
+      and GzipArray.supports(store)
+    ):
       return GzipArray(self.name, self.path, store, _cache if self._cached else None)
     return Stored(self.name, self.path, store, self._spec)
 
 
-def open_array(name: str, path: str, *, driver: str = 'zarr', base: dict | None = None, key: str = '',
-               zeros_are_stored: bool = True, cached: bool = True) -> Opening:
+def open_array(
+  name: str,
+  path: str,
+  *,
+  driver: str = 'zarr',
+  base: dict | None = None,
+  key: str = '',
+  zeros_are_stored: bool = True,
+  cached: bool = True,
+) -> Opening:
   """Starts opening a zarr array.
 
   Args:

@@ -36,11 +36,17 @@ from t5x_inference_ext.errors import UserError
 
 Main = Callable[[absl_flags.FlagValues], Any]
 
-assert importlib.util and absl_logging  # imported for what importing them does: for gin, and for absl's logging flags
+assert (
+  importlib.util and absl_logging
+)  # imported for what importing them does: for gin, and for absl's logging flags
 
 
-def run(main: Main, doc: str, define_flags: Callable[[absl_flags.FlagValues], None],
-        argv: Sequence[str] | None = None) -> int:
+def run(
+  main: Main,
+  doc: str,
+  define_flags: Callable[[absl_flags.FlagValues], None],
+  argv: Sequence[str] | None = None,
+) -> int:
   """Parses flags, calls main(flags), and turns what went wrong into a line of text.
 
   Args:
@@ -92,7 +98,7 @@ def print_line(line: str) -> None:
     os.dup2(nowhere, sys.stdout.fileno())  # Python flushes once more when it ends
     raise SystemExit(128 + signal.SIGPIPE) from None
   except OSError as e:
-    raise UserError(f'can\'t write to standard output: {e.strerror}') from e
+    raise UserError(f"can't write to standard output: {e.strerror}") from e
 
 
 def rewrite_gin_flags(argv: Sequence[str]) -> list[str]:
@@ -113,12 +119,16 @@ def uses_gin(flags: absl_flags.FlagValues) -> bool:
   return bool(flags.gin_file or flags.gin_bindings)
 
 
-def check_unmixed(flags: absl_flags.FlagValues, names: Iterable[str], example: str, gin_file: str) -> None:
+def check_unmixed(
+  flags: absl_flags.FlagValues, names: Iterable[str], example: str, gin_file: str
+) -> None:
   """Raises UserError for any of a command's plain flags beside gin, with a binding such as to use and where macros are."""
   given = [name for name in names if flags[name].present]
   if given:
-    raise UserError(f'--{given[0]} and gin flags can\'t be mixed: with gin, bind macros such as --gin.{example} '
-                    f'({gin_file} lists them)')
+    raise UserError(
+      f"--{given[0]} and gin flags can't be mixed: with gin, bind macros such as --gin.{example} "
+      f'({gin_file} lists them)'
+    )
 
 
 def parse_gin(flags: absl_flags.FlagValues) -> str:
@@ -148,12 +158,17 @@ def parse_gin(flags: absl_flags.FlagValues) -> str:
     return gin.config_str()
   except UserError:
     raise
-  except Exception as e:  # gin raises ValueError, SyntaxError, OSError, and whatever importing a module raises
+  except (
+    Exception
+  ) as e:  # gin raises ValueError, SyntaxError, OSError, and whatever importing a module raises
     message = ' '.join(str(e).split())
     hint = ''
     if '%gin.REQUIRED' in message:
       name = message.partition('/')[0]
-      message, hint = f'{name} has no value', f': set it with --gin.{name}=VALUE, strings as --gin.{name}=\\"text\\"'
+      message, hint = (
+        f'{name} has no value',
+        f': set it with --gin.{name}=VALUE, strings as --gin.{name}=\\"text\\"',
+      )
     elif isinstance(e, SyntaxError):
       hint = ' (a string needs quotes that the shell keeps: --gin.NAME=\\"text\\")'
     raise UserError(f'gin: {message or type(e).__name__}{hint}') from e
@@ -173,7 +188,9 @@ def configure(function: Callable[..., Any], **arguments) -> Callable[[], Any]:
   try:
     _check_types(function)
     bound = gin.get_bindings(function)
-  except UserError as e:  # of an object that gin makes: it adds the call's place, for which users have no use
+  except (
+    UserError
+  ) as e:  # of an object that gin makes: it adds the call's place, for which users have no use
     raise UserError(str(e).partition('\n  In call to configurable')[0]) from e
   except ValueError as e:
     message, call, _ = str(e).partition('\n  In call to configurable')
@@ -202,7 +219,11 @@ def _check_types(function: Callable[..., Any]) -> None:
       _check_types(maker)
     # gin evaluates macros as they are copied.
     elif name in annotated and not _has_type(value := copy.deepcopy(bound), annotated[name]):
-      label = str(bound).removeprefix('%') if isinstance(bound, gin.config.ConfigurableReference) else name
+      label = (
+        str(bound).removeprefix('%')
+        if isinstance(bound, gin.config.ConfigurableReference)
+        else name
+      )
       hint = ': text has quotes that the shell keeps, --gin.NAME=\\"text\\", and numbers have none'
       raise UserError(f'gin: {label} must be {_type_name(annotated[name])}, got {value!r}{hint}')
 
@@ -230,7 +251,9 @@ def _has_type(value: Any, annotation: Any) -> bool:
 def _type_name(annotation: Any) -> str:
   if typing.get_origin(annotation) in (types.UnionType, typing.Union):
     return ' or '.join(map(_type_name, typing.get_args(annotation)))
-  return 'None' if annotation is types.NoneType else getattr(annotation, '__name__', str(annotation))
+  return (
+    'None' if annotation is types.NoneType else getattr(annotation, '__name__', str(annotation))
+  )
 
 
 def _check_macro(binding: str) -> None:
@@ -238,18 +261,31 @@ def _check_macro(binding: str) -> None:
   if not name.isidentifier():
     return  # scope/module.function.parameter: gin checks it
   config = gin.config_str()
-  known = sorted({line.partition(' = ')[0] for line in config.splitlines() if line.partition(' = ')[0].isidentifier()})
+  known = sorted(
+    {
+      line.partition(' = ')[0]
+      for line in config.splitlines()
+      if line.partition(' = ')[0].isidentifier()
+    }
+  )
   if name not in known and not re.search(rf'%{name}\b', config):
-    raise UserError(f'gin: nothing uses {name}; the gin files define {", ".join(known) or "no macro"}')
+    raise UserError(
+      f'gin: nothing uses {name}; the gin files define {", ".join(known) or "no macro"}'
+    )
 
 
 def _define_gin_flags(flags: absl_flags.FlagValues) -> None:
   absl_flags.DEFINE_boolean('help', False, 'Print this.', short_name='h', flag_values=flags)
   absl_flags.DEFINE_multi_string('gin_file', [], 'A gin file; may be repeated.', flag_values=flags)
-  absl_flags.DEFINE_multi_string('gin_bindings', [], 'A gin binding; --gin.NAME=VALUE says the same.',
-                                 flag_values=flags)
-  absl_flags.DEFINE_list('gin_search_paths', ['.'], 'Where gin files are looked for, separated by commas.',
-                         flag_values=flags)
+  absl_flags.DEFINE_multi_string(
+    'gin_bindings', [], 'A gin binding; --gin.NAME=VALUE says the same.', flag_values=flags
+  )
+  absl_flags.DEFINE_list(
+    'gin_search_paths',
+    ['.'],
+    'Where gin files are looked for, separated by commas.',
+    flag_values=flags,
+  )
 
 
 def _flags_help(flags: absl_flags.FlagValues) -> str:
@@ -257,6 +293,10 @@ def _flags_help(flags: absl_flags.FlagValues) -> str:
   for name in sorted(set(flags) - {'h', 'gin_bindings'}):
     flag = flags[name]
     text = flag.help.partition(';\n')[0]  # absl adds how to repeat a flag
-    default = f' Default: {flag.default}.' if isinstance(flag.default, (int, float, str)) and flag.default else ''
+    default = (
+      f' Default: {flag.default}.'
+      if isinstance(flag.default, (int, float, str)) and flag.default
+      else ''
+    )
     lines.append(f'  --{name}: {text}{default}')
   return '\n'.join(lines + ['  --gin.NAME=VALUE: A gin binding, after the files; may be repeated.'])

@@ -62,7 +62,16 @@ from t5x_inference_ext.text_files import check_plots
 LOG_SECONDS = 10
 CONVERT_REQUIRED = ('input', 'output')
 # Flags that say what gin's bindings of convert.convert say, too.
-CONVERT = ('weights', 'format', 'norm_scale', 'scale_search', 'embedding', 'staging', 'hold_bytes', 'slice_bytes')
+CONVERT = (
+  'weights',
+  'format',
+  'norm_scale',
+  'scale_search',
+  'embedding',
+  'staging',
+  'hold_bytes',
+  'slice_bytes',
+)
 HERE = ('workers', 'num_shards', 'shard_id')
 SHARD_FLAGS = ('coordinator_address', 'num_processes', 'process_id')
 
@@ -73,58 +82,125 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
 
   define('string', 'input', None, 'The checkpoint directory to read.')
   define('string', 'output', None, 'The directory to make.')
-  define('enum', 'format', None, 'What to make: a serving checkpoint (the default), or T5X\'s legacy format.',
-         outputs.OUTPUT_FORMATS)
-  define('enum', 'weights', None, 'What the matrices of a serving checkpoint become.', serving.SERVING_WEIGHTS)
-  define('enum', 'norm_scale', None, 'How norm scales are stored: the value applied is 1 + scale (zero) or scale (one).'
-         ' By default what the checkpoint records, else zero for fused parallel layers, one for others.', NORM_SCALES)
-  define('enum', 'scale_search', None, 'An int8 channel\'s scale: max|w| / 127 (absmax, the default), or the multiple '
-         'of it with the least squared error (mse: some 20 times the arithmetic).', conversion_options.SCALE_SEARCHES)
-  define('enum', 'embedding', None, 'What the embedding of a serving checkpoint becomes. int8 is refused: it can\'t be '
-         'served.', ('bfloat16', 'int8'))
-  define('string', 'staging', None, 'For an output in a bucket, the local directory in which it is made before.')
-  define('string', 'hold_bytes', None, 'How much of the source to hold until its scales are known, as 512MiB (the '
-         'default): what is more is read again.')
-  define('string', 'slice_bytes', None, 'How much of the source is recorded as finished at a time, as 256MiB (the '
-         'default), if its chunks allow it.')
+  define(
+    'enum',
+    'format',
+    None,
+    "What to make: a serving checkpoint (the default), or T5X's legacy format.",
+    outputs.OUTPUT_FORMATS,
+  )
+  define(
+    'enum',
+    'weights',
+    None,
+    'What the matrices of a serving checkpoint become.',
+    serving.SERVING_WEIGHTS,
+  )
+  define(
+    'enum',
+    'norm_scale',
+    None,
+    'How norm scales are stored: the value applied is 1 + scale (zero) or scale (one).'
+    ' By default what the checkpoint records, else zero for fused parallel layers, one for others.',
+    NORM_SCALES,
+  )
+  define(
+    'enum',
+    'scale_search',
+    None,
+    "An int8 channel's scale: max|w| / 127 (absmax, the default), or the multiple "
+    'of it with the least squared error (mse: some 20 times the arithmetic).',
+    conversion_options.SCALE_SEARCHES,
+  )
+  define(
+    'enum',
+    'embedding',
+    None,
+    "What the embedding of a serving checkpoint becomes. int8 is refused: it can't be served.",
+    ('bfloat16', 'int8'),
+  )
+  define(
+    'string',
+    'staging',
+    None,
+    'For an output in a bucket, the local directory in which it is made before.',
+  )
+  define(
+    'string',
+    'hold_bytes',
+    None,
+    'How much of the source to hold until its scales are known, as 512MiB (the '
+    'default): what is more is read again.',
+  )
+  define(
+    'string',
+    'slice_bytes',
+    None,
+    'How much of the source is recorded as finished at a time, as 256MiB (the '
+    'default), if its chunks allow it.',
+  )
   define('integer', 'workers', None, 'Threads. By default one a core.')
   define('integer', 'num_shards', 1, 'How many processes divide the work.')
   define('integer', 'shard_id', 0, 'Which of them this is, from 0.')
-  define('string', 'coordinator_address', None, 'HOST:PORT of process 0, or auto: the shards are the processes of '
-         'jax.distributed.')
+  define(
+    'string',
+    'coordinator_address',
+    None,
+    'HOST:PORT of process 0, or auto: the shards are the processes of jax.distributed.',
+  )
   define('integer', 'num_processes', None, 'With --coordinator_address, how many there are.')
   define('integer', 'process_id', None, 'With --coordinator_address, which this is.')
   define('boolean', 'verify', False, 'Convert nothing: re-read the finished checkpoint --output.')
-  define('string', 'report', None, 'A directory for the quality report: report.txt, report.json, report.png.')
+  define(
+    'string',
+    'report',
+    None,
+    'A directory for the quality report: report.txt, report.json, report.png.',
+  )
   define('string', 'report_tokens', None, 'For the report, tokens [rows, length]: a .npy file.')
   define('string', 'report_task', None, 'For the report, a seqio task with the feature `targets`.')
   define('string', 'report_task_module', None, 'The module that registers it.')
 
 
 def main(flags: absl_flags.FlagValues) -> None:
-  given = {name: flags[name].value for name in (*CONVERT_REQUIRED, *CONVERT) if flags[name].value is not None}
+  given = {
+    name: flags[name].value
+    for name in (*CONVERT_REQUIRED, *CONVERT)
+    if flags[name].value is not None
+  }
   if flags.verify:
     verify_only(flags)
     return
   if cli.uses_gin(flags):
     if given:
-      raise UserError(f'--{next(iter(given))} and gin flags say the same in two ways: with gin, bind INPUT_CHECKPOINT, '
-                      'OUTPUT_CHECKPOINT, FORMAT, WEIGHTS, NORM_SCALE, SCALE_SEARCH, EMBEDDING, STAGING, HOLD_BYTES '
-                      'and SLICE_BYTES')
+      raise UserError(
+        f'--{next(iter(given))} and gin flags say the same in two ways: with gin, bind INPUT_CHECKPOINT, '
+        'OUTPUT_CHECKPOINT, FORMAT, WEIGHTS, NORM_SCALE, SCALE_SEARCH, EMBEDDING, STAGING, HOLD_BYTES '
+        'and SLICE_BYTES'
+      )
     cli.parse_gin(flags)
     arguments = {}
   else:
-    needed = CONVERT_REQUIRED if given.get('format', 'serving') != 'serving' else (*CONVERT_REQUIRED, 'weights')
+    needed = (
+      CONVERT_REQUIRED
+      if given.get('format', 'serving') != 'serving'
+      else (*CONVERT_REQUIRED, 'weights')
+    )
     missing = [f'--{name}' for name in needed if name not in given]
     if missing:
       raise UserError(f'{" and ".join(missing)} not given; --help shows examples')
-    arguments = {'input_checkpoint': given.pop('input'), 'output_checkpoint': given.pop('output'), **given}
+    arguments = {
+      'input_checkpoint': given.pop('input'),
+      'output_checkpoint': given.pop('output'),
+      **given,
+    }
   check_report(flags)
   arguments.update({name: flags[name].value for name in HERE})
   arguments.update(shards_of_processes(flags))
   with ProgressLines() as progress:
     configured = cli.configure(
-        convert.convert, found=print_source, planned=cli.print_line, progress=progress, **arguments)
+      convert.convert, found=print_source, planned=cli.print_line, progress=progress, **arguments
+    )
     if flags.report is not None and is_finished(configured.keywords['output_checkpoint']):
       cli.print_line(f'{configured.keywords["output_checkpoint"]} exists: only the report is made')
     else:
@@ -143,7 +219,11 @@ def check_report(flags: absl_flags.FlagValues) -> None:
   if not (flags.report_tokens is None or flags.report_task is None):
     raise UserError('--report_tokens and --report_task say the same in two ways')
   if flags.report is None:
-    given = [f'--{name}' for name in ('report_tokens', 'report_task', 'report_task_module') if flags[name].value]
+    given = [
+      f'--{name}'
+      for name in ('report_tokens', 'report_task', 'report_task_module')
+      if flags[name].value
+    ]
     if given:
       raise UserError(f'{given[0]} is for the quality report: --report=DIR says where to write it')
     return
@@ -162,9 +242,11 @@ def shards_of_processes(flags: absl_flags.FlagValues) -> dict[str, int]:
   if flags.num_shards != 1 or flags.shard_id != 0:
     raise UserError('--num_shards and --coordinator_address say the same in two ways')
   from t5x_inference_ext import distributed  # with jax: slow to import, and not needed otherwise
+
   distributed.check_arguments(**processes)
   distributed.initialize(**processes)
   import jax
+
   return {'num_shards': jax.process_count(), 'shard_id': jax.process_index()}
 
 
@@ -172,7 +254,9 @@ def verify_only(flags: absl_flags.FlagValues) -> None:
   if cli.uses_gin(flags) or flags.report is not None:
     raise UserError('--verify takes --output, --input and --workers: no gin flags, no --report')
   if flags.output is None:
-    raise UserError('--output not given: with --verify it is the finished checkpoint; --input may be its source')
+    raise UserError(
+      '--output not given: with --verify it is the finished checkpoint; --input may be its source'
+    )
   with ProgressLines() as progress:
     for line in verify(flags.output, flags.input, workers=flags.workers, progress=progress):
       cli.print_line(line)
@@ -180,10 +264,16 @@ def verify_only(flags: absl_flags.FlagValues) -> None:
 
 def write_report(flags: absl_flags.FlagValues, arguments: dict) -> None:
   from t5x_inference_ext.runs import quality  # with jax and matplotlib
+
   for line in quality.report(
-      arguments['input_checkpoint'], arguments['output_checkpoint'], flags.report,
-      tokens=flags.report_tokens, task=flags.report_task, task_module=flags.report_task_module,
-      **{name: arguments.get(name) for name in ('norm_scale', 'config', 'rescale_logits')}):
+    arguments['input_checkpoint'],
+    arguments['output_checkpoint'],
+    flags.report,
+    tokens=flags.report_tokens,
+    task=flags.report_task,
+    task_module=flags.report_task_module,
+    **{name: arguments.get(name) for name in ('norm_scale', 'config', 'rescale_logits')},
+  ):
     cli.print_line(line)
 
 
@@ -201,10 +291,14 @@ def conversion_summary(report: conversion_options.Report, seconds: float) -> Ite
     yield f'{name:20}{error.worst:12.3%}{error.relative:12.3%}'
   worst = max(report.errors, key=lambda name: report.errors[name].relative)
   yield f'worst tensor: {worst}, {report.errors[worst].relative:.3%} rms'
-  yield (f'parameters: {size_text(report.source_bytes)} before ({report.source.weights}), {size_text(report.output_bytes)} on '
-         f'disk after: {report.output_bytes / report.source_bytes:.3f} of it')
-  yield (f'layer weights: {size_text(report.layer_bytes)} on disk, {report.layer_bytes / report.layer_float32_bytes:.3f} of '
-         f'{size_text(report.layer_float32_bytes)} as float32')
+  yield (
+    f'parameters: {size_text(report.source_bytes)} before ({report.source.weights}), {size_text(report.output_bytes)} on '
+    f'disk after: {report.output_bytes / report.source_bytes:.3f} of it'
+  )
+  yield (
+    f'layer weights: {size_text(report.layer_bytes)} on disk, {report.layer_bytes / report.layer_float32_bytes:.3f} of '
+    f'{size_text(report.layer_float32_bytes)} as float32'
+  )
   yield f'wrote and verified {report.output} in {seconds:.1f} s'
 
 
@@ -248,9 +342,15 @@ class ProgressLines:
     self._done += done
     if self._bar is not None:
       self._bar.update(done)
-    elif sys.stderr is not None and (time.monotonic() - self._logged > LOG_SECONDS or self._done == total):
+    elif sys.stderr is not None and (
+      time.monotonic() - self._logged > LOG_SECONDS or self._done == total
+    ):
       self._logged = time.monotonic()
-      print(f'{kind}: {size_text(self._done)} of {size_text(total)}, {self.seconds:.0f} s', file=sys.stderr, flush=True)
+      print(
+        f'{kind}: {size_text(self._done)} of {size_text(total)}, {self.seconds:.0f} s',
+        file=sys.stderr,
+        flush=True,
+      )
 
 
 def run(argv: list[str] | None = None) -> int:

@@ -46,7 +46,6 @@ What is wrong with the files, the flags, the mesh or the checkpoint is said befo
 XLA_FLAGS=--xla_force_host_platform_device_count=8 simulates eight devices.
 """
 
-
 from absl import flags as absl_flags
 
 from t5x_inference_ext.commands import cli, sampling_flags
@@ -60,9 +59,27 @@ from t5x_inference_ext.runs.progress import progress
 
 INFER_REQUIRED = ('checkpoint', 'prompts', 'output')
 # The defaults of what an Options holds are Options' own.
-OPTIONS = ('mode', 'mesh', 'prefill_layout', 'decode_layout', 'dtype', 'cache', 'norm_scale', 'batch_size', 'max_new_tokens',
-           'cache_length', 'seed', 'scan_layers', 'executable', 'batching', 'prefill_chunk', 'prefill_budget',
-           'num_decodes', 'token_log_probs', 'top_log_probs')
+OPTIONS = (
+  'mode',
+  'mesh',
+  'prefill_layout',
+  'decode_layout',
+  'dtype',
+  'cache',
+  'norm_scale',
+  'batch_size',
+  'max_new_tokens',
+  'cache_length',
+  'seed',
+  'scan_layers',
+  'executable',
+  'batching',
+  'prefill_chunk',
+  'prefill_budget',
+  'num_decodes',
+  'token_log_probs',
+  'top_log_probs',
+)
 PROCESS_FLAGS = ('coordinator_address', 'num_processes', 'process_id')
 EXPLAINED_PROMPT = 512  # tokens, where --cache_length does not say how many there could be
 PLAIN = (*INFER_REQUIRED, *OPTIONS, 'stop', 'vocabulary', 'overwrite', *sampling_flags.TEXTS)
@@ -74,56 +91,166 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
   def define(kind, name, default, text, *arguments):
     getattr(absl_flags, f'DEFINE_{kind}')(name, default, *arguments, text, flag_values=flags)
 
-  define('string', 'checkpoint', None, 'The checkpoint directory: serving, or T5X (legacy or Orbax).')
+  define(
+    'string', 'checkpoint', None, 'The checkpoint directory: serving, or T5X (legacy or Orbax).'
+  )
   define('string', 'prompts', None, 'The JSONL file to read.')
-  define('string', 'output', None, 'The JSONL file to write, whole or not at all. What was resolved goes into '
-         f'OUTPUT{prompts_file.output.RECORD_SUFFIX}.')
+  define(
+    'string',
+    'output',
+    None,
+    'The JSONL file to write, whole or not at all. What was resolved goes into '
+    f'OUTPUT{prompts_file.output.RECORD_SUFFIX}.',
+  )
   define('boolean', 'overwrite', False, 'Replace an existing output.')
-  define('enum', 'mode', defaults.mode, 'predict; predict_with_aux, here the same (rows always have scores); or score.',
-         loading.MODES)
+  define(
+    'enum',
+    'mode',
+    defaults.mode,
+    'predict; predict_with_aux, here the same (rows always have scores); or score.',
+    loading.MODES,
+  )
   define('integer', 'max_new_tokens', defaults.max_new_tokens, 'The limit for each row.')
   sampling_flags.define(define)
-  define('multi_string', 'stop', [], 'A text that ends a row, where the model writes it in the tokens that the vocabulary '
-         'cuts it into; may be repeated.')
-  define('integer', 'num_decodes', defaults.num_decodes, 'Samples of each prompt, which share its prefill: with more than '
-         'one a row has them as `samples`.')
+  define(
+    'multi_string',
+    'stop',
+    [],
+    'A text that ends a row, where the model writes it in the tokens that the vocabulary '
+    'cuts it into; may be repeated.',
+  )
+  define(
+    'integer',
+    'num_decodes',
+    defaults.num_decodes,
+    'Samples of each prompt, which share its prefill: with more than '
+    'one a row has them as `samples`.',
+  )
   define('integer', 'seed', defaults.seed, 'Of the run; every row has its own seed from it.')
-  define('string', 'mesh', None, 'XxYxZ, such as 2x2x2, over the first devices. By default over all devices that '
-         'divide the model.')
+  define(
+    'string',
+    'mesh',
+    None,
+    'XxYxZ, such as 2x2x2, over the first devices. By default over all devices that '
+    'divide the model.',
+  )
   for phase in ('prefill', 'decode'):
-    define('string', f'{phase}_layout', getattr(defaults, f'{phase}_layout'), f'feedforward/attention of {phase}, and how '
-           f'collectives run: {", ".join(FEEDFORWARD)} / {", ".join(ATTENTION)} [/ {", ".join(RING_DIRECTIONS)}]; '
-           'see docs/layouts.md.')
-  define('boolean', 'explain_layout', False, 'Print where every tensor would live, and stop; --prompts and --output '
-         'are not needed. The mesh may be larger than the devices here. With gin flags too.')
-  define('enum', 'dtype', defaults.dtype, 'Of activations and float weights; int8 weights stay int8.', COMPUTE_DTYPES)
-  define('enum', 'cache', defaults.cache, 'What the KV cache holds; int8 has a scale for each position and head, and takes '
-         'half of the memory of bfloat16. By default --dtype.', CACHE_DTYPES)
-  define('integer', 'batch_size', defaults.batch_size, 'Rows a batch, rounded up to what the mesh takes.')
-  define('boolean', 'token_log_probs', False, 'Also the log-probability of each token, as `log_probs`; of generated ones '
-         'with continuous batching.')
-  define('integer', 'top_log_probs', defaults.top_log_probs, 'With continuous batching: also the so many most likely tokens '
-         'at each step and their log-probabilities, as `top_log_probs`.')
-  define('enum', 'batching', defaults.batching, 'continuous: finished rows leave, waiting prompts enter; or static: '
-         'batches that end with their last row. Rows are the same.', loading.BATCHING)
-  define('integer', 'prefill_chunk', defaults.prefill_chunk, 'With continuous batching: positions of a prompt that '
-         'one pass takes.')
-  define('integer', 'prefill_budget', defaults.prefill_budget, 'With continuous batching: prompt tokens between '
-         'decode steps while rows wait.')
-  define('integer', 'cache_length', None, 'Positions of each row\'s cache, new tokens included; a prompt that does not '
-         'fit is an error. By default as many as the longest prompt needs.')
-  define('boolean', 'scan_layers', None, 'One loop over all layers, which compiles in seconds; --noscan_layers writes '
-         'them out, which decodes faster on a TPU or GPU. By default a loop for more than 8 on CPU, else none.')
-  define('string', 'executable', None, 'A generation that `python -m t5x_inference_ext.precompile --phase=generate --save` '
-         'compiled for these chips, run instead of compiling; its batch and prompt size are used. It runs as code: use '
-         'files of your own making alone.')
-  define('string', 'vocabulary', None, '`bytes` or a SentencePiece .model file. By default bytes for a model of 384 '
-         'rows.')
-  define('enum', 'norm_scale', None, 'How a T5X checkpoint stores its norm scales: around zero (PaLM) or one. By '
-         'default what the checkpoint records, else zero.', NORM_SCALES)
-  define('string', 'coordinator_address', None, 'HOST:PORT of process 0, of several processes that share the mesh; '
-         'auto on TPU pods and other clusters that jax knows. With gin flags too.')
-  define('integer', 'num_processes', None, 'Of the run, started with the same flags but for --process_id.')
+    define(
+      'string',
+      f'{phase}_layout',
+      getattr(defaults, f'{phase}_layout'),
+      f'feedforward/attention of {phase}, and how '
+      f'collectives run: {", ".join(FEEDFORWARD)} / {", ".join(ATTENTION)} [/ {", ".join(RING_DIRECTIONS)}]; '
+      'see docs/layouts.md.',
+    )
+  define(
+    'boolean',
+    'explain_layout',
+    False,
+    'Print where every tensor would live, and stop; --prompts and --output '
+    'are not needed. The mesh may be larger than the devices here. With gin flags too.',
+  )
+  define(
+    'enum',
+    'dtype',
+    defaults.dtype,
+    'Of activations and float weights; int8 weights stay int8.',
+    COMPUTE_DTYPES,
+  )
+  define(
+    'enum',
+    'cache',
+    defaults.cache,
+    'What the KV cache holds; int8 has a scale for each position and head, and takes '
+    'half of the memory of bfloat16. By default --dtype.',
+    CACHE_DTYPES,
+  )
+  define(
+    'integer', 'batch_size', defaults.batch_size, 'Rows a batch, rounded up to what the mesh takes.'
+  )
+  define(
+    'boolean',
+    'token_log_probs',
+    False,
+    'Also the log-probability of each token, as `log_probs`; of generated ones '
+    'with continuous batching.',
+  )
+  define(
+    'integer',
+    'top_log_probs',
+    defaults.top_log_probs,
+    'With continuous batching: also the so many most likely tokens '
+    'at each step and their log-probabilities, as `top_log_probs`.',
+  )
+  define(
+    'enum',
+    'batching',
+    defaults.batching,
+    'continuous: finished rows leave, waiting prompts enter; or static: '
+    'batches that end with their last row. Rows are the same.',
+    loading.BATCHING,
+  )
+  define(
+    'integer',
+    'prefill_chunk',
+    defaults.prefill_chunk,
+    'With continuous batching: positions of a prompt that one pass takes.',
+  )
+  define(
+    'integer',
+    'prefill_budget',
+    defaults.prefill_budget,
+    'With continuous batching: prompt tokens between decode steps while rows wait.',
+  )
+  define(
+    'integer',
+    'cache_length',
+    None,
+    "Positions of each row's cache, new tokens included; a prompt that does not "
+    'fit is an error. By default as many as the longest prompt needs.',
+  )
+  define(
+    'boolean',
+    'scan_layers',
+    None,
+    'One loop over all layers, which compiles in seconds; --noscan_layers writes '
+    'them out, which decodes faster on a TPU or GPU. By default a loop for more than 8 on CPU, else none.',
+  )
+  define(
+    'string',
+    'executable',
+    None,
+    'A generation that `python -m t5x_inference_ext.precompile --phase=generate --save` '
+    'compiled for these chips, run instead of compiling; its batch and prompt size are used. It runs as code: use '
+    'files of your own making alone.',
+  )
+  define(
+    'string',
+    'vocabulary',
+    None,
+    '`bytes` or a SentencePiece .model file. By default bytes for a model of 384 rows.',
+  )
+  define(
+    'enum',
+    'norm_scale',
+    None,
+    'How a T5X checkpoint stores its norm scales: around zero (PaLM) or one. By '
+    'default what the checkpoint records, else zero.',
+    NORM_SCALES,
+  )
+  define(
+    'string',
+    'coordinator_address',
+    None,
+    'HOST:PORT of process 0, of several processes that share the mesh; '
+    'auto on TPU pods and other clusters that jax knows. With gin flags too.',
+  )
+  define(
+    'integer',
+    'num_processes',
+    None,
+    'Of the run, started with the same flags but for --process_id.',
+  )
   define('integer', 'process_id', None, 'Of this process, from 0. Process 0 writes the output.')
 
 
@@ -134,7 +261,9 @@ def main(flags: absl_flags.FlagValues) -> None:
     cli.check_unmixed(flags, PLAIN, 'CHECKPOINT_PATH=\\"DIR\\"', 'configs/runs/infer.gin')
     distributed.initialize(**processes)
     config_text = cli.parse_gin(flags)
-    from t5x_inference_ext.runs import task_run  # seqio brings TensorFlow: seconds that plain runs spare
+    from t5x_inference_ext.runs import (
+      task_run,
+    )  # seqio brings TensorFlow: seconds that plain runs spare
 
     cli.configure(task_run.infer, config_text=config_text, explain_layout=flags.explain_layout)()
     return
@@ -143,14 +272,22 @@ def main(flags: absl_flags.FlagValues) -> None:
   if missing:
     raise UserError(f'{", ".join(missing)} not given; --help shows examples')
   options = loading.InferOptions(
-      checkpoint=flags.checkpoint, sampling=sampling_flags.sampling(flags), stop=tuple(flags.stop),
-      **{name: flags[name].value for name in OPTIONS})
+    checkpoint=flags.checkpoint,
+    sampling=sampling_flags.sampling(flags),
+    stop=tuple(flags.stop),
+    **{name: flags[name].value for name in OPTIONS},
+  )
   if flags.explain_layout:
-    loading.explain_layout(options, EXPLAINED_PROMPT if options.max_prompt is None else options.max_prompt)
+    loading.explain_layout(
+      options, EXPLAINED_PROMPT if options.max_prompt is None else options.max_prompt
+    )
     return
   distributed.initialize(**processes)
   prompts_file.infer_file(
-      options, prompts_file.PromptsFiles(flags.prompts, flags.output, flags.vocabulary, flags.overwrite), progress)
+    options,
+    prompts_file.PromptsFiles(flags.prompts, flags.output, flags.vocabulary, flags.overwrite),
+    progress,
+  )
 
 
 def run(argv: list[str] | None = None) -> int:

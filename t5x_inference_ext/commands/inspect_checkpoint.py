@@ -28,11 +28,23 @@ from t5x_inference_ext.errors import CheckpointError, UserError
 from t5x_inference_ext.quantization import rounding
 
 # Of a model, what makes it one of a known shape; its vocabulary may be padded.
-SHAPE = ('num_layers', 'd_model', 'd_ff', 'num_heads', 'd_head', 'num_kv_heads', 'block', 'mlp', 'norm')
+SHAPE = (
+  'num_layers',
+  'd_model',
+  'd_ff',
+  'num_heads',
+  'd_head',
+  'num_kv_heads',
+  'block',
+  'mlp',
+  'norm',
+)
 
 
 def define_flags(flags: absl_flags.FlagValues) -> None:
-  absl_flags.DEFINE_string('path', None, 'The checkpoint directory; or as an argument.', flag_values=flags)
+  absl_flags.DEFINE_string(
+    'path', None, 'The checkpoint directory; or as an argument.', flag_values=flags
+  )
 
 
 def main(flags: absl_flags.FlagValues) -> None:
@@ -51,9 +63,13 @@ def describe_checkpoint(path: str) -> Iterator[str]:
     found = read_tree(path)
     if found is None:
       raise
-    yield found[1].description + f' at {path}' + ('' if found[1].step is None else f', step {found[1].step}')
+    yield (
+      found[1].description
+      + f' at {path}'
+      + ('' if found[1].step is None else f', step {found[1].step}')
+    )
     yield from tensor_lines(found[1].leaves)
-    yield f'this can\'t be served as it is: {e}'
+    yield f"this can't be served as it is: {e}"
     return
   yield from checkpoint.notes
   if checkpoint.format == 'serving':
@@ -76,30 +92,45 @@ def tensor_lines(tensors: dict[str, Tensor]) -> Iterator[str]:
 
 def looks_like(config: ModelConfig) -> str:
   """The known model that is most like this one."""
+
   def different(name):
     other = preset(name)
     return [field for field in SHAPE if getattr(other, field) != getattr(config, field)]
 
-  nearest = min(PRESETS, key=lambda name: (len(different(name)),
-                                           abs(preset(name).num_params - config.num_params)))
+  nearest = min(
+    PRESETS,
+    key=lambda name: (len(different(name)), abs(preset(name).num_params - config.num_params)),
+  )
   differing = different(nearest)
   if len(differing) > len(SHAPE) // 2:
     return f'it is like none of the known models ({", ".join(PRESETS)}): {config.num_params:,} parameters'
   if not differing and preset(nearest).vocab_size != config.vocab_size:
     differing = ['vocab_size']
-  but = ', '.join(f'{f} {getattr(config, f)} instead of {getattr(preset(nearest), f)}' for f in differing)
-  return f'it looks like {nearest}' + (f', but with {but}' if but else '') + f': {config.num_params:,} parameters'
+  but = ', '.join(
+    f'{f} {getattr(config, f)} instead of {getattr(preset(nearest), f)}' for f in differing
+  )
+  return (
+    f'it looks like {nearest}'
+    + (f', but with {but}' if but else '')
+    + f': {config.num_params:,} parameters'
+  )
 
 
 def costs(checkpoint: Checkpoint) -> Iterator[str]:
   """What conversions to serve would take, and serving itself."""
   for weights in serving.SERVING_WEIGHTS:
-    conversion = Conversion(checkpoint, ConvertOptions(weights=weights), os.devnull, lambda *_: None)
+    conversion = Conversion(
+      checkpoint, ConvertOptions(weights=weights), os.devnull, lambda *_: None
+    )
     disk = sum(array.nbytes for array in conversion.output.arrays)
-    seconds = sum(t.nbytes for t in checkpoint.tensors.values()) / rate(conversion) / conversion.workers
-    yield (f'as a serving checkpoint with {weights} weights: {bytes_text(disk)} of disk and of device memory; converting '
-           f'takes about {bytes_text(conversion.peak_bytes)} of memory and, with {conversion.workers} workers, '
-           f'{duration(seconds)}')
+    seconds = (
+      sum(t.nbytes for t in checkpoint.tensors.values()) / rate(conversion) / conversion.workers
+    )
+    yield (
+      f'as a serving checkpoint with {weights} weights: {bytes_text(disk)} of disk and of device memory; converting '
+      f'takes about {bytes_text(conversion.peak_bytes)} of memory and, with {conversion.workers} workers, '
+      f'{duration(seconds)}'
+    )
 
 
 def rate(conversion: Conversion) -> float:
@@ -113,7 +144,11 @@ def rate(conversion: Conversion) -> float:
   kinds = params.parameters(conversion.source.config)
   with np.errstate(all='ignore'):  # NaN is for conversions to find
     for part, _, w in array.rectangles(values, block.bounds):
-      if conversion.output.weights == 'int8' and w.dtype.kind != 'i' and kinds[part.name].kind == 'matrix':
+      if (
+        conversion.output.weights == 'int8'
+        and w.dtype.kind != 'i'
+        and kinds[part.name].kind == 'matrix'
+      ):
         rounding.quantize_layers(w, rounding.scales_of(rounding.largest(w)))
       else:
         w.astype(conversion.output.dtype(part.name))

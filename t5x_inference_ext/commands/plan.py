@@ -38,9 +38,27 @@ from t5x_inference_ext.errors import UserError
 
 # Flag -> the parameter of planner.run.plan, where they differ.
 PLAN_PARAMETERS = {'slice': 'slice_name', 'json': 'json_file', 'figures': 'figure'}
-PLAN_FLAGS = ('model', 'slice', 'chip', 'batch', 'input_length', 'output_length', 'weights', 'cache', 'objective',
-         'latency_target_ms', 'convention', 'mesh', 'phase', 'check', 'sweep', 'figures', 'output_dir', 'gin_output',
-         'json')
+PLAN_FLAGS = (
+  'model',
+  'slice',
+  'chip',
+  'batch',
+  'input_length',
+  'output_length',
+  'weights',
+  'cache',
+  'objective',
+  'latency_target_ms',
+  'convention',
+  'mesh',
+  'phase',
+  'check',
+  'sweep',
+  'figures',
+  'output_dir',
+  'gin_output',
+  'json',
+)
 
 
 def define_flags(flags: absl_flags.FlagValues) -> None:
@@ -49,31 +67,77 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     getattr(absl_flags, f'DEFINE_{kind}')(name, default, *arguments, text, flag_values=flags)
 
   define('enum', 'model', None, f'The model: {", ".join(sorted(PRESETS))}.', sorted(PRESETS))
-  define('string', 'slice', None, 'The slice: v4:4x4x4, v5p:2x2x4, v5e:4x8, v6e:2x2, ...; or GPUs: A100:16, H100:8, '
-         'H200:8. By default the usual ones of --chip are considered.')
-  define('string', 'chip', 'v4', 'Where there is no --slice: v4, v5e, v5p, v6e, A100, H100, H200, or several, with '
-         'commas.')
-  define('integer', 'batch', None, 'Rows at a time. By default powers of two up to 1024 are considered.')
+  define(
+    'string',
+    'slice',
+    None,
+    'The slice: v4:4x4x4, v5p:2x2x4, v5e:4x8, v6e:2x2, ...; or GPUs: A100:16, H100:8, '
+    'H200:8. By default the usual ones of --chip are considered.',
+  )
+  define(
+    'string',
+    'chip',
+    'v4',
+    'Where there is no --slice: v4, v5e, v5p, v6e, A100, H100, H200, or several, with commas.',
+  )
+  define(
+    'integer', 'batch', None, 'Rows at a time. By default powers of two up to 1024 are considered.'
+  )
   define('integer', 'input_length', 1920, 'Tokens of each prompt.')
   define('integer', 'output_length', 64, 'Tokens to be made of each prompt, a decode step each.')
   define('enum', 'weights', 'int8', 'int8 or bfloat16.', ('int8', 'bfloat16'))
   define('enum', 'cache', 'bfloat16', 'Keys and values: int8 or bfloat16.', ('int8', 'bfloat16'))
-  define('enum', 'objective', 'latency', 'Of several slices or batches: latency, the fastest; throughput, most tokens '
-         'a second; cost, the fewest chip-seconds a token. Of one, all mean the fastest layouts.',
-         ('latency', 'throughput', 'cost'))
-  define('float', 'latency_target_ms', None, 'The cheapest that takes no more, from prompts to the last token.')
-  define('enum', 'convention', 'torus', 'Of the network: torus, each collective has the links of its own axes, and '
-         'hops; paper, all links for every collective, and no hops.', ('torus', 'paper'))
+  define(
+    'enum',
+    'objective',
+    'latency',
+    'Of several slices or batches: latency, the fastest; throughput, most tokens '
+    'a second; cost, the fewest chip-seconds a token. Of one, all mean the fastest layouts.',
+    ('latency', 'throughput', 'cost'),
+  )
+  define(
+    'float',
+    'latency_target_ms',
+    None,
+    'The cheapest that takes no more, from prompts to the last token.',
+  )
+  define(
+    'enum',
+    'convention',
+    'torus',
+    'Of the network: torus, each collective has the links of its own axes, and '
+    'hops; paper, all links for every collective, and no hops.',
+    ('torus', 'paper'),
+  )
   define('string', 'mesh', None, 'XxYxZ over the whole slice. By default the best.')
-  define('enum', 'phase', 'both', 'both, or prefill or decode, where the other phase runs on another slice: only that '
-         'is priced, and has to fit.', ('both', 'prefill', 'decode'))
-  define('boolean', 'check', False, 'Compile the plan for its slice, and print predicted beside compiled.')
-  define('boolean', 'sweep', False, 'Latency against cost, in int8 and bfloat16, instead of one plan: a CSV and a '
-         'figure.')
+  define(
+    'enum',
+    'phase',
+    'both',
+    'both, or prefill or decode, where the other phase runs on another slice: only that '
+    'is priced, and has to fit.',
+    ('both', 'prefill', 'decode'),
+  )
+  define(
+    'boolean',
+    'check',
+    False,
+    'Compile the plan for its slice, and print predicted beside compiled.',
+  )
+  define(
+    'boolean',
+    'sweep',
+    False,
+    'Latency against cost, in int8 and bfloat16, instead of one plan: a CSV and a figure.',
+  )
   define('boolean', 'figures', False, 'Draw the figures of the plan.')
   define('string', 'output_dir', '.', 'Takes the files of --sweep and --figures.')
-  define('string', 'gin_output', None, 'Write the plan into this file, as gin for infer, the T5X adapter and '
-         'precompile.')
+  define(
+    'string',
+    'gin_output',
+    None,
+    'Write the plan into this file, as gin for infer, the T5X adapter and precompile.',
+  )
   define('string', 'json', None, 'Write every number into this file, as JSON.')
 
 

@@ -46,13 +46,38 @@ from t5x_inference_ext.errors import UserError
 FITS, DOES_NOT_FIT = 0, 1
 PRECOMPILE_REQUIRED = ('model', 'slice', 'batch')
 # Flag -> the parameter of run.precompile, where they differ.
-PRECOMPILE_PARAMETERS = {'slice': 'slice_name', 'json': 'json_file', 'hlo': 'hlo_file', 'save': 'save_file'}
-PRECOMPILE_FLAGS = ('model', 'weights', 'slice', 'phase', 'batch', 'context', 'prompt', 'layout', 'other_layout', 'mesh', 'cache',
-         'scan_layers', 'max_new_tokens', 'json', 'hlo', 'save')
+PRECOMPILE_PARAMETERS = {
+  'slice': 'slice_name',
+  'json': 'json_file',
+  'hlo': 'hlo_file',
+  'save': 'save_file',
+}
+PRECOMPILE_FLAGS = (
+  'model',
+  'weights',
+  'slice',
+  'phase',
+  'batch',
+  'context',
+  'prompt',
+  'layout',
+  'other_layout',
+  'mesh',
+  'cache',
+  'scan_layers',
+  'max_new_tokens',
+  'json',
+  'hlo',
+  'save',
+)
 PHASE_HELP = {
-    'decode': 'one token for each row', 'prefill': 'whole prompts', 'generate': 'all that infer runs for a static batch, to be '
-    'saved', 'extend': 'a chunk of prompts on what is cached of them', 'slots': 'a decode step of slot refill',
-    'admit': 'a prompt\'s way into a slot'}
+  'decode': 'one token for each row',
+  'prefill': 'whole prompts',
+  'generate': 'all that infer runs for a static batch, to be saved',
+  'extend': 'a chunk of prompts on what is cached of them',
+  'slots': 'a decode step of slot refill',
+  'admit': "a prompt's way into a slot",
+}
 
 
 def define_flags(flags: absl_flags.FlagValues) -> None:
@@ -65,20 +90,52 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
   define('enum', 'model', None, f'The model: {", ".join(sorted(PRESETS))}.', sorted(PRESETS))
   define('enum', 'weights', 'int8', 'int8 or bfloat16.', ('int8', 'bfloat16'))
   define('string', 'slice', None, 'The slice: v4:4x4x4, v5p:2x2x4, v5e:4x8, v6e:2x2, ...')
-  define('enum', 'phase', 'decode', '; '.join(f'{name}: {what}' for name, what in PHASE_HELP.items()) + '.', tuple(PHASE_HELP))
+  define(
+    'enum',
+    'phase',
+    'decode',
+    '; '.join(f'{name}: {what}' for name, what in PHASE_HELP.items()) + '.',
+    tuple(PHASE_HELP),
+  )
   define('integer', 'batch', None, 'Rows.')
   define('integer', 'context', 2048, 'Positions of the KV cache for each row.')
-  define('integer', 'prompt', None, 'Tokens of each row that a prefill takes: by default all of the context. Of a '
-         'generation, what the new tokens leave of it; of extend, a chunk of 256.')
-  define('string', 'layout', None, 'feedforward/attention[/collectives] of the phase, such as ws_2d/batch '
-         '(docs/layouts.md). By default the best of those that suit the phase.')
-  define('string', 'other_layout', None, 'Of the other phase, which shares the weights and the cache. By default '
-         'ws_2d/batch, or ws_1d/batch beside ws_1d.')
+  define(
+    'integer',
+    'prompt',
+    None,
+    'Tokens of each row that a prefill takes: by default all of the context. Of a '
+    'generation, what the new tokens leave of it; of extend, a chunk of 256.',
+  )
+  define(
+    'string',
+    'layout',
+    None,
+    'feedforward/attention[/collectives] of the phase, such as ws_2d/batch '
+    '(docs/layouts.md). By default the best of those that suit the phase.',
+  )
+  define(
+    'string',
+    'other_layout',
+    None,
+    'Of the other phase, which shares the weights and the cache. By default '
+    'ws_2d/batch, or ws_1d/batch beside ws_1d.',
+  )
   define('string', 'mesh', None, 'XxYxZ over the whole slice. By default along its torus.')
-  define('enum', 'cache', None, 'What the KV cache holds: int8, with a scale for each position and head, or bfloat16, the '
-         'default.', ('int8', 'bfloat16'))
-  define('boolean', 'scan_layers', None, 'One loop over all layers, which compiles in seconds; by default they are written '
-         'out, as in infer on a TPU, which prefetches each layer\'s weights and takes a minute or two for 100 layers.')
+  define(
+    'enum',
+    'cache',
+    None,
+    'What the KV cache holds: int8, with a scale for each position and head, or bfloat16, the '
+    'default.',
+    ('int8', 'bfloat16'),
+  )
+  define(
+    'boolean',
+    'scan_layers',
+    None,
+    'One loop over all layers, which compiles in seconds; by default they are written '
+    "out, as in infer on a TPU, which prefetches each layer's weights and takes a minute or two for 100 layers.",
+  )
   define('integer', 'max_new_tokens', 64, 'Of a generation: the limit for each row.')
   sampling_flags.define(define, 'Of a generation, slots and admit: ')
   define('string', 'json', None, 'Write the report into this file, as JSON.')
@@ -100,14 +157,20 @@ def main(flags: absl_flags.FlagValues) -> bool:
   from t5x_inference_ext.precompile import run as runner
 
   if cli.uses_gin(flags):
-    cli.check_unmixed(flags, (*PRECOMPILE_FLAGS, *sampling_flags.TEXTS), 'BATCH=64', 'configs/runs/precompile.gin')
+    cli.check_unmixed(
+      flags, (*PRECOMPILE_FLAGS, *sampling_flags.TEXTS), 'BATCH=64', 'configs/runs/precompile.gin'
+    )
     cli.parse_gin(flags)
     return cli.configure(runner.precompile)()
   missing = [f'--{name}' for name in PRECOMPILE_REQUIRED if flags[name].value is None]
   if missing:
     raise UserError(f'{", ".join(missing)} not given; --help shows examples')
-  arguments = {PRECOMPILE_PARAMETERS.get(name, name): flags[name].value for name in PRECOMPILE_FLAGS}
-  return runner.precompile(**{**arguments, 'model': preset(flags.model)}, sampling=sampling_flags.sampling(flags))
+  arguments = {
+    PRECOMPILE_PARAMETERS.get(name, name): flags[name].value for name in PRECOMPILE_FLAGS
+  }
+  return runner.precompile(
+    **{**arguments, 'model': preset(flags.model)}, sampling=sampling_flags.sampling(flags)
+  )
 
 
 def run(argv: list[str] | None = None) -> int:

@@ -10,14 +10,14 @@ from t5x_inference_ext.errors import UserError
 # What each does; flags have the names and defaults of a SamplingParams's fields. Stop sequences are ids there, and texts in
 # commands, which have a flag of their own for them.
 TEXTS = {
-    'temperature': '0 takes the most likely token.',
-    'top_k': 'Sample among the k most likely tokens; 0: all.',
-    'top_p': 'Sample among the most likely tokens that reach this probability.',
-    'repetition_penalty': 'Divides positive logits of tokens in prompt or output, and multiplies negative ones.',
-    'frequency_penalty': 'Is taken off a token\'s logit for each time it was generated.',
-    'presence_penalty': 'Is taken off the logits of all tokens that were generated.',
-    'logit_bias': 'What is added to logits, as JSON: {"TOKEN ID": NUMBER, ...}; -Infinity forbids a token.',
-    'min_new_tokens': 'EOS is not chosen, and no stop sequence counts, before so many tokens.',
+  'temperature': '0 takes the most likely token.',
+  'top_k': 'Sample among the k most likely tokens; 0: all.',
+  'top_p': 'Sample among the most likely tokens that reach this probability.',
+  'repetition_penalty': 'Divides positive logits of tokens in prompt or output, and multiplies negative ones.',
+  'frequency_penalty': "Is taken off a token's logit for each time it was generated.",
+  'presence_penalty': 'Is taken off the logits of all tokens that were generated.',
+  'logit_bias': 'What is added to logits, as JSON: {"TOKEN ID": NUMBER, ...}; -Infinity forbids a token.',
+  'min_new_tokens': 'EOS is not chosen, and no stop sequence counts, before so many tokens.',
 }
 FLAG_KINDS = {float: 'float', int: 'integer'}
 
@@ -44,8 +44,12 @@ def _bias(text: str | None) -> dict[int, float]:
   try:
     found = json.loads(text)
   except json.JSONDecodeError as error:
-    raise UserError(f'logit_bias is not JSON ({error.msg} at column {error.colno}): {example}') from None
+    raise UserError(
+      f'logit_bias is not JSON ({error.msg} at column {error.colno}): {example}'
+    ) from None
   number = lambda value: isinstance(value, (int, float)) and not isinstance(value, bool)
-  if not isinstance(found, dict) or not all(key.isdecimal() and number(value) for key, value in found.items()):
+  if not isinstance(found, dict) or not all(
+    key.isdecimal() and number(value) for key, value in found.items()
+  ):
     raise UserError(f'logit_bias must be an object of token ids and numbers, got {text}: {example}')
   return {int(key): float(value) for key, value in found.items()}

@@ -46,15 +46,21 @@ def gather_cache_row(model: Model, cache: KVCache, weights: Weights, row: jax.Ar
   return dataclasses.replace(one, shared=dataclasses.replace(cache.shared, lengths=lengths))
 
 
-def scatter_cache_row(model: Model, cache: KVCache, weights: Weights, row: jax.Array, one: KVCache) -> KVCache:
+def scatter_cache_row(
+  model: Model, cache: KVCache, weights: Weights, row: jax.Array, one: KVCache
+) -> KVCache:
   """The cache with a cache of one, no longer than it, in the place of a row. Both share the same, or nothing."""
   axes, spec, one_spec = _specs(model, cache, weights)
 
   def run(cache, one, row):
     at, mine = _here(cache.lengths.shape[0], axes, row)
-    if ops.axis_size(axes) > 1:  # others write what they have there, which leaves the update in place
+    if (
+      ops.axis_size(axes) > 1
+    ):  # others write what they have there, which leaves the update in place
       there = kv_cache.local_row(cache, at)
-      one = jax.tree.map(lambda x, old: jnp.where(mine, x, old[tuple(slice(n) for n in x.shape)]), one, there)
+      one = jax.tree.map(
+        lambda x, old: jnp.where(mine, x, old[tuple(slice(n) for n in x.shape)]), one, there
+      )
     return kv_cache.with_local_row(cache, at, one)
 
   strip = lambda c: dataclasses.replace(c, shared=None)
@@ -71,7 +77,11 @@ def _specs(model, cache, weights) -> tuple[Axes, Any, Any]:
   spec = model.cache_spec(sharding, weights)
   axes = lambda part: (part,) if isinstance(part, str) else part
   whole = lambda s: P(*(None if axes(part) == sharding.attention_rows else part for part in s))
-  return sharding.attention_rows, spec, jax.tree.map(whole, spec, is_leaf=lambda s: isinstance(s, P))
+  return (
+    sharding.attention_rows,
+    spec,
+    jax.tree.map(whole, spec, is_leaf=lambda s: isinstance(s, P)),
+  )
 
 
 def _here(rows: int, axes: Axes, row: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -81,8 +91,12 @@ def _here(rows: int, axes: Axes, row: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _from_owner(x: jax.Array, axes: Axes, mine: jax.Array) -> jax.Array:
-  return x if ops.axis_size(axes) == 1 else ops.all_reduce(jnp.where(mine, x, jnp.zeros_like(x)), axes)
+  return (
+    x if ops.axis_size(axes) == 1 else ops.all_reduce(jnp.where(mine, x, jnp.zeros_like(x)), axes)
+  )
 
 
 def _per_shard(model: Model, run: Callable, in_specs: Any, out_specs: Any) -> Callable:
-  return jax.shard_map(run, mesh=model.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+  return jax.shard_map(
+    run, mesh=model.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+  )

@@ -48,7 +48,16 @@ class Conversation:
     prefilled: positions that prefill passes took so far, padding included.
   """
 
-  def __init__(self, model: Model, weights: Weights, *, max_length: int, bos_id: int, eos_id: int, chunk: int = 256):
+  def __init__(
+    self,
+    model: Model,
+    weights: Weights,
+    *,
+    max_length: int,
+    bos_id: int,
+    eos_id: int,
+    chunk: int = 256,
+  ):
     check_at_least(1, max_length=max_length, chunk=chunk)
     self._model, self._weights, self._eos, self._bos = model, weights, eos_id, bos_id
     self._rows = model.padded_batch(1)  # as few as the mesh takes; the first is the conversation
@@ -57,13 +66,21 @@ class Conversation:
     self.tokens: list[int] = []
     self.prefilled = 0
     # The cache stays where decode steps have it, and turns run there too: nothing moves between them.
-    room = padded_length(model.decode_layout, model.mesh.shape, self._rows, max_length + self._chunk)
+    room = padded_length(
+      model.decode_layout, model.mesh.shape, self._rows, max_length + self._chunk
+    )
     self._cache = _empty(model, weights, self._rows, room)
     self._cached = 0  # positions of it that hold BOS and `tokens`
     self._last: Generator | None = None  # reply: while it is being made, it has the cache
 
-  def reply(self, turn: Sequence[int], *, max_new_tokens: int, sampling: SamplingParams = SamplingParams(), seed: int = 0
-            ) -> Iterator[int]:
+  def reply(
+    self,
+    turn: Sequence[int],
+    *,
+    max_new_tokens: int,
+    sampling: SamplingParams = SamplingParams(),
+    seed: int = 0,
+  ) -> Iterator[int]:
     """Adds a turn and yields the reply, token by token, as it is made.
 
     What is not taken of it is not part of the conversation: closing the iterator ends the reply there, and so does the
@@ -82,8 +99,9 @@ class Conversation:
     stack_params([sampling], self._model.config.vocab_size)  # checks ids
     if len(self.tokens) + len(turn) + max_new_tokens > self._max_length:
       raise RequestError(
-          f'{len(self.tokens)} tokens so far, {len(turn)} of this turn and {max_new_tokens} new ones do not fit into '
-          f'max_length={self._max_length}: begin another conversation, or one of more tokens')
+        f'{len(self.tokens)} tokens so far, {len(turn)} of this turn and {max_new_tokens} new ones do not fit into '
+        f'max_length={self._max_length}: begin another conversation, or one of more tokens'
+      )
     if self._last is not None:
       self._last.close()
     # Of a reply that was not taken to its end the cache may hold more; of a turn without tokens the last one is run again.
@@ -95,11 +113,15 @@ class Conversation:
   def _reply(self, max_new_tokens, sampling, seed):
     logits = self._prefill()
     count = self._rows
-    rows = RowParams(stack_params([sampling] * count, self._model.config.vocab_size), np.full(count, seed, np.uint32),
-                np.full(count, max_new_tokens, np.int32), self._eos)
+    rows = RowParams(
+      stack_params([sampling] * count, self._model.config.vocab_size),
+      np.full(count, seed, np.uint32),
+      np.full(count, max_new_tokens, np.int32),
+      self._eos,
+    )
     prompts = np.zeros((count, self._max_length + 1 if sampling.penalizes else 1), np.int32)
     if sampling.penalizes:
-      prompts[:, 1:len(self.tokens) + 1] = self.tokens
+      prompts[:, 1 : len(self.tokens) + 1] = self.tokens
     lengths = np.full(count, len(self.tokens) + 1, np.int32)
     slots, first = _begin(self._model, self._cache, logits, *self._put(rows, prompts, lengths))
     first = jax.device_get(first)
@@ -111,10 +133,16 @@ class Conversation:
           yield token
         if ended:
           return
-        slots, told = decode_steps(self._model, slots, self._weights, *self._put(np.int32(REPLY_STEPS), np.asarray(False)), most=REPLY_STEPS)
+        slots, told = decode_steps(
+          self._model,
+          slots,
+          self._weights,
+          *self._put(np.int32(REPLY_STEPS), np.asarray(False)),
+          most=REPLY_STEPS,
+        )
         told = jax.device_get(told)
         self._cached += int(told.counts[0])
-        new, ended = told.chosen.tokens[:told.counts[0], 0].tolist(), bool(told.ended[0])
+        new, ended = told.chosen.tokens[: told.counts[0], 0].tolist(), bool(told.ended[0])
     finally:
       self._cache = slots.cache
 
@@ -124,12 +152,13 @@ class Conversation:
     self._cached = min(self._cached, len(everything) - 1)
     logits = None
     while self._cached < len(everything):
-      some = everything[self._cached:self._cached + self._chunk]
+      some = everything[self._cached : self._cached + self._chunk]
       size = min(self._chunk, max(SMALLEST_CHUNK, 1 << (len(some) - 1).bit_length()))
       tokens, counts = np.zeros((self._rows, size), np.int32), np.zeros(self._rows, np.int32)
-      tokens[0, :len(some)], counts[0] = some, len(some)
+      tokens[0, : len(some)], counts[0] = some, len(some)
       logits, self._cache = _extend(
-          self._model, self._cache, self._weights, *self._put(np.int32(self._cached), tokens, counts))
+        self._model, self._cache, self._weights, *self._put(np.int32(self._cached), tokens, counts)
+      )
       self._cached += len(some)
       self.prefilled += size
     return logits

@@ -1,8 +1,8 @@
 """The Python API: open a checkpoint on a mesh, generate, score.
 
-    engine = Engine.load('checkpoint_1000', mesh='2x2x2', dtype='float32')
-    for completion in engine.generate([[103, 104, 105], [108]], max_new_tokens=16):
-      print(completion.tokens, completion.score)
+engine = Engine.load('checkpoint_1000', mesh='2x2x2', dtype='float32')
+for completion in engine.generate([[103, 104, 105], [108]], max_new_tokens=16):
+  print(completion.tokens, completion.score)
 """
 
 import dataclasses
@@ -20,12 +20,12 @@ from t5x_inference_ext.engine import length_buckets, scheduler_config, scoring
 from t5x_inference_ext.engine.conversation import Conversation
 from t5x_inference_ext.engine.static_batch import generate_batch
 from t5x_inference_ext.engine.inputs import (
-    BOS_ID,
-    EOS_ID,
-    check_arrays,
-    check_at_least,
-    check_generation,
-    check_pairs,
+  BOS_ID,
+  EOS_ID,
+  check_arrays,
+  check_at_least,
+  check_generation,
+  check_pairs,
 )
 from t5x_inference_ext.engine.inputs import check_seeds, for_each, model_inputs
 from t5x_inference_ext.model.transformer import Model
@@ -63,18 +63,18 @@ class Engine:
 
   @classmethod
   def load(
-      cls,
-      checkpoint: str | os.PathLike | Checkpoint,
-      *,
-      mesh: str | jax.sharding.Mesh = '1x1x1',
-      dtype: str = 'bfloat16',
-      cache: str | None = None,
-      prefill_layout: str = 'ws_2d/batch',
-      decode_layout: str = 'ws_2d/batch',
-      norm_scale: str | None = None,
-      scan_layers: bool | None = None,
-      executable: str | os.PathLike | None = None,
-      progress=iter,
+    cls,
+    checkpoint: str | os.PathLike | Checkpoint,
+    *,
+    mesh: str | jax.sharding.Mesh = '1x1x1',
+    dtype: str = 'bfloat16',
+    cache: str | None = None,
+    prefill_layout: str = 'ws_2d/batch',
+    decode_layout: str = 'ws_2d/batch',
+    norm_scale: str | None = None,
+    scan_layers: bool | None = None,
+    executable: str | os.PathLike | None = None,
+    progress=iter,
   ) -> 'Engine':
     """Opens a serving checkpoint, or a T5X one directly, and loads it onto the mesh.
 
@@ -98,28 +98,40 @@ class Engine:
     if not isinstance(checkpoint, Checkpoint):
       checkpoint = open_checkpoint(checkpoint, norm_scale=norm_scale)
     check_model(checkpoint.config, mesh.shape)
-    model = Model(checkpoint.config, mesh, Layout.parse(prefill_layout), Layout.parse(decode_layout), dtype, cache)
+    model = Model(
+      checkpoint.config,
+      mesh,
+      Layout.parse(prefill_layout),
+      Layout.parse(decode_layout),
+      dtype,
+      cache,
+    )
     scan_layers = scans_layers(model.config.num_layers, scan_layers, mesh.devices.flat[0].platform)
     if executable is not None:
       executable = SavedGeneration.open(executable, model, checkpoint.weights, scan_layers)
-    return cls(checkpoint, model, load_weights(checkpoint, model, stacked=scan_layers, progress=progress), executable)
+    return cls(
+      checkpoint,
+      model,
+      load_weights(checkpoint, model, stacked=scan_layers, progress=progress),
+      executable,
+    )
 
   def padded_batch(self, rows: int) -> int:
     """The smallest batch of at least `rows` that keeps the mesh as busy as so many rows can."""
     return self.model.padded_batch(rows)
 
   def generate(
-      self,
-      prompts: Sequence[Sequence[int]],
-      *,
-      max_new_tokens: int | Sequence[int],
-      sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
-      seeds: Sequence[int] | None = None,
-      eos_id: int = EOS_ID,
-      cache_size: int | None = None,
-      prompt_size: int | None = None,
-      max_length: int | None = None,
-      prefill_chunk: int | None = None,
+    self,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int | Sequence[int],
+    sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
+    seeds: Sequence[int] | None = None,
+    eos_id: int = EOS_ID,
+    cache_size: int | None = None,
+    prompt_size: int | None = None,
+    max_length: int | None = None,
+    prefill_chunk: int | None = None,
   ) -> list[Completion]:
     """Continues each prompt until EOS or the limit.
 
@@ -140,7 +152,9 @@ class Engine:
       MeshError: a number of prompts that the decode layout can't split: see padded_batch.
     """
     limits, sampling_arrays, seeds = self._for_each(prompts, max_new_tokens, sampling, seeds)
-    check_generation(prompts, self.model.config.vocab_size, limits, cache_size, prompt_size, max_length)
+    check_generation(
+      prompts, self.model.config.vocab_size, limits, cache_size, prompt_size, max_length
+    )
     if prefill_chunk is not None:
       check_at_least(1, prefill_chunk=prefill_chunk)
     self.model.decode_sharding(len(prompts))
@@ -154,24 +168,26 @@ class Engine:
       own['sampling_arrays'], sampling = stacked, SamplingParams()
     if not isinstance(max_new_tokens, int):
       own['limits'] = np.asarray(limits, np.int32)
-    run = GenerationShape(len(prompts), tokens.shape[1] - 1, size, most, sampling, eos_id, max_length)
+    run = GenerationShape(
+      len(prompts), tokens.shape[1] - 1, size, most, sampling, eos_id, max_length
+    )
     program = self._generation(run, bool(own), prefill_chunk)
     arguments = self._put(tokens, lengths, np.asarray(seeds).astype(np.uint32), own)
     result = jax.device_get(program(self.weights, *arguments[:3], **arguments[3]))
     return [Completion(row[:n].tolist(), float(score)) for row, n, score in zip(*result)]
 
   def stream(
-      self,
-      prompts: Sequence[Sequence[int]],
-      *,
-      max_new_tokens: int | Sequence[int],
-      sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
-      seeds: Sequence[int] | None = None,
-      samples: int = 1,
-      slots: int = 32,
-      together: int | None = None,
-      eos_id: int = EOS_ID,
-      **options,
+    self,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int | Sequence[int],
+    sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
+    seeds: Sequence[int] | None = None,
+    samples: int = 1,
+    slots: int = 32,
+    together: int | None = None,
+    eos_id: int = EOS_ID,
+    **options,
   ) -> Iterator[Event]:
     """Continues prompts in slots that are kept full, and yields each row's new tokens as they are made.
 
@@ -190,29 +206,43 @@ class Engine:
     if together is not None:
       options['prompts'] = together
     asked = self.requests(prompts, max_new_tokens, sampling, seeds, samples)
-    plan, shared = scheduler_config.config_for(self.model, asked, slots=slots, eos_id=eos_id, **options)
+    plan, shared = scheduler_config.config_for(
+      self.model, asked, slots=slots, eos_id=eos_id, **options
+    )
     return Scheduler(self.model, self.weights, plan, shared).run(asked)
 
-  def requests(self, prompts, max_new_tokens, sampling=SamplingParams(), seeds=None, samples: int = 1) -> list[Request]:
+  def requests(
+    self, prompts, max_new_tokens, sampling=SamplingParams(), seeds=None, samples: int = 1
+  ) -> list[Request]:
     """Prompts as the scheduler takes them; arguments, and errors, are stream's."""
     limits, sampling_arrays, seeds = self._for_each(prompts, max_new_tokens, sampling, seeds)
     check_generation(prompts, self.model.config.vocab_size, limits)
     stack_params(sampling_arrays, self.model.config.vocab_size)  # checks ids
     if samples < 1:
       raise RequestError(f'samples must be at least 1, got {samples}')
-    return [Request((BOS_ID, *prompt), tuple((int(seed) + i) % 2**32 for i in range(samples)), limit, one)
-            for prompt, seed, limit, one in zip(prompts, seeds, limits, sampling_arrays)]
+    return [
+      Request((BOS_ID, *prompt), tuple((int(seed) + i) % 2**32 for i in range(samples)), limit, one)
+      for prompt, seed, limit, one in zip(prompts, seeds, limits, sampling_arrays)
+    ]
 
   def _for_each(self, prompts, max_new_tokens, sampling, seeds):
     seeds = for_each(prompts, 'seeds', 0 if seeds is None else seeds)
     check_seeds(seeds)
-    return for_each(prompts, 'limits', max_new_tokens), for_each(prompts, 'sampling parameters', sampling), seeds
+    return (
+      for_each(prompts, 'limits', max_new_tokens),
+      for_each(prompts, 'sampling parameters', sampling),
+      seeds,
+    )
 
   def chat(self, *, max_length: int, eos_id: int = EOS_ID, chunk: int = 256) -> Conversation:
     """A conversation of at most so many tokens, whose cache is kept between turns; see engine.conversation."""
-    return Conversation(self.model, self.weights, max_length=max_length, bos_id=BOS_ID, eos_id=eos_id, chunk=chunk)
+    return Conversation(
+      self.model, self.weights, max_length=max_length, bos_id=BOS_ID, eos_id=eos_id, chunk=chunk
+    )
 
-  def score(self, inputs: np.ndarray, targets: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+  def score(
+    self, inputs: np.ndarray, targets: np.ndarray, weights: np.ndarray | None = None
+  ) -> np.ndarray:
     """The sum over positions of weight * log p(target | inputs so far).
 
     Args:
@@ -237,7 +267,8 @@ class Engine:
     return np.asarray(_log_probs(self.model, self.weights, *self._put(inputs, targets)))
 
   def score_completions(
-      self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, tokens: int = 8192) -> list[list[float]]:
+    self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, tokens: int = 8192
+  ) -> list[list[float]]:
     """The log-probabilities of each completion's tokens after its prompt; their sum is its score.
 
     Pairs of like lengths are scored together, whatever their order.
@@ -252,8 +283,10 @@ class Engine:
     check_at_least(1, tokens=tokens)
     check_pairs(pairs, self.model.config.vocab_size)
     examples = [scoring.ScoringExample.of(*pair) for pair in pairs]
-    found = dict(scoring.score_examples(self.log_probs, examples, length_buckets.packer(self.model, tokens)))
-    return [found[i][len(prompt):].tolist() for i, (prompt, _) in enumerate(pairs)]
+    found = dict(
+      scoring.score_examples(self.log_probs, examples, length_buckets.packer(self.model, tokens))
+    )
+    return [found[i][len(prompt) :].tolist() for i, (prompt, _) in enumerate(pairs)]
 
   def logits(self, inputs: np.ndarray) -> np.ndarray:
     """inputs [B, T] model inputs -> [B, T, V] float32 logits after each position."""
@@ -266,7 +299,9 @@ class Engine:
       return functools.partial(_generate, self.model, **_options(run), prefill_chunk=prefill_chunk)
     if per_row or prefill_chunk is not None:
       what = 'one sampler and limit' if per_row else 'prompts in one pass'
-      raise RequestError(f'the executable {self.executable.path} was compiled for {what}: run without it')
+      raise RequestError(
+        f'the executable {self.executable.path} was compiled for {what}: run without it'
+      )
     self.executable.check_run(run)
     return self.executable.load(*generation_program(self.model, run, self.weights), self.model.mesh)
 
@@ -285,21 +320,36 @@ def _jit(function, *static: str):
   return run
 
 
-_generate = _jit(generate_batch, 'sampling', 'max_new_tokens', 'eos_id', 'cache_size', 'max_length', 'prefill_chunk')
+_generate = _jit(
+  generate_batch,
+  'sampling',
+  'max_new_tokens',
+  'eos_id',
+  'cache_size',
+  'max_length',
+  'prefill_chunk',
+)
 
 
 def generation_program(model: Model, run: GenerationShape, weights: Weights):
   """What `generate` compiles for a batch: the jitted function, and the shapes that it takes beside these weights'."""
   whole = NamedSharding(model.mesh, P())
   tokens = jax.ShapeDtypeStruct((run.batch, run.prompt + 1), np.int32, sharding=whole)
-  lengths, seeds = (jax.ShapeDtypeStruct((run.batch,), dtype, sharding=whole) for dtype in (np.int32, np.uint32))
+  lengths, seeds = (
+    jax.ShapeDtypeStruct((run.batch,), dtype, sharding=whole) for dtype in (np.int32, np.uint32)
+  )
   function = jax.jit(functools.partial(_generate.__wrapped__, model, **_options(run)))
   return function, (weights, tokens, lengths, seeds)
 
 
 def _options(run: GenerationShape):
-  return dict(sampling=run.sampling, max_new_tokens=run.max_new_tokens, eos_id=run.eos_id, cache_size=run.context,
-              max_length=run.max_length)
+  return dict(
+    sampling=run.sampling,
+    max_new_tokens=run.max_new_tokens,
+    eos_id=run.eos_id,
+    cache_size=run.context,
+    max_length=run.max_length,
+  )
 
 
 _log_probs = _jit(Model.log_probs)

@@ -15,7 +15,7 @@ def model_inputs(prompts: Sequence[Sequence[int]], size: int) -> tuple[np.ndarra
   """Prompts -> (BOS and prompt [B, size + 1] int32 from the left, lengths [B] int32 with BOS counted)."""
   tokens = np.full((len(prompts), size + 1), BOS_ID, np.int32)
   for row, prompt in zip(tokens, prompts):
-    row[1:len(prompt) + 1] = prompt
+    row[1 : len(prompt) + 1] = prompt
   return tokens, np.asarray([len(p) + 1 for p in prompts], np.int32)
 
 
@@ -59,11 +59,15 @@ def check_arrays(vocab_size: int, *ids: Any, weights: Any = None) -> None:
   arrays = [np.asarray(x) for x in (*ids, *(() if weights is None else (weights,)))]
   shapes = [x.shape for x in arrays]
   if len(set(shapes)) > 1 or len(shapes[0]) != 2 or not arrays[0].size:
-    raise RequestError(f'tokens must be arrays [B, T] of one shape, not empty, got {" and ".join(map(str, shapes))}')
-  for x in arrays[:len(ids)]:
+    raise RequestError(
+      f'tokens must be arrays [B, T] of one shape, not empty, got {" and ".join(map(str, shapes))}'
+    )
+  for x in arrays[: len(ids)]:
     wrong = x[(x < 0) | (x >= vocab_size) | (x % 1 != 0)]
     if wrong.size:
-      raise RequestError(f'the arrays hold token {wrong[0]}: ids are whole numbers, 0 to {vocab_size - 1}')
+      raise RequestError(
+        f'the arrays hold token {wrong[0]}: ids are whole numbers, 0 to {vocab_size - 1}'
+      )
 
 
 def check_seeds(seeds: Sequence[Any]) -> None:
@@ -79,8 +83,13 @@ def is_whole(value: Any) -> bool:
 
 
 def check_generation(
-    prompts: Sequence[Sequence[int]], vocab_size: int, limits: Sequence[int], cache_size: int | None = None,
-    prompt_size: int | None = None, max_length: int | None = None) -> None:
+  prompts: Sequence[Sequence[int]],
+  vocab_size: int,
+  limits: Sequence[int],
+  cache_size: int | None = None,
+  prompt_size: int | None = None,
+  max_length: int | None = None,
+) -> None:
   """Raises RequestError for what generate could not serve, naming the prompt (counted from 0).
 
   Args:
@@ -97,12 +106,21 @@ def check_generation(
   for i, prompt in enumerate(prompts):
     check_tokens(f'prompt {i}', prompt, vocab_size)
     if prompt_size is not None and len(prompt) > prompt_size:
-      raise RequestError(f'prompt {i} has {len(prompt)} tokens, more than prompt_size={prompt_size}')
+      raise RequestError(
+        f'prompt {i} has {len(prompt)} tokens, more than prompt_size={prompt_size}'
+      )
     if max_length is not None and len(prompt) >= max_length:
-      raise RequestError(f'prompt {i} has {len(prompt)} tokens: max_length={max_length} leaves no room for a new one')
+      raise RequestError(
+        f'prompt {i} has {len(prompt)} tokens: max_length={max_length} leaves no room for a new one'
+      )
     # BOS takes a position, the last new token none.
-    needed = len(prompt) + max_new_tokens if max_length is None else min(len(prompt) + max_new_tokens, max_length)
+    needed = (
+      len(prompt) + max_new_tokens
+      if max_length is None
+      else min(len(prompt) + max_new_tokens, max_length)
+    )
     if cache_size is not None and needed > cache_size:
       raise RequestError(
-          f'prompt {i} is longer than the cache: {len(prompt)} tokens and {needed - len(prompt)} new ones need '
-          f'{needed} positions, the cache has {cache_size}: raise cache_size, lower max_new_tokens, or shorten the prompt')
+        f'prompt {i} is longer than the cache: {len(prompt)} tokens and {needed - len(prompt)} new ones need '
+        f'{needed} positions, the cache has {cache_size}: raise cache_size, lower max_new_tokens, or shorten the prompt'
+      )

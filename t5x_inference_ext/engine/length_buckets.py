@@ -48,14 +48,17 @@ class Packer:
     packs, start = [], 0
     for count, (rows, length) in self._parts(sorted(counts.items(), reverse=True)):
       self._shapes.add((rows, length))
-      packs += [Pack(order[i:min(i + rows, start + count)], rows, length) for i in range(start, start + count, rows)]
+      packs += [
+        Pack(order[i : min(i + rows, start + count)], rows, length)
+        for i in range(start, start + count, rows)
+      ]
       start += count
     return packs
 
   def _parts(self, counts: list[tuple[int, int]]) -> list[tuple[int, tuple[int, int]]]:
     """(padded length, examples), the longest first -> (examples, shape) of each part, with the least cost in all."""
     worth = self._tokens * (LATER if self._shapes else FIRST)
-    best: list[tuple[float, list]] = [(0., [])]  # of the first n lengths
+    best: list[tuple[float, list]] = [(0.0, [])]  # of the first n lengths
     for stop in range(1, len(counts) + 1):
       options, count = [], 0
       for start in range(stop - 1, -1, -1):

@@ -58,25 +58,35 @@ class SamplingParams:
     for name in ('logit_bias', 'stop'):  # hashable, also as read from JSON
       value = getattr(self, name)
       if not all(isinstance(item, (Sequence, np.ndarray)) for item in value):
-        raise RequestError(f'{name} must be a sequence of sequences, such as [[5, 6]], got {value!r}')
+        raise RequestError(
+          f'{name} must be a sequence of sequences, such as [[5, 6]], got {value!r}'
+        )
       object.__setattr__(self, name, tuple(map(tuple, value)))
     if not 0 <= self.temperature <= LARGEST:
       most = f' and at most {LARGEST:.1e}' if self.temperature > LARGEST else ''
       raise RequestError(f'temperature must be 0 or more{most}, got {self.temperature}')
     for name, least in (('top_k', '0 (keep all)'), ('min_new_tokens', '0')):
       if not is_whole(getattr(self, name)) or getattr(self, name) < 0:
-        raise RequestError(f'{name} must be {least} or more, and a whole number, got {getattr(self, name)!r}')
+        raise RequestError(
+          f'{name} must be {least} or more, and a whole number, got {getattr(self, name)!r}'
+        )
     if not 0 < self.top_p <= 1:
       raise RequestError(f'top_p must be above 0 and at most 1, got {self.top_p}')
     if not SMALLEST <= self.repetition_penalty <= LARGEST:
-      raise RequestError(f'repetition_penalty must be above 0 and a float32, got {self.repetition_penalty}')
+      raise RequestError(
+        f'repetition_penalty must be above 0 and a float32, got {self.repetition_penalty}'
+      )
     for name in ('frequency_penalty', 'presence_penalty'):
       if not -LARGEST <= getattr(self, name) <= LARGEST:
         raise RequestError(f'{name} must be a number and a float32, got {getattr(self, name)}')
-    pair = next((p for p in self.logit_bias if len(p) != 2 or not _is_id(p[0]) or not _is_bias(p[1])), None)
+    pair = next(
+      (p for p in self.logit_bias if len(p) != 2 or not _is_id(p[0]) or not _is_bias(p[1])), None
+    )
     if pair is not None:
-      raise RequestError('logit_bias must be pairs of a token id and a number (-Infinity forbids a token, and 1e9 makes it '
-                         f'the choice), got {pair}')
+      raise RequestError(
+        'logit_bias must be pairs of a token id and a number (-Infinity forbids a token, and 1e9 makes it '
+        f'the choice), got {pair}'
+      )
     if not all(_is_id(token) for sequence in self.stop for token in sequence):
       raise RequestError(f'stop must be sequences of token ids, got {self.stop}')
     if not all(self.stop):
@@ -88,8 +98,10 @@ class SamplingParams:
 
   def before_stop(self, tokens: list[int]) -> list[int]:
     """A row's tokens without the stop sequence that they end in, the longest if several match."""
-    ends = [len(s) for s in self.stop if tuple(tokens[-len(s):]) == s]
-    return tokens[:len(tokens) - max(ends, default=0)] if len(tokens) >= self.min_new_tokens else tokens
+    ends = [len(s) for s in self.stop if tuple(tokens[-len(s) :]) == s]
+    return (
+      tokens[: len(tokens) - max(ends, default=0)] if len(tokens) >= self.min_new_tokens else tokens
+    )
 
   def __call__(self, logits: jax.Array, seeds: jax.Array, positions: jax.Array) -> jax.Array:
     """logits [B, V] float32, seeds [B] uint32, positions [B] int32 (of the token chosen) -> tokens [B] int32.
@@ -155,10 +167,16 @@ class SamplingArrays:
   plan: SamplingFeatures = dataclasses.field(metadata=dict(static=True))
 
 
-ANY, NEVER, NOTHING = -1, -2, -3  # in stop sequences, and in what is compared with them: no token ids
+ANY, NEVER, NOTHING = (
+  -1,
+  -2,
+  -3,
+)  # in stop sequences, and in what is compared with them: no token ids
 
 
-def stack_params(rows: Sequence[SamplingParams], vocabulary: int, like: Sequence[SamplingParams] = ()) -> SamplingArrays:
+def stack_params(
+  rows: Sequence[SamplingParams], vocabulary: int, like: Sequence[SamplingParams] = ()
+) -> SamplingArrays:
   """Rows' samplers as numpy arrays.
 
   Args:
@@ -171,23 +189,35 @@ def stack_params(rows: Sequence[SamplingParams], vocabulary: int, like: Sequence
   """
   every = {*rows, *like}
   for sampling in every:
-    wrong = [i for i in (*(i for i, _ in sampling.logit_bias), *sum(sampling.stop, ())) if not 0 <= i < vocabulary]
+    wrong = [
+      i
+      for i in (*(i for i, _ in sampling.logit_bias), *sum(sampling.stop, ()))
+      if not 0 <= i < vocabulary
+    ]
     if wrong:
-      raise RequestError(f'logit_bias or stop holds token {wrong[0]}, outside the vocabulary of {vocabulary}')
+      raise RequestError(
+        f'logit_bias or stop holds token {wrong[0]}, outside the vocabulary of {vocabulary}'
+      )
   keep = lambda s: min(s.top_k or vocabulary, vocabulary)
   sampled = [s for s in every if s.temperature > 0]
   most = max(map(keep, sampled), default=1)
   plan = SamplingFeatures(
-      sampled=bool(sampled), candidates=min(vocabulary, 1 << (most - 1).bit_length()) if most <= MAX_CANDIDATES else 0,
-      limited=any(keep(s) < vocabulary or s.top_p < 1 for s in sampled),
-      both=any(keep(s) < vocabulary and s.top_p < 1 for s in sampled),
-      penalties=any(s.penalizes for s in every), least=any(s.min_new_tokens for s in every),
-      stop=any(s.stop for s in every))
+    sampled=bool(sampled),
+    candidates=min(vocabulary, 1 << (most - 1).bit_length()) if most <= MAX_CANDIDATES else 0,
+    limited=any(keep(s) < vocabulary or s.top_p < 1 for s in sampled),
+    both=any(keep(s) < vocabulary and s.top_p < 1 for s in sampled),
+    penalties=any(s.penalizes for s in every),
+    least=any(s.min_new_tokens for s in every),
+    stop=any(s.stop for s in every),
+  )
   biases = max(len(s.logit_bias) for s in every)
   stops = max(len(s.stop) for s in every)
   longest = max((len(q) for s in every for q in s.stop), default=0)
   stop = np.full((len(rows), stops, longest), NEVER, np.int32)
-  bias_ids, bias = np.full((len(rows), biases), vocabulary, np.int32), np.zeros((len(rows), biases), np.float32)
+  bias_ids, bias = (
+    np.full((len(rows), biases), vocabulary, np.int32),
+    np.zeros((len(rows), biases), np.float32),
+  )
   for i, sampling in enumerate(rows):
     for j, (token, value) in enumerate(sampling.logit_bias):
       bias_ids[i, j], bias[i, j] = token, value
@@ -196,11 +226,23 @@ def stack_params(rows: Sequence[SamplingParams], vocabulary: int, like: Sequence
   field = lambda name: np.asarray([getattr(s, name) for s in rows], np.float32)
   least = np.asarray([min(s.min_new_tokens, MOST_TOKENS) for s in rows], np.int32)
   return SamplingArrays(
-      field('temperature'), np.asarray([keep(s) for s in rows], np.int32), field('top_p'), field('repetition_penalty'),
-      field('frequency_penalty'), field('presence_penalty'), least, bias_ids, bias, stop, plan)
+    field('temperature'),
+    np.asarray([keep(s) for s in rows], np.int32),
+    field('top_p'),
+    field('repetition_penalty'),
+    field('frequency_penalty'),
+    field('presence_penalty'),
+    least,
+    bias_ids,
+    bias,
+    stop,
+    plan,
+  )
 
 
-def sample(logits: jax.Array, rows: SamplingArrays, seeds: jax.Array, positions: jax.Array) -> jax.Array:
+def sample(
+  logits: jax.Array, rows: SamplingArrays, seeds: jax.Array, positions: jax.Array
+) -> jax.Array:
   """Tokens [B] int32 of logits [B, V] float32, biased; penalties are not applied here (penalize)."""
   if rows.bias.shape[1]:
     logits = logits.at[jnp.arange(len(logits))[:, None], rows.bias_ids].add(rows.bias, mode='drop')
@@ -223,10 +265,14 @@ def sample(logits: jax.Array, rows: SamplingArrays, seeds: jax.Array, positions:
   return selection.draw_from_all(logits, noise, top_k, top_p, rows.plan.both)
 
 
-def penalize(logits: jax.Array, rows: SamplingArrays, in_prompt: jax.Array, made: jax.Array) -> jax.Array:
+def penalize(
+  logits: jax.Array, rows: SamplingArrays, in_prompt: jax.Array, made: jax.Array
+) -> jax.Array:
   """Logits [B, V] with the penalties of what is in the prompt, [B, V] bool, and was generated, [B, V] int32 times."""
   repetition, frequency, presence = (
-      jnp.asarray(x)[:, None] for x in (rows.repetition_penalty, rows.frequency_penalty, rows.presence_penalty))
+    jnp.asarray(x)[:, None]
+    for x in (rows.repetition_penalty, rows.frequency_penalty, rows.presence_penalty)
+  )
   repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
   logits = jnp.where(in_prompt | (made > 0), repeated, logits)
   return logits - frequency * made - jnp.where(made > 0, presence, 0)

@@ -34,8 +34,15 @@ class GenerationShape:
   max_length: int | None = None
 
 
-def describe_run(config: ModelConfig, weights: str, layouts: tuple[Any, Any], dtype: str, cache: str, stacked: bool,
-             run: GenerationShape) -> dict[str, Any]:
+def describe_run(
+  config: ModelConfig,
+  weights: str,
+  layouts: tuple[Any, Any],
+  dtype: str,
+  cache: str,
+  stacked: bool,
+  run: GenerationShape,
+) -> dict[str, Any]:
   """What a saved generation was compiled for, JSON-ready.
 
   Args:
@@ -48,9 +55,17 @@ def describe_run(config: ModelConfig, weights: str, layouts: tuple[Any, Any], dt
     run: the rest.
   """
   prefill, decode = map(str, layouts)
-  return {'phase': 'generate', 'model': config.to_dict(), 'weights': 'int8' if weights == 'int8' else dtype,
-          'prefill_layout': prefill, 'decode_layout': decode, 'dtype': dtype, 'stacked': stacked,
-          'cache': 'as dtype' if cache == dtype else cache, **dataclasses.asdict(run)}
+  return {
+    'phase': 'generate',
+    'model': config.to_dict(),
+    'weights': 'int8' if weights == 'int8' else dtype,
+    'prefill_layout': prefill,
+    'decode_layout': decode,
+    'dtype': dtype,
+    'stacked': stacked,
+    'cache': 'as dtype' if cache == dtype else cache,
+    **dataclasses.asdict(run),
+  }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +81,14 @@ class SavedGeneration:
   path: str
   run: GenerationShape
   described: dict[str, Any]
-  _loaded: list[jax.stages.Compiled] = dataclasses.field(default_factory=list, compare=False, repr=False)
+  _loaded: list[jax.stages.Compiled] = dataclasses.field(
+    default_factory=list, compare=False, repr=False
+  )
 
   @classmethod
-  def open(cls, path: str | os.PathLike, model: Model, weights: str, stacked: bool) -> 'SavedGeneration':
+  def open(
+    cls, path: str | os.PathLike, model: Model, weights: str, stacked: bool
+  ) -> 'SavedGeneration':
     """Reads what a file says of itself; nothing in it is run.
 
     Raises:
@@ -78,16 +97,27 @@ class SavedGeneration:
     said = _read(path)
     fields = {f.name: said[f.name] for f in dataclasses.fields(GenerationShape)}
     run = GenerationShape(**{**fields, 'sampling': SamplingParams(**fields['sampling'])})
-    wanted = describe_run(model.config, weights, (model.prefill_layout, model.decode_layout), model.dtype, model.cache_dtype,
-                      stacked, run)
+    wanted = describe_run(
+      model.config,
+      weights,
+      (model.prefill_layout, model.decode_layout),
+      model.dtype,
+      model.cache_dtype,
+      stacked,
+      run,
+    )
     saved_program.check_header(path, model.mesh, wanted)
     return cls(os.fspath(path), run, wanted)
 
   def check_run(self, run: GenerationShape) -> None:
     """Raises SavedError for a run that it was not compiled for, naming the first difference."""
-    saved_program.refuse_differences(self.path, self.described, {**self.described, **dataclasses.asdict(run)})
+    saved_program.refuse_differences(
+      self.path, self.described, {**self.described, **dataclasses.asdict(run)}
+    )
 
-  def load(self, function: Callable[..., Any], arguments: tuple[Any, ...], mesh: Mesh) -> jax.stages.Compiled:
+  def load(
+    self, function: Callable[..., Any], arguments: tuple[Any, ...], mesh: Mesh
+  ) -> jax.stages.Compiled:
     """The executable, a function of these arguments, loaded once; see saved.load."""
     if not self._loaded:
       self._loaded.append(saved_program.load(self.path, function, arguments, mesh, self.described))
@@ -103,6 +133,8 @@ def check_options(path: str | os.PathLike, **wanted: Any) -> None:
 def _read(path) -> dict[str, Any]:
   said = saved_program.read_program_header(path)['description']
   if said.get('phase') != 'generate':
-    raise saved_program.SavedError(f'{os.fspath(path)} holds a {said.get("phase")} program: infer runs whole generations, made '
-                           'with `python -m t5x_inference_ext.precompile --phase=generate --save=FILE`')
+    raise saved_program.SavedError(
+      f'{os.fspath(path)} holds a {said.get("phase")} program: infer runs whole generations, made '
+      'with `python -m t5x_inference_ext.precompile --phase=generate --save=FILE`'
+    )
   return said

@@ -28,8 +28,13 @@ class SavedError(UserError):
   """A saved executable that can't be loaded here."""
 
 
-def save(path: str | os.PathLike, compiled: jax.stages.Compiled, arguments: Any, mesh: Mesh,
-         description: Mapping[str, Any]) -> dict[str, Any]:
+def save(
+  path: str | os.PathLike,
+  compiled: jax.stages.Compiled,
+  arguments: Any,
+  mesh: Mesh,
+  description: Mapping[str, Any],
+) -> dict[str, Any]:
   """Writes an executable, whole or not at all.
 
   Args:
@@ -47,15 +52,19 @@ def save(path: str | os.PathLike, compiled: jax.stages.Compiled, arguments: Any,
   """
   payload, _, _ = serialize_executable.serialize(compiled)
   header = {
-      **_here(mesh), 'description': dict(description), 'arguments': _signature(arguments), 'bytes': len(payload),
-      'sha256': hashlib.sha256(payload).hexdigest()}
+    **_here(mesh),
+    'description': dict(description),
+    'arguments': _signature(arguments),
+    'bytes': len(payload),
+    'sha256': hashlib.sha256(payload).hexdigest(),
+  }
   unfinished = f'{os.fspath(path)}.unfinished'
   try:
     with open(unfinished, 'wb') as f:
       f.write(PROGRAM_FORMAT + json.dumps(header).encode() + b'\n' + payload)
     os.replace(unfinished, path)
   except OSError as e:
-    raise SavedError(f'can\'t write the executable {os.fspath(path)}: {e.strerror}') from e
+    raise SavedError(f"can't write the executable {os.fspath(path)}: {e.strerror}") from e
   return header
 
 
@@ -77,8 +86,13 @@ def check_header(path: str | os.PathLike, mesh: Mesh, description: Mapping[str, 
   _check(path, read_program_header(path), mesh, None, description)
 
 
-def load(path: str | os.PathLike, function: Callable[..., Any], arguments: Any, mesh: Mesh,
-         description: Mapping[str, Any]) -> jax.stages.Compiled:
+def load(
+  path: str | os.PathLike,
+  function: Callable[..., Any],
+  arguments: Any,
+  mesh: Mesh,
+  description: Mapping[str, Any],
+) -> jax.stages.Compiled:
   """Loads an executable onto a mesh, if it is what would be compiled here.
 
   Args:
@@ -102,14 +116,19 @@ def load(path: str | os.PathLike, function: Callable[..., Any], arguments: Any, 
   results = jax.tree.structure(jax.eval_shape(function, *arguments))
   try:
     return serialize_executable.deserialize_and_load(
-        payload, structure, results, backend=devices[0].client, execution_devices=devices)
+      payload, structure, results, backend=devices[0].client, execution_devices=devices
+    )
   except Exception as e:  # pickle's and the runtime's own errors are of many kinds
-    raise SavedError(f'{os.fspath(path)} does not load on {devices[0].device_kind}: {" ".join(str(e).split())}') from e
+    raise SavedError(
+      f'{os.fspath(path)} does not load on {devices[0].device_kind}: {" ".join(str(e).split())}'
+    ) from e
 
 
 def shapes(tree: Any) -> Any:
   """Arrays, on a device or not, as ShapeDtypeStructs without shardings: for functions that have their own."""
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype)), tree)
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype)), tree
+  )
 
 
 def _here(mesh: Mesh) -> dict[str, Any]:
@@ -117,10 +136,23 @@ def _here(mesh: Mesh) -> dict[str, Any]:
   devices = mesh.devices.ravel().tolist()
   libtpu = None
   if devices[0].platform == 'tpu':
-    libtpu = next((importlib.metadata.version(name) for name in ('libtpu', 'libtpu-nightly') if _installed(name)), None)
+    libtpu = next(
+      (
+        importlib.metadata.version(name)
+        for name in ('libtpu', 'libtpu-nightly')
+        if _installed(name)
+      ),
+      None,
+    )
   return {
-      'jax': jax.__version__, 'jaxlib': jaxlib.__version__, 'libtpu': libtpu, 'platform': devices[0].platform,
-      'device_kind': devices[0].device_kind, 'mesh': dict(mesh.shape), 'devices': [d.id for d in devices]}
+    'jax': jax.__version__,
+    'jaxlib': jaxlib.__version__,
+    'libtpu': libtpu,
+    'platform': devices[0].platform,
+    'device_kind': devices[0].device_kind,
+    'mesh': dict(mesh.shape),
+    'devices': [d.id for d in devices],
+  }
 
 
 def _installed(name: str) -> bool:
@@ -136,18 +168,24 @@ def _read(path, payload: bool = True) -> tuple[dict[str, Any], bytes]:
   try:
     with open(path, 'rb') as f:
       if f.readline(len(PROGRAM_FORMAT)) != PROGRAM_FORMAT:
-        raise SavedError(f'{name} is not an executable that this version of the package saved: make it with '
-                         '`python -m t5x_inference_ext.precompile --save=FILE`')
+        raise SavedError(
+          f'{name} is not an executable that this version of the package saved: make it with '
+          '`python -m t5x_inference_ext.precompile --save=FILE`'
+        )
       try:
         header = json.loads(f.readline())
       except ValueError as e:
         raise SavedError(f'the header of {name} is damaged: save it again') from e
       data = f.read() if payload else b''
   except OSError as e:
-    raise SavedError(f'can\'t read the executable {name}: {e.strerror}') from e
-  if payload and (len(data) != header['bytes'] or hashlib.sha256(data).hexdigest() != header['sha256']):
-    raise SavedError(f'{name} is damaged: it has {len(data)} bytes of an executable of {header["bytes"]}, or other '
-                     'ones: copy or save it again')
+    raise SavedError(f"can't read the executable {name}: {e.strerror}") from e
+  if payload and (
+    len(data) != header['bytes'] or hashlib.sha256(data).hexdigest() != header['sha256']
+  ):
+    raise SavedError(
+      f'{name} is damaged: it has {len(data)} bytes of an executable of {header["bytes"]}, or other '
+      'ones: copy or save it again'
+    )
   return header, data
 
 
@@ -156,9 +194,16 @@ def _check(path, header, mesh, arguments, description) -> None:
   here = _here(mesh)
   versions = [(field, f'install {field} {header[field]}, or {_AGAIN}') for field in _VERSIONS]
   # The platform first: where it is another there may be no libtpu, and that is not what is wrong.
-  for field, fix in (('platform', _AGAIN), *versions, ('device_kind', 'compile it for these chips'),
-                     ('mesh', f'pass its mesh, {"x".join(map(str, header["mesh"].values()))}, or {_AGAIN}'),
-                     ('devices', 'the chips have other numbers, or another order, than in the slice it was compiled for')):
+  for field, fix in (
+    ('platform', _AGAIN),
+    *versions,
+    ('device_kind', 'compile it for these chips'),
+    ('mesh', f'pass its mesh, {"x".join(map(str, header["mesh"].values()))}, or {_AGAIN}'),
+    (
+      'devices',
+      'the chips have other numbers, or another order, than in the slice it was compiled for',
+    ),
+  ):
     if header[field] != here[field]:
       _refuse(path, field.replace('_', ' '), header[field], here[field], fix)
   refuse_differences(path, header['description'], description)
@@ -168,10 +213,14 @@ def _check(path, header, mesh, arguments, description) -> None:
 
 
 def _refuse(path, what, saved, wanted, fix) -> NoReturn:
-  raise SavedError(f'{os.fspath(path)} was compiled for {what} {saved}, and here it is {wanted}: {fix}')
+  raise SavedError(
+    f'{os.fspath(path)} was compiled for {what} {saved}, and here it is {wanted}: {fix}'
+  )
 
 
-def refuse_differences(path: str | os.PathLike, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def refuse_differences(
+  path: str | os.PathLike, saved: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> None:
   """Raises SavedError for the first setting of two descriptions that differs."""
   for field, a, b in _differences(*(json.loads(json.dumps(dict(x))) for x in (saved, wanted))):
     _refuse(path, field, a, b, 'run with the same, or compile it for this')
@@ -189,8 +238,10 @@ def _differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]):
 def _signature(arguments: Any) -> dict[str, str]:
   """Path of a leaf -> 'bfloat16[64,2048] PartitionSpec(...)'."""
   leaves = jax.tree_util.tree_leaves_with_path(arguments)
-  return {jax.tree_util.keystr(path): f'{x.dtype}[{",".join(map(str, x.shape))}] {_sharding(x)}'.rstrip()
-          for path, x in leaves}
+  return {
+    jax.tree_util.keystr(path): f'{x.dtype}[{",".join(map(str, x.shape))}] {_sharding(x)}'.rstrip()
+    for path, x in leaves
+  }
 
 
 def _sharding(x: Any) -> str:

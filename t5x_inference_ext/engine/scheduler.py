@@ -136,16 +136,22 @@ class Scheduler:
   A row's tokens are those it has alone, whatever else is in the slots: neither noise nor attention looks at other rows.
   """
 
-  def __init__(self, model: Model, weights: Weights, plan: SchedulerConfig, shared: tuple[int, ...] = ()):
+  def __init__(
+    self, model: Model, weights: Weights, plan: SchedulerConfig, shared: tuple[int, ...] = ()
+  ):
     self.model, self.weights, self.plan, self.tally = model, weights, plan, SchedulerStats()
     chunk = min(plan.chunk, 1 << (plan.rest - 1).bit_length())
     self._chunks = [c for c in _powers(SMALLEST_CHUNK) if c < chunk] + [chunk]
     room = device.prompt_room(model, plan.prompts, max(plan.rest, chunk))
     self._shared, stored = shared, (None, None)
     if shared:
-      stored = shared_prefix.store_prefix(model, weights, shared, (plan.slots, plan.prompts), plan.chunk, self._put)
+      stored = shared_prefix.store_prefix(
+        model, weights, shared, (plan.slots, plan.prompts), plan.chunk, self._put
+      )
     asks = self._asks(Request((0,), sampling=plan.like[0]), 0)
-    self._slots = device.empty_slots(model, weights, asks, plan.slots, max(plan.size, room), stored[0])
+    self._slots = device.empty_slots(
+      model, weights, asks, plan.slots, max(plan.size, room), stored[0]
+    )
     self._prompts = device.empty_prefill(model, weights, plan.prompts, room, stored[1])
     self._in_use = False
 
@@ -179,16 +185,23 @@ class Scheduler:
             break
         budget -= self._prefill(group)
         if group.left <= 0:
-          ready.extend((row, index, sample) for row, (index, request) in enumerate(group.members)
-                       for sample in range(len(request.seeds)))
+          ready.extend(
+            (row, index, sample)
+            for row, (index, request) in enumerate(group.members)
+            for sample in range(len(request.seeds))
+          )
       if not any(rows):
         self._in_use = False
         return
       more = bool(ready) or (group is not None and group.left > 0) or waiting.any()
       steps = 1 if None in rows and more else self.plan.steps
       self._slots, result = device.decode_steps(
-          self.model, self._slots, self.weights, *self._put(np.int32(min(steps, self.plan.steps)), np.asarray(more)),
-          most=self.plan.steps)
+        self.model,
+        self._slots,
+        self.weights,
+        *self._put(np.int32(min(steps, self.plan.steps)), np.asarray(more)),
+        most=self.plan.steps,
+      )
       firsts, result = jax.device_get(([chosen for _, chosen in told], result))
       counts = result.counts
       self.tally.decoded += int(counts.max()) * self.plan.slots
@@ -198,7 +211,7 @@ class Scheduler:
       for slot, owner in enumerate(rows):
         if owner is None:
           continue
-        parts = [jax.tree.map(lambda x: x[:counts[slot], slot], result.chosen)]
+        parts = [jax.tree.map(lambda x: x[: counts[slot], slot], result.chosen)]
         if slot in firsts:
           parts.insert(0, firsts[slot])
         yield _event(owner, parts, bool(result.ended[slot]))
@@ -211,8 +224,10 @@ class Scheduler:
       return None
     starts = [self._checked(index, request) for index, request in members]
     shared = np.zeros(self.plan.prompts, np.int32)
-    shared[:len(starts)] = starts
-    self._prompts = device.start_prefill(self.model, self._prompts, self.weights, *self._put(shared))
+    shared[: len(starts)] = starts
+    self._prompts = device.start_prefill(
+      self.model, self._prompts, self.weights, *self._put(shared)
+    )
     return _Group(members, starts)
 
   def _checked(self, index: int, request: Request) -> int:
@@ -220,12 +235,15 @@ class Scheduler:
     start = shared_prefix.common_length(self._shared, request.tokens)
     length, rest, plan = len(request.tokens), len(request.tokens) - start, self.plan
     if request.limit < 1 or not request.seeds:
-      raise RequestError(f'request {index} asks for {request.limit} new tokens of {len(request.seeds)} samples: at least '
-                         'one of each')
+      raise RequestError(
+        f'request {index} asks for {request.limit} new tokens of {len(request.seeds)} samples: at least '
+        'one of each'
+      )
     if length > plan.prompt or rest > plan.rest or rest + request.limit - 1 > plan.size:
       raise RequestError(
-          f'request {index} has {length} tokens, BOS included, and {request.limit} new ones, {start} shared: there is '
-          f'room for {plan.prompt}, {plan.rest} of them not shared, or {plan.size} with the new ones but the last')
+        f'request {index} has {length} tokens, BOS included, and {request.limit} new ones, {start} shared: there is '
+        f'room for {plan.prompt}, {plan.rest} of them not shared, or {plan.size} with the new ones but the last'
+      )
     return start
 
   def _prefill(self, group: _Group) -> int:
@@ -234,9 +252,11 @@ class Scheduler:
     tokens = np.zeros((self.plan.prompts, size), np.int32)
     counts = np.zeros(self.plan.prompts, np.int32)
     for row, ((_, request), start) in enumerate(zip(group.members, group.starts)):
-      new = request.tokens[start + group.done:start + group.done + size]
-      tokens[row, :len(new)], counts[row] = new, len(new)
-    self._prompts = device.prefill_chunk(self.model, self._prompts, self.weights, *self._put(tokens, counts))
+      new = request.tokens[start + group.done : start + group.done + size]
+      tokens[row, : len(new)], counts[row] = new, len(new)
+    self._prompts = device.prefill_chunk(
+      self.model, self._prompts, self.weights, *self._put(tokens, counts)
+    )
     group.done += size
     self.tally.prefilled += tokens.size
     self.tally.prompt_tokens += int(counts.sum())
@@ -247,10 +267,14 @@ class Scheduler:
     prompt = np.zeros((1, self.plan.prompt if self._penalizes else 1), np.int32)
     length = np.asarray([len(request.tokens)], np.int32)
     if self._penalizes:
-      prompt[0, :length[0]] = request.tokens
+      prompt[0, : length[0]] = request.tokens
     self._slots, chosen = device.insert(
-        self.model, self._slots, self.weights, self._prompts,
-        *self._put(np.int32(row), np.int32(slot), self._asks(request, sample), prompt, length))
+      self.model,
+      self._slots,
+      self.weights,
+      self._prompts,
+      *self._put(np.int32(row), np.int32(slot), self._asks(request, sample), prompt, length),
+    )
     return chosen
 
   @property
@@ -259,10 +283,16 @@ class Scheduler:
 
   def _asks(self, request: Request, sample: int) -> RowParams:
     if request.sampling not in self.plan.like:
-      raise RequestError(f'{request.sampling} is not among the sampling parameters that the run was compiled for')
-    return RowParams(stack_params([request.sampling], self.model.config.vocab_size, self.plan.like),
-                np.asarray([request.seeds[sample]], np.uint32), np.asarray([request.limit], np.int32), self.plan.eos_id,
-                self.plan.top)
+      raise RequestError(
+        f'{request.sampling} is not among the sampling parameters that the run was compiled for'
+      )
+    return RowParams(
+      stack_params([request.sampling], self.model.config.vocab_size, self.plan.like),
+      np.asarray([request.seeds[sample]], np.uint32),
+      np.asarray([request.limit], np.int32),
+      self.plan.eos_id,
+      self.plan.top,
+    )
 
   def _put(self, *arrays):
     return jax.device_put(arrays, NamedSharding(self.model.mesh, P()))
@@ -292,4 +322,3 @@ def _event(owner: tuple[int, int], parts: list, ended: bool) -> Event:
 
 def _powers(first: int) -> Iterator[int]:
   return itertools.takewhile(lambda n: n < 2**30, (first << i for i in itertools.count()))
-

@@ -13,15 +13,15 @@ SIZE_MULTIPLE = 16  # sizes are rounded up to it, so that similar runs compile a
 
 
 def config_for(
-    model: Model,
-    requests: Sequence[Request],
-    *,
-    slots: int = 32,
-    eos_id: int = 1,
-    share: bool = True,
-    prompt: int | None = None,
-    size: int | None = None,
-    **options,
+  model: Model,
+  requests: Sequence[Request],
+  *,
+  slots: int = 32,
+  eos_id: int = 1,
+  share: bool = True,
+  prompt: int | None = None,
+  size: int | None = None,
+  **options,
 ) -> tuple[SchedulerConfig, tuple[int, ...]]:
   """A plan for requests, and the beginning that they share.
 
@@ -40,7 +40,9 @@ def config_for(
   check_at_least(1, slots=slots)
   top = options.get('top', 0)
   if not 0 <= top <= model.config.vocab_size:
-    raise RequestError(f'top must be 0 to {model.config.vocab_size}, the tokens of the model, got {top}')
+    raise RequestError(
+      f'top must be 0 to {model.config.vocab_size}, the tokens of the model, got {top}'
+    )
   shared = shared_prefix.find_shared_prefix([r.tokens for r in requests]) if share else ()
   rests = [len(r.tokens) - shared_prefix.common_length(shared, r.tokens) for r in requests]
   longest = max(*(len(r.tokens) for r in requests), prompt or 0)
@@ -50,7 +52,9 @@ def config_for(
   samples = sum(len(r.seeds) for r in requests)
   options = {'prompts': model.prefilling.padded_batch(1), **options}
   rows = model.padded_batch(slots if prompt is not None else min(slots, samples))
-  return SchedulerConfig(rows, _rounded(size), _rounded(longest), _rounded(rest), like, eos_id, **options), shared
+  return SchedulerConfig(
+    rows, _rounded(size), _rounded(longest), _rounded(rest), like, eos_id, **options
+  ), shared
 
 
 def _rounded(size: int) -> int:

@@ -15,7 +15,11 @@ MAX_LOGITS = 2**26
 
 
 def target_log_probs(
-    x: jax.Array, targets: jax.Array, logits: Callable[[jax.Array], jax.Array], shards: Sequence[str], width: int
+  x: jax.Array,
+  targets: jax.Array,
+  logits: Callable[[jax.Array], jax.Array],
+  shards: Sequence[str],
+  width: int,
 ) -> jax.Array:
   """log p(target) at each position; on one shard.
 
@@ -38,9 +42,13 @@ def target_log_probs(
   x = jnp.pad(x, ((0, 0), (0, padding), (0, 0))).reshape(x.shape[0], parts, each, x.shape[2])
   rows = targets.shape[0]
   split = jnp.pad(targets.reshape(rows, count, local), ((0, 0), (0, 0), (0, padding)))
-  split = jnp.moveaxis(split.reshape(rows, count, parts, each), 2, 0).reshape(parts, rows, count * each)
+  split = jnp.moveaxis(split.reshape(rows, count, parts, each), 2, 0).reshape(
+    parts, rows, count * each
+  )
   found = lax.map(lambda part: _chosen(logits(part[0]), part[1]), (jnp.moveaxis(x, 1, 0), split))
-  found = jnp.moveaxis(found.reshape(parts, rows, count, each), 0, 2).reshape(rows, count, parts * each)
+  found = jnp.moveaxis(found.reshape(parts, rows, count, each), 0, 2).reshape(
+    rows, count, parts * each
+  )
   return found[:, :, :local].reshape(rows, count * local)
 
 
@@ -58,13 +66,19 @@ class ScoringExample(NamedTuple):
   weights: Sequence[float]
 
   @classmethod
-  def of(cls, prompt: Sequence[int], completion: Sequence[int], bos_id: int = 0) -> 'ScoringExample':
+  def of(
+    cls, prompt: Sequence[int], completion: Sequence[int], bos_id: int = 0
+  ) -> 'ScoringExample':
     """A completion after its prompt."""
     targets = [*prompt, *completion]
-    return cls([bos_id, *targets][:len(targets)], targets, [0.] * len(prompt) + [1.] * len(completion))
+    return cls(
+      [bos_id, *targets][: len(targets)], targets, [0.0] * len(prompt) + [1.0] * len(completion)
+    )
 
 
-def score_examples(log_probs: Callable, examples: Sequence[ScoringExample], packer: Packer) -> Iterator[tuple[int, np.ndarray]]:
+def score_examples(
+  log_probs: Callable, examples: Sequence[ScoringExample], packer: Packer
+) -> Iterator[tuple[int, np.ndarray]]:
   """The place of an example and its log-probabilities [n], weighted: batch by batch, of like lengths.
 
   Args:
@@ -75,9 +89,9 @@ def score_examples(log_probs: Callable, examples: Sequence[ScoringExample], pack
   for some in packer.pack([len(e.targets) for e in examples]):
     inputs, targets = np.zeros((2, some.rows, some.length), np.int32)
     for row, item in enumerate(some.items):
-      inputs[row, :len(examples[item].inputs)] = examples[item].inputs
-      targets[row, :len(examples[item].targets)] = examples[item].targets
+      inputs[row, : len(examples[item].inputs)] = examples[item].inputs
+      targets[row, : len(examples[item].targets)] = examples[item].targets
     scored = log_probs(inputs, targets)
     for row, item in enumerate(some.items):
       weights = np.asarray(examples[item].weights, np.float32)
-      yield item, scored[row, :len(weights)] * weights
+      yield item, scored[row, : len(weights)] * weights

@@ -42,7 +42,9 @@ def _hash(first, second, counter):
 
 
 def _gumbel_of(bits: jax.Array) -> jax.Array:
-  uniform = ((bits >> 8).astype(jnp.float32) + 0.5) * 2.0**-24  # never 0; 1 only by rounding, of the last
+  uniform = (
+    (bits >> 8).astype(jnp.float32) + 0.5
+  ) * 2.0**-24  # never 0; 1 only by rounding, of the last
   return -jnp.log(-jnp.log(jnp.minimum(uniform, 1 - 2.0**-24)))
 
 
@@ -56,7 +58,9 @@ def most_likely(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
   blocks = -(-vocabulary // BLOCK)
   if count >= blocks // 2:
     return jax.lax.top_k(logits, count)
-  x = jnp.pad(logits, ((0, 0), (0, blocks * BLOCK - vocabulary)), constant_values=-jnp.inf).reshape(rows, blocks, BLOCK)
+  x = jnp.pad(logits, ((0, 0), (0, blocks * BLOCK - vocabulary)), constant_values=-jnp.inf).reshape(
+    rows, blocks, BLOCK
+  )
   _, best = jax.lax.top_k(jnp.max(x, axis=-1), count)
   best = jnp.sort(best, axis=-1)  # ids ascend among the candidates, as ties need
   candidates = jnp.take_along_axis(x, best[:, :, None], axis=1).reshape(rows, -1)
@@ -65,7 +69,8 @@ def most_likely(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
 
 
 def draw_from_few(
-    logits: jax.Array, ids: jax.Array, noise: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+  logits: jax.Array, ids: jax.Array, noise: jax.Array, top_k: jax.Array, top_p: jax.Array
+) -> jax.Array:
   """A token of each row.
 
   Args:
@@ -88,7 +93,8 @@ def draw_from_few(
 
 
 def draw_from_all(
-    logits: jax.Array, noise: jax.Array, top_k: jax.Array, top_p: jax.Array, both: bool) -> jax.Array:
+  logits: jax.Array, noise: jax.Array, top_k: jax.Array, top_p: jax.Array, both: bool
+) -> jax.Array:
   """A token of each row, where a row may keep any number of the vocabulary.
 
   The token with the largest noisy logit is the draw if it is among those kept: fewer than top_k tokens come before it, and
@@ -115,17 +121,24 @@ def draw_from_all(
 
   def look(state):
     token, _, allowed = state
-    token = jnp.where(allowed[1], token, jnp.argmax(jnp.where(allowed[0], perturbed, -jnp.inf), axis=-1))
+    token = jnp.where(
+      allowed[1], token, jnp.argmax(jnp.where(allowed[0], perturbed, -jnp.inf), axis=-1)
+    )
     value = jnp.take_along_axis(logits, token[:, None], axis=1)
     before = (logits > value) | ((logits == value) & (ids < token[:, None]))  # [B, V]
     count = jnp.sum(before, axis=-1, dtype=jnp.int32)
     kept = (count < top_k) & (jnp.sum(jnp.where(before, weights, 0), axis=-1) < limit)
-    kept |= count == 0  # the first always is, though a top_p of next to nothing rounds to 0, or logits are no numbers
+    kept |= (
+      count == 0
+    )  # the first always is, though a top_p of next to nothing rounds to 0, or logits are no numbers
     return token, jnp.all(kept), (before, kept)
 
   everything = jnp.ones(logits.shape, bool), jnp.zeros(logits.shape[0], bool)
   token, _, _ = jax.lax.while_loop(
-      lambda state: ~state[1], look, (jnp.zeros(logits.shape[0], jnp.int32), jnp.asarray(False), everything))
+    lambda state: ~state[1],
+    look,
+    (jnp.zeros(logits.shape[0], jnp.int32), jnp.asarray(False), everything),
+  )
   return token
 
 

@@ -16,7 +16,9 @@ from t5x_inference_ext.model.weights import Weights
 LEAST_SPARED = 64
 
 
-def find_shared_prefix(prompts: Sequence[Sequence[int]], least: int = LEAST_SPARED) -> tuple[int, ...]:
+def find_shared_prefix(
+  prompts: Sequence[Sequence[int]], least: int = LEAST_SPARED
+) -> tuple[int, ...]:
   """The beginning to store: followed from the first token, always with most of the prompts, while two or more go on.
 
   Args:
@@ -52,8 +54,14 @@ def common_length(shared: Sequence[int], tokens: Sequence[int]) -> int:
   return next((i for i in range(most) if shared[i] != tokens[i]), most)
 
 
-def store_prefix(model: Model, weights: Weights, tokens: Sequence[int], rows: tuple[int, int], chunk: int, put: Callable
-          ) -> tuple[Shared, Shared]:
+def store_prefix(
+  model: Model,
+  weights: Weights,
+  tokens: Sequence[int],
+  rows: tuple[int, int],
+  chunk: int,
+  put: Callable,
+) -> tuple[Shared, Shared]:
   """Prefills a beginning.
 
   Args:
@@ -68,13 +76,17 @@ def store_prefix(model: Model, weights: Weights, tokens: Sequence[int], rows: tu
     What the slots share, in the decode layout, and what prompts do, in the prefill layout.
   """
   steps = -(-len(tokens) // chunk)
-  prompts = device.empty_prefill(model, weights, rows[1], device.prompt_room(model, rows[1], steps * chunk), None)
+  prompts = device.empty_prefill(
+    model, weights, rows[1], device.prompt_room(model, rows[1], steps * chunk), None
+  )
   for i in range(0, len(tokens), chunk):
     some, counts = np.zeros((rows[1], chunk), np.int32), np.zeros(rows[1], np.int32)
-    counts[0] = len(tokens[i:i + chunk])
-    some[0, :counts[0]] = tokens[i:i + chunk]
+    counts[0] = len(tokens[i : i + chunk])
+    some[0, : counts[0]] = tokens[i : i + chunk]
     prompts = device.prefill_chunk(model, prompts, weights, *put(some, counts))
-  share = functools.partial(_share, model.prefilling, prompts.cache, weights, row=0, length=len(tokens))
+  share = functools.partial(
+    _share, model.prefilling, prompts.cache, weights, row=0, length=len(tokens)
+  )
   return share(to=model, rows=rows[0]), share(to=model.prefilling, rows=rows[1])
 
 
@@ -83,7 +95,7 @@ _share = jax.jit(chunks.share_row, static_argnames=('model', 'row', 'length', 't
 
 def _run_end(rows, start, stop, depth):
   """The end of the run of rows [start, stop) whose token at `depth` (or that they have none) is that of the first."""
-  token = rows[start][depth:depth + 1]
-  while start < stop and rows[start][depth:depth + 1] == token:
+  token = rows[start][depth : depth + 1]
+  while start < stop and rows[start][depth : depth + 1] == token:
     start += 1
   return start

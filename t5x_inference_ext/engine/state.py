@@ -62,21 +62,29 @@ class ChosenTokens(NamedTuple):
   top_log_probs: jax.Array
 
 
-def initial_state(rows: RowParams, prompts: jax.Array, lengths: jax.Array, vocabulary: int) -> DecodeState:
+def initial_state(
+  rows: RowParams, prompts: jax.Array, lengths: jax.Array, vocabulary: int
+) -> DecodeState:
   """Rows that have generated nothing. prompts [B, T] and lengths [B] are model inputs, BOS first; it does not count."""
   count = prompts.shape[0]
   in_prompt = made = None
   if rows.sampling_arrays.plan.penalties:
     where = jnp.arange(prompts.shape[1])[None, :]
     ids = jnp.where((where > 0) & (where < lengths[:, None]), prompts, vocabulary)
-    in_prompt = jnp.zeros((count, vocabulary), bool).at[jnp.arange(count)[:, None], ids].set(True, mode='drop')
+    in_prompt = (
+      jnp.zeros((count, vocabulary), bool)
+      .at[jnp.arange(count)[:, None], ids]
+      .set(True, mode='drop')
+    )
     made = jnp.zeros((count, vocabulary), jnp.int32)
   nothing = jnp.zeros(count, jnp.int32)
   recent = jnp.full((count, rows.sampling_arrays.stop.shape[2]), NOTHING, jnp.int32)
   return DecodeState(nothing, nothing, jnp.zeros(count, bool), recent, in_prompt, made)
 
 
-def advance(rows: RowParams, progress: DecodeState, logits: jax.Array, positions: jax.Array) -> tuple[DecodeState, ChosenTokens]:
+def advance(
+  rows: RowParams, progress: DecodeState, logits: jax.Array, positions: jax.Array
+) -> tuple[DecodeState, ChosenTokens]:
   """Each row's next token. Rows that have ended stay as they are: their tokens are 0, with log-probability 0.
 
   Args:
@@ -89,19 +97,27 @@ def advance(rows: RowParams, progress: DecodeState, logits: jax.Array, positions
   biased = logits
   if plan.penalties:
     biased = penalize(biased, rows.sampling_arrays, progress.in_prompt, progress.made)
-  early = progress.counts + 1 < jnp.asarray(rows.sampling_arrays.min_new_tokens) if plan.least else None
+  early = (
+    progress.counts + 1 < jnp.asarray(rows.sampling_arrays.min_new_tokens) if plan.least else None
+  )
   if plan.least and rows.eos_id >= 0:
     biased = biased.at[:, rows.eos_id].set(jnp.where(early, -jnp.inf, biased[:, rows.eos_id]))
   token = jnp.where(ended, 0, sample(biased, rows.sampling_arrays, rows.seeds, positions))
   normal = jax.nn.logsumexp(logits, axis=-1)
   log_prob = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0] - normal
-  top, top_ids = selection.most_likely(logits, rows.top) if rows.top else (jnp.zeros((len(token), 0)),) * 2
-  chosen = ChosenTokens(token, jnp.where(ended, 0.0, log_prob), top_ids.astype(jnp.int32), top - normal[:, None])
+  top, top_ids = (
+    selection.most_likely(logits, rows.top) if rows.top else (jnp.zeros((len(token), 0)),) * 2
+  )
+  chosen = ChosenTokens(
+    token, jnp.where(ended, 0.0, log_prob), top_ids.astype(jnp.int32), top - normal[:, None]
+  )
   counts = progress.counts + ~ended
   end = (token == rows.eos_id) | (counts >= rows.limits)
   recent, made = progress.recent, progress.made
   if plan.stop:
-    recent = jnp.where(ended[:, None], recent, jnp.concatenate([recent[:, 1:], token[:, None]], axis=1))
+    recent = jnp.where(
+      ended[:, None], recent, jnp.concatenate([recent[:, 1:], token[:, None]], axis=1)
+    )
     stop = jnp.asarray(rows.sampling_arrays.stop)
     stopped = jnp.any(jnp.all((stop == ANY) | (stop == recent[:, None, :]), axis=2), axis=1)
     end |= stopped & ~early if plan.least else stopped

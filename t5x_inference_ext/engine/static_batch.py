@@ -28,20 +28,20 @@ class Generation(NamedTuple):
 
 
 def generate_batch(
-    model: Model,
-    weights: Weights,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    seeds: jax.Array,
-    sampling_arrays: SamplingArrays | None = None,
-    limits: jax.Array | None = None,
-    *,
-    sampling: SamplingParams = SamplingParams(),
-    max_new_tokens: int,
-    eos_id: int,
-    cache_size: int,
-    max_length: int | None = None,
-    prefill_chunk: int | None = None,
+  model: Model,
+  weights: Weights,
+  tokens: jax.Array,
+  lengths: jax.Array,
+  seeds: jax.Array,
+  sampling_arrays: SamplingArrays | None = None,
+  limits: jax.Array | None = None,
+  *,
+  sampling: SamplingParams = SamplingParams(),
+  max_new_tokens: int,
+  eos_id: int,
+  cache_size: int,
+  max_length: int | None = None,
+  prefill_chunk: int | None = None,
 ) -> Generation:
   """Generates for a batch; to be jitted, with the keyword arguments and `model` static.
 
@@ -82,7 +82,11 @@ def generate_batch(
   def running(state):
     return ~jnp.all(state[1].ended)
 
-  progress, chosen = advance(rows, initial_state(rows, tokens, lengths, model.config.vocab_size), logits, lengths)
+  progress, chosen = advance(
+    rows, initial_state(rows, tokens, lengths, model.config.vocab_size), logits, lengths
+  )
   out = jnp.zeros((count, max_new_tokens), jnp.int32).at[:, 0].set(chosen.tokens)
-  _, progress, _, out, scores = jax.lax.while_loop(running, step, (1, progress, cache, out, chosen.log_probs))
+  _, progress, _, out, scores = jax.lax.while_loop(
+    running, step, (1, progress, cache, out, chosen.log_probs)
+  )
   return Generation(out, progress.counts, scores)

@@ -43,7 +43,9 @@ class ByteVocabulary:
 
   def decode(self, ids: Sequence[int]) -> str:
     """Bytes that are no UTF-8 (a character cut short by a limit) and ids above the bytes are left out."""
-    return bytes(i - 3 for i in _until(ids, self.eos_id) if 3 <= i < self.size).decode('utf-8', errors='ignore')
+    return bytes(i - 3 for i in _until(ids, self.eos_id) if 3 <= i < self.size).decode(
+      'utf-8', errors='ignore'
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,20 +92,22 @@ def stop_sequences(vocabulary: Any, text: str) -> list[list[int]]:
   """
   among = vocabulary.decode(list(vocabulary.encode(f'a{text}a')))
   if text not in among:
-    raise RequestError(f'stop={text!r} can\'t be written in the vocabulary: between two "a" it comes out as {among!r}; choose '
-                       'another text')
+    raise RequestError(
+      f'stop={text!r} can\'t be written in the vocabulary: between two "a" it comes out as {among!r}; choose '
+      'another text'
+    )
   found = [list(vocabulary.encode(text))]
   for before in ('.', 'a', '\n'):
     start, both = (list(vocabulary.encode(t)) for t in (before, before + text))
-    rest = both[len(start):]
-    if rest and both[:len(start)] == start and rest not in found:
+    rest = both[len(start) :]
+    if rest and both[: len(start)] == start and rest not in found:
       found.append(rest)
   return found
 
 
 def _until(ids, end):
   ids = list(ids)
-  return ids[:ids.index(end)] if end in ids else ids
+  return ids[: ids.index(end)] if end in ids else ids
 
 
 def find_vocabulary(name: str | None, rows: int, *, needed: bool) -> tuple[Vocabulary | None, str]:
@@ -125,18 +129,22 @@ def find_vocabulary(name: str | None, rows: int, *, needed: bool) -> tuple[Vocab
     if rows != BYTE_ROWS:
       if needed:
         raise RequestError(
-            f'the prompts are text and the vocabulary of this model ({rows} rows) is not known: give '
-            '--vocabulary=FILE.model (a SentencePiece model) or --vocabulary=bytes, or give token ids')
+          f'the prompts are text and the vocabulary of this model ({rows} rows) is not known: give '
+          '--vocabulary=FILE.model (a SentencePiece model) or --vocabulary=bytes, or give token ids'
+        )
       return None, f'not known for {rows} rows: completions have tokens only, no text'
     name, source = 'bytes', f'assumed from {rows} rows'
   if name == 'bytes':
     vocabulary = ByteVocabulary()
   else:
     if not os.path.isfile(name):
-      raise RequestError(f'no vocabulary at {name}: --vocabulary is `bytes` or the path of a SentencePiece .model file')
+      raise RequestError(
+        f'no vocabulary at {name}: --vocabulary is `bytes` or the path of a SentencePiece .model file'
+      )
     vocabulary = SentencePieceVocabulary(name)
   if vocabulary.size > rows:
     raise RequestError(
-        f'vocabulary {name} has {vocabulary.size} ids and the model {rows} rows: it is not the vocabulary that this '
-        'model was trained with')
+      f'vocabulary {name} has {vocabulary.size} ids and the model {rows} rows: it is not the vocabulary that this '
+      'model was trained with'
+    )
   return vocabulary, source

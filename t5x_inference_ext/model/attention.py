@@ -33,7 +33,8 @@ class Context(NamedTuple):
 
 
 def attend(
-    q: jax.Array, k: KV, v: KV, context: Context | None, first: jax.Array | int = 0) -> jax.Array:
+  q: jax.Array, k: KV, v: KV, context: Context | None, first: jax.Array | int = 0
+) -> jax.Array:
   """Each new token sees its row's context and the new tokens up to itself.
 
   Args:
@@ -47,12 +48,22 @@ def attend(
   """
   seen = k.shape[1]
   if context is not None:
-    seen += context.keys.shape[1] + (0 if context.shared_keys is None else context.shared_keys.shape[0])
+    seen += context.keys.shape[1] + (
+      0 if context.shared_keys is None else context.shared_keys.shape[0]
+    )
   rows = max(1, MAX_ATTENTION_LOGITS // (q.shape[1] * q.shape[2] * seen))
-  if not isinstance(q.shape[0], int) or q.shape[0] <= rows:  # an exported program has any number of rows
+  if (
+    not isinstance(q.shape[0], int) or q.shape[0] <= rows
+  ):  # an exported program has any number of rows
     return _attend(q, k, v, context, first)
-  shared = {} if context is None else dict(shared_keys=context.shared_keys, shared_values=context.shared_values)
-  own = context and context._replace(shared_keys=None, shared_values=None)  # of rows; the rest is not mapped over
+  shared = (
+    {}
+    if context is None
+    else dict(shared_keys=context.shared_keys, shared_values=context.shared_values)
+  )
+  own = context and context._replace(
+    shared_keys=None, shared_values=None
+  )  # of rows; the rest is not mapped over
 
   def one(row):
     q, k, v, own = jax.tree.map(lambda x: x[None], row)
@@ -64,7 +75,7 @@ def attend(
 def _attend(q, k, v, context, first):
   b, m, h, d = q.shape
   kv = k.shape[2]
-  q = q * jnp.asarray(d ** -0.5, q.dtype)
+  q = q * jnp.asarray(d**-0.5, q.dtype)
   # Query heads that share a key head lie above each other, as the rows of one product: [B, K, H/K * M, Q].
   q = jnp.moveaxis(q.reshape(b, m, kv, h // kv, d), 2, 1).reshape(b, kv, -1, d)
   row = jnp.arange(m * (h // kv)) // (h // kv)  # the token that a row of the product is of
@@ -74,10 +85,14 @@ def _attend(q, k, v, context, first):
     filled = jnp.arange(context.keys.shape[1])[None, :] < context.lengths[:, None]  # [B, S]
     segments.insert(0, (context.keys, context.values, filled[:, None, None, :]))
     if context.shared_keys is not None:
-      begins = jnp.arange(context.shared_keys.shape[0])[None, :] < context.shared_lengths[:, None]  # [B, P]
+      begins = (
+        jnp.arange(context.shared_keys.shape[0])[None, :] < context.shared_lengths[:, None]
+      )  # [B, P]
       segments.insert(0, (context.shared_keys, context.shared_values, begins[:, None, None, :]))
   logits = [_logits(q, keys, visible) for keys, _, visible in segments]
-  top = functools.reduce(jnp.maximum, (jnp.max(x, axis=-1, keepdims=True) for x in logits))  # [B, K, M * H/K, 1]
+  top = functools.reduce(
+    jnp.maximum, (jnp.max(x, axis=-1, keepdims=True) for x in logits)
+  )  # [B, K, M * H/K, 1]
   weights = [jnp.exp(x - top) for x in logits]
   total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
   out = sum(_mix(w, values, q.dtype) for w, (_, values, _) in zip(weights, segments)) / total
@@ -92,7 +107,11 @@ def _logits(q: jax.Array, keys: KV, visible: jax.Array) -> jax.Array:
   else:
     # dot_general, not einsum: it keeps the operands in this order, which spares a transposed copy of the cache on CPU.
     logits = lax.dot_general(
-        q, jnp.moveaxis(keys, 2, 1), (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+      q,
+      jnp.moveaxis(keys, 2, 1),
+      (((3,), (3,)), ((0, 1), (0, 1))),
+      preferred_element_type=jnp.float32,
+    )
   return jnp.where(visible, _scaled(logits, scales), -jnp.inf)
 
 
@@ -111,4 +130,8 @@ def _mix(weights: jax.Array, values: KV, dtype: jnp.dtype) -> jax.Array:
   if values.ndim == 3:
     return jnp.einsum('bkns,skq->bknq', weights, values, preferred_element_type=jnp.float32)
   return lax.dot_general(
-      weights, jnp.moveaxis(values, 2, 1), (((3,), (2,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+    weights,
+    jnp.moveaxis(values, 2, 1),
+    (((3,), (2,)), ((0, 1), (0, 1))),
+    preferred_element_type=jnp.float32,
+  )

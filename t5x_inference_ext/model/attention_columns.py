@@ -56,11 +56,14 @@ class AttentionColumns:
     by_heads = self._embed_splits(p.attention_heads)
     # Queries, keys and values in one collective, wherever they go the same way.
     if not by_heads and not self.summed:
-      y = (ops.reduce_scatter(y, self._embed, 1) if self._embed_splits(p.attention_positions) else
-           ops.all_reduce(y, self._embed))
+      y = (
+        ops.reduce_scatter(y, self._embed, 1)
+        if self._embed_splits(p.attention_positions)
+        else ops.all_reduce(y, self._embed)
+      )
     if not by_heads and p.hidden_rows == p.layout.hidden_axes:
       y = ops.all_to_all(y, p.hidden_rows, 0, 2)
-    query, kv = y[..., :width], y[..., width:width + kv_columns(self.config, heads.stored)[0]]
+    query, kv = y[..., :width], y[..., width : width + kv_columns(self.config, heads.stored)[0]]
     if by_heads:
       query, kv = self._cut_queries(query), self._cut_keys(kv)
     if by_heads or p.hidden_rows != p.layout.hidden_axes:
@@ -68,9 +71,11 @@ class AttentionColumns:
       if heads.multiquery:
         kv = ops.all_gather(kv, tuple(a for a in p.layout.hidden_axes if a not in p.hidden_rows), 2)
     if not by_heads and not heads.multiquery:
-      kv = kv[:, :, ::heads.stride]  # before the gather: copies need not move
+      kv = kv[:, :, :: heads.stride]  # before the gather: copies need not move
     query = ops.all_gather(ops.all_to_all(query, p.hidden_positions, 1, 2), p.joined, 2)
-    kv = ops.all_gather(kv, tuple(a for a in p.attention_positions if a not in p.hidden_positions), 1)
+    kv = ops.all_gather(
+      kv, tuple(a for a in p.attention_positions if a not in p.hidden_positions), 1
+    )
     q = query.reshape(*query.shape[:2], heads.heads, self.d_head)
     return q, *self._keys_values(kv, by_heads)
 
@@ -86,7 +91,7 @@ class AttentionColumns:
       y = ops.all_gather(y, self._embed, 2)
       stored, cut = heads.stored, heads.cut
       y = y.reshape(*y.shape[:2], cut.padded_groups, cut.padded_queries, self.d_head)
-      y = y[:, :, :stored.local_groups, :stored.local_queries]
+      y = y[:, :, : stored.local_groups, : stored.local_queries]
     return y.reshape(*y.shape[:2], -1)
 
   def query_positions(self, positions: int) -> jax.Array | int:
@@ -98,8 +103,16 @@ class AttentionColumns:
     """One block's [B, T, 1, heads * Q], partial sums -> [B, T, heads of this embed shard, Q], summed."""
     stored, cut = self.sharding.heads.stored, self.sharding.heads.cut
     y = query.reshape(*query.shape[:2], stored.local_groups, stored.local_queries, self.d_head)
-    y = jnp.pad(y, ((0, 0), (0, 0), (0, cut.padded_groups - stored.local_groups),
-                    (0, cut.padded_queries - stored.local_queries), (0, 0)))
+    y = jnp.pad(
+      y,
+      (
+        (0, 0),
+        (0, 0),
+        (0, cut.padded_groups - stored.local_groups),
+        (0, cut.padded_queries - stored.local_queries),
+        (0, 0),
+      ),
+    )
     return ops.reduce_scatter(y.reshape(*y.shape[:2], -1, self.d_head), self._embed, 2)
 
   def _cut_keys(self, kv):
@@ -121,7 +134,7 @@ class AttentionColumns:
     heads = self.sharding.heads
     lead = kv.shape[:2]
     if heads.multiquery:
-      y = kv.reshape(*lead, -1)[..., :2 * self.d_head].reshape(*lead, 2, 1, self.d_head)
+      y = kv.reshape(*lead, -1)[..., : 2 * self.d_head].reshape(*lead, 2, 1, self.d_head)
     elif cut:
       y = kv.reshape(*lead, 2, heads.kv_heads, self.d_head)
     else:

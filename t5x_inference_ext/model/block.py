@@ -45,7 +45,7 @@ class Layer:
   cache: str
 
   def __call__(
-      self, x: jax.Array, w: LayerWeights, positions: Positions, context: Context | None
+    self, x: jax.Array, w: LayerWeights, positions: Positions, context: Context | None
   ) -> tuple[jax.Array, tuple[KV, KV]]:
     """Runs the layer's sublayers.
 
@@ -82,7 +82,9 @@ class Layer:
   def _mlp(self, parts, summed):
     """The inputs [B, T, F/hidden], partial sums unless summed -> [B, T, F/hidden]."""
     embed, dim = () if summed else self.sharding.layout.embed_axes, self.sharding.mlp_dim
-    linear, *gate = (ops.reduce_scatter(parts[n], embed, dim) for n in reversed(self.config.mlp_inputs))
+    linear, *gate = (
+      ops.reduce_scatter(parts[n], embed, dim) for n in reversed(self.config.mlp_inputs)
+    )
     y = jax.nn.swish(gate[0]) * linear if gate else jax.nn.gelu(linear, approximate=True)
     return ops.all_gather(y, embed, dim)
 
@@ -101,6 +103,10 @@ def local_vectors(layers: Any, axes: Axes) -> Any:
   def local(block_part):
     vectors = {name: getattr(block_part, name) for name in ('norm', 'norm_bias', 'out_scale')}
     return dataclasses.replace(
-        block_part, **{name: ops.local_slice(v, axes, v.ndim - 1) for name, v in vectors.items() if v is not None})
+      block_part,
+      **{
+        name: ops.local_slice(v, axes, v.ndim - 1) for name, v in vectors.items() if v is not None
+      },
+    )
 
   return jax.tree.map(local, layers, is_leaf=lambda x: isinstance(x, BlockPartWeights))

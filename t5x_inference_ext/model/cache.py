@@ -93,8 +93,12 @@ def append(cache: KVCache, keys, values, counts: jax.Array | None = None) -> KVC
     counts: [B] int32, how many of the T are the row's, from the first; None: all.
   """
   tokens = jax.tree.leaves(keys)[0].shape[-3]
-  keys, values = lax.platform_dependent(cache, keys, values, counts, cuda=_scatter, rocm=_scatter, default=_row_by_row)
-  return dataclasses.replace(cache, keys=keys, values=values, lengths=cache.lengths + (tokens if counts is None else counts))
+  keys, values = lax.platform_dependent(
+    cache, keys, values, counts, cuda=_scatter, rocm=_scatter, default=_row_by_row
+  )
+  return dataclasses.replace(
+    cache, keys=keys, values=values, lengths=cache.lengths + (tokens if counts is None else counts)
+  )
 
 
 def _row_by_row(cache: KVCache, keys, values, counts):
@@ -120,7 +124,9 @@ def _row_by_row(cache: KVCache, keys, values, counts):
         padding = [(0, 0)] * x.ndim
         padding[-3] = (0, width - tokens)
         new = jnp.roll(jnp.pad(new, padding), late, axis=-3)
-      return lax.dynamic_update_slice(x, jnp.where((at >= late) & (at < late + count), new, old), where)
+      return lax.dynamic_update_slice(
+        x, jnp.where((at >= late) & (at < late + count), new, old), where
+      )
 
     return jax.tree.map(write, kv, (keys, values))
 
@@ -146,7 +152,9 @@ def local_row(cache: KVCache, row: jax.Array | int) -> KVCache:
   rows = lambda x: lax.dynamic_slice_in_dim(x, row, 1, x.ndim - 4)
   one = lambda x: lax.dynamic_slice_in_dim(x, row, 1, 0)
   shared = cache.shared and dataclasses.replace(cache.shared, lengths=one(cache.shared.lengths))
-  return KVCache(jax.tree.map(rows, cache.keys), jax.tree.map(rows, cache.values), one(cache.lengths), shared)
+  return KVCache(
+    jax.tree.map(rows, cache.keys), jax.tree.map(rows, cache.values), one(cache.lengths), shared
+  )
 
 
 def with_local_row(cache: KVCache, row: jax.Array | int, one: KVCache) -> KVCache:
@@ -154,9 +162,14 @@ def with_local_row(cache: KVCache, row: jax.Array | int, one: KVCache) -> KVCach
   put = lambda x, new: lax.dynamic_update_slice(x, new, (*(0,) * (x.ndim - 4), row, 0, 0, 0))
   where = lambda x, new: lax.dynamic_update_slice(x, new, (row,))
   shared = cache.shared and dataclasses.replace(
-      cache.shared, lengths=where(cache.shared.lengths, one.shared.lengths))
-  return KVCache(jax.tree.map(put, cache.keys, one.keys), jax.tree.map(put, cache.values, one.values),
-                 where(cache.lengths, one.lengths), shared)
+    cache.shared, lengths=where(cache.shared.lengths, one.shared.lengths)
+  )
+  return KVCache(
+    jax.tree.map(put, cache.keys, one.keys),
+    jax.tree.map(put, cache.values, one.values),
+    where(cache.lengths, one.lengths),
+    shared,
+  )
 
 
 def with_heads(x: jax.Array, held: tuple, wanted: tuple) -> jax.Array:

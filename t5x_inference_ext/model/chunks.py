@@ -14,7 +14,9 @@ from t5x_inference_ext.quantization.kv import to_cache, whole_tiles
 from t5x_inference_ext.model.weights import Weights
 
 
-def empty_cache(model: Model, weights: Weights, rows: int, size: int, shared: Shared | None = None) -> KVCache:
+def empty_cache(
+  model: Model, weights: Weights, rows: int, size: int, shared: Shared | None = None
+) -> KVCache:
   """A cache with nothing in it but what its rows share, as the model's decode layout has it.
 
   Args:
@@ -29,7 +31,9 @@ def empty_cache(model: Model, weights: Weights, rows: int, size: int, shared: Sh
   shape = (config.num_layers, *shape) if weights.stacked else shape
   zeros = lambda: to_cache(jnp.zeros(shape), model.cache_dtype)
   make = lambda: zeros() if weights.stacked else tuple(zeros() for _ in range(config.num_layers))
-  return constrain_cache(model, KVCache(make(), make(), jnp.zeros(rows, jnp.int32), shared), weights)
+  return constrain_cache(
+    model, KVCache(make(), make(), jnp.zeros(rows, jnp.int32), shared), weights
+  )
 
 
 def cache_sharding(model: Model, rows: int) -> ActivationSharding:
@@ -61,7 +65,9 @@ def with_layout_of(model: Model, cache: KVCache, weights: Weights, to: Model) ->
   return constrain_cache(to, KVCache(keys, values, cache.lengths), weights)
 
 
-def share_row(model: Model, cache: KVCache, weights: Weights, row: int, length: int, to: Model, rows: int) -> Shared:
+def share_row(
+  model: Model, cache: KVCache, weights: Weights, row: int, length: int, to: Model, rows: int
+) -> Shared:
   """The first positions of one row, for the rows of another cache to begin with.
 
   Args:
@@ -86,7 +92,7 @@ def share_row(model: Model, cache: KVCache, weights: Weights, row: int, length: 
 
 
 def prefill_in_chunks(
-    model: Model, weights: Weights, tokens: jax.Array, lengths: jax.Array, size: int, chunk: int
+  model: Model, weights: Weights, tokens: jax.Array, lengths: jax.Array, size: int, chunk: int
 ) -> tuple[jax.Array, KVCache]:
   """As Model.prefill, `chunk` positions at a time: activations take the memory of a chunk, however long the prompts.
 
@@ -111,6 +117,8 @@ def prefill_in_chunks(
 
   logits = jnp.zeros((rows, model.config.vocab_size), jnp.float32)
   (logits, cache), _ = lax.scan(step, (logits, cache), jnp.arange(steps))
-  cut = lambda x: x[..., :whole_tiles(size, model.cache_dtype), :, :]
-  cache = dataclasses.replace(cache, keys=jax.tree.map(cut, cache.keys), values=jax.tree.map(cut, cache.values))
+  cut = lambda x: x[..., : whole_tiles(size, model.cache_dtype), :, :]
+  cache = dataclasses.replace(
+    cache, keys=jax.tree.map(cut, cache.keys), values=jax.tree.map(cut, cache.values)
+  )
   return logits, with_layout_of(prefill, cache, weights, model)

@@ -20,11 +20,15 @@ def embed(table: jax.Array, tokens: jax.Array, sharding: ActivationSharding) -> 
   # Every device looks up all tokens, also those that others keep. Where only rows are split, that is done for a part of
   # the positions at a time: never more than the residual stream itself is held.
   rows, positions, _ = map(ops.axis_size, sharding.residual)
-  parts = 1 if positions > 1 else math.gcd(tokens.shape[1], rows if sharding.layout.gathered_axes else 1)
+  parts = (
+    1 if positions > 1 else math.gcd(tokens.shape[1], rows if sharding.layout.gathered_axes else 1)
+  )
   if parts == 1:
     return _embed(table, tokens, sharding)
-  x = lax.map(lambda part: _embed(table, part, sharding),
-              jnp.moveaxis(tokens.reshape(tokens.shape[0], parts, -1), 1, 0))  # [parts, B, T/parts, E]
+  x = lax.map(
+    lambda part: _embed(table, part, sharding),
+    jnp.moveaxis(tokens.reshape(tokens.shape[0], parts, -1), 1, 0),
+  )  # [parts, B, T/parts, E]
   return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], tokens.shape[1], x.shape[-1])
 
 
@@ -33,7 +37,9 @@ def _embed(table, tokens, sharding):
   local = tokens - ops.shard_index(layout.stored_hidden) * rows
   here = (local >= 0) & (local < rows)
   x = jnp.take(table, jnp.clip(local, 0, rows - 1), axis=0)
-  x = jnp.where(here[..., None], x, jnp.zeros((), x.dtype))  # [B, T, E/embed], partial sums over hidden
+  x = jnp.where(
+    here[..., None], x, jnp.zeros((), x.dtype)
+  )  # [B, T, E/embed], partial sums over hidden
   for dim, axes in enumerate(sharding.residual):
     if dim < 2:
       x = ops.all_to_all(x, tuple(a for a in axes if a in layout.stored_embed), dim, 2)
@@ -51,8 +57,14 @@ def last_positions(x: jax.Array, lengths: jax.Array, sharding: ActivationShardin
 
 
 def unembed(
-    table: jax.Array, x: jax.Array, vocab_size: int, d_model: int, sharding: ActivationSharding, positions: Axes,
-    sampling: Axes) -> jax.Array:
+  table: jax.Array,
+  x: jax.Array,
+  vocab_size: int,
+  d_model: int,
+  sharding: ActivationSharding,
+  positions: Axes,
+  sampling: Axes,
+) -> jax.Array:
   """The logits of x, normed.
 
   Args:
@@ -74,11 +86,15 @@ def unembed(
   x = ops.all_gather(x, tuple(a for a in features if a in layout.stored_hidden), 2)
   gathered = tuple(a for a in layout.stored_embed if a in layout.gathered_axes)
   x = ops.local_slice(x, gathered, 2)
-  logits = int8.matmul(x, table, dtype=jnp.float32, transposed=True)  # [B, T, V/hidden], partial sums
+  logits = int8.matmul(
+    x, table, dtype=jnp.float32, transposed=True
+  )  # [B, T, V/hidden], partial sums
   embed_rows = tuple(a for a in layout.stored_embed if a in sampling)
   logits = ops.reduce_scatter(logits, embed_rows, 0)
   logits = ops.all_reduce(logits, tuple(a for a in layout.stored_embed if a not in sampling))
   hidden_rows = tuple(a for a in layout.stored_hidden if a in sampling)
-  logits = ops.all_to_all(logits[:, :, None], hidden_rows, 0, 2)  # [B_sampling, T, blocks, V/hidden]
+  logits = ops.all_to_all(
+    logits[:, :, None], hidden_rows, 0, 2
+  )  # [B_sampling, T, blocks, V/hidden]
   logits = ops.all_gather(logits, tuple(a for a in layout.stored_hidden if a not in sampling), 2)
-  return logits.reshape(*logits.shape[:2], -1)[..., :vocab_size] * d_model ** -0.5
+  return logits.reshape(*logits.shape[:2], -1)[..., :vocab_size] * d_model**-0.5

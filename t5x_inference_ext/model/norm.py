@@ -9,7 +9,9 @@ from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.sharding.layout import Axes
 
 
-def norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None, config: ModelConfig, axes: Axes) -> jax.Array:
+def norm(
+  x: jax.Array, scale: jax.Array, bias: jax.Array | None, config: ModelConfig, axes: Axes
+) -> jax.Array:
   """x [B, T, E/axes], scale (the value applied) and bias [E/axes] -> [B, T, E/axes].
 
   The moments are taken in float32 over all of E: an all-reduce of one number per position, for layer norm of two, the

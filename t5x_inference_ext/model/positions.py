@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 
 
-def rotary_angles(positions: jax.Array, d_head: int, max_timescale: float) -> tuple[jax.Array, jax.Array]:
+def rotary_angles(
+  positions: jax.Array, d_head: int, max_timescale: float
+) -> tuple[jax.Array, jax.Array]:
   """positions [B, T] int32 -> (sin, cos), each [B, T, Q/2] float32."""
   timescale = max_timescale ** (jnp.arange(0, d_head, 2, dtype=jnp.float32) / d_head)  # [Q/2]
   angles = positions[:, :, None].astype(jnp.float32) / timescale[None, None, :]

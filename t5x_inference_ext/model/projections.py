@@ -24,7 +24,9 @@ Parts = dict[str, jax.Array]
 
 def column_widths(config: ModelConfig, block_part: BlockPart, stored: HeadSplit) -> dict[str, int]:
   """The parts of a stored shard's columns, in order: 'gate', 'linear', 'attention' (queries, then keys and values)."""
-  widths = {name: config.d_ff // stored.shards for name in config.mlp_inputs} if block_part.mlp else {}
+  widths = (
+    {name: config.d_ff // stored.shards for name in config.mlp_inputs} if block_part.mlp else {}
+  )
   if block_part.attention:
     widths['attention'] = query_columns(config, stored) + kv_columns(config, stored)[1]
   return widths
@@ -45,14 +47,16 @@ class WeightStationary:
     else:
       y = ops.all_gather(y, hidden, self.sharding.residual_dim)  # [B, T, E/embed]
       y = int8.matmul(y, w.w_in, w.in_scale)
-    if (dim := self.sharding.sums_into(self.block_part)) is not None:  # before anything is cut out of it
+    if (
+      dim := self.sharding.sums_into(self.block_part)
+    ) is not None:  # before anything is cut out of it
       y = ops.reduce_scatter(y, self.sharding.layout.embed_axes, dim)
     # Where attention follows the MLP in one array, its output is written beside the MLP's: there is room for it, the next
     # columns, whose values don't count.
     room = w.w_out.shape[0] - widths.get('linear', 0) if len(widths) > 1 and dim is not None else 0
     parts, offset = {}, 0
     for name, width in widths.items():
-      parts[name] = y[..., offset:offset + width + (0 if name == 'attention' else room)]
+      parts[name] = y[..., offset : offset + width + (0 if name == 'attention' else room)]
       offset += width
     return parts
 
@@ -91,19 +95,27 @@ class WeightGathered:
 
   @property
   def _gathered_embed(self):
-    return tuple(a for a in self.sharding.layout.stored_embed if a in self.sharding.layout.gathered_axes)
+    return tuple(
+      a for a in self.sharding.layout.stored_embed if a in self.sharding.layout.gathered_axes
+    )
 
   @property
   def _gathered_hidden(self):
-    return tuple(a for a in self.sharding.layout.stored_hidden if a in self.sharding.layout.gathered_axes)
+    return tuple(
+      a for a in self.sharding.layout.stored_hidden if a in self.sharding.layout.gathered_axes
+    )
 
   def inputs(self, y: jax.Array, w: BlockPartWeights, widths: Mapping[str, int]) -> Parts:
     y = ops.all_gather(y, self.sharding.layout.hidden_axes, self.sharding.residual_dim)  # [B, T, E]
     parts, offset = {}, 0
-    for name, width in reversed(widths.items()):  # attention's first: it has most to do before the output product
+    for name, width in reversed(
+      widths.items()
+    ):  # attention's first: it has most to do before the output product
       offset -= width
       columns = slice(w.w_in.shape[1] + offset, w.w_in.shape[1] + offset + width)
-      part = self.gatherer.matmul(y, w.w_in[:, columns], self._gathered_embed, self._gathered_hidden)
+      part = self.gatherer.matmul(
+        y, w.w_in[:, columns], self._gathered_embed, self._gathered_hidden
+      )
       if w.in_scale is not None:
         part = int8.rescale(part, ops.all_gather(w.in_scale[columns], self._gathered_hidden, 0))
       parts[name] = part
@@ -115,7 +127,8 @@ class WeightGathered:
     for part in parts:
       rows = part.shape[-1] // copies  # of the stored shard
       product = self.gatherer.matmul(
-          part, w.w_out[offset:offset + rows], self._gathered_hidden, self._gathered_embed)
+        part, w.w_out[offset : offset + rows], self._gathered_hidden, self._gathered_embed
+      )
       y = product if y is None else y + product
       offset += rows
     return ops.reduce_scatter(y, self.sharding.layout.hidden_axes, self.sharding.residual_dim)
@@ -132,7 +145,9 @@ def in_pieces(w: BlockPartWeights, sharding: ActivationSharding) -> BlockPartWei
   return dataclasses.replace(w, w_in=w_in, w_out=w_out)
 
 
-def projections(sharding: ActivationSharding, block_part: BlockPart) -> WeightStationary | WeightGathered:
+def projections(
+  sharding: ActivationSharding, block_part: BlockPart
+) -> WeightStationary | WeightGathered:
   if sharding.layout.gathered_axes:
     return WeightGathered(sharding, Gatherer(sharding.layout.ring_directions))
   return WeightStationary(sharding, block_part)

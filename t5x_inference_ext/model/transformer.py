@@ -78,7 +78,9 @@ class Model:
     """The same with the prefill layout in both phases: its caches lie, and grow, as prefill has them."""
     return dataclasses.replace(self, decode_layout=self.prefill_layout)
 
-  def prefill(self, weights: Weights, tokens: jax.Array, lengths: jax.Array, size: int) -> tuple[jax.Array, KVCache]:
+  def prefill(
+    self, weights: Weights, tokens: jax.Array, lengths: jax.Array, size: int
+  ) -> tuple[jax.Array, KVCache]:
     """Runs the prompts in one pass, in the prefill layout.
 
     Args:
@@ -104,12 +106,15 @@ class Model:
       return self._logits(sharding, weights, x, (), rows)[:, 0], kv
 
     kv_spec = self._kv_spec(sharding, weights)
-    logits, kv = self._per_shard(run, weights, (P(), P(sharding.residual[0])), (P(self._sampling(rows)), (kv_spec, kv_spec)))(
-        weights, self._pad(tokens, sharding.layout), lengths)
+    logits, kv = self._per_shard(
+      run, weights, (P(), P(sharding.residual[0])), (P(self._sampling(rows)), (kv_spec, kv_spec))
+    )(weights, self._pad(tokens, sharding.layout), lengths)
     keys, values = self._to_decode(kv, length, sharding, decode)
     return logits, self.constrained(kv_cache.start(keys, values, lengths, size), decode, weights)
 
-  def decode_step(self, weights: Weights, cache: KVCache, tokens: jax.Array) -> tuple[jax.Array, KVCache]:
+  def decode_step(
+    self, weights: Weights, cache: KVCache, tokens: jax.Array
+  ) -> tuple[jax.Array, KVCache]:
     """Runs one token a row, in the decode layout.
 
     Args:
@@ -125,13 +130,18 @@ class Model:
 
     def run(weights, cache, tokens):
       x, (keys, values) = self._decoder(sharding, weights, tokens[:, None], cache.positions, cache)
-      return self._logits(sharding, weights, x, (), rows)[:, 0], kv_cache.append(cache, keys, values)
+      return self._logits(sharding, weights, x, (), rows)[:, 0], kv_cache.append(
+        cache, keys, values
+      )
 
     spec = self.cache_spec(sharding, weights, cache)
-    return self._per_shard(run, weights, (spec, P()), (P(self._sampling(rows)), spec))(weights, cache, tokens)
+    return self._per_shard(run, weights, (spec, P()), (P(self._sampling(rows)), spec))(
+      weights, cache, tokens
+    )
 
   def prefill_chunk(
-      self, weights: Weights, cache: KVCache, tokens: jax.Array, counts: jax.Array) -> tuple[jax.Array, KVCache]:
+    self, weights: Weights, cache: KVCache, tokens: jax.Array, counts: jax.Array
+  ) -> tuple[jax.Array, KVCache]:
     """Runs T more tokens a row on what is cached, in the decode layout: a chunk of a prompt, a conversation's next turn.
 
     Args:
@@ -151,17 +161,23 @@ class Model:
     sharding = self.chunk_sharding(rows, length)
     tokens = self._pad(tokens, self.decode_layout)
     if tokens.shape[1] > cache.size:
-      raise RequestError(f'{tokens.shape[1]} new tokens at once do not fit into a cache of {cache.size} positions: use '
-                         'shorter chunks, or a larger cache')
+      raise RequestError(
+        f'{tokens.shape[1]} new tokens at once do not fit into a cache of {cache.size} positions: use '
+        'shorter chunks, or a larger cache'
+      )
 
     def run(weights, cache, tokens, counts, cached_counts):
       x, (keys, values) = self._decoder(sharding, weights, tokens, cache.positions, cache)
       x = last_positions(x, jnp.maximum(counts, 1), sharding)
-      return self._logits(sharding, weights, x, (), rows)[:, 0], kv_cache.append(cache, keys, values, cached_counts)
+      return self._logits(sharding, weights, x, (), rows)[:, 0], kv_cache.append(
+        cache, keys, values, cached_counts
+      )
 
     spec = self.cache_spec(sharding, weights, cache)
     in_specs = (spec, P(), P(sharding.residual[0]), P(sharding.attention_rows))
-    return self._per_shard(run, weights, in_specs, (P(self._sampling(rows)), spec))(weights, cache, tokens, counts, counts)
+    return self._per_shard(run, weights, in_specs, (P(self._sampling(rows)), spec))(
+      weights, cache, tokens, counts, counts
+    )
 
   def logits(self, weights: Weights, tokens: jax.Array) -> jax.Array:
     """tokens [B, T] model inputs -> [B, T, V] float32: what follows each position."""
@@ -169,9 +185,11 @@ class Model:
     sharding = self.prefill_sharding(rows, length)
 
     run = lambda weights, tokens: self._logits(
-        sharding, weights, self._whole(sharding, weights, tokens), sharding.residual[1], rows)
+      sharding, weights, self._whole(sharding, weights, tokens), sharding.residual[1], rows
+    )
     return self._per_shard(run, weights, (P(),), P(self._sampling(rows)))(
-        weights, self._pad(tokens, sharding.layout))[:, :length]
+      weights, self._pad(tokens, sharding.layout)
+    )[:, :length]
 
   def log_probs(self, weights: Weights, tokens: jax.Array, targets: jax.Array) -> jax.Array:
     """log p(target | inputs so far) at each position, [B, T] float32, of tokens and targets [B, T].
@@ -182,7 +200,10 @@ class Model:
     sharding = self.prefill_sharding(rows, length)
     sampling, shape = P(self._sampling(rows)), self.mesh.shape
     # While they are made logits are split over the vocabulary, then over rows.
-    split = num_shards(self.prefill_layout.stored_hidden, shape), num_shards(self._sampling(rows), shape)
+    split = (
+      num_shards(self.prefill_layout.stored_hidden, shape),
+      num_shards(self._sampling(rows), shape),
+    )
     width = rows * self.config.vocab_size // min(split)
 
     def run(weights, tokens, targets):
@@ -191,7 +212,8 @@ class Model:
       return target_log_probs(x, targets, logits, sharding.residual[1], width)
 
     return self._per_shard(run, weights, (P(), sampling), sampling)(
-        weights, self._pad(tokens, sharding.layout), self._pad(targets, sharding.layout))[:, :length]
+      weights, self._pad(tokens, sharding.layout), self._pad(targets, sharding.layout)
+    )[:, :length]
 
   def prefill_sharding(self, rows: int, length: int) -> ActivationSharding:
     """Where the activations of a prefill of so many rows and positions live."""
@@ -203,7 +225,9 @@ class Model:
     """Where those of so many more positions of cached rows live. The cache lies as decode_sharding has it."""
     shape = self.mesh.shape
     length = activations.padded_length(self.decode_layout, shape, rows, length)
-    return activations.shard_activations(self.decode_layout, self.config, shape, rows, length, cached=True)
+    return activations.shard_activations(
+      self.decode_layout, self.config, shape, rows, length, cached=True
+    )
 
   def decode_sharding(self, rows: int) -> ActivationSharding:
     """Where those of a decode step live. Raises MeshError for rows that the layout can't split."""
@@ -219,9 +243,10 @@ class Model:
     spec = lambda name, layers: P(*(None,) * isinstance(layers, slice), *tensors[name].spec)
     return build_weights(tensors, self.config.num_layers, weights.stacked, spec)
 
-  def cache_spec(self, sharding: ActivationSharding, weights: Weights, cache: KVCache | None = None) -> KVCache:
-    """The PartitionSpecs of a KV cache, one for all arrays of a layer's keys; of one that shares positions, if `cache` does.
-    """
+  def cache_spec(
+    self, sharding: ActivationSharding, weights: Weights, cache: KVCache | None = None
+  ) -> KVCache:
+    """The PartitionSpecs of a KV cache, one for all arrays of a layer's keys; of one that shares positions, if `cache` does."""
     kv, rows = self._kv_spec(sharding, weights), P(sharding.attention_rows)
     if cache is None or cache.shared is None:
       return KVCache(kv, kv, rows)
@@ -233,14 +258,19 @@ class Model:
     """The cache, lying as the placement has it."""
     specs = self.cache_spec(sharding, weights, cache)
     return jax.tree.map(
-        lambda spec, x: jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec)), specs, cache)
+      lambda spec, x: jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec)),
+      specs,
+      cache,
+    )
 
   def _decoder(self, sharding: ActivationSharding, weights, tokens, start, cache):
     """One shard's pass over all tokens [B, T] that follow `start` [B'] positions: x [B, T, E], (keys, values)."""
     positions = start[:, None] + jnp.arange(tokens.shape[1])[None, :]
     keys = rotary_angles(positions, self.config.d_head, self.config.rope_max_timescale)
     queries = tuple(ops.local_slice(a, sharding.attention_positions, 1) for a in keys)
-    queries, keys = jax.lax.optimization_barrier((queries, keys))  # or they are computed anew in every layer
+    queries, keys = jax.lax.optimization_barrier(
+      (queries, keys)
+    )  # or they are computed anew in every layer
     layer = Layer(self.config, sharding, self.cache_dtype)
     x = embed(weights.embedding.astype(self.dtype), tokens, sharding)
 
@@ -266,11 +296,20 @@ class Model:
 
   def _logits(self, sharding, weights, x, positions: Axes, rows: int):
     axes = sharding.residual[2]
-    scale, bias = (None if v is None else ops.local_slice(v, axes, 0)
-                   for v in (weights.final_norm, weights.final_norm_bias))
+    scale, bias = (
+      None if v is None else ops.local_slice(v, axes, 0)
+      for v in (weights.final_norm, weights.final_norm_bias)
+    )
     x = norm(x, scale, bias, self.config, axes)
-    return unembed(weights.embedding.astype(self.dtype), x, self.config.vocab_size, self.config.d_model, sharding,
-                   positions, self._sampling(rows))
+    return unembed(
+      weights.embedding.astype(self.dtype),
+      x,
+      self.config.vocab_size,
+      self.config.d_model,
+      sharding,
+      positions,
+      self._sampling(rows),
+    )
 
   def _sampling(self, rows: int) -> Axes:
     return activations.sampling_axes(self.prefill_layout, rows, self.mesh.shape)
@@ -284,7 +323,9 @@ class Model:
     """A prefill's keys and values [.., B, T, K, Q], split by the one placement, without padding, by the other."""
     held, wanted = prefill.heads.cached(), decode.heads.cached()
 
-    move = lambda x: self._constrain_kv(kv_cache.with_heads(x[..., :length, :, :], held, wanted), decode)
+    move = lambda x: self._constrain_kv(
+      kv_cache.with_heads(x[..., :length, :, :], held, wanted), decode
+    )
     return jax.tree.map(move, kv)
 
   def _constrain_kv(self, x: jax.Array, sharding: ActivationSharding) -> jax.Array:
@@ -296,4 +337,9 @@ class Model:
 
   def _per_shard(self, run, weights, in_specs, out_specs):
     return jax.shard_map(
-        run, mesh=self.mesh, in_specs=(self.weight_specs(weights), *in_specs), out_specs=out_specs, check_vma=False)
+      run,
+      mesh=self.mesh,
+      in_specs=(self.weight_specs(weights), *in_specs),
+      out_specs=out_specs,
+      check_vma=False,
+    )

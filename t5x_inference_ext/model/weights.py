@@ -72,8 +72,12 @@ def layer_weights(tensors: Mapping[str, Any]) -> LayerWeights:
 
 
 def build_weights(
-    tensors: Mapping[str, PackedTensor], num_layers: int, stacked: bool,
-    make: Callable[[str, slice | int | None], Any], progress: Callable[[list], Iterable] = iter) -> Weights:
+  tensors: Mapping[str, PackedTensor],
+  num_layers: int,
+  stacked: bool,
+  make: Callable[[str, slice | int | None], Any],
+  progress: Callable[[list], Iterable] = iter,
+) -> Weights:
   """Weights of arrays, shapes or specs.
 
   Args:
@@ -86,8 +90,12 @@ def build_weights(
   """
   places = [None, *([slice(0, num_layers)] if stacked else range(num_layers))]
   made = [{} for _ in places]
-  jobs = [(name, i) for i, layers in enumerate(places) for name, tensor in tensors.items()
-          if tensor.per_layer == (layers is not None)]
+  jobs = [
+    (name, i)
+    for i, layers in enumerate(places)
+    for name, tensor in tensors.items()
+    if tensor.per_layer == (layers is not None)
+  ]
   for name, i in progress(jobs):
     made[i][name] = make(name, places[i])
   whole, *layers = made

@@ -53,7 +53,11 @@ class PassCase:
   cache: str = 'bfloat16'
 
   def __post_init__(self):
-    for name, known in (('phase', PASSES), ('weights', WEIGHT_BYTES), ('cache', CACHE_ELEMENT_BYTES)):
+    for name, known in (
+      ('phase', PASSES),
+      ('weights', WEIGHT_BYTES),
+      ('cache', CACHE_ELEMENT_BYTES),
+    ):
       if getattr(self, name) not in known:
         raise RequestError(f'{name} must be one of {", ".join(known)}, got {getattr(self, name)!r}')
     for name in ('batch', 'length', 'context'):
@@ -63,15 +67,21 @@ class PassCase:
     if self.phase == 'decode' and self.length != 1:
       raise RequestError(f'a decode step takes one position of each row, not {self.length}')
     if self.context < self.length:
-      raise RequestError(f'context={self.context} must hold the {self.length} positions of the pass')
+      raise RequestError(
+        f'context={self.context} must hold the {self.length} positions of the pass'
+      )
     if math.prod(self.mesh) != self.machine.chips:
-      raise RequestError(f'the mesh {"x".join(map(str, self.mesh))} has {math.prod(self.mesh)} positions and '
-                         f'{self.machine} has {self.machine.chips} chips')
+      raise RequestError(
+        f'the mesh {"x".join(map(str, self.mesh))} has {math.prod(self.mesh)} positions and '
+        f'{self.machine} has {self.machine.chips} chips'
+      )
     assert self.sharding  # refused here, not in the middle of a search's sums
 
   @functools.cached_property
   def sharding(self) -> ActivationSharding:
-    return activations.shard_activations(self.layout, self.config, sizes(self.mesh), self.batch, self.padded)
+    return activations.shard_activations(
+      self.layout, self.config, sizes(self.mesh), self.batch, self.padded
+    )
 
   @property
   def padded(self) -> int:
@@ -83,7 +93,9 @@ class PassCase:
   @property
   def tensors(self) -> dict[str, PackedTensor]:
     """The arrays on the chips, padding and copies of heads included."""
-    return _tensors(self.config, self.layout.feedforward == 'ws_1d', self.mesh, self.weights == 'int8')
+    return _tensors(
+      self.config, self.layout.feedforward == 'ws_1d', self.mesh, self.weights == 'int8'
+    )
 
   @property
   def moves(self) -> tuple[list[Collective], list[Collective]]:
@@ -91,15 +103,19 @@ class PassCase:
     mesh, width = sizes(self.mesh), WEIGHT_BYTES[self.weights]
     of_pass = self.config, self.sharding, mesh, self.batch, self.padded
     # How rows are split for the choice of tokens is alike for all layouts that can share weights with this one.
-    return (traffic.layer_moves(*of_pass, ACTIVATION_BYTES, width),
-            traffic.embedding_moves(*of_pass, ACTIVATION_BYTES) +
-            traffic.logits_moves(*of_pass, self.layout, ACTIVATION_BYTES))
+    return (
+      traffic.layer_moves(*of_pass, ACTIVATION_BYTES, width),
+      traffic.embedding_moves(*of_pass, ACTIVATION_BYTES)
+      + traffic.logits_moves(*of_pass, self.layout, ACTIVATION_BYTES),
+    )
 
   def size(self, axes) -> int:
     return math.prod(sizes(self.mesh)[a] for a in axes)
 
 
 @functools.lru_cache(maxsize=256)
-def _tensors(config: ModelConfig, one_dimensional: bool, mesh: Mesh, int8: bool) -> dict[str, PackedTensor]:
+def _tensors(
+  config: ModelConfig, one_dimensional: bool, mesh: Mesh, int8: bool
+) -> dict[str, PackedTensor]:
   # All layouts but ws_1d place the weights alike.
   return packed_tensors(config, Layout('ws_1d' if one_dimensional else 'ws_2d'), sizes(mesh), int8)

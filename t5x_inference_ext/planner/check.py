@@ -18,10 +18,11 @@ from t5x_inference_ext.precompile.analysis import Answer, analyze
 COLLECTIVES_ROW = 'collectives'
 # What the compiler's kinds of operations hold -> the parts that predict them. Its products read weights as they go.
 GROUPS = {
-    'products and weights': (('matmul',), ('matmuls', 'logits', 'weight load')),
-    'attention and cache': (('attention',), ('attention', 'cache load')),
-    COLLECTIVES_ROW: (('collective',), ('activations moved', 'weights moved')),
-    'copies and the rest': (('copy', 'relayout', 'other'), ())}
+  'products and weights': (('matmul',), ('matmuls', 'logits', 'weight load')),
+  'attention and cache': (('attention',), ('attention', 'cache load')),
+  COLLECTIVES_ROW: (('collective',), ('activations moved', 'weights moved')),
+  'copies and the rest': (('copy', 'relayout', 'other'), ()),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +74,9 @@ def check_plan(plan: Plan, say: Callable[[str], None] = lambda text: None) -> tu
 def refuse(plan: Plan) -> None:
   """Raises UserError for a plan that can't be checked."""
   if not plan.machine.chip.torus:
-    raise UserError(f'--check compiles with the TPU compiler, and {plan.machine} is no TPU slice: plan without --check')
+    raise UserError(
+      f'--check compiles with the TPU compiler, and {plan.machine} is no TPU slice: plan without --check'
+    )
 
 
 def _checked(plan: Plan, planned: PassCost, say) -> Checked:
@@ -84,34 +87,72 @@ def _checked(plan: Plan, planned: PassCost, say) -> Checked:
   found = cost(case, request.convention, planned.efficiency)
   try:
     answer = analyze(
-        request.config, request.weights, str(plan.machine), case.phase, plan.rows, positions, layout=str(case.layout),
-        other_layout=plan.layouts[case.phase == 'prefill'], mesh=plan.mesh_text,
-        cache=request.cache, prompt=case.padded if case.phase == 'prefill' else None, say=say)
-  except (RequestError, jax.errors.JaxRuntimeError) as e:  # of some programs it can't write the text that is read here
+      request.config,
+      request.weights,
+      str(plan.machine),
+      case.phase,
+      plan.rows,
+      positions,
+      layout=str(case.layout),
+      other_layout=plan.layouts[case.phase == 'prefill'],
+      mesh=plan.mesh_text,
+      cache=request.cache,
+      prompt=case.padded if case.phase == 'prefill' else None,
+      say=say,
+    )
+  except (
+    RequestError,
+    jax.errors.JaxRuntimeError,
+  ) as e:  # of some programs it can't write the text that is read here
     return Checked(found, None, (), f'the compiler failed: {str(e).splitlines()[0]}')
   if not answer.fits:
-    return Checked(found, answer, (), 'it does not fit; python -m t5x_inference_ext.precompile says what is missing')
+    return Checked(
+      found,
+      answer,
+      (),
+      'it does not fit; python -m t5x_inference_ext.precompile says what is missing',
+    )
   # Prefill, too, hands the cache over as decode has it.
-  held = dataclasses.replace(memory(case, positions), cache=memory(plan.decode.case, positions).cache)
+  held = dataclasses.replace(
+    memory(case, positions), cache=memory(plan.decode.case, positions).cache
+  )
   return Checked(found, answer, tuple(_rows(found, answer, held)))
 
 
 def _rows(found: PassCost, answer: Answer, held: PlannedMemory) -> Iterable[CheckRow]:
   ideal, kinds = found.at(IDEAL), answer.estimate.by_kind
-  hidden = [found.hidden_seconds, ideal.hidden_seconds, sum(c.hidden_seconds for c in answer.estimate.costs)]
+  hidden = [
+    found.hidden_seconds,
+    ideal.hidden_seconds,
+    sum(c.hidden_seconds for c in answer.estimate.costs),
+  ]
   for name, (compiled, parts) in GROUPS.items():
-    values = [sum(c.parts[p] for p in parts) for c in (found, ideal)] + [sum(kinds.get(kind, 0.) for kind in compiled)]
-    if name == COLLECTIVES_ROW:  # of these the parts leave out what is hidden, and the compiler's serial estimate does not
+    values = [sum(c.parts[p] for p in parts) for c in (found, ideal)] + [
+      sum(kinds.get(kind, 0.0) for kind in compiled)
+    ]
+    if (
+      name == COLLECTIVES_ROW
+    ):  # of these the parts leave out what is hidden, and the compiler's serial estimate does not
       values[0] += hidden[0]
       values[1] += hidden[1]
     yield CheckRow(name, 's', *values)
   yield CheckRow(f'of {COLLECTIVES_ROW}, hidden', 's', *hidden)
-  yield CheckRow('all, but what is hidden', 's', found.seconds, ideal.seconds, answer.estimate.overlapped_seconds)
+  yield CheckRow(
+    'all, but what is hidden', 's', found.seconds, ideal.seconds, answer.estimate.overlapped_seconds
+  )
   moved = sum(c.count * c.move.moved for c in found.collectives)
-  yield CheckRow('sent by a chip', 'bytes', moved, moved, sum(_sent(c) for c in answer.estimate.costs if c.collective))
+  yield CheckRow(
+    'sent by a chip',
+    'bytes',
+    moved,
+    moved,
+    sum(_sent(c) for c in answer.estimate.costs if c.collective),
+  )
   compiled = answer.program.memory
   for name in ('weights', 'cache'):
-    yield CheckRow(f'{name} held', 'bytes', getattr(held, name), getattr(held, name), getattr(compiled, name))
+    yield CheckRow(
+      f'{name} held', 'bytes', getattr(held, name), getattr(held, name), getattr(compiled, name)
+    )
   yield CheckRow('temporaries', 'bytes', held.working, held.working, compiled.temporaries)
 
 
@@ -119,7 +160,9 @@ def _sent(c: Any) -> float:
   """Bytes that a chip sends in all runs of a collective, as sharding.collective.Collective counts them."""
   if c.collective.kind == 'collective-permute':
     return c.count * c.bytes
-  share = (c.collective.size - 1) / c.collective.size * (2 if c.collective.kind == 'all-reduce' else 1)
+  share = (
+    (c.collective.size - 1) / c.collective.size * (2 if c.collective.kind == 'all-reduce' else 1)
+  )
   return c.count * c.bytes * share
 
 
@@ -134,9 +177,13 @@ def check_text(checked: Iterable[Checked]) -> str:
       continue
     lines.append(f'  {"":24}{"predicted":>13}{"at full rate":>14}{"compiled":>13}')
     for row in each.rows:
-      lines.append(f'  {row.name:24}{_show(row.predicted, row):>13}{_show(row.at_full_rate, row):>14}'
-                   f'{_show(row.compiled, row):>13}')
-  lines.append('compiled: the compiler\'s estimate, at full rate; hidden: by its schedule (docs/precompile.md)')
+      lines.append(
+        f'  {row.name:24}{_show(row.predicted, row):>13}{_show(row.at_full_rate, row):>14}'
+        f'{_show(row.compiled, row):>13}'
+      )
+  lines.append(
+    "compiled: the compiler's estimate, at full rate; hidden: by its schedule (docs/precompile.md)"
+  )
   return '\n'.join(lines)
 
 

@@ -36,8 +36,15 @@ class Choice:
   target: float | None
 
 
-def choose(request: PlanRequest, machines: Sequence[Machine], objective: str = 'latency', *, batches: Sequence[int] = (),
-           target: float | None = None, say: _Say = lambda text: None) -> Choice:
+def choose(
+  request: PlanRequest,
+  machines: Sequence[Machine],
+  objective: str = 'latency',
+  *,
+  batches: Sequence[int] = (),
+  target: float | None = None,
+  say: _Say = lambda text: None,
+) -> Choice:
   """The best plan.
 
   With one machine and one batch all objectives mean the least time. Of several machines or batches 'latency' takes the
@@ -77,17 +84,26 @@ def choose(request: PlanRequest, machines: Sequence[Machine], objective: str = '
   if not candidates:
     if refusal and len(machines) == 1:
       raise refusal
-    raise NothingFits(_advice(request.replace(batch=min(batches, default=request.batch)), machines, refusal))
+    raise NothingFits(
+      _advice(request.replace(batch=min(batches, default=request.batch)), machines, refusal)
+    )
   meeting = [found for found in candidates if target is None or found[0].seconds <= target]
   if not meeting:
     fastest = min((found[0] for found in candidates), key=lambda p: p.seconds)
-    passes = ', '.join(f'{fastest.runs(phase)} {phase.case.phase} of {_ms(phase.seconds)}' for phase in fastest.phases)
+    passes = ', '.join(
+      f'{fastest.runs(phase)} {phase.case.phase} of {_ms(phase.seconds)}'
+      for phase in fastest.phases
+    )
     raise NothingFits(
-        f'nothing meets {target * 1e3:g} ms: the fastest is {fastest.machine} with {_ms(fastest.seconds)} for a batch '
-        f'of {fastest.request.batch} ({passes}), {fastest.seconds / target:.2f} times the target: allow more time, or '
-        'ask for a smaller batch, shorter prompts, fewer tokens or another chip')
-  keys = {'latency': lambda p: p.seconds, 'throughput': lambda p: -p.tokens_per_second,
-          'cost': lambda p: p.chip_seconds_per_token}
+      f'nothing meets {target * 1e3:g} ms: the fastest is {fastest.machine} with {_ms(fastest.seconds)} for a batch '
+      f'of {fastest.request.batch} ({passes}), {fastest.seconds / target:.2f} times the target: allow more time, or '
+      'ask for a smaller batch, shorter prompts, fewer tokens or another chip'
+    )
+  keys = {
+    'latency': lambda p: p.seconds,
+    'throughput': lambda p: -p.tokens_per_second,
+    'cost': lambda p: p.chip_seconds_per_token,
+  }
   by = 'cost' if target is not None else objective
   ordered = sorted(meeting, key=lambda found: keys[by](found[0]))
   return Choice(ordered[0][0], ordered[0], tuple(found[0] for found in ordered[1:]), by, target)
@@ -101,21 +117,32 @@ def _advice(request: PlanRequest, machines: Sequence[Machine], refusal: MeshErro
       found = search.best(search.plans(request, machine))[0]
     except MeshError:
       continue
-    if least is None or found.memory.needed - found.memory.available < least.memory.needed - least.memory.available:
+    if (
+      least is None
+      or found.memory.needed - found.memory.available < least.memory.needed - least.memory.available
+    ):
       least = found
   if least is None:
     return str(refusal)
   m = least.memory
   over = ('prefill', 'decode')[least.memories.index(m)]
   nearest = least.machine
-  text = (f'nothing fits: with the least memory ({" and ".join(least.layouts)} on {least.mesh_text}) each chip of '
-          f'{least.machine} needs {_gib(m.needed)} GiB in {over} (weights {_gib(m.weights)}, cache {_gib(m.cache)}, '
-          f'temporaries about {_gib(m.working)}) and has {_gib(m.available)}: {_gib(m.needed - m.available)} too many')
-  changes = [change for change in (
-      _smaller_weights(request, machines), _smaller_cache(request, machines),
+  text = (
+    f'nothing fits: with the least memory ({" and ".join(least.layouts)} on {least.mesh_text}) each chip of '
+    f'{least.machine} needs {_gib(m.needed)} GiB in {over} (weights {_gib(m.weights)}, cache {_gib(m.cache)}, '
+    f'temporaries about {_gib(m.working)}) and has {_gib(m.available)}: {_gib(m.needed - m.available)} too many'
+  )
+  changes = [
+    change
+    for change in (
+      _smaller_weights(request, machines),
+      _smaller_cache(request, machines),
       _less(request, nearest, 'batch', 'a batch of {}'),
       _less(request, nearest, 'input_length', 'prompts of {} tokens'),
-      _larger_slice(request, machines)) if change]
+      _larger_slice(request, machines),
+    )
+    if change
+  ]
   return f'{text}; what would fit: {"; ".join(changes) or "no change of one thing"}'
 
 
@@ -129,12 +156,16 @@ def fits(request: PlanRequest, machine: Machine) -> bool:
 
 def _smaller_weights(request: PlanRequest, machines: Sequence[Machine]) -> str:
   smaller = request.replace(weights='int8')
-  return 'int8 weights' if request.weights != 'int8' and any(fits(smaller, m) for m in machines) else ''
+  return (
+    'int8 weights' if request.weights != 'int8' and any(fits(smaller, m) for m in machines) else ''
+  )
 
 
 def _smaller_cache(request: PlanRequest, machines: Sequence[Machine]) -> str:
   smaller = request.replace(cache='int8')
-  return 'an int8 cache' if request.cache != 'int8' and any(fits(smaller, m) for m in machines) else ''
+  return (
+    'an int8 cache' if request.cache != 'int8' and any(fits(smaller, m) for m in machines) else ''
+  )
 
 
 def _less(request: PlanRequest, machine: Machine, field: str, words: str) -> str:
@@ -156,7 +187,9 @@ def _less(request: PlanRequest, machine: Machine, field: str, words: str) -> str
 def _larger_slice(request: PlanRequest, machines: Sequence[Machine]) -> str:
   kinds = dict.fromkeys(m.chip.name for m in machines)
   most = max(m.chips for m in machines)
-  for machine in sorted((Machine.parse(text) for kind in kinds for text in known_machines(kind)), key=lambda m: m.chips):
+  for machine in sorted(
+    (Machine.parse(text) for kind in kinds for text in known_machines(kind)), key=lambda m: m.chips
+  ):
     if machine.chips > most and fits(request.replace(mesh=None), machine):
       return f'{machine}'
   return ''

@@ -14,11 +14,23 @@ from t5x_inference_ext.planner.network import Network
 from t5x_inference_ext.planner.work import PassWork, work
 
 # Part -> what limits it.
-LIMITS = {'matmuls': 'compute', 'logits': 'compute', 'attention': 'compute', 'weight load': 'weight load',
-          'cache load': 'cache load', 'activations moved': 'network', 'weights moved': 'network'}
+LIMITS = {
+  'matmuls': 'compute',
+  'logits': 'compute',
+  'attention': 'compute',
+  'weight load': 'weight load',
+  'cache load': 'cache load',
+  'activations moved': 'network',
+  'weights moved': 'network',
+}
 PARTS = tuple(LIMITS)
 # Limit -> the field of Efficiency that stretches its parts.
-_STRETCHED_BY = {'compute': 'matmul', 'weight load': 'memory', 'cache load': 'memory', 'network': 'network'}
+_STRETCHED_BY = {
+  'compute': 'matmul',
+  'weight load': 'memory',
+  'cache load': 'memory',
+  'network': 'network',
+}
 _EFFICIENCIES = {part: _STRETCHED_BY[limit] for part, limit in LIMITS.items()}
 
 
@@ -84,7 +96,7 @@ class PassCost:
   @property
   def limits(self) -> dict[str, float]:
     """'compute', 'weight load', 'cache load', 'network' -> seconds."""
-    totals = dict.fromkeys(LIMITS.values(), 0.)
+    totals = dict.fromkeys(LIMITS.values(), 0.0)
     for part, seconds in self.parts.items():
       totals[LIMITS[part]] += seconds
     return totals
@@ -99,12 +111,18 @@ class PassCost:
     before, now = dataclasses.asdict(self.efficiency), dataclasses.asdict(efficiency)
     slower = {name: before[name] / now[name] for name in now}
     collectives = tuple(
-        dataclasses.replace(c, seconds=c.seconds * slower['network']) for c in self.collectives)
+      dataclasses.replace(c, seconds=c.seconds * slower['network']) for c in self.collectives
+    )
     parts = {name: seconds * slower[_EFFICIENCIES[name]] for name, seconds in self.parts.items()}
     gathering = (self.parts['weights moved'] + self.hidden_seconds) * slower['network']
-    parts['weights moved'] = max(0., gathering - parts['matmuls'])
-    return dataclasses.replace(self, efficiency=efficiency, collectives=collectives, parts=parts,
-                               hidden_seconds=gathering - parts['weights moved'])
+    parts['weights moved'] = max(0.0, gathering - parts['matmuls'])
+    return dataclasses.replace(
+      self,
+      efficiency=efficiency,
+      collectives=collectives,
+      parts=parts,
+      hidden_seconds=gathering - parts['weights moved'],
+    )
 
 
 def mfu(params: float, tokens: float, machine: Machine, seconds: float) -> float:
@@ -115,7 +133,9 @@ def mfu(params: float, tokens: float, machine: Machine, seconds: float) -> float
   return 2 * params * tokens / (machine.chips * machine.chip.bf16_flops * seconds)
 
 
-def cost(case: PassCase, convention: str = 'torus', efficiency: Efficiency | None = None) -> PassCost:
+def cost(
+  case: PassCase, convention: str = 'torus', efficiency: Efficiency | None = None
+) -> PassCost:
   """Prices a pass.
 
   Args:
@@ -135,15 +155,16 @@ def cost(case: PassCase, convention: str = 'torus', efficiency: Efficiency | Non
 
   matmuls = products(done.matmul_flops, done.matmul_rows)
   gathering = sum(c.seconds for c in collectives if c.of_weights)
-  exposed = max(0., gathering - matmuls)
+  exposed = max(0.0, gathering - matmuls)
   parts = {
-      'matmuls': matmuls,
-      'logits': products(done.logits_flops, done.logits_rows),
-      'attention': done.attention_flops / chip.bf16_flops,
-      'weight load': done.weight_bytes / chip.hbm_bandwidth,
-      'cache load': done.cache_bytes / chip.hbm_bandwidth,
-      'activations moved': sum(c.seconds for c in collectives if not c.of_weights),
-      'weights moved': exposed}
+    'matmuls': matmuls,
+    'logits': products(done.logits_flops, done.logits_rows),
+    'attention': done.attention_flops / chip.bf16_flops,
+    'weight load': done.weight_bytes / chip.hbm_bandwidth,
+    'cache load': done.cache_bytes / chip.hbm_bandwidth,
+    'activations moved': sum(c.seconds for c in collectives if not c.of_weights),
+    'weights moved': exposed,
+  }
   ideal = PassCost(case, IDEAL, convention, done, collectives, parts, gathering - exposed)
   return ideal.at(FITTED[convention] if efficiency is None else efficiency)
 

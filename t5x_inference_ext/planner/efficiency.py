@@ -29,7 +29,9 @@ class Efficiency:
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
       if not 0 < value <= 1:
-        raise RequestError(f'the efficiency {field.name} must be above 0 and at most 1, got {value!r}')
+        raise RequestError(
+          f'the efficiency {field.name} must be above 0 and at most 1, got {value!r}'
+        )
 
 
 # Nothing lost: the bounds, and the paper's formulas as they stand.
@@ -37,6 +39,6 @@ IDEAL = Efficiency()
 
 # By the network's convention, since the same bytes take other times.
 FITTED = {
-    'torus': Efficiency(matmul=0.775, memory=0.67, network=0.823),
-    'paper': Efficiency(matmul=0.776, memory=0.517, network=0.438),
+  'torus': Efficiency(matmul=0.775, memory=0.67, network=0.823),
+  'paper': Efficiency(matmul=0.776, memory=0.517, network=0.438),
 }

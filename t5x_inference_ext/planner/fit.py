@@ -44,9 +44,14 @@ def fit(convention: str) -> Fit:
   found = _least(ideal, TABLE_2)
   left_out = []
   for i, column in enumerate(TABLE_2):
-    others = _least(ideal[:i] + ideal[i + 1:], TABLE_2[:i] + TABLE_2[i + 1:])
+    others = _least(ideal[:i] + ideal[i + 1 :], TABLE_2[:i] + TABLE_2[i + 1 :])
     left_out.append(_error(ideal[i], column, others))
-  return Fit(convention, found, tuple(_error(c, column, found) for c, column in zip(ideal, TABLE_2)), tuple(left_out))
+  return Fit(
+    convention,
+    found,
+    tuple(_error(c, column, found) for c, column in zip(ideal, TABLE_2)),
+    tuple(left_out),
+  )
 
 
 def _error(ideal: PassCost, column: Column, efficiency: Efficiency) -> float:
@@ -56,7 +61,7 @@ def _error(ideal: PassCost, column: Column, efficiency: Efficiency) -> float:
 def _least(ideal: Sequence[PassCost], columns: Sequence[Column]) -> Efficiency:
 
   def loss(efficiency: Efficiency) -> float:
-    return sum(math.log1p(_error(c, column, efficiency))**2 for c, column in zip(ideal, columns))
+    return sum(math.log1p(_error(c, column, efficiency)) ** 2 for c, column in zip(ideal, columns))
 
   return search(loss)
 
@@ -66,7 +71,9 @@ def search(loss: Callable[[Efficiency], float]) -> Efficiency:
   centre, reach = np.full(len(_NAMES), 0.525), 0.475
   best = None
   for _ in range(_ROUNDS):
-    axes = [np.unique(np.clip(np.linspace(c - reach, c + reach, _GRID), 0.05, 1).round(3)) for c in centre]
+    axes = [
+      np.unique(np.clip(np.linspace(c - reach, c + reach, _GRID), 0.05, 1).round(3)) for c in centre
+    ]
     for values in itertools.product(*axes):
       found = loss(Efficiency(*map(float, values)))
       if best is None or found < best[0]:
@@ -78,11 +85,16 @@ def search(loss: Callable[[Efficiency], float]) -> Efficiency:
 def fit_text(found: Fit) -> str:
   """A table."""
   e = found.efficiency
-  lines = [f'{found.convention} convention: ' + ', '.join(f'{name} {getattr(e, name):.3f}' for name in _NAMES),
-           f'  {"column of Table 2":24} {"measured":>10} {"predicted":>10} {"error":>7} {"left out":>9}']
+  lines = [
+    f'{found.convention} convention: '
+    + ', '.join(f'{name} {getattr(e, name):.3f}' for name in _NAMES),
+    f'  {"column of Table 2":24} {"measured":>10} {"predicted":>10} {"error":>7} {"left out":>9}',
+  ]
   for column, error, left_out in zip(TABLE_2, found.errors, found.left_out):
-    lines.append(f'  {column.name:24} {column.seconds:8.4f} s {column.seconds * (1 + error):8.4f} s {error:+7.1%} '
-                 f'{left_out:+9.1%}')
+    lines.append(
+      f'  {column.name:24} {column.seconds:8.4f} s {column.seconds * (1 + error):8.4f} s {error:+7.1%} '
+      f'{left_out:+9.1%}'
+    )
   return '\n'.join(lines)
 
 

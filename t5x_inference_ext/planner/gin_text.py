@@ -12,7 +12,7 @@ def gin_text(plan: Plan) -> str:
   prefill, decode = plan.layouts
   cache = None if request.cache == 'bfloat16' else repr(request.cache)  # None: as DTYPE
   slice_ = f"SLICE = '{plan.machine}'\n" if plan.machine.chip.torus else ''
-  return f'''# Made by `python -m t5x_inference_ext.plan` for {plan.machine}, {plan.machine.chips} chips, \
+  return f"""# Made by `python -m t5x_inference_ext.plan` for {plan.machine}, {plan.machine.chips} chips, \
 {request.weights} weights.
 # {request.batch} rows of {request.input_length} tokens, {request.output_length} new ones each. Predicted: prefill \
 {plan.prefill.seconds:.4g} s, {plan.decode.seconds * 1e3:.4g} ms a step.
@@ -39,14 +39,18 @@ PROMPT = {request.input_length}
 PHASE = 'decode'
 LAYOUT = %DECODE_LAYOUT
 OTHER_LAYOUT = %PREFILL_LAYOUT
-'''
+"""
 
 
 def _model(config: ModelConfig) -> str:
   name = next((name for name in PRESETS if preset(name) == config), None)
   if name:
-    return ("from t5x_inference_ext import config\n\n"
-            f"config.preset.name = '{name}'\nMODEL_CONFIG = @config.preset()")
+    return (
+      'from t5x_inference_ext import config\n\n'
+      f"config.preset.name = '{name}'\nMODEL_CONFIG = @config.preset()"
+    )
   fields = ''.join(f'\n  {name} = {value!r}' for name, value in dataclasses.asdict(config).items())
-  return ('from t5x_inference_ext import config\n\n'
-          f'config.ModelConfig:{fields}\nMODEL_CONFIG = @config.ModelConfig()')
+  return (
+    'from t5x_inference_ext import config\n\n'
+    f'config.ModelConfig:{fields}\nMODEL_CONFIG = @config.ModelConfig()'
+  )

@@ -16,38 +16,85 @@ def choice_dict(choice: Choice, checked: Sequence[Checked] = ()) -> dict[str, An
   """Everything."""
   r, machine = choice.plan.request, choice.plan.machine
   return {
-      'model': r.config.to_dict(), 'parameters': r.config.num_params, 'slice': str(machine), 'chips': machine.chips,
-      'chip': dataclasses.asdict(machine.chip), 'batch': r.batch, 'input_length': r.input_length,
-      'output_length': r.output_length, 'weights': r.weights, 'cache': r.cache, 'phase': r.phase,
-      'objective': choice.objective, 'latency_target': choice.target,
-      'convention': r.convention, 'efficiency': dataclasses.asdict(choice.plan.decode.efficiency),
-      'why': why(choice), 'paper_convention': conventions_differ(choice.plan),
-      'plan': plan_dict(choice.plan), 'ranked': [plan_dict(p) for p in choice.ranked],
-      'others': [plan_dict(p) for p in choice.others],
-      'check': [{'phase': c.cost.case.phase, 'fits': c.answer and c.answer.fits, 'problem': c.problem,
-                 'rows': [dataclasses.asdict(row) for row in c.rows]} for c in checked]}
+    'model': r.config.to_dict(),
+    'parameters': r.config.num_params,
+    'slice': str(machine),
+    'chips': machine.chips,
+    'chip': dataclasses.asdict(machine.chip),
+    'batch': r.batch,
+    'input_length': r.input_length,
+    'output_length': r.output_length,
+    'weights': r.weights,
+    'cache': r.cache,
+    'phase': r.phase,
+    'objective': choice.objective,
+    'latency_target': choice.target,
+    'convention': r.convention,
+    'efficiency': dataclasses.asdict(choice.plan.decode.efficiency),
+    'why': why(choice),
+    'paper_convention': conventions_differ(choice.plan),
+    'plan': plan_dict(choice.plan),
+    'ranked': [plan_dict(p) for p in choice.ranked],
+    'others': [plan_dict(p) for p in choice.others],
+    'check': [
+      {
+        'phase': c.cost.case.phase,
+        'fits': c.answer and c.answer.fits,
+        'problem': c.problem,
+        'rows': [dataclasses.asdict(row) for row in c.rows],
+      }
+      for c in checked
+    ],
+  }
 
 
 def plan_dict(plan: Plan) -> dict[str, Any]:
   prefill, decode = plan.memories
   return {
-      'slice': str(plan.machine), 'mesh': plan.mesh_text, 'batch': plan.request.batch, 'rows': plan.rows,
-      'prefill_layout': plan.layouts[0], 'decode_layout': plan.layouts[1], 'fits': plan.fits, 'seconds': plan.seconds,
-      'tokens_per_second': plan.tokens_per_second, 'chip_seconds_per_token': plan.chip_seconds_per_token,
-      'prefill': phase_dict(plan, plan.prefill, prefill), 'decode': phase_dict(plan, plan.decode, decode)}
+    'slice': str(plan.machine),
+    'mesh': plan.mesh_text,
+    'batch': plan.request.batch,
+    'rows': plan.rows,
+    'prefill_layout': plan.layouts[0],
+    'decode_layout': plan.layouts[1],
+    'fits': plan.fits,
+    'seconds': plan.seconds,
+    'tokens_per_second': plan.tokens_per_second,
+    'chip_seconds_per_token': plan.chip_seconds_per_token,
+    'prefill': phase_dict(plan, plan.prefill, prefill),
+    'decode': phase_dict(plan, plan.decode, decode),
+  }
 
 
 def phase_dict(plan: Plan, cost: PassCost, held: PlannedMemory) -> dict[str, Any]:
   return {
-      'layout': str(cost.case.layout), 'seconds': cost.seconds, 'parts': cost.parts, 'limit': cost.limit,
-      'limits': cost.limits, 'hidden_seconds': cost.hidden_seconds, 'mfu': plan.mfu_of(cost),
-      'chip_seconds_per_token': plan.cost_of(cost), 'context': cost.case.context, 'length': cost.case.length,
-      'work': dataclasses.asdict(cost.work),
-      'memory': {**dataclasses.asdict(held), 'needed': held.needed},
-      'collectives': [
-          {'name': c.move.name, 'kind': c.move.kind, 'axes': ''.join(c.move.axes), 'devices': c.move.shards,
-           'bytes': c.move.bytes, 'moved': c.move.moved, 'count': c.count, 'seconds': c.seconds,
-           'of_weights': c.of_weights} for c in cost.collectives]}
+    'layout': str(cost.case.layout),
+    'seconds': cost.seconds,
+    'parts': cost.parts,
+    'limit': cost.limit,
+    'limits': cost.limits,
+    'hidden_seconds': cost.hidden_seconds,
+    'mfu': plan.mfu_of(cost),
+    'chip_seconds_per_token': plan.cost_of(cost),
+    'context': cost.case.context,
+    'length': cost.case.length,
+    'work': dataclasses.asdict(cost.work),
+    'memory': {**dataclasses.asdict(held), 'needed': held.needed},
+    'collectives': [
+      {
+        'name': c.move.name,
+        'kind': c.move.kind,
+        'axes': ''.join(c.move.axes),
+        'devices': c.move.shards,
+        'bytes': c.move.bytes,
+        'moved': c.move.moved,
+        'count': c.count,
+        'seconds': c.seconds,
+        'of_weights': c.of_weights,
+      }
+      for c in cost.collectives
+    ],
+  }
 
 
 def plan_json(choice: Choice, checked: Sequence[Checked] = ()) -> str:

@@ -41,18 +41,26 @@ class Machine:
     kind, colon, sizes = text.partition(':')
     names = {name.lower(): name for name in CHIPS}
     if not colon and text.lower() in names:
-      raise MeshError(f'{text} is a chip, not a slice of it; known: {", ".join(known_machines(names[text.lower()]))}')
-    if kind.lower() not in names and (colon or not text[:1].isdecimal()):  # v4 is left out, as in 4x4x4
-      raise MeshError(f'no chip is called {kind!r}: a slice is written chip:shape, such as v4:4x4x4 or A100:16, with '
-                      f'chip {", ".join(CHIPS)}')
+      raise MeshError(
+        f'{text} is a chip, not a slice of it; known: {", ".join(known_machines(names[text.lower()]))}'
+      )
+    if kind.lower() not in names and (
+      colon or not text[:1].isdecimal()
+    ):  # v4 is left out, as in 4x4x4
+      raise MeshError(
+        f'no chip is called {kind!r}: a slice is written chip:shape, such as v4:4x4x4 or A100:16, with '
+        f'chip {", ".join(CHIPS)}'
+      )
     chip = hardware.chip(names[kind.lower()]) if colon else None
     if chip is None or chip.torus:
       slice_ = torus.parse_slice(text)
       slices.check_slice(slice_)
       return cls(hardware.chip(slice_.kind), slice_.shape, slice_.wraps)
     if not sizes.isdecimal() or int(sizes) not in _GPUS:
-      raise MeshError(f'{chip.name}s are written with their number, such as {chip.name}:8; known: '
-                      f'{", ".join(known_machines(chip.name))}; got {text!r}')
+      raise MeshError(
+        f'{chip.name}s are written with their number, such as {chip.name}:8; known: '
+        f'{", ".join(known_machines(chip.name))}; got {text!r}'
+      )
     return cls(chip, (int(sizes), 1, 1), (False,) * 3)
 
   @property
@@ -83,7 +91,11 @@ class Machine:
       found = set(torus_meshes(self.shape, self.wraps, split))
       first = torus_mesh(self.shape, self.wraps, config, split)
     else:
-      found = {(x, y, self.chips // x // y) for x in _divisors(self.chips) for y in _divisors(self.chips // x)}
+      found = {
+        (x, y, self.chips // x // y)
+        for x in _divisors(self.chips)
+        for y in _divisors(self.chips // x)
+      }
       found = {m for m in found if m[1] >= m[2]}
       first = min(found, key=lambda m: (_distance(m[0], self.chips, config), m[1]))
     return (first, *sorted(found - {first}))

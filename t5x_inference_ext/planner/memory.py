@@ -46,7 +46,9 @@ def memory(case: PassCase, positions: int) -> PlannedMemory:
     positions: S, that the cache has for each row.
   """
   weights = sum(stored_bytes(case, t) for t in case.tensors.values())
-  return PlannedMemory(weights, cache_bytes(case, positions), working_bytes(case), case.machine.chip.usable_bytes)
+  return PlannedMemory(
+    weights, cache_bytes(case, positions), working_bytes(case), case.machine.chip.usable_bytes
+  )
 
 
 def working_bytes(case: PassCase) -> float:
@@ -59,10 +61,17 @@ def working_bytes(case: PassCase) -> float:
   tokens = case.batch * case.padded / case.size(case.layout.gathered_axes)
   stream = 2 * tokens * c.d_model / case.size(case.layout.embed_axes)
   columns = tokens * c.d_ff / case.size(case.layout.hidden_axes)
-  rows, positions = case.batch / case.size(p.attention_rows), case.padded / case.size(p.attention_positions)
+  rows, positions = (
+    case.batch / case.size(p.attention_rows),
+    case.padded / case.size(p.attention_positions),
+  )
   queries = rows * positions * p.heads.heads * c.d_head
   logits = rows * positions * p.heads.heads * (case.context + case.padded - case.length) * _FLOAT32
-  layer = ACTIVATION_BYTES * (stream + max(columns, queries)) + min(logits, _ATTENTION_LOGITS) + _gathered(case)
+  layer = (
+    ACTIVATION_BYTES * (stream + max(columns, queries))
+    + min(logits, _ATTENTION_LOGITS)
+    + _gathered(case)
+  )
   vocabulary = case.tensors['embedding'].shape[0]
   return max(layer, case.batch * vocabulary / case.size(case.layout.stored_hidden) * _FLOAT32)
 
@@ -71,9 +80,12 @@ def _gathered(case: PassCase) -> float:
   """The largest matrix on a chip when its shards have come together; 0 where none are gathered."""
   gathered = case.size(case.layout.gathered_axes)
   if gathered == 1:
-    return 0.
-  largest = max(max(part.width for part in t.parts) * len(t.parts[0].ranges) * _other(t)
-                for t in case.tensors.values() if t.kind == 'matrix')
+    return 0.0
+  largest = max(
+    max(part.width for part in t.parts) * len(t.parts[0].ranges) * _other(t)
+    for t in case.tensors.values()
+    if t.kind == 'matrix'
+  )
   return largest * gathered / case.machine.chips * WEIGHT_BYTES[case.weights]
 
 

@@ -40,7 +40,9 @@ class Network:
 
   def __post_init__(self):
     if self.convention not in CONVENTIONS:
-      raise UserError(f'no bandwidth convention is called {self.convention!r}: there are {", ".join(CONVENTIONS)}')
+      raise UserError(
+        f'no bandwidth convention is called {self.convention!r}: there are {", ".join(CONVENTIONS)}'
+      )
 
   def seconds(self, move: Collective) -> float:
     """The time of one collective, alone on the links, at their full rate."""

@@ -44,12 +44,22 @@ class Column:
 
   @property
   def case(self) -> PassCase:
-    return PassCase(preset('palm_540b'), Machine.parse(SLICE), MESH, Layout.parse(self.layout), self.phase, self.batch,
-                self.length, CONTEXT, self.weights)
+    return PassCase(
+      preset('palm_540b'),
+      Machine.parse(SLICE),
+      MESH,
+      Layout.parse(self.layout),
+      self.phase,
+      self.batch,
+      self.length,
+      CONTEXT,
+      self.weights,
+    )
 
 
 TABLE_2 = (
-    Column('low-latency prefill', 'prefill', 1, 'ws_2d/heads', 'int8', 0.29, 0.43),
-    Column('low-latency decode', 'decode', 64, 'ws_2d/batch', 'int8', 1.82, 0.14),
-    Column('high-throughput prefill', 'prefill', 512, 'wg_xyz/batch', 'bfloat16', 85.2, 0.76),
-    Column('high-throughput decode', 'decode', 512, 'ws_2d/batch', 'bfloat16', 6.0, 0.33))
+  Column('low-latency prefill', 'prefill', 1, 'ws_2d/heads', 'int8', 0.29, 0.43),
+  Column('low-latency decode', 'decode', 64, 'ws_2d/batch', 'int8', 1.82, 0.14),
+  Column('high-throughput prefill', 'prefill', 512, 'wg_xyz/batch', 'bfloat16', 85.2, 0.76),
+  Column('high-throughput decode', 'decode', 512, 'ws_2d/batch', 'bfloat16', 6.0, 0.33),
+)

@@ -52,8 +52,12 @@ class PlanRequest:
       value = getattr(self, name)
       if not isinstance(value, int) or value < 1:
         raise RequestError(f'{name} must be a whole number above 0, got {value!r}')
-    for name, known in (('weights', WEIGHT_BYTES), ('cache', CACHE_ELEMENT_BYTES), ('convention', CONVENTIONS),
-                        ('phase', PLAN_PHASES)):
+    for name, known in (
+      ('weights', WEIGHT_BYTES),
+      ('cache', CACHE_ELEMENT_BYTES),
+      ('convention', CONVENTIONS),
+      ('phase', PLAN_PHASES),
+    ):
       if getattr(self, name) not in tuple(known):
         raise RequestError(f'{name} must be one of {", ".join(known)}, got {getattr(self, name)!r}')
 
@@ -110,8 +114,11 @@ class Plan:
   @property
   def phases(self) -> tuple[PassCost, ...]:
     """What runs here. Of one phase alone the other is the fastest that can share its weights."""
-    return {'both': (self.prefill, self.decode), 'prefill': (self.prefill,), 'decode': (self.decode,)}[
-        self.request.phase]
+    return {
+      'both': (self.prefill, self.decode),
+      'prefill': (self.prefill,),
+      'decode': (self.decode,),
+    }[self.request.phase]
 
   @property
   def seconds(self) -> float:
@@ -125,7 +132,9 @@ class Plan:
   @property
   def tokens_per_second(self) -> float:
     """That are made, or taken by a prefill alone, of all rows asked for."""
-    each = self.request.input_length if self.request.phase == 'prefill' else self.request.output_length
+    each = (
+      self.request.input_length if self.request.phase == 'prefill' else self.request.output_length
+    )
     return self.request.batch * each / self.seconds
 
   @property

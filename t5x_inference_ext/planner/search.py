@@ -7,11 +7,11 @@ from typing import Iterable, Iterator
 from t5x_inference_ext.errors import MeshError
 from t5x_inference_ext.sharding import activations
 from t5x_inference_ext.sharding.layout import (
-    ATTENTION,
-    FEEDFORWARD,
-    Layout,
-    check_model,
-    check_pair,
+  ATTENTION,
+  FEEDFORWARD,
+  Layout,
+  check_model,
+  check_pair,
 )
 from t5x_inference_ext.planner.case import PassCase
 from t5x_inference_ext.planner.costs import PassCost, cost
@@ -21,8 +21,12 @@ from t5x_inference_ext.planner.request import Plan, PlanRequest
 
 # wg_xyz splits rows over every axis, which leaves none to split heads over. Looped collectives are left out: they move
 # as much, and what they hide the efficiencies hold already.
-LAYOUTS = tuple(Layout(feedforward, attention) for feedforward in ('ws_2d', *(f for f in FEEDFORWARD if f != 'ws_2d'))
-                for attention in ATTENTION if (feedforward, attention) != ('wg_xyz', 'heads'))
+LAYOUTS = tuple(
+  Layout(feedforward, attention)
+  for feedforward in ('ws_2d', *(f for f in FEEDFORWARD if f != 'ws_2d'))
+  for attention in ATTENTION
+  if (feedforward, attention) != ('wg_xyz', 'heads')
+)
 
 
 def plans(request: PlanRequest, machine: Machine) -> list[Plan]:
@@ -38,7 +42,9 @@ def plans(request: PlanRequest, machine: Machine) -> list[Plan]:
     for rows in row_choices(request.batch, mesh):
       prefills = phase_costs(request, machine, mesh, 'prefill', rows)
       decodes = phase_costs(request, machine, mesh, 'decode', rows)
-      found += [Plan(request, p, d) for p, d in itertools.product(prefills, decodes) if _share_weights(p, d)]
+      found += [
+        Plan(request, p, d) for p, d in itertools.product(prefills, decodes) if _share_weights(p, d)
+      ]
   return sorted(found, key=_speed)
 
 
@@ -70,8 +76,10 @@ def meshes(request: PlanRequest, machine: Machine) -> tuple[Mesh, ...]:
   if request.mesh is None:
     return machine.meshes(request.config, split=request.convention != 'paper')
   if math.prod(request.mesh) != machine.chips:
-    raise MeshError(f'the mesh {"x".join(map(str, request.mesh))} has {math.prod(request.mesh)} positions and '
-                    f'{machine} has {machine.chips} chips: a program runs on all of them')
+    raise MeshError(
+      f'the mesh {"x".join(map(str, request.mesh))} has {math.prod(request.mesh)} positions and '
+      f'{machine} has {machine.chips} chips: a program runs on all of them'
+    )
   check_model(request.config, sizes(request.mesh))
   return (request.mesh,)
 
@@ -90,13 +98,24 @@ def row_choices(batch: int, mesh: Mesh) -> list[int]:
 
 
 def phase_costs(
-    request: PlanRequest, machine: Machine, mesh: Mesh, phase: str, rows: int) -> list[PassCost]:
+  request: PlanRequest, machine: Machine, mesh: Mesh, phase: str, rows: int
+) -> list[PassCost]:
   """The costs of one phase in every layout that can run so many rows, the fastest first."""
-  found = [cost(case, request.convention, request.efficiency) for case in _cases(request, machine, mesh, phase, rows)]
-  by_heads = {c.case.layout.feedforward: c.parts for c in found if c.case.layout.attention == 'heads'}
+  found = [
+    cost(case, request.convention, request.efficiency)
+    for case in _cases(request, machine, mesh, phase, rows)
+  ]
+  by_heads = {
+    c.case.layout.feedforward: c.parts for c in found if c.case.layout.attention == 'heads'
+  }
   # Where no rows are split, by batch may be by heads under another name.
-  same = [c for c in found if c.case.layout.attention == 'batch' and not splits_rows(c.case)
-          and by_heads.get(c.case.layout.feedforward) == c.parts]
+  same = [
+    c
+    for c in found
+    if c.case.layout.attention == 'batch'
+    and not splits_rows(c.case)
+    and by_heads.get(c.case.layout.feedforward) == c.parts
+  ]
   return sorted((c for c in found if c not in same), key=lambda c: c.seconds)
 
 
@@ -105,15 +124,33 @@ def splits_rows(case: PassCase) -> bool:
   return case.size(case.sharding.attention_rows) > 1
 
 
-def _cases(request: PlanRequest, machine: Machine, mesh: Mesh, phase: str, rows: int) -> Iterator[PassCase]:
+def _cases(
+  request: PlanRequest, machine: Machine, mesh: Mesh, phase: str, rows: int
+) -> Iterator[PassCase]:
   length, context = (request.input_length,) * 2 if phase == 'prefill' else (1, request.mean_context)
   for layout in LAYOUTS:
     if _is_another(layout, mesh):
       continue
     if phase == 'decode' and rows != activations.padded_batch(layout, rows, sizes(mesh)):
       continue  # the runtime would take more: they are another choice
-    case = PassCase(request.config, machine, mesh, layout, phase, rows, length, context, request.weights, request.cache)
-    if request.convention == 'paper' and layout.attention == 'batch' and not splits_rows(case) and machine.chips > 1:
+    case = PassCase(
+      request.config,
+      machine,
+      mesh,
+      layout,
+      phase,
+      rows,
+      length,
+      context,
+      request.weights,
+      request.cache,
+    )
+    if (
+      request.convention == 'paper'
+      and layout.attention == 'batch'
+      and not splits_rows(case)
+      and machine.chips > 1
+    ):
       continue  # section 3.3: a batch that fills no axis is not sharded by batch
     yield case
 
@@ -131,7 +168,10 @@ def _is_another(layout: Layout, mesh: Mesh) -> bool:
 
 def _share_weights(prefill: PassCost, decode: PassCost) -> bool:
   mesh = prefill.case.mesh
-  if mesh[0] == 1 < math.prod(mesh) and prefill.case.layout.feedforward == decode.case.layout.feedforward == 'ws_2d':
+  if (
+    mesh[0] == 1 < math.prod(mesh)
+    and prefill.case.layout.feedforward == decode.case.layout.feedforward == 'ws_2d'
+  ):
     return False  # d_model is whole: that is ws_1d
   try:
     check_pair(prefill.case.layout, decode.case.layout)

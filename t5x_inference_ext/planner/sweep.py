@@ -42,8 +42,13 @@ class Point:
     return self.cost.chip_seconds_per_token * self.cost.case.batch / self.request.batch
 
 
-def sweep(request: PlanRequest, machines: Sequence[Machine], batches: Sequence[int], weights: Sequence[str],
-          progress: Callable[[Iterable], Iterable] = iter) -> list[Point]:
+def sweep(
+  request: PlanRequest,
+  machines: Sequence[Machine],
+  batches: Sequence[int],
+  weights: Sequence[str],
+  progress: Callable[[Iterable], Iterable] = iter,
+) -> list[Point]:
   """The points of both phases, marked, by phase, weights and latency.
 
   Args:
@@ -51,8 +56,12 @@ def sweep(request: PlanRequest, machines: Sequence[Machine], batches: Sequence[i
     machines, batches, weights: to go through; what does not divide or does not fit is left out.
     progress: wraps what is gone through.
   """
-  asked = [(machine, request.replace(batch=batch, weights=w)) for machine in machines for batch in batches
-           for w in weights]
+  asked = [
+    (machine, request.replace(batch=batch, weights=w))
+    for machine in machines
+    for batch in batches
+    for w in weights
+  ]
   points = []
   for machine, each in progress(asked):
     for phase in PASSES:
@@ -82,13 +91,32 @@ def _fastest(request: PlanRequest, machine: Machine, phase: str) -> PassCost | N
     meshes = search.meshes(request, machine)
   except MeshError:
     return None
-  costs = (c for mesh in meshes for rows in search.row_choices(request.batch, mesh)
-           for c in search.phase_costs(request, machine, mesh, phase, rows))
-  return min((c for c in costs if memory(c.case, positions).fits), key=lambda c: c.seconds, default=None)
+  costs = (
+    c
+    for mesh in meshes
+    for rows in search.row_choices(request.batch, mesh)
+    for c in search.phase_costs(request, machine, mesh, phase, rows)
+  )
+  return min(
+    (c for c in costs if memory(c.case, positions).fits), key=lambda c: c.seconds, default=None
+  )
 
 
-COLUMNS = ('phase', 'weights', 'machine', 'chips', 'batch', 'rows', 'mesh', 'layout', 'seconds',
-           'chip_seconds_per_token', 'mfu', 'limit', 'pareto')
+COLUMNS = (
+  'phase',
+  'weights',
+  'machine',
+  'chips',
+  'batch',
+  'rows',
+  'mesh',
+  'layout',
+  'seconds',
+  'chip_seconds_per_token',
+  'mfu',
+  'limit',
+  'pareto',
+)
 
 
 def csv_text(points: Iterable[Point]) -> str:
@@ -98,8 +126,21 @@ def csv_text(points: Iterable[Point]) -> str:
   writer.writerow(COLUMNS)
   for p in points:
     case = p.cost.case
-    writer.writerow((
-        p.phase, p.request.weights, case.machine, case.machine.chips, p.request.batch, case.batch,
-        'x'.join(map(str, case.mesh)), case.layout, f'{p.seconds:.6g}', f'{p.chip_seconds_per_token:.6g}',
-        f'{p.cost.mfu * p.request.batch / case.batch:.4f}', p.cost.limit, int(p.on_front)))
+    writer.writerow(
+      (
+        p.phase,
+        p.request.weights,
+        case.machine,
+        case.machine.chips,
+        p.request.batch,
+        case.batch,
+        'x'.join(map(str, case.mesh)),
+        case.layout,
+        f'{p.seconds:.6g}',
+        f'{p.chip_seconds_per_token:.6g}',
+        f'{p.cost.mfu * p.request.batch / case.batch:.4f}',
+        p.cost.limit,
+        int(p.on_front),
+      )
+    )
   return out.getvalue()

@@ -16,8 +16,16 @@ from t5x_inference_ext.planner.work import cache_bytes
 FIGURE_3_LAYOUTS = ('ws_2d', 'wg_x', 'wg_xy', 'wg_xyz')
 FIGURE_3_MESH = (4, 4, 4)
 # One feedforward layer of these sizes, of two matrices; what else a model has does not matter there.
-FIGURE_3_MODEL = ModelConfig(num_layers=1, d_model=16384, d_ff=65536, num_heads=64, d_head=256, vocab_size=256,
-                             block='serial', mlp='gelu')
+FIGURE_3_MODEL = ModelConfig(
+  num_layers=1,
+  d_model=16384,
+  d_ff=65536,
+  num_heads=64,
+  d_head=256,
+  vocab_size=256,
+  block='serial',
+  mlp='gelu',
+)
 
 
 def feedforward_bytes(config: ModelConfig, mesh: Mesh, feedforward: str, tokens: int) -> int:
@@ -31,7 +39,8 @@ def feedforward_bytes(config: ModelConfig, mesh: Mesh, feedforward: str, tokens:
 
 
 def switch_points(
-    config: ModelConfig, mesh: Mesh, feedforward: Sequence[str] = FIGURE_3_LAYOUTS) -> list[tuple[float, str, str]]:
+  config: ModelConfig, mesh: Mesh, feedforward: Sequence[str] = FIGURE_3_LAYOUTS
+) -> list[tuple[float, str, str]]:
   """[(tokens, layout below, layout above)]: where the layout that sends least changes, from one token on.
 
   What a layout sends grows in proportion to the tokens, over what it sends of weights.
@@ -41,12 +50,15 @@ def switch_points(
   for name in feedforward:
     low, high = (feedforward_bytes(config, mesh, name, n) for n in (step, 2 * step))
     lines[name] = 2 * low - high, (high - low) / step  # bytes of weights, bytes a token
-  at, points = 0., []
+  at, points = 0.0, []
   current = min(lines, key=lambda name: (lines[name][0], lines[name][1]))
   while True:
     fixed, slope = lines[current]
-    crossings = [((other[0] - fixed) / (slope - other[1]), other[1], name) for name, other in lines.items()
-                 if other[1] < slope]
+    crossings = [
+      ((other[0] - fixed) / (slope - other[1]), other[1], name)
+      for name, other in lines.items()
+      if other[1] < slope
+    ]
     if not crossings:
       return points
     at, _, after = min(c for c in crossings if c[0] >= at)
@@ -55,8 +67,14 @@ def switch_points(
 
 
 def longest_context(
-    config: ModelConfig, machine: Machine, mesh: Mesh, layout: str, batch: int, share: float = 0.3,
-    cache: str = 'bfloat16') -> int:
+  config: ModelConfig,
+  machine: Machine,
+  mesh: Mesh,
+  layout: str,
+  batch: int,
+  share: float = 0.3,
+  cache: str = 'bfloat16',
+) -> int:
   """The positions of each row for which a share of a chip's memory has room: the paper's Table 1.
 
   Args:
@@ -90,6 +108,8 @@ class ContextRow:
 def table_1(config: ModelConfig) -> tuple[ContextRow, ...]:
   """Its rows, for a multiquery model: multihead with heads of half the size, as in the paper; by heads; by batch."""
   multihead = dataclasses.replace(config, num_kv_heads=config.num_heads, d_head=config.d_head // 2)
-  return (ContextRow('multihead', multihead, 'ws_2d/heads'),
-          ContextRow('multiquery by heads', config, 'ws_2d/heads'),
-          ContextRow('multiquery by batch', config, 'ws_2d/batch'))
+  return (
+    ContextRow('multihead', multihead, 'ws_2d/heads'),
+    ContextRow('multiquery by heads', config, 'ws_2d/heads'),
+    ContextRow('multiquery by batch', config, 'ws_2d/batch'),
+  )

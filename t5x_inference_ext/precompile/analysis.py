@@ -54,22 +54,22 @@ class Answer:
 
 
 def analyze(
-    model: ModelConfig,
-    weights: str,
-    slice_name: str,
-    phase: str,
-    batch: int,
-    context: int,
-    *,
-    layout: str | None = None,
-    other_layout: str | None = None,
-    mesh: str | None = None,
-    cache: str | None = None,
-    scan_layers: bool | None = None,
-    prompt: int | None = None,
-    max_new_tokens: int = 64,
-    sampling: SamplingParams = SamplingParams(),
-    say: _Say = lambda text: None,
+  model: ModelConfig,
+  weights: str,
+  slice_name: str,
+  phase: str,
+  batch: int,
+  context: int,
+  *,
+  layout: str | None = None,
+  other_layout: str | None = None,
+  mesh: str | None = None,
+  cache: str | None = None,
+  scan_layers: bool | None = None,
+  prompt: int | None = None,
+  max_new_tokens: int = 64,
+  sampling: SamplingParams = SamplingParams(),
+  say: _Say = lambda text: None,
 ) -> Answer:
   """Compiles a phase for a slice and estimates its time there.
 
@@ -97,9 +97,20 @@ def analyze(
   """
   slice_ = parse_slice(slice_name)
   slices.check_slice(slice_)
-  case = CompileCase(model, weights, phase, batch, context, Layout.parse(layout) if layout else Layout(), prompt,
-              Layout.parse(other_layout) if other_layout else None, cache=cache, max_new_tokens=max_new_tokens,
-              sampling=sampling, stacked=scan_layers)
+  case = CompileCase(
+    model,
+    weights,
+    phase,
+    batch,
+    context,
+    Layout.parse(layout) if layout else Layout(),
+    prompt,
+    Layout.parse(other_layout) if other_layout else None,
+    cache=cache,
+    max_new_tokens=max_new_tokens,
+    sampling=sampling,
+    stacked=scan_layers,
+  )
   mesh = slices.slice_mesh(slice_, model, parse_mesh(mesh) if mesh else None)
   say(f'{slice_}: {slice_.chips} chips as a mesh of {"x".join(map(str, mesh.devices.shape))}')
 
@@ -125,10 +136,14 @@ def analyze(
 
 def _quick(case: CompileCase) -> CompileCase:
   """The same as a loop, where writing many layers out would take minutes."""
-  return dataclasses.replace(case, stacked=case.stacked or case.config.num_layers > MAX_UNROLLED_LAYERS)
+  return dataclasses.replace(
+    case, stacked=case.stacked or case.config.num_layers > MAX_UNROLLED_LAYERS
+  )
 
 
-def _best(case: CompileCase, slice_: TpuSlice, compiled: Callable[[CompileCase], Program | Shortage]):
+def _best(
+  case: CompileCase, slice_: TpuSlice, compiled: Callable[[CompileCase], Program | Shortage]
+):
   """The program with the least serial estimate, or the least shortage; its estimate; all that was tried."""
   results, tried, refusal = [], [], None
   candidates = fit.CANDIDATES[case.phase]
@@ -149,7 +164,11 @@ def _best(case: CompileCase, slice_: TpuSlice, compiled: Callable[[CompileCase],
 
   def order(result):
     program, found = result
-    return (False, found.serial_seconds) if found else (True, program.needed or program.weights + program.cache)
+    return (
+      (False, found.serial_seconds)
+      if found
+      else (True, program.needed or program.weights + program.cache)
+    )
 
   program, found = min(results, key=order)
   return program, found, tuple(tried)

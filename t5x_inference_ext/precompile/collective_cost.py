@@ -40,7 +40,8 @@ class HloCollective:
 
 
 def find_collectives(
-    module: Module, computation: Computation, instruction: Instruction, mesh: Mapping[str, int]) -> HloCollective | None:
+  module: Module, computation: Computation, instruction: Instruction, mesh: Mapping[str, int]
+) -> HloCollective | None:
   """The collective that an instruction runs, or starts; None for any other instruction, and for a collective's end.
 
   The compiler may hide one inside a fusion or an asynchronous operation: it is found there. A fusion of an all-reduce
@@ -58,16 +59,23 @@ def find_collectives(
   else:
     return None
   hidden = i is not instruction
-  where = computation if not hidden else next(
-      c for c in module.computations.values() if c.by_name.get(i.name) is i)
+  where = (
+    computation
+    if not hidden
+    else next(c for c in module.computations.values() if c.by_name.get(i.name) is i)
+  )
   operand = sum(o.bytes for o in where.operands(i))
   if kind == 'collective-permute':
-    pairs = tuple(tuple(map(int, p.split(','))) for p in _LIST.findall(i.attribute('source_target_pairs')))
+    pairs = tuple(
+      tuple(map(int, p.split(','))) for p in _LIST.findall(i.attribute('source_target_pairs'))
+    )
     axes, _ = _axes(pairs, mesh)
     return HloCollective(kind, 2, operand, axes, pairs=pairs)
   groups = replica_groups(i, module.partitions)
   size = len(groups[0])
-  if hidden and kind == 'all-reduce' and instruction.opcode == 'fusion' and _keeps_a_slice(where, i):
+  if (
+    hidden and kind == 'all-reduce' and instruction.opcode == 'fusion' and _keeps_a_slice(where, i)
+  ):
     kind = 'reduce-scatter'
   axes, whole = _axes(groups, mesh)
   # What an asynchronous start gives differs by kind; what each kind makes of its operands does not.
@@ -80,8 +88,10 @@ def replica_groups(instruction: Instruction, partitions: int) -> tuple[tuple[int
   Raises:
     HloError: groups in another form.
   """
-  found = re.search(r'replica_groups=(\{\{.*?\}\}|\{\}|\[[^ ]*?\]<=\[[0-9,]+\](?:T\([0-9,]+\))?)',
-                    instruction.attributes)
+  found = re.search(
+    r'replica_groups=(\{\{.*?\}\}|\{\}|\[[^ ]*?\]<=\[[0-9,]+\](?:T\([0-9,]+\))?)',
+    instruction.attributes,
+  )
   text = found[1] if found else '{}'
   if iota := _IOTA.fullmatch(text):
     shape, dims, order = (tuple(map(int, g.split(','))) if g else None for g in iota.groups())
@@ -108,15 +118,17 @@ def seconds(collective: HloCollective, chip: Chip, slice_: TpuSlice) -> float:
     return collective.bytes / chip.link_bandwidth + chip.hop_latency
   k = collective.size
   if k == 1:
-    return 0.
-  rate, hops = 0., 0
+    return 0.0
+  rate, hops = 0.0, 0
   for length in axis_lengths(k, chip):
     wraps = length == 16 if chip.torus == 2 else all(slice_.wraps)
     rate += chip.link_bandwidth * (2 if wraps else 1)
     hops += length // 2 if wraps else length - 1
   moved = collective.bytes * (k - 1) / k / rate
   latency = hops * chip.hop_latency
-  return {'all-reduce': 2 * (moved + latency), 'all-to-all': moved / 2 + latency}.get(collective.kind, moved + latency)
+  return {'all-reduce': 2 * (moved + latency), 'all-to-all': moved / 2 + latency}.get(
+    collective.kind, moved + latency
+  )
 
 
 def axis_lengths(k: int, chip: Chip) -> tuple[int, ...]:
@@ -133,7 +145,9 @@ def axis_lengths(k: int, chip: Chip) -> tuple[int, ...]:
 
 def opposite(a: HloCollective, b: HloCollective) -> bool:
   """Whether two collective-permutes send along the same links the other way."""
-  return a.kind == b.kind == 'collective-permute' and sorted(a.pairs) == sorted((t, s) for s, t in b.pairs)
+  return a.kind == b.kind == 'collective-permute' and sorted(a.pairs) == sorted(
+    (t, s) for s, t in b.pairs
+  )
 
 
 def _keeps_a_slice(body: Computation, reduced: Instruction) -> bool:

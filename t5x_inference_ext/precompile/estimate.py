@@ -32,7 +32,13 @@ from t5x_inference_ext.precompile.relayouts import WeightCopy, relays, weight_co
 from t5x_inference_ext.precompile.work import flops, is_free, traffic
 
 MATMUL, ATTENTION, COPY, RELAYOUT, COLLECTIVE, OTHER = OPERATION_KINDS = (
-    'matmul', 'attention', 'copy', 'relayout', 'collective', 'other')
+  'matmul',
+  'attention',
+  'copy',
+  'relayout',
+  'collective',
+  'other',
+)
 
 # Functions that attend: this package's attend, flaxformer's and flax's dot_product_attention.
 _ATTENDS = re.compile(r'(?:^|\.)_?(?:attend|dot_product_attention\w*)(?:\.|$)')
@@ -113,7 +119,9 @@ class Estimate:
   @property
   def by_collective(self) -> dict[tuple[str, tuple[str, ...]], float]:
     """(kind, mesh axes) -> serial seconds, the longest first."""
-    return _totals(((c.collective.kind, c.collective.axes), c.seconds) for c in self.costs if c.collective)
+    return _totals(
+      ((c.collective.kind, c.collective.axes), c.seconds) for c in self.costs if c.collective
+    )
 
   @property
   def without_cycles(self) -> tuple[OperationCost, ...]:
@@ -152,7 +160,10 @@ def estimate(program: Any, slice_: TpuSlice, mesh: Any) -> Estimate:
   _hide(found, costs)
   _mark_layer_loop(found, costs)
   kept = tuple(
-      c for e, c in zip(found, costs) if not is_free(e.instruction) and e.instruction.phase not in ('done', 'update'))
+    c
+    for e, c in zip(found, costs)
+    if not is_free(e.instruction) and e.instruction.phase not in ('done', 'update')
+  )
   return Estimate(kept, tuple(unknown), tuple(weight_copies(program)))
 
 
@@ -163,16 +174,27 @@ def _cost(module, e, chip, slice_, mesh) -> OperationCost:
   if collective:
     each, moved = collective_cost.seconds(collective, chip, slice_), collective.bytes
   elif is_free(i) or i.phase in ('update', 'done') or _prefetches(module, i):
-    each = 0.
+    each = 0.0
   elif i.cycles is not None:
     each = i.cycles / chip.clock_hz
   else:
     each = max(moved / chip.hbm_bandwidth, work / chip.bf16_flops)
   kind = COLLECTIVE if collective else _kind(module, e.computation, i, work)
   return OperationCost(
-      name=i.name, opcode=i.opcode, op_name=i.op_name, kind=kind, count=e.times, seconds=each * e.times,
-      hidden_seconds=0., bytes=moved, flops=work, estimated=i.cycles is not None, in_layer_loop=False,
-      collective=collective, functions=module.functions(i))
+    name=i.name,
+    opcode=i.opcode,
+    op_name=i.op_name,
+    kind=kind,
+    count=e.times,
+    seconds=each * e.times,
+    hidden_seconds=0.0,
+    bytes=moved,
+    flops=work,
+    estimated=i.cycles is not None,
+    in_layer_loop=False,
+    collective=collective,
+    functions=module.functions(i),
+  )
 
 
 def _prefetches(module: Module, i: Instruction) -> bool:
@@ -181,7 +203,9 @@ def _prefetches(module: Module, i: Instruction) -> bool:
     return False
   body = module.called(i)
   runs = body.instructions if body else (i,)
-  return all(r.operation in (*_COPIES, *_NAMES_ONLY) for r in runs) and all(s.on_chip for s in i.results)
+  return all(r.operation in (*_COPIES, *_NAMES_ONLY) for r in runs) and all(
+    s.on_chip for s in i.results
+  )
 
 
 def _kind(module, computation, i, work) -> str:
@@ -200,8 +224,11 @@ def _kind(module, computation, i, work) -> str:
 def _moves_order(module, computation, i, p) -> bool:
   if p.opcode in _RELAYOUTS:
     return True
-  where = computation if p is i else next(
-      c for c in module.computations.values() if c.by_name.get(p.name) is p)
+  where = (
+    computation
+    if p is i
+    else next(c for c in module.computations.values() if c.by_name.get(p.name) is p)
+  )
   return p.opcode == 'copy' and relays(where[p.operands[0]].shapes[0], p.shapes[0])
 
 
@@ -214,14 +241,20 @@ def _pair_permutes(found, costs) -> None:
       open_[where] = [m for m in open_[where] if found[m].instruction.name not in i.operands]
     c = costs[n].collective
     if c and c.kind == 'collective-permute' and i.phase == 'start':
-      partner = next((m for m in open_[where] if m not in paired
-                      and collective_cost.opposite(costs[m].collective, c)), None)
+      partner = next(
+        (
+          m
+          for m in open_[where]
+          if m not in paired and collective_cost.opposite(costs[m].collective, c)
+        ),
+        None,
+      )
       if partner is None:
         open_[where].append(n)
       else:
         paired |= {n, partner}
         shorter = min(n, partner, key=lambda m: costs[m].seconds)
-        costs[shorter] = dataclasses.replace(costs[shorter], seconds=0.)
+        costs[shorter] = dataclasses.replace(costs[shorter], seconds=0.0)
 
 
 def _keep_longest_branches(found, costs) -> None:
@@ -233,7 +266,7 @@ def _keep_longest_branches(found, costs) -> None:
     for conditional, branch in e.branches:
       branches = totals[e.loops, conditional]
       if branch != max(branches, key=branches.get):
-        costs[n] = dataclasses.replace(costs[n], seconds=0., count=0)
+        costs[n] = dataclasses.replace(costs[n], seconds=0.0, count=0)
 
 
 def _hide(found, costs) -> None:
@@ -243,7 +276,7 @@ def _hide(found, costs) -> None:
     i = e.instruction
     where = e.computation.name, e.loops, e.branches
     if i.phase == 'start' and costs[n].collective:
-      under_way[where, i.name] = [n, 0.]
+      under_way[where, i.name] = [n, 0.0]
     elif i.phase == 'done' and (done := under_way.pop((where, i.operands[0]), None)):
       start, compute = done
       hidden = min(costs[start].seconds, compute)

@@ -18,13 +18,14 @@ from t5x_inference_ext.precompile.program import CompileCase, Program, compile_c
 
 # What is tried, in this order, where no layout is asked for: see docs/layouts.md for which is for what.
 CANDIDATES = {
-    'decode': ('ws_2d/batch', 'ws_2d/heads', 'ws_1d/batch'),
-    'prefill': ('ws_2d/batch', 'ws_2d/heads', 'wg_x/batch', 'wg_xy/batch', 'wg_xyz/batch'),
-    'extend': ('ws_2d/batch', 'ws_2d/heads', 'wg_x/batch', 'wg_xy/batch', 'wg_xyz/batch'),
-    'slots': ('ws_2d/batch', 'ws_2d/heads', 'ws_1d/batch'),
-    'admit': ('ws_2d/batch',),
-    # How long its loop turns nobody knows beforehand, so that no estimate could choose.
-    'generate': ('ws_2d/batch',)}
+  'decode': ('ws_2d/batch', 'ws_2d/heads', 'ws_1d/batch'),
+  'prefill': ('ws_2d/batch', 'ws_2d/heads', 'wg_x/batch', 'wg_xy/batch', 'wg_xyz/batch'),
+  'extend': ('ws_2d/batch', 'ws_2d/heads', 'wg_x/batch', 'wg_xy/batch', 'wg_xyz/batch'),
+  'slots': ('ws_2d/batch', 'ws_2d/heads', 'ws_1d/batch'),
+  'admit': ('ws_2d/batch',),
+  # How long its loop turns nobody knows beforehand, so that no estimate could choose.
+  'generate': ('ws_2d/batch',),
+}
 # Compilations that the search for each kind of alternative may spend.
 TRIES = 3
 
@@ -64,7 +65,9 @@ _Say = Callable[[str], None]
 Compile = Callable[[CompileCase, TpuSlice], Program | Shortage]
 
 
-def try_compile(case: CompileCase, slice_: TpuSlice, mesh: Mesh | None = None) -> Program | Shortage:
+def try_compile(
+  case: CompileCase, slice_: TpuSlice, mesh: Mesh | None = None
+) -> Program | Shortage:
   """Compiles a case for a slice; a lack of memory is an answer.
 
   Args:
@@ -81,14 +84,23 @@ def try_compile(case: CompileCase, slice_: TpuSlice, mesh: Mesh | None = None) -
   case.model(mesh).decode_sharding(case.batch)
   weights, cache = held(case, dict(mesh.shape))
   if weights + cache > available:  # the compiler would say the same, some seconds later
-    return Shortage(case, slice_, weights + cache, available, weights, cache,
-                    'weights and cache alone are more than a chip has: nothing was compiled')
+    return Shortage(
+      case,
+      slice_,
+      weights + cache,
+      available,
+      weights,
+      cache,
+      'weights and cache alone are more than a chip has: nothing was compiled',
+    )
   try:
     return compile_case(case, mesh, available)
   except jax.errors.JaxRuntimeError as e:
     message = str(e).strip().splitlines()[0]
     if 'RESOURCE_EXHAUSTED' not in message:
-      raise UserError(f'the TPU compiler refused {case.phase} in {case.layout} for {slice_}: {message}') from e
+      raise UserError(
+        f'the TPU compiler refused {case.phase} in {case.layout} for {slice_}: {message}'
+      ) from e
     needed, _ = slices.memory_limits(str(e))
     return Shortage(case, slice_, needed, available, weights, cache, message)
 
@@ -100,13 +112,27 @@ def held(case: CompileCase, mesh: dict[str, int]) -> tuple[int, int]:
     MeshError: the mesh does not divide the model, or the layout does not split the batch.
   """
   prefill, decode = case.layouts
-  e = explain_setting(ExplainSetting(
-      case.config, mesh, prefill, decode, dtype=case.dtype, cache=case.cache, int8=case.weights == 'int8', stacked=case.stacked,
-      batch=case.batch, prompt_length=case.length, cache_length=case.context))
+  e = explain_setting(
+    ExplainSetting(
+      case.config,
+      mesh,
+      prefill,
+      decode,
+      dtype=case.dtype,
+      cache=case.cache,
+      int8=case.weights == 'int8',
+      stacked=case.stacked,
+      batch=case.batch,
+      prompt_length=case.length,
+      cache_length=case.context,
+    )
+  )
   return e.weight_bytes, e.cache_bytes
 
 
-def alternatives(shortage: Shortage, compiled: Compile = try_compile, say: _Say = lambda text: None) -> list[Alternative]:
+def alternatives(
+  shortage: Shortage, compiled: Compile = try_compile, say: _Say = lambda text: None
+) -> list[Alternative]:
   """The nearest layout, the largest batch and the smallest slice that make the program fit, of each kind at most one.
 
   Args:
@@ -116,7 +142,10 @@ def alternatives(shortage: Shortage, compiled: Compile = try_compile, say: _Say 
   """
   found = []
   for change, candidates in (
-      ('layout', _layouts(shortage)), ('batch', _batches(shortage)), ('slice', _larger(shortage))):
+    ('layout', _layouts(shortage)),
+    ('batch', _batches(shortage)),
+    ('slice', _larger(shortage)),
+  ):
     for tries, (case, slice_) in enumerate(candidates):
       if tries == TRIES:
         break
@@ -163,7 +192,9 @@ def _batches(shortage: Shortage) -> Iterator[tuple[CompileCase, TpuSlice]]:
   share = min(room / max(needed - shortage.weights, 1), 0.999)
   most = int(batch * share)
   # Batches by halves of what was asked are what the mesh is most likely to split evenly.
-  sizes = sorted({batch >> i for i in range(1, batch.bit_length())} | {batch * 3 // 4}, reverse=True)
+  sizes = sorted(
+    {batch >> i for i in range(1, batch.bit_length())} | {batch * 3 // 4}, reverse=True
+  )
   for size in sizes:
     smaller = dataclasses.replace(case, batch=size)
     if 0 < size <= max(most, 1) and _promising(smaller, shortage.slice, shortage.available):
@@ -173,5 +204,7 @@ def _batches(shortage: Shortage) -> Iterator[tuple[CompileCase, TpuSlice]]:
 def _larger(shortage: Shortage) -> Iterator[tuple[CompileCase, TpuSlice]]:
   for text in slices.known_slices(shortage.slice.kind):
     slice_ = parse_slice(text)
-    if slice_.chips > shortage.slice.chips and _promising(shortage.case, slice_, shortage.available):
+    if slice_.chips > shortage.slice.chips and _promising(
+      shortage.case, slice_, shortage.available
+    ):
       yield shortage.case, slice_

@@ -15,7 +15,9 @@ from t5x_inference_ext.precompile.shapes import ArrayShape, HloError, parse_resu
 _NAME = re.compile(r'%([\w.-]+)')
 _COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.-]+) \(.*\{\s*$')
 _INSTRUCTION = re.compile(r'^\s*(ROOT )?%?([\w.-]+) = ')
-_CALLED = re.compile(r'\b(body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)')
+_CALLED = re.compile(
+  r'\b(body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)'
+)
 _BRANCHES = re.compile(r'\bbranch_computations=\{([^}]*)\}')
 _CALLED_BY_CUSTOM_CALL = re.compile(r'\bcalled_computations=\{%?([\w.-]+)\}')
 _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
@@ -81,15 +83,15 @@ class Instruction:
   def element(self, index: int) -> tuple[ArrayShape, ...]:
     """The arrays of a tuple's element."""
     first = sum(self.parts[:index])
-    return self.shapes[first:first + self.parts[index]]
+    return self.shapes[first : first + self.parts[index]]
 
   def attribute(self, name: str) -> str | None:
     """The text of `name=...`, a bare word or what stands in its outer braces; None where there is none."""
     found = re.search(rf'(?:^|[ ,]){name}=', self.attributes)
     if not found:
       return None
-    rest = self.attributes[found.end():]
-    return rest[1:_closing(rest, 0) - 1] if rest.startswith('{') else re.match(r'[^ ,]*', rest)[0]
+    rest = self.attributes[found.end() :]
+    return rest[1 : _closing(rest, 0) - 1] if rest.startswith('{') else re.match(r'[^ ,]*', rest)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +125,11 @@ class Computation:
   @functools.cached_property
   def parameters(self) -> tuple[Instruction, ...]:
     """In the order of their numbers."""
-    return tuple(sorted((i for i in self.instructions if i.opcode == 'parameter'), key=lambda i: int(i.argument)))
+    return tuple(
+      sorted(
+        (i for i in self.instructions if i.opcode == 'parameter'), key=lambda i: int(i.argument)
+      )
+    )
 
   def __getitem__(self, name: str) -> Instruction:
     return self.by_name[name]
@@ -184,14 +190,19 @@ def parse_hlo(text: str) -> Module:
       name, lines, table = match[2], [], None
       entry = name if match[1] else entry
     elif match := _TABLE_ROW.match(line):
-      tables.setdefault(table, {})[int(match[1])] = match[2] if match[2] is not None else dict(
-          re.findall(r'(\w+)=(\d+)', match[3]))
+      tables.setdefault(table, {})[int(match[1])] = (
+        match[2] if match[2] is not None else dict(re.findall(r'(\w+)=(\d+)', match[3]))
+      )
     else:
       table = line.strip() or None
   if entry is None:
-    raise HloError('this is no compiled program: it has no ENTRY computation (pass compiled.as_text())')
+    raise HloError(
+      'this is no compiled program: it has no ENTRY computation (pass compiled.as_text())'
+    )
   partitions = re.search(r'\bnum_partitions=(\d+)', text)
-  return Module(computations, computations[entry], int(partitions[1]) if partitions else 1, _frames(tables))
+  return Module(
+    computations, computations[entry], int(partitions[1]) if partitions else 1, _frames(tables)
+  )
 
 
 def _frames(tables: dict[str, dict]) -> dict[int, tuple[str, str, int]]:
@@ -200,8 +211,11 @@ def _frames(tables: dict[str, dict]) -> dict[int, tuple[str, str, int]]:
   for number, row in tables.get('StackFrames', {}).items():
     place = locations.get(int(row.get('file_location_id', 0)), {})
     # The table writes the caller's number plus 1, so that the outermost frame has a number to write.
-    found[number] = (names.get(int(place.get('function_name_id', 0)), ''),
-                     files.get(int(place.get('file_name_id', 0)), ''), int(row.get('parent_frame_id', 1)) - 1)
+    found[number] = (
+      names.get(int(place.get('function_name_id', 0)), ''),
+      files.get(int(place.get('file_name_id', 0)), ''),
+      int(row.get('parent_frame_id', 1)) - 1,
+    )
   return found
 
 
@@ -209,12 +223,12 @@ def _instruction(line: str) -> Instruction:
   head = _INSTRUCTION.match(line)
   if not head:
     raise HloError(f'not an instruction of a compiled program: {line.strip()[:200]}')
-  rest = line[head.end():]
+  rest = line[head.end() :]
   end = _closing(rest, 0) if rest.startswith('(') else rest.index(' ')
   result, rest = rest[:end], rest[end:].lstrip()
   opcode, _, _ = rest.partition('(')
   end = _closing(rest, len(opcode))
-  argument, attributes = rest[len(opcode) + 1:end - 1], rest[end:].lstrip(', ')
+  argument, attributes = rest[len(opcode) + 1 : end - 1], rest[end:].lstrip(', ')
   shapes, parts = parse_result(result)
   constant = opcode in ('constant', 'parameter')
   called = [(role, name) for role, name in _CALLED.findall(attributes)]
@@ -224,11 +238,19 @@ def _instruction(line: str) -> Instruction:
   called = [('branch' if role.endswith('_computation') else role, name) for role, name in called]
   cycles, op_name, frame = (p.search(attributes) for p in (_CYCLES, _OP_NAME, _FRAME))
   return Instruction(
-      name=head[2], opcode=opcode, shapes=shapes, parts=parts,
-      operands=() if constant else tuple(_NAME.findall(argument)), argument=argument, called=tuple(called),
-      attributes=attributes, cycles=int(cycles[1]) if cycles and int(cycles[1]) < _UNKNOWN_CYCLES else None,
-      op_name=op_name[1].replace("\\'", "'") if op_name else '', frame=int(frame[1]) if frame else 0,
-      is_root=bool(head[1]))
+    name=head[2],
+    opcode=opcode,
+    shapes=shapes,
+    parts=parts,
+    operands=() if constant else tuple(_NAME.findall(argument)),
+    argument=argument,
+    called=tuple(called),
+    attributes=attributes,
+    cycles=int(cycles[1]) if cycles and int(cycles[1]) < _UNKNOWN_CYCLES else None,
+    op_name=op_name[1].replace("\\'", "'") if op_name else '',
+    frame=int(frame[1]) if frame else 0,
+    is_root=bool(head[1]),
+  )
 
 
 def _closing(text: str, start: int) -> int:
@@ -243,4 +265,4 @@ def _closing(text: str, start: int) -> int:
       depth += (letter in '([{') - (letter in ')]}')
       if not depth:
         return n + 1
-  raise HloError(f'a bracket that never closes: {text[start:start + 200]}')
+  raise HloError(f'a bracket that never closes: {text[start : start + 200]}')

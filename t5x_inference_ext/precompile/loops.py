@@ -49,8 +49,13 @@ def executed(module: Module) -> tuple[list[Executed], list[str]]:
           unknown.append(i.name)
         here = ((computation, i), *outer)
         for role in ('condition', 'body'):
-          yield from run(module.called(i, role), times * (1 if trips is None else trips), (*loops, i.name), branches,
-                         here)
+          yield from run(
+            module.called(i, role),
+            times * (1 if trips is None else trips),
+            (*loops, i.name),
+            branches,
+            here,
+          )
       elif i.opcode == 'call':
         yield from run(module.called(i, 'to_apply'), times, loops, branches, ())
       elif i.opcode == 'conditional':
@@ -61,8 +66,11 @@ def executed(module: Module) -> tuple[list[Executed], list[str]]:
 
 
 def trip_count(
-    module: Module, computation: Computation, loop: Instruction,
-    outer: tuple[tuple[Computation, Instruction], ...] = ()) -> int | None:
+  module: Module,
+  computation: Computation,
+  loop: Instruction,
+  outer: tuple[tuple[Computation, Instruction], ...] = (),
+) -> int | None:
   """How often a while instruction turns, or None where the text does not tell.
 
   As the compiler noted it, else from the condition: it compares one element of the state, which starts at a constant
@@ -129,7 +137,11 @@ def _value(module, stack, name) -> _Value | None:
     return _Value(None, int(text)) if re.fullmatch(r'-?\d+', text) else None
   if i.opcode == 'get-tuple-element':
     inner = where[i.operands[0]]
-    return _Value(int(i.attribute('index')), 0) if inner.opcode == 'parameter' and len(stack) == 1 else None
+    return (
+      _Value(int(i.attribute('index')), 0)
+      if inner.opcode == 'parameter' and len(stack) == 1
+      else None
+    )
   if i.opcode == 'parameter' and len(stack) > 1:
     return _value(module, stack[:-1], fusion.operands[int(i.argument)])
   if i.opcode in _SAME_VALUE:

@@ -32,7 +32,9 @@ class CompiledMemory:
     return self.weights + self.cache + self.other + self.temporaries
 
 
-def memory_of(phase: str, arguments: tuple[Any, ...], compiled: jax.stages.Compiled, available: int | None) -> CompiledMemory:
+def memory_of(
+  phase: str, arguments: tuple[Any, ...], compiled: jax.stages.Compiled, available: int | None
+) -> CompiledMemory:
   """Shares out what the compiler says: `other` is what its sum has beyond the plain bytes of weights and cache.
 
   Args:
@@ -46,10 +48,19 @@ def memory_of(phase: str, arguments: tuple[Any, ...], compiled: jax.stages.Compi
   total = found.argument_size_in_bytes + results + found.generated_code_size_in_bytes
   weights = shard_bytes(arguments[0])
   held = lambda: shard_bytes(arguments[1].cache)
-  cache = {'decode': lambda: shard_bytes(arguments[1]), 'prefill': lambda: results, 'generate': lambda: 0}.get(phase, held)()
-  return CompiledMemory(weights, cache, total - weights - cache, found.temp_size_in_bytes, available)
+  cache = {
+    'decode': lambda: shard_bytes(arguments[1]),
+    'prefill': lambda: results,
+    'generate': lambda: 0,
+  }.get(phase, held)()
+  return CompiledMemory(
+    weights, cache, total - weights - cache, found.temp_size_in_bytes, available
+  )
 
 
 def shard_bytes(tree: Any) -> int:
   """What one device holds of a tree of arrays, or of shapes with shardings."""
-  return sum(math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize
+    for x in jax.tree.leaves(tree)
+  )

@@ -86,10 +86,14 @@ class CompileCase:
     if self.phase == 'generate':
       # BOS takes a position, the last new token none.
       if self.max_new_tokens < 1 or (self.prompt or 1) + self.max_new_tokens > self.context:
-        raise RequestError(f'context={self.context} positions have no room for prompt={self.prompt or 1} and '
-                           f'max_new_tokens={self.max_new_tokens}')
+        raise RequestError(
+          f'context={self.context} positions have no room for prompt={self.prompt or 1} and '
+          f'max_new_tokens={self.max_new_tokens}'
+        )
     elif self.length > self.context:
-      raise RequestError(f'prompt={self.prompt} does not fit into context={self.context}, the positions of the cache')
+      raise RequestError(
+        f'prompt={self.prompt} does not fit into context={self.context}, the positions of the cache'
+      )
 
   @property
   def length(self) -> int:
@@ -130,13 +134,33 @@ class CompileCase:
   def to_dict(self) -> dict[str, Any]:
     """JSON-ready."""
     if self.phase == 'generate':
-      return describe_run(self.config, self.weights, self.layouts, self.dtype, self.cache_dtype, self.stacked, self.run)
+      return describe_run(
+        self.config,
+        self.weights,
+        self.layouts,
+        self.dtype,
+        self.cache_dtype,
+        self.stacked,
+        self.run,
+      )
     prefill, decode = map(str, self.layouts)
-    sampled = {'sampling': dataclasses.asdict(self.sampling)} if self.phase in ('slots', 'admit') else {}
-    return {'model': self.config.to_dict(), 'weights': self.weights, 'phase': self.phase, 'batch': self.batch,
-            'context': self.context, 'prompt': self.length if self.phase in ('prefill', 'extend', 'admit') else None,
-            'prefill_layout': prefill, 'decode_layout': decode, 'dtype': self.dtype, 'cache': self.cache_dtype,
-            'stacked': self.stacked, **sampled}
+    sampled = (
+      {'sampling': dataclasses.asdict(self.sampling)} if self.phase in ('slots', 'admit') else {}
+    )
+    return {
+      'model': self.config.to_dict(),
+      'weights': self.weights,
+      'phase': self.phase,
+      'batch': self.batch,
+      'context': self.context,
+      'prompt': self.length if self.phase in ('prefill', 'extend', 'admit') else None,
+      'prefill_layout': prefill,
+      'decode_layout': decode,
+      'dtype': self.dtype,
+      'cache': self.cache_dtype,
+      'stacked': self.stacked,
+      **sampled,
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,8 +196,9 @@ class Program:
       if text := _dumped_text(self.case, self.mesh):
         return text
       raise RequestError(
-          f'compiled, but this jaxlib can\'t write the program of {self.case.phase} in {self.case.layout} as text, of which '
-          f'the report is made ({str(e).splitlines()[0]}): ask for another layout or batch') from e
+        f"compiled, but this jaxlib can't write the program of {self.case.phase} in {self.case.layout} as text, of which "
+        f'the report is made ({str(e).splitlines()[0]}): ask for another layout or batch'
+      ) from e
 
 
 def _dumped_text(case: CompileCase, mesh: Mesh) -> str | None:
@@ -183,8 +208,12 @@ def _dumped_text(case: CompileCase, mesh: Mesh) -> str | None:
   """
   function, arguments = phase_function(case, mesh)
   with tempfile.TemporaryDirectory() as directory:
-    function.lower(*arguments).compile(compiler_options={'xla_dump_to': directory, 'xla_dump_hlo_as_text': True})
-    texts = sorted(pathlib.Path(directory).glob('*.after_codegen.txt'), key=lambda path: path.stat().st_size)
+    function.lower(*arguments).compile(
+      compiler_options={'xla_dump_to': directory, 'xla_dump_hlo_as_text': True}
+    )
+    texts = sorted(
+      pathlib.Path(directory).glob('*.after_codegen.txt'), key=lambda path: path.stat().st_size
+    )
     return texts[-1].read_text(encoding='utf-8') if texts else None
 
 
@@ -204,7 +233,9 @@ def compile_case(case: CompileCase, mesh: Mesh, available: int | None = None) ->
   start = time.monotonic()
   compiled = function.lower(*arguments).compile()
   seconds = time.monotonic() - start
-  return Program(case, mesh, compiled, arguments, memory_of(case.phase, arguments, compiled, available), seconds)
+  return Program(
+    case, mesh, compiled, arguments, memory_of(case.phase, arguments, compiled, available), seconds
+  )
 
 
 def phase_function(case: CompileCase, mesh: Mesh) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
@@ -220,7 +251,9 @@ def phase_function(case: CompileCase, mesh: Mesh) -> tuple[jax.stages.Wrapped, t
   if case.phase == 'generate':
     return generation_program(model, case.run, weights)
   if case.phase in serving.SLOT_PHASES:
-    return serving.program(case.phase, model, weights, case.batch, case.context, case.length, case.sampling)
+    return serving.program(
+      case.phase, model, weights, case.batch, case.context, case.length, case.sampling
+    )
   whole = NamedSharding(mesh, P())
   row_of_ints = jax.ShapeDtypeStruct((case.batch,), jnp.int32, sharding=whole)
 
@@ -257,14 +290,17 @@ def abstract_weights(model: Model, weights: str, stacked: bool = True) -> Weight
   Raises:
     MeshError: the mesh does not divide the model.
   """
-  tensors = packed_tensors(model.config, model.prefill_layout, dict(model.mesh.shape), weights == 'int8')
+  tensors = packed_tensors(
+    model.config, model.prefill_layout, dict(model.mesh.shape), weights == 'int8'
+  )
   layers = model.config.num_layers
 
   def struct(name, owners):
     tensor, lead = tensors[name], (layers,) if isinstance(owners, slice) else ()
     sharding = NamedSharding(model.mesh, P(*(None,) * len(lead), *tensor.spec))
     return jax.ShapeDtypeStruct(
-        lead + tensor.shape, tensor_dtype(tensor, weights, model.dtype), sharding=sharding)
+      lead + tensor.shape, tensor_dtype(tensor, weights, model.dtype), sharding=sharding
+    )
 
   return build_weights(tensors, layers, stacked, struct)
 
@@ -276,6 +312,10 @@ def abstract_decode_cache(model: Model, weights: Weights, batch: int, context: i
     MeshError: rows that the decode layout can't split.
   """
   row = jax.ShapeDtypeStruct((batch,), jnp.int32)
-  made = jax.eval_shape(lambda w, tokens, lengths: model.prefill(w, tokens, lengths, context)[1], weights,
-                        jax.ShapeDtypeStruct((batch, 1), jnp.int32), row)
+  made = jax.eval_shape(
+    lambda w, tokens, lengths: model.prefill(w, tokens, lengths, context)[1],
+    weights,
+    jax.ShapeDtypeStruct((batch, 1), jnp.int32),
+    row,
+  )
   return abstract_cache(model, made, weights)

@@ -13,15 +13,55 @@ from t5x_inference_ext.precompile.shapes import ArrayShape, HBM
 from t5x_inference_ext.precompile.work import in_place, is_free
 
 # Results that carry what their operands held, moved or converted.
-_MOVES = frozenset((
-    'bitcast', 'copy', 'transpose', 'reshape', 'slice', 'dynamic-slice', 'convert', 'bitcast-convert', 'pad',
-    'concatenate', 'reverse', 'optimization-barrier', 'opt-barrier', 'copy-done', 'all-gather', 'all-to-all',
-    'collective-permute', 'dynamic-update-slice', 'select', 'multiply', 'divide', 'add', 'subtract', 'negate',
-    'maximum', 'minimum', 'clamp'))
+_MOVES = frozenset(
+  (
+    'bitcast',
+    'copy',
+    'transpose',
+    'reshape',
+    'slice',
+    'dynamic-slice',
+    'convert',
+    'bitcast-convert',
+    'pad',
+    'concatenate',
+    'reverse',
+    'optimization-barrier',
+    'opt-barrier',
+    'copy-done',
+    'all-gather',
+    'all-to-all',
+    'collective-permute',
+    'dynamic-update-slice',
+    'select',
+    'multiply',
+    'divide',
+    'add',
+    'subtract',
+    'negate',
+    'maximum',
+    'minimum',
+    'clamp',
+  )
+)
 _ARITHMETIC = frozenset(('multiply', 'divide', 'add', 'subtract', 'maximum', 'minimum'))
-_MATERIALISES = frozenset((
-    'fusion', 'copy', 'transpose', 'reshape', 'slice', 'dynamic-slice', 'convert', 'bitcast-convert', 'pad',
-    'concatenate', 'reverse', 'select', 'multiply'))
+_MATERIALISES = frozenset(
+  (
+    'fusion',
+    'copy',
+    'transpose',
+    'reshape',
+    'slice',
+    'dynamic-slice',
+    'convert',
+    'bitcast-convert',
+    'pad',
+    'concatenate',
+    'reverse',
+    'select',
+    'multiply',
+  )
+)
 
 _CUTS = frozenset(('copy', 'slice', 'dynamic-slice', 'pad'))
 _MOVED_WHOLE = _CUTS | {'bitcast', 'fusion'}
@@ -68,7 +108,9 @@ def weight_copies(module: Module, smallest: int = 2**18) -> list[WeightCopy]:
       parts = carried if isinstance(carried, tuple) else (carried,)
       for shape, sources in zip(i.shapes, parts):
         if sources and shape.space == HBM and shape.bytes >= smallest:
-          found.append(WeightCopy(i.name, name, tuple(sorted(sources)), shape, _relays(module, computation, i)))
+          found.append(
+            WeightCopy(i.name, name, tuple(sorted(sources)), shape, _relays(module, computation, i))
+          )
           break
   return found
 
@@ -94,7 +136,11 @@ class _Flow:
       self.executed[computation.name] = None
     here: dict[str, _Carried] = {}
     for i in computation.instructions:
-      here[i.name] = given[int(i.argument)] if i.opcode == 'parameter' else self._result(computation, i, here, fused)
+      here[i.name] = (
+        given[int(i.argument)]
+        if i.opcode == 'parameter'
+        else self._result(computation, i, here, fused)
+      )
       self.carried[computation.name, i.name] = here[i.name]
     return here[computation.root.name]
 
@@ -115,7 +161,9 @@ class _Flow:
       return self.run(self.module.called(i, 'to_apply'), operands)
     if i.opcode == 'conditional':
       branches = [name for role, name in i.called if role == 'branch']
-      return _union([self.run(self.module.computations[b], [o]) for b, o in zip(branches, operands[1:])])
+      return _union(
+        [self.run(self.module.computations[b], [o]) for b, o in zip(branches, operands[1:])]
+      )
     if i.phase in ('start', 'done', 'update'):
       # A start's result holds its operands, its results and contexts: whichever is asked for.
       return frozenset().union(*map(_flat, operands))
@@ -189,9 +237,14 @@ def _relays(module: Module, computation: Computation, i: Instruction) -> bool:
       return True
     # What a fusion cuts and copies on the way is nowhere in memory: its ends count.
     ends = [body[o] for o in body.root.operands] if body.root.opcode == 'tuple' else [body.root]
-    return any(relays(_origin(body, end).shapes[0], end.shapes[0]) for end in ends if end.opcode in _MOVED_WHOLE)
+    return any(
+      relays(_origin(body, end).shapes[0], end.shapes[0])
+      for end in ends
+      if end.opcode in _MOVED_WHOLE
+    )
   return _changes(module, computation, i) or (
-      i.opcode in _CUTS and relays(computation.operands(i)[0].shapes[0], i.shapes[0]))
+    i.opcode in _CUTS and relays(computation.operands(i)[0].shapes[0], i.shapes[0])
+  )
 
 
 def _changes(module: Module, computation: Computation, i: Instruction) -> bool:
@@ -223,8 +276,12 @@ def relays(before: ArrayShape, after: ArrayShape) -> bool:
   if len(before.dims) == len(after.dims):
     wide = [d for d in after.minor_to_major if before.dims[d] != 1 and after.dims[d] != 1]
     return [d for d in before.minor_to_major if d in wide] != wide or (
-        before.dims == after.dims and before.tiles != after.tiles)
-  orders, sizes = [_order(before), _order(after)], [[n for n in shape.dims if n != 1] for shape in (before, after)]
+      before.dims == after.dims and before.tiles != after.tiles
+    )
+  orders, sizes = (
+    [_order(before), _order(after)],
+    [[n for n in shape.dims if n != 1] for shape in (before, after)],
+  )
   few = min(map(len, orders))
   first, second = ([d for d in order if d < few] for order in orders)
   return first != second or sizes[0][-2:] == sizes[1][-2:] and before.tiles != after.tiles

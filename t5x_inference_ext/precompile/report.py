@@ -10,12 +10,12 @@ from t5x_inference_ext.sharding.explain_text import bytes_text
 from t5x_inference_ext.sharding.mesh import mesh_links, mesh_text
 from t5x_inference_ext.precompile.analysis import Answer
 from t5x_inference_ext.precompile.estimate import (
-    COLLECTIVE,
-    COPY,
-    Estimate,
-    MATMUL,
-    OperationCost,
-    RELAYOUT,
+  COLLECTIVE,
+  COPY,
+  Estimate,
+  MATMUL,
+  OperationCost,
+  RELAYOUT,
 )
 from t5x_inference_ext.precompile.fit import Shortage
 from t5x_inference_ext.precompile.program import Program
@@ -43,15 +43,22 @@ def bounds(answer: Answer) -> TimeBounds:
   chip, program, case = hardware.chip(answer.slice.kind), answer.program, answer.case
   work = 2 * case.config.num_params * case.tokens / answer.slice.chips
   weights = program.memory.weights / chip.hbm_bandwidth
-  return TimeBounds(work / chip.bf16_flops, weights, weights + program.memory.cache / chip.hbm_bandwidth)
+  return TimeBounds(
+    work / chip.bf16_flops, weights, weights + program.memory.cache / chip.hbm_bandwidth
+  )
 
 
 def report_text(answer: Answer) -> str:
   """The report, one screen."""
   lines = [*_heading(answer), *_tried(answer)]
   if answer.fits:
-    lines += [*_memory(answer.program), *_time(answer), *_operations(answer.estimate), *_collectives(answer.estimate),
-              *_remarks(answer)]
+    lines += [
+      *_memory(answer.program),
+      *_time(answer),
+      *_operations(answer.estimate),
+      *_collectives(answer.estimate),
+      *_remarks(answer),
+    ]
   else:
     lines += _shortage(answer)
   return '\n'.join(lines)
@@ -61,17 +68,28 @@ def _heading(answer: Answer) -> Iterable[str]:
   case, slice_ = answer.case, answer.slice
   prefill, decode = case.layouts
   yield from _wrap(f'model:  {case.config}', '        ')
-  what = f'B {case.batch}, S {case.context}' + (f', T {case.length}' if case.phase not in ('decode', 'slots') else '')
-  other = {'prefill': f'cache for decode in {decode}', 'decode': f'weights shared with prefill in {prefill}',
-           'generate': f'decode in {decode}, {case.max_new_tokens} new tokens',
-           'extend': 'a chunk, on a cache in the same', 'slots': f'slot refill, prompts in {prefill}',
-           'admit': f'a prompt from {prefill} into its slot'}[case.phase]
-  yield from _wrap(f'phase:  {case.phase} in {case.layout} ({other}); {what}; {case.weights} weights, {case.dtype} '
-                   f'activations, {case.cache_dtype} cache', '        ')
+  what = f'B {case.batch}, S {case.context}' + (
+    f', T {case.length}' if case.phase not in ('decode', 'slots') else ''
+  )
+  other = {
+    'prefill': f'cache for decode in {decode}',
+    'decode': f'weights shared with prefill in {prefill}',
+    'generate': f'decode in {decode}, {case.max_new_tokens} new tokens',
+    'extend': 'a chunk, on a cache in the same',
+    'slots': f'slot refill, prompts in {prefill}',
+    'admit': f'a prompt from {prefill} into its slot',
+  }[case.phase]
+  yield from _wrap(
+    f'phase:  {case.phase} in {case.layout} ({other}); {what}; {case.weights} weights, {case.dtype} '
+    f'activations, {case.cache_dtype} cache',
+    '        ',
+  )
   mesh = ''
   if answer.fits:
     shape = answer.program.mesh.shape
-    links = ', '.join(f'{a} {link}' for a, link in (mesh_links(answer.program.mesh) or {}).items() if shape[a] > 1)
+    links = ', '.join(
+      f'{a} {link}' for a, link in (mesh_links(answer.program.mesh) or {}).items() if shape[a] > 1
+    )
     mesh = f', mesh {mesh_text(answer.program.mesh)}' + (f' ({links})' if links else '')
   compiled = f'; compiled in {answer.program.seconds:.1f} s' if answer.fits else ''
   yield f'slice:  {slice_}, {slice_.chips} chips{mesh}{compiled}'
@@ -80,23 +98,34 @@ def _heading(answer: Answer) -> Iterable[str]:
 def _tried(answer: Answer) -> Iterable[str]:
   if not answer.tried:
     return
-  results = [f'{t.layout} {_ms(t.seconds)}' if t.seconds is not None else f'{t.layout} {_reason(t.reason)}'
-             for t in answer.tried]
+  results = [
+    f'{t.layout} {_ms(t.seconds)}' if t.seconds is not None else f'{t.layout} {_reason(t.reason)}'
+    for t in answer.tried
+  ]
   chosen = 'least estimated time' if answer.fits else 'nearest to fitting'
-  loops = ', as loops over the layers' if any(t.stacked for t in answer.tried) and not answer.case.stacked else ''
-  yield from _wrap(f'layout: none given; {answer.case.layout} has the {chosen} of {"; ".join(results)}{loops}', '        ')
+  loops = (
+    ', as loops over the layers'
+    if any(t.stacked for t in answer.tried) and not answer.case.stacked
+    else ''
+  )
+  yield from _wrap(
+    f'layout: none given; {answer.case.layout} has the {chosen} of {"; ".join(results)}{loops}',
+    '        ',
+  )
 
 
 def _reason(reason: str) -> str:
-  return reason if reason == 'does not fit' else f'can\'t be used here ({reason.partition(":")[0]})'
+  return reason if reason == 'does not fit' else f"can't be used here ({reason.partition(':')[0]})"
 
 
 def _memory(program: Program) -> Iterable[str]:
   m = program.memory
   yield ''
-  yield (f'fits: {_gib(m.needed)} of {_gib(m.available)} GiB on each chip ({m.needed / m.available:.0%}): '
-         f'weights {_gib(m.weights)}, cache {_gib(m.cache)}, temporaries {_gib(m.temporaries)}, code and rest '
-         f'{_gib(m.other)}')
+  yield (
+    f'fits: {_gib(m.needed)} of {_gib(m.available)} GiB on each chip ({m.needed / m.available:.0%}): '
+    f'weights {_gib(m.weights)}, cache {_gib(m.cache)}, temporaries {_gib(m.temporaries)}, code and rest '
+    f'{_gib(m.other)}'
+  )
 
 
 def _time(answer: Answer) -> Iterable[str]:
@@ -104,8 +133,10 @@ def _time(answer: Answer) -> Iterable[str]:
   serial, overlapped = found.serial_seconds, found.overlapped_seconds
   if answer.case.phase == 'generate':  # of how many steps, only the run will tell
     yield ''
-    yield (f'time: {_ms(serial)} for the prefill and one decode step, with nothing overlapped; --phase=decode tells what '
-           'each step takes')
+    yield (
+      f'time: {_ms(serial)} for the prefill and one decode step, with nothing overlapped; --phase=decode tells what '
+      'each step takes'
+    )
     return
   once = ''
   if answer.case.phase == 'slots':
@@ -134,15 +165,21 @@ def _time(answer: Answer) -> Iterable[str]:
 def _operations(found: Estimate) -> Iterable[str]:
   total = found.serial_seconds
   yield ''
-  kinds = ', '.join(f'{kind} {_ms(seconds)} ({seconds / total:.0%})' for kind, seconds in found.by_kind.items() if seconds)
+  kinds = ', '.join(
+    f'{kind} {_ms(seconds)} ({seconds / total:.0%})'
+    for kind, seconds in found.by_kind.items()
+    if seconds
+  )
   yield from _wrap(f'where it goes: {kinds}', '  ')
   yield '  the longest operations: (* not estimated by the compiler: its bytes and FLOPs at full rate)'
   for group in _grouped(c for c in found.costs if c.kind != COLLECTIVE)[:LONGEST]:
     c = group[0]
     seconds = sum(g.seconds for g in group)
     more = f' and {len(group) - 1} alike' if len(group) > 1 else ''
-    yield (f'  {_ms(seconds):>10} {seconds / total:4.0%}  {c.kind:9} {sum(g.count for g in group):5} x '
-           f'{_us(seconds / max(sum(g.count for g in group), 1)):>9}{" " if c.estimated else "*"} {_origin(c)}{more}')
+    yield (
+      f'  {_ms(seconds):>10} {seconds / total:4.0%}  {c.kind:9} {sum(g.count for g in group):5} x '
+      f'{_us(seconds / max(sum(g.count for g in group), 1)):>9}{" " if c.estimated else "*"} {_origin(c)}{more}'
+    )
 
 
 def _grouped(costs: Iterable[OperationCost]) -> list[list[OperationCost]]:
@@ -150,7 +187,9 @@ def _grouped(costs: Iterable[OperationCost]) -> list[list[OperationCost]]:
   groups = collections.defaultdict(list)
   for c in costs:
     if c.seconds:
-      groups[c.kind, c.name if c.kind == MATMUL else c.op_name or c.name, c.count, c.estimated].append(c)
+      groups[
+        c.kind, c.name if c.kind == MATMUL else c.op_name or c.name, c.count, c.estimated
+      ].append(c)
   return sorted(groups.values(), key=lambda group: -sum(c.seconds for c in group))
 
 
@@ -158,7 +197,9 @@ def _origin(c: OperationCost) -> str:
   """Where an operation comes from: the function of the package, else what the compiler calls it."""
   function = c.functions[0] if c.functions else ''
   tail = '/'.join(c.op_name.split('/')[-2:]) if c.op_name else ''
-  return ' '.join(filter(None, [c.name, f'in {function}' if function else '', f'({tail})' if tail else '']))[:56]
+  return ' '.join(
+    filter(None, [c.name, f'in {function}' if function else '', f'({tail})' if tail else ''])
+  )[:56]
 
 
 def _collectives(found: Estimate) -> Iterable[str]:
@@ -167,9 +208,11 @@ def _collectives(found: Estimate) -> Iterable[str]:
     return
   yield '  collectives: over mesh axes, bytes of one on each chip, time at link speed, of it hidden behind compute'
   for row in rows:
-    yield (f'  {_ms(row["seconds"]):>10} {row["seconds"] / found.serial_seconds:4.0%}  {row["kind"]:18} '
-           f'{"".join(row["axes"]) or "-":4} {row["count"]:5} x {bytes_text(row["bytes"]):>10} '
-           f'{_us(row["seconds"] / max(row["count"], 1)):>9}, {_ms(row["hidden_seconds"])} hidden')
+    yield (
+      f'  {_ms(row["seconds"]):>10} {row["seconds"] / found.serial_seconds:4.0%}  {row["kind"]:18} '
+      f'{"".join(row["axes"]) or "-":4} {row["count"]:5} x {bytes_text(row["bytes"]):>10} '
+      f'{_us(row["seconds"] / max(row["count"], 1)):>9}, {_ms(row["hidden_seconds"])} hidden'
+    )
 
 
 def _collective_rows(found: Estimate) -> list[dict[str, Any]]:
@@ -178,8 +221,18 @@ def _collective_rows(found: Estimate) -> list[dict[str, Any]]:
   for c in found.costs:
     if c.collective:
       key = c.collective.kind, c.collective.axes, c.collective.bytes, c.collective.size
-      row = rows.setdefault(key, dict(
-          kind=key[0], axes=list(key[1]), bytes=key[2], devices=key[3], count=0, seconds=0., hidden_seconds=0.))
+      row = rows.setdefault(
+        key,
+        dict(
+          kind=key[0],
+          axes=list(key[1]),
+          bytes=key[2],
+          devices=key[3],
+          count=0,
+          seconds=0.0,
+          hidden_seconds=0.0,
+        ),
+      )
       row['count'] += c.count
       row['seconds'] += c.seconds
       row['hidden_seconds'] += c.hidden_seconds
@@ -190,13 +243,18 @@ def _remarks(answer: Answer) -> Iterable[str]:
   found = answer.estimate
   moved = sum(c.seconds for c in found.costs if c.kind in (COPY, RELAYOUT))
   yield ''
-  yield (f'copies and layout changes: {_ms(moved)}, {moved / found.serial_seconds:.1%}; '
-         f'weights and caches laid out anew in HBM: {len(found.offending_relayouts) or "none"}')
+  yield (
+    f'copies and layout changes: {_ms(moved)}, {moved / found.serial_seconds:.1%}; '
+    f'weights and caches laid out anew in HBM: {len(found.offending_relayouts) or "none"}'
+  )
   for copy in found.offending_relayouts:
-    yield from _wrap(f'  ! {copy.name} writes {", ".join(copy.sources)} again, as {copy.result} '
-                     f'({bytes_text(copy.result.bytes)})', '    ')
+    yield from _wrap(
+      f'  ! {copy.name} writes {", ".join(copy.sources)} again, as {copy.result} '
+      f'({bytes_text(copy.result.bytes)})',
+      '    ',
+    )
   # That of the steps of slots is known to be: the times above are of one.
-  for loop in found.unknown_loops[answer.case.phase == 'slots':]:
+  for loop in found.unknown_loops[answer.case.phase == 'slots' :]:
     yield f'  ! the loop {loop} does not tell how often it turns: it counts once, and the times above are too short'
 
 
@@ -204,54 +262,109 @@ def _shortage(answer: Answer) -> Iterable[str]:
   s: Shortage = answer.program
   yield ''
   needed = f'{_gib(s.needed)} GiB are needed' if s.needed else 'more is needed than there is'
-  yield (f'does not fit: {needed} on each chip and {_gib(s.available)} GiB are available: weights {_gib(s.weights)}, '
-         f'cache {_gib(s.cache)}' + (f', the rest {_gib(s.needed - s.weights - s.cache)}' if s.needed else ''))
+  yield (
+    f'does not fit: {needed} on each chip and {_gib(s.available)} GiB are available: weights {_gib(s.weights)}, '
+    f'cache {_gib(s.cache)}'
+    + (f', the rest {_gib(s.needed - s.weights - s.cache)}' if s.needed else '')
+  )
   yield from _wrap(f'  {s.message}', '  ')
   yield ''
   if not answer.alternatives:
     yield 'no other layout, smaller batch or larger slice that was tried would do'
   for a in answer.alternatives:
     case, m = a.program.case, a.program.memory
-    what = {'layout': f'--layout={case.layout}', 'batch': f'--batch={case.batch}', 'slice': f'--slice={a.slice}'}[a.change]
+    what = {
+      'layout': f'--layout={case.layout}',
+      'batch': f'--batch={case.batch}',
+      'slice': f'--slice={a.slice}',
+    }[a.change]
     yield f'would fit: {what}, {_gib(m.needed)} of {_gib(m.available)} GiB (compiled)'
 
 
 def report_dict(answer: Answer) -> dict[str, Any]:
   """The report, JSON-ready: seconds and bytes, of one chip."""
   report = {
-      'fits': answer.fits, 'slice': str(answer.slice), 'chips': answer.slice.chips, 'case': answer.case.to_dict(),
-      'tried': [dataclasses.asdict(t) for t in answer.tried]}
+    'fits': answer.fits,
+    'slice': str(answer.slice),
+    'chips': answer.slice.chips,
+    'case': answer.case.to_dict(),
+    'tried': [dataclasses.asdict(t) for t in answer.tried],
+  }
   if not answer.fits:
     s: Shortage = answer.program
-    return {**report, 'memory': {'needed': s.needed, 'available': s.available, 'weights': s.weights, 'cache': s.cache},
-            'message': s.message, 'alternatives': [
-                {'change': a.change, 'layout': str(a.program.case.layout), 'batch': a.program.case.batch,
-                 'slice': str(a.slice), 'needed': a.program.memory.needed} for a in answer.alternatives]}
+    return {
+      **report,
+      'memory': {
+        'needed': s.needed,
+        'available': s.available,
+        'weights': s.weights,
+        'cache': s.cache,
+      },
+      'message': s.message,
+      'alternatives': [
+        {
+          'change': a.change,
+          'layout': str(a.program.case.layout),
+          'batch': a.program.case.batch,
+          'slice': str(a.slice),
+          'needed': a.program.memory.needed,
+        }
+        for a in answer.alternatives
+      ],
+    }
   found, limits, program = answer.estimate, bounds(answer), answer.program
   serial, overlapped, step = found.serial_seconds, found.overlapped_seconds, {}
   if answer.case.phase == 'slots':
     step = {'step': dict(zip(('serial', 'overlapped'), found.turn_seconds))}
   return {
-      **report, 'mesh': dict(program.mesh.shape), 'links': mesh_links(program.mesh), 'compile_seconds': program.seconds,
-      'memory': {**dataclasses.asdict(program.memory), 'needed': program.memory.needed},
-      'seconds': {'serial': serial, 'overlapped': overlapped, 'by_kind': found.by_kind, **step},
-      'tokens': answer.case.tokens,
-      'bounds': dataclasses.asdict(limits),
-      'mfu': {'serial': limits.flops / serial, 'overlapped': limits.flops / overlapped},
-      'share_of_weight_bound': {'serial': limits.weights / serial, 'overlapped': limits.weights / overlapped},
-      'collectives': _collective_rows(found),
-      'operations': [
-          {'name': c.name, 'opcode': c.opcode, 'kind': c.kind, 'count': c.count, 'seconds': c.seconds,
-           'hidden_seconds': c.hidden_seconds, 'bytes': c.bytes, 'flops': c.flops, 'estimated': c.estimated,
-           'from': c.op_name} for c in found.costs if c.seconds],
-      'relayouts': [
-          {'name': w.name, 'computation': w.computation, 'sources': list(w.sources), 'result': str(w.result),
-           'bytes': w.result.bytes} for w in found.offending_relayouts],
-      'unknown_loops': list(found.unknown_loops)}
+    **report,
+    'mesh': dict(program.mesh.shape),
+    'links': mesh_links(program.mesh),
+    'compile_seconds': program.seconds,
+    'memory': {**dataclasses.asdict(program.memory), 'needed': program.memory.needed},
+    'seconds': {'serial': serial, 'overlapped': overlapped, 'by_kind': found.by_kind, **step},
+    'tokens': answer.case.tokens,
+    'bounds': dataclasses.asdict(limits),
+    'mfu': {'serial': limits.flops / serial, 'overlapped': limits.flops / overlapped},
+    'share_of_weight_bound': {
+      'serial': limits.weights / serial,
+      'overlapped': limits.weights / overlapped,
+    },
+    'collectives': _collective_rows(found),
+    'operations': [
+      {
+        'name': c.name,
+        'opcode': c.opcode,
+        'kind': c.kind,
+        'count': c.count,
+        'seconds': c.seconds,
+        'hidden_seconds': c.hidden_seconds,
+        'bytes': c.bytes,
+        'flops': c.flops,
+        'estimated': c.estimated,
+        'from': c.op_name,
+      }
+      for c in found.costs
+      if c.seconds
+    ],
+    'relayouts': [
+      {
+        'name': w.name,
+        'computation': w.computation,
+        'sources': list(w.sources),
+        'result': str(w.result),
+        'bytes': w.result.bytes,
+      }
+      for w in found.offending_relayouts
+    ],
+    'unknown_loops': list(found.unknown_loops),
+  }
 
 
 def _wrap(line: str, indent: str) -> Sequence[str]:
-  return textwrap.wrap(line, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+  return textwrap.wrap(
+    line, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+  )
 
 
 def _gib(count: int) -> str:

@@ -13,24 +13,24 @@ from t5x_inference_ext.text_files import check_writable, write_text
 
 
 def precompile(
-    model: ModelConfig,
-    slice_name: str,
-    batch: int,
-    weights: str = 'int8',
-    phase: str = 'decode',
-    context: int = 2048,
-    prompt: int | None = None,
-    layout: str | None = None,
-    other_layout: str | None = None,
-    mesh: str | None = None,
-    cache: str | None = None,
-    scan_layers: bool | None = None,
-    max_new_tokens: int = 64,
-    sampling: SamplingParams = SamplingParams(),
-    json_file: str | None = None,
-    hlo_file: str | None = None,
-    save_file: str | None = None,
-    write: Callable[[str], None] = print,
+  model: ModelConfig,
+  slice_name: str,
+  batch: int,
+  weights: str = 'int8',
+  phase: str = 'decode',
+  context: int = 2048,
+  prompt: int | None = None,
+  layout: str | None = None,
+  other_layout: str | None = None,
+  mesh: str | None = None,
+  cache: str | None = None,
+  scan_layers: bool | None = None,
+  max_new_tokens: int = 64,
+  sampling: SamplingParams = SamplingParams(),
+  json_file: str | None = None,
+  hlo_file: str | None = None,
+  save_file: str | None = None,
+  write: Callable[[str], None] = print,
 ) -> bool:
   """Compiles a phase of a model for a slice, and prints what came out.
 
@@ -52,8 +52,22 @@ def precompile(
   """
   check_writable(json_file, hlo_file, save_file)
   answer = analyze(
-      model, weights, slice_name, phase, batch, context, layout=layout, other_layout=other_layout, mesh=mesh,
-      cache=cache, scan_layers=scan_layers, prompt=prompt, max_new_tokens=max_new_tokens, sampling=sampling, say=_say)
+    model,
+    weights,
+    slice_name,
+    phase,
+    batch,
+    context,
+    layout=layout,
+    other_layout=other_layout,
+    mesh=mesh,
+    cache=cache,
+    scan_layers=scan_layers,
+    prompt=prompt,
+    max_new_tokens=max_new_tokens,
+    sampling=sampling,
+    say=_say,
+  )
   write(report.report_text(answer))
   if json_file:
     write_text(json_file, json.dumps(report.report_dict(answer), indent=2) + '\n')
@@ -71,9 +85,15 @@ def _write_program(answer: Answer, hlo_file, save_file, write) -> None:
     write_text(hlo_file, program.text)
     write(f'compiled program: {hlo_file}')
   if save_file:
-    header = saved_program.save(save_file, program.compiled, program.arguments, program.mesh, program.case.to_dict())
-    versions = ', '.join(f'{name} {header[name]}' for name in ('jax', 'jaxlib', 'libtpu') if header[name])
-    write(f'executable: {save_file}, {header["bytes"] / 2**20:.1f} MiB, for {answer.slice} with {versions}')
+    header = saved_program.save(
+      save_file, program.compiled, program.arguments, program.mesh, program.case.to_dict()
+    )
+    versions = ', '.join(
+      f'{name} {header[name]}' for name in ('jax', 'jaxlib', 'libtpu') if header[name]
+    )
+    write(
+      f'executable: {save_file}, {header["bytes"] / 2**20:.1f} MiB, for {answer.slice} with {versions}'
+    )
 
 
 def _say(text: str) -> None:

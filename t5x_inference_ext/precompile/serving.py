@@ -18,12 +18,21 @@ from t5x_inference_ext.engine.scheduler import SchedulerConfig
 from t5x_inference_ext.model.weights import Weights
 
 SLOT_PHASES = ('extend', 'slots', 'admit')
-CHUNK = SchedulerConfig.chunk  # positions that one pass of prefill takes, where nobody says otherwise
+CHUNK = (
+  SchedulerConfig.chunk
+)  # positions that one pass of prefill takes, where nobody says otherwise
 SLOT_STEPS = SchedulerConfig.steps  # decode steps of a call, at most
 
 
-def program(phase: str, model: Model, weights: Weights, batch: int, context: int, length: int, sampling: SamplingParams
-            ) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
+def program(
+  phase: str,
+  model: Model,
+  weights: Weights,
+  batch: int,
+  context: int,
+  length: int,
+  sampling: SamplingParams,
+) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
   """A phase's jitted function, and the shapes of what it takes. What it changes is changed in place.
 
   extend: (weights, prompts, tokens [B, T], counts [B]) -> prompts.
@@ -41,9 +50,21 @@ def program(phase: str, model: Model, weights: Weights, batch: int, context: int
   """
   if phase == 'extend':
     tokens, counts = _whole(model.mesh, (_ints(batch, length), _ints(batch)))
-    return _jitted(device.prefill_chunk, model), (weights, _prompts(model, weights, batch, context), tokens, counts)
-  asks = _whole(model.mesh, RowParams(stack_params([sampling], model.config.vocab_size), np.zeros(1, np.uint32),
-                                 np.ones(1, np.int32), eos_id=1))
+    return _jitted(device.prefill_chunk, model), (
+      weights,
+      _prompts(model, weights, batch, context),
+      tokens,
+      counts,
+    )
+  asks = _whole(
+    model.mesh,
+    RowParams(
+      stack_params([sampling], model.config.vocab_size),
+      np.zeros(1, np.uint32),
+      np.ones(1, np.int32),
+      eos_id=1,
+    ),
+  )
   slots = _slots(model, weights, asks, batch, context)
   if phase == 'slots':
     scalars = _whole(model.mesh, (np.int32(0), np.bool_(False)))
@@ -56,21 +77,28 @@ def program(phase: str, model: Model, weights: Weights, batch: int, context: int
 
 def _jitted(function: Callable, model: Model, **static: Any) -> jax.stages.Wrapped:
   """A function of engine.slots, weights first. Weights that it does not use are where they are nonetheless."""
-  run = lambda weights, state, *arguments: function.__wrapped__(model, state, weights, *arguments, **static)
+  run = lambda weights, state, *arguments: function.__wrapped__(
+    model, state, weights, *arguments, **static
+  )
   return jax.jit(run, donate_argnums=1, keep_unused=True)
 
 
 def _slots(model: Model, weights: Weights, asks: RowParams, rows: int, size: int) -> device.Slots:
-  made = jax.eval_shape(functools.partial(device.empty_slots.__wrapped__, model, rows=rows, size=size, shared=None),
-                        weights, asks)
+  made = jax.eval_shape(
+    functools.partial(device.empty_slots.__wrapped__, model, rows=rows, size=size, shared=None),
+    weights,
+    asks,
+  )
   cache = abstract_cache(model, made.cache, weights)
   return device.Slots(cache, *_whole(model.mesh, (made.rows, made.progress)))
 
 
 def _prompts(model: Model, weights: Weights, rows: int, size: int) -> device.PrefillState:
   room = device.prompt_room(model, rows, size)
-  made = jax.eval_shape(functools.partial(device.empty_prefill.__wrapped__, model, rows=rows, size=room, shared=None),
-                        weights)
+  made = jax.eval_shape(
+    functools.partial(device.empty_prefill.__wrapped__, model, rows=rows, size=room, shared=None),
+    weights,
+  )
   sharding = NamedSharding(model.mesh, P(device.logits_axes(model, rows)))
   logits = jax.ShapeDtypeStruct(made.logits.shape, made.logits.dtype, sharding=sharding)
   return device.PrefillState(abstract_cache(model.prefilling, made.cache, weights), logits)

@@ -8,10 +8,37 @@ from t5x_inference_ext.errors import UserError
 
 # Bits of an element.
 _BITS = {
-    'pred': 8, 's2': 2, 'u2': 2, 's4': 4, 'u4': 4, 's8': 8, 'u8': 8, 's16': 16, 'u16': 16, 's32': 32, 'u32': 32,
-    's64': 64, 'u64': 64, 'f16': 16, 'bf16': 16, 'f32': 32, 'f64': 64, 'c64': 64, 'c128': 128, 'f4e2m1fn': 4,
-    'f8e3m4': 8, 'f8e4m3': 8, 'f8e4m3b11fnuz': 8, 'f8e4m3fn': 8, 'f8e4m3fnuz': 8, 'f8e5m2': 8, 'f8e5m2fnuz': 8,
-    'f8e8m0fnu': 8, 'token': 0, 'opaque': 0}
+  'pred': 8,
+  's2': 2,
+  'u2': 2,
+  's4': 4,
+  'u4': 4,
+  's8': 8,
+  'u8': 8,
+  's16': 16,
+  'u16': 16,
+  's32': 32,
+  'u32': 32,
+  's64': 64,
+  'u64': 64,
+  'f16': 16,
+  'bf16': 16,
+  'f32': 32,
+  'f64': 64,
+  'c64': 64,
+  'c128': 128,
+  'f4e2m1fn': 4,
+  'f8e3m4': 8,
+  'f8e4m3': 8,
+  'f8e4m3b11fnuz': 8,
+  'f8e4m3fn': 8,
+  'f8e4m3fnuz': 8,
+  'f8e5m2': 8,
+  'f8e5m2fnuz': 8,
+  'f8e8m0fnu': 8,
+  'token': 0,
+  'opaque': 0,
+}
 HBM, HOST = 0, 5
 
 _ARRAY = re.compile(r'([a-z]\w*)\[([0-9<=,\s]*)\](?:\{([^{}]*)\})?')
@@ -84,6 +111,9 @@ def _shape(match: re.Match) -> ArrayShape:
   order, _, tiles = layout.partition(':')
   space = re.search(r'S\((\d+)\)', tiles)
   return ArrayShape(
-      dtype, tuple(int(d.strip('<= ')) for d in dims.split(',') if d.strip()),
-      tuple(int(d) for d in order.split(',') if d.strip()), re.sub(r'S\(\d+\)', '', tiles),
-      int(space[1]) if space else HBM)
+    dtype,
+    tuple(int(d.strip('<= ')) for d in dims.split(',') if d.strip()),
+    tuple(int(d) for d in order.split(',') if d.strip()),
+    re.sub(r'S\(\d+\)', '', tiles),
+    int(space[1]) if space else HBM,
+  )

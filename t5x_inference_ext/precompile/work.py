@@ -6,10 +6,30 @@ import re
 from t5x_inference_ext.precompile.hlo import Computation, Instruction, Module
 
 # They compute nothing: names for values, or memory set aside.
-FREE = frozenset((
-    'parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast', 'partition-id', 'replica-id', 'after-all',
-    'add-dependency', 'optimization-barrier', 'opt-barrier', 'while', 'call', 'conditional'))
-_FREE_CALLS = ('AllocateBuffer', 'AssumeGatherIndicesInBound', 'ConcatBitcast', 'GatherScatterIndicesBitpacked')
+FREE = frozenset(
+  (
+    'parameter',
+    'constant',
+    'get-tuple-element',
+    'tuple',
+    'bitcast',
+    'partition-id',
+    'replica-id',
+    'after-all',
+    'add-dependency',
+    'optimization-barrier',
+    'opt-barrier',
+    'while',
+    'call',
+    'conditional',
+  )
+)
+_FREE_CALLS = (
+  'AllocateBuffer',
+  'AssumeGatherIndicesInBound',
+  'ConcatBitcast',
+  'GatherScatterIndicesBitpacked',
+)
 _SLICING = ('dynamic-slice', 'slice', 'gather')
 # A hand-written kernel says what it does where its author said so.
 _KERNEL_FLOPS = re.compile(r'"?\bflops"?:\s*"?(\d+)')
@@ -20,7 +40,9 @@ _WINDOW = re.compile(r'(\w+)=([0-9x_-]+)')
 def is_free(instruction: Instruction) -> bool:
   """Whether it runs nothing."""
   return instruction.opcode in FREE or (
-      instruction.opcode == 'custom-call' and any(f'"{t}"' in instruction.attributes for t in _FREE_CALLS))
+    instruction.opcode == 'custom-call'
+    and any(f'"{t}"' in instruction.attributes for t in _FREE_CALLS)
+  )
 
 
 def flops(module: Module, computation: Computation, instruction: Instruction) -> int:
@@ -54,7 +76,9 @@ def traffic(module: Module, computation: Computation, instruction: Instruction) 
     return 2 * operands[1].bytes
   if i.opcode == 'scatter':
     # Operands, then indices, then as many updates as operands.
-    return operands[len(operands) // 2].bytes + 2 * sum(o.bytes for o in operands[len(operands) // 2 + 1:])
+    return operands[len(operands) // 2].bytes + 2 * sum(
+      o.bytes for o in operands[len(operands) // 2 + 1 :]
+    )
   if i.opcode == 'fusion':
     body = module.called(i)
     read = sum(_read(module, body, p) for p in body.parameters)
@@ -68,14 +92,20 @@ def traffic(module: Module, computation: Computation, instruction: Instruction) 
 
 def _traffic_of_all(module, body) -> int:
   """Of all that an asynchronous computation runs. It may be called in it, as what is left to a sparse core is."""
-  return sum(_traffic_of_all(module, module.called(i, 'to_apply')) if i.opcode == 'call' else traffic(module, body, i)
-             for i in body.instructions)
+  return sum(
+    _traffic_of_all(module, module.called(i, 'to_apply'))
+    if i.opcode == 'call'
+    else traffic(module, body, i)
+    for i in body.instructions
+  )
 
 
 def in_place(module: Module, instruction: Instruction) -> bool:
   """Whether the result is an operand's own memory: an update of a slice of it, or a declared alias."""
   i = instruction
-  if i.opcode in ('dynamic-update-slice', 'scatter') or 'output_to_operand_aliasing=' in i.attributes:
+  if (
+    i.opcode in ('dynamic-update-slice', 'scatter') or 'output_to_operand_aliasing=' in i.attributes
+  ):
     return True
   body = module.called(i) if i.opcode == 'fusion' else None
   return bool(body) and all(_updates(module, body, root) for root in roots(body))
@@ -89,7 +119,9 @@ def roots(body: Computation) -> list[Instruction]:
 def _updates(module, body, i):
   while i.opcode in ('bitcast', 'get-tuple-element'):
     i = body[i.operands[0]]
-  return in_place(module, i) if i.opcode == 'fusion' else i.opcode in ('dynamic-update-slice', 'scatter')
+  return (
+    in_place(module, i) if i.opcode == 'fusion' else i.opcode in ('dynamic-update-slice', 'scatter')
+  )
 
 
 def _read(module, body, value, around=()) -> int:
@@ -107,13 +139,22 @@ def _read(module, body, value, around=()) -> int:
     first = user.operands[0] == value.name
     if first and user.opcode in _SLICING:
       total += user.bytes
-    elif user.opcode in ('bitcast', 'get-tuple-element', 'copy') or user.opcode == 'custom-call' and is_free(user):
+    elif (
+      user.opcode in ('bitcast', 'get-tuple-element', 'copy')
+      or user.opcode == 'custom-call'
+      and is_free(user)
+    ):
       total += _read(module, body, user, around)
     elif user.opcode == 'fusion':
       inner = module.called(user)
-      total += sum(_read(module, inner, p, (*around, (body, user)))
-                   for p, o in zip(inner.parameters, user.operands) if o == value.name)
-    elif user.opcode != 'tuple' and not (first and user.opcode in ('dynamic-update-slice', 'scatter')):
+      total += sum(
+        _read(module, inner, p, (*around, (body, user)))
+        for p, o in zip(inner.parameters, user.operands)
+        if o == value.name
+      )
+    elif user.opcode != 'tuple' and not (
+      first and user.opcode in ('dynamic-update-slice', 'scatter')
+    ):
       return value.bytes
   return min(total, value.bytes)
 
@@ -143,9 +184,16 @@ def _convolution_flops(computation, i) -> int:
     return window[name].split('x') if name in window else [default] * len(spatial)
 
   meetings = 1
-  for n, (digit, size, stride, pad, dilate, spread) in enumerate(zip(
-      spatial, each('size', '1'), each('stride', '1'), each('pad', '0_0'), each('lhs_dilate', '1'),
-      each('rhs_dilate', '1'))):
+  for n, (digit, size, stride, pad, dilate, spread) in enumerate(
+    zip(
+      spatial,
+      each('size', '1'),
+      each('stride', '1'),
+      each('pad', '0_0'),
+      each('lhs_dilate', '1'),
+      each('rhs_dilate', '1'),
+    )
+  ):
     length, low = left.dims[inputs.index(digit)], int(re.match(r'-?\d+', pad)[0])
     outputs = i.shapes[0].dims[result.index(digit)]
     stride, dilate, spread, size = int(stride), int(dilate), int(spread), int(size)
@@ -157,10 +205,14 @@ def _convolution_flops(computation, i) -> int:
       first = out * stride - low
       # Positions first + k spread that are multiples of `dilate` inside the input.
       count += sum(
-          1 for k in range(size)
-          if (place := first + k * spread) >= 0 and place % dilate == 0 and place // dilate < length)
+        1
+        for k in range(size)
+        if (place := first + k * spread) >= 0 and place % dilate == 0 and place // dilate < length
+      )
     meetings *= count
   batch = i.shapes[0].dims[result.index('b')]
   features = i.shapes[0].dims[result.index('f')]
   groups = int(i.attribute('batch_group_count') or 1)
-  return 2 * meetings * batch * features * right.dims[kernel.index('i')] // (groups if groups > 1 else 1)
+  return (
+    2 * meetings * batch * features * right.dims[kernel.index('i')] // (groups if groups > 1 else 1)
+  )

@@ -7,8 +7,12 @@ import jax.numpy as jnp
 
 
 def matmul(
-    x: jax.Array, w: jax.Array, scale: jax.Array | None = None, dtype: jnp.dtype | None = None,
-    transposed: bool = False) -> jax.Array:
+  x: jax.Array,
+  w: jax.Array,
+  scale: jax.Array | None = None,
+  dtype: jnp.dtype | None = None,
+  transposed: bool = False,
+) -> jax.Array:
   """x [B, .., in] @ w [in, out], or [out, in] where `transposed`, -> [B, .., out] in x's dtype; w may be float or int8.
 
   Another `dtype`, such as float32 for partial sums that are to be added, is that of the product as well as the result.
@@ -19,7 +23,9 @@ def matmul(
   contracted = ((x.ndim - 1,), (1 if transposed else 0,))
 
   def product(x, w):
-    return jax.lax.dot_general(x, w.astype(x.dtype), (contracted, ((), ())), preferred_element_type=dtype)
+    return jax.lax.dot_general(
+      x, w.astype(x.dtype), (contracted, ((), ())), preferred_element_type=dtype
+    )
 
   def doubled(x, w):
     # The barrier keeps the compiler from seeing that the rows are the same.

@@ -53,7 +53,9 @@ def to_cache(x: jax.Array, dtype: str) -> KV:
     return x.astype(dtype)
   x = x.astype(jnp.float32)
   # The smallest normal number bounds scales from below: zeros stay zeros.
-  scales = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True) / QMAX, jnp.finfo(jnp.float32).tiny)
+  scales = jnp.maximum(
+    jnp.max(jnp.abs(x), axis=-1, keepdims=True) / QMAX, jnp.finfo(jnp.float32).tiny
+  )
   return Int8KV(jnp.rint(x / scales).astype(jnp.int8), scales)
 
 

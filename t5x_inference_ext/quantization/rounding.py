@@ -20,7 +20,7 @@ _BLOCK_ELEMENTS = 2**17
 def row_blocks(w: np.ndarray) -> list[np.ndarray]:
   """Views of w [in, out] that are consecutive blocks of its rows."""
   rows = max(1, _BLOCK_ELEMENTS // max(1, w.shape[1]))
-  return [w[i:i + rows] for i in range(0, w.shape[0], rows)]
+  return [w[i : i + rows] for i in range(0, w.shape[0], rows)]
 
 
 def channel_scales(*matrices: np.ndarray) -> np.ndarray:
@@ -86,8 +86,7 @@ def squared_errors(w: np.ndarray, scale: np.ndarray) -> np.ndarray:
 
 
 def best_scales(scale: np.ndarray, errors: np.ndarray) -> np.ndarray:
-  """Of the scales [L, out] times each f of SEARCHED, those with the least of squared_errors' `errors`; ties: the largest.
-  """
+  """Of the scales [L, out] times each f of SEARCHED, those with the least of squared_errors' `errors`; ties: the largest."""
   factors = np.asarray(SEARCHED)[:, None, None]
   best = np.argmin(errors * (factors * factors), 0)
   return (scale * np.asarray(SEARCHED, np.float32)[best]).astype(np.float32)

@@ -12,7 +12,9 @@ from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.scoring import ScoringExample
 from t5x_inference_ext.engine.engine import Engine
 
-PROMPT_MULTIPLE = 16  # prompts are padded to a multiple of this, so that similar files compile alike
+PROMPT_MULTIPLE = (
+  16  # prompts are padded to a multiple of this, so that similar files compile alike
+)
 COMPILE_EVENTS = '/jax/core/compile/'
 _T = TypeVar('T')
 
@@ -105,15 +107,15 @@ def row_seeds(seed: int, row: int, samples: int) -> tuple[int, ...]:
 
 
 def generate_batches(
-    engine: Engine,
-    batches: Iterable[Sequence[tuple[int, Sequence[int]]]],
-    shape: BatchShape,
-    clock: Clock,
-    *,
-    max_new_tokens: int,
-    sampling: SamplingParams,
-    seed: int,
-    eos_id: int,
+  engine: Engine,
+  batches: Iterable[Sequence[tuple[int, Sequence[int]]]],
+  shape: BatchShape,
+  clock: Clock,
+  *,
+  max_new_tokens: int,
+  sampling: SamplingParams,
+  seed: int,
+  eos_id: int,
 ) -> Iterator[tuple[int, list]]:
   """(row, [tokens, score]) of each prompt, in order.
 
@@ -133,14 +135,22 @@ def generate_batches(
     seeds = [row_seed(seed, row) for row in rows]
     with clock:
       completions = engine.generate(
-          pad(prompts, shape.batch), max_new_tokens=max_new_tokens, sampling=sampling, seeds=pad(seeds, shape.batch),
-          eos_id=eos_id, cache_size=shape.cache, prompt_size=shape.prompt,
-          max_length=shape.length)[:len(prompts)]
+        pad(prompts, shape.batch),
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        seeds=pad(seeds, shape.batch),
+        eos_id=eos_id,
+        cache_size=shape.cache,
+        prompt_size=shape.prompt,
+        max_length=shape.length,
+      )[: len(prompts)]
     clock.add(len(prompts), sum(len(c.tokens) for c in completions))
     yield from ((row, [c.tokens, c.score]) for row, c in zip(rows, completions))
 
 
-def score_batches(engine: Engine, examples: Sequence[ScoringExample], tokens: int, clock: Clock) -> Iterator[tuple[int, np.ndarray]]:
+def score_batches(
+  engine: Engine, examples: Sequence[ScoringExample], tokens: int, clock: Clock
+) -> Iterator[tuple[int, np.ndarray]]:
   """The place of each example and its weighted log-probabilities [n], those of like lengths together.
 
   Args:
@@ -149,14 +159,16 @@ def score_batches(engine: Engine, examples: Sequence[ScoringExample], tokens: in
     tokens: of a batch, padding included.
     clock: is advanced.
   """
-  for result in clock.over(scoring.score_examples(engine.log_probs, examples, length_buckets.packer(engine.model, tokens))):
+  for result in clock.over(
+    scoring.score_examples(engine.log_probs, examples, length_buckets.packer(engine.model, tokens))
+  ):
     clock.add(1, int(np.count_nonzero(examples[result[0]].weights)))
     yield result
 
 
 def split(rows: Sequence, size: int) -> Iterator[Sequence]:
   """Consecutive runs of `size` rows; the last may be shorter."""
-  return (rows[i:i + size] for i in range(0, len(rows), size))
+  return (rows[i : i + size] for i in range(0, len(rows), size))
 
 
 def pad(rows: Sequence, size: int) -> list:

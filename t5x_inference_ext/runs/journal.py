@@ -51,7 +51,9 @@ class Journal:
     if not self._files.exists(self._path):
       return []
     with self._files.open(self._path, 'r') as file:
-      lines = file.read().split('\n')[:-1]  # what follows the last end of line was not written whole
+      lines = file.read().split('\n')[
+        :-1
+      ]  # what follows the last end of line was not written whole
     if not lines or lines[0] != self._run:
       return []
     rows = map(json.loads, lines[1:])

@@ -18,14 +18,20 @@ def check_output(path: str, *, overwrite: bool) -> None:
     return
   directory = os.path.dirname(os.path.abspath(path))
   if os.path.isdir(path):
-    raise RequestError(f'the output {path} is a directory: --output names the file to write, e.g. '
-                       f'{os.path.join(path, "completions.jsonl")}')
+    raise RequestError(
+      f'the output {path} is a directory: --output names the file to write, e.g. '
+      f'{os.path.join(path, "completions.jsonl")}'
+    )
   if not os.path.isdir(directory):
-    raise RequestError(f'the output\'s directory {directory} does not exist: make it first (mkdir -p)')
+    raise RequestError(
+      f"the output's directory {directory} does not exist: make it first (mkdir -p)"
+    )
   if not os.access(directory, os.W_OK):
-    raise RequestError(f'the output\'s directory {directory} is not writable')
+    raise RequestError(f"the output's directory {directory} is not writable")
   if os.path.exists(path) and not overwrite:
-    raise RequestError(f'the output {path} exists: remove it, choose another --output, or give --overwrite')
+    raise RequestError(
+      f'the output {path} exists: remove it, choose another --output, or give --overwrite'
+    )
 
 
 def open_text(path: str, mode: str) -> TextIO:

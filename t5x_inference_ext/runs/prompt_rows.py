@@ -51,12 +51,15 @@ def read_rows(path: str, *, score: bool) -> list[PromptRow]:
     with open(path, encoding='utf-8-sig') as file:
       lines = file.readlines()
   except FileNotFoundError:
-    raise RequestError(f'no prompts file at {path}: --prompts is a file of JSON lines such as '
-                       '{"prompt": "def f("}') from None
+    raise RequestError(
+      f'no prompts file at {path}: --prompts is a file of JSON lines such as {{"prompt": "def f("}}'
+    ) from None
   except OSError as error:
-    raise RequestError(f'the prompts file {path} can\'t be read: {error.strerror}') from error
+    raise RequestError(f"the prompts file {path} can't be read: {error.strerror}") from error
   except UnicodeDecodeError as error:
-    raise RequestError(f'the prompts file {path} is not UTF-8 (at byte {error.start}): save it as UTF-8') from error
+    raise RequestError(
+      f'the prompts file {path} is not UTF-8 (at byte {error.start}): save it as UTF-8'
+    ) from error
   parse = _each(path, lambda item: _parse(*item, score=score), lambda item: item[0])
   rows = parse((number, line) for number, line in enumerate(lines, 1) if line.strip())
   if not rows:
@@ -73,8 +76,14 @@ class TokenizedRow:
   asked: Asked
 
 
-def tokenize(path: str, rows: list[PromptRow], vocabulary: Vocabulary | None, vocab_size: int, run: Asked,
-             max_prompt: int | None = None) -> list[TokenizedRow]:
+def tokenize(
+  path: str,
+  rows: list[PromptRow],
+  vocabulary: Vocabulary | None,
+  vocab_size: int,
+  run: Asked,
+  max_prompt: int | None = None,
+) -> list[TokenizedRow]:
   """Rows in token ids.
 
   Args:
@@ -94,21 +103,28 @@ def tokenize(path: str, rows: list[PromptRow], vocabulary: Vocabulary | None, vo
       try:
         return vocabulary.encode(text)
       except UnicodeEncodeError:
-        raise ValueError(f'`{what}` is not valid Unicode (a lone surrogate): remove it, or give token ids') from None
+        raise ValueError(
+          f'`{what}` is not valid Unicode (a lone surrogate): remove it, or give token ids'
+        ) from None
     wrong = [t for t in text if not 0 <= t < vocab_size]
     if wrong:
-      raise ValueError(f'`{what}` holds token {wrong[0]}, outside the model\'s vocabulary: ids are 0 to '
-                       f'{vocab_size - 1}')
+      raise ValueError(
+        f"`{what}` holds token {wrong[0]}, outside the model's vocabulary: ids are 0 to "
+        f'{vocab_size - 1}'
+      )
     return text
 
   def request(row: PromptRow) -> TokenizedRow:
     prompt = ids_of('prompt', row.prompt)
     if max_prompt is not None and len(prompt) > max_prompt:
       raise ValueError(
-          f'the prompt is longer than the cache: {len(prompt)} tokens, and there is room for {max_prompt} beside the '
-          'new ones: shorten it, raise --cache_length or lower --max_new_tokens')
+        f'the prompt is longer than the cache: {len(prompt)} tokens, and there is room for {max_prompt} beside the '
+        'new ones: shorten it, raise --cache_length or lower --max_new_tokens'
+      )
     own = run if row.sampling is None else asked(run, row.sampling, vocabulary, vocab_size)
-    return TokenizedRow(prompt, [] if row.completion is None else ids_of('completion', row.completion), own)
+    return TokenizedRow(
+      prompt, [] if row.completion is None else ids_of('completion', row.completion), own
+    )
 
   return _each(path, request, lambda row: row.line)(rows)
 
@@ -117,8 +133,10 @@ def _parse(number: int, line: str, score: bool) -> PromptRow:
   try:
     fields = json.loads(line)
   except json.JSONDecodeError as error:
-    raise ValueError(f'not JSON ({error.msg} at column {error.colno}): a row is one object on one line, such as '
-                     '{"prompt": "def f("}') from None
+    raise ValueError(
+      f'not JSON ({error.msg} at column {error.colno}): a row is one object on one line, such as '
+      '{"prompt": "def f("}'
+    ) from None
   if not isinstance(fields, dict):
     raise ValueError(f'a row is an object such as {{"prompt": "def f("}}, not {_kind(fields)}')
   if 'prompt' not in fields:
@@ -128,7 +146,9 @@ def _parse(number: int, line: str, score: bool) -> PromptRow:
   if not score:
     sampling = fields.get('sampling')
     if sampling is not None and not isinstance(sampling, dict):
-      raise ValueError(f'"sampling" must be an object such as {{"temperature": 0.7}}, not {_kind(sampling)}')
+      raise ValueError(
+        f'"sampling" must be an object such as {{"temperature": 0.7}}, not {_kind(sampling)}'
+      )
     return PromptRow(number, fields, prompt, sampling=sampling)
   for name in ('tokens', 'completion'):
     if fields.get(name) is not None:
@@ -136,8 +156,10 @@ def _parse(number: int, line: str, score: bool) -> PromptRow:
       if not completion:
         raise ValueError(f'"{name}" is empty: there is nothing to score')
       return PromptRow(number, fields, prompt, completion)
-  raise ValueError('no "completion" to score: write {"prompt": ..., "completion": TEXT or [token ids]}, or "tokens" '
-                   'with ids')
+  raise ValueError(
+    'no "completion" to score: write {"prompt": ..., "completion": TEXT or [token ids]}, or "tokens" '
+    'with ids'
+  )
 
 
 def _text(name: str, value: Any) -> Text:
@@ -147,12 +169,20 @@ def _text(name: str, value: Any) -> Text:
     raise ValueError(f'"{name}" must be text or a list of token ids, not {_kind(value)}')
   for item in value:
     if not isinstance(item, int) or isinstance(item, bool):
-      raise ValueError(f'"{name}" must be text or a list of token ids (whole numbers); the list holds {_kind(item)}')
+      raise ValueError(
+        f'"{name}" must be text or a list of token ids (whole numbers); the list holds {_kind(item)}'
+      )
   return value
 
 
 def _kind(value: Any) -> str:
-  names = {dict: 'an object', list: 'a list', str: 'text', bool: 'true or false', type(None): 'null'}
+  names = {
+    dict: 'an object',
+    list: 'a list',
+    str: 'text',
+    bool: 'true or false',
+    type(None): 'null',
+  }
   return names.get(type(value), f'the number {value!r}')
 
 
@@ -171,8 +201,11 @@ def _each(path: str, function: Callable, line: Callable) -> Callable[[Iterable],
     if bad > MAX_COMPLAINTS:
       complaints.append(f'... and {bad - MAX_COMPLAINTS} more rows')
     if complaints:
-      raise RequestError('\n  '.join([f'{bad} row(s) of the prompts file can\'t be used:'] + complaints)
-                         if bad > 1 else complaints[0])
+      raise RequestError(
+        '\n  '.join([f"{bad} row(s) of the prompts file can't be used:"] + complaints)
+        if bad > 1
+        else complaints[0]
+      )
     return results
 
   return run

@@ -41,7 +41,11 @@ class PromptsFiles:
 
 
 def infer_file(
-    options: loading.InferOptions, files: PromptsFiles, progress: Callable, say: Callable[[str], None] = print_on_main) -> None:
+  options: loading.InferOptions,
+  files: PromptsFiles,
+  progress: Callable,
+  say: Callable[[str], None] = print_on_main,
+) -> None:
   """Completes or scores every row of a file. What is wrong is said before the weights are loaded.
 
   Args:
@@ -59,20 +63,32 @@ def infer_file(
     rows = prompt_rows.read_rows(files.prompts, score=scoring)
     checkpoint, mesh = loading.open_model(options, say)
     vocabulary, source = find_vocabulary(
-        files.vocabulary, checkpoint.config.vocab_size, needed=bool(options.stop) or any(row.is_text for row in rows))
+      files.vocabulary,
+      checkpoint.config.vocab_size,
+      needed=bool(options.stop) or any(row.is_text for row in rows),
+    )
     name = vocabulary.name if vocabulary else 'none'
     say(f'vocabulary: {name} ({source})')
     options = loading.with_vocabulary(options, vocabulary, checkpoint.config.vocab_size)
     asked = Asked(options.sampling, options.max_new_tokens)
-    work = prompt_rows.tokenize(files.prompts, rows, vocabulary, checkpoint.config.vocab_size, asked,
-                             None if scoring else options.max_prompt)
+    work = prompt_rows.tokenize(
+      files.prompts,
+      rows,
+      vocabulary,
+      checkpoint.config.vocab_size,
+      asked,
+      None if scoring else options.max_prompt,
+    )
     if not options.continuous and any(request.asked != asked for request in work):
       raise RequestError('rows have `sampling` of their own, which needs batching=continuous')
   distributed.check_same(options=options, prompts=work, checkpoint=checkpoint.notes)
   loading_progress = lambda jobs: progress(jobs, 'loading weights', len(jobs))
   engine = loading.load_engine(options, checkpoint, mesh, loading_progress, say)
-  journal = Journal(_journal_path(files.output), (options, work, checkpoint.path, checkpoint.step, checkpoint.notes),
-                    FileSystem(output.open_text, os.path.exists, os.remove))
+  journal = Journal(
+    _journal_path(files.output),
+    (options, work, checkpoint.path, checkpoint.step, checkpoint.notes),
+    FileSystem(output.open_text, os.path.exists, os.remove),
+  )
   if journal.done:
     say(f'resumed: {len(journal.done)} of {len(work)} rows were done when an earlier run ended')
   clock = batches.Clock()
@@ -86,16 +102,25 @@ def infer_file(
       shape, results = run(engine, options, todo, clock, vocabulary, say)
   with distributed.together():
     with contextlib.closing(journal.keep(results)) as kept:
-      for _ in progress(kept, 'scoring' if scoring else 'generating', len(work) - len(journal.done)):
+      for _ in progress(
+        kept, 'scoring' if scoring else 'generating', len(work) - len(journal.done)
+      ):
         pass
     with output.whole_file(files.output) as file:
       for row, request, result in zip(rows, work, journal.in_order(len(work))):
         told = _told(row, request, vocabulary, result)
         told = told[0] if options.num_decodes == 1 else {'samples': told}
         file.write(json.dumps({**row.fields, 'prompt': row.prompt, **told}) + '\n')
-    record = output.write_record(files.output, {
-        **loading.description(options, engine), 'prompts': files.prompts,
-        'vocabulary': {'name': name, 'source': source}, 'shape': shape, 'time': clock.to_dict()})
+    record = output.write_record(
+      files.output,
+      {
+        **loading.description(options, engine),
+        'prompts': files.prompts,
+        'vocabulary': {'name': name, 'source': source},
+        'shape': shape,
+        'time': clock.to_dict(),
+      },
+    )
     journal.remove()
   say(loading.run_summary(clock, options.mode))
   say(f'wrote {files.output} and {record}')
@@ -117,9 +142,15 @@ def _refill(engine: Engine, options, todo, clock, vocabulary, say):
 
   asked = list(itertools.starmap(request, todo))
   plan, shared = scheduler_config.config_for(
-      engine.model, [r for _, r in asked], slots=options.batch_size, size=options.cache_length,
-      chunk=options.prefill_chunk, budget=options.prefill_budget, eos_id=vocabulary.eos_id if vocabulary else EOS_ID,
-      top=options.top_log_probs)
+    engine.model,
+    [r for _, r in asked],
+    slots=options.batch_size,
+    size=options.cache_length,
+    chunk=options.prefill_chunk,
+    budget=options.prefill_budget,
+    eos_id=vocabulary.eos_id if vocabulary else EOS_ID,
+    top=options.top_log_probs,
+  )
   loading.say_slots(options, plan, shared, engine.model, say)
 
   def told(sample):
@@ -128,9 +159,16 @@ def _refill(engine: Engine, options, todo, clock, vocabulary, say):
       result['log_probs'] = sample.log_probs
     return {**result, 'top_log_probs': sample.top} if options.top_log_probs else result
 
-  results = ((row, list(map(told, samples)))
-             for row, samples in refill.completions(engine, asked, plan, shared, clock))
-  return {'batch': plan.slots, 'prompt': plan.prompt, 'cache': plan.size, 'shared': len(shared)}, results
+  results = (
+    (row, list(map(told, samples)))
+    for row, samples in refill.completions(engine, asked, plan, shared, clock)
+  )
+  return {
+    'batch': plan.slots,
+    'prompt': plan.prompt,
+    'cache': plan.size,
+    'shared': len(shared),
+  }, results
 
 
 def _batches(engine: Engine, options, todo, clock, vocabulary, say):
@@ -139,23 +177,36 @@ def _batches(engine: Engine, options, todo, clock, vocabulary, say):
   return dataclasses.asdict(shape), _generate(engine, options, todo, shape, clock, vocabulary)
 
 
-def _shape(options, engine: Engine, work: list[prompt_rows.TokenizedRow], say) -> batches.BatchShape:
+def _shape(
+  options, engine: Engine, work: list[prompt_rows.TokenizedRow], say
+) -> batches.BatchShape:
   batch = loading.batch_rows(options, engine, len(work), say)
   longest = max(len(r.prompt) for r in work)
   if engine.executable:
     run = engine.executable.run
     if longest > run.prompt:
-      raise RequestError(f'the longest prompt has {longest} tokens, and {options.executable} was compiled for '
-                         f'{run.prompt}: compile it with --prompt={longest} or more')
+      raise RequestError(
+        f'the longest prompt has {longest} tokens, and {options.executable} was compiled for '
+        f'{run.prompt}: compile it with --prompt={longest} or more'
+      )
     return batches.BatchShape(batch, run.prompt, run.context)
-  return batches.BatchShape(batch, batches.prompt_size(longest, options.max_prompt), options.cache_length)
+  return batches.BatchShape(
+    batch, batches.prompt_size(longest, options.max_prompt), options.cache_length
+  )
 
 
 def _generate(engine, options, todo, shape, clock, vocabulary):
   work = distributed.lockstep(batches.split([(row, r.prompt) for row, r in todo], shape.batch))
   for row, (tokens, score) in batches.generate_batches(
-      engine, work, shape, clock, max_new_tokens=options.max_new_tokens, sampling=options.sampling, seed=options.seed,
-      eos_id=vocabulary.eos_id if vocabulary else EOS_ID):
+    engine,
+    work,
+    shape,
+    clock,
+    max_new_tokens=options.max_new_tokens,
+    sampling=options.sampling,
+    seed=options.seed,
+    eos_id=vocabulary.eos_id if vocabulary else EOS_ID,
+  ):
     yield row, [{'tokens': tokens, 'score': score}]
 
 
@@ -165,15 +216,21 @@ def _score(engine: Engine, options, todo, clock, say):
   tokens = loading.batch_rows(options, engine, len(todo), say) * batches.prompt_size(longest)
 
   def results():
-    for item, scores in batches.score_batches(engine, [ScoringExample.of(r.prompt, r.completion) for _, r in todo], tokens, clock):
+    for item, scores in batches.score_batches(
+      engine, [ScoringExample.of(r.prompt, r.completion) for _, r in todo], tokens, clock
+    ):
       row, request = todo[item]
-      each = {'log_probs': scores[len(request.prompt):].tolist()} if options.token_log_probs else {}
+      each = (
+        {'log_probs': scores[len(request.prompt) :].tolist()} if options.token_log_probs else {}
+      )
       yield row, [{'tokens': request.completion, 'score': float(np.sum(scores)), **each}]
 
   return {'tokens': tokens}, results()
 
 
-def _told(row: prompt_rows.PromptRow, request: prompt_rows.TokenizedRow, vocabulary, results: list[dict]) -> list[dict]:
+def _told(
+  row: prompt_rows.PromptRow, request: prompt_rows.TokenizedRow, vocabulary, results: list[dict]
+) -> list[dict]:
   """What is told of each sample of a row.
 
   The text of a completion is None where there is no vocabulary. It ends before EOS or a stop sequence.

@@ -19,9 +19,19 @@ BATCH_ROWS = 8
 TASK_ROWS, TASK_LENGTH = 256, 512
 
 
-def report(source: str, output: str, directory: str, *, norm_scale: str | None = None,
-           config: ModelConfig | None = None, rescale_logits: bool | None = None, tokens: str | None = None,
-           task: str | None = None, task_module: str | None = None, task_split: str = 'validation') -> list[str]:
+def report(
+  source: str,
+  output: str,
+  directory: str,
+  *,
+  norm_scale: str | None = None,
+  config: ModelConfig | None = None,
+  rescale_logits: bool | None = None,
+  tokens: str | None = None,
+  task: str | None = None,
+  task_module: str | None = None,
+  task_split: str = 'validation',
+) -> list[str]:
   """Writes report.txt, report.json and report.png.
 
   Args:
@@ -41,9 +51,15 @@ def report(source: str, output: str, directory: str, *, norm_scale: str | None =
   pyplot = _pyplot()
   errors = read_manifest(storage.normalize(output))[1].get('errors')
   if not errors:
-    raise UserError(f'{output} records no errors: it was converted by an older version; convert again')
-  original = open_checkpoint(source, norm_scale=norm_scale, config=config, rescale_logits=rescale_logits)
-  serves = storage.read_file(storage.normalize(output), serving.CONFIG) is not None  # and so says what it is of
+    raise UserError(
+      f'{output} records no errors: it was converted by an older version; convert again'
+    )
+  original = open_checkpoint(
+    source, norm_scale=norm_scale, config=config, rescale_logits=rescale_logits
+  )
+  serves = (
+    storage.read_file(storage.normalize(output), serving.CONFIG) is not None
+  )  # and so says what it is of
   rounded = open_checkpoint(output, config=None if serves else original.config)
   targets = None
   if tokens is not None:
@@ -53,23 +69,30 @@ def report(source: str, output: str, directory: str, *, norm_scale: str | None =
   losses = {}
   if targets is not None:
     for label, checkpoint, dtype, cache in (
-        (f'source, {original.weights}', original, 'float32', None),
-        ('source as bfloat16', original, 'bfloat16', None),
-        (f'output, {rounded.weights}', rounded, 'float32', None),
-        (f'output, {rounded.weights}, int8 cache', rounded, 'float32', 'int8'),
-        ('the same as bfloat16', rounded, 'bfloat16', 'int8')):
+      (f'source, {original.weights}', original, 'float32', None),
+      ('source as bfloat16', original, 'bfloat16', None),
+      (f'output, {rounded.weights}', rounded, 'float32', None),
+      (f'output, {rounded.weights}, int8 cache', rounded, 'float32', 'int8'),
+      ('the same as bfloat16', rounded, 'bfloat16', 'int8'),
+    ):
       losses[label] = loss(checkpoint, targets, dtype, cache)
   lines = list(_table(errors, losses, targets))
   os.makedirs(directory, exist_ok=True)
   with open(os.path.join(directory, 'report.txt'), 'w', encoding='utf-8') as f:
     f.write('\n'.join([f'{source} -> {output}', *lines]) + '\n')
   with open(os.path.join(directory, 'report.json'), 'w', encoding='utf-8') as f:
-    json.dump({'source': str(source), 'output': str(output), 'errors': errors, 'losses': losses}, f, indent=2)
+    json.dump(
+      {'source': str(source), 'output': str(output), 'errors': errors, 'losses': losses},
+      f,
+      indent=2,
+    )
   _plot(pyplot, errors, losses, os.path.join(directory, 'report.png'))
   return [*lines, f'wrote {directory}/report.txt, report.json and report.png']
 
 
-def loss(checkpoint: Checkpoint, targets: np.ndarray, dtype: str = 'float32', cache: str | None = None) -> float:
+def loss(
+  checkpoint: Checkpoint, targets: np.ndarray, dtype: str = 'float32', cache: str | None = None
+) -> float:
   """Nats per token of targets [rows, length], in which 0 is padding: the model predicts each from those before it.
 
   Args:
@@ -79,9 +102,9 @@ def loss(checkpoint: Checkpoint, targets: np.ndarray, dtype: str = 'float32', ca
     cache: what the KV cache holds, as Engine.load's: each position sees keys and values as decoding would find them.
   """
   engine = Engine.load(checkpoint, dtype=dtype, cache=cache)
-  total = 0.
+  total = 0.0
   for begin in range(0, len(targets), BATCH_ROWS):
-    rows = targets[begin:begin + BATCH_ROWS]
+    rows = targets[begin : begin + BATCH_ROWS]
     missing = BATCH_ROWS - len(rows)
     rows = np.pad(rows, ((0, missing), (0, 0)))  # one shape, one compilation
     inputs = np.pad(rows, ((0, 0), (1, 0)))[:, :-1]
@@ -101,6 +124,7 @@ def read_tokens(path: str, vocab_size: int) -> np.ndarray:
 def task_tokens(name: str, module: str | None, split: str, vocab_size: int) -> np.ndarray:
   """The first TASK_ROWS targets of a seqio task, trimmed to TASK_LENGTH and padded. Raises UserError."""
   from t5x_inference_ext.runs import tasks  # brings TensorFlow
+
   tasks.import_tasks(module)
   source = tasks.Source(name, {'targets': TASK_LENGTH}, split)
   found = tasks.find_tasks(source)
@@ -119,15 +143,21 @@ def task_tokens(name: str, module: str | None, split: str, vocab_size: int) -> n
 
 def _checked(tokens: np.ndarray, where: str, vocab_size: int) -> np.ndarray:
   if tokens.ndim != 2 or tokens.dtype.kind not in 'iu' or not tokens.any():
-    raise UserError(f'{where}: tokens are whole numbers [rows, length], not all 0, got {tokens.dtype} '
-                    f'{list(tokens.shape)}')
+    raise UserError(
+      f'{where}: tokens are whole numbers [rows, length], not all 0, got {tokens.dtype} '
+      f'{list(tokens.shape)}'
+    )
   if tokens.min() < 0 or tokens.max() >= vocab_size:
-    raise UserError(f'{where} holds token {tokens.max() if tokens.max() >= vocab_size else tokens.min()}, outside the '
-                    f'vocabulary of {vocab_size}')
+    raise UserError(
+      f'{where} holds token {tokens.max() if tokens.max() >= vocab_size else tokens.min()}, outside the '
+      f'vocabulary of {vocab_size}'
+    )
   return tokens.astype(np.int32)
 
 
-def _table(errors: dict[str, dict], losses: dict[str, float], targets: np.ndarray | None) -> Iterator[str]:
+def _table(
+  errors: dict[str, dict], losses: dict[str, float], targets: np.ndarray | None
+) -> Iterator[str]:
   yield f'{"tensor":26}{"max":>12}{"Frobenius":>12}   of max|w|, of ||w||'
   for name, error in errors.items():
     yield f'{name:26}{error["largest"]:12.4%}{error["relative"]:12.4%}'
@@ -139,22 +169,29 @@ def _table(errors: dict[str, dict], losses: dict[str, float], targets: np.ndarra
 
 
 def _plot(pyplot, errors: dict[str, dict], losses: dict[str, float], path: str) -> None:
-  figure, axes = pyplot.subplots(1, 2 if losses else 1, figsize=(12 if losses else 7, 4.5), squeeze=False)
+  figure, axes = pyplot.subplots(
+    1, 2 if losses else 1, figsize=(12 if losses else 7, 4.5), squeeze=False
+  )
   errors_axes = axes[0, 0]
   names = list(errors)
   places = np.arange(len(names))
   for offset, (field, label) in enumerate((('relative', 'Frobenius norm'), ('largest', 'largest'))):
-    errors_axes.barh(places + (offset - .5) * .4, [100 * errors[n][field] for n in names], height=.4, label=label)
+    errors_axes.barh(
+      places + (offset - 0.5) * 0.4,
+      [100 * errors[n][field] for n in names],
+      height=0.4,
+      label=label,
+    )
   errors_axes.set_yticks(places, names)
   errors_axes.invert_yaxis()
-  errors_axes.set_xlabel('rounding error, % of the tensor\'s')
+  errors_axes.set_xlabel("rounding error, % of the tensor's")
   errors_axes.legend()
   if losses:
     first = next(iter(losses.values()))
     labels = [f'{name}\n{value / np.log(2):.5f} bits a token' for name, value in losses.items()]
-    axes[0, 1].barh(labels, [100 * (value / first - 1) for value in losses.values()], height=.5)
+    axes[0, 1].barh(labels, [100 * (value / first - 1) for value in losses.values()], height=0.5)
     axes[0, 1].invert_yaxis()
-    axes[0, 1].axvline(0, color='black', linewidth=.8)
+    axes[0, 1].axvline(0, color='black', linewidth=0.8)
     axes[0, 1].set_xlabel('loss, % above the first')
   figure.tight_layout()
   figure.savefig(path, dpi=120)
@@ -164,6 +201,8 @@ def _plot(pyplot, errors: dict[str, dict], losses: dict[str, float], path: str) 
 def _pyplot():
   check_plots()
   import matplotlib
+
   matplotlib.use('Agg')
   from matplotlib import pyplot
+
   return pyplot

@@ -26,8 +26,12 @@ class Sample(NamedTuple):
 
 
 def completions(
-    engine: Engine, requests: Iterable[tuple[int, Request]], plan: SchedulerConfig, shared: tuple[int, ...] = (),
-    clock: Clock | None = None) -> Iterator[tuple[int, list[Sample]]]:
+  engine: Engine,
+  requests: Iterable[tuple[int, Request]],
+  plan: SchedulerConfig,
+  shared: tuple[int, ...] = (),
+  clock: Clock | None = None,
+) -> Iterator[tuple[int, list[Sample]]]:
   """Each request's samples in the order of its seeds, as soon as all of them have ended: requests not in order.
 
   Args:

@@ -26,7 +26,9 @@ class Asked:
   seed: int | None = None
 
 
-def asked(run: Asked, said: Mapping[str, Any], vocabulary: Vocabulary | None, vocab_size: int) -> Asked:
+def asked(
+  run: Asked, said: Mapping[str, Any], vocabulary: Vocabulary | None, vocab_size: int
+) -> Asked:
   """What a row asks for.
 
   Args:
@@ -43,9 +45,13 @@ def asked(run: Asked, said: Mapping[str, Any], vocabulary: Vocabulary | None, vo
     if name not in KNOWN:
       raise RequestError(f'`sampling` has {name!r}, and can have {", ".join(KNOWN)}')
     kind = FIELDS.get(name, int)
-    number = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
+    number = isinstance(value, (int, float) if kind is float else int) and not isinstance(
+      value, bool
+    )
     if kind in (int, float) and not number:
-      raise RequestError(f'`sampling`: {name} must be a {"number" if kind is float else "whole number"}, got {value!r}')
+      raise RequestError(
+        f'`sampling`: {name} must be a {"number" if kind is float else "whole number"}, got {value!r}'
+      )
   fields = {name: value for name, value in said.items() if name in FIELDS}
   if 'stop' in fields:
     fields['stop'] = _stop(fields['stop'], vocabulary)
@@ -55,7 +61,9 @@ def asked(run: Asked, said: Mapping[str, Any], vocabulary: Vocabulary | None, vo
   stack_params([sampling], vocab_size)
   limit, seed = said.get('max_new_tokens', run.max_new_tokens), said.get('seed', run.seed)
   if not 1 <= limit <= run.max_new_tokens:
-    raise RequestError(f'`sampling`: max_new_tokens must be 1 to {run.max_new_tokens}, the run\'s, got {limit}')
+    raise RequestError(
+      f"`sampling`: max_new_tokens must be 1 to {run.max_new_tokens}, the run's, got {limit}"
+    )
   if seed is not None and not 0 <= seed < 2**32:
     raise RequestError(f'`sampling`: seed must be 0 to 2**32 - 1, got {seed}')
   return Asked(sampling, limit, seed)
@@ -66,12 +74,20 @@ def _stop(value: Any, vocabulary: Vocabulary | None) -> list[list[int]]:
   for item in value if isinstance(value, list) else [value]:
     if isinstance(item, str) and item:
       if vocabulary is None:
-        raise RequestError('`sampling`: stop has a text, and the vocabulary is not known: give --vocabulary, or ids')
+        raise RequestError(
+          '`sampling`: stop has a text, and the vocabulary is not known: give --vocabulary, or ids'
+        )
       found += stop_sequences(vocabulary, item)
-    elif isinstance(item, list) and item and all(isinstance(i, int) and not isinstance(i, bool) for i in item):
+    elif (
+      isinstance(item, list)
+      and item
+      and all(isinstance(i, int) and not isinstance(i, bool) for i in item)
+    ):
       found.append(item)
     else:
-      raise RequestError(f'`sampling`: stop must be a text, or a list of texts and lists of token ids, got {value!r}')
+      raise RequestError(
+        f'`sampling`: stop must be a text, or a list of texts and lists of token ids, got {value!r}'
+      )
   return found
 
 
@@ -79,4 +95,6 @@ def _bias(value: Any) -> dict[int, float]:
   try:
     return {int(token): float(bias) for token, bias in value.items()}
   except (AttributeError, TypeError, ValueError):
-    raise RequestError(f'`sampling`: logit_bias must be an object of token ids and numbers, got {value!r}') from None
+    raise RequestError(
+      f'`sampling`: logit_bias must be an object of token ids and numbers, got {value!r}'
+    ) from None

@@ -9,8 +9,13 @@ import tensorflow as tf
 from t5x_inference_ext.runs.tasks import TaskExample
 
 
-def predicted_row(example: TaskExample, samples: Sequence[tuple[list[int], float]], length: int, vocabulary: seqio.Vocabulary,
-               mode: str) -> dict[str, Any]:
+def predicted_row(
+  example: TaskExample,
+  samples: Sequence[tuple[list[int], float]],
+  length: int,
+  vocabulary: seqio.Vocabulary,
+  mode: str,
+) -> dict[str, Any]:
   """A predicted example.
 
   Args:
@@ -23,7 +28,7 @@ def predicted_row(example: TaskExample, samples: Sequence[tuple[list[int], float
   samples = sorted(samples, key=lambda sample: sample[1])
   ids = np.zeros((len(samples), length), np.int32)
   for row, (tokens, _) in zip(ids, samples):
-    row[:len(tokens)] = tokens
+    row[: len(tokens)] = tokens
   texts = [_json(vocabulary.decode_tf(tf.constant(row)).numpy()) for row in ids]
   scores = [score for _, score in samples]
   if len(samples) == 1:
@@ -38,7 +43,9 @@ def scored_row(example: TaskExample, value: float) -> dict[str, Any]:
 
 
 def _pretokenized(example: TaskExample) -> dict[str, Any]:
-  return {name: _json(value) for name, value in example.task.items() if name.endswith('_pretokenized')}
+  return {
+    name: _json(value) for name, value in example.task.items() if name.endswith('_pretokenized')
+  }
 
 
 def _json(value: Any) -> Any:

@@ -22,12 +22,12 @@ from t5x_inference_ext.runs import batches, loading, refill, task_rows
 from t5x_inference_ext.runs.journal import FileSystem, Journal
 from t5x_inference_ext.runs.progress import print_on_main, progress
 from t5x_inference_ext.runs.tasks import (
-    Source,
-    TaskExample,
-    check_source,
-    check_vocabularies,
-    examples,
-    find_tasks,
+  Source,
+  TaskExample,
+  check_source,
+  check_vocabularies,
+  examples,
+  find_tasks,
 )
 from t5x_inference_ext.runs.tasks import import_tasks, prompt, vocabulary_text
 
@@ -37,39 +37,39 @@ SCORED_BATCHES = 128  # examples that are sorted by length together
 
 
 def infer(
-    *,
-    mixture_or_task_name: str | seqio.Task | seqio.Mixture,
-    task_feature_lengths: Mapping[str, int],
-    checkpoint_path: str,
-    output_dir: str,
-    module: str | None = None,
-    split: str = 'test',
-    use_cached: bool = False,
-    mode: str = 'predict',
-    max_new_tokens: int | None = None,
-    sampling: SamplingParams = SamplingParams(),
-    num_decodes: int = 1,
-    stop: Sequence[str] = (),
-    seed: int = 0,
-    mesh: str | None = None,
-    prefill_layout: str = 'ws_2d/batch',
-    decode_layout: str = 'ws_2d/batch',
-    scan_layers: bool | None = None,
-    dtype: str = 'bfloat16',
-    cache: str | None = None,
-    batch_size: int = 32,
-    batching: str = 'continuous',
-    prefill_chunk: int = 256,
-    prefill_budget: int = 2048,
-    model_config: ModelConfig | None = None,
-    norm_scale: str | None = None,
-    shard_id: int = 0,
-    num_shards: int = 1,
-    coordinator_address: str | None = None,
-    num_processes: int | None = None,
-    process_id: int | None = None,
-    config_text: str = '',
-    explain_layout: bool = False,
+  *,
+  mixture_or_task_name: str | seqio.Task | seqio.Mixture,
+  task_feature_lengths: Mapping[str, int],
+  checkpoint_path: str,
+  output_dir: str,
+  module: str | None = None,
+  split: str = 'test',
+  use_cached: bool = False,
+  mode: str = 'predict',
+  max_new_tokens: int | None = None,
+  sampling: SamplingParams = SamplingParams(),
+  num_decodes: int = 1,
+  stop: Sequence[str] = (),
+  seed: int = 0,
+  mesh: str | None = None,
+  prefill_layout: str = 'ws_2d/batch',
+  decode_layout: str = 'ws_2d/batch',
+  scan_layers: bool | None = None,
+  dtype: str = 'bfloat16',
+  cache: str | None = None,
+  batch_size: int = 32,
+  batching: str = 'continuous',
+  prefill_chunk: int = 256,
+  prefill_budget: int = 2048,
+  model_config: ModelConfig | None = None,
+  norm_scale: str | None = None,
+  shard_id: int = 0,
+  num_shards: int = 1,
+  coordinator_address: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+  config_text: str = '',
+  explain_layout: bool = False,
 ) -> None:
   """Predicts or scores every example of a task or mixture; gin binds the arguments (configs/runs/infer.gin).
 
@@ -107,32 +107,63 @@ def infer(
   """
   distributed.initialize(coordinator_address, num_processes, process_id)
   with contextlib.suppress(RuntimeError):  # already in use by the user's own module
-    tf.config.set_visible_devices([], 'GPU')  # TensorFlow would reserve the memory of devices that are jax's
+    tf.config.set_visible_devices(
+      [], 'GPU'
+    )  # TensorFlow would reserve the memory of devices that are jax's
   with distributed.together():
     import_tasks(module)
-    source = Source(mixture_or_task_name, task_feature_lengths, split, use_cached, seed, shard_id, num_shards)
+    source = Source(
+      mixture_or_task_name, task_feature_lengths, split, use_cached, seed, shard_id, num_shards
+    )
     tasks = find_tasks(source)
     check_source(source, mode, tasks)
     options = loading.InferOptions(
-        checkpoint=checkpoint_path, mode=mode, mesh=mesh, dtype=dtype, cache=cache,
-        prefill_layout=prefill_layout, decode_layout=decode_layout, norm_scale=norm_scale, config=model_config,
-        batch_size=batch_size, sampling=sampling, num_decodes=num_decodes, stop=stop, seed=seed, scan_layers=scan_layers,
-        batching=batching, prefill_chunk=prefill_chunk, prefill_budget=prefill_budget,
-        **_limits(sum(task_feature_lengths.values()), max_new_tokens))
+      checkpoint=checkpoint_path,
+      mode=mode,
+      mesh=mesh,
+      dtype=dtype,
+      cache=cache,
+      prefill_layout=prefill_layout,
+      decode_layout=decode_layout,
+      norm_scale=norm_scale,
+      config=model_config,
+      batch_size=batch_size,
+      sampling=sampling,
+      num_decodes=num_decodes,
+      stop=stop,
+      seed=seed,
+      scan_layers=scan_layers,
+      batching=batching,
+      prefill_chunk=prefill_chunk,
+      prefill_budget=prefill_budget,
+      **_limits(sum(task_feature_lengths.values()), max_new_tokens),
+    )
     if explain_layout:
-      loading.explain_layout(options, task_feature_lengths['targets' if mode == 'score' else 'inputs'])
+      loading.explain_layout(
+        options, task_feature_lengths['targets' if mode == 'score' else 'inputs']
+      )
       return
     checkpoint, devices = loading.open_model(options)
     check_vocabularies(source, tasks, checkpoint.config.vocab_size)
     for task in tasks:
       _of_task(options, task, checkpoint.config)
   distributed.check_same(
-      options=options, tasks=source._replace(name=[task.name for task in tasks]), checkpoint=checkpoint.notes)
+    options=options,
+    tasks=source._replace(name=[task.name for task in tasks]),
+    checkpoint=checkpoint.notes,
+  )
   # The output directory may be process 0's alone.
-  completed = distributed.from_main(lambda: [
-      task.name for task in tasks if gfile.exists(output_path(task.name, source, mode, output_dir) + '.COMPLETED')])
+  completed = distributed.from_main(
+    lambda: [
+      task.name
+      for task in tasks
+      if gfile.exists(output_path(task.name, source, mode, output_dir) + '.COMPLETED')
+    ]
+  )
   for name in completed:
-    print_on_main(f'{name}: {output_path(name, source, mode, output_dir)}.COMPLETED exists, skipped')
+    print_on_main(
+      f'{name}: {output_path(name, source, mode, output_dir)}.COMPLETED exists, skipped'
+    )
   todo = [task for task in tasks if task.name not in completed]
   if not todo:
     return
@@ -141,7 +172,9 @@ def infer(
       gfile.makedirs(output_dir)
     with _output(os.path.join(output_dir, 'config.gin')) as file:
       file.write(config_text)
-  engine = loading.load_engine(options, checkpoint, devices, lambda jobs: progress(jobs, 'loading weights', len(jobs)))
+  engine = loading.load_engine(
+    options, checkpoint, devices, lambda jobs: progress(jobs, 'loading weights', len(jobs))
+  )
   record = loading.description(options, engine)
   with distributed.together():
     for task in todo:
@@ -158,36 +191,56 @@ def _limits(length: int, max_new_tokens: int | None) -> dict[str, int]:
   return {'max_new_tokens': length, 'max_length': length, 'cache_length': length}
 
 
-def _of_task(options: loading.InferOptions, task: seqio.Task, config: ModelConfig) -> loading.InferOptions:
+def _of_task(
+  options: loading.InferOptions, task: seqio.Task, config: ModelConfig
+) -> loading.InferOptions:
   """The options with the texts that end rows in the task's own ids."""
-  return loading.with_vocabulary(options, task.output_features['targets'].vocabulary, config.vocab_size)
+  return loading.with_vocabulary(
+    options, task.output_features['targets'].vocabulary, config.vocab_size
+  )
 
 
-def infer_task(task: seqio.Task, source: Source, options: loading.InferOptions, engine: Engine, output_dir: str,
-               say: Callable[[str], None] = print_on_main) -> batches.Clock:
+def infer_task(
+  task: seqio.Task,
+  source: Source,
+  options: loading.InferOptions,
+  engine: Engine,
+  output_dir: str,
+  say: Callable[[str], None] = print_on_main,
+) -> batches.Clock:
   """Runs one task and writes its file, `<task>-<mode>.jsonl-SSSSS-of-NNNNN`, then `.COMPLETED` beside it."""
   path = output_path(task.name, source, options.mode, output_dir)
   options = _of_task(options, task, engine.model.config)
   rows = examples(task, source)
   first = list(itertools.islice(rows, options.batch_size))
   if not first:
-    raise RequestError(f'task {task.name} has no examples in split {source.split!r}'
-                       + (f', shard {source.shard} of {source.num_shards}' if source.num_shards > 1 else ''))
+    raise RequestError(
+      f'task {task.name} has no examples in split {source.split!r}'
+      + (f', shard {source.shard} of {source.num_shards}' if source.num_shards > 1 else '')
+    )
   # Fewer examples than a batch: a smaller one does.
   say(f'vocabulary: {vocabulary_text(task)}')
   samples = len(first) * options.num_decodes
-  batch = loading.batch_rows(options, engine, samples if len(first) < options.batch_size else None,
-                             (lambda text: None) if options.continuous and options.mode != 'score' else say)
+  batch = loading.batch_rows(
+    options,
+    engine,
+    samples if len(first) < options.batch_size else None,
+    (lambda text: None) if options.continuous and options.mode != 'score' else say,
+  )
   checkpoint = engine.checkpoint
-  journal = Journal(f'{path}.unfinished', (options, source._replace(name=task.name), checkpoint.path, checkpoint.step),
-                    FileSystem(gfile.GFile, gfile.exists, gfile.remove))
+  journal = Journal(
+    f'{path}.unfinished',
+    (options, source._replace(name=task.name), checkpoint.path, checkpoint.step),
+    FileSystem(gfile.GFile, gfile.exists, gfile.remove),
+  )
   if journal.done:
     say(f'resumed: {len(journal.done)} rows were done when an earlier run ended')
   clock = batches.Clock()
   work = distributed.lockstep(_batched(enumerate(itertools.chain(first, rows)), batch), _features)
   todo = ((row, example) for some in work for row, example in some if row not in journal.done)
   results = {'score': _scores, 'predict': _predictions}[options.mode.partition('_')[0]](
-      todo, task, source, options, engine, batch, clock, say)
+    todo, task, source, options, engine, batch, clock, say
+  )
   with contextlib.closing(journal.keep(results)) as kept:
     for _ in progress(kept, task.name, None):
       pass
@@ -206,7 +259,9 @@ def infer_task(task: seqio.Task, source: Source, options: loading.InferOptions, 
 
 
 def output_path(name: str, source: Source, mode: str, output_dir: str) -> str:
-  return os.path.join(output_dir, f'{name}-{mode}.jsonl-{source.shard:05}-of-{source.num_shards:05}')
+  return os.path.join(
+    output_dir, f'{name}-{mode}.jsonl-{source.shard:05}-of-{source.num_shards:05}'
+  )
 
 
 def _output(path: str) -> gfile.GFile:
@@ -216,7 +271,10 @@ def _output(path: str) -> gfile.GFile:
 
 def _features(batch: list[tuple[int, TaskExample]]) -> list[list]:
   """What the model is given, the same in all processes."""
-  return [[(name, value.tolist()) for name, value in sorted(example.model.items())] for _, example in batch]
+  return [
+    [(name, value.tolist()) for name, value in sorted(example.model.items())]
+    for _, example in batch
+  ]
 
 
 def _scores(todo, task, source, options, engine, batch, clock, say) -> Iterator[tuple[int, dict]]:
@@ -225,17 +283,24 @@ def _scores(todo, task, source, options, engine, batch, clock, say) -> Iterator[
   tokens = batch * sum(source.feature_lengths.values())
   for some in _batched(todo, SCORED_BATCHES * batch):
     found = batches.score_batches(engine, [_scored(example) for _, example in some], tokens, clock)
-    yield from ((some[item][0], task_rows.scored_row(some[item][1], float(np.sum(scores)))) for item, scores in found)
+    yield from (
+      (some[item][0], task_rows.scored_row(some[item][1], float(np.sum(scores))))
+      for item, scores in found
+    )
 
 
 def _scored(example: TaskExample) -> scoring.ScoringExample:
   """Up to the last position that counts."""
-  features = [example.model[f'decoder_{name}'] for name in ('input_tokens', 'target_tokens', 'loss_weights')]
+  features = [
+    example.model[f'decoder_{name}'] for name in ('input_tokens', 'target_tokens', 'loss_weights')
+  ]
   length = int(np.max(np.flatnonzero(features[2]), initial=-1)) + 1
   return scoring.ScoringExample(*(x[:length] for x in features))
 
 
-def _predictions(todo, task, source, options, engine, batch, clock, say) -> Iterator[tuple[int, dict]]:
+def _predictions(
+  todo, task, source, options, engine, batch, clock, say
+) -> Iterator[tuple[int, dict]]:
   """The same of predictions, in order or as they end."""
   vocabulary = task.output_features['targets'].vocabulary
   examples_ = {}  # those on their way
@@ -248,24 +313,41 @@ def _predictions(todo, task, source, options, engine, batch, clock, say) -> Iter
   run = _refilled if options.continuous else _batches
   # T5X's predictions have the length of the whole sequence: vocabularies that decode padding would show it.
   length = max(sum(source.feature_lengths.values()), options.max_new_tokens)
-  for row, samples in run(prompts(), source, options, engine, batch, clock, say, vocabulary.eos_id or EOS_ID):
+  for row, samples in run(
+    prompts(), source, options, engine, batch, clock, say, vocabulary.eos_id or EOS_ID
+  ):
     samples = [(options.sampling.before_stop(tokens), score) for tokens, score in samples]
-    yield row, task_rows.predicted_row(examples_.pop(row), samples, length, vocabulary, options.mode)
+    yield (
+      row,
+      task_rows.predicted_row(examples_.pop(row), samples, length, vocabulary, options.mode),
+    )
 
 
 def _batches(prompts, source, options, engine, batch, clock, say, eos_id):
   del say
-  shape = batches.BatchShape(batch, source.feature_lengths['inputs'], options.cache_length, options.max_length)
+  shape = batches.BatchShape(
+    batch, source.feature_lengths['inputs'], options.cache_length, options.max_length
+  )
   for row, sample in batches.generate_batches(
-      engine, _batched(prompts, batch), shape, clock, max_new_tokens=options.max_new_tokens, sampling=options.sampling,
-      seed=options.seed, eos_id=eos_id):
+    engine,
+    _batched(prompts, batch),
+    shape,
+    clock,
+    max_new_tokens=options.max_new_tokens,
+    sampling=options.sampling,
+    seed=options.seed,
+    eos_id=eos_id,
+  ):
     yield row, [sample]
 
 
 def _refilled(prompts, source, options, engine, batch, clock, say, eos_id):
   def request(row, tokens):
-    limit = options.max_new_tokens if options.max_length is None else min(
-        options.max_new_tokens, options.max_length - len(tokens))
+    limit = (
+      options.max_new_tokens
+      if options.max_length is None
+      else min(options.max_new_tokens, options.max_length - len(tokens))
+    )
     seeds = batches.row_seeds(options.seed, row, options.num_decodes)
     return row, Request((BOS_ID, *tokens), seeds, limit, options.sampling)
 
@@ -275,10 +357,20 @@ def _refilled(prompts, source, options, engine, batch, clock, say, eos_id):
     return
   longest = source.feature_lengths['inputs'] + 1
   size = options.max_length or longest - 1 + options.max_new_tokens
-  plan, shared = scheduler_config.config_for(engine.model, [r for _, r in first], slots=batch, prompt=longest, size=size, eos_id=eos_id,
-                            chunk=options.prefill_chunk, budget=options.prefill_budget)
+  plan, shared = scheduler_config.config_for(
+    engine.model,
+    [r for _, r in first],
+    slots=batch,
+    prompt=longest,
+    size=size,
+    eos_id=eos_id,
+    chunk=options.prefill_chunk,
+    budget=options.prefill_budget,
+  )
   loading.say_slots(options, plan, shared, engine.model, say)
-  for row, samples in refill.completions(engine, itertools.chain(first, requests), plan, shared, clock):
+  for row, samples in refill.completions(
+    engine, itertools.chain(first, requests), plan, shared, clock
+  ):
     yield row, [(sample.tokens, sample.score) for sample in samples]
 
 

@@ -49,7 +49,8 @@ def import_tasks(module: str | None) -> None:
     importlib.import_module(module)
   except ModuleNotFoundError as error:
     raise RequestError(
-        f'MIXTURE_OR_TASK_MODULE={module} can\'t be imported ({error}): is its directory on PYTHONPATH?') from error
+      f"MIXTURE_OR_TASK_MODULE={module} can't be imported ({error}): is its directory on PYTHONPATH?"
+    ) from error
 
 
 def find_tasks(source: Source) -> list[seqio.Task]:
@@ -61,30 +62,42 @@ def find_tasks(source: Source) -> list[seqio.Task]:
     close = difflib.get_close_matches(source.name, known, n=5, cutoff=0.5)
     hint = f'did you mean {" or ".join(close)}?' if close else f'{len(known)} are registered'
     raise RequestError(
-        f'no seqio task or mixture is called {source.name!r}: {hint} (MIXTURE_OR_TASK_MODULE names the module that '
-        'registers it)')
+      f'no seqio task or mixture is called {source.name!r}: {hint} (MIXTURE_OR_TASK_MODULE names the module that '
+      'registers it)'
+    )
   return list(seqio.get_subtasks(seqio.get_mixture_or_task(source.name)))
 
 
 def check_source(source: Source, mode: str, tasks: list[seqio.Task]) -> None:
   """Raises RequestError for lengths, features and splits that can't work."""
   lengths = source.feature_lengths
-  if not isinstance(lengths, Mapping) or 'targets' not in lengths or not all(
-      isinstance(n, int) and n > 0 for n in lengths.values()):
-    raise RequestError("TASK_FEATURE_LENGTHS must give positive lengths of 'inputs' and 'targets', such as "
-                       f"{{'inputs': 48, 'targets': 16}}, got {lengths!r}")
+  if (
+    not isinstance(lengths, Mapping)
+    or 'targets' not in lengths
+    or not all(isinstance(n, int) and n > 0 for n in lengths.values())
+  ):
+    raise RequestError(
+      "TASK_FEATURE_LENGTHS must give positive lengths of 'inputs' and 'targets', such as "
+      f"{{'inputs': 48, 'targets': 16}}, got {lengths!r}"
+    )
   if mode != 'score' and 'inputs' not in lengths:
-    raise RequestError(f"mode {mode} continues the task's inputs, and TASK_FEATURE_LENGTHS has no 'inputs': add it, or "
-                       'use mode score')
+    raise RequestError(
+      f"mode {mode} continues the task's inputs, and TASK_FEATURE_LENGTHS has no 'inputs': add it, or "
+      'use mode score'
+    )
   for task in tasks:
     if source.split.split('[')[0] not in task.splits:  # TFDS takes slices, such as test[:100]
-      raise RequestError(f'task {task.name} has no split {source.split!r}; it has {", ".join(sorted(task.splits))}')
+      raise RequestError(
+        f'task {task.name} has no split {source.split!r}; it has {", ".join(sorted(task.splits))}'
+      )
     for name in lengths:
       if name not in task.output_features:
         known = ', '.join(sorted(task.output_features))
         raise RequestError(f'task {task.name} has no feature {name!r}; it has {known}')
   if not 0 <= source.shard < source.num_shards:
-    raise RequestError(f'shard_id must be 0 to num_shards - 1 = {source.num_shards - 1}, got {source.shard}')
+    raise RequestError(
+      f'shard_id must be 0 to num_shards - 1 = {source.num_shards - 1}, got {source.shard}'
+    )
 
 
 def check_vocabularies(source: Source, tasks: list[seqio.Task], vocab_size: int) -> None:
@@ -93,8 +106,10 @@ def check_vocabularies(source: Source, tasks: list[seqio.Task], vocab_size: int)
     for name in source.feature_lengths:
       size = task.output_features[name].vocabulary.vocab_size
       if size > vocab_size:
-        raise RequestError(f'the vocabulary of {name} of task {task.name} has {size} ids and the model {vocab_size} '
-                           'rows: it is not the vocabulary that this model was trained with')
+        raise RequestError(
+          f'the vocabulary of {name} of task {task.name} has {size} ids and the model {vocab_size} '
+          'rows: it is not the vocabulary that this model was trained with'
+        )
 
 
 def vocabulary_text(task: seqio.Task) -> str:
@@ -106,14 +121,21 @@ def vocabulary_text(task: seqio.Task) -> str:
 def examples(task: seqio.Task, source: Source) -> Iterator[TaskExample]:
   """The task's examples as T5X's infer reads them, converted by seqio as for a decoder-only model, unpacked."""
   ds = task.get_dataset(
-      sequence_length=source.feature_lengths, split=source.split, shuffle=False, num_epochs=1,
-      shard_info=seqio.ShardInfo(index=source.shard, num_shards=source.num_shards), use_cached=source.use_cached,
-      seed=source.seed)
-  model_ds = seqio.DecoderFeatureConverter(pack=False)(ds, task_feature_lengths=source.feature_lengths)
+    sequence_length=source.feature_lengths,
+    split=source.split,
+    shuffle=False,
+    num_epochs=1,
+    shard_info=seqio.ShardInfo(index=source.shard, num_shards=source.num_shards),
+    use_cached=source.use_cached,
+    seed=source.seed,
+  )
+  model_ds = seqio.DecoderFeatureConverter(pack=False)(
+    ds, task_feature_lengths=source.feature_lengths
+  )
   return itertools.starmap(TaskExample, tf.data.Dataset.zip((ds, model_ds)).as_numpy_iterator())
 
 
 def prompt(example: TaskExample) -> list[int]:
   """The tokens that T5X's predict continues: the inputs without BOS, up to the padding."""
   inputs = example.model['decoder_input_tokens'] * example.model['decoder_causal_attention']
-  return inputs[1:][:np.count_nonzero(inputs[1:])].tolist()
+  return inputs[1:][: np.count_nonzero(inputs[1:])].tolist()

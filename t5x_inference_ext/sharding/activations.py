@@ -49,13 +49,17 @@ class ActivationSharding:
   @property
   def residual(self) -> tuple[Axes, Axes, Axes]:
     """The axes that split the dimensions of the residual stream [B, T, E]."""
-    return tuple(axes + (self.layout.hidden_axes if dim == self.residual_dim else ())
-                 for dim, axes in enumerate((self.rows, self.positions, self.layout.embed_axes)))
+    return tuple(
+      axes + (self.layout.hidden_axes if dim == self.residual_dim else ())
+      for dim, axes in enumerate((self.rows, self.positions, self.layout.embed_axes))
+    )
 
   @property
   def cache(self) -> P:
     """[B, S, K, Q]; one key head in all is whole on every device that splits heads."""
-    return P(self.attention_rows, None, None if self.heads.multiquery else self.attention_heads, None)
+    return P(
+      self.attention_rows, None, None if self.heads.multiquery else self.attention_heads, None
+    )
 
   def sums_into(self, block_part: BlockPart) -> int | None:
     """The dimension of tokens [B, T] that one collective splits all columns of a sublayer over, the embed axes' part.
@@ -65,7 +69,9 @@ class ActivationSharding:
     embed = set(self.layout.embed_axes)
     dims = [self.mlp_dim] if block_part.mlp else []
     if block_part.attention:
-      dims.append(0 if embed & set(self.attention_rows) else 1 if embed & set(self.attention_positions) else 2)
+      dims.append(
+        0 if embed & set(self.attention_rows) else 1 if embed & set(self.attention_positions) else 2
+      )
     return dims[0] if embed and len(set(dims)) == 1 and dims[0] < 2 else None
 
   @property
@@ -79,8 +85,14 @@ class ActivationSharding:
     return tuple(a for a in self.layout.hidden_axes if a in self.attention_positions)
 
 
-def shard_activations(layout: Layout, config: ModelConfig, mesh: Mapping[str, int], batch: int, length: int,
-          cached: bool = False) -> ActivationSharding:
+def shard_activations(
+  layout: Layout,
+  config: ModelConfig,
+  mesh: Mapping[str, int],
+  batch: int,
+  length: int,
+  cached: bool = False,
+) -> ActivationSharding:
   """Resolves a layout.
 
   Args:
@@ -98,9 +110,10 @@ def shard_activations(layout: Layout, config: ModelConfig, mesh: Mapping[str, in
   if length % num_shards(positions, mesh):
     chips = num_shards(layout.gathered_axes, mesh)
     raise MeshError(
-        f'{layout} splits tokens over {chips} devices of the mesh {shape_text(mesh)}, and {batch} rows of {length} do '
-        f'not divide: use a batch that is a multiple of {chips}' +
-        (', or a weight-stationary layout (ws_2d) for decode' if length == 1 else ''))
+      f'{layout} splits tokens over {chips} devices of the mesh {shape_text(mesh)}, and {batch} rows of {length} do '
+      f'not divide: use a batch that is a multiple of {chips}'
+      + (', or a weight-stationary layout (ws_2d) for decode' if length == 1 else '')
+    )
   hidden, embed = layout.hidden_axes, layout.embed_axes
   more: Axes = ()
   if layout.attention == 'batch':
@@ -126,8 +139,17 @@ def shard_activations(layout: Layout, config: ModelConfig, mesh: Mapping[str, in
   # Looped collectives cut the dimension that the product sums over: whole rows would be few for each step.
   residual_dim = 2 if layout.ring_directions else _token_dim(tokens, num_shards(hidden, mesh))
   return ActivationSharding(
-      layout, rows, gathered, residual_dim, _token_dim(tokens, num_shards(embed, mesh)), rows + more, heads, positions, joined,
-      AttentionHeads(stored, blocks, cut, config.num_kv_heads == 1))
+    layout,
+    rows,
+    gathered,
+    residual_dim,
+    _token_dim(tokens, num_shards(embed, mesh)),
+    rows + more,
+    heads,
+    positions,
+    joined,
+    AttentionHeads(stored, blocks, cut, config.num_kv_heads == 1),
+  )
 
 
 def padded_length(layout: Layout, mesh: Mapping[str, int], batch: int, length: int) -> int:
@@ -149,7 +171,9 @@ def padded_batch(decode: Layout, batch: int, mesh: Mapping[str, int]) -> int:
   gathers over.
   """
   gathered = num_shards(decode.gathered_axes, mesh)
-  candidates = _row_axes(decode.embed_axes, decode.hidden_axes) if decode.attention == 'batch' else [()]
+  candidates = (
+    _row_axes(decode.embed_axes, decode.hidden_axes) if decode.attention == 'batch' else [()]
+  )
   sizes = [num_shards(c, mesh) for c in candidates]
   rows = itertools.count(-(-batch // gathered))
   return gathered * next(n for n in rows if n % max(s for s in sizes if s <= n) == 0)
@@ -160,7 +184,11 @@ def _whole_heads(stored: HeadSplit, hidden: Axes, rows: Axes, mesh: Mapping[str,
   here = stored.shards // num_shards(hidden, mesh)
   left = tuple(a for a in hidden if a not in rows)
   taken = num_shards(tuple(a for a in hidden if a in rows), mesh)
-  return next(left[i:] for i in range(len(left), -1, -1) if here * taken * num_shards(left[i:], mesh) % stored.pieces == 0)
+  return next(
+    left[i:]
+    for i in range(len(left), -1, -1)
+    if here * taken * num_shards(left[i:], mesh) % stored.pieces == 0
+  )
 
 
 def _token_axes(layout: Layout, batch: int, mesh: Mapping[str, int]) -> tuple[Axes, Axes]:
@@ -187,7 +215,10 @@ def _filled(candidates, batch: int, mesh: Mapping[str, int]) -> Axes:
 
   Of equals one with x: heads can take the other axes, while x, over which products are partial sums, would be idle.
   """
-  return max((c for c in candidates if batch % num_shards(c, mesh) == 0), key=lambda c: (num_shards(c, mesh), 'x' in c))
+  return max(
+    (c for c in candidates if batch % num_shards(c, mesh) == 0),
+    key=lambda c: (num_shards(c, mesh), 'x' in c),
+  )
 
 
 def _subsets(axes: Axes):

@@ -18,17 +18,19 @@ Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 STACKED = 'layers'
 # 'hidden' is the width between the matrices: MLP columns and heads, block by block. 'features' is d_model unsplit.
 WEIGHT_AXES = {
-    'embedding': ('vocab', 'embed'),
-    'w_in': ('embed', 'hidden'),
-    'w_out': ('hidden', 'embed'),
-    'in_scale': ('hidden',),
-    **dict.fromkeys(('out_scale', 'norm', 'norm_bias', 'final_norm', 'final_norm_bias'), ('features',)),
+  'embedding': ('vocab', 'embed'),
+  'w_in': ('embed', 'hidden'),
+  'w_out': ('hidden', 'embed'),
+  'in_scale': ('hidden',),
+  **dict.fromkeys(
+    ('out_scale', 'norm', 'norm_bias', 'final_norm', 'final_norm_bias'), ('features',)
+  ),
 }
 ACTIVATION_AXES = {
-    'residual': ('residual_rows', 'residual_positions', 'residual'),
-    'mlp': ('rows', 'positions', 'mlp'),
-    'queries': ('attention_rows', 'attention_positions', 'attention_heads', 'd_head'),
-    'cache': ('attention_rows', 'cache_positions', 'kv_heads', 'd_head'),
+  'residual': ('residual_rows', 'residual_positions', 'residual'),
+  'mlp': ('rows', 'positions', 'mlp'),
+  'queries': ('attention_rows', 'attention_positions', 'attention_heads', 'd_head'),
+  'cache': ('attention_rows', 'cache_positions', 'kv_heads', 'd_head'),
 }
 
 
@@ -45,22 +47,29 @@ def weight_axes(name: str, stacked: bool = False) -> tuple[str, ...]:
 
 def weight_rules(layout: Layout) -> Rules:
   """The rules of weights as stored: those of both phases, since two phases share one set of weights."""
-  return ((STACKED, None), *_rules((
-      (WEIGHT_AXES['embedding'], layout.embedding),
-      (WEIGHT_AXES['w_in'], layout.input_matrix),
-      (WEIGHT_AXES['norm'], layout.vector),
-  )))
+  return (
+    (STACKED, None),
+    *_rules(
+      (
+        (WEIGHT_AXES['embedding'], layout.embedding),
+        (WEIGHT_AXES['w_in'], layout.input_matrix),
+        (WEIGHT_AXES['norm'], layout.vector),
+      )
+    ),
+  )
 
 
 def activation_rules(sharding: ActivationSharding) -> Rules:
   """The rules of activations and KV cache in one phase, for the placement's rows and positions."""
   queries = P(sharding.attention_rows, sharding.attention_positions, sharding.attention_heads)
-  return _rules((
+  return _rules(
+    (
       (ACTIVATION_AXES['residual'], P(*sharding.residual)),
       (ACTIVATION_AXES['mlp'], P(sharding.rows, sharding.positions, sharding.layout.hidden_axes)),
       (ACTIVATION_AXES['queries'], queries),
       (ACTIVATION_AXES['cache'], sharding.cache),
-  ))
+    )
+  )
 
 
 def logical_axis_rules(layout: Layout, sharding: ActivationSharding | None = None) -> Rules:

@@ -65,21 +65,34 @@ class Pass:
   weight: int
 
   @classmethod
-  def of(cls, config: ModelConfig, layout: Layout, mesh: Mapping[str, int], tokens: int, activation: int,
-         weight: int) -> 'Pass':
+  def of(
+    cls,
+    config: ModelConfig,
+    layout: Layout,
+    mesh: Mapping[str, int],
+    tokens: int,
+    activation: int,
+    weight: int,
+  ) -> 'Pass':
     """Of B T `tokens` in all. Raises ValueError where they do not divide over N."""
     devices = num_shards(layout.gathered_axes, mesh)
     if tokens % devices:
       raise ValueError(f'{layout} splits tokens over {devices} devices, and {tokens} do not divide')
     return cls(config, layout, mesh, tokens // devices, activation, weight)
 
-  def move(self, name: str, kind: str, axes: Axes, count: int, width: int, looped: bool = False) -> list[Collective]:
+  def move(
+    self, name: str, kind: str, axes: Axes, count: int, width: int, looped: bool = False
+  ) -> list[Collective]:
     """`count` elements of `width` bytes, as Move.bytes counts them."""
     axes = tuple(a for a in axes if self.mesh[a] > 1)
     directions = self.layout.ring_directions if looped else 0
-    return [Collective(name, kind, axes, self.size(axes), count * width, directions)] if axes else []
+    return (
+      [Collective(name, kind, axes, self.size(axes), count * width, directions)] if axes else []
+    )
 
-  def activations(self, name: str, kind: str, axes: Axes, count: int, looped: bool = False) -> list[Collective]:
+  def activations(
+    self, name: str, kind: str, axes: Axes, count: int, looped: bool = False
+  ) -> list[Collective]:
     """`count` elements of activations."""
     return self.move(name, kind, axes, count, self.activation, looped)
 

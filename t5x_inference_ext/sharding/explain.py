@@ -15,10 +15,10 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec as P
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.sharding import activations, axis_rules, traffic
 from t5x_inference_ext.sharding.packing import (
-    PackedPart,
-    PackedTensor,
-    packed_tensors,
-    tensor_dtype,
+  PackedPart,
+  PackedTensor,
+  packed_tensors,
+  tensor_dtype,
 )
 from t5x_inference_ext.sharding.layout import Axes, Layout, check_pair, num_shards
 from t5x_inference_ext.sharding.mesh import AXES
@@ -26,7 +26,12 @@ from t5x_inference_ext.sharding.activations import ActivationSharding
 from t5x_inference_ext.quantization.kv import whole_tiles
 
 # The dimensions of weights by field name; all others are vectors [E].
-_DIMS = {'embedding': ('V', 'E'), 'w_in': ('E', 'columns'), 'w_out': ('rows', 'E'), 'in_scale': ('columns',)}
+_DIMS = {
+  'embedding': ('V', 'E'),
+  'w_in': ('E', 'columns'),
+  'w_out': ('rows', 'E'),
+  'in_scale': ('columns',),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +165,9 @@ class Explanation:
   @property
   def cache(self) -> tuple[ExplainedTensor, ...]:
     """The KV cache, as decode holds it."""
-    return tuple(t for t in self.phases[1].tensors if t.name in ('cache', 'cache scales', 'cache lengths'))
+    return tuple(
+      t for t in self.phases[1].tensors if t.name in ('cache', 'cache scales', 'cache lengths')
+    )
 
   @property
   def cache_bytes(self) -> int:
@@ -180,32 +187,57 @@ def explain_setting(setting: ExplainSetting) -> Explanation:
   length = activations.padded_length(s.prefill, s.mesh, s.rows, s.prompt_length)
   prefill = activations.shard_activations(s.prefill, s.config, s.mesh, s.rows, length)
   decode = activations.shard_activations(s.decode, s.config, s.mesh, s.rows, 1)
-  blocks = {name: tuple(_block(s, part) for part in t.parts) for name, t in tensors.items() if len(t.shape) == 2}
+  blocks = {
+    name: tuple(_block(s, part) for part in t.parts)
+    for name, t in tensors.items()
+    if len(t.shape) == 2
+  }
   return Explanation(
-      s, tuple(_weight(s, name, t) for name, t in tensors.items()), blocks,
-      (_phase(s, 'prefill', prefill, length, tensors), _phase(s, 'decode', decode, 1, tensors)),
-      _moved(s, prefill, decode))
+    s,
+    tuple(_weight(s, name, t) for name, t in tensors.items()),
+    blocks,
+    (_phase(s, 'prefill', prefill, length, tensors), _phase(s, 'decode', decode, 1, tensors)),
+    _moved(s, prefill, decode),
+  )
 
 
 def _tensor(s: ExplainSetting, name, dims, axes, shape, dtype, spec, arrays=1) -> ExplainedTensor:
   mesh = AbstractMesh(tuple(s.mesh[a] for a in AXES), AXES)
   shard = NamedSharding(mesh, spec).shard_shape(tuple(shape))
-  return ExplainedTensor(name, tuple(dims), tuple(axes), tuple(shape), dtype, spec, arrays,
-                arrays * math.prod(shard) * jax.numpy.dtype(dtype).itemsize)
+  return ExplainedTensor(
+    name,
+    tuple(dims),
+    tuple(axes),
+    tuple(shape),
+    dtype,
+    spec,
+    arrays,
+    arrays * math.prod(shard) * jax.numpy.dtype(dtype).itemsize,
+  )
 
 
 def _layered(s: ExplainSetting, name, dims, axes, shape, dtype, spec, arrays=1) -> ExplainedTensor:
   """A tensor of every layer: one array with all of them, or one a layer."""
   if not s.stacked:
     return _tensor(s, name, dims, axes, shape, dtype, spec, arrays * s.config.num_layers)
-  return _tensor(s, name, ('L', *dims), (axis_rules.STACKED, *axes), (s.config.num_layers, *shape), dtype, P(None, *spec),
-                 arrays)
+  return _tensor(
+    s,
+    name,
+    ('L', *dims),
+    (axis_rules.STACKED, *axes),
+    (s.config.num_layers, *shape),
+    dtype,
+    P(None, *spec),
+    arrays,
+  )
 
 
 def _weight(s: ExplainSetting, name: str, tensor: PackedTensor) -> ExplainedTensor:
   dims = _DIMS.get(name.rpartition('/')[2], ('E',))
   make = _layered if tensor.per_layer else _tensor
-  return make(s, name, dims, axis_rules.weight_axes(name), tensor.shape, _dtype(s, tensor), tensor.spec)
+  return make(
+    s, name, dims, axis_rules.weight_axes(name), tensor.shape, _dtype(s, tensor), tensor.spec
+  )
 
 
 def _dtype(s: ExplainSetting, tensor: PackedTensor) -> str:
@@ -216,43 +248,114 @@ def _block(s: ExplainSetting, part: PackedPart) -> ExplainedBlock:
   by_heads = len(part.names) == 1 and part.names[0] in ('query', 'key', 'value', 'attention_output')
   unit = s.config.d_head if by_heads else 1
   total, used = part.width * len(part.ranges), sum(stop - start for start, stop in part.ranges)
-  return ExplainedBlock(part.names, unit, part.width // unit, total // unit, (total - used) // unit,
-               (used - sum(part.sizes)) // unit)
+  return ExplainedBlock(
+    part.names,
+    unit,
+    part.width // unit,
+    total // unit,
+    (total - used) // unit,
+    (used - sum(part.sizes)) // unit,
+  )
 
 
-def _phase(s: ExplainSetting, name: str, p: ActivationSharding, length: int, tensors: Mapping[str, PackedTensor]) -> Phase:
+def _phase(
+  s: ExplainSetting,
+  name: str,
+  p: ActivationSharding,
+  length: int,
+  tensors: Mapping[str, PackedTensor],
+) -> Phase:
   c, layout, rows = s.config, p.layout, s.rows
-  query_heads, kv_heads = p.heads.heads * num_shards(p.attention_heads, s.mesh), len(p.heads.cached())
-  axes = {**axis_rules.ACTIVATION_AXES, 'mlp': ('rows', 'positions', 'mlp'), 'lengths': axis_rules.ACTIVATION_AXES['cache'][:1]}
+  query_heads, kv_heads = (
+    p.heads.heads * num_shards(p.attention_heads, s.mesh),
+    len(p.heads.cached()),
+  )
+  axes = {
+    **axis_rules.ACTIVATION_AXES,
+    'mlp': ('rows', 'positions', 'mlp'),
+    'lengths': axis_rules.ACTIVATION_AXES['cache'][:1],
+  }
 
   def keys_values(name, letter, positions):
     shape, dims = (rows, positions, kv_heads, c.d_head), ('B', letter, 'K', 'Q')
     kv = _layered(s, name, dims, axes['cache'], shape, s.cache or s.dtype, p.cache, arrays=2)
     if s.cache != 'int8':
       return [kv]
-    scales = _layered(s, f'{name} scales', (*dims[:3], '1'), axes['cache'], (*shape[:3], 1), 'float32', p.cache, arrays=2)
+    scales = _layered(
+      s,
+      f'{name} scales',
+      (*dims[:3], '1'),
+      axes['cache'],
+      (*shape[:3], 1),
+      'float32',
+      p.cache,
+      arrays=2,
+    )
     return [kv, scales]
 
   made = [
-      _tensor(s, 'residual', 'BTE', axes['residual'], (rows, length, c.d_model), s.dtype,
-              P(*p.residual)),
-      _tensor(s, 'mlp', 'BTF', axes['mlp'], (rows, length, c.d_ff), s.dtype,
-              P(p.rows, p.positions, layout.hidden_axes)),
-      _tensor(s, 'queries', 'BTHQ', axes['queries'], (rows, length, query_heads, c.d_head), s.dtype,
-              P(p.attention_rows, p.attention_positions, p.attention_heads, None))]
+    _tensor(
+      s, 'residual', 'BTE', axes['residual'], (rows, length, c.d_model), s.dtype, P(*p.residual)
+    ),
+    _tensor(
+      s,
+      'mlp',
+      'BTF',
+      axes['mlp'],
+      (rows, length, c.d_ff),
+      s.dtype,
+      P(p.rows, p.positions, layout.hidden_axes),
+    ),
+    _tensor(
+      s,
+      'queries',
+      'BTHQ',
+      axes['queries'],
+      (rows, length, query_heads, c.d_head),
+      s.dtype,
+      P(p.attention_rows, p.attention_positions, p.attention_heads, None),
+    ),
+  ]
   if name == 'prefill':
     made += keys_values('keys, values', 'T', length)
   else:
     made += keys_values('cache', 'S', whole_tiles(s.cache_length, s.cache or s.dtype))
-    made.append(_tensor(s, 'cache lengths', 'B', axes['lengths'], (rows,), 'int32', P(p.attention_rows)))
+    made.append(
+      _tensor(s, 'cache lengths', 'B', axes['lengths'], (rows,), 'int32', P(p.attention_rows))
+    )
   sampling = activations.sampling_axes(s.prefill, rows, s.mesh)
-  made.append(_tensor(s, 'logits', 'BV', ('sampled_rows', 'whole_vocab'), (rows, c.vocab_size), 'float32', P(sampling)))
+  made.append(
+    _tensor(
+      s,
+      'logits',
+      'BV',
+      ('sampled_rows', 'whole_vocab'),
+      (rows, c.vocab_size),
+      'float32',
+      P(sampling),
+    )
+  )
   used = p.attention_rows + p.attention_heads + p.attention_positions
   repeated = tuple(a for a in AXES if s.mesh[a] > 1 and a not in used)
   matrices = [t for t in tensors.values() if t.kind == 'matrix']
-  moves = traffic.layer_moves(c, p, s.mesh, rows, length, jax.numpy.dtype(s.dtype).itemsize,
-                              jax.numpy.dtype(_dtype(s, matrices[0])).itemsize)
-  return Phase(name, p, length, tuple(made), repeated, max(_gathered(s, layout, t) for t in matrices), tuple(moves))
+  moves = traffic.layer_moves(
+    c,
+    p,
+    s.mesh,
+    rows,
+    length,
+    jax.numpy.dtype(s.dtype).itemsize,
+    jax.numpy.dtype(_dtype(s, matrices[0])).itemsize,
+  )
+  return Phase(
+    name,
+    p,
+    length,
+    tuple(made),
+    repeated,
+    max(_gathered(s, layout, t) for t in matrices),
+    tuple(moves),
+  )
 
 
 def _gathered(s: ExplainSetting, layout: Layout, tensor: PackedTensor) -> int:
@@ -273,13 +376,19 @@ def _moved(s: ExplainSetting, prefill: ActivationSharding, decode: ActivationSha
   for place in itertools.product(*(range(s.mesh[a]) for a in AXES)):
     device = dict(zip(AXES, place))
     (rows, heads), (new_rows, new_heads) = _held(s, prefill, device), _held(s, decode, device)
-    common = len(range(max(rows.start, new_rows.start), min(rows.stop, new_rows.stop))) * len(heads & new_heads)
+    common = len(range(max(rows.start, new_rows.start), min(rows.stop, new_rows.stop))) * len(
+      heads & new_heads
+    )
     most = max(most, len(new_rows) * len(new_heads) - common)
-  head = c.d_head * jax.numpy.dtype(s.cache or s.dtype).itemsize + (4 if s.cache == 'int8' else 0)  # and its scale
+  head = c.d_head * jax.numpy.dtype(s.cache or s.dtype).itemsize + (
+    4 if s.cache == 'int8' else 0
+  )  # and its scale
   return most * s.prompt_length * head * 2 * c.num_layers
 
 
-def _held(s: ExplainSetting, p: ActivationSharding, device: Mapping[str, int]) -> tuple[range, set[int]]:
+def _held(
+  s: ExplainSetting, p: ActivationSharding, device: Mapping[str, int]
+) -> tuple[range, set[int]]:
   """The rows and the key heads that a device has of the cache."""
 
   def part(count, axes):

@@ -7,12 +7,12 @@ from typing import Iterable, Mapping, Sequence
 from jax.sharding import Mesh
 
 from t5x_inference_ext.sharding.explain import (
-    ExplainSetting,
-    ExplainedBlock,
-    ExplainedTensor,
-    Explanation,
-    Phase,
-    explain_setting,
+  ExplainSetting,
+  ExplainedBlock,
+  ExplainedTensor,
+  Explanation,
+  Phase,
+  explain_setting,
 )
 from t5x_inference_ext.sharding.layout import Axes, Layout, ORDER, num_shards, shape_text
 from t5x_inference_ext.sharding.mesh import mesh_links
@@ -38,8 +38,13 @@ def render(e: Explanation, mesh: Mesh | None = None) -> str:
     if len(blocks) > 1 or blocks[0].padding:
       lines.append(f'  {name}, each device: [{" | ".join(map(_block, blocks))}]')
   for phase in e.phases:
-    lines += ['', _phase_title(phase, s), *_table(phase.tensors, s), *_wrap(f'  {_attention(phase, s)}'),
-              *_wrap(f'  {_moves(phase)}')]
+    lines += [
+      '',
+      _phase_title(phase, s),
+      *_table(phase.tensors, s),
+      *_wrap(f'  {_attention(phase, s)}'),
+      *_wrap(f'  {_moves(phase)}'),
+    ]
   lines += ['', _total(e)]
   for remark in _remarks(e, mesh):
     lines += _wrap(f'* {remark}')
@@ -74,7 +79,9 @@ def _table(tensors: Sequence[ExplainedTensor], s: ExplainSetting) -> Iterable[st
   rows = [_HEADER]
   for t in tensors:
     shape = (f'{t.arrays} of ' if t.arrays > 1 else '') + 'x'.join(map(str, t.shape))
-    rows.append((t.name, shape, t.dtype, sharding_text(t, s.mesh), bytes_text(t.bytes), ', '.join(t.axes)))
+    rows.append(
+      (t.name, shape, t.dtype, sharding_text(t, s.mesh), bytes_text(t.bytes), ', '.join(t.axes))
+    )
   widths = [max(map(len, column)) for column in zip(*rows)]
   for *cells, count, axes in rows:
     left = '  '.join(cell.ljust(width) for cell, width in zip(cells, widths))
@@ -94,12 +101,16 @@ def _heading(e: Explanation, mesh: Mesh | None) -> Iterable[str]:
   if mesh is not None:
     devices = f' ({mesh.devices.flat[0].device_kind})'
     found = mesh_links(mesh)
-    links = '; links: ' + (', '.join(f'{a} {link}' for a, link in found.items()) if found else 'no torus known')
+    links = '; links: ' + (
+      ', '.join(f'{a} {link}' for a, link in found.items()) if found else 'no torus known'
+    )
   yield from _wrap(f'model: {s.config}')
   yield f'mesh:  {shape_text(s.mesh)}, {num_shards(tuple(s.mesh), s.mesh)} devices{devices}{links}'
   rounded = f' ({s.batch} rounded up to what the mesh takes)' if s.rows != s.batch else ''
-  yield from _wrap(f'pass:  B {s.rows}{rounded}, T {s.prompt_length} in prefill and 1 in decode, S {s.cache_length}; '
-                   f'{"int8" if s.int8 else s.dtype} weights, {s.dtype} activations, {s.cache or s.dtype} cache')
+  yield from _wrap(
+    f'pass:  B {s.rows}{rounded}, T {s.prompt_length} in prefill and 1 in decode, S {s.cache_length}; '
+    f'{"int8" if s.int8 else s.dtype} weights, {s.dtype} activations, {s.cache or s.dtype} cache'
+  )
 
 
 def _phase_title(phase: Phase, s: ExplainSetting) -> str:
@@ -120,12 +131,17 @@ def _attention(phase: Phase, s: ExplainSetting) -> str:
 
   def share(what, count, axes):
     axes = tuple(a for a in axes if s.mesh[a] > 1)
-    return f'{count // num_shards(axes, s.mesh)} of {count} {what}' + (f' ({"".join(axes)})' if axes else '')
+    return f'{count // num_shards(axes, s.mesh)} of {count} {what}' + (
+      f' ({"".join(axes)})' if axes else ''
+    )
 
   heads = p.heads.heads * num_shards(p.attention_heads, s.mesh)
   padding = heads - s.config.num_heads
-  text = [share('rows', s.rows, p.attention_rows),
-          share('query heads', heads, p.attention_heads) + (f', {padding} of them padding' if padding else '')]
+  text = [
+    share('rows', s.rows, p.attention_rows),
+    share('query heads', heads, p.attention_heads)
+    + (f', {padding} of them padding' if padding else ''),
+  ]
   if phase.length > 1:
     text.append(share('positions', phase.length, p.attention_positions))
   kv = f'{p.heads.kv_heads} key head{"s" if p.heads.kv_heads > 1 else ""}'
@@ -134,17 +150,27 @@ def _attention(phase: Phase, s: ExplainSetting) -> str:
 
 def _moves(phase: Phase) -> str:
   """What a device sends in one layer, collective by collective."""
-  items = [f'{m.name} {m.kind.replace("_", "-")}({"".join(m.axes)}) {bytes_text(round(m.moved))}' for m in phase.moves]
+  items = [
+    f'{m.name} {m.kind.replace("_", "-")}({"".join(m.axes)}) {bytes_text(round(m.moved))}'
+    for m in phase.moves
+  ]
   total = bytes_text(round(sum(m.moved for m in phase.moves)))
   return f'a layer sends {total} from each device' + (f': {"; ".join(items)}' if items else '')
 
 
 def _total(e: Explanation) -> str:
-  text = (f'each device: weights {bytes_text(e.weight_bytes)} + cache {bytes_text(e.cache_bytes)} = '
-          f'{bytes_text(e.weight_bytes + e.cache_bytes)}')
-  made = sum(t.bytes for t in e.phases[0].tensors if t.name in ('keys, values', 'keys, values scales'))
-  return text + (f'; in prefill {bytes_text(e.weight_bytes + made)} with its keys and values'
-                 if made > e.cache_bytes else '')
+  text = (
+    f'each device: weights {bytes_text(e.weight_bytes)} + cache {bytes_text(e.cache_bytes)} = '
+    f'{bytes_text(e.weight_bytes + e.cache_bytes)}'
+  )
+  made = sum(
+    t.bytes for t in e.phases[0].tensors if t.name in ('keys, values', 'keys, values scales')
+  )
+  return text + (
+    f'; in prefill {bytes_text(e.weight_bytes + made)} with its keys and values'
+    if made > e.cache_bytes
+    else ''
+  )
 
 
 def _block(b: ExplainedBlock) -> str:
@@ -152,7 +178,9 @@ def _block(b: ExplainedBlock) -> str:
   what = 'head' if b.unit > 1 else ''
   if what:
     text += f' ({b.width} head{"s" if b.width > 1 else ""})'
-  notes = [f'{count} {kind}' for count, kind in ((b.padding, 'padding'), (b.copies, 'copies')) if count]
+  notes = [
+    f'{count} {kind}' for count, kind in ((b.padding, 'padding'), (b.copies, 'copies')) if count
+  ]
   return text + (f' of {b.total}{" heads" if what else ""}, {" and ".join(notes)}' if notes else '')
 
 
@@ -163,16 +191,22 @@ def _remarks(e: Explanation, mesh: Mesh | None) -> Iterable[str]:
     p = phase.sharding
     if phase.repeated:
       axes, count = ''.join(phase.repeated), num_shards(phase.repeated, s.mesh)
-      yield (f'{phase.name}: attention splits neither rows nor heads nor positions over {axes}; all {count} devices '
-             'along it do the same')
-    keys = tuple(a for a in ORDER if s.mesh[a] > 1 and a in p.attention_heads + p.attention_positions)
+      yield (
+        f'{phase.name}: attention splits neither rows nor heads nor positions over {axes}; all {count} devices '
+        'along it do the same'
+      )
+    keys = tuple(
+      a for a in ORDER if s.mesh[a] > 1 and a in p.attention_heads + p.attention_positions
+    )
     if p.heads.multiquery and keys:
       yield f'{phase.name}: the one key head is whole on all {num_shards(keys, s.mesh)} devices along {"".join(keys)}'
     if phase.gathered and p.layout.ring_directions:
       yield f'{phase.name}: gathered weights travel shard by shard; no whole matrix is held'
     elif phase.gathered:
-      yield (f'{phase.name}: weights are gathered matrix by matrix, the largest {bytes_text(phase.gathered)} on each '
-             'device; one is in use and one in flight')
+      yield (
+        f'{phase.name}: weights are gathered matrix by matrix, the largest {bytes_text(phase.gathered)} on each '
+        'device; one is in use and one in flight'
+      )
   if prefill.length != s.prompt_length:
     yield f'prefill: {s.prompt_length} positions are padded to {prefill.length}, which divide over the mesh'
   made, cache = _tensor(prefill, 'keys, values'), _tensor(decode, 'cache')
@@ -187,8 +221,10 @@ def _remarks(e: Explanation, mesh: Mesh | None) -> Iterable[str]:
     if link == BROKEN:
       yield f'some neighbours along {axis} are more than one link apart: another mesh shape may be faster'
     elif link != RING and any(p.sharding.layout.ring_directions for p in e.phases):
-      yield (f'{axis} is a chain, not a ring: what looped collectives send from its last device to its first crosses '
-             'all of it')
+      yield (
+        f'{axis} is a chain, not a ring: what looped collectives send from its last device to its first crosses '
+        'all of it'
+      )
 
 
 def _tensor(phase: Phase, name: str) -> ExplainedTensor:
@@ -202,5 +238,3 @@ def _axes(entry, mesh: Mapping[str, int]) -> Axes:
 
 def _split(letter: str, axes: Axes) -> str:
   return f'{letter}_{"".join(axes)}' if axes else letter
-
-

@@ -78,9 +78,15 @@ def stored_heads(config: ModelConfig, shards: int) -> HeadSplit:
   """
   split = HeadSplit.of(config.num_kv_heads, config.num_heads // config.num_kv_heads, shards)
   columns = config.num_heads * config.d_head
-  if config.num_kv_heads > 1 or split.local_heads * shards == config.num_heads or columns % (shards * LANES):
+  if (
+    config.num_kv_heads > 1
+    or split.local_heads * shards == config.num_heads
+    or columns % (shards * LANES)
+  ):
     return split
-  pieces = next(n for n in range(2, shards + 1) if shards % n == 0 and config.num_heads % (shards // n) == 0)
+  pieces = next(
+    n for n in range(2, shards + 1) if shards % n == 0 and config.num_heads % (shards // n) == 0
+  )
   whole = HeadSplit.of(1, config.num_heads, shards // pieces)
   return dataclasses.replace(whole, shards=shards, copies=shards, pieces=pieces)
 
@@ -144,7 +150,11 @@ class AttentionHeads:
   @property
   def heads(self) -> int:
     """Query heads here, padding included; consecutive ones share a key head."""
-    return self.cut.local_heads if self.shards > 1 else self.blocks * self.stored.local_heads // self.stored.pieces
+    return (
+      self.cut.local_heads
+      if self.shards > 1
+      else self.blocks * self.stored.local_heads // self.stored.pieces
+    )
 
   def cached(self) -> tuple[int | None, ...]:
     """The key head behind each head of the cache, over all devices that split heads; None is padding."""
@@ -159,5 +169,7 @@ class AttentionHeads:
         continue
       for shard in range(self.shards):
         first = shard // self.cut.copies * self.cut.local_groups
-        heads += [local[i] if i < len(local) else None for i in range(first, first + self.cut.local_groups)]
+        heads += [
+          local[i] if i < len(local) else None for i in range(first, first + self.cut.local_groups)
+        ]
     return tuple(heads)

@@ -27,7 +27,12 @@ ORDER = ('x', 'z', 'y')
 
 # Feedforward layout -> the axes that weights are gathered over (section 3.2).
 FEEDFORWARD: dict[str, Axes] = {
-    'ws_1d': (), 'ws_2d': (), 'wg_x': ('x',), 'wg_xy': ('x', 'y'), 'wg_xyz': ORDER}
+  'ws_1d': (),
+  'ws_2d': (),
+  'wg_x': ('x',),
+  'wg_xy': ('x', 'y'),
+  'wg_xyz': ORDER,
+}
 ATTENTION = ('batch', 'heads')
 # How the collectives beside matmuls run: at once, or in steps around a ring, one way or both (section 3.5). The number
 # is that of directions.
@@ -54,19 +59,27 @@ class Layout:
   collectives: str = 'plain'
 
   def __post_init__(self):
-    for value, known in ((self.feedforward, FEEDFORWARD), (self.attention, ATTENTION), (self.collectives, RING_DIRECTIONS)):
+    for value, known in (
+      (self.feedforward, FEEDFORWARD),
+      (self.attention, ATTENTION),
+      (self.collectives, RING_DIRECTIONS),
+    ):
       if value not in known:
         raise MeshError(f'unknown layout part {value!r}; known: {", ".join(known)}')
     if self.attention == 'heads' and not self.embed_axes + self.hidden_axes:
-      raise MeshError(f'{self.feedforward}/heads makes no sense: {self.feedforward} splits rows over every axis, which '
-                      f'leaves none to split heads over; use {self.feedforward}/batch')
+      raise MeshError(
+        f'{self.feedforward}/heads makes no sense: {self.feedforward} splits rows over every axis, which '
+        f'leaves none to split heads over; use {self.feedforward}/batch'
+      )
 
   @classmethod
   def parse(cls, text: str) -> 'Layout':
     """'ws_2d/batch' -> Layout('ws_2d', 'batch')."""
     if not isinstance(text, str) or text.count('/') not in (1, 2):
-      raise MeshError('a layout is written feedforward/attention, e.g. ws_2d/batch, or with its collectives, e.g. '
-                      f'ws_2d/batch/two_way, got {text!r}')
+      raise MeshError(
+        'a layout is written feedforward/attention, e.g. ws_2d/batch, or with its collectives, e.g. '
+        f'ws_2d/batch/two_way, got {text!r}'
+      )
     return cls(*text.split('/'))
 
   def __str__(self) -> str:
@@ -146,9 +159,10 @@ def check_pair(prefill: Layout, decode: Layout) -> None:
   """Raises MeshError for two phases that can't share one set of weights on the chips."""
   if prefill.input_matrix != decode.input_matrix:
     raise MeshError(
-        f'{prefill} for prefill and {decode} for decode place the weights differently (ws_1d splits them over d_ff '
-        'alone, all others over d_model and d_ff), so that one set can\'t serve both: use ws_1d for both phases, or '
-        'for neither')
+      f'{prefill} for prefill and {decode} for decode place the weights differently (ws_1d splits them over d_ff '
+      "alone, all others over d_model and d_ff), so that one set can't serve both: use ws_1d for both phases, or "
+      'for neither'
+    )
 
 
 def check_model(config: ModelConfig, mesh: Mapping[str, int]) -> None:
@@ -157,5 +171,6 @@ def check_model(config: ModelConfig, mesh: Mapping[str, int]) -> None:
   for name, width in (('d_model', config.d_model), ('d_ff', config.d_ff)):
     if width % chips:
       raise MeshError(
-          f'{name}={width} does not divide over the {chips} devices of the mesh {shape_text(mesh)}: choose a mesh '
-          f'whose device count divides {width}')
+        f'{name}={width} does not divide over the {chips} devices of the mesh {shape_text(mesh)}: choose a mesh '
+        f'whose device count divides {width}'
+      )

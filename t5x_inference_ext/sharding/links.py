@@ -50,7 +50,9 @@ class LinkPath:
     return self.chips * self.load / (8 if self.ring else 4)
 
 
-def paths(shape: Sequence[int], wraps: Sequence[bool], mesh: Mesh, axes: Sequence[str]) -> tuple[LinkPath, ...]:
+def paths(
+  shape: Sequence[int], wraps: Sequence[bool], mesh: Mesh, axes: Sequence[str]
+) -> tuple[LinkPath, ...]:
   """Where a collective over these mesh axes runs on the torus.
 
   Args:
@@ -83,7 +85,8 @@ def _paths(shape, wraps, mesh: Mesh, axes) -> tuple[LinkPath, ...]:
   place = np.unravel_index(np.arange(math.prod(mesh)), mesh)
   groups = np.empty(shape, int).ravel()
   groups[grid(shape, wraps, mesh).ravel()] = np.ravel_multi_index(
-      [p * k for p, k in zip(place, kept)], mesh)
+    [p * k for p, k in zip(place, kept)], mesh
+  )
   groups = groups.reshape(shape)
   found = []
   for axis, size in enumerate(shape):
@@ -91,8 +94,14 @@ def _paths(shape, wraps, mesh: Mesh, axes) -> tuple[LinkPath, ...]:
     on_lines = [_on_line(line, wraps[axis]) for line in lines]
     chips = max(p.chips for p in on_lines)
     if chips > 1:
-      found.append(LinkPath(chips, all(p.ring for p in on_lines), max(p.load for p in on_lines),
-                        max(p.step for p in on_lines)))
+      found.append(
+        LinkPath(
+          chips,
+          all(p.ring for p in on_lines),
+          max(p.load for p in on_lines),
+          max(p.step for p in on_lines),
+        )
+      )
   size = math.prod(n for n, k in zip(mesh, kept) if not k)
   if math.prod(p.chips for p in found) != size:
     # A line that winds through several axes: one link in each direction.

@@ -34,8 +34,9 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
   needed = math.prod(shape)
   if needed > len(devices):
     raise MeshError(
-        f'mesh {"x".join(map(str, shape))} needs {needed} devices and there are {len(devices)}: use a smaller --mesh'
-        f' (on CPU, XLA_FLAGS=--xla_force_host_platform_device_count={needed} simulates {needed})')
+      f'mesh {"x".join(map(str, shape))} needs {needed} devices and there are {len(devices)}: use a smaller --mesh'
+      f' (on CPU, XLA_FLAGS=--xla_force_host_platform_device_count={needed} simulates {needed})'
+    )
   return Mesh(arrange(shape, devices), AXES)
 
 
@@ -88,7 +89,9 @@ def wraps(devices: Sequence[jax.Device]) -> tuple[bool, bool, bool]:
   """Whether the ends of each physical axis are linked, of devices that have a physical_shape."""
   corner, shape = torus.box_of(_coordinates(devices))
   # A box that starts elsewhere is a part of a larger slice: its ends are not linked to each other.
-  return (False,) * 3 if any(corner) else torus.wraparound(shape, torus.kind_of(devices[0].device_kind))
+  return (
+    (False,) * 3 if any(corner) else torus.wraparound(shape, torus.kind_of(devices[0].device_kind))
+  )
 
 
 def _array(devices: Sequence[jax.Device]) -> np.ndarray:

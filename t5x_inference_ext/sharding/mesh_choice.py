@@ -26,7 +26,9 @@ def choose_mesh(config: ModelConfig, devices: Sequence[jax.Device]) -> Mesh:
   return default_mesh(config, len(devices))
 
 
-def torus_meshes(shape: Sequence[int], wraps: Sequence[bool], split: bool = True) -> tuple[Mesh, ...]:
+def torus_meshes(
+  shape: Sequence[int], wraps: Sequence[bool], split: bool = True
+) -> tuple[Mesh, ...]:
   """Meshes (X, Y, Z) whose neighbours are neighbours on the torus, Y no smaller than Z: the other order moves the same.
 
   Each physical axis goes to one mesh axis, which may have several; or, a ring of 4, which is a square, half to one and half
@@ -42,12 +44,16 @@ def torus_meshes(shape: Sequence[int], wraps: Sequence[bool], split: bool = True
     if split and size == 4 and wrap:
       yield from ((1 if i == j else 2 for j in range(3)) for i in range(3))
 
-  shares = itertools.product(*([tuple(w) for w in ways(size, wrap)] for size, wrap in zip(shape, wraps)))
+  shares = itertools.product(
+    *([tuple(w) for w in ways(size, wrap)] for size, wrap in zip(shape, wraps))
+  )
   found = {tuple(map(math.prod, zip(*each))) for each in shares}
   return tuple(sorted(m for m in found if m[1] >= m[2]))
 
 
-def torus_mesh(shape: Sequence[int], wraps: Sequence[bool], config: ModelConfig, split: bool = True) -> Mesh:
+def torus_mesh(
+  shape: Sequence[int], wraps: Sequence[bool], config: ModelConfig, split: bool = True
+) -> Mesh:
   """(X, Y, Z) for a slice: of torus_meshes that on which a decode step in ws_2d waits least for links.
 
   That is what its layers move for as many rows as chips (traffic.layer_moves), over the links that each collective has
@@ -72,19 +78,30 @@ def _torus_mesh(shape, wraps, config: ModelConfig, split: bool) -> Mesh:
   whole = torus_meshes(shape, wraps, split=False)
 
   def order(mesh):
-    return round(layer_bytes_through_a_link(shape, wraps, mesh, config)), mesh not in whole, fractions.Fraction(mesh[1], mesh[2])
+    return (
+      round(layer_bytes_through_a_link(shape, wraps, mesh, config)),
+      mesh not in whole,
+      fractions.Fraction(mesh[1], mesh[2]),
+    )
 
   return min(candidates, key=order)
 
 
-def layer_bytes_through_a_link(shape: Sequence[int], wraps: Sequence[bool], mesh: Mesh, config: ModelConfig) -> float:
+def layer_bytes_through_a_link(
+  shape: Sequence[int], wraps: Sequence[bool], mesh: Mesh, config: ModelConfig
+) -> float:
   """Bytes that go through a link, one after the other, in a layer's decode step in ws_2d of as many rows as chips."""
-  return sum(links.bytes_through_a_link(move, links.paths(shape, wraps, mesh, move.axes)) for move in _moves(config, mesh))
+  return sum(
+    links.bytes_through_a_link(move, links.paths(shape, wraps, mesh, move.axes))
+    for move in _moves(config, mesh)
+  )
 
 
 def _moves(config, mesh):
   sizes, rows = dict(zip(AXES, mesh)), math.prod(mesh)
-  return layer_moves(config, shard_activations(Layout('ws_2d', 'batch'), config, sizes, rows, 1), sizes, rows, 1)
+  return layer_moves(
+    config, shard_activations(Layout('ws_2d', 'batch'), config, sizes, rows, 1), sizes, rows, 1
+  )
 
 
 def default_mesh(config: ModelConfig, devices: int) -> tuple[int, int, int]:
@@ -106,4 +123,7 @@ def default_mesh(config: ModelConfig, devices: int) -> tuple[int, int, int]:
 
 def _nearest_divisor(n: int, value: float) -> int:
   """The divisor of n whose ratio to `value` is nearest to 1; the larger of two as near."""
-  return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: (round(abs(math.log(d / value)), 9), -d))
+  return min(
+    (d for d in range(1, n + 1) if n % d == 0),
+    key=lambda d: (round(abs(math.log(d / value)), 9), -d),
+  )

@@ -74,7 +74,9 @@ class PackedTensor:
         low, high = max(begin, offset), min(end, offset + part.width)
         if low < high:
           start, stop = part.ranges[shard]
-          pieces += self._read_part(reader, lead, index, part, low + start - offset, high + start - offset, stop)
+          pieces += self._read_part(
+            reader, lead, index, part, low + start - offset, high + start - offset, stop
+          )
         offset += part.width
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=self.axis)
 
@@ -105,7 +107,9 @@ def tensor_dtype(tensor: PackedTensor, weights: str, compute: str) -> np.dtype:
   return _DTYPES['float32']
 
 
-def packed_tensors(config: ModelConfig, layout: Layout, mesh: Mapping[str, int], int8: bool) -> dict[str, PackedTensor]:
+def packed_tensors(
+  config: ModelConfig, layout: Layout, mesh: Mapping[str, int], int8: bool
+) -> dict[str, PackedTensor]:
   """The arrays that serving this model on this mesh takes, by the field names of weights.Weights.
 
   Those of a layer are called 'sublayer/field': 'parallel/w_in', or 'attention/w_in' and 'mlp/w_in' in a serial block.
@@ -132,7 +136,11 @@ def packed_tensors(config: ModelConfig, layout: Layout, mesh: Mapping[str, int],
     return PackedPart(names, sizes, padded or share, tuple(itertools.pairwise(bounds)))
 
   def queries(name, axis=-1):
-    return even(name, axis=axis) if split.pieces > 1 else by_heads(name, split.local_heads, split.query_range, axis)
+    return (
+      even(name, axis=axis)
+      if split.pieces > 1
+      else by_heads(name, split.local_heads, split.query_range, axis)
+    )
 
   def by_heads(name, count, head_range, axis=-1):
     ranges = tuple((start * d, stop * d) for start, stop in map(head_range, range(shards)))
@@ -155,10 +163,14 @@ def packed_tensors(config: ModelConfig, layout: Layout, mesh: Mapping[str, int],
     parts = [even(rename(n)) for n in config.mlp_inputs] if block_part.mlp else []
     if block_part.attention:
       parts.append(queries(rename('query')))
-      if config.num_kv_heads == 1:  # one key head is less than a shard: all share its columns, and gather them
+      if (
+        config.num_kv_heads == 1
+      ):  # one key head is less than a shard: all share its columns, and gather them
         parts.append(even(rename('key'), rename('value'), padded=kv_columns(config, split)[1]))
       else:
-        parts += [by_heads(rename(n), split.local_groups, split.group_range) for n in ('key', 'value')]
+        parts += [
+          by_heads(rename(n), split.local_groups, split.group_range) for n in ('key', 'value')
+        ]
     return parts
 
   def row_parts(block_part):
@@ -169,16 +181,23 @@ def packed_tensors(config: ModelConfig, layout: Layout, mesh: Mapping[str, int],
 
   vocabulary = even('embedding', axis=0, share=vocabulary_rows(config, shards))
   tensors = {
-      'embedding': tensor((0, e), layout.embedding, 'embedding', 0, vocabulary, per_layer=False),
-      **norm('final_norm', 'final_norm', False)}
+    'embedding': tensor((0, e), layout.embedding, 'embedding', 0, vocabulary, per_layer=False),
+    **norm('final_norm', 'final_norm', False),
+  }
   for block_part in config.block_parts:
     fields = {
-        **norm('norm', params.norm_name(block_part), True),
-        'w_in': tensor((e, 0), layout.input_matrix, 'matrix', 1, *column_parts(block_part)),
-        'w_out': tensor((0, e), layout.output_matrix, 'matrix', 0, *row_parts(block_part))}
+      **norm('norm', params.norm_name(block_part), True),
+      'w_in': tensor((e, 0), layout.input_matrix, 'matrix', 1, *column_parts(block_part)),
+      'w_out': tensor((0, e), layout.output_matrix, 'matrix', 0, *row_parts(block_part)),
+    }
     if int8:
       fields['in_scale'] = tensor(
-          (0,), layout.input_scale, 'scale', 0, *column_parts(block_part, lambda name: canonical[name].scale))
+        (0,),
+        layout.input_scale,
+        'scale',
+        0,
+        *column_parts(block_part, lambda name: canonical[name].scale),
+      )
       fields['out_scale'] = vector(params.output_scale_name(block_part), True)
     tensors.update({f'{block_part.name}/{field}': t for field, t in fields.items()})
   return tensors

@@ -18,8 +18,14 @@ from t5x_inference_ext.errors import MeshError
 # Generation -> physical axes. The compiler's device kinds name the generations otherwise: kind_of.
 GENERATIONS = {'v4': 3, 'v5e': 2, 'v5p': 3, 'v6e': 2}
 _DEVICE_KINDS = {
-    'TPU v4': 'v4', 'TPU v5 lite': 'v5e', 'TPU v5e': 'v5e', 'TPU v5': 'v5p', 'TPU v5p': 'v5p',
-    'TPU v6 lite': 'v6e', 'TPU v6e': 'v6e'}
+  'TPU v4': 'v4',
+  'TPU v5 lite': 'v5e',
+  'TPU v5e': 'v5e',
+  'TPU v5': 'v5p',
+  'TPU v5p': 'v5p',
+  'TPU v6 lite': 'v6e',
+  'TPU v6e': 'v6e',
+}
 
 RING, CHAIN, BROKEN = 'ring', 'chain', 'broken'
 
@@ -41,7 +47,7 @@ class TpuSlice:
 
   def __str__(self) -> str:
     """As parse_slice reads it, and as jax names the topology: v4:4x4x4, v5e:4x8."""
-    return f'{self.kind}:{"x".join(map(str, self.shape[:GENERATIONS[self.kind]]))}'
+    return f'{self.kind}:{"x".join(map(str, self.shape[: GENERATIONS[self.kind]]))}'
 
 
 def parse_slice(text: str) -> TpuSlice:
@@ -54,12 +60,15 @@ def parse_slice(text: str) -> TpuSlice:
   kind = kind if colon else 'v4'
   if kind not in GENERATIONS:
     raise MeshError(
-        f'a slice is written generation:shape, e.g. v4:4x4x4 or v5e:4x8, with generation {", ".join(GENERATIONS)}; '
-        f'got {text!r}')
+      f'a slice is written generation:shape, e.g. v4:4x4x4 or v5e:4x8, with generation {", ".join(GENERATIONS)}; '
+      f'got {text!r}'
+    )
   parts = sizes.split('x')
   if len(parts) != GENERATIONS[kind] or not all(p.isdecimal() and int(p) > 0 for p in parts):
     example = f'{kind}:4x4x4' if GENERATIONS[kind] == 3 else f'{kind}:4x8'
-    raise MeshError(f'a {kind} slice has {GENERATIONS[kind]} physical axes and is written e.g. {example}, got {text!r}')
+    raise MeshError(
+      f'a {kind} slice has {GENERATIONS[kind]} physical axes and is written e.g. {example}, got {text!r}'
+    )
   return TpuSlice(kind, (*map(int, parts), 1)[:3])
 
 
@@ -87,13 +96,16 @@ def box_of(coordinates: np.ndarray) -> tuple[tuple[int, int, int], tuple[int, in
     return None
   corner = coordinates.min(axis=0)
   shape = coordinates.max(axis=0) - corner + 1
-  if math.prod(shape.tolist()) != len(coordinates) or len(np.unique(coordinates, axis=0)) != len(coordinates):
+  if math.prod(shape.tolist()) != len(coordinates) or len(np.unique(coordinates, axis=0)) != len(
+    coordinates
+  ):
     return None
   return tuple(corner.tolist()), tuple(shape.tolist())
 
 
 def device_grid(
-    coordinates: np.ndarray, mesh_shape: Sequence[int], wraps: Sequence[bool] | None = None) -> np.ndarray:
+  coordinates: np.ndarray, mesh_shape: Sequence[int], wraps: Sequence[bool] | None = None
+) -> np.ndarray:
   """Which device stands at each mesh position, so that mesh neighbours are torus neighbours.
 
   A mesh axis made of one physical axis follows it. One made of several winds through them and, where one of them is
@@ -116,11 +128,15 @@ def device_grid(
   coordinates = np.asarray(coordinates)
   box = box_of(coordinates)
   if box is None:
-    raise MeshError(f'the {len(coordinates)} devices do not fill a box of the torus once each: leave none out')
+    raise MeshError(
+      f'the {len(coordinates)} devices do not fill a box of the torus once each: leave none out'
+    )
   corner, shape = box
   if math.prod(mesh_shape) != len(coordinates):
-    raise MeshError(f'mesh {"x".join(map(str, mesh_shape))} needs {math.prod(mesh_shape)} devices and the slice '
-                    f'{"x".join(map(str, shape))} has {len(coordinates)}')
+    raise MeshError(
+      f'mesh {"x".join(map(str, mesh_shape))} needs {math.prod(mesh_shape)} devices and the slice '
+      f'{"x".join(map(str, shape))} has {len(coordinates)}'
+    )
   wraps = wraparound(shape) if wraps is None else wraps
   index = np.empty(shape, int)
   index[tuple((coordinates - corner).T)] = np.arange(len(coordinates))
@@ -128,7 +144,8 @@ def device_grid(
 
 
 def axis_links(
-    coordinates: np.ndarray, grid: np.ndarray, wraps: Sequence[bool] | None = None) -> tuple[str, str, str]:
+  coordinates: np.ndarray, grid: np.ndarray, wraps: Sequence[bool] | None = None
+) -> tuple[str, str, str]:
   """What each mesh axis is on the torus: 'ring', 'chain' or 'broken'.
 
   'chain': each position is one link from the next. 'ring': the last is one link from the first as well (an axis of 1 or
@@ -140,11 +157,15 @@ def axis_links(
   """
   coordinates = np.asarray(coordinates)
   shape = tuple((coordinates.max(axis=0) - coordinates.min(axis=0) + 1).tolist())
-  counts = _apart(coordinates[np.asarray(grid)], shape, wraparound(shape) if wraps is None else wraps)
+  counts = _apart(
+    coordinates[np.asarray(grid)], shape, wraparound(shape) if wraps is None else wraps
+  )
   return tuple(BROKEN if inside else CHAIN if closing else RING for inside, closing in counts)
 
 
-def neighbours_adjacent(coordinates: np.ndarray, grid: np.ndarray, wraps: Sequence[bool] | None = None) -> bool:
+def neighbours_adjacent(
+  coordinates: np.ndarray, grid: np.ndarray, wraps: Sequence[bool] | None = None
+) -> bool:
   """Whether each device of the grid is one physical link from the next along every mesh axis: no axis is 'broken'."""
   return BROKEN not in axis_links(coordinates, grid, wraps)
 
@@ -173,7 +194,9 @@ def _arrange(shape: tuple[int, ...], mesh: tuple[int, ...], wraps: Sequence[bool
 
 def _positions(shares: Sequence[Sequence[int]]) -> np.ndarray:
   """[X, Y, Z, 3]: the place on each physical axis i, of which mesh axis j takes the factor shares[i][j]."""
-  walks = [_ring(column) for column in zip(*shares)]  # Per mesh axis, [size, 3]: its digit on each physical axis.
+  walks = [
+    _ring(column) for column in zip(*shares)
+  ]  # Per mesh axis, [size, 3]: its digit on each physical axis.
   places = []
   for i, row in enumerate(shares):
     # The smallest factor is the coarsest digit: its steps are the long ones.
@@ -189,7 +212,12 @@ def _factors(size: int, parts: int) -> list[tuple[int, ...]]:
   """All ways to write `size` as a product of that many factors, the first as large as can be first."""
   if parts == 1:
     return [(size,)]
-  return [(d, *rest) for d in range(size, 0, -1) if size % d == 0 for rest in _factors(size // d, parts - 1)]
+  return [
+    (d, *rest)
+    for d in range(size, 0, -1)
+    if size % d == 0
+    for rest in _factors(size // d, parts - 1)
+  ]
 
 
 def _snake(sizes: Sequence[int]) -> np.ndarray:
@@ -197,8 +225,12 @@ def _snake(sizes: Sequence[int]) -> np.ndarray:
   if not sizes:
     return np.zeros((1, 0), int)
   rest = _snake(sizes[1:])
-  return np.concatenate([
-      np.column_stack([np.full(len(rest), i), rest[::-1] if i % 2 else rest]) for i in range(sizes[0])])
+  return np.concatenate(
+    [
+      np.column_stack([np.full(len(rest), i), rest[::-1] if i % 2 else rest])
+      for i in range(sizes[0])
+    ]
+  )
 
 
 def _ring(sizes: Sequence[int]) -> np.ndarray:
@@ -209,7 +241,7 @@ def _ring(sizes: Sequence[int]) -> np.ndarray:
   even = next((i for i, size in enumerate(sizes) if size % 2 == 0), None)
   if even is None or math.prod(sizes) == sizes[even]:
     return _snake(sizes)
-  columns = _snake([*sizes[:even], *sizes[even + 1:]])
+  columns = _snake([*sizes[:even], *sizes[even + 1 :]])
   walk = [(0, 0)]
   for row, column in _snake([sizes[even], len(columns) - 1]).tolist():
     walk.append((row, column + 1))
@@ -218,7 +250,9 @@ def _ring(sizes: Sequence[int]) -> np.ndarray:
   return np.insert(columns[order], even, rows, axis=1)
 
 
-def _apart(positions: np.ndarray, shape: Sequence[int], wraps: Sequence[bool]) -> list[tuple[int, int]]:
+def _apart(
+  positions: np.ndarray, shape: Sequence[int], wraps: Sequence[bool]
+) -> list[tuple[int, int]]:
   """Per mesh axis of positions [X, Y, Z, 3], how many neighbours are not one link apart: inside, and last to first."""
 
   def not_one_link(a, b):
@@ -229,5 +263,7 @@ def _apart(positions: np.ndarray, shape: Sequence[int], wraps: Sequence[bool]) -
   counts = []
   for axis in range(positions.ndim - 1):
     line = np.moveaxis(positions, axis, 0)
-    counts.append((not_one_link(line[1:], line[:-1]), not_one_link(line[0], line[-1]) if len(line) > 2 else 0))
+    counts.append(
+      (not_one_link(line[1:], line[:-1]), not_one_link(line[0], line[-1]) if len(line) > 2 else 0)
+    )
   return counts

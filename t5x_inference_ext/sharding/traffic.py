@@ -14,8 +14,14 @@ from t5x_inference_ext.sharding.activations import ActivationSharding, sampling_
 
 
 def layer_moves(
-    config: ModelConfig, sharding: ActivationSharding, mesh: Mapping[str, int], batch: int, length: int,
-    activation_bytes: int = 2, weight_bytes: int = 2) -> list[Collective]:
+  config: ModelConfig,
+  sharding: ActivationSharding,
+  mesh: Mapping[str, int],
+  batch: int,
+  length: int,
+  activation_bytes: int = 2,
+  weight_bytes: int = 2,
+) -> list[Collective]:
   """The moves of one layer, sublayer by sublayer: a serial block has two 'norm', two 'input' and two 'output'.
 
   Padded heads and columns count: they move.
@@ -36,7 +42,12 @@ def layer_moves(
     moves += _projections(p, block_part, before=True)
     together = sharding.sums_into(block_part) is not None
     if together:
-      moves += p.activations('all columns', 'reduce_scatter', p.layout.embed_axes, p.tokens * sum(_columns(p, block_part).values()))
+      moves += p.activations(
+        'all columns',
+        'reduce_scatter',
+        p.layout.embed_axes,
+        p.tokens * sum(_columns(p, block_part).values()),
+      )
     if block_part.attention:
       moves += _to_attention(p, sharding, together)
     if block_part.mlp and not together:
@@ -46,14 +57,21 @@ def layer_moves(
     if together:
       rows = p.config.d_ff // p.size(p.layout.hidden_axes) * block_part.mlp
       rows += query_columns(p.config, p.stored_heads) * block_part.attention
-      moves += p.activations('mlp and attention', 'all_gather', p.layout.embed_axes, p.tokens * rows)
+      moves += p.activations(
+        'mlp and attention', 'all_gather', p.layout.embed_axes, p.tokens * rows
+      )
     moves += _projections(p, block_part, before=False)
   return moves
 
 
 def feedforward_moves(
-    config: ModelConfig, layout: Layout, mesh: Mapping[str, int], tokens: int, activation_bytes: int = 2,
-    weight_bytes: int = 2) -> list[Collective]:
+  config: ModelConfig,
+  layout: Layout,
+  mesh: Mapping[str, int],
+  tokens: int,
+  activation_bytes: int = 2,
+  weight_bytes: int = 2,
+) -> list[Collective]:
   """The moves of an MLP alone, without its norm: the paper's appendix A.2 formulas, which have no gate.
 
   The sum of `bytes` is 2 B L E for ws_1d, 2 B L (E/X + F/YZ) for ws_2d, 2 E F N/n + 2 B L E/N for the weight-gathered
@@ -72,8 +90,13 @@ def feedforward_moves(
 
 
 def embedding_moves(
-    config: ModelConfig, sharding: ActivationSharding, mesh: Mapping[str, int], batch: int, length: int,
-    activation_bytes: int = 2) -> list[Collective]:
+  config: ModelConfig,
+  sharding: ActivationSharding,
+  mesh: Mapping[str, int],
+  batch: int,
+  length: int,
+  activation_bytes: int = 2,
+) -> list[Collective]:
   """The moves of the lookup, once a pass: [B, T, E/stored embed], partial sums over the vocabulary, to the residual.
 
   Where rows are split this is done in parts, a few positions at a time; the moves are then the sums of the parts'.
@@ -83,7 +106,9 @@ def embedding_moves(
   moves, here = [], batch * length * config.d_model // p.size(layout.stored_embed)
   for dim, axes in enumerate(sharding.residual):
     if dim < 2:  # d_model comes together as tokens are split: as much as before
-      moves += p.activations('embedding', 'all_to_all', tuple(a for a in axes if a in layout.stored_embed), here)
+      moves += p.activations(
+        'embedding', 'all_to_all', tuple(a for a in axes if a in layout.stored_embed), here
+      )
     hidden = tuple(a for a in axes if a in layout.stored_hidden)
     moves += p.activations('embedding', 'reduce_scatter', hidden, here)
     here //= p.size(hidden)
@@ -91,8 +116,15 @@ def embedding_moves(
 
 
 def logits_moves(
-    config: ModelConfig, sharding: ActivationSharding, mesh: Mapping[str, int], batch: int, length: int, sampling: Layout,
-    activation_bytes: int = 2, last: bool = True) -> list[Collective]:
+  config: ModelConfig,
+  sharding: ActivationSharding,
+  mesh: Mapping[str, int],
+  batch: int,
+  length: int,
+  sampling: Layout,
+  activation_bytes: int = 2,
+  last: bool = True,
+) -> list[Collective]:
   """The moves of the final norm and the logits, once a pass.
 
   Args:
@@ -109,7 +141,9 @@ def logits_moves(
     length, positions = 1, ()
   moves += _moments(p, features, batch // p.size(rows) * length // p.size(positions))
   # All tokens come together, then d_model as the table has it.
-  moves += p.activations('logits input', 'all_gather', rows, batch * length // p.size(positions) * width)
+  moves += p.activations(
+    'logits input', 'all_gather', rows, batch * length // p.size(positions) * width
+  )
   tokens = batch * length
   moves += p.activations('logits input', 'all_gather', positions, tokens * width)
   hidden = tuple(a for a in features if a in layout.stored_hidden)
@@ -135,7 +169,9 @@ def _norm(p: Pass, sharding: ActivationSharding, tokens: int) -> list[Collective
 
 def _moments(p: Pass, features: Axes, tokens: int) -> list[Collective]:
   """A moment of each token is summed over all of d_model; layer norm has two, one after the other."""
-  return (2 if p.config.norm == 'layer' else 1) * p.move('norm', 'all_reduce', features, tokens, FLOAT32)
+  return (2 if p.config.norm == 'layer' else 1) * p.move(
+    'norm', 'all_reduce', features, tokens, FLOAT32
+  )
 
 
 def _projections(p: Pass, block_part: BlockPart, before: bool) -> list[Collective]:
@@ -149,26 +185,38 @@ def _projections(p: Pass, block_part: BlockPart, before: bool) -> list[Collectiv
   columns, weights = _columns(p, block_part), []
   if before:
     for name, width in columns.items():
-      weights += p.move(f'weights: {name}', 'all_gather', gathered, c.d_model // x * width, p.weight, looped=True)
+      weights += p.move(
+        f'weights: {name}', 'all_gather', gathered, c.d_model // x * width, p.weight, looped=True
+      )
       if p.weight == 1:
         scales = tuple(a for a in layout.stored_hidden if a in gathered)
         weights += p.move(f'scales: {name}', 'all_gather', scales, width, FLOAT32)
   else:
-    rows = {'mlp output': columns.get('linear', 0),
-            'attention output': block_part.attention * p.blocks * query_columns(c, p.stored_heads)}
+    rows = {
+      'mlp output': columns.get('linear', 0),
+      'attention output': block_part.attention * p.blocks * query_columns(c, p.stored_heads),
+    }
     for name, width in rows.items():
       if width:
-        weights += p.move(f'weights: {name}', 'all_gather', gathered, width * c.d_model // x, p.weight, looped=True)
+        weights += p.move(
+          f'weights: {name}', 'all_gather', gathered, width * c.d_model // x, p.weight, looped=True
+        )
   # Where weights are gathered, theirs are the matmuls that loop.
   name, kind = ('input', 'all_gather') if before else ('output', 'reduce_scatter')
-  stream = p.activations(name, kind, layout.hidden_axes, p.tokens * c.d_model // x, looped=not gathered)
+  stream = p.activations(
+    name, kind, layout.hidden_axes, p.tokens * c.d_model // x, looped=not gathered
+  )
   return stream + weights if before else weights + stream
 
 
 def _columns(p: Pass, block_part: BlockPart) -> dict[str, int]:
   """The columns of the input product on one device."""
   c, stored = p.config, p.stored_heads
-  columns = {name: c.d_ff // p.size(p.layout.hidden_axes) for name in c.mlp_inputs} if block_part.mlp else {}
+  columns = (
+    {name: c.d_ff // p.size(p.layout.hidden_axes) for name in c.mlp_inputs}
+    if block_part.mlp
+    else {}
+  )
   if block_part.attention:
     columns['attention'] = p.blocks * (query_columns(c, stored) + kv_columns(c, stored)[1])
   return columns
@@ -191,12 +239,16 @@ def _to_attention(p: Pass, sharding: ActivationSharding, summed: bool) -> list[C
   query = p.tokens * p.blocks * query_columns(p.config, heads.stored)
   kv, padded = (p.tokens * p.blocks * n for n in kv_columns(p.config, heads.stored))
   together, by = 'query, keys and values', _split_by(sharding)
-  if by == 'heads':  # each part's heads are padded to divide; so are its key heads, unless devices share them
+  if (
+    by == 'heads'
+  ):  # each part's heads are padded to divide; so are its key heads, unless devices share them
     cut = heads.cut
     query = p.tokens * cut.padded_groups * cut.padded_queries * d
     moves = p.activations('query', 'reduce_scatter', embed, query)
     if not heads.multiquery and cut.copies == 1:
-      moves += p.activations('keys and values', 'reduce_scatter', embed, 2 * p.tokens * cut.padded_groups * d)
+      moves += p.activations(
+        'keys and values', 'reduce_scatter', embed, 2 * p.tokens * cut.padded_groups * d
+      )
     else:
       moves += p.activations('keys and values', 'all_reduce', embed, kv)
     query //= x
@@ -234,11 +286,20 @@ def _from_attention(p: Pass, sharding: ActivationSharding, summed: bool) -> list
   here = columns // p.size(layout.embed_axes) if by else columns
   moves = p.activations('attention', 'all_to_all', sharding.hidden_positions, here)
   moves += p.activations('attention', 'all_to_all', sharding.hidden_rows, here)
-  return moves + (p.activations('attention', 'all_gather', layout.embed_axes, columns) if by and not summed else [])
+  return moves + (
+    p.activations('attention', 'all_gather', layout.embed_axes, columns)
+    if by and not summed
+    else []
+  )
 
 
 def _split_by(sharding: ActivationSharding) -> str | None:
   """What attention splits over the embed axis: 'heads', 'positions' or 'rows'; None where nothing, or there is none."""
-  split = {'heads': sharding.attention_heads, 'positions': sharding.attention_positions,
-           'rows': sharding.attention_rows}
-  return next((by for by, axes in split.items() if set(sharding.layout.embed_axes) & set(axes)), None)
+  split = {
+    'heads': sharding.attention_heads,
+    'positions': sharding.attention_positions,
+    'rows': sharding.attention_rows,
+  }
+  return next(
+    (by for by, axes in split.items() if set(sharding.layout.embed_axes) & set(axes)), None
+  )

@@ -17,7 +17,8 @@ from t5x_inference_ext.t5x.partitioning import partitioner_rules
 
 
 def restore_train_state(
-    path: str, model: InferenceModel, train_state: Any, partitioner: partitioning.BasePartitioner) -> Any:
+  path: str, model: InferenceModel, train_state: Any, partitioner: partitioning.BasePartitioner
+) -> Any:
   """Loads a checkpoint's weights in the model's dtype; int8 stays int8.
 
   Args:
@@ -35,33 +36,51 @@ def restore_train_state(
   """
   mesh = model.model.mesh
   if partitioner.mesh != mesh:
-    theirs = mesh_text(partitioner.mesh) if set(AXES) <= set(partitioner.mesh.shape) else dict(partitioner.mesh.shape)
-    raise MeshError(f'the model\'s mesh is {mesh_text(mesh)} and the partitioner\'s {theirs}: use '
-                    'InferencePartitioner, made of the same model')
+    theirs = (
+      mesh_text(partitioner.mesh)
+      if set(AXES) <= set(partitioner.mesh.shape)
+      else dict(partitioner.mesh.shape)
+    )
+    raise MeshError(
+      f"the model's mesh is {mesh_text(mesh)} and the partitioner's {theirs}: use "
+      'InferencePartitioner, made of the same model'
+    )
   if partitioner.logical_axis_rules != partitioner_rules(model.model.prefill_layout):
-    raise MeshError(f'the partitioner\'s axis rules are not those of the model\'s layout {model.model.prefill_layout}: '
-                    'use InferencePartitioner, made of the same model')
+    raise MeshError(
+      f"the partitioner's axis rules are not those of the model's layout {model.model.prefill_layout}: "
+      'use InferencePartitioner, made of the same model'
+    )
   state = train_state.state_dict()
   if set(state['state']) != {'step'}:
-    raise CheckpointError('only weights can be restored, no optimizer state: the model\'s optimizer_def must be None')
+    raise CheckpointError(
+      "only weights can be restored, no optimizer state: the model's optimizer_def must be None"
+    )
   checkpoint = open_checkpoint(path, config=model.model.config)
   for note in model.notes or checkpoint.notes:
     logging.info('%s', note)
   int8 = checkpoint.weights == 'int8'
   if int8 != model.module.int8:
     kinds = ('int8' if int8 else 'float', 'int8' if model.module.int8 else 'float')
-    raise CheckpointError(f'{checkpoint.path} holds {kinds[0]} weights and the model was built for {kinds[1]} ones: '
-                          'build it from the same checkpoint (in gin, InferenceModel.checkpoint)')
+    raise CheckpointError(
+      f'{checkpoint.path} holds {kinds[0]} weights and the model was built for {kinds[1]} ones: '
+      'build it from the same checkpoint (in gin, InferenceModel.checkpoint)'
+    )
   declared = declarations(model.model, int8, model.module.scan_layers)
   _check_state(traverse_util.flatten_dict(state['target']), declared, checkpoint.path)
-  params = {name: load_tensor(checkpoint, model.model, d.tensor, d.layers) for name, d in declared.items()}
-  return train_state.restore_state({
+  params = {
+    name: load_tensor(checkpoint, model.model, d.tensor, d.layers) for name, d in declared.items()
+  }
+  return train_state.restore_state(
+    {
       'target': traverse_util.unflatten_dict(params),
       'state': {'step': jnp.asarray(checkpoint.step or 0, jnp.int32)},
-  })
+    }
+  )
 
 
-def _check_state(target: Mapping[ParamPath, Any], declared: Mapping[ParamPath, Declaration], path: str) -> None:
+def _check_state(
+  target: Mapping[ParamPath, Any], declared: Mapping[ParamPath, Declaration], path: str
+) -> None:
   """Raises CheckpointError for parameters of the train state that the model does not have, or has otherwise."""
 
   def names(paths):
@@ -74,8 +93,10 @@ def _check_state(target: Mapping[ParamPath, Any], declared: Mapping[ParamPath, D
   for name, d in declared.items():
     leaf = target[name]
     if leaf.shape != d.shape or leaf.dtype != d.dtype:
-      raise CheckpointError(f'{"/".join(name)} is {leaf.dtype}{list(leaf.shape)} in the train state, and {d.dtype}'
-                            f'{list(d.shape)} as loaded from {path}: both must come from one model')
+      raise CheckpointError(
+        f'{"/".join(name)} is {leaf.dtype}{list(leaf.shape)} in the train state, and {d.dtype}'
+        f'{list(d.shape)} as loaded from {path}: both must come from one model'
+      )
 
 
 class InferenceCheckpointManager:
@@ -92,16 +113,30 @@ class InferenceCheckpointManager:
   """
 
   def __init__(
-      self, directory: str, train_state: Any, partitioner: Any, model: InferenceModel, dataset_iterator: Any = None,
-      save_dtype: Any = None, restore_dtype: Any = None, keep: int | None = None, period: int | None = None):
+    self,
+    directory: str,
+    train_state: Any,
+    partitioner: Any,
+    model: InferenceModel,
+    dataset_iterator: Any = None,
+    save_dtype: Any = None,
+    restore_dtype: Any = None,
+    keep: int | None = None,
+    period: int | None = None,
+  ):
     del dataset_iterator, save_dtype, keep, period
     self.directory = directory
     self._train_state, self._partitioner, self._model = train_state, partitioner, model
     _log_dtype(restore_dtype, model)
 
   def restore(
-      self, step: int | None = None, path: str | None = None, fallback_state: Mapping[str, Any] | None = None,
-      state_transformation_fns: Sequence[Any] = (), lazy_parameters: bool = False) -> Any:
+    self,
+    step: int | None = None,
+    path: str | None = None,
+    fallback_state: Mapping[str, Any] | None = None,
+    state_transformation_fns: Sequence[Any] = (),
+    lazy_parameters: bool = False,
+  ) -> Any:
     """See restore_train_state."""
     _check_options(step, path, fallback_state, state_transformation_fns, lazy_parameters)
     return restore_train_state(path, self._model, self._train_state, self._partitioner)
@@ -123,17 +158,31 @@ class InferenceCheckpointer:
   """
 
   def __init__(
-      self, train_state: Any, partitioner: Any, checkpoints_dir: str, dataset_iterator: Any = None, *,
-      model: InferenceModel, keep: int | None = None, save_dtype: Any = None, restore_dtype: Any = None,
-      keep_dataset_checkpoints: int | None = None):
+    self,
+    train_state: Any,
+    partitioner: Any,
+    checkpoints_dir: str,
+    dataset_iterator: Any = None,
+    *,
+    model: InferenceModel,
+    keep: int | None = None,
+    save_dtype: Any = None,
+    restore_dtype: Any = None,
+    keep_dataset_checkpoints: int | None = None,
+  ):
     del dataset_iterator, keep, save_dtype, keep_dataset_checkpoints
     self.checkpoints_dir = checkpoints_dir
     self._train_state, self._partitioner, self._model = train_state, partitioner, model
     _log_dtype(restore_dtype, model)
 
   def restore(
-      self, step: int | None = None, path: str | None = None, state_transformation_fns: Sequence[Any] = (),
-      fallback_state: Mapping[str, Any] | None = None, lazy_parameters: bool = False) -> Any:
+    self,
+    step: int | None = None,
+    path: str | None = None,
+    state_transformation_fns: Sequence[Any] = (),
+    fallback_state: Mapping[str, Any] | None = None,
+    lazy_parameters: bool = False,
+  ) -> Any:
     """See restore_train_state."""
     _check_options(step, path, fallback_state, state_transformation_fns, lazy_parameters)
     return restore_train_state(path, self._model, self._train_state, self._partitioner)
@@ -142,21 +191,31 @@ class InferenceCheckpointer:
     raise CheckpointError(_NO_SAVING)
 
 
-_NO_SAVING = ('this package restores checkpoints in T5X and saves none: '
-              'python -m t5x_inference_ext.convert_checkpoint writes them')
+_NO_SAVING = (
+  'this package restores checkpoints in T5X and saves none: '
+  'python -m t5x_inference_ext.convert_checkpoint writes them'
+)
 
 
 def _check_options(step, path, fallback_state, state_transformation_fns, lazy_parameters):
   if step is not None or path is None:
-    raise CheckpointError('restoring needs the path of a checkpoint (RestoreCheckpointConfig.mode = \'specific\')')
+    raise CheckpointError(
+      "restoring needs the path of a checkpoint (RestoreCheckpointConfig.mode = 'specific')"
+    )
   if fallback_state is not None or state_transformation_fns:
-    raise CheckpointError('RestoreCheckpointConfig.assignment_map, state_transformation_fns and fallback_to_scratch do '
-                          'not apply: parameters are found by their names in flaxformer\'s trees')
+    raise CheckpointError(
+      'RestoreCheckpointConfig.assignment_map, state_transformation_fns and fallback_to_scratch do '
+      "not apply: parameters are found by their names in flaxformer's trees"
+    )
   if lazy_parameters:
     raise CheckpointError('lazy parameters are not supported: weights are loaded onto their shards')
 
 
 def _log_dtype(restore_dtype, model):
   if restore_dtype is not None and restore_dtype != model.model.dtype:
-    logging.info('RestoreCheckpointConfig.dtype = %s is ignored: float weights are %s, as InferenceModel.dtype says, '
-                 'and int8 ones stay int8', restore_dtype, model.model.dtype)
+    logging.info(
+      'RestoreCheckpointConfig.dtype = %s is ignored: float weights are %s, as InferenceModel.dtype says, '
+      'and int8 ones stay int8',
+      restore_dtype,
+      model.model.dtype,
+    )

@@ -7,8 +7,12 @@ from t5x_inference_ext import distributed
 _T = TypeVar('T')
 
 
-def initialized(value: _T, coordinator_address: str | None = None, num_processes: int | None = None,
-                process_id: int | None = None) -> _T:
+def initialized(
+  value: _T,
+  coordinator_address: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+) -> _T:
   """Returns `value`, once this process has joined the others.
 
   For bindings that T5X's commands evaluate before they ask jax for devices. t5x.infer asks for the first time when it

@@ -41,7 +41,11 @@ class Declaration:
 
   @property
   def shape(self) -> tuple[int, ...]:
-    return (self.layers.stop, *self.tensor.shape) if isinstance(self.layers, slice) else self.tensor.shape
+    return (
+      (self.layers.stop, *self.tensor.shape)
+      if isinstance(self.layers, slice)
+      else self.tensor.shape
+    )
 
   @property
   def logical_axes(self) -> tuple[str, ...]:
@@ -58,7 +62,9 @@ class Declaration:
       return jnp.full(self.shape, self.shape[-1] ** -0.5 / 73, self.dtype)
     if self.dtype == np.int8:
       return jax.random.randint(key, self.shape, -127, 128, jnp.int8)
-    return jax.random.normal(key, self.shape, self.dtype) * (1.0 if kind == 'embedding' else fan_in ** -0.5)
+    return jax.random.normal(key, self.shape, self.dtype) * (
+      1.0 if kind == 'embedding' else fan_in**-0.5
+    )
 
 
 def declarations(model: Model, int8: bool, stacked: bool) -> dict[ParamPath, Declaration]:
@@ -72,7 +78,9 @@ def declarations(model: Model, int8: bool, stacked: bool) -> dict[ParamPath, Dec
   if stacked:
     groups = {(STACK,): slice(0, count)}
   declared = {}
-  for name, tensor in packed_tensors(model.config, model.prefill_layout, model.mesh.shape, int8).items():
+  for name, tensor in packed_tensors(
+    model.config, model.prefill_layout, model.mesh.shape, int8
+  ).items():
     dtype = tensor_dtype(tensor, 'int8' if int8 else 'float', model.dtype)
     for path, layers in (groups if tensor.per_layer else {(): None}).items():
       declared[*path, *name.split('/')] = Declaration(name, tensor, layers, dtype)

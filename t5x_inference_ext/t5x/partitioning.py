@@ -61,20 +61,31 @@ class InferencePartitioner(partitioning.PjitPartitioner):
     MeshError: neither model nor mesh or both, or more devices than there are.
   """
 
-  def __init__(self, model: Any = None, mesh: str | None = None, layout: str = 'ws_2d/batch',
-               executable: str | os.PathLike | None = None):
+  def __init__(
+    self,
+    model: Any = None,
+    mesh: str | None = None,
+    layout: str = 'ws_2d/batch',
+    executable: str | os.PathLike | None = None,
+  ):
     if (model is None) == (mesh is None):
       raise MeshError('InferencePartitioner takes either a model, to share its mesh, or a mesh')
     self._inference_mesh = model.model.mesh if mesh is None else inference_mesh(parse_mesh(mesh))
     layout = model.model.prefill_layout if mesh is None else Layout.parse(layout)
     self._host_driven = model is not None and model.refills
     if self._host_driven and executable is not None:
-      raise RequestError('InferencePartitioner.executable holds a compiled step, and a model with refill has none: use one '
-                         'of the two')
+      raise RequestError(
+        'InferencePartitioner.executable holds a compiled step, and a model with refill has none: use one '
+        'of the two'
+      )
     self._executable = executable
     if executable is not None:
-      saved_program.read_program_header(executable)  # a wrong path is found out now, not after the weights are restored
-    super().__init__(num_partitions=self._inference_mesh.size, logical_axis_rules=partitioner_rules(layout))
+      saved_program.read_program_header(
+        executable
+      )  # a wrong path is found out now, not after the weights are restored
+    super().__init__(
+      num_partitions=self._inference_mesh.size, logical_axis_rules=partitioner_rules(layout)
+    )
 
   def phase_rules(self, sharding: ActivationSharding) -> Rules:
     """The rules of a phase in front of the partitioner's own.
@@ -91,12 +102,12 @@ class InferencePartitioner(partitioning.PjitPartitioner):
     return self._inference_mesh
 
   def partition(
-      self,
-      fn: Callable,
-      in_axis_resources,
-      out_axis_resources,
-      static_argnums: int | Sequence[int] = (),
-      donate_argnums: int | Sequence[int] = (),
+    self,
+    fn: Callable,
+    in_axis_resources,
+    out_axis_resources,
+    static_argnums: int | Sequence[int] = (),
+    donate_argnums: int | Sequence[int] = (),
   ) -> jax.stages.Wrapped | HostStep:
     """As T5X's: pytree prefixes of PartitionSpecs, where None means replicated.
 
@@ -110,18 +121,24 @@ class InferencePartitioner(partitioning.PjitPartitioner):
 
     def shardings(specs):
       return jax.tree.map(
-          lambda spec: NamedSharding(self.mesh, P() if spec is None else spec), specs,
-          is_leaf=lambda x: x is None or isinstance(x, P))
+        lambda spec: NamedSharding(self.mesh, P() if spec is None else spec),
+        specs,
+        is_leaf=lambda x: x is None or isinstance(x, P),
+      )
 
     step = jax.jit(
-        fn, in_shardings=shardings(in_axis_resources), out_shardings=shardings(out_axis_resources),
-        static_argnums=static_argnums, donate_argnums=donate_argnums)
+      fn,
+      in_shardings=shardings(in_axis_resources),
+      out_shardings=shardings(out_axis_resources),
+      static_argnums=static_argnums,
+      donate_argnums=donate_argnums,
+    )
     if self._executable is None or fn.__name__ != _INFER_STEP:
       return step
     return SavedStep(self._executable, step, self.mesh)
 
   def get_local_chunk_info(
-      self, global_shape: tuple[int, ...], mesh_axes: Sequence[str | Sequence[str] | None]
+    self, global_shape: tuple[int, ...], mesh_axes: Sequence[str | Sequence[str] | None]
   ) -> partitioning.LocalChunkInfo:
     """The slice of an array that this process holds; T5X's own version takes no tuples of mesh axes.
 
@@ -136,15 +153,16 @@ class InferencePartitioner(partitioning.PjitPartitioner):
       chunk, chunks, whole = 0, 1, True  # whole: no earlier axis is split within the process
       for axis in axes:
         if chunker.num_chunks[axis] > 1 and not whole:
-          raise MeshError(f'on the mesh {mesh_text(self.mesh)} a process does not hold one contiguous slice of an '
-                          f'array split over {axes}: let the first of these axes cross processes')
+          raise MeshError(
+            f'on the mesh {mesh_text(self.mesh)} a process does not hold one contiguous slice of an '
+            f'array split over {axes}: let the first of these axes cross processes'
+          )
         whole &= self.mesh.local_mesh.shape[axis] == 1
         chunk = chunk * chunker.num_chunks[axis] + chunker.chunk_ids[axis]
         chunks *= chunker.num_chunks[axis]
       length = size // chunks
       slices.append(slice(chunk * length, (chunk + 1) * length) if axes else slice(None))
     return partitioning.LocalChunkInfo(tuple(slices), chunker.get_replica_id(used))
-
 
 
 class SavedStep:
@@ -171,4 +189,7 @@ class SavedStep:
 
 def describe_step(lowered: jax.stages.Lowered) -> dict[str, str]:
   """What identifies a step: the program before compilation, which model, layouts, mode and decode_fn all change."""
-  return {'phase': 't5x_infer_step', 'program': hashlib.sha256(lowered.as_text().encode()).hexdigest()}
+  return {
+    'phase': 't5x_infer_step',
+    'program': hashlib.sha256(lowered.as_text().encode()).hexdigest(),
+  }

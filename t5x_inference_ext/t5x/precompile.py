@@ -11,11 +11,11 @@ from t5x_inference_ext.t5x.partitioning import InferencePartitioner
 
 
 def precompile_step(
-    model: InferenceModel,
-    partitioner: InferencePartitioner,
-    task_feature_lengths: Mapping[str, int],
-    batch_size: int,
-    mode: str = 'predict',
+  model: InferenceModel,
+  partitioner: InferencePartitioner,
+  task_feature_lengths: Mapping[str, int],
+  batch_size: int,
+  mode: str = 'predict',
 ) -> jax.stages.Compiled:
   """Compiles what t5x.infer runs for a batch: to learn its time, memory_analysis() and cost_analysis() beforehand.
 
@@ -36,29 +36,45 @@ def precompile_step(
   batch, initializer = abstract_inputs(model, partitioner, task_feature_lengths, batch_size)
   key = () if mode == 'score' else (jax.eval_shape(lambda: jax.random.PRNGKey(0)),)
   step = partitioner.partition(
-      infer_step, in_axis_resources=(
-          initializer.train_state_axes.params, partitioner.data_partition_spec, *(None for _ in key)),
-      out_axis_resources=None)
+    infer_step,
+    in_axis_resources=(
+      initializer.train_state_axes.params,
+      partitioner.data_partition_spec,
+      *(None for _ in key),
+    ),
+    out_axis_resources=None,
+  )
   return partitioner.compile(step, initializer.global_train_state_shape.params, batch, *key)
 
 
 def abstract_inputs(
-    model: InferenceModel, partitioner: InferencePartitioner, task_feature_lengths: Mapping[str, int], batch_size: int
+  model: InferenceModel,
+  partitioner: InferencePartitioner,
+  task_feature_lengths: Mapping[str, int],
+  batch_size: int,
 ) -> tuple[dict[str, jax.ShapeDtypeStruct], utils.TrainStateInitializer]:
   """The shapes of a batch as the model's feature converter makes it, and what knows those of the train state."""
   converter = model.FEATURE_CONVERTER_CLS(pack=False)
   lengths = converter.get_model_feature_lengths(task_feature_lengths)
-  dtypes = {name: feature.dtype for name, feature in converter.MODEL_FEATURES.items()}  # TensorFlow's
-  batch = {name: jax.ShapeDtypeStruct((batch_size, length), dtypes[name].as_numpy_dtype)
-           for name, length in lengths.items()}
+  dtypes = {
+    name: feature.dtype for name, feature in converter.MODEL_FEATURES.items()
+  }  # TensorFlow's
+  batch = {
+    name: jax.ShapeDtypeStruct((batch_size, length), dtypes[name].as_numpy_dtype)
+    for name, length in lengths.items()
+  }
   return batch, utils.TrainStateInitializer(
-      None, model.get_initial_variables, {name: x.shape for name, x in batch.items()}, partitioner)
+    None, model.get_initial_variables, {name: x.shape for name, x in batch.items()}, partitioner
+  )
 
 
 def infer_step_of(model: InferenceModel, mode: str) -> Callable:
   """The method that t5x.infer calls in a mode. Raises RequestError for another."""
   steps = {
-      'predict': model.predict_batch, 'predict_with_aux': model.predict_batch_with_aux, 'score': model.score_batch}
+    'predict': model.predict_batch,
+    'predict_with_aux': model.predict_batch_with_aux,
+    'score': model.score_batch,
+  }
   if mode not in steps:
     raise RequestError(f'mode must be one of {", ".join(steps)}, got {mode!r}')
   return steps[mode]

@@ -65,8 +65,14 @@ class Predictor:
     self._model, self._refill, self._eos, self._inputs = model, refill, eos_id, inputs_length
     self._scheduler, self._made_for = None, None
 
-  def __call__(self, params: Any, batch: Mapping[str, Any], rng: jax.Array | None, num_decodes: int,
-               return_all_decodes: bool) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+  def __call__(
+    self,
+    params: Any,
+    batch: Mapping[str, Any],
+    rng: jax.Array | None,
+    num_decodes: int,
+    return_all_decodes: bool,
+  ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """As T5X's predict_batch_with_aux: tokens [B, L] and scores [B], or [B, num_decodes, L] and [B, num_decodes].
 
     Scores are sums of log-probabilities under the model's own distribution (T5X's rescale_log_probs = False).
@@ -81,18 +87,30 @@ class Predictor:
     done = np.zeros((rows, num_decodes), np.int32)
     for event in self._slots(params, requests, length).run(requests):
       at = event.request, event.sample
-      tokens[at][done[at]:done[at] + len(event.tokens)] = event.tokens
+      tokens[at][done[at] : done[at] + len(event.tokens)] = event.tokens
       done[at] += len(event.tokens)
       scores[at] += sum(event.log_probs)
     order = np.argsort(scores, axis=1, kind='stable')  # the best is last
-    tokens, scores = np.take_along_axis(tokens, order[:, :, None], 1), np.take_along_axis(scores, order, 1)
-    return (tokens, {'scores': scores}) if return_all_decodes else (tokens[:, -1], {'scores': scores[:, -1]})
+    tokens, scores = (
+      np.take_along_axis(tokens, order[:, :, None], 1),
+      np.take_along_axis(scores, order, 1),
+    )
+    return (
+      (tokens, {'scores': scores})
+      if return_all_decodes
+      else (tokens[:, -1], {'scores': scores[:, -1]})
+    )
 
   def _request(self, inputs, count, seeds, length) -> Request:
     limit = length - (count - 1)  # BOS is not of the sequence
     if self._refill.max_new_tokens is not None:
       limit = min(limit, self._refill.max_new_tokens)
-    return Request(tuple(inputs[:count].tolist()), tuple(seeds.tolist()), int(max(limit, 1)), self._refill.sampling)
+    return Request(
+      tuple(inputs[:count].tolist()),
+      tuple(seeds.tolist()),
+      int(max(limit, 1)),
+      self._refill.sampling,
+    )
 
   def _slots(self, params, requests, length) -> Scheduler:
     if self._made_for is None or self._made_for[0] is not params or self._made_for[1] < length:
@@ -100,9 +118,19 @@ class Predictor:
       prompt = length if self._inputs is None else self._inputs + 1
       weights = weights_from_params(params)
       plan, shared = scheduler_config.config_for(
-          self._model, requests, slots=refill.slots, eos_id=self._eos, prompt=prompt, size=length + 1, chunk=refill.chunk,
-          budget=refill.budget)
-      self._scheduler, self._made_for = Scheduler(self._model, weights, plan, shared), (params, length)
+        self._model,
+        requests,
+        slots=refill.slots,
+        eos_id=self._eos,
+        prompt=prompt,
+        size=length + 1,
+        chunk=refill.chunk,
+        budget=refill.budget,
+      )
+      self._scheduler, self._made_for = (
+        Scheduler(self._model, weights, plan, shared),
+        (params, length),
+      )
     return self._scheduler
 
 

@@ -15,12 +15,12 @@ from t5x_inference_ext.t5x.precompile import abstract_inputs, infer_step_of
 
 
 def save_infer_step(
-    path: str | os.PathLike,
-    model: InferenceModel,
-    partitioner: InferencePartitioner,
-    task_feature_lengths: Mapping[str, int],
-    batch_size: int,
-    mode: str = 'predict',
+  path: str | os.PathLike,
+  model: InferenceModel,
+  partitioner: InferencePartitioner,
+  task_feature_lengths: Mapping[str, int],
+  batch_size: int,
+  mode: str = 'predict',
 ) -> dict[str, Any]:
   """Compiles what t5x.infer runs for a batch, and saves it for InferencePartitioner(executable=path).
 
@@ -51,10 +51,12 @@ def save_infer_step(
   # T5X wraps the step in a function of its own, which it hands to the partitioner alone.
   with mock.patch.object(partitioner, 'partition', kept):
     utils.get_infer_fn(infer_step, batch_size, initializer.train_state_axes, partitioner)
-  step, = steps
+  (step,) = steps
   step = getattr(step, 'step', step)
   key = jax.eval_shape(lambda: jax.random.PRNGKey(0))
   rows = jax.ShapeDtypeStruct((batch_size,), np.int32)
   arguments = saved_program.shapes((state.params, batch, key, rows, state.flax_mutables))
   lowered = step.lower(*arguments)
-  return saved_program.save(path, lowered.compile(), arguments, partitioner.mesh, describe_step(lowered))
+  return saved_program.save(
+    path, lowered.compile(), arguments, partitioner.mesh, describe_step(lowered)
+  )

@@ -38,7 +38,9 @@ def test_prefill_flops_are_counted_token_by_token(config):
 def test_row_relates_times_to_the_machine():
   cell = Cell(batch=2, decode=0.5, prefill=4.0, generate=8.0, transformers=12.0)
   flops = accelerator.prefill_flops(TINY, 2, 32)
-  cells = _cells(accelerator.row(cell, 'int8', TINY, int(4e8), Machine(1e9, flops), prompt=32, new=16))
+  cells = _cells(
+    accelerator.row(cell, 'int8', TINY, int(4e8), Machine(1e9, flops), prompt=32, new=16)
+  )
   assert len(cells) == len(accelerator.TITLES + accelerator.OTHER_TITLES)
   # 0.4 s to read the weights, of 0.5; the prefill's FLOPs take a second at full rate, of 4; 32 tokens in 8 and 12 s.
   assert cells[:5] == ['int8', '2', '500.000', '400.000', '80.0%']
@@ -46,7 +48,7 @@ def test_row_relates_times_to_the_machine():
 
 
 def test_row_without_another_side_ends_before_its_titles():
-  line = accelerator.row(Cell(1, 1., 1., 1.), 'int8', TINY, 1, MACHINE, 32, 8)
+  line = accelerator.row(Cell(1, 1.0, 1.0, 1.0), 'int8', TINY, 1, MACHINE, 32, 8)
   assert len(_cells(line)) == len(accelerator.TITLES)
 
 
@@ -60,8 +62,10 @@ def test_shapes_are_those_they_are_called(shape):
   assert prompt > 1 and new > 1
 
 
-@pytest.mark.parametrize('field, value', [('block', 'serial'), ('mlp', 'swiglu'), ('norm', 'rms'), ('num_kv_heads', 4),
-                                          ('d_head', 16)])
+@pytest.mark.parametrize(
+  'field, value',
+  [('block', 'serial'), ('mlp', 'swiglu'), ('norm', 'rms'), ('num_kv_heads', 4), ('d_head', 16)],
+)
 def test_other_shapes_are_no_falcons(field, value):
   assert not accelerator.is_falcon(ModelConfig(**{**TINY.to_dict(), field: value}))
 
@@ -111,12 +115,16 @@ def test_too_much_memory_is_an_answer(monkeypatch):
 
   monkeypatch.setattr(accelerator, 'other_side', lambda config, context: (None, ''))
   monkeypatch.setattr(accelerator, 'measure', refuse)
-  assert list(accelerator.table('tiny', MACHINE, ['int8'], [64]))[-1] == '| int8 | 64 | out of memory |'
+  assert (
+    list(accelerator.table('tiny', MACHINE, ['int8'], [64]))[-1] == '| int8 | 64 | out of memory |'
+  )
 
 
 def test_other_side_says_why_it_is_absent(monkeypatch):
   assert accelerator.other_side(preset('palm_8b'), 8) == (
-      None, 'transformers has no model of this shape (it has that of --shape=falcon_7b)')
+    None,
+    'transformers has no model of this shape (it has that of --shape=falcon_7b)',
+  )
   monkeypatch.setitem(sys.modules, 'torch', None)
   monkeypatch.delitem(sys.modules, 'benchmarks.falcon', raising=False)
   monkeypatch.delattr(benchmarks, 'falcon', raising=False)
@@ -124,7 +132,9 @@ def test_other_side_says_why_it_is_absent(monkeypatch):
   assert side is None and 'torch is not importable' in remark
 
 
-@pytest.mark.parametrize('flags', [['--shape=palm_9b'], ['--weights=int4'], ['--generate=1'], ['--batch=one']])
+@pytest.mark.parametrize(
+  'flags', [['--shape=palm_9b'], ['--weights=int4'], ['--generate=1'], ['--batch=one']]
+)
 def test_wrong_flags(flags, monkeypatch, capsys):
   monkeypatch.setattr('sys.argv', ['accelerator', *flags])
   with pytest.raises(SystemExit) as e:

@@ -13,9 +13,12 @@ from t5x_inference_ext.sharding.mesh import single_device_mesh
 from t5x_inference_ext.model.weights import Weights, layer_weights
 
 pytestmark = [
-    pytest.mark.skipif(any(importlib.util.find_spec(m) is None for m in ('torch', 'transformers')),
-                       reason='needs torch and transformers'),
-    pytest.mark.filterwarnings('ignore')]  # PyTorch's own
+  pytest.mark.skipif(
+    any(importlib.util.find_spec(m) is None for m in ('torch', 'transformers')),
+    reason='needs torch and transformers',
+  ),
+  pytest.mark.filterwarnings('ignore'),
+]  # PyTorch's own
 
 TINY = accelerator.SHAPES['tiny'][0]
 
@@ -37,28 +40,42 @@ def _canonical(state) -> dict[str, np.ndarray]:
 
   fused = matrix('self_attention.query_key_value')
   return {
-      'embedding': state['transformer.word_embeddings.weight'],
-      'final_norm': state['transformer.ln_f.weight'], 'final_norm_bias': state['transformer.ln_f.bias'],
-      'layer_norm': layers('input_layernorm.weight'), 'layer_norm_bias': layers('input_layernorm.bias'),
-      'query': fused[..., :q], 'key': fused[..., q:q + c.d_head], 'value': fused[..., q + c.d_head:],
-      'linear': matrix('mlp.dense_h_to_4h'), 'mlp_output': matrix('mlp.dense_4h_to_h'),
-      'attention_output': matrix('self_attention.dense')}
+    'embedding': state['transformer.word_embeddings.weight'],
+    'final_norm': state['transformer.ln_f.weight'],
+    'final_norm_bias': state['transformer.ln_f.bias'],
+    'layer_norm': layers('input_layernorm.weight'),
+    'layer_norm_bias': layers('input_layernorm.bias'),
+    'query': fused[..., :q],
+    'key': fused[..., q : q + c.d_head],
+    'value': fused[..., q + c.d_head :],
+    'linear': matrix('mlp.dense_h_to_4h'),
+    'mlp_output': matrix('mlp.dense_4h_to_h'),
+    'attention_output': matrix('self_attention.dense'),
+  }
 
 
 def _weights(model: Model, canonical) -> Weights:
   tensors = packed_tensors(TINY, model.prefill_layout, dict(model.mesh.shape), False)
 
   def read(tensor, layer):
-    return jnp.asarray(tensor.read(
-        lambda name, index: canonical[name][index], layer, tuple(slice(0, n) for n in tensor.shape)))
+    return jnp.asarray(
+      tensor.read(
+        lambda name, index: canonical[name][index], layer, tuple(slice(0, n) for n in tensor.shape)
+      )
+    )
 
-  layers = tuple(layer_weights({name: read(t, n) for name, t in tensors.items() if t.per_layer})
-                 for n in range(TINY.num_layers))
-  return Weights(layers=layers, **{name: read(t, None) for name, t in tensors.items() if not t.per_layer})
+  layers = tuple(
+    layer_weights({name: read(t, n) for name, t in tensors.items() if t.per_layer})
+    for n in range(TINY.num_layers)
+  )
+  return Weights(
+    layers=layers, **{name: read(t, None) for name, t in tensors.items() if not t.per_layer}
+  )
 
 
 def test_same_logits(falcon):
   import torch
+
   module = falcon.model.float().cpu()
   rng = np.random.default_rng(0)
   with torch.no_grad():
@@ -66,12 +83,16 @@ def test_same_logits(falcon):
       is_scale = name.endswith('weight') and p.ndim == 1
       p.copy_(torch.tensor((rng.normal(size=p.shape) * 0.1 + is_scale).astype(np.float32)))
   model = Model(TINY, single_device_mesh(), dtype='float32')
-  weights = _weights(model, _canonical({name: x.numpy() for name, x in module.state_dict().items()}))
+  weights = _weights(
+    model, _canonical({name: x.numpy() for name, x in module.state_dict().items()})
+  )
   tokens = rng.integers(2, TINY.vocab_size, (2, 20)).astype(np.int32)
   own = np.asarray(model.logits(weights, tokens)) * TINY.d_model**0.5  # which T5X divides by
   with torch.no_grad():
     other = module(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
-  np.testing.assert_allclose(own, other, atol=5e-3 * other.std())  # GELU here is the tanh approximation
+  np.testing.assert_allclose(
+    own, other, atol=5e-3 * other.std()
+  )  # GELU here is the tanh approximation
 
 
 def test_generates_as_many_tokens_as_asked(falcon):

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 # A loop of three turns, of which each reads half a matrix and a row and writes a row; then a row is copied.
-TEXT = '''
+TEXT = """
 HloModule jit_f, is_scheduled=true
 
 %product (p0: bf16[1,128], p1: bf16[128,256]) -> bf16[1,128] {
@@ -41,13 +41,16 @@ ENTRY %main (x.1: bf16[1,128], w.1: bf16[128,256]) -> bf16[1,128] {
   %last = bf16[1,128]{1,0} get-tuple-element(%while), index=1
   ROOT %copy = bf16[1,128]{1,0} copy(%last)
 }
-'''
+"""
 
 
 def test_launches_are_counted_with_their_loops(monkeypatch):
   for name in ('JAX_PLATFORMS', 'JAX_SKIP_CUDA_CONSTRAINTS_CHECK'):
-    monkeypatch.setenv(name, os.environ.get(name, ''))  # the import below sets them: put back what was
+    monkeypatch.setenv(
+      name, os.environ.get(name, '')
+    )  # the import below sets them: put back what was
   from benchmarks import gpu_compile
+
   found = gpu_compile.launches(TEXT, 2)
   turn = 2 * 128 * 128 + 2 * 2 * 128  # the half of the matrix that is used, a row in, a row out
   assert found.kernels == 4
@@ -55,7 +58,11 @@ def test_launches_are_counted_with_their_loops(monkeypatch):
   assert found.bytes == 3 * turn + 2 * 2 * 128
 
 
-@pytest.mark.skipif(importlib.util.find_spec('jax_plugins') is not None, reason='a jax plugin is installed')
+@pytest.mark.skipif(
+  importlib.util.find_spec('jax_plugins') is not None, reason='a jax plugin is installed'
+)
 def test_without_the_plugin_it_says_what_to_install(repository):
-  result = subprocess.run([sys.executable, '-m', 'benchmarks.gpu_compile'], cwd=repository, capture_output=True, text=True)
+  result = subprocess.run(
+    [sys.executable, '-m', 'benchmarks.gpu_compile'], cwd=repository, capture_output=True, text=True
+  )
   assert result.returncode == 1 and 'pip install --no-deps jax-cuda13-pjrt' in result.stderr

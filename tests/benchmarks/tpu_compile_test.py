@@ -17,19 +17,23 @@ class FakeStock:
   batch: int
   fits: bool
   needed: int | None = None
-  seconds: float = 0.
+  seconds: float = 0.0
 
   @property
   def estimate(self):
     return types.SimpleNamespace(serial_seconds=self.seconds)
 
 
-@pytest.mark.parametrize('stock, seconds, cells', [
+@pytest.mark.parametrize(
+  'stock, seconds, cells',
+  [
     (FakeStock(8, True, seconds=0.050), 0.010, ' 50.0 | 5.0x |'),
     (FakeStock(8, True, seconds=0.050), None, ' 50.0 |  |'),
     (FakeStock(12, True, seconds=0.050), 0.010, ' 50.0 (batch 12, the least it takes) | 5.0x |'),
     (FakeStock(8, False, needed=45 * 2**30), 0.010, ' does not fit: 45.0 GiB | |'),
-    (FakeStock(8, False), 0.010, ' does not fit | |')])
+    (FakeStock(8, False), 0.010, ' does not fit | |'),
+  ],
+)
 def test_stock_cells(stock, seconds, cells):
   assert tpu_compile.stock_cells(stock, 8, seconds) == cells
 

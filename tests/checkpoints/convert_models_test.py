@@ -15,11 +15,12 @@ from tests.checkpoints import synthetic
 
 BASE = dict(num_layers=2, d_model=16, d_ff=24, num_heads=4, d_head=6, vocab_size=12)
 MODELS = {
-    'serial multihead gelu layer norm': dict(
-        num_kv_heads=4, block='serial', mlp='gelu', norm='layer', norm_scale='one', norm_epsilon=1e-5),
-    'serial grouped swiglu rms': dict(num_kv_heads=2, block='serial'),
-    'serial multiquery gelu rms': dict(block='serial', mlp='gelu', norm_scale='one'),
-    'parallel grouped gelu layer norm': dict(num_kv_heads=2, mlp='gelu', norm='layer'),
+  'serial multihead gelu layer norm': dict(
+    num_kv_heads=4, block='serial', mlp='gelu', norm='layer', norm_scale='one', norm_epsilon=1e-5
+  ),
+  'serial grouped swiglu rms': dict(num_kv_heads=2, block='serial'),
+  'serial multiquery gelu rms': dict(block='serial', mlp='gelu', norm_scale='one'),
+  'parallel grouped gelu layer norm': dict(num_kv_heads=2, mlp='gelu', norm='layer'),
 }
 
 
@@ -47,7 +48,9 @@ def read(checkpoint):
 
 def test_int8(tmp_path, config, chunking):
   tensors = reference.random_tensors(config)
-  report = convert.convert(write(tmp_path / 'source', config, tensors), tmp_path / 'out', config=config)
+  report = convert.convert(
+    write(tmp_path / 'source', config, tensors), tmp_path / 'out', config=config
+  )
   checkpoint = open_checkpoint(tmp_path / 'out')
   assert (checkpoint.config, checkpoint.weights) == (config, 'int8')
   out, expected = read(checkpoint), reference.quantized(config, tensors)
@@ -55,13 +58,20 @@ def test_int8(tmp_path, config, chunking):
   for name, p in {**params.parameters(config), **params.scales(config)}.items():
     if p.kind != 'embedding':
       np.testing.assert_array_equal(out[name], expected[name], strict=True, err_msg=name)
-  np.testing.assert_array_equal(out['embedding'], tensors['embedding'].astype(ml_dtypes.bfloat16), strict=True)
-  on_disk = sum(f.stat().st_size for name, p in {**params.parameters(config), **params.scales(config)}.items()
-                if p.kind in ('matrix', 'scale') for f in (tmp_path / 'out' / name).iterdir())
+  np.testing.assert_array_equal(
+    out['embedding'], tensors['embedding'].astype(ml_dtypes.bfloat16), strict=True
+  )
+  on_disk = sum(
+    f.stat().st_size
+    for name, p in {**params.parameters(config), **params.scales(config)}.items()
+    if p.kind in ('matrix', 'scale')
+    for f in (tmp_path / 'out' / name).iterdir()
+  )
   assert report.layer_bytes == on_disk
   assert report.source_bytes == 4 * config.num_params
   assert report.layer_float32_bytes == 4 * sum(
-      tensors[name].size for name, p in params.parameters(config).items() if p.kind == 'matrix')
+    tensors[name].size for name, p in params.parameters(config).items() if p.kind == 'matrix'
+  )
 
 
 def test_int8_model_is_near_the_float_one(tmp_path, config):
@@ -69,13 +79,17 @@ def test_int8_model_is_near_the_float_one(tmp_path, config):
   convert.convert(write(tmp_path / 'source', config, tensors), tmp_path / 'out', config=config)
   tokens = np.random.default_rng(1).integers(0, config.vocab_size, (2, 9))
   exact = reference.logits(config, tensors, tokens)
-  served = reference.logits(config, reference.dequantized(config, read(open_checkpoint(tmp_path / 'out'))), tokens)
-  assert 0 < np.abs(served - exact).max() < .1 * exact.std()
+  served = reference.logits(
+    config, reference.dequantized(config, read(open_checkpoint(tmp_path / 'out'))), tokens
+  )
+  assert 0 < np.abs(served - exact).max() < 0.1 * exact.std()
 
 
 def test_bfloat16(tmp_path, config, chunking):
   tensors = reference.random_tensors(config)
-  convert.convert(write(tmp_path / 'source', config, tensors), tmp_path / 'out', 'bfloat16', config=config)
+  convert.convert(
+    write(tmp_path / 'source', config, tensors), tmp_path / 'out', 'bfloat16', config=config
+  )
   out = read(open_checkpoint(tmp_path / 'out'))
   assert set(out) == set(tensors)
   for name, p in params.parameters(config).items():
@@ -88,8 +102,10 @@ def test_factors_of_a_bfloat16_source(tmp_path, block):
   """1/sqrt(2) of a parallel DecoderLayer, sqrt(6) of queries: bfloat16 has only three digits of them."""
   config = ModelConfig(**BASE, num_kv_heads=4, block=block, norm_scale='one')
   tensors = reference.random_tensors(config)
-  leaves = {name: values.astype(ml_dtypes.bfloat16)
-            for name, values in synthetic.separate(tensors, config, split=True).items()}
+  leaves = {
+    name: values.astype(ml_dtypes.bfloat16)
+    for name, values in synthetic.separate(tensors, config, split=True).items()
+  }
   source = synthetic.write_legacy(tmp_path / 'source', leaves)
   direct = read(open_checkpoint(source, rescale_logits=False))
   convert.convert(source, tmp_path / 'out', 'bfloat16', rescale_logits=False)
@@ -97,16 +113,26 @@ def test_factors_of_a_bfloat16_source(tmp_path, block):
   exact = tensors['query'].astype(ml_dtypes.bfloat16).astype(np.float64) * np.sqrt(6)
   np.testing.assert_allclose(direct['query'], exact, rtol=1e-6)
   for name in ('query', 'attention_output', 'mlp_output'):
-    np.testing.assert_array_equal(out[name], direct[name].astype(ml_dtypes.bfloat16), strict=True, err_msg=name)
+    np.testing.assert_array_equal(
+      out[name], direct[name].astype(ml_dtypes.bfloat16), strict=True, err_msg=name
+    )
 
 
 def test_a_second_conversion_is_a_copy(tmp_path, config):
-  convert.convert(write(tmp_path / 'source', config, reference.random_tensors(config)), tmp_path / 'a', config=config)
+  convert.convert(
+    write(tmp_path / 'source', config, reference.random_tensors(config)),
+    tmp_path / 'a',
+    config=config,
+  )
   convert.convert(tmp_path / 'a', tmp_path / 'b')
-  assert (tmp_path / 'a' / 'checksums.json').read_text() == (tmp_path / 'b' / 'checksums.json').read_text()
+  assert (tmp_path / 'a' / 'checksums.json').read_text() == (
+    tmp_path / 'b' / 'checksums.json'
+  ).read_text()
 
 
-@pytest.mark.parametrize('name,layer', [('attention_norm_bias', ' in layer 1'), ('final_norm_bias', '')])
+@pytest.mark.parametrize(
+  'name,layer', [('attention_norm_bias', ' in layer 1'), ('final_norm_bias', '')]
+)
 def test_nan_in_a_bias(tmp_path, name, layer):
   config = ModelConfig(**BASE, **MODELS['serial multihead gelu layer norm'])
   tensors = reference.random_tensors(config)
@@ -118,7 +144,9 @@ def test_nan_in_a_bias(tmp_path, name, layer):
 def test_a_checkpoint_from_before_there_were_other_models(tmp_path):
   """Its header lacks what only PaLM-style models were, and opens as one."""
   tensors = synthetic.canonical()
-  convert.convert(synthetic.write_legacy(tmp_path / 'source', synthetic.fused(tensors)), tmp_path / 'out')
+  convert.convert(
+    synthetic.write_legacy(tmp_path / 'source', synthetic.fused(tensors)), tmp_path / 'out'
+  )
   path = tmp_path / 'out' / 'serving_config.json'
   header = json.loads(path.read_text())
   for field in ('block', 'mlp', 'norm'):
@@ -126,15 +154,24 @@ def test_a_checkpoint_from_before_there_were_other_models(tmp_path):
   path.write_text(json.dumps(header))
   checkpoint = open_checkpoint(tmp_path / 'out')
   assert checkpoint.config == synthetic.CONFIG
-  assert (checkpoint.config.block, checkpoint.config.mlp, checkpoint.config.norm) == ('parallel', 'swiglu', 'rms')
-  np.testing.assert_array_equal(checkpoint.tensors['final_norm'].read(), tensors['final_norm'], strict=True)
+  assert (checkpoint.config.block, checkpoint.config.mlp, checkpoint.config.norm) == (
+    'parallel',
+    'swiglu',
+    'rms',
+  )
+  np.testing.assert_array_equal(
+    checkpoint.tensors['final_norm'].read(), tensors['final_norm'], strict=True
+  )
 
 
-@pytest.mark.parametrize('field,value', [
-    ('block', 'parallel'), ('norm', 'rms'), ('mlp', 'swiglu'), ('num_kv_heads', 2)])
+@pytest.mark.parametrize(
+  'field,value', [('block', 'parallel'), ('norm', 'rms'), ('mlp', 'swiglu'), ('num_kv_heads', 2)]
+)
 def test_another_kind_of_model_than_asked_for(tmp_path, field, value):
   config = ModelConfig(**BASE, **MODELS['serial multihead gelu layer norm'])
-  convert.convert(write(tmp_path / 's', config, reference.random_tensors(config)), tmp_path / 'out', config=config)
+  convert.convert(
+    write(tmp_path / 's', config, reference.random_tensors(config)), tmp_path / 'out', config=config
+  )
   asked = ModelConfig(**{**config.to_dict(), field: value})
   with pytest.raises(CheckpointError) as caught:
     open_checkpoint(tmp_path / 'out', config=asked)

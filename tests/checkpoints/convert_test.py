@@ -41,8 +41,12 @@ def read(path):
 def oracle_scales(values):
   """[L, out] by name: max|w| / 127 of each output channel, over both output matrices for theirs."""
   largest = {name: np.abs(values[name]).max(1) for name in MATRICES}
-  scales = {f'{n}_scale': largest[n] / np.float32(127) for n in ('query', 'key', 'value', 'gate', 'linear')}
-  scales['output_scale'] = np.maximum(largest['attention_output'], largest['mlp_output']) / np.float32(127)
+  scales = {
+    f'{n}_scale': largest[n] / np.float32(127) for n in ('query', 'key', 'value', 'gate', 'linear')
+  }
+  scales['output_scale'] = np.maximum(
+    largest['attention_output'], largest['mlp_output']
+  ) / np.float32(127)
   return {name: np.where(s > 0, s, np.float32(1)) for name, s in scales.items()}
 
 
@@ -57,12 +61,16 @@ def test_int8_contents(source, tmp_path, chunking):
     np.testing.assert_array_equal(out[name], expected.astype(np.int8), strict=True, err_msg=name)
     assert np.abs(out[name].astype(int)).max() <= 127
     error = np.abs(out[name] * scale - VALUES[name])
-    assert (error <= scale * .5000001).all()
+    assert (error <= scale * 0.5000001).all()
     measured = report.errors[name]
     np.testing.assert_allclose(measured.worst, error.max() / np.abs(VALUES[name]).max(), rtol=1e-5)
-    np.testing.assert_allclose(measured.relative, np.linalg.norm(error) / np.linalg.norm(VALUES[name]), rtol=1e-5)
+    np.testing.assert_allclose(
+      measured.relative, np.linalg.norm(error) / np.linalg.norm(VALUES[name]), rtol=1e-5
+    )
   assert not out['query'][1, :, 3].any()
-  np.testing.assert_array_equal(out['embedding'], VALUES['embedding'].astype(ml_dtypes.bfloat16), strict=True)
+  np.testing.assert_array_equal(
+    out['embedding'], VALUES['embedding'].astype(ml_dtypes.bfloat16), strict=True
+  )
   for name in ('final_norm', 'layer_norm'):
     np.testing.assert_array_equal(out[name], VALUES[name], strict=True)
 
@@ -89,18 +97,25 @@ def test_int8_source_is_copied_exactly(tmp_path, chunking):
 
 
 def test_int8_source_to_bfloat16_is_its_value(tmp_path):
-  source = synthetic.write_legacy(tmp_path / 'source', synthetic.quantized(synthetic.fused(synthetic.canonical())))
+  source = synthetic.write_legacy(
+    tmp_path / 'source', synthetic.quantized(synthetic.fused(synthetic.canonical()))
+  )
   convert.convert(source, tmp_path / 'out', 'bfloat16')
   expected, out = read(source), read(tmp_path / 'out')
   for name in MATRICES:
     scale = expected[params.parameters(synthetic.CONFIG)[name].scale][:, None, :]
-    np.testing.assert_array_equal(out[name], (expected[name] * scale).astype(ml_dtypes.bfloat16), strict=True)
+    np.testing.assert_array_equal(
+      out[name], (expected[name] * scale).astype(ml_dtypes.bfloat16), strict=True
+    )
 
 
 def test_every_source_form_gives_the_same_bytes(tmp_path):
   leaves = synthetic.fused(VALUES)
-  sources = [synthetic.write_legacy(tmp_path / 'a', leaves, state=True), synthetic.write_orbax(tmp_path / 'b', leaves),
-             synthetic.write_legacy(tmp_path / 'c', synthetic.per_layer(leaves), chunks=3)]
+  sources = [
+    synthetic.write_legacy(tmp_path / 'a', leaves, state=True),
+    synthetic.write_orbax(tmp_path / 'b', leaves),
+    synthetic.write_legacy(tmp_path / 'c', synthetic.per_layer(leaves), chunks=3),
+  ]
   checksums = set()
   for i, source in enumerate(sources):
     convert.convert(source, tmp_path / f'out{i}')
@@ -121,32 +136,50 @@ def test_without_a_call_that_reserves_space(source, tmp_path, monkeypatch):
   monkeypatch.delattr(os, 'posix_fadvise')
   monkeypatch.delattr(os, 'sched_getaffinity')
   convert.convert(source, tmp_path / 'other')
-  assert (tmp_path / 'out' / 'checksums.json').read_text() == (tmp_path / 'other' / 'checksums.json').read_text()
+  assert (tmp_path / 'out' / 'checksums.json').read_text() == (
+    tmp_path / 'other' / 'checksums.json'
+  ).read_text()
 
 
 def test_sizes_of_the_real_checkpoint(palm_tiny, tmp_path):
   report = convert.convert(palm_tiny, tmp_path / 'out')
-  assert report.layer_float32_bytes == 4 * (report.source.config.num_params - 384 * 256 - 256 - 4 * 256)
-  on_disk = sum(f.stat().st_size for name in (*MATRICES, *params.scales(report.source.config))
-                for f in (tmp_path / 'out' / name).iterdir())
-  assert report.layer_bytes == on_disk <= .27 * report.layer_float32_bytes
-  assert report.output_bytes == sum(f.stat().st_size for f in (tmp_path / 'out').rglob('*') if f.is_file())
+  assert report.layer_float32_bytes == 4 * (
+    report.source.config.num_params - 384 * 256 - 256 - 4 * 256
+  )
+  on_disk = sum(
+    f.stat().st_size
+    for name in (*MATRICES, *params.scales(report.source.config))
+    for f in (tmp_path / 'out' / name).iterdir()
+  )
+  assert report.layer_bytes == on_disk <= 0.27 * report.layer_float32_bytes
+  assert report.output_bytes == sum(
+    f.stat().st_size for f in (tmp_path / 'out').rglob('*') if f.is_file()
+  )
   assert report.source_bytes == 4 * report.source.config.num_params
   for name in MATRICES:
-    assert 0 < report.errors[name].relative < .01
+    assert 0 < report.errors[name].relative < 0.01
 
 
 @pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize('name,index,where', [
-    ('gate', (1, 2, 20), ' in layer 1'), ('mlp_output', (0, 23, 7), ' in layer 0'),
-    ('layer_norm', (1, 3), ' in layer 1'), ('embedding', (5, 5), ''), ('final_norm', (0,), '')])
+@pytest.mark.parametrize(
+  'name,index,where',
+  [
+    ('gate', (1, 2, 20), ' in layer 1'),
+    ('mlp_output', (0, 23, 7), ' in layer 0'),
+    ('layer_norm', (1, 3), ' in layer 1'),
+    ('embedding', (5, 5), ''),
+    ('final_norm', (0,), ''),
+  ],
+)
 def test_nan_and_infinite_weights(tmp_path, chunking, bad, name, index, where):
   values = {n: v.copy() for n, v in VALUES.items()}
   values[name][index] = bad
   values[name][(*index[:-1], 0)] = bad  # in another chunk, of the same layer
   source = synthetic.write_legacy(tmp_path / 'source', synthetic.fused(values))
   count = 1 if index[-1] == 0 else 2
-  with pytest.raises(CheckpointError, match=f'^{name}: {count} NaN or infinite values{where}, .*{source}/target'):
+  with pytest.raises(
+    CheckpointError, match=f'^{name}: {count} NaN or infinite values{where}, .*{source}/target'
+  ):
     convert.convert(source, tmp_path / 'out')
   assert sorted(p.name for p in tmp_path.iterdir()) == ['source']
 
@@ -188,7 +221,9 @@ def test_damaged_source_leaves_nothing_that_looks_finished(source, tmp_path):
   chunk.write_bytes(chunk.read_bytes()[:50])
   with pytest.raises(CheckpointError, match=str(chunk)):
     convert.convert(source, tmp_path / 'deep' / 'out')
-  assert [p.name for p in (tmp_path / 'deep').iterdir()] == ['out.unfinished']  # other arrays were converted
+  assert [p.name for p in (tmp_path / 'deep').iterdir()] == [
+    'out.unfinished'
+  ]  # other arrays were converted
   for path in ('out.unfinished', 'out.unfinished/checkpoint'):
     with pytest.raises(CheckpointError, match='has not finished'):
       open_checkpoint(tmp_path / 'deep' / path)
@@ -215,7 +250,9 @@ def test_two_conversions_into_one_directory(source, tmp_path):
 
 def test_output_that_appears_meanwhile(source, tmp_path):
   with pytest.raises(CheckpointError, match='exists already'):
-    convert.convert(source, tmp_path / 'out', progress=lambda *_: (tmp_path / 'out').mkdir(exist_ok=True))
+    convert.convert(
+      source, tmp_path / 'out', progress=lambda *_: (tmp_path / 'out').mkdir(exist_ok=True)
+    )
   assert list((tmp_path / 'out').iterdir()) == []
   (tmp_path / 'out').rmdir()
   assert convert.convert(source, tmp_path / 'out').finished
@@ -224,10 +261,12 @@ def test_output_that_appears_meanwhile(source, tmp_path):
 
 def test_what_was_written_wrongly_is_noticed(source, tmp_path):
   """A disk that does not keep what it was given."""
+
   def damage(what, done, total):
     root = tmp_path / 'out.unfinished' / 'checkpoint'
     if what.startswith('verify query'):
       (root / 'gate' / '0.0.0').write_bytes((root / 'linear' / '0.0.0').read_bytes())
+
   with pytest.raises(CheckpointError, match='gate: damaged data'):
     convert.convert(source, tmp_path / 'out', progress=damage, workers=1)
   assert not (tmp_path / 'out').exists()
@@ -235,7 +274,11 @@ def test_what_was_written_wrongly_is_noticed(source, tmp_path):
 
 def _convert_and_die(source, out, slices):
   left = iter(range(slices))
-  convert.convert(source, out, progress=lambda *_: next(left, None) is None and os.kill(os.getpid(), signal.SIGKILL))
+  convert.convert(
+    source,
+    out,
+    progress=lambda *_: next(left, None) is None and os.kill(os.getpid(), signal.SIGKILL),
+  )
 
 
 @pytest.mark.parametrize('slices', [0, 3, 9, 14, 20])
@@ -259,7 +302,12 @@ def test_killed_in_the_middle(source, tmp_path, slices):
 
 def test_progress_adds_up(source, tmp_path):
   done = {'convert': [], 'verify': []}
-  convert.convert(source, tmp_path / 'out',
-                  progress=lambda what, n, total: done['verify' if 'verify' in what else 'convert'].append((n, total)))
+  convert.convert(
+    source,
+    tmp_path / 'out',
+    progress=lambda what, n, total: done['verify' if 'verify' in what else 'convert'].append(
+      (n, total)
+    ),
+  )
   for steps in done.values():
     assert sum(n for n, _ in steps) == steps[0][1]

@@ -60,7 +60,9 @@ def test_directory_that_can_not_be_read(tmp_path, monkeypatch):
 
 
 def test_missing_step_names_the_others(legacy):
-  fails(legacy.parent / 'checkpoint_9', 'no such directory', f'{legacy.parent} holds c: pass that one')
+  fails(
+    legacy.parent / 'checkpoint_9', 'no such directory', f'{legacy.parent} holds c: pass that one'
+  )
 
 
 def test_directory_above_a_checkpoint(legacy):
@@ -73,9 +75,18 @@ def test_not_a_checkpoint(tmp_path):
   fails(tmp_path / 'config.json', 'is not a checkpoint', 'this is a file')
 
 
-@pytest.mark.parametrize('index', [b'', b'text', b'\xc1', msgpack.packb([1]), msgpack.packb({'optimizer': {}}),
-                                   msgpack.packb({'target': {'decoder': {'kernel': 'a string'}}}),
-                                   msgpack.packb({'a': msgpack.ExtType(1, b'123')})])
+@pytest.mark.parametrize(
+  'index',
+  [
+    b'',
+    b'text',
+    b'\xc1',
+    msgpack.packb([1]),
+    msgpack.packb({'optimizer': {}}),
+    msgpack.packb({'target': {'decoder': {'kernel': 'a string'}}}),
+    msgpack.packb({'a': msgpack.ExtType(1, b'123')}),
+  ],
+)
 def test_not_an_index(tmp_path, index):
   (tmp_path / 'checkpoint').write_bytes(index)
   fails(tmp_path, f'{tmp_path}/checkpoint')
@@ -83,7 +94,7 @@ def test_not_an_index(tmp_path, index):
 
 def test_truncated_index(legacy):
   data = (legacy / 'checkpoint').read_bytes()
-  (legacy / 'checkpoint').write_bytes(data[:len(data) // 2])
+  (legacy / 'checkpoint').write_bytes(data[: len(data) // 2])
   fails(legacy, f'{legacy}/checkpoint', 'damaged')
 
 
@@ -108,17 +119,33 @@ def test_partly_copied_orbax_checkpoint(tmp_path):
 @pytest.mark.parametrize('write', [synthetic.write_legacy, synthetic.write_orbax])
 def test_missing_parameters(tmp_path, write):
   leaves = {n: v for n, v in SCANNED.items() if n not in (KV, 'decoder/decoder_norm/scale')}
-  fails(write(tmp_path / 'c', leaves), tmp_path / 'c', 'lacks', f'target/{KV}', 'target/decoder/decoder_norm/scale')
+  fails(
+    write(tmp_path / 'c', leaves),
+    tmp_path / 'c',
+    'lacks',
+    f'target/{KV}',
+    'target/decoder/decoder_norm/scale',
+  )
 
 
 def test_missing_parameter_of_one_layer(tmp_path):
   leaves = synthetic.per_layer(SCANNED)
   del leaves['decoder/layers_0/kv_fused/kernel']
-  fails(synthetic.write_legacy(tmp_path / 'c', leaves), 'lacks target/decoder/layers_0/kv_fused/kernel')
+  fails(
+    synthetic.write_legacy(tmp_path / 'c', leaves), 'lacks target/decoder/layers_0/kv_fused/kernel'
+  )
 
 
-@pytest.mark.parametrize('extra', ['decoder/decoder/q_wi_fused/bias', 'decoder/decoder/relpos_bias/rel_embedding',
-                                   'decoder/logits_dense/kernel', 'encoder/x/kernel', Q_WI.replace('kernel', 'qscale')])
+@pytest.mark.parametrize(
+  'extra',
+  [
+    'decoder/decoder/q_wi_fused/bias',
+    'decoder/decoder/relpos_bias/rel_embedding',
+    'decoder/logits_dense/kernel',
+    'encoder/x/kernel',
+    Q_WI.replace('kernel', 'qscale'),
+  ],
+)
 def test_extra_parameters(tmp_path, extra):
   path = synthetic.write_legacy(tmp_path / 'c', {**SCANNED, extra: np.ones(3, np.float32)})
   fails(path, path, f'does not use: target/{extra}', 'no biases')
@@ -126,8 +153,13 @@ def test_extra_parameters(tmp_path, extra):
 
 def test_another_architecture_names_what_differs(tmp_path):
   leaves = {'decoder/layers_0/experts/kernel': np.ones((4, 4), np.float32)}
-  fails(synthetic.write_legacy(tmp_path / 'c', leaves), 'lacks target/decoder/', 'q_wi_fused', 'does not use',
-        'target/decoder/layers_*/experts/kernel')
+  fails(
+    synthetic.write_legacy(tmp_path / 'c', leaves),
+    'lacks target/decoder/',
+    'q_wi_fused',
+    'does not use',
+    'target/decoder/layers_*/experts/kernel',
+  )
 
 
 def test_scanned_and_per_layer_in_one(tmp_path):
@@ -135,32 +167,62 @@ def test_scanned_and_per_layer_in_one(tmp_path):
   fails(path, 'two models in one tree')
 
 
-@pytest.mark.parametrize('changes,name,stored,needed', [
+@pytest.mark.parametrize(
+  'changes,name,stored,needed',
+  [
     ({'d_model': 16}, 'decoder/token_embedder/embedding', [12, 8], [12, 16]),
     ({'vocab_size': 13}, 'decoder/token_embedder/embedding', [12, 8], [13, 8]),
     ({'d_ff': 48}, Q_WI, [8, 2, 3, 20], [8, 2, 3, 36]),
     ({'num_layers': 4}, 'decoder/decoder/layer_norm/scale', [8, 2], [8, 4]),
-])
+  ],
+)
 def test_wrong_shape(legacy, changes, name, stored, needed):
   """Against the model asked for."""
-  fails(legacy, f'target/{name}', stored, needed, legacy / f'target.{name.replace("/", ".")}', config=config(**changes))
+  fails(
+    legacy,
+    f'target/{name}',
+    stored,
+    needed,
+    legacy / f'target.{name.replace("/", ".")}',
+    config=config(**changes),
+  )
 
 
-@pytest.mark.parametrize('name,shape', [(O_WO, (3, 2, 12, 7)), (O_WO, (3, 2, 11, 8)),
-                                        ('decoder/decoder_norm/scale', (9,)),
-                                        ('decoder/decoder/layer_norm/scale', (8, 3))])
+@pytest.mark.parametrize(
+  'name,shape',
+  [
+    (O_WO, (3, 2, 12, 7)),
+    (O_WO, (3, 2, 11, 8)),
+    ('decoder/decoder_norm/scale', (9,)),
+    ('decoder/decoder/layer_norm/scale', (8, 3)),
+  ],
+)
 def test_wrong_shape_within_a_checkpoint(tmp_path, name, shape):
   """Without a model given, against the checkpoint's other parameters."""
   path = synthetic.write_orbax(tmp_path / 'c', {**SCANNED, name: np.ones(shape, np.float32)})
-  fails(path, f'target/{name}', list(shape), list(SCANNED[name].shape), f'{path}/state/target.{name.replace("/", ".")}')
+  fails(
+    path,
+    f'target/{name}',
+    list(shape),
+    list(SCANNED[name].shape),
+    f'{path}/state/target.{name.replace("/", ".")}',
+  )
 
 
-@pytest.mark.parametrize('name,shape,words', [
-    (KV, (8, 2, 1, 7), ['kv_fused', '[8, 1, 7]']), (KV, (8, 2, 1, 40), ['q_wi_fused', '[8, 1, 40]']),
-    (KV, (8, 2, 8), ['3 axes', '[8, 2, 8]']), (KV, (8, 2, 2, 8), ['num_kv_heads=2', 'num_heads=3']),
-    ('decoder/decoder/layer_norm/scale', (8,), ['1 axes, expected 2'])])
+@pytest.mark.parametrize(
+  'name,shape,words',
+  [
+    (KV, (8, 2, 1, 7), ['kv_fused', '[8, 1, 7]']),
+    (KV, (8, 2, 1, 40), ['q_wi_fused', '[8, 1, 40]']),
+    (KV, (8, 2, 8), ['3 axes', '[8, 2, 8]']),
+    (KV, (8, 2, 2, 8), ['num_kv_heads=2', 'num_heads=3']),
+    ('decoder/decoder/layer_norm/scale', (8,), ['1 axes, expected 2']),
+  ],
+)
 def test_shapes_that_no_model_has(tmp_path, name, shape, words):
-  fails(synthetic.write_legacy(tmp_path / 'c', {**SCANNED, name: np.ones(shape, np.float32)}), *words)
+  fails(
+    synthetic.write_legacy(tmp_path / 'c', {**SCANNED, name: np.ones(shape, np.float32)}), *words
+  )
 
 
 def test_wrong_shape_of_one_layer(tmp_path):
@@ -171,7 +233,9 @@ def test_wrong_shape_of_one_layer(tmp_path):
 
 
 def test_array_of_another_shape_than_the_index_says(legacy, tmp_path):
-  other = synthetic.write_legacy(tmp_path / 'other', {**SCANNED, KV: np.ones((8, 2, 1, 16), np.float32)})
+  other = synthetic.write_legacy(
+    tmp_path / 'other', {**SCANNED, KV: np.ones((8, 2, 1, 16), np.float32)}
+  )
   name = f'target.{KV.replace("/", ".")}'
   shutil.rmtree(legacy / name)
   shutil.copytree(other / name, legacy / name)
@@ -184,12 +248,15 @@ def test_missing_array(legacy):
   fails(legacy, f'target/{KV}', directory)
 
 
-@pytest.mark.parametrize('damage,word', [
+@pytest.mark.parametrize(
+  'damage,word',
+  [
     (lambda f: f.write_bytes(f.read_bytes()[:-20]), ''),  # truncated
     (lambda f: f.write_bytes(b''), ''),
     (lambda f: f.write_bytes(f.read_bytes()[:40] + bytes(20) + f.read_bytes()[60:]), ''),  # corrupt
     (lambda f: f.unlink(), 'missing'),  # which tensorstore by itself reads as zeros
-])
+  ],
+)
 def test_damaged_chunk(tmp_path, damage, word):
   path = synthetic.write_legacy(tmp_path / 'c', SCANNED, chunks=5)
   chunk = path / f'target.{Q_WI.replace("/", ".")}' / '1.0.0.2'  # columns 10 to 14 of each head
@@ -212,7 +279,10 @@ def test_missing_and_damaged_data_of_an_orbax_store(tmp_path):
 def test_zeros_are_not_mistaken_for_missing(tmp_path):
   """Norm scales around zero start as zeros: stored, and read."""
   leaves = {**SCANNED, 'decoder/decoder/layer_norm/scale': np.zeros((8, 2), np.float32)}
-  paths = synthetic.write_legacy(tmp_path / 'a', leaves), synthetic.write_orbax(tmp_path / 'b', leaves, zarr3=True)
+  paths = (
+    synthetic.write_legacy(tmp_path / 'a', leaves),
+    synthetic.write_orbax(tmp_path / 'b', leaves, zarr3=True),
+  )
   for path in paths:
     assert not open_checkpoint(path).tensors['layer_norm'].read().any()
 

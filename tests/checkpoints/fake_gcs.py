@@ -55,7 +55,11 @@ class FakeGcs:
 
   def below(self, name: str) -> dict[str, bytes]:
     """The values of the objects below a directory."""
-    return {n.removeprefix(f'{name}/'): value for n, (_, value) in self.objects.items() if n.startswith(f'{name}/')}
+    return {
+      n.removeprefix(f'{name}/'): value
+      for n, (_, value) in self.objects.items()
+      if n.startswith(f'{name}/')
+    }
 
   def uploads(self) -> list[str]:
     return [name for method, name in self.requests if method == 'POST']
@@ -117,14 +121,20 @@ def _handler(gcs: FakeGcs) -> type:
         if begin >= end:
           self.answer(416)
           return
-        self.answer(206, value[begin:end], x_goog_generation=generation,
-                    Content_Range=f'bytes {begin}-{end - 1}/{len(value)}')
+        self.answer(
+          206,
+          value[begin:end],
+          x_goog_generation=generation,
+          Content_Range=f'bytes {begin}-{end - 1}/{len(value)}',
+        )
       else:
         self.answer(200, value, x_goog_generation=generation)
 
     def list(self, query: dict[str, str]) -> None:
       begin, end = query.get('startOffset', ''), query.get('endOffset', '\U0010ffff')
-      names = [n for n in sorted(gcs.objects) if begin <= n < end and n >= query.get('pageToken', '')]
+      names = [
+        n for n in sorted(gcs.objects) if begin <= n < end and n >= query.get('pageToken', '')
+      ]
       content = {'items': [_metadata(n) for n in names[:PAGE]]}
       if len(names) > PAGE:
         content['nextPageToken'] = names[PAGE]

@@ -26,7 +26,7 @@ from t5x_inference_ext.checkpoints.work_directory import WorkDirectory
 from t5x_inference_ext.errors import CheckpointError
 
 # Many slices; some blocks are held, some read again; and most of the time is spent on them.
-OPTIONS = dict(slice_bytes=1, hold_bytes=2000, progress=lambda *_: time.sleep(.002))
+OPTIONS = dict(slice_bytes=1, hold_bytes=2000, progress=lambda *_: time.sleep(0.002))
 FUNCTIONS = ('allocate', 'write_blocks', 'sync', 'append_line', 'write_file', 'publish')
 
 
@@ -72,9 +72,11 @@ def loads(out: pathlib.Path) -> bool:
 
 def check_parts(out: pathlib.Path) -> bool:
   """In a child: opening a checkpoint starts tensorstore's threads, which a fork would lose."""
+
   def check():
     if loads(out):
       raise CheckpointError('loads')
+
   return exit_code(fork(check)) == 0
 
 
@@ -104,13 +106,16 @@ def begun() -> list[int]:
 
 def kill(pid: int, rng: random.Random, seconds: float) -> None:
   """At some time, or some slices and a moment later: so that it has done something, however busy the machine is."""
-  if rng.random() < .3:
-    time.sleep(rng.uniform(.05, 1.) * seconds)
+  if rng.random() < 0.3:
+    time.sleep(rng.uniform(0.05, 1.0) * seconds)
   else:
     slices = rng.randrange(1, 7)
-    while len(begun()) < slices and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-      time.sleep(.001)
-    time.sleep(rng.uniform(0, .01))
+    while (
+      len(begun()) < slices
+      and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    ):
+      time.sleep(0.001)
+    time.sleep(rng.uniform(0, 0.01))
   os.kill(pid, signal.SIGKILL)
 
 
@@ -125,8 +130,16 @@ def kills(source: str, scratch: pathlib.Path, seed: int, count: int) -> dict:
   assert exit_code(fork(lambda: convert.convert(source, whole, workers=2, **OPTIONS))) == 0
   seconds = time.monotonic() - begin
   expected = digest(whole)
-  result = dict(kills=0, finished=0, different=0, partial_loads=0, lost=0, resumed=0, seconds=seconds,
-                redone={1: 0, 2: 0})
+  result = dict(
+    kills=0,
+    finished=0,
+    different=0,
+    partial_loads=0,
+    lost=0,
+    resumed=0,
+    seconds=seconds,
+    redone={1: 0, 2: 0},
+  )
   while result['kills'] < count or result['finished'] < 2:
     out = scratch / f'out{result["finished"]}'
     done, killed, workers = [], 0, 2 - result['finished'] % 2
@@ -169,10 +182,14 @@ def shard_kills(source: str, scratch: pathlib.Path, seed: int, count: int) -> di
     out = scratch / f'out{result["finished"]}'
     rounds = 0
     while not out.exists():
-      pids = [fork(lambda i=i: convert.convert(source, out, workers=1, num_shards=2, shard_id=i, **OPTIONS))
-              for i in range(2)]
+      pids = [
+        fork(
+          lambda i=i: convert.convert(source, out, workers=1, num_shards=2, shard_id=i, **OPTIONS)
+        )
+        for i in range(2)
+      ]
       if rounds < 6:  # then they may finish
-        time.sleep(rng.uniform(.05, 1.2) * seconds)
+        time.sleep(rng.uniform(0.05, 1.2) * seconds)
         for pid in rng.choice([pids, pids[:1], pids[1:]]):
           os.kill(pid, signal.SIGKILL)
       rounds += 1
@@ -184,7 +201,10 @@ def shard_kills(source: str, scratch: pathlib.Path, seed: int, count: int) -> di
       if not out.exists():
         result['partial_loads'] += not check_parts(out)
     if os.path.lexists(f'{out}.unfinished'):  # killed between the last two steps
-      assert exit_code(fork(lambda: convert.convert(source, out, workers=2, num_shards=2, **OPTIONS))) == 0
+      assert (
+        exit_code(fork(lambda: convert.convert(source, out, workers=2, num_shards=2, **OPTIONS)))
+        == 0
+      )
     result['finished'] += 1
     result['different'] += digest(out) != expected or os.path.lexists(f'{out}.unfinished')
     shutil.rmtree(out)
@@ -221,8 +241,13 @@ def errors(source: str, scratch: pathlib.Path) -> dict:
   whole = scratch / 'whole'
   assert exit_code(fork(lambda: convert.convert(source, whole, workers=2, **OPTIONS))) == 0
   expected = digest(whole)
-  faults = [(name, number, code) for name in FUNCTIONS for number in (1, 4, 30)
-            for code in (errno.ENOSPC, errno.EIO) if name != 'publish' or number == 1]
+  faults = [
+    (name, number, code)
+    for name in FUNCTIONS
+    for number in (1, 4, 30)
+    for code in (errno.ENOSPC, errno.EIO)
+    if name != 'publish' or number == 1
+  ]
   faults += [('read', number, 0) for number in (1, 5, 12)] + [('limit', 0, 0)]
   result = dict(faults=0, hit=0, wrong=[], messages=[])
   for name, number, code in faults:
@@ -248,8 +273,13 @@ def errors(source: str, scratch: pathlib.Path) -> dict:
         result['wrong'].append(f'{name} {number} {code}: looks finished')
     elif ended:
       result['wrong'].append(f'{name} {number} {code}: ended with {ended}')
-    if not out.exists() and exit_code(fork(lambda: convert.convert(source, out, workers=2, **OPTIONS))) != 0:
-      result['wrong'].append(f'{name} {number} {code}: {pathlib.Path("error").read_text(encoding="utf-8")}')
+    if (
+      not out.exists()
+      and exit_code(fork(lambda: convert.convert(source, out, workers=2, **OPTIONS))) != 0
+    ):
+      result['wrong'].append(
+        f'{name} {number} {code}: {pathlib.Path("error").read_text(encoding="utf-8")}'
+      )
     elif digest(out) != expected or os.path.lexists(f'{out}.unfinished'):
       result['wrong'].append(f'{name} {number} {code}: another checkpoint')
     shutil.rmtree(out, ignore_errors=True)
@@ -260,6 +290,8 @@ if __name__ == '__main__':
   scratch_directory = pathlib.Path(sys.argv[2])
   os.chdir(scratch_directory)
   if sys.argv[3] in ('kills', 'shard_kills'):
-    print(json.dumps(globals()[sys.argv[3]](sys.argv[1], scratch_directory, *map(int, sys.argv[4:]))))
+    print(
+      json.dumps(globals()[sys.argv[3]](sys.argv[1], scratch_directory, *map(int, sys.argv[4:])))
+    )
   else:
     print(json.dumps(errors(sys.argv[1], scratch_directory)))

@@ -17,17 +17,30 @@ KILLS = 40
 
 @pytest.fixture
 def run(tmp_path, repository, request):
-  source = synthetic.write_legacy(tmp_path / 'source', synthetic.fused(synthetic.canonical(CONFIG), CONFIG), chunks=8)
+  source = synthetic.write_legacy(
+    tmp_path / 'source', synthetic.fused(synthetic.canonical(CONFIG), CONFIG), chunks=8
+  )
   # In memory where that is possible: a conversion waits for the disk again and again, which costs a minute here.
   memory = '/dev/shm' if os.access('/dev/shm', os.W_OK) else None
   scratch = tempfile.TemporaryDirectory(dir=memory)
   request.addfinalizer(scratch.cleanup)
 
   def program(*arguments):
-    command = [sys.executable, str(repository / 'tests' / 'checkpoints' / 'fault_program.py'), str(source),
-               scratch.name, *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300,
-                            env={'PYTHONPATH': str(repository), 'PATH': '/usr/bin:/bin'})
+    command = [
+      sys.executable,
+      str(repository / 'tests' / 'checkpoints' / 'fault_program.py'),
+      str(source),
+      scratch.name,
+      *map(str, arguments),
+    ]
+    result = subprocess.run(
+      command,
+      capture_output=True,
+      text=True,
+      check=False,
+      timeout=300,
+      env={'PYTHONPATH': str(repository), 'PATH': '/usr/bin:/bin'},
+    )
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 
@@ -55,5 +68,5 @@ def test_full_disks_and_failing_reads(run):
   assert result['hit'] >= 30, result
   assert result['wrong'] == []
   for message in filter(None, result['messages']):
-    assert '\n' not in message and ('can\'t write to' in message or 'damaged data in' in message)
+    assert '\n' not in message and ("can't write to" in message or 'damaged data in' in message)
   assert any('goes on from there' in message for message in result['messages'])

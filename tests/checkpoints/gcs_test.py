@@ -41,7 +41,9 @@ def source(tmp_path) -> pathlib.Path:
 
 
 def files(directory: pathlib.Path) -> dict[str, bytes]:
-  return {str(f.relative_to(directory)): f.read_bytes() for f in directory.rglob('*') if f.is_file()}
+  return {
+    str(f.relative_to(directory)): f.read_bytes() for f in directory.rglob('*') if f.is_file()
+  }
 
 
 def run(*argv):
@@ -49,9 +51,11 @@ def run(*argv):
 
 
 SOURCES = {
-    'legacy': lambda path: synthetic.write_legacy(path, LEAVES, chunks=5),
-    'orbax': lambda path: synthetic.write_orbax(path, LEAVES),
-    'orbax, zarr 3, no OCDBT': lambda path: synthetic.write_orbax(path, LEAVES, zarr3=True, ocdbt=False),
+  'legacy': lambda path: synthetic.write_legacy(path, LEAVES, chunks=5),
+  'orbax': lambda path: synthetic.write_orbax(path, LEAVES),
+  'orbax, zarr 3, no OCDBT': lambda path: synthetic.write_orbax(
+    path, LEAVES, zarr3=True, ocdbt=False
+  ),
 }
 
 
@@ -61,8 +65,12 @@ def test_a_source_in_a_bucket(gcs, tmp_path, capsys, form):
   remote = gcs.put_directory(local, 'runs/checkpoint_7')
   convert.convert(local, tmp_path / 'expected')
   assert run(f'--input={remote}', f'--output={tmp_path}/out', '--weights=int8') == 0
-  assert (tmp_path / 'out' / 'checksums.json').read_bytes() == (tmp_path / 'expected' / 'checksums.json').read_bytes()
-  assert json.loads((tmp_path / 'out' / 'serving_config.json').read_text())['source']['path'] == remote
+  assert (tmp_path / 'out' / 'checksums.json').read_bytes() == (
+    tmp_path / 'expected' / 'checksums.json'
+  ).read_bytes()
+  assert (
+    json.loads((tmp_path / 'out' / 'serving_config.json').read_text())['source']['path'] == remote
+  )
   assert verify(tmp_path / 'out', remote)[-1] == f'and what {remote} converts to'
   capsys.readouterr()
   assert inspect_checkpoint.run(['inspect_checkpoint', f'{remote}/']) == 0
@@ -86,11 +94,17 @@ def test_nothing_there(gcs, tmp_path, capsys):
   assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize('damage,words', [
+@pytest.mark.parametrize(
+  'damage,words',
+  [
     (lambda gcs, name: gcs.objects.pop(name), 'missing'),
-    (lambda gcs, name: gcs.put(name, gcs.objects[name][1][:-9]), 'the end of the file is not there'),
+    (
+      lambda gcs, name: gcs.put(name, gcs.objects[name][1][:-9]),
+      'the end of the file is not there',
+    ),
     (lambda gcs, name: gcs.failures['GET', name].append(403), '403'),
-])
+  ],
+)
 def test_a_source_that_cannot_be_read(gcs, source, tmp_path, capsys, damage, words):
   remote = gcs.put_directory(source, 'source')
   damage(gcs, f'source/{Q_WI}/1.0.0.2')
@@ -120,10 +134,20 @@ def test_a_server_that_fails_once(gcs, source, tmp_path):
 def test_an_output_in_a_bucket(gcs, source, tmp_path, capsys, form):
   convert.convert(source, tmp_path / 'local', format=form)
   out = f'{gcs.bucket}/deep/out'
-  command = [f'--input={source}', f'--output={out}/', f'--format={form}', '--weights=int8', f'--staging={tmp_path}/s']
+  command = [
+    f'--input={source}',
+    f'--output={out}/',
+    f'--format={form}',
+    '--weights=int8',
+    f'--staging={tmp_path}/s',
+  ]
   assert run(*command) == 0
   said = capsys.readouterr()
-  assert 'whose disk it takes until all is uploaded' in said.out and f'wrote and verified {out}' in said.out and 'upload: ' in said.err
+  assert (
+    'whose disk it takes until all is uploaded' in said.out
+    and f'wrote and verified {out}' in said.out
+    and 'upload: ' in said.err
+  )
   assert gcs.below('deep/out') == files(tmp_path / 'local')
   assert list((tmp_path / 's').iterdir()) == []
   header = 'checkpoint' if form == 't5x_int8' else 'serving_config.json'
@@ -141,7 +165,8 @@ def test_shards_into_a_bucket(gcs, source, tmp_path):
   convert.convert(source, tmp_path / 'local')
   out = f'{gcs.bucket}/out'
   convert_shard = lambda shard: convert.convert(
-      source, out, staging=tmp_path / 's', num_shards=2, shard_id=shard, slice_bytes=1)
+    source, out, staging=tmp_path / 's', num_shards=2, shard_id=shard, slice_bytes=1
+  )
   assert not convert_shard(1).finished and set(gcs.below('out')) == {MARKER}
   report = convert_shard(0)
   assert report.finished and report.output == out
@@ -181,10 +206,19 @@ def test_an_upload_goes_on_where_it_was_interrupted(gcs, source, tmp_path):
 def test_killed_while_uploading(gcs, source, tmp_path, repository):
   convert.convert(source, tmp_path / 'local')
   out, original, killed = f'{gcs.bucket}/out', gcs.store, 0
-  command = [sys.executable, '-m', 't5x_inference_ext.convert_checkpoint', f'--input={source}', f'--output={out}',
-             '--weights=int8', f'--staging={tmp_path}/s']
+  command = [
+    sys.executable,
+    '-m',
+    't5x_inference_ext.convert_checkpoint',
+    f'--input={source}',
+    f'--output={out}',
+    '--weights=int8',
+    f'--staging={tmp_path}/s',
+  ]
   for last in (1, 3, 8, 20, None):  # uploads that a process lives to see
-    with subprocess.Popen(command, cwd=repository, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+      command, cwd=repository, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
       seen = itertools.count(1)
 
       def store(name, value):
@@ -218,7 +252,11 @@ def test_what_was_lost_since_is_uploaded_again(gcs, source, tmp_path):
   gcs.put('out/linear/0.0.0', b'something else')
   before = len(gcs.uploads())
   assert convert.convert(source, out, staging=tmp_path / 's').finished
-  assert sorted(gcs.uploads()[before:]) == ['out/gate/0.0.0', 'out/linear/0.0.0', 'out/serving_config.json']
+  assert sorted(gcs.uploads()[before:]) == [
+    'out/gate/0.0.0',
+    'out/linear/0.0.0',
+    'out/serving_config.json',
+  ]
   verify(out, source)
 
 
@@ -260,7 +298,9 @@ def test_two_conversions_into_one_place(gcs, source, tmp_path):
 def test_killed_between_the_last_two_steps(gcs, source, tmp_path, monkeypatch):
   out = f'{gcs.bucket}/out'
   with monkeypatch.context() as patched:
-    patched.setattr(staging.Staging, 'remove', lambda self: (_ for _ in ()).throw(CheckpointError('killed')))
+    patched.setattr(
+      staging.Staging, 'remove', lambda self: (_ for _ in ()).throw(CheckpointError('killed'))
+    )
     with pytest.raises(CheckpointError, match='killed'):
       convert.convert(source, out, staging=tmp_path / 's')
   before = len(gcs.uploads())
@@ -283,7 +323,11 @@ def test_a_source_that_cannot_be_converted_leaves_nothing(gcs, tmp_path):
 
 
 def test_a_full_disk_leaves_nothing(gcs, source, tmp_path, monkeypatch):
-  monkeypatch.setattr(local_files.os, 'posix_fallocate', lambda *_: (_ for _ in ()).throw(OSError(28, 'No space left')))
+  monkeypatch.setattr(
+    local_files.os,
+    'posix_fallocate',
+    lambda *_: (_ for _ in ()).throw(OSError(28, 'No space left')),
+  )
   with pytest.raises(CheckpointError, match=f"can't write to {tmp_path}/s/out-.*No space left"):
     convert.convert(source, f'{gcs.bucket}/out', staging=tmp_path / 's')
   assert gcs.objects == {} and list((tmp_path / 's').iterdir()) == []
@@ -294,7 +338,9 @@ def test_a_bucket_that_takes_nothing(gcs, source, tmp_path):
   gcs.failures['POST', f'out/{MARKER}'].append(403)
   seen = []
   with pytest.raises(CheckpointError, match=f"can't write to {gcs.bucket}/out/{MARKER}: .*403"):
-    convert.convert(source, f'{gcs.bucket}/out', staging=tmp_path / 's', progress=lambda *_: seen.append(1))
+    convert.convert(
+      source, f'{gcs.bucket}/out', staging=tmp_path / 's', progress=lambda *_: seen.append(1)
+    )
   assert seen == []
 
 

@@ -21,12 +21,29 @@ SIZE = 3 * 5 * 4 * 4
 
 def write(path, dtype='<f4', compressor='gzip', shape=SHAPE, chunks=CHUNKS, **metadata):
   """An array and its values."""
-  values = np.random.default_rng(0).integers(-100, 100, shape).astype(
-      ml_dtypes.bfloat16 if dtype == 'bfloat16' else np.dtype(dtype).newbyteorder('='))
-  compressor = compressor and {'id': compressor, **({'level': 1} if compressor in ('gzip', 'zlib', 'zstd') else {})}
-  ts.open({'driver': 'zarr', 'kvstore': {'driver': 'file', 'path': f'{path}/'}, 'metadata': {
-      'shape': shape, 'chunks': chunks, 'dtype': dtype, 'compressor': compressor, **metadata}},
-          create=True).result().write(values).result()
+  values = (
+    np.random.default_rng(0)
+    .integers(-100, 100, shape)
+    .astype(ml_dtypes.bfloat16 if dtype == 'bfloat16' else np.dtype(dtype).newbyteorder('='))
+  )
+  compressor = compressor and {
+    'id': compressor,
+    **({'level': 1} if compressor in ('gzip', 'zlib', 'zstd') else {}),
+  }
+  ts.open(
+    {
+      'driver': 'zarr',
+      'kvstore': {'driver': 'file', 'path': f'{path}/'},
+      'metadata': {
+        'shape': shape,
+        'chunks': chunks,
+        'dtype': dtype,
+        'compressor': compressor,
+        **metadata,
+      },
+    },
+    create=True,
+  ).result().write(values).result()
   return values
 
 
@@ -35,14 +52,31 @@ def read(path, cached=True):
 
 
 @pytest.mark.parametrize('cached', [True, False])
-@pytest.mark.parametrize('options', [
-    dict(), dict(order='F'), dict(dtype='>f4'), dict(dtype='>f4', order='F'), dict(dtype='bfloat16'), dict(dtype='|i1'),
-    dict(dtype='<f2', compressor='zlib'), dict(dimension_separator='/'), dict(fill_value=3.), dict(chunks=SHAPE),
-    dict(chunks=(8, 5, 6)), dict(shape=(), chunks=())], ids=str)
+@pytest.mark.parametrize(
+  'options',
+  [
+    dict(),
+    dict(order='F'),
+    dict(dtype='>f4'),
+    dict(dtype='>f4', order='F'),
+    dict(dtype='bfloat16'),
+    dict(dtype='|i1'),
+    dict(dtype='<f2', compressor='zlib'),
+    dict(dimension_separator='/'),
+    dict(fill_value=3.0),
+    dict(chunks=SHAPE),
+    dict(chunks=(8, 5, 6)),
+    dict(shape=(), chunks=()),
+  ],
+  ids=str,
+)
 def test_values(tmp_path, options, cached):
   values = write(tmp_path, **options)
   tensor = read(tmp_path, cached)
-  assert isinstance(tensor, GzipArray) and (tensor.shape, tensor.dtype) == (values.shape, values.dtype)
+  assert isinstance(tensor, GzipArray) and (tensor.shape, tensor.dtype) == (
+    values.shape,
+    values.dtype,
+  )
   np.testing.assert_array_equal(tensor.read(), values, strict=True)
   spans = [[(0, n), (1, n), (0, 1), (n // 2, n // 2 + 2)] for n in values.shape]
   for bounds in itertools.product(*spans):
@@ -89,16 +123,22 @@ def test_a_flipped_bit_in_the_checksum_or_before(tmp_path, compressor, end):
   chunk = tmp_path / '0.0.0'
   data = chunk.read_bytes()
   for place in (*range(len(data) - end, len(data)), len(data) // 2):
-    chunk.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1:])
+    chunk.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
     fails(tmp_path)
 
 
-@pytest.mark.parametrize('data,words', [
-    (gzip.compress(bytes(SIZE)) + b'x', 'behind its end'), (gzip.compress(bytes(SIZE)) * 2, 'behind its end'),
+@pytest.mark.parametrize(
+  'data,words',
+  [
+    (gzip.compress(bytes(SIZE)) + b'x', 'behind its end'),
+    (gzip.compress(bytes(SIZE)) * 2, 'behind its end'),
     (gzip.compress(bytes(SIZE - 4)), f'it holds {SIZE - 4} bytes, expected {SIZE}'),
     (gzip.compress(bytes(SIZE + 4)), f'more than {SIZE} bytes'),
     (gzip.compress(bytes(10**7)), f'more than {SIZE} bytes'),
-    (zlib.compress(bytes(SIZE)), ''), (b'something else, which is no stream at all', '')])
+    (zlib.compress(bytes(SIZE)), ''),
+    (b'something else, which is no stream at all', ''),
+  ],
+)
 def test_another_stream(tmp_path, data, words):
   write(tmp_path)
   (tmp_path / '0.0.0').write_bytes(data)
@@ -106,7 +146,7 @@ def test_another_stream(tmp_path, data, words):
 
 
 def test_a_missing_chunk(tmp_path):
-  write(tmp_path, fill_value=0.)
+  write(tmp_path, fill_value=0.0)
   (tmp_path / '0.0.0').unlink()
   fails(tmp_path, 'missing')
 

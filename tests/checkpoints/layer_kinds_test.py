@@ -14,7 +14,10 @@ from tests.checkpoints import synthetic
 
 BASE = dict(num_layers=3, d_model=8, d_ff=24, num_heads=4, d_head=6, vocab_size=12)
 SERIAL = dict(BASE, block='serial', norm_scale='one')
-ATTENTION = {'query': 'decoder/decoder/self_attention/query/kernel', 'key': 'decoder/decoder/self_attention/key/kernel'}
+ATTENTION = {
+  'query': 'decoder/decoder/self_attention/query/kernel',
+  'key': 'decoder/decoder/self_attention/key/kernel',
+}
 
 
 def model(**changes) -> ModelConfig:
@@ -30,7 +33,9 @@ def check(checkpoint, config, expected):
   assert checkpoint.config == config
   assert set(checkpoint.tensors) == set(params.parameters(config))
   for name, values in expected.items():
-    np.testing.assert_array_equal(checkpoint.tensors[name].read(), values, strict=True, err_msg=name)
+    np.testing.assert_array_equal(
+      checkpoint.tensors[name].read(), values, strict=True, err_msg=name
+    )
 
 
 def fails(tmp_path, leaves, *words, **arguments):
@@ -56,7 +61,7 @@ def test_every_model(tmp_path, block, kv_heads, mlp, norm, layers):
   stored = expected
   if block == 'parallel':  # DecoderLayer(parallel=True): the sum is divided by sqrt(2)
     outputs = ('attention_output', 'mlp_output')
-    expected = {n: x * np.float32(2**-.5) if n in outputs else x for n, x in expected.items()}
+    expected = {n: x * np.float32(2**-0.5) if n in outputs else x for n, x in expected.items()}
   leaves = LAYERS[layers](synthetic.separate(stored, config))
   check(opened(tmp_path, leaves, config=config), config, expected)
 
@@ -72,37 +77,57 @@ def test_fused_parallel_layers(tmp_path, kv_heads, mlp, norm, norm_scale, layers
 
 
 @pytest.mark.parametrize('layers', LAYERS)
-@pytest.mark.parametrize('form', [
-    dict(split=True), dict(split=True, attention='kv'), dict(split=True, attention='qkv'), dict(attention='qkv'),
-    dict(attention='kv'), dict(split=True, mlp='wi')], ids=str)
+@pytest.mark.parametrize(
+  'form',
+  [
+    dict(split=True),
+    dict(split=True, attention='kv'),
+    dict(split=True, attention='qkv'),
+    dict(attention='qkv'),
+    dict(attention='kv'),
+    dict(split=True, mlp='wi'),
+  ],
+  ids=str,
+)
 @pytest.mark.parametrize('mlp', ['gelu', 'swiglu'])
 def test_forms_that_say_their_heads(tmp_path, form, mlp, layers):
   """Everything but the norm scales' convention follows from the tree."""
   config = model(num_kv_heads=2 if form.get('attention') == 'kv' else 4, mlp=mlp, norm='layer')
   expected = synthetic.canonical(config)
-  check(opened(tmp_path, LAYERS[layers](synthetic.separate(expected, config, **form))), config, expected)
+  check(
+    opened(tmp_path, LAYERS[layers](synthetic.separate(expected, config, **form))), config, expected
+  )
 
 
 def test_multiquery_kernels_say_their_heads(tmp_path):
   for i, split in enumerate((False, True)):
     expected = synthetic.canonical(model())
-    check(opened(tmp_path / str(i), synthetic.separate(expected, model(), split=split)), model(), expected)
+    check(
+      opened(tmp_path / str(i), synthetic.separate(expected, model(), split=split)),
+      model(),
+      expected,
+    )
 
 
 def test_merged_multihead_kernels_do_not(tmp_path):
   config = model(num_kv_heads=4)
   leaves = synthetic.separate(synthetic.canonical(config), config)
-  fails(tmp_path, leaves, '[8, 24]', 'do not say how many heads', 'config=ModelConfig', 'MODEL_CONFIG')
+  fails(
+    tmp_path, leaves, '[8, 24]', 'do not say how many heads', 'config=ModelConfig', 'MODEL_CONFIG'
+  )
 
 
-@pytest.mark.parametrize('changes,words', [
+@pytest.mark.parametrize(
+  'changes,words',
+  [
     (dict(block='parallel'), ['block=parallel', 'block=serial']),
     (dict(mlp='swiglu'), ['mlp=swiglu', 'mlp=gelu']),
     (dict(norm='layer'), ['norm=layer', 'norm=rms']),
     (dict(num_kv_heads=2), ['self_attention/key/kernel', '[8, 3, 24]', '[8, 3, 12]']),
     (dict(d_head=4), ['self_attention/query/kernel', '[8, 3, 24]', '[8, 3, 16]']),
     (dict(d_ff=48), ['mlp/wi/kernel', '[8, 3, 24]', '[8, 3, 48]']),
-])
+  ],
+)
 def test_another_model_than_asked_for(tmp_path, changes, words):
   config = model(num_kv_heads=4, mlp='gelu')
   leaves = synthetic.separate(synthetic.canonical(config), config)
@@ -112,16 +137,26 @@ def test_another_model_than_asked_for(tmp_path, changes, words):
 def test_a_multihead_kernel_for_a_grouped_model(tmp_path):
   config = model(num_kv_heads=4)
   leaves = synthetic.separate(synthetic.canonical(config), config, split=True, attention='qkv')
-  fails(tmp_path, leaves, 'key: shape [3, 8, 24]', '[3, 8, 12]', config=dataclasses.replace(config, num_kv_heads=2))
+  fails(
+    tmp_path,
+    leaves,
+    'key: shape [3, 8, 24]',
+    '[3, 8, 12]',
+    config=dataclasses.replace(config, num_kv_heads=2),
+  )
 
 
-@pytest.mark.parametrize('extra,reason', [
+@pytest.mark.parametrize(
+  'extra,reason',
+  [
     ('decoder/decoder/relpos_bias/rel_embedding', 'positions must be rotary'),
     ('decoder/position_embedder/pos_embedding', 'positions must be rotary'),
     ('decoder/decoder/encoder_decoder_attention/query/kernel', 'it must be a decoder alone'),
     ('decoder/logits_dense/kernel', 'the output must be the embedding'),
     ('decoder/decoder/self_attention/query/bias', 'only layer norms have biases'),
-    ('decoder/decoder/self_attention/q_conv/kernel', 'there are no convolutions')])
+    ('decoder/decoder/self_attention/q_conv/kernel', 'there are no convolutions'),
+  ],
+)
 def test_what_cannot_be_served_is_refused_with_the_reason(tmp_path, extra, reason):
   leaves = synthetic.separate(synthetic.canonical(model()), model())
   fails(tmp_path, {**leaves, extra: np.ones((8, 3), np.float32)}, f'target/{extra}', f'({reason}')
@@ -131,29 +166,42 @@ def test_missing_parameters_are_those_of_the_tree_s_own_kind(tmp_path):
   leaves = synthetic.separate(synthetic.canonical(model()), model())
   del leaves[ATTENTION['key']]
   del leaves['decoder/decoder/pre_mlp_layer_norm/scale']
-  fails(tmp_path, leaves, 'lacks target/decoder/decoder/pre_mlp_layer_norm/scale, '
-        f'target/{ATTENTION["key"]}. Supported')
+  fails(
+    tmp_path,
+    leaves,
+    f'lacks target/decoder/decoder/pre_mlp_layer_norm/scale, target/{ATTENTION["key"]}. Supported',
+  )
 
 
-@pytest.mark.parametrize('name,values,words', [
+@pytest.mark.parametrize(
+  'name,values,words',
+  [
     (ATTENTION['key'], (8, 3, 7), ['do not fit each other', '[8, 7]', '[8, 24]']),
     (ATTENTION['query'], (8, 3, 4, 6, 1), ['5 axes, expected 3 or 4']),
-    ('decoder/decoder/mlp/wi_1/kernel', (8, 3, 23), ['mlp/wi_1/kernel', '[8, 3, 23]', '[8, 3, 24]']),
-    ('decoder/decoder/mlp/wo/kernel', (24, 3, 9), ['mlp/wo/kernel', '[24, 3, 9]', '[24, 3, 8]'])])
+    (
+      'decoder/decoder/mlp/wi_1/kernel',
+      (8, 3, 23),
+      ['mlp/wi_1/kernel', '[8, 3, 23]', '[8, 3, 24]'],
+    ),
+    ('decoder/decoder/mlp/wo/kernel', (24, 3, 9), ['mlp/wo/kernel', '[24, 3, 9]', '[24, 3, 8]']),
+  ],
+)
 def test_shapes_that_no_model_has(tmp_path, name, values, words):
   leaves = synthetic.separate(synthetic.canonical(model()), model())
   fails(tmp_path, {**leaves, name: np.ones(values, np.float32)}, *words)
 
 
-@pytest.mark.parametrize('rescale,factor', [(None, 1), (True, 1), (False, 6**.5)])
+@pytest.mark.parametrize('rescale,factor', [(None, 1), (True, 1), (False, 6**0.5)])
 @pytest.mark.parametrize('kind', ['serial', 'fused'])
 def test_queries_of_a_model_that_does_not_rescale_logits(tmp_path, kind, rescale, factor):
   config = model() if kind == 'serial' else model(block='parallel')
   expected = synthetic.canonical(config)
-  leaves = synthetic.separate(expected, config) if kind == 'serial' else synthetic.fused(expected, config)
+  leaves = (
+    synthetic.separate(expected, config) if kind == 'serial' else synthetic.fused(expected, config)
+  )
   checkpoint = opened(tmp_path, leaves, rescale_logits=rescale, norm_scale='one')
   check(checkpoint, config, {**expected, 'query': expected['query'] * np.float32(factor)})
-  note, = (n for n in checkpoint.notes if n.startswith('attention logits'))
+  (note,) = (n for n in checkpoint.notes if n.startswith('attention logits'))
   assert ('assumed' in note, 'not divided' in note) == (rescale is None, rescale is False)
 
 
@@ -167,7 +215,9 @@ def test_small_queries_are_noted(tmp_path, small):
   assert any('try rescale_logits=False' in note for note in checkpoint.notes) == small
 
 
-@pytest.mark.parametrize('norm,source', [('rms', "assumed, flaxformer's default"), ('layer', 'assumed')])
+@pytest.mark.parametrize(
+  'norm,source', [('rms', "assumed, flaxformer's default"), ('layer', 'assumed')]
+)
 def test_norms_of_separate_layers_are_assumed_around_one(tmp_path, norm, source):
   config = model(norm=norm)
   notes = opened(tmp_path, synthetic.separate(synthetic.canonical(config), config)).notes
@@ -185,8 +235,13 @@ def test_quantized_kernels(tmp_path, form, layers):
   """Two output scales; the products are those of the stored pairs."""
   config = model(num_kv_heads=2 if form.get('attention') else 1)
   leaves = synthetic.quantized(synthetic.separate(synthetic.canonical(config), config, **form))
-  product = {n.replace('qkernel', 'kernel'): v * (1 / leaves[n.replace('qkernel', 'qscale')])
-             if n.endswith('qkernel') else v for n, v in leaves.items() if not n.endswith('qscale')}
+  product = {
+    n.replace('qkernel', 'kernel'): v * (1 / leaves[n.replace('qkernel', 'qscale')])
+    if n.endswith('qkernel')
+    else v
+    for n, v in leaves.items()
+    if not n.endswith('qscale')
+  }
   checkpoint = opened(tmp_path / 'a', LAYERS[layers](leaves))
   products = opened(tmp_path / 'b', product)
   assert (checkpoint.weights, checkpoint.config) == ('int8', config)
@@ -195,29 +250,41 @@ def test_quantized_kernels(tmp_path, form, layers):
     if p.kind == 'matrix':
       values, scale = checkpoint.tensors[name].read(), checkpoint.tensors[p.scale].read()
       assert (values.dtype, scale.dtype) == (np.int8, np.float32)
-      np.testing.assert_array_equal(values * scale[:, None, :], products.tensors[name].read(), err_msg=name)
+      np.testing.assert_array_equal(
+        values * scale[:, None, :], products.tensors[name].read(), err_msg=name
+      )
 
 
 def test_quantized_queries_that_are_not_rescaled(tmp_path):
   leaves = synthetic.quantized(synthetic.separate(synthetic.canonical(model()), model()))
-  plain, folded = (opened(tmp_path / str(rescale), leaves, rescale_logits=rescale) for rescale in (True, False))
+  plain, folded = (
+    opened(tmp_path / str(rescale), leaves, rescale_logits=rescale) for rescale in (True, False)
+  )
   np.testing.assert_array_equal(folded.tensors['query'].read(), plain.tensors['query'].read())
   np.testing.assert_array_equal(
-      folded.tensors['query_scale'].read(), plain.tensors['query_scale'].read() * np.float32(6**.5))
+    folded.tensors['query_scale'].read(), plain.tensors['query_scale'].read() * np.float32(6**0.5)
+  )
 
 
 def test_quantized_outputs_of_a_parallel_layer_with_two_scales(tmp_path):
   config = model(block='parallel')
   leaves = synthetic.quantized(synthetic.separate(synthetic.canonical(config), config))
-  fails(tmp_path, leaves, 'attention_output and mlp_output', 'share one', 'convert the float checkpoint')
+  fails(
+    tmp_path, leaves, 'attention_output and mlp_output', 'share one', 'convert the float checkpoint'
+  )
 
 
 def test_folding_is_part_of_a_conversion(tmp_path):
   """rescale_logits says nothing of a serving checkpoint: its queries are already as the program needs them."""
-  source = synthetic.write_legacy(tmp_path / 'c', synthetic.separate(synthetic.canonical(model()), model()))
+  source = synthetic.write_legacy(
+    tmp_path / 'c', synthetic.separate(synthetic.canonical(model()), model())
+  )
   convert.convert(source, tmp_path / 'out', 'bfloat16', rescale_logits=False)
-  query = synthetic.canonical(model())['query'] * np.float32(6**.5)
-  np.testing.assert_array_equal(open_checkpoint(tmp_path / 'out').tensors['query'].read(),
-                                query.astype(ml_dtypes.bfloat16), strict=True)
+  query = synthetic.canonical(model())['query'] * np.float32(6**0.5)
+  np.testing.assert_array_equal(
+    open_checkpoint(tmp_path / 'out').tensors['query'].read(),
+    query.astype(ml_dtypes.bfloat16),
+    strict=True,
+  )
   with pytest.raises(CheckpointError, match='rescale_logits is for T5X checkpoints'):
     open_checkpoint(tmp_path / 'out', rescale_logits=False)

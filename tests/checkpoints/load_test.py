@@ -59,7 +59,9 @@ def test_every_value_is_read_once_and_in_shards(mesh, stacked):
     together = 2 if name in ('key', 'value') and y * z > 1 else 1
     if name in ('query', 'attention_output'):
       together = -(-CONFIG.num_heads // (y * z)) * y * z / CONFIG.num_heads
-    assert max(tensor.reads) <= together * tensor.array.size / layers / target.mesh.size + CONFIG.d_model, name
+    assert (
+      max(tensor.reads) <= together * tensor.array.size / layers / target.mesh.size + CONFIG.d_model
+    ), name
 
 
 def test_stacked_is_the_layers_of_unrolled():
@@ -72,10 +74,14 @@ def test_stacked_is_the_layers_of_unrolled():
       assert all_of.sharding.spec == jax.sharding.PartitionSpec(None, *one.sharding.spec)
 
 
-@pytest.mark.parametrize('layers, stacked', [(MAX_UNROLLED_LAYERS, False), (MAX_UNROLLED_LAYERS + 1, True)])
+@pytest.mark.parametrize(
+  'layers, stacked', [(MAX_UNROLLED_LAYERS, False), (MAX_UNROLLED_LAYERS + 1, True)]
+)
 def test_deep_models_are_stacked(layers, stacked):
   config = dataclasses.replace(CONFIG, num_layers=layers)
-  weights = load_weights(checkpoint(reference.random_tensors(config), config), model('1x1x1', config=config))
+  weights = load_weights(
+    checkpoint(reference.random_tensors(config), config), model('1x1x1', config=config)
+  )
   assert isinstance(weights.layers, tuple) != stacked
 
 
@@ -84,7 +90,10 @@ def test_accelerators_have_no_loop_unless_it_is_asked_for():
   found = {p: [scans_layers(n, None, p) for n in depths] for p in ('cpu', 'tpu', 'gpu')}
   assert found == dict(cpu=[False, True], tpu=[False, False], gpu=[False, False])
   for platform in found:
-    assert [scans_layers(n, asked, platform) for n in depths for asked in (True, False)] == [True, False] * 2
+    assert [scans_layers(n, asked, platform) for n in depths for asked in (True, False)] == [
+      True,
+      False,
+    ] * 2
 
 
 @pytest.mark.parametrize('norm_scale, added', [('zero', 1), ('one', 0)])
@@ -92,7 +101,9 @@ def test_norms_are_the_values_applied(norm_scale, added):
   config = dataclasses.replace(CONFIG, norm_scale=norm_scale)
   weights = load_weights(checkpoint(config=config), model(config=config))
   np.testing.assert_array_equal(weights.final_norm, TENSORS['final_norm'] + added)
-  np.testing.assert_array_equal(weights.layers[1]['parallel'].norm, TENSORS['layer_norm'][1] + added)
+  np.testing.assert_array_equal(
+    weights.layers[1]['parallel'].norm, TENSORS['layer_norm'][1] + added
+  )
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
@@ -103,7 +114,9 @@ def test_dtypes_of_float_weights(dtype):
   assert {str(x.dtype) for x in (weights.embedding, layer.w_in, layer.w_out)} == {dtype}
   assert weights.final_norm.dtype == layer.norm.dtype == np.float32
   assert layer.in_scale is None and layer.out_scale is None and not weights.is_int8
-  wanted = TENSORS['embedding'].astype({'float32': np.float32, 'bfloat16': ml_dtypes.bfloat16}[dtype])
+  wanted = TENSORS['embedding'].astype(
+    {'float32': np.float32, 'bfloat16': ml_dtypes.bfloat16}[dtype]
+  )
   np.testing.assert_array_equal(np.asarray(weights.embedding)[:101], wanted)
 
 
@@ -117,14 +130,18 @@ def test_int8_stays_int8(dtype):
   assert str(weights.embedding.dtype) == dtype
   names = ('gate', 'linear', 'query', 'key', 'value')
   np.testing.assert_array_equal(layer.w_in, np.concatenate([arrays[n][2] for n in names], axis=1))
-  np.testing.assert_array_equal(layer.in_scale, np.concatenate([arrays[n + '_scale'][2] for n in names]))
+  np.testing.assert_array_equal(
+    layer.in_scale, np.concatenate([arrays[n + '_scale'][2] for n in names])
+  )
   np.testing.assert_array_equal(layer.out_scale, arrays['output_scale'][2])
 
 
 @pytest.mark.parametrize('stacked, per_layer', [(False, 3), (True, 1)])
 def test_progress_counts_every_tensor(stacked, per_layer):
   seen = []
-  load_weights(checkpoint(), model('1x1x1'), stacked=stacked, progress=lambda jobs: seen.extend(jobs) or seen)
+  load_weights(
+    checkpoint(), model('1x1x1'), stacked=stacked, progress=lambda jobs: seen.extend(jobs) or seen
+  )
   names = collections.Counter(name for name, _ in seen)
   fields = {f'parallel/{field}': per_layer for field in ('norm', 'w_in', 'w_out')}
   assert names == {'embedding': 1, 'final_norm': 1, **fields}
@@ -141,15 +158,22 @@ def test_serial_layers_with_biases():
   np.testing.assert_array_equal(layer['mlp'].w_in, arrays['linear'][1])
   np.testing.assert_array_equal(layer['mlp'].w_out, arrays['mlp_output'][1])
   np.testing.assert_array_equal(
-      layer['attention'].w_in, np.concatenate([arrays[n][1] for n in ('query', 'key', 'value')], axis=1))
+    layer['attention'].w_in,
+    np.concatenate([arrays[n][1] for n in ('query', 'key', 'value')], axis=1),
+  )
   np.testing.assert_array_equal(layer['attention'].w_out, arrays['attention_output'][1])
 
 
-@pytest.mark.parametrize('name,index,value', [('gate', (0, 3, 1), np.nan), ('embedding', (2, 1), np.inf)])
+@pytest.mark.parametrize(
+  'name,index,value', [('gate', (0, 3, 1), np.nan), ('embedding', (2, 1), np.inf)]
+)
 @pytest.mark.parametrize('stacked', [False, True], ids=['unrolled', 'stacked'])
 def test_weights_that_are_not_finite_are_refused(tmp_path, name, index, value, stacked):
   arrays = {n: x.copy() for n, x in synthetic.canonical().items()}
   arrays[name][index] = value
   source = open_checkpoint(synthetic.write_legacy(tmp_path / 'c', synthetic.fused(arrays)))
-  with pytest.raises(CheckpointError, match=f'^{name}: NaN or infinite values, read from {re.escape(str(tmp_path))}/c'):
+  with pytest.raises(
+    CheckpointError,
+    match=f'^{name}: NaN or infinite values, read from {re.escape(str(tmp_path))}/c',
+  ):
     load_weights(source, model('1x1x1', config=source.config), stacked=stacked)

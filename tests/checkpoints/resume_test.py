@@ -17,7 +17,9 @@ class Killed(BaseException):
 
 @pytest.fixture(scope='module')
 def source(tmp_path_factory) -> pathlib.Path:
-  return synthetic.write_legacy(tmp_path_factory.mktemp('resume') / 'source', synthetic.fused(synthetic.canonical()))
+  return synthetic.write_legacy(
+    tmp_path_factory.mktemp('resume') / 'source', synthetic.fused(synthetic.canonical())
+  )
 
 
 def contents(path: pathlib.Path) -> dict[str, bytes]:
@@ -42,9 +44,15 @@ def killed(monkeypatch, name: str, calls: int, *arguments, **options) -> bool:
   return False
 
 
-@pytest.mark.parametrize('other', [dict(scale_search='mse'), dict(weights='bfloat16')], ids=['mse', 'bfloat16'])
-@pytest.mark.parametrize('name,calls', [('allocate', 0), ('allocate', 14), ('write_file', 7), ('remove', 0)])
-def test_killed_while_laying_out_for_other_options(source, tmp_path, monkeypatch, other, name, calls):
+@pytest.mark.parametrize(
+  'other', [dict(scale_search='mse'), dict(weights='bfloat16')], ids=['mse', 'bfloat16']
+)
+@pytest.mark.parametrize(
+  'name,calls', [('allocate', 0), ('allocate', 14), ('write_file', 7), ('remove', 0)]
+)
+def test_killed_while_laying_out_for_other_options(
+  source, tmp_path, monkeypatch, other, name, calls
+):
   """The first options again: what the second ones had laid out till then is not taken for theirs."""
   assert killed(monkeypatch, 'append_line', 4, source, tmp_path / 'out')  # some slices are finished
   assert killed(monkeypatch, name, calls, source, tmp_path / 'out', **other)

@@ -21,7 +21,9 @@ SCANNED = synthetic.fused(synthetic.canonical())
 def finished(tmp_path_factory):
   """An int8 serving checkpoint, not to be changed."""
   root = tmp_path_factory.mktemp('serving')
-  convert.convert(synthetic.write_legacy(root / 'source', SCANNED), root / 'finished', norm_scale='one')
+  convert.convert(
+    synthetic.write_legacy(root / 'source', SCANNED), root / 'finished', norm_scale='one'
+  )
   return root / 'finished'
 
 
@@ -36,9 +38,15 @@ def test_records_all_that_loading_needs(finished):
   assert checkpoint.config == ModelConfig(**{**synthetic.CONFIG.to_dict(), 'norm_scale': 'one'})
   assert any('stored around one (recorded in the checkpoint)' in n for n in checkpoint.notes)
   expected = {**params.parameters(checkpoint.config), **params.scales(checkpoint.config)}
-  dtypes = {'matrix': np.int8, 'embedding': ml_dtypes.bfloat16, 'norm': np.float32, 'scale': np.float32}
+  dtypes = {
+    'matrix': np.int8,
+    'embedding': ml_dtypes.bfloat16,
+    'norm': np.float32,
+    'scale': np.float32,
+  }
   assert {n: (t.shape, t.dtype) for n, t in checkpoint.tensors.items()} == {
-      n: (p.shape, dtypes[p.kind]) for n, p in expected.items()}
+    n: (p.shape, dtypes[p.kind]) for n, p in expected.items()
+  }
 
 
 def test_can_be_moved_and_named_anything(finished, tmp_path):
@@ -82,12 +90,18 @@ def test_chunks_are_of_one_layer_and_bounded(name, weights):
     assert all(c <= n for c, n in zip(chunk, shape))
 
 
-@pytest.mark.parametrize('damage', [
+@pytest.mark.parametrize(
+  'damage',
+  [
     lambda f: f.write_bytes(f.read_bytes()[:-1]),
     lambda f: f.write_bytes(b''),
     lambda f: f.unlink(),
-    lambda f: f.write_bytes(f.read_bytes()[:30] + bytes([f.read_bytes()[30] ^ 1]) + f.read_bytes()[31:]),  # one bit
-], ids=['truncated', 'empty', 'missing', 'one bit'])
+    lambda f: f.write_bytes(
+      f.read_bytes()[:30] + bytes([f.read_bytes()[30] ^ 1]) + f.read_bytes()[31:]
+    ),  # one bit
+  ],
+  ids=['truncated', 'empty', 'missing', 'one bit'],
+)
 def test_damaged_chunk(copy, damage):
   """Also a bit that zstd would decode without noticing."""
   damage(copy / 'gate' / '1.0.0')
@@ -98,7 +112,9 @@ def test_damaged_chunk(copy, damage):
       tensor.read((slice(1, 2), slice(0, 1)))
 
 
-@pytest.mark.parametrize('change,words', [
+@pytest.mark.parametrize(
+  'change,words',
+  [
     (lambda h: h.update(format='other'), ['format', 'other']),
     (lambda h: h.update(version=2), ['version 2', 'reads version 1']),
     (lambda h: h.update(weights='int4'), ['int4']),
@@ -107,7 +123,8 @@ def test_damaged_chunk(copy, damage):
     (lambda h: h.pop('model'), ['model']),
     (lambda h: h['model'].update(d_ff=48), ['gate', '[2, 8, 24]', '[2, 8, 48]']),
     (lambda h: h.update(weights='bfloat16'), ['query', 'int8', 'bfloat16']),
-])
+  ],
+)
 def test_header_that_does_not_fit(copy, change, words):
   header = json.loads((copy / 'serving_config.json').read_text())
   change(header)
@@ -124,8 +141,10 @@ def test_damaged_header(copy):
     open_checkpoint(copy)
 
 
-@pytest.mark.parametrize('text,word', [('', 'damaged'), ('{}', 'lacks'), ('[]', 'damaged'),
-                                       ('{"embedding": []}', 'lists 0')])
+@pytest.mark.parametrize(
+  'text,word',
+  [('', 'damaged'), ('{}', 'lacks'), ('[]', 'damaged'), ('{"embedding": []}', 'lists 0')],
+)
 def test_damaged_checksums(copy, text, word):
   (copy / 'checksums.json').write_text(text)
   with pytest.raises(CheckpointError, match='checksums.json') as caught:
@@ -150,4 +169,4 @@ def test_another_model_than_recorded(finished):
   with pytest.raises(CheckpointError, match=r'gate: shape \[2, 8, 24\] in .*/gate.*\[2, 8, 48\]'):
     open_checkpoint(finished, config=ModelConfig(**{**config, 'd_ff': 48}))
   with pytest.raises(CheckpointError, match='rope_max_timescale=500.*records 10000'):
-    open_checkpoint(finished, config=ModelConfig(**{**config, 'rope_max_timescale': 500.}))
+    open_checkpoint(finished, config=ModelConfig(**{**config, 'rope_max_timescale': 500.0}))

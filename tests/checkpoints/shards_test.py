@@ -37,7 +37,9 @@ def test_the_last_shard_finishes(source, tmp_path):
     assert not report.finished and not (tmp_path / 'out').exists()
     with pytest.raises(CheckpointError, match='has not finished'):
       open_checkpoint(tmp_path / 'out.unfinished' / 'checkpoint')
-  assert not run(source, tmp_path / 'out', num_shards=3, shard_id=2).finished  # once more: nothing left to do
+  assert not run(
+    source, tmp_path / 'out', num_shards=3, shard_id=2
+  ).finished  # once more: nothing left to do
   report = run(source, tmp_path / 'out', num_shards=3, shard_id=1)
   assert report.finished and not (tmp_path / 'out.unfinished').exists()
   assert contents(tmp_path / 'out') == contents(tmp_path / 'whole')
@@ -48,7 +50,11 @@ def test_another_number_of_shards_goes_on(source, tmp_path):
   run(source, tmp_path / 'whole')
   run(source, tmp_path / 'out', num_shards=2, shard_id=0)
   done = []
-  report = run(source, tmp_path / 'out', progress=lambda what, n, total: done.append(n if 'verify' not in what else 0))
+  report = run(
+    source,
+    tmp_path / 'out',
+    progress=lambda what, n, total: done.append(n if 'verify' not in what else 0),
+  )
   assert report.finished and contents(tmp_path / 'out') == contents(tmp_path / 'whole')
   assert 0 < sum(done) < report.source_bytes
 
@@ -76,6 +82,7 @@ def fail_at(name, original):
     if path.endswith(name):
       raise OSError(5, 'disk says no', path)
     original(path, data)
+
   return write_file
 
 
@@ -84,7 +91,9 @@ def written(source, tmp_path, monkeypatch):
   """An output of two shards that have written all, and read back nothing."""
   assert not run(source, tmp_path / 'out', num_shards=2, shard_id=0).finished
   with monkeypatch.context() as patched:
-    patched.setattr(durable, 'read_back', lambda *_: (_ for _ in ()).throw(CheckpointError('stopped')))
+    patched.setattr(
+      durable, 'read_back', lambda *_: (_ for _ in ()).throw(CheckpointError('stopped'))
+    )
     with pytest.raises(CheckpointError, match='stopped'):
       run(source, tmp_path / 'out', num_shards=2, shard_id=1)
   assert not any('sealed' in entry for entry in WorkDirectory(tmp_path / 'out').entries())
@@ -114,7 +123,9 @@ def test_shards_read_back_together(source, written, tmp_path):
       if len(read) == groups - 2:
         most.set()
 
-  manifest_arrays = [p for p in (written.parent / 'out.unfinished' / 'checkpoint').iterdir() if p.is_dir()]
+  manifest_arrays = [
+    p for p in (written.parent / 'out.unfinished' / 'checkpoint').iterdir() if p.is_dir()
+  ]
   groups = len(manifest_arrays)  # small arrays are one group each
   with concurrent.futures.ThreadPoolExecutor() as threads:
     shard = threads.submit(run, source, written, num_shards=2, shard_id=1, progress=progress)
@@ -136,7 +147,9 @@ def test_what_another_machine_read_back_is_not_read_again(source, written, tmp_p
     with pytest.raises(CheckpointError, match='disk says no'):
       run(source, written, num_shards=2, shard_id=0)
   seen = []
-  assert run(source, written, num_shards=2, shard_id=1, progress=lambda what, *_: seen.append(what)).finished
+  assert run(
+    source, written, num_shards=2, shard_id=1, progress=lambda what, *_: seen.append(what)
+  ).finished
   assert seen == []
   run(source, tmp_path / 'whole')
   assert contents(written) == contents(tmp_path / 'whole')
@@ -177,9 +190,14 @@ def test_shards_of_different_conversions(source, tmp_path):
   assert open_checkpoint(tmp_path / 'out').weights == 'bfloat16'
 
 
-@pytest.mark.parametrize('shards,words', [
-    (dict(num_shards=2, shard_id=2), 'shard_id must be 0 to'), (dict(num_shards=0), 'num_shards must be at least 1'),
-    (dict(shard_id=-1), 'shard_id must be 0 to')])
+@pytest.mark.parametrize(
+  'shards,words',
+  [
+    (dict(num_shards=2, shard_id=2), 'shard_id must be 0 to'),
+    (dict(num_shards=0), 'num_shards must be at least 1'),
+    (dict(shard_id=-1), 'shard_id must be 0 to'),
+  ],
+)
 def test_shards_that_are_not(source, tmp_path, shards, words):
   with pytest.raises(UserError, match=words):
     run(source, tmp_path / 'out', **shards)
@@ -187,11 +205,23 @@ def test_shards_that_are_not(source, tmp_path, shards, words):
 
 def test_the_processes_of_jax_distributed(source, tmp_path, repository):
   run(source, tmp_path / 'whole')
-  results = processes.run(lambda port, process: [
-      sys.executable, '-m', 't5x_inference_ext.convert_checkpoint', f'--input={source}', f'--output={tmp_path}/out',
-      '--weights=int8', f'--coordinator_address=localhost:{port}', f'--num_processes={processes.COUNT}',
-      f'--process_id={process}'], repository)
+  results = processes.run(
+    lambda port, process: [
+      sys.executable,
+      '-m',
+      't5x_inference_ext.convert_checkpoint',
+      f'--input={source}',
+      f'--output={tmp_path}/out',
+      '--weights=int8',
+      f'--coordinator_address=localhost:{port}',
+      f'--num_processes={processes.COUNT}',
+      f'--process_id={process}',
+    ],
+    repository,
+  )
   assert [r.returncode for r in results] == [0] * processes.COUNT, [r.stderr for r in results]
   said = [r.stdout for r in results]
   assert sum('wrote and verified' in text for text in said) == 1
-  assert (tmp_path / 'out' / 'checksums.json').read_text() == (tmp_path / 'whole' / 'checksums.json').read_text()
+  assert (tmp_path / 'out' / 'checksums.json').read_text() == (
+    tmp_path / 'whole' / 'checksums.json'
+  ).read_text()

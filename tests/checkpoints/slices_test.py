@@ -35,8 +35,11 @@ def arrangements(draw):
   sizes = inputs + outputs
   axis = draw(st.integers(0, len(sizes) - 1))
   cut = draw(st.integers(0, sizes[axis]))
-  parts = tuple(KernelPart(f'p{i}', start, width) for i, (start, width) in enumerate(
-      ((0, cut), (cut, sizes[axis] - cut))) if width)
+  parts = tuple(
+    KernelPart(f'p{i}', start, width)
+    for i, (start, width) in enumerate(((0, cut), (cut, sizes[axis] - cut)))
+    if width
+  )
   layer_axis = 0 if layers is None else draw(st.integers(0, len(sizes)))
   arrangement = KernelLayout(layers, layer_axis, inputs, outputs, parts, axis)
   bounds = []
@@ -73,12 +76,17 @@ def test_rectangles_and_pieces_are_inverse(drawn):
 def test_a_plan_covers_everything_once(chunk, slice_bytes, finds_scales):
   arrays = []
   for shape, layers, inputs, outputs, axis, parts in (
-      ((8, 2, 3, 20), 2, (8,), (3, 20), 2, ((('query', 0, 4), ('gate', 4, 8), ('linear', 12, 8)))),
-      ((3, 2, 12, 8), 2, (3, 12), (8,), 1, (('attention_output', 0, 4), ('mlp_output', 4, 8))),
-      ((12, 8), None, (12,), (8,), 0, (('embedding', 0, 12),))):
+    ((8, 2, 3, 20), 2, (8,), (3, 20), 2, ((('query', 0, 4), ('gate', 4, 8), ('linear', 12, 8)))),
+    ((3, 2, 12, 8), 2, (3, 12), (8,), 1, (('attention_output', 0, 4), ('mlp_output', 4, 8))),
+    ((12, 8), None, (12,), (8,), 0, (('embedding', 0, 12),)),
+  ):
     tensor = InMemory(np.zeros(shape, np.float32), 'here')
     tensor.chunk = tuple(min(n, chunk) for n in shape)
-    arrays.append(SourceArray(tensor, KernelLayout(layers, 1, inputs, outputs, tuple(KernelPart(*p) for p in parts), axis)))
+    arrays.append(
+      SourceArray(
+        tensor, KernelLayout(layers, 1, inputs, outputs, tuple(KernelPart(*p) for p in parts), axis)
+      )
+    )
   plan = ConversionPlan(arrays, synthetic.CONFIG, finds_scales, slice_bytes)
   seen = [np.zeros(a.arrangement.factored, int) for a in arrays]
   for number, piece in enumerate(plan.slices):
@@ -86,11 +94,16 @@ def test_a_plan_covers_everything_once(chunk, slice_bytes, finds_scales):
     for box in piece.boxes:
       inputs = len(arrays[box.array].arrangement.inputs)
       if piece.scaled:  # whole columns
-        assert all(b == (0, n) for b, n in zip(box.bounds[1:1 + inputs], arrays[box.array].arrangement.inputs))
+        assert all(
+          b == (0, n)
+          for b, n in zip(box.bounds[1 : 1 + inputs], arrays[box.array].arrangement.inputs)
+        )
     for block in plan.blocks(piece):
       seen[block.array][tuple(slice(*b) for b in block.bounds)] += 1
       assert arrays[block.array].nbytes(block.bounds) <= plan.block_bytes
-      for (begin, end), c, n in zip(block.bounds, arrays[block.array].chunk, arrays[block.array].arrangement.factored):
+      for (begin, end), c, n in zip(
+        block.bounds, arrays[block.array].chunk, arrays[block.array].arrangement.factored
+      ):
         assert begin % c == 0 and (end % c == 0 or end == n)  # whole chunks
   assert all((count == 1).all() for count in seen)
   assert any(piece.scaled for piece in plan.slices) == finds_scales
@@ -107,20 +120,31 @@ def counted_reads(monkeypatch) -> list:
   return reads
 
 
-@pytest.mark.parametrize('search,hold,times', [('absmax', 10**6, 1), ('absmax', 0, 2), ('mse', 0, 3), ('mse', 10**6, 1)])
+@pytest.mark.parametrize(
+  'search,hold,times', [('absmax', 10**6, 1), ('absmax', 0, 2), ('mse', 0, 3), ('mse', 10**6, 1)]
+)
 def test_what_is_held_is_read_once(tmp_path, monkeypatch, search, hold, times):
   source = synthetic.write_legacy(tmp_path / 'source', LEAVES, chunks=4)
   convert.convert(source, tmp_path / 'reference', scale_search=search)
   reads = counted_reads(monkeypatch)
   lines = []
-  convert.convert(source, tmp_path / 'out', hold_bytes=hold, slice_bytes=1, workers=2, scale_search=search,
-                  planned=lines.append)
+  convert.convert(
+    source,
+    tmp_path / 'out',
+    hold_bytes=hold,
+    slice_bytes=1,
+    workers=2,
+    scale_search=search,
+    planned=lines.append,
+  )
   assert any('of memory' in line for line in lines)
   said = {1: '', 2: 'read twice', 3: 'read a third time'}[times]
   assert (said in lines[-1]) and (times == 1) == (len(lines) == 1)
   kernels = [read for read in reads if 'fused' in read[0]]
   assert kernels and all(kernels.count(read) == times for read in kernels)
-  assert (tmp_path / 'out' / 'checksums.json').read_text() == (tmp_path / 'reference' / 'checksums.json').read_text()
+  assert (tmp_path / 'out' / 'checksums.json').read_text() == (
+    tmp_path / 'reference' / 'checksums.json'
+  ).read_text()
 
 
 def test_mse_scales_are_better_and_do_not_depend_on_chunks(tmp_path):
@@ -130,11 +154,17 @@ def test_mse_scales_are_better_and_do_not_depend_on_chunks(tmp_path):
       source = synthetic.write_legacy(tmp_path / f'{search}{chunks}', LEAVES, chunks=chunks)
       out = tmp_path / f'out{search}{chunks}'
       reports[search, chunks] = convert.convert(source, out, scale_search=search, slice_bytes=1)
-    assert (tmp_path / f'out{search}None' / 'checksums.json').read_bytes() == (out / 'checksums.json').read_bytes()
+    assert (tmp_path / f'out{search}None' / 'checksums.json').read_bytes() == (
+      out / 'checksums.json'
+    ).read_bytes()
   for name, p in params.parameters(synthetic.CONFIG).items():
     if p.kind == 'matrix' and p.scale != 'output_scale':
-      assert reports['mse', None].errors[name].squares <= reports['absmax', None].errors[name].squares
-  together = lambda report: report.errors['attention_output'].squares + report.errors['mlp_output'].squares
+      assert (
+        reports['mse', None].errors[name].squares <= reports['absmax', None].errors[name].squares
+      )
+  together = lambda report: (
+    report.errors['attention_output'].squares + report.errors['mlp_output'].squares
+  )
   assert together(reports['mse', None]) <= together(reports['absmax', None])
 
 
@@ -145,8 +175,12 @@ def test_squared_errors_are_what_they_say():
   errors = rounding.squared_errors(w, scale)
   for i, factor in enumerate(rounding.SEARCHED):
     s = (scale * np.float32(factor)).astype(np.float32)
-    exact = np.square(rounding.dequantize(rounding.quantize_layers(w, s), s[:, None]).astype(np.float64) - w).sum(1)
-    np.testing.assert_allclose(errors[i] * (s.astype(np.float64)**2) / rounding.SQUARE_UNITS, exact, rtol=1e-4)
+    exact = np.square(
+      rounding.dequantize(rounding.quantize_layers(w, s), s[:, None]).astype(np.float64) - w
+    ).sum(1)
+    np.testing.assert_allclose(
+      errors[i] * (s.astype(np.float64) ** 2) / rounding.SQUARE_UNITS, exact, rtol=1e-4
+    )
   halves = rounding.squared_errors(w[:, :20], scale) + rounding.squared_errors(w[:, 20:], scale)
   np.testing.assert_array_equal(errors, halves)
   best = rounding.best_scales(scale, errors)
@@ -168,8 +202,11 @@ def test_errors_of_values_whose_squares_no_float32_holds(size):
 
 def test_memory_said_does_not_grow_with_the_model():
   """Of blocks and slices alone: the same chunks, four times the layers."""
+
   def peak(layers):
-    config = ModelConfig(num_layers=layers, d_model=8, d_ff=24, num_heads=3, d_head=4, vocab_size=12)
+    config = ModelConfig(
+      num_layers=layers, d_model=8, d_ff=24, num_heads=3, d_head=4, vocab_size=12
+    )
     tensors = {name: np.zeros(p.shape, np.float32) for name, p in params.parameters(config).items()}
     tree = {}
     for name, values in synthetic.fused(tensors, config).items():
@@ -177,14 +214,23 @@ def test_memory_said_does_not_grow_with_the_model():
     array = InMemory(tree['decoder/decoder/q_wi_fused/kernel'], 'here')
     array.chunk = (8, 1, 3, 20)
     parts = (KernelPart('query', 0, 4), KernelPart('gate', 4, 8), KernelPart('linear', 12, 8))
-    plan = ConversionPlan([SourceArray(array, KernelLayout(layers, 1, (8,), (3, 20), parts, 2))], config, True, 1)
+    plan = ConversionPlan(
+      [SourceArray(array, KernelLayout(layers, 1, (8,), (3, 20), parts, 2))], config, True, 1
+    )
     return plan.slice_bytes, plan.block_bytes <= 8 * layers * 60 * 4
+
   assert peak(1)[0] == peak(4)[0]
 
 
-@pytest.mark.parametrize('options,words', [
-    (dict(format='gguf'), 'serving, t5x_int8, t5x_float'), (dict(scale_search='best'), 'absmax, mse'),
-    (dict(embedding='int8'), "can't be served"), (dict(workers=0), 'at least 1')])
+@pytest.mark.parametrize(
+  'options,words',
+  [
+    (dict(format='gguf'), 'serving, t5x_int8, t5x_float'),
+    (dict(scale_search='best'), 'absmax, mse'),
+    (dict(embedding='int8'), "can't be served"),
+    (dict(workers=0), 'at least 1'),
+  ],
+)
 def test_options_that_are_not(tmp_path, options, words):
   source = synthetic.write_legacy(tmp_path / 'source', LEAVES)
   with pytest.raises(UserError, match=words):
@@ -210,7 +256,10 @@ class _Work:
 @pytest.mark.parametrize('workers', [1, 2, 5])
 def test_a_pipeline_runs_steps_in_order(workers):
   log, done = [], []
-  works = (_Work(n, [[lambda n=n, s=s: done.append((n, s))] * 3 for s in range(2)] + [[]], log) for n in range(4))
+  works = (
+    _Work(n, [[lambda n=n, s=s: done.append((n, s))] * 3 for s in range(2)] + [[]], log)
+    for n in range(4)
+  )
   Pipeline(works, workers).run()
   assert len(done) == 24 and [name for name, what in log if what == 'end'] == [0, 1, 2, 3]
   for n in range(4):
@@ -230,6 +279,7 @@ def test_a_pipeline_reads_ahead():
 def test_a_pipeline_ends_with_the_first_error():
   def fail():
     raise KeyError('this')
+
   with pytest.raises(KeyError, match='this'):
     run_jobs([fail] + [lambda: None] * 5, 3)
   run_jobs([], 3)
@@ -241,5 +291,8 @@ def test_rectangles_name_layers_rows_and_columns():
 
 def test_a_conversion_says_how_much_memory_it_takes(tmp_path):
   source = open_checkpoint(synthetic.write_legacy(tmp_path / 'source', LEAVES))
-  small, large = (Conversion(source, ConvertOptions(workers=n), str(tmp_path), lambda *_: None).peak_bytes for n in (1, 64))
+  small, large = (
+    Conversion(source, ConvertOptions(workers=n), str(tmp_path), lambda *_: None).peak_bytes
+    for n in (1, 64)
+  )
   assert small < large < small + 64 * 4 * max(v.nbytes for v in LEAVES.values())

@@ -31,16 +31,26 @@ def check(checkpoint, expected=EXPECTED, config=synthetic.CONFIG):
 
 
 WRITERS = {
-    'legacy': lambda path, leaves: synthetic.write_legacy(path, leaves),
-    'legacy with optimizer state': lambda path, leaves: synthetic.write_legacy(path, leaves, state=True),
-    'legacy without the optimizer prefix': lambda path, leaves: synthetic.write_legacy(path, leaves, prefix=''),
-    'legacy, arrays in the index': lambda path, leaves: synthetic.write_legacy(path, leaves, inline=True),
-    'legacy, many chunks': lambda path, leaves: synthetic.write_legacy(path, leaves, chunks=3),
-    'orbax': lambda path, leaves: synthetic.write_orbax(path, leaves),
-    'orbax, zarr 3': lambda path, leaves: synthetic.write_orbax(path, leaves, zarr3=True),
-    'orbax without OCDBT': lambda path, leaves: synthetic.write_orbax(path, leaves, ocdbt=False),
-    'orbax without OCDBT, zarr 3': lambda path, leaves: synthetic.write_orbax(path, leaves, ocdbt=False, zarr3=True),
-    'orbax with the optimizer prefix': lambda path, leaves: synthetic.write_orbax(path, leaves, prefix='optimizer/'),
+  'legacy': lambda path, leaves: synthetic.write_legacy(path, leaves),
+  'legacy with optimizer state': lambda path, leaves: synthetic.write_legacy(
+    path, leaves, state=True
+  ),
+  'legacy without the optimizer prefix': lambda path, leaves: synthetic.write_legacy(
+    path, leaves, prefix=''
+  ),
+  'legacy, arrays in the index': lambda path, leaves: synthetic.write_legacy(
+    path, leaves, inline=True
+  ),
+  'legacy, many chunks': lambda path, leaves: synthetic.write_legacy(path, leaves, chunks=3),
+  'orbax': lambda path, leaves: synthetic.write_orbax(path, leaves),
+  'orbax, zarr 3': lambda path, leaves: synthetic.write_orbax(path, leaves, zarr3=True),
+  'orbax without OCDBT': lambda path, leaves: synthetic.write_orbax(path, leaves, ocdbt=False),
+  'orbax without OCDBT, zarr 3': lambda path, leaves: synthetic.write_orbax(
+    path, leaves, ocdbt=False, zarr3=True
+  ),
+  'orbax with the optimizer prefix': lambda path, leaves: synthetic.write_orbax(
+    path, leaves, prefix='optimizer/'
+  ),
 }
 
 
@@ -56,13 +66,18 @@ def test_float_checkpoints(tmp_path, form, layers):
 
 
 @pytest.mark.parametrize('layers', ['scanned', 'per layer'])
-@pytest.mark.parametrize('form', ['legacy', 'legacy, arrays in the index', 'orbax', 'orbax, zarr 3'])
+@pytest.mark.parametrize(
+  'form', ['legacy', 'legacy, arrays in the index', 'orbax', 'orbax, zarr 3']
+)
 @pytest.mark.parametrize('widened', [None, np.float32, ml_dtypes.bfloat16])
 def test_quantized_checkpoints(tmp_path, form, layers, widened):
   """qkernel and qscale: value = qkernel / qscale, also where T5X's writer has widened the int8 kernels."""
   leaves = synthetic.quantized(SCANNED)
-  kernels = {n.replace('qkernel', 'kernel'): v * (1 / leaves[n.replace('qkernel', 'qscale')])
-             for n, v in leaves.items() if n.endswith('qkernel')}
+  kernels = {
+    n.replace('qkernel', 'kernel'): v * (1 / leaves[n.replace('qkernel', 'qscale')])
+    for n, v in leaves.items()
+    if n.endswith('qkernel')
+  }
   if widened is not None:
     leaves = {n: v.astype(widened) if n.endswith('qkernel') else v for n, v in leaves.items()}
   if layers == 'per layer':
@@ -76,7 +91,9 @@ def test_quantized_checkpoints(tmp_path, form, layers, widened):
     if p.kind == 'matrix':
       values, scale = checkpoint.tensors[name].read(), checkpoint.tensors[p.scale].read()
       assert values.dtype == np.int8 and scale.dtype == np.float32
-      np.testing.assert_array_equal(values * scale[:, None, :], product.tensors[name].read(), err_msg=name)
+      np.testing.assert_array_equal(
+        values * scale[:, None, :], product.tensors[name].read(), err_msg=name
+      )
 
 
 def test_bfloat16_checkpoint_has_float32_norms(tmp_path):
@@ -89,13 +106,17 @@ def test_bfloat16_checkpoint_has_float32_norms(tmp_path):
 
 
 def test_slices_equal_slices_of_the_whole(tmp_path):
-  checkpoint = open_checkpoint(synthetic.write_legacy(tmp_path / 'c', synthetic.per_layer(SCANNED), chunks=3))
+  checkpoint = open_checkpoint(
+    synthetic.write_legacy(tmp_path / 'c', synthetic.per_layer(SCANNED), chunks=3)
+  )
   for name, values in EXPECTED.items():
     index = tuple(slice(1, n - 1) if n > 2 else slice(1, 2) for n in values.shape)
     np.testing.assert_array_equal(checkpoint.tensors[name].read(index), values[index], err_msg=name)
 
 
-@pytest.mark.parametrize('spelling', [str, lambda p: f'{p}/', lambda p: p / 'checkpoint', lambda p: p])
+@pytest.mark.parametrize(
+  'spelling', [str, lambda p: f'{p}/', lambda p: p / 'checkpoint', lambda p: p]
+)
 def test_spellings_of_a_path(palm_tiny, spelling):
   assert open_checkpoint(spelling(palm_tiny)).path == str(palm_tiny)
 
@@ -104,9 +125,16 @@ def test_the_index_may_name_another_place(tmp_path):
   """Moved checkpoints, and those written to a bucket: only the directory's own name counts."""
   path = synthetic.write_legacy(tmp_path / 'c', SCANNED)
   tree = msgpack.unpackb((path / 'checkpoint').read_bytes(), raw=False)
-  for module in (tree['optimizer']['target']['decoder']['decoder'], tree['optimizer']['target']['decoder']):
+  for module in (
+    tree['optimizer']['target']['decoder']['decoder'],
+    tree['optimizer']['target']['decoder'],
+  ):
     for leaf in (v for m in module.values() for v in m.values() if 'kvstore' in v):
-      leaf['kvstore'] = {'driver': 'gcs', 'bucket': 'b', 'path': 'gone/checkpoint_7/' + leaf['kvstore']['path']}
+      leaf['kvstore'] = {
+        'driver': 'gcs',
+        'bucket': 'b',
+        'path': 'gone/checkpoint_7/' + leaf['kvstore']['path'],
+      }
   (path / 'checkpoint').write_bytes(msgpack.packb(tree))
   check(open_checkpoint(path))
 
@@ -118,8 +146,10 @@ def test_arrays_that_flax_cut_into_pieces(tmp_path):
   values = SCANNED['decoder/decoder/q_wi_fused/kernel']
   pieces = [synthetic.pack_array(p) for p in np.split(values.ravel(), [100, 200])]
   tree['optimizer']['target']['decoder']['decoder']['q_wi_fused']['kernel'] = {
-      '__msgpack_chunked_array__': True, 'shape': {str(i): n for i, n in enumerate(values.shape)},
-      'chunks': {str(i): p for i, p in enumerate(pieces)}}
+    '__msgpack_chunked_array__': True,
+    'shape': {str(i): n for i, n in enumerate(values.shape)},
+    'chunks': {str(i): p for i, p in enumerate(pieces)},
+  }
   (path / 'checkpoint').write_bytes(msgpack.packb(tree))
   check(open_checkpoint(path))
 
@@ -151,35 +181,74 @@ def test_real_per_layer_checkpoint(testdata):
   path = testdata / 'palm_unscanned' / 'checkpoint_0'
   checkpoint = open_checkpoint(path)
   assert checkpoint.config == ModelConfig(3, 48, 192, 6, 16, 384)
-  kernel = ts.open({'driver': 'zarr', 'kvstore': f'file://{path}/target.decoder.layers_2.q_wi_fused.kernel/'}
-                   ).result().read().result()  # [48, 6, 16 + 2 * 32]
-  for name, columns in (('query', slice(0, 16)), ('gate', slice(16, 48)), ('linear', slice(48, 80))):
+  kernel = (
+    ts.open(
+      {'driver': 'zarr', 'kvstore': f'file://{path}/target.decoder.layers_2.q_wi_fused.kernel/'}
+    )
+    .result()
+    .read()
+    .result()
+  )  # [48, 6, 16 + 2 * 32]
+  for name, columns in (
+    ('query', slice(0, 16)),
+    ('gate', slice(16, 48)),
+    ('linear', slice(48, 80)),
+  ):
     read = checkpoint.tensors[name].read((slice(2, 3),))[0]
     np.testing.assert_array_equal(read, kernel[:, :, columns].reshape(48, -1))
 
 
-@pytest.mark.parametrize('ocdbt,zarr3', [(True, False), (True, True), (False, False), (False, True)])
+@pytest.mark.parametrize(
+  'ocdbt,zarr3', [(True, False), (True, True), (False, False), (False, True)]
+)
 def test_what_orbax_itself_writes(tmp_path, ocdbt, zarr3):
   ocp = pytest.importorskip('orbax.checkpoint', reason='orbax-checkpoint is not installed')
-  tree = synthetic.nest({f'target/{n}': v for n, v in SCANNED.items()} | {'state/step': np.int32(7)})
+  tree = synthetic.nest(
+    {f'target/{n}': v for n, v in SCANNED.items()} | {'state/step': np.int32(7)}
+  )
   path = tmp_path / 'c'
-  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt, use_zarr3=zarr3)) as checkpointer:
+  with ocp.Checkpointer(
+    ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt, use_zarr3=zarr3)
+  ) as checkpointer:
     checkpointer.save(path / 'state', tree)
   check(open_checkpoint(path))
   check(open_checkpoint(path / 'state'))
 
 
-@pytest.mark.parametrize('given,config,applied,said', [
-    (None, None, 'zero', 'assumed'), ('one', None, 'one', 'given'), ('zero', None, 'zero', 'given'),
-    (None, ModelConfig(**{**synthetic.CONFIG.to_dict(), 'norm_scale': 'one'}), 'one', 'given with the model')])
+@pytest.mark.parametrize(
+  'given,config,applied,said',
+  [
+    (None, None, 'zero', 'assumed'),
+    ('one', None, 'one', 'given'),
+    ('zero', None, 'zero', 'given'),
+    (
+      None,
+      ModelConfig(**{**synthetic.CONFIG.to_dict(), 'norm_scale': 'one'}),
+      'one',
+      'given with the model',
+    ),
+  ],
+)
 def test_norm_scales_are_recorded_not_guessed(tmp_path, given, config, applied, said):
-  checkpoint = open_checkpoint(synthetic.write_legacy(tmp_path / 'c', SCANNED), norm_scale=given, config=config)
+  checkpoint = open_checkpoint(
+    synthetic.write_legacy(tmp_path / 'c', SCANNED), norm_scale=given, config=config
+  )
   assert checkpoint.config.norm_scale == applied
   assert any(f'stored around {applied} ({said}' in note for note in checkpoint.notes)
-  assert any('average' in note for note in checkpoint.notes) == (applied == 'one')  # the values are around zero
+  assert any('average' in note for note in checkpoint.notes) == (
+    applied == 'one'
+  )  # the values are around zero
 
 
 def test_notes_say_what_was_found(palm_tiny: pathlib.Path):
   notes = '\n'.join(open_checkpoint(palm_tiny).notes)
-  for words in ('T5X checkpoint', str(palm_tiny), 'step 1000', '4 layers', 'd_model 256', '3,835,136', 'float32'):
+  for words in (
+    'T5X checkpoint',
+    str(palm_tiny),
+    'step 1000',
+    '4 layers',
+    'd_model 256',
+    '3,835,136',
+    'float32',
+  ):
     assert words in notes

@@ -17,8 +17,11 @@ Leaves = dict[str, np.ndarray]
 def canonical(config: ModelConfig = CONFIG, seed: int = 0) -> Leaves:
   """Random float32 values for every canonical tensor."""
   rng = np.random.default_rng(seed)
-  return {name: rng.standard_normal(p.shape).astype(np.float32) * (.1 if p.kind in ('norm', 'bias') else 1)
-          for name, p in params.parameters(config).items()}
+  return {
+    name: rng.standard_normal(p.shape).astype(np.float32)
+    * (0.1 if p.kind in ('norm', 'bias') else 1)
+    for name, p in params.parameters(config).items()
+  }
 
 
 def fused(tensors: Leaves, config: ModelConfig = CONFIG) -> Leaves:
@@ -32,20 +35,27 @@ def fused(tensors: Leaves, config: ModelConfig = CONFIG) -> Leaves:
   for layer in range(c.num_layers):
     for head in range(c.num_kv_heads):
       columns = slice(head * c.d_head, (head + 1) * c.d_head)
-      kv[:, layer, head] = np.concatenate([tensors[name][layer][:, columns] for name in ('key', 'value')], axis=1)
+      kv[:, layer, head] = np.concatenate(
+        [tensors[name][layer][:, columns] for name in ('key', 'value')], axis=1
+      )
     for head in range(c.num_heads):
       query, mlp = slice(head * c.d_head, (head + 1) * c.d_head), slice(head * g, (head + 1) * g)
       q_wi[:, layer, head] = np.concatenate(
-          [tensors['query'][layer][:, query], *(x[layer][:, mlp] for x in inputs)], axis=1)
+        [tensors['query'][layer][:, query], *(x[layer][:, mlp] for x in inputs)], axis=1
+      )
       o_wo[head, layer] = np.concatenate(
-          [tensors['attention_output'][layer][query], tensors['mlp_output'][layer][mlp]], axis=0)
+        [tensors['attention_output'][layer][query], tensors['mlp_output'][layer][mlp]], axis=0
+      )
   kernels = {'q_wi_fused': q_wi, 'kv_fused': kv, 'o_wo_fused': o_wo}
-  return {**_norms(tensors, layer_norm='layer_norm'),
-          **{f'decoder/decoder/{module}/kernel': kernel for module, kernel in kernels.items()}}
+  return {
+    **_norms(tensors, layer_norm='layer_norm'),
+    **{f'decoder/decoder/{module}/kernel': kernel for module, kernel in kernels.items()},
+  }
 
 
-def separate(tensors: Leaves, config: ModelConfig, *, split: bool = False, attention: str = '',
-             mlp: str = '') -> Leaves:
+def separate(
+  tensors: Leaves, config: ModelConfig, *, split: bool = False, attention: str = '', mlp: str = ''
+) -> Leaves:
   """The scanned tree of these tensors as DecoderLayer stores them, serial or (of a parallel block) parallel=True.
 
   Args:
@@ -56,11 +66,16 @@ def separate(tensors: Leaves, config: ModelConfig, *, split: bool = False, atten
   """
   c = config
   kernels = {
-      'self_attention/out': tensors['attention_output'].reshape(
-          c.num_layers, *((c.num_heads, c.d_head) if split else (-1,)), c.d_model),
-      'mlp/wo': tensors['mlp_output']}
+    'self_attention/out': tensors['attention_output'].reshape(
+      c.num_layers, *((c.num_heads, c.d_head) if split else (-1,)), c.d_model
+    ),
+    'mlp/wo': tensors['mlp_output'],
+  }
   heads = {'query': c.num_heads, 'key': c.num_kv_heads, 'value': c.num_kv_heads}
-  by_head = {name: tensors[name].reshape(c.num_layers, c.d_model, count, c.d_head) for name, count in heads.items()}
+  by_head = {
+    name: tensors[name].reshape(c.num_layers, c.d_model, count, c.d_head)
+    for name, count in heads.items()
+  }
   together = {'': (), 'kv': ('key', 'value'), 'qkv': ('query', 'key', 'value')}[attention]
   if together:
     kernels[f'self_attention/{attention}_fused'] = np.stack([by_head[name] for name in together], 2)
@@ -72,12 +87,19 @@ def separate(tensors: Leaves, config: ModelConfig, *, split: bool = False, atten
   if mlp:
     kernels['mlp/wi_fused'] = np.stack(inputs, 2)
   else:
-    kernels.update({f'mlp/wi_{i}' if len(inputs) > 1 else 'mlp/wi': x for i, x in enumerate(inputs)})
+    kernels.update(
+      {f'mlp/wi_{i}' if len(inputs) > 1 else 'mlp/wi': x for i, x in enumerate(inputs)}
+    )
   if c.block == 'serial':
-    norms = _norms(tensors, attention_norm='pre_self_attention_layer_norm', mlp_norm='pre_mlp_layer_norm')
+    norms = _norms(
+      tensors, attention_norm='pre_self_attention_layer_norm', mlp_norm='pre_mlp_layer_norm'
+    )
   else:
     norms = _norms(tensors, layer_norm='layer_norm')
-  return {**norms, **{f'decoder/decoder/{module}/kernel': np.moveaxis(x, 0, 1) for module, x in kernels.items()}}
+  return {
+    **norms,
+    **{f'decoder/decoder/{module}/kernel': np.moveaxis(x, 0, 1) for module, x in kernels.items()},
+  }
 
 
 def _norms(tensors: Leaves, **modules: str) -> Leaves:
@@ -86,8 +108,12 @@ def _norms(tensors: Leaves, **modules: str) -> Leaves:
   for suffix, leaf in (('', 'scale'), ('_bias', 'bias')):
     if f'final_norm{suffix}' in tensors:
       leaves[f'decoder/decoder_norm/{leaf}'] = tensors[f'final_norm{suffix}']
-      leaves.update({f'decoder/decoder/{module}/{leaf}': tensors[f'{name}{suffix}'].T
-                     for name, module in modules.items()})
+      leaves.update(
+        {
+          f'decoder/decoder/{module}/{leaf}': tensors[f'{name}{suffix}'].T
+          for name, module in modules.items()
+        }
+      )
   return leaves
 
 
@@ -111,7 +137,9 @@ def per_layer(leaves: Leaves) -> Leaves:
   for name, values in leaves.items():
     if name.startswith('decoder/decoder/'):
       for i in range(values.shape[1]):
-        out[name.replace('decoder/decoder/', f'decoder/layers_{i}/')] = np.ascontiguousarray(values.take(i, 1))
+        out[name.replace('decoder/decoder/', f'decoder/layers_{i}/')] = np.ascontiguousarray(
+          values.take(i, 1)
+        )
     else:
       out[name] = values
   return out
@@ -119,14 +147,18 @@ def per_layer(leaves: Leaves) -> Leaves:
 
 def layers_first(leaves: Leaves) -> Leaves:
   """A scanned tree with the layer axis in front: flaxformer's scan_axis=0."""
-  return {name: np.moveaxis(values, 1, 0) if name.startswith('decoder/decoder/') else values
-          for name, values in leaves.items()}
+  return {
+    name: np.moveaxis(values, 1, 0) if name.startswith('decoder/decoder/') else values
+    for name, values in leaves.items()
+  }
 
 
 def pack_array(values: np.ndarray) -> msgpack.ExtType:
   """An array as flax.serialization writes it."""
   values = np.asarray(values)
-  return msgpack.ExtType(1, msgpack.packb((values.shape, values.dtype.name, values.tobytes()), use_bin_type=True))
+  return msgpack.ExtType(
+    1, msgpack.packb((values.shape, values.dtype.name, values.tobytes()), use_bin_type=True)
+  )
 
 
 def nest(flat: dict) -> dict:
@@ -140,8 +172,16 @@ def nest(flat: dict) -> dict:
   return tree
 
 
-def write_legacy(path: pathlib.Path, leaves: Leaves, *, prefix: str = 'optimizer/', inline: bool = False,
-                 state: bool = False, chunks: int | None = None, step: int = 7) -> pathlib.Path:
+def write_legacy(
+  path: pathlib.Path,
+  leaves: Leaves,
+  *,
+  prefix: str = 'optimizer/',
+  inline: bool = False,
+  state: bool = False,
+  chunks: int | None = None,
+  step: int = 7,
+) -> pathlib.Path:
   """A checkpoint of T5X's own format.
 
   Args:
@@ -156,24 +196,39 @@ def write_legacy(path: pathlib.Path, leaves: Leaves, *, prefix: str = 'optimizer
   path.mkdir(parents=True)
   index = {f'{prefix}state/step': pack_array(np.int32(step))}
   if state:
-    index.update({f'{prefix}state/param_states/{n}/v': pack_array(np.zeros(3, np.float32)) for n in leaves})
+    index.update(
+      {f'{prefix}state/param_states/{n}/v': pack_array(np.zeros(3, np.float32)) for n in leaves}
+    )
   for name, values in leaves.items():
     if inline:
       index[f'{prefix}target/{name}'] = pack_array(values)
       continue
     directory = f'target.{name.replace("/", ".")}'
-    metadata = {'shape': list(values.shape), 'chunks': [min(n, chunks or n) for n in values.shape],
-                'compressor': {'id': 'gzip', 'level': 1}}
+    metadata = {
+      'shape': list(values.shape),
+      'chunks': [min(n, chunks or n) for n in values.shape],
+      'compressor': {'id': 'gzip', 'level': 1},
+    }
     index[f'{prefix}target/{name}'] = {
-        'driver': 'zarr', 'dtype': values.dtype.name, 'kvstore': {'driver': 'file', 'path': f'{directory}/'},
-        'metadata': metadata}
+      'driver': 'zarr',
+      'dtype': values.dtype.name,
+      'kvstore': {'driver': 'file', 'path': f'{directory}/'},
+      'metadata': metadata,
+    }
     write_array({'driver': 'file', 'path': f'{path}/{directory}/'}, 'zarr', metadata, values)
   (path / 'checkpoint').write_bytes(msgpack.packb(nest({'version': 3, **index}), use_bin_type=True))
   return path
 
 
-def write_orbax(path: pathlib.Path, leaves: Leaves, *, ocdbt: bool = True, zarr3: bool = False, prefix: str = '',
-                step: int = 7) -> pathlib.Path:
+def write_orbax(
+  path: pathlib.Path,
+  leaves: Leaves,
+  *,
+  ocdbt: bool = True,
+  zarr3: bool = False,
+  prefix: str = '',
+  step: int = 7,
+) -> pathlib.Path:
   """A checkpoint as Orbax lays it out: state/_METADATA and arrays, in one OCDBT store or in directories."""
   state = path / 'state'
   state.mkdir(parents=True)
@@ -182,8 +237,10 @@ def write_orbax(path: pathlib.Path, leaves: Leaves, *, ocdbt: bool = True, zarr3
   tree = {}
   for name, values in arrays.items():
     keys = name.split('/')
-    tree[str(tuple(keys))] = {'key_metadata': [{'key': key, 'key_type': 2} for key in keys],
-                              'value_metadata': {'value_type': 'jax.Array', 'skip_deserialize': False}}
+    tree[str(tuple(keys))] = {
+      'key_metadata': [{'key': key, 'key_type': 2} for key in keys],
+      'value_metadata': {'value_type': 'jax.Array', 'skip_deserialize': False},
+    }
     key = '.'.join(keys) + '/'
     if ocdbt:
       kvstore = {'driver': 'ocdbt', 'base': {'driver': 'file', 'path': f'{state}/'}, 'path': key}
@@ -196,14 +253,28 @@ def write_orbax(path: pathlib.Path, leaves: Leaves, *, ocdbt: bool = True, zarr3
       metadata = {'shape': list(values.shape), 'chunks': list(values.shape)}
     write_array(kvstore, 'zarr3' if zarr3 else 'zarr', metadata, values)
   tree[str((f'{prefix}flax_mutables',))] = {
-      'key_metadata': [{'key': 'flax_mutables', 'key_type': 2}],
-      'value_metadata': {'value_type': 'Dict', 'skip_deserialize': True}}
-  (state / '_METADATA').write_text(json.dumps(
-      {'tree_metadata': tree, 'use_ocdbt': ocdbt, 'use_zarr3': zarr3, 'store_array_data_equal_to_fill_value': True}))
+    'key_metadata': [{'key': 'flax_mutables', 'key_type': 2}],
+    'value_metadata': {'value_type': 'Dict', 'skip_deserialize': True},
+  }
+  (state / '_METADATA').write_text(
+    json.dumps(
+      {
+        'tree_metadata': tree,
+        'use_ocdbt': ocdbt,
+        'use_zarr3': zarr3,
+        'store_array_data_equal_to_fill_value': True,
+      }
+    )
+  )
   return path
 
 
 def write_array(kvstore: dict, driver: str, metadata: dict, values: np.ndarray) -> None:
-  spec = {'driver': driver, 'kvstore': kvstore, 'metadata': metadata, 'dtype': values.dtype.name,
-          'store_data_equal_to_fill_value': True}
+  spec = {
+    'driver': driver,
+    'kvstore': kvstore,
+    'metadata': metadata,
+    'dtype': values.dtype.name,
+    'store_data_equal_to_fill_value': True,
+  }
   ts.open(spec, create=True).result().write(values).result()

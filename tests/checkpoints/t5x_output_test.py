@@ -13,18 +13,32 @@ from tests import reference
 from tests.checkpoints import synthetic
 
 BASE = dict(num_layers=2, d_model=16, d_ff=24, num_heads=4, d_head=6, vocab_size=12)
-SERIAL = ModelConfig(**BASE, num_kv_heads=4, block='serial', mlp='gelu', norm='layer', norm_scale='one')
+SERIAL = ModelConfig(
+  **BASE, num_kv_heads=4, block='serial', mlp='gelu', norm='layer', norm_scale='one'
+)
 PARALLEL = ModelConfig(**BASE, num_kv_heads=4, norm_scale='one')
 MULTIQUERY = ModelConfig(**BASE, block='serial')
 # name: (the model, the scanned tree of its tensors, what else is done to the tree)
 TREES = {
-    'fused': (ModelConfig(**BASE), lambda t, c: synthetic.fused(t, c)),
-    'fused, a subtree a layer': (ModelConfig(**BASE), lambda t, c: synthetic.per_layer(synthetic.fused(t, c))),
-    'fused, layers first': (ModelConfig(**BASE), lambda t, c: synthetic.layers_first(synthetic.fused(t, c))),
-    'serial': (SERIAL, lambda t, c: synthetic.separate(t, c)),
-    'serial, split heads, qkv': (SERIAL, lambda t, c: synthetic.separate(t, c, split=True, attention='qkv')),
-    'serial, kv and wi': (MULTIQUERY, lambda t, c: synthetic.separate(t, c, split=True, attention='kv', mlp='wi')),
-    'parallel, split heads': (PARALLEL, lambda t, c: synthetic.separate(t, c, split=True)),
+  'fused': (ModelConfig(**BASE), lambda t, c: synthetic.fused(t, c)),
+  'fused, a subtree a layer': (
+    ModelConfig(**BASE),
+    lambda t, c: synthetic.per_layer(synthetic.fused(t, c)),
+  ),
+  'fused, layers first': (
+    ModelConfig(**BASE),
+    lambda t, c: synthetic.layers_first(synthetic.fused(t, c)),
+  ),
+  'serial': (SERIAL, lambda t, c: synthetic.separate(t, c)),
+  'serial, split heads, qkv': (
+    SERIAL,
+    lambda t, c: synthetic.separate(t, c, split=True, attention='qkv'),
+  ),
+  'serial, kv and wi': (
+    MULTIQUERY,
+    lambda t, c: synthetic.separate(t, c, split=True, attention='kv', mlp='wi'),
+  ),
+  'parallel, split heads': (PARALLEL, lambda t, c: synthetic.separate(t, c, split=True)),
 }
 
 
@@ -38,7 +52,10 @@ def tree(request, tmp_path, monkeypatch):
 
 
 def read(path, config):
-  return {name: t.read().astype(np.float32) for name, t in open_checkpoint(path, config=config).tensors.items()}
+  return {
+    name: t.read().astype(np.float32)
+    for name, t in open_checkpoint(path, config=config).tensors.items()
+  }
 
 
 def test_float_is_the_same_tree(tree, tmp_path):
@@ -50,8 +67,12 @@ def test_float_is_the_same_tree(tree, tmp_path):
   assert stored == {f'target.{name.replace("/", ".")}' for name in leaves}
   for name, values in read(source, config).items():
     # 1/sqrt(2) is multiplied in and divided out again: one rounding each.
-    tolerance = 1e-6 if 'output' in name and config.block == 'parallel' and config.num_kv_heads > 1 else 0
-    np.testing.assert_allclose(read(tmp_path / 'out', config)[name], values, rtol=tolerance, err_msg=name)
+    tolerance = (
+      1e-6 if 'output' in name and config.block == 'parallel' and config.num_kv_heads > 1 else 0
+    )
+    np.testing.assert_allclose(
+      read(tmp_path / 'out', config)[name], values, rtol=tolerance, err_msg=name
+    )
 
 
 def test_there_and_back_is_within_the_rounding(tree, tmp_path):
@@ -59,13 +80,17 @@ def test_there_and_back_is_within_the_rounding(tree, tmp_path):
   convert.convert(source, tmp_path / 'int8', config=config)
   convert.convert(tmp_path / 'int8', tmp_path / 'back', format='t5x_float')
   original, back, int8 = (read(tmp_path / n, config) for n in ('source', 'back', 'int8'))
-  assert {p.name for p in (tmp_path / 'back').glob('target*')} == {p.name for p in source.glob('target*')}
+  assert {p.name for p in (tmp_path / 'back').glob('target*')} == {
+    p.name for p in source.glob('target*')
+  }
   for name, p in params.parameters(config).items():
     if p.kind == 'matrix':
       step = int8[p.scale][:, None]
-      assert (np.abs(back[name] - original[name]) <= .501 * step).all(), name
+      assert (np.abs(back[name] - original[name]) <= 0.501 * step).all(), name
     else:
-      np.testing.assert_allclose(back[name], original[name], rtol=2**-8 if p.kind == 'embedding' else 0, err_msg=name)
+      np.testing.assert_allclose(
+        back[name], original[name], rtol=2**-8 if p.kind == 'embedding' else 0, err_msg=name
+      )
 
 
 def test_int8_is_what_the_serving_checkpoint_has(tree, tmp_path):
@@ -73,8 +98,11 @@ def test_int8_is_what_the_serving_checkpoint_has(tree, tmp_path):
   convert.convert(source, tmp_path / 'int8', config=config)
   convert.convert(source, tmp_path / 't5x', format='t5x_int8', config=config)
   names = {p.name for p in (tmp_path / 't5x').glob('target*')}
-  assert names == {f'target.{name.replace("/", ".")}'.replace('.kernel', suffix)
-                   for name in leaves for suffix in ('.qkernel', '.qscale')}
+  assert names == {
+    f'target.{name.replace("/", ".")}'.replace('.kernel', suffix)
+    for name in leaves
+    for suffix in ('.qkernel', '.qscale')
+  }
   if config.block == 'parallel' and config.num_kv_heads > 1:
     with pytest.raises(CheckpointError, match='in a parallel block share one'):
       open_checkpoint(tmp_path / 't5x', config=config)
@@ -92,18 +120,24 @@ def test_a_tree_that_nobody_recorded(tmp_path):
   for config in (ModelConfig(**BASE), SERIAL, MULTIQUERY, PARALLEL):
     root = tmp_path / config.block / str(config.num_kv_heads)
     tensors = reference.random_tensors(config)
-    leaves = (synthetic.separate if config.block == 'serial' or config.num_kv_heads > 1 else synthetic.fused)(
-        tensors, config)
+    leaves = (
+      synthetic.separate if config.block == 'serial' or config.num_kv_heads > 1 else synthetic.fused
+    )(tensors, config)
     convert.convert(synthetic.write_legacy(root / 'source', leaves), root / 'int8', config=config)
     header = json.loads((root / 'int8' / 'serving_config.json').read_text())
     del header['source']['form']
     (root / 'int8' / 'serving_config.json').write_text(json.dumps(header))
     convert.convert(root / 'int8', root / 'out', format='t5x_float')
     found = open_checkpoint(root / 'out', norm_scale=config.norm_scale)  # the tree says its heads
-    assert found.config.num_heads == config.num_heads and found.config.num_kv_heads == config.num_kv_heads
+    assert (
+      found.config.num_heads == config.num_heads
+      and found.config.num_kv_heads == config.num_kv_heads
+    )
     before, after = read(root / 'source', config), read(root / 'out', config)
     for name in before:
-      np.testing.assert_allclose(after[name], before[name], atol=.02 * np.abs(before[name]).max(), err_msg=name)
+      np.testing.assert_allclose(
+        after[name], before[name], atol=0.02 * np.abs(before[name]).max(), err_msg=name
+      )
 
 
 def test_no_layer_for_grouped_heads(tmp_path):
@@ -112,8 +146,15 @@ def test_no_layer_for_grouped_heads(tmp_path):
     t5x_output.usual_form(config)
 
 
-@pytest.mark.parametrize('shape,elements,expected', [
-    ((2048, 33, 8, 2304), 2**24, (1024, 33, 8, 192)), ((8, 4), 64, (8, 4)), ((7, 3), 3, (1, 3)), ((6,), 1, (1,))])
+@pytest.mark.parametrize(
+  'shape,elements,expected',
+  [
+    ((2048, 33, 8, 2304), 2**24, (1024, 33, 8, 192)),
+    ((8, 4), 64, (8, 4)),
+    ((7, 3), 3, (1, 3)),
+    ((6,), 1, (1,)),
+  ],
+)
 def test_chunks_are_t5x_s(shape, elements, expected):
   chunk = t5x_output.t5x_chunk_shape(shape, elements)
   assert np.prod(chunk) <= elements and all(n % c == 0 for n, c in zip(shape, chunk))

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from t5x_inference_ext.checkpoints.tensor import (
-    Cast, InMemory, Merged, Moved, Scaled, Squeezed, Stack, Tensor, Window)
+  Cast,
+  InMemory,
+  Merged,
+  Moved,
+  Scaled,
+  Squeezed,
+  Stack,
+  Tensor,
+  Window,
+)
 from t5x_inference_ext.errors import CheckpointError
 
 
@@ -39,17 +48,23 @@ def merged_heads(source: Tensor, axis: int, start: int, width: int) -> Tensor:
 @settings(deadline=None, derandomize=True, max_examples=300)
 @given(st.data())
 def test_any_slice_of_merged_heads(data):
-  layers, heads, width, other, start, rest = (data.draw(st.integers(1, 4), label=n) for n in
-                                              ('layers', 'heads', 'width', 'other', 'start', 'rest'))
+  layers, heads, width, other, start, rest = (
+    data.draw(st.integers(1, 4), label=n)
+    for n in ('layers', 'heads', 'width', 'other', 'start', 'rest')
+  )
   columns = start + width + rest
   if data.draw(st.booleans(), label='columns are outputs'):
     source = numbers(other, layers, heads, columns)
     view = merged_heads(InMemory(source, ''), 2, start, width)
-    whole = source.transpose(1, 0, 2, 3)[..., start:start + width].reshape(layers, other, heads * width)
+    whole = source.transpose(1, 0, 2, 3)[..., start : start + width].reshape(
+      layers, other, heads * width
+    )
   else:
     source = numbers(heads, layers, columns, other)
     view = merged_heads(InMemory(source, ''), 1, start, width)
-    whole = source.transpose(1, 0, 2, 3)[:, :, start:start + width].reshape(layers, heads * width, other)
+    whole = source.transpose(1, 0, 2, 3)[:, :, start : start + width].reshape(
+      layers, heads * width, other
+    )
   assert view.shape == whole.shape
   index = data.draw(slices(whole.shape), label='index')
   np.testing.assert_array_equal(view.read(index), whole[index], strict=True)
@@ -61,12 +76,14 @@ def test_any_slice_of_merged_heads(data):
 def test_any_slice_of_the_other_views(data):
   parts = [numbers(3, 4) + 100 * i for i in range(3)]
   axis = data.draw(st.integers(0, 2), label='axis')
-  views = [(Stack([InMemory(p, '') for p in parts], axis), np.stack(parts, axis)),
-           (Moved(InMemory(numbers(3, 2, 4), ''), axis), np.moveaxis(numbers(3, 2, 4), axis, 0)),
-           (Scaled(InMemory(parts[0], ''), 3.), parts[0] * 3),
-           (Squeezed(InMemory(numbers(3, 1, 4), ''), 1), numbers(3, 4)),
-           (Cast(InMemory(parts[0], ''), np.int8, 'name'), parts[0].astype(np.int8)),
-           (InMemory(parts[0], ''), parts[0])]
+  views = [
+    (Stack([InMemory(p, '') for p in parts], axis), np.stack(parts, axis)),
+    (Moved(InMemory(numbers(3, 2, 4), ''), axis), np.moveaxis(numbers(3, 2, 4), axis, 0)),
+    (Scaled(InMemory(parts[0], ''), 3.0), parts[0] * 3),
+    (Squeezed(InMemory(numbers(3, 1, 4), ''), 1), numbers(3, 4)),
+    (Cast(InMemory(parts[0], ''), np.int8, 'name'), parts[0].astype(np.int8)),
+    (InMemory(parts[0], ''), parts[0]),
+  ]
   view, whole = data.draw(st.sampled_from(views), label='view')
   index = data.draw(slices(whole.shape), label='index')
   np.testing.assert_array_equal(view.read(index), whole[index], strict=True)
@@ -89,7 +106,9 @@ def test_a_stack_reads_only_its_layers():
   assert [p.asked for p in parts] == [0, 4, 0]
 
 
-@pytest.mark.parametrize('factor,dtype', [(.5, ml_dtypes.bfloat16), (8., ml_dtypes.bfloat16), (3., np.float32)])
+@pytest.mark.parametrize(
+  'factor,dtype', [(0.5, ml_dtypes.bfloat16), (8.0, ml_dtypes.bfloat16), (3.0, np.float32)]
+)
 def test_scaling_bfloat16_rounds_nothing_away(factor, dtype):
   values = np.linspace(-1, 1, 50).astype(ml_dtypes.bfloat16)
   expected = (values.astype(np.float32) * np.float32(factor)).astype(dtype)
@@ -103,10 +122,10 @@ def test_widened_int8_is_read_back_exactly(dtype):
   np.testing.assert_array_equal(cast.read(), values, strict=True)
 
 
-@pytest.mark.parametrize('wrong', [.5, 200., np.nan, np.inf])
+@pytest.mark.parametrize('wrong', [0.5, 200.0, np.nan, np.inf])
 def test_what_is_not_int8_is_an_error(wrong):
   with pytest.raises(CheckpointError, match='some/qkernel.*a/file.*int8'):
-    Cast(InMemory(np.array([1., wrong], np.float32), 'a/file'), np.int8, 'some/qkernel').read()
+    Cast(InMemory(np.array([1.0, wrong], np.float32), 'a/file'), np.int8, 'some/qkernel').read()
 
 
 @pytest.mark.parametrize('index', [(slice(0, 2, 2),), (slice(None),) * 3])

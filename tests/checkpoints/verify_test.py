@@ -43,7 +43,10 @@ def test_sound(root, form):
 @pytest.mark.parametrize('form', FORMATS)
 def test_one_flipped_bit(root, form, tmp_path):
   copy = shutil.copytree(root / form, tmp_path / 'copy')
-  chunk = max((p for p in copy.rglob('*') if p.is_file() and p.name[0].isdigit()), key=lambda p: p.stat().st_size)
+  chunk = max(
+    (p for p in copy.rglob('*') if p.is_file() and p.name[0].isdigit()),
+    key=lambda p: p.stat().st_size,
+  )
   data = bytearray(chunk.read_bytes())
   data[len(data) // 2] ^= 1
   chunk.write_bytes(data)
@@ -73,7 +76,9 @@ def test_a_flipped_bit_in_any_file(root, form, tmp_path):
 def test_a_flipped_bit_behind_the_end_of_an_array(tmp_path, monkeypatch):
   monkeypatch.setattr(serving, 'MAX_CHUNK_COLUMNS', 5)
   config = ModelConfig(num_layers=2, d_model=8, d_ff=27, num_heads=3, d_head=4, vocab_size=12)
-  source = synthetic.write_legacy(tmp_path / 'source', synthetic.fused(synthetic.canonical(config), config))
+  source = synthetic.write_legacy(
+    tmp_path / 'source', synthetic.fused(synthetic.canonical(config), config)
+  )
   convert.convert(source, tmp_path / 'out')
   chunk = tmp_path / 'out' / 'gate' / '0.0.6'  # columns 24 to 28
   data = bytearray(chunk.read_bytes())
@@ -104,9 +109,13 @@ def test_checkpoint_of_before_small_files_had_checksums(root, tmp_path):
 
 def test_queries_multiplied_as_the_conversion_was_told(tmp_path):
   """rescale_logits=False is recorded: the source converts to the same without saying it again."""
-  config = ModelConfig(num_layers=2, d_model=8, d_ff=24, num_heads=3, d_head=6, vocab_size=12, block='serial')
+  config = ModelConfig(
+    num_layers=2, d_model=8, d_ff=24, num_heads=3, d_head=6, vocab_size=12, block='serial'
+  )
   leaves = synthetic.separate(synthetic.canonical(config), config)
-  convert.convert(synthetic.write_legacy(tmp_path / 'source', leaves), tmp_path / 'out', rescale_logits=False)
+  convert.convert(
+    synthetic.write_legacy(tmp_path / 'source', leaves), tmp_path / 'out', rescale_logits=False
+  )
   verify(tmp_path / 'out', tmp_path / 'source')
   with pytest.raises(CheckpointError, match='query_scale: .* are not what'):
     verify(tmp_path / 'out', tmp_path / 'source', rescale_logits=True)
@@ -124,8 +133,14 @@ def test_another_step(root, tmp_path):
     verify(root / 'serving', tmp_path / 'source')
 
 
-@pytest.mark.parametrize('change', [
-    lambda m: m.pop('tensors'), lambda m: m.update(tensors={'gate': {}}), lambda m: m.update(source=None)])
+@pytest.mark.parametrize(
+  'change',
+  [
+    lambda m: m.pop('tensors'),
+    lambda m: m.update(tensors={'gate': {}}),
+    lambda m: m.update(source=None),
+  ],
+)
 def test_damaged_manifest(root, tmp_path, change):
   copy = shutil.copytree(root / 't5x_int8', tmp_path / 'copy')
   manifest = json.loads((copy / 't5x_inference_ext.json').read_text())

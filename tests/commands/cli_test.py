@@ -17,10 +17,13 @@ def module():
   """A module that gin files can import: one for all tests, as gin remembers the functions that it has seen."""
   module = types.ModuleType('command_test_module')
   module.__dict__['__name__'] = module.__name__
-  exec('def greet(name, greeting="hello", *, end="."):\n  return f"{greeting} {name}{end}"\n'
-       'def make(letters: str, times: int = 1):\n  return letters * times\n'
-       'def typed(name: str | None = None, times: float = 1, loud: bool = False, marks: tuple[str, ...] = ()):\n'
-       '  return name, times, loud, marks', module.__dict__)
+  exec(
+    'def greet(name, greeting="hello", *, end="."):\n  return f"{greeting} {name}{end}"\n'
+    'def make(letters: str, times: int = 1):\n  return letters * times\n'
+    'def typed(name: str | None = None, times: float = 1, loud: bool = False, marks: tuple[str, ...] = ()):\n'
+    '  return name, times, loud, marks',
+    module.__dict__,
+  )
   sys.modules[module.__name__] = module
   yield module
   del sys.modules[module.__name__]
@@ -29,13 +32,19 @@ def module():
 @pytest.fixture
 def gin_file(tmp_path):
   path = tmp_path / 'greet.gin'
-  path.write_text('from __gin__ import dynamic_registration\nimport command_test_module\n'
-                  'NAME = %gin.REQUIRED\nGREETING = "hi"\n'
-                  'command_test_module.greet:\n  name = %NAME\n  greeting = %GREETING\n')
+  path.write_text(
+    'from __gin__ import dynamic_registration\nimport command_test_module\n'
+    'NAME = %gin.REQUIRED\nGREETING = "hi"\n'
+    'command_test_module.greet:\n  name = %NAME\n  greeting = %GREETING\n'
+  )
   return str(path)
 
 
-def run(main, *argv, define=lambda flags: absl_flags.DEFINE_integer('count', 1, 'How many.', flag_values=flags)):
+def run(
+  main,
+  *argv,
+  define=lambda flags: absl_flags.DEFINE_integer('count', 1, 'How many.', flag_values=flags),
+):
   return cli.run(main, 'What it does.', define, ['prog', *argv])
 
 
@@ -53,7 +62,10 @@ def greet(module, *argv):
 
 def test_plain_flags_and_success():
   seen = []
-  assert run(lambda flags: seen.append((flags.count, flags.gin_file, cli.uses_gin(flags))), '--count=3') == 0
+  assert (
+    run(lambda flags: seen.append((flags.count, flags.gin_file, cli.uses_gin(flags))), '--count=3')
+    == 0
+  )
   assert seen == [(3, [], False)]
 
 
@@ -64,6 +76,7 @@ def test_absl_s_logging_flags_are_known():
 def test_user_errors_are_one_line(capsys):
   def main(flags):
     raise UserError('the path /x is wrong')
+
   assert run(main) == 2
   assert capsys.readouterr().err == 'error: the path /x is wrong\n'
 
@@ -76,11 +89,19 @@ def test_other_errors_keep_their_traceback():
 def test_interrupted():
   def main(flags):
     raise KeyboardInterrupt
+
   assert run(main) == 130
 
 
-@pytest.mark.parametrize('argv,words', [(['--cuont=1'], 'cuont'), (['--count=x'], 'count'), (['stray'], 'stray'),
-                                        (['--gin.NAME'], 'write --gin.NAME=VALUE')])
+@pytest.mark.parametrize(
+  'argv,words',
+  [
+    (['--cuont=1'], 'cuont'),
+    (['--count=x'], 'count'),
+    (['stray'], 'stray'),
+    (['--gin.NAME'], 'write --gin.NAME=VALUE'),
+  ],
+)
 def test_wrong_flags(capsys, argv, words):
   assert run(lambda flags: pytest.fail('main was called'), *argv) == 2
   err = capsys.readouterr().err
@@ -91,13 +112,21 @@ def test_wrong_flags(capsys, argv, words):
 def test_help(capsys, flag):
   assert run(lambda flags: pytest.fail('main was called'), flag) == 0
   out = capsys.readouterr().out
-  for words in ('What it does.', '--count: How many. Default: 1.', '--gin_file', '--gin.NAME=VALUE'):
+  for words in (
+    'What it does.',
+    '--count: How many. Default: 1.',
+    '--gin_file',
+    '--gin.NAME=VALUE',
+  ):
     assert words in out
 
 
 def test_bindings(module, gin_file):
   assert greet(module, f'--gin_file={gin_file}', '--gin.NAME="Ann"') == 'hi Ann!'
-  assert greet(module, f'--gin_file={gin_file}', '--gin.NAME="A = B"', '--gin.greet.greeting="yo"') == 'yo A = B!'
+  assert (
+    greet(module, f'--gin_file={gin_file}', '--gin.NAME="A = B"', '--gin.greet.greeting="yo"')
+    == 'yo A = B!'
+  )
   assert greet(module, f'--gin_file={gin_file}', '--gin_bindings=NAME = "Ann"') == 'hi Ann!'
 
 
@@ -114,14 +143,25 @@ def test_search_paths(module, gin_file, tmp_path):
 def test_files_of_the_package_are_found_from_anywhere(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   texts = []
+
   def main(flags):
     texts.append(cli.parse_gin(flags))
-  assert run(main, '--gin_file=t5x_inference_ext/configs/runs/convert.gin', '--gin.INPUT_CHECKPOINT="a"',
-             '--gin.OUTPUT_CHECKPOINT="b"') == 0
+
+  assert (
+    run(
+      main,
+      '--gin_file=t5x_inference_ext/configs/runs/convert.gin',
+      '--gin.INPUT_CHECKPOINT="a"',
+      '--gin.OUTPUT_CHECKPOINT="b"',
+    )
+    == 0
+  )
   assert "INPUT_CHECKPOINT = 'a'" in texts[0]
 
 
-@pytest.mark.parametrize('argv,words', [
+@pytest.mark.parametrize(
+  'argv,words',
+  [
     ([], 'NAME has no value: set it with --gin.NAME='),
     (['--gin.NAMES="x"'], 'nothing uses NAMES; the gin files define GREETING, NAME'),
     (['--gin.NAM="x"'], 'nothing uses NAM;'),
@@ -129,7 +169,8 @@ def test_files_of_the_package_are_found_from_anywhere(tmp_path, monkeypatch):
     (['--gin.no_such.name="x"'], "No configurable matching 'no_such'"),
     (['--gin.NAME=text'], 'a string needs quotes'),
     (['--gin_file=no/such.gin'], 'no/such.gin'),
-])
+  ],
+)
 def test_gin_errors_are_one_line(module, gin_file, capsys, argv, words):
   assert greet(module, f'--gin_file={gin_file}', *argv) == 2
   err = capsys.readouterr().err
@@ -151,8 +192,13 @@ sys.exit(cli.run(lambda flags: [cli.print_line('a line') for _ in range(99999)],
 
 def test_a_reader_that_goes(repository):
   """As `| head`: the command ends, and says nothing."""
-  process = subprocess.Popen([sys.executable, '-c', LINES], cwd=repository, text=True, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE)
+  process = subprocess.Popen(
+    [sys.executable, '-c', LINES],
+    cwd=repository,
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+  )
   assert process.stdout.readline() == 'a line\n'
   process.stdout.close()
   assert process.stderr.read() == '' and process.wait() == 141
@@ -161,18 +207,29 @@ def test_a_reader_that_goes(repository):
 
 def test_output_that_can_t_be_written(repository):
   with open('/dev/full', 'w', encoding='utf-8') as full:
-    result = subprocess.run([sys.executable, '-c', LINES], cwd=repository, text=True, stdout=full,
-                            stderr=subprocess.PIPE, check=False)
-  assert (result.returncode, result.stderr) == (2, "error: can't write to standard output: No space left on device\n")
+    result = subprocess.run(
+      [sys.executable, '-c', LINES],
+      cwd=repository,
+      text=True,
+      stdout=full,
+      stderr=subprocess.PIPE,
+      check=False,
+    )
+  assert (result.returncode, result.stderr) == (
+    2,
+    "error: can't write to standard output: No space left on device\n",
+  )
 
 
 @pytest.fixture
 def typed(module, tmp_path):
   """Runs the annotated function with a gin binding more; returns what it says, or the exit code."""
   path = tmp_path / 'typed.gin'
-  path.write_text('from __gin__ import dynamic_registration\nimport command_test_module\nTIMES = 1\n'
-                  'NAME = @command_test_module.make()\ncommand_test_module.typed.name = %NAME\n'
-                  'command_test_module.make.letters = "ab"\ncommand_test_module.make.times = %TIMES\n')
+  path.write_text(
+    'from __gin__ import dynamic_registration\nimport command_test_module\nTIMES = 1\n'
+    'NAME = @command_test_module.make()\ncommand_test_module.typed.name = %NAME\n'
+    'command_test_module.make.letters = "ab"\ncommand_test_module.make.times = %TIMES\n'
+  )
 
   def call(binding):
     said = []
@@ -187,26 +244,41 @@ def typed(module, tmp_path):
   return call
 
 
-@pytest.mark.parametrize('binding,message', [
-    ('TIMES="x"', "TIMES must be int, got 'x'"), ('NAME=3', 'NAME must be str or None, got 3'),
+@pytest.mark.parametrize(
+  'binding,message',
+  [
+    ('TIMES="x"', "TIMES must be int, got 'x'"),
+    ('NAME=3', 'NAME must be str or None, got 3'),
     ('command_test_module.typed.times="2"', "times must be float, got '2'"),
     ('command_test_module.typed.loud="no"', "loud must be bool, got 'no'"),
-    ('command_test_module.typed.marks=3', 'marks must be tuple, got 3')])
+    ('command_test_module.typed.marks=3', 'marks must be tuple, got 3'),
+  ],
+)
 def test_a_value_of_another_type(typed, capsys, binding, message):
   assert typed(binding) == 2
   error = capsys.readouterr().err
   assert message in error and error.count('\n') == 1
 
 
-@pytest.mark.parametrize('binding,result', [
-    ('TIMES=2', ('abab', 1, False, ())), ('NAME=None', (None, 1, False, ())), ('NAME="c"', ('c', 1, False, ())),
+@pytest.mark.parametrize(
+  'binding,result',
+  [
+    ('TIMES=2', ('abab', 1, False, ())),
+    ('NAME=None', (None, 1, False, ())),
+    ('NAME="c"', ('c', 1, False, ())),
     ('command_test_module.typed.times=2', ('ab', 2, False, ())),
-    ('command_test_module.typed.marks=["!"]', ('ab', 1, False, ['!']))])
+    ('command_test_module.typed.marks=["!"]', ('ab', 1, False, ['!'])),
+  ],
+)
 def test_values_of_the_type(typed, binding, result):
   assert typed(binding) == result
 
 
-@pytest.mark.parametrize('module', [convert_checkpoint, infer, inspect_checkpoint, plan, precompile])
+@pytest.mark.parametrize(
+  'module', [convert_checkpoint, infer, inspect_checkpoint, plan, precompile]
+)
 def test_help_keeps_its_commands_lines(module):
   for line in module.__doc__.splitlines():
-    assert len(line) <= 120 and '  ' not in line.strip()  # else a backslash has eaten the line's end
+    assert (
+      len(line) <= 120 and '  ' not in line.strip()
+    )  # else a backslash has eaten the line's end

@@ -13,7 +13,7 @@ from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.runs import loading
 
 GIN_FILE = '--gin_file=t5x_inference_ext/configs/runs/infer.gin'
-MODULE = '''
+MODULE = """
 import json
 import seqio
 import tensorflow as tf
@@ -37,7 +37,7 @@ seqio.TaskRegistry.add(
     output_features={{name: seqio.Feature(seqio.ByteVocabulary(extra_ids=1000), add_eos=False)
                      for name in ('inputs', 'targets')}})
 seqio.MixtureRegistry.add('golden_mixture', ['golden_prompts', 'golden_prompts_eos'], default_rate=1.0)
-'''
+"""
 
 
 @pytest.fixture(scope='module')
@@ -57,13 +57,21 @@ def command(task_directory, palm_tiny, tmp_path, capsys, monkeypatch):
   """Runs the command with gin macros; (exit code, stdout, stderr)."""
   monkeypatch.syspath_prepend(task_directory)
   defaults = {
-      'CHECKPOINT_PATH': str(palm_tiny), 'INFER_OUTPUT_DIR': str(tmp_path / 'out'), 'DTYPE': 'float32',
-      'MIXTURE_OR_TASK_NAME': 'golden_prompts', 'MIXTURE_OR_TASK_MODULE': 'golden_tasks',
-      'TASK_FEATURE_LENGTHS': {'inputs': 48, 'targets': 16}, 'BATCH_SIZE': 8, 'MAX_NEW_TOKENS': 16}
+    'CHECKPOINT_PATH': str(palm_tiny),
+    'INFER_OUTPUT_DIR': str(tmp_path / 'out'),
+    'DTYPE': 'float32',
+    'MIXTURE_OR_TASK_NAME': 'golden_prompts',
+    'MIXTURE_OR_TASK_MODULE': 'golden_tasks',
+    'TASK_FEATURE_LENGTHS': {'inputs': 48, 'targets': 16},
+    'BATCH_SIZE': 8,
+    'MAX_NEW_TOKENS': 16,
+  }
 
   def run(*flags, **macros):
     macros = {**defaults, **macros}
-    code = infer.run(['infer', GIN_FILE, *flags, *(f'--gin.{k}={v!r}' for k, v in macros.items() if v is not ...)])
+    code = infer.run(
+      ['infer', GIN_FILE, *flags, *(f'--gin.{k}={v!r}' for k, v in macros.items() if v is not ...)]
+    )
     return code, *capsys.readouterr()
 
   return run
@@ -76,22 +84,52 @@ def _rows(path):
 def test_predict_writes_t5x_rows(task_directory, palm_tiny, greedy, repository, tmp_path):
   """In a process of its own, as a user runs it. With T5X (max_decode_steps=16) the file is the same, byte for byte."""
   output = tmp_path / 'new' / 'out'
-  macros = {'CHECKPOINT_PATH': str(palm_tiny), 'INFER_OUTPUT_DIR': str(output), 'DTYPE': 'float32', 'MESH': '2x2x2',
-            'MIXTURE_OR_TASK_NAME': 'golden_prompts', 'MIXTURE_OR_TASK_MODULE': 'golden_tasks'}
+  macros = {
+    'CHECKPOINT_PATH': str(palm_tiny),
+    'INFER_OUTPUT_DIR': str(output),
+    'DTYPE': 'float32',
+    'MESH': '2x2x2',
+    'MIXTURE_OR_TASK_NAME': 'golden_prompts',
+    'MIXTURE_OR_TASK_MODULE': 'golden_tasks',
+  }
   flags = [f'--gin.{name}="{value}"' for name, value in macros.items()]
   result = subprocess.run(
-      [sys.executable, '-m', 't5x_inference_ext.infer', GIN_FILE, *flags,
-       '--gin.TASK_FEATURE_LENGTHS={"inputs": 48, "targets": 16}', '--gin.MAX_NEW_TOKENS=16'],
-      capture_output=True, text=True, timeout=120, cwd=repository,
-      env={**os.environ, 'PYTHONPATH': os.pathsep.join([str(task_directory), os.environ.get('PYTHONPATH', '')])})
+    [
+      sys.executable,
+      '-m',
+      't5x_inference_ext.infer',
+      GIN_FILE,
+      *flags,
+      '--gin.TASK_FEATURE_LENGTHS={"inputs": 48, "targets": 16}',
+      '--gin.MAX_NEW_TOKENS=16',
+    ],
+    capture_output=True,
+    text=True,
+    timeout=120,
+    cwd=repository,
+    env={
+      **os.environ,
+      'PYTHONPATH': os.pathsep.join([str(task_directory), os.environ.get('PYTHONPATH', '')]),
+    },
+  )
   assert result.returncode == 0, result.stderr
   assert 'mesh: 2x2x2 (given)' in result.stdout and 'tokens/s' in result.stdout
-  expected = ''.join(json.dumps({
-      'inputs': {'inputs_pretokenized': row['prompt'], 'targets_pretokenized': row['greedy_text']},
-      'prediction': row['greedy_text'][:16]}) + '\n' for row in greedy)
+  expected = ''.join(
+    json.dumps(
+      {
+        'inputs': {
+          'inputs_pretokenized': row['prompt'],
+          'targets_pretokenized': row['greedy_text'],
+        },
+        'prediction': row['greedy_text'][:16],
+      }
+    )
+    + '\n'
+    for row in greedy
+  )
   assert (output / 'golden_prompts-predict.jsonl-00000-of-00001').read_text() == expected
   assert (output / 'golden_prompts-predict.jsonl-00000-of-00001.COMPLETED').read_text() == ''
-  assert 'MIXTURE_OR_TASK_NAME = \'golden_prompts\'' in (output / 'config.gin').read_text()
+  assert "MIXTURE_OR_TASK_NAME = 'golden_prompts'" in (output / 'config.gin').read_text()
   record = json.loads((output / 'infer.config.json').read_text())
   assert record['mesh'] == '2x2x2'
   assert record['golden_prompts']['time']['tokens'] == 8 * 16
@@ -104,7 +142,7 @@ def test_without_a_limit_rows_fill_the_sequence(command, greedy, tmp_path):
   rows = _rows(tmp_path / 'out' / 'golden_prompts-predict.jsonl-00000-of-00001')
   for row, g in zip(rows, greedy, strict=True):
     assert len(row['prediction']) == 64 - len(g['prompt_tokens'])
-    assert row['prediction'][:48] == g['greedy_text'][:len(row['prediction'])]
+    assert row['prediction'][:48] == g['greedy_text'][: len(row['prediction'])]
 
 
 def test_mixture_shards_and_completed_tasks(command, greedy, tmp_path):
@@ -130,7 +168,9 @@ def test_mixture_shards_and_completed_tasks(command, greedy, tmp_path):
 
 def test_several_predictions_come_from_the_worst_to_the_best(command, greedy, tmp_path):
   """As T5X's return_all_decodes has them; each ends before a text of STOP."""
-  code, out, err = command(MODE='predict_with_aux', NUM_DECODES=3, TEMPERATURE=0.5, TOP_K=8, STOP=['e'], BATCH_SIZE=4)
+  code, out, err = command(
+    MODE='predict_with_aux', NUM_DECODES=3, TEMPERATURE=0.5, TOP_K=8, STOP=['e'], BATCH_SIZE=4
+  )
   assert code == 0, err
   rows = _rows(tmp_path / 'out' / 'golden_prompts-predict_with_aux.jsonl-00000-of-00001')
   assert len(rows) == len(greedy) and '8 rows, ' in out
@@ -142,12 +182,16 @@ def test_several_predictions_come_from_the_worst_to_the_best(command, greedy, tm
   assert record['num_decodes'] == 3 and record['sampling']['top_k'] == 8
 
 
-@pytest.mark.parametrize('macros, says', [
+@pytest.mark.parametrize(
+  'macros, says',
+  [
     (dict(NUM_DECODES=2, BATCHING='static'), 'num_decodes needs batching=continuous'),
     (dict(NUM_DECODES=2, MODE='score'), 'num_decodes is for runs that generate'),
     (dict(STOP='ab'), "stop must be texts that are not empty, got 'ab'"),
     (dict(TEMPERATURE=-1.0), 'temperature must be 0 or more, got -1.0'),
-    (dict(LOGIT_BIAS={400: 1.0}), 'logit_bias or stop holds token 400')])
+    (dict(LOGIT_BIAS={400: 1.0}), 'logit_bias or stop holds token 400'),
+  ],
+)
 def test_ways_to_choose_that_can_t_be(command, macros, says):
   code, _, err = command(**macros)
   assert code == 2 and err.startswith('error: ') and says in err and err.count('\n') == 1
@@ -161,8 +205,8 @@ def test_scores_are_those_of_the_targets_after_the_inputs(command, greedy, palm_
   weights = np.zeros((8, 64), np.float32)
   for i, row in enumerate(greedy):
     prompt, target = row['prompt_tokens'][:48], row['greedy_tokens'][:16]
-    targets[i, :len(prompt) + 16] = prompt + target
-    weights[i, len(prompt):len(prompt) + 16] = 1
+    targets[i, : len(prompt) + 16] = prompt + target
+    weights[i, len(prompt) : len(prompt) + 16] = 1
   inputs[:, 1:] = targets[:, :-1]
   expected = Engine.load(palm_tiny, mesh='2x2x2', dtype='float32').score(inputs, targets, weights)
   for task in ('golden_prompts', 'golden_prompts_eos'):
@@ -183,22 +227,40 @@ def test_targets_alone_are_scored_whole(command, greedy, palm_tiny, tmp_path):
 
 def test_model_config_and_limits(command, greedy, tmp_path):
   """A preset that the checkpoint agrees with, and a limit of the user's."""
-  code, _, err = command('--gin_file=t5x_inference_ext/configs/models/palm_tiny.gin', MAX_NEW_TOKENS=4)
+  code, _, err = command(
+    '--gin_file=t5x_inference_ext/configs/models/palm_tiny.gin', MAX_NEW_TOKENS=4
+  )
   assert code == 0, err
   rows = _rows(tmp_path / 'out' / 'golden_prompts-predict.jsonl-00000-of-00001')
   assert [row['prediction'] for row in rows] == [g['greedy_text'][:4] for g in greedy]
 
 
-@pytest.mark.parametrize('macros, says', [
-    ({'MIXTURE_OR_TASK_NAME': 'golden_prompt'},
-     "no seqio task or mixture is called 'golden_prompt': did you mean golden_prompts or golden_prompts_eos"),
+@pytest.mark.parametrize(
+  'macros, says',
+  [
+    (
+      {'MIXTURE_OR_TASK_NAME': 'golden_prompt'},
+      "no seqio task or mixture is called 'golden_prompt': did you mean golden_prompts or golden_prompts_eos",
+    ),
     ({'MIXTURE_OR_TASK_NAME': 'xyzzy'}, "no seqio task or mixture is called 'xyzzy'"),
-    ({'MIXTURE_OR_TASK_NAME': ...}, 'MIXTURE_OR_TASK_NAME has no value: set it with --gin.MIXTURE_OR_TASK_NAME='),
-    ({'MIXTURE_OR_TASK_MODULE': 'no_such_tasks'}, "MIXTURE_OR_TASK_MODULE=no_such_tasks can't be imported"),
-    ({'MIXTURE_OR_TASK_NAME': 'wide_vocabulary'}, 'the vocabulary of inputs of task wide_vocabulary has 1259 ids'),
+    (
+      {'MIXTURE_OR_TASK_NAME': ...},
+      'MIXTURE_OR_TASK_NAME has no value: set it with --gin.MIXTURE_OR_TASK_NAME=',
+    ),
+    (
+      {'MIXTURE_OR_TASK_MODULE': 'no_such_tasks'},
+      "MIXTURE_OR_TASK_MODULE=no_such_tasks can't be imported",
+    ),
+    (
+      {'MIXTURE_OR_TASK_NAME': 'wide_vocabulary'},
+      'the vocabulary of inputs of task wide_vocabulary has 1259 ids',
+    ),
     ({'SPLIT': 'train'}, "task golden_prompts has no split 'train'; it has test"),
     ({'TASK_FEATURE_LENGTHS': {'targets': 16}}, "TASK_FEATURE_LENGTHS has no 'inputs'"),
-    ({'TASK_FEATURE_LENGTHS': {'inputs': 16}}, "must give positive lengths of 'inputs' and 'targets'"),
+    (
+      {'TASK_FEATURE_LENGTHS': {'inputs': 16}},
+      "must give positive lengths of 'inputs' and 'targets'",
+    ),
     ({'TASK_FEATURE_LENGTHS': {'inputs': 16, 'targets': 16, 'extra': 2}}, "has no feature 'extra'"),
     ({'CHECKPOINT_PATH': '/nowhere'}, 'no checkpoint at /nowhere'),
     ({'MODE': 'generate'}, "mode must be one of predict, predict_with_aux, score, got 'generate'"),
@@ -207,7 +269,8 @@ def test_model_config_and_limits(command, greedy, tmp_path):
     ({'BATCHSIZE': 8}, 'gin: nothing uses BATCHSIZE'),
     ({'infer.batches': 8}, "doesn't have a parameter named 'batches'"),
     ({'nonsense.batches': 8}, "No configurable matching 'nonsense'"),
-])
+  ],
+)
 def test_bad_macros(command, monkeypatch, tmp_path, macros, says):
   """Said before weights are loaded, or a directory made."""
 

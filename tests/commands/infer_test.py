@@ -39,7 +39,12 @@ def complete(command, palm_tiny, tmp_path):
   def run(rows, *flags, name='out.jsonl', checkpoint=palm_tiny):
     prompts = _write(tmp_path / 'prompts.jsonl', rows)
     code, out, err = command(
-        f'--checkpoint={checkpoint}', f'--prompts={prompts}', f'--output={tmp_path / name}', '--dtype=float32', *flags)
+      f'--checkpoint={checkpoint}',
+      f'--prompts={prompts}',
+      f'--output={tmp_path / name}',
+      '--dtype=float32',
+      *flags,
+    )
     assert code == 0, err
     return _read(tmp_path / name), out
 
@@ -59,7 +64,11 @@ def complaint(command, palm_tiny, tmp_path, monkeypatch):
     prompts = tmp_path / 'prompts.jsonl'
     prompts.write_text(text, encoding='utf-8')
     code, _, err = command(
-        f'--checkpoint={palm_tiny}', f'--prompts={prompts}', f'--output={tmp_path / "out.jsonl"}', *flags)
+      f'--checkpoint={palm_tiny}',
+      f'--prompts={prompts}',
+      f'--output={tmp_path / "out.jsonl"}',
+      *flags,
+    )
     assert code == 2
     assert err.startswith('error: ')
     assert not (tmp_path / 'out.jsonl').exists()
@@ -81,25 +90,46 @@ def test_plain_command_without_tensorflow(palm_tiny, greedy, repository, tmp_pat
   """The command as the README gives it, in a process of its own: T5X's tokens, and no framework imported for them."""
   output = tmp_path / 'completions.jsonl'
   script = (
-      'import runpy, sys\n'
-      'try:\n'
-      '  runpy.run_module("t5x_inference_ext.infer", run_name="__main__", alter_sys=True)\n'
-      'except SystemExit as exit:\n'
-      '  assert not {"tensorflow", "seqio", "t5x", "flax"} & set(sys.modules), "frameworks"\n'
-      '  raise\n')
+    'import runpy, sys\n'
+    'try:\n'
+    '  runpy.run_module("t5x_inference_ext.infer", run_name="__main__", alter_sys=True)\n'
+    'except SystemExit as exit:\n'
+    '  assert not {"tensorflow", "seqio", "t5x", "flax"} & set(sys.modules), "frameworks"\n'
+    '  raise\n'
+  )
   result = subprocess.run(
-      [sys.executable, '-c', script, f'--checkpoint={palm_tiny}',
-       f'--prompts={repository / "examples" / "prompts.jsonl"}', f'--output={output}', *FLAGS, '--temperature=0',
-       '--mesh=2x2x2'],
-      capture_output=True, text=True, timeout=120, env={**os.environ, 'JAX_DEFAULT_MATMUL_PRECISION': 'highest'})
+    [
+      sys.executable,
+      '-c',
+      script,
+      f'--checkpoint={palm_tiny}',
+      f'--prompts={repository / "examples" / "prompts.jsonl"}',
+      f'--output={output}',
+      *FLAGS,
+      '--temperature=0',
+      '--mesh=2x2x2',
+    ],
+    capture_output=True,
+    text=True,
+    timeout=120,
+    env={**os.environ, 'JAX_DEFAULT_MATMUL_PRECISION': 'highest'},
+  )
   assert result.returncode == 0, result.stderr
   rows = _read(output)
   assert [row['prompt'] for row in rows] == [row['prompt'] for row in greedy]
   assert [row['tokens'] for row in rows] == [row['greedy_tokens'] for row in greedy]
   assert [row['completion'] for row in rows] == [row['greedy_text'] for row in greedy]
-  assert all(row.keys() == {'prompt', 'completion', 'tokens', 'score'} and row['score'] < 0 for row in rows)
-  for said in ('mesh: 2x2x2', 'norm scales: stored around zero', 'vocabulary: bytes', 'tokens/s', 'compilation',
-               f'wrote {output}'):
+  assert all(
+    row.keys() == {'prompt', 'completion', 'tokens', 'score'} and row['score'] < 0 for row in rows
+  )
+  for said in (
+    'mesh: 2x2x2',
+    'norm scales: stored around zero',
+    'vocabulary: bytes',
+    'tokens/s',
+    'compilation',
+    f'wrote {output}',
+  ):
     assert said in result.stdout
   record = json.loads((tmp_path / 'completions.jsonl.config.json').read_text())
   assert record['mesh'] == '2x2x2'
@@ -117,7 +147,9 @@ def test_scoring_the_output_of_a_run_gives_its_scores(complete, greedy):
   assert [{**row, 'score': 0} for row in scored] == [{**row, 'score': 0} for row in rows]
   told, _ = complete(rows, '--mode=score', '--mesh=2x2x2', '--token_log_probs', name='told.jsonl')
   assert [len(row['log_probs']) for row in told] == [48] * 8
-  assert [sum(row.pop('log_probs')) for row in told] == pytest.approx([row['score'] for row in told], rel=1e-5)
+  assert [sum(row.pop('log_probs')) for row in told] == pytest.approx(
+    [row['score'] for row in told], rel=1e-5
+  )
   assert told == scored
   # Completions in text, where there are no tokens: these hold no EOS, so they are the same.
   texts = [{'prompt': row['prompt'], 'completion': row['completion']} for row in rows]
@@ -129,8 +161,16 @@ def test_rows_of_every_kind(complete):
   """Text and ids, empty and not, with fields of the user's; over the default mesh, with a batch it does not divide."""
   ids = [b + 3 for b in b'def f(']
   rows, out = complete(
-      [{'prompt': 'def f('}, {'prompt': ids, 'id': 7}, {'prompt': ''}, {'prompt': []}, {'prompt': 'é'}],
-      '--max_new_tokens=8', '--batch_size=5')
+    [
+      {'prompt': 'def f('},
+      {'prompt': ids, 'id': 7},
+      {'prompt': ''},
+      {'prompt': []},
+      {'prompt': 'é'},
+    ],
+    '--max_new_tokens=8',
+    '--batch_size=5',
+  )
   assert 'mesh: 2x2x2 (all that divide the model)' in out
   assert 'batch: 8 rows (5 does not divide over the mesh 2x2x2' in out
   assert rows[0]['tokens'] == rows[1]['tokens']
@@ -146,7 +186,9 @@ def test_a_rows_sample_depends_on_its_seed_and_place_alone(complete):
   sampling = ('--max_new_tokens=8', '--temperature=1', '--top_k=50', '--top_p=0.9')
   one, _ = complete(prompts, *sampling, '--seed=3', '--mesh=2x2x2', name='1')
   assert one[0]['tokens'] != one[1]['tokens']
-  two, out = complete(prompts[:3], *sampling, '--seed=3', '--mesh=2x1x1', '--batch_size=2', name='2')
+  two, out = complete(
+    prompts[:3], *sampling, '--seed=3', '--mesh=2x1x1', '--batch_size=2', name='2'
+  )
   assert 'batch: 2 rows' in out
   assert [row['tokens'] for row in two] == [row['tokens'] for row in one[:3]]
   other, _ = complete(prompts, *sampling, '--seed=4', '--mesh=2x2x2', name='3')
@@ -157,13 +199,26 @@ def test_sentencepiece_vocabulary(complete, repository, tmp_path):
   text = (repository / 'LICENSE').read_text().splitlines()
   model = tmp_path / 'words'
   sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=iter(text), model_prefix=str(model), vocab_size=300, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
-      minloglevel=2)
-  rows, out = complete([{'prompt': 'the License'}], '--max_new_tokens=8', f'--vocabulary={model}.model')
+    sentence_iterator=iter(text),
+    model_prefix=str(model),
+    vocab_size=300,
+    pad_id=0,
+    eos_id=1,
+    unk_id=2,
+    bos_id=-1,
+    minloglevel=2,
+  )
+  rows, out = complete(
+    [{'prompt': 'the License'}], '--max_new_tokens=8', f'--vocabulary={model}.model'
+  )
   assert f'vocabulary: {model}.model (given)' in out
   processor = sentencepiece.SentencePieceProcessor(model_file=f'{model}.model')
-  same, _ = complete([{'prompt': processor.encode('the License')}], '--max_new_tokens=8',
-                     f'--vocabulary={model}.model', name='ids.jsonl')
+  same, _ = complete(
+    [{'prompt': processor.encode('the License')}],
+    '--max_new_tokens=8',
+    f'--vocabulary={model}.model',
+    name='ids.jsonl',
+  )
   assert same[0]['tokens'] == rows[0]['tokens']
   known = [t for t in rows[0]['tokens'] if 1 < t < 300]
   assert rows[0]['completion'] == processor.decode(known)
@@ -173,10 +228,15 @@ def test_a_stop_in_sentencepiece_is_found_within_words(repository, tmp_path):
   text = (repository / 'LICENSE').read_text().splitlines()
   model = tmp_path / 'words'
   sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=iter(text), model_prefix=str(model), vocab_size=300, minloglevel=2)
+    sentence_iterator=iter(text), model_prefix=str(model), vocab_size=300, minloglevel=2
+  )
   vocabulary = vocabularies.SentencePieceVocabulary(f'{model}.model')
   found = vocabularies.stop_sequences(vocabulary, 'or')
-  assert vocabulary.encode('or') in found and vocabulary.encode('Lor')[-len(found[1]):] == found[1] and len(found) > 1
+  assert (
+    vocabulary.encode('or') in found
+    and vocabulary.encode('Lor')[-len(found[1]) :] == found[1]
+    and len(found) > 1
+  )
   assert all(vocabulary.decode(ids) == 'or' for ids in found)
   with pytest.raises(RequestError, match=r"stop='\\n\\n' can't be written in the vocabulary"):
     vocabularies.stop_sequences(vocabulary, '\n\n')
@@ -210,7 +270,13 @@ def test_overwrite_replaces_and_a_failed_run_leaves_nothing(complete, tmp_path, 
 def test_an_interrupted_run_goes_on_where_it_stopped(complete, tmp_path, monkeypatch, batching):
   """Rows that were done are not done again, and come out as of one run; another run does not take them for its own."""
   prompts = [{'prompt': 'def f('[:i]} for i in range(6)]
-  flags = '--max_new_tokens=6', '--batch_size=2', '--mesh=1x1x1', '--temperature=1', f'--batching={batching}'
+  flags = (
+    '--max_new_tokens=6',
+    '--batch_size=2',
+    '--mesh=1x1x1',
+    '--temperature=1',
+    f'--batching={batching}',
+  )
   whole, _ = complete(prompts, *flags, name='whole.jsonl')
   keep = prompts_file.Journal.keep
 
@@ -224,7 +290,9 @@ def test_an_interrupted_run_goes_on_where_it_stopped(complete, tmp_path, monkeyp
     patch.setattr(prompts_file.Journal, 'keep', interrupted)
     with pytest.raises(AssertionError, match='interrupted'):
       complete(prompts, *flags)
-  assert {p.name for p in tmp_path.glob('.*')} == {'.out.jsonl.unfinished'} and not (tmp_path / 'out.jsonl').exists()
+  assert {p.name for p in tmp_path.glob('.*')} == {'.out.jsonl.unfinished'} and not (
+    tmp_path / 'out.jsonl'
+  ).exists()
   _, out = complete(prompts, *flags, '--seed=1', name='other.jsonl')
   assert 'resumed' not in out
   rows, out = complete(prompts, *flags)
@@ -236,7 +304,10 @@ def test_an_interrupted_run_goes_on_where_it_stopped(complete, tmp_path, monkeyp
 def test_batching_changes_no_row(complete):
   """With a beginning that most prompts share, chunks that are short, and as little as one prompt between steps."""
   begin = 'import os\nimport sys\n\n\ndef '
-  prompts = [{'prompt': begin + name} for name in ('main', 'f(x', 'read_', 'a')] + [{'prompt': 'x'}, {'prompt': begin}]
+  prompts = [{'prompt': begin + name} for name in ('main', 'f(x', 'read_', 'a')] + [
+    {'prompt': 'x'},
+    {'prompt': begin},
+  ]
   flags = '--max_new_tokens=7', '--mesh=2x1x1', '--temperature=0.7', '--top_k=40', '--batch_size=4'
   static, out = complete(prompts, *flags, '--batching=static', name='static.jsonl')
   assert 'refilled' not in out
@@ -265,7 +336,9 @@ def test_several_samples_of_each_prompt(complete):
   flags = '--max_new_tokens=6', '--temperature=1', '--mesh=2x1x1', '--batch_size=4'
   rows, out = complete(prompts, *flags, '--num_decodes=3')
   assert [row.keys() for row in rows] == [{'prompt', 'id', 'samples'}, *[{'prompt', 'samples'}] * 2]
-  assert all(sample.keys() == {'completion', 'tokens', 'score'} for row in rows for sample in row['samples'])
+  assert all(
+    sample.keys() == {'completion', 'tokens', 'score'} for row in rows for sample in row['samples']
+  )
   assert len({tuple(sample['tokens']) for row in rows for sample in row['samples']}) == 9
   assert '3 rows, 54 tokens generated' in out
   again, _ = complete(prompts[:1] * 3, *flags, '--batch_size=2', name='one.jsonl')
@@ -279,13 +352,19 @@ def test_what_is_told_of_tokens(complete, greedy):
   rows, _ = complete(prompts, '--max_new_tokens=5', '--top_log_probs=3', '--mesh=1x1x1')
   for row in rows:
     assert [len(top) for top in row['top_log_probs']] == [3] * 5
-    assert [top[0] for top in row['top_log_probs']] == [list(pair) for pair in zip(row['tokens'], row['log_probs'])]
+    assert [top[0] for top in row['top_log_probs']] == [
+      list(pair) for pair in zip(row['tokens'], row['log_probs'])
+    ]
     assert all(top[0][1] >= top[1][1] >= top[2][1] for top in row['top_log_probs'])
     assert row['score'] == pytest.approx(sum(row['log_probs']), rel=1e-6)
-  scored, _ = complete(rows, '--mode=score', '--token_log_probs', '--mesh=1x1x1', name='scored.jsonl')
+  scored, _ = complete(
+    rows, '--mode=score', '--token_log_probs', '--mesh=1x1x1', name='scored.jsonl'
+  )
   for row, told in zip(rows, scored):
     assert told['log_probs'] == pytest.approx(row['log_probs'], rel=1e-4)
-  without, _ = complete(prompts, '--max_new_tokens=5', '--token_log_probs', '--mesh=1x1x1', name='without.jsonl')
+  without, _ = complete(
+    prompts, '--max_new_tokens=5', '--token_log_probs', '--mesh=1x1x1', name='without.jsonl'
+  )
   assert without == [{k: v for k, v in row.items() if k != 'top_log_probs'} for row in rows]
 
 
@@ -298,10 +377,14 @@ def test_texts_end_rows_and_biases_move_them(complete, greedy, batching):
   cut = golden.index(stop)
   rows, _ = complete([{'prompt': greedy[0]['prompt']}], *flags, f'--stop={stop}', '--stop=never')
   assert rows[0]['completion'] == golden[:cut]
-  assert rows[0]['tokens'] == greedy[0]['greedy_tokens'][:cut + 2]
+  assert rows[0]['tokens'] == greedy[0]['greedy_tokens'][: cut + 2]
   first = greedy[0]['greedy_tokens'][0]
-  rows, _ = complete([{'prompt': greedy[0]['prompt']}], *flags, f'--logit_bias={{"{first}": -Infinity, "60": 1e9}}',
-                     name='biased.jsonl')
+  rows, _ = complete(
+    [{'prompt': greedy[0]['prompt']}],
+    *flags,
+    f'--logit_bias={{"{first}": -Infinity, "60": 1e9}}',
+    name='biased.jsonl',
+  )
   assert rows[0]['tokens'] == [60] * 12
 
 
@@ -309,37 +392,62 @@ def test_rows_that_say_themselves_how(complete, greedy):
   """Each as a run with its options would have it; what it says comes out with it."""
   prompt, flags = greedy[0]['prompt'], ('--max_new_tokens=8', '--mesh=1x1x1', '--seed=2')
   golden, stop = greedy[0]['greedy_text'], greedy[0]['greedy_text'][2]
-  rows, _ = complete([
-      {'prompt': prompt}, {'prompt': prompt, 'sampling': {'temperature': 1, 'top_k': 20, 'seed': 5}},
-      {'prompt': prompt, 'sampling': {'max_new_tokens': 3}}, {'prompt': prompt, 'sampling': {'stop': stop}},
-      {'prompt': prompt, 'sampling': {'stop': [[7, 7], golden[3:5]], 'logit_bias': {'60': 1e9}, 'max_new_tokens': 2}}], *flags)
+  rows, _ = complete(
+    [
+      {'prompt': prompt},
+      {'prompt': prompt, 'sampling': {'temperature': 1, 'top_k': 20, 'seed': 5}},
+      {'prompt': prompt, 'sampling': {'max_new_tokens': 3}},
+      {'prompt': prompt, 'sampling': {'stop': stop}},
+      {
+        'prompt': prompt,
+        'sampling': {'stop': [[7, 7], golden[3:5]], 'logit_bias': {'60': 1e9}, 'max_new_tokens': 2},
+      },
+    ],
+    *flags,
+  )
   assert rows[0]['completion'] == golden[:8]
   assert rows[1]['sampling'] == {'temperature': 1, 'top_k': 20, 'seed': 5}
-  alone, _ = complete([{'prompt': prompt, 'sampling': {'seed': 5}}], *flags, '--temperature=1', '--top_k=20', name='alone')
+  alone, _ = complete(
+    [{'prompt': prompt, 'sampling': {'seed': 5}}],
+    *flags,
+    '--temperature=1',
+    '--top_k=20',
+    name='alone',
+  )
   assert rows[1]['tokens'] == alone[0]['tokens'] != rows[0]['tokens']
   assert rows[2]['completion'] == golden[:3]
-  assert rows[3]['completion'] == golden[:golden.index(stop)]
+  assert rows[3]['completion'] == golden[: golden.index(stop)]
   assert rows[4]['tokens'] == [60, 60]
   scored, _ = complete(rows[1:2], '--mode=score', '--mesh=1x1x1', name='scored')
   assert scored[0]['sampling'] == rows[1]['sampling']
 
 
-@pytest.mark.parametrize('sampling, says', [
+@pytest.mark.parametrize(
+  'sampling, says',
+  [
     ('3', '"sampling" must be an object such as {"temperature": 0.7}, not the number 3'),
-    ('{"temprature": 1}', "prompts.jsonl:1: `sampling` has 'temprature', and can have temperature, top_k"),
+    (
+      '{"temprature": 1}',
+      "prompts.jsonl:1: `sampling` has 'temprature', and can have temperature, top_k",
+    ),
     ('{"temperature": "hot"}', "temperature must be a number, got 'hot'"),
-    ('{"top_k": 1.5}', 'top_k must be a whole number, got 1.5'), ('{"top_p": 0}', 'top_p must be above 0'),
-    ('{"max_new_tokens": 65}', 'max_new_tokens must be 1 to 64, the run\'s, got 65'),
-    ('{"seed": -1}', 'seed must be 0 to 2**32 - 1'), ('{"stop": [""]}', 'stop must be a text, or a list of texts'),
+    ('{"top_k": 1.5}', 'top_k must be a whole number, got 1.5'),
+    ('{"top_p": 0}', 'top_p must be above 0'),
+    ('{"max_new_tokens": 65}', "max_new_tokens must be 1 to 64, the run's, got 65"),
+    ('{"seed": -1}', 'seed must be 0 to 2**32 - 1'),
+    ('{"stop": [""]}', 'stop must be a text, or a list of texts'),
     ('{"stop": [[400]]}', 'logit_bias or stop holds token 400'),
-    ('{"logit_bias": {"a": 1}}', 'logit_bias must be an object of token ids and numbers')])
+    ('{"logit_bias": {"a": 1}}', 'logit_bias must be an object of token ids and numbers'),
+  ],
+)
 def test_rows_that_say_it_wrong(complaint, sampling, says):
   assert says in complaint(f'{{"prompt": "a", "sampling": {sampling}}}\n')
 
 
 def test_a_static_batch_has_one_way_for_all(complaint):
   assert '`sampling` of their own, which needs batching=continuous' in complaint(
-      '{"prompt": "a", "sampling": {"temperature": 1}}\n', '--batching=static')
+    '{"prompt": "a", "sampling": {"temperature": 1}}\n', '--batching=static'
+  )
 
 
 def test_help_shows_examples_and_flags(command):
@@ -349,32 +457,47 @@ def test_help_shows_examples_and_flags(command):
   assert '--max_new_tokens: The limit for each row. Default: 64.' in out
 
 
-@pytest.mark.parametrize('text, says', [
+@pytest.mark.parametrize(
+  'text, says',
+  [
     ('{"prompt": "a"}\n{"prompt": "b"\n', 'prompts.jsonl:2: not JSON'),
     ('[1, 2]\n', 'prompts.jsonl:1: a row is an object such as {"prompt": "def f("}, not a list'),
     ('\n{"text": "a"}\n', 'prompts.jsonl:2: no "prompt" (it has \'text\')'),
     ('{"prompt": 3}\n', '"prompt" must be text or a list of token ids, not the number 3'),
     ('{"prompt": [3, 1.5]}\n', 'the list holds the number 1.5'),
     ('{"prompt": [true]}\n', 'the list holds true or false'),
-    ('{"prompt": [4, 384]}\n',
-     'prompts.jsonl:1: `prompt` holds token 384, outside the model\'s vocabulary: ids are 0 to 383'),
+    (
+      '{"prompt": [4, 384]}\n',
+      "prompts.jsonl:1: `prompt` holds token 384, outside the model's vocabulary: ids are 0 to 383",
+    ),
     ('{"prompt": "\\ud800"}\n', 'prompts.jsonl:1: `prompt` is not valid Unicode'),
     ('\n\n', 'has no rows'),
-])
+  ],
+)
 def test_bad_rows(complaint, text, says):
   assert says in complaint(text)
 
 
 def test_every_bad_row_is_listed(complaint):
   error = complaint('{"prompt": "a"}\nx\n' + '{}\n' * 20)
-  assert '21 row(s) of the prompts file can\'t be used' in error
-  assert 'prompts.jsonl:2: not JSON' in error and 'prompts.jsonl:11: no "prompt" (it is empty)' in error
+  assert "21 row(s) of the prompts file can't be used" in error
+  assert (
+    'prompts.jsonl:2: not JSON' in error and 'prompts.jsonl:11: no "prompt" (it is empty)' in error
+  )
   assert '... and 11 more rows' in error
 
 
-@pytest.mark.parametrize('flags, says', [
-    (['--cache_length=64'], 'prompts.jsonl:2: the prompt is longer than the cache: 17 tokens, and there is room for 0'),
-    (['--cache_length=80'], 'there is room for 16 beside the new ones: shorten it, raise --cache_length'),
+@pytest.mark.parametrize(
+  'flags, says',
+  [
+    (
+      ['--cache_length=64'],
+      'prompts.jsonl:2: the prompt is longer than the cache: 17 tokens, and there is room for 0',
+    ),
+    (
+      ['--cache_length=80'],
+      'there is room for 16 beside the new ones: shorten it, raise --cache_length',
+    ),
     (['--cache_length=63'], 'cache_length=63 has no room for max_new_tokens=64'),
     (['--mode=score'], 'prompts.jsonl:1: no "completion" to score'),
     (['--mesh=4x4x1'], 'mesh 4x4x1 needs 16 devices and there are 8'),
@@ -382,7 +505,7 @@ def test_every_bad_row_is_listed(complaint):
     (['--mesh=2x2'], 'a mesh is written XxYxZ'),
     (['--checkpoint=/nowhere/checkpoint_1'], 'no checkpoint at /nowhere/checkpoint_1'),
     (['--prompts=/nowhere.jsonl'], 'no prompts file at /nowhere.jsonl'),
-    (['--output=/nowhere/out.jsonl'], 'the output\'s directory /nowhere does not exist'),
+    (['--output=/nowhere/out.jsonl'], "the output's directory /nowhere does not exist"),
     (['--vocabulary=nowhere.model'], 'no vocabulary at nowhere.model'),
     (['--temperature=-1'], 'temperature must be 0 or more, got -1.0'),
     (['--top_p=0'], 'top_p must be above 0'),
@@ -391,8 +514,14 @@ def test_every_bad_row_is_listed(complaint):
     (['--seed=-1'], 'seed must be a whole number, 0 or more'),
     (['--dtype=float16'], '--dtype'),
     (['--token_log_probs', '--batching=static'], 'token_log_probs needs batching=continuous'),
-    (['--num_decodes=2', '--batching=static'], 'num_decodes needs batching=continuous: a static batch has one sample'),
-    (['--num_decodes=2', '--executable=there'], 'num_decodes can\'t be used with the executable there'),
+    (
+      ['--num_decodes=2', '--batching=static'],
+      'num_decodes needs batching=continuous: a static batch has one sample',
+    ),
+    (
+      ['--num_decodes=2', '--executable=there'],
+      "num_decodes can't be used with the executable there",
+    ),
     (['--num_decodes=2', '--mode=score'], 'num_decodes is for runs that generate'),
     (['--top_log_probs=2', '--mode=score'], 'top_log_probs is for runs that generate'),
     (['--stop=x', '--mode=score'], 'stop is for runs that generate'),
@@ -402,25 +531,32 @@ def test_every_bad_row_is_listed(complaint):
     (['--stop='], 'stop must be texts that are not empty'),
     (['--logit_bias={1: 2}'], 'logit_bias is not JSON'),
     (['--logit_bias=[1, 2]'], 'logit_bias must be an object of token ids and numbers'),
-    (['--logit_bias={"384": 2}'], 'logit_bias or stop holds token 384, outside the vocabulary of 384'),
+    (
+      ['--logit_bias={"384": 2}'],
+      'logit_bias or stop holds token 384, outside the vocabulary of 384',
+    ),
     (['--prefill_chunk=0'], 'prefill_chunk must be a whole number, 1 or more'),
     (['--repetition_penalty=0'], 'repetition_penalty must be above 0'),
-    (['--prompt=x'], 'Unknown command line flag \'prompt\''),
+    (['--prompt=x'], "Unknown command line flag 'prompt'"),
     (['--output='], '--output not given'),
-    (['--gin.MESH="2x2x2"'], '--checkpoint and gin flags can\'t be mixed'),
-])
+    (['--gin.MESH="2x2x2"'], "--checkpoint and gin flags can't be mixed"),
+  ],
+)
 def test_bad_flags(complaint, flags, says):
   assert says in complaint('{"prompt": ""}\n{"prompt": "seventeen letters"}\n', *flags)
 
 
 def test_text_without_a_vocabulary(complaint, monkeypatch):
   monkeypatch.setattr(vocabularies, 'BYTE_ROWS', 0)
-  assert 'give --vocabulary=FILE.model (a SentencePiece model) or --vocabulary=bytes, or give token ids' in complaint(
-      '{"prompt": "a"}\n')
+  assert (
+    'give --vocabulary=FILE.model (a SentencePiece model) or --vocabulary=bytes, or give token ids'
+    in complaint('{"prompt": "a"}\n')
+  )
 
 
 def test_existing_output_is_refused(complaint, tmp_path):
   (tmp_path / 'taken.jsonl').write_text('precious')
   assert 'taken.jsonl exists: remove it, choose another --output, or give --overwrite' in complaint(
-      '{"prompt": "a"}\n', f'--output={tmp_path / "taken.jsonl"}')
+    '{"prompt": "a"}\n', f'--output={tmp_path / "taken.jsonl"}'
+  )
   assert (tmp_path / 'taken.jsonl').read_text() == 'precious'

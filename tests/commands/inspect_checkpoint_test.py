@@ -19,25 +19,47 @@ def inspect(capsys, *argv):
 def test_t5x(palm_tiny, capsys):
   code, out, _ = inspect(capsys, palm_tiny)
   assert code == 0
-  for words in ('T5X checkpoint at', 'step 1000', 'decoder/decoder/q_wi_fused/kernel', '[256, 4, 8, 288]',
-                '6 tensors, 3,835,136 values, 15.3 MB', 'it looks like palm_tiny: 3,835,136 parameters',
-                'with int8 weights: 4.0 MB of disk', 'with bfloat16 weights: 7.7 MB of disk', 'of memory and, with'):
+  for words in (
+    'T5X checkpoint at',
+    'step 1000',
+    'decoder/decoder/q_wi_fused/kernel',
+    '[256, 4, 8, 288]',
+    '6 tensors, 3,835,136 values, 15.3 MB',
+    'it looks like palm_tiny: 3,835,136 parameters',
+    'with int8 weights: 4.0 MB of disk',
+    'with bfloat16 weights: 7.7 MB of disk',
+    'of memory and, with',
+  ):
     assert words in out
   assert inspect(capsys, f'--path={palm_tiny}')[1].splitlines()[:5] == out.splitlines()[:5]
 
 
 def test_orbax_and_serving(palm_tiny, testdata, tmp_path, capsys):
   code, out, _ = inspect(capsys, testdata / 'palm_tiny_orbax' / 'checkpoint_1000')
-  assert code == 0 and 'Orbax checkpoint (OCDBT, zarr 2)' in out and 'it looks like palm_tiny' in out
+  assert (
+    code == 0 and 'Orbax checkpoint (OCDBT, zarr 2)' in out and 'it looks like palm_tiny' in out
+  )
   convert.convert(palm_tiny, tmp_path / 'int8')
   code, out, _ = inspect(capsys, tmp_path / 'int8')
-  assert code == 0 and 'serving checkpoint at' in out and 'query_scale' in out and 'int8     [4, 256, 256]' in out
+  assert (
+    code == 0
+    and 'serving checkpoint at' in out
+    and 'query_scale' in out
+    and 'int8     [4, 256, 256]' in out
+  )
 
 
 def test_a_model_that_can_t_be_served(tmp_path, capsys):
-  path = synthetic.write_legacy(tmp_path / 'c', {'encoder/layers_0/mlp/wi/kernel': np.ones((4, 4), np.float32)})
+  path = synthetic.write_legacy(
+    tmp_path / 'c', {'encoder/layers_0/mlp/wi/kernel': np.ones((4, 4), np.float32)}
+  )
   code, out, _ = inspect(capsys, path)
-  assert code == 0 and 'encoder/layers_0/mlp/wi/kernel' in out and "can't be served" in out and 'a decoder alone' in out
+  assert (
+    code == 0
+    and 'encoder/layers_0/mlp/wi/kernel' in out
+    and "can't be served" in out
+    and 'a decoder alone' in out
+  )
 
 
 def test_the_index_file_itself(palm_tiny, capsys):
@@ -59,23 +81,46 @@ def test_nan(tmp_path, capsys):
   assert code == 0 and 'with int8 weights' in out and not err
 
 
-@pytest.mark.parametrize('argv,words', [((), 'which checkpoint'), (('/no/such',), 'no such directory')])
+@pytest.mark.parametrize(
+  'argv,words', [((), 'which checkpoint'), (('/no/such',), 'no such directory')]
+)
 def test_errors(argv, words, capsys):
   code, _, err = inspect(capsys, *argv)
   assert code == 2 and words in err and err.count('\n') == 1
 
 
-@pytest.mark.parametrize('config,words', [
+@pytest.mark.parametrize(
+  'config,words',
+  [
     (preset('palm_540b'), 'it looks like palm_540b: '),
-    (preset('palm_62b', vocab_size=1000), 'looks like palm_62b, but with vocab_size 1000 instead of 256128'),
+    (
+      preset('palm_62b', vocab_size=1000),
+      'looks like palm_62b, but with vocab_size 1000 instead of 256128',
+    ),
     (preset('palm_8b', num_layers=30), 'looks like palm_8b, but with num_layers 30 instead of 32'),
     (preset('megatron_530b'), 'it looks like megatron_530b: '),
-    (ModelConfig(num_layers=3, d_model=16, d_ff=24, num_heads=2, d_head=6, vocab_size=12, mlp='gelu', norm='layer',
-                 num_kv_heads=2), 'like none of the known models')])
+    (
+      ModelConfig(
+        num_layers=3,
+        d_model=16,
+        d_ff=24,
+        num_heads=2,
+        d_head=6,
+        vocab_size=12,
+        mlp='gelu',
+        norm='layer',
+        num_kv_heads=2,
+      ),
+      'like none of the known models',
+    ),
+  ],
+)
 def test_which_model(config, words):
   assert words in inspect_checkpoint.looks_like(config)
 
 
-@pytest.mark.parametrize('seconds,text', [(.1, '1 s'), (59, '59 s'), (120, '2 min'), (7200, '2.0 h')])
+@pytest.mark.parametrize(
+  'seconds,text', [(0.1, '1 s'), (59, '59 s'), (120, '2 min'), (7200, '2.0 h')]
+)
 def test_durations(seconds, text):
   assert inspect_checkpoint.duration(seconds) == text

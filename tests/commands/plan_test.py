@@ -18,10 +18,24 @@ from t5x_inference_ext.planner.machine import Machine
 from t5x_inference_ext.planner.request import PlanRequest
 from t5x_inference_ext.commands import precompile
 
-TINY = ['--model=palm_tiny', '--slice=v4:2x2x1', '--batch=8', '--input_length=48', '--output_length=16']
-PALM = ['--model=palm_540b', '--slice=v4:4x4x4', '--batch=64', '--input_length=1920', '--output_length=64']
-GIN = ['--gin_file=t5x_inference_ext/configs/runs/plan.gin',
-       '--gin_file=t5x_inference_ext/configs/models/palm_540b.gin']
+TINY = [
+  '--model=palm_tiny',
+  '--slice=v4:2x2x1',
+  '--batch=8',
+  '--input_length=48',
+  '--output_length=16',
+]
+PALM = [
+  '--model=palm_540b',
+  '--slice=v4:4x4x4',
+  '--batch=64',
+  '--input_length=1920',
+  '--output_length=64',
+]
+GIN = [
+  '--gin_file=t5x_inference_ext/configs/runs/plan.gin',
+  '--gin_file=t5x_inference_ext/configs/models/palm_540b.gin',
+]
 
 
 @pytest.fixture(autouse=True)
@@ -42,11 +56,19 @@ def test_the_report_ranks_breaks_down_and_says_why(capsys):
   totals = [float(row[3]) for row in rows]
   assert len(totals) == 12 and totals == sorted(totals)
   assert re.search(r'pairs fit into 30\.75 GiB a chip', out)
-  for words in ('weight load', 'chip-ms a token', 'memory a chip: weights 8.00 GiB + cache 228.', 'efficiency: matmul 0.775'):
+  for words in (
+    'weight load',
+    'chip-ms a token',
+    'memory a chip: weights 8.00 GiB + cache 228.',
+    'efficiency: matmul 0.775',
+  ):
     assert words in out.replace('\n         ', ' ')
   sentence = ' '.join(out.split())
-  assert re.search(r'wg_xyz/batch for prefill and ws_2d/batch for decode on 4x4x4 take 12\.\d+ s in all, [\d.]+ ms '
-                   r'less than the next pair of layouts, .* mostly as [\d.]+ ms less go into', sentence)
+  assert re.search(
+    r'wg_xyz/batch for prefill and ws_2d/batch for decode on 4x4x4 take 12\.\d+ s in all, [\d.]+ ms '
+    r'less than the next pair of layouts, .* mostly as [\d.]+ ms less go into',
+    sentence,
+  )
   assert "The paper's convention, 270 GB/s for every collective" in sentence
 
 
@@ -54,25 +76,42 @@ def test_json_has_every_number(tmp_path, capsys):
   path = tmp_path / 'plan.json'
   assert run(*PALM, f'--json={path}') == 0
   data = json.loads(path.read_text())
-  assert (data['chips'], data['batch'], data['weights'], data['convention']) == (64, 64, 'int8', 'torus')
+  assert (data['chips'], data['batch'], data['weights'], data['convention']) == (
+    64,
+    64,
+    'int8',
+    'torus',
+  )
   assert data['efficiency'] == {'matmul': 0.775, 'memory': 0.67, 'network': 0.823}
   best = data['plan']
   assert best == data['ranked'][0] and best['decode_layout'] == 'ws_2d/batch' and best['fits']
-  assert best['seconds'] == pytest.approx(best['prefill']['seconds'] + 64 * best['decode']['seconds'])
+  assert best['seconds'] == pytest.approx(
+    best['prefill']['seconds'] + 64 * best['decode']['seconds']
+  )
   for each in data['ranked']:
     for phase in (each['prefill'], each['decode']):
       assert phase['seconds'] == pytest.approx(sum(phase['parts'].values()))
       moved = sum(c['seconds'] for c in phase['collectives'])
       parts = phase['parts']
-      assert moved == pytest.approx(parts['activations moved'] + parts['weights moved'] + phase['hidden_seconds'])
+      assert moved == pytest.approx(
+        parts['activations moved'] + parts['weights moved'] + phase['hidden_seconds']
+      )
   assert data['why'] in ' '.join(capsys.readouterr().out.split())
 
 
 def test_gin_says_the_same(tmp_path, capsys):
   by_flags, by_gin = tmp_path / 'flags', tmp_path / 'gin'
   assert run(*PALM, f'--json={by_flags}', '--convention=paper') == 0
-  assert run(*GIN, '--gin.SLICE="v4:4x4x4"', '--gin.BATCH=64', '--gin.CONVENTION="paper"',
-             f'--gin.JSON_FILE="{by_gin}"') == 0
+  assert (
+    run(
+      *GIN,
+      '--gin.SLICE="v4:4x4x4"',
+      '--gin.BATCH=64',
+      '--gin.CONVENTION="paper"',
+      f'--gin.JSON_FILE="{by_gin}"',
+    )
+    == 0
+  )
   assert json.loads(by_flags.read_text()) == json.loads(by_gin.read_text())
 
 
@@ -98,20 +137,34 @@ def test_gpus_are_planned_for_too(capsys):
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec('matplotlib') is None, reason='matplotlib is not installed (extra `plots`)')
+  importlib.util.find_spec('matplotlib') is None,
+  reason='matplotlib is not installed (extra `plots`)',
+)
 def test_a_sweep_and_figures_write_their_files(tmp_path, capsys):
   assert run(*TINY, '--sweep', f'--output_dir={tmp_path}') == 0
   out = capsys.readouterr().out
-  assert 'are beaten by none' in out and (tmp_path / 'pareto.csv').read_text().startswith('phase,weights,machine')
+  assert 'are beaten by none' in out and (tmp_path / 'pareto.csv').read_text().startswith(
+    'phase,weights,machine'
+  )
   assert run(*TINY, '--figures', f'--output_dir={tmp_path}') == 0
   assert {p.name for p in tmp_path.iterdir()} == {
-      'pareto.csv', 'pareto.svg', 'communication.svg', 'context.svg', 'parts.svg'}
+    'pareto.csv',
+    'pareto.svg',
+    'communication.svg',
+    'context.svg',
+    'parts.svg',
+  }
   # Nothing fits: that is said, with what would.
-  assert run('--model=palm_540b', '--slice=v5e:2x2', '--batch=1', '--sweep', f'--output_dir={tmp_path}') == 2
+  assert (
+    run('--model=palm_540b', '--slice=v5e:2x2', '--batch=1', '--sweep', f'--output_dir={tmp_path}')
+    == 2
+  )
   assert 'nothing fits' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('argv,words', [
+@pytest.mark.parametrize(
+  'argv,words',
+  [
     ([], '--model not given; --help shows examples'),
     (['--model=palm_9b'], 'palm_540b'),
     ([*TINY, '--slice=v4:3x3x3'], 'there is no v4 slice v4:3x3x3; known: v4:1x1x1'),
@@ -132,11 +185,20 @@ def test_a_sweep_and_figures_write_their_files(tmp_path, capsys):
     ([*TINY, '--json=tests'], "can't write tests: it is a directory"),
     ([*TINY, '--sweep', '--figures'], 'figures is of one plan, and sweep has many'),
     ([*GIN, '--gin.SLICE=4'], 'SLICE must be str or None, got 4'),
-    ([*GIN, '--gin.SLICE="v4:4x4x4"', '--gin.MESH=(4, 4, 4)'], 'MESH must be str or None, got (4, 4, 4)'),
+    (
+      [*GIN, '--gin.SLICE="v4:4x4x4"', '--gin.MESH=(4, 4, 4)'],
+      'MESH must be str or None, got (4, 4, 4)',
+    ),
     ([*GIN, '--gin.CHIP=["v4"]'], "CHIP must be str, got ['v4']"),
-    ([*GIN, '--gin.LATENCY_TARGET_MS="fast"'], "LATENCY_TARGET_MS must be float or None, got 'fast'"),
+    (
+      [*GIN, '--gin.LATENCY_TARGET_MS="fast"'],
+      "LATENCY_TARGET_MS must be float or None, got 'fast'",
+    ),
     ([*GIN, '--gin.WEIGHTS=["int8"]'], "WEIGHTS must be str, got ['int8']"),
-    ([*GIN, '--gin.config.preset.num_layers=0'], 'ModelConfig.num_layers must be a whole number above 0, got 0'),
+    (
+      [*GIN, '--gin.config.preset.num_layers=0'],
+      'ModelConfig.num_layers must be a whole number above 0, got 0',
+    ),
     ([*TINY, '--json=/nowhere/plan'], "can't write /nowhere/plan: there is no directory"),
     ([*TINY, '--sweep', '--output_dir=/nowhere'], 'there is no directory /nowhere'),
     ([*TINY, '--sweep', '--gin_output=plan.gin'], 'gin_output is of one plan, and sweep has many'),
@@ -144,7 +206,9 @@ def test_a_sweep_and_figures_write_their_files(tmp_path, capsys):
     ([*TINY, '--slice=H100:4', '--check'], 'H100:4 is no TPU slice'),
     ([*TINY, *GIN], "--model and gin flags can't be mixed"),
     (GIN[:1], 'MODEL_CONFIG has no value'),
-    (['--model=palm_540b', '--slice=v5e:4x4', '--batch=1'], 'what would fit: v5e:8x8')])
+    (['--model=palm_540b', '--slice=v5e:4x4', '--batch=1'], 'what would fit: v5e:8x8'),
+  ],
+)
 def test_two_is_for_errors_in_one_line(capsys, argv, words):
   if importlib.util.find_spec('matplotlib') is None and '--sweep' in argv:
     words = 'plots'
@@ -176,20 +240,34 @@ def test_a_file_without_permission_is_refused_first(capsys, monkeypatch, tmp_pat
 def test_help_teaches(capsys):
   assert run('--help') == 0
   out = capsys.readouterr().out
-  for words in ('--slice=v4:4x4x4', '--latency_target_ms', 'The cheapest', '--gin_output', '--objective: '):
+  for words in (
+    '--slice=v4:4x4x4',
+    '--latency_target_ms',
+    'The cheapest',
+    '--gin_output',
+    '--objective: ',
+  ):
     assert words in out
 
 
 def test_it_runs_as_a_module(repository, tmp_path):
-  result = subprocess.run([sys.executable, '-m', 't5x_inference_ext.plan', *TINY], cwd=repository, capture_output=True,
-                          text=True, timeout=120)
+  result = subprocess.run(
+    [sys.executable, '-m', 't5x_inference_ext.plan', *TINY],
+    cwd=repository,
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
   assert result.returncode == 0 and 'machine: v4:2x2x1' in result.stdout and result.stderr == ''
 
 
 # The plan as gin.
 
 INFER = ['--gin_file=t5x_inference_ext/configs/runs/infer.gin']
-TASK = ['--gin.MIXTURE_OR_TASK_NAME="planned"', '--gin.TASK_FEATURE_LENGTHS={"inputs": 48, "targets": 16}']
+TASK = [
+  '--gin.MIXTURE_OR_TASK_NAME="planned"',
+  '--gin.TASK_FEATURE_LENGTHS={"inputs": 48, "targets": 16}',
+]
 
 
 @pytest.fixture
@@ -201,7 +279,7 @@ def planned(tmp_path, capsys):
 
 
 def test_infer_runs_the_file_as_it_is(planned, palm_tiny, golden, tmp_path, capsys, monkeypatch):
-  (tmp_path / 'planned_task.py').write_text(f'''
+  (tmp_path / 'planned_task.py').write_text(f"""
 import json
 import seqio
 import tensorflow as tf
@@ -215,18 +293,36 @@ feature = seqio.Feature(seqio.ByteVocabulary(), add_eos=False)
 seqio.TaskRegistry.add('planned', source=seqio.FunctionDataSource(rows, splits=['test']),
                        preprocessors=[seqio.preprocessors.tokenize],
                        output_features={{'inputs': feature, 'targets': feature}})
-''')
+""")
   monkeypatch.syspath_prepend(tmp_path)
-  assert infer.run(['infer', *INFER, f'--gin_file={planned}', *TASK, '--gin.MIXTURE_OR_TASK_MODULE="planned_task"',
-                    f'--gin.CHECKPOINT_PATH="{palm_tiny}"', f'--gin.INFER_OUTPUT_DIR="{tmp_path}"',
-                    '--gin.DTYPE="float32"']) == 0  # so that tokens are those of float32
+  assert (
+    infer.run(
+      [
+        'infer',
+        *INFER,
+        f'--gin_file={planned}',
+        *TASK,
+        '--gin.MIXTURE_OR_TASK_MODULE="planned_task"',
+        f'--gin.CHECKPOINT_PATH="{palm_tiny}"',
+        f'--gin.INFER_OUTPUT_DIR="{tmp_path}"',
+        '--gin.DTYPE="float32"',
+      ]
+    )
+    == 0
+  )  # so that tokens are those of float32
   request = PlanRequest(config.preset('palm_tiny'), 8, 48, 16, weights='bfloat16')
   plan = choose.choose(request, [Machine.parse('v4:2x2x1')]).plan
   out = capsys.readouterr().out
   assert f'mesh: {plan.mesh_text} (given)' in out
   record = json.loads((tmp_path / 'infer.config.json').read_text())
-  assert record['mesh'] == plan.mesh_text and plan.layouts == (record['prefill_layout'], record['decode_layout'])
-  rows = [json.loads(line) for line in (tmp_path / 'planned-predict.jsonl-00000-of-00001').read_text().splitlines()]
+  assert record['mesh'] == plan.mesh_text and plan.layouts == (
+    record['prefill_layout'],
+    record['decode_layout'],
+  )
+  rows = [
+    json.loads(line)
+    for line in (tmp_path / 'planned-predict.jsonl-00000-of-00001').read_text().splitlines()
+  ]
   greedy = json.loads((golden / 'greedy.json').read_text())
   assert [row['prediction'] for row in rows] == [row['greedy_text'][:16] for row in greedy]
 
@@ -234,26 +330,55 @@ seqio.TaskRegistry.add('planned', source=seqio.FunctionDataSource(rows, splits=[
 @pytest.mark.libtpu
 def test_precompile_runs_the_file_as_it_is(planned, tmp_path, capsys):
   report = tmp_path / 'report'
-  assert precompile.run(['precompile', '--gin_file=t5x_inference_ext/configs/runs/precompile.gin',
-                         f'--gin_file={planned}', f'--gin.JSON_FILE="{report}"']) == 0
+  assert (
+    precompile.run(
+      [
+        'precompile',
+        '--gin_file=t5x_inference_ext/configs/runs/precompile.gin',
+        f'--gin_file={planned}',
+        f'--gin.JSON_FILE="{report}"',
+      ]
+    )
+    == 0
+  )
   case, text = json.loads(report.read_text())['case'], planned.read_text()
-  assert case['phase'] == 'decode' and case['batch'] == 8 and case['context'] == 64 and case['weights'] == 'bfloat16'
-  assert f"PREFILL_LAYOUT = '{case['prefill_layout']}'" in text and f"DECODE_LAYOUT = '{case['decode_layout']}'" in text
+  assert (
+    case['phase'] == 'decode'
+    and case['batch'] == 8
+    and case['context'] == 64
+    and case['weights'] == 'bfloat16'
+  )
+  assert (
+    f"PREFILL_LAYOUT = '{case['prefill_layout']}'" in text
+    and f"DECODE_LAYOUT = '{case['decode_layout']}'" in text
+  )
 
 
 @pytest.mark.libtpu
 def test_a_plan_with_an_int8_cache(tmp_path):
   path, report = tmp_path / 'plan.gin', tmp_path / 'report'
   assert run(*TINY, '--cache=int8', f'--gin_output={path}') == 0
-  assert precompile.run(['precompile', '--gin_file=t5x_inference_ext/configs/runs/precompile.gin', f'--gin_file={path}',
-                         f'--gin.JSON_FILE="{report}"']) == 0
+  assert (
+    precompile.run(
+      [
+        'precompile',
+        '--gin_file=t5x_inference_ext/configs/runs/precompile.gin',
+        f'--gin_file={path}',
+        f'--gin.JSON_FILE="{report}"',
+      ]
+    )
+    == 0
+  )
   assert json.loads(report.read_text())['case']['cache'] == 'int8'
 
 
 def test_a_model_of_another_shape_is_written_out():
   model = config.preset('palm_tiny', num_layers=3)
   text = gin_text(choose.choose(PlanRequest(model, 1, 8, 8), [Machine.parse('v4:1x1x1')]).plan)
-  assert 'config.ModelConfig:\n  num_layers = 3\n' in text and 'MODEL_CONFIG = @config.ModelConfig()' in text
+  assert (
+    'config.ModelConfig:\n  num_layers = 3\n' in text
+    and 'MODEL_CONFIG = @config.ModelConfig()' in text
+  )
 
 
 def test_nothing_fits_is_an_error_of_the_user():

@@ -12,9 +12,17 @@ from t5x_inference_ext.precompile import analysis, fit
 from t5x_inference_ext.engine import saved_program
 from t5x_inference_ext.precompile.fit import Shortage
 
-GIN = ['--gin_file=t5x_inference_ext/configs/runs/precompile.gin',
-       '--gin_file=t5x_inference_ext/configs/models/palm_tiny.gin']
-TINY = ['--model=palm_tiny', '--slice=v4:2x2x1', '--batch=8', '--context=128', '--layout=ws_2d/batch']
+GIN = [
+  '--gin_file=t5x_inference_ext/configs/runs/precompile.gin',
+  '--gin_file=t5x_inference_ext/configs/models/palm_tiny.gin',
+]
+TINY = [
+  '--model=palm_tiny',
+  '--slice=v4:2x2x1',
+  '--batch=8',
+  '--context=128',
+  '--layout=ws_2d/batch',
+]
 
 
 def run(*argv: str) -> int:
@@ -39,8 +47,17 @@ def test_a_report_and_its_files(tmp_path, capsys):
 def test_gin_says_the_same(tmp_path, capsys):
   plain, by_gin = tmp_path / 'plain', tmp_path / 'gin'
   assert run(*TINY, f'--json={plain}') == 0
-  assert run(*GIN, '--gin.SLICE="v4:2x2x1"', '--gin.BATCH=8', '--gin.CONTEXT=128', '--gin.LAYOUT="ws_2d/batch"',
-             f'--gin.JSON_FILE="{by_gin}"') == 0
+  assert (
+    run(
+      *GIN,
+      '--gin.SLICE="v4:2x2x1"',
+      '--gin.BATCH=8',
+      '--gin.CONTEXT=128',
+      '--gin.LAYOUT="ws_2d/batch"',
+      f'--gin.JSON_FILE="{by_gin}"',
+    )
+    == 0
+  )
   reports = [json.loads(path.read_text()) for path in (plain, by_gin)]
   for report in reports:
     del report['compile_seconds']
@@ -50,6 +67,7 @@ def test_gin_says_the_same(tmp_path, capsys):
 def test_one_is_for_what_does_not_fit(monkeypatch, capsys, tmp_path):
   def refuse(case, slice_, mesh=None):
     return Shortage(case, slice_, 2**36, 2**35, 2**34, 0, 'RESOURCE_EXHAUSTED')
+
   monkeypatch.setattr(fit, 'try_compile', refuse)
   monkeypatch.setattr(analysis.slices, 'slice_mesh', lambda slice_, config, shape: FakeMesh)
   monkeypatch.setattr(analysis.fit, 'alternatives', lambda shortage, say: [])
@@ -67,7 +85,9 @@ class FakeMesh:
     shape = (2, 2, 1)
 
 
-@pytest.mark.parametrize('argv,words', [
+@pytest.mark.parametrize(
+  'argv,words',
+  [
     (['--model=palm_tiny'], '--slice, --batch not given; --help shows examples'),
     (['--model=palm_9b'], 'palm_9b'),
     ([*TINY, '--slice=v4:3x3x3'], 'there is no v4 slice v4:3x3x3; known: v4:1x1x1'),
@@ -78,7 +98,9 @@ class FakeMesh:
     ([*TINY, '--json=/nowhere/report'], "can't write /nowhere/report: there is no directory"),
     ([*TINY, *GIN], "--model and gin flags can't be mixed"),
     ([*GIN, '--gin.BATCH=8'], 'SLICE has no value'),
-    ([*GIN, '--gin.SLIC="v4:2x2x1"'], 'nothing uses SLIC; the gin files define')])
+    ([*GIN, '--gin.SLIC="v4:2x2x1"'], 'nothing uses SLIC; the gin files define'),
+  ],
+)
 def test_two_is_for_errors_in_one_line(capsys, argv, words):
   assert run(*argv) == 2
   err = capsys.readouterr().err
@@ -88,7 +110,12 @@ def test_two_is_for_errors_in_one_line(capsys, argv, words):
 def test_help_teaches(capsys):
   assert run('--help') == 0
   out = capsys.readouterr().out
-  for words in ('--slice=v4:4x4x4', 'exit code is 0 if it fits, 1 if it does not', '--gin_file=', '--layout: '):
+  for words in (
+    '--slice=v4:4x4x4',
+    'exit code is 0 if it fits, 1 if it does not',
+    '--gin_file=',
+    '--layout: ',
+  ):
     assert words in out
 
 
@@ -98,10 +125,27 @@ def test_a_plain_shell_needs_no_variables(repository, tmp_path):
   wanted = ('PATH', 'HOME', 'LANG', 'VIRTUAL_ENV', 'PYTHONPATH')
   environment = {name: os.environ[name] for name in wanted if name in os.environ}
   result = subprocess.run(
-      [sys.executable, '-m', 't5x_inference_ext.precompile', '--model=palm_tiny', '--slice=v5e:2x2', '--batch=8',
-       '--context=128', '--layout=ws_2d/batch', '--phase=prefill', f'--json={tmp_path / "report"}'],
-      cwd=repository, env=environment, capture_output=True, text=True, timeout=300)
+    [
+      sys.executable,
+      '-m',
+      't5x_inference_ext.precompile',
+      '--model=palm_tiny',
+      '--slice=v5e:2x2',
+      '--batch=8',
+      '--context=128',
+      '--layout=ws_2d/batch',
+      '--phase=prefill',
+      f'--json={tmp_path / "report"}',
+    ],
+    cwd=repository,
+    env=environment,
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
   assert result.returncode == 0, result.stderr
   assert 'slice:  v5e:2x2, 4 chips' in result.stdout
   assert set(result.stderr.splitlines()) == {
-      'v5e:2x2: 4 chips as a mesh of 1x2x2 ...', 'compiling prefill in ws_2d/batch ...'}
+    'v5e:2x2: 4 chips as a mesh of 1x2x2 ...',
+    'compiling prefill in ws_2d/batch ...',
+  }

@@ -18,7 +18,7 @@ def engine(palm_tiny):
 
 def test_an_empty_prompt_starts_from_bos(engine):
   """BOS is id 0, so that the first logits are those of [0] alone."""
-  completion, = engine.generate([[]] * 2, max_new_tokens=4)[:1]
+  (completion,) = engine.generate([[]] * 2, max_new_tokens=4)[:1]
   inputs = [0]
   for token in completion.tokens:
     logits = engine.logits(np.array([inputs + [0] * (4 - len(inputs))] * 2))[0, len(inputs) - 1]
@@ -30,7 +30,7 @@ def test_the_first_eos_ends_a_row_and_is_counted(engine):
   free = engine.generate(PROMPTS, max_new_tokens=8, eos_id=-1)
   eos = free[0].tokens[3]
   ended = engine.generate(PROMPTS, max_new_tokens=8, eos_id=eos)
-  expected = free[0].tokens[:free[0].tokens.index(eos) + 1]
+  expected = free[0].tokens[: free[0].tokens.index(eos) + 1]
   assert ended[0].tokens == expected
   assert 0 > ended[0].score > free[0].score
 
@@ -50,13 +50,17 @@ def test_padded_batch_is_accepted(engine):
   assert [engine.padded_batch(n) for n in (1, 2, 3, 5)] == [1, 2, 4, 6]
 
 
-@pytest.mark.parametrize('arguments, says', [
+@pytest.mark.parametrize(
+  'arguments, says',
+  [
     (dict(prompts=[]), 'there are no prompts'),
     (dict(max_new_tokens=0), 'max_new_tokens must be at least 1, got 0'),
     (dict(prompts=[[3], [3, 384]]), 'prompt 1 holds token 384, outside the vocabulary of 384'),
     (dict(prompts=[[3], [-1]]), 'prompt 1 holds token -1'),
-    (dict(cache_size=10),
-     'prompt 0 is longer than the cache: 3 tokens and 8 new ones need 11 positions, the cache has 10'),
+    (
+      dict(cache_size=10),
+      'prompt 0 is longer than the cache: 3 tokens and 8 new ones need 11 positions, the cache has 10',
+    ),
     (dict(prompt_size=2), 'prompt 0 has 3 tokens, more than prompt_size=2'),
     (dict(seeds=[1]), '2 prompts need as many seeds, got 1'),
     (dict(prompts=['def', [3]]), "prompt 0 must be token ids, got 'def'"),
@@ -65,7 +69,8 @@ def test_padded_batch_is_accepted(engine):
     (dict(max_new_tokens=2.5), 'max_new_tokens must be a whole number, got 2.5'),
     (dict(seeds=[0, -1]), 'seeds must be whole numbers from 0 to 2**32 - 1, got -1'),
     (dict(prefill_chunk=0), 'prefill_chunk must be at least 1, got 0'),
-])
+  ],
+)
 def test_bad_requests(engine, arguments, says):
   with pytest.raises(RequestError) as error:
     engine.generate(**{'prompts': PROMPTS, 'max_new_tokens': 8, **arguments})
@@ -76,20 +81,34 @@ def test_a_batch_that_does_not_divide(engine):
   """3 rows on 2 devices: slower than 4, and as right."""
   prompts = [*PROMPTS, [103]]
   found = engine.generate(prompts, max_new_tokens=8)
-  assert [c.tokens for c in found[:2]] == [c.tokens for c in engine.generate(PROMPTS, max_new_tokens=8, prompt_size=3)]
+  assert [c.tokens for c in found[:2]] == [
+    c.tokens for c in engine.generate(PROMPTS, max_new_tokens=8, prompt_size=3)
+  ]
   assert np.all(engine.score(np.ones((3, 4)), np.ones((3, 4))) < 0)
 
 
 def test_each_phase_has_its_layout(engine, palm_tiny):
   """From one set of weights: the same completions."""
-  other = Engine.load(palm_tiny, mesh='2x2x1', dtype='float32', prefill_layout='wg_xyz/batch', decode_layout='wg_x/heads')
-  assert [str(other.model.prefill_layout), str(other.model.decode_layout)] == ['wg_xyz/batch', 'wg_x/heads']
+  other = Engine.load(
+    palm_tiny,
+    mesh='2x2x1',
+    dtype='float32',
+    prefill_layout='wg_xyz/batch',
+    decode_layout='wg_x/heads',
+  )
+  assert [str(other.model.prefill_layout), str(other.model.decode_layout)] == [
+    'wg_xyz/batch',
+    'wg_x/heads',
+  ]
   found, wanted = (e.generate(PROMPTS, max_new_tokens=8) for e in (other, engine))
   assert [c.tokens for c in found] == [c.tokens for c in wanted]
   np.testing.assert_allclose([c.score for c in found], [c.score for c in wanted], atol=1e-4)
   assert [other.padded_batch(n) for n in (1, 2, 3, 5)] == [2, 2, 4, 6]
-  with pytest.raises(MeshError, match='wg_x/heads splits tokens over 2 devices of the mesh 2x2x1, and 3 rows of 1 do not '
-                                      'divide: use a batch that is a multiple of 2'):
+  with pytest.raises(
+    MeshError,
+    match='wg_x/heads splits tokens over 2 devices of the mesh 2x2x1, and 3 rows of 1 do not '
+    'divide: use a batch that is a multiple of 2',
+  ):
     other.generate([[3]] * 3, max_new_tokens=8)
 
 
@@ -102,42 +121,61 @@ def test_score_takes_arrays_of_one_shape(engine, shapes):
 
 
 def test_what_can_t_be_scored(engine):
-  for pair, says in ((([3], [384]), 'the completion of pair 1 holds token 384'), (([-1], [3]), 'the prompt of pair 1 holds'),
-                     (('a', [3]), 'the prompt of pair 1 must be token ids')):
+  for pair, says in (
+    (([3], [384]), 'the completion of pair 1 holds token 384'),
+    (([-1], [3]), 'the prompt of pair 1 holds'),
+    (('a', [3]), 'the prompt of pair 1 must be token ids'),
+  ):
     with pytest.raises(RequestError, match=says):
       engine.score_completions([([], [3]), pair])
   with pytest.raises(RequestError, match='the arrays hold token 384'):
     engine.score(np.ones((2, 4), int), np.full((2, 4), 384))
 
 
-@pytest.mark.parametrize('mesh, says', [
+@pytest.mark.parametrize(
+  'mesh, says',
+  [
     ('4x4x1', 'mesh 4x4x1 needs 16 devices and there are 8'),
     ('3x1x1', 'd_model=256 does not divide over the 3 devices of the mesh 3x1x1'),
     ('2x2', 'a mesh is written XxYxZ'),
     ('0x1x1', 'a mesh is written XxYxZ'),
-])
+  ],
+)
 def test_meshes_that_do_not_fit(palm_tiny, mesh, says):
   with pytest.raises(MeshError) as error:
     Engine.load(palm_tiny, mesh=mesh)
   assert says in str(error.value)
 
 
-@pytest.mark.parametrize('arguments, error, says', [
+@pytest.mark.parametrize(
+  'arguments, error, says',
+  [
     (dict(dtype='float16'), RequestError, 'dtype must be one of float32, bfloat16'),
     (dict(cache='int4'), RequestError, "cache must be one of float32, bfloat16, int8, got 'int4'"),
-    (dict(prefill_layout='ws_9d/batch'), MeshError, "unknown layout part 'ws_9d'; known: ws_1d, ws_2d"),
+    (
+      dict(prefill_layout='ws_9d/batch'),
+      MeshError,
+      "unknown layout part 'ws_9d'; known: ws_1d, ws_2d",
+    ),
     (dict(decode_layout='ws_2d'), MeshError, 'a layout is written feedforward/attention'),
-    (dict(prefill_layout='wg_xyz/heads'), MeshError, 'leaves none to split heads over; use wg_xyz/batch'),
+    (
+      dict(prefill_layout='wg_xyz/heads'),
+      MeshError,
+      'leaves none to split heads over; use wg_xyz/batch',
+    ),
     (dict(decode_layout='ws_1d/batch'), MeshError, 'use ws_1d for both phases, or for neither'),
     (dict(norm_scale='two'), CheckpointError, 'norm_scale must be one of zero, one'),
-])
+  ],
+)
 def test_bad_loads(palm_tiny, arguments, error, says):
   with pytest.raises(error) as raised:
     Engine.load(palm_tiny, **arguments)
   assert says in str(raised.value)
 
 
-@pytest.mark.parametrize('values, says', [
+@pytest.mark.parametrize(
+  'values, says',
+  [
     (dict(temperature=-0.1), 'temperature must be 0 or more'),
     (dict(temperature=float('nan')), 'temperature must be 0 or more'),
     (dict(temperature=float('inf')), 'temperature must be 0 or more'),
@@ -146,7 +184,8 @@ def test_bad_loads(palm_tiny, arguments, error, says):
     (dict(temperature=1e39), 'temperature must be 0 or more'),
     (dict(top_p=0.0), 'top_p must be above 0'),
     (dict(top_p=1.1), 'top_p must be above 0 and at most 1'),
-])
+  ],
+)
 def test_bad_samplers(values, says):
   with pytest.raises(RequestError) as error:
     SamplingParams(**values)
@@ -164,9 +203,14 @@ def test_a_stream_gives_generate_s_tokens_as_they_are_made(engine):
   seeds = {**options, 'seeds': [4, 5, 9, 10]}
   wanted = engine.generate([PROMPTS[0]] * 2 + [PROMPTS[1]] * 2, **seeds)
   assert [found[key] for key in sorted(found)] == [c.tokens for c in wanted]
-  for bad, says in ((dict(samples=0), 'samples must be at least 1'), (dict(seeds=[1]), '2 prompts need as many seeds, got 1'),
-                    (dict(max_new_tokens=0), 'max_new_tokens must be at least 1'), (dict(slots=0), 'slots must be at least 1'),
-                    (dict(together=0), 'prompts must be at least 1'), (dict(top=385), 'top must be 0 to 384')):
+  for bad, says in (
+    (dict(samples=0), 'samples must be at least 1'),
+    (dict(seeds=[1]), '2 prompts need as many seeds, got 1'),
+    (dict(max_new_tokens=0), 'max_new_tokens must be at least 1'),
+    (dict(slots=0), 'slots must be at least 1'),
+    (dict(together=0), 'prompts must be at least 1'),
+    (dict(top=385), 'top must be 0 to 384'),
+  ):
     with pytest.raises(RequestError, match=says):
       engine.stream(PROMPTS, **{**options, **bad})
 
@@ -178,7 +222,9 @@ def test_an_int8_cache_gives_every_way_of_decoding_the_same(palm_tiny, engine):
   prompts = [[*begin, 117, 104], [*begin, 105], begin]
   batch = [*prompts, prompts[0]]
   wanted = int8.generate(batch, max_new_tokens=12, eos_id=-1)
-  assert [c.score for c in wanted] != [c.score for c in engine.generate(batch, max_new_tokens=12, eos_id=-1)]
+  assert [c.score for c in wanted] != [
+    c.score for c in engine.generate(batch, max_new_tokens=12, eos_id=-1)
+  ]
   chunks = int8.generate(batch, max_new_tokens=12, eos_id=-1, prefill_chunk=16)
   assert [c.tokens for c in chunks] == [c.tokens for c in wanted]
   np.testing.assert_allclose([c.score for c in chunks], [c.score for c in wanted], atol=1e-3)
@@ -192,5 +238,7 @@ def test_an_int8_cache_gives_every_way_of_decoding_the_same(palm_tiny, engine):
   assert list(chat.reply(prompts[2][20:], max_new_tokens=12)) == wanted[2].tokens
   targets = np.array([[*p, *c.tokens] for p, c in zip(batch, wanted) if p == prompts[0]])
   inputs = np.pad(targets, ((0, 0), (1, 0)))[:, :-1]
-  scores = int8.score(inputs, targets, np.broadcast_to(np.arange(targets.shape[1]) >= len(prompts[0]), targets.shape))
+  scores = int8.score(
+    inputs, targets, np.broadcast_to(np.arange(targets.shape[1]) >= len(prompts[0]), targets.shape)
+  )
   np.testing.assert_allclose(scores, [wanted[0].score, wanted[3].score], atol=1e-3)

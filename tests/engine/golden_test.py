@@ -19,18 +19,35 @@ from t5x_inference_ext.sharding.layout import Layout
 from tests import memory
 
 # (mesh, prefill, decode)
-ENGINES = [('1x1x1', 'ws_2d/batch', 'ws_2d/batch'), ('2x1x1', 'wg_x/batch', 'ws_2d/heads'),
-           ('1x2x2', 'ws_1d/heads', 'ws_1d/batch/two_way'), ('2x2x2', 'wg_xyz/batch', 'ws_2d/batch'),
-           ('1x2x4', 'ws_2d/batch/one_way', 'wg_xy/heads')]
+ENGINES = [
+  ('1x1x1', 'ws_2d/batch', 'ws_2d/batch'),
+  ('2x1x1', 'wg_x/batch', 'ws_2d/heads'),
+  ('1x2x2', 'ws_1d/heads', 'ws_1d/batch/two_way'),
+  ('2x2x2', 'wg_xyz/batch', 'ws_2d/batch'),
+  ('1x2x4', 'ws_2d/batch/one_way', 'wg_xy/heads'),
+]
 
-LAYOUTS_2D = ['ws_2d/heads', 'ws_2d/batch', 'wg_x/heads', 'wg_x/batch', 'wg_xy/heads', 'wg_xy/batch', 'wg_xyz/batch']
-PAIRS = [*itertools.product(['ws_1d/heads', 'ws_1d/batch'], repeat=2), *itertools.product(LAYOUTS_2D, repeat=2)]
+LAYOUTS_2D = [
+  'ws_2d/heads',
+  'ws_2d/batch',
+  'wg_x/heads',
+  'wg_x/batch',
+  'wg_xy/heads',
+  'wg_xy/batch',
+  'wg_xyz/batch',
+]
+PAIRS = [
+  *itertools.product(['ws_1d/heads', 'ws_1d/batch'], repeat=2),
+  *itertools.product(LAYOUTS_2D, repeat=2),
+]
 
 
 @pytest.fixture(scope='module', params=ENGINES, ids='-'.join)
 def engine(request, palm_tiny):
   mesh, prefill, decode = request.param
-  return Engine.load(palm_tiny, mesh=mesh, dtype='float32', prefill_layout=prefill, decode_layout=decode)
+  return Engine.load(
+    palm_tiny, mesh=mesh, dtype='float32', prefill_layout=prefill, decode_layout=decode
+  )
 
 
 @pytest.fixture(scope='module')
@@ -51,11 +68,15 @@ def scores(golden):
 
 
 def test_logits(engine, forced):
-  np.testing.assert_allclose(engine.logits(forced['input_tokens']), forced['logits'], rtol=0, atol=1e-4)
+  np.testing.assert_allclose(
+    engine.logits(forced['input_tokens']), forced['logits'], rtol=0, atol=1e-4
+  )
 
 
 def test_greedy(engine, greedy):
-  completions = engine.generate([row['prompt_tokens'] for row in greedy], max_new_tokens=48, eos_id=-1)
+  completions = engine.generate(
+    [row['prompt_tokens'] for row in greedy], max_new_tokens=48, eos_id=-1
+  )
   assert [c.tokens for c in completions] == [row['greedy_tokens'] for row in greedy]
   assert len(completions) == 8
 
@@ -68,8 +89,12 @@ def test_scores(engine, forced, scores):
 @functools.cache
 def loaded(checkpoint, layout: str) -> Engine:
   """The weights of a storage kind, layers stacked: programs are then small and compile quickly."""
-  model = Engine.load(checkpoint, mesh='2x2x2', dtype='float32', prefill_layout=layout, decode_layout=layout)
-  return dataclasses.replace(model, weights=load_weights(model.checkpoint, model.model, stacked=True))
+  model = Engine.load(
+    checkpoint, mesh='2x2x2', dtype='float32', prefill_layout=layout, decode_layout=layout
+  )
+  return dataclasses.replace(
+    model, weights=load_weights(model.checkpoint, model.model, stacked=True)
+  )
 
 
 def test_there_are_53_valid_pairs():
@@ -84,7 +109,9 @@ def test_greedy_under_every_valid_pair(palm_tiny, greedy, prefill, decode):
   """On 2x2x2: all 48 tokens where both phases have one layout, else the first 8, by when the cache has moved."""
   steps = 48 if prefill == decode else 8
   one = loaded(palm_tiny, 'ws_1d/batch' if prefill.startswith('ws_1d') else 'ws_2d/batch')
-  model = dataclasses.replace(one.model, prefill_layout=Layout.parse(prefill), decode_layout=Layout.parse(decode))
+  model = dataclasses.replace(
+    one.model, prefill_layout=Layout.parse(prefill), decode_layout=Layout.parse(decode)
+  )
   # A decode step knows nothing of the prefill's layout, so that pairs share a program.
   decoder = dataclasses.replace(model, prefill_layout=model.decode_layout)
   tokens, lengths = model_inputs([row['prompt_tokens'] for row in greedy], 41)
@@ -137,8 +164,10 @@ def test_heldout_bfloat16(float32_bits, palm_tiny, heldout):
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_heldout_int8(float32_bits, palm_tiny_int8, heldout, dtype, cache):
   bits = bits_per_byte(Engine.load(palm_tiny_int8, mesh='1x1x1', dtype=dtype, cache=cache), heldout)
-  print(f'bits per byte, int8 weights, {dtype} activations, {cache or dtype} cache: {bits:.6f} '
-        f'({bits / float32_bits - 1:+.4%})')
+  print(
+    f'bits per byte, int8 weights, {dtype} activations, {cache or dtype} cache: {bits:.6f} '
+    f'({bits / float32_bits - 1:+.4%})'
+  )
   assert bits != float32_bits, 'int8 weights were not used'
   assert bits == pytest.approx(float32_bits, rel=1e-3)
 
@@ -151,14 +180,18 @@ def test_per_layer_checkpoint(testdata, mesh, stacked):
     inputs, logits = arrays['input_tokens'], arrays['logits']
   model = Engine.load(testdata / 'palm_unscanned' / 'checkpoint_0', mesh=mesh, dtype='float32')
   weights = load_weights(model.checkpoint, model.model, stacked=stacked)
-  found = Engine(model.checkpoint, model.model, weights).logits(np.concatenate([inputs, inputs[:1]]))
+  found = Engine(model.checkpoint, model.model, weights).logits(
+    np.concatenate([inputs, inputs[:1]])
+  )
   np.testing.assert_allclose(found[:3], logits, rtol=0, atol=1e-4)
   np.testing.assert_allclose(found[3], logits[0], rtol=0, atol=1e-4)
 
 
 def test_orbax_gives_the_same_weights_on_the_mesh(palm_tiny, testdata):
   model = Engine.load(palm_tiny, mesh='2x2x2', dtype='float32')
-  other = load_weights(open_checkpoint(testdata / 'palm_tiny_orbax' / 'checkpoint_1000'), model.model)
+  other = load_weights(
+    open_checkpoint(testdata / 'palm_tiny_orbax' / 'checkpoint_1000'), model.model
+  )
   memory.assert_same_weights(model.weights, other)
 
 
@@ -166,11 +199,17 @@ def test_bfloat16_is_near(palm_tiny, forced, greedy):
   """Logits of up to 18 in size. Measured: 0.10 at worst and 0.015 root mean square; the bounds are twice that."""
   model = Engine.load(palm_tiny, mesh='1x2x1', dtype='bfloat16')
   error = model.logits(forced['input_tokens']) - forced['logits']
-  print(f'bfloat16 logits: {np.abs(error).max():.4f} at worst, {np.sqrt(np.mean(error ** 2)):.5f} root mean square, of '
-        f'{np.abs(forced["logits"]).max():.1f}')
+  print(
+    f'bfloat16 logits: {np.abs(error).max():.4f} at worst, {np.sqrt(np.mean(error**2)):.5f} root mean square, of '
+    f'{np.abs(forced["logits"]).max():.1f}'
+  )
   assert 1e-3 < np.abs(error).max() < 0.2
-  assert np.sqrt(np.mean(error ** 2)) < 0.03
-  completions = model.generate([row['prompt_tokens'] for row in greedy], max_new_tokens=16, eos_id=-1)
-  same = [np.mean(np.equal(c.tokens, row['greedy_tokens'][:16])) for c, row in zip(completions, greedy)]
+  assert np.sqrt(np.mean(error**2)) < 0.03
+  completions = model.generate(
+    [row['prompt_tokens'] for row in greedy], max_new_tokens=16, eos_id=-1
+  )
+  same = [
+    np.mean(np.equal(c.tokens, row['greedy_tokens'][:16])) for c, row in zip(completions, greedy)
+  ]
   print(f'bfloat16 greedy tokens as in float32: {np.mean(same):.3f}')
   assert np.mean(same) > 0.5

@@ -16,8 +16,13 @@ def choose(sampling, logits, seeds=None, positions=None):
   rows = len(logits)
   seeds = np.zeros(rows, np.uint32) if seeds is None else seeds
   positions = np.arange(rows, dtype=np.int32) if positions is None else positions
-  return np.asarray(jax.jit(sampling)(jnp.asarray(logits, jnp.float32), jnp.asarray(seeds, jnp.uint32),
-                                     jnp.asarray(positions, jnp.int32)))
+  return np.asarray(
+    jax.jit(sampling)(
+      jnp.asarray(logits, jnp.float32),
+      jnp.asarray(seeds, jnp.uint32),
+      jnp.asarray(positions, jnp.int32),
+    )
+  )
 
 
 def random_logits(rows, vocabulary, seed=0, size=2.0):
@@ -26,7 +31,7 @@ def random_logits(rows, vocabulary, seed=0, size=2.0):
 
 def kept(logits, top_k, top_p):
   """[V] -> the ids that may be chosen, and their probabilities [V]: first top_k, then top_p of what is left of them."""
-  order = np.argsort(-logits, kind='stable')[:top_k or len(logits)]
+  order = np.argsort(-logits, kind='stable')[: top_k or len(logits)]
   p = np.exp(logits[order].astype(np.float64) - logits.max())
   p /= p.sum()
   count = int(np.searchsorted(np.cumsum(p), top_p)) + 1 if top_p < 1 else len(order)
@@ -45,18 +50,49 @@ def test_ties_at_the_edge_of_top_k_go_to_the_lowest_ids():
   assert set(choose(SamplingParams(1.0, top_k=3), logits)) == {0, 1, 4}
 
 
-@pytest.mark.parametrize('sampling', [
-    SamplingParams(1.0, top_k=1), SamplingParams(1.0, top_p=1e-6), SamplingParams(1.0, top_p=1e-40), SamplingParams(1.0, top_p=1e-50),
-    SamplingParams(1e-4), SamplingParams(1e-30), SamplingParams(1e-38), SamplingParams(1e-40),
-], ids=str)
+@pytest.mark.parametrize(
+  'sampling',
+  [
+    SamplingParams(1.0, top_k=1),
+    SamplingParams(1.0, top_p=1e-6),
+    SamplingParams(1.0, top_p=1e-40),
+    SamplingParams(1.0, top_p=1e-50),
+    SamplingParams(1e-4),
+    SamplingParams(1e-30),
+    SamplingParams(1e-38),
+    SamplingParams(1e-40),
+  ],
+  ids=str,
+)
 def test_what_leaves_one_token_is_greedy(sampling):
-  logits = random_logits(50, 40, size=10.)
+  logits = random_logits(50, 40, size=10.0)
   np.testing.assert_array_equal(choose(sampling, logits), choose(SamplingParams(), logits))
 
 
 # Chi-squared at 1 in 1000, by degrees of freedom.
-CRITICAL = (0, 10.8, 13.8, 16.3, 18.5, 20.5, 22.5, 24.3, 26.1, 27.9, 29.6, 31.3, 32.9, 34.5, 36.1, 37.7, 39.3, 40.8, 42.3,
-            43.8, 45.3)
+CRITICAL = (
+  0,
+  10.8,
+  13.8,
+  16.3,
+  18.5,
+  20.5,
+  22.5,
+  24.3,
+  26.1,
+  27.9,
+  29.6,
+  31.3,
+  32.9,
+  34.5,
+  36.1,
+  37.7,
+  39.3,
+  40.8,
+  42.3,
+  43.8,
+  45.3,
+)
 
 
 def check_distribution(chosen, probabilities):
@@ -70,9 +106,19 @@ def check_distribution(chosen, probabilities):
   assert np.sum((count[support] - wanted) ** 2 / wanted) <= CRITICAL[support.sum() - 1]
 
 
-@pytest.mark.parametrize('temperature, top_k, top_p', [
-    (0.0, 0, 1.0), (1.0, 0, 1.0), (0.7, 0, 1.0), (1.0, 5, 1.0), (1.0, 0, 0.8), (1.0, 6, 0.8), (1.5, 12, 0.5),
-    (1.0, 99, 0.9)])
+@pytest.mark.parametrize(
+  'temperature, top_k, top_p',
+  [
+    (0.0, 0, 1.0),
+    (1.0, 0, 1.0),
+    (0.7, 0, 1.0),
+    (1.0, 5, 1.0),
+    (1.0, 0, 0.8),
+    (1.0, 6, 0.8),
+    (1.5, 12, 0.5),
+    (1.0, 99, 0.9),
+  ],
+)
 def test_distribution(temperature, top_k, top_p):
   n, vocabulary = 4000, 12
   logits = random_logits(1, vocabulary, seed=3, size=0.4)
@@ -81,8 +127,20 @@ def test_distribution(temperature, top_k, top_p):
   check_distribution(chosen, kept(divided, top_k if temperature else 1, top_p))
 
 
-FEW = [SamplingParams(1.0, top_k=5), SamplingParams(0.5, top_k=8, top_p=0.7), SamplingParams(), SamplingParams(2.0, top_k=2), SamplingParams(1.0, 7, 0.9)]
-MANY = [*FEW, SamplingParams(1.0, top_p=0.6), SamplingParams(0.8), SamplingParams(0.7, top_k=300, top_p=0.5), SamplingParams(1.0, top_k=9)]
+FEW = [
+  SamplingParams(1.0, top_k=5),
+  SamplingParams(0.5, top_k=8, top_p=0.7),
+  SamplingParams(),
+  SamplingParams(2.0, top_k=2),
+  SamplingParams(1.0, 7, 0.9),
+]
+MANY = [
+  *FEW,
+  SamplingParams(1.0, top_p=0.6),
+  SamplingParams(0.8),
+  SamplingParams(0.7, top_k=300, top_p=0.5),
+  SamplingParams(1.0, top_k=9),
+]
 
 
 @pytest.mark.parametrize('mix', [FEW, MANY], ids=['few candidates', 'all tokens'])
@@ -98,19 +156,28 @@ def test_each_row_of_a_mix_has_its_own_distribution(mix):
   for i, s in enumerate(mix):
     divided = logits / np.float32(s.temperature) if s.temperature else logits
     probabilities = kept(divided, s.top_k if s.temperature else 1, s.top_p)
-    check_distribution(chosen[i::len(mix)], np.where(probabilities > 1e-6, probabilities, 0))
+    check_distribution(chosen[i :: len(mix)], np.where(probabilities > 1e-6, probabilities, 0))
   if mix is MANY:  # and the same tokens, whichever way they are drawn
-    few = draw(np.tile(logits, (n * len(FEW), 1)), stack_params(FEW * n, vocabulary),
-               np.arange(len(chosen)).reshape(n, -1)[:, :len(FEW)].ravel())
-    np.testing.assert_array_equal(chosen.reshape(n, -1)[:, :len(FEW)].ravel(), few)
+    few = draw(
+      np.tile(logits, (n * len(FEW), 1)),
+      stack_params(FEW * n, vocabulary),
+      np.arange(len(chosen)).reshape(n, -1)[:, : len(FEW)].ravel(),
+    )
+    np.testing.assert_array_equal(chosen.reshape(n, -1)[:, : len(FEW)].ravel(), few)
 
 
 def draw(logits, rows, positions=None):
   positions = np.arange(len(logits)) if positions is None else positions
-  return np.asarray(jax.jit(sample)(jnp.asarray(logits), rows, jnp.zeros(len(logits), jnp.uint32), jnp.asarray(positions)))
+  return np.asarray(
+    jax.jit(sample)(
+      jnp.asarray(logits), rows, jnp.zeros(len(logits), jnp.uint32), jnp.asarray(positions)
+    )
+  )
 
 
-@pytest.mark.parametrize('top_k, top_p', [(0, 0.1), (0, 0.9), (7, 1.0), (7, 0.3), (20, 0.95), (300, 0.5)])
+@pytest.mark.parametrize(
+  'top_k, top_p', [(0, 0.1), (0, 0.9), (7, 1.0), (7, 0.3), (20, 0.95), (300, 0.5)]
+)
 def test_keeps_exactly_the_right_sets(top_k, top_p):
   """Noise that favours one token makes it the draw if it is kept, and only then: over rows, every token in turn."""
   logits = random_logits(16, 400, size=3)
@@ -119,9 +186,11 @@ def test_keeps_exactly_the_right_sets(top_k, top_p):
   ways = [lambda noise: selection.draw_from_all(jnp.asarray(logits), noise, k, p, both=True)]
   if 0 < top_k < 256:
     top, ids = selection.most_likely(jnp.asarray(logits), 32)
-    ways.append(lambda noise: selection.draw_from_few(top, ids, jnp.take_along_axis(noise, ids, axis=1), k, p))
+    ways.append(
+      lambda noise: selection.draw_from_few(top, ids, jnp.take_along_axis(noise, ids, axis=1), k, p)
+    )
   for way in ways:
-    favoured = jax.vmap(lambda i: jnp.zeros((16, 400)).at[:, i].set(1000.))(jnp.arange(400))
+    favoured = jax.vmap(lambda i: jnp.zeros((16, 400)).at[:, i].set(1000.0))(jnp.arange(400))
     chosen = np.asarray(jax.jit(lambda noise: jax.lax.map(way, noise))(favoured))  # [400, 16]
     np.testing.assert_array_equal((chosen == np.arange(400)[:, None]).T, keep)
   assert keep.any(axis=1).all() and not keep.all(axis=1).any()
@@ -137,7 +206,9 @@ def test_both_together_are_not_either_alone():
   assert survivors(2, 0.5) == [0]
 
 
-@pytest.mark.parametrize('vocabulary, count', [(3000, 8), (3000, 40), (3001, 1), (256, 5), (50, 50)])
+@pytest.mark.parametrize(
+  'vocabulary, count', [(3000, 8), (3000, 40), (3001, 1), (256, 5), (50, 50)]
+)
 def test_most_likely_is_a_sort(vocabulary, count):
   """Ties, within blocks and over them, in order of id."""
   logits = np.random.default_rng(2).integers(0, 40, (9, vocabulary)).astype(np.float32)
@@ -152,10 +223,16 @@ def test_noise_of_some_is_that_of_all():
   seeds, positions = jnp.arange(50, dtype=jnp.uint32), jnp.arange(50) * 7
   every = np.asarray(selection.gumbel_of_all(seeds, positions, 2001))
   ids = np.random.default_rng(0).integers(0, 2001, (50, 30)).astype(np.int32)
-  np.testing.assert_array_equal(selection.gumbel(seeds, positions, jnp.asarray(ids), 2001),
-                                np.take_along_axis(every, ids, axis=1))
-  assert abs(every.mean() - 0.5772) < 0.02 and abs(every.var() - np.pi ** 2 / 6) < 0.04
-  for a, b in ((every[1:], every[:-1]), (every[:, 1:], every[:, :-1]), (every[:, :1000], every[:, 1001:])):
+  np.testing.assert_array_equal(
+    selection.gumbel(seeds, positions, jnp.asarray(ids), 2001),
+    np.take_along_axis(every, ids, axis=1),
+  )
+  assert abs(every.mean() - 0.5772) < 0.02 and abs(every.var() - np.pi**2 / 6) < 0.04
+  for a, b in (
+    (every[1:], every[:-1]),
+    (every[:, 1:], every[:, :-1]),
+    (every[:, :1000], every[:, 1001:]),
+  ):
     assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 0.02
 
 
@@ -167,17 +244,31 @@ def test_logit_bias():
   for token, value in bias:
     biased[token] += value
   check_distribution(chosen, kept(biased, 0, 1.0))
-  assert choose(SamplingParams(logit_bias=((5, 100.),)), logits).tolist() == [5]
-  with pytest.raises(RequestError, match='logit_bias or stop holds token 12, outside the vocabulary of 12'):
-    choose(SamplingParams(logit_bias=((12, 1.),)), logits)
+  assert choose(SamplingParams(logit_bias=((5, 100.0),)), logits).tolist() == [5]
+  with pytest.raises(
+    RequestError, match='logit_bias or stop holds token 12, outside the vocabulary of 12'
+  ):
+    choose(SamplingParams(logit_bias=((12, 1.0),)), logits)
 
 
-@pytest.mark.parametrize('sampling', [SamplingParams(1.0, top_p=0.9), SamplingParams(1.0, top_k=300, top_p=0.9), SamplingParams(1.0, top_k=9),
-                                     SamplingParams(1.0), SamplingParams()], ids=str)
+@pytest.mark.parametrize(
+  'sampling',
+  [
+    SamplingParams(1.0, top_p=0.9),
+    SamplingParams(1.0, top_k=300, top_p=0.9),
+    SamplingParams(1.0, top_k=9),
+    SamplingParams(1.0),
+    SamplingParams(),
+  ],
+  ids=str,
+)
 def test_a_choice_ends_where_nothing_can_be_chosen(sampling):
   """All tokens forbidden, or logits that are no numbers: any token, but no search without an end."""
   forbidden = dataclasses.replace(sampling, logit_bias={i: -np.inf for i in range(400)})
-  for chosen in choose(forbidden, random_logits(3, 400)), choose(sampling, np.full((3, 400), np.nan)):
+  for chosen in (
+    choose(forbidden, random_logits(3, 400)),
+    choose(sampling, np.full((3, 400), np.nan)),
+  ):
     assert np.all((chosen >= 0) & (chosen < 400))
 
 
@@ -187,9 +278,13 @@ def test_a_row_depends_on_its_own_logits_seed_and_position_alone():
   positions = np.arange(16) * 3
   together = choose(sampling, logits, seeds, positions)
   order = np.random.default_rng(1).permutation(16)
-  np.testing.assert_array_equal(choose(sampling, logits[order], seeds[order], positions[order]), together[order])
+  np.testing.assert_array_equal(
+    choose(sampling, logits[order], seeds[order], positions[order]), together[order]
+  )
   for i in (0, 7, 15):
-    assert choose(sampling, logits[i:i + 1], seeds[i:i + 1], positions[i:i + 1]) == together[i]
+    assert (
+      choose(sampling, logits[i : i + 1], seeds[i : i + 1], positions[i : i + 1]) == together[i]
+    )
 
 
 @pytest.mark.parametrize('differ', ['seeds', 'positions'])
@@ -200,7 +295,12 @@ def test_seeds_and_positions_make_a_difference(differ):
   assert len(set(chosen)) > 90
   neighbours = np.mean(chosen[1:] == chosen[:-1])
   assert neighbours < 0.05
-  assert len(set(choose(SamplingParams(1.0), np.zeros((9, 100), np.float32), np.full(9, 7), np.full(9, 7)))) == 1
+  assert (
+    len(
+      set(choose(SamplingParams(1.0), np.zeros((9, 100), np.float32), np.full(9, 7), np.full(9, 7)))
+    )
+    == 1
+  )
 
 
 def test_the_largest_seed():

@@ -23,8 +23,16 @@ def path(palm_tiny, tmp_path_factory):
   """For 8 rows of up to 16 tokens and 6 new ones, over 2x2x2."""
   mesh = make_mesh((2, 2, 2))
   case = CompileCase(
-      open_checkpoint(palm_tiny).config, 'bfloat16', 'generate', batch=8, context=24, prompt=16, max_new_tokens=6,
-      sampling=SAMPLER, dtype='float32')
+    open_checkpoint(palm_tiny).config,
+    'bfloat16',
+    'generate',
+    batch=8,
+    context=24,
+    prompt=16,
+    max_new_tokens=6,
+    sampling=SAMPLER,
+    dtype='float32',
+  )
   program = compile_case(case, mesh)
   assert program.memory.weights > 0 and program.memory.cache == 0
   path = tmp_path_factory.mktemp('saved') / 'generation'
@@ -38,38 +46,61 @@ def _engine(palm_tiny, **options):
 
 def test_the_engine_gives_what_it_gives_without(palm_tiny, path):
   prompts = [*PROMPTS, *PROMPTS[:3]]
-  options = dict(max_new_tokens=6, sampling=SAMPLER, seeds=list(range(8)), cache_size=24, prompt_size=16)
+  options = dict(
+    max_new_tokens=6, sampling=SAMPLER, seeds=list(range(8)), cache_size=24, prompt_size=16
+  )
   loaded = _engine(palm_tiny, executable=path)
   first = loaded.generate(prompts, **options)
-  assert first == loaded.generate(prompts, **options) == _engine(palm_tiny).generate(prompts, **options)
+  assert (
+    first == loaded.generate(prompts, **options) == _engine(palm_tiny).generate(prompts, **options)
+  )
   assert any(len(completion.tokens) == 6 for completion in first)
 
 
-@pytest.mark.parametrize('options,words', [
+@pytest.mark.parametrize(
+  'options,words',
+  [
     (dict(max_new_tokens=5), 'max_new_tokens 6, and here it is 5'),
     (dict(sampling=SamplingParams()), 'sampler.temperature 0.7, and here it is 0.0'),
-    (dict(cache_size=32), 'context 24, and here it is 32'), (dict(prompt_size=8), 'prompt 16, and here it is 8')])
+    (dict(cache_size=32), 'context 24, and here it is 32'),
+    (dict(prompt_size=8), 'prompt 16, and here it is 8'),
+  ],
+)
 def test_the_engine_refuses_another_run(palm_tiny, path, options, words):
   engine = _engine(palm_tiny, executable=path)
   with pytest.raises(SavedError, match=words):
-    engine.generate([[1]] * 8, **{**dict(max_new_tokens=6, sampling=SAMPLER, cache_size=24, prompt_size=16), **options})
+    engine.generate(
+      [[1]] * 8,
+      **{**dict(max_new_tokens=6, sampling=SAMPLER, cache_size=24, prompt_size=16), **options},
+    )
 
 
-@pytest.mark.parametrize('options,words', [
-    (dict(mesh='1x2x2'), "mesh .*and here it is .*pass its mesh, 2x2x2"), (dict(dtype='bfloat16'), 'dtype float32'),
+@pytest.mark.parametrize(
+  'options,words',
+  [
+    (dict(mesh='1x2x2'), 'mesh .*and here it is .*pass its mesh, 2x2x2'),
+    (dict(dtype='bfloat16'), 'dtype float32'),
     (dict(cache='int8'), 'cache as dtype, and here it is int8'),
-    (dict(prefill_layout='wg_xyz/batch'), 'prefill_layout ws_2d/batch, and here it is wg_xyz/batch'),
-    (dict(norm_scale='one'), 'model.norm_scale zero, and here it is one')])
+    (
+      dict(prefill_layout='wg_xyz/batch'),
+      'prefill_layout ws_2d/batch, and here it is wg_xyz/batch',
+    ),
+    (dict(norm_scale='one'), 'model.norm_scale zero, and here it is one'),
+  ],
+)
 def test_another_engine_is_refused_before_weights_are_read(palm_tiny, path, options, words):
   def no_weights(jobs):
     pytest.fail('weights were read')
+
   with pytest.raises(SavedError, match=words):
     _engine(palm_tiny, executable=path, progress=no_weights, **options)
 
 
 def test_a_step_is_no_generation(palm_tiny, tmp_path):
   mesh = make_mesh((2, 2, 2))
-  case = CompileCase(open_checkpoint(palm_tiny).config, 'bfloat16', 'decode', 8, 24, Layout(), dtype='float32')
+  case = CompileCase(
+    open_checkpoint(palm_tiny).config, 'bfloat16', 'decode', 8, 24, Layout(), dtype='float32'
+  )
   program = compile_case(case, mesh)
   saved_program.save(tmp_path / 'step', program.compiled, program.arguments, mesh, case.to_dict())
   with pytest.raises(SavedError, match='holds a decode program: infer runs whole generations'):
@@ -79,8 +110,19 @@ def test_a_step_is_no_generation(palm_tiny, tmp_path):
 def _infer(palm_tiny, tmp_path, name, *flags):
   prompts, output = tmp_path / 'prompts', tmp_path / name
   prompts.write_text(''.join(json.dumps({'prompt': p}) + '\n' for p in PROMPTS))
-  code = infer.run(['infer', f'--checkpoint={palm_tiny}', f'--prompts={prompts}', f'--output={output}',
-                    '--dtype=float32', '--mesh=2x2x2', '--temperature=0.7', '--top_k=20', *flags])
+  code = infer.run(
+    [
+      'infer',
+      f'--checkpoint={palm_tiny}',
+      f'--prompts={prompts}',
+      f'--output={output}',
+      '--dtype=float32',
+      '--mesh=2x2x2',
+      '--temperature=0.7',
+      '--top_k=20',
+      *flags,
+    ]
+  )
   return output.read_text() if code == 0 else code
 
 
@@ -89,14 +131,22 @@ def test_infer_writes_the_same_rows(palm_tiny, path, tmp_path, capsys):
   assert f'batch: 8 rows, as {path} was compiled' in capsys.readouterr().out
   without = _infer(palm_tiny, tmp_path, 'without', '--max_new_tokens=6', '--cache_length=24')
   rows = [[json.loads(line) for line in text.splitlines()] for text in (with_it, without)]
-  assert [row['tokens'] for row in rows[0]] == [row['tokens'] for row in rows[1]] and len(rows[0]) == len(PROMPTS)
-  assert [row['score'] for row in rows[0]] == pytest.approx([row['score'] for row in rows[1]], rel=1e-5)
+  assert [row['tokens'] for row in rows[0]] == [row['tokens'] for row in rows[1]] and len(
+    rows[0]
+  ) == len(PROMPTS)
+  assert [row['score'] for row in rows[0]] == pytest.approx(
+    [row['score'] for row in rows[1]], rel=1e-5
+  )
 
 
-@pytest.mark.parametrize('flags,words', [
+@pytest.mark.parametrize(
+  'flags,words',
+  [
     (['--max_new_tokens=7'], 'was compiled for max_new_tokens 6, and here it is 7'),
     (['--max_new_tokens=6', '--mode=score'], "mode=score can't use it"),
-    (['--max_new_tokens=6', '--mesh=1x1x1'], 'pass its mesh, 2x2x2')])
+    (['--max_new_tokens=6', '--mesh=1x1x1'], 'pass its mesh, 2x2x2'),
+  ],
+)
 def test_infer_refuses_in_one_line(palm_tiny, path, tmp_path, capsys, flags, words):
   assert _infer(palm_tiny, tmp_path, 'out', *flags, f'--executable={path}') == 2
   err = capsys.readouterr().err

@@ -14,7 +14,15 @@ from t5x_inference_ext.engine import saved_program
 from t5x_inference_ext.precompile.program import CompileCase, compile_case, phase_function
 from t5x_inference_ext.engine.saved_program import SavedError
 
-CASE = CompileCase(preset('palm_tiny', num_layers=2), 'int8', 'decode', batch=8, context=16, dtype='float32', stacked=True)
+CASE = CompileCase(
+  preset('palm_tiny', num_layers=2),
+  'int8',
+  'decode',
+  batch=8,
+  context=16,
+  dtype='float32',
+  stacked=True,
+)
 
 
 @pytest.fixture(scope='module')
@@ -54,7 +62,10 @@ def _load(path, mesh, case=CASE):
 
 def test_the_round_trip_gives_what_jit_gives(path, program, mesh):
   loaded = _load(path, mesh)
-  got, want = loaded(*_values(program.arguments)), phase_function(CASE, mesh)[0](*_values(program.arguments))
+  got, want = (
+    loaded(*_values(program.arguments)),
+    phase_function(CASE, mesh)[0](*_values(program.arguments)),
+  )
   assert jax.tree.structure(got) == jax.tree.structure(want)
   jax.tree.map(np.testing.assert_array_equal, got, want)
   assert got[1].lengths.tolist() == [4] * 8 and np.abs(np.asarray(got[1].keys)[:, :, 3]).min() > 0
@@ -75,13 +86,21 @@ def test_the_header_tells_what_it_is_without_loading(path):
 
 def _rewrite(path, **fields):
   lead, header, payload = path.read_bytes().split(b'\n', 2)
-  path.write_bytes(b'\n'.join([lead, json.dumps({**json.loads(header), **fields}).encode(), payload]))
+  path.write_bytes(
+    b'\n'.join([lead, json.dumps({**json.loads(header), **fields}).encode(), payload])
+  )
 
 
-@pytest.mark.parametrize('field,words', [
+@pytest.mark.parametrize(
+  'field,words',
+  [
     ('jax', 'was compiled for jax 0.0.1, and here it is .*install jax 0.0.1, or compile it again'),
-    ('jaxlib', 'jaxlib 0.0.1'), ('libtpu', 'libtpu 0.0.1, and here it is None'),
-    ('platform', 'platform 0.0.1, and here it is cpu'), ('device_kind', 'device kind 0.0.1')])
+    ('jaxlib', 'jaxlib 0.0.1'),
+    ('libtpu', 'libtpu 0.0.1, and here it is None'),
+    ('platform', 'platform 0.0.1, and here it is cpu'),
+    ('device_kind', 'device kind 0.0.1'),
+  ],
+)
 def test_other_versions_and_chips_are_refused(path, mesh, field, words):
   _rewrite(path, **{field: '0.0.1'})
   with pytest.raises(SavedError, match=words):
@@ -96,7 +115,9 @@ def test_another_platform_is_said_before_its_compiler(path, mesh):
 
 def test_another_mesh_is_refused(path, program):
   mesh = make_mesh((4, 2, 1))
-  with pytest.raises(SavedError, match="mesh {'x': 2, 'y': 2, 'z': 2}, and here it is .*pass its mesh, 2x2x2"):
+  with pytest.raises(
+    SavedError, match="mesh {'x': 2, 'y': 2, 'z': 2}, and here it is .*pass its mesh, 2x2x2"
+  ):
     _load(path, mesh)
 
 
@@ -106,9 +127,14 @@ def test_other_devices_are_refused(path):
     _load(path, mesh)
 
 
-@pytest.mark.parametrize('fields,words', [
-    (dict(batch=16), 'batch 8, and here it is 16'), (dict(context=32), 'context 16, and here it is 32'),
-    (dict(weights='bfloat16'), 'weights int8, and here it is bfloat16')])
+@pytest.mark.parametrize(
+  'fields,words',
+  [
+    (dict(batch=16), 'batch 8, and here it is 16'),
+    (dict(context=32), 'context 16, and here it is 32'),
+    (dict(weights='bfloat16'), 'weights int8, and here it is bfloat16'),
+  ],
+)
 def test_another_setting_is_refused_by_name(path, mesh, fields, words):
   with pytest.raises(SavedError, match=words):
     _load(path, mesh, dataclasses.replace(CASE, **fields))
@@ -117,7 +143,9 @@ def test_another_setting_is_refused_by_name(path, mesh, fields, words):
 def test_other_shapes_are_refused_by_argument(path, program, mesh):
   function, (weights, cache, tokens) = phase_function(CASE, mesh)
   tokens = jax.ShapeDtypeStruct((8,), jnp.uint32, sharding=tokens.sharding)
-  with pytest.raises(SavedError, match=r'the argument .*\[2\].* as int32\[8\].*here it is uint32\[8\]'):
+  with pytest.raises(
+    SavedError, match=r'the argument .*\[2\].* as int32\[8\].*here it is uint32\[8\]'
+  ):
     saved_program.load(path, function, (weights, cache, tokens), mesh, CASE.to_dict())
 
 

@@ -14,14 +14,25 @@ from tests import memory
 
 CONFIG = memory.ODD
 TENSORS = reference.random_tensors(CONFIG, seed=1)
-SAMPLERS = (SamplingParams(), SamplingParams(1.0, top_k=40, top_p=0.95), SamplingParams(0.7), SamplingParams(1.0, top_p=0.8),
-            SamplingParams(2.0, repetition_penalty=1.3, frequency_penalty=0.5, stop=((7,), (9, 9)), min_new_tokens=3))
+SAMPLERS = (
+  SamplingParams(),
+  SamplingParams(1.0, top_k=40, top_p=0.95),
+  SamplingParams(0.7),
+  SamplingParams(1.0, top_p=0.8),
+  SamplingParams(
+    2.0, repetition_penalty=1.3, frequency_penalty=0.5, stop=((7,), (9, 9)), min_new_tokens=3
+  ),
+)
 EOS, LONGEST, MOST = 1, 20, 12
 
 # (mesh, prefill, decode, slots, prompts, chunk): mixes of one kind share their compilations.
-KINDS = [('1x1x1', 'ws_2d/batch', 'ws_2d/batch', 3, 1, 4), ('1x1x1', 'ws_2d/batch', 'ws_2d/batch', 5, 2, 16),
-         ('2x2x2', 'wg_xyz/batch', 'ws_2d/batch', 4, 2, 8), ('1x2x2', 'ws_1d/heads', 'ws_1d/batch', 2, 1, 32),
-         ('2x2x1', 'ws_2d/heads', 'wg_x/heads', 4, 1, 5)]
+KINDS = [
+  ('1x1x1', 'ws_2d/batch', 'ws_2d/batch', 3, 1, 4),
+  ('1x1x1', 'ws_2d/batch', 'ws_2d/batch', 5, 2, 16),
+  ('2x2x2', 'wg_xyz/batch', 'ws_2d/batch', 4, 2, 8),
+  ('1x2x2', 'ws_1d/heads', 'ws_1d/batch', 2, 1, 32),
+  ('2x2x1', 'ws_2d/heads', 'wg_x/heads', 4, 1, 5),
+]
 MIXES = 200  # about two minutes
 
 
@@ -32,9 +43,15 @@ def engine(mesh, prefill='ws_2d/batch', decode='ws_2d/batch'):
 
 @functools.cache
 def alone(request: Request, seed: int) -> list[int]:
-  found, = engine('1x1x1').generate(
-      [request.tokens[1:]], max_new_tokens=[MOST], sampling=[request.sampling], seeds=[seed], eos_id=EOS, prompt_size=LONGEST)
-  return found.tokens[:request.limit]
+  (found,) = engine('1x1x1').generate(
+    [request.tokens[1:]],
+    max_new_tokens=[MOST],
+    sampling=[request.sampling],
+    seeds=[seed],
+    eos_id=EOS,
+    prompt_size=LONGEST,
+  )
+  return found.tokens[: request.limit]
 
 
 def mix(rng, sampling_arrays=SAMPLERS):
@@ -42,10 +59,13 @@ def mix(rng, sampling_arrays=SAMPLERS):
   beginning = rng.integers(3, CONFIG.vocab_size, 12).tolist()
   requests = []
   for _ in range(rng.integers(1, 9)):
-    begin = beginning[:rng.integers(0, 13)] if rng.random() < 0.7 else []
+    begin = beginning[: rng.integers(0, 13)] if rng.random() < 0.7 else []
     own = rng.integers(3, CONFIG.vocab_size, rng.integers(0, LONGEST - len(begin) + 1)).tolist()
     seeds = tuple(rng.integers(0, 2**32, 1 + (rng.random() < 0.2)).tolist())
-    limit, sampling = int(rng.integers(1, MOST + 1)), sampling_arrays[rng.integers(len(sampling_arrays))]
+    limit, sampling = (
+      int(rng.integers(1, MOST + 1)),
+      sampling_arrays[rng.integers(len(sampling_arrays))],
+    )
     requests.append(Request((0, *begin, *own), seeds, limit, sampling))
   return requests
 
@@ -67,10 +87,12 @@ def near_tie(request, seed, tokens):
   """Whether the two best perturbed logits after these tokens are within 1e-4."""
   whole = [*request.tokens, *tokens]
   inputs = np.zeros((1, 1 + LONGEST + MOST), np.int32)
-  inputs[0, :len(whole)] = whole
+  inputs[0, : len(whole)] = whole
   logits = engine('1x1x1').logits(inputs)[0, len(whole) - 1]
   if request.sampling.temperature:
-    noise = selection.gumbel_of_all(*map(np.asarray, ([np.uint32(seed)], [np.int32(len(whole))])), CONFIG.vocab_size)
+    noise = selection.gumbel_of_all(
+      *map(np.asarray, ([np.uint32(seed)], [np.int32(len(whole))])), CONFIG.vocab_size
+    )
     logits = logits / request.sampling.temperature + np.asarray(noise)[0]
   second, first = np.sort(logits)[-2:]
   return first - second < 1e-4
@@ -82,12 +104,24 @@ def test_random_mixes_are_identical_to_one_at_a_time():
     rng = np.random.default_rng(i)
     mesh, prefill, decode, slots, prompts, chunk = KINDS[i % len(KINDS)]
     requests, model = mix(rng), engine(mesh, prefill, decode)
-    plan = SchedulerConfig(slots, LONGEST + MOST + 1, LONGEST + 1, LONGEST + 1, SAMPLERS, EOS, chunk=chunk, prompts=prompts,
-                budget=int(rng.integers(1, 40)), steps=5)
+    plan = SchedulerConfig(
+      slots,
+      LONGEST + MOST + 1,
+      LONGEST + 1,
+      LONGEST + 1,
+      SAMPLERS,
+      EOS,
+      chunk=chunk,
+      prompts=prompts,
+      budget=int(rng.integers(1, 40)),
+      steps=5,
+    )
     # What is stored compiles for its length: one of two.
     shared = shared_prefix.find_shared_prefix([r.tokens for r in requests], least=3)[:8]
     shared = shared if len(shared) == 8 and i % 2 else ()
-    for (request, sample), tokens in served(Scheduler(model.model, model.weights, plan, shared), requests).items():
+    for (request, sample), tokens in served(
+      Scheduler(model.model, model.weights, plan, shared), requests
+    ).items():
       asked = requests[request]
       wanted = alone(asked, asked.seeds[sample])
       rows += 1
@@ -102,8 +136,12 @@ def test_random_mixes_are_identical_to_one_at_a_time():
 def test_slots_are_kept_full():
   """20 requests of 1 to 12 tokens on 3 slots: hardly more slot-steps than tokens, and no prompt is prefilled twice."""
   e, rng = engine('1x1x1'), np.random.default_rng(0)
-  requests = [Request((0, *rng.integers(3, 101, 6).tolist()), (i,), 1 + i * 7 % 12) for i in range(20)]
-  scheduler = Scheduler(e.model, e.weights, SchedulerConfig(3, 40, 21, 21, eos_id=-1, chunk=4, steps=5))
+  requests = [
+    Request((0, *rng.integers(3, 101, 6).tolist()), (i,), 1 + i * 7 % 12) for i in range(20)
+  ]
+  scheduler = Scheduler(
+    e.model, e.weights, SchedulerConfig(3, 40, 21, 21, eos_id=-1, chunk=4, steps=5)
+  )
   found = served(scheduler, requests)
   assert [len(found[i, 0]) for i in range(20)] == [r.limit for r in requests]
   tally = scheduler.tally
@@ -120,7 +158,9 @@ def test_requests_are_taken_as_slots_become_free():
       taken.append(i)
       yield Request((0, 5, 6), (i,), 8)
 
-  for event in Scheduler(e.model, e.weights, SchedulerConfig(3, 40, 21, 21, eos_id=-1, chunk=4, steps=5)).run(requests()):
+  for event in Scheduler(
+    e.model, e.weights, SchedulerConfig(3, 40, 21, 21, eos_id=-1, chunk=4, steps=5)
+  ).run(requests()):
     if event.request == 0 and not event.ended:
       assert len(taken) <= 4  # and one that it knows to be waiting
   assert len(taken) == 9
@@ -130,15 +170,23 @@ def test_a_budget_lets_rows_go_on_while_prompts_wait():
   """One row decodes while a long prompt enters: with a budget of a chunk, a step between any two chunks."""
   e = engine('1x1x1')
   requests = [Request((0, 5), (1,), 12), Request((0, *range(3, 23)), (2,), 2)]
-  events = list(Scheduler(e.model, e.weights, SchedulerConfig(3, 40, 21, 21, eos_id=-1, chunk=4, budget=1, steps=5)).run(requests))
+  events = list(
+    Scheduler(
+      e.model, e.weights, SchedulerConfig(3, 40, 21, 21, eos_id=-1, chunk=4, budget=1, steps=5)
+    ).run(requests)
+  )
   before = list(map(lambda event: event.request, events)).index(1)
-  assert before == 7  # a step of the first row alone; 21 positions in chunks of 4 take 6 passes, with a step after each
+  assert (
+    before == 7
+  )  # a step of the first row alone; 21 positions in chunks of 4 take 6 passes, with a step after each
   assert [sum(len(e.tokens) for e in events if e.request == i) for i in (0, 1)] == [12, 2]
 
 
 def test_a_run_that_is_left_makes_room_for_the_next():
   e = engine('1x1x1')
-  scheduler = Scheduler(e.model, e.weights, SchedulerConfig(3, 40, 21, 21, eos_id=-1, chunk=4, steps=5))
+  scheduler = Scheduler(
+    e.model, e.weights, SchedulerConfig(3, 40, 21, 21, eos_id=-1, chunk=4, steps=5)
+  )
   left = scheduler.run([Request((0, 5), (i,), 12) for i in range(5)])
   next(left)
   left.close()
@@ -150,7 +198,9 @@ def test_a_run_that_is_left_makes_room_for_the_next():
 
 def test_top_log_probabilities():
   e = engine('1x1x1')
-  scheduler = Scheduler(e.model, e.weights, SchedulerConfig(2, 40, 21, 21, eos_id=-1, chunk=4, steps=5, top=3))
+  scheduler = Scheduler(
+    e.model, e.weights, SchedulerConfig(2, 40, 21, 21, eos_id=-1, chunk=4, steps=5, top=3)
+  )
   for event in scheduler.run([Request((0, 5), limit=4), Request((0, 9), limit=3)]):
     for token, log_prob, top in zip(event.tokens, event.log_probs, event.top):
       assert len(top) == 3 and top[0] == (token, log_prob) and log_prob == max(p for _, p in top)
@@ -164,15 +214,27 @@ def test_samples_share_their_prompt_s_prefill():
   assert scheduler.tally.prefilled == 4
   assert len(set(map(tuple, found.values()))) > 1
   for (_, sample), tokens in found.items():
-    assert tokens == e.generate([[5, 9]], max_new_tokens=6, sampling=SAMPLERS[2], seeds=[sample + 1], eos_id=-1)[0].tokens
+    assert (
+      tokens
+      == e.generate(
+        [[5, 9]], max_new_tokens=6, sampling=SAMPLERS[2], seeds=[sample + 1], eos_id=-1
+      )[0].tokens
+    )
 
 
-@pytest.mark.parametrize('prompts, least, wanted', [
-    ([], 1, ()), ([(0, 5, 6)], 1, ()), ([(0, 5, 6, 7), (0, 5, 6, 8)], 1, (0, 5, 6)),
+@pytest.mark.parametrize(
+  'prompts, least, wanted',
+  [
+    ([], 1, ()),
+    ([(0, 5, 6)], 1, ()),
+    ([(0, 5, 6, 7), (0, 5, 6, 8)], 1, (0, 5, 6)),
     ([(0, 5, 6)] * 3, 1, (0, 5)),  # the last token of a prompt is never shared
-    ([(0, 5, 6, 7), (0, 5, 6, 8)], 4, ()), ([(0, 5, 6, 7), (0, 5, 6, 8), (0, 9, 9, 9)], 1, (0, 5, 6)),
+    ([(0, 5, 6, 7), (0, 5, 6, 8)], 4, ()),
+    ([(0, 5, 6, 7), (0, 5, 6, 8), (0, 9, 9, 9)], 1, (0, 5, 6)),
     ([(0, 1, 1, 1, 1, 2), (0, 1, 1, 1, 1, 3), (0, 4, 2), (0, 4, 3), (0, 4, 4)], 1, (0, 4)),
-    ([(0,), (0,)], 1, ())])
+    ([(0,), (0,)], 1, ()),
+  ],
+)
 def test_what_is_shared(prompts, least, wanted):
   assert shared_prefix.find_shared_prefix(prompts, least) == wanted
 
@@ -186,7 +248,9 @@ def test_common():
 
 def test_a_plan_fits_its_requests():
   model = engine('2x2x2').model
-  requests = [Request((0, *range(3, 40), i), (0, 1), 30) for i in range(5, 9)] + [Request((0, 4), limit=200)]
+  requests = [Request((0, *range(3, 40), i), (0, 1), 30) for i in range(5, 9)] + [
+    Request((0, 4), limit=200)
+  ]
   plan, shared = scheduler_config.config_for(model, requests, slots=7, eos_id=-1, chunk=32)
   assert shared == (0, *range(3, 40))
   assert (plan.slots, plan.size, plan.prompt, plan.rest) == (8, 208, 48, 16)
@@ -194,14 +258,29 @@ def test_a_plan_fits_its_requests():
   assert scheduler_config.config_for(model, requests[:1], slots=32)[0].slots == 2
 
 
-@pytest.mark.parametrize('request_, says', [
-    (Request((0,) * 22), 'request 0 has 22 tokens, BOS included, and 64 new ones, 0 shared: there is room for 21'),
+@pytest.mark.parametrize(
+  'request_, says',
+  [
+    (
+      Request((0,) * 22),
+      'request 0 has 22 tokens, BOS included, and 64 new ones, 0 shared: there is room for 21',
+    ),
     (Request((0, 5), limit=99), 'or 40 with the new ones but the last'),
-    (Request((0, 5), seeds=()), 'at least one of each'), (Request((0, 5), limit=0), 'request 0 asks for 0 new tokens'),
-    (Request((0, 5), limit=2, sampling=SamplingParams(3.0)), 'is not among the sampling parameters that the run was compiled for')])
+    (Request((0, 5), seeds=()), 'at least one of each'),
+    (Request((0, 5), limit=0), 'request 0 asks for 0 new tokens'),
+    (
+      Request((0, 5), limit=2, sampling=SamplingParams(3.0)),
+      'is not among the sampling parameters that the run was compiled for',
+    ),
+  ],
+)
 def test_what_does_not_fit_is_refused(request_, says):
   e = engine('1x1x1')
   with pytest.raises(RequestError, match=says):
-    list(Scheduler(e.model, e.weights, SchedulerConfig(2, 40, 21, 21, eos_id=-1, chunk=4, steps=5)).run([request_]))
+    list(
+      Scheduler(
+        e.model, e.weights, SchedulerConfig(2, 40, 21, 21, eos_id=-1, chunk=4, steps=5)
+      ).run([request_])
+    )
   with pytest.raises(RequestError, match='steps must be at least 1'):
     SchedulerConfig(2, 40, 21, 21, steps=0)

@@ -28,7 +28,9 @@ def engine(mesh, prefill='ws_2d/batch', decode='ws_2d/batch'):
 
 @functools.cache
 def sampled():
-  return engine('1x1x1').generate(PROMPTS, max_new_tokens=NEW, sampling=SAMPLER, seeds=SEEDS, eos_id=-1, prompt_size=5)
+  return engine('1x1x1').generate(
+    PROMPTS, max_new_tokens=NEW, sampling=SAMPLER, seeds=SEEDS, eos_id=-1, prompt_size=5
+  )
 
 
 @functools.cache
@@ -40,10 +42,21 @@ def raw(mesh, *, eos_id, max_new_tokens=NEW, prompts=PROMPTS):
   """generate's own result, padding included."""
   e = engine(mesh)
   tokens, lengths = model_inputs(prompts, 5)
-  run = jax.jit(generation.generate_batch, static_argnames=('model', 'sampling', 'max_new_tokens', 'eos_id', 'cache_size'))
-  return jax.device_get(run(
-      e.model, e.weights, *e._put(tokens, lengths, np.asarray(SEEDS[:len(prompts)], np.uint32)), sampling=SAMPLER,
-      max_new_tokens=max_new_tokens, eos_id=eos_id, cache_size=5 + max_new_tokens))
+  run = jax.jit(
+    generation.generate_batch,
+    static_argnames=('model', 'sampling', 'max_new_tokens', 'eos_id', 'cache_size'),
+  )
+  return jax.device_get(
+    run(
+      e.model,
+      e.weights,
+      *e._put(tokens, lengths, np.asarray(SEEDS[: len(prompts)], np.uint32)),
+      sampling=SAMPLER,
+      max_new_tokens=max_new_tokens,
+      eos_id=eos_id,
+      cache_size=5 + max_new_tokens,
+    )
+  )
 
 
 def test_greedy_is_the_reference_s():
@@ -53,15 +66,28 @@ def test_greedy_is_the_reference_s():
 
 def test_greedy_as_a_sampler():
   found = engine('1x1x1').generate(
-      PROMPTS, max_new_tokens=NEW, sampling=SamplingParams(1.0, top_k=1), seeds=SEEDS, eos_id=-1, prompt_size=5)
+    PROMPTS,
+    max_new_tokens=NEW,
+    sampling=SamplingParams(1.0, top_k=1),
+    seeds=SEEDS,
+    eos_id=-1,
+    prompt_size=5,
+  )
   assert [c.tokens for c in found] == [c.tokens for c in greedy()]
 
 
-@pytest.mark.parametrize('mesh, prefill, decode', [
-    ('2x2x2', 'ws_2d/batch', 'ws_2d/batch'), ('1x2x4', 'wg_xy/heads', 'ws_2d/batch/two_way'),
-    ('2x2x2', 'ws_1d/batch', 'ws_1d/heads')])
+@pytest.mark.parametrize(
+  'mesh, prefill, decode',
+  [
+    ('2x2x2', 'ws_2d/batch', 'ws_2d/batch'),
+    ('1x2x4', 'wg_xy/heads', 'ws_2d/batch/two_way'),
+    ('2x2x2', 'ws_1d/batch', 'ws_1d/heads'),
+  ],
+)
 def test_mesh_and_layouts_change_nothing(mesh, prefill, decode):
-  found = engine(mesh, prefill, decode).generate(PROMPTS, max_new_tokens=NEW, sampling=SAMPLER, seeds=SEEDS, eos_id=-1, prompt_size=5)
+  found = engine(mesh, prefill, decode).generate(
+    PROMPTS, max_new_tokens=NEW, sampling=SAMPLER, seeds=SEEDS, eos_id=-1, prompt_size=5
+  )
   assert [c.tokens for c in found] == [c.tokens for c in sampled()]
   np.testing.assert_allclose([c.score for c in found], [c.score for c in sampled()], atol=1e-4)
 
@@ -72,7 +98,7 @@ def test_a_row_is_the_same_anywhere_in_any_batch():
   arguments = dict(max_new_tokens=NEW, sampling=SAMPLER, eos_id=-1)
   backwards = e.generate(PROMPTS[::-1], seeds=SEEDS[::-1], prompt_size=5, **arguments)
   assert [c.tokens for c in backwards[::-1]] == [c.tokens for c in sampled()]
-  alone, = e.generate(PROMPTS[3:4], seeds=SEEDS[3:4], **arguments)
+  (alone,) = e.generate(PROMPTS[3:4], seeds=SEEDS[3:4], **arguments)
   assert alone.tokens == sampled()[3].tokens
   mixed = e.generate([[8], PROMPTS[5], [7] * 9], seeds=[0, SEEDS[5], 0], cache_size=30, **arguments)
   assert mixed[1].tokens == sampled()[5].tokens
@@ -80,8 +106,14 @@ def test_a_row_is_the_same_anywhere_in_any_batch():
 
 def test_equal_prompts_differ_by_their_seeds_alone():
   e = engine('1x1x1')
-  found = e.generate([[9]] * 8, max_new_tokens=NEW, sampling=SAMPLER, seeds=[0, 1, 2, 3, 0, 1, 2, 3], eos_id=-1,
-                     prompt_size=5)
+  found = e.generate(
+    [[9]] * 8,
+    max_new_tokens=NEW,
+    sampling=SAMPLER,
+    seeds=[0, 1, 2, 3, 0, 1, 2, 3],
+    eos_id=-1,
+    prompt_size=5,
+  )
   assert found[:4] == found[4:]
   assert len({tuple(c.tokens) for c in found[:4]}) == 4
 
@@ -94,7 +126,7 @@ def test_eos_ends_a_row_and_zeros_follow(mesh):
   result = raw(mesh, eos_id=eos)
   ended = 0
   for row, length, score, whole in zip(*result, free):
-    cut = whole.tokens[:whole.tokens.index(eos) + 1] if eos in whole.tokens else whole.tokens
+    cut = whole.tokens[: whole.tokens.index(eos) + 1] if eos in whole.tokens else whole.tokens
     ended += len(cut) < NEW
     assert length == len(cut)
     assert row.tolist() == cut + [0] * (NEW - len(cut))
@@ -106,14 +138,18 @@ def test_scores_are_the_model_s_own_log_probs():
   """Under temperature 1 and all tokens, whatever the sampler: recomputed in one pass over prompt and completion."""
   e = engine('1x1x1')
   hot = SamplingParams(temperature=3.0, top_k=20)
-  free = e.generate(PROMPTS, max_new_tokens=NEW, sampling=hot, seeds=SEEDS, eos_id=-1, prompt_size=5)
-  found = e.generate(PROMPTS, max_new_tokens=NEW, sampling=hot, seeds=SEEDS, eos_id=free[0].tokens[3], prompt_size=5)
+  free = e.generate(
+    PROMPTS, max_new_tokens=NEW, sampling=hot, seeds=SEEDS, eos_id=-1, prompt_size=5
+  )
+  found = e.generate(
+    PROMPTS, max_new_tokens=NEW, sampling=hot, seeds=SEEDS, eos_id=free[0].tokens[3], prompt_size=5
+  )
   assert len(found[0].tokens) <= 4
   targets, weights = np.zeros((8, 5 + NEW), np.int32), np.zeros((8, 5 + NEW), np.float32)
   for i, (prompt, completion) in enumerate(zip(PROMPTS, found)):
     sequence = prompt + completion.tokens
-    targets[i, :len(sequence)] = sequence
-    weights[i, len(prompt):len(sequence)] = 1
+    targets[i, : len(sequence)] = sequence
+    weights[i, len(prompt) : len(sequence)] = 1
   inputs = np.pad(targets[:, :-1], ((0, 0), (1, 0)))
   np.testing.assert_allclose([c.score for c in found], e.score(inputs, targets, weights), atol=1e-4)
 
@@ -133,9 +169,17 @@ def test_one_new_token():
 def test_max_length_ends_each_row_when_prompt_and_new_tokens_reach_it():
   """The same tokens, of longer prompts fewer; rows that go on are not disturbed by those that ended."""
   rows = engine('1x1x1').generate(
-      PROMPTS, max_new_tokens=NEW, sampling=SAMPLER, seeds=SEEDS, eos_id=-1, prompt_size=5, max_length=8, cache_size=8)
+    PROMPTS,
+    max_new_tokens=NEW,
+    sampling=SAMPLER,
+    seeds=SEEDS,
+    eos_id=-1,
+    prompt_size=5,
+    max_length=8,
+    cache_size=8,
+  )
   for row, whole, prompt in zip(rows, sampled(), PROMPTS, strict=True):
-    assert row.tokens == whole.tokens[:8 - len(prompt)]
+    assert row.tokens == whole.tokens[: 8 - len(prompt)]
 
 
 def test_a_prompt_that_fills_max_length_is_refused():
@@ -145,7 +189,15 @@ def test_a_prompt_that_fills_max_length_is_refused():
 
 def test_a_prefill_in_chunks_changes_nothing():
   e = engine('2x2x2', 'wg_xy/heads', 'ws_2d/batch')
-  found = e.generate(PROMPTS, max_new_tokens=NEW, sampling=SAMPLER, seeds=SEEDS, eos_id=-1, prompt_size=5, prefill_chunk=4)
+  found = e.generate(
+    PROMPTS,
+    max_new_tokens=NEW,
+    sampling=SAMPLER,
+    seeds=SEEDS,
+    eos_id=-1,
+    prompt_size=5,
+    prefill_chunk=4,
+  )
   assert [c.tokens for c in found] == [c.tokens for c in sampled()]
 
 
@@ -157,14 +209,18 @@ def test_each_row_has_its_own_sampler():
   found = e.generate(PROMPTS, sampling=mixed, **arguments)
   warm = e.generate(PROMPTS, sampling=SamplingParams(0.7), **arguments)
   for row, sampling, *wanted in zip(found, mixed, sampled(), greedy(), warm):
-    assert row.tokens == wanted[(SAMPLER, SamplingParams(), SamplingParams(0.7)).index(sampling)].tokens
+    assert (
+      row.tokens == wanted[(SAMPLER, SamplingParams(), SamplingParams(0.7)).index(sampling)].tokens
+    )
   with pytest.raises(RequestError, match='8 prompts need as many sampling parameters, got 2'):
     e.generate(PROMPTS, sampling=mixed[:2], **arguments)
 
 
 def test_each_row_has_its_own_limit():
   limits = [1, 6, 2, 3, 6, 4, 5, 1]
-  found = engine('1x1x1').generate(PROMPTS, max_new_tokens=limits, sampling=SAMPLER, seeds=SEEDS, eos_id=-1, prompt_size=5)
+  found = engine('1x1x1').generate(
+    PROMPTS, max_new_tokens=limits, sampling=SAMPLER, seeds=SEEDS, eos_id=-1, prompt_size=5
+  )
   assert [c.tokens for c in found] == [c.tokens[:n] for c, n in zip(sampled(), limits)]
   with pytest.raises(RequestError, match='8 prompts need as many limits, got 3'):
     engine('1x1x1').generate(PROMPTS, max_new_tokens=[1, 2, 3])
@@ -177,10 +233,20 @@ def test_options_reach_the_loop():
   e = engine('1x1x1')
   free = greedy()[0].tokens
   pair = tuple(free[1:3])
-  row, = e.generate(PROMPTS[:1], max_new_tokens=NEW, sampling=SamplingParams(stop=(pair,)), eos_id=-1, prompt_size=5)
-  assert row.tokens == free[:next(i for i in range(2, 4) if tuple(free[i - 2:i]) == pair)]
-  banned = SamplingParams(repetition_penalty=1e9)  # of equal ids none is taken twice, nor any of the prompt
-  row, = e.generate(PROMPTS[:1], max_new_tokens=NEW, sampling=banned, eos_id=-1, prompt_size=5)
+  (row,) = e.generate(
+    PROMPTS[:1], max_new_tokens=NEW, sampling=SamplingParams(stop=(pair,)), eos_id=-1, prompt_size=5
+  )
+  assert row.tokens == free[: next(i for i in range(2, 4) if tuple(free[i - 2 : i]) == pair)]
+  banned = SamplingParams(
+    repetition_penalty=1e9
+  )  # of equal ids none is taken twice, nor any of the prompt
+  (row,) = e.generate(PROMPTS[:1], max_new_tokens=NEW, sampling=banned, eos_id=-1, prompt_size=5)
   assert len({*row.tokens, *PROMPTS[0]}) == NEW + len(PROMPTS[0])
-  row, = e.generate(PROMPTS[:1], max_new_tokens=NEW, sampling=SamplingParams(min_new_tokens=2), eos_id=free[0], prompt_size=5)
+  (row,) = e.generate(
+    PROMPTS[:1],
+    max_new_tokens=NEW,
+    sampling=SamplingParams(min_new_tokens=2),
+    eos_id=free[0],
+    prompt_size=5,
+  )
   assert row.tokens[0] != free[0]

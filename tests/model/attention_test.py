@@ -30,8 +30,12 @@ def test_a_token_sees_its_context_and_what_comes_before_it(new, kv_heads, cached
   out = np.asarray(attend(q, k, v, context))
   for i, length in enumerate(lengths):
     past = (keys[i, :length], values[i, :length]) if cached else (k[i, :0], v[i, :0])
-    all_k, all_v = (np.repeat(np.concatenate([p, x[i]]), h // kv_heads, axis=1) for p, x in zip(past, (k, v)))
-    visible = np.concatenate([np.ones((new, length), bool), np.tril(np.ones((new, new), bool))], axis=1)
+    all_k, all_v = (
+      np.repeat(np.concatenate([p, x[i]]), h // kv_heads, axis=1) for p, x in zip(past, (k, v))
+    )
+    visible = np.concatenate(
+      [np.ones((new, length), bool), np.tril(np.ones((new, new), bool))], axis=1
+    )
     np.testing.assert_allclose(out[i], _numpy(q[i], all_k, all_v, visible), atol=1e-6)
 
 
@@ -65,7 +69,7 @@ def test_what_rows_share_is_as_if_each_had_it(monkeypatch, kv_heads, limit):
   each = np.zeros((2, b, p + s, kv_heads, d), np.float32)
   for row in range(b):
     n, m = common[row], lengths[row]
-    each[:, row, :n], each[:, row, n:n + m] = shared[:, :n], own[:, row, :m]
+    each[:, row, :n], each[:, row, n : n + m] = shared[:, :n], own[:, row, :m]
   wanted = attend(q, k, v, Context(*each, lengths + common))
   monkeypatch.setattr(attention, 'MAX_LOGITS', limit)
   context = Context(*own.astype(np.float32), lengths, *shared.astype(np.float32), common)

@@ -14,11 +14,15 @@ LENGTHS = np.asarray([0, S - 1, S, 3], np.int32)  # empty, nearly full, full, an
 
 def _cache(lead, tokens=1):
   keys, values, new_keys, new_values = (
-      jax.random.normal(jax.random.key(i), (*lead, B, size, K, Q)) for i, size in enumerate((S, S, tokens, tokens)))
+    jax.random.normal(jax.random.key(i), (*lead, B, size, K, Q))
+    for i, size in enumerate((S, S, tokens, tokens))
+  )
   return KVCache(keys, values, LENGTHS), new_keys, new_values
 
 
-@pytest.mark.parametrize('tokens, counts', [(1, None), (1, (1, 1, 1, 0)), (3, None), (3, (3, 1, 2, 0))])
+@pytest.mark.parametrize(
+  'tokens, counts', [(1, None), (1, (1, 1, 1, 0)), (3, None), (3, (3, 1, 2, 0))]
+)
 @pytest.mark.parametrize('lead', [(), (3,)], ids=['one layer', 'stacked'])
 @pytest.mark.parametrize('write', [kv_cache._scatter, kv_cache._row_by_row])
 def test_each_row_is_written_at_its_end(write, lead, tokens, counts):
@@ -27,8 +31,10 @@ def test_each_row_is_written_at_its_end(write, lead, tokens, counts):
   for old, wanted, found in zip((cache.keys, cache.values), new, written):
     expected = np.array(old)
     for row, length in enumerate(LENGTHS):
-      count = min(S - length, tokens if counts is None else counts[row])  # what finds no room is dropped
-      expected[..., row, length:length + count, :, :] = np.asarray(wanted)[..., row, :count, :, :]
+      count = min(
+        S - length, tokens if counts is None else counts[row]
+      )  # what finds no room is dropped
+      expected[..., row, length : length + count, :, :] = np.asarray(wanted)[..., row, :count, :, :]
     np.testing.assert_array_equal(found, expected)
 
 
@@ -59,7 +65,13 @@ def test_units_and_scales_are_written_alike(write, size, tokens):
 def test_gpus_take_the_scatter():
   cache, keys, values = _cache(())
   traced = jax.jit(kv_cache.append).trace(cache, keys, values)
-  lowered = {platform: traced.lower(lowering_platforms=(platform,)).as_text()
-             for platform in ('cuda', 'rocm', 'cpu', 'tpu')}
+  lowered = {
+    platform: traced.lower(lowering_platforms=(platform,)).as_text()
+    for platform in ('cuda', 'rocm', 'cpu', 'tpu')
+  }
   assert {p: 'stablehlo.scatter' in text for p, text in lowered.items()} == {
-      'cuda': True, 'rocm': True, 'cpu': False, 'tpu': False}
+    'cuda': True,
+    'rocm': True,
+    'cpu': False,
+    'tpu': False,
+  }

@@ -33,7 +33,9 @@ def tensors(model):
 @functools.cache
 def expected(model, cache=None):
   """Logits [16, LENGTH, V] at every position of memory.tokens."""
-  return reference.logits(MODELS[model], tensors(model), memory.tokens(MODELS[model], 16, LENGTH), cache)
+  return reference.logits(
+    MODELS[model], tensors(model), memory.tokens(MODELS[model], 16, LENGTH), cache
+  )
 
 
 def close(found, wanted, cache=None):
@@ -44,18 +46,19 @@ def close(found, wanted, cache=None):
 # (model, prefill, decode, rows, mesh). Each decode layout is extended in, and each prefill layout in chunks, with rows that
 # fill the mesh, some of it or nothing of it; heads that divide and heads that don't.
 CASES = [
-    ('multiquery-parallel', 'ws_2d/batch', 'ws_2d/batch', 8, '2x2x2'),
-    ('multihead-serial', 'ws_2d/heads', 'ws_2d/batch', 2, '2x2x2'),
-    ('grouped-serial', 'ws_1d/batch', 'ws_1d/heads', 3, '2x2x2'),
-    ('grouped-parallel', 'ws_2d/batch', 'ws_2d/heads', 1, '4x2x1'),
-    ('multihead-parallel', 'ws_1d/heads', 'ws_1d/batch', 4, '1x2x4'),
-    ('multiquery-serial', 'wg_xyz/batch', 'wg_x/heads', 2, '2x2x2'),
-    ('grouped-serial', 'wg_xyz/batch', 'wg_xy/batch', 8, '2x2x2'),
-    ('multihead-serial', 'wg_xy/heads', 'wg_x/batch', 4, '2x2x2'),
-    ('multiquery-parallel', 'wg_x/batch', 'wg_xy/heads', 4, '2x2x2'),
-    ('grouped-parallel', 'wg_xy/batch/two_way', 'wg_xyz/batch/one_way', 8, '2x2x2'),
-    ('multihead-parallel', 'wg_x/heads/one_way', 'ws_2d/batch/two_way', 1, '8x1x1'),
-    ('multiquery-serial', 'ws_2d/batch', 'ws_2d/heads', 3, '1x1x1')]
+  ('multiquery-parallel', 'ws_2d/batch', 'ws_2d/batch', 8, '2x2x2'),
+  ('multihead-serial', 'ws_2d/heads', 'ws_2d/batch', 2, '2x2x2'),
+  ('grouped-serial', 'ws_1d/batch', 'ws_1d/heads', 3, '2x2x2'),
+  ('grouped-parallel', 'ws_2d/batch', 'ws_2d/heads', 1, '4x2x1'),
+  ('multihead-parallel', 'ws_1d/heads', 'ws_1d/batch', 4, '1x2x4'),
+  ('multiquery-serial', 'wg_xyz/batch', 'wg_x/heads', 2, '2x2x2'),
+  ('grouped-serial', 'wg_xyz/batch', 'wg_xy/batch', 8, '2x2x2'),
+  ('multihead-serial', 'wg_xy/heads', 'wg_x/batch', 4, '2x2x2'),
+  ('multiquery-parallel', 'wg_x/batch', 'wg_xy/heads', 4, '2x2x2'),
+  ('grouped-parallel', 'wg_xy/batch/two_way', 'wg_xyz/batch/one_way', 8, '2x2x2'),
+  ('multihead-parallel', 'wg_x/heads/one_way', 'ws_2d/batch/two_way', 1, '8x1x1'),
+  ('multiquery-serial', 'ws_2d/batch', 'ws_2d/heads', 3, '1x1x1'),
+]
 CASES = [(*case, None) for case in CASES] + [(*CASES[i], 'int8') for i in (1, 2, 5)]
 
 
@@ -63,18 +66,26 @@ CASES = [(*case, None) for case in CASES] + [(*CASES[i], 'int8') for i in (1, 2,
 def test_extend_then_decode_equals_the_full_forward(model, prefill, decode, rows, mesh, holds):
   """Ragged chunks, with rows that get nothing; then a decode step on the same cache; then another chunk, a turn."""
   config = MODELS[model]
-  engine = memory.engine(config, tensors(model), mesh, stacked=rows % 2 == 0, prefill=prefill, decode=decode, cache=holds)
-  tokens, wanted, everyone = memory.tokens(config, rows, LENGTH), expected(model, holds), np.arange(rows)
+  engine = memory.engine(
+    config, tensors(model), mesh, stacked=rows % 2 == 0, prefill=prefill, decode=decode, cache=holds
+  )
+  tokens, wanted, everyone = (
+    memory.tokens(config, rows, LENGTH),
+    expected(model, holds),
+    np.arange(rows),
+  )
   cache = empty_cache(engine.model, engine.weights, rows, LENGTH)
   lengths = np.zeros(rows, np.int32)
   for step, size in enumerate((4, 4, 1, 4)):
     counts = np.clip((everyone + step) % (size + 1), 1 - step % 2, None).astype(np.int32)
     new = np.full((rows, size), 77, np.int32)
     for row, (start, count) in enumerate(zip(lengths, counts)):
-      new[row, :count] = tokens[row, start:start + count]
+      new[row, :count] = tokens[row, start : start + count]
     if size == 1:
       counts = np.ones_like(counts)
-      logits, cache = memory.decode_step(engine.model, engine.weights, cache, *engine._put(tokens[everyone, lengths]))
+      logits, cache = memory.decode_step(
+        engine.model, engine.weights, cache, *engine._put(tokens[everyone, lengths])
+      )
     else:
       logits, cache = extend(engine.model, engine.weights, cache, *engine._put(new, counts))
     lengths += counts
@@ -87,17 +98,29 @@ def test_extend_then_decode_equals_the_full_forward(model, prefill, decode, rows
 def test_prefill_in_chunks_equals_prefill(model, prefill, decode, rows, mesh, holds):
   """In the prefill layout, with the cache then where decode has it: the next step is right, and nothing moves for it."""
   config = MODELS[model]
-  engine = memory.engine(config, tensors(model), mesh, stacked=True, prefill=prefill, decode=decode, cache=holds)
-  tokens, wanted, everyone = memory.tokens(config, rows, LENGTH), expected(model, holds), np.arange(rows)
+  engine = memory.engine(
+    config, tensors(model), mesh, stacked=True, prefill=prefill, decode=decode, cache=holds
+  )
+  tokens, wanted, everyone = (
+    memory.tokens(config, rows, LENGTH),
+    expected(model, holds),
+    np.arange(rows),
+  )
   lengths = (3 + everyone * 5 % 8).astype(np.int32)
   prompts = np.where(np.arange(10)[None, :] < lengths[:, None], tokens[:, :10], 77).astype(np.int32)
-  whole = jax.eval_shape(lambda w, t, l: engine.model.prefill(w, t, l, LENGTH)[1], engine.weights, prompts, lengths)
+  whole = jax.eval_shape(
+    lambda w, t, l: engine.model.prefill(w, t, l, LENGTH)[1], engine.weights, prompts, lengths
+  )
   for chunk in (3, 8):
-    logits, cache = in_chunks(engine.model, engine.weights, *engine._put(prompts, lengths), size=LENGTH, chunk=chunk)
+    logits, cache = in_chunks(
+      engine.model, engine.weights, *engine._put(prompts, lengths), size=LENGTH, chunk=chunk
+    )
     close(logits, wanted[everyone, lengths - 1], holds)
     assert jax.tree.map(jnp.shape, cache) == jax.tree.map(jnp.shape, whole)
     if engine.model.padded_batch(rows) == rows:
-      logits, _ = memory.decode_step(engine.model, engine.weights, cache, *engine._put(tokens[everyone, lengths]))
+      logits, _ = memory.decode_step(
+        engine.model, engine.weights, cache, *engine._put(tokens[everyone, lengths])
+      )
       close(logits, wanted[everyone, lengths], holds)
 
 
@@ -105,7 +128,9 @@ def test_prefill_in_chunks_equals_prefill(model, prefill, decode, rows, mesh, ho
 def test_rows_that_begin_alike_share_it(model, prefill, decode, rows, mesh, holds):
   """Prefilled once, in a row of its own; each row of the others begins with as much of it as it likes, or with nothing."""
   config = MODELS[model]
-  engine = memory.engine(config, tensors(model), mesh, stacked=rows % 2 == 0, prefill=prefill, decode=decode, cache=holds)
+  engine = memory.engine(
+    config, tensors(model), mesh, stacked=rows % 2 == 0, prefill=prefill, decode=decode, cache=holds
+  )
   tokens, everyone = memory.tokens(config, rows, LENGTH), np.arange(rows)
   common = (5 - everyone % 6).astype(np.int32)  # 5, 4, ... 0 positions of the first row
   tokens = np.where(np.arange(LENGTH)[None, :] < common[:, None], tokens[:1], tokens)
@@ -122,9 +147,11 @@ def test_rows_that_begin_alike_share_it(model, prefill, decode, rows, mesh, hold
   for counts in ((everyone % 3 + 1).astype(np.int32), np.ones(rows, np.int32)):
     new = np.full((rows, size), 77, np.int32)
     for row, (start, count) in enumerate(zip(lengths, counts)):
-      new[row, :count] = tokens[row, start:start + count]
+      new[row, :count] = tokens[row, start : start + count]
     if size == 1:
-      logits, cache = memory.decode_step(engine.model, engine.weights, cache, *engine._put(new[:, 0]))
+      logits, cache = memory.decode_step(
+        engine.model, engine.weights, cache, *engine._put(new[:, 0])
+      )
     else:
       logits, cache = extend(engine.model, engine.weights, cache, *engine._put(new, counts))
     lengths, size = lengths + counts, 1
@@ -140,9 +167,13 @@ def test_what_finds_no_room_is_dropped(stacked):
   tokens = memory.tokens(config, 2, 8)
   wanted = reference.logits(config, reference.random_tensors(config), tokens)
   cache = empty_cache(engine.model, engine.weights, 2, 6)
-  _, cache = extend(engine.model, engine.weights, cache, *engine._put(tokens[:, :4], np.array([4, 3], np.int32)))
+  _, cache = extend(
+    engine.model, engine.weights, cache, *engine._put(tokens[:, :4], np.array([4, 3], np.int32))
+  )
   new = np.array([[*tokens[0, 4:6], 77, 77], [*tokens[1, 3:6], 77]], np.int32)
-  logits, cache = extend(engine.model, engine.weights, cache, *engine._put(new, np.array([2, 3], np.int32)))
+  logits, cache = extend(
+    engine.model, engine.weights, cache, *engine._put(new, np.array([2, 3], np.int32))
+  )
   close(logits, wanted[:, 5])
   assert cache.lengths.tolist() == [6, 6]
   logits, _ = memory.decode_step(engine.model, engine.weights, cache, *engine._put(tokens[:, 6]))
@@ -152,5 +183,13 @@ def test_what_finds_no_room_is_dropped(stacked):
 def test_more_tokens_than_positions_are_refused():
   model = memory.engine(memory.ODD, reference.random_tensors(memory.ODD), '1x1x1')
   cache = empty_cache(model.model, model.weights, 2, 4)
-  with pytest.raises(RequestError, match='5 new tokens at once do not fit into a cache of 4 positions'):
-    jax.eval_shape(model.model.prefill_chunk, model.weights, cache, jnp.zeros((2, 5), jnp.int32), jnp.ones(2, jnp.int32))
+  with pytest.raises(
+    RequestError, match='5 new tokens at once do not fit into a cache of 4 positions'
+  ):
+    jax.eval_shape(
+      model.model.prefill_chunk,
+      model.weights,
+      cache,
+      jnp.zeros((2, 5), jnp.int32),
+      jnp.ones(2, jnp.int32),
+    )

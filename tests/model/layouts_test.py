@@ -12,25 +12,43 @@ from t5x_inference_ext.sharding.layout import Layout
 from tests import reference
 from tests import memory
 
-LAYOUTS = ['ws_1d/heads', 'ws_1d/batch', 'ws_2d/heads', 'ws_2d/batch', 'wg_x/heads', 'wg_x/batch', 'wg_xy/heads',
-           'wg_xy/batch', 'wg_xyz/batch']
+LAYOUTS = [
+  'ws_1d/heads',
+  'ws_1d/batch',
+  'ws_2d/heads',
+  'ws_2d/batch',
+  'wg_x/heads',
+  'wg_x/batch',
+  'wg_xy/heads',
+  'wg_xy/batch',
+  'wg_xyz/batch',
+]
 
 # Attention x block, both MLPs and norms in both blocks. 6 heads over 4 or 8 shards are padded, 3 leave shards without
 # any; 2 groups of 4 queries are shared by 4 shards (2 queries each) or 8 (one); 3 groups of 2 are padded either way.
 _SIZES = dict(num_layers=2, d_model=32, d_ff=64, d_head=8, vocab_size=101)
 MODELS = {
-    'multiquery-parallel': ModelConfig(num_heads=6, **_SIZES),  # as PaLM
-    'multihead-serial': ModelConfig(  # as Megatron
-        num_heads=6, num_kv_heads=6, block='serial', mlp='gelu', norm='layer', norm_scale='one', **_SIZES),
-    'grouped-parallel': ModelConfig(num_heads=8, num_kv_heads=2, mlp='gelu', **_SIZES),
-    'grouped-serial': ModelConfig(num_heads=6, num_kv_heads=3, block='serial', **_SIZES),
-    'multihead-parallel': ModelConfig(num_heads=3, num_kv_heads=3, norm='layer', **_SIZES),
-    'multiquery-serial': ModelConfig(num_heads=8, block='serial', norm_scale='one', **_SIZES),
+  'multiquery-parallel': ModelConfig(num_heads=6, **_SIZES),  # as PaLM
+  'multihead-serial': ModelConfig(  # as Megatron
+    num_heads=6,
+    num_kv_heads=6,
+    block='serial',
+    mlp='gelu',
+    norm='layer',
+    norm_scale='one',
+    **_SIZES,
+  ),
+  'grouped-parallel': ModelConfig(num_heads=8, num_kv_heads=2, mlp='gelu', **_SIZES),
+  'grouped-serial': ModelConfig(num_heads=6, num_kv_heads=3, block='serial', **_SIZES),
+  'multihead-parallel': ModelConfig(num_heads=3, num_kv_heads=3, norm='layer', **_SIZES),
+  'multiquery-serial': ModelConfig(num_heads=8, block='serial', norm_scale='one', **_SIZES),
 }
 # So many queries on a shard that its columns of the one key head are padded to a tile.
-TILES = {'multiquery-tiles': ModelConfig(num_heads=32, **{**_SIZES, 'd_head': 64}),
-         # 6 heads over 4 shards are 3 over each 2, in whole tiles.
-         'multiquery-cut': ModelConfig(num_heads=6, **{**_SIZES, 'd_head': 256})}
+TILES = {
+  'multiquery-tiles': ModelConfig(num_heads=32, **{**_SIZES, 'd_head': 64}),
+  # 6 heads over 4 shards are 3 over each 2, in whole tiles.
+  'multiquery-cut': ModelConfig(num_heads=6, **{**_SIZES, 'd_head': 256}),
+}
 
 STEPS = 4
 MAX_ROWS = 24
@@ -50,25 +68,43 @@ class Case:
   weights: str = 'float32'
 
   def __str__(self):
-    return (f'{self.prefill}+{self.decode}:{self.model}:{self.mesh}:{self.rows}x{self.prompt_size}:'
-            f'{"stacked" if self.stacked else "unrolled"}:{self.weights}')
+    return (
+      f'{self.prefill}+{self.decode}:{self.model}:{self.mesh}:{self.rows}x{self.prompt_size}:'
+      f'{"stacked" if self.stacked else "unrolled"}:{self.weights}'
+    )
 
 
 # The batches that a layout meets on 2x2x2, one for each model: they fill all axes, once or several times, some, or none.
 # A weight-gathered decode step takes no fewer rows than it splits tokens over.
-ROWS = {'ws_1d': (8, 1, 4, 2, 3, 16), 'ws_2d': (1, 8, 2, 4, 16, 3), 'wg_x': (8, 2, 4, 6, 16, 2),
-        'wg_xy': (4, 8, 12, 16, 4, 8), 'wg_xyz': (8, 16, 24, 8, 16, 8)}
+ROWS = {
+  'ws_1d': (8, 1, 4, 2, 3, 16),
+  'ws_2d': (1, 8, 2, 4, 16, 3),
+  'wg_x': (8, 2, 4, 6, 16, 2),
+  'wg_xy': (4, 8, 12, 16, 4, 8),
+  'wg_xyz': (8, 16, 24, 8, 16, 8),
+}
 
 # Few rows leave axes for positions in prefill, and the cache moves to where decode has it. (prefill, decode, rows,
 # positions)
 MIXED = [
-    ('ws_1d/heads', 'ws_1d/batch', 8, 4), ('ws_1d/batch', 'ws_1d/heads', 2, 4),
-    ('ws_2d/heads', 'ws_2d/batch', 8, 4), ('ws_2d/batch', 'ws_2d/heads', 4, 5),
-    ('wg_x/heads', 'ws_2d/heads', 1, 4), ('wg_x/batch', 'ws_2d/batch', 3, 5), ('wg_xy/heads', 'ws_2d/batch', 3, 6),
-    ('wg_xy/batch', 'ws_2d/heads', 1, 5), ('wg_xyz/batch', 'ws_2d/batch', 8, 4), ('wg_xyz/batch', 'ws_2d/batch', 1, 9),
-    ('wg_xyz/batch', 'ws_2d/heads', 2, 5), ('wg_xyz/batch', 'wg_x/heads', 4, 7), ('ws_2d/heads', 'wg_x/batch', 2, 4),
-    ('ws_2d/batch', 'wg_xyz/batch', 16, 4), ('ws_2d/batch', 'wg_xy/heads', 4, 5), ('wg_x/batch', 'wg_xy/batch', 4, 6),
-    ('wg_xy/heads', 'wg_xyz/batch', 8, 4)]
+  ('ws_1d/heads', 'ws_1d/batch', 8, 4),
+  ('ws_1d/batch', 'ws_1d/heads', 2, 4),
+  ('ws_2d/heads', 'ws_2d/batch', 8, 4),
+  ('ws_2d/batch', 'ws_2d/heads', 4, 5),
+  ('wg_x/heads', 'ws_2d/heads', 1, 4),
+  ('wg_x/batch', 'ws_2d/batch', 3, 5),
+  ('wg_xy/heads', 'ws_2d/batch', 3, 6),
+  ('wg_xy/batch', 'ws_2d/heads', 1, 5),
+  ('wg_xyz/batch', 'ws_2d/batch', 8, 4),
+  ('wg_xyz/batch', 'ws_2d/batch', 1, 9),
+  ('wg_xyz/batch', 'ws_2d/heads', 2, 5),
+  ('wg_xyz/batch', 'wg_x/heads', 4, 7),
+  ('ws_2d/heads', 'wg_x/batch', 2, 4),
+  ('ws_2d/batch', 'wg_xyz/batch', 16, 4),
+  ('ws_2d/batch', 'wg_xy/heads', 4, 5),
+  ('wg_x/batch', 'wg_xy/batch', 4, 6),
+  ('wg_xy/heads', 'wg_xyz/batch', 8, 4),
+]
 
 
 def cases() -> list[Case]:
@@ -79,7 +115,9 @@ def cases() -> list[Case]:
     # Every model, in both phases.
     for j, model in enumerate(models):
       rows = ROWS[feedforward][(j + (attention == 'batch') * 3) % 6]
-      out.append(Case(model, layout, layout, rows, prompt_size=4 + (i + j) % 3, stacked=(i + j) % 4 > 0))
+      out.append(
+        Case(model, layout, layout, rows, prompt_size=4 + (i + j) % 3, stacked=(i + j) % 4 > 0)
+      )
     # Meshes of other shapes: without x, without y and z.
     few = {'wg_x': 1, 'wg_xy': 2, 'wg_xyz': 8}.get(feedforward, 4)
     out.append(Case(models[i % 6], layout, layout, (8, few)[i % 2], '1x2x4', 5, stacked=i % 3 > 0))
@@ -91,16 +129,25 @@ def cases() -> list[Case]:
     out.append(Case(models[i % 2], one, two, 8))
     out.append(Case(models[2 + i % 4], two, one, 8, weights='int8'))
     out.append(Case(models[(i + 1) % 6], layout, layout, 16, weights='int8', stacked=i % 2 == 0))
-  out += [Case(models[i % 6], prefill, decode, rows, prompt_size=size) for i, (prefill, decode, rows, size)
-          in enumerate(MIXED)]
+  out += [
+    Case(models[i % 6], prefill, decode, rows, prompt_size=size)
+    for i, (prefill, decode, rows, size) in enumerate(MIXED)
+  ]
   for prefill, decode, rows in (
-      ('ws_2d/heads', 'ws_2d/batch', 8), ('wg_xyz/batch', 'ws_2d/batch/two_way', 2), ('wg_xy/batch', 'wg_x/heads', 4)):
+    ('ws_2d/heads', 'ws_2d/batch', 8),
+    ('wg_xyz/batch', 'ws_2d/batch/two_way', 2),
+    ('wg_xy/batch', 'wg_x/heads', 4),
+  ):
     out.append(Case('multiquery-tiles', prefill, decode, rows, weights='int8'))
   # Heads cut between shards: rows, positions, or, in a decode step of one row, every device makes them whole.
   for prefill, decode, rows, size, weights in (
-      ('ws_2d/batch', 'ws_2d/batch', 8, 4, 'int8'), ('ws_2d/batch', 'ws_2d/heads', 1, 4, 'float32'),
-      ('ws_2d/heads', 'ws_2d/batch', 1, 5, 'float32'), ('wg_x/heads', 'ws_2d/batch', 2, 8, 'float32'),
-      ('wg_xy/batch', 'ws_2d/batch/two_way', 4, 4, 'float32'), ('wg_xyz/batch', 'wg_x/batch', 8, 4, 'int8')):
+    ('ws_2d/batch', 'ws_2d/batch', 8, 4, 'int8'),
+    ('ws_2d/batch', 'ws_2d/heads', 1, 4, 'float32'),
+    ('ws_2d/heads', 'ws_2d/batch', 1, 5, 'float32'),
+    ('wg_x/heads', 'ws_2d/batch', 2, 8, 'float32'),
+    ('wg_xy/batch', 'ws_2d/batch/two_way', 4, 4, 'float32'),
+    ('wg_xyz/batch', 'wg_x/batch', 8, 4, 'int8'),
+  ):
     out.append(Case('multiquery-cut', prefill, decode, rows, prompt_size=size, weights=weights))
   # Few rows in rings, and on a mesh whose positions do not fill z.
   out.append(Case(models[3], 'wg_xyz/batch/two_way', 'ws_2d/batch/one_way', 2, prompt_size=5))
@@ -125,12 +172,21 @@ def tensors(model: str, weights: str) -> dict[str, np.ndarray]:
 @functools.cache
 def expected(model: str, weights: str) -> memory.Greedy:
   config, made = config_of(model), tensors(model, weights)
-  return memory.greedy(config, reference.dequantized(config, made) if weights == 'int8' else made, MAX_ROWS, STEPS)
+  return memory.greedy(
+    config, reference.dequantized(config, made) if weights == 'int8' else made, MAX_ROWS, STEPS
+  )
 
 
 def load(case: Case, dtype: str = 'float32'):
-  return memory.engine(config_of(case.model), tensors(case.model, case.weights), case.mesh, stacked=case.stacked,
-                       dtype=dtype, prefill=case.prefill, decode=case.decode)
+  return memory.engine(
+    config_of(case.model),
+    tensors(case.model, case.weights),
+    case.mesh,
+    stacked=case.stacked,
+    dtype=dtype,
+    prefill=case.prefill,
+    decode=case.decode,
+  )
 
 
 @pytest.mark.parametrize('case', CASES, ids=str)
@@ -138,7 +194,9 @@ def test_logits_and_greedy_tokens(case):
   """What the reference computes, for int8 with the weights that it stands for. 2e-6 was measured at worst."""
   wanted = expected(case.model, case.weights).first(case.rows)
   engine = load(case)
-  assert engine.weights.is_int8 == (case.weights == 'int8') and engine.weights.stacked == case.stacked
+  assert (
+    engine.weights.is_int8 == (case.weights == 'int8') and engine.weights.stacked == case.stacked
+  )
   found = memory.decode(engine, wanted, case.prompt_size)
   np.testing.assert_array_equal(found.chosen, wanted.chosen)
   np.testing.assert_allclose(found.logits, wanted.logits, rtol=0, atol=1e-4)
@@ -146,7 +204,10 @@ def test_logits_and_greedy_tokens(case):
 
 def test_the_cases_have_every_value_of_every_layout():
   """What the module promises: a case that is dropped, or a layout that is added, shows here."""
-  known = {f'{f}/{a}' for f, a in itertools.product(['ws_1d', 'ws_2d', 'wg_x', 'wg_xy', 'wg_xyz'], ['heads', 'batch'])}
+  known = {
+    f'{f}/{a}'
+    for f, a in itertools.product(['ws_1d', 'ws_2d', 'wg_x', 'wg_xy', 'wg_xyz'], ['heads', 'batch'])
+  }
   assert set(LAYOUTS) == known - {'wg_xyz/heads'}
   assert len(set(CASES)) == len(CASES)
   for layout, phase in itertools.product(LAYOUTS, ['prefill', 'decode']):
@@ -178,15 +239,23 @@ def on_one_device(model: str) -> memory.Greedy:
   return memory.decode(load(case, 'bfloat16'), expected(model, 'float32').first(8), 4, forced=True)
 
 
-@pytest.mark.parametrize('model, layout', [
-    *(('multiquery-parallel', layout) for layout in LAYOUTS), ('multihead-serial', 'ws_1d/heads/two_way'),
-    ('multihead-serial', 'ws_2d/heads/two_way'), ('multihead-serial', 'wg_xyz/batch/two_way')])
+@pytest.mark.parametrize(
+  'model, layout',
+  [
+    *(('multiquery-parallel', layout) for layout in LAYOUTS),
+    ('multihead-serial', 'ws_1d/heads/two_way'),
+    ('multihead-serial', 'ws_2d/heads/two_way'),
+    ('multihead-serial', 'wg_xyz/batch/two_way'),
+  ],
+)
 def test_bfloat16_is_near_that_of_one_device(layout, model):
   wanted = expected(model, 'float32').first(8)
   found = memory.decode(load(Case(model, layout, layout, 8), 'bfloat16'), wanted, 4, forced=True)
   one = on_one_device(model)
   error = np.abs(found.logits - one.logits)
-  print(f'{layout} {model}: bfloat16 logits differ by {error.max():.4f} at worst, {np.sqrt(np.mean(error ** 2)):.5f} root '
-        f'mean square, from one device\'s, which differ by {np.abs(one.logits - wanted.logits).max():.4f} from float32')
+  print(
+    f'{layout} {model}: bfloat16 logits differ by {error.max():.4f} at worst, {np.sqrt(np.mean(error**2)):.5f} root '
+    f"mean square, from one device's, which differ by {np.abs(one.logits - wanted.logits).max():.4f} from float32"
+  )
   assert np.abs(one.logits - wanted.logits).max() > 1e-3
   assert error.max() < BFLOAT16_BOUND

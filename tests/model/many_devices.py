@@ -16,22 +16,33 @@ STEPS = 3
 # d_model and d_ff of 64: one column for each of 64 devices.
 _SIZES = dict(num_layers=2, d_model=64, d_ff=64, d_head=2, vocab_size=101)
 MODELS = {
-    # PaLM 540B's 48 heads: padded to 64 over 64 shards (the paper's section 4).
-    'palm': ModelConfig(num_heads=48, **_SIZES),
-    'megatron': ModelConfig(num_heads=48, num_kv_heads=48, block='serial', mlp='gelu', norm='layer', norm_scale='one',
-                            **_SIZES),
-    'grouped': ModelConfig(num_heads=48, num_kv_heads=8, **_SIZES),
+  # PaLM 540B's 48 heads: padded to 64 over 64 shards (the paper's section 4).
+  'palm': ModelConfig(num_heads=48, **_SIZES),
+  'megatron': ModelConfig(
+    num_heads=48,
+    num_kv_heads=48,
+    block='serial',
+    mlp='gelu',
+    norm='layer',
+    norm_scale='one',
+    **_SIZES,
+  ),
+  'grouped': ModelConfig(num_heads=48, num_kv_heads=8, **_SIZES),
 }
 
 # Devices -> (model, mesh, prefill, decode, rows, slots for heads of all shards together)
 CASES = {
-    16: [('palm', '2x2x4', 'wg_xyz/batch', 'ws_2d/batch', 16, 48),
-         ('megatron', '4x2x2', 'wg_xy/heads', 'ws_2d/heads/two_way', 3, 48),
-         ('grouped', '4x4x1', 'ws_1d/batch/one_way', 'ws_1d/heads', 4, 48)],
-    64: [('palm', '4x4x4', 'ws_1d/heads', 'ws_1d/batch', 2, 64),
-         ('megatron', '1x8x8', 'ws_2d/heads', 'ws_2d/batch', 8, 64),
-         ('grouped', '1x8x8', 'wg_xy/batch', 'ws_2d/heads', 2, 64),
-         ('palm', '4x4x4', 'wg_xyz/batch', 'ws_2d/batch', 64, 48)],
+  16: [
+    ('palm', '2x2x4', 'wg_xyz/batch', 'ws_2d/batch', 16, 48),
+    ('megatron', '4x2x2', 'wg_xy/heads', 'ws_2d/heads/two_way', 3, 48),
+    ('grouped', '4x4x1', 'ws_1d/batch/one_way', 'ws_1d/heads', 4, 48),
+  ],
+  64: [
+    ('palm', '4x4x4', 'ws_1d/heads', 'ws_1d/batch', 2, 64),
+    ('megatron', '1x8x8', 'ws_2d/heads', 'ws_2d/batch', 8, 64),
+    ('grouped', '1x8x8', 'wg_xy/batch', 'ws_2d/heads', 2, 64),
+    ('palm', '4x4x4', 'wg_xyz/batch', 'ws_2d/batch', 64, 48),
+  ],
 }
 
 
@@ -44,7 +55,10 @@ def run(model: str, mesh: str, prefill: str, decode: str, rows: int, heads: int)
   assert stored.shards * stored.local_heads == heads, stored
   wanted = memory.greedy(config, tensors, rows, STEPS)
   found = memory.decode(engine, wanted, 4)
-  return dict(error=float(np.abs(found.logits - wanted.logits).max()), same=bool(np.all(found.chosen == wanted.chosen)))
+  return dict(
+    error=float(np.abs(found.logits - wanted.logits).max()),
+    same=bool(np.all(found.chosen == wanted.chosen)),
+  )
 
 
 def main():

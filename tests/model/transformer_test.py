@@ -47,31 +47,47 @@ def test_prefill_and_decode_equal_the_full_forward(mesh, rows, stacked):
   everyone = np.arange(rows)
   # Beyond its length a row holds ids that must not matter.
   prompt = np.where(np.arange(4)[None, :] < lengths[:, None], tokens[:, :4], 77).astype(np.int32)
-  logits, cache = memory.prefill(engine.model, engine.weights, *engine._put(prompt, lengths.astype(np.int32)), size=LENGTH)
+  logits, cache = memory.prefill(
+    engine.model, engine.weights, *engine._put(prompt, lengths.astype(np.int32)), size=LENGTH
+  )
   close(logits, wanted[everyone, lengths - 1])
   assert cache.size == LENGTH
   for step in range(LENGTH - 4):
-    token, = engine._put(tokens[everyone, lengths + step])
+    (token,) = engine._put(tokens[everyone, lengths + step])
     logits, cache = memory.decode_step(engine.model, engine.weights, cache, token)
     close(logits, wanted[everyone, lengths + step])
   np.testing.assert_array_equal(cache.lengths, lengths + LENGTH - 4)
 
 
-@pytest.mark.parametrize('mesh, rows, stacked, layout', [
-    ('2x2x2', 2, False, 'ws_2d/batch'), ('1x4x1', 1, False, 'ws_2d/heads'), ('4x2x1', 4, True, 'ws_2d/batch/two_way'),
-    ('2x2x2', 8, True, 'ws_1d/batch'), ('2x2x2', 1, True, 'wg_xyz/batch'), ('2x2x2', 2, False, 'wg_xy/heads'),
-    ('2x2x2', 3, True, 'wg_x/batch')])
+@pytest.mark.parametrize(
+  'mesh, rows, stacked, layout',
+  [
+    ('2x2x2', 2, False, 'ws_2d/batch'),
+    ('1x4x1', 1, False, 'ws_2d/heads'),
+    ('4x2x1', 4, True, 'ws_2d/batch/two_way'),
+    ('2x2x2', 8, True, 'ws_1d/batch'),
+    ('2x2x2', 1, True, 'wg_xyz/batch'),
+    ('2x2x2', 2, False, 'wg_xy/heads'),
+    ('2x2x2', 3, True, 'wg_x/batch'),
+  ],
+)
 @pytest.mark.parametrize('config', TENSORS, ids=['norms around 0', 'norms around 1'])
 def test_logits_at_every_position(config, mesh, rows, stacked, layout):
   """Where rows are few, weight-gathered layouts split positions, of which there must be one more."""
-  engine = memory.engine(config, TENSORS[config], mesh, stacked=stacked, prefill=layout, decode=layout)
+  engine = memory.engine(
+    config, TENSORS[config], mesh, stacked=stacked, prefill=layout, decode=layout
+  )
   close(engine.logits(memory.tokens(config, rows, LENGTH)), expected(config, rows))
 
 
 def test_norm_scales_around_zero_and_one_are_different_models():
   """The test above would pass if norm_scale were ignored by both sides; this one would not."""
   config = memory.ODD
-  assert np.abs(TENSORS[memory.ODD]['final_norm']).mean() < 0.5 < TENSORS[memory.ODDER]['final_norm'].mean()
+  assert (
+    np.abs(TENSORS[memory.ODD]['final_norm']).mean()
+    < 0.5
+    < TENSORS[memory.ODDER]['final_norm'].mean()
+  )
   shifted = {n: x + 1 if n.endswith('_norm') else x for n, x in TENSORS[config].items()}
   as_one = dataclasses.replace(config, norm_scale='one')
   tokens = memory.tokens(config, 1, LENGTH)
@@ -99,13 +115,15 @@ def test_an_id_outside_the_vocabulary_embeds_as_zeros(mesh):
   config = memory.ODD
   tokens = memory.tokens(config, 8, LENGTH)
   outside = np.arange(8), np.array([2, 1, 3, 4, 5, 6, 1, 2])
-  tokens[outside] = [101, 103, 104, 500, -1, -101, 2**31 - 1, -2**31]
+  tokens[outside] = [101, 103, 104, 500, -1, -101, 2**31 - 1, -(2**31)]
   wider = {**TENSORS[config], 'embedding': np.pad(TENSORS[config]['embedding'], ((0, 1), (0, 0)))}
   as_last = tokens.copy()
   as_last[outside] = 101
   wanted = reference.logits(dataclasses.replace(config, vocab_size=102), wider, as_last)[..., :101]
   engine = memory.engine(config, TENSORS[config], mesh)
-  logits = jax.jit(Model.logits, static_argnums=0)(engine.model, engine.weights, *engine._put(tokens))
+  logits = jax.jit(Model.logits, static_argnums=0)(
+    engine.model, engine.weights, *engine._put(tokens)
+  )
   close(logits, wanted)
 
 
@@ -116,31 +134,52 @@ def test_a_full_row_drops_its_write_and_the_others_do_not(stacked):
   engine = memory.engine(config, TENSORS[config], '2x1x1', stacked=stacked)
   tokens, wanted = memory.tokens(config, 2, LENGTH), expected(config, 2)
   lengths = np.array([4, 2], np.int32)
-  prompt = np.where(np.arange(size)[None, :] < lengths[:, None], tokens[:, :size], 77).astype(np.int32)
+  prompt = np.where(np.arange(size)[None, :] < lengths[:, None], tokens[:, :size], 77).astype(
+    np.int32
+  )
   _, before = memory.prefill(engine.model, engine.weights, *engine._put(prompt, lengths), size=size)
-  logits, after = memory.decode_step(engine.model, engine.weights, before, *engine._put(tokens[[0, 1], lengths]))
+  logits, after = memory.decode_step(
+    engine.model, engine.weights, before, *engine._put(tokens[[0, 1], lengths])
+  )
   close(logits, wanted[[0, 1], lengths])
-  for old, new in zip(jax.tree.leaves((before.keys, before.values)), jax.tree.leaves((after.keys, after.values))):
+  for old, new in zip(
+    jax.tree.leaves((before.keys, before.values)), jax.tree.leaves((after.keys, after.values))
+  ):
     old, new = np.moveaxis(old, -4, 0), np.moveaxis(new, -4, 0)  # [B, (L,) S, K, Q]
     np.testing.assert_array_equal(new[0], old[0])
     assert np.all(new[1][..., 2, :, :] != old[1][..., 2, :, :])
     np.testing.assert_array_equal(np.delete(new[1], 2, axis=-3), np.delete(old[1], 2, axis=-3))
 
 
-@pytest.mark.parametrize('mesh, rows, layout', [
-    ('1x1x1', 2, 'ws_2d/batch'), ('2x2x2', 8, 'ws_2d/batch'), ('2x2x2', 2, 'wg_xyz/batch'), ('2x2x2', 3, 'ws_1d/heads')])
+@pytest.mark.parametrize(
+  'mesh, rows, layout',
+  [
+    ('1x1x1', 2, 'ws_2d/batch'),
+    ('2x2x2', 8, 'ws_2d/batch'),
+    ('2x2x2', 2, 'wg_xyz/batch'),
+    ('2x2x2', 3, 'ws_1d/heads'),
+  ],
+)
 def test_log_probs(mesh, rows, layout):
   config = memory.ODD
   engine = memory.engine(config, TENSORS[config], mesh, prefill=layout, decode=layout)
   inputs = memory.tokens(config, rows, LENGTH)
   targets = np.roll(inputs, -1, axis=1)
-  wanted = np.take_along_axis(np.asarray(jax.nn.log_softmax(expected(config, rows))), targets[..., None], 2)[..., 0]
-  found = jax.jit(Model.log_probs, static_argnames='self')(engine.model, engine.weights, *engine._put(inputs, targets))
+  wanted = np.take_along_axis(
+    np.asarray(jax.nn.log_softmax(expected(config, rows))), targets[..., None], 2
+  )[..., 0]
+  found = jax.jit(Model.log_probs, static_argnames='self')(
+    engine.model, engine.weights, *engine._put(inputs, targets)
+  )
   close(found, wanted)
   weights = np.random.default_rng(0).random((rows, LENGTH)).astype(np.float32)
-  np.testing.assert_allclose(engine.score(inputs, targets, weights), np.sum(wanted * weights, axis=1), atol=1e-4)
+  np.testing.assert_allclose(
+    engine.score(inputs, targets, weights), np.sum(wanted * weights, axis=1), atol=1e-4
+  )
   # The last target is BOS, 0: padding unless weights say otherwise.
-  np.testing.assert_allclose(engine.score(inputs, targets), np.sum(wanted[:, :-1], axis=1), atol=1e-4)
+  np.testing.assert_allclose(
+    engine.score(inputs, targets), np.sum(wanted[:, :-1], axis=1), atol=1e-4
+  )
 
 
 @pytest.mark.parametrize('mesh, rows', [('1x1x1', 2), ('2x2x2', 8)])
@@ -150,7 +189,9 @@ def test_bfloat16_keeps_float32_where_it_matters(mesh, rows):
   engine = memory.engine(config, TENSORS[config], mesh, dtype='bfloat16')
   assert engine.weights.final_norm.dtype == jnp.float32
   prompt, lengths = memory.tokens(config, rows, LENGTH)[:, :4], np.full(rows, 4, np.int32)
-  logits, cache = memory.prefill(engine.model, engine.weights, *engine._put(prompt, lengths), size=LENGTH)
+  logits, cache = memory.prefill(
+    engine.model, engine.weights, *engine._put(prompt, lengths), size=LENGTH
+  )
   assert logits.dtype == jnp.float32
   assert {x.dtype for x in jax.tree.leaves((cache.keys, cache.values))} == {jnp.dtype(jnp.bfloat16)}
   error = np.abs(np.asarray(logits) - expected(config, rows)[:, 3]).max()
@@ -165,7 +206,9 @@ def test_the_cache_lies_as_decode_has_it():
     engine = memory.engine(config, TENSORS[config], '2x2x2', prefill='wg_xyz/batch', decode=decode)
     wanted = jax.sharding.NamedSharding(engine.model.mesh, jax.sharding.PartitionSpec(*spec))
     tokens = memory.tokens(config, 8, 4)
-    _, cache = memory.prefill(engine.model, engine.weights, *engine._put(tokens, np.full(8, 4, np.int32)), size=6)
+    _, cache = memory.prefill(
+      engine.model, engine.weights, *engine._put(tokens, np.full(8, 4, np.int32)), size=6
+    )
     _, after = memory.decode_step(engine.model, engine.weights, cache, *engine._put(tokens[:, 1]))
     for x in jax.tree.leaves((cache, after)):
       assert x.sharding.is_equivalent_to(wanted, x.ndim), (decode, x.sharding)
@@ -176,9 +219,17 @@ def test_what_is_refused():
   mesh = make_mesh((2, 2, 2))
   with pytest.raises(RequestError, match='dtype must be one of float32, bfloat16'):
     Model(memory.ODD, mesh, dtype='float16')
-  with pytest.raises(MeshError, match='ws_1d/batch for prefill and wg_x/batch for decode place the weights differently'):
+  with pytest.raises(
+    MeshError,
+    match='ws_1d/batch for prefill and wg_x/batch for decode place the weights differently',
+  ):
     Model(memory.ODD, mesh, Layout('ws_1d'), Layout('wg_x'))
   model = Model(memory.ODD, mesh, Layout('wg_xyz'), Layout('wg_xyz'), 'float32')
-  with pytest.raises(MeshError, match='use a batch that is a multiple of 8, or a weight-stationary layout .* for decode'):
-    jax.eval_shape(lambda: model.prefill(None, jnp.zeros((4, 8), jnp.int32), jnp.ones(4, jnp.int32), 8))
+  with pytest.raises(
+    MeshError,
+    match='use a batch that is a multiple of 8, or a weight-stationary layout .* for decode',
+  ):
+    jax.eval_shape(
+      lambda: model.prefill(None, jnp.zeros((4, 8), jnp.int32), jnp.ones(4, jnp.int32), 8)
+    )
   assert model.padded_batch(4) == 8

@@ -38,7 +38,8 @@ def test_parts_are_summed_alike(checked):
     hidden = rows['of collectives, hidden']
     for which in ('predicted', 'at_full_rate', 'compiled'):
       assert sum(getattr(row, which) for row in groups) - getattr(hidden, which) == pytest.approx(
-          getattr(rows['all, but what is hidden'], which))
+        getattr(rows['all, but what is hidden'], which)
+      )
       assert rows['sent by a chip'].predicted > 0
     assert phase.cost.case.context == 128 if phase.cost.case.phase == 'decode' else 96
 
@@ -60,25 +61,48 @@ def test_the_table_shows_both(checked):
 def test_the_command_prints_and_writes_it(tmp_path, capsys, monkeypatch):
   monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
   path = tmp_path / 'plan.json'
-  assert command.run(['plan', '--model=palm_tiny', '--slice=v4:2x2x1', '--batch=8', '--input_length=48',
-                      '--output_length=16', '--check', f'--json={path}']) == 0
+  assert (
+    command.run(
+      [
+        'plan',
+        '--model=palm_tiny',
+        '--slice=v4:2x2x1',
+        '--batch=8',
+        '--input_length=48',
+        '--output_length=16',
+        '--check',
+        f'--json={path}',
+      ]
+    )
+    == 0
+  )
   out, err = capsys.readouterr()
   assert 'check of prefill in ' in out and 'compiling decode in ' in err
   data = json.loads(path.read_text())
-  assert [c['phase'] for c in data['check']] == ['prefill', 'decode'] and all(c['rows'] for c in data['check'])
+  assert [c['phase'] for c in data['check']] == ['prefill', 'decode'] and all(
+    c['rows'] for c in data['check']
+  )
 
 
 def test_what_the_compiler_can_not_do_is_said(monkeypatch):
   def fail(*unused_arguments, **unused_options):
     raise jax.errors.JaxRuntimeError('INTERNAL: no text\nand more')
+
   monkeypatch.setattr(checks, 'analyze', fail)
-  plan = choose(PlanRequest(config.preset('palm_tiny'), 8, 48, 16), [Machine.parse('v4:2x2x1')]).plan
+  plan = choose(
+    PlanRequest(config.preset('palm_tiny'), 8, 48, 16), [Machine.parse('v4:2x2x1')]
+  ).plan
   found = check_plan(plan)
-  assert [c.rows for c in found] == [(), ()] and 'the compiler failed: INTERNAL: no text' in check_text(found)
+  assert [c.rows for c in found] == [
+    (),
+    (),
+  ] and 'the compiler failed: INTERNAL: no text' in check_text(found)
 
 
 def test_a_program_that_does_not_fit_after_all(checked, monkeypatch):
   answer = dataclasses.replace(checked[0].answer, program=None, estimate=None)
   monkeypatch.setattr(checks, 'analyze', lambda *unused_arguments, **unused_options: answer)
-  plan = choose(PlanRequest(config.preset('palm_tiny'), 8, 48, 16), [Machine.parse('v4:2x2x1')]).plan
+  plan = choose(
+    PlanRequest(config.preset('palm_tiny'), 8, 48, 16), [Machine.parse('v4:2x2x1')]
+  ).plan
   assert 'it does not fit' in check_text(check_plan(plan))

@@ -24,9 +24,20 @@ ONE, EIGHT = Machine.parse('v4:1x1x1'), Machine.parse('v4:2x2x2')
 SMALL = ModelConfig(num_layers=2, d_model=256, d_ff=1024, num_heads=8, d_head=32, vocab_size=384)
 
 
-def case(model=SMALL, machine=EIGHT, mesh=(2, 2, 2), layout='ws_2d/batch', phase='decode', batch=8, length=1,
-         context=64, **fields) -> PassCase:
-  return PassCase(model, machine, mesh, Layout.parse(layout), phase, batch, length, context, **fields)
+def case(
+  model=SMALL,
+  machine=EIGHT,
+  mesh=(2, 2, 2),
+  layout='ws_2d/batch',
+  phase='decode',
+  batch=8,
+  length=1,
+  context=64,
+  **fields,
+) -> PassCase:
+  return PassCase(
+    model, machine, mesh, Layout.parse(layout), phase, batch, length, context, **fields
+  )
 
 
 def test_the_work_of_one_chip_is_the_models():
@@ -40,12 +51,18 @@ def test_the_work_of_one_chip_is_the_models():
   assert found.cache_bytes == 2 * (2 * 3 * 16 * 32) * 2
 
 
-@pytest.mark.parametrize('fields,more', [
+@pytest.mark.parametrize(
+  'fields,more',
+  [
     (dict(mlp='gelu'), -2 * 256 * 1024),  # no gate
     (dict(num_kv_heads=8), 2 * 2 * 256 * 7 * 32),
-    (dict(block='serial'), 0)])
+    (dict(block='serial'), 0),
+  ],
+)
 def test_the_form_of_a_model_counts(fields, more):
-  before, after = (work(case(dataclasses.replace(SMALL, **f), ONE, (1, 1, 1))) for f in ({}, fields))
+  before, after = (
+    work(case(dataclasses.replace(SMALL, **f), ONE, (1, 1, 1))) for f in ({}, fields)
+  )
   assert after.matmul_flops - before.matmul_flops == 2 * 8 * more
   assert after.cache_bytes == before.cache_bytes * fields.get('num_kv_heads', 1)
 
@@ -63,7 +80,9 @@ def test_padded_heads_are_work_and_memory():
   found, whole = (work(case(m, **ws_1d)) for m in (model, padded))
   assert found.matmul_flops == whole.matmul_flops and found.weight_bytes == whole.weight_bytes
   # Over 16 shards nothing is padded.
-  assert work(case(model, machine, (4, 4, 4), 'ws_2d/batch', batch=64)).matmul_flops < found.matmul_flops
+  assert (
+    work(case(model, machine, (4, 4, 4), 'ws_2d/batch', batch=64)).matmul_flops < found.matmul_flops
+  )
   # MFU counts the model's own parameters.
   assert cost(case(model, **ws_1d)).mfu < cost(case(padded, **ws_1d)).mfu
 
@@ -96,8 +115,10 @@ def test_few_rows_cost_as_many_as_a_tile_has():
 
 def test_weights_are_gathered_beside_products():
   big = dataclasses.replace(config.preset('palm_8b'), num_layers=4)
-  short, long = (cost(case(big, layout='wg_xyz/batch', phase='prefill', batch=8, length=n, context=n))
-                 for n in (16, 4096))
+  short, long = (
+    cost(case(big, layout='wg_xyz/batch', phase='prefill', batch=8, length=n, context=n))
+    for n in (16, 4096)
+  )
   for found in (short, long):
     gathering = sum(c.seconds for c in found.collectives if c.of_weights)
     assert found.hidden_seconds == pytest.approx(min(gathering, found.parts['matmuls']))
@@ -109,14 +130,28 @@ def test_weights_are_gathered_beside_products():
   assert long.work.weight_bytes - table == pytest.approx(8 * (stays - table), rel=1e-2)
 
 
-@pytest.mark.parametrize('layout,phase', [
-    ('ws_2d/batch', 'decode'), ('wg_xyz/batch', 'prefill'), ('ws_1d/batch', 'decode')])
+@pytest.mark.parametrize(
+  'layout,phase',
+  [('ws_2d/batch', 'decode'), ('wg_xyz/batch', 'prefill'), ('ws_1d/batch', 'decode')],
+)
 @pytest.mark.parametrize('weights', ['int8', 'bfloat16'])
 def test_memory_is_that_of_the_arrays_on_the_chips(layout, phase, weights):
-  each = case(layout=layout, phase=phase, batch=16, length=8 if phase == 'prefill' else 1, weights=weights)
+  each = case(
+    layout=layout, phase=phase, batch=16, length=8 if phase == 'prefill' else 1, weights=weights
+  )
   parsed = Layout.parse(layout)
-  e = explain_setting(ExplainSetting(SMALL, sizes(each.mesh), parsed, parsed if phase == 'decode' else Layout(),
-                       int8=weights == 'int8', batch=16, prompt_length=8, cache_length=64))
+  e = explain_setting(
+    ExplainSetting(
+      SMALL,
+      sizes(each.mesh),
+      parsed,
+      parsed if phase == 'decode' else Layout(),
+      int8=weights == 'int8',
+      batch=16,
+      prompt_length=8,
+      cache_length=64,
+    )
+  )
   found = memory(each, 64)
   assert found.weights == e.weight_bytes
   cache = next(t.bytes for t in e.cache if t.name == 'cache')
@@ -135,13 +170,18 @@ def test_other_efficiencies_stretch_their_own_parts():
   assert cost(case(batch=64)).parts == pytest.approx(whole.at(FITTED['torus']).parts)
 
 
-@pytest.mark.parametrize('fields,words', [
+@pytest.mark.parametrize(
+  'fields,words',
+  [
     (dict(phase='train'), 'phase must be one of prefill, decode'),
     (dict(weights='int4'), 'weights must be one of int8, bfloat16'),
     (dict(cache='float8'), 'cache must be one of int8, bfloat16'),
     (dict(batch=0), 'batch must be a whole number above 0'),
-    (dict(length=2), 'a decode step takes one position'), (dict(mesh=(2, 2, 1)), 'the mesh 2x2x1 has 4 positions'),
-    (dict(phase='prefill', length=65), 'context=64 must hold the 65 positions')])
+    (dict(length=2), 'a decode step takes one position'),
+    (dict(mesh=(2, 2, 1)), 'the mesh 2x2x1 has 4 positions'),
+    (dict(phase='prefill', length=65), 'context=64 must hold the 65 positions'),
+  ],
+)
 def test_what_makes_no_sense_is_refused(fields, words):
   with pytest.raises(RequestError, match=words):
     case(**fields)
@@ -154,8 +194,16 @@ def test_rows_that_can_not_be_split_are_refused():
 
 # What holds for every shape. Sizes that divide: padding is another matter, and tested above.
 
-MESHES = {(1, 1, 1): 'v4:1x1x1', (2, 2, 2): 'v4:2x2x2', (1, 2, 2): 'v4:2x2x1', (2, 4, 2): 'v4:2x2x4',
-          (4, 4, 4): 'v4:4x4x4', (4, 2, 1): 'v5e:2x4', (2, 4, 1): 'A100:8', (4, 4, 1): 'A100:16'}
+MESHES = {
+  (1, 1, 1): 'v4:1x1x1',
+  (2, 2, 2): 'v4:2x2x2',
+  (1, 2, 2): 'v4:2x2x1',
+  (2, 4, 2): 'v4:2x2x4',
+  (4, 4, 4): 'v4:4x4x4',
+  (4, 2, 1): 'v5e:2x4',
+  (2, 4, 1): 'A100:8',
+  (4, 4, 1): 'A100:16',
+}
 
 
 @st.composite
@@ -163,15 +211,31 @@ def cases(draw):
   mesh = draw(st.sampled_from(sorted(MESHES)))
   heads = 64 * draw(st.integers(1, 2))
   model = ModelConfig(
-      num_layers=draw(st.integers(1, 4)), d_model=512 * draw(st.integers(1, 4)), d_ff=1024 * draw(st.integers(1, 6)),
-      num_heads=heads, d_head=32 * draw(st.integers(1, 3)), vocab_size=draw(st.integers(100, 5000)),
-      num_kv_heads=draw(st.sampled_from([1, heads])), block=draw(st.sampled_from(['parallel', 'serial'])),
-      mlp=draw(st.sampled_from(['swiglu', 'gelu'])), norm=draw(st.sampled_from(['rms', 'layer'])))
+    num_layers=draw(st.integers(1, 4)),
+    d_model=512 * draw(st.integers(1, 4)),
+    d_ff=1024 * draw(st.integers(1, 6)),
+    num_heads=heads,
+    d_head=32 * draw(st.integers(1, 3)),
+    vocab_size=draw(st.integers(100, 5000)),
+    num_kv_heads=draw(st.sampled_from([1, heads])),
+    block=draw(st.sampled_from(['parallel', 'serial'])),
+    mlp=draw(st.sampled_from(['swiglu', 'gelu'])),
+    norm=draw(st.sampled_from(['rms', 'layer'])),
+  )
   phase = draw(st.sampled_from(['prefill', 'decode']))
   length = 64 * draw(st.integers(1, 8)) if phase == 'prefill' else 1
-  return PassCase(model, Machine.parse(MESHES[mesh]), mesh, draw(st.sampled_from(LAYOUTS)), phase,
-              64 * draw(st.integers(1, 4)), length, length + draw(st.integers(0, 3000)),
-              draw(st.sampled_from(['int8', 'bfloat16'])), draw(st.sampled_from(['int8', 'bfloat16'])))
+  return PassCase(
+    model,
+    Machine.parse(MESHES[mesh]),
+    mesh,
+    draw(st.sampled_from(LAYOUTS)),
+    phase,
+    64 * draw(st.integers(1, 4)),
+    length,
+    length + draw(st.integers(0, 3000)),
+    draw(st.sampled_from(['int8', 'bfloat16'])),
+    draw(st.sampled_from(['int8', 'bfloat16'])),
+  )
 
 
 conventions = st.sampled_from(['torus', 'paper'])
@@ -186,16 +250,24 @@ def test_the_sum_of_the_parts_is_the_whole(each, convention, efficiency):
   assert found.seconds == pytest.approx(sum(found.parts.values()))
   assert sum(found.limits.values()) == pytest.approx(found.seconds)
   moved = sum(c.seconds for c in found.collectives)
-  assert moved == pytest.approx(found.parts['activations moved'] + found.parts['weights moved'] + found.hidden_seconds)
-  assert found.chip_seconds_per_token * found.tokens == pytest.approx(each.machine.chips * found.seconds)
+  assert moved == pytest.approx(
+    found.parts['activations moved'] + found.parts['weights moved'] + found.hidden_seconds
+  )
+  assert found.chip_seconds_per_token * found.tokens == pytest.approx(
+    each.machine.chips * found.seconds
+  )
   assert 0 < found.mfu < 1
   if each.machine.chips == 1:
     assert moved == 0
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(cases(), conventions, st.sampled_from(['num_layers', 'd_ff', 'vocab_size', 'batch', 'length', 'context']),
-       st.integers(2, 3))
+@given(
+  cases(),
+  conventions,
+  st.sampled_from(['num_layers', 'd_ff', 'vocab_size', 'batch', 'length', 'context']),
+  st.integers(2, 3),
+)
 def test_time_never_falls_when_work_grows(each, convention, what, factor):
   if what in ('num_layers', 'd_ff', 'vocab_size'):
     model = dataclasses.replace(each.config, **{what: getattr(each.config, what) * factor})
@@ -203,7 +275,9 @@ def test_time_never_falls_when_work_grows(each, convention, what, factor):
   elif what == 'length':
     if each.phase == 'decode':
       return
-    more = dataclasses.replace(each, length=each.length * factor, context=each.context + each.length * (factor - 1))
+    more = dataclasses.replace(
+      each, length=each.length * factor, context=each.context + each.length * (factor - 1)
+    )
   else:
     more = dataclasses.replace(each, **{what: getattr(each, what) * factor})
   before, after = (cost(c, convention) for c in (each, more))
@@ -229,5 +303,7 @@ def test_more_chips_never_need_more_memory_per_chip(each, axis):
 @given(cases(), conventions, st.sampled_from(['matmul', 'memory', 'network']))
 def test_worse_efficiencies_never_save_time(each, convention, name):
   found = cost(each, convention)
-  slower = found.at(dataclasses.replace(found.efficiency, **{name: getattr(found.efficiency, name) / 2}))
+  slower = found.at(
+    dataclasses.replace(found.efficiency, **{name: getattr(found.efficiency, name) / 2})
+  )
   assert slower.seconds >= found.seconds

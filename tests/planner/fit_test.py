@@ -28,11 +28,16 @@ def test_there_are_three_and_they_are_shares():
 
 def test_no_better_efficiencies_are_near(fitted):
   def loss(e):
-    return sum(((cost(c.case, fitted.convention, e).seconds / c.seconds) - 1)**2 for c in published.TABLE_2)
+    return sum(
+      ((cost(c.case, fitted.convention, e).seconds / c.seconds) - 1) ** 2 for c in published.TABLE_2
+    )
+
   least = loss(fitted.efficiency)
   for field in dataclasses.fields(Efficiency):
     for step in (-0.05, 0.05):
-      other = dataclasses.replace(fitted.efficiency, **{field.name: getattr(fitted.efficiency, field.name) + step})
+      other = dataclasses.replace(
+        fitted.efficiency, **{field.name: getattr(fitted.efficiency, field.name) + step}
+      )
       assert loss(other) > least
 
 
@@ -52,7 +57,9 @@ def test_on_the_torus_a_column_is_predicted_from_the_other_three(fitted):
 
 def test_the_search_finds_a_known_answer():
   wanted = Efficiency(0.71, 0.345, 1.0)
-  found = fit.search(lambda e: sum((a - b)**2 for a, b in zip(dataclasses.astuple(e), dataclasses.astuple(wanted))))
+  found = fit.search(
+    lambda e: sum((a - b) ** 2 for a, b in zip(dataclasses.astuple(e), dataclasses.astuple(wanted)))
+  )
   assert found == wanted
 
 

@@ -17,19 +17,31 @@ def seconds(machine, mesh, move, convention='torus'):
   return Network(Machine.parse(machine), mesh, convention).seconds(move)
 
 
-@pytest.mark.parametrize('name,chips,wraps', [
-    ('v4:4x4x4', 64, True), ('v4:2x2x4', 16, False), ('v5e:4x8', 32, False), ('A100:16', 16, False),
-    ('h100:8', 8, False)])
+@pytest.mark.parametrize(
+  'name,chips,wraps',
+  [
+    ('v4:4x4x4', 64, True),
+    ('v4:2x2x4', 16, False),
+    ('v5e:4x8', 32, False),
+    ('A100:16', 16, False),
+    ('h100:8', 8, False),
+  ],
+)
 def test_machines(name, chips, wraps):
   machine = Machine.parse(name)
   assert machine.chips == chips and all(machine.wraps) == wraps
   assert str(machine).lower() == name.lower() and Machine.parse(str(machine)) == machine
 
 
-@pytest.mark.parametrize('name,words', [
+@pytest.mark.parametrize(
+  'name,words',
+  [
     ('v7:4x4', 'no chip is called .v7.*v4, v5e, v5p, v6e, A100, H100, H200'),
     ('v4:3x3x3', 'there is no v4 slice v4:3x3x3; known: v4:1x1x1'),
-    ('A100:3', 'A100:1, A100:2, A100:4'), ('4x4', 'a v4 slice has 3 physical axes')])
+    ('A100:3', 'A100:1, A100:2, A100:4'),
+    ('4x4', 'a v4 slice has 3 physical axes'),
+  ],
+)
 def test_unknown_machines_are_refused_with_those_known(name, words):
   with pytest.raises(MeshError, match=words):
     Machine.parse(name)
@@ -39,7 +51,10 @@ def test_unknown_machines_are_refused_with_those_known(name, words):
 def test_what_is_known_can_be_used(chip):
   model = config.preset('palm_62b')
   # The compiler's figure counts in GiB what data sheets of TPUs call GB.
-  assert hardware.chip(chip).source and 0.9 <= hardware.chip(chip).usable_bytes / hardware.chip(chip).hbm_bytes < 1.08
+  assert (
+    hardware.chip(chip).source
+    and 0.9 <= hardware.chip(chip).usable_bytes / hardware.chip(chip).hbm_bytes < 1.08
+  )
   for name in known_machines(chip):
     machine = Machine.parse(name)
     assert str(machine) == name
@@ -61,11 +76,20 @@ def test_chips_that_do_not_divide_the_model_are_refused():
 
 def test_the_papers_convention_knows_one_bandwidth():
   for axes in (('x',), ('x', 'z', 'y')):
-    for kind, passes in (('all_gather', 1), ('reduce_scatter', 1), ('all_to_all', 1), ('all_reduce', 2)):
-      assert seconds('v4:4x4x4', (4, 4, 4), Collective('', kind, axes, 4, 270 * MB), 'paper') == pytest.approx(passes * 1e-3)
+    for kind, passes in (
+      ('all_gather', 1),
+      ('reduce_scatter', 1),
+      ('all_to_all', 1),
+      ('all_reduce', 2),
+    ):
+      assert seconds(
+        'v4:4x4x4', (4, 4, 4), Collective('', kind, axes, 4, 270 * MB), 'paper'
+      ) == pytest.approx(passes * 1e-3)
 
 
-@pytest.mark.parametrize('machine,mesh,axes,shards,rate,hops', [
+@pytest.mark.parametrize(
+  'machine,mesh,axes,shards,rate,hops',
+  [
     ('v4:4x4x4', (4, 4, 4), ('x',), 4, 90e9, 2),  # a ring: two links
     ('v4:4x4x4', (4, 4, 4), ('z', 'y'), 16, 180e9, 4),
     ('v4:4x4x4', (4, 4, 4), ('x', 'z', 'y'), 64, 270e9, 6),
@@ -75,12 +99,16 @@ def test_the_papers_convention_knows_one_bandwidth():
     ('v4:2x2x4', (2, 4, 2), ('x',), 2, 45e9, 1),  # no wraparound: a chain has one link to its end
     ('v4:2x2x4', (2, 4, 2), ('y',), 4, 45e9, 3),
     ('v5e:16x16', (16, 16, 1), ('x',), 16, 90e9, 8),
-    ('v5e:4x8', (4, 8, 1), ('y',), 8, 45e9, 7)])
+    ('v5e:4x8', (4, 8, 1), ('y',), 8, 45e9, 7),
+  ],
+)
 def test_a_collective_has_the_links_of_its_own_axes(machine, mesh, axes, shards, rate, hops):
   moved = 90 * MB * (shards - 1) / shards
   each = moved / rate + hops * 1e-6
   for kind, passes in (('all_gather', 1), ('reduce_scatter', 1), ('all_reduce', 2)):
-    assert seconds(machine, mesh, Collective('', kind, axes, shards, 90 * MB)) == pytest.approx(passes * each)
+    assert seconds(machine, mesh, Collective('', kind, axes, shards, 90 * MB)) == pytest.approx(
+      passes * each
+    )
 
 
 def test_half_of_what_an_all_to_all_moves_crosses_the_middle():
@@ -119,6 +147,12 @@ def test_the_guide_has_the_numbers_of_a_chip(name, repository):
   chip = hardware.chip(name)
   text = (repository / 'docs' / 'planner.md').read_text(encoding='utf-8')
   row = next(line for line in text.splitlines() if line.startswith(f'| {name} |')).split('|')[2:6]
-  assert [float(cell) for cell in row] == pytest.approx([
-      chip.bf16_flops / 1e12, chip.hbm_bandwidth / 1e12, chip.usable_bytes / 2**30, chip.network_bandwidth / 1e9],
-      abs=0.005)
+  assert [float(cell) for cell in row] == pytest.approx(
+    [
+      chip.bf16_flops / 1e12,
+      chip.hbm_bandwidth / 1e12,
+      chip.usable_bytes / 2**30,
+      chip.network_bandwidth / 1e9,
+    ],
+    abs=0.005,
+  )

@@ -15,20 +15,29 @@ PALM = config.preset('palm_540b')
 
 # Figure 3: tokens -> GB of ws_2d, wg_x, wg_xy, wg_xyz.
 FIGURE_3 = {
-    2048: (0.0671, 0.3020, 1.0821, 4.2950), 16384: (0.5369, 0.5369, 1.1409, 4.2950),
-    65536: (2.147, 1.342, 1.342, 4.2950), 262144: (8.590, 4.563, 2.147, 4.2950),
-    1048576: (34.36, 17.45, 5.369, 4.2950)}
+  2048: (0.0671, 0.3020, 1.0821, 4.2950),
+  16384: (0.5369, 0.5369, 1.1409, 4.2950),
+  65536: (2.147, 1.342, 1.342, 4.2950),
+  262144: (8.590, 4.563, 2.147, 4.2950),
+  1048576: (34.36, 17.45, 5.369, 4.2950),
+}
 # Table 1: (row, batch) -> positions.
 TABLE_1 = {
-    ('multihead', 128): 1320, ('multihead', 512): 330,
-    ('multiquery by heads', 128): 660, ('multiquery by heads', 512): 165,
-    ('multiquery by batch', 128): 43000, ('multiquery by batch', 512): 10700}
+  ('multihead', 128): 1320,
+  ('multihead', 512): 330,
+  ('multiquery by heads', 128): 660,
+  ('multiquery by heads', 512): 165,
+  ('multiquery by batch', 128): 43000,
+  ('multiquery by batch', 512): 10700,
+}
 
 
 @pytest.mark.parametrize('tokens', FIGURE_3)
 def test_figure_3(tokens):
-  found = [tables.feedforward_bytes(tables.FIGURE_3_MODEL, tables.FIGURE_3_MESH, name, tokens) / 1e9
-           for name in tables.FIGURE_3_LAYOUTS]
+  found = [
+    tables.feedforward_bytes(tables.FIGURE_3_MODEL, tables.FIGURE_3_MESH, name, tokens) / 1e9
+    for name in tables.FIGURE_3_LAYOUTS
+  ]
   assert found == [pytest.approx(value, rel=5e-4) for value in FIGURE_3[tokens]]
 
 
@@ -52,8 +61,10 @@ def test_every_mfu_of_table_2_follows_from_its_latency(column):
   assert mfu(540e9, tokens, V4_64, column.seconds) == pytest.approx(column.mfu, abs=0.01)
 
 
-@pytest.mark.parametrize('name,billions', [
-    ('palm_8b', 8.63), ('palm_62b', 62.50), ('palm_540b', 540.36), ('megatron_530b', 529.5)])
+@pytest.mark.parametrize(
+  'name,billions',
+  [('palm_8b', 8.63), ('palm_62b', 62.50), ('palm_540b', 540.36), ('megatron_530b', 529.5)],
+)
 def test_parameters(name, billions):
   assert config.preset(name).num_params == pytest.approx(billions * 1e9, rel=1e-3)
 
@@ -61,7 +72,9 @@ def test_parameters(name, billions):
 def _costs(column, mesh, convention):
   """Of all layouts, for the rows of a column of Table 2."""
   length = 2048 if column.phase == 'prefill' else 2016  # decode steps then see 2048 in the middle
-  request = PlanRequest(PALM, column.batch, length, 64, weights=column.weights, convention=convention)
+  request = PlanRequest(
+    PALM, column.batch, length, 64, weights=column.weights, convention=convention
+  )
   return search.phase_costs(request, V4_64, mesh, column.phase, column.batch)
 
 
@@ -77,8 +90,11 @@ def test_in_the_papers_convention_its_layouts_are_the_best(column):
   assert best.case.mesh == (4, 4, 4) or column.layout == 'wg_xyz/batch'
 
 
-@pytest.mark.parametrize('column,best', list(zip(published.TABLE_2, (
-    'ws_1d/heads', 'ws_1d/batch', 'wg_xyz/batch', 'ws_1d/batch'))), ids=lambda x: getattr(x, 'name', x))
+@pytest.mark.parametrize(
+  'column,best',
+  list(zip(published.TABLE_2, ('ws_1d/heads', 'ws_1d/batch', 'wg_xyz/batch', 'ws_1d/batch'))),
+  ids=lambda x: getattr(x, 'name', x),
+)
 def test_on_the_torus_one_dimension_is_ahead_by_little(column, best):
   """ws_2d moves fewer bytes from 16 chips on, but some of them over x alone, where links are a third: so from 81 on."""
   found = {str(c.case.layout): c for c in _costs(column, (4, 4, 4), 'torus')}

@@ -22,16 +22,27 @@ def test_the_papers_other_points_are_predicted(convention):
 def test_each_latency_is_that_of_its_mfu_and_none_is_of_the_fit():
   for point in planner_predictions.PAPER:
     point.check()
-    assert not any(c.case.config == point.case.config and (c.phase, c.batch, c.weights, c.seconds) == (
-        point.phase, point.batch, point.weights, point.latency) for c in TABLE_2)
-  wrong = planner_predictions.Measured('', 'palm_62b', 'v4:2x2x4', '2x4x2', 'prefill', 1, 'ws_2d/heads', 'int8', 0.16, 0.46)
+    assert not any(
+      c.case.config == point.case.config
+      and (c.phase, c.batch, c.weights, c.seconds)
+      == (point.phase, point.batch, point.weights, point.latency)
+      for c in TABLE_2
+    )
+  wrong = planner_predictions.Measured(
+    '', 'palm_62b', 'v4:2x2x4', '2x4x2', 'prefill', 1, 'ws_2d/heads', 'int8', 0.16, 0.46
+  )
   with pytest.raises(ValueError, match='the MFU is not that of the latency'):
     wrong.check()
 
 
 def test_megatron_has_the_shape_that_nvidia_timed():
   model = config.preset('megatron_530b')
-  assert (model.num_layers, model.num_heads, model.d_head, model.vocab_size) == (105, 128, 160, 51200)
+  assert (model.num_layers, model.num_heads, model.d_head, model.vocab_size) == (
+    105,
+    128,
+    160,
+    51200,
+  )
 
 
 @pytest.mark.parametrize('chips,column', [(16, 0), (32, 1)])
@@ -39,7 +50,9 @@ def test_megatron_on_gpus_is_within_twice(chips, column):
   ratios = []
   for (tokens, output), rows in planner_predictions.FASTER_TRANSFORMER.items():
     for batch, measured in rows.items():
-      request = PlanRequest(config.preset('megatron_530b'), batch, tokens, output, weights='bfloat16')
+      request = PlanRequest(
+        config.preset('megatron_530b'), batch, tokens, output, weights='bfloat16'
+      )
       found = planner_predictions.tensor_parallel(request, Machine.parse(f'A100:{chips}'))
       assert (found.prefill.case.length, found.request.output_length) == (tokens, output)
       ratios.append(found.seconds * 1e3 / measured[column])

@@ -23,19 +23,36 @@ SMALL = ModelConfig(num_layers=2, d_model=256, d_ff=1024, num_heads=8, d_head=32
 PALM = config.preset('palm_540b')
 # Each example is a search: shrinking one that fails would take minutes.
 NO_SHRINKING = (Phase.explicit, Phase.generate)
-MACHINES = [Machine.parse(name) for name in ('v4:1x1x1', 'v4:2x2x1', 'v4:2x2x2', 'v5e:2x4', 'v4:4x4x4', 'A100:8')]
+MACHINES = [
+  Machine.parse(name)
+  for name in ('v4:1x1x1', 'v4:2x2x1', 'v4:2x2x2', 'v5e:2x4', 'v4:4x4x4', 'A100:8')
+]
 
 
 def every_plan(request: PlanRequest, machine: Machine):
   """All pairs of all layouts that can run, on all meshes, without any of the search's shortcuts."""
-  layouts = [Layout(f, a) for f, a in itertools.product(FEEDFORWARD, ATTENTION) if (f, a) != ('wg_xyz', 'heads')]
+  layouts = [
+    Layout(f, a)
+    for f, a in itertools.product(FEEDFORWARD, ATTENTION)
+    if (f, a) != ('wg_xyz', 'heads')
+  ]
 
   def costs(mesh, phase, length, context):
     found = []
     for layout in layouts:
       try:
-        case = PassCase(request.config, machine, mesh, layout, phase, request.batch, length, context, request.weights,
-                    request.cache)
+        case = PassCase(
+          request.config,
+          machine,
+          mesh,
+          layout,
+          phase,
+          request.batch,
+          length,
+          context,
+          request.weights,
+          request.cache,
+        )
       except MeshError:
         continue
       if phase == 'decode' and padded_batch(layout, request.batch, sizes(mesh)) != request.batch:
@@ -54,8 +71,15 @@ def every_plan(request: PlanRequest, machine: Machine):
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, phases=NO_SHRINKING)
-@given(st.sampled_from(MACHINES), st.integers(1, 40), st.integers(1, 500), st.integers(1, 100),
-       st.sampled_from([1, 8]), st.sampled_from(['int8', 'bfloat16']), st.sampled_from(['parallel', 'serial']))
+@given(
+  st.sampled_from(MACHINES),
+  st.integers(1, 40),
+  st.integers(1, 500),
+  st.integers(1, 100),
+  st.sampled_from([1, 8]),
+  st.sampled_from(['int8', 'bfloat16']),
+  st.sampled_from(['parallel', 'serial']),
+)
 def test_no_other_layout_beats_the_choice(machine, batch, tokens, output, kv_heads, weights, block):
   model = dataclasses.replace(SMALL, num_kv_heads=kv_heads, block=block)
   request = PlanRequest(model, batch, tokens, output, weights=weights)
@@ -67,12 +91,23 @@ def test_no_other_layout_beats_the_choice(machine, batch, tokens, output, kv_hea
 
 
 @settings(max_examples=30, deadline=None, derandomize=True, phases=NO_SHRINKING)
-@given(st.sampled_from(MACHINES), st.integers(1, 80), st.integers(1, 300), st.integers(1, 50),
-       st.sampled_from(['batch', 'input_length', 'output_length']), st.integers(1, 7),
-       st.sampled_from(['torus', 'paper']), st.sampled_from([1, 8]))
-def test_a_request_for_more_never_takes_less(machine, batch, tokens, output, what, by, convention, kv_heads):
+@given(
+  st.sampled_from(MACHINES),
+  st.integers(1, 80),
+  st.integers(1, 300),
+  st.integers(1, 50),
+  st.sampled_from(['batch', 'input_length', 'output_length']),
+  st.integers(1, 7),
+  st.sampled_from(['torus', 'paper']),
+  st.sampled_from([1, 8]),
+)
+def test_a_request_for_more_never_takes_less(
+  machine, batch, tokens, output, what, by, convention, kv_heads
+):
   """Whatever divides: the planner may add empty rows."""
-  request = PlanRequest(dataclasses.replace(SMALL, num_kv_heads=kv_heads), batch, tokens, output, convention=convention)
+  request = PlanRequest(
+    dataclasses.replace(SMALL, num_kv_heads=kv_heads), batch, tokens, output, convention=convention
+  )
   more = request.replace(**{what: getattr(request, what) + by})
   # The paper's network makes no layout by batch of rows that fill no axis, which a few more rows may.
   if convention == 'paper' and what == 'batch':
@@ -82,16 +117,27 @@ def test_a_request_for_more_never_takes_less(machine, batch, tokens, output, wha
 
 
 @settings(max_examples=5, deadline=None, derandomize=True, phases=NO_SHRINKING)
-@given(st.integers(1, 40), st.integers(1, 3000), st.sampled_from([1, 8]), st.sampled_from(['int8', 'bfloat16']))
+@given(
+  st.integers(1, 40),
+  st.integers(1, 3000),
+  st.sampled_from([1, 8]),
+  st.sampled_from(['int8', 'bfloat16']),
+)
 def test_a_larger_slice_needs_no_more_memory_per_chip(batch, tokens, kv_heads, weights):
-  request = PlanRequest(dataclasses.replace(SMALL, num_kv_heads=kv_heads), batch, tokens, 8, weights=weights)
-  needs = [min(p.memory.needed for p in search.plans(request, Machine.parse(name)))
-           for name in ('v4:1x1x1', 'v4:2x2x1', 'v4:2x2x2', 'v4:2x2x4', 'v4:2x4x4', 'v4:4x4x4')]
+  request = PlanRequest(
+    dataclasses.replace(SMALL, num_kv_heads=kv_heads), batch, tokens, 8, weights=weights
+  )
+  needs = [
+    min(p.memory.needed for p in search.plans(request, Machine.parse(name)))
+    for name in ('v4:1x1x1', 'v4:2x2x1', 'v4:2x2x2', 'v4:2x2x4', 'v4:2x4x4', 'v4:4x4x4')
+  ]
   assert needs == sorted(needs, reverse=True)
 
 
 def test_empty_rows_are_added_where_they_save_time():
-  plan = choose(PlanRequest(config.preset('palm_62b'), 63, 8000, 500), [Machine.parse('v4:4x4x4')]).plan
+  plan = choose(
+    PlanRequest(config.preset('palm_62b'), 63, 8000, 500), [Machine.parse('v4:4x4x4')]
+  ).plan
   assert plan.rows == 64
   # Nobody is charged less for them, nor credited for their work.
   assert plan.cost_of(plan.decode) == 64 * plan.decode.seconds / 63
@@ -116,8 +162,16 @@ def test_no_layout_comes_twice_under_two_names(mesh):
   request = PlanRequest(PALM, 64, mesh=mesh)
   for phase in ('prefill', 'decode'):
     found = search.phase_costs(request, Machine.parse('v4:4x4x4'), mesh, phase, 64)
-    placed = [(c.case.sharding.attention_heads, c.case.sharding.attention_rows, c.case.sharding.attention_positions,
-               tuple(sorted(c.parts.items()))) for c in found if c.case.layout.feedforward != 'ws_1d']
+    placed = [
+      (
+        c.case.sharding.attention_heads,
+        c.case.sharding.attention_rows,
+        c.case.sharding.attention_positions,
+        tuple(sorted(c.parts.items())),
+      )
+      for c in found
+      if c.case.layout.feedforward != 'ws_1d'
+    ]
     assert len(placed) == len(set(placed))
 
 
@@ -135,9 +189,15 @@ PALM_62B = config.preset('palm_62b')
 
 
 def test_the_objectives():
-  found = {o: choose(PlanRequest(PALM_62B, 1, 512, 64), V4, o, batches=(1, 64)) for o in ('latency', 'throughput', 'cost')}
-  for objective, key in (('latency', lambda p: p.seconds), ('throughput', lambda p: -p.tokens_per_second),
-                         ('cost', lambda p: p.chip_seconds_per_token)):
+  found = {
+    o: choose(PlanRequest(PALM_62B, 1, 512, 64), V4, o, batches=(1, 64))
+    for o in ('latency', 'throughput', 'cost')
+  }
+  for objective, key in (
+    ('latency', lambda p: p.seconds),
+    ('throughput', lambda p: -p.tokens_per_second),
+    ('cost', lambda p: p.chip_seconds_per_token),
+  ):
     choice = found[objective]
     keys = [key(p) for p in (choice.plan, *choice.others)]
     assert keys == sorted(keys) and len(keys) == len(V4) * 2
@@ -158,7 +218,9 @@ def test_the_cheapest_slice_that_meets_a_target():
 
 
 def test_a_target_that_nothing_meets_is_said_with_how_far_off():
-  with pytest.raises(NothingFits, match=r'nothing meets 1 ms: the fastest is v4:4x4x4 with .* ms .* times the target'):
+  with pytest.raises(
+    NothingFits, match=r'nothing meets 1 ms: the fastest is v4:4x4x4 with .* ms .* times the target'
+  ):
     choose(PlanRequest(PALM_62B, 16, 512, 64), V4, target=1e-3)
 
 
@@ -166,7 +228,11 @@ def test_what_does_not_fit_says_how_far_off_and_what_would():
   with pytest.raises(NothingFits) as raised:
     choose(PlanRequest(PALM, 64, weights='bfloat16'), [Machine.parse('v4:2x4x4')])
   message = str(raised.value)
-  assert 'nothing fits: with the least memory' in message and 'and has 30.75: ' in message and 'too many' in message
+  assert (
+    'nothing fits: with the least memory' in message
+    and 'and has 30.75: ' in message
+    and 'too many' in message
+  )
   assert message.endswith('what would fit: int8 weights; v4:4x4x4')
   for change in (dict(weights='int8'), dict(machine='v4:4x4x4')):  # as promised
     machine = Machine.parse(change.pop('machine', 'v4:2x4x4'))
@@ -184,7 +250,10 @@ def test_the_largest_batch_that_fits_is_named():
 
 
 def test_the_longest_prompts_that_fit_are_named():
-  slice_, request = Machine.parse('v4:2x2x1'), PlanRequest(config.preset('palm_8b'), 1, 10_000_000, 64)
+  slice_, request = (
+    Machine.parse('v4:2x2x1'),
+    PlanRequest(config.preset('palm_8b'), 1, 10_000_000, 64),
+  )
   with pytest.raises(NothingFits) as raised:
     choose(request, [slice_])
   length = int(str(raised.value).partition('prompts of ')[2].partition(' tokens')[0])
@@ -198,10 +267,16 @@ def test_a_model_that_no_machine_divides_is_refused():
     choose(PlanRequest(dataclasses.replace(SMALL, d_model=250), 1), [Machine.parse('v4:2x2x1')])
 
 
-@pytest.mark.parametrize('fields,words', [
-    (dict(batch=0), 'batch must be'), (dict(input_length=0), 'input_length must be'),
-    (dict(weights='int4'), 'weights must'), (dict(output_length=-1), 'output_length must be'),
-    (dict(convention='wires'), 'convention must be one of torus, paper')])
+@pytest.mark.parametrize(
+  'fields,words',
+  [
+    (dict(batch=0), 'batch must be'),
+    (dict(input_length=0), 'input_length must be'),
+    (dict(weights='int4'), 'weights must'),
+    (dict(output_length=-1), 'output_length must be'),
+    (dict(convention='wires'), 'convention must be one of torus, paper'),
+  ],
+)
 def test_a_request_that_makes_no_sense_is_refused(fields, words):
   with pytest.raises(RequestError, match=words):
     PlanRequest(SMALL, **{'batch': 1, **fields})
@@ -209,7 +284,10 @@ def test_a_request_that_makes_no_sense_is_refused(fields, words):
 
 def test_one_phase_alone_has_to_fit_and_is_priced_alone():
   """The paper decodes 512 rows of PaLM 62B on 8 chips, which can't prefill them."""
-  request, slice_ = PlanRequest(PALM_62B, 512, 1984, 64, weights='bfloat16'), [Machine.parse('v4:2x2x2')]
+  request, slice_ = (
+    PlanRequest(PALM_62B, 512, 1984, 64, weights='bfloat16'),
+    [Machine.parse('v4:2x2x2')],
+  )
   with pytest.raises(NothingFits, match='in prefill'):
     choose(request, slice_)
   choice = choose(request.replace(phase='decode'), slice_)

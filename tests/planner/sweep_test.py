@@ -20,7 +20,9 @@ MODEL = config.preset('palm_8b')
 MACHINES = [Machine.parse(name) for name in ('v4:2x2x1', 'v4:2x2x2')]
 
 needs_matplotlib = pytest.mark.skipif(
-    importlib.util.find_spec('matplotlib') is None, reason='matplotlib is not installed (extra `plots`)')
+  importlib.util.find_spec('matplotlib') is None,
+  reason='matplotlib is not installed (extra `plots`)',
+)
 
 
 @pytest.fixture(scope='module')
@@ -33,13 +35,21 @@ def test_points_of_both_phases_for_all_that_fits(points):
   assert len(asked) == len(points) and {a[0] for a in asked} == {'prefill', 'decode'}
   # All of 4 and 8 chips, but for the largest prefill.
   assert {a[1:] for a in asked if a[0] == 'decode' and a[3] < 4096} == {
-      (w, str(m), b) for w in ('int8', 'bfloat16') for m in MACHINES for b in (1, 16)}
+    (w, str(m), b) for w in ('int8', 'bfloat16') for m in MACHINES for b in (1, 16)
+  }
 
 
 def test_the_front_is_what_no_point_beats(points):
   for p in points:
-    rivals = [q for q in points if q.phase == p.phase and q.request.weights == p.request.weights and q is not p]
-    beaten = any(q.seconds <= p.seconds and q.chip_seconds_per_token <= p.chip_seconds_per_token for q in rivals)
+    rivals = [
+      q
+      for q in points
+      if q.phase == p.phase and q.request.weights == p.request.weights and q is not p
+    ]
+    beaten = any(
+      q.seconds <= p.seconds and q.chip_seconds_per_token <= p.chip_seconds_per_token
+      for q in rivals
+    )
     assert p.on_front != beaten
 
 
@@ -61,7 +71,9 @@ def test_csv(points):
   rows = list(csv.DictReader(io.StringIO(csv_text(points))))
   assert tuple(rows[0]) == COLUMNS and len(rows) == len(points)
   for row, p in zip(rows, points):
-    assert float(row['seconds']) == pytest.approx(p.seconds, rel=1e-5) and row['pareto'] == str(int(p.on_front))
+    assert float(row['seconds']) == pytest.approx(p.seconds, rel=1e-5) and row['pareto'] == str(
+      int(p.on_front)
+    )
     assert row['layout'] == str(p.cost.case.layout) and int(row['batch']) == p.request.batch
 
 
@@ -94,7 +106,9 @@ def test_a_figure_of_a_model_with_several_key_heads(tmp_path):
 
 
 @needs_matplotlib
-@pytest.mark.parametrize('name,words', [('f.jpg', 'figures are written as .svg or .png'), ('no/f.svg', "can't write")])
+@pytest.mark.parametrize(
+  'name,words', [('f.jpg', 'figures are written as .svg or .png'), ('no/f.svg', "can't write")]
+)
 def test_a_figure_that_can_not_be_written(tmp_path, name, words):
   with pytest.raises(RequestError, match=words):
     figures.communication(str(tmp_path / name))
@@ -110,5 +124,7 @@ def test_switch_points_are_where_bytes_are_equal():
   model = dataclasses.replace(tables.FIGURE_3_MODEL, d_model=8192, d_ff=16384)
   for tokens, below, above in tables.switch_points(model, (4, 4, 2)):
     near = round(tokens / 32) * 32
-    before, after = (tables.feedforward_bytes(model, (4, 4, 2), name, near) for name in (below, above))
+    before, after = (
+      tables.feedforward_bytes(model, (4, 4, 2), name, near) for name in (below, above)
+    )
     assert before == pytest.approx(after, rel=32 / near)

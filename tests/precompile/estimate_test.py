@@ -33,17 +33,18 @@ def rows(found: Estimate) -> dict:
 def test_a_decode_layer():
   found = read('decode_layer')
   layer = {
-      'broadcast.9': 610 / 1050 * US,
-      'psum.19': 2 * (256 * 63 / 64 / 270e9 + 6 * US),
-      'all_gather.22': 64 * 4608 * 2 * 15 / 16 / 180e9 + 4 * US,
-      'copy.50': 15936 / 1050 * US,
-      'fusion.89': 72826 / 1050 * US,
-      'slice.4': 1 * US,
-      'reshape.275': 2 * 48 * 256 * 2 / 1200e9,
-      'fusion.92': 2 * US,
-      'dynamic_update_slice.17': 2 * 48 * 256 * 2 / 1200e9,
-      'add.1': 12 / 1200e9,
-      'lt.109': 9 / 1200e9}
+    'broadcast.9': 610 / 1050 * US,
+    'psum.19': 2 * (256 * 63 / 64 / 270e9 + 6 * US),
+    'all_gather.22': 64 * 4608 * 2 * 15 / 16 / 180e9 + 4 * US,
+    'copy.50': 15936 / 1050 * US,
+    'fusion.89': 72826 / 1050 * US,
+    'slice.4': 1 * US,
+    'reshape.275': 2 * 48 * 256 * 2 / 1200e9,
+    'fusion.92': 2 * US,
+    'dynamic_update_slice.17': 2 * 48 * 256 * 2 / 1200e9,
+    'add.1': 12 / 1200e9,
+    'lt.109': 9 / 1200e9,
+  }
   costs = rows(found)
   for name, seconds in layer.items():
     assert costs[name].seconds == pytest.approx(118 * seconds, rel=1e-9), name
@@ -85,23 +86,29 @@ def test_a_ring_step_overlapped():
   mib2, costs = 2**21, rows(found)
   permute = mib2 / 45e9 + 1 * US
   expected = {
-      'copy-start': 0, 'slice-start': 0,  # into on-chip memory
-      # Opposite ways at the same time: once. One after the other: each.
-      'collective-permute-start.1': permute, 'collective-permute-start': 0,
-      'collective-permute-start.2': permute, 'collective-permute-start.3': permute,
-      'convolution.1': 10 * US,
-      'kernel.1': 10 * US,  # 2.75 GFLOP at 275 TFLOP/s; its 6 MB take 5 us
-      'all-to-all-start': mib2 * 3 / 4 / 2 / 45e9 + 3 * US,
-      'fusion.3': 4 * US,
-      'fusion.4': mib2 * 3 / 4 / 45e9 + 3 * US,
-      'async-start': mib2 * 3 / 4 / 45e9 + 3 * US,
-      'all-gather-start': mib2 * 15 / 16 / 90e9 + 6 * US,
-      'copy-start.5': 2 * mib2 / 1200e9}  # out of on-chip memory
+    'copy-start': 0,
+    'slice-start': 0,  # into on-chip memory
+    # Opposite ways at the same time: once. One after the other: each.
+    'collective-permute-start.1': permute,
+    'collective-permute-start': 0,
+    'collective-permute-start.2': permute,
+    'collective-permute-start.3': permute,
+    'convolution.1': 10 * US,
+    'kernel.1': 10 * US,  # 2.75 GFLOP at 275 TFLOP/s; its 6 MB take 5 us
+    'all-to-all-start': mib2 * 3 / 4 / 2 / 45e9 + 3 * US,
+    'fusion.3': 4 * US,
+    'fusion.4': mib2 * 3 / 4 / 45e9 + 3 * US,
+    'async-start': mib2 * 3 / 4 / 45e9 + 3 * US,
+    'all-gather-start': mib2 * 15 / 16 / 90e9 + 6 * US,
+    'copy-start.5': 2 * mib2 / 1200e9,
+  }  # out of on-chip memory
   assert {n: c.seconds for n, c in costs.items()} == pytest.approx(expected, rel=1e-9)
   assert found.serial_seconds == pytest.approx(sum(expected.values()))
   # Beside the permutes a product and a kernel run, beside the all-to-all an addition, beside the others nothing.
   hidden = {n: c.hidden_seconds for n, c in costs.items() if c.hidden_seconds}
-  assert hidden == pytest.approx({'collective-permute-start.1': 20 * US, 'all-to-all-start': 4 * US})
+  assert hidden == pytest.approx(
+    {'collective-permute-start.1': 20 * US, 'all-to-all-start': 4 * US}
+  )
   assert found.overlapped_seconds == pytest.approx(found.serial_seconds - 24 * US)
   assert [c.name for c in found.without_cycles] == ['kernel.1', 'copy-start.5']
 
@@ -114,8 +121,10 @@ def test_no_more_is_hidden_than_a_collective_takes():
 
 
 def test_kernels_without_an_estimate_cost_their_operands_and_results():
-  silent = text('ring_step').replace('"cost_estimate":{"flops":"2750000000","transcendentals":"0",'
-                                     '"bytes_accessed":"6000000"}', '"output_memory_colors":[]')
+  silent = text('ring_step').replace(
+    '"cost_estimate":{"flops":"2750000000","transcendentals":"0","bytes_accessed":"6000000"}',
+    '"output_memory_colors":[]',
+  )
   found = estimate(silent, parse_slice('v4:2x2x4'), {'x': 4, 'y': 4})
   assert rows(found)['kernel.1'].seconds == pytest.approx((2**21 + 64 * 1024 * 2) / 1200e9)
 
@@ -149,27 +158,38 @@ ENTRY %m (p: s32[], x: f32[8]) -> f32[8] {
 }
 """
   found = estimate(program, parse_slice('v4:1x1x1'), {'x': 1})
-  assert {n: (c.seconds, c.count) for n, c in rows(found).items()} == {'n.1': (0, 0), 'n.2': (pytest.approx(3 * US), 1)}
+  assert {n: (c.seconds, c.count) for n, c in rows(found).items()} == {
+    'n.1': (0, 0),
+    'n.2': (pytest.approx(3 * US), 1),
+  }
 
 
 def test_cycles_are_of_the_chip_that_the_program_is_for():
   """1.75 GHz and links of 90 GB/s on v5p, 1.05 GHz and 45 GB/s on v4."""
   v4, v5p = (rows(read('decode_layer', f'{kind}:4x4x4')) for kind in ('v4', 'v5p'))
   assert v5p['fusion.89'].seconds == pytest.approx(v4['fusion.89'].seconds * 1.05 / 1.75)
-  assert v5p['all_gather.22'].seconds - 118 * 4 * US == pytest.approx((v4['all_gather.22'].seconds - 118 * 4 * US) / 2)
+  assert v5p['all_gather.22'].seconds - 118 * 4 * US == pytest.approx(
+    (v4['all_gather.22'].seconds - 118 * 4 * US) / 2
+  )
 
 
 def test_relaid_weights_are_offences_and_slices_are_not():
   found = read('relaid_weights')
-  assert {c.name for c in found.offending_relayouts} == {'copy.68', 'copy.70', 'copy.90', 'fusion.107'}
-  assert {c.name for c in found.weight_copies} - {c.name for c in found.offending_relayouts} == {'fusion.106'}
+  assert {c.name for c in found.offending_relayouts} == {
+    'copy.68',
+    'copy.70',
+    'copy.90',
+    'fusion.107',
+  }
+  assert {c.name for c in found.weight_copies} - {c.name for c in found.offending_relayouts} == {
+    'fusion.106'
+  }
   assert rows(found)['copy.68'].kind == 'relayout'
 
 
 def test_a_compiled_program_or_its_module_will_do():
 
   class Compiled:
-
     def as_text(self):
       return text('decode_layer')
 
@@ -194,7 +214,11 @@ def test_a_lookup_that_is_left_to_a_sparse_core(slice_name):
     answer.program.compiled.as_text()
   lookups = [c for c in answer.estimate.costs if c.opcode == 'async-start' and 'gather' in c.name]
   # The rows of 4 x 512 tokens are read and written, some of them at a time.
-  assert sum(c.bytes * c.count for c in lookups) == pytest.approx(2 * 4 * 512 * config.d_model * 2, rel=0.01)
+  assert sum(c.bytes * c.count for c in lookups) == pytest.approx(
+    2 * 4 * 512 * config.d_model * 2, rel=0.01
+  )
   assert sum(c.seconds for c in lookups) == pytest.approx(
-      sum(c.bytes * c.count for c in lookups) / hardware.chip(answer.slice.kind).hbm_bandwidth, rel=0.01)
+    sum(c.bytes * c.count for c in lookups) / hardware.chip(answer.slice.kind).hbm_bandwidth,
+    rel=0.01,
+  )
   assert answer.estimate.serial_seconds < 1

@@ -34,7 +34,7 @@ class Compiler:
   def __call__(self, case, slice_):
     self.asked.append((str(case.layout), case.batch, str(slice_)))
     if self.fits(case, slice_):
-      return Program(case, None, None, (), CompiledMemory(1, 1, 1, 1, 30 * GIB), 0.)
+      return Program(case, None, None, (), CompiledMemory(1, 1, 1, 1, 30 * GIB), 0.0)
     return _shortage(case, slice_, 40 * GIB)
 
 
@@ -49,7 +49,10 @@ def test_one_alternative_of_each_kind_confirmed_by_the_compiler():
   compiler = Compiler(lambda case, slice_: True)
   found = fit.alternatives(_shortage(LARGE, parse_slice('v4:2x2x4'), 45 * GIB), compiler)
   by_change = {a.change: a for a in found}
-  assert set(by_change) == {'batch', 'slice'}  # in decode no layout holds less than rows over all chips
+  assert set(by_change) == {
+    'batch',
+    'slice',
+  }  # in decode no layout holds less than rows over all chips
   assert 0 < by_change['batch'].program.case.batch < LARGE.batch
   assert by_change['slice'].slice.chips > 16 and by_change['slice'].program.case == LARGE
   assert len(compiler.asked) == 2
@@ -59,7 +62,9 @@ def test_a_layout_that_holds_less_is_found():
   case = dataclasses.replace(LARGE, layout=Layout.parse('ws_2d/heads'), batch=16)
   mesh = dict(x=4, y=2, z=2)
   assert sum(fit.held(case, mesh)) > sum(fit.held(dataclasses.replace(case, layout=Layout()), mesh))
-  found = fit.alternatives(_shortage(case, parse_slice('v4:2x2x4'), 45 * GIB), Compiler(lambda *_: True))
+  found = fit.alternatives(
+    _shortage(case, parse_slice('v4:2x2x4'), 45 * GIB), Compiler(lambda *_: True)
+  )
   assert [str(a.program.case.layout) for a in found if a.change == 'layout'] == ['ws_2d/batch']
 
 
@@ -69,7 +74,11 @@ def test_a_prefill_tries_the_layouts_that_the_phase_has():
   found = fit.alternatives(_shortage(case, parse_slice('v4:2x2x4'), 45 * GIB), compiler)
   # Tries are bounded: ws_2d/heads, wg_x/batch, wg_xy/batch.
   assert [(a.change, str(a.program.case.layout)) for a in found] == [('layout', 'wg_xy/batch')]
-  assert [layout for layout, *_ in compiler.asked][:3] == ['ws_2d/heads', 'wg_x/batch', 'wg_xy/batch']
+  assert [layout for layout, *_ in compiler.asked][:3] == [
+    'ws_2d/heads',
+    'wg_x/batch',
+    'wg_xy/batch',
+  ]
   assert len(compiler.asked) <= 3 * fit.TRIES
 
 
@@ -89,7 +98,9 @@ def test_weights_that_do_not_fit_leave_only_larger_slices():
 
 
 def test_nothing_may_fit():
-  found = fit.alternatives(_shortage(LARGE, parse_slice('v4:2x2x4'), 45 * GIB), Compiler(lambda *_: False))
+  found = fit.alternatives(
+    _shortage(LARGE, parse_slice('v4:2x2x4'), 45 * GIB), Compiler(lambda *_: False)
+  )
   assert found == []
 
 
@@ -97,7 +108,11 @@ def test_nothing_may_fit():
 def test_what_arithmetic_rules_out_is_not_compiled():
   case = CompileCase(SMALL, 'int8', 'decode', batch=4096, context=2**19)
   found = fit.try_compile(case, SLICE)
-  assert isinstance(found, Shortage) and found.cache > 100 * GIB and found.available == slices.available_bytes('v4')
+  assert (
+    isinstance(found, Shortage)
+    and found.cache > 100 * GIB
+    and found.available == slices.available_bytes('v4')
+  )
   assert found.needed == found.weights + found.cache and 'nothing was compiled' in found.message
 
 
@@ -119,13 +134,19 @@ def test_what_fits_is_a_program():
 @pytest.mark.libtpu
 def test_rows_that_a_layout_cannot_split_are_an_error():
   with pytest.raises(MeshError, match='use a batch that is a multiple of 4'):
-    fit.try_compile(CompileCase(SMALL, 'int8', 'decode', 3, 128, Layout.parse('wg_xyz/batch')), SLICE)
+    fit.try_compile(
+      CompileCase(SMALL, 'int8', 'decode', 3, 128, Layout.parse('wg_xyz/batch')), SLICE
+    )
 
 
 @pytest.mark.libtpu
 def test_another_refusal_of_the_compiler_is_an_error(monkeypatch):
   def refuse(*_):
     raise jax.errors.JaxRuntimeError('UNIMPLEMENTED: no such thing\nmore')
+
   monkeypatch.setattr(fit, 'compile_case', refuse)
-  with pytest.raises(UserError, match='the TPU compiler refused decode in ws_2d/batch for v4:2x2x1: UNIMPLEMENTED: no'):
+  with pytest.raises(
+    UserError,
+    match='the TPU compiler refused decode in ws_2d/batch for v4:2x2x1: UNIMPLEMENTED: no',
+  ):
     fit.try_compile(CompileCase(SMALL, 'int8', 'decode', 8, 128), SLICE)

@@ -75,11 +75,15 @@ def test_functions_that_an_instruction_comes_from(decode):
   assert decode.functions(decode.computations['body']['copy.50']) == ()
 
 
-@pytest.mark.parametrize('text, reason', [
+@pytest.mark.parametrize(
+  'text, reason',
+  [
     ('HloModule m\n', 'no ENTRY computation'),
     ('ENTRY %m () -> f32[] {\n  surprise\n}\n', 'not an instruction'),
     ('ENTRY %m () -> q7[] {\n  ROOT %a = q7[] parameter(0)\n}\n', 'element type q7'),
-    ('ENTRY %m () -> f32[] {\n  ROOT %a = f32[] add(%b, (%c\n}\n', 'never closes')])
+    ('ENTRY %m () -> f32[] {\n  ROOT %a = f32[] add(%b, (%c\n}\n', 'never closes'),
+  ],
+)
 def test_text_that_is_not_understood(text, reason):
   with pytest.raises(HloError, match=reason):
     hlo.parse_hlo(text)
@@ -92,24 +96,41 @@ def test_trip_counts_multiply_and_the_unknown_is_named():
   assert (times['copy.2'], times['copy.1']) == (8, 8 * 4)
   assert unknown == ['while.search']
   assert times['copy.3'] == 1
-  assert next(e.loops for e in found if e.instruction.name == 'copy.1') == ('while.outer', 'while.inner')
+  assert next(e.loops for e in found if e.instruction.name == 'copy.1') == (
+    'while.outer',
+    'while.inner',
+  )
 
 
 def test_a_noted_trip_count_is_believed():
-  text = (TEXTS / 'nested_loops.txt').read_text().replace(
-      'body=%search_body', 'body=%search_body, backend_config={"known_trip_count":{"n":"6"}}')
+  text = (
+    (TEXTS / 'nested_loops.txt')
+    .read_text()
+    .replace(
+      'body=%search_body', 'body=%search_body, backend_config={"known_trip_count":{"n":"6"}}'
+    )
+  )
   found, unknown = loops.executed(hlo.parse_hlo(text))
   assert not unknown
   assert next(e.times for e in found if e.instruction.name == 'copy.3') == 6
 
 
-@pytest.mark.parametrize('change, trips', [
-    (('constant(118)', 'constant(7)'), 7), (('direction=LT', 'direction=LE'), 119),
+@pytest.mark.parametrize(
+  'change, trips',
+  [
+    (('constant(118)', 'constant(7)'), 7),
+    (('direction=LT', 'direction=LE'), 119),
     (('direction=LT', 'direction=NE'), 118),
-    (('%constant.95 = s32[]{:T(128)} constant(0)', '%constant.95 = s32[]{:T(128)} constant(100)'), 18),
+    (
+      ('%constant.95 = s32[]{:T(128)} constant(0)', '%constant.95 = s32[]{:T(128)} constant(100)'),
+      18,
+    ),
     # Never true, and a counter that walks away from its bound.
-    (('constant(118)', 'constant(-1)'), 0), (('direction=LT', 'direction=GT'), None),
-    (('direction=LT', 'direction=EQ'), None)])
+    (('constant(118)', 'constant(-1)'), 0),
+    (('direction=LT', 'direction=GT'), None),
+    (('direction=LT', 'direction=EQ'), None),
+  ],
+)
 def test_trip_count_of_the_condition(change, trips):
   text = (TEXTS / 'decode_layer.txt').read_text()
   assert change[0] in text
@@ -137,12 +158,21 @@ ENTRY %m (p: s32[], x: f32[8]) -> f32[8] {
 """)
   found, _ = loops.executed(module)
   assert {e.instruction.name: e.branches for e in found if e.instruction.opcode == 'negate'} == {
-      'n.1': (('c', 0),), 'n.2': (('c', 1),)}
+    'n.1': (('c', 0),),
+    'n.2': (('c', 1),),
+  }
 
 
-@pytest.mark.parametrize('text, groups', [
-    ('{{0,2},{1,3}}', ((0, 2), (1, 3))), ('[2,2]<=[4]', ((0, 1), (2, 3))), ('[2,2]<=[2,2]T(1,0)', ((0, 2), (1, 3))),
-    ('[1,8]<=[2,2,2]T(2,0,1)', ((0, 2, 4, 6, 1, 3, 5, 7),)), ('{}', ((0, 1, 2, 3),))])
+@pytest.mark.parametrize(
+  'text, groups',
+  [
+    ('{{0,2},{1,3}}', ((0, 2), (1, 3))),
+    ('[2,2]<=[4]', ((0, 1), (2, 3))),
+    ('[2,2]<=[2,2]T(1,0)', ((0, 2), (1, 3))),
+    ('[1,8]<=[2,2,2]T(2,0,1)', ((0, 2, 4, 6, 1, 3, 5, 7),)),
+    ('{}', ((0, 1, 2, 3),)),
+  ],
+)
 def test_replica_groups(text, groups):
   module = hlo.parse_hlo(f"""
 ENTRY %m (x: f32[8]) -> f32[8] {{
@@ -157,14 +187,25 @@ def test_collectives_with_bytes_and_mesh_axes(decode, ring):
   mesh = {'x': 4, 'y': 4, 'z': 4}
   body = decode.computations['body']
   assert collective_cost.find_collectives(decode, body, body['psum.19'], mesh) == HloCollective(
-      'all-reduce', 64, 256, ('x', 'y', 'z'))
-  assert collective_cost.find_collectives(decode, body, body['all_gather.22'], mesh) == HloCollective(
-      'all-gather', 16, 64 * 4608 * 2, ('y', 'z'))
+    'all-reduce', 64, 256, ('x', 'y', 'z')
+  )
+  assert collective_cost.find_collectives(
+    decode, body, body['all_gather.22'], mesh
+  ) == HloCollective('all-gather', 16, 64 * 4608 * 2, ('y', 'z'))
   assert collective_cost.find_collectives(decode, body, body['copy.50'], mesh) is None
 
   mesh, entry = {'x': 4, 'y': 4}, ring.entry
-  found = {n: collective_cost.find_collectives(ring, entry, entry[n], mesh) for n in (
-      'fusion.4', 'async-start', 'async-done', 'all-to-all-start', 'all-gather-start', 'collective-permute-start')}
+  found = {
+    n: collective_cost.find_collectives(ring, entry, entry[n], mesh)
+    for n in (
+      'fusion.4',
+      'async-start',
+      'async-done',
+      'all-to-all-start',
+      'all-gather-start',
+      'collective-permute-start',
+    )
+  }
   # An all-reduce inside a fusion that keeps a slice, and a wrapped reduce-scatter, down the columns.
   assert found['fusion.4'] == HloCollective('reduce-scatter', 4, 2**21, ('y',))
   assert found['async-start'] == HloCollective('reduce-scatter', 4, 2**21, ('x',))
@@ -174,26 +215,37 @@ def test_collectives_with_bytes_and_mesh_axes(decode, ring):
   permute = found['collective-permute-start']
   assert (permute.axes, permute.bytes, permute.pairs[0]) == (('y',), 2**21, (0, 1))
   # Half of an axis is told apart from a whole one.
-  assert not collective_cost.find_collectives(ring, entry, entry['all-to-all-start'], {'x': 8, 'y': 2}).whole
+  assert not collective_cost.find_collectives(
+    ring, entry, entry['all-to-all-start'], {'x': 8, 'y': 2}
+  ).whole
   with pytest.raises(HloError, match='more devices than the mesh'):
     collective_cost.find_collectives(ring, entry, entry['all-to-all-start'], {'x': 4, 'y': 2})
 
 
-@pytest.mark.parametrize('kind, size, slice_, seconds', [
+@pytest.mark.parametrize(
+  'kind, size, slice_, seconds',
+  [
     # 90 MB. One axis of a ring of 4: 90 GB/s, 2 hops. Two: 180 GB/s, 4 hops. Three: 270 GB/s, 6 hops.
-    ('all-gather', 4, 'v4:4x4x4', 0.75e-3 + 2e-6), ('reduce-scatter', 16, 'v4:4x4x4', 15 / 16 * 0.5e-3 + 4e-6),
+    ('all-gather', 4, 'v4:4x4x4', 0.75e-3 + 2e-6),
+    ('reduce-scatter', 16, 'v4:4x4x4', 15 / 16 * 0.5e-3 + 4e-6),
     ('all-reduce', 64, 'v4:4x4x4', 2 * (63 / 64 * 1e-3 / 3 + 6e-6)),
     ('all-to-all', 16, 'v4:4x4x4', 15 / 32 * 0.5e-3 + 4e-6),
     # Without wraparound: 45 GB/s an axis, size - 1 hops.
-    ('all-gather', 4, 'v4:2x2x4', 1.5e-3 + 3e-6), ('all-gather', 8, 'v4:2x2x4', 7 / 8 * 1e-3 + 4e-6),
+    ('all-gather', 4, 'v4:2x2x4', 1.5e-3 + 3e-6),
+    ('all-gather', 8, 'v4:2x2x4', 7 / 8 * 1e-3 + 4e-6),
     ('all-gather', 16, 'v5p:4x4x4', 15 / 16 * 0.25e-3 + 4e-6),
     # Two torus axes at most, and rings only of 16.
     ('all-gather', 64, 'v5e:8x8', 63 / 64 * 1e-3 + 14e-6),
     ('all-gather', 256, 'v6e:16x16', 255 / 256 * 0.25e-3 + 16e-6),
-    ('all-gather', 1, 'v4:4x4x4', 0), ('collective-permute', 2, 'v4:2x2x1', 2e-3 + 1e-6)])
+    ('all-gather', 1, 'v4:4x4x4', 0),
+    ('collective-permute', 2, 'v4:2x2x1', 2e-3 + 1e-6),
+  ],
+)
 def test_time_of_a_collective_at_link_speed(kind, size, slice_, seconds):
   slice_ = parse_slice(slice_)
-  found = collective_cost.seconds(HloCollective(kind, size, 90_000_000, ()), hardware.chip(slice_.kind), slice_)
+  found = collective_cost.seconds(
+    HloCollective(kind, size, 90_000_000, ()), hardware.chip(slice_.kind), slice_
+  )
   assert found == pytest.approx(seconds, rel=1e-12)
 
 
@@ -204,14 +256,26 @@ def test_flops_of_products(decode):
   assert work.flops(decode, body, body['copy.50']) == 0
 
 
-@pytest.mark.parametrize('line, flops', [
-    ('%r = f32[8,5,7]{2,1,0} dot(%a, %b), lhs_batch_dims={0}, lhs_contracting_dims={2}, rhs_batch_dims={0}, '
-     'rhs_contracting_dims={1}', 2 * 8 * 5 * 6 * 7),
+@pytest.mark.parametrize(
+  'line, flops',
+  [
+    (
+      '%r = f32[8,5,7]{2,1,0} dot(%a, %b), lhs_batch_dims={0}, lhs_contracting_dims={2}, rhs_batch_dims={0}, '
+      'rhs_contracting_dims={1}',
+      2 * 8 * 5 * 6 * 7,
+    ),
     # The same product as the TPU compiler writes it: the batch is a window that meets one place at a time.
-    ('%r = f32[8,5,7]{2,1,0} convolution(%a, %b), window={size=8 stride=7 pad=0_0 lhs_dilate=8}, '
-     'dim_labels=0bf_0io->0bf', 2 * 8 * 5 * 6 * 7),
-    ('%r = f32[8,5,7]{2,1,0} convolution(%a, %b), window={size=8 pad=7_0}, dim_labels=0bf_0io->0bf',
-     2 * sum(range(1, 9)) * 5 * 6 * 7)])
+    (
+      '%r = f32[8,5,7]{2,1,0} convolution(%a, %b), window={size=8 stride=7 pad=0_0 lhs_dilate=8}, '
+      'dim_labels=0bf_0io->0bf',
+      2 * 8 * 5 * 6 * 7,
+    ),
+    (
+      '%r = f32[8,5,7]{2,1,0} convolution(%a, %b), window={size=8 pad=7_0}, dim_labels=0bf_0io->0bf',
+      2 * sum(range(1, 9)) * 5 * 6 * 7,
+    ),
+  ],
+)
 def test_flops_of_batched_products(line, flops):
   module = hlo.parse_hlo(f"""
 ENTRY %m (a: f32[8,5,6], b: f32[8,6,7]) -> f32[8,5,7] {{
@@ -226,25 +290,34 @@ ENTRY %m (a: f32[8,5,6], b: f32[8,6,7]) -> f32[8,5,7] {{
 def test_traffic_counts_what_is_touched(decode, ring):
   body = decode.computations['body']
   # The layer's slice of the stacked weights, through a nested fusion that renames the tiles; the input; the output.
-  assert work.traffic(decode, body, body['fusion.89']) == 4608 * 10016 + 64 * 4608 * 2 + 64 * 10016 * 2 + 4
+  assert (
+    work.traffic(decode, body, body['fusion.89'])
+    == 4608 * 10016 + 64 * 4608 * 2 + 64 * 10016 * 2 + 4
+  )
   assert work.traffic(decode, body, body['dynamic_update_slice.17']) == 2 * 48 * 256 * 2
   assert work.traffic(decode, body, body['copy.50']) == 2 * 64 * 4608 * 2
   assert work.traffic(decode, body, body['bitcast.9']) == 0
   assert work.traffic(ring, ring.entry, ring.entry['slice-start']) == 2 * 2**21
   assert work.traffic(ring, ring.entry, ring.entry['kernel.1']) == 6_000_000
-  assert (work.in_place(decode, body['dynamic_update_slice.17']), work.in_place(decode, body['fusion.89'])) == (
-      True, False)
+  assert (
+    work.in_place(decode, body['dynamic_update_slice.17']),
+    work.in_place(decode, body['fusion.89']),
+  ) == (True, False)
 
 
-@pytest.mark.parametrize('before, after, differ', [
-    ((2, 1, 0), (2, 1, 0), False), ((2, 1, 0), (1, 2, 0), True), ((0, 2, 1), (2, 1, 0), False)])
+@pytest.mark.parametrize(
+  'before, after, differ',
+  [((2, 1, 0), (2, 1, 0), False), ((2, 1, 0), (1, 2, 0), True), ((0, 2, 1), (2, 1, 0), False)],
+)
 def test_relaid_is_another_order_of_dimensions_that_count(before, after, differ):
   shapes = [ArrayShape('bf16', (1, 64, 32), order, 'T(8,128)(2,1)') for order in (before, after)]
   assert relays(*shapes) == differ
 
 
 def test_other_tiles_are_another_layout():
-  shapes = [ArrayShape('s8', (64, 32), (1, 0), tiles) for tiles in ('T(32,128)(4,1)', 'T(8,128)(4,1)')]
+  shapes = [
+    ArrayShape('s8', (64, 32), (1, 0), tiles) for tiles in ('T(32,128)(4,1)', 'T(8,128)(4,1)')
+  ]
   assert relays(*shapes)
 
 
@@ -252,11 +325,12 @@ def test_weights_and_caches_written_to_hbm_again():
   found = {c.name: c for c in weight_copies(read('relaid_weights'))}
   w_in, w_out = "w.layers['parallel'].w_in", "w.layers['parallel'].w_out"
   assert {n: (c.sources, c.relaid) for n, c in found.items()} == {
-      'copy.68': ((w_out,), True),     # the whole stack under other tiles, in every layer
-      'fusion.106': ((w_in,), False),  # a layer's slice as it lies
-      'fusion.107': ((w_out,), True),  # widened to bfloat16
-      'copy.70': ((w_in,), True),      # a gathered weight, transposed
-      'copy.90': (('result 0',), True)}  # the cache that the loop filled
+    'copy.68': ((w_out,), True),  # the whole stack under other tiles, in every layer
+    'fusion.106': ((w_in,), False),  # a layer's slice as it lies
+    'fusion.107': ((w_out,), True),  # widened to bfloat16
+    'copy.70': ((w_in,), True),  # a gathered weight, transposed
+    'copy.90': (('result 0',), True),
+  }  # the cache that the loop filled
   # Not: a slice on chip, a gather's own output, an activation, tokens, an update in place.
   assert found['copy.68'].computation == 'body'
   assert not weight_copies(read('relaid_weights'), smallest=2**40)
@@ -272,6 +346,11 @@ def test_an_unknown_chip():
 
 
 def test_v4_in_numbers():
-  assert (V4.bf16_flops, V4.hbm_bandwidth, V4.link_bandwidth, V4.clock_hz) == (275e12, 1200e9, 45e9, 1.05e9)
+  assert (V4.bf16_flops, V4.hbm_bandwidth, V4.link_bandwidth, V4.clock_hz) == (
+    275e12,
+    1200e9,
+    45e9,
+    1.05e9,
+  )
   # All links of a chip together are the paper's 270 GB/s.
   assert V4.links * V4.link_bandwidth == 270e9

@@ -17,11 +17,11 @@ from t5x_inference_ext.sharding.mesh import make_mesh, mesh_links
 from t5x_inference_ext.sharding.torus import parse_slice
 from t5x_inference_ext.precompile import slices
 from t5x_inference_ext.precompile.program import (
-    CompileCase,
-    abstract_decode_cache,
-    abstract_weights,
-    compile_case,
-    phase_function,
+  CompileCase,
+  abstract_decode_cache,
+  abstract_weights,
+  compile_case,
+  phase_function,
 )
 
 SMALL = preset('palm_tiny', num_layers=2)
@@ -30,8 +30,16 @@ KINDS = ('v4', 'v5e', 'v5p', 'v6e')
 
 # Slices.
 
-@pytest.mark.parametrize('text,name', [
-    ('v4:4x4x4', 'v4-128'), ('v5p:2x2x1', 'v5p-8'), ('v5e:4x8', 'v5litepod-32'), ('v6e:1x1', 'v6e-1')])
+
+@pytest.mark.parametrize(
+  'text,name',
+  [
+    ('v4:4x4x4', 'v4-128'),
+    ('v5p:2x2x1', 'v5p-8'),
+    ('v5e:4x8', 'v5litepod-32'),
+    ('v6e:1x1', 'v6e-1'),
+  ],
+)
 def test_accelerator_types(text, name):
   assert slices.accelerator_type(parse_slice(text)) == name
 
@@ -47,9 +55,11 @@ def test_so_are_their_turns_and_larger_boxes(text):
   slices.check_slice(parse_slice(text))
 
 
-@pytest.mark.parametrize('text', ['v4:1x2x2', 'v4:3x3x3', 'v4:16x16x32', 'v5e:3x3', 'v6e:32x32', 'v4:2x2x8'])
+@pytest.mark.parametrize(
+  'text', ['v4:1x2x2', 'v4:3x3x3', 'v4:16x16x32', 'v5e:3x3', 'v6e:32x32', 'v4:2x2x8']
+)
 def test_slices_that_nobody_rents_are_refused_with_those_there_are(text):
-  kind = text[:text.index(':')]
+  kind = text[: text.index(':')]
   with pytest.raises(MeshError, match=f'there is no {kind} slice {text}; known: {kind}:1x1'):
     slices.check_slice(parse_slice(text))
 
@@ -75,22 +85,36 @@ def test_the_memory_of_a_chip_is_what_the_table_says(kind):
   assert slices.available_bytes(kind) == pytest.approx(hardware.chip(kind).compiler_hbm_bytes)
 
 
-@pytest.mark.parametrize('message,limits', [
-    ('the total memory required for HLO temporaries (50.5G) exceeds available HBM (30.75G)', (50.5, 30.75)),
-    ('Ran out of memory in memory space hbm. Used 33.5G of 30.75G hbm. Exceeded hbm capacity', (33.5, 30.75)),
-    ('something else', (None, None))])
+@pytest.mark.parametrize(
+  'message,limits',
+  [
+    (
+      'the total memory required for HLO temporaries (50.5G) exceeds available HBM (30.75G)',
+      (50.5, 30.75),
+    ),
+    (
+      'Ran out of memory in memory space hbm. Used 33.5G of 30.75G hbm. Exceeded hbm capacity',
+      (33.5, 30.75),
+    ),
+    ('something else', (None, None)),
+  ],
+)
 def test_what_a_message_says_of_memory(message, limits):
   assert slices.memory_limits(message) == tuple(x and x * 2**30 for x in limits)
 
 
 def test_without_libtpu_the_extra_is_named(monkeypatch):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-  with pytest.raises(UserError, match=r"the TPU compiler is not installed: pip install 't5x_inference_ext\[tpu\]'"):
+  with pytest.raises(
+    UserError, match=r"the TPU compiler is not installed: pip install 't5x_inference_ext\[tpu\]'"
+  ):
     slices.topology_devices(parse_slice('v4:2x2x1'))
 
 
 def test_a_mesh_that_does_not_divide_the_model_is_refused():
-  with pytest.raises(MeshError, match='d_model=250 does not divide over the 4 devices of the mesh 1x2x2'):
+  with pytest.raises(
+    MeshError, match='d_model=250 does not divide over the 4 devices of the mesh 1x2x2'
+  ):
     slices.slice_mesh(parse_slice('v4:2x2x1'), preset('palm_tiny', d_model=250), (1, 2, 2))
 
 
@@ -102,13 +126,22 @@ def test_a_mesh_of_another_size_than_the_slice_is_refused(shape, positions):
 
 # Cases.
 
-@pytest.mark.parametrize('fields,words', [
-    (dict(phase='train'), 'phase must be one of decode, prefill'), (dict(weights='int4'), 'weights must be one of'),
-    (dict(batch=0), 'batch must be a whole number above 0, got 0'), (dict(context=2.5), 'context must be'),
-    (dict(phase='prefill', prompt=17), 'prompt=17 does not fit into context=16')])
+
+@pytest.mark.parametrize(
+  'fields,words',
+  [
+    (dict(phase='train'), 'phase must be one of decode, prefill'),
+    (dict(weights='int4'), 'weights must be one of'),
+    (dict(batch=0), 'batch must be a whole number above 0, got 0'),
+    (dict(context=2.5), 'context must be'),
+    (dict(phase='prefill', prompt=17), 'prompt=17 does not fit into context=16'),
+  ],
+)
 def test_a_case_that_makes_no_sense_is_refused(fields, words):
   with pytest.raises(RequestError, match=words):
-    CompileCase(**{**dict(config=SMALL, weights='int8', phase='decode', batch=8, context=16), **fields})
+    CompileCase(
+      **{**dict(config=SMALL, weights='int8', phase='decode', batch=8, context=16), **fields}
+    )
 
 
 def test_the_other_phase_gets_a_layout_that_shares_the_weights():
@@ -120,10 +153,12 @@ def test_the_other_phase_gets_a_layout_that_shares_the_weights():
 
 # Programs: the shapes are those that real weights and caches have.
 
+
 @pytest.mark.parametrize('weights', ['int8', 'bfloat16'])
 @pytest.mark.parametrize('stacked', [True, False])
 def test_abstract_weights_are_what_loading_makes(palm_tiny, tmp_path, weights, stacked):
   from t5x_inference_ext.checkpoints import convert, load, open_checkpoint
+
   convert.convert(palm_tiny, tmp_path / 'serving', weights)
   checkpoint = open_checkpoint(tmp_path / 'serving')
   model = Model(checkpoint.config, make_mesh((2, 2, 2)))
@@ -140,9 +175,18 @@ def test_an_abstract_cache_is_what_prefill_makes():
   tokens, lengths = jnp.ones((8, 4), jnp.int32), jnp.full((8,), 4, jnp.int32)
   made = jax.jit(model.prefill, static_argnums=3)(zeros, tokens, lengths, 16)[1]
   assert isinstance(cache, KVCache) and cache.size == 16
-  assert jax.tree.map(lambda x: (x.shape, x.dtype), cache) == jax.tree.map(lambda x: (x.shape, x.dtype), made)
-  jax.tree.map(lambda x, y: pytest.fail(f'{x.sharding} {y.sharding}') if not x.sharding.is_equivalent_to(
-      y.sharding, x.ndim) else None, cache, made)
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), cache) == jax.tree.map(
+    lambda x: (x.shape, x.dtype), made
+  )
+  jax.tree.map(
+    lambda x, y: (
+      pytest.fail(f'{x.sharding} {y.sharding}')
+      if not x.sharding.is_equivalent_to(y.sharding, x.ndim)
+      else None
+    ),
+    cache,
+    made,
+  )
 
 
 def test_phases_run_and_agree_with_the_model():
@@ -152,7 +196,9 @@ def test_phases_run_and_agree_with_the_model():
   prefill, (weights, tokens, lengths) = phase_function(case, mesh)
   random = np.random.default_rng(0)
   weights = jax.tree.map(
-      lambda x: jax.device_put(random.normal(size=x.shape).astype(x.dtype) * 0.05, x.sharding), weights)
+    lambda x: jax.device_put(random.normal(size=x.shape).astype(x.dtype) * 0.05, x.sharding),
+    weights,
+  )
   tokens = jax.device_put(random.integers(3, 380, tokens.shape, np.int32), tokens.sharding)
   lengths = jax.device_put(np.full(lengths.shape, 4, np.int32), lengths.sharding)
   first, cache = prefill(weights, tokens, lengths)

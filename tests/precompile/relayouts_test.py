@@ -13,14 +13,33 @@ from t5x_inference_ext.precompile.analysis import analyze
 
 pytestmark = pytest.mark.libtpu
 
-LAYOUTS = ('ws_1d/heads', 'ws_1d/batch', 'ws_2d/heads', 'ws_2d/batch', 'wg_x/heads', 'wg_x/batch', 'wg_xy/heads',
-           'wg_xy/batch', 'wg_xyz/batch')
+LAYOUTS = (
+  'ws_1d/heads',
+  'ws_1d/batch',
+  'ws_2d/heads',
+  'ws_2d/batch',
+  'wg_x/heads',
+  'wg_x/batch',
+  'wg_xy/heads',
+  'wg_xy/batch',
+  'wg_xyz/batch',
+)
 
 
 def _relaid(weights: str, phase: str, layout: str, cache: str | None = None, **fields) -> list[str]:
   config = dataclasses.replace(preset('palm_8b'), num_layers=3, **fields)
-  answer = analyze(config, weights, 'v4:2x2x2', phase, 16, 512, layout=layout, mesh='2x2x2', cache=cache,
-                   scan_layers=True)
+  answer = analyze(
+    config,
+    weights,
+    'v4:2x2x2',
+    phase,
+    16,
+    512,
+    layout=layout,
+    mesh='2x2x2',
+    cache=cache,
+    scan_layers=True,
+  )
   return [f'{c.name} {c.result} of {c.sources}' for c in answer.estimate.weight_copies if c.relaid]
 
 
@@ -46,43 +65,66 @@ def test_no_looped_decode_step_does(collectives):
   assert not _relaid('int8', 'decode', f'ws_2d/batch/{collectives}')
 
 
-@pytest.mark.parametrize('phase, layout', [('decode', 'ws_1d/heads'), ('decode', 'ws_2d/batch'), ('prefill', 'ws_2d/batch')])
+@pytest.mark.parametrize(
+  'phase, layout',
+  [('decode', 'ws_1d/heads'), ('decode', 'ws_2d/batch'), ('prefill', 'ws_2d/batch')],
+)
 def test_no_int8_cache_is_laid_out_anew(phase, layout):
   """A row's new position is a part of a tile, which would make the compiler copy the cache, twice for every row."""
   assert not _relaid('int8', phase, layout, 'int8')
 
 
 @pytest.mark.parametrize('layout', ['wg_x/batch', 'wg_xy/heads'])
-@pytest.mark.parametrize('weights, scan_layers', [('int8', True), ('bfloat16', True), ('bfloat16', False)])
+@pytest.mark.parametrize(
+  'weights, scan_layers', [('int8', True), ('bfloat16', True), ('bfloat16', False)]
+)
 def test_no_gathered_matrix_of_a_large_model_is(weights, scan_layers, layout):
   """PaLM 540B's, of which the compiler gathered some with their rows beside each other, to be turned around then."""
   config = dataclasses.replace(preset('palm_540b'), num_layers=4)
-  answer = analyze(config, weights, 'v4:4x4x4', 'decode', 64, 2048, layout=layout, scan_layers=scan_layers)
+  answer = analyze(
+    config, weights, 'v4:4x4x4', 'decode', 64, 2048, layout=layout, scan_layers=scan_layers
+  )
   assert not [c for c in answer.estimate.weight_copies if c.relaid]
 
 
 def _layer_costs(model: str, slice_name: str, batch: int, layout: str):
   config = dataclasses.replace(preset(model), num_layers=3)
-  answer = analyze(config, 'int8', slice_name, 'decode', batch, 512, layout=layout, scan_layers=True)
+  answer = analyze(
+    config, 'int8', slice_name, 'decode', batch, 512, layout=layout, scan_layers=True
+  )
   return [c for c in answer.estimate.costs if c.in_layer_loop]
 
 
-@pytest.mark.parametrize('slice_name, batch, layout', [
-    ('v4:2x2x1', 32, 'ws_2d/batch'), ('v4:2x2x4', 32, 'ws_2d/batch'), ('v4:4x4x4', 64, 'ws_2d/batch'),
-    ('v4:4x4x4', 64, 'ws_1d/batch')])
+@pytest.mark.parametrize(
+  'slice_name, batch, layout',
+  [
+    ('v4:2x2x1', 32, 'ws_2d/batch'),
+    ('v4:2x2x4', 32, 'ws_2d/batch'),
+    ('v4:4x4x4', 64, 'ws_2d/batch'),
+    ('v4:4x4x4', 64, 'ws_1d/batch'),
+  ],
+)
 def test_a_decode_step_scatters_few_rows(slice_name, batch, layout):
   """Of up to a tile of rows on each chip, or over three axes, the compiler made an all-reduce (model/collectives/ops.py)."""
-  collectives = [(c.collective.kind, c.bytes) for c in _layer_costs('palm_8b', slice_name, batch, layout) if c.collective]
+  collectives = [
+    (c.collective.kind, c.bytes)
+    for c in _layer_costs('palm_8b', slice_name, batch, layout)
+    if c.collective
+  ]
   # The norms sum one number for each row.
   assert not [c for c in collectives if c[0] == 'all-reduce' and c[1] > 4 * batch]
   assert 'reduce-scatter' in dict(collectives)
 
 
-@pytest.mark.parametrize('model, slice_name, batch', [
-    ('palm_8b', 'v4:2x2x1', 1), ('palm_8b', 'v4:2x2x1', 4), ('palm_540b', 'v4:4x4x4', 8)])
+@pytest.mark.parametrize(
+  'model, slice_name, batch',
+  [('palm_8b', 'v4:2x2x1', 1), ('palm_8b', 'v4:2x2x1', 4), ('palm_540b', 'v4:4x4x4', 8)],
+)
 def test_few_rows_cost_no_more_than_the_weights(model, slice_name, batch):
   """One row missed the matrix unit; for one row a chip weights were cut out first; parts of tiles were turned around."""
   seconds = collections.defaultdict(float)
   for c in _layer_costs(model, slice_name, batch, 'ws_2d/batch'):
     seconds[c.kind] += c.seconds
-  assert seconds['matmul'] > 2 * sum(s for kind, s in seconds.items() if kind not in ('matmul', 'collective'))
+  assert seconds['matmul'] > 2 * sum(
+    s for kind, s in seconds.items() if kind not in ('matmul', 'collective')
+  )

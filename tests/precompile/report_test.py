@@ -20,16 +20,34 @@ GIB = 2**30
 
 @pytest.fixture(scope='module')
 def answer() -> Answer:
-  return analyze(SMALL, 'int8', 'v4:2x2x1', 'decode', 8, 128, layout='ws_2d/batch', mesh='2x2x1', scan_layers=True)
+  return analyze(
+    SMALL,
+    'int8',
+    'v4:2x2x1',
+    'decode',
+    8,
+    128,
+    layout='ws_2d/batch',
+    mesh='2x2x1',
+    scan_layers=True,
+  )
 
 
 @pytest.fixture(scope='module')
 def shortage(answer) -> Answer:
   case = dataclasses.replace(answer.case, batch=4096)
-  program = dataclasses.replace(answer.program, memory=CompiledMemory(GIB, 2 * GIB, 0, GIB, 30 * GIB))
+  program = dataclasses.replace(
+    answer.program, memory=CompiledMemory(GIB, 2 * GIB, 0, GIB, 30 * GIB)
+  )
   return Answer(
-      answer.slice, Shortage(case, answer.slice, 45 * GIB, 30 * GIB, 4 * GIB, 11 * GIB, 'RESOURCE_EXHAUSTED: too much'),
-      None, (), (Alternative('batch', answer.slice, program), Alternative('layout', answer.slice, program)))
+    answer.slice,
+    Shortage(
+      case, answer.slice, 45 * GIB, 30 * GIB, 4 * GIB, 11 * GIB, 'RESOURCE_EXHAUSTED: too much'
+    ),
+    None,
+    (),
+    (Alternative('batch', answer.slice, program), Alternative('layout', answer.slice, program)),
+  )
 
 
 @pytest.mark.libtpu
@@ -43,10 +61,22 @@ def test_the_bounds_follow_from_the_chip(answer):
 @pytest.mark.libtpu
 def test_the_text_has_everything_in_one_screen(answer):
   text = report.report_text(answer)
-  for words in ('model:  10 layers', 'phase:  decode in ws_2d/batch', 'v4:2x2x1, 4 chips, mesh', 'fits: 0.0', 'of 30.75 GiB',
-                'weights 0.00, cache 0.00, temporaries', 'with nothing overlapped', 'with what the schedule overlaps',
-                'the MFU', 'weight-load bound', 'FLOP bound', 'where it goes: ', 'collectives: over mesh axes',
-                'copies and layout changes: '):
+  for words in (
+    'model:  10 layers',
+    'phase:  decode in ws_2d/batch',
+    'v4:2x2x1, 4 chips, mesh',
+    'fits: 0.0',
+    'of 30.75 GiB',
+    'weights 0.00, cache 0.00, temporaries',
+    'with nothing overlapped',
+    'with what the schedule overlaps',
+    'the MFU',
+    'weight-load bound',
+    'FLOP bound',
+    'where it goes: ',
+    'collectives: over mesh axes',
+    'copies and layout changes: ',
+  ):
     assert words in text, words
   lines = text.splitlines()
   assert len(lines) < 60 and max(map(len, lines)) <= 120
@@ -74,7 +104,9 @@ def test_json_and_text_agree_and_add_up(answer):
   assert sum(data['seconds']['by_kind'].values()) == pytest.approx(serial)
   assert 0 < data['seconds']['overlapped'] <= serial
   assert data['mfu']['serial'] == pytest.approx(data['bounds']['flops'] / serial)
-  assert data['memory']['needed'] == sum(data['memory'][k] for k in ('weights', 'cache', 'other', 'temporaries'))
+  assert data['memory']['needed'] == sum(
+    data['memory'][k] for k in ('weights', 'cache', 'other', 'temporaries')
+  )
   assert f'time: {serial * 1e3:.2f} ms a step' in report.report_text(answer)
 
 
@@ -83,15 +115,22 @@ def test_the_layer_s_products_run_once_a_layer(answer):
   products = [row for row in report.report_dict(answer)['operations'] if row['kind'] == 'matmul']
   assert {row['count'] for row in products} == {1, 10}  # the logits', and of the 10 layers
   # All parameters but the norms' multiply; a single key head's columns are on more than one chip.
-  assert sum(row['flops'] * row['count'] for row in products) == pytest.approx(2 * SMALL.num_params * 8 / 4, rel=0.05)
+  assert sum(row['flops'] * row['count'] for row in products) == pytest.approx(
+    2 * SMALL.num_params * 8 / 4, rel=0.05
+  )
 
 
 @pytest.mark.libtpu
 def test_a_shortage_says_what_is_missing_and_what_would_do(shortage):
   text = report.report_text(shortage)
-  for words in ('does not fit: 45.00 GiB are needed on each chip and 30.00 GiB are available', 'weights 4.00, cache 11.00',
-                'the rest 30.00', 'RESOURCE_EXHAUSTED: too much', 'would fit: --batch=8, 4.00 of 30.00 GiB (compiled)',
-                'would fit: --layout=ws_2d/batch'):
+  for words in (
+    'does not fit: 45.00 GiB are needed on each chip and 30.00 GiB are available',
+    'weights 4.00, cache 11.00',
+    'the rest 30.00',
+    'RESOURCE_EXHAUSTED: too much',
+    'would fit: --batch=8, 4.00 of 30.00 GiB (compiled)',
+    'would fit: --layout=ws_2d/batch',
+  ):
     assert words in text, words
   data = json.loads(json.dumps(report.report_dict(shortage)))
   assert not data['fits'] and data['memory']['needed'] == 45 * GIB
@@ -107,12 +146,16 @@ def test_the_best_layout_has_the_least_estimate(monkeypatch):
   tried = {t.layout: t for t in answer.tried}
   assert set(tried) == {'ws_2d/batch', 'ws_1d/batch', 'wg_xyz/batch'}
   timed = {name: t.seconds for name, t in tried.items() if t.seconds is not None}
-  assert set(timed) == {'ws_2d/batch', 'ws_1d/batch'} and 'multiple of 4' in tried['wg_xyz/batch'].reason
+  assert (
+    set(timed) == {'ws_2d/batch', 'ws_1d/batch'} and 'multiple of 4' in tried['wg_xyz/batch'].reason
+  )
   assert str(answer.case.layout) == min(timed, key=timed.get)
   assert answer.estimate.serial_seconds == min(timed.values())
   text = report.report_text(answer)
-  assert f'layout: none given; {answer.case.layout} has the least estimated time of ws_2d/batch' in text
-  assert 'wg_xyz/batch can\'t be used here' in ' '.join(text.split())
+  assert (
+    f'layout: none given; {answer.case.layout} has the least estimated time of ws_2d/batch' in text
+  )
+  assert "wg_xyz/batch can't be used here" in ' '.join(text.split())
 
 
 @pytest.mark.libtpu
@@ -125,14 +168,18 @@ def test_the_best_of_many_layers_is_found_as_a_loop_and_written_out(monkeypatch)
   assert not any(c.kind == 'matmul' and c.count > 1 for c in answer.estimate.costs)
   assert ', as loops over the layers' in ' '.join(report.report_text(answer).split())
   as_loop = analyze(SMALL, 'int8', 'v4:2x2x1', 'decode', 8, 128, scan_layers=True)
-  assert as_loop.case.stacked and any(c.kind == 'matmul' and c.count == 10 for c in as_loop.estimate.costs)
+  assert as_loop.case.stacked and any(
+    c.kind == 'matmul' and c.count == 10 for c in as_loop.estimate.costs
+  )
   assert 'as loops' not in report.report_text(as_loop)
 
 
 @pytest.mark.libtpu
 def test_no_layout_may_do(monkeypatch):
   monkeypatch.setitem(fit.CANDIDATES, 'decode', ('wg_xyz/batch',))
-  with pytest.raises(UserError, match='none of the layouts wg_xyz/batch can be used: wg_xyz/batch splits tokens'):
+  with pytest.raises(
+    UserError, match='none of the layouts wg_xyz/batch can be used: wg_xyz/batch splits tokens'
+  ):
     analyze(SMALL, 'int8', 'v4:2x2x1', 'decode', 3, 128)
 
 
@@ -148,13 +195,19 @@ def test_where_none_fits_the_nearest_is_reported(monkeypatch):
   answer = analyze(SMALL, 'int8', 'v4:2x2x1', 'decode', 8, 128)
   assert str(answer.case.layout) == 'ws_2d/heads' and not answer.fits
   assert [t.reason for t in answer.tried] == ['does not fit'] * 3
-  assert 'ws_2d/heads has the nearest to fitting of ws_2d/batch does not fit' in ' '.join(report.report_text(answer).split())
+  assert 'ws_2d/heads has the nearest to fitting of ws_2d/batch does not fit' in ' '.join(
+    report.report_text(answer).split()
+  )
 
 
-@pytest.mark.parametrize('arguments,error,words', [
+@pytest.mark.parametrize(
+  'arguments,error,words',
+  [
     (('v4:9x9x9', 'decode', 8), MeshError, 'there is no v4 slice v4:9x9x9'),
     (('v7:2x2', 'decode', 8), MeshError, 'a slice is written generation:shape'),
-    (('v4:2x2x1', 'train', 8), RequestError, 'phase must be one of')])
+    (('v4:2x2x1', 'train', 8), RequestError, 'phase must be one of'),
+  ],
+)
 def test_what_makes_no_sense_is_refused_before_compiling(arguments, error, words):
   slice_name, phase, batch = arguments
   with pytest.raises(error, match=words):

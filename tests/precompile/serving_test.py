@@ -23,11 +23,15 @@ ROWS, CONTEXT, PROMPT = 8, 16, 4
 
 
 def _case(phase, **fields):
-  return CompileCase(SMALL, 'bfloat16', phase, ROWS, CONTEXT, **{**dict(dtype='float32', prompt=PROMPT), **fields})
+  return CompileCase(
+    SMALL, 'bfloat16', phase, ROWS, CONTEXT, **{**dict(dtype='float32', prompt=PROMPT), **fields}
+  )
 
 
 def _put(struct, value=0):
-  return jax.device_put(np.broadcast_to(np.asarray(value, struct.dtype), struct.shape), struct.sharding)
+  return jax.device_put(
+    np.broadcast_to(np.asarray(value, struct.dtype), struct.shape), struct.sharding
+  )
 
 
 def _zeros(tree):
@@ -39,25 +43,41 @@ def test_a_prompt_s_way_through_the_programs(layout):
   """Prompts in two chunks, then into slots, then steps: the tokens of a prefill and of decode steps."""
   mesh = make_mesh((2, 2, 2))
   prefilling = Layout.parse(layout)
-  extend, (weights, prompts, tokens, counts) = phase_function(_case('extend', prompt=2, layout=prefilling), mesh)
+  extend, (weights, prompts, tokens, counts) = phase_function(
+    _case('extend', prompt=2, layout=prefilling), mesh
+  )
   random = np.random.default_rng(0)
   weights = jax.tree.map(
-      lambda x: jax.device_put(random.normal(size=x.shape).astype(x.dtype) * 0.05, x.sharding), weights)
+    lambda x: jax.device_put(random.normal(size=x.shape).astype(x.dtype) * 0.05, x.sharding),
+    weights,
+  )
   asked = random.integers(3, 380, (ROWS, PROMPT), np.int32)
   prompts = _zeros(prompts)
   for i in range(0, PROMPT, 2):
-    prompts = extend(weights, prompts, _put(tokens, asked[:, i:i + 2]), _put(counts, 2))
+    prompts = extend(weights, prompts, _put(tokens, asked[:, i : i + 2]), _put(counts, 2))
   admit, (_, slots, held, _, _, asks, prompt, length) = phase_function(
-      _case('admit', prompt=CONTEXT, other_layout=prefilling), mesh)
+    _case('admit', prompt=CONTEXT, other_layout=prefilling), mesh
+  )
   run, (_, _, steps, until_free) = phase_function(_case('slots', other_layout=prefilling), mesh)
   slots, firsts = _zeros(slots), []
   group = held.logits.shape[0]  # of prompts that are on their way together
   for row in range(ROWS):
     of_group = jax.tree.map(
-        lambda x, to, at=row // group: jax.device_put(_rows(x, ROWS, at * group, group), to.sharding), prompts, held)
+      lambda x, to, at=row // group: jax.device_put(_rows(x, ROWS, at * group, group), to.sharding),
+      prompts,
+      held,
+    )
     some = dataclasses.replace(_zeros(asks), limits=jnp.full(1, 10))
-    slots, chosen = admit(weights, slots, of_group, np.int32(row % group), np.int32(row), some, _put(prompt),
-                          _put(length, PROMPT))
+    slots, chosen = admit(
+      weights,
+      slots,
+      of_group,
+      np.int32(row % group),
+      np.int32(row),
+      some,
+      _put(prompt),
+      _put(length, PROMPT),
+    )
     firsts.append(chosen.tokens[0])
   slots, told = run(weights, slots, _put(steps, 3), _put(until_free))
   found = np.concatenate([np.stack(firsts)[None], told.chosen.tokens[:3]]).T
@@ -80,7 +100,10 @@ def _rows(x, rows, first, count):
 
 
 def test_a_saved_program_takes_and_gives_what_it_did(tmp_path):
-  mesh, case = make_mesh((2, 2, 2)), _case('slots', sampling=SamplingParams(1.0, repetition_penalty=1.1))
+  mesh, case = (
+    make_mesh((2, 2, 2)),
+    _case('slots', sampling=SamplingParams(1.0, repetition_penalty=1.1)),
+  )
   program = compile_case(case, mesh)
   saved_program.save(tmp_path / 'slots', program.compiled, program.arguments, mesh, case.to_dict())
   loaded = saved_program.load(tmp_path / 'slots', *phase_function(case, mesh), mesh, case.to_dict())
@@ -100,12 +123,26 @@ def test_the_default_chunk_is_the_scheduler_s():
 @functools.cache
 def _answer(phase, sampling=SamplingParams(), layout='ws_2d/batch', **fields):
   config = dataclasses.replace(preset('palm_8b'), num_layers=3)
-  return analyze(config, 'int8', 'v4:2x2x2', phase, 16, 512, layout=layout, mesh='2x2x2', scan_layers=True, prompt=128,
-                 sampling=sampling, **fields)
+  return analyze(
+    config,
+    'int8',
+    'v4:2x2x2',
+    phase,
+    16,
+    512,
+    layout=layout,
+    mesh='2x2x2',
+    scan_layers=True,
+    prompt=128,
+    sampling=sampling,
+    **fields,
+  )
 
 
 @pytest.mark.libtpu
-@pytest.mark.parametrize('phase, unit', [('extend', 'a chunk'), ('slots', 'a step'), ('admit', 'a prompt')])
+@pytest.mark.parametrize(
+  'phase, unit', [('extend', 'a chunk'), ('slots', 'a step'), ('admit', 'a prompt')]
+)
 def test_the_report_tells_the_time_of_one(phase, unit):
   answer = _answer(phase)
   text, found = report.report_text(answer), answer.estimate
@@ -116,7 +153,9 @@ def test_the_report_tells_the_time_of_one(phase, unit):
   rows = 16 // 8
   assert memory.cache == pytest.approx(2 * 2 * 3 * rows * 512 * 256, rel=0.01)
   assert answer.program.compiled.memory_analysis().alias_size_in_bytes >= memory.cache  # in place
-  assert data['case']['phase'] == phase and data['case']['prompt'] == (None if phase == 'slots' else 128)
+  assert data['case']['phase'] == phase and data['case']['prompt'] == (
+    None if phase == 'slots' else 128
+  )
   if phase == 'slots':
     assert len(found.unknown_loops) == 1
     assert 0.9 * found.serial_seconds < data['seconds']['step']['serial'] < found.serial_seconds
@@ -132,11 +171,15 @@ def test_a_step_of_slots_is_a_decode_step_and_the_choice_of_tokens():
 
 
 @pytest.mark.libtpu
-@pytest.mark.parametrize('layout, other', [('ws_2d/batch', 'ws_2d/batch'), ('ws_2d/batch', 'wg_xyz/batch'),
-                                           ('ws_2d/heads', 'wg_xy/batch')])
+@pytest.mark.parametrize(
+  'layout, other',
+  [('ws_2d/batch', 'ws_2d/batch'), ('ws_2d/batch', 'wg_xyz/batch'), ('ws_2d/heads', 'wg_xy/batch')],
+)
 def test_admission_moves_one_row(layout, other):
   """No collective carries more than a row's keys or values, or a row of logits; and the cache is not read whole."""
   answer = _answer('admit', layout=layout, other_layout=other)
-  row = max(2 * 3 * 128 * 256, 4 * answer.case.config.vocab_size)  # bytes of a prompt's keys, or of its logits
+  row = max(
+    2 * 3 * 128 * 256, 4 * answer.case.config.vocab_size
+  )  # bytes of a prompt's keys, or of its logits
   assert all(c.collective.bytes <= 2 * row for c in answer.estimate.costs if c.collective)
   assert answer.program.memory.temporaries < 8 * row

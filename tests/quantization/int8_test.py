@@ -39,7 +39,9 @@ def test_a_single_row_is_two_on_a_tpu_alone(rows, monkeypatch):
   lowered = jax.jit(int8.matmul).trace(x, w, scale).lower(lowering_platforms=('tpu',)).as_text()
   assert 'tensor<2x16xf32>' in lowered
   assert ('tensor<2x16xf32>' in jax.jit(int8.matmul).lower(x, w, scale).as_text()) == (rows == 2)
-  monkeypatch.setattr(jax.lax, 'platform_dependent', lambda *arguments, tpu, default: tpu(*arguments))
+  monkeypatch.setattr(
+    jax.lax, 'platform_dependent', lambda *arguments, tpu, default: tpu(*arguments)
+  )
   np.testing.assert_allclose(int8.matmul(x, w, scale), x @ (w * scale), atol=1e-5)
 
 
@@ -56,7 +58,9 @@ def test_bfloat16_activations():
   y = int8.matmul(jnp.asarray(x, jnp.bfloat16), w, scale)
   assert y.dtype == jnp.bfloat16
   # 8 bits of x, of the product and of the result.
-  np.testing.assert_allclose(np.asarray(y, np.float32), x @ (w * scale), atol=3 * 2**-8 * np.abs(x @ (w * scale)).max())
+  np.testing.assert_allclose(
+    np.asarray(y, np.float32), x @ (w * scale), atol=3 * 2**-8 * np.abs(x @ (w * scale)).max()
+  )
 
 
 def test_scales_are_applied_in_float32():

@@ -15,13 +15,16 @@ def dequantized(kv):
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_each_position_and_head_has_its_own_scale(dtype):
-  x = jax.random.normal(jax.random.key(0), (3, 5, 2, 16), dtype) * jnp.asarray([1e-30, 1., 1e30], dtype)[:, None, None, None]
+  x = (
+    jax.random.normal(jax.random.key(0), (3, 5, 2, 16), dtype)
+    * jnp.asarray([1e-30, 1.0, 1e30], dtype)[:, None, None, None]
+  )
   kv = to_cache(x, 'int8')
   assert (kv.units.dtype, kv.units.shape, kv.shape, kv.ndim) == (np.int8, x.shape, x.shape, 4)
   assert (kv.scales.dtype, kv.scales.shape) == (np.float32, (3, 5, 2, 1))
   np.testing.assert_array_equal(np.abs(kv.units).max(-1), 127)
   x = np.asarray(x, np.float32)
-  assert (np.abs(dequantized(kv) - x) <= .501 * np.asarray(kv.scales)).all()
+  assert (np.abs(dequantized(kv) - x) <= 0.501 * np.asarray(kv.scales)).all()
 
 
 def test_zeros_stay_zeros_and_nan_is_not_hidden():

@@ -11,7 +11,7 @@ def round_trip(w, scale):
 
 
 def test_halves_round_to_even():
-  w = np.array([[127.], [.5], [1.5], [2.5], [-.5], [-1.5], [126.5]], np.float32)
+  w = np.array([[127.0], [0.5], [1.5], [2.5], [-0.5], [-1.5], [126.5]], np.float32)
   scale = rounding.channel_scales(w)
   assert scale == 1
   np.testing.assert_array_equal(rounding.quantize(w, scale)[:, 0], [127, 0, 2, 2, 0, -2, 126])
@@ -35,8 +35,10 @@ def test_any_magnitude(value):
 
 
 def test_shared_scales():
-  a, b = np.array([[1., 8.]], np.float32), np.array([[2., 4.], [-3., 0.]], np.float32)
-  np.testing.assert_array_equal(rounding.channel_scales(a, b), np.array([3, 8], np.float32) / np.float32(127))
+  a, b = np.array([[1.0, 8.0]], np.float32), np.array([[2.0, 4.0], [-3.0, 0.0]], np.float32)
+  np.testing.assert_array_equal(
+    rounding.channel_scales(a, b), np.array([3, 8], np.float32) / np.float32(127)
+  )
 
 
 def test_blocks_do_not_show(monkeypatch):

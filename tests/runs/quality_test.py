@@ -11,7 +11,7 @@ from t5x_inference_ext.runs import quality
 from t5x_inference_ext.checkpoints import convert, open_checkpoint
 from t5x_inference_ext.errors import UserError
 
-MODULE = '''
+MODULE = """
 import seqio
 import tensorflow as tf
 
@@ -22,7 +22,7 @@ seqio.TaskRegistry.add(
     'quality_of_conversions', source=seqio.FunctionDataSource(rows, splits=['validation']),
     preprocessors=[seqio.preprocessors.tokenize],
     output_features={'targets': seqio.Feature(seqio.ByteVocabulary(), add_eos=False)})
-'''
+"""
 
 
 def run(*argv):
@@ -39,17 +39,27 @@ def int8(palm_tiny, tmp_path_factory):
 def test_report_with_tokens(palm_tiny, golden, int8, tmp_path, capsys):
   """The source's loss is T5X's own figure, and int8 is within 0.3% of it."""
   pytest.importorskip('matplotlib')
-  assert run(f'--input={palm_tiny}', f'--output={int8}', '--weights=int8', f'--report={tmp_path}/report',
-             f'--report_tokens={golden}/heldout_tokens.npy') == 0
+  assert (
+    run(
+      f'--input={palm_tiny}',
+      f'--output={int8}',
+      '--weights=int8',
+      f'--report={tmp_path}/report',
+      f'--report_tokens={golden}/heldout_tokens.npy',
+    )
+    == 0
+  )
   assert 'only the report is made' in capsys.readouterr().out
   report = json.loads((tmp_path / 'report' / 'report.json').read_text())
   bits = [value / np.log(2) for value in report['losses'].values()]
   expected = json.loads((golden / 'scores.json').read_text())['bits_per_byte_heldout']
   np.testing.assert_allclose(bits[0], expected, rtol=1e-4)
   # As bfloat16, int8 weights, with an int8 cache besides, and all of that computed in bfloat16.
-  assert len(set(bits)) == 5 and all(abs(b / bits[0] - 1) < .003 for b in bits)
+  assert len(set(bits)) == 5 and all(abs(b / bits[0] - 1) < 0.003 for b in bits)
   assert set(report['errors']) == set(open_checkpoint(palm_tiny).tensors)
-  assert report['errors']['layer_norm']['relative'] == 0 < report['errors']['query']['relative'] < .01
+  assert (
+    report['errors']['layer_norm']['relative'] == 0 < report['errors']['query']['relative'] < 0.01
+  )
   table = (tmp_path / 'report' / 'report.txt').read_text()
   assert 'Frobenius' in table and 'output, int8, int8 cache' in table
   assert (tmp_path / 'report' / 'report.png').read_bytes().startswith(b'\x89PNG')
@@ -60,11 +70,26 @@ def test_labels_of_the_plot_can_be_read(tmp_path, monkeypatch):
   pytest.importorskip('matplotlib')
   pyplot = quality._pyplot()
   monkeypatch.setattr(pyplot, 'close', lambda figure: None)
-  names = ('source, float32', 'source as bfloat16', 'output, int8', 'output, int8, int8 cache', 'the same as bfloat16')
-  quality._plot(pyplot, {'query': {'relative': .01, 'largest': .02}}, {n: 1. + i / 1000 for i, n in enumerate(names)},
-                tmp_path / 'report.png')
-  boxes = [label.get_window_extent() for axes in pyplot.gcf().axes
-           for axis in (axes.xaxis, axes.yaxis) for label in axis.get_ticklabels() if label.get_text()]
+  names = (
+    'source, float32',
+    'source as bfloat16',
+    'output, int8',
+    'output, int8, int8 cache',
+    'the same as bfloat16',
+  )
+  quality._plot(
+    pyplot,
+    {'query': {'relative': 0.01, 'largest': 0.02}},
+    {n: 1.0 + i / 1000 for i, n in enumerate(names)},
+    tmp_path / 'report.png',
+  )
+  boxes = [
+    label.get_window_extent()
+    for axes in pyplot.gcf().axes
+    for axis in (axes.xaxis, axes.yaxis)
+    for label in axis.get_ticklabels()
+    if label.get_text()
+  ]
   monkeypatch.undo()
   pyplot.close('all')
   assert len(boxes) > len(names)
@@ -75,17 +100,43 @@ def test_report_of_a_conversion_with_a_task(palm_tiny, tmp_path, capsys, monkeyp
   pytest.importorskip('matplotlib')
   (tmp_path / 'conversion_tasks.py').write_text(MODULE)
   monkeypatch.syspath_prepend(tmp_path)
-  assert run(f'--input={palm_tiny}', f'--output={tmp_path}/bf16', '--weights=bfloat16', f'--report={tmp_path}/report',
-             '--report_task=quality_of_conversions', '--report_task_module=conversion_tasks') == 0
+  assert (
+    run(
+      f'--input={palm_tiny}',
+      f'--output={tmp_path}/bf16',
+      '--weights=bfloat16',
+      f'--report={tmp_path}/report',
+      '--report_task=quality_of_conversions',
+      '--report_task_module=conversion_tasks',
+    )
+    == 0
+  )
   assert 'a token, of 33' in capsys.readouterr().out
-  assert run(f'--input={palm_tiny}', f'--output={tmp_path}/bf16', '--weights=bfloat16', f'--report={tmp_path}/report',
-             '--report_task=quality_of_conversion', '--report_task_module=conversion_tasks') == 2
+  assert (
+    run(
+      f'--input={palm_tiny}',
+      f'--output={tmp_path}/bf16',
+      '--weights=bfloat16',
+      f'--report={tmp_path}/report',
+      '--report_task=quality_of_conversion',
+      '--report_task_module=conversion_tasks',
+    )
+    == 2
+  )
   assert 'did you mean quality_of_conversions?' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('tokens,words', [
-    (np.zeros((2, 3), np.int32), 'not all 0'), (np.ones(3, np.int32), r'rows, length'), (np.ones((2, 2)), 'whole numbers'),
-    (np.full((2, 2), 384), 'token 384, outside the vocabulary of 384'), (np.full((2, 2), -1), 'token -1'), (None, 'no .npy')])
+@pytest.mark.parametrize(
+  'tokens,words',
+  [
+    (np.zeros((2, 3), np.int32), 'not all 0'),
+    (np.ones(3, np.int32), r'rows, length'),
+    (np.ones((2, 2)), 'whole numbers'),
+    (np.full((2, 2), 384), 'token 384, outside the vocabulary of 384'),
+    (np.full((2, 2), -1), 'token -1'),
+    (None, 'no .npy'),
+  ],
+)
 def test_tokens_that_are_not(tmp_path, tokens, words):
   path = tmp_path / 'tokens.npy'
   if tokens is not None:
@@ -98,10 +149,14 @@ def test_padding_is_not_counted(int8):
   checkpoint = open_checkpoint(int8)
   rows = np.random.default_rng(0).integers(3, 258, (3, 20))
   padded = np.pad(rows, ((0, 0), (0, 4)))
-  np.testing.assert_allclose(quality.loss(checkpoint, padded), quality.loss(checkpoint, rows), rtol=1e-5)
+  np.testing.assert_allclose(
+    quality.loss(checkpoint, padded), quality.loss(checkpoint, rows), rtol=1e-5
+  )
 
 
-def test_a_report_that_can_not_be_made_is_refused_before_the_conversion(palm_tiny, tmp_path, capsys, monkeypatch):
+def test_a_report_that_can_not_be_made_is_refused_before_the_conversion(
+  palm_tiny, tmp_path, capsys, monkeypatch
+):
   arguments = [f'--input={palm_tiny}', f'--output={tmp_path}/int8', '--weights=int8']
   (tmp_path / 'file').write_text('')
 
@@ -111,7 +166,8 @@ def test_a_report_that_can_not_be_made_is_refused_before_the_conversion(palm_tin
     return capsys.readouterr().err
 
   assert f'no file at --report_tokens={tmp_path}/none.npy' in refused(
-      f'--report={tmp_path}/report', f'--report_tokens={tmp_path}/none.npy')
+    f'--report={tmp_path}/report', f'--report_tokens={tmp_path}/none.npy'
+  )
   assert 'is a file: name a directory' in refused(f'--report={tmp_path}/file')
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
   assert "pip install 't5x_inference_ext[plots]'" in refused(f'--report={tmp_path}/report')

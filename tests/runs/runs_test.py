@@ -45,20 +45,25 @@ def test_row_seeds_differ_and_stay():
   assert batches.row_seed(7, 3) == seeds[3]
 
 
-@pytest.mark.parametrize('model, devices, mesh', [
+@pytest.mark.parametrize(
+  'model, devices, mesh',
+  [
     ('palm_tiny', 1, (1, 1, 1)),
     ('palm_tiny', 2, (1, 2, 1)),
     ('palm_tiny', 7, (1, 2, 2)),
     ('palm_tiny', 8, (2, 2, 2)),
     ('palm_540b', 64, (4, 4, 4)),
     ('palm_540b', 256, (8, 8, 4)),
-])
+  ],
+)
 def test_default_mesh_divides_the_model(model, devices, mesh):
   assert default_mesh(preset(model), devices) == mesh
 
 
-@pytest.mark.parametrize('longest, limit, size', [(0, None, 0), (1, None, 16), (16, None, 16), (17, None, 32),
-                                                  (17, 20, 20), (17, 17, 17)])
+@pytest.mark.parametrize(
+  'longest, limit, size',
+  [(0, None, 0), (1, None, 16), (16, None, 16), (17, None, 32), (17, 20, 20), (17, 17, 17)],
+)
 def test_prompts_are_padded_within_the_cache(longest, limit, size):
   assert batches.prompt_size(longest, limit) == size
 
@@ -94,7 +99,9 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
 
 @pytest.fixture
 def journal(tmp_path):
-  return lambda run='one': Journal(str(tmp_path / 'rows'), run, FileSystem(output.open_text, os.path.exists, os.remove))
+  return lambda run='one': Journal(
+    str(tmp_path / 'rows'), run, FileSystem(output.open_text, os.path.exists, os.remove)
+  )
 
 
 def test_a_journal_keeps_rows_until_the_run_has_ended(journal, tmp_path):

@@ -12,14 +12,18 @@ from t5x_inference_ext.errors import MeshError
 from t5x_inference_ext.sharding.layout import ATTENTION, FEEDFORWARD, Layout
 from t5x_inference_ext.sharding.mesh import AXES, parse_mesh
 from t5x_inference_ext.sharding.activations import (
-    padded_batch,
-    padded_length,
-    sampling_axes,
-    shard_activations,
+  padded_batch,
+  padded_length,
+  sampling_axes,
+  shard_activations,
 )
 
 many = settings(deadline=None, derandomize=True, max_examples=200)
-LAYOUTS = [Layout(*parts) for parts in itertools.product(FEEDFORWARD, ATTENTION) if parts != ('wg_xyz', 'heads')]
+LAYOUTS = [
+  Layout(*parts)
+  for parts in itertools.product(FEEDFORWARD, ATTENTION)
+  if parts != ('wg_xyz', 'heads')
+]
 
 layouts = st.sampled_from(LAYOUTS)
 meshes = st.fixed_dictionaries({axis: st.sampled_from([1, 2, 3, 4, 8]) for axis in AXES})
@@ -31,8 +35,15 @@ heads = st.sampled_from([(1, 48), (1, 6), (3, 1), (6, 1), (128, 1), (8, 8), (3, 
 
 def config(heads) -> ModelConfig:
   groups, queries = heads
-  return ModelConfig(num_layers=1, d_model=16, d_ff=16, num_heads=groups * queries, d_head=4, vocab_size=9,
-                     num_kv_heads=groups)
+  return ModelConfig(
+    num_layers=1,
+    d_model=16,
+    d_ff=16,
+    num_heads=groups * queries,
+    d_head=4,
+    vocab_size=9,
+    num_kv_heads=groups,
+  )
 
 
 def size(axes, mesh):
@@ -57,21 +68,28 @@ def test_every_axis_splits_one_thing_and_divides_it(layout, mesh, batch, length,
   assert sorted(p.rows + p.positions) == sorted(layout.gathered_axes)
   rows, positions, features = p.residual
   assert sorted(rows + positions + features) == sorted(AXES)
-  assert rows[:len(p.rows)] == p.rows and positions[:len(p.positions)] == p.positions
-  assert features[:len(layout.embed_axes)] == layout.embed_axes
+  assert rows[: len(p.rows)] == p.rows and positions[: len(p.positions)] == p.positions
+  assert features[: len(layout.embed_axes)] == layout.embed_axes
   assert batch % size(rows, mesh) == 0 and length % size(positions, mesh) == 0
   # Features are split over hidden axes where tokens don't divide, or where a ring cuts the product's sum.
   if size(features, mesh) > size(layout.embed_axes, mesh) and not layout.ring_directions:
-    assert batch % size(p.rows + layout.hidden_axes, mesh) and length % size(p.positions + layout.hidden_axes, mesh)
+    assert batch % size(p.rows + layout.hidden_axes, mesh) and length % size(
+      p.positions + layout.hidden_axes, mesh
+    )
   # Attention.
   split = p.attention_rows + p.attention_heads + p.attention_positions
   assert len(set(split)) == len(split)
-  assert p.attention_rows[:len(p.rows)] == p.rows and p.attention_positions[:len(p.positions)] == p.positions
-  assert batch % size(p.attention_rows, mesh) == 0 and length % size(p.attention_positions, mesh) == 0
+  assert (
+    p.attention_rows[: len(p.rows)] == p.rows
+    and p.attention_positions[: len(p.positions)] == p.positions
+  )
+  assert (
+    batch % size(p.attention_rows, mesh) == 0 and length % size(p.attention_positions, mesh) == 0
+  )
   assert set(layout.hidden_axes) <= set(p.attention_rows + p.attention_heads)
   assert p.hidden_rows == tuple(a for a in p.attention_rows if a in layout.hidden_axes)
   # Rows may be split by part of the hidden axes: the fastest, so that the heads of the others are consecutive.
-  assert p.hidden_rows == layout.hidden_axes[len(layout.hidden_axes) - len(p.hidden_rows):]
+  assert p.hidden_rows == layout.hidden_axes[len(layout.hidden_axes) - len(p.hidden_rows) :]
   if layout.attention == 'heads':
     assert p.attention_rows == p.rows
   # Nothing is idle but x, where its partial sums have neither rows, heads nor positions to be reduced into.
@@ -104,8 +122,14 @@ def test_attention_by_batch_splits_rows_as_far_as_they_go(layout, mesh, batch, h
   p = shard_activations(layout, config(heads), mesh, batch, padded_length(layout, mesh, batch, 1))
   if layout.attention == 'batch':
     hidden, left = layout.hidden_axes, batch // size(p.rows, mesh)
-    sizes = [size(embed + hidden[n:], mesh) for n in range(len(hidden) + 1) for embed in ((), layout.embed_axes)]
-    assert size(p.attention_rows, mesh) == size(p.rows, mesh) * max(n for n in sizes if left % n == 0)
+    sizes = [
+      size(embed + hidden[n:], mesh)
+      for n in range(len(hidden) + 1)
+      for embed in ((), layout.embed_axes)
+    ]
+    assert size(p.attention_rows, mesh) == size(p.rows, mesh) * max(
+      n for n in sizes if left % n == 0
+    )
     if batch % size(AXES, mesh) == 0:
       assert sorted(p.attention_rows) == sorted(AXES)
   if batch == 1:
@@ -125,7 +149,10 @@ def test_lengths_that_do_not_divide(layout, mesh, batch, length, heads):
   divides = batch % size(layout.gathered_axes, mesh) == 0
   assert (padded_length(layout, mesh, batch, 1) == 1) == divides
   if not divides:
-    with pytest.raises(MeshError, match=f'multiple of {size(layout.gathered_axes, mesh)}, or a weight-stationary layout'):
+    with pytest.raises(
+      MeshError,
+      match=f'multiple of {size(layout.gathered_axes, mesh)}, or a weight-stationary layout',
+    ):
       shard_activations(layout, config(heads), mesh, batch, 1)
 
 
@@ -133,8 +160,9 @@ def test_a_decode_step_that_can_t_split_its_rows_says_what_could():
   with pytest.raises(MeshError) as error:
     shard_activations(Layout('wg_xy'), preset('palm_540b'), mesh_of('2x2x4'), 6, 1)
   assert str(error.value) == (
-      'wg_xy/batch splits tokens over 4 devices of the mesh 2x2x4, and 6 rows of 1 do not divide: use a batch that is a '
-      'multiple of 4, or a weight-stationary layout (ws_2d) for decode')
+    'wg_xy/batch splits tokens over 4 devices of the mesh 2x2x4, and 6 rows of 1 do not divide: use a batch that is a '
+    'multiple of 4, or a weight-stationary layout (ws_2d) for decode'
+  )
 
 
 @many
@@ -164,7 +192,9 @@ def test_padded_batch_is_the_smallest_that_fills_what_fewer_rows_could(layout, m
   assert all(devices(fewer) < max(best[fewer - 1], 1) for fewer in range(batch, padded))
 
 
-@pytest.mark.parametrize('layout, mesh, batch, length, rows, heads, positions', [
+@pytest.mark.parametrize(
+  'layout, mesh, batch, length, rows, heads, positions',
+  [
     # The paper's table 2, on 64 chips.
     ('ws_2d/heads', '4x4x4', 1, 2048, '', 'zyx', ''),
     ('ws_2d/batch', '4x4x4', 64, 1, 'xzy', '', ''),
@@ -197,19 +227,37 @@ def test_padded_batch_is_the_smallest_that_fills_what_fewer_rows_could(layout, m
     ('ws_2d/batch', '2x8x4', 1, 1, '', 'z', ''),
     ('ws_2d/batch', '2x8x4', 8, 1, 'y', 'z', ''),
     ('wg_xy/batch', '2x8x4', 16, 64, 'xy', 'z', ''),
-])
+  ],
+)
 def test_attention_of_palm_540b(layout, mesh, batch, length, rows, heads, positions):
   mesh = mesh_of(mesh)
   p = shard_activations(Layout.parse(layout), preset('palm_540b'), mesh, batch, length)
-  assert (used(p.attention_rows, mesh), used(p.attention_heads, mesh), used(p.attention_positions, mesh)) == (
-      rows, heads, positions)
+  assert (
+    used(p.attention_rows, mesh),
+    used(p.attention_heads, mesh),
+    used(p.attention_positions, mesh),
+  ) == (rows, heads, positions)
 
 
-@pytest.mark.parametrize('layout, mesh, batch, padded', [
-    ('ws_2d/batch', '2x2x2', 1, 1), ('ws_2d/batch', '2x2x2', 3, 4), ('ws_2d/batch', '2x2x2', 5, 8),
-    ('ws_2d/batch', '2x2x2', 9, 16), ('ws_2d/heads', '2x2x2', 5, 5), ('ws_1d/heads', '2x2x2', 3, 3),
-    ('ws_2d/batch', '4x4x4', 3, 3), ('ws_2d/batch', '4x4x4', 5, 8), ('ws_2d/batch', '4x4x4', 17, 32),
-    ('ws_2d/batch', '4x4x4', 65, 128), ('ws_2d/batch', '1x2x4', 5, 6), ('ws_1d/batch', '8x1x1', 5, 5),
-    ('wg_xy/heads', '2x2x2', 1, 4), ('wg_xyz/batch', '2x2x2', 1, 8), ('wg_x/batch', '1x2x4', 1, 1)])
+@pytest.mark.parametrize(
+  'layout, mesh, batch, padded',
+  [
+    ('ws_2d/batch', '2x2x2', 1, 1),
+    ('ws_2d/batch', '2x2x2', 3, 4),
+    ('ws_2d/batch', '2x2x2', 5, 8),
+    ('ws_2d/batch', '2x2x2', 9, 16),
+    ('ws_2d/heads', '2x2x2', 5, 5),
+    ('ws_1d/heads', '2x2x2', 3, 3),
+    ('ws_2d/batch', '4x4x4', 3, 3),
+    ('ws_2d/batch', '4x4x4', 5, 8),
+    ('ws_2d/batch', '4x4x4', 17, 32),
+    ('ws_2d/batch', '4x4x4', 65, 128),
+    ('ws_2d/batch', '1x2x4', 5, 6),
+    ('ws_1d/batch', '8x1x1', 5, 5),
+    ('wg_xy/heads', '2x2x2', 1, 4),
+    ('wg_xyz/batch', '2x2x2', 1, 8),
+    ('wg_x/batch', '1x2x4', 1, 1),
+  ],
+)
 def test_padded_batch_of_small_meshes(layout, mesh, batch, padded):
   assert padded_batch(Layout.parse(layout), batch, mesh_of(mesh)) == padded

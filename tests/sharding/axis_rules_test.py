@@ -10,17 +10,21 @@ from t5x_inference_ext.sharding.packing import packed_tensors
 from t5x_inference_ext.sharding.layout import ATTENTION, FEEDFORWARD, Layout
 from t5x_inference_ext.sharding.activations import padded_length, shard_activations
 from t5x_inference_ext.sharding.axis_rules import (
-    ACTIVATION_AXES,
-    WEIGHT_AXES,
-    logical_axis_rules,
-    weight_axes,
+  ACTIVATION_AXES,
+  WEIGHT_AXES,
+  logical_axis_rules,
+  weight_axes,
 )
 
 MESH = dict(x=2, y=2, z=2)
-LAYOUTS = [Layout(f, a) for f, a in itertools.product(FEEDFORWARD, ATTENTION) if (f, a) != ('wg_xyz', 'heads')]
+LAYOUTS = [
+  Layout(f, a)
+  for f, a in itertools.product(FEEDFORWARD, ATTENTION)
+  if (f, a) != ('wg_xyz', 'heads')
+]
 CONFIGS = {
-    'parallel multiquery': preset('palm_tiny'),
-    'serial multihead': preset('palm_tiny', num_kv_heads=8, block='serial', mlp='gelu', norm='layer'),
+  'parallel multiquery': preset('palm_tiny'),
+  'serial multihead': preset('palm_tiny', num_kv_heads=8, block='serial', mlp='gelu', norm='layer'),
 }
 
 
@@ -68,9 +72,11 @@ def test_activations(config, layout, rows, length):
   assert _spec(ACTIVATION_AXES['residual'], rules) == _trimmed(P(*sharding.residual))
   assert _spec(ACTIVATION_AXES['cache'], rules) == _trimmed(sharding.cache)
   assert _spec(ACTIVATION_AXES['queries'], rules) == _trimmed(
-      P(sharding.attention_rows, sharding.attention_positions, sharding.attention_heads))
+    P(sharding.attention_rows, sharding.attention_positions, sharding.attention_heads)
+  )
   assert _spec(ACTIVATION_AXES['mlp'], rules) == _trimmed(
-      P(sharding.rows, sharding.positions, sharding.layout.hidden_axes))
+    P(sharding.rows, sharding.positions, sharding.layout.hidden_axes)
+  )
 
 
 def test_names_have_one_meaning():
@@ -78,12 +84,20 @@ def test_names_have_one_meaning():
   weights = {name for names in WEIGHT_AXES.values() for name in names}
   activations = {name for names in ACTIVATION_AXES.values() for name in names}
   assert not weights & activations
-  rules = logical_axis_rules(Layout(), shard_activations(Layout(), CONFIGS['parallel multiquery'], MESH, 8, 8))
+  rules = logical_axis_rules(
+    Layout(), shard_activations(Layout(), CONFIGS['parallel multiquery'], MESH, 8, 8)
+  )
   names = [name for name, _ in rules]
   assert len(names) == len(set(names)) and set(names) == weights | activations | {'layers'}
 
 
 def test_rules_in_t5x_form():
   rules = dict(logical_axis_rules(Layout.parse('ws_2d/batch')))
-  assert rules == {'layers': None, 'vocab': ('z', 'y'), 'embed': 'x', 'hidden': ('z', 'y'), 'features': None}
+  assert rules == {
+    'layers': None,
+    'vocab': ('z', 'y'),
+    'embed': 'x',
+    'hidden': ('z', 'y'),
+    'features': None,
+  }
   assert dict(logical_axis_rules(Layout.parse('ws_1d/batch')))['embed'] is None

@@ -12,10 +12,10 @@ from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.errors import MeshError
 from t5x_inference_ext.sharding import axis_rules, explain_text
 from t5x_inference_ext.sharding.explain import (
-    ExplainSetting,
-    ExplainedTensor,
-    Explanation,
-    explain_setting,
+  ExplainSetting,
+  ExplainedTensor,
+  Explanation,
+  explain_setting,
 )
 from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.mesh import AXES, make_mesh, parse_mesh
@@ -24,26 +24,45 @@ from tests import memory
 
 SIZES = dict(num_layers=2, d_model=16, d_ff=32, d_head=8, vocab_size=101)
 MODELS = {
-    'multiquery': ModelConfig(num_heads=3, **SIZES),
-    'grouped': ModelConfig(num_heads=6, num_kv_heads=3, block='serial', norm='layer', **SIZES),
-    'multihead': ModelConfig(num_heads=4, num_kv_heads=4, mlp='gelu', **SIZES),
+  'multiquery': ModelConfig(num_heads=3, **SIZES),
+  'grouped': ModelConfig(num_heads=6, num_kv_heads=3, block='serial', norm='layer', **SIZES),
+  'multihead': ModelConfig(num_heads=4, num_kv_heads=4, mlp='gelu', **SIZES),
 }
 
 prefill = jax.jit(Model.prefill, static_argnames=('self', 'size'))
 decode_step = functools.partial(jax.jit, static_argnames='self')(Model.decode_step)
 
 
-def setting(config: ModelConfig, mesh: str, prefill_layout='ws_2d/batch', decode_layout='ws_2d/batch', **fields):
-  return ExplainSetting(config, dict(zip(AXES, parse_mesh(mesh))), Layout.parse(prefill_layout), Layout.parse(decode_layout),
-                 **fields)
+def setting(
+  config: ModelConfig,
+  mesh: str,
+  prefill_layout='ws_2d/batch',
+  decode_layout='ws_2d/batch',
+  **fields,
+):
+  return ExplainSetting(
+    config,
+    dict(zip(AXES, parse_mesh(mesh))),
+    Layout.parse(prefill_layout),
+    Layout.parse(decode_layout),
+    **fields,
+  )
 
 
 def engine(s: ExplainSetting):
   tensors = reference.random_tensors(s.config)
   if s.int8:
     tensors = reference.quantized(s.config, tensors)
-  return memory.engine(s.config, tensors, 'x'.join(str(s.mesh[a]) for a in AXES), stacked=s.stacked, dtype=s.dtype,
-                       prefill=str(s.prefill), decode=str(s.decode), cache=s.cache)
+  return memory.engine(
+    s.config,
+    tensors,
+    'x'.join(str(s.mesh[a]) for a in AXES),
+    stacked=s.stacked,
+    dtype=s.dtype,
+    prefill=str(s.prefill),
+    decode=str(s.decode),
+    cache=s.cache,
+  )
 
 
 def check(explained: ExplainedTensor, arrays: list[jax.Array]) -> None:
@@ -54,7 +73,9 @@ def check(explained: ExplainedTensor, arrays: list[jax.Array]) -> None:
     sharding = jax.sharding.NamedSharding(array.sharding.mesh, explained.spec)
     assert array.sharding.is_equivalent_to(sharding, array.ndim)
   for device in arrays[0].sharding.device_set:
-    shards = [shard for array in arrays for shard in array.addressable_shards if shard.device == device]
+    shards = [
+      shard for array in arrays for shard in array.addressable_shards if shard.device == device
+    ]
     assert sum(shard.data.nbytes for shard in shards) == explained.bytes
   assert len(explained.dims) == len(explained.axes) == len(explained.shape)
 
@@ -69,37 +90,56 @@ def check_cache(e: Explanation, cache) -> None:
 
 
 def phase_tensor(e: Explanation, phase: int, name: str) -> ExplainedTensor:
-  found, = [t for t in e.phases[phase].tensors if t.name == name]
+  (found,) = [t for t in e.phases[phase].tensors if t.name == name]
   return found
 
 
 CASES = [
-    ('multiquery', '2x2x2', 'ws_2d/heads', 'ws_2d/batch', dict(batch=8)),
-    ('multiquery', '2x2x2', 'wg_xyz/batch', 'ws_2d/batch', dict(batch=8, int8=True, dtype='bfloat16')),
-    ('multiquery', '1x2x4', 'ws_1d/batch', 'ws_1d/heads', dict(batch=3, stacked=False)),
-    ('grouped', '2x2x2', 'wg_x/heads', 'ws_2d/batch', dict(batch=2, int8=True)),
-    ('grouped', '8x1x1', 'ws_2d/heads', 'ws_2d/heads', dict(batch=1, stacked=False, int8=True)),
-    ('multihead', '2x2x2', 'wg_xy/batch/one_way', 'wg_x/heads', dict(batch=4, dtype='bfloat16')),
-    ('multihead', '1x1x1', 'ws_2d/batch', 'ws_2d/batch', dict(batch=2)),
-    ('grouped', '2x2x2', 'wg_x/batch', 'ws_2d/heads', dict(batch=2, cache='int8', dtype='bfloat16')),
+  ('multiquery', '2x2x2', 'ws_2d/heads', 'ws_2d/batch', dict(batch=8)),
+  (
+    'multiquery',
+    '2x2x2',
+    'wg_xyz/batch',
+    'ws_2d/batch',
+    dict(batch=8, int8=True, dtype='bfloat16'),
+  ),
+  ('multiquery', '1x2x4', 'ws_1d/batch', 'ws_1d/heads', dict(batch=3, stacked=False)),
+  ('grouped', '2x2x2', 'wg_x/heads', 'ws_2d/batch', dict(batch=2, int8=True)),
+  ('grouped', '8x1x1', 'ws_2d/heads', 'ws_2d/heads', dict(batch=1, stacked=False, int8=True)),
+  ('multihead', '2x2x2', 'wg_xy/batch/one_way', 'wg_x/heads', dict(batch=4, dtype='bfloat16')),
+  ('multihead', '1x1x1', 'ws_2d/batch', 'ws_2d/batch', dict(batch=2)),
+  ('grouped', '2x2x2', 'wg_x/batch', 'ws_2d/heads', dict(batch=2, cache='int8', dtype='bfloat16')),
 ]
 
 
 @pytest.mark.parametrize('model, mesh, first, second, fields', CASES)
 def test_explained_tensors_are_those_on_the_devices(model, mesh, first, second, fields):
-  s = setting(MODELS[model], mesh, first, second,
-              **{'dtype': 'float32', 'prompt_length': 5, 'cache_length': 9, **fields})
+  s = setting(
+    MODELS[model],
+    mesh,
+    first,
+    second,
+    **{'dtype': 'float32', 'prompt_length': 5, 'cache_length': 9, **fields},
+  )
   e, run = explain_setting(s), engine(s)
   layers = [run.weights.layers] if s.stacked else run.weights.layers
   for t in e.weights:
     block_part, _, field = t.name.rpartition('/')
-    check(t, [getattr(layer[block_part], field) for layer in layers] if block_part else [getattr(run.weights, field)])
+    check(
+      t,
+      [getattr(layer[block_part], field) for layer in layers]
+      if block_part
+      else [getattr(run.weights, field)],
+    )
   assert e.weight_bytes == sum(  # no array is left out
-      a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(run.weights))
+    a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(run.weights)
+  )
 
   assert s.rows == run.padded_batch(s.batch)
   tokens = memory.tokens(s.config, s.rows, 5)
-  logits, cache = prefill(run.model, run.weights, *run._put(tokens, np.full(s.rows, 5, np.int32)), size=9)
+  logits, cache = prefill(
+    run.model, run.weights, *run._put(tokens, np.full(s.rows, 5, np.int32)), size=9
+  )
   check(phase_tensor(e, 0, 'logits'), [logits])
   check_cache(e, cache)
   assert e.cache_bytes == sum(a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(cache))
@@ -112,22 +152,34 @@ def test_explained_tensors_are_those_on_the_devices(model, mesh, first, second, 
 @pytest.mark.parametrize('model, mesh, first, second, fields', CASES)
 def test_attention_of_each_phase(model, mesh, first, second, fields):
   """A device's queries are heads by positions by rows of its placement."""
-  s = setting(MODELS[model], mesh, first, second,
-              **{'dtype': 'float32', 'prompt_length': 5, 'cache_length': 9, **fields})
+  s = setting(
+    MODELS[model],
+    mesh,
+    first,
+    second,
+    **{'dtype': 'float32', 'prompt_length': 5, 'cache_length': 9, **fields},
+  )
   e = explain_setting(s)
   run = Model(s.config, make_mesh(parse_mesh(mesh)), s.prefill, s.decode, s.dtype)
-  for phase, sharding in zip(e.phases, (run.prefill_sharding(s.rows, 5), run.decode_sharding(s.rows))):
+  for phase, sharding in zip(
+    e.phases, (run.prefill_sharding(s.rows, 5), run.decode_sharding(s.rows))
+  ):
     assert phase.sharding == sharding
-    rows, positions, _ = (np.prod([s.mesh[a] for a in axes], dtype=int) for axes in (
-        sharding.attention_rows, sharding.attention_positions, sharding.attention_heads))
+    rows, positions, _ = (
+      np.prod([s.mesh[a] for a in axes], dtype=int)
+      for axes in (sharding.attention_rows, sharding.attention_positions, sharding.attention_heads)
+    )
     queries = next(t for t in phase.tensors if t.name == 'queries')
     width = 4 if s.dtype == 'float32' else 2
     assert queries.bytes == (
-        s.rows // rows * (phase.length // positions) * sharding.heads.heads * s.config.d_head * width)
+      s.rows // rows * (phase.length // positions) * sharding.heads.heads * s.config.d_head * width
+    )
     named = dict(axis_rules.activation_rules(sharding))
     for t in phase.tensors:
       if t.name in ('residual', 'queries', 'cache', 'keys, values'):
-        assert [_names(a) for a in t.spec] == [_names(named.get(name)) for name in t.axes][:len(t.spec)]
+        assert [_names(a) for a in t.spec] == [_names(named.get(name)) for name in t.axes][
+          : len(t.spec)
+        ]
 
 
 def _names(axes):
@@ -148,7 +200,9 @@ def moved(e: Explanation) -> int:
   s, mesh = e.setting, make_mesh(tuple(e.setting.mesh[a] for a in AXES))
   held, wanted = (phase_tensor(e, i, name) for i, name in ((0, 'keys, values'), (1, 'cache')))
   most = 0
-  maps = [jax.sharding.NamedSharding(mesh, t.spec).devices_indices_map(t.shape) for t in (held, wanted)]
+  maps = [
+    jax.sharding.NamedSharding(mesh, t.spec).devices_indices_map(t.shape) for t in (held, wanted)
+  ]
   for device in mesh.devices.flat:
     shape = (s.config.num_layers, s.rows, s.prompt_length, 1, s.config.d_head)
     has, needs = np.zeros(shape, bool), np.zeros(shape, bool)
@@ -157,22 +211,53 @@ def moved(e: Explanation) -> int:
   return 2 * most * (4 if s.dtype == 'float32' else 2)
 
 
-@pytest.mark.parametrize('mesh, first, second, batch', [
-    ('2x2x2', 'ws_2d/heads', 'ws_2d/batch', 8), ('2x2x2', 'ws_2d/batch', 'ws_2d/heads', 8),
-    ('2x4x1', 'wg_x/heads', 'ws_2d/batch', 4), ('1x2x4', 'wg_xy/batch', 'ws_2d/batch', 4),
-    ('2x2x2', 'wg_xyz/batch', 'ws_2d/batch', 16), ('2x2x2', 'ws_1d/heads', 'ws_1d/batch', 2)])
+@pytest.mark.parametrize(
+  'mesh, first, second, batch',
+  [
+    ('2x2x2', 'ws_2d/heads', 'ws_2d/batch', 8),
+    ('2x2x2', 'ws_2d/batch', 'ws_2d/heads', 8),
+    ('2x4x1', 'wg_x/heads', 'ws_2d/batch', 4),
+    ('1x2x4', 'wg_xy/batch', 'ws_2d/batch', 4),
+    ('2x2x2', 'wg_xyz/batch', 'ws_2d/batch', 16),
+    ('2x2x2', 'ws_1d/heads', 'ws_1d/batch', 2),
+  ],
+)
 def test_what_the_cache_moves(mesh, first, second, batch):
-  e = explain_setting(setting(MODELS['multiquery'], mesh, first, second, batch=batch, prompt_length=6, cache_length=8,
-                       dtype='float32'))
+  e = explain_setting(
+    setting(
+      MODELS['multiquery'],
+      mesh,
+      first,
+      second,
+      batch=batch,
+      prompt_length=6,
+      cache_length=8,
+      dtype='float32',
+    )
+  )
   assert e.moved == moved(e)
 
 
 def test_a_cache_of_many_heads_moves_those_that_a_device_lacks():
   """1x2x1, 2 rows, 4 key heads: half of the heads of both rows becomes a row with all heads."""
-  e = explain_setting(setting(MODELS['multihead'], '1x2x1', 'ws_2d/heads', 'ws_2d/batch', batch=2, prompt_length=6,
-                       cache_length=8, dtype='float32'))
-  assert e.moved == 2 * 2 * (2 * 6 * 8) * 4  # layers, keys and values, 2 heads x 6 positions x 8, float32
-  same = explain_setting(setting(MODELS['multihead'], '1x2x1', batch=2, prompt_length=6, cache_length=8))
+  e = explain_setting(
+    setting(
+      MODELS['multihead'],
+      '1x2x1',
+      'ws_2d/heads',
+      'ws_2d/batch',
+      batch=2,
+      prompt_length=6,
+      cache_length=8,
+      dtype='float32',
+    )
+  )
+  assert (
+    e.moved == 2 * 2 * (2 * 6 * 8) * 4
+  )  # layers, keys and values, 2 heads x 6 positions x 8, float32
+  same = explain_setting(
+    setting(MODELS['multihead'], '1x2x1', batch=2, prompt_length=6, cache_length=8)
+  )
   assert same.moved == 0
 
 
@@ -180,39 +265,82 @@ def test_padding_and_copies_of_heads_are_told():
   # 3 groups of 2 heads: on 4 shards a group each, the last of zeros; on 8 shared by two, a query head each.
   four = explain_setting(setting(MODELS['grouped'], '2x2x2', batch=8)).blocks['attention/w_in']
   assert [(b.names[0], b.width, b.total, b.padding, b.copies) for b in four] == [
-      ('query', 2, 8, 2, 0), ('key', 1, 4, 1, 0), ('value', 1, 4, 1, 0)]
-  eight = explain_setting(setting(MODELS['grouped'], '2x2x2', 'ws_1d/batch', 'ws_1d/batch', batch=8)).blocks['attention/w_in']
+    ('query', 2, 8, 2, 0),
+    ('key', 1, 4, 1, 0),
+    ('value', 1, 4, 1, 0),
+  ]
+  eight = explain_setting(
+    setting(MODELS['grouped'], '2x2x2', 'ws_1d/batch', 'ws_1d/batch', batch=8)
+  ).blocks['attention/w_in']
   assert [(b.names[0], b.width, b.total, b.padding, b.copies) for b in eight] == [
-      ('query', 1, 8, 2, 0), ('key', 1, 8, 2, 3), ('value', 1, 8, 2, 3)]
-  text = explain_text.explain(setting(preset('palm_540b'), '4x4x4', 'ws_1d/batch', 'ws_1d/batch', batch=64))
+    ('query', 1, 8, 2, 0),
+    ('key', 1, 8, 2, 3),
+    ('value', 1, 8, 2, 3),
+  ]
+  text = explain_text.explain(
+    setting(preset('palm_540b'), '4x4x4', 'ws_1d/batch', 'ws_1d/batch', batch=64)
+  )
   assert 'query 256 (1 head) of 64 heads, 16 padding' in text
 
 
 def test_the_paper_s_mesh_needs_no_devices():
   """PaLM 540B on 64 chips: weights a 64th of all, cache as the paper's Table 1 counts it (section 3.3)."""
-  s = setting(preset('palm_540b'), '4x4x4', 'wg_xyz/batch', 'ws_2d/batch', batch=512, prompt_length=2048,
-              cache_length=2048)
+  s = setting(
+    preset('palm_540b'),
+    '4x4x4',
+    'wg_xyz/batch',
+    'ws_2d/batch',
+    batch=512,
+    prompt_length=2048,
+    cache_length=2048,
+  )
   e = explain_setting(s)
   matrices = [t for t in e.weights if t.name in ('embedding', 'parallel/w_in', 'parallel/w_out')]
   norms = 119 * 18432
   padding = 16 * (128 - 32) * 118 * 18432  # each shard's columns of keys and values, to a tile
   vocabulary = (16 * 126 * 128 - 256128) * 18432  # each shard's rows of the embedding, to tiles
-  assert 64 * sum(t.bytes for t in matrices) == 2 * (s.config.num_params - norms + padding + vocabulary)
+  assert 64 * sum(t.bytes for t in matrices) == 2 * (
+    s.config.num_params - norms + padding + vocabulary
+  )
   assert phase_tensor(e, 1, 'cache').bytes == 2 * 118 * 256 * 2 * 2048 * (512 // 64)
   assert e.phases[0].gathered == 18432 * 73728 * 2
   assert e.phases[1].gathered == 0
 
 
 def test_text():
-  text = explain_text.explain(setting(preset('palm_540b'), '4x4x4', 'wg_xyz/batch', 'ws_2d/batch', batch=512,
-                                      prompt_length=2048, cache_length=2112))
+  text = explain_text.explain(
+    setting(
+      preset('palm_540b'),
+      '4x4x4',
+      'wg_xyz/batch',
+      'ws_2d/batch',
+      batch=512,
+      prompt_length=2048,
+      cache_length=2112,
+    )
+  )
   lines = text.splitlines()
   assert 'mesh:  4x4x4, 64 devices' in lines
-  assert 'prefill: wg_xyz/batch (weights E_xF_zy gathered over xzy to EF, activations B_xzyTE)' in lines
+  assert (
+    'prefill: wg_xyz/batch (weights E_xF_zy gathered over xzy to EF, activations B_xzyTE)' in lines
+  )
   assert 'decode: ws_2d/batch (weights E_xF_zy stay, activations B_zyTE_x)' in lines
-  assert ['parallel/w_in', '118x18432x161792', 'bfloat16', 'L', 'E_x', 'columns_zy', '10.24', 'GiB', 'layers,',
-          'embed,', 'hidden'] in [line.split() for line in lines]
-  assert '[gate 4608 | linear 4608 | query 768 (3 heads) | key, value 128 of 2048, 1536 padding]' in text
+  assert [
+    'parallel/w_in',
+    '118x18432x161792',
+    'bfloat16',
+    'L',
+    'E_x',
+    'columns_zy',
+    '10.24',
+    'GiB',
+    'layers,',
+    'embed,',
+    'hidden',
+  ] in [line.split() for line in lines]
+  assert (
+    '[gate 4608 | linear 4608 | query 768 (3 heads) | key, value 128 of 2048, 1536 padding]' in text
+  )
   assert 'the largest 2.53 GiB on each device' in text  # 18432 * 73728 * 2 bytes
   assert 'after prefill keys and values stay where they are' in text
   columns = [line.index('per device') for line in lines if 'per device' in line]
@@ -221,8 +349,17 @@ def test_text():
 
 def test_the_guide_shows_what_is_printed(repository):
   """The example of docs/layouts.md, whole."""
-  text = explain_text.explain(setting(preset('palm_540b'), '4x4x4', 'wg_xyz/batch', 'ws_2d/batch', batch=512,
-                                      prompt_length=2048, cache_length=2112))
+  text = explain_text.explain(
+    setting(
+      preset('palm_540b'),
+      '4x4x4',
+      'wg_xyz/batch',
+      'ws_2d/batch',
+      batch=512,
+      prompt_length=2048,
+      cache_length=2112,
+    )
+  )
   assert f'\n```\n{text}```\n' in (repository / 'docs' / 'layouts.md').read_text(encoding='utf-8')
 
 
@@ -235,16 +372,28 @@ def test_text_leaves_out_axes_of_one_device():
 
 
 def test_remarks():
-  text = explain_text.explain(setting(
-      MODELS['multiquery'], '2x2x2', 'wg_xyz/batch/two_way', 'ws_2d/heads', batch=1, prompt_length=5, cache_length=8))
+  text = explain_text.explain(
+    setting(
+      MODELS['multiquery'],
+      '2x2x2',
+      'wg_xyz/batch/two_way',
+      'ws_2d/heads',
+      batch=1,
+      prompt_length=5,
+      cache_length=8,
+    )
+  )
   assert 'gathered weights travel shard by shard' in text
   assert 'prefill: 5 positions are padded to 8' in text
-  assert ('* decode: attention splits neither rows nor heads nor positions over x; all 2 devices along it do the same'
-          in text.splitlines())
+  assert (
+    '* decode: attention splits neither rows nor heads nor positions over x; all 2 devices along it do the same'
+    in text.splitlines()
+  )
   assert 'decode: the one key head is whole on all 4 devices along zy' in text
   assert 'B 3, T 1 ' in explain_text.explain(setting(MODELS['multiquery'], '1x1x1', batch=3))
   assert 'B 4 (3 rounded up to what the mesh takes)' in explain_text.explain(
-      setting(MODELS['multiquery'], '2x2x2', batch=3))
+    setting(MODELS['multiquery'], '2x2x2', batch=3)
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,18 +407,30 @@ class FakeDevice:
 
 def test_keys_and_values_of_prefill_are_told():
   by_heads = dict(batch=8, prompt_length=6, cache_length=8, dtype='float32')
-  text = explain_text.explain(setting(MODELS['multiquery'], '2x2x2', 'ws_2d/heads', 'ws_2d/batch', **by_heads))
-  assert 'each device keeps its part of keys and values, B T K Q to B_xzy S K Q: nothing moves' in text
-  e = explain_setting(setting(MODELS['multiquery'], '2x2x2', 'ws_2d/heads', 'ws_2d/batch', **by_heads))
+  text = explain_text.explain(
+    setting(MODELS['multiquery'], '2x2x2', 'ws_2d/heads', 'ws_2d/batch', **by_heads)
+  )
+  assert (
+    'each device keeps its part of keys and values, B T K Q to B_xzy S K Q: nothing moves' in text
+  )
+  e = explain_setting(
+    setting(MODELS['multiquery'], '2x2x2', 'ws_2d/heads', 'ws_2d/batch', **by_heads)
+  )
   made = 2 * 2 * 8 * 6 * 8 * 4  # layers, keys and values, rows, positions, Q, float32
-  assert f'in prefill {explain_text.bytes_text(e.weight_bytes + made)} with its keys and values' in text
-  text = explain_text.explain(setting(MODELS['multihead'], '2x2x2', 'ws_2d/heads', 'ws_2d/batch', **by_heads))
+  assert (
+    f'in prefill {explain_text.bytes_text(e.weight_bytes + made)} with its keys and values' in text
+  )
+  text = explain_text.explain(
+    setting(MODELS['multihead'], '2x2x2', 'ws_2d/heads', 'ws_2d/batch', **by_heads)
+  )
   assert 'move once, B T K_zy Q to B_xzy S K Q' in text
 
 
 def test_devices_and_links_are_told():
   s = setting(MODELS['multiquery'], '4x2x1', 'ws_2d/batch/one_way', batch=8)
-  chips = make_mesh((4, 2, 1), [FakeDevice(4 * y + x, (x, y, 0)) for y in range(2) for x in range(4)])
+  chips = make_mesh(
+    (4, 2, 1), [FakeDevice(4 * y + x, (x, y, 0)) for y in range(2) for x in range(4)]
+  )
   text = explain_text.explain(s, chips)
   assert 'mesh:  4x2x1, 8 devices (TPU v4); links: x chain, y ring, z ring' in text
   assert 'x is a chain, not a ring' in text
@@ -279,7 +440,12 @@ def test_devices_and_links_are_told():
 
 def test_bytes_text():
   assert [explain_text.bytes_text(n) for n in (0, 1023, 1536, 3 << 20, 5 << 40)] == [
-      '0 B', '1023 B', '1.50 KiB', '3.00 MiB', '5120.00 GiB']
+    '0 B',
+    '1023 B',
+    '1.50 KiB',
+    '3.00 MiB',
+    '5120.00 GiB',
+  ]
 
 
 def test_what_cannot_run_is_refused():

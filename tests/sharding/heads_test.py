@@ -19,7 +19,10 @@ def test_every_query_head_is_on_one_shard(groups, queries, shards):
   split = HeadSplit.of(groups, queries, shards)
   ranges = [split.query_range(s) for s in range(shards)]
   assert [h for start, stop in ranges for h in range(start, stop)] == list(range(groups * queries))
-  assert all(0 <= start <= stop <= groups * queries and stop - start <= split.local_heads for start, stop in ranges)
+  assert all(
+    0 <= start <= stop <= groups * queries and stop - start <= split.local_heads
+    for start, stop in ranges
+  )
 
 
 @many
@@ -59,7 +62,9 @@ def test_padding_is_less_than_a_round(groups, queries, shards):
     assert split.padded_groups == shards // split.copies
 
 
-@pytest.mark.parametrize('groups, queries, shards, local_groups, local_queries, copies', [
+@pytest.mark.parametrize(
+  'groups, queries, shards, local_groups, local_queries, copies',
+  [
     (1, 48, 64, 1, 1, 64),  # PaLM 540B: 48 heads as 64, the paper's section 4
     (1, 48, 16, 1, 3, 16),
     (48, 1, 64, 1, 1, 1),
@@ -70,10 +75,12 @@ def test_padding_is_less_than_a_round(groups, queries, shards):
     (3, 2, 8, 1, 1, 2),
     (6, 1, 4, 2, 1, 1),
     (2, 4, 3, 1, 4, 1),
-])
+  ],
+)
 def test_splits_of_known_models(groups, queries, shards, local_groups, local_queries, copies):
   assert HeadSplit.of(groups, queries, shards) == HeadSplit(
-      groups, queries, shards, local_groups, local_queries, copies)
+    groups, queries, shards, local_groups, local_queries, copies
+  )
 
 
 def slots(split: HeadSplit, shard: int) -> list[int | None]:
@@ -85,8 +92,13 @@ def slots(split: HeadSplit, shard: int) -> list[int | None]:
 @st.composite
 def attention_heads(draw):
   """Blocks of a split together on a device, or one block cut again: what placements make."""
-  split = HeadSplit.of(draw(groups, label='groups'), draw(queries, label='queries'), draw(shards, label='shards'))
-  blocks = draw(st.sampled_from([b for b in range(1, split.shards + 1) if split.shards % b == 0]), label='blocks')
+  split = HeadSplit.of(
+    draw(groups, label='groups'), draw(queries, label='queries'), draw(shards, label='shards')
+  )
+  blocks = draw(
+    st.sampled_from([b for b in range(1, split.shards + 1) if split.shards % b == 0]),
+    label='blocks',
+  )
   cut = draw(st.integers(1, 8), label='cut') if blocks == 1 else 1
   return AttentionHeads(split, blocks, cut, split.groups == 1)
 
@@ -103,7 +115,9 @@ def test_the_queries_of_a_device_meet_their_key_heads(heads):
   assert heads.heads % heads.kv_heads == 0
   for device in range(devices):
     if heads.shards == 1:
-      mine = [h for block in range(heads.blocks) for h in slots(split, device * heads.blocks + block)]
+      mine = [
+        h for block in range(heads.blocks) for h in slots(split, device * heads.blocks + block)
+      ]
     else:
       # A block's slots as [groups, queries], padded, flattened and cut.
       block, cut = slots(split, device // heads.shards), heads.cut
@@ -112,9 +126,11 @@ def test_the_queries_of_a_device_meet_their_key_heads(heads):
         grid[i // split.local_queries][i % split.local_queries] = head
       flat = [h for row in grid for h in row]
       part = device % heads.shards
-      mine = flat[part * heads.heads:(part + 1) * heads.heads]
+      mine = flat[part * heads.heads : (part + 1) * heads.heads]
     assert len(mine) == heads.heads
-    keys = (0,) if heads.multiquery else cached[device * heads.kv_heads:(device + 1) * heads.kv_heads]
+    keys = (
+      (0,) if heads.multiquery else cached[device * heads.kv_heads : (device + 1) * heads.kv_heads]
+    )
     for slot, head in enumerate(mine):
       if head is not None:
         assert keys[slot * heads.kv_heads // heads.heads] == head // split.queries

@@ -9,22 +9,25 @@ import pytest
 from t5x_inference_ext.config import preset
 from t5x_inference_ext.errors import MeshError
 from t5x_inference_ext.sharding.layout import (
-    ATTENTION,
-    FEEDFORWARD,
-    Layout,
-    ORDER,
-    RING_DIRECTIONS,
-    check_model,
-    check_pair,
-    num_shards,
+  ATTENTION,
+  FEEDFORWARD,
+  Layout,
+  ORDER,
+  RING_DIRECTIONS,
+  check_model,
+  check_pair,
+  num_shards,
 )
 from t5x_inference_ext.sharding.mesh import AXES
 
 many = settings(deadline=None, derandomize=True, max_examples=300)
 meshes = st.fixed_dictionaries({axis: st.integers(1, 8) for axis in AXES})
 
-LAYOUTS = [Layout(*parts) for parts in itertools.product(FEEDFORWARD, ATTENTION, RING_DIRECTIONS)
-           if parts[:2] != ('wg_xyz', 'heads')]
+LAYOUTS = [
+  Layout(*parts)
+  for parts in itertools.product(FEEDFORWARD, ATTENTION, RING_DIRECTIONS)
+  if parts[:2] != ('wg_xyz', 'heads')
+]
 
 
 def test_layouts_by_name():
@@ -35,12 +38,21 @@ def test_layouts_by_name():
   for layout in LAYOUTS:
     assert Layout.parse(str(layout)) == layout
   assert len(set(map(str, LAYOUTS))) == len(LAYOUTS)
-  assert [Layout(collectives=c).ring_directions for c in ('plain', 'one_way', 'two_way')] == [0, 1, 2]
+  assert [Layout(collectives=c).ring_directions for c in ('plain', 'one_way', 'two_way')] == [
+    0,
+    1,
+    2,
+  ]
 
 
-@pytest.mark.parametrize('text, says', [
-    ('ws_2d', "a layout is written feedforward/attention, e.g. ws_2d/batch, or with its collectives, e.g. "
-              "ws_2d/batch/two_way, got 'ws_2d'"),
+@pytest.mark.parametrize(
+  'text, says',
+  [
+    (
+      'ws_2d',
+      'a layout is written feedforward/attention, e.g. ws_2d/batch, or with its collectives, e.g. '
+      "ws_2d/batch/two_way, got 'ws_2d'",
+    ),
     ('ws_2d/batch/plain/plain', 'a layout is written feedforward/attention'),
     (None, 'a layout is written feedforward/attention'),
     ('', 'a layout is written feedforward/attention'),
@@ -50,28 +62,39 @@ def test_layouts_by_name():
     ('ws_2d/sequence', "unknown layout part 'sequence'; known: batch, heads"),
     ('ws_2d/', "unknown layout part ''; known: batch, heads"),
     ('ws_2d/batch/three_way', "unknown layout part 'three_way'; known: plain, one_way, two_way"),
-    ('wg_xyz/heads', 'wg_xyz/heads makes no sense: wg_xyz splits rows over every axis, which leaves none to split heads '
-                     'over; use wg_xyz/batch'),
+    (
+      'wg_xyz/heads',
+      'wg_xyz/heads makes no sense: wg_xyz splits rows over every axis, which leaves none to split heads '
+      'over; use wg_xyz/batch',
+    ),
     ('wg_xyz/heads/two_way', 'wg_xyz/heads makes no sense'),
-])
+  ],
+)
 def test_what_is_no_layout_is_refused_with_the_reason(text, says):
   with pytest.raises(MeshError) as error:
     Layout.parse(text)
   assert says in str(error.value)
 
 
-@pytest.mark.parametrize('feedforward, matrix, gathered, embed, hidden', [
-    ('ws_1d', P((), ('x', 'z', 'y')), '', '', 'xzy'), ('ws_2d', P(('x',), ('z', 'y')), '', 'x', 'zy'),
-    ('wg_x', P(('x',), ('z', 'y')), 'x', '', 'zy'), ('wg_xy', P(('x',), ('z', 'y')), 'xy', '', 'z'),
-    ('wg_xyz', P(('x',), ('z', 'y')), 'xzy', '', '')])
+@pytest.mark.parametrize(
+  'feedforward, matrix, gathered, embed, hidden',
+  [
+    ('ws_1d', P((), ('x', 'z', 'y')), '', '', 'xzy'),
+    ('ws_2d', P(('x',), ('z', 'y')), '', 'x', 'zy'),
+    ('wg_x', P(('x',), ('z', 'y')), 'x', '', 'zy'),
+    ('wg_xy', P(('x',), ('z', 'y')), 'xy', '', 'z'),
+    ('wg_xyz', P(('x',), ('z', 'y')), 'xzy', '', ''),
+  ],
+)
 def test_the_axes_of_the_paper(feedforward, matrix, gathered, embed, hidden):
   """Appendix A.2: weights EF_xyz or E_xF_yz, and what is gathered, summed and split at work."""
   layout = Layout(feedforward)
   assert layout.input_matrix == matrix and layout.output_matrix == P(*reversed(matrix))
   assert layout.input_scale == P(matrix[1])
   assert layout.embedding == layout.output_matrix
-  assert tuple(''.join(axes) for axes in (layout.gathered_axes, layout.embed_axes, layout.hidden_axes)) == (
-      gathered, embed, hidden)
+  assert tuple(
+    ''.join(axes) for axes in (layout.gathered_axes, layout.embed_axes, layout.hidden_axes)
+  ) == (gathered, embed, hidden)
 
 
 @pytest.mark.parametrize('layout', LAYOUTS, ids=str)
@@ -94,8 +117,9 @@ def test_pairs():
     with pytest.raises(MeshError) as error:
       check_pair(prefill, decode)
     assert str(error.value) == (
-        f'{prefill} for prefill and {decode} for decode place the weights differently (ws_1d splits them over d_ff alone, '
-        'all others over d_model and d_ff), so that one set can\'t serve both: use ws_1d for both phases, or for neither')
+      f'{prefill} for prefill and {decode} for decode place the weights differently (ws_1d splits them over d_ff alone, '
+      "all others over d_model and d_ff), so that one set can't serve both: use ws_1d for both phases, or for neither"
+    )
   assert len(taken) == 2 * 2 + 7 * 7
 
 
@@ -112,6 +136,9 @@ def test_check_model_takes_what_every_device_can_share(mesh):
 
 
 def test_check_model_names_what_does_not_divide():
-  with pytest.raises(MeshError, match='d_ff=1028 does not divide over the 8 devices of the mesh 2x2x2: choose a mesh '
-                                      'whose device count divides 1028'):
+  with pytest.raises(
+    MeshError,
+    match='d_ff=1028 does not divide over the 8 devices of the mesh 2x2x2: choose a mesh '
+    'whose device count divides 1028',
+  ):
     check_model(preset('palm_tiny', d_ff=1028), dict(x=2, y=2, z=2))

@@ -12,17 +12,17 @@ from t5x_inference_ext.config import preset
 from t5x_inference_ext.sharding.layout import Layout, check_model
 from t5x_inference_ext.sharding.mesh import AXES
 from t5x_inference_ext.sharding.mesh_choice import (
-    choose_mesh,
-    default_mesh,
-    torus_mesh,
-    torus_meshes,
+  choose_mesh,
+  default_mesh,
+  torus_mesh,
+  torus_meshes,
 )
 from t5x_inference_ext.sharding.activations import shard_activations
 from t5x_inference_ext.sharding.torus import (
-    device_grid,
-    neighbours_adjacent,
-    parse_slice,
-    wraparound,
+  device_grid,
+  neighbours_adjacent,
+  parse_slice,
+  wraparound,
 )
 from t5x_inference_ext.sharding.traffic import layer_moves
 
@@ -39,8 +39,20 @@ def _coordinates(shape):
   return np.asarray(list(itertools.product(*map(range, shape))))
 
 
-@pytest.mark.parametrize('name', [
-    'v4:2x2x1', 'v4:2x2x2', 'v4:2x2x4', 'v4:2x4x4', 'v4:4x4x4', 'v4:4x4x8', 'v5e:4x8', 'v5e:8x16', 'v5e:16x16'])
+@pytest.mark.parametrize(
+  'name',
+  [
+    'v4:2x2x1',
+    'v4:2x2x2',
+    'v4:2x2x4',
+    'v4:2x4x4',
+    'v4:4x4x4',
+    'v4:4x4x8',
+    'v5e:4x8',
+    'v5e:8x16',
+    'v5e:16x16',
+  ],
+)
 def test_mesh_neighbours_are_torus_neighbours(name):
   slice_ = parse_slice(name)
   found = torus_meshes(slice_.shape, slice_.wraps)
@@ -49,25 +61,46 @@ def test_mesh_neighbours_are_torus_neighbours(name):
   coordinates = _coordinates(slice_.shape)
   for mesh in found:
     assert math.prod(mesh) == slice_.chips and mesh[1] >= mesh[2]
-    assert neighbours_adjacent(coordinates, device_grid(coordinates, mesh, slice_.wraps), slice_.wraps)
+    assert neighbours_adjacent(
+      coordinates, device_grid(coordinates, mesh, slice_.wraps), slice_.wraps
+    )
 
 
-@pytest.mark.parametrize('name, split', [
-    ('v4:4x4x4', {(2, 8, 4), (8, 4, 2), (2, 16, 2), (32, 2, 1)}), ('v4:4x4x8', {(2, 8, 8), (2, 32, 2)}),
-    ('v4:2x4x4', set()), ('v4:8x8x8', set()), ('v5e:4x8', set())])
+@pytest.mark.parametrize(
+  'name, split',
+  [
+    ('v4:4x4x4', {(2, 8, 4), (8, 4, 2), (2, 16, 2), (32, 2, 1)}),
+    ('v4:4x4x8', {(2, 8, 8), (2, 32, 2)}),
+    ('v4:2x4x4', set()),
+    ('v4:8x8x8', set()),
+    ('v5e:4x8', set()),
+  ],
+)
 def test_only_rings_of_4_are_split(name, split):
   """Half of a chain of 4, or of a ring of 8, lies on links that the other half needs."""
   slice_ = parse_slice(name)
-  extra = set(torus_meshes(slice_.shape, slice_.wraps)) - set(torus_meshes(slice_.shape, slice_.wraps, split=False))
+  extra = set(torus_meshes(slice_.shape, slice_.wraps)) - set(
+    torus_meshes(slice_.shape, slice_.wraps, split=False)
+  )
   assert split <= extra and bool(split) == bool(extra)
 
 
-@pytest.mark.parametrize('name, meshes', [
+@pytest.mark.parametrize(
+  'name, meshes',
+  [
     # 8 chips: two dimensions would move more bytes than one.
-    ('v4:2x2x1', '1x2x2'), ('v4:2x2x2', '1x4x2'), ('v5e:4x4', '1x4x4'),
-    ('v4:2x2x4', '2x4x2'), ('v4:2x4x4', '2x4x4'),
+    ('v4:2x2x1', '1x2x2'),
+    ('v4:2x2x2', '1x4x2'),
+    ('v5e:4x4', '1x4x4'),
+    ('v4:2x2x4', '2x4x2'),
+    ('v4:2x4x4', '2x4x4'),
     # Half a ring of 4 for x: the columns over x are what takes longest.
-    ('v4:4x4x4', '2x8x4'), ('v4:4x4x8', '4x8x4'), ('v4:8x8x8', '8x8x8'), ('v5e:16x16', '16x16x1')])
+    ('v4:4x4x4', '2x8x4'),
+    ('v4:4x4x8', '4x8x4'),
+    ('v4:8x8x8', '8x8x8'),
+    ('v5e:16x16', '16x16x1'),
+  ],
+)
 @pytest.mark.parametrize('model', ['palm_62b', 'palm_540b'])
 def test_the_mesh_of_a_slice(name, meshes, model):
   assert 'x'.join(map(str, _mesh(name, preset(model)))) == meshes
@@ -79,7 +112,12 @@ def test_the_mesh_of_a_slice(name, meshes, model):
 
 def _moved(config, mesh):
   sizes, rows = dict(zip(AXES, mesh)), math.prod(mesh)
-  return sum(m.moved for m in layer_moves(config, shard_activations(Layout(), config, sizes, rows, 1), sizes, rows, 1))
+  return sum(
+    m.moved
+    for m in layer_moves(
+      config, shard_activations(Layout(), config, sizes, rows, 1), sizes, rows, 1
+    )
+  )
 
 
 @many
@@ -103,7 +141,10 @@ def test_x_falls_as_d_ff_grows(ratio):
 
 def test_devices_without_a_torus_or_that_do_not_divide_have_another():
   config = preset('palm_540b')
-  chips = [types.SimpleNamespace(id=i, device_kind='TPU v4', coords=tuple(c)) for i, c in enumerate(_coordinates((4, 4, 4)))]
+  chips = [
+    types.SimpleNamespace(id=i, device_kind='TPU v4', coords=tuple(c))
+    for i, c in enumerate(_coordinates((4, 4, 4)))
+  ]
   assert choose_mesh(config, chips) == _mesh('v4:4x4x4', config)
   assert choose_mesh(config, chips[:63]) == default_mesh(config, 63)
   odd = preset('palm_tiny', d_model=96, d_ff=384)  # 64 chips do not divide it

@@ -10,15 +10,15 @@ import pytest
 
 from t5x_inference_ext.errors import MeshError
 from t5x_inference_ext.sharding.mesh import (
-    AXES,
-    arrange,
-    make_mesh,
-    mesh_links,
-    mesh_shape,
-    mesh_text,
-    parse_mesh,
-    physical_shape,
-    single_device_mesh,
+  AXES,
+  arrange,
+  make_mesh,
+  mesh_links,
+  mesh_shape,
+  mesh_text,
+  parse_mesh,
+  physical_shape,
+  single_device_mesh,
 )
 
 many = settings(deadline=None, derandomize=True, max_examples=200)
@@ -57,7 +57,9 @@ def test_anything_else_is_a_mesh_error(text):
     assert [int(part) for part in text.lower().split('x')] == list(shape)
 
 
-@pytest.mark.parametrize('text', ['', '2', '2x2', '2x2x2x2', '0x1x1', '-1x1x1', '2x2x', 'axbxc', '2.0x1x1', '2 x1x1'])
+@pytest.mark.parametrize(
+  'text', ['', '2', '2x2', '2x2x2x2', '0x1x1', '-1x1x1', '2x2x', 'axbxc', '2.0x1x1', '2 x1x1']
+)
 def test_not_meshes(text):
   with pytest.raises(MeshError, match='a mesh is written XxYxZ'):
     parse_mesh(text)
@@ -68,7 +70,7 @@ def test_the_first_devices_in_order(shape):
   mesh = make_mesh(shape)
   assert mesh.axis_names == AXES
   assert mesh_shape(mesh) == shape == parse_mesh(mesh_text(mesh))
-  assert mesh.devices.ravel().tolist() == jax.devices()[:mesh.size]
+  assert mesh.devices.ravel().tolist() == jax.devices()[: mesh.size]
 
 
 def test_given_devices():
@@ -103,9 +105,15 @@ def test_a_tpu_slice_is_arranged_by_its_torus():
 def test_links():
   assert mesh_links(make_mesh((4, 4, 4), _slice((4, 4, 4)))) == dict.fromkeys(AXES, 'ring')
   # A part of a larger slice does not wrap; v5e wraps along 16 alone; an unknown kind nowhere.
-  assert mesh_links(make_mesh((4, 4, 4), _slice((4, 4, 4), corner=(0, 0, 4)))) == dict.fromkeys(AXES, 'chain')
-  assert mesh_links(make_mesh((8, 16, 1), _slice((8, 16, 1), 'TPU v5 lite'))) == dict(x='chain', y='ring', z='ring')
-  assert mesh_links(make_mesh((4, 4, 4), _slice((4, 4, 4), 'TPU v99'))) == dict.fromkeys(AXES, 'chain')
+  assert mesh_links(make_mesh((4, 4, 4), _slice((4, 4, 4), corner=(0, 0, 4)))) == dict.fromkeys(
+    AXES, 'chain'
+  )
+  assert mesh_links(make_mesh((8, 16, 1), _slice((8, 16, 1), 'TPU v5 lite'))) == dict(
+    x='chain', y='ring', z='ring'
+  )
+  assert mesh_links(make_mesh((4, 4, 4), _slice((4, 4, 4), 'TPU v99'))) == dict.fromkeys(
+    AXES, 'chain'
+  )
   assert mesh_links(make_mesh((4, 16, 1), _slice((8, 8, 1), 'TPU v5 lite')))['y'] == 'broken'
   assert mesh_links(make_mesh((2, 2, 2))) is None
 
@@ -116,11 +124,16 @@ def test_physical_shapes():
   assert physical_shape(jax.devices()) is None
 
 
-@pytest.mark.parametrize('devices', [
+@pytest.mark.parametrize(
+  'devices',
+  [
     _slice((2, 2, 2))[:7],
     _slice((2, 2, 2)) + [FakeDevice(8, (0, 0, 0))],
     [dataclasses.replace(d, id=2 * d.id + core) for d in _slice((2, 2, 2)) for core in range(2)],
-    _slice((2, 2, 2), 'NVIDIA H200')], ids=['hole', 'two slices', 'two devices a chip', 'GPU'])
+    _slice((2, 2, 2), 'NVIDIA H200'),
+  ],
+  ids=['hole', 'two slices', 'two devices a chip', 'GPU'],
+)
 def test_other_devices_keep_their_order(devices):
   assert physical_shape(devices) is None
   grid = arrange((len(devices), 1, 1), devices)

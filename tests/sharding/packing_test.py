@@ -31,17 +31,25 @@ def cases(draw):
   chips = mesh['x'] * mesh['y'] * mesh['z']
   kv_heads = draw(st.integers(1, 5), label='key heads')
   config = ModelConfig(
-      num_layers=2, d_model=chips, d_ff=chips * draw(st.integers(1, 2), label='d_ff / chips'),
-      num_heads=kv_heads * draw(st.integers(1, 7), label='queries of each'), num_kv_heads=kv_heads,
-      d_head=2 * draw(st.integers(1, 5), label='half d_head'), vocab_size=draw(st.integers(1, 40), label='vocabulary'),
-      block=draw(st.sampled_from(['parallel', 'serial'])), mlp=draw(st.sampled_from(['swiglu', 'gelu'])),
-      norm=draw(st.sampled_from(['rms', 'layer'])))
+    num_layers=2,
+    d_model=chips,
+    d_ff=chips * draw(st.integers(1, 2), label='d_ff / chips'),
+    num_heads=kv_heads * draw(st.integers(1, 7), label='queries of each'),
+    num_kv_heads=kv_heads,
+    d_head=2 * draw(st.integers(1, 5), label='half d_head'),
+    vocab_size=draw(st.integers(1, 40), label='vocabulary'),
+    block=draw(st.sampled_from(['parallel', 'serial'])),
+    mlp=draw(st.sampled_from(['swiglu', 'gelu'])),
+    norm=draw(st.sampled_from(['rms', 'layer'])),
+  )
   layout = Layout(draw(st.sampled_from(['ws_1d', 'ws_2d', 'wg_xyz'])))
   return config, layout, mesh, draw(st.booleans(), label='int8')
 
 
 def whole(tensor, arrays, layer):
-  return tensor.read(lambda name, index: arrays[name][index], layer, (slice(None),) * len(tensor.shape))
+  return tensor.read(
+    lambda name, index: arrays[name][index], layer, (slice(None),) * len(tensor.shape)
+  )
 
 
 @many
@@ -97,7 +105,7 @@ def test_shards_hold_the_canonical_values(case):
     values = values.reshape(*values.shape[:-1], -1, d)
     for shard in range(shards):
       start, stop = head_range(shard)
-      out[..., shard, :stop - start, :] = values[..., start:stop, :]
+      out[..., shard, : stop - start, :] = values[..., start:stop, :]
     return out.reshape(*out.shape[:-2], -1)
 
   def columns(block_part, layer, suffix=''):
@@ -116,7 +124,9 @@ def test_shards_hold_the_canonical_values(case):
   def rows(block_part, layer):
     parts = [evenly(arrays['mlp_output'][layer].T, f)] if block_part.mlp else []
     if block_part.attention:
-      parts.append(by_heads(arrays['attention_output'][layer].T, split.local_heads, split.query_range))
+      parts.append(
+        by_heads(arrays['attention_output'][layer].T, split.local_heads, split.query_range)
+      )
     return np.concatenate(parts, axis=-1)
 
   def check(name, layer, wanted):
@@ -125,7 +135,11 @@ def test_shards_hold_the_canonical_values(case):
 
   def check_norm(name, layer, norm):
     for suffix in ('', '_bias') if config.norm == 'layer' else ('',):
-      check(name + suffix, layer, arrays[norm + suffix] if layer is None else arrays[norm + suffix][layer])
+      check(
+        name + suffix,
+        layer,
+        arrays[norm + suffix] if layer is None else arrays[norm + suffix][layer],
+      )
 
   for layer in range(2):
     for block_part in config.block_parts:
@@ -133,10 +147,16 @@ def test_shards_hold_the_canonical_values(case):
       check(f'{block_part.name}/w_in', layer, flat(columns(block_part, layer)))
       check(f'{block_part.name}/w_out', layer, flat(rows(block_part, layer)).T)
       own = config.block == 'serial'
-      check_norm(f'{block_part.name}/norm', layer, f'{block_part.name}_norm' if own else 'layer_norm')
+      check_norm(
+        f'{block_part.name}/norm', layer, f'{block_part.name}_norm' if own else 'layer_norm'
+      )
       if int8:
         check(f'{block_part.name}/in_scale', layer, flat(columns(block_part, layer, '_scale')))
-        check(f'{block_part.name}/out_scale', layer, arrays[f'{block_part.name}_output_scale' if own else 'output_scale'][layer])
+        check(
+          f'{block_part.name}/out_scale',
+          layer,
+          arrays[f'{block_part.name}_output_scale' if own else 'output_scale'][layer],
+        )
   check_norm('final_norm', None, 'final_norm')
   height = -(-config.vocab_size // shards)
   check('embedding', None, evenly(arrays['embedding'].T, height).reshape(config.d_model, -1).T)
@@ -163,7 +183,10 @@ def test_layouts_of_one_storage_kind_have_the_same_arrays(case):
     if (feedforward == 'ws_1d') == (layout.feedforward == 'ws_1d'):
       assert other == mine
     else:
-      specs = [{name: t.spec for name, t in tensors.items() if t.kind == 'matrix'} for tensors in (mine, other)]
+      specs = [
+        {name: t.spec for name, t in tensors.items() if t.kind == 'matrix'}
+        for tensors in (mine, other)
+      ]
       assert all(specs[0][name] != specs[1][name] for name in specs[0])
 
 
@@ -174,13 +197,24 @@ def test_padding_keeps_the_dtype(dtype):
   arrays = {n: np.ones(p.shape, dtype) for n, p in params.parameters(config).items()}
   tensor = packed_tensors(config, Layout(), dict(x=1, y=8, z=1), True)['parallel/w_in']
   block = tensor.shape[1] // 8
-  last = tensor.read(lambda name, index: arrays[name][index], 0, (slice(0, 8), slice(7 * block, 8 * block)))
+  last = tensor.read(
+    lambda name, index: arrays[name][index], 0, (slice(0, 8), slice(7 * block, 8 * block))
+  )
   assert last.dtype == dtype and last.shape == (8, block) == (8, 5)
-  np.testing.assert_array_equal(last, np.tile(np.array([[1, 1, 0, 0, 0]], dtype), (8, 1)), strict=True)
+  np.testing.assert_array_equal(
+    last, np.tile(np.array([[1, 1, 0, 0, 0]], dtype), (8, 1)), strict=True
+  )
 
 
-@pytest.mark.parametrize('layout, mesh, heads', [
-    ('ws_2d', (4, 4, 4), 48), ('wg_xyz', (4, 4, 4), 48), ('ws_2d', (1, 8, 8), 64), ('ws_1d', (4, 4, 4), 64)])
+@pytest.mark.parametrize(
+  'layout, mesh, heads',
+  [
+    ('ws_2d', (4, 4, 4), 48),
+    ('wg_xyz', (4, 4, 4), 48),
+    ('ws_2d', (1, 8, 8), 64),
+    ('ws_1d', (4, 4, 4), 64),
+  ],
+)
 def test_palm_540b_on_64_chips(layout, mesh, heads):
   """48 heads over 16 shards pad nothing; over 64 they are padded to 64, as the paper does (section 4).
 
@@ -188,7 +222,10 @@ def test_palm_540b_on_64_chips(layout, mesh, heads):
   """
   config = preset('palm_540b')
   tensors = packed_tensors(config, Layout(layout), dict(zip(AXES, mesh)), True)
-  assert tensors['parallel/w_in'].shape == (18432, 2 * config.d_ff + heads * 256 + (16 * 128 if heads == 48 else 2 * 256))
+  assert tensors['parallel/w_in'].shape == (
+    18432,
+    2 * config.d_ff + heads * 256 + (16 * 128 if heads == 48 else 2 * 256),
+  )
   assert tensors['parallel/w_out'].shape == (config.d_ff + heads * 256, 18432)
   # Whole tiles of the vocabulary on each shard.
   shards = num_shards(Layout(layout).stored_hidden, dict(zip(AXES, mesh)))
@@ -212,8 +249,12 @@ def test_megatron_530b_on_64_chips():
   for layout in ('ws_1d', 'ws_2d'):
     tensors = packed_tensors(config, Layout(layout), dict(x=4, y=4, z=4), False)
     shapes = {name: t.shape for name, t in tensors.items() if t.kind == 'matrix'}
-    assert shapes == {'attention/w_in': (20480, 3 * 20480), 'attention/w_out': (20480, 20480),
-                      'mlp/w_in': (20480, 81920), 'mlp/w_out': (81920, 20480)}
+    assert shapes == {
+      'attention/w_in': (20480, 3 * 20480),
+      'attention/w_out': (20480, 20480),
+      'mlp/w_in': (20480, 81920),
+      'mlp/w_out': (81920, 20480),
+    }
 
 
 def test_a_mesh_that_does_not_divide_the_mlp():

@@ -12,28 +12,28 @@ import pytest
 from t5x_inference_ext.errors import MeshError
 from t5x_inference_ext.sharding.mesh import arrange, physical_shape
 from t5x_inference_ext.sharding.torus import (
-    GENERATIONS,
-    TpuSlice,
-    axis_links,
-    box_of,
-    device_grid,
-    kind_of,
-    neighbours_adjacent,
-    parse_slice,
-    wraparound,
+  GENERATIONS,
+  TpuSlice,
+  axis_links,
+  box_of,
+  device_grid,
+  kind_of,
+  neighbours_adjacent,
+  parse_slice,
+  wraparound,
 )
 
 # Slice -> a mesh of whole physical axes.
 MESHES = {
-    (2, 2, 1): (1, 2, 2),
-    (2, 2, 2): (2, 2, 2),
-    (2, 2, 4): (2, 4, 2),
-    (2, 4, 4): (4, 4, 2),
-    (4, 4, 4): (4, 4, 4),
-    (4, 4, 8): (8, 4, 4),
-    (4, 8, 8): (8, 8, 4),
-    (8, 8, 8): (8, 8, 8),
-    (8, 8, 16): (16, 8, 8),
+  (2, 2, 1): (1, 2, 2),
+  (2, 2, 2): (2, 2, 2),
+  (2, 2, 4): (2, 4, 2),
+  (2, 4, 4): (4, 4, 2),
+  (4, 4, 4): (4, 4, 4),
+  (4, 4, 8): (8, 4, 4),
+  (4, 8, 8): (8, 8, 4),
+  (8, 8, 8): (8, 8, 8),
+  (8, 8, 16): (16, 8, 8),
 }
 WRAPPED = [(4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8), (8, 8, 16)]
 
@@ -49,14 +49,19 @@ def _box(shape, seed=0):
 
 def _devices(shape, seed=0, kind='TPU v4', corner=(0, 0, 0)):
   return [
-      types.SimpleNamespace(id=i, device_kind=kind, coords=[int(c) + o for c, o in zip(coords, corner)])
-      for i, coords in enumerate(_box(shape, seed))]
+    types.SimpleNamespace(
+      id=i, device_kind=kind, coords=[int(c) + o for c, o in zip(coords, corner)]
+    )
+    for i, coords in enumerate(_box(shape, seed))
+  ]
 
 
 def _hops(a, b, shape, wraps):
   """Links between two chips, one axis after the other."""
   return sum(
-      min(abs(p - q), size - abs(p - q)) if wrap else abs(p - q) for p, q, size, wrap in zip(a, b, shape, wraps))
+    min(abs(p - q), size - abs(p - q)) if wrap else abs(p - q)
+    for p, q, size, wrap in zip(a, b, shape, wraps)
+  )
 
 
 def _longest(positions, shape, wraps):
@@ -64,15 +69,24 @@ def _longest(positions, shape, wraps):
   result = []
   for axis, size in enumerate(positions.shape[:3]):
     lines = np.moveaxis(positions, axis, 2).reshape(-1, size, 3).tolist()
-    inside = max((_hops(a, b, shape, wraps) for line in lines for a, b in itertools.pairwise(line)), default=1)
+    inside = max(
+      (_hops(a, b, shape, wraps) for line in lines for a, b in itertools.pairwise(line)), default=1
+    )
     closing = max(_hops(line[-1], line[0], shape, wraps) for line in lines)
     result.append((inside, closing))
   return result
 
 
-@pytest.mark.parametrize('text, expected', [
-    ('4x4x4', TpuSlice('v4', (4, 4, 4))), ('v4:2x2x1', TpuSlice('v4', (2, 2, 1))), ('V5P:8X8X16', TpuSlice('v5p', (8, 8, 16))),
-    ('v5e:4x8', TpuSlice('v5e', (4, 8, 1))), ('v6e:16x16', TpuSlice('v6e', (16, 16, 1)))])
+@pytest.mark.parametrize(
+  'text, expected',
+  [
+    ('4x4x4', TpuSlice('v4', (4, 4, 4))),
+    ('v4:2x2x1', TpuSlice('v4', (2, 2, 1))),
+    ('V5P:8X8X16', TpuSlice('v5p', (8, 8, 16))),
+    ('v5e:4x8', TpuSlice('v5e', (4, 8, 1))),
+    ('v6e:16x16', TpuSlice('v6e', (16, 16, 1))),
+  ],
+)
 def test_slices_are_read(text, expected):
   parsed = parse_slice(text)
   assert parsed == expected
@@ -83,13 +97,33 @@ def test_slices_are_read(text, expected):
 @many
 @given(st.sampled_from(sorted(GENERATIONS)), st.tuples(*[st.integers(1, 99)] * 3))
 def test_what_a_slice_writes_is_read(kind, sizes):
-  written = TpuSlice(kind, (*sizes[:GENERATIONS[kind]], 1)[:3])
+  written = TpuSlice(kind, (*sizes[: GENERATIONS[kind]], 1)[:3])
   assert parse_slice(str(written)) == written
 
 
-@pytest.mark.parametrize('text', [
-    '', '4', 'v4', 'v4:', ':4x4x4', 'v9:4x4x4', 'v4:4x4', 'v5e:4x4x4', 'v4:0x4x4', 'v4:-4x4x4', 'v4:4x4x', 'axbxc',
-    'v4:4x4x4x4', 'v4 4x4x4', 'v4:v4:4x4x4', 'v4:4.0x4x4', '4x8', 'v4:²x2x2'])
+@pytest.mark.parametrize(
+  'text',
+  [
+    '',
+    '4',
+    'v4',
+    'v4:',
+    ':4x4x4',
+    'v9:4x4x4',
+    'v4:4x4',
+    'v5e:4x4x4',
+    'v4:0x4x4',
+    'v4:-4x4x4',
+    'v4:4x4x',
+    'axbxc',
+    'v4:4x4x4x4',
+    'v4 4x4x4',
+    'v4:v4:4x4x4',
+    'v4:4.0x4x4',
+    '4x8',
+    'v4:²x2x2',
+  ],
+)
 def test_not_slices(text):
   with pytest.raises(MeshError, match='written') as error:
     parse_slice(text)
@@ -107,11 +141,20 @@ def test_anything_else_is_a_mesh_error(text):
     assert len(parsed.shape) == 3 and min(parsed.shape) > 0
 
 
-@pytest.mark.parametrize('shape, kind, expected', [
-    ((4, 4, 4), 'v4', (True,) * 3), ((8, 8, 16), 'v5p', (True,) * 3), ((2, 4, 4), 'v4', (False,) * 3),
-    ((2, 2, 4), 'v5p', (False,) * 3), ((4, 4, 1), 'v4', (False,) * 3), ((4, 8, 1), 'v5e', (False,) * 3),
-    ((8, 16, 1), 'v6e', (False, True, False)), ((16, 16, 1), 'v5e', (True, True, False)),
-    ((4, 4, 4), None, (False,) * 3)])
+@pytest.mark.parametrize(
+  'shape, kind, expected',
+  [
+    ((4, 4, 4), 'v4', (True,) * 3),
+    ((8, 8, 16), 'v5p', (True,) * 3),
+    ((2, 4, 4), 'v4', (False,) * 3),
+    ((2, 2, 4), 'v5p', (False,) * 3),
+    ((4, 4, 1), 'v4', (False,) * 3),
+    ((4, 8, 1), 'v5e', (False,) * 3),
+    ((8, 16, 1), 'v6e', (False, True, False)),
+    ((16, 16, 1), 'v5e', (True, True, False)),
+    ((4, 4, 4), None, (False,) * 3),
+  ],
+)
 def test_wraparound(shape, kind, expected):
   assert wraparound(shape, kind) == expected
   if kind:
@@ -134,17 +177,32 @@ def test_mesh_neighbours_are_torus_neighbours(shape, mesh):
     assert closing == (1 if any(wraps) else size - 1)
 
 
-@pytest.mark.parametrize('shape, mesh', [
-    ((2, 2, 2), (1, 8, 1)), ((2, 2, 4), (1, 16, 1)), ((2, 2, 4), (8, 2, 1)), ((4, 4, 4), (4, 16, 1)),
-    ((4, 4, 4), (1, 1, 64)), ((4, 8, 8), (32, 8, 1)), ((2, 2, 1), (4, 1, 1)), ((4, 8, 1), (1, 32, 1)),
-    ((4, 3, 1), (1, 12, 1)), ((3, 4, 1), (12, 1, 1)), ((4, 4, 4), (2, 2, 16)), ((4, 4, 4), (8, 8, 1)),
-    ((4, 4, 4), (2, 32, 1))])
+@pytest.mark.parametrize(
+  'shape, mesh',
+  [
+    ((2, 2, 2), (1, 8, 1)),
+    ((2, 2, 4), (1, 16, 1)),
+    ((2, 2, 4), (8, 2, 1)),
+    ((4, 4, 4), (4, 16, 1)),
+    ((4, 4, 4), (1, 1, 64)),
+    ((4, 8, 8), (32, 8, 1)),
+    ((2, 2, 1), (4, 1, 1)),
+    ((4, 8, 1), (1, 32, 1)),
+    ((4, 3, 1), (1, 12, 1)),
+    ((3, 4, 1), (12, 1, 1)),
+    ((4, 4, 4), (2, 2, 16)),
+    ((4, 4, 4), (8, 8, 1)),
+    ((4, 4, 4), (2, 32, 1)),
+  ],
+)
 def test_merged_axes_are_rings_and_rings_of_4_are_squares(shape, mesh):
   coordinates = _box(shape, seed=2)
   grid = device_grid(coordinates, mesh)
   assert sorted(grid.flat) == list(range(len(coordinates)))
-  assert all(links == (1, 1 if size > 1 else 0) for size, links in zip(
-      mesh, _longest(coordinates[grid], shape, wraparound(shape))))
+  assert all(
+    links == (1, 1 if size > 1 else 0)
+    for size, links in zip(mesh, _longest(coordinates[grid], shape, wraparound(shape)))
+  )
   assert axis_links(coordinates, grid) == ('ring',) * 3 and neighbours_adjacent(coordinates, grid)
 
 
@@ -155,7 +213,9 @@ def test_merged_axes_of_odd_sizes_are_a_chain():
   assert _longest(coordinates[grid], (3, 5, 1), (False,) * 3)[0] == (1, 6)
 
 
-@pytest.mark.parametrize('shape, mesh, expected', [
+@pytest.mark.parametrize(
+  'shape, mesh, expected',
+  [
     # A row of 8 holds no 4 x 2 grid.
     ((8, 8, 1), (4, 16, 1), ('chain', 'broken', 'ring')),
     # Without wraparound a row of 4 is no square.
@@ -163,7 +223,9 @@ def test_merged_axes_of_odd_sizes_are_a_chain():
     # 4 and 9 share out as 6 x 6, two pieces of each.
     ((4, 9, 1), (6, 6, 1), ('broken', 'ring', 'ring')),
     # Nor does a row of 8 with a second beside it.
-    ((8, 2, 1), (4, 4, 1), ('chain', 'broken', 'ring'))])
+    ((8, 2, 1), (4, 4, 1), ('chain', 'broken', 'ring')),
+  ],
+)
 def test_what_no_arrangement_can_do_is_said(shape, mesh, expected):
   coordinates = _box(shape, seed=3)
   grid = device_grid(coordinates, mesh)
@@ -184,15 +246,19 @@ def test_any_mesh_and_any_order_of_devices(shape, data):
   order = np.asarray(data.draw(st.permutations(range(n))))
   grid, wraps = device_grid(coordinates, mesh), wraparound(shape)
   assert grid.shape == mesh and sorted(grid.flat) == list(range(n))
-  assert (coordinates[order][device_grid(coordinates[order] + corner, mesh)] == coordinates[grid]).all()
+  assert (
+    coordinates[order][device_grid(coordinates[order] + corner, mesh)] == coordinates[grid]
+  ).all()
   counted = tuple(
-      'broken' if size > 1 and inside > 1 else 'chain' if size > 2 and closing > 1 else 'ring'
-      for size, (inside, closing) in zip(mesh, _longest(coordinates[grid], shape, wraps)))
+    'broken' if size > 1 and inside > 1 else 'chain' if size > 2 and closing > 1 else 'ring'
+    for size, (inside, closing) in zip(mesh, _longest(coordinates[grid], shape, wraps))
+  )
   assert axis_links(coordinates, grid) == counted
   assert neighbours_adjacent(coordinates, grid) == ('broken' not in counted)
   whole = any(
-      tuple(math.prod(s for s, o in zip(shape, owners) if o == axis) for axis in range(3)) == mesh
-      for owners in itertools.product(range(3), repeat=3))
+    tuple(math.prod(s for s, o in zip(shape, owners) if o == axis) for axis in range(3)) == mesh
+    for owners in itertools.product(range(3), repeat=3)
+  )
   assert neighbours_adjacent(coordinates, grid) or not whole
 
 
@@ -223,7 +289,15 @@ def test_refusals():
     device_grid(_box((2, 2, 2)), (4, 4, 1))
 
 
-@pytest.mark.parametrize('name, kind', [
-    ('TPU v4', 'v4'), ('TPU v5', 'v5p'), ('TPU v5 lite', 'v5e'), ('TPU v6 lite', 'v6e'), ('TPU v99', None)])
+@pytest.mark.parametrize(
+  'name, kind',
+  [
+    ('TPU v4', 'v4'),
+    ('TPU v5', 'v5p'),
+    ('TPU v5 lite', 'v5e'),
+    ('TPU v6 lite', 'v6e'),
+    ('TPU v99', None),
+  ],
+)
 def test_device_kinds(name, kind):
   assert kind_of(name) == kind

@@ -38,16 +38,18 @@ CACHE = 24  # positions
 
 
 def model(**fields) -> ModelConfig:
-  return ModelConfig(**{**dict(num_layers=1, d_model=64, d_ff=192, num_heads=8, d_head=6, vocab_size=101), **fields})
+  return ModelConfig(
+    **{**dict(num_layers=1, d_model=64, d_ff=192, num_heads=8, d_head=6, vocab_size=101), **fields}
+  )
 
 
 MODELS = {
-    'multiquery': model(),
-    # Three heads are padded to the shards, and 2 Q columns of keys and values too.
-    'padded': model(num_heads=3),
-    'multihead': model(num_kv_heads=8, block='serial', mlp='gelu', norm='layer'),
-    'grouped': model(num_heads=12, num_kv_heads=2, block='serial'),
-    'cut': model(num_heads=6, d_head=256),
+  'multiquery': model(),
+  # Three heads are padded to the shards, and 2 Q columns of keys and values too.
+  'padded': model(num_heads=3),
+  'multihead': model(num_kv_heads=8, block='serial', mlp='gelu', norm='layer'),
+  'grouped': model(num_heads=12, num_kv_heads=2, block='serial'),
+  'cut': model(num_heads=6, d_head=256),
 }
 
 
@@ -65,35 +67,48 @@ def by_kind(moves: list[Collective]) -> dict[str, float]:
 
 def compiled(per_shard, mesh, arguments, in_specs, out_specs) -> list[hlo.Collective]:
   """Collectives of a compiled shard_map, its inputs placed as in_specs says: nothing is resharded around it."""
-  program = jax.jit(jax.shard_map(per_shard, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False))
+  program = jax.jit(
+    jax.shard_map(per_shard, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+  )
   return hlo.collectives(program.lower(*_placed(arguments, in_specs, mesh)).compile().as_text())
 
 
 def _placed(arguments, specs, mesh):
   return jax.tree.map(
-      lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec)), arguments, specs)
+    lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec)),
+    arguments,
+    specs,
+  )
 
 
 def _layer_weights(config: ModelConfig, placed: ActivationSharding, mesh, int8: bool):
   """Shapes and specs of a layer; vectors are split as the residual stream is, as the model hands them to its layers."""
   layout = placed.layout
-  tensors = {n: t for n, t in packed_tensors(config, layout, mesh.shape, int8).items() if t.per_layer}
+  tensors = {
+    n: t for n, t in packed_tensors(config, layout, mesh.shape, int8).items() if t.per_layer
+  }
 
   def dtype(t):
     return jnp.int8 if int8 and t.kind == 'matrix' else jnp.float32
 
   shapes = layer_weights({n: jax.ShapeDtypeStruct(t.shape, dtype(t)) for n, t in tensors.items()})
-  specs = {n: P(placed.residual[2]) if t.spec == layout.vector else t.spec for n, t in tensors.items()}
+  specs = {
+    n: P(placed.residual[2]) if t.spec == layout.vector else t.spec for n, t in tensors.items()
+  }
   return shapes, layer_weights(specs)
 
 
-def _cached(config: ModelConfig, placed: ActivationSharding, mesh, *lead: int) -> jax.ShapeDtypeStruct:
+def _cached(
+  config: ModelConfig, placed: ActivationSharding, mesh, *lead: int
+) -> jax.ShapeDtypeStruct:
   """[*lead, S, K, Q] of a cache, copies and padding of heads included."""
   heads = placed.heads.kv_heads * math.prod(mesh.shape[a] for a in placed.cache[2] or ())
   return jax.ShapeDtypeStruct((*lead, CACHE, heads, config.d_head), jnp.float32)
 
 
-def layer_collectives(config: ModelConfig, placed: ActivationSharding, mesh, batch: int, length: int, int8: bool):
+def layer_collectives(
+  config: ModelConfig, placed: ActivationSharding, mesh, batch: int, length: int, int8: bool
+):
   """Those of one layer; a single token per row attends to a cache."""
   weights, weight_specs = _layer_weights(config, placed, mesh, int8)
   x = jax.ShapeDtypeStruct((batch, length, config.d_model), jnp.float32)
@@ -109,7 +124,13 @@ def layer_collectives(config: ModelConfig, placed: ActivationSharding, mesh, bat
     return Layer(config, placed, 'float32')(x, w, Positions(queries, angles), context)
 
   specs = (P(*placed.residual), weight_specs, placed.cache, placed.cache, P(placed.attention_rows))
-  return compiled(run, mesh, (x, weights, kv, kv, lengths), specs, (P(*placed.residual), (placed.cache, placed.cache)))
+  return compiled(
+    run,
+    mesh,
+    (x, weights, kv, kv, lengths),
+    specs,
+    (P(*placed.residual), (placed.cache, placed.cache)),
+  )
 
 
 def feedforward_collectives(config: ModelConfig, layout: Layout, mesh, batch: int, length: int):
@@ -119,9 +140,13 @@ def feedforward_collectives(config: ModelConfig, layout: Layout, mesh, batch: in
   x = jax.ShapeDtypeStruct((batch, length, config.d_model), jnp.float32)
 
   def run(x, w):
-    return Layer(config, placed, 'float32')._sublayer(x, w, BlockPart('mlp', False, True), None, None)[0]
+    return Layer(config, placed, 'float32')._sublayer(
+      x, w, BlockPart('mlp', False, True), None, None
+    )[0]
 
-  return compiled(run, mesh, (x, weights['mlp']), (P(*placed.residual), specs['mlp']), P(*placed.residual))
+  return compiled(
+    run, mesh, (x, weights['mlp']), (P(*placed.residual), specs['mlp']), P(*placed.residual)
+  )
 
 
 # The paper's appendix A.2: elements by kind of collective, of an MLP of two matrices.
@@ -137,20 +162,30 @@ def paper_bytes(feedforward: str, mesh: dict[str, int], tokens: int, e: int, f: 
   if feedforward == 'ws_1d':
     elements = [('all-gather', tokens * e, n), ('reduce-scatter', tokens * e, n)]
   elif feedforward == 'ws_2d':
-    elements = [(kind, count, k) for kind in ('all-gather', 'reduce-scatter')
-                for count, k in ((tokens * e / x, y * z), (tokens * f / (y * z), x))]
+    elements = [
+      (kind, count, k)
+      for kind in ('all-gather', 'reduce-scatter')
+      for count, k in ((tokens * e / x, y * z), (tokens * f / (y * z), x))
+    ]
   else:
     gathered = {'wg_x': x, 'wg_xy': x * y, 'wg_xyz': n}[feedforward]
     elements = [('all-gather', e * f * gathered / n, gathered)] * 2
-    elements += [(kind, tokens * e / gathered, n // gathered) for kind in ('all-gather', 'reduce-scatter')]
+    elements += [
+      (kind, tokens * e / gathered, n // gathered) for kind in ('all-gather', 'reduce-scatter')
+    ]
   return [(kind, count * width, k) for kind, count, k in elements]
 
 
 def feedforward_report(mesh_text: str) -> dict[str, list[tuple[str, int, float]]]:
   """Feedforward layout -> (kind, K, bytes moved) of each collective compiled."""
   mesh = make_mesh(parse_mesh(mesh_text))
-  return {name: [(c.kind, c.shards, c.moved) for c in feedforward_collectives(
-      FEEDFORWARD_MODEL, Layout(name), mesh, *FEEDFORWARD_TOKENS)] for name in FEEDFORWARD}
+  return {
+    name: [
+      (c.kind, c.shards, c.moved)
+      for c in feedforward_collectives(FEEDFORWARD_MODEL, Layout(name), mesh, *FEEDFORWARD_TOKENS)
+    ]
+    for name in FEEDFORWARD
+  }
 
 
 # model, layout, batch, length of whole layers on 4x4x4.
@@ -171,9 +206,19 @@ def large_report() -> dict:
 def large(repository) -> dict:
   """large_report of a process of its own: this one has 8 devices."""
   code = 'import json; from tests.sharding import traffic_test; print(json.dumps(traffic_test.large_report()))'
-  environment = {**os.environ, 'XLA_FLAGS': '--xla_force_host_platform_device_count=64', 'JAX_PLATFORMS': 'cpu'}
+  environment = {
+    **os.environ,
+    'XLA_FLAGS': '--xla_force_host_platform_device_count=64',
+    'JAX_PLATFORMS': 'cpu',
+  }
   result = subprocess.run(
-      [sys.executable, '-c', code], capture_output=True, text=True, cwd=repository, env=environment, check=False)
+    [sys.executable, '-c', code],
+    capture_output=True,
+    text=True,
+    cwd=repository,
+    env=environment,
+    check=False,
+  )
   assert result.returncode == 0, result.stderr
   return json.loads(result.stdout.splitlines()[-1])
 
@@ -197,7 +242,11 @@ def test_a_feedforward_program_moves_the_papers_formulas(feedforward_programs, f
   for kind, _, moved in found:
     program[kind] += moved
   # The rows divide over all devices, so that d_model is split over x alone, in ws_2d alone.
-  norm = 2 * 4 * tokens // (sizes['y'] * sizes['z']) * (1 - 1 / sizes['x']) if feedforward == 'ws_2d' else 0
+  norm = (
+    2 * 4 * tokens // (sizes['y'] * sizes['z']) * (1 - 1 / sizes['x'])
+    if feedforward == 'ws_2d'
+    else 0
+  )
   assert program.pop('all-reduce', 0) == pytest.approx(norm, rel=0.01)
   assert dict(program) == pytest.approx(dict(expected), rel=0.01)
   if feedforward == 'ws_1d':  # over all three axes, which is done in two steps
@@ -207,7 +256,8 @@ def test_a_feedforward_program_moves_the_papers_formulas(feedforward_programs, f
   elif feedforward == 'ws_2d':  # collective by collective
     one_by_one = sorted((kind, k, moved) for kind, k, moved in found if kind != 'all-reduce')
     for (kind, k, moved), (wanted_kind, bytes_, wanted_k) in zip(
-        one_by_one, sorted(formulas, key=lambda f: (f[0], f[2])), strict=True):
+      one_by_one, sorted(formulas, key=lambda f: (f[0], f[2])), strict=True
+    ):
       assert (kind, k) == (wanted_kind, wanted_k)
       assert moved == pytest.approx(bytes_ * (k - 1) / k, rel=0.01)
   predicted = traffic.feedforward_moves(c, Layout(feedforward), sizes, tokens, 4, 4)
@@ -217,32 +267,58 @@ def test_a_feedforward_program_moves_the_papers_formulas(feedforward_programs, f
 # Whole layers.
 
 LAYERS = [
-    # model, layout, mesh, batch, length, int8
-    *[(name, f'{feedforward}/batch', '2x2x2', 8, length, False)
-      for name, length in (('multiquery', 1), ('multihead', 8)) for feedforward in FEEDFORWARD],
-    *[('padded', f'{feedforward}/heads', '2x2x2', 8, 8, False) for feedforward in ('ws_1d', 'ws_2d', 'wg_x', 'wg_xy')],
-    *[('grouped', f'{feedforward}/batch', '2x2x2', 8, 8, True) for feedforward in ('ws_2d', 'wg_x', 'wg_xyz')],
-    ('multiquery', 'ws_2d/batch', '2x2x2', 8, 8, False), ('multiquery', 'wg_xyz/batch', '2x2x2', 8, 8, False),
-    ('multihead', 'ws_2d/heads', '2x2x2', 8, 1, False),
-    # Rows that fill some axes, or none; x is then reduced into heads, positions, or not at all.
-    *[(name, 'ws_2d/batch', '2x2x2', batch, length, False)
-      for name in ('padded', 'grouped') for batch, length in ((4, 1), (2, 8), (1, 8), (1, 1), (2, 3))],
-    ('grouped', 'ws_1d/batch', '2x2x2', 4, 8, False), ('grouped', 'wg_x/batch', '2x2x2', 4, 8, False),
-    ('grouped', 'wg_xy/batch', '2x2x2', 2, 8, True), ('padded', 'wg_xy/heads', '2x2x2', 1, 8, True),
-    ('padded', 'wg_xyz/batch', '2x2x2', 4, 8, True), ('multihead', 'wg_xyz/batch', '2x2x2', 1, 8, False),
-    ('grouped', 'ws_2d/heads', '4x2x1', 3, 8, False), ('multihead', 'ws_2d/heads', '8x1x1', 1, 8, False),
-    ('multiquery', 'ws_2d/batch', '8x1x1', 2, 8, True), ('multiquery', 'ws_2d/batch', '1x2x4', 4, 1, True),
-    ('padded', 'wg_xy/batch', '1x2x4', 8, 4, False),
-    # Heads cut between shards: into rows, positions, or whole on every device.
-    *[('cut', layout, '2x2x2', batch, length, int8) for layout, batch, length, int8 in (
-        ('ws_2d/batch', 8, 1, False), ('ws_2d/batch', 1, 8, False), ('ws_2d/batch', 1, 1, True),
-        ('ws_2d/heads', 2, 8, True), ('ws_2d/heads', 2, 3, False), ('wg_x/heads', 2, 8, False),
-        ('wg_xy/batch', 4, 8, True))],
-    ('multiquery', 'ws_1d/batch/two_way', '2x2x2', 8, 1, False),
-    ('multiquery', 'ws_2d/batch/one_way', '2x2x2', 8, 1, False),
-    ('multihead', 'ws_2d/batch/two_way', '2x2x2', 8, 8, True),
-    ('multihead', 'wg_xy/batch/one_way', '2x2x2', 8, 8, True),
-    ('multiquery', 'wg_xyz/batch/two_way', '2x2x2', 8, 8, True),
+  # model, layout, mesh, batch, length, int8
+  *[
+    (name, f'{feedforward}/batch', '2x2x2', 8, length, False)
+    for name, length in (('multiquery', 1), ('multihead', 8))
+    for feedforward in FEEDFORWARD
+  ],
+  *[
+    ('padded', f'{feedforward}/heads', '2x2x2', 8, 8, False)
+    for feedforward in ('ws_1d', 'ws_2d', 'wg_x', 'wg_xy')
+  ],
+  *[
+    ('grouped', f'{feedforward}/batch', '2x2x2', 8, 8, True)
+    for feedforward in ('ws_2d', 'wg_x', 'wg_xyz')
+  ],
+  ('multiquery', 'ws_2d/batch', '2x2x2', 8, 8, False),
+  ('multiquery', 'wg_xyz/batch', '2x2x2', 8, 8, False),
+  ('multihead', 'ws_2d/heads', '2x2x2', 8, 1, False),
+  # Rows that fill some axes, or none; x is then reduced into heads, positions, or not at all.
+  *[
+    (name, 'ws_2d/batch', '2x2x2', batch, length, False)
+    for name in ('padded', 'grouped')
+    for batch, length in ((4, 1), (2, 8), (1, 8), (1, 1), (2, 3))
+  ],
+  ('grouped', 'ws_1d/batch', '2x2x2', 4, 8, False),
+  ('grouped', 'wg_x/batch', '2x2x2', 4, 8, False),
+  ('grouped', 'wg_xy/batch', '2x2x2', 2, 8, True),
+  ('padded', 'wg_xy/heads', '2x2x2', 1, 8, True),
+  ('padded', 'wg_xyz/batch', '2x2x2', 4, 8, True),
+  ('multihead', 'wg_xyz/batch', '2x2x2', 1, 8, False),
+  ('grouped', 'ws_2d/heads', '4x2x1', 3, 8, False),
+  ('multihead', 'ws_2d/heads', '8x1x1', 1, 8, False),
+  ('multiquery', 'ws_2d/batch', '8x1x1', 2, 8, True),
+  ('multiquery', 'ws_2d/batch', '1x2x4', 4, 1, True),
+  ('padded', 'wg_xy/batch', '1x2x4', 8, 4, False),
+  # Heads cut between shards: into rows, positions, or whole on every device.
+  *[
+    ('cut', layout, '2x2x2', batch, length, int8)
+    for layout, batch, length, int8 in (
+      ('ws_2d/batch', 8, 1, False),
+      ('ws_2d/batch', 1, 8, False),
+      ('ws_2d/batch', 1, 1, True),
+      ('ws_2d/heads', 2, 8, True),
+      ('ws_2d/heads', 2, 3, False),
+      ('wg_x/heads', 2, 8, False),
+      ('wg_xy/batch', 4, 8, True),
+    )
+  ],
+  ('multiquery', 'ws_1d/batch/two_way', '2x2x2', 8, 1, False),
+  ('multiquery', 'ws_2d/batch/one_way', '2x2x2', 8, 1, False),
+  ('multihead', 'ws_2d/batch/two_way', '2x2x2', 8, 8, True),
+  ('multihead', 'wg_xy/batch/one_way', '2x2x2', 8, 8, True),
+  ('multiquery', 'wg_xyz/batch/two_way', '2x2x2', 8, 8, True),
 ]
 
 
@@ -283,26 +359,30 @@ def test_a_layer_on_64_devices_moves_what_its_layout_predicts(large, index):
 # Whole passes.
 
 PASSES = [
-    # phase, model, prefill layout, decode layout, mesh, batch, length
-    ('decode', 'multiquery', 'ws_2d/batch', 'ws_2d/batch', '2x2x2', 8, 1),
-    ('decode', 'multihead', 'wg_xyz/batch', 'ws_2d/batch', '2x2x2', 2, 1),
-    ('decode', 'grouped', 'ws_1d/heads', 'ws_1d/heads', '2x2x2', 1, 1),
-    ('decode', 'grouped', 'ws_2d/batch', 'wg_xy/batch', '2x2x2', 4, 1),
-    # The cache stays where it is between these layouts: nothing else moves.
-    ('prefill', 'multihead', 'ws_2d/batch', 'ws_2d/batch', '2x2x2', 8, 8),
-    ('prefill', 'padded', 'wg_x/batch', 'ws_2d/batch', '2x2x2', 1, 8),
-    ('logits', 'multiquery', 'ws_2d/batch', 'ws_2d/batch', '2x2x2', 8, 8),
-    ('logits', 'multihead', 'wg_xy/heads', 'ws_2d/heads', '2x2x2', 2, 8),
-    ('logits', 'grouped', 'wg_xyz/batch', 'ws_2d/batch', '2x2x2', 4, 8),
-    ('logits', 'multiquery', 'wg_xyz/batch', 'ws_2d/batch', '1x4x2', 8, 8),
+  # phase, model, prefill layout, decode layout, mesh, batch, length
+  ('decode', 'multiquery', 'ws_2d/batch', 'ws_2d/batch', '2x2x2', 8, 1),
+  ('decode', 'multihead', 'wg_xyz/batch', 'ws_2d/batch', '2x2x2', 2, 1),
+  ('decode', 'grouped', 'ws_1d/heads', 'ws_1d/heads', '2x2x2', 1, 1),
+  ('decode', 'grouped', 'ws_2d/batch', 'wg_xy/batch', '2x2x2', 4, 1),
+  # The cache stays where it is between these layouts: nothing else moves.
+  ('prefill', 'multihead', 'ws_2d/batch', 'ws_2d/batch', '2x2x2', 8, 8),
+  ('prefill', 'padded', 'wg_x/batch', 'ws_2d/batch', '2x2x2', 1, 8),
+  ('logits', 'multiquery', 'ws_2d/batch', 'ws_2d/batch', '2x2x2', 8, 8),
+  ('logits', 'multihead', 'wg_xy/heads', 'ws_2d/heads', '2x2x2', 2, 8),
+  ('logits', 'grouped', 'wg_xyz/batch', 'ws_2d/batch', '2x2x2', 4, 8),
+  ('logits', 'multiquery', 'wg_xyz/batch', 'ws_2d/batch', '1x4x2', 8, 8),
 ]
 
 
 @pytest.mark.parametrize('phase, name, prefill, decode, mesh, batch, length', PASSES)
-def test_a_pass_moves_its_layers_its_lookup_and_its_logits(phase, name, prefill, decode, mesh, batch, length):
+def test_a_pass_moves_its_layers_its_lookup_and_its_logits(
+  phase, name, prefill, decode, mesh, batch, length
+):
   config, devices = dataclasses.replace(MODELS[name], num_layers=3), make_mesh(parse_mesh(mesh))
   program = Model(config, devices, Layout.parse(prefill), Layout.parse(decode), 'float32')
-  placed = program.decode_sharding(batch) if phase == 'decode' else program.prefill_sharding(batch, length)
+  placed = (
+    program.decode_sharding(batch) if phase == 'decode' else program.prefill_sharding(batch, length)
+  )
   weights = _stacked_weights(config, placed.layout, devices)
 
   def ints(*shape):
@@ -314,15 +394,23 @@ def test_a_pass_moves_its_layers_its_lookup_and_its_logits(phase, name, prefill,
     function, arguments = program.decode_step, (weights, KVCache(kv, kv, ints(batch)), ints(batch))
     specs = (program.weight_specs(weights), program.cache_spec(placed, weights), P())
   elif phase == 'prefill':
-    function, arguments = functools.partial(program.prefill, size=CACHE), (weights, ints(batch, length), ints(batch))
+    function, arguments = (
+      functools.partial(program.prefill, size=CACHE),
+      (weights, ints(batch, length), ints(batch)),
+    )
     specs = (program.weight_specs(weights), P(), rows)
   else:
     function, arguments = program.logits, (weights, ints(batch, length))
     specs = (program.weight_specs(weights), P())
-  found = hlo.collectives(jax.jit(function).lower(*_placed(arguments, specs, devices)).compile().as_text())
+  found = hlo.collectives(
+    jax.jit(function).lower(*_placed(arguments, specs, devices)).compile().as_text()
+  )
   of_pass = config, placed, devices.shape, batch, length
-  moves = [*traffic.embedding_moves(*of_pass, 4), *config.num_layers * traffic.layer_moves(*of_pass, 4, 4),
-           *traffic.logits_moves(*of_pass, program.prefill_layout, 4, last=phase != 'logits')]
+  moves = [
+    *traffic.embedding_moves(*of_pass, 4),
+    *config.num_layers * traffic.layer_moves(*of_pass, 4, 4),
+    *traffic.logits_moves(*of_pass, program.prefill_layout, 4, last=phase != 'logits'),
+  ]
   assert hlo.moved(found) == pytest.approx(by_kind(moves), rel=1e-9)
 
 
@@ -332,8 +420,10 @@ def _stacked_weights(config: ModelConfig, layout: Layout, mesh) -> Weights:
   def shape(t):
     return jax.ShapeDtypeStruct((*(config.num_layers,) * t.per_layer, *t.shape), jnp.float32)
 
-  return Weights(layers=layer_weights({n: shape(t) for n, t in tensors.items() if t.per_layer}),
-                 **{n: shape(t) for n, t in tensors.items() if not t.per_layer})
+  return Weights(
+    layers=layer_weights({n: shape(t) for n, t in tensors.items() if t.per_layer}),
+    **{n: shape(t) for n, t in tensors.items() if not t.per_layer},
+  )
 
 
 # The reader of compiled programs: what it does not know it refuses, or bytes could pass uncounted.
@@ -355,11 +445,15 @@ def test_the_reader_counts_tuples_groups_and_turns_of_loops():
   assert hlo.moved(found) == {'all-to-all': 18, 'all-gather': 80}
 
 
-@pytest.mark.parametrize('text, says', [
+@pytest.mark.parametrize(
+  'text, says',
+  [
     (LOOP.replace('known_trip_count', 'unknown'), 'unknown length'),
     (LOOP.replace('all-gather(', 'all-gather-start('), 'asynchronous'),
     (LOOP.replace('replica_groups=[4,2]<=', 'groups='), 'no replica groups'),
-    (LOOP.replace('ROOT %r = ', ''), 'not known here')])
+    (LOOP.replace('ROOT %r = ', ''), 'not known here'),
+  ],
+)
 def test_the_reader_refuses_what_it_cannot_count(text, says):
   with pytest.raises(ValueError, match=says):
     hlo.collectives(text)
@@ -369,16 +463,23 @@ def test_the_reader_refuses_what_it_cannot_count(text, says):
 
 # Figure 3: tokens -> GB of ws_2d, wg_x, wg_xy, wg_xyz, with (K-1)/K taken as 1.
 FIGURE_3 = {
-    2048: (0.0671, 0.3020, 1.0821, 4.2950), 16384: (0.5369, 0.5369, 1.1409, 4.2950),
-    65536: (2.147, 1.342, 1.342, 4.2950), 262144: (8.590, 4.563, 2.147, 4.2950),
-    1048576: (34.36, 17.45, 5.369, 4.2950)}
+  2048: (0.0671, 0.3020, 1.0821, 4.2950),
+  16384: (0.5369, 0.5369, 1.1409, 4.2950),
+  65536: (2.147, 1.342, 1.342, 4.2950),
+  262144: (8.590, 4.563, 2.147, 4.2950),
+  1048576: (34.36, 17.45, 5.369, 4.2950),
+}
 FIGURE_3_LAYOUTS = ('ws_2d', 'wg_x', 'wg_xy', 'wg_xyz')
 FIGURE_3_MODEL = model(d_model=16384, d_ff=65536, block='serial', mlp='gelu')
 
 
 def figure_3_bytes(feedforward: str, tokens: int) -> int:
-  return sum(m.bytes for m in traffic.feedforward_moves(
-      FIGURE_3_MODEL, Layout(feedforward), mesh_sizes('4x4x4'), tokens, 2, 2))
+  return sum(
+    m.bytes
+    for m in traffic.feedforward_moves(
+      FIGURE_3_MODEL, Layout(feedforward), mesh_sizes('4x4x4'), tokens, 2, 2
+    )
+  )
 
 
 @pytest.mark.parametrize('tokens', FIGURE_3)
@@ -387,8 +488,10 @@ def test_figure_3(tokens):
     assert figure_3_bytes(feedforward, tokens) / 1e9 == pytest.approx(gigabytes, rel=5e-4)
 
 
-@pytest.mark.parametrize('before, after, tokens', [
-    ('ws_2d', 'wg_x', 16384), ('wg_x', 'wg_xy', 65536), ('wg_xy', 'wg_xyz', 786432)])
+@pytest.mark.parametrize(
+  'before, after, tokens',
+  [('ws_2d', 'wg_x', 16384), ('wg_x', 'wg_xy', 65536), ('wg_xy', 'wg_xyz', 786432)],
+)
 def test_figure_3_changes_layout_where_the_paper_does(before, after, tokens):
   assert figure_3_bytes(before, tokens) == figure_3_bytes(after, tokens)
   step = 64  # tokens that divide over all chips
@@ -398,12 +501,20 @@ def test_figure_3_changes_layout_where_the_paper_does(before, after, tokens):
 
 
 def test_what_loops_is_said_in_steps():
-  plain_moves, looped = (traffic.feedforward_moves(
-      FIGURE_3_MODEL, Layout.parse(f'ws_2d/batch{collectives}'), mesh_sizes('4x4x4'), 2048, 2, 2)
-      for collectives in ('', '/two_way'))
+  plain_moves, looped = (
+    traffic.feedforward_moves(
+      FIGURE_3_MODEL, Layout.parse(f'ws_2d/batch{collectives}'), mesh_sizes('4x4x4'), 2048, 2, 2
+    )
+    for collectives in ('', '/two_way')
+  )
   assert [m.steps for m in plain_moves] == [0, 0, 0, 0]
   # Beside matmuls over y and z; not the activation's over x.
-  assert [(m.name, m.steps) for m in looped] == [('input', 15), ('linear', 0), ('mlp', 0), ('output', 15)]
+  assert [(m.name, m.steps) for m in looped] == [
+    ('input', 15),
+    ('linear', 0),
+    ('mlp', 0),
+    ('output', 15),
+  ]
   assert [m.moved for m in looped] == [m.moved for m in plain_moves]
   for move in looped:
     assert move.steps * move.bytes / move.shards == (move.moved if move.directions else 0)
@@ -419,5 +530,7 @@ def test_one_device_moves_nothing(name, feedforward):
 
 
 def test_tokens_that_do_not_divide_are_refused():
-  with pytest.raises(ValueError, match='wg_xy/batch splits tokens over 16 devices, and 24 do not divide'):
+  with pytest.raises(
+    ValueError, match='wg_xy/batch splits tokens over 16 devices, and 24 do not divide'
+  ):
     traffic.feedforward_moves(FIGURE_3_MODEL, Layout('wg_xy'), mesh_sizes('4x4x4'), 24)

@@ -26,7 +26,6 @@ REASON = f'needs T5X and flaxformer ({MISSING} is not importable): see docs/t5x.
 
 
 class _SkippedModule(pytest.Module):
-
   def collect(self):
     pytest.skip(REASON, allow_module_level=True)
 
@@ -65,4 +64,3 @@ def stock_rows(palm_tiny, tmp_path_factory):
       return running.stock_infer(palm_tiny, tmp_path_factory.mktemp('stock'), mode)
 
   return rows
-

@@ -18,17 +18,20 @@ def rows() -> list[dict]:
 
 def _dataset(split: str, shuffle_files: bool = False, seed: int | None = None) -> tf.data.Dataset:
   del split, shuffle_files, seed
-  return tf.data.Dataset.from_tensor_slices({
+  return tf.data.Dataset.from_tensor_slices(
+    {
       'inputs': [row['prompt'] for row in rows()],
       'targets': [bytes(t - 3 for t in row['greedy_tokens'] if t > 2) for row in rows()],
-  })
+    }
+  )
 
 
 seqio.TaskRegistry.add(
-    TASK,
-    source=seqio.FunctionDataSource(_dataset, splits=['test']),
-    preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
-    output_features={
-        'inputs': seqio.Feature(seqio.ByteVocabulary(), add_eos=False, required=False),
-        'targets': seqio.Feature(seqio.ByteVocabulary(), add_eos=True),
-    })
+  TASK,
+  source=seqio.FunctionDataSource(_dataset, splits=['test']),
+  preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
+  output_features={
+    'inputs': seqio.Feature(seqio.ByteVocabulary(), add_eos=False, required=False),
+    'targets': seqio.Feature(seqio.ByteVocabulary(), add_eos=True),
+  },
+)

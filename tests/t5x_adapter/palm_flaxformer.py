@@ -11,8 +11,17 @@ import jax.numpy as jnp
 
 
 def make_module(
-    vocab: int, layers: int, embed: int, ff: int, heads: int, head_dim: int, scan: bool = True, dtype=jnp.float32,
-    activations: tuple[str, ...] = ('swish', 'linear'), quantized: bool = False) -> nn.Module:
+  vocab: int,
+  layers: int,
+  embed: int,
+  ff: int,
+  heads: int,
+  head_dim: int,
+  scan: bool = True,
+  dtype=jnp.float32,
+  activations: tuple[str, ...] = ('swish', 'linear'),
+  quantized: bool = False,
+) -> nn.Module:
   """A module that T5X's DecoderOnlyModel drives unchanged; (384, 4, 256, 1024, 8, 32) is palm_tiny.
 
   With `quantized`, its kernels are flaxformer's quantized variables, qkernel and qscale.
@@ -20,6 +29,7 @@ def make_module(
   aqt = {}
   if quantized:
     from aqt.jax_legacy.jax import quantization
+
     weights = quantization.QuantOps.WeightParams(prec=8, half_shift=False, axis=None)
     aqt = dict(use_aqt=True, weight_params=weights, possibly_use_quantized_vars=True)
   kernels = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
@@ -34,27 +44,64 @@ def make_module(
   def layer(shared_relative_position_bias):
     del shared_relative_position_bias
     attention = dense_attention.MultiQueryDotProductAttention(
-        num_heads=heads, dtype=dtype, head_dim=head_dim, qkv_features=heads * head_dim, out_features=embed,
-        kernel_init=kernels, broadcast_dropout=True, dropout_rate=0.0, rescale_logits=True, float32_logits=True,
-        use_rotary_embedding=True, **no_bias)
+      num_heads=heads,
+      dtype=dtype,
+      head_dim=head_dim,
+      qkv_features=heads * head_dim,
+      out_features=embed,
+      kernel_init=kernels,
+      broadcast_dropout=True,
+      dropout_rate=0.0,
+      rescale_logits=True,
+      float32_logits=True,
+      use_rotary_embedding=True,
+      **no_bias,
+    )
     mlp = dense.MlpBlock(
-        intermediate_dim=ff, out_dim=embed, precomputed_intermediates=True, fuse_kernels=False,
-        activations=activations, kernel_init=kernels, intermediate_dropout_rate=0.0, final_dropout_rate=0.0,
-        dtype=dtype, **no_bias)
+      intermediate_dim=ff,
+      out_dim=embed,
+      precomputed_intermediates=True,
+      fuse_kernels=False,
+      activations=activations,
+      kernel_init=kernels,
+      intermediate_dropout_rate=0.0,
+      final_dropout_rate=0.0,
+      dtype=dtype,
+      **no_bias,
+    )
     return parallel_fused_decoder.ParallelFusedDecoderLayer(
-        self_attention=attention, mlp=mlp, dropout_factory=dropout, layer_norm_factory=norm, scanned=scan,
-        **aqt)
+      self_attention=attention,
+      mlp=mlp,
+      dropout_factory=dropout,
+      layer_norm_factory=norm,
+      scanned=scan,
+      **aqt,
+    )
 
   def embedder():
     return embedding.Embed(
-        num_embeddings=vocab, features=embed, cast_input_dtype=jnp.int32, dtype=dtype, attend_dtype=jnp.float32,
-        embedding_init=nn.initializers.normal(stddev=1.0), one_hot=True, name='token_embedder')
+      num_embeddings=vocab,
+      features=embed,
+      cast_input_dtype=jnp.int32,
+      dtype=dtype,
+      attend_dtype=jnp.float32,
+      embedding_init=nn.initializers.normal(stddev=1.0),
+      one_hot=True,
+      name='token_embedder',
+    )
 
   def decoder(shared_token_embedder):
     del shared_token_embedder
     return t5_architecture.Decoder(
-        num_layers=layers, token_embedder_factory=embedder, layer_factory=layer, dropout_factory=dropout,
-        layer_norm_factory=norm, dtype=dtype, scan_layers=scan, scan_axis=1,
-        layer_remat='minimal' if scan else 'legacy')
+      num_layers=layers,
+      token_embedder_factory=embedder,
+      layer_factory=layer,
+      dropout_factory=dropout,
+      layer_norm_factory=norm,
+      dtype=dtype,
+      scan_layers=scan,
+      scan_axis=1,
+      layer_remat='minimal' if scan else 'legacy',
+    )
 
   return t5_architecture.DecoderOnly(decoder_factory=decoder, scan_layers=scan, dtype=dtype)

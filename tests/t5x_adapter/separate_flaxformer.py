@@ -16,9 +16,22 @@ class LayerNorm(nn.LayerNorm):
 
 
 def make_module(
-    vocab: int, layers: int, embed: int, ff: int, heads: int, head_dim: int, *, multiquery: bool = False,
-    activations: tuple[str, ...] = ('gelu',), norm: str = 'layer', split: bool = False, fuse: str | None = None,
-    fuse_mlp: bool = False, parallel: bool = False, rescale_logits: bool = True, scan_axis: int | None = 1
+  vocab: int,
+  layers: int,
+  embed: int,
+  ff: int,
+  heads: int,
+  head_dim: int,
+  *,
+  multiquery: bool = False,
+  activations: tuple[str, ...] = ('gelu',),
+  norm: str = 'layer',
+  split: bool = False,
+  fuse: str | None = None,
+  fuse_mlp: bool = False,
+  parallel: bool = False,
+  rescale_logits: bool = True,
+  scan_axis: int | None = 1,
 ) -> nn.Module:
   """A module that T5X's DecoderOnlyModel drives.
 
@@ -46,29 +59,63 @@ def make_module(
   def layer(shared_relative_position_bias):
     del shared_relative_position_bias
     attention = dict(
-        num_heads=heads, head_dim=head_dim, qkv_features=heads * head_dim, out_features=embed, kernel_init=kernels,
-        dropout_rate=0.0, rescale_logits=rescale_logits, use_rotary_embedding=True, use_bias=False,
-        split_head_kernel=split)
+      num_heads=heads,
+      head_dim=head_dim,
+      qkv_features=heads * head_dim,
+      out_features=embed,
+      kernel_init=kernels,
+      dropout_rate=0.0,
+      rescale_logits=rescale_logits,
+      use_rotary_embedding=True,
+      use_bias=False,
+      split_head_kernel=split,
+    )
     if multiquery:
       self_attention = dense_attention.MultiQueryDotProductAttention(**attention)
     else:
-      self_attention = dense_attention.MultiHeadDotProductAttention(**attention, kernels_to_fuse=fuse)
+      self_attention = dense_attention.MultiHeadDotProductAttention(
+        **attention, kernels_to_fuse=fuse
+      )
     mlp = dense.MlpBlock(
-        intermediate_dim=ff, activations=activations, kernel_init=kernels, intermediate_dropout_rate=0.0,
-        final_dropout_rate=0.0, use_bias=False, fuse_kernels=fuse_mlp)
+      intermediate_dim=ff,
+      activations=activations,
+      kernel_init=kernels,
+      intermediate_dropout_rate=0.0,
+      final_dropout_rate=0.0,
+      use_bias=False,
+      fuse_kernels=fuse_mlp,
+    )
     return t5_architecture.DecoderLayer(
-        self_attention=self_attention, encoder_decoder_attention=None, mlp=mlp, dropout_factory=dropout,
-        layer_norm_factory=make_norm, parallel=parallel, scanned=scan)
+      self_attention=self_attention,
+      encoder_decoder_attention=None,
+      mlp=mlp,
+      dropout_factory=dropout,
+      layer_norm_factory=make_norm,
+      parallel=parallel,
+      scanned=scan,
+    )
 
   def embedder():
     return embedding.Embed(
-        num_embeddings=vocab, features=embed, cast_input_dtype=jnp.int32, attend_dtype=jnp.float32,
-        embedding_init=nn.initializers.normal(stddev=1.0), one_hot=True, name='token_embedder')
+      num_embeddings=vocab,
+      features=embed,
+      cast_input_dtype=jnp.int32,
+      attend_dtype=jnp.float32,
+      embedding_init=nn.initializers.normal(stddev=1.0),
+      one_hot=True,
+      name='token_embedder',
+    )
 
   def decoder(shared_token_embedder):
     del shared_token_embedder
     return t5_architecture.Decoder(
-        num_layers=layers, token_embedder_factory=embedder, layer_factory=layer, dropout_factory=dropout,
-        layer_norm_factory=make_norm, scan_layers=scan, scan_axis=scan_axis if scan else 1)
+      num_layers=layers,
+      token_embedder_factory=embedder,
+      layer_factory=layer,
+      dropout_factory=dropout,
+      layer_norm_factory=make_norm,
+      scan_layers=scan,
+      scan_axis=scan_axis if scan else 1,
+    )
 
   return t5_architecture.DecoderOnly(decoder_factory=decoder, scan_layers=scan)

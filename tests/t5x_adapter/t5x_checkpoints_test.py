@@ -8,7 +8,11 @@ from t5x import utils
 
 from t5x_inference_ext import config
 from t5x_inference_ext.errors import CheckpointError, MeshError
-from t5x_inference_ext.t5x.checkpoints import InferenceCheckpointer, InferenceCheckpointManager, restore_train_state
+from t5x_inference_ext.t5x.checkpoints import (
+  InferenceCheckpointer,
+  InferenceCheckpointManager,
+  restore_train_state,
+)
 from t5x_inference_ext.t5x.models import InferenceModel
 from t5x_inference_ext.t5x.partitioning import InferencePartitioner
 from tests.t5x_adapter import running
@@ -18,12 +22,18 @@ MESH = '2x2x2'
 
 def _shapes(model, mesh=MESH, optimizer=None):
   initializer = utils.TrainStateInitializer(
-      optimizer, model.get_initial_variables, {'decoder_input_tokens': (3, 32)}, InferencePartitioner(mesh=mesh))
+    optimizer,
+    model.get_initial_variables,
+    {'decoder_input_tokens': (3, 32)},
+    InferencePartitioner(mesh=mesh),
+  )
   return initializer.global_train_state_shape
 
 
 def _restore(path, model, state=None, mesh=MESH):
-  return restore_train_state(str(path), model, state or _shapes(model), InferencePartitioner(mesh=mesh))
+  return restore_train_state(
+    str(path), model, state or _shapes(model), InferencePartitioner(mesh=mesh)
+  )
 
 
 def test_missing_checkpoint(palm_tiny):
@@ -44,8 +54,12 @@ def test_another_shape(path, request):
   """Names the parameter, both shapes and the file."""
   path = request.getfixturevalue(path)
   model = InferenceModel(
-      running.VOCABULARY, config=config.preset('palm_tiny', vocab_size=512), mesh=MESH, dtype='float32',
-      int8=path.name == 'serving')
+    running.VOCABULARY,
+    config=config.preset('palm_tiny', vocab_size=512),
+    mesh=MESH,
+    dtype='float32',
+    int8=path.name == 'serving',
+  )
   message = rf'embedding: shape \[384, 256\] in {path}.*embedding.* needs \[512, 256\]'
   with pytest.raises(CheckpointError, match=message):
     _restore(path, model)
@@ -54,16 +68,24 @@ def test_another_shape(path, request):
 def test_another_number_of_heads(palm_tiny):
   """Fused, both shapes are the same: the stored ones tell them apart."""
   model = InferenceModel(
-      running.VOCABULARY, config=config.preset('palm_tiny', num_heads=16, d_head=16), mesh=MESH, dtype='float32')
+    running.VOCABULARY,
+    config=config.preset('palm_tiny', num_heads=16, d_head=16),
+    mesh=MESH,
+    dtype='float32',
+  )
   message = r'q_wi_fused/kernel: shape \[256, 4, 8, 288\] in .*needs \[256, 4, 16, 144\]'
   with pytest.raises(CheckpointError, match=message):
     _restore(palm_tiny, model)
 
 
 def test_int8_where_float_was_expected(palm_tiny, int8_checkpoint):
-  with pytest.raises(CheckpointError, match='holds int8 weights and the model was built for float ones'):
+  with pytest.raises(
+    CheckpointError, match='holds int8 weights and the model was built for float ones'
+  ):
     _restore(int8_checkpoint, running.adapter_model(palm_tiny, MESH))
-  with pytest.raises(CheckpointError, match='holds float weights and the model was built for int8 ones'):
+  with pytest.raises(
+    CheckpointError, match='holds float weights and the model was built for int8 ones'
+  ):
     _restore(palm_tiny, running.adapter_model(int8_checkpoint, MESH))
 
 
@@ -71,12 +93,18 @@ def test_partitioner_on_another_mesh(palm_tiny):
   model = running.adapter_model(palm_tiny, MESH)
   with pytest.raises(MeshError, match="the model's mesh is 2x2x2 and the partitioner's 1x2x4"):
     _restore(palm_tiny, model, mesh='1x2x4')
-  with pytest.raises(MeshError, match="partitioner's {'data': 1, 'model': 8}: use InferencePartitioner"):
-    restore_train_state(str(palm_tiny), model, _shapes(model), running.partitioning.PjitPartitioner(num_partitions=1))
+  with pytest.raises(
+    MeshError, match="partitioner's {'data': 1, 'model': 8}: use InferencePartitioner"
+  ):
+    restore_train_state(
+      str(palm_tiny), model, _shapes(model), running.partitioning.PjitPartitioner(num_partitions=1)
+    )
 
 
 def test_partitioner_of_another_layout(palm_tiny):
-  model = running.adapter_model(palm_tiny, MESH, prefill_layout='ws_1d/heads', decode_layout='ws_1d/batch')
+  model = running.adapter_model(
+    palm_tiny, MESH, prefill_layout='ws_1d/heads', decode_layout='ws_1d/batch'
+  )
   with pytest.raises(MeshError, match='axis rules are not those of the model.s layout ws_1d/heads'):
     _restore(palm_tiny, model)
 
@@ -84,15 +112,21 @@ def test_partitioner_of_another_layout(palm_tiny):
 def test_train_state_of_another_model(palm_tiny):
   model = running.adapter_model(palm_tiny, MESH)
   state = _shapes(running.adapter_model(palm_tiny, MESH, dtype='bfloat16'))
-  with pytest.raises(CheckpointError, match=r'embedding is bfloat16\[384, 256\] in the train state, and float32'):
+  with pytest.raises(
+    CheckpointError, match=r'embedding is bfloat16\[384, 256\] in the train state, and float32'
+  ):
     _restore(palm_tiny, model, state)
   state = _shapes(running.adapter_model(palm_tiny, MESH, scan_layers=True))
   extra = 'layers/parallel/norm, layers/parallel/w_in'
-  with pytest.raises(CheckpointError, match=f'the train state has parameters that .* has not: {extra}'):
+  with pytest.raises(
+    CheckpointError, match=f'the train state has parameters that .* has not: {extra}'
+  ):
     _restore(palm_tiny, model, state)
   state = _shapes(model)
   fewer = {k: v for k, v in state.params.items() if k != 'layers_3'}
-  with pytest.raises(CheckpointError, match='has parameters that the train state has not: layers_3/parallel/norm'):
+  with pytest.raises(
+    CheckpointError, match='has parameters that the train state has not: layers_3/parallel/norm'
+  ):
     _restore(palm_tiny, model, dataclasses.replace(state, params=fewer))
 
 
@@ -103,9 +137,17 @@ def test_optimizer_state(palm_tiny):
     _restore(palm_tiny, model, state)
 
 
-@pytest.mark.parametrize('make', [
-    lambda model: InferenceCheckpointManager('', _shapes(model), InferencePartitioner(mesh=MESH), model=model),
-    lambda model: InferenceCheckpointer(_shapes(model), InferencePartitioner(mesh=MESH), '', model=model)])
+@pytest.mark.parametrize(
+  'make',
+  [
+    lambda model: InferenceCheckpointManager(
+      '', _shapes(model), InferencePartitioner(mesh=MESH), model=model
+    ),
+    lambda model: InferenceCheckpointer(
+      _shapes(model), InferencePartitioner(mesh=MESH), '', model=model
+    ),
+  ],
+)
 def test_options_that_do_not_apply(make, palm_tiny):
   manager = make(running.adapter_model(palm_tiny, MESH))
   path = str(palm_tiny)
@@ -125,6 +167,8 @@ def test_norm_scale_reaches_the_weights(palm_tiny):
   """The norms are applied as stored around zero, the default, or around one, as the model says."""
   norms = []
   for scale in ('zero', 'one'):
-    state, _, _ = running.restored(running.adapter_model(palm_tiny, MESH, norm_scale=scale), palm_tiny)
+    state, _, _ = running.restored(
+      running.adapter_model(palm_tiny, MESH, norm_scale=scale), palm_tiny
+    )
     norms.append(jax.device_get(state.params['final_norm']))
   assert abs(norms[0] - norms[1] - 1).max() < 1e-6

@@ -14,7 +14,13 @@ PLUGIN = 't5x_inference_ext/configs/t5x/infer.gin'
 
 def _run(repository, *args, succeeds=True):
   process = subprocess.run(
-      [sys.executable, '-m', *args], cwd=repository, capture_output=True, text=True, timeout=240, check=False)
+    [sys.executable, '-m', *args],
+    cwd=repository,
+    capture_output=True,
+    text=True,
+    timeout=240,
+    check=False,
+  )
   assert (process.returncode == 0) == succeeds, process.stderr[-4000:]
   return process.stderr
 
@@ -28,9 +34,16 @@ def test_infer(repository, palm_tiny, stock_rows, tmp_path):
   """The stock command with one more gin file, and one that chooses layouts."""
   output = tmp_path / 'output'
   _run(
-      repository, 't5x.infer', '--gin_file=tests/t5x_adapter/stock_infer.gin', f'--gin_file={PLUGIN}',
-      '--gin_file=t5x_inference_ext/configs/layouts/high_throughput.gin', f'--gin.CHECKPOINT_PATH="{palm_tiny}"',
-      f'--gin.INFER_OUTPUT_DIR="{output}"', '--gin.MESH="2x2x2"', '--gin.DTYPE="float32"')
+    repository,
+    't5x.infer',
+    '--gin_file=tests/t5x_adapter/stock_infer.gin',
+    f'--gin_file={PLUGIN}',
+    '--gin_file=t5x_inference_ext/configs/layouts/high_throughput.gin',
+    f'--gin.CHECKPOINT_PATH="{palm_tiny}"',
+    f'--gin.INFER_OUTPUT_DIR="{output}"',
+    '--gin.MESH="2x2x2"',
+    '--gin.DTYPE="float32"',
+  )
   assert _rows(output, 'predict') == stock_rows('predict')
   info = (output / 'model-info.txt').read_text(encoding='utf-8')
   assert 'Total number of parameters: 3835136' in info
@@ -41,9 +54,17 @@ def test_infer_with_slots(repository, palm_tiny, stock_rows, tmp_path):
   """And a third one, that keeps decode slots full."""
   output = tmp_path / 'output'
   _run(
-      repository, 't5x.infer', '--gin_file=tests/t5x_adapter/stock_infer.gin', f'--gin_file={PLUGIN}',
-      '--gin_file=t5x_inference_ext/configs/t5x/continuous.gin', f'--gin.CHECKPOINT_PATH="{palm_tiny}"',
-      f'--gin.INFER_OUTPUT_DIR="{output}"', '--gin.MESH="1x1x1"', '--gin.DTYPE="float32"', '--gin.SLOTS=2')
+    repository,
+    't5x.infer',
+    '--gin_file=tests/t5x_adapter/stock_infer.gin',
+    f'--gin_file={PLUGIN}',
+    '--gin_file=t5x_inference_ext/configs/t5x/continuous.gin',
+    f'--gin.CHECKPOINT_PATH="{palm_tiny}"',
+    f'--gin.INFER_OUTPUT_DIR="{output}"',
+    '--gin.MESH="1x1x1"',
+    '--gin.DTYPE="float32"',
+    '--gin.SLOTS=2',
+  )
   assert _rows(output, 'predict') == stock_rows('predict')
 
 
@@ -51,19 +72,34 @@ def test_main_with_int8(repository, int8_checkpoint, stock_rows, tmp_path):
   """t5x.main, scoring, on the package's own run file: no stock model, and so no flaxformer, in sight."""
   output = tmp_path / 'output'
   _run(
-      repository, 't5x.main', '--run_mode=infer', '--gin_file=t5x_inference_ext/configs/runs/t5x_infer.gin',
-      '--gin_bindings=from tests.t5x_adapter import inference_tasks',
-      f'--gin.MIXTURE_OR_TASK_NAME="{inference_tasks.TASK}"',
-      f'--gin.TASK_FEATURE_LENGTHS={inference_tasks.LENGTHS}', f'--gin.CHECKPOINT_PATH="{int8_checkpoint}"',
-      f'--gin.INFER_OUTPUT_DIR="{output}"', '--gin.infer.mode="score"', '--gin.MESH="1x1x1"')
-  scores, stock = ([row['score'] for row in rows] for rows in (_rows(output, 'score'), stock_rows('score')))
+    repository,
+    't5x.main',
+    '--run_mode=infer',
+    '--gin_file=t5x_inference_ext/configs/runs/t5x_infer.gin',
+    '--gin_bindings=from tests.t5x_adapter import inference_tasks',
+    f'--gin.MIXTURE_OR_TASK_NAME="{inference_tasks.TASK}"',
+    f'--gin.TASK_FEATURE_LENGTHS={inference_tasks.LENGTHS}',
+    f'--gin.CHECKPOINT_PATH="{int8_checkpoint}"',
+    f'--gin.INFER_OUTPUT_DIR="{output}"',
+    '--gin.infer.mode="score"',
+    '--gin.MESH="1x1x1"',
+  )
+  scores, stock = (
+    [row['score'] for row in rows] for rows in (_rows(output, 'score'), stock_rows('score'))
+  )
   # bfloat16 and int8 against float32.
   np.testing.assert_allclose(scores, stock, rtol=0.05)
 
 
 def test_unknown_binding(repository, palm_tiny, tmp_path):
   stderr = _run(
-      repository, 't5x.infer', '--gin_file=tests/t5x_adapter/stock_infer.gin', f'--gin_file={PLUGIN}',
-      f'--gin.CHECKPOINT_PATH="{palm_tiny}"', f'--gin.INFER_OUTPUT_DIR="{tmp_path}"',
-      '--gin.InferenceModel.dtypes="float32"', succeeds=False)
-  assert "InferenceModel" in stderr and "doesn't have a parameter named 'dtypes'" in stderr
+    repository,
+    't5x.infer',
+    '--gin_file=tests/t5x_adapter/stock_infer.gin',
+    f'--gin_file={PLUGIN}',
+    f'--gin.CHECKPOINT_PATH="{palm_tiny}"',
+    f'--gin.INFER_OUTPUT_DIR="{tmp_path}"',
+    '--gin.InferenceModel.dtypes="float32"',
+    succeeds=False,
+  )
+  assert 'InferenceModel' in stderr and "doesn't have a parameter named 'dtypes'" in stderr

@@ -54,15 +54,21 @@ def test_float_from_a_serving_checkpoint_serves_in_stock_t5x(int8_checkpoint, st
   assert same >= len(rows) // 2
 
 
-def test_int8_gives_the_same_tokens_with_flaxformer_s_quantized_variables(palm_tiny, golden, tmp_path):
+def test_int8_gives_the_same_tokens_with_flaxformer_s_quantized_variables(
+  palm_tiny, golden, tmp_path
+):
   convert(palm_tiny, tmp_path / 'checkpoint_1000', format='t5x_int8')
   params = read_by_t5x(tmp_path / 'checkpoint_1000')['target']
   module = palm_flaxformer.make_module(*SIZES, quantized=True)
   inputs = np.ones((1, 8), np.int32)
-  expected = flat(jax.eval_shape(
-      lambda: module.init(jax.random.PRNGKey(0), inputs, inputs, enable_dropout=False))['params'])
+  expected = flat(
+    jax.eval_shape(
+      lambda: module.init(jax.random.PRNGKey(0), inputs, inputs, enable_dropout=False)
+    )['params']
+  )
   assert {name: (x.shape, x.dtype) for name, x in flat(params).items()} == {
-      name: (x.shape, x.dtype) for name, x in expected.items()}
+    name: (x.shape, x.dtype) for name, x in expected.items()
+  }
 
   # T5X's own loop over flaxformer's quantized variables and its cache, beside ours.
   prompts = [row['prompt_tokens'] for row in json.loads((golden / 'greedy.json').read_text())]
@@ -71,12 +77,17 @@ def test_int8_gives_the_same_tokens_with_flaxformer_s_quantized_variables(palm_t
   ours = [c.tokens for c in engine.generate(prompts, max_new_tokens=new, eos_id=eos)]
   tokens = np.zeros((len(prompts), max(map(len, prompts)) + new), np.int32)
   for row, prompt in zip(tokens, prompts):
-    row[:len(prompt)] = prompt
+    row[: len(prompt)] = prompt
   lengths = np.array([len(prompt) for prompt in prompts])
-  batch = {'decoder_target_tokens': tokens, 'decoder_input_tokens': np.pad(tokens, ((0, 0), (1, 0)))[:, :-1],
-           'decoder_causal_attention': (np.arange(tokens.shape[1]) <= lengths[:, None]).astype(np.int32)}
-  model = models.DecoderOnlyModel(module, running.VOCABULARY, optimizer_def=None, decode_fn=running.GREEDY)
+  batch = {
+    'decoder_target_tokens': tokens,
+    'decoder_input_tokens': np.pad(tokens, ((0, 0), (1, 0)))[:, :-1],
+    'decoder_causal_attention': (np.arange(tokens.shape[1]) <= lengths[:, None]).astype(np.int32),
+  }
+  model = models.DecoderOnlyModel(
+    module, running.VOCABULARY, optimizer_def=None, decode_fn=running.GREEDY
+  )
   decoded, _ = jax.jit(model.predict_batch_with_aux)(params, batch)
   assert any(len(row) == new for row in ours)
   for row, expected in zip(np.asarray(decoded), ours):
-    np.testing.assert_array_equal(row[:len(expected)], expected)
+    np.testing.assert_array_equal(row[: len(expected)], expected)

@@ -20,11 +20,17 @@ def prng():
 
 def _interactive(checkpoint, tmp_path):
   return InferenceInteractiveModel(
-      batch_size=3, task_feature_lengths=inference_tasks.LENGTHS, output_dir=str(tmp_path / 'output'),
-      partitioner=InferencePartitioner(mesh='2x2x2'), model=running.adapter_model(checkpoint, '2x2x2'),
-      dtype='bfloat16',
-      restore_mode='specific', checkpoint_path=str(checkpoint),
-      input_shapes={'decoder_input_tokens': (3, sum(inference_tasks.LENGTHS.values()))}, add_eos=False)
+    batch_size=3,
+    task_feature_lengths=inference_tasks.LENGTHS,
+    output_dir=str(tmp_path / 'output'),
+    partitioner=InferencePartitioner(mesh='2x2x2'),
+    model=running.adapter_model(checkpoint, '2x2x2'),
+    dtype='bfloat16',
+    restore_mode='specific',
+    checkpoint_path=str(checkpoint),
+    input_shapes={'decoder_input_tokens': (3, sum(inference_tasks.LENGTHS.values()))},
+    add_eos=False,
+  )
 
 
 def test_predicts_and_scores(testdata, stock_rows, tmp_path):

@@ -18,27 +18,51 @@ from tests import reference
 from tests.t5x_adapter import running
 
 # Two key heads over 4 shards are copied, and over 2 they are not: how many the cache has depends on its rows.
-GROUPED = ModelConfig(num_layers=2, d_model=32, d_ff=64, num_heads=8, num_kv_heads=2, d_head=8, vocab_size=384,
-                      block='serial', mlp='gelu', norm='layer')
+GROUPED = ModelConfig(
+  num_layers=2,
+  d_model=32,
+  d_ff=64,
+  num_heads=8,
+  num_kv_heads=2,
+  d_head=8,
+  vocab_size=384,
+  block='serial',
+  mlp='gelu',
+  norm='layer',
+)
 LENGTH = 37  # of a sequence, and so of the cache; nothing else is as long
-PAIRS = [('wg_xyz/batch', 'ws_2d/batch'), ('ws_2d/heads', 'wg_x/batch'), ('ws_1d/heads', 'ws_1d/batch')]
+PAIRS = [
+  ('wg_xyz/batch', 'ws_2d/batch'),
+  ('ws_2d/heads', 'wg_x/batch'),
+  ('ws_1d/heads', 'ws_1d/batch'),
+]
 SEARCH = {
-    'samples': functools.partial(decoding.temperature_sample, temperature=0.7, topk=0, rescale_log_probs=False),
-    'beams': decoding.beam_search,
+  'samples': functools.partial(
+    decoding.temperature_sample, temperature=0.7, topk=0, rescale_log_probs=False
+  ),
+  'beams': decoding.beam_search,
 }
 
 
 def _model(layouts, mesh='2x2x2', **kwargs):
   return InferenceModel(
-      running.VOCABULARY, config=GROUPED, mesh=mesh, dtype='float32', prefill_layout=layouts[0],
-      decode_layout=layouts[1], **kwargs)
+    running.VOCABULARY,
+    config=GROUPED,
+    mesh=mesh,
+    dtype='float32',
+    prefill_layout=layouts[0],
+    decode_layout=layouts[1],
+    **kwargs,
+  )
 
 
 def _params(model):
   """T5X's tree of the same random weights, whatever the mesh."""
   checkpoint = reference.MemoryCheckpoint.of(GROUPED, reference.random_tensors(GROUPED))
-  params = {path: load_tensor(checkpoint, model.model, d.tensor, d.layers)
-            for path, d in declarations(model.model, False, model.module.scan_layers).items()}
+  params = {
+    path: load_tensor(checkpoint, model.model, d.tensor, d.layers)
+    for path, d in declarations(model.model, False, model.module.scan_layers).items()
+  }
   return traverse_util.unflatten_dict(params)
 
 
@@ -50,17 +74,23 @@ def _batch(rows):
 
 
 def _predict(model, rows, decodes):
-  step = jax.jit(functools.partial(model.predict_batch_with_aux, num_decodes=decodes, return_all_decodes=True))
+  step = jax.jit(
+    functools.partial(model.predict_batch_with_aux, num_decodes=decodes, return_all_decodes=True)
+  )
   return jax.device_get(step(_params(model), _batch(rows), jax.random.PRNGKey(0)))
 
 
 @functools.cache
 def _on_one_device(search, rows, decodes):
-  return _predict(_model(('ws_2d/batch', 'ws_2d/batch'), '1x1x1', decode_fn=SEARCH[search]), rows, decodes)
+  return _predict(
+    _model(('ws_2d/batch', 'ws_2d/batch'), '1x1x1', decode_fn=SEARCH[search]), rows, decodes
+  )
 
 
 @pytest.mark.parametrize('layouts', PAIRS, ids=' then '.join)
-@pytest.mark.parametrize('search, rows, decodes, scan_layers', [('samples', 1, 4, False), ('beams', 2, 3, True)])
+@pytest.mark.parametrize(
+  'search, rows, decodes, scan_layers', [('samples', 1, 4, False), ('beams', 2, 3, True)]
+)
 def test_several_decodes_of_each_prompt(search, rows, decodes, scan_layers, layouts):
   """The cache of a few rows, with heads split over devices, becomes that of more, split by rows."""
   model = _model(layouts, decode_fn=SEARCH[search], scan_layers=scan_layers)
@@ -81,11 +111,20 @@ def test_heads_of_the_cache_depend_on_its_rows():
 def test_the_cache_moves_before_the_loop(layouts, decodes):
   """T5X's loop carries the cache as decode steps take it: no collective in it touches an array as long as the cache."""
   model = _model(layouts, scan_layers=False)
-  model.predict_batch_with_aux = functools.partial(model.predict_batch_with_aux, num_decodes=decodes)
+  model.predict_batch_with_aux = functools.partial(
+    model.predict_batch_with_aux, num_decodes=decodes
+  )
   compiled = precompile_step(
-      model, running.InferencePartitioner(model), {'inputs': 8, 'targets': LENGTH - 8}, 4, 'predict_with_aux')
+    model,
+    running.InferencePartitioner(model),
+    {'inputs': 8, 'targets': LENGTH - 8},
+    4,
+    'predict_with_aux',
+  )
   _, *computations = re.split(r'\n(?=%|ENTRY )', compiled.as_text())
   looped = ''.join(c for c in computations if not c.startswith('ENTRY'))
-  moved = re.findall(r'= (.*?) (?:all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)\(', looped)
+  moved = re.findall(
+    r'= (.*?) (?:all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)\(', looped
+  )
   assert moved and not [shape for shape in moved if re.search(rf'\b{LENGTH}\b', shape)]
   assert re.search(rf'f32\[[0-9]+,{LENGTH},[0-9]+,8\]', looped)  # the cache is in there

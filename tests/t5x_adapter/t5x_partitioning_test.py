@@ -19,7 +19,9 @@ from tests.t5x_adapter import running
 
 
 def _initializer(model, partitioner):
-  return utils.TrainStateInitializer(None, model.get_initial_variables, {'decoder_input_tokens': (3, 32)}, partitioner)
+  return utils.TrainStateInitializer(
+    None, model.get_initial_variables, {'decoder_input_tokens': (3, 32)}, partitioner
+  )
 
 
 def _specs(tree):
@@ -27,28 +29,46 @@ def _specs(tree):
 
 
 @pytest.mark.parametrize('scan_layers', [False, True])
-@pytest.mark.parametrize('config', [{}, dict(num_kv_heads=8, block='serial', mlp='gelu', norm='layer')])
-@pytest.mark.parametrize('layouts', [('ws_1d/heads', 'ws_1d/batch'), ('wg_xyz/batch', 'ws_2d/batch')])
+@pytest.mark.parametrize(
+  'config', [{}, dict(num_kv_heads=8, block='serial', mlp='gelu', norm='layer')]
+)
+@pytest.mark.parametrize(
+  'layouts', [('ws_1d/heads', 'ws_1d/batch'), ('wg_xyz/batch', 'ws_2d/batch')]
+)
 def test_axis_rules_say_what_the_layout_says(layouts, config, scan_layers):
   """T5X derives shardings from names and rules, the loader takes the layout's: they agree for every parameter."""
   model = InferenceModel(
-      running.VOCABULARY, config=preset('palm_tiny', **config), int8=True, mesh='2x2x2', prefill_layout=layouts[0],
-      decode_layout=layouts[1], scan_layers=scan_layers)
+    running.VOCABULARY,
+    config=preset('palm_tiny', **config),
+    int8=True,
+    mesh='2x2x2',
+    prefill_layout=layouts[0],
+    decode_layout=layouts[1],
+    scan_layers=scan_layers,
+  )
   partitioner = partitioning.InferencePartitioner(model)
   state = _initializer(model, partitioner).global_train_state_shape
   weights = module.weights_from_params(state.params)
   theirs = module.weights_from_params(partitioner.get_mesh_axes(state).params)
-  shapes, specs, expected = jax.tree.leaves(weights), _specs(theirs), _specs(model.model.weight_specs(weights))
+  shapes, specs, expected = (
+    jax.tree.leaves(weights),
+    _specs(theirs),
+    _specs(model.model.weight_specs(weights)),
+  )
   assert len(shapes) == len(jax.tree.leaves(state.params)) == len(specs) == len(expected)
   for shape, spec, wanted in zip(shapes, specs, expected):
-    assert NamedSharding(partitioner.mesh, spec).is_equivalent_to(NamedSharding(partitioner.mesh, wanted), shape.ndim)
+    assert NamedSharding(partitioner.mesh, spec).is_equivalent_to(
+      NamedSharding(partitioner.mesh, wanted), shape.ndim
+    )
   assert any(len(spec) > 1 and spec[-1] for spec in specs)
 
 
 def test_logical_axes_have_names(int8_checkpoint):
   model = running.adapter_model(int8_checkpoint, '2x2x2', scan_layers=True)
   partitioner = partitioning.InferencePartitioner(model)
-  axes = partitioner.get_logical_axes(_initializer(model, partitioner).global_train_state_shape).params
+  axes = partitioner.get_logical_axes(
+    _initializer(model, partitioner).global_train_state_shape
+  ).params
   assert axes['embedding'] == P('vocab', 'embed')
   assert axes['layers']['parallel']['w_in'] == P('layers', 'embed', 'hidden')
   assert axes['layers']['parallel']['norm'] == P('layers', 'features')
@@ -56,9 +76,14 @@ def test_logical_axes_have_names(int8_checkpoint):
 
 def test_phase_rules_come_in_front(palm_tiny):
   """flax constrains the cache to the phase's sharding by its names, and weights by theirs as without a phase."""
-  model = running.adapter_model(palm_tiny, '2x2x2', prefill_layout='wg_xyz/batch', decode_layout='ws_2d/heads')
+  model = running.adapter_model(
+    palm_tiny, '2x2x2', prefill_layout='wg_xyz/batch', decode_layout='ws_2d/heads'
+  )
   partitioner = partitioning.InferencePartitioner(model)
-  phases = {'prefill': model.model.prefill_sharding(8, 16), 'decode': model.model.decode_sharding(8)}
+  phases = {
+    'prefill': model.model.prefill_sharding(8, 16),
+    'decode': model.model.decode_sharding(8),
+  }
   assert phases['prefill'].cache != phases['decode'].cache
   for sharding in phases.values():
     rules = partitioner.phase_rules(sharding)
@@ -66,13 +91,16 @@ def test_phase_rules_come_in_front(palm_tiny):
     @jax.jit
     def constrained(cache, matrix):
       with flax_partitioning.axis_rules(rules):  # noqa: B023: traced at once
-        return (nn.with_logical_constraint(cache, ACTIVATION_AXES['cache'], mesh=partitioner.mesh),
-                nn.with_logical_constraint(matrix, WEIGHT_AXES['w_in'], mesh=partitioner.mesh))
+        return (
+          nn.with_logical_constraint(cache, ACTIVATION_AXES['cache'], mesh=partitioner.mesh),
+          nn.with_logical_constraint(matrix, WEIGHT_AXES['w_in'], mesh=partitioner.mesh),
+        )
 
     cache, matrix = constrained(np.zeros((8, 4, 1, 2)), np.zeros((8, 8)))
     assert cache.sharding.is_equivalent_to(NamedSharding(partitioner.mesh, sharding.cache), 4)
     assert matrix.sharding.is_equivalent_to(
-        NamedSharding(partitioner.mesh, model.model.prefill_layout.input_matrix), 2)
+      NamedSharding(partitioner.mesh, model.model.prefill_layout.input_matrix), 2
+    )
 
 
 def test_mesh_is_the_models_or_given(int8_checkpoint):
@@ -103,7 +131,9 @@ def test_bad_mesh():
 
 
 def test_local_chunk_is_the_whole_array_in_one_process():
-  info = partitioning.InferencePartitioner(mesh='2x2x2').get_local_chunk_info((16, 32, 4), (('y', 'z'), 'x'))
+  info = partitioning.InferencePartitioner(mesh='2x2x2').get_local_chunk_info(
+    (16, 32, 4), (('y', 'z'), 'x')
+  )
   assert [s.indices(n)[:2] for s, n in zip(info.slice, (16, 32, 4))] == [(0, 16), (0, 32), (0, 4)]
   assert info.replica_id == 0
 
@@ -135,7 +165,9 @@ def test_scattered_chunk_is_refused(monkeypatch):
 
 def test_partition_replicates_what_has_no_spec():
   partitioner = partitioning.InferencePartitioner(mesh='2x2x2')
-  double = partitioner.partition(lambda x: (2 * x, x), in_axis_resources=(P('x'),), out_axis_resources=(None, P('x')))
+  double = partitioner.partition(
+    lambda x: (2 * x, x), in_axis_resources=(P('x'),), out_axis_resources=(None, P('x'))
+  )
   doubled, same = double(np.arange(8.0))
   assert doubled.is_fully_replicated and not same.is_fully_replicated
   compiled = partitioner.compile(double, np.arange(8.0))

@@ -17,13 +17,22 @@ def test_compiled_step_runs(mode, int8_checkpoint):
   state, _, partitioner = running.restored(model, int8_checkpoint)
   compiled = precompile_step(model, partitioner, LENGTHS, batch_size=3, mode=mode)
   batch = dict.fromkeys(
-      ('decoder_input_tokens', 'decoder_target_tokens', 'decoder_loss_weights', 'decoder_causal_attention'),
-      np.ones((3, 16), np.int32))
+    (
+      'decoder_input_tokens',
+      'decoder_target_tokens',
+      'decoder_loss_weights',
+      'decoder_causal_attention',
+    ),
+    np.ones((3, 16), np.int32),
+  )
   key = () if mode == 'score' else (jax.random.PRNGKey(0),)
   result = compiled(state.params, batch, *key)
   step = model.score_batch if mode == 'score' else model.predict_batch_with_aux
   jax.tree.map(
-      lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), result, jax.jit(step)(state.params, batch, *key))
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5),
+    result,
+    jax.jit(step)(state.params, batch, *key),
+  )
   assert compiled.memory_analysis().argument_size_in_bytes > 0
 
 

@@ -16,15 +16,32 @@ from t5x_inference_ext.t5x.refill import HostStep, Predictor, Refill
 from tests.t5x_adapter import inference_tasks, running
 
 
-def refilled(checkpoint, output_dir, mode, refill, mesh='1x1x1', layouts=('ws_2d/batch', 'ws_2d/batch'), **kwargs):
+def refilled(
+  checkpoint,
+  output_dir,
+  mode,
+  refill,
+  mesh='1x1x1',
+  layouts=('ws_2d/batch', 'ws_2d/batch'),
+  **kwargs,
+):
   model = running.adapter_model(
-      checkpoint, mesh, prefill_layout=layouts[0], decode_layout=layouts[1], refill=refill,
-      task_feature_lengths=inference_tasks.LENGTHS)
-  return running.infer_with(model, InferencePartitioner(model), checkpoint, output_dir, mode, **kwargs)
+    checkpoint,
+    mesh,
+    prefill_layout=layouts[0],
+    decode_layout=layouts[1],
+    refill=refill,
+    task_feature_lengths=inference_tasks.LENGTHS,
+  )
+  return running.infer_with(
+    model, InferencePartitioner(model), checkpoint, output_dir, mode, **kwargs
+  )
 
 
-@pytest.mark.parametrize('mesh, layouts', [
-    ('1x1x1', ('ws_2d/batch', 'ws_2d/batch')), ('2x2x2', ('wg_xyz/batch', 'ws_2d/heads'))])
+@pytest.mark.parametrize(
+  'mesh, layouts',
+  [('1x1x1', ('ws_2d/batch', 'ws_2d/batch')), ('2x2x2', ('wg_xyz/batch', 'ws_2d/heads'))],
+)
 def test_predictions_equal_the_stock_models(mesh, layouts, palm_tiny, stock_rows, tmp_path):
   """Batches of 3 through 2 slots; the last batch, of 2, is padded by T5X and not decoded in full."""
   rows = refilled(palm_tiny, tmp_path, 'predict', Refill(slots=2, chunk=16), mesh, layouts)
@@ -33,20 +50,28 @@ def test_predictions_equal_the_stock_models(mesh, layouts, palm_tiny, stock_rows
 
 def test_scores_equal_the_stock_models(palm_tiny, stock_rows, tmp_path):
   rows = refilled(palm_tiny, tmp_path, 'score', Refill(slots=2))
-  np.testing.assert_allclose([r['score'] for r in rows], [r['score'] for r in stock_rows('score')], rtol=1e-3)
+  np.testing.assert_allclose(
+    [r['score'] for r in rows], [r['score'] for r in stock_rows('score')], rtol=1e-3
+  )
 
 
 def test_aux_has_the_model_s_own_scores(palm_tiny, stock_rows, tmp_path):
   rows = refilled(palm_tiny, tmp_path, 'predict_with_aux', Refill(slots=4, max_new_tokens=8))
   engine = Engine.load(palm_tiny, dtype='float32')
-  found = engine.generate([row['prompt_tokens'] for row in inference_tasks.rows()], max_new_tokens=8)
-  np.testing.assert_allclose([row['aux']['scores'] for row in rows], [c.score for c in found], rtol=1e-4)
+  found = engine.generate(
+    [row['prompt_tokens'] for row in inference_tasks.rows()], max_new_tokens=8
+  )
+  np.testing.assert_allclose(
+    [row['aux']['scores'] for row in rows], [c.score for c in found], rtol=1e-4
+  )
   for row, stock in zip(rows, stock_rows('predict'), strict=True):
     assert stock['prediction'].startswith(row['prediction'][:8].rstrip('\\x00'))
 
 
 @pytest.mark.parametrize('sampling', [SamplingParams(), SamplingParams(1.0, top_k=40)])
-def test_an_interrupted_run_goes_on_after_its_last_chunk(palm_tiny, sampling, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on_after_its_last_chunk(
+  palm_tiny, sampling, tmp_path, monkeypatch
+):
   """T5X keeps the chunks that are done: they are not predicted again, and the rows are those of one run."""
   refill = Refill(slots=2, sampling=sampling, max_new_tokens=6)
   predict, calls = Predictor.__call__, []
@@ -58,7 +83,9 @@ def test_an_interrupted_run_goes_on_after_its_last_chunk(palm_tiny, sampling, tm
   def interrupted(self, *arguments):
     if calls:  # once the first chunk is written, which T5X does in a thread
       deadline = time.monotonic() + 60
-      while glob.glob(f'{tmp_path}/cut/tmp-*/0.ckpt*') or not glob.glob(f'{tmp_path}/cut/tmp-*/input.ckpt*'):
+      while glob.glob(f'{tmp_path}/cut/tmp-*/0.ckpt*') or not glob.glob(
+        f'{tmp_path}/cut/tmp-*/input.ckpt*'
+      ):
         assert time.monotonic() < deadline
         time.sleep(0.05)
       raise KeyboardInterrupt
@@ -81,8 +108,8 @@ def batch():
   rows = inference_tasks.rows()[:3]
   inputs, mask = np.zeros((3, 96), np.int32), np.zeros((3, 96), np.int32)
   for i, row in enumerate(rows):
-    inputs[i, 1:len(row['prompt_tokens']) + 1] = row['prompt_tokens']
-    mask[i, :len(row['prompt_tokens']) + 1] = 1
+    inputs[i, 1 : len(row['prompt_tokens']) + 1] = row['prompt_tokens']
+    mask[i, : len(row['prompt_tokens']) + 1] = 1
   return {'decoder_input_tokens': inputs, 'decoder_causal_attention': mask}
 
 
@@ -90,7 +117,9 @@ def test_num_decodes_share_a_prefill_and_come_from_the_worst_to_the_best(palm_ti
   refill = Refill(slots=4, sampling=SamplingParams(3.0, top_k=40), max_new_tokens=6)
   model = running.adapter_model(palm_tiny, refill=refill)
   state, _, _ = running.restored(model, palm_tiny)
-  predict = functools.partial(model.predict_batch_with_aux, state.params, batch, jax.random.PRNGKey(3), num_decodes=3)
+  predict = functools.partial(
+    model.predict_batch_with_aux, state.params, batch, jax.random.PRNGKey(3), num_decodes=3
+  )
   tokens, aux = predict(return_all_decodes=True)
   assert tokens.shape == (3, 3, 96) and aux['scores'].shape == (3, 3)
   assert np.all(np.diff(aux['scores'], axis=1) >= 0)
@@ -106,7 +135,9 @@ def test_a_longer_batch_has_slots_made_for_it(palm_tiny, batch):
   """After a batch of 64 positions one of 96, of the same parameters; and the shorter one again."""
   model = running.adapter_model(palm_tiny, refill=Refill(slots=2))
   state, _, _ = running.restored(model, palm_tiny)
-  predict = lambda size: model.predict_batch(state.params, {name: x[:, :size] for name, x in batch.items()})
+  predict = lambda size: model.predict_batch(
+    state.params, {name: x[:, :size] for name, x in batch.items()}
+  )
   short, whole, again = predict(64), predict(96), predict(64)
   np.testing.assert_array_equal(short, again)
   assert short.shape == (3, 64) and whole.shape == (3, 96)
@@ -129,7 +160,9 @@ def test_what_is_refused(palm_tiny, tmp_path):
   with pytest.raises(RequestError, match='Refill.max_new_tokens must be at least 1'):
     Refill(max_new_tokens=0)
   with pytest.raises(RequestError, match='a model with refill has none: use one of the two'):
-    InferencePartitioner(running.adapter_model(palm_tiny, refill=Refill()), executable=str(tmp_path))
+    InferencePartitioner(
+      running.adapter_model(palm_tiny, refill=Refill()), executable=str(tmp_path)
+    )
 
 
 def test_only_the_step_of_a_batch_runs_on_the_host(palm_tiny):

@@ -15,19 +15,27 @@ from tests.t5x_adapter import inference_tasks, running
 def path(palm_tiny, tmp_path_factory):
   model = running.adapter_model(palm_tiny, '2x2x2', task_feature_lengths=inference_tasks.LENGTHS)
   path = tmp_path_factory.mktemp('saved') / 'step'
-  header = save_infer_step(path, model, InferencePartitioner(model), inference_tasks.LENGTHS, batch_size=3)
+  header = save_infer_step(
+    path, model, InferencePartitioner(model), inference_tasks.LENGTHS, batch_size=3
+  )
   assert header['mesh'] == {'data': 1, 'x': 2, 'y': 2, 'z': 2}
   return path
 
 
 def _infer(palm_tiny, tmp_path, path, mode='predict', **options):
-  model = running.adapter_model(palm_tiny, '2x2x2', task_feature_lengths=inference_tasks.LENGTHS, **options)
-  return running.infer_with(model, InferencePartitioner(model, executable=path), palm_tiny, tmp_path, mode)
+  model = running.adapter_model(
+    palm_tiny, '2x2x2', task_feature_lengths=inference_tasks.LENGTHS, **options
+  )
+  return running.infer_with(
+    model, InferencePartitioner(model, executable=path), palm_tiny, tmp_path, mode
+  )
 
 
 def test_predictions_are_the_same(palm_tiny, stock_rows, tmp_path, path, monkeypatch):
   loads, load = [], saved_program.load
-  monkeypatch.setattr(saved_program, 'load', lambda *arguments: loads.append(arguments[0]) or load(*arguments))
+  monkeypatch.setattr(
+    saved_program, 'load', lambda *arguments: loads.append(arguments[0]) or load(*arguments)
+  )
   assert _infer(palm_tiny, tmp_path, path) == stock_rows('predict')
   assert loads == [path]  # once, for all batches
 
@@ -47,8 +55,18 @@ def test_a_step_is_compiled_for_a_slice_that_is_not_here(tmp_path, palm_tiny):
   pytest.importorskip('libtpu', reason='libtpu, the TPU compiler, is not installed (extra `test`)')
   model = running.adapter_model(palm_tiny, None)
   mesh = slices.slice_mesh(parse_slice('v4:2x2x1'), model.model.config, (1, 2, 2))
-  model = running.adapter_model(palm_tiny, mesh, dtype='bfloat16', task_feature_lengths=inference_tasks.LENGTHS)
-  header = save_infer_step(tmp_path / 'step', model, InferencePartitioner(model), inference_tasks.LENGTHS, batch_size=4)
-  assert header['platform'] == 'tpu' and header['device_kind'] == 'TPU v4' and len(header['devices']) == 4
-  with pytest.raises(SavedError, match='libtpu .*and here it is None|platform tpu, and here it is cpu'):
+  model = running.adapter_model(
+    palm_tiny, mesh, dtype='bfloat16', task_feature_lengths=inference_tasks.LENGTHS
+  )
+  header = save_infer_step(
+    tmp_path / 'step', model, InferencePartitioner(model), inference_tasks.LENGTHS, batch_size=4
+  )
+  assert (
+    header['platform'] == 'tpu'
+    and header['device_kind'] == 'TPU v4'
+    and len(header['devices']) == 4
+  )
+  with pytest.raises(
+    SavedError, match='libtpu .*and here it is None|platform tpu, and here it is cpu'
+  ):
     _infer(palm_tiny, tmp_path, tmp_path / 'step')

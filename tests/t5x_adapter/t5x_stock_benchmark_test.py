@@ -12,7 +12,9 @@ from t5x_inference_ext.errors import MeshError
 from t5x_inference_ext.sharding.torus import parse_slice
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec('libtpu') is None, reason='libtpu, the TPU compiler, is not installed (extra `test`)')
+  importlib.util.find_spec('libtpu') is None,
+  reason='libtpu, the TPU compiler, is not installed (extra `test`)',
+)
 
 SLICE = 'v4:2x2x1'
 CONFIG = ModelConfig(num_layers=3, d_model=256, d_ff=1024, num_heads=8, d_head=128, vocab_size=512)

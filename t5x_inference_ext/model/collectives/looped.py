@@ -15,7 +15,9 @@ from t5x_inference_ext.model.collectives.ring import Ring, lanes
 from t5x_inference_ext.quantization import int8
 
 
-def all_gather_matmul(x: jax.Array, w: jax.Array, axes: Sequence[str], directions: int = 2) -> jax.Array:
+def all_gather_matmul(
+  x: jax.Array, w: jax.Array, axes: Sequence[str], directions: int = 2
+) -> jax.Array:
   """all_gather(x, last dimension) @ w, in as many steps as there are shards.
 
   Args:
@@ -33,11 +35,13 @@ def all_gather_matmul(x: jax.Array, w: jax.Array, axes: Sequence[str], direction
   ring = Ring(axes)
   width = x.shape[-1]
   if w.shape[0] != width * ring.size:
-    raise ValueError(f'{ring.size} slices of {width} columns cannot multiply a matrix of {w.shape[0]} rows')
+    raise ValueError(
+      f'{ring.size} slices of {width} columns cannot multiply a matrix of {w.shape[0]} rows'
+    )
   if ring.size == 1:
     return int8.matmul(x, w)
   parts = lanes(width, directions)
-  slices = [x[..., offset:offset + size] for offset, size, _ in parts]
+  slices = [x[..., offset : offset + size] for offset, size, _ in parts]
   y = None
   for step in range(ring.size):
     for i, (offset, size, direction) in enumerate(parts):
@@ -49,7 +53,9 @@ def all_gather_matmul(x: jax.Array, w: jax.Array, axes: Sequence[str], direction
   return y.astype(x.dtype)
 
 
-def matmul_reduce_scatter(x: jax.Array, w: jax.Array, axes: Sequence[str], directions: int = 2) -> jax.Array:
+def matmul_reduce_scatter(
+  x: jax.Array, w: jax.Array, axes: Sequence[str], directions: int = 2
+) -> jax.Array:
   """reduce_scatter(x @ w, last dimension), in as many steps as there are shards.
 
   A sum travels around the ring, takes up one shard's product at each step and ends at the shard whose columns it is.

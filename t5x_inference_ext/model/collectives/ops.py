@@ -59,8 +59,13 @@ def reduce_scatter(x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
   if len(axes) == _ALL:
     return reduce_scatter(reduce_scatter(x, axes[:-1], dim), axes[-1:], dim)
   shards, last = axis_size(axes), dim == x.ndim - 1
-  shape = (*x.shape[:dim], x.shape[dim] // shards, *x.shape[dim + 1:])
-  if not last and math.prod(shape[dim:-1]) <= _ROWS and shape[-1] % LANES == 0 and x.shape[dim] % shards == 0:
+  shape = (*x.shape[:dim], x.shape[dim] // shards, *x.shape[dim + 1 :])
+  if (
+    not last
+    and math.prod(shape[dim:-1]) <= _ROWS
+    and shape[-1] % LANES == 0
+    and x.shape[dim] % shards == 0
+  ):
     kept = (-1, LANES)
     # Or the product that x comes from would be made of tiles already, and its weights be laid out for that.
     x = lax.optimization_barrier(x)

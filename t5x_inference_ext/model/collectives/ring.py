@@ -28,10 +28,17 @@ class Ring:
     self.size = ops.axis_size(self.axes)
     self.order = snake(tuple(lax.axis_size(a) for a in self.axes))
     # lax.ppermute counts shards in the order of the mesh's axes, whatever the order of the axes it is given.
-    self._mesh_axes = tuple(a for a in jax.sharding.get_abstract_mesh().axis_names if a in self.axes)
-    by_axis = np.unravel_index(self.order, [lax.axis_size(a) for a in self.axes]) if self.axes else ()
+    self._mesh_axes = tuple(
+      a for a in jax.sharding.get_abstract_mesh().axis_names if a in self.axes
+    )
+    by_axis = (
+      np.unravel_index(self.order, [lax.axis_size(a) for a in self.axes]) if self.axes else ()
+    )
     in_mesh = [by_axis[self.axes.index(a)] for a in self._mesh_axes]
-    self._senders = sum(p * math.prod(lax.axis_size(b) for b in self._mesh_axes[i + 1:]) for i, p in enumerate(in_mesh))
+    self._senders = sum(
+      p * math.prod(lax.axis_size(b) for b in self._mesh_axes[i + 1 :])
+      for i, p in enumerate(in_mesh)
+    )
 
   def permute(self, x: jax.Array, direction: int = 1) -> jax.Array:
     """Every shard sends x to the next one around the ring (direction 1) or to the one before (-1)."""
@@ -63,7 +70,7 @@ def snake(sizes: tuple[int, ...]) -> tuple[int, ...]:
   for i in reversed(dims):
     # A walk of the faster dimensions, forth at even positions of this one and back at odd ones.
     walk = [(p, *w) for p in range(sizes[i]) for w in (walk if p % 2 == 0 else walk[::-1])]
-  strides = {i: math.prod(sizes[i + 1:]) for i in dims}
+  strides = {i: math.prod(sizes[i + 1 :]) for i in dims}
   return tuple(sum(p * strides[i] for p, i in zip(position, dims)) for position in walk)
 
 

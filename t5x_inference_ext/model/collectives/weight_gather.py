@@ -30,10 +30,14 @@ class Gatherer:
     self._directions = directions
     self._done = [None, None]  # The results of the last two matmuls, the older first.
 
-  def matmul(self, x: jax.Array, w: jax.Array, row_axes: Sequence[str], column_axes: Sequence[str]) -> jax.Array:
+  def matmul(
+    self, x: jax.Array, w: jax.Array, row_axes: Sequence[str], column_axes: Sequence[str]
+  ) -> jax.Array:
     """gathered_matmul(x, w, row_axes, column_axes) as the layer's next one."""
     before_last, last = self._done
-    y = gathered_matmul(after(x, last), after(w, before_last), row_axes, column_axes, self._directions)
+    y = gathered_matmul(
+      after(x, last), after(w, before_last), row_axes, column_axes, self._directions
+    )
     self._done = [last, y]
     return y
 
@@ -44,7 +48,12 @@ def after(value: jax.Array, done: jax.Array | None) -> jax.Array:
 
 
 def gathered_matmul(
-    x: jax.Array, w: jax.Array, row_axes: Sequence[str], column_axes: Sequence[str], directions: int = 0) -> jax.Array:
+  x: jax.Array,
+  w: jax.Array,
+  row_axes: Sequence[str],
+  column_axes: Sequence[str],
+  directions: int = 0,
+) -> jax.Array:
   """x @ all_gather(w), the weights moving in their own dtype (int8: one byte each).
 
   Args:
@@ -67,10 +76,14 @@ def gathered_matmul(
   """
   shards = ops.axis_size(row_axes)
   if x.shape[-1] != w.shape[0] * shards:
-    raise ValueError(f'{shards} shards of {w.shape[0]} rows cannot be multiplied by {x.shape[-1]} columns')
+    raise ValueError(
+      f'{shards} shards of {w.shape[0]} rows cannot be multiplied by {x.shape[-1]} columns'
+    )
   if directions == 0 or Ring((*row_axes, *column_axes)).size == 1:
     # Over the fewer shards first: the most bytes then go over the more axes, and links, of a torus.
-    for axes, dim in sorted([(row_axes, 0), (column_axes, 1)], key=lambda gather: ops.axis_size(gather[0])):
+    for axes, dim in sorted(
+      [(row_axes, 0), (column_axes, 1)], key=lambda gather: ops.axis_size(gather[0])
+    ):
       w = ops.all_gather(w, axes, dim)
     w = with_layout_constraint(w, Layout((0, 1)))
     return int8.matmul(x, w)

@@ -18,14 +18,18 @@ MESHES = [(2, 2, 2), (1, 2, 4), (8, 1, 1), (2, 4, 1)]
 AXIS_SETS = [('x',), ('y', 'z'), AXES, ('z', 'x'), ()]
 BYTES = {'f32': 4, 'bf16': 2, 's8': 1}
 # Slices of odd sizes everywhere; of 1, which cannot be halved, and of even ones once.
-SLICES = [(mesh, axes, 3) for mesh in MESHES for axes in AXIS_SETS] + [((2, 2, 2), AXES, width) for width in (1, 4)]
+SLICES = [(mesh, axes, 3) for mesh in MESHES for axes in AXIS_SETS] + [
+  ((2, 2, 2), AXES, width) for width in (1, 4)
+]
 
 every_ring = pytest.mark.parametrize('axes', AXIS_SETS, ids=''.join)
 every_mesh = pytest.mark.parametrize('mesh', MESHES, ids=lambda m: 'x'.join(map(str, m)))
 
 
 def compiled(fn, mesh, in_specs, out_specs, *args):
-  per_shard = jax.shard_map(fn, mesh=make_mesh(mesh), in_specs=in_specs, out_specs=out_specs, check_vma=False)
+  per_shard = jax.shard_map(
+    fn, mesh=make_mesh(mesh), in_specs=in_specs, out_specs=out_specs, check_vma=False
+  )
   return jax.jit(per_shard).lower(*args).compile()
 
 
@@ -60,7 +64,9 @@ def test_a_ring_steps_from_neighbour_to_neighbour(mesh, axes):
     for direction in (1, -1):
       here = index
       for step in range(r.size):
-        moved[direction, step] = jnp.stack([here, r.shard_at(step, direction) + jnp.zeros((1,), jnp.int32)])
+        moved[direction, step] = jnp.stack(
+          [here, r.shard_at(step, direction) + jnp.zeros((1,), jnp.int32)]
+        )
         here = r.permute(here, direction)
       moved[direction, r.size] = jnp.stack([here, index])  # Around.
     order.append(r.order)
@@ -81,7 +87,9 @@ def test_a_ring_steps_from_neighbour_to_neighbour(mesh, axes):
   assert (steps.sum(axis=1) == 1).all()
 
 
-@pytest.mark.parametrize('sizes', [(4, 4, 4), (2, 4, 4), (4, 4, 2), (8, 4), (3, 4), (4, 3, 5), (16,), (2,)])
+@pytest.mark.parametrize(
+  'sizes', [(4, 4, 4), (2, 4, 4), (4, 4, 2), (8, 4), (3, 4), (4, 3, 5), (16,), (2,)]
+)
 def test_a_snake_ends_beside_its_beginning(sizes):
   """Only across an even dimension; across one of 2 without its wraparound."""
   places = np.array(np.unravel_index(ring.snake(sizes), sizes)).T
@@ -89,7 +97,9 @@ def test_a_snake_ends_beside_its_beginning(sizes):
   assert (np.abs(np.diff(places, axis=0)).sum(axis=1) == 1).all()
   closing = np.abs(places[-1] - places[0])
   assert np.count_nonzero(closing) == 1
-  assert closing.sum() == (1 if 2 in sizes else min(n for n in sizes if n % 2 == 0 and n - 1 == closing.max()) - 1)
+  assert closing.sum() == (
+    1 if 2 in sizes else min(n for n in sizes if n % 2 == 0 and n - 1 == closing.max()) - 1
+  )
 
 
 def test_lanes_are_halves():
@@ -111,14 +121,23 @@ def test_all_gather_matmul(mesh, axes, width):
   def every_way(x, w, w8):
     gathered = ops.all_gather(x, axes, 2)
     return {
-        (directions, m.dtype.name): (looped.all_gather_matmul(x, m, axes, directions), int8.matmul(gathered, m))
-        for directions in (1, 2) for m in (w, w8)}
+      (directions, m.dtype.name): (
+        looped.all_gather_matmul(x, m, axes, directions),
+        int8.matmul(gathered, m),
+      )
+      for directions in (1, 2)
+      for m in (w, w8)
+    }
 
   results = run(every_way, mesh, (P(None, None, axes or None), P(), P()), P(), x, w, w8)
   assert len(results) == 4
   for case, (ours, expected) in results.items():
-    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max(), err_msg=str(case))
-    np.testing.assert_allclose(ours, x @ (w8 if 'int8' in case else w), rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    np.testing.assert_allclose(
+      ours, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max(), err_msg=str(case)
+    )
+    np.testing.assert_allclose(
+      ours, x @ (w8 if 'int8' in case else w), rtol=1e-4, atol=1e-4 * np.abs(expected).max()
+    )
 
 
 @pytest.mark.parametrize('mesh, axes, width', SLICES)
@@ -129,17 +148,26 @@ def test_matmul_reduce_scatter(mesh, axes, width):
 
   def every_way(x, w, w8):
     return {
-        (directions, m.dtype.name): (
-            looped.matmul_reduce_scatter(x, m, axes, directions), ops.reduce_scatter(int8.matmul(x, m), axes, 2))
-        for directions in (1, 2) for m in (w, w8)}
+      (directions, m.dtype.name): (
+        looped.matmul_reduce_scatter(x, m, axes, directions),
+        ops.reduce_scatter(int8.matmul(x, m), axes, 2),
+      )
+      for directions in (1, 2)
+      for m in (w, w8)
+    }
 
   split = axes or None
   results = run(
-      every_way, mesh, (P(None, None, split), P(split), P(split)), P(None, None, split), x, w, w8)
+    every_way, mesh, (P(None, None, split), P(split), P(split)), P(None, None, split), x, w, w8
+  )
   assert len(results) == 4
   for case, (ours, expected) in results.items():
-    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max(), err_msg=str(case))
-    np.testing.assert_allclose(ours, x @ (w8 if 'int8' in case else w), rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    np.testing.assert_allclose(
+      ours, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max(), err_msg=str(case)
+    )
+    np.testing.assert_allclose(
+      ours, x @ (w8 if 'int8' in case else w), rtol=1e-4, atol=1e-4 * np.abs(expected).max()
+    )
 
 
 @pytest.mark.parametrize('directions', [1, 2])
@@ -148,10 +176,22 @@ def test_bfloat16_is_summed_in_float32(directions):
   x, w = operands(8 * 32, 8 * 5)
   x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
   exact = x.astype(np.float64) @ w.astype(np.float64)
-  gathered = run(lambda x, w: looped.all_gather_matmul(x, w, AXES, directions), (2, 2, 2),
-                 (P(None, None, AXES), P()), P(), x, w)
-  scattered = run(lambda x, w: looped.matmul_reduce_scatter(x, w, AXES, directions), (2, 2, 2),
-                  (P(None, None, AXES), P(AXES)), P(None, None, AXES), x, w)
+  gathered = run(
+    lambda x, w: looped.all_gather_matmul(x, w, AXES, directions),
+    (2, 2, 2),
+    (P(None, None, AXES), P()),
+    P(),
+    x,
+    w,
+  )
+  scattered = run(
+    lambda x, w: looped.matmul_reduce_scatter(x, w, AXES, directions),
+    (2, 2, 2),
+    (P(None, None, AXES), P(AXES)),
+    P(None, None, AXES),
+    x,
+    w,
+  )
   assert gathered.dtype == scattered.dtype == jnp.bfloat16
   np.testing.assert_allclose(gathered.astype(np.float64), exact, rtol=2**-8, atol=1e-4)
   error = np.abs(scattered.astype(np.float64) - exact)
@@ -160,7 +200,9 @@ def test_bfloat16_is_summed_in_float32(directions):
   assert np.sqrt((error**2).mean() / (exact**2).mean()) < 0.005
 
 
-@pytest.mark.parametrize('mesh, axes', [((2, 2, 2), AXES), ((1, 2, 4), ('y', 'z')), ((2, 4, 1), ('x',))])
+@pytest.mark.parametrize(
+  'mesh, axes', [((2, 2, 2), AXES), ((1, 2, 4), ('y', 'z')), ((2, 4, 1), ('x',))]
+)
 @pytest.mark.parametrize('directions', [1, 2])
 def test_moves_the_bytes_of_the_plain_collectives(mesh, axes, directions):
   """Per device: (n - 1)/n of what an all-gather leaves there, or a reduce-scatter finds there."""
@@ -168,17 +210,26 @@ def test_moves_the_bytes_of_the_plain_collectives(mesh, axes, directions):
   x, w = operands(7 * n, 5 * n)
   split = P(None, None, axes)
   text = compiled(
-      lambda x, w: looped.all_gather_matmul(x, w, axes, directions), mesh, (split, P()), P(), x, w).as_text()
+    lambda x, w: looped.all_gather_matmul(x, w, axes, directions), mesh, (split, P()), P(), x, w
+  ).as_text()
   plain_text = compiled(
-      lambda x, w: int8.matmul(ops.all_gather(x, axes, 2), w), mesh, (split, P()), P(), x, w).as_text()
+    lambda x, w: int8.matmul(ops.all_gather(x, axes, 2), w), mesh, (split, P()), P(), x, w
+  ).as_text()
   assert hlo.moved(hlo.collectives(plain_text)) == {'all-gather': x.nbytes * (n - 1) // n}
   assert received(text, 'collective-permute') == x.nbytes * (n - 1) // n
   assert not re.search('all-gather|all-reduce|reduce-scatter|all-to-all', text)
 
-  text = compiled(lambda x, w: looped.matmul_reduce_scatter(x, w, axes, directions), mesh,
-                  (split, P(axes)), split, x, w).as_text()
-  plain_text = compiled(lambda x, w: ops.reduce_scatter(int8.matmul(x, w), axes, 2), mesh,
-                        (split, P(axes)), split, x, w).as_text()
+  text = compiled(
+    lambda x, w: looped.matmul_reduce_scatter(x, w, axes, directions),
+    mesh,
+    (split, P(axes)),
+    split,
+    x,
+    w,
+  ).as_text()
+  plain_text = compiled(
+    lambda x, w: ops.reduce_scatter(int8.matmul(x, w), axes, 2), mesh, (split, P(axes)), split, x, w
+  ).as_text()
   product = 4 * 2 * 3 * 5 * n
   assert hlo.moved(hlo.collectives(plain_text)) == {'reduce-scatter': product * (n - 1) // n}
   assert received(text, 'collective-permute') == product * (n - 1) // n
@@ -202,6 +253,20 @@ def test_axes_of_size_1_cost_nothing(axes):
 def test_sizes_that_do_not_fit_are_refused():
   x, w = operands(16, 12)
   with pytest.raises(ValueError, match='8 slices of 2 columns cannot multiply a matrix of 12 rows'):
-    run(lambda x, w: looped.all_gather_matmul(x, w.T, AXES), (2, 2, 2), (P(None, None, AXES), P()), P(), x, w)
+    run(
+      lambda x, w: looped.all_gather_matmul(x, w.T, AXES),
+      (2, 2, 2),
+      (P(None, None, AXES), P()),
+      P(),
+      x,
+      w,
+    )
   with pytest.raises(ValueError, match='12 columns does not divide over 8 shards'):
-    run(lambda x, w: looped.matmul_reduce_scatter(x, w, AXES), (2, 2, 2), (P(), P()), P(None, None, AXES), x, w)
+    run(
+      lambda x, w: looped.matmul_reduce_scatter(x, w, AXES),
+      (2, 2, 2),
+      (P(), P()),
+      P(None, None, AXES),
+      x,
+      w,
+    )

@@ -13,8 +13,15 @@ from t5x_inference_ext.model.collectives import weight_gather
 from t5x_inference_ext.sharding.mesh import AXES, make_mesh
 from tests.model.collectives.looped_test import MESHES, compiled, operands, received, run, size_of
 
-SPLITS = [(('x',), ('y', 'z')), (('y', 'z'), ('x',)), ((), AXES), (AXES, ()), (('z', 'x'), ('y',)), ((), ('y',)),
-          ((), ())]
+SPLITS = [
+  (('x',), ('y', 'z')),
+  (('y', 'z'), ('x',)),
+  ((), AXES),
+  (AXES, ()),
+  (('z', 'x'), ('y',)),
+  ((), ('y',)),
+  ((), ()),
+]
 # Odd shards, cut across their columns everywhere; cut across their rows, and not at all, on one mesh.
 CASES = [(mesh, *split, (3, 5)) for mesh in MESHES for split in SPLITS]
 CASES += [((2, 2, 2), *split, shard) for split in SPLITS[:4] for shard in ((5, 3), (1, 1))]
@@ -29,8 +36,10 @@ def test_gathered_matmul(mesh, rows, columns, shard):
 
   def every_way(x, w, w8):
     return {
-        (directions, m.dtype.name): weight_gather.gathered_matmul(x, m, rows, columns, directions)
-        for directions in (0, 1, 2) for m in (w, w8)}
+      (directions, m.dtype.name): weight_gather.gathered_matmul(x, m, rows, columns, directions)
+      for directions in (0, 1, 2)
+      for m in (w, w8)
+    }
 
   split = P(rows or None, columns or None)
   results = run(every_way, mesh, (P(), split, split), P(), x, w, w8)
@@ -38,7 +47,8 @@ def test_gathered_matmul(mesh, rows, columns, shard):
   for (directions, dtype), y in results.items():
     expected = x.astype(np.float64) @ (w8 if dtype == 'int8' else w).astype(np.float64)
     np.testing.assert_allclose(
-        y, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max(), err_msg=f'{directions} {dtype}')
+      y, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max(), err_msg=f'{directions} {dtype}'
+    )
 
 
 @pytest.mark.parametrize('rows, columns', [(('x',), ('y', 'z')), (AXES, ()), ((), AXES)])
@@ -47,8 +57,14 @@ def test_bfloat16_is_rounded_once_for_each_shard_of_rows(rows, columns, directio
   x, w = operands(64, 64)
   x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
   exact = x.astype(np.float64) @ w.astype(np.float64)
-  y = run(lambda x, w: weight_gather.gathered_matmul(x, w, rows, columns, directions), (2, 2, 2),
-          (P(), P(rows or None, columns or None)), P(), x, w)
+  y = run(
+    lambda x, w: weight_gather.gathered_matmul(x, w, rows, columns, directions),
+    (2, 2, 2),
+    (P(), P(rows or None, columns or None)),
+    P(),
+    x,
+    w,
+  )
   assert y.dtype == jnp.bfloat16
   roundings = 1 if directions == 0 else directions * size_of((2, 2, 2), rows)
   bound = roundings * 2**-8 * (np.abs(x.astype(np.float64)) @ np.abs(w.astype(np.float64)))
@@ -64,42 +80,75 @@ def test_bfloat16_is_rounded_once_for_each_shard_of_rows(rows, columns, directio
 def test_weights_travel_in_their_own_dtype(rows, columns, directions, dtype):
   n = size_of((2, 2, 2), rows) * size_of((2, 2, 2), columns)
   x, w = operands(40, 24, dtype)
-  text = compiled(lambda x, w: weight_gather.gathered_matmul(x, w, rows, columns, directions), (2, 2, 2),
-                  (P(), P(rows or None, columns or None)), P(), x, w).as_text()
+  text = compiled(
+    lambda x, w: weight_gather.gathered_matmul(x, w, rows, columns, directions),
+    (2, 2, 2),
+    (P(), P(rows or None, columns or None)),
+    P(),
+    x,
+    w,
+  ).as_text()
   assert received(text, 'collective-permute') == w.nbytes * (n - 1) // n
   assert not re.search('all-gather|all-reduce|reduce-scatter|all-to-all', text)
 
 
 def test_the_plain_form_gathers_int8():
   x, w = operands(40, 24, np.int8)
-  text = compiled(lambda x, w: weight_gather.gathered_matmul(x, w, ('x',), ('y', 'z')), (2, 2, 2),
-                  (P(), P('x', ('y', 'z'))), P(), x, w).as_text()
-  assert received(text, 'all-gather') == w.nbytes + w.nbytes // 4  # Rows first, of a quarter of the columns.
+  text = compiled(
+    lambda x, w: weight_gather.gathered_matmul(x, w, ('x',), ('y', 'z')),
+    (2, 2, 2),
+    (P(), P('x', ('y', 'z'))),
+    P(),
+    x,
+    w,
+  ).as_text()
+  assert (
+    received(text, 'all-gather') == w.nbytes + w.nbytes // 4
+  )  # Rows first, of a quarter of the columns.
 
 
 def test_axes_of_size_1_cost_nothing():
   x, w = operands(8, 6)
   for directions in (0, 1, 2):
-    text = compiled(lambda x, w: weight_gather.gathered_matmul(x, w, ('x',), ('y', 'z'), directions), (1, 1, 1),
-                    (P(), P()), P(), x, w).as_text()
+    text = compiled(
+      lambda x, w: weight_gather.gathered_matmul(x, w, ('x',), ('y', 'z'), directions),
+      (1, 1, 1),
+      (P(), P()),
+      P(),
+      x,
+      w,
+    ).as_text()
     assert not re.search('collective-permute|all-gather|dynamic-slice', text)
 
 
 def test_sizes_that_do_not_fit_are_refused():
   x, w = operands(16, 12)
   with pytest.raises(ValueError, match='2 shards of 6 rows cannot be multiplied by 16 columns'):
-    run(lambda x, w: weight_gather.gathered_matmul(x, w.T, ('x',), ('y',)), (2, 2, 2), (P(), P('y', 'x')), P(), x, w)
+    run(
+      lambda x, w: weight_gather.gathered_matmul(x, w.T, ('x',), ('y',)),
+      (2, 2, 2),
+      (P(), P('y', 'x')),
+      P(),
+      x,
+      w,
+    )
 
 
 def layer(directions, matrices):
   """Matmuls that do not wait for each other of themselves."""
+
   def independent(x, *ws):
     gatherer = weight_gather.Gatherer(directions)
     return tuple(gatherer.matmul(x, w, ('x',), ('y', 'z')) for w in ws)
 
   specs = (P(AXES),) + (P('x', ('y', 'z')),) * matrices
   return jax.shard_map(
-      independent, mesh=make_mesh((2, 2, 2)), in_specs=specs, out_specs=(P(AXES),) * matrices, check_vma=False)
+    independent,
+    mesh=make_mesh((2, 2, 2)),
+    in_specs=specs,
+    out_specs=(P(AXES),) * matrices,
+    check_vma=False,
+  )
 
 
 def prerequisites(fn, *args) -> list[tuple[str, set[int]]]:
@@ -108,7 +157,9 @@ def prerequisites(fn, *args) -> list[tuple[str, set[int]]]:
   equations = next(e.params['jaxpr'] for e in outer.eqns if e.primitive.name == 'shard_map').eqns
   waits, found = {}, []
   for i, equation in enumerate(equations):
-    needed = set().union(*(waits.get(v, set()) for v in equation.invars if not isinstance(v, Literal)))
+    needed = set().union(
+      *(waits.get(v, set()) for v in equation.invars if not isinstance(v, Literal))
+    )
     found.append((equation.primitive.name, needed))
     waits.update({v: needed | {i} for v in equation.outvars})
   return found
@@ -131,8 +182,8 @@ def test_one_matrix_in_use_and_one_in_flight():
   gathers = [needed for name, needed in found if name == 'all_gather']
   assert len(matmuls) == 6 and len(gathers) == 12
   for k in range(6):
-    for needed in gathers[2 * k:2 * k + 2]:  # Of rows, then of columns.
-      assert needed & set(matmuls) == set(matmuls[:max(0, k - 1)])
+    for needed in gathers[2 * k : 2 * k + 2]:  # Of rows, then of columns.
+      assert needed & set(matmuls) == set(matmuls[: max(0, k - 1)])
     assert found[matmuls[k]][1] & set(matmuls) == set(matmuls[:k])
 
 
@@ -144,8 +195,8 @@ def test_one_shard_in_use_and_one_in_flight(directions):
   permutes = [needed for name, needed in found if name == 'ppermute']
   assert len(matmuls) == 8 * directions and len(permutes) == 7 * directions
   for step in range(7):
-    for needed in permutes[step * directions:(step + 1) * directions]:
-      assert needed & set(matmuls) == set(matmuls[:step * directions])
+    for needed in permutes[step * directions : (step + 1) * directions]:
+      assert needed & set(matmuls) == set(matmuls[: step * directions])
 
 
 @pytest.mark.parametrize('directions', [1, 2])
@@ -155,6 +206,8 @@ def test_a_ring_never_holds_a_matrix(directions):
   The CPU compiler drops the barriers and so runs all six at once; how a TPU schedules them its own compiler shows.
   """
   x, w = jax.ShapeDtypeStruct((8, 512), np.float32), jax.ShapeDtypeStruct((512, 512), np.float32)
-  ring = jax.jit(layer(directions, 6)).lower(x, *[w] * 6).compile().memory_analysis().temp_size_in_bytes
+  ring = (
+    jax.jit(layer(directions, 6)).lower(x, *[w] * 6).compile().memory_analysis().temp_size_in_bytes
+  )
   plain = jax.jit(layer(0, 6)).lower(x, *[w] * 6).compile().memory_analysis().temp_size_in_bytes
   assert ring < 2 * 2**20 < 6 * 2**20 <= plain
