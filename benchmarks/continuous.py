@@ -19,12 +19,12 @@ import time
 import jax
 import numpy as np
 
-from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.checkpoints.load import load_weights
+from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.engine import scheduler_config
-from t5x_inference_ext.model.transformer import COMPUTE_DTYPES, Model
-from t5x_inference_ext.engine.scheduler import Request, Scheduler
 from t5x_inference_ext.engine.engine import Engine
+from t5x_inference_ext.engine.scheduler import Request, Scheduler
+from t5x_inference_ext.model.transformer import COMPUTE_DTYPES, Model
 from t5x_inference_ext.sharding.mesh import make_mesh
 from tests import reference
 
@@ -89,6 +89,7 @@ def stock(engine: Engine, tensors, requests: list[Request], slots: int):
   import jax.numpy as jnp
   import seqio
   from t5x import decoding, models
+
   from tests.checkpoints import synthetic
   from tests.t5x_adapter import palm_flaxformer
 

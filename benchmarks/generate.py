@@ -22,8 +22,8 @@ import numpy as np
 from benchmarks import accelerator
 from benchmarks.machine import matmul_rate, seconds
 from t5x_inference_ext.checkpoints import open_checkpoint
-from t5x_inference_ext.model.transformer import COMPUTE_DTYPES
 from t5x_inference_ext.engine.engine import Engine
+from t5x_inference_ext.model.transformer import COMPUTE_DTYPES
 
 
 def own_run(engine: Engine, prompts: np.ndarray, new_tokens: int):
@@ -38,6 +38,7 @@ def stock_run(checkpoint: str, config, prompts: np.ndarray, new_tokens: int):
   """The same with stock T5X; raises ImportError where it, or flaxformer, is absent."""
   import seqio
   from t5x import decoding, models
+
   from tests.t5x_adapter import palm_flaxformer
 
   c = config

@@ -20,9 +20,9 @@ import jax  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
 from benchmarks.accelerator import BATCHES, SHAPES, WEIGHTS  # noqa: E402
-from t5x_inference_ext.sharding.mesh import single_device_mesh  # noqa: E402
 from t5x_inference_ext.precompile import hlo, loops, work  # noqa: E402
 from t5x_inference_ext.precompile.program import CompileCase, phase_function  # noqa: E402
+from t5x_inference_ext.sharding.mesh import single_device_mesh  # noqa: E402
 
 # What the compiler asks of an H200 (NVIDIA's data sheet and CUDA's device properties).
 _H200 = """

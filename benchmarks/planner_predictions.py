@@ -17,14 +17,14 @@ import statistics
 os.environ['JAX_PLATFORMS'] = 'cpu'  # before jax is imported: nothing is computed here
 
 from t5x_inference_ext.config import preset  # noqa: E402
-from t5x_inference_ext.sharding.layout import Layout  # noqa: E402
-from t5x_inference_ext.sharding.mesh import parse_mesh  # noqa: E402
 from t5x_inference_ext.planner import search  # noqa: E402
 from t5x_inference_ext.planner.case import PassCase  # noqa: E402
 from t5x_inference_ext.planner.choose import choose  # noqa: E402
 from t5x_inference_ext.planner.costs import cost, mfu  # noqa: E402
 from t5x_inference_ext.planner.machine import Machine  # noqa: E402
 from t5x_inference_ext.planner.request import Plan, PlanRequest  # noqa: E402
+from t5x_inference_ext.sharding.layout import Layout  # noqa: E402
+from t5x_inference_ext.sharding.mesh import parse_mesh  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.model.transformer import Model
-from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.engine import generation_program
-from t5x_inference_ext.sharding.mesh import single_device_mesh
+from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.saved_generation import GenerationShape
-from t5x_inference_ext.precompile.program import CompileCase, abstract_weights, phase_function
+from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
+from t5x_inference_ext.precompile.program import CompileCase, abstract_weights, phase_function
+from t5x_inference_ext.sharding.mesh import single_device_mesh
 
 GREEDY = SamplingParams()
 _BLOCK = 128

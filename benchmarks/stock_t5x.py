@@ -20,21 +20,22 @@ from typing import Any
 from absl import logging
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+import seqio
 from t5x import (
   decoding,
   models,
   partitioning,
   train_state,
 )  # first: what it brings takes long to import
-import seqio
 
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import MeshError, UserError
-from t5x_inference_ext.sharding.torus import TpuSlice, parse_slice
 from t5x_inference_ext.precompile import slices
 from t5x_inference_ext.precompile.estimate import Estimate, estimate
 from t5x_inference_ext.precompile.memory import CompiledMemory, memory_of, shard_bytes
+from t5x_inference_ext.sharding.torus import TpuSlice, parse_slice
 from tests.t5x_adapter import palm_flaxformer
 
 logging.set_verbosity(

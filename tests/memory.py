@@ -8,8 +8,8 @@ import numpy as np
 
 from t5x_inference_ext.checkpoints.load import load_weights
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.engine.engine import Engine
+from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.mesh import make_mesh, parse_mesh
 from tests import reference

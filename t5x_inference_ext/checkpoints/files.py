@@ -12,7 +12,6 @@ from typing import Any, Iterator
 
 import numpy as np
 
-
 _ZEROS = 2**20
 
 

@@ -32,8 +32,8 @@ from t5x_inference_ext.checkpoints.flaxformer_names import (
   modules_in,
 )
 from t5x_inference_ext.checkpoints.layer_kinds import (
-  Kernel,
   LAYER_KINDS,
+  Kernel,
   LayerKind,
   Shapes,
   UnknownSizes,

@@ -1,14 +1,15 @@
 """Weights from a checkpoint straight onto their shards: no host ever holds a whole model."""
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
-from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.errors import CheckpointError
-from t5x_inference_ext.sharding.packing import PackedTensor, packed_tensors, tensor_dtype
+from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights, build_weights
+from t5x_inference_ext.sharding.packing import PackedTensor, packed_tensors, tensor_dtype
 
 # On CPU, up to this depth the program unrolls its layers, which spares a copy of each layer's weights; beyond it, a loop
 # keeps programs small and compiles quick.

@@ -16,10 +16,10 @@ from t5x_inference_ext.checkpoints import flaxformer, flaxformer_names, legacy, 
 from t5x_inference_ext.checkpoints.arrays import KernelLayout, KernelPart, Rectangle
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
 from t5x_inference_ext.checkpoints.layer_kinds import (
-  Kernel,
   LAYER_KINDS,
-  LayerKind,
   OUT,
+  Kernel,
+  LayerKind,
   UnknownSizes,
 )
 from t5x_inference_ext.checkpoints.raw_array import RawArray

@@ -50,10 +50,10 @@ from typing import Iterator
 from absl import flags as absl_flags
 import tqdm
 
-from t5x_inference_ext.commands import cli
 from t5x_inference_ext.checkpoints import conversion_options, convert, outputs, serving
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint, is_finished
 from t5x_inference_ext.checkpoints.verify import verify
+from t5x_inference_ext.commands import cli
 from t5x_inference_ext.config import NORM_SCALES
 from t5x_inference_ext.errors import UserError
 from t5x_inference_ext.text_files import check_plots

@@ -48,14 +48,14 @@ XLA_FLAGS=--xla_force_host_platform_device_count=8 simulates eight devices.
 
 from absl import flags as absl_flags
 
-from t5x_inference_ext.commands import cli, sampling_flags
 from t5x_inference_ext import distributed
+from t5x_inference_ext.commands import cli, sampling_flags
 from t5x_inference_ext.config import NORM_SCALES
-from t5x_inference_ext.model.transformer import CACHE_DTYPES, COMPUTE_DTYPES
 from t5x_inference_ext.errors import UserError
-from t5x_inference_ext.sharding.layout import ATTENTION, FEEDFORWARD, RING_DIRECTIONS
+from t5x_inference_ext.model.transformer import CACHE_DTYPES, COMPUTE_DTYPES
 from t5x_inference_ext.runs import loading, prompts_file
 from t5x_inference_ext.runs.progress import progress
+from t5x_inference_ext.sharding.layout import ATTENTION, FEEDFORWARD, RING_DIRECTIONS
 
 INFER_REQUIRED = ('checkpoint', 'prompts', 'output')
 # The defaults of what an Options holds are Options' own.

@@ -16,13 +16,13 @@ from typing import Iterator
 from absl import flags as absl_flags
 import numpy as np
 
-from t5x_inference_ext.commands import cli
 from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints import serving, storage
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint, open_checkpoint, read_tree
 from t5x_inference_ext.checkpoints.conversion import Conversion
 from t5x_inference_ext.checkpoints.conversion_options import ConvertOptions
 from t5x_inference_ext.checkpoints.tensor import Tensor
+from t5x_inference_ext.commands import cli
 from t5x_inference_ext.config import PRESETS, ModelConfig, preset
 from t5x_inference_ext.errors import CheckpointError, UserError
 from t5x_inference_ext.quantization import rounding

@@ -12,13 +12,13 @@ from jax import lax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from t5x_inference_ext.model.collectives import ops
 from t5x_inference_ext.model import cache as kv_cache
 from t5x_inference_ext.model.cache import KVCache
 from t5x_inference_ext.model.chunks import cache_sharding
+from t5x_inference_ext.model.collectives import ops
 from t5x_inference_ext.model.transformer import Model
-from t5x_inference_ext.sharding.layout import Axes
 from t5x_inference_ext.model.weights import Weights
+from t5x_inference_ext.sharding.layout import Axes
 
 
 def gather_row(model: Model, x: jax.Array, axes: Axes, row: jax.Array) -> jax.Array:

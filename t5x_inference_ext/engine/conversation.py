@@ -6,19 +6,20 @@ from typing import Generator, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
 
-from t5x_inference_ext.model.chunks import constrain_cache, empty_cache
 from t5x_inference_ext.engine.inputs import check_at_least, check_seeds, check_tokens
-from t5x_inference_ext.model.transformer import Model
-from t5x_inference_ext.engine.state import RowParams, advance, initial_state
 from t5x_inference_ext.engine.sampling import SamplingParams, stack_params
 from t5x_inference_ext.engine.scheduler import SMALLEST_CHUNK
 from t5x_inference_ext.engine.slots import Slots, decode_steps, replicated
+from t5x_inference_ext.engine.state import RowParams, advance, initial_state
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.sharding.activations import padded_length
+from t5x_inference_ext.model.chunks import constrain_cache, empty_cache
+from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
+from t5x_inference_ext.sharding.activations import padded_length
 
 REPLY_STEPS = 16
 

@@ -11,14 +11,14 @@ import os
 from typing import Iterator, NamedTuple, Sequence
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from t5x_inference_ext.checkpoints import Checkpoint, open_checkpoint
 from t5x_inference_ext.checkpoints.load import load_weights, scans_layers
 from t5x_inference_ext.engine import length_buckets, scheduler_config, scoring
 from t5x_inference_ext.engine.conversation import Conversation
-from t5x_inference_ext.engine.static_batch import generate_batch
 from t5x_inference_ext.engine.inputs import (
   BOS_ID,
   EOS_ID,
@@ -26,16 +26,19 @@ from t5x_inference_ext.engine.inputs import (
   check_at_least,
   check_generation,
   check_pairs,
+  check_seeds,
+  for_each,
+  model_inputs,
 )
-from t5x_inference_ext.engine.inputs import check_seeds, for_each, model_inputs
-from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.engine.sampling import SamplingParams, stack_params
+from t5x_inference_ext.engine.saved_generation import GenerationShape, SavedGeneration
 from t5x_inference_ext.engine.scheduler import Event, Request, Scheduler
+from t5x_inference_ext.engine.static_batch import generate_batch
 from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.model.transformer import Model
+from t5x_inference_ext.model.weights import Weights
 from t5x_inference_ext.sharding.layout import Layout, check_model
 from t5x_inference_ext.sharding.mesh import make_mesh, parse_mesh
-from t5x_inference_ext.engine.saved_generation import GenerationShape, SavedGeneration
-from t5x_inference_ext.model.weights import Weights
 
 
 class Completion(NamedTuple):

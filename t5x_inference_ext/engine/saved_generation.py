@@ -8,9 +8,9 @@ import jax
 from jax.sharding import Mesh
 
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.model.transformer import Model
-from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine import saved_program
+from t5x_inference_ext.engine.sampling import SamplingParams
+from t5x_inference_ext.model.transformer import Model
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,14 +6,16 @@ import itertools
 from typing import Iterable, Iterator, NamedTuple
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
 
-from t5x_inference_ext.engine import shared_prefix, slots as device
-from t5x_inference_ext.model.transformer import Model
-from t5x_inference_ext.engine.state import RowParams
+from t5x_inference_ext.engine import shared_prefix
+from t5x_inference_ext.engine import slots as device
 from t5x_inference_ext.engine.sampling import SamplingParams, stack_params
+from t5x_inference_ext.engine.state import RowParams
 from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
 
 SMALLEST_CHUNK = 16  # a prompt's last chunk is padded to this, or to a power of two above

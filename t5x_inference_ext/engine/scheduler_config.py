@@ -4,10 +4,10 @@ from typing import Sequence
 
 from t5x_inference_ext.engine import shared_prefix
 from t5x_inference_ext.engine.inputs import check_at_least
-from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.scheduler import Request, SchedulerConfig
 from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.model.transformer import Model
 
 SIZE_MULTIPLE = 16  # sizes are rounded up to it, so that similar runs compile alike
 

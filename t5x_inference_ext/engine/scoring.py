@@ -7,8 +7,8 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from t5x_inference_ext.model.collectives import ops
 from t5x_inference_ext.engine.length_buckets import Packer
+from t5x_inference_ext.model.collectives import ops
 
 # Logits of more elements than this (256 MiB) are not made at once on a device, but some positions at a time.
 MAX_LOGITS = 2**26

@@ -6,8 +6,8 @@ from typing import Callable, Sequence
 import jax
 import numpy as np
 
-from t5x_inference_ext.model import chunks
 from t5x_inference_ext.engine import slots as device
+from t5x_inference_ext.model import chunks
 from t5x_inference_ext.model.cache import Shared
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights

@@ -7,13 +7,10 @@ from typing import NamedTuple
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from t5x_inference_ext.model import cache as kv_cache
 from t5x_inference_ext.engine import cache_rows
-from t5x_inference_ext.model.cache import KVCache, Shared
-from t5x_inference_ext.model.chunks import cache_sharding, constrain_cache, empty_cache
-from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.engine.state import (
   ChosenTokens,
   DecodeState,
@@ -21,9 +18,13 @@ from t5x_inference_ext.engine.state import (
   advance,
   initial_state,
 )
+from t5x_inference_ext.model import cache as kv_cache
+from t5x_inference_ext.model.cache import KVCache, Shared
+from t5x_inference_ext.model.chunks import cache_sharding, constrain_cache, empty_cache
+from t5x_inference_ext.model.transformer import Model
+from t5x_inference_ext.model.weights import Weights
 from t5x_inference_ext.sharding import activations
 from t5x_inference_ext.sharding.layout import Axes
-from t5x_inference_ext.model.weights import Weights
 
 
 @jax.tree_util.register_dataclass

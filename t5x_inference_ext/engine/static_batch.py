@@ -5,10 +5,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from t5x_inference_ext.engine.sampling import SamplingArrays, SamplingParams, stack_params
+from t5x_inference_ext.engine.state import RowParams, advance, initial_state
 from t5x_inference_ext.model.chunks import prefill_in_chunks
 from t5x_inference_ext.model.transformer import Model
-from t5x_inference_ext.engine.state import RowParams, advance, initial_state
-from t5x_inference_ext.engine.sampling import SamplingArrays, SamplingParams, stack_params
 from t5x_inference_ext.model.weights import Weights
 
 

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 
 from t5x_inference_ext.quantization.kv import KV, units_and_scales
 
-
 # Logits [B, H, M, T] of more elements than this (1 GiB in float32) are not made at once, but some rows at a time.
 MAX_ATTENTION_LOGITS = 2**28
 

@@ -3,13 +3,13 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 from jax import lax
+import jax.numpy as jnp
 
-from t5x_inference_ext.model.collectives import ops
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.sharding.heads import kv_columns, query_columns
+from t5x_inference_ext.model.collectives import ops
 from t5x_inference_ext.sharding.activations import ActivationSharding
+from t5x_inference_ext.sharding.heads import kv_columns, query_columns
 
 
 @dataclasses.dataclass(frozen=True)

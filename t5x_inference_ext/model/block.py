@@ -9,18 +9,18 @@ from typing import Any, NamedTuple
 
 import jax
 
-from t5x_inference_ext.model.collectives import ops
 from t5x_inference_ext.config import BlockPart, ModelConfig
 from t5x_inference_ext.model.attention import Context, attend
 from t5x_inference_ext.model.attention_columns import AttentionColumns
+from t5x_inference_ext.model.collectives import ops
 from t5x_inference_ext.model.norm import norm
-from t5x_inference_ext.model.projections import column_widths, in_pieces, projections
 from t5x_inference_ext.model.positions import rotate
-from t5x_inference_ext.sharding.layout import Axes
-from t5x_inference_ext.sharding.activations import ActivationSharding
+from t5x_inference_ext.model.projections import column_widths, in_pieces, projections
+from t5x_inference_ext.model.weights import BlockPartWeights, LayerWeights
 from t5x_inference_ext.quantization import int8
 from t5x_inference_ext.quantization.kv import KV, to_cache
-from t5x_inference_ext.model.weights import BlockPartWeights, LayerWeights
+from t5x_inference_ext.sharding.activations import ActivationSharding
+from t5x_inference_ext.sharding.layout import Axes
 
 
 class Positions(NamedTuple):

@@ -9,9 +9,9 @@ from jax.sharding import NamedSharding
 
 from t5x_inference_ext.model.cache import KVCache, Shared, with_heads
 from t5x_inference_ext.model.transformer import Model
-from t5x_inference_ext.sharding.activations import ActivationSharding
-from t5x_inference_ext.quantization.kv import to_cache, whole_tiles
 from t5x_inference_ext.model.weights import Weights
+from t5x_inference_ext.quantization.kv import to_cache, whole_tiles
+from t5x_inference_ext.sharding.activations import ActivationSharding
 
 
 def empty_cache(

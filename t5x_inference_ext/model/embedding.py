@@ -7,9 +7,9 @@ from jax import lax
 import jax.numpy as jnp
 
 from t5x_inference_ext.model.collectives import ops
-from t5x_inference_ext.sharding.layout import Axes
-from t5x_inference_ext.sharding.activations import ActivationSharding
 from t5x_inference_ext.quantization import int8
+from t5x_inference_ext.sharding.activations import ActivationSharding
+from t5x_inference_ext.sharding.layout import Axes
 
 
 def embed(table: jax.Array, tokens: jax.Array, sharding: ActivationSharding) -> jax.Array:

@@ -1,11 +1,11 @@
 """RMS norm and layer norm over a d_model that is split over the mesh."""
 
 import jax
-import jax.numpy as jnp
 from jax import lax
+import jax.numpy as jnp
 
-from t5x_inference_ext.model.collectives import ops
 from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.model.collectives import ops
 from t5x_inference_ext.sharding.layout import Axes
 
 

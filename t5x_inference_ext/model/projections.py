@@ -11,13 +11,13 @@ from typing import Mapping
 import jax
 import jax.numpy as jnp
 
+from t5x_inference_ext.config import BlockPart, ModelConfig
 from t5x_inference_ext.model.collectives import looped, ops
 from t5x_inference_ext.model.collectives.weight_gather import Gatherer
-from t5x_inference_ext.config import BlockPart, ModelConfig
-from t5x_inference_ext.sharding.heads import HeadSplit, kv_columns, query_columns
-from t5x_inference_ext.sharding.activations import ActivationSharding
-from t5x_inference_ext.quantization import int8
 from t5x_inference_ext.model.weights import BlockPartWeights
+from t5x_inference_ext.quantization import int8
+from t5x_inference_ext.sharding.activations import ActivationSharding
+from t5x_inference_ext.sharding.heads import HeadSplit, kv_columns, query_columns
 
 Parts = dict[str, jax.Array]
 

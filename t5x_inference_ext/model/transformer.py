@@ -4,23 +4,24 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from t5x_inference_ext.model.collectives import ops
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.model import cache as kv_cache
-from t5x_inference_ext.model.cache import KVCache
 from t5x_inference_ext.engine.scoring import target_log_probs
 from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.model import cache as kv_cache
+from t5x_inference_ext.model.block import Layer, Positions, local_vectors
+from t5x_inference_ext.model.cache import KVCache
+from t5x_inference_ext.model.collectives import ops
 from t5x_inference_ext.model.embedding import embed, last_positions, unembed
 from t5x_inference_ext.model.norm import norm
 from t5x_inference_ext.model.positions import rotary_angles
-from t5x_inference_ext.model.block import Layer, Positions, local_vectors
-from t5x_inference_ext.sharding import activations
-from t5x_inference_ext.sharding.packing import packed_tensors
-from t5x_inference_ext.sharding.layout import Axes, Layout, check_pair, num_shards
-from t5x_inference_ext.sharding.activations import ActivationSharding
 from t5x_inference_ext.model.weights import Weights, build_weights
+from t5x_inference_ext.sharding import activations
+from t5x_inference_ext.sharding.activations import ActivationSharding
+from t5x_inference_ext.sharding.layout import Axes, Layout, check_pair, num_shards
+from t5x_inference_ext.sharding.packing import packed_tensors
 
 COMPUTE_DTYPES = ('float32', 'bfloat16')
 CACHE_DTYPES = (*COMPUTE_DTYPES, 'int8')

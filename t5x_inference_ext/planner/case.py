@@ -6,13 +6,13 @@ import math
 
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.sharding import activations, traffic
-from t5x_inference_ext.sharding.packing import PackedTensor, packed_tensors
-from t5x_inference_ext.sharding.layout import Layout
-from t5x_inference_ext.sharding.collective import Collective
-from t5x_inference_ext.sharding.activations import ActivationSharding
 from t5x_inference_ext.planner.machine import Machine, Mesh
 from t5x_inference_ext.planner.network import sizes
+from t5x_inference_ext.sharding import activations, traffic
+from t5x_inference_ext.sharding.activations import ActivationSharding
+from t5x_inference_ext.sharding.collective import Collective
+from t5x_inference_ext.sharding.layout import Layout
+from t5x_inference_ext.sharding.packing import PackedTensor, packed_tensors
 
 PASSES = ('prefill', 'decode')
 # Bytes of an element. Activations are bfloat16 whatever the weights are (section 3.6: int8 for weights only).

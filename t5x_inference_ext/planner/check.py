@@ -7,13 +7,13 @@ from typing import Any, Callable, Iterable
 import jax
 
 from t5x_inference_ext.errors import RequestError, UserError
-from t5x_inference_ext.sharding.explain_text import bytes_text
 from t5x_inference_ext.planner.costs import PassCost, cost
 from t5x_inference_ext.planner.efficiency import IDEAL
 from t5x_inference_ext.planner.memory import PlannedMemory, memory
 from t5x_inference_ext.planner.report import time_text
 from t5x_inference_ext.planner.request import Plan
 from t5x_inference_ext.precompile.analysis import Answer, analyze
+from t5x_inference_ext.sharding.explain_text import bytes_text
 
 COLLECTIVES_ROW = 'collectives'
 # What the compiler's kinds of operations hold -> the parts that predict them. Its products read weights as they go.

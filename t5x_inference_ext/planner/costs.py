@@ -6,12 +6,12 @@ the layer before (section 3.5), and only what is longer than these counts.
 
 import dataclasses
 
-from t5x_inference_ext.sharding.collective import Collective
 from t5x_inference_ext.planner.case import PassCase
 from t5x_inference_ext.planner.efficiency import FITTED, IDEAL, Efficiency
 from t5x_inference_ext.planner.machine import Machine
 from t5x_inference_ext.planner.network import Network
 from t5x_inference_ext.planner.work import PassWork, work
+from t5x_inference_ext.sharding.collective import Collective
 
 # Part -> what limits it.
 LIMITS = {

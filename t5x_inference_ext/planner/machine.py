@@ -7,12 +7,12 @@ from t5x_inference_ext import hardware
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import MeshError
 from t5x_inference_ext.hardware import CHIPS, Chip
+from t5x_inference_ext.precompile import slices
 from t5x_inference_ext.sharding import torus
 from t5x_inference_ext.sharding.layout import check_model
 from t5x_inference_ext.sharding.links import Mesh
 from t5x_inference_ext.sharding.mesh import AXES
 from t5x_inference_ext.sharding.mesh_choice import torus_mesh, torus_meshes
-from t5x_inference_ext.precompile import slices
 
 _GPUS = (1, 2, 4, 8, 16, 32, 64, 128)
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 
-from t5x_inference_ext.planner.case import ACTIVATION_BYTES, PassCase, WEIGHT_BYTES
+from t5x_inference_ext.planner.case import ACTIVATION_BYTES, WEIGHT_BYTES, PassCase
 from t5x_inference_ext.planner.work import cache_bytes, stored_bytes
 
 # Attention of more logits than this goes a few rows at a time (model/transformer.py).

@@ -15,11 +15,11 @@ import dataclasses
 from typing import Mapping
 
 from t5x_inference_ext.errors import UserError
+from t5x_inference_ext.planner.machine import Machine, Mesh
 from t5x_inference_ext.sharding import links
+from t5x_inference_ext.sharding.collective import Collective
 from t5x_inference_ext.sharding.layout import Axes
 from t5x_inference_ext.sharding.mesh import AXES
-from t5x_inference_ext.sharding.collective import Collective
-from t5x_inference_ext.planner.machine import Machine, Mesh
 
 CONVENTIONS = ('torus', 'paper')
 

@@ -3,9 +3,9 @@
 import dataclasses
 
 from t5x_inference_ext.config import preset
-from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.planner.case import PassCase
 from t5x_inference_ext.planner.machine import Machine
+from t5x_inference_ext.sharding.layout import Layout
 
 SLICE = 'v4:4x4x4'
 MESH = (4, 4, 4)

@@ -3,11 +3,11 @@
 import textwrap
 from typing import Iterable, Sequence
 
-from t5x_inference_ext.sharding.explain_text import bytes_text
 from t5x_inference_ext.planner import search
 from t5x_inference_ext.planner.choose import Choice
 from t5x_inference_ext.planner.costs import PARTS, PassCost
 from t5x_inference_ext.planner.request import Plan
+from t5x_inference_ext.sharding.explain_text import bytes_text
 
 ROWS = 12  # of the table; JSON has all
 

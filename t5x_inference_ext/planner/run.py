@@ -8,12 +8,13 @@ from typing import Callable
 
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.sharding.mesh import parse_mesh
-from t5x_inference_ext.planner import check as checks, choose, figures, gin_text, json_text, report
+from t5x_inference_ext.planner import check as checks
+from t5x_inference_ext.planner import choose, figures, gin_text, json_text, report
 from t5x_inference_ext.planner import sweep as sweeps
 from t5x_inference_ext.planner.machine import Machine, known_machines
 from t5x_inference_ext.planner.request import PlanRequest
 from t5x_inference_ext.runs.progress import progress
+from t5x_inference_ext.sharding.mesh import parse_mesh
 from t5x_inference_ext.text_files import check_plots, check_writable, write_text
 
 

@@ -5,6 +5,11 @@ import math
 from typing import Iterable, Iterator
 
 from t5x_inference_ext.errors import MeshError
+from t5x_inference_ext.planner.case import PassCase
+from t5x_inference_ext.planner.costs import PassCost, cost
+from t5x_inference_ext.planner.machine import Machine, Mesh
+from t5x_inference_ext.planner.network import sizes
+from t5x_inference_ext.planner.request import Plan, PlanRequest
 from t5x_inference_ext.sharding import activations
 from t5x_inference_ext.sharding.layout import (
   ATTENTION,
@@ -13,11 +18,6 @@ from t5x_inference_ext.sharding.layout import (
   check_model,
   check_pair,
 )
-from t5x_inference_ext.planner.case import PassCase
-from t5x_inference_ext.planner.costs import PassCost, cost
-from t5x_inference_ext.planner.machine import Machine, Mesh
-from t5x_inference_ext.planner.network import sizes
-from t5x_inference_ext.planner.request import Plan, PlanRequest
 
 # wg_xyz splits rows over every axis, which leaves none to split heads over. Looped collectives are left out: they move
 # as much, and what they hide the efficiencies hold already.

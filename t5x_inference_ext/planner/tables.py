@@ -5,12 +5,12 @@ import math
 from typing import Sequence
 
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.sharding.layout import Layout
-from t5x_inference_ext.sharding.traffic import feedforward_moves
 from t5x_inference_ext.planner.case import PassCase
 from t5x_inference_ext.planner.machine import Machine, Mesh
 from t5x_inference_ext.planner.network import sizes
 from t5x_inference_ext.planner.work import cache_bytes
+from t5x_inference_ext.sharding.layout import Layout
+from t5x_inference_ext.sharding.traffic import feedforward_moves
 
 # Those that the paper draws.
 FIGURE_3_LAYOUTS = ('ws_2d', 'wg_x', 'wg_xy', 'wg_xyz')

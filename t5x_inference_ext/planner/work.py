@@ -3,8 +3,8 @@
 import dataclasses
 import math
 
-from t5x_inference_ext.sharding.packing import PackedTensor, tensor_dtype
 from t5x_inference_ext.planner.case import CACHE_ELEMENT_BYTES, PassCase
+from t5x_inference_ext.sharding.packing import PackedTensor, tensor_dtype
 
 _SCALE_BYTES = 4  # an int8 cache has a float32 scale for each row, position and head
 

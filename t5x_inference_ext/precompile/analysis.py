@@ -7,13 +7,13 @@ from t5x_inference_ext.checkpoints.load import MAX_UNROLLED_LAYERS
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.errors import MeshError, UserError
-from t5x_inference_ext.sharding.layout import Layout
-from t5x_inference_ext.sharding.mesh import parse_mesh
-from t5x_inference_ext.sharding.torus import TpuSlice, parse_slice
 from t5x_inference_ext.precompile import fit, slices
 from t5x_inference_ext.precompile.estimate import Estimate, estimate
 from t5x_inference_ext.precompile.fit import Alternative, Shortage, _Say
 from t5x_inference_ext.precompile.program import CompileCase, Program
+from t5x_inference_ext.sharding.layout import Layout
+from t5x_inference_ext.sharding.mesh import parse_mesh
+from t5x_inference_ext.sharding.torus import TpuSlice, parse_slice
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Mapping, Sequence
 import numpy as np
 
 from t5x_inference_ext.hardware import Chip
-from t5x_inference_ext.sharding.torus import TpuSlice
 from t5x_inference_ext.precompile.hlo import Computation, Instruction, Module
 from t5x_inference_ext.precompile.shapes import HloError
+from t5x_inference_ext.sharding.torus import TpuSlice
 
 HLO_COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
 

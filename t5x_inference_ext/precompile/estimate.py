@@ -23,13 +23,12 @@ import re
 from typing import Any, Mapping
 
 from t5x_inference_ext import hardware
-from t5x_inference_ext.sharding.torus import TpuSlice
-from t5x_inference_ext.precompile import collective_cost
-from t5x_inference_ext.precompile import loops
+from t5x_inference_ext.precompile import collective_cost, loops
 from t5x_inference_ext.precompile.collective_cost import HloCollective
 from t5x_inference_ext.precompile.hlo import Instruction, Module, parse_hlo
 from t5x_inference_ext.precompile.relayouts import WeightCopy, relays, weight_copies
 from t5x_inference_ext.precompile.work import flops, is_free, traffic
+from t5x_inference_ext.sharding.torus import TpuSlice
 
 MATMUL, ATTENTION, COPY, RELAYOUT, COLLECTIVE, OTHER = OPERATION_KINDS = (
   'matmul',

@@ -7,14 +7,14 @@ import jax
 from jax.sharding import Mesh
 
 from t5x_inference_ext.errors import MeshError, UserError
+from t5x_inference_ext.precompile import slices
+from t5x_inference_ext.precompile.program import CompileCase, Program, compile_case
 from t5x_inference_ext.sharding import activations
 from t5x_inference_ext.sharding.explain import ExplainSetting, explain_setting
 from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.mesh import AXES
 from t5x_inference_ext.sharding.mesh_choice import torus_mesh
 from t5x_inference_ext.sharding.torus import TpuSlice, parse_slice
-from t5x_inference_ext.precompile import slices
-from t5x_inference_ext.precompile.program import CompileCase, Program, compile_case
 
 # What is tried, in this order, where no layout is asked for: see docs/layouts.md for which is for what.
 CANDIDATES = {

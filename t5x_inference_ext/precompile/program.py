@@ -9,22 +9,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from t5x_inference_ext.checkpoints.load import scans_layers
 from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.engine.engine import generation_program
+from t5x_inference_ext.engine.sampling import SamplingParams
+from t5x_inference_ext.engine.saved_generation import GenerationShape, describe_run
+from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.cache import KVCache
 from t5x_inference_ext.model.chunks import abstract_cache
 from t5x_inference_ext.model.transformer import Model
-from t5x_inference_ext.engine.sampling import SamplingParams
-from t5x_inference_ext.engine.engine import generation_program
-from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.sharding.packing import packed_tensors, tensor_dtype
-from t5x_inference_ext.sharding.layout import Layout
-from t5x_inference_ext.precompile import serving
-from t5x_inference_ext.engine.saved_generation import GenerationShape, describe_run
-from t5x_inference_ext.precompile.memory import CompiledMemory, memory_of
 from t5x_inference_ext.model.weights import Weights, build_weights
+from t5x_inference_ext.precompile import serving
+from t5x_inference_ext.precompile.memory import CompiledMemory, memory_of
+from t5x_inference_ext.sharding.layout import Layout
+from t5x_inference_ext.sharding.packing import packed_tensors, tensor_dtype
 
 COMPILE_PHASES = ('decode', 'prefill', 'generate', *serving.SLOT_PHASES)
 COMPILE_WEIGHTS = ('int8', 'bfloat16')

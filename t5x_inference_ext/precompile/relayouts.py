@@ -9,7 +9,7 @@ import collections
 import dataclasses
 
 from t5x_inference_ext.precompile.hlo import Computation, Instruction, Module
-from t5x_inference_ext.precompile.shapes import ArrayShape, HBM
+from t5x_inference_ext.precompile.shapes import HBM, ArrayShape
 from t5x_inference_ext.precompile.work import in_place, is_free
 
 # Results that carry what their operands held, moved or converted.

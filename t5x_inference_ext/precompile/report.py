@@ -6,19 +6,19 @@ import textwrap
 from typing import Any, Iterable, Sequence
 
 from t5x_inference_ext import hardware
-from t5x_inference_ext.sharding.explain_text import bytes_text
-from t5x_inference_ext.sharding.mesh import mesh_links, mesh_text
 from t5x_inference_ext.precompile.analysis import Answer
 from t5x_inference_ext.precompile.estimate import (
   COLLECTIVE,
   COPY,
-  Estimate,
   MATMUL,
-  OperationCost,
   RELAYOUT,
+  Estimate,
+  OperationCost,
 )
 from t5x_inference_ext.precompile.fit import Shortage
 from t5x_inference_ext.precompile.program import Program
+from t5x_inference_ext.sharding.explain_text import bytes_text
+from t5x_inference_ext.sharding.mesh import mesh_links, mesh_text
 
 LONGEST = 8  # rows of operations in the text; JSON has all
 

@@ -5,9 +5,9 @@ import sys
 from typing import Callable
 
 from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.engine import saved_program
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.precompile import report
-from t5x_inference_ext.engine import saved_program
 from t5x_inference_ext.precompile.analysis import Answer, analyze
 from t5x_inference_ext.text_files import check_writable, write_text
 

@@ -6,15 +6,16 @@ from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from t5x_inference_ext.engine import slots as device
-from t5x_inference_ext.model.chunks import abstract_cache
-from t5x_inference_ext.model.transformer import Model
-from t5x_inference_ext.engine.state import RowParams
 from t5x_inference_ext.engine.sampling import SamplingParams, stack_params
 from t5x_inference_ext.engine.scheduler import SchedulerConfig
+from t5x_inference_ext.engine.state import RowParams
+from t5x_inference_ext.model.chunks import abstract_cache
+from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
 
 SLOT_PHASES = ('extend', 'slots', 'admit')

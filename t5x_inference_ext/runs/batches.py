@@ -8,9 +8,9 @@ import jax
 import numpy as np
 
 from t5x_inference_ext.engine import length_buckets, scoring
+from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.scoring import ScoringExample
-from t5x_inference_ext.engine.engine import Engine
 
 PROMPT_MULTIPLE = (
   16  # prompts are padded to a multiple of this, so that similar files compile alike

@@ -10,20 +10,20 @@ from t5x_inference_ext import distributed
 from t5x_inference_ext.checkpoints import Checkpoint, open_checkpoint
 from t5x_inference_ext.checkpoints.load import scans_layers
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.model.transformer import Model, check_cache, check_dtype
+from t5x_inference_ext.engine import saved_generation
+from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.engine.sampling import SamplingParams, stack_params
 from t5x_inference_ext.engine.scheduler import SchedulerConfig
-from t5x_inference_ext.engine.engine import Engine
+from t5x_inference_ext.engine.vocabularies import stop_sequences
 from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.model.transformer import Model, check_cache, check_dtype
+from t5x_inference_ext.runs.batches import Clock
+from t5x_inference_ext.runs.progress import print_on_main
 from t5x_inference_ext.sharding.explain import ExplainSetting
 from t5x_inference_ext.sharding.explain_text import explain
 from t5x_inference_ext.sharding.layout import Layout, check_model, check_pair
 from t5x_inference_ext.sharding.mesh import AXES, make_mesh, mesh_text, parse_mesh
 from t5x_inference_ext.sharding.mesh_choice import choose_mesh
-from t5x_inference_ext.engine import saved_generation
-from t5x_inference_ext.runs.batches import Clock
-from t5x_inference_ext.runs.progress import print_on_main
-from t5x_inference_ext.engine.vocabularies import stop_sequences
 
 BATCHING = ('continuous', 'static')
 MODES = ('predict', 'predict_with_aux', 'score')

@@ -4,9 +4,9 @@ import dataclasses
 import json
 from typing import Any, Callable, Iterable
 
+from t5x_inference_ext.engine.vocabularies import Vocabulary
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.runs.row_sampling import Asked, asked
-from t5x_inference_ext.engine.vocabularies import Vocabulary
 
 MAX_COMPLAINTS = 10
 

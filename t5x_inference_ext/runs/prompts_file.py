@@ -11,16 +11,16 @@ import numpy as np
 
 from t5x_inference_ext import distributed
 from t5x_inference_ext.engine import scheduler_config
+from t5x_inference_ext.engine.engine import Engine
+from t5x_inference_ext.engine.inputs import BOS_ID, EOS_ID
 from t5x_inference_ext.engine.scheduler import Request
 from t5x_inference_ext.engine.scoring import ScoringExample
-from t5x_inference_ext.engine.inputs import BOS_ID, EOS_ID
-from t5x_inference_ext.engine.engine import Engine
+from t5x_inference_ext.engine.vocabularies import find_vocabulary
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.runs import batches, loading, output, prompt_rows, refill
 from t5x_inference_ext.runs.journal import FileSystem, Journal
 from t5x_inference_ext.runs.progress import print_on_main
 from t5x_inference_ext.runs.row_sampling import Asked
-from t5x_inference_ext.engine.vocabularies import find_vocabulary
 
 
 @dataclasses.dataclass(frozen=True)

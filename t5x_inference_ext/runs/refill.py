@@ -2,8 +2,8 @@
 
 from typing import Iterable, Iterator, NamedTuple
 
-from t5x_inference_ext.engine.scheduler import Request, Scheduler, SchedulerConfig
 from t5x_inference_ext.engine.engine import Engine
+from t5x_inference_ext.engine.scheduler import Request, Scheduler, SchedulerConfig
 from t5x_inference_ext.runs.batches import Clock
 
 

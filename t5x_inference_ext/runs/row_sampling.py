@@ -4,8 +4,8 @@ import dataclasses
 from typing import Any, Mapping
 
 from t5x_inference_ext.engine.sampling import SamplingParams, stack_params
-from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.engine.vocabularies import Vocabulary, stop_sequences
+from t5x_inference_ext.errors import RequestError
 
 FIELDS = {field.name: field.type for field in dataclasses.fields(SamplingParams)}
 KNOWN = (*FIELDS, 'max_new_tokens', 'seed')

@@ -13,10 +13,10 @@ import tensorflow as tf
 from t5x_inference_ext import distributed
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.engine import scheduler_config, scoring
+from t5x_inference_ext.engine.engine import Engine
+from t5x_inference_ext.engine.inputs import BOS_ID, EOS_ID
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.scheduler import Request
-from t5x_inference_ext.engine.inputs import BOS_ID, EOS_ID
-from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.runs import batches, loading, refill, task_rows
 from t5x_inference_ext.runs.journal import FileSystem, Journal
@@ -28,8 +28,10 @@ from t5x_inference_ext.runs.tasks import (
   check_vocabularies,
   examples,
   find_tasks,
+  import_tasks,
+  prompt,
+  vocabulary_text,
 )
-from t5x_inference_ext.runs.tasks import import_tasks, prompt, vocabulary_text
 
 gfile = tf.io.gfile
 RECORD = 'infer.config.json'

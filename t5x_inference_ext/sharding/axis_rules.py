@@ -8,8 +8,8 @@ from typing import Iterable
 
 from jax.sharding import PartitionSpec as P
 
-from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.activations import ActivationSharding
+from t5x_inference_ext.sharding.layout import Layout
 
 # None: not split. One axis goes by itself, as T5X prints it.
 Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]

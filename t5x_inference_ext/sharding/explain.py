@@ -10,20 +10,21 @@ import math
 from typing import Mapping
 
 import jax
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.quantization.kv import whole_tiles
 from t5x_inference_ext.sharding import activations, axis_rules, traffic
+from t5x_inference_ext.sharding.activations import ActivationSharding
+from t5x_inference_ext.sharding.layout import Axes, Layout, check_pair, num_shards
+from t5x_inference_ext.sharding.mesh import AXES
 from t5x_inference_ext.sharding.packing import (
   PackedPart,
   PackedTensor,
   packed_tensors,
   tensor_dtype,
 )
-from t5x_inference_ext.sharding.layout import Axes, Layout, check_pair, num_shards
-from t5x_inference_ext.sharding.mesh import AXES
-from t5x_inference_ext.sharding.activations import ActivationSharding
-from t5x_inference_ext.quantization.kv import whole_tiles
 
 # The dimensions of weights by field name; all others are vectors [E].
 _DIMS = {

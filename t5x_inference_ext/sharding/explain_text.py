@@ -7,14 +7,14 @@ from typing import Iterable, Mapping, Sequence
 from jax.sharding import Mesh
 
 from t5x_inference_ext.sharding.explain import (
-  ExplainSetting,
   ExplainedBlock,
   ExplainedTensor,
+  ExplainSetting,
   Explanation,
   Phase,
   explain_setting,
 )
-from t5x_inference_ext.sharding.layout import Axes, Layout, ORDER, num_shards, shape_text
+from t5x_inference_ext.sharding.layout import ORDER, Axes, Layout, num_shards, shape_text
 from t5x_inference_ext.sharding.mesh import mesh_links
 from t5x_inference_ext.sharding.torus import BROKEN, RING
 

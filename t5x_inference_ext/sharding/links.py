@@ -12,8 +12,8 @@ from typing import Sequence
 import numpy as np
 
 from t5x_inference_ext.sharding import torus
-from t5x_inference_ext.sharding.mesh import AXES
 from t5x_inference_ext.sharding.collective import Collective
+from t5x_inference_ext.sharding.mesh import AXES
 
 Mesh = tuple[int, int, int]
 

@@ -4,8 +4,8 @@ import math
 from typing import Sequence
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
+import numpy as np
 
 from t5x_inference_ext.errors import MeshError
 from t5x_inference_ext.sharding import torus

@@ -10,11 +10,12 @@ import jax
 
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import MeshError
-from t5x_inference_ext.sharding import links, mesh as device_mesh
+from t5x_inference_ext.sharding import links
+from t5x_inference_ext.sharding import mesh as device_mesh
+from t5x_inference_ext.sharding.activations import shard_activations
 from t5x_inference_ext.sharding.layout import Layout, check_model
 from t5x_inference_ext.sharding.links import Mesh
 from t5x_inference_ext.sharding.mesh import AXES
-from t5x_inference_ext.sharding.activations import shard_activations
 from t5x_inference_ext.sharding.traffic import layer_moves
 
 

@@ -7,10 +7,10 @@ that weights are gathered over, and an activation [B, T, ..] has B T / N tokens 
 from typing import Mapping
 
 from t5x_inference_ext.config import BlockPart, ModelConfig
+from t5x_inference_ext.sharding.activations import ActivationSharding, sampling_axes
+from t5x_inference_ext.sharding.collective import FLOAT32, Collective, Pass
 from t5x_inference_ext.sharding.heads import kv_columns, query_columns, vocabulary_rows
 from t5x_inference_ext.sharding.layout import Axes, Layout
-from t5x_inference_ext.sharding.collective import Collective, FLOAT32, Pass
-from t5x_inference_ext.sharding.activations import ActivationSharding, sampling_axes
 
 
 def layer_moves(

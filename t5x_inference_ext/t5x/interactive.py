@@ -3,8 +3,7 @@
 import dataclasses
 import functools
 
-from t5x import interactive_model
-from t5x import utils
+from t5x import interactive_model, utils
 
 from t5x_inference_ext.t5x.checkpoints import InferenceCheckpointer
 from t5x_inference_ext.t5x.models import InferenceModel

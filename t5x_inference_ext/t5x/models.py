@@ -8,21 +8,19 @@ from flax import core as flax_core
 import jax
 import jax.numpy as jnp
 import seqio
-from t5x import decoding
-from t5x import models
-from t5x import utils
+from t5x import decoding, models, utils
 
 from t5x_inference_ext.checkpoints import open_checkpoint
 from t5x_inference_ext.checkpoints.load import scans_layers
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.model.cache import KVCache
-from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.engine.inputs import EOS_ID
 from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.model.cache import KVCache
+from t5x_inference_ext.model.transformer import Model
+from t5x_inference_ext.quantization.kv import KV, Int8KV
 from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.mesh import parse_mesh
 from t5x_inference_ext.sharding.mesh_choice import choose_mesh
-from t5x_inference_ext.quantization.kv import KV, Int8KV
 from t5x_inference_ext.t5x.module import STACK, InferenceModule, weights_from_params
 from t5x_inference_ext.t5x.partitioning import inference_mesh
 from t5x_inference_ext.t5x.refill import Predictor, Refill, is_concrete

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from t5x_inference_ext.model.transformer import Model
-from t5x_inference_ext.sharding.packing import PackedTensor, packed_tensors, tensor_dtype
-from t5x_inference_ext.sharding.axis_rules import weight_axes
 from t5x_inference_ext.model.weights import BlockPartWeights, Weights
+from t5x_inference_ext.sharding.axis_rules import weight_axes
+from t5x_inference_ext.sharding.packing import PackedTensor, packed_tensors, tensor_dtype
 
 STACK = 'layers'
 ParamPath = tuple[str, ...]

@@ -6,15 +6,16 @@ import os
 from typing import Any, Callable, Sequence
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from t5x import partitioning
 
+from t5x_inference_ext.engine import saved_program
 from t5x_inference_ext.errors import MeshError, RequestError
-from t5x_inference_ext.sharding.layout import Layout
-from t5x_inference_ext.sharding.mesh import AXES, make_mesh, mesh_text, parse_mesh
 from t5x_inference_ext.sharding.activations import ActivationSharding
 from t5x_inference_ext.sharding.axis_rules import Rules, activation_rules, logical_axis_rules
-from t5x_inference_ext.engine import saved_program
+from t5x_inference_ext.sharding.layout import Layout
+from t5x_inference_ext.sharding.mesh import AXES, make_mesh, mesh_text, parse_mesh
 from t5x_inference_ext.t5x.refill import HostStep
 
 # T5X's exporter and precompiler ask for an axis of this name. Its size is 1: a batch is not split before the model sees

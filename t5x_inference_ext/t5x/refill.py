@@ -8,14 +8,15 @@ import dataclasses
 from typing import Any, Callable, Mapping
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from t5x_inference_ext.engine import scheduler_config
-from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.scheduler import Request, Scheduler
 from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.t5x.module import weights_from_params
 
 

@@ -8,9 +8,9 @@ import pytest
 
 from benchmarks import accelerator
 from t5x_inference_ext.model.transformer import Model
-from t5x_inference_ext.sharding.packing import packed_tensors
-from t5x_inference_ext.sharding.mesh import single_device_mesh
 from t5x_inference_ext.model.weights import Weights, layer_weights
+from t5x_inference_ext.sharding.mesh import single_device_mesh
+from t5x_inference_ext.sharding.packing import packed_tensors
 
 pytestmark = [
   pytest.mark.skipif(

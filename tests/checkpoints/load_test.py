@@ -12,8 +12,8 @@ import pytest
 from t5x_inference_ext.checkpoints import open_checkpoint
 from t5x_inference_ext.checkpoints.load import MAX_UNROLLED_LAYERS, load_weights, scans_layers
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.errors import CheckpointError
+from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.sharding.mesh import make_mesh, parse_mesh
 from tests import reference
 from tests.checkpoints import synthetic

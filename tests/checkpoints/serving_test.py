@@ -3,7 +3,8 @@
 import json
 import shutil
 
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 import ml_dtypes
 import numpy as np
 import pytest

@@ -1,6 +1,7 @@
 """Views on stored tensors: any slice of a view is numpy's slice of the whole."""
 
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 import ml_dtypes
 import numpy as np
 import pytest

@@ -7,9 +7,15 @@ import types
 from absl import flags as absl_flags
 import pytest
 
-from t5x_inference_ext.commands import cli, convert_checkpoint, infer, inspect_checkpoint, plan
+from t5x_inference_ext.commands import (
+  cli,
+  convert_checkpoint,
+  infer,
+  inspect_checkpoint,
+  plan,
+  precompile,
+)
 from t5x_inference_ext.errors import UserError
-from t5x_inference_ext.commands import precompile
 
 
 @pytest.fixture(scope='module')

@@ -8,8 +8,8 @@ import sys
 import gin
 import pytest
 
-from t5x_inference_ext.commands import convert_checkpoint
 from t5x_inference_ext.checkpoints import open_checkpoint
+from t5x_inference_ext.commands import convert_checkpoint
 from t5x_inference_ext.config import ModelConfig
 from tests.checkpoints import synthetic
 

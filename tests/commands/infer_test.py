@@ -9,9 +9,9 @@ import pytest
 import sentencepiece
 
 from t5x_inference_ext.commands import infer
+from t5x_inference_ext.engine import vocabularies
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.runs import loading, prompts_file, refill
-from t5x_inference_ext.engine import vocabularies
 
 FLAGS = ('--dtype=float32', '--max_new_tokens=48')
 

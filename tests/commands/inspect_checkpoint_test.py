@@ -4,8 +4,8 @@ import msgpack
 import numpy as np
 import pytest
 
-from t5x_inference_ext.commands import inspect_checkpoint
 from t5x_inference_ext.checkpoints import convert
+from t5x_inference_ext.commands import inspect_checkpoint
 from t5x_inference_ext.config import ModelConfig, preset
 from tests.checkpoints import synthetic
 

@@ -10,13 +10,13 @@ import sys
 import pytest
 
 from t5x_inference_ext import config
-from t5x_inference_ext.commands import infer, plan as command
+from t5x_inference_ext.commands import infer, precompile
+from t5x_inference_ext.commands import plan as command
 from t5x_inference_ext.planner import choose
 from t5x_inference_ext.planner.choose import NothingFits
 from t5x_inference_ext.planner.gin_text import gin_text
 from t5x_inference_ext.planner.machine import Machine
 from t5x_inference_ext.planner.request import PlanRequest
-from t5x_inference_ext.commands import precompile
 
 TINY = [
   '--model=palm_tiny',

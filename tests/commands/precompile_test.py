@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from t5x_inference_ext.commands import precompile as command
-from t5x_inference_ext.precompile import analysis, fit
 from t5x_inference_ext.engine import saved_program
+from t5x_inference_ext.precompile import analysis, fit
 from t5x_inference_ext.precompile.fit import Shortage
 
 GIN = [

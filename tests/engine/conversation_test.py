@@ -7,8 +7,7 @@ import pytest
 
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.errors import RequestError
-from tests import reference
-from tests import memory
+from tests import memory, reference
 
 TENSORS = reference.random_tensors(memory.ODD, seed=1)
 SAMPLER = SamplingParams(1.0, top_k=40, repetition_penalty=1.2)

@@ -12,9 +12,9 @@ import pytest
 from t5x_inference_ext.checkpoints import open_checkpoint
 from t5x_inference_ext.checkpoints.convert import convert
 from t5x_inference_ext.checkpoints.load import load_weights
-from t5x_inference_ext.model.transformer import Model
-from t5x_inference_ext.engine.inputs import model_inputs
 from t5x_inference_ext.engine.engine import Engine
+from t5x_inference_ext.engine.inputs import model_inputs
+from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.sharding.layout import Layout
 from tests import memory
 

@@ -4,15 +4,15 @@ import json
 
 import pytest
 
-from t5x_inference_ext.commands import infer
 from t5x_inference_ext.checkpoints import open_checkpoint
-from t5x_inference_ext.engine.sampling import SamplingParams
+from t5x_inference_ext.commands import infer
+from t5x_inference_ext.engine import saved_program
 from t5x_inference_ext.engine.engine import Engine
+from t5x_inference_ext.engine.sampling import SamplingParams
+from t5x_inference_ext.engine.saved_program import SavedError
+from t5x_inference_ext.precompile.program import CompileCase, compile_case
 from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.mesh import make_mesh
-from t5x_inference_ext.engine import saved_program
-from t5x_inference_ext.precompile.program import CompileCase, compile_case
-from t5x_inference_ext.engine.saved_program import SavedError
 
 SAMPLER = SamplingParams(temperature=0.7, top_k=20)
 PROMPTS = [[103, 104, 105], [108, 112], [], [40, 41, 42, 43, 44], [97]]

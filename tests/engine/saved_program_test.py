@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from t5x_inference_ext.config import preset
-from t5x_inference_ext.sharding.mesh import make_mesh
 from t5x_inference_ext.engine import saved_program
-from t5x_inference_ext.precompile.program import CompileCase, compile_case, phase_function
 from t5x_inference_ext.engine.saved_program import SavedError
+from t5x_inference_ext.precompile.program import CompileCase, compile_case, phase_function
+from t5x_inference_ext.sharding.mesh import make_mesh
 
 CASE = CompileCase(
   preset('palm_tiny', num_layers=2),

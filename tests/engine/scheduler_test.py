@@ -9,8 +9,7 @@ from t5x_inference_ext.engine import scheduler_config, selection, shared_prefix
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.scheduler import Request, Scheduler, SchedulerConfig
 from t5x_inference_ext.errors import RequestError
-from tests import reference
-from tests import memory
+from tests import memory, reference
 
 CONFIG = memory.ODD
 TENSORS = reference.random_tensors(CONFIG, seed=1)

@@ -9,8 +9,7 @@ import pytest
 
 from t5x_inference_ext.engine import length_buckets, scoring
 from t5x_inference_ext.model.transformer import Model
-from tests import reference
-from tests import memory
+from tests import memory, reference
 
 CONFIG = memory.ODD
 TENSORS = reference.random_tensors(CONFIG)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t5x_inference_ext.engine.state import RowParams, advance, initial_state
 from t5x_inference_ext.engine.sampling import SamplingParams, stack_params
+from t5x_inference_ext.engine.state import RowParams, advance, initial_state
 from t5x_inference_ext.errors import RequestError
 from tests.engine.sampling_test import check_distribution
 

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 
 from t5x_inference_ext.engine import static_batch as generation
-from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.inputs import model_inputs
+from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.errors import RequestError
-from tests import reference
-from tests import memory
+from tests import memory, reference
 
 CONFIG = memory.ODD
 TENSORS = reference.random_tensors(CONFIG, seed=1)

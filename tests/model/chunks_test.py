@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model import chunks
 from t5x_inference_ext.model.transformer import Model
-from t5x_inference_ext.errors import RequestError
-from tests import reference
+from tests import memory, reference
 from tests.model import layouts_test
-from tests import memory
 
 MODELS = layouts_test.MODELS
 LENGTH = 12

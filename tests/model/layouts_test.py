@@ -9,8 +9,7 @@ import pytest
 
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.sharding.layout import Layout
-from tests import reference
-from tests import memory
+from tests import memory, reference
 
 LAYOUTS = [
   'ws_1d/heads',

@@ -9,8 +9,7 @@ import jax
 import numpy as np
 
 from t5x_inference_ext.config import ModelConfig
-from tests import reference
-from tests import memory
+from tests import memory, reference
 
 STEPS = 3
 # d_model and d_ff of 64: one column for each of 64 devices.

@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.errors import MeshError, RequestError
+from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.mesh import make_mesh
-from tests import reference
-from tests import memory
+from tests import memory, reference
 
 TENSORS = {config: reference.random_tensors(config) for config in (memory.ODD, memory.ODDER)}
 LENGTH = 7

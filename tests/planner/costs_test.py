@@ -3,14 +3,13 @@
 import dataclasses
 import math
 
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 import pytest
 
 from t5x_inference_ext import config
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import MeshError, RequestError
-from t5x_inference_ext.sharding.explain import ExplainSetting, explain_setting
-from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.planner.case import PassCase
 from t5x_inference_ext.planner.costs import LIMITS, PARTS, cost
 from t5x_inference_ext.planner.efficiency import FITTED, IDEAL, Efficiency
@@ -19,6 +18,8 @@ from t5x_inference_ext.planner.memory import memory
 from t5x_inference_ext.planner.network import sizes
 from t5x_inference_ext.planner.search import LAYOUTS
 from t5x_inference_ext.planner.work import work
+from t5x_inference_ext.sharding.explain import ExplainSetting, explain_setting
+from t5x_inference_ext.sharding.layout import Layout
 
 ONE, EIGHT = Machine.parse('v4:1x1x1'), Machine.parse('v4:2x2x2')
 SMALL = ModelConfig(num_layers=2, d_model=256, d_ff=1024, num_heads=8, d_head=32, vocab_size=384)

@@ -6,9 +6,9 @@ import pytest
 
 from t5x_inference_ext import config, hardware
 from t5x_inference_ext.errors import MeshError, UserError
-from t5x_inference_ext.sharding.collective import Collective
 from t5x_inference_ext.planner.machine import Machine, known_machines
 from t5x_inference_ext.planner.network import Network
+from t5x_inference_ext.sharding.collective import Collective
 
 MB = 10**6
 

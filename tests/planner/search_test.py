@@ -3,14 +3,13 @@
 import dataclasses
 import itertools
 
-from hypothesis import given, Phase, settings, strategies as st
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 import pytest
 
 from t5x_inference_ext import config
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import MeshError, RequestError, UserError
-from t5x_inference_ext.sharding.layout import ATTENTION, FEEDFORWARD, Layout, check_pair
-from t5x_inference_ext.sharding.activations import padded_batch
 from t5x_inference_ext.planner import search
 from t5x_inference_ext.planner.case import PassCase
 from t5x_inference_ext.planner.choose import NothingFits, choose
@@ -18,6 +17,8 @@ from t5x_inference_ext.planner.costs import cost
 from t5x_inference_ext.planner.machine import Machine
 from t5x_inference_ext.planner.network import sizes
 from t5x_inference_ext.planner.request import Plan, PlanRequest
+from t5x_inference_ext.sharding.activations import padded_batch
+from t5x_inference_ext.sharding.layout import ATTENTION, FEEDFORWARD, Layout, check_pair
 
 SMALL = ModelConfig(num_layers=2, d_model=256, d_ff=1024, num_heads=8, d_head=32, vocab_size=384)
 PALM = config.preset('palm_540b')

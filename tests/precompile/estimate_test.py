@@ -8,11 +8,11 @@ import pytest
 
 from t5x_inference_ext import hardware
 from t5x_inference_ext.config import preset
-from t5x_inference_ext.sharding.mesh import make_mesh
-from t5x_inference_ext.sharding.torus import parse_slice
 from t5x_inference_ext.precompile import hlo
 from t5x_inference_ext.precompile.analysis import analyze
 from t5x_inference_ext.precompile.estimate import Estimate, estimate
+from t5x_inference_ext.sharding.mesh import make_mesh
+from t5x_inference_ext.sharding.torus import parse_slice
 
 TEXTS = pathlib.Path(__file__).parents[1] / 'testdata' / 'hlo'
 US = 1e-6

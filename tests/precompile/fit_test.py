@@ -7,11 +7,11 @@ import pytest
 
 from t5x_inference_ext.config import preset
 from t5x_inference_ext.errors import MeshError, UserError
-from t5x_inference_ext.sharding.layout import Layout
-from t5x_inference_ext.sharding.torus import parse_slice
 from t5x_inference_ext.precompile import fit, slices
 from t5x_inference_ext.precompile.fit import Shortage
 from t5x_inference_ext.precompile.program import CompileCase, CompiledMemory, Program
+from t5x_inference_ext.sharding.layout import Layout
+from t5x_inference_ext.sharding.torus import parse_slice
 
 GIB = 2**30
 SMALL = preset('palm_tiny', num_layers=2)

@@ -6,11 +6,11 @@ import pytest
 
 from t5x_inference_ext import hardware
 from t5x_inference_ext.errors import UserError
-from t5x_inference_ext.sharding.torus import parse_slice
 from t5x_inference_ext.precompile import collective_cost, hlo, loops, work
 from t5x_inference_ext.precompile.collective_cost import HloCollective
 from t5x_inference_ext.precompile.relayouts import relays, weight_copies
-from t5x_inference_ext.precompile.shapes import ArrayShape, HBM, HloError
+from t5x_inference_ext.precompile.shapes import HBM, ArrayShape, HloError
+from t5x_inference_ext.sharding.torus import parse_slice
 
 TEXTS = pathlib.Path(__file__).parents[1] / 'testdata' / 'hlo'
 V4 = hardware.chip('v4')

@@ -9,12 +9,9 @@ import pytest
 
 from t5x_inference_ext import hardware
 from t5x_inference_ext.config import preset
+from t5x_inference_ext.errors import MeshError, RequestError, UserError
 from t5x_inference_ext.model.cache import KVCache
 from t5x_inference_ext.model.transformer import Model
-from t5x_inference_ext.errors import MeshError, RequestError, UserError
-from t5x_inference_ext.sharding.layout import Layout
-from t5x_inference_ext.sharding.mesh import make_mesh, mesh_links
-from t5x_inference_ext.sharding.torus import parse_slice
 from t5x_inference_ext.precompile import slices
 from t5x_inference_ext.precompile.program import (
   CompileCase,
@@ -23,6 +20,9 @@ from t5x_inference_ext.precompile.program import (
   compile_case,
   phase_function,
 )
+from t5x_inference_ext.sharding.layout import Layout
+from t5x_inference_ext.sharding.mesh import make_mesh, mesh_links
+from t5x_inference_ext.sharding.torus import parse_slice
 
 SMALL = preset('palm_tiny', num_layers=2)
 KINDS = ('v4', 'v5e', 'v5p', 'v6e')

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from t5x_inference_ext.config import preset
+from t5x_inference_ext.engine import saved_program
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.sharding.layout import Layout
-from t5x_inference_ext.sharding.mesh import make_mesh
 from t5x_inference_ext.precompile import report, serving
-from t5x_inference_ext.engine import saved_program
 from t5x_inference_ext.precompile.analysis import analyze
 from t5x_inference_ext.precompile.program import CompileCase, compile_case, phase_function
+from t5x_inference_ext.sharding.layout import Layout
+from t5x_inference_ext.sharding.mesh import make_mesh
 
 SMALL = preset('palm_tiny', num_layers=2)
 ROWS, CONTEXT, PROMPT = 8, 16, 4

@@ -6,10 +6,10 @@ import json
 import numpy as np
 import pytest
 
-from t5x_inference_ext.commands import convert_checkpoint
-from t5x_inference_ext.runs import quality
 from t5x_inference_ext.checkpoints import convert, open_checkpoint
+from t5x_inference_ext.commands import convert_checkpoint
 from t5x_inference_ext.errors import UserError
+from t5x_inference_ext.runs import quality
 
 MODULE = """
 import seqio

@@ -5,11 +5,11 @@ import os
 import pytest
 
 from t5x_inference_ext.config import preset
+from t5x_inference_ext.engine.vocabularies import ByteVocabulary, find_vocabulary
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.sharding.mesh_choice import default_mesh
 from t5x_inference_ext.runs import batches, output
 from t5x_inference_ext.runs.journal import FileSystem, Journal
-from t5x_inference_ext.engine.vocabularies import ByteVocabulary, find_vocabulary
+from t5x_inference_ext.sharding.mesh_choice import default_mesh
 
 
 @pytest.mark.parametrize('text', ['', 'def f(x):\n\treturn x', 'é ß 漢字 😀', '\x00\x7f'])

@@ -3,20 +3,21 @@
 import itertools
 import math
 
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 import pytest
 
 from t5x_inference_ext.config import ModelConfig, preset
 from t5x_inference_ext.errors import MeshError
-from t5x_inference_ext.sharding.layout import ATTENTION, FEEDFORWARD, Layout
-from t5x_inference_ext.sharding.mesh import AXES, parse_mesh
 from t5x_inference_ext.sharding.activations import (
   padded_batch,
   padded_length,
   sampling_axes,
   shard_activations,
 )
+from t5x_inference_ext.sharding.layout import ATTENTION, FEEDFORWARD, Layout
+from t5x_inference_ext.sharding.mesh import AXES, parse_mesh
 
 many = settings(deadline=None, derandomize=True, max_examples=200)
 LAYOUTS = [

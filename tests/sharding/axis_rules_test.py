@@ -6,8 +6,6 @@ from jax.sharding import PartitionSpec as P
 import pytest
 
 from t5x_inference_ext.config import preset
-from t5x_inference_ext.sharding.packing import packed_tensors
-from t5x_inference_ext.sharding.layout import ATTENTION, FEEDFORWARD, Layout
 from t5x_inference_ext.sharding.activations import padded_length, shard_activations
 from t5x_inference_ext.sharding.axis_rules import (
   ACTIVATION_AXES,
@@ -15,6 +13,8 @@ from t5x_inference_ext.sharding.axis_rules import (
   logical_axis_rules,
   weight_axes,
 )
+from t5x_inference_ext.sharding.layout import ATTENTION, FEEDFORWARD, Layout
+from t5x_inference_ext.sharding.packing import packed_tensors
 
 MESH = dict(x=2, y=2, z=2)
 LAYOUTS = [

@@ -8,19 +8,18 @@ import numpy as np
 import pytest
 
 from t5x_inference_ext.config import ModelConfig, preset
-from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.errors import MeshError
+from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.sharding import axis_rules, explain_text
 from t5x_inference_ext.sharding.explain import (
-  ExplainSetting,
   ExplainedTensor,
+  ExplainSetting,
   Explanation,
   explain_setting,
 )
 from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.mesh import AXES, make_mesh, parse_mesh
-from tests import reference
-from tests import memory
+from tests import memory, reference
 
 SIZES = dict(num_layers=2, d_model=16, d_ff=32, d_head=8, vocab_size=101)
 MODELS = {

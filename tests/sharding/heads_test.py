@@ -2,7 +2,8 @@
 
 import collections
 
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 import pytest
 
 from t5x_inference_ext.sharding.heads import AttentionHeads, HeadSplit

@@ -2,7 +2,8 @@
 
 import itertools
 
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 import pytest
 
@@ -11,9 +12,9 @@ from t5x_inference_ext.errors import MeshError
 from t5x_inference_ext.sharding.layout import (
   ATTENTION,
   FEEDFORWARD,
-  Layout,
   ORDER,
   RING_DIRECTIONS,
+  Layout,
   check_model,
   check_pair,
   num_shards,

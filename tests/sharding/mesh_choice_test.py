@@ -4,11 +4,13 @@ import itertools
 import math
 import types
 
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 import numpy as np
 import pytest
 
 from t5x_inference_ext.config import preset
+from t5x_inference_ext.sharding.activations import shard_activations
 from t5x_inference_ext.sharding.layout import Layout, check_model
 from t5x_inference_ext.sharding.mesh import AXES
 from t5x_inference_ext.sharding.mesh_choice import (
@@ -17,7 +19,6 @@ from t5x_inference_ext.sharding.mesh_choice import (
   torus_mesh,
   torus_meshes,
 )
-from t5x_inference_ext.sharding.activations import shard_activations
 from t5x_inference_ext.sharding.torus import (
   device_grid,
   neighbours_adjacent,

@@ -4,7 +4,8 @@ import dataclasses
 import itertools
 import random
 
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 import jax
 import pytest
 

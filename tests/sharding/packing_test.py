@@ -1,6 +1,7 @@
 """Canonical tensors and the arrays on the chips: every value in its place, zeros elsewhere, and only there."""
 
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 import ml_dtypes
 import numpy as np
 import pytest
@@ -8,10 +9,10 @@ import pytest
 from t5x_inference_ext import params
 from t5x_inference_ext.config import ModelConfig, preset
 from t5x_inference_ext.errors import MeshError
-from t5x_inference_ext.sharding.packing import packed_tensors
 from t5x_inference_ext.sharding.heads import HeadSplit
 from t5x_inference_ext.sharding.layout import Layout, num_shards
 from t5x_inference_ext.sharding.mesh import AXES
+from t5x_inference_ext.sharding.packing import packed_tensors
 
 many = settings(deadline=None, derandomize=True, max_examples=200)
 

@@ -15,23 +15,24 @@ import sys
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 import pytest
 
-from t5x_inference_ext.model.collectives import ops
 from t5x_inference_ext.config import BlockPart, ModelConfig
-from t5x_inference_ext.model.cache import KVCache
-from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.attention import Context
-from t5x_inference_ext.model.positions import rotary_angles
 from t5x_inference_ext.model.block import Layer, Positions
+from t5x_inference_ext.model.cache import KVCache
+from t5x_inference_ext.model.collectives import ops
+from t5x_inference_ext.model.positions import rotary_angles
+from t5x_inference_ext.model.transformer import Model
+from t5x_inference_ext.model.weights import Weights, layer_weights
 from t5x_inference_ext.sharding import traffic
-from t5x_inference_ext.sharding.packing import packed_tensors
+from t5x_inference_ext.sharding.activations import ActivationSharding, shard_activations
+from t5x_inference_ext.sharding.collective import Collective
 from t5x_inference_ext.sharding.layout import FEEDFORWARD, Layout
 from t5x_inference_ext.sharding.mesh import AXES, make_mesh, parse_mesh
-from t5x_inference_ext.sharding.collective import Collective
-from t5x_inference_ext.sharding.activations import ActivationSharding, shard_activations
-from t5x_inference_ext.model.weights import Weights, layer_weights
+from t5x_inference_ext.sharding.packing import packed_tensors
 from tests import hlo
 
 CACHE = 24  # positions

@@ -8,13 +8,7 @@ import pathlib
 from unittest import mock
 
 import seqio
-from t5x import checkpoints
-from t5x import decoding
-from t5x import infer
-from t5x import models
-from t5x import optimizers
-from t5x import partitioning
-from t5x import utils
+from t5x import checkpoints, decoding, infer, models, optimizers, partitioning, utils
 
 from t5x_inference_ext.t5x.checkpoints import InferenceCheckpointer, InferenceCheckpointManager
 from t5x_inference_ext.t5x.models import InferenceModel

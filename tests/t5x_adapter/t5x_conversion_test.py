@@ -7,8 +7,7 @@ from flax import traverse_util
 import jax
 import numpy as np
 import pytest
-from t5x import checkpoints
-from t5x import models
+from t5x import checkpoints, models
 
 from t5x_inference_ext.checkpoints import open_checkpoint
 from t5x_inference_ext.checkpoints.convert import convert

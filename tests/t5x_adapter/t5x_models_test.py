@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from t5x import checkpoints
-from t5x import decoding
+from t5x import checkpoints, decoding
 
 from t5x_inference_ext import config
 from t5x_inference_ext.engine.engine import Engine

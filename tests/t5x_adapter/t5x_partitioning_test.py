@@ -3,17 +3,16 @@
 from flax import linen as nn
 from flax.linen import partitioning as flax_partitioning
 import jax
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
-from t5x import checkpoints
-from t5x import utils
+from t5x import checkpoints, utils
 
 from t5x_inference_ext.config import preset
 from t5x_inference_ext.errors import MeshError
 from t5x_inference_ext.sharding.axis_rules import ACTIVATION_AXES, WEIGHT_AXES
-from t5x_inference_ext.t5x import module
-from t5x_inference_ext.t5x import partitioning
+from t5x_inference_ext.t5x import module, partitioning
 from t5x_inference_ext.t5x.models import InferenceModel
 from tests.t5x_adapter import running
 

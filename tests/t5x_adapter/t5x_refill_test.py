@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.engine import Engine
+from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.t5x.partitioning import InferencePartitioner
 from t5x_inference_ext.t5x.refill import HostStep, Predictor, Refill

@@ -2,10 +2,10 @@
 
 import pytest
 
-from t5x_inference_ext.sharding.torus import parse_slice
 from t5x_inference_ext.engine import saved_program
-from t5x_inference_ext.precompile import slices
 from t5x_inference_ext.engine.saved_program import SavedError
+from t5x_inference_ext.precompile import slices
+from t5x_inference_ext.sharding.torus import parse_slice
 from t5x_inference_ext.t5x.partitioning import InferencePartitioner
 from t5x_inference_ext.t5x.saved_step import save_infer_step
 from tests.t5x_adapter import inference_tasks, running

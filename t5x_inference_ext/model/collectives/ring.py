@@ -9,8 +9,8 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from t5x_inference_ext.model.collectives import ops
 from t5x_inference_ext.hardware import LANES
+from t5x_inference_ext.model.collectives import ops
 
 
 class Ring:

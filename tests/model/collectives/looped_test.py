@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from t5x_inference_ext.model.collectives import looped, ops, ring
-from t5x_inference_ext.sharding.mesh import AXES, make_mesh
 from t5x_inference_ext.quantization import int8
+from t5x_inference_ext.sharding.mesh import AXES, make_mesh
 from tests import hlo
 
 MESHES = [(2, 2, 2), (1, 2, 4), (8, 1, 1), (2, 4, 1)]
