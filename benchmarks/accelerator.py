@@ -19,7 +19,7 @@ Run from the root of a checkout, on one device, with random weights; nothing but
 import argparse
 import dataclasses
 import statistics
-from typing import Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np

@@ -3,7 +3,7 @@
 import os
 import statistics
 import time
-from typing import Callable
+from collections.abc import Callable
 
 # Read when jax first looks for devices: by default it takes most of a GPU's memory, and PyTorch, beside it, finds none.
 os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')

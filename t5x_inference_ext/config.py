@@ -7,7 +7,8 @@ Dimension letters, used in every docstring and shape comment of the package:
 """
 
 import dataclasses
-from typing import Any, Mapping
+from typing import Any
+from collections.abc import Mapping
 
 BLOCKS = ('parallel', 'serial')
 MLPS = ('swiglu', 'gelu')

@@ -8,7 +8,8 @@ learn of the error, and end. In one process nothing here costs anything.
 import contextlib
 import hashlib
 import json
-from typing import Any, Callable, Iterable, Iterator, TypeVar
+from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 from jax.experimental import multihost_utils

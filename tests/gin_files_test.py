@@ -46,7 +46,7 @@ def _model(name: str, bindings: str = '') -> ModelConfig:
 
 
 def test_every_preset_has_a_file():
-  assert MODELS == sorted(config.PRESETS)
+  assert sorted(config.PRESETS) == MODELS
 
 
 @pytest.mark.parametrize('name', MODELS)

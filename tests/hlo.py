@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import math
 import re
-from typing import Iterable
+from collections.abc import Iterable
 
 KINDS = ('all-gather', 'reduce-scatter', 'all-reduce', 'all-to-all', 'collective-permute')
 

@@ -8,7 +8,8 @@ import socket
 import subprocess
 import tempfile
 import time
-from typing import Callable, NamedTuple
+from typing import NamedTuple
+from collections.abc import Callable
 
 COUNT = 2
 TIMEOUT_SECONDS = 240

@@ -8,7 +8,8 @@ inputs merged, columns the outputs. A norm is one row; what is not of a layer ha
 import dataclasses
 import itertools
 import math
-from typing import Iterator, NamedTuple
+from typing import NamedTuple
+from collections.abc import Iterator
 
 import numpy as np
 

@@ -2,7 +2,8 @@
 
 import dataclasses
 import os
-from typing import Any, Iterator
+from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 

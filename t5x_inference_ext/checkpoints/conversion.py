@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import os
 import threading
-from typing import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import zlib
 
 import numpy as np

@@ -7,7 +7,7 @@ does not fit into `hold_bytes` is read a second time (a third, with a search for
 
 import dataclasses
 import os
-from typing import Callable
+from collections.abc import Callable
 
 from t5x_inference_ext.checkpoints import storage
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint, open_checkpoint

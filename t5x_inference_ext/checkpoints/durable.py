@@ -2,7 +2,7 @@
 
 import math
 import threading
-from typing import Callable, Iterable
+from collections.abc import Callable, Iterable
 
 from t5x_inference_ext.checkpoints.pipeline import run_jobs
 from t5x_inference_ext.checkpoints.raw_array import RawArray

@@ -8,7 +8,8 @@ import math
 import mmap
 import os
 import shutil
-from typing import Any, Iterator
+from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 

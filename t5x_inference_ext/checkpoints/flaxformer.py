@@ -13,7 +13,8 @@ a weight is qkernel / qscale.
 """
 
 import dataclasses
-from typing import Any, Mapping
+from typing import Any
+from collections.abc import Mapping
 
 import ml_dtypes
 import numpy as np

@@ -12,7 +12,8 @@ import math
 import os
 import re
 import threading
-from typing import Any, Hashable, Iterable, Iterator
+from typing import Any
+from collections.abc import Hashable, Iterable, Iterator
 
 from isal import isal_zlib
 import numpy as np

@@ -12,7 +12,7 @@ are of one layer, without the layer axis.
 """
 
 import dataclasses
-from typing import Callable, Mapping
+from collections.abc import Callable, Mapping
 
 from t5x_inference_ext.config import ModelConfig
 

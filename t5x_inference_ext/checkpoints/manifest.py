@@ -7,7 +7,8 @@ The manifest is serving_config.json of a serving checkpoint, t5x_inference_ext.j
 """
 
 import json
-from typing import Any, Iterable, Mapping
+from typing import Any
+from collections.abc import Iterable, Mapping
 import zlib
 
 from t5x_inference_ext.checkpoints import storage

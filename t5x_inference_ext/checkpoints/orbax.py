@@ -5,7 +5,8 @@ Read with tensorstore directly, so that slices can be read; Orbax itself is not 
 
 import json
 import os
-from typing import Any, Iterator
+from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 

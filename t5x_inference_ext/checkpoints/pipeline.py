@@ -7,7 +7,8 @@ done. A worker that finds the current step handed out takes up the next slice.
 
 import os
 import threading
-from typing import Callable, Iterator, Protocol
+from typing import Protocol
+from collections.abc import Callable, Iterator
 
 
 class PipelineWork(Protocol):

@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 import os
-from typing import Iterator
+from collections.abc import Iterator
 
 from isal import isal_zlib
 import numpy as np

@@ -6,7 +6,8 @@ chunk is first read.
 
 import itertools
 import json
-from typing import Any, Iterator
+from typing import Any
+from collections.abc import Iterator
 
 import ml_dtypes
 import numpy as np

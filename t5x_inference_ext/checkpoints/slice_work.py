@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import math
 import threading
-from typing import Callable
+from collections.abc import Callable
 
 import numpy as np
 

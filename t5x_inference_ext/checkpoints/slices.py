@@ -8,7 +8,7 @@ columns of some layers, of every array that shares the scales. Elsewhere it is a
 import dataclasses
 import itertools
 import math
-from typing import Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints.arrays import SourceArray

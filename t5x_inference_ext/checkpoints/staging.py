@@ -20,7 +20,8 @@ import os
 import re
 import shutil
 import threading
-from typing import Any, Callable, Iterator
+from typing import Any
+from collections.abc import Callable, Iterator
 import zlib
 
 from t5x_inference_ext.checkpoints import files, storage

@@ -6,7 +6,8 @@ where the model can be one, DecoderLayer with split heads where not.
 """
 
 import math
-from typing import Any, Iterator, Sequence
+from typing import Any
+from collections.abc import Iterator, Sequence
 
 import msgpack
 import numpy as np
@@ -222,9 +223,9 @@ def usual_form(config: ModelConfig) -> dict[str, Any]:
       *(() if c.num_kv_heads == 1 else ('self_attention/key', 'self_attention/value')),
     )
     names = (*(f'self_attention/{n}' for n in ('query', 'key', 'value', 'out')), *mlp, 'mlp/wo')
-    shapes = {
-      name: (0, 0, 0) for name in (*heads, 'self_attention/out')
-    }  # of three axes: heads are split
+    shapes = dict.fromkeys(
+      (*heads, 'self_attention/out'), (0, 0, 0)
+    )  # of three axes: heads are split
   kernels = kind.kernels(c, shapes)
   return {
     'layers': kind.name,

@@ -3,7 +3,7 @@
 import json
 import math
 import threading
-from typing import Callable
+from collections.abc import Callable
 
 import numpy as np
 

@@ -15,7 +15,8 @@ import errno
 import fcntl
 import json
 import os
-from typing import Any, Callable, Iterator
+from typing import Any
+from collections.abc import Callable, Iterator
 
 from t5x_inference_ext.checkpoints import files, storage
 from t5x_inference_ext.errors import CheckpointError

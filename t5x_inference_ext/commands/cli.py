@@ -26,7 +26,8 @@ import signal
 import sys
 import types
 import typing
-from typing import Any, Callable, Collection, Iterable, Sequence
+from typing import Any
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from absl import flags as absl_flags
 from absl import logging as absl_logging

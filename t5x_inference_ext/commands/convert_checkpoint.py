@@ -45,7 +45,7 @@ import contextlib
 import os
 import sys
 import time
-from typing import Iterator
+from collections.abc import Iterator
 
 from absl import flags as absl_flags
 import tqdm

@@ -11,7 +11,7 @@ slower makes it longer.
 import os
 import sys
 import time
-from typing import Iterator
+from collections.abc import Iterator
 
 from absl import flags as absl_flags
 import numpy as np

@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from typing import Any, Callable
+from typing import Any
+from collections.abc import Callable
 
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.errors import UserError

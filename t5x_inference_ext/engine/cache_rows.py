@@ -5,7 +5,8 @@ there rewrites each device's part.
 """
 
 import dataclasses
-from typing import Any, Callable
+from typing import Any
+from collections.abc import Callable
 
 import jax
 from jax import lax

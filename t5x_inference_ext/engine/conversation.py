@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp

@@ -8,7 +8,8 @@ for completion in engine.generate([[103, 104, 105], [108]], max_new_tokens=16):
 import dataclasses
 import functools
 import os
-from typing import Iterator, NamedTuple, Sequence
+from typing import NamedTuple
+from collections.abc import Iterator, Sequence
 
 import jax
 from jax.sharding import NamedSharding

@@ -1,7 +1,8 @@
 """Prompts as the model takes them, and what generation could not serve."""
 
 import numbers
-from typing import Any, Sequence
+from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 

@@ -2,7 +2,8 @@
 
 import collections
 import functools
-from typing import Any, Callable, NamedTuple, Sequence
+from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
 
 SHORTEST = 16
 STEP = 8

@@ -1,8 +1,10 @@
 """Choosing the next token: greedy, temperature, top-k, top-p, penalties. A row's choice follows from its own logits, seed
-and options alone."""
+and options alone.
+"""
 
 import dataclasses
-from typing import Mapping, NamedTuple, Sequence
+from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp

@@ -9,7 +9,8 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from typing import Any, Callable, Mapping, NoReturn
+from typing import Any, NoReturn
+from collections.abc import Callable, Mapping
 
 import jax
 from jax.experimental import serialize_executable

@@ -3,7 +3,8 @@
 import collections
 import dataclasses
 import itertools
-from typing import Iterable, Iterator, NamedTuple
+from typing import NamedTuple
+from collections.abc import Iterable, Iterator
 
 import jax
 from jax.sharding import NamedSharding

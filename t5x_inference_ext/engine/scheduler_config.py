@@ -1,6 +1,6 @@
 """What a run of requests needs: its slots, the sizes of its caches, and what its prompts share."""
 
-from typing import Sequence
+from collections.abc import Sequence
 
 from t5x_inference_ext.engine import shared_prefix
 from t5x_inference_ext.engine.inputs import check_at_least

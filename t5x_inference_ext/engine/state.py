@@ -54,7 +54,8 @@ class DecodeState:
 
 class ChosenTokens(NamedTuple):
   """One step's tokens: ids [B], log-probabilities [B], and of the `top` most likely, in order, ids and log-probabilities
-  [B, top]. Log-probabilities are the model's own: temperature 1, nothing dropped, no penalties or bias."""
+  [B, top]. Log-probabilities are the model's own: temperature 1, nothing dropped, no penalties or bias.
+  """
 
   tokens: jax.Array
   log_probs: jax.Array

@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import os
-from typing import Any, Protocol, Sequence
+from typing import Any, Protocol
+from collections.abc import Sequence
 
 from t5x_inference_ext.errors import RequestError
 

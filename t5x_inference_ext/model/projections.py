@@ -6,7 +6,7 @@ Columns are partial sums over the embed axes; where all of a sublayer's go into 
 """
 
 import dataclasses
-from typing import Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,7 @@ Parts = dict[str, jax.Array]
 
 def column_widths(config: ModelConfig, block_part: BlockPart, stored: HeadSplit) -> dict[str, int]:
   """The parts of a stored shard's columns, in order: 'gate', 'linear', 'attention' (queries, then keys and values)."""
-  widths = (
-    {name: config.d_ff // stored.shards for name in config.mlp_inputs} if block_part.mlp else {}
-  )
+  widths = dict.fromkeys(config.mlp_inputs, config.d_ff // stored.shards) if block_part.mlp else {}
   if block_part.attention:
     widths['attention'] = query_columns(config, stored) + kv_columns(config, stored)[1]
   return widths

@@ -2,7 +2,8 @@
 
 import dataclasses
 import textwrap
-from typing import Any, Callable, Iterable
+from typing import Any
+from collections.abc import Callable, Iterable
 
 import jax
 

@@ -5,7 +5,8 @@ matplotlib is in the extra `plots`, and imported only when a figure is drawn.
 
 import contextlib
 import os
-from typing import Any, Iterator, Sequence
+from typing import Any
+from collections.abc import Iterator, Sequence
 
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.planner import tables

@@ -8,7 +8,7 @@ prints the efficiencies of both bandwidth conventions, which efficiency.FITTED r
 import dataclasses
 import itertools
 import math
-from typing import Callable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 

@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from typing import Any, Sequence
+from typing import Any
+from collections.abc import Sequence
 
 from t5x_inference_ext.planner.check import Checked
 from t5x_inference_ext.planner.choose import Choice

@@ -12,7 +12,7 @@ bandwidth a program reaches is efficiency.py's to say.
 """
 
 import dataclasses
-from typing import Mapping
+from collections.abc import Mapping
 
 from t5x_inference_ext.errors import UserError
 from t5x_inference_ext.planner.machine import Machine, Mesh

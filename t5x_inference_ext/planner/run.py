@@ -4,7 +4,7 @@ import functools
 import math
 import os
 import sys
-from typing import Callable
+from collections.abc import Callable
 
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import RequestError

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from typing import Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from t5x_inference_ext.errors import MeshError
 from t5x_inference_ext.planner.case import PassCase

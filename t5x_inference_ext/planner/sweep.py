@@ -3,7 +3,7 @@
 import csv
 import dataclasses
 import io
-from typing import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from t5x_inference_ext.errors import MeshError
 from t5x_inference_ext.planner import search

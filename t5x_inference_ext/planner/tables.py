@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Sequence
+from collections.abc import Sequence
 
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.planner.case import PassCase

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from typing import Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 

@@ -20,7 +20,8 @@ An estimate is not a TPU: it ranks programs, and shows where they spend.
 import collections
 import dataclasses
 import re
-from typing import Any, Mapping
+from typing import Any
+from collections.abc import Mapping
 
 from t5x_inference_ext import hardware
 from t5x_inference_ext.precompile import collective_cost, loops

@@ -8,7 +8,7 @@ to major, the tiles, and the memory it lives in (0 is HBM, 5 the host's, others 
 import dataclasses
 import functools
 import re
-from typing import Iterator
+from collections.abc import Iterator
 
 from t5x_inference_ext.precompile.shapes import ArrayShape, HloError, parse_result
 

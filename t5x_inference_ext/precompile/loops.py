@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from typing import Iterator
+from collections.abc import Iterator
 
 from t5x_inference_ext.precompile.hlo import Computation, Instruction, Module
 

@@ -3,7 +3,8 @@
 import collections
 import dataclasses
 import textwrap
-from typing import Any, Iterable, Sequence
+from typing import Any
+from collections.abc import Iterable, Sequence
 
 from t5x_inference_ext import hardware
 from t5x_inference_ext.precompile.analysis import Answer

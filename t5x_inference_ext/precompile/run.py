@@ -2,7 +2,7 @@
 
 import json
 import sys
-from typing import Callable
+from collections.abc import Callable
 
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.engine import saved_program

@@ -1,8 +1,10 @@
 """The programs of slot refill (engine.slots) and the shapes that they take: a chunk of prompts, decode steps of slots, and
-a prompt's way into a slot."""
+a prompt's way into a slot.
+"""
 
 import functools
-from typing import Any, Callable
+from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp

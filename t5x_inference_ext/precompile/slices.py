@@ -5,7 +5,7 @@ import importlib.util
 import math
 import os
 import re
-from typing import Sequence
+from collections.abc import Sequence
 
 import jax
 from jax.experimental import topologies

@@ -3,7 +3,7 @@
 Symmetric: w ~ q * scale with q in [-127, 127] and scale = max|w| / 127 over everything that is summed into the channel.
 """
 
-from typing import Iterator
+from collections.abc import Iterator
 
 import numpy as np
 

@@ -2,7 +2,8 @@
 
 import dataclasses
 import time
-from typing import Iterable, Iterator, Sequence, TypeVar
+from typing import TypeVar
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from typing import Any, Callable, Iterable, Iterator, TypeVar
+from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator
 
 from t5x_inference_ext import distributed
 

@@ -4,7 +4,8 @@ import contextlib
 import json
 import os
 import tempfile
-from typing import Any, Iterator, TextIO
+from typing import Any, TextIO
+from collections.abc import Iterator
 
 from t5x_inference_ext import distributed
 from t5x_inference_ext.errors import RequestError

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from typing import Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import tqdm
 

@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import json
 import os
-from typing import Callable
+from collections.abc import Callable
 
 import numpy as np
 

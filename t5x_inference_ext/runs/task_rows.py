@@ -1,6 +1,7 @@
 """Rows of a run over a seqio task, as T5X writes them."""
 
-from typing import Any, Sequence
+from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import seqio

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import json
 import os
-from typing import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import seqio

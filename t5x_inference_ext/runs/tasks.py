@@ -3,7 +3,8 @@
 import difflib
 import importlib
 import itertools
-from typing import Any, Iterator, Mapping, NamedTuple
+from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import seqio

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from typing import Mapping
+from collections.abc import Mapping
 
 from jax.sharding import PartitionSpec as P
 

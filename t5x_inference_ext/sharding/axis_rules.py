@@ -4,7 +4,7 @@ The names are the same in every layout and phase. Rules, pairs of a name and mes
 read off the specs of a Layout and a ActivationSharding, so that nothing is decided here.
 """
 
-from typing import Iterable
+from collections.abc import Iterable
 
 from jax.sharding import PartitionSpec as P
 

@@ -7,7 +7,7 @@ anywhere. `explain_text` makes text of it.
 import dataclasses
 import itertools
 import math
-from typing import Mapping
+from collections.abc import Mapping
 
 import jax
 from jax.sharding import AbstractMesh, NamedSharding

@@ -2,7 +2,7 @@
 
 import re
 import textwrap
-from typing import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from jax.sharding import Mesh
 

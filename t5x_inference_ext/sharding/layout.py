@@ -11,7 +11,7 @@ one program with different axes in it:
 
 import dataclasses
 import math
-from typing import Mapping
+from collections.abc import Mapping
 
 from jax.sharding import PartitionSpec as P
 

@@ -7,7 +7,7 @@ collective lie on the same links, they share them.
 import dataclasses
 import functools
 import math
-from typing import Sequence
+from collections.abc import Sequence
 
 import numpy as np
 

@@ -4,7 +4,7 @@ import fractions
 import functools
 import itertools
 import math
-from typing import Sequence
+from collections.abc import Sequence
 
 import jax
 

@@ -7,7 +7,7 @@ checkpoints hold canonical tensors. Padding is with zeros and never touches the 
 
 import dataclasses
 import itertools
-from typing import Callable, Mapping
+from collections.abc import Callable, Mapping
 
 from jax.sharding import PartitionSpec as P
 import ml_dtypes

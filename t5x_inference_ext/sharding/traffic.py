@@ -4,7 +4,7 @@ Everything is per device. The letters are those of the paper's section 3.1 and o
 that weights are gathered over, and an activation [B, T, ..] has B T / N tokens on each.
 """
 
-from typing import Mapping
+from collections.abc import Mapping
 
 from t5x_inference_ext.config import BlockPart, ModelConfig
 from t5x_inference_ext.sharding.activations import ActivationSharding, sampling_axes

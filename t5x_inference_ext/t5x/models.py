@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from typing import Any, Callable, Mapping, MutableMapping
+from typing import Any
+from collections.abc import Callable, Mapping, MutableMapping
 
 from flax import core as flax_core
 import jax

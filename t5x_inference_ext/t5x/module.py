@@ -6,7 +6,8 @@ sublayer, `parallel`, or `attention` and `mlp`.
 """
 
 import dataclasses
-from typing import Any, Iterable, Mapping
+from typing import Any
+from collections.abc import Iterable, Mapping
 
 from flax import linen as nn
 from flax.linen import partitioning as flax_partitioning

@@ -3,7 +3,8 @@
 import hashlib
 import itertools
 import os
-from typing import Any, Callable, Sequence
+from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -116,7 +117,6 @@ class InferencePartitioner(partitioning.PjitPartitioner):
 
     Nothing is put in force around the function: shardings and the model's own mesh are concrete.
     """
-
     if self._host_driven and fn.__name__ == _INFER_STEP:
       return HostStep(fn, self.mesh)
 

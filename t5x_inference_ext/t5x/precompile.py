@@ -1,6 +1,6 @@
 """Compiling an inference step without weights. T5X's own precompile compiles the train step only."""
 
-from typing import Callable, Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 from t5x import utils

@@ -5,7 +5,8 @@ drives its own compiled functions, and the batch size is how many examples wait,
 """
 
 import dataclasses
-from typing import Any, Callable, Mapping
+from typing import Any
+from collections.abc import Callable, Mapping
 
 import jax
 from jax.sharding import Mesh, NamedSharding

@@ -264,7 +264,7 @@ def test_logit_bias():
 )
 def test_a_choice_ends_where_nothing_can_be_chosen(sampling):
   """All tokens forbidden, or logits that are no numbers: any token, but no search without an end."""
-  forbidden = dataclasses.replace(sampling, logit_bias={i: -np.inf for i in range(400)})
+  forbidden = dataclasses.replace(sampling, logit_bias=dict.fromkeys(range(400), -np.inf))
   for chosen in (
     choose(forbidden, random_logits(3, 400)),
     choose(sampling, np.full((3, 400), np.nan)),

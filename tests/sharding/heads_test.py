@@ -40,7 +40,7 @@ def test_a_key_head_is_on_every_shard_that_has_its_queries(groups, queries, shar
     for slot, head in enumerate(range(first, last)):
       assert start + slot // split.local_queries == head // queries < stop
   # As many copies of each, and no head left out.
-  assert held == {g: split.copies for g in range(groups)}
+  assert held == dict.fromkeys(range(groups), split.copies)
 
 
 @many

@@ -5,7 +5,7 @@ out: the compiler then starts a step's collective-permute before its matmul and 
 `plain` collectives and one matmul do, and move as many bytes. Over axes of size 1 they are the matmul alone.
 """
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import jax
 from jax import lax

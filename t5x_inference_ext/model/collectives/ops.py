@@ -4,7 +4,7 @@ Axes are given as a tuple of mesh axis names; shards are ordered with the first 
 """
 
 import math
-from typing import Sequence
+from collections.abc import Sequence
 
 import jax
 from jax import lax

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Sequence
+from collections.abc import Sequence
 
 import jax
 from jax import lax

@@ -5,7 +5,7 @@ not earlier. An optimization barrier ties the start of each gather to an earlier
 it; the CPU compiler drops it, and gathers everything at once.
 """
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import jax
 from jax import lax
