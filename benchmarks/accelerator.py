@@ -17,9 +17,9 @@ Run from the root of a checkout, on one device, with random weights; nothing but
 """
 
 import argparse
+from collections.abc import Iterator, Sequence
 import dataclasses
 import statistics
-from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np

@@ -1,9 +1,9 @@
 """What this machine can do, measured: memory bandwidth and matrix rate. And the clock that the benchmarks share."""
 
+from collections.abc import Callable
 import os
 import statistics
 import time
-from collections.abc import Callable
 
 # Read when jax first looks for devices: by default it takes most of a GPU's memory, and PyTorch, beside it, finds none.
 os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')

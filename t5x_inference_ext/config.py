@@ -6,9 +6,9 @@ Dimension letters, used in every docstring and shape comment of the package:
   E d_model   F d_ff   H query heads   K key/value heads   Q d_head
 """
 
+from collections.abc import Mapping
 import dataclasses
 from typing import Any
-from collections.abc import Mapping
 
 BLOCKS = ('parallel', 'serial')
 MLPS = ('swiglu', 'gelu')

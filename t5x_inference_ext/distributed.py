@@ -5,11 +5,11 @@ can fail at alone (a file that only it lacks, an output that only process 0 writ
 learn of the error, and end. In one process nothing here costs anything.
 """
 
+from collections.abc import Callable, Iterable, Iterator
 import contextlib
 import hashlib
 import json
 from typing import Any, TypeVar
-from collections.abc import Callable, Iterable, Iterator
 
 import jax
 from jax.experimental import multihost_utils

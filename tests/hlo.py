@@ -1,10 +1,10 @@
 """The collectives of a compiled program, read from its HLO text."""
 
 import collections
+from collections.abc import Iterable
 import dataclasses
 import math
 import re
-from collections.abc import Iterable
 
 KINDS = ('all-gather', 'reduce-scatter', 'all-reduce', 'all-to-all', 'collective-permute')
 

@@ -1,5 +1,6 @@
 """A command started as the processes of one run, each with its share of eight simulated devices."""
 
+from collections.abc import Callable
 import contextlib
 import os
 import pathlib
@@ -9,7 +10,6 @@ import subprocess
 import tempfile
 import time
 from typing import NamedTuple
-from collections.abc import Callable
 
 COUNT = 2
 TIMEOUT_SECONDS = 240

@@ -5,11 +5,11 @@ sums over, then those it keeps. A canonical tensor is addressed as a matrix a la
 inputs merged, columns the outputs. A norm is one row; what is not of a layer has L = 1.
 """
 
+from collections.abc import Iterator
 import dataclasses
 import itertools
 import math
 from typing import NamedTuple
-from collections.abc import Iterator
 
 import numpy as np
 

@@ -1,9 +1,9 @@
 """A checkpoint of any supported format, opened: its model, and its tensors, of which nothing is read yet."""
 
+from collections.abc import Iterator
 import dataclasses
 import os
 from typing import Any
-from collections.abc import Iterator
 
 import numpy as np
 

@@ -1,12 +1,12 @@
 """A conversion from its plan to the finished directory: what is left to do, done by this shard, sealed by the last."""
 
+from collections.abc import Callable, Iterable, Iterator
 import contextlib
 import functools
 import importlib.metadata
 import json
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
 import zlib
 
 import numpy as np

@@ -5,9 +5,9 @@ For int8, a slice holds all that is summed into its output channels, so their sc
 does not fit into `hold_bytes` is read a second time (a third, with a search for scales).
 """
 
+from collections.abc import Callable
 import dataclasses
 import os
-from collections.abc import Callable
 
 from t5x_inference_ext.checkpoints import storage
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint, open_checkpoint

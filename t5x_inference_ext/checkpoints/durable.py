@@ -1,8 +1,8 @@
 """The end of a conversion: all is put on the disk, read back from it, and compared with what was written."""
 
+from collections.abc import Callable, Iterable
 import math
 import threading
-from collections.abc import Callable, Iterable
 
 from t5x_inference_ext.checkpoints.pipeline import run_jobs
 from t5x_inference_ext.checkpoints.raw_array import RawArray

@@ -1,5 +1,6 @@
 """Every way in which a conversion changes the disk. Each raises OSError: a full disk, a failing device."""
 
+from collections.abc import Iterator
 import contextlib
 import io
 import itertools
@@ -9,7 +10,6 @@ import mmap
 import os
 import shutil
 from typing import Any
-from collections.abc import Iterator
 
 import numpy as np
 

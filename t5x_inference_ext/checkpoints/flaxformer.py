@@ -12,9 +12,9 @@ kernel is a pair: qkernel, int8 of the same shape, and qscale, in which the axes
 a weight is qkernel / qscale.
 """
 
+from collections.abc import Mapping
 import dataclasses
 from typing import Any
-from collections.abc import Mapping
 
 import ml_dtypes
 import numpy as np

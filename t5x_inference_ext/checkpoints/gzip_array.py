@@ -5,6 +5,7 @@ the checksum behind them.
 """
 
 import collections
+from collections.abc import Hashable, Iterable, Iterator
 import concurrent.futures
 import io
 import itertools
@@ -13,7 +14,6 @@ import os
 import re
 import threading
 from typing import Any
-from collections.abc import Hashable, Iterable, Iterator
 
 from isal import isal_zlib
 import numpy as np

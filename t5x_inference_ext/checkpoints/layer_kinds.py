@@ -11,8 +11,8 @@ are of one layer, without the layer axis.
     mlp/wi (GELU), or wi_0 and wi_1 (SwiGLU) [E, F], or wi_fused [E, 1 or 2, F]; wo [F, E]
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
+import dataclasses
 
 from t5x_inference_ext.config import ModelConfig
 

@@ -1,8 +1,8 @@
 """T5X's own checkpoint format: an msgpack index, and one zarr array a parameter beside it."""
 
+from collections.abc import Iterator
 import os
 from typing import Any
-from collections.abc import Iterator
 
 import ml_dtypes
 import msgpack

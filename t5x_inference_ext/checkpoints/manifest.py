@@ -6,9 +6,9 @@ The manifest is serving_config.json of a serving checkpoint, t5x_inference_ext.j
   crc32    of the manifest itself, with zeros in place of these eight digits
 """
 
+from collections.abc import Iterable, Mapping
 import json
 from typing import Any
-from collections.abc import Iterable, Mapping
 import zlib
 
 from t5x_inference_ext.checkpoints import storage

@@ -3,10 +3,10 @@
 Read with tensorstore directly, so that slices can be read; Orbax itself is not needed.
 """
 
+from collections.abc import Iterator
 import json
 import os
 from typing import Any
-from collections.abc import Iterator
 
 import numpy as np
 

@@ -1,7 +1,7 @@
 """What a conversion can write: which arrays there are, and where canonical values go in them."""
 
-from typing import Any, Protocol
 from collections.abc import Iterator
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np

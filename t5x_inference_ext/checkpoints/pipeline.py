@@ -5,10 +5,10 @@ steps (find its scales, write it); a step's jobs, one a block, run in any order,
 done. A worker that finds the current step handed out takes up the next slice.
 """
 
+from collections.abc import Callable, Iterator
 import os
 import threading
 from typing import Protocol
-from collections.abc import Callable, Iterator
 
 
 class PipelineWork(Protocol):

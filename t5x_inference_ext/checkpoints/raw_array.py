@@ -5,11 +5,11 @@ many chunks, each of one layer, and each of those gets its values from many chun
 to be held in memory until it is complete.
 """
 
+from collections.abc import Iterator
 import itertools
 import json
 import math
 import os
-from collections.abc import Iterator
 
 from isal import isal_zlib
 import numpy as np

@@ -4,10 +4,10 @@ It is independent of any mesh, and unpadded. Every chunk belongs to one layer an
 chunk is first read.
 """
 
+from collections.abc import Iterator
 import itertools
 import json
 from typing import Any
-from collections.abc import Iterator
 
 import ml_dtypes
 import numpy as np

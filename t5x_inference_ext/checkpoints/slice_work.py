@@ -1,11 +1,11 @@
 """One slice on its way: read, measured, rounded, written."""
 
 import bisect
+from collections.abc import Callable
 import dataclasses
 import itertools
 import math
 import threading
-from collections.abc import Callable
 
 import numpy as np
 

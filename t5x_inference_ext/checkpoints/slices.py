@@ -5,10 +5,10 @@ time. Where int8 scales have to be found, a slice is all that is summed into its
 columns of some layers, of every array that shares the scales. Elsewhere it is any box of chunks.
 """
 
+from collections.abc import Iterator, Sequence
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Sequence
 
 from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints.arrays import SourceArray

@@ -13,6 +13,7 @@ STAGING/NAME-CHECKSUM/    of the output's address
 OUTPUT/UNFINISHED         an object that is there while OUTPUT is not complete
 """
 
+from collections.abc import Callable, Iterator
 import contextlib
 import fcntl
 import json
@@ -21,7 +22,6 @@ import re
 import shutil
 import threading
 from typing import Any
-from collections.abc import Callable, Iterator
 import zlib
 
 from t5x_inference_ext.checkpoints import files, storage

@@ -5,9 +5,9 @@ serving checkpoints record); else as flaxformer's layer for such a model usually
 where the model can be one, DecoderLayer with split heads where not.
 """
 
+from collections.abc import Iterator, Sequence
 import math
 from typing import Any
-from collections.abc import Iterator, Sequence
 
 import msgpack
 import numpy as np

@@ -1,7 +1,7 @@
 """Lazy tensors: views on what is stored, of which only the needed part is ever read."""
 
-import math
 from collections.abc import Sequence
+import math
 
 import numpy as np
 

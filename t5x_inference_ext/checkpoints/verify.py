@@ -1,9 +1,9 @@
 """A finished checkpoint, re-read: against its manifest, and against the source that it was made from."""
 
+from collections.abc import Callable
 import json
 import math
 import threading
-from collections.abc import Callable
 
 import numpy as np
 

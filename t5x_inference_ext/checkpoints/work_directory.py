@@ -10,13 +10,13 @@ OUTPUT.unfinished/
   checkpoint/           becomes OUTPUT by one rename
 """
 
+from collections.abc import Callable, Iterator
 import contextlib
 import errno
 import fcntl
 import json
 import os
 from typing import Any
-from collections.abc import Callable, Iterator
 
 from t5x_inference_ext.checkpoints import files, storage
 from t5x_inference_ext.errors import CheckpointError

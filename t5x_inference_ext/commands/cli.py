@@ -15,6 +15,7 @@ Gin flags are T5X's: --gin_file=FILE (repeatable), --gin.NAME=VALUE, --gin_bindi
 --gin_search_paths.
 """
 
+from collections.abc import Callable, Collection, Iterable, Sequence
 import copy
 import functools
 import importlib.util  # gin uses it for files inside packages, but imports only importlib
@@ -27,7 +28,6 @@ import sys
 import types
 import typing
 from typing import Any
-from collections.abc import Callable, Collection, Iterable, Sequence
 
 from absl import flags as absl_flags
 from absl import logging as absl_logging

@@ -41,11 +41,11 @@ tokens, also the losses of both models on them:
       --report=/tmp/report --report_tokens=TOKENS.npy
 """
 
+from collections.abc import Iterator
 import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator
 
 from absl import flags as absl_flags
 import tqdm

@@ -8,10 +8,10 @@ decoding and rounding are timed: the time given is that of all blocks at this ra
 slower makes it longer.
 """
 
+from collections.abc import Iterator
 import os
 import sys
 import time
-from collections.abc import Iterator
 
 from absl import flags as absl_flags
 import numpy as np

@@ -1,9 +1,9 @@
 """A SamplingParams as plain flags, for every command that has one. Its gin bindings are configs/sampling.gin's."""
 
+from collections.abc import Callable
 import dataclasses
 import json
 from typing import Any
-from collections.abc import Callable
 
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.errors import UserError

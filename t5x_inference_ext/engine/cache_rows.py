@@ -4,9 +4,9 @@ A dynamic slice along a split dimension, left to the partitioner, gathers the wh
 there rewrites each device's part.
 """
 
+from collections.abc import Callable
 import dataclasses
 from typing import Any
-from collections.abc import Callable
 
 import jax
 from jax import lax

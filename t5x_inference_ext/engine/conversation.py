@@ -1,8 +1,8 @@
 """A conversation: turns on one cache, each of which prefills its own new tokens alone."""
 
+from collections.abc import Generator, Iterator, Sequence
 import dataclasses
 import functools
-from collections.abc import Generator, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp

@@ -5,11 +5,11 @@ for completion in engine.generate([[103, 104, 105], [108]], max_new_tokens=16):
   print(completion.tokens, completion.score)
 """
 
+from collections.abc import Iterator, Sequence
 import dataclasses
 import functools
 import os
 from typing import NamedTuple
-from collections.abc import Iterator, Sequence
 
 import jax
 from jax.sharding import NamedSharding

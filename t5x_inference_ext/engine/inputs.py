@@ -1,8 +1,8 @@
 """Prompts as the model takes them, and what generation could not serve."""
 
+from collections.abc import Sequence
 import numbers
 from typing import Any
-from collections.abc import Sequence
 
 import numpy as np
 

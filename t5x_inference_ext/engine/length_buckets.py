@@ -1,9 +1,9 @@
 """Ragged examples in batches of few shapes with little padding."""
 
 import collections
+from collections.abc import Callable, Sequence
 import functools
 from typing import Any, NamedTuple
-from collections.abc import Callable, Sequence
 
 SHORTEST = 16
 STEP = 8

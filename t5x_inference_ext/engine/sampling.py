@@ -2,9 +2,9 @@
 and options alone.
 """
 
+from collections.abc import Mapping, Sequence
 import dataclasses
 from typing import NamedTuple
-from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp

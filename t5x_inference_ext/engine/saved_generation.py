@@ -1,9 +1,9 @@
 """A whole generation as one program: what `infer` runs for a batch, and what a saved one is compared with."""
 
+from collections.abc import Callable
 import dataclasses
 import os
 from typing import Any
-from collections.abc import Callable
 
 import jax
 from jax.sharding import Mesh

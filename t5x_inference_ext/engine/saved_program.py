@@ -5,12 +5,12 @@ executable as jax serializes it. Loading an executable runs code: load files of 
 before any of that if it was written by other versions, for other devices or for other shapes than are wanted here.
 """
 
+from collections.abc import Callable, Mapping
 import hashlib
 import importlib.metadata
 import json
 import os
 from typing import Any, NoReturn
-from collections.abc import Callable, Mapping
 
 import jax
 from jax.experimental import serialize_executable

@@ -1,10 +1,10 @@
 """Continuous batching: finished rows leave, waiting prompts enter, and prefill takes turns with decode steps."""
 
 import collections
+from collections.abc import Iterable, Iterator
 import dataclasses
 import itertools
 from typing import NamedTuple
-from collections.abc import Iterable, Iterator
 
 import jax
 from jax.sharding import NamedSharding

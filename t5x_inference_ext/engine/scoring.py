@@ -1,7 +1,7 @@
 """Log-probabilities of given tokens, some positions at a time, and of ragged examples."""
 
-from typing import NamedTuple
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 from jax import lax

@@ -1,7 +1,7 @@
 """Beginnings that many prompts have in common: found, prefilled and stored once."""
 
-import functools
 from collections.abc import Callable, Sequence
+import functools
 
 import jax
 import numpy as np

@@ -1,10 +1,10 @@
 """Text to token ids and back, without TensorFlow: bytes and SentencePiece models, with the ids that seqio gives."""
 
+from collections.abc import Sequence
 import dataclasses
 import functools
 import os
 from typing import Any, Protocol
-from collections.abc import Sequence
 
 from t5x_inference_ext.errors import RequestError
 

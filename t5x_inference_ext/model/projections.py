@@ -5,8 +5,8 @@ Columns are partial sums over the embed axes; where all of a sublayer's go into 
 (ActivationSharding.sums_into), they come summed and split.
 """
 
-import dataclasses
 from collections.abc import Mapping
+import dataclasses
 
 import jax
 import jax.numpy as jnp

@@ -1,8 +1,8 @@
 """The weights on the chips, as a pytree. Shapes are global; sharding/packing.py says what a shard's block holds."""
 
+from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 from typing import Any
-from collections.abc import Callable, Iterable, Mapping
 
 import jax
 

@@ -1,9 +1,9 @@
 """The plan's two programs compiled for its slice, and what was predicted beside what came out, part by part."""
 
+from collections.abc import Callable, Iterable
 import dataclasses
 import textwrap
 from typing import Any
-from collections.abc import Callable, Iterable
 
 import jax
 

@@ -1,7 +1,7 @@
 """One plan for a request: on a given machine, or on the machine that suits the objective; and why there is none."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
+import dataclasses
 
 from t5x_inference_ext.errors import MeshError, UserError
 from t5x_inference_ext.planner import search

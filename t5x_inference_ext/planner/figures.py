@@ -3,10 +3,10 @@
 matplotlib is in the extra `plots`, and imported only when a figure is drawn.
 """
 
+from collections.abc import Iterator, Sequence
 import contextlib
 import os
 from typing import Any
-from collections.abc import Iterator, Sequence
 
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.planner import tables

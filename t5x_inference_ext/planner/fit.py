@@ -5,10 +5,10 @@
 prints the efficiencies of both bandwidth conventions, which efficiency.FITTED repeats, and the errors.
 """
 
+from collections.abc import Callable, Sequence
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
 
 import numpy as np
 

@@ -1,9 +1,9 @@
 """A choice, and all that was considered, as JSON: seconds, bytes, FLOPs and chip-seconds, of one chip and one pass."""
 
+from collections.abc import Sequence
 import dataclasses
 import json
 from typing import Any
-from collections.abc import Sequence
 
 from t5x_inference_ext.planner.check import Checked
 from t5x_inference_ext.planner.choose import Choice

@@ -11,8 +11,8 @@ bandwidth a program reaches is efficiency.py's to say.
           card across nodes, log2 K hops.
 """
 
-import dataclasses
 from collections.abc import Mapping
+import dataclasses
 
 from t5x_inference_ext.errors import UserError
 from t5x_inference_ext.planner.machine import Machine, Mesh

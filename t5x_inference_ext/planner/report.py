@@ -1,7 +1,7 @@
 """A choice for people: the ranked table of layout pairs, where the time goes, and why this one, in a sentence."""
 
-import textwrap
 from collections.abc import Iterable, Sequence
+import textwrap
 
 from t5x_inference_ext.planner import search
 from t5x_inference_ext.planner.choose import Choice

@@ -1,10 +1,10 @@
 """The plan command without its flags: chooses, prints, writes the files."""
 
+from collections.abc import Callable
 import functools
 import math
 import os
 import sys
-from collections.abc import Callable
 
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import RequestError

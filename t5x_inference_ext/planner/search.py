@@ -1,8 +1,8 @@
 """All plans for a request on a machine, and the best of them."""
 
+from collections.abc import Iterable, Iterator
 import itertools
 import math
-from collections.abc import Iterable, Iterator
 
 from t5x_inference_ext.errors import MeshError
 from t5x_inference_ext.planner.case import PassCase

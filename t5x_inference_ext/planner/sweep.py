@@ -1,9 +1,9 @@
 """Latency against cost for machines and batches, and which of these points no other beats: the paper's Figure 1."""
 
+from collections.abc import Callable, Iterable, Sequence
 import csv
 import dataclasses
 import io
-from collections.abc import Callable, Iterable, Sequence
 
 from t5x_inference_ext.errors import MeshError
 from t5x_inference_ext.planner import search

@@ -1,8 +1,8 @@
 """The paper's Figure 3 and Table 1 for any model and slice: bytes of a feedforward layer, and the longest context."""
 
+from collections.abc import Sequence
 import dataclasses
 import math
-from collections.abc import Sequence
 
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.planner.case import PassCase

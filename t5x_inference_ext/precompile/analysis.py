@@ -1,7 +1,7 @@
 """One question, answered: a phase of a model on a slice. Compiles it, looks for what would fit, chooses a layout."""
 
-import dataclasses
 from collections.abc import Callable
+import dataclasses
 
 from t5x_inference_ext.checkpoints.load import MAX_UNROLLED_LAYERS
 from t5x_inference_ext.config import ModelConfig

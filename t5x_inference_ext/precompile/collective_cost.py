@@ -1,9 +1,9 @@
 """The collectives of a compiled program: their groups, mesh axes and bytes, and their time at link speed."""
 
+from collections.abc import Mapping, Sequence
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
 
 import numpy as np
 

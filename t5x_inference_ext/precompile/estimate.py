@@ -18,10 +18,10 @@ An estimate is not a TPU: it ranks programs, and shows where they spend.
 """
 
 import collections
+from collections.abc import Mapping
 import dataclasses
 import re
 from typing import Any
-from collections.abc import Mapping
 
 from t5x_inference_ext import hardware
 from t5x_inference_ext.precompile import collective_cost, loops

@@ -1,7 +1,7 @@
 """What does not fit, and what near it would: candidates by arithmetic, the answer from the compiler."""
 
-import dataclasses
 from collections.abc import Callable, Iterator
+import dataclasses
 
 import jax
 from jax.sharding import Mesh

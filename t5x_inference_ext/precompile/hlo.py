@@ -5,10 +5,10 @@ convolutions the cycles that it expects (`estimated_cycles`), and to every array
 to major, the tiles, and the memory it lives in (0 is HBM, 5 the host's, others are on chip).
 """
 
+from collections.abc import Iterator
 import dataclasses
 import functools
 import re
-from collections.abc import Iterator
 
 from t5x_inference_ext.precompile.shapes import ArrayShape, HloError, parse_result
 

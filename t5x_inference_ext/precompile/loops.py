@@ -1,8 +1,8 @@
 """How often each instruction of a compiled program runs: loops multiply by their trip counts."""
 
+from collections.abc import Iterator
 import dataclasses
 import re
-from collections.abc import Iterator
 
 from t5x_inference_ext.precompile.hlo import Computation, Instruction, Module
 

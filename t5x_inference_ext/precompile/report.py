@@ -1,10 +1,10 @@
 """What came out of a compilation, for people and as JSON: memory, time by operation, collectives, and the bounds."""
 
 import collections
+from collections.abc import Iterable, Sequence
 import dataclasses
 import textwrap
 from typing import Any
-from collections.abc import Iterable, Sequence
 
 from t5x_inference_ext import hardware
 from t5x_inference_ext.precompile.analysis import Answer

@@ -1,8 +1,8 @@
 """The precompile command without its flags: asks, prints, writes the files."""
 
+from collections.abc import Callable
 import json
 import sys
-from collections.abc import Callable
 
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.engine import saved_program

@@ -2,9 +2,9 @@
 a prompt's way into a slot.
 """
 
+from collections.abc import Callable
 import functools
 from typing import Any
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp

@@ -1,11 +1,11 @@
 """A slice's devices without the slice: the TPU compiler, libtpu, runs on a CPU machine and describes them."""
 
+from collections.abc import Sequence
 import functools
 import importlib.util
 import math
 import os
 import re
-from collections.abc import Sequence
 
 import jax
 from jax.experimental import topologies

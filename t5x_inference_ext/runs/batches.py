@@ -1,9 +1,9 @@
 """Many prompts through one engine: batches of one shape, so that all share one compilation, and the clock on them."""
 
+from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
 import time
 from typing import TypeVar
-from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np

@@ -1,9 +1,9 @@
 """What an interrupted run had done: rows are kept as they finish, beside the output, until all of it is written."""
 
+from collections.abc import Callable, Iterable, Iterator
 import hashlib
 import json
 from typing import Any, TypeVar
-from collections.abc import Callable, Iterable, Iterator
 
 from t5x_inference_ext import distributed
 

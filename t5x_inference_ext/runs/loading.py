@@ -1,9 +1,9 @@
 """From the options of a run to an engine, saying on the way what was found, assumed and chosen."""
 
+from collections.abc import Callable
 import dataclasses
 import math
 from typing import Any
-from collections.abc import Callable
 
 import jax
 

@@ -1,11 +1,11 @@
 """Output files that appear whole or not at all. Of several processes, process 0 alone has them."""
 
+from collections.abc import Iterator
 import contextlib
 import json
 import os
 import tempfile
 from typing import Any, TextIO
-from collections.abc import Iterator
 
 from t5x_inference_ext import distributed
 from t5x_inference_ext.errors import RequestError

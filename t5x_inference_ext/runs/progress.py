@@ -1,8 +1,8 @@
 """What a run says, in process 0 alone; how far a long step is: a bar on a terminal, now and then a line elsewhere."""
 
+from collections.abc import Iterable, Iterator
 import sys
 import time
-from collections.abc import Iterable, Iterator
 
 import tqdm
 

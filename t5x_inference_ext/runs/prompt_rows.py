@@ -1,9 +1,9 @@
 """Rows of a prompts file: read, checked and tokenized, with every complaint naming the line."""
 
+from collections.abc import Callable, Iterable
 import dataclasses
 import json
 from typing import Any
-from collections.abc import Callable, Iterable
 
 from t5x_inference_ext.engine.vocabularies import Vocabulary
 from t5x_inference_ext.errors import RequestError

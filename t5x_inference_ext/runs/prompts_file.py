@@ -1,11 +1,11 @@
 """The plain run: a JSONL file of prompts in, a JSONL file of completions out, in the same order."""
 
+from collections.abc import Callable
 import contextlib
 import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Callable
 
 import numpy as np
 

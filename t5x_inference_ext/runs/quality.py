@@ -1,8 +1,8 @@
 """What rounding did to a model: errors of its tensors, and losses with and without it, as a table and a plot."""
 
+from collections.abc import Iterator
 import json
 import os
-from collections.abc import Iterator
 
 import numpy as np
 

@@ -1,7 +1,7 @@
 """Requests through decode slots that are kept full (engine.scheduler), and the clock on them."""
 
-from typing import NamedTuple
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.engine.scheduler import Request, Scheduler, SchedulerConfig

@@ -1,8 +1,8 @@
 """What a row of a prompts file says of how it is continued, in the place of what the run says."""
 
+from collections.abc import Mapping
 import dataclasses
 from typing import Any
-from collections.abc import Mapping
 
 from t5x_inference_ext.engine.sampling import SamplingParams, stack_params
 from t5x_inference_ext.engine.vocabularies import Vocabulary, stop_sequences

@@ -1,7 +1,7 @@
 """Rows of a run over a seqio task, as T5X writes them."""
 
-from typing import Any
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import seqio

@@ -1,10 +1,10 @@
 """The run over a seqio task: T5X's features in, T5X's JSONL out, under T5X's file names."""
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import seqio

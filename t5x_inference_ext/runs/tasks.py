@@ -1,10 +1,10 @@
 """Examples of a seqio task, exactly as T5X's infer reads them."""
 
+from collections.abc import Iterator, Mapping
 import difflib
 import importlib
 import itertools
 from typing import Any, NamedTuple
-from collections.abc import Iterator, Mapping
 
 import numpy as np
 import seqio

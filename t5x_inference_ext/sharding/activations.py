@@ -1,8 +1,8 @@
 """A layout resolved for one pass: a model, a mesh, so many rows of so many positions."""
 
+from collections.abc import Mapping
 import dataclasses
 import itertools
-from collections.abc import Mapping
 
 from jax.sharding import PartitionSpec as P
 

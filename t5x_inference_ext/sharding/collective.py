@@ -1,7 +1,7 @@
 """One collective and what it moves, as the paper's appendix A.1 counts, and what the moves of one pass share."""
 
-import dataclasses
 from collections.abc import Mapping
+import dataclasses
 
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.sharding.heads import HeadSplit, stored_heads

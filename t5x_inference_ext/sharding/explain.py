@@ -4,10 +4,10 @@ Nothing is loaded or compiled and no device is asked for: a mesh is the sizes of
 anywhere. `explain_text` makes text of it.
 """
 
+from collections.abc import Mapping
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping
 
 import jax
 from jax.sharding import AbstractMesh, NamedSharding

@@ -1,8 +1,8 @@
 """What explain.describe found, for people: tables in the paper's notation, a subscript naming the axes of a split."""
 
+from collections.abc import Iterable, Mapping, Sequence
 import re
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
 
 from jax.sharding import Mesh
 

@@ -9,9 +9,9 @@ one program with different axes in it:
   working  the embed and hidden axes that are left: what activations are split over inside a layer.
 """
 
+from collections.abc import Mapping
 import dataclasses
 import math
-from collections.abc import Mapping
 
 from jax.sharding import PartitionSpec as P
 

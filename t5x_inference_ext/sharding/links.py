@@ -4,10 +4,10 @@ Physical axes add up: a collective uses all of those along which its chips diffe
 collective lie on the same links, they share them.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
 
 import numpy as np
 

@@ -1,7 +1,7 @@
 """The mesh: devices arranged along the axes x, y and z of a torus (the paper's section 3.1)."""
 
-import math
 from collections.abc import Sequence
+import math
 
 import jax
 from jax.sharding import Mesh

@@ -1,10 +1,10 @@
 """Which mesh: those that lie well on a slice's torus, the best of them for a model, and what other devices get."""
 
+from collections.abc import Sequence
 import fractions
 import functools
 import itertools
 import math
-from collections.abc import Sequence
 
 import jax
 

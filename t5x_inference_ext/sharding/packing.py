@@ -5,9 +5,9 @@ it needs and no reshape crosses shards. What depends on the mesh, this order and
 checkpoints hold canonical tensors. Padding is with zeros and never touches the MLP, whose width the mesh must divide.
 """
 
+from collections.abc import Callable, Mapping
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping
 
 from jax.sharding import PartitionSpec as P
 import ml_dtypes

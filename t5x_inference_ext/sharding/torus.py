@@ -6,10 +6,10 @@ mesh_choice.py chooses the mesh.
 """
 
 import collections
+from collections.abc import Sequence
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
 
 import numpy as np
 

@@ -1,7 +1,7 @@
 """Restoring in T5X: any checkpoint that this package reads, straight onto the shards, int8 as it is stored."""
 
-from typing import Any
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from absl import logging
 from flax import traverse_util

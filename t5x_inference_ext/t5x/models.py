@@ -1,9 +1,9 @@
 """T5X's DecoderOnlyModel over this package's model: prefill, decode steps and scores run per shard on the mesh."""
 
+from collections.abc import Callable, Mapping, MutableMapping
 import dataclasses
 import functools
 from typing import Any
-from collections.abc import Callable, Mapping, MutableMapping
 
 from flax import core as flax_core
 import jax

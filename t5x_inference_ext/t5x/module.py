@@ -5,9 +5,9 @@ The tree is weights.Weights as nested dicts: embedding, final_norm, final_norm_b
 sublayer, `parallel`, or `attention` and `mlp`.
 """
 
+from collections.abc import Iterable, Mapping
 import dataclasses
 from typing import Any
-from collections.abc import Iterable, Mapping
 
 from flax import linen as nn
 from flax.linen import partitioning as flax_partitioning

@@ -1,10 +1,10 @@
 """A T5X partitioner over the mesh axes x, y and z, whose shardings are those of the package's layouts."""
 
+from collections.abc import Callable, Sequence
 import hashlib
 import itertools
 import os
 from typing import Any
-from collections.abc import Callable, Sequence
 
 import jax
 from jax.sharding import Mesh, NamedSharding

@@ -4,9 +4,9 @@ T5X partitions one function, its step for a batch. Here that step runs on the ho
 drives its own compiled functions, and the batch size is how many examples wait, not how many are decoded together.
 """
 
+from collections.abc import Callable, Mapping
 import dataclasses
 from typing import Any
-from collections.abc import Callable, Mapping
 
 import jax
 from jax.sharding import Mesh, NamedSharding

@@ -1,8 +1,8 @@
 """The step that t5x.infer runs for each batch, compiled beforehand and kept in a file (engine/saved_program.py)."""
 
+from collections.abc import Mapping
 import os
 from typing import Any
-from collections.abc import Mapping
 from unittest import mock
 
 import jax

@@ -181,9 +181,8 @@ def test_a_working_directory_removed_while_waiting_for_it(source, tmp_path):
 def test_shards_of_different_conversions(source, tmp_path):
   other = WorkDirectory(tmp_path / 'out')
   run(source, tmp_path / 'out', num_shards=2, shard_id=0)
-  with other.working(0):
-    with pytest.raises(CheckpointError, match='all shards need the same'):
-      run(source, tmp_path / 'out', weights='bfloat16', num_shards=2, shard_id=1)
+  with other.working(0), pytest.raises(CheckpointError, match='all shards need the same'):
+    run(source, tmp_path / 'out', weights='bfloat16', num_shards=2, shard_id=1)
   # Nobody works on it any more: other options start over.
   assert not run(source, tmp_path / 'out', weights='bfloat16', num_shards=2, shard_id=1).finished
   assert run(source, tmp_path / 'out', weights='bfloat16', num_shards=2, shard_id=0).finished

@@ -85,10 +85,9 @@ def test_compilation_is_not_counted_as_work():
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
   path = tmp_path / 'rows.jsonl'
-  with pytest.raises(KeyboardInterrupt):
-    with output.whole_file(str(path)) as file:
-      file.write('half')
-      raise KeyboardInterrupt
+  with pytest.raises(KeyboardInterrupt), output.whole_file(str(path)) as file:
+    file.write('half')
+    raise KeyboardInterrupt
   assert not list(tmp_path.iterdir())
   with output.whole_file(str(path)) as file:
     file.write('all')

@@ -3,8 +3,8 @@
 Axes are given as a tuple of mesh axis names; shards are ordered with the first axis slowest, as in a PartitionSpec.
 """
 
-import math
 from collections.abc import Sequence
+import math
 
 import jax
 from jax import lax

@@ -1,8 +1,8 @@
 """A ring of shards over one or several mesh axes, inside shard_map: the path of the looped collectives."""
 
+from collections.abc import Sequence
 import functools
 import math
-from collections.abc import Sequence
 
 import jax
 from jax import lax
