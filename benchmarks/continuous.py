@@ -23,7 +23,8 @@ from t5x_inference_ext.checkpoints.load import load_weights
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.engine import scheduler_config
 from t5x_inference_ext.engine.engine import Engine
-from t5x_inference_ext.engine.scheduler import Request, Scheduler
+from t5x_inference_ext.engine.request import Request
+from t5x_inference_ext.engine.scheduler import Scheduler
 from t5x_inference_ext.model.transformer import COMPUTE_DTYPES, Model
 from t5x_inference_ext.sharding.mesh import make_mesh
 from tests import reference
@@ -47,16 +48,16 @@ def ragged(vocabulary: int, count: int, longest: int, most: int) -> list[Request
 
 
 def refilled(engine: Engine, requests: list[Request], slots: int, **options):
-  plan, shared = scheduler_config.config_for(
+  config, shared = scheduler_config.config_for(
     engine.model, requests, slots=slots, eos_id=-1, **options
   )
 
   def run():
-    scheduler = Scheduler(engine.model, engine.weights, plan, shared)
+    scheduler = Scheduler(engine.model, engine.weights, config, shared)
     tokens = [[] for _ in requests]
     for event in scheduler.run(requests):
       tokens[event.request] += event.tokens
-    return tokens, scheduler.tally
+    return tokens, scheduler.stats
 
   return run
 
@@ -149,7 +150,8 @@ def refill_case(args) -> None:
     flush=True,
   )
   (new, tally), fast = timed(
-    refilled(engine, requests, args.slots, chunk=args.chunk, budget=args.budget), args.repeats
+    refilled(engine, requests, args.slots, prefill_chunk=args.chunk, prefill_budget=args.budget),
+    args.repeats,
   )
   print(
     f'slot refill:  {useful / fast:8.0f} useful tokens/s ({fast:.2f} s: {tally.prefilled} prompt positions, '
@@ -178,7 +180,9 @@ def prefix_case(args) -> None:
   )
   times, tokens = {}, {}
   for name, share in (('each on its own', False), ('shared once', True)):
-    run = refilled(engine, requests, 32, chunk=args.chunk, budget=32 * args.prompt, share=share)
+    run = refilled(
+      engine, requests, 32, prefill_chunk=args.chunk, prefill_budget=32 * args.prompt, share=share
+    )
     (tokens[name], tally), times[name] = timed(run, args.repeats)
     print(
       f'{name}: all first tokens after {times[name]:.3f} s, {tally.prefilled} positions after what is shared',

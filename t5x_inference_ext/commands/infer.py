@@ -46,6 +46,8 @@ What is wrong with the files, the flags, the mesh or the checkpoint is said befo
 XLA_FLAGS=--xla_force_host_platform_device_count=8 simulates eight devices.
 """
 
+from collections.abc import Iterator
+
 from absl import flags as absl_flags
 
 from t5x_inference_ext import distributed
@@ -54,7 +56,7 @@ from t5x_inference_ext.config import NORM_SCALES
 from t5x_inference_ext.errors import UserError
 from t5x_inference_ext.model.transformer import CACHE_DTYPES, COMPUTE_DTYPES
 from t5x_inference_ext.runs import loading, prompts_file
-from t5x_inference_ext.runs.progress import progress
+from t5x_inference_ext.runs.job import Job
 from t5x_inference_ext.sharding.layout import ATTENTION, FEEDFORWARD, RING_DIRECTIONS
 
 INFER_REQUIRED = ('checkpoint', 'prompts', 'output')
@@ -255,17 +257,29 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
 
 
 def main(flags: absl_flags.FlagValues) -> None:
+  """Serve every row of every job; the loop that all runs share."""
+  for job in _jobs(flags):
+    with job:
+      while not job.work.finished:
+        job.keep(job.work.step())
+      job.write()
+
+
+def _jobs(flags: absl_flags.FlagValues) -> Iterator[Job]:
+  """Yield what there is to run: one job for a prompts file, one for each task of a mixture."""
   processes = {name: flags[name].value for name in PROCESS_FLAGS}
   distributed.check_arguments(**processes)
   if cli.uses_gin(flags):
     cli.check_unmixed(flags, PLAIN, 'CHECKPOINT_PATH=\\"DIR\\"', 'configs/runs/infer.gin')
     distributed.initialize(**processes)
     config_text = cli.parse_gin(flags)
-    from t5x_inference_ext.runs import (
-      task_run,
-    )  # seqio brings TensorFlow: seconds that plain runs spare
+    # seqio brings TensorFlow: seconds that plain runs spare.
+    from t5x_inference_ext.runs import task_run
 
-    cli.configure(task_run.infer, config_text=config_text, explain_layout=flags.explain_layout)()
+    infer = cli.configure(
+      task_run.infer, config_text=config_text, explain_layout=flags.explain_layout
+    )
+    yield from infer()
     return
   required = ('checkpoint',) if flags.explain_layout else INFER_REQUIRED
   missing = [f'--{name}' for name in required if not flags[name].value]
@@ -283,11 +297,8 @@ def main(flags: absl_flags.FlagValues) -> None:
     )
     return
   distributed.initialize(**processes)
-  prompts_file.infer_file(
-    options,
-    prompts_file.PromptsFiles(flags.prompts, flags.output, flags.vocabulary, flags.overwrite),
-    progress,
-  )
+  files = prompts_file.PromptsFiles(flags.prompts, flags.output, flags.vocabulary, flags.overwrite)
+  yield from prompts_file.prepare(options, files)
 
 
 def run(argv: list[str] | None = None) -> int:

@@ -1,22 +1,18 @@
 """A conversation: turns on one cache, each of which prefills its own new tokens alone."""
 
 from collections.abc import Generator, Iterator, Sequence
-import dataclasses
-import functools
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
+from t5x_inference_ext.engine import programs
 from t5x_inference_ext.engine.inputs import check_at_least, check_seeds, check_tokens
 from t5x_inference_ext.engine.sampling import SamplingParams, stack_params
-from t5x_inference_ext.engine.scheduler import SMALLEST_CHUNK
-from t5x_inference_ext.engine.slots import Slots, decode_steps, replicated
-from t5x_inference_ext.engine.state import RowParams, advance, initial_state
+from t5x_inference_ext.engine.scheduler_config import SMALLEST_CHUNK
+from t5x_inference_ext.engine.state import RowParams
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.model.chunks import constrain_cache, empty_cache
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
 from t5x_inference_ext.sharding.activations import padded_length
@@ -70,7 +66,7 @@ class Conversation:
     room = padded_length(
       model.decode_layout, model.mesh.shape, self._rows, max_length + self._chunk
     )
-    self._cache = _empty(model, weights, self._rows, room)
+    self._cache = programs.empty_cache(model, weights, self._rows, room)
     self._cached = 0  # positions of it that hold BOS and `tokens`
     self._last: Generator | None = None  # reply: while it is being made, it has the cache
 
@@ -124,7 +120,9 @@ class Conversation:
     if sampling.penalizes:
       prompts[:, 1 : len(self.tokens) + 1] = self.tokens
     lengths = np.full(count, len(self.tokens) + 1, np.int32)
-    slots, first = _begin(self._model, self._cache, logits, *self._put(rows, prompts, lengths))
+    slots, first = programs.begin_reply(
+      self._model, self._cache, logits, *self._put(rows, prompts, lengths)
+    )
     first = jax.device_get(first)
     new, ended, told = [int(first.tokens[0])], False, None
     try:
@@ -134,7 +132,7 @@ class Conversation:
           yield token
         if ended:
           return
-        slots, told = decode_steps(
+        slots, told = programs.decode_steps(
           self._model,
           slots,
           self._weights,
@@ -157,7 +155,7 @@ class Conversation:
       size = min(self._chunk, max(SMALLEST_CHUNK, 1 << (len(some) - 1).bit_length()))
       tokens, counts = np.zeros((self._rows, size), np.int32), np.zeros(self._rows, np.int32)
       tokens[0, : len(some)], counts[0] = some, len(some)
-      logits, self._cache = _extend(
+      logits, self._cache = programs.prefill_turn(
         self._model, self._cache, self._weights, *self._put(np.int32(self._cached), tokens, counts)
       )
       self._cached += len(some)
@@ -166,22 +164,3 @@ class Conversation:
 
   def _put(self, *arrays):
     return jax.device_put(arrays, NamedSharding(self._model.mesh, P()))
-
-
-_empty = jax.jit(empty_cache, static_argnames=('model', 'rows', 'size'))
-
-
-@functools.partial(jax.jit, static_argnames='model', donate_argnames='cache')
-def _extend(model, cache, weights, cached, tokens, counts):
-  """Model.prefill_chunk on the first `cached` positions of a cache."""
-  cache = dataclasses.replace(cache, lengths=jnp.full_like(cache.lengths, cached))
-  return model.prefill_chunk(weights, constrain_cache(model, cache, weights), tokens, counts)
-
-
-@functools.partial(jax.jit, static_argnames='model', donate_argnames='cache')
-def _begin(model, cache, logits, rows, prompts, lengths):
-  """Slots of which the first is in use, with its first token."""
-  progress = initial_state(rows, prompts, lengths, model.config.vocab_size)
-  progress = dataclasses.replace(progress, ended=jnp.arange(len(lengths)) > 0)
-  progress, chosen = advance(rows, progress, logits, lengths)
-  return Slots(cache, *replicated(model, (rows, progress))), replicated(model, chosen)

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 import dataclasses
 import functools
 import os
-from typing import NamedTuple
 
 import jax
 from jax.sharding import NamedSharding
@@ -18,7 +17,7 @@ import numpy as np
 
 from t5x_inference_ext.checkpoints import Checkpoint, open_checkpoint
 from t5x_inference_ext.checkpoints.load import load_weights, scans_layers
-from t5x_inference_ext.engine import length_buckets, scheduler_config, scoring
+from t5x_inference_ext.engine import length_buckets, programs, scheduler_config, scoring
 from t5x_inference_ext.engine.conversation import Conversation
 from t5x_inference_ext.engine.inputs import (
   BOS_ID,
@@ -31,22 +30,15 @@ from t5x_inference_ext.engine.inputs import (
   for_each,
   model_inputs,
 )
+from t5x_inference_ext.engine.request import Completion, Event, Request
 from t5x_inference_ext.engine.sampling import SamplingParams, stack_params
 from t5x_inference_ext.engine.saved_generation import GenerationShape, SavedGeneration
-from t5x_inference_ext.engine.scheduler import Event, Request, Scheduler
-from t5x_inference_ext.engine.static_batch import generate_batch
+from t5x_inference_ext.engine.scheduler import Scheduler
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
 from t5x_inference_ext.sharding.layout import Layout, check_model
 from t5x_inference_ext.sharding.mesh import make_mesh, parse_mesh
-
-
-class Completion(NamedTuple):
-  """One row's generated ids (EOS included, where it came) and the sum of their log-probabilities."""
-
-  tokens: list[int]
-  score: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +181,6 @@ class Engine:
     seeds: Sequence[int] | None = None,
     samples: int = 1,
     slots: int = 32,
-    together: int | None = None,
     eos_id: int = EOS_ID,
     **options,
   ) -> Iterator[Event]:
@@ -201,19 +192,17 @@ class Engine:
       prompts, max_new_tokens, sampler, seeds, eos_id: as generate's.
       samples: of each prompt. The i-th has the seed (prompt's seed + i) % 2**32.
       slots: rows decoded together, at most, rounded up to what the mesh takes.
-      together: prompts that are prefilled together; None: what the prefill layout fills.
-      options: engine.scheduler_config.plan's: chunk, budget, steps, share, top (log-probabilities of so many most likely tokens).
+      options: engine.scheduler_config.config_for's: prefill_chunk, prefill_rows,
+        prefill_budget, decode_steps, share, top_log_probs.
 
     Raises:
       RequestError: what generate refuses, or an option out of its range; before anything runs.
     """
-    if together is not None:
-      options['prompts'] = together
     asked = self.requests(prompts, max_new_tokens, sampling, seeds, samples)
-    plan, shared = scheduler_config.config_for(
+    config, shared = scheduler_config.config_for(
       self.model, asked, slots=slots, eos_id=eos_id, **options
     )
-    return Scheduler(self.model, self.weights, plan, shared).run(asked)
+    return Scheduler(self.model, self.weights, config, shared).run(asked)
 
   def requests(
     self, prompts, max_new_tokens, sampling=SamplingParams(), seeds=None, samples: int = 1
@@ -268,7 +257,7 @@ class Engine:
     """log p(target | inputs so far) at each position, [B, T] float32; arguments as score's."""
     check_arrays(self.model.config.vocab_size, inputs, targets)
     inputs, targets = np.asarray(inputs, np.int32), np.asarray(targets, np.int32)
-    return np.asarray(_log_probs(self.model, self.weights, *self._put(inputs, targets)))
+    return np.asarray(programs.log_probs(self.model, self.weights, *self._put(inputs, targets)))
 
   def score_completions(
     self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, tokens: int = 8192
@@ -287,74 +276,34 @@ class Engine:
     check_at_least(1, tokens=tokens)
     check_pairs(pairs, self.model.config.vocab_size)
     examples = [scoring.ScoringExample.of(*pair) for pair in pairs]
-    found = dict(
-      scoring.score_examples(self.log_probs, examples, length_buckets.packer(self.model, tokens))
-    )
+    packer = length_buckets.packer(self.model, tokens)
+    found: dict[int, np.ndarray] = {}
+    for pack in packer.pack([len(example.targets) for example in examples]):
+      found.update(scoring.score_pack(self.log_probs, examples, pack))
     return [found[i][len(prompt) :].tolist() for i, (prompt, _) in enumerate(pairs)]
 
   def logits(self, inputs: np.ndarray) -> np.ndarray:
     """inputs [B, T] model inputs -> [B, T, V] float32 logits after each position."""
     check_arrays(self.model.config.vocab_size, inputs)
-    return np.asarray(_logits(self.model, self.weights, *self._put(np.asarray(inputs, np.int32))))
+    return np.asarray(
+      programs.logits(self.model, self.weights, *self._put(np.asarray(inputs, np.int32)))
+    )
 
   def _generation(self, run: GenerationShape, per_row: bool, prefill_chunk: int | None):
     """The function of (weights, tokens, lengths, seeds), and what rows have of their own, that generates a batch."""
     if self.executable is None:
-      return functools.partial(_generate, self.model, **_options(run), prefill_chunk=prefill_chunk)
+      return functools.partial(
+        programs.generate_batch, self.model, **run.options(), prefill_chunk=prefill_chunk
+      )
     if per_row or prefill_chunk is not None:
       what = 'one sampler and limit' if per_row else 'prompts in one pass'
       raise RequestError(
         f'the executable {self.executable.path} was compiled for {what}: run without it'
       )
     self.executable.check_run(run)
-    return self.executable.load(*generation_program(self.model, run, self.weights), self.model.mesh)
+    return self.executable.load(
+      *programs.generation_program(self.model, run, self.weights), self.model.mesh
+    )
 
   def _put(self, *arrays):
     return jax.device_put(arrays, NamedSharding(self.model.mesh, P()))
-
-
-def _jit(function, *static: str):
-  """`function` of a model, compiled, its results whole on every device: every process can read them."""
-
-  @functools.partial(jax.jit, static_argnames=('model', *static))
-  def run(model, *arguments, **options):
-    whole = NamedSharding(model.mesh, P())
-    return jax.lax.with_sharding_constraint(function(model, *arguments, **options), whole)
-
-  return run
-
-
-_generate = _jit(
-  generate_batch,
-  'sampling',
-  'max_new_tokens',
-  'eos_id',
-  'cache_size',
-  'max_length',
-  'prefill_chunk',
-)
-
-
-def generation_program(model: Model, run: GenerationShape, weights: Weights):
-  """What `generate` compiles for a batch: the jitted function, and the shapes that it takes beside these weights'."""
-  whole = NamedSharding(model.mesh, P())
-  tokens = jax.ShapeDtypeStruct((run.batch, run.prompt + 1), np.int32, sharding=whole)
-  lengths, seeds = (
-    jax.ShapeDtypeStruct((run.batch,), dtype, sharding=whole) for dtype in (np.int32, np.uint32)
-  )
-  function = jax.jit(functools.partial(_generate.__wrapped__, model, **_options(run)))
-  return function, (weights, tokens, lengths, seeds)
-
-
-def _options(run: GenerationShape):
-  return dict(
-    sampling=run.sampling,
-    max_new_tokens=run.max_new_tokens,
-    eos_id=run.eos_id,
-    cache_size=run.context,
-    max_length=run.max_length,
-  )
-
-
-_log_probs = _jit(Model.log_probs)
-_logits = _jit(Model.logits)

@@ -34,6 +34,16 @@ class GenerationShape:
   eos_id: int = 1
   max_length: int | None = None
 
+  def options(self) -> dict[str, Any]:
+    """Return the static arguments of engine.static_batch.generate_batch."""
+    return {
+      'sampling': self.sampling,
+      'max_new_tokens': self.max_new_tokens,
+      'eos_id': self.eos_id,
+      'cache_size': self.context,
+      'max_length': self.max_length,
+    }
+
 
 def describe_run(
   config: ModelConfig,

@@ -1,124 +1,47 @@
-"""Continuous batching: finished rows leave, waiting prompts enter, and prefill takes turns with decode steps."""
+"""Continuous batching: finished rows leave their slots, waiting prompts enter them.
+
+    scheduler = Scheduler(model, weights, config)
+    scheduler.submit(Request(tokens))
+    while not scheduler.idle:
+      for event in scheduler.step():
+        ...
+
+One `step` prefills prompts that wait, inserts them into free slots, decodes, and returns the new
+tokens. docs/life_of_a_request.md follows one request through it.
+"""
 
 import collections
 from collections.abc import Iterable, Iterator
 import dataclasses
-import itertools
-from typing import NamedTuple
+from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
-from t5x_inference_ext.engine import shared_prefix
+from t5x_inference_ext.engine import programs, shared_prefix
 from t5x_inference_ext.engine import slots as device
-from t5x_inference_ext.engine.sampling import SamplingParams, stack_params
-from t5x_inference_ext.engine.state import RowParams
+from t5x_inference_ext.engine.prefilling import Prefiller
+from t5x_inference_ext.engine.request import Event, Request
+from t5x_inference_ext.engine.sampling import stack_params
+from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
+from t5x_inference_ext.engine.state import ChosenTokens, RowParams
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
 
-SMALLEST_CHUNK = 16  # a prompt's last chunk is padded to this, or to a power of two above
-
 
 @dataclasses.dataclass(frozen=True)
-class Request:
-  """A prompt to continue.
-
-  Attributes:
-    tokens: model inputs: BOS, then the prompt.
-    seeds: one for each sample asked for; they share the prompt's prefill.
-    limit: new tokens of each, at most.
-    sampler: how they are chosen, and what ends them.
-  """
-
-  tokens: tuple[int, ...]
-  seeds: tuple[int, ...] = (0,)
-  limit: int = 64
-  sampling: SamplingParams = SamplingParams()
-
-
-class Event(NamedTuple):
-  """New tokens of one sample.
-
-  Attributes:
-    request: its place among the requests.
-    sample: its place among the request's samples.
-    tokens, log_probs: the new ones.
-    top: for each the most likely, as pairs (id, log-probability), where asked for.
-    ended: whether these are the last.
-  """
-
-  request: int
-  sample: int
-  tokens: list[int]
-  log_probs: list[float]
-  top: list[list[tuple[int, float]]]
-  ended: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class SchedulerConfig:
-  """The sizes that a run compiles for.
-
-  Attributes:
-    slots: B, rows decoded together: what the mesh takes (Model.padded_batch).
-    size: S, positions of each slot: a prompt's rest, beside what is shared, and its new tokens but the last.
-    prompt: the longest prompt, BOS included.
-    rest: the longest rest of a prompt, beside what is shared.
-    like: samplers that compiled choices have to do for.
-    eos_id: ends a row; -1 never does.
-    chunk: positions of each prompt that one prefill pass takes, at most.
-    prompts: R, prompts prefilled together.
-    budget: prompt tokens prefilled between decode steps while rows wait, at most, but always a chunk.
-    steps: decode steps between looks at what came out.
-    top: how many of the most likely tokens are told with each.
-
-  Raises:
-    RequestError: a number that is too small.
-  """
-
-  slots: int
-  size: int
-  prompt: int
-  rest: int
-  like: tuple[SamplingParams, ...] = (SamplingParams(),)
-  eos_id: int = 1
-  chunk: int = 256
-  prompts: int = 1
-  budget: int = 2048
-  steps: int = 16
-  top: int = 0
-
-  def __post_init__(self):
-    for name in ('slots', 'size', 'prompt', 'rest', 'chunk', 'prompts', 'budget', 'steps'):
-      if getattr(self, name) < 1:
-        raise RequestError(f'{name} must be at least 1, got {getattr(self, name)}')
-
-
-@dataclasses.dataclass
-class _Group:
-  """Prompts that are prefilled together, one a row."""
-
-  members: list[tuple[int, Request]]
-  starts: list[int]  # what each has in common with what is shared
-  done: int = 0  # positions behind that, of all
-
-  @property
-  def left(self) -> int:
-    return max(len(r.tokens) - s for (_, r), s in zip(self.members, self.starts)) - self.done
-
-
-@dataclasses.dataclass
 class SchedulerStats:
-  """What a run did.
+  """Counters of what a scheduler did.
 
   Attributes:
-    prefilled: positions that prefill passes took, padding included.
-    prompt_tokens: of these, prompts' own.
-    decoded: slots times decode steps.
-    generated: of these, rows' tokens (the first of each comes from its prefill, and does not count).
+    prefilled: Positions that prefill passes took, padding included.
+    prompt_tokens: Prompt tokens among the prefilled positions.
+    decoded: Decode steps times slots.
+    generated: Tokens that decode steps gave to rows. A row's first token comes from its prefill
+      and is not counted.
   """
 
   prefilled: int = 0
@@ -130,198 +53,231 @@ class SchedulerStats:
 class Scheduler:
   """Runs requests through the slots of a model.
 
-  Args:
-    model: decides mesh and layouts.
-    weights: on that mesh.
-    plan: the sizes.
-    shared: tokens that prompts begin with, BOS included, prefilled once here; () shares nothing.
+  A row's tokens are those it has alone, whatever else is in the slots: neither the sampling noise
+  nor attention looks at other rows.
 
-  A row's tokens are those it has alone, whatever else is in the slots: neither noise nor attention looks at other rows.
+  Args:
+    model: Decides mesh and layouts.
+    weights: Weights on that mesh.
+    config: Sizes that the programs are compiled for.
+    shared: Tokens that prompts begin with, BOS included; prefilled once, here. () shares nothing.
+
+  Attributes:
+    stats: Counters of what was done so far.
   """
 
   def __init__(
-    self, model: Model, weights: Weights, plan: SchedulerConfig, shared: tuple[int, ...] = ()
-  ):
-    self.model, self.weights, self.plan, self.tally = model, weights, plan, SchedulerStats()
-    chunk = min(plan.chunk, 1 << (plan.rest - 1).bit_length())
-    self._chunks = [c for c in _powers(SMALLEST_CHUNK) if c < chunk] + [chunk]
-    room = device.prompt_room(model, plan.prompts, max(plan.rest, chunk))
-    self._shared, stored = shared, (None, None)
+    self, model: Model, weights: Weights, config: SchedulerConfig, shared: tuple[int, ...] = ()
+  ) -> None:
+    self.model, self.weights, self.config = model, weights, config
+    self._shared = shared
+    self._prefiller = Prefiller(model, weights, config, shared)
+    stored: tuple[Any, Any] = None, None
     if shared:
+      rows = config.slots, config.prefill_rows
       stored = shared_prefix.store_prefix(
-        model, weights, shared, (plan.slots, plan.prompts), plan.chunk, self._put
+        model, weights, shared, rows, config.prefill_chunk, self._put
       )
-    asks = self._asks(Request((0,), sampling=plan.like[0]), 0)
-    self._slots = device.empty_slots(
-      model, weights, asks, plan.slots, max(plan.size, room), stored[0]
+    example = self._row_params(Request((0,), sampling=config.sampling_choices[0]), 0)
+    cache_size = max(config.cache_size, self._prefiller.room)
+    self._slots = programs.empty_slots(model, weights, example, config.slots, cache_size, stored[0])
+    self._prefiller.allocate(stored[1])
+    self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
+    # For each slot the (request, sample) in it, or None.
+    self._owners: list[tuple[int, int] | None] = [None] * config.slots
+    self._submitted = 0
+    self._decoded = self._generated = 0
+
+  @property
+  def stats(self) -> SchedulerStats:
+    """Counters of what was done so far."""
+    return SchedulerStats(
+      self._prefiller.positions, self._prefiller.tokens, self._decoded, self._generated
     )
-    self._prompts = device.empty_prefill(model, weights, plan.prompts, room, stored[1])
-    self._in_use = False
 
-  def run(self, requests: Iterable[Request]) -> Iterator[Event]:
-    """Serves requests as slots become free, in order. They are taken from the iterable as they are needed.
+  @property
+  def idle(self) -> bool:
+    """Whether no request waits, is prefilled or decodes."""
+    return not (self._waiting or self._prefiller.ready or self._prefiller.active or self._decoding)
 
-    A run that is left before its end gives its slots to the next; two can't go on at once.
+  @property
+  def wanted(self) -> int:
+    """How many more requests the next step could make use of."""
+    free = self._owners.count(None)
+    return max(0, free + self.config.prefill_rows - len(self._waiting))
+
+  def submit(self, request: Request) -> int:
+    """Queue a request and return its index, which its events carry.
 
     Raises:
-      RequestError: a request that does not fit the plan.
+      RequestError: The request does not fit the config.
     """
-    if self._in_use:
-      self._slots = device.free_slots(self.model, self._slots)
-    self._in_use = True
-    waiting = _Waiting(enumerate(requests))
-    ready: collections.deque[tuple[int, int, int]] = collections.deque()  # (row, request, sample)
-    rows: list[tuple[int, int] | None] = [None] * self.plan.slots  # of each slot, (request, sample)
-    group, told = None, []
-    while True:
-      budget = self.plan.budget
-      while None in rows:
-        while ready and None in rows:
-          row, index, sample = ready.popleft()
-          told.append((rows.index(None), self._admit(group, row, rows.index(None), sample)))
-          rows[rows.index(None)] = index, sample
-        if ready or (budget <= 0 and any(rows)):
-          break
-        if group is None or group.left <= 0:
-          group = self._group(waiting)
-          if group is None:
-            break
-        budget -= self._prefill(group)
-        if group.left <= 0:
-          ready.extend(
-            (row, index, sample)
-            for row, (index, request) in enumerate(group.members)
-            for sample in range(len(request.seeds))
-          )
-      if not any(rows):
-        self._in_use = False
-        return
-      more = bool(ready) or (group is not None and group.left > 0) or waiting.any()
-      steps = 1 if None in rows and more else self.plan.steps
-      self._slots, result = device.decode_steps(
-        self.model,
-        self._slots,
-        self.weights,
-        *self._put(np.int32(min(steps, self.plan.steps)), np.asarray(more)),
-        most=self.plan.steps,
-      )
-      firsts, result = jax.device_get(([chosen for _, chosen in told], result))
-      counts = result.counts
-      self.tally.decoded += int(counts.max()) * self.plan.slots
-      self.tally.generated += int(counts.sum())
-      firsts = {slot: first for (slot, _), first in zip(told, firsts)}
-      told = []
-      for slot, owner in enumerate(rows):
-        if owner is None:
-          continue
-        parts = [jax.tree.map(lambda x: x[: counts[slot], slot], result.chosen)]
-        if slot in firsts:
-          parts.insert(0, firsts[slot])
-        yield _event(owner, parts, bool(result.ended[slot]))
-        if result.ended[slot]:
-          rows[slot] = None
+    index = self._submitted
+    self._check(index, request)
+    self._submitted += 1
+    self._waiting.append((index, request))
+    return index
 
-  def _group(self, waiting: '_Waiting') -> _Group | None:
-    members = waiting.take(self.plan.prompts)
-    if not members:
-      return None
-    starts = [self._checked(index, request) for index, request in members]
-    shared = np.zeros(self.plan.prompts, np.int32)
-    shared[: len(starts)] = starts
-    self._prompts = device.start_prefill(
-      self.model, self._prompts, self.weights, *self._put(shared)
-    )
-    return _Group(members, starts)
+  def step(self) -> list[Event]:
+    """Prefill, insert and decode once; return the new tokens of every row that has some.
 
-  def _checked(self, index: int, request: Request) -> int:
-    """How many positions of a request are shared. Raises RequestError for one that does not fit."""
-    start = shared_prefix.common_length(self._shared, request.tokens)
-    length, rest, plan = len(request.tokens), len(request.tokens) - start, self.plan
-    if request.limit < 1 or not request.seeds:
-      raise RequestError(
-        f'request {index} asks for {request.limit} new tokens of {len(request.seeds)} samples: at least '
-        'one of each'
-      )
-    if length > plan.prompt or rest > plan.rest or rest + request.limit - 1 > plan.size:
-      raise RequestError(
-        f'request {index} has {length} tokens, BOS included, and {request.limit} new ones, {start} shared: there is '
-        f'room for {plan.prompt}, {plan.rest} of them not shared, or {plan.size} with the new ones but the last'
-      )
-    return start
-
-  def _prefill(self, group: _Group) -> int:
-    """One chunk of each prompt of a group; returns the positions that it took."""
-    size = next((c for c in self._chunks if c >= group.left), self._chunks[-1])
-    tokens = np.zeros((self.plan.prompts, size), np.int32)
-    counts = np.zeros(self.plan.prompts, np.int32)
-    for row, ((_, request), start) in enumerate(zip(group.members, group.starts)):
-      new = request.tokens[start + group.done : start + group.done + size]
-      tokens[row, : len(new)], counts[row] = new, len(new)
-    self._prompts = device.prefill_chunk(
-      self.model, self._prompts, self.weights, *self._put(tokens, counts)
-    )
-    group.done += size
-    self.tally.prefilled += tokens.size
-    self.tally.prompt_tokens += int(counts.sum())
-    return tokens.size
-
-  def _admit(self, group: _Group, row: int, slot: int, sample: int):
-    _, request = group.members[row]
-    prompt = np.zeros((1, self.plan.prompt if self._penalizes else 1), np.int32)
-    length = np.asarray([len(request.tokens)], np.int32)
-    if self._penalizes:
-      prompt[0, : length[0]] = request.tokens
-    self._slots, chosen = device.insert(
+    While rows wait, prefill takes at most `prefill_budget` positions, but always a chunk if no
+    row decodes; then one decode step follows, or `decode_steps` when nothing waits for a slot.
+    """
+    firsts: dict[int, ChosenTokens] = {}  # by slot
+    budget = self.config.prefill_budget
+    while None in self._owners:
+      if self._prefiller.ready:
+        slot = self._owners.index(None)
+        firsts[slot] = self._insert(slot)
+      elif (budget <= 0 and self._decoding) or not self._has_group():
+        break
+      else:
+        budget -= self._prefiller.chunk()
+    if not self._decoding:
+      return []
+    self._slots, output = programs.decode_steps(
       self.model,
       self._slots,
       self.weights,
-      self._prompts,
-      *self._put(np.int32(row), np.int32(slot), self._asks(request, sample), prompt, length),
+      *self._put(*self._step_counts()),
+      most=self.config.decode_steps,
     )
-    return chosen
+    return self._emit(firsts, output)
+
+  def run(self, requests: Iterable[Request]) -> Iterator[Event]:
+    """Serve requests in order, and yield their events; requests count from 0.
+
+    Requests are taken from the iterable shortly before they are needed. A run that is left before
+    its end gives its slots to the next one.
+
+    Raises:
+      RequestError: A request that does not fit the config.
+    """
+    if not self.idle:
+      self._clear()
+    first, waiting = self._submitted, iter(requests)
+    while True:
+      self.submit_from(waiting)
+      if self.idle:
+        return
+      for event in self.step():
+        yield event._replace(request=event.request - first)
+
+  def submit_from(self, requests: Iterator[Request]) -> None:
+    """Submit as many of the next requests as the next step could make use of."""
+    for _ in range(self.wanted):
+      request = next(requests, None)
+      if request is None:
+        return
+      self.submit(request)
 
   @property
-  def _penalizes(self) -> bool:
-    return any(s.penalizes for s in self.plan.like)
+  def _decoding(self) -> bool:
+    return any(self._owners)
 
-  def _asks(self, request: Request, sample: int) -> RowParams:
-    if request.sampling not in self.plan.like:
+  def _clear(self) -> None:
+    """Drop every request."""
+    self._slots = programs.free_slots(self.model, self._slots)
+    self._prefiller.clear()
+    self._waiting.clear()
+    self._owners = [None] * self.config.slots
+
+  def _check(self, index: int, request: Request) -> None:
+    start = shared_prefix.common_length(self._shared, request.tokens)
+    length, rest, config = len(request.tokens), len(request.tokens) - start, self.config
+    if request.limit < 1 or not request.seeds:
+      raise RequestError(
+        f'request {index} asks for {request.limit} new tokens of {len(request.seeds)} samples: at '
+        'least one of each'
+      )
+    if (
+      length > config.prompt_size
+      or rest > config.rest_size
+      or rest + request.limit - 1 > config.cache_size
+    ):
+      raise RequestError(
+        f'request {index} has {length} tokens, BOS included, and {request.limit} new ones, {start} '
+        f'shared: there is room for {config.prompt_size}, {config.rest_size} of them not shared, '
+        f'or {config.cache_size} with the new ones but the last'
+      )
+    if request.sampling not in config.sampling_choices:
       raise RequestError(
         f'{request.sampling} is not among the sampling parameters that the run was compiled for'
       )
+
+  def _has_group(self) -> bool:
+    """Make waiting prompts the group to prefill, unless one is; return whether there is one."""
+    if not self._prefiller.active and self._waiting:
+      count = min(self.config.prefill_rows, len(self._waiting))
+      self._prefiller.begin([self._waiting.popleft() for _ in range(count)])
+    return self._prefiller.active
+
+  def _insert(self, slot: int) -> ChosenTokens:
+    """Move the next prefilled sample into a free slot; return its first token, on the devices."""
+    ready = self._prefiller.ready.popleft()
+    tokens = ready.request.tokens
+    # Only penalties look at the prompt's tokens.
+    penalizes = any(s.penalizes for s in self.config.sampling_choices)
+    prompt = np.zeros((1, self.config.prompt_size if penalizes else 1), np.int32)
+    if penalizes:
+      prompt[0, : len(tokens)] = tokens
+    arguments = self._put(
+      np.int32(ready.row),
+      np.int32(slot),
+      self._row_params(ready.request, ready.sample),
+      prompt,
+      np.asarray([len(tokens)], np.int32),
+    )
+    self._slots, first = programs.insert(
+      self.model, self._slots, self.weights, self._prefiller.state, *arguments
+    )
+    self._owners[slot] = ready.index, ready.sample
+    return first
+
+  def _step_counts(self) -> tuple[np.ndarray, np.ndarray]:
+    """Return how many decode steps to run at most, and whether to stop when a slot becomes free."""
+    queued = bool(self._prefiller.ready or self._waiting or self._prefiller.active)
+    steps = 1 if None in self._owners and queued else self.config.decode_steps
+    return np.asarray(steps, np.int32), np.asarray(queued)
+
+  def _emit(self, firsts: dict[int, ChosenTokens], output: device.StepsOutput) -> list[Event]:
+    """Read the chosen tokens from the devices; make events of them; free ended rows' slots."""
+    firsts, output = jax.device_get((firsts, output))
+    self._decoded += int(output.counts.max()) * self.config.slots
+    self._generated += int(output.counts.sum())
+    events = []
+    for slot, owner in enumerate(self._owners):
+      if owner is None:
+        continue
+      chosen = [ChosenTokens(*(x[: output.counts[slot], slot] for x in output.chosen))]
+      if slot in firsts:
+        chosen.insert(0, firsts[slot])
+      ended = bool(output.ended[slot])
+      events.append(_event(owner, chosen, ended))
+      if ended:
+        self._owners[slot] = None
+    return events
+
+  def _row_params(self, request: Request, sample: int) -> RowParams:
+    vocab_size, config = self.model.config.vocab_size, self.config
     return RowParams(
-      stack_params([request.sampling], self.model.config.vocab_size, self.plan.like),
+      stack_params([request.sampling], vocab_size, config.sampling_choices),
       np.asarray([request.seeds[sample]], np.uint32),
       np.asarray([request.limit], np.int32),
-      self.plan.eos_id,
-      self.plan.top,
+      config.eos_id,
+      config.top_log_probs,
     )
 
-  def _put(self, *arrays):
+  def _put(self, *arrays: Any) -> Any:
+    """Place host arrays whole on every device."""
     return jax.device_put(arrays, NamedSharding(self.model.mesh, P()))
 
 
-class _Waiting:
-  """Items of an iterator, looked at no earlier than needed."""
-
-  def __init__(self, items: Iterator):
-    self._items = items
-
-  def take(self, count: int) -> list:
-    return list(itertools.islice(self._items, count))
-
-  def any(self) -> bool:
-    first = self.take(1)
-    self._items = itertools.chain(first, self._items)
-    return bool(first)
-
-
-def _event(owner: tuple[int, int], parts: list, ended: bool) -> Event:
-  """What a row was told: parts of Chosen, [n] each and [n, top]."""
-  tokens, log_probs, top_ids, top = (np.concatenate(x) for x in zip(*parts))
-  pairs = [list(zip(ids.tolist(), values.tolist())) for ids, values in zip(top_ids, top)]
+def _event(owner: tuple[int, int], chosen: list[ChosenTokens], ended: bool) -> Event:
+  """Make an event of a row's chosen tokens, [n] each and [n, top]."""
+  tokens, log_probs, top_ids, top = (np.concatenate(parts) for parts in zip(*chosen))
+  pairs = [
+    list(zip(ids.tolist(), values.tolist(), strict=True)) for ids, values in zip(top_ids, top)
+  ]
   return Event(*owner, tokens.tolist(), log_probs.tolist(), pairs, ended)
-
-
-def _powers(first: int) -> Iterator[int]:
-  return itertools.takewhile(lambda n: n < 2**30, (first << i for i in itertools.count()))

@@ -1,6 +1,6 @@
 """Log-probabilities of given tokens, some positions at a time, and of ragged examples."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -8,7 +8,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from t5x_inference_ext.engine.length_buckets import Packer
+from t5x_inference_ext.engine.length_buckets import Pack
 from t5x_inference_ext.model.collectives import ops
 
 # Logits of more elements than this (256 MiB) are not made at once on a device, but some positions at a time.
@@ -77,22 +77,26 @@ class ScoringExample(NamedTuple):
     )
 
 
-def score_examples(
-  log_probs: Callable, examples: Sequence[ScoringExample], packer: Packer
-) -> Iterator[tuple[int, np.ndarray]]:
-  """The place of an example and its log-probabilities [n], weighted: batch by batch, of like lengths.
+def score_pack(
+  log_probs: Callable, examples: Sequence[ScoringExample], pack: Pack
+) -> list[tuple[int, np.ndarray]]:
+  """Score the examples of one batch.
 
   Args:
     log_probs: Engine.log_probs.
-    examples: in any order.
-    packer: makes batches of them.
+    examples: All examples.
+    pack: Which of them go together, and the shape of their batch.
+
+  Returns:
+    The index of each example and its weighted log-probabilities, [n] float32.
   """
-  for some in packer.pack([len(e.targets) for e in examples]):
-    inputs, targets = np.zeros((2, some.rows, some.length), np.int32)
-    for row, item in enumerate(some.items):
-      inputs[row, : len(examples[item].inputs)] = examples[item].inputs
-      targets[row, : len(examples[item].targets)] = examples[item].targets
-    scored = log_probs(inputs, targets)
-    for row, item in enumerate(some.items):
-      weights = np.asarray(examples[item].weights, np.float32)
-      yield item, scored[row, : len(weights)] * weights
+  inputs, targets = np.zeros((2, pack.rows, pack.length), np.int32)
+  for row, item in enumerate(pack.items):
+    inputs[row, : len(examples[item].inputs)] = examples[item].inputs
+    targets[row, : len(examples[item].targets)] = examples[item].targets
+  scored = log_probs(inputs, targets)
+  found = []
+  for row, item in enumerate(pack.items):
+    weights = np.asarray(examples[item].weights, np.float32)
+    found.append((item, scored[row, : len(weights)] * weights))
+  return found

@@ -3,11 +3,10 @@
 from collections.abc import Callable, Sequence
 import functools
 
-import jax
 import numpy as np
 
+from t5x_inference_ext.engine import programs
 from t5x_inference_ext.engine import slots as device
-from t5x_inference_ext.model import chunks
 from t5x_inference_ext.model.cache import Shared
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
@@ -76,21 +75,18 @@ def store_prefix(
     What the slots share, in the decode layout, and what prompts do, in the prefill layout.
   """
   steps = -(-len(tokens) // chunk)
-  prompts = device.empty_prefill(
+  prompts = programs.empty_prefill(
     model, weights, rows[1], device.prompt_room(model, rows[1], steps * chunk), None
   )
   for i in range(0, len(tokens), chunk):
     some, counts = np.zeros((rows[1], chunk), np.int32), np.zeros(rows[1], np.int32)
     counts[0] = len(tokens[i : i + chunk])
     some[0, : counts[0]] = tokens[i : i + chunk]
-    prompts = device.prefill_chunk(model, prompts, weights, *put(some, counts))
+    prompts = programs.prefill_chunk(model, prompts, weights, *put(some, counts))
   share = functools.partial(
-    _share, model.prefilling, prompts.cache, weights, row=0, length=len(tokens)
+    programs.share_row, model.prefilling, prompts.cache, weights, row=0, length=len(tokens)
   )
   return share(to=model, rows=rows[0]), share(to=model.prefilling, rows=rows[1])
-
-
-_share = jax.jit(chunks.share_row, static_argnames=('model', 'row', 'length', 'to', 'rows'))
 
 
 def _run_end(rows, start, stop, depth):

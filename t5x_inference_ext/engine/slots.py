@@ -1,7 +1,6 @@
 """Decode slots: rows of one cache that prompts enter and leave one by one, while the others go on."""
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax
@@ -71,11 +70,6 @@ class StepsOutput(NamedTuple):
   ended: jax.Array
 
 
-def _jit(static: tuple[str, ...], donated: tuple[str, ...] = ()):
-  return functools.partial(jax.jit, static_argnames=('model', *static), donate_argnames=donated)
-
-
-@_jit(('rows', 'size'))
 def empty_slots(
   model: Model, weights: Weights, asks: RowParams, rows: int, size: int, shared: Shared | None
 ) -> Slots:
@@ -89,7 +83,6 @@ def empty_slots(
   )
 
 
-@_jit(('rows', 'size'))
 def empty_prefill(
   model: Model, weights: Weights, rows: int, size: int, shared: Shared | None
 ) -> PrefillState:
@@ -117,7 +110,6 @@ def prompt_room(model: Model, rows: int, length: int) -> int:
   return activations.padded_length(model.prefill_layout, model.mesh.shape, rows, length)
 
 
-@_jit((), ('slots',))
 def free_slots(model: Model, slots: Slots) -> Slots:
   """All of them free, whoever was in them."""
   del model
@@ -125,7 +117,6 @@ def free_slots(model: Model, slots: Slots) -> Slots:
   return dataclasses.replace(slots, progress=progress)
 
 
-@_jit((), ('prompts',))
 def start_prefill(
   model: Model, prompts: PrefillState, weights: Weights, shared: jax.Array
 ) -> PrefillState:
@@ -136,7 +127,6 @@ def start_prefill(
   return PrefillState(constrain_cache(model.prefilling, cache, weights), prompts.logits)
 
 
-@_jit((), ('prompts',))
 def prefill_chunk(
   model: Model, prompts: PrefillState, weights: Weights, tokens: jax.Array, counts: jax.Array
 ) -> PrefillState:
@@ -145,7 +135,6 @@ def prefill_chunk(
   return PrefillState(cache, _placed(model, jnp.where(counts[:, None] > 0, logits, prompts.logits)))
 
 
-@_jit((), ('slots',))
 def insert(
   model: Model,
   slots: Slots,
@@ -193,7 +182,6 @@ def insert(
   ), replicated(model, chosen)
 
 
-@_jit(('most',), ('slots',))
 def decode_steps(
   model: Model, slots: Slots, weights: Weights, steps: jax.Array, until_free: jax.Array, most: int
 ) -> tuple[Slots, StepsOutput]:

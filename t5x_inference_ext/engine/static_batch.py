@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from t5x_inference_ext.engine.sampling import SamplingArrays, SamplingParams, stack_params
+from t5x_inference_ext.engine.slots import replicated
 from t5x_inference_ext.engine.state import RowParams, advance, initial_state
 from t5x_inference_ext.model.chunks import prefill_in_chunks
 from t5x_inference_ext.model.transformer import Model
@@ -89,4 +90,4 @@ def generate_batch(
   _, progress, _, out, scores = jax.lax.while_loop(
     running, step, (1, progress, cache, out, chosen.log_probs)
   )
-  return Generation(out, progress.counts, scores)
+  return replicated(model, Generation(out, progress.counts, scores))

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from t5x_inference_ext.checkpoints.load import scans_layers
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.engine.engine import generation_program
+from t5x_inference_ext.engine.programs import generation_program
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.saved_generation import GenerationShape, describe_run
 from t5x_inference_ext.errors import RequestError

@@ -14,7 +14,7 @@ import numpy as np
 
 from t5x_inference_ext.engine import slots as device
 from t5x_inference_ext.engine.sampling import SamplingParams, stack_params
-from t5x_inference_ext.engine.scheduler import SchedulerConfig
+from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.engine.state import RowParams
 from t5x_inference_ext.model.chunks import abstract_cache
 from t5x_inference_ext.model.transformer import Model
@@ -22,9 +22,9 @@ from t5x_inference_ext.model.weights import Weights
 
 SLOT_PHASES = ('extend', 'slots', 'admit')
 CHUNK = (
-  SchedulerConfig.chunk
+  SchedulerConfig.prefill_chunk
 )  # positions that one pass of prefill takes, where nobody says otherwise
-SLOT_STEPS = SchedulerConfig.steps  # decode steps of a call, at most
+SLOT_STEPS = SchedulerConfig.decode_steps  # decode steps of a call, at most
 
 
 def program(
@@ -80,17 +80,13 @@ def program(
 
 def _jitted(function: Callable, model: Model, **static: Any) -> jax.stages.Wrapped:
   """A function of engine.slots, weights first. Weights that it does not use are where they are nonetheless."""
-  run = lambda weights, state, *arguments: function.__wrapped__(
-    model, state, weights, *arguments, **static
-  )
+  run = lambda weights, state, *arguments: function(model, state, weights, *arguments, **static)
   return jax.jit(run, donate_argnums=1, keep_unused=True)
 
 
 def _slots(model: Model, weights: Weights, asks: RowParams, rows: int, size: int) -> device.Slots:
   made = jax.eval_shape(
-    functools.partial(device.empty_slots.__wrapped__, model, rows=rows, size=size, shared=None),
-    weights,
-    asks,
+    functools.partial(device.empty_slots, model, rows=rows, size=size, shared=None), weights, asks
   )
   cache = abstract_cache(model, made.cache, weights)
   return device.Slots(cache, *_whole(model.mesh, (made.rows, made.progress)))
@@ -99,8 +95,7 @@ def _slots(model: Model, weights: Weights, asks: RowParams, rows: int, size: int
 def _prompts(model: Model, weights: Weights, rows: int, size: int) -> device.PrefillState:
   room = device.prompt_room(model, rows, size)
   made = jax.eval_shape(
-    functools.partial(device.empty_prefill.__wrapped__, model, rows=rows, size=room, shared=None),
-    weights,
+    functools.partial(device.empty_prefill, model, rows=rows, size=room, shared=None), weights
   )
   sharding = NamedSharding(model.mesh, P(device.logits_axes(model, rows)))
   logits = jax.ShapeDtypeStruct(made.logits.shape, made.logits.dtype, sharding=sharding)

@@ -1,87 +1,136 @@
-"""What an interrupted run had done: rows are kept as they finish, beside the output, until all of it is written."""
+"""Finished rows of a run, kept beside the output until all of it is written.
 
-from collections.abc import Callable, Iterable, Iterator
+A run that ends early, whatever the reason, goes on from them.
+"""
+
+from collections.abc import Iterator
+import fcntl
 import hashlib
 import json
-from typing import Any, TypeVar
+import pathlib
+from typing import IO, Any
 
 from t5x_inference_ext import distributed
+from t5x_inference_ext.errors import RequestError
 
-_T = TypeVar('T')
-FLUSH_ROWS = 64  # written together to a bucket: some stores rewrite a file that grows
+FLUSH_ROWS = 64  # rows written together to a bucket: some stores rewrite a file that grows
 
 
 class Journal:
-  """Finished rows of a run, by their place in it. Of several processes, process 0 has the file.
+  """A file with a line for each finished row. Of several processes, process 0 has the file.
+
+  A local file is locked while it is open: two runs cannot write one output. It is only ever
+  appended to, or emptied for another run, so that a kill at any moment loses no finished row.
 
   Args:
-    path: of the file, which exists only while rows are missing.
-    run: all that decides what rows come out, with a telling repr. Another run's file is written over.
-    files: opens, renames and removes files: runs.output's for local files, a gfile for others.
+    path: The file, which exists only while rows are missing.
+    run: All that decides which rows come out, with a telling repr. The file of another run is
+      emptied.
+    bucket_files: Opens, finds and removes files of a bucket, as tf.io.gfile does; needed for
+      paths such as gs://.
+
+  Attributes:
+    done: Results by row; those of an earlier run of the same kind at first.
+
+  Raises:
+    RequestError: Another run has the file.
   """
 
-  def __init__(self, path: str, run: Any, files: 'FileSystem'):
-    self._path, self._files, self._file, self._pending = path, files, None, 0
-    # A process that is killed has written what it flushed: of a local file every row.
-    self._each = FLUSH_ROWS if '://' in path else 1
+  def __init__(self, path: str, run: Any, bucket_files: Any = None) -> None:
+    self._path, self._bucket_files = path, bucket_files
+    self._in_bucket = '://' in path
     self._run = hashlib.sha256(repr(run).encode()).hexdigest()
-    found = distributed.from_main(self._read)
-    self.done: dict[int, Any] = {int(row): result for row, result in found}
+    self._file: IO[str] | None = None
+    self._pending = 0
+    self.done: dict[int, Any] = {}
+    found = distributed.from_main(self._open)
+    self.done.update({int(row): result for row, result in found})
 
-  def keep(self, results: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
-    """Yields results (JSON-ready) after keeping them. They stay kept when the run ends early, whatever the reason."""
-    try:
-      for row, result in results:
-        self.done[row] = result
-        self._write({'row': row, 'result': result})
-        yield row, result
-    finally:
-      if self._file is not None:
-        self._file.close()
-
-  def in_order(self, count: int | None = None) -> Iterator[Any]:
-    """The results, in the order of their rows."""
-    return (self.done[row] for row in (range(count) if count is not None else sorted(self.done)))
-
-  def remove(self) -> None:
-    """Ends it: the output is written."""
-    if distributed.is_main() and self._files.exists(self._path):
-      self._files.remove(self._path)
-
-  def _read(self) -> list[tuple[int, Any]]:
-    if not self._files.exists(self._path):
-      return []
-    with self._files.open(self._path, 'r') as file:
-      lines = file.read().split('\n')[
-        :-1
-      ]  # what follows the last end of line was not written whole
-    if not lines or lines[0] != self._run:
-      return []
-    rows = map(json.loads, lines[1:])
-    return [(row['row'], row['result']) for row in rows]
-
-  def _write(self, line: dict[str, Any]) -> None:
+  def keep(self, row: int, result: Any) -> None:
+    """Keep the result of a row, JSON-ready. It is on its way to the disk when this returns."""
+    self.done[row] = result
     if not distributed.is_main():
       return
-    if self._file is None:
-      self._file = self._files.open(self._path, 'w')
+    if self._file is None:  # of a bucket: written anew, since stores do not append
+      self._file = self._bucket_files.GFile(self._path, 'w')
       self._file.write(f'{self._run}\n')
-      for row, result in self.done.items():
-        self._file.write(json.dumps({'row': row, 'result': result}) + '\n')
+      for each in self.done.items():
+        self._write(*each)
     else:
-      self._file.write(json.dumps(line) + '\n')
+      self._write(row, result)
     self._pending += 1
-    if self._pending >= self._each:
+    if self._pending >= (FLUSH_ROWS if self._in_bucket else 1):
       self._file.flush()
       self._pending = 0
 
+  def in_order(self) -> Iterator[Any]:
+    """Yield the results in the order of their rows."""
+    return (self.done[row] for row in sorted(self.done))
 
-class FileSystem:
-  """How files are opened, found and removed.
+  def close(self) -> None:
+    """Close the file; it stays if it holds a row."""
+    if self._file is not None:
+      if not self._in_bucket and not self.done:
+        pathlib.Path(self._path).unlink(missing_ok=True)
+      self._file.close()
+      self._file = None
 
-  Args:
-    open, exists, remove: as builtin open and os.path.exists and os.remove.
-  """
+  def remove(self) -> None:
+    """Remove the file: the output is written."""
+    if not distributed.is_main():
+      return
+    if not self._in_bucket:
+      pathlib.Path(self._path).unlink(missing_ok=True)
+    elif self._bucket_files.exists(self._path):
+      self._bucket_files.remove(self._path)
 
-  def __init__(self, open: Callable, exists: Callable, remove: Callable):  # pylint: disable=redefined-builtin
-    self.open, self.exists, self.remove = open, exists, remove
+  def _write(self, row: int, result: Any) -> None:
+    assert self._file is not None
+    self._file.write(json.dumps({'row': row, 'result': result}) + '\n')
+
+  def _open(self) -> list[tuple[int, Any]]:
+    """Open a local file, and return the rows of it, or of a bucket's, that this run may keep."""
+    if self._in_bucket:
+      if not self._bucket_files.exists(self._path):
+        return []
+      with self._bucket_files.GFile(self._path, 'r') as file:
+        return self._rows(file.read())
+    try:
+      file = self._file = open(self._path, 'a+', encoding='utf-8')
+    except OSError as error:
+      raise RequestError(
+        f"finished rows can't be kept beside the output, in {self._path}: {error.strerror}"
+      ) from error
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+      file.close()
+      self._file = None
+      raise RequestError(
+        f'another run is writing this output (it has {self._path}): wait for it, or choose '
+        'another output'
+      ) from None
+    file.seek(0)
+    text = file.read()
+    rows = self._rows(text)
+    if not rows and text != f'{self._run}\n':
+      file.truncate(0)
+      file.write(f'{self._run}\n')
+      file.flush()
+    elif not text.endswith('\n'):  # the last line was not written whole
+      file.write('\n')
+    return rows
+
+  def _rows(self, text: str) -> list[tuple[int, Any]]:
+    """Return the rows of a journal's text; none of another run's, and no damaged line."""
+    head, *lines = text.split('\n')
+    if head != self._run:
+      return []
+    rows = []
+    for line in lines:
+      try:
+        row = json.loads(line)
+        rows.append((int(row['row']), row['result']))
+      except (ValueError, TypeError, KeyError, RecursionError):
+        continue  # cut off, or damaged: the row is made again
+    return rows

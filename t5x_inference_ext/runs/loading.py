@@ -14,11 +14,11 @@ from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.engine import saved_generation
 from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.engine.sampling import SamplingParams, stack_params
-from t5x_inference_ext.engine.scheduler import SchedulerConfig
+from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.engine.vocabularies import stop_sequences
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.transformer import Model, check_cache, check_dtype
-from t5x_inference_ext.runs.batches import Clock
+from t5x_inference_ext.runs.clock import Clock
 from t5x_inference_ext.runs.progress import print_on_main
 from t5x_inference_ext.sharding.explain import ExplainSetting
 from t5x_inference_ext.sharding.explain_text import explain
@@ -317,18 +317,18 @@ def batch_rows(
 
 def say_slots(
   options: InferOptions,
-  plan: SchedulerConfig,
+  config: SchedulerConfig,
   shared: tuple[int, ...],
   model: Model,
   say: Callable[[str], None] = print_on_main,
 ) -> None:
   """The same for slots that are refilled, and what prompts share."""
   note = ''
-  if plan.slots > options.batch_size:
+  if config.slots > options.batch_size:
     note = (
       f' ({options.batch_size} does not divide over the mesh {mesh_text(model.mesh)}; rounded up)'
     )
-  say(f'batch: {plan.slots} rows{note}, refilled as they end')
+  say(f'batch: {config.slots} rows{note}, refilled as they end')
   if shared:
     say(f'shared: {len(shared)} first positions of the prompts are prefilled and stored once')
 

@@ -1,11 +1,10 @@
 """The plain run: a JSONL file of prompts in, a JSONL file of completions out, in the same order."""
 
-from collections.abc import Callable
-import contextlib
+from collections.abc import Callable, Iterator
 import dataclasses
-import itertools
 import json
 import os
+from typing import Any
 
 import numpy as np
 
@@ -13,14 +12,17 @@ from t5x_inference_ext import distributed
 from t5x_inference_ext.engine import scheduler_config
 from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.engine.inputs import BOS_ID, EOS_ID
-from t5x_inference_ext.engine.scheduler import Request
+from t5x_inference_ext.engine.request import Completion, Request, Sample
 from t5x_inference_ext.engine.scoring import ScoringExample
-from t5x_inference_ext.engine.vocabularies import find_vocabulary
+from t5x_inference_ext.engine.vocabularies import Vocabulary, find_vocabulary
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.runs import batches, loading, output, prompt_rows, refill
-from t5x_inference_ext.runs.journal import FileSystem, Journal
-from t5x_inference_ext.runs.progress import print_on_main
+from t5x_inference_ext.runs import batches, loading, output, prompt_rows
+from t5x_inference_ext.runs.clock import Clock
+from t5x_inference_ext.runs.job import Job
+from t5x_inference_ext.runs.journal import Journal
+from t5x_inference_ext.runs.progress import Progress, print_on_main, progress
 from t5x_inference_ext.runs.row_sampling import Asked
+from t5x_inference_ext.runs.work import NoWork, RefillWork, ScoreWork, StaticWork, Work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,22 +42,21 @@ class PromptsFiles:
   overwrite: bool = False
 
 
-def infer_file(
-  options: loading.InferOptions,
-  files: PromptsFiles,
-  progress: Callable,
-  say: Callable[[str], None] = print_on_main,
-) -> None:
-  """Completes or scores every row of a file. What is wrong is said before the weights are loaded.
+def prepare(
+  options: loading.InferOptions, files: PromptsFiles, say: Callable[[str], None] = print_on_main
+) -> Iterator[Job]:
+  """Prepare to complete or score every row of a file. What is wrong is said before weights load.
 
   Args:
-    options: of the run.
-    files: read and written.
-    progress: wraps an iterable, with its name and length, to show how far it is: progress(items, what, total).
-    say: prints a line.
+    options: Options of the run.
+    files: Files that are read and written.
+    say: Prints a line.
+
+  Yields:
+    One job.
 
   Raises:
-    UserError: anything the user can mend.
+    UserError: Anything that the user can mend.
   """
   scoring = options.mode == 'score'
   with distributed.together():
@@ -71,7 +72,7 @@ def infer_file(
     say(f'vocabulary: {name} ({source})')
     options = loading.with_vocabulary(options, vocabulary, checkpoint.config.vocab_size)
     asked = Asked(options.sampling, options.max_new_tokens)
-    work = prompt_rows.tokenize(
+    tokenized = prompt_rows.tokenize(
       files.prompts,
       rows,
       vocabulary,
@@ -79,38 +80,35 @@ def infer_file(
       asked,
       None if scoring else options.max_prompt,
     )
-    if not options.continuous and any(request.asked != asked for request in work):
+    if not options.continuous and any(row.asked != asked for row in tokenized):
       raise RequestError('rows have `sampling` of their own, which needs batching=continuous')
-  distributed.check_same(options=options, prompts=work, checkpoint=checkpoint.notes)
-  loading_progress = lambda jobs: progress(jobs, 'loading weights', len(jobs))
-  engine = loading.load_engine(options, checkpoint, mesh, loading_progress, say)
+  distributed.check_same(options=options, prompts=tokenized, checkpoint=checkpoint.notes)
+  engine = loading.load_engine(
+    options, checkpoint, mesh, lambda jobs: progress(jobs, 'loading weights', len(jobs)), say
+  )
   journal = Journal(
     _journal_path(files.output),
-    (options, work, checkpoint.path, checkpoint.step, checkpoint.notes),
-    FileSystem(output.open_text, os.path.exists, os.remove),
+    (options, tokenized, checkpoint.path, checkpoint.step, checkpoint.notes),
   )
   if journal.done:
-    say(f'resumed: {len(journal.done)} of {len(work)} rows were done when an earlier run ended')
-  clock = batches.Clock()
-  shape, results = {}, ()
-  if len(journal.done) < len(work):
-    todo = [(row, request) for row, request in enumerate(work) if row not in journal.done]
+    say(f'resumed: {len(journal.done)} of {len(rows)} rows were done when an earlier run ended')
+  todo = [(row, each) for row, each in enumerate(tokenized) if row not in journal.done]
+  clock = Clock()
+  eos_id = vocabulary.eos_id if vocabulary else EOS_ID
+  work, shape = _work(engine, options, todo, clock, eos_id, say)
+
+  def tell(row: int, result: Any) -> list[dict[str, Any]]:
     if scoring:
-      shape, results = _score(engine, options, todo, clock, say)
-    else:
-      run = _refill if options.continuous else _batches
-      shape, results = run(engine, options, todo, clock, vocabulary, say)
-  with distributed.together():
-    with contextlib.closing(journal.keep(results)) as kept:
-      for _ in progress(
-        kept, 'scoring' if scoring else 'generating', len(work) - len(journal.done)
-      ):
-        pass
+      return [_told_scores(tokenized[row], result, options)]
+    samples = [result] if isinstance(result, Completion) else result
+    return [_told_sample(sample, options) for sample in samples]
+
+  def write() -> None:
     with output.whole_file(files.output) as file:
-      for row, request, result in zip(rows, work, journal.in_order(len(work))):
-        told = _told(row, request, vocabulary, result)
-        told = told[0] if options.num_decodes == 1 else {'samples': told}
-        file.write(json.dumps({**row.fields, 'prompt': row.prompt, **told}) + '\n')
+      for row, each, told in zip(rows, tokenized, journal.in_order()):
+        samples = _with_text(row, each, vocabulary, told)
+        fields = samples[0] if options.num_decodes == 1 else {'samples': samples}
+        file.write(json.dumps({**row.fields, 'prompt': row.prompt, **fields}) + '\n')
     record = output.write_record(
       files.output,
       {
@@ -121,9 +119,10 @@ def infer_file(
         'time': clock.to_dict(),
       },
     )
-    journal.remove()
-  say(loading.run_summary(clock, options.mode))
-  say(f'wrote {files.output} and {record}')
+    say(loading.run_summary(clock, options.mode))
+    say(f'wrote {files.output} and {record}')
+
+  yield Job(work, journal, tell, write, Progress('scoring' if scoring else 'generating', len(todo)))
 
 
 def _journal_path(path: str) -> str:
@@ -131,57 +130,85 @@ def _journal_path(path: str) -> str:
   return os.path.join(directory, f'.{name}.unfinished')
 
 
-def _refill(engine: Engine, options, todo, clock, vocabulary, say):
-  """The sizes of the run, and (row, [what is told of each sample]) as rows end."""
+def _work(
+  engine: Engine,
+  options: loading.InferOptions,
+  todo: list[tuple[int, prompt_rows.TokenizedRow]],
+  clock: Clock,
+  eos_id: int,
+  say: Callable[[str], None],
+) -> tuple[Work, dict[str, Any]]:
+  """Return the work of the rows that are left, and its sizes for the record."""
+  if not todo:
+    return NoWork(), {}
+  if options.mode == 'score':
+    longest = max(len(row.prompt) + len(row.completion) for _, row in todo)
+    tokens = loading.batch_rows(options, engine, len(todo), say) * batches.prompt_size(longest)
+    group = [(i, ScoringExample.of(row.prompt, row.completion)) for i, row in todo]
+    return ScoreWork(engine, [group], tokens, clock), {'tokens': tokens}
+  if options.continuous:
+    return _refill(engine, options, todo, clock, eos_id, say)
+  shape = _shape(options, engine, [row for _, row in todo], say)
+  prompts = [(i, row.prompt) for i, row in todo]
+  work = StaticWork(
+    engine,
+    distributed.lockstep(batches.split(prompts, shape.batch)),
+    shape,
+    clock,
+    max_new_tokens=options.max_new_tokens,
+    sampling=options.sampling,
+    seed=options.seed,
+    eos_id=eos_id,
+  )
+  return work, dataclasses.asdict(shape)
 
-  def request(row, r):
-    seeds = batches.row_seeds(options.seed, row, options.num_decodes)
-    if r.asked.seed is not None:
-      seeds = tuple((r.asked.seed + i) % 2**32 for i in range(options.num_decodes))
-    return row, Request((BOS_ID, *r.prompt), seeds, r.asked.max_new_tokens, r.asked.sampling)
 
-  asked = list(itertools.starmap(request, todo))
-  plan, shared = scheduler_config.config_for(
+def _refill(
+  engine: Engine,
+  options: loading.InferOptions,
+  todo: list[tuple[int, prompt_rows.TokenizedRow]],
+  clock: Clock,
+  eos_id: int,
+  say: Callable[[str], None],
+) -> tuple[Work, dict[str, Any]]:
+  requests = [(i, _request(i, row, options)) for i, row in todo]
+  config, shared = scheduler_config.config_for(
     engine.model,
-    [r for _, r in asked],
+    [request for _, request in requests],
     slots=options.batch_size,
-    size=options.cache_length,
-    chunk=options.prefill_chunk,
-    budget=options.prefill_budget,
-    eos_id=vocabulary.eos_id if vocabulary else EOS_ID,
-    top=options.top_log_probs,
+    cache_size=options.cache_length,
+    prefill_chunk=options.prefill_chunk,
+    prefill_budget=options.prefill_budget,
+    eos_id=eos_id,
+    top_log_probs=options.top_log_probs,
   )
-  loading.say_slots(options, plan, shared, engine.model, say)
-
-  def told(sample):
-    result = {'tokens': sample.tokens, 'score': sample.score}
-    if options.token_log_probs or options.top_log_probs:
-      result['log_probs'] = sample.log_probs
-    return {**result, 'top_log_probs': sample.top} if options.top_log_probs else result
-
-  results = (
-    (row, list(map(told, samples)))
-    for row, samples in refill.completions(engine, asked, plan, shared, clock)
-  )
-  return {
-    'batch': plan.slots,
-    'prompt': plan.prompt,
-    'cache': plan.size,
+  loading.say_slots(options, config, shared, engine.model, say)
+  sizes = {
+    'batch': config.slots,
+    'prompt': config.prompt_size,
+    'cache': config.cache_size,
     'shared': len(shared),
-  }, results
+  }
+  return RefillWork(engine, requests, config, shared, clock), sizes
 
 
-def _batches(engine: Engine, options, todo, clock, vocabulary, say):
-  """The same of batches that end as a whole."""
-  shape = _shape(options, engine, [r for _, r in todo], say)
-  return dataclasses.asdict(shape), _generate(engine, options, todo, shape, clock, vocabulary)
+def _request(index: int, row: prompt_rows.TokenizedRow, options: loading.InferOptions) -> Request:
+  samples = options.num_decodes
+  seeds = batches.row_seeds(options.seed, index, samples)
+  if row.asked.seed is not None:
+    seeds = tuple((row.asked.seed + i) % 2**32 for i in range(samples))
+  return Request((BOS_ID, *row.prompt), seeds, row.asked.max_new_tokens, row.asked.sampling)
 
 
 def _shape(
-  options, engine: Engine, work: list[prompt_rows.TokenizedRow], say
+  options: loading.InferOptions,
+  engine: Engine,
+  rows: list[prompt_rows.TokenizedRow],
+  say: Callable[[str], None],
 ) -> batches.BatchShape:
-  batch = loading.batch_rows(options, engine, len(work), say)
-  longest = max(len(r.prompt) for r in work)
+  """Return the one shape of every static batch of a run."""
+  batch = loading.batch_rows(options, engine, len(rows), say)
+  longest = max(len(r.prompt) for r in rows)
   if engine.executable:
     run = engine.executable.run
     if longest > run.prompt:
@@ -195,50 +222,41 @@ def _shape(
   )
 
 
-def _generate(engine, options, todo, shape, clock, vocabulary):
-  work = distributed.lockstep(batches.split([(row, r.prompt) for row, r in todo], shape.batch))
-  for row, (tokens, score) in batches.generate_batches(
-    engine,
-    work,
-    shape,
-    clock,
-    max_new_tokens=options.max_new_tokens,
-    sampling=options.sampling,
-    seed=options.seed,
-    eos_id=vocabulary.eos_id if vocabulary else EOS_ID,
-  ):
-    yield row, [{'tokens': tokens, 'score': score}]
+def _told_sample(sample: Sample | Completion, options: loading.InferOptions) -> dict[str, Any]:
+  """Return what is told of a generated sample, but for its text."""
+  told: dict[str, Any] = {'tokens': sample.tokens, 'score': sample.score}
+  if isinstance(sample, Sample):
+    if options.token_log_probs or options.top_log_probs:
+      told['log_probs'] = sample.log_probs
+    if options.top_log_probs:
+      told['top_log_probs'] = sample.top
+  return told
 
 
-def _score(engine: Engine, options, todo, clock, say):
-  """The same of completions that are given: those of like lengths together."""
-  longest = max(len(r.prompt) + len(r.completion) for _, r in todo)
-  tokens = loading.batch_rows(options, engine, len(todo), say) * batches.prompt_size(longest)
-
-  def results():
-    for item, scores in batches.score_batches(
-      engine, [ScoringExample.of(r.prompt, r.completion) for _, r in todo], tokens, clock
-    ):
-      row, request = todo[item]
-      each = (
-        {'log_probs': scores[len(request.prompt) :].tolist()} if options.token_log_probs else {}
-      )
-      yield row, [{'tokens': request.completion, 'score': float(np.sum(scores)), **each}]
-
-  return {'tokens': tokens}, results()
+def _told_scores(
+  row: prompt_rows.TokenizedRow, scores: np.ndarray, options: loading.InferOptions
+) -> dict[str, Any]:
+  """Return what is told of a scored row. scores: [prompt and completion], 0 for the prompt."""
+  told: dict[str, Any] = {'tokens': row.completion, 'score': float(np.sum(scores))}
+  if options.token_log_probs:
+    told['log_probs'] = scores[len(row.prompt) :].tolist()
+  return told
 
 
-def _told(
-  row: prompt_rows.PromptRow, request: prompt_rows.TokenizedRow, vocabulary, results: list[dict]
-) -> list[dict]:
-  """What is told of each sample of a row.
+def _with_text(
+  row: prompt_rows.PromptRow,
+  tokenized: prompt_rows.TokenizedRow,
+  vocabulary: Vocabulary | None,
+  told: list[dict[str, Any]],
+) -> list[dict[str, Any]]:
+  """Return what is told of each sample, with its text first.
 
-  The text of a completion is None where there is no vocabulary. It ends before EOS or a stop sequence.
+  The text ends before EOS or a stop sequence. It is None where there is no vocabulary.
   """
 
-  def text(tokens):
+  def text(tokens: list[int]) -> str | None:
     if isinstance(row.completion, str):
       return row.completion
-    return vocabulary.decode(request.asked.sampling.before_stop(tokens)) if vocabulary else None
+    return vocabulary.decode(tokenized.asked.sampling.before_stop(tokens)) if vocabulary else None
 
-  return [{'completion': text(result['tokens']), **result} for result in results]
+  return [{'completion': text(sample['tokens']), **sample} for sample in told]

@@ -1,10 +1,11 @@
 """The run over a seqio task: T5X's features in, T5X's JSONL out, under T5X's file names."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import itertools
 import json
 import os
+from typing import Any
 
 import numpy as np
 import seqio
@@ -15,12 +16,14 @@ from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.engine import scheduler_config, scoring
 from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.engine.inputs import BOS_ID, EOS_ID
+from t5x_inference_ext.engine.request import Completion, Request
 from t5x_inference_ext.engine.sampling import SamplingParams
-from t5x_inference_ext.engine.scheduler import Request
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.runs import batches, loading, refill, task_rows
-from t5x_inference_ext.runs.journal import FileSystem, Journal
-from t5x_inference_ext.runs.progress import print_on_main, progress
+from t5x_inference_ext.runs import batches, loading, task_rows
+from t5x_inference_ext.runs.clock import Clock
+from t5x_inference_ext.runs.job import Job
+from t5x_inference_ext.runs.journal import Journal
+from t5x_inference_ext.runs.progress import Progress, print_on_main, progress
 from t5x_inference_ext.runs.tasks import (
   Source,
   TaskExample,
@@ -32,6 +35,7 @@ from t5x_inference_ext.runs.tasks import (
   prompt,
   vocabulary_text,
 )
+from t5x_inference_ext.runs.work import NoWork, RefillWork, ScoreWork, StaticWork, Work
 
 gfile = tf.io.gfile
 RECORD = 'infer.config.json'
@@ -72,8 +76,10 @@ def infer(
   process_id: int | None = None,
   config_text: str = '',
   explain_layout: bool = False,
-) -> None:
-  """Predicts or scores every example of a task or mixture; gin binds the arguments (configs/runs/infer.gin).
+) -> Iterator[Job]:
+  """Prepare to predict or score every example of a task or mixture.
+
+  Gin binds the arguments (configs/runs/infer.gin).
 
   Args:
     mixture_or_task_name: of seqio, registered.
@@ -178,12 +184,14 @@ def infer(
     options, checkpoint, devices, lambda jobs: progress(jobs, 'loading weights', len(jobs))
   )
   record = loading.description(options, engine)
-  with distributed.together():
-    for task in todo:
-      clock = infer_task(task, source, options, engine, output_dir)
-      record[task.name] = {'vocabulary': vocabulary_text(task), 'time': clock.to_dict()}
-    with _output(os.path.join(output_dir, RECORD)) as file:
-      file.write(json.dumps(record, indent=2) + '\n')
+  for task in todo:
+    clock = Clock()
+    with distributed.together():
+      job = _prepare_task(task, source, options, engine, output_dir, clock)
+    yield job
+    record[task.name] = {'vocabulary': vocabulary_text(task), 'time': clock.to_dict()}
+  with distributed.together(), _output(os.path.join(output_dir, RECORD)) as file:
+    file.write(json.dumps(record, indent=2) + '\n')
 
 
 def _limits(length: int, max_new_tokens: int | None) -> dict[str, int]:
@@ -202,17 +210,18 @@ def _of_task(
   )
 
 
-def infer_task(
+def _prepare_task(
   task: seqio.Task,
   source: Source,
   options: loading.InferOptions,
   engine: Engine,
   output_dir: str,
-  say: Callable[[str], None] = print_on_main,
-) -> batches.Clock:
-  """Runs one task and writes its file, `<task>-<mode>.jsonl-SSSSS-of-NNNNN`, then `.COMPLETED` beside it."""
+  clock: Clock,
+) -> Job:
+  """Return the job of one task. It writes `<task>-<mode>.jsonl-SSSSS-of-NNNNN`, then `.COMPLETED`."""
   path = output_path(task.name, source, options.mode, output_dir)
   options = _of_task(options, task, engine.model.config)
+  scoring = options.mode == 'score'
   rows = examples(task, source)
   first = list(itertools.islice(rows, options.batch_size))
   if not first:
@@ -220,44 +229,57 @@ def infer_task(
       f'task {task.name} has no examples in split {source.split!r}'
       + (f', shard {source.shard} of {source.num_shards}' if source.num_shards > 1 else '')
     )
+  print_on_main(f'vocabulary: {vocabulary_text(task)}')
   # Fewer examples than a batch: a smaller one does.
-  say(f'vocabulary: {vocabulary_text(task)}')
-  samples = len(first) * options.num_decodes
-  batch = loading.batch_rows(
-    options,
-    engine,
-    samples if len(first) < options.batch_size else None,
-    (lambda text: None) if options.continuous and options.mode != 'score' else say,
-  )
+  samples = len(first) * options.num_decodes if len(first) < options.batch_size else None
+  silent = options.continuous and not scoring  # slots are told of when they are made
+  say = (lambda text: None) if silent else print_on_main
+  batch = loading.batch_rows(options, engine, samples, say)
   checkpoint = engine.checkpoint
   journal = Journal(
     f'{path}.unfinished',
     (options, source._replace(name=task.name), checkpoint.path, checkpoint.step),
-    FileSystem(gfile.GFile, gfile.exists, gfile.remove),
+    gfile,
   )
   if journal.done:
-    say(f'resumed: {len(journal.done)} rows were done when an earlier run ended')
-  clock = batches.Clock()
-  work = distributed.lockstep(_batched(enumerate(itertools.chain(first, rows)), batch), _features)
-  todo = ((row, example) for some in work for row, example in some if row not in journal.done)
-  results = {'score': _scores, 'predict': _predictions}[options.mode.partition('_')[0]](
-    todo, task, source, options, engine, batch, clock, say
-  )
-  with contextlib.closing(journal.keep(results)) as kept:
-    for _ in progress(kept, task.name, None):
-      pass
-  temporary = f'{path}.incomplete'
-  with _output(temporary) as file:
-    for result in journal.in_order():
-      file.write(json.dumps(result) + '\n')
-  if distributed.is_main():
-    gfile.rename(temporary, path, overwrite=True)
-  with _output(path + '.COMPLETED') as file:
-    file.write('')
-  journal.remove()
-  say(f'{task.name}: {loading.run_summary(clock, options.mode)}')
-  say(f'wrote {path}')
-  return clock
+    print_on_main(f'resumed: {len(journal.done)} rows were done when an earlier run ended')
+  everything = enumerate(itertools.chain(first, rows))
+  in_step = distributed.lockstep(_batched(everything, batch), _features)
+  todo = ((row, each) for some in in_step for row, each in some if row not in journal.done)
+  examples_of: dict[int, TaskExample] = {}  # those on their way
+
+  def remembered() -> Iterator[tuple[int, TaskExample]]:
+    for row, example in todo:
+      examples_of[row] = example
+      yield row, example
+
+  work = _work(remembered(), task, source, options, engine, batch, clock)
+  vocabulary = task.output_features['targets'].vocabulary
+  # T5X's predictions have the length of the whole sequence: vocabularies that decode padding would
+  # show it.
+  length = max(sum(source.feature_lengths.values()), options.max_new_tokens)
+
+  def tell(row: int, result: Any) -> dict[str, Any]:
+    example = examples_of.pop(row)
+    if scoring:
+      return task_rows.scored_row(example, float(np.sum(result)))
+    samples = [result] if isinstance(result, Completion) else result
+    predicted = [(options.sampling.before_stop(s.tokens), s.score) for s in samples]
+    return task_rows.predicted_row(example, predicted, length, vocabulary, options.mode)
+
+  def write() -> None:
+    temporary = f'{path}.incomplete'
+    with _output(temporary) as file:
+      for result in journal.in_order():
+        file.write(json.dumps(result) + '\n')
+    if distributed.is_main():
+      gfile.rename(temporary, path, overwrite=True)
+    with _output(path + '.COMPLETED') as file:
+      file.write('')
+    print_on_main(f'{task.name}: {loading.run_summary(clock, options.mode)}')
+    print_on_main(f'wrote {path}')
+
+  return Job(work, journal, tell, write, Progress(task.name))
 
 
 def output_path(name: str, source: Source, mode: str, output_dir: str) -> str:
@@ -279,16 +301,74 @@ def _features(batch: list[tuple[int, TaskExample]]) -> list[list]:
   ]
 
 
-def _scores(todo, task, source, options, engine, batch, clock, say) -> Iterator[tuple[int, dict]]:
-  """(row, output row) of examples scored, some batches of them at a time: those of like lengths together."""
-  del task, options, say
-  tokens = batch * sum(source.feature_lengths.values())
-  for some in _batched(todo, SCORED_BATCHES * batch):
-    found = batches.score_batches(engine, [_scored(example) for _, example in some], tokens, clock)
-    yield from (
-      (some[item][0], task_rows.scored_row(some[item][1], float(np.sum(scores))))
-      for item, scores in found
+def _work(
+  todo: Iterator[tuple[int, TaskExample]],
+  task: seqio.Task,
+  source: Source,
+  options: loading.InferOptions,
+  engine: Engine,
+  batch: int,
+  clock: Clock,
+) -> Work:
+  """Return the work of the examples that are left; they are read as they are needed."""
+  if options.mode == 'score':
+    groups = (
+      [(row, _scored(example)) for row, example in some]
+      for some in _batched(todo, SCORED_BATCHES * batch)
     )
+    return ScoreWork(engine, groups, batch * sum(source.feature_lengths.values()), clock)
+  eos_id = task.output_features['targets'].vocabulary.eos_id or EOS_ID
+  prompts = ((row, prompt(example)) for row, example in todo)
+  if options.continuous:
+    return _refill(prompts, source, options, engine, batch, clock, eos_id)
+  shape = batches.BatchShape(
+    batch, source.feature_lengths['inputs'], options.cache_length, options.max_length
+  )
+  return StaticWork(
+    engine,
+    _batched(prompts, batch),
+    shape,
+    clock,
+    max_new_tokens=options.max_new_tokens,
+    sampling=options.sampling,
+    seed=options.seed,
+    eos_id=eos_id,
+  )
+
+
+def _refill(
+  prompts: Iterator[tuple[int, list[int]]],
+  source: Source,
+  options: loading.InferOptions,
+  engine: Engine,
+  batch: int,
+  clock: Clock,
+  eos_id: int,
+) -> Work:
+  def request(row: int, tokens: list[int]) -> tuple[int, Request]:
+    limit = options.max_new_tokens
+    if options.max_length is not None:
+      limit = min(limit, options.max_length - len(tokens))
+    seeds = batches.row_seeds(options.seed, row, options.num_decodes)
+    return row, Request((BOS_ID, *tokens), seeds, limit, options.sampling)
+
+  requests = itertools.starmap(request, prompts)
+  first = list(itertools.islice(requests, 4 * batch))  # enough to see what they share
+  if not first:
+    return NoWork()
+  longest = source.feature_lengths['inputs'] + 1
+  config, shared = scheduler_config.config_for(
+    engine.model,
+    [r for _, r in first],
+    slots=batch,
+    prompt_size=longest,
+    cache_size=options.max_length or longest - 1 + options.max_new_tokens,
+    eos_id=eos_id,
+    prefill_chunk=options.prefill_chunk,
+    prefill_budget=options.prefill_budget,
+  )
+  loading.say_slots(options, config, shared, engine.model)
+  return RefillWork(engine, itertools.chain(first, requests), config, shared, clock)
 
 
 def _scored(example: TaskExample) -> scoring.ScoringExample:
@@ -298,82 +378,6 @@ def _scored(example: TaskExample) -> scoring.ScoringExample:
   ]
   length = int(np.max(np.flatnonzero(features[2]), initial=-1)) + 1
   return scoring.ScoringExample(*(x[:length] for x in features))
-
-
-def _predictions(
-  todo, task, source, options, engine, batch, clock, say
-) -> Iterator[tuple[int, dict]]:
-  """The same of predictions, in order or as they end."""
-  vocabulary = task.output_features['targets'].vocabulary
-  examples_ = {}  # those on their way
-
-  def prompts():
-    for row, example in todo:
-      examples_[row] = example
-      yield row, prompt(example)
-
-  run = _refilled if options.continuous else _batches
-  # T5X's predictions have the length of the whole sequence: vocabularies that decode padding would show it.
-  length = max(sum(source.feature_lengths.values()), options.max_new_tokens)
-  for row, samples in run(
-    prompts(), source, options, engine, batch, clock, say, vocabulary.eos_id or EOS_ID
-  ):
-    samples = [(options.sampling.before_stop(tokens), score) for tokens, score in samples]
-    yield (
-      row,
-      task_rows.predicted_row(examples_.pop(row), samples, length, vocabulary, options.mode),
-    )
-
-
-def _batches(prompts, source, options, engine, batch, clock, say, eos_id):
-  del say
-  shape = batches.BatchShape(
-    batch, source.feature_lengths['inputs'], options.cache_length, options.max_length
-  )
-  for row, sample in batches.generate_batches(
-    engine,
-    _batched(prompts, batch),
-    shape,
-    clock,
-    max_new_tokens=options.max_new_tokens,
-    sampling=options.sampling,
-    seed=options.seed,
-    eos_id=eos_id,
-  ):
-    yield row, [sample]
-
-
-def _refilled(prompts, source, options, engine, batch, clock, say, eos_id):
-  def request(row, tokens):
-    limit = (
-      options.max_new_tokens
-      if options.max_length is None
-      else min(options.max_new_tokens, options.max_length - len(tokens))
-    )
-    seeds = batches.row_seeds(options.seed, row, options.num_decodes)
-    return row, Request((BOS_ID, *tokens), seeds, limit, options.sampling)
-
-  requests = itertools.starmap(request, prompts)
-  first = list(itertools.islice(requests, 4 * batch))  # enough to see what they share
-  if not first:
-    return
-  longest = source.feature_lengths['inputs'] + 1
-  size = options.max_length or longest - 1 + options.max_new_tokens
-  plan, shared = scheduler_config.config_for(
-    engine.model,
-    [r for _, r in first],
-    slots=batch,
-    prompt=longest,
-    size=size,
-    eos_id=eos_id,
-    chunk=options.prefill_chunk,
-    budget=options.prefill_budget,
-  )
-  loading.say_slots(options, plan, shared, engine.model, say)
-  for row, samples in refill.completions(
-    engine, itertools.chain(first, requests), plan, shared, clock
-  ):
-    yield row, [(sample.tokens, sample.score) for sample in samples]
 
 
 def _batched(rows: Iterator, size: int) -> Iterator[list]:

@@ -14,8 +14,9 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from t5x_inference_ext.engine import scheduler_config
+from t5x_inference_ext.engine.request import Request
 from t5x_inference_ext.engine.sampling import SamplingParams
-from t5x_inference_ext.engine.scheduler import Request, Scheduler
+from t5x_inference_ext.engine.scheduler import Scheduler
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.t5x.module import weights_from_params
@@ -119,18 +120,18 @@ class Predictor:
       refill = self._refill
       prompt = length if self._inputs is None else self._inputs + 1
       weights = weights_from_params(params)
-      plan, shared = scheduler_config.config_for(
+      config, shared = scheduler_config.config_for(
         self._model,
         requests,
         slots=refill.slots,
         eos_id=self._eos,
-        prompt=prompt,
-        size=length + 1,
-        chunk=refill.chunk,
-        budget=refill.budget,
+        prompt_size=prompt,
+        cache_size=length + 1,
+        prefill_chunk=refill.chunk,
+        prefill_budget=refill.budget,
       )
       self._scheduler, self._made_for = (
-        Scheduler(self._model, weights, plan, shared),
+        Scheduler(self._model, weights, config, shared),
         (params, length),
       )
     return self._scheduler

@@ -10,8 +10,9 @@ import sentencepiece
 
 from t5x_inference_ext.commands import infer
 from t5x_inference_ext.engine import vocabularies
+from t5x_inference_ext.engine.scheduler import Scheduler
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.runs import loading, prompts_file, refill
+from t5x_inference_ext.runs import loading, prompts_file
 
 FLAGS = ('--dtype=float32', '--max_new_tokens=48')
 
@@ -258,7 +259,7 @@ def test_overwrite_replaces_and_a_failed_run_leaves_nothing(complete, tmp_path, 
   def fail(*_, **__):
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(refill.Scheduler, 'run', fail)
+  monkeypatch.setattr(Scheduler, 'step', fail)
   before = sorted(os.listdir(tmp_path))
   with pytest.raises(AssertionError, match='interrupted'):
     complete([{'prompt': 'c'}], '--max_new_tokens=8', '--overwrite')
@@ -280,11 +281,10 @@ def test_an_interrupted_run_goes_on_where_it_stopped(complete, tmp_path, monkeyp
   whole, _ = complete(prompts, *flags, name='whole.jsonl')
   keep = prompts_file.Journal.keep
 
-  def interrupted(self, results):
-    for i, result in enumerate(keep(self, results)):
-      if i == 3:
-        raise KeyboardInterrupt
-      yield result
+  def interrupted(self, row, result):
+    keep(self, row, result)
+    if len(self.done) == 4:
+      raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
     patch.setattr(prompts_file.Journal, 'keep', interrupted)

@@ -196,7 +196,7 @@ def test_a_stream_gives_generate_s_tokens_as_they_are_made(engine):
   """Samples of a prompt too, each with a seed of its own."""
   options = dict(max_new_tokens=20, sampling=SamplingParams(1.0, top_k=20), seeds=[4, 9], eos_id=-1)
   found, events = {}, 0
-  for event in engine.stream(PROMPTS, samples=2, slots=2, together=4, **options):
+  for event in engine.stream(PROMPTS, samples=2, slots=2, prefill_rows=4, **options):
     found.setdefault((event.request, event.sample), []).extend(event.tokens)
     events += 1
   assert events > 4
@@ -208,8 +208,8 @@ def test_a_stream_gives_generate_s_tokens_as_they_are_made(engine):
     (dict(seeds=[1]), '2 prompts need as many seeds, got 1'),
     (dict(max_new_tokens=0), 'max_new_tokens must be at least 1'),
     (dict(slots=0), 'slots must be at least 1'),
-    (dict(together=0), 'prompts must be at least 1'),
-    (dict(top=385), 'top must be 0 to 384'),
+    (dict(prefill_rows=0), 'prefill_rows must be at least 1'),
+    (dict(top_log_probs=385), 'top_log_probs must be 0 to 384'),
   ):
     with pytest.raises(RequestError, match=says):
       engine.stream(PROMPTS, **{**options, **bad})

@@ -61,7 +61,7 @@ def test_the_engine_gives_what_it_gives_without(palm_tiny, path):
   'options,words',
   [
     (dict(max_new_tokens=5), 'max_new_tokens 6, and here it is 5'),
-    (dict(sampling=SamplingParams()), 'sampler.temperature 0.7, and here it is 0.0'),
+    (dict(sampling=SamplingParams()), 'sampling.temperature 0.7, and here it is 0.0'),
     (dict(cache_size=32), 'context 24, and here it is 32'),
     (dict(prompt_size=8), 'prompt 16, and here it is 8'),
   ],

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from t5x_inference_ext.engine import scheduler_config, selection, shared_prefix
+from t5x_inference_ext.engine.request import Request
 from t5x_inference_ext.engine.sampling import SamplingParams
-from t5x_inference_ext.engine.scheduler import Request, Scheduler, SchedulerConfig
+from t5x_inference_ext.engine.scheduler import Scheduler
+from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.errors import RequestError
 from tests import memory, reference
 
@@ -103,23 +105,23 @@ def test_random_mixes_are_identical_to_one_at_a_time():
     rng = np.random.default_rng(i)
     mesh, prefill, decode, slots, prompts, chunk = KINDS[i % len(KINDS)]
     requests, model = mix(rng), engine(mesh, prefill, decode)
-    plan = SchedulerConfig(
+    config = SchedulerConfig(
       slots,
       LONGEST + MOST + 1,
       LONGEST + 1,
       LONGEST + 1,
       SAMPLERS,
       EOS,
-      chunk=chunk,
-      prompts=prompts,
-      budget=int(rng.integers(1, 40)),
-      steps=5,
+      prefill_chunk=chunk,
+      prefill_rows=prompts,
+      prefill_budget=int(rng.integers(1, 40)),
+      decode_steps=5,
     )
     # What is stored compiles for its length: one of two.
     shared = shared_prefix.find_shared_prefix([r.tokens for r in requests], least=3)[:8]
     shared = shared if len(shared) == 8 and i % 2 else ()
     for (request, sample), tokens in served(
-      Scheduler(model.model, model.weights, plan, shared), requests
+      Scheduler(model.model, model.weights, config, shared), requests
     ).items():
       asked = requests[request]
       wanted = alone(asked, asked.seeds[sample])
@@ -139,14 +141,14 @@ def test_slots_are_kept_full():
     Request((0, *rng.integers(3, 101, 6).tolist()), (i,), 1 + i * 7 % 12) for i in range(20)
   ]
   scheduler = Scheduler(
-    e.model, e.weights, SchedulerConfig(3, 40, 21, 21, eos_id=-1, chunk=4, steps=5)
+    e.model, e.weights, SchedulerConfig(3, 40, 21, 21, eos_id=-1, prefill_chunk=4, decode_steps=5)
   )
   found = served(scheduler, requests)
   assert [len(found[i, 0]) for i in range(20)] == [r.limit for r in requests]
-  tally = scheduler.tally
-  assert tally.generated == sum(r.limit - 1 for r in requests)
-  assert tally.decoded <= 1.25 * tally.generated
-  assert tally.prompt_tokens == 20 * 7 and tally.prefilled == 20 * 8
+  stats = scheduler.stats
+  assert stats.generated == sum(r.limit - 1 for r in requests)
+  assert stats.decoded <= 1.25 * stats.generated
+  assert stats.prompt_tokens == 20 * 7 and stats.prefilled == 20 * 8
 
 
 def test_requests_are_taken_as_slots_become_free():
@@ -158,7 +160,7 @@ def test_requests_are_taken_as_slots_become_free():
       yield Request((0, 5, 6), (i,), 8)
 
   for event in Scheduler(
-    e.model, e.weights, SchedulerConfig(3, 40, 21, 21, eos_id=-1, chunk=4, steps=5)
+    e.model, e.weights, SchedulerConfig(3, 40, 21, 21, eos_id=-1, prefill_chunk=4, decode_steps=5)
   ).run(requests()):
     if event.request == 0 and not event.ended:
       assert len(taken) <= 4  # and one that it knows to be waiting
@@ -171,7 +173,9 @@ def test_a_budget_lets_rows_go_on_while_prompts_wait():
   requests = [Request((0, 5), (1,), 12), Request((0, *range(3, 23)), (2,), 2)]
   events = list(
     Scheduler(
-      e.model, e.weights, SchedulerConfig(3, 40, 21, 21, eos_id=-1, chunk=4, budget=1, steps=5)
+      e.model,
+      e.weights,
+      SchedulerConfig(3, 40, 21, 21, eos_id=-1, prefill_chunk=4, prefill_budget=1, decode_steps=5),
     ).run(requests)
   )
   before = list(map(lambda event: event.request, events)).index(1)
@@ -184,21 +188,23 @@ def test_a_budget_lets_rows_go_on_while_prompts_wait():
 def test_a_run_that_is_left_makes_room_for_the_next():
   e = engine('1x1x1')
   scheduler = Scheduler(
-    e.model, e.weights, SchedulerConfig(3, 40, 21, 21, eos_id=-1, chunk=4, steps=5)
+    e.model, e.weights, SchedulerConfig(3, 40, 21, 21, eos_id=-1, prefill_chunk=4, decode_steps=5)
   )
   left = scheduler.run([Request((0, 5), (i,), 12) for i in range(5)])
   next(left)
   left.close()
-  scheduler.tally.decoded = 0
+  before = scheduler.stats.decoded
   found = served(scheduler, [Request((0, 9), limit=4)])
   assert found[0, 0] == e.generate([[9]], max_new_tokens=4, eos_id=-1)[0].tokens
-  assert scheduler.tally.decoded == 3 * 3
+  assert scheduler.stats.decoded - before == 3 * 3
 
 
 def test_top_log_probabilities():
   e = engine('1x1x1')
   scheduler = Scheduler(
-    e.model, e.weights, SchedulerConfig(2, 40, 21, 21, eos_id=-1, chunk=4, steps=5, top=3)
+    e.model,
+    e.weights,
+    SchedulerConfig(2, 40, 21, 21, eos_id=-1, prefill_chunk=4, decode_steps=5, top_log_probs=3),
   )
   for event in scheduler.run([Request((0, 5), limit=4), Request((0, 9), limit=3)]):
     for token, log_prob, top in zip(event.tokens, event.log_probs, event.top):
@@ -207,10 +213,10 @@ def test_top_log_probabilities():
 
 def test_samples_share_their_prompt_s_prefill():
   e = engine('1x1x1')
-  plan = SchedulerConfig(2, 40, 21, 21, SAMPLERS[2:3], eos_id=-1, chunk=4, steps=5)
-  scheduler = Scheduler(e.model, e.weights, plan)
+  config = SchedulerConfig(2, 40, 21, 21, SAMPLERS[2:3], eos_id=-1, prefill_chunk=4, decode_steps=5)
+  scheduler = Scheduler(e.model, e.weights, config)
   found = served(scheduler, [Request((0, 5, 9), (1, 2, 3, 4), 6, SAMPLERS[2])])
-  assert scheduler.tally.prefilled == 4
+  assert scheduler.stats.prefilled == 4
   assert len(set(map(tuple, found.values()))) > 1
   for (_, sample), tokens in found.items():
     assert (
@@ -250,9 +256,11 @@ def test_a_plan_fits_its_requests():
   requests = [Request((0, *range(3, 40), i), (0, 1), 30) for i in range(5, 9)] + [
     Request((0, 4), limit=200)
   ]
-  plan, shared = scheduler_config.config_for(model, requests, slots=7, eos_id=-1, chunk=32)
+  config, shared = scheduler_config.config_for(
+    model, requests, slots=7, eos_id=-1, prefill_chunk=32
+  )
   assert shared == (0, *range(3, 40))
-  assert (plan.slots, plan.size, plan.prompt, plan.rest) == (8, 208, 48, 16)
+  assert (config.slots, config.cache_size, config.prompt_size, config.rest_size) == (8, 208, 48, 16)
   assert scheduler_config.config_for(model, requests, share=False)[1] == ()
   assert scheduler_config.config_for(model, requests[:1], slots=32)[0].slots == 2
 
@@ -278,8 +286,10 @@ def test_what_does_not_fit_is_refused(request_, says):
   with pytest.raises(RequestError, match=says):
     list(
       Scheduler(
-        e.model, e.weights, SchedulerConfig(2, 40, 21, 21, eos_id=-1, chunk=4, steps=5)
+        e.model,
+        e.weights,
+        SchedulerConfig(2, 40, 21, 21, eos_id=-1, prefill_chunk=4, decode_steps=5),
       ).run([request_])
     )
-  with pytest.raises(RequestError, match='steps must be at least 1'):
-    SchedulerConfig(2, 40, 21, 21, steps=0)
+  with pytest.raises(RequestError, match='decode_steps must be at least 1'):
+    SchedulerConfig(2, 40, 21, 21, decode_steps=0)

@@ -1,0 +1,50 @@
+"""The device's part of a conversation: a turn onto its cache, and the first token of the reply."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from t5x_inference_ext.engine.slots import Slots, replicated
+from t5x_inference_ext.engine.state import ChosenTokens, RowParams, advance, initial_state
+from t5x_inference_ext.model.cache import KVCache
+from t5x_inference_ext.model.chunks import constrain_cache
+from t5x_inference_ext.model.transformer import Model
+from t5x_inference_ext.model.weights import Weights
+
+
+def prefill_turn(
+  model: Model,
+  cache: KVCache,
+  weights: Weights,
+  cached: jax.Array,
+  tokens: jax.Array,
+  counts: jax.Array,
+) -> tuple[jax.Array, KVCache]:
+  """Run Model.prefill_chunk after the first `cached` positions; later ones are dropped."""
+  cache = dataclasses.replace(cache, lengths=jnp.full_like(cache.lengths, cached))
+  return model.prefill_chunk(weights, constrain_cache(model, cache, weights), tokens, counts)
+
+
+def begin_reply(
+  model: Model,
+  cache: KVCache,
+  logits: jax.Array,
+  rows: RowParams,
+  prompts: jax.Array,
+  lengths: jax.Array,
+) -> tuple[Slots, ChosenTokens]:
+  """Return slots of which the first is in use, and its first token.
+
+  Args:
+    model: Decides mesh and layouts.
+    cache: Cache of the conversation.
+    logits: [B, V] float32. Logits after the conversation so far.
+    rows: How the reply is chosen.
+    prompts: [B, T] int32. The conversation so far, BOS first; looked at for penalties alone.
+    lengths: [B] int32. Tokens of it that count.
+  """
+  state = initial_state(rows, prompts, lengths, model.config.vocab_size)
+  state = dataclasses.replace(state, ended=jnp.arange(len(lengths)) > 0)
+  state, chosen = advance(rows, state, logits, lengths)
+  return Slots(cache, *replicated(model, (rows, state))), replicated(model, chosen)

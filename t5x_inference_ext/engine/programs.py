@@ -1,0 +1,92 @@
+"""Every program that the engine compiles, in one place.
+
+Each is a plain function of this package under `jax.jit`. The model and sizes are static: each new
+value of them is another compilation. Donated arguments are updated in place and must not be used
+afterwards.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from t5x_inference_ext.engine import conversation_steps, slots, static_batch
+from t5x_inference_ext.engine.saved_generation import GenerationShape
+from t5x_inference_ext.model import chunks
+from t5x_inference_ext.model.transformer import Model
+from t5x_inference_ext.model.weights import Weights
+
+
+def _compiled(
+  function: Callable, static: tuple[str, ...] = (), donated: tuple[str, ...] = ()
+) -> Any:
+  return jax.jit(function, static_argnames=('model', *static), donate_argnames=donated)
+
+
+def _replicated(function: Callable, *static: str) -> Any:
+  """Compile a function of a model; its results are whole on every device, for every process."""
+
+  @functools.partial(jax.jit, static_argnames=('model', *static))
+  def run(model: Model, *arguments: Any, **options: Any) -> Any:
+    whole = NamedSharding(model.mesh, P())
+    return jax.lax.with_sharding_constraint(function(model, *arguments, **options), whole)
+
+  return run
+
+
+# Slot refill (engine.slots).
+empty_slots = _compiled(slots.empty_slots, static=('rows', 'size'))
+empty_prefill = _compiled(slots.empty_prefill, static=('rows', 'size'))
+free_slots = _compiled(slots.free_slots, donated=('slots',))
+start_prefill = _compiled(slots.start_prefill, donated=('prompts',))
+prefill_chunk = _compiled(slots.prefill_chunk, donated=('prompts',))
+insert = _compiled(slots.insert, donated=('slots',))
+decode_steps = _compiled(slots.decode_steps, static=('most',), donated=('slots',))
+share_row = _compiled(chunks.share_row, static=('row', 'length', 'to', 'rows'))
+
+# Conversations (engine.conversation).
+empty_cache = _compiled(chunks.empty_cache, static=('rows', 'size'))
+prefill_turn = _compiled(conversation_steps.prefill_turn, donated=('cache',))
+begin_reply = _compiled(conversation_steps.begin_reply, donated=('cache',))
+
+# A static batch (engine.static_batch).
+STATIC_BATCH_OPTIONS = (
+  'sampling',
+  'max_new_tokens',
+  'eos_id',
+  'cache_size',
+  'max_length',
+  'prefill_chunk',
+)
+generate_batch = _compiled(static_batch.generate_batch, static=STATIC_BATCH_OPTIONS)
+
+
+def generation_program(
+  model: Model, shape: GenerationShape, weights: Weights
+) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
+  """Return generate_batch for one shape, and the shapes of its arguments.
+
+  Args:
+    model: Decides mesh and layouts.
+    shape: What is fixed when the program is compiled.
+    weights: Weights, or their shapes and shardings.
+
+  Returns:
+    A jitted function of (weights, tokens, lengths, seeds), and these arguments' shapes.
+  """
+  whole = NamedSharding(model.mesh, P())
+  tokens = jax.ShapeDtypeStruct((shape.batch, shape.prompt + 1), jnp.int32, sharding=whole)
+  lengths, seeds = (
+    jax.ShapeDtypeStruct((shape.batch,), dtype, sharding=whole) for dtype in (jnp.int32, jnp.uint32)
+  )
+  generate = functools.partial(static_batch.generate_batch, model, **shape.options())
+  return jax.jit(generate), (weights, tokens, lengths, seeds)
+
+
+# Whole sequences.
+log_probs = _replicated(Model.log_probs)
+logits = _replicated(Model.logits)

@@ -1,0 +1,102 @@
+"""What clients of the engine ask for, and what it tells them: requests, events, completions."""
+
+import dataclasses
+from typing import NamedTuple
+
+from t5x_inference_ext.engine.sampling import SamplingParams
+
+TopLogProbs = list[tuple[int, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """A prompt to continue.
+
+  Attributes:
+    tokens: Model inputs: BOS, then the prompt.
+    seeds: One seed for each sample; the samples share the prompt's prefill.
+    limit: Most new tokens of each sample.
+    sampling: How tokens are chosen, and what ends a sample.
+  """
+
+  tokens: tuple[int, ...]
+  seeds: tuple[int, ...] = (0,)
+  limit: int = 64
+  sampling: SamplingParams = SamplingParams()
+
+
+class Event(NamedTuple):
+  """New tokens of one sample.
+
+  Attributes:
+    request: Index of the request, in the order of submission.
+    sample: Index of the sample within its request.
+    tokens: New token ids.
+    log_probs: Log-probability of each new token.
+    top: For each new token the most likely tokens at its step, as pairs (id, log-probability);
+      empty unless they were asked for.
+    ended: Whether these are the sample's last tokens.
+  """
+
+  request: int
+  sample: int
+  tokens: list[int]
+  log_probs: list[float]
+  top: list[TopLogProbs]
+  ended: bool
+
+
+class Completion(NamedTuple):
+  """A finished row.
+
+  Attributes:
+    tokens: Generated ids; EOS is the last of them where the row ended with it.
+    score: Sum of the tokens' log-probabilities.
+  """
+
+  tokens: list[int]
+  score: float
+
+
+class Sample(NamedTuple):
+  """A finished sample of a request, with what was told of each token.
+
+  Attributes:
+    tokens: Generated ids, EOS included where the sample ended with it.
+    log_probs: Log-probability of each token.
+    top: For each token the most likely tokens at its step; empty unless they were asked for.
+  """
+
+  tokens: list[int]
+  log_probs: list[float]
+  top: list[TopLogProbs]
+
+  @property
+  def score(self) -> float:
+    """Sum of the tokens' log-probabilities."""
+    return sum(self.log_probs)
+
+
+class SampleCollector:
+  """Puts events together to whole samples."""
+
+  def __init__(self) -> None:
+    self._samples: dict[int, list[Sample]] = {}
+    self._unfinished: dict[int, int] = {}
+
+  def expect(self, request: int, samples: int) -> None:
+    """Begin to collect the samples of a request."""
+    self._samples[request] = [Sample([], [], []) for _ in range(samples)]
+    self._unfinished[request] = samples
+
+  def add(self, event: Event) -> list[Sample] | None:
+    """Add an event; return the request's samples once all of them have ended, else None."""
+    sample = self._samples[event.request][event.sample]
+    sample.tokens.extend(event.tokens)
+    sample.log_probs.extend(event.log_probs)
+    sample.top.extend(event.top)
+    self._unfinished[event.request] -= event.ended
+    if self._unfinished[event.request]:
+      return None
+    del self._unfinished[event.request]
+    return self._samples.pop(event.request)

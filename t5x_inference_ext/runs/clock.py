@@ -1,0 +1,61 @@
+"""The time that a run spends in the engine, with compilation counted apart."""
+
+import dataclasses
+import time
+from types import TracebackType
+
+import jax
+
+COMPILE_EVENTS = '/jax/core/compile/'
+
+
+@dataclasses.dataclass
+class Clock:
+  """A stop watch and counters of a run: `with clock:` around what the engine does.
+
+  Attributes:
+    rows: Rows served.
+    tokens: Useful tokens: generated (EOS included) or scored; padding is not counted.
+    seconds: Seconds in the engine, without compilation.
+    compile_seconds: Seconds of tracing and compilation.
+  """
+
+  rows: int = 0
+  tokens: int = 0
+  seconds: float = 0.0
+  compile_seconds: float = 0.0
+
+  @property
+  def tokens_per_second(self) -> float:
+    """Useful tokens per second, compilation apart; 0 before anything ran."""
+    return self.tokens / self.seconds if self.seconds else 0.0
+
+  def to_dict(self) -> dict[str, float]:
+    """Return the counters, JSON-ready."""
+    return {**dataclasses.asdict(self), 'tokens_per_second': self.tokens_per_second}
+
+  def add(self, rows: int, tokens: int) -> None:
+    """Count rows and useful tokens."""
+    self.rows += rows
+    self.tokens += tokens
+
+  def __enter__(self) -> 'Clock':
+    self._start = time.perf_counter()
+    self._compiled = 0.0
+    jax.monitoring.register_event_duration_secs_listener(self._on_event)
+    return self
+
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    traceback: TracebackType | None,
+  ) -> None:
+    jax.monitoring.unregister_event_duration_listener(self._on_event)
+    elapsed = time.perf_counter() - self._start
+    self.compile_seconds += self._compiled
+    self.seconds += max(0.0, elapsed - self._compiled)
+
+  def _on_event(self, event: str, seconds: float, **_: str | int) -> None:
+    if event.startswith(COMPILE_EVENTS):
+      self._compiled += seconds

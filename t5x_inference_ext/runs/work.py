@@ -1,0 +1,193 @@
+"""The ways in which a run's rows are served: slot refill, static batches, scoring.
+
+Each is an object whose `step` does a part of the work and returns the rows that it finished, so
+that a run is a loop that anyone can read:
+
+    while not work.finished:
+      for row, result in work.step():
+        ...
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from t5x_inference_ext.engine import length_buckets, scoring
+from t5x_inference_ext.engine.engine import Engine
+from t5x_inference_ext.engine.request import Completion, Request, Sample, SampleCollector
+from t5x_inference_ext.engine.sampling import SamplingParams
+from t5x_inference_ext.engine.scheduler import Scheduler
+from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
+from t5x_inference_ext.engine.scoring import ScoringExample
+from t5x_inference_ext.runs.batches import BatchShape, pad, row_seed
+from t5x_inference_ext.runs.clock import Clock
+
+
+class Work(Protocol):
+  """Rows that are being served."""
+
+  @property
+  def finished(self) -> bool:
+    """Whether every row is done."""
+
+  def step(self) -> Sequence[tuple[int, Any]]:
+    """Do a part of the work; return (row, result) of each row that it finished, maybe none."""
+
+
+class NoWork:
+  """The work of a run whose rows were all done before."""
+
+  finished = True
+
+  def step(self) -> list[tuple[int, Any]]:
+    """Return nothing."""
+    return []
+
+
+class RefillWork:
+  """Rows through slots that are refilled as rows end. A result is the list of a row's samples.
+
+  Args:
+    engine: The engine to run on.
+    requests: (row, request) in order. They are taken as slots become free.
+    config: Sizes for all requests.
+    shared: The prefix that prompts share.
+    clock: Counts time, rows and tokens.
+  """
+
+  def __init__(
+    self,
+    engine: Engine,
+    requests: Iterable[tuple[int, Request]],
+    config: SchedulerConfig,
+    shared: tuple[int, ...],
+    clock: Clock,
+  ) -> None:
+    self._scheduler = Scheduler(engine.model, engine.weights, config, shared)
+    self._requests, self._clock = iter(requests), clock
+    self._rows: dict[int, int] = {}  # by the scheduler's index
+    self._samples = SampleCollector()
+    self.finished = False
+
+  def step(self) -> list[tuple[int, list[Sample]]]:
+    """Submit what the scheduler can use, and let it do one step."""
+    self._submit()
+    with self._clock:
+      events = self._scheduler.step()
+    done = []
+    for event in events:
+      self._clock.add(0, len(event.tokens))
+      samples = self._samples.add(event)
+      if samples is not None:
+        self._clock.add(1, 0)
+        done.append((self._rows.pop(event.request), samples))
+    self._submit()
+    self.finished = self._scheduler.idle
+    return done
+
+  def _submit(self) -> None:
+    for _ in range(self._scheduler.wanted):
+      row, request = next(self._requests, (None, None))
+      if row is None or request is None:
+        return
+      index = self._scheduler.submit(request)
+      self._rows[index] = row
+      self._samples.expect(index, len(request.seeds))
+
+
+class StaticWork:
+  """Batches of one shape, each of which ends as a whole. A result is a Completion.
+
+  Args:
+    engine: The engine to run on.
+    batches: Lists of at most shape.batch pairs (row, prompt), prompts of at most shape.prompt
+      tokens. A row is its place in the run.
+    shape: Shape of the batches as the engine sees them: short ones are padded with rows that are
+      dropped.
+    clock: Counts time, rows and tokens.
+    max_new_tokens: Limit for each row.
+    sampling: How tokens are chosen.
+    seed: Seed of the run.
+    eos_id: Token that ends a row.
+  """
+
+  def __init__(
+    self,
+    engine: Engine,
+    batches: Iterable[Sequence[tuple[int, Sequence[int]]]],
+    shape: BatchShape,
+    clock: Clock,
+    *,
+    max_new_tokens: int,
+    sampling: SamplingParams,
+    seed: int,
+    eos_id: int,
+  ) -> None:
+    self._engine, self._batches, self._shape, self._clock = engine, iter(batches), shape, clock
+    self._limit, self._sampling, self._seed, self._eos = max_new_tokens, sampling, seed, eos_id
+    self.finished = False
+
+  def step(self) -> list[tuple[int, Completion]]:
+    """Generate the next batch."""
+    batch = next(self._batches, None)
+    if batch is None:
+      self.finished = True
+      return []
+    rows, prompts = zip(*batch)
+    seeds = [row_seed(self._seed, row) for row in rows]
+    shape = self._shape
+    with self._clock:
+      completions = self._engine.generate(
+        pad(prompts, shape.batch),
+        max_new_tokens=self._limit,
+        sampling=self._sampling,
+        seeds=pad(seeds, shape.batch),
+        eos_id=self._eos,
+        cache_size=shape.cache,
+        prompt_size=shape.prompt,
+        max_length=shape.length,
+      )[: len(prompts)]
+    self._clock.add(len(prompts), sum(len(c.tokens) for c in completions))
+    return list(zip(rows, completions))
+
+
+class ScoreWork:
+  """Given tokens, scored. A result is the weighted log-probability of each token, [n] float32.
+
+  Args:
+    engine: The engine to run on.
+    groups: Lists of (row, example). Within a group examples of like lengths are scored together.
+    tokens: Tokens of a batch, padding included.
+    clock: Counts time, rows and tokens.
+  """
+
+  def __init__(
+    self,
+    engine: Engine,
+    groups: Iterable[Sequence[tuple[int, ScoringExample]]],
+    tokens: int,
+    clock: Clock,
+  ) -> None:
+    self._engine, self._clock = engine, clock
+    self._packs = self._packed(groups, length_buckets.packer(engine.model, tokens))
+    self.finished = False
+
+  def step(self) -> list[tuple[int, np.ndarray]]:
+    """Score the next batch."""
+    group, pack = next(self._packs, ((), None))
+    if pack is None:
+      self.finished = True
+      return []
+    with self._clock:
+      scored = scoring.score_pack(self._engine.log_probs, [e for _, e in group], pack)
+    for item, _ in scored:
+      self._clock.add(1, int(np.count_nonzero(group[item][1].weights)))
+    return [(group[item][0], scores) for item, scores in scored]
+
+  def _packed(
+    self, groups: Iterable[Sequence[tuple[int, ScoringExample]]], packer: length_buckets.Packer
+  ) -> Iterator[tuple[Sequence[tuple[int, ScoringExample]], length_buckets.Pack]]:
+    for group in groups:
+      for pack in packer.pack([len(example.targets) for _, example in group]):
+        yield group, pack
