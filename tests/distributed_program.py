@@ -12,7 +12,7 @@ import sys
 import numpy as np
 
 from t5x_inference_ext import distributed
-from t5x_inference_ext.checkpoints.gzip_array import GzipArray
+from t5x_inference_ext.checkpoints.readers.gzip_array import GzipArray
 from t5x_inference_ext.commands import infer
 from t5x_inference_ext.errors import RequestError
 from tests import processes

@@ -8,17 +8,11 @@ from typing import Any
 import numpy as np
 
 from t5x_inference_ext import params
-from t5x_inference_ext.checkpoints import (
-  flaxformer,
-  legacy,
-  orbax,
-  serving,
-  storage,
-  work_directory,
-)
+from t5x_inference_ext.checkpoints import serving, storage, work_directory
 from t5x_inference_ext.checkpoints.arrays import SourceArray, whole_array
+from t5x_inference_ext.checkpoints.readers import flaxformer, legacy, orbax
+from t5x_inference_ext.checkpoints.readers.tree import Tree
 from t5x_inference_ext.checkpoints.tensor import Tensor
-from t5x_inference_ext.checkpoints.tree import Tree
 from t5x_inference_ext.config import NORM_SCALES, ModelConfig
 from t5x_inference_ext.errors import CheckpointError
 

@@ -13,17 +13,18 @@ import msgpack
 import numpy as np
 
 from t5x_inference_ext import params
-from t5x_inference_ext.checkpoints import flaxformer, flaxformer_names, legacy, manifest, serving
+from t5x_inference_ext.checkpoints import manifest, serving
 from t5x_inference_ext.checkpoints.arrays import KernelLayout, KernelPart, Rectangle
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
-from t5x_inference_ext.checkpoints.layer_kinds import (
+from t5x_inference_ext.checkpoints.raw_array import RawArray
+from t5x_inference_ext.checkpoints.readers import flaxformer, flaxformer_names, legacy
+from t5x_inference_ext.checkpoints.readers.layer_kinds import (
   LAYER_KINDS,
   OUT,
   Kernel,
   LayerKind,
   UnknownSizes,
 )
-from t5x_inference_ext.checkpoints.raw_array import RawArray
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import CheckpointError
 

@@ -21,7 +21,7 @@ import sys
 import time
 
 from t5x_inference_ext.checkpoints import conversion, convert, files, open_checkpoint
-from t5x_inference_ext.checkpoints.gzip_array import GzipArray
+from t5x_inference_ext.checkpoints.readers.gzip_array import GzipArray
 from t5x_inference_ext.checkpoints.work_directory import WorkDirectory
 from t5x_inference_ext.errors import CheckpointError
 

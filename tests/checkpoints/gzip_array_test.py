@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import tensorstore as ts
 
-from t5x_inference_ext.checkpoints import gzip_array
-from t5x_inference_ext.checkpoints.gzip_array import ChunkCache, GzipArray
-from t5x_inference_ext.checkpoints.zarr_arrays import Stored, open_array
+from t5x_inference_ext.checkpoints.readers import gzip_array
+from t5x_inference_ext.checkpoints.readers.gzip_array import ChunkCache, GzipArray
+from t5x_inference_ext.checkpoints.readers.zarr_arrays import Stored, open_array
 from t5x_inference_ext.errors import CheckpointError
 
 SHAPE, CHUNKS = (7, 5, 6), (3, 5, 4)

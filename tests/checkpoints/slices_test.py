@@ -13,8 +13,8 @@ from t5x_inference_ext.checkpoints import convert, open_checkpoint
 from t5x_inference_ext.checkpoints.arrays import KernelLayout, KernelPart, Rectangle, SourceArray
 from t5x_inference_ext.checkpoints.conversion import Conversion
 from t5x_inference_ext.checkpoints.conversion_options import ConvertOptions
-from t5x_inference_ext.checkpoints.gzip_array import GzipArray
 from t5x_inference_ext.checkpoints.pipeline import Pipeline, run_jobs
+from t5x_inference_ext.checkpoints.readers.gzip_array import GzipArray
 from t5x_inference_ext.checkpoints.rounding_error import RoundingError
 from t5x_inference_ext.checkpoints.slices import ConversionPlan
 from t5x_inference_ext.checkpoints.tensor import InMemory

@@ -21,7 +21,7 @@ import numpy as np
 
 from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints.arrays import KernelLayout, KernelPart, SourceArray, whole_array
-from t5x_inference_ext.checkpoints.flaxformer_names import (
+from t5x_inference_ext.checkpoints.readers.flaxformer_names import (
   EMBEDDING,
   FINAL_NORM,
   LAYER,
@@ -32,13 +32,14 @@ from t5x_inference_ext.checkpoints.flaxformer_names import (
   listing,
   modules_in,
 )
-from t5x_inference_ext.checkpoints.layer_kinds import (
+from t5x_inference_ext.checkpoints.readers.layer_kinds import (
   LAYER_KINDS,
   Kernel,
   LayerKind,
   Shapes,
   UnknownSizes,
 )
+from t5x_inference_ext.checkpoints.readers.tree import Tree
 from t5x_inference_ext.checkpoints.tensor import (
   Cast,
   Merged,
@@ -50,7 +51,6 @@ from t5x_inference_ext.checkpoints.tensor import (
   Tensor,
   Window,
 )
-from t5x_inference_ext.checkpoints.tree import Tree
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import CheckpointError
 

@@ -4,9 +4,9 @@ import re
 
 import ml_dtypes
 
-from t5x_inference_ext.checkpoints.layer_kinds import Kernel, LayerKind
+from t5x_inference_ext.checkpoints.readers.layer_kinds import Kernel, LayerKind
+from t5x_inference_ext.checkpoints.readers.tree import Tree
 from t5x_inference_ext.checkpoints.tensor import Tensor
-from t5x_inference_ext.checkpoints.tree import Tree
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import CheckpointError
 

@@ -4,7 +4,7 @@ import numpy as np
 import tensorstore as ts
 
 from t5x_inference_ext.checkpoints import storage
-from t5x_inference_ext.checkpoints.gzip_array import ChunkCache, GzipArray
+from t5x_inference_ext.checkpoints.readers.gzip_array import ChunkCache, GzipArray
 from t5x_inference_ext.checkpoints.tensor import Tensor
 from t5x_inference_ext.errors import CheckpointError
 
