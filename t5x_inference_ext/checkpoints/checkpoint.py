@@ -202,7 +202,7 @@ def _from_serving(
     f'norm scales: stored around {found.norm_scale} (recorded in the checkpoint)',
   )
   arrays = tuple(
-    whole_array(t, name, serving.is_layered(name))
+    whole_array(t, name, 0 if serving.is_layered(name) else None)
     for name, t in tensors.items()
     if name in params.parameters(found)
   )

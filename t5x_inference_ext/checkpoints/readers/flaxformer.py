@@ -1,4 +1,4 @@
-"""From flaxformer's parameter tree, as T5X trained it, to canonical tensors.
+"""flaxformer's parameter tree, as T5X trained it, read as canonical tensors.
 
 Scanned form, with the layer axis L on axis 1 (or 0: flaxformer's scan_axis):
 
@@ -7,12 +7,12 @@ Scanned form, with the layer axis L on axis 1 (or 0: flaxformer's scan_axis):
   decoder/decoder/NORM/scale                [E, L]            and bias
   decoder/decoder/MODULE/kernel             e.g. [E, L, F]    MODULEs and their axes: layer_kinds.py
 
-A tree with one subtree a layer (decoder/layers_0/...) has the same without the layer axis. In the quantized form each
-kernel is a pair: qkernel, int8 of the same shape, and qscale, in which the axes that a matmul sums over have size 1:
-a weight is qkernel / qscale.
+A tree with one subtree a layer (decoder/layers_0/...) has the same parameters without the layer axis. In the quantized
+form each kernel is a pair: qkernel, int8 of the same shape, and qscale, in which the axes that a matmul sums over have
+size 1: a weight is qkernel / qscale.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection
 import dataclasses
 from typing import Any
 
@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from t5x_inference_ext import params
-from t5x_inference_ext.checkpoints.arrays import KernelLayout, KernelPart, SourceArray, whole_array
+from t5x_inference_ext.checkpoints.arrays import SourceArray, whole_array
 from t5x_inference_ext.checkpoints.readers.flaxformer_names import (
   EMBEDDING,
   FINAL_NORM,
@@ -29,8 +29,10 @@ from t5x_inference_ext.checkpoints.readers.flaxformer_names import (
   check_dtypes,
   check_names,
   check_shapes,
-  listing,
+  is_per_layer,
   modules_in,
+  name_list,
+  norm_leaves,
 )
 from t5x_inference_ext.checkpoints.readers.layer_kinds import (
   LAYER_KINDS,
@@ -40,17 +42,7 @@ from t5x_inference_ext.checkpoints.readers.layer_kinds import (
   UnknownSizes,
 )
 from t5x_inference_ext.checkpoints.readers.tree import Tree
-from t5x_inference_ext.checkpoints.tensor import (
-  Cast,
-  Merged,
-  Moved,
-  Reciprocal,
-  Scaled,
-  Squeezed,
-  Stack,
-  Tensor,
-  Window,
-)
+from t5x_inference_ext.checkpoints.tensor import Cast, Stack, Tensor
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import CheckpointError
 
@@ -59,16 +51,16 @@ _STACK_AXIS = 1
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-  """A tree as a model.
+  """A parameter tree, read as a model.
 
   Attributes:
-    config: the model.
-    weights: 'float32', 'bfloat16' or 'int8'.
-    tensors: the canonical ones.
-    arrays: the stored arrays that hold them, but for the scales of int8 ones.
-    kind: of its layers.
-    layer_axis: of the scanned form.
-    form: how the tree arranges all this, for writing such a tree: JSON-ready.
+    config: The model.
+    weights: What the matrices are: 'float32', 'bfloat16' or 'int8'.
+    tensors: The canonical tensors, by name.
+    arrays: The stored arrays that hold the canonical tensors, without the scales of int8 weights.
+    kind: The kind of the model's layers.
+    layer_axis: Position of the layer axis in the scanned form.
+    form: How the tree arranges its parameters, JSON-ready, for writing such a tree.
   """
 
   config: ModelConfig
@@ -86,25 +78,25 @@ def canonical(
   config: ModelConfig | None = None,
   rescale_logits: bool = True,
 ) -> Reading:
-  """Presents a tree as canonical tensors.
+  """Find a tree's model, and the canonical tensors in its arrays.
 
   Args:
-    tree: as read.
-    norm_scale: the convention of the norms, which a tree does not say; None takes the kind of layer's usual one.
-    config: the model that it has to be; None finds it from the names and shapes.
-    rescale_logits: flaxformer's: whether attention logits are divided by sqrt(Q). Where they are not, the queries are
-      multiplied by it here.
+    tree: The parameters, as read.
+    norm_scale: Convention of the norms, which a tree does not record; None takes the usual one of this kind of layer.
+    config: The model that the tree has to hold; None finds the model from names and shapes.
+    rescale_logits: flaxformer's option: whether attention logits were divided by sqrt(Q). Where they were not, the
+      queries are multiplied by sqrt(Q) here.
 
   Raises:
-    CheckpointError: missing, extra or unfitting parameters, by name.
+    CheckpointError: Parameters are missing, unknown or of unfitting shapes; the message names them.
   """
   leaves = stack_layers(tree)
   quantized = any(name.endswith('/qkernel') for name in leaves)
+  suffix = 'qkernel' if quantized else 'kernel'
   kind = find_kind(leaves)
   modules, norm = check_names(tree, leaves, kind, quantized)
   check_dtypes(leaves)
   axis = _layer_axis(leaves, kind)
-  suffix = 'qkernel' if quantized else 'kernel'
   shapes = _shapes(leaves, kind, modules, suffix, axis)
   try:
     layers = leaves[f'{LAYERS}/{modules[0]}/{suffix}'].shape[axis]
@@ -114,106 +106,70 @@ def canonical(
     raise CheckpointError(f'{tree.path}: {e}') from e
   check_shapes(tree, leaves, kind, kernels, model, quantized, axis, given=config is not None)
 
-  tensors = {'embedding': leaves[EMBEDDING]}
-  arrays = [whole_array(leaves[EMBEDDING], 'embedding', layered=False)]
-  for name, place in (
-    ('final_norm', FINAL_NORM),
-    *((n, f'{LAYERS}/{module}') for n, module in kind.norms),
-  ):
-    for canonical_name, leaf in ((name, 'scale'), (params.bias_name(name), 'bias'))[
-      : 2 if norm == 'layer' else 1
-    ]:
-      stored = _float32(leaves, f'{place}/{leaf}')
-      layered = place != FINAL_NORM
-      tensors[canonical_name] = Moved(stored, axis) if layered else stored
-      arrays.append(
-        SourceArray(
-          stored,
-          KernelLayout(
-            model.num_layers if layered else None,
-            axis,
-            (),
-            (model.d_model,),
-            (KernelPart(canonical_name, 0, model.d_model),),
-            0,
-          ),
-        )
-      )
-  factors = {
-    'attention_output': kind.output_factor,
-    'mlp_output': kind.output_factor,
-    'query': 1.0 if rescale_logits else model.d_head**0.5,
-  }
+  factors = kind.factors(model, rescale_logits)
+  arrays = _unquantized_arrays(leaves, kind, norm, axis)
+  scales: list[SourceArray] = []
   for kernel in kernels:
-    tensors.update(_matrices(tree, leaves, kernel, model, axis, factors, quantized))
-    stored = leaves[f'{LAYERS}/{kernel.module}/{suffix}']
-    if quantized and stored.dtype != np.int8:
-      stored = Cast(stored, np.int8, f'target/{LAYERS}/{kernel.module}/{suffix}')
-    # A quantized matrix's factor is in its scale.
-    arrays.append(
-      SourceArray(stored, arrangement(kernel, model, axis, {} if quantized else factors))
-    )
-  wanted = {**params.parameters(model), **(params.scales(model) if quantized else {})}
-  for name, tensor in tensors.items():
-    if tensor.shape != wanted[name].shape:
-      raise CheckpointError(
-        f'{name}: shape {list(tensor.shape)} in {tensor.path}, but the model asked for needs '
-        f'{list(wanted[name].shape)}'
-      )
-  matrices = [tensors[name].dtype for name, p in wanted.items() if p.kind == 'matrix']
-  weights = (
-    'int8'
-    if quantized
-    else 'bfloat16'
-    if all(d == ml_dtypes.bfloat16 for d in matrices)
-    else 'float32'
-  )
+    place = f'{LAYERS}/{kernel.module}'
+    if not quantized:
+      layout = kernel.layout(model.num_layers, axis, factors)
+      arrays.append(SourceArray(leaves[f'{place}/kernel'], layout))
+      continue
+    _check_shared_scales(tree, kernel, model)
+    stored = _cast(leaves, f'{place}/qkernel', np.int8)
+    arrays.append(SourceArray(stored, kernel.layout(model.num_layers, axis)))
+    scale = _cast(leaves, f'{place}/qscale', np.float32)
+    scales.append(SourceArray(scale, kernel.scale_layout(model, axis, factors)))
+  tensors: dict[str, Tensor] = {}
+  for array in (*arrays, *scales):
+    tensors.update(array.tensors())
+  _check_canonical(tensors, model)
   form = {
     'layers': kind.name,
     'layer_axis': axis,
-    'per_layer': any(LAYER.fullmatch(name) for name in tree.leaves),
+    'per_layer': is_per_layer(tree),
     'kernels': {kernel.module: list(kernel.shape) for kernel in kernels},
   }
+  weights = _weights(tensors, model, quantized)
   return Reading(model, weights, tensors, tuple(arrays), kind, axis, form)
 
 
 def stack_layers(tree: Tree) -> dict[str, Tensor]:
-  """The leaves in scanned form, whichever form they are stored in."""
-  layers, leaves = {}, {}
+  """Return the leaves of a tree in scanned form, whichever form they are stored in."""
+  by_layer: dict[str, dict[int, Tensor]] = {}
+  leaves = {}
   for name, leaf in tree.leaves.items():
     match = LAYER.fullmatch(name)
     if match:
-      layers.setdefault(match[2], {})[int(match[1])] = leaf
+      by_layer.setdefault(match[2], {})[int(match[1])] = leaf
     else:
       leaves[name] = leaf
-  if layers and any(name.startswith(f'{LAYERS}/') for name in leaves):
+  if by_layer and any(name.startswith(f'{LAYERS}/') for name in leaves):
     raise CheckpointError(
       f'{tree.path} holds both {LAYERS} and decoder/layers_0, ...: two models in one tree'
     )
-  count = 1 + max((max(of_layer) for of_layer in layers.values()), default=-1)
-  for name, of_layer in layers.items():
-    gone = sorted(set(range(count)) - set(of_layer))
-    if gone:
-      raise CheckpointError(
-        f'{tree.path} lacks ' + listing(f'target/decoder/layers_{i}/{name}' for i in gone)
-      )
+  count = 1 + max((max(stored) for stored in by_layer.values()), default=-1)
+  for name, stored in by_layer.items():
+    if len(stored) < count:
+      missing = (f'target/decoder/layers_{i}/{name}' for i in range(count) if i not in stored)
+      raise CheckpointError(f'{tree.path} lacks ' + name_list(missing, count - len(stored)))
     for i in range(1, count):
-      if of_layer[i].shape != of_layer[0].shape:
+      if stored[i].shape != stored[0].shape:
         raise CheckpointError(
-          f'target/decoder/layers_{i}/{name} has shape {list(of_layer[i].shape)} in {of_layer[i].path}, but layer 0 '
-          f'has {list(of_layer[0].shape)}'
+          f'target/decoder/layers_{i}/{name} has shape {list(stored[i].shape)} in {stored[i].path}, '
+          f'but layer 0 has {list(stored[0].shape)}'
         )
-    if len(of_layer[0].shape) < _STACK_AXIS:
-      raise CheckpointError(f'target/decoder/layers_0/{name} is a scalar in {of_layer[0].path}')
-    leaves[f'{LAYERS}/{name}'] = Stack([of_layer[i] for i in range(count)], _STACK_AXIS)
+    if len(stored[0].shape) < _STACK_AXIS:
+      raise CheckpointError(f'target/decoder/layers_0/{name} is a scalar in {stored[0].path}')
+    leaves[f'{LAYERS}/{name}'] = Stack([stored[i] for i in range(count)], _STACK_AXIS)
   return leaves
 
 
-def find_kind(leaves: dict[str, Tensor]) -> LayerKind:
-  """The kind of layer of which these (stacked) leaves have the most parameters, and lack the fewest."""
+def find_kind(leaves: Collection[str]) -> LayerKind:
+  """Return the kind of layer of which these leaves, in scanned form, have the most parameters, and lack the fewest."""
   stored = modules_in(leaves)
 
-  def fit(kind):
+  def fit(kind: LayerKind) -> tuple[int, int]:
     expected = {*kind.modules(stored), *(module for _, module in kind.norms)}
     return len(expected & stored), -len(expected - stored)
 
@@ -221,25 +177,20 @@ def find_kind(leaves: dict[str, Tensor]) -> LayerKind:
 
 
 def _model(
-  lve: tuple[int, int, int],
+  lve: tuple[int, ...],
   kind: LayerKind,
   shapes: Shapes,
   norm: str,
   norm_scale: str | None,
   config: ModelConfig | None,
 ) -> ModelConfig:
-  """The model of L, V, E and these shapes, or `config`. Raises ValueError: no model, or not that one."""
-  facts = dict(block=kind.block, norm=norm, mlp=kind.mlp(shapes))
+  """Return the model of L, V, E (`lve`) and these shapes, or `config`. Raises ValueError: no model, or not that one."""
+  facts = {'block': kind.block, 'norm': norm, 'mlp': kind.mlp(shapes)}
   if config is None:
     layers, vocab_size, d_model = lve
-    return ModelConfig(
-      **kind.sizes(shapes),
-      **facts,
-      num_layers=layers,
-      d_model=d_model,
-      vocab_size=vocab_size,
-      norm_scale=norm_scale or ('one' if norm == 'layer' else kind.norm_scale),
-    )
+    usual = 'one' if norm == 'layer' else kind.norm_scale
+    sizes = {**kind.sizes(shapes), 'num_layers': layers, 'd_model': d_model}
+    return ModelConfig(**sizes, **facts, vocab_size=vocab_size, norm_scale=norm_scale or usual)
   for name, value in facts.items():
     if getattr(config, name) != value:
       raise UnknownSizes(
@@ -248,76 +199,56 @@ def _model(
   return config if norm_scale is None else dataclasses.replace(config, norm_scale=norm_scale)
 
 
-def _matrices(
-  tree: Tree,
-  leaves: dict[str, Tensor],
-  kernel: Kernel,
-  config: ModelConfig,
-  axis: int,
-  factors: dict[str, float],
-  quantized: bool,
-) -> dict[str, Tensor]:
-  """The canonical matrices [L, in, out] in one kernel, and their scales [L, out]."""
-  place, start, tensors = f'{LAYERS}/{kernel.module}', 0, {}
-  for name, width in kernel.parts:
-    factor = factors.get(name, 1.0)
-    window = (kernel.axis, start, width)
-    start += width
-    if not quantized:
-      matrix = _merge(leaves[f'{place}/kernel'], kernel, axis, window)
-      tensors[name] = matrix if factor == 1 else Scaled(matrix, factor)
-      continue
-    stored = leaves[f'{place}/qkernel']
-    if stored.dtype != np.int8:
-      stored = Cast(stored, np.int8, f'target/{place}/qkernel')
-    tensors[name] = _merge(stored, kernel, axis, window)
-    scale_name = params.parameters(config)[name].scale
-    sharing = {n for n, p in params.parameters(config).items() if p.scale == scale_name}
-    if sharing != sharing & {n for n, _ in kernel.parts}:
+def _unquantized_arrays(
+  leaves: dict[str, Tensor], kind: LayerKind, norm: str, layer_axis: int
+) -> list[SourceArray]:
+  """Return the arrays of the embedding and the norms."""
+  arrays = [whole_array(leaves[EMBEDDING], 'embedding', None)]
+  norms = [('final_norm', FINAL_NORM, None)]
+  norms += [(name, f'{LAYERS}/{module}', layer_axis) for name, module in kind.norms]
+  for name, place, axis in norms:
+    for leaf in norm_leaves(norm):
+      stored = _cast(leaves, f'{place}/{leaf}', np.float32)
+      canonical_name = name if leaf == 'scale' else params.bias_name(name)
+      arrays.append(whole_array(stored, canonical_name, axis))
+  return arrays
+
+
+def _check_shared_scales(tree: Tree, kernel: Kernel, model: ModelConfig) -> None:
+  """Refuse a quantized kernel whose scales the model shares with another kernel's."""
+  matrices = params.parameters(model)
+  within = {name for name, _ in kernel.parts}
+  for name in within:
+    sharing = {n for n, p in matrices.items() if p.scale == matrices[name].scale}
+    if not sharing <= within:
       raise CheckpointError(
         f'{tree.path} has quantized kernels with scales of their own for '
         f'{" and ".join(sorted(sharing))}, which in a parallel block share one: convert the float '
         'checkpoint'
       )
-    # Summed axes have size 1, also the one along which parts lie: they share the scale.
-    # AQT's scales are what a weight is multiplied with before rounding: flaxformer divides the product by them.
-    scale = _merge(
-      Reciprocal(_float32(leaves, f'{place}/qscale')),
-      kernel,
-      axis,
-      None if kernel.axis < len(kernel.inputs) else window,
-    )
-    tensors[scale_name] = Squeezed(scale if factor == 1 else Scaled(scale, factor), 1)
-  return tensors
 
 
-def _merge(leaf: Tensor, kernel: Kernel, axis: int, window: tuple[int, int, int] | None) -> Tensor:
-  """The part of a kernel within `window` (axis, start, width) as a matrix [L, in, out]."""
-  view = Moved(leaf, axis)
-  if window is not None and window[2] != view.shape[1 + window[0]]:
-    view = Window(view, 1 + window[0], *window[1:])
-  inputs = len(kernel.inputs)
-  for first, count in ((1 + inputs, len(kernel.outputs)), (1, inputs)):
-    for _ in range(count - 1):
-      view = Merged(view, first)
-  return view
+def _check_canonical(tensors: dict[str, Tensor], model: ModelConfig) -> None:
+  """Refuse a kernel that holds another shape of a canonical tensor than the model has."""
+  wanted = {**params.parameters(model), **params.scales(model)}
+  for name, tensor in tensors.items():
+    if tensor.shape != wanted[name].shape:
+      raise CheckpointError(
+        f'{name}: shape {list(tensor.shape)} in {tensor.path}, but the model asked for needs '
+        f'{list(wanted[name].shape)}'
+      )
 
 
-def arrangement(
-  kernel: Kernel, config: ModelConfig, axis: int, factors: Mapping[str, float]
-) -> KernelLayout:
-  """The canonical matrices in a stored kernel; canonical values are stored values times `factors`."""
-  parts, start = [], 0
-  for name, width in kernel.parts:
-    parts.append(KernelPart(name, start, width, factors.get(name, 1.0)))
-    start += width
-  return KernelLayout(
-    config.num_layers, axis, kernel.inputs, kernel.outputs, tuple(parts), kernel.axis
-  )
+def _weights(tensors: dict[str, Tensor], model: ModelConfig, quantized: bool) -> str:
+  """Return what the matrices are: 'int8', 'bfloat16' if all of them are, or 'float32'."""
+  if quantized:
+    return 'int8'
+  matrices = [tensors[n].dtype for n, p in params.parameters(model).items() if p.kind == 'matrix']
+  return 'bfloat16' if all(dtype == ml_dtypes.bfloat16 for dtype in matrices) else 'float32'
 
 
 def _layer_axis(leaves: dict[str, Tensor], kind: LayerKind) -> int:
-  """The axis that is not E of a layer's norm scale [E, L] or [L, E]."""
+  """Return the axis that is not E of a layer's norm scale [E, L] or [L, E]."""
   shape = leaves[f'{LAYERS}/{kind.norms[0][1]}/scale'].shape
   d_model = leaves[EMBEDDING].shape[-1:]
   return 0 if len(shape) == 2 and shape[1:] == d_model != shape[:1] else 1
@@ -326,21 +257,22 @@ def _layer_axis(leaves: dict[str, Tensor], kind: LayerKind) -> int:
 def _shapes(
   leaves: dict[str, Tensor], kind: LayerKind, modules: tuple[str, ...], suffix: str, axis: int
 ) -> Shapes:
-  """The kernels' shapes without the layer axis. Raises CheckpointError for one with too many or too few axes."""
-  ranks = {EMBEDDING: (2,), f'{LAYERS}/{kind.norms[0][1]}/scale': (2,)}
-  ranks.update(
-    {f'{LAYERS}/{module}/{suffix}': tuple(1 + n for n in kind.ranks[module]) for module in modules}
-  )
+  """Return the kernels' shapes without the layer axis. Raises CheckpointError: a leaf has too many or too few axes."""
+  ranks: dict[str, tuple[int, ...]] = {EMBEDDING: (2,), f'{LAYERS}/{kind.norms[0][1]}/scale': (2,)}
+  for module in modules:
+    ranks[f'{LAYERS}/{module}/{suffix}'] = tuple(1 + n for n in kind.ranks[module])
   for name, expected in ranks.items():
-    if len(leaves[name].shape) not in expected:
+    shape = leaves[name].shape
+    if len(shape) not in expected:
       raise CheckpointError(
-        f'target/{name}: shape {list(leaves[name].shape)} in {leaves[name].path} has '
-        f'{len(leaves[name].shape)} axes, expected {" or ".join(map(str, expected))}'
+        f'target/{name}: shape {list(shape)} in {leaves[name].path} has {len(shape)} axes, expected '
+        f'{" or ".join(map(str, expected))}'
       )
   stored = {module: leaves[f'{LAYERS}/{module}/{suffix}'].shape for module in modules}
   return {module: shape[:axis] + shape[axis + 1 :] for module, shape in stored.items()}
 
 
-def _float32(leaves: dict[str, Tensor], name: str) -> Tensor:
+def _cast(leaves: dict[str, Tensor], name: str, dtype: type) -> Tensor:
+  """Return a leaf in a dtype."""
   leaf = leaves[name]
-  return leaf if leaf.dtype == np.float32 else Cast(leaf, np.float32, f'target/{name}')
+  return leaf if leaf.dtype == dtype else Cast(leaf, dtype, f'target/{name}')

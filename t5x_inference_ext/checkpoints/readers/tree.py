@@ -1,4 +1,4 @@
-"""What a reader of a T5X checkpoint finds: the tree of parameters, as stored."""
+"""The tree of parameters in a T5X checkpoint, as stored."""
 
 import dataclasses
 from typing import Any
@@ -10,11 +10,13 @@ from t5x_inference_ext.checkpoints.tensor import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class Tree:
-  """Attributes:
-  path: the checkpoint directory.
-  description: what was found there, in words.
-  leaves: by their place under target, e.g. 'decoder/decoder/kv_fused/kernel'.
-  step: the training step, where recorded.
+  """Parameters of a T5X checkpoint, of which no values are read yet.
+
+  Attributes:
+    path: Checkpoint directory.
+    description: Format of the checkpoint, in words.
+    leaves: Parameters by their place under target, such as 'decoder/decoder/kv_fused/kernel'.
+    step: Training step, where recorded.
   """
 
   path: str
@@ -24,7 +26,7 @@ class Tree:
 
 
 def step_number(values: Any) -> int | None:
-  """The training step that a checkpoint holds; None where that is no whole number."""
+  """Return the training step that a checkpoint holds; None where the value is no whole number."""
   values = np.asarray(values)
   if values.size != 1 or values.dtype.kind not in 'iuf' or not np.isfinite(values).all():
     return None
