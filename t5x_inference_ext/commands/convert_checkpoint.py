@@ -241,10 +241,12 @@ def shards_of_processes(flags: absl_flags.FlagValues) -> dict[str, int]:
     return {}
   if flags.num_shards != 1 or flags.shard_id != 0:
     raise UserError('--num_shards and --coordinator_address say the same in two ways')
-  from t5x_inference_ext import distributed  # with jax: slow to import, and not needed otherwise
+  from t5x_inference_ext import (
+    distributed,
+    rendezvous,
+  )  # with jax: slow to import, and not needed otherwise
 
-  distributed.check_arguments(**processes)
-  distributed.initialize(**processes)
+  distributed.initialize(rendezvous.ProcessOptions(**processes))
   import jax
 
   return {'num_shards': jax.process_count(), 'shard_id': jax.process_index()}
@@ -355,4 +357,6 @@ class ProgressLines:
 
 def run(argv: list[str] | None = None) -> int:
   """The entry point; returns the exit code."""
-  return cli.run(main, __doc__, define_flags, argv)
+  with cli.Session(__doc__, define_flags, argv) as session:
+    main(session.parse())
+  return session.code

@@ -173,4 +173,6 @@ def run(argv: list[str] | None = None) -> int:
   argv = list(sys.argv if argv is None else argv)
   if len(argv) == 2 and not argv[1].startswith('-'):
     argv[1] = f'--path={argv[1]}'
-  return cli.run(main, __doc__, define_flags, argv)
+  with cli.Session(__doc__, define_flags, argv) as session:
+    main(session.parse())
+  return session.code

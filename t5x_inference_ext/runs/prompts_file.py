@@ -17,7 +17,7 @@ from t5x_inference_ext.engine.scheduler import Request
 from t5x_inference_ext.engine.scoring import ScoringExample
 from t5x_inference_ext.engine.vocabularies import find_vocabulary
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.runs import batches, loading, output, prompt_rows, refill
+from t5x_inference_ext.runs import batches, infer_options, loading, output, prompt_rows, refill
 from t5x_inference_ext.runs.journal import FileSystem, Journal
 from t5x_inference_ext.runs.progress import print_on_main
 from t5x_inference_ext.runs.row_sampling import Asked
@@ -69,7 +69,7 @@ def infer_file(
     )
     name = vocabulary.name if vocabulary else 'none'
     say(f'vocabulary: {name} ({source})')
-    options = loading.with_vocabulary(options, vocabulary, checkpoint.config.vocab_size)
+    options = infer_options.with_vocabulary(options, vocabulary, checkpoint.config.vocab_size)
     asked = Asked(options.sampling, options.max_new_tokens)
     work = prompt_rows.tokenize(
       files.prompts,
