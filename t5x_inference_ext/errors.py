@@ -1,12 +1,21 @@
 """The errors that users see: one sentence naming what, where and the fix. Commands print them and exit with 2."""
 
+# A message that quotes long names is cut here: it stays readable on a terminal.
+_MAX_MESSAGE = 10_000
+
 
 class UserError(ValueError):
   """Something the user can mend: commands print the message alone, without a traceback."""
 
 
 class CheckpointError(UserError):
-  """A checkpoint that can't be read, or is not the one this model needs."""
+  """A checkpoint that can't be read, or is not the one this model needs.
+
+  Messages quote what a checkpoint's files say, so control characters in them are escaped.
+  """
+
+  def __init__(self, message: str):
+    super().__init__(printable(message, _MAX_MESSAGE))
 
 
 class MeshError(UserError):
@@ -15,3 +24,12 @@ class MeshError(UserError):
 
 class RequestError(UserError):
   """A prompt, batch or option that can't be served."""
+
+
+def printable(text: object, limit: int = 300) -> str:
+  """Return text from a file for a message: control characters escaped, and cut after `limit` characters."""
+  text = str(text)
+  shown = ''.join(
+    c if c.isprintable() else c.encode('unicode_escape').decode() for c in text[:limit]
+  )
+  return shown + ('...' if len(text) > limit else '')

@@ -12,7 +12,7 @@ import sys
 import numpy as np
 
 from t5x_inference_ext import distributed
-from t5x_inference_ext.checkpoints.gzip_array import GzipArray
+from t5x_inference_ext.checkpoints.readers.zarr_arrays import ZarrTensor
 from t5x_inference_ext.commands import infer
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.rendezvous import ProcessOptions
@@ -42,14 +42,14 @@ PLAIN_FLAGS = (
 
 def count_bytes() -> list[int]:
   """A list of one number: bytes read of the checkpoint's arrays from now on."""
-  read, total = GzipArray._read, [0]
+  read, total = ZarrTensor._read, [0]
 
   def counted(self, bounds):
     values = read(self, bounds)
     total[0] += np.asarray(values).nbytes
     return values
 
-  GzipArray._read = counted
+  ZarrTensor._read = counted
   return total
 
 

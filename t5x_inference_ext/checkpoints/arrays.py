@@ -1,55 +1,84 @@
-"""Stored arrays and the canonical matrices inside them: blocks of the one as rectangles of the others, and back.
+"""The map between stored arrays and canonical tensors, used by loading, by conversion and by writers of T5X trees.
 
-An array is worked on in *factored* order [L, *inputs, *outputs]: the layer axis in front, then the axes that a matmul
-sums over, then those it keeps. A canonical tensor is addressed as a matrix a layer, [L, rows, columns]: rows are the
-inputs merged, columns the outputs. A norm is one row; what is not of a layer has L = 1.
+A stored array is worked on in *factored* order [L, *inputs, *outputs]: the layer axis first, then the axes that a matmul
+sums over, then the axes that it keeps. A canonical tensor is addressed as one matrix a layer, [L, rows, columns]: rows
+are the inputs merged, columns are the outputs merged. A norm is one row; a tensor without a layer axis has L = 1.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import dataclasses
 import itertools
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from t5x_inference_ext.checkpoints.tensor import Bounds, Tensor
+from t5x_inference_ext.checkpoints.tensor import Bounds, Span, Tensor
+from t5x_inference_ext.errors import CheckpointError
+
+# An index into a numpy array: an integer, a range or a new axis for each axis.
+_Index: TypeAlias = tuple[int | slice | None, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class KernelPart:
-  """A canonical tensor inside an array.
+  """One canonical tensor inside a stored array, on the array's part axis.
 
   Attributes:
-    name: canonical.
-    start, width: the range of the array's part axis that is this tensor.
-    factor: canonical values are stored values times this.
+    name: Name of the canonical tensor.
+    start: First index of the tensor on the part axis.
+    width: Number of indices of the tensor on the part axis.
+    factor: Canonical values are stored values (or their reciprocals) times this factor.
+    reciprocal: Whether the array stores 1 / value, as flaxformer stores the scales of quantized kernels.
   """
 
   name: str
   start: int
   width: int
   factor: float = 1.0
+  reciprocal: bool = False
+
+  def canonical_dtype(self, stored: np.dtype) -> np.dtype:
+    """Return the dtype of canonical values: powers of two are exact in every dtype, other factors need float32."""
+    exact = math.frexp(self.factor)[0] == 0.5
+    return stored if exact else np.dtype(np.float32)
+
+  def to_canonical(self, values: np.ndarray) -> np.ndarray:
+    """Return canonical values for stored ones."""
+    if self.reciprocal:
+      with np.errstate(divide='ignore', over='ignore'):
+        values = values.dtype.type(1) / values
+    if self.factor == 1:
+      return values
+    dtype = self.canonical_dtype(values.dtype)
+    return values.astype(dtype, copy=False) * dtype.type(self.factor)
+
+  def to_stored(self, values: np.ndarray) -> np.ndarray:
+    """Return the values to store for canonical ones: the inverse of to_canonical."""
+    if self.factor != 1:
+      values = values / values.dtype.type(self.factor)
+    return 1 / values if self.reciprocal else values
 
 
 class Rectangle(NamedTuple):
-  """A part of a canonical tensor: [begin, end) of layers, rows and columns."""
+  """A block of a canonical tensor: [begin, end) of layers, rows and columns."""
 
-  layers: tuple[int, int]
-  rows: tuple[int, int]
-  columns: tuple[int, int]
+  layers: Span
+  rows: Span
+  columns: Span
 
 
 @dataclasses.dataclass(frozen=True)
 class KernelLayout:
-  """How an array holds canonical tensors.
+  """Where a stored array holds canonical tensors.
 
   Attributes:
     layers: L, or None for an array without a layer axis.
-    layer_axis: where it is, as stored.
-    inputs, outputs: the sizes of the other axes, in stored order.
-    parts: side by side on one axis.
-    axis: that axis, counted in inputs + outputs.
+    layer_axis: Position of the layer axis in the stored array.
+    inputs: Sizes of the axes that a matmul sums over, in stored order.
+    outputs: Sizes of the axes that a matmul keeps, in stored order.
+    parts: The canonical tensors, side by side on the part axis.
+    axis: Position of the part axis in inputs + outputs.
   """
 
   layers: int | None
@@ -61,67 +90,98 @@ class KernelLayout:
 
   @property
   def factored(self) -> tuple[int, ...]:
+    """Shape of the array in factored order."""
     return (self.layers or 1, *self.inputs, *self.outputs)
 
   def to_factored(self, stored: tuple) -> tuple:
-    """Sizes or ranges of the stored axes, in factored order."""
+    """Reorder sizes or ranges from stored axes to factored ones."""
     if self.layers is None:
       return ((0, 1) if isinstance(stored[0], tuple) else 1, *stored)
     axis = self.layer_axis
     return (stored[axis], *stored[:axis], *stored[axis + 1 :])
 
   def to_stored(self, factored: tuple) -> tuple:
-    """The inverse of to_factored."""
+    """Reorder sizes or ranges from factored axes to stored ones."""
     if self.layers is None:
       return factored[1:]
     axis = self.layer_axis
     return (*factored[1 : axis + 1], factored[0], *factored[axis + 1 :])
 
-  def rectangles(self, bounds: Bounds) -> Iterator[tuple[KernelPart, Rectangle, tuple]]:
-    """The canonical rectangles within factored `bounds`.
+  def canonical_shape(self, part: KernelPart) -> tuple[int, ...]:
+    """Return the shape of a part's canonical tensor: [L, rows, columns] without the axes that it does not have."""
+    rows, columns = self._merged_axes(part)
+    layers = () if self.layers is None else (self.layers,)
+    is_matrix = self.inputs and not part.reciprocal
+    return (*layers, *((math.prod(rows),) if is_matrix else ()), math.prod(columns))
+
+  def rectangles(self, bounds: Bounds) -> Iterator[tuple[KernelPart, Rectangle, _Index]]:
+    """Cut a block of the array into rectangles of canonical tensors.
+
+    Args:
+      bounds: The block, in factored order.
 
     Yields:
-      The part, the rectangle, and the index that takes its values [layers, rows, columns] out of the block of `bounds`.
+      The part, the rectangle, and the index that takes its values [layers, rows, columns] out of the block.
     """
     split, place = 1 + len(self.inputs), 1 + self.axis
     for part in self.parts:
       begin, end = max(bounds[place][0], part.start), min(bounds[place][1], part.start + part.width)
       if begin >= end:
         continue
-      clipped = (*bounds[:place], (begin, end), *bounds[place + 1 :])
-      origin = [0] * len(bounds)
-      origin[place] = part.start
-      local = [(b - o, e - o) for (b, e), o in zip(clipped, origin)]
-      sizes = [*self.factored]
-      sizes[place] = part.width
-      offsets = [b - first for (b, _), (first, _) in zip(clipped, bounds)]
-      for rows, row_index in _merge(local[1:split], sizes[1:split], offsets[1:split]):
-        for columns, column_index in _merge(local[split:], sizes[split:], offsets[split:]):
+      offsets = [0] * len(bounds)
+      offsets[place] = begin - bounds[place][0]
+      local = [*bounds]
+      local[place] = (begin - part.start, end - part.start)
+      row_axes, column_axes = self._merged_axes(part)
+      for rows, row_index in _merge(local[1:split], row_axes, offsets[1:split]):
+        for columns, column_index in _merge(local[split:], column_axes, offsets[split:]):
           yield part, Rectangle(bounds[0], rows, columns), (slice(None), *row_index, *column_index)
 
-  def pieces(self, part: KernelPart, rectangle: Rectangle) -> Iterator[tuple[Bounds, tuple]]:
-    """Where a canonical rectangle of `part` goes.
+  def pieces(self, part: KernelPart, rectangle: Rectangle) -> Iterator[tuple[Bounds, _Index]]:
+    """Cut a canonical rectangle into blocks of the array.
 
     Yields:
-      Factored bounds, and the index that takes their values, in factored order, out of those of the rectangle.
+      A block's bounds in factored order, and the index that takes its values, in factored order, out of the rectangle's
+      values.
     """
-    split, place = 1 + len(self.inputs), 1 + self.axis
-    sizes = [*self.factored]
-    sizes[place] = part.width
-    for rows, row_index in _unmerge(rectangle.rows, sizes[1:split]):
-      for columns, column_index in _unmerge(rectangle.columns, sizes[split:]):
-        bounds = [rectangle.layers, *rows, *columns]
-        bounds[place] = (bounds[place][0] + part.start, bounds[place][1] + part.start)
-        yield tuple(bounds), (slice(None), *row_index, *column_index)
+    row_axes, column_axes = self._merged_axes(part)
+    for rows, row_index in _unmerge(rectangle.rows, row_axes):
+      for columns, column_index in _unmerge(rectangle.columns, column_axes):
+        bounds = self._shifted(part, (rectangle.layers, *rows, *columns))
+        yield bounds, (slice(None), *row_index, *column_index)
+
+  def covering(self, part: KernelPart, rectangle: Rectangle) -> tuple[Bounds, int, int]:
+    """Find the smallest block of the array that holds a canonical rectangle.
+
+    Returns:
+      The block's bounds in factored order, and the row and column at which the rectangle begins in the block, when the
+      block's inputs and outputs are merged.
+    """
+    row_axes, column_axes = self._merged_axes(part)
+    rows, first_row = _cover(rectangle.rows, row_axes)
+    columns, first_column = _cover(rectangle.columns, column_axes)
+    return self._shifted(part, (rectangle.layers, *rows, *columns)), first_row, first_column
+
+  def _merged_axes(self, part: KernelPart) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the sizes of the axes that are merged into a part's rows, and into its columns."""
+    sizes = [*self.inputs, *self.outputs]
+    sizes[self.axis] = part.width
+    return tuple(sizes[: len(self.inputs)]), tuple(sizes[len(self.inputs) :])
+
+  def _shifted(self, part: KernelPart, bounds: Bounds) -> Bounds:
+    """Move factored bounds within a part to the part's place in the array."""
+    place = 1 + self.axis
+    begin, end = bounds[place]
+    return (*bounds[:place], (begin + part.start, end + part.start), *bounds[place + 1 :])
 
 
 @dataclasses.dataclass(frozen=True)
 class SourceArray:
-  """A stored array of a checkpoint that is read block by block.
+  """A stored array of a checkpoint, read block by block.
 
   Attributes:
-    tensor: as stored.
-    arrangement: of the canonical tensors in it.
+    tensor: The array, as stored.
+    arrangement: Where the array holds canonical tensors.
   """
 
   tensor: Tensor
@@ -129,44 +189,88 @@ class SourceArray:
 
   @property
   def chunk(self) -> tuple[int, ...]:
-    """In factored order."""
+    """Shape of a stored chunk in factored order."""
     return self.arrangement.to_factored(self.tensor.chunk)
 
   def nbytes(self, bounds: Bounds) -> int:
+    """Return the bytes of a block."""
     return math.prod(e - b for b, e in bounds) * self.tensor.dtype.itemsize
 
   def read(self, bounds: Bounds) -> np.ndarray:
-    """The values in factored order, as stored: parts' factors are not applied."""
+    """Read a block in factored order. Values are as stored: the parts' factors are not applied."""
     values = self.tensor.read(tuple(slice(*b) for b in self.arrangement.to_stored(bounds)))
-    return (
-      values[None]
-      if self.arrangement.layers is None
-      else np.moveaxis(values, self.arrangement.layer_axis, 0)
-    )
+    if self.arrangement.layers is None:
+      return values[None]
+    return np.moveaxis(values, self.arrangement.layer_axis, 0)
 
   def rectangles(
     self, values: np.ndarray, bounds: Bounds
   ) -> Iterator[tuple[KernelPart, Rectangle, np.ndarray]]:
-    """The canonical rectangles in a block that was read, with values [layers, rows, columns], mostly views."""
+    """Cut a block that was read into canonical rectangles [layers, rows, columns], mostly views of `values`."""
     for part, rectangle, index in self.arrangement.rectangles(bounds):
-      part_values = values[index]
-      if part.factor != 1:
-        if math.frexp(part.factor)[0] != 0.5:  # only a power of two is the same in every dtype
-          part_values = part_values.astype(np.float32)
-        part_values = part_values * part_values.dtype.type(part.factor)
-      yield part, rectangle, part_values
+      yield part, rectangle, part.to_canonical(values[index])
+
+  def tensors(self) -> dict[str, 'CanonicalTensor']:
+    """Return the canonical tensors in the array, by name."""
+    return {part.name: CanonicalTensor(self, part) for part in self.arrangement.parts}
 
 
-def whole_array(tensor: Tensor, name: str, layered: bool) -> SourceArray:
-  """A canonical tensor stored by itself: [L, in, out], [L, E], [E] or [V, E]."""
-  layers, *sizes = tensor.shape if layered else (None, *tensor.shape)
-  inputs = tuple(sizes[:-1])
+class CanonicalTensor(Tensor):
+  """A canonical tensor that is read out of the stored array that holds it."""
+
+  def __init__(self, array: SourceArray, part: KernelPart):
+    super().__init__(
+      array.arrangement.canonical_shape(part),
+      part.canonical_dtype(array.tensor.dtype),
+      array.tensor.path,
+    )
+    self._array, self._part = array, part
+
+  def _read(self, bounds: Bounds) -> np.ndarray:
+    remaining = list(bounds)
+    layers = (0, 1) if self._array.arrangement.layers is None else remaining.pop(0)
+    columns = remaining.pop()
+    rows = remaining[0] if remaining else (0, 1)
+    block, row, column = self._array.arrangement.covering(
+      self._part, Rectangle(layers, rows, columns)
+    )
+    split = 1 + len(self._array.arrangement.inputs)
+    sizes = [end - begin for begin, end in block]
+    stored = self._array.read(block).reshape(
+      sizes[0], math.prod(sizes[1:split]), math.prod(sizes[split:])
+    )
+    stored = stored[:, row : row + rows[1] - rows[0], column : column + columns[1] - columns[0]]
+    values = self._part.to_canonical(stored)
+    if self._part.reciprocal and (np.isinf(values) & np.isfinite(stored)).any():
+      raise CheckpointError(
+        f'{self._part.name}: {self.path} holds quantization scales of 0 (or too small to divide by), '
+        'by which quantized weights are divided: export the quantized checkpoint again'
+      )
+    return values.reshape([end - begin for begin, end in bounds])
+
+
+def whole_array(tensor: Tensor, name: str, layer_axis: int | None) -> SourceArray:
+  """Return a stored array that holds one canonical tensor: a matrix or a vector, with a layer axis or without."""
+  sizes = list(tensor.shape)
+  layers = None if layer_axis is None else sizes.pop(layer_axis)
   part = KernelPart(name, 0, sizes[0])
-  return SourceArray(tensor, KernelLayout(layers, 0, inputs, (sizes[-1],), (part,), 0))
+  layout = KernelLayout(layers, layer_axis or 0, tuple(sizes[:-1]), (sizes[-1],), (part,), 0)
+  return SourceArray(tensor, layout)
 
 
-def _merge(local, sizes, offsets) -> Iterator[tuple[tuple[int, int], tuple]]:
-  """Ranges of several axes merged into one: contiguous ranges of the merged axis, and what to take of each axis."""
+def _merge(
+  local: Sequence[Span], sizes: Sequence[int], offsets: Sequence[int]
+) -> Iterator[tuple[Span, _Index]]:
+  """Merge ranges of several axes into contiguous ranges of one.
+
+  Args:
+    local: A range of each axis.
+    sizes: The whole size of each axis.
+    offsets: Where each range begins in the block that holds it.
+
+  Yields:
+    A range of the merged axis, and what to take of each axis of the block.
+  """
   if not local:
     yield (0, 1), (None,)
     return
@@ -183,15 +287,20 @@ def _merge(local, sizes, offsets) -> Iterator[tuple[tuple[int, int], tuple]]:
     )
 
 
-def _unmerge(span: tuple[int, int], sizes) -> Iterator[tuple[tuple[tuple[int, int], ...], tuple]]:
-  """A range of a merged axis as ranges of the axes in it, and what to take of the merged range for each."""
+def _unmerge(span: Span, sizes: Sequence[int]) -> Iterator[tuple[Bounds, _Index]]:
+  """Cut a range of a merged axis into ranges of the axes in it.
+
+  Yields:
+    A range of each axis, and what to take of the merged range for it.
+  """
   if not sizes:
     yield (), (0,)
     return
   inner, position = sizes[-1], span[0]
   while position < span[1]:
     end = min(span[1], (position // inner + 1) * inner)
-    outer, rest = [], position // inner
+    outer: list[Span] = []
+    rest = position // inner
     for n in reversed(sizes[:-1]):
       outer.insert(0, (rest % n, rest % n + 1))
       rest //= n
@@ -201,3 +310,22 @@ def _unmerge(span: tuple[int, int], sizes) -> Iterator[tuple[tuple[tuple[int, in
       (*((None,) * len(outer)), slice(position - span[0], end - span[0])),
     )
     position = end
+
+
+def _cover(span: Span, sizes: Sequence[int]) -> tuple[Bounds, int]:
+  """Find the smallest box of axes that holds a range of them merged.
+
+  Returns:
+    A range of each axis, and where `span` begins in the box when its axes are merged.
+  """
+  begin, end = span
+  bounds: list[Span] = []
+  for axis, size in enumerate(sizes):
+    stride = math.prod(sizes[axis + 1 :])
+    first, last = begin // stride, (end - 1) // stride
+    begin, end = begin - first * stride, end - first * stride
+    bounds.append((first, last + 1))
+    if first != last:  # several indices of this axis: all of the axes inside it
+      bounds += [(0, n) for n in sizes[axis + 1 :]]
+      break
+  return tuple(bounds), begin

@@ -8,17 +8,11 @@ from typing import Any
 import numpy as np
 
 from t5x_inference_ext import params
-from t5x_inference_ext.checkpoints import (
-  flaxformer,
-  legacy,
-  orbax,
-  serving,
-  storage,
-  work_directory,
-)
+from t5x_inference_ext.checkpoints import serving, storage, work_directory
 from t5x_inference_ext.checkpoints.arrays import SourceArray, whole_array
+from t5x_inference_ext.checkpoints.readers import flaxformer, legacy, orbax
+from t5x_inference_ext.checkpoints.readers.tree import Tree
 from t5x_inference_ext.checkpoints.tensor import Tensor
-from t5x_inference_ext.checkpoints.tree import Tree
 from t5x_inference_ext.config import NORM_SCALES, ModelConfig
 from t5x_inference_ext.errors import CheckpointError
 
@@ -208,7 +202,7 @@ def _from_serving(
     f'norm scales: stored around {found.norm_scale} (recorded in the checkpoint)',
   )
   arrays = tuple(
-    whole_array(t, name, serving.is_layered(name))
+    whole_array(t, name, 0 if serving.is_layered(name) else None)
     for name, t in tensors.items()
     if name in params.parameters(found)
   )

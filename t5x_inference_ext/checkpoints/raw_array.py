@@ -10,8 +10,8 @@ import itertools
 import json
 import math
 import os
+import zlib
 
-from isal import isal_zlib
 import numpy as np
 
 from t5x_inference_ext.checkpoints import files
@@ -125,7 +125,7 @@ class RawArray:
 
 def checksum(values: np.ndarray) -> int:
   """CRC-32, as zlib's, of the raw little-endian bytes in C order."""
-  return isal_zlib.crc32(np.ascontiguousarray(values).view(np.uint8).data)
+  return zlib.crc32(np.ascontiguousarray(values).view(np.uint8).data)
 
 
 def byte_sum(values: np.ndarray) -> int:

@@ -12,18 +12,17 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from t5x_inference_ext import params
-from t5x_inference_ext.checkpoints import flaxformer, flaxformer_names, legacy, manifest, serving
+from t5x_inference_ext.checkpoints import manifest, serving
 from t5x_inference_ext.checkpoints.arrays import KernelLayout, KernelPart, Rectangle
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
-from t5x_inference_ext.checkpoints.layer_kinds import (
+from t5x_inference_ext.checkpoints.raw_array import RawArray
+from t5x_inference_ext.checkpoints.readers import flaxformer_names, legacy
+from t5x_inference_ext.checkpoints.readers.layer_kinds import (
   LAYER_KINDS,
   OUT,
-  Kernel,
   LayerKind,
   UnknownSizes,
 )
-from t5x_inference_ext.checkpoints.raw_array import RawArray
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import CheckpointError
 
@@ -48,7 +47,7 @@ class T5xOutput:
   ):
     self.weights = weights
     form = source.form or usual_form(source.config)
-    self._step, self._kinds = source.step, params.parameters(source.config)
+    self._step = source.step
     self._leaves, self._places, self._layer_weights = {}, {}, set()
     self._directory = directory
     self._layers = source.config.num_layers
@@ -103,7 +102,7 @@ class T5xOutput:
           ),
           np.float32,
         )
-    factors = {'attention_output': kind.output_factor, 'mlp_output': kind.output_factor}
+    factors = kind.factors(config)
     if self.weights == 'int8' and OUT in stored:
       stored = {
         **stored,
@@ -114,13 +113,13 @@ class T5xOutput:
       kernel = kernels[module]
       place = f'{flaxformer_names.LAYERS}/{module}'
       if self.weights == 'int8':
-        matrix = flaxformer.arrangement(kernel, config, self._axis, {})
-        scale = _scale_arrangement(kernel, config, self._axis, factors, self._kinds)
+        matrix = kernel.layout(config.num_layers, self._axis)
+        scale = kernel.scale_layout(config, self._axis, factors)
         self._add_parts(f'{place}/qkernel', matrix, np.int8)
         self._add_parts(f'{place}/qscale', scale, np.float32)
       else:
         self._add_parts(
-          f'{place}/kernel', flaxformer.arrangement(kernel, config, self._axis, factors), np.float32
+          f'{place}/kernel', kernel.layout(config.num_layers, self._axis, factors), np.float32
         )
 
   def _add_parts(self, leaf: str, arrangement: KernelLayout, dtype: type) -> None:
@@ -154,9 +153,7 @@ class T5xOutput:
   def placements(self, name: str, rectangle: Rectangle, values: np.ndarray) -> Iterator[tuple]:
     for leaf, arrangement in self._places[name]:
       part = next(p for p in arrangement.parts if p.name == name)
-      scaled = values if part.factor == 1 else values / values.dtype.type(part.factor)
-      if leaf.endswith('/qscale'):
-        scaled = 1 / scaled  # flaxformer divides by what is stored
+      scaled = part.to_stored(values)
       for bounds, index in arrangement.pieces(part, rectangle):
         piece = scaled[index]
         if self._per_layer and arrangement.layers is not None:
@@ -242,30 +239,3 @@ def t5x_chunk_shape(shape: Sequence[int], elements: int) -> tuple[int, ...]:
     axis = sides.index(max(sides))
     sides[axis] = next(d for d in range(sides[axis] - 1, 0, -1) if shape[axis] % d == 0)
   return tuple(sides)
-
-
-def _scale_arrangement(
-  kernel: Kernel,
-  config: ModelConfig,
-  axis: int,
-  factors: dict[str, float],
-  kinds: dict[str, params.Parameter],
-) -> KernelLayout:
-  """Of the scales beside a quantized kernel: axes that are summed over have size 1, and parts along them one scale."""
-  parts, start = {}, 0
-  summed = kernel.axis < len(kernel.inputs)
-  for name, width in kernel.parts:
-    scale = kinds[name].scale
-    parts.setdefault(
-      scale,
-      KernelPart(scale, 0 if summed else start, 1 if summed else width, factors.get(name, 1.0)),
-    )
-    start += width
-  return KernelLayout(
-    config.num_layers,
-    axis,
-    (1,) * len(kernel.inputs),
-    kernel.outputs,
-    tuple(parts.values()),
-    kernel.axis,
-  )

@@ -21,7 +21,7 @@ import sys
 import time
 
 from t5x_inference_ext.checkpoints import conversion, convert, files, open_checkpoint
-from t5x_inference_ext.checkpoints.gzip_array import GzipArray
+from t5x_inference_ext.checkpoints.readers.zarr_arrays import ZarrTensor
 from t5x_inference_ext.checkpoints.work_directory import WorkDirectory
 from t5x_inference_ext.errors import CheckpointError
 
@@ -225,7 +225,7 @@ def failing(function: str, number: int, code: int):
 
 
 def failing_read(number: int):
-  original, calls = GzipArray._read, [0]
+  original, calls = ZarrTensor._read, [0]
 
   def replaced(self, bounds):
     calls[0] += 1
@@ -233,7 +233,7 @@ def failing_read(number: int):
       raise CheckpointError(f'{self.name}: damaged data in {self.path}: Input/output error')
     return original(self, bounds)
 
-  GzipArray._read = replaced
+  ZarrTensor._read = replaced
 
 
 def errors(source: str, scratch: pathlib.Path) -> dict:

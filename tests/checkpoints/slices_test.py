@@ -13,8 +13,8 @@ from t5x_inference_ext.checkpoints import convert, open_checkpoint
 from t5x_inference_ext.checkpoints.arrays import KernelLayout, KernelPart, Rectangle, SourceArray
 from t5x_inference_ext.checkpoints.conversion import Conversion
 from t5x_inference_ext.checkpoints.conversion_options import ConvertOptions
-from t5x_inference_ext.checkpoints.gzip_array import GzipArray
 from t5x_inference_ext.checkpoints.pipeline import Pipeline, run_jobs
+from t5x_inference_ext.checkpoints.readers.zarr_arrays import ZarrTensor
 from t5x_inference_ext.checkpoints.rounding_error import RoundingError
 from t5x_inference_ext.checkpoints.slices import ConversionPlan
 from t5x_inference_ext.checkpoints.tensor import InMemory
@@ -111,13 +111,13 @@ def test_a_plan_covers_everything_once(chunk, slice_bytes, finds_scales):
 
 
 def counted_reads(monkeypatch) -> list:
-  reads, original = [], GzipArray._read
+  reads, original = [], ZarrTensor._read
 
   def read(self, bounds):
     reads.append((self.name, bounds))
     return original(self, bounds)
 
-  monkeypatch.setattr(GzipArray, '_read', read)
+  monkeypatch.setattr(ZarrTensor, '_read', read)
   return reads
 
 

@@ -1,4 +1,4 @@
-"""Views on stored tensors: any slice of a view is numpy's slice of the whole."""
+"""Lazy tensors: any slice of a tensor is numpy's slice of the whole, and little more is read."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -6,17 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from t5x_inference_ext.checkpoints.tensor import (
-  Cast,
-  InMemory,
-  Merged,
-  Moved,
-  Scaled,
-  Squeezed,
-  Stack,
-  Tensor,
-  Window,
-)
+from t5x_inference_ext.checkpoints.arrays import KernelLayout, KernelPart, SourceArray, whole_array
+from t5x_inference_ext.checkpoints.tensor import Cast, InMemory, Stack, Tensor
 from t5x_inference_ext.errors import CheckpointError
 
 
@@ -41,9 +32,12 @@ def slices(shape):
   return st.integers(0, len(shape)).flatmap(lambda k: st.tuples(*each[:k]))
 
 
-def merged_heads(source: Tensor, axis: int, start: int, width: int) -> Tensor:
-  """Columns of every head, merged, layers in front."""
-  return Merged(Window(Moved(source, 1), axis + 1, start, width), axis)
+def canonical(source: Tensor, inputs: int, axis: int, start: int, width: int, **part) -> Tensor:
+  """Indices start to start + width of the part axis, from an array with layers on axis 1."""
+  layers, *sizes = source.shape[1], source.shape[0], *source.shape[2:]
+  parts = (KernelPart('name', start, width, **part),)
+  layout = KernelLayout(layers, 1, tuple(sizes[:inputs]), tuple(sizes[inputs:]), parts, axis)
+  return SourceArray(source, layout).tensors()['name']
 
 
 @settings(deadline=None, derandomize=True, max_examples=300)
@@ -56,13 +50,13 @@ def test_any_slice_of_merged_heads(data):
   columns = start + width + rest
   if data.draw(st.booleans(), label='columns are outputs'):
     source = numbers(other, layers, heads, columns)
-    view = merged_heads(InMemory(source, ''), 2, start, width)
+    view = canonical(InMemory(source, ''), 1, 2, start, width)
     whole = source.transpose(1, 0, 2, 3)[..., start : start + width].reshape(
       layers, other, heads * width
     )
   else:
     source = numbers(heads, layers, columns, other)
-    view = merged_heads(InMemory(source, ''), 1, start, width)
+    view = canonical(InMemory(source, ''), 2, 1, start, width)
     whole = source.transpose(1, 0, 2, 3)[:, :, start : start + width].reshape(
       layers, heads * width, other
     )
@@ -74,26 +68,37 @@ def test_any_slice_of_merged_heads(data):
 
 @settings(deadline=None, derandomize=True, max_examples=200)
 @given(st.data())
-def test_any_slice_of_the_other_views(data):
+def test_any_slice_of_other_tensors(data):
   parts = [numbers(3, 4) + 100 * i for i in range(3)]
   axis = data.draw(st.integers(0, 2), label='axis')
-  views = [
+  stacked = numbers(5, 3, 2, 2, 3)  # [E, L, parts, H, Q]
+  scale = numbers(1, 3, 6) + 1
+  tensors = [
     (Stack([InMemory(p, '') for p in parts], axis), np.stack(parts, axis)),
-    (Moved(InMemory(numbers(3, 2, 4), ''), axis), np.moveaxis(numbers(3, 2, 4), axis, 0)),
-    (Scaled(InMemory(parts[0], ''), 3.0), parts[0] * 3),
-    (Squeezed(InMemory(numbers(3, 1, 4), ''), 1), numbers(3, 4)),
+    (
+      canonical(InMemory(stacked, ''), 1, 1, 1, 1),
+      stacked[:, :, 1].swapaxes(0, 1).reshape(3, 5, 6),
+    ),
+    (
+      canonical(InMemory(scale, ''), 1, 1, 2, 3, factor=3.0, reciprocal=True),
+      1 / scale[0, :, 2:5] * np.float32(3),
+    ),
+    (whole_array(InMemory(numbers(3, 2, 4), ''), 'n', 0).tensors()['n'], numbers(3, 2, 4)),
+    (whole_array(InMemory(numbers(3, 4), ''), 'n', 1).tensors()['n'], numbers(3, 4).T),
+    (whole_array(InMemory(numbers(3, 4), ''), 'n', None).tensors()['n'], numbers(3, 4)),
+    (whole_array(InMemory(numbers(4), ''), 'n', None).tensors()['n'], numbers(4)),
     (Cast(InMemory(parts[0], ''), np.int8, 'name'), parts[0].astype(np.int8)),
     (InMemory(parts[0], ''), parts[0]),
   ]
-  view, whole = data.draw(st.sampled_from(views), label='view')
+  tensor, whole = data.draw(st.sampled_from(tensors), label='tensor')
   index = data.draw(slices(whole.shape), label='index')
-  np.testing.assert_array_equal(view.read(index), whole[index], strict=True)
-  assert (view.shape, view.dtype) == (whole.shape, whole.dtype)
+  np.testing.assert_array_equal(tensor.read(index), whole[index], strict=True)
+  assert (tensor.shape, tensor.dtype) == (whole.shape, whole.dtype)
 
 
 def test_reads_only_the_covering_heads_and_layers():
   source = Recording(numbers(5, 6, 8, 10), '')  # [E, L, H, C]
-  view = merged_heads(source, 2, 4, 3)
+  view = canonical(source, 1, 2, 4, 3)
   view.read((slice(2, 3), slice(None), slice(7, 8)))  # one column of head 2
   assert source.asked == 5
   source.asked = 0
@@ -113,7 +118,9 @@ def test_a_stack_reads_only_its_layers():
 def test_scaling_bfloat16_rounds_nothing_away(factor, dtype):
   values = np.linspace(-1, 1, 50).astype(ml_dtypes.bfloat16)
   expected = (values.astype(np.float32) * np.float32(factor)).astype(dtype)
-  np.testing.assert_array_equal(Scaled(InMemory(values, ''), factor).read(), expected, strict=True)
+  part = KernelPart('name', 0, 50, factor)
+  scaled = SourceArray(InMemory(values, ''), KernelLayout(None, 0, (), (50,), (part,), 0))
+  np.testing.assert_array_equal(scaled.tensors()['name'].read(), expected, strict=True)
 
 
 @pytest.mark.parametrize('dtype', [np.float32, ml_dtypes.bfloat16])

@@ -1,9 +1,9 @@
-"""What flaxformer's decoder layers store: names, axes, and the canonical matrices inside each kernel.
+"""The layouts of flaxformer's decoder layers: names, axes, and the canonical matrices inside each kernel.
 
 Everything that tells one kind of layer from another is in these tables; flaxformer.py reads trees by them. Shapes here
-are of one layer, without the layer axis.
+are of one layer, without the layer axis. C is the number of columns a head.
 
-  ParallelFusedDecoderLayer   C = Q + 2F/H (SwiGLU) or Q + F/H (GELU) columns a head; it exists for multiquery only
+  ParallelFusedDecoderLayer   exists for multiquery only; C = Q + 2F/H (SwiGLU) or Q + F/H (GELU)
     q_wi_fused [E, H, C]    kv_fused [E, 1, 2Q]    o_wo_fused [H, Q + F/H, E]
   DecoderLayer                heads in an axis of their own (split_head_kernel) or merged, [E, H Q]; fused or not
     self_attention/{query, key, value} [E, H, Q], of multiquery key and value [E, Q]; or kv_fused [E, 2, H, Q], or
@@ -11,12 +11,16 @@ are of one layer, without the layer axis.
     mlp/wi (GELU), or wi_0 and wi_1 (SwiGLU) [E, F], or wi_fused [E, 1 or 2, F]; wo [F, E]
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 import dataclasses
+from typing import Any, TypeAlias
 
+from t5x_inference_ext import params
+from t5x_inference_ext.checkpoints.arrays import KernelLayout, KernelPart
 from t5x_inference_ext.config import ModelConfig
 
-Shapes = Mapping[str, tuple[int, ...]]  # of the stored kernels, by module
+# Shapes of the stored kernels, by module.
+Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 
 
 class UnknownSizes(ValueError):
@@ -25,13 +29,14 @@ class UnknownSizes(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-  """A stored kernel.
+  """A stored kernel of one layer, of shape inputs + outputs.
 
   Attributes:
-    module: its place in a layer.
-    inputs, outputs: its shape is inputs + outputs; a matmul sums over `inputs`.
-    parts: (canonical name, width) of the matrices that lie side by side on `axis`.
-    axis: counted in inputs + outputs.
+    module: Place of the kernel in a layer's subtree.
+    inputs: Sizes of the axes that a matmul sums over.
+    outputs: Sizes of the axes that a matmul keeps.
+    parts: (canonical name, width) of the matrices that lie side by side on the part axis.
+    axis: Position of the part axis in inputs + outputs.
   """
 
   module: str
@@ -42,7 +47,52 @@ class Kernel:
 
   @property
   def shape(self) -> tuple[int, ...]:
+    """Shape of one layer's kernel."""
     return self.inputs + self.outputs
+
+  def layout(
+    self, num_layers: int, layer_axis: int, factors: Mapping[str, float] | None = None
+  ) -> KernelLayout:
+    """Return the map from the stored kernel of all layers to its canonical matrices.
+
+    Args:
+      num_layers: L.
+      layer_axis: Position of the layer axis in the stored kernel.
+      factors: By canonical name, what stored values are multiplied by; 1 where missing.
+    """
+    parts, start = [], 0
+    for name, width in self.parts:
+      parts.append(KernelPart(name, start, width, (factors or {}).get(name, 1.0)))
+      start += width
+    return KernelLayout(num_layers, layer_axis, self.inputs, self.outputs, tuple(parts), self.axis)
+
+  def scale_layout(
+    self, config: ModelConfig, layer_axis: int, factors: Mapping[str, float]
+  ) -> KernelLayout:
+    """Return the map from the stored `qscale` of a quantized kernel to canonical scales.
+
+    AQT stores what a weight is multiplied by before rounding, the reciprocal of the canonical scale. Axes that are
+    summed over have size 1 in it, and parts that lie side by side on such an axis share one scale.
+
+    Args:
+      config: The model.
+      layer_axis: Position of the layer axis in `qscale`.
+      factors: As in layout(): the factor of a quantized matrix is in its scale.
+    """
+    matrices = params.parameters(config)
+    is_summed = self.axis < len(self.inputs)
+    parts: dict[str, KernelPart] = {}
+    start = 0
+    for name, width in self.parts:
+      scale = matrices[name].scale
+      assert scale is not None
+      first, size = (0, 1) if is_summed else (start, width)
+      parts.setdefault(scale, KernelPart(scale, first, size, factors.get(name, 1.0), True))
+      start += width
+    inputs = (1,) * len(self.inputs)
+    return KernelLayout(
+      config.num_layers, layer_axis, inputs, self.outputs, tuple(parts.values()), self.axis
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,17 +100,17 @@ class LayerKind:
   """A kind of layer.
 
   Attributes:
-    name: flaxformer's, for messages.
-    block: ModelConfig's.
-    norm_scale: what its norms are assumed to be, where nobody says.
-    norms: (canonical name, module).
-    alternatives: of each choice of modules, the possibilities: exactly one is in a tree.
-    ranks: the axes that a module's kernel may have.
-    sizes: from the stored shapes, d_ff, num_heads, d_head and num_kv_heads. Raises UnknownSizes.
-    mlp: from the stored shapes, ModelConfig's.
-    kernels: of a model, by module, those that the alternatives name among them.
-    output_factor: what the layer multiplies its outputs with before it adds them.
-    folds_logit_scale: whether attention without rescale_logits starts with smaller queries, which then tell of it.
+    name: flaxformer's name of the layer, for messages.
+    block: ModelConfig.block of such layers.
+    norm_scale: ModelConfig.norm_scale that is assumed where nobody says.
+    norms: (canonical name, module) of each norm.
+    alternatives: For each choice of modules, the possible sets of modules; exactly one set of each choice is in a tree.
+    ranks: Numbers of axes that a module's kernel may have.
+    sizes: Returns d_ff, num_heads, d_head and num_kv_heads from the stored shapes. Raises UnknownSizes.
+    mlp: Returns ModelConfig.mlp from the stored shapes.
+    kernels: Returns the kernels of a model, by module; those of the alternatives are among them.
+    output_factor: Factor that the layer applies to its outputs before it adds them.
+    folds_logit_scale: Whether attention without rescale_logits is initialized with smaller queries, which tell of it.
   """
 
   name: str
@@ -75,13 +125,27 @@ class LayerKind:
   output_factor: float = 1.0
   folds_logit_scale: bool = True
 
-  def modules(self, stored: set[str]) -> tuple[str, ...]:
-    """The kernels' modules that a tree with these modules has to have."""
+  def modules(self, stored: Set[str]) -> tuple[str, ...]:
+    """Return the kernels' modules that a tree with the modules `stored` has to have."""
 
-    def fit(modules):
+    def fit(modules: tuple[str, ...]) -> int:
       return sum(1 if module in stored else -1 for module in modules)
 
     return tuple(module for choice in self.alternatives for module in max(choice, key=fit))
+
+  def factors(self, model: ModelConfig, rescale_logits: bool = True) -> dict[str, float]:
+    """Return the factors that turn stored matrices into canonical ones, by name; 1 where missing.
+
+    Args:
+      model: The model.
+      rescale_logits: flaxformer's option: whether the trained model divided attention logits by sqrt(Q). The program
+        always divides, so the queries of other models are multiplied by sqrt(Q).
+    """
+    return {
+      'attention_output': self.output_factor,
+      'mlp_output': self.output_factor,
+      'query': 1.0 if rescale_logits else model.d_head**0.5,
+    }
 
 
 Q_WI, KV, O_WO = 'q_wi_fused', 'kv_fused', 'o_wo_fused'
@@ -106,7 +170,7 @@ def _fused_sizes(shapes: Shapes) -> dict[str, int]:
 
 
 def _fused_kernels(c: ModelConfig, shapes: Shapes) -> dict[str, Kernel]:
-  del shapes  # one form only
+  del shapes  # only one form exists
   if c.d_ff % c.num_heads:
     raise UnknownSizes(
       f'd_ff {c.d_ff} is not a multiple of {c.num_heads} heads: no fused kernel has this shape'
@@ -160,15 +224,15 @@ def _separate_sizes(shapes: Shapes) -> dict[str, int]:
 
 def _separate_kernels(c: ModelConfig, shapes: Shapes) -> dict[str, Kernel]:
   e, f, h, k, q = c.d_model, c.d_ff, c.num_heads, c.num_kv_heads, c.d_head
-  inputs = c.mlp_inputs
+  mlp_inputs = c.mlp_inputs
 
-  def heads(count, module):  # as stored: split or merged
+  def heads(count: int, module: str) -> tuple[int, ...]:  # as stored: split or merged
     return (count, q) if len(shapes.get(module, ())) == 3 else (count * q,)
 
-  def one(module, inputs, outputs, name):
+  def one(module: str, inputs: tuple[int, ...], outputs: tuple[int, ...], name: str) -> Kernel:
     return Kernel(module, inputs, outputs, ((name, inputs[0]),), 0)
 
-  def stacked(module, outputs, names):
+  def stacked(module: str, outputs: tuple[int, ...], names: tuple[str, ...]) -> Kernel:
     return Kernel(module, (e,), (len(names), *outputs), tuple((name, 1) for name in names), 1)
 
   kernels = (
@@ -178,16 +242,16 @@ def _separate_kernels(c: ModelConfig, shapes: Shapes) -> dict[str, Kernel]:
     stacked(ATTENTION_KV, (k, q), ('key', 'value')),
     stacked(ATTENTION_QKV, (h, q), ('query', 'key', 'value')),
     one(OUT, heads(h, OUT), (e,), 'attention_output'),
-    one(WI, (e,), (f,), inputs[-1]),
-    one(WI_0, (e,), (f,), inputs[0]),
-    one(WI_1, (e,), (f,), inputs[-1]),
-    stacked(WI_FUSED, (f,), inputs),
+    one(WI, (e,), (f,), mlp_inputs[-1]),
+    one(WI_0, (e,), (f,), mlp_inputs[0]),
+    one(WI_1, (e,), (f,), mlp_inputs[-1]),
+    stacked(WI_FUSED, (f,), mlp_inputs),
     one(WO, (f,), (e,), 'mlp_output'),
   )
   return {kernel.module: kernel for kernel in kernels}
 
 
-_SEPARATE = dict(
+_SEPARATE: dict[str, Any] = dict(
   alternatives=(
     ((QUERY, KEY, VALUE), (QUERY, ATTENTION_KV), (ATTENTION_QKV,)),
     ((OUT,),),
@@ -195,24 +259,17 @@ _SEPARATE = dict(
     ((WO,),),
   ),
   ranks={
-    QUERY: (2, 3),
-    KEY: (2, 3),
-    VALUE: (2, 3),
-    ATTENTION_KV: (4,),
-    ATTENTION_QKV: (4,),
-    OUT: (2, 3),
-    WI: (2,),
-    WI_0: (2,),
-    WI_1: (2,),
+    **dict.fromkeys((QUERY, KEY, VALUE, OUT), (2, 3)),
+    **dict.fromkeys((ATTENTION_KV, ATTENTION_QKV), (4,)),
+    **dict.fromkeys((WI, WI_0, WI_1, WO), (2,)),
     WI_FUSED: (3,),
-    WO: (2,),
   },
   sizes=_separate_sizes,
   mlp=_separate_mlp,
   kernels=_separate_kernels,
 )
 
-# Where two fit equally well, the first is meant.
+# Where two kinds fit a tree equally well, the first is meant.
 LAYER_KINDS = (
   LayerKind(
     'ParallelFusedDecoderLayer',
@@ -233,7 +290,7 @@ LAYER_KINDS = (
     (('attention_norm', 'pre_self_attention_layer_norm'), ('mlp_norm', 'pre_mlp_layer_norm')),
     **_SEPARATE,
   ),
-  # It adds (attention + MLP) / sqrt(2): the factor goes into both output matrices.
+  # This layer adds (attention + MLP) / sqrt(2): the factor goes into both output matrices.
   LayerKind(
     'DecoderLayer(parallel=True)',
     'parallel',

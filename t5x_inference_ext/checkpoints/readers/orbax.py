@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from t5x_inference_ext.checkpoints import legacy, storage, zarr_arrays
+from t5x_inference_ext.checkpoints import storage
+from t5x_inference_ext.checkpoints.readers import legacy, zarr_arrays
+from t5x_inference_ext.checkpoints.readers.tree import Tree, step_number
 from t5x_inference_ext.checkpoints.tensor import InMemory, Tensor
-from t5x_inference_ext.checkpoints.tree import Tree, step_number
 from t5x_inference_ext.errors import CheckpointError
 
 METADATA = '_METADATA'

@@ -8,9 +8,9 @@ import ml_dtypes
 import msgpack
 import numpy as np
 
-from t5x_inference_ext.checkpoints import zarr_arrays
+from t5x_inference_ext.checkpoints.readers import zarr_arrays
+from t5x_inference_ext.checkpoints.readers.tree import Tree, step_number
 from t5x_inference_ext.checkpoints.tensor import InMemory
-from t5x_inference_ext.checkpoints.tree import Tree, step_number
 from t5x_inference_ext.errors import CheckpointError
 
 INDEX = 'checkpoint'

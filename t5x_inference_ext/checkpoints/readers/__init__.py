@@ -1,0 +1,1 @@
+"""Readers of the formats in which T5X and Orbax store checkpoints."""

@@ -1,0 +1,278 @@
+"""flaxformer's parameter tree, as T5X trained it, read as canonical tensors.
+
+Scanned form, with the layer axis L on axis 1 (or 0: flaxformer's scan_axis):
+
+  decoder/token_embedder/embedding          [V, E]
+  decoder/decoder_norm/scale                [E]               and bias, of a layer norm
+  decoder/decoder/NORM/scale                [E, L]            and bias
+  decoder/decoder/MODULE/kernel             e.g. [E, L, F]    MODULEs and their axes: layer_kinds.py
+
+A tree with one subtree a layer (decoder/layers_0/...) has the same parameters without the layer axis. In the quantized
+form each kernel is a pair: qkernel, int8 of the same shape, and qscale, in which the axes that a matmul sums over have
+size 1: a weight is qkernel / qscale.
+"""
+
+from collections.abc import Collection
+import dataclasses
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from t5x_inference_ext import params
+from t5x_inference_ext.checkpoints.arrays import SourceArray, whole_array
+from t5x_inference_ext.checkpoints.readers.flaxformer_names import (
+  EMBEDDING,
+  FINAL_NORM,
+  LAYER,
+  LAYERS,
+  check_dtypes,
+  check_names,
+  check_shapes,
+  is_per_layer,
+  modules_in,
+  name_list,
+  norm_leaves,
+)
+from t5x_inference_ext.checkpoints.readers.layer_kinds import (
+  LAYER_KINDS,
+  Kernel,
+  LayerKind,
+  Shapes,
+  UnknownSizes,
+)
+from t5x_inference_ext.checkpoints.readers.tree import Tree
+from t5x_inference_ext.checkpoints.tensor import Cast, Stack, Tensor
+from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.errors import CheckpointError
+
+_STACK_AXIS = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+  """A parameter tree, read as a model.
+
+  Attributes:
+    config: The model.
+    weights: What the matrices are: 'float32', 'bfloat16' or 'int8'.
+    tensors: The canonical tensors, by name.
+    arrays: The stored arrays that hold the canonical tensors, without the scales of int8 weights.
+    kind: The kind of the model's layers.
+    layer_axis: Position of the layer axis in the scanned form.
+    form: How the tree arranges its parameters, JSON-ready, for writing such a tree.
+  """
+
+  config: ModelConfig
+  weights: str
+  tensors: dict[str, Tensor]
+  arrays: tuple[SourceArray, ...]
+  kind: LayerKind
+  layer_axis: int
+  form: dict[str, Any]
+
+
+def canonical(
+  tree: Tree,
+  norm_scale: str | None = None,
+  config: ModelConfig | None = None,
+  rescale_logits: bool = True,
+) -> Reading:
+  """Find a tree's model, and the canonical tensors in its arrays.
+
+  Args:
+    tree: The parameters, as read.
+    norm_scale: Convention of the norms, which a tree does not record; None takes the usual one of this kind of layer.
+    config: The model that the tree has to hold; None finds the model from names and shapes.
+    rescale_logits: flaxformer's option: whether attention logits were divided by sqrt(Q). Where they were not, the
+      queries are multiplied by sqrt(Q) here.
+
+  Raises:
+    CheckpointError: Parameters are missing, unknown or of unfitting shapes; the message names them.
+  """
+  leaves = stack_layers(tree)
+  quantized = any(name.endswith('/qkernel') for name in leaves)
+  suffix = 'qkernel' if quantized else 'kernel'
+  kind = find_kind(leaves)
+  modules, norm = check_names(tree, leaves, kind, quantized)
+  check_dtypes(leaves)
+  axis = _layer_axis(leaves, kind)
+  shapes = _shapes(leaves, kind, modules, suffix, axis)
+  try:
+    layers = leaves[f'{LAYERS}/{modules[0]}/{suffix}'].shape[axis]
+    model = _model((layers, *leaves[EMBEDDING].shape), kind, shapes, norm, norm_scale, config)
+    kernels = [kind.kernels(model, shapes)[module] for module in modules]
+  except ValueError as e:
+    raise CheckpointError(f'{tree.path}: {e}') from e
+  check_shapes(tree, leaves, kind, kernels, model, quantized, axis, given=config is not None)
+
+  factors = kind.factors(model, rescale_logits)
+  arrays = _unquantized_arrays(leaves, kind, norm, axis)
+  scales: list[SourceArray] = []
+  for kernel in kernels:
+    place = f'{LAYERS}/{kernel.module}'
+    if not quantized:
+      layout = kernel.layout(model.num_layers, axis, factors)
+      arrays.append(SourceArray(leaves[f'{place}/kernel'], layout))
+      continue
+    _check_shared_scales(tree, kernel, model)
+    stored = _cast(leaves, f'{place}/qkernel', np.int8)
+    arrays.append(SourceArray(stored, kernel.layout(model.num_layers, axis)))
+    scale = _cast(leaves, f'{place}/qscale', np.float32)
+    scales.append(SourceArray(scale, kernel.scale_layout(model, axis, factors)))
+  tensors: dict[str, Tensor] = {}
+  for array in (*arrays, *scales):
+    tensors.update(array.tensors())
+  _check_canonical(tensors, model)
+  form = {
+    'layers': kind.name,
+    'layer_axis': axis,
+    'per_layer': is_per_layer(tree),
+    'kernels': {kernel.module: list(kernel.shape) for kernel in kernels},
+  }
+  weights = _weights(tensors, model, quantized)
+  return Reading(model, weights, tensors, tuple(arrays), kind, axis, form)
+
+
+def stack_layers(tree: Tree) -> dict[str, Tensor]:
+  """Return the leaves of a tree in scanned form, whichever form they are stored in."""
+  by_layer: dict[str, dict[int, Tensor]] = {}
+  leaves = {}
+  for name, leaf in tree.leaves.items():
+    match = LAYER.fullmatch(name)
+    if match:
+      by_layer.setdefault(match[2], {})[int(match[1])] = leaf
+    else:
+      leaves[name] = leaf
+  if by_layer and any(name.startswith(f'{LAYERS}/') for name in leaves):
+    raise CheckpointError(
+      f'{tree.path} holds both {LAYERS} and decoder/layers_0, ...: two models in one tree'
+    )
+  count = 1 + max((max(stored) for stored in by_layer.values()), default=-1)
+  for name, stored in by_layer.items():
+    if len(stored) < count:
+      missing = (f'target/decoder/layers_{i}/{name}' for i in range(count) if i not in stored)
+      raise CheckpointError(f'{tree.path} lacks ' + name_list(missing, count - len(stored)))
+    for i in range(1, count):
+      if stored[i].shape != stored[0].shape:
+        raise CheckpointError(
+          f'target/decoder/layers_{i}/{name} has shape {list(stored[i].shape)} in {stored[i].path}, '
+          f'but layer 0 has {list(stored[0].shape)}'
+        )
+    if len(stored[0].shape) < _STACK_AXIS:
+      raise CheckpointError(f'target/decoder/layers_0/{name} is a scalar in {stored[0].path}')
+    leaves[f'{LAYERS}/{name}'] = Stack([stored[i] for i in range(count)], _STACK_AXIS)
+  return leaves
+
+
+def find_kind(leaves: Collection[str]) -> LayerKind:
+  """Return the kind of layer of which these leaves, in scanned form, have the most parameters, and lack the fewest."""
+  stored = modules_in(leaves)
+
+  def fit(kind: LayerKind) -> tuple[int, int]:
+    expected = {*kind.modules(stored), *(module for _, module in kind.norms)}
+    return len(expected & stored), -len(expected - stored)
+
+  return max(LAYER_KINDS, key=fit)
+
+
+def _model(
+  lve: tuple[int, ...],
+  kind: LayerKind,
+  shapes: Shapes,
+  norm: str,
+  norm_scale: str | None,
+  config: ModelConfig | None,
+) -> ModelConfig:
+  """Return the model of L, V, E (`lve`) and these shapes, or `config`. Raises ValueError: no model, or not that one."""
+  facts = {'block': kind.block, 'norm': norm, 'mlp': kind.mlp(shapes)}
+  if config is None:
+    layers, vocab_size, d_model = lve
+    usual = 'one' if norm == 'layer' else kind.norm_scale
+    sizes = {**kind.sizes(shapes), 'num_layers': layers, 'd_model': d_model}
+    return ModelConfig(**sizes, **facts, vocab_size=vocab_size, norm_scale=norm_scale or usual)
+  for name, value in facts.items():
+    if getattr(config, name) != value:
+      raise UnknownSizes(
+        f'the model asked for has {name}={getattr(config, name)}, but the tree has {name}={value}'
+      )
+  return config if norm_scale is None else dataclasses.replace(config, norm_scale=norm_scale)
+
+
+def _unquantized_arrays(
+  leaves: dict[str, Tensor], kind: LayerKind, norm: str, layer_axis: int
+) -> list[SourceArray]:
+  """Return the arrays of the embedding and the norms."""
+  arrays = [whole_array(leaves[EMBEDDING], 'embedding', None)]
+  norms = [('final_norm', FINAL_NORM, None)]
+  norms += [(name, f'{LAYERS}/{module}', layer_axis) for name, module in kind.norms]
+  for name, place, axis in norms:
+    for leaf in norm_leaves(norm):
+      stored = _cast(leaves, f'{place}/{leaf}', np.float32)
+      canonical_name = name if leaf == 'scale' else params.bias_name(name)
+      arrays.append(whole_array(stored, canonical_name, axis))
+  return arrays
+
+
+def _check_shared_scales(tree: Tree, kernel: Kernel, model: ModelConfig) -> None:
+  """Refuse a quantized kernel whose scales the model shares with another kernel's."""
+  matrices = params.parameters(model)
+  within = {name for name, _ in kernel.parts}
+  for name in within:
+    sharing = {n for n, p in matrices.items() if p.scale == matrices[name].scale}
+    if not sharing <= within:
+      raise CheckpointError(
+        f'{tree.path} has quantized kernels with scales of their own for '
+        f'{" and ".join(sorted(sharing))}, which in a parallel block share one: convert the float '
+        'checkpoint'
+      )
+
+
+def _check_canonical(tensors: dict[str, Tensor], model: ModelConfig) -> None:
+  """Refuse a kernel that holds another shape of a canonical tensor than the model has."""
+  wanted = {**params.parameters(model), **params.scales(model)}
+  for name, tensor in tensors.items():
+    if tensor.shape != wanted[name].shape:
+      raise CheckpointError(
+        f'{name}: shape {list(tensor.shape)} in {tensor.path}, but the model asked for needs '
+        f'{list(wanted[name].shape)}'
+      )
+
+
+def _weights(tensors: dict[str, Tensor], model: ModelConfig, quantized: bool) -> str:
+  """Return what the matrices are: 'int8', 'bfloat16' if all of them are, or 'float32'."""
+  if quantized:
+    return 'int8'
+  matrices = [tensors[n].dtype for n, p in params.parameters(model).items() if p.kind == 'matrix']
+  return 'bfloat16' if all(dtype == ml_dtypes.bfloat16 for dtype in matrices) else 'float32'
+
+
+def _layer_axis(leaves: dict[str, Tensor], kind: LayerKind) -> int:
+  """Return the axis that is not E of a layer's norm scale [E, L] or [L, E]."""
+  shape = leaves[f'{LAYERS}/{kind.norms[0][1]}/scale'].shape
+  d_model = leaves[EMBEDDING].shape[-1:]
+  return 0 if len(shape) == 2 and shape[1:] == d_model != shape[:1] else 1
+
+
+def _shapes(
+  leaves: dict[str, Tensor], kind: LayerKind, modules: tuple[str, ...], suffix: str, axis: int
+) -> Shapes:
+  """Return the kernels' shapes without the layer axis. Raises CheckpointError: a leaf has too many or too few axes."""
+  ranks: dict[str, tuple[int, ...]] = {EMBEDDING: (2,), f'{LAYERS}/{kind.norms[0][1]}/scale': (2,)}
+  for module in modules:
+    ranks[f'{LAYERS}/{module}/{suffix}'] = tuple(1 + n for n in kind.ranks[module])
+  for name, expected in ranks.items():
+    shape = leaves[name].shape
+    if len(shape) not in expected:
+      raise CheckpointError(
+        f'target/{name}: shape {list(shape)} in {leaves[name].path} has {len(shape)} axes, expected '
+        f'{" or ".join(map(str, expected))}'
+      )
+  stored = {module: leaves[f'{LAYERS}/{module}/{suffix}'].shape for module in modules}
+  return {module: shape[:axis] + shape[axis + 1 :] for module, shape in stored.items()}
+
+
+def _cast(leaves: dict[str, Tensor], name: str, dtype: type) -> Tensor:
+  """Return a leaf in a dtype."""
+  leaf = leaves[name]
+  return leaf if leaf.dtype == dtype else Cast(leaf, dtype, f'target/{name}')
