@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable
 import math
 import threading
 
-from t5x_inference_ext.checkpoints.pipeline import run_jobs
-from t5x_inference_ext.checkpoints.raw_array import RawArray
+from t5x_inference_ext.checkpoints.conversion.raw_array import RawArray
+from t5x_inference_ext.checkpoints.workers import run_jobs
 from t5x_inference_ext.errors import CheckpointError
 
 # Chunks are recorded as sealed so many bytes at a time: a group.

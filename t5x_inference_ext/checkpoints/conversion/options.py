@@ -4,8 +4,8 @@ import dataclasses
 import re
 
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
-from t5x_inference_ext.checkpoints.rounding_error import RoundingError
-from t5x_inference_ext.checkpoints.slices import SLICE_BYTES
+from t5x_inference_ext.checkpoints.conversion.rounding_error import RoundingError
+from t5x_inference_ext.checkpoints.conversion.slices import SLICE_BYTES
 from t5x_inference_ext.errors import UserError
 
 HOLD_BYTES = 512 * 2**20

@@ -6,7 +6,6 @@ done. A worker that finds the current step handed out takes up the next slice.
 """
 
 from collections.abc import Callable, Iterator
-import os
 import threading
 from typing import Protocol
 
@@ -113,26 +112,3 @@ class Pipeline:
     with self._changed:
       self._error = self._error or error
       self._changed.notify_all()
-
-
-class _Jobs:
-  """Independent jobs: a Work of one step."""
-
-  def __init__(self, jobs: list[Callable[[], None]]):
-    self._steps = iter([jobs])
-
-  def may_start(self) -> bool:
-    return True
-
-  def jobs(self) -> list[Callable[[], None]] | None:
-    return next(self._steps, None)
-
-
-def cores() -> int:
-  """How many this process may use."""
-  return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-
-
-def run_jobs(jobs: list[Callable[[], None]], workers: int) -> None:
-  """Runs independent jobs on a number of threads. Raises the first error of any."""
-  Pipeline(iter([_Jobs(jobs)]), workers).run()

@@ -12,11 +12,11 @@ import numpy as np
 from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints.arrays import Rectangle
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
-from t5x_inference_ext.checkpoints.not_finite import check_finite
-from t5x_inference_ext.checkpoints.outputs import ArrayWrite, Output
-from t5x_inference_ext.checkpoints.raw_array import byte_sum
-from t5x_inference_ext.checkpoints.rounding_error import RoundingError
-from t5x_inference_ext.checkpoints.slices import ConversionPlan, StoredBlock, TensorSlice
+from t5x_inference_ext.checkpoints.conversion.not_finite import check_finite
+from t5x_inference_ext.checkpoints.conversion.outputs import ArrayWrite, Output
+from t5x_inference_ext.checkpoints.conversion.raw_array import byte_sum
+from t5x_inference_ext.checkpoints.conversion.rounding_error import RoundingError
+from t5x_inference_ext.checkpoints.conversion.slices import ConversionPlan, StoredBlock, TensorSlice
 from t5x_inference_ext.quantization import rounding
 
 # What to do with values that are final, those of a block at once: write them, or compare them with what is there.

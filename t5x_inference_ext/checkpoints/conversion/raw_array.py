@@ -5,16 +5,16 @@ many chunks, each of one layer, and each of those gets its values from many chun
 to be held in memory until it is complete.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 import itertools
 import json
 import math
 import os
-import zlib
 
 import numpy as np
 
-from t5x_inference_ext.checkpoints import files
+from t5x_inference_ext.checkpoints.conversion import files
+from t5x_inference_ext.checkpoints.manifest import checksum
 from t5x_inference_ext.checkpoints.tensor import Bounds
 
 ZARR_DTYPES = {'int8': '|i1', 'bfloat16': 'bfloat16', 'float32': '<f4'}
@@ -123,11 +123,11 @@ class RawArray:
     return os.path.join(self.path, '.'.join(map(str, np.unravel_index(number, self._grid))))
 
 
-def checksum(values: np.ndarray) -> int:
-  """CRC-32, as zlib's, of the raw little-endian bytes in C order."""
-  return zlib.crc32(np.ascontiguousarray(values).view(np.uint8).data)
-
-
 def byte_sum(values: np.ndarray) -> int:
   """The sum of all bytes: the same for an array as for its pieces together, in any order."""
   return int(np.ascontiguousarray(values).view(np.uint8).sum(dtype=np.uint64))
+
+
+def array_files(arrays: Iterable[RawArray]) -> dict[str, bytes]:
+  """Return the metadata files of arrays, by their names in the checkpoint."""
+  return {f'{array.name}/{array.METADATA}': array.metadata_file for array in arrays}

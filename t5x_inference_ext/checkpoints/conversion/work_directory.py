@@ -18,18 +18,14 @@ import json
 import os
 from typing import Any
 
-from t5x_inference_ext.checkpoints import files, storage
+from t5x_inference_ext.checkpoints import storage
+from t5x_inference_ext.checkpoints.conversion import files
+from t5x_inference_ext.checkpoints.unfinished import MARKER
 from t5x_inference_ext.errors import CheckpointError
 
-MARKER = 'UNFINISHED'
 _BOOT = 'boot'
 SYNCED = 'synced'
 _SEAL, _CLAIMS = 'seal.lock', 'claims'
-
-
-def is_unfinished(path: str) -> bool:
-  """Whether a local path is a conversion's working directory, or the checkpoint growing in it."""
-  return any(os.path.isfile(os.path.join(p, MARKER)) for p in (path, os.path.dirname(path)))
 
 
 class WorkDirectory:
