@@ -1,43 +1,57 @@
 """Slices through a pool of threads: while one is written, the next is read.
 
-Reading a chunk, numpy's arithmetic on a block and writing all run outside of Python's lock. Each slice is worked on in
-steps (find its scales, write it); a step's jobs, one a block, run in any order, and the next step begins when all are
-done. A worker that finds the current step handed out takes up the next slice.
+Reading a chunk, numpy's arithmetic on a block and writing all run outside of Python's lock. A slice is worked on in
+steps (find its scales, write it). A step's jobs, one a block, run in any order, and the next step begins when all are
+done. A worker that finds every job of the current step taken begins the next slice.
 """
 
 from collections.abc import Callable, Iterator
+import dataclasses
 import threading
 from typing import Protocol
 
+Job = Callable[[], None]
+
 
 class PipelineWork(Protocol):
-  """A slice on its way."""
+  """A slice to be worked on."""
 
-  def jobs(self) -> list[Callable[[], None]] | None:
-    """The next step's jobs, called when all of the last step's are done; None when there is no step left."""
+  def jobs(self) -> list[Job] | None:
+    """Return the next step's jobs, None after the last step. Called when all jobs of the last step are done."""
 
   def may_start(self) -> bool:
-    """Whether its first job may run while the slice before it is being finished."""
+    """Return whether its jobs may run while the slice before it is being finished."""
 
 
+@dataclasses.dataclass
 class _Open:
-  """A slice being worked on."""
+  """A slice being worked on.
 
-  def __init__(self, work: PipelineWork):
-    self.work, self.waiting, self.running, self.started = work, [], 0, False
+  Attributes:
+    work: The slice.
+    waiting: Jobs of the current step that no thread has taken; the next one is last.
+    running: Number of jobs that threads have taken and not finished.
+    started: Whether its first step has begun.
+  """
+
+  work: PipelineWork
+  waiting: list[Job] = dataclasses.field(default_factory=list)
+  running: int = 0
+  started: bool = False
 
 
 class Pipeline:
-  """Runs works in order, at most two at a time, on a number of threads."""
+  """Runs slices in order, at most two at a time, on a number of threads."""
 
   def __init__(self, works: Iterator[PipelineWork], workers: int):
     self._works, self._workers = works, workers
-    self._open = []
-    self._exhausted, self._error = False, None
+    self._open: list[_Open] = []
+    self._exhausted = False
+    self._error: BaseException | None = None
     self._changed = threading.Condition()
 
   def run(self) -> None:
-    """Returns when all are done. Raises the first error of any job, once no job runs any more."""
+    """Return when all slices are done. Raises the first error of any job, once no job runs any more."""
     threads = [
       threading.Thread(target=self._worker, name=f'convert-{i}', daemon=True)
       for i in range(self._workers)
@@ -56,44 +70,37 @@ class Pipeline:
       raise self._error
 
   def _worker(self) -> None:
-    while True:
-      with self._changed:
-        try:
-          while (taken := self._take()) is None:
-            if self._error is not None or (self._exhausted and not self._open):
-              return
-            self._changed.wait()
-        except BaseException as e:  # pylint: disable=broad-except  # raised by run
-          self._fail(e)
-          return
-      opened, job = taken
-      try:
+    try:
+      while (taken := self._wait_for_job()) is not None:
+        opened, job = taken
         job()
-      except BaseException as e:  # pylint: disable=broad-except  # raised by run
-        self._fail(e)
-        return
-      with self._changed:
-        opened.running -= 1
-        self._changed.notify_all()
+        with self._changed:
+          opened.running -= 1
+          self._changed.notify_all()
+    except BaseException as e:  # run() raises it
+      self._fail(e)
 
-  def _take(self) -> tuple[_Open, Callable[[], None]] | None:
-    """A job for this thread, or None where there is none at present."""
+  def _wait_for_job(self) -> tuple[_Open, Job] | None:
+    """Return a job for this thread; None when all are done, or one has failed."""
+    with self._changed:
+      while (taken := self._take()) is None:
+        if self._error is not None or (self._exhausted and not self._open):
+          return None
+        self._changed.wait()
+      return taken
+
+  def _take(self) -> tuple[_Open, Job] | None:
+    """Return a job that may begin now, if there is one. Call with the lock."""
     if self._error is not None:
       return None
     position = 0
     while position < 2:
-      if position == len(self._open) and not self._exhausted:
-        work = next(self._works, None)
-        if work is None:
-          self._exhausted = True
-          self._changed.notify_all()
-        else:
-          self._open.append(_Open(work))
-      if position == len(self._open):
+      if position == len(self._open) and not self._open_next():
         return None
       opened = self._open[position]
-      if not opened.waiting and not opened.running and (position == 0 or not opened.started):
-        if position == 0 or opened.work.may_start():
+      first = position == 0
+      if first or opened.work.may_start():
+        if not opened.waiting and not opened.running and (first or not opened.started):
           jobs = opened.work.jobs()
           opened.started = True
           if jobs is None:
@@ -102,11 +109,21 @@ class Pipeline:
           opened.waiting = jobs[::-1]
           if not jobs:
             continue  # nothing to wait for: the next step
-      if opened.waiting and (position == 0 or opened.work.may_start()):
-        opened.running += 1
-        return opened, opened.waiting.pop()
+        if opened.waiting:
+          opened.running += 1
+          return opened, opened.waiting.pop()
       position += 1
     return None
+
+  def _open_next(self) -> bool:
+    """Open the next slice. Returns whether there is one."""
+    work = None if self._exhausted else next(self._works, None)
+    if work is None:
+      self._exhausted = True
+      self._changed.notify_all()
+      return False
+    self._open.append(_Open(work))
+    return True
 
   def _fail(self, error: BaseException) -> None:
     with self._changed:
