@@ -10,13 +10,13 @@ import dataclasses
 import threading
 from typing import Protocol
 
-Job = Callable[[], None]
+PipelineJob = Callable[[], None]
 
 
 class PipelineWork(Protocol):
   """A slice to be worked on."""
 
-  def jobs(self) -> list[Job] | None:
+  def jobs(self) -> list[PipelineJob] | None:
     """Return the next step's jobs, None after the last step. Called when all jobs of the last step are done."""
 
   def may_start(self) -> bool:
@@ -35,7 +35,7 @@ class _Open:
   """
 
   work: PipelineWork
-  waiting: list[Job] = dataclasses.field(default_factory=list)
+  waiting: list[PipelineJob] = dataclasses.field(default_factory=list)
   running: int = 0
   started: bool = False
 
@@ -80,7 +80,7 @@ class Pipeline:
     except BaseException as e:  # run() raises it
       self._fail(e)
 
-  def _wait_for_job(self) -> tuple[_Open, Job] | None:
+  def _wait_for_job(self) -> tuple[_Open, PipelineJob] | None:
     """Return a job for this thread; None when all are done, or one has failed."""
     with self._changed:
       while (taken := self._take()) is None:
@@ -89,7 +89,7 @@ class Pipeline:
         self._changed.wait()
       return taken
 
-  def _take(self) -> tuple[_Open, Job] | None:
+  def _take(self) -> tuple[_Open, PipelineJob] | None:
     """Return a job that may begin now, if there is one. Call with the lock."""
     if self._error is not None:
       return None
