@@ -31,7 +31,7 @@ import msgpack
 import numpy as np
 import tensorstore as ts
 
-from t5x_inference_ext.checkpoints import t5x_output
+from t5x_inference_ext.checkpoints.conversion import t5x_output
 from t5x_inference_ext.checkpoints.readers import legacy
 from t5x_inference_ext.config import ModelConfig
 

@@ -7,6 +7,7 @@ learn of the error, and end. In one process nothing here costs anything.
 
 from collections.abc import Callable, Iterable, Iterator
 import contextlib
+import dataclasses
 import hashlib
 import json
 from typing import Any, TypeVar
@@ -17,8 +18,8 @@ import numpy as np
 
 from t5x_inference_ext import rendezvous
 from t5x_inference_ext.errors import MeshError, RequestError, UserError
+from t5x_inference_ext.rendezvous import AUTO, ProcessOptions
 
-AUTO = 'auto'
 TIMEOUT_SECONDS = 120  # to wait for the other processes
 # That a process that is done waits for the others to end: tf.data takes up to a minute to drop an iterator.
 SHUTDOWN_SECONDS = 120
@@ -26,88 +27,47 @@ SHUTDOWN_SECONDS = 120
 _T = TypeVar('T')
 
 
-def initialize(
-  coordinator_address: str | None = None,
-  num_processes: int | None = None,
-  process_id: int | None = None,
-  *,
-  timeout: float = TIMEOUT_SECONDS,
-) -> None:
-  """Joins this process to the others of its run; has to come before jax is asked for devices.
+def initialize(processes: ProcessOptions, *, timeout: float = TIMEOUT_SECONDS) -> None:
+  """Join this process to the others of its run. Has to come before jax is asked for devices.
 
   Args:
-    coordinator_address: HOST:PORT of process 0, the same for all; 'auto' takes it and the other two from the cluster,
-      as jax finds them on TPU pods, SLURM, Open MPI and Kubernetes; None runs one process.
-    num_processes: of the run.
-    process_id: this one's, 0 to num_processes - 1.
+    processes: the coordinator's address, the number of processes and this one's index. With the
+      address 'auto' jax finds all three, as on TPU pods, SLURM, Open MPI and Kubernetes.
     timeout: seconds to wait for the others.
 
   Raises:
-    RequestError: arguments that don't go together, or processes that don't find each other.
+    RequestError: processes that don't find each other, or a second run with other processes.
   """
-  check_arguments(coordinator_address, num_processes, process_id)
-  if coordinator_address is None:
+  address, count, process = dataclasses.astuple(processes)
+  if address is None:
     return
   if jax.distributed.is_initialized():
     found = (jax.process_count(), jax.process_index())
-    if coordinator_address != AUTO and found != (num_processes, process_id):
+    if address != AUTO and found != (count, process):
       raise RequestError(
         f"this process is already process {found[1]} of {found[0]}, and can't become process "
-        f'{process_id} of {num_processes}'
+        f'{process} of {count}'
       )
     return
-  # On CPU the collectives between processes are gloo's, jax's default.
   arguments = {}
-  if coordinator_address != AUTO:
-    rendezvous.meet(coordinator_address, num_processes, process_id, timeout)
-    arguments = dict(
-      coordinator_address=coordinator_address, num_processes=num_processes, process_id=process_id
-    )
+  if address != AUTO:
+    rendezvous.meet(address, count, process, timeout)
+    arguments = dict(coordinator_address=address, num_processes=count, process_id=process)
   try:
+    # On CPU the collectives between processes are gloo's, jax's default.
     jax.distributed.initialize(
       **arguments, initialization_timeout=int(timeout), shutdown_timeout_seconds=SHUTDOWN_SECONDS
     )
   except (RuntimeError, ValueError) as error:
     hint = ''
-    if coordinator_address == AUTO:
+    if address == AUTO:
       hint = (
-        ': auto needs a cluster that jax knows; elsewhere give coordinator_address=HOST:PORT, num_processes and '
-        'process_id'
+        ': auto needs a cluster that jax knows; elsewhere give coordinator_address=HOST:PORT, '
+        'num_processes and process_id'
       )
     raise RequestError(
       f'jax.distributed: {str(error).splitlines()[0].rstrip(".")}{hint}'
     ) from error
-
-
-def check_arguments(
-  coordinator_address: str | None, num_processes: int | None, process_id: int | None
-) -> None:
-  """Raises RequestError for arguments of initialize that don't go together."""
-  given = dict(
-    coordinator_address=coordinator_address, num_processes=num_processes, process_id=process_id
-  )
-  missing = [name for name, value in given.items() if value is None]
-  if coordinator_address == AUTO:
-    if len(missing) < 2:
-      raise RequestError(
-        'coordinator_address=auto finds num_processes and process_id by itself: leave them out'
-      )
-    return
-  if missing and len(missing) < 3:
-    raise RequestError(
-      f'coordinator_address, num_processes and process_id go together: {" and ".join(missing)} not '
-      'given'
-    )
-  if missing:
-    return
-  rendezvous.parse_address(coordinator_address)
-  for name, value, least in (('num_processes', num_processes, 1), ('process_id', process_id, 0)):
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-      raise RequestError(f'{name} must be a whole number, {least} or more, got {value!r}')
-  if process_id >= num_processes:
-    raise RequestError(
-      f'process_id must be 0 to num_processes - 1 = {num_processes - 1}, got {process_id}'
-    )
 
 
 def is_main() -> bool:

@@ -6,17 +6,72 @@ and leaves the port to jax. One JSON object a line each way.
 """
 
 import contextlib
+import dataclasses
 import json
 import socket
 import time
 from typing import Any
 
 from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.options import check_options, option
 
+AUTO = 'auto'
 NAME = 't5x_inference_ext'  # in every message: whatever else talks to the port is not of this run
 RETRY_SECONDS = 0.2
 HELLO_SECONDS = 5  # that a connection has to say who it is
 MAX_MESSAGE = 4096
+_PROCESSES = 'Several processes'
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessOptions:
+  """How this process joins the others of its run; all None where there is one process.
+
+  Raises:
+    RequestError: a value out of its range, or options that don't go together.
+  """
+
+  coordinator_address: str | None = option(
+    None,
+    help='HOST:PORT of process 0, for several processes that share one run; auto on TPU pods and '
+    'other clusters that jax knows. With gin flags too.',
+    group=_PROCESSES,
+  )
+  num_processes: int | None = option(
+    None,
+    help='Processes of the run, all started with the same flags but for --process_id.',
+    group=_PROCESSES,
+    least=1,
+  )
+  process_id: int | None = option(
+    None,
+    help='Index of this process, from 0. Process 0 writes the output.',
+    group=_PROCESSES,
+    least=0,
+  )
+
+  def __post_init__(self) -> None:
+    check_options(self)
+    missing = [name for name, value in dataclasses.asdict(self).items() if value is None]
+    if self.coordinator_address == AUTO:
+      if len(missing) < 2:
+        raise RequestError(
+          'coordinator_address=auto finds num_processes and process_id by itself: leave them out'
+        )
+      return
+    if missing and len(missing) < 3:
+      raise RequestError(
+        f'coordinator_address, num_processes and process_id go together: {" and ".join(missing)} '
+        'not given'
+      )
+    if self.coordinator_address is None or self.num_processes is None or self.process_id is None:
+      return
+    parse_address(self.coordinator_address)
+    if self.process_id >= self.num_processes:
+      raise RequestError(
+        f'process_id must be 0 to num_processes - 1 = {self.num_processes - 1}, got '
+        f'{self.process_id}'
+      )
 
 
 def parse_address(address: str) -> tuple[str, int]:

@@ -1,13 +1,48 @@
-"""Files that a command writes beside what it prints, text and figures."""
+"""Text that commands read and write: JSON, and files beside what they print; and the extras that they need."""
 
 import importlib.util
+import json
 import os
+from typing import Any
 
 from t5x_inference_ext.errors import RequestError, UserError
 
+_MAX_DEPTH = 200  # of JSON: what is read has to be written again, and shown in errors
+
+
+def parse_json(text: str) -> Any:
+  """Return the value that a JSON text holds.
+
+  Raises:
+    ValueError: the text is no JSON, or none that Python can hold. The message goes on from '... is'.
+  """
+  try:
+    value = json.loads(text)
+  except json.JSONDecodeError as error:
+    raise ValueError(f'not JSON ({error.msg} at column {error.colno})') from None
+  except RecursionError:
+    raise ValueError('not JSON that can be used (nested too deeply)') from None
+  except ValueError:  # Python's limit on the digits of a whole number
+    raise ValueError('not JSON that can be used (a number has too many digits)') from None
+  level, depth = [value], 0
+  while level := [
+    item
+    for each in level
+    if isinstance(each, (dict, list))
+    for item in (each.values() if isinstance(each, dict) else each)
+  ]:
+    depth += 1
+    if depth > _MAX_DEPTH:
+      raise ValueError('not JSON that can be used (nested too deeply)')
+  return value
+
 
 def check_writable(*paths: str | None) -> None:
-  """Raises RequestError for a path where no file can be written: before minutes of work, not after. None is no path."""
+  """Raise RequestError for a path where no file can be written: before the work, not after.
+
+  Args:
+    *paths: files to be written; None is no path.
+  """
   for path in filter(None, paths):
     directory = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(directory):
@@ -18,14 +53,25 @@ def check_writable(*paths: str | None) -> None:
       raise RequestError(f"can't write {path}: permission denied")
 
 
+def check_extra(extra: str, what: str, *modules: str) -> None:
+  """Raise UserError where a module of an optional extra is not installed, before anything is computed.
+
+  Args:
+    extra: name of the extra of this package that installs the modules.
+    what: beginning of the error, such as 'figures need matplotlib'.
+    *modules: top-level modules that are needed.
+  """
+  if any(importlib.util.find_spec(module) is None for module in modules):
+    raise UserError(f"{what}: pip install 't5x_inference_ext[{extra}]'")
+
+
 def check_plots() -> None:
-  """Raises UserError where matplotlib is not installed, before anything is computed."""
-  if importlib.util.find_spec('matplotlib') is None:
-    raise UserError("figures need matplotlib: pip install 't5x_inference_ext[plots]'")
+  """Raise UserError where matplotlib is not installed."""
+  check_extra('plots', 'figures need matplotlib', 'matplotlib')
 
 
 def write_text(path: str, text: str) -> None:
-  """Writes a file of text. Raises RequestError, naming it."""
+  """Write a file of text. Raises RequestError, naming the file."""
   try:
     with open(path, 'w', encoding='utf-8') as f:
       f.write(text)

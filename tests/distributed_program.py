@@ -15,6 +15,7 @@ from t5x_inference_ext import distributed
 from t5x_inference_ext.checkpoints.readers.zarr_arrays import ZarrTensor
 from t5x_inference_ext.commands import infer
 from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.rendezvous import ProcessOptions
 from tests import processes
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -109,7 +110,7 @@ def main(port: str, process: str, directory: str) -> None:
     lambda: list(distributed.lockstep('ab' if process == '0' else 'a', key=str))
   )
   seen['joined_twice'] = complaint(
-    lambda: distributed.initialize(f'localhost:{port}', 3, int(process))
+    lambda: distributed.initialize(ProcessOptions(f'localhost:{port}', 3, int(process)))
   )
   seen['written'] = sorted(
     str(path.relative_to(mine)) for path in mine.rglob('*') if path.is_file()

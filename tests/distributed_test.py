@@ -228,7 +228,7 @@ class TestOneProcess:
     with pytest.raises(KeyError), distributed.together():
       raise KeyError('x')
     distributed.check_same(a=1)
-    distributed.initialize()
+    distributed.initialize(rendezvous.ProcessOptions())
     assert not jax.distributed.is_initialized()
 
   @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from t5x_inference_ext import params
-from t5x_inference_ext.checkpoints import serving, storage, work_directory
+from t5x_inference_ext.checkpoints import serving, storage, unfinished
 from t5x_inference_ext.checkpoints.arrays import SourceArray, whole_array
 from t5x_inference_ext.checkpoints.readers import flaxformer, legacy, orbax
 from t5x_inference_ext.checkpoints.readers.tree import Tree
@@ -75,7 +75,7 @@ def open_checkpoint(
     not storage.is_remote(path) and os.path.isfile(path) and os.path.basename(path) == legacy.INDEX
   ):
     path = os.path.dirname(path)
-  if not storage.is_remote(path) and work_directory.is_unfinished(path):
+  if not storage.is_remote(path) and unfinished.is_unfinished(path):
     raise CheckpointError(
       f'{path} is not a checkpoint, but a conversion that has not finished: run the same '
       'convert_checkpoint again, it goes on from there'
@@ -100,7 +100,7 @@ def is_finished(path: str | os.PathLike) -> bool:
   if not storage.is_remote(path):
     return os.path.isdir(path)
   names = storage.list_objects(path)
-  return bool(names) and work_directory.MARKER not in names
+  return bool(names) and unfinished.MARKER not in names
 
 
 def read_tree(path: str) -> tuple[str, Tree] | None:
@@ -245,7 +245,7 @@ def _not_a_checkpoint(path: str) -> str:
     f'{serving.CONFIG} (made by convert_checkpoint)'
   )
   if storage.is_remote(path):
-    if storage.read_file(path, work_directory.MARKER) is not None:
+    if storage.read_file(path, unfinished.MARKER) is not None:
       return f'{path} is not a checkpoint, but an upload that has not ended: run the same convert_checkpoint again'
     return f'no checkpoint at {path}: {expected}'
   if not os.path.lexists(path):

@@ -11,10 +11,10 @@ import os
 
 from t5x_inference_ext.checkpoints import storage
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from t5x_inference_ext.checkpoints.conversion import Conversion, ConversionProgress
-from t5x_inference_ext.checkpoints.conversion_options import ConvertOptions, Report
-from t5x_inference_ext.checkpoints.staging import Staging
-from t5x_inference_ext.checkpoints.work_directory import WorkDirectory
+from t5x_inference_ext.checkpoints.conversion.conversion import Conversion, ConversionProgress
+from t5x_inference_ext.checkpoints.conversion.options import ConvertOptions, Report
+from t5x_inference_ext.checkpoints.conversion.staging import Staging
+from t5x_inference_ext.checkpoints.conversion.work_directory import WorkDirectory
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import CheckpointError, UserError
 

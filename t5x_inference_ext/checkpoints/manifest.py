@@ -6,21 +6,17 @@ The manifest is serving_config.json of a serving checkpoint, t5x_inference_ext.j
   crc32    of the manifest itself, with zeros in place of these eight digits
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 import json
 from typing import Any
 import zlib
 
+import numpy as np
+
 from t5x_inference_ext.checkpoints import storage
-from t5x_inference_ext.checkpoints.raw_array import RawArray
 from t5x_inference_ext.errors import CheckpointError
 
 _UNKNOWN = '00000000'
-
-
-def array_files(arrays: Iterable[RawArray]) -> dict[str, bytes]:
-  """The metadata files of arrays, by their names in the checkpoint."""
-  return {f'{array.name}/{array.METADATA}': array.metadata_file for array in arrays}
 
 
 def write(content: Mapping[str, Any], files: Mapping[str, bytes]) -> bytes:
@@ -69,3 +65,8 @@ def _with_own(data: bytes, old: str, new: str) -> bytes:
   """The manifest with another checksum of its own, the last of its fields."""
   head, field, tail = data.rpartition(b'"crc32": "')
   return head + field + (new.encode() + tail[len(old) :] if tail.startswith(old.encode()) else tail)
+
+
+def checksum(values: np.ndarray) -> int:
+  """Return the CRC-32, as zlib's, of the raw little-endian bytes in C order."""
+  return zlib.crc32(np.ascontiguousarray(values).view(np.uint8).data)

@@ -15,7 +15,7 @@ import tensorstore as ts
 
 from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints import storage
-from t5x_inference_ext.checkpoints.raw_array import checksum
+from t5x_inference_ext.checkpoints.manifest import checksum
 from t5x_inference_ext.checkpoints.readers import zarr_arrays
 from t5x_inference_ext.checkpoints.tensor import Bounds, Tensor
 from t5x_inference_ext.config import ModelConfig

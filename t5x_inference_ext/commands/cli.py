@@ -1,25 +1,25 @@
-"""What the commands of this package share: flags, gin as T5X's own commands take it, and errors in one line.
+"""What all commands share: a session that reads flags and prints errors as one line, and gin as T5X's commands take it.
 
 A command's module has
 
-  def define_flags(flags): ...    # plain flags, on a FlagValues of its own, so that commands don't clash in one process
-  def main(flags): ...            # raises UserError for what the user can mend
-  def run(argv=None):             # the entry point; returns the exit code: 0, or 2 after `error: ...` on stderr
-    return command.run(main, __doc__, define_flags, argv)
+  def define_flags(flags): ...    # on a FlagValues of its own, so that commands don't clash in one process
 
-and ends with `sys.exit(run())` under `if __name__ == '__main__'`. With gin, main() calls
+  def run(argv=None) -> int:      # the entry point; returns the exit code
+    with cli.Session(__doc__, define_flags, argv) as session:
+      flags = session.parse()
+      ...                         # raises UserError for what the user can mend
+    return session.code
 
-  command.configure(function)     # the function with the arguments that gin binds
-
-Gin flags are T5X's: --gin_file=FILE (repeatable), --gin.NAME=VALUE, --gin_bindings='NAME = VALUE',
+With gin, the block calls `parse_gin(flags)` and then `configure(function)()`: the function with the arguments that gin
+binds. Gin flags are T5X's: --gin_file=FILE (repeatable), --gin.NAME=VALUE, --gin_bindings='NAME = VALUE',
 --gin_search_paths.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
-import copy
+from collections.abc import Callable, Iterable, Sequence
 import functools
 import importlib.util  # gin uses it for files inside packages, but imports only importlib
 import inspect
+import io
 import logging
 import os
 import re
@@ -33,64 +33,96 @@ from absl import flags as absl_flags
 from absl import logging as absl_logging
 import gin
 
+from t5x_inference_ext.commands import option_flags
 from t5x_inference_ext.errors import UserError
+from t5x_inference_ext.options import has_type, type_text
 
-Main = Callable[[absl_flags.FlagValues], Any]
+# Imported for what importing them does: for gin, and for absl's logging flags.
+assert importlib.util and absl_logging
 
-assert (
-  importlib.util and absl_logging
-)  # imported for what importing them does: for gin, and for absl's logging flags
+_GIN_GROUP = 'Gin'
 
 
-def run(
-  main: Main,
-  doc: str,
-  define_flags: Callable[[absl_flags.FlagValues], None],
-  argv: Sequence[str] | None = None,
-) -> int:
-  """Parses flags, calls main(flags), and turns what went wrong into a line of text.
+class HelpShown(Exception):
+  """Raised by Session.parse after --help: the command is done."""
+
+
+class Session:
+  """One run of a command: its flags, and an exit code for whatever ends it.
+
+  As a context manager it ends a UserError with one line `error: ...` on stderr and code 2, Ctrl-C with code 130, and
+  --help with code 0. Other exceptions keep their traceback. Lines that the command prints appear at once, also where
+  the output is a file.
 
   Args:
-    main: the command. What it returns is ignored.
-    doc: printed by --help, before the flags.
-    define_flags: defines the command's own flags on the given FlagValues.
-    argv: sys.argv by default; argv[0] is the command's name.
+    doc: text that --help prints before the flags.
+    define_flags: defines the command's own flags on the FlagValues given to it.
+    argv: command line, `argv[0]` being the command's name; sys.argv by default.
 
-  Returns:
-    The exit code: 0, 2 for a UserError or a wrong flag (one line `error: ...` on stderr), 130 after Ctrl-C.
+  Attributes:
+    code: exit code of the process: 0, 2 for an error, 130 after Ctrl-C; a command may set another one.
   """
-  argv = list(sys.argv if argv is None else argv)
-  flags = absl_flags.FlagValues()
-  define_flags(flags)
-  _define_gin_flags(flags)
-  try:
+
+  def __init__(
+    self,
+    doc: str | None,
+    define_flags: Callable[[absl_flags.FlagValues], None],
+    argv: Sequence[str] | None = None,
+  ):
+    self.code = 0
+    self._doc, self._define_flags = doc or '', define_flags
+    self._argv = list(sys.argv if argv is None else argv)
+
+  def __enter__(self) -> 'Session':
+    if isinstance(sys.stdout, io.TextIOWrapper):
+      # A path on the command line may hold bytes that are no text: they are printed as escapes.
+      sys.stdout.reconfigure(line_buffering=True, errors='backslashreplace')
+    return self
+
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    _: types.TracebackType | None,
+  ) -> bool:
+    if isinstance(error, UserError):
+      print(f'error: {error}', file=sys.stderr)
+      self.code = 2
+    elif isinstance(error, KeyboardInterrupt):
+      print('interrupted', file=sys.stderr)
+      self.code = 130
+    return isinstance(error, (UserError, KeyboardInterrupt, HelpShown))
+
+  def parse(self) -> absl_flags.FlagValues:
+    """Return the parsed flags.
+
+    Raises:
+      UserError: a flag that is not known or has a wrong value, or an argument that is no flag.
+      HelpShown: --help was given, and is printed.
+    """
+    flags = absl_flags.FlagValues()
+    self._define_flags(flags)
+    _define_gin_flags(flags)
     try:
       # What this command does not know is absl's: logging flags like --alsologtostderr.
-      unknown = flags(rewrite_gin_flags(argv), known_only=True)
+      unknown = flags(rewrite_gin_flags(self._argv), known_only=True)
       if flags.help:
-        print(f'{inspect.cleandoc(doc)}\n\nFlags:\n\n{_flags_help(flags)}')
-        return 0
+        print(option_flags.help_text(self._doc, flags))
+        raise HelpShown
       extra = absl_flags.FLAGS(unknown)[1:]
     except absl_flags.Error as e:
       raise UserError(f'{e} (--help lists the flags)') from e
     if extra:
       raise UserError(f'unexpected argument {extra[0]!r}: flags are written --name=value')
-    main(flags)
-  except UserError as e:
-    print(f'error: {e}', file=sys.stderr)
-    return 2
-  except KeyboardInterrupt:
-    print('interrupted', file=sys.stderr)
-    return 130
-  return 0
+    return flags
 
 
 def print_line(line: str) -> None:
-  """Prints a line of a command's output, at once.
+  """Print a line of a command's output, at once.
 
   Raises:
     SystemExit: nobody reads any more, as behind `| head`. The status is a shell's for SIGPIPE.
-    UserError: it can't be written.
+    UserError: the line can't be written.
   """
   try:
     print(line, flush=True)
@@ -177,27 +209,30 @@ def parse_gin(flags: absl_flags.FlagValues) -> str:
     logging.getLogger().removeFilter(quiet)
 
 
-def configure(function: Callable[..., Any], **arguments) -> Callable[[], Any]:
-  """`function` with what gin binds to its parameters, and `arguments`, ready to be called without any.
-
-  A function that no gin file imports has no bindings. The gin files' names for it are its module and name.
+def configure(function: Callable[..., Any], **arguments: Any) -> Callable[[], Any]:
+  """Return `function` with the arguments that gin binds and those given here, ready to be called without any.
 
   Raises:
-    UserError: a parameter without a default that is neither bound nor given, a value of another type than the parameter
-      is annotated with, or a bound object that can't be made.
+    UserError: a parameter without a default that is neither bound nor given, a value of another type than the
+      parameter's annotation, or a bound object that can't be made.
   """
   try:
-    _check_types(function)
     bound = gin.get_bindings(function)
-  except (
-    UserError
-  ) as e:  # of an object that gin makes: it adds the call's place, for which users have no use
-    raise UserError(str(e).partition('\n  In call to configurable')[0]) from e
-  except ValueError as e:
+    sources = gin.get_bindings(function, resolve_references=False)
+  except (TypeError, ValueError) as e:
     message, call, _ = str(e).partition('\n  In call to configurable')
-    if call:
+    if call or isinstance(e, UserError):  # an object that gin makes refuses its values
       raise UserError(message) from e
-    bound = {}  # no gin file names it
+    bound, sources = {}, {}  # no gin file names the function
+  hints = typing.get_type_hints(function)
+  for name, value in bound.items():
+    if name in hints and not has_type(value, hints[name]):
+      macro = sources[name]
+      is_macro = isinstance(macro, gin.config.ConfigurableReference)
+      raise UserError(
+        f'gin: {str(macro).removeprefix("%") if is_macro else name} must be {type_text(hints[name])}, got {value!r}: '
+        'text has quotes that the shell keeps, --gin.NAME=\\"text\\", and numbers have none'
+      )
   arguments = {**bound, **arguments}
   try:
     inspect.signature(function).bind(**arguments)
@@ -205,56 +240,6 @@ def configure(function: Callable[..., Any], **arguments) -> Callable[[], Any]:
     name = f'{function.__module__}.{function.__name__}'
     raise UserError(f'{name}: {e}: bind it in a gin file or with --gin.NAME=VALUE') from e
   return functools.partial(function, **arguments)
-
-
-def _check_types(function: Callable[..., Any]) -> None:
-  """Raises UserError for a value that gin binds to a parameter of another type, here or in what makes an argument.
-
-  Raises:
-    ValueError: no gin file names the function.
-  """
-  annotated = typing.get_type_hints(function)
-  for name, bound in gin.get_bindings(function, resolve_references=False).items():
-    maker = _maker(bound)
-    if maker:
-      _check_types(maker)
-    # gin evaluates macros as they are copied.
-    elif name in annotated and not _has_type(value := copy.deepcopy(bound), annotated[name]):
-      label = (
-        str(bound).removeprefix('%')
-        if isinstance(bound, gin.config.ConfigurableReference)
-        else name
-      )
-      hint = ': text has quotes that the shell keeps, --gin.NAME=\\"text\\", and numbers have none'
-      raise UserError(f'gin: {label} must be {_type_name(annotated[name])}, got {value!r}{hint}')
-
-
-def _maker(bound: Any) -> Callable[..., Any] | None:
-  """What gin calls for a bound value, itself or through macros; None where the value stands for itself."""
-  while isinstance(bound, gin.config.ConfigurableReference) and bound.evaluate:
-    made_by = bound.configurable.wrapped
-    if made_by is not gin.config.macro:
-      return made_by
-    with gin.config_scope('/'.join(bound.scopes)):
-      bound = gin.get_bindings(made_by, resolve_references=False).get('value')
-  return None
-
-
-def _has_type(value: Any, annotation: Any) -> bool:
-  """Of containers only whether it is one: what is in them is the function's to check."""
-  if typing.get_origin(annotation) in (types.UnionType, typing.Union):
-    return any(_has_type(value, member) for member in typing.get_args(annotation))
-  if typing.get_origin(annotation) is not None:
-    return isinstance(value, Collection)
-  return isinstance(value, (int, float) if annotation is float else annotation)
-
-
-def _type_name(annotation: Any) -> str:
-  if typing.get_origin(annotation) in (types.UnionType, typing.Union):
-    return ' or '.join(map(_type_name, typing.get_args(annotation)))
-  return (
-    'None' if annotation is types.NoneType else getattr(annotation, '__name__', str(annotation))
-  )
 
 
 def _check_macro(binding: str) -> None:
@@ -276,28 +261,18 @@ def _check_macro(binding: str) -> None:
 
 
 def _define_gin_flags(flags: absl_flags.FlagValues) -> None:
-  absl_flags.DEFINE_boolean('help', False, 'Print this.', short_name='h', flag_values=flags)
-  absl_flags.DEFINE_multi_string('gin_file', [], 'A gin file; may be repeated.', flag_values=flags)
+  arguments: dict[str, Any] = {'flag_values': flags, 'module_name': _GIN_GROUP}
+  absl_flags.DEFINE_multi_string('gin_file', [], 'A gin file; may be repeated.', **arguments)
   absl_flags.DEFINE_multi_string(
-    'gin_bindings', [], 'A gin binding; --gin.NAME=VALUE says the same.', flag_values=flags
+    'gin_bindings',
+    [],
+    'A gin binding, applied after the files; may be repeated. --gin.NAME=VALUE says the same.',
+    **arguments,
   )
   absl_flags.DEFINE_list(
     'gin_search_paths',
     ['.'],
-    'Where gin files are looked for, separated by commas.',
-    flag_values=flags,
+    'Directories where gin files are looked for, separated by commas.',
+    **arguments,
   )
-
-
-def _flags_help(flags: absl_flags.FlagValues) -> str:
-  lines = []
-  for name in sorted(set(flags) - {'h', 'gin_bindings'}):
-    flag = flags[name]
-    text = flag.help.partition(';\n')[0]  # absl adds how to repeat a flag
-    default = (
-      f' Default: {flag.default}.'
-      if isinstance(flag.default, (int, float, str)) and flag.default
-      else ''
-    )
-    lines.append(f'  --{name}: {text}{default}')
-  return '\n'.join(lines + ['  --gin.NAME=VALUE: A gin binding, after the files; may be repeated.'])
+  absl_flags.DEFINE_boolean('help', False, 'Print this.', short_name='h', **arguments)

@@ -50,13 +50,15 @@ import time
 from absl import flags as absl_flags
 import tqdm
 
-from t5x_inference_ext.checkpoints import conversion_options, convert, outputs, serving
+from t5x_inference_ext.checkpoints import convert, serving
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint, is_finished
-from t5x_inference_ext.checkpoints.verify import verify
+from t5x_inference_ext.checkpoints.conversion import options, outputs
+from t5x_inference_ext.checkpoints.conversion.verify import verify
 from t5x_inference_ext.commands import cli
 from t5x_inference_ext.config import NORM_SCALES
 from t5x_inference_ext.errors import UserError
 from t5x_inference_ext.text_files import check_plots
+from t5x_inference_ext.text_format import decimal_bytes
 
 # Without a terminal, a line at most this often.
 LOG_SECONDS = 10
@@ -110,7 +112,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     None,
     "An int8 channel's scale: max|w| / 127 (absmax, the default), or the multiple "
     'of it with the least squared error (mse: some 20 times the arithmetic).',
-    conversion_options.SCALE_SEARCHES,
+    options.SCALE_SEARCHES,
   )
   define(
     'enum',
@@ -241,10 +243,12 @@ def shards_of_processes(flags: absl_flags.FlagValues) -> dict[str, int]:
     return {}
   if flags.num_shards != 1 or flags.shard_id != 0:
     raise UserError('--num_shards and --coordinator_address say the same in two ways')
-  from t5x_inference_ext import distributed  # with jax: slow to import, and not needed otherwise
+  from t5x_inference_ext import (
+    distributed,
+    rendezvous,
+  )  # with jax: slow to import, and not needed otherwise
 
-  distributed.check_arguments(**processes)
-  distributed.initialize(**processes)
+  distributed.initialize(rendezvous.ProcessOptions(**processes))
   import jax
 
   return {'num_shards': jax.process_count(), 'shard_id': jax.process_index()}
@@ -282,7 +286,7 @@ def print_source(checkpoint: Checkpoint) -> None:
     cli.print_line(note)
 
 
-def conversion_summary(report: conversion_options.Report, seconds: float) -> Iterator[str]:
+def conversion_summary(report: options.Report, seconds: float) -> Iterator[str]:
   """Sizes, errors, and where it is, in lines."""
   if not report.errors:
     return
@@ -292,21 +296,14 @@ def conversion_summary(report: conversion_options.Report, seconds: float) -> Ite
   worst = max(report.errors, key=lambda name: report.errors[name].relative)
   yield f'worst tensor: {worst}, {report.errors[worst].relative:.3%} rms'
   yield (
-    f'parameters: {size_text(report.source_bytes)} before ({report.source.weights}), {size_text(report.output_bytes)} on '
+    f'parameters: {decimal_bytes(report.source_bytes)} before ({report.source.weights}), {decimal_bytes(report.output_bytes)} on '
     f'disk after: {report.output_bytes / report.source_bytes:.3f} of it'
   )
   yield (
-    f'layer weights: {size_text(report.layer_bytes)} on disk, {report.layer_bytes / report.layer_float32_bytes:.3f} of '
-    f'{size_text(report.layer_float32_bytes)} as float32'
+    f'layer weights: {decimal_bytes(report.layer_bytes)} on disk, {report.layer_bytes / report.layer_float32_bytes:.3f} of '
+    f'{decimal_bytes(report.layer_float32_bytes)} as float32'
   )
   yield f'wrote and verified {report.output} in {seconds:.1f} s'
-
-
-def size_text(count: int) -> str:
-  for unit in ('B', 'kB', 'MB', 'GB'):
-    if count < 1000 or unit == 'GB':
-      return f'{count:.1f} {unit}' if unit != 'B' else f'{count} B'
-    count /= 1000
 
 
 class ProgressLines:
@@ -347,7 +344,7 @@ class ProgressLines:
     ):
       self._logged = time.monotonic()
       print(
-        f'{kind}: {size_text(self._done)} of {size_text(total)}, {self.seconds:.0f} s',
+        f'{kind}: {decimal_bytes(self._done)} of {decimal_bytes(total)}, {self.seconds:.0f} s',
         file=sys.stderr,
         flush=True,
       )
@@ -355,4 +352,6 @@ class ProgressLines:
 
 def run(argv: list[str] | None = None) -> int:
   """The entry point; returns the exit code."""
-  return cli.run(main, __doc__, define_flags, argv)
+  with cli.Session(__doc__, define_flags, argv) as session:
+    main(session.parse())
+  return session.code

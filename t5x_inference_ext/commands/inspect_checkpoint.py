@@ -19,8 +19,8 @@ import numpy as np
 from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints import serving, storage
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint, open_checkpoint, read_tree
-from t5x_inference_ext.checkpoints.conversion import Conversion
-from t5x_inference_ext.checkpoints.conversion_options import ConvertOptions
+from t5x_inference_ext.checkpoints.conversion.conversion import Conversion
+from t5x_inference_ext.checkpoints.conversion.options import ConvertOptions
 from t5x_inference_ext.checkpoints.tensor import Tensor
 from t5x_inference_ext.commands import cli
 from t5x_inference_ext.config import PRESETS, ModelConfig, preset
@@ -173,4 +173,6 @@ def run(argv: list[str] | None = None) -> int:
   argv = list(sys.argv if argv is None else argv)
   if len(argv) == 2 and not argv[1].startswith('-'):
     argv[1] = f'--path={argv[1]}'
-  return cli.run(main, __doc__, define_flags, argv)
+  with cli.Session(__doc__, define_flags, argv) as session:
+    main(session.parse())
+  return session.code

@@ -158,4 +158,6 @@ def main(flags: absl_flags.FlagValues) -> None:
 
 def run(argv: list[str] | None = None) -> int:
   """The entry point; returns the exit code."""
-  return cli.run(main, __doc__, define_flags, argv)
+  with cli.Session(__doc__, define_flags, argv) as session:
+    main(session.parse())
+  return session.code

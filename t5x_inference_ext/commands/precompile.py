@@ -137,7 +137,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     "out, as in infer on a TPU, which prefetches each layer's weights and takes a minute or two for 100 layers.",
   )
   define('integer', 'max_new_tokens', 64, 'Of a generation: the limit for each row.')
-  sampling_flags.define(define, 'Of a generation, slots and admit: ')
+  sampling_flags.define_sampling(flags, 'Of a generation, slots and admit: ')
   define('string', 'json', None, 'Write the report into this file, as JSON.')
   define('string', 'hlo', None, 'Write the compiled program into this file, as text.')
   define('string', 'save', None, 'Write the executable into this file.')
@@ -158,7 +158,7 @@ def main(flags: absl_flags.FlagValues) -> bool:
 
   if cli.uses_gin(flags):
     cli.check_unmixed(
-      flags, (*PRECOMPILE_FLAGS, *sampling_flags.TEXTS), 'BATCH=64', 'configs/runs/precompile.gin'
+      flags, (*PRECOMPILE_FLAGS, *sampling_flags.NAMES), 'BATCH=64', 'configs/runs/precompile.gin'
     )
     cli.parse_gin(flags)
     return cli.configure(runner.precompile)()
@@ -169,12 +169,12 @@ def main(flags: absl_flags.FlagValues) -> bool:
     PRECOMPILE_PARAMETERS.get(name, name): flags[name].value for name in PRECOMPILE_FLAGS
   }
   return runner.precompile(
-    **{**arguments, 'model': preset(flags.model)}, sampling=sampling_flags.sampling(flags)
+    **{**arguments, 'model': preset(flags.model)}, sampling=sampling_flags.read_sampling(flags)
   )
 
 
 def run(argv: list[str] | None = None) -> int:
   """The entry point; returns the exit code."""
-  fits = []
-  code = cli.run(lambda flags: fits.append(main(flags)), __doc__, define_flags, argv)
-  return code or (DOES_NOT_FIT if fits == [False] else FITS)
+  with cli.Session(__doc__, define_flags, argv) as session:
+    session.code = FITS if main(session.parse()) else DOES_NOT_FIT
+  return session.code

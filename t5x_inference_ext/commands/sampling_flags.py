@@ -1,56 +1,38 @@
-"""A SamplingParams as plain flags, for every command that has one. Its gin bindings are configs/sampling.gin's."""
+"""SamplingParams as flags, for every command that generates; its gin bindings are in configs/sampling.gin."""
 
-from collections.abc import Callable
-import dataclasses
-import json
-from typing import Any
+from absl import flags as absl_flags
 
+from t5x_inference_ext.commands import option_flags
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.errors import UserError
+from t5x_inference_ext.runs.row_sampling import parse_logit_bias
+from t5x_inference_ext.text_files import parse_json
 
-# What each does; flags have the names and defaults of a SamplingParams's fields. Stop sequences are ids there, and texts in
-# commands, which have a flag of their own for them.
-TEXTS = {
-  'temperature': '0 takes the most likely token.',
-  'top_k': 'Sample among the k most likely tokens; 0: all.',
-  'top_p': 'Sample among the most likely tokens that reach this probability.',
-  'repetition_penalty': 'Divides positive logits of tokens in prompt or output, and multiplies negative ones.',
-  'frequency_penalty': "Is taken off a token's logit for each time it was generated.",
-  'presence_penalty': 'Is taken off the logits of all tokens that were generated.',
-  'logit_bias': 'What is added to logits, as JSON: {"TOKEN ID": NUMBER, ...}; -Infinity forbids a token.',
-  'min_new_tokens': 'EOS is not chosen, and no stop sequence counts, before so many tokens.',
-}
-FLAG_KINDS = {float: 'float', int: 'integer'}
+_GROUP = 'Choosing tokens'
+# A mapping, which is JSON on the command line.
+_SKIP = ('logit_bias',)
+NAMES = option_flags.option_names(SamplingParams)
 
 
-def define(define_flag: Callable[..., None], whose: str = '') -> None:
-  """Defines the flags with define_flag(kind, name, default, text); `whose` begins each text."""
-  for field in dataclasses.fields(SamplingParams):
-    if field.name in TEXTS:
-      kind = FLAG_KINDS.get(field.type)
-      default = field.default if kind else None
-      define_flag(kind or 'string', field.name, default, whose + TEXTS[field.name])
+def define_sampling(flags: absl_flags.FlagValues, prefix: str = '') -> None:
+  """Define a flag for each option of SamplingParams. `prefix` begins each help text."""
+  option_flags.define_options(flags, SamplingParams, skip=_SKIP, group=_GROUP, prefix=prefix)
+  (bias,) = option_flags.option_fields(SamplingParams, named=_SKIP)
+  text = f'{prefix}{bias.metadata["help"]}'
+  option_flags.define_flag(flags, bias.name, str | None, None, text, group=_GROUP)
 
 
-def sampling(flags: Any) -> SamplingParams:
-  """What the flags say. Raises UserError (RequestError) for a value that makes no sense."""
-  values = {name: flags[name].value for name in TEXTS}
-  return SamplingParams(**{**values, 'logit_bias': _bias(values['logit_bias'])})
-
-
-def _bias(text: str | None) -> dict[int, float]:
-  if text is None:
-    return {}
+def read_sampling(flags: absl_flags.FlagValues) -> SamplingParams:
+  """Return the SamplingParams that flags give. Raises UserError for a value out of its range."""
+  if flags.logit_bias is None:
+    return option_flags.read_options(flags, SamplingParams, skip=_SKIP)
   example = 'write --logit_bias=\'{"13": -5, "1": 2.5}\''
   try:
-    found = json.loads(text)
-  except json.JSONDecodeError as error:
-    raise UserError(
-      f'logit_bias is not JSON ({error.msg} at column {error.colno}): {example}'
-    ) from None
-  number = lambda value: isinstance(value, (int, float)) and not isinstance(value, bool)
-  if not isinstance(found, dict) or not all(
-    key.isdecimal() and number(value) for key, value in found.items()
-  ):
-    raise UserError(f'logit_bias must be an object of token ids and numbers, got {text}: {example}')
-  return {int(key): float(value) for key, value in found.items()}
+    found = parse_json(flags.logit_bias)
+  except ValueError as error:
+    raise UserError(f'logit_bias is {error}: {example}') from None
+  try:
+    bias = parse_logit_bias(found)
+  except UserError as error:
+    raise UserError(f'{error}: {example}') from None
+  return option_flags.read_options(flags, SamplingParams, skip=_SKIP, logit_bias=bias)

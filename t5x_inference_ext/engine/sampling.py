@@ -13,6 +13,7 @@ import numpy as np
 from t5x_inference_ext.engine import selection
 from t5x_inference_ext.engine.inputs import is_whole
 from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.options import check_options, option
 
 SMALLEST = float(jnp.finfo(jnp.float32).tiny)  # below it float32 knows only 0
 LARGEST = float(jnp.finfo(jnp.float32).max)  # above it only infinity
@@ -44,17 +45,32 @@ class SamplingParams:
     RequestError: a value outside its range.
   """
 
-  temperature: float = 0.0
-  top_k: int = 0
-  top_p: float = 1.0
-  repetition_penalty: float = 1.0
-  frequency_penalty: float = 0.0
-  presence_penalty: float = 0.0
-  logit_bias: tuple[tuple[int, float], ...] = ()
-  min_new_tokens: int = 0
+  temperature: float = option(0.0, help='0 takes the most likely token.')
+  top_k: int = option(0, help='Sample among the k most likely tokens; 0: all.')
+  top_p: float = option(
+    1.0, help='Sample among the fewest most likely tokens whose probabilities reach this; 1: all.'
+  )
+  repetition_penalty: float = option(
+    1.0,
+    help='Divide positive logits of tokens in the prompt or the output by this, and multiply '
+    'negative ones.',
+  )
+  frequency_penalty: float = option(
+    0.0, help="Subtract this from a token's logit once for each time it was generated."
+  )
+  presence_penalty: float = option(
+    0.0, help='Subtract this from the logit of every token that was generated.'
+  )
+  logit_bias: tuple[tuple[int, float], ...] = option(
+    (), help='Numbers added to logits: {"TOKEN ID": NUMBER, ...}; -Infinity forbids a token.'
+  )
+  min_new_tokens: int = option(
+    0, help='Choose no EOS, and count no stop sequence, before so many tokens.'
+  )
   stop: tuple[tuple[int, ...], ...] = ()
 
   def __post_init__(self):
+    check_options(self)
     if isinstance(self.logit_bias, Mapping):
       object.__setattr__(self, 'logit_bias', tuple(self.logit_bias.items()))
     for name in ('logit_bias', 'stop'):  # hashable, also as read from JSON

@@ -10,182 +10,18 @@ import jax
 from t5x_inference_ext import distributed
 from t5x_inference_ext.checkpoints import Checkpoint, open_checkpoint
 from t5x_inference_ext.checkpoints.load import scans_layers
-from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.engine import saved_generation
 from t5x_inference_ext.engine.engine import Engine
-from t5x_inference_ext.engine.sampling import SamplingParams, stack_params
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
-from t5x_inference_ext.engine.vocabularies import stop_sequences
-from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.model.transformer import Model, check_cache, check_dtype
+from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.runs.clock import Clock
+from t5x_inference_ext.runs.infer_options import InferOptions
 from t5x_inference_ext.runs.progress import print_on_main
 from t5x_inference_ext.sharding.explain import ExplainSetting
 from t5x_inference_ext.sharding.explain_text import explain
-from t5x_inference_ext.sharding.layout import Layout, check_model, check_pair
+from t5x_inference_ext.sharding.layout import check_model
 from t5x_inference_ext.sharding.mesh import AXES, make_mesh, mesh_text, parse_mesh
 from t5x_inference_ext.sharding.mesh_choice import choose_mesh
-
-BATCHING = ('continuous', 'static')
-MODES = ('predict', 'predict_with_aux', 'score')
-
-
-@dataclasses.dataclass(frozen=True)
-class InferOptions:
-  """What every run is told, from flags or from gin.
-
-  Attributes:
-    checkpoint: directory.
-    mode: one of MODES.
-    mesh: 'XxYxZ', or None for default_mesh.
-    dtype: of activations and float weights.
-    cache: what the KV cache holds: 'float32', 'bfloat16', 'int8', or None: dtype.
-    prefill_layout, decode_layout: 'feedforward/attention', for each phase; see sharding.layout.Layout.
-    norm_scale: 'zero', 'one' or None: what the checkpoint says.
-    config: the model that the checkpoint must hold, or None: the one it holds.
-    batch_size: rows a batch, rounded up to what the mesh takes.
-    max_new_tokens: the limit for each row.
-    max_length: of prompt and new tokens together, or None: no such limit.
-    cache_length: positions of each row's cache, or None: as many as needed.
-    sampler: how tokens are chosen.
-    stop: texts that end a row, beside the sampler's sequences of ids: see with_vocabulary.
-    num_decodes: samples of each prompt.
-    seed: of the run; each row has its own from it.
-    scan_layers: as Engine.load's.
-    executable: a saved generation (precompile --phase=generate --save) to run instead of compiling, or None.
-    batching: 'continuous', prompts enter slots as rows leave them, or 'static', batches that end as a whole.
-    prefill_chunk: positions of a prompt that one pass takes, with continuous batching.
-    prefill_budget: prompt tokens between decode steps, at most, while rows wait.
-    token_log_probs: with a prompts file, whether each token's log-probability is told.
-    top_log_probs: of a prompts file that is continued, how many of the most likely tokens are told at each step.
-
-  Raises:
-    RequestError: a value out of its range.
-    MeshError: layouts that are not known, or can't share weights.
-  """
-
-  checkpoint: str
-  mode: str = 'predict'
-  mesh: str | None = None
-  dtype: str = 'bfloat16'
-  cache: str | None = None
-  prefill_layout: str = 'ws_2d/batch'
-  decode_layout: str = 'ws_2d/batch'
-  norm_scale: str | None = None
-  config: ModelConfig | None = None
-  batch_size: int = 32
-  max_new_tokens: int = 64
-  max_length: int | None = None
-  cache_length: int | None = None
-  sampling: SamplingParams = SamplingParams()
-  stop: tuple[str, ...] = ()
-  num_decodes: int = 1
-  seed: int = 0
-  scan_layers: bool | None = None
-  executable: str | None = None
-  batching: str = 'continuous'
-  prefill_chunk: int = 256
-  prefill_budget: int = 2048
-  token_log_probs: bool = False
-  top_log_probs: int = 0
-
-  def __post_init__(self):
-    if self.mode not in MODES:
-      raise RequestError(f'mode must be one of {", ".join(MODES)}, got {self.mode!r}')
-    if self.batching not in BATCHING:
-      raise RequestError(f'batching must be one of {", ".join(BATCHING)}, got {self.batching!r}')
-    check_dtype(self.dtype)
-    check_cache(self.cache)
-    check_pair(*self.layouts)
-    for name, least in (
-      ('batch_size', 1),
-      ('max_new_tokens', 1),
-      ('seed', 0),
-      ('prefill_chunk', 1),
-      ('prefill_budget', 1),
-      ('num_decodes', 1),
-      ('top_log_probs', 0),
-    ):
-      value = getattr(self, name)
-      if not isinstance(value, int) or value < least:
-        raise RequestError(f'{name} must be a whole number, {least} or more, got {value!r}')
-    if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
-      raise RequestError(
-        f'stop must be texts that are not empty, got {self.stop!r}; Sampler.stop takes ids'
-      )
-    object.__setattr__(self, 'stop', tuple(self.stop))
-    self._check_asked()
-    if self.executable is not None and self.mode == 'score':
-      raise RequestError(f"the executable {self.executable} generates: mode=score can't use it")
-    # An empty prompt needs max_new_tokens positions: BOS takes one and the last new token none.
-    if (
-      self.mode != 'score'
-      and self.cache_length is not None
-      and self.cache_length < self.max_new_tokens
-    ):
-      raise RequestError(
-        f'cache_length={self.cache_length} has no room for max_new_tokens={self.max_new_tokens}: '
-        'raise the one or lower the other'
-      )
-
-  def _check_asked(self) -> None:
-    """Raises RequestError for what the mode, or the way that rows are batched, has not."""
-    asked = {
-      'num_decodes': self.num_decodes > 1,
-      'top_log_probs': self.top_log_probs,
-      'token_log_probs': self.token_log_probs,
-    }
-    if self.mode == 'score':
-      asked = {
-        **asked,
-        'token_log_probs': False,
-        'stop': self.stop or self.sampling.stop,
-        'logit_bias': self.sampling.logit_bias,
-      }
-      why = 'is for runs that generate: mode=score chooses no tokens'
-    elif self.executable is not None:
-      why = f"can't be used with the executable {self.executable}: it returns one sample of each row, and its score"
-    else:
-      why = 'needs batching=continuous: a static batch has one sample of each row, and tells its score alone'
-    wrong = [name for name, value in asked.items() if value]
-    if wrong and not (self.mode != 'score' and self.continuous):
-      raise RequestError(f'{wrong[0]} {why}')
-
-  @property
-  def layouts(self) -> tuple[Layout, Layout]:
-    """Of prefill and of decode."""
-    return Layout.parse(self.prefill_layout), Layout.parse(self.decode_layout)
-
-  @property
-  def continuous(self) -> bool:
-    """Whether slots are refilled. A saved generation is a whole batch's."""
-    return self.batching == 'continuous' and self.executable is None
-
-  @property
-  def max_prompt(self) -> int | None:
-    """The longest prompt that the cache has room for, or None: any."""
-    return None if self.cache_length is None else self.cache_length - self.max_new_tokens
-
-
-def with_vocabulary(options: InferOptions, vocabulary: Any, vocab_size: int) -> InferOptions:
-  """The options with the texts that end rows among the sampler's stop sequences.
-
-  Args:
-    options: of the run.
-    vocabulary: encodes and decodes; not needed without texts.
-    vocab_size: V, rows of the model's embedding.
-
-  Raises:
-    RequestError: a text that the vocabulary can't write, or ids that the model does not have.
-  """
-  if options.top_log_probs > vocab_size:
-    raise RequestError(
-      f'top_log_probs={options.top_log_probs} are more tokens than the {vocab_size} of the model'
-    )
-  ids = [sequence for text in options.stop for sequence in stop_sequences(vocabulary, text)]
-  sampling = dataclasses.replace(options.sampling, stop=(*options.sampling.stop, *ids))
-  stack_params([sampling], vocab_size)
-  return dataclasses.replace(options, sampling=sampling)
 
 
 def open_model(

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Iterable
 import dataclasses
-import json
 from typing import Any
 
 from t5x_inference_ext.engine.vocabularies import Vocabulary
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.runs.row_sampling import Asked, asked
+from t5x_inference_ext.text_files import parse_json
 
 MAX_COMPLAINTS = 10
 
@@ -132,11 +132,10 @@ def tokenize(
 
 def _parse(number: int, line: str, score: bool) -> PromptRow:
   try:
-    fields = json.loads(line)
-  except json.JSONDecodeError as error:
+    fields = parse_json(line)
+  except ValueError as error:
     raise ValueError(
-      f'not JSON ({error.msg} at column {error.colno}): a row is one object on one line, such as '
-      '{"prompt": "def f("}'
+      f'{error}: a row is one object on one line, such as {{"prompt": "def f("}}'
     ) from None
   if not isinstance(fields, dict):
     raise ValueError(f'a row is an object such as {{"prompt": "def f("}}, not {_kind(fields)}')

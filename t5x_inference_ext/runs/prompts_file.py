@@ -16,7 +16,7 @@ from t5x_inference_ext.engine.request import Completion, Request, Sample
 from t5x_inference_ext.engine.scoring import ScoringExample
 from t5x_inference_ext.engine.vocabularies import Vocabulary, find_vocabulary
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.runs import batches, loading, output, prompt_rows
+from t5x_inference_ext.runs import batches, infer_options, loading, output, prompt_rows
 from t5x_inference_ext.runs.clock import Clock
 from t5x_inference_ext.runs.job import Job
 from t5x_inference_ext.runs.journal import Journal
@@ -25,25 +25,10 @@ from t5x_inference_ext.runs.row_sampling import Asked
 from t5x_inference_ext.runs.work import NoWork, RefillWork, ScoreWork, StaticWork, Work
 
 
-@dataclasses.dataclass(frozen=True)
-class PromptsFiles:
-  """What a plain run reads and writes.
-
-  Attributes:
-    prompts: JSONL to read.
-    output: JSONL to write; its directory exists.
-    vocabulary: 'bytes', a SentencePiece .model file, or None for the default.
-    overwrite: whether an existing output may be replaced.
-  """
-
-  prompts: str
-  output: str
-  vocabulary: str | None = None
-  overwrite: bool = False
-
-
 def prepare(
-  options: loading.InferOptions, files: PromptsFiles, say: Callable[[str], None] = print_on_main
+  options: infer_options.InferOptions,
+  files: infer_options.PromptsFiles,
+  say: Callable[[str], None] = print_on_main,
 ) -> Iterator[Job]:
   """Prepare to complete or score every row of a file. What is wrong is said before weights load.
 
@@ -70,7 +55,7 @@ def prepare(
     )
     name = vocabulary.name if vocabulary else 'none'
     say(f'vocabulary: {name} ({source})')
-    options = loading.with_vocabulary(options, vocabulary, checkpoint.config.vocab_size)
+    options = infer_options.with_vocabulary(options, vocabulary, checkpoint.config.vocab_size)
     asked = Asked(options.sampling, options.max_new_tokens)
     tokenized = prompt_rows.tokenize(
       files.prompts,
@@ -132,7 +117,7 @@ def _journal_path(path: str) -> str:
 
 def _work(
   engine: Engine,
-  options: loading.InferOptions,
+  options: infer_options.InferOptions,
   todo: list[tuple[int, prompt_rows.TokenizedRow]],
   clock: Clock,
   eos_id: int,
@@ -165,7 +150,7 @@ def _work(
 
 def _refill(
   engine: Engine,
-  options: loading.InferOptions,
+  options: infer_options.InferOptions,
   todo: list[tuple[int, prompt_rows.TokenizedRow]],
   clock: Clock,
   eos_id: int,
@@ -192,7 +177,9 @@ def _refill(
   return RefillWork(engine, requests, config, shared, clock), sizes
 
 
-def _request(index: int, row: prompt_rows.TokenizedRow, options: loading.InferOptions) -> Request:
+def _request(
+  index: int, row: prompt_rows.TokenizedRow, options: infer_options.InferOptions
+) -> Request:
   samples = options.num_decodes
   seeds = batches.row_seeds(options.seed, index, samples)
   if row.asked.seed is not None:
@@ -201,7 +188,7 @@ def _request(index: int, row: prompt_rows.TokenizedRow, options: loading.InferOp
 
 
 def _shape(
-  options: loading.InferOptions,
+  options: infer_options.InferOptions,
   engine: Engine,
   rows: list[prompt_rows.TokenizedRow],
   say: Callable[[str], None],
@@ -222,7 +209,9 @@ def _shape(
   )
 
 
-def _told_sample(sample: Sample | Completion, options: loading.InferOptions) -> dict[str, Any]:
+def _told_sample(
+  sample: Sample | Completion, options: infer_options.InferOptions
+) -> dict[str, Any]:
   """Return what is told of a generated sample, but for its text."""
   told: dict[str, Any] = {'tokens': sample.tokens, 'score': sample.score}
   if isinstance(sample, Sample):
@@ -234,7 +223,7 @@ def _told_sample(sample: Sample | Completion, options: loading.InferOptions) -> 
 
 
 def _told_scores(
-  row: prompt_rows.TokenizedRow, scores: np.ndarray, options: loading.InferOptions
+  row: prompt_rows.TokenizedRow, scores: np.ndarray, options: infer_options.InferOptions
 ) -> dict[str, Any]:
   """Return what is told of a scored row. scores: [prompt and completion], 0 for the prompt."""
   told: dict[str, Any] = {'tokens': row.completion, 'score': float(np.sum(scores))}

@@ -8,7 +8,7 @@ import numpy as np
 
 from t5x_inference_ext.checkpoints import serving, storage
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from t5x_inference_ext.checkpoints.verify import read_manifest
+from t5x_inference_ext.checkpoints.conversion.verify import read_manifest
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.errors import UserError

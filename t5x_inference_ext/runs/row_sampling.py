@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping
 import dataclasses
+import reprlib
 from typing import Any
 
 from t5x_inference_ext.engine.sampling import SamplingParams, stack_params
 from t5x_inference_ext.engine.vocabularies import Vocabulary, stop_sequences
 from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.options import has_type
 
-FIELDS = {field.name: field.type for field in dataclasses.fields(SamplingParams)}
+FIELDS = tuple(field.name for field in dataclasses.fields(SamplingParams))
 KNOWN = (*FIELDS, 'max_new_tokens', 'seed')
 
 
@@ -45,19 +47,13 @@ def asked(
   for name, value in said.items():
     if name not in KNOWN:
       raise RequestError(f'`sampling` has {name!r}, and can have {", ".join(KNOWN)}')
-    kind = FIELDS.get(name, int)
-    number = isinstance(value, (int, float) if kind is float else int) and not isinstance(
-      value, bool
-    )
-    if kind in (int, float) and not number:
-      raise RequestError(
-        f'`sampling`: {name} must be a {"number" if kind is float else "whole number"}, got {value!r}'
-      )
+    if name in ('max_new_tokens', 'seed') and not has_type(value, int):
+      raise RequestError(f'`sampling`: {name} must be a whole number, got {reprlib.repr(value)}')
   fields = {name: value for name, value in said.items() if name in FIELDS}
   if 'stop' in fields:
     fields['stop'] = _stop(fields['stop'], vocabulary)
   if 'logit_bias' in fields:
-    fields['logit_bias'] = _bias(fields['logit_bias'])
+    fields['logit_bias'] = parse_logit_bias(fields['logit_bias'])
   sampling = dataclasses.replace(run.sampling, **fields)
   stack_params([sampling], vocab_size)
   limit, seed = said.get('max_new_tokens', run.max_new_tokens), said.get('seed', run.seed)
@@ -92,10 +88,19 @@ def _stop(value: Any, vocabulary: Vocabulary | None) -> list[list[int]]:
   return found
 
 
-def _bias(value: Any) -> dict[int, float]:
+def parse_logit_bias(value: Any) -> dict[int, float]:
+  """Return a logit bias from what JSON holds of it, {"TOKEN ID": NUMBER, ...}.
+
+  Raises:
+    RequestError: the value is no such object, or a number is no float.
+  """
   try:
-    return {int(token): float(bias) for token, bias in value.items()}
-  except (AttributeError, TypeError, ValueError):
-    raise RequestError(
-      f'`sampling`: logit_bias must be an object of token ids and numbers, got {value!r}'
-    ) from None
+    if all(
+      isinstance(bias, (int, float)) and not isinstance(bias, bool) for bias in value.values()
+    ):
+      return {int(token): float(bias) for token, bias in value.items()}
+  except (AttributeError, OverflowError, ValueError):
+    pass
+  raise RequestError(
+    f'logit_bias must be an object of token ids and numbers, got {reprlib.repr(value)}'
+  )

@@ -19,7 +19,8 @@ from t5x_inference_ext.engine.inputs import BOS_ID, EOS_ID
 from t5x_inference_ext.engine.request import Completion, Request
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.runs import batches, loading, task_rows
+from t5x_inference_ext.rendezvous import ProcessOptions
+from t5x_inference_ext.runs import batches, infer_options, loading, task_rows
 from t5x_inference_ext.runs.clock import Clock
 from t5x_inference_ext.runs.job import Job
 from t5x_inference_ext.runs.journal import Journal
@@ -101,7 +102,7 @@ def infer(
     dtype: of activations and float weights.
     cache: what the KV cache holds: 'float32', 'bfloat16', 'int8', or None: dtype.
     batch_size: examples a batch, or decode slots.
-    batching, prefill_chunk, prefill_budget: as loading.InferOptions'.
+    batching, prefill_chunk, prefill_budget: as infer_options.InferOptions'.
     model_config: the model that the checkpoint must hold; None: the one it holds.
     norm_scale: how its norm scales are stored, 'zero' or 'one'; None: what it says.
     shard_id: of num_shards runs that share the task, this one.
@@ -113,7 +114,7 @@ def infer(
   Raises:
     UserError: anything the user can mend, before the weights are loaded.
   """
-  distributed.initialize(coordinator_address, num_processes, process_id)
+  distributed.initialize(ProcessOptions(coordinator_address, num_processes, process_id))
   with contextlib.suppress(RuntimeError):  # already in use by the user's own module
     tf.config.set_visible_devices(
       [], 'GPU'
@@ -125,7 +126,7 @@ def infer(
     )
     tasks = find_tasks(source)
     check_source(source, mode, tasks)
-    options = loading.InferOptions(
+    options = infer_options.InferOptions(
       checkpoint=checkpoint_path,
       mode=mode,
       mesh=mesh,
@@ -202,10 +203,10 @@ def _limits(length: int, max_new_tokens: int | None) -> dict[str, int]:
 
 
 def _of_task(
-  options: loading.InferOptions, task: seqio.Task, config: ModelConfig
-) -> loading.InferOptions:
+  options: infer_options.InferOptions, task: seqio.Task, config: ModelConfig
+) -> infer_options.InferOptions:
   """The options with the texts that end rows in the task's own ids."""
-  return loading.with_vocabulary(
+  return infer_options.with_vocabulary(
     options, task.output_features['targets'].vocabulary, config.vocab_size
   )
 
@@ -213,7 +214,7 @@ def _of_task(
 def _prepare_task(
   task: seqio.Task,
   source: Source,
-  options: loading.InferOptions,
+  options: infer_options.InferOptions,
   engine: Engine,
   output_dir: str,
   clock: Clock,
@@ -305,7 +306,7 @@ def _work(
   todo: Iterator[tuple[int, TaskExample]],
   task: seqio.Task,
   source: Source,
-  options: loading.InferOptions,
+  options: infer_options.InferOptions,
   engine: Engine,
   batch: int,
   clock: Clock,
@@ -339,7 +340,7 @@ def _work(
 def _refill(
   prompts: Iterator[tuple[int, list[int]]],
   source: Source,
-  options: loading.InferOptions,
+  options: infer_options.InferOptions,
   engine: Engine,
   batch: int,
   clock: Clock,

@@ -3,6 +3,7 @@
 from typing import TypeVar
 
 from t5x_inference_ext import distributed
+from t5x_inference_ext.rendezvous import ProcessOptions
 
 _T = TypeVar('T')
 
@@ -20,7 +21,8 @@ def initialized(
 
   Args:
     value: of the parameter that this is bound to.
-    coordinator_address, num_processes, process_id: as distributed.initialize's, whose errors are raised.
+    coordinator_address, num_processes, process_id: as rendezvous.ProcessOptions'; its errors and
+      distributed.initialize's are raised.
   """
-  distributed.initialize(coordinator_address, num_processes, process_id)
+  distributed.initialize(ProcessOptions(coordinator_address, num_processes, process_id))
   return value

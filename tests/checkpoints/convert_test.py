@@ -12,7 +12,8 @@ import pytest
 
 from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints import convert, open_checkpoint, serving
-from t5x_inference_ext.checkpoints.work_directory import MARKER, WorkDirectory
+from t5x_inference_ext.checkpoints.conversion.work_directory import WorkDirectory
+from t5x_inference_ext.checkpoints.unfinished import MARKER
 from t5x_inference_ext.errors import CheckpointError, UserError
 from tests.checkpoints import synthetic
 

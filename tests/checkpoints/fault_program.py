@@ -20,9 +20,10 @@ import signal
 import sys
 import time
 
-from t5x_inference_ext.checkpoints import conversion, convert, files, open_checkpoint
+from t5x_inference_ext.checkpoints import convert, open_checkpoint
+from t5x_inference_ext.checkpoints.conversion import conversion, files
+from t5x_inference_ext.checkpoints.conversion.work_directory import WorkDirectory
 from t5x_inference_ext.checkpoints.readers.zarr_arrays import ZarrTensor
-from t5x_inference_ext.checkpoints.work_directory import WorkDirectory
 from t5x_inference_ext.errors import CheckpointError
 
 # Many slices; some blocks are held, some read again; and most of the time is spent on them.

@@ -11,11 +11,12 @@ import jax
 import numpy as np
 import pytest
 
-from t5x_inference_ext.checkpoints import convert, open_checkpoint, staging
-from t5x_inference_ext.checkpoints import files as local_files
+from t5x_inference_ext.checkpoints import convert, open_checkpoint
+from t5x_inference_ext.checkpoints.conversion import files as local_files
+from t5x_inference_ext.checkpoints.conversion import staging
+from t5x_inference_ext.checkpoints.conversion.verify import verify
 from t5x_inference_ext.checkpoints.load import load_weights
-from t5x_inference_ext.checkpoints.verify import verify
-from t5x_inference_ext.checkpoints.work_directory import MARKER
+from t5x_inference_ext.checkpoints.unfinished import MARKER
 from t5x_inference_ext.commands import convert_checkpoint, inspect_checkpoint
 from t5x_inference_ext.errors import CheckpointError, UserError
 from t5x_inference_ext.model.transformer import Model

@@ -10,7 +10,8 @@ import msgpack
 import numpy as np
 import pytest
 
-from t5x_inference_ext.checkpoints import files, open_checkpoint
+from t5x_inference_ext.checkpoints import open_checkpoint
+from t5x_inference_ext.checkpoints.conversion import files
 from t5x_inference_ext.commands import convert_checkpoint
 from t5x_inference_ext.errors import CheckpointError
 from tests.checkpoints import synthetic

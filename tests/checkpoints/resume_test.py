@@ -5,8 +5,9 @@ import pathlib
 
 import pytest
 
-from t5x_inference_ext.checkpoints import convert, files
-from t5x_inference_ext.checkpoints.work_directory import WorkDirectory
+from t5x_inference_ext.checkpoints import convert
+from t5x_inference_ext.checkpoints.conversion import files
+from t5x_inference_ext.checkpoints.conversion.work_directory import WorkDirectory
 from t5x_inference_ext.errors import CheckpointError
 from tests.checkpoints import synthetic
 

@@ -8,8 +8,9 @@ import threading
 
 import pytest
 
-from t5x_inference_ext.checkpoints import convert, durable, files, open_checkpoint
-from t5x_inference_ext.checkpoints.work_directory import WorkDirectory
+from t5x_inference_ext.checkpoints import convert, open_checkpoint
+from t5x_inference_ext.checkpoints.conversion import files, read_back
+from t5x_inference_ext.checkpoints.conversion.work_directory import WorkDirectory
 from t5x_inference_ext.errors import CheckpointError, UserError
 from tests import processes
 from tests.checkpoints import synthetic
@@ -72,7 +73,9 @@ def test_a_restarted_machine_s_page_cache_is_not_trusted(source, tmp_path, monke
           run(source, out, num_shards=shards, shard_id=shard)
     before = len([e for e in WorkDirectory(out).entries() if 'slice' in e])
     with monkeypatch.context() as patched:
-      patched.setattr('t5x_inference_ext.checkpoints.work_directory._boot_id', lambda: 'another')
+      patched.setattr(
+        't5x_inference_ext.checkpoints.conversion.work_directory._boot_id', lambda: 'another'
+      )
       after = len([e for e in WorkDirectory(out).entries() if 'slice' in e])
     assert before > 1 and after == (0 if all_again else before)
 
@@ -92,7 +95,7 @@ def written(source, tmp_path, monkeypatch):
   assert not run(source, tmp_path / 'out', num_shards=2, shard_id=0).finished
   with monkeypatch.context() as patched:
     patched.setattr(
-      durable, 'read_back', lambda *_: (_ for _ in ()).throw(CheckpointError('stopped'))
+      read_back, 'read_back', lambda *_: (_ for _ in ()).throw(CheckpointError('stopped'))
     )
     with pytest.raises(CheckpointError, match='stopped'):
       run(source, tmp_path / 'out', num_shards=2, shard_id=1)
@@ -142,7 +145,9 @@ def test_shards_read_back_together(source, written, tmp_path):
 
 def test_what_another_machine_read_back_is_not_read_again(source, written, tmp_path, monkeypatch):
   with monkeypatch.context() as patched:
-    patched.setattr('t5x_inference_ext.checkpoints.work_directory._boot_id', lambda: 'another')
+    patched.setattr(
+      't5x_inference_ext.checkpoints.conversion.work_directory._boot_id', lambda: 'another'
+    )
     patched.setattr(files, 'write_file', fail_at('serving_config.json', files.write_file))
     with pytest.raises(CheckpointError, match='disk says no'):
       run(source, written, num_shards=2, shard_id=0)

@@ -11,13 +11,14 @@ import pytest
 from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints import convert, open_checkpoint
 from t5x_inference_ext.checkpoints.arrays import KernelLayout, KernelPart, Rectangle, SourceArray
-from t5x_inference_ext.checkpoints.conversion import Conversion
-from t5x_inference_ext.checkpoints.conversion_options import ConvertOptions
-from t5x_inference_ext.checkpoints.pipeline import Pipeline, run_jobs
+from t5x_inference_ext.checkpoints.conversion.conversion import Conversion
+from t5x_inference_ext.checkpoints.conversion.options import ConvertOptions
+from t5x_inference_ext.checkpoints.conversion.pipeline import Pipeline
+from t5x_inference_ext.checkpoints.conversion.rounding_error import RoundingError
+from t5x_inference_ext.checkpoints.conversion.slices import ConversionPlan
 from t5x_inference_ext.checkpoints.readers.zarr_arrays import ZarrTensor
-from t5x_inference_ext.checkpoints.rounding_error import RoundingError
-from t5x_inference_ext.checkpoints.slices import ConversionPlan
 from t5x_inference_ext.checkpoints.tensor import InMemory
+from t5x_inference_ext.checkpoints.workers import run_jobs
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import UserError
 from t5x_inference_ext.quantization import rounding

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from t5x_inference_ext import params
-from t5x_inference_ext.checkpoints import convert, open_checkpoint, t5x_output
+from t5x_inference_ext.checkpoints import convert, open_checkpoint
+from t5x_inference_ext.checkpoints.conversion import t5x_output
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import CheckpointError
 from tests import reference

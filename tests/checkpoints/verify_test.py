@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from t5x_inference_ext.checkpoints import convert, serving
-from t5x_inference_ext.checkpoints.verify import verify
+from t5x_inference_ext.checkpoints.conversion.verify import verify
 from t5x_inference_ext.commands import convert_checkpoint
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import CheckpointError

@@ -25,9 +25,13 @@ def module():
   module.__dict__['__name__'] = module.__name__
   exec(
     'def greet(name, greeting="hello", *, end="."):\n  return f"{greeting} {name}{end}"\n'
-    'def make(letters: str, times: int = 1):\n  return letters * times\n'
-    'def typed(name: str | None = None, times: float = 1, loud: bool = False, marks: tuple[str, ...] = ()):\n'
-    '  return name, times, loud, marks',
+    'import dataclasses\nfrom t5x_inference_ext.options import check_options, option\n'
+    '@dataclasses.dataclass(frozen=True)\n'
+    'class Made:\n  times: int = option(1, help="How often.", least=0)\n'
+    '  def __post_init__(self):\n    check_options(self)\n'
+    'def typed(name: str | None = None, times: float = 1, loud: bool = False,\n'
+    '          marks: tuple[str, ...] = (), made: Made | None = None):\n'
+    '  return name, times, loud, marks, made.times',
     module.__dict__,
   )
   sys.modules[module.__name__] = module
@@ -46,12 +50,15 @@ def gin_file(tmp_path):
   return str(path)
 
 
-def run(
-  main,
-  *argv,
-  define=lambda flags: absl_flags.DEFINE_integer('count', 1, 'How many.', flag_values=flags),
-):
-  return cli.run(main, 'What it does.', define, ['prog', *argv])
+def define_count(flags):
+  absl_flags.DEFINE_integer('count', 1, 'How many.', flag_values=flags)
+
+
+def run(main, *argv):
+  """Run main(flags) as a command; return the exit code."""
+  with cli.Session('What it does.', define_count, ['prog', *argv]) as session:
+    main(session.parse())
+  return session.code
 
 
 def greet(module, *argv):
@@ -192,7 +199,10 @@ def test_what_no_gin_file_binds(module, tmp_path, capsys):
 LINES = """
 import sys
 from t5x_inference_ext.commands import cli
-sys.exit(cli.run(lambda flags: [cli.print_line('a line') for _ in range(99999)], '', lambda flags: None))
+with cli.Session('', lambda flags: None) as session:
+  for _ in range(99999):
+    cli.print_line('a line')
+sys.exit(session.code)
 """
 
 
@@ -233,8 +243,9 @@ def typed(module, tmp_path):
   path = tmp_path / 'typed.gin'
   path.write_text(
     'from __gin__ import dynamic_registration\nimport command_test_module\nTIMES = 1\n'
-    'NAME = @command_test_module.make()\ncommand_test_module.typed.name = %NAME\n'
-    'command_test_module.make.letters = "ab"\ncommand_test_module.make.times = %TIMES\n'
+    'NAME = None\ncommand_test_module.typed.name = %NAME\n'
+    'command_test_module.typed.made = @command_test_module.Made()\n'
+    'command_test_module.Made.times = %TIMES\n'
   )
 
   def call(binding):
@@ -253,11 +264,16 @@ def typed(module, tmp_path):
 @pytest.mark.parametrize(
   'binding,message',
   [
-    ('TIMES="x"', "TIMES must be int, got 'x'"),
-    ('NAME=3', 'NAME must be str or None, got 3'),
-    ('command_test_module.typed.times="2"', "times must be float, got '2'"),
-    ('command_test_module.typed.loud="no"', "loud must be bool, got 'no'"),
-    ('command_test_module.typed.marks=3', 'marks must be tuple, got 3'),
+    ('TIMES="x"', "times must be a whole number, 0 or more, got 'x'"),
+    ('TIMES=True', 'times must be a whole number, 0 or more, got True'),
+    (
+      'TIMES=99999999999999999999',
+      'times must be a whole number, 0 or more and at most 2147483647',
+    ),
+    ('NAME=3', 'NAME must be text or None, got 3'),
+    ('command_test_module.typed.times="2"', "times must be a number, got '2'"),
+    ('command_test_module.typed.loud="no"', "loud must be True or False, got 'no'"),
+    ('command_test_module.typed.marks=3', 'marks must be a list, got 3'),
   ],
 )
 def test_a_value_of_another_type(typed, capsys, binding, message):
@@ -269,11 +285,11 @@ def test_a_value_of_another_type(typed, capsys, binding, message):
 @pytest.mark.parametrize(
   'binding,result',
   [
-    ('TIMES=2', ('abab', 1, False, ())),
-    ('NAME=None', (None, 1, False, ())),
-    ('NAME="c"', ('c', 1, False, ())),
-    ('command_test_module.typed.times=2', ('ab', 2, False, ())),
-    ('command_test_module.typed.marks=["!"]', ('ab', 1, False, ['!'])),
+    ('TIMES=2', (None, 1, False, (), 2)),
+    ('NAME=None', (None, 1, False, (), 1)),
+    ('NAME="c"', ('c', 1, False, (), 1)),
+    ('command_test_module.typed.times=2', (None, 2, False, (), 1)),
+    ('command_test_module.typed.marks=["!"]', (None, 1, False, ['!'], 1)),
   ],
 )
 def test_values_of_the_type(typed, binding, result):

@@ -290,10 +290,3 @@ def test_help_teaches(capsys):
     'must not exist',
   ):
     assert words in out
-
-
-@pytest.mark.parametrize(
-  'count,text', [(0, '0 B'), (999, '999 B'), (3_700_000, '3.7 MB'), (2e12, '2000.0 GB')]
-)
-def test_sizes(count, text):
-  assert convert_checkpoint.size_text(count) == text

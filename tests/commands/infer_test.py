@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -451,10 +452,23 @@ def test_a_static_batch_has_one_way_for_all(complaint):
 
 
 def test_help_shows_examples_and_flags(command):
+  """Flags stand in the order that a user needs them, and lines fit a terminal."""
   code, out, _ = command('--help')
   assert code == 0
   assert '--gin_file=t5x_inference_ext/configs/runs/infer.gin' in out
-  assert '--max_new_tokens: The limit for each row. Default: 64.' in out
+  assert '  --max_new_tokens: Most tokens generated for each row. Default: 64.\n' in out
+  assert re.findall(r'^[A-Z].*:$', out.partition('\nRequired:')[2], re.MULTILINE) == [
+    'Common:',
+    'Choosing tokens:',
+    'What is written of each token:',
+    'Sharding, memory and compilation:',
+    'Batching:',
+    'Several processes:',
+    'Gin:',
+  ]
+  flags = re.findall(r'^  --(\w+)', out.partition('\nRequired:')[2], re.MULTILINE)
+  assert flags[:4] == ['checkpoint', 'prompts', 'output', 'max_new_tokens'] and len(flags) == 41
+  assert max(map(len, out.splitlines())) <= 100
 
 
 @pytest.mark.parametrize(

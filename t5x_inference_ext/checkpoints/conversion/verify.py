@@ -7,12 +7,13 @@ import threading
 
 import numpy as np
 
-from t5x_inference_ext.checkpoints import serving, storage, t5x_output
+from t5x_inference_ext.checkpoints import serving, storage
 from t5x_inference_ext.checkpoints.checkpoint import open_checkpoint
-from t5x_inference_ext.checkpoints.conversion import Conversion
-from t5x_inference_ext.checkpoints.conversion_options import ConvertOptions
+from t5x_inference_ext.checkpoints.conversion import t5x_output
+from t5x_inference_ext.checkpoints.conversion.conversion import Conversion
+from t5x_inference_ext.checkpoints.conversion.options import ConvertOptions
 from t5x_inference_ext.checkpoints.manifest import check_manifest
-from t5x_inference_ext.checkpoints.pipeline import cores, run_jobs
+from t5x_inference_ext.checkpoints.workers import cores, run_jobs
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import CheckpointError
 

@@ -1,18 +1,19 @@
-"""NaN and infinite weights, and those too large for the output: where, how many, and what to do."""
+"""NaN and infinite weights, and weights too large for the output: where, how many, and what to do."""
 
 import ml_dtypes
 import numpy as np
 
+from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
 from t5x_inference_ext.checkpoints.tensor import Tensor
 from t5x_inference_ext.errors import CheckpointError
 
 
 class NotFinite(CheckpointError):
-  """A source that no repetition of the command will convert."""
+  """A source whose values can't be written, however often the command is repeated."""
 
 
-# The largest number of what is written. int8 stands for floats that the program has as bfloat16, as all weights.
+# The largest numbers that can be written. int8 weights stand for floats that the program has as bfloat16.
 _FLOAT32, _BFLOAT16 = (
   float(ml_dtypes.finfo(dtype).max) for dtype in (np.float32, ml_dtypes.bfloat16)
 )
@@ -25,13 +26,14 @@ def check_finite(
   first_layer: int,
   written: np.dtype | type = np.float32,
 ) -> None:
-  """Raises NotFinite if not all of a tensor's values can be written.
+  """Raise NotFinite if not all of a tensor's values can be written.
 
   Args:
-    source, name: the tensor.
-    values: [layers, ...] of it, or maxima of their magnitudes, float32.
-    first_layer: the number of the first of these layers.
-    written: the dtype that they are written in.
+    source: checkpoint that holds the tensor.
+    name: of the tensor.
+    values: [layers, ...] float32. Values of some layers, or maxima of their magnitudes.
+    first_layer: number of the first of these layers.
+    written: dtype in which they are written.
   """
   limit = _FLOAT32 if np.dtype(written) == np.float32 else _BFLOAT16
   bad = ~(np.abs(values) <= limit).reshape(len(values), -1).all(1)
@@ -47,10 +49,15 @@ def check_finite(
       'NaN or infinite values',
       'take a checkpoint from before training diverged',
     )
+    if name.endswith(params.INT8_SUFFIX):
+      advice = (
+        'a weight is qkernel / qscale, so qscale is 0 or not finite there: quantize the float '
+        'checkpoint again'
+      )
   tensor = source.tensors[name]
   layered = (
     len(tensor.shape) == 3
-    or name.rpartition('_')[2] == 'scale'
+    or name.endswith(params.INT8_SUFFIX)
     or (len(tensor.shape) == 2 and name != 'embedding')
   )
   where, whole = '', (slice(None),)
@@ -63,7 +70,7 @@ def check_finite(
 
 
 def _count(tensor: Tensor, where: tuple[slice, ...], limit: float) -> int:
-  """How many values are not within `limit`, in the whole layer, not only in the slice that showed it."""
+  """Return how many values are not within `limit`, in the whole layer, not only in the slice that showed it."""
   axis = len(where) if len(tensor.shape) > len(where) else 0
   bounds = [
     s.indices(n)[:2] for s, n in zip(where + (slice(None),) * len(tensor.shape), tensor.shape)

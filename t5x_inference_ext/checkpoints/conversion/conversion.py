@@ -12,19 +12,22 @@ import zlib
 import numpy as np
 
 from t5x_inference_ext import params
-from t5x_inference_ext.checkpoints import durable, storage
+from t5x_inference_ext.checkpoints import storage
 from t5x_inference_ext.checkpoints.arrays import Rectangle, SourceArray
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
-from t5x_inference_ext.checkpoints.conversion_options import ConvertOptions, Report
-from t5x_inference_ext.checkpoints.not_finite import NotFinite, check_finite
-from t5x_inference_ext.checkpoints.outputs import ArrayWrite, make_output
-from t5x_inference_ext.checkpoints.pipeline import Pipeline, cores
-from t5x_inference_ext.checkpoints.raw_array import byte_sum
-from t5x_inference_ext.checkpoints.rounding_error import RoundingError
-from t5x_inference_ext.checkpoints.slice_work import Hold, Job, SliceWork
-from t5x_inference_ext.checkpoints.slices import ConversionPlan
-from t5x_inference_ext.checkpoints.work_directory import SYNCED, WorkDirectory
+from t5x_inference_ext.checkpoints.conversion import read_back
+from t5x_inference_ext.checkpoints.conversion.not_finite import NotFinite, check_finite
+from t5x_inference_ext.checkpoints.conversion.options import ConvertOptions, Report
+from t5x_inference_ext.checkpoints.conversion.outputs import ArrayWrite, make_output
+from t5x_inference_ext.checkpoints.conversion.pipeline import Pipeline
+from t5x_inference_ext.checkpoints.conversion.raw_array import byte_sum
+from t5x_inference_ext.checkpoints.conversion.rounding_error import RoundingError
+from t5x_inference_ext.checkpoints.conversion.slice_work import Hold, Job, SliceWork
+from t5x_inference_ext.checkpoints.conversion.slices import ConversionPlan
+from t5x_inference_ext.checkpoints.conversion.work_directory import SYNCED, WorkDirectory
+from t5x_inference_ext.checkpoints.workers import cores
 from t5x_inference_ext.errors import CheckpointError
+from t5x_inference_ext.text_format import megabytes
 
 # Python, numpy, tensorstore; and what a worker has at a time: a block compressed, decoded, in order, and temporaries.
 _BASE_BYTES = 150 * 2**20
@@ -94,18 +97,17 @@ class Conversion:
 
   def description(self) -> Iterator[str]:
     """What will be done, for people, in lines."""
-    mb = lambda n: f'{n / 1e6:.0f} MB' if n < 1e9 else f'{n / 1e9:.2f} GB'
     yield (
-      f'{len(self.plan.slices)} slices of up to {mb(self.plan.slice_bytes)}, in blocks of up to '
-      f'{mb(self.plan.block_bytes)}, by {self.workers} workers; about {mb(self.peak_bytes)} of memory; the output '
-      f'takes {mb(sum(a.nbytes for a in self.output.arrays))} of disk'
+      f'{len(self.plan.slices)} slices of up to {megabytes(self.plan.slice_bytes)}, in blocks of up to '
+      f'{megabytes(self.plan.block_bytes)}, by {self.workers} workers; about {megabytes(self.peak_bytes)} of memory; the output '
+      f'takes {megabytes(sum(a.nbytes for a in self.output.arrays))} of disk'
     )
     again = sum(
       max(0, self.plan.nbytes(s) - self.options.hold_bytes) for s in self.plan.slices if s.scaled
     )
     if again:
       times = 'a third time' if self.options.scale_search == 'mse' else 'twice'
-      yield f'{mb(again)} of {mb(self._total)} are read {times}: columns of chunks are larger than what is held'
+      yield f'{megabytes(again)} of {megabytes(self._total)} are read {times}: columns of chunks are larger than what is held'
 
   def run(self, work: WorkDirectory) -> Report:
     """Does what this shard has to do; the last one to have done it makes the output appear."""
@@ -142,7 +144,7 @@ class Conversion:
         if len(slices) <= scales_slice:
           return self.report(work.path, slices.values(), finished=False)
         self._read_back(work)
-        checksums = durable.checksums(self.output.arrays, slices.values(), work.entries())
+        checksums = read_back.checksums(self.output.arrays, slices.values(), work.entries())
         errors = {name: error.summary() for name, error in self._errors(slices.values()).items()}
         for name, data in self.output.headers(checksums, errors):
           work.write_file(name, data)
@@ -188,7 +190,7 @@ class Conversion:
       array.write(pieces)
 
   def _read_back(self, work: WorkDirectory, claim: Callable[[int], bool] | None = None) -> None:
-    durable.read_back(
+    read_back.read_back(
       self.output.arrays, work.entries, work.record, self.workers, self._progress, claim
     )
 

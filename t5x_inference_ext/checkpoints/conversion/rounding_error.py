@@ -9,13 +9,13 @@ from t5x_inference_ext.quantization import rounding
 
 @dataclasses.dataclass
 class RoundingError:
-  """How far what was written is from the source, of one tensor.
+  """Difference of a tensor w' as written from the source's w.
 
   Attributes:
     largest: max|w' - w|.
     magnitude: max|w|.
-    squares: the sum of (w' - w)^2.
-    norm: the sum of w^2.
+    squares: Sum of (w' - w)^2.
+    norm: Sum of w^2.
   """
 
   largest: float = 0.0
@@ -26,34 +26,30 @@ class RoundingError:
   def add(
     self, w: np.ndarray, written: np.ndarray, scale: np.ndarray | None, magnitude: float
   ) -> None:
-    """Counts a block w [L, in, out] and what was written of it; scale [L, out] of what is int8; magnitude = max|w|."""
+    """Count a block.
+
+    Args:
+      w: [L, in, out]. The source's values, float or int8.
+      written: [L, in, out]. What was written of them, float or int8.
+      scale: [L, out]. Scales, where either is int8.
+      magnitude: max|w|.
+    """
     self.magnitude = max(self.magnitude, magnitude)
     for layers, rows in rounding.blocks(w.shape):
-      values = [v[layers, rows] for v in (w, written)]
-      exact, rounded = (
-        rounding.dequantize(v, scale[layers, None])
-        if v.dtype == np.int8
-        else v.astype(np.float32, copy=False)
-        for v in values
-      )
-      difference = np.subtract(rounded, exact)
+      exact = np.ascontiguousarray(_floats(w, layers, rows, scale))
+      difference = np.subtract(_floats(written, layers, rows, scale), exact)
       self.largest = max(self.largest, float(difference.max()), -float(difference.min()))
-      exact = np.ascontiguousarray(exact)
       self.squares += _squares(difference)
       self.norm += _squares(exact)
 
   def merge(self, other: 'RoundingError') -> None:
-    self.largest, self.magnitude = (
-      max(self.largest, other.largest),
-      max(self.magnitude, other.magnitude),
-    )
+    """Count what another one has counted."""
+    self.largest = max(self.largest, other.largest)
+    self.magnitude = max(self.magnitude, other.magnitude)
     self.squares, self.norm = self.squares + other.squares, self.norm + other.norm
 
-  def to_list(self) -> list[float]:
-    return [self.largest, self.magnitude, self.squares, self.norm]
-
   def summary(self) -> dict[str, float]:
-    """For manifests: to six digits, which do not depend on the order of summing."""
+    """Return the errors for manifests: to six digits, which do not depend on the order of summing."""
     return {'largest': float(f'{self.worst:.6g}'), 'relative': float(f'{self.relative:.6g}')}
 
   @property
@@ -67,8 +63,17 @@ class RoundingError:
     return (self.squares / self.norm) ** 0.5 if self.norm else 0.0
 
 
+def _floats(values: np.ndarray, layers: slice, rows: slice, scale: np.ndarray | None) -> np.ndarray:
+  """Return a block of float or int8 values as float32."""
+  block = values[layers, rows]
+  if block.dtype == np.int8:
+    assert scale is not None
+    return rounding.dequantize(block, scale[layers, None])
+  return block.astype(np.float32, copy=False)
+
+
 def _squares(values: np.ndarray) -> float:
-  """The sum of the squares of contiguous float32 values: summed as float32, which is quicker, unless it is out of range."""
+  """Return the sum of squares of contiguous float32 values: in float32, which is quicker, unless out of its range."""
   total = float(np.vdot(values, values))
   if 1e-20 < total < np.inf or not values.any():
     return total

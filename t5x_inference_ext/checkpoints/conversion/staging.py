@@ -24,9 +24,10 @@ import threading
 from typing import Any
 import zlib
 
-from t5x_inference_ext.checkpoints import files, storage
-from t5x_inference_ext.checkpoints.pipeline import run_jobs
-from t5x_inference_ext.checkpoints.work_directory import MARKER
+from t5x_inference_ext.checkpoints import storage
+from t5x_inference_ext.checkpoints.conversion import files
+from t5x_inference_ext.checkpoints.unfinished import MARKER
+from t5x_inference_ext.checkpoints.workers import run_jobs
 from t5x_inference_ext.errors import CheckpointError
 
 # What is held of a file on its way: as read from the disk, as handed over, as it came back, twice.

@@ -10,8 +10,8 @@ from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints import manifest, serving
 from t5x_inference_ext.checkpoints.arrays import Rectangle
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
-from t5x_inference_ext.checkpoints.raw_array import RawArray
-from t5x_inference_ext.checkpoints.t5x_output import T5xOutput
+from t5x_inference_ext.checkpoints.conversion.raw_array import RawArray, array_files
+from t5x_inference_ext.checkpoints.conversion.t5x_output import T5xOutput
 from t5x_inference_ext.checkpoints.tensor import Bounds
 from t5x_inference_ext.errors import UserError
 
@@ -108,9 +108,7 @@ class ServingOutput:
     yield from files.items()
     yield (
       serving.CONFIG,
-      manifest.write(
-        {**self._header, 'errors': errors}, {**files, **manifest.array_files(self.arrays)}
-      ),
+      manifest.write({**self._header, 'errors': errors}, {**files, **array_files(self.arrays)}),
     )
 
 

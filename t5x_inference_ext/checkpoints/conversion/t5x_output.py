@@ -15,7 +15,7 @@ import numpy as np
 from t5x_inference_ext.checkpoints import manifest, serving
 from t5x_inference_ext.checkpoints.arrays import KernelLayout, KernelPart, Rectangle
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
-from t5x_inference_ext.checkpoints.raw_array import RawArray
+from t5x_inference_ext.checkpoints.conversion.raw_array import RawArray, array_files
 from t5x_inference_ext.checkpoints.readers import flaxformer_names, legacy
 from t5x_inference_ext.checkpoints.readers.layer_kinds import (
   LAYER_KINDS,
@@ -175,9 +175,7 @@ class T5xOutput:
     yield serving.CHECKSUMS, files[serving.CHECKSUMS]
     yield (
       MANIFEST,
-      manifest.write(
-        {**self._manifest, 'errors': errors}, {**files, **manifest.array_files(self.arrays)}
-      ),
+      manifest.write({**self._manifest, 'errors': errors}, {**files, **array_files(self.arrays)}),
     )
     yield legacy.INDEX, files[legacy.INDEX]
 

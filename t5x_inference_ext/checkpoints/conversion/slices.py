@@ -1,8 +1,8 @@
-"""What a conversion is cut into: slices, each made of blocks of stored chunks.
+"""The units of a conversion: slices, each made of blocks of stored chunks.
 
 A block is what is decoded at a time: whole stored chunks, at least one. A slice is what is finished, and recorded, at a
-time. Where int8 scales have to be found, a slice is all that is summed into its output channels: all rows of some
-columns of some layers, of every array that shares the scales. Elsewhere it is any box of chunks.
+time. Where int8 scales have to be found, a slice is everything that is summed into its output channels: all rows of
+some columns of some layers, of every array that shares the scales. Elsewhere a slice is any box of chunks.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,13 +16,17 @@ from t5x_inference_ext.checkpoints.tensor import Bounds
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import CheckpointError
 
-SLICE_BYTES = 256 * 2**20
 BLOCK_BYTES = 32 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredBlock:
-  """Whole chunks of one array: its number in the plan, and factored bounds."""
+  """Whole chunks of one array.
+
+  Attributes:
+    array: Number of the array in the plan.
+    bounds: Factored bounds.
+  """
 
   array: int
   bounds: Bounds
@@ -33,9 +37,9 @@ class TensorSlice:
   """One unit of progress.
 
   Attributes:
-    number: its place in the plan.
-    boxes: what it covers, of one or several arrays.
-    scaled: whether scales are to be found for its channels.
+    number: Place in the plan.
+    boxes: What it covers, of one or several arrays.
+    scaled: Whether scales are to be found for its channels.
   """
 
   number: int
@@ -47,37 +51,27 @@ class ConversionPlan:
   """All slices of a conversion.
 
   Attributes:
-    arrays: the source's.
-    slices: in order of their numbers.
-    block_bytes: the largest block's, as stored.
-    slice_bytes: the largest slice's.
+    arrays: The source's arrays.
+    slices: All slices, in order of their numbers.
+    block_bytes: Bytes of the largest block, as stored.
+    slice_bytes: Bytes of the largest slice, as stored.
   """
 
   def __init__(
-    self,
-    arrays: Sequence[SourceArray],
-    config: ModelConfig,
-    finds_scales: bool,
-    slice_bytes: int = SLICE_BYTES,
+    self, arrays: Sequence[SourceArray], config: ModelConfig, finds_scales: bool, slice_bytes: int
   ):
     self.arrays = tuple(arrays)
     kinds = params.parameters(config)
-    by_scale, single = {}, []
+    by_scale: dict[str, list[int]] = {}
+    boxes: list[tuple[tuple[StoredBlock, ...], bool]] = []
     for i, array in enumerate(self.arrays):
-      scales = sorted(
-        {kinds[part.name].scale for part in array.arrangement.parts if kinds[part.name].scale}
-      )
+      scales = sorted(filter(None, (kinds[part.name].scale for part in array.arrangement.parts)))
       if scales and finds_scales:
-        by_scale.setdefault(scales[0], []).append(
-          i
-        )  # arrays that share one scale share all: output matrices
+        # Arrays that share one scale share all: output matrices.
+        by_scale.setdefault(scales[0], []).append(i)
       else:
-        single.append(i)
-    boxes = [
-      ((StoredBlock(i, b),), False)
-      for i in single
-      for b in _boxes(self.arrays[i].arrangement.factored, self._cell(i, slice_bytes))
-    ]
+        cell = self._cell(i, slice_bytes)
+        boxes += [((StoredBlock(i, b),), False) for b in _boxes(array.arrangement.factored, cell)]
     for indices in by_scale.values():
       boxes += [(cut, True) for cut in self._columns(indices, slice_bytes)]
     self.slices = tuple(TensorSlice(n, cut, scaled) for n, (cut, scaled) in enumerate(boxes))
@@ -88,10 +82,11 @@ class ConversionPlan:
     )
 
   def nbytes(self, s: TensorSlice) -> int:
-    """What it holds of the source, decoded."""
+    """Return the bytes of the source in a slice, decoded."""
     return sum(self.arrays[box.array].nbytes(box.bounds) for box in s.boxes)
 
   def blocks(self, s: TensorSlice) -> list[StoredBlock]:
+    """Return the blocks of a slice."""
     return [
       StoredBlock(box.array, bounds)
       for box in s.boxes
@@ -102,14 +97,14 @@ class ConversionPlan:
     ]
 
   def _cell(self, index: int, nbytes: int, within: Sequence[int] | None = None) -> tuple[int, ...]:
-    """Whole chunks of an array of up to nbytes, or one chunk: grown along its last axes first, as they are stored."""
+    """Return the shape of whole chunks of up to nbytes, or of one chunk: grown along the last axes first, as stored."""
     array = self.arrays[index]
     return _grow(
       array.chunk, within or array.arrangement.factored, array.tensor.dtype.itemsize, nbytes
     )
 
   def _columns(self, indices: list[int], slice_bytes: int) -> Iterator[tuple[StoredBlock, ...]]:
-    """Cuts arrays that share scales across layers and outputs alike, at borders of chunks of all of them."""
+    """Cut arrays that share scales alike, along layers and outputs, at borders of chunks of all of them."""
     arrays = [self.arrays[i] for i in indices]
     split = [1 + len(a.arrangement.inputs) for a in arrays]
     kept = [(a.arrangement.factored[0], *a.arrangement.outputs) for a in arrays]
@@ -130,19 +125,21 @@ class ConversionPlan:
 
 
 def _grow(cell: Sequence[int], shape: Sequence[int], itemsize: int, nbytes: int) -> tuple[int, ...]:
-  """A multiple of cell, of up to nbytes, within shape: the last axes are completed first."""
-  cell = [min(c, n) for c, n in zip(cell, shape)]
-  for axis in reversed(range(len(cell))):
-    fits = nbytes // max(1, math.prod(cell) * itemsize)
+  """Return a multiple of cell, of up to nbytes, within shape: the last axes are completed first."""
+  grown = [min(c, n) for c, n in zip(cell, shape)]
+  for axis in reversed(range(len(grown))):
+    fits = nbytes // max(1, math.prod(grown) * itemsize)
     if fits >= 2:
-      cell[axis] = min(shape[axis], cell[axis] * fits)
-    if cell[axis] < shape[axis]:
+      grown[axis] = min(shape[axis], grown[axis] * fits)
+    if grown[axis] < shape[axis]:
       break
-  return tuple(cell)
+  return tuple(grown)
 
 
-def _boxes(shape: Sequence, cell: Sequence[int]) -> Iterator[Bounds]:
-  """Cuts a shape, or bounds, into boxes of a cell's size; they start at multiples of it from where the bounds begin."""
+def _boxes(
+  shape: Sequence[int | tuple[int, int]], cell: Sequence[int]
+) -> Iterator[tuple[tuple[int, int], ...]]:
+  """Cut a shape, or bounds, into boxes of a cell's size, at multiples of it from where the bounds begin."""
   bounds = [n if isinstance(n, tuple) else (0, n) for n in shape]
   ranges = (
     [(i, min(i + c, end)) for i in range(begin, end, c)] for (begin, end), c in zip(bounds, cell)

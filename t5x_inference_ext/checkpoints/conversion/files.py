@@ -1,0 +1,202 @@
+"""Every change that a conversion makes to the disk. Each function raises OSError: a full disk, a failing device.
+
+Files are opened for writing here and nowhere else, and never through a symbolic link.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import errno
+import io
+import itertools
+import json
+import math
+import mmap
+import os
+import shutil
+import stat
+from typing import Any
+import zlib
+
+import numpy as np
+
+# An index of a part of an array, with explicit bounds, and the values there.
+IndexedValues = tuple[tuple[slice, ...], np.ndarray]
+_ZEROS = 2**20
+
+
+def open_no_link(path: str, flags: int) -> int:
+  """Open a file but no symbolic link; an `opener` for open()."""
+  return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+
+
+def find_link(directory: str) -> str | None:
+  """Return a path below `directory` through which a write would reach a file elsewhere, if there is one.
+
+  Such a path is a symbolic link, a file with several names (hard links), a device or a pipe.
+  """
+  for root, directories, names in os.walk(directory):
+    for path in sorted(os.path.join(root, name) for name in (*directories, *names)):
+      with contextlib.suppress(FileNotFoundError):  # a temporary file of another shard
+        found = os.lstat(path)
+        only_here = stat.S_ISREG(found.st_mode) and found.st_nlink == 1
+        if not only_here and not stat.S_ISDIR(found.st_mode):
+          return path
+  return None
+
+
+def allocate(path: str, size: int) -> None:
+  """Make a file of `size` zero bytes and reserve its disk blocks, so that later writes find space."""
+  with _opened(path, 'ab') as f:
+    if hasattr(os, 'posix_fallocate'):
+      os.posix_fallocate(f.fileno(), 0, size)
+    else:  # macOS: write the zeros
+      f.truncate(0)
+      for begin in range(0, size, _ZEROS):
+        f.write(bytes(min(_ZEROS, size - begin)))
+
+
+def write_blocks(path: str, shape: tuple[int, ...], blocks: list[IndexedValues]) -> None:
+  """Write values into the allocated file of one array, touching only their pages.
+
+  Args:
+    path: the file, which holds the array in C order.
+    shape: of the array.
+    blocks: (index, values), of one dtype.
+  """
+  axis = next((a for a, n in enumerate(shape) if n > 1), 0)  # the file is rows along this axis
+
+  def rows(block: IndexedValues) -> tuple[int, int]:
+    return block[0][axis].start, block[0][axis].stop
+
+  with _opened(path, 'r+b') as f:
+    for (first, last), same_rows in itertools.groupby(sorted(blocks, key=rows), rows):
+      group = list(same_rows)
+      if len(group) == 1 and _is_contiguous(group[0][1].shape, shape):
+        _write_range(f, shape, *group[0])
+      else:
+        _write_mapped(f, shape, axis, first, last, group)
+
+
+def _is_contiguous(part: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+  """Return whether the bytes of a part of an array of `shape` follow each other."""
+  varying = next((axis for axis, n in enumerate(part) if n > 1), 0)
+  return part[varying + 1 :] == shape[varying + 1 :]
+
+
+def _write_range(
+  file: io.FileIO, shape: tuple[int, ...], index: tuple[slice, ...], values: np.ndarray
+) -> None:
+  begin = int(np.ravel_multi_index([s.start for s in index], shape)) * values.dtype.itemsize
+  data = memoryview(np.ascontiguousarray(values).view(np.uint8).data).cast('B')
+  while data:
+    written = os.pwrite(file.fileno(), data, begin)
+    begin, data = begin + written, data[written:]
+
+
+def _write_mapped(
+  file: io.FileIO,
+  shape: tuple[int, ...],
+  axis: int,
+  first: int,
+  last: int,
+  blocks: list[IndexedValues],
+) -> None:
+  """Write blocks of the rows `first` to `last` through one memory map."""
+  dtype = blocks[0][1].dtype
+  row_bytes = math.prod(shape[axis + 1 :]) * dtype.itemsize
+  begin = first * row_bytes
+  skipped = begin % mmap.ALLOCATIONGRANULARITY
+  length = skipped + (last - first) * row_bytes
+  # Where most pages will be touched, mapping all at once is quicker than one page fault each.
+  runs = sum(values.size // values.shape[-1] for _, values in blocks)
+  touched = runs * mmap.PAGESIZE + sum(values.nbytes for _, values in blocks)
+  flags = getattr(mmap, 'MAP_POPULATE', 0) if 2 * touched >= length else 0
+  with mmap.mmap(
+    file.fileno(), length, flags=mmap.MAP_SHARED | flags, offset=begin - skipped
+  ) as memory:
+    count = (last - first) * row_bytes // dtype.itemsize
+    rows = np.frombuffer(memory, dtype, count, skipped)
+    rows = rows.reshape(*shape[:axis], last - first, *shape[axis + 1 :])
+    for index, values in blocks:
+      rows[*index[:axis], :, *index[axis + 1 :]] = values
+    del rows  # a view of `memory`, which cannot be closed before
+
+
+def sync(path: str) -> None:
+  """Flush a file or directory to the disk and drop it from the page cache: the next read is from the disk."""
+  descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+  try:
+    with _named(path):
+      os.fsync(descriptor)
+      if not os.path.isdir(path) and hasattr(os, 'posix_fadvise'):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+  finally:
+    os.close(descriptor)
+
+
+def append_line(path: str, entry: dict[str, Any]) -> None:
+  """Append a JSON object with its CRC-32 as a line, and flush it to the disk."""
+  data = json.dumps(entry).encode()
+  line = b'\n%08x %s\n' % (zlib.crc32(data), data)  # the first \n ends a line that a kill has torn
+  with _opened(path, 'ab') as f:
+    if f.write(line) != len(line):
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    os.fsync(f.fileno())
+
+
+def read_lines(path: str) -> Iterator[dict[str, Any]]:
+  """Yield the objects that append_line wrote; lines that are torn or damaged are left out."""
+  with open(path, 'rb') as f:
+    for line in f.read().split(b'\n'):
+      crc, _, data = line.partition(b' ')
+      if crc == b'%08x' % zlib.crc32(data):
+        yield json.loads(data)
+
+
+def write_file(path: str, data: bytes) -> None:
+  """Write a whole small file, which is there entirely or not at all."""
+  temporary = f'{path}.new'
+  with _opened(temporary, 'wb') as f:
+    if f.write(data) != len(data):
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    os.fsync(f.fileno())
+  os.rename(temporary, path)
+  sync(os.path.dirname(path))
+
+
+def truncate(path: str) -> None:
+  """Make a file empty, without taking space for a moment."""
+  with _opened(path, 'wb') as f:
+    os.fsync(f.fileno())
+
+
+def publish(directory: str, path: str) -> None:
+  """Rename a directory whose files are on the disk to its final name, in one step."""
+  for root, _, _ in os.walk(directory):
+    sync(root)
+  os.rename(directory, path)
+  sync(os.path.dirname(path))
+
+
+def remove(directory: str) -> None:
+  """Remove a directory and all in it, if it is there."""
+  if os.path.lexists(directory):
+    shutil.rmtree(directory)
+
+
+@contextlib.contextmanager
+def _opened(path: str, mode: str) -> Iterator[io.FileIO]:
+  """Open a file for writing, unbuffered and never through a link; errors name it."""
+  with _named(path), open(path, mode, buffering=0, opener=open_no_link) as f:
+    yield f
+
+
+@contextlib.contextmanager
+def _named(path: str) -> Iterator[None]:
+  """Give an OSError of a descriptor the name of its file."""
+  try:
+    yield
+  except OSError as e:
+    if e.filename is None:
+      raise OSError(e.errno, e.strerror, path) from e
+    raise

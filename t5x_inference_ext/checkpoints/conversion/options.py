@@ -1,0 +1,123 @@
+"""How a conversion is asked for, and what it reports."""
+
+import dataclasses
+import re
+
+from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
+from t5x_inference_ext.checkpoints.conversion.rounding_error import RoundingError
+from t5x_inference_ext.checkpoints.workers import worker_count
+from t5x_inference_ext.errors import UserError
+from t5x_inference_ext.options import check_options, option
+
+OUTPUT_FORMATS = ('serving', 't5x_int8', 't5x_float')
+# Headings of --help.
+COMMON, MEMORY, SHARDS = 'Common', 'Memory and progress', 'Several processes'
+_UNITS = {'': 1, 'kB': 10**3, 'MB': 10**6, 'GB': 10**9, 'KiB': 2**10, 'MiB': 2**20, 'GiB': 2**30}
+
+
+def parse_size(name: str, size: int | str) -> int:
+  """Return a number of bytes that is given as such or with a unit: 512MiB. Raises UserError."""
+  found = re.fullmatch(r'(\d+) *([kMGKi]*B)?', str(size))
+  if found is None or (found[2] or '') not in _UNITS:
+    raise UserError(f'{name} must be a number of bytes, as 536870912, 512MiB or 1GB, got {size!r}')
+  return int(found[1]) * _UNITS[found[2] or '']
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertOptions:
+  """How to convert. The fields' help texts say what each does.
+
+  Attributes:
+    weights: Dtype of the matrices of a serving checkpoint, 'int8' or 'bfloat16'; T5X's formats say it themselves.
+  """
+
+  weights: str = 'int8'
+  format: str = option(
+    'serving',
+    help="What to make: a serving checkpoint, or T5X's legacy format with int8 or float32 matrices.",
+    group=COMMON,
+    choices=OUTPUT_FORMATS,
+  )
+  scale_search: str = option(
+    'absmax',
+    help="An int8 channel's scale: max|w| / 127 (absmax), or the multiple of it with the least "
+    'squared error (mse; some 20 times the arithmetic).',
+    group=COMMON,
+    choices=('absmax', 'mse'),
+  )
+  embedding: str = option(
+    'bfloat16',
+    help="Dtype of a serving checkpoint's embedding. int8 is refused: it can't be served.",
+    group=COMMON,
+    choices=('bfloat16', 'int8'),
+  )
+  workers: int | None = option(
+    None,
+    help='Number of threads. By default one a core; more help with a source in a bucket.',
+    group=MEMORY,
+  )
+  hold_bytes: int | str = option(
+    '512MiB',
+    help='How much of the source to hold until its scales are known. What is more is read again.',
+    group=MEMORY,
+  )
+  slice_bytes: int | str = option(
+    '256MiB',
+    help='How much of the source is recorded as finished at a time, if its chunks allow it.',
+    group=MEMORY,
+  )
+  num_shards: int = option(1, help='How many processes divide the work.', group=SHARDS)
+  shard_id: int = option(0, help='Which of them this process is, from 0.', group=SHARDS)
+
+  def __post_init__(self) -> None:
+    check_options(self)
+    if self.embedding != 'bfloat16':
+      raise UserError(
+        f"embedding={self.embedding!r} can't be served: the program reads its rows and multiplies by it "
+        'without scales; it stays bfloat16'
+      )
+    if self.num_shards < 1:
+      raise UserError(f'num_shards must be at least 1, got {self.num_shards}')
+    if not 0 <= self.shard_id < self.num_shards:
+      raise UserError(
+        f'shard_id must be 0 to num_shards - 1 = {self.num_shards - 1}, got {self.shard_id}'
+      )
+    worker_count(self.workers)
+    assert self.held_size >= 0 <= self.slice_size  # raises UserError for what is no size
+
+  @property
+  def held_size(self) -> int:
+    """hold_bytes as a number."""
+    return parse_size('hold_bytes', self.hold_bytes)
+
+  @property
+  def slice_size(self) -> int:
+    """slice_bytes as a number."""
+    return parse_size('slice_bytes', self.slice_bytes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """What a conversion did.
+
+  Attributes:
+    source: The checkpoint read.
+    output: The directory written.
+    weights: Dtype of the matrices in it.
+    finished: Whether it is there; False where other shards still have work.
+    errors: Of each float tensor; empty where this run only found what an earlier one finished.
+    source_bytes: Bytes of the source's parameters, uncompressed.
+    output_bytes: Bytes on disk of everything.
+    layer_bytes: Bytes on disk of the layers' matrices and their scales.
+    layer_float32_bytes: Bytes that the layers' matrices would take as float32.
+  """
+
+  source: Checkpoint
+  output: str
+  weights: str
+  finished: bool
+  errors: dict[str, RoundingError]
+  source_bytes: int
+  output_bytes: int
+  layer_bytes: int
+  layer_float32_bytes: int

@@ -1,0 +1,280 @@
+"""One slice: read, measured, rounded, written."""
+
+import bisect
+from collections.abc import Callable
+import dataclasses
+import functools
+import itertools
+import math
+import threading
+from typing import Any
+
+import numpy as np
+
+from t5x_inference_ext import params
+from t5x_inference_ext.checkpoints.arrays import Rectangle
+from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
+from t5x_inference_ext.checkpoints.conversion.not_finite import check_finite
+from t5x_inference_ext.checkpoints.conversion.outputs import ArrayWrite, Output
+from t5x_inference_ext.checkpoints.conversion.pipeline import PipelineJob
+from t5x_inference_ext.checkpoints.conversion.raw_array import FINGERPRINTS
+from t5x_inference_ext.checkpoints.conversion.rounding_error import RoundingError
+from t5x_inference_ext.checkpoints.conversion.slices import ConversionPlan, StoredBlock, TensorSlice
+from t5x_inference_ext.quantization import rounding
+
+# Takes final values, those of a block at once: to write them, or to compare them with what is there.
+PutWrites = Callable[[list[ArrayWrite]], None]
+
+
+class Hold:
+  """Memory for blocks that are needed again. A block that does not fit is read again."""
+
+  def __init__(self, nbytes: int):
+    self._free, self._lock = nbytes, threading.Lock()
+
+  def take(self, nbytes: int) -> bool:
+    """Reserve memory. Returns whether there was enough."""
+    with self._lock:
+      if self._free < nbytes:
+        return False
+      self._free -= nbytes
+      return True
+
+  def give(self, nbytes: int) -> None:
+    """Give reserved memory back."""
+    with self._lock:
+      self._free += nbytes
+
+  def has(self, nbytes: int) -> bool:
+    """Return whether so much memory is free."""
+    return self._free >= nbytes
+
+
+@dataclasses.dataclass(frozen=True)
+class SliceContext:
+  """What all slices of a conversion share.
+
+  Attributes:
+    source: The checkpoint read.
+    output: The format written.
+    plan: All slices.
+    put: Takes what is to be written.
+    hold: Memory for blocks that are needed again.
+    search: Whether scales are searched for the least squared error.
+    progress: Called with what was written, and how many bytes of the source it was.
+    finished: Called with each slice's record.
+  """
+
+  source: Checkpoint
+  output: Output
+  plan: ConversionPlan
+  put: PutWrites
+  hold: Hold
+  search: bool
+  progress: Callable[[str, int], None]
+  finished: Callable[[dict[str, Any]], None]
+
+
+class WrittenSums:
+  """Fingerprints of what a slice has written, by array."""
+
+  def __init__(self, context: SliceContext):
+    self._put, self._lock = context.put, threading.Lock()
+    self.by_array: dict[str, int] = {}
+
+  def put(self, writes: list[ArrayWrite]) -> None:
+    """Write, and count what was written."""
+    self._put(writes)
+    for array, bounds, values in writes:
+      fingerprint = array.fingerprint(bounds, values)
+      with self._lock:
+        total = self.by_array.get(array.name, 0) + fingerprint
+        self.by_array[array.name] = total % FINGERPRINTS
+
+
+class SliceWork:
+  """A slice of float tensors, or of int8 ones but for their scales. A PipelineWork.
+
+  Buffers of a slice have the columns of its own channels only, side by side.
+  """
+
+  def __init__(self, context: SliceContext, piece: TensorSlice):
+    self._context, self._slice = context, piece
+    self._kinds = params.parameters(context.source.config)
+    self._blocks = context.plan.blocks(piece)
+    steps = [self._measure, *([self._search] if context.search else [])] if piece.scaled else []
+    self._steps = iter([*steps, self._write])
+    self._lock = threading.Lock()
+    self._layers = piece.boxes[0].bounds[0]
+    # By scale: columns (begin, end) in the tensor -> where they begin in a buffer.
+    self._columns = self._channels() if piece.scaled else {}
+    self._held: dict[int, np.ndarray] = {}  # values of blocks, by number
+    self._maxima: dict[str, np.ndarray] = {}  # max|w| [layers, columns], by tensor
+    self._squares: dict[str, np.ndarray] = {}  # [searched, layers, columns], by scale
+    self._scales: dict[str, np.ndarray] = {}  # [layers, columns], by scale
+    self._errors: dict[int, dict[str, RoundingError]] = {}  # of each block, by tensor
+    self._sums = WrittenSums(context)
+
+  def may_start(self) -> bool:
+    """Return whether a block could be held."""
+    return not self._slice.scaled or self._context.hold.has(self._context.plan.block_bytes)
+
+  def jobs(self) -> list[PipelineJob] | None:
+    """Return the next step's jobs, one a block."""
+    if self._squares:
+      for scale, squares in self._squares.items():
+        self._scales[scale] = rounding.best_scales(self._scales[scale], squares)
+      self._squares = {}
+    elif self._maxima and not self._scales:
+      self._find_scales()
+    step = next(self._steps, None)
+    if step is None:
+      self._finish()
+      return None
+    return [functools.partial(step, number, block) for number, block in enumerate(self._blocks)]
+
+  def _values(self, block: StoredBlock) -> np.ndarray:
+    return self._context.plan.arrays[block.array].read(block.bounds)
+
+  def _measure(self, number: int, block: StoredBlock) -> None:
+    """Find the largest magnitudes of a block, and hold it if there is memory."""
+    values = self._values(block)
+    for part, rectangle, w in self._context.plan.arrays[block.array].rectangles(
+      values, block.bounds
+    ):
+      largest = rounding.largest(w)
+      scale = self._scale(part.name)
+      place = self._place(scale, rectangle)
+      with self._lock:
+        maxima = self._buffer(self._maxima, part.name, scale, np.float32)
+        np.maximum(maxima[place], largest, out=maxima[place])
+    if self._context.hold.take(values.nbytes):
+      self._held[number] = values
+
+  def _find_scales(self) -> None:
+    together: dict[str, list[np.ndarray]] = {}
+    for name, maxima in self._maxima.items():
+      check_finite(self._context.source, name, maxima, self._layers[0], np.int8)
+      together.setdefault(self._scale(name), []).append(maxima)
+    self._scales = {
+      scale: rounding.scales_of(np.maximum.reduce(maxima)) for scale, maxima in together.items()
+    }
+
+  def _search(self, number: int, block: StoredBlock) -> None:
+    """Add a block's squared errors under each scale that is tried."""
+    values = self._held[number] if number in self._held else self._values(block)
+    for part, rectangle, w in self._context.plan.arrays[block.array].rectangles(
+      values, block.bounds
+    ):
+      scale = self._scale(part.name)
+      place = self._place(scale, rectangle)
+      squares = rounding.squared_errors(w, self._scales[scale][place])
+      with self._lock:
+        buffer = self._buffer(self._squares, scale, scale, np.int64, len(rounding.SEARCHED))
+        buffer[:, *place] += squares
+
+  def _write(self, number: int, block: StoredBlock) -> None:
+    """Round and write a block."""
+    context, held = self._context, self._held.pop(number, None)
+    values = self._values(block) if held is None else held
+    errors: dict[str, RoundingError] = {}
+    writes: list[ArrayWrite] = []
+    for part, rectangle, w in context.plan.arrays[block.array].rectangles(values, block.bounds):
+      dtype = context.output.dtype(part.name)
+      scale, magnitude = self._scale_and_magnitude(part.name, rectangle, w, dtype)
+      written = _round(w, scale, dtype)
+      errors.setdefault(part.name, RoundingError()).add(w, written, scale, magnitude)
+      writes.extend(context.output.placements(part.name, rectangle, written))
+    self._sums.put(writes)
+    with self._lock:
+      self._errors[number] = errors
+    if held is not None:
+      context.hold.give(held.nbytes)
+    first, end = block.bounds[0]
+    where = f'layers {first}-{end - 1} ' if self._slice.scaled else ''
+    context.progress(where + ' '.join(errors), values.nbytes)
+
+  def _scale_and_magnitude(
+    self, name: str, rectangle: Rectangle, w: np.ndarray, dtype: np.dtype
+  ) -> tuple[np.ndarray | None, float]:
+    """Return the scales [layers, columns] of a rectangle w, if it is or becomes int8, and max|w|."""
+    source = self._context.source
+    if self._slice.scaled:
+      place = self._place(self._scale(name), rectangle)
+      return self._scales[self._scale(name)][place], float(self._maxima[name][place].max())
+    if source.weights == 'int8' and self._kinds[name].scale is not None:
+      index = (slice(*rectangle.layers), slice(*rectangle.columns))
+      scale = source.tensors[self._scale(name)].read(index)
+      return scale, float(rounding.QMAX * scale.max())
+    largest = rounding.largest(w)
+    check_finite(source, name, largest, rectangle.layers[0], dtype)
+    return None, float(largest.max())
+
+  def _finish(self) -> None:
+    """Write the slice's scales and record it."""
+    for scale, places in self._columns.items():
+      for columns, place in places.items():
+        values = self._scales[scale][:, None, place : place + columns[1] - columns[0]]
+        rectangle = Rectangle(self._layers, (0, 1), columns)
+        self._sums.put(list(self._context.output.placements(scale, rectangle, values)))
+    errors: dict[str, RoundingError] = {}
+    for _, block_errors in sorted(self._errors.items()):
+      for name, error in block_errors.items():
+        errors.setdefault(name, RoundingError()).merge(error)
+    self._context.finished(
+      {
+        'slice': self._slice.number,
+        'fingerprints': self._sums.by_array,
+        'errors': {name: dataclasses.astuple(error) for name, error in errors.items()},
+      }
+    )
+
+  def _scale(self, name: str) -> str:
+    """Return the name of a matrix's scales."""
+    scale = self._kinds[name].scale
+    assert scale is not None
+    return scale
+
+  def _channels(self) -> dict[str, dict[tuple[int, int], int]]:
+    columns: dict[str, set[tuple[int, int]]] = {}
+    for box in self._slice.boxes:
+      arrangement = self._context.plan.arrays[box.array].arrangement
+      for part, rectangle, _ in arrangement.rectangles(box.bounds):
+        columns.setdefault(self._scale(part.name), set()).add(rectangle.columns)
+    places = {}
+    for scale, found in columns.items():
+      ranges = sorted(found)
+      widths = (end - begin for begin, end in ranges)
+      places[scale] = dict(zip(ranges, itertools.accumulate(widths, initial=0)))
+    return places
+
+  def _place(self, scale: str, rectangle: Rectangle) -> tuple[slice, slice]:
+    """Return where a rectangle's layers and columns are in the slice's buffers."""
+    ranges = list(self._columns[scale])
+    begin, end = rectangle.columns
+    first = ranges[bisect.bisect_right(ranges, (begin, math.inf)) - 1]
+    place = self._columns[scale][first] + begin - first[0]
+    layers = slice(*(i - self._layers[0] for i in rectangle.layers))
+    return layers, slice(place, place + end - begin)
+
+  def _buffer(
+    self, buffers: dict[str, np.ndarray], name: str, scale: str, dtype: type, *lead: int
+  ) -> np.ndarray:
+    """Return the buffer [*lead, layers, columns] of a name, made of zeros the first time."""
+    if name not in buffers:
+      columns = sum(end - begin for begin, end in self._columns[scale])
+      buffers[name] = np.zeros((*lead, self._layers[1] - self._layers[0], columns), dtype)
+    return buffers[name]
+
+
+def _round(w: np.ndarray, scale: np.ndarray | None, dtype: np.dtype) -> np.ndarray:
+  """Return w [layers, rows, columns] as it is written; scale [layers, columns] where w or the output is int8."""
+  if w.dtype == np.int8 == dtype:
+    return w
+  if dtype == np.int8:
+    assert scale is not None
+    return rounding.quantize_layers(w, scale)
+  if w.dtype == np.int8:
+    assert scale is not None
+    w = rounding.dequantize(w, scale[:, None])
+  return w.astype(dtype, copy=False)

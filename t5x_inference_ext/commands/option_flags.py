@@ -1,0 +1,154 @@
+"""Flags of a command, made of the fields of dataclasses (options.option), and the text of --help."""
+
+from collections.abc import Collection, Iterator, Sequence
+import dataclasses
+import inspect
+import textwrap
+import types
+import typing
+from typing import Any, TypeVar
+
+from absl import flags as absl_flags
+
+from t5x_inference_ext.errors import UserError
+
+_WIDTH = 100  # columns of --help
+_KINDS = {bool: 'boolean', int: 'integer', float: 'float', str: 'string'}
+_T = TypeVar('T')
+
+
+def option_fields(
+  options: type, *, skip: Collection[str] = (), named: Collection[str] | None = None
+) -> Iterator[dataclasses.Field]:
+  """Yield the fields of a dataclass that are options: all but `skip`, or those of `named` alone."""
+  for field in dataclasses.fields(options):
+    if (
+      'help' in field.metadata and field.name not in skip and (named is None or field.name in named)
+    ):
+      yield field
+
+
+def option_names(*options: type) -> list[str]:
+  """Return the names of the options of dataclasses, which are the names of their flags."""
+  return [field.name for each in options for field in option_fields(each)]
+
+
+def define_options(
+  flags: absl_flags.FlagValues,
+  options: type,
+  *,
+  skip: Collection[str] = (),
+  group: str = '',
+  prefix: str = '',
+) -> None:
+  """Define a flag for each option of a dataclass: same name, type, default and choices.
+
+  Args:
+    flags: takes the flags.
+    options: dataclass whose fields are made with options.option.
+    skip: names of fields that are no flags of this command.
+    group: heading in --help, in place of the fields' own.
+    prefix: beginning of each help text.
+  """
+  hints = typing.get_type_hints(options)
+  for field in option_fields(options, skip=skip):
+    default = None if field.default is dataclasses.MISSING else field.default
+    define_flag(
+      flags,
+      field.name,
+      hints[field.name],
+      default,
+      prefix + field.metadata['help'],
+      group=group or field.metadata['group'],
+      choices=field.metadata['choices'],
+    )
+
+
+def define_flag(
+  flags: absl_flags.FlagValues,
+  name: str,
+  annotation: Any,
+  default: Any,
+  text: str,
+  *,
+  group: str = '',
+  choices: Sequence[str] = (),
+) -> None:
+  """Define one flag.
+
+  Args:
+    flags: takes the flag.
+    name: of the flag.
+    annotation: bool, int, float or str, each also with `| None`; or tuple[str, ...] for a flag that may be repeated.
+    default: value where the flag is not given.
+    text: help text.
+    group: heading in --help.
+    choices: the values of a text that are allowed.
+  """
+  members = set(typing.get_args(annotation)) - {types.NoneType}
+  kind: Any = annotation
+  if typing.get_origin(annotation) is types.UnionType:
+    (kind,) = members
+  # absl lists flags by module: here the heading that --help shows them under.
+  arguments = {'flag_values': flags, 'module_name': group or 'Flags'}
+  if choices:
+    absl_flags.DEFINE_enum(name, default, list(choices), text, **arguments)
+  elif kind in _KINDS:
+    getattr(absl_flags, f'DEFINE_{_KINDS[kind]}')(name, default, text, **arguments)
+  else:
+    absl_flags.DEFINE_multi_string(name, list(default), text, **arguments)
+
+
+def read_options(
+  flags: absl_flags.FlagValues, options: type[_T], *, skip: Collection[str] = (), **others: Any
+) -> _T:
+  """Return an instance of a dataclass with the values of its flags.
+
+  Args:
+    flags: parsed.
+    options: dataclass that define_options made flags of.
+    skip: as given to define_options.
+    **others: values of fields that are no flags.
+
+  Raises:
+    UserError: a value that the dataclass refuses.
+  """
+  values = {field.name: flags[field.name].value for field in option_fields(options, skip=skip)}
+  for name, value in values.items():
+    if isinstance(value, list):
+      values[name] = tuple(value)
+  return options(**values, **others)
+
+
+def check_given(flags: absl_flags.FlagValues, *names: str) -> None:
+  """Raise UserError that names the flags that are needed and not given."""
+  missing = [f'--{name}' for name in names if flags[name].value in (None, '')]
+  if missing:
+    raise UserError(f'{", ".join(missing)} not given; --help shows examples')
+
+
+def help_text(doc: str, flags: absl_flags.FlagValues) -> str:
+  """Return what --help prints: a command's docstring, then its flags by group, in the order of their definition."""
+  lines = [inspect.cleandoc(doc)]
+  for group, members in flags.flags_by_module_dict().items():
+    # Flags that a command defines itself are absl's: their module is the command's, not a heading.
+    lines += ['', f'{"Flags" if "." in group else group}:', *map(_flag_text, members)]
+  return '\n'.join(lines)
+
+
+def _flag_text(flag: absl_flags.Flag) -> str:
+  text = flag.help.partition(';\n')[0]  # absl adds how to repeat a flag
+  if (
+    isinstance(flag.default, (int, float, str)) and flag.default is not False and flag.default != ''
+  ):
+    text += f' Default: {flag.default}.'
+  # absl begins the text of a flag with choices by <A|B>.
+  text = f'={text}' if text[0] == '<' else f': {text}'
+  return textwrap.fill(
+    f'--{flag.name}{text}',
+    _WIDTH,
+    initial_indent='  ',
+    subsequent_indent='      ',
+    break_on_hyphens=False,
+    break_long_words=False,
+  )

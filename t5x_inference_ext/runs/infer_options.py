@@ -1,0 +1,271 @@
+"""Options of the infer command: one field each, from which come the flag, gin's parameter and the check of its value."""
+
+import dataclasses
+from typing import Any
+
+from t5x_inference_ext.config import NORM_SCALES, ModelConfig
+from t5x_inference_ext.engine.sampling import SamplingParams, stack_params
+from t5x_inference_ext.engine.vocabularies import stop_sequences
+from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.model.transformer import CACHE_DTYPES, COMPUTE_DTYPES
+from t5x_inference_ext.options import check_options, option
+from t5x_inference_ext.sharding.layout import (
+  ATTENTION,
+  FEEDFORWARD,
+  RING_DIRECTIONS,
+  Layout,
+  check_pair,
+)
+
+BATCHING = ('continuous', 'static')
+MODES = ('predict', 'predict_with_aux', 'score')
+# Headings of --help, in its order.
+_NEEDED, _COMMON, _WRITTEN, _SHARDING, _BATCHING = (
+  'Required',
+  'Common',
+  'What is written of each token',
+  'Sharding, memory and compilation',
+  'Batching',
+)
+
+
+def _layout_help(phase: str) -> str:
+  return (
+    f'Layout of {phase}, feedforward/attention[/collectives]: {", ".join(FEEDFORWARD)} / '
+    f'{", ".join(ATTENTION)} [/ {", ".join(RING_DIRECTIONS)}]. See docs/layouts.md.'
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class InferOptions:
+  """Options of a run of the infer command, over a prompts file or a seqio task.
+
+  Attributes without a help text of their own:
+    config: model that the checkpoint must hold; None: the one it holds.
+    max_length: limit of prompt and new tokens of a row together; None: no such limit.
+    sampling: how tokens are chosen. Its stop sequences are ids; `stop` holds texts, which
+      with_vocabulary adds to them.
+
+  Raises:
+    RequestError: a value out of its range, or options that can't be used together.
+    MeshError: layouts that are not known, or can't share weights.
+  """
+
+  checkpoint: str = option(
+    help='Checkpoint directory: a serving checkpoint, or one of T5X (legacy or Orbax).',
+    group=_NEEDED,
+  )
+  max_new_tokens: int = option(
+    64, help='Most tokens generated for each row.', group=_COMMON, least=1
+  )
+  mode: str = option(
+    'predict',
+    help='predict generates a completion for each row; score gives the log-probability of the '
+    "row's own completion. predict_with_aux is predict for a prompts file, whose rows always have "
+    'scores, and adds scores to the rows of a task.',
+    group=_COMMON,
+    choices=MODES,
+  )
+  num_decodes: int = option(
+    1,
+    help='Samples of each prompt, which share its prefill. With more than one a row has them as '
+    '`samples`.',
+    group=_COMMON,
+    least=1,
+  )
+  seed: int = option(
+    0, help='Seed of the whole run; every row has its own seed from it.', group=_COMMON, least=0
+  )
+  batch_size: int = option(
+    32, help='Rows decoded together, rounded up to what the mesh takes.', group=_COMMON, least=1
+  )
+  mesh: str | None = option(
+    None,
+    help='Mesh XxYxZ, such as 2x2x2, over the first devices. By default over all devices that '
+    'divide the model.',
+    group=_COMMON,
+  )
+  dtype: str = option(
+    'bfloat16',
+    help='Dtype of activations and float weights; int8 weights stay int8.',
+    group=_COMMON,
+    choices=COMPUTE_DTYPES,
+  )
+  stop: tuple[str, ...] = option(
+    (),
+    help='A text that ends a row, where the model writes it in the tokens that the vocabulary cuts '
+    'it into; may be repeated.',
+    group='Choosing tokens',
+  )
+  token_log_probs: bool = option(
+    False,
+    help="Write each token's log-probability, as `log_probs`; of generated tokens with continuous "
+    'batching.',
+    group=_WRITTEN,
+  )
+  top_log_probs: int = option(
+    0,
+    help='Write this many of the most likely tokens at each step and their log-probabilities, as '
+    '`top_log_probs`; with continuous batching.',
+    group=_WRITTEN,
+    least=0,
+  )
+  prefill_layout: str = option('ws_2d/batch', help=_layout_help('prefill'), group=_SHARDING)
+  decode_layout: str = option('ws_2d/batch', help=_layout_help('decode'), group=_SHARDING)
+  cache: str | None = option(
+    None,
+    help='Dtype of the KV cache. int8 has a scale for each position and head, and takes half the '
+    'memory of bfloat16. By default --dtype.',
+    group=_SHARDING,
+    choices=CACHE_DTYPES,
+  )
+  cache_length: int | None = option(
+    None,
+    help="Positions of each row's cache, new tokens included; a prompt that does not fit is an "
+    'error. By default as many as the longest prompt needs.',
+    group=_SHARDING,
+    least=1,
+  )
+  norm_scale: str | None = option(
+    None,
+    help='How a T5X checkpoint stores its norm scales: around zero (PaLM) or one. By default what '
+    'the checkpoint records, else zero for fused parallel layers, one for others.',
+    group=_SHARDING,
+    choices=NORM_SCALES,
+  )
+  scan_layers: bool | None = option(
+    None,
+    help='Run all layers as one loop, which compiles in seconds; --noscan_layers writes them out, '
+    'which decodes faster on a TPU or GPU. By default a loop for more than 8 layers on CPU, else '
+    'none.',
+    group=_SHARDING,
+  )
+  executable: str | None = option(
+    None,
+    help='Program that `python -m t5x_inference_ext.precompile --phase=generate --save` compiled '
+    'for these chips, run instead of compiling; its batch and prompt size are used. It runs as '
+    'code: use files of your own making alone.',
+    group=_SHARDING,
+  )
+  batching: str = option(
+    'continuous',
+    help='With continuous batching finished rows leave and waiting prompts enter; static batches '
+    'end with their last row. Rows are the same.',
+    group=_BATCHING,
+    choices=BATCHING,
+  )
+  prefill_chunk: int = option(
+    256,
+    help='Positions of a prompt that one pass takes, with continuous batching.',
+    group=_BATCHING,
+    least=1,
+  )
+  prefill_budget: int = option(
+    2048,
+    help='Most prompt tokens between decode steps while rows wait, with continuous batching.',
+    group=_BATCHING,
+    least=1,
+  )
+  config: ModelConfig | None = None
+  max_length: int | None = None
+  sampling: SamplingParams = SamplingParams()
+
+  def __post_init__(self) -> None:
+    check_options(self)
+    check_pair(*self.layouts)
+    if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+      raise RequestError(
+        f'stop must be texts that are not empty, got {self.stop!r}; SamplingParams.stop takes ids'
+      )
+    object.__setattr__(self, 'stop', tuple(self.stop))
+    self._check_generation_options()
+    if self.executable is not None and self.mode == 'score':
+      raise RequestError(f"the executable {self.executable} generates: mode=score can't use it")
+    # An empty prompt needs max_new_tokens positions: BOS takes one and the last new token none.
+    if (
+      self.mode != 'score'
+      and self.cache_length is not None
+      and self.cache_length < self.max_new_tokens
+    ):
+      raise RequestError(
+        f'cache_length={self.cache_length} has no room for max_new_tokens={self.max_new_tokens}: '
+        'raise the one or lower the other'
+      )
+
+  def _check_generation_options(self) -> None:
+    """Raise RequestError for options that the mode or the batching does not offer."""
+    if self.mode != 'score' and self.continuous:
+      return
+    given = {'num_decodes': self.num_decodes > 1, 'top_log_probs': self.top_log_probs}
+    if self.mode == 'score':
+      given |= {'stop': self.stop or self.sampling.stop, 'logit_bias': self.sampling.logit_bias}
+      why = 'is for runs that generate: mode=score chooses no tokens'
+    else:
+      given |= {'token_log_probs': self.token_log_probs}
+      why = 'needs batching=continuous: a static batch has one sample of each row, and its score'
+      if self.executable is not None:
+        why = (
+          f"can't be used with the executable {self.executable}: it gives one sample of each row, "
+          'and its score'
+        )
+    for name, value in given.items():
+      if value:
+        raise RequestError(f'{name} {why}')
+
+  @property
+  def layouts(self) -> tuple[Layout, Layout]:
+    """Layouts of prefill and of decode."""
+    return Layout.parse(self.prefill_layout), Layout.parse(self.decode_layout)
+
+  @property
+  def continuous(self) -> bool:
+    """Whether decode slots are refilled. A saved program runs whole batches."""
+    return self.batching == 'continuous' and self.executable is None
+
+  @property
+  def max_prompt(self) -> int | None:
+    """Tokens of the longest prompt that the cache has room for; None: any."""
+    return None if self.cache_length is None else self.cache_length - self.max_new_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptsFiles:
+  """Files that a run over prompts reads and writes, and how their text is encoded."""
+
+  prompts: str = option(help='JSONL file of prompts to read.', group=_NEEDED)
+  output: str = option(
+    help='JSONL file to write, whole or not at all. What the run resolved goes into '
+    'OUTPUT.config.json.',
+    group=_NEEDED,
+  )
+  vocabulary: str | None = option(
+    None,
+    help='`bytes`, or the path of a SentencePiece .model file. By default bytes for a model of 384 '
+    'rows.',
+    group=_COMMON,
+  )
+  overwrite: bool = option(False, help='Replace an existing output.', group=_COMMON)
+
+  def __post_init__(self) -> None:
+    check_options(self)
+
+
+def with_vocabulary(options: InferOptions, vocabulary: Any, vocab_size: int) -> InferOptions:
+  """Return the options with the stop texts among the stop sequences of `sampling`.
+
+  Args:
+    options: of the run.
+    vocabulary: a Vocabulary, or seqio's; not needed without stop texts.
+    vocab_size: V, rows of the model's embedding.
+
+  Raises:
+    RequestError: a text that the vocabulary can't write, or ids that the model does not have.
+  """
+  if options.top_log_probs > vocab_size:
+    raise RequestError(
+      f'top_log_probs={options.top_log_probs} are more tokens than the {vocab_size} of the model'
+    )
+  ids = [sequence for text in options.stop for sequence in stop_sequences(vocabulary, text)]
+  sampling = dataclasses.replace(options.sampling, stop=(*options.sampling.stop, *ids))
+  stack_params([sampling], vocab_size)
+  return dataclasses.replace(options, sampling=sampling)

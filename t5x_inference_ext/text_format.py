@@ -1,0 +1,59 @@
+"""Byte counts and durations as text, for every report and progress line."""
+
+
+def decimal_bytes(count: float) -> str:
+  """Return bytes in SI units: 3_700_000 -> '3.7 MB'. GB is the largest unit."""
+  if count < 1000:
+    return f'{count:.0f} B'
+  for unit in ('kB', 'MB', 'GB'):
+    count /= 1000
+    if count < 1000:
+      break
+  return f'{count:.1f} {unit}'
+
+
+def megabytes(count: float) -> str:
+  """Return bytes in whole MB, or in GB from 1 GB on: 151_200_000 -> '151 MB', '8.15 GB'."""
+  return f'{count / 1e6:.0f} MB' if count < 1e9 else f'{count / 1e9:.2f} GB'
+
+
+def binary_bytes(count: float) -> str:
+  """Return bytes in powers of 1024: 1536 -> '1.50 KiB'. GiB is the largest unit."""
+  if count < 1024:
+    return f'{count:.0f} B'
+  for unit in ('KiB', 'MiB', 'GiB'):
+    count /= 1024
+    if count < 1024:
+      break
+  return f'{count:.2f} {unit}'
+
+
+def gib(count: float) -> str:
+  """Return bytes in GiB, without the unit: 34_359_738_368 -> '32.00'."""
+  return f'{count / 2**30:.2f}'
+
+
+def seconds_text(seconds: float) -> str:
+  """Return a computed duration in the unit that suits it: 0.0123 -> '12.30 ms', '4.213 s'."""
+  if seconds == 0:
+    return '0'
+  if seconds >= 1:
+    return f'{seconds:.3f} s' if seconds < 100 else f'{seconds:.1f} s'
+  return f'{seconds * 1e3:.2f} ms' if seconds >= 1e-4 else f'{seconds * 1e6:.1f} us'
+
+
+def milliseconds(seconds: float) -> str:
+  """Return a duration in ms, or in s from 10 s on: 0.0123 -> '12.30 ms'."""
+  return f'{seconds * 1e3:.2f} ms' if seconds < 10 else f'{seconds:.1f} s'
+
+
+def microseconds(seconds: float) -> str:
+  """Return a duration in us: 0.0000123 -> '12.3 us'."""
+  return f'{seconds * 1e6:.1f} us'
+
+
+def rough_duration(seconds: float) -> str:
+  """Return a duration as people wait for it: 7.8 -> '8 s', '3 min', '1.2 h'; at least 1 s."""
+  if seconds < 60:
+    return f'{max(1, round(seconds))} s'
+  return f'{seconds / 60:.0f} min' if seconds < 3600 else f'{seconds / 3600:.1f} h'
