@@ -17,15 +17,17 @@ INSTALL_REQUIRES = [
   'msgpack>=1.1',
   'numpy>=2.2.6',
   'sentencepiece>=0.2',
-  'seqio>=0.0.20',  # With TensorFlow: imported only where a task is asked for.
-  'tensorflow>=2.21',
   'tensorstore>=0.1.84',
   'tqdm>=4.67.1',
 ]
 
+# What a run over a seqio task needs; both bring TensorFlow, two thirds of a full environment.
+SEQIO_REQUIRES = ['seqio>=0.0.20', 'tensorflow>=2.21']
+
 # T5X is on GitHub only, and PyPI refuses to publish a distribution whose metadata holds such a URL: drop this extra
 # from an upload. docs/t5x.md lists the versions that ran together: T5X's own list floats.
 T5X_REQUIRES = [
+  *SEQIO_REQUIRES,
   't5x @ git+https://github.com/google-research/t5x@cc342d419ec3e3e9c4bf1df33c82330cafdc1e16',
   # What T5X imports without asking for it: the last for t5x.export alone.
   'grain>=0.2.18',
@@ -40,6 +42,7 @@ LIBTPU = 'libtpu>=0.0.52'
 PLOTS = 'matplotlib>=3.11'
 
 TEST_REQUIRES = [
+  *SEQIO_REQUIRES,
   PLOTS,  # figures are drawn in tests too
   'hypothesis>=6.150.3',
   # Tests of the compiled programs; on a platform without it they are skipped, and say so.
@@ -65,6 +68,7 @@ setuptools.setup(
   python_requires='>=3.11',
   install_requires=INSTALL_REQUIRES,
   extras_require={
+    'seqio': SEQIO_REQUIRES,
     't5x': T5X_REQUIRES,
     'tpu': [LIBTPU, 'requests>=2.32'],
     'plots': [PLOTS],
