@@ -1,5 +1,5 @@
-# The README's commands. Each makes its own fresh virtual environment, so that a run depends on nothing installed
-# before: `make demo`, `make test`.
+# The README's commands. Each makes a fresh virtual environment of its own: a run depends on nothing
+# that was installed before.
 
 PYTHON ?= python3
 # Where `make demo` writes; made anew by each run.
@@ -8,14 +8,17 @@ INT8 := $(DEMO)/palm_tiny_int8
 ROWS := $(DEMO)/completions.jsonl
 
 PIP_FLAGS := --quiet --disable-pip-version-check
+TEST := .venv-test/bin/python -m
 # Eight simulated devices on the CPU, as a mesh of 2 x 2 x 2.
-SIMULATED := XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=3
+SIMULATED := XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu
 
-.PHONY: help demo test clean
+.PHONY: help demo test docs clean
 
 help:
 	@echo 'make demo      fresh environment; convert the bundled T5X checkpoint to int8; generate over 8 simulated devices'
-	@echo 'make test      fresh environment; all tests (those that need T5X are skipped, and say so)'
+	@echo 'make test      fresh environment; lint, format, types, documentation, all tests'
+	@echo '               (tests that need T5X are skipped without it, and say so)'
+	@echo 'make docs      the documentation as a site, in site/; needs the environment of make test'
 	@echo 'make clean     remove everything the other targets made'
 	@echo 'PYTHON=...     the interpreter to use, 3.11 or newer (now: $(PYTHON))'
 
@@ -23,7 +26,7 @@ help:
 define environment
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, $(PYTHON) is " \
   + sys.version.split()[0] + ": use make PYTHON=python3.11")'
-@echo '== a fresh virtual environment in $(1), with $(2) (about a minute and a half)'
+@echo '== a fresh virtual environment in $(1), with $(2)'
 @rm -rf $(1)
 @$(PYTHON) -m venv $(1)
 @$(1)/bin/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '$(2)'
@@ -45,9 +48,20 @@ demo:
 
 test:
 	$(call environment,.venv-test,.[test])
+	@echo '== lint'
+	@$(TEST) ruff check
+	@echo '== format'
+	@$(TEST) ruff format --check --quiet
+	@echo '== types'
+	@$(TEST) mypy
+	@$(MAKE) --no-print-directory docs
 	@echo '== all tests, on 8 simulated devices'
-	@.venv-test/bin/python -m pytest -q
+	@$(TEST) pytest -q
+
+docs:
+	@echo '== documentation'
+	@NO_MKDOCS_2_WARNING=1 $(TEST) mkdocs build --strict --quiet
 
 clean:
-	rm -rf .venv-demo .venv-test build dist *.egg-info .pytest_cache .hypothesis
+	rm -rf .venv-demo .venv-test build dist site *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

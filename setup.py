@@ -1,13 +1,14 @@
 """Installs t5x_inference_ext: from PyPI alone, without T5X."""
 
 import pathlib
+import re
 
 import setuptools
 
 ROOT = pathlib.Path(__file__).parent
 
-# Lower bounds are the oldest versions that the test suite ran with, constraints.txt the newest. No upper bound: nothing
-# here uses a deprecated API.
+# Lower bounds are the oldest versions that the test suite ran with, constraints.txt the newest.
+# No upper bounds: nothing here uses a deprecated API.
 INSTALL_REQUIRES = [
   'absl-py>=2.3.1',
   'gin-config>=0.5',
@@ -17,15 +18,17 @@ INSTALL_REQUIRES = [
   'msgpack>=1.1',
   'numpy>=2.2.6',
   'sentencepiece>=0.2',
-  'seqio>=0.0.20',  # With TensorFlow: imported only where a task is asked for.
-  'tensorflow>=2.21',
   'tensorstore>=0.1.84',
   'tqdm>=4.67.1',
 ]
 
-# T5X is on GitHub only, and PyPI refuses to publish a distribution whose metadata holds such a URL: drop this extra
-# from an upload. docs/t5x.md lists the versions that ran together: T5X's own list floats.
+# What a run over a seqio task needs; both bring TensorFlow, two thirds of a full environment.
+SEQIO_REQUIRES = ['seqio>=0.0.20', 'tensorflow>=2.21']
+
+# T5X is on GitHub only, and PyPI refuses a distribution whose metadata holds such a URL: drop this
+# extra from an upload. docs/t5x.md lists the versions that ran together: T5X's own list floats.
 T5X_REQUIRES = [
+  *SEQIO_REQUIRES,
   't5x @ git+https://github.com/google-research/t5x@cc342d419ec3e3e9c4bf1df33c82330cafdc1e16',
   # What T5X imports without asking for it: the last for t5x.export alone.
   'grain>=0.2.18',
@@ -33,38 +36,50 @@ T5X_REQUIRES = [
   'tensorflow-serving-api>=2.21',
 ]
 
-# The TPU compiler and runtime; compiling needs no TPU. Not through jax[tpu], which pins an older one: an executable runs
-# only with the version that compiled it.
+# The TPU compiler and runtime; compiling needs no TPU. Not through jax[tpu], which pins an older
+# version: an executable runs only with the version that compiled it.
 LIBTPU = 'libtpu>=0.0.52'
 
 PLOTS = 'matplotlib>=3.11'
 
 TEST_REQUIRES = [
+  *SEQIO_REQUIRES,
   PLOTS,  # figures are drawn in tests too
   'hypothesis>=6.150.3',
   # Tests of the compiled programs; on a platform without it they are skipped, and say so.
   f"{LIBTPU}; sys_platform == 'linux' and platform_machine == 'x86_64'",
   'pytest>=9.0.3',
-  'setuptools>=70.1',  # tests/package_test.py builds the wheel without isolation; 70.1 no longer needs `wheel`.
+  # tests/package_test.py builds the wheel without isolation; 70.1 no longer needs `wheel`.
+  'setuptools>=70.1',
+  # The checks that `make test` runs before pytest, and the types that tests check arrays against.
+  'beartype>=0.23',
+  'jaxtyping>=0.3.11',
+  'mkdocs-material>=9.8',
+  'mkdocstrings-python>=2.0',
+  'mypy>=2.4',
+  'ruff>=0.17',
 ]
 
 setuptools.setup(
   name='t5x_inference_ext',
-  version='0.1.0',
+  version=re.search(
+    r"^__version__ = '(.*)'",
+    (ROOT / 't5x_inference_ext' / '__init__.py').read_text(encoding='utf-8'),
+    re.MULTILINE,
+  )[1],
   description='Fast partitioned inference of PaLM-style decoders, for T5X checkpoints',
-  long_description=(ROOT / 'README.md').read_text(encoding='utf-8')
-  if (ROOT / 'README.md').exists()
-  else '',
+  long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
   long_description_content_type='text/markdown',
   license='Apache-2.0',
   license_files=['LICENSE'],
-  # configs/ is found as t5x_inference_ext.configs, through a symbolic link in the checkout; the wheel and the sdist
-  # hold real files. Each of its directories is a package (gin finds files by package), hence the __init__.py.
+  # configs/ is found as t5x_inference_ext.configs, through a symbolic link in the checkout; the
+  # wheel and the sdist hold real files. gin finds files by package: each directory is one.
   packages=setuptools.find_packages(include=['t5x_inference_ext', 't5x_inference_ext.*']),
   package_data={'': ['*.gin']},
   python_requires='>=3.11',
   install_requires=INSTALL_REQUIRES,
   extras_require={
+    'seqio': SEQIO_REQUIRES,
     't5x': T5X_REQUIRES,
     'tpu': [LIBTPU, 'requests>=2.32'],
     'plots': [PLOTS],

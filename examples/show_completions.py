@@ -1,4 +1,7 @@
-"""Prints the rows that `python -m t5x_inference_ext.infer` wrote: `python examples/show_completions.py FILE.jsonl`."""
+"""Print the rows that `python -m t5x_inference_ext.infer` wrote: `python examples/show_completions.py FILE.jsonl`.
+
+A bar marks where a prompt ends and its completion begins.
+"""
 
 import json
 import sys
@@ -7,10 +10,8 @@ import sys
 def main(path: str):
   with open(path, encoding='utf-8') as rows:
     for row in map(json.loads, rows):
-      print(f'--- prompt\n{row["prompt"]}')
-      print(
-        f'--- completion ({len(row["tokens"])} tokens, score {row["score"]:.3f})\n{row["completion"]}\n'
-      )
+      print(f'--- {len(row["tokens"])} tokens, log-probability {row["score"]:.1f}')
+      print(f'{row["prompt"]}\u2502{row["completion"].rstrip()}\n')
 
 
 if __name__ == '__main__':

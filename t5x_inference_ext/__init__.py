@@ -1,0 +1,48 @@
+"""JAX inference of large decoder-only language models.
+
+    from t5x_inference_ext import Engine, SamplingParams
+
+The names of `__all__` are the public API. All other modules and names may change from one version
+to the next; CHANGELOG.md lists the changes. Importing this package imports neither JAX nor NumPy:
+the first use of a public name imports its module.
+"""
+
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+from t5x_inference_ext._moved import MovedModuleFinder
+
+if TYPE_CHECKING:
+  from t5x_inference_ext.config import ModelConfig
+  from t5x_inference_ext.engine.engine import Engine
+  from t5x_inference_ext.engine.sampling import SamplingParams
+  from t5x_inference_ext.engine.scheduler import Request
+  from t5x_inference_ext.sharding.layout import Layout
+
+__version__ = '0.1.0'  # setup.py reads this line
+
+__all__ = ['Engine', 'Layout', 'ModelConfig', 'Request', 'SamplingParams', '__version__']
+
+_MODULES = {
+  'Engine': 'engine.engine',
+  'Layout': 'sharding.layout',
+  'ModelConfig': 'config',
+  'Request': 'engine.scheduler',
+  'SamplingParams': 'engine.sampling',
+}
+
+sys.meta_path.append(MovedModuleFinder())
+
+
+def __getattr__(name: str) -> Any:
+  """Return a public name, from the module that is imported for it."""
+  if name not in _MODULES:
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+  value = getattr(importlib.import_module(f'{__name__}.{_MODULES[name]}'), name)
+  globals()[name] = value  # the next use finds it without this function
+  return value
+
+
+def __dir__() -> list[str]:
+  return sorted({*globals(), *__all__})

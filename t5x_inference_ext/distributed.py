@@ -92,7 +92,8 @@ def exchange(make: Callable[[], Any]) -> list[Any]:
     make: returns something JSON-ready.
 
   Raises:
-    What `make` raises, in its process; RequestError with the same message in the others.
+    Exception: whatever `make` raises, in its process.
+    RequestError: with the same message, in the other processes.
   """
   if jax.process_count() == 1:
     return [make()]

@@ -70,14 +70,15 @@ def seen(root, repository):
 
 def test_the_command_generates_what_one_process_does(palm_tiny, greedy, repository, tmp_path):
   """As a user starts it, on the default mesh: all devices of all processes."""
-  output = tmp_path / 'completions.jsonl'
+  output, prompts = tmp_path / 'completions.jsonl', tmp_path / 'prompts.jsonl'
+  prompts.write_text(''.join(json.dumps({'prompt': g['prompt']}) + '\n' for g in greedy))
   results = processes.run(
     lambda port, process: [
       sys.executable,
       '-m',
       't5x_inference_ext.infer',
       f'--checkpoint={palm_tiny}',
-      f'--prompts={repository / "examples" / "prompts.jsonl"}',
+      f'--prompts={prompts}',
       f'--output={output}',
       '--dtype=float32',
       '--max_new_tokens=16',
@@ -96,7 +97,11 @@ def test_the_command_generates_what_one_process_does(palm_tiny, greedy, reposito
     in results[0].stdout
   )
   assert processes.own(results[1].stdout) == ''
-  assert sorted(os.listdir(tmp_path)) == ['completions.jsonl', 'completions.jsonl.config.json']
+  assert sorted(os.listdir(tmp_path)) == [
+    'completions.jsonl',
+    'completions.jsonl.config.json',
+    'prompts.jsonl',
+  ]
   assert json.loads((tmp_path / 'completions.jsonl.config.json').read_text())['processes'] == 2
 
 

@@ -119,7 +119,18 @@ def test_core_needs_nothing_from_outside_pypi(outside):
   assert direct and all('extra == "t5x"' in line for line in direct)
 
 
-@pytest.mark.parametrize('module', ['t5x_inference_ext', 't5x_inference_ext.engine'])
+def test_core_does_without_tensorflow(outside):
+  """Two thirds of a full environment, which only a seqio task needs."""
+  requirements = outside(
+    '-c', 'import importlib.metadata as m; print(*m.requires("t5x_inference_ext"), sep="\\n")'
+  ).splitlines()
+  core = {re.match(r'[\w.-]+', line)[0] for line in requirements if 'extra ==' not in line}
+  assert 'jax' in core and not core & {'tensorflow', 'seqio'}
+  extra = {re.match(r'[\w.-]+', line)[0] for line in requirements if 'extra == "seqio"' in line}
+  assert extra == {'tensorflow', 'seqio'}
+
+
+@pytest.mark.parametrize('module', ['t5x_inference_ext', 't5x_inference_ext.engine.engine'])
 def test_python_api_imports_no_framework(outside, module):
   program = (
     f'import sys, {module}; print(*(name for name in {FRAMEWORKS!r} if name in sys.modules))'

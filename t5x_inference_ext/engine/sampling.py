@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from t5x_inference_ext._moved import renamed
 from t5x_inference_ext.engine import selection
 from t5x_inference_ext.engine.inputs import is_whole
 from t5x_inference_ext.errors import RequestError
@@ -294,3 +295,6 @@ def penalize(
   repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
   logits = jnp.where(in_prompt | (made > 0), repeated, logits)
   return logits - frequency * made - jnp.where(made > 0, presence, 0)
+
+
+__getattr__ = renamed(__name__, {'Sampler': 'SamplingParams'})

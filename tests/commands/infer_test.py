@@ -88,9 +88,10 @@ def _read(path):
   return [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
 
 
-def test_plain_command_without_tensorflow(palm_tiny, greedy, repository, tmp_path):
+def test_plain_command_without_tensorflow(palm_tiny, greedy, tmp_path):
   """The command as the README gives it, in a process of its own: T5X's tokens, and no framework imported for them."""
   output = tmp_path / 'completions.jsonl'
+  prompts = _write(tmp_path / 'prompts.jsonl', [{'prompt': row['prompt']} for row in greedy])
   script = (
     'import runpy, sys\n'
     'try:\n'
@@ -105,7 +106,7 @@ def test_plain_command_without_tensorflow(palm_tiny, greedy, repository, tmp_pat
       '-c',
       script,
       f'--checkpoint={palm_tiny}',
-      f'--prompts={repository / "examples" / "prompts.jsonl"}',
+      f'--prompts={prompts}',
       f'--output={output}',
       *FLAGS,
       '--temperature=0',

@@ -1,0 +1,102 @@
+"""Names that were public under another name: using one raises an error that says the new name.
+
+Gin files name modules and classes: a rename breaks files of users that no tool here sees.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import importlib.machinery
+import types
+from typing import Any
+
+_PACKAGE = 't5x_inference_ext'
+_WHERE = '(CHANGELOG.md lists all new names)'
+
+# Packages that are gone, and where most of their modules went.
+_PACKAGES = {
+  'collectives': 'model.collectives',
+  'decoding': 'engine',
+  'layers': 'model',
+  'layouts': 'sharding',
+  'serving': 'runs',
+}
+# Modules that gin files, documentation and scripts named.
+_MODULES = {
+  'command': 'commands.cli',
+  'decoding.cache': 'model.cache',
+  'decoding.conversation': 'engine.conversation',
+  'decoding.generate': 'engine.static_batch',
+  'decoding.model': 'model.transformer',
+  'decoding.sampling': 'engine.sampling',
+  'decoding.scheduler': 'engine.scheduler',
+  'decoding.scoring': 'engine.scoring',
+  'layouts.arrangement': 'sharding.packing',
+  'layouts.explain': 'sharding.explain',
+  'layouts.explain_text': 'sharding.explain_text',
+  'layouts.layout': 'sharding.layout',
+  'layouts.mesh': 'sharding.mesh',
+  'layouts.mesh_choice': 'sharding.mesh_choice',
+  'layouts.placement': 'sharding.activations',
+  'layouts.rules': 'sharding.axis_rules',
+  'layouts.torus': 'sharding.torus',
+  'layouts.traffic': 'sharding.traffic',
+  'parameters': 'params',
+  'precompile.generation': 'engine.saved_generation',
+  'precompile.saved': 'engine.saved_program',
+  'quality': 'runs.quality',
+  'serving.loading': 'runs.loading',
+  'serving.prompts_file': 'runs.prompts_file',
+  'serving.task_run': 'runs.task_run',
+  'serving.tasks': 'runs.tasks',
+  'serving.vocabularies': 'engine.vocabularies',
+  'weights': 'model.weights',
+}
+
+
+class MovedModuleFinder:
+  """The last finder of `sys.meta_path`: raises an error for this package's old modules.
+
+  A package that is gone is found, and is empty. Python then asks for its modules one by one, each
+  of which has a new name of its own.
+  """
+
+  def find_spec(
+    self, fullname: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
+  ) -> importlib.machinery.ModuleSpec | None:
+    """Return an empty package, or None for a name that never was one of this package's.
+
+    Raises:
+      ModuleNotFoundError: the module has another name now.
+    """
+    package, _, name = fullname.partition('.')
+    if package != _PACKAGE:
+      return None
+    if name in _PACKAGES:
+      return importlib.machinery.ModuleSpec(fullname, None, is_package=True)
+    parent = name.partition('.')[0]
+    if name in _MODULES:
+      message = f'{fullname} is now {_PACKAGE}.{_MODULES[name]}'
+    elif parent in _PACKAGES:
+      message = f'{fullname} is gone: {_PACKAGE}.{parent} is now {_PACKAGE}.{_PACKAGES[parent]}'
+    else:
+      return None
+    # Without the error's `name`: `from package import name` would then hide the message.
+    raise ModuleNotFoundError(f'{message} {_WHERE}')
+
+
+def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+  """Return a module's `__getattr__` that raises ImportError, with the new name, for old names.
+
+  Not AttributeError: gin and `from module import name` replace its message by their own.
+
+  Args:
+    module: The module's `__name__`.
+    names: Old names to new names; a new name with a dot is one of another module.
+  """
+
+  def get(name: str) -> Any:
+    if name in names:
+      new = names[name] if '.' in names[name] else f'{module}.{names[name]}'
+      raise ImportError(f'{module}.{name} is now {new} {_WHERE}')
+    raise AttributeError(f'module {module!r} has no attribute {name!r}')
+
+  return get
