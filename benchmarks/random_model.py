@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.engine.engine import generation_program
+from t5x_inference_ext.engine.programs import generation_program
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.saved_generation import GenerationShape
 from t5x_inference_ext.model.transformer import Model

@@ -16,8 +16,8 @@ from t5x_inference_ext._moved import MovedModuleFinder
 if TYPE_CHECKING:
   from t5x_inference_ext.config import ModelConfig
   from t5x_inference_ext.engine.engine import Engine
+  from t5x_inference_ext.engine.request import Request
   from t5x_inference_ext.engine.sampling import SamplingParams
-  from t5x_inference_ext.engine.scheduler import Request
   from t5x_inference_ext.sharding.layout import Layout
 
 __version__ = '0.1.0'  # setup.py reads this line
@@ -28,7 +28,7 @@ _MODULES = {
   'Engine': 'engine.engine',
   'Layout': 'sharding.layout',
   'ModelConfig': 'config',
-  'Request': 'engine.scheduler',
+  'Request': 'engine.request',
   'SamplingParams': 'engine.sampling',
 }
 
