@@ -4,6 +4,7 @@ A run that ends early, whatever the reason, goes on from them.
 """
 
 from collections.abc import Iterator
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -74,6 +75,15 @@ class Journal:
         pathlib.Path(self._path).unlink(missing_ok=True)
       self._file.close()
       self._file = None
+
+  @contextlib.contextmanager
+  def closed_on_error(self) -> Iterator[None]:
+    """Close the file if the block raises: a later run may then open it."""
+    try:
+      yield
+    except BaseException:
+      self.close()
+      raise
 
   def remove(self) -> None:
     """Remove the file: the output is written."""

@@ -80,7 +80,8 @@ def prepare(
   todo = [(row, each) for row, each in enumerate(tokenized) if row not in journal.done]
   clock = Clock()
   eos_id = vocabulary.eos_id if vocabulary else EOS_ID
-  work, shape = _work(engine, options, todo, clock, eos_id, say)
+  with journal.closed_on_error():
+    work, shape = _work(engine, options, todo, clock, eos_id, say)
 
   def tell(row: int, result: Any) -> list[dict[str, Any]]:
     if scoring:

@@ -254,7 +254,8 @@ def _prepare_task(
       examples_of[row] = example
       yield row, example
 
-  work = _work(remembered(), task, source, options, engine, batch, clock)
+  with journal.closed_on_error():
+    work = _work(remembered(), task, source, options, engine, batch, clock)
   vocabulary = task.output_features['targets'].vocabulary
   # T5X's predictions have the length of the whole sequence: vocabularies that decode padding would
   # show it.
