@@ -92,3 +92,8 @@ def type_text(annotation: Any) -> str:
 
 def _is_union(annotation: Any) -> bool:
   return typing.get_origin(annotation) in (types.UnionType, typing.Union)
+
+
+def is_whole(value: Any) -> bool:
+  """Return whether a value is an integer, of Python or numpy; bool is none."""
+  return isinstance(value, numbers.Integral) and not isinstance(value, bool)

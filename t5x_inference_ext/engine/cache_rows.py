@@ -1,7 +1,7 @@
-"""One row out of arrays whose rows are split over a mesh, and into them: only the shards that hold it read or write.
+"""Single rows of arrays whose rows are split over a mesh: only the shard that holds a row works.
 
-A dynamic slice along a split dimension, left to the partitioner, gathers the whole array on every device, and an update
-there rewrites each device's part.
+Left to XLA's partitioner, a dynamic slice along a split dimension gathers the whole array on every
+device, and a dynamic update rewrites each device's part. Here every function is a shard_map.
 """
 
 from collections.abc import Callable
@@ -23,24 +23,28 @@ from t5x_inference_ext.sharding.layout import Axes
 
 
 def gather_row(model: Model, x: jax.Array, axes: Axes, row: jax.Array) -> jax.Array:
-  """x [B, ...] with its rows split over `axes` -> [1, ...] of one row, on every device."""
+  """Return one row of x [B, ...], whose rows are split over `axes`: [1, ...], on every device."""
 
-  def run(x, row):
-    at, mine = _here(x.shape[0], axes, row)
-    return _from_owner(lax.dynamic_slice_in_dim(x, at, 1, 0), axes, mine)
+  def run(x: jax.Array, row: jax.Array) -> jax.Array:
+    local, mine = _local_index(x.shape[0], axes, row)
+    return _from_owner(lax.dynamic_slice_in_dim(x, local, 1, 0), axes, mine)
 
   return _per_shard(model, run, (P(axes), P()), P())(x, row)
 
 
 def gather_cache_row(model: Model, cache: KVCache, weights: Weights, row: jax.Array) -> KVCache:
-  """One row of a cache, as a cache of one whose heads lie as they did. It shares what the cache does."""
-  axes, spec, one_spec = _specs(model, cache, weights)
+  """Return one row of a cache as a cache of one row.
 
-  def run(cache, row):
-    at, mine = _here(cache.lengths.shape[0], axes, row)
-    return jax.tree.map(lambda x: _from_owner(x, axes, mine), kv_cache.local_row(cache, at))
+  Its heads are split as they were. Its shared prefix is the cache's.
+  """
+  axes, spec, row_spec = _specs(model, cache, weights)
 
-  one = _per_shard(model, run, (spec, P()), one_spec)(dataclasses.replace(cache, shared=None), row)
+  def run(cache: KVCache, row: jax.Array) -> KVCache:
+    local, mine = _local_index(cache.lengths.shape[0], axes, row)
+    return jax.tree.map(lambda x: _from_owner(x, axes, mine), kv_cache.local_row(cache, local))
+
+  own = dataclasses.replace(cache, shared=None)
+  one = _per_shard(model, run, (spec, P()), row_spec)(own, row)
   if cache.shared is None:
     return one
   lengths = gather_row(model, cache.shared.lengths, axes, row)
@@ -50,51 +54,61 @@ def gather_cache_row(model: Model, cache: KVCache, weights: Weights, row: jax.Ar
 def scatter_cache_row(
   model: Model, cache: KVCache, weights: Weights, row: jax.Array, one: KVCache
 ) -> KVCache:
-  """The cache with a cache of one, no longer than it, in the place of a row. Both share the same, or nothing."""
-  axes, spec, one_spec = _specs(model, cache, weights)
+  """Return the cache with a cache of one row, no longer than it, in the place of a row.
 
-  def run(cache, one, row):
-    at, mine = _here(cache.lengths.shape[0], axes, row)
-    if (
-      ops.axis_size(axes) > 1
-    ):  # others write what they have there, which leaves the update in place
-      there = kv_cache.local_row(cache, at)
+  Both have the same shared prefix, or none.
+  """
+  axes, spec, row_spec = _specs(model, cache, weights)
+
+  def run(cache: KVCache, one: KVCache, row: jax.Array) -> KVCache:
+    local, mine = _local_index(cache.lengths.shape[0], axes, row)
+    if ops.axis_size(axes) > 1:
+      # Other shards write what they have there already, which leaves the update in place.
+      old = kv_cache.local_row(cache, local)
       one = jax.tree.map(
-        lambda x, old: jnp.where(mine, x, old[tuple(slice(n) for n in x.shape)]), one, there
+        lambda x, there: jnp.where(mine, x, there[tuple(slice(n) for n in x.shape)]), one, old
       )
-    return kv_cache.with_local_row(cache, at, one)
+    return kv_cache.with_local_row(cache, local, one)
 
-  strip = lambda c: dataclasses.replace(c, shared=None)
-  new = _per_shard(model, run, (spec, one_spec, P()), spec)(strip(cache), strip(one), row)
-  if cache.shared is None:
+  def without_shared(cache: KVCache) -> KVCache:
+    return dataclasses.replace(cache, shared=None)
+
+  new = _per_shard(model, run, (spec, row_spec, P()), spec)(
+    without_shared(cache), without_shared(one), row
+  )
+  if cache.shared is None or one.shared is None:
     return new
   lengths = lax.dynamic_update_slice_in_dim(cache.shared.lengths, one.shared.lengths, row, 0)
   return dataclasses.replace(new, shared=dataclasses.replace(cache.shared, lengths=lengths))
 
 
-def _specs(model, cache, weights) -> tuple[Axes, Any, Any]:
-  """The axes that split a cache's rows, its PartitionSpecs, and those of a cache of one of its rows."""
+def _specs(model: Model, cache: KVCache, weights: Weights) -> tuple[Axes, Any, Any]:
+  """Return the axes that split a cache's rows, its PartitionSpecs, and those of one of its rows."""
   sharding = cache_sharding(model, cache.lengths.shape[0])
   spec = model.cache_spec(sharding, weights)
-  axes = lambda part: (part,) if isinstance(part, str) else part
-  whole = lambda s: P(*(None if axes(part) == sharding.attention_rows else part for part in s))
-  return (
-    sharding.attention_rows,
-    spec,
-    jax.tree.map(whole, spec, is_leaf=lambda s: isinstance(s, P)),
-  )
+
+  def without_rows(spec: P) -> P:
+    axes = [(part,) if isinstance(part, str) else part for part in spec]
+    return P(*(None if a == sharding.attention_rows else part for a, part in zip(axes, spec)))
+
+  row_spec = jax.tree.map(without_rows, spec, is_leaf=lambda s: isinstance(s, P))
+  return sharding.attention_rows, spec, row_spec
 
 
-def _here(rows: int, axes: Axes, row: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """The place of a row among this shard's `rows` (any, if it has not the row), and whether it has it."""
-  sharding = row - ops.shard_index(axes) * rows
-  return jnp.clip(sharding, 0, rows - 1), (sharding >= 0) & (sharding < rows)
+def _local_index(rows: int, axes: Axes, row: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Return a row's index among this shard's `rows`, and whether the shard has the row.
+
+  Without the row the index is some valid one.
+  """
+  index = row - ops.shard_index(axes) * rows
+  return jnp.clip(index, 0, rows - 1), (index >= 0) & (index < rows)
 
 
 def _from_owner(x: jax.Array, axes: Axes, mine: jax.Array) -> jax.Array:
-  return (
-    x if ops.axis_size(axes) == 1 else ops.all_reduce(jnp.where(mine, x, jnp.zeros_like(x)), axes)
-  )
+  """Return x of the one shard for which `mine` is true, on every shard."""
+  if ops.axis_size(axes) == 1:
+    return x
+  return ops.all_reduce(jnp.where(mine, x, jnp.zeros_like(x)), axes)
 
 
 def _per_shard(model: Model, run: Callable, in_specs: Any, out_specs: Any) -> Callable:

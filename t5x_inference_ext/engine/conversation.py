@@ -1,15 +1,14 @@
-"""A conversation: turns on one cache, each of which prefills its own new tokens alone."""
+"""A conversation: turns on one cache, each of which prefills only its own new tokens."""
 
 from collections.abc import Generator, Iterator, Sequence
 
 import jax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from t5x_inference_ext.engine import programs
 from t5x_inference_ext.engine.inputs import check_at_least, check_seeds, check_tokens
-from t5x_inference_ext.engine.sampling import SamplingParams, stack_params
+from t5x_inference_ext.engine.sampling import SamplingParams
+from t5x_inference_ext.engine.sampling_arrays import stack_params
 from t5x_inference_ext.engine.scheduler_config import SMALLEST_CHUNK
 from t5x_inference_ext.engine.state import RowParams
 from t5x_inference_ext.errors import RequestError
@@ -17,32 +16,34 @@ from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
 from t5x_inference_ext.sharding.activations import padded_length
 
-REPLY_STEPS = 16
+REPLY_STEPS = 16  # decode steps between looks at the tokens of a reply
 
 
 class Conversation:
-  """What was said so far, token for token, and its cache.
+  """All tokens of a conversation so far, and their cache.
 
     chat = engine.chat(max_length=2048)
     for token in chat.reply(first_turn, max_new_tokens=64):
       ...
-    for token in chat.reply(second_turn, max_new_tokens=64):   # prefills the second turn alone
+    for token in chat.reply(second_turn, max_new_tokens=64):  # prefills only the second turn
+      ...
 
-  A reply is what the whole conversation so far, as one prompt, would be continued with.
+  A reply is the continuation of the whole conversation so far, taken as one prompt.
 
   Args:
-    model, weights: of an Engine.
-    max_length: tokens of the whole conversation, at most.
-    bos_id: begins it.
-    eos_id: ends a reply; -1 never does.
-    chunk: positions of a turn that one pass takes.
+    model: Model of an Engine.
+    weights: Weights of an Engine.
+    max_length: Most tokens of the whole conversation.
+    bos_id: First token of the conversation.
+    eos_id: Token that ends a reply; -1 never does.
+    chunk: Most positions of a turn in one prefill pass.
 
   Raises:
-    RequestError: a max_length or chunk below 1.
+    RequestError: A max_length or chunk below 1.
 
   Attributes:
-    tokens: all so far, turns and replies, without BOS.
-    prefilled: positions that prefill passes took so far, padding included.
+    tokens: All tokens so far, turns and replies, without BOS.
+    prefilled: Positions that prefill passes took so far, padding included.
   """
 
   def __init__(
@@ -54,21 +55,21 @@ class Conversation:
     bos_id: int,
     eos_id: int,
     chunk: int = 256,
-  ):
+  ) -> None:
     check_at_least(1, max_length=max_length, chunk=chunk)
     self._model, self._weights, self._eos, self._bos = model, weights, eos_id, bos_id
-    self._rows = model.padded_batch(1)  # as few as the mesh takes; the first is the conversation
+    # As few rows as the mesh takes; the first is the conversation.
+    self._rows = model.padded_batch(1)
     self._chunk = min(chunk, 1 << max_length.bit_length())
     self._max_length = max_length
     self.tokens: list[int] = []
     self.prefilled = 0
-    # The cache stays where decode steps have it, and turns run there too: nothing moves between them.
-    room = padded_length(
-      model.decode_layout, model.mesh.shape, self._rows, max_length + self._chunk
-    )
+    # The cache stays in the decode layout, and turns are prefilled there too: nothing moves.
+    mesh = model.mesh.shape
+    room = padded_length(model.decode_layout, mesh, self._rows, max_length + self._chunk)
     self._cache = programs.empty_cache(model, weights, self._rows, room)
-    self._cached = 0  # positions of it that hold BOS and `tokens`
-    self._last: Generator | None = None  # reply: while it is being made, it has the cache
+    self._cached = 0  # positions of the cache that hold BOS and `tokens`
+    self._last: Generator[int, None, None] | None = None  # a reply under way has the cache
 
   def reply(
     self,
@@ -78,36 +79,44 @@ class Conversation:
     sampling: SamplingParams = SamplingParams(),
     seed: int = 0,
   ) -> Iterator[int]:
-    """Adds a turn and yields the reply, token by token, as it is made.
+    """Add a turn, and yield the tokens of the reply as they are made.
 
-    What is not taken of it is not part of the conversation: closing the iterator ends the reply there, and so does the
-    next turn.
+    Only tokens that are taken become part of the conversation: closing the iterator ends the reply
+    there, and so does the next turn.
 
     Args:
-      turn: token ids; empty goes on from where the last reply ended.
-      max_new_tokens, sampler, seed: as Engine.generate's.
+      turn: Token ids. An empty turn goes on from where the last reply ended.
+      max_new_tokens: Most tokens of the reply.
+      sampling: How tokens are chosen.
+      seed: Seed of the sampling noise, 0 to 2**32 - 1.
 
     Raises:
-      RequestError: more tokens than max_length has room for, or what generate refuses; before anything runs.
+      RequestError: More tokens than max_length has room for, or arguments that Engine.generate
+        refuses; before anything runs.
     """
-    check_tokens('the turn', turn, self._model.config.vocab_size)
+    vocab_size = self._model.config.vocab_size
+    check_tokens('the turn', turn, vocab_size)
     check_at_least(1, max_new_tokens=max_new_tokens)
     check_seeds([seed])
-    stack_params([sampling], self._model.config.vocab_size)  # checks ids
+    stack_params([sampling], vocab_size)  # checks the ids of stop sequences and biases
     if len(self.tokens) + len(turn) + max_new_tokens > self._max_length:
       raise RequestError(
-        f'{len(self.tokens)} tokens so far, {len(turn)} of this turn and {max_new_tokens} new ones do not fit into '
-        f'max_length={self._max_length}: begin another conversation, or one of more tokens'
+        f'{len(self.tokens)} tokens so far, {len(turn)} of this turn and {max_new_tokens} new ones '
+        f'do not fit into max_length={self._max_length}: begin another conversation, or one of '
+        'more tokens'
       )
     if self._last is not None:
       self._last.close()
-    # Of a reply that was not taken to its end the cache may hold more; of a turn without tokens the last one is run again.
+    # The cache may hold tokens of the last reply that were not taken. The last token of an empty
+    # turn is run again for its logits.
     self._cached = min(self._cached, len(self.tokens) + 1)
     self.tokens += map(int, turn)
     self._last = self._reply(max_new_tokens, sampling, seed)
     return self._last
 
-  def _reply(self, max_new_tokens, sampling, seed):
+  def _reply(
+    self, max_new_tokens: int, sampling: SamplingParams, seed: int
+  ) -> Generator[int, None, None]:
     logits = self._prefill()
     count = self._rows
     rows = RowParams(
@@ -116,15 +125,15 @@ class Conversation:
       np.full(count, max_new_tokens, np.int32),
       self._eos,
     )
+    # Only penalties look at the conversation's tokens.
     prompts = np.zeros((count, self._max_length + 1 if sampling.penalizes else 1), np.int32)
     if sampling.penalizes:
       prompts[:, 1 : len(self.tokens) + 1] = self.tokens
     lengths = np.full(count, len(self.tokens) + 1, np.int32)
     slots, first = programs.begin_reply(
-      self._model, self._cache, logits, *self._put(rows, prompts, lengths)
+      self._model, self._cache, logits, *programs.put(self._model, rows, prompts, lengths)
     )
-    first = jax.device_get(first)
-    new, ended, told = [int(first.tokens[0])], False, None
+    new, ended = [int(jax.device_get(first).tokens[0])], False
     try:
       while True:
         for token in new:
@@ -132,35 +141,35 @@ class Conversation:
           yield token
         if ended:
           return
-        slots, told = programs.decode_steps(
+        slots, output = programs.decode_steps(
           self._model,
           slots,
           self._weights,
-          *self._put(np.int32(REPLY_STEPS), np.asarray(False)),
+          *programs.put(self._model, np.int32(REPLY_STEPS), np.asarray(False)),
           most=REPLY_STEPS,
         )
-        told = jax.device_get(told)
-        self._cached += int(told.counts[0])
-        new, ended = told.chosen.tokens[: told.counts[0], 0].tolist(), bool(told.ended[0])
+        output = jax.device_get(output)
+        made = int(output.counts[0])
+        self._cached += made
+        new, ended = output.chosen.tokens[:made, 0].tolist(), bool(output.ended[0])
     finally:
       self._cache = slots.cache
 
-  def _prefill(self):
-    """Brings the cache up to the last token; the logits after it."""
-    everything = [self._bos, *self.tokens]
-    self._cached = min(self._cached, len(everything) - 1)
-    logits = None
-    while self._cached < len(everything):
-      some = everything[self._cached : self._cached + self._chunk]
-      size = min(self._chunk, max(SMALLEST_CHUNK, 1 << (len(some) - 1).bit_length()))
-      tokens, counts = np.zeros((self._rows, size), np.int32), np.zeros(self._rows, np.int32)
-      tokens[0, : len(some)], counts[0] = some, len(some)
+  def _prefill(self) -> jax.Array:
+    """Bring the cache up to the last token, and return the logits after it, [B, V] float32."""
+    tokens = [self._bos, *self.tokens]
+    self._cached = min(self._cached, len(tokens) - 1)
+    while self._cached < len(tokens):
+      chunk = tokens[self._cached : self._cached + self._chunk]
+      size = min(self._chunk, max(SMALLEST_CHUNK, 1 << (len(chunk) - 1).bit_length()))
+      inputs, counts = np.zeros((self._rows, size), np.int32), np.zeros(self._rows, np.int32)
+      inputs[0, : len(chunk)], counts[0] = chunk, len(chunk)
       logits, self._cache = programs.prefill_turn(
-        self._model, self._cache, self._weights, *self._put(np.int32(self._cached), tokens, counts)
+        self._model,
+        self._cache,
+        self._weights,
+        *programs.put(self._model, np.int32(self._cached), inputs, counts),
       )
-      self._cached += len(some)
+      self._cached += len(chunk)
       self.prefilled += size
     return logits
-
-  def _put(self, *arrays):
-    return jax.device_put(arrays, NamedSharding(self._model.mesh, P()))

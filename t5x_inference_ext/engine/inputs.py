@@ -1,19 +1,28 @@
-"""Prompts as the model takes them, and what generation could not serve."""
+"""Prompts as model inputs, and checks of what clients give."""
 
 from collections.abc import Sequence
-import numbers
 from typing import Any
 
 import numpy as np
 
+from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.options import is_whole
 
 BOS_ID = 0  # T5X shifts targets right and starts from 0
 EOS_ID = 1
 
 
 def model_inputs(prompts: Sequence[Sequence[int]], size: int) -> tuple[np.ndarray, np.ndarray]:
-  """Prompts -> (BOS and prompt [B, size + 1] int32 from the left, lengths [B] int32 with BOS counted)."""
+  """Return prompts as model inputs.
+
+  Args:
+    prompts: Token ids without BOS.
+    size: Least number of positions after BOS.
+
+  Returns:
+    Tokens [B, size + 1] int32, BOS and the prompt from the left, and lengths [B] int32 with BOS.
+  """
   tokens = np.full((len(prompts), size + 1), BOS_ID, np.int32)
   for row, prompt in zip(tokens, prompts):
     row[1 : len(prompt) + 1] = prompt
@@ -21,15 +30,36 @@ def model_inputs(prompts: Sequence[Sequence[int]], size: int) -> tuple[np.ndarra
 
 
 def for_each(prompts: Sequence[Sequence[int]], what: str, value: Any) -> list:
-  """What is given of all prompts, or in a sequence for each, as one for each. Raises RequestError for another number."""
+  """Return one value for each prompt: `value` itself, or the values of a sequence.
+
+  Raises:
+    RequestError: A sequence of another length. `what` names its items.
+  """
   values = list(value) if isinstance(value, (Sequence, np.ndarray)) else [value] * len(prompts)
   if len(values) != len(prompts):
     raise RequestError(f'{len(prompts)} prompts need as many {what}, got {len(values)}')
   return values
 
 
+def per_prompt(
+  prompts: Sequence[Sequence[int]],
+  max_new_tokens: int | Sequence[int],
+  sampling: SamplingParams | Sequence[SamplingParams],
+  seeds: Sequence[int] | None,
+) -> tuple[list[int], list[SamplingParams], list[int]]:
+  """Return a limit, sampling parameters and a seed (by default 0) for each prompt.
+
+  Raises:
+    RequestError: Sequences of another length than the prompts, or seeds out of range.
+  """
+  each_seed = for_each(prompts, 'seeds', 0 if seeds is None else seeds)
+  check_seeds(each_seed)
+  limits = for_each(prompts, 'limits', max_new_tokens)
+  return limits, for_each(prompts, 'sampling parameters', sampling), each_seed
+
+
 def check_at_least(least: int, **values: Any) -> None:
-  """Raises RequestError for a value that is no whole number, or below `least`, by its name."""
+  """Raise RequestError, with its name, for a value that is no whole number or below `least`."""
   for name, value in values.items():
     if not is_whole(value):
       raise RequestError(f'{name} must be a whole number, got {value!r}')
@@ -38,7 +68,7 @@ def check_at_least(least: int, **values: Any) -> None:
 
 
 def check_tokens(what: str, tokens: Any, vocab_size: int) -> None:
-  """Raises RequestError for what are no token ids of a vocabulary of so many, `what` being their name."""
+  """Raise RequestError unless `tokens` are ids below vocab_size. `what` names them."""
   if isinstance(tokens, str) or not isinstance(tokens, (Sequence, np.ndarray)):
     raise RequestError(f'{what} must be token ids, got {tokens!r}')
   for token in tokens:
@@ -49,14 +79,20 @@ def check_tokens(what: str, tokens: Any, vocab_size: int) -> None:
 
 
 def check_pairs(pairs: Sequence[tuple[Any, Any]], vocab_size: int) -> None:
-  """The same of (prompt, completion), naming the pair (counted from 0)."""
+  """Raise RequestError for a pair (prompt, completion) that holds other things than token ids.
+
+  The error names the pair, counted from 0.
+  """
   for i, (prompt, completion) in enumerate(pairs):
     check_tokens(f'the prompt of pair {i}', prompt, vocab_size)
     check_tokens(f'the completion of pair {i}', completion, vocab_size)
 
 
 def check_arrays(vocab_size: int, *ids: Any, weights: Any = None) -> None:
-  """Raises RequestError for arrays of token ids, and weights of them, that are not [B, T] of one shape, or empty."""
+  """Raise RequestError unless arrays of token ids, and their weights, are [B, T] of one shape.
+
+  Empty arrays, and ids outside the vocabulary, are refused too.
+  """
   arrays = [np.asarray(x) for x in (*ids, *(() if weights is None else (weights,)))]
   shapes = [x.shape for x in arrays]
   if len(set(shapes)) > 1 or len(shapes[0]) != 2 or not arrays[0].size:
@@ -72,15 +108,10 @@ def check_arrays(vocab_size: int, *ids: Any, weights: Any = None) -> None:
 
 
 def check_seeds(seeds: Sequence[Any]) -> None:
-  """Raises RequestError for seeds that are not those of rows."""
+  """Raise RequestError for a seed that is no whole number from 0 to 2**32 - 1."""
   wrong = [seed for seed in seeds if not is_whole(seed) or not 0 <= seed < 2**32]
   if wrong:
     raise RequestError(f'seeds must be whole numbers from 0 to 2**32 - 1, got {wrong[0]!r}')
-
-
-def is_whole(value: Any) -> bool:
-  """Whether it is an integer, of Python or numpy."""
-  return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def check_generation(
@@ -91,13 +122,17 @@ def check_generation(
   prompt_size: int | None = None,
   max_length: int | None = None,
 ) -> None:
-  """Raises RequestError for what generate could not serve, naming the prompt (counted from 0).
+  """Raise RequestError for prompts that Engine.generate cannot serve.
+
+  The error names the prompt, counted from 0.
 
   Args:
-    prompts: token ids without BOS.
+    prompts: Token ids without BOS.
     vocab_size: V.
-    limits: of each prompt's new tokens. All caches have room for the highest.
-    cache_size, prompt_size, max_length: as Engine.generate's.
+    limits: Most new tokens of each prompt. Every cache has room for the highest limit.
+    cache_size: See Engine.generate.
+    prompt_size: See Engine.generate.
+    max_length: See Engine.generate.
   """
   if not len(prompts):
     raise RequestError('there are no prompts')
@@ -122,6 +157,7 @@ def check_generation(
     )
     if cache_size is not None and needed > cache_size:
       raise RequestError(
-        f'prompt {i} is longer than the cache: {len(prompt)} tokens and {needed - len(prompt)} new ones need '
-        f'{needed} positions, the cache has {cache_size}: raise cache_size, lower max_new_tokens, or shorten the prompt'
+        f'prompt {i} is longer than the cache: {len(prompt)} tokens and {needed - len(prompt)} new '
+        f'ones need {needed} positions, the cache has {cache_size}: raise cache_size, lower '
+        'max_new_tokens, or shorten the prompt'
       )

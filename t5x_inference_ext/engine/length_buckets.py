@@ -1,4 +1,4 @@
-"""Ragged examples in batches of few shapes with little padding."""
+"""Batches of ragged examples: few shapes, little padding."""
 
 import collections
 from collections.abc import Callable, Sequence
@@ -7,18 +7,18 @@ from typing import Any, NamedTuple
 
 SHORTEST = 16
 STEP = 8
-# What a shape has to spare to be compiled, as a share of a full batch's tokens: of the first examples, and of more that
-# come when some shapes are compiled.
+# Padding that a further shape must spare to be worth its compilation, as a share of a full batch's
+# tokens: while no shape is compiled, and later.
 FIRST, LATER = 1 / 16, 1.0
 
 
 class Pack(NamedTuple):
-  """Examples that go together.
+  """Examples that are scored in one batch.
 
   Attributes:
-    items: their places.
-    rows: of the batch, padding included.
-    length: that all are padded to.
+    items: Indices of the examples.
+    rows: Rows of the batch, padding included.
+    length: Length that every row is padded to.
   """
 
   items: list[int]
@@ -27,23 +27,23 @@ class Pack(NamedTuple):
 
 
 class Packer:
-  """Puts examples of like lengths together, in the shapes (rows, length) that leave the least padding.
+  """Puts examples of similar lengths together, in the shapes (rows, length) with the least padding.
 
-  Examples in the order of their lengths are cut where it pays: for every part the padding that its batches hold is
-  weighed against a shape more to compile, all cuts considered. A part's batches have as many rows as each other. What was
-  compiled for earlier examples is used again.
+  Examples are sorted by length and cut into parts, one shape a part. Of all ways to cut, the one
+  with the least cost is taken: the padding of its batches, and a price for each shape that is not
+  compiled yet. Shapes of earlier examples are used again.
 
   Args:
-    tokens: of a batch, at most, before its rows are rounded up to what the mesh takes.
+    tokens: Most tokens of a batch, before its rows are rounded up to what the mesh takes.
     padded_batch: Model.padded_batch.
   """
 
-  def __init__(self, tokens: int, padded_batch: Callable[[int], int]):
+  def __init__(self, tokens: int, padded_batch: Callable[[int], int]) -> None:
     self._tokens, self._padded_batch = tokens, padded_batch
     self._shapes: set[tuple[int, int]] = set()
 
   def pack(self, lengths: Sequence[int]) -> list[Pack]:
-    """Batches of all examples of these lengths, the longest first."""
+    """Return batches of all examples, given their lengths; the longest first."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     counts = collections.Counter(padded(n) for n in lengths)
     packs, start = [], 0
@@ -57,7 +57,11 @@ class Packer:
     return packs
 
   def _parts(self, counts: list[tuple[int, int]]) -> list[tuple[int, tuple[int, int]]]:
-    """(padded length, examples), the longest first -> (examples, shape) of each part, with the least cost in all."""
+    """Return the parts with the least cost, as pairs (number of examples, shape).
+
+    Args:
+      counts: Pairs (padded length, number of examples), the longest first.
+    """
     worth = self._tokens * (LATER if self._shapes else FIRST)
     best: list[tuple[float, list]] = [(0.0, [])]  # of the first n lengths
     for stop in range(1, len(counts) + 1):
@@ -72,7 +76,7 @@ class Packer:
     return best[-1][1]
 
   def _cheapest(self, count: int, length: int, worth: float) -> tuple[float, tuple[int, int]]:
-    """The cost, in tokens, of so many examples of at most a length, and the shape of their batches."""
+    """Return the cost, in tokens, of `count` examples of at most `length`, and their shape."""
     most = self._padded_batch(max(1, self._tokens // length))
     rows = self._padded_batch(-(-count // -(-count // most)))
     new = -(-count // rows) * rows * length + worth, (rows, length)
@@ -82,11 +86,14 @@ class Packer:
 
 @functools.lru_cache
 def packer(model: Any, tokens: int) -> Packer:
-  """The Packer of a Model and batches of so many tokens: one for all calls, as what is compiled is kept, too."""
+  """Return the packer of a Model and a batch size: one for all calls, as compiled programs are."""
   return Packer(tokens, model.padded_batch)
 
 
 def padded(length: int) -> int:
-  """The smallest size of at least `length` of sixteen to an octave, multiples of STEP, from SHORTEST."""
+  """Return the least allowed size that is at least `length`.
+
+  Allowed sizes are multiples of STEP from SHORTEST, sixteen between a power of two and the next.
+  """
   step = max(STEP, (1 << (max(length, SHORTEST) - 1).bit_length()) // 32)
   return max(SHORTEST, -(-length // step) * step)

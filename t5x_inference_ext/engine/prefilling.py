@@ -2,11 +2,7 @@
 
 import collections
 import dataclasses
-from typing import Any
 
-import jax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from t5x_inference_ext.engine import programs, shared_prefix
@@ -88,7 +84,9 @@ class Prefiller:
     self._left = max(len(r.tokens) - start for (_, r), start in zip(members, starts))
     lengths = np.zeros(self._config.prefill_rows, np.int32)
     lengths[: len(starts)] = starts
-    self.state = programs.start_prefill(self._model, self.state, self._weights, *self._put(lengths))
+    self.state = programs.start_prefill(
+      self._model, self.state, self._weights, *programs.put(self._model, lengths)
+    )
 
   def chunk(self) -> int:
     """Prefill the next chunk of each prompt of the group; return the positions that it took."""
@@ -100,7 +98,7 @@ class Prefiller:
       chunk = request.tokens[first : first + size]
       tokens[row, : len(chunk)], counts[row] = chunk, len(chunk)
     self.state = programs.prefill_chunk(
-      self._model, self.state, self._weights, *self._put(tokens, counts)
+      self._model, self.state, self._weights, *programs.put(self._model, tokens, counts)
     )
     self._done += size
     self._left -= size
@@ -111,6 +109,3 @@ class Prefiller:
         samples = range(len(request.seeds))
         self.ready.extend(ReadySample(row, index, request, sample) for sample in samples)
     return tokens.size
-
-  def _put(self, *arrays: Any) -> Any:
-    return jax.device_put(arrays, NamedSharding(self._model.mesh, P()))

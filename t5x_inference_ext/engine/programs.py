@@ -15,7 +15,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from t5x_inference_ext.engine import conversation_steps, slots, static_batch
-from t5x_inference_ext.engine.saved_generation import GenerationShape
+from t5x_inference_ext.engine.saved_generation import GenerationShape, SavedGeneration
+from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model import chunks
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
@@ -36,6 +37,11 @@ def _replicated(function: Callable, *static: str) -> Any:
     return jax.lax.with_sharding_constraint(function(model, *arguments, **options), whole)
 
   return run
+
+
+def put(model: Model, *arrays: Any) -> Any:
+  """Place host arrays, or pytrees of them, whole on every device: arguments of programs."""
+  return jax.device_put(arrays, NamedSharding(model.mesh, P()))
 
 
 # Slot refill (engine.slots).
@@ -85,6 +91,37 @@ def generation_program(
   )
   generate = functools.partial(static_batch.generate_batch, model, **shape.options())
   return jax.jit(generate), (weights, tokens, lengths, seeds)
+
+
+def generation_for(
+  model: Model,
+  weights: Weights,
+  shape: GenerationShape,
+  executable: SavedGeneration | None,
+  per_row: bool,
+  prefill_chunk: int | None,
+) -> Callable[..., static_batch.Generation]:
+  """Return generate_batch for one shape, or the executable that runs in its place.
+
+  Args:
+    model: Decides mesh and layouts.
+    weights: Weights on that mesh.
+    shape: What is fixed when the program is compiled.
+    executable: A saved generation, or None.
+    per_row: Whether rows have limits or sampling parameters of their own.
+    prefill_chunk: Most positions of the prompts in one pass; None: all.
+
+  Raises:
+    RequestError: A run that no executable can have been compiled for.
+    SavedError: A run that this executable was not compiled for.
+  """
+  if executable is None:
+    return functools.partial(generate_batch, model, **shape.options(), prefill_chunk=prefill_chunk)
+  if per_row or prefill_chunk is not None:
+    what = 'one set of sampling parameters and one limit' if per_row else 'prompts in one pass'
+    raise RequestError(f'the executable {executable.path} was compiled for {what}: run without it')
+  executable.check_run(shape)
+  return executable.load(*generation_program(model, shape, weights), model.mesh)
 
 
 # Whole sequences.

@@ -16,15 +16,13 @@ import dataclasses
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from t5x_inference_ext.engine import programs, shared_prefix
 from t5x_inference_ext.engine import slots as device
 from t5x_inference_ext.engine.prefilling import Prefiller
 from t5x_inference_ext.engine.request import Event, Request
-from t5x_inference_ext.engine.sampling import stack_params
+from t5x_inference_ext.engine.sampling_arrays import stack_params
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.engine.state import ChosenTokens, RowParams
 from t5x_inference_ext.errors import RequestError
@@ -75,9 +73,7 @@ class Scheduler:
     stored: tuple[Any, Any] = None, None
     if shared:
       rows = config.slots, config.prefill_rows
-      stored = shared_prefix.store_prefix(
-        model, weights, shared, rows, config.prefill_chunk, self._put
-      )
+      stored = shared_prefix.store_prefix(model, weights, shared, rows, config.prefill_chunk)
     example = self._row_params(Request((0,), sampling=config.sampling_choices[0]), 0)
     cache_size = max(config.cache_size, self._prefiller.room)
     self._slots = programs.empty_slots(model, weights, example, config.slots, cache_size, stored[0])
@@ -140,7 +136,7 @@ class Scheduler:
       self.model,
       self._slots,
       self.weights,
-      *self._put(*self._step_counts()),
+      *programs.put(self.model, *self._step_counts()),
       most=self.config.decode_steps,
     )
     return self._emit(firsts, output)
@@ -222,7 +218,8 @@ class Scheduler:
     prompt = np.zeros((1, self.config.prompt_size if penalizes else 1), np.int32)
     if penalizes:
       prompt[0, : len(tokens)] = tokens
-    arguments = self._put(
+    arguments = programs.put(
+      self.model,
       np.int32(ready.row),
       np.int32(slot),
       self._row_params(ready.request, ready.sample),
@@ -268,10 +265,6 @@ class Scheduler:
       config.eos_id,
       config.top_log_probs,
     )
-
-  def _put(self, *arrays: Any) -> Any:
-    """Place host arrays whole on every device."""
-    return jax.device_put(arrays, NamedSharding(self.model.mesh, P()))
 
 
 def _event(owner: tuple[int, int], chosen: list[ChosenTokens], ended: bool) -> Event:

@@ -60,7 +60,13 @@ def _chosen(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 class ScoringExample(NamedTuple):
-  """What is scored: targets given what comes before them, and what each counts for. All [n], of any n."""
+  """Tokens to score; all fields have one length n, which differs between examples.
+
+  Attributes:
+    inputs: [n] Model inputs: BOS, then the targets but the last.
+    targets: [n] Token ids whose log-probabilities are wanted.
+    weights: [n] Weight of each log-probability; 0 leaves it out.
+  """
 
   inputs: Sequence[int]
   targets: Sequence[int]
@@ -70,7 +76,7 @@ class ScoringExample(NamedTuple):
   def of(
     cls, prompt: Sequence[int], completion: Sequence[int], bos_id: int = 0
   ) -> 'ScoringExample':
-    """A completion after its prompt."""
+    """Return the example that scores a completion after its prompt."""
     targets = [*prompt, *completion]
     return cls(
       [bos_id, *targets][: len(targets)], targets, [0.0] * len(prompt) + [1.0] * len(completion)

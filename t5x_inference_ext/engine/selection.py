@@ -1,43 +1,54 @@
-"""Drawing a token from a part of the vocabulary, exactly and without sorting it.
+"""Exact draws of a token from a part of the vocabulary, without sorting the vocabulary.
 
-A draw is the largest of logit + Gumbel noise (the Gumbel-max trick). The noise of a token follows from the row's seed, the
-position and the token's id alone, so that whatever way a token is found, and on whatever mesh, it is the same one.
+A draw is the token with the largest logit + Gumbel noise (the Gumbel-max trick). A token's noise
+follows from the row's seed, the position and the token's id alone: every way to find the draw, on
+every mesh, finds the same token.
 """
 
 import jax
 from jax.extend.random import threefry2x32_p
 import jax.numpy as jnp
 
-# The vocabulary is searched for its largest logits in blocks of so many.
+# Tokens of a block, in the search of the vocab_size for its largest logits.
 BLOCK = 128
 
 
-def gumbel(seeds: jax.Array, positions: jax.Array, ids: jax.Array, vocabulary: int) -> jax.Array:
-  """The noise of tokens: seeds [B] uint32, positions [B] int32, ids [B, N] int32 -> [B, N] float32.
+def gumbel(seeds: jax.Array, positions: jax.Array, ids: jax.Array, vocab_size: int) -> jax.Array:
+  """Return the Gumbel noise of some tokens of each row.
 
-  Threefry with a key of its own (seed, then position), whatever generator jax is configured with.
+  It is made by Threefry with the key (seed, position), whatever generator jax is configured with.
+
+  Args:
+    seeds: [B] uint32.
+    positions: [B] int32.
+    ids: [B, N] int32. Token ids.
+    vocab_size: V.
+
+  Returns:
+    [B, N] float32.
   """
   zeros = jnp.zeros_like(seeds)
   keys = threefry2x32_p.bind(seeds, zeros, positions.astype(jnp.uint32), zeros)
   first, second = (jnp.broadcast_to(k[:, None], ids.shape) for k in keys)
-  # One hash makes two words: of a token in the lower half of the ids, and of one in the upper.
-  half = (vocabulary + 1) // 2
+  # One hash makes two words: for a token in the lower half of the ids, and for one in the upper.
+  half = (vocab_size + 1) // 2
   upper = ids >= half
   counter = jnp.where(upper, ids - half, ids).astype(jnp.uint32)
-  return _gumbel_of(jnp.where(upper, *_hash(first, second, counter)[::-1]))
+  lower_half, upper_half = _hash(first, second, counter)
+  return _gumbel_of(jnp.where(upper, upper_half, lower_half))
 
 
-def gumbel_of_all(seeds: jax.Array, positions: jax.Array, vocabulary: int) -> jax.Array:
-  """The noise of every token, [B, V] float32."""
-  half = (vocabulary + 1) // 2
+def gumbel_of_all(seeds: jax.Array, positions: jax.Array, vocab_size: int) -> jax.Array:
+  """Return the Gumbel noise of every token, [B, V] float32: `gumbel` of all ids."""
+  half = (vocab_size + 1) // 2
   zeros = jnp.zeros_like(seeds)
   keys = threefry2x32_p.bind(seeds, zeros, positions.astype(jnp.uint32), zeros)
   first, second = (jnp.broadcast_to(k[:, None], (len(seeds), half)) for k in keys)
   counter = jnp.broadcast_to(jnp.arange(half, dtype=jnp.uint32)[None, :], first.shape)
-  return _gumbel_of(jnp.concatenate(_hash(first, second, counter), axis=1)[:, :vocabulary])
+  return _gumbel_of(jnp.concatenate(_hash(first, second, counter), axis=1)[:, :vocab_size])
 
 
-def _hash(first, second, counter):
+def _hash(first: jax.Array, second: jax.Array, counter: jax.Array) -> list[jax.Array]:
   return threefry2x32_p.bind(first, second, counter, jnp.zeros_like(counter))
 
 
@@ -49,16 +60,16 @@ def _gumbel_of(bits: jax.Array) -> jax.Array:
 
 
 def most_likely(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-  """The largest logits of [B, V], [B, count] from the largest, and their ids; ties in order of id.
+  """Return the `count` largest of logits [B, V], from the largest, and their ids; both [B, count].
 
-  None of them lies outside the `count` blocks whose maxima are largest: of the whole vocabulary only the maxima of blocks
-  are taken.
+  Ties are in order of id. All of these tokens lie in the `count` blocks with the largest maxima, so
+  that only the maxima of blocks are taken over the whole vocabulary.
   """
-  rows, vocabulary = logits.shape
-  blocks = -(-vocabulary // BLOCK)
+  rows, vocab_size = logits.shape
+  blocks = -(-vocab_size // BLOCK)
   if count >= blocks // 2:
     return jax.lax.top_k(logits, count)
-  x = jnp.pad(logits, ((0, 0), (0, blocks * BLOCK - vocabulary)), constant_values=-jnp.inf).reshape(
+  x = jnp.pad(logits, ((0, 0), (0, blocks * BLOCK - vocab_size)), constant_values=-jnp.inf).reshape(
     rows, blocks, BLOCK
   )
   _, best = jax.lax.top_k(jnp.max(x, axis=-1), count)
@@ -71,14 +82,15 @@ def most_likely(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
 def draw_from_few(
   logits: jax.Array, ids: jax.Array, noise: jax.Array, top_k: jax.Array, top_p: jax.Array
 ) -> jax.Array:
-  """A token of each row.
+  """Draw a token of each row among its most likely ones.
 
   Args:
-    logits: [B, N], divided by the temperature, from the largest: at least those that top_k keeps.
-    ids: [B, N].
-    noise: [B, N].
-    top_k: [B] int32, at least 1.
-    top_p: [B] float32, a share of what top_k keeps.
+    logits: [B, N] float32. Logits divided by the temperature, from the largest; at least all that
+      top_k keeps.
+    ids: [B, N] int32. Their token ids.
+    noise: [B, N] float32. Their Gumbel noise.
+    top_k: [B] int32. At least 1.
+    top_p: [B] float32. Share of the probability that top_k keeps.
 
   Returns:
     [B] int32.
@@ -92,22 +104,28 @@ def draw_from_few(
   return jnp.take_along_axis(ids, at[:, None], axis=1)[:, 0]
 
 
+# A trial of draw_from_all: each row's token, whether all are kept, and for each row the tokens that
+# may be tried next and whether its own is kept.
+_Look = tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]
+
+
 def draw_from_all(
   logits: jax.Array, noise: jax.Array, top_k: jax.Array, top_p: jax.Array, both: bool
 ) -> jax.Array:
-  """A token of each row, where a row may keep any number of the vocabulary.
+  """Draw a token of each row, where rows may keep any number of tokens.
 
-  The token with the largest noisy logit is the draw if it is among those kept: fewer than top_k tokens come before it, and
-  these have less than top_p. One pass over the logits tells. If it is not, neither is any token after it, and the next
-  largest among those before it is looked at. Few are: most of the probability is kept, and every look drops a good
-  part of what is not.
+  The token with the largest noisy logit is the draw if it is kept: fewer than top_k tokens are more
+  likely, and these have less than top_p of the probability. One pass over the logits decides that.
+  If the token is not kept, no less likely token is, and the next candidate is the largest noisy
+  logit among the more likely ones. Few candidates are tried: most of the probability is kept, and
+  each trial drops a good part of the rest.
 
   Args:
-    logits: [B, V], divided by the temperature.
-    noise: [B, V].
-    top_k: [B] int32; V keeps all.
-    top_p: [B] float32; 1 keeps all. Of what top_k keeps.
-    both: whether a row has both, so that what top_k keeps has to be summed.
+    logits: [B, V] float32. Logits divided by the temperature.
+    noise: [B, V] float32. Gumbel noise.
+    top_k: [B] int32. V keeps all tokens.
+    top_p: [B] float32. Share of the probability that top_k keeps; 1 keeps all.
+    both: Whether a row has both, so that the probability that top_k keeps must be summed.
 
   Returns:
     [B] int32.
@@ -119,7 +137,7 @@ def draw_from_all(
   limit = jnp.where(top_p < 1, top_p * total, jnp.inf)
   perturbed = logits + noise
 
-  def look(state):
+  def look(state: _Look) -> _Look:
     token, _, allowed = state
     token = jnp.where(
       allowed[1], token, jnp.argmax(jnp.where(allowed[0], perturbed, -jnp.inf), axis=-1)
@@ -128,9 +146,8 @@ def draw_from_all(
     before = (logits > value) | ((logits == value) & (ids < token[:, None]))  # [B, V]
     count = jnp.sum(before, axis=-1, dtype=jnp.int32)
     kept = (count < top_k) & (jnp.sum(jnp.where(before, weights, 0), axis=-1) < limit)
-    kept |= (
-      count == 0
-    )  # the first always is, though a top_p of next to nothing rounds to 0, or logits are no numbers
+    # The first is always kept: a tiny top_p may round to 0, and logits may be no numbers.
+    kept |= count == 0
     return token, jnp.all(kept), (before, kept)
 
   everything = jnp.ones(logits.shape, bool), jnp.zeros(logits.shape[0], bool)
@@ -142,12 +159,15 @@ def draw_from_all(
   return token
 
 
-def _weight_of_top(logits, weights, count):
-  """The summed weights [B, V] of each row's count [B] largest logits: the threshold's bits are found one after another."""
+def _weight_of_top(logits: jax.Array, weights: jax.Array, count: jax.Array) -> jax.Array:
+  """Return [B]: the sum of the weights [B, V] of each row's `count` [B] largest logits [B, V].
+
+  The bits of the smallest of these logits are found one after another.
+  """
   bits = jax.lax.bitcast_convert_type(logits, jnp.uint32)
   order = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(2**31))  # ascends with the logit
 
-  def set_bit(i, found):
+  def set_bit(i: jax.Array, found: jax.Array) -> jax.Array:
     tried = found | (jnp.uint32(2**31) >> i.astype(jnp.uint32))
     enough = jnp.sum(order >= tried[:, None], axis=-1, dtype=jnp.int32) >= count
     return jnp.where(enough, tried, found)

@@ -1,6 +1,6 @@
-"""Beginnings that many prompts have in common: found, prefilled and stored once."""
+"""The prefix that many prompts share: found on the host, prefilled and stored once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import functools
 
 import numpy as np
@@ -11,26 +11,31 @@ from t5x_inference_ext.model.cache import Shared
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
 
-# A beginning is not worth its own product in every step's attention below so many positions that it spares.
+# Every decode step attends over the shared prefix in a product of its own, which does not pay if
+# it spares prefill fewer positions than this.
 LEAST_SPARED = 64
 
 
 def find_shared_prefix(
   prompts: Sequence[Sequence[int]], least: int = LEAST_SPARED
 ) -> tuple[int, ...]:
-  """The beginning to store: followed from the first token, always with most of the prompts, while two or more go on.
+  """Return the prefix to store for prompts.
+
+  It is followed from the first token, at each with most of the prompts, while two or more go on.
+  Prompts that leave it early share what they have of it.
 
   Args:
-    prompts: model inputs, BOS first. A prompt's last token is never shared: its logits are needed.
-    least: positions that prefill must be spared in all, or nothing is shared.
+    prompts: Model inputs, BOS first. A prompt's last token is never shared: its logits are needed.
+    least: Least number of positions that prefill is spared in all; fewer share nothing.
 
   Returns:
-    Tokens, () where there is too little to share. Prompts that leave it early share what they have of it.
+    The prefix, or () where there is too little to share.
   """
   rows = sorted(tuple(p[:-1]) for p in prompts)
   low, high, depth, spared, found = 0, len(rows), 0, 0, 0
   while high - low > 1:
-    # The largest run of rows that go on with one token; rows are sorted, those that end here come first.
+    # The largest run of rows that go on with one token. Rows are sorted; those that end at this
+    # depth come first.
     runs, start = [], low
     while start < high:
       stop = _run_end(rows, start, high, depth)
@@ -47,50 +52,47 @@ def find_shared_prefix(
   return rows[found][:depth] if spared >= least else ()
 
 
-def common_length(shared: Sequence[int], tokens: Sequence[int]) -> int:
-  """How many of the first positions of a prompt are shared; all but its last can be."""
-  most = min(len(shared), len(tokens) - 1)
-  return next((i for i in range(most) if shared[i] != tokens[i]), most)
+def common_length(prefix: Sequence[int], tokens: Sequence[int]) -> int:
+  """Return how many first tokens of a prompt are the prefix's; never the prompt's last."""
+  most = min(len(prefix), len(tokens) - 1)
+  return next((i for i in range(most) if prefix[i] != tokens[i]), most)
 
 
 def store_prefix(
-  model: Model,
-  weights: Weights,
-  tokens: Sequence[int],
-  rows: tuple[int, int],
-  chunk: int,
-  put: Callable,
+  model: Model, weights: Weights, tokens: Sequence[int], rows: tuple[int, int], chunk: int
 ) -> tuple[Shared, Shared]:
-  """Prefills a beginning.
+  """Prefill a prefix.
 
   Args:
-    model: decides layouts.
-    weights: on its mesh.
-    tokens: BOS and the rest of it.
-    rows: of the slots, and of the prompts that are prefilled together.
-    chunk: positions that one pass takes.
-    put: arrays onto the mesh.
+    model: Decides mesh and layouts.
+    weights: Weights on that mesh.
+    tokens: The prefix, BOS first.
+    rows: Number of slots, and of prompts that are prefilled together.
+    chunk: Positions of one prefill pass.
 
   Returns:
-    What the slots share, in the decode layout, and what prompts do, in the prefill layout.
+    The stored prefix for the slots, in the decode layout, and for prompts, in the prefill layout.
   """
+  slots, prompts = rows
   steps = -(-len(tokens) // chunk)
-  prompts = programs.empty_prefill(
-    model, weights, rows[1], device.prompt_room(model, rows[1], steps * chunk), None
-  )
+  room = device.prompt_room(model, prompts, steps * chunk)
+  state = programs.empty_prefill(model, weights, prompts, room, None)
   for i in range(0, len(tokens), chunk):
-    some, counts = np.zeros((rows[1], chunk), np.int32), np.zeros(rows[1], np.int32)
-    counts[0] = len(tokens[i : i + chunk])
-    some[0, : counts[0]] = tokens[i : i + chunk]
-    prompts = programs.prefill_chunk(model, prompts, weights, *put(some, counts))
+    part = tokens[i : i + chunk]
+    inputs, counts = np.zeros((prompts, chunk), np.int32), np.zeros(prompts, np.int32)
+    inputs[0, : len(part)], counts[0] = part, len(part)
+    state = programs.prefill_chunk(model, state, weights, *programs.put(model, inputs, counts))
   share = functools.partial(
-    programs.share_row, model.prefilling, prompts.cache, weights, row=0, length=len(tokens)
+    programs.share_row, model.prefilling, state.cache, weights, row=0, length=len(tokens)
   )
-  return share(to=model, rows=rows[0]), share(to=model.prefilling, rows=rows[1])
+  return share(to=model, rows=slots), share(to=model.prefilling, rows=prompts)
 
 
-def _run_end(rows, start, stop, depth):
-  """The end of the run of rows [start, stop) whose token at `depth` (or that they have none) is that of the first."""
+def _run_end(rows: Sequence[tuple[int, ...]], start: int, stop: int, depth: int) -> int:
+  """Return the end of the run within rows[start:stop] that has the first row's token at `depth`.
+
+  Rows without a token there form a run too.
+  """
   token = rows[start][depth : depth + 1]
   while start < stop and rows[start][depth : depth + 1] == token:
     start += 1

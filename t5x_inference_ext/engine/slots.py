@@ -1,7 +1,11 @@
-"""Decode slots: rows of one cache that prompts enter and leave one by one, while the others go on."""
+"""Decode slots: rows of one cache that prompts enter and leave while the other rows go on.
+
+These are the device's functions; engine/programs.py compiles them and engine/scheduler.py calls
+them.
+"""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
@@ -29,27 +33,27 @@ from t5x_inference_ext.sharding.layout import Axes
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Slots:
-  """B rows, each in use or free: a free one has ended.
+  """B rows, each in use or free. A free row is one that has ended.
 
   Attributes:
-    cache: what they have seen but for their last token.
-    rows: what they ask for.
-    progress: how far they are.
+    cache: Keys and values of the rows' tokens, but for the last token of each.
+    rows: Parameters of the rows.
+    state: State of the rows.
   """
 
   cache: KVCache
   rows: RowParams
-  progress: DecodeState
+  state: DecodeState
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PrefillState:
-  """Prompts on their way to a slot, as the prefill layout has them.
+  """R prompts on their way to a slot, in the prefill layout.
 
   Attributes:
-    cache: of R rows.
-    logits: [R, V] float32, after the last token of each so far.
+    cache: Keys and values of the prompts' tokens so far.
+    logits: [R, V] float32. Logits after the last token of each prompt so far.
   """
 
   cache: KVCache
@@ -57,12 +61,12 @@ class PrefillState:
 
 
 class StepsOutput(NamedTuple):
-  """What some decode steps gave.
+  """The tokens of some decode steps.
 
   Attributes:
-    chosen: of each step, [N, B] and [N, B, top]; 0 for rows that had ended.
-    counts: [B] int32, how many of the N are the row's: the first ones.
-    ended: [B] bool, after them.
+    chosen: Chosen tokens of each step, [N, B] and [N, B, top]; 0 for rows that had ended.
+    counts: [B] int32. How many of the N steps gave the row a token: the first ones.
+    ended: [B] bool. Whether the row has ended after the steps.
   """
 
   chosen: ChosenTokens
@@ -71,68 +75,83 @@ class StepsOutput(NamedTuple):
 
 
 def empty_slots(
-  model: Model, weights: Weights, asks: RowParams, rows: int, size: int, shared: Shared | None
+  model: Model, weights: Weights, row_params: RowParams, rows: int, size: int, shared: Shared | None
 ) -> Slots:
-  """All free. asks [1] is of the form of what they will be asked for; see empty_cache for the rest."""
-  asks = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], (rows, *x.shape[1:])), asks)
+  """Return slots that are all free.
+
+  Args:
+    model: Decides mesh and layouts.
+    weights: Weights, for their form.
+    row_params: [1] Parameters with the structure and shapes that all requests have.
+    rows: B, the number of slots.
+    size: S, cache positions of each slot.
+    shared: The stored prefix in the decode layout, or None.
+  """
+  row_params = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], (rows, *x.shape[1:])), row_params)
   nothing = jnp.zeros((rows, 1), jnp.int32)
-  progress = initial_state(asks, nothing, nothing[:, 0], model.config.vocab_size)
-  progress = dataclasses.replace(progress, ended=jnp.ones(rows, bool))
-  return Slots(
-    empty_cache(model, weights, rows, size, shared), *replicated(model, (asks, progress))
-  )
+  state = initial_state(row_params, nothing, nothing[:, 0], model.config.vocab_size)
+  state = dataclasses.replace(state, ended=jnp.ones(rows, bool))
+  cache = empty_cache(model, weights, rows, size, shared)
+  return Slots(cache, *replicated(model, (row_params, state)))
 
 
 def empty_prefill(
   model: Model, weights: Weights, rows: int, size: int, shared: Shared | None
 ) -> PrefillState:
-  """No prompts yet, for `rows` at a time. `shared` is in the prefill layout."""
+  """Return a prefill state without prompts.
+
+  Args:
+    model: Decides mesh and layouts.
+    weights: Weights, for their form.
+    rows: R, prompts that are prefilled together.
+    size: Cache positions of each prompt.
+    shared: The stored prefix in the prefill layout, or None.
+  """
   logits = jnp.zeros((rows, model.config.vocab_size), jnp.float32)
-  return PrefillState(
-    empty_cache(model.prefilling, weights, rows, size, shared), _placed(model, logits)
-  )
+  cache = empty_cache(model.prefilling, weights, rows, size, shared)
+  return PrefillState(cache, _constrain_logits(model, logits))
 
 
 def logits_axes(model: Model, rows: int) -> Axes:
-  """The axes that split the logits of so many prompts by rows, as the model makes them."""
+  """Return the axes that split the rows of the prefill's logits, as the model makes them."""
   return activations.sampling_axes(model.prefill_layout, rows, model.mesh.shape)
 
 
-def _placed(model: Model, logits: jax.Array) -> jax.Array:
-  # One sharding at every call, or the next would be compiled for another.
-  return lax.with_sharding_constraint(
-    logits, NamedSharding(model.mesh, P(logits_axes(model, len(logits))))
-  )
+def _constrain_logits(model: Model, logits: jax.Array) -> jax.Array:
+  # One sharding at every call: another one would compile the next program anew.
+  spec = P(logits_axes(model, len(logits)))
+  return lax.with_sharding_constraint(logits, NamedSharding(model.mesh, spec))
 
 
 def prompt_room(model: Model, rows: int, length: int) -> int:
-  """The positions of a cache of so many prompts that a chunk of `length`, padded as the prefill layout needs, fits into."""
+  """Return the cache positions that a chunk of `length` needs, padded for the prefill layout."""
   return activations.padded_length(model.prefill_layout, model.mesh.shape, rows, length)
 
 
 def free_slots(model: Model, slots: Slots) -> Slots:
-  """All of them free, whoever was in them."""
+  """Return the slots, all of them free."""
   del model
-  progress = dataclasses.replace(slots.progress, ended=jnp.ones_like(slots.progress.ended))
-  return dataclasses.replace(slots, progress=progress)
+  state = dataclasses.replace(slots.state, ended=jnp.ones_like(slots.state.ended))
+  return dataclasses.replace(slots, state=state)
 
 
 def start_prefill(
   model: Model, prompts: PrefillState, weights: Weights, shared: jax.Array
 ) -> PrefillState:
-  """New prompts in the place of the last, that begin with so many shared positions, [R]."""
+  """Make room for new prompts, of which the first `shared` [R] positions are the stored prefix."""
   cache = prompts.cache
-  own = None if cache.shared is None else dataclasses.replace(cache.shared, lengths=shared)
-  cache = dataclasses.replace(cache, lengths=jnp.zeros_like(cache.lengths), shared=own)
+  prefix = None if cache.shared is None else dataclasses.replace(cache.shared, lengths=shared)
+  cache = dataclasses.replace(cache, lengths=jnp.zeros_like(cache.lengths), shared=prefix)
   return PrefillState(constrain_cache(model.prefilling, cache, weights), prompts.logits)
 
 
 def prefill_chunk(
   model: Model, prompts: PrefillState, weights: Weights, tokens: jax.Array, counts: jax.Array
 ) -> PrefillState:
-  """The next tokens of prompts, [R, T] of which counts [R] are real, maybe none."""
+  """Run the next tokens [R, T] of prompts, of which counts [R] are real; a count may be 0."""
   logits, cache = model.prefilling.prefill_chunk(weights, prompts.cache, tokens, counts)
-  return PrefillState(cache, _placed(model, jnp.where(counts[:, None] > 0, logits, prompts.logits)))
+  logits = jnp.where(counts[:, None] > 0, logits, prompts.logits)
+  return PrefillState(cache, _constrain_logits(model, logits))
 
 
 def insert(
@@ -142,52 +161,63 @@ def insert(
   prompts: PrefillState,
   row: jax.Array,
   slot: jax.Array,
-  asks: RowParams,
+  row_params: RowParams,
   prompt: jax.Array,
   length: jax.Array,
 ) -> tuple[Slots, ChosenTokens]:
-  """Puts a prompt whose tokens are all in the cache into a slot, and chooses its first new token.
+  """Put a prefilled prompt into a free slot, and choose its first new token.
 
   Args:
-    model: decides layouts.
-    slots: one of which is free.
-    weights: for their form.
-    prompts: holds the prompt, which stays there: it may enter several slots.
-    row: of prompts.
-    slot: that is free.
-    asks: [1] what the row asks for.
-    prompt: [1, T] int32 the whole of it, BOS first, for penalties of what it holds.
-    length: [1] int32, how many of these count.
+    model: Decides mesh and layouts.
+    slots: Slots, of which `slot` is free.
+    weights: Weights, for their form.
+    prompts: Holds the prompt, which stays there: it may enter several slots.
+    row: Row of `prompts`.
+    slot: Slot to enter.
+    row_params: [1] Parameters of the row.
+    prompt: [1, T] int32. All of the prompt, BOS first; looked at for penalties alone.
+    length: [1] int32. How many of these tokens count.
   """
-  cache, everyone = slots.cache, slots.cache.lengths.shape[0]
-  held = cache_sharding(model.prefilling, prompts.logits.shape[0]).heads.cached()
-  wanted = cache_sharding(model, everyone).heads.cached()
   one = cache_rows.gather_cache_row(model.prefilling, prompts.cache, weights, row)
+  # The decode layout may have other copies and padding among its key heads.
+  held = cache_sharding(model.prefilling, prompts.logits.shape[0]).heads.cached()
+  wanted = cache_sharding(model, slots.cache.lengths.shape[0]).heads.cached()
   keys, values = jax.tree.map(
     lambda x: kv_cache.with_heads(x, held, wanted), (one.keys, one.values)
   )
-  cache = cache_rows.scatter_cache_row(
-    model, cache, weights, slot, dataclasses.replace(one, keys=keys, values=values)
-  )
-  logits = cache_rows.gather_row(
-    model, prompts.logits, logits_axes(model, prompts.logits.shape[0]), row
-  )
-  progress, chosen = advance(
-    asks, initial_state(asks, prompt, length, model.config.vocab_size), logits, length
-  )
-  put = lambda x, new: lax.dynamic_update_slice_in_dim(x, new.astype(x.dtype), slot, 0)
-  rows, progress = jax.tree.map(put, (slots.rows, slots.progress), (asks, progress))
-  return Slots(
-    constrain_cache(model, cache, weights), *replicated(model, (rows, progress))
-  ), replicated(model, chosen)
+  one = dataclasses.replace(one, keys=keys, values=values)
+  cache = cache_rows.scatter_cache_row(model, slots.cache, weights, slot, one)
+  axes = logits_axes(model, prompts.logits.shape[0])
+  logits = cache_rows.gather_row(model, prompts.logits, axes, row)
+  state = initial_state(row_params, prompt, length, model.config.vocab_size)
+  state, chosen = advance(row_params, state, logits, length)
+
+  def put(x: jax.Array, new: jax.Array) -> jax.Array:
+    return lax.dynamic_update_slice_in_dim(x, new.astype(x.dtype), slot, 0)
+
+  rows, states = jax.tree.map(put, (slots.rows, slots.state), (row_params, state))
+  cache = constrain_cache(model, cache, weights)
+  return Slots(cache, *replicated(model, (rows, states))), replicated(model, chosen)
+
+
+# Of the loop in decode_steps: step, state, cache, chosen tokens so far.
+_Carry = tuple[jax.Array, DecodeState, KVCache, ChosenTokens]
 
 
 def decode_steps(
   model: Model, slots: Slots, weights: Weights, steps: jax.Array, until_free: jax.Array, most: int
 ) -> tuple[Slots, StepsOutput]:
-  """Decode steps: `steps` of them, `most` at most; fewer if all rows end, or, with until_free, as soon as one does."""
-  before, count = slots.progress, len(slots.progress.ended)
-  top = slots.rows.top
+  """Run decode steps until all rows have ended or enough steps are done.
+
+  Args:
+    model: Decides mesh and layouts.
+    slots: Slots, of which some are in use.
+    weights: Weights on the mesh.
+    steps: Scalar int32. Steps to run, at most `most`.
+    until_free: Scalar bool. Whether to stop as soon as a row ends.
+    most: N, steps that the output has room for. Static.
+  """
+  before, count, top = slots.state, len(slots.state.ended), slots.rows.top
   out = ChosenTokens(
     jnp.zeros((most, count), jnp.int32),
     jnp.zeros((most, count)),
@@ -195,32 +225,30 @@ def decode_steps(
     jnp.zeros((most, count, top)),
   )
 
-  def running(state):
-    i, progress, _, _ = state
-    freed = until_free & jnp.any(progress.ended & ~before.ended)
-    return (i < steps) & ~jnp.all(progress.ended) & ~freed
+  def running(carry: _Carry) -> jax.Array:
+    i, state, _, _ = carry
+    freed = until_free & jnp.any(state.ended & ~before.ended)
+    return (i < steps) & ~jnp.all(state.ended) & ~freed
 
-  def step(state):
-    i, progress, cache, out = state
+  def step(carry: _Carry) -> _Carry:
+    i, state, cache, out = carry
     lengths = cache.lengths
-    logits, cache = model.decode_step(weights, cache, progress.tokens)
-    # What a free slot wrote is beyond its end, and is written over.
-    cache = dataclasses.replace(cache, lengths=jnp.where(progress.ended, lengths, cache.lengths))
-    progress, chosen = advance(slots.rows, progress, logits, cache.positions)
+    logits, cache = model.decode_step(weights, cache, state.tokens)
+    # A free slot writes beyond its end; the next step writes over it.
+    cache = dataclasses.replace(cache, lengths=jnp.where(state.ended, lengths, cache.lengths))
+    state, chosen = advance(slots.rows, state, logits, cache.positions)
     out = jax.tree.map(
       lambda x, new: lax.dynamic_update_slice_in_dim(x, new[None], i, 0), out, chosen
     )
-    return i + 1, progress, cache, out
+    return i + 1, state, cache, out
 
-  _, progress, cache, out = lax.while_loop(running, step, (0, before, slots.cache, out))
-  told = replicated(model, StepsOutput(out, progress.counts - before.counts, progress.ended))
-  return Slots(
-    constrain_cache(model, cache, weights), slots.rows, replicated(model, progress)
-  ), told
+  _, state, cache, out = lax.while_loop(running, step, (jnp.asarray(0), before, slots.cache, out))
+  output = replicated(model, StepsOutput(out, state.counts - before.counts, state.ended))
+  cache = constrain_cache(model, cache, weights)
+  return Slots(cache, slots.rows, replicated(model, state)), output
 
 
-def replicated(model, tree):
-  """Whole on every device: every process can read it, and every step finds it alike."""
-  return jax.tree.map(
-    lambda x: lax.with_sharding_constraint(x, NamedSharding(model.mesh, P())), tree
-  )
+def replicated(model: Model, tree: Any) -> Any:
+  """Make arrays whole on every device: every process can read them, and no step moves them."""
+  whole = NamedSharding(model.mesh, P())
+  return jax.tree.map(lambda x: lax.with_sharding_constraint(x, whole), tree)

@@ -5,22 +5,27 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from t5x_inference_ext.engine.sampling import SamplingArrays, SamplingParams, stack_params
+from t5x_inference_ext.engine.sampling import SamplingParams
+from t5x_inference_ext.engine.sampling_arrays import SamplingArrays, stack_params
 from t5x_inference_ext.engine.slots import replicated
-from t5x_inference_ext.engine.state import RowParams, advance, initial_state
+from t5x_inference_ext.engine.state import DecodeState, RowParams, advance, initial_state
+from t5x_inference_ext.model.cache import KVCache
 from t5x_inference_ext.model.chunks import prefill_in_chunks
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
 
+# Of the loop in generate_batch: step, state, cache, tokens so far, scores so far.
+_Carry = tuple[jax.Array, DecodeState, KVCache, jax.Array, jax.Array]
+
 
 class Generation(NamedTuple):
-  """What generate returns.
+  """The rows that a static batch generated.
 
   Attributes:
-    tokens: [B, max_new_tokens] int32, 0 after a row's end.
-    lengths: [B] int32, how many of them were generated, EOS included.
-    scores: [B] float32, the sum of their log-probabilities under the model's own distribution (temperature 1, nothing
-      dropped).
+    tokens: [B, max_new_tokens] int32. Generated ids; 0 after a row's end.
+    lengths: [B] int32. Number of generated ids, EOS included.
+    scores: [B] float32. Sum of the ids' log-probabilities under the model's own distribution:
+      temperature 1, nothing dropped.
   """
 
   tokens: jax.Array
@@ -44,22 +49,27 @@ def generate_batch(
   max_length: int | None = None,
   prefill_chunk: int | None = None,
 ) -> Generation:
-  """Generates for a batch; to be jitted, with the keyword arguments and `model` static.
+  """Generate for a batch. Keyword arguments and `model` are static under jit.
 
   Args:
-    model: decides mesh and layout.
-    weights: on that mesh.
-    tokens: [B, T] int32 model inputs: BOS, then the prompt, from the left.
-    lengths: [B] int32, at least 1.
-    seeds: [B] uint32.
-    samplers: how each row chooses tokens, or None: all as `sampler` says.
-    limits: [B] int32, of each row's new tokens, or None: max_new_tokens, which is the highest, of all.
-    sampler: compiled in; without effect beside `samplers`.
-    max_new_tokens: the limit for each row.
-    eos_id: ends a row; -1 never does.
-    cache_size: S; at least T and every row's length + max_new_tokens - 1 (the last token is not fed back).
-    max_length: also ends a row when prompt and new tokens, BOS not counted, are this many: T5X's way to bound it.
-    prefill_chunk: positions of the prompts that one pass takes; None: all.
+    model: Decides mesh and layouts.
+    weights: Weights on that mesh.
+    tokens: [B, T] int32. Model inputs: BOS, then the prompt, from the left.
+    lengths: [B] int32. How many tokens of each row count; at least 1.
+    seeds: [B] uint32. Seed of each row's sampling noise.
+    sampling_arrays: Sampling parameters of each row, or None: `sampling` for all.
+    limits: [B] int32. Most new tokens of each row, at most `max_new_tokens`; None: that number.
+    sampling: Sampling parameters of all rows, compiled in; unused beside `sampling_arrays`.
+    max_new_tokens: Most new tokens of any row.
+    eos_id: Token that ends a row; -1 never does.
+    cache_size: S, positions of each row's cache. At least T, and at least each row's length +
+      max_new_tokens - 1: the last token is not fed back.
+    max_length: Also ends a row when its prompt and new tokens, BOS not counted, are this many:
+      T5X's way to bound it.
+    prefill_chunk: Most positions of the prompts in one pass; None: all.
+
+  Returns:
+    The generated rows, whole on every device.
   """
   count = tokens.shape[0]
   if sampling_arrays is None:
@@ -73,21 +83,20 @@ def generate_batch(
   else:
     logits, cache = prefill_in_chunks(model, weights, tokens, lengths, cache_size, prefill_chunk)
 
-  def step(state):
-    i, progress, cache, out, scores = state
-    logits, cache = model.decode_step(weights, cache, progress.tokens)
-    progress, chosen = advance(rows, progress, logits, cache.lengths)
+  def step(carry: _Carry) -> _Carry:
+    i, state, cache, out, scores = carry
+    logits, cache = model.decode_step(weights, cache, state.tokens)
+    state, chosen = advance(rows, state, logits, cache.lengths)
     out = jax.lax.dynamic_update_slice(out, chosen.tokens[:, None], (0, i))
-    return i + 1, progress, cache, out, scores + chosen.log_probs
+    return i + 1, state, cache, out, scores + chosen.log_probs
 
-  def running(state):
-    return ~jnp.all(state[1].ended)
+  def running(carry: _Carry) -> jax.Array:
+    return ~jnp.all(carry[1].ended)
 
-  progress, chosen = advance(
-    rows, initial_state(rows, tokens, lengths, model.config.vocab_size), logits, lengths
-  )
+  state = initial_state(rows, tokens, lengths, model.config.vocab_size)
+  state, chosen = advance(rows, state, logits, lengths)
   out = jnp.zeros((count, max_new_tokens), jnp.int32).at[:, 0].set(chosen.tokens)
-  _, progress, _, out, scores = jax.lax.while_loop(
-    running, step, (1, progress, cache, out, chosen.log_probs)
+  _, state, _, out, scores = jax.lax.while_loop(
+    running, step, (jnp.asarray(1), state, cache, out, chosen.log_probs)
   )
-  return replicated(model, Generation(out, progress.counts, scores))
+  return replicated(model, Generation(out, state.counts, scores))

@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from t5x_inference_ext.engine import slots as device
-from t5x_inference_ext.engine.sampling import SamplingParams, stack_params
+from t5x_inference_ext.engine.sampling import SamplingParams
+from t5x_inference_ext.engine.sampling_arrays import stack_params
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.engine.state import RowParams
 from t5x_inference_ext.model.chunks import abstract_cache
@@ -89,7 +90,7 @@ def _slots(model: Model, weights: Weights, asks: RowParams, rows: int, size: int
     functools.partial(device.empty_slots, model, rows=rows, size=size, shared=None), weights, asks
   )
   cache = abstract_cache(model, made.cache, weights)
-  return device.Slots(cache, *_whole(model.mesh, (made.rows, made.progress)))
+  return device.Slots(cache, *_whole(model.mesh, (made.rows, made.state)))
 
 
 def _prompts(model: Model, weights: Weights, rows: int, size: int) -> device.PrefillState:

@@ -4,7 +4,8 @@ import dataclasses
 from typing import Any
 
 from t5x_inference_ext.config import NORM_SCALES, ModelConfig
-from t5x_inference_ext.engine.sampling import SamplingParams, stack_params
+from t5x_inference_ext.engine.sampling import SamplingParams
+from t5x_inference_ext.engine.sampling_arrays import stack_params
 from t5x_inference_ext.engine.vocabularies import stop_sequences
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.transformer import CACHE_DTYPES, COMPUTE_DTYPES

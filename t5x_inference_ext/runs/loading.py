@@ -143,7 +143,7 @@ def batch_rows(
     say(f'batch: {engine.executable.run.batch} rows, as {options.executable} was compiled')
     return engine.executable.run.batch
   asked = options.batch_size if rows is None else min(options.batch_size, rows)
-  batch = engine.padded_batch(asked)
+  batch = engine.model.padded_batch(asked)
   note = ''
   if batch > options.batch_size:
     note = f' ({options.batch_size} does not divide over the mesh {mesh_text(engine.model.mesh)}; rounded up)'

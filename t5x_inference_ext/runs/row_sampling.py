@@ -5,7 +5,8 @@ import dataclasses
 import reprlib
 from typing import Any
 
-from t5x_inference_ext.engine.sampling import SamplingParams, stack_params
+from t5x_inference_ext.engine.sampling import SamplingParams
+from t5x_inference_ext.engine.sampling_arrays import stack_params
 from t5x_inference_ext.engine.vocabularies import Vocabulary, stop_sequences
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.options import has_type

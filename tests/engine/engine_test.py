@@ -47,7 +47,7 @@ def test_a_full_cache_is_enough(engine):
 
 
 def test_padded_batch_is_accepted(engine):
-  assert [engine.padded_batch(n) for n in (1, 2, 3, 5)] == [1, 2, 4, 6]
+  assert [engine.model.padded_batch(n) for n in (1, 2, 3, 5)] == [1, 2, 4, 6]
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_each_phase_has_its_layout(engine, palm_tiny):
   found, wanted = (e.generate(PROMPTS, max_new_tokens=8) for e in (other, engine))
   assert [c.tokens for c in found] == [c.tokens for c in wanted]
   np.testing.assert_allclose([c.score for c in found], [c.score for c in wanted], atol=1e-4)
-  assert [other.padded_batch(n) for n in (1, 2, 3, 5)] == [2, 2, 4, 6]
+  assert [other.model.padded_batch(n) for n in (1, 2, 3, 5)] == [2, 2, 4, 6]
   with pytest.raises(
     MeshError,
     match='wg_x/heads splits tokens over 2 devices of the mesh 2x2x1, and 3 rows of 1 do not '

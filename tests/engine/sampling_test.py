@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from t5x_inference_ext.engine import selection
-from t5x_inference_ext.engine.sampling import SamplingParams, sample, stack_params
+from t5x_inference_ext.engine.sampling import SamplingParams
+from t5x_inference_ext.engine.sampling_arrays import sample, stack_params
 from t5x_inference_ext.errors import RequestError
 
 
@@ -17,8 +18,9 @@ def choose(sampling, logits, seeds=None, positions=None):
   seeds = np.zeros(rows, np.uint32) if seeds is None else seeds
   positions = np.arange(rows, dtype=np.int32) if positions is None else positions
   return np.asarray(
-    jax.jit(sampling)(
+    jax.jit(sample)(
       jnp.asarray(logits, jnp.float32),
+      stack_params([sampling] * rows, logits.shape[1]),
       jnp.asarray(seeds, jnp.uint32),
       jnp.asarray(positions, jnp.int32),
     )
@@ -151,7 +153,7 @@ def test_each_row_of_a_mix_has_its_own_distribution(mix):
   likely = np.random.default_rng(1).choice(vocabulary, 12, replace=False)
   logits[likely] = random_logits(1, 12, seed=5, size=0.4)[0]
   rows = stack_params(mix * n, vocabulary)
-  assert (rows.plan.candidates > 0) == (mix is FEW)
+  assert (rows.features.candidates > 0) == (mix is FEW)
   chosen = draw(np.tile(logits, (n * len(mix), 1)), rows)
   for i, s in enumerate(mix):
     divided = logits / np.float32(s.temperature) if s.temperature else logits

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t5x_inference_ext.engine.sampling import SamplingParams, stack_params
+from t5x_inference_ext.engine.sampling import SamplingParams
+from t5x_inference_ext.engine.sampling_arrays import stack_params
 from t5x_inference_ext.engine.state import RowParams, advance, initial_state
 from t5x_inference_ext.errors import RequestError
 from tests.engine.sampling_test import check_distribution
@@ -136,7 +137,7 @@ def test_arrays_are_as_wide_as_asked():
     stack_params(rows, VOCABULARY, like=[most]) for rows in ([SamplingParams()], [most])
   )
   assert jax.tree.map(np.shape, one) == jax.tree.map(np.shape, other)
-  assert one.plan == other.plan and one.plan.candidates == 12
+  assert one.features == other.features and one.features.candidates == 12
 
 
 @pytest.mark.parametrize(
