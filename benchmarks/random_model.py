@@ -88,12 +88,12 @@ class _DecodeLoop:
     model = owner.model
 
     def run(weights, cache, tokens):
-      lengths, seeds = cache.lengths, jnp.zeros(tokens.shape, jnp.uint32)
+      lengths = cache.lengths
 
       def step(_, state):
         cache, tokens = state
         logits, cache = model.decode_step(weights, cache, tokens)
-        return cache, GREEDY(logits, seeds, cache.lengths)
+        return cache, jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
       cache, last = jax.lax.fori_loop(0, steps, step, (cache, tokens))
       return dataclasses.replace(cache, lengths=lengths), tokens, last

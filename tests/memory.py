@@ -8,6 +8,7 @@ import numpy as np
 
 from t5x_inference_ext.checkpoints.load import load_weights
 from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.engine import programs
 from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.sharding.layout import Layout
@@ -112,7 +113,10 @@ def decode(engine: Engine, wanted: Greedy, prompt_size: int, *, forced: bool = F
   prompts[:, : tokens.shape[1]] = tokens[:, :prompt_size]
   size = max(prompt_size, max(wanted.lengths) + steps - 1)  # the last token is not fed back
   logits, cache = prefill(
-    engine.model, engine.weights, *engine._put(prompts, wanted.lengths), size=int(size)
+    engine.model,
+    engine.weights,
+    *programs.put(engine.model, prompts, wanted.lengths),
+    size=int(size),
   )
   found = []
   for step in range(steps):
@@ -121,7 +125,7 @@ def decode(engine: Engine, wanted: Greedy, prompt_size: int, *, forced: bool = F
     tokens[everyone, wanted.lengths + step] = token
     if step < steps - 1:
       logits, cache = decode_step(
-        engine.model, engine.weights, cache, *engine._put(np.asarray(token))
+        engine.model, engine.weights, cache, *programs.put(engine.model, np.asarray(token))
       )
   np.testing.assert_array_equal(cache.lengths, wanted.lengths + steps - 1)
   return Greedy(tokens, wanted.lengths, np.stack(found))

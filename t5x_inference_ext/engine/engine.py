@@ -129,16 +129,13 @@ class Engine:
       prompts: Token ids without BOS. An empty prompt starts from BOS alone, as in T5X.
       max_new_tokens: Most new tokens: of all prompts, or one number for each.
       sampling: How tokens are chosen: for all prompts, or one for each.
-      seeds: A seed for each prompt, 0 to 2**32 - 1; None: all 0, so that equal prompts have equal
-        completions.
+      seeds: A seed for each prompt, 0 to 2**32 - 1; None: all 0.
       eos_id: Token that ends a row; -1 never does.
       cache_size: Cache positions of each row, BOS and new tokens included; None: as many as
         needed.
-      prompt_size: Length that prompts are padded to, so that batches share one compilation; None:
-        that of the longest.
+      prompt_size: Length that prompts are padded to, to share a compilation; None: the longest.
       max_length: Also ends a row when prompt and new tokens together are this many, as T5X does.
-      prefill_chunk: Most positions of the prompts in one pass, for prompts whose activations take
-        too much memory; None: all.
+      prefill_chunk: Most positions of the prompts in one pass, to save memory; None: all.
 
     Raises:
       RequestError: No prompts, a prompt that is longer than the cache or holds ids outside the

@@ -12,6 +12,7 @@ import pytest
 from t5x_inference_ext.checkpoints import open_checkpoint
 from t5x_inference_ext.checkpoints.convert import convert
 from t5x_inference_ext.checkpoints.load import load_weights
+from t5x_inference_ext.engine import programs
 from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.engine.inputs import model_inputs
 from t5x_inference_ext.model.transformer import Model
@@ -116,12 +117,14 @@ def test_greedy_under_every_valid_pair(palm_tiny, greedy, prefill, decode):
   decoder = dataclasses.replace(model, prefill_layout=model.decode_layout)
   tokens, lengths = model_inputs([row['prompt_tokens'] for row in greedy], 41)
   wanted = np.asarray([row['greedy_tokens'] for row in greedy])
-  logits, cache = memory.prefill(model, one.weights, *one._put(tokens, lengths), size=41 + 48)
+  logits, cache = memory.prefill(
+    model, one.weights, *programs.put(one.model, tokens, lengths), size=41 + 48
+  )
   for step in range(steps):
     token = np.argmax(logits, axis=-1).astype(np.int32)
     np.testing.assert_array_equal(token, wanted[:, step], err_msg=f'step {step}')
     if step < steps - 1:
-      logits, cache = decode_step(decoder, one.weights, cache, *one._put(token))
+      logits, cache = decode_step(decoder, one.weights, cache, *programs.put(one.model, token))
 
 
 def bits_per_byte(engine: Engine, targets: np.ndarray) -> float:

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from t5x_inference_ext.engine import programs
 from t5x_inference_ext.engine import static_batch as generation
 from t5x_inference_ext.engine.inputs import model_inputs
 from t5x_inference_ext.engine.sampling import SamplingParams
@@ -49,7 +50,7 @@ def raw(mesh, *, eos_id, max_new_tokens=NEW, prompts=PROMPTS):
     run(
       e.model,
       e.weights,
-      *e._put(tokens, lengths, np.asarray(SEEDS[: len(prompts)], np.uint32)),
+      *programs.put(e.model, tokens, lengths, np.asarray(SEEDS[: len(prompts)], np.uint32)),
       sampling=SAMPLER,
       max_new_tokens=max_new_tokens,
       eos_id=eos_id,

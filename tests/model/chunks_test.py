@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from t5x_inference_ext.engine import programs
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model import chunks
 from t5x_inference_ext.model.transformer import Model
@@ -83,10 +84,12 @@ def test_extend_then_decode_equals_the_full_forward(model, prefill, decode, rows
     if size == 1:
       counts = np.ones_like(counts)
       logits, cache = memory.decode_step(
-        engine.model, engine.weights, cache, *engine._put(tokens[everyone, lengths])
+        engine.model, engine.weights, cache, *programs.put(engine.model, tokens[everyone, lengths])
       )
     else:
-      logits, cache = extend(engine.model, engine.weights, cache, *engine._put(new, counts))
+      logits, cache = extend(
+        engine.model, engine.weights, cache, *programs.put(engine.model, new, counts)
+      )
     lengths += counts
     some = counts > 0
     close(np.asarray(logits)[some], wanted[everyone, lengths - 1][some], holds)
@@ -112,13 +115,17 @@ def test_prefill_in_chunks_equals_prefill(model, prefill, decode, rows, mesh, ho
   )
   for chunk in (3, 8):
     logits, cache = in_chunks(
-      engine.model, engine.weights, *engine._put(prompts, lengths), size=LENGTH, chunk=chunk
+      engine.model,
+      engine.weights,
+      *programs.put(engine.model, prompts, lengths),
+      size=LENGTH,
+      chunk=chunk,
     )
     close(logits, wanted[everyone, lengths - 1], holds)
     assert jax.tree.map(jnp.shape, cache) == jax.tree.map(jnp.shape, whole)
     if engine.model.padded_batch(rows) == rows:
       logits, _ = memory.decode_step(
-        engine.model, engine.weights, cache, *engine._put(tokens[everyone, lengths])
+        engine.model, engine.weights, cache, *programs.put(engine.model, tokens[everyone, lengths])
       )
       close(logits, wanted[everyone, lengths], holds)
 
@@ -137,7 +144,9 @@ def test_rows_that_begin_alike_share_it(model, prefill, decode, rows, mesh, hold
   one = engine.model.prefilling
   first = np.tile(tokens[:1, :6], (2, 1))
   cache = empty_cache(one, engine.weights, 2, 8)
-  _, cache = extend(one, engine.weights, cache, *engine._put(first, np.full(2, 6, np.int32)))
+  _, cache = extend(
+    one, engine.weights, cache, *programs.put(engine.model, first, np.full(2, 6, np.int32))
+  )
   shared = share(one, cache, engine.weights, 1, 5, engine.model, rows)
   assert {x.shape[-3] for x in jax.tree.leaves((shared.keys, shared.values))} == {5}
   shared = dataclasses.replace(shared, lengths=jnp.asarray(common))
@@ -149,10 +158,12 @@ def test_rows_that_begin_alike_share_it(model, prefill, decode, rows, mesh, hold
       new[row, :count] = tokens[row, start : start + count]
     if size == 1:
       logits, cache = memory.decode_step(
-        engine.model, engine.weights, cache, *engine._put(new[:, 0])
+        engine.model, engine.weights, cache, *programs.put(engine.model, new[:, 0])
       )
     else:
-      logits, cache = extend(engine.model, engine.weights, cache, *engine._put(new, counts))
+      logits, cache = extend(
+        engine.model, engine.weights, cache, *programs.put(engine.model, new, counts)
+      )
     lengths, size = lengths + counts, 1
     close(logits, wanted[everyone, lengths - 1], holds)
     np.testing.assert_array_equal(cache.positions, lengths)
@@ -167,15 +178,23 @@ def test_what_finds_no_room_is_dropped(stacked):
   wanted = reference.logits(config, reference.random_tensors(config), tokens)
   cache = empty_cache(engine.model, engine.weights, 2, 6)
   _, cache = extend(
-    engine.model, engine.weights, cache, *engine._put(tokens[:, :4], np.array([4, 3], np.int32))
+    engine.model,
+    engine.weights,
+    cache,
+    *programs.put(engine.model, tokens[:, :4], np.array([4, 3], np.int32)),
   )
   new = np.array([[*tokens[0, 4:6], 77, 77], [*tokens[1, 3:6], 77]], np.int32)
   logits, cache = extend(
-    engine.model, engine.weights, cache, *engine._put(new, np.array([2, 3], np.int32))
+    engine.model,
+    engine.weights,
+    cache,
+    *programs.put(engine.model, new, np.array([2, 3], np.int32)),
   )
   close(logits, wanted[:, 5])
   assert cache.lengths.tolist() == [6, 6]
-  logits, _ = memory.decode_step(engine.model, engine.weights, cache, *engine._put(tokens[:, 6]))
+  logits, _ = memory.decode_step(
+    engine.model, engine.weights, cache, *programs.put(engine.model, tokens[:, 6])
+  )
   close(logits, wanted[:, 6])
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from t5x_inference_ext.engine import programs
 from t5x_inference_ext.errors import MeshError, RequestError
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.sharding.layout import Layout
@@ -47,12 +48,15 @@ def test_prefill_and_decode_equal_the_full_forward(mesh, rows, stacked):
   # Beyond its length a row holds ids that must not matter.
   prompt = np.where(np.arange(4)[None, :] < lengths[:, None], tokens[:, :4], 77).astype(np.int32)
   logits, cache = memory.prefill(
-    engine.model, engine.weights, *engine._put(prompt, lengths.astype(np.int32)), size=LENGTH
+    engine.model,
+    engine.weights,
+    *programs.put(engine.model, prompt, lengths.astype(np.int32)),
+    size=LENGTH,
   )
   close(logits, wanted[everyone, lengths - 1])
   assert cache.size == LENGTH
   for step in range(LENGTH - 4):
-    (token,) = engine._put(tokens[everyone, lengths + step])
+    (token,) = programs.put(engine.model, tokens[everyone, lengths + step])
     logits, cache = memory.decode_step(engine.model, engine.weights, cache, token)
     close(logits, wanted[everyone, lengths + step])
   np.testing.assert_array_equal(cache.lengths, lengths + LENGTH - 4)
@@ -121,7 +125,7 @@ def test_an_id_outside_the_vocabulary_embeds_as_zeros(mesh):
   wanted = reference.logits(dataclasses.replace(config, vocab_size=102), wider, as_last)[..., :101]
   engine = memory.engine(config, TENSORS[config], mesh)
   logits = jax.jit(Model.logits, static_argnums=0)(
-    engine.model, engine.weights, *engine._put(tokens)
+    engine.model, engine.weights, *programs.put(engine.model, tokens)
   )
   close(logits, wanted)
 
@@ -136,9 +140,11 @@ def test_a_full_row_drops_its_write_and_the_others_do_not(stacked):
   prompt = np.where(np.arange(size)[None, :] < lengths[:, None], tokens[:, :size], 77).astype(
     np.int32
   )
-  _, before = memory.prefill(engine.model, engine.weights, *engine._put(prompt, lengths), size=size)
+  _, before = memory.prefill(
+    engine.model, engine.weights, *programs.put(engine.model, prompt, lengths), size=size
+  )
   logits, after = memory.decode_step(
-    engine.model, engine.weights, before, *engine._put(tokens[[0, 1], lengths])
+    engine.model, engine.weights, before, *programs.put(engine.model, tokens[[0, 1], lengths])
   )
   close(logits, wanted[[0, 1], lengths])
   for old, new in zip(
@@ -168,7 +174,7 @@ def test_log_probs(mesh, rows, layout):
     np.asarray(jax.nn.log_softmax(expected(config, rows))), targets[..., None], 2
   )[..., 0]
   found = jax.jit(Model.log_probs, static_argnames='self')(
-    engine.model, engine.weights, *engine._put(inputs, targets)
+    engine.model, engine.weights, *programs.put(engine.model, inputs, targets)
   )
   close(found, wanted)
   weights = np.random.default_rng(0).random((rows, LENGTH)).astype(np.float32)
@@ -189,7 +195,7 @@ def test_bfloat16_keeps_float32_where_it_matters(mesh, rows):
   assert engine.weights.final_norm.dtype == jnp.float32
   prompt, lengths = memory.tokens(config, rows, LENGTH)[:, :4], np.full(rows, 4, np.int32)
   logits, cache = memory.prefill(
-    engine.model, engine.weights, *engine._put(prompt, lengths), size=LENGTH
+    engine.model, engine.weights, *programs.put(engine.model, prompt, lengths), size=LENGTH
   )
   assert logits.dtype == jnp.float32
   assert {x.dtype for x in jax.tree.leaves((cache.keys, cache.values))} == {jnp.dtype(jnp.bfloat16)}
@@ -206,9 +212,14 @@ def test_the_cache_lies_as_decode_has_it():
     wanted = jax.sharding.NamedSharding(engine.model.mesh, jax.sharding.PartitionSpec(*spec))
     tokens = memory.tokens(config, 8, 4)
     _, cache = memory.prefill(
-      engine.model, engine.weights, *engine._put(tokens, np.full(8, 4, np.int32)), size=6
+      engine.model,
+      engine.weights,
+      *programs.put(engine.model, tokens, np.full(8, 4, np.int32)),
+      size=6,
     )
-    _, after = memory.decode_step(engine.model, engine.weights, cache, *engine._put(tokens[:, 1]))
+    _, after = memory.decode_step(
+      engine.model, engine.weights, cache, *programs.put(engine.model, tokens[:, 1])
+    )
     for x in jax.tree.leaves((cache, after)):
       assert x.sharding.is_equivalent_to(wanted, x.ndim), (decode, x.sharding)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from t5x_inference_ext.config import ModelConfig, preset
+from t5x_inference_ext.engine import programs
 from t5x_inference_ext.errors import MeshError
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.sharding import axis_rules, explain_text
@@ -137,12 +138,14 @@ def test_explained_tensors_are_those_on_the_devices(model, mesh, first, second, 
   assert s.rows == run.padded_batch(s.batch)
   tokens = memory.tokens(s.config, s.rows, 5)
   logits, cache = prefill(
-    run.model, run.weights, *run._put(tokens, np.full(s.rows, 5, np.int32)), size=9
+    run.model, run.weights, *programs.put(run.model, tokens, np.full(s.rows, 5, np.int32)), size=9
   )
   check(phase_tensor(e, 0, 'logits'), [logits])
   check_cache(e, cache)
   assert e.cache_bytes == sum(a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(cache))
-  logits, cache = decode_step(run.model, run.weights, cache, *run._put(np.ones(s.rows, np.int32)))
+  logits, cache = decode_step(
+    run.model, run.weights, cache, *programs.put(run.model, np.ones(s.rows, np.int32))
+  )
   check(phase_tensor(e, 1, 'logits'), [logits])
   check_cache(e, cache)
   check(phase_tensor(e, 1, 'cache lengths'), [cache.lengths])
