@@ -275,8 +275,7 @@ class Engine:
   ) -> list[list[float]]:
     """Return the log-probabilities of each completion's tokens after its prompt.
 
-    Their sum is the completion's score. Pairs of similar lengths are scored together, whatever
-    their order.
+    Their sum is the completion's score. Pairs of similar lengths are scored together.
 
     Args:
       pairs: Pairs (prompt, completion) of token ids without BOS.
