@@ -1,19 +1,23 @@
-"""Decode and prefill on this machine's accelerator, against what it measurably can do, and against transformers.
+"""Decode and prefill on this machine's accelerator, beside its measured rates and transformers.
 
     python -m benchmarks.accelerator
-    python -m benchmarks.accelerator --shape=palm_8b,falcon_7b --weights=bfloat16,int8 --batch=1,8,64
-    python -m benchmarks.accelerator --shape=tiny              # the same on a CPU, in seconds: figures of no interest
+    python -m benchmarks.accelerator --shape=palm_8b,falcon_7b --weights=bfloat16,int8 --batch=1,8
+    python -m benchmarks.accelerator --shape=tiny  # on a CPU, in seconds: figures of no interest
 
-Run from the root of a checkout, on one device, with random weights; nothing but jax is needed. bfloat16 activations.
+Run from the root of a checkout, on one device, with random weights; nothing but jax is needed.
+Activations are bfloat16.
 
-- decode: a loop of steps on the device, each with embedding, logits and greedy choice. Its bound is the time to read
-  all weights once at the machine's memory bandwidth: that of a large copy, measured in this run, bytes read and written.
-- prefill: whole prompts. Its FLOPs are those of the layers' matrices, of the visible half of attention, and of the last
-  token's logits; the matrix rate is that of a large bfloat16 product of random numbers, measured in this run.
+- decode: a loop of steps on the device, each with embedding, logits and greedy choice. Its bound is
+  the time to read all weights once at the memory bandwidth of a large copy, measured in this run,
+  bytes read and written.
+- prefill: whole prompts. Its FLOPs are those of the layers' matrices, of the visible half of
+  attention, and of the last token's logits; the matrix rate is that of a large bfloat16 product of
+  random numbers, measured in this run.
 - generate: prompts and new tokens in one program, as the infer command runs them.
-- transformers: for a Falcon shape (Falcon-7B's multiquery attention and parallel block), where torch and transformers
-  can be imported: its generate with torch.compile and a static cache, bfloat16, the same batch and lengths, the repeats
-  alternating between both sides. The ratio is of tokens/s.
+- transformers: for a Falcon shape (Falcon-7B's multiquery attention and parallel block), where
+  torch and transformers can be imported. Its generate with torch.compile and a static cache,
+  bfloat16, the same batch and lengths; repeats alternate between both sides. The ratio is of
+  tokens/s.
 """
 
 import argparse
@@ -57,7 +61,7 @@ BATCHES = (1, 8, 64)
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-  """Rates measured in this run: bytes/s of a copy, and bfloat16 FLOP/s of a product."""
+  """Measured rates of this run: bytes/s of a copy, and bfloat16 FLOP/s of a product."""
 
   bandwidth: float
   flops: float
@@ -70,14 +74,14 @@ class Machine:
 
   def __str__(self) -> str:
     return (
-      f'{jax.devices()[0].device_kind}, jax {jax.__version__}: copies at {self.bandwidth / 1e9:.0f} GB/s, '
-      f'bfloat16 products at {self.flops / 1e12:.2f} TFLOP/s'
+      f'{jax.devices()[0].device_kind}, jax {jax.__version__}: copies at '
+      f'{self.bandwidth / 1e9:.0f} GB/s, bfloat16 products at {self.flops / 1e12:.2f} TFLOP/s'
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """One batch size: seconds of a decode step, a prefill and a whole generation, and of transformers' generation."""
+  """Seconds of one batch size: a decode step, a prefill, a generation, and transformers'."""
 
   batch: int
   decode: float
@@ -87,7 +91,7 @@ class Cell:
 
 
 def prefill_flops(config: ModelConfig, batch: int, prompt: int) -> float:
-  """What a prefill of [batch, prompt] tokens has to multiply."""
+  """Return the FLOPs that a prefill of [batch, prompt] tokens needs."""
   c = config
   matrices = c.num_layers * (
     2 * c.d_model * c.d_head * (c.num_heads + c.num_kv_heads)
@@ -107,7 +111,7 @@ def row(
   prompt: int,
   new: int,
 ) -> str:
-  """A line of the table, without what TITLES ends in where there is no other side."""
+  """Return a line of the table; without the columns of OTHER_TITLES if there is no other side."""
   bound = weight_bytes / machine.bandwidth
   flops = prefill_flops(config, cell.batch, prompt) / cell.prefill
   speed = cell.batch * new / cell.generate
@@ -145,13 +149,15 @@ OTHER_TITLES = ('transformers, tokens/s', 'ratio (above 1)')
 
 
 def measure(own: RandomModel, batch: int, prompt: int, new: int, repeats: int, other=None) -> Cell:
-  """Times one batch size.
+  """Time one batch size.
 
   Args:
-    own: this package's side.
-    batch, prompt, new: rows, tokens of a prompt, tokens to generate.
-    repeats: of which the median counts.
-    other: a falcon.Falcon, or None.
+    own: RandomModel. This package's side.
+    batch: int. Rows.
+    prompt: int. Tokens of each prompt.
+    new: int. Tokens to generate.
+    repeats: int. Measurements, of which the median counts.
+    other: falcon.Falcon or None. The other side.
   """
   programs = own.programs(batch, prompt, new)
   decode = median_seconds(programs.decode, repeats) / programs.steps
@@ -168,7 +174,10 @@ def measure(own: RandomModel, batch: int, prompt: int, new: int, repeats: int, o
 
 
 def is_falcon(config: ModelConfig) -> bool:
-  """Whether transformers' Falcon can have this shape: like Falcon-7B parallel, multiquery, with GELU and layer norm."""
+  """Return whether transformers' Falcon can have this shape: that of Falcon-7B.
+
+  It is parallel and multiquery, with GELU and layer norm.
+  """
   return (config.block, config.mlp, config.norm, config.num_kv_heads) == (
     'parallel',
     'gelu',
@@ -178,7 +187,7 @@ def is_falcon(config: ModelConfig) -> bool:
 
 
 def other_side(config: ModelConfig, context: int):
-  """(a falcon.Falcon, what it is), or (None, why there is none)."""
+  """Return (a falcon.Falcon, a remark about it), or (None, why there is none)."""
   if not is_falcon(config):
     return None, 'transformers has no model of this shape (it has that of --shape=falcon_7b)'
   try:
@@ -206,25 +215,26 @@ def table(
   prompt: int | None = None,
   new: int | None = None,
 ) -> Iterator[str]:
-  """A shape's table, line by line as it is measured.
+  """Yield a shape's table, line by line as it is measured.
 
   Args:
-    shape: of SHAPES.
-    machine: measured.
-    weights: of WEIGHTS.
-    batches: rows.
-    repeats: of each measurement.
-    scan_layers: a loop over all layers, or code for each. XLA on a GPU copies a layer's weights out of the stack first,
-      which takes twice as long as using them.
-    prompt, new: tokens, by default the shape's.
+    shape: str. A name in SHAPES.
+    machine: Machine. Measured rates.
+    weights: sequence of str, of WEIGHTS.
+    batches: sequence of int. Rows.
+    repeats: int. Measurements of each figure.
+    scan_layers: bool. A loop over all layers, or code for each. XLA on a GPU copies a layer's
+      weights out of the stack first, which takes twice as long as using them.
+    prompt: int or None. Tokens of each prompt, by default the shape's.
+    new: int or None. Tokens to generate, by default the shape's.
   """
   config, default_prompt, default_new = SHAPES[shape]
   prompt, new = prompt or default_prompt, new or default_new
   other, remark = other_side(config, prompt + new)
   yield f'\n{shape}: {config}'
   yield (
-    f'prompt {prompt}, generate {new}, {"a loop over" if scan_layers else "unrolled"} layers, median of {repeats};'
-    f' {remark}\n'
+    f'prompt {prompt}, generate {new}, {"a loop over" if scan_layers else "unrolled"} layers, '
+    f'median of {repeats}; {remark}\n'
   )
   titles = TITLES + (OTHER_TITLES if other else ())
   yield f'| {" | ".join(titles)} |\n|{"---|" * len(titles)}'
@@ -243,7 +253,7 @@ def table(
 
 
 def report(shapes: Sequence[str], **options) -> None:
-  """Measures the machine, and prints the tables of some shapes; options: see table."""
+  """Measure the machine, and print the tables of some shapes; options: see table."""
   machine = Machine.measure()
   print(machine)
   for shape in shapes:

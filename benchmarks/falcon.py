@@ -1,4 +1,4 @@
-"""The other side of a comparison: Falcon in Hugging Face transformers, with torch.compile and a static cache.
+"""Falcon in Hugging Face transformers, with torch.compile and a static cache, to compare with.
 
 Importing this module raises ImportError where PyTorch or transformers is absent.
 """
@@ -15,7 +15,12 @@ class Falcon:
   """A Falcon with random weights in bfloat16, on the GPU if there is one."""
 
   def __init__(self, config: ModelConfig, context: int):
-    """config: a shape that accelerator.is_falcon. context: positions that it is made for."""
+    """Make a model.
+
+    Args:
+      config: ModelConfig. A shape for which accelerator.is_falcon.
+      context: int. Positions of a row.
+    """
     self.device = 'cuda' if torch.cuda.is_available() else 'cpu'
     c = transformers.FalconConfig(
       vocab_size=config.vocab_size,
@@ -47,9 +52,10 @@ class Falcon:
     return sum(p.numel() for p in self.model.parameters())
 
   def generate(self, prompts: np.ndarray, new_tokens: int):
-    """A function that continues prompts [B, T] greedily, never ending early -> tokens [B, new_tokens].
+    """Return a function that continues prompts [B, T] greedily -> tokens [B, new_tokens].
 
-    transformers compiles the decode step (CUDA graphs on a GPU), and keeps it for the next call of these sizes.
+    No row ends early. transformers compiles the decode step (CUDA graphs on a GPU), and keeps it
+    for the next call of these sizes.
     """
     tokens = torch.tensor(prompts, dtype=torch.long, device=self.device)
     compile_config = CompileConfig(dynamic=False)  # each batch size gets code of its own
@@ -71,4 +77,5 @@ class Falcon:
     return run
 
   def __str__(self) -> str:
-    return f'transformers {transformers.__version__}, torch {torch.__version__}, {self.device}, static cache, compiled'
+    versions = f'transformers {transformers.__version__}, torch {torch.__version__}'
+    return f'{versions}, {self.device}, static cache, compiled'

@@ -1,11 +1,13 @@
-"""What the GPU compiler makes of a decode step or a prefill on one H200: kernels and bytes, and no GPU.
+r"""Kernels and bytes of a decode step or a prefill on one H200, as the GPU compiler has them.
 
-    pip install --no-deps jax-cuda13-pjrt==VERSION jax-cuda13-plugin==VERSION nvidia-cuda-nvcc nvidia-nvvm
+    pip install --no-deps jax-cuda13-pjrt==VERSION jax-cuda13-plugin==VERSION \
+        nvidia-cuda-nvcc nvidia-nvvm
     python -m benchmarks.gpu_compile --shape=palm_8b --weights=bfloat16,int8 --batch=1,8,64
 
-VERSION is jax's. Run from the root of a checkout. Nothing runs, and nothing is tuned on the device, which picks other
-kernels for products; what shows is whether a step reads its weights and cache once (`times them` near 1: no copies), and
-how many kernels it starts, each of which takes some time whatever it does.
+VERSION is jax's. Run from the root of a checkout. No GPU is needed: nothing runs, and nothing is
+tuned on the device, where tuning picks other kernels for products. The table shows whether a step
+reads its weights and cache once (`times them` near 1: no copies), and how many kernels it starts,
+each of which takes some time whatever it does.
 """
 
 import argparse
@@ -20,26 +22,37 @@ import jax  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
 from benchmarks.accelerator import BATCHES, SHAPES, WEIGHTS  # noqa: E402
-from t5x_inference_ext.precompile import hlo, loops, work  # noqa: E402
-from t5x_inference_ext.precompile.program import CompileCase, phase_function  # noqa: E402
+from t5x_inference_ext.precompile import loops, work  # noqa: E402
+from t5x_inference_ext.precompile.case import CompileCase  # noqa: E402
+from t5x_inference_ext.precompile.hlo_parser import parse_hlo  # noqa: E402
+from t5x_inference_ext.precompile.program import phase_function  # noqa: E402
 from t5x_inference_ext.sharding.mesh import single_device_mesh  # noqa: E402
 
-# What the compiler asks of an H200 (NVIDIA's data sheet and CUDA's device properties).
+# The properties of an H200 that the compiler reads (NVIDIA's data sheet, CUDA's device properties).
 _H200 = """
 gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 4800000000000 l2_cache_size: 52428800
-  clock_rate_ghz: 1.98 device_memory_size: 151397597184 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  shared_memory_per_block_optin: 232448 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 4800000000000 l2_cache_size: 52428800 device_memory_size: 151397597184
+  clock_rate_ghz: 1.98 cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
 }
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } device_description_str: "NVIDIA H200"
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 }
+device_description_str: "NVIDIA H200"
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class Launches:
-  """Kernels that one run of a program starts, the bytes that they read and write, and the largest: (bytes, name)."""
+  """Kernels that one run of a program starts.
+
+  Attributes:
+    kernels: int. Their number.
+    bytes: int. Bytes that they read and write.
+    largest: tuple of (bytes, name). Those that move most.
+  """
 
   kernels: int
   bytes: int
@@ -47,8 +60,13 @@ class Launches:
 
 
 def launches(text: str, count: int = 3) -> Launches:
-  """Counts those of a compiled program's text, loops by their turns; `count` of the largest are named."""
-  module = hlo.parse_hlo(text)
+  """Count the kernels of a compiled program's text.
+
+  Args:
+    text: str. compiled.as_text().
+    count: int. How many of the largest are named.
+  """
+  module = parse_hlo(text)
   found, _ = loops.executed(module)
   runs = [
     (e.times, e.times * work.traffic(module, e.computation, e.instruction), e.instruction.name)
@@ -62,7 +80,7 @@ def launches(text: str, count: int = 3) -> Launches:
 
 
 def gpu_mesh() -> jax.sharding.Mesh:
-  """One H200 that is not here.
+  """Return the mesh of one H200 that is not here.
 
   Raises:
     SystemExit: the plugin is not installed.
@@ -72,12 +90,18 @@ def gpu_mesh() -> jax.sharding.Mesh:
       'h200', 'cuda', target_config=_H200, topology='1x1x1'
     ).devices
   except NotImplementedError as e:
-    raise SystemExit(f'jax has no CUDA plugin here: {__doc__.split("    ")[1].strip()}') from e
+    raise SystemExit(
+      'jax has no CUDA plugin here: pip install --no-deps jax-cuda13-pjrt==VERSION '
+      f'jax-cuda13-plugin==VERSION nvidia-cuda-nvcc nvidia-nvvm (VERSION is {jax.__version__})'
+    ) from e
   return single_device_mesh(devices[0])
 
 
 def compiler_options() -> dict[str, str]:
-  """No tuning on a device, and the assembler of the installed packages where CUDA itself is not installed."""
+  """Return the compiler's options: no tuning on a device, and an installed assembler.
+
+  The assembler is needed where CUDA itself is not installed.
+  """
   try:
     import nvidia
   except ImportError:
@@ -113,20 +137,23 @@ def main() -> None:
   args = parser.parse_args()
   mesh, config = gpu_mesh(), SHAPES[args.shape][0]
   print(
-    '| weights | batch | kernels | GB read and written | weights and cache, GB | times them | largest |'
+    '| weights | batch | kernels | GB read and written | weights and cache, GB | times them '
+    '| largest |'
   )
   print('|---|---|---|---|---|---|---|', flush=True)
   for weights in args.weights.split(','):
     for batch in map(int, args.batch.split(',')):
-      case = CompileCase(config, weights, args.phase, batch, args.context, stacked=args.scan_layers)
+      case = CompileCase(
+        config, weights, args.phase, batch, args.context, scan_layers=args.scan_layers
+      )
       function, arguments = phase_function(case, mesh)
       compiled = function.lower(*arguments).compile(compiler_options())
       found = launches(compiled.as_text())
       held = compiled.memory_analysis().argument_size_in_bytes
       largest = ', '.join(f'{name} {moved / 1e9:.2f}' for moved, name in found.largest)
       print(
-        f'| {weights} | {batch} | {found.kernels} | {found.bytes / 1e9:.2f} | {held / 1e9:.2f} | '
-        f'{found.bytes / held:.2f} | {largest} |',
+        f'| {weights} | {batch} | {found.kernels} | {found.bytes / 1e9:.2f} | {held / 1e9:.2f} '
+        f'| {found.bytes / held:.2f} | {largest} |',
         flush=True,
       )
 

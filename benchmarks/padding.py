@@ -1,9 +1,10 @@
-"""The share of padding when ragged examples are scored: batches in the order of a file, and those of engine.length_buckets.
+"""The share of padding when ragged examples are scored: in a file's order, and in length buckets.
 
     python -m benchmarks.padding
 
-Lengths are those of benchmarks.continuous, prompt and output together. Batches hold the tokens of 32 rows of the longest.
-Nothing is computed with them.
+engine.length_buckets makes the buckets. Lengths are those of benchmarks.continuous, prompt and
+output together. Batches hold as many tokens as 32 rows of the longest. Nothing is computed with
+them.
 """
 
 from benchmarks.continuous import ragged
@@ -20,8 +21,8 @@ def main() -> None:
     packed = sum(p.rows * p.length for p in packs)
     shapes = len({(p.rows, p.length) for p in packs})
     print(
-      f'{count} examples: padding {1 - sum(lengths) / in_order:.1%} in order, {1 - sum(lengths) / packed:.1%} packed, in '
-      f'{len(packs)} batches of {shapes} shapes'
+      f'{count} examples: padding {1 - sum(lengths) / in_order:.1%} in order, '
+      f'{1 - sum(lengths) / packed:.1%} packed, in {len(packs)} batches of {shapes} shapes'
     )
 
 

@@ -1,4 +1,4 @@
-"""A model of a shape, with random weights, on one device: what the benchmarks run where there is no checkpoint."""
+"""A model with random weights on one device: what benchmarks run without a checkpoint."""
 
 import dataclasses
 import functools
@@ -14,7 +14,8 @@ from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.saved_generation import GenerationShape
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
-from t5x_inference_ext.precompile.program import CompileCase, abstract_weights, phase_function
+from t5x_inference_ext.precompile.case import CompileCase
+from t5x_inference_ext.precompile.program import abstract_weights, phase_function
 from t5x_inference_ext.sharding.mesh import single_device_mesh
 
 GREEDY = SamplingParams()
@@ -23,13 +24,13 @@ _BLOCK = 128
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-  """What is timed for one batch size: functions without arguments, compiled by their first call.
+  """Functions to time for one batch size. They take no arguments; their first call compiles.
 
   Attributes:
-    prefill: whole prompts [B, T] -> next tokens [B], and the cache.
-    decode: `steps` decode steps with their greedy choices, in one loop on the device -> tokens [B].
-    generate: what the infer command runs for a batch -> tokens [B, new tokens].
-    steps: of `decode`.
+    prefill: function. Whole prompts [B, T] -> next tokens [B], and the cache.
+    decode: function. `steps` greedy decode steps, one loop on the device -> last tokens [B].
+    generate: function. All that the infer command runs for a batch -> tokens [B, new tokens].
+    steps: int. Decode steps in a call of `decode`.
   """
 
   prefill: object
@@ -48,21 +49,34 @@ class RandomModel:
 
   @classmethod
   def make(cls, config: ModelConfig, kind: str, scan_layers: bool) -> 'RandomModel':
-    """kind: 'bfloat16' or 'int8'. scan_layers: one loop over all layers, or code for each."""
+    """Make a model.
+
+    Args:
+      config: ModelConfig. Its shape.
+      kind: str. 'bfloat16' or 'int8' weights.
+      scan_layers: bool. One loop over all layers, or code for each.
+    """
     model = Model(config, single_device_mesh())
     return cls(model, random_weights(model, kind, scan_layers), kind)
 
   @property
   def weight_bytes(self) -> int:
-    """Which a decode step reads once, the embedding for its logits."""
+    """Bytes of the weights. A decode step reads them once, the embedding for its logits."""
     return sum(x.nbytes for x in jax.tree.leaves(self.weights))
 
   def programs(self, batch: int, prompt: int, new_tokens: int) -> Programs:
-    """For rows of `prompt` tokens, BOS included, that all end after new_tokens (at least 2)."""
-    # In whole blocks: of other lengths XLA pads, that is copies, the cache for attention's products in every step (GPU).
+    """Return the programs for rows that all generate the same number of tokens.
+
+    Args:
+      batch: int. Rows.
+      prompt: int. Tokens of each prompt, BOS included.
+      new_tokens: int. Tokens to generate, at least 2.
+    """
+    # Whole blocks of positions: on a GPU XLA pads caches of other lengths, which copies them, for
+    # attention's products in every step.
     config, context = self.model.config, -(-(prompt + new_tokens - 1) // _BLOCK) * _BLOCK
     case = CompileCase(
-      config, self.kind, 'prefill', batch, context, prompt=prompt, stacked=self.weights.stacked
+      config, self.kind, 'prefill', batch, context, prompt=prompt, scan_layers=self.weights.stacked
     )
     prefill, _ = phase_function(case, self.model.mesh)
     tokens = (
@@ -81,7 +95,7 @@ class RandomModel:
 
 
 class _DecodeLoop:
-  """Decode steps after a prefill; each call starts from the prompts' end again, in the memory of one cache."""
+  """Decode steps after a prefill. Each call starts from the prompts' end again, in one cache."""
 
   def __init__(self, owner: RandomModel, steps: int, prefill):
     self._prefill, self._state, self._weights = prefill, None, owner.weights
@@ -110,7 +124,7 @@ class _DecodeLoop:
 
 
 def random_weights(model: Model, kind: str, scan_layers: bool) -> Weights:
-  """Weights that keep activations near 1, made on the device, layer by layer where these are one array."""
+  """Make weights that keep activations near 1, on the device; stacked ones layer by layer."""
   shapes = abstract_weights(model, kind, scan_layers)
   leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
   made = []
@@ -125,7 +139,7 @@ def random_weights(model: Model, kind: str, scan_layers: bool) -> Weights:
 
 @functools.cache
 def _maker(name, shape, dtype, d_model, layers, sharding):
-  """A jitted function of a key: one array, or one of all layers."""
+  """Return a jitted function of a key that makes one array, or one of all layers."""
   if name.endswith('_scale'):  # of int8 weights, whose standard deviation is 73
     one = lambda key: jnp.full(shape, 1 / (73 * math.sqrt(d_model)), dtype)
   elif name.endswith('norm'):
@@ -135,7 +149,7 @@ def _maker(name, shape, dtype, d_model, layers, sharding):
   elif dtype == jnp.int8:
     one = lambda key: jax.lax.bitcast_convert_type(jax.random.bits(key, shape, jnp.uint8), jnp.int8)
   else:
-    # A small embedding: the layers choose the next token, not the tied embedding, which would repeat the last one.
+    # A small embedding: a large tied one would repeat the last token, whatever the layers compute.
     size = 0.1 if name == 'embedding' else 1 / math.sqrt(shape[0])
     one = lambda key: (size * jax.random.normal(key, shape, jnp.bfloat16)).astype(dtype)
   make = (lambda key: jax.lax.map(one, jax.random.split(key, layers))) if layers else one

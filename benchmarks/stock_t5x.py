@@ -1,15 +1,18 @@
-"""Stock T5X compiled for a TPU slice: flaxformer's PaLM, T5X's model, partitioner and rules; no line of them changed.
+"""Stock T5X compiled for a TPU slice: flaxformer's PaLM, T5X's model, partitioner and rules.
 
-Importing this module raises ImportError where T5X or flaxformer is absent.
+No line of them is changed. Importing this module raises ImportError where T5X or flaxformer is
+absent.
 
-The model is flaxformer's ParallelFusedDecoderLayer, scanned, as the test checkpoints have it, in bfloat16: T5X has no
-int8. T5X's standard_logical_axis_rules and a model-parallel submesh decide how it is split: PARTITIONINGS has those
-that are tried, of which the fastest counts. The KV cache, which no standard rule names, is split by rows over 'data'
-and whole over 'model': so XLA splits it inside T5X's own predict_batch, where nothing asks for it. (A step that takes
-it whole on every chip needs 45.7 GiB for PaLM 540B at batch 64, and does not fit.)
+The model is flaxformer's ParallelFusedDecoderLayer, scanned, as the test checkpoints have it, in
+bfloat16: T5X has no int8. T5X's standard_logical_axis_rules and a model-parallel submesh decide how
+it is split; PARTITIONINGS has those that are tried, and the fastest counts. The KV cache, which no
+standard rule names, is split by rows over 'data' and whole over 'model': this is how XLA splits it
+inside T5X's own predict_batch, where nothing asks for it. (A step that takes it whole on every chip
+needs 45.7 GiB for PaLM 540B at batch 64, and does not fit.)
 
-decode: _compute_logits_from_slice and an argmax, cache donated. prefill: _compute_kv_cache, and the same step for the
-last token of the prompt, which T5X runs again to get its first new one.
+decode: _compute_logits_from_slice and an argmax, with the cache donated. prefill:
+_compute_kv_cache, and the same step for the last token of the prompt, which T5X runs again to get
+its first new token.
 """
 
 import dataclasses
@@ -23,12 +26,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 import seqio
-from t5x import (
-  decoding,
-  models,
-  partitioning,
-  train_state,
-)  # first: what it brings takes long to import
+from t5x import decoding, models, partitioning, train_state
 
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import MeshError, UserError
@@ -38,19 +36,19 @@ from t5x_inference_ext.precompile.memory import CompiledMemory, memory_of, shard
 from t5x_inference_ext.sharding.torus import TpuSlice, parse_slice
 from tests.t5x_adapter import palm_flaxformer
 
-logging.set_verbosity(
-  logging.ERROR
-)  # flaxformer and T5X warn of their own deprecations, at every trace
+# flaxformer and T5X warn of their own deprecations at every trace.
+logging.set_verbosity(logging.ERROR)
 
 
 @dataclasses.dataclass(frozen=True)
 class Partitioning:
-  """What a T5X user chooses.
+  """The partitioning that a T5X user chooses.
 
   Attributes:
-    submesh: chips along x, y, z, and cores, of a model-parallel tile ('model'); the other chips are 'data'.
-    activation_dims, parameter_dims: of standard_logical_axis_rules. With 2 parameter dimensions weights are split over
-      'data' too.
+    submesh: tuple of int. Chips along x, y, z, and cores, of a model-parallel tile ('model'); the
+      other chips are 'data'.
+    activation_dims: int. standard_logical_axis_rules's activation_partitioning_dims.
+    parameter_dims: int. Its parameter_partitioning_dims; with 2 weights are split over 'data' too.
   """
 
   submesh: tuple[int, int, int, int]
@@ -62,8 +60,9 @@ class Partitioning:
     return f'submesh {tile}, {self.activation_dims}D activations, {self.parameter_dims}D parameters'
 
 
-# Of each slice those worth trying: model-parallel alone, where the weights fit so; else over both axes. 'model' has to
-# divide the heads, 48 in PaLM 540B. Two dimensions of activations change decode by less than a hundredth.
+# Slice -> the partitionings worth trying: model-parallel alone where the weights fit so, else over
+# both axes. 'model' has to divide the heads, 48 in PaLM 540B. Two dimensions of activations change
+# decode by less than a hundredth.
 PARTITIONINGS = {
   'v4:4x4x4': (Partitioning((4, 4, 1, 1), 1, 2), Partitioning((4, 2, 1, 1), 1, 2)),
   'v4:2x2x4': (Partitioning((2, 2, 4, 1), 1, 1), Partitioning((2, 2, 1, 1), 1, 2)),
@@ -73,14 +72,15 @@ PARTITIONINGS = {
 
 @dataclasses.dataclass(frozen=True)
 class Stock:
-  """What the compiler made of one partitioning.
+  """One partitioning, compiled.
 
   Attributes:
-    partitioning: tried.
-    batch: of the program; more than was asked for where 'data' does not divide that: T5X refuses such a batch.
-    memory: of one chip; None where it does not fit.
-    estimate: the time; None likewise.
-    needed: bytes on a chip, where they are too many, as the compiler or arithmetic says; None where it does not say.
+    partitioning: Partitioning. The one that was compiled.
+    batch: int. The program's rows: the requested ones, rounded up to what 'data' divides, as T5X
+      refuses other batches.
+    memory: CompiledMemory or None. Bytes on one chip; None where it does not fit.
+    estimate: Estimate or None. The time; None where it does not fit.
+    needed: int or None. Bytes on a chip where they are too many, if the compiler says how many.
   """
 
   partitioning: Partitioning
@@ -97,7 +97,7 @@ class Stock:
 def best(
   config: ModelConfig, slice_name: str, phase: str, batch: int, context: int
 ) -> tuple[Stock, tuple[Stock, ...]]:
-  """The fastest of a slice's PARTITIONINGS, else the one that lacks least, and all that were tried."""
+  """Return the fastest of a slice's PARTITIONINGS (or the nearest to fitting), and all of them."""
   tried = tuple(
     analyze(config, slice_name, phase, batch, context, p) for p in PARTITIONINGS[slice_name]
   )
@@ -118,15 +118,15 @@ def analyze(
   context: int,
   partitioning_: Partitioning,
 ) -> Stock:
-  """Compiles stock T5X for a slice.
+  """Compile stock T5X for a slice.
 
   Args:
-    config: a PaLM: parallel block, multiquery, SwiGLU.
-    slice_name: 'v4:4x4x4'.
-    phase: 'decode', or 'prefill' of whole prompts of `context` tokens.
-    batch: B, rounded up to what 'data' divides.
-    context: S, the positions of the cache.
-    partitioning_: how.
+    config: ModelConfig. A PaLM: parallel block, multiquery, SwiGLU.
+    slice_name: str. Such as 'v4:4x4x4'.
+    phase: str. 'decode', or 'prefill' of whole prompts of `context` tokens.
+    batch: int. B, rounded up to what 'data' divides.
+    context: int. S, the positions of the cache.
+    partitioning_: Partitioning. How the model is split.
 
   Raises:
     UserError: no libtpu, no such slice, or the compiler refused for another reason than memory.
@@ -145,18 +145,19 @@ def analyze(
   except jax.errors.JaxRuntimeError as e:
     message = str(e).strip().splitlines()[0]
     if 'RESOURCE_EXHAUSTED' not in message:
-      raise UserError(f'the TPU compiler refused stock T5X, {phase} for {slice_}: {message}') from e
+      what = f'stock T5X, {phase} for {slice_}'
+      raise UserError(f'the TPU compiler refused {what}: {message}') from e
     return Stock(partitioning_, batch, needed=slices.memory_limits(str(e))[0])
   return Stock(
     partitioning_,
     batch,
     memory_of(phase, arguments, compiled, available),
-    estimate(compiled.as_text(), slice_, partitioner.mesh),
+    estimate(compiled.as_text(), slice_, partitioner.mesh.shape),
   )
 
 
 def slice_partitioner(slice_: TpuSlice, choice: Partitioning) -> partitioning.PjitPartitioner:
-  """T5X's partitioner over the chips of a slice that is not here.
+  """Return T5X's partitioner over the chips of a slice that is not here.
 
   Raises:
     MeshError: a submesh that does not divide the slice.
@@ -170,7 +171,7 @@ def slice_partitioner(slice_: TpuSlice, choice: Partitioning) -> partitioning.Pj
   )
 
   class SlicePartitioner(partitioning.PjitPartitioner):
-    """PjitPartitioner takes its mesh from the devices that are here."""
+    """A partitioner with a given mesh: PjitPartitioner takes its own from the devices here."""
 
     @functools.cached_property
     def mesh(self) -> Mesh:
@@ -191,7 +192,7 @@ def phase_function(
   batch: int,
   context: int,
 ) -> tuple[partitioning.PjittedFnWithContext, tuple[Any, ...]]:
-  """T5X's partitioned function of a phase, and the shapes that it takes, with shardings.
+  """Return T5X's partitioned function of a phase, and the shapes and shardings that it takes.
 
   decode: (params, cache, tokens [B, 1]) -> (next tokens [B, 1], cache).
   prefill: (params, tokens [B, T], causal attention [B, T]) -> (next tokens [B, 1], cache).
@@ -211,9 +212,8 @@ def phase_function(
     )
     state = train_state.InferenceState.create(initial)
     specs = partitioner.get_mesh_axes(state).params
-    params = jax.tree.map(
-      lambda x, spec: struct(x, spec, jnp.bfloat16), state.params, specs
-    )  # infer.gin's dtype
+    # bfloat16 as in infer.gin.
+    params = jax.tree.map(lambda x, spec: struct(x, spec, jnp.bfloat16), state.params, specs)
     tokens = jax.ShapeDtypeStruct((batch, context), jnp.int32, sharding=NamedSharding(mesh, rows))
     cache, cache_specs = _cache(model, params, tokens, partitioner)
 
@@ -256,7 +256,7 @@ def stock_model(config: ModelConfig) -> models.DecoderOnlyModel:
 
 
 def _cache(model, params, tokens, partitioner):
-  """The cache that T5X makes before a prefill, its rows over 'data': arrays [L, B, ..], and their specs."""
+  """Return the cache [L, B, ..] that T5X makes before a prefill, rows over 'data', and specs."""
   made = jax.eval_shape(
     lambda p, t: model.module.apply(
       {'params': p}, t, t, enable_dropout=False, decode=True, mutable=['cache']

@@ -1,14 +1,15 @@
-"""What the TPU compiler makes of this package's programs, beside the targets and stock T5X: one table, no TPU.
+"""Estimated times of compiled programs, beside the targets and stock T5X: one table, no TPU.
 
   python -m benchmarks.tpu_compile [--case=SUBSTRING]
 
-Each row is a phase of a PaLM model compiled at full size for a slice of TPU v4, embedding, logits and greedy choice
-included. The time is the serial estimate of `python -m t5x_inference_ext.precompile`: everything in sequence, nothing
-overlapped. Needs libtpu. The rows of PaLM 540B take a minute or two each, those with layers as a loop seconds.
+Each row is a phase of a PaLM model compiled at full size for a slice of TPU v4: embedding, all
+layers, logits and greedy choice. The time is the serial estimate of
+`python -m t5x_inference_ext.precompile`: everything in sequence, nothing overlapped. Needs libtpu.
+The rows of PaLM 540B take a minute or two each to compile, those with layers as a loop seconds.
 
-Where T5X and flaxformer can be imported, their own model in bfloat16, split by T5X's standard rules, is compiled for
-the same slice, phase and batch, and estimated by the same rule (benchmarks/stock_t5x.py says how it is split); that
-takes up to half a minute for each case.
+Where T5X and flaxformer can be imported, their own model in bfloat16, split by T5X's standard
+rules, is compiled for the same slice, phase and batch, and estimated by the same rule
+(benchmarks/stock_t5x.py says how it is split); that takes up to half a minute for each case.
 """
 
 import argparse
@@ -29,8 +30,8 @@ class Row:
   """A case of the table.
 
   Attributes:
-    model, weights, slice_name, phase, batch, layout, scan_layers: as precompile's.
-    target: milliseconds.
+    model, weights, slice_name, phase, batch, layout, scan_layers: see precompile's flags.
+    target: float. The time that is aimed at, in ms.
   """
 
   model: str
@@ -44,7 +45,8 @@ class Row:
 
   def __str__(self) -> str:
     return (
-      f'{self.model} {self.weights} {self.slice_name} {self.phase} batch {self.batch} {self.layout}'
+      f'{self.model} {self.weights} {self.slice_name} {self.phase} batch {self.batch} '
+      f'{self.layout}'
       f'{", layers as a loop" if self.scan_layers else ""}'
     )
 
@@ -71,24 +73,24 @@ ROWS = (
 
 
 def stock_side():
-  """The module that compiles stock T5X, or None, and what to tell the user of its absence."""
+  """Return the module that compiles stock T5X, or None, and a line about its absence."""
   try:
     from benchmarks import stock_t5x
   except ImportError as e:
     return None, (
-      f'Stock T5X is left out: {e.name or e} is not importable. The extra `t5x` has T5X, docs/t5x.md the '
-      'versions; flaxformer and aqt are used from their source (PYTHONPATH).'
+      f'Stock T5X is left out: {e.name or e} is not importable. The extra `t5x` has T5X, '
+      'docs/t5x.md the versions; flaxformer and aqt are used from their source (PYTHONPATH).'
     )
   return stock_t5x, ''
 
 
 def stock_cells(stock, batch: int, seconds: float | None) -> str:
-  """The stock columns of a row: ' time | ratio |'.
+  """Return the columns of a row for stock T5X: ' time | ratio |'.
 
   Args:
-    stock: stock_t5x.Stock.
-    batch: of the row.
-    seconds: this package's serial estimate, or None where it does not fit.
+    stock: stock_t5x.Stock. The compiled model.
+    batch: int. The row's batch.
+    seconds: float or None. This package's serial estimate; None where it does not fit.
   """
   if not stock.fits:
     needs = f': {stock.needed / 2**30:.1f} GiB' if stock.needed else ''
@@ -143,8 +145,8 @@ def main() -> None:
       line = f'| {row} | does not fit | | {row.target:.0f} | | {taken:.0f} |'
     else:
       line = (
-        f'| {row} | {serial * 1e3:.2f} | {answer.estimate.overlapped_seconds * 1e3:.2f} | {row.target:.0f} | '
-        f'{serial * 1e3 / row.target:.2f} | {taken:.0f} |'
+        f'| {row} | {serial * 1e3:.2f} | {answer.estimate.overlapped_seconds * 1e3:.2f} '
+        f'| {row.target:.0f} | {serial * 1e3 / row.target:.2f} | {taken:.0f} |'
       )
     if beside:
       line += stock_cells(beside, row.batch, serial)

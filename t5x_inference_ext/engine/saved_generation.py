@@ -1,4 +1,7 @@
-"""A whole generation as one program: what `infer` runs for a batch, and what a saved one is compared with."""
+"""A whole generation as one program in a file: what `infer` runs for a batch.
+
+A file is compared with the model and the options of a run before it is loaded.
+"""
 
 from collections.abc import Callable
 import dataclasses
@@ -11,19 +14,33 @@ from jax.sharding import Mesh
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.engine import saved_program
 from t5x_inference_ext.engine.sampling import SamplingParams
+from t5x_inference_ext.engine.saved_program import SavedError, damaged_header, header_text
+from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.transformer import Model
+
+# Field of a GenerationShape -> the least value that makes sense; null only where it may be None.
+_LEAST = {
+  'batch': 1,
+  'prompt': 0,
+  'context': 1,
+  'max_new_tokens': 1,
+  'eos_id': -(2**31),
+  'max_length': 1,
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerationShape:
-  """What is fixed when a generation is compiled, beside the model.
+  """The limits that are fixed when a generation is compiled, beside the model.
 
   Attributes:
-    batch: B.
-    prompt: tokens that prompts are padded to, BOS not counted.
-    context: S, the positions of each row's cache.
-    max_new_tokens, eos_id, max_length: see engine.static_batch.
-    sampler: how tokens are chosen.
+    batch: int. B.
+    prompt: int. Tokens that prompts are padded to, BOS not counted.
+    context: int. S, the positions of each row's cache.
+    max_new_tokens: int. New tokens of each row at most.
+    sampling: SamplingParams. How tokens are chosen.
+    eos_id: int. The token that ends a row.
+    max_length: int or None. Tokens of prompt and output together at most (engine.static_batch).
   """
 
   batch: int
@@ -54,16 +71,16 @@ def describe_run(
   stacked: bool,
   run: GenerationShape,
 ) -> dict[str, Any]:
-  """What a saved generation was compiled for, JSON-ready.
+  """Return the description of a saved generation: what it was compiled for, JSON-ready.
 
   Args:
-    config: the model.
-    weights: 'int8' or 'bfloat16'; others are what the compute dtype makes of them.
-    layouts: of prefill and of decode.
-    dtype: of activations and float weights.
-    cache: what the KV cache holds, a float's dtype or 'int8'.
-    stacked: whether one array holds all layers.
-    run: the rest.
+    config: ModelConfig. The model.
+    weights: str. 'int8' or 'bfloat16'; other weights have the compute dtype.
+    layouts: tuple of two layouts, of prefill and of decode.
+    dtype: str. The dtype of activations and float weights.
+    cache: str. What the KV cache holds: a float dtype or 'int8'.
+    stacked: bool. One array holds all layers.
+    run: GenerationShape. The limits.
   """
   prefill, decode = map(str, layouts)
   return {
@@ -84,9 +101,9 @@ class SavedGeneration:
   """A saved generation, checked against a model but not loaded yet.
 
   Attributes:
-    path: the file.
-    run: what it was compiled for.
-    described: that, and the model and layouts.
+    path: str. The file.
+    run: GenerationShape. The limits that it was compiled for.
+    described: dict. These, and the model and layouts (describe_run).
   """
 
   path: str
@@ -100,14 +117,19 @@ class SavedGeneration:
   def open(
     cls, path: str | os.PathLike, model: Model, weights: str, stacked: bool
   ) -> 'SavedGeneration':
-    """Reads what a file says of itself; nothing in it is run.
+    """Check a file's header against a model; nothing in the file is run.
+
+    Args:
+      path: str or path. The file.
+      model: Model. The one that it must have been compiled for.
+      weights: str. As describe_run has it.
+      stacked: bool. One array holds all layers.
 
     Raises:
-      SavedError: not a generation, or one of other versions, devices, model or layouts, naming the first difference.
+      SavedError: not a generation, or one of other versions, devices, model or layouts. The message
+        names the first difference.
     """
-    said = _read(path)
-    fields = {f.name: said[f.name] for f in dataclasses.fields(GenerationShape)}
-    run = GenerationShape(**{**fields, 'sampling': SamplingParams(**fields['sampling'])})
+    run = _shape(path, _description(path))
     wanted = describe_run(
       model.config,
       weights,
@@ -121,7 +143,7 @@ class SavedGeneration:
     return cls(os.fspath(path), run, wanted)
 
   def check_run(self, run: GenerationShape) -> None:
-    """Raises SavedError for a run that it was not compiled for, naming the first difference."""
+    """Raise SavedError for limits that it was not compiled for, naming the first difference."""
     saved_program.refuse_differences(
       self.path, self.described, {**self.described, **dataclasses.asdict(run)}
     )
@@ -129,23 +151,52 @@ class SavedGeneration:
   def load(
     self, function: Callable[..., Any], arguments: tuple[Any, ...], mesh: Mesh
   ) -> jax.stages.Compiled:
-    """The executable, a function of these arguments, loaded once; see saved.load."""
+    """Return the executable, a function of these arguments, loaded once (saved_program.load)."""
     if not self._loaded:
       self._loaded.append(saved_program.load(self.path, function, arguments, mesh, self.described))
     return self._loaded[0]
 
 
-def check_options(path: str | os.PathLike, **wanted: Any) -> None:
-  """Raises SavedError for a file that is no generation, or one with another value of a Run's field than is wanted."""
-  said = _read(path)
-  saved_program.refuse_differences(path, {name: said[name] for name in wanted}, wanted)
+def check_saved_run(path: str | os.PathLike, **wanted: Any) -> None:
+  """Check fields of a file's GenerationShape.
+
+  Args:
+    path: str or path. The file.
+    **wanted: the values that fields of its GenerationShape must have.
+
+  Raises:
+    SavedError: no generation, or one with another value.
+  """
+  saved = dataclasses.asdict(_shape(path, _description(path)))
+  saved_program.refuse_differences(path, {name: saved[name] for name in wanted}, wanted)
 
 
-def _read(path) -> dict[str, Any]:
-  said = saved_program.read_program_header(path)['description']
-  if said.get('phase') != 'generate':
-    raise saved_program.SavedError(
-      f'{os.fspath(path)} holds a {said.get("phase")} program: infer runs whole generations, made '
-      'with `python -m t5x_inference_ext.precompile --phase=generate --save=FILE`'
+def _description(path: str | os.PathLike) -> dict[str, Any]:
+  described = saved_program.read_program_header(path)['description']
+  if described.get('phase') != 'generate':
+    raise SavedError(
+      f'{os.fspath(path)} holds a {header_text(described.get("phase"))} program: infer runs whole '
+      'generations, made with `python -m t5x_inference_ext.precompile --phase=generate --save=FILE`'
     )
-  return said
+  return described
+
+
+def _shape(path: str | os.PathLike, described: dict[str, Any]) -> GenerationShape:
+  """Return the limits that a file describes.
+
+  Raises:
+    SavedError: a limit is missing, or has a value that no generation is compiled for.
+  """
+  for field in dataclasses.fields(GenerationShape):
+    if field.name not in described:
+      raise damaged_header(path, f'has no {field.name}')
+  limits = {name: described[name] for name in _LEAST}
+  for name, value in limits.items():
+    if value is None and name == 'max_length':
+      continue
+    if type(value) is not int or not _LEAST[name] <= value < 2**31:
+      raise damaged_header(path, f'has {name} {value!r}')
+  try:
+    return GenerationShape(**limits, sampling=SamplingParams(**described['sampling']))
+  except (RequestError, TypeError, OverflowError) as e:
+    raise damaged_header(path, f'has a sampling that makes no sense ({e})') from e

@@ -1,11 +1,12 @@
 """Compiled programs in files: compiled where the compiler is, run where the chips are.
 
-A file is a line that names the format, a line of JSON (versions, devices, what was compiled, what it takes) and the
-executable as jax serializes it. Loading an executable runs code: load files of your own making alone. A file is refused
-before any of that if it was written by other versions, for other devices or for other shapes than are wanted here.
+A file is a line that names the format, a line of JSON, its header (versions, devices, what was
+compiled, what it takes), and the executable as jax serializes it. Loading an executable runs code:
+load files of your own making alone. A file is refused before any of its code runs if it was written
+by other versions, for other devices or for other shapes than are wanted here.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import hashlib
 import importlib.metadata
 import json
@@ -18,11 +19,26 @@ from jax.sharding import Mesh
 import jaxlib
 
 from t5x_inference_ext.errors import UserError
+from t5x_inference_ext.text_files import parse_json
 
 PROGRAM_FORMAT = b't5x_inference_ext executable 2\n'
-# Of a header, what must be installed where it is loaded.
-_VERSIONS = ('jax', 'jaxlib', 'libtpu')
+# Packages whose versions must be the same where an executable is loaded.
+VERSIONS = ('jax', 'jaxlib', 'libtpu')
 _AGAIN = 'compile it again with this installation'
+# Field of a header -> its types in JSON, and how a message names them.
+_HEADER: dict[str, tuple[tuple[type, ...], str]] = {
+  'jax': ((str,), 'text'),
+  'jaxlib': ((str,), 'text'),
+  'libtpu': ((str, type(None)), 'text or null'),
+  'platform': ((str,), 'text'),
+  'device_kind': ((str,), 'text'),
+  'mesh': ((dict,), 'an object'),
+  'devices': ((list,), 'a list'),
+  'description': ((dict,), 'an object'),
+  'arguments': ((dict,), 'an object'),
+  'bytes': ((int,), 'a whole number'),
+  'sha256': ((str,), 'text'),
+}
 
 
 class SavedError(UserError):
@@ -36,14 +52,14 @@ def save(
   mesh: Mesh,
   description: Mapping[str, Any],
 ) -> dict[str, Any]:
-  """Writes an executable, whole or not at all.
+  """Write an executable, whole or not at all.
 
   Args:
-    path: the file, replaced if it exists.
+    path: str or path. The file, replaced if it exists.
     compiled: the executable.
-    arguments: the tuple of trees that it was lowered with: arrays, or shapes with shardings.
-    mesh: its devices.
-    description: what was compiled, JSON-ready; `load` compares it with what is wanted.
+    arguments: tuple of trees that it was lowered with: arrays, or shapes with shardings.
+    mesh: Mesh. Its devices.
+    description: mapping. What was compiled, JSON-ready; `load` compares it with what is wanted.
 
   Returns:
     The header.
@@ -70,19 +86,19 @@ def save(
 
 
 def read_program_header(path: str | os.PathLike) -> dict[str, Any]:
-  """What a file says of itself; nothing in it is run.
+  """Return the header of a file; nothing in the file is run.
 
   Raises:
-    SavedError: no such file, or not an executable that this package saved.
+    SavedError: no such file, not an executable that this package saved, or a damaged header.
   """
   return _read(path, payload=False)[0]
 
 
 def check_header(path: str | os.PathLike, mesh: Mesh, description: Mapping[str, Any]) -> None:
-  """What `load` checks but for shapes and damage, before anything large is read.
+  """Check a file's header as `load` does, without shapes and checksum: nothing large is read.
 
   Raises:
-    SavedError: as load.
+    SavedError: the versions, devices or description differ; see load.
   """
   _check(path, read_program_header(path), mesh, None, description)
 
@@ -94,21 +110,21 @@ def load(
   mesh: Mesh,
   description: Mapping[str, Any],
 ) -> jax.stages.Compiled:
-  """Loads an executable onto a mesh, if it is what would be compiled here.
+  """Load an executable onto a mesh, if it is what would be compiled here.
 
   Args:
-    path: a file of `save`, that you trust: loading it runs code.
-    function: what was compiled; traced, not compiled, for the structure of its result.
-    arguments: the tuple of trees that it takes: arrays, or shapes with shardings.
-    mesh: the devices.
-    description: what is wanted, as it was saved.
+    path: str or path. A file of `save` that you trust: loading it runs code.
+    function: what was compiled. It is traced, not compiled, for the structure of its result.
+    arguments: tuple of trees that it takes: arrays, or shapes with shardings.
+    mesh: Mesh. The devices.
+    description: mapping. What is wanted, as it was saved.
 
   Returns:
     A function of these arguments.
 
   Raises:
-    SavedError: no such file, damaged, or of other versions, devices, settings or shapes: naming the first difference,
-      here and in the file.
+    SavedError: no such file, a damaged one, or one of other versions, devices, settings or shapes.
+      The message names the first difference, here and in the file.
   """
   header, payload = _read(path)
   _check(path, header, mesh, arguments, description)
@@ -120,51 +136,44 @@ def load(
       payload, structure, results, backend=devices[0].client, execution_devices=devices
     )
   except Exception as e:  # pickle's and the runtime's own errors are of many kinds
+    reason = ' '.join(str(e).split())
     raise SavedError(
-      f'{os.fspath(path)} does not load on {devices[0].device_kind}: {" ".join(str(e).split())}'
+      f'{os.fspath(path)} does not load on {devices[0].device_kind}: {reason}'
     ) from e
 
 
 def shapes(tree: Any) -> Any:
-  """Arrays, on a device or not, as ShapeDtypeStructs without shardings: for functions that have their own."""
+  """Return arrays as ShapeDtypeStructs without shardings, for functions that set their own."""
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype)), tree
   )
 
 
 def _here(mesh: Mesh) -> dict[str, Any]:
-  """Versions and devices."""
+  """Return the versions and devices of this installation, as a header has them."""
   devices = mesh.devices.ravel().tolist()
-  libtpu = None
-  if devices[0].platform == 'tpu':
-    libtpu = next(
-      (
-        importlib.metadata.version(name)
-        for name in ('libtpu', 'libtpu-nightly')
-        if _installed(name)
-      ),
-      None,
-    )
+  platform = devices[0].platform
+  libtpu = [v for v in map(_version, ('libtpu', 'libtpu-nightly')) if v and platform == 'tpu']
   return {
     'jax': jax.__version__,
     'jaxlib': jaxlib.__version__,
-    'libtpu': libtpu,
-    'platform': devices[0].platform,
+    'libtpu': libtpu[0] if libtpu else None,
+    'platform': platform,
     'device_kind': devices[0].device_kind,
     'mesh': dict(mesh.shape),
     'devices': [d.id for d in devices],
   }
 
 
-def _installed(name: str) -> bool:
+def _version(name: str) -> str | None:
   try:
-    importlib.metadata.version(name)
+    return importlib.metadata.version(name)
   except importlib.metadata.PackageNotFoundError:
-    return False
-  return True
+    return None
 
 
-def _read(path, payload: bool = True) -> tuple[dict[str, Any], bytes]:
+def _read(path: str | os.PathLike, payload: bool = True) -> tuple[dict[str, Any], bytes]:
+  """Return the header and, if asked for, the checked executable."""
   name = os.fspath(path)
   try:
     with open(path, 'rb') as f:
@@ -173,33 +182,65 @@ def _read(path, payload: bool = True) -> tuple[dict[str, Any], bytes]:
           f'{name} is not an executable that this version of the package saved: make it with '
           '`python -m t5x_inference_ext.precompile --save=FILE`'
         )
-      try:
-        header = json.loads(f.readline())
-      except ValueError as e:
-        raise SavedError(f'the header of {name} is damaged: save it again') from e
+      header = _parse_header(name, f.readline())
       data = f.read() if payload else b''
   except OSError as e:
     raise SavedError(f"can't read the executable {name}: {e.strerror}") from e
-  if payload and (
-    len(data) != header['bytes'] or hashlib.sha256(data).hexdigest() != header['sha256']
-  ):
+  if not payload:
+    return header, data
+  if len(data) != header['bytes'] or hashlib.sha256(data).hexdigest() != header['sha256']:
     raise SavedError(
-      f'{name} is damaged: it has {len(data)} bytes of an executable of {header["bytes"]}, or other '
-      'ones: copy or save it again'
+      f'{name} is damaged: it has {len(data)} bytes of an executable of {header["bytes"]}, or '
+      'other ones: copy or save it again'
     )
   return header, data
 
 
-def _check(path, header, mesh, arguments, description) -> None:
-  """Raises SavedError for the first thing that differs."""
+def _parse_header(name: str, line: bytes) -> dict[str, Any]:
+  """Parse a header and check that every field is there and of its type."""
+  try:
+    header = parse_json(line.decode())
+  except ValueError as e:
+    raise damaged_header(name, 'is no JSON') from e
+  if not isinstance(header, dict):
+    raise damaged_header(name, 'is no JSON object')
+  for field, (types, expected) in _HEADER.items():
+    if field not in header:
+      raise damaged_header(name, f'has no {field}')
+    if not isinstance(header[field], types):
+      raise damaged_header(name, f'has {field} that is not {expected}: {header[field]}')
+  return header
+
+
+def damaged_header(path: str | os.PathLike, problem: str) -> SavedError:
+  """Return the error for a header that no version of this package wrote.
+
+  Args:
+    path: str or path. The file.
+    problem: str. What is wrong, as the predicate of a sentence: 'has no batch'.
+  """
+  problem = header_text(problem)
+  return SavedError(f'the header of {os.fspath(path)} {problem}: it is damaged, save it again')
+
+
+def _check(
+  path: str | os.PathLike,
+  header: Mapping[str, Any],
+  mesh: Mesh,
+  arguments: Any,
+  description: Mapping[str, Any],
+) -> None:
+  """Raise SavedError for the first thing that differs; arguments are compared unless None."""
   here = _here(mesh)
-  versions = [(field, f'install {field} {header[field]}, or {_AGAIN}') for field in _VERSIONS]
+  saved = {field: header_text(header[field]) for field in VERSIONS}
+  versions = [(field, f'install {field} {text}, or {_AGAIN}') for field, text in saved.items()]
+  saved_mesh = 'x'.join(map(header_text, header['mesh'].values()))
   # The platform first: where it is another there may be no libtpu, and that is not what is wrong.
   for field, fix in (
     ('platform', _AGAIN),
     *versions,
     ('device_kind', 'compile it for these chips'),
-    ('mesh', f'pass its mesh, {"x".join(map(str, header["mesh"].values()))}, or {_AGAIN}'),
+    ('mesh', f'pass its mesh, {saved_mesh}, or {_AGAIN}'),
     (
       'devices',
       'the chips have other numbers, or another order, than in the slice it was compiled for',
@@ -213,31 +254,40 @@ def _check(path, header, mesh, arguments, description) -> None:
       _refuse(path, f'the argument {field} as', a, b, _AGAIN)
 
 
-def _refuse(path, what, saved, wanted, fix) -> NoReturn:
-  raise SavedError(
-    f'{os.fspath(path)} was compiled for {what} {saved}, and here it is {wanted}: {fix}'
-  )
+def _refuse(path: str | os.PathLike, what: str, saved: Any, wanted: Any, fix: str) -> NoReturn:
+  was, here = header_text(saved), header_text(wanted)
+  raise SavedError(f'{os.fspath(path)} was compiled for {what} {was}, and here it is {here}: {fix}')
+
+
+def header_text(value: Any) -> str:
+  """Return a value of a header as text of one line, cut after 200 characters."""
+  text = str(value)
+  return (text if text.isprintable() else ascii(text))[:200]
 
 
 def refuse_differences(
   path: str | os.PathLike, saved: Mapping[str, Any], wanted: Mapping[str, Any]
 ) -> None:
-  """Raises SavedError for the first setting of two descriptions that differs."""
+  """Raise SavedError for the first setting in which two descriptions differ."""
   for field, a, b in _differences(*(json.loads(json.dumps(dict(x))) for x in (saved, wanted))):
     _refuse(path, field, a, b, 'run with the same, or compile it for this')
 
 
-def _differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]):
+def _differences(
+  saved: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> Iterator[tuple[str, Any, Any]]:
+  """Yield (field, value saved, value wanted) of every difference, those of nested objects too."""
   for field in sorted({*saved, *wanted}, key=str):
     a, b = saved.get(field), wanted.get(field)
     if isinstance(a, Mapping) and isinstance(b, Mapping):
-      yield from ((f'{field}.{inner}', *values) for inner, *values in _differences(a, b))
+      for inner, saved_value, wanted_value in _differences(a, b):
+        yield f'{field}.{inner}', saved_value, wanted_value
     elif a != b:
       yield field, a, b
 
 
 def _signature(arguments: Any) -> dict[str, str]:
-  """Path of a leaf -> 'bfloat16[64,2048] PartitionSpec(...)'."""
+  """Return the path of each leaf -> 'bfloat16[64,2048] PartitionSpec(...)'."""
   leaves = jax.tree_util.tree_leaves_with_path(arguments)
   return {
     jax.tree_util.keystr(path): f'{x.dtype}[{",".join(map(str, x.shape))}] {_sharding(x)}'.rstrip()

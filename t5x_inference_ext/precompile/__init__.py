@@ -1,1 +1,1 @@
-"""The TPU compiler on an ordinary machine: does a model fit a slice, and how long would each phase take there."""
+"""The TPU compiler on any machine: does a model fit a slice, how long does a phase take?"""

@@ -1,4 +1,4 @@
-"""Runs `python -m t5x_inference_ext.precompile`: see commands/precompile.py."""
+"""Run the precompile command: `python -m t5x_inference_ext.precompile` (commands/precompile.py)."""
 
 import sys
 

@@ -1,4 +1,7 @@
-"""One question, answered: a phase of a model on a slice. Compiles it, looks for what would fit, chooses a layout."""
+"""Compile a phase of a model for a slice, choose its layout, and estimate its time.
+
+Where the phase does not fit, the answer says what would.
+"""
 
 from collections.abc import Callable
 import dataclasses
@@ -8,9 +11,10 @@ from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.errors import MeshError, UserError
 from t5x_inference_ext.precompile import fit, slices
+from t5x_inference_ext.precompile.case import GREEDY, CompileCase
 from t5x_inference_ext.precompile.estimate import Estimate, estimate
-from t5x_inference_ext.precompile.fit import Alternative, Shortage, _Say
-from t5x_inference_ext.precompile.program import CompileCase, Program
+from t5x_inference_ext.precompile.fit import Alternative, Say, Shortage, quiet
+from t5x_inference_ext.precompile.program import Program
 from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.mesh import parse_mesh
 from t5x_inference_ext.sharding.torus import TpuSlice, parse_slice
@@ -18,7 +22,14 @@ from t5x_inference_ext.sharding.torus import TpuSlice, parse_slice
 
 @dataclasses.dataclass(frozen=True)
 class Tried:
-  """A layout that was compiled when the best was looked for: its serial seconds, or why it has none; whether as a loop."""
+  """A layout that was compiled while the best one was looked for.
+
+  Attributes:
+    layout: str. 'feedforward/attention'.
+    seconds: float or None. Its serial estimate.
+    reason: str. Why it has none; '' where it has one.
+    stacked: bool. It was compiled with its layers as a loop.
+  """
 
   layout: str
   seconds: float | None
@@ -28,14 +39,14 @@ class Tried:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-  """What came out.
+  """A compiled phase and its time, or what it lacks.
 
   Attributes:
-    slice: for what.
-    program: compiled, or what is missing.
-    estimate: of a program that fits, else None.
-    tried: the candidates where no layout was asked for, else ().
-    alternatives: where it does not fit, what near it would.
+    slice: TpuSlice. The chips.
+    program: Program, or the Shortage of one that does not fit.
+    estimate: Estimate or None. The time of a program that fits.
+    tried: tuple of Tried. The candidates where no layout was asked for, else ().
+    alternatives: tuple of Alternative. Changes that make a program fit that does not.
   """
 
   slice: TpuSlice
@@ -51,6 +62,16 @@ class Answer:
   @property
   def case(self) -> CompileCase:
     return self.program.case
+
+  @property
+  def compiled(self) -> tuple[Program, Estimate]:
+    """The program and its time, where it fits."""
+    assert isinstance(self.program, Program) and self.estimate is not None
+    return self.program, self.estimate
+
+
+# A program with its estimate, or a shortage with None.
+_Result = tuple[Program | Shortage, Estimate | None]
 
 
 def analyze(
@@ -68,32 +89,33 @@ def analyze(
   scan_layers: bool | None = None,
   prompt: int | None = None,
   max_new_tokens: int = 64,
-  sampling: SamplingParams = SamplingParams(),
-  say: _Say = lambda text: None,
+  sampling: SamplingParams = GREEDY,
+  say: Say = quiet,
 ) -> Answer:
-  """Compiles a phase for a slice and estimates its time there.
+  """Compile a phase for a slice and estimate its time there.
 
   Args:
-    model: the model.
-    weights: 'int8' or 'bfloat16'.
-    slice_name: 'v4:4x4x4'.
-    phase: one of program.PHASES.
-    batch: B.
-    context: S, the positions of each row's cache.
-    layout: of the phase, 'feedforward/attention'; None: the one of fit.CANDIDATES with the least serial estimate.
-    other_layout: of the other phase; see program.Case.
-    mesh: 'XxYxZ' over the whole slice; None: along its torus.
-    cache: what the KV cache holds: 'int8', or None: bfloat16.
-    scan_layers: one loop over all layers, or code for each, as by default. What others are chosen from is compiled as loops,
-      in seconds, where layers are many.
-    prompt: tokens of each row that one pass takes; see program.Case.
-    max_new_tokens: of a generation.
-    sampler: of a generation, of slots and of what enters them.
-    say: hears what is being done.
+    model: ModelConfig. The model.
+    weights: str. 'int8' or 'bfloat16'.
+    slice_name: str. The slice, such as 'v4:4x4x4'.
+    phase: str. One of phases.COMPILE_PHASES.
+    batch: int. B.
+    context: int. S, the positions of each row's cache.
+    layout: str or None. 'feedforward/attention' of the phase; by default that of the phase's
+      candidates with the least serial estimate.
+    other_layout: str or None. The layout of the other phase; see CompileCase.
+    mesh: str or None. 'XxYxZ' over the whole slice; by default along its torus.
+    cache: str or None. What the KV cache holds: 'int8', or None for bfloat16.
+    scan_layers: bool or None. One loop over all layers, or (by default) code for each. Candidates
+      of a model with many layers are compared as loops, which compile in seconds.
+    prompt: int or None. Tokens of each row that one pass takes; see CompileCase.
+    max_new_tokens: int. New tokens of 'generate'.
+    sampling: SamplingParams. How 'generate', 'slots' and 'admit' choose tokens.
+    say: function. Hears what is being done.
 
   Raises:
-    UserError: a slice, mesh, layout or number that makes no sense; no libtpu; a program that the compiler refuses for
-      another reason than memory.
+    UserError: a slice, mesh, layout or number that makes no sense; no libtpu; a program that the
+      compiler refuses for another reason than memory.
   """
   slice_ = parse_slice(slice_name)
   slices.check_slice(slice_)
@@ -107,26 +129,27 @@ def analyze(
     prompt,
     Layout.parse(other_layout) if other_layout else None,
     cache=cache,
+    scan_layers=scan_layers,
     max_new_tokens=max_new_tokens,
     sampling=sampling,
-    stacked=scan_layers,
   )
-  mesh = slices.slice_mesh(slice_, model, parse_mesh(mesh) if mesh else None)
-  say(f'{slice_}: {slice_.chips} chips as a mesh of {"x".join(map(str, mesh.devices.shape))}')
+  devices = slices.slice_mesh(slice_, model, parse_mesh(mesh) if mesh else None)
+  say(f'{slice_}: {slice_.chips} chips as a mesh of {"x".join(map(str, devices.devices.shape))}')
 
-  def compiled(case: CompileCase) -> Program | Shortage:
+  def compiled(case: CompileCase) -> _Result:
     say(f'compiling {phase} in {case.layout}')
-    return fit.try_compile(case, slice_, mesh)
+    program = fit.try_compile(case, slice_, devices)
+    if isinstance(program, Shortage):
+      return program, None
+    return program, estimate(program.text, slice_, devices.shape)
 
-  tried = ()
+  tried: tuple[Tried, ...] = ()
   if layout:
-    program = compiled(case)
-    found = _estimate(program, slice_)
+    program, found = compiled(case)
   else:
-    program, found, tried = _best(case, slice_, compiled)
-    if isinstance(program, Program) and program.case.stacked != case.stacked:
-      program = compiled(dataclasses.replace(program.case, stacked=case.stacked))
-      found = _estimate(program, slice_)
+    (program, found), tried = _best_layout(case, compiled)
+    if found and program.case.stacked != case.stacked:
+      program, found = compiled(dataclasses.replace(program.case, scan_layers=case.stacked))
   if isinstance(program, Program):
     return Answer(slice_, program, found, tried)
   say('it does not fit; looking for what would')
@@ -135,44 +158,39 @@ def analyze(
 
 
 def _quick(case: CompileCase) -> CompileCase:
-  """The same as a loop, where writing many layers out would take minutes."""
-  return dataclasses.replace(
-    case, stacked=case.stacked or case.config.num_layers > MAX_UNROLLED_LAYERS
-  )
+  """Return the case as a loop over its layers, where writing them out would take minutes."""
+  many = case.config.num_layers > MAX_UNROLLED_LAYERS
+  return dataclasses.replace(case, scan_layers=case.stacked or many)
 
 
-def _best(
-  case: CompileCase, slice_: TpuSlice, compiled: Callable[[CompileCase], Program | Shortage]
-):
-  """The program with the least serial estimate, or the least shortage; its estimate; all that was tried."""
-  results, tried, refusal = [], [], None
-  candidates = fit.CANDIDATES[case.phase]
+def _best_layout(
+  case: CompileCase, compiled: Callable[[CompileCase], _Result]
+) -> tuple[_Result, tuple[Tried, ...]]:
+  """Return the program with the least serial estimate, or the least shortage, and all tried."""
+  results: list[_Result] = []
+  tried: list[Tried] = []
+  refusal: MeshError | None = None
+  candidates = case.kind.layouts
   case = _quick(case) if len(candidates) > 1 else case
   for text in candidates:
     try:
-      program = compiled(dataclasses.replace(case, layout=Layout.parse(text)))
-    except MeshError as e:  # rows that this layout can't split, or weights that the other phase's layout can't share
+      program, found = compiled(dataclasses.replace(case, layout=Layout.parse(text)))
+    except MeshError as e:  # rows that it can't split, weights that the other phase can't share
       tried.append(Tried(text, None, str(e), case.stacked))
       refusal = refusal or e
       continue
-    found = _estimate(program, slice_)
     results.append((program, found))
     seconds, reason = (found.serial_seconds, '') if found else (None, 'does not fit')
     tried.append(Tried(text, seconds, reason, case.stacked))
   if not results:
     raise UserError(f'none of the layouts {", ".join(candidates)} can be used: {refusal}')
-
-  def order(result):
-    program, found = result
-    return (
-      (False, found.serial_seconds)
-      if found
-      else (True, program.needed or program.weights + program.cache)
-    )
-
-  program, found = min(results, key=order)
-  return program, found, tuple(tried)
+  return min(results, key=_rank), tuple(tried)
 
 
-def _estimate(program: Program | Shortage, slice_: TpuSlice) -> Estimate | None:
-  return estimate(program.text, slice_, program.mesh) if isinstance(program, Program) else None
+def _rank(result: _Result) -> tuple[bool, float]:
+  """Return a sort key: programs that fit by their time, then the others by their bytes."""
+  program, found = result
+  if isinstance(program, Shortage):
+    return True, program.needed or program.weights + program.cache
+  assert found is not None
+  return False, found.serial_seconds

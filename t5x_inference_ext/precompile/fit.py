@@ -1,4 +1,7 @@
-"""What does not fit, and what near it would: candidates by arithmetic, the answer from the compiler."""
+"""Programs that do not fit a slice, and changes that make them fit.
+
+Arithmetic proposes the candidates, the compiler decides.
+"""
 
 from collections.abc import Callable, Iterator
 import dataclasses
@@ -8,7 +11,8 @@ from jax.sharding import Mesh
 
 from t5x_inference_ext.errors import MeshError, UserError
 from t5x_inference_ext.precompile import slices
-from t5x_inference_ext.precompile.program import CompileCase, Program, compile_case
+from t5x_inference_ext.precompile.case import CompileCase
+from t5x_inference_ext.precompile.program import Program, compile_case
 from t5x_inference_ext.sharding import activations
 from t5x_inference_ext.sharding.explain import ExplainSetting, explain_setting
 from t5x_inference_ext.sharding.layout import Layout
@@ -16,16 +20,6 @@ from t5x_inference_ext.sharding.mesh import AXES
 from t5x_inference_ext.sharding.mesh_choice import torus_mesh
 from t5x_inference_ext.sharding.torus import TpuSlice, parse_slice
 
-# What is tried, in this order, where no layout is asked for: see docs/layouts.md for which is for what.
-CANDIDATES = {
-  'decode': ('ws_2d/batch', 'ws_2d/heads', 'ws_1d/batch'),
-  'prefill': ('ws_2d/batch', 'ws_2d/heads', 'wg_x/batch', 'wg_xy/batch', 'wg_xyz/batch'),
-  'extend': ('ws_2d/batch', 'ws_2d/heads', 'wg_x/batch', 'wg_xy/batch', 'wg_xyz/batch'),
-  'slots': ('ws_2d/batch', 'ws_2d/heads', 'ws_1d/batch'),
-  'admit': ('ws_2d/batch',),
-  # How long its loop turns nobody knows beforehand, so that no estimate could choose.
-  'generate': ('ws_2d/batch',),
-}
 # Compilations that the search for each kind of alternative may spend.
 TRIES = 3
 
@@ -35,11 +29,14 @@ class Shortage:
   """A program that does not fit.
 
   Attributes:
-    case, slice: what was to be compiled, and for what.
-    needed: bytes on a chip, of arguments, results and temporaries; None where the compiler does not say.
-    available: bytes that a chip has for them.
-    weights, cache: bytes on a chip of these alone, by arithmetic.
-    message: the compiler's first line, or why it was not asked.
+    case: CompileCase. What was to be compiled.
+    slice: TpuSlice. For which chips.
+    needed: int or None. Bytes of arguments, results and temporaries on a chip; None where the
+      compiler does not say.
+    available: int. Bytes that a chip has for them.
+    weights: int. Bytes of the weights on a chip, by arithmetic.
+    cache: int. Bytes of the KV cache on a chip, by arithmetic.
+    message: str. The compiler's first line, or why it was not asked.
   """
 
   case: CompileCase
@@ -53,27 +50,39 @@ class Shortage:
 
 @dataclasses.dataclass(frozen=True)
 class Alternative:
-  """A change that makes a program fit: 'layout', 'batch' or 'slice', and the program."""
+  """A change that makes a program fit.
+
+  Attributes:
+    change: str. 'layout', 'batch' or 'slice'.
+    slice: TpuSlice. The chips that it fits.
+    program: Program. It, compiled.
+  """
 
   change: str
   slice: TpuSlice
   program: Program
 
 
-_Say = Callable[[str], None]
 # Compiles a case for a slice, or says what is missing.
 Compile = Callable[[CompileCase, TpuSlice], Program | Shortage]
+# Hears what is being done.
+Say = Callable[[str], None]
+_Candidates = Iterator[tuple[CompileCase, TpuSlice]]
+
+
+def quiet(text: str) -> None:
+  """Report no progress."""
 
 
 def try_compile(
   case: CompileCase, slice_: TpuSlice, mesh: Mesh | None = None
 ) -> Program | Shortage:
-  """Compiles a case for a slice; a lack of memory is an answer.
+  """Compile a case for a slice; a lack of memory is an answer.
 
   Args:
-    case: what to compile.
-    slice_: for what.
-    mesh: over it, by default along its torus.
+    case: CompileCase. What to compile.
+    slice_: TpuSlice. The chips.
+    mesh: Mesh or None. Over the slice, by default along its torus.
 
   Raises:
     MeshError: no such slice, or the mesh or the layout does not divide the model or the batch.
@@ -82,17 +91,14 @@ def try_compile(
   mesh = slices.slice_mesh(slice_, case.config) if mesh is None else mesh
   available = slices.available_bytes(slice_.kind)
   case.model(mesh).decode_sharding(case.batch)
-  weights, cache = held(case, dict(mesh.shape))
+  weights, cache = held_bytes(case, dict(mesh.shape))
+
+  def shortage(needed: int | None, message: str) -> Shortage:
+    return Shortage(case, slice_, needed, available, weights, cache, message)
+
   if weights + cache > available:  # the compiler would say the same, some seconds later
-    return Shortage(
-      case,
-      slice_,
-      weights + cache,
-      available,
-      weights,
-      cache,
-      'weights and cache alone are more than a chip has: nothing was compiled',
-    )
+    reason = 'weights and cache alone are more than a chip has: nothing was compiled'
+    return shortage(weights + cache, reason)
   try:
     return compile_case(case, mesh, available)
   except jax.errors.JaxRuntimeError as e:
@@ -101,18 +107,21 @@ def try_compile(
       raise UserError(
         f'the TPU compiler refused {case.phase} in {case.layout} for {slice_}: {message}'
       ) from e
-    needed, _ = slices.memory_limits(str(e))
-    return Shortage(case, slice_, needed, available, weights, cache, message)
+    return shortage(slices.memory_limits(str(e))[0], message)
 
 
-def held(case: CompileCase, mesh: dict[str, int]) -> tuple[int, int]:
-  """(weights, cache) bytes on each device, by arithmetic alone.
+def held_bytes(case: CompileCase, mesh: dict[str, int]) -> tuple[int, int]:
+  """Return the bytes of (weights, cache) on each device, by arithmetic alone.
+
+  Args:
+    case: CompileCase. What is held.
+    mesh: dict. Axis -> size.
 
   Raises:
     MeshError: the mesh does not divide the model, or the layout does not split the batch.
   """
   prefill, decode = case.layouts
-  e = explain_setting(
+  explained = explain_setting(
     ExplainSetting(
       case.config,
       mesh,
@@ -127,28 +136,28 @@ def held(case: CompileCase, mesh: dict[str, int]) -> tuple[int, int]:
       cache_length=case.context,
     )
   )
-  return e.weight_bytes, e.cache_bytes
+  return explained.weight_bytes, explained.cache_bytes
 
 
 def alternatives(
-  shortage: Shortage, compiled: Compile = try_compile, say: _Say = lambda text: None
+  shortage: Shortage, compiled: Compile = try_compile, say: Say = quiet
 ) -> list[Alternative]:
-  """The nearest layout, the largest batch and the smallest slice that make the program fit, of each kind at most one.
+  """Return the nearest layout, the largest batch and the smallest slice that make a program fit.
+
+  Each kind has one alternative at most.
 
   Args:
-    shortage: what does not fit.
-    compiled: compiles.
-    say: hears what is being tried.
+    shortage: Shortage. What does not fit.
+    compiled: function. Compiles a case.
+    say: function. Hears what is being tried.
   """
   found = []
   for change, candidates in (
-    ('layout', _layouts(shortage)),
-    ('batch', _batches(shortage)),
-    ('slice', _larger(shortage)),
+    ('layout', _other_layouts(shortage)),
+    ('batch', _smaller_batches(shortage)),
+    ('slice', _larger_slices(shortage)),
   ):
-    for tries, (case, slice_) in enumerate(candidates):
-      if tries == TRIES:
-        break
+    for _, (case, slice_) in zip(range(TRIES), candidates):
       say(f'trying {change} {dict(layout=case.layout, batch=case.batch, slice=slice_)[change]}')
       result = compiled(case, slice_)
       if isinstance(result, Program):
@@ -157,54 +166,47 @@ def alternatives(
   return found
 
 
-def _promising(case: CompileCase, slice_: TpuSlice, available: int, least: int = 0) -> bool:
-  """Whether weights and cache leave room, and are less than `least` where that is given."""
+def _promising(case: CompileCase, slice_: TpuSlice, limit: int) -> bool:
+  """Return whether weights and cache take less than `limit` bytes of a chip."""
   mesh = dict(zip(AXES, torus_mesh(slice_.shape, slice_.wraps, case.config)))
   try:
     activations.shard_activations(case.layouts[1], case.config, mesh, case.batch, 1)
-    total = sum(held(case, mesh))
+    return sum(held_bytes(case, mesh)) < limit
   except MeshError:
     return False
-  return total < available and (not least or total < least)
 
 
-def _layouts(shortage: Shortage) -> Iterator[tuple[CompileCase, TpuSlice]]:
-  case = shortage.case
-  held_now = shortage.weights + shortage.cache
-  # In prefill what differs between layouts is temporaries, in decode the cache: only one that holds less can help.
-  least = held_now if case.phase in ('decode', 'slots', 'admit') else 0
-  for text in CANDIDATES[case.phase]:
+def _other_layouts(shortage: Shortage) -> _Candidates:
+  case, limit = shortage.case, shortage.available
+  if case.kind.cache_decides:  # only a layout that holds less can help
+    limit = min(limit, shortage.weights + shortage.cache)
+  for text in case.kind.layouts:
     layout = Layout.parse(text)
     other = dataclasses.replace(case, layout=layout, other_layout=None)
-    if layout != case.layout and _promising(other, shortage.slice, shortage.available, least):
+    if layout != case.layout and _promising(other, shortage.slice, limit):
       yield other, shortage.slice
 
 
-def _batches(shortage: Shortage) -> Iterator[tuple[CompileCase, TpuSlice]]:
-  """From the largest batch that what is known allows, then by half."""
-  case = shortage.case
-  batch = case.batch
-  needed = max(shortage.needed or 0, shortage.weights + shortage.cache)
+def _smaller_batches(shortage: Shortage) -> _Candidates:
+  """Yield smaller batches, from the largest that may fit, mostly by halves."""
+  case, batch = shortage.case, shortage.case.batch
   room = shortage.available - shortage.weights
   if room <= 0:
     return
   # All but the weights is taken to grow with the rows.
-  share = min(room / max(needed - shortage.weights, 1), 0.999)
-  most = int(batch * share)
-  # Batches by halves of what was asked are what the mesh is most likely to split evenly.
-  sizes = sorted(
-    {batch >> i for i in range(1, batch.bit_length())} | {batch * 3 // 4}, reverse=True
-  )
-  for size in sizes:
-    smaller = dataclasses.replace(case, batch=size)
-    if 0 < size <= max(most, 1) and _promising(smaller, shortage.slice, shortage.available):
-      yield smaller, shortage.slice
+  needed = max(shortage.needed or 0, shortage.weights + shortage.cache) - shortage.weights
+  most = int(batch * min(room / max(needed, 1), 0.999))
+  # A mesh most likely splits halves of the requested batch evenly.
+  sizes = {batch >> i for i in range(1, batch.bit_length())} | {batch * 3 // 4}
+  for size in sorted(sizes, reverse=True):
+    if 0 < size <= max(most, 1):
+      smaller = dataclasses.replace(case, batch=size)
+      if _promising(smaller, shortage.slice, shortage.available):
+        yield smaller, shortage.slice
 
 
-def _larger(shortage: Shortage) -> Iterator[tuple[CompileCase, TpuSlice]]:
-  for text in slices.known_slices(shortage.slice.kind):
-    slice_ = parse_slice(text)
-    if slice_.chips > shortage.slice.chips and _promising(
-      shortage.case, slice_, shortage.available
-    ):
+def _larger_slices(shortage: Shortage) -> _Candidates:
+  for slice_ in map(parse_slice, slices.known_slices(shortage.slice.kind)):
+    larger = slice_.chips > shortage.slice.chips
+    if larger and _promising(shortage.case, slice_, shortage.available):
       yield shortage.case, slice_

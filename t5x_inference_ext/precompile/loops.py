@@ -7,18 +7,28 @@ import re
 from t5x_inference_ext.precompile.hlo import Computation, Instruction, Module
 
 _KNOWN = re.compile(r'"known_trip_count":\{"n":"?(\d+)"?\}')
-_SAME_VALUE = ('copy', 'bitcast', 'reshape', 'convert', 'broadcast', 'copy-done', 'bitcast-convert')
+# Operations whose result has the value of their first operand.
+_SAME_VALUE = ('copy', 'bitcast', 'reshape', 'convert', 'broadcast', 'bitcast-convert')
+# a < b is b > a: directions with their sides exchanged.
 _TURNED = {'LT': 'GT', 'GT': 'LT', 'LE': 'GE', 'GE': 'LE', 'NE': 'NE', 'EQ': 'EQ'}
+
+# A loop with the computation that it stands in.
+_Loop = tuple[Computation, Instruction]
+# Nested computations, the innermost last, each with the fusion of the one before that calls it.
+# The first has none: its parameter is the loop's state.
+_Stack = list[tuple[Computation, Instruction | None]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Executed:
-  """An instruction and how often one run of the program executes it.
+  """An instruction, and how often one run of the program executes it.
 
   Attributes:
-    times: a loop of unknown length counts once.
-    loops: the while instructions around it, the outermost first.
-    branches: (conditional, branch) around it: of each conditional one branch runs.
+    instruction: Instruction. The one that runs.
+    computation: Computation. Where it stands.
+    times: int. Number of runs; a loop of unknown length counts once.
+    loops: tuple of str. The while instructions around it, the outermost first.
+    branches: tuple of (conditional, branch number) around it. Of each conditional one branch runs.
   """
 
   instruction: Instruction
@@ -30,105 +40,110 @@ class Executed:
 
 @dataclasses.dataclass(frozen=True)
 class _Value:
-  """A scalar: an element of the loop's state, or nothing (None), plus a constant."""
+  """A scalar: an element of the loop's state (or None) plus a constant."""
 
   element: int | None
   constant: int
 
 
 def executed(module: Module) -> tuple[list[Executed], list[str]]:
-  """Every instruction that runs by itself (not those inside fusions), in order; and the loops of unknown length."""
-  unknown = []
+  """Return every instruction that runs by itself, in order, and the loops of unknown length.
 
-  def run(computation, times, loops, branches, outer) -> Iterator[Executed]:
+  Instructions inside fusions are not listed: the fusion is.
+  """
+  unknown: list[str] = []
+
+  def run(
+    computation: Computation,
+    times: int,
+    loops: tuple[str, ...],
+    branches: tuple[tuple[str, int], ...],
+    outer: tuple[_Loop, ...],
+  ) -> Iterator[Executed]:
     for i in computation.instructions:
       yield Executed(i, computation, times, loops, branches)
       if i.opcode == 'while':
         trips = trip_count(module, computation, i, outer)
         if trips is None and i.name not in unknown:
           unknown.append(i.name)
-        here = ((computation, i), *outer)
+        turns = times * (1 if trips is None else trips)
         for role in ('condition', 'body'):
-          yield from run(
-            module.called(i, role),
-            times * (1 if trips is None else trips),
-            (*loops, i.name),
-            branches,
-            here,
-          )
+          inner = module.body(i, role)
+          yield from run(inner, turns, (*loops, i.name), branches, ((computation, i), *outer))
       elif i.opcode == 'call':
-        yield from run(module.called(i, 'to_apply'), times, loops, branches, ())
+        yield from run(module.body(i, 'to_apply'), times, loops, branches, ())
       elif i.opcode == 'conditional':
-        for n, name in enumerate(name for role, name in i.called if role == 'branch'):
+        for n, name in enumerate(i.branches):
           yield from run(module.computations[name], times, loops, (*branches, (i.name, n)), ())
 
   return list(run(module.entry, 1, (), (), ())), unknown
 
 
 def trip_count(
-  module: Module,
-  computation: Computation,
-  loop: Instruction,
-  outer: tuple[tuple[Computation, Instruction], ...] = (),
+  module: Module, computation: Computation, loop: Instruction, outer: tuple[_Loop, ...] = ()
 ) -> int | None:
-  """How often a while instruction turns, or None where the text does not tell.
+  """Return how often a while instruction turns, or None where the text does not tell.
 
-  As the compiler noted it, else from the condition: it compares one element of the state, which starts at a constant
-  and which the body moves by a constant, with another constant.
+  The compiler's own note counts, where there is one. Else the condition tells: it compares one
+  element of the state, which starts at a constant and which the body moves by a constant, with
+  another constant.
 
   Args:
-    computation: where the loop stands.
-    outer: the loops around it with their computations, the innermost first: constants may come in through their state.
+    module: Module. The program.
+    computation: Computation. Where the loop stands.
+    loop: Instruction. The while instruction.
+    outer: tuple of (computation, loop). The loops around it, the innermost first: constants may
+      come in through their state.
   """
   if known := _KNOWN.search(loop.attributes):
     return int(known[1])
-  condition, body = module.called(loop, 'condition'), module.called(loop, 'body')
+  condition, body = module.body(loop, 'condition'), module.body(loop, 'body')
   compare = _comparison(module, [(condition, None)], condition.root.name)
   if compare is None:
     return None
   direction, left, right = compare
-  if left is None or right is None:
+  moving = [_moves_by(module, body, value) for value in (left, right)]
+  if bool(moving[0]) == bool(moving[1]):
     return None
-  counters = [v for v in (left, right) if v.element is not None and _step(module, body, v.element)]
-  if len(counters) != 1:
-    return None
-  counter = counters[0]
-  if counter is right:
+  if moving[1]:
     direction, left, right = _TURNED[direction], right, left
-  step = _step(module, body, counter.element)
+  start = _start(module, computation, loop, left, outer)
   bound = _start(module, computation, loop, right, outer)
-  start = _start(module, computation, loop, counter, outer)
-  if bound is None or start is None:
+  if start is None or bound is None:
     return None
-  distance = bound - start
-  if direction in ('LE', 'GE'):
-    distance += 1 if direction == 'LE' else -1
-  if direction == 'EQ' or (direction in ('LT', 'LE')) != (step > 0) and direction != 'NE':
+  return _turns(direction, bound - start, moving[0] or moving[1])
+
+
+def _turns(direction: str, distance: int, step: int) -> int | None:
+  """Return the turns of a counter that moves by `step` to a bound that is `distance` away."""
+  if direction == 'EQ':
     return None
-  if direction == 'NE' and (distance % step or distance // step < 0):
-    return None
+  if direction == 'NE':
+    return distance // step if distance % step == 0 and distance // step >= 0 else None
+  if (direction in ('LT', 'LE')) != (step > 0):
+    return None  # the counter walks away from its bound
+  distance += {'LE': 1, 'GE': -1}.get(direction, 0)
   return max(0, -(-distance // step))
 
 
-def _comparison(module, stack, name):
-  """(direction, left, right) of a condition's root, or None."""
+def _comparison(module: Module, stack: _Stack, name: str) -> tuple[str, _Value, _Value] | None:
+  """Return (direction, left, right) of the comparison that a condition's root makes, or None."""
   i = stack[-1][0][name]
   if i.opcode == 'fusion':
-    inner = module.called(i)
+    inner = module.body(i)
     return _comparison(module, [*stack, (inner, i)], inner.root.name)
   if i.opcode in ('bitcast', 'copy'):
     return _comparison(module, stack, i.operands[0])
   if i.opcode != 'compare':
     return None
-  return i.attribute('direction'), *(_value(module, stack, o) for o in i.operands)
+  left, right = (_value(module, stack, o) for o in i.operands)
+  return None if left is None or right is None else (i.attribute('direction'), left, right)
 
 
-def _value(module, stack, name) -> _Value | None:
-  """A scalar's value in the innermost computation of the stack, or None where it is no element and no constant.
+def _value(module: Module, stack: _Stack, name: str) -> _Value | None:
+  """Return the scalar that a name of the innermost computation stands for.
 
-  Args:
-    stack: [(computation, the fusion of the computation before it that calls it)], the innermost last. The parameter of
-      the outermost is the loop's state.
+  None: it is neither an element of the loop's state nor a constant.
   """
   where, fusion = stack[-1]
   i = where[name]
@@ -136,41 +151,53 @@ def _value(module, stack, name) -> _Value | None:
     text = i.argument.strip('{} ')
     return _Value(None, int(text)) if re.fullmatch(r'-?\d+', text) else None
   if i.opcode == 'get-tuple-element':
-    inner = where[i.operands[0]]
-    return (
-      _Value(int(i.attribute('index')), 0)
-      if inner.opcode == 'parameter' and len(stack) == 1
-      else None
-    )
-  if i.opcode == 'parameter' and len(stack) > 1:
+    is_state = where[i.operands[0]].opcode == 'parameter' and len(stack) == 1
+    return _Value(int(i.attribute('index')), 0) if is_state else None
+  if i.opcode == 'parameter' and fusion is not None:
     return _value(module, stack[:-1], fusion.operands[int(i.argument)])
-  if i.opcode in _SAME_VALUE:
-    return _value(module, stack, i.operands[0])
-  if i.opcode == 'copy-start':
+  if i.operation in _SAME_VALUE:
     return _value(module, stack, i.operands[0])
   if i.opcode == 'fusion' and not i.parts:
-    inner = module.called(i)
+    inner = module.body(i)
     return _value(module, [*stack, (inner, i)], inner.root.name)
   if i.opcode in ('add', 'subtract'):
-    a, b = (_value(module, stack, o) for o in i.operands)
-    if a is None or b is None or (a.element is not None and b.element is not None):
-      return None
-    if i.opcode == 'subtract':
-      return None if b.element is not None else _Value(a.element, a.constant - b.constant)
-    return _Value(a.element if a.element is not None else b.element, a.constant + b.constant)
+    return _sum(i.opcode, *(_value(module, stack, o) for o in i.operands))
   return None
 
 
-def _step(module, body, element) -> int:
-  """By how much a turn of the body moves an element of the state: 0 for one it leaves alone or moves unpredictably."""
+def _sum(opcode: str, a: _Value | None, b: _Value | None) -> _Value | None:
+  if a is None or b is None:
+    return None
+  if opcode == 'subtract':
+    return None if b.element is not None else _Value(a.element, a.constant - b.constant)
+  if a.element is not None and b.element is not None:
+    return None
+  return _Value(a.element if a.element is not None else b.element, a.constant + b.constant)
+
+
+def _after_turn(module: Module, body: Computation, element: int) -> _Value | None:
+  """Return the value that a turn of a loop's body gives an element of its state, if it is known."""
   if body.root.opcode != 'tuple':
+    return None
+  return _value(module, [(body, None)], body.root.operands[element])
+
+
+def _moves_by(module: Module, body: Computation, value: _Value) -> int:
+  """Return by how much a turn moves a value: 0 if it leaves it alone or moves it unpredictably."""
+  if value.element is None:
     return 0
-  value = _value(module, [(body, None)], body.root.operands[element])
-  return value.constant if value and value.element == element else 0
+  after = _after_turn(module, body, value.element)
+  return after.constant if after and after.element == value.element else 0
 
 
-def _start(module, computation, loop, value, outer) -> int | None:
-  """The number that an element plus a constant has when the loop starts."""
+def _start(
+  module: Module,
+  computation: Computation,
+  loop: Instruction,
+  value: _Value,
+  outer: tuple[_Loop, ...],
+) -> int | None:
+  """Return the number that a value has when the loop starts, or None if it is not known."""
   if value.element is None:
     return value.constant
   state = computation[loop.operands[0]]
@@ -181,16 +208,9 @@ def _start(module, computation, loop, value, outer) -> int | None:
     return None
   if found.element is None:
     return found.constant + value.constant
-  if not outer or _moves(module, computation, found.element):
+  # The value comes in through the state of the loop around this one, which must not change it.
+  if not outer or _after_turn(module, computation, found.element) != _Value(found.element, 0):
     return None
   (around, enclosing), *rest = outer
   start = _start(module, around, enclosing, found, tuple(rest))
   return None if start is None else start + value.constant
-
-
-def _moves(module, body, element) -> bool:
-  """Whether a loop's body gives an element of its state another value."""
-  if body.root.opcode != 'tuple':
-    return True
-  value = _value(module, [(body, None)], body.root.operands[element])
-  return value != _Value(element, 0)

@@ -1,4 +1,4 @@
-"""The precompile command without its flags: asks, prints, writes the files."""
+"""The precompile command without its flags: compile, print the report, write the files."""
 
 from collections.abc import Callable
 import json
@@ -7,8 +7,9 @@ import sys
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.engine import saved_program
 from t5x_inference_ext.engine.sampling import SamplingParams
-from t5x_inference_ext.precompile import report
-from t5x_inference_ext.precompile.analysis import Answer, analyze
+from t5x_inference_ext.precompile.analysis import analyze
+from t5x_inference_ext.precompile.report import report_text
+from t5x_inference_ext.precompile.report_json import report_dict
 from t5x_inference_ext.text_files import check_writable, write_text
 
 
@@ -32,20 +33,20 @@ def precompile(
   save_file: str | None = None,
   write: Callable[[str], None] = print,
 ) -> bool:
-  """Compiles a phase of a model for a slice, and prints what came out.
+  """Compile a phase of a model for a slice, and print the report.
 
   Args:
-    model, slice_name, batch, weights, phase, context, prompt, layout, other_layout, mesh, cache, scan_layers: see
-      analysis.analyze.
-    max_new_tokens: of a generation.
-    sampler: of a generation, of slots and of what enters them; a prefill and a decode step alone are greedy.
-    json_file: takes the report as JSON.
-    hlo_file: takes the compiled program's text.
-    save_file: takes the executable; see saved.
-    write: takes the report's text. Progress goes to stderr.
+    model, slice_name, batch, weights, phase, context, prompt, layout, other_layout, mesh, cache,
+      scan_layers, max_new_tokens: see analysis.analyze.
+    sampling: SamplingParams. How 'generate', 'slots' and 'admit' choose tokens; 'prefill' and
+      'decode' are greedy.
+    json_file: str or None. File for the report as JSON.
+    hlo_file: str or None. File for the compiled program's text.
+    save_file: str or None. File for the executable; see engine.saved_program.
+    write: function. Takes the report's text. Progress goes to stderr.
 
   Returns:
-    Whether it fits.
+    Whether the program fits.
 
   Raises:
     UserError: see analysis.analyze; or a file that can't be written.
@@ -66,21 +67,17 @@ def precompile(
     prompt=prompt,
     max_new_tokens=max_new_tokens,
     sampling=sampling,
-    say=_say,
+    say=lambda text: print(f'{text} ...', file=sys.stderr, flush=True),
   )
-  write(report.report_text(answer))
+  write(report_text(answer))
   if json_file:
-    write_text(json_file, json.dumps(report.report_dict(answer), indent=2) + '\n')
+    write_text(json_file, json.dumps(report_dict(answer), indent=2) + '\n')
     write(f'report as JSON: {json_file}')
-  if answer.fits:
-    _write_program(answer, hlo_file, save_file, write)
-  elif hlo_file or save_file:
-    write(f'nothing to write to {hlo_file or save_file}: the program does not fit')
-  return answer.fits
-
-
-def _write_program(answer: Answer, hlo_file, save_file, write) -> None:
-  program = answer.program
+  if not answer.fits:
+    if hlo_file or save_file:
+      write(f'nothing to write to {hlo_file or save_file}: the program does not fit')
+    return False
+  program, _ = answer.compiled
   if hlo_file:
     write_text(hlo_file, program.text)
     write(f'compiled program: {hlo_file}')
@@ -89,12 +86,8 @@ def _write_program(answer: Answer, hlo_file, save_file, write) -> None:
       save_file, program.compiled, program.arguments, program.mesh, program.case.to_dict()
     )
     versions = ', '.join(
-      f'{name} {header[name]}' for name in ('jax', 'jaxlib', 'libtpu') if header[name]
+      f'{name} {header[name]}' for name in saved_program.VERSIONS if header[name]
     )
-    write(
-      f'executable: {save_file}, {header["bytes"] / 2**20:.1f} MiB, for {answer.slice} with {versions}'
-    )
-
-
-def _say(text: str) -> None:
-  print(f'{text} ...', file=sys.stderr, flush=True)
+    size = f'{header["bytes"] / 2**20:.1f} MiB'
+    write(f'executable: {save_file}, {size}, for {answer.slice} with {versions}')
+  return True

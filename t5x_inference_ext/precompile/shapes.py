@@ -1,48 +1,19 @@
 """Arrays of a compiled program as its text writes them: bf16[64,4608]{1,0:T(8,128)(2,1)S(3)}."""
 
 import dataclasses
+import functools
 import math
 import re
 
 from t5x_inference_ext.errors import UserError
 
-# Bits of an element.
-_BITS = {
-  'pred': 8,
-  's2': 2,
-  'u2': 2,
-  's4': 4,
-  'u4': 4,
-  's8': 8,
-  'u8': 8,
-  's16': 16,
-  'u16': 16,
-  's32': 32,
-  'u32': 32,
-  's64': 64,
-  'u64': 64,
-  'f16': 16,
-  'bf16': 16,
-  'f32': 32,
-  'f64': 64,
-  'c64': 64,
-  'c128': 128,
-  'f4e2m1fn': 4,
-  'f8e3m4': 8,
-  'f8e4m3': 8,
-  'f8e4m3b11fnuz': 8,
-  'f8e4m3fn': 8,
-  'f8e4m3fnuz': 8,
-  'f8e5m2': 8,
-  'f8e5m2fnuz': 8,
-  'f8e8m0fnu': 8,
-  'token': 0,
-  'opaque': 0,
-}
 HBM, HOST = 0, 5
 
 _ARRAY = re.compile(r'([a-z]\w*)\[([0-9<=,\s]*)\](?:\{([^{}]*)\})?')
 _COMMENT = re.compile(r'/\*.*?\*/')
+# The bits of an element stand in its type's name: bf16, s8, f8e4m3fn. These have none there.
+_NUMBERED = re.compile(r'(?:[suc]|bf|f)(\d+)(?:e\d+m\d+\w*)?')
+_UNNUMBERED = {'pred': 8, 'token': 0, 'opaque': 0}
 
 
 class HloError(UserError):
@@ -51,12 +22,14 @@ class HloError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class ArrayShape:
-  """One array.
+  """An array's element type, dimensions and place in memory.
 
   Attributes:
-    minor_to_major: the dimensions as they lie in memory, the fastest first.
-    tiles: as written after them, 'T(8,128)(2,1)'.
-    space: the memory: 0 is HBM.
+    dtype: str. XLA's name of the element type, such as 'bf16'.
+    dims: tuple of int. Sizes of the dimensions.
+    minor_to_major: tuple of int. The dimensions as they lie in memory, the fastest first.
+    tiles: str. The tiling as the text writes it: 'T(8,128)(2,1)'.
+    space: int. The memory: 0 is HBM, 5 the host's, others are on chip.
   """
 
   dtype: str
@@ -71,8 +44,8 @@ class ArrayShape:
 
   @property
   def bytes(self) -> int:
-    """Without the padding of tiles."""
-    return (self.elements * _BITS[self.dtype] + 7) // 8
+    """Bytes of the elements, without the padding of tiles."""
+    return (self.elements * _element_bits(self.dtype) + 7) // 8
 
   @property
   def on_chip(self) -> bool:
@@ -80,19 +53,31 @@ class ArrayShape:
 
   @property
   def order(self) -> tuple[int, ...]:
-    """minor_to_major without dimensions of 1, which lie anywhere."""
+    """`minor_to_major` without dimensions of size 1, whose place means nothing."""
     return tuple(d for d in self.minor_to_major if self.dims[d] != 1)
 
   def __str__(self) -> str:
     layout = ','.join(map(str, self.minor_to_major)) + (f':{self.tiles}' if self.tiles else '')
-    return f'{self.dtype}[{",".join(map(str, self.dims))}]{{{layout}{f"S({self.space})" if self.space else ""}}}'
+    space = f'S({self.space})' if self.space else ''
+    return f'{self.dtype}[{",".join(map(str, self.dims))}]{{{layout}{space}}}'
 
 
 def parse_result(text: str) -> tuple[tuple[ArrayShape, ...], tuple[int, ...]]:
-  """An instruction's type -> its arrays, and of a tuple how many arrays each of its elements has; () of an array."""
+  """Return the arrays of an instruction's type, and how many each element of its tuple has.
+
+  An array has no elements: ().
+
+  Raises:
+    HloError: an element type that is not known here, or text that is no type.
+  """
   if not text.startswith('('):
-    return (_shape(_ARRAY.match(text)),), ()
-  shapes, parts, inner = [], [], _COMMENT.sub('', text)[1:-1]
+    match = _ARRAY.match(text)
+    if match is None:
+      raise HloError(f'not the type of an array: {text[:200]}')
+    return (_shape(match),), ()
+  shapes: list[ArrayShape] = []
+  parts: list[int] = []
+  inner = _COMMENT.sub('', text)[1:-1]
   depth = start = 0
   for n, letter in enumerate(inner + ','):
     depth += (letter in '([{') - (letter in ')]}')
@@ -104,10 +89,19 @@ def parse_result(text: str) -> tuple[tuple[ArrayShape, ...], tuple[int, ...]]:
   return tuple(shapes), tuple(parts)
 
 
-def _shape(match: re.Match) -> ArrayShape:
+@functools.cache
+def _element_bits(dtype: str) -> int:
+  if dtype in _UNNUMBERED:
+    return _UNNUMBERED[dtype]
+  numbered = _NUMBERED.fullmatch(dtype)
+  if numbered is None:
+    raise HloError(f'the element type {dtype} is not known here')
+  return int(numbered[1])
+
+
+def _shape(match: re.Match[str]) -> ArrayShape:
   dtype, dims, layout = match[1], match[2], match[3] or ''
-  if dtype not in _BITS:
-    raise HloError(f'the element type {dtype} is not known here: {match[0]}')
+  _element_bits(dtype)
   order, _, tiles = layout.partition(':')
   space = re.search(r'S\((\d+)\)', tiles)
   return ArrayShape(

@@ -1,57 +1,47 @@
-"""What an instruction reads, writes and multiplies: for those that the compiler puts no cycles on."""
+"""The bytes and FLOPs of an instruction: the cost of those that the compiler puts no cycles on."""
 
+from collections.abc import Sequence
 import math
 import re
 
 from t5x_inference_ext.precompile.hlo import Computation, Instruction, Module
+from t5x_inference_ext.precompile.shapes import HloError
 
-# They compute nothing: names for values, or memory set aside.
-FREE = frozenset(
-  (
-    'parameter',
-    'constant',
-    'get-tuple-element',
-    'tuple',
-    'bitcast',
-    'partition-id',
-    'replica-id',
-    'after-all',
-    'add-dependency',
-    'optimization-barrier',
-    'opt-barrier',
-    'while',
-    'call',
-    'conditional',
-  )
-)
-_FREE_CALLS = (
-  'AllocateBuffer',
-  'AssumeGatherIndicesInBound',
-  'ConcatBitcast',
-  'GatherScatterIndicesBitpacked',
+# Opcodes that compute nothing: names for values, memory set aside, and calls, whose callees count.
+_NAMES = {'parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast'}
+_IDS = {'partition-id', 'replica-id'}
+_ORDERING = {'after-all', 'add-dependency', 'optimization-barrier', 'opt-barrier'}
+_CALLERS = {'while', 'call', 'conditional'}
+FREE = frozenset(_NAMES | _IDS | _ORDERING | _CALLERS)
+# Custom calls that compute nothing.
+_FREE_CALLS = re.compile(
+  '"(AllocateBuffer|AssumeGatherIndicesInBound|ConcatBitcast|GatherScatterIndicesBitpacked)"'
 )
 _SLICING = ('dynamic-slice', 'slice', 'gather')
-# A hand-written kernel says what it does where its author said so.
+_UPDATING = ('dynamic-update-slice', 'scatter')
+# A hand-written kernel costs what its author's CostEstimate says.
 _KERNEL_FLOPS = re.compile(r'"?\bflops"?:\s*"?(\d+)')
 _KERNEL_BYTES = re.compile(r'"?\bbytes_accessed"?:\s*"?(\d+)')
 _WINDOW = re.compile(r'(\w+)=([0-9x_-]+)')
 
 
 def is_free(instruction: Instruction) -> bool:
-  """Whether it runs nothing."""
+  """Return whether an instruction runs nothing."""
   return instruction.opcode in FREE or (
-    instruction.opcode == 'custom-call'
-    and any(f'"{t}"' in instruction.attributes for t in _FREE_CALLS)
+    instruction.opcode == 'custom-call' and bool(_FREE_CALLS.search(instruction.attributes))
   )
 
 
 def flops(module: Module, computation: Computation, instruction: Instruction) -> int:
-  """2 per multiplication of its matrix products, those inside fusions included; elementwise work counts nothing."""
+  """Return the FLOPs of an instruction's matrix products, those inside fusions included.
+
+  A multiplication and its addition count 2; elementwise work counts nothing.
+  """
   i = instruction
   if i.opcode == 'dot':
     left = computation[i.operands[0]].shapes[0]
-    contracted = [int(d) for d in (i.attribute('lhs_contracting_dims') or '').split(',') if d]
-    return 2 * i.shapes[0].elements * math.prod(left.dims[d] for d in contracted)
+    contracted = math.prod(left.dims[d] for d in i.numbers('lhs_contracting_dims'))
+    return 2 * i.shapes[0].elements * contracted
   if i.opcode == 'convolution':
     return _convolution_flops(computation, i)
   if i.opcode == 'custom-call':
@@ -62,7 +52,10 @@ def flops(module: Module, computation: Computation, instruction: Instruction) ->
 
 
 def traffic(module: Module, computation: Computation, instruction: Instruction) -> int:
-  """Bytes read and written. A slice reads its result alone, an in-place update reads and writes the update alone."""
+  """Return the bytes that an instruction reads and writes.
+
+  A slice reads its result alone; an in-place update reads and writes the update alone.
+  """
   i = instruction
   if is_free(i) or i.phase == 'done':
     return 0
@@ -76,65 +69,70 @@ def traffic(module: Module, computation: Computation, instruction: Instruction) 
     return 2 * operands[1].bytes
   if i.opcode == 'scatter':
     # Operands, then indices, then as many updates as operands.
-    return operands[len(operands) // 2].bytes + 2 * sum(
-      o.bytes for o in operands[len(operands) // 2 + 1 :]
-    )
+    indices = len(operands) // 2
+    return operands[indices].bytes + 2 * sum(o.bytes for o in operands[indices + 1 :])
   if i.opcode == 'fusion':
-    body = module.called(i)
-    read = sum(_read(module, body, p) for p in body.parameters)
-    return read + _written(module, body)
-  if i.opcode == 'custom-call' and (said := _KERNEL_BYTES.search(i.attributes)) and int(said[1]):
-    return int(said[1])
-  if i.opcode == 'custom-call' and (body := module.called(i, 'custom')):
-    return _traffic_of_all(module, body)
+    body = module.body(i)
+    return sum(_read(module, body, p) for p in body.parameters) + _written(module, body)
+  if i.opcode == 'custom-call':
+    said = _KERNEL_BYTES.search(i.attributes)
+    if said and int(said[1]):
+      return int(said[1])
+    if body := module.called(i, 'custom'):
+      return _traffic_of_all(module, body)
   return sum(o.bytes for o in operands) + written
 
 
-def _traffic_of_all(module, body) -> int:
-  """Of all that an asynchronous computation runs. It may be called in it, as what is left to a sparse core is."""
-  return sum(
-    _traffic_of_all(module, module.called(i, 'to_apply'))
-    if i.opcode == 'call'
-    else traffic(module, body, i)
-    for i in body.instructions
-  )
+def _traffic_of_all(module: Module, body: Computation) -> int:
+  """Return the traffic of all that an asynchronous computation runs.
+
+  The computation may call another one, as work that is left to a sparse core does.
+  """
+  total = 0
+  for i in body.instructions:
+    if i.opcode == 'call':
+      total += _traffic_of_all(module, module.body(i, 'to_apply'))
+    else:
+      total += traffic(module, body, i)
+  return total
 
 
 def in_place(module: Module, instruction: Instruction) -> bool:
-  """Whether the result is an operand's own memory: an update of a slice of it, or a declared alias."""
-  i = instruction
-  if (
-    i.opcode in ('dynamic-update-slice', 'scatter') or 'output_to_operand_aliasing=' in i.attributes
-  ):
+  """Return whether the result lies in an operand's memory: an updated slice, a declared alias."""
+  if instruction.opcode in _UPDATING or 'output_to_operand_aliasing=' in instruction.attributes:
     return True
-  body = module.called(i) if i.opcode == 'fusion' else None
-  return bool(body) and all(_updates(module, body, root) for root in roots(body))
+  if instruction.opcode != 'fusion':
+    return False
+  body = module.body(instruction)
+  return all(_updates(module, body, root) for root in body.roots)
 
 
-def roots(body: Computation) -> list[Instruction]:
-  """What a fused computation returns: its root, or each element of the tuple that it is."""
-  return body.operands(body.root) if body.root.opcode == 'tuple' else [body.root]
-
-
-def _updates(module, body, i):
+def _updates(module: Module, body: Computation, i: Instruction) -> bool:
   while i.opcode in ('bitcast', 'get-tuple-element'):
     i = body[i.operands[0]]
-  return (
-    in_place(module, i) if i.opcode == 'fusion' else i.opcode in ('dynamic-update-slice', 'scatter')
-  )
+  return in_place(module, i) if i.opcode == 'fusion' else i.opcode in _UPDATING
 
 
-def _read(module, body, value, around=()) -> int:
-  """Bytes of a value of a fused computation that its users read: slices of it, or all of it.
+def _read(
+  module: Module,
+  body: Computation,
+  value: Instruction,
+  around: Sequence[tuple[Computation, Instruction]] = (),
+) -> int:
+  """Return the bytes of a value of a fused computation that its users read: slices, or all of it.
 
   Args:
-    around: (computation, fusion) of the fusions that this computation is nested in, the innermost last.
+    module: Module. The program.
+    body: Computation. The fused computation.
+    value: Instruction. Of `body`.
+    around: sequence of (computation, fusion). The fusions around `body`, the innermost last.
   """
   total = 0
   if value is body.root:
     if not around:
       return value.bytes
-    total += _read(module, *around[-1], around[:-1])
+    (outside, fusion), rest = around[-1], around[:-1]
+    total += _read(module, outside, fusion, rest)
   for user in body.users[value.name]:
     first = user.operands[0] == value.name
     if first and user.opcode in _SLICING:
@@ -146,73 +144,85 @@ def _read(module, body, value, around=()) -> int:
     ):
       total += _read(module, body, user, around)
     elif user.opcode == 'fusion':
-      inner = module.called(user)
-      total += sum(
-        _read(module, inner, p, (*around, (body, user)))
-        for p, o in zip(inner.parameters, user.operands)
-        if o == value.name
-      )
-    elif user.opcode != 'tuple' and not (
-      first and user.opcode in ('dynamic-update-slice', 'scatter')
-    ):
+      inner = module.body(user)
+      for parameter, operand in zip(inner.parameters, user.operands):
+        if operand == value.name:
+          total += _read(module, inner, parameter, (*around, (body, user)))
+    elif user.opcode != 'tuple' and not (first and user.opcode in _UPDATING):
       return value.bytes
   return min(total, value.bytes)
 
 
-def _written(module, body) -> int:
+def _written(module: Module, body: Computation) -> int:
+  """Return the bytes that a fused computation writes."""
   total = 0
-  for i in roots(body):
+  for i in body.roots:
     while i.opcode == 'bitcast':
       i = body[i.operands[0]]
     if i.opcode == 'dynamic-update-slice':
       total += body[i.operands[1]].bytes
     elif i.opcode == 'fusion':
-      total += _written(module, module.called(i))
+      total += _written(module, module.body(i))
     elif i.opcode != 'parameter':
       total += i.bytes
   return total
 
 
-def _convolution_flops(computation, i) -> int:
-  """As a product: for each element of the result, the inputs that meet a weight. Padding and gaps multiply nothing."""
+def _convolution_flops(computation: Computation, i: Instruction) -> int:
+  """Return the FLOPs of a convolution, as a product: the inputs that meet a weight, per output.
+
+  Padding and gaps multiply nothing.
+  """
   left, right = (o.shapes[0] for o in computation.operands(i)[:2])
-  inputs, kernel, result = re.split('_|->', i.attribute('dim_labels'))
-  window = dict(_WINDOW.findall(i.attribute('window') or ''))
+  result = i.shapes[0]
+  inputs, kernel, outputs = re.split('_|->', i.attribute('dim_labels'))
+  window = dict(_WINDOW.findall(i.attribute('window')))
   spatial = sorted(c for c in kernel if c.isdigit())
 
-  def each(name, default):
+  def field(name: str, default: str) -> list[str]:
     return window[name].split('x') if name in window else [default] * len(spatial)
 
   meetings = 1
-  for n, (digit, size, stride, pad, dilate, spread) in enumerate(
-    zip(
-      spatial,
-      each('size', '1'),
-      each('stride', '1'),
-      each('pad', '0_0'),
-      each('lhs_dilate', '1'),
-      each('rhs_dilate', '1'),
-    )
+  for digit, size, stride, pad, dilate, spread in zip(
+    spatial,
+    field('size', '1'),
+    field('stride', '1'),
+    field('pad', '0_0'),
+    field('lhs_dilate', '1'),
+    field('rhs_dilate', '1'),
   ):
-    length, low = left.dims[inputs.index(digit)], int(re.match(r'-?\d+', pad)[0])
-    outputs = i.shapes[0].dims[result.index(digit)]
-    stride, dilate, spread, size = int(stride), int(dilate), int(spread), int(size)
-    if size == 1 and stride == 1 and dilate == 1 and not low:
-      meetings *= outputs
-      continue
-    count = 0
-    for out in range(outputs):
-      first = out * stride - low
-      # Positions first + k spread that are multiples of `dilate` inside the input.
-      count += sum(
-        1
-        for k in range(size)
-        if (place := first + k * spread) >= 0 and place % dilate == 0 and place // dilate < length
-      )
-    meetings *= count
-  batch = i.shapes[0].dims[result.index('b')]
-  features = i.shapes[0].dims[result.index('f')]
+    low = re.match(r'-?\d+', pad)
+    if low is None:
+      raise HloError(f'the window of {i.name} has a padding in a form not known here: {pad}')
+    meetings *= _meetings(
+      left.dims[inputs.index(digit)],
+      result.dims[outputs.index(digit)],
+      *map(int, (size, stride, low[0], dilate, spread)),
+    )
+  per_meeting = math.prod(result.dims[outputs.index(c)] for c in 'bf')
   groups = int(i.attribute('batch_group_count') or 1)
-  return (
-    2 * meetings * batch * features * right.dims[kernel.index('i')] // (groups if groups > 1 else 1)
-  )
+  return 2 * meetings * per_meeting * right.dims[kernel.index('i')] // max(groups, 1)
+
+
+def _meetings(
+  length: int, outputs: int, size: int, stride: int, low: int, dilate: int, spread: int
+) -> int:
+  """Return how many (output, weight) pairs of one window dimension meet an input.
+
+  Args:
+    length: int. Positions of the input.
+    outputs: int. Positions of the result.
+    size: int. Weights of the window.
+    stride: int. Steps between windows.
+    low: int. Padding before the input.
+    dilate: int. Distance between inputs (lhs_dilate).
+    spread: int. Distance between weights (rhs_dilate).
+  """
+  if size == stride == dilate == 1 and not low:
+    return outputs
+  count = 0
+  for output in range(outputs):
+    for weight in range(size):
+      place = output * stride - low + weight * spread
+      count += place >= 0 and place % dilate == 0 and place // dilate < length
+  return count

@@ -107,7 +107,7 @@ def load_engine(
   """
   with distributed.together():
     if options.executable is not None:
-      saved_generation.check_options(
+      saved_generation.check_saved_run(
         options.executable,
         max_new_tokens=options.max_new_tokens,
         max_length=options.max_length,

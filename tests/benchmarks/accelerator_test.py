@@ -1,4 +1,4 @@
-"""The benchmark on an accelerator, at a tiny shape on a CPU: its counting, its table, and that its programs agree."""
+"""The accelerator benchmark at a tiny shape on a CPU: its counts, table and programs."""
 
 import sys
 
@@ -42,7 +42,8 @@ def test_row_relates_times_to_the_machine():
     accelerator.row(cell, 'int8', TINY, int(4e8), Machine(1e9, flops), prompt=32, new=16)
   )
   assert len(cells) == len(accelerator.TITLES + accelerator.OTHER_TITLES)
-  # 0.4 s to read the weights, of 0.5; the prefill's FLOPs take a second at full rate, of 4; 32 tokens in 8 and 12 s.
+  # Reading the weights takes 0.4 s of 0.5; the FLOPs of the prefill 1 s of 4 at full rate; the
+  # 32 tokens 8 and 12 s.
   assert cells[:5] == ['int8', '2', '500.000', '400.000', '80.0%']
   assert cells[7:] == ['25.0%', '4', '3', '1.50x']
 
@@ -53,7 +54,7 @@ def test_row_without_another_side_ends_before_its_titles():
 
 
 @pytest.mark.parametrize('shape', SHAPES)
-def test_shapes_are_those_they_are_called(shape):
+def test_shapes_have_the_sizes_of_their_names(shape):
   config, prompt, new = SHAPES[shape]
   billions = {'palm_8b': 8.6, 'falcon_7b': 6.9}
   if shape in billions:
@@ -72,7 +73,7 @@ def test_other_shapes_are_no_falcons(field, value):
 
 @pytest.mark.parametrize('kind, scan_layers', [('bfloat16', True), ('int8', False)])
 def test_programs_agree_and_start_over(kind, scan_layers):
-  """The steps timed alone give what the whole generation gives, also when they run again in the same cache."""
+  """Steps timed alone give what a whole generation gives, also when they run again."""
   own = RandomModel.make(TINY, kind, scan_layers)
   assert own.weights.is_int8 == (kind == 'int8') and own.weights.stacked == scan_layers
   programs = own.programs(batch=3, prompt=6, new_tokens=5)
@@ -105,7 +106,7 @@ def test_table_of_a_tiny_shape(monkeypatch):
   assert 'nobody beside' in text and 'prompt 4, generate 3' in text
   rows = [_cells(line) for line in text.splitlines() if line.startswith('| int8')]
   assert [r[1] for r in rows] == ['2']
-  assert all(len(r) == len(accelerator.TITLES) and float(r[2]) > 0 for r in rows)
+  assert len(rows[0]) == len(accelerator.TITLES) and float(rows[0][2]) > 0
 
 
 def test_too_much_memory_is_an_answer(monkeypatch):

@@ -1,4 +1,4 @@
-"""The two sides of the comparison with transformers compute the same function; needs torch and transformers."""
+"""Both sides of the comparison with transformers compute the same; needs torch too."""
 
 import importlib.util
 
@@ -29,7 +29,7 @@ def falcon():
 
 
 def _canonical(state) -> dict[str, np.ndarray]:
-  """transformers' arrays as this package calls them: matrices [L, in, out]."""
+  """Return transformers' arrays under this package's names: matrices [L, in, out]."""
   c, q = TINY, TINY.num_heads * TINY.d_head
 
   def layers(name):

@@ -1,4 +1,4 @@
-"""The table of compiled programs: its cells for stock T5X, and what it says where that is absent."""
+"""The table of compiled programs: its cells for stock T5X, and the line where it is absent."""
 
 import dataclasses
 import sys
@@ -12,7 +12,7 @@ from benchmarks import tpu_compile
 
 @dataclasses.dataclass(frozen=True)
 class FakeStock:
-  """Has the fields of stock_t5x.Stock, which can't be imported without T5X."""
+  """The fields of stock_t5x.Stock, which can't be imported without T5X."""
 
   batch: int
   fits: bool

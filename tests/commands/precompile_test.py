@@ -1,4 +1,4 @@
-"""The command: flags and gin, files, exit codes, and an environment that the user need not set."""
+"""The precompile command: flags and gin, files, exit codes, no variables to set."""
 
 import json
 import os
@@ -79,7 +79,7 @@ def test_one_is_for_what_does_not_fit(monkeypatch, capsys, tmp_path):
 
 
 class FakeMesh:
-  """As much of a mesh as progress wants to know."""
+  """The part of a mesh that the progress line reads."""
 
   class devices:
     shape = (2, 2, 1)
@@ -93,7 +93,7 @@ class FakeMesh:
     ([*TINY, '--slice=v4:3x3x3'], 'there is no v4 slice v4:3x3x3; known: v4:1x1x1'),
     ([*TINY, '--layout=ws_9d/batch'], "unknown layout part 'ws_9d'"),
     ([*TINY, '--mesh=2x2'], 'a mesh is written XxYxZ'),
-    ([*TINY, '--batch=0'], 'batch must be a whole number above 0'),
+    ([*TINY, '--batch=0'], 'batch must be a whole number, 1 or more, got 0'),
     ([*TINY, '--phase=prefill', '--prompt=200'], 'prompt=200 does not fit into context=128'),
     ([*TINY, '--json=/nowhere/report'], "can't write /nowhere/report: there is no directory"),
     ([*TINY, *GIN], "--model and gin flags can't be mixed"),

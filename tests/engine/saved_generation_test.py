@@ -1,16 +1,19 @@
-"""A saved generation runs in infer and in the engine as what jit compiles does, and only where it is meant to."""
+"""A saved generation runs in infer and the engine as a compiled one, only where it fits."""
 
 import json
 
+import numpy as np
 import pytest
 
 from t5x_inference_ext.checkpoints import open_checkpoint
 from t5x_inference_ext.commands import infer
-from t5x_inference_ext.engine import saved_program
+from t5x_inference_ext.engine import saved_generation, saved_program
 from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.engine.sampling import SamplingParams
+from t5x_inference_ext.engine.saved_generation import SavedGeneration
 from t5x_inference_ext.engine.saved_program import SavedError
-from t5x_inference_ext.precompile.program import CompileCase, compile_case
+from t5x_inference_ext.precompile.case import CompileCase
+from t5x_inference_ext.precompile.program import compile_case
 from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.mesh import make_mesh
 
@@ -105,6 +108,63 @@ def test_a_step_is_no_generation(palm_tiny, tmp_path):
   saved_program.save(tmp_path / 'step', program.compiled, program.arguments, mesh, case.to_dict())
   with pytest.raises(SavedError, match='holds a decode program: infer runs whole generations'):
     _engine(palm_tiny, executable=tmp_path / 'step')
+
+
+def _copy_with(path, tmp_path, **changes):
+  """Copy a file, with other values in its description; ... removes a field."""
+  lead, header, payload = path.read_bytes().split(b'\n', 2)
+  header = json.loads(header)
+  described = {**header['description'], **changes}
+  header['description'] = {k: v for k, v in described.items() if v is not ...}
+  copy = tmp_path / 'changed'
+  copy.write_bytes(b'\n'.join([lead, json.dumps(header).encode(), payload]))
+  return copy
+
+
+@pytest.mark.parametrize(
+  'changes, words',
+  [
+    (dict(batch=0), 'has batch 0'),
+    (dict(batch=10**30), 'has batch 1000'),
+    (dict(batch='8'), "has batch '8'"),
+    (dict(batch=True), 'has batch True'),
+    (dict(batch=...), 'has no batch'),
+    (dict(prompt=-1), 'has prompt -1'),
+    (dict(context=2.5), 'has context 2.5'),
+    (dict(max_length=0), 'has max_length 0'),
+    (dict(sampling=...), 'has no sampling'),
+    (dict(sampling=5), 'has a sampling that makes no sense'),
+    (dict(sampling=[]), 'has a sampling that makes no sense'),
+    (dict(sampling={'heat': 1}), 'has a sampling that makes no sense .*heat'),
+    (dict(sampling={'temperature': 'x'}), 'has a sampling that makes no sense'),
+    (dict(sampling={'top_p': 7}), 'has a sampling that makes no sense .*top_p must be'),
+  ],
+)
+def test_a_description_that_makes_no_sense_is_refused(path, tmp_path, changes, words):
+  copy = _copy_with(path, tmp_path, **changes)
+  with pytest.raises(SavedError, match=f'the header of .* {words}.*: it is damaged'):
+    saved_generation.check_saved_run(copy, max_new_tokens=6)
+
+
+def test_flipped_descriptions_are_refused_or_work(palm_tiny, path, tmp_path):
+  """Any byte of the header may be damaged: nothing but SavedError comes of it."""
+  model = _engine(palm_tiny).model
+  whole = path.read_bytes()
+  first, second = whole.index(b'\n') + 1, whole.index(b'\n', whole.index(b'\n') + 1)
+  begin = whole.index(b'"description"', first, second)
+  end = whole.index(b'"arguments"', begin, second)
+  random = np.random.default_rng(0)
+  copy, refused = tmp_path / 'flipped', 0
+  for place in random.integers(begin, end, 100):
+    data = bytearray(whole)
+    data[place] ^= 1 << random.integers(8)
+    copy.write_bytes(data)
+    try:
+      saved_generation.check_saved_run(copy, max_new_tokens=6)
+      SavedGeneration.open(copy, model, 'bfloat16', True)
+    except SavedError:
+      refused += 1
+  assert refused > 90
 
 
 def _infer(palm_tiny, tmp_path, name, *flags):

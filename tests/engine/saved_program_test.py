@@ -1,4 +1,4 @@
-"""A compiled program through a file: the same results from the same shapes, and a clear no to everything else."""
+"""A compiled program through a file gives the same results; anything else is refused clearly."""
 
 import dataclasses
 import json
@@ -11,7 +11,8 @@ import pytest
 from t5x_inference_ext.config import preset
 from t5x_inference_ext.engine import saved_program
 from t5x_inference_ext.engine.saved_program import SavedError
-from t5x_inference_ext.precompile.program import CompileCase, compile_case, phase_function
+from t5x_inference_ext.precompile.case import CompileCase
+from t5x_inference_ext.precompile.program import compile_case, phase_function
 from t5x_inference_ext.sharding.mesh import make_mesh
 
 CASE = CompileCase(
@@ -21,7 +22,7 @@ CASE = CompileCase(
   batch=8,
   context=16,
   dtype='float32',
-  stacked=True,
+  scan_layers=True,
 )
 
 
@@ -43,7 +44,7 @@ def path(program, mesh, tmp_path):
 
 
 def _values(arguments):
-  """Random arrays of these shapes, where they belong; a new set each time, as the cache is donated."""
+  """Return random arrays of these shapes on their devices, new ones each time: some are donated."""
   random = np.random.default_rng(0)
 
   def value(x):
@@ -105,6 +106,75 @@ def test_other_versions_and_chips_are_refused(path, mesh, field, words):
   _rewrite(path, **{field: '0.0.1'})
   with pytest.raises(SavedError, match=words):
     _load(path, mesh)
+
+
+def _write_header(path, header: bytes) -> None:
+  lead, _, payload = path.read_bytes().split(b'\n', 2)
+  path.write_bytes(b'\n'.join([lead, header, payload]))
+
+
+@pytest.mark.parametrize(
+  'header, words',
+  [
+    (b'{}', 'has no jax'),
+    (b'[]', 'is no JSON object'),
+    (b'5', 'is no JSON object'),
+    (b'null', 'is no JSON object'),
+    (b'', 'is no JSON'),
+    (b'{"jax": "0.1"', 'is no JSON'),
+    (b'\xff\xfe', 'is no JSON'),
+    (b'[' * 100_000, 'is no JSON'),
+    (b'9' * 5000, 'is no JSON'),
+  ],
+)
+def test_a_damaged_header_is_one_sentence(path, mesh, header, words):
+  _write_header(path, header)
+  for read in (lambda: saved_program.read_program_header(path), lambda: _load(path, mesh)):
+    with pytest.raises(SavedError, match=f'the header of .* {words}.*: it is damaged') as e:
+      read()
+    assert '\n' not in str(e.value)
+
+
+def _header(path) -> dict:
+  return json.loads(path.read_bytes().split(b'\n', 2)[1])
+
+
+def test_every_field_of_a_header_is_checked(path):
+  whole = _header(path)
+  assert len(whole) == 11
+  for field in whole:
+    _write_header(path, json.dumps({k: v for k, v in whole.items() if k != field}).encode())
+    with pytest.raises(SavedError, match=f'the header of .* has no {field}: it is damaged'):
+      saved_program.read_program_header(path)
+    _write_header(path, json.dumps({**whole, field: 1.5}).encode())
+    with pytest.raises(SavedError, match=f'has {field} that is not .*: 1.5: it is'):
+      saved_program.read_program_header(path)
+
+
+def test_control_characters_of_a_header_are_escaped(path, mesh):
+  _rewrite(path, platform='tpu\n\x1b[31merror: fake')
+  with pytest.raises(SavedError) as e:
+    _load(path, mesh)
+  assert str(e.value).isprintable() and '\\x1b' in str(e.value)
+
+
+def test_flipped_headers_are_refused_or_work(path, mesh):
+  """Any byte of the header may be damaged: the file is refused, or holds the same program."""
+  whole = path.read_bytes()
+  first, second = whole.index(b'\n') + 1, whole.index(b'\n', whole.index(b'\n') + 1)
+  random = np.random.default_rng(0)
+  described = CASE.to_dict()
+  refused = 0
+  for place in random.integers(first, second, 100):
+    data = bytearray(whole)
+    data[place] ^= 1 << random.integers(8)
+    path.write_bytes(data)
+    try:
+      saved_program.check_header(path, mesh, described)
+      _load(path, mesh)
+    except SavedError:
+      refused += 1
+  assert refused > 90
 
 
 def test_another_platform_is_said_before_its_compiler(path, mesh):

@@ -1,4 +1,4 @@
-"""A lack of memory is an answer: what is missing, and the nearest layout, batch and slice that would do."""
+"""A lack of memory is an answer: what is missing, and which layout, batch or slice would fit."""
 
 import dataclasses
 
@@ -8,25 +8,27 @@ import pytest
 from t5x_inference_ext.config import preset
 from t5x_inference_ext.errors import MeshError, UserError
 from t5x_inference_ext.precompile import fit, slices
+from t5x_inference_ext.precompile.case import CompileCase
 from t5x_inference_ext.precompile.fit import Shortage
-from t5x_inference_ext.precompile.program import CompileCase, CompiledMemory, Program
+from t5x_inference_ext.precompile.memory import CompiledMemory
+from t5x_inference_ext.precompile.program import Program
 from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.torus import parse_slice
 
 GIB = 2**30
 SMALL = preset('palm_tiny', num_layers=2)
 SLICE = parse_slice('v4:2x2x1')
-# Rows of 2 MiB of cache a position of 2 layers: palm_62b's on 16 chips.
+# palm_62b on 16 chips, with a cache that is too large.
 LARGE = CompileCase(preset('palm_62b'), 'bfloat16', 'decode', batch=512, context=8192)
 
 
 def _shortage(case, slice_, needed):
-  weights, cache = fit.held(case, dict(zip('xyz', (4, 2, 2))))
+  weights, cache = fit.held_bytes(case, dict(zip('xyz', (4, 2, 2))))
   return Shortage(case, slice_, needed, 30 * GIB, weights, cache, 'the compiler said no')
 
 
 class Compiler:
-  """Takes what `fits` says, and remembers what it was asked."""
+  """A compiler that takes what `fits` accepts, and remembers what it was asked."""
 
   def __init__(self, fits):
     self.fits, self.asked = fits, []
@@ -39,7 +41,7 @@ class Compiler:
 
 
 def test_arithmetic_counts_weights_and_cache():
-  weights, cache = fit.held(LARGE, dict(x=4, y=2, z=2))
+  weights, cache = fit.held_bytes(LARGE, dict(x=4, y=2, z=2))
   assert weights == pytest.approx(2 * LARGE.config.num_params / 16, rel=0.01)
   # [L, B, S, K, Q] of keys and of values, in 2 bytes, rows over all 16 chips.
   assert cache == pytest.approx(2 * 2 * 64 * 512 * 8192 * 256 / 16, rel=1e-6)
@@ -61,7 +63,9 @@ def test_one_alternative_of_each_kind_confirmed_by_the_compiler():
 def test_a_layout_that_holds_less_is_found():
   case = dataclasses.replace(LARGE, layout=Layout.parse('ws_2d/heads'), batch=16)
   mesh = dict(x=4, y=2, z=2)
-  assert sum(fit.held(case, mesh)) > sum(fit.held(dataclasses.replace(case, layout=Layout()), mesh))
+  assert sum(fit.held_bytes(case, mesh)) > sum(
+    fit.held_bytes(dataclasses.replace(case, layout=Layout()), mesh)
+  )
   found = fit.alternatives(
     _shortage(case, parse_slice('v4:2x2x4'), 45 * GIB), Compiler(lambda *_: True)
   )
@@ -95,6 +99,14 @@ def test_weights_that_do_not_fit_leave_only_larger_slices():
   shortage = Shortage(case, parse_slice('v4:2x2x1'), 300 * GIB, 30 * GIB, 270 * GIB, 0, '')
   found = fit.alternatives(shortage, Compiler(lambda *_: True))
   assert [(a.change, str(a.slice)) for a in found] == [('slice', 'v4:4x4x4')]
+
+
+def test_one_row_has_no_smaller_batch():
+  compiler = Compiler(lambda case, slice_: slice_.chips > 16)
+  one_row = dataclasses.replace(LARGE, batch=1)
+  found = fit.alternatives(_shortage(one_row, parse_slice('v4:2x2x4'), 45 * GIB), compiler)
+  assert [a.change for a in found] == ['slice']
+  assert {batch for _, batch, _ in compiler.asked} == {1}
 
 
 def test_nothing_may_fit():

@@ -1,4 +1,4 @@
-"""Programs compiled for slices that are not here: which slices there are, and what a phase takes of a chip."""
+"""Slices that are not here, cases, and programs compiled for them: memory, shapes, results."""
 
 import importlib.util
 
@@ -13,8 +13,8 @@ from t5x_inference_ext.errors import MeshError, RequestError, UserError
 from t5x_inference_ext.model.cache import KVCache
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.precompile import slices
+from t5x_inference_ext.precompile.case import CompileCase
 from t5x_inference_ext.precompile.program import (
-  CompileCase,
   abstract_decode_cache,
   abstract_weights,
   compile_case,
@@ -46,12 +46,14 @@ def test_accelerator_types(text, name):
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_known_slices_are_accepted(kind):
-  for text in slices.known_slices(kind):
+  known = slices.known_slices(kind)
+  assert len(known) >= 8
+  for text in known:
     slices.check_slice(parse_slice(text))
 
 
 @pytest.mark.parametrize('text', ['v4:4x2x2', 'v4:12x4x4', 'v5p:8x8x12', 'v5p:16x16x16'])
-def test_so_are_their_turns_and_larger_boxes(text):
+def test_turned_and_larger_boxes_are_accepted(text):
   slices.check_slice(parse_slice(text))
 
 
@@ -132,7 +134,11 @@ def test_a_mesh_of_another_size_than_the_slice_is_refused(shape, positions):
   [
     (dict(phase='train'), 'phase must be one of decode, prefill'),
     (dict(weights='int4'), 'weights must be one of'),
-    (dict(batch=0), 'batch must be a whole number above 0, got 0'),
+    (dict(batch=0), 'batch must be a whole number, 1 or more, got 0'),
+    (
+      dict(batch=10**20),
+      'batch must be a whole number, 1 or more and at most 2147483647, got 1000',
+    ),
     (dict(context=2.5), 'context must be'),
     (dict(phase='prefill', prompt=17), 'prompt=17 does not fit into context=16'),
   ],
@@ -190,7 +196,7 @@ def test_an_abstract_cache_is_what_prefill_makes():
 
 
 def test_phases_run_and_agree_with_the_model():
-  """The programs that are compiled for a slice, run here: a prefill's cache and token go into a decode step."""
+  """Compiled programs run here: the cache and token of a prefill go into a decode step."""
   mesh = make_mesh((2, 2, 2))
   case = CompileCase(SMALL, 'bfloat16', 'prefill', 8, 16, prompt=4, dtype='float32')
   prefill, (weights, tokens, lengths) = phase_function(case, mesh)
@@ -216,7 +222,7 @@ def test_a_decode_step_compiles_for_every_generation(text):
   case = CompileCase(SMALL, 'int8', 'decode', batch=8, context=128)
   program = compile_case(case, slices.slice_mesh(parse_slice(text), SMALL))
   m = program.memory
-  # Per chip of 4: rows of 2 in 2 layers, keys and values, one head, 2 bytes each; and the rows' lengths.
+  # On each of 4 chips: 2 rows in 2 layers, keys and values, one head, 2 bytes; and lengths.
   assert m.cache == 2 * 128 * 32 * 2 * 2 * 2 + 2 * 4
   assert m.weights > SMALL.num_params // 4 and m.other >= 0 and m.temporaries >= 0
   assert m.needed == m.weights + m.cache + m.other + m.temporaries

@@ -1,6 +1,6 @@
-"""Weights, caches and rows lie as the compiled programs want them.
+"""Weights, caches and rows are stored as the compiled programs want them.
 
-No layer lays a weight or a cache out anew in HBM, in any layout; a reduce-scatter is compiled as one.
+No layer lays a weight or a cache out anew in HBM, in any layout; reduce-scatters stay such.
 """
 
 import collections
@@ -26,10 +26,13 @@ LAYOUTS = (
 )
 
 
-def _relaid(weights: str, phase: str, layout: str, cache: str | None = None, **fields) -> list[str]:
-  config = dataclasses.replace(preset('palm_8b'), num_layers=3, **fields)
+def _layers(model: str, count: int = 3, **fields):
+  return dataclasses.replace(preset(model), num_layers=count, **fields)
+
+
+def _relaid(weights: str, phase: str, layout: str, cache: str | None = None) -> list[str]:
   answer = analyze(
-    config,
+    _layers('palm_8b'),
     weights,
     'v4:2x2x2',
     phase,
@@ -70,7 +73,7 @@ def test_no_looped_decode_step_does(collectives):
   [('decode', 'ws_1d/heads'), ('decode', 'ws_2d/batch'), ('prefill', 'ws_2d/batch')],
 )
 def test_no_int8_cache_is_laid_out_anew(phase, layout):
-  """A row's new position is a part of a tile, which would make the compiler copy the cache, twice for every row."""
+  """A new position is a part of a tile: unaligned, the cache is copied twice for every row."""
   assert not _relaid('int8', phase, layout, 'int8')
 
 
@@ -79,8 +82,8 @@ def test_no_int8_cache_is_laid_out_anew(phase, layout):
   'weights, scan_layers', [('int8', True), ('bfloat16', True), ('bfloat16', False)]
 )
 def test_no_gathered_matrix_of_a_large_model_is(weights, scan_layers, layout):
-  """PaLM 540B's, of which the compiler gathered some with their rows beside each other, to be turned around then."""
-  config = dataclasses.replace(preset('palm_540b'), num_layers=4)
+  """The compiler gathered some of PaLM 540B's matrices transposed, and turned them around."""
+  config = _layers('palm_540b', 4)
   answer = analyze(
     config, weights, 'v4:4x4x4', 'decode', 64, 2048, layout=layout, scan_layers=scan_layers
   )
@@ -88,9 +91,8 @@ def test_no_gathered_matrix_of_a_large_model_is(weights, scan_layers, layout):
 
 
 def _layer_costs(model: str, slice_name: str, batch: int, layout: str):
-  config = dataclasses.replace(preset(model), num_layers=3)
   answer = analyze(
-    config, 'int8', slice_name, 'decode', batch, 512, layout=layout, scan_layers=True
+    _layers(model), 'int8', slice_name, 'decode', batch, 512, layout=layout, scan_layers=True
   )
   return [c for c in answer.estimate.costs if c.in_layer_loop]
 
@@ -105,7 +107,10 @@ def _layer_costs(model: str, slice_name: str, batch: int, layout: str):
   ],
 )
 def test_a_decode_step_scatters_few_rows(slice_name, batch, layout):
-  """Of up to a tile of rows on each chip, or over three axes, the compiler made an all-reduce (model/collectives/ops.py)."""
+  """A reduce-scatter to less than a tile of rows, or over three axes, became an all-reduce.
+
+  model/collectives/ops.py has the forms that the compiler keeps.
+  """
   collectives = [
     (c.collective.kind, c.bytes)
     for c in _layer_costs('palm_8b', slice_name, batch, layout)
@@ -121,7 +126,7 @@ def test_a_decode_step_scatters_few_rows(slice_name, batch, layout):
   [('palm_8b', 'v4:2x2x1', 1), ('palm_8b', 'v4:2x2x1', 4), ('palm_540b', 'v4:4x4x4', 8)],
 )
 def test_few_rows_cost_no_more_than_the_weights(model, slice_name, batch):
-  """One row missed the matrix unit; for one row a chip weights were cut out first; parts of tiles were turned around."""
+  """A single row missed the matrix unit; with few rows weights were cut out or turned around."""
   seconds = collections.defaultdict(float)
   for c in _layer_costs(model, slice_name, batch, 'ws_2d/batch'):
     seconds[c.kind] += c.seconds

@@ -1,4 +1,4 @@
-"""The report: what it says follows from the compiled program, the chip and the model."""
+"""The report follows from the compiled program, the chip and the model."""
 
 import dataclasses
 import json
@@ -9,13 +9,23 @@ import pytest
 from t5x_inference_ext import hardware
 from t5x_inference_ext.config import preset
 from t5x_inference_ext.errors import MeshError, RequestError, UserError
-from t5x_inference_ext.precompile import analysis, fit, report
+from t5x_inference_ext.precompile import analysis, fit
 from t5x_inference_ext.precompile.analysis import Answer, analyze
 from t5x_inference_ext.precompile.fit import Alternative, Shortage
-from t5x_inference_ext.precompile.program import CompiledMemory
+from t5x_inference_ext.precompile.memory import CompiledMemory
+from t5x_inference_ext.precompile.phases import COMPILE_PHASES
+from t5x_inference_ext.precompile.report import report_text
+from t5x_inference_ext.precompile.report_json import report_dict
+from t5x_inference_ext.precompile.summary import time_bounds
 
 SMALL = preset('palm_tiny', num_layers=10)
 GIB = 2**30
+
+
+def _only(monkeypatch, layouts: tuple[str, ...]) -> None:
+  """Make these layouts the candidates for decode."""
+  phase = dataclasses.replace(COMPILE_PHASES['decode'], layouts=layouts)
+  monkeypatch.setitem(COMPILE_PHASES, 'decode', phase)
 
 
 @pytest.fixture(scope='module')
@@ -52,7 +62,7 @@ def shortage(answer) -> Answer:
 
 @pytest.mark.libtpu
 def test_the_bounds_follow_from_the_chip(answer):
-  chip, found = hardware.chip('v4'), report.bounds(answer)
+  chip, found = hardware.chip('v4'), time_bounds(answer)
   assert found.flops == pytest.approx(2 * SMALL.num_params * 8 / 4 / chip.bf16_flops)
   assert found.weights == pytest.approx(answer.program.memory.weights / chip.hbm_bandwidth)
   assert found.memory > found.weights
@@ -60,7 +70,7 @@ def test_the_bounds_follow_from_the_chip(answer):
 
 @pytest.mark.libtpu
 def test_the_text_has_everything_in_one_screen(answer):
-  text = report.report_text(answer)
+  text = report_text(answer)
   for words in (
     'model:  10 layers',
     'phase:  decode in ws_2d/batch',
@@ -82,13 +92,48 @@ def test_the_text_has_everything_in_one_screen(answer):
   assert len(lines) < 60 and max(map(len, lines)) <= 120
 
 
+def _faster(answer: Answer, factor: float) -> Answer:
+  """Return the answer with an estimate that is too short."""
+  costs = tuple(
+    dataclasses.replace(c, seconds=c.seconds / factor, hidden_seconds=0.0)
+    for c in answer.estimate.costs
+  )
+  return dataclasses.replace(answer, estimate=dataclasses.replace(answer.estimate, costs=costs))
+
+
+@pytest.mark.libtpu
+def test_an_estimate_below_a_bound_is_called_an_error(answer):
+  """No share of a bound is above 100%: the estimate is wrong then, and the report says so."""
+  right = report_text(answer)
+  assert 'error of the estimate' not in right and right.count('% of the time') == 3
+  limits = time_bounds(answer)
+  below_memory = 2 * answer.estimate.serial_seconds / limits.memory
+  below_all = 2 * answer.estimate.serial_seconds / min(limits.flops, limits.weights)
+  for factor, errors in ((below_memory, 1), (below_all, 3)):
+    text = report_text(_faster(answer, factor))
+    assert text.count('above the estimated time: an error of the estimate') >= errors
+    shares = [float(share) for share in re.findall(r'([0-9.]+)%', text)]
+    assert shares and max(shares) <= 100
+  # JSON keeps the figures as they are.
+  assert report_dict(_faster(answer, below_all))['mfu']['serial'] > 1
+
+
+@pytest.mark.libtpu
+def test_more_memory_than_there_is_has_no_share(answer):
+  memory = dataclasses.replace(answer.program.memory, available=answer.program.memory.needed - 1)
+  text = report_text(
+    dataclasses.replace(answer, program=dataclasses.replace(answer.program, memory=memory))
+  )
+  assert '(above 100%: an error of the count)' in text
+
+
 @pytest.mark.libtpu
 def test_every_collective_is_listed_with_axes_bytes_and_time(answer):
-  rows = report.report_dict(answer)['collectives']
+  rows = report_dict(answer)['collectives']
   assert sum(row['seconds'] for row in rows) == pytest.approx(answer.estimate.by_kind['collective'])
-  # A 2D layout gathers, and reduces into parts, over both of the mesh's axes; nothing is sent along z of size 1.
+  # A 2D layout gathers and reduce-scatters over both axes; nothing is sent along z of size 1.
   assert {axis for row in rows for axis in row['axes']} == {'x', 'y'}
-  text = report.report_text(answer)
+  text = report_text(answer)
   for row in rows:
     assert row['bytes'] > 0 and row['seconds'] > 0 and row['devices'] in (2, 4)
     assert re.search(rf'{row["kind"]} +{"".join(row["axes"])} +{row["count"]} x', text), row
@@ -96,7 +141,7 @@ def test_every_collective_is_listed_with_axes_bytes_and_time(answer):
 
 @pytest.mark.libtpu
 def test_json_and_text_agree_and_add_up(answer):
-  data = json.loads(json.dumps(report.report_dict(answer)))
+  data = json.loads(json.dumps(report_dict(answer)))
   assert data['fits'] and data['slice'] == 'v4:2x2x1' and data['mesh'] == {'x': 2, 'y': 2, 'z': 1}
   assert data['case']['decode_layout'] == 'ws_2d/batch' and data['case']['model'] == SMALL.to_dict()
   serial = data['seconds']['serial']
@@ -107,12 +152,12 @@ def test_json_and_text_agree_and_add_up(answer):
   assert data['memory']['needed'] == sum(
     data['memory'][k] for k in ('weights', 'cache', 'other', 'temporaries')
   )
-  assert f'time: {serial * 1e3:.2f} ms a step' in report.report_text(answer)
+  assert f'time: {serial * 1e3:.2f} ms a step' in report_text(answer)
 
 
 @pytest.mark.libtpu
 def test_the_layer_s_products_run_once_a_layer(answer):
-  products = [row for row in report.report_dict(answer)['operations'] if row['kind'] == 'matmul']
+  products = [row for row in report_dict(answer)['operations'] if row['kind'] == 'matmul']
   assert {row['count'] for row in products} == {1, 10}  # the logits', and of the 10 layers
   # All parameters but the norms' multiply; a single key head's columns are on more than one chip.
   assert sum(row['flops'] * row['count'] for row in products) == pytest.approx(
@@ -122,7 +167,7 @@ def test_the_layer_s_products_run_once_a_layer(answer):
 
 @pytest.mark.libtpu
 def test_a_shortage_says_what_is_missing_and_what_would_do(shortage):
-  text = report.report_text(shortage)
+  text = report_text(shortage)
   for words in (
     'does not fit: 45.00 GiB are needed on each chip and 30.00 GiB are available',
     'weights 4.00, cache 11.00',
@@ -132,16 +177,16 @@ def test_a_shortage_says_what_is_missing_and_what_would_do(shortage):
     'would fit: --layout=ws_2d/batch',
   ):
     assert words in text, words
-  data = json.loads(json.dumps(report.report_dict(shortage)))
+  data = json.loads(json.dumps(report_dict(shortage)))
   assert not data['fits'] and data['memory']['needed'] == 45 * GIB
   assert [a['change'] for a in data['alternatives']] == ['batch', 'layout']
-  nothing = report.report_text(dataclasses.replace(shortage, alternatives=()))
+  nothing = report_text(dataclasses.replace(shortage, alternatives=()))
   assert 'no other layout, smaller batch or larger slice that was tried would do' in nothing
 
 
 @pytest.mark.libtpu
 def test_the_best_layout_has_the_least_estimate(monkeypatch):
-  monkeypatch.setitem(fit.CANDIDATES, 'decode', ('ws_2d/batch', 'ws_1d/batch', 'wg_xyz/batch'))
+  _only(monkeypatch, ('ws_2d/batch', 'ws_1d/batch', 'wg_xyz/batch'))
   answer = analyze(SMALL, 'int8', 'v4:2x2x1', 'decode', 6, 128, scan_layers=True)
   tried = {t.layout: t for t in answer.tried}
   assert set(tried) == {'ws_2d/batch', 'ws_1d/batch', 'wg_xyz/batch'}
@@ -151,32 +196,32 @@ def test_the_best_layout_has_the_least_estimate(monkeypatch):
   )
   assert str(answer.case.layout) == min(timed, key=timed.get)
   assert answer.estimate.serial_seconds == min(timed.values())
-  text = report.report_text(answer)
+  text = report_text(answer)
   assert (
     f'layout: none given; {answer.case.layout} has the least estimated time of ws_2d/batch' in text
   )
-  assert "wg_xyz/batch can't be used here" in ' '.join(text.split())
+  assert "wg_xyz/batch (can't be used here: wg_xyz/batch splits tokens" in ' '.join(text.split())
 
 
 @pytest.mark.libtpu
 def test_the_best_of_many_layers_is_found_as_a_loop_and_written_out(monkeypatch):
-  monkeypatch.setitem(fit.CANDIDATES, 'decode', ('ws_2d/batch', 'ws_1d/batch'))
+  _only(monkeypatch, ('ws_2d/batch', 'ws_1d/batch'))
   heard = []
   answer = analyze(SMALL, 'int8', 'v4:2x2x1', 'decode', 8, 128, say=heard.append)
   assert not answer.case.stacked and [t.stacked for t in answer.tried] == [True, True]
   assert sum(text.startswith('compiling') for text in heard) == 3
   assert not any(c.kind == 'matmul' and c.count > 1 for c in answer.estimate.costs)
-  assert ', as loops over the layers' in ' '.join(report.report_text(answer).split())
+  assert ', as loops over the layers' in ' '.join(report_text(answer).split())
   as_loop = analyze(SMALL, 'int8', 'v4:2x2x1', 'decode', 8, 128, scan_layers=True)
   assert as_loop.case.stacked and any(
     c.kind == 'matmul' and c.count == 10 for c in as_loop.estimate.costs
   )
-  assert 'as loops' not in report.report_text(as_loop)
+  assert 'as loops' not in report_text(as_loop)
 
 
 @pytest.mark.libtpu
 def test_no_layout_may_do(monkeypatch):
-  monkeypatch.setitem(fit.CANDIDATES, 'decode', ('wg_xyz/batch',))
+  _only(monkeypatch, ('wg_xyz/batch',))
   with pytest.raises(
     UserError, match='none of the layouts wg_xyz/batch can be used: wg_xyz/batch splits tokens'
   ):
@@ -195,8 +240,8 @@ def test_where_none_fits_the_nearest_is_reported(monkeypatch):
   answer = analyze(SMALL, 'int8', 'v4:2x2x1', 'decode', 8, 128)
   assert str(answer.case.layout) == 'ws_2d/heads' and not answer.fits
   assert [t.reason for t in answer.tried] == ['does not fit'] * 3
-  assert 'ws_2d/heads has the nearest to fitting of ws_2d/batch does not fit' in ' '.join(
-    report.report_text(answer).split()
+  assert 'ws_2d/heads is the nearest to fitting of ws_2d/batch (does not fit)' in ' '.join(
+    report_text(answer).split()
   )
 
 

@@ -1,0 +1,170 @@
+"""The phase of a model that is to be compiled: everything about the program but its devices."""
+
+import dataclasses
+from typing import Any
+
+from jax.sharding import Mesh
+
+from t5x_inference_ext.checkpoints.load import scans_layers
+from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.engine.sampling import SamplingParams
+from t5x_inference_ext.engine.saved_generation import GenerationShape, describe_run
+from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
+from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.model.transformer import Model
+from t5x_inference_ext.options import check_options, option
+from t5x_inference_ext.precompile.phases import COMPILE_PHASES, CompilePhase
+from t5x_inference_ext.sharding.layout import Layout
+
+GREEDY = SamplingParams()
+CHUNK = SchedulerConfig.prefill_chunk
+_GROUP = 'Program'
+
+
+@dataclasses.dataclass(frozen=True)
+class CompileCase:
+  """A phase to compile, without its devices. Fields with a help text are options of the command.
+
+  Attributes:
+    config: ModelConfig. The model.
+    layout: Layout. The layout of the phase; for 'generate' that of its prefill.
+    other_layout: Layout or None. The layout of the other phase, which shares the weights and hands
+      over or takes the cache. By default ws_2d/batch, or ws_1d/batch beside ws_1d, whose weights
+      are stored otherwise.
+    dtype: str. The dtype of activations and embedding.
+    sampling: SamplingParams. How 'generate', 'slots' and 'admit' choose tokens; 'decode' and
+      'prefill' are greedy.
+
+  Raises:
+    RequestError: a value out of its range.
+  """
+
+  config: ModelConfig
+  weights: str = option(help='Type of the weights.', choices=('int8', 'bfloat16'), group=_GROUP)
+  phase: str = option(
+    help='; '.join(f'{name}: {phase.help}' for name, phase in COMPILE_PHASES.items()) + '.',
+    choices=tuple(COMPILE_PHASES),
+    group=_GROUP,
+  )
+  batch: int = option(
+    help='Rows; prompts of extend; slots of slots and admit.', least=1, group=_GROUP
+  )
+  context: int = option(help='Positions of the KV cache for each row.', least=1, group=_GROUP)
+  layout: Layout = Layout()
+  prompt: int | None = option(
+    None,
+    help='Tokens of each row that a prefill takes. By default all of the context; for generate, '
+    f'BOS not counted, what the new tokens leave of it; for extend a chunk of {CHUNK}. For admit '
+    'the room for the positions of a prompt.',
+    least=1,
+    group=_GROUP,
+  )
+  other_layout: Layout | None = None
+  dtype: str = 'bfloat16'
+  cache: str | None = option(
+    None,
+    help='What the KV cache holds: int8, with a scale for each position and head, or bfloat16, '
+    'the default.',
+    choices=('int8', 'bfloat16'),
+    group=_GROUP,
+  )
+  scan_layers: bool | None = option(
+    None,
+    help='One loop over all layers, which compiles in seconds. By default they are written out, '
+    "as in infer on a TPU: each layer's weights are prefetched, and compiling takes a minute or "
+    'two for 100 layers.',
+    group=_GROUP,
+  )
+  max_new_tokens: int = option(
+    64, help='The limit for each row of generate.', least=1, group=_GROUP
+  )
+  sampling: SamplingParams = GREEDY
+
+  def __post_init__(self) -> None:
+    check_options(self)
+    if self.phase == 'generate':
+      # BOS takes a position, the last new token none.
+      if (self.prompt or 1) + self.max_new_tokens > self.context:
+        raise RequestError(
+          f'context={self.context} positions have no room for prompt={self.prompt or 1} and '
+          f'max_new_tokens={self.max_new_tokens}'
+        )
+    elif self.length > self.context:
+      raise RequestError(
+        f'prompt={self.prompt} does not fit into context={self.context}, the positions of the cache'
+      )
+
+  @property
+  def kind(self) -> CompilePhase:
+    """The phase's entry in COMPILE_PHASES."""
+    return COMPILE_PHASES[self.phase]
+
+  @property
+  def stacked(self) -> bool:
+    """Whether the layers are one loop over stacked weights."""
+    return scans_layers(self.config.num_layers, self.scan_layers)
+
+  @property
+  def length(self) -> int:
+    """T: the tokens of each row that one pass takes; for 'generate' those of its prefill."""
+    if self.phase == 'generate':
+      return self.generation.prompt + 1
+    if self.phase == 'extend':
+      return self.prompt or min(CHUNK, self.context)
+    return 1 if self.kind.one_token else self.prompt or self.context
+
+  @property
+  def generation(self) -> GenerationShape:
+    """The limits that a 'generate' program is compiled for."""
+    prompt = self.prompt or self.context - self.max_new_tokens
+    return GenerationShape(self.batch, prompt, self.context, self.max_new_tokens, self.sampling)
+
+  @property
+  def cache_dtype(self) -> str:
+    """The dtype of the KV cache's values."""
+    return self.cache or self.dtype
+
+  @property
+  def tokens(self) -> int:
+    """Tokens of the whole batch in one pass."""
+    return self.batch * self.length
+
+  @property
+  def layouts(self) -> tuple[Layout, Layout]:
+    """The layouts of prefill and of decode."""
+    if self.phase == 'extend':  # the cache of prompts that are not yet in a slot lies as prefill's
+      return self.layout, self.layout
+    other = self.other_layout or Layout('ws_1d' if self.layout.feedforward == 'ws_1d' else 'ws_2d')
+    return (self.layout, other) if self.phase in ('prefill', 'generate') else (other, self.layout)
+
+  def model(self, mesh: Mesh) -> Model:
+    return Model(self.config, mesh, *self.layouts, self.dtype, self.cache)
+
+  def to_dict(self) -> dict[str, Any]:
+    """Return the case, JSON-ready."""
+    prefill, decode = self.layouts
+    if self.phase == 'generate':
+      return describe_run(
+        self.config,
+        self.weights,
+        (prefill, decode),
+        self.dtype,
+        self.cache_dtype,
+        self.stacked,
+        self.generation,
+      )
+    sampled = self.phase in ('slots', 'admit')
+    return {
+      'model': self.config.to_dict(),
+      'weights': self.weights,
+      'phase': self.phase,
+      'batch': self.batch,
+      'context': self.context,
+      'prompt': None if self.kind.one_token else self.length,
+      'prefill_layout': str(prefill),
+      'decode_layout': str(decode),
+      'dtype': self.dtype,
+      'cache': self.cache_dtype,
+      'stacked': self.stacked,
+      **({'sampling': dataclasses.asdict(self.sampling)} if sampled else {}),
+    }

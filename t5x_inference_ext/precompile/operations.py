@@ -1,0 +1,138 @@
+"""The cost of each instruction of a compiled program, alone: kind, bytes, FLOPs, serial time."""
+
+from collections.abc import Mapping
+import dataclasses
+import re
+
+from t5x_inference_ext.hardware import Chip
+from t5x_inference_ext.precompile import collective_cost
+from t5x_inference_ext.precompile.collective_cost import HloCollective
+from t5x_inference_ext.precompile.hlo import Computation, Instruction, Module
+from t5x_inference_ext.precompile.loops import Executed
+from t5x_inference_ext.precompile.relayouts import relays
+from t5x_inference_ext.precompile.work import flops, is_free, traffic
+from t5x_inference_ext.sharding.torus import TpuSlice
+
+MATMUL, ATTENTION, COPY, RELAYOUT, COLLECTIVE, OTHER = OPERATION_KINDS = (
+  'matmul',
+  'attention',
+  'copy',
+  'relayout',
+  'collective',
+  'other',
+)
+
+# Functions that attend: this package's attend, flaxformer's and flax's dot_product_attention.
+_ATTENDS = re.compile(r'(?:^|\.)_?(?:attend|dot_product_attention\w*)(?:\.|$)')
+_COPIES = ('copy', 'slice', 'dynamic-slice', 'dynamic-update-slice', 'concatenate', 'pad')
+_RELAYOUTS = ('transpose', 'reshape')
+_NAMES_ONLY = ('bitcast', 'parameter', 'constant', 'tuple', 'get-tuple-element')
+
+
+@dataclasses.dataclass(frozen=True)
+class OperationCost:
+  """The cost of one instruction in one run of the program.
+
+  Attributes:
+    name: str. The instruction.
+    opcode: str. Its opcode.
+    op_name: str. The JAX operation that it comes from, or ''.
+    kind: str. One of OPERATION_KINDS. 'matmul': a matrix product outside attention. 'attention':
+      anything that attention runs. 'copy': moves bytes and keeps their layout. 'relayout': moves
+      bytes into another layout.
+    count: int. Number of runs.
+    seconds: float. Time of all runs together, in the serial estimate.
+    hidden_seconds: float. The part of `seconds` that the schedule hides behind compute.
+    bytes: int. Bytes read and written in one run; for a collective, those that its time is counted
+      from.
+    flops: int. FLOPs of the matrix products of one run.
+    estimated: bool. The time is the compiler's cycles.
+    in_layer_loop: bool. The instruction runs inside the longest loop, or a loop within it.
+    collective: HloCollective or None. What it sends.
+    functions: tuple of str. Functions of the user's program around it, the innermost first.
+  """
+
+  name: str
+  opcode: str
+  op_name: str
+  kind: str
+  count: int
+  seconds: float
+  hidden_seconds: float
+  bytes: int
+  flops: int
+  estimated: bool
+  in_layer_loop: bool
+  collective: HloCollective | None = None
+  functions: tuple[str, ...] = ()
+
+
+def operation_cost(
+  module: Module, run: Executed, chip: Chip, slice_: TpuSlice, mesh: Mapping[str, int]
+) -> OperationCost:
+  """Return what an instruction costs with nothing overlapped.
+
+  Args:
+    module: Module. The program.
+    run: Executed. The instruction, and how often it runs.
+    chip: hardware.Chip. Rates of a chip.
+    slice_: TpuSlice. Its torus carries the collectives.
+    mesh: mapping of axis to size, in the order of the devices.
+  """
+  i = run.instruction
+  collective = collective_cost.find_collective(module, run.computation, i, mesh)
+  work, moved = flops(module, run.computation, i), traffic(module, run.computation, i)
+  if collective:
+    each, moved = collective_cost.seconds(collective, chip, slice_), collective.bytes
+  elif is_free(i) or i.phase in ('update', 'done') or _prefetches(module, i):
+    each = 0.0
+  elif i.cycles is not None and chip.clock_hz:
+    each = i.cycles / chip.clock_hz
+  else:
+    each = max(moved / chip.hbm_bandwidth, work / chip.bf16_flops)
+  return OperationCost(
+    name=i.name,
+    opcode=i.opcode,
+    op_name=i.op_name,
+    kind=COLLECTIVE if collective else _kind(module, run.computation, i, work),
+    count=run.times,
+    seconds=each * run.times,
+    hidden_seconds=0.0,
+    bytes=moved,
+    flops=work,
+    estimated=i.cycles is not None,
+    in_layer_loop=False,
+    collective=collective,
+    functions=module.functions(i),
+  )
+
+
+def _prefetches(module: Module, i: Instruction) -> bool:
+  """Return whether an instruction starts an async copy, or slice, into on-chip memory."""
+  if i.phase != 'start':
+    return False
+  body = module.called(i)
+  runs = body.instructions if body else (i,)
+  only_copies = all(r.operation in (*_COPIES, *_NAMES_ONLY) for r in runs)
+  return only_copies and all(s.on_chip for s in i.results)
+
+
+def _kind(module: Module, computation: Computation, i: Instruction, work: int) -> str:
+  # A fusion takes its name from its root: what it multiplies says more.
+  product = next((p for p in module.inside(i) if p.opcode in ('dot', 'convolution')), i)
+  if any(_ATTENDS.search(f) for f in (*module.functions(product), *module.functions(i))):
+    return ATTENTION
+  if work:
+    return MATMUL
+  inside = [p for p in module.inside(i) if p.opcode not in (*_NAMES_ONLY, 'fusion')]
+  if not inside or any(p.operation not in (*_COPIES, *_RELAYOUTS) for p in inside):
+    return OTHER
+  return RELAYOUT if any(_reorders(module, computation, p) for p in inside) else COPY
+
+
+def _reorders(module: Module, computation: Computation, i: Instruction) -> bool:
+  """Return whether an instruction moves bytes into another layout."""
+  if i.opcode != 'copy':
+    return i.opcode in _RELAYOUTS
+  before = module.home(i, computation)[i.operands[0]]
+  return relays(before.shapes[0], i.shapes[0])
