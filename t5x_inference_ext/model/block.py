@@ -26,7 +26,7 @@ from t5x_inference_ext.sharding.activations import ActivationSharding
 from t5x_inference_ext.sharding.layout import Axes
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity: its fields hold tracers
 class Layer:
   """One layer as a function of (x, (weights, cached)): the body of lax.scan, and of the unrolled loop.
 
@@ -102,12 +102,15 @@ def local_vectors(layers: Any, axes: Axes) -> Any:
     axes: Mesh axes that split the features of the residual stream.
   """
 
-  def cut(x: jax.Array | None) -> jax.Array | None:
-    return None if x is None else ops.local_slice(x, axes, x.ndim - 1)
+  def cut(x: jax.Array) -> jax.Array:
+    return ops.local_slice(x, axes, x.ndim - 1)
 
   def cut_part(w: BlockPartWeights) -> BlockPartWeights:
     return dataclasses.replace(
-      w, norm=cut(w.norm), norm_bias=cut(w.norm_bias), out_scale=cut(w.out_scale)
+      w,
+      norm=cut(w.norm),
+      norm_bias=None if w.norm_bias is None else cut(w.norm_bias),
+      out_scale=None if w.out_scale is None else cut(w.out_scale),
     )
 
   return jax.tree.map(cut_part, layers, is_leaf=lambda x: isinstance(x, BlockPartWeights))

@@ -18,6 +18,8 @@ from t5x_inference_ext.quantization.kv import KV, tile_positions, whole_tiles
 
 # Keys, or values, of all layers: one array with leading L, or one array per layer.
 LayersKV = KV | tuple[KV, ...]
+# (keys, values) of all layers.
+KeysValues = tuple[LayersKV, LayersKV]
 Row = Int[Array, ''] | int
 
 
@@ -126,11 +128,11 @@ def append(
 
 def _row_by_row(
   cache: KVCache, keys: LayersKV, values: LayersKV, counts: jax.Array | None
-) -> tuple[LayersKV, LayersKV]:
+) -> KeysValues:
   """Write in a loop over rows: in place, where a scatter or a masked rewrite makes XLA:CPU copy the cache every step."""
   tokens = _positions(keys)
 
-  def write_row(i: jax.Array, kv: tuple[LayersKV, LayersKV]) -> tuple[LayersKV, LayersKV]:
+  def write_row(i: jax.Array, kv: KeysValues) -> KeysValues:
     position = cache.lengths[i]
     count = tokens if counts is None else counts[i]
 
@@ -143,7 +145,7 @@ def _row_by_row(
       width = min(size, -(-(tokens + tile - 1) // tile) * tile)
       first = jnp.minimum(position // tile, (size - width) // tile) * tile
       late, at = position - first, jnp.arange(width).reshape(*(1,) * (len(lead) + 1), width, 1, 1)
-      where = (*lead, i, first, 0, 0)
+      where: tuple[Any, ...] = (*lead, i, first, 0, 0)
       new = lax.dynamic_slice_in_dim(new, i, 1, len(lead))
       old = lax.dynamic_slice(x, where, (*new.shape[:-3], width, *new.shape[-2:]))
       if tokens > 1:
@@ -160,7 +162,7 @@ def _row_by_row(
 
 def _scatter(
   cache: KVCache, keys: LayersKV, values: LayersKV, counts: jax.Array | None
-) -> tuple[LayersKV, LayersKV]:
+) -> KeysValues:
   """Write all rows at once: in place on a GPU, where a loop starts a kernel for each row, layer, and key or value."""
   tokens = _positions(keys)
   positions = cache.lengths[:, None] + jnp.arange(tokens)[None, :]  # [B, T]

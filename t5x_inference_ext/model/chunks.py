@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from t5x_inference_ext.model.cache import KVCache, LayersKV, Shared, with_heads
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
-from t5x_inference_ext.quantization.kv import to_cache, whole_tiles
+from t5x_inference_ext.quantization.kv import KV, to_cache, whole_tiles
 
 
 def empty_cache(
@@ -32,14 +32,14 @@ def empty_cache(
   row_shape = whole_tiles(size, model.cache_dtype), len(sharding.heads.cached()), config.d_head
   lead = (config.num_layers,) if weights.stacked else ()
 
-  def zeros() -> LayersKV:
+  def zeros() -> KV:
     return to_cache(jnp.zeros((*lead, rows, *row_shape)), model.cache_dtype)
 
   def layers() -> LayersKV:
     return zeros() if weights.stacked else tuple(zeros() for _ in range(config.num_layers))
 
-  lengths = jnp.zeros(rows, jnp.int32)
-  return constrain_cache(model, KVCache(layers(), layers(), lengths, shared), weights)
+  cache = KVCache(layers(), layers(), jnp.zeros(rows, jnp.int32), shared)
+  return constrain_cache(model, cache, weights)
 
 
 def constrain_cache(model: Model, cache: KVCache, weights: Weights) -> KVCache:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.model.cache import KVCache, Shared, with_heads
+from t5x_inference_ext.model.cache import KeysValues, KVCache, Shared, with_heads
 from t5x_inference_ext.model.weights import Weights, build_weights
 from t5x_inference_ext.sharding import activations
 from t5x_inference_ext.sharding.activations import ActivationSharding
@@ -154,8 +154,8 @@ class ShardedModel:
     return jax.tree.map(constrain, self.cache_spec(sharding, weights, cache), cache)
 
   def kv_to_decode(
-    self, kv: Any, length: int, prefill: ActivationSharding, decode: ActivationSharding
-  ) -> Any:
+    self, kv: KeysValues, length: int, prefill: ActivationSharding, decode: ActivationSharding
+  ) -> KeysValues:
     """Reshard a prefill's keys and values for decode, and drop the padding after `length`.
 
     Args:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model import cache as kv_cache
 from t5x_inference_ext.model.block import Layer, local_vectors
-from t5x_inference_ext.model.cache import KVCache
+from t5x_inference_ext.model.cache import KeysValues, KVCache
 from t5x_inference_ext.model.collectives import ops
 from t5x_inference_ext.model.embedding import embed, last_positions, unembed
 from t5x_inference_ext.model.log_probs import target_log_probs
@@ -59,22 +59,24 @@ def forward(
   else:
     start = cache.positions
   positions = start[:, None] + jnp.arange(tokens.shape[1])[None, :]
-  keys = rotary_angles(positions, model.config.d_head, model.config.rope_max_timescale)
-  sin, cos = (ops.local_slice(a, sharding.attention_positions, 1) for a in keys)
+  all_angles = rotary_angles(positions, model.config.d_head, model.config.rope_max_timescale)
+  sin, cos = (ops.local_slice(a, sharding.attention_positions, 1) for a in all_angles)
   # Without the barrier the angles are computed anew in every layer.
-  angles = RotaryAngles(*jax.lax.optimization_barrier(((sin, cos), keys)))
+  angles = RotaryAngles(*jax.lax.optimization_barrier(((sin, cos), all_angles)))
   x = embed(weights.embedding.astype(model.dtype), tokens, sharding)
   layer = Layer(model.config, sharding, model.cache_dtype, angles, cache)
   layers = local_vectors(weights.layers, sharding.residual[2])
   cached = None if cache is None else cache.by_layer()
+  kv: KeysValues
   if weights.stacked:
     x, kv = jax.lax.scan(layer, x, (layers, cached))
   else:
-    new = []
+    by_layer = []
     for i, layer_weights in enumerate(layers):
       x, layer_kv = layer(x, (layer_weights, None if cached is None else cached[i]))
-      new.append(layer_kv)
-    kv = tuple(zip(*new))
+      by_layer.append(layer_kv)
+    keys, values = zip(*by_layer)
+    kv = keys, values
   return finish(weights, cache, x, kv, *inputs)
 
 
@@ -135,8 +137,8 @@ class Model(ShardedModel):
     decode = self.decode_sharding(rows)
 
     def finish(
-      weights: Weights, cache: None, x: jax.Array, kv: Any, lengths: jax.Array
-    ) -> tuple[jax.Array, Any]:
+      weights: Weights, cache: None, x: jax.Array, kv: KeysValues, lengths: jax.Array
+    ) -> tuple[jax.Array, KeysValues]:
       del cache
       x = last_positions(x, lengths, sharding)
       return shard_logits(self, sharding, weights, x, (), rows)[:, 0], kv
@@ -170,7 +172,7 @@ class Model(ShardedModel):
     sharding = self.decode_sharding(rows)
 
     def finish(
-      weights: Weights, cache: KVCache, x: jax.Array, kv: Any
+      weights: Weights, cache: KVCache, x: jax.Array, kv: KeysValues
     ) -> tuple[jax.Array, KVCache]:
       logits = shard_logits(self, sharding, weights, x, (), rows)[:, 0]
       return logits, kv_cache.append(cache, *kv)
@@ -213,7 +215,7 @@ class Model(ShardedModel):
       weights: Weights,
       cache: KVCache,
       x: jax.Array,
-      kv: Any,
+      kv: KeysValues,
       counts: jax.Array,
       cached_counts: jax.Array,
     ) -> tuple[jax.Array, KVCache]:
@@ -237,7 +239,7 @@ class Model(ShardedModel):
     rows, length = tokens.shape
     sharding = self.prefill_sharding(rows, length)
 
-    def finish(weights: Weights, cache: None, x: jax.Array, kv: Any) -> jax.Array:
+    def finish(weights: Weights, cache: None, x: jax.Array, kv: KeysValues) -> jax.Array:
       del cache, kv
       return shard_logits(self, sharding, weights, x, sharding.residual[1], rows)
 
@@ -266,7 +268,7 @@ class Model(ShardedModel):
     position_axes = sharding.residual[1]
 
     def finish(
-      weights: Weights, cache: None, x: jax.Array, kv: Any, targets: jax.Array
+      weights: Weights, cache: None, x: jax.Array, kv: KeysValues, targets: jax.Array
     ) -> jax.Array:
       del cache, kv
 

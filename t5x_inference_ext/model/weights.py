@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterable, Mapping
 import dataclasses
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 
 from t5x_inference_ext.sharding.packing import PackedTensor
 
-Job = TypeVar('Job')
+# A tensor to be made: its name, and an index into the list of places (the layers, and outside them).
+Job = tuple[str, int]
 
 
 @jax.tree_util.register_dataclass
