@@ -12,7 +12,15 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 import jax  # noqa: E402
+import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
+
+from tests import typecheck  # noqa: E402
+
+# Before the first import of the package: every function of these modules checks the types and shapes in its annotations.
+jaxtyping.install_import_hook(
+  ['t5x_inference_ext.model', 't5x_inference_ext.quantization'], f'{typecheck.__name__}.typecheck'
+)
 
 # The golden logits were computed at this precision.
 jax.config.update('jax_default_matmul_precision', 'highest')

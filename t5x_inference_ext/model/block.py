@@ -5,6 +5,7 @@ one matmul, and both outputs are another. A serial block has two block parts, on
 alone and one with the MLP alone.
 """
 
+from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
@@ -76,20 +77,34 @@ class Layer:
         attended = attend(q, *kv, context, reshard.first_query(k.shape[1]))
         outputs.append(reshard.from_attention(attended))
       if part.mlp:  # before attention's, as w_out's rows lie
-        outputs.insert(0, self._mlp(columns, summed))
+        outputs.insert(0, mlp(columns, self.config, sharding, summed))
       y = project.outputs(outputs, w)
       x = x + (y if w.out_scale is None else int8.rescale(y, w.out_scale))
     assert kv is not None, 'a layer has one block part with attention'
     return x, kv
 
-  def _mlp(self, columns: dict[str, jax.Array], summed: bool) -> jax.Array:
-    """Apply the MLP's nonlinearity to its columns [b, t, f], which are partial sums unless `summed`."""
-    embed, dim = () if summed else self.sharding.layout.embed_axes, self.sharding.mlp_dim
-    linear, *gate = (
-      ops.reduce_scatter(columns[name], embed, dim) for name in reversed(self.config.mlp_inputs)
-    )
-    y = jax.nn.swish(gate[0]) * linear if gate else jax.nn.gelu(linear, approximate=True)
-    return ops.all_gather(y, embed, dim)
+
+def mlp(
+  columns: Mapping[str, jax.Array],
+  config: ModelConfig,
+  sharding: ActivationSharding,
+  summed: bool,
+) -> Float[Array, 'b t f']:
+  """Apply the MLP's nonlinearity to its columns.
+
+  Args:
+    columns: 'linear', and with SwiGLU 'gate', each [b, t, f]; may hold others.
+    config: Shape of the model.
+    sharding: Where the pass keeps its activations.
+    summed: Whether the columns are already summed over the embed axes. Otherwise they are partial sums, which are
+      reduced, and the result is gathered again.
+  """
+  axes, dim = () if summed else sharding.layout.embed_axes, sharding.mlp_dim
+  linear, *gate = (
+    ops.reduce_scatter(columns[name], axes, dim) for name in reversed(config.mlp_inputs)
+  )
+  y = jax.nn.swish(gate[0]) * linear if gate else jax.nn.gelu(linear, approximate=True)
+  return ops.all_gather(y, axes, dim)
 
 
 def local_vectors(layers: Any, axes: Axes) -> Any:

@@ -1,7 +1,7 @@
 """Where the arrays of a model live on its mesh: PartitionSpecs of weights, activations and KV cache in each phase."""
 
 import dataclasses
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.cache import KeysValues, KVCache, Shared, with_heads
 from t5x_inference_ext.model.weights import Weights, build_weights
+from t5x_inference_ext.quantization.kv import KV
 from t5x_inference_ext.sharding import activations
 from t5x_inference_ext.sharding.activations import ActivationSharding
 from t5x_inference_ext.sharding.layout import Axes, Layout, check_pair
@@ -69,11 +70,6 @@ class ShardedModel:
   def cache_dtype(self) -> str:
     """Dtype of the KV cache, a float's or 'int8'."""
     return self.cache or self.dtype
-
-  @property
-  def prefilling(self) -> Self:
-    """This model with the prefill layout in both phases: its caches live, and grow, in the prefill layout."""
-    return dataclasses.replace(self, decode_layout=self.prefill_layout)
 
   def prefill_sharding(self, rows: int, length: int) -> ActivationSharding:
     """Return the sharding of a prefill's activations, for this many rows and positions (padded as the layout needs)."""
@@ -148,7 +144,7 @@ class ShardedModel:
   def constrained(self, cache: KVCache, sharding: ActivationSharding, weights: Weights) -> KVCache:
     """Return the cache, constrained to the sharding."""
 
-    def constrain(spec: P, x: jax.Array) -> jax.Array:
+    def constrain(spec: P, x: KV) -> KV:  # all arrays of a layer's keys, or values
       return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
 
     return jax.tree.map(constrain, self.cache_spec(sharding, weights, cache), cache)

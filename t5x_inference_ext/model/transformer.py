@@ -114,6 +114,11 @@ def shard_logits(
 class Model(ShardedModel):
   """A model's passes on one mesh. It holds no weights: hashable, and cheap to make. ShardedModel has its fields."""
 
+  @property
+  def prefilling(self) -> 'Model':
+    """This model with the prefill layout in both phases: its caches live in the prefill layout."""
+    return dataclasses.replace(self, decode_layout=self.prefill_layout)
+
   def prefill(
     self, weights: Weights, tokens: Int[Array, 'B T'], lengths: Int[Array, ' B'], size: int
   ) -> tuple[Float[Array, 'B V'], KVCache]:

@@ -14,6 +14,7 @@ import pytest
 from t5x_inference_ext.engine import programs
 from t5x_inference_ext.errors import MeshError, RequestError
 from t5x_inference_ext.model.transformer import Model
+from t5x_inference_ext.model.weights import Weights
 from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.mesh import make_mesh
 from tests import memory, reference
@@ -239,7 +240,8 @@ def test_what_is_refused():
     MeshError,
     match='use a batch that is a multiple of 8, or a weight-stationary layout .* for decode',
   ):
+    nothing = Weights(embedding=None, final_norm=None, layers=())
     jax.eval_shape(
-      lambda: model.prefill(None, jnp.zeros((4, 8), jnp.int32), jnp.ones(4, jnp.int32), 8)
+      lambda: model.prefill(nothing, jnp.zeros((4, 8), jnp.int32), jnp.ones(4, jnp.int32), 8)
     )
   assert model.padded_batch(4) == 8
