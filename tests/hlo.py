@@ -20,7 +20,8 @@ _WIDTHS = {
   's64': 8,
   'f64': 8,
 }
-# `%name = <type> all-gather(<operands>), <attributes>`, the type an array's or, of several at once, a tuple's.
+# `%name = <type> all-gather(<operands>), <attributes>`, the type an array's or, of several at once,
+# a tuple's.
 _LINE = re.compile(
   r'^\s*(?:ROOT )?%?[\w.-]+ = (?P<type>.*?) (?P<kind>'
   + '|'.join(KINDS)
@@ -54,7 +55,7 @@ class Collective:
 
   @property
   def moved(self) -> float:
-    """Bytes that a device sends: (K-1)/K of the larger of operand and result, twice that for an all-reduce."""
+    """Bytes that a device sends: (K-1)/K of operand or result; all-reduce: twice that."""
     if self.kind == 'collective-permute':
       return self.result
     largest = self.result * self.shards if self.kind == 'reduce-scatter' else self.result
@@ -75,7 +76,8 @@ def collectives(text: str) -> list[Collective]:
       entry = computation if match['entry'] else entry
     elif match := _LINE.match(line):
       if match['phase']:
-        # What an asynchronous start gives differs by kind (operands, results, contexts): CPU programs have none.
+        # What an asynchronous start gives differs by kind (operands, results, contexts): CPU
+        # programs have none.
         raise ValueError(f'an asynchronous collective: {line}')
       result = sum(_bytes(dtype, dims) for dtype, dims in _ARRAY.findall(match['type']))
       shards = 0 if match['kind'] == 'collective-permute' else _group_size(line)

@@ -15,7 +15,8 @@ from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.mesh import make_mesh, parse_mesh
 from tests import reference
 
-# Nothing divides but what must: 3 heads on 2, 4 or 8 shards, 24 or 18 query columns, 101 rows of the embedding.
+# Nothing divides but what must: 3 heads on 2, 4 or 8 shards, 24 or 18 query columns, 101 rows of
+# the embedding.
 ODD = ModelConfig(num_layers=2, d_model=16, d_ff=24, num_heads=3, d_head=8, vocab_size=101)
 ODDER = ModelConfig(
   num_layers=2,
@@ -91,7 +92,8 @@ def greedy(config: ModelConfig, tensors: dict[str, np.ndarray], rows: int, steps
   return Greedy(inputs, lengths, np.stack(logits))
 
 
-# Without the compiler's optimizations, which take three quarters of its time; the partitioned program is the same.
+# Without the compiler's optimizations, which take three quarters of its time; the partitioned
+# program is the same.
 _quick = functools.partial(
   jax.jit,
   compiler_options={'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False},
@@ -101,10 +103,10 @@ decode_step = _quick(Model.decode_step, static_argnames='self')
 
 
 def decode(engine: Engine, wanted: Greedy, prompt_size: int, *, forced: bool = False) -> Greedy:
-  """What the engine's model makes of the prompts of `wanted`: a prefill, then a decode step for each token but the last.
+  """Continue the prompts of `wanted`: a prefill, then a decode step for each token but the last.
 
-  A step is fed what the model itself chose, or with `forced` what `wanted` did. Prompts are padded to prompt_size with
-  ids that must not matter.
+  A step is fed what the model itself chose, or with `forced` what `wanted` did. Prompts are padded
+  to prompt_size with ids that must not matter.
   """
   rows, steps, everyone = len(wanted.lengths), len(wanted.logits), np.arange(len(wanted.lengths))
   tokens = wanted.tokens.copy()

@@ -1,4 +1,4 @@
-"""A slow, obvious model in numpy: one device, no cache, no sharding, no fusing. Everything else is compared to it."""
+"""The reference model in numpy, slow and obvious: one device, no cache, no sharding, no fusing."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Attention of new tokens over a cached context and over themselves, with one softmax (the paper's section 3.3).
+"""Attention of new tokens over a cached context and themselves, with one softmax (section 3.3).
 
 All shapes are those of one shard: rows b, query heads h, key heads k, head dimension q. Of the new
 tokens the shard has the keys and values of all, t, and the queries of m.
@@ -138,7 +138,7 @@ def _logits(
 
 
 def _scaled(x: Float[Array, 'b k n s'], scales: jax.Array | None) -> Float[Array, 'b k n s']:
-  """Multiply x by int8 scales [b, s, k] or shared scales [s, k]: x is smaller than keys and values."""
+  """Multiply x, smaller than keys or values, by their scales [b, s, k] or shared scales [s, k]."""
   if scales is None:
     return x
   scales = scales if scales.ndim == 3 else scales[None]
@@ -146,7 +146,10 @@ def _scaled(x: Float[Array, 'b k n s'], scales: jax.Array | None) -> Float[Array
 
 
 def _mix(weights: Float[Array, 'b k n s'], values: KV, dtype: jnp.dtype) -> Float[Array, 'b k n q']:
-  """Return the float32 sum of values [b, s, k, q] or shared values [s, k, q], weighted; operands are cast to `dtype`."""
+  """Return the float32 weighted sum of values [b, s, k, q] or shared values [s, k, q].
+
+  Both operands of the product are cast to `dtype`.
+  """
   values, scales = units_and_scales(values, dtype)
   weights = _scaled(weights, scales).astype(dtype)
   if values.ndim == 3:

@@ -1,4 +1,4 @@
-"""Resharding of queries, keys and values, from projection columns to attention's split and back (section 3.3)."""
+"""Resharding of projection columns to attention's split, and back (section 3.3)."""
 
 from collections.abc import Iterable, Mapping
 import dataclasses
@@ -53,7 +53,7 @@ class AttentionColumns:
   def to_attention(
     self, columns: Float[Array, 'b_rows t_positions columns']
   ) -> tuple[Float[Array, 'b m h q'], Float[Array, 'b t k q'], Float[Array, 'b t k q']]:
-    """Turn blocks of queries' columns, then keys' and values', into q [b, m, h, q], k and v [b, t, k, q]."""
+    """Turn blocks of columns [query | key, value] into q [b, m, h, q], k and v [b, t, k, q]."""
     sharding, heads = self.sharding, self.sharding.heads
     hidden = sharding.layout.hidden_axes
     blocks = heads.stored.shards // ops.axis_size(hidden)  # on this device before the resharding
@@ -86,7 +86,7 @@ class AttentionColumns:
   def from_attention(
     self, out: Float[Array, 'b m h q']
   ) -> Float[Array, 'b_rows t_positions columns']:
-    """Turn attention's output into columns, split over the embed axes as those of to_attention arrived."""
+    """Turn attention's output into columns, split over the embed axes as to_attention's were."""
     sharding, heads = self.sharding, self.sharding.heads
     y = out.reshape(*out.shape[:2], heads.blocks if heads.shards == 1 else 1, -1)
     y = ops.local_slice(y, sharding.joined, 2)
@@ -107,14 +107,14 @@ class AttentionColumns:
     return ops.shard_index(axes) * (positions // ops.axis_size(axes))
 
   def _cut_queries(self, query: jax.Array) -> jax.Array:
-    """Sum one block's partial sums [b, t, 1, heads * q] into [b, t, heads of this embed shard, q]."""
+    """Reduce one block's partial sums [b, t, 1, heads * q] to this embed shard's heads."""
     stored, cut, d_head = self.sharding.heads.stored, self.sharding.heads.cut, self.config.d_head
     y = query.reshape(*query.shape[:2], stored.local_groups, stored.local_queries, d_head)
     y = _pad(y, {2: cut.padded_groups, 3: cut.padded_queries})
     return ops.reduce_scatter(y.reshape(*y.shape[:2], -1, d_head), self._embed, 2)
 
   def _cut_keys(self, kv: jax.Array) -> jax.Array:
-    """Sum one block's partial sums [b, t, 1, columns], and keep the columns of this embed shard's key heads."""
+    """Reduce one block's partial sums [b, t, 1, columns] to this embed shard's key heads."""
     heads = self.sharding.heads
     if heads.multiquery:
       return ops.all_reduce(kv, self._embed)

@@ -29,7 +29,7 @@ from t5x_inference_ext.sharding.layout import Axes
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity: its fields hold tracers
 class Layer:
-  """One layer as a function of (x, (weights, cached)): the body of lax.scan, and of the unrolled loop.
+  """One layer as a function of x and its weights: the body of lax.scan and of the unrolled loop.
 
   Attributes:
     config: Shape of the model.
@@ -85,10 +85,7 @@ class Layer:
 
 
 def mlp(
-  columns: Mapping[str, jax.Array],
-  config: ModelConfig,
-  sharding: ActivationSharding,
-  summed: bool,
+  columns: Mapping[str, jax.Array], config: ModelConfig, sharding: ActivationSharding, summed: bool
 ) -> Float[Array, 'b t f']:
   """Apply the MLP's nonlinearity to its columns.
 
@@ -96,8 +93,8 @@ def mlp(
     columns: 'linear', and with SwiGLU 'gate', each [b, t, f]; may hold others.
     config: Shape of the model.
     sharding: Where the pass keeps its activations.
-    summed: Whether the columns are already summed over the embed axes. Otherwise they are partial sums, which are
-      reduced, and the result is gathered again.
+    summed: Whether the columns are already summed over the embed axes. Otherwise they are partial
+      sums, which are reduced, and the result is gathered again.
   """
   axes, dim = () if summed else sharding.layout.embed_axes, sharding.mlp_dim
   linear, *gate = (
@@ -108,7 +105,7 @@ def mlp(
 
 
 def local_vectors(layers: Any, axes: Axes) -> Any:
-  """Cut the vectors [.., E] of all layers to the part [.., e] that this shard's residual stream has.
+  """Cut the vectors [.., E] of all layers to the features [.., e] of this shard's residual stream.
 
   It is done once for all layers, not in each layer.
 

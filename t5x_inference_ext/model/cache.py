@@ -1,4 +1,4 @@
-"""The KV cache: each row has its own length and grows at its end; a prefix that rows share is stored once.
+"""The KV cache. Each row has its own length and grows at its end; a shared prefix is stored once.
 
 Keys and values are floats, or int8 with scales (quantization.kv.Int8KV): every function maps over
 the arrays of either.
@@ -68,14 +68,14 @@ class KVCache:
     return self.lengths if self.shared is None else self.lengths + self.shared.lengths
 
   def by_layer(self) -> Any:
-    """Return the arrays that `context` takes, for all layers: with leading L, or one tuple per unrolled layer."""
+    """Return arguments of `context` for all layers: with leading L, or one tuple per layer."""
     parts = [self.keys, self.values]
     if self.shared is not None:
       parts += [self.shared.keys, self.shared.values]
     return tuple(zip(*parts)) if isinstance(self.keys, tuple) else tuple(parts)
 
   def context(self, layer: tuple[KV, ...]) -> Context:
-    """Return the context that one layer's attention sees, given this layer's element of `by_layer`."""
+    """Return the context of one layer's attention, given the layer's element of `by_layer`."""
     keys, values, *shared = layer
     if self.shared is None:
       return Context(keys, values, self.lengths)
@@ -129,7 +129,10 @@ def append(
 def _row_by_row(
   cache: KVCache, keys: LayersKV, values: LayersKV, counts: jax.Array | None
 ) -> KeysValues:
-  """Write in a loop over rows: in place, where a scatter or a masked rewrite makes XLA:CPU copy the cache every step."""
+  """Write one row after the other, in place.
+
+  With a scatter or a masked rewrite XLA:CPU copies the whole cache in every step.
+  """
   tokens = _positions(keys)
 
   def write_row(i: jax.Array, kv: KeysValues) -> KeysValues:
@@ -163,7 +166,10 @@ def _row_by_row(
 def _scatter(
   cache: KVCache, keys: LayersKV, values: LayersKV, counts: jax.Array | None
 ) -> KeysValues:
-  """Write all rows at once: in place on a GPU, where a loop starts a kernel for each row, layer, and key or value."""
+  """Write all rows at once, in place on a GPU.
+
+  A loop would start a GPU kernel for each row, layer, and key or value.
+  """
   tokens = _positions(keys)
   positions = cache.lengths[:, None] + jnp.arange(tokens)[None, :]  # [B, T]
   if (
@@ -179,7 +185,7 @@ def _scatter(
 
 
 def read_local_row(cache: KVCache, row: Row) -> KVCache:
-  """Return one row of this shard's part of a cache, as a cache of one row. `row` is the index on this shard."""
+  """Return the row with this index on this shard, from this shard's part of a cache."""
 
   def read_kv(x: jax.Array) -> jax.Array:
     return lax.dynamic_slice_in_dim(x, row, 1, x.ndim - 4)

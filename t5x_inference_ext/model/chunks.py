@@ -1,4 +1,4 @@
-"""Prefill in chunks of bounded memory: empty caches, caches of another layout, and prefixes that rows share."""
+"""Prefill in chunks of bounded memory, empty caches, and prefixes that rows share."""
 
 import dataclasses
 from typing import Any
@@ -48,7 +48,7 @@ def constrain_cache(model: Model, cache: KVCache, weights: Weights) -> KVCache:
 
 
 def abstract_cache(model: Model, cache: KVCache, weights: Weights) -> KVCache:
-  """Return a cache of ShapeDtypeStructs (from jax.eval_shape) with the shardings of the model's decode layout."""
+  """Add the shardings of the model's decode layout to a cache of shapes (from jax.eval_shape)."""
   specs = model.cache_spec(model.cache_sharding(cache.lengths.shape[0]), weights, cache)
 
   def with_sharding(spec: P, arrays: Any) -> Any:  # all arrays of a layer's keys, or values

@@ -12,6 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from t5x_inference_ext.model.collectives import ops
+from t5x_inference_ext.model.norm import norm
+from t5x_inference_ext.model.shardings import ShardedModel
+from t5x_inference_ext.model.weights import Weights
 from t5x_inference_ext.quantization import int8
 from t5x_inference_ext.sharding.activations import ActivationSharding
 from t5x_inference_ext.sharding.layout import Axes
@@ -70,37 +73,41 @@ def last_positions(
 
 
 def unembed(
-  table: Float[Array, 'v e_stored'],
-  x: Float[Array, 'b t e'],
-  vocab_size: int,
-  d_model: int,
+  model: ShardedModel,
   sharding: ActivationSharding,
+  weights: Weights,
+  x: Float[Array, 'b t e'],
   position_axes: Axes,
-  sampling_axes: Axes,
+  rows: int,
 ) -> Float[Array, 'rows T V']:
-  """Compute float32 logits, scaled by 1/sqrt(d_model).
+  """Compute float32 logits, scaled by 1/sqrt(d_model): the final norm, then the embedding.
 
   Args:
-    table: [v, e_stored]. This shard's part of the embedding.
-    x: [b, t, e]. Output of the final norm, split as the residual stream except for its positions.
-    vocab_size: V.
-    d_model: E.
+    model: Gives the config, dtypes and axes that split the rows of logits.
     sharding: Where x lives.
+    weights: This shard's part of the weights.
+    x: [b, t, e]. The residual stream after the last layer, with all of its positions or some.
     position_axes: Mesh axes that split the positions of x.
-    sampling_axes: Mesh axes that are to split the rows of the logits.
+    rows: B of the pass.
 
   Returns:
-    [rows, T, V] float32: this shard's rows, at all positions.
+    [rows, T, V] float32: this shard's rows of the logits, at all positions of x.
   """
-  layout = sharding.layout
-  rows, _, features = sharding.residual
-  x = ops.all_gather(ops.all_gather(x, rows, 0), position_axes, 1)
+  config, layout = model.config, sharding.layout
+  row_axes, _, features = sharding.residual
+  scale = ops.local_slice(weights.final_norm, features, 0)
+  bias = weights.final_norm_bias
+  bias = None if bias is None else ops.local_slice(bias, features, 0)
+  x = norm(x, scale, bias, config, features)
+  table = weights.embedding.astype(model.dtype)  # [v, e_stored]
+  x = ops.all_gather(ops.all_gather(x, row_axes, 0), position_axes, 1)
   # All tokens, with features split as the table's: [B, T, e_stored].
   x = ops.all_gather(x, tuple(a for a in features if a in layout.stored_hidden), 2)
   gathered = tuple(a for a in layout.stored_embed if a in layout.gathered_axes)
   x = ops.local_slice(x, gathered, 2)
   # [B, T, v], partial sums over the embed axis.
   logits = int8.matmul(x, table, dtype=jnp.float32, transposed=True)
+  sampling_axes = model.sampling_axes(rows)
   embed_rows = tuple(a for a in layout.stored_embed if a in sampling_axes)
   logits = ops.reduce_scatter(logits, embed_rows, 0)
   logits = ops.all_reduce(logits, tuple(a for a in layout.stored_embed if a not in sampling_axes))
@@ -108,4 +115,4 @@ def unembed(
   logits = ops.all_to_all(logits[:, :, None], hidden_rows, 0, 2)  # [rows, T, blocks, v]
   unsplit = tuple(a for a in layout.stored_hidden if a not in sampling_axes)
   logits = ops.all_gather(logits, unsplit, 2)
-  return logits.reshape(*logits.shape[:2], -1)[..., :vocab_size] * d_model**-0.5
+  return logits.reshape(*logits.shape[:2], -1)[..., : config.vocab_size] * config.d_model**-0.5

@@ -1,4 +1,4 @@
-"""Rotary position embedding in the half-rotation form: dimension i is rotated with dimension i + Q/2."""
+"""Rotary position embedding by halves: dimension i is rotated with dimension i + Q/2."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""The matmuls of a block part, with weights that stay (sections 3.2.1, 3.2.2) or are gathered (section 3.2.3).
+"""Matmuls of a block part, with weights that stay (sections 3.2.1, 3.2.2) or are gathered (3.2.3).
 
 WeightStationary and WeightGathered have one interface. `inputs` maps the residual stream's split of
 [B, T, E] to columns, and `outputs` maps columns back to it. Columns are partial sums over the embed
@@ -27,7 +27,10 @@ Columns = dict[str, jax.Array]
 
 
 def column_widths(config: ModelConfig, block_part: BlockPart, stored: HeadSplit) -> dict[str, int]:
-  """Return the widths of a stored shard's columns in order: 'gate', 'linear', 'attention' (queries, keys, values)."""
+  """Return the widths of a stored shard's columns, in order.
+
+  Their names are 'gate', 'linear' and 'attention' (queries, keys and values), those that exist.
+  """
   widths = dict.fromkeys(config.mlp_inputs, config.d_ff // stored.shards) if block_part.mlp else {}
   if block_part.attention:
     widths['attention'] = query_columns(config, stored) + kv_columns(config, stored)[1]
@@ -66,7 +69,7 @@ class WeightStationary:
     return columns
 
   def outputs(self, columns: list[jax.Array], w: BlockPartWeights) -> Float[Array, 'b t e']:
-    """Multiply columns, in the order of w_out's rows, by w_out. The result is not yet multiplied by out_scale."""
+    """Multiply columns, in the order of w_out's rows, by w_out; out_scale is not yet applied."""
     layout = self.sharding.layout
     y = _side_by_side(columns, w.w_out.shape[0])
     dim = self.sharding.sums_into(self.block_part)
@@ -79,7 +82,7 @@ class WeightStationary:
 
 
 def _side_by_side(columns: list[jax.Array], width: int) -> jax.Array:
-  """Concatenate columns, `width` in all; where the first array has room for all, write the others into it.
+  """Concatenate columns, `width` in all; write them into the first array if it has room.
 
   On a TPU a concatenation is one more pass over everything, and so is making room afterwards.
   """
@@ -95,7 +98,7 @@ def _side_by_side(columns: list[jax.Array], width: int) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class WeightGathered:
-  """Weights move to the activations, matrix by matrix: a whole layer would not fit beside the stored weights."""
+  """Weights move to the activations, one matrix at a time: a whole layer would not fit."""
 
   sharding: ActivationSharding
   gatherer: Gatherer
@@ -129,7 +132,7 @@ class WeightGathered:
     return columns
 
   def outputs(self, columns: list[jax.Array], w: BlockPartWeights) -> Float[Array, 'b t e']:
-    """Multiply columns, in the order of w_out's rows, by w_out. The result is not yet multiplied by out_scale."""
+    """Multiply columns, in the order of w_out's rows, by w_out; out_scale is not yet applied."""
     products, start = [], 0
     copies = ops.axis_size(self._hidden)
     for x in columns:
@@ -145,10 +148,10 @@ class WeightGathered:
 
 
 def keep_slices_apart(w: BlockPartWeights, sharding: ActivationSharding) -> BlockPartWeights:
-  """Keep XLA:TPU from merging two slices of the stacked weights into one, which copies the whole stack into another layout.
+  """Keep XLA:TPU from merging two slices of the stacked weights into one.
 
-  The two slices are a layer's matrix, and the pieces in which that matrix is gathered or
-  multiplied. The barrier keeps them apart.
+  A merged slice makes the compiler copy the whole stack into another layout. The two slices are a
+  layer's matrix, and the pieces that are gathered or multiplied. The barrier keeps them apart.
   """
   if not (sharding.layout.gathered_axes or sharding.layout.ring_directions):
     return w

@@ -1,4 +1,4 @@
-"""Where the arrays of a model live on its mesh: PartitionSpecs of weights, activations and KV cache in each phase."""
+"""Shardings of a model's weights, activations and KV cache on its mesh, in each phase."""
 
 import dataclasses
 from typing import Any
@@ -30,14 +30,14 @@ def check_dtype(dtype: str) -> None:
 
 
 def check_cache(cache: str | None) -> None:
-  """Raise RequestError for a dtype that a KV cache cannot hold; None stands for the dtype of activations."""
+  """Raise RequestError for a dtype that a KV cache cannot hold; None means that of activations."""
   if cache not in (None, *CACHE_DTYPES):
     raise RequestError(f'cache must be one of {", ".join(CACHE_DTYPES)}, got {cache!r}')
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardedModel:
-  """A model's shape, dtypes, mesh and layouts, and the shardings that follow from them. It holds no weights.
+  """A model's shape, dtypes, mesh and layouts, and the shardings that follow from them.
 
   Attributes:
     config: Shape of the model.
@@ -72,18 +72,22 @@ class ShardedModel:
     return self.cache or self.dtype
 
   def prefill_sharding(self, rows: int, length: int) -> ActivationSharding:
-    """Return the sharding of a prefill's activations, for this many rows and positions (padded as the layout needs)."""
+    """Return the sharding of a prefill's activations; `length` is padded as the layout needs."""
     return self._sharding(self.prefill_layout, rows, length, cached=False)
 
   def chunk_sharding(self, rows: int, length: int) -> ActivationSharding:
-    """Return the sharding of a chunk's activations: `length` more positions of cached rows, in the decode layout.
+    """Return the sharding of a chunk's activations, in the decode layout.
 
-    The cache itself lies as decode_sharding has it.
+    A chunk is `length` more positions of cached rows. The cache lies as cache_sharding has it.
     """
     return self._sharding(self.decode_layout, rows, length, cached=True)
 
   def decode_sharding(self, rows: int) -> ActivationSharding:
-    """Return the sharding of a decode step's activations. Raises MeshError for rows that the layout cannot split."""
+    """Return the sharding of a decode step's activations.
+
+    Raises:
+      MeshError: The layout cannot split this many rows.
+    """
     return activations.shard_activations(self.decode_layout, self.config, self.mesh.shape, rows, 1)
 
   def cache_sharding(self, rows: int) -> ActivationSharding:
@@ -99,7 +103,7 @@ class ShardedModel:
     return activations.shard_activations(layout, self.config, shape, rows, length, cached)
 
   def pad_tokens(self, tokens: Int[Array, 'B T'], layout: Layout) -> Int[Array, 'B padded']:
-    """Pad tokens on the right to the length that the layout needs; nothing attends to the padding."""
+    """Pad tokens on the right as the layout needs; nothing attends to the padding."""
     rows, length = tokens.shape
     padded = activations.padded_length(layout, self.mesh.shape, rows, length)
     return jnp.pad(tokens, ((0, 0), (0, padded - length)))
@@ -109,11 +113,11 @@ class ShardedModel:
     return activations.sampling_axes(self.prefill_layout, rows, self.mesh.shape)
 
   def padded_batch(self, rows: int) -> int:
-    """Return the smallest batch of at least `rows` that keeps this mesh as busy as that many rows can."""
+    """Return the smallest batch of at least `rows` rows that keeps the mesh as busy as they can."""
     return activations.padded_batch(self.decode_layout, rows, self.mesh.shape)
 
   def weight_specs(self, weights: Weights) -> Weights:
-    """Return the PartitionSpecs of weights of this form (stacked or a tuple of layers, int8 or not)."""
+    """Return PartitionSpecs of weights of this form (stacked or not, int8 or not)."""
     tensors = packed_tensors(self.config, self.prefill_layout, self.mesh.shape, weights.is_int8)
 
     def spec(name: str, layers: slice | int | None) -> P:
@@ -122,13 +126,13 @@ class ShardedModel:
     return build_weights(tensors, self.config.num_layers, weights.stacked, spec)
 
   def kv_spec(self, sharding: ActivationSharding, weights: Weights) -> Any:
-    """Return the PartitionSpecs of all layers' keys (or values): one with leading L, or one per unrolled layer."""
+    """Return PartitionSpecs of keys (or values): one with leading L, or one per unrolled layer."""
     return P(None, *sharding.cache) if weights.stacked else (sharding.cache,) * len(weights.layers)
 
   def cache_spec(
     self, sharding: ActivationSharding, weights: Weights, cache: KVCache | None = None
   ) -> KVCache:
-    """Return the PartitionSpecs of a KV cache, as a KVCache; with a shared prefix if `cache` has one.
+    """Return PartitionSpecs of a KV cache; with a shared prefix if `cache` has one.
 
     One spec stands for all arrays of a layer's keys, units and scales of int8 alike.
     """

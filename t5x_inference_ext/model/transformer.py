@@ -22,12 +22,11 @@ from t5x_inference_ext.model.cache import KeysValues, KVCache
 from t5x_inference_ext.model.collectives import ops
 from t5x_inference_ext.model.embedding import embed, last_positions, unembed
 from t5x_inference_ext.model.log_probs import target_log_probs
-from t5x_inference_ext.model.norm import norm
 from t5x_inference_ext.model.positions import RotaryAngles, rotary_angles
 from t5x_inference_ext.model.shardings import ShardedModel
 from t5x_inference_ext.model.weights import Weights
 from t5x_inference_ext.sharding.activations import ActivationSharding
-from t5x_inference_ext.sharding.layout import Axes, num_shards
+from t5x_inference_ext.sharding.layout import num_shards
 
 # (weights, cache, x [b, t, e], (keys, values), *inputs) -> the outputs of the pass, on one shard.
 Finish = Callable[..., Any]
@@ -80,39 +79,9 @@ def forward(
   return finish(weights, cache, x, kv, *inputs)
 
 
-def shard_logits(
-  model: ShardedModel,
-  sharding: ActivationSharding,
-  weights: Weights,
-  x: Float[Array, 'b t e'],
-  position_axes: Axes,
-  rows: int,
-) -> Float[Array, 'rows T V']:
-  """Return one shard's float32 logits: the final norm, then the tied embedding.
-
-  Args:
-    model: Gives the config and dtypes.
-    sharding: Where x lives.
-    weights: This shard's part of the weights.
-    x: [b, t, e]. The residual stream after the last layer.
-    position_axes: Mesh axes that split the positions of x.
-    rows: B of the pass, which decides how the rows of logits are split.
-  """
-  config, axes = model.config, sharding.residual[2]
-  scale = ops.local_slice(weights.final_norm, axes, 0)
-  bias = weights.final_norm_bias
-  bias = None if bias is None else ops.local_slice(bias, axes, 0)
-  x = norm(x, scale, bias, config, axes)
-  table = weights.embedding.astype(model.dtype)
-  sampling_axes = model.sampling_axes(rows)
-  return unembed(
-    table, x, config.vocab_size, config.d_model, sharding, position_axes, sampling_axes
-  )
-
-
 @dataclasses.dataclass(frozen=True)
 class Model(ShardedModel):
-  """A model's passes on one mesh. It holds no weights: hashable, and cheap to make. ShardedModel has its fields."""
+  """A model's passes on one mesh. It holds no weights: it is hashable, and cheap to make."""
 
   @property
   def prefilling(self) -> 'Model':
@@ -146,7 +115,7 @@ class Model(ShardedModel):
     ) -> tuple[jax.Array, KeysValues]:
       del cache
       x = last_positions(x, lengths, sharding)
-      return shard_logits(self, sharding, weights, x, (), rows)[:, 0], kv
+      return unembed(self, sharding, weights, x, (), rows)[:, 0], kv
 
     kv_spec = self.kv_spec(sharding, weights)
     logits, kv = self._on_shards(
@@ -179,7 +148,7 @@ class Model(ShardedModel):
     def finish(
       weights: Weights, cache: KVCache, x: jax.Array, kv: KeysValues
     ) -> tuple[jax.Array, KVCache]:
-      logits = shard_logits(self, sharding, weights, x, (), rows)[:, 0]
+      logits = unembed(self, sharding, weights, x, (), rows)[:, 0]
       return logits, kv_cache.append(cache, *kv)
 
     spec = self.cache_spec(sharding, weights, cache)
@@ -190,9 +159,9 @@ class Model(ShardedModel):
   def prefill_chunk(
     self, weights: Weights, cache: KVCache, tokens: Int[Array, 'B T'], counts: Int[Array, ' B']
   ) -> tuple[Float[Array, 'B V'], KVCache]:
-    """Run T more tokens per row after the cached ones, in the decode layout: a chunk of a prompt, or a chat's next turn.
+    """Run T more tokens per row after the cached ones, in the decode layout.
 
-    Chunks of any size give equal results.
+    They are a chunk of a prompt, or a chat's next turn. Chunks of any size give equal results.
 
     Args:
       weights: Weights on this model's mesh.
@@ -212,8 +181,8 @@ class Model(ShardedModel):
     tokens = self.pad_tokens(tokens, self.decode_layout)
     if tokens.shape[1] > cache.size:
       raise RequestError(
-        f'{tokens.shape[1]} new tokens at once do not fit into a cache of {cache.size} positions: use '
-        'shorter chunks, or a larger cache'
+        f'{tokens.shape[1]} new tokens at once do not fit into a cache of {cache.size} positions: '
+        'use shorter chunks, or a larger cache'
       )
 
     def finish(
@@ -225,7 +194,7 @@ class Model(ShardedModel):
       cached_counts: jax.Array,
     ) -> tuple[jax.Array, KVCache]:
       x = last_positions(x, jnp.maximum(counts, 1), sharding)
-      logits = shard_logits(self, sharding, weights, x, (), rows)[:, 0]
+      logits = unembed(self, sharding, weights, x, (), rows)[:, 0]
       return logits, kv_cache.append(cache, *kv, cached_counts)
 
     spec = self.cache_spec(sharding, weights, cache)
@@ -246,7 +215,7 @@ class Model(ShardedModel):
 
     def finish(weights: Weights, cache: None, x: jax.Array, kv: KeysValues) -> jax.Array:
       del cache, kv
-      return shard_logits(self, sharding, weights, x, sharding.residual[1], rows)
+      return unembed(self, sharding, weights, x, sharding.residual[1], rows)
 
     return self._on_shards(
       sharding, finish, weights, None, inputs=(), outputs=P(self.sampling_axes(rows))
@@ -278,7 +247,7 @@ class Model(ShardedModel):
       del cache, kv
 
       def logits(x: jax.Array) -> jax.Array:
-        return shard_logits(self, sharding, weights, x, position_axes, rows)
+        return unembed(self, sharding, weights, x, position_axes, rows)
 
       return target_log_probs(x, targets, logits, position_axes, width)
 

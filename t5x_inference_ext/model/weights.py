@@ -1,4 +1,4 @@
-"""Weights on the chips, as a pytree. Shapes are global; sharding/packing.py gives the contents of a shard's block."""
+"""Weights on the chips as a pytree of global arrays; sharding/packing.py says what a shard has."""
 
 from collections.abc import Callable, Iterable, Mapping
 import dataclasses
@@ -8,7 +8,8 @@ import jax
 
 from t5x_inference_ext.sharding.packing import PackedTensor
 
-# A tensor to be made: its name, and an index into the list of places (the layers, and outside them).
+# A tensor to be made: its name, and an index into the list of places (the layers, and outside
+# them).
 Job = tuple[str, int]
 
 

@@ -1,4 +1,4 @@
-"""Int8 weights with a float32 scale per output channel (the paper's section 3.6: weights only, matmuls in bfloat16)."""
+"""Matmuls by int8 weights with a float32 scale per output channel (section 3.6), in bfloat16."""
 
 import math
 
@@ -42,10 +42,7 @@ def matmul(
   # On a TPU a product of one row bypasses the matrix unit, and takes three times as long as a
   # product of two rows.
   one_row = math.prod(x.shape[:-1]) == 1
-  if one_row:
-    y = jax.lax.platform_dependent(x, w, tpu=doubled, default=product)
-  else:
-    y = product(x, w)
+  y = jax.lax.platform_dependent(x, w, tpu=doubled, default=product) if one_row else product(x, w)
   return y if scale is None else rescale(y, scale)
 
 

@@ -1,4 +1,4 @@
-"""Keys and values as a KV cache holds them: floats, or int8 with a float32 scale per position and head."""
+"""Keys and values as a KV cache holds them: floats, or int8 with float32 scales."""
 
 import dataclasses
 
@@ -41,7 +41,10 @@ KV = jax.Array | Int8KV
 
 
 def tile_positions(dtype: DTypeLike) -> int:
-  """Return how many positions a TPU writes together: to write a part of an int8 tile in place, it copies the whole cache."""
+  """Return how many positions a TPU writes together.
+
+  To write a part of an int8 tile in place, XLA:TPU copies the whole cache into another layout.
+  """
   return 32 if jnp.dtype(dtype) == jnp.int8 else 1
 
 
@@ -68,7 +71,10 @@ def to_cache(x: Float[Array, '*lead q'], dtype: str) -> KV:
 
 
 def units_and_scales(kv: KV, dtype: DTypeLike) -> tuple[jax.Array, jax.Array | None]:
-  """Return the operand of products, in `dtype` (127 is exact in bfloat16), and the scales [.., S, K], None for floats."""
+  """Return the operand of products, in `dtype`, and the scales [.., S, K], None for floats.
+
+  Integers up to 127 are exact in bfloat16.
+  """
   if isinstance(kv, Int8KV):
     return kv.units.astype(dtype), kv.scales[..., 0]
   return kv.astype(dtype), None

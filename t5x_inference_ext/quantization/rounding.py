@@ -1,4 +1,4 @@
-"""Rounding weights to int8 with one float32 scale per output channel (the paper's section 3.6), in numpy.
+"""Rounding of weights to int8 with one float32 scale per output channel (section 3.6), in numpy.
 
 Symmetric: w ~ q * scale with q in [-127, 127]. The scale is max|w| / 127 over all weights that are
   summed into the
@@ -81,14 +81,14 @@ def squared_errors(
 def best_scales(
   scale: Float32[np.ndarray, 'L out'], errors: Int64[np.ndarray, 'searched L out']
 ) -> Float32[np.ndarray, 'L out']:
-  """Return the scales times the factor of SEARCHED with the least squared error; of equals, the largest factor."""
+  """Return the scales times the factor of SEARCHED with the least error; of equals, the largest."""
   factors = np.asarray(SEARCHED)[:, None, None]
   best = np.argmin(errors * (factors * factors), 0)
   return (scale * np.asarray(SEARCHED, np.float32)[best]).astype(np.float32)
 
 
 def blocks(shape: tuple[int, ...]) -> Iterator[tuple[slice, slice]]:
-  """Yield ranges of layers and rows of [L, in, out] of about _BLOCK_ELEMENTS elements, at least one row."""
+  """Yield ranges of layers and rows of [L, in, out], each of about _BLOCK_ELEMENTS elements."""
   layers, rows, columns = shape
   step = max(1, _BLOCK_ELEMENTS // max(1, columns))
   if step >= 2 * rows:

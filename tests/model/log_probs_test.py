@@ -26,7 +26,7 @@ LENGTH = 13
   ],
 )
 def test_some_positions_at_a_time(mesh, rows, layout, monkeypatch):
-  """With positions whole, or split over devices; few enough at a time that the last part is padded."""
+  """Positions are whole, or split over devices; the last part of them is padded."""
   engine = memory.engine(CONFIG, TENSORS, mesh, prefill=layout, decode=layout)
   inputs = memory.tokens(CONFIG, rows, LENGTH)
   targets = np.roll(inputs, -1, axis=1)

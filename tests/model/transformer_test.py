@@ -1,6 +1,7 @@
-"""The sharded model against the slow one, over shapes that divide badly: logits, prefill, and every decode step.
+"""The sharded model against the reference, over shapes that divide badly: all passes.
 
-layouts_test.py has the same of every layout; here are the meshes and batches of the default one, and the edges.
+layouts_test.py has the same of every layout; here are the meshes and batches of the default one,
+and the edges.
 """
 
 import dataclasses
@@ -40,7 +41,7 @@ CASES = [(*case, False) for case in UNROLLED] + [(*case, True) for case in STACK
 
 @pytest.mark.parametrize('mesh, rows, stacked', CASES)
 def test_prefill_and_decode_equal_the_full_forward(mesh, rows, stacked):
-  """Rows of lengths 1, 2, 3, ... are prefilled at once and then fed the rest of their tokens, one a step."""
+  """Rows of lengths 1, 2, 3, ... are prefilled at once, then decode the rest of their tokens."""
   config = memory.ODDER if (rows + stacked) % 2 else memory.ODD
   engine = memory.engine(config, TENSORS[config], mesh, stacked=stacked)
   tokens, wanted = memory.tokens(config, rows, LENGTH), expected(config, rows)
@@ -77,7 +78,7 @@ def test_prefill_and_decode_equal_the_full_forward(mesh, rows, stacked):
 )
 @pytest.mark.parametrize('config', TENSORS, ids=['norms around 0', 'norms around 1'])
 def test_logits_at_every_position(config, mesh, rows, stacked, layout):
-  """Where rows are few, weight-gathered layouts split positions, of which there must be one more."""
+  """Where rows are few, weight-gathered layouts split positions, and pad them."""
   engine = memory.engine(
     config, TENSORS[config], mesh, stacked=stacked, prefill=layout, decode=layout
   )
@@ -190,7 +191,7 @@ def test_log_probs(mesh, rows, layout):
 
 @pytest.mark.parametrize('mesh, rows', [('1x1x1', 2), ('2x2x2', 8)])
 def test_bfloat16_keeps_float32_where_it_matters(mesh, rows):
-  """Norms, softmax and logits. 0.03 measured at worst here, of logits up to 4.2; the bound is twice that."""
+  """Norms, softmax, logits. Measured: 0.03, of logits up to 4.2; the bound is twice that."""
   config = memory.ODD
   engine = memory.engine(config, TENSORS[config], mesh, dtype='bfloat16')
   assert engine.weights.final_norm.dtype == jnp.float32
@@ -206,7 +207,7 @@ def test_bfloat16_keeps_float32_where_it_matters(mesh, rows):
 
 
 def test_the_cache_lies_as_decode_has_it():
-  """Split by rows or heads, whatever prefill's layout; a step leaves it there, and nothing moves."""
+  """It is split by rows or heads, whatever prefill's layout, before and after a decode step."""
   config = memory.ODD
   for decode, spec in (('ws_2d/batch', (('x', 'z', 'y'),)), ('ws_2d/heads', ())):
     engine = memory.engine(config, TENSORS[config], '2x2x2', prefill='wg_xyz/batch', decode=decode)

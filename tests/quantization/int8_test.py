@@ -1,4 +1,4 @@
-"""The int8 matmul: equal to multiplying the dequantized weights, and as exact as its dtype allows."""
+"""The int8 matmul equals that of the dequantized weights, as exactly as its dtype allows."""
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +69,6 @@ def test_bfloat16_activations():
 
 
 def test_scales_are_applied_in_float32():
-  """In bfloat16 the scale itself would lose 16 of its bits: 1 + 2**-8 would be 1, and 128 would come out 128."""
+  """In bfloat16 the scale would lose 16 of its bits: 1 + 2**-8 would be 1, and the result 384."""
   y = int8.rescale(jnp.full((1, 1), 384, jnp.bfloat16), jnp.full(1, 1 + 2**-8, jnp.float32))
   assert float(y[0, 0]) == 386

@@ -1,4 +1,4 @@
-"""Int8 rounding at its edges; its contents on whole checkpoints are in tests/checkpoints/convert_test.py."""
+"""Int8 rounding at its edges; tests/checkpoints/convert_test.py has whole checkpoints."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def test_extremes_become_127():
 
 @pytest.mark.parametrize('value', [1e-45, 1e-40, 1e-38, 1e-30, 1e30, 3e38])
 def test_any_magnitude(value):
-  """Errors are at most half a step, of at least the smallest normal number, and nothing overflows."""
+  """Errors are at most half a step (at least the smallest normal number); nothing overflows."""
   w = np.array([[value, 0], [-value / 3, 0]], np.float32)
   scale = scales(w)
   assert scale[1] == 1 and np.isfinite(scale).all() and (scale > 0).all()

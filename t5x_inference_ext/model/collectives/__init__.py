@@ -1,1 +1,1 @@
-"""Collectives inside shard_map: single calls (ops), loops around a ring (looped), gathers of weights (weight_gather)."""
+"""Collectives inside shard_map: single calls, loops around a ring, and gathers of weights."""

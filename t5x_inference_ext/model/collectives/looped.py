@@ -1,4 +1,4 @@
-"""Looped collective matmuls (the paper's section 3.5): a collective in steps that hide behind the matmul beside it.
+"""Looped collective matmuls (section 3.5): a collective in steps that hide behind its matmul.
 
 Each step multiplies the data at hand while the data of the next step travels one link of a ring.
 The loops are unrolled, so that the compiler starts a step's collective-permute before its matmul

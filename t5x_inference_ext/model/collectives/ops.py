@@ -1,4 +1,4 @@
-"""The collectives of the paper's appendix A.1, inside shard_map. Over axes of size 1 they are the identity.
+"""Collectives of the paper's appendix A.1, inside shard_map. Axes of size 1 do nothing.
 
 Axes are a sequence of mesh axis names. Shards are ordered with the first axis slowest, as in a
 PartitionSpec.
@@ -97,7 +97,7 @@ def shard_index(axes: Sequence[str]) -> Int[Array, ''] | int:
 
 
 def local_slice(x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
-  """Return this shard's slice of `dim` of an array that all shards have. It needs no communication."""
+  """Return this shard's slice of `dim` of an array that all shards have, without communication."""
   shards = axis_size(axes)
   if shards == 1:
     return x

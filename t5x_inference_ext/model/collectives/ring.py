@@ -1,4 +1,4 @@
-"""A ring of shards over one or several mesh axes, inside shard_map: the path that looped collectives take."""
+"""A ring of shards over one or several mesh axes in shard_map: the path of looped collectives."""
 
 from collections.abc import Sequence
 import functools
@@ -41,14 +41,14 @@ class Ring:
       self._senders = self._senders * lax.axis_size(axis) + position[axis]
 
   def permute(self, x: Shaped[Array, '*s'], direction: int = 1) -> Shaped[Array, '*s']:
-    """Send each shard's x to the next shard around the ring (direction 1) or to the one before (-1)."""
+    """Send each shard's x to the next shard of the ring (direction 1) or to the one before (-1)."""
     if self.size == 1:
       return x
     receivers = np.roll(self._senders, -direction)
     return lax.ppermute(x, self._mesh_axes, list(zip(self._senders.tolist(), receivers.tolist())))
 
   def shard_at(self, step: int, direction: int = 1) -> Int[Array, ''] | int:
-    """Return the linear index of the shard whose data is here after `step` permutes in this direction."""
+    """Return the linear index of the shard whose data is here after `step` permutes."""
     if self.size == 1:
       return 0
     held = np.empty(self.size, np.int32)
@@ -58,7 +58,7 @@ class Ring:
 
 @functools.cache
 def snake(sizes: tuple[int, ...]) -> tuple[int, ...]:
-  """Return a walk through a grid: linear indices (first dimension slowest), each a neighbour of the one before.
+  """Return a walk through a grid, as linear indices (first dimension slowest) of neighbours.
 
   The order is the reflected mixed-radix order. One dimension is walked once, forth, while the
   others are walked forth and back. Where the size of that dimension is even, the walk ends above

@@ -1,4 +1,4 @@
-"""Matmuls by weights that are gathered while they are used: the weight-gathered layouts (the paper's section 3.2.3).
+"""Matmuls by weights that are gathered while they are used: weight-gathered layouts (3.2.3).
 
 A gathered matrix is large (one layer of PaLM 540B in bfloat16 is 8.5 GiB): it should arrive during
 the matmul before its own, not earlier. An optimization barrier ties the start of each gather to an
@@ -19,7 +19,7 @@ from t5x_inference_ext.quantization import int8
 
 
 class Gatherer:
-  """The gathered matmuls of a layer, in the order of their calls: one matrix in use, and the next one in flight.
+  """The gathered matmuls of a layer in the order of their calls: one in use, the next in flight.
 
   Without it a compiler may start every gather at once, and hold each gathered matrix until its
   turn. Here a matrix may start to travel when the matmul before the last is done, so that it has
