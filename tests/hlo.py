@@ -1,4 +1,4 @@
-"""The collectives of a compiled program, read from its HLO text."""
+"""Collectives of a compiled program, read from its HLO text."""
 
 import collections
 from collections.abc import Iterable
@@ -44,9 +44,9 @@ class Collective:
   """One instruction, per device.
 
   Attributes:
-    kind: one of KINDS.
-    shards: K, devices in a group; of a collective-permute 0.
-    result: bytes of the result.
+    kind: One of KINDS.
+    shards: K, the devices in a group; 0 for a collective-permute.
+    result: Bytes of the result.
   """
 
   kind: str
@@ -63,10 +63,10 @@ class Collective:
 
 
 def collectives(text: str) -> list[Collective]:
-  """Every collective that compiled.as_text() runs; those in a loop's body as often as it turns.
+  """List every collective that compiled.as_text() runs; one in a loop as often as the loop runs.
 
   Raises:
-    ValueError: a collective that this reader does not understand: none may pass uncounted.
+    ValueError: A collective that this reader does not understand: each must be counted.
   """
   here, calls = collections.defaultdict(list), collections.defaultdict(collections.Counter)
   computation = entry = None
@@ -104,7 +104,7 @@ def collectives(text: str) -> list[Collective]:
 
 
 def moved(found: Iterable[Collective]) -> dict[str, float]:
-  """Bytes moved by kind, of the kinds there are."""
+  """Sum up the bytes moved by each kind."""
   totals = collections.defaultdict(float)
   for c in found:
     totals[c.kind] += c.moved

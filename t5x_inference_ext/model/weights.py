@@ -10,7 +10,7 @@ from t5x_inference_ext.sharding.packing import PackedTensor
 
 # A tensor to be made: its name, and an index into the list of places (the layers, and outside
 # them).
-Job = tuple[str, int]
+TensorJob = tuple[str, int]
 
 
 @jax.tree_util.register_dataclass
@@ -88,7 +88,7 @@ def build_weights(
   num_layers: int,
   stacked: bool,
   make: Callable[[str, slice | int | None], Any],
-  progress: Callable[[list[Job]], Iterable[Job]] = iter,
+  progress: Callable[[list[TensorJob]], Iterable[TensorJob]] = iter,
 ) -> Weights:
   """Build Weights of arrays, shapes or specs.
 

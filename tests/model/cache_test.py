@@ -1,4 +1,4 @@
-"""Two ways to write a token into the cache, one for GPUs: the same cache."""
+"""Both ways to write tokens into the cache, one of them for GPUs, give equal caches."""
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ def test_a_tuple_of_layers_is_appended_to():
 @pytest.mark.parametrize('size', [64, 72])
 @pytest.mark.parametrize('write', [kv_cache._scatter, kv_cache._row_by_row])
 def test_units_and_scales_are_written_alike(write, size, tokens):
-  """In windows of whole tiles, if the cache has no others."""
+  """Windows of whole tiles are written where the cache has whole tiles alone."""
   lengths = jnp.asarray([0, 31, size - 1, size])
   keys, values = (jax.random.normal(jax.random.key(i), (2, B, size, K, Q)) for i in range(2))
   new = [jax.random.normal(jax.random.key(2 + i), (2, B, tokens, K, Q)) for i in range(2)]

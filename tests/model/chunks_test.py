@@ -18,11 +18,11 @@ from tests.model import layouts_test
 MODELS = layouts_test.MODELS
 LENGTH = 12
 
-empty_cache = memory._quick(chunks.empty_cache, static_argnames=('model', 'rows', 'size'))
-extend = memory._quick(Model.prefill_chunk, static_argnames='self')
-share = memory._quick(chunks.share_row, static_argnames=('model', 'row', 'length', 'to', 'rows'))
-moved = memory._quick(chunks.with_layout_of, static_argnames=('model', 'to'))
-in_chunks = memory._quick(chunks.prefill_in_chunks, static_argnames=('model', 'size', 'chunk'))
+empty_cache = memory.quick_jit(chunks.empty_cache, static_argnames=('model', 'rows', 'size'))
+extend = memory.quick_jit(Model.prefill_chunk, static_argnames='self')
+share = memory.quick_jit(chunks.share_row, static_argnames=('model', 'row', 'length', 'to', 'rows'))
+moved = memory.quick_jit(chunks.with_layout_of, static_argnames=('model', 'to'))
+in_chunks = memory.quick_jit(chunks.prefill_in_chunks, static_argnames=('model', 'size', 'chunk'))
 
 
 @functools.cache

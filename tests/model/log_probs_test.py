@@ -36,7 +36,7 @@ def test_some_positions_at_a_time(mesh, rows, layout, monkeypatch):
   parts = []
   for limit in (1, rows * 101 * 3):
     monkeypatch.setattr(log_probs, 'MAX_LOGITS', limit)
-    lowered = memory._quick(lambda *arguments: engine.model.log_probs(*arguments)).lower(
+    lowered = memory.quick_jit(lambda *arguments: engine.model.log_probs(*arguments)).lower(
       engine.weights, *engine._put(inputs, targets)
     )
     np.testing.assert_allclose(

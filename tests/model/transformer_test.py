@@ -116,7 +116,7 @@ def test_int8_equals_the_float_model_it_stands_for(mesh):
 
 @pytest.mark.parametrize('mesh', ['1x1x1', '2x2x2'])
 def test_an_id_outside_the_vocabulary_embeds_as_zeros(mesh):
-  """As a one-hot of it would. 101 to 103 fall on padding, the others beyond it."""
+  """Its one-hot vector is zeros too. Ids 101 to 103 are in the padding, the others beyond it."""
   config = memory.ODD
   tokens = memory.tokens(config, 8, LENGTH)
   outside = np.arange(8), np.array([2, 1, 3, 4, 5, 6, 1, 2])
@@ -134,7 +134,7 @@ def test_an_id_outside_the_vocabulary_embeds_as_zeros(mesh):
 
 @pytest.mark.parametrize('stacked', [False, True], ids=['unrolled', 'stacked'])
 def test_a_full_row_drops_its_write_and_the_others_do_not(stacked):
-  """The first row is full. Its token is still answered, from all of the cache and itself."""
+  """The first row is full. Its logits are right: attention sees the cache and the new token."""
   config, size = memory.ODD, 4
   engine = memory.engine(config, TENSORS[config], '2x1x1', stacked=stacked)
   tokens, wanted = memory.tokens(config, 2, LENGTH), expected(config, 2)
@@ -149,9 +149,9 @@ def test_a_full_row_drops_its_write_and_the_others_do_not(stacked):
     engine.model, engine.weights, before, *programs.put(engine.model, tokens[[0, 1], lengths])
   )
   close(logits, wanted[[0, 1], lengths])
-  for old, new in zip(
-    jax.tree.leaves((before.keys, before.values)), jax.tree.leaves((after.keys, after.values))
-  ):
+  arrays = [jax.tree.leaves((cache.keys, cache.values)) for cache in (before, after)]
+  assert len(arrays[0]) == (2 if stacked else 2 * config.num_layers)
+  for old, new in zip(*arrays):
     old, new = np.moveaxis(old, -4, 0), np.moveaxis(new, -4, 0)  # [B, (L,) S, K, Q]
     np.testing.assert_array_equal(new[0], old[0])
     assert np.all(new[1][..., 2, :, :] != old[1][..., 2, :, :])
@@ -222,7 +222,9 @@ def test_the_cache_lies_as_decode_has_it():
     _, after = memory.decode_step(
       engine.model, engine.weights, cache, *programs.put(engine.model, tokens[:, 1])
     )
-    for x in jax.tree.leaves((cache, after)):
+    leaves = jax.tree.leaves((cache, after))
+    assert len(leaves) == 2 * (2 * config.num_layers + 1)
+    for x in leaves:
       assert x.sharding.is_equivalent_to(wanted, x.ndim), (decode, x.sharding)
 
 

@@ -177,6 +177,7 @@ def test_a_gatherer_computes_what_gathered_matmuls_do(directions):
   x, w = operands(40, 24)
   x = np.tile(x[:, 0], (4, 1))
   results = jax.jit(layer(directions, 5))(x, *[k * w for k in range(5)])
+  assert len(results) == 5
   for k, y in enumerate(results):
     np.testing.assert_allclose(y, k * (x @ w), rtol=1e-4, atol=1e-4)
 
