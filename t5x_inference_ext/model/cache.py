@@ -98,12 +98,14 @@ def start(keys: LayersKV, values: LayersKV, lengths: Int[Array, ' B'], size: int
   """
   size = whole_tiles(size, jax.tree.leaves(keys)[0].dtype)
 
-  def grow(x: jax.Array) -> jax.Array:
-    padding = [(0, 0)] * x.ndim
-    padding[-3] = (0, size - x.shape[-3])
-    return jnp.pad(x, padding)
+  keys, values = jax.tree.map(lambda x: _pad_positions(x, size), (keys, values))
+  return KVCache(keys, values, lengths)
 
-  return KVCache(jax.tree.map(grow, keys), jax.tree.map(grow, values), lengths)
+
+def _pad_positions(x: jax.Array, size: int) -> jax.Array:
+  padding = [(0, 0)] * x.ndim
+  padding[-3] = (0, size - x.shape[-3])
+  return jnp.pad(x, padding)
 
 
 def append(
@@ -152,9 +154,7 @@ def _row_by_row(
       new = lax.dynamic_slice_in_dim(new, i, 1, len(lead))
       old = lax.dynamic_slice(x, where, (*new.shape[:-3], width, *new.shape[-2:]))
       if tokens > 1:
-        padding = [(0, 0)] * x.ndim
-        padding[-3] = (0, width - tokens)
-        new = jnp.roll(jnp.pad(new, padding), late, axis=-3)
+        new = jnp.roll(_pad_positions(new, width), late, axis=-3)
       window = jnp.where((at >= late) & (at < late + count), new, old)
       return lax.dynamic_update_slice(x, window, where)
 
@@ -187,17 +187,14 @@ def _scatter(
 def read_local_row(cache: KVCache, row: Row) -> KVCache:
   """Return the row with this index on this shard, from this shard's part of a cache."""
 
-  def read_kv(x: jax.Array) -> jax.Array:
-    return lax.dynamic_slice_in_dim(x, row, 1, x.ndim - 4)
+  def read(x: jax.Array, axis: int = 0) -> jax.Array:
+    return lax.dynamic_slice_in_dim(x, row, 1, axis)
 
-  def read_length(x: jax.Array) -> jax.Array:
-    return lax.dynamic_slice_in_dim(x, row, 1, 0)
-
+  keys, values = jax.tree.map(lambda x: read(x, x.ndim - 4), (cache.keys, cache.values))
   shared = cache.shared
   if shared is not None:
-    shared = dataclasses.replace(shared, lengths=read_length(shared.lengths))
-  keys, values = jax.tree.map(read_kv, (cache.keys, cache.values))
-  return KVCache(keys, values, read_length(cache.lengths), shared)
+    shared = dataclasses.replace(shared, lengths=read(shared.lengths))
+  return KVCache(keys, values, read(cache.lengths), shared)
 
 
 def write_local_row(cache: KVCache, row: Row, one: KVCache) -> KVCache:
@@ -209,18 +206,18 @@ def write_local_row(cache: KVCache, row: Row, one: KVCache) -> KVCache:
     one: A cache of one row, no longer than `cache`. Both share the same prefix, or none.
   """
 
-  def write_kv(x: jax.Array, new: jax.Array) -> jax.Array:
-    return lax.dynamic_update_slice(x, new, (*(0,) * (x.ndim - 4), row, 0, 0, 0))
+  def write(x: jax.Array, new: jax.Array, axis: int = 0) -> jax.Array:
+    start = [0] * x.ndim
+    return lax.dynamic_update_slice(x, new, (*start[:axis], row, *start[axis + 1 :]))
 
-  def write_length(x: jax.Array, new: jax.Array) -> jax.Array:
-    return lax.dynamic_update_slice(x, new, (row,))
-
+  keys, values = jax.tree.map(
+    lambda x, new: write(x, new, x.ndim - 4), (cache.keys, cache.values), (one.keys, one.values)
+  )
   shared = cache.shared
   if shared is not None:
     assert one.shared is not None
-    shared = dataclasses.replace(shared, lengths=write_length(shared.lengths, one.shared.lengths))
-  keys, values = jax.tree.map(write_kv, (cache.keys, cache.values), (one.keys, one.values))
-  return KVCache(keys, values, write_length(cache.lengths, one.lengths), shared)
+    shared = dataclasses.replace(shared, lengths=write(shared.lengths, one.shared.lengths))
+  return KVCache(keys, values, write(cache.lengths, one.lengths), shared)
 
 
 def with_heads(x: Array, held: Sequence[int | None], wanted: Sequence[int | None]) -> Array:

@@ -31,11 +31,6 @@ class Int8KV:
     """Shape of the keys or values."""
     return self.units.shape
 
-  @property
-  def ndim(self) -> int:
-    """Number of dimensions of the keys or values."""
-    return self.units.ndim
-
 
 KV = jax.Array | Int8KV
 
