@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from t5x_inference_ext.engine import programs
 from t5x_inference_ext.model import log_probs
 from t5x_inference_ext.model.transformer import Model
 from tests import memory, reference
@@ -37,10 +38,12 @@ def test_some_positions_at_a_time(mesh, rows, layout, monkeypatch):
   for limit in (1, rows * 101 * 3):
     monkeypatch.setattr(log_probs, 'MAX_LOGITS', limit)
     lowered = memory.quick_jit(lambda *arguments: engine.model.log_probs(*arguments)).lower(
-      engine.weights, *engine._put(inputs, targets)
+      engine.weights, *programs.put(engine.model, inputs, targets)
     )
     np.testing.assert_allclose(
-      lowered.compile()(engine.weights, *engine._put(inputs, targets)), wanted, atol=1e-4
+      lowered.compile()(engine.weights, *programs.put(engine.model, inputs, targets)),
+      wanted,
+      atol=1e-4,
     )
     parts.append(f'x{LENGTH}x101xf32' not in lowered.as_text())
   assert all(parts), 'logits of all positions at once'
