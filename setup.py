@@ -14,6 +14,7 @@ INSTALL_REQUIRES = [
   'gin-config>=0.5',
   'isal>=1.9.1',
   'jax>=0.10',
+  'jaxtyping>=0.3',  # shapes in annotations; without a type checker they cost nothing
   'ml_dtypes>=0.5.4',
   'msgpack>=1.1',
   'numpy>=2.2.6',
@@ -51,9 +52,8 @@ TEST_REQUIRES = [
   'pytest>=9.0.3',
   # tests/package_test.py builds the wheel without isolation; 70.1 no longer needs `wheel`.
   'setuptools>=70.1',
-  # The checks that `make test` runs before pytest, and the types that tests check arrays against.
+  # The checks that `make test` runs before pytest, and the checker of array types in tests.
   'beartype>=0.23',
-  'jaxtyping>=0.3.11',
   'mkdocs-material>=9.8',
   'mkdocstrings-python>=2.0',
   'mypy>=2.4',

@@ -25,7 +25,8 @@ from t5x_inference_ext.engine import scheduler_config
 from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.engine.request import Request
 from t5x_inference_ext.engine.scheduler import Scheduler
-from t5x_inference_ext.model.transformer import COMPUTE_DTYPES, Model
+from t5x_inference_ext.model.shardings import COMPUTE_DTYPES
+from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.sharding.mesh import make_mesh
 from tests import reference
 

@@ -23,7 +23,7 @@ from benchmarks import accelerator
 from benchmarks.machine import matmul_rate, seconds
 from t5x_inference_ext.checkpoints import open_checkpoint
 from t5x_inference_ext.engine.engine import Engine
-from t5x_inference_ext.model.transformer import COMPUTE_DTYPES
+from t5x_inference_ext.model.shardings import COMPUTE_DTYPES
 
 
 def own_run(engine: Engine, prompts: np.ndarray, new_tokens: int):

@@ -1,4 +1,4 @@
-"""The environment of every test: eight simulated CPU devices, exact float32, no implicit broadcasting."""
+"""Environment of every test: eight simulated CPU devices, exact float32, checked array shapes."""
 
 import importlib.util
 import os
@@ -12,7 +12,16 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 import jax  # noqa: E402
+import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
+
+from tests import typecheck  # noqa: E402
+
+# Before the first import of the package: every function of these modules checks the types and
+# shapes in its annotations.
+jaxtyping.install_import_hook(
+  ['t5x_inference_ext.model', 't5x_inference_ext.quantization'], f'{typecheck.__name__}.typecheck'
+)
 
 # The golden logits were computed at this precision.
 jax.config.update('jax_default_matmul_precision', 'highest')
@@ -41,7 +50,10 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True, scope='module')
 def no_compiled_programs_left():
-  """Each takes several memory maps, of which Linux lets a process have 65530: the whole suite would run out of them."""
+  """Drop compiled programs after each module.
+
+  A program takes several memory maps. Linux lets a process have 65530: too few for the suite.
+  """
   yield
   jax.clear_caches()
 
@@ -65,5 +77,5 @@ def palm_tiny() -> pathlib.Path:
 
 @pytest.fixture(scope='session')
 def golden() -> pathlib.Path:
-  """What T5X itself computes with palm_tiny: greedy.json, logits.npz, scores.json, heldout_tokens.npy."""
+  """Results of T5X with palm_tiny: greedy.json, logits.npz, scores.json, heldout_tokens.npy."""
   return ROOT / 'tests' / 'testdata' / 'golden'

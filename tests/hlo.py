@@ -1,4 +1,4 @@
-"""The collectives of a compiled program, read from its HLO text."""
+"""Collectives of a compiled program, read from its HLO text."""
 
 import collections
 from collections.abc import Iterable
@@ -20,7 +20,8 @@ _WIDTHS = {
   's64': 8,
   'f64': 8,
 }
-# `%name = <type> all-gather(<operands>), <attributes>`, the type an array's or, of several at once, a tuple's.
+# `%name = <type> all-gather(<operands>), <attributes>`, the type an array's or, of several at once,
+# a tuple's.
 _LINE = re.compile(
   r'^\s*(?:ROOT )?%?[\w.-]+ = (?P<type>.*?) (?P<kind>'
   + '|'.join(KINDS)
@@ -43,9 +44,9 @@ class Collective:
   """One instruction, per device.
 
   Attributes:
-    kind: one of KINDS.
-    shards: K, devices in a group; of a collective-permute 0.
-    result: bytes of the result.
+    kind: One of KINDS.
+    shards: K, the devices in a group; 0 for a collective-permute.
+    result: Bytes of the result.
   """
 
   kind: str
@@ -54,7 +55,7 @@ class Collective:
 
   @property
   def moved(self) -> float:
-    """Bytes that a device sends: (K-1)/K of the larger of operand and result, twice that for an all-reduce."""
+    """Bytes that a device sends: (K-1)/K of operand or result; all-reduce: twice that."""
     if self.kind == 'collective-permute':
       return self.result
     largest = self.result * self.shards if self.kind == 'reduce-scatter' else self.result
@@ -62,10 +63,10 @@ class Collective:
 
 
 def collectives(text: str) -> list[Collective]:
-  """Every collective that compiled.as_text() runs; those in a loop's body as often as it turns.
+  """List every collective that compiled.as_text() runs; one in a loop as often as the loop runs.
 
   Raises:
-    ValueError: a collective that this reader does not understand: none may pass uncounted.
+    ValueError: A collective that this reader does not understand: each must be counted.
   """
   here, calls = collections.defaultdict(list), collections.defaultdict(collections.Counter)
   computation = entry = None
@@ -75,7 +76,8 @@ def collectives(text: str) -> list[Collective]:
       entry = computation if match['entry'] else entry
     elif match := _LINE.match(line):
       if match['phase']:
-        # What an asynchronous start gives differs by kind (operands, results, contexts): CPU programs have none.
+        # What an asynchronous start gives differs by kind (operands, results, contexts): CPU
+        # programs have none.
         raise ValueError(f'an asynchronous collective: {line}')
       result = sum(_bytes(dtype, dims) for dtype, dims in _ARRAY.findall(match['type']))
       shards = 0 if match['kind'] == 'collective-permute' else _group_size(line)
@@ -102,7 +104,7 @@ def collectives(text: str) -> list[Collective]:
 
 
 def moved(found: Iterable[Collective]) -> dict[str, float]:
-  """Bytes moved by kind, of the kinds there are."""
+  """Sum up the bytes moved by each kind."""
   totals = collections.defaultdict(float)
   for c in found:
     totals[c.kind] += c.moved

@@ -1,4 +1,4 @@
-"""Small random models on a mesh, from memory: what the tests beside this file run."""
+"""Small random models on a mesh, from memory, for tests to run."""
 
 import functools
 from typing import NamedTuple
@@ -15,7 +15,8 @@ from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.mesh import make_mesh, parse_mesh
 from tests import reference
 
-# Nothing divides but what must: 3 heads on 2, 4 or 8 shards, 24 or 18 query columns, 101 rows of the embedding.
+# Nothing divides but what must: 3 heads on 2, 4 or 8 shards, 24 or 18 query columns, 101 rows of
+# the embedding.
 ODD = ModelConfig(num_layers=2, d_model=16, d_ff=24, num_heads=3, d_head=8, vocab_size=101)
 ODDER = ModelConfig(
   num_layers=2,
@@ -40,7 +41,7 @@ def engine(
   decode: str = 'ws_2d/batch',
   cache: str | None = None,
 ) -> Engine:
-  """The model of canonical `tensors` on a mesh 'XxYxZ' of simulated devices, in these layouts."""
+  """Load canonical `tensors` onto a mesh 'XxYxZ' of simulated devices, in these layouts."""
   model = Model(
     config, make_mesh(parse_mesh(mesh)), Layout.parse(prefill), Layout.parse(decode), dtype, cache
   )
@@ -49,7 +50,7 @@ def engine(
 
 
 def tokens(config: ModelConfig, rows: int, length: int, seed: int = 0) -> np.ndarray:
-  """[rows, length] int32 model inputs: BOS, then any ids."""
+  """Return random model inputs [rows, length] int32: BOS, then any ids."""
   ids = np.random.default_rng(seed).integers(1, config.vocab_size, (rows, length)).astype(np.int32)
   ids[:, 0] = 0
   return ids
@@ -59,9 +60,9 @@ class Greedy(NamedTuple):
   """Prompts, and a model's greedy continuation with the logits that chose each token.
 
   Attributes:
-    tokens: [B, T] int32 model inputs: of each row BOS, its prompt, its continuation, then any ids.
-    lengths: [B] int32, BOS and prompt.
-    logits: [steps, B, V].
+    tokens: [B, T] int32. Model inputs, each row BOS, its prompt, its continuation, then any ids.
+    lengths: [B] int32. Positions of BOS and prompt.
+    logits: [steps, B, V]. Logits that chose each new token.
   """
 
   tokens: np.ndarray
@@ -70,18 +71,18 @@ class Greedy(NamedTuple):
 
   @property
   def chosen(self) -> np.ndarray:
-    """[steps, B] token ids."""
+    """Chosen token ids [steps, B]."""
     return np.stack(
       [self.tokens[np.arange(len(self.lengths)), self.lengths + i] for i in range(len(self.logits))]
     )
 
   def first(self, rows: int) -> 'Greedy':
-    """Of the first rows alone: a row does not depend on the others."""
+    """Return the first rows alone: a row does not depend on the others."""
     return Greedy(self.tokens[:rows], self.lengths[:rows], self.logits[:, :rows])
 
 
 def greedy(config: ModelConfig, tensors: dict[str, np.ndarray], rows: int, steps: int) -> Greedy:
-  """What the reference model continues random prompts of 0, 1, 2, 3, 0, 1, ... tokens with."""
+  """Continue random prompts of 0, 1, 2, 3, 0, 1, ... tokens with the reference model."""
   lengths, everyone = np.arange(rows, dtype=np.int32) % 4 + 1, np.arange(rows)
   inputs = tokens(config, rows, 4 + steps)
   logits = []
@@ -91,20 +92,21 @@ def greedy(config: ModelConfig, tensors: dict[str, np.ndarray], rows: int, steps
   return Greedy(inputs, lengths, np.stack(logits))
 
 
-# Without the compiler's optimizations, which take three quarters of its time; the partitioned program is the same.
-_quick = functools.partial(
+# jax.jit without optimizations, which take three quarters of compile time; the partitioned program
+# is the same.
+quick_jit = functools.partial(
   jax.jit,
   compiler_options={'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False},
 )
-prefill = _quick(Model.prefill, static_argnames=('self', 'size'))
-decode_step = _quick(Model.decode_step, static_argnames='self')
+prefill = quick_jit(Model.prefill, static_argnames=('self', 'size'))
+decode_step = quick_jit(Model.decode_step, static_argnames='self')
 
 
 def decode(engine: Engine, wanted: Greedy, prompt_size: int, *, forced: bool = False) -> Greedy:
-  """What the engine's model makes of the prompts of `wanted`: a prefill, then a decode step for each token but the last.
+  """Continue the prompts of `wanted`: a prefill, then a decode step for each token but the last.
 
-  A step is fed what the model itself chose, or with `forced` what `wanted` did. Prompts are padded to prompt_size with
-  ids that must not matter.
+  A step takes the token that the model itself chose, or with `forced` the one in `wanted`. Prompts
+  are padded to prompt_size with ids that must not matter.
   """
   rows, steps, everyone = len(wanted.lengths), len(wanted.logits), np.arange(len(wanted.lengths))
   tokens = wanted.tokens.copy()
@@ -132,8 +134,8 @@ def decode(engine: Engine, wanted: Greedy, prompt_size: int, *, forced: bool = F
 
 
 def assert_same_weights(a, b) -> None:
-  """Two pytrees of weights, bit for bit."""
-  assert jax.tree.structure(a) == jax.tree.structure(b)
+  """Assert that two pytrees of weights are equal, bit for bit."""
+  assert jax.tree.structure(a) == jax.tree.structure(b) and jax.tree.leaves(a)
   for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
     assert x.dtype == y.dtype and x.sharding == y.sharding
     np.testing.assert_array_equal(np.asarray(x), np.asarray(y))

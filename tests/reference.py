@@ -1,4 +1,4 @@
-"""A slow, obvious model in numpy: one device, no cache, no sharding, no fusing. Everything else is compared to it."""
+"""The reference model in numpy, slow and obvious: one device, no cache, no sharding, no fusing."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from t5x_inference_ext.config import ModelConfig
 
 
 def random_tensors(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
-  """Canonical float32 tensors of plausible sizes."""
+  """Return random canonical float32 tensors of plausible magnitudes."""
   rng = np.random.default_rng(seed)
   tensors = {}
   for name, p in params.parameters(config).items():
@@ -23,7 +23,7 @@ def random_tensors(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def quantized(config: ModelConfig, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """The int8 model nearest to `tensors`: int8 matrices and their scales."""
+  """Return the int8 model nearest to `tensors`: int8 matrices and their scales."""
   groups = {}
   for name, p in params.parameters(config).items():
     if p.scale:
@@ -37,7 +37,7 @@ def quantized(config: ModelConfig, tensors: dict[str, np.ndarray]) -> dict[str, 
 
 
 def dequantized(config: ModelConfig, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """The float32 model that an int8 one stands for."""
+  """Return the float32 model that an int8 model stands for."""
   out = {n: tensors[n] for n in params.parameters(config)}
   for name, p in params.parameters(config).items():
     if p.scale:
@@ -48,7 +48,7 @@ def dequantized(config: ModelConfig, tensors: dict[str, np.ndarray]) -> dict[str
 def logits(
   config: ModelConfig, tensors: dict[str, np.ndarray], tokens: np.ndarray, cache: str | None = None
 ) -> np.ndarray:
-  """tokens [B, T] -> [B, T, V], in float64, with keys and values as a cache holds them."""
+  """Return float64 logits [B, T, V] of tokens [B, T]; keys and values are as a cache holds them."""
   c = config
   t = {name: np.asarray(x, np.float64) for name, x in tensors.items()}
   x = t['embedding'][tokens]  # [B, T, E], the residual stream
@@ -68,7 +68,7 @@ def logits(
 
 
 def greedy(config, tensors, prompt: list[int], new_tokens: int) -> list[int]:
-  """Greedy continuation of one prompt, the whole sequence recomputed for each token."""
+  """Continue one prompt greedily; the whole sequence is recomputed for each token."""
   tokens = [0] + list(prompt)
   for _ in range(new_tokens):
     tokens.append(int(np.argmax(logits(config, tensors, np.asarray([tokens]))[0, -1])))
@@ -101,7 +101,7 @@ def _attention(y, t, c, cache):
 
 
 def _rounded(x):
-  """[B, T, K, Q] in units of a 127th of the largest of each position and head."""
+  """Round x [B, T, K, Q] to multiples of a 127th of the largest value of each position and head."""
   units = np.abs(x).max(-1, keepdims=True) / 127
   return np.rint(x / units) * units
 
@@ -141,7 +141,7 @@ class ArrayTensor:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryCheckpoint:
-  """What load_weights needs of a checkpoint, over arrays."""
+  """A checkpoint of arrays, as load_weights reads it."""
 
   config: ModelConfig
   tensors: dict

@@ -15,7 +15,6 @@ from jax.sharding import PartitionSpec as P
 
 from t5x_inference_ext.model import cache as kv_cache
 from t5x_inference_ext.model.cache import KVCache
-from t5x_inference_ext.model.chunks import cache_sharding
 from t5x_inference_ext.model.collectives import ops
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
@@ -41,7 +40,7 @@ def gather_cache_row(model: Model, cache: KVCache, weights: Weights, row: jax.Ar
 
   def run(cache: KVCache, row: jax.Array) -> KVCache:
     local, mine = _local_index(cache.lengths.shape[0], axes, row)
-    return jax.tree.map(lambda x: _from_owner(x, axes, mine), kv_cache.local_row(cache, local))
+    return jax.tree.map(lambda x: _from_owner(x, axes, mine), kv_cache.read_local_row(cache, local))
 
   own = dataclasses.replace(cache, shared=None)
   one = _per_shard(model, run, (spec, P()), row_spec)(own, row)
@@ -64,11 +63,11 @@ def scatter_cache_row(
     local, mine = _local_index(cache.lengths.shape[0], axes, row)
     if ops.axis_size(axes) > 1:
       # Other shards write what they have there already, which leaves the update in place.
-      old = kv_cache.local_row(cache, local)
+      old = kv_cache.read_local_row(cache, local)
       one = jax.tree.map(
         lambda x, there: jnp.where(mine, x, there[tuple(slice(n) for n in x.shape)]), one, old
       )
-    return kv_cache.with_local_row(cache, local, one)
+    return kv_cache.write_local_row(cache, local, one)
 
   def without_shared(cache: KVCache) -> KVCache:
     return dataclasses.replace(cache, shared=None)
@@ -84,7 +83,7 @@ def scatter_cache_row(
 
 def _specs(model: Model, cache: KVCache, weights: Weights) -> tuple[Axes, Any, Any]:
   """Return the axes that split a cache's rows, its PartitionSpecs, and those of one of its rows."""
-  sharding = cache_sharding(model, cache.lengths.shape[0])
+  sharding = model.cache_sharding(cache.lengths.shape[0])
   spec = model.cache_spec(sharding, weights)
 
   def without_rows(spec: P) -> P:

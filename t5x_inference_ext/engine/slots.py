@@ -23,7 +23,7 @@ from t5x_inference_ext.engine.state import (
 )
 from t5x_inference_ext.model import cache as kv_cache
 from t5x_inference_ext.model.cache import KVCache, Shared
-from t5x_inference_ext.model.chunks import cache_sharding, constrain_cache, empty_cache
+from t5x_inference_ext.model.chunks import constrain_cache, empty_cache
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
 from t5x_inference_ext.sharding import activations
@@ -180,8 +180,8 @@ def insert(
   """
   one = cache_rows.gather_cache_row(model.prefilling, prompts.cache, weights, row)
   # The decode layout may have other copies and padding among its key heads.
-  held = cache_sharding(model.prefilling, prompts.logits.shape[0]).heads.cached()
-  wanted = cache_sharding(model, slots.cache.lengths.shape[0]).heads.cached()
+  held = model.prefilling.cache_sharding(prompts.logits.shape[0]).heads.cached()
+  wanted = model.cache_sharding(slots.cache.lengths.shape[0]).heads.cached()
   keys, values = jax.tree.map(
     lambda x: kv_cache.with_heads(x, held, wanted), (one.keys, one.values)
   )

@@ -1,7 +1,7 @@
-"""Attention of new tokens over a cached context and over themselves, with one softmax (the paper's section 3.3).
+"""Attention of new tokens over a cached context and themselves, with one softmax (section 3.3).
 
-Shapes are those of one shard: B, H and K are its rows and heads; of the new tokens T are all, and M those that the
-shard's queries are.
+All shapes are those of one shard: rows b, query heads h, key heads k, head dimension q. Of the new
+tokens the shard has the keys and values of all, t, and the queries of m.
 """
 
 import functools
@@ -10,17 +10,26 @@ from typing import NamedTuple
 import jax
 from jax import lax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from t5x_inference_ext.quantization.kv import KV, units_and_scales
 
-# Logits [B, H, M, T] of more elements than this (1 GiB in float32) are not made at once, but some rows at a time.
+# Attention computes at most this many logits [b, h, m, positions] at once (1 GiB in float32):
+# beyond that, some rows at a time.
 MAX_ATTENTION_LOGITS = 2**28
 
 
 class Context(NamedTuple):
-  """One layer's cached keys and values [B, S, K, Q]; the first lengths [B] positions of each row count.
+  """Keys and values of one layer that were cached before the new tokens.
 
-  Before them may come positions that rows share, [P, K, Q], of which each row has the first shared_lengths [B].
+  Attributes:
+    keys: [b, s, k, q]. Each row's own keys.
+    values: [b, s, k, q]. Each row's own values.
+    lengths: [b] int32. Filled positions of each row; later positions are not attended to.
+    shared_keys: [p, k, q], or None. Keys of a shared prefix, which comes before a row's own
+      positions.
+    shared_values: [p, k, q], or None. Values of the shared prefix.
+    shared_lengths: [b] int32, or None. Positions of the shared prefix that each row begins with.
   """
 
   keys: KV
@@ -32,79 +41,93 @@ class Context(NamedTuple):
 
 
 def attend(
-  q: jax.Array, k: KV, v: KV, context: Context | None, first: jax.Array | int = 0
-) -> jax.Array:
-  """Each new token sees its row's context and the new tokens up to itself.
+  q: Float[Array, 'b m h q'],
+  k: KV,
+  v: KV,
+  context: Context | None,
+  first_query: Int[Array, ''] | int = 0,
+) -> Float[Array, 'b m h q']:
+  """Attend from each new token to its row's context and to the new tokens up to itself.
 
   Args:
-    q: [B, M, H, Q], rotated, not yet scaled.
-    k, v: [B, T, K, Q], keys rotated, as the cache holds them: chunks of any size then give the same.
-    context: what was cached before these tokens, or None.
-    first: of the new tokens, the one that the first query is.
+    q: [b, m, h, q]. Queries, rotated, not yet scaled.
+    k: [b, t, k, q]. Rotated keys as the cache holds them, so that chunks of any size give equal
+      results.
+    v: [b, t, k, q]. Values as the cache holds them.
+    context: Keys and values cached before these tokens, or None.
+    first_query: Index among the t new tokens of the shard's first query.
 
   Returns:
-    [B, M, H, Q] in q's dtype. The softmax is float32.
+    [b, m, h, q] in q's dtype. The softmax is float32.
   """
-  seen = k.shape[1]
+  positions = k.shape[1]
   if context is not None:
-    seen += context.keys.shape[1] + (
-      0 if context.shared_keys is None else context.shared_keys.shape[0]
-    )
-  rows = max(1, MAX_ATTENTION_LOGITS // (q.shape[1] * q.shape[2] * seen))
-  if (
-    not isinstance(q.shape[0], int) or q.shape[0] <= rows
-  ):  # an exported program has any number of rows
-    return _attend(q, k, v, context, first)
-  shared = (
-    {}
-    if context is None
-    else dict(shared_keys=context.shared_keys, shared_values=context.shared_values)
-  )
-  own = context and context._replace(
-    shared_keys=None, shared_values=None
-  )  # of rows; the rest is not mapped over
+    positions += context.keys.shape[1]
+    if context.shared_keys is not None:
+      positions += context.shared_keys.shape[0]
+  rows = max(1, MAX_ATTENTION_LOGITS // (q.shape[1] * q.shape[2] * positions))
+  # In an exported program the number of rows can be symbolic.
+  if not isinstance(q.shape[0], int) or q.shape[0] <= rows:
+    return _attend(q, k, v, context, first_query)
 
-  def one(row):
+  # The shared prefix has no rows to map over.
+  own = context and context._replace(shared_keys=None, shared_values=None)
+
+  def attend_row(row: tuple[jax.Array, KV, KV, Context | None]) -> jax.Array:
     q, k, v, own = jax.tree.map(lambda x: x[None], row)
-    return _attend(q, k, v, own and own._replace(**shared), first)[0]
+    if context is not None:
+      own = own._replace(shared_keys=context.shared_keys, shared_values=context.shared_values)
+    return _attend(q, k, v, own, first_query)[0]
 
-  return lax.map(one, (q, k, v, own), batch_size=None if rows == 1 else rows)
+  return lax.map(attend_row, (q, k, v, own), batch_size=None if rows == 1 else rows)
 
 
-def _attend(q, k, v, context, first):
+def _attend(
+  q: jax.Array, k: KV, v: KV, context: Context | None, first_query: jax.Array | int
+) -> jax.Array:
   b, m, h, d = q.shape
-  kv = k.shape[2]
+  kv_heads = k.shape[2]
+  group = h // kv_heads  # query heads that share a key head
   q = q * jnp.asarray(d**-0.5, q.dtype)
-  # Query heads that share a key head lie above each other, as the rows of one product: [B, K, H/K * M, Q].
-  q = jnp.moveaxis(q.reshape(b, m, kv, h // kv, d), 2, 1).reshape(b, kv, -1, d)
-  row = jnp.arange(m * (h // kv)) // (h // kv)  # the token that a row of the product is of
-  causal = jnp.arange(k.shape[1])[None, :] <= first + row[:, None]  # [M * H/K, T]
+  # Query heads that share a key head lie above each other, as the rows of one product: [b, k, group
+  # * m, q].
+  q = jnp.moveaxis(q.reshape(b, m, kv_heads, group, d), 2, 1).reshape(b, kv_heads, -1, d)
+  query = jnp.arange(m * group) // group  # the shard's query that a row of the product belongs to
+  causal = jnp.arange(k.shape[1])[None, :] <= first_query + query[:, None]  # [m * group, t]
   segments = [(k, v, causal[None, None])]
   if context is not None:
-    filled = jnp.arange(context.keys.shape[1])[None, :] < context.lengths[:, None]  # [B, S]
-    segments.insert(0, (context.keys, context.values, filled[:, None, None, :]))
+    filled = _before(context.keys.shape[1], context.lengths)
+    segments.insert(0, (context.keys, context.values, filled))
     if context.shared_keys is not None:
-      begins = (
-        jnp.arange(context.shared_keys.shape[0])[None, :] < context.shared_lengths[:, None]
-      )  # [B, P]
-      segments.insert(0, (context.shared_keys, context.shared_values, begins[:, None, None, :]))
+      assert context.shared_values is not None and context.shared_lengths is not None
+      filled = _before(context.shared_keys.shape[0], context.shared_lengths)
+      segments.insert(0, (context.shared_keys, context.shared_values, filled))
   logits = [_logits(q, keys, visible) for keys, _, visible in segments]
-  top = functools.reduce(
-    jnp.maximum, (jnp.max(x, axis=-1, keepdims=True) for x in logits)
-  )  # [B, K, M * H/K, 1]
-  weights = [jnp.exp(x - top) for x in logits]
+  # [b, k, m * group, 1]
+  largest = functools.reduce(jnp.maximum, (jnp.max(x, axis=-1, keepdims=True) for x in logits))
+  weights = [jnp.exp(x - largest) for x in logits]
   total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
   out = sum(_mix(w, values, q.dtype) for w, (_, values, _) in zip(weights, segments)) / total
-  return jnp.moveaxis(out.reshape(b, kv, m, h // kv, d), 1, 2).reshape(b, m, h, d).astype(q.dtype)
+  assert isinstance(out, jax.Array)  # sum() of no segments would be the number 0
+  out = jnp.moveaxis(out.reshape(b, kv_heads, m, group, d), 1, 2)
+  return out.reshape(b, m, h, d).astype(q.dtype)
 
 
-def _logits(q: jax.Array, keys: KV, visible: jax.Array) -> jax.Array:
-  """q [B, K, N, Q], keys [B, S, K, Q] or shared [P, K, Q], visible [B or 1, 1, N or 1, S] -> [B, K, N, S] float32."""
+def _before(positions: int, lengths: Int[Array, ' b']) -> Bool[Array, 'b 1 1 s']:
+  """Return which of a context's `positions` are before each row's length."""
+  return (jnp.arange(positions)[None, :] < lengths[:, None])[:, None, None, :]
+
+
+def _logits(
+  q: Float[Array, 'b k n q'], keys: KV, visible: Bool[Array, '#b 1 #n s']
+) -> Float[Array, 'b k n s']:
+  """Return float32 logits of keys [b, s, k, q] or shared keys [s, k, q], -inf where not visible."""
   keys, scales = units_and_scales(keys, q.dtype)
-  if keys.ndim == 3:  # one product of all rows: what they share is read once
+  if keys.ndim == 3:  # one product for all rows, which reads the shared keys once
     logits = jnp.einsum('bknq,skq->bkns', q, keys, preferred_element_type=jnp.float32)
   else:
-    # dot_general, not einsum: it keeps the operands in this order, which spares a transposed copy of the cache on CPU.
+    # dot_general keeps the operands in this order. On CPU einsum would make a transposed copy of
+    # the cache.
     logits = lax.dot_general(
       q,
       jnp.moveaxis(keys, 2, 1),
@@ -114,16 +137,19 @@ def _logits(q: jax.Array, keys: KV, visible: jax.Array) -> jax.Array:
   return jnp.where(visible, _scaled(logits, scales), -jnp.inf)
 
 
-def _scaled(x: jax.Array, scales: jax.Array | None) -> jax.Array:
-  """x [B, K, N, S] float32 times scales [B, S, K] or shared [P, K]: they multiply what is small, not keys and values."""
+def _scaled(x: Float[Array, 'b k n s'], scales: jax.Array | None) -> Float[Array, 'b k n s']:
+  """Multiply x, smaller than keys or values, by their scales [b, s, k] or shared scales [s, k]."""
   if scales is None:
     return x
   scales = scales if scales.ndim == 3 else scales[None]
   return x * jnp.moveaxis(scales, 2, 1)[:, :, None]
 
 
-def _mix(weights: jax.Array, values: KV, dtype: jnp.dtype) -> jax.Array:
-  """weights [B, K, N, S] float32, values [B, S, K, Q] or shared [P, K, Q], both as `dtype` -> [B, K, N, Q] float32."""
+def _mix(weights: Float[Array, 'b k n s'], values: KV, dtype: jnp.dtype) -> Float[Array, 'b k n q']:
+  """Return the float32 weighted sum of values [b, s, k, q] or shared values [s, k, q].
+
+  Both operands of the product are cast to `dtype`.
+  """
   values, scales = units_and_scales(values, dtype)
   weights = _scaled(weights, scales).astype(dtype)
   if values.ndim == 3:

@@ -1,35 +1,42 @@
-"""Moving queries, keys and values from 'split by hidden columns' to how attention splits them, and back (section 3.3)."""
+"""Resharding of projection columns to attention's split, and back (section 3.3)."""
 
+from collections.abc import Iterable, Mapping
 import dataclasses
 
 import jax
 from jax import lax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.model.collectives import ops
 from t5x_inference_ext.sharding.activations import ActivationSharding
 from t5x_inference_ext.sharding.heads import kv_columns, query_columns
+from t5x_inference_ext.sharding.layout import Axes
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionColumns:
-  """The moves of one placement, on one shard.
+  """The resharding around attention, on one shard.
 
-  The projections' columns come as [B_rows, T_positions, columns/hidden], a block of columns for each stored shard that is
-  here; partial sums over the embed axes, unless summed already. By axis:
+  The projections' columns arrive as [b_rows, t_positions, columns/hidden]: a block of columns for
+  each stored shard that is on this device. They are partial sums over the embed axes, unless
+  `summed`. What happens to them, by mesh axis:
 
-    embed axis (x)    partial sums are reduced into heads or positions, whichever attention splits over x.
-    hidden axes       an all-to-all takes columns to rows where attention splits rows; where it splits heads the columns
-                      stay, and with one key head in all its columns are gathered. Where columns are parts of heads,
-                      an all-to-all takes them to positions, or, of a single token, they are gathered.
-    positions' axes   queries stay split, keys and values are gathered: each device attends from its positions.
+    embed axis (x)    Partial sums are reduced into heads or positions, whichever attention splits
+    over x. hidden axes       Where attention splits rows, an all-to-all moves columns to rows.
+    Where attention splits heads, the
+                      columns stay; with one key head in all, its columns are gathered. Where
+                      columns are parts of heads, an all-to-all moves them to positions; for a
+                      single token they are gathered.
+    positions' axes   Queries stay split, keys and values are gathered: each device attends from its
+    own positions.
 
   Attributes:
-    placement: says which axis does what.
-    config: the model.
-    summed: whether columns come summed, and with rows or positions split, over the embed axes (ActivationSharding.sums_into). Then
-      what goes back is split so too.
+    sharding: Decides what each axis does.
+    config: Shape of the model.
+    summed: Whether columns arrive summed over the embed axes, with rows or positions split over
+      them (ActivationSharding.sums_into). Attention's output then returns split in the same way.
   """
 
   sharding: ActivationSharding
@@ -37,111 +44,106 @@ class AttentionColumns:
   summed: bool
 
   @property
-  def d_head(self) -> int:
-    return self.config.d_head
-
-  @property
-  def _embed(self):
+  def _embed(self) -> Axes:
     return self.sharding.layout.embed_axes
 
-  def _embed_splits(self, axes) -> bool:
+  def _embed_splits(self, axes: Axes) -> bool:
     return bool(self._embed) and self._embed[0] in axes
 
-  def to_attention(self, columns: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Blocks of queries' columns, then keys' and values' -> q [B', T', H', Q], k and v [B', T, K', Q], as placed."""
-    p, heads = self.sharding, self.sharding.heads
-    here = heads.stored.shards // ops.axis_size(p.layout.hidden_axes)  # blocks before the move
-    y = columns.reshape(*columns.shape[:2], here, -1)  # [B, T, blocks, columns of a block]
-    width = query_columns(self.config, heads.stored)
-    by_heads = self._embed_splits(p.attention_heads)
-    # Queries, keys and values in one collective, wherever they go the same way.
+  def to_attention(
+    self, columns: Float[Array, 'b_rows t_positions columns']
+  ) -> tuple[Float[Array, 'b m h q'], Float[Array, 'b t k q'], Float[Array, 'b t k q']]:
+    """Turn blocks of columns [query | key, value] into q [b, m, h, q], k and v [b, t, k, q]."""
+    sharding, heads = self.sharding, self.sharding.heads
+    hidden = sharding.layout.hidden_axes
+    blocks = heads.stored.shards // ops.axis_size(hidden)  # on this device before the resharding
+    y = columns.reshape(*columns.shape[:2], blocks, -1)  # [b, t, blocks, columns of a block]
+    by_heads = self._embed_splits(sharding.attention_heads)
+    # Queries, keys and values move in one collective wherever all go the same way.
     if not by_heads and not self.summed:
-      y = (
-        ops.reduce_scatter(y, self._embed, 1)
-        if self._embed_splits(p.attention_positions)
-        else ops.all_reduce(y, self._embed)
-      )
-    if not by_heads and p.hidden_rows == p.layout.hidden_axes:
-      y = ops.all_to_all(y, p.hidden_rows, 0, 2)
+      if self._embed_splits(sharding.attention_positions):
+        y = ops.reduce_scatter(y, self._embed, 1)
+      else:
+        y = ops.all_reduce(y, self._embed)
+    if not by_heads and sharding.hidden_rows == hidden:
+      y = ops.all_to_all(y, sharding.hidden_rows, 0, 2)
+    width = query_columns(self.config, heads.stored)
     query, kv = y[..., :width], y[..., width : width + kv_columns(self.config, heads.stored)[0]]
     if by_heads:
       query, kv = self._cut_queries(query), self._cut_keys(kv)
-    if by_heads or p.hidden_rows != p.layout.hidden_axes:
-      query, kv = (ops.all_to_all(y, p.hidden_rows, 0, 2) for y in (query, kv))
+    if by_heads or sharding.hidden_rows != hidden:
+      query, kv = (ops.all_to_all(y, sharding.hidden_rows, 0, 2) for y in (query, kv))
       if heads.multiquery:
-        kv = ops.all_gather(kv, tuple(a for a in p.layout.hidden_axes if a not in p.hidden_rows), 2)
+        kv = ops.all_gather(kv, _without(hidden, sharding.hidden_rows), 2)
     if not by_heads and not heads.multiquery:
       kv = kv[:, :, :: heads.stride]  # before the gather: copies need not move
-    query = ops.all_gather(ops.all_to_all(query, p.hidden_positions, 1, 2), p.joined, 2)
-    kv = ops.all_gather(
-      kv, tuple(a for a in p.attention_positions if a not in p.hidden_positions), 1
-    )
-    q = query.reshape(*query.shape[:2], heads.heads, self.d_head)
+    query = ops.all_to_all(query, sharding.hidden_positions, 1, 2)
+    query = ops.all_gather(query, sharding.joined, 2)
+    kv = ops.all_gather(kv, _without(sharding.attention_positions, sharding.hidden_positions), 1)
+    q = query.reshape(*query.shape[:2], heads.heads, self.config.d_head)
     return q, *self._keys_values(kv, by_heads)
 
-  def from_attention(self, out: jax.Array) -> jax.Array:
-    """[B', T', H', Q] -> columns [B_rows, T_positions, columns/hidden], split over the embed axes as they came."""
-    p, heads = self.sharding, self.sharding.heads
+  def from_attention(
+    self, out: Float[Array, 'b m h q']
+  ) -> Float[Array, 'b_rows t_positions columns']:
+    """Turn attention's output into columns, split over the embed axes as to_attention's were."""
+    sharding, heads = self.sharding, self.sharding.heads
     y = out.reshape(*out.shape[:2], heads.blocks if heads.shards == 1 else 1, -1)
-    y = ops.all_to_all(ops.local_slice(y, p.joined, 2), p.hidden_positions, 2, 1)
-    y = ops.all_to_all(y, p.hidden_rows, 2, 0)
-    if self._embed_splits(p.attention_positions) and not self.summed:
+    y = ops.local_slice(y, sharding.joined, 2)
+    y = ops.all_to_all(y, sharding.hidden_positions, 2, 1)
+    y = ops.all_to_all(y, sharding.hidden_rows, 2, 0)
+    if self._embed_splits(sharding.attention_positions) and not self.summed:
       y = ops.all_gather(y, self._embed, 1)
-    elif self._embed_splits(p.attention_heads):
+    elif self._embed_splits(sharding.attention_heads):
       y = ops.all_gather(y, self._embed, 2)
       stored, cut = heads.stored, heads.cut
-      y = y.reshape(*y.shape[:2], cut.padded_groups, cut.padded_queries, self.d_head)
+      y = y.reshape(*y.shape[:2], cut.padded_groups, cut.padded_queries, self.config.d_head)
       y = y[:, :, : stored.local_groups, : stored.local_queries]
     return y.reshape(*y.shape[:2], -1)
 
-  def query_positions(self, positions: int) -> jax.Array | int:
-    """The first of this shard's queries among `positions` positions."""
+  def first_query(self, positions: int) -> Int[Array, ''] | int:
+    """Return the index, among this many new positions, of this shard's first query."""
     axes = self.sharding.attention_positions
     return ops.shard_index(axes) * (positions // ops.axis_size(axes))
 
-  def _cut_queries(self, query):
-    """One block's [B, T, 1, heads * Q], partial sums -> [B, T, heads of this embed shard, Q], summed."""
-    stored, cut = self.sharding.heads.stored, self.sharding.heads.cut
-    y = query.reshape(*query.shape[:2], stored.local_groups, stored.local_queries, self.d_head)
-    y = jnp.pad(
-      y,
-      (
-        (0, 0),
-        (0, 0),
-        (0, cut.padded_groups - stored.local_groups),
-        (0, cut.padded_queries - stored.local_queries),
-        (0, 0),
-      ),
-    )
-    return ops.reduce_scatter(y.reshape(*y.shape[:2], -1, self.d_head), self._embed, 2)
+  def _cut_queries(self, query: jax.Array) -> jax.Array:
+    """Reduce one block's partial sums [b, t, 1, heads * q] to this embed shard's heads."""
+    stored, cut, d_head = self.sharding.heads.stored, self.sharding.heads.cut, self.config.d_head
+    y = query.reshape(*query.shape[:2], stored.local_groups, stored.local_queries, d_head)
+    y = _pad(y, {2: cut.padded_groups, 3: cut.padded_queries})
+    return ops.reduce_scatter(y.reshape(*y.shape[:2], -1, d_head), self._embed, 2)
 
-  def _cut_keys(self, kv):
-    """One block's [B, T, 1, columns], partial sums -> the same of this embed shard's key heads, summed."""
+  def _cut_keys(self, kv: jax.Array) -> jax.Array:
+    """Reduce one block's partial sums [b, t, 1, columns] to this embed shard's key heads."""
     heads = self.sharding.heads
     if heads.multiquery:
       return ops.all_reduce(kv, self._embed)
-    y = kv.reshape(*kv.shape[:2], 2, heads.stored.local_groups, self.d_head)
+    y = kv.reshape(*kv.shape[:2], 2, heads.stored.local_groups, self.config.d_head)
     cut = heads.cut
     if cut.copies == 1:
-      y = ops.reduce_scatter(_pad(y, 3, cut.padded_groups), self._embed, 3)
+      y = ops.reduce_scatter(_pad(y, {3: cut.padded_groups}), self._embed, 3)
     else:
-      y = _pad(ops.all_reduce(y, self._embed), 3, cut.padded_groups)
+      y = _pad(ops.all_reduce(y, self._embed), {3: cut.padded_groups})
       y = lax.dynamic_slice_in_dim(y, ops.shard_index(self._embed) // cut.copies, 1, 3)
     return y.reshape(*y.shape[:2], 1, -1)
 
-  def _keys_values(self, kv, cut):
-    """[B, T, blocks, columns of a block] -> keys, values [B, T, K', Q]."""
-    heads = self.sharding.heads
-    lead = kv.shape[:2]
+  def _keys_values(self, kv: jax.Array, by_heads: bool) -> tuple[jax.Array, jax.Array]:
+    """Turn [b, t, blocks, columns of a block] into keys and values [b, t, k, q]."""
+    heads, d_head, lead = self.sharding.heads, self.config.d_head, kv.shape[:2]
     if heads.multiquery:
-      y = kv.reshape(*lead, -1)[..., : 2 * self.d_head].reshape(*lead, 2, 1, self.d_head)
-    elif cut:
-      y = kv.reshape(*lead, 2, heads.kv_heads, self.d_head)
+      y = kv.reshape(*lead, -1)[..., : 2 * d_head].reshape(*lead, 2, 1, d_head)
+    elif by_heads:
+      y = kv.reshape(*lead, 2, heads.kv_heads, d_head)
     else:
-      y = kv.reshape(*lead, kv.shape[2], 2, heads.stored.local_groups, self.d_head)
-      y = jnp.moveaxis(y, 3, 2).reshape(*lead, 2, heads.kv_heads, self.d_head)
+      y = kv.reshape(*lead, kv.shape[2], 2, heads.stored.local_groups, d_head)
+      y = jnp.moveaxis(y, 3, 2).reshape(*lead, 2, heads.kv_heads, d_head)
     return y[:, :, 0], y[:, :, 1]
 
 
-def _pad(x, axis, to):
-  return jnp.pad(x, [(0, to - n if i == axis else 0) for i, n in enumerate(x.shape)])
+def _without(axes: Axes, others: Iterable[str]) -> Axes:
+  return tuple(a for a in axes if a not in others)
+
+
+def _pad(x: jax.Array, sizes: Mapping[int, int]) -> jax.Array:
+  """Pad x with zeros to these sizes of some of its dimensions."""
+  return jnp.pad(x, [(0, sizes.get(i, n) - n) for i, n in enumerate(x.shape)])

@@ -1,21 +1,25 @@
-"""One layer on one shard, in any layout: the paper's sections 3.2 to 3.4 and appendix A.2.
+"""One layer on one shard, in any layout (the paper's sections 3.2 to 3.4 and appendix A.2).
 
-In the parallel block one norm feeds attention and MLP; query, key, value and both MLP inputs are one matmul, both
-outputs another. The serial block is two such sublayers, with attention alone and with the MLP alone.
+In the parallel block one norm feeds attention and MLP; query, key, value and both MLP inputs are
+one matmul, and both outputs are another. A serial block has two block parts, one with attention
+alone and one with the MLP alone.
 """
 
+from collections.abc import Mapping
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
+from jaxtyping import Array, Float
 
-from t5x_inference_ext.config import BlockPart, ModelConfig
-from t5x_inference_ext.model.attention import Context, attend
+from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.model.attention import attend
 from t5x_inference_ext.model.attention_columns import AttentionColumns
+from t5x_inference_ext.model.cache import KVCache
 from t5x_inference_ext.model.collectives import ops
 from t5x_inference_ext.model.norm import norm
-from t5x_inference_ext.model.positions import rotate
-from t5x_inference_ext.model.projections import column_widths, in_pieces, projections
+from t5x_inference_ext.model.positions import RotaryAngles, rotate
+from t5x_inference_ext.model.projections import column_widths, keep_slices_apart, projections
 from t5x_inference_ext.model.weights import BlockPartWeights, LayerWeights
 from t5x_inference_ext.quantization import int8
 from t5x_inference_ext.quantization.kv import KV, to_cache
@@ -23,90 +27,102 @@ from t5x_inference_ext.sharding.activations import ActivationSharding
 from t5x_inference_ext.sharding.layout import Axes
 
 
-class Positions(NamedTuple):
-  """Rotary (sin, cos) of the new tokens: of the shard's queries [B', T', Q/2] and of all keys [B', T, Q/2]."""
-
-  queries: tuple[jax.Array, jax.Array]
-  keys: tuple[jax.Array, jax.Array]
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity: its fields hold tracers
 class Layer:
-  """A layer's function, for a model and a placement.
+  """One layer as a function of x and its weights: the body of lax.scan and of the unrolled loop.
 
   Attributes:
-    config: the model.
-    placement: where activations live.
-    cache: the dtype of keys and values, a float's or 'int8': attention sees them as the cache will hold them.
+    config: Shape of the model.
+    sharding: Where the pass keeps its activations.
+    cache_dtype: Dtype of the KV cache, a float's or 'int8'. Attention sees keys and values as the
+      cache holds them.
+    angles: Rotary angles of the new tokens.
+    cache: This shard's part of the KV cache, or None. The layer takes the rows' lengths from it.
   """
 
   config: ModelConfig
   sharding: ActivationSharding
-  cache: str
+  cache_dtype: str
+  angles: RotaryAngles
+  cache: KVCache | None
 
   def __call__(
-    self, x: jax.Array, w: LayerWeights, positions: Positions, context: Context | None
-  ) -> tuple[jax.Array, tuple[KV, KV]]:
-    """Runs the layer's sublayers.
+    self, x: Float[Array, 'b t e'], inputs: tuple[LayerWeights, tuple[KV, ...] | None]
+  ) -> tuple[Float[Array, 'b t e'], tuple[KV, KV]]:
+    """Run the layer.
 
     Args:
-      x: [B, T, E], the shard's part of the residual stream.
-      w: the shard's part of the layer's weights; of vectors [E] the part that x has.
-      positions: of the new tokens.
-      context: the layer's cache, the shard's part, or None.
+      x: [b, t, e]. This shard's part of the residual stream.
+      inputs: The layer's weights, this shard's part, with vectors [e] cut as x is (see
+        local_vectors); and the layer's element of KVCache.by_layer, or None without a cache.
 
     Returns:
-      The new x, and the new tokens' (keys, values), each [B', T, K', Q].
+      The new x, and the new tokens' (keys, values) as the cache holds them.
     """
-    kv = None
-    for block_part in self.config.block_parts:
-      x, new = self._sublayer(x, w[block_part.name], block_part, positions, context)
-      kv = new if kv is None else kv
+    weights, cached = inputs
+    sharding, kv = self.sharding, None
+    context = None if self.cache is None or cached is None else self.cache.context(cached)
+    for part in self.config.block_parts:
+      project = projections(sharding, part)
+      w = keep_slices_apart(weights[part.name], sharding)
+      summed = sharding.sums_into(part) is not None
+      y = norm(x, w.norm, w.norm_bias, self.config, sharding.residual[2])
+      columns = project.inputs(y, w, column_widths(self.config, part, sharding.heads.stored))
+      outputs = []
+      if part.attention:
+        reshard = AttentionColumns(sharding, self.config, summed)
+        q, k, v = reshard.to_attention(columns['attention'])
+        q, k = rotate(q, *self.angles.queries), rotate(k, *self.angles.keys)
+        kv = to_cache(k, self.cache_dtype), to_cache(v, self.cache_dtype)
+        attended = attend(q, *kv, context, reshard.first_query(k.shape[1]))
+        outputs.append(reshard.from_attention(attended))
+      if part.mlp:  # before attention's, as w_out's rows lie
+        outputs.insert(0, mlp(columns, self.config, sharding, summed))
+      y = project.outputs(outputs, w)
+      x = x + (y if w.out_scale is None else int8.rescale(y, w.out_scale))
+    assert kv is not None, 'a layer has one block part with attention'
     return x, kv
 
-  def _sublayer(self, x, w: BlockPartWeights, block_part: BlockPart, positions, context):
-    project, w = projections(self.sharding, block_part), in_pieces(w, self.sharding)
-    summed = self.sharding.sums_into(block_part) is not None
-    y = norm(x, w.norm, w.norm_bias, self.config, self.sharding.residual[2])
-    parts = project.inputs(y, w, column_widths(self.config, block_part, self.sharding.heads.stored))
-    attention, kv, outputs = None, None, []
-    if block_part.attention:
-      attention, kv = self._attention(parts['attention'], summed, positions, context)
-    if block_part.mlp:
-      outputs.append(self._mlp(parts, summed))
-    if attention is not None:
-      outputs.append(attention)
-    y = project.outputs(outputs, w)
-    return x + (y if w.out_scale is None else int8.rescale(y, w.out_scale)), kv
 
-  def _mlp(self, parts, summed):
-    """The inputs [B, T, F/hidden], partial sums unless summed -> [B, T, F/hidden]."""
-    embed, dim = () if summed else self.sharding.layout.embed_axes, self.sharding.mlp_dim
-    linear, *gate = (
-      ops.reduce_scatter(parts[n], embed, dim) for n in reversed(self.config.mlp_inputs)
-    )
-    y = jax.nn.swish(gate[0]) * linear if gate else jax.nn.gelu(linear, approximate=True)
-    return ops.all_gather(y, embed, dim)
+def mlp(
+  columns: Mapping[str, jax.Array], config: ModelConfig, sharding: ActivationSharding, summed: bool
+) -> Float[Array, 'b t f']:
+  """Apply the MLP's nonlinearity to its columns.
 
-  def _attention(self, columns, summed, positions, context):
-    moves = AttentionColumns(self.sharding, self.config, summed)
-    q, k, v = moves.to_attention(columns)
-    q, k = rotate(q, *positions.queries), rotate(k, *positions.keys)
-    k, v = (to_cache(x, self.cache) for x in (k, v))
-    out = attend(q, k, v, context, moves.query_positions(k.shape[1]))
-    return moves.from_attention(out), (k, v)
+  Args:
+    columns: 'linear', and with SwiGLU 'gate', each [b, t, f]; may hold others.
+    config: Shape of the model.
+    sharding: Where the pass keeps its activations.
+    summed: Whether the columns are already summed over the embed axes. Otherwise they are partial
+      sums, which are reduced, and the result is gathered again.
+  """
+  axes, dim = () if summed else sharding.layout.embed_axes, sharding.mlp_dim
+  linear, *gate = (
+    ops.reduce_scatter(columns[name], axes, dim) for name in reversed(config.mlp_inputs)
+  )
+  y = jax.nn.swish(gate[0]) * linear if gate else jax.nn.gelu(linear, approximate=True)
+  return ops.all_gather(y, axes, dim)
 
 
 def local_vectors(layers: Any, axes: Axes) -> Any:
-  """Layers with the part of their vectors [.., E] that this shard's residual stream has; once, not layer by layer."""
+  """Cut the vectors [.., E] of all layers to the features [.., e] of this shard's residual stream.
 
-  def local(block_part):
-    vectors = {name: getattr(block_part, name) for name in ('norm', 'norm_bias', 'out_scale')}
+  It is done once for all layers, not in each layer.
+
+  Args:
+    layers: Weights.layers.
+    axes: Mesh axes that split the features of the residual stream.
+  """
+
+  def cut(x: jax.Array) -> jax.Array:
+    return ops.local_slice(x, axes, x.ndim - 1)
+
+  def cut_part(w: BlockPartWeights) -> BlockPartWeights:
     return dataclasses.replace(
-      block_part,
-      **{
-        name: ops.local_slice(v, axes, v.ndim - 1) for name, v in vectors.items() if v is not None
-      },
+      w,
+      norm=cut(w.norm),
+      norm_bias=None if w.norm_bias is None else cut(w.norm_bias),
+      out_scale=None if w.out_scale is None else cut(w.out_scale),
     )
 
-  return jax.tree.map(local, layers, is_leaf=lambda x: isinstance(x, BlockPartWeights))
+  return jax.tree.map(cut_part, layers, is_leaf=lambda x: isinstance(x, BlockPartWeights))

@@ -1,98 +1,125 @@
-"""The KV cache: each row has its own length, and grows at its end. What begins alike is stored once.
+"""The KV cache. Each row has its own length and grows at its end; a shared prefix is stored once.
 
-Keys and values are floats or int8 with scales (quantization.kv): all here is done to each array of them alike.
+Keys and values are floats, or int8 with scales (quantization.kv.Int8KV): every function maps over
+the arrays of either.
 """
 
+from collections.abc import Sequence
 import dataclasses
 from typing import Any
 
 import jax
 from jax import lax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from t5x_inference_ext.model.attention import Context
 from t5x_inference_ext.quantization.kv import KV, tile_positions, whole_tiles
+
+# Keys, or values, of all layers: one array with leading L, or one array per layer.
+LayersKV = KV | tuple[KV, ...]
+# (keys, values) of all layers.
+KeysValues = tuple[LayersKV, LayersKV]
+Row = Int[Array, ''] | int
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Shared:
-  """The first positions of rows that begin alike.
+  """A prefix that rows of a cache share.
 
   Attributes:
-    keys, values: [L, P, K, Q], or a tuple of L arrays [P, K, Q].
-    lengths: [B] int32: each row begins with so many of them; 0 for a row that shares nothing.
+    keys: [L, P, K, Q], or a tuple of L arrays [P, K, Q].
+    values: As keys.
+    lengths: [B] int32. Positions of the prefix that each row begins with; 0 for a row that shares
+      nothing.
   """
 
-  keys: KV | tuple[KV, ...]
-  values: KV | tuple[KV, ...]
+  keys: LayersKV
+  values: LayersKV
   lengths: jax.Array
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-  """Keys (rotated) and values of all layers.
+  """Rotated keys, and values, of all layers.
 
   Attributes:
-    keys, values: [L, B, S, K, Q], or a tuple of L arrays [B, S, K, Q] where the layers are unrolled.
-    lengths: [B] int32, the positions of each row that are filled.
-    shared: what comes before these positions, or None: nothing.
+    keys: [L, B, S, K, Q], or a tuple of L arrays [B, S, K, Q] where the layers are unrolled.
+    values: As keys.
+    lengths: [B] int32. Filled positions of each row, without the shared ones.
+    shared: Prefix that comes before each row's own positions, or None.
   """
 
-  keys: KV | tuple[KV, ...]
-  values: KV | tuple[KV, ...]
+  keys: LayersKV
+  values: LayersKV
   lengths: jax.Array
   shared: Shared | None = None
 
   @property
   def size(self) -> int:
-    """S, the positions that each row has room for, beside what it shares."""
-    return jax.tree.leaves(self.keys)[0].shape[-3]
+    """S, the positions that each row has room for, without the shared ones."""
+    return _positions(self.keys)
 
   @property
   def positions(self) -> jax.Array:
-    """[B] int32, the position in its sequence of each row's next token."""
+    """[B] int32, the position of each row's next token in its sequence."""
     return self.lengths if self.shared is None else self.lengths + self.shared.lengths
 
+  def by_layer(self) -> Any:
+    """Return arguments of `context` for all layers: with leading L, or one tuple per layer."""
+    parts = [self.keys, self.values]
+    if self.shared is not None:
+      parts += [self.shared.keys, self.shared.values]
+    return tuple(zip(*parts)) if isinstance(self.keys, tuple) else tuple(parts)
 
-def start(keys, values, lengths: jax.Array, size: int) -> KVCache:
-  """A cache of `size` positions holding a prefill's keys and values [.., B, T, K, Q], of which lengths [B] count."""
-  size = whole_tiles(size, jax.tree.leaves(keys)[0].dtype)
-
-  def grow(x):
-    padding = [(0, 0)] * x.ndim
-    padding[-3] = (0, size - x.shape[-3])
-    return jnp.pad(x, padding)
-
-  return KVCache(jax.tree.map(grow, keys), jax.tree.map(grow, values), lengths)
-
-
-def layers(cache: KVCache) -> Any:
-  """What `context` takes, of all layers: with a leading L, or a tuple where the layers are unrolled."""
-  parts = [cache.keys, cache.values]
-  if cache.shared is not None:
-    parts += [cache.shared.keys, cache.shared.values]
-  return tuple(zip(*parts)) if isinstance(cache.keys, tuple) else tuple(parts)
+  def context(self, layer: tuple[KV, ...]) -> Context:
+    """Return the context of one layer's attention, given the layer's element of `by_layer`."""
+    keys, values, *shared = layer
+    if self.shared is None:
+      return Context(keys, values, self.lengths)
+    shared_keys, shared_values = shared
+    return Context(keys, values, self.lengths, shared_keys, shared_values, self.shared.lengths)
 
 
-def context(cache: KVCache, layer: Any) -> Context:
-  """What one layer's attention sees, of its part of `layers`."""
-  if cache.shared is None:
-    return Context(*layer, cache.lengths)
-  keys, values, *shared = layer
-  return Context(keys, values, cache.lengths, *shared, cache.shared.lengths)
+def _positions(kv: LayersKV) -> int:
+  return jax.tree.leaves(kv)[0].shape[-3]
 
 
-def append(cache: KVCache, keys, values, counts: jax.Array | None = None) -> KVCache:
-  """Writes new tokens' keys and values [.., B, T, K, Q] at each row's end; what finds no room there is dropped.
+def start(keys: LayersKV, values: LayersKV, lengths: Int[Array, ' B'], size: int) -> KVCache:
+  """Make a cache from the keys and values of a prefill.
 
   Args:
-    cache: with at least T positions.
-    keys, values: of the new tokens.
-    counts: [B] int32, how many of the T are the row's, from the first; None: all.
+    keys: [.., B, T, K, Q], one array or one per layer.
+    values: As keys.
+    lengths: [B] int32. How many of each row's T positions count.
+    size: Positions of the cache, at least T; rounded up to whole tiles.
   """
-  tokens = jax.tree.leaves(keys)[0].shape[-3]
+  size = whole_tiles(size, jax.tree.leaves(keys)[0].dtype)
+
+  keys, values = jax.tree.map(lambda x: _pad_positions(x, size), (keys, values))
+  return KVCache(keys, values, lengths)
+
+
+def _pad_positions(x: jax.Array, size: int) -> jax.Array:
+  padding = [(0, 0)] * x.ndim
+  padding[-3] = (0, size - x.shape[-3])
+  return jnp.pad(x, padding)
+
+
+def append(
+  cache: KVCache, keys: LayersKV, values: LayersKV, counts: Int[Array, ' B'] | None = None
+) -> KVCache:
+  """Write new tokens' keys and values at each row's end; drop those that find no room.
+
+  Args:
+    cache: KVCache with at least T positions.
+    keys: [.., B, T, K, Q]. Keys of the new tokens.
+    values: As keys.
+    counts: [B] int32. How many of the T tokens, from the first, belong to the row; None: all.
+  """
+  tokens = _positions(keys)
   keys, values = lax.platform_dependent(
     cache, keys, values, counts, cuda=_scatter, rocm=_scatter, default=_row_by_row
   )
@@ -101,79 +128,108 @@ def append(cache: KVCache, keys, values, counts: jax.Array | None = None) -> KVC
   )
 
 
-def _row_by_row(cache: KVCache, keys, values, counts):
-  """In a loop: in place, where a scatter or a masked rewrite makes XLA copy the whole cache every step (CPU)."""
-  tokens = jax.tree.leaves(keys)[0].shape[-3]
+def _row_by_row(
+  cache: KVCache, keys: LayersKV, values: LayersKV, counts: jax.Array | None
+) -> KeysValues:
+  """Write one row after the other, in place.
 
-  def write_row(i, kv):
+  With a scatter or a masked rewrite XLA:CPU copies the whole cache in every step.
+  """
+  tokens = _positions(keys)
+
+  def write_row(i: jax.Array, kv: KeysValues) -> KeysValues:
     position = cache.lengths[i]
     count = tokens if counts is None else counts[i]
 
-    def write(x, new):
+    def write(x: jax.Array, new: jax.Array) -> jax.Array:
       lead, size, tile = (0,) * (x.ndim - 4), x.shape[-3], tile_positions(x.dtype)
       tile = 1 if size % tile else tile
-      # A window of whole tiles around the new positions, which stays inside: of the rest of it what is there is written.
-      # The product comes last: then the compiler sees that the window begins at a tile.
+      # Read, modify and write a tile-aligned window around the new positions, clamped to the cache;
+      # other values in it are unchanged. The multiplication by `tile` comes last, so that the
+      # compiler sees that the window is aligned.
       width = min(size, -(-(tokens + tile - 1) // tile) * tile)
       first = jnp.minimum(position // tile, (size - width) // tile) * tile
       late, at = position - first, jnp.arange(width).reshape(*(1,) * (len(lead) + 1), width, 1, 1)
-      where = (*lead, i, first, 0, 0)
+      where: tuple[Any, ...] = (*lead, i, first, 0, 0)
       new = lax.dynamic_slice_in_dim(new, i, 1, len(lead))
       old = lax.dynamic_slice(x, where, (*new.shape[:-3], width, *new.shape[-2:]))
       if tokens > 1:
-        padding = [(0, 0)] * x.ndim
-        padding[-3] = (0, width - tokens)
-        new = jnp.roll(jnp.pad(new, padding), late, axis=-3)
-      return lax.dynamic_update_slice(
-        x, jnp.where((at >= late) & (at < late + count), new, old), where
-      )
+        new = jnp.roll(_pad_positions(new, width), late, axis=-3)
+      window = jnp.where((at >= late) & (at < late + count), new, old)
+      return lax.dynamic_update_slice(x, window, where)
 
     return jax.tree.map(write, kv, (keys, values))
 
   return lax.fori_loop(0, cache.lengths.shape[0], write_row, (cache.keys, cache.values))
 
 
-def _scatter(cache: KVCache, keys, values, counts):
-  """All rows at once, in place on a GPU, where a loop would start a kernel for each row, layer, and key or value."""
-  tokens = jax.tree.leaves(keys)[0].shape[-3]
+def _scatter(
+  cache: KVCache, keys: LayersKV, values: LayersKV, counts: jax.Array | None
+) -> KeysValues:
+  """Write all rows at once, in place on a GPU.
+
+  A loop would start a GPU kernel for each row, layer, and key or value.
+  """
+  tokens = _positions(keys)
   positions = cache.lengths[:, None] + jnp.arange(tokens)[None, :]  # [B, T]
-  if counts is not None:  # others go nowhere
+  if (
+    counts is not None
+  ):  # tokens that do not count go to a position outside the cache, and are dropped
     positions = jnp.where(jnp.arange(tokens)[None, :] < counts[:, None], positions, cache.size)
   rows = jnp.arange(cache.lengths.shape[0])[:, None]
 
-  def write(x, new):
+  def write(x: jax.Array, new: jax.Array) -> jax.Array:
     return x.at[(*(slice(None),) * (x.ndim - 4), rows, positions)].set(new, mode='drop')
 
   return jax.tree.map(write, (cache.keys, cache.values), (keys, values))
 
 
-def local_row(cache: KVCache, row: jax.Array | int) -> KVCache:
-  """One row, as a cache of one."""
-  rows = lambda x: lax.dynamic_slice_in_dim(x, row, 1, x.ndim - 4)
-  one = lambda x: lax.dynamic_slice_in_dim(x, row, 1, 0)
-  shared = cache.shared and dataclasses.replace(cache.shared, lengths=one(cache.shared.lengths))
-  return KVCache(
-    jax.tree.map(rows, cache.keys), jax.tree.map(rows, cache.values), one(cache.lengths), shared
+def read_local_row(cache: KVCache, row: Row) -> KVCache:
+  """Return the row with this index on this shard, from this shard's part of a cache."""
+
+  def read(x: jax.Array, axis: int = 0) -> jax.Array:
+    return lax.dynamic_slice_in_dim(x, row, 1, axis)
+
+  keys, values = jax.tree.map(lambda x: read(x, x.ndim - 4), (cache.keys, cache.values))
+  shared = cache.shared
+  if shared is not None:
+    shared = dataclasses.replace(shared, lengths=read(shared.lengths))
+  return KVCache(keys, values, read(cache.lengths), shared)
+
+
+def write_local_row(cache: KVCache, row: Row, one: KVCache) -> KVCache:
+  """Return this shard's part of a cache with one row replaced.
+
+  Args:
+    cache: This shard's part of the cache.
+    row: Index on this shard.
+    one: A cache of one row, no longer than `cache`. Both share the same prefix, or none.
+  """
+
+  def write(x: jax.Array, new: jax.Array, axis: int = 0) -> jax.Array:
+    start = [0] * x.ndim
+    return lax.dynamic_update_slice(x, new, (*start[:axis], row, *start[axis + 1 :]))
+
+  keys, values = jax.tree.map(
+    lambda x, new: write(x, new, x.ndim - 4), (cache.keys, cache.values), (one.keys, one.values)
   )
+  shared = cache.shared
+  if shared is not None:
+    assert one.shared is not None
+    shared = dataclasses.replace(shared, lengths=write(shared.lengths, one.shared.lengths))
+  return KVCache(keys, values, write(cache.lengths, one.lengths), shared)
 
 
-def with_local_row(cache: KVCache, row: jax.Array | int, one: KVCache) -> KVCache:
-  """The cache with a cache of one, no longer than it, in the place of a row. Both share the same, or nothing."""
-  put = lambda x, new: lax.dynamic_update_slice(x, new, (*(0,) * (x.ndim - 4), row, 0, 0, 0))
-  where = lambda x, new: lax.dynamic_update_slice(x, new, (row,))
-  shared = cache.shared and dataclasses.replace(
-    cache.shared, lengths=where(cache.shared.lengths, one.shared.lengths)
-  )
-  return KVCache(
-    jax.tree.map(put, cache.keys, one.keys),
-    jax.tree.map(put, cache.values, one.values),
-    where(cache.lengths, one.lengths),
-    shared,
-  )
+def with_heads(x: Array, held: Sequence[int | None], wanted: Sequence[int | None]) -> Array:
+  """Reorder the key heads of x [.., K, Q] for another sharding.
 
-
-def with_heads(x: jax.Array, held: tuple, wanted: tuple) -> jax.Array:
-  """[.., K, Q] with the key heads, and the copies and padding among them, that another placement has (heads.cached())."""
+  Args:
+    x: Keys or values (or int8 scales [.., K, 1]).
+    held: AttentionHeads.cached() of the sharding that x has: the key head behind each head of the
+      cache, None for padding.
+    wanted: AttentionHeads.cached() of the other sharding, whose copies and padding the result has.
+  """
   if held == wanted:
     return x
-  return jnp.take(x, jnp.asarray([0 if h is None else held.index(h) for h in wanted]), axis=-2)
+  indices = jnp.asarray([0 if head is None else held.index(head) for head in wanted])
+  return jnp.take(x, indices, axis=-2)

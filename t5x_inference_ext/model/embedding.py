@@ -1,45 +1,59 @@
-"""The tied embedding, split V_hidden E_embed as it is stored: lookup and logits, per shard. No weights move."""
+"""The tied embedding on one shard: lookup and logits.
+
+The table stays split as it is stored, rows over the hidden axes and columns over the embed axis: no
+weights move.
+"""
 
 import math
 
 import jax
 from jax import lax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from t5x_inference_ext.model.collectives import ops
+from t5x_inference_ext.model.norm import norm
+from t5x_inference_ext.model.shardings import ShardedModel
+from t5x_inference_ext.model.weights import Weights
 from t5x_inference_ext.quantization import int8
 from t5x_inference_ext.sharding.activations import ActivationSharding
 from t5x_inference_ext.sharding.layout import Axes
 
 
-def embed(table: jax.Array, tokens: jax.Array, sharding: ActivationSharding) -> jax.Array:
-  """table [V/hidden, E/embed], all tokens [B, T] -> [B, T, E], the shard's part of the residual stream.
+def embed(
+  table: Float[Array, 'v e_stored'], tokens: Int[Array, 'B T'], sharding: ActivationSharding
+) -> Float[Array, 'b t e']:
+  """Look up tokens and return this shard's part of the residual stream.
 
-  An id outside the vocabulary gives zeros, as a one-hot would.
+  An id outside the vocabulary embeds as zeros, as in a product with its one-hot vector.
+
+  Args:
+    table: [v, e_stored]. This shard's part of the embedding.
+    tokens: [B, T] int32. All tokens of the pass: every shard has them.
+    sharding: Where the pass keeps its activations.
   """
-  # Every device looks up all tokens, also those that others keep. Where only rows are split, that is done for a part of
-  # the positions at a time: never more than the residual stream itself is held.
+  # Every device looks up all tokens, also those that other devices keep. Where only rows are split,
+  # the lookup runs over a part of the positions at a time, so that it never takes more memory than
+  # the residual stream itself.
   rows, positions, _ = map(ops.axis_size, sharding.residual)
-  parts = (
-    1 if positions > 1 else math.gcd(tokens.shape[1], rows if sharding.layout.gathered_axes else 1)
-  )
+  split_rows = rows if sharding.layout.gathered_axes else 1
+  parts = 1 if positions > 1 else math.gcd(tokens.shape[1], split_rows)
   if parts == 1:
     return _embed(table, tokens, sharding)
   x = lax.map(
     lambda part: _embed(table, part, sharding),
     jnp.moveaxis(tokens.reshape(tokens.shape[0], parts, -1), 1, 0),
-  )  # [parts, B, T/parts, E]
+  )  # [parts, b, T/parts, e]
   return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], tokens.shape[1], x.shape[-1])
 
 
-def _embed(table, tokens, sharding):
+def _embed(table: jax.Array, tokens: jax.Array, sharding: ActivationSharding) -> jax.Array:
   layout, rows = sharding.layout, table.shape[0]
   local = tokens - ops.shard_index(layout.stored_hidden) * rows
   here = (local >= 0) & (local < rows)
   x = jnp.take(table, jnp.clip(local, 0, rows - 1), axis=0)
-  x = jnp.where(
-    here[..., None], x, jnp.zeros((), x.dtype)
-  )  # [B, T, E/embed], partial sums over hidden
+  # [B, T, e_stored], partial sums over the hidden axes.
+  x = jnp.where(here[..., None], x, jnp.zeros((), x.dtype))
   for dim, axes in enumerate(sharding.residual):
     if dim < 2:
       x = ops.all_to_all(x, tuple(a for a in axes if a in layout.stored_embed), dim, 2)
@@ -47,8 +61,10 @@ def _embed(table, tokens, sharding):
   return x
 
 
-def last_positions(x: jax.Array, lengths: jax.Array, sharding: ActivationSharding) -> jax.Array:
-  """x [B, T, E] of the residual stream and lengths [B] of its rows -> [B, 1, E]: each row's last token."""
+def last_positions(
+  x: Float[Array, 'b t e'], lengths: Int[Array, ' b'], sharding: ActivationSharding
+) -> Float[Array, 'b 1 e']:
+  """Return the residual stream at each row's last token, for rows of these lengths (at least 1)."""
   positions = sharding.residual[1]
   last = lengths - 1 - ops.shard_index(positions) * x.shape[1]
   y = jnp.take_along_axis(x, jnp.clip(last, 0, x.shape[1] - 1)[:, None, None], axis=1)
@@ -57,44 +73,46 @@ def last_positions(x: jax.Array, lengths: jax.Array, sharding: ActivationShardin
 
 
 def unembed(
-  table: jax.Array,
-  x: jax.Array,
-  vocab_size: int,
-  d_model: int,
+  model: ShardedModel,
   sharding: ActivationSharding,
-  positions: Axes,
-  sampling: Axes,
-) -> jax.Array:
-  """The logits of x, normed.
+  weights: Weights,
+  x: Float[Array, 'b t e'],
+  position_axes: Axes,
+  rows: int,
+) -> Float[Array, 'rows T V']:
+  """Compute float32 logits, scaled by 1/sqrt(d_model): the final norm, then the embedding.
 
   Args:
-    table: [V/hidden, E/embed].
-    x: [B, T, E], split as the residual stream but for its positions.
-    vocab_size: V.
-    d_model: E.
-    placement: of x.
-    positions: the axes that x is split over by position.
-    sampling: the axes that the logits are to be split over by rows.
+    model: Gives the config, dtypes and axes that split the rows of logits.
+    sharding: Where x lives.
+    weights: This shard's part of the weights.
+    x: [b, t, e]. The residual stream after the last layer, with all of its positions or some.
+    position_axes: Mesh axes that split the positions of x.
+    rows: B of the pass.
 
   Returns:
-    [B_sampling, T, V] float32, scaled by 1/sqrt(E).
+    [rows, T, V] float32: this shard's rows of the logits, at all positions of x.
   """
-  layout = sharding.layout
-  rows, _, features = sharding.residual
-  x = ops.all_gather(ops.all_gather(x, rows, 0), positions, 1)
-  # All tokens, and the axes of the table: [B, T, E/embed].
+  config, layout = model.config, sharding.layout
+  row_axes, _, features = sharding.residual
+  scale = ops.local_slice(weights.final_norm, features, 0)
+  bias = weights.final_norm_bias
+  bias = None if bias is None else ops.local_slice(bias, features, 0)
+  x = norm(x, scale, bias, config, features)
+  table = weights.embedding.astype(model.dtype)  # [v, e_stored]
+  x = ops.all_gather(ops.all_gather(x, row_axes, 0), position_axes, 1)
+  # All tokens, with features split as the table's: [B, T, e_stored].
   x = ops.all_gather(x, tuple(a for a in features if a in layout.stored_hidden), 2)
   gathered = tuple(a for a in layout.stored_embed if a in layout.gathered_axes)
   x = ops.local_slice(x, gathered, 2)
-  logits = int8.matmul(
-    x, table, dtype=jnp.float32, transposed=True
-  )  # [B, T, V/hidden], partial sums
-  embed_rows = tuple(a for a in layout.stored_embed if a in sampling)
+  # [B, T, v], partial sums over the embed axis.
+  logits = int8.matmul(x, table, dtype=jnp.float32, transposed=True)
+  sampling_axes = model.sampling_axes(rows)
+  embed_rows = tuple(a for a in layout.stored_embed if a in sampling_axes)
   logits = ops.reduce_scatter(logits, embed_rows, 0)
-  logits = ops.all_reduce(logits, tuple(a for a in layout.stored_embed if a not in sampling))
-  hidden_rows = tuple(a for a in layout.stored_hidden if a in sampling)
-  logits = ops.all_to_all(
-    logits[:, :, None], hidden_rows, 0, 2
-  )  # [B_sampling, T, blocks, V/hidden]
-  logits = ops.all_gather(logits, tuple(a for a in layout.stored_hidden if a not in sampling), 2)
-  return logits.reshape(*logits.shape[:2], -1)[..., :vocab_size] * d_model**-0.5
+  logits = ops.all_reduce(logits, tuple(a for a in layout.stored_embed if a not in sampling_axes))
+  hidden_rows = tuple(a for a in layout.stored_hidden if a in sampling_axes)
+  logits = ops.all_to_all(logits[:, :, None], hidden_rows, 0, 2)  # [rows, T, blocks, v]
+  unsplit = tuple(a for a in layout.stored_hidden if a not in sampling_axes)
+  logits = ops.all_gather(logits, unsplit, 2)
+  return logits.reshape(*logits.shape[:2], -1)[..., : config.vocab_size] * config.d_model**-0.5

@@ -3,6 +3,7 @@
 import jax
 from jax import lax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.model.collectives import ops
@@ -10,16 +11,31 @@ from t5x_inference_ext.sharding.layout import Axes
 
 
 def norm(
-  x: jax.Array, scale: jax.Array, bias: jax.Array | None, config: ModelConfig, axes: Axes
-) -> jax.Array:
-  """x [B, T, E/axes], scale (the value applied) and bias [E/axes] -> [B, T, E/axes].
+  x: Float[Array, 'b t e'],
+  scale: Float[Array, ' e'],
+  bias: Float[Array, ' e'] | None,
+  config: ModelConfig,
+  axes: Axes,
+) -> Float[Array, 'b t e']:
+  """Normalize x over d_model with the config's norm.
 
-  The moments are taken in float32 over all of E: an all-reduce of one number per position, for layer norm of two, the
-  mean's before the variance's: their difference loses no digits.
+  The moments are computed in float32 over all of d_model. RMS norm all-reduces one number per
+  position. Layer norm all-reduces two: first the mean, then the variance around that mean, which
+  loses no digits to cancellation.
+
+  Args:
+    x: [b, t, e]. The residual stream on this shard.
+    scale: [e]. The factor that is applied (not a stored scale around zero).
+    bias: [e], or None without a bias.
+    config: ModelConfig. Gives the norm, its epsilon and d_model.
+    axes: Mesh axes that split d_model.
+
+  Returns:
+    [b, t, e] in x's dtype.
   """
   x32 = x.astype(jnp.float32)
 
-  def mean(values):
+  def mean(values: jax.Array) -> jax.Array:
     return ops.all_reduce(jnp.sum(values, axis=-1, keepdims=True), axes) / config.d_model
 
   if config.norm == 'layer':

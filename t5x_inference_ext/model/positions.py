@@ -1,20 +1,37 @@
-"""Rotary positions, halves rotated: dimension i turns with dimension i + Q/2."""
+"""Rotary position embedding by halves: dimension i is rotated with dimension i + Q/2."""
 
-import jax
+from typing import NamedTuple
+
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+# (sin, cos), each [b, t, Q/2] float32.
+Angles = tuple[Float[Array, 'b t half'], Float[Array, 'b t half']]
 
 
-def rotary_angles(
-  positions: jax.Array, d_head: int, max_timescale: float
-) -> tuple[jax.Array, jax.Array]:
-  """positions [B, T] int32 -> (sin, cos), each [B, T, Q/2] float32."""
+class RotaryAngles(NamedTuple):
+  """Rotary angles of the new tokens of one pass, on one shard.
+
+  Attributes:
+    queries: Angles of the positions that this shard's queries have.
+    keys: Angles of all new positions.
+  """
+
+  queries: Angles
+  keys: Angles
+
+
+def rotary_angles(positions: Int[Array, 'b t'], d_head: int, max_timescale: float) -> Angles:
+  """Return (sin, cos), each [b, t, Q/2] float32, for integer positions [b, t]."""
   timescale = max_timescale ** (jnp.arange(0, d_head, 2, dtype=jnp.float32) / d_head)  # [Q/2]
   angles = positions[:, :, None].astype(jnp.float32) / timescale[None, None, :]
   return jnp.sin(angles), jnp.cos(angles)
 
 
-def rotate(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
-  """x [B, T, heads, Q] with angles [B, T, Q/2] -> [B, T, heads, Q] in x's dtype."""
+def rotate(
+  x: Float[Array, 'b t heads q'], sin: Float[Array, 'b t half'], cos: Float[Array, 'b t half']
+) -> Float[Array, 'b t heads q']:
+  """Rotate queries or keys by the angles of their positions; the result has x's dtype."""
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   sin, cos = sin[:, :, None, :], cos[:, :, None, :]
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

@@ -1,8 +1,9 @@
-"""A sublayer's matmuls, with weights that stay (section 3.2.1, 3.2.2) or are gathered (section 3.2.3).
+"""Matmuls of a block part, with weights that stay (sections 3.2.1, 3.2.2) or are gathered (3.2.3).
 
-Both give the same: from the residual stream's split of [B, T, E] the columns of each part, and from columns back to it.
-Columns are partial sums over the embed axes; where all of a sublayer's go into rows, or all into positions
-(ActivationSharding.sums_into), they come summed and split.
+WeightStationary and WeightGathered have one interface. `inputs` maps the residual stream's split of
+[B, T, E] to columns, and `outputs` maps columns back to it. Columns are partial sums over the embed
+axes. Where all columns of a block part are reduced into rows, or all into positions
+(ActivationSharding.sums_into), they are already summed and split.
 """
 
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from t5x_inference_ext.config import BlockPart, ModelConfig
 from t5x_inference_ext.model.collectives import looped, ops
@@ -18,12 +20,17 @@ from t5x_inference_ext.model.weights import BlockPartWeights
 from t5x_inference_ext.quantization import int8
 from t5x_inference_ext.sharding.activations import ActivationSharding
 from t5x_inference_ext.sharding.heads import HeadSplit, kv_columns, query_columns
+from t5x_inference_ext.sharding.layout import Axes
 
-Parts = dict[str, jax.Array]
+# Columns [b, t, width] by name: 'gate', 'linear', 'attention'.
+Columns = dict[str, jax.Array]
 
 
 def column_widths(config: ModelConfig, block_part: BlockPart, stored: HeadSplit) -> dict[str, int]:
-  """The parts of a stored shard's columns, in order: 'gate', 'linear', 'attention' (queries, then keys and values)."""
+  """Return the widths of a stored shard's columns, in order.
+
+  Their names are 'gate', 'linear' and 'attention' (queries, keys and values), those that exist.
+  """
   widths = dict.fromkeys(config.mlp_inputs, config.d_ff // stored.shards) if block_part.mlp else {}
   if block_part.attention:
     widths['attention'] = query_columns(config, stored) + kv_columns(config, stored)[1]
@@ -32,110 +39,119 @@ def column_widths(config: ModelConfig, block_part: BlockPart, stored: HeadSplit)
 
 @dataclasses.dataclass(frozen=True)
 class WeightStationary:
-  """Activations move to the weights: one fused product in, one out."""
+  """Activations move to the weights: one fused matmul in, one out."""
 
   sharding: ActivationSharding
   block_part: BlockPart
 
-  def inputs(self, y: jax.Array, w: BlockPartWeights, widths: Mapping[str, int]) -> Parts:
-    hidden, directions = self.sharding.layout.hidden_axes, self.sharding.layout.ring_directions
-    if directions:
-      y = looped.all_gather_matmul(y, w.w_in, hidden, directions)
+  def inputs(
+    self, y: Float[Array, 'b t e'], w: BlockPartWeights, widths: Mapping[str, int]
+  ) -> Columns:
+    """Multiply y, this shard's part of the residual stream after the norm, by w_in."""
+    layout = self.sharding.layout
+    if layout.ring_directions:
+      y = looped.all_gather_matmul(y, w.w_in, layout.hidden_axes, layout.ring_directions)
       y = y if w.in_scale is None else int8.rescale(y, w.in_scale)
     else:
-      y = ops.all_gather(y, hidden, self.sharding.residual_dim)  # [B, T, E/embed]
+      y = ops.all_gather(y, layout.hidden_axes, self.sharding.residual_dim)  # [b, t, E/embed]
       y = int8.matmul(y, w.w_in, w.in_scale)
-    if (
-      dim := self.sharding.sums_into(self.block_part)
-    ) is not None:  # before anything is cut out of it
-      y = ops.reduce_scatter(y, self.sharding.layout.embed_axes, dim)
-    # Where attention follows the MLP in one array, its output is written beside the MLP's: there is room for it, the next
-    # columns, whose values don't count.
+    dim = self.sharding.sums_into(self.block_part)
+    if dim is not None:  # before anything is cut out of it
+      y = ops.reduce_scatter(y, layout.embed_axes, dim)
+    # Where MLP and attention columns lie in one array, attention's output is written beside the
+    # MLP's. The MLP's slices leave room for it: they include the next columns, whose values do not
+    # count.
     room = w.w_out.shape[0] - widths.get('linear', 0) if len(widths) > 1 and dim is not None else 0
-    parts, offset = {}, 0
+    columns, offset = {}, 0
     for name, width in widths.items():
-      parts[name] = y[..., offset : offset + width + (0 if name == 'attention' else room)]
+      columns[name] = y[..., offset : offset + width + (0 if name == 'attention' else room)]
       offset += width
-    return parts
+    return columns
 
-  def outputs(self, parts: list[jax.Array], w: BlockPartWeights) -> jax.Array:
-    """parts, columns [B, T, rows of w_out] in order -> the residual stream's split of [B, T, E], not yet scaled."""
-    hidden, directions = self.sharding.layout.hidden_axes, self.sharding.layout.ring_directions
-    y = _side_by_side(parts, w.w_out.shape[0])
-    if (dim := self.sharding.sums_into(self.block_part)) is not None:
-      y = ops.all_gather(y, self.sharding.layout.embed_axes, dim)
-    if directions:
-      return looped.matmul_reduce_scatter(y, w.w_out, hidden, directions)
-    return ops.reduce_scatter(int8.matmul(y, w.w_out), hidden, self.sharding.residual_dim)
+  def outputs(self, columns: list[jax.Array], w: BlockPartWeights) -> Float[Array, 'b t e']:
+    """Multiply columns, in the order of w_out's rows, by w_out; out_scale is not yet applied."""
+    layout = self.sharding.layout
+    y = _side_by_side(columns, w.w_out.shape[0])
+    dim = self.sharding.sums_into(self.block_part)
+    if dim is not None:
+      y = ops.all_gather(y, layout.embed_axes, dim)
+    if layout.ring_directions:
+      return looped.matmul_reduce_scatter(y, w.w_out, layout.hidden_axes, layout.ring_directions)
+    y = int8.matmul(y, w.w_out)
+    return ops.reduce_scatter(y, layout.hidden_axes, self.sharding.residual_dim)
 
 
-def _side_by_side(parts: list[jax.Array], width: int) -> jax.Array:
-  """Concatenates columns; where the first part has room for all, `width` in all, by writing the others into it.
+def _side_by_side(columns: list[jax.Array], width: int) -> jax.Array:
+  """Concatenate columns, `width` in all; write them into the first array if it has room.
 
-  For a TPU concatenating is one more pass over everything, and so is making room afterwards.
+  On a TPU a concatenation is one more pass over everything, and so is making room afterwards.
   """
-  first, *rest = parts
+  first, *rest = columns
   if first.shape[-1] < width:
-    return jnp.concatenate(parts, axis=-1)
-  offset = width - sum(p.shape[-1] for p in rest)
-  for part in rest:
-    first = jax.lax.dynamic_update_slice_in_dim(first, part, offset, part.ndim - 1)
-    offset += part.shape[-1]
+    return jnp.concatenate(columns, axis=-1)
+  offset = width - sum(x.shape[-1] for x in rest)
+  for x in rest:
+    first = jax.lax.dynamic_update_slice_in_dim(first, x, offset, x.ndim - 1)
+    offset += x.shape[-1]
   return first
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightGathered:
-  """Weights move to the activations: matrix by matrix, since a whole layer would not fit beside the stored weights."""
+  """Weights move to the activations, one matrix at a time: a whole layer would not fit."""
 
   sharding: ActivationSharding
   gatherer: Gatherer
 
-  @property
-  def _gathered_embed(self):
-    return tuple(
-      a for a in self.sharding.layout.stored_embed if a in self.sharding.layout.gathered_axes
-    )
+  def _gathered(self, stored: Axes) -> Axes:
+    return tuple(a for a in stored if a in self.sharding.layout.gathered_axes)
 
   @property
-  def _gathered_hidden(self):
-    return tuple(
-      a for a in self.sharding.layout.stored_hidden if a in self.sharding.layout.gathered_axes
-    )
+  def _embed(self) -> Axes:
+    return self._gathered(self.sharding.layout.stored_embed)
 
-  def inputs(self, y: jax.Array, w: BlockPartWeights, widths: Mapping[str, int]) -> Parts:
-    y = ops.all_gather(y, self.sharding.layout.hidden_axes, self.sharding.residual_dim)  # [B, T, E]
-    parts, offset = {}, 0
-    for name, width in reversed(
-      widths.items()
-    ):  # attention's first: it has most to do before the output product
-      offset -= width
-      columns = slice(w.w_in.shape[1] + offset, w.w_in.shape[1] + offset + width)
-      part = self.gatherer.matmul(
-        y, w.w_in[:, columns], self._gathered_embed, self._gathered_hidden
-      )
+  @property
+  def _hidden(self) -> Axes:
+    return self._gathered(self.sharding.layout.stored_hidden)
+
+  def inputs(
+    self, y: Float[Array, 'b t e'], w: BlockPartWeights, widths: Mapping[str, int]
+  ) -> Columns:
+    """Multiply y, this shard's part of the residual stream after the norm, by w_in."""
+    layout = self.sharding.layout
+    y = ops.all_gather(y, layout.hidden_axes, self.sharding.residual_dim)  # [b, t, E]
+    columns, stop = {}, w.w_in.shape[1]
+    # Attention's columns come first: it has most to do before the output matmul.
+    for name, width in reversed([*widths.items()]):
+      block = slice(stop - width, stop)
+      x = self.gatherer.matmul(y, w.w_in[:, block], self._embed, self._hidden)
       if w.in_scale is not None:
-        part = int8.rescale(part, ops.all_gather(w.in_scale[columns], self._gathered_hidden, 0))
-      parts[name] = part
-    return parts
+        x = int8.rescale(x, ops.all_gather(w.in_scale[block], self._hidden, 0))
+      columns[name] = x
+      stop -= width
+    return columns
 
-  def outputs(self, parts: list[jax.Array], w: BlockPartWeights) -> jax.Array:
-    offset, y = 0, None
-    copies = ops.axis_size(self._gathered_hidden)
-    for part in parts:
-      rows = part.shape[-1] // copies  # of the stored shard
-      product = self.gatherer.matmul(
-        part, w.w_out[offset : offset + rows], self._gathered_hidden, self._gathered_embed
-      )
-      y = product if y is None else y + product
-      offset += rows
-    return ops.reduce_scatter(y, self.sharding.layout.hidden_axes, self.sharding.residual_dim)
+  def outputs(self, columns: list[jax.Array], w: BlockPartWeights) -> Float[Array, 'b t e']:
+    """Multiply columns, in the order of w_out's rows, by w_out; out_scale is not yet applied."""
+    products, start = [], 0
+    copies = ops.axis_size(self._hidden)
+    for x in columns:
+      rows = x.shape[-1] // copies  # of the stored shard
+      block = w.w_out[start : start + rows]
+      products.append(self.gatherer.matmul(x, block, self._hidden, self._embed))
+      start += rows
+    y = products[0]
+    for product in products[1:]:
+      y = y + product
+    layout = self.sharding.layout
+    return ops.reduce_scatter(y, layout.hidden_axes, self.sharding.residual_dim)
 
 
-def in_pieces(w: BlockPartWeights, sharding: ActivationSharding) -> BlockPartWeights:
-  """The weights of a layer, of its own where its matrices are gathered or multiplied in pieces.
+def keep_slices_apart(w: BlockPartWeights, sharding: ActivationSharding) -> BlockPartWeights:
+  """Keep XLA:TPU from merging two slices of the stacked weights into one.
 
-  Of a piece of a slice of all layers the TPU compiler makes one cut, for which it lays all layers out anew.
+  A merged slice makes the compiler copy the whole stack into another layout. The two slices are a
+  layer's matrix, and the pieces that are gathered or multiplied. The barrier keeps them apart.
   """
   if not (sharding.layout.gathered_axes or sharding.layout.ring_directions):
     return w
@@ -146,6 +162,7 @@ def in_pieces(w: BlockPartWeights, sharding: ActivationSharding) -> BlockPartWei
 def projections(
   sharding: ActivationSharding, block_part: BlockPart
 ) -> WeightStationary | WeightGathered:
+  """Return the matmuls of a block part, as the layout wants them."""
   if sharding.layout.gathered_axes:
     return WeightGathered(sharding, Gatherer(sharding.layout.ring_directions))
   return WeightStationary(sharding, block_part)

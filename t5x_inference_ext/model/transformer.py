@@ -1,346 +1,285 @@
-"""The model on a mesh: prefill, decode step and full-length logits as functions of weights, ready for jit."""
+"""The passes of the model: prefill, prefill_chunk, decode_step, logits, log_probs.
 
+Each is a function of weights and tokens, ready for jit. It runs `forward` on every shard of the
+mesh (jax.shard_map): embed the tokens, run the layers (block.Layer), then finish with what the pass
+is for.
+"""
+
+from collections.abc import Callable
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
 
-from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.engine.scoring import target_log_probs
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model import cache as kv_cache
-from t5x_inference_ext.model.block import Layer, Positions, local_vectors
-from t5x_inference_ext.model.cache import KVCache
+from t5x_inference_ext.model.block import Layer, local_vectors
+from t5x_inference_ext.model.cache import KeysValues, KVCache
 from t5x_inference_ext.model.collectives import ops
 from t5x_inference_ext.model.embedding import embed, last_positions, unembed
-from t5x_inference_ext.model.norm import norm
-from t5x_inference_ext.model.positions import rotary_angles
-from t5x_inference_ext.model.weights import Weights, build_weights
-from t5x_inference_ext.sharding import activations
+from t5x_inference_ext.model.log_probs import target_log_probs
+from t5x_inference_ext.model.positions import RotaryAngles, rotary_angles
+from t5x_inference_ext.model.shardings import ShardedModel
+from t5x_inference_ext.model.weights import Weights
 from t5x_inference_ext.sharding.activations import ActivationSharding
-from t5x_inference_ext.sharding.layout import Axes, Layout, check_pair, num_shards
-from t5x_inference_ext.sharding.packing import packed_tensors
+from t5x_inference_ext.sharding.layout import num_shards
 
-COMPUTE_DTYPES = ('float32', 'bfloat16')
-CACHE_DTYPES = (*COMPUTE_DTYPES, 'int8')
-
-
-def check_dtype(dtype: str) -> None:
-  """Raises RequestError for a dtype that models don't compute in."""
-  if dtype not in COMPUTE_DTYPES:
-    raise RequestError(f'dtype must be one of {", ".join(COMPUTE_DTYPES)}, got {dtype!r}')
+# (weights, cache, x [b, t, e], (keys, values), *inputs) -> the outputs of the pass, on one shard.
+Finish = Callable[..., Any]
 
 
-def check_cache(cache: str | None) -> None:
-  """Raises RequestError for what a KV cache can't hold; None is the dtype of activations."""
-  if cache not in (None, *CACHE_DTYPES):
-    raise RequestError(f'cache must be one of {", ".join(CACHE_DTYPES)}, got {cache!r}')
+def forward(
+  model: ShardedModel,
+  sharding: ActivationSharding,
+  finish: Finish,
+  weights: Weights,
+  cache: KVCache | None,
+  tokens: Int[Array, 'B T'],
+  *inputs: Any,
+) -> Any:
+  """Run a pass on one shard.
+
+  Args:
+    model: Gives the config and dtypes.
+    sharding: Where the pass keeps its activations.
+    finish: Computes the outputs of the pass from the residual stream and the new tokens' keys and
+      values.
+    weights: This shard's part of the weights.
+    cache: This shard's part of the KV cache that the tokens follow, or None: they begin their rows.
+    tokens: [B, T] int32. All tokens of the pass: every shard has them.
+    *inputs: Further per-shard arguments of `finish`.
+  """
+  if cache is None:
+    start = jnp.zeros(tokens.shape[0] // ops.axis_size(sharding.attention_rows), jnp.int32)
+  else:
+    start = cache.positions
+  positions = start[:, None] + jnp.arange(tokens.shape[1])[None, :]
+  all_angles = rotary_angles(positions, model.config.d_head, model.config.rope_max_timescale)
+  sin, cos = (ops.local_slice(a, sharding.attention_positions, 1) for a in all_angles)
+  # Without the barrier the angles are computed anew in every layer.
+  angles = RotaryAngles(*jax.lax.optimization_barrier(((sin, cos), all_angles)))
+  x = embed(weights.embedding.astype(model.dtype), tokens, sharding)
+  layer = Layer(model.config, sharding, model.cache_dtype, angles, cache)
+  layers = local_vectors(weights.layers, sharding.residual[2])
+  cached = None if cache is None else cache.by_layer()
+  kv: KeysValues
+  if weights.stacked:
+    x, kv = jax.lax.scan(layer, x, (layers, cached))
+  else:
+    by_layer = []
+    for i, layer_weights in enumerate(layers):
+      x, layer_kv = layer(x, (layer_weights, None if cached is None else cached[i]))
+      by_layer.append(layer_kv)
+    keys, values = zip(*by_layer)
+    kv = keys, values
+  return finish(weights, cache, x, kv, *inputs)
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
-  """A model's functions on one mesh, with no weights in it: hashable, and cheap to make.
-
-  Attributes:
-    config: the shape of the model.
-    mesh: axes x, y, z.
-    prefill_layout: of prefill and of whole sequences (logits, log_probs).
-    decode_layout: of decode steps, and of the KV cache between them.
-    dtype: of activations, 'float32' or 'bfloat16'. Norms, softmax and logits are float32 in either.
-    cache: what the KV cache holds: 'float32', 'bfloat16', 'int8' with a scale for each position and head, or None:
-      `dtype`. Passes without a cache see keys and values as one would hold them, too.
-
-  Raises:
-    RequestError: another dtype, or cache.
-    MeshError: two layouts that can't share weights.
-  """
-
-  config: ModelConfig
-  mesh: Mesh
-  prefill_layout: Layout = Layout()
-  decode_layout: Layout = Layout()
-  dtype: str = 'bfloat16'
-  cache: str | None = None
-
-  def __post_init__(self):
-    check_dtype(self.dtype)
-    check_cache(self.cache)
-    check_pair(self.prefill_layout, self.decode_layout)
-
-  @property
-  def cache_dtype(self) -> str:
-    """What the KV cache holds: a float's dtype, or 'int8'."""
-    return self.cache or self.dtype
+class Model(ShardedModel):
+  """A model's passes on one mesh. It holds no weights: it is hashable, and cheap to make."""
 
   @property
   def prefilling(self) -> 'Model':
-    """The same with the prefill layout in both phases: its caches lie, and grow, as prefill has them."""
+    """This model with the prefill layout in both phases: its caches live in the prefill layout."""
     return dataclasses.replace(self, decode_layout=self.prefill_layout)
 
   def prefill(
-    self, weights: Weights, tokens: jax.Array, lengths: jax.Array, size: int
-  ) -> tuple[jax.Array, KVCache]:
-    """Runs the prompts in one pass, in the prefill layout.
+    self, weights: Weights, tokens: Int[Array, 'B T'], lengths: Int[Array, ' B'], size: int
+  ) -> tuple[Float[Array, 'B V'], KVCache]:
+    """Run prompts in one pass, in the prefill layout.
 
     Args:
-      weights: on this model's mesh.
-      tokens: [B, T] int32 model inputs (BOS first), each row filled from the left.
-      lengths: [B] int32, at least 1: how many of a row's tokens count.
-      size: S, the positions of the cache made; at least T. An int8 cache has them rounded up to whole tiles.
+      weights: Weights on this model's mesh.
+      tokens: [B, T] int32. Model inputs (BOS first), each row filled from the left.
+      lengths: [B] int32, at least 1. How many of a row's tokens count.
+      size: S, the positions of the new cache; at least T. An int8 cache has them rounded up to
+        whole tiles.
 
     Returns:
-      Logits [B, V] float32 after each row's last token, and the cache, split as decode takes it.
+      Logits [B, V] float32 after each row's last token, and the cache in the decode layout.
 
     Raises:
-      MeshError: B rows that the decode layout can't split.
+      MeshError: The decode layout cannot split B rows.
     """
     rows, length = tokens.shape
     sharding = self.prefill_sharding(rows, length)
     decode = self.decode_sharding(rows)
 
-    def run(weights, tokens, lengths):
-      start = jnp.zeros(rows // ops.axis_size(sharding.attention_rows), jnp.int32)
-      x, kv = self._decoder(sharding, weights, tokens, start, None)
+    def finish(
+      weights: Weights, cache: None, x: jax.Array, kv: KeysValues, lengths: jax.Array
+    ) -> tuple[jax.Array, KeysValues]:
+      del cache
       x = last_positions(x, lengths, sharding)
-      return self._logits(sharding, weights, x, (), rows)[:, 0], kv
+      return unembed(self, sharding, weights, x, (), rows)[:, 0], kv
 
-    kv_spec = self._kv_spec(sharding, weights)
-    logits, kv = self._per_shard(
-      run, weights, (P(), P(sharding.residual[0])), (P(self._sampling(rows)), (kv_spec, kv_spec))
-    )(weights, self._pad(tokens, sharding.layout), lengths)
-    keys, values = self._to_decode(kv, length, sharding, decode)
-    return logits, self.constrained(kv_cache.start(keys, values, lengths, size), decode, weights)
+    kv_spec = self.kv_spec(sharding, weights)
+    logits, kv = self._on_shards(
+      sharding,
+      finish,
+      weights,
+      None,
+      inputs=(P(sharding.residual[0]),),
+      outputs=(P(self.sampling_axes(rows)), (kv_spec, kv_spec)),
+    )(weights, None, self.pad_tokens(tokens, sharding.layout), lengths)
+    kv = self.kv_to_decode(kv, length, sharding, decode)
+    return logits, self.constrained(kv_cache.start(*kv, lengths, size), decode, weights)
 
   def decode_step(
-    self, weights: Weights, cache: KVCache, tokens: jax.Array
-  ) -> tuple[jax.Array, KVCache]:
-    """Runs one token a row, in the decode layout.
+    self, weights: Weights, cache: KVCache, tokens: Int[Array, ' B']
+  ) -> tuple[Float[Array, 'B V'], KVCache]:
+    """Run one token per row, in the decode layout.
 
     Args:
-      weights: on this model's mesh.
-      cache: with room for one more position in each row.
+      weights: Weights on this model's mesh.
+      cache: KVCache with room for one more position in each row.
       tokens: [B] int32.
 
     Returns:
-      Logits [B, V] float32 and the cache with the token in it.
+      Logits [B, V] float32, and the cache with the token in it.
     """
     rows = tokens.shape[0]
     sharding = self.decode_sharding(rows)
 
-    def run(weights, cache, tokens):
-      x, (keys, values) = self._decoder(sharding, weights, tokens[:, None], cache.positions, cache)
-      return self._logits(sharding, weights, x, (), rows)[:, 0], kv_cache.append(
-        cache, keys, values
-      )
+    def finish(
+      weights: Weights, cache: KVCache, x: jax.Array, kv: KeysValues
+    ) -> tuple[jax.Array, KVCache]:
+      logits = unembed(self, sharding, weights, x, (), rows)[:, 0]
+      return logits, kv_cache.append(cache, *kv)
 
     spec = self.cache_spec(sharding, weights, cache)
-    return self._per_shard(run, weights, (spec, P()), (P(self._sampling(rows)), spec))(
-      weights, cache, tokens
-    )
+    return self._on_shards(
+      sharding, finish, weights, spec, inputs=(), outputs=(P(self.sampling_axes(rows)), spec)
+    )(weights, cache, tokens[:, None])
 
   def prefill_chunk(
-    self, weights: Weights, cache: KVCache, tokens: jax.Array, counts: jax.Array
-  ) -> tuple[jax.Array, KVCache]:
-    """Runs T more tokens a row on what is cached, in the decode layout: a chunk of a prompt, a conversation's next turn.
+    self, weights: Weights, cache: KVCache, tokens: Int[Array, 'B T'], counts: Int[Array, ' B']
+  ) -> tuple[Float[Array, 'B V'], KVCache]:
+    """Run T more tokens per row after the cached ones, in the decode layout.
+
+    They are a chunk of a prompt, or a chat's next turn. Chunks of any size give equal results.
 
     Args:
-      weights: on this model's mesh.
-      cache: with room for the new tokens in each row, and at least T positions.
+      weights: Weights on this model's mesh.
+      cache: KVCache with room for the new tokens in each row, and at least T positions.
       tokens: [B, T] int32, each row filled from the left.
-      counts: [B] int32: how many of a row's tokens count. A row with 0 stays as it is; its logits mean nothing.
+      counts: [B] int32. How many of a row's tokens count. A row with 0 keeps its cache; its logits
+        mean nothing.
 
     Returns:
-      Logits [B, V] float32 after each row's last token, and the cache with the tokens in it. Chunks of any size give the
-      same.
+      Logits [B, V] float32 after each row's last token, and the cache with the tokens in it.
 
     Raises:
-      RequestError: T above the cache's size.
+      RequestError: T is above the cache's size.
     """
     rows, length = tokens.shape
     sharding = self.chunk_sharding(rows, length)
-    tokens = self._pad(tokens, self.decode_layout)
+    tokens = self.pad_tokens(tokens, self.decode_layout)
     if tokens.shape[1] > cache.size:
       raise RequestError(
-        f'{tokens.shape[1]} new tokens at once do not fit into a cache of {cache.size} positions: use '
-        'shorter chunks, or a larger cache'
+        f'{tokens.shape[1]} new tokens at once do not fit into a cache of {cache.size} positions: '
+        'use shorter chunks, or a larger cache'
       )
 
-    def run(weights, cache, tokens, counts, cached_counts):
-      x, (keys, values) = self._decoder(sharding, weights, tokens, cache.positions, cache)
+    def finish(
+      weights: Weights,
+      cache: KVCache,
+      x: jax.Array,
+      kv: KeysValues,
+      counts: jax.Array,
+      cached_counts: jax.Array,
+    ) -> tuple[jax.Array, KVCache]:
       x = last_positions(x, jnp.maximum(counts, 1), sharding)
-      return self._logits(sharding, weights, x, (), rows)[:, 0], kv_cache.append(
-        cache, keys, values, cached_counts
-      )
+      logits = unembed(self, sharding, weights, x, (), rows)[:, 0]
+      return logits, kv_cache.append(cache, *kv, cached_counts)
 
     spec = self.cache_spec(sharding, weights, cache)
-    in_specs = (spec, P(), P(sharding.residual[0]), P(sharding.attention_rows))
-    return self._per_shard(run, weights, in_specs, (P(self._sampling(rows)), spec))(
-      weights, cache, tokens, counts, counts
-    )
+    # The rows of the counts are split twice: as the residual stream's, and as the cache's.
+    return self._on_shards(
+      sharding,
+      finish,
+      weights,
+      spec,
+      inputs=(P(sharding.residual[0]), P(sharding.attention_rows)),
+      outputs=(P(self.sampling_axes(rows)), spec),
+    )(weights, cache, tokens, counts, counts)
 
-  def logits(self, weights: Weights, tokens: jax.Array) -> jax.Array:
-    """tokens [B, T] model inputs -> [B, T, V] float32: what follows each position."""
+  def logits(self, weights: Weights, tokens: Int[Array, 'B T']) -> Float[Array, 'B T V']:
+    """Return float32 logits [B, T, V] of the token after each position of model inputs [B, T]."""
     rows, length = tokens.shape
     sharding = self.prefill_sharding(rows, length)
 
-    run = lambda weights, tokens: self._logits(
-      sharding, weights, self._whole(sharding, weights, tokens), sharding.residual[1], rows
-    )
-    return self._per_shard(run, weights, (P(),), P(self._sampling(rows)))(
-      weights, self._pad(tokens, sharding.layout)
-    )[:, :length]
+    def finish(weights: Weights, cache: None, x: jax.Array, kv: KeysValues) -> jax.Array:
+      del cache, kv
+      return unembed(self, sharding, weights, x, sharding.residual[1], rows)
 
-  def log_probs(self, weights: Weights, tokens: jax.Array, targets: jax.Array) -> jax.Array:
-    """log p(target | inputs so far) at each position, [B, T] float32, of tokens and targets [B, T].
+    return self._on_shards(
+      sharding, finish, weights, None, inputs=(), outputs=P(self.sampling_axes(rows))
+    )(weights, None, self.pad_tokens(tokens, sharding.layout))[:, :length]
 
-    Logits are made for some positions at a time: never [B, T, V] of a large vocabulary.
+  def log_probs(
+    self, weights: Weights, tokens: Int[Array, 'B T'], targets: Int[Array, 'B T']
+  ) -> Float[Array, 'B T']:
+    """Return log p(target | inputs so far) at each position, [B, T] float32.
+
+    Logits are computed for some positions at a time: [B, T, V] of a large vocabulary never exists.
+
+    Args:
+      weights: Weights on this model's mesh.
+      tokens: [B, T] int32. Model inputs (BOS first).
+      targets: [B, T] int32. Target of each position.
     """
     rows, length = tokens.shape
     sharding = self.prefill_sharding(rows, length)
-    sampling, shape = P(self._sampling(rows)), self.mesh.shape
-    # While they are made logits are split over the vocabulary, then over rows.
-    split = (
-      num_shards(self.prefill_layout.stored_hidden, shape),
-      num_shards(self._sampling(rows), shape),
-    )
-    width = rows * self.config.vocab_size // min(split)
+    sampling, shape = self.sampling_axes(rows), self.mesh.shape
+    # While logits are computed they are split over the vocabulary, and then over rows.
+    shards = min(num_shards(self.prefill_layout.stored_hidden, shape), num_shards(sampling, shape))
+    width = rows * self.config.vocab_size // shards
+    position_axes = sharding.residual[1]
 
-    def run(weights, tokens, targets):
-      x = self._whole(sharding, weights, tokens)
-      logits = lambda x: self._logits(sharding, weights, x, sharding.residual[1], rows)
-      return target_log_probs(x, targets, logits, sharding.residual[1], width)
+    def finish(
+      weights: Weights, cache: None, x: jax.Array, kv: KeysValues, targets: jax.Array
+    ) -> jax.Array:
+      del cache, kv
 
-    return self._per_shard(run, weights, (P(), sampling), sampling)(
-      weights, self._pad(tokens, sharding.layout), self._pad(targets, sharding.layout)
-    )[:, :length]
+      def logits(x: jax.Array) -> jax.Array:
+        return unembed(self, sharding, weights, x, position_axes, rows)
 
-  def prefill_sharding(self, rows: int, length: int) -> ActivationSharding:
-    """Where the activations of a prefill of so many rows and positions live."""
-    shape = self.mesh.shape
-    length = activations.padded_length(self.prefill_layout, shape, rows, length)
-    return activations.shard_activations(self.prefill_layout, self.config, shape, rows, length)
+      return target_log_probs(x, targets, logits, position_axes, width)
 
-  def chunk_sharding(self, rows: int, length: int) -> ActivationSharding:
-    """Where those of so many more positions of cached rows live. The cache lies as decode_sharding has it."""
-    shape = self.mesh.shape
-    length = activations.padded_length(self.decode_layout, shape, rows, length)
-    return activations.shard_activations(
-      self.decode_layout, self.config, shape, rows, length, cached=True
-    )
+    tokens, targets = (self.pad_tokens(ids, sharding.layout) for ids in (tokens, targets))
+    return self._on_shards(
+      sharding, finish, weights, None, inputs=(P(sampling),), outputs=P(sampling)
+    )(weights, None, tokens, targets)[:, :length]
 
-  def decode_sharding(self, rows: int) -> ActivationSharding:
-    """Where those of a decode step live. Raises MeshError for rows that the layout can't split."""
-    return activations.shard_activations(self.decode_layout, self.config, self.mesh.shape, rows, 1)
+  def _on_shards(
+    self,
+    sharding: ActivationSharding,
+    finish: Finish,
+    weights: Weights,
+    cache_spec: KVCache | None,
+    *,
+    inputs: tuple[P, ...],
+    outputs: Any,
+  ) -> Callable[..., Any]:
+    """Return `forward` over all shards, as a function of global (weights, cache, tokens, *inputs).
 
-  def padded_batch(self, rows: int) -> int:
-    """The smallest batch of at least `rows` that keeps this mesh as busy as so many rows can."""
-    return activations.padded_batch(self.decode_layout, rows, self.mesh.shape)
-
-  def weight_specs(self, weights: Weights) -> Weights:
-    """The PartitionSpecs of a pytree of weights of this form (stacked or a tuple of layers, int8 or not)."""
-    tensors = packed_tensors(self.config, self.prefill_layout, self.mesh.shape, weights.is_int8)
-    spec = lambda name, layers: P(*(None,) * isinstance(layers, slice), *tensors[name].spec)
-    return build_weights(tensors, self.config.num_layers, weights.stacked, spec)
-
-  def cache_spec(
-    self, sharding: ActivationSharding, weights: Weights, cache: KVCache | None = None
-  ) -> KVCache:
-    """The PartitionSpecs of a KV cache, one for all arrays of a layer's keys; of one that shares positions, if `cache` does."""
-    kv, rows = self._kv_spec(sharding, weights), P(sharding.attention_rows)
-    if cache is None or cache.shared is None:
-      return KVCache(kv, kv, rows)
-    shared = P(*sharding.cache[1:])  # whole on every device that splits rows
-    shared = P(None, *shared) if weights.stacked else (shared,) * len(weights.layers)
-    return KVCache(kv, kv, rows, kv_cache.Shared(shared, shared, rows))
-
-  def constrained(self, cache: KVCache, sharding: ActivationSharding, weights: Weights) -> KVCache:
-    """The cache, lying as the placement has it."""
-    specs = self.cache_spec(sharding, weights, cache)
-    return jax.tree.map(
-      lambda spec, x: jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec)),
-      specs,
-      cache,
-    )
-
-  def _decoder(self, sharding: ActivationSharding, weights, tokens, start, cache):
-    """One shard's pass over all tokens [B, T] that follow `start` [B'] positions: x [B, T, E], (keys, values)."""
-    positions = start[:, None] + jnp.arange(tokens.shape[1])[None, :]
-    keys = rotary_angles(positions, self.config.d_head, self.config.rope_max_timescale)
-    queries = tuple(ops.local_slice(a, sharding.attention_positions, 1) for a in keys)
-    queries, keys = jax.lax.optimization_barrier(
-      (queries, keys)
-    )  # or they are computed anew in every layer
-    layer = Layer(self.config, sharding, self.cache_dtype)
-    x = embed(weights.embedding.astype(self.dtype), tokens, sharding)
-
-    def block(x, inputs):
-      w, kv = inputs
-      context = None if kv is None else kv_cache.context(cache, kv)
-      return layer(x, w, Positions(queries, keys), context)
-
-    layers = local_vectors(weights.layers, sharding.residual[2])
-    kv = None if cache is None else kv_cache.layers(cache)
-    if weights.stacked:
-      return jax.lax.scan(block, x, (layers, kv))
-    new = []
-    for i, w in enumerate(layers):
-      x, new_kv = block(x, (w, None if kv is None else kv[i]))
-      new.append(new_kv)
-    return x, tuple(zip(*new))
-
-  def _whole(self, sharding, weights, tokens):
-    """A pass over whole sequences [B, T]: x [B, T, E]."""
-    start = jnp.zeros(tokens.shape[0] // ops.axis_size(sharding.attention_rows), jnp.int32)
-    return self._decoder(sharding, weights, tokens, start, None)[0]
-
-  def _logits(self, sharding, weights, x, positions: Axes, rows: int):
-    axes = sharding.residual[2]
-    scale, bias = (
-      None if v is None else ops.local_slice(v, axes, 0)
-      for v in (weights.final_norm, weights.final_norm_bias)
-    )
-    x = norm(x, scale, bias, self.config, axes)
-    return unembed(
-      weights.embedding.astype(self.dtype),
-      x,
-      self.config.vocab_size,
-      self.config.d_model,
-      sharding,
-      positions,
-      self._sampling(rows),
-    )
-
-  def _sampling(self, rows: int) -> Axes:
-    return activations.sampling_axes(self.prefill_layout, rows, self.mesh.shape)
-
-  def _pad(self, tokens, layout):
-    rows, length = tokens.shape
-    padded = activations.padded_length(layout, self.mesh.shape, rows, length)
-    return jnp.pad(tokens, ((0, 0), (0, padded - length)))
-
-  def _to_decode(self, kv, length: int, prefill: ActivationSharding, decode: ActivationSharding):
-    """A prefill's keys and values [.., B, T, K, Q], split by the one placement, without padding, by the other."""
-    held, wanted = prefill.heads.cached(), decode.heads.cached()
-
-    move = lambda x: self._constrain_kv(
-      kv_cache.with_heads(x[..., :length, :, :], held, wanted), decode
-    )
-    return jax.tree.map(move, kv)
-
-  def _constrain_kv(self, x: jax.Array, sharding: ActivationSharding) -> jax.Array:
-    spec = P(*(None,) * (x.ndim - 4), *sharding.cache)
-    return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
-
-  def _kv_spec(self, sharding: ActivationSharding, weights: Weights):
-    return P(None, *sharding.cache) if weights.stacked else (sharding.cache,) * len(weights.layers)
-
-  def _per_shard(self, run, weights, in_specs, out_specs):
+    Args:
+      sharding: Where the pass keeps its activations.
+      finish: See forward.
+      weights: Decides the form of the weights' specs.
+      cache_spec: PartitionSpecs of the cache, or None without one.
+      inputs: PartitionSpecs of finish's further arguments.
+      outputs: PartitionSpecs of finish's outputs.
+    """
     return jax.shard_map(
-      run,
+      functools.partial(forward, self, sharding, finish),
       mesh=self.mesh,
-      in_specs=(self.weight_specs(weights), *in_specs),
-      out_specs=out_specs,
+      in_specs=(self.weight_specs(weights), cache_spec, P(), *inputs),
+      out_specs=outputs,
       check_vma=False,
     )

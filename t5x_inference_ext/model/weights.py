@@ -1,4 +1,4 @@
-"""The weights on the chips, as a pytree. Shapes are global; sharding/packing.py says what a shard's block holds."""
+"""Weights on the chips as a pytree of global arrays; sharding/packing.py says what a shard has."""
 
 from collections.abc import Callable, Iterable, Mapping
 import dataclasses
@@ -8,16 +8,21 @@ import jax
 
 from t5x_inference_ext.sharding.packing import PackedTensor
 
+# A tensor to be made: its name, and an index into the list of places (the layers, and outside
+# them).
+TensorJob = tuple[str, int]
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BlockPartWeights:
-  """One sublayer of one layer (or of all layers, with a leading L).
+  """Weights of one block part of one layer (or of all layers, with a leading L).
 
   Attributes:
-    norm: [E] float32, the value applied.
-    w_in: [E, columns], float or int8; per shard [gate | linear | query | key, value], of what the sublayer has.
-    w_out: [rows, E]; per shard [MLP | attention].
+    norm: [E] float32. The factor that is applied (not a stored scale around zero).
+    w_in: [E, columns], float or int8. A shard's columns are [gate | linear | query | key, value],
+      those that the part has.
+    w_out: [rows, E], float or int8. A shard's rows are [MLP | attention].
     norm_bias: [E] float32 with layer norm, else None.
     in_scale: [columns] float32 with int8 weights, else None.
     out_scale: [E] float32 with int8 weights, else None.
@@ -31,20 +36,20 @@ class BlockPartWeights:
   out_scale: jax.Array | None = None
 
 
-# A layer: its sublayers by name, 'parallel', or 'attention' and 'mlp'.
+# A layer: weights of its block parts by name, 'parallel', or 'attention' and 'mlp'.
 LayerWeights = dict[str, BlockPartWeights]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Weights:
-  """A whole model.
+  """Weights of a whole model.
 
   Attributes:
     embedding: [V padded to the mesh, E], in the compute dtype.
     final_norm: [E] float32.
-    layers: a tuple of layers (the program unrolls them), or one layer whose arrays have a leading L (the program loops:
-      the form for deep models).
+    layers: A tuple of layers (the program unrolls them), or one layer whose arrays have a leading L
+      (the program loops: the form for deep models).
     final_norm_bias: [E] float32 with layer norm, else None.
   """
 
@@ -55,16 +60,22 @@ class Weights:
 
   @property
   def stacked(self) -> bool:
+    """Whether the layers are one layer with a leading L."""
     return not isinstance(self.layers, tuple)
 
   @property
   def is_int8(self) -> bool:
-    layer = self.layers if self.stacked else self.layers[0]
+    """Whether the matrices are int8 with scales."""
+    layer = self.layers[0] if isinstance(self.layers, tuple) else self.layers
     return next(iter(layer.values())).in_scale is not None
 
 
 def layer_weights(tensors: Mapping[str, Any]) -> LayerWeights:
-  """A layer from its arrays (or specs) called 'sublayer/field', as sharding.packing.packed_tensors calls them."""
+  """Build a layer from its arrays (or specs).
+
+  Args:
+    tensors: Arrays by name 'block part/field', as sharding.packing.packed_tensors names them.
+  """
   fields: dict[str, dict[str, Any]] = {}
   for name, value in tensors.items():
     block_part, field = name.split('/')
@@ -77,28 +88,29 @@ def build_weights(
   num_layers: int,
   stacked: bool,
   make: Callable[[str, slice | int | None], Any],
-  progress: Callable[[list], Iterable] = iter,
+  progress: Callable[[list[TensorJob]], Iterable[TensorJob]] = iter,
 ) -> Weights:
-  """Weights of arrays, shapes or specs.
+  """Build Weights of arrays, shapes or specs.
 
   Args:
-    tensors: as sharding.packing.packed_tensors has them.
+    tensors: Tensors by name, from sharding.packing.packed_tensors.
     num_layers: L.
-    stacked: one array for all layers, or one per layer.
-    make: gives that of a tensor's name and its layers: a number, slice(0, L) if stacked, or None for what no layer
-      owns.
-    progress: wraps the list of what is to be made, names first.
+    stacked: Whether one array holds all layers; otherwise each layer has its own.
+    make: Returns the array (or shape, or spec) for a tensor's name and its layers: a number,
+      slice(0, L) if stacked, or None for a tensor outside the layers.
+    progress: Wraps the list of (tensor name, index) pairs to be made, e.g. in a progress bar.
   """
-  places = [None, *([slice(0, num_layers)] if stacked else range(num_layers))]
-  made = [{} for _ in places]
+  layers: list[slice | int] = [slice(0, num_layers)] if stacked else [*range(num_layers)]
+  places: list[slice | int | None] = [None, *layers]
+  made: list[dict[str, Any]] = [{} for _ in places]
   jobs = [
     (name, i)
-    for i, layers in enumerate(places)
+    for i, place in enumerate(places)
     for name, tensor in tensors.items()
-    if tensor.per_layer == (layers is not None)
+    if tensor.per_layer == (place is not None)
   ]
   for name, i in progress(jobs):
     made[i][name] = make(name, places[i])
-  whole, *layers = made
-  layers = tuple(map(layer_weights, layers))
-  return Weights(layers=layers[0] if stacked else layers, **whole)
+  whole, *by_layer = made
+  built = tuple(map(layer_weights, by_layer))
+  return Weights(layers=built[0] if stacked else built, **whole)

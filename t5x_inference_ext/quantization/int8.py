@@ -1,42 +1,51 @@
-"""Int8 weights with a float32 scale per output channel (the paper's section 3.6: weights only, matmuls in bf16)."""
+"""Matmuls by int8 weights with a float32 scale per output channel (section 3.6), in bfloat16."""
 
 import math
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Num
 
 
 def matmul(
-  x: jax.Array,
-  w: jax.Array,
-  scale: jax.Array | None = None,
-  dtype: jnp.dtype | None = None,
+  x: Float[Array, '*b in'],
+  w: Num[Array, 'rows columns'],
+  scale: Float[Array, ' out'] | None = None,
+  dtype: DTypeLike | None = None,
   transposed: bool = False,
-) -> jax.Array:
-  """x [B, .., in] @ w [in, out], or [out, in] where `transposed`, -> [B, .., out] in x's dtype; w may be float or int8.
+) -> Float[Array, '*b out']:
+  """Multiply activations by a float or int8 matrix.
 
-  Another `dtype`, such as float32 for partial sums that are to be added, is that of the product as well as the result.
+  The scale multiplies the product, not the weights: the weights are read once, as int8, and
+  converted on the way into the matrix unit. Integers up to 127 are exact in bfloat16.
 
-  The scale [out] multiplies the product, not the weights: the weights are then read once, as int8, and converted on the
-  way into the matrix unit. Integers up to 127 are exact in bfloat16.
+  Args:
+    x: [..., in]. Activations, with at least one leading dimension.
+    w: [in, out], or [out, in] if `transposed`; float or int8.
+    scale: [out] float32, the int8 matrix's output-channel scales, or None.
+    dtype: Dtype of the product and the result, e.g. float32 for partial sums that are to be added;
+      None: x's dtype.
+    transposed: Whether w is [out, in].
   """
   contracted = ((x.ndim - 1,), (1 if transposed else 0,))
 
-  def product(x, w):
+  def product(x: jax.Array, w: jax.Array) -> jax.Array:
     return jax.lax.dot_general(
       x, w.astype(x.dtype), (contracted, ((), ())), preferred_element_type=dtype
     )
 
-  def doubled(x, w):
-    # The barrier keeps the compiler from seeing that the rows are the same.
+  def doubled(x: jax.Array, w: jax.Array) -> jax.Array:
+    # The barrier keeps the compiler from seeing that the rows are equal.
     return product(jax.lax.optimization_barrier(jnp.concatenate([x, x])), w)[:1]
 
-  # A matrix by one row bypasses a TPU's matrix unit, and takes three times as long as by two.
-  one = math.prod(x.shape[:-1]) == 1
-  y = jax.lax.platform_dependent(x, w, tpu=doubled, default=product) if one else product(x, w)
+  # On a TPU a product of one row bypasses the matrix unit, and takes three times as long as a
+  # product of two rows.
+  one_row = math.prod(x.shape[:-1]) == 1
+  y = jax.lax.platform_dependent(x, w, tpu=doubled, default=product) if one_row else product(x, w)
   return y if scale is None else rescale(y, scale)
 
 
-def rescale(y: jax.Array, scale: jax.Array) -> jax.Array:
-  """y [..., out] * scale [out], multiplied in float32 and kept in y's dtype."""
+def rescale(y: Float[Array, '*b out'], scale: Float[Array, ' out']) -> Float[Array, '*b out']:
+  """Multiply y by output-channel scales, in float32; the result has y's dtype."""
   return (y.astype(jnp.float32) * scale.reshape((1,) * (y.ndim - 1) + scale.shape)).astype(y.dtype)

@@ -1,35 +1,30 @@
-"""Rounding weights to int8 with one float32 scale per output channel (the paper's section 3.6), in numpy.
+"""Rounding of weights to int8 with one float32 scale per output channel (section 3.6), in numpy.
 
-Symmetric: w ~ q * scale with q in [-127, 127] and scale = max|w| / 127 over everything that is summed into the channel.
+Symmetric: w ~ q * scale with q in [-127, 127]. The scale is max|w| / 127 over all weights that are
+  summed into the
+channel, or a little less where that lessens the squared error (best_scales).
 """
 
 from collections.abc import Iterator
 
+from jaxtyping import Float32, Int8, Int64, Real
 import numpy as np
 
 QMAX = 127
-# What the search for the least squared error multiplies max|w| / 127 with, largest first. Exact in float32.
+# Factors of max|w| / 127 that the search for the least squared error tries, largest first. Exact in
+# float32.
 SEARCHED = tuple(1 - k / 64 for k in range(24))
-# An error of at most 127 / SEARCHED[-1] steps, squared, in these units, over a million rows, fits 63 bits.
+# Squared errors are counted in these parts of a squared step. An error is at most 127 /
+# SEARCHED[-1] steps: summed over a million rows its square fits into 63 bits.
 SQUARE_UNITS = 2**24
 
-# Rows are worked on in blocks of about this many elements, so that temporaries stay in the processor's cache.
+# Rows are processed in blocks of about this many elements, so that temporaries stay in the
+# processor's cache.
 _BLOCK_ELEMENTS = 2**17
 
 
-def row_blocks(w: np.ndarray) -> list[np.ndarray]:
-  """Views of w [in, out] that are consecutive blocks of its rows."""
-  rows = max(1, _BLOCK_ELEMENTS // max(1, w.shape[1]))
-  return [w[i : i + rows] for i in range(0, w.shape[0], rows)]
-
-
-def channel_scales(*matrices: np.ndarray) -> np.ndarray:
-  """The scales [out] float32 for matrices [in, out] that share them. A channel of zeros has scale 1."""
-  return scales_of(np.maximum.reduce([largest(w[None])[0] for w in matrices]))
-
-
-def largest(w: np.ndarray) -> np.ndarray:
-  """max|w| over the rows of w [L, in, out]: [L, out] float32. NaN where a value is NaN."""
+def largest(w: Real[np.ndarray, 'L rows out']) -> Float32[np.ndarray, 'L out']:
+  """Return max|w| of each layer and output channel; NaN where a weight is NaN."""
   out = np.zeros((w.shape[0], w.shape[2]), np.float32)
   for layers, rows in blocks(w.shape):
     block = w[layers, rows].astype(np.float32, copy=False)
@@ -37,20 +32,18 @@ def largest(w: np.ndarray) -> np.ndarray:
   return out
 
 
-def scales_of(maxima: np.ndarray) -> np.ndarray:
-  """The scales for channels whose largest magnitudes are `maxima`, float32 of any shape."""
-  # The smallest normal number bounds scales from below: a subnormal one has too few bits left to divide by.
+def scales_of(maxima: Float32[np.ndarray, '*shape']) -> Float32[np.ndarray, '*shape']:
+  """Return the scales of channels with these largest magnitudes; 1 for a channel of zeros."""
+  # Scales are at least the smallest normal number: a subnormal one has too few bits left to divide
+  # by.
   scales = np.maximum(maxima / np.float32(QMAX), np.finfo(np.float32).tiny)
   return np.where(maxima > 0, scales, np.float32(1))
 
 
-def quantize(w: np.ndarray, scale: np.ndarray) -> np.ndarray:
-  """w [in, out] in units of scale [out], rounded to the nearest int8, halves to even."""
-  return quantize_layers(w[None], scale[None])[0]
-
-
-def quantize_layers(w: np.ndarray, scale: np.ndarray) -> np.ndarray:
-  """The same of w [L, in, out] and scale [L, out]."""
+def quantize_layers(
+  w: Real[np.ndarray, 'L rows out'], scale: Float32[np.ndarray, 'L out']
+) -> Int8[np.ndarray, 'L rows out']:
+  """Round weights, in units of their scales, to the nearest int8, halves to even."""
   out = np.empty(w.shape, np.int8)
   for layers, rows in blocks(w.shape):
     units = w[layers, rows].astype(np.float32, copy=False) / scale[layers, None]
@@ -59,21 +52,21 @@ def quantize_layers(w: np.ndarray, scale: np.ndarray) -> np.ndarray:
   return out
 
 
-def dequantize(q: np.ndarray, scale: np.ndarray) -> np.ndarray:
-  """q [in, out] int8 and scale [out] -> float32; or [L, in, out] and [L, 1, out]."""
+def dequantize(
+  q: Int8[np.ndarray, '*lead in out'], scale: Float32[np.ndarray, '...']
+) -> Float32[np.ndarray, '*lead in out']:
+  """Return the float32 weights that q stands for; `scale` broadcasts: [out], or [L, 1, out]."""
   return q.astype(np.float32) * scale
 
 
-def squared_errors(w: np.ndarray, scale: np.ndarray) -> np.ndarray:
-  """How far w is from what quantize(w, scale * f) stands for, for each f of SEARCHED.
-
-  Args:
-    w: [L, in, out] of any float.
-    scale: [L, out].
+def squared_errors(
+  w: Real[np.ndarray, 'L rows out'], scale: Float32[np.ndarray, 'L out']
+) -> Int64[np.ndarray, 'searched L out']:
+  """Return the squared rounding error of w with the scales times each factor of SEARCHED.
 
   Returns:
-    [SEARCHED, L, out] int64: the sum over rows of squared errors, in units of (scale * f)^2 / SQUARE_UNITS. Integers,
-    because their sum is the same in whatever blocks and order a matrix is read.
+    [SEARCHED, L, out] int64: sums over rows, in units of (scale * factor)^2 / SQUARE_UNITS.
+    Integers, because their sum is the same in whatever blocks and order a matrix is read.
   """
   out = np.zeros((len(SEARCHED), w.shape[0], w.shape[2]), np.int64)
   for layers, rows in blocks(w.shape):
@@ -85,15 +78,17 @@ def squared_errors(w: np.ndarray, scale: np.ndarray) -> np.ndarray:
   return out
 
 
-def best_scales(scale: np.ndarray, errors: np.ndarray) -> np.ndarray:
-  """Of the scales [L, out] times each f of SEARCHED, those with the least of squared_errors' `errors`; ties: the largest."""
+def best_scales(
+  scale: Float32[np.ndarray, 'L out'], errors: Int64[np.ndarray, 'searched L out']
+) -> Float32[np.ndarray, 'L out']:
+  """Return the scales times the factor of SEARCHED with the least error; of equals, the largest."""
   factors = np.asarray(SEARCHED)[:, None, None]
   best = np.argmin(errors * (factors * factors), 0)
   return (scale * np.asarray(SEARCHED, np.float32)[best]).astype(np.float32)
 
 
 def blocks(shape: tuple[int, ...]) -> Iterator[tuple[slice, slice]]:
-  """Ranges of layers and rows of [L, in, out] of about _BLOCK_ELEMENTS, or of one row."""
+  """Yield ranges of layers and rows of [L, in, out], each of about _BLOCK_ELEMENTS elements."""
   layers, rows, columns = shape
   step = max(1, _BLOCK_ELEMENTS // max(1, columns))
   if step >= 2 * rows:

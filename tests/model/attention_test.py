@@ -1,6 +1,7 @@
 """Attention against plain numpy, with and without a context, for one key head and for several."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -26,8 +27,8 @@ def test_a_token_sees_its_context_and_what_comes_before_it(new, kv_heads, cached
   if cached:
     lengths = [0, 3]  # an empty row, and one filled in part: what lies beyond must not be seen
     keys, values = rng.normal(size=(2, b, cached, kv_heads, d)).astype(np.float32)
-    context = Context(keys, values, np.asarray(lengths, np.int32))
-  out = np.asarray(attend(q, k, v, context))
+    context = Context(*map(jnp.asarray, (keys, values, np.asarray(lengths, np.int32))))
+  out = np.asarray(attend(*map(jnp.asarray, (q, k, v)), context))
   for i, length in enumerate(lengths):
     past = (keys[i, :length], values[i, :length]) if cached else (k[i, :0], v[i, :0])
     all_k, all_v = (
@@ -45,13 +46,13 @@ def test_rows_in_several_passes_are_the_same(monkeypatch, limit, cached):
   """Where logits would be too large: one row of five at a time, or a few."""
   rng = np.random.default_rng(0)
   b, t, h, k, d, s = 5, 3, 4, 2, 8, 6
-  q, keys, values = (rng.normal(size=(b, t, n, d)).astype(np.float32) for n in (h, k, k))
+  q, keys, values = (jnp.asarray(rng.normal(size=(b, t, n, d)), jnp.float32) for n in (h, k, k))
   context = None
   if cached:
-    kv = rng.normal(size=(2, b, s, k, d)).astype(np.float32)
-    context = Context(*kv, np.array([0, 6, 3, 1, 2], np.int32))
+    kv = jnp.asarray(rng.normal(size=(2, b, s, k, d)), jnp.float32)
+    context = Context(*kv, jnp.array([0, 6, 3, 1, 2]))
   whole = attend(q, keys, values, context)
-  monkeypatch.setattr(attention, 'MAX_LOGITS', limit)
+  monkeypatch.setattr(attention, 'MAX_ATTENTION_LOGITS', limit)
   jaxpr = jax.make_jaxpr(attend)(q, keys, values, context)
   assert 'scan' in str(jaxpr)
   np.testing.assert_allclose(attend(q, keys, values, context), whole, atol=1e-6)
@@ -63,14 +64,17 @@ def test_what_rows_share_is_as_if_each_had_it(monkeypatch, kv_heads, limit):
   """Each row its own part of it, the first positions; all rows at once, or some at a time."""
   rng = np.random.default_rng(0)
   b, t, h, d, s, p = 5, 3, 4, 8, 6, 4
-  q, k, v = (rng.normal(size=(b, t, n, d)).astype(np.float32) for n in (h, kv_heads, kv_heads))
+  q, k, v = (
+    jnp.asarray(rng.normal(size=(b, t, n, d)), jnp.float32) for n in (h, kv_heads, kv_heads)
+  )
   own, shared = rng.normal(size=(2, b, s, kv_heads, d)), rng.normal(size=(2, p, kv_heads, d))
   lengths, common = np.array([0, 6, 3, 1, 2], np.int32), np.array([4, 0, 2, 3, 4], np.int32)
   each = np.zeros((2, b, p + s, kv_heads, d), np.float32)
   for row in range(b):
     n, m = common[row], lengths[row]
     each[:, row, :n], each[:, row, n : n + m] = shared[:, :n], own[:, row, :m]
-  wanted = attend(q, k, v, Context(*each, lengths + common))
-  monkeypatch.setattr(attention, 'MAX_LOGITS', limit)
-  context = Context(*own.astype(np.float32), lengths, *shared.astype(np.float32), common)
+  wanted = attend(q, k, v, Context(*map(jnp.asarray, each), jnp.asarray(lengths + common)))
+  monkeypatch.setattr(attention, 'MAX_ATTENTION_LOGITS', limit)
+  own, shared = (jnp.asarray(x, jnp.float32) for x in (own, shared))
+  context = Context(*own, jnp.asarray(lengths), *shared, jnp.asarray(common))
   np.testing.assert_allclose(attend(q, k, v, context), wanted, atol=1e-5)

@@ -1,6 +1,7 @@
-"""Two ways to write a token into the cache, one for GPUs: the same cache."""
+"""Both ways to write tokens into the cache, one of them for GPUs, give equal caches."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,7 +18,7 @@ def _cache(lead, tokens=1):
     jax.random.normal(jax.random.key(i), (*lead, B, size, K, Q))
     for i, size in enumerate((S, S, tokens, tokens))
   )
-  return KVCache(keys, values, LENGTHS), new_keys, new_values
+  return KVCache(keys, values, jnp.asarray(LENGTHS)), new_keys, new_values
 
 
 @pytest.mark.parametrize(
@@ -40,7 +41,7 @@ def test_each_row_is_written_at_its_end(write, lead, tokens, counts):
 
 def test_a_tuple_of_layers_is_appended_to():
   cache, keys, values = _cache(())
-  layers = KVCache((cache.keys,) * 2, (cache.values,) * 2, LENGTHS)
+  layers = KVCache((cache.keys,) * 2, (cache.values,) * 2, cache.lengths)
   appended = jax.jit(kv_cache.append)(layers, (keys, keys + 1), (values, values + 1))
   np.testing.assert_array_equal(appended.lengths, LENGTHS + 1)
   np.testing.assert_array_equal(appended.keys[1][3, 3], keys[3, 0] + 1)
@@ -51,8 +52,8 @@ def test_a_tuple_of_layers_is_appended_to():
 @pytest.mark.parametrize('size', [64, 72])
 @pytest.mark.parametrize('write', [kv_cache._scatter, kv_cache._row_by_row])
 def test_units_and_scales_are_written_alike(write, size, tokens):
-  """In windows of whole tiles, if the cache has no others."""
-  lengths = np.asarray([0, 31, size - 1, size], np.int32)
+  """Windows of whole tiles are written where the cache has whole tiles alone."""
+  lengths = jnp.asarray([0, 31, size - 1, size])
   keys, values = (jax.random.normal(jax.random.key(i), (2, B, size, K, Q)) for i in range(2))
   new = [jax.random.normal(jax.random.key(2 + i), (2, B, tokens, K, Q)) for i in range(2)]
   counts = np.minimum(tokens, [tokens, 2, tokens, tokens]).astype(np.int32)

@@ -1,4 +1,4 @@
-"""Prompts in chunks, turns and shared beginnings give what one pass over the whole gives, in every layout."""
+"""Prompts in chunks, turns and shared prefixes equal one pass over the whole, in every layout."""
 
 import dataclasses
 import functools
@@ -18,11 +18,11 @@ from tests.model import layouts_test
 MODELS = layouts_test.MODELS
 LENGTH = 12
 
-empty_cache = memory._quick(chunks.empty_cache, static_argnames=('model', 'rows', 'size'))
-extend = memory._quick(Model.prefill_chunk, static_argnames='self')
-share = memory._quick(chunks.share_row, static_argnames=('model', 'row', 'length', 'to', 'rows'))
-moved = memory._quick(chunks.with_layout_of, static_argnames=('model', 'to'))
-in_chunks = memory._quick(chunks.prefill_in_chunks, static_argnames=('model', 'size', 'chunk'))
+empty_cache = memory.quick_jit(chunks.empty_cache, static_argnames=('model', 'rows', 'size'))
+extend = memory.quick_jit(Model.prefill_chunk, static_argnames='self')
+share = memory.quick_jit(chunks.share_row, static_argnames=('model', 'row', 'length', 'to', 'rows'))
+moved = memory.quick_jit(chunks.with_layout_of, static_argnames=('model', 'to'))
+in_chunks = memory.quick_jit(chunks.prefill_in_chunks, static_argnames=('model', 'size', 'chunk'))
 
 
 @functools.cache
@@ -39,12 +39,14 @@ def expected(model, cache=None):
 
 
 def close(found, wanted, cache=None):
-  # float32 may round a number that lies between two units another way than float64: that moves logits by up to 1e-3 here.
+  # float32 may round a number that lies between two units another way than float64: that moves
+  # logits by up to 1e-3 here.
   np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-5 if cache is None else 2e-3)
 
 
-# (model, prefill, decode, rows, mesh). Each decode layout is extended in, and each prefill layout in chunks, with rows that
-# fill the mesh, some of it or nothing of it; heads that divide and heads that don't.
+# (model, prefill, decode, rows, mesh). Each decode layout is extended in, and each prefill layout
+# in chunks, with rows that fill the mesh, some of it or nothing of it; heads that divide and heads
+# that don't.
 CASES = [
   ('multiquery-parallel', 'ws_2d/batch', 'ws_2d/batch', 8, '2x2x2'),
   ('multihead-serial', 'ws_2d/heads', 'ws_2d/batch', 2, '2x2x2'),
@@ -64,7 +66,7 @@ CASES = [(*case, None) for case in CASES] + [(*CASES[i], 'int8') for i in (1, 2,
 
 @pytest.mark.parametrize('model, prefill, decode, rows, mesh, holds', CASES)
 def test_extend_then_decode_equals_the_full_forward(model, prefill, decode, rows, mesh, holds):
-  """Ragged chunks, with rows that get nothing; then a decode step on the same cache; then another chunk, a turn."""
+  """Ragged chunks, with rows that get nothing; then a decode step; then another chunk, a turn."""
   config = MODELS[model]
   engine = memory.engine(
     config, tensors(model), mesh, stacked=rows % 2 == 0, prefill=prefill, decode=decode, cache=holds
@@ -98,7 +100,7 @@ def test_extend_then_decode_equals_the_full_forward(model, prefill, decode, rows
 
 @pytest.mark.parametrize('model, prefill, decode, rows, mesh, holds', CASES[:11:2] + CASES[-3:])
 def test_prefill_in_chunks_equals_prefill(model, prefill, decode, rows, mesh, holds):
-  """In the prefill layout, with the cache then where decode has it: the next step is right, and nothing moves for it."""
+  """The cache ends in the decode layout: the next step is right, and no resharding comes first."""
   config = MODELS[model]
   engine = memory.engine(
     config, tensors(model), mesh, stacked=True, prefill=prefill, decode=decode, cache=holds
@@ -111,7 +113,7 @@ def test_prefill_in_chunks_equals_prefill(model, prefill, decode, rows, mesh, ho
   lengths = (3 + everyone * 5 % 8).astype(np.int32)
   prompts = np.where(np.arange(10)[None, :] < lengths[:, None], tokens[:, :10], 77).astype(np.int32)
   whole = jax.eval_shape(
-    lambda w, t, l: engine.model.prefill(w, t, l, LENGTH)[1], engine.weights, prompts, lengths
+    lambda *inputs: engine.model.prefill(*inputs, LENGTH)[1], engine.weights, prompts, lengths
   )
   for chunk in (3, 8):
     logits, cache = in_chunks(
@@ -132,7 +134,7 @@ def test_prefill_in_chunks_equals_prefill(model, prefill, decode, rows, mesh, ho
 
 @pytest.mark.parametrize('model, prefill, decode, rows, mesh, holds', CASES)
 def test_rows_that_begin_alike_share_it(model, prefill, decode, rows, mesh, holds):
-  """Prefilled once, in a row of its own; each row of the others begins with as much of it as it likes, or with nothing."""
+  """A prefix is prefilled once, in a row of its own; other rows begin with some of it."""
   config = MODELS[model]
   engine = memory.engine(
     config, tensors(model), mesh, stacked=rows % 2 == 0, prefill=prefill, decode=decode, cache=holds
@@ -171,7 +173,7 @@ def test_rows_that_begin_alike_share_it(model, prefill, decode, rows, mesh, hold
 
 @pytest.mark.parametrize('stacked', [False, True])
 def test_what_finds_no_room_is_dropped(stacked):
-  """A chunk may be padded beyond the end of the cache: what is before it stays, what counts is written."""
+  """A chunk may be padded beyond the cache's end: its tokens that count are written."""
   config = memory.ODD
   engine = memory.engine(config, reference.random_tensors(config), '2x1x1', stacked=stacked)
   tokens = memory.tokens(config, 2, 8)

@@ -1,4 +1,4 @@
-"""The matrix: every layout, attention, block and phase on eight simulated devices, against the reference."""
+"""Every layout, attention, block and phase on eight simulated devices, against the reference."""
 
 import dataclasses
 import functools
@@ -23,8 +23,9 @@ LAYOUTS = [
   'wg_xyz/batch',
 ]
 
-# Attention x block, both MLPs and norms in both blocks. 6 heads over 4 or 8 shards are padded, 3 leave shards without
-# any; 2 groups of 4 queries are shared by 4 shards (2 queries each) or 8 (one); 3 groups of 2 are padded either way.
+# Attention x block, both MLPs and norms in both blocks. 6 heads over 4 or 8 shards are padded, 3
+# leave shards without any; 2 groups of 4 queries are shared by 4 shards (2 queries each) or 8
+# (one); 3 groups of 2 are padded either way.
 _SIZES = dict(num_layers=2, d_model=32, d_ff=64, d_head=8, vocab_size=101)
 MODELS = {
   'multiquery-parallel': ModelConfig(num_heads=6, **_SIZES),  # as PaLM
@@ -73,8 +74,9 @@ class Case:
     )
 
 
-# The batches that a layout meets on 2x2x2, one for each model: they fill all axes, once or several times, some, or none.
-# A weight-gathered decode step takes no fewer rows than it splits tokens over.
+# The batches that a layout meets on 2x2x2, one for each model: they fill all axes, once or several
+# times, some, or none. A weight-gathered decode step takes no fewer rows than it splits tokens
+# over.
 ROWS = {
   'ws_1d': (8, 1, 4, 2, 3, 16),
   'ws_2d': (1, 8, 2, 4, 16, 3),
@@ -83,8 +85,8 @@ ROWS = {
   'wg_xyz': (8, 16, 24, 8, 16, 8),
 }
 
-# Few rows leave axes for positions in prefill, and the cache moves to where decode has it. (prefill, decode, rows,
-# positions)
+# Few rows leave axes for positions in prefill, and the cache moves to where decode has it.
+# (prefill, decode, rows, positions)
 MIXED = [
   ('ws_1d/heads', 'ws_1d/batch', 8, 4),
   ('ws_1d/batch', 'ws_1d/heads', 2, 4),
@@ -138,7 +140,8 @@ def cases() -> list[Case]:
     ('wg_xy/batch', 'wg_x/heads', 4),
   ):
     out.append(Case('multiquery-tiles', prefill, decode, rows, weights='int8'))
-  # Heads cut between shards: rows, positions, or, in a decode step of one row, every device makes them whole.
+  # Heads cut between shards: rows, positions, or, in a decode step of one row, every device makes
+  # them whole.
   for prefill, decode, rows, size, weights in (
     ('ws_2d/batch', 'ws_2d/batch', 8, 4, 'int8'),
     ('ws_2d/batch', 'ws_2d/heads', 1, 4, 'float32'),
@@ -190,7 +193,7 @@ def load(case: Case, dtype: str = 'float32'):
 
 @pytest.mark.parametrize('case', CASES, ids=str)
 def test_logits_and_greedy_tokens(case):
-  """What the reference computes, for int8 with the weights that it stands for. 2e-6 was measured at worst."""
+  """The reference has the weights that int8 stands for. The largest measured error is 2e-6."""
   wanted = expected(case.model, case.weights).first(case.rows)
   engine = load(case)
   assert (
@@ -226,9 +229,10 @@ def test_the_cases_have_every_value_of_every_layout():
       assert any(r in (2, 4) for r in rows) and any(r % 2 for r in rows)
 
 
-# The largest difference of a logit from that of one device, both in bfloat16, where sums are rounded in another order; of
-# logits up to 5.8, of which one device's differ by 0.028 from float32. 0.040 was measured at worst, with wg_xyz and looped
-# collectives, which round a matmul's result at each of 8 steps, and 0.028 at worst elsewhere. The bound is twice that.
+# The largest difference of a logit from that of one device, both in bfloat16, where sums are
+# rounded in another order; of logits up to 5.8, of which one device's differ by 0.028 from float32.
+# 0.040 was measured at worst, with wg_xyz and looped collectives, which round a matmul's result at
+# each of 8 steps, and 0.028 at worst elsewhere. The bound is twice that.
 BFLOAT16_BOUND = 0.08
 
 
@@ -253,8 +257,9 @@ def test_bfloat16_is_near_that_of_one_device(layout, model):
   one = on_one_device(model)
   error = np.abs(found.logits - one.logits)
   print(
-    f'{layout} {model}: bfloat16 logits differ by {error.max():.4f} at worst, {np.sqrt(np.mean(error**2)):.5f} root '
-    f"mean square, from one device's, which differ by {np.abs(one.logits - wanted.logits).max():.4f} from float32"
+    f'{layout} {model}: bfloat16 logits differ by {error.max():.4f} at worst, '
+    f"{np.sqrt(np.mean(error**2)):.5f} root mean square, from one device's, "
+    f'which differ by {np.abs(one.logits - wanted.logits).max():.4f} from float32'
   )
   assert np.abs(one.logits - wanted.logits).max() > 1e-3
   assert error.max() < BFLOAT16_BOUND

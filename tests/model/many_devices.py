@@ -1,6 +1,7 @@
-"""Run by many_devices_test.py in a process of its own: generation on as many simulated devices as XLA_FLAGS asks for.
+"""Generation on the simulated devices that XLA_FLAGS asks for; many_devices_test.py starts it.
 
-Prints, for each case, the largest difference of a logit from the reference and whether the greedy tokens are its tokens.
+Prints, for each case, the largest difference of a logit from the reference and whether the greedy
+tokens are its tokens.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""16 and 64 simulated devices against the reference, 48 heads on 64 shards among them: a process for each count."""
+"""16 and 64 simulated devices against the reference, each in a process of its own."""
 
 import json
 import os

@@ -1,6 +1,7 @@
-"""The sharded model against the slow one, over shapes that divide badly: logits, prefill, and every decode step.
+"""The sharded model against the reference, over shapes that divide badly: all passes.
 
-layouts_test.py has the same of every layout; here are the meshes and batches of the default one, and the edges.
+layouts_test.py has the same of every layout; here are the meshes and batches of the default one,
+and the edges.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import pytest
 from t5x_inference_ext.engine import programs
 from t5x_inference_ext.errors import MeshError, RequestError
 from t5x_inference_ext.model.transformer import Model
+from t5x_inference_ext.model.weights import Weights
 from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.mesh import make_mesh
 from tests import memory, reference
@@ -39,7 +41,7 @@ CASES = [(*case, False) for case in UNROLLED] + [(*case, True) for case in STACK
 
 @pytest.mark.parametrize('mesh, rows, stacked', CASES)
 def test_prefill_and_decode_equal_the_full_forward(mesh, rows, stacked):
-  """Rows of lengths 1, 2, 3, ... are prefilled at once and then fed the rest of their tokens, one a step."""
+  """Rows of lengths 1, 2, 3, ... are prefilled at once, then decode the rest of their tokens."""
   config = memory.ODDER if (rows + stacked) % 2 else memory.ODD
   engine = memory.engine(config, TENSORS[config], mesh, stacked=stacked)
   tokens, wanted = memory.tokens(config, rows, LENGTH), expected(config, rows)
@@ -76,7 +78,7 @@ def test_prefill_and_decode_equal_the_full_forward(mesh, rows, stacked):
 )
 @pytest.mark.parametrize('config', TENSORS, ids=['norms around 0', 'norms around 1'])
 def test_logits_at_every_position(config, mesh, rows, stacked, layout):
-  """Where rows are few, weight-gathered layouts split positions, of which there must be one more."""
+  """Where rows are few, weight-gathered layouts split positions, and pad them."""
   engine = memory.engine(
     config, TENSORS[config], mesh, stacked=stacked, prefill=layout, decode=layout
   )
@@ -114,7 +116,7 @@ def test_int8_equals_the_float_model_it_stands_for(mesh):
 
 @pytest.mark.parametrize('mesh', ['1x1x1', '2x2x2'])
 def test_an_id_outside_the_vocabulary_embeds_as_zeros(mesh):
-  """As a one-hot of it would. 101 to 103 fall on padding, the others beyond it."""
+  """Its one-hot vector is zeros too. Ids 101 to 103 are in the padding, the others beyond it."""
   config = memory.ODD
   tokens = memory.tokens(config, 8, LENGTH)
   outside = np.arange(8), np.array([2, 1, 3, 4, 5, 6, 1, 2])
@@ -132,7 +134,7 @@ def test_an_id_outside_the_vocabulary_embeds_as_zeros(mesh):
 
 @pytest.mark.parametrize('stacked', [False, True], ids=['unrolled', 'stacked'])
 def test_a_full_row_drops_its_write_and_the_others_do_not(stacked):
-  """The first row is full. Its token is still answered, from all of the cache and itself."""
+  """The first row is full. Its logits are right: attention sees the cache and the new token."""
   config, size = memory.ODD, 4
   engine = memory.engine(config, TENSORS[config], '2x1x1', stacked=stacked)
   tokens, wanted = memory.tokens(config, 2, LENGTH), expected(config, 2)
@@ -147,9 +149,9 @@ def test_a_full_row_drops_its_write_and_the_others_do_not(stacked):
     engine.model, engine.weights, before, *programs.put(engine.model, tokens[[0, 1], lengths])
   )
   close(logits, wanted[[0, 1], lengths])
-  for old, new in zip(
-    jax.tree.leaves((before.keys, before.values)), jax.tree.leaves((after.keys, after.values))
-  ):
+  arrays = [jax.tree.leaves((cache.keys, cache.values)) for cache in (before, after)]
+  assert len(arrays[0]) == (2 if stacked else 2 * config.num_layers)
+  for old, new in zip(*arrays):
     old, new = np.moveaxis(old, -4, 0), np.moveaxis(new, -4, 0)  # [B, (L,) S, K, Q]
     np.testing.assert_array_equal(new[0], old[0])
     assert np.all(new[1][..., 2, :, :] != old[1][..., 2, :, :])
@@ -189,7 +191,7 @@ def test_log_probs(mesh, rows, layout):
 
 @pytest.mark.parametrize('mesh, rows', [('1x1x1', 2), ('2x2x2', 8)])
 def test_bfloat16_keeps_float32_where_it_matters(mesh, rows):
-  """Norms, softmax and logits. 0.03 measured at worst here, of logits up to 4.2; the bound is twice that."""
+  """Norms, softmax, logits. Measured: 0.03, of logits up to 4.2; the bound is twice that."""
   config = memory.ODD
   engine = memory.engine(config, TENSORS[config], mesh, dtype='bfloat16')
   assert engine.weights.final_norm.dtype == jnp.float32
@@ -205,7 +207,7 @@ def test_bfloat16_keeps_float32_where_it_matters(mesh, rows):
 
 
 def test_the_cache_lies_as_decode_has_it():
-  """Split by rows or heads, whatever prefill's layout; a step leaves it there, and nothing moves."""
+  """It is split by rows or heads, whatever prefill's layout, before and after a decode step."""
   config = memory.ODD
   for decode, spec in (('ws_2d/batch', (('x', 'z', 'y'),)), ('ws_2d/heads', ())):
     engine = memory.engine(config, TENSORS[config], '2x2x2', prefill='wg_xyz/batch', decode=decode)
@@ -220,7 +222,9 @@ def test_the_cache_lies_as_decode_has_it():
     _, after = memory.decode_step(
       engine.model, engine.weights, cache, *programs.put(engine.model, tokens[:, 1])
     )
-    for x in jax.tree.leaves((cache, after)):
+    leaves = jax.tree.leaves((cache, after))
+    assert len(leaves) == 2 * (2 * config.num_layers + 1)
+    for x in leaves:
       assert x.sharding.is_equivalent_to(wanted, x.ndim), (decode, x.sharding)
 
 
@@ -239,7 +243,8 @@ def test_what_is_refused():
     MeshError,
     match='use a batch that is a multiple of 8, or a weight-stationary layout .* for decode',
   ):
+    nothing = Weights(embedding=None, final_norm=None, layers=())
     jax.eval_shape(
-      lambda: model.prefill(None, jnp.zeros((4, 8), jnp.int32), jnp.ones(4, jnp.int32), 8)
+      lambda: model.prefill(nothing, jnp.zeros((4, 8), jnp.int32), jnp.ones(4, jnp.int32), 8)
     )
   assert model.padded_batch(4) == 8

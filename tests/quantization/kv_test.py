@@ -20,7 +20,7 @@ def test_each_position_and_head_has_its_own_scale(dtype):
     * jnp.asarray([1e-30, 1.0, 1e30], dtype)[:, None, None, None]
   )
   kv = to_cache(x, 'int8')
-  assert (kv.units.dtype, kv.units.shape, kv.shape, kv.ndim) == (np.int8, x.shape, x.shape, 4)
+  assert (kv.units.dtype, kv.units.shape, kv.shape) == (np.int8, x.shape, x.shape)
   assert (kv.scales.dtype, kv.scales.shape) == (np.float32, (3, 5, 2, 1))
   np.testing.assert_array_equal(np.abs(kv.units).max(-1), 127)
   x = np.asarray(x, np.float32)
@@ -31,14 +31,14 @@ def test_zeros_stay_zeros_and_nan_is_not_hidden():
   x = np.zeros((1, 3, 1, 4), np.float32)
   x[0, 1, 0, 2] = np.nan
   x[0, 2] = np.inf
-  kv = to_cache(x, 'int8')
+  kv = to_cache(jnp.asarray(x), 'int8')
   np.testing.assert_array_equal(dequantized(kv)[0, 0], 0)
   assert not np.isfinite(np.asarray(kv.scales)[0, 1:]).any()
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_a_float_cache_is_of_its_dtype(dtype):
-  assert to_cache(np.ones((1, 2, 1, 4), np.float32), dtype).dtype == dtype
+  assert to_cache(jnp.ones((1, 2, 1, 4)), dtype).dtype == dtype
 
 
 @pytest.mark.parametrize('shared', [False, True])
@@ -46,10 +46,11 @@ def test_a_float_cache_is_of_its_dtype(dtype):
 def test_attention_is_that_over_what_the_units_stand_for(kv_heads, shared):
   rng = np.random.default_rng(0)
   b, t, h, d, s, p = 3, 2, 4, 8, 5, 3
-  q = rng.normal(size=(b, t, h, d)).astype(np.float32)
-  new, cached = (to_cache(rng.normal(size=(2, b, n, kv_heads, d)), 'int8') for n in (t, s))
-  begins = to_cache(rng.normal(size=(2, p, kv_heads, d)) * 3, 'int8')
-  lengths = np.array([0, 5, 2], np.int32), np.array([3, 0, 2], np.int32)
+  q = jnp.asarray(rng.normal(size=(b, t, h, d)), jnp.float32)
+  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  new, cached = (to_cache(normal(2, b, n, kv_heads, d), 'int8') for n in (t, s))
+  begins = to_cache(normal(2, p, kv_heads, d) * 3, 'int8')
+  lengths = jnp.array([0, 5, 2]), jnp.array([3, 0, 2])
 
   def attention(form):
     context = Context(form(cached, 0), form(cached, 1), lengths[0])

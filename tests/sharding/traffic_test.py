@@ -20,11 +20,12 @@ from jax.sharding import PartitionSpec as P
 import pytest
 
 from t5x_inference_ext.config import BlockPart, ModelConfig
-from t5x_inference_ext.model.attention import Context
-from t5x_inference_ext.model.block import Layer, Positions
+from t5x_inference_ext.model.block import Layer, mlp
 from t5x_inference_ext.model.cache import KVCache
 from t5x_inference_ext.model.collectives import ops
-from t5x_inference_ext.model.positions import rotary_angles
+from t5x_inference_ext.model.norm import norm
+from t5x_inference_ext.model.positions import RotaryAngles, rotary_angles
+from t5x_inference_ext.model.projections import column_widths, projections
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights, layer_weights
 from t5x_inference_ext.sharding import traffic
@@ -121,8 +122,9 @@ def layer_collectives(
     start = lengths if decode else jnp.zeros_like(lengths)
     angles = rotary_angles(start[:, None] + jnp.arange(length)[None, :], config.d_head, 1e4)
     queries = tuple(ops.local_slice(a, placed.attention_positions, 1) for a in angles)
-    context = Context(keys, values, lengths) if decode else None
-    return Layer(config, placed, 'float32')(x, w, Positions(queries, angles), context)
+    cache = KVCache(keys, values, lengths) if decode else None
+    layer = Layer(config, placed, 'float32', RotaryAngles(queries, angles), cache)
+    return layer(x, (w, cache and cache.by_layer()))
 
   specs = (P(*placed.residual), weight_specs, placed.cache, placed.cache, P(placed.attention_rows))
   return compiled(
@@ -138,12 +140,16 @@ def feedforward_collectives(config: ModelConfig, layout: Layout, mesh, batch: in
   """Those of a serial block's MLP; its norm's all-reduce is the only one."""
   placed = shard_activations(layout, config, mesh.shape, batch, length)
   weights, specs = _layer_weights(config, placed, mesh, False)
+  part = BlockPart('mlp', attention=False, mlp=True)
   x = jax.ShapeDtypeStruct((batch, length, config.d_model), jnp.float32)
 
   def run(x, w):
-    return Layer(config, placed, 'float32')._sublayer(
-      x, w, BlockPart('mlp', False, True), None, None
-    )[0]
+    project = projections(placed, part)
+    y = norm(x, w.norm, w.norm_bias, config, placed.residual[2])
+    columns = project.inputs(y, w, column_widths(config, part, placed.heads.stored))
+    return x + project.outputs(
+      [mlp(columns, config, placed, placed.sums_into(part) is not None)], w
+    )
 
   return compiled(
     run, mesh, (x, weights['mlp']), (P(*placed.residual), specs['mlp']), P(*placed.residual)

@@ -1,1 +1,1 @@
-"""Collectives inside shard_map: plain, looped around a ring, and gathers of weights."""
+"""Collectives inside shard_map: single calls, loops around a ring, and gathers of weights."""

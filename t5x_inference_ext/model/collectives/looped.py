@@ -1,8 +1,9 @@
-"""Looped collective matmuls (the paper's section 3.5): a collective in steps that hide behind the matmul beside it.
+"""Looped collective matmuls (section 3.5): a collective in steps that hide behind its matmul.
 
-Each step multiplies what is at hand while what the next step needs travels one link of a ring. The loops are written
-out: the compiler then starts a step's collective-permute before its matmul and waits for it after. They compute what
-`plain` collectives and one matmul do, and move as many bytes. Over axes of size 1 they are the matmul alone.
+Each step multiplies the data at hand while the data of the next step travels one link of a ring.
+The loops are unrolled, so that the compiler starts a step's collective-permute before its matmul
+and waits for it after. The results equal those of the collectives in ops.py and one matmul, and as
+many bytes move. Over axes of size 1 they are the matmul alone.
 """
 
 from collections.abc import Sequence
@@ -10,24 +11,25 @@ from collections.abc import Sequence
 import jax
 from jax import lax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Num
 
 from t5x_inference_ext.model.collectives.ring import Ring, lanes
 from t5x_inference_ext.quantization import int8
 
 
 def all_gather_matmul(
-  x: jax.Array, w: jax.Array, axes: Sequence[str], directions: int = 2
-) -> jax.Array:
-  """all_gather(x, last dimension) @ w, in as many steps as there are shards.
+  x: Float[Array, '*b slice'], w: Num[Array, 'in out'], axes: Sequence[str], directions: int = 2
+) -> Float[Array, '*b out']:
+  """Compute all_gather(x, last dimension) @ w, in as many steps as there are shards.
 
   Args:
-    x: [..., in/n], this shard's slice of the activations; n is the product of the axes' sizes.
+    x: [..., in/n]. This shard's slice of the activations; n is the product of the axes' sizes.
     w: [in, out], float or int8.
-    axes: what x's last dimension is split over, the first axis slowest.
-    directions: 1: the slices travel one way around the ring; 2: half of each travels either way.
+    axes: Mesh axes that split x's last dimension, the first axis slowest.
+    directions: 1: slices travel one way around the ring. 2: half of each slice travels either way.
 
   Returns:
-    [..., out] in x's dtype; the partial sums are added in float32.
+    [..., out] in x's dtype; partial sums are added in float32.
 
   Raises:
     ValueError: w has other rows than the gathered x has columns.
@@ -50,23 +52,26 @@ def all_gather_matmul(
       y = product if y is None else y + product
       if step < ring.size - 1:
         slices[i] = ring.permute(slices[i], direction)
+  assert y is not None, 'a ring has a step'
   return y.astype(x.dtype)
 
 
 def matmul_reduce_scatter(
-  x: jax.Array, w: jax.Array, axes: Sequence[str], directions: int = 2
-) -> jax.Array:
-  """reduce_scatter(x @ w, last dimension), in as many steps as there are shards.
+  x: Float[Array, '*b in'], w: Num[Array, 'in out'], axes: Sequence[str], directions: int = 2
+) -> Float[Array, '*b slice']:
+  """Compute reduce_scatter(x @ w, last dimension), in as many steps as there are shards.
 
-  A sum travels around the ring, takes up one shard's product at each step and ends at the shard whose columns it is.
-  It is added to in float32 but travels in x's dtype, so that as many bytes move as in the plain reduce-scatter: in
-  bfloat16 it is rounded n times.
+  A sum travels around the ring, adds one shard's product at each step, and ends at the shard that
+  keeps its columns. It is added to in float32 but travels in x's dtype, so that as many bytes move
+  as in one reduce-scatter: in bfloat16 it is rounded n times.
 
   Args:
-    x: [..., in], this shard's part of the contracted dimension.
+    x: [..., in]. This shard's part of the contracted dimension.
     w: [in, out], float or int8.
-    axes: what is summed over, and what the result's last dimension is split over, the first axis slowest.
-    directions: 1: the sums travel one way around the ring; 2: half of each sum's columns travels either way.
+    axes: Mesh axes to sum over, which split the result's last dimension, the first axis slowest; n
+      shards.
+    directions: 1: sums travel one way around the ring. 2: half of each sum's columns travels either
+      way.
 
   Returns:
     [..., out/n] in x's dtype.
@@ -81,14 +86,15 @@ def matmul_reduce_scatter(
     return int8.matmul(x, w)
   width = w.shape[1] // ring.size
   parts = lanes(width, directions)
-  sums = [None] * len(parts)
+  sums: list[jax.Array] = []
   for step in range(ring.size):
+    arrived, sums = sums, []
     for i, (offset, size, direction) in enumerate(parts):
-      # Of the sum that is here at this step, the columns are those of the shard that it reaches with the last step.
+      # A sum's columns are those of the shard that it reaches with the last step.
       shard = ring.shard_at(step + 1, direction)
       columns = lax.dynamic_slice_in_dim(w, shard * width + offset, size, 1)
       total = int8.matmul(x, columns, dtype=jnp.float32)
-      if step:
-        total += ring.permute(sums[i], direction).astype(jnp.float32)
-      sums[i] = total.astype(x.dtype)
+      if arrived:
+        total += ring.permute(arrived[i], direction).astype(jnp.float32)
+      sums.append(total.astype(x.dtype))
   return jnp.concatenate(sums, axis=-1)

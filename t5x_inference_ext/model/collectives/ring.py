@@ -1,12 +1,14 @@
-"""A ring of shards over one or several mesh axes, inside shard_map: the path of the looped collectives."""
+"""A ring of shards over one or several mesh axes in shard_map: the path of looped collectives."""
 
 from collections.abc import Sequence
 import functools
 import math
+import operator
 
 import jax
 from jax import lax
 import jax.numpy as jnp
+from jaxtyping import Array, Int, Shaped
 import numpy as np
 
 from t5x_inference_ext.hardware import LANES
@@ -14,41 +16,39 @@ from t5x_inference_ext.model.collectives import ops
 
 
 class Ring:
-  """The shards of some mesh axes in a closed loop whose neighbours are mesh neighbours.
+  """The shards of some mesh axes in a closed loop whose neighbours are neighbours in the mesh.
 
   Attributes:
-    axes: mesh axis names, the first the slowest in a shard's linear index, as in a PartitionSpec. Those of size 1 drop
-      out.
-    size: how many shards there are, 1 if no axis is left.
-    order: the linear shard indices around the ring.
+    axes: Mesh axis names, the first slowest in a shard's linear index, as in a PartitionSpec. Axes
+      of size 1 are dropped.
+    size: Number of shards, 1 if no axis is left.
+    order: Linear shard indices in their order around the ring.
   """
 
-  def __init__(self, axes: Sequence[str]):
+  def __init__(self, axes: Sequence[str]) -> None:
     self.axes = tuple(a for a in axes if lax.axis_size(a) > 1)
     self.size = ops.axis_size(self.axes)
-    self.order = snake(tuple(lax.axis_size(a) for a in self.axes))
-    # lax.ppermute counts shards in the order of the mesh's axes, whatever the order of the axes it is given.
+    sizes = tuple(lax.axis_size(a) for a in self.axes)
+    self.order = snake(sizes)
+    # lax.ppermute counts shards in the order of the mesh's axes, whatever the order of the axes it
+    # is given.
     self._mesh_axes = tuple(
       a for a in jax.sharding.get_abstract_mesh().axis_names if a in self.axes
     )
-    by_axis = (
-      np.unravel_index(self.order, [lax.axis_size(a) for a in self.axes]) if self.axes else ()
-    )
-    in_mesh = [by_axis[self.axes.index(a)] for a in self._mesh_axes]
-    self._senders = sum(
-      p * math.prod(lax.axis_size(b) for b in self._mesh_axes[i + 1 :])
-      for i, p in enumerate(in_mesh)
-    )
+    position = dict(zip(self.axes, np.unravel_index(self.order, sizes))) if self.axes else {}
+    self._senders = np.zeros(self.size, int)
+    for axis in self._mesh_axes:
+      self._senders = self._senders * lax.axis_size(axis) + position[axis]
 
-  def permute(self, x: jax.Array, direction: int = 1) -> jax.Array:
-    """Every shard sends x to the next one around the ring (direction 1) or to the one before (-1)."""
+  def permute(self, x: Shaped[Array, '*s'], direction: int = 1) -> Shaped[Array, '*s']:
+    """Send each shard's x to the next shard of the ring (direction 1) or to the one before (-1)."""
     if self.size == 1:
       return x
     receivers = np.roll(self._senders, -direction)
     return lax.ppermute(x, self._mesh_axes, list(zip(self._senders.tolist(), receivers.tolist())))
 
-  def shard_at(self, step: int, direction: int = 1) -> jax.Array | int:
-    """The linear index of the shard that is here once every shard has moved `step` times in this direction."""
+  def shard_at(self, step: int, direction: int = 1) -> Int[Array, ''] | int:
+    """Return the linear index of the shard whose data is here after `step` permutes."""
     if self.size == 1:
       return 0
     held = np.empty(self.size, np.int32)
@@ -58,33 +58,34 @@ class Ring:
 
 @functools.cache
 def snake(sizes: tuple[int, ...]) -> tuple[int, ...]:
-  """A walk through a grid, one step at a time: linear indices (first dimension slowest), each a neighbour of the last.
+  """Return a walk through a grid, as linear indices (first dimension slowest) of neighbours.
 
-  The reflected mixed-radix order. One dimension is walked once, forth, while the others are walked forth and back;
-  where its size is even the walk ends above its beginning, and is closed by that dimension's wraparound (which two
-  shards need not have). So it is a dimension of 2 if there is one, or else an even one.
+  The order is the reflected mixed-radix order. One dimension is walked once, forth, while the
+  others are walked forth and back. Where the size of that dimension is even, the walk ends above
+  its beginning, and the dimension's wraparound closes it (a dimension of 2 needs no wraparound). So
+  the walk chooses a dimension of 2, or else an even one.
   """
   slowest = min(range(len(sizes)), key=lambda i: (sizes[i] != 2, sizes[i] % 2), default=0)
   dims = sorted(range(len(sizes)), key=lambda i: i != slowest)
-  walk = [()]
+  walk: list[tuple[int, ...]] = [()]
   for i in reversed(dims):
     # A walk of the faster dimensions, forth at even positions of this one and back at odd ones.
     walk = [(p, *w) for p in range(sizes[i]) for w in (walk if p % 2 == 0 else walk[::-1])]
-  strides = {i: math.prod(sizes[i + 1 :]) for i in dims}
-  return tuple(sum(p * strides[i] for p, i in zip(position, dims)) for position in walk)
+  strides = [math.prod(sizes[i + 1 :]) for i in dims]
+  return tuple(sum(map(operator.mul, position, strides)) for position in walk)
 
 
 def lanes(size: int, directions: int) -> list[tuple[int, int, int]]:
-  """How a slice of this size travels: (offset, size, direction of the ring) of each part.
+  """Split a slice into the parts that travel around the ring: (offset, size, direction) of each.
 
   Args:
-    size: of the dimension that is cut.
-    directions: 1: the whole slice goes one way; 2: it is cut in two that go opposite ways, in halves (the first the
-      larger if the size is odd) or, if there are two tiles, where tiles meet nearest to the middle. A slice of size 1
-      goes one way.
+    size: Size of the dimension that is split.
+    directions: 1: the whole slice travels one way. 2: two parts travel opposite ways. They are
+      halves (the first the larger if the size is odd), or, from two tiles on, end at the tile
+      boundary nearest to the middle. A slice of size 1 travels one way.
 
   Raises:
-    ValueError: other directions.
+    ValueError: Another number of directions.
   """
   if directions not in (1, 2):
     raise ValueError(f'a ring has 1 or 2 directions, got {directions}')

@@ -1,8 +1,8 @@
-"""Matmuls by weights that are gathered while they are used: the weight-gathered layouts (the paper's section 3.2.3).
+"""Matmuls by weights that are gathered while they are used: weight-gathered layouts (3.2.3).
 
-A gathered matrix is large (one bf16 layer of PaLM 540B is 8.5 GiB): it should arrive while the matmul before it runs,
-not earlier. An optimization barrier ties the start of each gather to an earlier result. The TPU compiler schedules by
-it; the CPU compiler drops it, and gathers everything at once.
+A gathered matrix is large (one layer of PaLM 540B in bfloat16 is 8.5 GiB): it should arrive during
+the matmul before its own, not earlier. An optimization barrier ties the start of each gather to an
+earlier result. XLA:TPU schedules by the barrier; XLA:CPU drops it, and gathers everything at once.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ import jax
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Num, Shaped
 
 from t5x_inference_ext.model.collectives import ops
 from t5x_inference_ext.model.collectives.ring import Ring, lanes
@@ -18,61 +19,71 @@ from t5x_inference_ext.quantization import int8
 
 
 class Gatherer:
-  """The gathered matmuls of a layer, done in the order of their calls: one matrix in use and the next one in flight.
+  """The gathered matmuls of a layer in the order of their calls: one in use, the next in flight.
 
-  Left to itself a compiler may start every gather at once, and hold what has arrived until its turn. Here a matrix may
-  start to travel when the matmul before the last is done, so it has the length of one matmul to arrive. Matmuls in
-  between, by weights that stay where they are, need not be told.
+  Without it a compiler may start every gather at once, and hold each gathered matrix until its
+  turn. Here a matrix may start to travel when the matmul before the last is done, so that it has
+  the length of one matmul to arrive. Matmuls in between by weights that stay need no mention.
   """
 
-  def __init__(self, directions: int = 0):
-    """directions: as in gathered_matmul."""
+  def __init__(self, directions: int = 0) -> None:
+    """Make a Gatherer of no matmuls yet; `directions` is as in gathered_matmul."""
     self._directions = directions
-    self._done = [None, None]  # The results of the last two matmuls, the older first.
+    # Results of the last two matmuls, the older first.
+    self._done: tuple[jax.Array | None, jax.Array | None] = (None, None)
 
   def matmul(
-    self, x: jax.Array, w: jax.Array, row_axes: Sequence[str], column_axes: Sequence[str]
-  ) -> jax.Array:
-    """gathered_matmul(x, w, row_axes, column_axes) as the layer's next one."""
+    self,
+    x: Float[Array, '*b in'],
+    w: Num[Array, 'rows columns'],
+    row_axes: Sequence[str],
+    column_axes: Sequence[str],
+  ) -> Float[Array, '*b out']:
+    """Compute gathered_matmul(x, w, row_axes, column_axes) as the layer's next matmul."""
     before_last, last = self._done
     y = gathered_matmul(
       after(x, last), after(w, before_last), row_axes, column_axes, self._directions
     )
-    self._done = [last, y]
+    self._done = last, y
     return y
 
 
-def after(value: jax.Array, done: jax.Array | None) -> jax.Array:
-  """The value, which nothing can use before `done` (None: any time) has been computed."""
+def after(value: Shaped[Array, '*s'], done: Shaped[Array, '...'] | None) -> Shaped[Array, '*s']:
+  """Return the value, which nothing can use before `done` is computed (None: at any time)."""
   return value if done is None else lax.optimization_barrier((value, done))[0]
 
 
 def gathered_matmul(
-  x: jax.Array,
-  w: jax.Array,
+  x: Float[Array, '*b in'],
+  w: Num[Array, 'rows columns'],
   row_axes: Sequence[str],
   column_axes: Sequence[str],
   directions: int = 0,
-) -> jax.Array:
-  """x @ all_gather(w), the weights moving in their own dtype (int8: one byte each).
+) -> Float[Array, '*b out']:
+  """Compute x @ all_gather(w); the weights move in their own dtype (int8: one byte each).
+
+  A ring uses one link, or two, of the six that a chip of a 3D torus has and that an all-gather
+  uses. It hides behind the matmul only if there are many tokens: in one direction if 2 * tokens /
+  (FLOP/s) > (bytes of a weight) / (a link's bytes/s).
 
   Args:
-    x: [..., rows], whole rows of some tokens.
-    w: [rows/R, columns/C], this shard's part of a matrix, float or int8.
-    row_axes: what the matrix's rows are split over, R shards in all, the first axis slowest; may be empty.
-    column_axes: the same for its columns, C shards; no axis can be in both.
-    directions: 0: one all-gather of the whole matrix, then one matmul. 1: the shards travel around a ring over all the
-      axes, and the one at hand is multiplied while the next one travels: beside the result, two shards are held. 2:
-      half of each shard, cut across its longer side, travels either way. A ring uses one link, or two, of the six that
-      a chip of a 3D torus has and an all-gather uses: it hides behind the matmul only if there are many tokens. In one
-      direction that is 2 * tokens / (FLOP/s) > (bytes of a weight) / (a link's bytes/s).
+    x: [..., in]. Whole rows of some tokens.
+    w: [in/R, out/C]. This shard's part of a matrix, float or int8.
+    row_axes: Mesh axes that split the matrix's rows, R shards in all, the first axis slowest; may
+      be empty.
+    column_axes: Mesh axes that split its columns, C shards. No axis may be in both.
+    directions: 0: one all-gather of the whole matrix, then one matmul. 1: shards travel around a
+      ring over all the axes, and the shard at hand is multiplied while the next one travels; two
+      shards are held beside the result. 2: half of each shard, cut across its longer side, travels
+      either way.
 
   Returns:
-    [..., columns] in x's dtype. In a ring of bfloat16 activations the result is added to in float32 and rounded R times
-    (twice that if half shards are half the rows), as a float32 copy of it could be too large to hold.
+    [..., out] in x's dtype. In a ring of bfloat16 activations the result is added to in float32 and
+    rounded R times (twice that if half shards are half the rows), since a float32 copy of it could
+    be too large to hold.
 
   Raises:
-    ValueError: w has not an R-th of the rows that x has columns.
+    ValueError: w does not have an R-th of the rows that x has columns.
   """
   shards = ops.axis_size(row_axes)
   if x.shape[-1] != w.shape[0] * shards:
@@ -80,7 +91,7 @@ def gathered_matmul(
       f'{shards} shards of {w.shape[0]} rows cannot be multiplied by {x.shape[-1]} columns'
     )
   if directions == 0 or Ring((*row_axes, *column_axes)).size == 1:
-    # Over the fewer shards first: the most bytes then go over the more axes, and links, of a torus.
+    # Fewer shards first: most bytes then go over more axes, and so over more links, of a torus.
     for axes, dim in sorted(
       [(row_axes, 0), (column_axes, 1)], key=lambda gather: ops.axis_size(gather[0])
     ):
@@ -90,7 +101,9 @@ def gathered_matmul(
   return _ring_matmul(x, w, row_axes, column_axes, directions)
 
 
-def _ring_matmul(x, w, row_axes, column_axes, directions):
+def _ring_matmul(
+  x: jax.Array, w: jax.Array, row_axes: Sequence[str], column_axes: Sequence[str], directions: int
+) -> jax.Array:
   ring = Ring((*row_axes, *column_axes))
   column_shards = ops.axis_size(column_axes)
   dim = 0 if w.shape[0] > w.shape[1] else 1
@@ -98,7 +111,7 @@ def _ring_matmul(x, w, row_axes, column_axes, directions):
   held = [lax.slice_in_dim(w, offset, offset + size, axis=dim) for offset, size, _ in parts]
   y = jnp.zeros((*x.shape[:-1], w.shape[1] * column_shards), x.dtype)
   for step in range(ring.size):
-    # Nothing else keeps the shards from travelling all their way before the first is used.
+    # Without the barrier the shards may travel all their way before the first is used.
     y, *held = lax.optimization_barrier((y, *held))
     for i, (offset, _, direction) in enumerate(parts):
       here = held[i]

@@ -1,4 +1,4 @@
-"""The looped collective matmuls against the plain collectives and one matmul: same numbers, same bytes."""
+"""Looped collective matmuls against single collectives and one matmul: same numbers, same bytes."""
 
 import math
 import re
@@ -172,7 +172,7 @@ def test_matmul_reduce_scatter(mesh, axes, width):
 
 @pytest.mark.parametrize('directions', [1, 2])
 def test_bfloat16_is_summed_in_float32(directions):
-  """all_gather_matmul rounds once, at the end; the sums of matmul_reduce_scatter are rounded wherever they stop."""
+  """all_gather_matmul rounds once, at the end; sums of matmul_reduce_scatter at every shard."""
   x, w = operands(8 * 32, 8 * 5)
   x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
   exact = x.astype(np.float64) @ w.astype(np.float64)

@@ -1,4 +1,4 @@
-"""The collectives against numpy, on eight devices as 2 x 2 x 2: the order of shards is what goes wrong silently."""
+"""Collectives against numpy on 2 x 2 x 2 devices: a wrong order of shards would go unnoticed."""
 
 import jax
 from jax.sharding import PartitionSpec as P
@@ -48,7 +48,7 @@ def test_reduce_scatter_sums_and_keeps_the_shards_slice(axes):
   ],
 )
 def test_reduce_scatter_of_few_and_of_many_elements(shape, dim):
-  """Each way that it is written for the TPU compiler: up to a tile of rows on a shard, more, large arrays."""
+  """Each form for XLA:TPU: up to a tile of rows on a shard, more rows, large arrays."""
   x = np.random.default_rng(0).integers(-9, 9, shape).astype(np.float32)
   spec = P(*(AXES if i == dim else None for i in range(len(shape))))
   found = _run(

@@ -1,5 +1,6 @@
 """Gathered matmuls against the whole matrix: numbers, bytes, and when a gather may start."""
 
+import functools
 import re
 
 import jax
@@ -22,14 +23,15 @@ SPLITS = [
   ((), ('y',)),
   ((), ()),
 ]
-# Odd shards, cut across their columns everywhere; cut across their rows, and not at all, on one mesh.
+# Odd shards, cut across their columns everywhere; cut across their rows, and not at all, on one
+# mesh.
 CASES = [(mesh, *split, (3, 5)) for mesh in MESHES for split in SPLITS]
 CASES += [((2, 2, 2), *split, shard) for split in SPLITS[:4] for shard in ((5, 3), (1, 1))]
 
 
 @pytest.mark.parametrize('mesh, rows, columns, shard', CASES)
 def test_gathered_matmul(mesh, rows, columns, shard):
-  """Every shard of tokens is multiplied by the whole matrix; tokens here are replicated, weights are not."""
+  """Every shard of tokens is multiplied by the whole matrix. Here tokens are replicated."""
   shape = shard[0] * size_of(mesh, rows), shard[1] * size_of(mesh, columns)
   x, w = operands(*shape)
   _, w8 = operands(*shape, np.int8)
@@ -111,7 +113,12 @@ def test_axes_of_size_1_cost_nothing():
   x, w = operands(8, 6)
   for directions in (0, 1, 2):
     text = compiled(
-      lambda x, w: weight_gather.gathered_matmul(x, w, ('x',), ('y', 'z'), directions),
+      functools.partial(
+        weight_gather.gathered_matmul,
+        row_axes=('x',),
+        column_axes=('y', 'z'),
+        directions=directions,
+      ),
       (1, 1, 1),
       (P(), P()),
       P(),
@@ -152,7 +159,7 @@ def layer(directions, matrices):
 
 
 def prerequisites(fn, *args) -> list[tuple[str, set[int]]]:
-  """(primitive, indices of the operations that it waits for) of everything in a shard_map, in order."""
+  """List (primitive, indices of the operations that it waits for) of a shard_map, in order."""
   outer = jax.make_jaxpr(fn)(*args).jaxpr
   equations = next(e.params['jaxpr'] for e in outer.eqns if e.primitive.name == 'shard_map').eqns
   waits, found = {}, []
@@ -170,6 +177,7 @@ def test_a_gatherer_computes_what_gathered_matmuls_do(directions):
   x, w = operands(40, 24)
   x = np.tile(x[:, 0], (4, 1))
   results = jax.jit(layer(directions, 5))(x, *[k * w for k in range(5)])
+  assert len(results) == 5
   for k, y in enumerate(results):
     np.testing.assert_allclose(y, k * (x @ w), rtol=1e-4, atol=1e-4)
 
@@ -203,7 +211,8 @@ def test_one_shard_in_use_and_one_in_flight(directions):
 def test_a_ring_never_holds_a_matrix(directions):
   """Six matrices of 1 MiB: 6 rings of two shards each are 1.5 MiB, where six gathers hold 6.
 
-  The CPU compiler drops the barriers and so runs all six at once; how a TPU schedules them its own compiler shows.
+  The CPU compiler drops the barriers and so runs all six at once; how a TPU schedules them its own
+  compiler shows.
   """
   x, w = jax.ShapeDtypeStruct((8, 512), np.float32), jax.ShapeDtypeStruct((512, 512), np.float32)
   ring = (

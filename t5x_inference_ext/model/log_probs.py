@@ -1,0 +1,64 @@
+"""Log-probabilities of given tokens on one shard, without the logits of all positions at once."""
+
+from collections.abc import Callable
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from t5x_inference_ext.model.collectives import ops
+from t5x_inference_ext.sharding.layout import Axes
+
+# A device makes at most this many elements of float32 logits at once (256 MiB): some positions at a
+# time.
+MAX_LOGITS = 2**26
+
+
+def target_log_probs(
+  x: Float[Array, 'b t e'],
+  targets: Int[Array, 'rows T'],
+  logits: Callable[[jax.Array], jax.Array],
+  axes: Axes,
+  width: int,
+) -> Float[Array, 'rows T']:
+  """Return log p(target) at each position, computing the logits of some positions at a time.
+
+  Args:
+    x: [b, t, e]. This shard's part of the residual stream after the last layer.
+    targets: [rows, T] int32. Target tokens, with rows split as the logits are, at all positions.
+    logits: Function of x at some of its positions (on each shard the same ones). Returns float32
+      logits [rows, positions of all shards, V].
+    axes: Mesh axes that split the positions of x.
+    width: Elements that one position's logits take on a device while they are computed.
+
+  Returns:
+    [rows, T] float32.
+  """
+  shards, length = ops.axis_size(axes), x.shape[1]
+  chunk = max(1, min(length, MAX_LOGITS // (width * shards)))  # positions of a shard at a time
+  chunks = -(-length // chunk)
+  if chunks == 1:
+    return _gather_log_probs(logits(x), targets)
+  padding = chunks * chunk - length
+  x = jnp.pad(x, ((0, 0), (0, padding), (0, 0))).reshape(x.shape[0], chunks, chunk, x.shape[2])
+  rows = targets.shape[0]
+  split = jnp.pad(targets.reshape(rows, shards, length), ((0, 0), (0, 0), (0, padding)))
+  split = jnp.moveaxis(split.reshape(rows, shards, chunks, chunk), 2, 0)
+  split = split.reshape(chunks, rows, shards * chunk)
+
+  def chunk_log_probs(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+    x, targets = inputs
+    return _gather_log_probs(logits(x), targets)
+
+  found = lax.map(chunk_log_probs, (jnp.moveaxis(x, 1, 0), split))
+  found = jnp.moveaxis(found.reshape(chunks, rows, shards, chunk), 0, 2)
+  found = found.reshape(rows, shards, chunks * chunk)
+  return found[:, :, :length].reshape(rows, shards * length)
+
+
+def _gather_log_probs(
+  logits: Float[Array, 'rows t V'], targets: Int[Array, 'rows t']
+) -> Float[Array, 'rows t']:
+  target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+  return target_logits - jax.nn.logsumexp(logits, axis=-1)

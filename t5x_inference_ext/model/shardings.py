@@ -1,0 +1,174 @@
+"""Shardings of a model's weights, activations and KV cache on its mesh, in each phase."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Int
+
+from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.model.cache import KeysValues, KVCache, Shared, with_heads
+from t5x_inference_ext.model.weights import Weights, build_weights
+from t5x_inference_ext.quantization.kv import KV
+from t5x_inference_ext.sharding import activations
+from t5x_inference_ext.sharding.activations import ActivationSharding
+from t5x_inference_ext.sharding.layout import Axes, Layout, check_pair
+from t5x_inference_ext.sharding.packing import packed_tensors
+
+COMPUTE_DTYPES = ('float32', 'bfloat16')
+CACHE_DTYPES = (*COMPUTE_DTYPES, 'int8')
+
+
+def check_dtype(dtype: str) -> None:
+  """Raise RequestError for a dtype that models do not compute in."""
+  if dtype not in COMPUTE_DTYPES:
+    raise RequestError(f'dtype must be one of {", ".join(COMPUTE_DTYPES)}, got {dtype!r}')
+
+
+def check_cache(cache: str | None) -> None:
+  """Raise RequestError for a dtype that a KV cache cannot hold; None means that of activations."""
+  if cache not in (None, *CACHE_DTYPES):
+    raise RequestError(f'cache must be one of {", ".join(CACHE_DTYPES)}, got {cache!r}')
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardedModel:
+  """A model's shape, dtypes, mesh and layouts, and the shardings that follow from them.
+
+  Attributes:
+    config: Shape of the model.
+    mesh: Mesh with axes x, y, z.
+    prefill_layout: Layout of prefill and of passes over whole sequences (logits, log_probs).
+    decode_layout: Layout of decode steps, and of the KV cache between them.
+    dtype: Dtype of activations, 'float32' or 'bfloat16'. Norms, softmax and logits are float32 in
+      either.
+    cache: Dtype of the KV cache: 'float32', 'bfloat16', 'int8' (with a scale for each position and
+      head), or None for `dtype`. Passes without a cache round keys and values in the same way.
+
+  Raises:
+    RequestError: An unknown dtype or cache.
+    MeshError: Two layouts that cannot share one set of weights.
+  """
+
+  config: ModelConfig
+  mesh: Mesh
+  prefill_layout: Layout = Layout()
+  decode_layout: Layout = Layout()
+  dtype: str = 'bfloat16'
+  cache: str | None = None
+
+  def __post_init__(self) -> None:
+    check_dtype(self.dtype)
+    check_cache(self.cache)
+    check_pair(self.prefill_layout, self.decode_layout)
+
+  @property
+  def cache_dtype(self) -> str:
+    """Dtype of the KV cache, a float's or 'int8'."""
+    return self.cache or self.dtype
+
+  def prefill_sharding(self, rows: int, length: int) -> ActivationSharding:
+    """Return the sharding of a prefill's activations; `length` is padded as the layout needs."""
+    return self._sharding(self.prefill_layout, rows, length, cached=False)
+
+  def chunk_sharding(self, rows: int, length: int) -> ActivationSharding:
+    """Return the sharding of a chunk's activations, in the decode layout.
+
+    A chunk is `length` more positions of cached rows. The cache lies as cache_sharding has it.
+    """
+    return self._sharding(self.decode_layout, rows, length, cached=True)
+
+  def decode_sharding(self, rows: int) -> ActivationSharding:
+    """Return the sharding of a decode step's activations.
+
+    Raises:
+      MeshError: The layout cannot split this many rows.
+    """
+    return activations.shard_activations(self.decode_layout, self.config, self.mesh.shape, rows, 1)
+
+  def cache_sharding(self, rows: int) -> ActivationSharding:
+    """Return the sharding of a cache of this many rows in the decode layout.
+
+    Unlike decode_sharding, it takes rows that a decode step cannot split: prefill may have such.
+    """
+    return self.chunk_sharding(rows, 1)
+
+  def _sharding(self, layout: Layout, rows: int, length: int, cached: bool) -> ActivationSharding:
+    shape = self.mesh.shape
+    length = activations.padded_length(layout, shape, rows, length)
+    return activations.shard_activations(layout, self.config, shape, rows, length, cached)
+
+  def pad_tokens(self, tokens: Int[Array, 'B T'], layout: Layout) -> Int[Array, 'B padded']:
+    """Pad tokens on the right as the layout needs; nothing attends to the padding."""
+    rows, length = tokens.shape
+    padded = activations.padded_length(layout, self.mesh.shape, rows, length)
+    return jnp.pad(tokens, ((0, 0), (0, padded - length)))
+
+  def sampling_axes(self, rows: int) -> Axes:
+    """Return the mesh axes that split the rows of logits [rows, V]."""
+    return activations.sampling_axes(self.prefill_layout, rows, self.mesh.shape)
+
+  def padded_batch(self, rows: int) -> int:
+    """Return the smallest batch of at least `rows` rows that keeps the mesh as busy as they can."""
+    return activations.padded_batch(self.decode_layout, rows, self.mesh.shape)
+
+  def weight_specs(self, weights: Weights) -> Weights:
+    """Return PartitionSpecs of weights of this form (stacked or not, int8 or not)."""
+    tensors = packed_tensors(self.config, self.prefill_layout, self.mesh.shape, weights.is_int8)
+
+    def spec(name: str, layers: slice | int | None) -> P:
+      return P(*(None,) * isinstance(layers, slice), *tensors[name].spec)
+
+    return build_weights(tensors, self.config.num_layers, weights.stacked, spec)
+
+  def kv_spec(self, sharding: ActivationSharding, weights: Weights) -> Any:
+    """Return PartitionSpecs of keys (or values): one with leading L, or one per unrolled layer."""
+    return P(None, *sharding.cache) if weights.stacked else (sharding.cache,) * len(weights.layers)
+
+  def cache_spec(
+    self, sharding: ActivationSharding, weights: Weights, cache: KVCache | None = None
+  ) -> KVCache:
+    """Return PartitionSpecs of a KV cache; with a shared prefix if `cache` has one.
+
+    One spec stands for all arrays of a layer's keys, units and scales of int8 alike.
+    """
+    kv = self.kv_spec(sharding, weights)
+    rows: Any = P(sharding.attention_rows)
+    if cache is None or cache.shared is None:
+      return KVCache(kv, kv, rows)
+    # A prefix has no rows: it is whole on every device that splits rows.
+    prefix: Any = P(*sharding.cache[1:])
+    prefix = P(None, *prefix) if weights.stacked else (prefix,) * len(weights.layers)
+    return KVCache(kv, kv, rows, Shared(prefix, prefix, rows))
+
+  def constrained(self, cache: KVCache, sharding: ActivationSharding, weights: Weights) -> KVCache:
+    """Return the cache, constrained to the sharding."""
+
+    def constrain(spec: P, x: KV) -> KV:  # all arrays of a layer's keys, or values
+      return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+
+    return jax.tree.map(constrain, self.cache_spec(sharding, weights, cache), cache)
+
+  def kv_to_decode(
+    self, kv: KeysValues, length: int, prefill: ActivationSharding, decode: ActivationSharding
+  ) -> KeysValues:
+    """Reshard a prefill's keys and values for decode, and drop the padding after `length`.
+
+    Args:
+      kv: Pytree of arrays [.., B, T, K, Q] in the prefill layout.
+      length: Positions to keep.
+      prefill: Sharding of the prefill.
+      decode: Sharding of the decode steps that follow.
+    """
+    held, wanted = prefill.heads.cached(), decode.heads.cached()
+
+    def reshard(x: jax.Array) -> jax.Array:
+      x = with_heads(x[..., :length, :, :], held, wanted)
+      spec = P(*(None,) * (x.ndim - 4), *decode.cache)
+      return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+
+    return jax.tree.map(reshard, kv)
