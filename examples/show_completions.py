@@ -1,4 +1,4 @@
-"""Print the rows that `python -m t5x_inference_ext.infer` wrote: `python examples/show_completions.py FILE.jsonl`.
+"""Print what `python -m t5x_inference_ext.infer` wrote: `show_completions.py FILE.jsonl`.
 
 A bar marks where a prompt ends and its completion begins.
 """

@@ -1,4 +1,4 @@
-"""The distribution as a user gets it: built, installed elsewhere, and used from a directory outside the checkout."""
+"""The distribution as a user gets it: built, installed, and used outside the checkout."""
 
 import importlib.util
 import os
@@ -60,7 +60,7 @@ def _names(wheel: pathlib.Path) -> set[str]:
 
 @pytest.fixture(scope='module')
 def checkout(repository, tmp_path_factory) -> pathlib.Path:
-  """A copy of the sources: a build writes beside them, and finds what an earlier build left there."""
+  """A copy of the sources: a build writes beside them, and finds an earlier build's files."""
   copy = tmp_path_factory.mktemp('checkout') / 'sources'
   unwanted = shutil.ignore_patterns(
     '.*', 'build', 'dist', '*.egg-info', '__pycache__', 'testdata', 'palm_tiny'
@@ -75,7 +75,7 @@ def wheel(checkout, tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope='module')
 def installed(wheel, tmp_path_factory) -> pathlib.Path:
-  """A directory with the wheel's contents, to be put on PYTHONPATH; its dependencies are this environment's."""
+  """A directory with the wheel's contents, for PYTHONPATH; dependencies are this environment's."""
   target = tmp_path_factory.mktemp('installed')
   _run([*PIP, 'install', '--no-deps', '--target', str(target), str(wheel)], target)
   return target
@@ -99,7 +99,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel, repository):
 
 
 def test_wheel_from_an_sdist_is_the_same(wheel, checkout, tmp_path):
-  """The checkout's symbolic link to configs/ does not survive an sdist: the files behind it must."""
+  """The checkout's link to configs/ does not survive an sdist: the files behind it must."""
   build = f'from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})'
   _run([sys.executable, '-c', build], checkout)
   (sdist,) = tmp_path.glob('*.tar.gz')
@@ -130,6 +130,20 @@ def test_core_does_without_tensorflow(outside):
   assert extra == {'tensorflow', 'seqio'}
 
 
+def test_a_task_without_seqio_is_one_sentence(outside):
+  program = (
+    'import contextlib, io, sys\n'
+    'sys.modules.update(seqio=None, tensorflow=None)\n'  # as if not installed
+    'from t5x_inference_ext.commands import infer\n'
+    'with contextlib.redirect_stderr(io.StringIO()) as said:\n'
+    '  code = infer.run(["infer", "--gin_file=t5x_inference_ext/configs/runs/infer.gin"])\n'
+    'print(code, said.getvalue())'
+  )
+  code, _, error = outside('-c', program).strip().partition(' ')
+  assert code == '2' and error.startswith('error: ') and error.count('\n') == 0
+  assert "pip install 't5x_inference_ext[seqio]'" in error
+
+
 @pytest.mark.parametrize('module', ['t5x_inference_ext', 't5x_inference_ext.engine.engine'])
 def test_python_api_imports_no_framework(outside, module):
   program = (
@@ -153,7 +167,7 @@ def test_command_resolves_and_shows_help(outside, command):
 def test_gin_file_parses_outside_the_checkout(outside, name):
   """By the name that a user gives to --gin_file or writes in an include."""
   needs_t5x = NEEDS_T5X.search((ROOT / name).read_text(encoding='utf-8'))
-  # export.gin imports what only exporting needs; the others bind the functions of the script that runs.
+  # export.gin imports what only exporting needs; others bind functions of the script that runs.
   missing = [
     module for module in ('t5x', 'tensorflow_serving') if importlib.util.find_spec(module) is None
   ]
