@@ -12,7 +12,6 @@ ROOT = pathlib.Path(__file__).parent
 INSTALL_REQUIRES = [
   'absl-py>=2.3.1',
   'gin-config>=0.5',
-  'isal>=1.9.1',
   'jax>=0.10',
   'ml_dtypes>=0.5.4',
   'msgpack>=1.1',

@@ -1,5 +1,8 @@
 """The errors that users see: one sentence naming what, where and the fix. Commands print them and exit with 2."""
 
+from collections.abc import Iterable
+import itertools
+
 # A message that quotes long names is cut here: it stays readable on a terminal.
 _MAX_MESSAGE = 10_000
 
@@ -33,3 +36,9 @@ def printable(text: object, limit: int = 300) -> str:
     c if c.isprintable() else c.encode('unicode_escape').decode() for c in text[:limit]
   )
   return shown + ('...' if len(text) > limit else '')
+
+
+def name_list(names: Iterable[str], count: int, limit: int = 12) -> str:
+  """Return the first of `count` names for a message, and how many more there are."""
+  first = ', '.join(map(printable, itertools.islice(names, limit)))
+  return first + (f' and {count - limit} more' if count > limit else '')

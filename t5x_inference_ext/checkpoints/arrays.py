@@ -5,19 +5,21 @@ sums over, then the axes that it keeps. A canonical tensor is addressed as one m
 are the inputs merged, columns are the outputs merged. A norm is one row; a tensor without a layer axis has L = 1.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 import dataclasses
-import itertools
 import math
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 
+from t5x_inference_ext.checkpoints.merged_axes import (
+  Index,
+  covering_box,
+  merged_ranges,
+  split_range,
+)
 from t5x_inference_ext.checkpoints.tensor import Bounds, Span, Tensor
 from t5x_inference_ext.errors import CheckpointError
-
-# An index into a numpy array: an integer, a range or a new axis for each axis.
-_Index: TypeAlias = tuple[int | slice | None, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +116,7 @@ class KernelLayout:
     is_matrix = self.inputs and not part.reciprocal
     return (*layers, *((math.prod(rows),) if is_matrix else ()), math.prod(columns))
 
-  def rectangles(self, bounds: Bounds) -> Iterator[tuple[KernelPart, Rectangle, _Index]]:
+  def rectangles(self, bounds: Bounds) -> Iterator[tuple[KernelPart, Rectangle, Index]]:
     """Cut a block of the array into rectangles of canonical tensors.
 
     Args:
@@ -133,11 +135,11 @@ class KernelLayout:
       local = [*bounds]
       local[place] = (begin - part.start, end - part.start)
       row_axes, column_axes = self._merged_axes(part)
-      for rows, row_index in _merge(local[1:split], row_axes, offsets[1:split]):
-        for columns, column_index in _merge(local[split:], column_axes, offsets[split:]):
+      for rows, row_index in merged_ranges(local[1:split], row_axes, offsets[1:split]):
+        for columns, column_index in merged_ranges(local[split:], column_axes, offsets[split:]):
           yield part, Rectangle(bounds[0], rows, columns), (slice(None), *row_index, *column_index)
 
-  def pieces(self, part: KernelPart, rectangle: Rectangle) -> Iterator[tuple[Bounds, _Index]]:
+  def pieces(self, part: KernelPart, rectangle: Rectangle) -> Iterator[tuple[Bounds, Index]]:
     """Cut a canonical rectangle into blocks of the array.
 
     Yields:
@@ -145,8 +147,8 @@ class KernelLayout:
       values.
     """
     row_axes, column_axes = self._merged_axes(part)
-    for rows, row_index in _unmerge(rectangle.rows, row_axes):
-      for columns, column_index in _unmerge(rectangle.columns, column_axes):
+    for rows, row_index in split_range(rectangle.rows, row_axes):
+      for columns, column_index in split_range(rectangle.columns, column_axes):
         bounds = self._shifted(part, (rectangle.layers, *rows, *columns))
         yield bounds, (slice(None), *row_index, *column_index)
 
@@ -158,8 +160,8 @@ class KernelLayout:
       block's inputs and outputs are merged.
     """
     row_axes, column_axes = self._merged_axes(part)
-    rows, first_row = _cover(rectangle.rows, row_axes)
-    columns, first_column = _cover(rectangle.columns, column_axes)
+    rows, first_row = covering_box(rectangle.rows, row_axes)
+    columns, first_column = covering_box(rectangle.columns, column_axes)
     return self._shifted(part, (rectangle.layers, *rows, *columns)), first_row, first_column
 
   def _merged_axes(self, part: KernelPart) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -256,76 +258,3 @@ def whole_array(tensor: Tensor, name: str, layer_axis: int | None) -> SourceArra
   part = KernelPart(name, 0, sizes[0])
   layout = KernelLayout(layers, layer_axis or 0, tuple(sizes[:-1]), (sizes[-1],), (part,), 0)
   return SourceArray(tensor, layout)
-
-
-def _merge(
-  local: Sequence[Span], sizes: Sequence[int], offsets: Sequence[int]
-) -> Iterator[tuple[Span, _Index]]:
-  """Merge ranges of several axes into contiguous ranges of one.
-
-  Args:
-    local: A range of each axis.
-    sizes: The whole size of each axis.
-    offsets: Where each range begins in the block that holds it.
-
-  Yields:
-    A range of the merged axis, and what to take of each axis of the block.
-  """
-  if not local:
-    yield (0, 1), (None,)
-    return
-  begin, end = local[-1]
-  inner = slice(offsets[-1], offsets[-1] + end - begin)
-  for outer in itertools.product(*(range(b, e) for b, e in local[:-1])):
-    base = 0
-    for i, n in zip(outer, sizes):
-      base = base * n + i
-    base *= sizes[-1]
-    yield (
-      (base + begin, base + end),
-      (*(o + i - b for o, i, (b, _) in zip(offsets, outer, local)), inner),
-    )
-
-
-def _unmerge(span: Span, sizes: Sequence[int]) -> Iterator[tuple[Bounds, _Index]]:
-  """Cut a range of a merged axis into ranges of the axes in it.
-
-  Yields:
-    A range of each axis, and what to take of the merged range for it.
-  """
-  if not sizes:
-    yield (), (0,)
-    return
-  inner, position = sizes[-1], span[0]
-  while position < span[1]:
-    end = min(span[1], (position // inner + 1) * inner)
-    outer: list[Span] = []
-    rest = position // inner
-    for n in reversed(sizes[:-1]):
-      outer.insert(0, (rest % n, rest % n + 1))
-      rest //= n
-    first = position % inner
-    yield (
-      (*outer, (first, first + end - position)),
-      (*((None,) * len(outer)), slice(position - span[0], end - span[0])),
-    )
-    position = end
-
-
-def _cover(span: Span, sizes: Sequence[int]) -> tuple[Bounds, int]:
-  """Find the smallest box of axes that holds a range of them merged.
-
-  Returns:
-    A range of each axis, and where `span` begins in the box when its axes are merged.
-  """
-  begin, end = span
-  bounds: list[Span] = []
-  for axis, size in enumerate(sizes):
-    stride = math.prod(sizes[axis + 1 :])
-    first, last = begin // stride, (end - 1) // stride
-    begin, end = begin - first * stride, end - first * stride
-    bounds.append((first, last + 1))
-    if first != last:  # several indices of this axis: all of the axes inside it
-      bounds += [(0, n) for n in sizes[axis + 1 :]]
-      break
-  return tuple(bounds), begin

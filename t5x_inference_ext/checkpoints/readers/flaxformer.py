@@ -31,7 +31,6 @@ from t5x_inference_ext.checkpoints.readers.flaxformer_names import (
   check_shapes,
   is_per_layer,
   modules_in,
-  name_list,
   norm_leaves,
 )
 from t5x_inference_ext.checkpoints.readers.layer_kinds import (
@@ -44,7 +43,7 @@ from t5x_inference_ext.checkpoints.readers.layer_kinds import (
 from t5x_inference_ext.checkpoints.readers.tree import Tree
 from t5x_inference_ext.checkpoints.tensor import Cast, Stack, Tensor
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.errors import CheckpointError
+from t5x_inference_ext.errors import CheckpointError, name_list
 
 _STACK_AXIS = 1
 

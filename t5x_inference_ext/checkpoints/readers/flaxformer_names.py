@@ -1,7 +1,6 @@
 """The names in flaxformer's parameter tree, and checks that a tree has the names and shapes that a model needs."""
 
 from collections.abc import Collection, Iterable, Mapping
-import itertools
 import re
 
 import ml_dtypes
@@ -10,7 +9,7 @@ from t5x_inference_ext.checkpoints.readers.layer_kinds import Kernel, LayerKind
 from t5x_inference_ext.checkpoints.readers.tree import Tree
 from t5x_inference_ext.checkpoints.tensor import Tensor
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.errors import CheckpointError, printable
+from t5x_inference_ext.errors import CheckpointError, name_list
 
 EMBEDDING = 'decoder/token_embedder/embedding'
 FINAL_NORM = 'decoder/decoder_norm'
@@ -140,9 +139,3 @@ def modules_in(leaves: Iterable[str]) -> set[str]:
 def norm_leaves(norm: str) -> tuple[str, ...]:
   """Return the parameters of a norm of this kind, 'rms' or 'layer'."""
   return ('scale', 'bias') if norm == 'layer' else ('scale',)
-
-
-def name_list(names: Iterable[str], count: int, limit: int = 12) -> str:
-  """Return the first of `count` names for a message, and how many more there are."""
-  first = ', '.join(map(printable, itertools.islice(names, limit)))
-  return first + (f' and {count - limit} more' if count > limit else '')

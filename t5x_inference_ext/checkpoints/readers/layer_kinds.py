@@ -81,8 +81,7 @@ class Kernel:
     """
     matrices = params.parameters(config)
     is_summed = self.axis < len(self.inputs)
-    parts: dict[str, KernelPart] = {}
-    start = 0
+    parts, start = dict[str, KernelPart](), 0
     for name, width in self.parts:
       scale = matrices[name].scale
       assert scale is not None
@@ -136,10 +135,8 @@ class LayerKind:
   def factors(self, model: ModelConfig, rescale_logits: bool = True) -> dict[str, float]:
     """Return the factors that turn stored matrices into canonical ones, by name; 1 where missing.
 
-    Args:
-      model: The model.
-      rescale_logits: flaxformer's option: whether the trained model divided attention logits by sqrt(Q). The program
-        always divides, so the queries of other models are multiplied by sqrt(Q).
+    Without flaxformer's `rescale_logits` the trained model did not divide attention logits by sqrt(Q). The program
+    always divides, so queries are multiplied by sqrt(Q).
     """
     return {
       'attention_output': self.output_factor,

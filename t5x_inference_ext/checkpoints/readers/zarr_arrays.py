@@ -39,16 +39,13 @@ class ZarrTensor(Tensor):
     return OpeningArray(self.name, self.path, self._spec, cached=False).tensor()
 
   def _read(self, bounds: Bounds) -> np.ndarray:
-    ends = self._trailers.read(bounds) if self._trailers else {}
+    trailers = self._trailers.read(bounds) if self._trailers else {}
     try:
       values = np.asarray(self._store[tuple(slice(*b) for b in bounds)].read().result())
-      cut = self._trailers.find_cut(ends) if self._trailers else None
     except ValueError as e:
       raise CheckpointError(f'{self.name}: damaged data in {self.path}: {storage.reason(e)}') from e
-    if cut is not None:
-      raise CheckpointError(
-        f'{self.name}: damaged data in {self.path}/{cut}: the end of the file is not there'
-      )
+    if self._trailers and (damage := self._trailers.damage(trailers)):
+      raise CheckpointError(f'{self.name}: damaged data in {self.path}/{damage}')
     return values
 
 
@@ -83,12 +80,15 @@ class _GzipTrailers:
     tail = slice(-self._BYTES, None)
     return {k: self._kvstore.read(k, byte_range=tail) for k in keys if k not in self._checked}
 
-  def find_cut(self, trailers: dict[str, ts.Future]) -> str | None:
-    """Return the key of the first chunk that has lost its end, or None. Raises ValueError: a chunk can't be read."""
+  def damage(self, trailers: dict[str, ts.Future]) -> str | None:
+    """Return the key of the first chunk that has lost its end, and the reason; None where all chunks are whole."""
     for key, trailer in trailers.items():
-      found = trailer.result()
+      try:
+        found = trailer.result()
+      except ValueError as e:
+        return f'{key}: {storage.reason(e)}'
       if found.state == 'value' and found.value != self._expected:
-        return key
+        return f'{key}: the end of the file is not there'
       self._checked.add(key)
     return None
 
