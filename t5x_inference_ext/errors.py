@@ -1,4 +1,7 @@
-"""The errors that users see: one sentence naming what, where and the fix. Commands print them and exit with 2."""
+"""The errors that users see: one sentence naming what, where and the fix.
+
+Commands print the sentence and exit with 2.
+"""
 
 from collections.abc import Iterable
 import itertools
@@ -17,7 +20,7 @@ class CheckpointError(UserError):
   Messages quote what a checkpoint's files say, so control characters in them are escaped.
   """
 
-  def __init__(self, message: str):
+  def __init__(self, message: str) -> None:
     super().__init__(printable(message, _MAX_MESSAGE))
 
 
@@ -30,7 +33,7 @@ class RequestError(UserError):
 
 
 def printable(text: object, limit: int = 300) -> str:
-  """Return text from a file for a message: control characters escaped, and cut after `limit` characters."""
+  """Return text from a file for a message: control characters escaped, cut after `limit`."""
   text = str(text)
   shown = ''.join(
     c if c.isprintable() else c.encode('unicode_escape').decode() for c in text[:limit]

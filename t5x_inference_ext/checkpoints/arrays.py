@@ -1,8 +1,11 @@
-"""The map between stored arrays and canonical tensors, used by loading, by conversion and by writers of T5X trees.
+"""The map between stored arrays and canonical tensors.
 
-A stored array is worked on in *factored* order [L, *inputs, *outputs]: the layer axis first, then the axes that a matmul
-sums over, then the axes that it keeps. A canonical tensor is addressed as one matrix a layer, [L, rows, columns]: rows
-are the inputs merged, columns are the outputs merged. A norm is one row; a tensor without a layer axis has L = 1.
+Loading, conversion and the writer of T5X checkpoints all use this map.
+
+A stored array is worked on in *factored* order [L, *inputs, *outputs]: the layer axis first, then
+the axes that a matmul sums over, then the axes that it keeps. A canonical tensor is addressed as
+one matrix a layer, [L, rows, columns]: rows are the inputs merged, columns are the outputs merged.
+A norm is one row; a tensor without a layer axis has L = 1.
 """
 
 from collections.abc import Iterator
@@ -31,7 +34,8 @@ class KernelPart:
     start: First index of the tensor on the part axis.
     width: Number of indices of the tensor on the part axis.
     factor: Canonical values are stored values (or their reciprocals) times this factor.
-    reciprocal: Whether the array stores 1 / value, as flaxformer stores the scales of quantized kernels.
+    reciprocal: Whether the array stores 1 / value, as flaxformer stores the scales of quantized
+      kernels.
   """
 
   name: str
@@ -41,7 +45,10 @@ class KernelPart:
   reciprocal: bool = False
 
   def canonical_dtype(self, stored: np.dtype) -> np.dtype:
-    """Return the dtype of canonical values: powers of two are exact in every dtype, other factors need float32."""
+    """Return the dtype of canonical values.
+
+    A factor that is a power of two is exact in every dtype; other factors need float32.
+    """
     exact = math.frexp(self.factor)[0] == 0.5
     return stored if exact else np.dtype(np.float32)
 
@@ -110,7 +117,7 @@ class KernelLayout:
     return (*factored[1 : axis + 1], factored[0], *factored[axis + 1 :])
 
   def canonical_shape(self, part: KernelPart) -> tuple[int, ...]:
-    """Return the shape of a part's canonical tensor: [L, rows, columns] without the axes that it does not have."""
+    """Return the shape of a part's canonical tensor: [L, rows, columns], or fewer of these axes."""
     rows, columns = self._merged_axes(part)
     layers = () if self.layers is None else (self.layers,)
     is_matrix = self.inputs and not part.reciprocal
@@ -123,7 +130,8 @@ class KernelLayout:
       bounds: The block, in factored order.
 
     Yields:
-      The part, the rectangle, and the index that takes its values [layers, rows, columns] out of the block.
+      The part, the rectangle, and the index that takes its values [layers, rows, columns] out of
+      the block.
     """
     split, place = 1 + len(self.inputs), 1 + self.axis
     for part in self.parts:
@@ -143,8 +151,8 @@ class KernelLayout:
     """Cut a canonical rectangle into blocks of the array.
 
     Yields:
-      A block's bounds in factored order, and the index that takes its values, in factored order, out of the rectangle's
-      values.
+      A block's bounds in factored order, and the index that takes its values, in factored order,
+      out of the rectangle's values.
     """
     row_axes, column_axes = self._merged_axes(part)
     for rows, row_index in split_range(rectangle.rows, row_axes):
@@ -156,8 +164,8 @@ class KernelLayout:
     """Find the smallest block of the array that holds a canonical rectangle.
 
     Returns:
-      The block's bounds in factored order, and the row and column at which the rectangle begins in the block, when the
-      block's inputs and outputs are merged.
+      The block's bounds in factored order, and the row and column at which the rectangle begins in
+      the block, when the block's inputs and outputs are merged.
     """
     row_axes, column_axes = self._merged_axes(part)
     rows, first_row = covering_box(rectangle.rows, row_axes)
@@ -208,7 +216,11 @@ class SourceArray:
   def rectangles(
     self, values: np.ndarray, bounds: Bounds
   ) -> Iterator[tuple[KernelPart, Rectangle, np.ndarray]]:
-    """Cut a block that was read into canonical rectangles [layers, rows, columns], mostly views of `values`."""
+    """Cut a block that was read into canonical rectangles.
+
+    Yields:
+      The part, the rectangle, and its values [layers, rows, columns], mostly views of `values`.
+    """
     for part, rectangle, index in self.arrangement.rectangles(bounds):
       yield part, rectangle, part.to_canonical(values[index])
 
@@ -220,7 +232,7 @@ class SourceArray:
 class CanonicalTensor(Tensor):
   """A canonical tensor that is read out of the stored array that holds it."""
 
-  def __init__(self, array: SourceArray, part: KernelPart):
+  def __init__(self, array: SourceArray, part: KernelPart) -> None:
     super().__init__(
       array.arrangement.canonical_shape(part),
       part.canonical_dtype(array.tensor.dtype),
@@ -245,14 +257,20 @@ class CanonicalTensor(Tensor):
     values = self._part.to_canonical(stored)
     if self._part.reciprocal and (np.isinf(values) & np.isfinite(stored)).any():
       raise CheckpointError(
-        f'{self._part.name}: {self.path} holds quantization scales of 0 (or too small to divide by), '
-        'by which quantized weights are divided: export the quantized checkpoint again'
+        f'{self._part.name}: {self.path} holds scales of 0 (or too small to divide by), by which '
+        'quantized weights are divided: export the quantized checkpoint again'
       )
     return values.reshape([end - begin for begin, end in bounds])
 
 
 def whole_array(tensor: Tensor, name: str, layer_axis: int | None) -> SourceArray:
-  """Return a stored array that holds one canonical tensor: a matrix or a vector, with a layer axis or without."""
+  """Return a stored array that holds one canonical tensor, a matrix or a vector.
+
+  Args:
+    tensor: The array, as stored.
+    name: Name of the canonical tensor.
+    layer_axis: Position of the layer axis; None where there is none.
+  """
   sizes = list(tensor.shape)
   layers = None if layer_axis is None else sizes.pop(layer_axis)
   part = KernelPart(name, 0, sizes[0])

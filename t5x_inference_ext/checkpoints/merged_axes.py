@@ -1,4 +1,4 @@
-"""Ranges of several axes that are merged into one, as numpy's reshape merges them, last axis fastest."""
+"""Ranges of axes that are merged into one, as numpy's reshape merges them."""
 
 from collections.abc import Iterator, Sequence
 import itertools
@@ -73,7 +73,7 @@ def covering_box(span: Span, sizes: Sequence[int]) -> tuple[Bounds, int]:
   """
   begin, end = span
   bounds: list[Span] = []
-  for axis, size in enumerate(sizes):
+  for axis in range(len(sizes)):
     stride = math.prod(sizes[axis + 1 :])
     first, last = begin // stride, (end - 1) // stride
     begin, end = begin - first * stride, end - first * stride

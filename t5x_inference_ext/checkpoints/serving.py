@@ -1,7 +1,9 @@
-"""The serving checkpoint: canonical tensors as zarr arrays, with the model's config (docs/serving_checkpoint.md).
+"""The serving checkpoint: canonical tensors as zarr arrays, with the model's config.
 
-A serving checkpoint is independent of any mesh, and unpadded. Every chunk belongs to one layer and has a checksum, which
-is compared when the chunk is first read.
+docs/serving_checkpoint.md describes the format.
+
+A serving checkpoint is independent of any mesh, and unpadded. Every chunk belongs to one layer and
+has a checksum, which is compared when the chunk is first read.
 """
 
 from collections.abc import Iterator
@@ -28,8 +30,9 @@ SERVING_FORMAT = 't5x_inference_ext serving checkpoint'
 VERSION = 1
 SERVING_WEIGHTS = ('int8', 'bfloat16')
 
-# A chunk's sides are halved until they are at most these, so that any shard of a matrix covers few chunks more than its
-# share, and a conversion can hold all rows of one column of chunks; then its rows until it has at most MAX_CHUNK_BYTES.
+# A chunk's sides are halved until they are at most these, so that any shard of a matrix covers few
+# chunks more than its share, and a conversion can hold all rows of one column of chunks; then its
+# rows until it has at most MAX_CHUNK_BYTES.
 MAX_CHUNK_ROWS = 8192
 MAX_CHUNK_COLUMNS = 4096
 MAX_CHUNK_BYTES = 64 * 2**20
@@ -75,17 +78,19 @@ def serving_chunk_shape(name: str, shape: tuple[int, ...], itemsize: int) -> tup
 class ServingTensor(Tensor):
   """A tensor of a serving checkpoint, whose chunks have checksums."""
 
-  def __init__(self, name: str, path: str, store: ts.TensorStore, checksums: list[int]):
-    """Args:
-    name: Name of the tensor.
-    path: Directory of the tensor.
-    store: The array, opened.
-    checksums: CRC-32 of each chunk, in C order of the chunk grid.
+  def __init__(self, name: str, path: str, store: ts.TensorStore, checksums: list[int]) -> None:
+    """Wrap an opened array.
+
+    Args:
+      name: Name of the tensor.
+      path: Directory of the tensor.
+      store: The array, opened.
+      checksums: CRC-32 of each chunk, in C order of the chunk grid.
     """
     super().__init__(store.shape, store.dtype.numpy_dtype, path)
     self.name = name
     self._store = store
-    self.chunk = tuple(store.chunk_layout.read_chunk.shape)
+    self.chunk = tuple(c or 1 for c in store.chunk_layout.read_chunk.shape or ())
     self._grid = tuple(-(-n // c) for n, c in zip(self.shape, self.chunk))
     self._checksums = checksums
     self._verified: set[int] = set()
@@ -96,7 +101,7 @@ class ServingTensor(Tensor):
       )
 
   def chunks(self, bounds: Bounds | None = None) -> Iterator[tuple[int, tuple[slice, ...]]]:
-    """Yield the number and the index of each chunk that covers `bounds`, in C order of the chunk grid."""
+    """Yield number and index of the chunks that cover `bounds`, in C order of the chunk grid."""
     bounds = bounds or tuple((0, n) for n in self.shape)
     ranges = (range(begin // c, -(-end // c)) for (begin, end), c in zip(bounds, self.chunk))
     for place in itertools.product(*ranges):
@@ -106,23 +111,24 @@ class ServingTensor(Tensor):
       yield int(np.ravel_multi_index(place, self._grid)), index
 
   def check(self, number: int, index: tuple[slice, ...]) -> np.ndarray:
-    """Return the values of a chunk. Raises CheckpointError: the values are not those that were written."""
+    """Return the values of a chunk. Raises CheckpointError: its checksum is another."""
     values = self._load(index)
     if number not in self._verified:
       if checksum(values) != self._checksums[number]:
         raise CheckpointError(
-          f'{self.name}: damaged data in {self.path}/{self.file(index)}: its checksum is not the one '
-          f'recorded in {CHECKSUMS}; convert again'
+          f'{self.name}: damaged data in {self.path}/{self.file(index)}: its checksum is not the '
+          f'one recorded in {CHECKSUMS}; convert again'
         )
       self._verified.add(number)
     return values
 
   def check_padding(self, index: tuple[slice, ...]) -> None:
-    """Raise CheckpointError where what a chunk stores beyond the array's end is not zeros any more."""
+    """Raise CheckpointError where a chunk has other bytes than zeros beyond the array's end."""
     inside = tuple(slice(0, s.stop - s.start) for s in index)
     if all(s.stop == c for s, c in zip(inside, self.chunk)):
       return
     key = self.file(index)
+    assert self._store.kvstore is not None  # every zarr array has one
     stored = self._store.kvstore.read(key).result().value
     if len(stored) != math.prod(self.chunk) * self.dtype.itemsize:
       return  # compressed, by an earlier version
@@ -200,7 +206,11 @@ def checksums_file(checksums: dict[str, list[int]]) -> bytes:
 
 
 def read_serving_header(path: str, data: bytes) -> tuple[dict[str, Any], ModelConfig]:
-  """Return the header and the model of the serving checkpoint `path`, whose serving_config.json is `data`.
+  """Return the header and the model of a serving checkpoint.
+
+  Args:
+    path: Directory of the checkpoint.
+    data: Content of serving_config.json.
 
   Raises:
     CheckpointError: The header is damaged, or of another version.
@@ -212,8 +222,8 @@ def read_serving_header(path: str, data: bytes) -> tuple[dict[str, Any], ModelCo
       raise CheckpointError(f'{where}: format {header["format"]!r:.80} is not {SERVING_FORMAT!r}')
     if header['version'] != VERSION:
       raise CheckpointError(
-        f'{where}: format version {header["version"]!r:.80}, but this package reads version {VERSION}: '
-        f'written by {printable(header.get("written_by"), 80)}'
+        f'{where}: format version {header["version"]!r:.80}, but this package reads version '
+        f'{VERSION}: written by {printable(header.get("written_by"), 80)}'
       )
     config = ModelConfig.from_dict(header['model'])
     if header['weights'] not in SERVING_WEIGHTS:

@@ -1,4 +1,4 @@
-"""Directories on a local disk, or in a bucket (gs://) through tensorstore; and the small files in them."""
+"""Directories on a local disk or in a bucket (gs://), and the small files in them."""
 
 import json
 import os
@@ -45,7 +45,11 @@ def read_file(directory: str, name: str) -> bytes | None:
 
 
 def parse_json(data: bytes, where: str) -> Any:
-  """Return the content of the JSON file `where`. Raises CheckpointError: not JSON, or nested too deep to be read."""
+  """Return the content of the JSON file `where`.
+
+  Raises:
+    CheckpointError: The file is not JSON, or is nested too deep to be read.
+  """
   try:
     return json.loads(data)
   except (ValueError, RecursionError) as e:
@@ -67,7 +71,11 @@ def read_object(directory: str, name: str, unless: bytes | None = None) -> ts.Kv
 
 
 def write_object(directory: str, name: str, data: bytes) -> bytes:
-  """Write a whole object of a bucket. Returns its generation, which no other value of that name will ever have."""
+  """Write a whole object of a bucket.
+
+  Returns:
+    The generation of the object, which no other value of that name will ever have.
+  """
   try:
     return _open(directory).write(name, data).result().generation
   except ValueError as e:

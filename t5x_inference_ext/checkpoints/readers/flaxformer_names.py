@@ -1,11 +1,12 @@
-"""The names in flaxformer's parameter tree, and checks that a tree has the names and shapes that a model needs."""
+"""The names in flaxformer's parameter tree, and checks of a tree's names, dtypes and shapes."""
 
 from collections.abc import Collection, Iterable, Mapping
 import re
 
 import ml_dtypes
 
-from t5x_inference_ext.checkpoints.readers.layer_kinds import Kernel, LayerKind
+from t5x_inference_ext.checkpoints.readers.kernel import Kernel
+from t5x_inference_ext.checkpoints.readers.layer_kinds import LayerKind
 from t5x_inference_ext.checkpoints.readers.tree import Tree
 from t5x_inference_ext.checkpoints.tensor import Tensor
 from t5x_inference_ext.config import ModelConfig
@@ -16,8 +17,8 @@ FINAL_NORM = 'decoder/decoder_norm'
 LAYERS = 'decoder/decoder'
 LAYER = re.compile(r'decoder/layers_(0|[1-9][0-9]{0,8})/(.*)')
 SUPPORTED = (
-  "Supported are decoders of flaxformer's ParallelFusedDecoderLayer or DecoderLayer: rotary positions, "
-  'SwiGLU or GELU, no biases but those of layer norms, tied embedding'
+  "Supported are decoders of flaxformer's ParallelFusedDecoderLayer or DecoderLayer: rotary "
+  'positions, SwiGLU or GELU, no biases but those of layer norms, tied embedding'
 )
 # (pattern in a parameter's name, why a model with such a parameter can't be served)
 _REASONS = (
@@ -32,7 +33,7 @@ _REASONS = (
 def check_names(
   tree: Tree, leaves: Collection[str], kind: LayerKind, quantized: bool
 ) -> tuple[tuple[str, ...], str]:
-  """Return the modules of the kernels and the kind of norm, 'rms' or 'layer', of a tree with exactly its parameters.
+  """Return the modules of the kernels and the kind of norm, 'rms' or 'layer', of a tree.
 
   Raises:
     CheckpointError: Parameters are missing or unknown.
@@ -69,7 +70,7 @@ def check_names(
 
 
 def check_dtypes(leaves: Mapping[str, Tensor]) -> None:
-  """Refuse a parameter that holds no floats; a quantized kernel may have any dtype that holds int8 values."""
+  """Refuse a parameter that holds no floats; a qkernel may have any dtype that holds int8."""
   for name, leaf in leaves.items():
     is_float = leaf.dtype.kind == 'f' or leaf.dtype == ml_dtypes.bfloat16
     if not is_float and not name.endswith('/qkernel'):
@@ -88,7 +89,9 @@ def check_shapes(
   axis: int,
   given: bool,
 ) -> None:
-  """Refuse the first parameter whose shape is not this model's; the message has both shapes and the parameter's file.
+  """Refuse the first parameter whose shape is not this model's.
+
+  The message has the expected shape, the stored shape and the parameter's file.
 
   Args:
     tree: The tree, as stored.

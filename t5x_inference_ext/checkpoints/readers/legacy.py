@@ -1,4 +1,4 @@
-"""T5X's own checkpoint format: an msgpack index, and one zarr array a parameter beside the index."""
+"""T5X's own checkpoint format: a msgpack index, and beside it one zarr array a parameter."""
 
 from collections.abc import Iterator
 import os
@@ -7,6 +7,7 @@ from typing import Any
 import ml_dtypes
 import msgpack
 import numpy as np
+import numpy.typing as npt
 
 from t5x_inference_ext.checkpoints.readers import zarr_arrays
 from t5x_inference_ext.checkpoints.readers.tree import Tree, step_number
@@ -15,7 +16,8 @@ from t5x_inference_ext.errors import CheckpointError, printable
 
 INDEX = 'checkpoint'
 
-# flax's msgpack extension types, and the key of an array that flax had to cut into pieces below msgpack's 4 GiB.
+# flax's msgpack extension types, and the key of an array that flax had to cut into pieces below
+# msgpack's 4 GiB.
 _NDARRAY, _SCALAR = 1, 3
 _CHUNKED = '__msgpack_chunked_array__'
 
@@ -24,11 +26,13 @@ def read_legacy(path: str, index: bytes) -> Tree:
   """Return the parameters of the checkpoint directory `path`, whose msgpack file holds `index`.
 
   Raises:
-    CheckpointError: The index is of another kind, an array is missing, or an array's shape is not the index's.
+    CheckpointError: The index is of another kind, an array is missing, or an array's shape is not
+      the index's.
   """
   where = f'{path}/{INDEX}'
   content = parse_index(index, where)
-  # {'optimizer': {'target', 'state'}} since T5X's first version; a bare {'target', 'state'} from other writers.
+  # {'optimizer': {'target', 'state'}} since T5X's first version; a bare {'target', 'state'} from
+  # other writers.
   content = content.get('optimizer', content) if isinstance(content, dict) else None
   if not isinstance(content, dict) or not isinstance(content.get('target'), dict):
     raise CheckpointError(
@@ -59,7 +63,11 @@ def read_legacy(path: str, index: bytes) -> Tree:
 
 
 def parse_index(data: bytes, path: str) -> Any:
-  """Return the content of flax's msgpack, nested dicts with numpy arrays. Raises CheckpointError: damaged."""
+  """Return the content of flax's msgpack: nested dicts with numpy arrays.
+
+  Raises:
+    CheckpointError: The data is not msgpack, is damaged, or is nested too deep to be read.
+  """
   try:
     return msgpack.unpackb(
       data, ext_hook=_extension, raw=False, strict_map_key=False, object_hook=_join_chunks
@@ -78,15 +86,15 @@ def parse_index(data: bytes, path: str) -> Any:
     ) from e
 
 
-def pack_array(values: np.ndarray) -> msgpack.ExtType:
-  """Return a small array as flax stores it inside an index: the inverse of what parse_index does."""
+def pack_array(values: npt.ArrayLike) -> msgpack.ExtType:
+  """Return a small array as flax stores it inside an index, where parse_index finds it."""
   values = np.asarray(values)
   content = values.shape, values.dtype.name, values.tobytes()
   return msgpack.ExtType(_NDARRAY, msgpack.packb(content, use_bin_type=True))
 
 
 def flat_leaves(tree: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
-  """Yield the keys and the value of each leaf: of what is not a dict, and of each reference to an array."""
+  """Yield keys and value of each leaf: what is no dict, or a reference to an array."""
   pending: list[tuple[tuple[str, ...], Any]] = [((), tree)]
   while pending:  # not by recursion: a damaged index may be nested deeper than Python's stack
     keys, node = pending.pop()
@@ -122,12 +130,13 @@ def _is_reference(node: Any) -> bool:
 
 
 def _directory_name(spec: dict, parameter: str) -> str:
-  """Return the name of an array's directory, whatever machine or bucket the writer had the checkpoint on."""
+  """Return the name of an array's directory: the last part of the path that the writer used."""
   kvstore = spec.get('kvstore')
   path = (kvstore.get('path') if isinstance(kvstore, dict) else None) or spec.get('path')
   if spec['driver'] != 'zarr' or not isinstance(path, str) or not path.strip('/'):
     raise CheckpointError(
-      f'{parameter}: the checkpoint index refers to it in a way that T5X does not write: {spec!r:.200}'
+      f'{parameter}: the checkpoint index refers to it in a way that T5X does not write: '
+      f'{spec!r:.200}'
     )
   return path.rstrip('/').rpartition('/')[2]
 

@@ -1,4 +1,6 @@
-"""Checkpoints that T5X (or anyone) saves through Orbax: a `state` directory of zarr arrays, usually in one OCDBT store.
+"""Checkpoints that T5X (or anyone) saves through Orbax.
+
+A `state` directory holds zarr arrays, usually in one OCDBT store.
 
 The arrays are read through tensorstore, so that slices can be read; Orbax itself is not needed.
 """
@@ -20,7 +22,8 @@ METADATA = '_METADATA'
 STATE = 'state'
 # T5X's name of the item is `state`; Orbax's own default is `default`.
 _ITEMS = ('', STATE, 'default')
-# The index of Orbax's first releases: a msgpack tree, as flax writes it, in which large leaves are strings.
+# The index of Orbax's first releases: a msgpack tree, as flax writes it, in which large leaves are
+# strings.
 _OLD_INDEX = 'checkpoint'
 _PLACEHOLDER = 'PLACEHOLDER://'
 # Orbax writes into a directory of such a name, and renames it when all is written.
@@ -45,7 +48,15 @@ def find_state(path: str) -> str | None:
 
 
 def read_orbax(path: str, directory: str) -> Tree:
-  """Return the parameters of the Orbax checkpoint `path`, whose arrays are below `directory`. Raises CheckpointError."""
+  """Return the parameters of the Orbax checkpoint `path`.
+
+  Args:
+    path: Directory of the checkpoint.
+    directory: Directory of the arrays, as find_state returns it.
+
+  Raises:
+    CheckpointError: The checkpoint is damaged, or holds no parameters of T5X.
+  """
   metadata = storage.read_file(directory, METADATA)
   if metadata is None:
     where = f'{directory}/{_OLD_INDEX}'
@@ -98,11 +109,11 @@ def read_orbax(path: str, directory: str) -> Tree:
 
 
 def _finished(directory: str) -> str:
-  """Return the directory. Raises CheckpointError: by its name, Orbax has not finished writing it."""
+  """Return the directory. Raises CheckpointError: its name is one of an unfinished save."""
   if _UNFINISHED.search(directory):
     raise CheckpointError(
-      f'{directory} is not a checkpoint, but what an interrupted save of Orbax left, or one that is '
-      'still being written: take an earlier step'
+      f'{directory} is not a checkpoint: Orbax is still writing it, or was interrupted; take an '
+      'earlier step'
     )
   return directory
 
