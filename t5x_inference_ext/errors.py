@@ -5,6 +5,7 @@ Commands print the sentence and exit with 2.
 
 from collections.abc import Iterable
 import itertools
+import reprlib
 
 # A message that quotes long names is cut here: it stays readable on a terminal.
 _MAX_MESSAGE = 10_000
@@ -34,7 +35,8 @@ class RequestError(UserError):
 
 def printable(text: object, limit: int = 300) -> str:
   """Return text from a file for a message: control characters escaped, cut after `limit`."""
-  text = str(text)
+  if not isinstance(text, str):
+    text = reprlib.repr(text)
   shown = ''.join(
     c if c.isprintable() else c.encode('unicode_escape').decode() for c in text[:limit]
   )

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import itertools
 import json
 import math
+import reprlib
 from typing import Any
 
 import ml_dtypes
@@ -219,22 +220,24 @@ def read_serving_header(path: str, data: bytes) -> tuple[dict[str, Any], ModelCo
   header = storage.parse_json(data, where)
   try:
     if header['format'] != SERVING_FORMAT:
-      raise CheckpointError(f'{where}: format {header["format"]!r:.80} is not {SERVING_FORMAT!r}')
+      raise CheckpointError(
+        f'{where}: format {reprlib.repr(header["format"])} is not {SERVING_FORMAT!r}'
+      )
     if header['version'] != VERSION:
       raise CheckpointError(
-        f'{where}: format version {header["version"]!r:.80}, but this package reads version '
+        f'{where}: format version {reprlib.repr(header["version"])}, but this package reads version '
         f'{VERSION}: written by {printable(header.get("written_by"), 80)}'
       )
     config = ModelConfig.from_dict(header['model'])
     if header['weights'] not in SERVING_WEIGHTS:
       raise CheckpointError(
-        f'{where}: weights {header["weights"]!r:.80} are none of {", ".join(SERVING_WEIGHTS)}'
+        f'{where}: weights {reprlib.repr(header["weights"])} are none of {", ".join(SERVING_WEIGHTS)}'
       )
     source = header.get('source')
     return {**header, 'source': source if isinstance(source, dict) else {}}, config
   except CheckpointError:
     raise
-  except (ValueError, TypeError, KeyError) as e:
+  except (ValueError, TypeError, KeyError, RecursionError) as e:
     raise CheckpointError(f'{where} is damaged: {type(e).__name__} {e!s:.300}') from e
 
 
@@ -272,7 +275,7 @@ def read_listed(
   content = storage.parse_json(data, f'{path}/{CHECKSUMS}')
   try:
     checksums = {name: [int(c, 16) for c in values] for name, values in content.items()}
-  except (ValueError, TypeError, AttributeError) as e:
+  except (ValueError, TypeError, AttributeError, RecursionError) as e:
     raise CheckpointError(f'{path}/{CHECKSUMS} is damaged: {e!s:.200}') from e
   opening = {
     name: zarr_arrays.open_array(printable(name), f'{path}/{name}', cached=cached)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 import os
+import reprlib
 from typing import Any
 
 import ml_dtypes
@@ -50,14 +51,14 @@ def read_legacy(path: str, index: bytes) -> Tree:
       leaves[name] = InMemory(leaf, where)
     else:
       raise CheckpointError(
-        f'{parameter} in {where} is neither an array nor a reference to one: {leaf!r:.80}'
+        f'{parameter} in {where} is neither an array nor a reference to one: {reprlib.repr(leaf)}'
       )
   for name, (array, shape) in opening.items():
     leaves[name] = stored = array.tensor()
     if shape is not None and shape != list(stored.shape):
       raise CheckpointError(
         f'{stored.name}: {stored.path} has shape {list(stored.shape)}, but {where} says '
-        f'{shape!r:.80}: the files belong to different checkpoints'
+        f'{reprlib.repr(shape)}: the files belong to different checkpoints'
       )
   return Tree(path, 'T5X checkpoint', leaves, _step(content.get('state')))
 
@@ -136,7 +137,7 @@ def _directory_name(spec: dict, parameter: str) -> str:
   if spec['driver'] != 'zarr' or not isinstance(path, str) or not path.strip('/'):
     raise CheckpointError(
       f'{parameter}: the checkpoint index refers to it in a way that T5X does not write: '
-      f'{spec!r:.200}'
+      f'{reprlib.repr(spec)}'
     )
   return path.rstrip('/').rpartition('/')[2]
 

@@ -70,7 +70,7 @@ def read_orbax(path: str, directory: str) -> Tree:
     try:
       leaves = dict.fromkeys(_leaf_keys(content['tree_metadata']))
       zarr3, ocdbt = content.get('use_zarr3', False), content.get('use_ocdbt', True)
-    except (ValueError, TypeError, KeyError, AttributeError) as e:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
       raise CheckpointError(f'{where} is damaged: {type(e).__name__} {e!s:.200}') from e
     # zarr 2 arrays of Orbax have no fill value, and so always store zeros; zarr 3 arrays have one.
     zeros_are_stored = not zarr3 or bool(content.get('store_array_data_equal_to_fill_value'))
