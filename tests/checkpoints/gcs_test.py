@@ -1,4 +1,4 @@
-"""Checkpoints in a bucket: read from one as from a disk, and uploaded to one whole or not at all."""
+"""Checkpoints in a bucket: read as from a disk, and uploaded whole or not at all."""
 
 import itertools
 import json
@@ -223,7 +223,7 @@ def test_killed_while_uploading(gcs, source, tmp_path, repository):
     ) as process:
       seen = itertools.count(1)
 
-      def store(name, value):
+      def store(name, value, seen=seen, last=last, process=process):
         if next(seen) == last:
           process.kill()
         return original(name, value)
