@@ -163,42 +163,6 @@ class ServingTensor(Tensor):
     return self._load(index)
 
 
-def header(
-  config: ModelConfig,
-  weights: str,
-  source: dict[str, Any],
-  tool_version: str,
-  options: dict[str, Any],
-) -> dict[str, Any]:
-  """Return the content of serving_config.json, the last file of a serving checkpoint to be written.
-
-  Args:
-    config: The model, with the norm_scale of the stored norms.
-    weights: 'int8' or 'bfloat16'.
-    source: Path, format, step, notes and form of the checkpoint that was converted.
-    tool_version: Version of this package.
-    options: Options of the conversion, for people.
-  """
-  tensors = {
-    name: {
-      'shape': shape,
-      'dtype': dtype,
-      'chunks': serving_chunk_shape(name, shape, _DTYPES[dtype].itemsize),
-    }
-    for name, (shape, dtype) in serving_tensors(config, weights).items()
-  }
-  return {
-    'format': SERVING_FORMAT,
-    'version': VERSION,
-    'written_by': f't5x_inference_ext {tool_version}',
-    'weights': weights,
-    'options': options,
-    'model': config.to_dict(),
-    'source': source,
-    'tensors': tensors,
-  }
-
-
 def checksums_file(checksums: dict[str, list[int]]) -> bytes:
   """Return the content of checksums.json for the CRC-32 of each tensor's chunks."""
   return json.dumps(

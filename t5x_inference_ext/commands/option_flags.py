@@ -14,7 +14,7 @@ from t5x_inference_ext.errors import UserError
 
 _WIDTH = 100  # columns of --help
 _KINDS = {bool: 'boolean', int: 'integer', float: 'float', str: 'string'}
-_T = TypeVar('T')
+_T = TypeVar('_T')
 
 
 def option_fields(
