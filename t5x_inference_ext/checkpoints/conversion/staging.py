@@ -30,6 +30,7 @@ from t5x_inference_ext.checkpoints.conversion import files
 from t5x_inference_ext.checkpoints.unfinished import MARKER
 from t5x_inference_ext.checkpoints.workers import run_jobs
 from t5x_inference_ext.errors import CheckpointError
+from t5x_inference_ext.text_format import megabytes
 
 # Copies of a file held while it is uploaded: as read from the disk, as handed over, as it came
 # back, twice.
@@ -74,7 +75,7 @@ class Staging:
     """Return a line that says how much disk and memory the upload takes."""
     return (
       f'made in {self.root}, whose disk it takes until all is uploaded to {self.path}; uploading '
-      f'takes up to {_COPIES * largest_file * workers / 1e6:.0f} MB of memory'
+      f'takes up to {megabytes(_COPIES * largest_file * workers)} of memory'
     )
 
   def adopt(self, plan: dict[str, Any]) -> bool:
