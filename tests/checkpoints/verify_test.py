@@ -58,7 +58,9 @@ def test_one_flipped_bit(root, form, tmp_path):
 def test_a_flipped_bit_in_any_file(root, form, tmp_path):
   """Also where JSON does not care: in spaces, in text for people, in the case of digits."""
   copy, rng = shutil.copytree(root / form, tmp_path / 'copy'), np.random.default_rng(0)
-  for file in sorted(p for p in copy.rglob('*') if p.is_file()):
+  files = sorted(p for p in copy.rglob('*') if p.is_file())
+  assert {'.zarray', 'checksums.json'} < {file.name for file in files}
+  for file in files:
     data = file.read_bytes()
     for place in rng.integers(0, len(data), 8):
       damaged = bytearray(data)
