@@ -148,8 +148,8 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     option_flags.define_options(flags, options)
 
 
-def main(flags: absl_flags.FlagValues) -> None:
-  """Run the command."""
+def convert_or_verify(flags: absl_flags.FlagValues) -> None:
+  """Convert, verify or write a report, as the flags say."""
   options = option_flags.read_options(flags, ReportOptions)
   if options.verify:
     verify_only(flags)
@@ -241,5 +241,5 @@ def print_source(checkpoint: Checkpoint) -> None:
 def run(argv: list[str] | None = None) -> int:
   """Run the command with a command line, and return its exit code."""
   with cli.Session(__doc__, define_flags, argv) as session:
-    main(session.parse())
+    convert_or_verify(session.parse())
   return session.code
