@@ -1,4 +1,11 @@
-"""The errors that users see: one sentence naming what, where and the fix. Commands print them and exit with 2."""
+"""The errors that users see: one sentence naming what, where and the fix.
+
+Commands print the sentence and exit with 2.
+"""
+
+from collections.abc import Iterable
+import itertools
+import reprlib
 
 # A message that quotes long names is cut here: it stays readable on a terminal.
 _MAX_MESSAGE = 10_000
@@ -14,7 +21,7 @@ class CheckpointError(UserError):
   Messages quote what a checkpoint's files say, so control characters in them are escaped.
   """
 
-  def __init__(self, message: str):
+  def __init__(self, message: str) -> None:
     super().__init__(printable(message, _MAX_MESSAGE))
 
 
@@ -27,9 +34,16 @@ class RequestError(UserError):
 
 
 def printable(text: object, limit: int = 300) -> str:
-  """Return text from a file for a message: control characters escaped, and cut after `limit` characters."""
-  text = str(text)
+  """Return text from a file for a message: control characters escaped, cut after `limit`."""
+  if not isinstance(text, str):
+    text = reprlib.repr(text)
   shown = ''.join(
     c if c.isprintable() else c.encode('unicode_escape').decode() for c in text[:limit]
   )
   return shown + ('...' if len(text) > limit else '')
+
+
+def name_list(names: Iterable[str], count: int, limit: int = 12) -> str:
+  """Return the first of `count` names for a message, and how many more there are."""
+  first = ', '.join(map(printable, itertools.islice(names, limit)))
+  return first + (f' and {count - limit} more' if count > limit else '')

@@ -5,11 +5,11 @@ def decimal_bytes(count: float) -> str:
   """Return bytes in SI units: 3_700_000 -> '3.7 MB'. GB is the largest unit."""
   if count < 1000:
     return f'{count:.0f} B'
-  for unit in ('kB', 'MB', 'GB'):
+  for unit in ('kB', 'MB'):
     count /= 1000
     if count < 1000:
-      break
-  return f'{count:.1f} {unit}'
+      return f'{count:.1f} {unit}'
+  return f'{count / 1000:.1f} GB'
 
 
 def megabytes(count: float) -> str:
@@ -21,11 +21,11 @@ def binary_bytes(count: float) -> str:
   """Return bytes in powers of 1024: 1536 -> '1.50 KiB'. GiB is the largest unit."""
   if count < 1024:
     return f'{count:.0f} B'
-  for unit in ('KiB', 'MiB', 'GiB'):
+  for unit in ('KiB', 'MiB'):
     count /= 1024
     if count < 1024:
-      break
-  return f'{count:.2f} {unit}'
+      return f'{count:.2f} {unit}'
+  return f'{count / 1024:.2f} GiB'
 
 
 def gib(count: float) -> str:

@@ -1,23 +1,28 @@
-"""The map between stored arrays and canonical tensors, used by loading, by conversion and by writers of T5X trees.
+"""The map between stored arrays and canonical tensors.
 
-A stored array is worked on in *factored* order [L, *inputs, *outputs]: the layer axis first, then the axes that a matmul
-sums over, then the axes that it keeps. A canonical tensor is addressed as one matrix a layer, [L, rows, columns]: rows
-are the inputs merged, columns are the outputs merged. A norm is one row; a tensor without a layer axis has L = 1.
+Loading, conversion and the writer of T5X checkpoints all use this map.
+
+A stored array is worked on in *factored* order [L, *inputs, *outputs]: the layer axis first, then
+the axes that a matmul sums over, then the axes that it keeps. A canonical tensor is addressed as
+one matrix a layer, [L, rows, columns]: rows are the inputs merged, columns are the outputs merged.
+A norm is one row; a tensor without a layer axis has L = 1.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 import dataclasses
-import itertools
 import math
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 
+from t5x_inference_ext.checkpoints.merged_axes import (
+  Index,
+  covering_box,
+  merged_ranges,
+  split_range,
+)
 from t5x_inference_ext.checkpoints.tensor import Bounds, Span, Tensor
 from t5x_inference_ext.errors import CheckpointError
-
-# An index into a numpy array: an integer, a range or a new axis for each axis.
-_Index: TypeAlias = tuple[int | slice | None, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +34,8 @@ class KernelPart:
     start: First index of the tensor on the part axis.
     width: Number of indices of the tensor on the part axis.
     factor: Canonical values are stored values (or their reciprocals) times this factor.
-    reciprocal: Whether the array stores 1 / value, as flaxformer stores the scales of quantized kernels.
+    reciprocal: Whether the array stores 1 / value, as flaxformer stores the scales of quantized
+      kernels.
   """
 
   name: str
@@ -39,7 +45,10 @@ class KernelPart:
   reciprocal: bool = False
 
   def canonical_dtype(self, stored: np.dtype) -> np.dtype:
-    """Return the dtype of canonical values: powers of two are exact in every dtype, other factors need float32."""
+    """Return the dtype of canonical values.
+
+    A factor that is a power of two is exact in every dtype; other factors need float32.
+    """
     exact = math.frexp(self.factor)[0] == 0.5
     return stored if exact else np.dtype(np.float32)
 
@@ -108,20 +117,21 @@ class KernelLayout:
     return (*factored[1 : axis + 1], factored[0], *factored[axis + 1 :])
 
   def canonical_shape(self, part: KernelPart) -> tuple[int, ...]:
-    """Return the shape of a part's canonical tensor: [L, rows, columns] without the axes that it does not have."""
+    """Return the shape of a part's canonical tensor: [L, rows, columns], or fewer of these axes."""
     rows, columns = self._merged_axes(part)
     layers = () if self.layers is None else (self.layers,)
     is_matrix = self.inputs and not part.reciprocal
     return (*layers, *((math.prod(rows),) if is_matrix else ()), math.prod(columns))
 
-  def rectangles(self, bounds: Bounds) -> Iterator[tuple[KernelPart, Rectangle, _Index]]:
+  def rectangles(self, bounds: Bounds) -> Iterator[tuple[KernelPart, Rectangle, Index]]:
     """Cut a block of the array into rectangles of canonical tensors.
 
     Args:
       bounds: The block, in factored order.
 
     Yields:
-      The part, the rectangle, and the index that takes its values [layers, rows, columns] out of the block.
+      The part, the rectangle, and the index that takes its values [layers, rows, columns] out of
+      the block.
     """
     split, place = 1 + len(self.inputs), 1 + self.axis
     for part in self.parts:
@@ -133,20 +143,20 @@ class KernelLayout:
       local = [*bounds]
       local[place] = (begin - part.start, end - part.start)
       row_axes, column_axes = self._merged_axes(part)
-      for rows, row_index in _merge(local[1:split], row_axes, offsets[1:split]):
-        for columns, column_index in _merge(local[split:], column_axes, offsets[split:]):
+      for rows, row_index in merged_ranges(local[1:split], row_axes, offsets[1:split]):
+        for columns, column_index in merged_ranges(local[split:], column_axes, offsets[split:]):
           yield part, Rectangle(bounds[0], rows, columns), (slice(None), *row_index, *column_index)
 
-  def pieces(self, part: KernelPart, rectangle: Rectangle) -> Iterator[tuple[Bounds, _Index]]:
+  def pieces(self, part: KernelPart, rectangle: Rectangle) -> Iterator[tuple[Bounds, Index]]:
     """Cut a canonical rectangle into blocks of the array.
 
     Yields:
-      A block's bounds in factored order, and the index that takes its values, in factored order, out of the rectangle's
-      values.
+      A block's bounds in factored order, and the index that takes its values, in factored order,
+      out of the rectangle's values.
     """
     row_axes, column_axes = self._merged_axes(part)
-    for rows, row_index in _unmerge(rectangle.rows, row_axes):
-      for columns, column_index in _unmerge(rectangle.columns, column_axes):
+    for rows, row_index in split_range(rectangle.rows, row_axes):
+      for columns, column_index in split_range(rectangle.columns, column_axes):
         bounds = self._shifted(part, (rectangle.layers, *rows, *columns))
         yield bounds, (slice(None), *row_index, *column_index)
 
@@ -154,12 +164,12 @@ class KernelLayout:
     """Find the smallest block of the array that holds a canonical rectangle.
 
     Returns:
-      The block's bounds in factored order, and the row and column at which the rectangle begins in the block, when the
-      block's inputs and outputs are merged.
+      The block's bounds in factored order, and the row and column at which the rectangle begins in
+      the block, when the block's inputs and outputs are merged.
     """
     row_axes, column_axes = self._merged_axes(part)
-    rows, first_row = _cover(rectangle.rows, row_axes)
-    columns, first_column = _cover(rectangle.columns, column_axes)
+    rows, first_row = covering_box(rectangle.rows, row_axes)
+    columns, first_column = covering_box(rectangle.columns, column_axes)
     return self._shifted(part, (rectangle.layers, *rows, *columns)), first_row, first_column
 
   def _merged_axes(self, part: KernelPart) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -206,7 +216,11 @@ class SourceArray:
   def rectangles(
     self, values: np.ndarray, bounds: Bounds
   ) -> Iterator[tuple[KernelPart, Rectangle, np.ndarray]]:
-    """Cut a block that was read into canonical rectangles [layers, rows, columns], mostly views of `values`."""
+    """Cut a block that was read into canonical rectangles.
+
+    Yields:
+      The part, the rectangle, and its values [layers, rows, columns], mostly views of `values`.
+    """
     for part, rectangle, index in self.arrangement.rectangles(bounds):
       yield part, rectangle, part.to_canonical(values[index])
 
@@ -218,7 +232,7 @@ class SourceArray:
 class CanonicalTensor(Tensor):
   """A canonical tensor that is read out of the stored array that holds it."""
 
-  def __init__(self, array: SourceArray, part: KernelPart):
+  def __init__(self, array: SourceArray, part: KernelPart) -> None:
     super().__init__(
       array.arrangement.canonical_shape(part),
       part.canonical_dtype(array.tensor.dtype),
@@ -243,89 +257,22 @@ class CanonicalTensor(Tensor):
     values = self._part.to_canonical(stored)
     if self._part.reciprocal and (np.isinf(values) & np.isfinite(stored)).any():
       raise CheckpointError(
-        f'{self._part.name}: {self.path} holds quantization scales of 0 (or too small to divide by), '
-        'by which quantized weights are divided: export the quantized checkpoint again'
+        f'{self._part.name}: {self.path} holds scales of 0 (or too small to divide by), by which '
+        'quantized weights are divided: export the quantized checkpoint again'
       )
     return values.reshape([end - begin for begin, end in bounds])
 
 
 def whole_array(tensor: Tensor, name: str, layer_axis: int | None) -> SourceArray:
-  """Return a stored array that holds one canonical tensor: a matrix or a vector, with a layer axis or without."""
+  """Return a stored array that holds one canonical tensor, a matrix or a vector.
+
+  Args:
+    tensor: The array, as stored.
+    name: Name of the canonical tensor.
+    layer_axis: Position of the layer axis; None where there is none.
+  """
   sizes = list(tensor.shape)
   layers = None if layer_axis is None else sizes.pop(layer_axis)
   part = KernelPart(name, 0, sizes[0])
   layout = KernelLayout(layers, layer_axis or 0, tuple(sizes[:-1]), (sizes[-1],), (part,), 0)
   return SourceArray(tensor, layout)
-
-
-def _merge(
-  local: Sequence[Span], sizes: Sequence[int], offsets: Sequence[int]
-) -> Iterator[tuple[Span, _Index]]:
-  """Merge ranges of several axes into contiguous ranges of one.
-
-  Args:
-    local: A range of each axis.
-    sizes: The whole size of each axis.
-    offsets: Where each range begins in the block that holds it.
-
-  Yields:
-    A range of the merged axis, and what to take of each axis of the block.
-  """
-  if not local:
-    yield (0, 1), (None,)
-    return
-  begin, end = local[-1]
-  inner = slice(offsets[-1], offsets[-1] + end - begin)
-  for outer in itertools.product(*(range(b, e) for b, e in local[:-1])):
-    base = 0
-    for i, n in zip(outer, sizes):
-      base = base * n + i
-    base *= sizes[-1]
-    yield (
-      (base + begin, base + end),
-      (*(o + i - b for o, i, (b, _) in zip(offsets, outer, local)), inner),
-    )
-
-
-def _unmerge(span: Span, sizes: Sequence[int]) -> Iterator[tuple[Bounds, _Index]]:
-  """Cut a range of a merged axis into ranges of the axes in it.
-
-  Yields:
-    A range of each axis, and what to take of the merged range for it.
-  """
-  if not sizes:
-    yield (), (0,)
-    return
-  inner, position = sizes[-1], span[0]
-  while position < span[1]:
-    end = min(span[1], (position // inner + 1) * inner)
-    outer: list[Span] = []
-    rest = position // inner
-    for n in reversed(sizes[:-1]):
-      outer.insert(0, (rest % n, rest % n + 1))
-      rest //= n
-    first = position % inner
-    yield (
-      (*outer, (first, first + end - position)),
-      (*((None,) * len(outer)), slice(position - span[0], end - span[0])),
-    )
-    position = end
-
-
-def _cover(span: Span, sizes: Sequence[int]) -> tuple[Bounds, int]:
-  """Find the smallest box of axes that holds a range of them merged.
-
-  Returns:
-    A range of each axis, and where `span` begins in the box when its axes are merged.
-  """
-  begin, end = span
-  bounds: list[Span] = []
-  for axis, size in enumerate(sizes):
-    stride = math.prod(sizes[axis + 1 :])
-    first, last = begin // stride, (end - 1) // stride
-    begin, end = begin - first * stride, end - first * stride
-    bounds.append((first, last + 1))
-    if first != last:  # several indices of this axis: all of the axes inside it
-      bounds += [(0, n) for n in sizes[axis + 1 :]]
-      break
-  return tuple(bounds), begin

@@ -1,6 +1,6 @@
-"""A checkpoint of any supported format, opened: its model, and its tensors, of which nothing is read yet."""
+"""Opening a checkpoint of any supported format: its model, and its tensors to read from."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import dataclasses
 import os
 from typing import Any
@@ -10,11 +10,12 @@ import numpy as np
 from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints import serving, storage, unfinished
 from t5x_inference_ext.checkpoints.arrays import SourceArray, whole_array
+from t5x_inference_ext.checkpoints.missing import missing_checkpoint
 from t5x_inference_ext.checkpoints.readers import flaxformer, legacy, orbax
 from t5x_inference_ext.checkpoints.readers.tree import Tree
 from t5x_inference_ext.checkpoints.tensor import Tensor
 from t5x_inference_ext.config import NORM_SCALES, ModelConfig
-from t5x_inference_ext.errors import CheckpointError
+from t5x_inference_ext.errors import CheckpointError, printable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,16 +23,18 @@ class Checkpoint:
   """An open checkpoint.
 
   Attributes:
-    path: its directory.
+    path: Directory of the checkpoint.
     format: 't5x' (T5X's legacy format), 'orbax' or 'serving'.
-    step: the training step, where recorded.
-    config: the model.
-    weights: what the matrices are: 'float32', 'bfloat16' or 'int8'.
-    tensors: exactly parameters.parameters(config), and with int8 parameters.scales(config) too.
-    arrays: the stored arrays that hold them, but for the scales of int8 weights.
-    form: of a T5X tree, how it arranges its parameters (flaxformer.Reading.form); None where nobody recorded it.
-    notes: what was found and assumed, a line each, for commands to print.
-    rescale_logits: of a T5X checkpoint, as it was given to open_checkpoint.
+    step: Training step, where recorded.
+    config: The model.
+    weights: What the matrices are: 'float32', 'bfloat16' or 'int8'.
+    tensors: Canonical tensors by name: exactly params.parameters(config), and with int8
+      params.scales(config) too.
+    arrays: The stored arrays that hold the canonical tensors, without the scales of int8 weights.
+    form: How a T5X tree arranges its parameters (flaxformer.Reading.form); None where nobody
+      recorded it.
+    notes: What was found and assumed, a line each, for commands to print.
+    rescale_logits: The option of a T5X checkpoint, as it was given to open_checkpoint.
   """
 
   path: str
@@ -39,7 +42,7 @@ class Checkpoint:
   step: int | None
   config: ModelConfig
   weights: str
-  tensors: dict[str, Tensor]
+  tensors: Mapping[str, Tensor]
   arrays: tuple[SourceArray, ...]
   form: dict[str, Any] | None
   notes: tuple[str, ...]
@@ -53,20 +56,24 @@ def open_checkpoint(
   config: ModelConfig | None = None,
   rescale_logits: bool | None = None,
 ) -> Checkpoint:
-  """Opens a checkpoint and checks the names and shapes of its parameters; values are read from the tensors later.
+  """Open a checkpoint and check the names and shapes of its parameters.
+
+  Values are read from the tensors later.
 
   Args:
-    path: a checkpoint directory of any name, or the msgpack file in one; local or gs://.
-    norm_scale: how the norm scales are stored, 'zero' or 'one'. None takes what the checkpoint records; T5X
-      checkpoints record nothing, and 'zero', PaLM's form, is then assumed for fused parallel blocks, 'one' for other
-      layers and for layer norms, and noted.
-    config: the model that it must hold; None takes what the checkpoint says, or for T5X's formats what names and shapes
-      say. They do not say the heads of multihead kernels [E, H Q]: these need it.
-    rescale_logits: of T5X's formats, what the trained model's attention had of that name: True, the default, if it
-      divided logits by sqrt(Q); if not, the queries are read multiplied by it, for the program always divides.
+    path: A checkpoint directory of any name, or the msgpack file in one; local or gs://.
+    norm_scale: How the norm scales are stored, 'zero' or 'one'. None takes what the checkpoint
+      records. T5X checkpoints record nothing: 'zero', PaLM's form, is then assumed for fused
+      parallel blocks, 'one' for other layers and for layer norms, and noted.
+    config: The model that the checkpoint must hold. None takes what the checkpoint records, or for
+      T5X's formats what names and shapes say. Multihead kernels [E, H Q] do not say H: they need a
+      model.
+    rescale_logits: flaxformer's option, for T5X's formats: True, the default, if attention logits
+      were divided by sqrt(Q) in training. If not, queries are multiplied by sqrt(Q) as they are
+      read, since the program always divides.
 
   Raises:
-    CheckpointError: no checkpoint, or not one of this model. Says what to do.
+    CheckpointError: There is no checkpoint, or not one of this model. The message says what to do.
   """
   if norm_scale is not None and norm_scale not in NORM_SCALES:
     raise CheckpointError(f'norm_scale must be one of {", ".join(NORM_SCALES)}, got {norm_scale!r}')
@@ -90,12 +97,12 @@ def open_checkpoint(
     return _from_serving(path, header, norm_scale, config)
   found = read_tree(path)
   if found is None:
-    raise CheckpointError(_not_a_checkpoint(path))
+    raise CheckpointError(missing_checkpoint(path))
   return _from_tree(*found, norm_scale, config, rescale_logits)
 
 
 def is_finished(path: str | os.PathLike) -> bool:
-  """Whether a conversion into `path` has nothing left to do."""
+  """Return whether a conversion into `path` has nothing left to do."""
   path = storage.normalize(path)
   if not storage.is_remote(path):
     return os.path.isdir(path)
@@ -104,7 +111,11 @@ def is_finished(path: str | os.PathLike) -> bool:
 
 
 def read_tree(path: str) -> tuple[str, Tree] | None:
-  """The format and parameters of a T5X checkpoint, of whatever model, or None. Raises CheckpointError: damaged."""
+  """Return the format and the parameters of a T5X checkpoint of any model, or None.
+
+  Raises:
+    CheckpointError: The checkpoint is damaged.
+  """
   index = storage.read_file(path, legacy.INDEX)
   if index is not None:
     return 't5x', legacy.read_legacy(path, index)
@@ -119,6 +130,7 @@ def _from_tree(
   config: ModelConfig | None,
   rescale_logits: bool | None,
 ) -> Checkpoint:
+  """Return the checkpoint of a tree in format `kind`; other arguments as in open_checkpoint."""
   found = flaxformer.canonical(tree, norm_scale, config, rescale_logits is not False)
   model = found.config
   step = '' if tree.step is None else f', step {tree.step}'
@@ -127,7 +139,8 @@ def _from_tree(
     convention = "PaLM's" if model.norm_scale == 'zero' else "flaxformer's default"
     source = f'assumed, {convention}: T5X checkpoints do not record it'
   logits = {
-    None: "divided by sqrt(d_head) (assumed, flaxformer's rescale_logits: T5X checkpoints do not record it)",
+    None: "divided by sqrt(d_head) (assumed, flaxformer's rescale_logits: T5X checkpoints do not "
+    'record it)',
     True: 'divided by sqrt(d_head) (given)',
     False: 'not divided by sqrt(d_head) (given): queries are read multiplied by it',
   }[rescale_logits]
@@ -158,15 +171,24 @@ def _from_tree(
 
 
 def _norm_doubts(scale: str, final_norm: Tensor) -> Iterator[str]:
-  """A note where the norms look like the other convention: with the wrong one a model only babbles."""
+  """Yield a note where norms look like the other convention.
+
+  With the wrong convention a model only babbles.
+  """
   mean = float(np.mean(final_norm.read()))
   if (mean > 0.5) != (scale == 'one'):
     other = 'zero' if scale == 'one' else 'one'
-    yield f'  but they average {mean:.2f} in {final_norm.path}: if the output makes no sense, try norm_scale={other}'
+    yield (
+      f'  but they average {mean:.2f} in {final_norm.path}: if the output makes no sense, try '
+      f'norm_scale={other}'
+    )
 
 
 def _query_doubts(found: flaxformer.Reading) -> Iterator[str]:
-  """A note where queries look as if 1/sqrt(Q) had been folded into their initial values, as flaxformer does then."""
+  """Yield a note where queries look as flaxformer initializes them without rescale_logits.
+
+  Such queries are smaller than keys, by sqrt(Q) at initialization.
+  """
   if found.weights == 'int8' or not found.kind.folds_logit_scale:
     return
   head = (slice(0, 1), slice(None), slice(0, found.config.d_head))
@@ -175,14 +197,18 @@ def _query_doubts(found: flaxformer.Reading) -> Iterator[str]:
   )
   if query < key * found.config.d_head**-0.25:
     yield (
-      f'  but in layer 0 queries are {query / key:.2f} of the keys: if the output makes no sense, try '
-      'rescale_logits=False'
+      f'  but in layer 0 queries are {query / key:.2f} of the keys: if the output makes no sense, '
+      'try rescale_logits=False'
     )
 
 
 def _from_serving(
   path: str, data: bytes, norm_scale: str | None, config: ModelConfig | None
 ) -> Checkpoint:
+  """Return the serving checkpoint `path`, whose serving_config.json is `data`.
+
+  Other arguments are as in open_checkpoint.
+  """
   header, found = serving.read_serving_header(path, data)
   where = f'{path}/{serving.CONFIG}'
   if norm_scale not in (None, found.norm_scale):
@@ -195,8 +221,8 @@ def _from_serving(
   tensors = serving.read_tensors(path, found, header['weights'])
   step = header['source'].get('step')
   notes = (
-    f'serving checkpoint at {path}, from {header["source"].get("path")}'
-    + ('' if step is None else f', step {step}'),
+    f'serving checkpoint at {path}, from {printable(header["source"].get("path"))}'
+    + ('' if step is None else f', step {printable(step)}'),
     f'model: {found}',
     f'weights: {header["weights"]}',
     f'norm scales: stored around {found.norm_scale} (recorded in the checkpoint)',
@@ -220,7 +246,7 @@ def _from_serving(
 
 
 def _compare(config: ModelConfig, found: ModelConfig, weights: str, path: str) -> None:
-  """Raises CheckpointError for the first difference of a model from the one that a serving checkpoint records."""
+  """Raise CheckpointError for the first difference between a model and the recorded one."""
   kinds = ('block', 'mlp', 'norm')  # which tensors there are
   fields = [*kinds, *(f.name for f in dataclasses.fields(config) if f.name not in kinds)]
   differing = next(name for name in fields if getattr(config, name) != getattr(found, name))
@@ -236,49 +262,3 @@ def _compare(config: ModelConfig, found: ModelConfig, weights: str, path: str) -
     f'{differing}={getattr(config, differing)} was asked for, but {path}/{serving.CONFIG} records '
     f'{getattr(found, differing)}'
   )
-
-
-def _not_a_checkpoint(path: str) -> str:
-  """Says what is there instead, and which path is probably meant."""
-  expected = (
-    f'a checkpoint directory holds {legacy.INDEX} (T5X), {orbax.STATE}/{orbax.METADATA} (Orbax) or '
-    f'{serving.CONFIG} (made by convert_checkpoint)'
-  )
-  if storage.is_remote(path):
-    if storage.read_file(path, unfinished.MARKER) is not None:
-      return f'{path} is not a checkpoint, but an upload that has not ended: run the same convert_checkpoint again'
-    return f'no checkpoint at {path}: {expected}'
-  if not os.path.lexists(path):
-    parent = os.path.dirname(path)
-    while not os.path.exists(parent):
-      parent = os.path.dirname(parent)
-    return f'no checkpoint at {path}: there is no such directory' + _hint(parent)
-  if not os.path.isdir(path):
-    return f'{path} is not a checkpoint: {expected}; this is a file'
-  if not os.access(path, os.R_OK | os.X_OK):
-    return f"can't read {path}: permission denied"
-  return f'{path} is not a checkpoint: {expected}' + (
-    _hint(path) or '; this one holds ' + _listing(os.listdir(path))
-  )
-
-
-def _hint(directory: str) -> str:
-  """The checkpoints inside a directory, for a path that was one level off."""
-  names = [n for n in os.listdir(directory) if _looks_like_one(directory, n)]
-  if not names:
-    return ''
-  return f'; {directory} holds {_listing(names)}: pass ' + (
-    'that one' if len(names) == 1 else 'the one you mean'
-  )
-
-
-def _looks_like_one(directory: str, name: str) -> bool:
-  inside = (legacy.INDEX, serving.CONFIG, orbax.METADATA, f'{orbax.STATE}/{orbax.METADATA}')
-  return any(os.path.isfile(os.path.join(directory, name, n)) for n in inside)
-
-
-def _listing(names: list[str], limit: int = 8) -> str:
-  names = sorted(names)
-  return (
-    ', '.join(names[:limit]) + (f' and {len(names) - limit} more' if len(names) > limit else '')
-  ) or 'nothing'

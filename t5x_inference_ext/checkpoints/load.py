@@ -1,4 +1,6 @@
-"""Weights from a checkpoint straight onto their shards: no host ever holds a whole model."""
+"""Loading of weights from a checkpoint onto their shards: no host ever holds a whole model."""
+
+from collections.abc import Callable, Iterable
 
 import jax
 from jax.sharding import NamedSharding
@@ -11,22 +13,24 @@ from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights, build_weights
 from t5x_inference_ext.sharding.packing import PackedTensor, packed_tensors, tensor_dtype
 
-# On CPU, up to this depth the program unrolls its layers, which spares a copy of each layer's weights; beyond it, a loop
-# keeps programs small and compiles quick.
+# On CPU, up to this depth the program unrolls its layers, which spares a copy of each layer's
+# weights; beyond it, a loop keeps programs small and compiles quick.
 MAX_UNROLLED_LAYERS = 8
 
 
 def scans_layers(num_layers: int, asked: bool | None = None, platform: str = 'tpu') -> bool:
-  """Whether the program loops over stacked layers: as asked, or by default on CPU beyond MAX_UNROLLED_LAYERS layers.
+  """Return whether the program loops over stacked layers.
 
-  On accelerators by default never. Each turn of a loop copies the layer's weights out of the stack on a GPU, which more than
-  doubles the bytes of a decode step; a TPU prefetches whole arrays into on-chip memory, but no slices of a stack, and a
-  decode step takes a fifth less without (docs/tpu_v4_tuning.md). Compiling then takes a minute or two for 100 layers.
+  By default it does on CPU beyond MAX_UNROLLED_LAYERS layers, and never on accelerators. On a GPU,
+  each turn of a loop copies the layer's weights out of the stack, which more than doubles the bytes
+  of a decode step. A TPU prefetches whole arrays into on-chip memory, but no slices of a stack: a
+  decode step takes a fifth less without the loop (docs/tpu_v4_tuning.md). Compiling then takes a
+  minute or two for 100 layers.
 
   Args:
-    num_layers: of the model.
-    asked: what the user wants; None: nothing.
-    platform: jax's name for that of the devices.
+    num_layers: Number of layers of the model.
+    asked: The user's choice; None takes the default.
+    platform: JAX's name for the platform of the devices.
   """
   if asked is not None:
     return asked
@@ -34,63 +38,87 @@ def scans_layers(num_layers: int, asked: bool | None = None, platform: str = 'tp
 
 
 def load_weights(
-  checkpoint: Checkpoint, model: Model, *, stacked: bool | None = None, progress=iter
+  checkpoint: Checkpoint,
+  model: Model,
+  *,
+  stacked: bool | None = None,
+  progress: Callable[[list], Iterable] = iter,
 ) -> Weights:
-  """Reads every shard of every tensor that this process's devices hold.
+  """Read every shard of every tensor that this process's devices hold.
 
   Args:
-    checkpoint: an open one, of any format. Int8 weights stay int8; float ones become model.dtype.
-    model: decides mesh and layout.
-    stacked: one array for all layers, or (False) one per layer; by default as scans_layers says.
-    progress: wraps the iterator over tensors, e.g. tqdm.
+    checkpoint: An open checkpoint of any format. Int8 weights stay int8; float weights become
+      model.dtype.
+    model: The model, which decides mesh and layout.
+    stacked: True makes one array for all layers, False one a layer; None does as scans_layers says.
+    progress: Wraps the list of tensors to read, e.g. tqdm.
 
   Returns:
     The weights, sharded over model.mesh.
 
   Raises:
-    MeshError: the mesh does not divide the model.
-    CheckpointError: a tensor can't be read, or holds NaN or infinite values.
+    MeshError: The mesh does not divide the model.
+    CheckpointError: A tensor can't be read, or holds NaN or infinite values.
   """
   tensors = packed_tensors(
     model.config, model.prefill_layout, dict(model.mesh.shape), checkpoint.weights == 'int8'
   )
-  layers = model.config.num_layers
-  stacked = scans_layers(layers, stacked, model.mesh.devices.flat[0].platform)
-  make = lambda name, layers: load_tensor(checkpoint, model, tensors[name], layers)
-  return build_weights(tensors, layers, stacked, make, progress)
+  num_layers = model.config.num_layers
+  stacked = scans_layers(num_layers, stacked, model.mesh.devices.flat[0].platform)
+
+  def make(name: str, layers: slice | int | None) -> jax.Array:
+    return load_tensor(checkpoint, model, tensors[name], layers)
+
+  return build_weights(tensors, num_layers, stacked, make, progress)
 
 
 def load_tensor(
   checkpoint: Checkpoint, model: Model, tensor: PackedTensor, layers: slice | int | None
 ) -> jax.Array:
-  """One array onto its shards: of one layer, of a range of layers (stacked in front), or of the model (None)."""
+  """Read one array onto its shards.
+
+  Args:
+    checkpoint: The checkpoint.
+    model: The model, which decides the mesh.
+    tensor: The array to make.
+    layers: The layer's number; a slice of layers, to be stacked in front; or None for an array that
+      belongs to no layer.
+  """
   dtype = tensor_dtype(tensor, checkpoint.weights, model.dtype)
   # Norms are applied as scale or 1 + scale; the program knows only the value applied.
   offset = 1 if tensor.kind == 'norm' and model.config.norm_scale == 'zero' else 0
 
-  def read(layer, index):
+  def read_layer(layer: int | None, index: tuple[slice, ...] | None) -> np.ndarray:
+    assert index is not None
     values = tensor.read(lambda name, where: _read(checkpoint, name, where), layer, index)
     return (values + offset if offset else values).astype(dtype, copy=False)
 
-  def read_stack(index):
-    stack = range(*index[0].indices(layers.stop))
-    shape = [len(stack)] + [len(range(*s.indices(n))) for s, n in zip(index[1:], tensor.shape)]
-    out = np.empty(
-      shape, dtype
-    )  # filled layer by layer: one layer's float source is the most held beside it
+  if not isinstance(layers, slice):
+    sharding = NamedSharding(model.mesh, tensor.spec)
+    return jax.make_array_from_callback(
+      tensor.shape, sharding, lambda index: read_layer(layers, index)
+    )
+  num_layers = layers.stop
+
+  def read_stack(index: tuple[slice, ...] | None) -> np.ndarray:
+    assert index is not None
+    stack = range(*index[0].indices(num_layers))
+    sizes = [len(range(*s.indices(n))) for s, n in zip(index[1:], tensor.shape)]
+    # Filled layer by layer: beside it, no more than one layer's float source is held.
+    out = np.empty((len(stack), *sizes), dtype)
     for i, layer in enumerate(stack):
-      out[i] = read(layer, index[1:])
+      out[i] = read_layer(layer, index[1:])
     return out
 
-  if isinstance(layers, slice):
-    shape, spec, callback = (layers.stop, *tensor.shape), P(None, *tensor.spec), read_stack
-  else:
-    shape, spec, callback = tensor.shape, tensor.spec, lambda index: read(layers, index)
-  return jax.make_array_from_callback(shape, NamedSharding(model.mesh, spec), callback)
+  sharding = NamedSharding(model.mesh, P(None, *tensor.spec))
+  return jax.make_array_from_callback((num_layers, *tensor.shape), sharding, read_stack)
 
 
 def _read(checkpoint: Checkpoint, name: str, where: tuple[slice, ...]) -> np.ndarray:
-  """A tensor's values, which are finite: a serving checkpoint's were when it was made, and have checksums."""
+  """Return a tensor's values. Raises CheckpointError: NaN or infinite values.
+
+  A serving checkpoint's values were finite when it was made, and have checksums.
+  """
   tensor = checkpoint.tensors[name]
   values = tensor.read(where)
   if checkpoint.format != 'serving' and values.dtype.kind != 'i' and not np.isfinite(values).all():

@@ -1,6 +1,7 @@
-"""What proves a finished checkpoint's small files: the manifest has the CRC-32 of each other one, and its own.
+"""The manifest of a finished checkpoint: the CRC-32 of each small file, and its own.
 
-The manifest is serving_config.json of a serving checkpoint, t5x_inference_ext.json of a T5X one: JSON, with
+The manifest is serving_config.json of a serving checkpoint, t5x_inference_ext.json of a T5X one:
+JSON, with
 
   files    name: CRC-32, of all files that are neither chunks nor the manifest
   crc32    of the manifest itself, with zeros in place of these eight digits
@@ -20,7 +21,7 @@ _UNKNOWN = '00000000'
 
 
 def write(content: Mapping[str, Any], files: Mapping[str, bytes]) -> bytes:
-  """The manifest: `content`, and the checksums of `files` and of itself."""
+  """Return the manifest: `content`, and the checksums of `files` and of itself."""
   content = {
     **content,
     'files': {name: _crc(data) for name, data in files.items()},
@@ -31,10 +32,15 @@ def write(content: Mapping[str, Any], files: Mapping[str, bytes]) -> bytes:
 
 
 def check_manifest(path: str, name: str, manifest: Mapping[str, Any]) -> list[str]:
-  """Reads the small files of the checkpoint `path`, of which `name` holds `manifest`.
+  """Check the small files of a checkpoint.
+
+  Args:
+    path: of the checkpoint.
+    name: of the file that holds the manifest.
+    manifest: content of that file.
 
   Returns:
-    Their names; none for a manifest of an earlier version, which says nothing of them.
+    The files' names; none for a manifest of an earlier version, which does not list them.
 
   Raises:
     CheckpointError: the first file that is not as it was written.
@@ -44,15 +50,15 @@ def check_manifest(path: str, name: str, manifest: Mapping[str, Any]) -> list[st
   data, own = storage.read_file(path, name) or b'', str(manifest.get('crc32'))
   if not isinstance(manifest.get('files'), dict) or _crc(_with_own(data, own, _UNKNOWN)) != own:
     raise CheckpointError(
-      f'{path}/{name} is not as it was written: its checksum is not the one recorded in it; convert '
-      'again'
+      f'{path}/{name} is not as it was written: its checksum is not the one recorded in it; '
+      'convert again'
     )
   for file, recorded in manifest['files'].items():
-    data = storage.read_file(path, file)
-    if data is None or _crc(data) != recorded:
+    found = storage.read_file(path, file)
+    if found is None or _crc(found) != recorded:
       raise CheckpointError(
-        f'{path}/{file} is {"missing" if data is None else "damaged"}: its checksum is not the one '
-        f'recorded in {name}; convert again'
+        f'{path}/{file} is {"missing" if found is None else "damaged"}: its checksum is not the '
+        f'one recorded in {name}; convert again'
       )
   return list(manifest['files'])
 
@@ -62,7 +68,7 @@ def _crc(data: bytes) -> str:
 
 
 def _with_own(data: bytes, old: str, new: str) -> bytes:
-  """The manifest with another checksum of its own, the last of its fields."""
+  """Return the manifest with another checksum of its own, the last of its fields."""
   head, field, tail = data.rpartition(b'"crc32": "')
   return head + field + (new.encode() + tail[len(old) :] if tail.startswith(old.encode()) else tail)
 

@@ -1,12 +1,16 @@
-"""The serving checkpoint: canonical tensors as zarr arrays, with the model's config (docs/serving_checkpoint.md).
+"""The serving checkpoint: canonical tensors as zarr arrays, with the model's config.
 
-It is independent of any mesh, and unpadded. Every chunk belongs to one layer and has a checksum, verified when the
-chunk is first read.
+docs/serving_checkpoint.md describes the format.
+
+A serving checkpoint is independent of any mesh, and unpadded. Every chunk belongs to one layer and
+has a checksum, which is compared when the chunk is first read.
 """
 
 from collections.abc import Iterator
 import itertools
 import json
+import math
+import reprlib
 from typing import Any
 
 import ml_dtypes
@@ -19,7 +23,7 @@ from t5x_inference_ext.checkpoints.manifest import checksum
 from t5x_inference_ext.checkpoints.readers import zarr_arrays
 from t5x_inference_ext.checkpoints.tensor import Bounds, Tensor
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.errors import CheckpointError
+from t5x_inference_ext.errors import CheckpointError, printable
 
 CONFIG = 'serving_config.json'
 CHECKSUMS = 'checksums.json'
@@ -27,8 +31,9 @@ SERVING_FORMAT = 't5x_inference_ext serving checkpoint'
 VERSION = 1
 SERVING_WEIGHTS = ('int8', 'bfloat16')
 
-# A chunk's sides are halved until they are at most these, so that any shard of a matrix covers few chunks more than its
-# share, and a conversion can hold all rows of one column of chunks; then its rows until it has at most MAX_CHUNK_BYTES.
+# A chunk's sides are halved until they are at most these, so that any shard of a matrix covers few
+# chunks more than its share, and a conversion can hold all rows of one column of chunks; then its
+# rows until it has at most MAX_CHUNK_BYTES.
 MAX_CHUNK_ROWS = 8192
 MAX_CHUNK_COLUMNS = 4096
 MAX_CHUNK_BYTES = 64 * 2**20
@@ -40,7 +45,7 @@ _DTYPES = {
 
 
 def serving_tensors(config: ModelConfig, weights: str) -> dict[str, tuple[tuple[int, ...], str]]:
-  """(shape, dtype name) of every tensor in a serving checkpoint of a model, by name."""
+  """Return the shape and dtype name of every tensor in a serving checkpoint of a model, by name."""
   dtypes = {
     'matrix': weights,
     'embedding': 'bfloat16',
@@ -55,42 +60,49 @@ def serving_tensors(config: ModelConfig, weights: str) -> dict[str, tuple[tuple[
 
 
 def is_layered(name: str) -> bool:
-  """Whether a tensor's first axis is the layers."""
+  """Return whether the first axis of a tensor is the layers."""
   return name not in ('embedding', 'final_norm', params.bias_name('final_norm'))
 
 
 def serving_chunk_shape(name: str, shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-  """The chunks of a tensor: one layer of it, or a tile of one layer."""
-  halve = lambda n: -(-n // 2)
+  """Return the chunk shape of a tensor: one layer of it, or a tile of one layer."""
   sides = list(shape[1:] if is_layered(name) else shape)
   if len(sides) == 2:
     for axis, limit in enumerate((MAX_CHUNK_ROWS, MAX_CHUNK_COLUMNS)):
       while sides[axis] > limit:
-        sides[axis] = halve(sides[axis])
-  while sides[0] > 1 and int(np.prod(sides)) * itemsize > MAX_CHUNK_BYTES:
-    sides[0] = halve(sides[0])
+        sides[axis] = -(-sides[axis] // 2)
+  while sides[0] > 1 and math.prod(sides) * itemsize > MAX_CHUNK_BYTES:
+    sides[0] = -(-sides[0] // 2)
   return (1, *sides) if is_layered(name) else tuple(sides)
 
 
 class ServingTensor(Tensor):
-  """A tensor of a serving checkpoint."""
+  """A tensor of a serving checkpoint, whose chunks have checksums."""
 
-  def __init__(self, name: str, path: str, store: ts.TensorStore, checksums: list[int]):
+  def __init__(self, name: str, path: str, store: ts.TensorStore, checksums: list[int]) -> None:
+    """Wrap an opened array.
+
+    Args:
+      name: Name of the tensor.
+      path: Directory of the tensor.
+      store: The array, opened.
+      checksums: CRC-32 of each chunk, in C order of the chunk grid.
+    """
     super().__init__(store.shape, store.dtype.numpy_dtype, path)
     self.name = name
     self._store = store
-    self.chunk = tuple(store.chunk_layout.read_chunk.shape)
+    self.chunk = tuple(c or 1 for c in store.chunk_layout.read_chunk.shape or ())
     self._grid = tuple(-(-n // c) for n, c in zip(self.shape, self.chunk))
     self._checksums = checksums
-    self._verified = set()
-    if len(checksums) != int(np.prod(self._grid)):
+    self._verified: set[int] = set()
+    count = math.prod(self._grid)
+    if len(checksums) != count:
       raise CheckpointError(
-        f'{name}: {path} has {int(np.prod(self._grid))} chunks, but {CHECKSUMS} lists '
-        f'{len(checksums)}'
+        f'{name}: {path} has {count} chunks, but {CHECKSUMS} lists {len(checksums)}'
       )
 
   def chunks(self, bounds: Bounds | None = None) -> Iterator[tuple[int, tuple[slice, ...]]]:
-    """(number, index) of the chunks that cover `bounds`, in C order of the chunk grid."""
+    """Yield number and index of the chunks that cover `bounds`, in C order of the chunk grid."""
     bounds = bounds or tuple((0, n) for n in self.shape)
     ranges = (range(begin // c, -(-end // c)) for (begin, end), c in zip(bounds, self.chunk))
     for place in itertools.product(*ranges):
@@ -99,32 +111,27 @@ class ServingTensor(Tensor):
       )
       yield int(np.ravel_multi_index(place, self._grid)), index
 
-  def verify(self, bounds: Bounds | None = None) -> None:
-    """Compares the checksums of chunks not read before. Raises CheckpointError."""
-    for number, index in self.chunks(bounds):
-      if number not in self._verified:
-        self.check(number, index)
-
   def check(self, number: int, index: tuple[slice, ...]) -> np.ndarray:
-    """The values of a chunk. Raises CheckpointError if they are not those that were written."""
+    """Return the values of a chunk. Raises CheckpointError: its checksum is another."""
     values = self._load(index)
     if number not in self._verified:
       if checksum(values) != self._checksums[number]:
         raise CheckpointError(
-          f'{self.name}: damaged data in {self.path}/{self.file(index)}: its checksum is not the one '
-          f'recorded in {CHECKSUMS}; convert again'
+          f'{self.name}: damaged data in {self.path}/{self.file(index)}: its checksum is not the '
+          f'one recorded in {CHECKSUMS}; convert again'
         )
       self._verified.add(number)
     return values
 
   def check_padding(self, index: tuple[slice, ...]) -> None:
-    """Whether what a chunk stores beyond the array's end is still zeros. Raises CheckpointError."""
+    """Raise CheckpointError where a chunk has other bytes than zeros beyond the array's end."""
     inside = tuple(slice(0, s.stop - s.start) for s in index)
     if all(s.stop == c for s, c in zip(inside, self.chunk)):
       return
     key = self.file(index)
+    assert self._store.kvstore is not None  # every zarr array has one
     stored = self._store.kvstore.read(key).result().value
-    if len(stored) != int(np.prod(self.chunk)) * self.dtype.itemsize:
+    if len(stored) != math.prod(self.chunk) * self.dtype.itemsize:
       return  # compressed, by an earlier version
     values = np.frombuffer(stored, np.uint8).reshape(*self.chunk, self.dtype.itemsize).copy()
     values[inside] = 0
@@ -135,105 +142,82 @@ class ServingTensor(Tensor):
       )
 
   def file(self, index: tuple[slice, ...]) -> str:
-    """The name of the file of a chunk."""
+    """Return the name of a chunk's file."""
     return '.'.join(str(s.start // c) for s, c in zip(index, self.chunk))
 
-  def _load(self, index):
+  def _load(self, index: tuple[slice, ...]) -> np.ndarray:
+    """Return the values at `index`, without a comparison of checksums."""
     try:
       return np.asarray(self._store[index].read().result())
     except ValueError as e:
       raise CheckpointError(f'{self.name}: damaged data in {self.path}: {storage.reason(e)}') from e
 
-  def _read(self, bounds):
+  def _read(self, bounds: Bounds) -> np.ndarray:
     index = tuple(slice(*b) for b in bounds)
     chunks = list(self.chunks(bounds))
-    if [i for _, i in chunks] == [index]:  # exactly one: read once
+    if [i for _, i in chunks] == [index]:  # exactly one chunk: read once
       return self.check(*chunks[0])
-    self.verify(bounds)
+    for number, chunk in chunks:
+      if number not in self._verified:
+        self.check(number, chunk)
     return self._load(index)
 
 
-def header(
-  config: ModelConfig,
-  weights: str,
-  source: dict[str, Any],
-  tool_version: str,
-  options: dict[str, Any],
-) -> dict[str, Any]:
-  """What serving_config.json holds, the last file of a serving checkpoint to be written.
-
-  Args:
-    config: the model, with the norm_scale of the stored norms.
-    weights: 'int8' or 'bfloat16'.
-    source: where it came from: path, format, step, notes, form.
-    tool_version: of this package.
-    options: how it was made, for people.
-  """
-  tensors = {
-    name: {
-      'shape': shape,
-      'dtype': dtype,
-      'chunks': serving_chunk_shape(name, shape, _DTYPES[dtype].itemsize),
-    }
-    for name, (shape, dtype) in serving_tensors(config, weights).items()
-  }
-  return {
-    'format': SERVING_FORMAT,
-    'version': VERSION,
-    'written_by': f't5x_inference_ext {tool_version}',
-    'weights': weights,
-    'options': options,
-    'model': config.to_dict(),
-    'source': source,
-    'tensors': tensors,
-  }
-
-
 def checksums_file(checksums: dict[str, list[int]]) -> bytes:
-  """What checksums.json holds."""
+  """Return the content of checksums.json for the CRC-32 of each tensor's chunks."""
   return json.dumps(
     {name: [f'{c:08x}' for c in values] for name, values in checksums.items()}
   ).encode()
 
 
 def read_serving_header(path: str, data: bytes) -> tuple[dict[str, Any], ModelConfig]:
-  """The header of the serving checkpoint `path`, whose serving_config.json is `data`. Raises CheckpointError."""
+  """Return the header and the model of a serving checkpoint.
+
+  Args:
+    path: Directory of the checkpoint.
+    data: Content of serving_config.json.
+
+  Raises:
+    CheckpointError: The header is damaged, or of another version.
+  """
   where = f'{path}/{CONFIG}'
+  header = storage.parse_json(data, where)
   try:
-    header = json.loads(data)
     if header['format'] != SERVING_FORMAT:
-      raise CheckpointError(f'{where}: format {header["format"]!r} is not {SERVING_FORMAT!r}')
+      raise CheckpointError(
+        f'{where}: format {reprlib.repr(header["format"])} is not {SERVING_FORMAT!r}'
+      )
     if header['version'] != VERSION:
       raise CheckpointError(
-        f'{where}: format version {header["version"]}, but this package reads version {VERSION}: '
-        f'written by {header.get("written_by")}'
+        f'{where}: format version {reprlib.repr(header["version"])}, but this package reads version '
+        f'{VERSION}: written by {printable(header.get("written_by"), 80)}'
       )
     config = ModelConfig.from_dict(header['model'])
     if header['weights'] not in SERVING_WEIGHTS:
       raise CheckpointError(
-        f'{where}: weights {header["weights"]!r} are none of {", ".join(SERVING_WEIGHTS)}'
+        f'{where}: weights {reprlib.repr(header["weights"])} are none of {", ".join(SERVING_WEIGHTS)}'
       )
     source = header.get('source')
     return {**header, 'source': source if isinstance(source, dict) else {}}, config
   except CheckpointError:
     raise
-  except (ValueError, TypeError, KeyError) as e:
-    raise CheckpointError(f'{where} is damaged: {type(e).__name__} {e}') from e
+  except (ValueError, TypeError, KeyError, RecursionError) as e:
+    raise CheckpointError(f'{where} is damaged: {type(e).__name__} {e!s:.300}') from e
 
 
 def read_tensors(
   path: str, config: ModelConfig, weights: str, cached: bool = True
 ) -> dict[str, ServingTensor]:
-  """The tensors of a serving checkpoint.
+  """Return the tensors of a serving checkpoint, by name.
 
   Args:
-    path: its directory.
-    config: its model.
-    weights: its weights.
-    cached: False reads from the disk each time.
+    path: Directory of the checkpoint.
+    config: The model.
+    weights: 'int8' or 'bfloat16'.
+    cached: Whether decoded chunks are kept; False reads from the disk each time.
 
   Raises:
-    CheckpointError: an array that is missing, or not of the model's shape and dtype.
+    CheckpointError: An array is missing, or not of the model's shape and dtype.
   """
   return read_listed(path, serving_tensors(config, weights), CONFIG, cached)
 
@@ -241,15 +225,26 @@ def read_tensors(
 def read_listed(
   path: str, listed: dict[str, tuple[tuple[int, ...], str]], header_file: str, cached: bool = True
 ) -> dict[str, ServingTensor]:
-  """The arrays `listed` (shape, dtype name) in a directory with checksums.json, by their directories' names."""
+  """Return the arrays of a directory with checksums.json, by the names of their own directories.
+
+  Args:
+    path: The directory.
+    listed: Shape and dtype name of each array, by name.
+    header_file: Name of the file that lists them, for messages.
+    cached: As in read_tensors.
+  """
   data = storage.read_file(path, CHECKSUMS)
+  if data is None:
+    raise CheckpointError(f'{path}/{CHECKSUMS} is missing')
+  content = storage.parse_json(data, f'{path}/{CHECKSUMS}')
   try:
-    checksums = {
-      name: [int(c, 16) for c in values] for name, values in json.loads(data or b'').items()
-    }
-  except (ValueError, TypeError, AttributeError) as e:
-    raise CheckpointError(f'{path}/{CHECKSUMS} is missing or damaged: {e}') from e
-  opening = {name: zarr_arrays.open_array(name, f'{path}/{name}', cached=cached) for name in listed}
+    checksums = {name: [int(c, 16) for c in values] for name, values in content.items()}
+  except (ValueError, TypeError, AttributeError, RecursionError) as e:
+    raise CheckpointError(f'{path}/{CHECKSUMS} is damaged: {e!s:.200}') from e
+  opening = {
+    name: zarr_arrays.open_array(printable(name), f'{path}/{name}', cached=cached)
+    for name in listed
+  }
   tensors = {}
   for name, (shape, dtype) in listed.items():
     store = opening[name].store()

@@ -1,7 +1,9 @@
-"""Directories on a local disk or in a bucket (gs://), the latter through tensorstore."""
+"""Directories on a local disk or in a bucket (gs://), and the small files in them."""
 
+import json
 import os
 import re
+from typing import Any
 
 import tensorstore as ts
 
@@ -9,17 +11,18 @@ from t5x_inference_ext.errors import CheckpointError
 
 
 def is_remote(path: str) -> bool:
+  """Return whether a path is in a bucket."""
   return path.startswith('gs://')
 
 
-def normalize(path) -> str:
-  """An absolute path without a trailing slash; gs:// addresses are only stripped."""
+def normalize(path: str | os.PathLike) -> str:
+  """Return an absolute path without a trailing slash; gs:// addresses are only stripped."""
   path = os.fspath(path)
   return path.rstrip('/') if is_remote(path) else os.path.abspath(os.path.expanduser(path))
 
 
-def kvstore(path: str) -> dict:
-  """tensorstore's spec of a directory."""
+def kvstore(path: str) -> dict[str, Any]:
+  """Return tensorstore's spec of a directory."""
   if is_remote(path):
     bucket, _, key = path.removeprefix('gs://').partition('/')
     return {'driver': 'gcs', 'bucket': bucket, 'path': key and key.rstrip('/') + '/'}
@@ -27,7 +30,7 @@ def kvstore(path: str) -> dict:
 
 
 def read_file(directory: str, name: str) -> bytes | None:
-  """A whole small file, or None where there is none."""
+  """Return the content of a small file, or None where there is none."""
   if not is_remote(directory):
     path = os.path.join(directory, name)
     if not os.path.isfile(path):
@@ -41,8 +44,26 @@ def read_file(directory: str, name: str) -> bytes | None:
   return bytes(result.value) if result.state == 'value' else None
 
 
+def parse_json(data: bytes, where: str) -> Any:
+  """Return the content of the JSON file `where`.
+
+  Raises:
+    CheckpointError: The file is not JSON, or is nested too deep to be read.
+  """
+  try:
+    return json.loads(data)
+  except (ValueError, RecursionError) as e:
+    raise CheckpointError(f'{where} is damaged: {type(e).__name__} {e!s:.200}') from e
+
+
 def read_object(directory: str, name: str, unless: bytes | None = None) -> ts.KvStore.ReadResult:
-  """Of an object in a bucket: its value and generation; `unless` is a generation whose value is not wanted again."""
+  """Return the value and generation of an object in a bucket.
+
+  Args:
+    directory: Directory of the object, gs://...
+    name: Name of the object within the directory.
+    unless: A generation whose value is not wanted again: for it, the result has no value.
+  """
   try:
     return _open(directory).read(name, if_not_equal=unless).result()
   except ValueError as e:
@@ -50,7 +71,11 @@ def read_object(directory: str, name: str, unless: bytes | None = None) -> ts.Kv
 
 
 def write_object(directory: str, name: str, data: bytes) -> bytes:
-  """Writes an object of a bucket, whole. Returns its generation, which no other value of that name will ever have."""
+  """Write a whole object of a bucket.
+
+  Returns:
+    The generation of the object, which no other value of that name will ever have.
+  """
   try:
     return _open(directory).write(name, data).result().generation
   except ValueError as e:
@@ -58,7 +83,7 @@ def write_object(directory: str, name: str, data: bytes) -> bytes:
 
 
 def remove_object(directory: str, name: str) -> None:
-  """Removes an object of a bucket, if it is there."""
+  """Remove an object of a bucket, if it is there."""
   try:
     _open(directory).write(name, None).result()
   except ValueError as e:
@@ -66,7 +91,7 @@ def remove_object(directory: str, name: str) -> None:
 
 
 def list_objects(directory: str) -> list[str]:
-  """The names of all objects of a bucket below a directory."""
+  """Return the names of all objects of a bucket below a directory."""
   try:
     return sorted(name.decode() for name in _open(directory).list().result())
   except ValueError as e:
@@ -74,7 +99,7 @@ def list_objects(directory: str) -> list[str]:
 
 
 def list_files(directory: str) -> list[str]:
-  """The names of all files below a directory."""
+  """Return the names of all files below a directory, local or in a bucket."""
   if is_remote(directory):
     return list_objects(directory)
   return sorted(
@@ -89,6 +114,6 @@ def _open(directory: str) -> ts.KvStore:
 
 
 def reason(error: Exception) -> str:
-  """tensorstore's message without its status code and spec dump."""
+  """Return tensorstore's message without its status code and its dump of the spec."""
   text = re.sub(r'\s*\[(tensorstore_spec|source locations)=.*', '', str(error), flags=re.DOTALL)
   return re.sub(r'^[A-Z_]+: ', '', text)

@@ -23,24 +23,26 @@ class Tensor:
     chunk: Shape of what is stored, and so decoded, in one piece.
   """
 
-  def __init__(self, shape: Sequence[int], dtype: npt.DTypeLike, path: str):
+  def __init__(self, shape: Sequence[int], dtype: npt.DTypeLike, path: str) -> None:
     self.shape = tuple(int(n) for n in shape)
     self.dtype = np.dtype(dtype)
     self.path = path
     self.chunk = self.shape
 
   def uncached(self) -> 'Tensor':
-    """Return this tensor without a cache of decoded chunks, for a reader that reads each chunk once."""
+    """Return this tensor without a cache of decoded chunks: each chunk will be read once."""
     return self
 
   def read(self, index: tuple[slice, ...] | None = None) -> np.ndarray:
     """Read the values at `index`, and little more than them.
 
     Args:
-      index: A slice of step 1 for each axis; missing slices mean whole axes. None reads the whole tensor.
+      index: A slice of step 1 for each axis; missing slices mean whole axes. None reads the whole
+        tensor.
 
     Raises:
-      CheckpointError: The stored data is missing or damaged; the message names the parameter and the file.
+      CheckpointError: The stored data is missing or damaged; the message names the parameter and
+        the file.
       IndexError: An index with steps or with too many axes.
     """
     index = index or ()
@@ -74,9 +76,9 @@ def _slices(bounds: Bounds) -> tuple[slice, ...]:
 
 
 class InMemory(Tensor):
-  """A small array that came with the checkpoint's index: T5X writes parameters without a partition so."""
+  """A small array in the checkpoint's index, where T5X writes parameters without a partition."""
 
-  def __init__(self, values: np.ndarray, path: str):
+  def __init__(self, values: np.ndarray, path: str) -> None:
     super().__init__(values.shape, values.dtype, path)
     self._values = values
 
@@ -85,9 +87,9 @@ class InMemory(Tensor):
 
 
 class Stack(Tensor):
-  """Tensors of one shape, one a layer, stacked along `axis`: a tree with a subtree a layer, seen as a scanned one."""
+  """Tensors of one shape, one a layer, stacked along `axis`: per-layer kernels as a scanned one."""
 
-  def __init__(self, layers: Sequence[Tensor], axis: int):
+  def __init__(self, layers: Sequence[Tensor], axis: int) -> None:
     first = layers[0]
     super().__init__(
       (*first.shape[:axis], len(layers), *first.shape[axis:]),
@@ -108,9 +110,12 @@ class Stack(Tensor):
 
 
 class Cast(Tensor):
-  """A tensor in another dtype. Integers must be exact: T5X's legacy writer widens int8 kernels to floats of equal value."""
+  """A tensor in another dtype.
 
-  def __init__(self, source: Tensor, dtype: npt.DTypeLike, name: str):
+  Integers must be exact: T5X's legacy writer widens int8 kernels to floats of equal value.
+  """
+
+  def __init__(self, source: Tensor, dtype: npt.DTypeLike, name: str) -> None:
     super().__init__(source.shape, dtype, source.path)
     self._source, self._name = source, name
     self.chunk = source.chunk

@@ -6,5 +6,5 @@ MARKER = 'UNFINISHED'
 
 
 def is_unfinished(path: str) -> bool:
-  """Return whether a local path is a conversion's work directory, or the checkpoint growing in it."""
+  """Return whether a local path is a conversion's work directory, or the payload in it."""
   return any(os.path.isfile(os.path.join(p, MARKER)) for p in (path, os.path.dirname(path)))

@@ -15,7 +15,7 @@ def cores() -> int:
 
 
 def worker_count(workers: int | None) -> int:
-  """Return the number of threads to use: one a core for None. Raises UserError for a number out of range."""
+  """Return the number of threads: one a core for None. Raises UserError if out of range."""
   if workers is None:
     return min(cores(), MAX_WORKERS)
   if not 1 <= workers <= MAX_WORKERS:
@@ -27,12 +27,17 @@ def run_jobs(jobs: Iterable[Callable[[], None]], workers: int) -> None:
   """Run independent jobs on `workers` threads.
 
   Raises:
-    Exception: the first error of any job, once no job runs any more. Jobs not yet begun are dropped.
+    Exception: the first error of a job, once no job runs. No job begins after it is noticed.
   """
+  running: set[concurrent.futures.Future[None]] = set()
   with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-    futures = [pool.submit(job) for job in jobs]
-    try:
-      for future in concurrent.futures.as_completed(futures):
-        future.result()
-    finally:  # also of Ctrl-C, which arrives in this thread
-      pool.shutdown(cancel_futures=True)
+    for job in jobs:
+      if len(running) == workers:
+        done, running = concurrent.futures.wait(
+          running, return_when=concurrent.futures.FIRST_COMPLETED
+        )
+        for future in done:
+          future.result()
+      running.add(pool.submit(job))
+    for future in concurrent.futures.as_completed(running):
+      future.result()

@@ -1,14 +1,14 @@
-"""Says what a checkpoint directory holds, which model it looks like, and what converting it to serve would take.
+"""Says what a checkpoint holds, which model it looks like, and what converting it would take.
 
   python -m t5x_inference_ext.inspect_checkpoint examples/palm_tiny/checkpoint_1000
 
-Any format: T5X's legacy one, Orbax, scanned or not, float or quantized; serving checkpoints; and trees of models that
-can't be served, with the reason. Values are not read, but for the norms, and for one block of the largest array, whose
-decoding and rounding are timed: the time given is that of all blocks at this rate on all cores, and a disk that is
-slower makes it longer.
+Takes any format: T5X's legacy format and Orbax, scanned or not, float or quantized; serving
+checkpoints; and trees of models that can't be served, with the reason. Of the values only the norms
+are read, and one block of the largest array, whose decoding and rounding are timed. The time given
+is that of all blocks at this rate on all cores; a slower disk makes it longer.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import os
 import sys
 import time
@@ -24,10 +24,11 @@ from t5x_inference_ext.checkpoints.conversion.options import ConvertOptions
 from t5x_inference_ext.checkpoints.tensor import Tensor
 from t5x_inference_ext.commands import cli
 from t5x_inference_ext.config import PRESETS, ModelConfig, preset
-from t5x_inference_ext.errors import CheckpointError, UserError
+from t5x_inference_ext.errors import CheckpointError, UserError, printable
 from t5x_inference_ext.quantization import rounding
+from t5x_inference_ext.text_format import decimal_bytes, rough_duration
 
-# Of a model, what makes it one of a known shape; its vocabulary may be padded.
+# The fields that make a model one of a known shape; its vocabulary may be padded.
 SHAPE = (
   'num_layers',
   'd_model',
@@ -55,7 +56,11 @@ def main(flags: absl_flags.FlagValues) -> None:
 
 
 def describe_checkpoint(path: str) -> Iterator[str]:
-  """What `path` holds, in lines. Raises CheckpointError where it is no checkpoint, or a damaged one."""
+  """Yield lines that say what `path` holds.
+
+  Raises:
+    CheckpointError: `path` is no checkpoint, or a damaged one.
+  """
   path = storage.normalize(path)
   try:
     checkpoint = open_checkpoint(path)
@@ -63,37 +68,34 @@ def describe_checkpoint(path: str) -> Iterator[str]:
     found = read_tree(path)
     if found is None:
       raise
-    yield (
-      found[1].description
-      + f' at {path}'
-      + ('' if found[1].step is None else f', step {found[1].step}')
-    )
-    yield from tensor_lines(found[1].leaves)
+    _, tree = found
+    yield f'{tree.description} at {path}' + ('' if tree.step is None else f', step {tree.step}')
+    yield from tensor_lines(tree.leaves)
     yield f"this can't be served as it is: {e}"
     return
   yield from checkpoint.notes
-  if checkpoint.format == 'serving':
-    yield from tensor_lines(checkpoint.tensors)
-  else:
-    yield from tensor_lines(read_tree(checkpoint.path)[1].leaves)
+  stored = read_tree(checkpoint.path) if checkpoint.format != 'serving' else None
+  yield from tensor_lines(stored[1].leaves if stored else checkpoint.tensors)
   yield looks_like(checkpoint.config)
   yield from costs(checkpoint)
 
 
-def tensor_lines(tensors: dict[str, Tensor]) -> Iterator[str]:
-  """A line for each tensor, and their sum."""
-  width = max(map(len, tensors), default=0)
-  for name, tensor in tensors.items():
+def tensor_lines(tensors: Mapping[str, Tensor]) -> Iterator[str]:
+  """Yield a line for each tensor, and one for all of them."""
+  names = {printable(name): tensor for name, tensor in tensors.items()}
+  width = max(map(len, names), default=0)
+  for name, tensor in names.items():
     chunk = '' if tensor.chunk == tensor.shape else f' in chunks of {list(tensor.chunk)}'
     yield f'  {name:{width}}  {tensor.dtype.name:9}{list(tensor.shape)}{chunk}'
   elements = sum(t.nbytes // t.dtype.itemsize for t in tensors.values())
-  yield f'{len(tensors)} tensors, {elements:,} values, {bytes_text(sum(t.nbytes for t in tensors.values()))} uncompressed'
+  size = decimal_bytes(sum(t.nbytes for t in tensors.values()))
+  yield f'{len(tensors)} tensors, {elements:,} values, {size} uncompressed'
 
 
 def looks_like(config: ModelConfig) -> str:
-  """The known model that is most like this one."""
+  """Return a line that names the known model nearest to `config`, and the differences."""
 
-  def different(name):
+  def different(name: str) -> list[str]:
     other = preset(name)
     return [field for field in SHAPE if getattr(other, field) != getattr(config, field)]
 
@@ -103,7 +105,10 @@ def looks_like(config: ModelConfig) -> str:
   )
   differing = different(nearest)
   if len(differing) > len(SHAPE) // 2:
-    return f'it is like none of the known models ({", ".join(PRESETS)}): {config.num_params:,} parameters'
+    return (
+      f'it is like none of the known models ({", ".join(PRESETS)}): {config.num_params:,} '
+      'parameters'
+    )
   if not differing and preset(nearest).vocab_size != config.vocab_size:
     differing = ['vocab_size']
   but = ', '.join(
@@ -117,24 +122,24 @@ def looks_like(config: ModelConfig) -> str:
 
 
 def costs(checkpoint: Checkpoint) -> Iterator[str]:
-  """What conversions to serve would take, and serving itself."""
+  """Yield a line for each kind of weights: what converting the checkpoint to them would take."""
   for weights in serving.SERVING_WEIGHTS:
     conversion = Conversion(
       checkpoint, ConvertOptions(weights=weights), os.devnull, lambda *_: None
     )
-    disk = sum(array.nbytes for array in conversion.output.arrays)
-    seconds = (
-      sum(t.nbytes for t in checkpoint.tensors.values()) / rate(conversion) / conversion.workers
-    )
+    disk = decimal_bytes(sum(array.nbytes for array in conversion.output.arrays))
+    memory = decimal_bytes(conversion.peak_bytes)
+    source_bytes = sum(t.nbytes for t in checkpoint.tensors.values())
+    seconds = source_bytes / rate(conversion) / conversion.workers
     yield (
-      f'as a serving checkpoint with {weights} weights: {bytes_text(disk)} of disk and of device memory; converting '
-      f'takes about {bytes_text(conversion.peak_bytes)} of memory and, with {conversion.workers} workers, '
-      f'{duration(seconds)}'
+      f'as a serving checkpoint with {weights} weights: {disk} of disk and of device memory; '
+      f'converting takes about {memory} of memory and, with {conversion.workers} workers, '
+      f'{rough_duration(seconds)}'
     )
 
 
 def rate(conversion: Conversion) -> float:
-  """Bytes a second that one worker decodes and rounds, of one block of the largest array."""
+  """Return how many bytes a second one worker decodes and rounds, timed on one block."""
   plan = conversion.plan
   largest = max(plan.slices, key=plan.nbytes)
   block = plan.blocks(largest)[0]
@@ -142,34 +147,18 @@ def rate(conversion: Conversion) -> float:
   array = plan.arrays[block.array]
   values = array.read(block.bounds)
   kinds = params.parameters(conversion.source.config)
+  to_int8 = conversion.output.weights == 'int8' and values.dtype.kind != 'i'
   with np.errstate(all='ignore'):  # NaN is for conversions to find
     for part, _, w in array.rectangles(values, block.bounds):
-      if (
-        conversion.output.weights == 'int8'
-        and w.dtype.kind != 'i'
-        and kinds[part.name].kind == 'matrix'
-      ):
+      if to_int8 and kinds[part.name].kind == 'matrix':
         rounding.quantize_layers(w, rounding.scales_of(rounding.largest(w)))
       else:
         w.astype(conversion.output.dtype(part.name))
   return values.nbytes / max(time.perf_counter() - start, 1e-6)
 
 
-def bytes_text(count: float) -> str:
-  for unit in ('B', 'kB', 'MB', 'GB', 'TB'):
-    if count < 1000 or unit == 'TB':
-      return f'{count:.1f} {unit}' if unit != 'B' else f'{count:.0f} B'
-    count /= 1000
-
-
-def duration(seconds: float) -> str:
-  if seconds < 60:
-    return f'{max(1, round(seconds))} s'
-  return f'{seconds / 60:.0f} min' if seconds < 3600 else f'{seconds / 3600:.1f} h'
-
-
 def run(argv: list[str] | None = None) -> int:
-  """The entry point; returns the exit code."""
+  """Run the command. Returns the exit code."""
   argv = list(sys.argv if argv is None else argv)
   if len(argv) == 2 and not argv[1].startswith('-'):
     argv[1] = f'--path={argv[1]}'

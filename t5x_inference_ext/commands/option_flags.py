@@ -14,7 +14,7 @@ from t5x_inference_ext.errors import UserError
 
 _WIDTH = 100  # columns of --help
 _KINDS = {bool: 'boolean', int: 'integer', float: 'float', str: 'string'}
-_T = TypeVar('T')
+_T = TypeVar('_T')
 
 
 def option_fields(
@@ -88,7 +88,7 @@ def define_flag(
   members = set(typing.get_args(annotation)) - {types.NoneType}
   kind: Any = annotation
   if typing.get_origin(annotation) is types.UnionType:
-    (kind,) = members
+    kind = str if str in members else members.pop()  # int | str: a number may have a unit
   # absl lists flags by module: here the heading that --help shows them under.
   arguments = {'flag_values': flags, 'module_name': group or 'Flags'}
   if choices:

@@ -1,8 +1,9 @@
-"""What rounding did to a model: errors of its tensors, and losses with and without it, as a table and a plot."""
+"""The quality report of a conversion: rounding errors and losses, as a table and a plot."""
 
 from collections.abc import Iterator
 import json
 import os
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from t5x_inference_ext.errors import UserError
 from t5x_inference_ext.text_files import check_plots
 
 BATCH_ROWS = 8
-# Of a seqio task, as many examples and tokens of each.
+# Examples of a seqio task, and tokens of each.
 TASK_ROWS, TASK_LENGTH = 256, 512
 
 
@@ -32,15 +33,19 @@ def report(
   task_module: str | None = None,
   task_split: str = 'validation',
 ) -> list[str]:
-  """Writes report.txt, report.json and report.png.
+  """Write report.txt, report.json and report.png.
 
   Args:
-    source: the checkpoint that was converted.
-    output: what it was converted into.
-    directory: to write to; is made.
-    norm_scale, config, rescale_logits: of the source, see open_checkpoint.
-    tokens: a .npy file of token ids [rows, length], 0 where there is none, to compute losses on.
-    task, task_module, task_split: or a seqio task with a feature `targets`, and the module that registers it.
+    source: checkpoint that was converted.
+    output: checkpoint that it was converted into.
+    directory: to write to; made if needed.
+    norm_scale: of the source, as in open_checkpoint.
+    config: of the source, as in open_checkpoint.
+    rescale_logits: of the source, as in open_checkpoint.
+    tokens: .npy file of token ids [rows, length], 0 where there is none, to compute losses on.
+    task: or a seqio task with a feature `targets`, to compute losses on.
+    task_module: module that registers the task.
+    task_split: split of the task.
 
   Returns:
     The table, line by line.
@@ -57,17 +62,18 @@ def report(
   original = open_checkpoint(
     source, norm_scale=norm_scale, config=config, rescale_logits=rescale_logits
   )
-  serves = (
-    storage.read_file(storage.normalize(output), serving.CONFIG) is not None
-  )  # and so says what it is of
-  rounded = open_checkpoint(output, config=None if serves else original.config)
+  # A serving checkpoint says itself which model it holds.
+  is_serving = storage.read_file(storage.normalize(output), serving.CONFIG) is not None
+  rounded = open_checkpoint(output, config=None if is_serving else original.config)
   targets = None
   if tokens is not None:
     targets = read_tokens(tokens, original.config.vocab_size)
   elif task is not None:
     targets = task_tokens(task, task_module, task_split, original.config.vocab_size)
-  losses = {}
+  losses: dict[str, float] = {}
+  count = 0
   if targets is not None:
+    count = int(np.count_nonzero(targets))
     for label, checkpoint, dtype, cache in (
       (f'source, {original.weights}', original, 'float32', None),
       ('source as bfloat16', original, 'bfloat16', None),
@@ -76,7 +82,7 @@ def report(
       ('the same as bfloat16', rounded, 'bfloat16', 'int8'),
     ):
       losses[label] = loss(checkpoint, targets, dtype, cache)
-  lines = list(_table(errors, losses, targets))
+  lines = list(_table(errors, losses, count))
   os.makedirs(directory, exist_ok=True)
   with open(os.path.join(directory, 'report.txt'), 'w', encoding='utf-8') as f:
     f.write('\n'.join([f'{source} -> {output}', *lines]) + '\n')
@@ -93,27 +99,28 @@ def report(
 def loss(
   checkpoint: Checkpoint, targets: np.ndarray, dtype: str = 'float32', cache: str | None = None
 ) -> float:
-  """Nats per token of targets [rows, length], in which 0 is padding: the model predicts each from those before it.
+  """Return the loss in nats per token: the model predicts each target from those before it.
 
   Args:
-    checkpoint: the model.
-    targets: what it is to predict.
+    checkpoint: model.
+    targets: [rows, length]. Token ids to predict; 0 is padding.
     dtype: of activations and float weights. In float32 products are exact, and only int8 rounds.
-    cache: what the KV cache holds, as Engine.load's: each position sees keys and values as decoding would find them.
+    cache: dtype of the KV cache, as in Engine.load: each position sees keys and values as decoding
+      would find them.
   """
   engine = Engine.load(checkpoint, dtype=dtype, cache=cache)
   total = 0.0
   for begin in range(0, len(targets), BATCH_ROWS):
     rows = targets[begin : begin + BATCH_ROWS]
     missing = BATCH_ROWS - len(rows)
-    rows = np.pad(rows, ((0, missing), (0, 0)))  # one shape, one compilation
+    rows = np.pad(rows, ((0, missing), (0, 0)))  # one shape: one compilation
     inputs = np.pad(rows, ((0, 0), (1, 0)))[:, :-1]
     total -= float(engine.score(inputs, rows).sum())
   return total / int(np.count_nonzero(targets))
 
 
 def read_tokens(path: str, vocab_size: int) -> np.ndarray:
-  """Token ids [rows, length] of a .npy file. Raises UserError."""
+  """Return the token ids [rows, length] in a .npy file. Raises UserError."""
   try:
     tokens = np.load(path, allow_pickle=False)
   except (OSError, ValueError) as e:
@@ -122,7 +129,7 @@ def read_tokens(path: str, vocab_size: int) -> np.ndarray:
 
 
 def task_tokens(name: str, module: str | None, split: str, vocab_size: int) -> np.ndarray:
-  """The first TASK_ROWS targets of a seqio task, trimmed to TASK_LENGTH and padded. Raises UserError."""
+  """Return the first TASK_ROWS targets of a seqio task, trimmed and padded. Raises UserError."""
   from t5x_inference_ext.runs import tasks  # brings TensorFlow
 
   tasks.import_tasks(module)
@@ -147,31 +154,31 @@ def _checked(tokens: np.ndarray, where: str, vocab_size: int) -> np.ndarray:
       f'{where}: tokens are whole numbers [rows, length], not all 0, got {tokens.dtype} '
       f'{list(tokens.shape)}'
     )
-  if tokens.min() < 0 or tokens.max() >= vocab_size:
-    raise UserError(
-      f'{where} holds token {tokens.max() if tokens.max() >= vocab_size else tokens.min()}, outside the '
-      f'vocabulary of {vocab_size}'
-    )
+  for token in (tokens.max(), tokens.min()):
+    if not 0 <= token < vocab_size:
+      raise UserError(f'{where} holds token {token}, outside the vocabulary of {vocab_size}')
   return tokens.astype(np.int32)
 
 
 def _table(
-  errors: dict[str, dict], losses: dict[str, float], targets: np.ndarray | None
+  errors: dict[str, dict[str, float]], losses: dict[str, float], tokens: int
 ) -> Iterator[str]:
+  """Yield the report's lines; `tokens` is the number of tokens that losses are of."""
   yield f'{"tensor":26}{"max":>12}{"Frobenius":>12}   of max|w|, of ||w||'
   for name, error in errors.items():
     yield f'{name:26}{error["largest"]:12.4%}{error["relative"]:12.4%}'
   if losses:
-    yield f'{"loss":26}{"nats":>12}{"bits":>12}   a token, of {int(np.count_nonzero(targets))}'
+    yield f'{"loss":26}{"nats":>12}{"bits":>12}   a token, of {tokens}'
     first = next(iter(losses.values()))
     for name, value in losses.items():
       yield f'{name:26}{value:12.5f}{value / np.log(2):12.5f}   {value / first - 1:+.3%}'
 
 
-def _plot(pyplot, errors: dict[str, dict], losses: dict[str, float], path: str) -> None:
-  figure, axes = pyplot.subplots(
-    1, 2 if losses else 1, figsize=(12 if losses else 7, 4.5), squeeze=False
-  )
+def _plot(
+  pyplot: Any, errors: dict[str, dict[str, float]], losses: dict[str, float], path: str
+) -> None:
+  size = (12 if losses else 7, 4.5)
+  figure, axes = pyplot.subplots(1, 2 if losses else 1, figsize=size, squeeze=False)
   errors_axes = axes[0, 0]
   names = list(errors)
   places = np.arange(len(names))
@@ -198,7 +205,7 @@ def _plot(pyplot, errors: dict[str, dict], losses: dict[str, float], path: str) 
   pyplot.close(figure)
 
 
-def _pyplot():
+def _pyplot() -> Any:
   check_plots()
   import matplotlib
 

@@ -1,4 +1,4 @@
-"""Serving checkpoints of every kind of model: serial and parallel, multihead and grouped, GELU, layer norm."""
+"""Serving checkpoints of every kind of model: block, heads, MLP and norm."""
 
 import json
 
@@ -99,7 +99,7 @@ def test_bfloat16(tmp_path, config, chunking):
 
 @pytest.mark.parametrize('block', ['parallel', 'serial'])
 def test_factors_of_a_bfloat16_source(tmp_path, block):
-  """1/sqrt(2) of a parallel DecoderLayer, sqrt(6) of queries: bfloat16 has only three digits of them."""
+  """1/sqrt(2) of a parallel DecoderLayer, sqrt(6) of queries: bfloat16 has few digits of them."""
   config = ModelConfig(**BASE, num_kv_heads=4, block=block, norm_scale='one')
   tensors = reference.random_tensors(config)
   leaves = {

@@ -92,7 +92,9 @@ def test_int8_source_is_copied_exactly(tmp_path, chunking):
   convert.convert(tmp_path / 'out', tmp_path / 'again')
   expected = read(source)
   for path in ('out', 'again'):
-    for name, values in read(tmp_path / path).items():
+    found = read(tmp_path / path)
+    assert set(found) == set(expected)
+    for name, values in found.items():
       np.testing.assert_array_equal(values, expected[name].astype(values.dtype), err_msg=name)
   assert all(report.errors[name].largest == 0 for name in MATRICES)
 

@@ -1,15 +1,18 @@
 """What is wrong with a checkpoint is said in one sentence, naming the parameter and the file."""
 
+import json
 import os
 import pathlib
 import re
 import shutil
+import tracemalloc
 
 import msgpack
 import numpy as np
 import pytest
 
-from t5x_inference_ext.checkpoints import open_checkpoint
+from t5x_inference_ext.checkpoints import convert, open_checkpoint, serving
+from t5x_inference_ext.commands import inspect_checkpoint
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import CheckpointError
 from tests.checkpoints import synthetic
@@ -296,3 +299,124 @@ def test_index_that_refers_to_another_driver(legacy):
   tree['optimizer']['target']['decoder']['decoder']['kv_fused']['kernel']['driver'] = 'n5'
   (legacy / 'checkpoint').write_bytes(msgpack.packb(tree))
   fails(legacy, f'target/{KV}', 'n5', 'T5X does not write')
+
+
+HOSTILE = {
+  'control characters': (
+    '\x1b[31mred\nerror: a line of its own\r\x85',
+    'x1b[31mred\\nerror: a line',
+  ),
+  'too long': ('x' * 100_000, 'xxx...'),
+  'surrogates': ('a\udc80b', '\\udc80'),
+  'right to left': ('a\u202eb', '\\u202e'),
+}
+
+
+@pytest.mark.parametrize('what', HOSTILE)
+def test_names_are_printed_escaped_and_cut(tmp_path, what):
+  name, shown = HOSTILE[what]
+  leaves = {f'target/decoder/{name}': synthetic.pack_array(np.ones(2, np.float32))}
+  index = synthetic.nest({f'optimizer/{n}': v for n, v in leaves.items()})
+  (tmp_path / 'checkpoint').write_bytes(msgpack.packb(index, unicode_errors='surrogatepass'))
+  if what == 'surrogates':  # msgpack decodes strictly
+    fails(tmp_path, 'is damaged')
+    return
+  message = fails(tmp_path, shown, 'does not use')
+  assert message.isprintable() and len(message) < 5000
+  for line in inspect_checkpoint.describe_checkpoint(tmp_path):
+    assert line.isprintable() and len(line) < 5000
+
+
+@pytest.mark.parametrize('what', HOSTILE)
+@pytest.mark.parametrize('key', ['format', 'version', 'weights', 'model', 'written_by'])
+def test_headers_are_quoted_escaped_and_cut(tmp_path, what, key):
+  header = {'format': serving.SERVING_FORMAT, 'version': 2, 'written_by': 'me', 'model': {}}
+  header[key] = {HOSTILE[what][0]: 1} if key == 'model' else HOSTILE[what][0]
+  header['version'] = header['version'] if key in ('version', 'written_by') else 1
+  (tmp_path / 'serving_config.json').write_text(json.dumps(header))
+  message = fails(tmp_path, 'serving_config.json')
+  assert message.isprintable() and len(message) < 2000
+
+
+def test_names_in_orbax_metadata(tmp_path):
+  path = synthetic.write_orbax(tmp_path / 'c', SCANNED)
+  metadata = json.loads((path / 'state' / '_METADATA').read_text())
+  tree = metadata['tree_metadata']
+  for name, (hostile, _) in HOSTILE.items():
+    keys = [{'key': key, 'key_type': 2} for key in ('params', hostile)]
+    tree = {name: {'key_metadata': keys[::-1], 'value_metadata': {}}}
+    text = json.dumps({**metadata, 'tree_metadata': tree})
+    (path / 'state' / '_METADATA').write_text(text)
+    message = fails(path, 'below target')
+    assert message.isprintable() and len(message) < 2000
+
+
+def test_one_large_layer_number_takes_no_memory(tmp_path):
+  kernel = np.ones((8, 1, 8), np.float32)
+  for number in (10_000_000, 999_999_999):
+    leaves = {f'decoder/layers_{i}/kv_fused/kernel': kernel for i in (0, number)}
+    path = synthetic.write_legacy(tmp_path / str(number), leaves, inline=True)
+    tracemalloc.start()
+    fails(path, 'lacks target/decoder/layers_1/kv_fused/kernel', f' and {number - 13} more')
+    assert tracemalloc.get_traced_memory()[1] < 10**6
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize('number', ['01', '1' * 5000, '\u0661'])
+def test_what_is_no_layer_number(tmp_path, number):
+  """Two spellings of one number would be one layer, with the values of either."""
+  leaves = {**synthetic.per_layer(SCANNED)}
+  leaves[f'decoder/layers_{number}/kv_fused/kernel'] = np.ones((8, 1, 8), np.float32)
+  path = synthetic.write_legacy(tmp_path / 'c', leaves, inline=True)
+  fails(path, 'does not use', f'target/decoder/layers_{number[:10]}')
+
+
+@pytest.mark.parametrize('value', [0.0, 1e-40])
+def test_scales_to_divide_by_that_are_zero(tmp_path, value):
+  leaves = synthetic.quantized(SCANNED)
+  leaves[KV.replace('kernel', 'qscale')][0, 1, 0, 2] = value
+  path = synthetic.write_legacy(tmp_path / 'c', leaves)
+  read_fails(path, 'key_scale', 'key_scale', 'kv_fused.qscale', 'scales of 0')
+  with pytest.raises(CheckpointError, match='key_scale: .*scales of 0') as caught:
+    convert.convert(path, tmp_path / 'out')
+  assert 'diverged' not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  'name', ['checkpoint_7.orbax-checkpoint-tmp-1717171717', 'checkpoint_7.orbax-checkpoint-tmp']
+)
+def test_a_save_of_orbax_that_has_not_finished(tmp_path, name):
+  path = synthetic.write_orbax(tmp_path / name, SCANNED)
+  fails(path, str(path), 'Orbax is still writing it, or was interrupted')
+  fails(path / 'state', str(path), 'Orbax is still writing it, or was interrupted')
+
+
+@pytest.mark.parametrize('depth', [900, 940, 960, 980, 990, 1000, 100_000])
+@pytest.mark.parametrize('opening,closing', [('[', ']'), ('{"a":', '}')])
+def test_json_nested_too_deep(tmp_path, opening, closing, depth):
+  deep = opening * depth + '1' + closing * depth
+  fails(write_file(tmp_path / 'a' / 'serving_config.json', deep), 'serving_config.json')
+  header = json.dumps({'format': 0}).replace('0', deep)
+  fails(write_file(tmp_path / 'b' / 'serving_config.json', header), 'serving_config.json')
+  fails(write_file(tmp_path / 'c' / '_METADATA', deep), '_METADATA')
+  path = synthetic.write_orbax(tmp_path / 'd', SCANNED)
+  fails(write_file(path / 'state' / '_METADATA', f'{{"tree_metadata": {deep}}}'), '_METADATA')
+
+
+@pytest.mark.parametrize('depth', [900, 940, 960, 980, 990, 1000, 100_000])
+@pytest.mark.parametrize('element', [b'\x91', b'\x81\xa1a'], ids=['list', 'dict'])
+def test_msgpack_nested_too_deep(tmp_path, element, depth):
+  deep = element * depth + b'\x01'
+  fails(write_file(tmp_path / 'a' / 'checkpoint', deep), 'checkpoint')
+  index = msgpack.packb({'target': {'decoder': 0}})[:-1] + deep
+  fails(write_file(tmp_path / 'b' / 'checkpoint', index), 'checkpoint')
+  path = synthetic.write_orbax(tmp_path / 'c', SCANNED, ocdbt=False)
+  (path / 'state' / '_METADATA').unlink()
+  fails(write_file(path / 'state' / 'checkpoint', deep), 'checkpoint')
+
+
+def write_file(path, content):
+  """Writes a file. Returns its directory."""
+  path.parent.mkdir(exist_ok=True)
+  path.write_bytes(content if isinstance(content, bytes) else content.encode())
+  return path.parent

@@ -1,4 +1,4 @@
-"""As much of Google Cloud Storage's JSON API as tensorstore uses, in memory: a bucket, and what goes wrong with it."""
+"""A bucket in memory that speaks as much of Google's JSON API as tensorstore uses, and fails."""
 
 import collections
 import http.server
@@ -85,7 +85,7 @@ def _handler(gcs: FakeGcs) -> type:
       self.wfile.write(value)
 
     def begin(self) -> tuple[str, dict[str, str]] | None:
-      """The object's name and the query; None where the request has been answered with a failure."""
+      """The object's name and the query; None where the answer has been a failure."""
       parts = urllib.parse.urlsplit(self.path)
       query = dict(urllib.parse.parse_qsl(parts.query))
       path = parts.path.removeprefix('/upload')

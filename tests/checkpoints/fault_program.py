@@ -1,4 +1,4 @@
-"""Converts again and again in child processes that are killed, or whose disk fails; prints what came of it as JSON.
+"""Convert again and again in children that are killed, or whose disk fails; print what came of it.
 
   python fault_program.py SOURCE SCRATCH kills SEED COUNT
   python fault_program.py SOURCE SCRATCH shard_kills SEED COUNT
@@ -39,14 +39,14 @@ def digest(path: pathlib.Path) -> str:
   return total.hexdigest()
 
 
-def fork(function) -> int:
-  """Runs function() in a child, which ends with 0, or 2 and the message in the file `error`."""
+def fork(function, *arguments, **options) -> int:
+  """Call a function in a child, which ends with 0, or 2 and the message in the file `error`."""
   pid = os.fork()
   if pid:
     return pid
   code = 1
   try:
-    function()
+    function(*arguments, **options)
     code = 0
   except CheckpointError as e:
     code = 2
@@ -106,7 +106,7 @@ def begun() -> list[int]:
 
 
 def kill(pid: int, rng: random.Random, seconds: float) -> None:
-  """At some time, or some slices and a moment later: so that it has done something, however busy the machine is."""
+  """Kill a process at some time, or after some slices, however busy the machine is."""
   if rng.random() < 0.3:
     time.sleep(rng.uniform(0.05, 1.0) * seconds)
   else:
@@ -121,14 +121,15 @@ def kill(pid: int, rng: random.Random, seconds: float) -> None:
 
 
 def kills(source: str, scratch: pathlib.Path, seed: int, count: int) -> dict:
-  """Kills a conversion at random moments, over and over until it finishes; then another one, until `count` kills.
+  """Kill a conversion at random moments until it finishes; then another one, until `count` kills.
 
-  Of every two, one has a single worker. `redone` is how many slices a kill made to be done again, at most, by workers.
+  Of every two, one has a single worker. `redone` is how many slices a kill made to be done again,
+  at most, by workers.
   """
   rng = random.Random(seed)
   whole = scratch / 'whole'
   begin = time.monotonic()
-  assert exit_code(fork(lambda: convert.convert(source, whole, workers=2, **OPTIONS))) == 0
+  assert exit_code(fork(convert.convert, source, whole, workers=2, **OPTIONS)) == 0
   seconds = time.monotonic() - begin
   expected = digest(whole)
   result = dict(
@@ -146,7 +147,7 @@ def kills(source: str, scratch: pathlib.Path, seed: int, count: int) -> dict:
     done, killed, workers = [], 0, 2 - result['finished'] % 2
     while not out.exists():
       pathlib.Path('begun').write_text('', encoding='utf-8')
-      pid = fork(lambda: convert_noting(source, out, workers))
+      pid = fork(convert_noting, source, out, workers)
       if killed < 12:  # then it may finish
         kill(pid, rng, seconds)
       code = exit_code(pid)
@@ -163,7 +164,7 @@ def kills(source: str, scratch: pathlib.Path, seed: int, count: int) -> dict:
         raise SystemExit(f'ended with {code}: {pathlib.Path("error").read_text(encoding="utf-8")}')
     result['kills'] += killed
     if os.path.lexists(f'{out}.unfinished'):  # killed between its last two steps
-      assert exit_code(fork(lambda: convert.convert(source, out, workers=workers, **OPTIONS))) == 0
+      assert exit_code(fork(convert.convert, source, out, workers=workers, **OPTIONS)) == 0
     result['finished'] += 1
     result['different'] += digest(out) != expected or os.path.lexists(f'{out}.unfinished')
     shutil.rmtree(out)
@@ -175,7 +176,7 @@ def shard_kills(source: str, scratch: pathlib.Path, seed: int, count: int) -> di
   rng = random.Random(seed)
   whole = scratch / 'whole'
   begin = time.monotonic()
-  assert exit_code(fork(lambda: convert.convert(source, whole, workers=2, **OPTIONS))) == 0
+  assert exit_code(fork(convert.convert, source, whole, workers=2, **OPTIONS)) == 0
   seconds = time.monotonic() - begin
   expected = digest(whole)
   result = dict(kills=0, finished=0, different=0, partial_loads=0, wrong=[])
@@ -184,9 +185,7 @@ def shard_kills(source: str, scratch: pathlib.Path, seed: int, count: int) -> di
     rounds = 0
     while not out.exists():
       pids = [
-        fork(
-          lambda i=i: convert.convert(source, out, workers=1, num_shards=2, shard_id=i, **OPTIONS)
-        )
+        fork(convert.convert, source, out, workers=1, num_shards=2, shard_id=i, **OPTIONS)
         for i in range(2)
       ]
       if rounds < 6:  # then they may finish
@@ -202,10 +201,7 @@ def shard_kills(source: str, scratch: pathlib.Path, seed: int, count: int) -> di
       if not out.exists():
         result['partial_loads'] += not check_parts(out)
     if os.path.lexists(f'{out}.unfinished'):  # killed between the last two steps
-      assert (
-        exit_code(fork(lambda: convert.convert(source, out, workers=2, num_shards=2, **OPTIONS)))
-        == 0
-      )
+      assert exit_code(fork(convert.convert, source, out, workers=2, num_shards=2, **OPTIONS)) == 0
     result['finished'] += 1
     result['different'] += digest(out) != expected or os.path.lexists(f'{out}.unfinished')
     shutil.rmtree(out)
@@ -237,10 +233,22 @@ def failing_read(number: int):
   ZarrTensor._read = replaced
 
 
+def faulty(source: str, out: pathlib.Path, name: str, number: int, code: int) -> None:
+  """Convert with a fault."""
+  if name == 'read':
+    failing_read(number)
+  elif name == 'limit':  # a real one, of the system: no file may be so long
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+  else:
+    failing(name, number, code)
+  convert.convert(source, out, workers=2, **OPTIONS)
+
+
 def errors(source: str, scratch: pathlib.Path) -> dict:
-  """Disks that fill up and reads that fail, at various moments; each followed by the same command without the fault."""
+  """Let disks fill up and reads fail, each followed by the same command without the fault."""
   whole = scratch / 'whole'
-  assert exit_code(fork(lambda: convert.convert(source, whole, workers=2, **OPTIONS))) == 0
+  assert exit_code(fork(convert.convert, source, whole, workers=2, **OPTIONS)) == 0
   expected = digest(whole)
   faults = [
     (name, number, code)
@@ -254,17 +262,7 @@ def errors(source: str, scratch: pathlib.Path) -> dict:
   for name, number, code in faults:
     out = scratch / f'out{result["faults"]}'
 
-    def faulty():
-      if name == 'read':
-        failing_read(number)
-      elif name == 'limit':  # a real one, of the system: no file may be so long
-        resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-      else:
-        failing(name, number, code)
-      convert.convert(source, out, workers=2, **OPTIONS)
-
-    ended = exit_code(fork(faulty))
+    ended = exit_code(fork(faulty, source, out, name, number, code))
     result['faults'] += 1
     result['hit'] += ended == 2
     if ended == 2:
@@ -275,8 +273,7 @@ def errors(source: str, scratch: pathlib.Path) -> dict:
     elif ended:
       result['wrong'].append(f'{name} {number} {code}: ended with {ended}')
     if (
-      not out.exists()
-      and exit_code(fork(lambda: convert.convert(source, out, workers=2, **OPTIONS))) != 0
+      not out.exists() and exit_code(fork(convert.convert, source, out, workers=2, **OPTIONS)) != 0
     ):
       result['wrong'].append(
         f'{name} {number} {code}: {pathlib.Path("error").read_text(encoding="utf-8")}'

@@ -1,4 +1,4 @@
-"""Kills at any moment, full disks, failing reads: what is resumed ends in the same bytes, and no part ever loads."""
+"""Kills, full disks, failing reads: what is resumed ends in the same bytes, and no part loads."""
 
 import json
 import os
@@ -20,7 +20,8 @@ def run(tmp_path, repository, request):
   source = synthetic.write_legacy(
     tmp_path / 'source', synthetic.fused(synthetic.canonical(CONFIG), CONFIG), chunks=8
   )
-  # In memory where that is possible: a conversion waits for the disk again and again, which costs a minute here.
+  # In memory where that is possible: a conversion waits for the disk again and again, which costs a
+  # minute here.
   memory = '/dev/shm' if os.access('/dev/shm', os.W_OK) else None
   scratch = tempfile.TemporaryDirectory(dir=memory)
   request.addfinalizer(scratch.cleanup)
@@ -53,7 +54,8 @@ def test_kills(run):
   assert result['finished'] >= 2
   for name in ('different', 'partial_loads', 'lost'):
     assert result[name] == 0, result
-  # At most one slice a worker: the one being written, and with a second worker the one being read ahead.
+  # At most one slice a worker: the one being written, and with a second worker the one being read
+  # ahead.
   assert all(0 < redone <= int(workers) for workers, redone in result['redone'].items()), result
 
 

@@ -1,4 +1,4 @@
-"""Every kind of layer that flaxformer stores gives its canonical tensors, or is refused with the reason."""
+"""Every kind of flaxformer's layers gives its canonical tensors, or is refused with the reason."""
 
 import dataclasses
 
@@ -55,7 +55,7 @@ LAYERS = {'scanned': dict, 'axis 0': synthetic.layers_first, 'per layer': synthe
 @pytest.mark.parametrize('kv_heads', [1, 2, 4])
 @pytest.mark.parametrize('block', ['serial', 'parallel'])
 def test_every_model(tmp_path, block, kv_heads, mlp, norm, layers):
-  """Heads merged into the columns, as flaxformer stores them by default: the model given says how many there are."""
+  """Heads merged into columns, flaxformer's default: the model given says how many there are."""
   config = model(block=block, num_kv_heads=kv_heads, mlp=mlp, norm=norm)
   expected = synthetic.canonical(config)
   stored = expected
@@ -275,7 +275,7 @@ def test_quantized_outputs_of_a_parallel_layer_with_two_scales(tmp_path):
 
 
 def test_folding_is_part_of_a_conversion(tmp_path):
-  """rescale_logits says nothing of a serving checkpoint: its queries are already as the program needs them."""
+  """rescale_logits is refused for a serving checkpoint: its queries are multiplied already."""
   source = synthetic.write_legacy(
     tmp_path / 'c', synthetic.separate(synthetic.canonical(model()), model())
   )

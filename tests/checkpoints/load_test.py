@@ -1,4 +1,4 @@
-"""Loading: each shard reads its own values, once, in the dtype that it serves in; and no more than one is ever held."""
+"""Loading: each shard reads its own values once, in its own dtype; only one shard is ever held."""
 
 import collections
 import dataclasses
@@ -54,8 +54,8 @@ def test_every_value_is_read_once_and_in_shards(mesh, stacked):
     if name.endswith('norm'):  # whole everywhere
       assert max(tensor.reads) == CONFIG.d_model
       continue
-    # A shard of one layer. Keys and values are split as one: the first shards hold keys, the last ones values. Of heads a
-    # shard holds whole ones, 2 of 3. 101 rows leave some shards a row more.
+    # A shard of one layer. Keys and values are split as one: the first shards hold keys, the last
+    # ones values. A shard holds whole heads, 2 of 3. 101 rows leave some shards a row more.
     together = 2 if name in ('key', 'value') and y * z > 1 else 1
     if name in ('query', 'attention_output'):
       together = -(-CONFIG.num_heads // (y * z)) * y * z / CONFIG.num_heads

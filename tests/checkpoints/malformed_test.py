@@ -1,4 +1,4 @@
-"""Sources that can't be converted: each is one clear error with exit code 2, and leaves nothing that looks finished."""
+"""Sources that can't be converted: each is one clear error, exit code 2, and leaves no output."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What a killed conversion left, met by another one: with other options, or after its output was removed again."""
+"""What a killed conversion left, met by another one, perhaps with other options."""
 
 import os
 import pathlib
@@ -54,7 +54,7 @@ def killed(monkeypatch, name: str, calls: int, *arguments, **options) -> bool:
 def test_killed_while_laying_out_for_other_options(
   source, tmp_path, monkeypatch, other, name, calls
 ):
-  """The first options again: what the second ones had laid out till then is not taken for theirs."""
+  """The first options again: what the second ones had laid out is not taken for theirs."""
   assert killed(monkeypatch, 'append_line', 4, source, tmp_path / 'out')  # some slices are finished
   assert killed(monkeypatch, name, calls, source, tmp_path / 'out', **other)
   convert.convert(source, tmp_path / 'out')
@@ -64,7 +64,7 @@ def test_killed_while_laying_out_for_other_options(
 
 
 def test_output_removed_after_a_kill_behind_the_rename(source, tmp_path, monkeypatch):
-  """The working directory says that all is done, but there is nothing any more: it is done again."""
+  """The work directory says that all is done, but there is nothing any more: it is done again."""
   with monkeypatch.context() as patched:
     patched.setattr(WorkDirectory, 'clear', lambda self: (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):

@@ -52,8 +52,10 @@ def test_records_all_that_loading_needs(finished):
 
 def test_can_be_moved_and_named_anything(finished, tmp_path):
   moved = shutil.copytree(finished, tmp_path / 'checkpoint with space')
-  for name, tensor in open_checkpoint(f'{moved}/').tensors.items():
-    np.testing.assert_array_equal(tensor.read(), open_checkpoint(finished).tensors[name].read())
+  found, expected = open_checkpoint(f'{moved}/').tensors, open_checkpoint(finished).tensors
+  assert found and found.keys() == expected.keys()
+  for name, tensor in found.items():
+    np.testing.assert_array_equal(tensor.read(), expected[name].read())
 
 
 def test_any_slice_over_many_chunks(tmp_path, monkeypatch):
@@ -83,7 +85,9 @@ def test_any_slice_over_many_chunks(tmp_path, monkeypatch):
 @pytest.mark.parametrize('name', sorted(PRESETS))
 @pytest.mark.parametrize('weights', serving.SERVING_WEIGHTS)
 def test_chunks_are_of_one_layer_and_bounded(name, weights):
-  for tensor, (shape, dtype) in serving.serving_tensors(preset(name), weights).items():
+  tensors = serving.serving_tensors(preset(name), weights)
+  assert len(tensors) > 8
+  for tensor, (shape, dtype) in tensors.items():
     itemsize = 1 if dtype == 'int8' else 2 if dtype == 'bfloat16' else 4
     chunk = serving.serving_chunk_shape(tensor, shape, itemsize)
     assert len(chunk) == len(shape) and int(np.prod(chunk)) * itemsize <= 64 * 2**20

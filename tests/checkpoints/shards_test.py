@@ -1,4 +1,4 @@
-"""Several processes divide a conversion: together, one after the other, and in other numbers after an interruption."""
+"""Several processes divide a conversion: together, one after the other, and in other numbers."""
 
 import concurrent.futures
 import multiprocessing
@@ -99,13 +99,13 @@ def written(source, tmp_path, monkeypatch):
     )
     with pytest.raises(CheckpointError, match='stopped'):
       run(source, tmp_path / 'out', num_shards=2, shard_id=1)
-  assert not any('sealed' in entry for entry in WorkDirectory(tmp_path / 'out').entries())
+  assert not any('read_back' in entry for entry in WorkDirectory(tmp_path / 'out').entries())
   return tmp_path / 'out'
 
 
 def claim_and_wait(out, parts, connection):
   """A shard that reads back, and never ends."""
-  with WorkDirectory(out).sealing() as claim:
+  with WorkDirectory(out).reading_back() as claim:
     connection.send([claim(part) for part in parts])
     connection.recv()
 

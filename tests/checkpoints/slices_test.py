@@ -1,4 +1,4 @@
-"""Slices, blocks and rectangles: every value once, whole chunks, bounded memory, the same scales however it is cut."""
+"""Slices, blocks and rectangles: every value once, whole chunks, bounded memory, equal scales."""
 
 import threading
 
@@ -231,6 +231,7 @@ def test_memory_said_does_not_grow_with_the_model():
     (dict(scale_search='best'), 'absmax, mse'),
     (dict(embedding='int8'), "can't be served"),
     (dict(workers=0), 'at least 1'),
+    (dict(workers=100_000), 'at most 1024'),
   ],
 )
 def test_options_that_are_not(tmp_path, options, words):

@@ -71,7 +71,7 @@ def test_float_checkpoints(tmp_path, form, layers):
 )
 @pytest.mark.parametrize('widened', [None, np.float32, ml_dtypes.bfloat16])
 def test_quantized_checkpoints(tmp_path, form, layers, widened):
-  """qkernel and qscale: value = qkernel / qscale, also where T5X's writer has widened the int8 kernels."""
+  """value = qkernel / qscale, also where T5X's writer has widened the int8 kernels."""
   leaves = synthetic.quantized(SCANNED)
   kernels = {
     n.replace('qkernel', 'kernel'): v * (1 / leaves[n.replace('qkernel', 'qscale')])
@@ -85,7 +85,7 @@ def test_quantized_checkpoints(tmp_path, form, layers, widened):
   checkpoint = open_checkpoint(WRITERS[form](tmp_path / 'c', leaves))
   assert checkpoint.weights == 'int8'
   check(checkpoint, {n: EXPECTED[n] for n in ('embedding', 'final_norm', 'layer_norm')})
-  # The canonical tensors of the product, by the float path, are the products of the canonical tensors.
+  # The product's canonical tensors, by the float path, are the products of the canonical tensors.
   product = open_checkpoint(synthetic.write_legacy(tmp_path / 'product', {**SCANNED, **kernels}))
   for name, p in params.parameters(synthetic.CONFIG).items():
     if p.kind == 'matrix':
@@ -125,16 +125,19 @@ def test_the_index_may_name_another_place(tmp_path):
   """Moved checkpoints, and those written to a bucket: only the directory's own name counts."""
   path = synthetic.write_legacy(tmp_path / 'c', SCANNED)
   tree = msgpack.unpackb((path / 'checkpoint').read_bytes(), raw=False)
+  changed = 0
   for module in (
     tree['optimizer']['target']['decoder']['decoder'],
     tree['optimizer']['target']['decoder'],
   ):
     for leaf in (v for m in module.values() for v in m.values() if 'kvstore' in v):
+      changed += 1
       leaf['kvstore'] = {
         'driver': 'gcs',
         'bucket': 'b',
         'path': 'gone/checkpoint_7/' + leaf['kvstore']['path'],
       }
+  assert changed == len(SCANNED)
   (path / 'checkpoint').write_bytes(msgpack.packb(tree))
   check(open_checkpoint(path))
 

@@ -1,4 +1,4 @@
-"""Small random checkpoints in every form that T5X writes, made with numpy, msgpack and tensorstore alone."""
+"""Small random checkpoints in every form that T5X writes, made without T5X."""
 
 import json
 import pathlib
@@ -56,7 +56,7 @@ def fused(tensors: Leaves, config: ModelConfig = CONFIG) -> Leaves:
 def separate(
   tensors: Leaves, config: ModelConfig, *, split: bool = False, attention: str = '', mlp: str = ''
 ) -> Leaves:
-  """The scanned tree of these tensors as DecoderLayer stores them, serial or (of a parallel block) parallel=True.
+  """The scanned tree of these tensors as DecoderLayer stores them, serial or parallel.
 
   Args:
     tensors: canonical.
@@ -118,7 +118,7 @@ def _norms(tensors: Leaves, **modules: str) -> Leaves:
 
 
 def quantized(leaves: Leaves) -> Leaves:
-  """A scanned tree with each kernel as qkernel and qscale: a weight is qkernel / qscale, as in flaxformer (AQT)."""
+  """A scanned tree with each kernel as qkernel and qscale: a weight is qkernel / qscale (AQT)."""
   out = {}
   for name, values in leaves.items():
     if not name.endswith('kernel'):
@@ -229,7 +229,7 @@ def write_orbax(
   prefix: str = '',
   step: int = 7,
 ) -> pathlib.Path:
-  """A checkpoint as Orbax lays it out: state/_METADATA and arrays, in one OCDBT store or in directories."""
+  """A checkpoint as Orbax lays it out: arrays in one OCDBT store or in directories."""
   state = path / 'state'
   state.mkdir(parents=True)
   arrays = {f'{prefix}target/{name}': values for name, values in leaves.items()}

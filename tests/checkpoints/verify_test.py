@@ -10,7 +10,7 @@ from t5x_inference_ext.checkpoints import convert, serving
 from t5x_inference_ext.checkpoints.conversion.verify import verify
 from t5x_inference_ext.commands import convert_checkpoint
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.errors import CheckpointError
+from t5x_inference_ext.errors import CheckpointError, UserError
 from tests.checkpoints import synthetic
 
 VALUES = synthetic.canonical()
@@ -56,9 +56,11 @@ def test_one_flipped_bit(root, form, tmp_path):
 
 @pytest.mark.parametrize('form', FORMATS)
 def test_a_flipped_bit_in_any_file(root, form, tmp_path):
-  """Also where JSON does not care: in spaces, in what is only for people, in the case of a checksum's digits."""
+  """Also where JSON does not care: in spaces, in text for people, in the case of digits."""
   copy, rng = shutil.copytree(root / form, tmp_path / 'copy'), np.random.default_rng(0)
-  for file in sorted(p for p in copy.rglob('*') if p.is_file()):
+  files = sorted(p for p in copy.rglob('*') if p.is_file())
+  assert {'.zarray', 'checksums.json'} < {file.name for file in files}
+  for file in files:
     data = file.read_bytes()
     for place in rng.integers(0, len(data), 8):
       damaged = bytearray(data)
@@ -125,6 +127,11 @@ def test_queries_multiplied_as_the_conversion_was_told(tmp_path):
 def test_another_source(root, form):
   with pytest.raises(CheckpointError, match='1 values from .* are not what .*other converts to'):
     verify(root / form, root / 'other')
+
+
+def test_workers_are_bounded(root):
+  with pytest.raises(UserError, match='workers must be at least 1 and at most 1024, got 100000'):
+    verify(root / 'serving', workers=100_000)
 
 
 def test_another_step(root, tmp_path):

@@ -173,7 +173,7 @@ def test_sizes_of_slices_and_of_what_is_held(palm_tiny, tmp_path, capsys, gin):
 @pytest.mark.parametrize(
   'argv,words',
   [
-    ([], '--input and --output and --weights not given'),
+    ([], '--input, --output, --weights not given'),
     (['--input=a', '--output=b'], '--weights not given'),
     (['--input=a', '--output=b', '--weights=int4'], 'int4'),
     (
@@ -264,8 +264,8 @@ def test_as_a_module_in_a_process_of_its_own(palm_tiny, tmp_path):
 def test_nowhere_to_tell_progress(palm_tiny, tmp_path, repository, stderr):
   """As after the terminal has gone: the conversion goes on."""
   command = (
-    f'{sys.executable} -m t5x_inference_ext.convert_checkpoint --input={palm_tiny} --output={tmp_path}/out '
-    f'--weights=int8 {stderr}'
+    f'{sys.executable} -m t5x_inference_ext.convert_checkpoint --input={palm_tiny} '
+    f'--output={tmp_path}/out --weights=int8 {stderr}'
   )
   result = subprocess.run(
     command, shell=True, stdout=subprocess.PIPE, text=True, cwd=repository, check=False

@@ -117,10 +117,3 @@ def test_errors(argv, words, capsys):
 )
 def test_which_model(config, words):
   assert words in inspect_checkpoint.looks_like(config)
-
-
-@pytest.mark.parametrize(
-  'seconds,text', [(0.1, '1 s'), (59, '59 s'), (120, '2 min'), (7200, '2.0 h')]
-)
-def test_durations(seconds, text):
-  assert inspect_checkpoint.duration(seconds) == text

@@ -16,7 +16,8 @@ import seqio
 import tensorflow as tf
 
 def rows(split, shuffle_files, seed=None):
-  return tf.data.Dataset.from_tensor_slices({'targets': ['def main():\\n  return 0\\n', 'import os\\n']})
+  targets = ['def main():\\n  return 0\\n', 'import os\\n']
+  return tf.data.Dataset.from_tensor_slices({'targets': targets})
 
 seqio.TaskRegistry.add(
     'quality_of_conversions', source=seqio.FunctionDataSource(rows, splits=['validation']),

@@ -1,211 +1,211 @@
-"""A conversion from its plan to the finished directory: what is left to do, done by this shard, sealed by the last."""
+"""A conversion from its plan to the finished directory.
 
-from collections.abc import Callable, Iterable, Iterator
+Each shard does its slices; the last shard that is done finishes the output.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Iterator
 import contextlib
 import functools
-import importlib.metadata
 import json
 import os
 import threading
-import zlib
+from typing import Any
 
 import numpy as np
 
 from t5x_inference_ext import params
-from t5x_inference_ext.checkpoints import storage
 from t5x_inference_ext.checkpoints.arrays import Rectangle, SourceArray
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
-from t5x_inference_ext.checkpoints.conversion import read_back
+from t5x_inference_ext.checkpoints.conversion import files, read_back
 from t5x_inference_ext.checkpoints.conversion.not_finite import NotFinite, check_finite
 from t5x_inference_ext.checkpoints.conversion.options import ConvertOptions, Report
-from t5x_inference_ext.checkpoints.conversion.outputs import ArrayWrite, make_output
-from t5x_inference_ext.checkpoints.conversion.pipeline import Pipeline
-from t5x_inference_ext.checkpoints.conversion.raw_array import byte_sum
+from t5x_inference_ext.checkpoints.conversion.output import ArrayWrite
+from t5x_inference_ext.checkpoints.conversion.outputs import make_output
+from t5x_inference_ext.checkpoints.conversion.pipeline import Pipeline, PipelineJob, PipelineWork
+from t5x_inference_ext.checkpoints.conversion.provenance import conversion_record
+from t5x_inference_ext.checkpoints.conversion.raw_array import RawArray
 from t5x_inference_ext.checkpoints.conversion.rounding_error import RoundingError
-from t5x_inference_ext.checkpoints.conversion.slice_work import Hold, Job, SliceWork
+from t5x_inference_ext.checkpoints.conversion.slice_work import (
+  Hold,
+  PutWrites,
+  SliceContext,
+  SliceWork,
+  WrittenSums,
+)
 from t5x_inference_ext.checkpoints.conversion.slices import ConversionPlan
 from t5x_inference_ext.checkpoints.conversion.work_directory import SYNCED, WorkDirectory
-from t5x_inference_ext.checkpoints.workers import cores
+from t5x_inference_ext.checkpoints.tensor import Bounds
+from t5x_inference_ext.checkpoints.workers import worker_count
 from t5x_inference_ext.errors import CheckpointError
 from t5x_inference_ext.text_format import megabytes
 
-# Python, numpy, tensorstore; and what a worker has at a time: a block compressed, decoded, in order, and temporaries.
+# Python, numpy and tensorstore; and what a worker has at a time: a block compressed, decoded, in
+# order, and temporaries.
 _BASE_BYTES = 150 * 2**20
 _BLOCKS_A_WORKER = 3.5
+# Version of the journal's records: a run goes on only from its own.
+_JOURNAL = 2
 
 # (what is being done, bytes of the source it was, bytes of the source in all)
 ConversionProgress = Callable[[str, int, int], None]
+# The journal's record of a finished slice.
+_Record = dict[str, Any]
 
 
 class Conversion:
   """One source on its way into one output.
 
   Attributes:
-    source: the checkpoint.
-    output: what is written.
-    plan: its slices.
-    identity: all on which the output's bytes depend, JSON-ready: a run goes on only where this is the same.
+    source: The checkpoint read.
+    output: The format written.
+    plan: All slices.
+    workers: Number of threads.
+    identity: Everything on which the output's bytes depend, JSON-ready: a run goes on only where
+      this is equal.
   """
 
   def __init__(
     self, source: Checkpoint, options: ConvertOptions, directory: str, progress: ConversionProgress
-  ):
-    self.source, self.options = source, options
-    provenance = {
-      'path': source.path,
-      'format': source.format,
-      'step': source.step,
-      'notes': list(source.notes),
-      'form': source.form,
-      'rescale_logits': source.rescale_logits,
-      'index_crc32': _index_checksum(source.path),
-    }
-    asked = {'scale_search': options.scale_search}
-    self.output = make_output(
-      source, directory, options.format, options.weights, provenance, _version(), asked
-    )
-    finds_scales = self.output.weights == 'int8' and source.weights != 'int8'
+  ) -> None:
+    self.source, self._options = source, options
+    self.workers = worker_count(options.workers)
+    record = conversion_record(source, options.scale_search)
+    self.output = make_output(source, directory, options, record)
+    self._finds_scales = self.output.weights == 'int8' and source.weights != 'int8'
     arrays = [SourceArray(a.tensor.uncached(), a.arrangement) for a in source.arrays]
-    self.plan = ConversionPlan(arrays, source.config, finds_scales, options.slice_bytes)
-    self._finds_scales = finds_scales
+    self.plan = ConversionPlan(arrays, source.config, self._finds_scales, options.slice_size)
     self._total = sum(a.tensor.nbytes for a in arrays)
     self._progress, self._progress_lock = progress, threading.Lock()
-    self.identity = json.loads(
-      json.dumps(
-        {
-          'source': provenance,
-          'model': source.config.to_dict(),
-          'format': options.format,
-          'weights': self.output.weights,
-          **asked,
-          'slice_bytes': options.slice_bytes,
-          'version': _version(),
-          'arrays': {a.name: a.metadata for a in self.output.arrays},
-        }
-      )
-    )
-
-  @functools.cached_property
-  def workers(self) -> int:
-    return self.options.workers or cores()
+    identity = {
+      **record,
+      'journal': _JOURNAL,
+      'model': source.config.to_dict(),
+      'format': options.format,
+      'weights': self.output.weights,
+      'slice_bytes': options.slice_size,
+      'arrays': {a.name: a.metadata for a in self.output.arrays},
+    }
+    self.identity = json.loads(json.dumps(identity))
 
   @property
   def peak_bytes(self) -> int:
     """About how much memory the process takes."""
-    held = min(self.options.hold_bytes, self.plan.slice_bytes) if self._finds_scales else 0
+    held = min(self._options.held_size, self.plan.slice_bytes) if self._finds_scales else 0
     return int(_BASE_BYTES + held + self.workers * _BLOCKS_A_WORKER * self.plan.block_bytes)
 
   def description(self) -> Iterator[str]:
-    """What will be done, for people, in lines."""
+    """Yield lines that say what will be done."""
     yield (
-      f'{len(self.plan.slices)} slices of up to {megabytes(self.plan.slice_bytes)}, in blocks of up to '
-      f'{megabytes(self.plan.block_bytes)}, by {self.workers} workers; about {megabytes(self.peak_bytes)} of memory; the output '
-      f'takes {megabytes(sum(a.nbytes for a in self.output.arrays))} of disk'
+      f'{len(self.plan.slices)} slices of up to {megabytes(self.plan.slice_bytes)}, in blocks of '
+      f'up to {megabytes(self.plan.block_bytes)}, by {self.workers} workers; about '
+      f'{megabytes(self.peak_bytes)} of memory; the output takes '
+      f'{megabytes(sum(a.nbytes for a in self.output.arrays))} of disk'
     )
-    again = sum(
-      max(0, self.plan.nbytes(s) - self.options.hold_bytes) for s in self.plan.slices if s.scaled
-    )
+    scaled = (self.plan.nbytes(s) for s in self.plan.slices if s.scaled)
+    again = sum(max(0, nbytes - self._options.held_size) for nbytes in scaled)
     if again:
-      times = 'a third time' if self.options.scale_search == 'mse' else 'twice'
-      yield f'{megabytes(again)} of {megabytes(self._total)} are read {times}: columns of chunks are larger than what is held'
+      times = 'a third time' if self._options.scale_search == 'mse' else 'twice'
+      yield (
+        f'{megabytes(again)} of {megabytes(self._total)} are read {times}: columns of chunks are '
+        'larger than what is held'
+      )
 
-  def run(self, work: WorkDirectory) -> Report:
-    """Does what this shard has to do; the last one to have done it makes the output appear."""
-    scales_slice = len(self.plan.slices)
+  def run(self, work: WorkDirectory, told: Callable[[str], None]) -> Report:
+    """Do what this shard has to do; the last one to have done it makes the output appear.
+
+    Args:
+      work: the work directory.
+      told: called with a line where work of an earlier run can't be used.
+    """
     alone = False  # in the directory, whose contents are then ours to remove
     try:
       with contextlib.ExitStack() as shard:
         with work.setup():
-          shard.enter_context(work.working(self.options.shard_id))
-          adopted = work.adopt(self.identity)
-          alone = self.options.num_shards == 1
+          shard.enter_context(work.working(self._options.shard_id))
+          adopted = work.adopt(self.identity, lambda: self._is_laid_out(told))
+          alone = self._options.num_shards == 1
           if not adopted:
             for array in self.output.arrays:
               array.create()
             work.start(self.identity)
-        done = {entry['slice'] for entry in work.entries() if 'slice' in entry}
-        todo = [
-          n
-          for n in range(scales_slice + 1)
-          if n % self.options.num_shards == self.options.shard_id and n not in done
-        ]
-        self._convert(todo, self._write, work.record)
-        if self.options.num_shards > 1:
-          self._sync(work)
-      if self.options.num_shards > 1:
-        with work.sealing() as claim:
-          if claim is not None and scales_slice < len(
-            {e['slice'] for e in work.entries() if 'slice' in e}
-          ):
+        self._convert_shard(work)
+      if self._options.num_shards > 1:
+        with work.reading_back() as claim:
+          if claim is not None and self._is_complete(_slices(work)):
             self._read_back(work, claim)
       with work.finishing() as last:
-        entries = work.entries() if last else []
-        slices = {entry['slice']: entry for entry in entries if 'slice' in entry}
-        if len(slices) <= scales_slice:
+        slices = _slices(work) if last else {}
+        if not self._is_complete(slices):
           return self.report(work.path, slices.values(), finished=False)
         self._read_back(work)
-        checksums = read_back.checksums(self.output.arrays, slices.values(), work.entries())
-        errors = {name: error.summary() for name, error in self._errors(slices.values()).items()}
-        for name, data in self.output.headers(checksums, errors):
-          work.write_file(name, data)
-        work.finish()
+        self._publish(work, slices)
     except (CheckpointError, OSError) as e:
       # Nothing is worth keeping of a source that can't be converted, nor where nothing is finished.
-      if alone and (
-        isinstance(e, NotFinite) or not any('slice' in entry for entry in work.entries())
-      ):
+      if alone and (isinstance(e, NotFinite) or not _slices(work)):
         with contextlib.suppress(OSError):
           work.discard()
       raise
     return self.report(work.path, slices.values())
 
-  def compare(self, put: Callable[[list[ArrayWrite]], None]) -> None:
-    """Gives `put` all that a conversion would write, those of a block at once."""
+  def compare(self, put: PutWrites) -> None:
+    """Give `put` everything that a conversion would write, a block at a time."""
     self._convert(range(len(self.plan.slices) + 1), put, lambda entry: None)
 
-  def _convert(
-    self, numbers, put: Callable[[list[ArrayWrite]], None], record: Callable[[dict], None]
-  ) -> None:
-    job = Job(
-      self.source,
-      self.output,
-      self.plan,
-      put,
-      Hold(self.options.hold_bytes),
-      self.options.scale_search == 'mse',
-      self._told,
-      record,
-    )
-    works = (
-      SliceWork(job, self.plan.slices[n]) if n < len(self.plan.slices) else _Scales(self, job)
-      for n in numbers
-    )
-    Pipeline(works, self.workers).run()
+  def _is_laid_out(self, told: Callable[[str], None]) -> bool:
+    missing = next((a for a in self.output.arrays if not a.is_created()), None)
+    if missing is not None:
+      told(f'{missing.path} is no longer complete: starting over')
+    return missing is None
 
-  def _write(self, placements: list[ArrayWrite]) -> None:
-    by_array = {}
-    for array, bounds, values in placements:
-      by_array.setdefault(array, []).append((bounds, values))
-    for array, pieces in by_array.items():
-      array.write(pieces)
+  def _is_complete(self, slices: dict[int, _Record]) -> bool:
+    return len(slices) > len(self.plan.slices)  # one more for the scales
+
+  def _convert_shard(self, work: WorkDirectory) -> None:
+    """Convert the slices of this shard that are not finished."""
+    done, shards = _slices(work), self._options.num_shards
+    mine = range(self._options.shard_id, len(self.plan.slices) + 1, shards)
+    self._convert([n for n in mine if n not in done], _write, work.record)
+    if shards > 1:
+      for array in self.output.arrays:
+        for number in array.chunks():
+          array.sync(number)
+      work.record({SYNCED: True})
+
+  def _convert(
+    self, numbers: Iterable[int], put: PutWrites, record: Callable[[_Record], None]
+  ) -> None:
+    search = self._options.scale_search == 'mse'
+    hold = Hold(self._options.held_size)
+    context = SliceContext(
+      self.source, self.output, self.plan, put, hold, search, self._told, record
+    )
+
+    def works() -> Iterator[PipelineWork]:
+      for n in numbers:
+        is_slice = n < len(self.plan.slices)
+        yield SliceWork(context, self.plan.slices[n]) if is_slice else ScalesWork(context)
+
+    Pipeline(works(), self.workers).run()
 
   def _read_back(self, work: WorkDirectory, claim: Callable[[int], bool] | None = None) -> None:
     read_back.read_back(
       self.output.arrays, work.entries, work.record, self.workers, self._progress, claim
     )
 
-  def _sync(self, work: WorkDirectory) -> None:
-    for array in self.output.arrays:
-      for number in array.chunks():
-        array.sync(number)
-    work.record({SYNCED: True})
+  def _publish(self, work: WorkDirectory, slices: dict[int, _Record]) -> None:
+    """Write the small files, and make the output appear."""
+    checksums = read_back.checksums(self.output.arrays, slices.values(), work.entries())
+    errors = {name: error.summary() for name, error in self._errors(slices.values()).items()}
+    for name, data in self.output.headers(checksums, errors):
+      files.write_file(os.path.join(work.payload, name), data)
+    work.finish()
 
   def _told(self, what: str, nbytes: int) -> None:
     with self._progress_lock:
       self._progress(what, nbytes, self._total)
 
-  def _errors(self, slices: Iterable[dict]) -> dict[str, RoundingError]:
-    """By tensor. slices: their records."""
+  def _errors(self, slices: Collection[_Record]) -> dict[str, RoundingError]:
+    """Return the rounding errors of all tensors, by name; nothing where there are no records."""
     errors = (
       {name: RoundingError() for name in params.parameters(self.source.config)} if slices else {}
     )
@@ -214,11 +214,10 @@ class Conversion:
         errors[name].merge(RoundingError(*values))
     return errors
 
-  def report(self, path: str, slices: Iterable[dict], finished: bool = True) -> Report:
-    """What came of it. slices: their records."""
+  def report(self, path: str, slices: Collection[_Record] = (), finished: bool = True) -> Report:
+    """Return what came of the conversion into `path`, from the slices' records."""
     sizes = {a.name: _disk_usage(os.path.join(path, a.name)) for a in self.output.arrays}
-    kinds = {**params.parameters(self.source.config), **params.scales(self.source.config)}
-    layer_bytes = sum(size for name, size in sizes.items() if self.output.is_layer_weight(name))
+    matrices = (p for p in params.parameters(self.source.config).values() if p.kind == 'matrix')
     return Report(
       self.source,
       path,
@@ -227,72 +226,57 @@ class Conversion:
       self._errors(slices),
       source_bytes=sum(t.nbytes for t in self.source.tensors.values()),
       output_bytes=_disk_usage(path),
-      layer_bytes=layer_bytes,
-      layer_float32_bytes=sum(
-        4 * int(np.prod(p.shape)) for p in kinds.values() if p.kind == 'matrix'
-      ),
+      layer_bytes=sum(n for name, n in sizes.items() if self.output.is_layer_weight(name)),
+      layer_float32_bytes=sum(4 * int(np.prod(p.shape)) for p in matrices),
     )
 
 
-class _Scales:
-  """The scales of weights that were int8 already: the last slice. Nothing, for others. A pipeline.Work."""
+class ScalesWork:
+  """The last slice, a PipelineWork: scales of weights that were int8 already, if they were."""
 
-  def __init__(self, conversion: Conversion, job: Job):
-    self._job, self._started = job, False
-    self._conversion, self._sums, self._lock = conversion, {}, threading.Lock()
+  def __init__(self, context: SliceContext) -> None:
+    self._context, self._sums, self._started = context, WrittenSums(context), False
 
   def may_start(self) -> bool:
+    """Return True: scales need no memory for blocks."""
     return True
 
-  def jobs(self) -> list[Callable[[], None]] | None:
+  def jobs(self) -> list[PipelineJob] | None:
+    """Return the only step's jobs, one a tensor."""
+    context = self._context
     if self._started:
-      self._job.finished({'slice': len(self._job.plan.slices), 'sums': self._sums, 'errors': {}})
+      number, sums = len(context.plan.slices), self._sums.by_array
+      context.finished({'slice': number, 'fingerprints': sums, 'errors': {}})
       return None
     self._started = True
-    if self._job.source.weights != 'int8':
-      return []
-    return [functools.partial(self._scale, name) for name in params.scales(self._job.source.config)]
+    names = params.scales(context.source.config) if context.source.weights == 'int8' else ()
+    return [functools.partial(self._scale, name) for name in names]
 
   def _scale(self, name: str) -> None:
-    values = self._job.source.tensors[name].read()  # [L, out]: 90 MB in all for palm_540b
-    check_finite(self._job.source, name, values, 0)
-    if self._job.output.weights == 'int8':
+    source, output = self._context.source, self._context.output
+    values = source.tensors[name].read()  # [L, out]: 90 MB in all for palm_540b
+    check_finite(source, name, values, 0)
+    if output.weights == 'int8':
       layers, columns = values.shape
       rectangle = Rectangle((0, layers), (0, 1), (0, columns))
-      placements = list(self._job.output.placements(name, rectangle, values[:, None]))
-      self._job.put(placements)
-      for array, _, written in placements:
-        with self._lock:
-          self._sums[array.name] = self._sums.get(array.name, 0) + byte_sum(written)
+      self._sums.put(list(output.placements(name, rectangle, values[:, None])))
 
 
-def _index_checksum(path: str) -> int:
-  """Of the small files that say what a checkpoint is: another checkpoint in its place has others."""
-  total = 0
-  for name in (
-    'checkpoint',
-    'serving_config.json',
-    'checksums.json',
-    '_METADATA',
-    'manifest.ocdbt',
-    'state/_METADATA',
-    'state/manifest.ocdbt',
-    'state/checkpoint',
-  ):
-    with contextlib.suppress(CheckpointError):
-      total = zlib.crc32(storage.read_file(path, name) or b'', total)
-  return total
+def _write(writes: list[ArrayWrite]) -> None:
+  by_array: dict[RawArray, list[tuple[Bounds, np.ndarray]]] = {}
+  for array, bounds, values in writes:
+    by_array.setdefault(array, []).append((bounds, values))
+  for array, pieces in by_array.items():
+    array.write(pieces)
 
 
-def _version() -> str:
-  try:
-    return importlib.metadata.version('t5x_inference_ext')
-  except importlib.metadata.PackageNotFoundError:
-    return 'from source'
+def _slices(work: WorkDirectory) -> dict[int, _Record]:
+  """Return the records of finished slices, by number."""
+  return {entry['slice']: entry for entry in work.entries() if 'slice' in entry}
 
 
 def _disk_usage(path: str) -> int:
-  """Bytes in all files below a directory."""
+  """Return the bytes in all files below a directory."""
   return sum(
     os.path.getsize(os.path.join(root, name)) for root, _, names in os.walk(path) for name in names
   )

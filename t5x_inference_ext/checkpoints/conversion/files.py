@@ -1,12 +1,12 @@
-"""Every change that a conversion makes to the disk. Each function raises OSError: a full disk, a failing device.
+"""Every change that a conversion makes to the disk.
 
+Each function raises OSError where the disk is full or fails, and the error names the file.
 Files are opened for writing here and nowhere else, and never through a symbolic link.
 """
 
 from collections.abc import Iterator
 import contextlib
 import errno
-import io
 import itertools
 import json
 import math
@@ -14,10 +14,12 @@ import mmap
 import os
 import shutil
 import stat
-from typing import Any
+from typing import IO, Any
 import zlib
 
 import numpy as np
+
+from t5x_inference_ext.errors import CheckpointError
 
 # An index of a part of an array, with explicit bounds, and the values there.
 IndexedValues = tuple[tuple[slice, ...], np.ndarray]
@@ -29,10 +31,10 @@ def open_no_link(path: str, flags: int) -> int:
   return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
 
 
-def find_link(directory: str) -> str | None:
-  """Return a path below `directory` through which a write would reach a file elsewhere, if there is one.
+def check_no_links(directory: str) -> None:
+  """Raise CheckpointError where a write below `directory` would reach a file elsewhere.
 
-  Such a path is a symbolic link, a file with several names (hard links), a device or a pipe.
+  That is where it holds a symbolic or hard link, a device or a pipe.
   """
   for root, directories, names in os.walk(directory):
     for path in sorted(os.path.join(root, name) for name in (*directories, *names)):
@@ -40,12 +42,14 @@ def find_link(directory: str) -> str | None:
         found = os.lstat(path)
         only_here = stat.S_ISREG(found.st_mode) and found.st_nlink == 1
         if not only_here and not stat.S_ISDIR(found.st_mode):
-          return path
-  return None
+          raise CheckpointError(
+            f'{path} is a link or no ordinary file, and writing to it could damage something else: '
+            f'remove it, or all of {directory}'
+          )
 
 
 def allocate(path: str, size: int) -> None:
-  """Make a file of `size` zero bytes and reserve its disk blocks, so that later writes find space."""
+  """Make a file of `size` zero bytes, with its disk blocks reserved: later writes find space."""
   with _opened(path, 'ab') as f:
     if hasattr(os, 'posix_fallocate'):
       os.posix_fallocate(f.fileno(), 0, size)
@@ -84,7 +88,7 @@ def _is_contiguous(part: tuple[int, ...], shape: tuple[int, ...]) -> bool:
 
 
 def _write_range(
-  file: io.FileIO, shape: tuple[int, ...], index: tuple[slice, ...], values: np.ndarray
+  file: IO[bytes], shape: tuple[int, ...], index: tuple[slice, ...], values: np.ndarray
 ) -> None:
   begin = int(np.ravel_multi_index([s.start for s in index], shape)) * values.dtype.itemsize
   data = memoryview(np.ascontiguousarray(values).view(np.uint8).data).cast('B')
@@ -94,7 +98,7 @@ def _write_range(
 
 
 def _write_mapped(
-  file: io.FileIO,
+  file: IO[bytes],
   shape: tuple[int, ...],
   axis: int,
   first: int,
@@ -123,7 +127,7 @@ def _write_mapped(
 
 
 def sync(path: str) -> None:
-  """Flush a file or directory to the disk and drop it from the page cache: the next read is from the disk."""
+  """Flush a file or directory to the disk, and drop it from the page cache."""
   descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
   try:
     with _named(path):
@@ -185,7 +189,7 @@ def remove(directory: str) -> None:
 
 
 @contextlib.contextmanager
-def _opened(path: str, mode: str) -> Iterator[io.FileIO]:
+def _opened(path: str, mode: str) -> Iterator[IO[bytes]]:
   """Open a file for writing, unbuffered and never through a link; errors name it."""
   with _named(path), open(path, mode, buffering=0, opener=open_no_link) as f:
     yield f

@@ -1,4 +1,4 @@
-"""NaN and infinite weights, and weights too large for the output: where, how many, and what to do."""
+"""Weights that are NaN, infinite or too large for the output: where, how many, and what to do."""
 
 import ml_dtypes
 import numpy as np
@@ -13,7 +13,8 @@ class NotFinite(CheckpointError):
   """A source whose values can't be written, however often the command is repeated."""
 
 
-# The largest numbers that can be written. int8 weights stand for floats that the program has as bfloat16.
+# The largest numbers that can be written. int8 weights stand for floats that the program has as
+# bfloat16.
 _FLOAT32, _BFLOAT16 = (
   float(ml_dtypes.finfo(dtype).max) for dtype in (np.float32, ml_dtypes.bfloat16)
 )
@@ -49,11 +50,6 @@ def check_finite(
       'NaN or infinite values',
       'take a checkpoint from before training diverged',
     )
-    if name.endswith(params.INT8_SUFFIX):
-      advice = (
-        'a weight is qkernel / qscale, so qscale is 0 or not finite there: quantize the float '
-        'checkpoint again'
-      )
   tensor = source.tensors[name]
   layered = (
     len(tensor.shape) == 3
@@ -70,7 +66,7 @@ def check_finite(
 
 
 def _count(tensor: Tensor, where: tuple[slice, ...], limit: float) -> int:
-  """Return how many values are not within `limit`, in the whole layer, not only in the slice that showed it."""
+  """Return how many values at `where` are not within `limit`."""
   axis = len(where) if len(tensor.shape) > len(where) else 0
   bounds = [
     s.indices(n)[:2] for s, n in zip(where + (slice(None),) * len(tensor.shape), tensor.shape)

@@ -1,5 +1,6 @@
 """How a conversion is asked for, and what it reports."""
 
+from collections.abc import Iterator
 import dataclasses
 import re
 
@@ -8,6 +9,7 @@ from t5x_inference_ext.checkpoints.conversion.rounding_error import RoundingErro
 from t5x_inference_ext.checkpoints.workers import worker_count
 from t5x_inference_ext.errors import UserError
 from t5x_inference_ext.options import check_options, option
+from t5x_inference_ext.text_format import decimal_bytes
 
 OUTPUT_FORMATS = ('serving', 't5x_int8', 't5x_float')
 # Headings of --help.
@@ -28,13 +30,14 @@ class ConvertOptions:
   """How to convert. The fields' help texts say what each does.
 
   Attributes:
-    weights: Dtype of the matrices of a serving checkpoint, 'int8' or 'bfloat16'; T5X's formats say it themselves.
+    weights: Dtype of the matrices of a serving checkpoint, 'int8' or 'bfloat16'; T5X's formats say
+      it themselves.
   """
 
   weights: str = 'int8'
   format: str = option(
     'serving',
-    help="What to make: a serving checkpoint, or T5X's legacy format with int8 or float32 matrices.",
+    help="What to make: a serving checkpoint, or T5X's legacy format (int8 or float32 matrices).",
     group=COMMON,
     choices=OUTPUT_FORMATS,
   )
@@ -73,8 +76,8 @@ class ConvertOptions:
     check_options(self)
     if self.embedding != 'bfloat16':
       raise UserError(
-        f"embedding={self.embedding!r} can't be served: the program reads its rows and multiplies by it "
-        'without scales; it stays bfloat16'
+        f"embedding={self.embedding!r} can't be served: the program reads its rows and multiplies "
+        'by it without scales; it stays bfloat16'
       )
     if self.num_shards < 1:
       raise UserError(f'num_shards must be at least 1, got {self.num_shards}')
@@ -121,3 +124,27 @@ class Report:
   output_bytes: int
   layer_bytes: int
   layer_float32_bytes: int
+
+  def summary(self, seconds: float) -> Iterator[str]:
+    """Yield lines with the rounding errors, the sizes, and where the output is."""
+    if not self.errors:
+      return
+    yield (
+      f'{"tensor":20}{"max error":>12}{"rms error":>12}   of max|w| and rms w, after rounding to '
+      f'{self.weights}'
+    )
+    for name, error in self.errors.items():
+      yield f'{name:20}{error.worst:12.3%}{error.relative:12.3%}'
+    worst = max(self.errors, key=lambda name: self.errors[name].relative)
+    yield f'worst tensor: {worst}, {self.errors[worst].relative:.3%} rms'
+    yield (
+      f'parameters: {decimal_bytes(self.source_bytes)} before ({self.source.weights}), '
+      f'{decimal_bytes(self.output_bytes)} on disk after: '
+      f'{self.output_bytes / self.source_bytes:.3f} of it'
+    )
+    yield (
+      f'layer weights: {decimal_bytes(self.layer_bytes)} on disk, '
+      f'{self.layer_bytes / self.layer_float32_bytes:.3f} of '
+      f'{decimal_bytes(self.layer_float32_bytes)} as float32'
+    )
+    yield f'wrote and verified {self.output} in {seconds:.1f} s'

@@ -1,8 +1,9 @@
-"""zarr arrays that are written in pieces of any shape: version 2, C order, uncompressed, one allocated file a chunk.
+"""zarr arrays that are written in pieces of any shape.
 
-They are uncompressed because one chunk of a T5X checkpoint (all layers of some rows and columns) ends up in many
-chunks, each of one layer, and each of those gets its values from many source chunks. A compressed chunk would have to
-be held in memory until it is complete.
+They have version 2, C order, no compression, and one allocated file a chunk.
+They are uncompressed because one chunk of a T5X checkpoint (all layers of some rows and columns)
+ends up in many chunks, each of one layer, and each of those gets its values from many source
+chunks. A compressed chunk would have to be held in memory until it is complete.
 """
 
 from collections.abc import Iterable
@@ -48,7 +49,7 @@ class RawArray:
     shape: tuple[int, ...],
     dtype: DTypeLike,
     chunk: tuple[int, ...],
-  ):
+  ) -> None:
     self.name, self.path = name, os.path.join(directory, name)
     self.shape, self.dtype, self.chunk = tuple(shape), np.dtype(dtype), tuple(chunk)
     self.grid = tuple(-(-n // c) for n, c in zip(self.shape, self.chunk))
@@ -100,7 +101,7 @@ class RawArray:
       return False
 
   def write(self, pieces: list[tuple[Bounds, np.ndarray]]) -> None:
-    """Write values within bounds; other threads and processes may write other parts of the same chunks."""
+    """Write values within bounds; others may write other parts of the same chunks meanwhile."""
     by_chunk: dict[tuple[int, ...], list[files.IndexedValues]] = {}
     for bounds, values in pieces:
       for place in itertools.product(
@@ -128,7 +129,11 @@ class RawArray:
     files.sync(self._path(number))
 
   def read_back(self, number: int) -> tuple[int, int]:
-    """Flush a chunk and read it from the disk: (CRC-32 of its values without padding, fingerprint)."""
+    """Flush a chunk and read it from the disk.
+
+    Returns:
+      CRC-32 and fingerprint of its values, without padding.
+    """
     self.sync(number)
     bounds = self._bounds(number)
     values = np.fromfile(self._path(number), self.dtype).reshape(self.chunk)
@@ -138,9 +143,10 @@ class RawArray:
   def fingerprint(self, bounds: Bounds, values: np.ndarray) -> int:
     """Return the sum of all bytes, each weighted by its place in the array, modulo FINGERPRINTS.
 
-    The fingerprints of pieces add up to that of the array, in any order and however it is cut, so it is known of what
-    was written before anything is read back. Weights are pseudo-random: two values exchanged change the sum. (A
-    CRC-32 of pieces in any order would take a call for each row of each piece.)
+    The fingerprints of pieces add up to that of the array, in any order and however it is cut, so
+    it is known of what was written before anything is read back. Weights are pseudo-random: two
+    values exchanged change the sum. (A CRC-32 of pieces in any order would take a call for each row
+    of each piece.)
 
     Args:
       bounds: of the values in the array.

@@ -1,4 +1,4 @@
-"""The end of a conversion: all is flushed to the disk, read back from it, and compared with what was written."""
+"""Reading back what was written: from the disk, at the end of a conversion."""
 
 from collections.abc import Callable, Iterable, Iterator
 import functools
@@ -30,7 +30,8 @@ def read_back(
     record: adds to the journal.
     workers: number of threads.
     progress: called after each group.
-    claim: whether this process is to read the group of this number, where others do the same; None: all groups.
+    claim: whether this process is to read the group of this number, where others do the same; None:
+      all groups.
   """
   arrays = list(arrays)
   total = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)

@@ -49,7 +49,7 @@ class RoundingError:
     self.squares, self.norm = self.squares + other.squares, self.norm + other.norm
 
   def summary(self) -> dict[str, float]:
-    """Return the errors for manifests: to six digits, which do not depend on the order of summing."""
+    """Return the errors to six digits, which do not depend on the order of summing."""
     return {'largest': float(f'{self.worst:.6g}'), 'relative': float(f'{self.relative:.6g}')}
 
   @property
@@ -73,7 +73,8 @@ def _floats(values: np.ndarray, layers: slice, rows: slice, scale: np.ndarray | 
 
 
 def _squares(values: np.ndarray) -> float:
-  """Return the sum of squares of contiguous float32 values: in float32, which is quicker, unless out of its range."""
+  """Return the sum of squares of contiguous float32 values."""
+  # float32 is quicker, where the sum is in its range.
   total = float(np.vdot(values, values))
   if 1e-20 < total < np.inf or not values.any():
     return total

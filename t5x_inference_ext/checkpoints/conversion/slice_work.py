@@ -22,14 +22,15 @@ from t5x_inference_ext.checkpoints.conversion.rounding_error import RoundingErro
 from t5x_inference_ext.checkpoints.conversion.slices import ConversionPlan, StoredBlock, TensorSlice
 from t5x_inference_ext.quantization import rounding
 
-# Takes final values, those of a block at once: to write them, or to compare them with what is there.
+# Takes final values, those of a block at once: to write them, or to compare them with what is
+# there.
 PutWrites = Callable[[list[ArrayWrite]], None]
 
 
 class Hold:
   """Memory for blocks that are needed again. A block that does not fit is read again."""
 
-  def __init__(self, nbytes: int):
+  def __init__(self, nbytes: int) -> None:
     self._free, self._lock = nbytes, threading.Lock()
 
   def take(self, nbytes: int) -> bool:
@@ -78,7 +79,7 @@ class SliceContext:
 class WrittenSums:
   """Fingerprints of what a slice has written, by array."""
 
-  def __init__(self, context: SliceContext):
+  def __init__(self, context: SliceContext) -> None:
     self._put, self._lock = context.put, threading.Lock()
     self.by_array: dict[str, int] = {}
 
@@ -98,7 +99,7 @@ class SliceWork:
   Buffers of a slice have the columns of its own channels only, side by side.
   """
 
-  def __init__(self, context: SliceContext, piece: TensorSlice):
+  def __init__(self, context: SliceContext, piece: TensorSlice) -> None:
     self._context, self._slice = context, piece
     self._kinds = params.parameters(context.source.config)
     self._blocks = context.plan.blocks(piece)
@@ -197,7 +198,7 @@ class SliceWork:
   def _scale_and_magnitude(
     self, name: str, rectangle: Rectangle, w: np.ndarray, dtype: np.dtype
   ) -> tuple[np.ndarray | None, float]:
-    """Return the scales [layers, columns] of a rectangle w, if it is or becomes int8, and max|w|."""
+    """Return scales [layers, columns] of a rectangle w, if it is or becomes int8, and max|w|."""
     source = self._context.source
     if self._slice.scaled:
       place = self._place(self._scale(name), rectangle)
@@ -268,7 +269,13 @@ class SliceWork:
 
 
 def _round(w: np.ndarray, scale: np.ndarray | None, dtype: np.dtype) -> np.ndarray:
-  """Return w [layers, rows, columns] as it is written; scale [layers, columns] where w or the output is int8."""
+  """Return w as it is written.
+
+  Args:
+    w: [layers, rows, columns], float or int8.
+    scale: [layers, columns], where w or the output is int8.
+    dtype: of the output.
+  """
   if w.dtype == np.int8 == dtype:
     return w
   if dtype == np.int8:

@@ -1,8 +1,9 @@
 """The units of a conversion: slices, each made of blocks of stored chunks.
 
-A block is what is decoded at a time: whole stored chunks, at least one. A slice is what is finished, and recorded, at a
-time. Where int8 scales have to be found, a slice is everything that is summed into its output channels: all rows of
-some columns of some layers, of every array that shares the scales. Elsewhere a slice is any box of chunks.
+A block is what is decoded at a time: whole stored chunks, at least one. A slice is what is
+finished, and recorded, at a time. Where int8 scales have to be found, a slice is everything that is
+summed into its output channels: all rows of some columns of some layers, of every array that shares
+the scales. Elsewhere a slice is any box of chunks.
 """
 
 from collections.abc import Iterator, Sequence
@@ -59,7 +60,7 @@ class ConversionPlan:
 
   def __init__(
     self, arrays: Sequence[SourceArray], config: ModelConfig, finds_scales: bool, slice_bytes: int
-  ):
+  ) -> None:
     self.arrays = tuple(arrays)
     kinds = params.parameters(config)
     by_scale: dict[str, list[int]] = {}
@@ -97,14 +98,17 @@ class ConversionPlan:
     ]
 
   def _cell(self, index: int, nbytes: int, within: Sequence[int] | None = None) -> tuple[int, ...]:
-    """Return the shape of whole chunks of up to nbytes, or of one chunk: grown along the last axes first, as stored."""
+    """Return the shape of whole chunks of up to nbytes, or of one chunk.
+
+    It grows along the last axes first, as values are stored.
+    """
     array = self.arrays[index]
     return _grow(
       array.chunk, within or array.arrangement.factored, array.tensor.dtype.itemsize, nbytes
     )
 
   def _columns(self, indices: list[int], slice_bytes: int) -> Iterator[tuple[StoredBlock, ...]]:
-    """Cut arrays that share scales alike, along layers and outputs, at borders of chunks of all of them."""
+    """Cut arrays that share scales alike, along layers and outputs, at borders of all chunks."""
     arrays = [self.arrays[i] for i in indices]
     split = [1 + len(a.arrangement.inputs) for a in arrays]
     kept = [(a.arrangement.factored[0], *a.arrangement.outputs) for a in arrays]
@@ -139,7 +143,7 @@ def _grow(cell: Sequence[int], shape: Sequence[int], itemsize: int, nbytes: int)
 def _boxes(
   shape: Sequence[int | tuple[int, int]], cell: Sequence[int]
 ) -> Iterator[tuple[tuple[int, int], ...]]:
-  """Cut a shape, or bounds, into boxes of a cell's size, at multiples of it from where the bounds begin."""
+  """Cut a shape, or bounds, into boxes of a cell's size, from where the bounds begin."""
   bounds = [n if isinstance(n, tuple) else (0, n) for n in shape]
   ranges = (
     [(i, min(i + c, end)) for i in range(begin, end, c)] for (begin, end), c in zip(bounds, cell)

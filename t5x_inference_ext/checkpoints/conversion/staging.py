@@ -1,13 +1,13 @@
 """An output in a bucket: made in a directory on a local disk, then uploaded.
 
-A bucket's objects can't be written in pieces, nor a directory of them be renamed. What makes a checkpoint appear whole
-is its header, without which it is none: it is uploaded last.
+A bucket's objects can't be written in pieces, nor a directory of them be renamed. What makes a
+checkpoint appear whole is its header, without which it is none: it is uploaded last.
 
 STAGING/NAME-CHECKSUM/    of the output's address
   plan.json               what is converted, and how
   checkpoint/             the output, once it is finished here
   checkpoint.unfinished/  before that (work_directory.py)
-  journal.jsonl           the objects that are in the bucket, with their generations, a line each; that all are there
+  journal.jsonl           the objects in the bucket, with their generations, a line each; the end
   setup.lock              held while the plan is compared
   upload.lock             held while uploading
 OUTPUT/UNFINISHED         an object that is there while OUTPUT is not complete
@@ -16,6 +16,7 @@ OUTPUT/UNFINISHED         an object that is there while OUTPUT is not complete
 from collections.abc import Callable, Iterator
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import re
@@ -29,8 +30,10 @@ from t5x_inference_ext.checkpoints.conversion import files
 from t5x_inference_ext.checkpoints.unfinished import MARKER
 from t5x_inference_ext.checkpoints.workers import run_jobs
 from t5x_inference_ext.errors import CheckpointError
+from t5x_inference_ext.text_format import megabytes
 
-# What is held of a file on its way: as read from the disk, as handed over, as it came back, twice.
+# Copies of a file held while it is uploaded: as read from the disk, as handed over, as it came
+# back, twice.
 _COPIES = 4
 _COMPLETE = 'complete'
 
@@ -39,12 +42,12 @@ class Staging:
   """The staging directory of one output.
 
   Attributes:
-    path: the output, gs://BUCKET/...
-    root: the directory on the local disk.
-    local: the checkpoint in it, when it is finished.
+    path: The output, gs://BUCKET/...
+    root: The staging directory on the local disk.
+    local: The checkpoint in it, when it is finished.
   """
 
-  def __init__(self, path: str, staging: str | os.PathLike):
+  def __init__(self, path: str, staging: str | os.PathLike[str]) -> None:
     self.path = storage.normalize(path)
     bucket, _, key = self.path.removeprefix('gs://').partition('/')
     if not bucket or not key:
@@ -61,7 +64,7 @@ class Staging:
     )
 
   def check_target(self) -> None:
-    """Raises CheckpointError where there is something that is not an upload of ours, or cannot be looked at."""
+    """Raise CheckpointError where the bucket holds something else, or can't be looked at."""
     names = storage.list_objects(self.path)
     if names and MARKER not in names and _COMPLETE not in self._entries():
       raise CheckpointError(
@@ -69,22 +72,24 @@ class Staging:
       )
 
   def description(self, largest_file: int, workers: int) -> str:
-    """What it takes, for people."""
+    """Return a line that says how much disk and memory the upload takes."""
     return (
-      f'made in {self.root}, whose disk it takes until all is uploaded to {self.path}; uploading takes up to '
-      f'{_COPIES * largest_file * workers / 1e6:.0f} MB of memory'
+      f'made in {self.root}, whose disk it takes until all is uploaded to {self.path}; uploading '
+      f'takes up to {megabytes(_COPIES * largest_file * workers)} of memory'
     )
 
   def adopt(self, plan: dict[str, Any]) -> bool:
-    """Makes the directory that of this plan: what is left of another, here and in the bucket, is removed.
+    """Make the directory this plan's: what is left of another one, in the bucket too, is removed.
 
     Returns:
       Whether all is in the bucket already, and nothing is left to do.
 
     Raises:
-      CheckpointError: the bucket can't be written; another plan's checkpoint is being uploaded.
+      CheckpointError: the bucket can't be written; another plan's checkpoint is being uploaded; the
+        directory holds links.
     """
     os.makedirs(self.root, exist_ok=True)
+    files.check_no_links(self.root)
     with self._lock('setup.lock', fcntl.LOCK_EX):
       entries, stored = self._entries(), self._stored_plan()
       complete = _COMPLETE in entries
@@ -105,10 +110,11 @@ class Staging:
     for path in (self._journal, self._plan):
       with contextlib.suppress(FileNotFoundError):
         os.remove(path)
-    # Written before all else: it says whether the bucket takes anything. And headers go before what they describe.
+    # The marker is written before all else: it shows whether the bucket takes anything.
     generation = storage.write_object(
       self.path, MARKER, b'Unfinished: run the same convert_checkpoint again.\n'
     )
+    # Headers are removed before what they describe.
     for name in sorted(storage.list_objects(self.path), key=lambda n: ('/' in n, n)):
       if name != MARKER:
         storage.remove_object(self.path, name)
@@ -116,23 +122,28 @@ class Staging:
     files.append_line(self._journal, {MARKER: generation.hex()})
 
   def upload(self, header: str, workers: int, progress: Callable[[str, int, int], None]) -> None:
-    """Copies the finished checkpoint to the bucket, each file read back, and removes the directory.
+    """Copy the finished checkpoint to the bucket, read each file back, and remove the directory.
 
     Args:
-      header: the name of the file without which it is no checkpoint.
-      workers: threads.
-      progress: told after every file.
+      header: name of the file without which a directory is no checkpoint.
+      workers: number of threads.
+      progress: called after every file.
 
     Raises:
-      CheckpointError: what is in the bucket is not what was written; the bucket can't be written or read.
+      CheckpointError: what is in the bucket is not what was written; the bucket can't be written or
+        read.
     """
     with self._uploading():
       if not os.path.isdir(self.local):
         return  # another shard was quicker
-      entries, sizes = self._entries(), dict(_files(self.local))
+      entries = self._entries()
+      sizes = {
+        name: os.path.getsize(os.path.join(self.local, name))
+        for name in storage.list_files(self.local)
+      }
       lock, total = threading.Lock(), sum(sizes.values())
 
-      def one(name: str) -> None:
+      def upload_file(name: str) -> None:
         if not self._is_there(name, entries.get(name)):
           generation = self._copy(name)
           with lock:
@@ -140,26 +151,25 @@ class Staging:
         with lock:
           progress(f'upload {name}', sizes[name], total)
 
-      run_jobs([lambda n=name: one(n) for name in sizes if name != header], workers)
+      run_jobs([functools.partial(upload_file, name) for name in sizes if name != header], workers)
       if not self._is_there(MARKER, entries[MARKER]):
         raise CheckpointError(
           f'{self.path}/{MARKER} is not the one written by this conversion: another one writes to '
           f'{self.path}; end it, and run the same command again'
         )
-      one(header)
+      upload_file(header)
       files.append_line(self._journal, {_COMPLETE: ''})
       self.remove()
 
   def _is_there(self, name: str, generation: str | None) -> bool:
-    """Whether an object still is what was written, by its generation."""
-    return (
-      generation is not None
-      and storage.read_object(self.path, name, unless=bytes.fromhex(generation)).state
-      == 'unspecified'
-    )
+    """Return whether an object still is what was written, by its generation."""
+    if generation is None:
+      return False
+    found = storage.read_object(self.path, name, unless=bytes.fromhex(generation))
+    return found.state == 'unspecified'
 
   def _copy(self, name: str) -> bytes:
-    """Uploads a file and reads it back. Returns the object's generation."""
+    """Upload a file and read it back. Returns the object's generation."""
     with open(os.path.join(self.local, name), 'rb') as f:
       data = f.read()
     generation = storage.write_object(self.path, name, data)
@@ -172,15 +182,14 @@ class Staging:
     return generation
 
   def remove(self) -> None:
-    """The directory, and the object that says that there is one."""
+    """Remove the directory, and the object that says that there is one."""
     storage.remove_object(self.path, MARKER)
     files.remove(self.local)
-    shutil.rmtree(
-      self.root, ignore_errors=True
-    )  # another shard may be looking whether there is something to do
+    # Errors are ignored: another shard may be looking whether there is something to do.
+    shutil.rmtree(self.root, ignore_errors=True)
 
   def _entries(self) -> dict[str, str]:
-    """What the journal says is in the bucket: generations by name."""
+    """Return what the journal says is in the bucket: generations by name."""
     if not os.path.exists(self._journal):
       return {}
     return {
@@ -196,12 +205,12 @@ class Staging:
     except (OSError, ValueError):
       return None
 
-  def _uploading(self) -> contextlib.AbstractContextManager:
+  def _uploading(self) -> contextlib.AbstractContextManager[None]:
     return self._lock('upload.lock', fcntl.LOCK_EX | fcntl.LOCK_NB)
 
   @contextlib.contextmanager
   def _lock(self, name: str, how: int) -> Iterator[None]:
-    with open(os.path.join(self.root, name), 'a', encoding='utf-8') as f:
+    with open(os.path.join(self.root, name), 'ab', opener=files.open_no_link) as f:
       try:
         fcntl.flock(f, how)
       except BlockingIOError:
@@ -209,11 +218,3 @@ class Staging:
           f'another conversion is uploading {self.path} from {self.root}'
         ) from None
       yield
-
-
-def _files(directory: str) -> Iterator[tuple[str, int]]:
-  """Names below a directory, and sizes."""
-  for root, _, names in os.walk(directory):
-    for name in sorted(names):
-      path = os.path.join(root, name)
-      yield os.path.relpath(path, directory), os.path.getsize(path)

@@ -1,8 +1,9 @@
-"""T5X's own checkpoint format, written: float32, or int8 with flaxformer's names qkernel and qscale.
+"""Writing T5X's own checkpoint format: float32, or int8 with flaxformer's names qkernel and qscale.
 
-The tree is arranged as the one that the weights came from, where that is known (flaxformer.Reading.form, which
-serving checkpoints record); else as flaxformer's layer for such a model usually is: scanned, ParallelFusedDecoderLayer
-where the model can be one, DecoderLayer with split heads where not.
+The tree is arranged as the one that the weights came from, where that is known
+(flaxformer.Reading.form, which serving checkpoints record). Else it is as flaxformer usually has
+such a model: scanned, a ParallelFusedDecoderLayer where the model can be one, a DecoderLayer with
+split heads where not.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,11 +12,13 @@ from typing import Any
 
 import msgpack
 import numpy as np
+from numpy.typing import DTypeLike
 
-from t5x_inference_ext.checkpoints import manifest, serving
+from t5x_inference_ext.checkpoints import serving
 from t5x_inference_ext.checkpoints.arrays import KernelLayout, KernelPart, Rectangle
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
-from t5x_inference_ext.checkpoints.conversion.raw_array import RawArray, array_files
+from t5x_inference_ext.checkpoints.conversion.output import ArrayWrite, Output
+from t5x_inference_ext.checkpoints.conversion.raw_array import RawArray
 from t5x_inference_ext.checkpoints.readers import flaxformer_names, legacy
 from t5x_inference_ext.checkpoints.readers.layer_kinds import (
   LAYER_KINDS,
@@ -31,118 +34,85 @@ T5X_MANIFEST_FORMAT = 't5x_inference_ext T5X checkpoint'
 CHUNK_BYTES = 64 * 2**20
 
 
-class T5xOutput:
-  """A T5X checkpoint being written. An Output."""
+class T5xOutput(Output):
+  """A T5X checkpoint being written."""
 
-  header = legacy.INDEX
+  manifest_name, manifest_format, header = MANIFEST, T5X_MANIFEST_FORMAT, legacy.INDEX
 
   def __init__(
-    self,
-    source: Checkpoint,
-    directory: str,
-    weights: str,
-    provenance: dict[str, Any],
-    version: str,
-    options: dict[str, Any],
-  ):
-    self.weights = weights
+    self, source: Checkpoint, directory: str, weights: str, record: dict[str, Any]
+  ) -> None:
     form = source.form or usual_form(source.config)
-    self._step = source.step
-    self._leaves, self._places, self._layer_weights = {}, {}, set()
-    self._directory = directory
-    self._layers = source.config.num_layers
+    self._directory, self._step, self._num_layers = directory, source.step, source.config.num_layers
+    # A leaf of the tree has one array, or one a layer. Canonical tensors go to leaves.
+    self._leaves: dict[str, list[RawArray]] = {}
+    self._places: dict[str, list[tuple[str, KernelLayout]]] = {}
+    self._layer_weights: set[str] = set()
     try:
       self._per_layer, self._axis = form['per_layer'], form['layer_axis']
-      self._lay_out(
-        source.config, {k.name: k for k in LAYER_KINDS}[form['layers']], form['kernels']
-      )
+      kind = {k.name: k for k in LAYER_KINDS}[form['layers']]
+      self._lay_out_vectors(source.config, kind)
+      self._lay_out_kernels(source.config, kind, form['kernels'], weights)
     except (TypeError, KeyError, AttributeError, UnknownSizes) as e:  # of a damaged header
       raise CheckpointError(
         f'{source.path}: source.form in {serving.CONFIG} is not an arrangement that T5X has: '
         f'{type(e).__name__} {e}'
       ) from e
-    self.arrays = tuple(a for leaves in self._leaves.values() for a in leaves)
-    self._manifest = {
-      'format': T5X_MANIFEST_FORMAT,
-      'version': 1,
-      'written_by': f't5x_inference_ext {version}',
-      'weights': weights,
-      'options': options,
-      'model': source.config.to_dict(),
-      'source': provenance,
-      'tensors': {
-        a.name: {'shape': a.shape, 'dtype': a.dtype.name, 'chunks': a.chunk} for a in self.arrays
-      },
-    }
+    arrays = tuple(a for leaves in self._leaves.values() for a in leaves)
+    super().__init__(source, weights, arrays, record)
 
-  def _lay_out(self, config: ModelConfig, kind: LayerKind, stored: dict[str, list[int]]) -> None:
-    e = config.d_model
-    vector = lambda name: KernelLayout(None, 0, (), (e,), (KernelPart(name, 0, e),), 0)
-    v = config.vocab_size
-    self._add(
-      'embedding',
-      flaxformer_names.EMBEDDING,
-      KernelLayout(None, 0, (v,), (e,), (KernelPart('embedding', 0, v),), 0),
-      np.float32,
-    )
+  def _lay_out_vectors(self, config: ModelConfig, kind: LayerKind) -> None:
+    """Lay out the embedding, norms and biases."""
+    v, e = config.vocab_size, config.d_model
+    embedding = KernelLayout(None, 0, (v,), (e,), (KernelPart('embedding', 0, v),), 0)
+    self._add(flaxformer_names.EMBEDDING, embedding, np.float32)
     leaf_names = (('', 'scale'), ('_bias', 'bias'))[: 2 if config.norm == 'layer' else 1]
     for suffix, leaf in leaf_names:
-      self._add(
-        f'final_norm{suffix}',
-        f'{flaxformer_names.FINAL_NORM}/{leaf}',
-        vector(f'final_norm{suffix}'),
-        np.float32,
-      )
+      final = KernelLayout(None, 0, (), (e,), (KernelPart(f'final_norm{suffix}', 0, e),), 0)
+      self._add(f'{flaxformer_names.FINAL_NORM}/{leaf}', final, np.float32)
       for name, module in kind.norms:
-        self._add(
-          f'{name}{suffix}',
-          f'{flaxformer_names.LAYERS}/{module}/{leaf}',
-          KernelLayout(
-            self._layers, self._axis, (), (e,), (KernelPart(f'{name}{suffix}', 0, e),), 0
-          ),
-          np.float32,
-        )
+        part = KernelPart(f'{name}{suffix}', 0, e)
+        norm = KernelLayout(self._num_layers, self._axis, (), (e,), (part,), 0)
+        self._add(f'{flaxformer_names.LAYERS}/{module}/{leaf}', norm, np.float32)
+
+  def _lay_out_kernels(
+    self, config: ModelConfig, kind: LayerKind, stored: dict[str, list[int]], weights: str
+  ) -> None:
     factors = kind.factors(config)
-    if self.weights == 'int8' and OUT in stored:
-      stored = {
-        **stored,
-        OUT: stored[OUT][-2:],
-      }  # flaxformer's quantized output projection has its heads joined
-    kernels = kind.kernels(config, {module: tuple(shape) for module, shape in stored.items()})
+    shapes = {module: tuple(shape) for module, shape in stored.items()}
+    if weights == 'int8' and OUT in shapes:  # flaxformer's quantized output has its heads joined
+      shapes[OUT] = shapes[OUT][-2:]
+    kernels = kind.kernels(config, shapes)
     for module in stored:
-      kernel = kernels[module]
-      place = f'{flaxformer_names.LAYERS}/{module}'
-      if self.weights == 'int8':
-        matrix = kernel.layout(config.num_layers, self._axis)
+      kernel, place = kernels[module], f'{flaxformer_names.LAYERS}/{module}'
+      if weights == 'int8':
+        matrix = kernel.layout(self._num_layers, self._axis)
         scale = kernel.scale_layout(config, self._axis, factors)
-        self._add_parts(f'{place}/qkernel', matrix, np.int8)
-        self._add_parts(f'{place}/qscale', scale, np.float32)
+        arrays = [
+          *self._add(f'{place}/qkernel', matrix, np.int8),
+          *self._add(f'{place}/qscale', scale, np.float32),
+        ]
       else:
-        self._add_parts(
-          f'{place}/kernel', kernel.layout(config.num_layers, self._axis, factors), np.float32
-        )
+        matrix = kernel.layout(self._num_layers, self._axis, factors)
+        arrays = self._add(f'{place}/kernel', matrix, np.float32)
+      self._layer_weights |= {array.name for array in arrays}
 
-  def _add_parts(self, leaf: str, arrangement: KernelLayout, dtype: type) -> None:
-    for part in arrangement.parts:
-      self._add(part.name, leaf, arrangement, dtype)
-    self._layer_weights |= {array.name for array in self._leaves[leaf]}
-
-  def _add(self, name: str, leaf: str, arrangement: KernelLayout, dtype: type) -> None:
-    """Says that the canonical tensor `name` goes to `leaf`."""
-    self._places.setdefault(name, []).append((leaf, arrangement))
-    if leaf in self._leaves:
-      return
-    shape = arrangement.to_stored(arrangement.factored)
-    names = [leaf]
-    if self._per_layer and arrangement.layers is not None:
+  def _add(self, leaf: str, layout: KernelLayout, dtype: DTypeLike) -> list[RawArray]:
+    """Lay out a leaf, to which the canonical tensors of `layout` go. Returns its arrays."""
+    for part in layout.parts:
+      self._places.setdefault(part.name, []).append((leaf, layout))
+    shape, names = layout.to_stored(layout.factored), [leaf]
+    if self._per_layer and layout.layers is not None:
       shape = shape[: self._axis] + shape[self._axis + 1 :]
       names = [
-        leaf.replace(flaxformer_names.LAYERS, f'decoder/layers_{i}', 1) for i in range(self._layers)
+        leaf.replace(flaxformer_names.LAYERS, f'decoder/layers_{i}', 1)
+        for i in range(self._num_layers)
       ]
     chunk = t5x_chunk_shape(shape, CHUNK_BYTES // np.dtype(dtype).itemsize)
     self._leaves[leaf] = [
       RawArray(self._directory, f'target.{n.replace("/", ".")}', shape, dtype, chunk) for n in names
     ]
+    return self._leaves[leaf]
 
   def dtype(self, name: str) -> np.dtype:
     return self._leaves[self._places[name][0][0]][0].dtype
@@ -150,37 +120,22 @@ class T5xOutput:
   def is_layer_weight(self, array: str) -> bool:
     return array in self._layer_weights
 
-  def placements(self, name: str, rectangle: Rectangle, values: np.ndarray) -> Iterator[tuple]:
-    for leaf, arrangement in self._places[name]:
-      part = next(p for p in arrangement.parts if p.name == name)
-      scaled = part.to_stored(values)
-      for bounds, index in arrangement.pieces(part, rectangle):
-        piece = scaled[index]
-        if self._per_layer and arrangement.layers is not None:
+  def placements(self, name: str, rectangle: Rectangle, values: np.ndarray) -> Iterator[ArrayWrite]:
+    for leaf, layout in self._places[name]:
+      part = next(p for p in layout.parts if p.name == name)
+      arrays, stored = self._leaves[leaf], part.to_stored(values)
+      for bounds, index in layout.pieces(part, rectangle):
+        piece = stored[index]
+        if layout.layers is None:
+          yield arrays[0], bounds[1:], piece[0]
+        elif self._per_layer:
           for i in range(*bounds[0]):
-            yield self._leaves[leaf][i], bounds[1:], piece[i - bounds[0][0]]
-        elif arrangement.layers is None:
-          yield self._leaves[leaf][0], bounds[1:], piece[0]
+            yield arrays[i], bounds[1:], piece[i - bounds[0][0]]
         else:
-          yield (
-            self._leaves[leaf][0],
-            arrangement.to_stored(bounds),
-            np.moveaxis(piece, 0, self._axis),
-          )
+          yield arrays[0], layout.to_stored(bounds), np.moveaxis(piece, 0, self._axis)
 
-  def headers(
-    self, checksums: dict[str, list[int]], errors: dict[str, dict]
-  ) -> Iterator[tuple[str, bytes]]:
-    files = {serving.CHECKSUMS: serving.checksums_file(checksums), legacy.INDEX: self._index()}
-    yield serving.CHECKSUMS, files[serving.CHECKSUMS]
-    yield (
-      MANIFEST,
-      manifest.write({**self._manifest, 'errors': errors}, {**files, **array_files(self.arrays)}),
-    )
-    yield legacy.INDEX, files[legacy.INDEX]
-
-  def _index(self) -> bytes:
-    target = {}
+  def index_files(self) -> dict[str, bytes]:
+    target: dict[str, Any] = {}
     for array in self.arrays:
       *keys, last = array.name.split('.')[1:]
       node = target
@@ -192,13 +147,17 @@ class T5xOutput:
         'kvstore': {'driver': 'file', 'path': f'{array.name}/'},
         'metadata': {k: array.metadata[k] for k in ('shape', 'chunks', 'compressor')},
       }
-    state = {'step': legacy.pack_array(np.int32(self._step or 0))}
+    state = {'step': legacy.pack_array(np.asarray(self._step or 0, np.int32))}
     index = {'version': 3, 'optimizer': {'target': target, 'state': state}}
-    return msgpack.packb(index, use_bin_type=True)
+    return {legacy.INDEX: msgpack.packb(index, use_bin_type=True)}
 
 
 def usual_form(config: ModelConfig) -> dict[str, Any]:
-  """How flaxformer usually arranges such a model, where nobody recorded it. Raises CheckpointError where it can't."""
+  """Return how flaxformer usually arranges a model, for one whose tree nobody recorded.
+
+  Raises:
+    CheckpointError: flaxformer has no layer for such a model.
+  """
   c = config
   fused, serial, parallel = LAYER_KINDS
   if (
@@ -218,9 +177,7 @@ def usual_form(config: ModelConfig) -> dict[str, Any]:
       *(() if c.num_kv_heads == 1 else ('self_attention/key', 'self_attention/value')),
     )
     names = (*(f'self_attention/{n}' for n in ('query', 'key', 'value', 'out')), *mlp, 'mlp/wo')
-    shapes = dict.fromkeys(
-      (*heads, 'self_attention/out'), (0, 0, 0)
-    )  # of three axes: heads are split
+    shapes = dict.fromkeys((*heads, 'self_attention/out'), (0, 0, 0))  # three axes: heads are split
   kernels = kind.kernels(c, shapes)
   return {
     'layers': kind.name,
@@ -231,7 +188,10 @@ def usual_form(config: ModelConfig) -> dict[str, Any]:
 
 
 def t5x_chunk_shape(shape: Sequence[int], elements: int) -> tuple[int, ...]:
-  """T5X's rule: the largest side goes down to its next divisor, until a chunk has at most so many elements."""
+  """Return the shape of T5X's chunks, of at most so many elements.
+
+  The largest side goes down to its next divisor until a chunk is small enough.
+  """
   sides = list(shape)
   while math.prod(sides) > elements:
     axis = sides.index(max(sides))

@@ -1,9 +1,11 @@
-"""A finished checkpoint, re-read: against its manifest, and against the source that it was made from."""
+"""Re-reading a finished checkpoint, against its manifest and the source that it was made from."""
 
 from collections.abc import Callable
+import functools
 import json
 import math
 import threading
+from typing import Any
 
 import numpy as np
 
@@ -12,8 +14,10 @@ from t5x_inference_ext.checkpoints.checkpoint import open_checkpoint
 from t5x_inference_ext.checkpoints.conversion import t5x_output
 from t5x_inference_ext.checkpoints.conversion.conversion import Conversion
 from t5x_inference_ext.checkpoints.conversion.options import ConvertOptions
+from t5x_inference_ext.checkpoints.conversion.output import ArrayWrite
+from t5x_inference_ext.checkpoints.conversion.raw_array import ZARR_DTYPES
 from t5x_inference_ext.checkpoints.manifest import check_manifest
-from t5x_inference_ext.checkpoints.workers import cores, run_jobs
+from t5x_inference_ext.checkpoints.workers import run_jobs, worker_count
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import CheckpointError
 
@@ -29,119 +33,116 @@ def verify(
   rescale_logits: bool | None = None,
   progress: VerifyProgress = lambda what, done, total: None,
 ) -> list[str]:
-  """Reads every file of a checkpoint that a conversion wrote, and compares it with the checksum recorded.
+  """Compare every file of a checkpoint that a conversion wrote with the checksum recorded.
 
   Args:
-    path: a finished checkpoint, of any format that conversions write.
-    source: the checkpoint that it was made from: is converted again, in memory, and compared value by value.
-    workers: threads; None is one a core.
-    rescale_logits: of the source, as it was given to the conversion; None takes what the conversion recorded.
-    progress: told after every chunk.
+    path: finished checkpoint, of any format that conversions write.
+    source: checkpoint that it was made from; it is converted again, in memory, and compared value
+      by value.
+    workers: number of threads; None is one a core.
+    rescale_logits: of the source, as it was given to the conversion; None takes what the conversion
+      recorded.
+    progress: called after every chunk.
 
   Returns:
-    What was found, in lines for people.
+    Lines that say what was found.
 
   Raises:
     CheckpointError: the first thing that is not as recorded.
   """
+  threads = worker_count(workers)
   path = storage.normalize(path)
   manifest_name, manifest = read_manifest(path)
   small_files = check_manifest(path, manifest_name, manifest)
-  listed = {name: (tuple(t['shape']), t['dtype']) for name, t in manifest['tensors'].items()}
-  tensors = serving.read_listed(path, listed, manifest_name, cached=False)
+  tensors = serving.read_listed(path, _listed(manifest), manifest_name, cached=False)
   total = sum(t.nbytes for t in tensors.values())
   lock = threading.Lock()
 
-  def check_chunk(tensor, number, index):
+  def check_chunk(tensor: serving.ServingTensor, number: int, index: tuple[slice, ...]) -> None:
     tensor.check(number, index)
     tensor.check_padding(index)
     with lock:
       nbytes = math.prod(s.stop - s.start for s in index) * tensor.dtype.itemsize
       progress(f'verify {tensor.name}', nbytes, total)
 
-  workers = workers or cores()
-  run_jobs(
-    [lambda t=t, c=c: check_chunk(t, *c) for t in tensors.values() for c in t.chunks()], workers
-  )
-  chunks = [f'{name}/{t.file(index)}' for name, t in tensors.items() for _, index in t.chunks()]
-  extra = (
-    sorted(set(storage.list_files(path)) - {manifest_name, *small_files, *chunks})
-    if small_files
-    else []
-  )
-  if extra:
-    raise CheckpointError(
-      f'{path} holds {", ".join(extra[:3])}{", ..." if len(extra) > 3 else ""}, of which '
-      f'{manifest_name} knows nothing: remove what is not of the checkpoint'
-    )
+  chunks = [(tensor, *chunk) for tensor in tensors.values() for chunk in tensor.chunks()]
+  run_jobs([functools.partial(check_chunk, *chunk) for chunk in chunks], threads)
+  if small_files:
+    chunk_files = {f'{tensor.name}/{tensor.file(index)}' for tensor, _, index in chunks}
+    expected = {manifest_name, *small_files, *chunk_files}
+    extra = sorted(set(storage.list_files(path)) - expected)
+    if extra:
+      raise CheckpointError(
+        f'{path} holds {", ".join(extra[:3])}{", ..." if len(extra) > 3 else ""}, of which '
+        f'{manifest_name} knows nothing: remove what is not of the checkpoint'
+      )
   lines = [
-    f'{path}: {len(tensors)} tensors, {len(chunks)} chunks, {total / 1e6:.1f} MB are as recorded in {manifest_name}'
+    f'{path}: {len(tensors)} tensors, {len(chunks)} chunks, {total / 1e6:.1f} MB are as recorded '
+    f'in {manifest_name}'
   ]
   if source is not None:
-    _compare(path, manifest, source, workers, rescale_logits, progress)
+    _compare(path, manifest, source, threads, rescale_logits, progress)
     lines.append(f'and what {source} converts to')
   return lines
 
 
+def _listed(manifest: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:
+  """Return (shape, dtype name) of a manifest's tensors, by name."""
+  return {name: (tuple(t['shape']), t['dtype']) for name, t in manifest['tensors'].items()}
+
+
 def _compare(
   path: str,
-  manifest: dict,
+  manifest: dict[str, Any],
   source: str,
   workers: int,
   rescale_logits: bool | None,
   progress: VerifyProgress,
 ) -> None:
-  model = ModelConfig.from_dict(manifest['model'])
+  """Raise CheckpointError where a checkpoint holds other bits than its source converts to."""
+  made_from = manifest['source']
   if rescale_logits is None:
-    rescale_logits = manifest['source'].get('rescale_logits')
-  checkpoint = open_checkpoint(
-    source,
-    config=None if manifest['source']['format'] == 'serving' else model,
-    rescale_logits=rescale_logits,
-  )
-  recorded = manifest['source'].get('step')
+    rescale_logits = made_from.get('rescale_logits')
+  is_serving_source = made_from['format'] == 'serving'
+  model = None if is_serving_source else ModelConfig.from_dict(manifest['model'])
+  checkpoint = open_checkpoint(source, config=model, rescale_logits=rescale_logits)
+  recorded = made_from.get('step')
   if checkpoint.step != recorded:
     raise CheckpointError(
       f'{path} was made from step {recorded}, but {source} is step {checkpoint.step}'
     )
-  form = (
-    'serving'
-    if manifest['format'] == serving.SERVING_FORMAT
-    else ('t5x_int8' if manifest['weights'] == 'int8' else 't5x_float')
-  )
-  weights = manifest['weights'] if form == 'serving' else 'int8'
+  is_serving = manifest['format'] == serving.SERVING_FORMAT
+  t5x_format = 't5x_int8' if manifest['weights'] == 'int8' else 't5x_float'
   options = ConvertOptions(
-    format=form,
-    weights=weights,
+    format='serving' if is_serving else t5x_format,
+    weights=manifest['weights'],
     workers=workers,
     scale_search=manifest.get('options', {}).get('scale_search', 'absmax'),
   )
-  stored = serving.read_listed(
-    path, {n: (tuple(t['shape']), t['dtype']) for n, t in manifest['tensors'].items()}, ''
-  )
+  stored = serving.read_listed(path, _listed(manifest), '')
 
-  def compare_all(placements):
-    for placement in placements:
-      compare(*placement)
+  def compare(writes: list[ArrayWrite]) -> None:
+    for array, bounds, values in writes:
+      found = stored[array.name].read(tuple(slice(*b) for b in bounds))
+      # Bits are compared, not values: zeros have signs.
+      bits = f'u{found.itemsize}'
+      different = found.view(bits) != np.ascontiguousarray(values).view(bits)
+      if different.any():
+        first = [int(i[0]) + b for i, (b, _) in zip(np.nonzero(different), bounds)]
+        raise CheckpointError(
+          f'{array.name}: {int(different.sum())} values from {first} on in {path}/{array.name} are '
+          f'not what {source} converts to'
+        )
 
-  def compare(array, bounds, values):
-    found = stored[array.name].read(tuple(slice(*b) for b in bounds))
-    # Bits, not values: NaN is not among them, but zeros have signs.
-    different = found.view(f'u{found.itemsize}') != np.ascontiguousarray(values).view(
-      f'u{found.itemsize}'
-    )
-    if different.any():
-      first = [int(i[0]) + b for i, (b, _) in zip(np.nonzero(different), bounds)]
-      raise CheckpointError(
-        f'{array.name}: {int(different.sum())} values from {first} on in {path}/{array.name} are '
-        f'not what {source} converts to'
-      )
-
-  Conversion(checkpoint, options, path, progress).compare(compare_all)
+  Conversion(checkpoint, options, path, progress).compare(compare)
 
 
-def read_manifest(path: str) -> tuple[str, dict]:
-  """The name and content of the file that lists a checkpoint's tensors. Raises CheckpointError where there is none."""
+def read_manifest(path: str) -> tuple[str, dict[str, Any]]:
+  """Return the name and content of the file that lists a checkpoint's tensors.
+
+  Raises:
+    CheckpointError: there is none, or it is damaged.
+  """
   for name, kind in (
     (serving.CONFIG, serving.SERVING_FORMAT),
     (t5x_output.MANIFEST, t5x_output.T5X_MANIFEST_FORMAT),
@@ -155,18 +156,16 @@ def read_manifest(path: str) -> tuple[str, dict]:
         raise CheckpointError(f'{path}/{name}: format {manifest["format"]!r} is not {kind!r}')
       if name == serving.CONFIG:
         serving.read_serving_header(path, data)
-      if (
-        all(
-          isinstance(t['shape'], list) and t['dtype'] in ('int8', 'bfloat16', 'float32')
-          for t in manifest['tensors'].values()
-        )
-        and isinstance(manifest['source'], dict)
-        and manifest['weights']
-      ):
+      sound = all(
+        isinstance(t['shape'], list) and t['dtype'] in ZARR_DTYPES
+        for t in manifest['tensors'].values()
+      )
+      if sound and isinstance(manifest['source'], dict) and manifest['weights']:
         return name, manifest
-    except (ValueError, TypeError, KeyError, AttributeError) as e:
-      if isinstance(e, CheckpointError):
-        raise
+    except CheckpointError:
+      raise
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+      pass
     raise CheckpointError(f'{path}/{name} is damaged')
   open_checkpoint(path)  # its own error, if it is no checkpoint at all
   raise CheckpointError(

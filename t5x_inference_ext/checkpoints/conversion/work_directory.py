@@ -1,7 +1,7 @@
-"""The directory in which a conversion happens: what is finished in it, which processes work in it, how it ends.
+"""The directory in which a conversion happens: what is finished, who works in it, how it ends.
 
 OUTPUT.unfinished/
-  UNFINISHED            marks it as a conversion's; holds the plan (what is converted, and how) once all is laid out
+  UNFINISHED            marks the directory as a conversion's; holds the plan once all is laid out
   setup.lock            held while the directory is made or finished
   shard-I.lock          held by the process that is shard I
   read_back.lock        shared by the shards that read back together what was written
@@ -28,16 +28,6 @@ _BOOT = 'boot'
 _READ_BACK, _CLAIMS = 'read_back.lock', 'claims'
 
 
-def check_no_links(directory: str) -> None:
-  """Raise CheckpointError where a write below `directory` would reach a file elsewhere."""
-  link = files.find_link(directory)
-  if link is not None:
-    raise CheckpointError(
-      f'{link} is a link or no ordinary file, and writing to it could damage something else: '
-      f'remove it, or all of {directory}'
-    )
-
-
 class WorkDirectory:
   """The work directory of one output.
 
@@ -47,7 +37,7 @@ class WorkDirectory:
     payload: The checkpoint that grows in it.
   """
 
-  def __init__(self, path: str | os.PathLike[str]):
+  def __init__(self, path: str | os.PathLike[str]) -> None:
     path = os.fspath(path)
     if not path:
       raise CheckpointError('the output directory has an empty name')
@@ -67,7 +57,7 @@ class WorkDirectory:
       )
 
   def finished_before(self, plan: dict[str, Any]) -> bool:
-    """Return whether the output of this plan is there, and only the work directory is not yet removed."""
+    """Return whether the output of this plan is there, and the work directory left over."""
     return (
       os.path.isdir(self.path)
       and os.path.isdir(self.root)
@@ -77,7 +67,7 @@ class WorkDirectory:
 
   @contextlib.contextmanager
   def lock(self, name: str, refusal: str | None = None, shared: bool = False) -> Iterator[bool]:
-    """Hold a lock file of the directory; wait for it, or with a refusal raise CheckpointError(refusal).
+    """Hold a lock file of the directory: wait for it, or raise CheckpointError(refusal).
 
     Yields:
       Whether the file is still there: the process that held it may have removed the directory.
@@ -88,6 +78,7 @@ class WorkDirectory:
       try:
         fcntl.flock(f, how)
       except BlockingIOError:
+        assert refusal is not None
         raise CheckpointError(refusal) from None
       try:
         current = os.path.samestat(os.fstat(f.fileno()), os.lstat(path))
@@ -97,10 +88,11 @@ class WorkDirectory:
 
   @contextlib.contextmanager
   def setup(self) -> Iterator[None]:
-    """Make the directory where it is not there, and be the one process that starts or finishes work in it.
+    """Make the directory if needed, and be the one process that starts or finishes work in it.
 
     Raises:
-      CheckpointError: the output exists; the directory was not left by a conversion, or holds links.
+      CheckpointError: the output exists; the directory was not left by a conversion, or holds
+        links.
     """
     with contextlib.ExitStack() as held:
       current = False
@@ -123,11 +115,13 @@ class WorkDirectory:
       raise CheckpointError(
         f'{self.root} is in the way, and not left by an earlier conversion: move it'
       )
-    check_no_links(self.root)
+    files.check_no_links(self.root)
 
   @contextlib.contextmanager
   def working(self, shard: int) -> Iterator[None]:
-    """Be the one process that is this shard. Enter it under setup(): a process that waits holds no shard's lock.
+    """Be the one process that is this shard.
+
+    Enter it under setup(): a process that waits holds no shard's lock.
 
     Raises:
       CheckpointError: another process is this shard.
@@ -140,11 +134,12 @@ class WorkDirectory:
 
   @contextlib.contextmanager
   def reading_back(self) -> Iterator[Callable[[int], bool] | None]:
-    """Wait for the shards at work, to read back what they wrote together with others that have waited.
+    """Wait for the shards at work, to read back what they wrote, together with others.
 
     Yields:
-      A function that takes the number of a part and returns whether this process is to read it; the part is then its
-      own until the end of the context. None where another process has finished already.
+      A function that takes the number of a part and returns whether this process is to read it; the
+      part is then its own until the end of the context. None where another process has finished
+      already.
     """
     with contextlib.ExitStack() as held:
       current = False
@@ -173,7 +168,7 @@ class WorkDirectory:
 
   @contextlib.contextmanager
   def finishing(self) -> Iterator[bool]:
-    """Wait for the shards at work. Yields whether something is left to do: False when another process has finished."""
+    """Wait for the shards at work. Yields whether this process is to finish the output."""
     with contextlib.ExitStack() as locks:
       try:
         locks.enter_context(self.lock('setup.lock'))
@@ -192,7 +187,8 @@ class WorkDirectory:
       is_laid_out: whether the payload holds all files that were laid out for the plan.
 
     Returns:
-      Whether work goes on where it was; if not, all that was there is removed, and the payload is empty.
+      Whether work goes on where it was; if not, all that was there is removed, and the payload is
+      empty.
 
     Raises:
       CheckpointError: another process is at work here on another plan.
@@ -213,7 +209,7 @@ class WorkDirectory:
     return False
 
   def _forget(self) -> None:
-    """Remove what is finished, the plan first: what a kill on the way leaves is not taken for laid out."""
+    """Remove what is finished; the plan first: after a kill nothing is taken for laid out."""
     files.truncate(self._marker)
     for name in os.listdir(self.root):
       if name.startswith('journal-'):
@@ -242,10 +238,12 @@ class WorkDirectory:
   def entries(self) -> list[dict[str, Any]]:
     """Return what all shards have recorded and is there.
 
-    A line that a kill tore is left out: its slice is done again. So is all that was written on a machine since
-    restarted, or on another one, and not yet SYNCED: it may have been in that machine's page cache only. (To flush
-    each slice would write most pages several times, for chunks are filled by many slices.) What was read back after
-    all else was SYNCED has been on the disk.
+    A line that a kill tore is left out: its slice is done again. So is all that was written on a
+      machine since
+    restarted, or on another one, and not yet SYNCED: it may have been in that machine's page cache
+      only. (To flush
+    each slice would write most pages several times, for chunks are filled by many slices.) What was
+    read back after all else was SYNCED has been on the disk.
     """
     found: list[dict[str, Any]] = []
     here = _boot_id()
@@ -277,7 +275,7 @@ class WorkDirectory:
     self.clear()
 
   def clear(self) -> None:
-    """Remove the work directory without a payload; the marker last, so that until then it is known as ours."""
+    """Remove the work directory without a payload; the marker, which says it is ours, last."""
     while os.path.isdir(self.root):
       with contextlib.suppress(FileNotFoundError):
         for name in sorted(os.listdir(self.root), key=lambda n: n == MARKER):

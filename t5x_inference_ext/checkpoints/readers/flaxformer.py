@@ -7,9 +7,9 @@ Scanned form, with the layer axis L on axis 1 (or 0: flaxformer's scan_axis):
   decoder/decoder/NORM/scale                [E, L]            and bias
   decoder/decoder/MODULE/kernel             e.g. [E, L, F]    MODULEs and their axes: layer_kinds.py
 
-A tree with one subtree a layer (decoder/layers_0/...) has the same parameters without the layer axis. In the quantized
-form each kernel is a pair: qkernel, int8 of the same shape, and qscale, in which the axes that a matmul sums over have
-size 1: a weight is qkernel / qscale.
+A tree with one subtree a layer (decoder/layers_0/...) has the same parameters without the layer
+axis. In the quantized form each kernel is a pair: qkernel, int8 of the same shape, and qscale, in
+which the axes that a matmul sums over have size 1: a weight is qkernel / qscale.
 """
 
 from collections.abc import Collection
@@ -31,12 +31,11 @@ from t5x_inference_ext.checkpoints.readers.flaxformer_names import (
   check_shapes,
   is_per_layer,
   modules_in,
-  name_list,
   norm_leaves,
 )
+from t5x_inference_ext.checkpoints.readers.kernel import Kernel
 from t5x_inference_ext.checkpoints.readers.layer_kinds import (
   LAYER_KINDS,
-  Kernel,
   LayerKind,
   Shapes,
   UnknownSizes,
@@ -44,7 +43,7 @@ from t5x_inference_ext.checkpoints.readers.layer_kinds import (
 from t5x_inference_ext.checkpoints.readers.tree import Tree
 from t5x_inference_ext.checkpoints.tensor import Cast, Stack, Tensor
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.errors import CheckpointError
+from t5x_inference_ext.errors import CheckpointError, name_list
 
 _STACK_AXIS = 1
 
@@ -82,10 +81,11 @@ def canonical(
 
   Args:
     tree: The parameters, as read.
-    norm_scale: Convention of the norms, which a tree does not record; None takes the usual one of this kind of layer.
+    norm_scale: Convention of the norms, which a tree does not record; None takes the usual one of
+      this kind of layer.
     config: The model that the tree has to hold; None finds the model from names and shapes.
-    rescale_logits: flaxformer's option: whether attention logits were divided by sqrt(Q). Where they were not, the
-      queries are multiplied by sqrt(Q) here.
+    rescale_logits: flaxformer's option: whether attention logits were divided by sqrt(Q). Where
+      they were not, the queries are multiplied by sqrt(Q) here.
 
   Raises:
     CheckpointError: Parameters are missing, unknown or of unfitting shapes; the message names them.
@@ -156,8 +156,8 @@ def stack_layers(tree: Tree) -> dict[str, Tensor]:
     for i in range(1, count):
       if stored[i].shape != stored[0].shape:
         raise CheckpointError(
-          f'target/decoder/layers_{i}/{name} has shape {list(stored[i].shape)} in {stored[i].path}, '
-          f'but layer 0 has {list(stored[0].shape)}'
+          f'target/decoder/layers_{i}/{name} has shape {list(stored[i].shape)} in '
+          f'{stored[i].path}, but layer 0 has {list(stored[0].shape)}'
         )
     if len(stored[0].shape) < _STACK_AXIS:
       raise CheckpointError(f'target/decoder/layers_0/{name} is a scalar in {stored[0].path}')
@@ -166,7 +166,10 @@ def stack_layers(tree: Tree) -> dict[str, Tensor]:
 
 
 def find_kind(leaves: Collection[str]) -> LayerKind:
-  """Return the kind of layer of which these leaves, in scanned form, have the most parameters, and lack the fewest."""
+  """Return the kind of layer that fits the leaves of a tree in scanned form best.
+
+  It is the kind of which the leaves have the most parameters, and then lack the fewest.
+  """
   stored = modules_in(leaves)
 
   def fit(kind: LayerKind) -> tuple[int, int]:
@@ -184,13 +187,18 @@ def _model(
   norm_scale: str | None,
   config: ModelConfig | None,
 ) -> ModelConfig:
-  """Return the model of L, V, E (`lve`) and these shapes, or `config`. Raises ValueError: no model, or not that one."""
+  """Return the model of L, V, E (`lve`) and these shapes, or `config`.
+
+  Raises:
+    ValueError: The shapes are of no model, or not of `config`.
+  """
   facts = {'block': kind.block, 'norm': norm, 'mlp': kind.mlp(shapes)}
   if config is None:
     layers, vocab_size, d_model = lve
     usual = 'one' if norm == 'layer' else kind.norm_scale
-    sizes = {**kind.sizes(shapes), 'num_layers': layers, 'd_model': d_model}
-    return ModelConfig(**sizes, **facts, vocab_size=vocab_size, norm_scale=norm_scale or usual)
+    sizes = {'num_layers': layers, 'd_model': d_model, 'vocab_size': vocab_size}
+    fields: dict[str, Any] = {**kind.sizes(shapes), **sizes, **facts}
+    return ModelConfig(**fields, norm_scale=norm_scale or usual)
   for name, value in facts.items():
     if getattr(config, name) != value:
       raise UnknownSizes(
@@ -204,7 +212,7 @@ def _unquantized_arrays(
 ) -> list[SourceArray]:
   """Return the arrays of the embedding and the norms."""
   arrays = [whole_array(leaves[EMBEDDING], 'embedding', None)]
-  norms = [('final_norm', FINAL_NORM, None)]
+  norms: list[tuple[str, str, int | None]] = [('final_norm', FINAL_NORM, None)]
   norms += [(name, f'{LAYERS}/{module}', layer_axis) for name, module in kind.norms]
   for name, place, axis in norms:
     for leaf in norm_leaves(norm):
@@ -257,7 +265,11 @@ def _layer_axis(leaves: dict[str, Tensor], kind: LayerKind) -> int:
 def _shapes(
   leaves: dict[str, Tensor], kind: LayerKind, modules: tuple[str, ...], suffix: str, axis: int
 ) -> Shapes:
-  """Return the kernels' shapes without the layer axis. Raises CheckpointError: a leaf has too many or too few axes."""
+  """Return the kernels' shapes without the layer axis.
+
+  Raises:
+    CheckpointError: A leaf has too many or too few axes.
+  """
   ranks: dict[str, tuple[int, ...]] = {EMBEDDING: (2,), f'{LAYERS}/{kind.norms[0][1]}/scale': (2,)}
   for module in modules:
     ranks[f'{LAYERS}/{module}/{suffix}'] = tuple(1 + n for n in kind.ranks[module])
@@ -265,8 +277,8 @@ def _shapes(
     shape = leaves[name].shape
     if len(shape) not in expected:
       raise CheckpointError(
-        f'target/{name}: shape {list(shape)} in {leaves[name].path} has {len(shape)} axes, expected '
-        f'{" or ".join(map(str, expected))}'
+        f'target/{name}: shape {list(shape)} in {leaves[name].path} has {len(shape)} axes, '
+        f'expected {" or ".join(map(str, expected))}'
       )
   stored = {module: leaves[f'{LAYERS}/{module}/{suffix}'].shape for module in modules}
   return {module: shape[:axis] + shape[axis + 1 :] for module, shape in stored.items()}

@@ -1,24 +1,24 @@
-"""The names in flaxformer's parameter tree, and checks that a tree has the names and shapes that a model needs."""
+"""The names in flaxformer's parameter tree, and checks of a tree's names, dtypes and shapes."""
 
 from collections.abc import Collection, Iterable, Mapping
-import itertools
 import re
 
 import ml_dtypes
 
-from t5x_inference_ext.checkpoints.readers.layer_kinds import Kernel, LayerKind
+from t5x_inference_ext.checkpoints.readers.kernel import Kernel
+from t5x_inference_ext.checkpoints.readers.layer_kinds import LayerKind
 from t5x_inference_ext.checkpoints.readers.tree import Tree
 from t5x_inference_ext.checkpoints.tensor import Tensor
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.errors import CheckpointError, printable
+from t5x_inference_ext.errors import CheckpointError, name_list
 
 EMBEDDING = 'decoder/token_embedder/embedding'
 FINAL_NORM = 'decoder/decoder_norm'
 LAYERS = 'decoder/decoder'
 LAYER = re.compile(r'decoder/layers_(0|[1-9][0-9]{0,8})/(.*)')
 SUPPORTED = (
-  "Supported are decoders of flaxformer's ParallelFusedDecoderLayer or DecoderLayer: rotary positions, "
-  'SwiGLU or GELU, no biases but those of layer norms, tied embedding'
+  "Supported are decoders of flaxformer's ParallelFusedDecoderLayer or DecoderLayer: rotary "
+  'positions, SwiGLU or GELU, no biases but those of layer norms, tied embedding'
 )
 # (pattern in a parameter's name, why a model with such a parameter can't be served)
 _REASONS = (
@@ -33,7 +33,7 @@ _REASONS = (
 def check_names(
   tree: Tree, leaves: Collection[str], kind: LayerKind, quantized: bool
 ) -> tuple[tuple[str, ...], str]:
-  """Return the modules of the kernels and the kind of norm, 'rms' or 'layer', of a tree with exactly its parameters.
+  """Return the modules of the kernels and the kind of norm, 'rms' or 'layer', of a tree.
 
   Raises:
     CheckpointError: Parameters are missing or unknown.
@@ -70,7 +70,7 @@ def check_names(
 
 
 def check_dtypes(leaves: Mapping[str, Tensor]) -> None:
-  """Refuse a parameter that holds no floats; a quantized kernel may have any dtype that holds int8 values."""
+  """Refuse a parameter that holds no floats; a qkernel may have any dtype that holds int8."""
   for name, leaf in leaves.items():
     is_float = leaf.dtype.kind == 'f' or leaf.dtype == ml_dtypes.bfloat16
     if not is_float and not name.endswith('/qkernel'):
@@ -89,7 +89,9 @@ def check_shapes(
   axis: int,
   given: bool,
 ) -> None:
-  """Refuse the first parameter whose shape is not this model's; the message has both shapes and the parameter's file.
+  """Refuse the first parameter whose shape is not this model's.
+
+  The message has the expected shape, the stored shape and the parameter's file.
 
   Args:
     tree: The tree, as stored.
@@ -140,9 +142,3 @@ def modules_in(leaves: Iterable[str]) -> set[str]:
 def norm_leaves(norm: str) -> tuple[str, ...]:
   """Return the parameters of a norm of this kind, 'rms' or 'layer'."""
   return ('scale', 'bias') if norm == 'layer' else ('scale',)
-
-
-def name_list(names: Iterable[str], count: int, limit: int = 12) -> str:
-  """Return the first of `count` names for a message, and how many more there are."""
-  first = ', '.join(map(printable, itertools.islice(names, limit)))
-  return first + (f' and {count - limit} more' if count > limit else '')

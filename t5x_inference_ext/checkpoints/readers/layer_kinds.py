@@ -1,22 +1,25 @@
-"""The layouts of flaxformer's decoder layers: names, axes, and the canonical matrices inside each kernel.
+"""flaxformer's decoder layers: the names, axes and canonical matrices of their kernels.
 
-Everything that tells one kind of layer from another is in these tables; flaxformer.py reads trees by them. Shapes here
-are of one layer, without the layer axis. C is the number of columns a head.
+Everything that tells one kind of layer from another is in these tables; flaxformer.py reads trees
+by them. Shapes here are of one layer, without the layer axis. C is the number of columns a head.
 
-  ParallelFusedDecoderLayer   exists for multiquery only; C = Q + 2F/H (SwiGLU) or Q + F/H (GELU)
-    q_wi_fused [E, H, C]    kv_fused [E, 1, 2Q]    o_wo_fused [H, Q + F/H, E]
-  DecoderLayer                heads in an axis of their own (split_head_kernel) or merged, [E, H Q]; fused or not
-    self_attention/{query, key, value} [E, H, Q], of multiquery key and value [E, Q]; or kv_fused [E, 2, H, Q], or
-    qkv_fused [E, 3, H, Q]; out [H, Q, E]
-    mlp/wi (GELU), or wi_0 and wi_1 (SwiGLU) [E, F], or wi_fused [E, 1 or 2, F]; wo [F, E]
+  ParallelFusedDecoderLayer, for multiquery only; C = Q + 2F/H (SwiGLU) or Q + F/H (GELU)
+    q_wi_fused [E, H, C]
+    kv_fused [E, 1, 2Q]
+    o_wo_fused [H, Q + F/H, E]
+  DecoderLayer, with heads in an axis of their own (split_head_kernel) or merged, [E, H Q]
+    self_attention/{query, key, value} [E, H, Q], of multiquery key and value [E, Q];
+      or kv_fused [E, 2, H, Q]; or qkv_fused [E, 3, H, Q]
+    self_attention/out [H, Q, E]
+    mlp/wi (GELU), or wi_0 and wi_1 (SwiGLU), [E, F]; or wi_fused [E, 1 or 2, F]
+    mlp/wo [F, E]
 """
 
 from collections.abc import Callable, Mapping, Set
 import dataclasses
 from typing import Any, TypeAlias
 
-from t5x_inference_ext import params
-from t5x_inference_ext.checkpoints.arrays import KernelLayout, KernelPart
+from t5x_inference_ext.checkpoints.readers.kernel import Kernel
 from t5x_inference_ext.config import ModelConfig
 
 # Shapes of the stored kernels, by module.
@@ -28,74 +31,6 @@ class UnknownSizes(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Kernel:
-  """A stored kernel of one layer, of shape inputs + outputs.
-
-  Attributes:
-    module: Place of the kernel in a layer's subtree.
-    inputs: Sizes of the axes that a matmul sums over.
-    outputs: Sizes of the axes that a matmul keeps.
-    parts: (canonical name, width) of the matrices that lie side by side on the part axis.
-    axis: Position of the part axis in inputs + outputs.
-  """
-
-  module: str
-  inputs: tuple[int, ...]
-  outputs: tuple[int, ...]
-  parts: tuple[tuple[str, int], ...]
-  axis: int
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    """Shape of one layer's kernel."""
-    return self.inputs + self.outputs
-
-  def layout(
-    self, num_layers: int, layer_axis: int, factors: Mapping[str, float] | None = None
-  ) -> KernelLayout:
-    """Return the map from the stored kernel of all layers to its canonical matrices.
-
-    Args:
-      num_layers: L.
-      layer_axis: Position of the layer axis in the stored kernel.
-      factors: By canonical name, what stored values are multiplied by; 1 where missing.
-    """
-    parts, start = [], 0
-    for name, width in self.parts:
-      parts.append(KernelPart(name, start, width, (factors or {}).get(name, 1.0)))
-      start += width
-    return KernelLayout(num_layers, layer_axis, self.inputs, self.outputs, tuple(parts), self.axis)
-
-  def scale_layout(
-    self, config: ModelConfig, layer_axis: int, factors: Mapping[str, float]
-  ) -> KernelLayout:
-    """Return the map from the stored `qscale` of a quantized kernel to canonical scales.
-
-    AQT stores what a weight is multiplied by before rounding, the reciprocal of the canonical scale. Axes that are
-    summed over have size 1 in it, and parts that lie side by side on such an axis share one scale.
-
-    Args:
-      config: The model.
-      layer_axis: Position of the layer axis in `qscale`.
-      factors: As in layout(): the factor of a quantized matrix is in its scale.
-    """
-    matrices = params.parameters(config)
-    is_summed = self.axis < len(self.inputs)
-    parts: dict[str, KernelPart] = {}
-    start = 0
-    for name, width in self.parts:
-      scale = matrices[name].scale
-      assert scale is not None
-      first, size = (0, 1) if is_summed else (start, width)
-      parts.setdefault(scale, KernelPart(scale, first, size, factors.get(name, 1.0), True))
-      start += width
-    inputs = (1,) * len(self.inputs)
-    return KernelLayout(
-      config.num_layers, layer_axis, inputs, self.outputs, tuple(parts.values()), self.axis
-    )
-
-
-@dataclasses.dataclass(frozen=True)
 class LayerKind:
   """A kind of layer.
 
@@ -104,13 +39,16 @@ class LayerKind:
     block: ModelConfig.block of such layers.
     norm_scale: ModelConfig.norm_scale that is assumed where nobody says.
     norms: (canonical name, module) of each norm.
-    alternatives: For each choice of modules, the possible sets of modules; exactly one set of each choice is in a tree.
+    alternatives: For each choice of modules, the possible sets of modules; exactly one set of each
+      choice is in a tree.
     ranks: Numbers of axes that a module's kernel may have.
-    sizes: Returns d_ff, num_heads, d_head and num_kv_heads from the stored shapes. Raises UnknownSizes.
+    sizes: Returns d_ff, num_heads, d_head and num_kv_heads from the stored shapes. Raises
+      UnknownSizes.
     mlp: Returns ModelConfig.mlp from the stored shapes.
     kernels: Returns the kernels of a model, by module; those of the alternatives are among them.
     output_factor: Factor that the layer applies to its outputs before it adds them.
-    folds_logit_scale: Whether attention without rescale_logits is initialized with smaller queries, which tell of it.
+    folds_logit_scale: Whether attention without rescale_logits is initialized with smaller queries,
+      which tell of it.
   """
 
   name: str
@@ -136,10 +74,8 @@ class LayerKind:
   def factors(self, model: ModelConfig, rescale_logits: bool = True) -> dict[str, float]:
     """Return the factors that turn stored matrices into canonical ones, by name; 1 where missing.
 
-    Args:
-      model: The model.
-      rescale_logits: flaxformer's option: whether the trained model divided attention logits by sqrt(Q). The program
-        always divides, so the queries of other models are multiplied by sqrt(Q).
+    Without flaxformer's `rescale_logits` the trained model did not divide attention logits by
+    sqrt(Q). The program always divides, so queries are multiplied by sqrt(Q).
     """
     return {
       'attention_output': self.output_factor,
@@ -161,8 +97,8 @@ def _fused_sizes(shapes: Shapes) -> dict[str, int]:
   q = kv_columns // 2
   if kv_columns % 2 or columns <= q or (columns - q) % inputs:
     raise UnknownSizes(
-      f'{KV} {list(shapes[KV])} and {Q_WI} {list(shapes[Q_WI])} (of a layer) do not fit each other: '
-      'their last axes should be 2Q and Q + 2F/H'
+      f'{KV} {list(shapes[KV])} and {Q_WI} {list(shapes[Q_WI])} (of a layer) do not fit each '
+      'other: their last axes should be 2Q and Q + 2F/H'
     )
   return dict(
     d_ff=(columns - q) // inputs * heads, num_heads=heads, d_head=q, num_kv_heads=kv_heads

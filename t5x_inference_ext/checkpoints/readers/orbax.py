@@ -1,12 +1,14 @@
-"""Checkpoints that T5X (or anyone) saves through Orbax: a `state` directory of zarr arrays, usually in one OCDBT store.
+"""Checkpoints that T5X (or anyone) saves through Orbax.
 
-Read with tensorstore directly, so that slices can be read; Orbax itself is not needed.
+A `state` directory holds zarr arrays, usually in one OCDBT store.
+
+The arrays are read through tensorstore, so that slices can be read; Orbax itself is not needed.
 """
 
-from collections.abc import Iterator
-import json
+from collections.abc import Iterator, Mapping
 import os
-from typing import Any
+import re
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -14,45 +16,62 @@ from t5x_inference_ext.checkpoints import storage
 from t5x_inference_ext.checkpoints.readers import legacy, zarr_arrays
 from t5x_inference_ext.checkpoints.readers.tree import Tree, step_number
 from t5x_inference_ext.checkpoints.tensor import InMemory, Tensor
-from t5x_inference_ext.errors import CheckpointError
+from t5x_inference_ext.errors import CheckpointError, name_list, printable
 
 METADATA = '_METADATA'
 STATE = 'state'
 # T5X's name of the item is `state`; Orbax's own default is `default`.
 _ITEMS = ('', STATE, 'default')
-# The index of Orbax's first releases: a msgpack tree, as flax writes it, in which large leaves are strings.
+# The index of Orbax's first releases: a msgpack tree, as flax writes it, in which large leaves are
+# strings.
 _OLD_INDEX = 'checkpoint'
 _PLACEHOLDER = 'PLACEHOLDER://'
+# Orbax writes into a directory of such a name, and renames it when all is written.
+_UNFINISHED = re.compile(r'\.orbax-checkpoint-tmp\b[^/]*(/|$)')
+
+# Leaves by their keys in the tree; None for an array in the store.
+_Leaves: TypeAlias = dict[tuple[str, ...], Tensor | None]
 
 
 def find_state(path: str) -> str | None:
-  """The directory at or below `path` that holds an Orbax tree, or None."""
+  """Return the directory at or below `path` that holds an Orbax tree, or None.
+
+  Raises:
+    CheckpointError: Orbax has not finished writing the checkpoint.
+  """
   for item in _ITEMS:
     directory = os.path.join(path, item).rstrip('/')
     if storage.read_file(directory, METADATA) is not None:
-      return directory
+      return _finished(directory)
   state = f'{path}/{STATE}'
-  return state if storage.read_file(state, _OLD_INDEX) is not None else None
+  return _finished(state) if storage.read_file(state, _OLD_INDEX) is not None else None
 
 
 def read_orbax(path: str, directory: str) -> Tree:
-  """The parameters of the Orbax checkpoint `path`, whose arrays are below `directory`. Raises CheckpointError."""
+  """Return the parameters of the Orbax checkpoint `path`.
+
+  Args:
+    path: Directory of the checkpoint.
+    directory: Directory of the arrays, as find_state returns it.
+
+  Raises:
+    CheckpointError: The checkpoint is damaged, or holds no parameters of T5X.
+  """
   metadata = storage.read_file(directory, METADATA)
-  where = f'{directory}/{METADATA}'
   if metadata is None:
     where = f'{directory}/{_OLD_INDEX}'
-    leaves = dict(
-      _old_leaves(legacy.parse_index(storage.read_file(directory, _OLD_INDEX), where), where)
-    )
+    index = storage.read_file(directory, _OLD_INDEX) or b''
+    leaves = _old_leaves(legacy.parse_index(index, where), where)
     zarr3, zeros_are_stored = False, True
     ocdbt = storage.read_file(directory, 'manifest.ocdbt') is not None
   else:
+    where = f'{directory}/{METADATA}'
+    content = storage.parse_json(metadata, where)
     try:
-      content = json.loads(metadata)
-      leaves = dict(_leaves(content['tree_metadata']))
+      leaves = dict.fromkeys(_leaf_keys(content['tree_metadata']))
       zarr3, ocdbt = content.get('use_zarr3', False), content.get('use_ocdbt', True)
-    except (ValueError, TypeError, KeyError, AttributeError) as e:
-      raise CheckpointError(f'{where} is damaged: {type(e).__name__} {e}') from e
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+      raise CheckpointError(f'{where} is damaged: {type(e).__name__} {e!s:.200}') from e
     # zarr 2 arrays of Orbax have no fill value, and so always store zeros; zarr 3 arrays have one.
     zeros_are_stored = not zarr3 or bool(content.get('store_array_data_equal_to_fill_value'))
   if ocdbt and storage.read_file(directory, 'manifest.ocdbt') is None:
@@ -61,10 +80,10 @@ def read_orbax(path: str, directory: str) -> Tree:
     )
   base = {'driver': 'ocdbt', 'base': storage.kvstore(directory)} if ocdbt else None
 
-  def opening(keys: tuple[str, ...]):
+  def opening(keys: tuple[str, ...]) -> zarr_arrays.OpeningArray:
     key = '.'.join(keys)
     return zarr_arrays.open_array(
-      '/'.join(keys),
+      printable('/'.join(keys)),
       f'{directory}/{key}',
       driver='zarr3' if zarr3 else 'zarr',
       base=base,
@@ -72,56 +91,58 @@ def read_orbax(path: str, directory: str) -> Tree:
       zeros_are_stored=zeros_are_stored,
     )
 
-  prefix = next(
-    (
-      p
-      for p in (('target',), ('optimizer', 'target'))
-      if any(keys[: len(p)] == p for keys in leaves)
-    ),
-    None,
-  )
-  if prefix is None:
-    tops = sorted({keys[0] for keys in leaves})
-    raise CheckpointError(
-      f'{where} lists no parameters below target, as T5X has them; found: '
-      f'{", ".join(tops) or "none"}'
-    )
-  target = {
-    '/'.join(keys[len(prefix) :]): (leaf, keys)
+  prefix = _target_prefix(leaves, where)
+  started = {
+    '/'.join(keys[len(prefix) :]): opening(keys) if leaf is None else leaf
     for keys, leaf in leaves.items()
     if keys[: len(prefix)] == prefix
   }
-  started = {name: opening(keys) if leaf is None else leaf for name, (leaf, keys) in target.items()}
-  tensors = {name: s if isinstance(s, Tensor) else s.tensor() for name, s in started.items()}
+  tensors = {n: leaf if isinstance(leaf, Tensor) else leaf.tensor() for n, leaf in started.items()}
+  step_keys = (*prefix[:-1], 'state', 'step')
+  step = None
+  if step_keys in leaves:
+    stored_step = leaves[step_keys] or opening(step_keys).tensor()
+    step = step_number(stored_step.read()) if stored_step.shape == () else None
   return Tree(
-    path,
-    f'Orbax checkpoint ({"OCDBT, " if ocdbt else ""}zarr {3 if zarr3 else 2})',
-    tensors,
-    _step(leaves, prefix[:-1] + ('state', 'step'), opening),
+    path, f'Orbax checkpoint ({"OCDBT, " if ocdbt else ""}zarr {3 if zarr3 else 2})', tensors, step
   )
 
 
-def _leaves(tree_metadata: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], None]]:
-  """The place of every array in the tree."""
+def _finished(directory: str) -> str:
+  """Return the directory. Raises CheckpointError: its name is one of an unfinished save."""
+  if _UNFINISHED.search(directory):
+    raise CheckpointError(
+      f'{directory} is not a checkpoint: Orbax is still writing it, or was interrupted; take an '
+      'earlier step'
+    )
+  return directory
+
+
+def _target_prefix(leaves: _Leaves, where: str) -> tuple[str, ...]:
+  """Return the keys of the subtree of parameters. Raises CheckpointError: there is none."""
+  for prefix in (('target',), ('optimizer', 'target')):
+    if any(keys[: len(prefix)] == prefix for keys in leaves):
+      return prefix
+  tops = sorted({keys[0] if keys else '' for keys in leaves})
+  raise CheckpointError(
+    f'{where} lists no parameters below target, as T5X has them; found: '
+    f'{name_list(tops, len(tops)) or "none"}'
+  )
+
+
+def _leaf_keys(tree_metadata: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+  """Yield the keys of every array in the tree."""
   for leaf in tree_metadata.values():
     if not leaf['value_metadata'].get('skip_deserialize', False):  # empty nodes
-      yield tuple(str(k['key']) for k in leaf['key_metadata']), None
+      yield tuple(str(k['key']) for k in leaf['key_metadata'])
 
 
-def _old_leaves(
-  node: Any, where: str, keys: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], Tensor | None]]:
-  if isinstance(node, dict):
-    for key, child in node.items():
-      yield from _old_leaves(child, where, keys + (str(key),))
-  elif isinstance(node, np.ndarray):
-    yield keys, InMemory(node, where)
-  elif isinstance(node, str) and node.startswith(_PLACEHOLDER):
-    yield keys, None
-
-
-def _step(leaves, keys, opening) -> int | None:
-  if keys not in leaves:
-    return None
-  tensor = opening(keys).tensor() if leaves[keys] is None else leaves[keys]
-  return step_number(tensor.read()) if tensor.shape == () else None
+def _old_leaves(tree: Any, where: str) -> _Leaves:
+  """Return the leaves of an index of Orbax's first releases."""
+  leaves: _Leaves = {}
+  for keys, leaf in legacy.flat_leaves(tree):
+    if isinstance(leaf, np.ndarray):
+      leaves[keys] = InMemory(leaf, where)
+    elif isinstance(leaf, str) and leaf.startswith(_PLACEHOLDER):
+      leaves[keys] = None
+  return leaves

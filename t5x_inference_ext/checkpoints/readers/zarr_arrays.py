@@ -1,4 +1,4 @@
-"""zarr arrays of a checkpoint, on a local disk or in a bucket, opened and read through tensorstore."""
+"""zarr arrays of a checkpoint, opened and read through tensorstore."""
 
 import itertools
 import math
@@ -11,7 +11,8 @@ from t5x_inference_ext.checkpoints import storage
 from t5x_inference_ext.checkpoints.tensor import Bounds, Tensor
 from t5x_inference_ext.errors import CheckpointError
 
-# Decoded chunks are kept, so that reading one layer after another out of a chunk that holds several decodes it once.
+# Decoded chunks are kept, so that reading one layer after another out of a chunk that holds several
+# decodes it once.
 CACHE_BYTES = 512 * 2**20
 _cached = ts.Context({'cache_pool': {'total_bytes_limit': CACHE_BYTES}})
 # For what is read once, or must come from the disk.
@@ -19,14 +20,19 @@ _uncached = ts.Context({'cache_pool': {'total_bytes_limit': 0}})
 
 
 class ZarrTensor(Tensor):
-  """A stored zarr array. A missing chunk is an error, where tensorstore by itself gives fill values."""
+  """A stored zarr array.
 
-  def __init__(self, name: str, path: str, store: ts.TensorStore, spec: dict):
-    """Args:
-    name: Name of the parameter, for messages.
-    path: Directory of the array.
-    store: The array, opened.
-    spec: tensorstore's spec that opens the array.
+  A missing chunk is an error, where tensorstore by itself gives fill values.
+  """
+
+  def __init__(self, name: str, path: str, store: ts.TensorStore, spec: dict) -> None:
+    """Wrap an opened array.
+
+    Args:
+      name: Name of the parameter, for messages.
+      path: Directory of the array.
+      store: The array, opened.
+      spec: tensorstore's spec that opens the array.
     """
     super().__init__(store.shape, store.dtype.numpy_dtype, path)
     self.name = name
@@ -39,29 +45,28 @@ class ZarrTensor(Tensor):
     return OpeningArray(self.name, self.path, self._spec, cached=False).tensor()
 
   def _read(self, bounds: Bounds) -> np.ndarray:
-    ends = self._trailers.read(bounds) if self._trailers else {}
+    trailers = self._trailers.read(bounds) if self._trailers else {}
     try:
       values = np.asarray(self._store[tuple(slice(*b) for b in bounds)].read().result())
-      cut = self._trailers.find_cut(ends) if self._trailers else None
     except ValueError as e:
       raise CheckpointError(f'{self.name}: damaged data in {self.path}: {storage.reason(e)}') from e
-    if cut is not None:
-      raise CheckpointError(
-        f'{self.name}: damaged data in {self.path}/{cut}: the end of the file is not there'
-      )
+    if self._trailers and (damage := self._trailers.damage(trailers)):
+      raise CheckpointError(f'{self.name}: damaged data in {self.path}/{damage}')
     return values
 
 
 class _GzipTrailers:
   """The ends of an array's gzip chunks, each read once.
 
-  tensorstore compares the checksum and the length at the end of a gzip stream, but takes a stream that was cut within
-  them. The last 4 bytes of a whole one are the number of bytes that it decompresses to.
+  tensorstore compares the checksum and the length at the end of a gzip stream, but takes a stream
+  that was cut within them. The last 4 bytes of a whole one are the number of bytes that it
+  decompresses to.
   """
 
   _BYTES = 4
 
-  def __init__(self, store: ts.TensorStore, metadata: dict):
+  def __init__(self, store: ts.TensorStore, metadata: dict) -> None:
+    assert store.kvstore is not None  # every zarr array has one
     self._kvstore, self._chunk = store.kvstore, tuple(metadata['chunks'])
     self._separator = metadata.get('dimension_separator', '.')
     size = math.prod(self._chunk) * store.dtype.numpy_dtype.itemsize
@@ -70,25 +75,28 @@ class _GzipTrailers:
 
   @classmethod
   def of(cls, store: ts.TensorStore) -> '_GzipTrailers | None':
-    """Return the trailers of an array in zarr version 2 that is compressed with gzip, as T5X writes; else None."""
+    """Return the trailers of a gzip array of zarr version 2, as T5X writes; None for others."""
     spec = store.spec().to_json()
     compressor = spec['metadata'].get('compressor') or {}
     is_gzip = spec['driver'] == 'zarr' and compressor.get('id') == 'gzip'
     return cls(store, spec['metadata']) if is_gzip else None
 
   def read(self, bounds: Bounds) -> dict[str, ts.Future]:
-    """Start reading the trailers of the chunks in `bounds`, by chunk key, where they have not been read before."""
+    """Start to read the trailers of chunks in `bounds` that were not read before, by chunk key."""
     ranges = (range(begin // c, -(-end // c)) for (begin, end), c in zip(bounds, self._chunk))
     keys = (self._separator.join(map(str, place)) or '0' for place in itertools.product(*ranges))
     tail = slice(-self._BYTES, None)
     return {k: self._kvstore.read(k, byte_range=tail) for k in keys if k not in self._checked}
 
-  def find_cut(self, trailers: dict[str, ts.Future]) -> str | None:
-    """Return the key of the first chunk that has lost its end, or None. Raises ValueError: a chunk can't be read."""
+  def damage(self, trailers: dict[str, ts.Future]) -> str | None:
+    """Return the key of the first chunk that has lost its end, and why; None: all are whole."""
     for key, trailer in trailers.items():
-      found = trailer.result()
+      try:
+        found = trailer.result()
+      except ValueError as e:
+        return f'{key}: {storage.reason(e)}'
       if found.state == 'value' and found.value != self._expected:
-        return key
+        return f'{key}: the end of the file is not there'
       self._checked.add(key)
     return None
 
@@ -96,7 +104,7 @@ class _GzipTrailers:
 class OpeningArray:
   """An array being opened: start many with open_array, then wait for each."""
 
-  def __init__(self, name: str, path: str, spec: dict, cached: bool):
+  def __init__(self, name: str, path: str, spec: dict, cached: bool) -> None:
     self.name, self.path, self._spec = name, path, spec
     context = _cached if cached else _uncached
     try:
@@ -141,10 +149,11 @@ def open_array(
     name: Name of the parameter, for messages.
     path: Directory of the array.
     driver: 'zarr' (version 2) or 'zarr3'.
-    base: Spec of a key-value store that holds the array under `key`, where it is not a directory of its own.
+    base: Spec of a key-value store that holds the array under `key`, where it is not a directory of
+      its own.
     key: See base.
-    zeros_are_stored: False only where the writer is known to leave out chunks that are all fill value; everywhere else
-      a missing chunk has been lost.
+    zeros_are_stored: False only where the writer is known to leave out chunks that are all fill
+      value; everywhere else a missing chunk has been lost.
     cached: Whether decoded chunks are kept for later reads; False reads from the disk each time.
   """
   store = storage.kvstore(path) if base is None else {**base, 'path': key.rstrip('/') + '/'}

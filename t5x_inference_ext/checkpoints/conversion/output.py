@@ -1,0 +1,82 @@
+"""The interface of a format that a conversion writes."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from t5x_inference_ext.checkpoints import manifest, serving
+from t5x_inference_ext.checkpoints.arrays import Rectangle
+from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
+from t5x_inference_ext.checkpoints.conversion.raw_array import RawArray, array_files
+from t5x_inference_ext.checkpoints.tensor import Bounds
+
+# (array, bounds in it, their values)
+ArrayWrite = tuple[RawArray, Bounds, np.ndarray]
+
+
+class Output:
+  """A format being written.
+
+  Attributes:
+    manifest_name: Name of the manifest's file.
+    manifest_format: What the manifest says that it is.
+    header: Name of the file that is written last, and without which a directory is no checkpoint.
+    weights: Dtype of the matrices: 'int8', 'bfloat16' or 'float32'.
+    arrays: All arrays that are written.
+  """
+
+  manifest_name: str
+  manifest_format: str
+  header: str
+
+  def __init__(
+    self, source: Checkpoint, weights: str, arrays: tuple[RawArray, ...], record: dict[str, Any]
+  ) -> None:
+    self.weights, self.arrays = weights, arrays
+    self._manifest = {
+      'format': self.manifest_format,
+      'version': serving.VERSION,
+      'written_by': record['written_by'],
+      'weights': weights,
+      'options': record['options'],
+      'model': source.config.to_dict(),
+      'source': record['source'],
+      'tensors': {
+        a.name: {'shape': a.shape, 'dtype': a.dtype.name, 'chunks': a.chunk} for a in arrays
+      },
+    }
+
+  def dtype(self, name: str) -> np.dtype:
+    """Return the dtype in which the canonical tensor `name` is written."""
+    raise NotImplementedError
+
+  def placements(self, name: str, rectangle: Rectangle, values: np.ndarray) -> Iterator[ArrayWrite]:
+    """Yield where canonical values [layers, rows, columns] go; scales are tensors of one row."""
+    raise NotImplementedError
+
+  def is_layer_weight(self, array: str) -> bool:
+    """Return whether the array of this name holds matrices of layers, or their scales."""
+    raise NotImplementedError
+
+  def index_files(self) -> dict[str, bytes]:
+    """Return the small files that the format has beside the manifest, by name."""
+    return {}
+
+  def headers(
+    self, checksums: dict[str, list[int]], errors: dict[str, dict[str, float]]
+  ) -> Iterator[tuple[str, bytes]]:
+    """Yield the files that describe the arrays, `header` last.
+
+    Args:
+      checksums: CRC-32 of each chunk, by array.
+      errors: rounding errors, by tensor.
+
+    Yields:
+      Name and content.
+    """
+    listed, index = serving.checksums_file(checksums), self.index_files()
+    files = {serving.CHECKSUMS: listed, **index, **array_files(self.arrays)}
+    yield serving.CHECKSUMS, listed
+    yield self.manifest_name, manifest.write({**self._manifest, 'errors': errors}, files)
+    yield from index.items()

@@ -1,0 +1,54 @@
+"""What a checkpoint records of the conversion that made it."""
+
+import contextlib
+import importlib.metadata
+from typing import Any
+import zlib
+
+from t5x_inference_ext.checkpoints import storage
+from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
+from t5x_inference_ext.errors import CheckpointError
+
+_INDEX_FILES = (
+  'checkpoint',
+  'serving_config.json',
+  'checksums.json',
+  '_METADATA',
+  'manifest.ocdbt',
+  'state/_METADATA',
+  'state/manifest.ocdbt',
+  'state/checkpoint',
+)
+
+
+def conversion_record(source: Checkpoint, scale_search: str) -> dict[str, Any]:
+  """Return what the manifest says of the program, the source and the options."""
+  return {
+    'written_by': f't5x_inference_ext {_version()}',
+    'source': {
+      'path': source.path,
+      'format': source.format,
+      'step': source.step,
+      'notes': list(source.notes),
+      'form': source.form,
+      'rescale_logits': source.rescale_logits,
+      'index_crc32': _index_checksum(source.path),
+    },
+    'options': {'scale_search': scale_search},
+  }
+
+
+def _index_checksum(path: str) -> int:
+  """Return the CRC-32 of the small files of a checkpoint, which tell it from another one."""
+  total = 0
+  for name in _INDEX_FILES:
+    with contextlib.suppress(CheckpointError):
+      total = zlib.crc32(storage.read_file(path, name) or b'', total)
+  return total
+
+
+def _version() -> str:
+  try:
+    return importlib.metadata.version('t5x_inference_ext')
+  except importlib.metadata.PackageNotFoundError:
+    return 'from source'

@@ -1,0 +1,84 @@
+"""Ranges of axes that are merged into one, as numpy's reshape merges them."""
+
+from collections.abc import Iterator, Sequence
+import itertools
+import math
+from typing import TypeAlias
+
+from t5x_inference_ext.checkpoints.tensor import Bounds, Span
+
+# An index into a numpy array: an integer, a range or a new axis for each axis.
+Index: TypeAlias = tuple[int | slice | None, ...]
+
+
+def merged_ranges(
+  local: Sequence[Span], sizes: Sequence[int], offsets: Sequence[int]
+) -> Iterator[tuple[Span, Index]]:
+  """Merge ranges of several axes into contiguous ranges of one.
+
+  Args:
+    local: A range of each axis.
+    sizes: The whole size of each axis.
+    offsets: Where each range begins in the block that holds it.
+
+  Yields:
+    A range of the merged axis, and what to take of each axis of the block.
+  """
+  if not local:
+    yield (0, 1), (None,)
+    return
+  begin, end = local[-1]
+  inner = slice(offsets[-1], offsets[-1] + end - begin)
+  for outer in itertools.product(*(range(b, e) for b, e in local[:-1])):
+    base = 0
+    for i, n in zip(outer, sizes):
+      base = base * n + i
+    base *= sizes[-1]
+    yield (
+      (base + begin, base + end),
+      (*(o + i - b for o, i, (b, _) in zip(offsets, outer, local)), inner),
+    )
+
+
+def split_range(span: Span, sizes: Sequence[int]) -> Iterator[tuple[Bounds, Index]]:
+  """Cut a range of a merged axis into ranges of the axes in it.
+
+  Yields:
+    A range of each axis, and what to take of the merged range for it.
+  """
+  if not sizes:
+    yield (), (0,)
+    return
+  inner, position = sizes[-1], span[0]
+  while position < span[1]:
+    end = min(span[1], (position // inner + 1) * inner)
+    outer: list[Span] = []
+    rest = position // inner
+    for n in reversed(sizes[:-1]):
+      outer.insert(0, (rest % n, rest % n + 1))
+      rest //= n
+    first = position % inner
+    yield (
+      (*outer, (first, first + end - position)),
+      (*((None,) * len(outer)), slice(position - span[0], end - span[0])),
+    )
+    position = end
+
+
+def covering_box(span: Span, sizes: Sequence[int]) -> tuple[Bounds, int]:
+  """Find the smallest box of axes that holds a range of them merged.
+
+  Returns:
+    A range of each axis, and where `span` begins in the box when its axes are merged.
+  """
+  begin, end = span
+  bounds: list[Span] = []
+  for axis in range(len(sizes)):
+    stride = math.prod(sizes[axis + 1 :])
+    first, last = begin // stride, (end - 1) // stride
+    begin, end = begin - first * stride, end - first * stride
+    bounds.append((first, last + 1))
+    if first != last:  # several indices of this axis: all of the axes inside it
+      bounds += [(0, n) for n in sizes[axis + 1 :]]
+      break
+  return tuple(bounds), begin

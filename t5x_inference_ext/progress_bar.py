@@ -1,0 +1,91 @@
+"""How far a long step is, on stderr: a bar on a terminal, a line now and then elsewhere."""
+
+import contextlib
+import sys
+import time
+
+import tqdm
+
+from t5x_inference_ext.text_format import decimal_bytes
+
+LINE_SECONDS = 10  # between lines, where there is no terminal
+
+
+class ProgressBar:
+  """The progress of one step.
+
+  Args:
+    what: Name of the step.
+    total: Number of items or bytes, or None where it is not known.
+    is_bytes: Whether bytes are counted. Their bar stays when the step is done, and so does a last
+      line.
+    shown: Whether anything is shown.
+  """
+
+  def __init__(
+    self, what: str, total: int | None = None, *, is_bytes: bool = False, shown: bool = True
+  ) -> None:
+    self._what, self._total, self._done = what, total, 0
+    self._text = decimal_bytes if is_bytes else str
+    self._is_bytes, self._shown = is_bytes, shown and sys.stderr is not None
+    self._start = self._said = time.monotonic()
+    self._bar: tqdm.tqdm | None = None
+    if self._shown and sys.stderr.isatty():
+      self._bar = tqdm.tqdm(
+        desc=what,
+        total=total,
+        leave=is_bytes,
+        unit='B' if is_bytes else 'it',
+        unit_scale=is_bytes,
+        file=sys.stderr,
+      )
+
+  def advance(self, amount: int = 1) -> None:
+    """Count more items or bytes."""
+    self._done += amount
+    with contextlib.suppress(OSError):  # a terminal that is gone ends no run
+      if self._bar is not None:
+        self._bar.update(amount)
+      elif self._shown:
+        self._print_line()
+
+  def _print_line(self) -> None:
+    now = time.monotonic()
+    last = self._is_bytes and self._done == self._total
+    if now - self._said >= LINE_SECONDS or last:
+      self._said = now
+      of = '' if self._total is None else f' of {self._text(self._total)}'
+      line = f'{self._what}: {self._text(self._done)}{of}, {now - self._start:.0f} s'
+      print(line, file=sys.stderr, flush=True)
+
+  def close(self) -> None:
+    """End the bar."""
+    if self._bar is not None:
+      self._bar.close()
+
+
+class PassProgress:
+  """A progress bar for each pass over the data: convert, verify, upload."""
+
+  def __init__(self) -> None:
+    self._pass = ''
+    self._bar: ProgressBar | None = None
+
+  def __call__(self, what: str, done: int, total: int) -> None:
+    """Count bytes of a pass, whose name is the beginning of `what`."""
+    name = next((n for n in ('verify', 'upload') if what.startswith(f'{n} ')), 'convert')
+    if self._bar is None or name != self._pass:
+      self.close()
+      self._pass, self._bar = name, ProgressBar(name, total, is_bytes=True)
+    self._bar.advance(done)
+
+  def close(self) -> None:
+    """End the bar of the last pass."""
+    if self._bar is not None:
+      self._bar.close()
+
+  def __enter__(self) -> 'PassProgress':
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
