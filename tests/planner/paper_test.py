@@ -4,8 +4,10 @@ import dataclasses
 
 import pytest
 
+from benchmarks.planner_figures import FIGURE_3_MODEL
+from benchmarks.planner_table_2 import TABLE_2
 from t5x_inference_ext import config
-from t5x_inference_ext.planner import published, search, tables
+from t5x_inference_ext.planner import figure_data, search
 from t5x_inference_ext.planner.costs import cost, mfu
 from t5x_inference_ext.planner.machine import Machine
 from t5x_inference_ext.planner.request import PlanRequest
@@ -35,26 +37,26 @@ TABLE_1 = {
 @pytest.mark.parametrize('tokens', FIGURE_3)
 def test_figure_3(tokens):
   found = [
-    tables.feedforward_bytes(tables.FIGURE_3_MODEL, tables.FIGURE_3_MESH, name, tokens) / 1e9
-    for name in tables.FIGURE_3_LAYOUTS
+    figure_data.feedforward_bytes(FIGURE_3_MODEL, (4, 4, 4), name, tokens) / 1e9
+    for name in figure_data.FEEDFORWARD_LAYOUTS
   ]
   assert found == [pytest.approx(value, rel=5e-4) for value in FIGURE_3[tokens]]
 
 
 def test_figure_3_changes_layout_at_three_points():
-  points = tables.switch_points(tables.FIGURE_3_MODEL, tables.FIGURE_3_MESH)
+  points = figure_data.switch_points(FIGURE_3_MODEL, (4, 4, 4))
   assert points == [(16384, 'ws_2d', 'wg_x'), (65536, 'wg_x', 'wg_xy'), (786432, 'wg_xy', 'wg_xyz')]
 
 
 @pytest.mark.parametrize('name,batch', TABLE_1)
 def test_table_1(name, batch):
-  row = next(row for row in tables.table_1(PALM) if row.name == name)
+  row = next(row for row in figure_data.context_rows(PALM) if row.name == name)
   assert row.config.d_head == (128 if name == 'multihead' else 256)
-  found = tables.longest_context(row.config, V4_64, (4, 4, 4), row.layout, batch)
+  found = figure_data.longest_context(row.config, V4_64, (4, 4, 4), row.layout, batch)
   assert found == pytest.approx(TABLE_1[name, batch], rel=0.02)
 
 
-@pytest.mark.parametrize('column', published.TABLE_2, ids=lambda c: c.name)
+@pytest.mark.parametrize('column', TABLE_2, ids=lambda c: c.name)
 def test_every_mfu_of_table_2_follows_from_its_latency(column):
   tokens = column.batch * column.length
   # With the 540e9 parameters that the paper counts.
@@ -78,7 +80,7 @@ def _costs(column, mesh, convention):
   return search.phase_costs(request, V4_64, mesh, column.phase, column.batch)
 
 
-@pytest.mark.parametrize('column', published.TABLE_2, ids=lambda c: c.name)
+@pytest.mark.parametrize('column', TABLE_2, ids=lambda c: c.name)
 def test_in_the_papers_convention_its_layouts_are_the_best(column):
   """Of all layouts on all meshes of whole axes of the slice: half an axis does not have the links of a whole one."""
   meshes = search.meshes(PlanRequest(PALM, column.batch, convention='paper'), V4_64)
@@ -92,7 +94,7 @@ def test_in_the_papers_convention_its_layouts_are_the_best(column):
 
 @pytest.mark.parametrize(
   'column,best',
-  list(zip(published.TABLE_2, ('ws_1d/heads', 'ws_1d/batch', 'wg_xyz/batch', 'ws_1d/batch'))),
+  list(zip(TABLE_2, ('ws_1d/heads', 'ws_1d/batch', 'wg_xyz/batch', 'ws_1d/batch'))),
   ids=lambda x: getattr(x, 'name', x),
 )
 def test_on_the_torus_one_dimension_is_ahead_by_little(column, best):
@@ -114,6 +116,6 @@ def test_two_dimensions_win_on_both_networks_with_more_chips():
 
 def test_decoding_in_series_takes_longer_than_in_parallel():
   """Section 3.4: 14% more for a decode step of 512 rows."""
-  column = published.TABLE_2[3]
+  column = TABLE_2[3]
   serial = dataclasses.replace(column.case, config=dataclasses.replace(PALM, block='serial'))
   assert 0.05 < cost(serial).seconds / cost(column.case).seconds - 1 < 0.25
