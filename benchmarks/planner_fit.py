@@ -98,8 +98,8 @@ def fit_text(found: Fit) -> str:
   ]
   for column, error, left_out in zip(TABLE_2, found.errors, found.left_out):
     lines.append(
-      f'  {column.name:24} {column.seconds:8.4f} s {column.seconds * (1 + error):8.4f} s {error:+7.1%} '
-      f'{left_out:+9.1%}'
+      f'  {column.name:24} {column.seconds:8.4f} s {column.seconds * (1 + error):8.4f} s '
+      f'{error:+7.1%} {left_out:+9.1%}'
     )
   return '\n'.join(lines)
 

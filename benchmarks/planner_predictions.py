@@ -148,8 +148,8 @@ def tensor_parallel(request: PlanRequest, machine: Machine) -> Plan:
 def paper() -> None:
   """Print the paper's points beside the predictions."""
   print(
-    f'{"":12} {"model":10} {"slice":9} {"phase":8} {"batch":>5} {"weights":9} {"layout":13} {"measured":>11} '
-    f'{"predicted":>11} {"error":>6} {"best mesh":>22}'
+    f'{"":12} {"model":10} {"slice":9} {"phase":8} {"batch":>5} {"weights":9} {"layout":13} '
+    f'{"measured":>11} {"predicted":>11} {"error":>6} {"best mesh":>22}'
   )
   errors = []
   for point in PAPER:
@@ -159,17 +159,20 @@ def paper() -> None:
     request = PlanRequest(
       case.config, case.batch, 2048 if case.phase == 'prefill' else 2016, 64, weights=case.weights
     )
-    found_all = (
-      c
-      for mesh in case.machine.meshes(case.config)
-      for c in search.phase_costs(request, case.machine, mesh, case.phase, case.batch)
+    best = min(
+      (
+        c
+        for mesh in case.machine.meshes(case.config)
+        for c in search.phase_costs(request, case.machine, mesh, case.phase, case.batch)
+      ),
+      key=lambda c: c.seconds,
     )
-    best = min(found_all, key=lambda c: c.seconds)
     errors.append(found.seconds / point.latency - 1)
     print(
-      f'{point.where:12} {point.model:10} {point.machine:9} {case.phase:8} {case.batch:5} {case.weights:9} '
-      f'{point.layout:13} {point.latency * 1e3:8.1f} ms {found.seconds * 1e3:8.1f} ms {errors[-1]:+6.0%} '
-      f'{str(best.case.layout):>12} {"x".join(map(str, best.case.mesh)):>6} '
+      f'{point.where:12} {point.model:10} {point.machine:9} {case.phase:8} {case.batch:5} '
+      f'{case.weights:9} {point.layout:13} {point.latency * 1e3:8.1f} ms '
+      f'{found.seconds * 1e3:8.1f} ms {errors[-1]:+6.0%} '
+      f'{str(best.case.layout):>12} {best.case.mesh_text:>6} '
       f'{best.seconds / point.latency - 1:+.0%}'
     )
   sizes = sorted(map(abs, errors))
@@ -180,8 +183,8 @@ def megatron() -> None:
   """Print FasterTransformer's times beside the predictions."""
   model = preset('megatron_530b')
   print(
-    f'{"in, out":>8} {"batch":>5} {"TP-16":>9} {"predicted":>10} {"error":>6} {"TP-32":>9} {"predicted":>10} '
-    f'{"error":>6} {"64 TPU v4, predicted":>22}'
+    f'{"in, out":>8} {"batch":>5} {"TP-16":>9} {"predicted":>10} {"error":>6} {"TP-32":>9} '
+    f'{"predicted":>10} {"error":>6} {"64 TPU v4, predicted":>22}'
   )
   errors = []
   for (tokens, output), rows in FASTER_TRANSFORMER.items():

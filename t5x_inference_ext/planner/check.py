@@ -21,6 +21,7 @@ from t5x_inference_ext.planner.text import binary_bytes, seconds_text, table, wr
 if typing.TYPE_CHECKING:
   from t5x_inference_ext.precompile.analysis import Answer
   from t5x_inference_ext.precompile.estimate import Estimate, OperationCost
+  from t5x_inference_ext.precompile.memory import CompiledMemory
 
 COLLECTIVES_ROW = 'collectives'
 # Row -> (the compiler's kinds of operations, the predicted parts). The compiler's products read
@@ -94,6 +95,7 @@ def refuse_unchecked(plan: Plan) -> None:
 
 def _checked(plan: Plan, planned: PassCost, say: Callable[[str], None]) -> Checked:
   from t5x_inference_ext.precompile.analysis import analyze
+  from t5x_inference_ext.precompile.program import Program
 
   case, request = planned.case, plan.request
   positions = max(request.context, case.padded)
@@ -125,35 +127,38 @@ def _checked(plan: Plan, planned: PassCost, say: Callable[[str], None]) -> Check
   # Prefill, too, hands the cache over as decode stores it.
   cache = memory(plan.decode.case, positions).cache
   held = dataclasses.replace(memory(case, positions), cache=cache)
-  rows = (*_time_rows(predicted, answer.estimate), *_byte_rows(predicted, answer, held))
+  estimate, program = answer.estimate, answer.program
+  assert estimate is not None and isinstance(program, Program)  # it fits
+  rows = (*_time_rows(predicted, estimate), *_byte_rows(predicted, estimate, program.memory, held))
   return Checked(predicted, answer, rows)
 
 
 def _time_rows(predicted: PassCost, compiled: Estimate) -> Iterator[CheckRow]:
   ideal, by_kind = predicted.at(IDEAL), compiled.by_kind
-  compiled_hidden = sum(c.hidden_seconds for c in compiled.costs)
   for name, (kinds, parts) in GROUPS.items():
-    seconds = [sum(c.parts[part] for part in parts) for c in (predicted, ideal)]
-    if name == COLLECTIVES_ROW:
-      # The parts leave out what products hide; the compiler's serial estimate does not.
-      seconds = [s + c.hidden_seconds for s, c in zip(seconds, (predicted, ideal))]
-    yield CheckRow(name, 's', *seconds, sum(by_kind.get(kind, 0.0) for kind in kinds))
+    # The parts leave out what products hide; the compiler's serial estimate does not.
+    ours, at_full_rate = (
+      sum(c.parts[part] for part in parts) + (c.hidden_seconds if name == COLLECTIVES_ROW else 0)
+      for c in (predicted, ideal)
+    )
+    yield CheckRow(name, 's', ours, at_full_rate, sum(by_kind.get(kind, 0.0) for kind in kinds))
   yield CheckRow(
     f'of {COLLECTIVES_ROW}, hidden',
     's',
     predicted.hidden_seconds,
     ideal.hidden_seconds,
-    compiled_hidden,
+    sum(c.hidden_seconds for c in compiled.costs),
   )
   yield CheckRow(
     'all, but what is hidden', 's', predicted.seconds, ideal.seconds, compiled.overlapped_seconds
   )
 
 
-def _byte_rows(predicted: PassCost, answer: Answer, held: PlannedMemory) -> Iterator[CheckRow]:
+def _byte_rows(
+  predicted: PassCost, estimate: Estimate, compiled: CompiledMemory, held: PlannedMemory
+) -> Iterator[CheckRow]:
   moved = sum(c.count * c.move.moved for c in predicted.collectives)
-  sent = sum(_sent(c) for c in answer.estimate.costs if c.collective)
-  compiled = answer.program.memory
+  sent = sum(_sent_bytes(c) for c in estimate.costs)
   for name, planned_bytes, compiled_bytes in (
     ('sent by a chip', moved, sent),
     ('weights held', held.weights, compiled.weights),
@@ -163,9 +168,10 @@ def _byte_rows(predicted: PassCost, answer: Answer, held: PlannedMemory) -> Iter
     yield CheckRow(name, 'bytes', planned_bytes, planned_bytes, compiled_bytes)
 
 
-def _sent(c: OperationCost) -> float:
+def _sent_bytes(c: OperationCost) -> float:
   """Return the bytes that a chip sends in all runs, as sharding.collective.Collective does."""
-  assert c.collective is not None
+  if c.collective is None:
+    return 0.0
   kind, shards = c.collective.kind, c.collective.size
   if kind == 'collective-permute':
     return c.count * c.bytes

@@ -65,9 +65,9 @@ def test_the_report_ranks_breaks_down_and_says_why(capsys):
     assert words in out.replace('\n         ', ' ')
   sentence = ' '.join(out.split())
   assert re.search(
-    r'wg_xyz/batch for prefill and ws_2d/batch for decode on 4x4x4 take 12\.\d+ s in all, [\d.]+ ms '
-    r'less than the next pair of layouts, wg_xy/heads and ws_2d/batch on 4x8x2: prefill moves fewer '
-    r'activations \(-[\d.]+ ms\), other parts cost more \(\+[\d.]+ ms\)\.',
+    r'wg_xyz/batch for prefill and ws_2d/batch for decode on 4x4x4 take 12\.\d+ s in all, '
+    r'[\d.]+ ms less than the next pair of layouts, wg_xy/heads and ws_2d/batch on 4x8x2: prefill '
+    r'moves fewer activations \(-[\d.]+ ms\), other parts cost more \(\+[\d.]+ ms\)\.',
     sentence,
   )
   assert "The paper's convention, 270 GB/s for every collective" in sentence

@@ -1,4 +1,4 @@
-"""The paper's own figures, by the planner's public functions."""
+"""The paper's own figures, computed by the planner's public functions."""
 
 import dataclasses
 
@@ -72,7 +72,7 @@ def test_parameters(name, billions):
 
 
 def _costs(column, mesh, convention):
-  """Of all layouts, for the rows of a column of Table 2."""
+  """Return the costs of all layouts for the rows of a column of Table 2."""
   length = 2048 if column.phase == 'prefill' else 2016  # decode steps then see 2048 in the middle
   request = PlanRequest(
     PALM, column.batch, length, 64, weights=column.weights, convention=convention
@@ -82,7 +82,7 @@ def _costs(column, mesh, convention):
 
 @pytest.mark.parametrize('column', TABLE_2, ids=lambda c: c.name)
 def test_in_the_papers_convention_its_layouts_are_the_best(column):
-  """Of all layouts on all meshes of whole axes of the slice: half an axis does not have the links of a whole one."""
+  """Meshes are of whole axes: half an axis does not have the links of a whole one."""
   meshes = search.meshes(PlanRequest(PALM, column.batch, convention='paper'), V4_64)
   assert (2, 8, 4) not in meshes and (2, 8, 4) in V4_64.meshes(PALM)
   found = [c for mesh in meshes for c in _costs(column, mesh, 'paper')]
@@ -98,7 +98,10 @@ def test_in_the_papers_convention_its_layouts_are_the_best(column):
   ids=lambda x: getattr(x, 'name', x),
 )
 def test_on_the_torus_one_dimension_is_ahead_by_little(column, best):
-  """ws_2d moves fewer bytes from 16 chips on, but some of them over x alone, where links are a third: so from 81 on."""
+  """From 16 chips on ws_2d moves fewer bytes, but some over x alone, on a third of the links.
+
+  So it is faster from 81 chips on.
+  """
   found = {str(c.case.layout): c for c in _costs(column, (4, 4, 4), 'torus')}
   assert min(found, key=lambda name: found[name].seconds) == best
   theirs, ours = found[column.layout], found[best]

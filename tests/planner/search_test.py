@@ -1,4 +1,4 @@
-"""The search: nothing that it leaves out is better, and what it says where there is nothing to choose."""
+"""The search: nothing that it leaves out is better, and it says why where nothing fits."""
 
 import dataclasses
 import itertools
