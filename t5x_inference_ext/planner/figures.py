@@ -69,10 +69,7 @@ def communication(path: str, config: ModelConfig, mesh: Mesh) -> None:
   """Draw the GB that a chip sends in one feedforward layer against tokens, by layout (Figure 3)."""
   step = math.prod(mesh)
   tokens = [step * 2**i for i in range(max(1, (_MAX_TOKENS // step).bit_length()))]
-  about = (
-    f'{_model_text(config)}: E {config.d_model}, F {config.d_ff}; mesh {"x".join(map(str, mesh))}, '
-    'bfloat16'
-  )
+  about = f'{_model_text(config)}; mesh {"x".join(map(str, mesh))}, bfloat16'
   with _figure(path, 6, 4.5, about) as figure:
     axes = _axes(figure, (1, 1, 1), 'tokens in a pass', 'GB sent by a chip in a layer', 'log')
     # Layouts whose lines coincide stay visible: the later ones are thinner.
@@ -133,7 +130,7 @@ def time_parts(path: str, plans: Sequence[Plan]) -> None:
 
 
 def _model_text(config: ModelConfig) -> str:
-  return preset_name(config) or f'{config.num_params / 1e9:.3g}B parameters'
+  return preset_name(config) or f'd_model {config.d_model}, d_ff {config.d_ff}'
 
 
 def _work_text(request: PlanRequest) -> str:
