@@ -6,7 +6,7 @@ from t5x_inference_ext.errors import MeshError, UserError
 from t5x_inference_ext.planner import search
 from t5x_inference_ext.planner.machine import Machine, known_machines
 from t5x_inference_ext.planner.request import Plan, PlanRequest, tightest_phase
-from t5x_inference_ext.planner.text import gib, seconds_text
+from t5x_inference_ext.text_format import gib, seconds_text
 
 
 class NothingFits(UserError):

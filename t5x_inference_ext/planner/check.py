@@ -16,7 +16,8 @@ from t5x_inference_ext.planner.costs import PassCost, cost
 from t5x_inference_ext.planner.efficiency import IDEAL
 from t5x_inference_ext.planner.memory import PlannedMemory, memory
 from t5x_inference_ext.planner.request import Plan
-from t5x_inference_ext.planner.text import binary_bytes, seconds_text, table, wrap
+from t5x_inference_ext.planner.text import table, wrap
+from t5x_inference_ext.text_format import binary_bytes, seconds_text
 
 if typing.TYPE_CHECKING:
   from t5x_inference_ext.precompile.analysis import Answer

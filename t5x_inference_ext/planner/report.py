@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 from t5x_inference_ext.planner.choose import Choice
 from t5x_inference_ext.planner.costs import PARTS, PassCost
 from t5x_inference_ext.planner.request import Plan
-from t5x_inference_ext.planner.text import binary_bytes, seconds_text, table, wrap
+from t5x_inference_ext.planner.text import table, wrap
+from t5x_inference_ext.text_format import binary_bytes, seconds_text
 
 ROWS = 12  # of a table; the JSON file has all
 

@@ -12,9 +12,10 @@ from t5x_inference_ext.planner import choose, figures, gin_text, json_text, repo
 from t5x_inference_ext.planner import sweep as sweeps
 from t5x_inference_ext.planner.machine import Machine, known_machines
 from t5x_inference_ext.planner.request import PlanRequest
-from t5x_inference_ext.planner.text import seconds_text, table
+from t5x_inference_ext.planner.text import table
 from t5x_inference_ext.sharding.mesh import parse_mesh
 from t5x_inference_ext.text_files import check_plots, check_writable, write_text
+from t5x_inference_ext.text_format import seconds_text
 
 
 def plan(
