@@ -34,7 +34,7 @@ def choice_dict(choice: Choice, checked: Sequence[Checked] = ()) -> dict[str, An
     'latency_target': choice.target,
     'convention': r.convention,
     'efficiency': dataclasses.asdict(choice.plan.decode.efficiency),
-    'why': why(choice),
+    'why': why(choice, in_json=True),
     'paper_convention': paper_convention(choice),
     'plan': plan_dict(choice.plan),
     'ranked': [plan_dict(p) for p in choice.ranked],

@@ -1,6 +1,6 @@
 """The printed report of a choice: ranked layout pairs, parts of the time, and the reason."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from t5x_inference_ext.planner.choose import Choice
 from t5x_inference_ext.planner.costs import PARTS, PassCost
@@ -15,7 +15,7 @@ def plan_text(choice: Choice, rows: int = ROWS) -> str:
   """Return the report, which fills about one screen."""
   plan = choice.plan
   lines = [*_heading(plan), '', *_ranked(choice.ranked, rows), '', *_parts(plan), '']
-  lines += wrap(_comparison(choice, _difference))
+  lines += wrap(why(choice))
   lines += wrap(paper_convention(choice))
   if choice.others:
     lines += ['', *wrap(_objective_text(choice)), *_others(choice.others[:rows])]
@@ -107,17 +107,23 @@ def _spread(cells: Iterable[str]) -> list[str]:
   return [text for cell in cells for text in (cell, '')]
 
 
-def why(choice: Choice) -> str:
-  """Return the sentence on why the first pair is the first, in the words that the JSON file has."""
-  return _comparison(choice, _difference_in_json)
+_LESS = {
+  'matmuls': 'computes less in matmuls',
+  'logits': 'computes less in logits',
+  'attention': 'computes less in attention',
+  'weight load': 'loads fewer weights',
+  'cache load': 'loads less of the cache',
+  'activations moved': 'moves fewer activations',
+  'weights moved': 'waits less for gathered weights',
+}
 
 
-def _comparison(choice: Choice, difference: Callable[[Plan, Plan], str]) -> str:
+def why(choice: Choice, in_json: bool = False) -> str:
   """Return a sentence that compares the chosen plan with the next pair of layouts.
 
   Args:
     choice: The choice.
-    difference: Returns the end of the sentence, on the largest difference of two plans.
+    in_json: Whether to end it in the words of the JSON file, which stay as its readers know them.
   """
   plan = choice.plan
   names = ' and '.join(f'{c.case.layout} for {c.case.phase}' for c in plan.phases)
@@ -132,40 +138,18 @@ def _comparison(choice: Choice, difference: Callable[[Plan, Plan], str]) -> str:
   if behind < 1e-3 * plan.seconds:
     more = 'as fast as' if behind < 1e-9 * plan.seconds else 'hardly faster than'
     return f'{takes}, {more} {theirs}; either will do.'
+  phase, part, seconds = _largest_difference(plan, rival)
+  saved, lost = seconds_text(seconds), seconds_text(seconds - behind)
+  if in_json:
+    difference = f', mostly as {saved} less go into {part} in {phase}'
+    elsewhere = f' against {lost} more elsewhere'
+  else:
+    difference = f': {phase} {_LESS[part]} (-{saved})'
+    elsewhere = f', other parts cost more (+{lost})'
+  if seconds > 1.05 * behind:
+    difference += elsewhere
   less = f'{seconds_text(behind)} less than the next {kind}, {theirs}'
-  return f'{takes}, {less}{difference(plan, rival)}.'
-
-
-def _difference(plan: Plan, rival: Plan) -> str:
-  """Return ': prefill moves fewer activations (-458 ms), other parts cost more (+335 ms)'."""
-  phase, part, saved = _largest_difference(plan, rival)
-  lost = saved - (rival.seconds - plan.seconds)
-  more = f', other parts cost more (+{seconds_text(lost)})' if _counts(plan, rival) else ''
-  return f': {phase} {_LESS[part]} (-{seconds_text(saved)}){more}'
-
-
-def _difference_in_json(plan: Plan, rival: Plan) -> str:
-  """Return the difference in the words of the JSON file, which stay as they are for its readers."""
-  phase, part, saved = _largest_difference(plan, rival)
-  lost = seconds_text(saved - (rival.seconds - plan.seconds))
-  more = f' against {lost} more elsewhere' if _counts(plan, rival) else ''
-  return f', mostly as {seconds_text(saved)} less go into {part} in {phase}{more}'
-
-
-_LESS = {
-  'matmuls': 'computes less in matmuls',
-  'logits': 'computes less in logits',
-  'attention': 'computes less in attention',
-  'weight load': 'loads fewer weights',
-  'cache load': 'loads less of the cache',
-  'activations moved': 'moves fewer activations',
-  'weights moved': 'waits less for gathered weights',
-}
-
-
-def _counts(plan: Plan, rival: Plan) -> bool:
-  """Return whether the parts in which the plan is slower are worth mentioning."""
-  return _largest_difference(plan, rival)[2] > 1.05 * (rival.seconds - plan.seconds)
+  return f'{takes}, {less}{difference}.'
 
 
 def _largest_difference(plan: Plan, rival: Plan) -> tuple[str, str, float]:
