@@ -104,7 +104,7 @@ class PassCase:
       self.layout, self.config, axis_sizes(self.mesh), self.batch, self.padded
     )
 
-  @property
+  @functools.cached_property
   def padded(self) -> int:
     """T as it runs: positions that the layout splits are padded until they divide."""
     if self.phase == 'decode':
