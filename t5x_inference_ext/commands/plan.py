@@ -49,7 +49,7 @@ from t5x_inference_ext.errors import UserError
 _DTYPES = ('int8', 'bfloat16')
 # (kind, name, default, help text, choices)
 _FLAGS: tuple[tuple[Any, ...], ...] = (
-  ('enum', 'model', None, f'The model: {", ".join(sorted(PRESETS))}.', sorted(PRESETS)),
+  ('enum', 'model', None, 'The model.', sorted(PRESETS)),
   (
     'string',
     'slice',

@@ -192,17 +192,17 @@ def test_a_sweep_and_figures_write_their_files(tmp_path, capsys):
     ([*TINY, '--slice=v9'], "no chip is called 'v9': a slice is written chip:shape"),
     ([*TINY, '--json=tests'], "can't write tests: it is a directory"),
     ([*TINY, '--sweep', '--figures'], 'figures is of one plan, and sweep has many'),
-    ([*GIN, '--gin.SLICE=4'], 'SLICE must be str or None, got 4'),
+    ([*GIN, '--gin.SLICE=4'], 'SLICE must be text or None, got 4'),
     (
       [*GIN, '--gin.SLICE="v4:4x4x4"', '--gin.MESH=(4, 4, 4)'],
-      'MESH must be str or None, got (4, 4, 4)',
+      'MESH must be text or None, got (4, 4, 4)',
     ),
-    ([*GIN, '--gin.CHIP=["v4"]'], "CHIP must be str, got ['v4']"),
+    ([*GIN, '--gin.CHIP=["v4"]'], "CHIP must be text, got ['v4']"),
     (
       [*GIN, '--gin.LATENCY_TARGET_MS="fast"'],
-      "LATENCY_TARGET_MS must be float or None, got 'fast'",
+      "LATENCY_TARGET_MS must be a number or None, got 'fast'",
     ),
-    ([*GIN, '--gin.WEIGHTS=["int8"]'], "WEIGHTS must be str, got ['int8']"),
+    ([*GIN, '--gin.WEIGHTS=["int8"]'], "WEIGHTS must be text, got ['int8']"),
     (
       [*GIN, '--gin.config.preset.num_layers=0'],
       'ModelConfig.num_layers must be a whole number above 0, got 0',
@@ -253,7 +253,7 @@ def test_help_teaches(capsys):
     '--latency_target_ms',
     'The cheapest',
     '--gin_output',
-    '--objective: ',
+    '--objective=',
   ):
     assert words in out
 
