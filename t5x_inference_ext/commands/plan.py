@@ -136,7 +136,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     define(name, default, *choices, text, flag_values=flags)
 
 
-def main(flags: absl_flags.FlagValues) -> None:
+def _main(flags: absl_flags.FlagValues) -> None:
   """Plan as flags or gin say."""
   # Before jax is imported: the command computes on no accelerator of this machine, and takes none.
   os.environ['JAX_PLATFORMS'] = 'cpu'
@@ -156,5 +156,5 @@ def main(flags: absl_flags.FlagValues) -> None:
 def run(argv: list[str] | None = None) -> int:
   """Run the command and return its exit code."""
   with cli.Session(__doc__, define_flags, argv) as session:
-    main(session.parse())
+    _main(session.parse())
   return session.code
