@@ -10,7 +10,7 @@ import os
 
 os.environ['JAX_PLATFORMS'] = 'cpu'  # before jax is imported: nothing is computed here
 
-from t5x_inference_ext.config import preset  # noqa: E402
+from t5x_inference_ext.config import ModelConfig, preset  # noqa: E402
 from t5x_inference_ext.planner import figures  # noqa: E402
 from t5x_inference_ext.planner.choose import BATCHES, choose  # noqa: E402
 from t5x_inference_ext.planner.machine import Machine, known_machines  # noqa: E402
@@ -18,15 +18,27 @@ from t5x_inference_ext.planner.request import PlanRequest  # noqa: E402
 from t5x_inference_ext.planner.sweep import sweep  # noqa: E402
 
 MODEL = preset('palm_540b')
+# The paper's Figure 3 shows one feedforward layer of two matrices of these sizes. The other sizes
+# do not matter there.
+FIGURE_3_MODEL = ModelConfig(
+  num_layers=1,
+  d_model=16384,
+  d_ff=65536,
+  num_heads=64,
+  d_head=256,
+  vocab_size=256,
+  block='serial',
+  mlp='gelu',
+)
 SLICE = Machine.parse('v4:4x4x4')
 
 
 def draw(output_dir: str) -> list[str]:
-  """Writes all; returns the files."""
+  """Draw all figures, and return their files."""
   os.makedirs(output_dir, exist_ok=True)
   names = 'communication', 'context', 'parts', 'pareto'
   files = {name: os.path.join(output_dir, f'planner_{name}.svg') for name in names}
-  figures.communication(files['communication'])
+  figures.communication(files['communication'], FIGURE_3_MODEL, (4, 4, 4))
   figures.contexts(files['context'], MODEL, SLICE, (4, 4, 4))
   figures.time_parts(files['parts'], choose(PlanRequest(MODEL, 64), [SLICE]).ranked[:8])
   machines = [Machine.parse(name) for name in known_machines('v4')]

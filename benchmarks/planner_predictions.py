@@ -1,12 +1,13 @@
-"""The planner's predictions beside what others measured, none of which its fit has seen.
+"""The planner's predictions beside measurements of others, none of which its fit has seen.
 
   python -m benchmarks.planner_predictions
 
-First the other measured points of Pope et al. (arXiv 2211.05102): PaLM 540B at batch 64 with weights of either kind
-(its text), and Table 3, PaLM 62B. Each latency is checked against the MFU that is printed beside it. The layout is the
-paper's, and the mesh of whole axes with X nearest to sqrt(n E / F) (section 3.2.2; of two as near the larger): the paper
-does not say which its small slices had. Then Megatron 530B beside NVIDIA's FasterTransformer on A100s with
-tensor parallelism, for 20, 60 and 128 tokens in and 8 or 20 out: on the same GPUs in the layout that tensor parallelism
+First the other measured points of Pope et al. (arXiv 2211.05102): PaLM 540B at batch 64 with
+weights of either kind (its text), and Table 3, PaLM 62B. Each latency is checked against the MFU
+that is printed beside it. The layout is the paper's, and the mesh of whole axes with X nearest to
+sqrt(n E / F) (section 3.2.2; of two as near the larger): the paper does not say which its small
+slices had. Then Megatron 530B beside NVIDIA's FasterTransformer on A100s with tensor parallelism,
+for 20, 60 and 128 tokens in and 8 or 20 out: on the same GPUs in the layout that tensor parallelism
 is (ws_1d/heads), and on 64 TPU v4 in the best.
 """
 
@@ -29,7 +30,11 @@ from t5x_inference_ext.sharding.mesh import parse_mesh  # noqa: E402
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-  """A point of the paper; `latency` in seconds, of a prefill of 2048 tokens or of one decode step at context 2048."""
+  """A point that the paper measured.
+
+  `latency` is the time, in seconds, of a prefill of 2048 tokens or of one decode step at context
+  2048.
+  """
 
   where: str
   model: str
@@ -44,6 +49,7 @@ class Measured:
 
   @property
   def case(self) -> PassCase:
+    """The pass."""
     model, machine = preset(self.model), Machine.parse(self.machine)
     return PassCase(
       model,
@@ -58,7 +64,7 @@ class Measured:
     )
 
   def check(self) -> None:
-    """Raises ValueError where latency and MFU, as printed, do not belong together."""
+    """Raise ValueError where latency and MFU, as printed, do not belong together."""
     case = self.case
     tokens = case.batch * case.length
     if (
@@ -105,9 +111,10 @@ PAPER = (
   ),
 )
 
-# (tokens in, tokens out) -> batch -> milliseconds with tensor parallelism of 16 and of 32, FP16, no pipeline: NVIDIA's
-# FasterTransformer, docs/gpt_guide.md, "Performance of Megatron-530B" (8 A100 80 GB a node, 8 x 200 Gb/s between
-# nodes): 105 layers, 128 heads of 160, vocabulary 51200, as the preset megatron_530b.
+# (tokens in, tokens out) -> batch -> milliseconds with tensor parallelism of 16 and of 32, FP16, no
+# pipeline: NVIDIA's FasterTransformer, docs/gpt_guide.md, "Performance of Megatron-530B" (8 A100 80
+# GB a node, 8 x 200 Gb/s between nodes): 105 layers, 128 heads of 160, vocabulary 51200, as the
+# preset megatron_530b.
 FASTER_TRANSFORMER = {
   (20, 8): {1: (565, 431), 4: (616, 493), 16: (730, 575), 64: (1191, 942), 256: (3341, 2483)},
   (60, 20): {
@@ -122,7 +129,7 @@ FASTER_TRANSFORMER = {
 
 
 def tensor_parallel(request: PlanRequest, machine: Machine) -> Plan:
-  """Megatron's: d_ff and heads split over all chips, the activations of all tokens summed over them."""
+  """Return Megatron's plan: d_ff and heads split over all chips, activations summed over them."""
   case = PassCase(
     request.config,
     machine,
@@ -139,10 +146,10 @@ def tensor_parallel(request: PlanRequest, machine: Machine) -> Plan:
 
 
 def paper() -> None:
-  """Prints the first table."""
+  """Print the paper's points beside the predictions."""
   print(
-    f'{"":12} {"model":10} {"slice":9} {"phase":8} {"batch":>5} {"weights":9} {"layout":13} {"measured":>11} '
-    f'{"predicted":>11} {"error":>6} {"best mesh":>22}'
+    f'{"":12} {"model":10} {"slice":9} {"phase":8} {"batch":>5} {"weights":9} {"layout":13} '
+    f'{"measured":>11} {"predicted":>11} {"error":>6} {"best mesh":>22}'
   )
   errors = []
   for point in PAPER:
@@ -152,17 +159,20 @@ def paper() -> None:
     request = PlanRequest(
       case.config, case.batch, 2048 if case.phase == 'prefill' else 2016, 64, weights=case.weights
     )
-    found_all = (
-      c
-      for mesh in case.machine.meshes(case.config)
-      for c in search.phase_costs(request, case.machine, mesh, case.phase, case.batch)
+    best = min(
+      (
+        c
+        for mesh in case.machine.meshes(case.config)
+        for c in search.phase_costs(request, case.machine, mesh, case.phase, case.batch)
+      ),
+      key=lambda c: c.seconds,
     )
-    best = min(found_all, key=lambda c: c.seconds)
     errors.append(found.seconds / point.latency - 1)
     print(
-      f'{point.where:12} {point.model:10} {point.machine:9} {case.phase:8} {case.batch:5} {case.weights:9} '
-      f'{point.layout:13} {point.latency * 1e3:8.1f} ms {found.seconds * 1e3:8.1f} ms {errors[-1]:+6.0%} '
-      f'{str(best.case.layout):>12} {"x".join(map(str, best.case.mesh)):>6} '
+      f'{point.where:12} {point.model:10} {point.machine:9} {case.phase:8} {case.batch:5} '
+      f'{case.weights:9} {point.layout:13} {point.latency * 1e3:8.1f} ms '
+      f'{found.seconds * 1e3:8.1f} ms {errors[-1]:+6.0%} '
+      f'{str(best.case.layout):>12} {best.case.mesh_text:>6} '
       f'{best.seconds / point.latency - 1:+.0%}'
     )
   sizes = sorted(map(abs, errors))
@@ -170,11 +180,11 @@ def paper() -> None:
 
 
 def megatron() -> None:
-  """Prints the second."""
+  """Print FasterTransformer's times beside the predictions."""
   model = preset('megatron_530b')
   print(
-    f'{"in, out":>8} {"batch":>5} {"TP-16":>9} {"predicted":>10} {"error":>6} {"TP-32":>9} {"predicted":>10} '
-    f'{"error":>6} {"64 TPU v4, predicted":>22}'
+    f'{"in, out":>8} {"batch":>5} {"TP-16":>9} {"predicted":>10} {"error":>6} {"TP-32":>9} '
+    f'{"predicted":>10} {"error":>6} {"64 TPU v4, predicted":>22}'
   )
   errors = []
   for (tokens, output), rows in FASTER_TRANSFORMER.items():

@@ -1,34 +1,44 @@
-"""Which slice, mesh, batch and layouts? What each would take, by the paper's analytical model, and which is best.
+r"""Predict what each slice, mesh, batch and pair of layouts takes, and choose the best.
 
-  python -m t5x_inference_ext.plan --model=palm_540b --slice=v4:4x4x4 --batch=64 --input_length=1920 --output_length=64
+  python -m t5x_inference_ext.plan --model=palm_540b --slice=v4:4x4x4 --batch=64 \
+      --input_length=1920 --output_length=64
 
-prints every pair of layouts for prefill and decode, the fastest first, with its predicted time, MFU, memory and what
-limits it, where the time of the best goes, and why it is the best. Nothing is compiled and no device is asked for.
-Without --slice the usual slices of --chip are all considered, without --batch powers of two up to 1024:
+prints every pair of layouts for prefill and decode, the fastest first, with its predicted time,
+MFU, memory and limiting resource; then the parts of the best one's time, and why it is the best.
+The predictions are those of the paper's analytical model: nothing is compiled, and no device is
+used. Without --slice the usual slices of --chip are all considered, without --batch powers of two
+up to 1024:
 
   python -m t5x_inference_ext.plan --model=palm_62b --chip=v4,v5e --batch=8 --latency_target_ms=1500
-  python -m t5x_inference_ext.plan --model=palm_8b --slice=v5e:2x4 --objective=throughput --weights=bfloat16
+  python -m t5x_inference_ext.plan --model=palm_8b --slice=v5e:2x4 --objective=throughput \
+      --weights=bfloat16
 
-The target is for all of a request: its prompts' prefill and --output_length decode steps. Of what meets it the cheapest
-is taken, in chip-seconds a token. --gin_output writes gin that infer, the T5X adapter and precompile take after their
-own files, --json every number, --check compiles the plan with the TPU compiler and prints predicted beside compiled:
+The target covers a whole request: the prefill of its prompts and --output_length decode steps. Of
+the plans that meet it the cheapest is taken, in chip-seconds a token. --gin_output writes gin that
+infer, the T5X adapter and precompile take after their own files. --json writes every number.
+--check compiles the plan with the TPU compiler and prints predicted beside compiled:
 
-  python -m t5x_inference_ext.plan --model=palm_8b --slice=v4:2x2x1 --batch=32 --gin_output=plan.gin --check
-  python -m t5x_inference_ext.precompile --gin_file=t5x_inference_ext/configs/runs/precompile.gin --gin_file=plan.gin
+  python -m t5x_inference_ext.plan --model=palm_8b --slice=v4:2x2x1 --batch=32 \
+      --gin_output=plan.gin --check
+  python -m t5x_inference_ext.precompile --gin_file=t5x_inference_ext/configs/runs/precompile.gin \
+      --gin_file=plan.gin
 
---sweep gives latency against cost of all slices and batches, as pareto.csv and pareto.svg in --output_dir; --figures
-draws the bytes of layouts, the longest contexts and the parts of the time there: pip install
-'t5x_inference_ext[plots]'.
+--sweep writes latency against cost of all slices and batches, as pareto.csv and pareto.svg in
+--output_dir. --figures draws there the bytes of layouts, the longest contexts and the parts of the
+time. Both need pip install 't5x_inference_ext[plots]'.
 
-The same by gin, where models of other shapes are, too:
+gin takes the same options, and models of other shapes:
 
-  python -m t5x_inference_ext.plan --gin_file=t5x_inference_ext/configs/runs/plan.gin \\
-      --gin_file=t5x_inference_ext/configs/models/palm_62b.gin --gin.SLICE=\\"v4:2x2x4\\" --gin.BATCH=32
+  python -m t5x_inference_ext.plan --gin_file=t5x_inference_ext/configs/runs/plan.gin \
+      --gin_file=t5x_inference_ext/configs/models/palm_62b.gin \
+      --gin.SLICE=\"v4:2x2x4\" --gin.BATCH=32
 
-docs/planner.md explains the model. The exit code is 0, or 2 for an error: nothing fits, and what would, is one.
+docs/planner.md explains the model. The exit code is 0, or 2 for an error. "Nothing fits" is an
+error that says what would fit.
 """
 
 import os
+from typing import Any
 
 from absl import flags as absl_flags
 
@@ -36,128 +46,115 @@ from t5x_inference_ext.commands import cli
 from t5x_inference_ext.config import PRESETS, preset
 from t5x_inference_ext.errors import UserError
 
-# Flag -> the parameter of planner.run.plan, where they differ.
-PLAN_PARAMETERS = {'slice': 'slice_name', 'json': 'json_file', 'figures': 'figure'}
-PLAN_FLAGS = (
-  'model',
-  'slice',
-  'chip',
-  'batch',
-  'input_length',
-  'output_length',
-  'weights',
-  'cache',
-  'objective',
-  'latency_target_ms',
-  'convention',
-  'mesh',
-  'phase',
-  'check',
-  'sweep',
-  'figures',
-  'output_dir',
-  'gin_output',
-  'json',
-)
-
-
-def define_flags(flags: absl_flags.FlagValues) -> None:
-
-  def define(kind, name, default, text, *arguments):
-    getattr(absl_flags, f'DEFINE_{kind}')(name, default, *arguments, text, flag_values=flags)
-
-  define('enum', 'model', None, f'The model: {", ".join(sorted(PRESETS))}.', sorted(PRESETS))
-  define(
+_DTYPES = ('int8', 'bfloat16')
+# (kind, name, default, help text, choices)
+_FLAGS: tuple[tuple[Any, ...], ...] = (
+  ('enum', 'model', None, 'The model.', sorted(PRESETS)),
+  (
     'string',
     'slice',
     None,
-    'The slice: v4:4x4x4, v5p:2x2x4, v5e:4x8, v6e:2x2, ...; or GPUs: A100:16, H100:8, '
-    'H200:8. By default the usual ones of --chip are considered.',
-  )
-  define(
+    'The slice: v4:4x4x4, v5p:2x2x4, v5e:4x8, v6e:2x2, ...; or GPUs: A100:16, H100:8, H200:8. '
+    'Default: the usual slices of --chip are all considered.',
+  ),
+  (
     'string',
     'chip',
     'v4',
-    'Where there is no --slice: v4, v5e, v5p, v6e, A100, H100, H200, or several, with commas.',
-  )
-  define(
-    'integer', 'batch', None, 'Rows at a time. By default powers of two up to 1024 are considered.'
-  )
-  define('integer', 'input_length', 1920, 'Tokens of each prompt.')
-  define('integer', 'output_length', 64, 'Tokens to be made of each prompt, a decode step each.')
-  define('enum', 'weights', 'int8', 'int8 or bfloat16.', ('int8', 'bfloat16'))
-  define('enum', 'cache', 'bfloat16', 'Keys and values: int8 or bfloat16.', ('int8', 'bfloat16'))
-  define(
+    'The chip where there is no --slice: v4, v5e, v5p, v6e, A100, H100, H200, or several, with '
+    'commas.',
+  ),
+  ('integer', 'batch', None, 'Rows at a time. Default: powers of two up to 1024 are considered.'),
+  ('integer', 'input_length', 1920, 'Tokens of each prompt.'),
+  ('integer', 'output_length', 64, 'Tokens to generate for each prompt, a decode step each.'),
+  ('enum', 'weights', 'int8', 'dtype of the weights.', _DTYPES),
+  ('enum', 'cache', 'bfloat16', 'dtype of keys and values.', _DTYPES),
+  (
     'enum',
     'objective',
     'latency',
-    'Of several slices or batches: latency, the fastest; throughput, most tokens '
-    'a second; cost, the fewest chip-seconds a token. Of one, all mean the fastest layouts.',
+    'How to choose among slices and batches: latency, the fastest; throughput, most tokens a '
+    'second; cost, fewest chip-seconds a token. With one slice and one batch all mean the fastest '
+    'layouts.',
     ('latency', 'throughput', 'cost'),
-  )
-  define(
+  ),
+  (
     'float',
     'latency_target_ms',
     None,
-    'The cheapest that takes no more, from prompts to the last token.',
-  )
-  define(
+    'Milliseconds from the prompts to the last token. The cheapest plan that takes no more is '
+    'chosen.',
+  ),
+  (
     'enum',
     'convention',
     'torus',
-    'Of the network: torus, each collective has the links of its own axes, and '
-    'hops; paper, all links for every collective, and no hops.',
+    'Convention of the network: torus, each collective has the links of its own axes, and hops; '
+    'paper, all links for every collective, and no hops.',
     ('torus', 'paper'),
-  )
-  define('string', 'mesh', None, 'XxYxZ over the whole slice. By default the best.')
-  define(
+  ),
+  ('string', 'mesh', None, 'XxYxZ over the whole slice. Default: the best.'),
+  (
     'enum',
     'phase',
     'both',
-    'both, or prefill or decode, where the other phase runs on another slice: only that '
-    'is priced, and has to fit.',
+    'Phases that run on the slice: both, or prefill or decode, where the other phase runs on '
+    'another slice. Only these are priced, and have to fit.',
     ('both', 'prefill', 'decode'),
-  )
-  define(
+  ),
+  (
     'boolean',
     'check',
     False,
     'Compile the plan for its slice, and print predicted beside compiled.',
-  )
-  define(
+  ),
+  (
     'boolean',
     'sweep',
     False,
-    'Latency against cost, in int8 and bfloat16, instead of one plan: a CSV and a figure.',
-  )
-  define('boolean', 'figures', False, 'Draw the figures of the plan.')
-  define('string', 'output_dir', '.', 'Takes the files of --sweep and --figures.')
-  define(
+    'Write latency against cost, in int8 and bfloat16, as a CSV and a figure, instead of a plan.',
+  ),
+  ('boolean', 'figures', False, 'Draw the figures of the plan.'),
+  ('string', 'output_dir', '.', 'Directory for the files of --sweep and --figures.'),
+  (
     'string',
     'gin_output',
     None,
-    'Write the plan into this file, as gin for infer, the T5X adapter and precompile.',
-  )
-  define('string', 'json', None, 'Write every number into this file, as JSON.')
+    'File for the plan, as gin for infer, the T5X adapter and precompile.',
+  ),
+  ('string', 'json', None, 'File for every number, as JSON.'),
+)
+_NAMES = tuple(flag[1] for flag in _FLAGS)
+# Flag -> the parameter of planner.run.plan, where they differ.
+_PARAMETERS = {'slice': 'slice_name', 'json': 'json_file', 'figures': 'figure'}
 
 
-def main(flags: absl_flags.FlagValues) -> None:
-  # Before jax is imported: the command runs on none of this machine's accelerators, and must not take them.
+def define_flags(flags: absl_flags.FlagValues) -> None:
+  """Define the command's own flags."""
+  for kind, name, default, text, *choices in _FLAGS:
+    define = getattr(absl_flags, f'DEFINE_{kind}')
+    define(name, default, *choices, text, flag_values=flags)
+
+
+def _main(flags: absl_flags.FlagValues) -> None:
+  """Plan as flags or gin say."""
+  # Before jax is imported: the command computes on no accelerator of this machine, and takes none.
   os.environ['JAX_PLATFORMS'] = 'cpu'
   from t5x_inference_ext.planner import run as runner
 
   if cli.uses_gin(flags):
-    cli.check_unmixed(flags, PLAN_FLAGS, 'BATCH=64', 'configs/runs/plan.gin')
+    cli.check_unmixed(flags, _NAMES, 'BATCH=64', 'configs/runs/plan.gin')
     cli.parse_gin(flags)
-    return cli.configure(runner.plan)()
+    cli.configure(runner.plan)()
+    return
   if flags.model is None:
     raise UserError('--model not given; --help shows examples')
-  arguments = {PLAN_PARAMETERS.get(name, name): flags[name].value for name in PLAN_FLAGS}
-  return runner.plan(**{**arguments, 'model': preset(flags.model)})
+  arguments: dict[str, Any] = {_PARAMETERS.get(name, name): flags[name].value for name in _NAMES}
+  runner.plan(**{**arguments, 'model': preset(flags.model)})
 
 
 def run(argv: list[str] | None = None) -> int:
-  """The entry point; returns the exit code."""
+  """Run the command and return its exit code."""
   with cli.Session(__doc__, define_flags, argv) as session:
-    main(session.parse())
+    _main(session.parse())
   return session.code

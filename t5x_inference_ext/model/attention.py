@@ -12,11 +12,8 @@ from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from t5x_inference_ext.hardware import MAX_ATTENTION_LOGITS
 from t5x_inference_ext.quantization.kv import KV, units_and_scales
-
-# Attention computes at most this many logits [b, h, m, positions] at once (1 GiB in float32):
-# beyond that, some rows at a time.
-MAX_ATTENTION_LOGITS = 2**28
 
 
 class Context(NamedTuple):

@@ -1,1 +1,4 @@
-"""The paper's analytical model: what a layout costs on a slice, and which to take. docs/planner.md."""
+"""The paper's analytical model: the cost of each layout on a slice, and the best one.
+
+See docs/planner.md.
+"""

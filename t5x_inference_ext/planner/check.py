@@ -1,9 +1,13 @@
-"""The plan's two programs compiled for its slice, and what was predicted beside what came out, part by part."""
+"""Comparison of a plan's predicted time and memory with its programs compiled for the slice.
 
-from collections.abc import Callable, Iterable
+The compiler's side (precompile, and with it the engine) is imported only when a plan is compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
 import dataclasses
-import textwrap
-from typing import Any
+import typing
 
 import jax
 
@@ -11,13 +15,18 @@ from t5x_inference_ext.errors import RequestError, UserError
 from t5x_inference_ext.planner.costs import PassCost, cost
 from t5x_inference_ext.planner.efficiency import IDEAL
 from t5x_inference_ext.planner.memory import PlannedMemory, memory
-from t5x_inference_ext.planner.report import time_text
 from t5x_inference_ext.planner.request import Plan
-from t5x_inference_ext.precompile.analysis import Answer, analyze
-from t5x_inference_ext.sharding.explain_text import bytes_text
+from t5x_inference_ext.planner.text import table, wrap
+from t5x_inference_ext.text_format import binary_bytes, seconds_text
+
+if typing.TYPE_CHECKING:
+  from t5x_inference_ext.precompile.analysis import Answer
+  from t5x_inference_ext.precompile.estimate import Estimate, OperationCost
+  from t5x_inference_ext.precompile.memory import CompiledMemory
 
 COLLECTIVES_ROW = 'collectives'
-# What the compiler's kinds of operations hold -> the parts that predict them. Its products read weights as they go.
+# Row -> (the compiler's kinds of operations, the predicted parts). The compiler's products read
+# weights as they go.
 GROUPS = {
   'products and weights': (('matmul',), ('matmuls', 'logits', 'weight load')),
   'attention and cache': (('attention',), ('attention', 'cache load')),
@@ -28,14 +37,14 @@ GROUPS = {
 
 @dataclasses.dataclass(frozen=True)
 class CheckRow:
-  """One part.
+  """One part of a phase, predicted and compiled.
 
   Attributes:
-    name: a key of GROUPS, 'all', or what is counted.
+    name: A key of GROUPS, or the quantity that is compared.
     unit: 's' or 'bytes'.
-    predicted: with the efficiencies; of bytes, those.
-    at_full_rate: without them.
-    compiled: by the compiler's estimate, which knows no efficiencies either.
+    predicted: The planner's value, at the plan's efficiency.
+    at_full_rate: The planner's value at the chip's peaks. Bytes are the same.
+    compiled: The compiler's estimate, which is at full rate too.
   """
 
   name: str
@@ -47,13 +56,13 @@ class CheckRow:
 
 @dataclasses.dataclass(frozen=True)
 class Checked:
-  """A phase.
+  """A phase, predicted and compiled.
 
   Attributes:
-    cost: predicted, with the whole cache: what a program attends to.
-    answer: the compiler's; None where it failed.
-    rows: both; none where there is nothing to compare.
-    problem: why there are none; '' where there are some.
+    cost: Predicted for the whole cache, which is what a program attends to.
+    answer: The compiler's answer. None where it failed.
+    rows: The compared parts; empty where the program failed or does not fit.
+    problem: Why there are no rows; '' where there are some.
   """
 
   cost: PassCost
@@ -63,29 +72,38 @@ class Checked:
 
 
 def check_plan(plan: Plan, say: Callable[[str], None] = lambda text: None) -> tuple[Checked, ...]:
-  """Compiles the phases of a plan.
+  """Compile the phases of a plan.
+
+  Args:
+    plan: The plan.
+    say: Takes a line of progress for each program.
 
   Raises:
-    UserError: a machine that programs can't be compiled for here; see precompile.analysis.analyze.
+    UserError: A machine that programs can't be compiled for here; see precompile.analysis.analyze.
   """
-  refuse(plan)
+  refuse_unchecked(plan)
   return tuple(_checked(plan, phase, say) for phase in plan.phases)
 
 
-def refuse(plan: Plan) -> None:
-  """Raises UserError for a plan that can't be checked."""
+def refuse_unchecked(plan: Plan) -> None:
+  """Raise UserError for a plan that can't be checked: the TPU compiler compiles for TPUs only."""
   if not plan.machine.chip.torus:
     raise UserError(
-      f'--check compiles with the TPU compiler, and {plan.machine} is no TPU slice: plan without --check'
+      f'--check compiles with the TPU compiler, and {plan.machine} is no TPU slice: plan without '
+      '--check'
     )
 
 
-def _checked(plan: Plan, planned: PassCost, say) -> Checked:
+def _checked(plan: Plan, planned: PassCost, say: Callable[[str], None]) -> Checked:
+  from t5x_inference_ext.precompile.analysis import analyze
+  from t5x_inference_ext.precompile.program import Program
+
   case, request = planned.case, plan.request
   positions = max(request.context, case.padded)
-  if case.phase == 'decode':
+  in_prefill = case.phase == 'prefill'
+  if not in_prefill:
     case = dataclasses.replace(case, context=positions)
-  found = cost(case, request.convention, planned.efficiency)
+  predicted = cost(case, request.convention, planned.efficiency)
   try:
     answer = analyze(
       request.config,
@@ -95,98 +113,87 @@ def _checked(plan: Plan, planned: PassCost, say) -> Checked:
       plan.rows,
       positions,
       layout=str(case.layout),
-      other_layout=plan.layouts[case.phase == 'prefill'],
+      other_layout=plan.layouts[1 if in_prefill else 0],
       mesh=plan.mesh_text,
       cache=request.cache,
-      prompt=case.padded if case.phase == 'prefill' else None,
+      prompt=case.padded if in_prefill else None,
       say=say,
     )
-  except (
-    RequestError,
-    jax.errors.JaxRuntimeError,
-  ) as e:  # of some programs it can't write the text that is read here
-    return Checked(found, None, (), f'the compiler failed: {str(e).splitlines()[0]}')
+  except (RequestError, jax.errors.JaxRuntimeError) as e:
+    # Of some programs the compiler can't write the text that precompile reads.
+    return Checked(predicted, None, (), f'the compiler failed: {str(e).splitlines()[0]}')
   if not answer.fits:
-    return Checked(
-      found,
-      answer,
-      (),
-      'it does not fit; python -m t5x_inference_ext.precompile says what is missing',
+    problem = 'it does not fit; python -m t5x_inference_ext.precompile says what is missing'
+    return Checked(predicted, answer, (), problem)
+  # Prefill, too, hands the cache over as decode stores it.
+  cache = memory(plan.decode.case, positions).cache
+  held = dataclasses.replace(memory(case, positions), cache=cache)
+  estimate, program = answer.estimate, answer.program
+  assert estimate is not None and isinstance(program, Program)  # it fits
+  rows = (*_time_rows(predicted, estimate), *_byte_rows(predicted, estimate, program.memory, held))
+  return Checked(predicted, answer, rows)
+
+
+def _time_rows(predicted: PassCost, compiled: Estimate) -> Iterator[CheckRow]:
+  ideal, by_kind = predicted.at(IDEAL), compiled.by_kind
+  for name, (kinds, parts) in GROUPS.items():
+    # The parts leave out what products hide; the compiler's serial estimate does not.
+    ours, at_full_rate = (
+      sum(c.parts[part] for part in parts) + (c.hidden_seconds if name == COLLECTIVES_ROW else 0)
+      for c in (predicted, ideal)
     )
-  # Prefill, too, hands the cache over as decode has it.
-  held = dataclasses.replace(
-    memory(case, positions), cache=memory(plan.decode.case, positions).cache
-  )
-  return Checked(found, answer, tuple(_rows(found, answer, held)))
-
-
-def _rows(found: PassCost, answer: Answer, held: PlannedMemory) -> Iterable[CheckRow]:
-  ideal, kinds = found.at(IDEAL), answer.estimate.by_kind
-  hidden = [
-    found.hidden_seconds,
+    yield CheckRow(name, 's', ours, at_full_rate, sum(by_kind.get(kind, 0.0) for kind in kinds))
+  yield CheckRow(
+    f'of {COLLECTIVES_ROW}, hidden',
+    's',
+    predicted.hidden_seconds,
     ideal.hidden_seconds,
-    sum(c.hidden_seconds for c in answer.estimate.costs),
-  ]
-  for name, (compiled, parts) in GROUPS.items():
-    values = [sum(c.parts[p] for p in parts) for c in (found, ideal)] + [
-      sum(kinds.get(kind, 0.0) for kind in compiled)
-    ]
-    if (
-      name == COLLECTIVES_ROW
-    ):  # of these the parts leave out what is hidden, and the compiler's serial estimate does not
-      values[0] += hidden[0]
-      values[1] += hidden[1]
-    yield CheckRow(name, 's', *values)
-  yield CheckRow(f'of {COLLECTIVES_ROW}, hidden', 's', *hidden)
-  yield CheckRow(
-    'all, but what is hidden', 's', found.seconds, ideal.seconds, answer.estimate.overlapped_seconds
+    sum(c.hidden_seconds for c in compiled.costs),
   )
-  moved = sum(c.count * c.move.moved for c in found.collectives)
   yield CheckRow(
-    'sent by a chip',
-    'bytes',
-    moved,
-    moved,
-    sum(_sent(c) for c in answer.estimate.costs if c.collective),
+    'all, but what is hidden', 's', predicted.seconds, ideal.seconds, compiled.overlapped_seconds
   )
-  compiled = answer.program.memory
-  for name in ('weights', 'cache'):
-    yield CheckRow(
-      f'{name} held', 'bytes', getattr(held, name), getattr(held, name), getattr(compiled, name)
-    )
-  yield CheckRow('temporaries', 'bytes', held.working, held.working, compiled.temporaries)
 
 
-def _sent(c: Any) -> float:
-  """Bytes that a chip sends in all runs of a collective, as sharding.collective.Collective counts them."""
-  if c.collective.kind == 'collective-permute':
+def _byte_rows(
+  predicted: PassCost, estimate: Estimate, compiled: CompiledMemory, held: PlannedMemory
+) -> Iterator[CheckRow]:
+  moved = sum(c.count * c.move.moved for c in predicted.collectives)
+  sent = sum(_sent_bytes(c) for c in estimate.costs)
+  for name, planned_bytes, compiled_bytes in (
+    ('sent by a chip', moved, sent),
+    ('weights held', held.weights, compiled.weights),
+    ('cache held', held.cache, compiled.cache),
+    ('temporaries', held.working, compiled.temporaries),
+  ):
+    yield CheckRow(name, 'bytes', planned_bytes, planned_bytes, compiled_bytes)
+
+
+def _sent_bytes(c: OperationCost) -> float:
+  """Return the bytes that a chip sends in all runs, as sharding.collective.Collective does."""
+  if c.collective is None:
+    return 0.0
+  kind, shards = c.collective.kind, c.collective.size
+  if kind == 'collective-permute':
     return c.count * c.bytes
-  share = (
-    (c.collective.size - 1) / c.collective.size * (2 if c.collective.kind == 'all-reduce' else 1)
-  )
-  return c.count * c.bytes * share
+  return c.count * c.bytes * ((shards - 1) / shards * (2 if kind == 'all-reduce' else 1))
 
 
 def check_text(checked: Iterable[Checked]) -> str:
-  """Tables."""
+  """Return a table for each phase."""
   lines = []
   for each in checked:
     case = each.cost.case
-    lines.append(f'check of {case.phase} in {case.layout} on {"x".join(map(str, case.mesh))}:')
+    lines.append(f'check of {case.phase} in {case.layout} on {case.mesh_text}:')
     if each.problem:
-      lines += textwrap.wrap(f'  {each.problem}', 120, subsequent_indent='  ')
+      lines += wrap(f'  {each.problem}', '  ')
       continue
-    lines.append(f'  {"":24}{"predicted":>13}{"at full rate":>14}{"compiled":>13}')
+    rows = [('', 'predicted', 'at full rate', 'compiled')]
     for row in each.rows:
-      lines.append(
-        f'  {row.name:24}{_show(row.predicted, row):>13}{_show(row.at_full_rate, row):>14}'
-        f'{_show(row.compiled, row):>13}'
-      )
+      show = binary_bytes if row.unit == 'bytes' else seconds_text
+      rows.append((row.name, show(row.predicted), show(row.at_full_rate), show(row.compiled)))
+    lines += table(rows, indent='  ')
   lines.append(
     "compiled: the compiler's estimate, at full rate; hidden: by its schedule (docs/precompile.md)"
   )
   return '\n'.join(lines)
-
-
-def _show(value: float, row: CheckRow) -> str:
-  return bytes_text(round(value)) if row.unit == 'bytes' else time_text(value)

@@ -1,7 +1,10 @@
-"""The time of one pass as a sum of parts: the paper's section 2 (compute, weight load, KV load) and 3 (collectives).
+"""The time of one pass as a sum of parts: compute, weight load, cache load and collectives.
 
-Nothing overlaps, except the gathering of weights: it depends on no activation, so that it runs beside the products of
-the layer before (section 3.5), and only what is longer than these counts.
+These are sections 2 and 3 of the paper.
+
+Nothing overlaps, except the gathering of weights. It depends on no activation, so that it runs
+beside the products of the layer before (section 3.5), and only the time by which it is longer than
+these counts.
 """
 
 import dataclasses
@@ -13,7 +16,7 @@ from t5x_inference_ext.planner.network import Network
 from t5x_inference_ext.planner.work import PassWork, work
 from t5x_inference_ext.sharding.collective import Collective
 
-# Part -> what limits it.
+# Part -> the resource that limits it.
 LIMITS = {
   'matmuls': 'compute',
   'logits': 'compute',
@@ -24,25 +27,24 @@ LIMITS = {
   'weights moved': 'network',
 }
 PARTS = tuple(LIMITS)
-# Limit -> the field of Efficiency that stretches its parts.
+# Resource -> the field of Efficiency that stretches its parts.
 _STRETCHED_BY = {
   'compute': 'matmul',
   'weight load': 'memory',
   'cache load': 'memory',
   'network': 'network',
 }
-_EFFICIENCIES = {part: _STRETCHED_BY[limit] for part, limit in LIMITS.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class CollectiveTime:
-  """A collective, all its runs in a pass together.
+  """A collective, with all its runs in a pass.
 
   Attributes:
-    move: what is moved.
-    count: runs.
-    seconds: that they take, alone.
-    of_weights: whether it gathers weights, beside compute.
+    move: The collective.
+    count: Number of runs.
+    seconds: Time of all runs, alone on the links.
+    of_weights: Whether it gathers weights, beside compute.
   """
 
   move: Collective
@@ -53,16 +55,16 @@ class CollectiveTime:
 
 @dataclasses.dataclass(frozen=True)
 class PassCost:
-  """What a pass takes.
+  """The predicted time of a pass, in parts.
 
   Attributes:
-    case: of what.
-    efficiency: of the chips.
-    convention: of the network.
-    work: per chip.
-    collectives: those of the layers, then of lookup and logits.
-    parts: name of PARTS -> seconds.
-    hidden_seconds: of gathering weights, beside products.
+    case: The pass.
+    efficiency: Shares of the chip's peaks.
+    convention: Convention of the network.
+    work: FLOPs and bytes of one chip.
+    collectives: Those of the layers, then those of the lookup and the logits.
+    parts: Name of PARTS -> seconds.
+    hidden_seconds: Time of gathering weights that products hide.
   """
 
   case: PassCase
@@ -75,22 +77,22 @@ class PassCost:
 
   @property
   def seconds(self) -> float:
-    """Of the pass: the sum of the parts."""
+    """Seconds of the pass: the sum of the parts."""
     return sum(self.parts.values())
 
   @property
   def tokens(self) -> int:
-    """B T, as asked for."""
+    """B T, without padding."""
     return self.case.batch * self.case.length
 
   @property
   def mfu(self) -> float:
-    """Of the pass."""
+    """Model FLOPs utilization of the pass."""
     return mfu(self.case.config.num_params, self.tokens, self.case.machine, self.seconds)
 
   @property
   def chip_seconds_per_token(self) -> float:
-    """The paper's cost."""
+    """The paper's cost: chips times seconds, over tokens."""
     return self.case.machine.chips * self.seconds / self.tokens
 
   @property
@@ -103,32 +105,34 @@ class PassCost:
 
   @property
   def limit(self) -> str:
-    """What takes most."""
-    return max(self.limits, key=self.limits.get)
+    """The resource that takes most of the time."""
+    limits = self.limits
+    return max(limits, key=lambda name: limits[name])
 
   def at(self, efficiency: Efficiency) -> 'PassCost':
-    """The same pass where chips reach other shares of their peaks."""
+    """Return the cost of the pass at other shares of the chip's peaks."""
     before, now = dataclasses.asdict(self.efficiency), dataclasses.asdict(efficiency)
     slower = {name: before[name] / now[name] for name in now}
-    collectives = tuple(
-      dataclasses.replace(c, seconds=c.seconds * slower['network']) for c in self.collectives
-    )
-    parts = {name: seconds * slower[_EFFICIENCIES[name]] for name, seconds in self.parts.items()}
+    parts = {
+      name: seconds * slower[_STRETCHED_BY[LIMITS[name]]] for name, seconds in self.parts.items()
+    }
     gathering = (self.parts['weights moved'] + self.hidden_seconds) * slower['network']
     parts['weights moved'] = max(0.0, gathering - parts['matmuls'])
     return dataclasses.replace(
       self,
       efficiency=efficiency,
-      collectives=collectives,
+      collectives=tuple(
+        dataclasses.replace(c, seconds=c.seconds * slower['network']) for c in self.collectives
+      ),
       parts=parts,
       hidden_seconds=gathering - parts['weights moved'],
     )
 
 
 def mfu(params: float, tokens: float, machine: Machine, seconds: float) -> float:
-  """Model FLOPs utilization (the paper's section 2): 2 N FLOPs a token at the peak of all chips, over the time.
+  """Return the model FLOPs utilization: 2 N FLOPs a token, over the peak of all chips (section 2).
 
-  N is `params`, the model's own: neither padding nor attention's FLOPs count.
+  N is `params`, the model's own parameters: neither padding nor attention's FLOPs count.
   """
   return 2 * params * tokens / (machine.chips * machine.chip.bf16_flops * seconds)
 
@@ -136,29 +140,29 @@ def mfu(params: float, tokens: float, machine: Machine, seconds: float) -> float
 def cost(
   case: PassCase, convention: str = 'torus', efficiency: Efficiency | None = None
 ) -> PassCost:
-  """Prices a pass.
+  """Predict the time of a pass.
 
   Args:
-    case: what.
-    convention: of the network, one of network.CONVENTIONS.
-    efficiency: of the chips; None: the fitted one of the convention.
+    case: The pass.
+    convention: Convention of the network, one of network.CONVENTIONS.
+    efficiency: Shares of the chip's peaks. None: those fitted for the convention.
 
   Raises:
-    UserError: an unknown convention.
+    UserError: An unknown convention.
   """
-  network = Network(case.machine, case.mesh, convention)
+  collectives = _collectives(case, Network(case.machine, case.mesh, convention))
   done, chip = work(case), case.machine.chip
-  collectives = _collectives(case, network)
 
-  def products(flops, rows):  # fewer rows than a tile of weights takes cost as many
+  def product_seconds(flops: float, rows: float) -> float:
+    # Fewer rows than a tile of weights takes cost as many.
     return flops * max(1, chip.matrix_rows / rows) / chip.bf16_flops
 
-  matmuls = products(done.matmul_flops, done.matmul_rows)
+  matmuls = product_seconds(done.matmul_flops, done.matmul_rows)
   gathering = sum(c.seconds for c in collectives if c.of_weights)
   exposed = max(0.0, gathering - matmuls)
   parts = {
     'matmuls': matmuls,
-    'logits': products(done.logits_flops, done.logits_rows),
+    'logits': product_seconds(done.logits_flops, done.logits_rows),
     'attention': done.attention_flops / chip.bf16_flops,
     'weight load': done.weight_bytes / chip.hbm_bandwidth,
     'cache load': done.cache_bytes / chip.hbm_bandwidth,
@@ -170,9 +174,14 @@ def cost(
 
 
 def _collectives(case: PassCase, network: Network) -> tuple[CollectiveTime, ...]:
-  found = []
-  for moves, count in zip(case.moves, (case.config.num_layers, 1)):
-    for move in moves:
-      of_weights = move.name.startswith(('weights: ', 'scales: '))
-      found.append(CollectiveTime(move, count, count * network.seconds(move), of_weights))
-  return tuple(found)
+  """Return the collectives of the layers, then those of the lookup and the logits."""
+  return tuple(
+    CollectiveTime(
+      move,
+      count,
+      count * network.seconds(move),
+      of_weights=move.name.startswith(('weights: ', 'scales: ')),
+    )
+    for moves, count in zip(case.moves, (case.config.num_layers, 1))
+    for move in moves
+  )

@@ -1,88 +1,82 @@
-"""The figures: latency against cost, bytes of layouts against batch, context by attention layout, time in its parts.
+"""Figures: latency and cost, bytes of layouts, longest contexts, parts of the time.
 
-matplotlib is in the extra `plots`, and imported only when a figure is drawn.
+matplotlib is in the extra `plots`, and is imported only when a figure is drawn.
 """
 
 from collections.abc import Iterator, Sequence
 import contextlib
+import math
 import os
 from typing import Any
 
+from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.planner import tables
+from t5x_inference_ext.planner import figure_data
 from t5x_inference_ext.planner.costs import PARTS
+from t5x_inference_ext.planner.gin_text import preset_name
 from t5x_inference_ext.planner.machine import Machine, Mesh
-from t5x_inference_ext.planner.request import Plan
+from t5x_inference_ext.planner.request import Plan, PlanRequest
 from t5x_inference_ext.planner.sweep import Point
 from t5x_inference_ext.text_files import check_plots
 
 FIGURE_FORMATS = ('.svg', '.png')
 _COLOURS = ('#1f77b4', '#d62728', '#2ca02c', '#9467bd', '#ff7f0e', '#8c564b', '#7f7f7f')
+_MAX_TOKENS = 2**21
 
 
 def pareto(path: str, points: Sequence[Point]) -> None:
-  """Figure 1: a panel for each phase; latency of a pass against cost, the front as a line with its batches."""
-  with _figure(path, 11, 4.5) as figure:
+  """Draw latency against cost, a panel for each phase; the front is a line (Figure 1)."""
+  chips = '/'.join(dict.fromkeys(p.cost.case.machine.chip.name for p in points))
+  about = f'{_work_text(points[0].request)}, {chips}'
+  with _figure(path, 11, 4.5, about) as figure:
     for i, (phase, unit) in enumerate((('decode', 'a step'), ('prefill', 'all prompts')), 1):
-      axes = _axes(
-        figure, 1, 2, i, f'{phase}: {unit} (ms)', 'cost (chip-ms a token)', 'log', 'log', phase
-      )
-      kinds = dict.fromkeys(p.request.weights for p in points)
-      for n, (colour, weights) in enumerate(zip(_COLOURS, kinds)):
+      axes = _axes(figure, (1, 2, i), f'{phase}: {unit} (ms)', 'cost (chip-ms a token)', 'log')
+      dtypes = dict.fromkeys(p.request.weights for p in points)
+      for n, (colour, weights) in enumerate(zip(_COLOURS, dtypes)):
         some = [p for p in points if p.phase == phase and p.request.weights == weights]
         best = [p for p in some if p.on_front]
         axes.scatter(*_milliseconds(some), s=6, color=colour, alpha=0.3, linewidths=0)
         axes.plot(
           *_milliseconds(best), color=colour, marker='o', markersize=3, label=f'{weights} weights'
         )
-        named = set()  # each slice where the front first comes to it
-        for p in best:
-          if p.cost.case.machine.chips not in named:
-            axes.annotate(
-              f'{p.cost.case.machine.chips} chips, B {p.request.batch}',
-              (p.seconds * 1e3, p.chip_seconds_per_token * 1e3),
-              fontsize=6,
-              color=colour,
-              xytext=(3, 3) if n else (-3, -4),
-              ha='left' if n else 'right',
-              va='bottom' if n else 'top',
-              textcoords='offset points',
-            )
-          named.add(p.cost.case.machine.chips)
+        _name_slices(axes, best, colour, above=n > 0)
       axes.margins(x=0.12)
       axes.legend(fontsize=8)
 
 
+def _name_slices(axes: Any, best: Sequence[Point], colour: str, above: bool) -> None:
+  """Write chips and batch beside the first point of each slice on the front."""
+  first_of_slice = {p.cost.case.machine.chips: p for p in reversed(best)}
+  for chips, p in first_of_slice.items():
+    axes.annotate(
+      f'{chips} chips, batch {p.request.batch}',
+      (p.seconds * 1e3, p.chip_seconds_per_token * 1e3),
+      fontsize=6,
+      color=colour,
+      xytext=(3, 3) if above else (-3, -4),
+      ha='left' if above else 'right',
+      va='bottom' if above else 'top',
+      textcoords='offset points',
+    )
+
+
 def _milliseconds(points: Sequence[Point]) -> tuple[list[float], list[float]]:
+  """Return latencies, and costs per token."""
   return [p.seconds * 1e3 for p in points], [p.chip_seconds_per_token * 1e3 for p in points]
 
 
-def communication(
-  path: str, config=tables.FIGURE_3_MODEL, mesh: Mesh = tables.FIGURE_3_MESH
-) -> None:
-  """Figure 3: GB that a chip sends in one feedforward layer against tokens, and where the least changes."""
-  step = mesh[0] * mesh[1] * mesh[2]
-  tokens = [step * 2**i for i in range(max(1, (2**21 // step).bit_length()))]
-  with _figure(path, 6, 4.5) as figure:
-    axes = _axes(
-      figure,
-      1,
-      1,
-      1,
-      'tokens in a pass',
-      'GB sent by a chip in a layer',
-      'log',
-      'log',
-      f'E {config.d_model}, F {config.d_ff}, mesh {"x".join(map(str, mesh))}, bfloat16',
-    )
-    for colour, name in zip(_COLOURS, tables.FIGURE_3_LAYOUTS):
-      axes.plot(
-        tokens,
-        [tables.feedforward_bytes(config, mesh, name, n) / 1e9 for n in tokens],
-        color=colour,
-        label=name,
-      )
-    for at, _, _ in tables.switch_points(config, mesh):
+def communication(path: str, config: ModelConfig, mesh: Mesh) -> None:
+  """Draw the GB that a chip sends in one feedforward layer against tokens, by layout (Figure 3)."""
+  step = math.prod(mesh)
+  tokens = [step * 2**i for i in range(max(1, (_MAX_TOKENS // step).bit_length()))]
+  about = f'{_model_text(config)}; mesh {"x".join(map(str, mesh))}, bfloat16'
+  with _figure(path, 6, 4.5, about) as figure:
+    axes = _axes(figure, (1, 1, 1), 'tokens in a pass', 'GB sent by a chip in a layer', 'log')
+    # Layouts whose lines coincide stay visible: the later ones are thinner.
+    for n, (colour, name) in enumerate(zip(_COLOURS, figure_data.FEEDFORWARD_LAYOUTS)):
+      sent = [figure_data.feedforward_bytes(config, mesh, name, t) / 1e9 for t in tokens]
+      axes.plot(tokens, sent, color=colour, label=name, linewidth=3 - 0.7 * n)
+    for at, _, _ in figure_data.switch_points(config, mesh):
       axes.axvline(at, color='grey', linewidth=0.6, linestyle=':')
       axes.annotate(
         f'{at:,.0f}',
@@ -96,53 +90,31 @@ def communication(
     axes.legend(fontsize=8)
 
 
-def contexts(path: str, config, machine: Machine, mesh: Mesh, share: float = 0.3) -> None:
-  """Table 1: the longest context against batch, by attention layout."""
+def contexts(path: str, config: ModelConfig, machine: Machine, mesh: Mesh) -> None:
+  """Draw the longest context against batch, by split of attention (Table 1)."""
   batches = [2**i for i in range(2, 11)]
-  with _figure(path, 6, 4.5) as figure:
-    axes = _axes(
-      figure,
-      1,
-      1,
-      1,
-      'batch',
-      'longest context (positions)',
-      'log',
-      'log',
-      f'{machine}, {share:.0%} of memory for a bfloat16 cache',
-    )
-    rows = (
-      tables.table_1(config)
-      if config.num_kv_heads == 1
-      else [
-        tables.ContextRow(f'{config.num_kv_heads} key heads {how}', config, f'ws_2d/{layout}')
-        for how, layout in (('by heads', 'heads'), ('by batch', 'batch'))
-      ]
-    )
-    for colour, row in zip(_COLOURS, rows):
+  about = (
+    f'{_model_text(config)}, {machine} as {"x".join(map(str, mesh))}, '
+    f'{figure_data.CACHE_SHARE:.0%} of memory for a bfloat16 cache'
+  )
+  with _figure(path, 6, 4.5, about) as figure:
+    axes = _axes(figure, (1, 1, 1), 'batch', 'longest context (positions)', 'log')
+    for colour, row in zip(_COLOURS, figure_data.context_rows(config)):
       lengths = [
-        tables.longest_context(row.config, machine, mesh, row.layout, b, share) for b in batches
+        figure_data.longest_context(row.config, machine, mesh, row.layout, b) for b in batches
       ]
       axes.plot(batches, lengths, color=colour, marker='o', markersize=3, label=row.name)
     axes.legend(fontsize=8)
 
 
 def time_parts(path: str, plans: Sequence[Plan]) -> None:
-  """Where the time of each pair of layouts goes: a bar for each, of prefill and of a decode step."""
-  with _figure(path, 11, 0.35 * len(plans) + 1.8) as figure:
+  """Draw the parts of the time of a prefill and of a decode step, a bar for each plan."""
+  about = f'{_work_text(plans[0].request)}, {plans[0].machine}'
+  with _figure(path, 11, 0.35 * len(plans) + 2, about) as figure:
     for i, phase in enumerate(('prefill', 'decode'), 1):
-      axes = _axes(
-        figure,
-        1,
-        2,
-        i,
-        'seconds',
-        '',
-        'linear',
-        'linear',
-        phase if phase == 'prefill' else 'a decode step',
-      )
-      costs = [getattr(plan, phase) for plan in plans]
+      title = phase if phase == 'prefill' else 'a decode step'
+      axes = _axes(figure, (1, 2, i), 'seconds', '', 'linear', title)
+      costs = [plan.prefill if phase == 'prefill' else plan.decode for plan in plans]
       names = [
         f'{" and ".join(plan.layouts)}\n{plan.mesh_text}, {plan.rows} rows' for plan in plans
       ]
@@ -153,25 +125,36 @@ def time_parts(path: str, plans: Sequence[Plan]) -> None:
         left = [a + b for a, b in zip(left, values)]
       axes.set_yticks(range(len(plans)), names if i == 1 else [''] * len(plans), fontsize=6)
       axes.invert_yaxis()
-    axes.legend(fontsize=7)
+    # Beside the bars, not over them.
+    axes.legend(fontsize=7, loc='center left', bbox_to_anchor=(1, 0.5))
+
+
+def _model_text(config: ModelConfig) -> str:
+  return preset_name(config) or f'd_model {config.d_model}, d_ff {config.d_ff}'
+
+
+def _work_text(request: PlanRequest) -> str:
+  lengths = f'{request.input_length} tokens in, {request.output_length} out'
+  return f'{_model_text(request.config)}, {lengths}'
 
 
 def check_path(path: str) -> None:
-  """Raises RequestError for a file that can't be written, or whose format is not drawn."""
+  """Raise RequestError for a file whose format is not drawn."""
   if os.path.splitext(path)[1] not in FIGURE_FORMATS:
     raise RequestError(f'figures are written as {" or ".join(FIGURE_FORMATS)}, not {path}')
 
 
 @contextlib.contextmanager
-def _figure(path: str, width: float, height: float) -> Iterator[Any]:
-  """A figure, which is written when it is done: the same bytes from the same numbers."""
+def _figure(path: str, width: float, height: float, title: str) -> Iterator[Any]:
+  """Yield a figure and write it afterwards. The same numbers give the same bytes."""
   check_plots()
   check_path(path)
-  import matplotlib  # pylint: disable=g-import-not-at-top
-  from matplotlib.figure import Figure  # pylint: disable=g-import-not-at-top
+  import matplotlib
+  from matplotlib.figure import Figure
 
   with matplotlib.rc_context({'svg.hashsalt': 't5x_inference_ext', 'svg.fonttype': 'none'}):
     figure = Figure((width, height), layout='constrained')
+    figure.suptitle(title, fontsize=9)
     yield figure
     try:
       figure.savefig(
@@ -182,18 +165,20 @@ def _figure(path: str, width: float, height: float) -> Iterator[Any]:
 
 
 def _axes(
-  figure,
-  rows: int,
-  columns: int,
-  index: int,
-  x: str,
-  y: str,
-  x_scale: str,
-  y_scale: str,
-  title: str,
-):
-  axes = figure.add_subplot(rows, columns, index)
-  axes.set(xlabel=x, ylabel=y, xscale=x_scale, yscale=y_scale)
+  figure: Any, place: tuple[int, int, int], x: str, y: str, scale: str, title: str = ''
+) -> Any:
+  """Return new axes of a figure.
+
+  Args:
+    figure: The figure.
+    place: (rows, columns, index from 1).
+    x: Label of the x axis.
+    y: Label of the y axis.
+    scale: Of both axes, 'log' or 'linear'.
+    title: Title of these axes.
+  """
+  axes = figure.add_subplot(*place)
+  axes.set(xlabel=x, ylabel=y, xscale=scale, yscale=scale)
   axes.set_title(title, fontsize=9)
   axes.grid(alpha=0.3, linewidth=0.5)
   return axes

@@ -1,4 +1,7 @@
-"""A plan as gin: macros that `infer`, the T5X adapter and `precompile` take, each those it knows."""
+"""A plan as gin: macros for `infer`, the T5X adapter and `precompile`.
+
+Each takes the macros that it knows.
+"""
 
 import dataclasses
 
@@ -7,18 +10,21 @@ from t5x_inference_ext.planner.request import Plan
 
 
 def gin_text(plan: Plan) -> str:
-  """The file: given as a --gin_file after a run's own, it makes the run that which was planned."""
+  """Return a plan as a gin file, which is given as a --gin_file after a run's own files."""
   request = plan.request
   prefill, decode = plan.layouts
   cache = None if request.cache == 'bfloat16' else repr(request.cache)  # None: as DTYPE
-  slice_ = f"SLICE = '{plan.machine}'\n" if plan.machine.chip.torus else ''
-  return f"""# Made by `python -m t5x_inference_ext.plan` for {plan.machine}, {plan.machine.chips} chips, \
+  slice_macro = f"SLICE = '{plan.machine}'\n" if plan.machine.chip.torus else ''
+  step_ms = plan.decode.seconds * 1e3
+  machine = plan.machine
+  return f"""# Made by `python -m t5x_inference_ext.plan` for {machine}, {machine.chips} chips.
+# {request.batch} rows of {request.input_length} tokens, {request.output_length} new ones each, \
 {request.weights} weights.
-# {request.batch} rows of {request.input_length} tokens, {request.output_length} new ones each. Predicted: prefill \
-{plan.prefill.seconds:.4g} s, {plan.decode.seconds * 1e3:.4g} ms a step.
+# Predicted: prefill {plan.prefill.seconds:.4g} s, {step_ms:.4g} ms a step.
 #
-# Give it as a --gin_file after the run's own: configs/runs/infer.gin, T5X's and configs/t5x/infer.gin (T5X's batch is
-# utils.DatasetConfig.batch_size: {plan.rows}), or configs/runs/precompile.gin: one decode step. For the prefill add
+# Give it as a --gin_file after the run's own: configs/runs/infer.gin, T5X's and
+# configs/t5x/infer.gin (T5X's batch is utils.DatasetConfig.batch_size: {plan.rows}), or
+# configs/runs/precompile.gin: one decode step. For the prefill add
 # --gin.PHASE='"prefill"' --gin.LAYOUT=%PREFILL_LAYOUT --gin.OTHER_LAYOUT=%DECODE_LAYOUT.
 from __gin__ import dynamic_registration
 
@@ -31,8 +37,8 @@ CACHE = {cache}
 BATCH_SIZE = {plan.rows}
 MAX_NEW_TOKENS = {request.output_length}
 
-# Of precompile alone.
-{slice_}BATCH = {plan.rows}
+# For precompile only.
+{slice_macro}BATCH = {plan.rows}
 WEIGHTS = '{request.weights}'
 CONTEXT = {request.context}
 PROMPT = {request.input_length}
@@ -42,15 +48,18 @@ OTHER_LAYOUT = %PREFILL_LAYOUT
 """
 
 
+def preset_name(config: ModelConfig) -> str | None:
+  """Return the name of the preset that a model is, None where it is none."""
+  return next((name for name in PRESETS if preset(name) == config), None)
+
+
 def _model(config: ModelConfig) -> str:
-  name = next((name for name in PRESETS if preset(name) == config), None)
+  """Return gin that binds MODEL_CONFIG: a preset by its name, any other model by its fields."""
+  name = preset_name(config)
   if name:
-    return (
-      'from t5x_inference_ext import config\n\n'
-      f"config.preset.name = '{name}'\nMODEL_CONFIG = @config.preset()"
-    )
-  fields = ''.join(f'\n  {name} = {value!r}' for name, value in dataclasses.asdict(config).items())
-  return (
-    'from t5x_inference_ext import config\n\n'
-    f'config.ModelConfig:{fields}\nMODEL_CONFIG = @config.ModelConfig()'
-  )
+    maker, bindings = 'preset', f"config.preset.name = '{name}'"
+  else:
+    fields = dataclasses.asdict(config).items()
+    maker = 'ModelConfig'
+    bindings = 'config.ModelConfig:' + ''.join(f'\n  {key} = {value!r}' for key, value in fields)
+  return f'from t5x_inference_ext import config\n\n{bindings}\nMODEL_CONFIG = @config.{maker}()'

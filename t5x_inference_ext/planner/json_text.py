@@ -1,4 +1,7 @@
-"""A choice, and all that was considered, as JSON: seconds, bytes, FLOPs and chip-seconds, of one chip and one pass."""
+"""A choice and the plans it was chosen from, as JSON.
+
+Units are seconds, bytes, FLOPs and chip-seconds, each of one chip and one pass.
+"""
 
 from collections.abc import Sequence
 import dataclasses
@@ -8,13 +11,12 @@ from typing import Any
 from t5x_inference_ext.planner.check import Checked
 from t5x_inference_ext.planner.choose import Choice
 from t5x_inference_ext.planner.costs import PassCost
-from t5x_inference_ext.planner.memory import PlannedMemory
-from t5x_inference_ext.planner.report import conventions_differ, why
+from t5x_inference_ext.planner.report import paper_convention, why
 from t5x_inference_ext.planner.request import Plan
 
 
 def choice_dict(choice: Choice, checked: Sequence[Checked] = ()) -> dict[str, Any]:
-  """Everything."""
+  """Return every number of a choice, and of its compiled phases."""
   r, machine = choice.plan.request, choice.plan.machine
   return {
     'model': r.config.to_dict(),
@@ -32,8 +34,8 @@ def choice_dict(choice: Choice, checked: Sequence[Checked] = ()) -> dict[str, An
     'latency_target': choice.target,
     'convention': r.convention,
     'efficiency': dataclasses.asdict(choice.plan.decode.efficiency),
-    'why': why(choice),
-    'paper_convention': conventions_differ(choice.plan),
+    'why': why(choice, in_json=True),
+    'paper_convention': paper_convention(choice),
     'plan': plan_dict(choice.plan),
     'ranked': [plan_dict(p) for p in choice.ranked],
     'others': [plan_dict(p) for p in choice.others],
@@ -50,7 +52,7 @@ def choice_dict(choice: Choice, checked: Sequence[Checked] = ()) -> dict[str, An
 
 
 def plan_dict(plan: Plan) -> dict[str, Any]:
-  prefill, decode = plan.memories
+  """Return every number of a plan."""
   return {
     'slice': str(plan.machine),
     'mesh': plan.mesh_text,
@@ -62,12 +64,14 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
     'seconds': plan.seconds,
     'tokens_per_second': plan.tokens_per_second,
     'chip_seconds_per_token': plan.chip_seconds_per_token,
-    'prefill': phase_dict(plan, plan.prefill, prefill),
-    'decode': phase_dict(plan, plan.decode, decode),
+    'prefill': phase_dict(plan, plan.prefill),
+    'decode': phase_dict(plan, plan.decode),
   }
 
 
-def phase_dict(plan: Plan, cost: PassCost, held: PlannedMemory) -> dict[str, Any]:
+def phase_dict(plan: Plan, cost: PassCost) -> dict[str, Any]:
+  """Return every number of one phase of a plan."""
+  held = plan.memories[cost.case.phase]
   return {
     'layout': str(cost.case.layout),
     'seconds': cost.seconds,
@@ -99,4 +103,5 @@ def phase_dict(plan: Plan, cost: PassCost, held: PlannedMemory) -> dict[str, Any
 
 
 def plan_json(choice: Choice, checked: Sequence[Checked] = ()) -> str:
+  """Return the JSON file's text."""
   return json.dumps(choice_dict(choice, checked), indent=2) + '\n'

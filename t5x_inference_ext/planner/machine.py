@@ -1,4 +1,4 @@
-"""What a plan is for: so many chips of a kind, and how they are joined: a TPU slice, or GPUs in nodes."""
+"""The machine of a plan: chips of one kind, joined as a TPU slice or as GPUs in nodes."""
 
 import dataclasses
 import math
@@ -14,17 +14,17 @@ from t5x_inference_ext.sharding.links import Mesh
 from t5x_inference_ext.sharding.mesh import AXES
 from t5x_inference_ext.sharding.mesh_choice import torus_mesh, torus_meshes
 
-_GPUS = (1, 2, 4, 8, 16, 32, 64, 128)
+_GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-  """So many chips, joined by a torus or by NVLink.
+  """Chips of one kind, joined by a torus or by NVLink.
 
   Attributes:
-    chip: each of them.
-    shape: of the torus; GPUs are (n, 1, 1).
-    wraps: per physical axis, whether its ends are linked.
+    chip: The kind of chip.
+    shape: Chips along each physical axis of the torus. n GPUs are (n, 1, 1).
+    wraps: For each physical axis, whether its ends are linked.
   """
 
   chip: Chip
@@ -33,89 +33,94 @@ class Machine:
 
   @classmethod
   def parse(cls, text: str) -> 'Machine':
-    """'v4:4x4x4', 'v5e:4x8' or 'A100:16'.
+    """Return the machine of a name: 'v4:4x4x4', 'v5e:4x8', 'A100:16'. '4x4x4' is a v4 slice.
 
     Raises:
-      MeshError: an unknown chip, or a slice that can't be rented, listing the known.
+      MeshError: An unknown chip, or a slice that can't be rented. The message lists the known ones.
     """
-    kind, colon, sizes = text.partition(':')
+    kind, colon, size = text.partition(':')
     names = {name.lower(): name for name in CHIPS}
-    if not colon and text.lower() in names:
+    known = kind.lower() in names
+    if not colon and known:
+      raise MeshError(f'{text} is a chip, not a slice of it; known: {_list(names[kind.lower()])}')
+    if not known and (colon or not text[:1].isdecimal()):
       raise MeshError(
-        f'{text} is a chip, not a slice of it; known: {", ".join(known_machines(names[text.lower()]))}'
+        f'no chip is called {kind!r}: a slice is written chip:shape, such as v4:4x4x4 or A100:16, '
+        f'with chip {", ".join(CHIPS)}'
       )
-    if kind.lower() not in names and (
-      colon or not text[:1].isdecimal()
-    ):  # v4 is left out, as in 4x4x4
-      raise MeshError(
-        f'no chip is called {kind!r}: a slice is written chip:shape, such as v4:4x4x4 or A100:16, with '
-        f'chip {", ".join(CHIPS)}'
-      )
-    chip = hardware.chip(names[kind.lower()]) if colon else None
+    chip = hardware.chip(names[kind.lower()]) if known else None
     if chip is None or chip.torus:
       slice_ = torus.parse_slice(text)
       slices.check_slice(slice_)
       return cls(hardware.chip(slice_.kind), slice_.shape, slice_.wraps)
-    if not sizes.isdecimal() or int(sizes) not in _GPUS:
+    if not size.isdecimal() or int(size) not in _GPU_COUNTS:
       raise MeshError(
         f'{chip.name}s are written with their number, such as {chip.name}:8; known: '
-        f'{", ".join(known_machines(chip.name))}; got {text!r}'
+        f'{_list(chip.name)}; got {text!r}'
       )
-    return cls(chip, (int(sizes), 1, 1), (False,) * 3)
+    return cls(chip, (int(size), 1, 1), (False, False, False))
 
   @property
   def chips(self) -> int:
+    """The number of chips."""
     return math.prod(self.shape)
 
   def __str__(self) -> str:
-    """As `parse` reads it."""
+    """Return the name that `parse` reads."""
     if not self.chip.torus:
       return f'{self.chip.name}:{self.chips}'
     return str(torus.TpuSlice(self.chip.name, self.shape))
 
   def meshes(self, config: ModelConfig, split: bool = True) -> tuple[Mesh, ...]:
-    """The meshes (X, Y, Z) that a plan for this model may use, Y no smaller than Z: the other order moves the same.
+    """Return the candidate meshes (X, Y, Z) for a model, the default one first.
 
-    On a torus those of mesh_choice.torus_meshes, first that which a slice has where none is asked for. GPUs have no torus:
-    any three factors, first those that are best for ws_2d.
+    Y is no smaller than Z: the other order moves the same bytes. On a torus they are those of
+    mesh_choice.torus_meshes. GPUs have no torus: any three factors, first those that suit ws_2d
+    best.
 
     Args:
-      config: the model.
-      split: whether mesh axes may share a physical axis of the torus.
+      config: The model.
+      split: Whether mesh axes may share a physical axis of the torus.
 
     Raises:
-      MeshError: the chips do not divide the model.
+      MeshError: The chips do not divide the model.
     """
     check_model(config, dict(zip(AXES, (self.chips, 1, 1))))
     if self.chip.torus:
       found = set(torus_meshes(self.shape, self.wraps, split))
       first = torus_mesh(self.shape, self.wraps, config, split)
     else:
-      found = {
-        (x, y, self.chips // x // y)
-        for x in _divisors(self.chips)
-        for y in _divisors(self.chips // x)
-      }
-      found = {m for m in found if m[1] >= m[2]}
-      first = min(found, key=lambda m: (_distance(m[0], self.chips, config), m[1]))
+      found = set(_factors(self.chips))
+      first = min(found, key=lambda mesh: (_distance(mesh[0], self.chips, config), mesh[1]))
     return (first, *sorted(found - {first}))
 
 
 def known_machines(chip: str) -> list[str]:
-  """The usual slices of a chip, smallest first.
+  """Return the names of the usual slices of a chip, smallest first.
 
   Raises:
-    UserError: a chip that is not in hardware.CHIPS.
+    UserError: A chip that is not in hardware.CHIPS.
   """
   if hardware.chip(chip).torus:
     return slices.known_slices(chip)
-  return [f'{chip}:{n}' for n in _GPUS]
+  return [f'{chip}:{n}' for n in _GPU_COUNTS]
 
 
-def _divisors(n: int) -> list[int]:
-  return [d for d in range(1, n + 1) if n % d == 0]
+def _list(chip: str) -> str:
+  return ', '.join(known_machines(chip))
+
+
+def _factors(n: int) -> list[Mesh]:
+  """Return every (X, Y, Z) with X Y Z = n and Y at least Z."""
+  divisors = [d for d in range(1, n + 1) if n % d == 0]
+  return [
+    (x, y, n // (x * y))
+    for x in divisors
+    for y in divisors
+    if n % (x * y) == 0 and y >= n // (x * y)
+  ]
 
 
 def _distance(x: int, chips: int, config: ModelConfig) -> float:
-  """How far X is from sqrt(n E / F), where ws_2d moves least."""
+  """Return how far X is from sqrt(n E / F), where ws_2d moves fewest bytes, as a log ratio."""
   return abs(math.log(x * x * config.d_ff / (chips * config.d_model)))

@@ -1,219 +1,215 @@
-"""A choice for people: the ranked table of layout pairs, where the time goes, and why this one, in a sentence."""
+"""The printed report of a choice: ranked layout pairs, parts of the time, and the reason."""
 
 from collections.abc import Iterable, Sequence
-import textwrap
 
-from t5x_inference_ext.planner import search
 from t5x_inference_ext.planner.choose import Choice
 from t5x_inference_ext.planner.costs import PARTS, PassCost
 from t5x_inference_ext.planner.request import Plan
-from t5x_inference_ext.sharding.explain_text import bytes_text
+from t5x_inference_ext.planner.text import table, wrap
+from t5x_inference_ext.text_format import binary_bytes, seconds_text
 
-ROWS = 12  # of the table; JSON has all
+ROWS = 12  # of a table; the JSON file has all
 
 
 def plan_text(choice: Choice, rows: int = ROWS) -> str:
-  """The report, one screen."""
+  """Return the report, which fills about one screen."""
   plan = choice.plan
-  lines = [*_heading(plan), '', *_table(choice.ranked, rows), '', *_parts(plan), '']
-  lines += _wrap(why(choice))
-  difference = conventions_differ(plan)
-  if difference:
-    lines += _wrap(difference)
+  lines = [*_heading(plan), '', *_ranked(choice.ranked, rows), '', *_parts(plan), '']
+  lines += wrap(why(choice))
+  lines += wrap(paper_convention(choice))
   if choice.others:
-    lines += ['', *_wrap(chosen(choice)), *_others(choice.others[:rows])]
+    lines += ['', *wrap(_objective_text(choice)), *_others(choice.others[:rows])]
   return '\n'.join(lines)
 
 
-def _heading(plan: Plan) -> Iterable[str]:
-  r, e = plan.request, plan.decode.efficiency
-  yield from _wrap(f'model:   {r.config}', '         ')
+def _heading(plan: Plan) -> list[str]:
+  r, e, machine = plan.request, plan.decode.efficiency, plan.machine
   links = {
     'torus': 'links of its own axes for each collective, with hops',
-    'paper': f'{plan.machine.chip.network_bandwidth / 1e9:.0f} GB/s for every collective, no hops',
+    'paper': f'{machine.chip.network_bandwidth / 1e9:.0f} GB/s for every collective, no hops',
   }[r.convention]
-  yield from _wrap(
-    f'machine: {plan.machine}, {plan.machine.chips} chips; network: {r.convention} ({links}); '
+  empty = plan.rows - r.batch
+  texts = (
+    f'model:   {r.config}',
+    f'machine: {machine}, {machine.chips} chips; network: {r.convention} ({links}); '
     f'efficiency: matmul {e.matmul:g}, memory {e.memory:g}, network {e.network:g}',
-    '         ',
-  )
-  empty = (
-    f' ({plan.rows - r.batch} more, empty, let the mesh split them)' if plan.rows > r.batch else ''
-  )
-  yield from _wrap(
-    f'work:    {r.batch} rows{empty}, {r.input_length} tokens in, {r.output_length} out; '
-    f'{r.weights} weights, {r.cache} cache'
+    f'work:    {r.batch} rows'
+    + (f' ({empty} more, empty, let the mesh split them)' if empty else '')
+    + f', {r.input_length} tokens in, {r.output_length} out; {r.weights} weights, {r.cache} cache'
     + ('' if r.phase == 'both' else f'; {r.phase} alone, the other phase elsewhere'),
-    '         ',
   )
+  return [line for text in texts for line in wrap(text, ' ' * 9)]
 
 
-def _table(ranked: Sequence[Plan], rows: int) -> Iterable[str]:
-  header = (
-    'prefill',
-    'decode',
-    'mesh',
-    'rows',
-    'total',
-    'prefill',
-    'MFU',
-    'limit',
-    'per step',
-    'MFU',
-    'limit',
-    'GiB',
-  )
-  body = []
-  for plan in ranked[:rows]:
-    p, d = plan.prefill, plan.decode
-    body.append(
-      (
-        *plan.layouts,
-        plan.mesh_text,
-        str(plan.rows),
-        time_text(plan.seconds) if plan.fits else 'does not fit',
-        time_text(p.seconds),
-        f'{plan.mfu_of(p):.0%}',
-        p.limit,
-        time_text(d.seconds),
-        f'{plan.mfu_of(d):.0%}',
-        d.limit,
-        f'{plan.memory.needed / 2**30:.1f}',
-      )
+def _ranked(ranked: Sequence[Plan], rows: int) -> list[str]:
+  """Return the table of layout pairs, and a line that says how many fit."""
+  header = ['prefill', 'decode', 'mesh', 'rows', 'total', 'prefill', 'MFU', 'limit']
+  header += ['per step', 'MFU', 'limit', 'GiB']
+  body = [
+    (
+      *plan.layouts,
+      plan.mesh_text,
+      str(plan.rows),
+      seconds_text(plan.seconds) if plan.fits else 'does not fit',
+      *_phase_cells(plan, plan.prefill),
+      *_phase_cells(plan, plan.decode),
+      f'{plan.memory.needed / 2**30:.1f}',
     )
-  widths = [max(map(len, column)) for column in zip(header, *body)]
-  for row in (header, *body):
-    yield '  '.join(
-      cell.ljust(w) if i < 4 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))
-    )
-  fit = sum(plan.fits for plan in ranked)
+    for plan in ranked[:rows]
+  ]
+  fitting = sum(plan.fits for plan in ranked)
   available = ranked[0].memory.available / 2**30
   kind = 'pairs' if len(ranked[0].phases) > 1 else 'layouts'
   more = f' {len(ranked) - rows} more are in the JSON.' if len(ranked) > rows else ''
-  yield f'{fit} of {len(ranked)} {kind} fit into {available:.2f} GiB a chip, each on its best mesh.{more}'
-
-
-def _parts(plan: Plan) -> Iterable[str]:
-  yield f'{"":20}{"prefill":>12}{"":6}{"per step":>12}'
-  for part in PARTS:
-    p, d = plan.prefill.parts[part], plan.decode.parts[part]
-    yield f'{part:20}{time_text(p):>12}{p / plan.prefill.seconds:6.0%}{time_text(d):>12}{d / plan.decode.seconds:6.0%}'
-  yield f'{"all":20}{time_text(plan.prefill.seconds):>12}{"":6}{time_text(plan.decode.seconds):>12}'
-  hidden = plan.prefill.hidden_seconds, plan.decode.hidden_seconds
-  if any(hidden):
-    yield f'{"weights, hidden":20}{time_text(hidden[0]):>12}{"":6}{time_text(hidden[1]):>12}'
-  cost = [plan.cost_of(phase) * 1e3 for phase in (plan.prefill, plan.decode)]
-  both = (
-    f'   (a token made, with its share of the prefill: {plan.chip_seconds_per_token * 1e3:.4g})'
-  )
-  yield (
-    f'{"chip-ms a token":20}{cost[0]:12.4g}{"":6}{cost[1]:12.4g}' + both * (len(plan.phases) > 1)
-  )
-  m = plan.memory
-  shown = [
-    bytes_text(round(count)) for count in (m.weights, m.cache, m.working, m.needed, m.available)
+  return [
+    *table([header, *body], left=4),
+    f'{fitting} of {len(ranked)} {kind} fit into {available:.2f} GiB a chip, each on its best mesh.'
+    + more,
   ]
-  yield 'memory a chip: weights {} + cache {} + temporaries about {} = {} of {}'.format(*shown)
 
 
-def why(choice: Choice) -> str:
-  """Why the first pair is the first, in one sentence."""
-  plan = choice.plan
-  names = (
-    ' and '.join(f'{c.case.layout} for {c.case.phase}' for c in plan.phases)
-    + f' on {plan.mesh_text}'
+def _phase_cells(plan: Plan, phase: PassCost) -> tuple[str, str, str]:
+  return seconds_text(phase.seconds), f'{plan.mfu_of(phase):.0%}', phase.limit
+
+
+def _parts(plan: Plan) -> list[str]:
+  """Return the table of where the time goes, and a line on memory."""
+  phases = plan.prefill, plan.decode
+  rows = [['', 'prefill', '', 'per step', '']]
+  for part in PARTS:
+    row = [part]
+    for phase in phases:
+      row += [seconds_text(phase.parts[part]), f'{phase.parts[part] / phase.seconds:.0%}']
+    rows.append(row)
+  rows.append(['all', *_spread(seconds_text(phase.seconds) for phase in phases)])
+  if any(phase.hidden_seconds for phase in phases):
+    hidden = (seconds_text(phase.hidden_seconds) for phase in phases)
+    rows.append(['weights, hidden', *_spread(hidden)])
+  costs = (f'{plan.cost_of(phase) * 1e3:.4g}' for phase in phases)
+  rows.append(['chip-ms a token', *_spread(costs)])
+  lines = table(rows)
+  if len(plan.phases) > 1:
+    total = f'{plan.chip_seconds_per_token * 1e3:.4g}'
+    lines[-1] += f'   (a generated token, with its share of the prefill: {total})'
+  m = plan.memory
+  weights, cache, working, needed, available = (
+    binary_bytes(round(n)) for n in (m.weights, m.cache, m.working, m.needed, m.available)
   )
+  lines.append(
+    f'memory a chip: weights {weights} + cache {cache} + temporaries about {working} = {needed} of '
+    f'{available}'
+  )
+  return lines
+
+
+def _spread(cells: Iterable[str]) -> list[str]:
+  """Return the cells with an empty one after each, where other rows have a share."""
+  return [text for cell in cells for text in (cell, '')]
+
+
+_LESS = {
+  'matmuls': 'computes less in matmuls',
+  'logits': 'computes less in logits',
+  'attention': 'computes less in attention',
+  'weight load': 'loads fewer weights',
+  'cache load': 'loads less of the cache',
+  'activations moved': 'moves fewer activations',
+  'weights moved': 'waits less for gathered weights',
+}
+
+
+def why(choice: Choice, in_json: bool = False) -> str:
+  """Return a sentence that compares the chosen plan with the next pair of layouts.
+
+  Args:
+    choice: The choice.
+    in_json: Whether to end it in the words of the JSON file, which stay as its readers know them.
+  """
+  plan = choice.plan
+  names = ' and '.join(f'{c.case.layout} for {c.case.phase}' for c in plan.phases)
+  names += f' on {plan.mesh_text}'
   kind, verb = ('pair of layouts', 'take') if len(plan.phases) > 1 else ('layout', 'takes')
-  rivals = [p for p in choice.ranked[1:] if p.fits]
-  if not rivals:
+  rival = next((p for p in choice.ranked[1:] if p.fits), None)
+  if rival is None:
     return f'{names}: no other {kind} fits.'
-  rival = rivals[0]
   behind = rival.seconds - plan.seconds
+  theirs = f'{_layouts(rival)} on {rival.mesh_text}'
+  takes = f'{names} {verb} {seconds_text(plan.seconds)} in all'
   if behind < 1e-3 * plan.seconds:
     more = 'as fast as' if behind < 1e-9 * plan.seconds else 'hardly faster than'
-    return (
-      f'{names} {verb} {time_text(plan.seconds)} in all, {more} {_layouts(rival)} on {rival.mesh_text}; '
-      'either will do.'
-    )
-  part, saved = _largest_difference(plan, rival)
-  lost = f' against {time_text(saved - behind)} more elsewhere' if saved > 1.05 * behind else ''
+    return f'{takes}, {more} {theirs}; either will do.'
+  phase, part, seconds = _largest_difference(plan, rival)
+  saved, lost = seconds_text(seconds), seconds_text(seconds - behind)
+  if in_json:
+    difference = f', mostly as {saved} less go into {part} in {phase}'
+    elsewhere = f' against {lost} more elsewhere'
+  else:
+    difference = f': {phase} {_LESS[part]} (-{saved})'
+    elsewhere = f', other parts cost more (+{lost})'
+  if seconds > 1.05 * behind:
+    difference += elsewhere
+  less = f'{seconds_text(behind)} less than the next {kind}, {theirs}'
+  return f'{takes}, {less}{difference}.'
+
+
+def _largest_difference(plan: Plan, rival: Plan) -> tuple[str, str, float]:
+  """Return (phase, part, seconds) of the part in which the plan saves most against a rival."""
+  differences = [
+    (ours.case.phase, part, plan.runs(ours) * (theirs.parts[part] - ours.parts[part]))
+    for ours, theirs in zip(plan.phases, rival.phases)
+    for part in PARTS
+  ]
+  return max(differences, key=lambda difference: difference[2])
+
+
+def paper_convention(choice: Choice) -> str:
+  """Return a sentence on what the paper's convention would choose; '' where that is the same."""
+  plan, theirs = choice.plan, choice.paper_plan
+  if theirs is None:
+    return ''
+  phase, part, saved = _largest_difference(plan, theirs)
   return (
-    f'{names} {verb} {time_text(plan.seconds)} in all, {time_text(behind)} less than the next {kind}, '
-    f'{_layouts(rival)} on {rival.mesh_text}, mostly as {time_text(saved)} less go into {part}{lost}.'
+    f"The paper's convention, {plan.machine.chip.network_bandwidth / 1e9:.0f} GB/s for every "
+    f'collective whatever axes it uses and no hops, would take {_layouts(theirs)} on '
+    f'{theirs.mesh_text}; with the links that each axis has, that takes '
+    f'{seconds_text(theirs.seconds - plan.seconds)} more, mostly {part} in {phase} '
+    f'({seconds_text(saved)}).'
   )
 
 
-def chosen(choice: Choice) -> str:
-  """Why this machine and batch, of those that were considered, in one sentence."""
+def _objective_text(choice: Choice) -> str:
+  """Say why this machine and batch were chosen."""
   plan = choice.plan
-  said = {
-    'latency': f'the fastest, {time_text(plan.seconds)} in all,',
-    'throughput': f'that which makes most, {plan.tokens_per_second:.1f} tokens/s,',
+  superlative = {
+    'latency': f'the fastest, {seconds_text(plan.seconds)} in all,',
+    'throughput': f'the one with most throughput, {plan.tokens_per_second:.1f} tokens/s,',
     'cost': f'the cheapest, {plan.chip_seconds_per_token * 1e3:.4g} chip-ms a token,',
   }[choice.objective]
   meeting = '' if choice.target is None else f' that take at most {choice.target * 1e3:g} ms'
   return (
-    f'{plan.machine} with a batch of {plan.request.batch} is {said} of {len(choice.others) + 1} slices and '
-    f'batches{meeting}. The next:'
+    f'{plan.machine} with a batch of {plan.request.batch} is {superlative} of '
+    f'{len(choice.others) + 1} slices and batches{meeting}. The next:'
   )
 
 
 def _layouts(plan: Plan) -> str:
-  """Of the phases that run here."""
+  """Return the layouts of the phases that run here."""
   return ' and '.join(str(c.case.layout) for c in plan.phases)
 
 
-def _largest_difference(plan: Plan, rival: Plan) -> tuple[str, float]:
-  differences = {
-    f'{part} in {ours.case.phase}': plan.runs(ours) * (theirs.parts[part] - ours.parts[part])
-    for ours, theirs in zip(plan.phases, rival.phases)
-    for part in PARTS
-  }
-  return max(differences.items(), key=lambda item: item[1])
-
-
-def conventions_differ(plan: Plan) -> str:
-  """What the paper's bandwidth would choose instead, and why; '' where it chooses the same."""
-  if plan.request.convention == 'paper' or plan.machine.chips == 1:
-    return ''
-  request = plan.request.replace(convention='paper', efficiency=None)
-  theirs = next((p for p in search.best(search.plans(request, plan.machine)) if p.fits), None)
-  if theirs is None or (_layouts(theirs), theirs.mesh) == (_layouts(plan), plan.mesh):
-    return ''
-  ours = Plan(plan.request, *(_again(c, plan) for c in (theirs.prefill, theirs.decode)))
-  bandwidth = f'{plan.machine.chip.network_bandwidth / 1e9:.0f} GB/s'
-  slower = ours.seconds - plan.seconds
-  part, saved = _largest_difference(plan, ours)
-  return (
-    f"The paper's convention, {bandwidth} for every collective whatever axes it uses and no hops, would take "
-    f'{_layouts(theirs)} on {theirs.mesh_text}; with the links that each axis has, that takes '
-    f'{time_text(slower)} more, mostly {part} ({time_text(saved)}).'
-  )
-
-
-def _again(c: PassCost, plan: Plan) -> PassCost:
-  return search.cost(c.case, plan.request.convention, plan.request.efficiency)
-
-
-def _others(plans: Sequence[Plan]) -> Iterable[str]:
-  for p in plans:
-    yield (
-      f'  {str(p.machine):12} batch {p.request.batch:5}  {_layouts(p):32} {time_text(p.seconds):>10} '
-      f'in all, {time_text(p.decode.seconds):>9} a step, {p.tokens_per_second:9.1f} tokens/s, '
-      f'{p.chip_seconds_per_token * 1e3:9.4g} chip-ms a token'
+def _others(plans: Sequence[Plan]) -> list[str]:
+  """Return the table of the other machines and batches."""
+  header = ('slice', 'batch', 'layouts', 'total', 'per step', 'tokens/s', 'chip-ms a token')
+  body = [
+    (
+      str(p.machine),
+      str(p.request.batch),
+      _layouts(p),
+      seconds_text(p.seconds),
+      seconds_text(p.decode.seconds),
+      f'{p.tokens_per_second:.1f}',
+      f'{p.chip_seconds_per_token * 1e3:.4g}',
     )
-
-
-def time_text(seconds: float) -> str:
-  """0.0123 -> '12.30 ms'."""
-  if seconds == 0:
-    return '0'
-  if seconds >= 1:
-    return f'{seconds:.3f} s' if seconds < 100 else f'{seconds:.1f} s'
-  return f'{seconds * 1e3:.2f} ms' if seconds >= 1e-4 else f'{seconds * 1e6:.1f} us'
-
-
-def _wrap(line: str, indent: str = '') -> list[str]:
-  return textwrap.wrap(
-    line, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-  )
+    for p in plans
+  ]
+  return table([header, *body], left=3, indent='  ')

@@ -1,11 +1,17 @@
-"""What is asked of the planner, and one answer to it: a mesh, a number of rows, and a layout for each phase."""
+"""A request to the planner, and one answer: a mesh, a number of rows, a layout for each phase."""
 
 import dataclasses
 import functools
+from typing import Any
 
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.planner.case import CACHE_ELEMENT_BYTES, WEIGHT_BYTES
+from t5x_inference_ext.planner.case import (
+  CACHE_ELEMENT_BYTES,
+  WEIGHT_BYTES,
+  PassCase,
+  check_choices,
+  check_counts,
+)
 from t5x_inference_ext.planner.costs import PassCost
 from t5x_inference_ext.planner.efficiency import Efficiency
 from t5x_inference_ext.planner.machine import Machine, Mesh
@@ -13,27 +19,29 @@ from t5x_inference_ext.planner.memory import PlannedMemory, memory
 from t5x_inference_ext.planner.network import CONVENTIONS
 
 OBJECTIVES = ('latency', 'throughput', 'cost')
-# Of a plan: both phases on one machine, or one, where the other runs elsewhere.
+# Both phases on one machine, or one of them where the other runs elsewhere.
 PLAN_PHASES = ('both', 'prefill', 'decode')
 
 
 @dataclasses.dataclass(frozen=True)
 class PlanRequest:
-  """A model, and what is to be served.
+  """A model, and the work that it is to do.
 
   Attributes:
-    config: the model.
-    batch: rows at a time.
-    input_length: tokens of each prompt.
-    output_length: tokens to be made of each: as many decode steps.
-    weights, cache: 'int8' or 'bfloat16'.
-    convention: of the network (network.CONVENTIONS).
-    efficiency: of the chips; None: the fitted one of the convention.
-    mesh: (X, Y, Z), where it is not to be chosen.
-    phase: what is to run there: 'both', 'prefill' or 'decode'. Only that is priced, and has to fit.
+    config: The model.
+    batch: Rows at a time.
+    input_length: Tokens of each prompt.
+    output_length: Tokens to generate for each prompt: as many decode steps.
+    weights: 'int8' or 'bfloat16'.
+    cache: 'int8' or 'bfloat16': dtype of keys and values.
+    convention: Convention of the network, one of network.CONVENTIONS.
+    efficiency: Shares of the chip's peaks. None: those fitted for the convention.
+    mesh: The only mesh (X, Y, Z) to consider. None: every candidate mesh.
+    phase: One of PLAN_PHASES: the phases that run on this machine. Only they are priced, and have
+      to fit.
 
   Raises:
-    RequestError: a value out of its range.
+    RequestError: A value out of its range.
   """
 
   config: ModelConfig
@@ -47,19 +55,17 @@ class PlanRequest:
   mesh: Mesh | None = None
   phase: str = 'both'
 
-  def __post_init__(self):
-    for name in ('batch', 'input_length', 'output_length'):
-      value = getattr(self, name)
-      if not isinstance(value, int) or value < 1:
-        raise RequestError(f'{name} must be a whole number above 0, got {value!r}')
-    for name, known in (
-      ('weights', WEIGHT_BYTES),
-      ('cache', CACHE_ELEMENT_BYTES),
-      ('convention', CONVENTIONS),
-      ('phase', PLAN_PHASES),
-    ):
-      if getattr(self, name) not in tuple(known):
-        raise RequestError(f'{name} must be one of {", ".join(known)}, got {getattr(self, name)!r}')
+  def __post_init__(self) -> None:
+    check_counts(self, ('batch', 'input_length', 'output_length'))
+    check_choices(
+      self,
+      {
+        'weights': WEIGHT_BYTES,
+        'cache': CACHE_ELEMENT_BYTES,
+        'convention': CONVENTIONS,
+        'phase': PLAN_PHASES,
+      },
+    )
 
   @property
   def context(self) -> int:
@@ -68,21 +74,43 @@ class PlanRequest:
 
   @property
   def mean_context(self) -> int:
-    """What attention sees in the middle of the decode steps: the time of all of them is that of so many of this."""
+    """Positions that attention sees in the middle decode step, whose time stands for all."""
     return self.input_length + (self.output_length + 1) // 2
 
-  def replace(self, **fields) -> 'PlanRequest':
+  def replace(self, **fields: Any) -> 'PlanRequest':
+    """Return a copy with other values in some fields."""
     return dataclasses.replace(self, **fields)
+
+
+def pair_memories(
+  request: PlanRequest, prefill: PassCase, decode: PassCase
+) -> dict[str, PlannedMemory]:
+  """Return phase -> memory of one chip.
+
+  Prefill hands over the whole cache, split as decode stores it, so that it holds the larger of
+  both.
+  """
+  in_prefill = memory(prefill, request.input_length)
+  in_decode = memory(decode, request.context)
+  cache = max(in_prefill.cache, in_decode.cache)
+  return {'prefill': dataclasses.replace(in_prefill, cache=cache), 'decode': in_decode}
+
+
+def tightest_phase(request: PlanRequest, memories: dict[str, PlannedMemory]) -> str:
+  """Return the phase that needs most memory, of those that run here."""
+  if request.phase != 'both':
+    return request.phase
+  return max(memories, key=lambda phase: memories[phase].needed)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """How a request could be served.
+  """One way to serve a request.
 
   Attributes:
-    request: what was asked.
-    prefill: the cost of all prompts in one pass.
-    decode: the cost of one step, in the middle of them. Of the same machine, mesh and rows.
+    request: The request.
+    prefill: Cost of all prompts in one pass.
+    decode: Cost of one step, the middle one, on the same machine and mesh with as many rows.
   """
 
   request: PlanRequest
@@ -91,29 +119,35 @@ class Plan:
 
   @property
   def machine(self) -> Machine:
+    """The chips."""
     return self.decode.case.machine
 
   @property
   def mesh(self) -> Mesh:
+    """(X, Y, Z) over all chips."""
     return self.decode.case.mesh
 
   @property
   def mesh_text(self) -> str:
-    return 'x'.join(map(str, self.mesh))
+    """The mesh as 'XxYxZ'."""
+    return self.decode.case.mesh_text
 
   @property
   def rows(self) -> int:
-    """B as it runs: those asked for, and empty ones that let the mesh split them."""
+    """B as it runs: the requested rows, and empty ones that let the mesh split them."""
     return self.decode.case.batch
 
   @property
   def layouts(self) -> tuple[str, str]:
-    """Of prefill and of decode."""
+    """Layout of prefill and layout of decode."""
     return str(self.prefill.case.layout), str(self.decode.case.layout)
 
   @property
   def phases(self) -> tuple[PassCost, ...]:
-    """What runs here. Of one phase alone the other is the fastest that can share its weights."""
+    """The phases that run here.
+
+    Where one runs alone, the other is the fastest that can share its weights.
+    """
     return {
       'both': (self.prefill, self.decode),
       'prefill': (self.prefill,),
@@ -122,47 +156,50 @@ class Plan:
 
   @property
   def seconds(self) -> float:
-    """Of what runs here; of both phases from the prompts to the last token."""
+    """Seconds of the phases that run here; of both, from the prompts to the last token."""
     return sum(c.seconds * self.runs(c) for c in self.phases)
 
   def runs(self, phase: PassCost) -> int:
-    """How often a phase's pass runs."""
+    """Return how often a phase's pass runs."""
     return self.request.output_length if phase.case.phase == 'decode' else 1
 
   @property
   def tokens_per_second(self) -> float:
-    """That are made, or taken by a prefill alone, of all rows asked for."""
-    each = (
-      self.request.input_length if self.request.phase == 'prefill' else self.request.output_length
-    )
-    return self.request.batch * each / self.seconds
+    """Throughput over the requested rows, in tokens/s.
+
+    Counts generated tokens, or prompt tokens when `phase == 'prefill'`.
+    """
+    r = self.request
+    length = r.input_length if r.phase == 'prefill' else r.output_length
+    return r.batch * length / self.seconds
 
   @property
   def chip_seconds_per_token(self) -> float:
-    """Of a token that is made, its share of the prefill included; or of one that a prefill alone takes."""
+    """Chip-seconds for each token that tokens_per_second counts.
+
+    A generated token bears its share of the prefill.
+    """
     return self.machine.chips / self.tokens_per_second
 
   def cost_of(self, phase: PassCost) -> float:
-    """Chip-seconds per token of a phase, empty rows not counted: the paper's cost."""
+    """Return a phase's chip-seconds per token, empty rows not counted: the paper's cost."""
     return self.machine.chips * phase.seconds / (self.request.batch * phase.case.length)
 
   def mfu_of(self, phase: PassCost) -> float:
-    """The same for MFU."""
+    """Return a phase's MFU, empty rows not counted."""
     return phase.mfu * self.request.batch / self.rows
 
   @functools.cached_property
-  def memory(self) -> PlannedMemory:
-    """Of the phase that needs more, of those that run here."""
-    held = dict(zip(('prefill', 'decode'), self.memories))
-    return max((held[c.case.phase] for c in self.phases), key=lambda m: m.needed)
+  def memories(self) -> dict[str, PlannedMemory]:
+    """Phase -> memory of one chip, of both phases, whichever run here."""
+    return pair_memories(self.request, self.prefill.case, self.decode.case)
 
   @functools.cached_property
-  def memories(self) -> tuple[PlannedMemory, PlannedMemory]:
-    """In prefill and in decode. Prefill hands over the whole cache, split as decode has it."""
-    prefill = memory(self.prefill.case, self.request.input_length)
-    decode = memory(self.decode.case, self.request.context)
-    return dataclasses.replace(prefill, cache=max(prefill.cache, decode.cache)), decode
+  def memory(self) -> PlannedMemory:
+    """Memory of one chip in the phase that needs most, of those that run here."""
+    return self.memories[tightest_phase(self.request, self.memories)]
 
   @property
   def fits(self) -> bool:
+    """Whether that much is available."""
     return self.memory.fits

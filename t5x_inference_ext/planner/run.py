@@ -1,7 +1,6 @@
-"""The plan command without its flags: chooses, prints, writes the files."""
+"""The plan command without its flags: choose, print, write the files."""
 
-from collections.abc import Callable
-import functools
+from collections.abc import Callable, Sequence
 import math
 import os
 import sys
@@ -13,9 +12,10 @@ from t5x_inference_ext.planner import choose, figures, gin_text, json_text, repo
 from t5x_inference_ext.planner import sweep as sweeps
 from t5x_inference_ext.planner.machine import Machine, known_machines
 from t5x_inference_ext.planner.request import PlanRequest
-from t5x_inference_ext.runs.progress import progress
+from t5x_inference_ext.planner.text import table
 from t5x_inference_ext.sharding.mesh import parse_mesh
 from t5x_inference_ext.text_files import check_plots, check_writable, write_text
+from t5x_inference_ext.text_format import seconds_text
 
 
 def plan(
@@ -40,27 +40,33 @@ def plan(
   json_file: str | None = None,
   write: Callable[[str], None] = print,
 ) -> None:
-  """Plans, and prints what came out.
+  """Plan, print the report, and write the requested files.
 
   Args:
-    model: the model.
-    slice_name: 'v4:4x4x4' or 'A100:16'; None: the usual slices of `chip` are all considered.
-    chip: one of hardware.CHIPS, or several with commas.
-    batch: rows at a time; None: powers of two up to 1024 are considered.
-    input_length, output_length, weights, cache, convention: see request.Request.
-    objective, latency_target_ms: see choose.choose; the target in milliseconds, from the prompts to the last token.
-    mesh: 'XxYxZ' over the whole slice; None: the best.
-    phase: 'both', 'prefill' or 'decode': see request.Request.
-    check: compile the choice, too.
-    sweep: latency against cost of all slices and batches that may be chosen from, instead of a choice.
-    figure: draw the figures of the choice.
-    output_dir: takes them, and those of a sweep with its CSV.
-    gin_output: takes the choice as gin.
-    json_file: takes every number.
-    write: takes the report's text. Progress goes to stderr.
+    model: The model.
+    slice_name: 'v4:4x4x4' or 'A100:16'. None: the usual slices of `chip` are all considered.
+    chip: One of hardware.CHIPS, or several with commas.
+    batch: Rows at a time. None: powers of two up to 1024 are considered.
+    input_length: Tokens of each prompt.
+    output_length: Tokens to generate for each prompt.
+    weights: 'int8' or 'bfloat16'.
+    cache: 'int8' or 'bfloat16'.
+    objective: One of request.OBJECTIVES; see choose.choose.
+    latency_target_ms: Milliseconds from the prompts to the last token. None: no target.
+    convention: Convention of the network, one of network.CONVENTIONS.
+    mesh: 'XxYxZ' over the whole slice. None: the best.
+    phase: 'both', 'prefill' or 'decode': the phases that run here.
+    check: Compile the chosen plan, too.
+    sweep: Draw latency against cost of all slices and batches, instead of choosing.
+    figure: Draw the figures of the choice.
+    output_dir: Directory of the figures and of the sweep's CSV.
+    gin_output: File for the plan as gin.
+    json_file: File for every number.
+    write: Takes the report's text. Progress goes to stderr.
 
   Raises:
-    UserError: what is asked makes no sense, nothing fits or meets the target, or a file that can't be written.
+    UserError: A request that makes no sense, nothing that fits or meets the target, or a file that
+      can't be written.
   """
   check_writable(gin_output, json_file)
   if sweep or figure:
@@ -99,70 +105,91 @@ def plan(
         raise RequestError(f'{name} is of one plan, and sweep has many: ask for one of them')
     _sweep(request, machines, batches, output_dir, write)
     return
-  quiet = len(machines) == len(batches) == 1
+  one = len(machines) == len(batches) == 1
   choice = choose.choose(
     request,
     machines,
     objective,
     batches=batches,
-    say=(lambda text: None) if quiet else _say,
     target=None if latency_target_ms is None else latency_target_ms / 1e3,
+    say=(lambda text: None) if one else _say,
   )
-  if gin_output:  # a plan that can't be written is refused before it is compiled
-    text = gin_text.gin_text(choice.plan)
-  if check:
-    checks.refuse(choice.plan)
-  write(report.plan_text(choice))
-  checked = checks.check_plan(choice.plan, lambda text: _say(f'{text} ...')) if check else ()
-  if check:
-    write('\n' + checks.check_text(checked))
-  if gin_output:
-    write_text(gin_output, text)
-    write(f'gin: {gin_output}')
-  if json_file:
-    write_text(json_file, json_text.plan_json(choice, checked))
-    write(f'every number as JSON: {json_file}')
+  _write_choice(choice, check, gin_output, json_file, write)
   if figure:
     _draw(choice, output_dir, write)
 
 
-def _sweep(request, machines, batches, output_dir, write) -> None:
-  points = sweeps.sweep(
-    request,
-    machines,
-    batches,
-    ('int8', 'bfloat16'),
-    functools.partial(progress, what='sweep', total=2 * len(machines) * len(batches)),
-  )
-  if not points:  # says by how much
+def _write_choice(
+  choice: choose.Choice,
+  check: bool,
+  gin_output: str | None,
+  json_file: str | None,
+  write: Callable[[str], None],
+) -> None:
+  """Print the report, compile the plan where asked to, and write its files."""
+  if gin_output:  # before anything is compiled: a file that can't be written is refused first
+    gin = gin_text.gin_text(choice.plan)
+  if check:
+    checks.refuse_unchecked(choice.plan)
+  write(report.plan_text(choice))
+  checked: tuple[checks.Checked, ...] = ()
+  if check:
+    checked = checks.check_plan(choice.plan, lambda text: _say(f'{text} ...'))
+    write('\n' + checks.check_text(checked))
+  if gin_output:
+    write_text(gin_output, gin)
+    write(f'gin: {gin_output}')
+  if json_file:
+    write_text(json_file, json_text.plan_json(choice, checked))
+    write(f'every number as JSON: {json_file}')
+
+
+def _sweep(
+  request: PlanRequest,
+  machines: Sequence[Machine],
+  batches: Sequence[int],
+  output_dir: str,
+  write: Callable[[str], None],
+) -> None:
+  """Write the sweep's CSV and figure, and print its front."""
+  points = sweeps.sweep(request, machines, batches, ('int8', 'bfloat16'), _say)
+  if not points:
+    # Raises NothingFits, which says how far off the nearest is.
     choose.choose(request.replace(batch=min(batches), weights='int8'), machines)
-  files = [os.path.join(output_dir, f'pareto.{kind}') for kind in ('csv', 'svg')]
-  write_text(files[0], sweeps.csv_text(points))
-  figures.pareto(files[1], points)
+  csv_file, figure_file = (os.path.join(output_dir, f'pareto.{kind}') for kind in ('csv', 'svg'))
+  write_text(csv_file, sweeps.csv_text(points))
+  figures.pareto(figure_file, points)
+  rows = [('phase', 'weights', 'machine', 'batch', 'layout', 'latency', 'chip-ms a token')]
+  rows += [
+    (
+      p.phase,
+      p.request.weights,
+      str(p.cost.case.machine),
+      str(p.request.batch),
+      str(p.cost.case.layout),
+      seconds_text(p.seconds),
+      f'{p.chip_seconds_per_token * 1e3:.4g}',
+    )
+    for p in points
+    if p.on_front
+  ]
+  write('\n'.join(table(rows, left=5)))
   write(
-    f'{"phase":8} {"weights":9} {"machine":11} {"batch":>6} {"layout":13} {"latency":>12} {"chip-ms a token":>16}'
-  )
-  for p in points:
-    if p.on_front:
-      write(
-        f'{p.phase:8} {p.request.weights:9} {str(p.cost.case.machine):11} {p.request.batch:6} '
-        f'{str(p.cost.case.layout):13} {report.time_text(p.seconds):>12} {p.chip_seconds_per_token * 1e3:16.4g}'
-      )
-  on_front = sum(p.on_front for p in points)
-  write(
-    f'{len(points)} points, of which these {on_front} are beaten by none: {" and ".join(files)}'
+    f'{len(points)} points, of which these {len(rows) - 1} are beaten by none: {csv_file} and '
+    f'{figure_file}'
   )
 
 
-def _draw(choice: choose.Choice, output_dir: str, write) -> None:
-  best, files = choice.plan, {}
-  for name in ('communication', 'context', 'parts'):
-    files[name] = os.path.join(output_dir, f'{name}.svg')
-  config, at = best.request.config, best.mesh
-  figures.communication(files['communication'], config, at)
-  figures.contexts(files['context'], config, best.machine, at)
-  figures.time_parts(files['parts'], choice.ranked[: report.ROWS])
-  write(f'figures: {", ".join(files.values())}')
+def _draw(choice: choose.Choice, output_dir: str, write: Callable[[str], None]) -> None:
+  """Draw the figures of a choice."""
+  best = choice.plan
+  communication, context, parts = files = [
+    os.path.join(output_dir, f'{name}.svg') for name in ('communication', 'context', 'parts')
+  ]
+  figures.communication(communication, best.request.config, best.mesh)
+  figures.contexts(context, best.request.config, best.machine, best.mesh)
+  figures.time_parts(parts, choice.ranked[: report.ROWS])
+  write(f'figures: {", ".join(files)}')
 
 
 def _say(text: str) -> None:

@@ -1,6 +1,7 @@
-"""All plans for a request on a machine, and the best of them."""
+"""All plans for a request on a machine, the best of them, and whether any fits."""
 
 from collections.abc import Iterable, Iterator
+import functools
 import itertools
 import math
 
@@ -8,8 +9,9 @@ from t5x_inference_ext.errors import MeshError
 from t5x_inference_ext.planner.case import PassCase
 from t5x_inference_ext.planner.costs import PassCost, cost
 from t5x_inference_ext.planner.machine import Machine, Mesh
-from t5x_inference_ext.planner.network import sizes
-from t5x_inference_ext.planner.request import Plan, PlanRequest
+from t5x_inference_ext.planner.memory import memory
+from t5x_inference_ext.planner.network import axis_sizes
+from t5x_inference_ext.planner.request import Plan, PlanRequest, pair_memories, tightest_phase
 from t5x_inference_ext.sharding import activations
 from t5x_inference_ext.sharding.layout import (
   ATTENTION,
@@ -19,8 +21,8 @@ from t5x_inference_ext.sharding.layout import (
   check_pair,
 )
 
-# wg_xyz splits rows over every axis, which leaves none to split heads over. Looped collectives are left out: they move
-# as much, and what they hide the efficiencies hold already.
+# wg_xyz splits rows over every axis, which leaves none to split heads over. Looped collectives are
+# left out: they move as many bytes, and the efficiencies already contain what they hide.
 LAYOUTS = tuple(
   Layout(feedforward, attention)
   for feedforward in ('ws_2d', *(f for f in FEEDFORWARD if f != 'ws_2d'))
@@ -30,12 +32,13 @@ LAYOUTS = tuple(
 
 
 def plans(request: PlanRequest, machine: Machine) -> list[Plan]:
-  """Every plan: meshes, numbers of rows and pairs of layouts that can share weights; the fastest first.
+  """Return every plan, the fastest first, whether it fits or not.
 
-  Whether they fit is theirs to say. Of plans as fast, the one whose mesh comes first in Machine.meshes.
+  A plan is a mesh, a number of rows and a pair of layouts that can share weights. Of equally fast
+  plans the one comes first whose mesh comes first in Machine.meshes.
 
   Raises:
-    MeshError: the chips, or the mesh asked for, do not divide the model.
+    MeshError: The chips, or the requested mesh, do not divide the model.
   """
   found = []
   for mesh in meshes(request, machine):
@@ -43,36 +46,95 @@ def plans(request: PlanRequest, machine: Machine) -> list[Plan]:
       prefills = phase_costs(request, machine, mesh, 'prefill', rows)
       decodes = phase_costs(request, machine, mesh, 'decode', rows)
       found += [
-        Plan(request, p, d) for p, d in itertools.product(prefills, decodes) if _share_weights(p, d)
+        Plan(request, p, d)
+        for p, d in itertools.product(prefills, decodes)
+        if _share_weights(p.case, d.case)
       ]
   return sorted(found, key=_speed)
 
 
 def best(found: Iterable[Plan]) -> list[Plan]:
-  """Of each pair of layouts its fastest plan that fits, or else that which needs least; those that fit first.
+  """Return the best plan of each pair of layouts: those that fit by time, then others by memory.
 
-  Of a request for one phase, of each layout of that.
+  Of a pair it is the fastest plan that fits, or else the one that needs the least memory. Of a
+  request for one phase there is one plan for each layout of that phase.
   """
-  pairs = {}
+  by_layouts: dict[tuple[Layout, ...], Plan] = {}
   for plan in found:
     layouts = tuple(c.case.layout for c in plan.phases)
-    held = pairs.get(layouts)
+    held = by_layouts.get(layouts)
     if held is None or _order(plan) < _order(held):
-      pairs[layouts] = plan
-  return sorted(pairs.values(), key=_order)
+      by_layouts[layouts] = plan
+  return sorted(by_layouts.values(), key=_order)
 
 
-def _order(plan: Plan):
-  return (False, *_speed(plan)) if plan.fits else (True, plan.memory.needed)
+def _order(plan: Plan) -> tuple[float, ...]:
+  return (0, *_speed(plan)) if plan.fits else (1, plan.memory.needed)
 
 
 def _speed(plan: Plan) -> tuple[float, float]:
-  """Of what is asked for, and of what is not."""
+  """Return the time of the requested phases; of plans alike in that, the time of both decides."""
   return plan.seconds, plan.prefill.seconds + plan.decode.seconds
 
 
+def fits(request: PlanRequest, machine: Machine) -> bool:
+  """Return whether any plan fits. Prices none.
+
+  Raises:
+    MeshError: The chips, or the requested mesh, do not divide the model.
+  """
+  available = machine.chip.usable_bytes
+  for mesh in meshes(request, machine):
+    for rows in row_choices(request.batch, mesh):
+      # A pair needs no less than either phase alone. Mostly no prefill fits, and the rest is saved.
+      prefills = _fitting_cases(request, machine, mesh, 'prefill', rows)
+      decodes = prefills and _fitting_cases(request, machine, mesh, 'decode', rows)
+      for prefill, decode in itertools.product(prefills, decodes):
+        if _share_weights(prefill, decode) and _needed(request, prefill, decode) <= available:
+          return True
+  return False
+
+
+def _fitting_cases(
+  request: PlanRequest, machine: Machine, mesh: Mesh, phase: str, rows: int
+) -> list[PassCase]:
+  """Return one phase in every layout in which it fits alone, or in which it need not fit."""
+  cases = list(_cases(request, machine, mesh, phase, rows))
+  if request.phase not in ('both', phase):
+    return cases
+  positions = request.input_length if phase == 'prefill' else request.context
+  return [case for case in cases if memory(case, positions).fits]
+
+
+def needed_bytes(request: PlanRequest, machine: Machine) -> Iterator[float]:
+  """Yield the bytes that each plan needs on one chip. Prices none.
+
+  Raises:
+    MeshError: The chips, or the requested mesh, do not divide the model.
+  """
+  for mesh in meshes(request, machine):
+    for rows in row_choices(request.batch, mesh):
+      decodes = list(_cases(request, machine, mesh, 'decode', rows))
+      for prefill in _cases(request, machine, mesh, 'prefill', rows):
+        for decode in decodes:
+          if _share_weights(prefill, decode):
+            yield _needed(request, prefill, decode)
+
+
+def _needed(request: PlanRequest, prefill: PassCase, decode: PassCase) -> float:
+  """Return the bytes that a pair of passes needs on one chip."""
+  memories = pair_memories(request, prefill, decode)
+  return memories[tightest_phase(request, memories)].needed
+
+
 def meshes(request: PlanRequest, machine: Machine) -> tuple[Mesh, ...]:
-  """That which was asked for, or those of the machine; where one bandwidth serves all, as in the paper, of whole axes."""
+  """Return the requested mesh, or every candidate mesh.
+
+  The paper's convention allows whole torus axes only.
+
+  Raises:
+    MeshError: The chips, or the requested mesh, do not divide the model.
+  """
   if request.mesh is None:
     return machine.meshes(request.config, split=request.convention != 'paper')
   if math.prod(request.mesh) != machine.chips:
@@ -80,27 +142,32 @@ def meshes(request: PlanRequest, machine: Machine) -> tuple[Mesh, ...]:
       f'the mesh {"x".join(map(str, request.mesh))} has {math.prod(request.mesh)} positions and '
       f'{machine} has {machine.chips} chips: a program runs on all of them'
     )
-  check_model(request.config, sizes(request.mesh))
+  check_model(request.config, axis_sizes(request.mesh))
   return (request.mesh,)
 
 
-def row_choices(batch: int, mesh: Mesh) -> list[int]:
-  """The fewest rows, of at least `batch`, for each way that axes may split them evenly.
+@functools.lru_cache(maxsize=4096)
+def row_choices(batch: int, mesh: Mesh) -> tuple[int, ...]:
+  """Return the fewest rows, of at least `batch`, for each set of axes that may split them evenly.
 
-  A few empty rows more may save time: that they divide, or that they do not, decides what a layout splits. With one
-  number for each way, a request for more rows never takes less time.
+  A few empty rows more may save time: whether rows divide decides what a layout splits. With one
+    number for each set
+  of axes, a request for more rows never takes less time.
   """
   shares = sorted({math.prod(axes) for n in range(4) for axes in itertools.combinations(mesh, n)})
-  found = {}
+  found: dict[tuple[bool, ...], int] = {}
   for rows in range(batch, batch + 2 * shares[-1]):
     found.setdefault(tuple(rows % share == 0 for share in shares), rows)
-  return sorted(found.values())
+  return tuple(sorted(found.values()))
 
 
 def phase_costs(
   request: PlanRequest, machine: Machine, mesh: Mesh, phase: str, rows: int
 ) -> list[PassCost]:
-  """The costs of one phase in every layout that can run so many rows, the fastest first."""
+  """Return the costs of one phase in every layout that can run so many rows, the fastest first.
+
+  Attention by batch that splits no rows is left out where it costs the same as by heads.
+  """
   found = [
     cost(case, request.convention, request.efficiency)
     for case in _cases(request, machine, mesh, phase, rows)
@@ -108,31 +175,33 @@ def phase_costs(
   by_heads = {
     c.case.layout.feedforward: c.parts for c in found if c.case.layout.attention == 'heads'
   }
-  # Where no rows are split, by batch may be by heads under another name.
-  same = [
-    c
-    for c in found
-    if c.case.layout.attention == 'batch'
-    and not splits_rows(c.case)
-    and by_heads.get(c.case.layout.feedforward) == c.parts
-  ]
-  return sorted((c for c in found if c not in same), key=lambda c: c.seconds)
+
+  def repeats_heads(c: PassCost) -> bool:
+    layout = c.case.layout
+    return (
+      layout.attention == 'batch'
+      and not splits_rows(c.case)
+      and by_heads.get(layout.feedforward) == c.parts
+    )
+
+  return sorted((c for c in found if not repeats_heads(c)), key=lambda c: c.seconds)
 
 
 def splits_rows(case: PassCase) -> bool:
-  """Whether attention splits rows over more than one chip."""
+  """Return whether attention splits rows over more than one chip."""
   return case.size(case.sharding.attention_rows) > 1
 
 
 def _cases(
   request: PlanRequest, machine: Machine, mesh: Mesh, phase: str, rows: int
 ) -> Iterator[PassCase]:
+  """Yield one phase in every layout that can run so many rows."""
   length, context = (request.input_length,) * 2 if phase == 'prefill' else (1, request.mean_context)
   for layout in LAYOUTS:
-    if _is_another(layout, mesh):
+    if _repeats_another(layout, mesh):
       continue
-    if phase == 'decode' and rows != activations.padded_batch(layout, rows, sizes(mesh)):
-      continue  # the runtime would take more: they are another choice
+    if phase == 'decode' and rows != _rows_that_run(layout, rows, mesh):
+      continue  # more rows are another choice
     case = PassCase(
       request.config,
       machine,
@@ -145,36 +214,38 @@ def _cases(
       request.weights,
       request.cache,
     )
-    if (
-      request.convention == 'paper'
-      and layout.attention == 'batch'
-      and not splits_rows(case)
-      and machine.chips > 1
-    ):
+    by_batch = layout.attention == 'batch' and machine.chips > 1
+    if request.convention == 'paper' and by_batch and not splits_rows(case):
       continue  # section 3.3: a batch that fills no axis is not sharded by batch
     yield case
 
 
-def _is_another(layout: Layout, mesh: Mesh) -> bool:
-  """Whether axes of one chip make this layout the same as a simpler one, or as one that gathers over all axes."""
-  gathered = [a for a in layout.gathered_axes if sizes(mesh)[a] > 1]
+@functools.lru_cache(maxsize=65536)
+def _rows_that_run(layout: Layout, rows: int, mesh: Mesh) -> int:
+  """Return the rows that the engine would decode for so many: it may add empty ones."""
+  return activations.padded_batch(layout, rows, axis_sizes(mesh))
+
+
+def _repeats_another(layout: Layout, mesh: Mesh) -> bool:
+  """Return whether axes of size 1 make this layout the same as another one."""
+  sizes = axis_sizes(mesh)
+  gathered = [a for a in layout.gathered_axes if sizes[a] > 1]
   if layout.feedforward == 'ws_1d':
     return math.prod(mesh) == 1
   if layout.feedforward in ('wg_x', 'wg_xy'):
-    fewer = layout.feedforward == 'wg_xy' and mesh[1] == 1
-    return not gathered or fewer or math.prod(sizes(mesh)[a] for a in gathered) == math.prod(mesh)
+    is_wg_x = layout.feedforward == 'wg_xy' and mesh[1] == 1
+    is_wg_xyz = math.prod(sizes[a] for a in gathered) == math.prod(mesh)
+    return not gathered or is_wg_x or is_wg_xyz
   return layout.feedforward == 'wg_xyz' and not gathered
 
 
-def _share_weights(prefill: PassCost, decode: PassCost) -> bool:
-  mesh = prefill.case.mesh
-  if (
-    mesh[0] == 1 < math.prod(mesh)
-    and prefill.case.layout.feedforward == decode.case.layout.feedforward == 'ws_2d'
-  ):
-    return False  # d_model is whole: that is ws_1d
+def _share_weights(prefill: PassCase, decode: PassCase) -> bool:
+  """Return whether one copy of the weights serves both phases."""
+  mesh, layouts = prefill.mesh, (prefill.layout, decode.layout)
+  if mesh[0] == 1 < math.prod(mesh) and all(x.feedforward == 'ws_2d' for x in layouts):
+    return False  # d_model is whole: ws_1d is the name of that
   try:
-    check_pair(prefill.case.layout, decode.case.layout)
+    check_pair(*layouts)
   except MeshError:
     return False
   return True

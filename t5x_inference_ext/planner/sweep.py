@@ -1,4 +1,4 @@
-"""Latency against cost for machines and batches, and which of these points no other beats: the paper's Figure 1."""
+"""Latency against cost over machines and batches, as in the paper's Figure 1."""
 
 from collections.abc import Callable, Iterable, Sequence
 import csv
@@ -19,9 +19,9 @@ class Point:
   """The fastest layout of one phase that fits, on one machine.
 
   Attributes:
-    request: what is served, with its batch.
-    cost: of the pass: a prefill, or a decode step.
-    on_front: whether no other point of its phase and weights is as fast and as cheap.
+    request: The model and its work, with the batch of this point.
+    cost: Cost of the pass: a prefill, or a decode step.
+    on_front: Whether no other point of its phase and weights is as fast and as cheap.
   """
 
   request: PlanRequest
@@ -30,15 +30,17 @@ class Point:
 
   @property
   def phase(self) -> str:
+    """'prefill' or 'decode'."""
     return self.cost.case.phase
 
   @property
   def seconds(self) -> float:
+    """Seconds of the pass."""
     return self.cost.seconds
 
   @property
   def chip_seconds_per_token(self) -> float:
-    """Of the rows asked for."""
+    """Chip-seconds per token of the requested rows, empty rows not counted."""
     return self.cost.chip_seconds_per_token * self.cost.case.batch / self.request.batch
 
 
@@ -47,36 +49,39 @@ def sweep(
   machines: Sequence[Machine],
   batches: Sequence[int],
   weights: Sequence[str],
-  progress: Callable[[Iterable], Iterable] = iter,
+  say: Callable[[str], None] = lambda text: None,
 ) -> list[Point]:
-  """The points of both phases, marked, by phase, weights and latency.
+  """Return the points of both phases, by phase, weights and latency, with the front marked.
+
+  A machine that does not divide the model, and a batch that does not fit, have no point.
 
   Args:
-    request: what is asked, but for these.
-    machines, batches, weights: to go through; what does not divide or does not fit is left out.
-    progress: wraps what is gone through.
+    request: The model and its work; its batch and weights do not matter.
+    machines: Machines to go through.
+    batches: Batches to go through.
+    weights: Dtypes of weights to go through.
+    say: Takes a line of progress for each machine.
   """
-  asked = [
-    (machine, request.replace(batch=batch, weights=w))
-    for machine in machines
-    for batch in batches
-    for w in weights
-  ]
   points = []
-  for machine, each in progress(asked):
-    for phase in PASSES:
-      found = _fastest(each, machine, phase)
-      if found is not None:
-        points.append(Point(each, found))
-  marked = []
-  for phase in PASSES:
-    for w in weights:
-      marked += front([p for p in points if p.phase == phase and p.request.weights == w])
-  return marked
+  for n, machine in enumerate(machines, 1):
+    say(f'sweep: {machine}, {n} of {len(machines)}')
+    for batch in batches:
+      for dtype in weights:
+        asked = request.replace(batch=batch, weights=dtype)
+        for phase in PASSES:
+          fastest = _fastest(asked, machine, phase)
+          if fastest is not None:
+            points.append(Point(asked, fastest))
+  return [
+    point
+    for phase in PASSES
+    for dtype in weights
+    for point in front([p for p in points if p.phase == phase and p.request.weights == dtype])
+  ]
 
 
-def front(points: Sequence[Point]) -> list[Point]:
-  """The points by latency, those marked that cost less than all that are as fast."""
+def front(points: Iterable[Point]) -> list[Point]:
+  """Return the points by latency; those that cost less than every faster one are marked."""
   least, marked = float('inf'), []
   for point in sorted(points, key=lambda p: (p.seconds, p.chip_seconds_per_token)):
     better = point.chip_seconds_per_token < least
@@ -86,61 +91,46 @@ def front(points: Sequence[Point]) -> list[Point]:
 
 
 def _fastest(request: PlanRequest, machine: Machine, phase: str) -> PassCost | None:
+  """Return the fastest pass of a phase that fits, None where none does."""
   positions = request.input_length if phase == 'prefill' else request.context
   try:
     meshes = search.meshes(request, machine)
   except MeshError:
     return None
-  costs = (
-    c
+  fitting = [
+    cost
     for mesh in meshes
     for rows in search.row_choices(request.batch, mesh)
-    for c in search.phase_costs(request, machine, mesh, phase, rows)
-  )
-  return min(
-    (c for c in costs if memory(c.case, positions).fits), key=lambda c: c.seconds, default=None
-  )
+    for cost in search.phase_costs(request, machine, mesh, phase, rows)
+    if memory(cost.case, positions).fits
+  ]
+  return min(fitting, key=lambda cost: cost.seconds, default=None)
 
 
-COLUMNS = (
-  'phase',
-  'weights',
-  'machine',
-  'chips',
-  'batch',
-  'rows',
-  'mesh',
-  'layout',
-  'seconds',
-  'chip_seconds_per_token',
-  'mfu',
-  'limit',
-  'pareto',
-)
+def _csv_row(point: Point) -> dict[str, object]:
+  case, request = point.cost.case, point.request
+  return {
+    'phase': point.phase,
+    'weights': request.weights,
+    'machine': case.machine,
+    'chips': case.machine.chips,
+    'batch': request.batch,
+    'rows': case.batch,
+    'mesh': case.mesh_text,
+    'layout': case.layout,
+    'seconds': f'{point.seconds:.6g}',
+    'chip_seconds_per_token': f'{point.chip_seconds_per_token:.6g}',
+    'mfu': f'{point.cost.mfu * request.batch / case.batch:.4f}',
+    'limit': point.cost.limit,
+    'pareto': int(point.on_front),
+  }
 
 
-def csv_text(points: Iterable[Point]) -> str:
-  """A row for each point; `pareto` is 1 on the front."""
+def csv_text(points: Sequence[Point]) -> str:
+  """Return a CSV with a row for each of one or more points; `pareto` is 1 on the front."""
+  rows = [_csv_row(point) for point in points]
   out = io.StringIO()
-  writer = csv.writer(out, lineterminator='\n')
-  writer.writerow(COLUMNS)
-  for p in points:
-    case = p.cost.case
-    writer.writerow(
-      (
-        p.phase,
-        p.request.weights,
-        case.machine,
-        case.machine.chips,
-        p.request.batch,
-        case.batch,
-        'x'.join(map(str, case.mesh)),
-        case.layout,
-        f'{p.seconds:.6g}',
-        f'{p.chip_seconds_per_token:.6g}',
-        f'{p.cost.mfu * p.request.batch / case.batch:.4f}',
-        p.cost.limit,
-        int(p.on_front),
-      )
-    )
+  writer = csv.DictWriter(out, list(rows[0]), lineterminator='\n')
+  writer.writeheader()
+  writer.writerows(rows)
   return out.getvalue()

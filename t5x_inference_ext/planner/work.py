@@ -1,4 +1,4 @@
-"""What one chip computes and reads in a pass, counted from the arrays that are there: padding is work too."""
+"""The work of one chip in a pass, counted from the arrays that it holds: padding is work too."""
 
 import dataclasses
 import math
@@ -11,14 +11,17 @@ _SCALE_BYTES = 4  # an int8 cache has a float32 scale for each row, position and
 
 @dataclasses.dataclass(frozen=True)
 class PassWork:
-  """Of one chip, in one pass.
+  """FLOPs and bytes of one chip in one pass.
 
   Attributes:
-    matmul_flops: of the layers' matrices, and `matmul_rows` the rows of each product.
-    logits_flops: of the unembedding, and `logits_rows` likewise.
-    attention_flops: of both products with keys and values.
-    weight_bytes: matrices, scales, norms and embedding, as they are read: gathered ones whole.
-    cache_bytes: keys and values that attention reads.
+    matmul_flops: FLOPs of the layers' matrices.
+    matmul_rows: Rows of each of their products.
+    logits_flops: FLOPs of the unembedding.
+    logits_rows: Rows of its product.
+    attention_flops: FLOPs of both products, with keys and with values.
+    weight_bytes: Bytes read of matrices, scales, norms and embedding. Gathered matrices are read
+      whole.
+    cache_bytes: Bytes of keys and values that attention reads.
   """
 
   matmul_flops: float
@@ -31,7 +34,7 @@ class PassWork:
 
 
 def work(case: PassCase) -> PassWork:
-  """Counts a pass."""
+  """Count the work of a pass on one chip."""
   c, p, chips = case.config, case.sharding, case.machine.chips
   tokens = case.batch * case.padded
   gathered = case.size(case.layout.gathered_axes)
@@ -42,46 +45,38 @@ def work(case: PassCase) -> PassWork:
   )
   rows = case.batch / case.size(p.attention_rows)
   positions = case.padded / case.size(p.attention_positions)
-  # Products with the keys and with the values; what a mask hides is computed too.
-  attention = 4 * rows * positions * p.heads.heads * c.d_head * _seen(case) * c.num_layers
+  # Two products, 2 FLOPs each; positions that the mask hides are computed too.
+  attention = 4 * rows * positions * p.heads.heads * c.d_head * case.seen * c.num_layers
   return PassWork(
     matmul_flops=2 * tokens * matrices * c.num_layers / chips,
     matmul_rows=tokens / gathered,
-    # Of each row's last position.
-    logits_flops=2 * case.batch * table / chips,
+    logits_flops=2 * case.batch * table / chips,  # for each row's last position alone
     logits_rows=case.batch,
     attention_flops=attention,
     weight_bytes=read,
-    cache_bytes=cache_bytes(case, _seen(case)),
+    cache_bytes=cache_bytes(case, case.seen),
   )
 
 
 def stored_bytes(case: PassCase, tensor: PackedTensor) -> int:
-  """Of a weight, on one chip, in all layers."""
+  """Return the bytes of a weight on one chip, in all layers."""
   dtype = tensor_dtype(tensor, case.weights, 'bfloat16')
-  split = math.prod(
+  shards = math.prod(
     case.size((axes,) if isinstance(axes, str) else axes or ()) for axes in tensor.spec
   )
-  count = math.prod(tensor.shape) // split * (case.config.num_layers if tensor.per_layer else 1)
+  count = math.prod(tensor.shape) // shards * (case.config.num_layers if tensor.per_layer else 1)
   return count * dtype.itemsize
 
 
 def cache_bytes(case: PassCase, positions: int) -> float:
-  """Keys and values of so many positions of each row, on one chip, in all layers."""
+  """Return the bytes of keys and values on one chip, in all layers.
+
+  Args:
+    case: The pass.
+    positions: Positions of each row that are counted.
+  """
   c, p = case.config, case.sharding
   scale = _SCALE_BYTES if case.cache == 'int8' else 0
-  of_head = c.d_head * CACHE_ELEMENT_BYTES[case.cache] + scale
-  return (
-    2
-    * c.num_layers
-    * case.batch
-    / case.size(p.attention_rows)
-    * positions
-    * p.heads.kv_heads
-    * of_head
-  )
-
-
-def _seen(case: PassCase) -> int:
-  """S, with what the pass is padded by."""
-  return case.context + case.padded - case.length
+  head_bytes = c.d_head * CACHE_ELEMENT_BYTES[case.cache] + scale
+  row_layers = 2 * c.num_layers * case.batch / case.size(p.attention_rows)
+  return row_layers * positions * p.heads.kv_heads * head_bytes

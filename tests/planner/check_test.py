@@ -8,11 +8,11 @@ import pytest
 
 from t5x_inference_ext import config
 from t5x_inference_ext.commands import plan as command
-from t5x_inference_ext.planner import check as checks
 from t5x_inference_ext.planner.check import GROUPS, check_plan, check_text
 from t5x_inference_ext.planner.choose import choose
 from t5x_inference_ext.planner.machine import Machine
 from t5x_inference_ext.planner.request import PlanRequest
+from t5x_inference_ext.precompile import analysis
 
 pytestmark = pytest.mark.libtpu
 
@@ -20,7 +20,9 @@ pytestmark = pytest.mark.libtpu
 @pytest.fixture(scope='module')
 def checked():
   model = config.preset('palm_tiny', num_layers=9)
-  return check_plan(choose(PlanRequest(model, 64, 96, 32), [Machine.parse('v4:2x2x2')]).plan)
+  found = check_plan(choose(PlanRequest(model, 64, 96, 32), [Machine.parse('v4:2x2x2')]).plan)
+  assert [c.cost.case.phase for c in found] == ['prefill', 'decode']
+  return found
 
 
 def test_bytes_held_are_those_of_the_program(checked):
@@ -41,7 +43,7 @@ def test_parts_are_summed_alike(checked):
         getattr(rows['all, but what is hidden'], which)
       )
       assert rows['sent by a chip'].predicted > 0
-    assert phase.cost.case.context == 128 if phase.cost.case.phase == 'decode' else 96
+  assert [phase.cost.case.context for phase in checked] == [96, 128]
 
 
 def test_decode_sends_what_was_predicted(checked):
@@ -88,7 +90,7 @@ def test_what_the_compiler_can_not_do_is_said(monkeypatch):
   def fail(*unused_arguments, **unused_options):
     raise jax.errors.JaxRuntimeError('INTERNAL: no text\nand more')
 
-  monkeypatch.setattr(checks, 'analyze', fail)
+  monkeypatch.setattr(analysis, 'analyze', fail)
   plan = choose(
     PlanRequest(config.preset('palm_tiny'), 8, 48, 16), [Machine.parse('v4:2x2x1')]
   ).plan
@@ -101,7 +103,7 @@ def test_what_the_compiler_can_not_do_is_said(monkeypatch):
 
 def test_a_program_that_does_not_fit_after_all(checked, monkeypatch):
   answer = dataclasses.replace(checked[0].answer, program=None, estimate=None)
-  monkeypatch.setattr(checks, 'analyze', lambda *unused_arguments, **unused_options: answer)
+  monkeypatch.setattr(analysis, 'analyze', lambda *unused_arguments, **unused_options: answer)
   plan = choose(
     PlanRequest(config.preset('palm_tiny'), 8, 48, 16), [Machine.parse('v4:2x2x1')]
   ).plan

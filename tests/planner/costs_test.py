@@ -15,7 +15,7 @@ from t5x_inference_ext.planner.costs import LIMITS, PARTS, cost
 from t5x_inference_ext.planner.efficiency import FITTED, IDEAL, Efficiency
 from t5x_inference_ext.planner.machine import Machine
 from t5x_inference_ext.planner.memory import memory
-from t5x_inference_ext.planner.network import sizes
+from t5x_inference_ext.planner.network import axis_sizes
 from t5x_inference_ext.planner.search import LAYOUTS
 from t5x_inference_ext.planner.work import work
 from t5x_inference_ext.sharding.explain import ExplainSetting, explain_setting
@@ -144,7 +144,7 @@ def test_memory_is_that_of_the_arrays_on_the_chips(layout, phase, weights):
   e = explain_setting(
     ExplainSetting(
       SMALL,
-      sizes(each.mesh),
+      axis_sizes(each.mesh),
       parsed,
       parsed if phase == 'decode' else Layout(),
       int8=weights == 'int8',

@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
+from benchmarks import planner_fit
+from benchmarks.planner_table_2 import TABLE_2
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.planner import fit, published
 from t5x_inference_ext.planner.costs import cost
 from t5x_inference_ext.planner.efficiency import FITTED, IDEAL, Efficiency
 from t5x_inference_ext.planner.network import CONVENTIONS
@@ -13,7 +14,7 @@ from t5x_inference_ext.planner.network import CONVENTIONS
 
 @pytest.fixture(scope='module', params=CONVENTIONS)
 def fitted(request):
-  return fit.fit(request.param)
+  return planner_fit.fit(request.param)
 
 
 def test_the_efficiencies_are_those_of_the_fit(fitted):
@@ -28,9 +29,7 @@ def test_there_are_three_and_they_are_shares():
 
 def test_no_better_efficiencies_are_near(fitted):
   def loss(e):
-    return sum(
-      ((cost(c.case, fitted.convention, e).seconds / c.seconds) - 1) ** 2 for c in published.TABLE_2
-    )
+    return sum(((cost(c.case, fitted.convention, e).seconds / c.seconds) - 1) ** 2 for c in TABLE_2)
 
   least = loss(fitted.efficiency)
   for field in dataclasses.fields(Efficiency):
@@ -44,8 +43,8 @@ def test_no_better_efficiencies_are_near(fitted):
 def test_errors_are_small_and_said(fitted):
   assert max(map(abs, fitted.errors)) < 0.05
   assert len(fitted.left_out) == len(fitted.errors) == 4
-  text = fit.fit_text(fitted)
-  for column, error, left_out in zip(published.TABLE_2, fitted.errors, fitted.left_out):
+  text = planner_fit.fit_text(fitted)
+  for column, error, left_out in zip(TABLE_2, fitted.errors, fitted.left_out):
     line = next(line for line in text.splitlines() if column.name in line)
     assert f'{error:+.1%}' in line and f'{left_out:+.1%}' in line
 
@@ -57,7 +56,7 @@ def test_on_the_torus_a_column_is_predicted_from_the_other_three(fitted):
 
 def test_the_search_finds_a_known_answer():
   wanted = Efficiency(0.71, 0.345, 1.0)
-  found = fit.search(
+  found = planner_fit.search(
     lambda e: sum((a - b) ** 2 for a, b in zip(dataclasses.astuple(e), dataclasses.astuple(wanted)))
   )
   assert found == wanted

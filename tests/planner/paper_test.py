@@ -1,11 +1,13 @@
-"""The paper's own figures, by the planner's public functions."""
+"""The paper's own figures, computed by the planner's public functions."""
 
 import dataclasses
 
 import pytest
 
+from benchmarks.planner_figures import FIGURE_3_MODEL
+from benchmarks.planner_table_2 import TABLE_2
 from t5x_inference_ext import config
-from t5x_inference_ext.planner import published, search, tables
+from t5x_inference_ext.planner import figure_data, search
 from t5x_inference_ext.planner.costs import cost, mfu
 from t5x_inference_ext.planner.machine import Machine
 from t5x_inference_ext.planner.request import PlanRequest
@@ -35,26 +37,26 @@ TABLE_1 = {
 @pytest.mark.parametrize('tokens', FIGURE_3)
 def test_figure_3(tokens):
   found = [
-    tables.feedforward_bytes(tables.FIGURE_3_MODEL, tables.FIGURE_3_MESH, name, tokens) / 1e9
-    for name in tables.FIGURE_3_LAYOUTS
+    figure_data.feedforward_bytes(FIGURE_3_MODEL, (4, 4, 4), name, tokens) / 1e9
+    for name in figure_data.FEEDFORWARD_LAYOUTS
   ]
   assert found == [pytest.approx(value, rel=5e-4) for value in FIGURE_3[tokens]]
 
 
 def test_figure_3_changes_layout_at_three_points():
-  points = tables.switch_points(tables.FIGURE_3_MODEL, tables.FIGURE_3_MESH)
+  points = figure_data.switch_points(FIGURE_3_MODEL, (4, 4, 4))
   assert points == [(16384, 'ws_2d', 'wg_x'), (65536, 'wg_x', 'wg_xy'), (786432, 'wg_xy', 'wg_xyz')]
 
 
 @pytest.mark.parametrize('name,batch', TABLE_1)
 def test_table_1(name, batch):
-  row = next(row for row in tables.table_1(PALM) if row.name == name)
+  row = next(row for row in figure_data.context_rows(PALM) if row.name == name)
   assert row.config.d_head == (128 if name == 'multihead' else 256)
-  found = tables.longest_context(row.config, V4_64, (4, 4, 4), row.layout, batch)
+  found = figure_data.longest_context(row.config, V4_64, (4, 4, 4), row.layout, batch)
   assert found == pytest.approx(TABLE_1[name, batch], rel=0.02)
 
 
-@pytest.mark.parametrize('column', published.TABLE_2, ids=lambda c: c.name)
+@pytest.mark.parametrize('column', TABLE_2, ids=lambda c: c.name)
 def test_every_mfu_of_table_2_follows_from_its_latency(column):
   tokens = column.batch * column.length
   # With the 540e9 parameters that the paper counts.
@@ -70,7 +72,7 @@ def test_parameters(name, billions):
 
 
 def _costs(column, mesh, convention):
-  """Of all layouts, for the rows of a column of Table 2."""
+  """Return the costs of all layouts for the rows of a column of Table 2."""
   length = 2048 if column.phase == 'prefill' else 2016  # decode steps then see 2048 in the middle
   request = PlanRequest(
     PALM, column.batch, length, 64, weights=column.weights, convention=convention
@@ -78,9 +80,9 @@ def _costs(column, mesh, convention):
   return search.phase_costs(request, V4_64, mesh, column.phase, column.batch)
 
 
-@pytest.mark.parametrize('column', published.TABLE_2, ids=lambda c: c.name)
+@pytest.mark.parametrize('column', TABLE_2, ids=lambda c: c.name)
 def test_in_the_papers_convention_its_layouts_are_the_best(column):
-  """Of all layouts on all meshes of whole axes of the slice: half an axis does not have the links of a whole one."""
+  """Meshes are of whole axes: half an axis does not have the links of a whole one."""
   meshes = search.meshes(PlanRequest(PALM, column.batch, convention='paper'), V4_64)
   assert (2, 8, 4) not in meshes and (2, 8, 4) in V4_64.meshes(PALM)
   found = [c for mesh in meshes for c in _costs(column, mesh, 'paper')]
@@ -92,11 +94,14 @@ def test_in_the_papers_convention_its_layouts_are_the_best(column):
 
 @pytest.mark.parametrize(
   'column,best',
-  list(zip(published.TABLE_2, ('ws_1d/heads', 'ws_1d/batch', 'wg_xyz/batch', 'ws_1d/batch'))),
+  list(zip(TABLE_2, ('ws_1d/heads', 'ws_1d/batch', 'wg_xyz/batch', 'ws_1d/batch'))),
   ids=lambda x: getattr(x, 'name', x),
 )
 def test_on_the_torus_one_dimension_is_ahead_by_little(column, best):
-  """ws_2d moves fewer bytes from 16 chips on, but some of them over x alone, where links are a third: so from 81 on."""
+  """From 16 chips on ws_2d moves fewer bytes, but some over x alone, on a third of the links.
+
+  So it is faster from 81 chips on.
+  """
   found = {str(c.case.layout): c for c in _costs(column, (4, 4, 4), 'torus')}
   assert min(found, key=lambda name: found[name].seconds) == best
   theirs, ours = found[column.layout], found[best]
@@ -114,6 +119,6 @@ def test_two_dimensions_win_on_both_networks_with_more_chips():
 
 def test_decoding_in_series_takes_longer_than_in_parallel():
   """Section 3.4: 14% more for a decode step of 512 rows."""
-  column = published.TABLE_2[3]
+  column = TABLE_2[3]
   serial = dataclasses.replace(column.case, config=dataclasses.replace(PALM, block='serial'))
   assert 0.05 < cost(serial).seconds / cost(column.case).seconds - 1 < 0.25

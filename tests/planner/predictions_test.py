@@ -5,10 +5,10 @@ import statistics
 import pytest
 
 from benchmarks import planner_predictions
+from benchmarks.planner_table_2 import TABLE_2
 from t5x_inference_ext import config
 from t5x_inference_ext.planner.costs import cost
 from t5x_inference_ext.planner.machine import Machine
-from t5x_inference_ext.planner.published import TABLE_2
 from t5x_inference_ext.planner.request import PlanRequest
 
 

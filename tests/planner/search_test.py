@@ -1,4 +1,4 @@
-"""The search: nothing that it leaves out is better, and what it says where there is nothing to choose."""
+"""The search: nothing that it leaves out is better, and it says why where nothing fits."""
 
 import dataclasses
 import itertools
@@ -11,11 +11,14 @@ from t5x_inference_ext import config
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import MeshError, RequestError, UserError
 from t5x_inference_ext.planner import search
+from t5x_inference_ext.planner.advice import NothingFits, largest_that
 from t5x_inference_ext.planner.case import PassCase
-from t5x_inference_ext.planner.choose import NothingFits, choose
+from t5x_inference_ext.planner.choose import choose
 from t5x_inference_ext.planner.costs import cost
+from t5x_inference_ext.planner.json_text import plan_json
 from t5x_inference_ext.planner.machine import Machine
-from t5x_inference_ext.planner.network import sizes
+from t5x_inference_ext.planner.network import axis_sizes
+from t5x_inference_ext.planner.report import plan_text
 from t5x_inference_ext.planner.request import Plan, PlanRequest
 from t5x_inference_ext.sharding.activations import padded_batch
 from t5x_inference_ext.sharding.layout import ATTENTION, FEEDFORWARD, Layout, check_pair
@@ -56,7 +59,9 @@ def every_plan(request: PlanRequest, machine: Machine):
         )
       except MeshError:
         continue
-      if phase == 'decode' and padded_batch(layout, request.batch, sizes(mesh)) != request.batch:
+      if (
+        phase == 'decode' and padded_batch(layout, request.batch, axis_sizes(mesh)) != request.batch
+      ):
         continue  # a run would take more rows
       found.append(cost(case, request.convention, request.efficiency))
     return found
@@ -110,7 +115,8 @@ def test_a_request_for_more_never_takes_less(
     dataclasses.replace(SMALL, num_kv_heads=kv_heads), batch, tokens, output, convention=convention
   )
   more = request.replace(**{what: getattr(request, what) + by})
-  # The paper's network makes no layout by batch of rows that fill no axis, which a few more rows may.
+  # The paper's network makes no layout by batch of rows that fill no axis, which a few more rows
+  # may.
   if convention == 'paper' and what == 'batch':
     return
   before, after = (search.plans(r, machine)[0].seconds for r in (request, more))
@@ -149,7 +155,8 @@ def test_the_total_is_the_prefill_and_all_steps():
   plan = choose(PlanRequest(PALM, 64), [Machine.parse('v4:4x4x4')]).plan
   assert plan.seconds == plan.prefill.seconds + 64 * plan.decode.seconds
   assert plan.prefill.case.length == 1920 and plan.decode.case.context == 1952
-  assert plan.memories[1].cache == plan.memories[1].cache and plan.request.context == 1984
+  assert plan.memories['prefill'].cache == plan.memories['decode'].cache
+  assert plan.request.context == 1984
   assert plan.chip_seconds_per_token == pytest.approx(64 * plan.seconds / 64**2)
 
 
@@ -240,6 +247,47 @@ def test_what_does_not_fit_says_how_far_off_and_what_would():
     assert choose(PlanRequest(PALM, 64, **{'weights': 'bfloat16', **change}), [machine]).plan.fits
 
 
+@settings(max_examples=40, deadline=None, derandomize=True, phases=NO_SHRINKING)
+@given(
+  st.sampled_from(['v4:1x1x1', 'v4:2x2x1', 'v4:2x2x4', 'v5e:2x4', 'A100:8']),
+  st.integers(1, 3000),
+  st.integers(1, 100_000),
+  st.sampled_from(['both', 'prefill', 'decode']),
+  st.sampled_from(['torus', 'paper']),
+)
+def test_whether_a_plan_fits_is_known_without_prices(name, batch, tokens, phase, convention):
+  request = PlanRequest(
+    config.preset('palm_8b'), batch, tokens, 8, phase=phase, convention=convention
+  )
+  machine = Machine.parse(name)
+  found = search.plans(request, machine)
+  assert search.fits(request, machine) == any(plan.fits for plan in found)
+  assert min(search.needed_bytes(request, machine)) == min(plan.memory.needed for plan in found)
+
+
+@pytest.mark.parametrize('most', [0, 1, 2, 3, 7, 8, 12, 16, 17, 98, 99])
+def test_the_largest_number_that_fits_is_found(most):
+  asked = []
+  found = largest_that(lambda n: asked.append(n) or n <= most, 100)
+  assert found == most and max(asked) < 100 and len(asked) <= 14
+
+
+def test_the_paper_is_searched_for_once(monkeypatch):
+  choice = choose(PlanRequest(PALM, 64), [Machine.parse('v4:4x4x4')])
+  conventions, plans = [], search.plans
+
+  def counted(request, machine):
+    conventions.append(request.convention)
+    return plans(request, machine)
+
+  monkeypatch.setattr(search, 'plans', counted)
+  assert choice.paper_plan.layouts == ('wg_xy/heads', 'ws_2d/batch')
+  plan_text(choice), plan_json(choice)
+  assert conventions == ['paper']
+  paper = choose(PlanRequest(PALM, 64, convention='paper'), [Machine.parse('v4:4x4x4')])
+  assert paper.paper_plan is None
+
+
 def test_the_largest_batch_that_fits_is_named():
   slice_, request = Machine.parse('v4:2x2x1'), PlanRequest(config.preset('palm_8b'), 1024, 4000, 64)
   with pytest.raises(NothingFits) as raised:
@@ -293,7 +341,11 @@ def test_one_phase_alone_has_to_fit_and_is_priced_alone():
     choose(request, slice_)
   choice = choose(request.replace(phase='decode'), slice_)
   plan = choice.plan
-  assert plan.seconds == 64 * plan.decode.seconds and plan.memory == plan.memories[1] and plan.fits
+  assert (
+    plan.seconds == 64 * plan.decode.seconds
+    and plan.memory == plan.memories['decode']
+    and plan.fits
+  )
   layouts = [p.layouts[1] for p in choice.ranked]
   assert len(layouts) == len(set(layouts)) == len(search.LAYOUTS)
   prefill = choose(request.replace(phase='prefill'), [Machine.parse('v4:2x4x4')]).plan

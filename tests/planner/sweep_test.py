@@ -8,13 +8,15 @@ import random
 
 import pytest
 
+from benchmarks.planner_figures import FIGURE_3_MODEL
 from t5x_inference_ext import config
 from t5x_inference_ext.errors import RequestError, UserError
-from t5x_inference_ext.planner import figures, tables
+from t5x_inference_ext.planner import figures
 from t5x_inference_ext.planner.choose import choose
+from t5x_inference_ext.planner.figure_data import feedforward_bytes, switch_points
 from t5x_inference_ext.planner.machine import Machine
 from t5x_inference_ext.planner.request import PlanRequest
-from t5x_inference_ext.planner.sweep import COLUMNS, csv_text, front, sweep
+from t5x_inference_ext.planner.sweep import csv_text, front, sweep
 
 MODEL = config.preset('palm_8b')
 MACHINES = [Machine.parse(name) for name in ('v4:2x2x1', 'v4:2x2x2')]
@@ -27,7 +29,9 @@ needs_matplotlib = pytest.mark.skipif(
 
 @pytest.fixture(scope='module')
 def points():
-  return sweep(PlanRequest(MODEL, 1, 256, 16), MACHINES, (1, 16, 4096), ('int8', 'bfloat16'))
+  found = sweep(PlanRequest(MODEL, 1, 256, 16), MACHINES, (1, 16, 4096), ('int8', 'bfloat16'))
+  assert len(found) > 16
+  return found
 
 
 def test_points_of_both_phases_for_all_that_fits(points):
@@ -69,7 +73,11 @@ def test_a_point_is_the_fastest_layout(points):
 
 def test_csv(points):
   rows = list(csv.DictReader(io.StringIO(csv_text(points))))
-  assert tuple(rows[0]) == COLUMNS and len(rows) == len(points)
+  assert ' '.join(rows[0]) == (
+    'phase weights machine chips batch rows mesh layout seconds chip_seconds_per_token mfu limit '
+    'pareto'
+  )
+  assert len(rows) == len(points)
   for row, p in zip(rows, points):
     assert float(row['seconds']) == pytest.approx(p.seconds, rel=1e-5) and row['pareto'] == str(
       int(p.on_front)
@@ -84,18 +92,19 @@ def test_figures_are_drawn_and_the_same_again(points, tmp_path):
   def draw(directory):
     directory.mkdir()
     figures.pareto(str(directory / 'pareto.svg'), points)
-    figures.communication(str(directory / 'communication.svg'))
+    figures.communication(str(directory / 'communication.svg'), FIGURE_3_MODEL, (4, 4, 4))
     figures.contexts(str(directory / 'context.svg'), MODEL, MACHINES[1], (2, 2, 2))
     figures.time_parts(str(directory / 'parts.svg'), choice.ranked[:4])
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
   first, second = draw(tmp_path / 'a'), draw(tmp_path / 'b')
   assert first == second and len(first) == 4
-  for words in (b'int8 weights', b'chips, B '):
+  for words in (b'int8 weights', b'chips, batch ', b'palm_8b, 256 tokens in, 16 out, v4'):
     assert words in first['pareto.svg']
   for words in (b'wg_xyz', b'16,384', b'65,536', b'786,432'):
     assert words in first['communication.svg']
-  assert b'multiquery by batch' in first['context.svg'] and b'weight load' in first['parts.svg']
+  assert b'multiquery by batch' in first['context.svg'] and b'palm_8b' in first['context.svg']
+  assert b'weight load' in first['parts.svg'] and b'out, v4:2x2x2' in first['parts.svg']
 
 
 @needs_matplotlib
@@ -111,20 +120,22 @@ def test_a_figure_of_a_model_with_several_key_heads(tmp_path):
 )
 def test_a_figure_that_can_not_be_written(tmp_path, name, words):
   with pytest.raises(RequestError, match=words):
-    figures.communication(str(tmp_path / name))
+    figures.communication(str(tmp_path / name), FIGURE_3_MODEL, (4, 4, 4))
 
 
 def test_without_matplotlib_what_to_install_is_said(monkeypatch, tmp_path):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(UserError, match=r"pip install 't5x_inference_ext\[plots\]'"):
-    figures.communication(str(tmp_path / 'f.svg'))
+    figures.communication(str(tmp_path / 'f.svg'), FIGURE_3_MODEL, (4, 4, 4))
 
 
 def test_switch_points_are_where_bytes_are_equal():
-  model = dataclasses.replace(tables.FIGURE_3_MODEL, d_model=8192, d_ff=16384)
-  for tokens, below, above in tables.switch_points(model, (4, 4, 2)):
+  model = dataclasses.replace(FIGURE_3_MODEL, d_model=8192, d_ff=16384)
+  points = switch_points(model, (4, 4, 2))
+  names = [points[0][1], *(above for _, _, above in points)]
+  assert names == ['ws_2d', 'wg_x', 'wg_xy', 'wg_xyz']
+  assert [below for _, below, _ in points] == names[:-1]
+  for tokens, below, above in points:
     near = round(tokens / 32) * 32
-    before, after = (
-      tables.feedforward_bytes(model, (4, 4, 2), name, near) for name in (below, above)
-    )
+    before, after = (feedforward_bytes(model, (4, 4, 2), name, near) for name in (below, above))
     assert before == pytest.approx(after, rel=32 / near)

@@ -1,4 +1,4 @@
-"""What the paper measured, for the fit: its Table 2, PaLM 540B on 64 TPU v4, context 2048. Nothing else goes here."""
+"""The paper's Table 2: PaLM 540B on 64 TPU v4, context 2048. The fit uses it, and nothing else."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from t5x_inference_ext.sharding.layout import Layout
 SLICE = 'v4:4x4x4'
 MESH = (4, 4, 4)
 CONTEXT = 2048
-DECODED = 64  # tokens; the table's decode latencies are of all of them
+DECODED = 64  # tokens; the table's decode latencies are the time of all of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,10 +18,13 @@ class Column:
   """A column of Table 2.
 
   Attributes:
-    name: its heading.
-    phase, batch, layout, weights: as there.
-    latency: seconds, of a prefill of 2048 tokens or of 64 decode steps.
-    mfu: as printed.
+    name: Its heading.
+    phase: 'prefill' or 'decode'.
+    batch: Rows.
+    layout: Layout of the phase.
+    weights: 'int8' or 'bfloat16'.
+    latency: Seconds of a prefill of 2048 tokens, or of 64 decode steps.
+    mfu: MFU as printed.
   """
 
   name: str
@@ -34,16 +37,17 @@ class Column:
 
   @property
   def seconds(self) -> float:
-    """Of one pass: the prefill, or a decode step."""
+    """Seconds of one pass: the prefill, or a decode step."""
     return self.latency / (DECODED if self.phase == 'decode' else 1)
 
   @property
   def length(self) -> int:
-    """T."""
+    """T, the positions of each row that the pass takes."""
     return 1 if self.phase == 'decode' else CONTEXT
 
   @property
   def case(self) -> PassCase:
+    """The pass."""
     return PassCase(
       preset('palm_540b'),
       Machine.parse(SLICE),

@@ -1,8 +1,9 @@
-"""Fits the three efficiencies to the paper's Table 2, and says what each column would be without itself.
+"""Fits the planner's three efficiencies to the paper's Table 2.
 
-  python -m t5x_inference_ext.planner.fit
+  python -m benchmarks.planner_fit
 
-prints the efficiencies of both bandwidth conventions, which efficiency.FITTED repeats, and the errors.
+Prints the efficiencies of both bandwidth conventions, which planner.efficiency.FITTED repeats, and
+the error of each column, with efficiencies fitted to all columns and to the other three.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,10 +13,10 @@ import math
 
 import numpy as np
 
+from benchmarks.planner_table_2 import TABLE_2, Column
 from t5x_inference_ext.planner.costs import PassCost, cost
 from t5x_inference_ext.planner.efficiency import IDEAL, Efficiency
 from t5x_inference_ext.planner.network import CONVENTIONS
-from t5x_inference_ext.planner.published import TABLE_2, Column
 
 _NAMES = tuple(f.name for f in dataclasses.fields(Efficiency))
 _GRID = 7  # points along each parameter, in every round
@@ -24,12 +25,13 @@ _ROUNDS = 12  # each with half the range of the last
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-  """What came out for a convention.
+  """The fit of one convention.
 
   Attributes:
-    efficiency: of all columns.
-    errors: predicted over measured time, less 1, of each column.
-    left_out: the same of each column, with efficiencies fitted to the others alone.
+    convention: Convention of the network.
+    efficiency: Efficiencies fitted to all columns.
+    errors: For each column, predicted over measured time, less 1.
+    left_out: For each column, its error with efficiencies fitted to the others alone.
   """
 
   convention: str
@@ -39,7 +41,7 @@ class Fit:
 
 
 def fit(convention: str) -> Fit:
-  """The efficiencies with the least sum of squared log ratios of predicted to measured times."""
+  """Fit efficiencies by the least sum of squared log ratios of predicted to measured times."""
   ideal = [cost(c.case, convention, IDEAL) for c in TABLE_2]
   found = _least(ideal, TABLE_2)
   left_out = []
@@ -67,23 +69,27 @@ def _least(ideal: Sequence[PassCost], columns: Sequence[Column]) -> Efficiency:
 
 
 def search(loss: Callable[[Efficiency], float]) -> Efficiency:
-  """The least loss, by grids that close in on the best point so far; to three digits. Efficiencies of 0.05 to 1."""
+  """Return the efficiencies, from 0.05 to 1 with three digits, that have the least loss.
+
+  Searches grids, each of which closes in on the best point so far.
+  """
   centre, reach = np.full(len(_NAMES), 0.525), 0.475
-  best = None
+  least, best = math.inf, IDEAL
   for _ in range(_ROUNDS):
     axes = [
       np.unique(np.clip(np.linspace(c - reach, c + reach, _GRID), 0.05, 1).round(3)) for c in centre
     ]
     for values in itertools.product(*axes):
-      found = loss(Efficiency(*map(float, values)))
-      if best is None or found < best[0]:
-        best = found, values
-    centre, reach = np.asarray(best[1]), reach / 2
-  return Efficiency(*map(float, best[1]))
+      efficiency = Efficiency(*map(float, values))
+      found = loss(efficiency)
+      if found < least:
+        least, best = found, efficiency
+    centre, reach = np.asarray(dataclasses.astuple(best)), reach / 2
+  return best
 
 
 def fit_text(found: Fit) -> str:
-  """A table."""
+  """Return a table of measured and predicted times."""
   e = found.efficiency
   lines = [
     f'{found.convention} convention: '
@@ -92,8 +98,8 @@ def fit_text(found: Fit) -> str:
   ]
   for column, error, left_out in zip(TABLE_2, found.errors, found.left_out):
     lines.append(
-      f'  {column.name:24} {column.seconds:8.4f} s {column.seconds * (1 + error):8.4f} s {error:+7.1%} '
-      f'{left_out:+9.1%}'
+      f'  {column.name:24} {column.seconds:8.4f} s {column.seconds * (1 + error):8.4f} s '
+      f'{error:+7.1%} {left_out:+9.1%}'
     )
   return '\n'.join(lines)
 

@@ -1,0 +1,124 @@
+"""The error where no plan will do: how far off the nearest one is, and which change would help."""
+
+from collections.abc import Callable, Sequence
+
+from t5x_inference_ext.errors import MeshError, UserError
+from t5x_inference_ext.planner import search
+from t5x_inference_ext.planner.machine import Machine, known_machines
+from t5x_inference_ext.planner.request import Plan, PlanRequest, tightest_phase
+from t5x_inference_ext.text_format import gib, seconds_text
+
+
+class NothingFits(UserError):
+  """No plan fits, or none is fast enough.
+
+  The message says how far off the nearest plan is, and what would do.
+  """
+
+
+def nothing_meets(target: float, fastest: Plan) -> NothingFits:
+  """Return the error for a target, in seconds, that even the fastest plan misses."""
+  passes = ', '.join(
+    f'{fastest.runs(phase)} {phase.case.phase} of {seconds_text(phase.seconds)}'
+    for phase in fastest.phases
+  )
+  return NothingFits(
+    f'nothing meets {target * 1e3:g} ms: the fastest is {fastest.machine} with '
+    f'{seconds_text(fastest.seconds)} for a batch of {fastest.request.batch} ({passes}), '
+    f'{fastest.seconds / target:.2f} times the target: allow more time, or ask for a smaller '
+    'batch, shorter prompts, fewer tokens or another chip'
+  )
+
+
+def nothing_fits(
+  request: PlanRequest, machines: Sequence[Machine], refusal: MeshError | None
+) -> NothingFits:
+  """Return the error for a request that fits on none of the machines.
+
+  Args:
+    request: The model and its work, with the smallest batch.
+    machines: Machines to choose from.
+    refusal: The first error of a machine that does not divide the model.
+  """
+  excess: dict[Machine, float] = {}  # bytes too many on one chip, of the plan that needs least
+  for machine in machines:
+    try:
+      needed = min(search.needed_bytes(request, machine))
+    except MeshError:
+      continue
+    excess[machine] = needed - machine.chip.usable_bytes
+  if not excess:
+    return NothingFits(str(refusal))
+  nearest = min(excess, key=lambda machine: excess[machine])
+  least = search.best(search.plans(request, nearest))[0]
+  m = least.memory
+  changes = (
+    _other_dtype(request, machines, 'weights', 'int8 weights'),
+    _other_dtype(request, machines, 'cache', 'an int8 cache'),
+    _most(request, nearest, 'batch', 'a batch of {}'),
+    _most(request, nearest, 'input_length', 'prompts of {} tokens'),
+    _larger_slice(request, machines),
+  )
+  return NothingFits(
+    f'nothing fits: with the least memory ({" and ".join(least.layouts)} on {least.mesh_text}) '
+    f'each chip of {nearest} needs {gib(m.needed)} GiB in '
+    f'{tightest_phase(request, least.memories)} (weights {gib(m.weights)}, cache {gib(m.cache)}, '
+    f'temporaries about {gib(m.working)}) and has {gib(m.available)}: '
+    f'{gib(m.needed - m.available)} too many; what would fit: '
+    f'{"; ".join(filter(None, changes)) or "no change of one thing"}'
+  )
+
+
+def _fits(request: PlanRequest, machine: Machine) -> bool:
+  """Return whether a plan fits on a machine; False where its chips do not divide the model."""
+  try:
+    return search.fits(request, machine)
+  except MeshError:
+    return False
+
+
+def _other_dtype(request: PlanRequest, machines: Sequence[Machine], field: str, words: str) -> str:
+  """Return `words` where int8 in a field makes the request fit, else ''."""
+  if getattr(request, field) == 'int8':
+    return ''
+  smaller = request.replace(**{field: 'int8'})
+  return words if any(_fits(smaller, machine) for machine in machines) else ''
+
+
+def _most(request: PlanRequest, machine: Machine, field: str, words: str) -> str:
+  """Return `words` with the largest number that fits in a field, '' where not even 1 does."""
+
+  def fits(value: int) -> bool:
+    return _fits(request.replace(**{field: value}), machine)
+
+  most = largest_that(fits, getattr(request, field))
+  return words.format(most) if most else ''
+
+
+def largest_that(fits: Callable[[int], bool], limit: int) -> int:
+  """Return the largest of 1 ... limit - 1 that fits, or 0. Whatever is below a fit fits too.
+
+  Doubles before it halves: the answer is often much below the limit, and small requests are
+    searched fastest.
+  """
+  high = 1
+  while high < limit and fits(high):
+    high *= 2
+  low, high = high // 2, min(high, limit)  # low fits, or is 0; high does not
+  while high - low > 1:
+    middle = (low + high) // 2
+    if fits(middle):
+      low = middle
+    else:
+      high = middle
+  return low
+
+
+def _larger_slice(request: PlanRequest, machines: Sequence[Machine]) -> str:
+  """Return the smallest larger slice of the same kinds of chip that fits, '' where none does."""
+  kinds = dict.fromkeys(machine.chip.name for machine in machines)
+  most = max(machine.chips for machine in machines)
+  known = (Machine.parse(name) for kind in kinds for name in known_machines(kind))
+  anywhere = request.replace(mesh=None)
+  larger = sorted((m for m in known if m.chips > most), key=lambda m: m.chips)
+  return next((str(machine) for machine in larger if _fits(anywhere, machine)), '')

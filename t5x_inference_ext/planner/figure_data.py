@@ -1,0 +1,112 @@
+"""The numbers of two figures: bytes that a feedforward layer sends, and the longest context.
+
+They are the paper's Figure 3 and Table 1, for any model and slice.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import math
+
+from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.planner.case import PassCase
+from t5x_inference_ext.planner.machine import Machine, Mesh
+from t5x_inference_ext.planner.network import axis_sizes
+from t5x_inference_ext.planner.work import cache_bytes
+from t5x_inference_ext.sharding.layout import Layout
+from t5x_inference_ext.sharding.traffic import feedforward_moves
+
+# The layouts that the paper draws.
+FEEDFORWARD_LAYOUTS = ('ws_2d', 'wg_x', 'wg_xy', 'wg_xyz')
+CACHE_SHARE = 0.3  # the share of a chip's memory that the paper's Table 1 gives the cache
+
+
+def feedforward_bytes(config: ModelConfig, mesh: Mesh, feedforward: str, tokens: int) -> int:
+  """Return the bytes that a chip sends for the MLP of one layer.
+
+  Elements are bfloat16, and (K-1)/K is taken as 1.
+
+  Raises:
+    ValueError: Tokens that do not divide over the chips that split them.
+  """
+  moves = feedforward_moves(config, Layout(feedforward), axis_sizes(mesh), tokens)
+  return sum(move.bytes * (2 if move.kind == 'all_reduce' else 1) for move in moves)
+
+
+def switch_points(
+  config: ModelConfig, mesh: Mesh, feedforward: Sequence[str] = FEEDFORWARD_LAYOUTS
+) -> list[tuple[float, str, str]]:
+  """Return [(tokens, layout below, layout above)]: where the layout that sends least changes.
+
+  A layout sends bytes of weights, and bytes of activations in proportion to the tokens: a straight
+    line.
+  """
+  step = math.prod(mesh)
+  lines = {}
+  for name in feedforward:
+    low, high = (feedforward_bytes(config, mesh, name, n) for n in (step, 2 * step))
+    lines[name] = 2 * low - high, (high - low) / step  # bytes of weights, bytes a token
+  points: list[tuple[float, str, str]] = []
+  at, current = 0.0, min(lines, key=lambda name: lines[name])
+  while True:
+    fixed, slope = lines[current]
+    crossings = [
+      ((other_fixed - fixed) / (slope - other_slope), other_slope, name)
+      for name, (other_fixed, other_slope) in lines.items()
+      if other_slope < slope
+    ]
+    if not crossings:
+      return points
+    at, _, after = min(c for c in crossings if c[0] >= at)
+    points.append((at, current, after))
+    current = after
+
+
+def longest_context(
+  config: ModelConfig, machine: Machine, mesh: Mesh, layout: str, batch: int
+) -> int:
+  """Return the positions of each row that a bfloat16 cache in CACHE_SHARE of the memory holds.
+
+  Args:
+    config: The model.
+    machine: The chips.
+    mesh: (X, Y, Z) over all chips.
+    layout: The decode layout, such as 'ws_2d/batch'.
+    batch: Rows.
+
+  Raises:
+    MeshError: Rows that the layout can't split, or a mesh that does not divide the model.
+  """
+  case = PassCase(config, machine, mesh, Layout.parse(layout), 'decode', batch, 1, 1)
+  return int(CACHE_SHARE * machine.chip.hbm_bytes / cache_bytes(case, 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class ContextRow:
+  """A row of the paper's Table 1.
+
+  Attributes:
+    name: Kind of attention, and its split.
+    config: The model with that attention.
+    layout: Its decode layout.
+  """
+
+  name: str
+  config: ModelConfig
+  layout: str
+
+
+def context_rows(config: ModelConfig) -> tuple[ContextRow, ...]:
+  """Return a row for each split of attention: by heads, and by batch.
+
+  A multiquery model is compared with multihead attention too, with heads of half the size, as in
+  the paper.
+  """
+  multiquery = config.num_kv_heads == 1
+  name = 'multiquery' if multiquery else f'{config.num_kv_heads} key heads'
+  rows = tuple(
+    ContextRow(f'{name} by {split}', config, f'ws_2d/{split}') for split in ('heads', 'batch')
+  )
+  if not multiquery:
+    return rows
+  multihead = dataclasses.replace(config, num_kv_heads=config.num_heads, d_head=config.d_head // 2)
+  return (ContextRow('multihead', multihead, 'ws_2d/heads'), *rows)

@@ -1,0 +1,33 @@
+"""Text of reports: tables, and lines that are not too long."""
+
+from collections.abc import Sequence
+import textwrap
+
+WIDTH = 120
+
+
+def table(rows: Sequence[Sequence[str]], left: int = 1, indent: str = '') -> list[str]:
+  """Return the lines of a table with columns two spaces apart.
+
+  Args:
+    rows: Cells of each row, the header first.
+    left: Number of columns, from the first, that are aligned to the left; the others are aligned to
+      the right.
+    indent: Text before each line.
+  """
+  widths = [max(map(len, column)) for column in zip(*rows)]
+  lines = []
+  for row in rows:
+    cells = [
+      cell.ljust(width) if i < left else cell.rjust(width)
+      for i, (cell, width) in enumerate(zip(row, widths))
+    ]
+    lines.append((indent + '  '.join(cells)).rstrip())
+  return lines
+
+
+def wrap(text: str, indent: str = '') -> list[str]:
+  """Return lines of at most WIDTH columns, those after the first behind an indent."""
+  return textwrap.wrap(
+    text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+  )
