@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from t5x_inference_ext.checkpoints.merged_axes import (
-  Index,
+  ArrayIndex,
   covering_box,
   merged_ranges,
   split_range,
@@ -123,7 +123,7 @@ class KernelLayout:
     is_matrix = self.inputs and not part.reciprocal
     return (*layers, *((math.prod(rows),) if is_matrix else ()), math.prod(columns))
 
-  def rectangles(self, bounds: Bounds) -> Iterator[tuple[KernelPart, Rectangle, Index]]:
+  def rectangles(self, bounds: Bounds) -> Iterator[tuple[KernelPart, Rectangle, ArrayIndex]]:
     """Cut a block of the array into rectangles of canonical tensors.
 
     Args:
@@ -147,7 +147,7 @@ class KernelLayout:
         for columns, column_index in merged_ranges(local[split:], column_axes, offsets[split:]):
           yield part, Rectangle(bounds[0], rows, columns), (slice(None), *row_index, *column_index)
 
-  def pieces(self, part: KernelPart, rectangle: Rectangle) -> Iterator[tuple[Bounds, Index]]:
+  def pieces(self, part: KernelPart, rectangle: Rectangle) -> Iterator[tuple[Bounds, ArrayIndex]]:
     """Cut a canonical rectangle into blocks of the array.
 
     Yields:

@@ -8,12 +8,12 @@ from typing import TypeAlias
 from t5x_inference_ext.checkpoints.tensor import Bounds, Span
 
 # An index into a numpy array: an integer, a range or a new axis for each axis.
-Index: TypeAlias = tuple[int | slice | None, ...]
+ArrayIndex: TypeAlias = tuple[int | slice | None, ...]
 
 
 def merged_ranges(
   local: Sequence[Span], sizes: Sequence[int], offsets: Sequence[int]
-) -> Iterator[tuple[Span, Index]]:
+) -> Iterator[tuple[Span, ArrayIndex]]:
   """Merge ranges of several axes into contiguous ranges of one.
 
   Args:
@@ -40,7 +40,7 @@ def merged_ranges(
     )
 
 
-def split_range(span: Span, sizes: Sequence[int]) -> Iterator[tuple[Bounds, Index]]:
+def split_range(span: Span, sizes: Sequence[int]) -> Iterator[tuple[Bounds, ArrayIndex]]:
   """Cut a range of a merged axis into ranges of the axes in it.
 
   Yields:

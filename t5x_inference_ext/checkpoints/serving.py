@@ -181,7 +181,7 @@ def read_serving_header(path: str, data: bytes) -> tuple[dict[str, Any], ModelCo
     CheckpointError: The header is damaged, or of another version.
   """
   where = f'{path}/{CONFIG}'
-  header = storage.parse_json(data, where)
+  header = storage.load_json(data, where)
   try:
     if header['format'] != SERVING_FORMAT:
       raise CheckpointError(
@@ -236,7 +236,7 @@ def read_listed(
   data = storage.read_file(path, CHECKSUMS)
   if data is None:
     raise CheckpointError(f'{path}/{CHECKSUMS} is missing')
-  content = storage.parse_json(data, f'{path}/{CHECKSUMS}')
+  content = storage.load_json(data, f'{path}/{CHECKSUMS}')
   try:
     checksums = {name: [int(c, 16) for c in values] for name, values in content.items()}
   except (ValueError, TypeError, AttributeError, RecursionError) as e:

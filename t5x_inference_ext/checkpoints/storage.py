@@ -44,7 +44,7 @@ def read_file(directory: str, name: str) -> bytes | None:
   return bytes(result.value) if result.state == 'value' else None
 
 
-def parse_json(data: bytes, where: str) -> Any:
+def load_json(data: bytes, where: str) -> Any:
   """Return the content of the JSON file `where`.
 
   Raises:

@@ -66,7 +66,7 @@ def read_orbax(path: str, directory: str) -> Tree:
     ocdbt = storage.read_file(directory, 'manifest.ocdbt') is not None
   else:
     where = f'{directory}/{METADATA}'
-    content = storage.parse_json(metadata, where)
+    content = storage.load_json(metadata, where)
     try:
       leaves = dict.fromkeys(_leaf_keys(content['tree_metadata']))
       zarr3, ocdbt = content.get('use_zarr3', False), content.get('use_ocdbt', True)
