@@ -10,7 +10,6 @@ from collections.abc import Iterator
 import itertools
 import json
 import math
-import reprlib
 from typing import Any
 
 import ml_dtypes
@@ -185,17 +184,18 @@ def read_serving_header(path: str, data: bytes) -> tuple[dict[str, Any], ModelCo
   try:
     if header['format'] != SERVING_FORMAT:
       raise CheckpointError(
-        f'{where}: format {reprlib.repr(header["format"])} is not {SERVING_FORMAT!r}'
+        f'{where}: format {printable(header["format"], 80)} is not {SERVING_FORMAT!r}'
       )
     if header['version'] != VERSION:
       raise CheckpointError(
-        f'{where}: format version {reprlib.repr(header["version"])}, but this package reads version '
-        f'{VERSION}: written by {printable(header.get("written_by"), 80)}'
+        f'{where}: format version {printable(header["version"], 80)}, but this package reads '
+        f'version {VERSION}: written by {printable(header.get("written_by"), 80)}'
       )
     config = ModelConfig.from_dict(header['model'])
     if header['weights'] not in SERVING_WEIGHTS:
       raise CheckpointError(
-        f'{where}: weights {reprlib.repr(header["weights"])} are none of {", ".join(SERVING_WEIGHTS)}'
+        f'{where}: weights {printable(header["weights"], 80)} are none of '
+        f'{", ".join(SERVING_WEIGHTS)}'
       )
     source = header.get('source')
     return {**header, 'source': source if isinstance(source, dict) else {}}, config

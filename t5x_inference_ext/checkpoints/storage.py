@@ -1,12 +1,12 @@
 """Directories on a local disk or in a bucket (gs://), and the small files in them."""
 
-import json
 import os
 import re
 from typing import Any
 
 import tensorstore as ts
 
+from t5x_inference_ext import text_files
 from t5x_inference_ext.errors import CheckpointError
 
 
@@ -51,9 +51,9 @@ def load_json(data: bytes, where: str) -> Any:
     CheckpointError: The file is not JSON, or is nested too deep to be read.
   """
   try:
-    return json.loads(data)
-  except (ValueError, RecursionError) as e:
-    raise CheckpointError(f'{where} is damaged: {type(e).__name__} {e!s:.200}') from e
+    return text_files.parse_json(data.decode())
+  except ValueError as e:
+    raise CheckpointError(f'{where} is damaged: {e}') from e
 
 
 def read_object(directory: str, name: str, unless: bytes | None = None) -> ts.KvStore.ReadResult:
