@@ -48,7 +48,8 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
   )
 
 
-def main(flags: absl_flags.FlagValues) -> None:
+def print_description(flags: absl_flags.FlagValues) -> None:
+  """Print what the checkpoint at --path holds."""
   if flags.path is None:
     raise UserError('which checkpoint? inspect_checkpoint PATH')
   for line in describe_checkpoint(flags.path):
@@ -163,5 +164,5 @@ def run(argv: list[str] | None = None) -> int:
   if len(argv) == 2 and not argv[1].startswith('-'):
     argv[1] = f'--path={argv[1]}'
   with cli.Session(__doc__, define_flags, argv) as session:
-    main(session.parse())
+    print_description(session.parse())
   return session.code
