@@ -14,8 +14,8 @@ from t5x_inference_ext.errors import UserError
 
 # A TPU keeps arrays in tiles of so many columns, or at most so many rows: what begins elsewhere is copied first.
 LANES = 128
-# Attention computes at most this many logits at once on a chip (1 GiB in float32), and beyond that some rows at a time:
-# model/attention.py does so, and planner/memory.py counts on it.
+# Attention computes at most this many logits at once on a chip (1 GiB in float32), and beyond that
+# some rows at a time: model/attention.py does so, and planner/memory.py counts on it.
 MAX_ATTENTION_LOGITS = 2**28
 
 
