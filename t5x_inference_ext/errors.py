@@ -1,25 +1,28 @@
-"""The errors that users see: one sentence naming what, where and the fix. Commands print them and exit with 2."""
+"""The errors that users see: one sentence naming what, where and the fix.
+
+Commands print the sentence and exit with status 2.
+"""
 
 # A message that quotes long names is cut here: it stays readable on a terminal.
 _MAX_MESSAGE = 10_000
 
 
 class UserError(ValueError):
-  """Something the user can mend: commands print the message alone, without a traceback."""
+  """A problem that the user can fix: commands print its message alone, without a traceback."""
 
 
 class CheckpointError(UserError):
-  """A checkpoint that can't be read, or is not the one this model needs.
+  """A checkpoint that can't be read, or is not the one that the model needs.
 
   Messages quote what a checkpoint's files say, so control characters in them are escaped.
   """
 
-  def __init__(self, message: str):
+  def __init__(self, message: str) -> None:
     super().__init__(printable(message, _MAX_MESSAGE))
 
 
 class MeshError(UserError):
-  """A mesh that does not fit the devices, the model or the batch."""
+  """A mesh or layout that does not fit the devices, the model or the batch."""
 
 
 class RequestError(UserError):
@@ -27,7 +30,7 @@ class RequestError(UserError):
 
 
 def printable(text: object, limit: int = 300) -> str:
-  """Return text from a file for a message: control characters escaped, and cut after `limit` characters."""
+  """Return text from a file for a message: control characters escaped, at most `limit` long."""
   text = str(text)
   shown = ''.join(
     c if c.isprintable() else c.encode('unicode_escape').decode() for c in text[:limit]

@@ -14,11 +14,11 @@ from t5x_inference_ext.config import BlockPart, ModelConfig
 INT8_SUFFIX = '_scale'
 
 # Logical axes of weights, one name for each meaning of a dimension.
-LAYERS = 'layers'  # L, in front of all tensors that each layer has
-VOCAB = 'vocab'  # V
-EMBED = 'embed'  # E of a matrix
-HIDDEN = 'hidden'  # MLP columns and heads, between a layer's two matrices
-FEATURES = 'features'  # E of a vector, which no layout splits
+LAYERS_AXIS = 'layers'  # L, in front of all tensors that each layer has
+VOCAB_AXIS = 'vocab'  # V
+EMBED_AXIS = 'embed'  # E of a matrix
+HIDDEN_AXIS = 'hidden'  # MLP columns and heads, between a layer's two matrices
+FEATURES_AXIS = 'features'  # E of a vector, which no layout splits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,23 +46,26 @@ def parameters(config: ModelConfig) -> dict[str, Parameter]:
   q, kv = c.num_heads * c.d_head, c.num_kv_heads * c.d_head
 
   def into_hidden(name: str, columns: int) -> dict[str, Parameter]:
-    axes, scale = (LAYERS, EMBED, HIDDEN), name + INT8_SUFFIX
+    axes, scale = (LAYERS_AXIS, EMBED_AXIS, HIDDEN_AXIS), name + INT8_SUFFIX
     return {name: Parameter((c.num_layers, c.d_model, columns), 'matrix', axes, scale)}
 
   def out_of_hidden(name: str, rows: int, scale: str) -> dict[str, Parameter]:
-    axes = LAYERS, HIDDEN, EMBED
+    axes = LAYERS_AXIS, HIDDEN_AXIS, EMBED_AXIS
     return {name: Parameter((c.num_layers, rows, c.d_model), 'matrix', axes, scale)}
 
   def norm(name: str, per_layer: bool) -> dict[str, Parameter]:
-    shape, axes = (c.d_model,), (FEATURES,)
+    shape: tuple[int, ...] = (c.d_model,)
+    axes: tuple[str, ...] = (FEATURES_AXIS,)
     if per_layer:
-      shape, axes = (c.num_layers, *shape), (LAYERS, *axes)
+      shape, axes = (c.num_layers, *shape), (LAYERS_AXIS, *axes)
     found = {name: Parameter(shape, 'norm', axes)}
     if c.norm == 'layer':
       found[bias_name(name)] = Parameter(shape, 'bias', axes)
     return found
 
-  tensors = {'embedding': Parameter((c.vocab_size, c.d_model), 'embedding', (VOCAB, EMBED))}
+  tensors = {
+    'embedding': Parameter((c.vocab_size, c.d_model), 'embedding', (VOCAB_AXIS, EMBED_AXIS))
+  }
   tensors |= norm('final_norm', per_layer=False)
   for block_part in c.block_parts:
     tensors |= norm(norm_name(block_part), per_layer=True)
@@ -85,7 +88,7 @@ def scales(config: ModelConfig) -> dict[str, Parameter]:
     if p.scale is not None:
       # One scale for each output channel: columns of an input matrix, or features of an output
       # matrix.
-      axes = (LAYERS, HIDDEN if p.axes[-1] == HIDDEN else FEATURES)
+      axes = (LAYERS_AXIS, HIDDEN_AXIS if p.axes[-1] == HIDDEN_AXIS else FEATURES_AXIS)
       found[p.scale] = Parameter((p.shape[0], p.shape[2]), 'scale', axes)
   return found
 

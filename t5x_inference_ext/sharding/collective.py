@@ -22,8 +22,8 @@ class Collective:
     shards: K, the devices along these axes.
     bytes: of the array on one device where it is largest: the output of an all-gather, the input
       of a reduce-scatter, either of an all-reduce or an all-to-all.
-    directions: 0 for one collective. 1 or 2 for a ring of K - 1 steps, each of which sends bytes / K
-      to the neighbours, in so many collective-permutes (section 3.5).
+    directions: 0 for one collective. 1 or 2 for a ring of K - 1 steps, each of which sends bytes /
+      K to the neighbours, in so many collective-permutes (section 3.5).
   """
 
   name: str

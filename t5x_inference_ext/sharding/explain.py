@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.params import LAYERS
+from t5x_inference_ext.params import LAYERS_AXIS
 from t5x_inference_ext.quantization.kv import whole_tiles
 from t5x_inference_ext.sharding import activations, traffic
 from t5x_inference_ext.sharding.activations import ACTIVATION_AXES, ActivationSharding
@@ -231,7 +231,7 @@ def _tensor(
     arrays: how many arrays each layer, or the model, has of it.
   """
   if per_layer and s.stacked:
-    axes, shape = (LAYERS, *axes), (s.config.num_layers, *shape)
+    axes, shape = (LAYERS_AXIS, *axes), (s.config.num_layers, *shape)
   elif per_layer:
     arrays *= s.config.num_layers
   mesh_axes = tuple(split.get(axis, ()) for axis in axes)

@@ -1,4 +1,4 @@
-"""The text of `--explain_layout`, in the paper's notation: a subscript names the axes of a split."""
+"""The text of `--explain_layout`: tables in the paper's notation."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import re
@@ -96,8 +96,8 @@ def _table(tensors: Sequence[ExplainedTensor], s: ExplainSetting) -> Iterator[st
   rows = [_HEADER]
   for t in tensors:
     shape = (f'{t.arrays} of ' if t.arrays > 1 else '') + 'x'.join(map(str, t.shape))
-    cells = t.name, shape, t.dtype, sharding_text(t, s.mesh), bytes_text(t.bytes), ', '.join(t.axes)
-    rows.append(cells)
+    sharding, axes = sharding_text(t, s.mesh), ', '.join(t.axes)
+    rows.append((t.name, shape, t.dtype, sharding, bytes_text(t.bytes), axes))
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   for *cells, count, axes in rows:
     left = '  '.join(cell.ljust(width) for cell, width in zip(cells, widths[:-2], strict=True))

@@ -127,11 +127,11 @@ class Layout:
     are whole on every device, being small; each device reads its part.
     """
     return {
-      params.LAYERS: (),
-      params.VOCAB: self.stored_hidden,
-      params.EMBED: self.stored_embed,
-      params.HIDDEN: self.stored_hidden,
-      params.FEATURES: (),
+      params.LAYERS_AXIS: (),
+      params.VOCAB_AXIS: self.stored_hidden,
+      params.EMBED_AXIS: self.stored_embed,
+      params.HIDDEN_AXIS: self.stored_hidden,
+      params.FEATURES_AXIS: (),
     }
 
   def weight_spec(self, axes: tuple[str, ...]) -> P:

@@ -3,7 +3,8 @@
 Tensors are fused, cut into a block of columns for each shard, and padded to the mesh. A shard's
 columns lie together, as columns.py has them, so that one matmul gives a shard all that it needs and
 no reshape crosses shards. This order and the padding exist only on the devices: checkpoints hold
-canonical tensors. Padding is with zeros. It never touches the MLP, whose width the mesh must divide.
+canonical tensors. Padding is with zeros. It never touches the MLP, whose width the mesh must
+divide.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -162,7 +163,7 @@ def _packed_tensors(
     parts = tuple(parts)
     first = declared[parts[0].names[0]]
     per_layer, shape, axes = _layer_shape(first)
-    axis = next(i for i, name in enumerate(axes) if name in (params.HIDDEN, params.VOCAB))
+    axis = next(i for i, name in enumerate(axes) if name in (params.HIDDEN_AXIS, params.VOCAB_AXIS))
     block = sum(part.width for part in parts)
     shape = (*shape[:axis], shards * block, *shape[axis + 1 :])
     return PackedTensor(shape, axes, layout.weight_spec(axes), first.kind, per_layer, axis, parts)
@@ -194,7 +195,7 @@ def _packed_tensors(
 
 def _layer_shape(p: params.Parameter) -> tuple[bool, tuple[int, ...], tuple[str, ...]]:
   """Return whether each layer has the tensor, and its shape and logical axes without layers."""
-  if p.axes[0] == params.LAYERS:
+  if p.axes[0] == params.LAYERS_AXIS:
     return True, p.shape[1:], p.axes[1:]
   return False, p.shape, p.axes
 

@@ -1,6 +1,7 @@
 """Traffic: the collectives of a pass and their bytes, predicted from the layout alone.
 
-The layouts are those of the paper's sections 3.2 and 3.3, the formulas those of its appendix A. All numbers are per device. Letters are those of the paper's section 3.1 and of config.py. N is the
+The layouts are those of the paper's sections 3.2 and 3.3, the formulas those of its appendix A. All
+numbers are per device. Letters are those of the paper's section 3.1 and of config.py. N is the
 number of devices that weights are gathered over: of activations [B, T, ..] each has B T / N tokens.
 """
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import BlockPartWeights, Weights
-from t5x_inference_ext.params import LAYERS
+from t5x_inference_ext.params import LAYERS_AXIS
 from t5x_inference_ext.sharding.packing import PackedTensor, packed_tensors, tensor_dtype
 
 STACK = 'layers'
@@ -48,7 +48,7 @@ class Declaration:
 
   @property
   def logical_axes(self) -> tuple[str, ...]:
-    stack = (LAYERS,) if isinstance(self.layers, slice) else ()
+    stack = (LAYERS_AXIS,) if isinstance(self.layers, slice) else ()
     return (*stack, *self.tensor.axes)
 
   def initial(self, key: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ import pytest
 
 from t5x_inference_ext.config import preset
 from t5x_inference_ext.errors import MeshError
-from t5x_inference_ext.params import EMBED, FEATURES, HIDDEN, LAYERS, VOCAB
+from t5x_inference_ext.params import EMBED_AXIS, FEATURES_AXIS, HIDDEN_AXIS, LAYERS_AXIS, VOCAB_AXIS
 from t5x_inference_ext.sharding.layout import (
   ATTENTION,
   FEEDFORWARD,
@@ -91,11 +91,11 @@ def test_what_is_no_layout_is_refused_with_the_reason(text, says):
 def test_the_axes_of_the_paper(feedforward, matrix, gathered, embed, hidden):
   """Appendix A.2: weights EF_xyz or E_xF_yz, and what is gathered, summed and split at work."""
   layout = Layout(feedforward)
-  assert layout.weight_spec((EMBED, HIDDEN)) == matrix
-  assert layout.weight_spec((HIDDEN, EMBED)) == P(*reversed(matrix))
-  assert layout.weight_spec((VOCAB, EMBED)) == P(*reversed(matrix))
-  assert layout.weight_spec((LAYERS, HIDDEN)) == P(None, matrix[1])
-  assert layout.weight_spec((FEATURES,)) == P(None)
+  assert layout.weight_spec((EMBED_AXIS, HIDDEN_AXIS)) == matrix
+  assert layout.weight_spec((HIDDEN_AXIS, EMBED_AXIS)) == P(*reversed(matrix))
+  assert layout.weight_spec((VOCAB_AXIS, EMBED_AXIS)) == P(*reversed(matrix))
+  assert layout.weight_spec((LAYERS_AXIS, HIDDEN_AXIS)) == P(None, matrix[1])
+  assert layout.weight_spec((FEATURES_AXIS,)) == P(None)
   assert tuple(
     ''.join(axes) for axes in (layout.gathered_axes, layout.embed_axes, layout.hidden_axes)
   ) == (gathered, embed, hidden)

@@ -28,7 +28,7 @@ from t5x_inference_ext.model.positions import RotaryAngles, rotary_angles
 from t5x_inference_ext.model.projections import column_widths, projections
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights, layer_weights
-from t5x_inference_ext.params import FEATURES
+from t5x_inference_ext.params import FEATURES_AXIS
 from t5x_inference_ext.sharding import traffic
 from t5x_inference_ext.sharding.activations import ActivationSharding, shard_activations
 from t5x_inference_ext.sharding.collective import Collective
@@ -96,7 +96,7 @@ def _layer_weights(config: ModelConfig, placed: ActivationSharding, mesh, int8: 
 
   shapes = layer_weights({n: jax.ShapeDtypeStruct(t.shape, dtype(t)) for n, t in tensors.items()})
   specs = {
-    n: P(placed.residual[2]) if t.axes == (FEATURES,) else t.spec for n, t in tensors.items()
+    n: P(placed.residual[2]) if t.axes == (FEATURES_AXIS,) else t.spec for n, t in tensors.items()
   }
   return shapes, layer_weights(specs)
 
