@@ -1,10 +1,9 @@
 """The parameters of a model, declared once: name, shape, kind and logical axes of every tensor.
 
-These are the *canonical* tensors: independent of any mesh, unpadded, with layers leading and each
-  weight a matrix
-[L, in, out]. The serving checkpoint stores them, readers of other checkpoints present their tensors
-as them, and weight packing (sharding/packing.py) cuts them into shards. Layouts and T5X's rules say
-by logical axis which mesh axes split them.
+These are the *canonical* tensors. They are independent of any mesh and unpadded; layers lead, and
+each weight is a matrix [L, in, out]. The serving checkpoint stores them, readers of other
+checkpoints present their tensors as them, and weight packing (sharding/packing.py) cuts them into
+shards. Layouts and T5X's rules say by logical axis which mesh axes split them.
 """
 
 import dataclasses
@@ -26,12 +25,12 @@ class Parameter:
   """One canonical tensor.
 
   Attributes:
-    shape: e.g. [L, E, H*Q].
+    shape: The dimensions, such as [L, E, H*Q].
     kind: 'matrix' (int8 in an int8 checkpoint), 'norm' or 'bias' (of a norm; always float32),
       'embedding' (never quantized here) or 'scale' (float32, one for each output channel of an int8
       matrix).
-    axes: the logical axis of each dimension.
-    scale: for a matrix, the name of its scale tensor in an int8 checkpoint; else None.
+    axes: The logical axis of each dimension.
+    scale: For a matrix, the name of its scale tensor in an int8 checkpoint; else None.
   """
 
   shape: tuple[int, ...]

@@ -39,17 +39,17 @@ class ActivationSharding:
   device has all features of a row, and a TPU need not change memory layouts around collectives.
 
   Attributes:
-    layout: the layout that was resolved.
-    rows, positions: axes that split tokens: together those that weights are gathered over.
-    residual_dim: the dimension of the residual stream [B, T, E] that the hidden axes split.
-    mlp_dim: the dimension of the MLP's columns [B, T, F] that the embed axes split.
-    attention_rows: axes that split the rows of attention and of the KV cache; `rows` come first.
-    attention_heads: axes that split the heads of attention.
-    attention_positions: axes that split the positions of queries; `positions` come first. Hidden
+    layout: The layout that was resolved.
+    rows, positions: Axes that split tokens: together those that weights are gathered over.
+    residual_dim: The dimension of the residual stream [B, T, E] that the hidden axes split.
+    mlp_dim: The dimension of the MLP's columns [B, T, F] that the embed axes split.
+    attention_rows: Axes that split the rows of attention and of the KV cache; `rows` come first.
+    attention_heads: Axes that split the heads of attention.
+    attention_positions: Axes that split the positions of queries; `positions` come first. Hidden
       axes are among them where a shard's columns hold parts of heads.
-    joined: hidden axes over which the queries' columns are gathered, where too few positions are
+    joined: Hidden axes over which the queries' columns are gathered, where too few positions are
       left to split. All devices along them compute the same.
-    heads: the heads on each device.
+    heads: The heads on each device.
   """
 
   layout: Layout
@@ -134,16 +134,16 @@ def shard_activations(
   """Resolve a layout for one pass.
 
   Args:
-    layout: the layout of the pass.
-    config: the model.
-    mesh: axis name -> size.
+    layout: The layout of the pass.
+    config: The model.
+    mesh: Axis name -> size.
     batch: B, rows.
     length: T, positions of each row; 1 for a decode step. padded_length says which are allowed.
-    cached: whether the positions follow others in a KV cache. The cache is then split as for decode
+    cached: Whether the positions follow others in a KV cache. The cache is then split as for decode
       steps of the same layout.
 
   Raises:
-    MeshError: tokens that do not divide over the axes that weights are gathered over.
+    MeshError: Tokens that do not divide over the axes that weights are gathered over.
   """
   sizes = tuple(mesh[a] for a in AXES)
   return _shard_activations(layout, config, sizes, batch, length, cached)
@@ -239,10 +239,10 @@ def _whole_head_axes(stored: HeadSplit, hidden: Axes, taken: Axes, mesh: Mapping
   """Return the hidden axes to join so that the columns on their devices together are whole heads.
 
   Args:
-    stored: how shards of the weights hold the heads.
-    hidden: the layout's hidden axes.
-    taken: the axes that attention splits rows over.
-    mesh: axis name -> size.
+    stored: How shards of the weights hold the heads.
+    hidden: The layout's hidden axes.
+    taken: The axes that attention splits rows over.
+    mesh: Axis name -> size.
 
   Returns:
     As few as will do of the axes that are not taken, the fastest.

@@ -1,4 +1,4 @@
-"""What a layer moves to take queries, keys and values to where attention splits them (section 3.3).
+"""Attention's share of a layer's traffic: to the split that attention uses, and back (section 3.3).
 
 These are the collectives of model/attention_columns.py, counted. Notation as in traffic.py.
 """
@@ -12,9 +12,9 @@ def to_attention(p: Pass, sharding: ActivationSharding, summed: bool) -> list[Co
   """Return what takes columns `BLH_yzQ(partialsum-x)` to queries, keys and values.
 
   Args:
-    p: the pass.
-    sharding: of its activations.
-    summed: whether the columns come summed over the embed axes.
+    p: The pass.
+    sharding: Sharding of its activations.
+    summed: Whether the columns come summed over the embed axes.
   """
   layout, heads, d_head = p.layout, sharding.heads, p.config.d_head
   embed, rows = layout.embed_axes, sharding.hidden_rows
@@ -61,7 +61,10 @@ def to_attention(p: Pass, sharding: ActivationSharding, summed: bool) -> list[Co
 
 
 def from_attention(p: Pass, sharding: ActivationSharding, summed: bool) -> list[Collective]:
-  """Return what takes attention's outputs back to columns `BLH_yzQ`. Args: as of to_attention."""
+  """Return what takes attention's outputs back to columns `BLH_yzQ`.
+
+  Arguments are those of to_attention.
+  """
   layout, heads = p.layout, sharding.heads
   split = _embed_split(sharding)
   columns = p.tokens * p.blocks * query_columns(p.config, heads.stored)

@@ -27,8 +27,8 @@ def logical_axis_rules(layout: Layout, sharding: ActivationSharding | None = Non
   """Return a layout's rules for T5X.
 
   Args:
-    layout: of either phase.
-    sharding: adds, in front, the activation rules of one phase. They never replace those of
+    layout: The layout of either phase.
+    sharding: Adds, in front, the activation rules of one phase. They never replace those of
       weights: a function that declares weights anew under rules without their names gathers them
       onto every device.
   """

@@ -16,12 +16,12 @@ class Collective:
   """One collective.
 
   Attributes:
-    name: what is moved: 'input', 'weights: gate', 'scales: gate', 'query', 'output', ...
+    name: The array that moves: 'input', 'weights: gate', 'scales: gate', 'query', 'output', ...
     kind: 'all_gather', 'reduce_scatter', 'all_reduce' or 'all_to_all'.
-    axes: the mesh axes that it runs over, without axes of size 1.
+    axes: The mesh axes that it runs over, without axes of size 1.
     shards: K, the devices along these axes.
-    bytes: of the array on one device where it is largest: the output of an all-gather, the input
-      of a reduce-scatter, either of an all-reduce or an all-to-all.
+    bytes: Size of the array on one device where it is largest: the output of an all-gather, the
+      input of a reduce-scatter, either of an all-reduce or an all-to-all.
     directions: 0 for one collective. 1 or 2 for a ring of K - 1 steps, each of which sends bytes /
       K to the neighbours, in so many collective-permutes (section 3.5).
   """
@@ -53,12 +53,12 @@ class Pass:
   """One pass through the model, for which collectives are counted.
 
   Attributes:
-    config: the model.
-    layout: of the pass.
-    mesh: axis name -> size.
+    config: The model.
+    layout: The layout of the pass.
+    mesh: Axis name -> size.
     tokens: B T / N, tokens on one device, where weights are gathered over N devices.
-    activation: bytes of an activation element.
-    weight: bytes of a weight element. A weight of 1 byte is int8 and has float32 scales.
+    activation: Bytes of an activation element.
+    weight: Bytes of a weight element. A weight of 1 byte is int8 and has float32 scales.
   """
 
   config: ModelConfig
@@ -81,7 +81,7 @@ class Pass:
     """Return the pass of B T tokens in all; other arguments are as in the class.
 
     Raises:
-      ValueError: tokens that do not divide over the N devices.
+      ValueError: Tokens that do not divide over the N devices.
     """
     devices = num_shards(layout.gathered_axes, mesh)
     if tokens % devices:
@@ -94,12 +94,12 @@ class Pass:
     """Return the collective in a list, which is empty where there is but one device.
 
     Args:
-      name: what is moved.
-      kind: as in Collective.
-      axes: mesh axes, also those of size 1.
-      count: elements of the array that Collective.bytes counts.
-      width: bytes of an element.
-      looped: whether a looped layout makes this collective a ring.
+      name: The array that moves.
+      kind: The kind of Collective.
+      axes: Mesh axes, also those of size 1.
+      count: Elements of the array that Collective.bytes counts.
+      width: Bytes of an element.
+      looped: Whether a looped layout makes this collective a ring.
     """
     axes = tuple(a for a in axes if self.mesh[a] > 1)
     if not axes:

@@ -1,9 +1,8 @@
 """The columns that each shard holds of a layer's fused matrices: the one account of them.
 
-The input matrix of a block part lies as [E, columns], the output matrix as [rows, E]. A shard's
-columns are one block [gate | linear | query | key, value], and its rows one block [mlp |
-attention]. Weight packing lays the blocks out, the model cuts products along them, and traffic
-counts their bytes.
+The input matrix of a block part is [E, columns], its output matrix [rows, E]. A shard's columns are
+one block [gate | linear | query | key, value], its rows one block [mlp | attention]. Weight packing
+lays the blocks out, the model cuts products along them, and traffic counts their bytes.
 """
 
 from collections.abc import Callable
@@ -26,9 +25,9 @@ class PackedPart:
   """One part of every shard's block: a range of canonical tensors that lie side by side.
 
   Attributes:
-    names: canonical names (params.py) of the tensors, in order.
-    sizes: their sizes along the packed dimension.
-    width: what each shard holds, padding included.
+    names: Canonical names (params.py) of the tensors, in order.
+    sizes: Size of each tensor along the packed dimension.
+    width: Columns of each shard, padding included.
     ranges: [start, stop) of each shard in the tensors side by side. Zeros pad it to `width`.
   """
 
@@ -62,9 +61,9 @@ def input_parts(config: ModelConfig, block_part: BlockPart, shards: int) -> tupl
   """Return the parts of a block of input-matrix columns, in order.
 
   Args:
-    config: the model.
-    block_part: the block part that the matrix belongs to.
-    shards: number of devices that split the columns.
+    config: The model.
+    block_part: The block part that the matrix belongs to.
+    shards: Number of devices that split the columns.
   """
   parts = []
   if block_part.mlp:
@@ -87,7 +86,10 @@ def input_parts(config: ModelConfig, block_part: BlockPart, shards: int) -> tupl
 
 @functools.lru_cache(maxsize=1024)
 def output_parts(config: ModelConfig, block_part: BlockPart, shards: int) -> tuple[PackedPart, ...]:
-  """Return the parts of a block of output-matrix rows, in order. Args: as of input_parts."""
+  """Return the parts of a block of output-matrix rows, in order.
+
+  Arguments are those of input_parts.
+  """
   parts = []
   if block_part.mlp:
     parts.append(_even(('mlp_output',), (config.d_ff,), shards))
@@ -105,7 +107,7 @@ def column_widths(config: ModelConfig, block_part: BlockPart, shards: int) -> di
   """Return a shard's input-matrix columns by what reads them, in order.
 
   The keys are the MLP's inputs ('gate', 'linear') and 'attention': queries, then keys and values.
-  Args: as of input_parts.
+  Arguments are those of input_parts.
   """
   widths: dict[str, int] = {}
   for part in input_parts(config, block_part, shards):

@@ -27,14 +27,14 @@ class ExplainSetting:
   """The run that is explained.
 
   Attributes:
-    config: the model.
-    mesh: axis name -> size.
-    prefill, decode: the layouts of the phases.
-    dtype: of activations and float weights, 'float32' or 'bfloat16'.
-    cache: what the KV cache holds: a float dtype, 'int8', or None for `dtype`.
-    int8: whether the matrices are int8.
-    stacked: whether one array holds all layers.
-    batch: rows asked for. As in a run, they are rounded up to what the mesh takes.
+    config: The model.
+    mesh: Axis name -> size.
+    prefill, decode: The layouts of the phases.
+    dtype: The dtype of activations and float weights, 'float32' or 'bfloat16'.
+    cache: The dtype of the KV cache: a float dtype, 'int8', or None for `dtype`.
+    int8: Whether the matrices are int8.
+    stacked: Whether one array holds all layers.
+    batch: Rows asked for. As in a run, they are rounded up to what the mesh takes.
     prompt_length: T of the prefill.
     cache_length: S, positions of the cache for each row.
   """
@@ -62,13 +62,13 @@ class ExplainedTensor:
   """One array, or several alike.
 
   Attributes:
-    name: of a weight as in packed_tensors, or of an activation.
-    axes: the logical axis of each dimension.
-    shape: of the whole array, padding included.
-    dtype: its name.
-    split: the mesh axes that split each dimension.
-    arrays: how many arrays there are.
-    bytes: on each device, of all of them.
+    name: Name of a weight, as in packed_tensors, or of an activation.
+    axes: The logical axis of each dimension.
+    shape: Shape of the whole array, padding included.
+    dtype: Name of the dtype.
+    split: The mesh axes that split each dimension.
+    arrays: How many arrays there are.
+    bytes: Bytes on each device, of all these arrays together.
   """
 
   name: str
@@ -91,10 +91,10 @@ class ExplainedPhase:
 
   Attributes:
     name: 'prefill' or 'decode'.
-    sharding: the layout, resolved for these rows and positions.
+    sharding: The layout, resolved for these rows and positions.
     length: T, padding included.
-    tensors: activations, keys and values, logits.
-    moves: the collectives of one layer.
+    tensors: Activations, keys and values, logits.
+    moves: The collectives of one layer.
   """
 
   name: str
@@ -118,10 +118,10 @@ class Explanation:
   """A setting and what follows from it.
 
   Attributes:
-    setting: the run.
-    weights: the arrays that both phases share.
-    blocks: name of a weight -> the parts that each device holds of its columns or rows, in order.
-    phases: prefill and decode.
+    setting: The run.
+    weights: The arrays that both phases share.
+    blocks: Name of a weight -> the parts that each device holds of its columns or rows, in order.
+    phases: Prefill and decode.
   """
 
   setting: ExplainSetting
@@ -149,7 +149,7 @@ def explain_setting(setting: ExplainSetting) -> Explanation:
   """Resolve both layouts for a run.
 
   Raises:
-    MeshError: the mesh does not divide the model, or the two layouts can't share weights.
+    MeshError: The mesh does not divide the model, or the two layouts can't share weights.
   """
   s = setting
   check_pair(s.prefill, s.decode)
@@ -221,14 +221,14 @@ def _tensor(
   """Explain a tensor.
 
   Args:
-    s: the run.
-    split: the mesh axes that split each logical axis.
-    name: as in ExplainedTensor.
-    axes: the logical axis of each dimension, without layers.
-    shape: without layers.
-    dtype: its name.
-    per_layer: whether each layer has the tensor.
-    arrays: how many arrays each layer, or the model, has of it.
+    s: The run.
+    split: The mesh axes that split each logical axis.
+    name: Name of the tensor.
+    axes: The logical axis of each dimension, without layers.
+    shape: The dimensions, without layers.
+    dtype: Name of the dtype.
+    per_layer: Whether each layer has the tensor.
+    arrays: How many arrays each layer, or the model, has of it.
   """
   if per_layer and s.stacked:
     axes, shape = (LAYERS_AXIS, *axes), (s.config.num_layers, *shape)

@@ -47,7 +47,7 @@ def explain(setting: ExplainSetting, mesh: Mesh | None = None) -> str:
   """Return the text for a run; with a mesh of devices, also their kind and how they are linked.
 
   Raises:
-    MeshError: the mesh does not divide the model, or the two layouts can't share weights.
+    MeshError: The mesh does not divide the model, or the two layouts can't share weights.
   """
   e = explain_setting(setting)
   lines = [*_heading(setting, mesh), '', *_table(e.weights, setting)]

@@ -58,12 +58,12 @@ class Layout:
   Attributes:
     feedforward: 'ws_1d' or 'ws_2d': weights stay, activations move. 'wg_x', 'wg_xy' or 'wg_xyz':
       weights are stored as for ws_2d and gathered over these axes.
-    attention: how queries, keys, values and the KV cache are split. 'heads': by heads. 'batch': by
+    attention: How queries, keys, values and the KV cache are split. 'heads': by heads. 'batch': by
       rows over as many axes as the rows fill, and by heads over the other axes.
     collectives: 'plain', or looped around a ring: 'one_way' or 'two_way'.
 
   Raises:
-    MeshError: an unknown part, or a pair of parts that leaves attention nothing to split.
+    MeshError: An unknown part, or a pair of parts that leaves attention nothing to split.
   """
 
   feedforward: str = 'ws_2d'
@@ -89,7 +89,7 @@ class Layout:
     """Return the layout that a text names: 'ws_2d/batch' -> Layout('ws_2d', 'batch').
 
     Raises:
-      MeshError: a text that names no layout, saying why.
+      MeshError: A text that names no layout, saying why.
     """
     if not isinstance(text, str) or text.count('/') not in (1, 2):
       raise MeshError(
@@ -176,7 +176,7 @@ def check_pair(prefill: Layout, decode: Layout) -> None:
   """Check that two phases can share one set of weights on the devices.
 
   Raises:
-    MeshError: the two layouts store weights differently.
+    MeshError: The two layouts store weights differently.
   """
   if prefill.weight_axes != decode.weight_axes:
     raise MeshError(
@@ -190,11 +190,11 @@ def check_model(config: ModelConfig, mesh: Mapping[str, int]) -> None:
   """Check that a mesh divides a model, before anything is loaded.
 
   Args:
-    config: the model.
-    mesh: axis name -> size.
+    config: The model.
+    mesh: Axis name -> size.
 
   Raises:
-    MeshError: the device count does not divide d_model or d_ff.
+    MeshError: The device count does not divide d_model or d_ff.
   """
   chips = num_shards(AXES, mesh)
   for name, width in (('d_model', config.d_model), ('d_ff', config.d_ff)):

@@ -39,13 +39,13 @@ class PackedTensor:
   """One array on the devices, or one for each layer.
 
   Attributes:
-    shape: without the layer axis.
-    axes: the logical axis (params.py) of each dimension, without the layer axis.
-    spec: the sharding, without the layer axis.
-    kind: that of Parameter.kind.
-    per_layer: whether each layer has one.
-    axis: the dimension of `shape` that is a sequence of blocks, one for each shard.
-    parts: what a block holds, in order.
+    shape: The dimensions, without layers.
+    axes: The logical axis (params.py) of each dimension, without layers.
+    spec: The sharding, without layers.
+    kind: A kind of Parameter.
+    per_layer: Whether each layer has one.
+    axis: The dimension of `shape` that is a sequence of blocks, one for each shard.
+    parts: The parts of a block, in order.
   """
 
   shape: tuple[int, ...]
@@ -117,9 +117,9 @@ def tensor_dtype(tensor: PackedTensor, weights: str, compute: str) -> np.dtype:
   """Return the dtype of a tensor on the devices.
 
   Args:
-    tensor: one of packed_tensors.
-    weights: of the checkpoint: 'int8', or anything else for float.
-    compute: the dtype of activations and float weights, 'float32' or 'bfloat16'.
+    tensor: One of packed_tensors.
+    weights: The checkpoint's weights: 'int8', or anything else for float.
+    compute: The dtype of activations and float weights, 'float32' or 'bfloat16'.
   """
   if tensor.kind == 'matrix' and weights == 'int8':
     return np.dtype(np.int8)
@@ -137,13 +137,13 @@ def packed_tensors(
   'attention/w_in' and 'mlp/w_in'.
 
   Args:
-    config: the model.
-    layout: of either phase; decides the shardings.
-    mesh: axis name -> size.
-    int8: whether the matrices are int8 with scales.
+    config: The model.
+    layout: The layout of either phase, which decides the shardings.
+    mesh: Axis name -> size.
+    int8: Whether the matrices are int8 with scales.
 
   Raises:
-    MeshError: the mesh does not divide the model.
+    MeshError: The mesh does not divide the model.
   """
   sizes = tuple(mesh[a] for a in AXES)
   return dict(_packed_tensors(config, layout, sizes, int8))

@@ -258,9 +258,8 @@ def _snake(sizes: Sequence[int]) -> np.ndarray:
 def _ring(sizes: Sequence[int]) -> np.ndarray:
   """Return digits as _snake does, but with the last one step from the first where that can be.
 
-  It can where two sizes are above 1 and one of them is even: the walk goes through an even number
-    of
-  rows, there and back over all columns but the first, then home along the first.
+  It can where two sizes are above 1 and one of them is even. The walk goes through an even number
+  of rows, there and back over all columns but the first, then home along the first.
   """
   even = next((i for i, size in enumerate(sizes) if size % 2 == 0), None)
   if even is None or math.prod(sizes) == sizes[even]:

@@ -30,13 +30,13 @@ def layer_moves(
   moves.
 
   Args:
-    config: the model.
-    sharding: of a pass over `batch` rows of `length` positions (shard_activations).
-    mesh: axis name -> size.
+    config: The model.
+    sharding: The sharding of a pass over `batch` rows of `length` positions (shard_activations).
+    mesh: Axis name -> size.
     batch: B.
     length: T; 1 for a decode step.
-    activation_bytes: of one element: 4 or 2.
-    weight_bytes: of one element: 4, 2, or 1 for int8 with float32 scales.
+    activation_bytes: Bytes of an activation element: 4 or 2.
+    weight_bytes: Bytes of a weight element: 4, 2, or 1 for int8 with float32 scales.
   """
   p = Pass.of(config, sharding.layout, mesh, batch * length, activation_bytes, weight_bytes)
   embed = p.layout.embed_axes
@@ -76,15 +76,15 @@ def feedforward_moves(
   2 B L (E/X + F/YZ) for ws_2d, and 2 E F N/n + 2 B L E/N for weight-gathered layouts on n devices.
 
   Args:
-    config: the model.
-    layout: its feedforward part counts.
-    mesh: axis name -> size.
+    config: The model.
+    layout: The layout, of which the feedforward part counts.
+    mesh: Axis name -> size.
     tokens: B L.
-    activation_bytes: of one element: 4 or 2.
-    weight_bytes: of one element: 4, 2, or 1 for int8 with float32 scales.
+    activation_bytes: Bytes of an activation element: 4 or 2.
+    weight_bytes: Bytes of a weight element: 4, 2, or 1 for int8 with float32 scales.
 
   Raises:
-    ValueError: tokens that do not divide over the devices that split them.
+    ValueError: Tokens that do not divide over the devices that split them.
   """
   p = Pass.of(config, layout, mesh, tokens, activation_bytes, weight_bytes)
   mlp = BlockPart('mlp', False, True)
@@ -103,7 +103,7 @@ def embedding_moves(
 
   They take [B, T, E/stored embed], partial sums over the vocabulary, to the residual stream. Where
   rows are split, the lookup runs in parts of a few positions; the bytes are then the parts' sums.
-  Args: as of layer_moves.
+  Arguments are those of layer_moves.
   """
   layout = sharding.layout
   p = Pass.of(config, layout, mesh, batch * length, activation_bytes, activation_bytes)
@@ -132,14 +132,14 @@ def logits_moves(
   """Return the collectives of the final norm and the logits, once a pass.
 
   Args:
-    config: the model.
-    sharding: as in layer_moves.
-    mesh: axis name -> size.
+    config: The model.
+    sharding: The sharding of the pass.
+    mesh: Axis name -> size.
     batch: B.
     length: T.
-    sampling: the prefill layout, which says how rows are split while tokens are chosen
+    sampling: The prefill layout, which says how rows are split while tokens are chosen
       (activations.sampling_axes).
-    activation_bytes: of one element: 4 or 2.
+    activation_bytes: Bytes of an activation element: 4 or 2.
     last: True for logits of each row's last position alone, as prefill and decode take; False for
       logits of all positions.
   """

@@ -1,4 +1,4 @@
-"""What is explained, against the arrays on eight simulated devices: shapes, dtypes, shardings and bytes on each."""
+"""Explained tensors against the arrays on eight simulated devices, and the text about them."""
 
 import dataclasses
 import functools
@@ -153,7 +153,7 @@ def test_explained_tensors_are_those_on_the_devices(model, mesh, first, second, 
 
 @pytest.mark.parametrize('model, mesh, first, second, fields', CASES)
 def test_attention_of_each_phase(model, mesh, first, second, fields):
-  """A device's queries are heads by positions by rows of its placement."""
+  """A device's queries are the rows, positions and heads of its activation sharding."""
   s = setting(
     MODELS[model],
     mesh,
@@ -198,7 +198,8 @@ def test_weights_have_the_axes_that_rules_split(layout):
 
 
 def test_padding_and_copies_of_heads_are_told():
-  # 3 groups of 2 heads of 8 columns: on 4 shards a group each, the last of zeros; on 8 shared by two, a query head each.
+  # 3 groups of 2 heads of 8 columns: on 4 shards a group each, the last of zeros; on 8 shared by
+  # two, a query head each.
   four = explain_setting(setting(MODELS['grouped'], '2x2x2', batch=8)).blocks['attention/w_in']
   assert [(b.names[0], b.width, b.total, b.padding, b.copies) for b in four] == [
     ('query', 2 * 8, 8 * 8, 2 * 8, 0),
@@ -220,7 +221,7 @@ def test_padding_and_copies_of_heads_are_told():
 
 
 def test_the_paper_s_mesh_needs_no_devices():
-  """PaLM 540B on 64 chips: weights a 64th of all, cache as the paper's Table 1 counts it (section 3.3)."""
+  """PaLM 540B on 64 chips: a 64th of all weights, the cache of the paper's Table 1."""
   s = setting(
     preset('palm_540b'),
     '4x4x4',
@@ -320,8 +321,8 @@ def test_remarks():
   assert 'gathered weights travel shard by shard' in text
   assert 'prefill: 5 positions are padded to 8' in text
   assert (
-    '* decode: attention splits neither rows nor heads nor positions over x; all 2 devices along it do the same'
-    in text.splitlines()
+    '* decode: attention splits neither rows nor heads nor positions over x; '
+    'all 2 devices along it do the same' in text.splitlines()
   )
   assert 'B 3, T 1 ' in explain_text.explain(setting(MODELS['multiquery'], '1x1x1', batch=3))
   assert 'B 4 (3 rounded up to what the mesh takes)' in explain_text.explain(

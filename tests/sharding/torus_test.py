@@ -1,4 +1,4 @@
-"""Meshes on a torus: slices written and read, their mesh, and which chip sits where. Links are counted here again."""
+"""Slices written and read, and which chip sits where. Links are counted here again."""
 
 import itertools
 import math
@@ -75,7 +75,7 @@ def _hops(a, b, shape, wraps):
 
 
 def _longest(positions, shape, wraps):
-  """Per mesh axis of positions [X, Y, Z, 3]: the most links between neighbours, inside and from last to first."""
+  """For each mesh axis: the most links between neighbours, inside and from last to first."""
   result = []
   for axis, size in enumerate(positions.shape[:3]):
     lines = np.moveaxis(positions, axis, 2).reshape(-1, size, 3).tolist()
@@ -183,7 +183,8 @@ def test_mesh_neighbours_are_torus_neighbours(shape, mesh):
   assert any(wraps) == (shape in WRAPPED)
   for size, (inside, closing) in zip(mesh, _longest(positions, shape, wraps)):
     assert inside == 1
-    # A chain without wraparound ends far from its start; an axis of 2 is its own way back, one of 1 has none.
+    # A chain without wraparound ends far from its start; an axis of 2 is its own way back, one of 1
+    # has none.
     assert closing == (1 if any(wraps) else size - 1)
 
 
@@ -246,7 +247,7 @@ def test_what_no_arrangement_can_do_is_said(shape, mesh, expected):
 @many
 @given(st.tuples(*[st.sampled_from([1, 2, 3, 4])] * 3), st.data())
 def test_any_mesh_and_any_order_of_devices(shape, data):
-  """Every device once, the links as counted here, and the same chip in the same place however devices are listed."""
+  """Every device once, the links as counted here, and the order of devices does not matter."""
   coordinates = _box(shape)
   n = len(coordinates)
   x = data.draw(st.sampled_from([d for d in range(1, n + 1) if n % d == 0]))
@@ -276,7 +277,8 @@ def test_a_wrong_order_is_seen():
   grid = np.arange(64).reshape(4, 4, 4)
   assert axis_links(coordinates, grid) == ('ring',) * 3
   assert axis_links(coordinates, grid, (False,) * 3) == ('chain',) * 3
-  # Row-major order jumps from the end of each row to the start of the next, and no wraparound goes there.
+  # Row-major order jumps from the end of each row to the start of the next, and no wraparound goes
+  # there.
   assert axis_links(coordinates, grid.reshape(4, 16, 1)) == ('ring', 'broken', 'ring')
   swapped = grid.copy()
   swapped[0, 0, 0], swapped[2, 2, 2] = grid[2, 2, 2], grid[0, 0, 0]

@@ -1,7 +1,8 @@
-"""What compiled programs move against the layouts' own predictions and the paper's formulas. Nothing is run.
+"""Bytes that compiled programs move, against predicted traffic and the paper's formulas.
 
-Programs are float32: the CPU compiler widens bfloat16 collectives. A program's and a prediction's bytes are compared by
-kind of collective, since weights that are split over two dimensions are gathered in two steps, of the same sum.
+Nothing is run. Programs are float32: the CPU compiler widens bfloat16 collectives. A program's and
+a prediction's bytes are compared by kind of collective, since weights that are split over two
+dimensions are gathered in two steps, of the same sum.
 """
 
 import collections
@@ -69,7 +70,7 @@ def by_kind(moves: list[Collective]) -> dict[str, float]:
 
 
 def compiled(per_shard, mesh, arguments, in_specs, out_specs) -> list[hlo.Collective]:
-  """Collectives of a compiled shard_map, its inputs placed as in_specs says: nothing is resharded around it."""
+  """Collectives of a compiled shard_map, whose inputs come sharded as in_specs says."""
   program = jax.jit(
     jax.shard_map(per_shard, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
   )
@@ -85,7 +86,7 @@ def _placed(arguments, specs, mesh):
 
 
 def _layer_weights(config: ModelConfig, placed: ActivationSharding, mesh, int8: bool):
-  """Shapes and specs of a layer; vectors are split as the residual stream is, as the model hands them to its layers."""
+  """Shapes and specs of a layer. Vectors are split as the residual stream is."""
   layout = placed.layout
   tensors = {
     n: t for n, t in packed_tensors(config, layout, mesh.shape, int8).items() if t.per_layer
@@ -213,7 +214,10 @@ def large_report() -> dict:
 @pytest.fixture(scope='module')
 def large(repository) -> dict:
   """large_report of a process of its own: this one has 8 devices."""
-  code = 'import json; from tests.sharding import traffic_test; print(json.dumps(traffic_test.large_report()))'
+  code = (
+    'import json; from tests.sharding import traffic_test; '
+    'print(json.dumps(traffic_test.large_report()))'
+  )
   environment = {
     **os.environ,
     'XLA_FLAGS': '--xla_force_host_platform_device_count=64',
@@ -351,7 +355,8 @@ def test_a_layer_moves_what_its_layout_predicts(name, layout, mesh, batch, lengt
   found = layer_collectives(config, placed, devices, batch, length, int8)
   assert hlo.moved(found) == pytest.approx(by_kind(moves), rel=1e-9)
   if not placed.layout.gathered_axes:
-    # One by one too: neither does the compiler merge any. (Weights are gathered over two dimensions in two steps.)
+    # One by one too: neither does the compiler merge any. (Weights are gathered over two dimensions
+    # in two steps.)
     assert collections.Counter(c.kind for c in found) == collective_counts(moves)
 
 
@@ -437,12 +442,12 @@ def _stacked_weights(config: ModelConfig, layout: Layout, mesh) -> Weights:
 # The reader of compiled programs: what it does not know it refuses, or bytes could pass uncounted.
 
 LOOP = """%body (p: f32[4]) -> f32[4] {
-  ROOT %r = f32[2,4]{1,0} all-gather(%p), channel_id=1, replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
+  ROOT %r = f32[2,4]{1,0} all-gather(%p), replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
 }
 
 ENTRY %main (q: f32[4]) -> f32[4] {
   %t = (f32[4]{0}, s8[8]{0}) all-to-all(%q, %s), channel_id=2, replica_groups={{0,1,2,3},{4,5,6,7}}
-  ROOT %w = f32[2,4]{1,0} while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  ROOT %w = f32[2,4]{1,0} while(%t), body=%body, backend_config={"known_trip_count":{"n":"5"}}
 }
 """
 
