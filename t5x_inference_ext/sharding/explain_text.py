@@ -17,6 +17,7 @@ from t5x_inference_ext.sharding.explain import (
 from t5x_inference_ext.sharding.layout import Axes, Layout, num_shards, shape_text
 from t5x_inference_ext.sharding.mesh import AXES, mesh_links
 from t5x_inference_ext.sharding.torus import BROKEN, RING
+from t5x_inference_ext.text_format import binary_bytes as bytes_text
 
 # Logical axis -> the letter of the dimension (config.py).
 _LETTERS = {
@@ -79,17 +80,6 @@ def sharding_text(tensor: ExplainedTensor, mesh: Mapping[str, int]) -> str:
     _split(_LETTERS.get(axis, axis), _several(split, mesh))
     for axis, split in zip(tensor.axes, tensor.split, strict=True)
   )
-
-
-def bytes_text(count: float) -> str:
-  """Return a number of bytes with its unit: 1536 -> '1.50 KiB'."""
-  if count < 1024:
-    return f'{count} B'
-  for unit in ('KiB', 'MiB'):
-    count /= 1024
-    if count < 1024:
-      return f'{count:.2f} {unit}'
-  return f'{count / 1024:.2f} GiB'
 
 
 def _table(tensors: Sequence[ExplainedTensor], s: ExplainSetting) -> Iterator[str]:

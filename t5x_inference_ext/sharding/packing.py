@@ -10,7 +10,6 @@ divide.
 from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 import functools
-import math
 
 from jax.sharding import PartitionSpec as P
 import ml_dtypes
@@ -55,13 +54,6 @@ class PackedTensor:
   per_layer: bool
   axis: int
   parts: tuple[PackedPart, ...]
-
-  def device_elements(self, mesh: Mapping[str, int], num_layers: int) -> int:
-    """Return the number of elements on each device of a mesh (axis name -> size), in all layers."""
-    split = math.prod(
-      num_shards((axes,) if isinstance(axes, str) else axes or (), mesh) for axes in self.spec
-    )
-    return math.prod(self.shape) // split * (num_layers if self.per_layer else 1)
 
   def read(self, reader: Reader, layer: int | None, index: Index) -> np.ndarray:
     """Return the values at `index` (into `shape`), assembled from canonical tensors.

@@ -497,7 +497,7 @@ def figure_3_bytes(feedforward: str, tokens: int) -> int:
 
 @pytest.mark.parametrize('tokens', FIGURE_3)
 def test_figure_3(tokens):
-  for feedforward, gigabytes in zip(FIGURE_3_LAYOUTS, FIGURE_3[tokens]):
+  for feedforward, gigabytes in zip(FIGURE_3_LAYOUTS, FIGURE_3[tokens], strict=True):
     assert figure_3_bytes(feedforward, tokens) / 1e9 == pytest.approx(gigabytes, rel=5e-4)
 
 
