@@ -1,9 +1,9 @@
-"""Layouts: which mesh axes split weights, activations and attention (the paper's 3.2 and 3.3).
+"""Layouts: which mesh axes split weights, activations and attention (sections 3.2 and 3.3).
 
-A layer multiplies activations [B, T, E] by an input matrix [E, F], and what comes of it by an
-output matrix [F, E]. Here F stands for every dimension between the two: MLP columns and heads. In
-the paper's notation (section 3.1) a subscript names the mesh axes that split a dimension:
-`E_xF_zy` is [E/X, F/(Z Y)] on each device.
+A layer multiplies activations [B, T, E] by an input matrix [E, F], applies the MLP's activation or
+attention, and multiplies the result by an output matrix [F, E]. Here F stands for the MLP's columns
+and for heads. In the paper's notation (section 3.1) a subscript names the mesh axes that split a
+dimension: `E_xF_zy` is [E/X, F/(Z Y)] on each device.
 
 A layout says three things:
 
@@ -147,12 +147,18 @@ class Layout:
 
   @property
   def embed_axes(self) -> Axes:
-    """The axes that split E in products; with the input matrix, partial sums over them."""
+    """The axes that split E in products.
+
+    Each device sums over its part of E in the input product, which gives partial sums over them.
+    """
     return tuple(a for a in self.stored_embed if a not in self.gathered_axes)
 
   @property
   def hidden_axes(self) -> Axes:
-    """The axes that split F in products; with the output matrix, partial sums over them."""
+    """The axes that split F in products.
+
+    Each device sums over its part of F in the output product, which gives partial sums over them.
+    """
     return tuple(a for a in self.stored_hidden if a not in self.gathered_axes)
 
 

@@ -126,6 +126,7 @@ def test_rows_of_the_vocabulary(shards, vocabulary, rows):
     (16 * 192, 2, 1, (1, 128)),  # 384
     (16 * 3, 1032, 1, (129, 256)),
     (16 * 3, 128, 16, (256, 256)),  # several key heads: whole ones
+    (16 * 3, 128, 2, (256, 256)),
   ],
 )
 def test_columns_of_keys_and_values(heads, d_head, kv_heads, columns):
@@ -141,6 +142,7 @@ def test_columns_of_keys_and_values(heads, d_head, kv_heads, columns):
     (48, 128, 1, 32, 1, 256),  # 192 again: two heads
     (48, 256, 1, 16, 1, 768),  # nothing to pad
     (48, 256, 48, 32, 1, 512),  # several key heads
+    (48, 256, 2, 32, 1, 512),
     (20, 512, 1, 16, 4, 640),
   ],
 )
