@@ -268,3 +268,27 @@ def test_attention_of_palm_540b(layout, mesh, batch, length, rows, heads, positi
 )
 def test_padded_batch_of_small_meshes(layout, mesh, batch, padded):
   assert padded_batch(Layout.parse(layout), batch, mesh_of(mesh)) == padded
+
+
+@pytest.mark.parametrize(
+  'layout, rows, length, residual, summed',
+  [
+    # Rows, then positions, then features; of a block part in one array where both parts split one.
+    ('ws_2d/batch', 8, 8, ('zy', '', 'x'), {'parallel': 0, 'attention': 0, 'mlp': 0}),
+    ('ws_2d/batch', 1, 8, ('', 'zy', 'x'), {'parallel': 1, 'attention': 1, 'mlp': 1}),
+    ('ws_2d/batch', 1, 3, ('', '', 'xzy'), {'parallel': None, 'attention': None, 'mlp': None}),
+    ('ws_2d/heads', 8, 8, ('zy', '', 'x'), {'parallel': None, 'attention': None, 'mlp': 0}),
+    # Rings split features, whose sums they make.
+    ('ws_2d/batch/two_way', 8, 8, ('', '', 'xzy'), {'parallel': 0, 'attention': 0, 'mlp': 0}),
+    # No axis is left to sum over.
+    ('wg_x/batch', 8, 8, ('xzy', '', ''), {'parallel': None, 'attention': None, 'mlp': None}),
+  ],
+)
+def test_what_sums_are_split_over(layout, rows, length, residual, summed):
+  mesh = mesh_of('2x2x2')
+  for block in ('parallel', 'serial'):
+    model = preset('palm_tiny', block=block)
+    p = shard_activations(Layout.parse(layout), model, mesh, rows, length)
+    assert tuple(map(''.join, p.residual)) == residual
+    for part in model.block_parts:
+      assert p.sums_into(part) == summed[part.name]
