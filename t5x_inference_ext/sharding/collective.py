@@ -56,37 +56,32 @@ class Pass:
     config: The model.
     layout: The layout of the pass.
     mesh: Axis name -> size.
-    tokens: B T / N, tokens on one device, where weights are gathered over N devices.
+    total: B T, tokens on all devices.
     activation: Bytes of an activation element.
     weight: Bytes of a weight element. A weight of 1 byte is int8 and has float32 scales.
+
+  Raises:
+    ValueError: Tokens that do not divide over the devices that weights are gathered over.
   """
 
   config: ModelConfig
   layout: Layout
   mesh: Mapping[str, int]
-  tokens: int
+  total: int
   activation: int
   weight: int
 
-  @classmethod
-  def of(
-    cls,
-    config: ModelConfig,
-    layout: Layout,
-    mesh: Mapping[str, int],
-    tokens: int,
-    activation: int,
-    weight: int,
-  ) -> 'Pass':
-    """Return the pass of B T tokens in all; other arguments are as in the class.
+  def __post_init__(self) -> None:
+    devices = self.size(self.layout.gathered_axes)
+    if self.total % devices:
+      raise ValueError(
+        f'{self.layout} splits tokens over {devices} devices, and {self.total} do not divide'
+      )
 
-    Raises:
-      ValueError: Tokens that do not divide over the N devices.
-    """
-    devices = num_shards(layout.gathered_axes, mesh)
-    if tokens % devices:
-      raise ValueError(f'{layout} splits tokens over {devices} devices, and {tokens} do not divide')
-    return cls(config, layout, mesh, tokens // devices, activation, weight)
+  @property
+  def tokens(self) -> int:
+    """B T / N, tokens on one device, where weights are gathered over N devices."""
+    return self.total // self.size(self.layout.gathered_axes)
 
   def move(
     self, name: str, kind: str, axes: Axes, count: int, width: int, looped: bool = False

@@ -38,7 +38,7 @@ def layer_moves(
     activation_bytes: Bytes of an activation element: 4 or 2.
     weight_bytes: Bytes of a weight element: 4, 2, or 1 for int8 with float32 scales.
   """
-  p = Pass.of(config, sharding.layout, mesh, batch * length, activation_bytes, weight_bytes)
+  p = Pass(config, sharding.layout, mesh, batch * length, activation_bytes, weight_bytes)
   embed = p.layout.embed_axes
   moves: list[Collective] = []
   for part in config.block_parts:
@@ -86,7 +86,7 @@ def feedforward_moves(
   Raises:
     ValueError: Tokens that do not divide over the devices that split them.
   """
-  p = Pass.of(config, layout, mesh, tokens, activation_bytes, weight_bytes)
+  p = Pass(config, layout, mesh, tokens, activation_bytes, weight_bytes)
   mlp = BlockPart('mlp', False, True)
   return _into_columns(p, mlp) + _mlp(p, mlp) + _out_of_columns(p, mlp)
 
@@ -106,7 +106,7 @@ def embedding_moves(
   Arguments are those of layer_moves.
   """
   layout = sharding.layout
-  p = Pass.of(config, layout, mesh, batch * length, activation_bytes, activation_bytes)
+  p = Pass(config, layout, mesh, batch * length, activation_bytes, activation_bytes)
   moves: list[Collective] = []
   local = batch * length * config.d_model // p.size(layout.stored_embed)
   for dim, axes in enumerate(sharding.residual):
@@ -144,7 +144,7 @@ def logits_moves(
       logits of all positions.
   """
   layout, e = sharding.layout, config.d_model
-  p = Pass.of(config, layout, mesh, batch * length, activation_bytes, activation_bytes)
+  p = Pass(config, layout, mesh, batch * length, activation_bytes, activation_bytes)
   rows, positions, features = sharding.residual
   width = e // p.size(features)
   moves: list[Collective] = []
