@@ -135,7 +135,7 @@ def test_explained_tensors_are_those_on_the_devices(model, mesh, first, second, 
     a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(run.weights)
   )
 
-  assert s.rows == run.padded_batch(s.batch)
+  assert s.rows == run.model.padded_batch(s.batch)
   tokens = memory.tokens(s.config, s.rows, 5)
   logits, cache = prefill(
     run.model, run.weights, *programs.put(run.model, tokens, np.full(s.rows, 5, np.int32)), size=9
