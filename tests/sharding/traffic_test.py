@@ -26,13 +26,14 @@ from t5x_inference_ext.model.cache import KVCache
 from t5x_inference_ext.model.collectives import ops
 from t5x_inference_ext.model.norm import norm
 from t5x_inference_ext.model.positions import RotaryAngles, rotary_angles
-from t5x_inference_ext.model.projections import column_widths, projections
+from t5x_inference_ext.model.projections import projections
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights, layer_weights
 from t5x_inference_ext.params import FEATURES_AXIS
 from t5x_inference_ext.sharding import traffic
 from t5x_inference_ext.sharding.activations import ActivationSharding, shard_activations
 from t5x_inference_ext.sharding.collective import Collective
+from t5x_inference_ext.sharding.columns import column_widths
 from t5x_inference_ext.sharding.layout import FEEDFORWARD, Layout
 from t5x_inference_ext.sharding.mesh import AXES, make_mesh, parse_mesh
 from t5x_inference_ext.sharding.packing import packed_tensors
@@ -148,7 +149,7 @@ def feedforward_collectives(config: ModelConfig, layout: Layout, mesh, batch: in
   def run(x, w):
     project = projections(placed, part)
     y = norm(x, w.norm, w.norm_bias, config, placed.residual[2])
-    columns = project.inputs(y, w, column_widths(config, part, placed.heads.stored))
+    columns = project.inputs(y, w, column_widths(config, part, placed.heads.stored.shards))
     return x + project.outputs(
       [mlp(columns, config, placed, placed.sums_into(part) is not None)], w
     )
