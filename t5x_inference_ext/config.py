@@ -1,4 +1,4 @@
-"""The shape of a model: what every other room of the package is told, and nothing of devices.
+"""The shape of a model. Every other module of the package takes it; it knows nothing of devices.
 
 Dimension letters, used in every docstring and shape comment of the package:
 
@@ -18,11 +18,12 @@ NORM_SCALES = ('zero', 'one')
 
 @dataclasses.dataclass(frozen=True)
 class BlockPart:
-  """A norm, what reads it, and one addition to the residual stream.
+  """A part of a layer with one norm and one addition to the residual stream.
 
   Attributes:
     name: 'parallel', 'attention' or 'mlp'.
-    attention, mlp: what it holds.
+    attention: Whether the part holds attention.
+    mlp: Whether the part holds the MLP.
   """
 
   name: str
@@ -32,27 +33,42 @@ class BlockPart:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """A decoder with rotary positions and a tied embedding; by default PaLM's: parallel block, SwiGLU, RMS norm.
+  """A decoder with rotary positions and a tied embedding.
+
+  The defaults are PaLM's: parallel block, multiquery attention, SwiGLU, RMS norm. Each attribute
+  says which model families use which value. Features that no attribute names (untied heads, biases
+  of linear layers, partial rotary, windows, soft caps) are not supported.
 
   Attributes:
     num_layers: L.
     d_model: E.
-    d_ff: F, the width of the MLP; SwiGLU has two inputs of it.
+    d_ff: F, the width of the MLP: 4 E in PaLM and Megatron-Turing, about 8/3 E or more in
+      Llama-like models.
     num_heads: H, query heads.
-    d_head: Q.
+    d_head: Q. H * Q need not be E: it is less in PaLM and more in Gemma 7B.
     vocab_size: V, rows of the embedding.
-    num_kv_heads: K; 1 is multiquery attention, H multihead, between them (a divisor of H) grouped-query.
-    block: 'parallel', attention and MLP read one norm and are summed, or 'serial', the MLP after attention (the paper's
-      section 3.4).
-    mlp: 'swiglu', swish(gate) * linear, three matrices; or 'gelu', of linear alone, two (its tanh approximation).
-    norm: 'rms', or 'layer': centred on the mean, with a learned bias.
-    norm_scale: how the *stored* norm scales are meant: 'zero' applies 1 + scale (flaxformer's center_scale_at_zero,
-      PaLM's form), 'one' applies scale itself.
-    norm_epsilon: added to the mean square (the variance) before the root.
-    rope_max_timescale: the longest rotary wavelength is 2 pi times this.
+    num_kv_heads: K, key/value heads; a divisor of H. 1: multiquery (PaLM, Falcon-7B, Gemma 2B). H:
+      multihead (Megatron-Turing, Llama 7B and 13B, Command-R, OLMo). Between: grouped-query (Llama
+      2 70B, Llama 3, Mistral, SmolLM2).
+    block: 'parallel': attention and MLP read one norm and are summed (PaLM, Falcon-7B, GPT-J,
+      Command-R; the paper's section 3.4). 'serial': the MLP follows attention (Llama, Mistral,
+      SmolLM2, Gemma, OLMo, Megatron-Turing).
+    mlp: 'swiglu': swish(gate) * linear, three matrices (PaLM, Llama, Mistral, SmolLM2, Command-R,
+      OLMo). 'gelu': gelu(linear) in its tanh approximation, two matrices (Megatron-Turing).
+    norm: 'rms' (PaLM, Llama, Mistral, SmolLM2), or 'layer': centred on the mean, with a learned
+      bias (Megatron-Turing, Falcon). A missing bias is zeros (Command-R), a missing scale too is
+      ones (OLMo).
+    norm_scale: How the *stored* norm scales are meant. 'zero' applies 1 + scale (PaLM in T5X, which
+      is flaxformer's center_scale_at_zero; Gemma). 'one' applies scale itself (Llama, Mistral,
+      SmolLM2, Megatron-Turing, T5X's own decoders).
+    norm_epsilon: Added to the mean square, or to the variance, before the root. 1e-6 in PaLM, 1e-5
+      or 1e-6 in Llama-like models.
+    rope_max_timescale: The base of rotary positions: the longest wavelength is 2 pi times as many
+      positions. 1e4 in PaLM and Llama 2, 1e5 in SmolLM2, 5e5 in Llama 3, 1e6 in some Mistral
+      models.
 
   Raises:
-    ValueError: a size that no model can have, naming the field.
+    ValueError: A size that no model can have, naming the attribute.
   """
 
   num_layers: int
@@ -69,7 +85,7 @@ class ModelConfig:
   norm_epsilon: float = 1e-6
   rope_max_timescale: float = 1e4
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
       if field.type in (int, 'int') and (not isinstance(value, int) or value < 1):
@@ -86,59 +102,61 @@ class ModelConfig:
       raise ValueError(f'rotary positions need an even d_head, got {self.d_head}')
     if self.num_heads % self.num_kv_heads:
       raise ValueError(
-        f'num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}: each key head serves '
-        'as many query heads'
+        f'num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}: each key head '
+        'serves as many query heads'
       )
 
   @property
   def block_parts(self) -> tuple[BlockPart, ...]:
-    """What a layer is made of, in order."""
+    """The parts of a layer, in order."""
     if self.block == 'parallel':
       return (BlockPart('parallel', True, True),)
     return BlockPart('attention', True, False), BlockPart('mlp', False, True)
 
   @property
   def mlp_inputs(self) -> tuple[str, ...]:
-    """The parameters [E, F] that feed the MLP."""
+    """The names of the matrices [E, F] that feed the MLP."""
     return ('gate', 'linear') if self.mlp == 'swiglu' else ('linear',)
 
   @property
   def num_params(self) -> int:
-    """Parameters, with the tied embedding counted once and the norms included."""
+    """The number of parameters: the tied embedding once, norms included."""
     attention = 2 * self.d_model * self.d_head * (self.num_heads + self.num_kv_heads)
     mlp = (len(self.mlp_inputs) + 1) * self.d_model * self.d_ff
-    norms = (
-      (self.num_layers * len(self.block_parts) + 1)
-      * self.d_model
-      * (1 if self.norm == 'rms' else 2)
-    )
+    vectors = 1 if self.norm == 'rms' else 2
+    norms = (self.num_layers * len(self.block_parts) + 1) * vectors * self.d_model
     return self.num_layers * (attention + mlp) + norms + self.vocab_size * self.d_model
 
   def to_dict(self) -> dict[str, Any]:
-    """A JSON-ready dict; from_dict is its inverse."""
+    """Return a dict that is ready for JSON; from_dict is the inverse."""
     return dataclasses.asdict(self)
 
   @classmethod
   def from_dict(cls, fields: Mapping[str, Any]) -> 'ModelConfig':
-    """Raises ValueError for fields this version does not know: a newer writer may mean something by them."""
+    """Return the config of to_dict's fields.
+
+    Raises:
+      ValueError: Unknown fields: a newer writer may mean something by them.
+    """
     unknown = set(fields) - {f.name for f in dataclasses.fields(cls)}
     if unknown:
       raise ValueError(
-        f'unknown model config fields {sorted(unknown)}: written by a newer version of this package?'
+        f'unknown model config fields {sorted(unknown)}: written by a newer version of this '
+        'package?'
       )
     return cls(**fields)
 
   def __str__(self) -> str:
     return (
-      f'{self.num_layers} layers, d_model {self.d_model}, d_ff {self.d_ff}, {self.num_heads} heads x '
-      f'{self.d_head}, {self.num_kv_heads} kv head(s), {self.block} block, {self.mlp} MLP, {self.norm} norm, '
-      f'vocabulary {self.vocab_size}: {self.num_params:,} parameters'
+      f'{self.num_layers} layers, d_model {self.d_model}, d_ff {self.d_ff}, {self.num_heads} heads '
+      f'x {self.d_head}, {self.num_kv_heads} kv head(s), {self.block} block, {self.mlp} MLP, '
+      f'{self.norm} norm, vocabulary {self.vocab_size}: {self.num_params:,} parameters'
     )
 
 
-# PaLM's published shapes (the paper's section 4 and PaLM's own Table 1), the Megatron-Turing model that the paper compares
-# with (its section 5), and the small model of the test fixtures.
-PRESETS = {
+# PaLM's published shapes (the paper's section 4 and PaLM's own Table 1), the Megatron-Turing model
+# that the paper compares with (its section 5), and the small model of the test fixtures.
+PRESETS: dict[str, dict[str, Any]] = {
   'palm_tiny': dict(num_layers=4, d_model=256, d_ff=1024, num_heads=8, d_head=32, vocab_size=384),
   'palm_8b': dict(
     num_layers=32, d_model=4096, d_ff=16384, num_heads=16, d_head=256, vocab_size=256128
@@ -166,8 +184,16 @@ PRESETS = {
 }
 
 
-def preset(name: str, **overrides) -> ModelConfig:
-  """The named preset, with fields replaced by `overrides`. Raises ValueError for an unknown name, listing the known."""
+def preset(name: str, **overrides: Any) -> ModelConfig:
+  """Return a named shape.
+
+  Args:
+    name: A key of PRESETS.
+    **overrides: Attributes of ModelConfig that replace those of the preset.
+
+  Raises:
+    ValueError: An unknown name; the message lists the known ones.
+  """
   if name not in PRESETS:
     raise ValueError(f'unknown model {name!r}; known: {", ".join(sorted(PRESETS))}')
   return ModelConfig(**{**PRESETS[name], **overrides})

@@ -12,11 +12,11 @@ _MAX_MESSAGE = 10_000
 
 
 class UserError(ValueError):
-  """Something the user can mend: commands print the message alone, without a traceback."""
+  """A problem that the user can fix: commands print its message alone, without a traceback."""
 
 
 class CheckpointError(UserError):
-  """A checkpoint that can't be read, or is not the one this model needs.
+  """A checkpoint that can't be read, or is not the one that the model needs.
 
   Messages quote what a checkpoint's files say, so control characters in them are escaped.
   """
@@ -26,7 +26,7 @@ class CheckpointError(UserError):
 
 
 class MeshError(UserError):
-  """A mesh that does not fit the devices, the model or the batch."""
+  """A mesh or layout that does not fit the devices, the model or the batch."""
 
 
 class RequestError(UserError):

@@ -1,8 +1,9 @@
-"""Every parameter of a model: its name, shape and meaning, written once.
+"""The parameters of a model, declared once: name, shape, kind and logical axes of every tensor.
 
-These are the *canonical* tensors: independent of any mesh, unpadded, layers leading, each weight a matrix
-[L, in, out]. The serving checkpoint stores them, readers of T5X checkpoints present them as views, and the layouts
-cut them into shards.
+These are the *canonical* tensors. They are independent of any mesh and unpadded; layers lead, and
+each weight is a matrix [L, in, out]. The serving checkpoint stores them, readers of other
+checkpoints present their tensors as them, and weight packing (sharding/packing.py) cuts them into
+shards. Layouts and T5X's rules say by logical axis which mesh axes split them.
 """
 
 import dataclasses
@@ -11,72 +12,96 @@ from t5x_inference_ext.config import BlockPart, ModelConfig
 
 INT8_SUFFIX = '_scale'
 
+# Logical axes of weights, one name for each meaning of a dimension.
+LAYERS_AXIS = 'layers'  # L, in front of all tensors that each layer has
+VOCAB_AXIS = 'vocab'  # V
+EMBED_AXIS = 'embed'  # E of a matrix
+HIDDEN_AXIS = 'hidden'  # MLP columns and heads, between a layer's two matrices
+FEATURES_AXIS = 'features'  # E of a vector, which no layout splits
+
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
   """One canonical tensor.
 
   Attributes:
-    shape: e.g. [L, E, H*Q].
-    kind: 'matrix' ([L, in, out], int8 in an int8 checkpoint), 'norm' or 'bias' (of a norm; always float32), 'embedding'
-      ([V, E], never quantized here) or 'scale' (float32 [L, out]: the int8 matrices' output-channel scales).
-    scale: for a matrix, the name of the scale tensor that it has when quantized.
+    shape: The dimensions, such as [L, E, H*Q].
+    kind: 'matrix' (int8 in an int8 checkpoint), 'norm' or 'bias' (of a norm; always float32),
+      'embedding' (never quantized here) or 'scale' (float32, one for each output channel of an int8
+      matrix).
+    axes: The logical axis of each dimension.
+    scale: For a matrix, the name of its scale tensor in an int8 checkpoint; else None.
   """
 
   shape: tuple[int, ...]
   kind: str
+  axes: tuple[str, ...]
   scale: str | None = None
 
 
 def parameters(config: ModelConfig) -> dict[str, Parameter]:
-  """The float tensors of a model, by name, in storage order."""
+  """Return the float tensors of a model by name, in storage order."""
   c = config
   q, kv = c.num_heads * c.d_head, c.num_kv_heads * c.d_head
 
-  def matrix(rows, columns, scale):
-    return Parameter((c.num_layers, rows, columns), 'matrix', scale)
+  def into_hidden(name: str, columns: int) -> dict[str, Parameter]:
+    axes, scale = (LAYERS_AXIS, EMBED_AXIS, HIDDEN_AXIS), name + INT8_SUFFIX
+    return {name: Parameter((c.num_layers, c.d_model, columns), 'matrix', axes, scale)}
 
-  def norm(name, *lead):
-    biases = {bias_name(name): Parameter((*lead, c.d_model), 'bias')} if c.norm == 'layer' else {}
-    return {name: Parameter((*lead, c.d_model), 'norm'), **biases}
+  def out_of_hidden(name: str, rows: int, scale: str) -> dict[str, Parameter]:
+    axes = LAYERS_AXIS, HIDDEN_AXIS, EMBED_AXIS
+    return {name: Parameter((c.num_layers, rows, c.d_model), 'matrix', axes, scale)}
 
-  # One scale for both: the parallel block sums the two products in one accumulator (section 3.4), as one matrix.
-  outputs = {s.name: output_scale_name(s) for s in c.block_parts}
-  attention_scale, mlp_scale = (
-    outputs.get(n, outputs.get('parallel')) for n in ('attention', 'mlp')
-  )
-  tensors = {'embedding': Parameter((c.vocab_size, c.d_model), 'embedding'), **norm('final_norm')}
-  for block_part in c.block_parts:
-    tensors.update(norm(norm_name(block_part), c.num_layers))
-  return {
-    **tensors,
-    'query': matrix(c.d_model, q, 'query_scale'),
-    'key': matrix(c.d_model, kv, 'key_scale'),
-    'value': matrix(c.d_model, kv, 'value_scale'),
-    **{name: matrix(c.d_model, c.d_ff, name + INT8_SUFFIX) for name in c.mlp_inputs},
-    'attention_output': matrix(q, c.d_model, attention_scale),
-    'mlp_output': matrix(c.d_ff, c.d_model, mlp_scale),
+  def norm(name: str, per_layer: bool) -> dict[str, Parameter]:
+    shape: tuple[int, ...] = (c.d_model,)
+    axes: tuple[str, ...] = (FEATURES_AXIS,)
+    if per_layer:
+      shape, axes = (c.num_layers, *shape), (LAYERS_AXIS, *axes)
+    found = {name: Parameter(shape, 'norm', axes)}
+    if c.norm == 'layer':
+      found[bias_name(name)] = Parameter(shape, 'bias', axes)
+    return found
+
+  tensors = {
+    'embedding': Parameter((c.vocab_size, c.d_model), 'embedding', (VOCAB_AXIS, EMBED_AXIS))
   }
+  tensors |= norm('final_norm', per_layer=False)
+  for block_part in c.block_parts:
+    tensors |= norm(norm_name(block_part), per_layer=True)
+  tensors |= into_hidden('query', q) | into_hidden('key', kv) | into_hidden('value', kv)
+  for name in c.mlp_inputs:
+    tensors |= into_hidden(name, c.d_ff)
+  # The parallel block sums attention and MLP in one accumulator (section 3.4): its two matrices
+  # share one scale.
+  attention = next(part for part in c.block_parts if part.attention)
+  mlp = next(part for part in c.block_parts if part.mlp)
+  tensors |= out_of_hidden('attention_output', q, output_scale_name(attention))
+  tensors |= out_of_hidden('mlp_output', c.d_ff, output_scale_name(mlp))
+  return tensors
+
+
+def scales(config: ModelConfig) -> dict[str, Parameter]:
+  """Return the scale tensors [L, out] that an int8 model has beside its matrices, by name."""
+  found = {}
+  for p in parameters(config).values():
+    if p.scale is not None:
+      # One scale for each output channel: columns of an input matrix, or features of an output
+      # matrix.
+      axes = (LAYERS_AXIS, HIDDEN_AXIS if p.axes[-1] == HIDDEN_AXIS else FEATURES_AXIS)
+      found[p.scale] = Parameter((p.shape[0], p.shape[2]), 'scale', axes)
+  return found
 
 
 def norm_name(block_part: BlockPart) -> str:
-  """The norm that feeds a sublayer."""
+  """Return the name of the norm scale that a block part reads."""
   return 'layer_norm' if block_part.name == 'parallel' else f'{block_part.name}_norm'
 
 
 def bias_name(norm: str) -> str:
+  """Return the name of the bias beside a norm scale."""
   return f'{norm}_bias'
 
 
 def output_scale_name(block_part: BlockPart) -> str:
-  """The scale of what a sublayer adds to the residual stream."""
+  """Return the name of the int8 scale of a block part's output matrix."""
   return 'output_scale' if block_part.name == 'parallel' else f'{block_part.name}_output_scale'
-
-
-def scales(config: ModelConfig) -> dict[str, Parameter]:
-  """The scale tensors [L, out] that an int8 model has beside its matrices, by name."""
-  return {
-    p.scale: Parameter((p.shape[0], p.shape[2]), 'scale')
-    for p in parameters(config).values()
-    if p.scale is not None
-  }

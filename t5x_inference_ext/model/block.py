@@ -19,11 +19,12 @@ from t5x_inference_ext.model.cache import KVCache
 from t5x_inference_ext.model.collectives import ops
 from t5x_inference_ext.model.norm import norm
 from t5x_inference_ext.model.positions import RotaryAngles, rotate
-from t5x_inference_ext.model.projections import column_widths, keep_slices_apart, projections
+from t5x_inference_ext.model.projections import keep_slices_apart, projections
 from t5x_inference_ext.model.weights import BlockPartWeights, LayerWeights
 from t5x_inference_ext.quantization import int8
 from t5x_inference_ext.quantization.kv import KV, to_cache
 from t5x_inference_ext.sharding.activations import ActivationSharding
+from t5x_inference_ext.sharding.columns import column_widths
 from t5x_inference_ext.sharding.layout import Axes
 
 
@@ -67,7 +68,8 @@ class Layer:
       w = keep_slices_apart(weights[part.name], sharding)
       summed = sharding.sums_into(part) is not None
       y = norm(x, w.norm, w.norm_bias, self.config, sharding.residual[2])
-      columns = project.inputs(y, w, column_widths(self.config, part, sharding.heads.stored))
+      widths = column_widths(self.config, part, sharding.heads.stored.shards)
+      columns = project.inputs(y, w, widths)
       outputs = []
       if part.attention:
         reshard = AttentionColumns(sharding, self.config, summed)

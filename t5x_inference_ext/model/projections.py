@@ -13,28 +13,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from t5x_inference_ext.config import BlockPart, ModelConfig
+from t5x_inference_ext.config import BlockPart
 from t5x_inference_ext.model.collectives import looped, ops
 from t5x_inference_ext.model.collectives.weight_gather import Gatherer
 from t5x_inference_ext.model.weights import BlockPartWeights
 from t5x_inference_ext.quantization import int8
 from t5x_inference_ext.sharding.activations import ActivationSharding
-from t5x_inference_ext.sharding.heads import HeadSplit, kv_columns, query_columns
 from t5x_inference_ext.sharding.layout import Axes
 
 # Columns [b, t, width] by name: 'gate', 'linear', 'attention'.
 Columns = dict[str, jax.Array]
-
-
-def column_widths(config: ModelConfig, block_part: BlockPart, stored: HeadSplit) -> dict[str, int]:
-  """Return the widths of a stored shard's columns, in order.
-
-  Their names are 'gate', 'linear' and 'attention' (queries, keys and values), those that exist.
-  """
-  widths = dict.fromkeys(config.mlp_inputs, config.d_ff // stored.shards) if block_part.mlp else {}
-  if block_part.attention:
-    widths['attention'] = query_columns(config, stored) + kv_columns(config, stored)[1]
-  return widths
 
 
 @dataclasses.dataclass(frozen=True)

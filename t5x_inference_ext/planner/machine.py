@@ -10,8 +10,8 @@ from t5x_inference_ext.hardware import CHIPS, Chip
 from t5x_inference_ext.precompile import slices
 from t5x_inference_ext.sharding import torus
 from t5x_inference_ext.sharding.layout import check_model
-from t5x_inference_ext.sharding.links import Mesh
 from t5x_inference_ext.sharding.mesh import AXES
+from t5x_inference_ext.sharding.mesh import MeshShape as Mesh
 from t5x_inference_ext.sharding.mesh_choice import torus_mesh, torus_meshes
 
 _GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128)

@@ -1,7 +1,12 @@
-"""A layout resolved for one pass: a model, a mesh, so many rows of so many positions."""
+"""Activation sharding: a layout resolved for one pass of a model over some rows and positions.
 
-from collections.abc import Mapping
+The model, its predicted traffic (traffic.py) and the planner read the result, so that what splits
+what is decided once.
+"""
+
+from collections.abc import Iterable, Mapping
 import dataclasses
+import functools
 import itertools
 
 from jax.sharding import PartitionSpec as P
@@ -10,29 +15,41 @@ from t5x_inference_ext.config import BlockPart, ModelConfig
 from t5x_inference_ext.errors import MeshError
 from t5x_inference_ext.sharding.heads import AttentionHeads, HeadSplit, stored_heads
 from t5x_inference_ext.sharding.layout import Axes, Layout, num_shards, shape_text
+from t5x_inference_ext.sharding.mesh import AXES
+
+# Logical axes of the activations and the KV cache, as weights have theirs in params.py.
+ACTIVATION_AXES = {
+  'residual': ('residual_rows', 'residual_positions', 'residual'),  # [B, T, E]
+  'mlp': ('rows', 'positions', 'mlp'),  # [B, T, F]
+  'queries': ('attention_rows', 'attention_positions', 'attention_heads', 'd_head'),  # [B, T, H, Q]
+  'cache': ('attention_rows', 'cache_positions', 'kv_heads', 'd_head'),  # [B, S, K, Q]
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class ActivationSharding:
-  """Where the activations of one pass live.
+  """The mesh axes that split each activation of one pass.
 
-  Inside a layer tokens are [B_rows, T_positions]. In attention queries are
-  [B_attention_rows, T_attention_positions, heads, Q], and keys and values have all positions of the rows. What products
-  leave summed over some axes is also split over them: the residual stream over the hidden axes, the MLP's columns over
-  the embed axes. Of its dimensions that is rows, where they divide: whole rows of features need no all-reduce in the
-  norm, and no change of layout around the collectives on a TPU; else positions, else features.
+  Inside a layer, `rows` and `positions` split tokens [B, T]. In attention, the three `attention_`
+  fields split queries [B, T, H, Q]; keys and values have the same rows, and all positions of them.
+
+  A product that is summed over some axes leaves its sum split over those axes: the residual stream
+  over the layout's hidden axes, the MLP's columns over its embed axes. The split dimension is rows
+  where they divide, else positions, else features. With rows the norm needs no all-reduce, since a
+  device has all features of a row, and a TPU need not change memory layouts around collectives.
 
   Attributes:
-    layout: what was resolved.
-    rows, positions: axes that split tokens, those that weights are gathered over.
-    residual_dim: the dimension of the residual stream [B, T, E] that the hidden axes split.
-    mlp_dim: the dimension of the MLP's columns [B, T, F] that the embed axes split.
-    attention_rows: axes that split attention's and the cache's rows; `rows` lead.
-    attention_heads: axes that split its heads.
-    attention_positions: axes that split its queries by position; `positions` lead. Hidden axes are among them where the
-      columns of their shards hold parts of heads.
-    joined: hidden axes over which the queries' columns are gathered for want of positions: all their devices do the same.
-    heads: the heads on each device.
+    layout: The layout that was resolved.
+    rows, positions: Axes that split tokens: together those that weights are gathered over.
+    residual_dim: The dimension of the residual stream [B, T, E] that the hidden axes split.
+    mlp_dim: The dimension of the MLP's columns [B, T, F] that the embed axes split.
+    attention_rows: Axes that split the rows of attention and of the KV cache; `rows` come first.
+    attention_heads: Axes that split the heads of attention.
+    attention_positions: Axes that split the positions of queries; `positions` come first. Hidden
+      axes are among them where a shard's columns hold parts of heads.
+    joined: Hidden axes over which the queries' columns are gathered, where too few positions are
+      left to split. All devices along them compute the same.
+    heads: The heads on each device.
   """
 
   layout: Layout
@@ -48,40 +65,61 @@ class ActivationSharding:
 
   @property
   def residual(self) -> tuple[Axes, Axes, Axes]:
-    """The axes that split the dimensions of the residual stream [B, T, E]."""
-    return tuple(
-      axes + (self.layout.hidden_axes if dim == self.residual_dim else ())
-      for dim, axes in enumerate((self.rows, self.positions, self.layout.embed_axes))
-    )
+    """The axes that split each dimension of the residual stream [B, T, E]."""
+    split = [self.rows, self.positions, self.layout.embed_axes]
+    split[self.residual_dim] += self.layout.hidden_axes
+    return split[0], split[1], split[2]
+
+  @property
+  def axes(self) -> dict[str, Axes]:
+    """The mesh axes that split each logical axis of ACTIVATION_AXES."""
+    residual_rows, residual_positions, residual = self.residual
+    return {
+      'residual_rows': residual_rows,
+      'residual_positions': residual_positions,
+      'residual': residual,
+      'rows': self.rows,
+      'positions': self.positions,
+      'mlp': self.layout.hidden_axes,
+      'attention_rows': self.attention_rows,
+      'attention_positions': self.attention_positions,
+      'attention_heads': self.attention_heads,
+      'd_head': (),
+      'cache_positions': (),
+      # A single key head is whole on every device that splits query heads.
+      'kv_heads': () if self.heads.multiquery else self.attention_heads,
+    }
 
   @property
   def cache(self) -> P:
-    """[B, S, K, Q]; one key head in all is whole on every device that splits heads."""
-    return P(
-      self.attention_rows, None, None if self.heads.multiquery else self.attention_heads, None
-    )
+    """The sharding of one layer's keys or values [B, S, K, Q]."""
+    return P(*(self.axes[axis] or None for axis in ACTIVATION_AXES['cache']))
 
   def sums_into(self, block_part: BlockPart) -> int | None:
-    """The dimension of tokens [B, T] that one collective splits all columns of a sublayer over, the embed axes' part.
+    """Return the dimension of tokens [B, T] that one reduce-scatter splits all columns over.
 
-    None where MLP and attention go into different dimensions or into none, or no axis is left to sum over.
+    One collective then sums the columns of a whole block part over the embed axes. Return None if
+    MLP and attention split different dimensions, or features, or if there is no axis to sum over.
     """
     embed = set(self.layout.embed_axes)
     dims = [self.mlp_dim] if block_part.mlp else []
     if block_part.attention:
-      dims.append(
-        0 if embed & set(self.attention_rows) else 1 if embed & set(self.attention_positions) else 2
-      )
+      if embed & set(self.attention_rows):
+        dims.append(0)
+      elif embed & set(self.attention_positions):
+        dims.append(1)
+      else:
+        dims.append(2)
     return dims[0] if embed and len(set(dims)) == 1 and dims[0] < 2 else None
 
   @property
   def hidden_rows(self) -> Axes:
-    """Working hidden axes that attention splits rows over: an all-to-all takes columns to rows."""
+    """Hidden axes that split attention's rows: an all-to-all turns columns into rows."""
     return tuple(a for a in self.layout.hidden_axes if a in self.attention_rows)
 
   @property
   def hidden_positions(self) -> Axes:
-    """Working hidden axes that attention splits queries' positions over: an all-to-all takes columns to positions."""
+    """Hidden axes that split queries' positions: an all-to-all turns columns into positions."""
     return tuple(a for a in self.layout.hidden_axes if a in self.attention_positions)
 
 
@@ -93,134 +131,170 @@ def shard_activations(
   length: int,
   cached: bool = False,
 ) -> ActivationSharding:
-  """Resolves a layout.
+  """Resolve a layout for one pass.
 
   Args:
-    layout: to resolve.
-    config: the model.
-    mesh: axis name -> size.
-    batch: B.
-    length: T; 1 is a decode step. See padded_length for what it must be a multiple of.
-    cached: whether these positions follow others in a cache, which then lies as decode steps of the layout have it.
+    layout: The layout of the pass.
+    config: The model.
+    mesh: Axis name -> size.
+    batch: B, rows.
+    length: T, positions of each row; 1 for a decode step. padded_length says which are allowed.
+    cached: Whether the positions follow others in a KV cache. The cache is then split as for decode
+      steps of the same layout.
 
   Raises:
-    MeshError: rows that a weight-gathered decode step can't split, naming what it could.
+    MeshError: Tokens that do not divide over the axes that weights are gathered over.
   """
+  sizes = tuple(mesh[a] for a in AXES)
+  return _shard_activations(layout, config, sizes, batch, length, cached)
+
+
+@functools.lru_cache(maxsize=4096)
+def _shard_activations(
+  layout: Layout, config: ModelConfig, sizes: tuple[int, ...], batch: int, length: int, cached: bool
+) -> ActivationSharding:
+  mesh = dict(zip(AXES, sizes, strict=True))
   rows, positions = _token_axes(layout, batch, mesh)
   if length % num_shards(positions, mesh):
-    chips = num_shards(layout.gathered_axes, mesh)
+    devices = num_shards(layout.gathered_axes, mesh)
     raise MeshError(
-      f'{layout} splits tokens over {chips} devices of the mesh {shape_text(mesh)}, and {batch} rows of {length} do '
-      f'not divide: use a batch that is a multiple of {chips}'
+      f'{layout} splits tokens over {devices} devices of the mesh {shape_text(mesh)}, and {batch} '
+      f'rows of {length} do not divide: use a batch that is a multiple of {devices}'
       + (', or a weight-stationary layout (ws_2d) for decode' if length == 1 else '')
     )
   hidden, embed = layout.hidden_axes, layout.embed_axes
-  more: Axes = ()
+  local_tokens = batch // num_shards(rows, mesh), length // num_shards(positions, mesh)
+  more_rows: Axes = ()
   if layout.attention == 'batch':
-    more = _filled(_row_axes(embed, hidden), batch // num_shards(rows, mesh), mesh)
+    more_rows = _most_devices(_row_axes(embed, hidden), local_tokens[0], mesh)
   stored = stored_heads(config, num_shards(layout.stored_hidden, mesh))
-  whole = _whole_heads(stored, hidden, more, mesh)
-  heads = tuple(a for a in hidden if a not in more + whole)
-  cut = 1
-  if embed and embed[0] not in more:
-    # Partial sums over x are reduced into positions, as the MLP's are, or into heads if these are asked for, padded where
-    # most are real; if neither will do (one token, few heads) not at all.
-    divides = (1 if cached else length) % num_shards(embed, mesh) == 0
-    enough = heads == hidden and 2 * stored.local_heads > num_shards(embed, mesh)
-    if enough and not (divides and layout.attention == 'batch'):
-      heads, cut = heads + embed, num_shards(embed, mesh)
-    elif divides:
-      positions += embed
-  joined = whole if length % num_shards(positions + whole, mesh) else ()
-  positions += () if joined else whole
-  blocks = stored.shards // num_shards(tuple(a for a in heads if a in hidden), mesh)
-  gathered = tuple(a for a in positions if a in layout.gathered_axes)
-  tokens = batch // num_shards(rows, mesh), length // num_shards(gathered, mesh)
-  # Looped collectives cut the dimension that the product sums over: whole rows would be few for each step.
-  residual_dim = 2 if layout.ring_directions else _token_dim(tokens, num_shards(hidden, mesh))
+  whole = _whole_head_axes(stored, hidden, more_rows, mesh)
+  head_axes = tuple(a for a in hidden if a not in more_rows + whole)
+  attention_positions, cut = positions, 1
+  if embed and embed[0] not in more_rows:
+    # Partial sums over x are reduced into positions, as the MLP's are. Where the layout asks for
+    # heads, or positions do not divide, they are reduced into heads, padded, if most are real.
+    # Otherwise (one token, few heads) they are summed on every device.
+    parts = num_shards(embed, mesh)
+    positions_divide = (1 if cached else length) % parts == 0
+    enough_heads = head_axes == hidden and 2 * stored.local_heads > parts
+    if enough_heads and not (positions_divide and layout.attention == 'batch'):
+      head_axes, cut = head_axes + embed, parts
+    elif positions_divide:
+      attention_positions += embed
+  joined = whole if length % num_shards(attention_positions + whole, mesh) else ()
+  if not joined:
+    attention_positions += whole
+  blocks = stored.shards // num_shards(tuple(a for a in head_axes if a in hidden), mesh)
   return ActivationSharding(
-    layout,
-    rows,
-    gathered,
-    residual_dim,
-    _token_dim(tokens, num_shards(embed, mesh)),
-    rows + more,
-    heads,
-    positions,
-    joined,
-    AttentionHeads(stored, blocks, cut, config.num_kv_heads == 1),
+    layout=layout,
+    rows=rows,
+    positions=positions,
+    # Looped collectives split features, which their products sum over: each step of a ring would
+    # have few whole rows.
+    residual_dim=2 if layout.ring_directions else _token_dim(local_tokens, hidden, mesh),
+    mlp_dim=_token_dim(local_tokens, embed, mesh),
+    attention_rows=rows + more_rows,
+    attention_heads=head_axes,
+    attention_positions=attention_positions,
+    joined=joined,
+    heads=AttentionHeads(stored, blocks, cut, config.num_kv_heads == 1),
   )
 
 
 def padded_length(layout: Layout, mesh: Mapping[str, int], batch: int, length: int) -> int:
-  """The smallest length of at least `length` that `place` takes; padding goes to the right, where nothing sees it."""
+  """Return the smallest length of at least `length` that shard_activations takes.
+
+  Padding goes to the right of each row, where no token attends to it.
+  """
   multiple = num_shards(_token_axes(layout, batch, mesh)[1], mesh)
   return -(-length // multiple) * multiple
 
 
 def sampling_axes(layout: Layout, batch: int, mesh: Mapping[str, int]) -> Axes:
-  """The axes that logits [B, V] are split over by rows, for the choice of tokens: as many as the rows fill."""
-  return _filled(_row_axes(layout.stored_embed, layout.stored_hidden), batch, mesh)
+  """Return the axes that split the rows of logits [B, V] for sampling: as many as rows fill."""
+  return _most_devices(_row_axes(layout.stored_embed, layout.stored_hidden), batch, mesh)
 
 
 def padded_batch(decode: Layout, batch: int, mesh: Mapping[str, int]) -> int:
-  """The smallest batch of at least `batch` rows that fills every set of axes that so many rows could fill.
+  """Return the smallest batch of at least `batch` rows that fills all axes that so many could fill.
 
-  On 2x2x2 that makes 3 rows 4, 5 rows 8 and 9 rows 16: a few rows more cost less than rows that each device repeats.
-  Where decode splits heads alone no number is better than another. A weight-gathered decode needs a multiple of what it
-  gathers over.
+  On 2x2x2, 3 rows become 4, 5 become 8 and 9 become 16: a few more rows cost less than rows that
+  several devices repeat. Where decode splits heads alone, no number is better than another. With
+  gathered weights, the batch is a multiple of the devices that weights are gathered over.
   """
   gathered = num_shards(decode.gathered_axes, mesh)
-  candidates = (
-    _row_axes(decode.embed_axes, decode.hidden_axes) if decode.attention == 'batch' else [()]
-  )
-  sizes = [num_shards(c, mesh) for c in candidates]
-  rows = itertools.count(-(-batch // gathered))
-  return gathered * next(n for n in rows if n % max(s for s in sizes if s <= n) == 0)
+  candidates: list[Axes] = [()]
+  if decode.attention == 'batch':
+    candidates = _row_axes(decode.embed_axes, decode.hidden_axes)
+  sizes = [num_shards(axes, mesh) for axes in candidates]
+
+  def fills(rows: int) -> bool:
+    return rows % max(size for size in sizes if size <= rows) == 0
+
+  return gathered * next(filter(fills, itertools.count(-(-batch // gathered))))
 
 
-def _whole_heads(stored: HeadSplit, hidden: Axes, rows: Axes, mesh: Mapping[str, int]) -> Axes:
-  """The hidden axes, besides those that rows take, whose shards' columns together are whole heads: the fastest."""
-  here = stored.shards // num_shards(hidden, mesh)
-  left = tuple(a for a in hidden if a not in rows)
-  taken = num_shards(tuple(a for a in hidden if a in rows), mesh)
-  return next(
-    left[i:]
-    for i in range(len(left), -1, -1)
-    if here * taken * num_shards(left[i:], mesh) % stored.pieces == 0
-  )
+def _whole_head_axes(stored: HeadSplit, hidden: Axes, taken: Axes, mesh: Mapping[str, int]) -> Axes:
+  """Return the hidden axes to join so that the columns on their devices together are whole heads.
+
+  Args:
+    stored: How shards of the weights hold the heads.
+    hidden: The layout's hidden axes.
+    taken: The axes that attention splits rows over.
+    mesh: Axis name -> size.
+
+  Returns:
+    As few as will do of the axes that are not taken, the fastest.
+  """
+  local = stored.shards // num_shards(hidden, mesh)
+  local *= num_shards(tuple(a for a in hidden if a in taken), mesh)
+  left = tuple(a for a in hidden if a not in taken)
+  first = len(left)
+  while local * num_shards(left[first:], mesh) % stored.pieces:
+    first -= 1
+  return left[first:]
 
 
 def _token_axes(layout: Layout, batch: int, mesh: Mapping[str, int]) -> tuple[Axes, Axes]:
-  """The axes that weights are gathered over: those that rows fill, and the rest, which split positions."""
-  rows = _filled(_subsets(layout.gathered_axes), batch, mesh)
+  """Return the gathered axes as those that split rows and those left to split positions."""
+  rows = _most_devices(_subsets(layout.gathered_axes), batch, mesh)
   return rows, tuple(a for a in layout.gathered_axes if a not in rows)
 
 
-def _token_dim(tokens: tuple[int, int], shards: int) -> int:
-  """The dimension of [rows, positions, features] that so many shards split: the first that they divide."""
-  return next((dim for dim, n in enumerate(tokens) if n % shards == 0), 2)
+def _token_dim(local_tokens: tuple[int, int], axes: Axes, mesh: Mapping[str, int]) -> int:
+  """Return the first dimension of [rows, positions, features] that some axes divide."""
+  for dim, count in enumerate(local_tokens):
+    if count % num_shards(axes, mesh) == 0:
+      return dim
+  return 2
 
 
 def _row_axes(embed: Axes, hidden: Axes) -> list[Axes]:
-  """The sets of axes that rows may be split over in attention.
+  """Return the sets of axes that may split rows in attention.
 
-  Hidden axes from the fastest: the heads of those left over are then consecutive.
+  Hidden axes are taken from the fastest: the heads of those left over are then consecutive.
   """
-  return [e + hidden[i:] for i in range(len(hidden) + 1) for e in ((embed, ()) if embed else ((),))]
+  found = []
+  for first in range(len(hidden) + 1):
+    if embed:
+      found.append(embed + hidden[first:])
+    found.append(hidden[first:])
+  return found
 
 
-def _filled(candidates, batch: int, mesh: Mapping[str, int]) -> Axes:
-  """The candidate with the most devices that divide the batch.
+def _most_devices(candidates: Iterable[Axes], batch: int, mesh: Mapping[str, int]) -> Axes:
+  """Return the candidate with the most devices, of those whose devices divide the batch.
 
-  Of equals one with x: heads can take the other axes, while x, over which products are partial sums, would be idle.
+  Of equals it is one with x. Heads can take the other axes, but x, over which products are partial
+  sums, would be idle.
   """
   return max(
-    (c for c in candidates if batch % num_shards(c, mesh) == 0),
-    key=lambda c: (num_shards(c, mesh), 'x' in c),
+    (axes for axes in candidates if batch % num_shards(axes, mesh) == 0),
+    key=lambda axes: (num_shards(axes, mesh), 'x' in axes),
   )
 
 
-def _subsets(axes: Axes):
-  """More axes first."""
+def _subsets(axes: Axes) -> list[Axes]:
+  """Return all subsets of some axes, the largest first."""
   return [s for n in range(len(axes), -1, -1) for s in itertools.combinations(axes, n)]

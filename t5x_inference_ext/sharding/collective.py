@@ -1,29 +1,29 @@
-"""One collective and what it moves, as the paper's appendix A.1 counts, and what the moves of one pass share."""
+"""One collective and the bytes it moves, as the paper's appendix A.1 counts them."""
 
 from collections.abc import Mapping
 import dataclasses
 
-from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.sharding.heads import HeadSplit, stored_heads
+from t5x_inference_ext.config import BlockPart, ModelConfig
+from t5x_inference_ext.sharding import columns
 from t5x_inference_ext.sharding.layout import Axes, Layout, num_shards
 
-# Norm moments, scales and logits are float32 whatever the activations are.
+# Bytes of an element. Norm moments, scales and logits are float32 whatever the activations are.
 FLOAT32 = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """One collective, as the paper's appendix A.1 counts it.
+  """One collective.
 
   Attributes:
-    name: what is moved: 'input', 'weights: gate', 'scales: gate', 'query', 'output', ...
+    name: The array that moves: 'input', 'weights: gate', 'scales: gate', 'query', 'output', ...
     kind: 'all_gather', 'reduce_scatter', 'all_reduce' or 'all_to_all'.
-    axes: the mesh axes that it runs over, those of size 1 left out.
-    shards: K, the devices along them.
-    bytes: of the array on one device where it is largest: an all-gather's output, a reduce-scatter's input, what is
-      all-reduced, what an all-to-all takes and gives.
-    directions: 0: one collective; 1 or 2: a ring of K - 1 steps, each of which sends bytes / K to the neighbours, in so
-      many collective-permutes (section 3.5).
+    axes: The mesh axes that it runs over, without axes of size 1.
+    shards: K, the devices along these axes.
+    bytes: Size of the array on one device where it is largest: the output of an all-gather, the
+      input of a reduce-scatter, either of an all-reduce or an all-to-all.
+    directions: 0 for one collective. 1 or 2 for a ring of K - 1 steps, each of which sends bytes /
+      K to the neighbours, in so many collective-permutes (section 3.5).
   """
 
   name: str
@@ -35,75 +35,98 @@ class Collective:
 
   @property
   def moved(self) -> float:
-    """Bytes that a device sends: bytes (K-1)/K, of an all-reduce twice that (a reduce-scatter and an all-gather).
+    """Bytes that a device sends: bytes (K-1)/K, and twice that in an all-reduce.
 
-    The paper gives no formula for an all-to-all: each device keeps a K-th of its array and sends the rest, (K-1)/K too.
+    An all-reduce is a reduce-scatter and an all-gather. The paper gives no formula for an
+    all-to-all: each device keeps a K-th of its array and sends the rest, which is (K-1)/K too.
     """
     return self.bytes * (self.shards - 1) / self.shards * (2 if self.kind == 'all_reduce' else 1)
 
   @property
   def steps(self) -> int:
-    """Collective-permutes, one after the other, of a looped collective; 0 of a plain one."""
+    """Steps of a looped collective, one after the other; 0 for a plain one."""
     return self.shards - 1 if self.directions else 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-  """Makes the moves of one pass; those over one device come to nothing.
+  """One pass through the model, for which collectives are counted.
 
   Attributes:
-    config, layout, mesh: of the pass.
-    tokens: B T / N, in the residual stream on one device.
-    activation, weight: bytes of an element; a weight of 1 byte is int8 and has float32 scales.
+    config: The model.
+    layout: The layout of the pass.
+    mesh: Axis name -> size.
+    total: B T, tokens on all devices.
+    activation: Bytes of an activation element.
+    weight: Bytes of a weight element. A weight of 1 byte is int8 and has float32 scales.
+
+  Raises:
+    ValueError: Tokens that do not divide over the devices that weights are gathered over.
   """
 
   config: ModelConfig
   layout: Layout
   mesh: Mapping[str, int]
-  tokens: int
+  total: int
   activation: int
   weight: int
 
-  @classmethod
-  def of(
-    cls,
-    config: ModelConfig,
-    layout: Layout,
-    mesh: Mapping[str, int],
-    tokens: int,
-    activation: int,
-    weight: int,
-  ) -> 'Pass':
-    """Of B T `tokens` in all. Raises ValueError where they do not divide over N."""
-    devices = num_shards(layout.gathered_axes, mesh)
-    if tokens % devices:
-      raise ValueError(f'{layout} splits tokens over {devices} devices, and {tokens} do not divide')
-    return cls(config, layout, mesh, tokens // devices, activation, weight)
+  def __post_init__(self) -> None:
+    devices = self.size(self.layout.gathered_axes)
+    if self.total % devices:
+      raise ValueError(
+        f'{self.layout} splits tokens over {devices} devices, and {self.total} do not divide'
+      )
+
+  @property
+  def tokens(self) -> int:
+    """B T / N, tokens on one device, where weights are gathered over N devices."""
+    return self.total // self.size(self.layout.gathered_axes)
 
   def move(
     self, name: str, kind: str, axes: Axes, count: int, width: int, looped: bool = False
   ) -> list[Collective]:
-    """`count` elements of `width` bytes, as Move.bytes counts them."""
+    """Return the collective in a list, which is empty where there is but one device.
+
+    Args:
+      name: The array that moves.
+      kind: The kind of Collective.
+      axes: Mesh axes, also those of size 1.
+      count: Elements of the array that Collective.bytes counts.
+      width: Bytes of an element.
+      looped: Whether a looped layout makes this collective a ring.
+    """
     axes = tuple(a for a in axes if self.mesh[a] > 1)
+    if not axes:
+      return []
     directions = self.layout.ring_directions if looped else 0
-    return (
-      [Collective(name, kind, axes, self.size(axes), count * width, directions)] if axes else []
-    )
+    return [Collective(name, kind, axes, self.size(axes), count * width, directions)]
 
   def activations(
     self, name: str, kind: str, axes: Axes, count: int, looped: bool = False
   ) -> list[Collective]:
-    """`count` elements of activations."""
+    """Return the collective of `count` elements of activations; see move."""
     return self.move(name, kind, axes, count, self.activation, looped)
 
   def size(self, axes: Axes) -> int:
+    """Return the number of devices along the axes."""
     return num_shards(axes, self.mesh)
 
   @property
   def blocks(self) -> int:
-    """Stored shards' blocks of columns on one device, weights gathered."""
-    return self.size(self.layout.stored_hidden) // self.size(self.layout.hidden_axes)
+    """Stored shards whose columns are on one device, once weights are gathered."""
+    return self._shards // self.size(self.layout.hidden_axes)
+
+  def columns(self, block_part: BlockPart) -> dict[str, int]:
+    """Return the columns of the input product on one device, by columns.column_widths's names."""
+    widths = columns.column_widths(self.config, block_part, self._shards)
+    return {name: self.blocks * width for name, width in widths.items()}
+
+  def rows(self, block_part: BlockPart) -> dict[str, int]:
+    """Return the rows of the output product on one device, by columns.row_widths's names."""
+    widths = columns.row_widths(self.config, block_part, self._shards)
+    return {name: self.blocks * width for name, width in widths.items()}
 
   @property
-  def stored_heads(self) -> HeadSplit:
-    return stored_heads(self.config, self.size(self.layout.stored_hidden))
+  def _shards(self) -> int:
+    return self.size(self.layout.stored_hidden)

@@ -1,8 +1,11 @@
-"""Attention heads laid over equal shards, padded where they do not divide (the paper pads 48 heads to 64, section 4).
+"""Attention heads over equal shards, padded where they do not divide.
 
-A key head and the query heads that it serves are a *group*. Shards take whole groups where there are enough; otherwise
-several shards share a group, each with a part of its queries and a copy of its key head. One key head in all lies over
-all shards: then consecutive shards may also share the columns of their queries, with parts of heads on each.
+The paper pads 48 heads to 64 (section 4). A key head and the query heads that it serves are a
+*group*. Shards take whole groups where there are enough. Otherwise several shards share a group:
+each has some of its query heads and a copy of its key head.
+
+A single key head (multiquery attention) is spread over all shards instead. Consecutive shards may
+then share the columns of query heads too, with parts of heads on each.
 """
 
 import dataclasses
@@ -14,14 +17,17 @@ from t5x_inference_ext.hardware import LANES
 
 @dataclasses.dataclass(frozen=True)
 class HeadSplit:
-  """What each of some equal shards holds of `groups` groups of `queries` query heads.
+  """The heads that each of `shards` equal shards holds.
 
   Attributes:
-    groups, queries, shards: as asked.
-    local_groups: groups (or parts of one) that a shard has.
-    local_queries: query heads that it has for each, padding included.
-    copies: shards that share one group.
-    pieces: consecutive shards over which the columns of `local_heads` are cut evenly; 1: each has so many heads.
+    groups: Number of groups, that is of key heads.
+    queries: Query heads of each group.
+    shards: Number of shards.
+    local_groups: Groups of a shard; 1 where it has a part of one.
+    local_queries: Query heads of a shard for each of its groups, padding included.
+    copies: Shards that share one group.
+    pieces: Consecutive shards that share the columns of `local_heads` evenly. 1 if each shard has
+      so many heads of its own.
   """
 
   groups: int
@@ -34,6 +40,7 @@ class HeadSplit:
 
   @classmethod
   def of(cls, groups: int, queries: int, shards: int) -> 'HeadSplit':
+    """Split groups of so many query heads over shards, by whole heads."""
     if groups >= shards:
       return cls(groups, queries, shards, -(-groups // shards), queries, 1)
     padded = next(g for g in range(groups, shards + 1) if shards % g == 0)
@@ -47,6 +54,7 @@ class HeadSplit:
 
   @property
   def padded_groups(self) -> int:
+    """Groups on all shards, padding included and copies not."""
     return self.shards * self.local_groups // self.copies
 
   @property
@@ -55,74 +63,85 @@ class HeadSplit:
     return self.local_queries * self.copies
 
   def query_range(self, shard: int) -> tuple[int, int]:
-    """The query heads [start, stop) of a shard; fewer than local_heads where padding follows."""
-    first, part = shard // self.copies * self.local_groups, shard % self.copies
-    start = min(first * self.queries + part * self.local_queries, self.groups * self.queries)
+    """Return the query heads [start, stop) of a shard; padding follows up to `local_heads`."""
+    first_group, part = shard // self.copies * self.local_groups, shard % self.copies
+    start = first_group * self.queries + part * self.local_queries
+    stop = start + self.local_heads
     if self.copies > 1:
-      stop = min(start + self.local_queries, (first + 1) * self.queries, self.groups * self.queries)
-    else:
-      stop = min(start + self.local_heads, self.groups * self.queries)
-    return start, max(start, stop)
+      stop = min(stop, (first_group + 1) * self.queries)
+    heads = self.groups * self.queries
+    start = min(start, heads)
+    return start, max(start, min(stop, heads))
 
   def group_range(self, shard: int) -> tuple[int, int]:
-    """The groups, that is key heads, [start, stop) of a shard."""
+    """Return the groups, that is the key heads, [start, stop) of a shard."""
     start = min(shard // self.copies * self.local_groups, self.groups)
     return start, min(start + self.local_groups, self.groups)
 
 
 def stored_heads(config: ModelConfig, shards: int) -> HeadSplit:
-  """How the weights of a model hold its heads, on this many shards of the hidden axes.
+  """Return how the weights of a model hold its heads on the shards of the hidden axes.
 
-  With one key head in all, heads that would have to be padded are cut evenly over a few shards, if that gives whole tiles:
-  48 heads of 256 over 32 shards are 3 heads over each 2, with 384 columns on each shard.
+  With a single key head, query heads that would have to be padded are cut evenly over a few shards,
+  if that leaves each with whole tiles of LANES columns. 48 heads of 256 over 32 shards are 3 heads
+  over each 2, with 384 columns on each shard.
   """
   split = HeadSplit.of(config.num_kv_heads, config.num_heads // config.num_kv_heads, shards)
-  columns = config.num_heads * config.d_head
-  if (
-    config.num_kv_heads > 1
-    or split.local_heads * shards == config.num_heads
-    or columns % (shards * LANES)
-  ):
+  padded = split.local_heads * shards > config.num_heads
+  whole_tiles = config.num_heads * config.d_head % (shards * LANES) == 0
+  if config.num_kv_heads > 1 or not padded or not whole_tiles:
     return split
   pieces = next(
     n for n in range(2, shards + 1) if shards % n == 0 and config.num_heads % (shards // n) == 0
   )
-  whole = HeadSplit.of(1, config.num_heads, shards // pieces)
-  return dataclasses.replace(whole, shards=shards, copies=shards, pieces=pieces)
+  joined = HeadSplit.of(1, config.num_heads, shards // pieces)
+  return dataclasses.replace(joined, shards=shards, copies=shards, pieces=pieces)
 
 
 def query_columns(config: ModelConfig, stored: HeadSplit) -> int:
-  """A stored shard's columns of queries, and rows of attention's output matrix, padding included."""
+  """Return the query columns of a shard of the weights, padding included.
+
+  Attention's output matrix has as many rows.
+  """
   return stored.local_heads * config.d_head // stored.pieces
 
 
+def kv_columns(config: ModelConfig, stored: HeadSplit) -> tuple[int, int]:
+  """Return a shard's columns of keys and values together: without and with padding.
+
+  A single key head is less than a shard: all shards share its columns evenly. They are padded to
+  whole tiles of LANES columns where a shard's query columns are so many that the padding is little.
+  """
+  if config.num_kv_heads > 1:
+    columns = 2 * stored.local_groups * config.d_head
+    return columns, columns
+  columns = -(-2 * config.d_head // stored.shards)
+  if query_columns(config, stored) < 3 * LANES:
+    return columns, columns
+  return columns, -(-columns // LANES) * LANES
+
+
 def vocabulary_rows(config: ModelConfig, shards: int) -> int:
-  """A shard's rows of the embedding: whole tiles of logits, where there are so many that the last shards can spare some."""
+  """Return a shard's rows of the embedding [V, E], padding included.
+
+  They are whole tiles of LANES logits where the vocabulary has at least 8 tiles for each shard, so
+  that rounding up costs an eighth at most.
+  """
   unit = LANES if config.vocab_size >= 8 * LANES * shards else 1
   return -(-config.vocab_size // (shards * unit)) * unit
 
 
-def kv_columns(config: ModelConfig, stored: HeadSplit) -> tuple[int, int]:
-  """A stored shard's columns of keys and values: those that count, and those that there are, padded.
-
-  One key head in all is less than a shard: all share its columns evenly, padded to whole tiles where a shard's queries
-  are so many that this is little.
-  """
-  if config.num_kv_heads > 1:
-    return (2 * stored.local_groups * config.d_head,) * 2
-  count = -(-2 * config.d_head // stored.shards)
-  return count, -(-count // LANES) * LANES if query_columns(config, stored) >= 3 * LANES else count
-
-
 @dataclasses.dataclass(frozen=True)
 class AttentionHeads:
-  """The heads that one device attends with, in one phase.
+  """The heads that one device attends with, in one pass.
 
   Attributes:
-    stored: how the weights hold the heads.
-    blocks: consecutive shards of `stored` whose heads are here: 1, or more where weights or rows were gathered.
-    shards: into how many parts each such block is cut again, by heads, when partial sums are reduced; 1: not.
-    multiquery: whether there is one key head in all, whose columns are then spread over all shards and gathered.
+    stored: How the weights hold the heads.
+    blocks: Consecutive shards of `stored` whose heads are on the device: 1, or more where weights
+      or rows were gathered.
+    shards: Parts into which each block is cut again, by heads, when partial sums are reduced; 1 if
+      it is not cut.
+    multiquery: Whether there is a single key head, whose columns all shards share, and gather.
   """
 
   stored: HeadSplit
@@ -132,44 +151,41 @@ class AttentionHeads:
 
   @property
   def cut(self) -> HeadSplit:
-    """A block's heads over the `shards` that cut it again."""
+    """The heads of a block over the `shards` that cut it again."""
     return HeadSplit.of(self.stored.local_groups, self.stored.local_queries, self.shards)
 
   @property
   def stride(self) -> int:
-    """Every stride-th block brings a new key head."""
+    """Blocks from one that brings a new key head to the next that does."""
     return self.blocks if self.multiquery else math.gcd(self.stored.copies, self.blocks)
 
   @property
   def kv_heads(self) -> int:
-    """Key heads here."""
+    """Key heads on the device."""
     if self.shards > 1:
       return 1 if self.multiquery else self.cut.local_groups
     return self.blocks * self.stored.local_groups // self.stride
 
   @property
   def heads(self) -> int:
-    """Query heads here, padding included; consecutive ones share a key head."""
-    return (
-      self.cut.local_heads
-      if self.shards > 1
-      else self.blocks * self.stored.local_heads // self.stored.pieces
-    )
+    """Query heads on the device, padding included. Consecutive ones share a key head."""
+    if self.shards > 1:
+      return self.cut.local_heads
+    return self.blocks * self.stored.local_heads // self.stored.pieces
 
   def cached(self) -> tuple[int | None, ...]:
-    """The key head behind each head of the cache, over all devices that split heads; None is padding."""
+    """Return the key head of each head of the KV cache over all devices; None for padding."""
     if self.multiquery:
       return (0,)
-    heads = []
+    heads: list[int | None] = []
     for block in range(0, self.stored.shards, self.stride):
       start, stop = self.stored.group_range(block)
       local = [start + i if start + i < stop else None for i in range(self.stored.local_groups)]
       if self.shards == 1:
         heads += local
         continue
+      local += [None] * (self.cut.padded_groups - len(local))
       for shard in range(self.shards):
         first = shard // self.cut.copies * self.cut.local_groups
-        heads += [
-          local[i] if i < len(local) else None for i in range(first, first + self.cut.local_groups)
-        ]
+        heads += local[first : first + self.cut.local_groups]
     return tuple(heads)

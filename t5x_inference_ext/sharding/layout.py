@@ -1,31 +1,43 @@
-"""The layouts of the paper's sections 3.2 and 3.3: which mesh axes split weights, activations and attention.
+"""Layouts: which mesh axes split weights, activations and attention (sections 3.2 and 3.3).
 
-Notation of section 3.1: a subscript names the mesh axes that a dimension is split over, e.g. `E_xF_zy`. All layouts are
-one program with different axes in it:
+A layer multiplies activations [B, T, E] by an input matrix [E, F], applies the MLP's activation or
+attention, and multiplies the result by an output matrix [F, E]. Here F stands for the MLP's columns
+and for heads. In the paper's notation (section 3.1) a subscript names the mesh axes that split a
+dimension: `E_xF_zy` is [E/X, F/(Z Y)] on each device.
 
-  stored   weights lie `E_[embed axes] F_[hidden axes]`: `E_xF_zy`, or for ws_1d `EF_xzy`.
-  gathered the axes that weights are gathered over before use, none where weights are stationary. Tokens, not features,
-           are split over these: rows of the batch, and positions where there are too few rows.
-  working  the embed and hidden axes that are left: what activations are split over inside a layer.
+A layout says three things:
+
+  - How weights are stored: `E_xF_zy`, split in two dimensions, or in ws_1d `EF_xzy`, in one. See
+    `stored_embed` and `stored_hidden`.
+  - What moves in a layer. In a *weight-stationary* layout (ws_) each device multiplies by the part
+    of the weights that it stores, and activations move. In a *weight-gathered* layout (wg_) the
+    devices along `gathered_axes` first gather each other's weights. They then share out the tokens:
+    rows of the batch, or positions where there are too few rows.
+  - What splits the products: `embed_axes` split E and `hidden_axes` split F. These are the axes
+    that weights are stored over, without those that they were gathered over.
+
+All layouts run one program, with different axes in these places.
 """
 
 from collections.abc import Mapping
 import dataclasses
+import functools
 import math
 
 from jax.sharding import PartitionSpec as P
 
+from t5x_inference_ext import params
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import MeshError
 from t5x_inference_ext.sharding.mesh import AXES
 
 Axes = tuple[str, ...]
 
-# Of axes that split one dimension the slowest comes first. y is last, so that gathering over y (wg_xy) leaves whole runs
-# of columns, in order, on each z.
+# The order of mesh axes that split one dimension together: the first is slowest. y is last, so that
+# a device that has gathered over y (wg_xy) holds consecutive columns.
 ORDER = ('x', 'z', 'y')
 
-# Feedforward layout -> the axes that weights are gathered over (section 3.2).
+# Feedforward layout -> the axes that its weights are gathered over (section 3.2).
 FEEDFORWARD: dict[str, Axes] = {
   'ws_1d': (),
   'ws_2d': (),
@@ -34,8 +46,8 @@ FEEDFORWARD: dict[str, Axes] = {
   'wg_xyz': ORDER,
 }
 ATTENTION = ('batch', 'heads')
-# How the collectives beside matmuls run: at once, or in steps around a ring, one way or both (section 3.5). The number
-# is that of directions.
+# How the collectives beside matmuls run (section 3.5) -> directions of the ring. 0: one collective,
+# then the matmul.
 RING_DIRECTIONS = {'plain': 0, 'one_way': 1, 'two_way': 2}
 
 
@@ -44,43 +56,47 @@ class Layout:
   """A feedforward layout with an attention layout, written 'ws_2d/batch' or 'wg_xyz/batch/two_way'.
 
   Attributes:
-    feedforward: 'ws_1d', 'ws_2d': weights stay, activations move; 'wg_x', 'wg_xy', 'wg_xyz': weights, stored as for
-      ws_2d, are gathered over these axes.
-    attention: 'batch': queries, keys, values and the cache are split by rows over as many axes as the rows fill, by
-      heads over the others; 'heads': by heads alone.
-    collectives: 'plain', or looped: 'one_way', 'two_way'.
+    feedforward: 'ws_1d' or 'ws_2d': weights stay, activations move. 'wg_x', 'wg_xy' or 'wg_xyz':
+      weights are stored as for ws_2d and gathered over these axes.
+    attention: How queries, keys, values and the KV cache are split. 'heads': by heads. 'batch': by
+      rows over as many axes as the rows fill, and by heads over the other axes.
+    collectives: 'plain', or looped around a ring: 'one_way' or 'two_way'.
 
   Raises:
-    MeshError: a layout that is not known, or makes no sense, saying why.
+    MeshError: An unknown part, or a pair of parts that leaves attention nothing to split.
   """
 
   feedforward: str = 'ws_2d'
   attention: str = 'batch'
   collectives: str = 'plain'
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for value, known in (
-      (self.feedforward, FEEDFORWARD),
+      (self.feedforward, tuple(FEEDFORWARD)),
       (self.attention, ATTENTION),
-      (self.collectives, RING_DIRECTIONS),
+      (self.collectives, tuple(RING_DIRECTIONS)),
     ):
       if value not in known:
         raise MeshError(f'unknown layout part {value!r}; known: {", ".join(known)}')
     if self.attention == 'heads' and not self.embed_axes + self.hidden_axes:
       raise MeshError(
-        f'{self.feedforward}/heads makes no sense: {self.feedforward} splits rows over every axis, which '
-        f'leaves none to split heads over; use {self.feedforward}/batch'
+        f'{self.feedforward}/heads makes no sense: {self.feedforward} splits rows over every axis, '
+        f'which leaves none to split heads over; use {self.feedforward}/batch'
       )
 
   @classmethod
   def parse(cls, text: str) -> 'Layout':
-    """'ws_2d/batch' -> Layout('ws_2d', 'batch')."""
+    """Return the layout that a text names: 'ws_2d/batch' -> Layout('ws_2d', 'batch').
+
+    Raises:
+      MeshError: A text that names no layout, saying why.
+    """
     if not isinstance(text, str) or text.count('/') not in (1, 2):
       raise MeshError(
-        'a layout is written feedforward/attention, e.g. ws_2d/batch, or with its collectives, e.g. '
-        f'ws_2d/batch/two_way, got {text!r}'
+        'a layout is written feedforward/attention, e.g. ws_2d/batch, or with its collectives, '
+        f'e.g. ws_2d/batch/two_way, got {text!r}'
       )
-    return cls(*text.split('/'))
+    return _parse(text)
 
   def __str__(self) -> str:
     collectives = '' if self.collectives == 'plain' else f'/{self.collectives}'
@@ -88,89 +104,108 @@ class Layout:
 
   @property
   def ring_directions(self) -> int:
-    """0 for plain collectives, else in how many directions of a ring the looped ones send."""
+    """The directions of a ring in which looped collectives send; 0 for plain collectives."""
     return RING_DIRECTIONS[self.collectives]
 
-  # As stored.
+  # Weights as they are stored on the devices.
 
   @property
   def stored_embed(self) -> Axes:
-    """The axes that d_model is split over in the weights."""
+    """The axes that split E (d_model) in the weights."""
     return () if self.feedforward == 'ws_1d' else ('x',)
 
   @property
   def stored_hidden(self) -> Axes:
-    """The axes that the weights' other dimension (MLP columns, heads, vocabulary) is split over."""
+    """The axes that split the weights' other dimension: MLP columns, heads, vocabulary."""
     return tuple(a for a in ORDER if a not in self.stored_embed)
 
   @property
-  def embedding(self) -> P:
-    """[V, E], so that the lookup and the logits move no weights."""
-    return P(self.stored_hidden, self.stored_embed)
+  def weight_axes(self) -> dict[str, Axes]:
+    """The mesh axes that split each logical axis of a weight (params.py).
 
-  @property
-  def input_matrix(self) -> P:
-    """[E, columns]."""
-    return P(self.stored_embed, self.stored_hidden)
+    The embedding [V, E] is split so that neither the lookup nor the logits move weights. Vectors
+    are whole on every device, being small; each device reads its part.
+    """
+    return {
+      params.LAYERS_AXIS: (),
+      params.VOCAB_AXIS: self.stored_hidden,
+      params.EMBED_AXIS: self.stored_embed,
+      params.HIDDEN_AXIS: self.stored_hidden,
+      params.FEATURES_AXIS: (),
+    }
 
-  @property
-  def output_matrix(self) -> P:
-    """[rows, E]."""
-    return P(self.stored_hidden, self.stored_embed)
+  def weight_spec(self, axes: tuple[str, ...]) -> P:
+    """Return the sharding of a weight with these logical axes."""
+    return P(*(self.weight_axes[axis] for axis in axes))
 
-  @property
-  def input_scale(self) -> P:
-    """[columns]: the output channels of the input matrix."""
-    return P(self.stored_hidden)
-
-  @property
-  def vector(self) -> P:
-    """[E], norms and output scales: whole everywhere, being small; each device uses its part."""
-    return P()
-
-  # At work.
+  # Products inside a layer.
 
   @property
   def gathered_axes(self) -> Axes:
-    """The axes that weights are gathered over, and tokens split over."""
+    """The axes that weights are gathered over before use, and that tokens are split over."""
     return FEEDFORWARD[self.feedforward]
 
   @property
   def embed_axes(self) -> Axes:
-    """Over these, products of the input matrix are partial sums."""
+    """The axes that split E in products.
+
+    Each device sums over its part of E in the input product, which gives partial sums over them.
+    """
     return tuple(a for a in self.stored_embed if a not in self.gathered_axes)
 
   @property
   def hidden_axes(self) -> Axes:
-    """Over these, products of the output matrix are partial sums."""
+    """The axes that split F in products.
+
+    Each device sums over its part of F in the output product, which gives partial sums over them.
+    """
     return tuple(a for a in self.stored_hidden if a not in self.gathered_axes)
 
 
+@functools.lru_cache(maxsize=256)
+def _parse(text: str) -> Layout:
+  """Return the layout 'feedforward/attention/collectives', made once for each text."""
+  return Layout(*text.split('/'))
+
+
 def num_shards(axes: Axes, mesh: Mapping[str, int]) -> int:
-  """The product of the axes' sizes."""
+  """Return the number of devices along some axes of a mesh (axis name -> size)."""
   return math.prod(mesh[a] for a in axes)
 
 
 def shape_text(mesh: Mapping[str, int]) -> str:
+  """Return 'XxYxZ' for a mesh (axis name -> size)."""
   return 'x'.join(str(mesh[a]) for a in AXES)
 
 
 def check_pair(prefill: Layout, decode: Layout) -> None:
-  """Raises MeshError for two phases that can't share one set of weights on the chips."""
-  if prefill.input_matrix != decode.input_matrix:
+  """Check that two phases can share one set of weights on the devices.
+
+  Raises:
+    MeshError: The two layouts store weights differently.
+  """
+  if prefill.weight_axes != decode.weight_axes:
     raise MeshError(
-      f'{prefill} for prefill and {decode} for decode place the weights differently (ws_1d splits them over d_ff '
-      "alone, all others over d_model and d_ff), so that one set can't serve both: use ws_1d for both phases, or "
-      'for neither'
+      f'{prefill} for prefill and {decode} for decode place the weights differently (ws_1d splits '
+      'them over d_ff alone, all others over d_model and d_ff), so that one set '
+      "can't serve both: use ws_1d for both phases, or for neither"
     )
 
 
 def check_model(config: ModelConfig, mesh: Mapping[str, int]) -> None:
-  """Raises MeshError where the mesh does not divide the model, naming the sizes, before anything is loaded."""
+  """Check that a mesh divides a model, before anything is loaded.
+
+  Args:
+    config: The model.
+    mesh: Axis name -> size.
+
+  Raises:
+    MeshError: The device count does not divide d_model or d_ff.
+  """
   chips = num_shards(AXES, mesh)
   for name, width in (('d_model', config.d_model), ('d_ff', config.d_ff)):
     if width % chips:
       raise MeshError(
-        f'{name}={width} does not divide over the {chips} devices of the mesh {shape_text(mesh)}: choose a mesh '
-        f'whose device count divides {width}'
+        f'{name}={width} does not divide over the {chips} devices of the mesh {shape_text(mesh)}: '
+        f'choose a mesh whose device count divides {width}'
       )

@@ -1,7 +1,7 @@
-"""The links under a mesh: what a collective over some of its axes has of the torus.
+"""The links that a collective over some axes of a mesh has on the torus.
 
-Physical axes add up: a collective uses all of those along which its chips differ, at once. Where other groups of the same
-collective lie on the same links, they share them.
+A collective uses all physical axes along which its chips differ, at once. Where several groups of
+one collective lie on the same links, they share them.
 """
 
 from collections.abc import Sequence
@@ -13,20 +13,18 @@ import numpy as np
 
 from t5x_inference_ext.sharding import torus
 from t5x_inference_ext.sharding.collective import Collective
-from t5x_inference_ext.sharding.mesh import AXES
-
-Mesh = tuple[int, int, int]
+from t5x_inference_ext.sharding.mesh import AXES, MeshShape
 
 
 @dataclasses.dataclass(frozen=True)
 class LinkPath:
-  """What each group of a collective has along one physical axis.
+  """The links along one physical axis, for each group of chips that a collective joins.
 
   Attributes:
-    chips: of a group, along it.
-    ring: whether they go all around it.
-    load: groups whose data the busiest link carries.
-    step: links from one chip of a group to the next, where they are most.
+    chips: Chips of a group along the axis.
+    ring: Whether a group goes all around the axis.
+    load: Groups whose data the busiest link carries.
+    step: Links from one chip of a group to the next, where they are most.
   """
 
   chips: int
@@ -36,86 +34,98 @@ class LinkPath:
 
   @property
   def links(self) -> float:
-    """That bring data to a chip: two directions of a ring. Where others' chips lie between, they share the links."""
+    """Links that bring data to a chip: two in a ring, one in a chain, divided by the load."""
     return (2 if self.ring else 1) / self.load
 
   @property
   def hops(self) -> int:
-    """To the farthest chip; around a ring data goes both ways."""
+    """Links to the farthest chip of a group. Around a ring data goes both ways."""
     return (self.chips // 2 if self.ring else self.chips - 1) * self.step
 
   @property
   def exchange(self) -> float:
-    """Link times an all-to-all takes, for each byte of a chip's array: half of all bytes cross the middle."""
+    """Bytes through the busiest link of an all-to-all, for each byte of a chip's array.
+
+    Half of all bytes cross the middle of the axis.
+    """
     return self.chips * self.load / (8 if self.ring else 4)
 
 
 def paths(
-  shape: Sequence[int], wraps: Sequence[bool], mesh: Mesh, axes: Sequence[str]
+  shape: Sequence[int], wraps: Sequence[bool], mesh: MeshShape, axes: Sequence[str]
 ) -> tuple[LinkPath, ...]:
-  """Where a collective over these mesh axes runs on the torus.
+  """Return the paths of a collective over some mesh axes, one for each physical axis it uses.
 
   Args:
-    shape, wraps: of the slice: chips along each physical axis, and whether its ends are linked.
-    mesh: (X, Y, Z), whose chips lie as torus.device_grid has them.
-    axes: mesh axes, not all of one chip.
+    shape: Chips of the slice along each physical axis.
+    wraps: For each physical axis, whether its ends are linked.
+    mesh: (X, Y, Z), whose chips lie as torus.device_grid arranges them.
+    axes: Mesh axes, at least one of them longer than 1.
   """
-  return _paths(tuple(shape), tuple(wraps), tuple(mesh), tuple(sorted(axes)))
+  return _paths(tuple(shape), tuple(wraps), mesh, tuple(sorted(axes)))
 
 
 def bytes_through_a_link(move: Collective, found: Sequence[LinkPath]) -> float:
-  """The bytes that go through one link, one after the other, while a collective runs on these paths; hops come on top."""
+  """Return the bytes that pass one link, in sequence, during a collective on these paths.
+
+  The time for hops comes on top.
+  """
   if move.kind == 'all_to_all':
-    return max(p.exchange for p in found) * move.bytes
-  return move.moved / sum(p.links for p in found)
+    return max(path.exchange for path in found) * move.bytes
+  return move.moved / sum(path.links for path in found)
 
 
 @functools.lru_cache(maxsize=256)
-def grid(shape: tuple[int, ...], wraps: tuple[bool, ...], mesh: Mesh) -> np.ndarray:
-  """[X, Y, Z] chips, counted through the slice's shape; where there is but one physical axis, in order."""
-  if sum(n > 1 for n in shape) < 2:
+def grid(shape: tuple[int, ...], wraps: tuple[bool, ...], mesh: MeshShape) -> np.ndarray:
+  """Return [X, Y, Z] indices of chips, counted through the slice's shape."""
+  if sum(size > 1 for size in shape) < 2:
     return np.arange(math.prod(shape)).reshape(mesh)
   coordinates = np.stack(np.unravel_index(np.arange(math.prod(shape)), shape), axis=-1)
   return torus.device_grid(coordinates, mesh, wraps)
 
 
 @functools.lru_cache(maxsize=4096)
-def _paths(shape, wraps, mesh: Mesh, axes) -> tuple[LinkPath, ...]:
+def _paths(
+  shape: tuple[int, ...], wraps: tuple[bool, ...], mesh: MeshShape, axes: tuple[str, ...]
+) -> tuple[LinkPath, ...]:
+  # A group's number is its place along the mesh axes that the collective does not run over.
   kept = [a not in axes for a in AXES]
-  place = np.unravel_index(np.arange(math.prod(mesh)), mesh)
-  groups = np.empty(shape, int).ravel()
-  groups[grid(shape, wraps, mesh).ravel()] = np.ravel_multi_index(
-    [p * k for p, k in zip(place, kept)], mesh
+  places = np.unravel_index(np.arange(math.prod(mesh)), mesh)
+  numbers = np.ravel_multi_index(
+    tuple(place * keep for place, keep in zip(places, kept, strict=True)), mesh
   )
+  groups = np.empty(math.prod(shape), int)
+  groups[grid(shape, wraps, mesh).ravel()] = numbers
   groups = groups.reshape(shape)
   found = []
   for axis, size in enumerate(shape):
     lines = np.unique(_renumbered(np.moveaxis(groups, axis, -1).reshape(-1, size)), axis=0)
-    on_lines = [_on_line(line, wraps[axis]) for line in lines]
-    chips = max(p.chips for p in on_lines)
-    if chips > 1:
-      found.append(
-        LinkPath(
-          chips,
-          all(p.ring for p in on_lines),
-          max(p.load for p in on_lines),
-          max(p.step for p in on_lines),
-        )
-      )
-  size = math.prod(n for n, k in zip(mesh, kept) if not k)
-  if math.prod(p.chips for p in found) != size:
-    # A line that winds through several axes: one link in each direction.
-    return (LinkPath(size, all(p.ring for p in found)),)
+    line_paths = [_line_path(line, wraps[axis]) for line in lines]
+    path = LinkPath(
+      max(p.chips for p in line_paths),
+      all(p.ring for p in line_paths),
+      max(p.load for p in line_paths),
+      max(p.step for p in line_paths),
+    )
+    if path.chips > 1:
+      found.append(path)
+  size = math.prod(n for n, keep in zip(mesh, kept, strict=True) if not keep)
+  if math.prod(path.chips for path in found) != size:
+    # A mesh axis that winds through several physical axes: one link in each direction.
+    return (LinkPath(size, all(path.ring for path in found)),)
   return tuple(found)
 
 
 def _renumbered(lines: np.ndarray) -> np.ndarray:
-  """Each line's groups by their first chip on it, so that lines that are alike are equal."""
+  """Number each line's groups by their first chip on it, so that lines that are alike are equal."""
   return (lines[:, :, None] == lines[:, None, :]).argmax(axis=-1)
 
 
-def _on_line(line: np.ndarray, wrap: bool) -> LinkPath:
-  """The groups on one line of chips, each going from chip to chip the short way; the way that is longest is left out."""
+def _line_path(line: np.ndarray, wrap: bool) -> LinkPath:
+  """Return the path of the groups on one line of chips.
+
+  Each group goes from chip to chip the short way, and leaves out the longest way between two chips.
+  """
   size, groups = len(line), set(line.tolist())
   if len(groups) == 1:
     return LinkPath(size, bool(wrap))

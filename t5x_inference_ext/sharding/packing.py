@@ -1,13 +1,15 @@
-"""How canonical tensors become the arrays on the chips: fused, cut into per-shard column blocks, padded to the mesh.
+"""Weight packing: how canonical tensors become the arrays on the devices.
 
-A shard's columns lie together as one block [gate | linear | query | key, value], so that one matmul gives a shard all
-it needs and no reshape crosses shards. What depends on the mesh, this order and the padding, exists only here:
-checkpoints hold canonical tensors. Padding is with zeros and never touches the MLP, whose width the mesh must divide.
+Tensors are fused, cut into a block of columns for each shard, and padded to the mesh. A shard's
+columns lie together, as columns.py has them, so that one matmul gives a shard all that it needs and
+no reshape crosses shards. This order and the padding exist only on the devices: checkpoints hold
+canonical tensors. Padding is with zeros. It never touches the MLP, whose width the mesh must
+divide.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 import dataclasses
-import itertools
+import functools
 
 from jax.sharding import PartitionSpec as P
 import ml_dtypes
@@ -15,47 +17,38 @@ import numpy as np
 
 from t5x_inference_ext import params
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.sharding.heads import kv_columns, stored_heads, vocabulary_rows
+from t5x_inference_ext.sharding.columns import (
+  PackedPart,
+  input_parts,
+  output_parts,
+  vocabulary_part,
+)
 from t5x_inference_ext.sharding.layout import Layout, check_model, num_shards
+from t5x_inference_ext.sharding.mesh import AXES
 
 Index = tuple[slice, ...]
-# (canonical name, index) -> the values there.
+# (canonical name, index into that tensor) -> the values there.
 Reader = Callable[[str, Index], np.ndarray]
 
 _DTYPES = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
 
 
 @dataclasses.dataclass(frozen=True)
-class PackedPart:
-  """Canonical tensors laid side by side along the blocked axis, of which each shard holds a range.
-
-  Attributes:
-    names: the tensors.
-    sizes: their sizes along the axis.
-    width: what a shard holds, padding included.
-    ranges: [start, stop) of each shard; zeros pad it to `width`.
-  """
-
-  names: tuple[str, ...]
-  sizes: tuple[int, ...]
-  width: int
-  ranges: tuple[tuple[int, int], ...]
-
-
-@dataclasses.dataclass(frozen=True)
 class PackedTensor:
-  """One array on the chips, or one a layer.
+  """One array on the devices, or one for each layer.
 
   Attributes:
-    shape: without the layer axis.
-    spec: its sharding, without the layer axis.
-    kind: as in parameters.Parameter.
-    per_layer: whether each layer has one.
-    axis: the axis of `shape` that is a sequence of blocks.
-    parts: what a block holds, in order.
+    shape: The dimensions, without layers.
+    axes: The logical axis (params.py) of each dimension, without layers.
+    spec: The sharding, without layers.
+    kind: A kind of Parameter.
+    per_layer: Whether each layer has one.
+    axis: The dimension of `shape` that is a sequence of blocks, one for each shard.
+    parts: The parts of a block, in order.
   """
 
   shape: tuple[int, ...]
+  axes: tuple[str, ...]
   spec: P
   kind: str
   per_layer: bool
@@ -63,11 +56,14 @@ class PackedTensor:
   parts: tuple[PackedPart, ...]
 
   def read(self, reader: Reader, layer: int | None, index: Index) -> np.ndarray:
-    """The values at `index` (into `shape`), assembled from canonical tensors; only what is needed is read."""
+    """Return the values at `index` (into `shape`), assembled from canonical tensors.
+
+    Only what is needed is read.
+    """
     lead = () if layer is None else (slice(layer, layer + 1),)
     begin, end, _ = index[self.axis].indices(self.shape[self.axis])
-    block = sum(p.width for p in self.parts)
-    pieces = []
+    block = sum(part.width for part in self.parts)
+    pieces: list[np.ndarray] = []
     for shard in range(begin // block, -(-end // block)):
       offset = shard * block
       for part in self.parts:
@@ -80,26 +76,43 @@ class PackedTensor:
         offset += part.width
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=self.axis)
 
-  def _read_part(self, reader, lead, index, part, low, high, stop):
-    """Columns [low, high) of the part's tensors laid side by side, zeros from `stop` on."""
+  def _read_part(
+    self,
+    reader: Reader,
+    lead: Index,
+    index: Index,
+    part: PackedPart,
+    low: int,
+    high: int,
+    stop: int,
+  ) -> list[np.ndarray]:
+    """Read columns [low, high) of the part's tensors laid side by side, zeros from `stop` on."""
     pieces, offset = [], 0
-    for name, width in zip(part.names, part.sizes):
-      a, b = max(low - offset, 0), min(high - offset, stop - offset, width)
-      if a < b:
-        where = tuple(slice(a, b) if i == self.axis else s for i, s in enumerate(index))
+    for name, width in zip(part.names, part.sizes, strict=True):
+      first, last = max(low - offset, 0), min(high - offset, stop - offset, width)
+      if first < last:
+        columns = slice(first, last)
+        where = tuple(columns if i == self.axis else s for i, s in enumerate(index))
         values = reader(name, lead + where)
         pieces.append(values[0] if lead else values)
       offset += width
     if high > stop:
-      shape = [len(range(*s.indices(n))) for s, n in zip(index, self.shape)]
+      shape = [len(range(*s.indices(n))) for s, n in zip(index, self.shape, strict=True)]
       shape[self.axis] = high - max(low, stop)
-      # int8 where nothing but padding is read: beside values of any dtype it takes theirs, and never widens int8.
+      # int8 where nothing but padding is read: beside values of any dtype it takes theirs, and it
+      # never widens int8.
       pieces.append(np.zeros(shape, pieces[0].dtype if pieces else np.int8))
     return pieces
 
 
 def tensor_dtype(tensor: PackedTensor, weights: str, compute: str) -> np.dtype:
-  """What a tensor is on the chips, for a checkpoint's weights ('int8', ...) and the compute dtype."""
+  """Return the dtype of a tensor on the devices.
+
+  Args:
+    tensor: One of packed_tensors.
+    weights: The checkpoint's weights: 'int8', or anything else for float.
+    compute: The dtype of activations and float weights, 'float32' or 'bfloat16'.
+  """
   if tensor.kind == 'matrix' and weights == 'int8':
     return np.dtype(np.int8)
   if tensor.kind in ('matrix', 'embedding'):
@@ -110,94 +123,76 @@ def tensor_dtype(tensor: PackedTensor, weights: str, compute: str) -> np.dtype:
 def packed_tensors(
   config: ModelConfig, layout: Layout, mesh: Mapping[str, int], int8: bool
 ) -> dict[str, PackedTensor]:
-  """The arrays that serving this model on this mesh takes, by the field names of weights.Weights.
+  """Return the arrays on the devices by the field names of model/weights.py's Weights.
 
-  Those of a layer are called 'sublayer/field': 'parallel/w_in', or 'attention/w_in' and 'mlp/w_in' in a serial block.
+  Those of a layer are called 'block part/field': 'parallel/w_in', or in a serial block
+  'attention/w_in' and 'mlp/w_in'.
 
   Args:
-    config: the model.
-    layout: decides the shardings.
-    mesh: axis name -> size.
-    int8: whether the matrices are int8 with scales.
+    config: The model.
+    layout: The layout of either phase, which decides the shardings.
+    mesh: Axis name -> size.
+    int8: Whether the matrices are int8 with scales.
 
   Raises:
-    MeshError: the mesh does not divide the model.
+    MeshError: The mesh does not divide the model.
   """
+  sizes = tuple(mesh[a] for a in AXES)
+  return dict(_packed_tensors(config, layout, sizes, int8))
+
+
+@functools.lru_cache(maxsize=256)
+def _packed_tensors(
+  config: ModelConfig, layout: Layout, sizes: tuple[int, ...], int8: bool
+) -> dict[str, PackedTensor]:
+  mesh = dict(zip(AXES, sizes, strict=True))
   check_model(config, mesh)
-  canonical = {**params.parameters(config), **params.scales(config)}
+  declared = {**params.parameters(config), **params.scales(config)}
   shards = num_shards(layout.stored_hidden, mesh)
-  split = stored_heads(config, shards)
-  e, d = config.d_model, config.d_head
 
-  def even(*names, axis=-1, padded=0, share=0):
-    sizes = tuple(canonical[n].shape[axis] for n in names)
-    share = share or -(-sum(sizes) // shards)
-    bounds = [min(s * share, sum(sizes)) for s in range(shards + 1)]
-    return PackedPart(names, sizes, padded or share, tuple(itertools.pairwise(bounds)))
+  def fused(parts: Iterable[PackedPart]) -> PackedTensor:
+    """Pack tensors into one array of a block for each shard."""
+    parts = tuple(parts)
+    first = declared[parts[0].names[0]]
+    per_layer, shape, axes = _layer_shape(first)
+    axis = next(i for i, name in enumerate(axes) if name in (params.HIDDEN_AXIS, params.VOCAB_AXIS))
+    block = sum(part.width for part in parts)
+    shape = (*shape[:axis], shards * block, *shape[axis + 1 :])
+    return PackedTensor(shape, axes, layout.weight_spec(axes), first.kind, per_layer, axis, parts)
 
-  def queries(name, axis=-1):
-    return (
-      even(name, axis=axis)
-      if split.pieces > 1
-      else by_heads(name, split.local_heads, split.query_range, axis)
-    )
+  def vector(name: str) -> PackedTensor:
+    """Take a vector as it is: one part, which is all of it."""
+    kind = declared[name].kind
+    per_layer, shape, axes = _layer_shape(declared[name])
+    part = PackedPart((name,), shape, shape[0], ((0, shape[0]),))
+    return PackedTensor(shape, axes, layout.weight_spec(axes), kind, per_layer, 0, (part,))
 
-  def by_heads(name, count, head_range, axis=-1):
-    ranges = tuple((start * d, stop * d) for start, stop in map(head_range, range(shards)))
-    return PackedPart((name,), (canonical[name].shape[axis],), count * d, ranges)
-
-  def tensor(shape, spec, kind, axis, *parts, per_layer=True):
-    shape = list(shape)
-    shape[axis] = sum(p.width for p in parts) * shards
-    return PackedTensor(tuple(shape), spec, kind, per_layer, axis, parts)
-
-  def vector(name, per_layer):  # no blocks: one part, whose width is all of it
-    part = PackedPart((name,), (e,), e, ((0, e),))
-    return PackedTensor((e,), layout.vector, canonical[name].kind, per_layer, 0, (part,))
-
-  def norm(field, name, per_layer):
+  def norm(field: str, name: str) -> dict[str, PackedTensor]:
     names = {field: name, f'{field}_bias': params.bias_name(name)}
-    return {f: vector(n, per_layer) for f, n in names.items() if n in canonical}
+    return {f: vector(n) for f, n in names.items() if n in declared}
 
-  def column_parts(block_part, rename=lambda name: name):
-    parts = [even(rename(n)) for n in config.mlp_inputs] if block_part.mlp else []
-    if block_part.attention:
-      parts.append(queries(rename('query')))
-      if (
-        config.num_kv_heads == 1
-      ):  # one key head is less than a shard: all share its columns, and gather them
-        parts.append(even(rename('key'), rename('value'), padded=kv_columns(config, split)[1]))
-      else:
-        parts += [
-          by_heads(rename(n), split.local_groups, split.group_range) for n in ('key', 'value')
-        ]
-    return parts
-
-  def row_parts(block_part):
-    parts = [even('mlp_output', axis=1)] if block_part.mlp else []
-    if block_part.attention:
-      parts.append(queries('attention_output', axis=1))
-    return parts
-
-  vocabulary = even('embedding', axis=0, share=vocabulary_rows(config, shards))
-  tensors = {
-    'embedding': tensor((0, e), layout.embedding, 'embedding', 0, vocabulary, per_layer=False),
-    **norm('final_norm', 'final_norm', False),
-  }
+  tensors = {'embedding': fused([vocabulary_part(config, shards)])}
+  tensors |= norm('final_norm', 'final_norm')
   for block_part in config.block_parts:
-    fields = {
-      **norm('norm', params.norm_name(block_part), True),
-      'w_in': tensor((e, 0), layout.input_matrix, 'matrix', 1, *column_parts(block_part)),
-      'w_out': tensor((0, e), layout.output_matrix, 'matrix', 0, *row_parts(block_part)),
-    }
+    columns = input_parts(config, block_part, shards)
+    fields = norm('norm', params.norm_name(block_part))
+    fields['w_in'] = fused(columns)
+    fields['w_out'] = fused(output_parts(config, block_part, shards))
     if int8:
-      fields['in_scale'] = tensor(
-        (0,),
-        layout.input_scale,
-        'scale',
-        0,
-        *column_parts(block_part, lambda name: canonical[name].scale),
-      )
-      fields['out_scale'] = vector(params.output_scale_name(block_part), True)
-    tensors.update({f'{block_part.name}/{field}': t for field, t in fields.items()})
+      fields['in_scale'] = fused(_scales_of(part, declared) for part in columns)
+      fields['out_scale'] = vector(params.output_scale_name(block_part))
+    tensors |= {f'{block_part.name}/{field}': tensor for field, tensor in fields.items()}
   return tensors
+
+
+def _layer_shape(p: params.Parameter) -> tuple[bool, tuple[int, ...], tuple[str, ...]]:
+  """Return whether each layer has the tensor, and its shape and logical axes without layers."""
+  if p.axes[0] == params.LAYERS_AXIS:
+    return True, p.shape[1:], p.axes[1:]
+  return False, p.shape, p.axes
+
+
+def _scales_of(part: PackedPart, declared: Mapping[str, params.Parameter]) -> PackedPart:
+  """Return the part of the scales that lies as a part of their matrices does."""
+  names = tuple(str(declared[name].scale) for name in part.names)
+  return dataclasses.replace(part, names=names)

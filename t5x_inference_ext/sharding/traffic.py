@@ -1,15 +1,17 @@
-"""What each collective of a pass moves, predicted from the layout alone: the paper's sections 3.2, 3.3 and appendix A.
+"""Traffic: the collectives of a pass and their bytes, predicted from the layout alone.
 
-Everything is per device. The letters are those of the paper's section 3.1 and of config.py; N is the number of devices
-that weights are gathered over, and an activation [B, T, ..] has B T / N tokens on each.
+The layouts are those of the paper's sections 3.2 and 3.3, the formulas those of its appendix A. All
+numbers are per device. Letters are those of the paper's section 3.1 and of config.py. N is the
+number of devices that weights are gathered over: of activations [B, T, ..] each has B T / N tokens.
 """
 
 from collections.abc import Mapping
 
 from t5x_inference_ext.config import BlockPart, ModelConfig
 from t5x_inference_ext.sharding.activations import ActivationSharding, sampling_axes
+from t5x_inference_ext.sharding.attention_traffic import from_attention, to_attention
 from t5x_inference_ext.sharding.collective import FLOAT32, Collective, Pass
-from t5x_inference_ext.sharding.heads import kv_columns, query_columns, vocabulary_rows
+from t5x_inference_ext.sharding.heads import vocabulary_rows
 from t5x_inference_ext.sharding.layout import Axes, Layout
 
 
@@ -22,45 +24,41 @@ def layer_moves(
   activation_bytes: int = 2,
   weight_bytes: int = 2,
 ) -> list[Collective]:
-  """The moves of one layer, sublayer by sublayer: a serial block has two 'norm', two 'input' and two 'output'.
+  """Return the collectives of one layer, block part by block part.
 
-  Padded heads and columns count: they move.
+  A serial block has two of 'norm', 'input' and 'output'. Padding of heads and columns counts: it
+  moves.
 
   Args:
-    config: the model.
-    placement: of a pass over `batch` rows of `length` positions (placement.place).
-    mesh: axis name -> size.
+    config: The model.
+    sharding: The sharding of a pass over `batch` rows of `length` positions (shard_activations).
+    mesh: Axis name -> size.
     batch: B.
-    length: T; 1 is a decode step.
-    activation_bytes: of one element: 4 or 2.
-    weight_bytes: of one element: 4, 2, or 1: int8, with float32 scales.
+    length: T; 1 for a decode step.
+    activation_bytes: Bytes of an activation element: 4 or 2.
+    weight_bytes: Bytes of a weight element: 4, 2, or 1 for int8 with float32 scales.
   """
-  p = Pass.of(config, sharding.layout, mesh, batch * length, activation_bytes, weight_bytes)
-  moves = []
-  for block_part in config.block_parts:
-    moves += _norm(p, sharding, batch * length)
-    moves += _projections(p, block_part, before=True)
-    together = sharding.sums_into(block_part) is not None
-    if together:
-      moves += p.activations(
-        'all columns',
-        'reduce_scatter',
-        p.layout.embed_axes,
-        p.tokens * sum(_columns(p, block_part).values()),
-      )
-    if block_part.attention:
-      moves += _to_attention(p, sharding, together)
-    if block_part.mlp and not together:
-      moves += _mlp(p)
-    if block_part.attention:
-      moves += _from_attention(p, sharding, together)
-    if together:
-      rows = p.config.d_ff // p.size(p.layout.hidden_axes) * block_part.mlp
-      rows += query_columns(p.config, p.stored_heads) * block_part.attention
-      moves += p.activations(
-        'mlp and attention', 'all_gather', p.layout.embed_axes, p.tokens * rows
-      )
-    moves += _projections(p, block_part, before=False)
+  p = Pass(config, sharding.layout, mesh, batch * length, activation_bytes, weight_bytes)
+  embed = p.layout.embed_axes
+  moves: list[Collective] = []
+  for part in config.block_parts:
+    rows, positions, features = sharding.residual
+    moves += _moments(p, features, batch * length // p.size(rows + positions))
+    moves += _into_columns(p, part)
+    summed = sharding.sums_into(part) is not None
+    if summed:
+      count = p.tokens * sum(p.columns(part).values())
+      moves += p.activations('all columns', 'reduce_scatter', embed, count)
+    if part.attention:
+      moves += to_attention(p, sharding, summed)
+    if part.mlp and not summed:
+      moves += _mlp(p, part)
+    if part.attention:
+      moves += from_attention(p, sharding, summed)
+    if summed:
+      count = p.tokens * sum(p.rows(part).values())
+      moves += p.activations('mlp and attention', 'all_gather', embed, count)
+    moves += _out_of_columns(p, part)
   return moves
 
 
@@ -72,21 +70,25 @@ def feedforward_moves(
   activation_bytes: int = 2,
   weight_bytes: int = 2,
 ) -> list[Collective]:
-  """The moves of an MLP alone, without its norm: the paper's appendix A.2 formulas, which have no gate.
+  """Return the collectives of an MLP alone, without its norm: the paper's appendix A.2.
 
-  The sum of `bytes` is 2 B L E for ws_1d, 2 B L (E/X + F/YZ) for ws_2d, 2 E F N/n + 2 B L E/N for the weight-gathered
-  layouts, in elements.
+  The paper's formulas have no gate. In elements, the sum of `bytes` is 2 B L E for ws_1d,
+  2 B L (E/X + F/YZ) for ws_2d, and 2 E F N/n + 2 B L E/N for weight-gathered layouts on n devices.
 
   Args:
-    config, layout, mesh, activation_bytes, weight_bytes: as in layer_moves.
+    config: The model.
+    layout: The layout, of which the feedforward part counts.
+    mesh: Axis name -> size.
     tokens: B L.
+    activation_bytes: Bytes of an activation element: 4 or 2.
+    weight_bytes: Bytes of a weight element: 4, 2, or 1 for int8 with float32 scales.
 
   Raises:
-    ValueError: tokens that do not divide over the devices that split them.
+    ValueError: Tokens that do not divide over the devices that split them.
   """
-  p = Pass.of(config, layout, mesh, tokens, activation_bytes, weight_bytes)
+  p = Pass(config, layout, mesh, tokens, activation_bytes, weight_bytes)
   mlp = BlockPart('mlp', False, True)
-  return _projections(p, mlp, before=True) + _mlp(p) + _projections(p, mlp, before=False)
+  return _into_columns(p, mlp) + _mlp(p, mlp) + _out_of_columns(p, mlp)
 
 
 def embedding_moves(
@@ -97,21 +99,23 @@ def embedding_moves(
   length: int,
   activation_bytes: int = 2,
 ) -> list[Collective]:
-  """The moves of the lookup, once a pass: [B, T, E/stored embed], partial sums over the vocabulary, to the residual.
+  """Return the collectives of the embedding lookup, once a pass.
 
-  Where rows are split this is done in parts, a few positions at a time; the moves are then the sums of the parts'.
+  They take [B, T, E/stored embed], partial sums over the vocabulary, to the residual stream. Where
+  rows are split, the lookup runs in parts of a few positions; the bytes are then the parts' sums.
+  Arguments are those of layer_moves.
   """
   layout = sharding.layout
-  p = Pass.of(config, layout, mesh, batch * length, activation_bytes, activation_bytes)
-  moves, here = [], batch * length * config.d_model // p.size(layout.stored_embed)
+  p = Pass(config, layout, mesh, batch * length, activation_bytes, activation_bytes)
+  moves: list[Collective] = []
+  local = batch * length * config.d_model // p.size(layout.stored_embed)
   for dim, axes in enumerate(sharding.residual):
-    if dim < 2:  # d_model comes together as tokens are split: as much as before
-      moves += p.activations(
-        'embedding', 'all_to_all', tuple(a for a in axes if a in layout.stored_embed), here
-      )
+    if dim < 2:  # d_model comes together as tokens are split: the count stays
+      embed = tuple(a for a in axes if a in layout.stored_embed)
+      moves += p.activations('embedding', 'all_to_all', embed, local)
     hidden = tuple(a for a in axes if a in layout.stored_hidden)
-    moves += p.activations('embedding', 'reduce_scatter', hidden, here)
-    here //= p.size(hidden)
+    moves += p.activations('embedding', 'reduce_scatter', hidden, local)
+    local //= p.size(hidden)
   return moves
 
 
@@ -125,22 +129,30 @@ def logits_moves(
   activation_bytes: int = 2,
   last: bool = True,
 ) -> list[Collective]:
-  """The moves of the final norm and the logits, once a pass.
+  """Return the collectives of the final norm and the logits, once a pass.
 
   Args:
-    config, placement, mesh, batch, length, activation_bytes: as in layer_moves.
-    sampling: the prefill's layout, which says how rows are split for the choice of tokens (placement.sampling_axes).
-    last: logits of each row's last position alone, as prefill and decode take, or of all.
+    config: The model.
+    sharding: The sharding of the pass.
+    mesh: Axis name -> size.
+    batch: B.
+    length: T.
+    sampling: The prefill layout, which says how rows are split while tokens are chosen
+      (activations.sampling_axes).
+    activation_bytes: Bytes of an activation element: 4 or 2.
+    last: True for logits of each row's last position alone, as prefill and decode take; False for
+      logits of all positions.
   """
   layout, e = sharding.layout, config.d_model
-  p = Pass.of(config, layout, mesh, batch * length, activation_bytes, activation_bytes)
+  p = Pass(config, layout, mesh, batch * length, activation_bytes, activation_bytes)
   rows, positions, features = sharding.residual
-  moves, width = [], e // p.size(features)
+  width = e // p.size(features)
+  moves: list[Collective] = []
   if last:
     moves += p.activations('last positions', 'all_reduce', positions, batch // p.size(rows) * width)
     length, positions = 1, ()
   moves += _moments(p, features, batch // p.size(rows) * length // p.size(positions))
-  # All tokens come together, then d_model as the table has it.
+  # All tokens are gathered, then d_model as the embedding has it.
   moves += p.activations(
     'logits input', 'all_gather', rows, batch * length // p.size(positions) * width
   )
@@ -162,144 +174,58 @@ def logits_moves(
   return moves + p.move('logits', 'all_gather', rest, tokens * vocabulary * p.size(rest), FLOAT32)
 
 
-def _norm(p: Pass, sharding: ActivationSharding, tokens: int) -> list[Collective]:
-  rows, positions, features = sharding.residual
-  return _moments(p, features, tokens // p.size(rows + positions))
-
-
 def _moments(p: Pass, features: Axes, tokens: int) -> list[Collective]:
-  """A moment of each token is summed over all of d_model; layer norm has two, one after the other."""
-  return (2 if p.config.norm == 'layer' else 1) * p.move(
-    'norm', 'all_reduce', features, tokens, FLOAT32
-  )
+  """Return what sums each token's moments over all of d_model: layer norm has two, RMS norm one."""
+  moments = 2 if p.config.norm == 'layer' else 1
+  return moments * p.move('norm', 'all_reduce', features, tokens, FLOAT32)
 
 
-def _projections(p: Pass, block_part: BlockPart, before: bool) -> list[Collective]:
-  """Around the input product (before) or the output product.
+def _into_columns(p: Pass, part: BlockPart) -> list[Collective]:
+  """Return what the input product takes: B T E/embed activations, and weights that are gathered.
 
-  Activations: B T E/embed gathered, or summed, over the hidden axes. Weights, where they are gathered:
-  `E_xF_zy` -AG-> `E_(embed)F_(hidden)`, of the axes that are left, and the scales of the input's columns.
+  These go `E_xF_zy` -AG-> `E_(embed)F_(hidden)`, with the scales of their columns.
   """
-  layout, c = p.layout, p.config
-  x, gathered = p.size(layout.embed_axes), layout.gathered_axes
-  columns, weights = _columns(p, block_part), []
-  if before:
-    for name, width in columns.items():
-      weights += p.move(
-        f'weights: {name}', 'all_gather', gathered, c.d_model // x * width, p.weight, looped=True
-      )
-      if p.weight == 1:
-        scales = tuple(a for a in layout.stored_hidden if a in gathered)
-        weights += p.move(f'scales: {name}', 'all_gather', scales, width, FLOAT32)
-  else:
-    rows = {
-      'mlp output': columns.get('linear', 0),
-      'attention output': block_part.attention * p.blocks * query_columns(c, p.stored_heads),
-    }
-    for name, width in rows.items():
-      if width:
-        weights += p.move(
-          f'weights: {name}', 'all_gather', gathered, width * c.d_model // x, p.weight, looped=True
-        )
-  # Where weights are gathered, theirs are the matmuls that loop.
-  name, kind = ('input', 'all_gather') if before else ('output', 'reduce_scatter')
-  stream = p.activations(
-    name, kind, layout.hidden_axes, p.tokens * c.d_model // x, looped=not gathered
+  layout, features = p.layout, _features(p)
+  gathered = layout.gathered_axes
+  # Where weights are gathered, their collectives are those that loop.
+  moves = p.activations(
+    'input', 'all_gather', layout.hidden_axes, p.tokens * features, looped=not gathered
   )
-  return stream + weights if before else weights + stream
+  for name, width in p.columns(part).items():
+    moves += p.move(
+      f'weights: {name}', 'all_gather', gathered, features * width, p.weight, looped=True
+    )
+    if p.weight == 1:
+      scales = tuple(a for a in layout.stored_hidden if a in gathered)
+      moves += p.move(f'scales: {name}', 'all_gather', scales, width, FLOAT32)
+  return moves
 
 
-def _columns(p: Pass, block_part: BlockPart) -> dict[str, int]:
-  """The columns of the input product on one device."""
-  c, stored = p.config, p.stored_heads
-  columns = (
-    {name: c.d_ff // p.size(p.layout.hidden_axes) for name in c.mlp_inputs}
-    if block_part.mlp
-    else {}
+def _out_of_columns(p: Pass, part: BlockPart) -> list[Collective]:
+  """Return what the output product takes and gives: weights that are gathered, B T E/embed sums."""
+  layout, features = p.layout, _features(p)
+  gathered = layout.gathered_axes
+  moves: list[Collective] = []
+  for name, width in p.rows(part).items():
+    what = f'weights: {name.replace("_", " ")}'
+    moves += p.move(what, 'all_gather', gathered, width * features, p.weight, looped=True)
+  return moves + p.activations(
+    'output', 'reduce_scatter', layout.hidden_axes, p.tokens * features, looped=not gathered
   )
-  if block_part.attention:
-    columns['attention'] = p.blocks * (query_columns(c, stored) + kv_columns(c, stored)[1])
-  return columns
 
 
-def _mlp(p: Pass) -> list[Collective]:
-  """`BLF_yz(partialsum-x)` -RS(x)-> `BLF_xyz` for each input, -AG(x)-> `BLF_yz` of their product."""
-  count = p.tokens * p.config.d_ff // p.size(p.layout.hidden_axes)
-  moves = []
+def _features(p: Pass) -> int:
+  """Return E/embed, the features of a device's products."""
+  return p.config.d_model // p.size(p.layout.embed_axes)
+
+
+def _mlp(p: Pass, part: BlockPart) -> list[Collective]:
+  """Return what sums an MLP's inputs and gathers their product.
+
+  `BLF_yz(partialsum-x)` -RS(x)-> `BLF_xyz` for each input, -AG(x)-> `BLF_yz` of the product.
+  """
+  columns, embed = p.columns(part), p.layout.embed_axes
+  moves: list[Collective] = []
   for name in p.config.mlp_inputs:
-    moves += p.activations(name, 'reduce_scatter', p.layout.embed_axes, count)
-  return moves + p.activations('mlp', 'all_gather', p.layout.embed_axes, count)
-
-
-def _to_attention(p: Pass, sharding: ActivationSharding, summed: bool) -> list[Collective]:
-  """Section 3.3: `BLH_yzQ(partialsum-x)`, unless summed already, to queries, keys and values as attention splits them."""
-  layout, heads, d = p.layout, sharding.heads, p.config.d_head
-  embed, rows = layout.embed_axes, sharding.hidden_rows
-  x = p.size(embed)
-  query = p.tokens * p.blocks * query_columns(p.config, heads.stored)
-  kv, padded = (p.tokens * p.blocks * n for n in kv_columns(p.config, heads.stored))
-  together, by = 'query, keys and values', _split_by(sharding)
-  if (
-    by == 'heads'
-  ):  # each part's heads are padded to divide; so are its key heads, unless devices share them
-    cut = heads.cut
-    query = p.tokens * cut.padded_groups * cut.padded_queries * d
-    moves = p.activations('query', 'reduce_scatter', embed, query)
-    if not heads.multiquery and cut.copies == 1:
-      moves += p.activations(
-        'keys and values', 'reduce_scatter', embed, 2 * p.tokens * cut.padded_groups * d
-      )
-    else:
-      moves += p.activations('keys and values', 'all_reduce', embed, kv)
-    query //= x
-    kv = kv if heads.multiquery else 2 * p.tokens * cut.local_groups * d
-  elif by is None:
-    moves = p.activations(together, 'all_reduce', embed, query + padded)
-  else:
-    moves = [] if summed else p.activations(together, 'reduce_scatter', embed, query + padded)
-    query, kv, padded = query // x, kv // x, padded // x
-  if by != 'heads' and rows == layout.hidden_axes:
-    moves += p.activations(together, 'all_to_all', rows, query + padded)
-  else:
-    moves += p.activations('query', 'all_to_all', rows, query)
-    moves += p.activations('keys and values', 'all_to_all', rows, kv)
-  moves += p.activations('query', 'all_to_all', sharding.hidden_positions, query)
-  moves += p.activations('query', 'all_gather', sharding.joined, query * p.size(sharding.joined))
-  if heads.multiquery:
-    rest = tuple(a for a in layout.hidden_axes if a not in rows)
-    kv *= p.size(rest)
-    moves += p.activations('keys and values', 'all_gather', rest, kv)
-  elif by != 'heads':
-    kv //= heads.stride  # of key heads that devices share, one copy is kept
-  # Every device's queries see all keys; which were gathered over hidden axes already.
-  positions = tuple(a for a in sharding.attention_positions if a not in sharding.hidden_positions)
-  return moves + p.activations('keys and values', 'all_gather', positions, kv * p.size(positions))
-
-
-def _from_attention(p: Pass, sharding: ActivationSharding, summed: bool) -> list[Collective]:
-  """Section 3.3: what attention gives, back to `BLH_yzQ`."""
-  layout, heads = p.layout, sharding.heads
-  columns = p.tokens * p.blocks * query_columns(p.config, heads.stored)
-  by = _split_by(sharding)
-  if by == 'heads':
-    columns = p.tokens * heads.cut.padded_groups * heads.cut.padded_queries * p.config.d_head
-  here = columns // p.size(layout.embed_axes) if by else columns
-  moves = p.activations('attention', 'all_to_all', sharding.hidden_positions, here)
-  moves += p.activations('attention', 'all_to_all', sharding.hidden_rows, here)
-  return moves + (
-    p.activations('attention', 'all_gather', layout.embed_axes, columns)
-    if by and not summed
-    else []
-  )
-
-
-def _split_by(sharding: ActivationSharding) -> str | None:
-  """What attention splits over the embed axis: 'heads', 'positions' or 'rows'; None where nothing, or there is none."""
-  split = {
-    'heads': sharding.attention_heads,
-    'positions': sharding.attention_positions,
-    'rows': sharding.attention_rows,
-  }
-  return next(
-    (by for by, axes in split.items() if set(sharding.layout.embed_axes) & set(axes)), None
-  )
+    moves += p.activations(name, 'reduce_scatter', embed, p.tokens * columns[name])
+  return moves + p.activations('mlp', 'all_gather', embed, p.tokens * p.rows(part)['mlp_output'])

@@ -17,7 +17,7 @@ import numpy as np
 
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import BlockPartWeights, Weights
-from t5x_inference_ext.sharding.axis_rules import weight_axes
+from t5x_inference_ext.params import LAYERS_AXIS
 from t5x_inference_ext.sharding.packing import PackedTensor, packed_tensors, tensor_dtype
 
 STACK = 'layers'
@@ -29,13 +29,11 @@ class Declaration:
   """One parameter.
 
   Attributes:
-    name: as arrangement.packed_tensors calls it.
     tensor: what it is; its shape and spec are those of one layer.
     layers: the layers in it: a number, a slice (stacked in front), or None for what no layer owns.
     dtype: on the chips.
   """
 
-  name: str
   tensor: PackedTensor
   layers: slice | int | None
   dtype: np.dtype
@@ -50,7 +48,8 @@ class Declaration:
 
   @property
   def logical_axes(self) -> tuple[str, ...]:
-    return weight_axes(self.name, stacked=isinstance(self.layers, slice))
+    stack = (LAYERS_AXIS,) if isinstance(self.layers, slice) else ()
+    return (*stack, *self.tensor.axes)
 
   def initial(self, key: jax.Array) -> jax.Array:
     """Random values that keep activations of order 1. For trying out speed and memory; inference loads its weights."""
@@ -84,7 +83,7 @@ def declarations(model: Model, int8: bool, stacked: bool) -> dict[ParamPath, Dec
   ).items():
     dtype = tensor_dtype(tensor, 'int8' if int8 else 'float', model.dtype)
     for path, layers in (groups if tensor.per_layer else {(): None}).items():
-      declared[*path, *name.split('/')] = Declaration(name, tensor, layers, dtype)
+      declared[*path, *name.split('/')] = Declaration(tensor, layers, dtype)
   return declared
 
 

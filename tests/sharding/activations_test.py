@@ -1,4 +1,4 @@
-"""Layouts resolved for batches: every axis has one thing to do, and is idle only where nothing divides."""
+"""Activation sharding: every axis has one thing to do, and is idle only where nothing divides."""
 
 import itertools
 import math
@@ -72,7 +72,8 @@ def test_every_axis_splits_one_thing_and_divides_it(layout, mesh, batch, length,
   assert rows[: len(p.rows)] == p.rows and positions[: len(p.positions)] == p.positions
   assert features[: len(layout.embed_axes)] == layout.embed_axes
   assert batch % size(rows, mesh) == 0 and length % size(positions, mesh) == 0
-  # Features are split over hidden axes where tokens don't divide, or where a ring cuts the product's sum.
+  # Features are split over hidden axes where tokens don't divide, or where a ring cuts the
+  # product's sum.
   if size(features, mesh) > size(layout.embed_axes, mesh) and not layout.ring_directions:
     assert batch % size(p.rows + layout.hidden_axes, mesh) and length % size(
       p.positions + layout.hidden_axes, mesh
@@ -89,11 +90,13 @@ def test_every_axis_splits_one_thing_and_divides_it(layout, mesh, batch, length,
   )
   assert set(layout.hidden_axes) <= set(p.attention_rows + p.attention_heads)
   assert p.hidden_rows == tuple(a for a in p.attention_rows if a in layout.hidden_axes)
-  # Rows may be split by part of the hidden axes: the fastest, so that the heads of the others are consecutive.
+  # Rows may be split by part of the hidden axes: the fastest, so that the heads of the others are
+  # consecutive.
   assert p.hidden_rows == layout.hidden_axes[len(layout.hidden_axes) - len(p.hidden_rows) :]
   if layout.attention == 'heads':
     assert p.attention_rows == p.rows
-  # Nothing is idle but x, where its partial sums have neither rows, heads nor positions to be reduced into.
+  # Nothing is idle but x, where its partial sums have neither rows, heads nor positions to be
+  # reduced into.
   if size(split, mesh) < size(AXES, mesh):
     assert set(AXES) - set(split) == {'x'} and layout.embed_axes == ('x',) and length % mesh['x']
 
@@ -119,7 +122,7 @@ def test_devices_that_split_heads_have_them_all(layout, mesh, batch, length, hea
 @many
 @given(layouts, meshes, batches, heads)
 def test_attention_by_batch_splits_rows_as_far_as_they_go(layout, mesh, batch, heads):
-  """Over the hidden axes from the fastest on, with or without x: no more devices could have a row."""
+  """Over the hidden axes from the fastest, with or without x: no more devices could have a row."""
   p = shard_activations(layout, config(heads), mesh, batch, padded_length(layout, mesh, batch, 1))
   if layout.attention == 'batch':
     hidden, left = layout.hidden_axes, batch // size(p.rows, mesh)
@@ -140,7 +143,7 @@ def test_attention_by_batch_splits_rows_as_far_as_they_go(layout, mesh, batch, h
 @many
 @given(layouts, meshes, batches, lengths, heads)
 def test_lengths_that_do_not_divide(layout, mesh, batch, length, heads):
-  """Prefill pads them, by as little as it can; a decode step has one position, and needs rows instead."""
+  """Prefill pads them, as little as it can. A decode step has one position: it needs rows."""
   padded = padded_length(layout, mesh, batch, length)
   shard_activations(layout, config(heads), mesh, batch, padded)
   assert length <= padded < length + size(layout.gathered_axes, mesh)
@@ -161,8 +164,8 @@ def test_a_decode_step_that_can_t_split_its_rows_says_what_could():
   with pytest.raises(MeshError) as error:
     shard_activations(Layout('wg_xy'), preset('palm_540b'), mesh_of('2x2x4'), 6, 1)
   assert str(error.value) == (
-    'wg_xy/batch splits tokens over 4 devices of the mesh 2x2x4, and 6 rows of 1 do not divide: use a batch that is a '
-    'multiple of 4, or a weight-stationary layout (ws_2d) for decode'
+    'wg_xy/batch splits tokens over 4 devices of the mesh 2x2x4, and 6 rows of 1 do not divide: '
+    'use a batch that is a multiple of 4, or a weight-stationary layout (ws_2d) for decode'
   )
 
 
@@ -201,7 +204,8 @@ def test_padded_batch_is_the_smallest_that_fills_what_fewer_rows_could(layout, m
     ('ws_2d/batch', '4x4x4', 64, 1, 'xzy', '', ''),
     ('wg_xyz/batch', '4x4x4', 512, 2048, 'xzy', '', ''),
     ('ws_2d/batch', '4x4x4', 512, 1, 'xzy', '', ''),
-    # A batch smaller than the mesh splits over fewer axes: of as many devices, over x, which heads may not fill.
+    # A batch smaller than the mesh splits over fewer axes: of as many devices, over x, which heads
+    # may not fill.
     ('ws_2d/batch', '4x4x4', 16, 1, 'xy', 'z', ''),
     ('ws_2d/batch', '4x4x4', 4, 1, 'x', 'zy', ''),
     ('ws_2d/batch', '2x4x4', 16, 8, 'zy', '', 'x'),
@@ -215,13 +219,15 @@ def test_padded_batch_is_the_smallest_that_fills_what_fewer_rows_could(layout, m
     ('wg_xy/heads', '4x4x4', 4, 16, 'x', 'z', 'y'),
     ('wg_xyz/batch', '4x4x4', 1, 64, '', '', 'xzy'),
     ('wg_xyz/batch', '4x4x4', 16, 64, 'xz', '', 'y'),
-    # Partial sums over x are reduced into heads if most parts get one, else into positions, else nothing.
+    # Partial sums over x are reduced into heads if most parts get one, else into positions, else
+    # nothing.
     ('ws_2d/heads', '2x4x4', 1, 2048, '', 'zyx', ''),
     ('ws_2d/heads', '8x1x1', 1, 1, '', 'x', ''),
     ('ws_2d/heads', '64x1x1', 1, 64, '', 'x', ''),
     ('ws_2d/heads', '128x1x1', 1, 128, '', '', 'x'),
     ('ws_2d/heads', '128x1x1', 1, 1, '', '', ''),
-    # 48 heads over 32 shards are cut: what would have parts of heads splits rows or positions instead, or nothing.
+    # 48 heads over 32 shards are cut: what would have parts of heads splits rows or positions
+    # instead, or nothing.
     ('ws_2d/batch', '2x8x4', 64, 1, 'xzy', '', ''),
     ('ws_2d/batch', '2x8x4', 1, 2048, '', 'z', 'xy'),
     ('ws_2d/heads', '2x8x4', 1, 2048, '', 'z', 'xy'),
@@ -262,3 +268,27 @@ def test_attention_of_palm_540b(layout, mesh, batch, length, rows, heads, positi
 )
 def test_padded_batch_of_small_meshes(layout, mesh, batch, padded):
   assert padded_batch(Layout.parse(layout), batch, mesh_of(mesh)) == padded
+
+
+@pytest.mark.parametrize(
+  'layout, rows, length, residual, summed',
+  [
+    # Rows, then positions, then features; of a block part in one array where both parts split one.
+    ('ws_2d/batch', 8, 8, ('zy', '', 'x'), {'parallel': 0, 'attention': 0, 'mlp': 0}),
+    ('ws_2d/batch', 1, 8, ('', 'zy', 'x'), {'parallel': 1, 'attention': 1, 'mlp': 1}),
+    ('ws_2d/batch', 1, 3, ('', '', 'xzy'), {'parallel': None, 'attention': None, 'mlp': None}),
+    ('ws_2d/heads', 8, 8, ('zy', '', 'x'), {'parallel': None, 'attention': None, 'mlp': 0}),
+    # Rings split features, whose sums they make.
+    ('ws_2d/batch/two_way', 8, 8, ('', '', 'xzy'), {'parallel': 0, 'attention': 0, 'mlp': 0}),
+    # No axis is left to sum over.
+    ('wg_x/batch', 8, 8, ('xzy', '', ''), {'parallel': None, 'attention': None, 'mlp': None}),
+  ],
+)
+def test_what_sums_are_split_over(layout, rows, length, residual, summed):
+  mesh = mesh_of('2x2x2')
+  for block in ('parallel', 'serial'):
+    model = preset('palm_tiny', block=block)
+    p = shard_activations(Layout.parse(layout), model, mesh, rows, length)
+    assert tuple(map(''.join, p.residual)) == residual
+    for part in model.block_parts:
+      assert p.sums_into(part) == summed[part.name]

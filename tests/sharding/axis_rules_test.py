@@ -6,13 +6,8 @@ from jax.sharding import PartitionSpec as P
 import pytest
 
 from t5x_inference_ext.config import preset
-from t5x_inference_ext.sharding.activations import padded_length, shard_activations
-from t5x_inference_ext.sharding.axis_rules import (
-  ACTIVATION_AXES,
-  WEIGHT_AXES,
-  logical_axis_rules,
-  weight_axes,
-)
+from t5x_inference_ext.sharding.activations import ACTIVATION_AXES, padded_length, shard_activations
+from t5x_inference_ext.sharding.axis_rules import logical_axis_rules
 from t5x_inference_ext.sharding.layout import ATTENTION, FEEDFORWARD, Layout
 from t5x_inference_ext.sharding.packing import packed_tensors
 
@@ -55,11 +50,10 @@ def test_weights(config, layout):
   config = CONFIGS[config]
   sharding = shard_activations(layout, config, MESH, 8, 8)
   for name, tensor in packed_tensors(config, layout, MESH, int8=True).items():
-    names = weight_axes(name)
-    assert len(names) == len(tensor.shape)
+    assert len(tensor.axes) == len(tensor.shape)
     for rules in (logical_axis_rules(layout), logical_axis_rules(layout, sharding)):
-      assert _spec(names, rules) == _trimmed(tensor.spec), name
-      assert _spec(weight_axes(name, stacked=True), rules) == _trimmed(P(None, *tensor.spec)), name
+      assert _spec(tensor.axes, rules) == _trimmed(tensor.spec), name
+      assert _spec(('layers', *tensor.axes), rules) == _trimmed(P(None, *tensor.spec)), name
 
 
 @pytest.mark.parametrize('layout', LAYOUTS, ids=str)
@@ -81,14 +75,14 @@ def test_activations(config, layout, rows, length):
 
 def test_names_have_one_meaning():
   """A name is a weight's or an activation's, and each has its rule."""
-  weights = {name for names in WEIGHT_AXES.values() for name in names}
+  weights = set(Layout().weight_axes)
   activations = {name for names in ACTIVATION_AXES.values() for name in names}
   assert not weights & activations
   rules = logical_axis_rules(
     Layout(), shard_activations(Layout(), CONFIGS['parallel multiquery'], MESH, 8, 8)
   )
   names = [name for name, _ in rules]
-  assert len(names) == len(set(names)) and set(names) == weights | activations | {'layers'}
+  assert len(names) == len(set(names)) and set(names) == weights | activations
 
 
 def test_rules_in_t5x_form():

@@ -1,4 +1,4 @@
-"""Heads over shards: every head somewhere, with its key head beside it, and padding only where it must be."""
+"""Heads over shards: every head beside its key head, and padding only where it must be."""
 
 import collections
 
@@ -6,7 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 import pytest
 
-from t5x_inference_ext.sharding.heads import AttentionHeads, HeadSplit
+from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.sharding.heads import (
+  AttentionHeads,
+  HeadSplit,
+  kv_columns,
+  query_columns,
+  stored_heads,
+  vocabulary_rows,
+)
 
 many = settings(deadline=None, derandomize=True, max_examples=300)
 groups = st.integers(1, 24)
@@ -46,7 +54,7 @@ def test_a_key_head_is_on_every_shard_that_has_its_queries(groups, queries, shar
 @many
 @given(groups, queries, shards)
 def test_padding_is_less_than_a_round(groups, queries, shards):
-  """Where heads divide there is none: neither of groups nor, where shards share a group, of its queries."""
+  """Where heads divide there is none, neither of groups nor of the queries of a shared group."""
   split = HeadSplit.of(groups, queries, shards)
   assert split.padded_groups * split.copies == shards * split.local_groups
   assert split.padded_groups >= groups and split.padded_queries >= queries
@@ -82,6 +90,66 @@ def test_splits_of_known_models(groups, queries, shards, local_groups, local_que
   assert HeadSplit.of(groups, queries, shards) == HeadSplit(
     groups, queries, shards, local_groups, local_queries, copies
   )
+
+
+def model(**fields) -> ModelConfig:
+  sizes = dict(num_layers=1, d_model=8, d_ff=8, num_heads=16, d_head=2, vocab_size=16)
+  return ModelConfig(**{**sizes, **fields})
+
+
+@pytest.mark.parametrize(
+  'shards, vocabulary, rows',
+  [
+    # 8 tiles of 128 for each of 16 shards are 16384: from there on, rows are whole tiles.
+    (16, 16384, 1024),
+    (16, 16385, 1152),
+    (16, 16384 - 17, 1023),
+    (16, 101, 7),
+    (1, 1024, 1024),
+    (1, 1025, 1152),
+    (1, 1023, 1023),
+  ],
+)
+def test_rows_of_the_vocabulary(shards, vocabulary, rows):
+  """Padding to whole tiles costs an eighth at most, else it is left out."""
+  assert vocabulary_rows(model(vocab_size=vocabulary), shards) == rows
+  assert shards * rows >= vocabulary
+
+
+@pytest.mark.parametrize(
+  'heads, d_head, kv_heads, columns',
+  [
+    # On 16 shards a single key head of 2 Q columns, keys and values, is 2 Q / 16 each.
+    (16 * 3, 128, 1, (16, 128)),  # 3 tiles of queries: a tile
+    (16 * 2, 128, 1, (16, 16)),  # 2 tiles
+    (16 * 191, 2, 1, (1, 1)),  # 382 columns of queries
+    (16 * 192, 2, 1, (1, 128)),  # 384
+    (16 * 3, 1032, 1, (129, 256)),
+    (16 * 3, 128, 16, (256, 256)),  # several key heads: whole ones
+    (16 * 3, 128, 2, (256, 256)),
+  ],
+)
+def test_columns_of_keys_and_values(heads, d_head, kv_heads, columns):
+  config = model(num_heads=heads, d_head=d_head, num_kv_heads=kv_heads)
+  assert kv_columns(config, stored_heads(config, 16)) == columns
+
+
+@pytest.mark.parametrize(
+  'heads, d_head, kv_heads, shards, pieces, columns',
+  [
+    (48, 256, 1, 32, 2, 384),
+    (48, 256, 1, 64, 1, 256),  # 192 columns are no whole tiles: padded to a head
+    (48, 128, 1, 32, 1, 256),  # 192 again: two heads
+    (48, 256, 1, 16, 1, 768),  # nothing to pad
+    (48, 256, 48, 32, 1, 512),  # several key heads
+    (48, 256, 2, 32, 1, 512),
+    (20, 512, 1, 16, 4, 640),
+  ],
+)
+def test_heads_are_cut_where_they_would_be_padded(heads, d_head, kv_heads, shards, pieces, columns):
+  config = model(num_heads=heads, d_head=d_head, num_kv_heads=kv_heads)
+  stored = stored_heads(config, shards)
+  assert (stored.pieces, query_columns(config, stored)) == (pieces, columns)
 
 
 def slots(split: HeadSplit, shard: int) -> list[int | None]:

@@ -9,6 +9,7 @@ import pytest
 
 from t5x_inference_ext.config import preset
 from t5x_inference_ext.errors import MeshError
+from t5x_inference_ext.params import EMBED_AXIS, FEATURES_AXIS, HIDDEN_AXIS, LAYERS_AXIS, VOCAB_AXIS
 from t5x_inference_ext.sharding.layout import (
   ATTENTION,
   FEEDFORWARD,
@@ -65,8 +66,8 @@ def test_layouts_by_name():
     ('ws_2d/batch/three_way', "unknown layout part 'three_way'; known: plain, one_way, two_way"),
     (
       'wg_xyz/heads',
-      'wg_xyz/heads makes no sense: wg_xyz splits rows over every axis, which leaves none to split heads '
-      'over; use wg_xyz/batch',
+      'wg_xyz/heads makes no sense: wg_xyz splits rows over every axis, which leaves none to split '
+      'heads over; use wg_xyz/batch',
     ),
     ('wg_xyz/heads/two_way', 'wg_xyz/heads makes no sense'),
   ],
@@ -90,9 +91,11 @@ def test_what_is_no_layout_is_refused_with_the_reason(text, says):
 def test_the_axes_of_the_paper(feedforward, matrix, gathered, embed, hidden):
   """Appendix A.2: weights EF_xyz or E_xF_yz, and what is gathered, summed and split at work."""
   layout = Layout(feedforward)
-  assert layout.input_matrix == matrix and layout.output_matrix == P(*reversed(matrix))
-  assert layout.input_scale == P(matrix[1])
-  assert layout.embedding == layout.output_matrix
+  assert layout.weight_spec((EMBED_AXIS, HIDDEN_AXIS)) == matrix
+  assert layout.weight_spec((HIDDEN_AXIS, EMBED_AXIS)) == P(*reversed(matrix))
+  assert layout.weight_spec((VOCAB_AXIS, EMBED_AXIS)) == P(*reversed(matrix))
+  assert layout.weight_spec((LAYERS_AXIS, HIDDEN_AXIS)) == P(None, matrix[1])
+  assert layout.weight_spec((FEATURES_AXIS,)) == P(None)
   assert tuple(
     ''.join(axes) for axes in (layout.gathered_axes, layout.embed_axes, layout.hidden_axes)
   ) == (gathered, embed, hidden)
@@ -108,7 +111,7 @@ def test_every_axis_splits_weights_once_and_tokens_or_features_once(layout):
 
 
 def test_pairs():
-  """Attention and collectives place no weights; of the feedforward layouts only ws_1d places them in its own way."""
+  """Only ws_1d stores weights in a way of its own; attention and collectives do not matter."""
   taken = set()
   for prefill, decode in itertools.product(LAYOUTS, repeat=2):
     if (prefill.feedforward == 'ws_1d') == (decode.feedforward == 'ws_1d'):
@@ -118,8 +121,9 @@ def test_pairs():
     with pytest.raises(MeshError) as error:
       check_pair(prefill, decode)
     assert str(error.value) == (
-      f'{prefill} for prefill and {decode} for decode place the weights differently (ws_1d splits them over d_ff alone, '
-      "all others over d_model and d_ff), so that one set can't serve both: use ws_1d for both phases, or for neither"
+      f'{prefill} for prefill and {decode} for decode place the weights differently (ws_1d splits '
+      "them over d_ff alone, all others over d_model and d_ff), so that one set can't serve both: "
+      'use ws_1d for both phases, or for neither'
     )
   assert len(taken) == 2 * 2 + 7 * 7
 

@@ -27,7 +27,8 @@ def of(name, mesh, axes):
     ('v4:4x4x4', (2, 8, 4), 'zy', [LinkPath(2, False), LinkPath(4, True), LinkPath(4, True)]),
     ('v4:4x4x4', (2, 8, 4), 'xy', [LinkPath(4, True)] * 2),
     ('v4:2x2x4', (2, 4, 2), 'y', [LinkPath(4, False)]),
-    # Pairs of a ring of 8, folded: the link between the ends carries two of them, and one pair is three links apart.
+    # Pairs of a ring of 8, folded: the link between the ends carries two of them, and one pair is
+    # three links apart.
     ('v4:8x8x8', (2, 4, 64), 'x', [LinkPath(2, False, 2, 3)]),
     ('v4:8x8x8', (2, 4, 64), 'y', [LinkPath(4, False)]),
   ],

@@ -1,4 +1,4 @@
-"""Canonical tensors and the arrays on the chips: every value in its place, zeros elsewhere, and only there."""
+"""Weight packing: every canonical value in its place, and zeros in all other places."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,7 +27,7 @@ def canonical(config: ModelConfig, int8: bool) -> dict[str, np.ndarray]:
 
 @st.composite
 def cases(draw):
-  """(config, layout, mesh, int8): every kind of model; heads, key columns and vocabulary of any size."""
+  """(config, layout, mesh, int8): every kind of model, with heads and vocabulary of any size."""
   mesh = {axis: draw(st.sampled_from([1, 2, 3, 4]), label=axis) for axis in AXES}
   chips = mesh['x'] * mesh['y'] * mesh['z']
   kv_heads = draw(st.integers(1, 5), label='key heads')
@@ -86,7 +86,7 @@ def test_any_range_is_that_range_of_the_whole(case, data):
 @many
 @given(cases())
 def test_shards_hold_the_canonical_values(case):
-  """Each part of each shard's block: the MLP cut evenly, whole heads where HeadSplit has them, zeros elsewhere."""
+  """In each shard's block: the MLP cut evenly, whole heads as in HeadSplit, zeros elsewhere."""
   config, layout, mesh, int8 = case
   arrays = canonical(config, int8)
   shards = num_shards(layout.stored_hidden, mesh)
@@ -168,15 +168,17 @@ def test_shards_hold_the_canonical_values(case):
 @given(cases())
 def test_every_device_gets_as_much(case):
   config, layout, mesh, int8 = case
-  for name, tensor in packed_tensors(config, layout, mesh, int8).items():
-    for n, axes in zip(tensor.shape, tensor.spec):
+  tensors = packed_tensors(config, layout, mesh, int8)
+  assert {'embedding', 'final_norm'} < set(tensors)
+  for name, tensor in tensors.items():
+    for n, axes in zip(tensor.shape, tensor.spec, strict=True):
       assert n % num_shards((axes,) if isinstance(axes, str) else axes or (), mesh) == 0, name
 
 
 @many
 @given(cases())
 def test_layouts_of_one_storage_kind_have_the_same_arrays(case):
-  """So that one set of weights serves both phases (section 3.2.3), and a checkpoint loaded for one serves the other."""
+  """One set of weights, loaded for one phase, serves both (section 3.2.3)."""
   config, layout, mesh, int8 = case
   mine = packed_tensors(config, layout, mesh, int8)
   for feedforward in ('ws_1d', 'ws_2d', 'wg_x', 'wg_xy', 'wg_xyz'):
@@ -193,7 +195,7 @@ def test_layouts_of_one_storage_kind_have_the_same_arrays(case):
 
 @pytest.mark.parametrize('dtype', [np.int8, ml_dtypes.bfloat16, np.float32])
 def test_padding_keeps_the_dtype(dtype):
-  """Also where all that a shard has of a part is padding: int8 must not pass through float32 on its way."""
+  """Also where a shard has nothing but padding: int8 must not pass through float32."""
   config = ModelConfig(num_layers=1, d_model=8, d_ff=8, num_heads=1, d_head=2, vocab_size=5)
   arrays = {n: np.ones(p.shape, dtype) for n, p in params.parameters(config).items()}
   tensor = packed_tensors(config, Layout(), dict(x=1, y=8, z=1), True)['parallel/w_in']
@@ -217,9 +219,10 @@ def test_padding_keeps_the_dtype(dtype):
   ],
 )
 def test_palm_540b_on_64_chips(layout, mesh, heads):
-  """48 heads over 16 shards pad nothing; over 64 they are padded to 64, as the paper does (section 4).
+  """48 heads over 16 shards pad nothing; over 64 they become 64, as in the paper's section 4.
 
-  A shard of 16 has 32 columns of the key head and its values, padded to a tile of 128; of 64, it has too few queries.
+  A shard of 16 has 32 columns of the key head and its values, padded to a tile of 128; of 64, it
+  has too few queries.
   """
   config = preset('palm_540b')
   tensors = packed_tensors(config, Layout(layout), dict(zip(AXES, mesh)), True)

@@ -1,7 +1,8 @@
-"""What compiled programs move against the layouts' own predictions and the paper's formulas. Nothing is run.
+"""Bytes that compiled programs move, against predicted traffic and the paper's formulas.
 
-Programs are float32: the CPU compiler widens bfloat16 collectives. A program's and a prediction's bytes are compared by
-kind of collective, since weights that are split over two dimensions are gathered in two steps, of the same sum.
+Nothing is run. Programs are float32: the CPU compiler widens bfloat16 collectives. A program's and
+a prediction's bytes are compared by kind of collective, since weights that are split over two
+dimensions are gathered in two steps, of the same sum.
 """
 
 import collections
@@ -25,12 +26,14 @@ from t5x_inference_ext.model.cache import KVCache
 from t5x_inference_ext.model.collectives import ops
 from t5x_inference_ext.model.norm import norm
 from t5x_inference_ext.model.positions import RotaryAngles, rotary_angles
-from t5x_inference_ext.model.projections import column_widths, projections
+from t5x_inference_ext.model.projections import projections
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights, layer_weights
+from t5x_inference_ext.params import FEATURES_AXIS
 from t5x_inference_ext.sharding import traffic
 from t5x_inference_ext.sharding.activations import ActivationSharding, shard_activations
 from t5x_inference_ext.sharding.collective import Collective
+from t5x_inference_ext.sharding.columns import column_widths
 from t5x_inference_ext.sharding.layout import FEEDFORWARD, Layout
 from t5x_inference_ext.sharding.mesh import AXES, make_mesh, parse_mesh
 from t5x_inference_ext.sharding.packing import packed_tensors
@@ -68,7 +71,7 @@ def by_kind(moves: list[Collective]) -> dict[str, float]:
 
 
 def compiled(per_shard, mesh, arguments, in_specs, out_specs) -> list[hlo.Collective]:
-  """Collectives of a compiled shard_map, its inputs placed as in_specs says: nothing is resharded around it."""
+  """Collectives of a compiled shard_map, whose inputs come sharded as in_specs says."""
   program = jax.jit(
     jax.shard_map(per_shard, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
   )
@@ -84,7 +87,7 @@ def _placed(arguments, specs, mesh):
 
 
 def _layer_weights(config: ModelConfig, placed: ActivationSharding, mesh, int8: bool):
-  """Shapes and specs of a layer; vectors are split as the residual stream is, as the model hands them to its layers."""
+  """Shapes and specs of a layer. Vectors are split as the residual stream is."""
   layout = placed.layout
   tensors = {
     n: t for n, t in packed_tensors(config, layout, mesh.shape, int8).items() if t.per_layer
@@ -95,7 +98,7 @@ def _layer_weights(config: ModelConfig, placed: ActivationSharding, mesh, int8: 
 
   shapes = layer_weights({n: jax.ShapeDtypeStruct(t.shape, dtype(t)) for n, t in tensors.items()})
   specs = {
-    n: P(placed.residual[2]) if t.spec == layout.vector else t.spec for n, t in tensors.items()
+    n: P(placed.residual[2]) if t.axes == (FEATURES_AXIS,) else t.spec for n, t in tensors.items()
   }
   return shapes, layer_weights(specs)
 
@@ -146,7 +149,7 @@ def feedforward_collectives(config: ModelConfig, layout: Layout, mesh, batch: in
   def run(x, w):
     project = projections(placed, part)
     y = norm(x, w.norm, w.norm_bias, config, placed.residual[2])
-    columns = project.inputs(y, w, column_widths(config, part, placed.heads.stored))
+    columns = project.inputs(y, w, column_widths(config, part, placed.heads.stored.shards))
     return x + project.outputs(
       [mlp(columns, config, placed, placed.sums_into(part) is not None)], w
     )
@@ -212,7 +215,10 @@ def large_report() -> dict:
 @pytest.fixture(scope='module')
 def large(repository) -> dict:
   """large_report of a process of its own: this one has 8 devices."""
-  code = 'import json; from tests.sharding import traffic_test; print(json.dumps(traffic_test.large_report()))'
+  code = (
+    'import json; from tests.sharding import traffic_test; '
+    'print(json.dumps(traffic_test.large_report()))'
+  )
   environment = {
     **os.environ,
     'XLA_FLAGS': '--xla_force_host_platform_device_count=64',
@@ -350,7 +356,8 @@ def test_a_layer_moves_what_its_layout_predicts(name, layout, mesh, batch, lengt
   found = layer_collectives(config, placed, devices, batch, length, int8)
   assert hlo.moved(found) == pytest.approx(by_kind(moves), rel=1e-9)
   if not placed.layout.gathered_axes:
-    # One by one too: neither does the compiler merge any. (Weights are gathered over two dimensions in two steps.)
+    # One by one too: neither does the compiler merge any. (Weights are gathered over two dimensions
+    # in two steps.)
     assert collections.Counter(c.kind for c in found) == collective_counts(moves)
 
 
@@ -436,12 +443,12 @@ def _stacked_weights(config: ModelConfig, layout: Layout, mesh) -> Weights:
 # The reader of compiled programs: what it does not know it refuses, or bytes could pass uncounted.
 
 LOOP = """%body (p: f32[4]) -> f32[4] {
-  ROOT %r = f32[2,4]{1,0} all-gather(%p), channel_id=1, replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
+  ROOT %r = f32[2,4]{1,0} all-gather(%p), replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
 }
 
 ENTRY %main (q: f32[4]) -> f32[4] {
   %t = (f32[4]{0}, s8[8]{0}) all-to-all(%q, %s), channel_id=2, replica_groups={{0,1,2,3},{4,5,6,7}}
-  ROOT %w = f32[2,4]{1,0} while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  ROOT %w = f32[2,4]{1,0} while(%t), body=%body, backend_config={"known_trip_count":{"n":"5"}}
 }
 """
 
@@ -491,7 +498,7 @@ def figure_3_bytes(feedforward: str, tokens: int) -> int:
 
 @pytest.mark.parametrize('tokens', FIGURE_3)
 def test_figure_3(tokens):
-  for feedforward, gigabytes in zip(FIGURE_3_LAYOUTS, FIGURE_3[tokens]):
+  for feedforward, gigabytes in zip(FIGURE_3_LAYOUTS, FIGURE_3[tokens], strict=True):
     assert figure_3_bytes(feedforward, tokens) / 1e9 == pytest.approx(gigabytes, rel=5e-4)
 
 

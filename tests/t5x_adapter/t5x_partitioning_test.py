@@ -11,7 +11,8 @@ from t5x import checkpoints, utils
 
 from t5x_inference_ext.config import preset
 from t5x_inference_ext.errors import MeshError
-from t5x_inference_ext.sharding.axis_rules import ACTIVATION_AXES, WEIGHT_AXES
+from t5x_inference_ext.params import EMBED_AXIS, HIDDEN_AXIS
+from t5x_inference_ext.sharding.activations import ACTIVATION_AXES
 from t5x_inference_ext.t5x import module, partitioning
 from t5x_inference_ext.t5x.models import InferenceModel
 from tests.t5x_adapter import running
@@ -92,13 +93,13 @@ def test_phase_rules_come_in_front(palm_tiny):
       with flax_partitioning.axis_rules(rules):  # noqa: B023: traced at once
         return (
           nn.with_logical_constraint(cache, ACTIVATION_AXES['cache'], mesh=partitioner.mesh),
-          nn.with_logical_constraint(matrix, WEIGHT_AXES['w_in'], mesh=partitioner.mesh),
+          nn.with_logical_constraint(matrix, (EMBED_AXIS, HIDDEN_AXIS), mesh=partitioner.mesh),
         )
 
     cache, matrix = constrained(np.zeros((8, 4, 1, 2)), np.zeros((8, 8)))
     assert cache.sharding.is_equivalent_to(NamedSharding(partitioner.mesh, sharding.cache), 4)
     assert matrix.sharding.is_equivalent_to(
-      NamedSharding(partitioner.mesh, model.model.prefill_layout.input_matrix), 2
+      NamedSharding(partitioner.mesh, model.model.prefill_layout.weight_spec((EMBED_AXIS, HIDDEN_AXIS))), 2
     )
 
 

@@ -1,0 +1,91 @@
+"""Attention's share of a layer's traffic: to the split that attention uses, and back (section 3.3).
+
+These are the collectives of model/attention_columns.py, counted. Notation as in traffic.py.
+"""
+
+from t5x_inference_ext.sharding.activations import ActivationSharding
+from t5x_inference_ext.sharding.collective import Collective, Pass
+from t5x_inference_ext.sharding.heads import kv_columns, query_columns
+
+
+def to_attention(p: Pass, sharding: ActivationSharding, summed: bool) -> list[Collective]:
+  """Return what takes columns `BLH_yzQ(partialsum-x)` to queries, keys and values.
+
+  Args:
+    p: The pass.
+    sharding: Sharding of its activations.
+    summed: Whether the columns come summed over the embed axes.
+  """
+  layout, heads, d_head = p.layout, sharding.heads, p.config.d_head
+  embed, rows = layout.embed_axes, sharding.hidden_rows
+  block = p.tokens * p.blocks
+  query = block * query_columns(p.config, heads.stored)
+  kv, kv_padded = (block * width for width in kv_columns(p.config, heads.stored))
+  together, split = 'query, keys and values', _embed_split(sharding)
+  moves: list[Collective] = []
+  if split == 'heads':
+    # Queries are padded to heads that divide over the embed axes. So are keys and values, unless
+    # several devices share a key head.
+    cut = heads.cut
+    query = p.tokens * cut.padded_groups * cut.padded_queries * d_head
+    moves += p.activations('query', 'reduce_scatter', embed, query)
+    if not heads.multiquery and cut.copies == 1:
+      count = 2 * p.tokens * cut.padded_groups * d_head
+      moves += p.activations('keys and values', 'reduce_scatter', embed, count)
+    else:
+      moves += p.activations('keys and values', 'all_reduce', embed, kv)
+    query //= p.size(embed)
+    kv = kv if heads.multiquery else 2 * p.tokens * cut.local_groups * d_head
+  elif split is None:
+    moves += p.activations(together, 'all_reduce', embed, query + kv_padded)
+  else:
+    if not summed:
+      moves += p.activations(together, 'reduce_scatter', embed, query + kv_padded)
+    query, kv, kv_padded = (count // p.size(embed) for count in (query, kv, kv_padded))
+  if split != 'heads' and rows == layout.hidden_axes:
+    moves += p.activations(together, 'all_to_all', rows, query + kv_padded)
+  else:
+    moves += p.activations('query', 'all_to_all', rows, query)
+    moves += p.activations('keys and values', 'all_to_all', rows, kv)
+  moves += p.activations('query', 'all_to_all', sharding.hidden_positions, query)
+  moves += p.activations('query', 'all_gather', sharding.joined, query * p.size(sharding.joined))
+  if heads.multiquery:
+    other = tuple(a for a in layout.hidden_axes if a not in rows)
+    kv *= p.size(other)
+    moves += p.activations('keys and values', 'all_gather', other, kv)
+  elif split != 'heads':
+    kv //= heads.stride  # of key heads that blocks share, one copy is kept
+  # Every device's queries see all keys. Over hidden axes these were gathered above.
+  positions = tuple(a for a in sharding.attention_positions if a not in sharding.hidden_positions)
+  return moves + p.activations('keys and values', 'all_gather', positions, kv * p.size(positions))
+
+
+def from_attention(p: Pass, sharding: ActivationSharding, summed: bool) -> list[Collective]:
+  """Return what takes attention's outputs back to columns `BLH_yzQ`.
+
+  Arguments are those of to_attention.
+  """
+  layout, heads = p.layout, sharding.heads
+  split = _embed_split(sharding)
+  columns = p.tokens * p.blocks * query_columns(p.config, heads.stored)
+  if split == 'heads':
+    columns = p.tokens * heads.cut.padded_groups * heads.cut.padded_queries * p.config.d_head
+  local = columns // p.size(layout.embed_axes) if split else columns
+  moves = p.activations('attention', 'all_to_all', sharding.hidden_positions, local)
+  moves += p.activations('attention', 'all_to_all', sharding.hidden_rows, local)
+  if split and not summed:
+    moves += p.activations('attention', 'all_gather', layout.embed_axes, columns)
+  return moves
+
+
+def _embed_split(sharding: ActivationSharding) -> str | None:
+  """Return what attention splits over the embed axis: 'heads', 'positions', 'rows' or None."""
+  embed = set(sharding.layout.embed_axes)
+  for name, axes in (
+    ('heads', sharding.attention_heads),
+    ('positions', sharding.attention_positions),
+    ('rows', sharding.attention_rows),
+  ):
+    if embed & set(axes):
+      return name
+  return None
