@@ -17,7 +17,7 @@ from t5x_inference_ext.sharding.explain import (
 from t5x_inference_ext.sharding.layout import Axes, Layout, num_shards, shape_text
 from t5x_inference_ext.sharding.mesh import AXES, mesh_links
 from t5x_inference_ext.sharding.torus import BROKEN, RING
-from t5x_inference_ext.text_format import binary_bytes as bytes_text
+from t5x_inference_ext.text_format import binary_bytes
 
 # Logical axis -> the letter of the dimension (config.py).
 _LETTERS = {
@@ -59,11 +59,11 @@ def explain(setting: ExplainSetting, mesh: Mesh | None = None) -> str:
     lines += ['', _phase_title(phase), *_table(phase.tensors, setting)]
     lines += _wrap(f'  {_attention(phase, setting)}') + _wrap(f'  {_moves(phase)}')
   weights, cache = e.weight_bytes, e.cache_bytes
-  held = f'weights {bytes_text(weights)} + cache {bytes_text(cache)}'
-  lines += ['', f'each device: {held} = {bytes_text(weights + cache)}']
+  held = f'weights {binary_bytes(weights)} + cache {binary_bytes(cache)}'
+  lines += ['', f'each device: {held} = {binary_bytes(weights + cache)}']
   made = sum(t.bytes for t in e.phases[0].tensors if t.name.startswith('keys, values'))
   if made > cache:
-    lines[-1] += f'; in prefill {bytes_text(weights + made)} with its keys and values'
+    lines[-1] += f'; in prefill {binary_bytes(weights + made)} with its keys and values'
   for remark in [*_remarks(e), *_link_remarks(e, mesh)]:
     lines += _wrap(f'* {remark}')
   return '\n'.join(lines) + '\n'
@@ -87,7 +87,7 @@ def _table(tensors: Sequence[ExplainedTensor], s: ExplainSetting) -> Iterator[st
   for t in tensors:
     shape = (f'{t.arrays} of ' if t.arrays > 1 else '') + 'x'.join(map(str, t.shape))
     sharding, axes = sharding_text(t, s.mesh), ', '.join(t.axes)
-    rows.append((t.name, shape, t.dtype, sharding, bytes_text(t.bytes), axes))
+    rows.append((t.name, shape, t.dtype, sharding, binary_bytes(t.bytes), axes))
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   for *cells, count, axes in rows:
     left = '  '.join(cell.ljust(width) for cell, width in zip(cells, widths[:-2], strict=True))
@@ -157,10 +157,10 @@ def _attention(phase: ExplainedPhase, s: ExplainSetting) -> str:
 def _moves(phase: ExplainedPhase) -> str:
   """Return the bytes that a device sends in one layer, collective by collective."""
   items = [
-    f'{m.name} {m.kind.replace("_", "-")}({"".join(m.axes)}) {bytes_text(round(m.moved))}'
+    f'{m.name} {m.kind.replace("_", "-")}({"".join(m.axes)}) {binary_bytes(round(m.moved))}'
     for m in phase.moves
   ]
-  total = bytes_text(round(sum(m.moved for m in phase.moves)))
+  total = binary_bytes(round(sum(m.moved for m in phase.moves)))
   return f'a layer sends {total} from each device' + (f': {"; ".join(items)}' if items else '')
 
 
@@ -189,7 +189,7 @@ def _remarks(e: Explanation) -> Iterator[str]:
     elif phase.gathered:
       yield (
         f'{phase.name}: weights are gathered matrix by matrix, the largest '
-        f'{bytes_text(phase.gathered)} on each device; one is in use and one in flight'
+        f'{binary_bytes(phase.gathered)} on each device; one is in use and one in flight'
       )
   prefill, decode = e.phases
   if prefill.length != s.prompt_length:
