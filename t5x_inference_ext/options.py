@@ -1,7 +1,7 @@
 """Options declared once, as fields of a frozen dataclass: type, default, help text and range.
 
-A command makes its flags of these fields (commands/option_flags.py), gin binds them by name, and `check_options` checks
-a value wherever it comes from: a flag, a gin file or Python.
+A command makes its flags of these fields (commands/option_flags.py), gin binds them by name, and
+`check_options` checks a value wherever it comes from: a flag, a gin file or Python.
 """
 
 import collections.abc

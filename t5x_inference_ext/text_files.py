@@ -1,4 +1,4 @@
-"""Text that commands read and write: JSON, and files beside what they print; and the extras that they need."""
+"""Text that commands read and write: JSON, and files beside what they print; and their extras."""
 
 import importlib.util
 import json
@@ -14,7 +14,7 @@ def parse_json(text: str) -> Any:
   """Return the value that a JSON text holds.
 
   Raises:
-    ValueError: the text is no JSON, or none that Python can hold. The message goes on from '... is'.
+    ValueError: the text is no JSON, or none that Python can hold. The message follows on '... is'.
   """
   try:
     value = json.loads(text)
@@ -54,7 +54,7 @@ def check_writable(*paths: str | None) -> None:
 
 
 def check_extra(extra: str, what: str, *modules: str) -> None:
-  """Raise UserError where a module of an optional extra is not installed, before anything is computed.
+  """Raise UserError where a module of an optional extra is not installed.
 
   Args:
     extra: name of the extra of this package that installs the modules.

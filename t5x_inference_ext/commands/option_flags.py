@@ -1,4 +1,4 @@
-"""Flags of a command, made of the fields of dataclasses (options.option), and the text of --help."""
+"""Flags made of the fields of dataclasses (options.option), and the text of --help."""
 
 from collections.abc import Collection, Iterator, Sequence
 import dataclasses
@@ -79,7 +79,8 @@ def define_flag(
   Args:
     flags: takes the flag.
     name: of the flag.
-    annotation: bool, int, float or str, each also with `| None`; or tuple[str, ...] for a flag that may be repeated.
+    annotation: bool, int, float or str, each also with `| None`; or tuple[str, ...] for a flag that
+      may be repeated.
     default: value where the flag is not given.
     text: help text.
     group: heading in --help.
@@ -90,7 +91,7 @@ def define_flag(
   if typing.get_origin(annotation) is types.UnionType:
     kind = str if str in members else members.pop()  # int | str: a number may have a unit
   # absl lists flags by module: here the heading that --help shows them under.
-  arguments = {'flag_values': flags, 'module_name': group or 'Flags'}
+  arguments: dict[str, Any] = {'flag_values': flags, 'module_name': group or 'Flags'}
   if choices:
     absl_flags.DEFINE_enum(name, default, list(choices), text, **arguments)
   elif kind in _KINDS:
@@ -128,7 +129,7 @@ def check_given(flags: absl_flags.FlagValues, *names: str) -> None:
 
 
 def help_text(doc: str, flags: absl_flags.FlagValues) -> str:
-  """Return what --help prints: a command's docstring, then its flags by group, in the order of their definition."""
+  """Return the text of --help: a command's docstring, then its flags by group as defined."""
   lines = [inspect.cleandoc(doc)]
   for group, members in flags.flags_by_module_dict().items():
     # Flags that a command defines itself are absl's: their module is the command's, not a heading.

@@ -1,4 +1,4 @@
-"""Options of the infer command: one field each, from which come the flag, gin's parameter and the check of its value."""
+"""Options of the infer command: each field is a flag, a parameter in gin and the check of both."""
 
 import dataclasses
 from typing import Any
@@ -197,7 +197,10 @@ class InferOptions:
     """Raise RequestError for options that the mode or the batching does not offer."""
     if self.mode != 'score' and self.continuous:
       return
-    given = {'num_decodes': self.num_decodes > 1, 'top_log_probs': self.top_log_probs}
+    given: dict[str, Any] = {
+      'num_decodes': self.num_decodes > 1,
+      'top_log_probs': self.top_log_probs,
+    }
     if self.mode == 'score':
       given |= {'stop': self.stop or self.sampling.stop, 'logit_bias': self.sampling.logit_bias}
       why = 'is for runs that generate: mode=score chooses no tokens'
@@ -266,7 +269,7 @@ def with_vocabulary(options: InferOptions, vocabulary: Any, vocab_size: int) -> 
     raise RequestError(
       f'top_log_probs={options.top_log_probs} are more tokens than the {vocab_size} of the model'
     )
-  ids = [sequence for text in options.stop for sequence in stop_sequences(vocabulary, text)]
+  ids = [tuple(sequence) for text in options.stop for sequence in stop_sequences(vocabulary, text)]
   sampling = dataclasses.replace(options.sampling, stop=(*options.sampling.stop, *ids))
   stack_params([sampling], vocab_size)
   return dataclasses.replace(options, sampling=sampling)

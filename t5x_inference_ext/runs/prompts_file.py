@@ -21,7 +21,7 @@ from t5x_inference_ext.runs.clock import Clock
 from t5x_inference_ext.runs.job import Job
 from t5x_inference_ext.runs.journal import Journal
 from t5x_inference_ext.runs.progress import Progress, print_on_main, progress
-from t5x_inference_ext.runs.row_sampling import Asked
+from t5x_inference_ext.runs.row_sampling import RowSampling
 from t5x_inference_ext.runs.work import NoWork, RefillWork, ScoreWork, StaticWork, Work
 
 
@@ -56,7 +56,7 @@ def prepare(
     name = vocabulary.name if vocabulary else 'none'
     say(f'vocabulary: {name} ({source})')
     options = infer_options.with_vocabulary(options, vocabulary, checkpoint.config.vocab_size)
-    asked = Asked(options.sampling, options.max_new_tokens)
+    asked = RowSampling(options.sampling, options.max_new_tokens)
     tokenized = prompt_rows.tokenize(
       files.prompts,
       rows,
