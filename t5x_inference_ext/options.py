@@ -6,16 +6,18 @@ A command makes its flags of these fields (commands/option_flags.py), gin binds 
 
 import collections.abc
 import dataclasses
+import inspect
 import numbers
 import types
 import typing
-from typing import Any
+from typing import Any, TypeVar
 
 from t5x_inference_ext.errors import RequestError
 
 LARGEST_WHOLE = 2**31 - 1  # what an int32 holds
 _WORDS = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text'}
 _REQUIRED = dataclasses.MISSING
+_Function = TypeVar('_Function', bound=collections.abc.Callable)
 
 
 def option(
@@ -63,6 +65,37 @@ def check_options(options: Any) -> None:
       )
     if not has_type(value, annotation):
       raise RequestError(f'{field.name} must be {type_text(annotation)}, got {value!r}')
+
+
+def takes_options(
+  options: type, *, skip: collections.abc.Collection[str] = ()
+) -> collections.abc.Callable[[_Function], _Function]:
+  """Return a decorator that spells out a function's `**options` in its signature.
+
+  gin binds parameters by the names in a signature: it takes each option then, and refuses others.
+
+  Args:
+    options: dataclass whose options are the parameters.
+    skip: options that the function does not take.
+  """
+
+  def decorate(function: _Function) -> _Function:
+    own = inspect.signature(function)
+    hints = typing.get_type_hints(options)
+    parameters = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    for field in dataclasses.fields(options):
+      if 'help' in field.metadata and field.name not in skip:
+        annotation = hints[field.name]
+        function.__annotations__[field.name] = annotation
+        parameters.append(
+          inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation
+          )
+        )
+    function.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]  # what inspect reads
+    return function
+
+  return decorate
 
 
 def has_type(value: Any, annotation: Any) -> bool:

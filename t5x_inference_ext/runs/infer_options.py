@@ -174,7 +174,7 @@ class InferOptions:
   def __post_init__(self) -> None:
     check_options(self)
     check_pair(*self.layouts)
-    if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+    if not all(isinstance(text, str) and text for text in self.stop):
       raise RequestError(
         f'stop must be texts that are not empty, got {self.stop!r}; SamplingParams.stop takes ids'
       )

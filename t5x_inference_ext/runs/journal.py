@@ -106,7 +106,8 @@ class Journal:
       with self._bucket_files.GFile(self._path, 'r') as file:
         return self._rows(file.read())
     try:
-      file = self._file = open(self._path, 'a+', encoding='utf-8')
+      file = open(self._path, 'a+', encoding='utf-8')  # noqa: SIM115  # open while the run lasts
+      self._file = file
     except OSError as error:
       raise RequestError(
         f"finished rows can't be kept beside the output, in {self._path}: {error.strerror}"

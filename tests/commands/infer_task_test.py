@@ -187,7 +187,8 @@ def test_several_predictions_come_from_the_worst_to_the_best(command, greedy, tm
   [
     (dict(NUM_DECODES=2, BATCHING='static'), 'num_decodes needs batching=continuous'),
     (dict(NUM_DECODES=2, MODE='score'), 'num_decodes is for runs that generate'),
-    (dict(STOP='ab'), "stop must be texts that are not empty, got 'ab'"),
+    (dict(STOP='ab'), "STOP must be a list, got 'ab'"),
+    (dict(STOP=['']), "stop must be texts that are not empty, got ['']"),
     (dict(TEMPERATURE=-1.0), 'temperature must be 0 or more, got -1.0'),
     (dict(LOGIT_BIAS={400: 1.0}), 'logit_bias or stop holds token 400'),
   ],
