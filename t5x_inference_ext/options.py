@@ -8,6 +8,7 @@ import collections.abc
 import dataclasses
 import inspect
 import numbers
+import reprlib
 import types
 import typing
 from typing import Any, TypeVar
@@ -27,44 +28,51 @@ def option(
   group: str = '',
   choices: collections.abc.Sequence[str] = (),
   least: int | None = None,
+  most: float = LARGEST_WHOLE,
 ) -> Any:
   """Return a dataclass field that is an option.
 
   Args:
-    default: value where none is given. An option without one has to be given.
-    help: one or two sentences for `--help`.
-    group: heading that `--help` lists the option under.
-    choices: the values allowed, beside None where the type allows that.
-    least: smallest value of a whole number.
+    default: Value where none is given. An option without one has to be given.
+    help: One or two sentences for `--help`.
+    group: Heading that `--help` lists the option under.
+    choices: The values allowed, beside None where the type allows that.
+    least: Smallest value; for whole numbers alone.
+    most: Largest value of an option with a smallest one.
   """
-  return dataclasses.field(
-    default=default, metadata={'help': help, 'group': group, 'choices': choices, 'least': least}
-  )
+  metadata = {'help': help, 'group': group, 'choices': choices, 'range': (least, most)}
+  return dataclasses.field(default=default, metadata=metadata)
 
 
 def check_options(options: Any) -> None:
   """Check the fields of a dataclass made with `option`; to be called in its `__post_init__`.
 
   Raises:
-    RequestError: a value of another type, not among the choices, or below the least.
+    RequestError: A value of another type, not among the choices, or out of its range.
   """
   hints = typing.get_type_hints(type(options))
   for field in dataclasses.fields(options):
-    if 'help' not in field.metadata:
-      continue
-    value, annotation = getattr(options, field.name), hints[field.name]
-    choices, least = field.metadata['choices'], field.metadata['least']
-    if value is None and has_type(None, annotation):
-      continue
-    if choices and value not in choices:
-      raise RequestError(f'{field.name} must be one of {", ".join(choices)}, got {value!r}')
-    if least is not None and not (has_type(value, annotation) and least <= value <= LARGEST_WHOLE):
-      most = f' and at most {LARGEST_WHOLE}' if has_type(value, int) and value > least else ''
-      raise RequestError(
-        f'{field.name} must be a whole number, {least} or more{most}, got {value!r}'
-      )
-    if not has_type(value, annotation):
-      raise RequestError(f'{field.name} must be {type_text(annotation)}, got {value!r}')
+    if 'help' in field.metadata:
+      message = _complaint(getattr(options, field.name), hints[field.name], field.metadata)
+      if message:
+        raise RequestError(f'{field.name} must be {message}')
+
+
+def _complaint(
+  value: Any, annotation: Any, metadata: collections.abc.Mapping[str, Any]
+) -> str | None:
+  """Return what a value must be and is not; None for a good one."""
+  choices, (least, most) = metadata['choices'], metadata['range']
+  got = f', got {reprlib.repr(value)}'
+  if value is None and has_type(None, annotation):
+    return None
+  if choices:
+    return None if value in choices else f'one of {", ".join(choices)}{got}'
+  if least is None:
+    return None if has_type(value, annotation) else type_text(annotation) + got
+  if not has_type(value, int) or value < least:
+    return f'a whole number, {least} or more{got}'
+  return f'a whole number, {least} to {most}{got}' if value > most else None
 
 
 def takes_options(
@@ -75,8 +83,8 @@ def takes_options(
   gin binds parameters by the names in a signature: it takes each option then, and refuses others.
 
   Args:
-    options: dataclass whose options are the parameters.
-    skip: options that the function does not take.
+    options: Dataclass whose options are the parameters.
+    skip: Options that the function does not take.
   """
 
   def decorate(function: _Function) -> _Function:

@@ -1,6 +1,7 @@
 """Options of the infer command: each field is a flag, a parameter in gin and the check of both."""
 
 import dataclasses
+import math
 from typing import Any
 
 from t5x_inference_ext.config import NORM_SCALES, ModelConfig
@@ -73,9 +74,14 @@ class InferOptions:
     '`samples`.',
     group=_COMMON,
     least=1,
+    most=10**6,
   )
   seed: int = option(
-    0, help='Seed of the whole run; every row has its own seed from it.', group=_COMMON, least=0
+    0,
+    help='Seed of the whole run; every row has its own seed from it.',
+    group=_COMMON,
+    least=0,
+    most=math.inf,
   )
   batch_size: int = option(
     32, help='Rows decoded together, rounded up to what the mesh takes.', group=_COMMON, least=1

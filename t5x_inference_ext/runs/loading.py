@@ -130,6 +130,12 @@ def load_engine(
   return engine
 
 
+def say_compiling(engine: Engine, say: Callable[[str], None] = print_on_main) -> None:
+  """Say that the first rows take longer than others; nothing for a saved program."""
+  if engine.executable is None:
+    say('compiling: the first rows come when this is done')
+
+
 def batch_rows(
   options: InferOptions,
   engine: Engine,

@@ -124,6 +124,7 @@ def _work(
   """Return the work of the rows that are left, and its sizes for the record."""
   if not todo:
     return NoWork(), {}
+  loading.say_compiling(engine, say)
   if options.mode == 'score':
     longest = max(len(row.prompt) + len(row.completion) for _, row in todo)
     tokens = loading.batch_rows(options, engine, len(todo), say) * batches.prompt_size(longest)

@@ -29,6 +29,7 @@ from t5x_inference_ext.runs.journal import Journal
 from t5x_inference_ext.runs.progress import Progress, print_on_main
 from t5x_inference_ext.runs.task_output import (
   COMPLETED_SUFFIX,
+  gfile,
   make_directory,
   open_output,
   output_path,
@@ -37,7 +38,6 @@ from t5x_inference_ext.runs.task_output import (
 from t5x_inference_ext.runs.tasks import Source, TaskExample
 from t5x_inference_ext.runs.work import ScoreWork, StaticWork, Work, refill_work
 
-gfile = tf.io.gfile
 RECORD = 'infer.config.json'
 SCORED_BATCHES = 128  # batches of examples that are sorted by length together
 # Options of a run over prompts that a run over a task names differently, or does without.
@@ -220,6 +220,7 @@ def _prepare_task(
       under_way[row] = example
       yield row, example
 
+  loading.say_compiling(engine)
   with journal.closed_on_error():
     work = _work(remembered(), task, source, options, engine, batch, clock)
   vocabulary = task.output_features['targets'].vocabulary

@@ -268,7 +268,7 @@ def typed(module, tmp_path):
     ('TIMES=True', 'times must be a whole number, 0 or more, got True'),
     (
       'TIMES=99999999999999999999',
-      'times must be a whole number, 0 or more and at most 2147483647',
+      'times must be a whole number, 0 to 2147483647, got 99999999999999999999',
     ),
     ('NAME=3', 'NAME must be text or None, got 3'),
     ('command_test_module.typed.times="2"', "times must be a number, got '2'"),
