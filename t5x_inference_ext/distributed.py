@@ -37,12 +37,12 @@ def initialize(processes: ProcessOptions, *, timeout: float = TIMEOUT_SECONDS) -
   """Join this process to the others of its run. Has to come before jax is asked for devices.
 
   Args:
-    processes: the coordinator's address, the number of processes and this one's index. With the
+    processes: The coordinator's address, the number of processes and this one's index. With the
       address 'auto' jax finds all three, as on TPU pods, SLURM, Open MPI and Kubernetes.
-    timeout: seconds to wait for the others.
+    timeout: Seconds to wait for the others.
 
   Raises:
-    RequestError: processes that don't find each other, or a second run with other processes.
+    RequestError: Processes that don't find each other, or a second run with other processes.
   """
   address, count, process = dataclasses.astuple(processes)
   if address is None:
@@ -96,11 +96,11 @@ def exchange(make: Callable[[], _T]) -> list[_T]:
   """Return the value of `make` in each process, by process index. All processes call this together.
 
   Args:
-    make: returns something JSON-ready.
+    make: Returns something JSON-ready.
 
   Raises:
-    Exception: whatever `make` raises, in its process.
-    RequestError: with the same message, in the other processes.
+    Exception: Whatever `make` raises, in its process.
+    RequestError: With the same message, in the other processes.
   """
   if jax.process_count() == 1:
     return [make()]
@@ -128,7 +128,7 @@ def check_same(**parts: Any) -> None:
   """Raise RequestError, in all processes, where they differ.
 
   Args:
-    **parts: values with a telling repr, by the names that the error gives them.
+    **parts: Values with a telling repr, by the names that the error gives them.
   """
   digests = exchange(lambda: {name: _digest(part) for name, part in parts.items()})
   for process, digest in enumerate(digests):
@@ -159,11 +159,11 @@ def lockstep(items: Iterable[_T], key: Callable[[_T], Any] = lambda item: None) 
   """Yield each item when every process has one, so that all processes run the same batches.
 
   Args:
-    items: the items of this process.
-    key: returns what has to be equal in all processes, with a telling repr.
+    items: The items of this process.
+    key: Returns what has to be equal in all processes, with a telling repr.
 
   Raises:
-    RequestError: a process has more items than another, or others.
+    RequestError: A process has more items than another, or others.
   """
   iterator = iter(items)
   for count in itertools.count():

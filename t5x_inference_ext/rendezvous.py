@@ -29,7 +29,7 @@ class ProcessOptions:
   """How this process joins the others of its run; all None where there is one process.
 
   Raises:
-    RequestError: a value out of its range, or options that don't go together.
+    RequestError: A value out of its range, or options that don't go together.
   """
 
   coordinator_address: str | None = option(
@@ -90,12 +90,12 @@ def meet(address: str, num_processes: int, process_id: int, timeout: float) -> N
 
   Args:
     address: HOST:PORT of process 0.
-    num_processes: number of processes of the run.
-    process_id: index of this process.
-    timeout: seconds to wait.
+    num_processes: Number of processes of the run.
+    process_id: Index of this process.
+    timeout: Seconds to wait.
 
   Raises:
-    RequestError: process 0 can't be reached or can't listen; others are missing, come twice, or
+    RequestError: Process 0 can't be reached or can't listen; others are missing, come twice, or
       belong to another run.
   """
   host, port = parse_address(address)

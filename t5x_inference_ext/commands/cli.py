@@ -58,12 +58,12 @@ class Session:
   Lines that the command prints appear at once, also where the output is a file.
 
   Args:
-    doc: text that --help prints before the flags.
-    define_flags: defines the command's own flags on the FlagValues given to it.
-    argv: command line, `argv[0]` being the command's name; sys.argv by default.
+    doc: Text that --help prints before the flags.
+    define_flags: Defines the command's own flags on the FlagValues given to it.
+    argv: Command line, `argv[0]` being the command's name; sys.argv by default.
 
   Attributes:
-    code: exit code of the process. A command may set another one than 0.
+    code: Exit code of the process. A command may set another one than 0.
   """
 
   def __init__(
@@ -106,7 +106,7 @@ class Session:
     """Return the parsed flags.
 
     Raises:
-      UserError: a flag that is not known or has a wrong value, or an argument that is no flag.
+      UserError: A flag that is not known or has a wrong value, or an argument that is no flag.
       HelpShown: --help was given, and is printed.
     """
     flags = absl_flags.FlagValues()
@@ -175,10 +175,10 @@ def check_unmixed(
   """Raise UserError where a plain flag is given beside gin flags.
 
   Args:
-    flags: parsed.
-    names: plain flags of the command.
-    example: a binding to use instead, such as 'BATCH=64'.
-    gin_file: file that lists the command's macros.
+    flags: Parsed flags.
+    names: Plain flags of the command.
+    example: A binding to use instead, such as 'BATCH=64'.
+    gin_file: File that lists the command's macros.
   """
   given = [name for name in names if flags[name].present]
   if given:
@@ -195,7 +195,7 @@ def parse_gin(flags: absl_flags.FlagValues) -> str:
     The whole configuration as gin text, for a record of the run.
 
   Raises:
-    UserError: a file that is not found; a binding of what does not exist, also of a macro that no
+    UserError: A file that is not found; a binding of what does not exist, also of a macro that no
       file defines or uses, which gin itself would ignore; a required macro that is not set.
   """
   gin.clear_config()
@@ -235,7 +235,7 @@ def configure(function: Callable[..., Any], **arguments: Any) -> Callable[[], An
   """Return `function` with the arguments that gin binds and those given here, ready to be called.
 
   Raises:
-    UserError: a parameter without a default that is neither bound nor given, a value of another
+    UserError: A parameter without a default that is neither bound nor given, a value of another
       type than the parameter's annotation, or a bound object that can't be made.
   """
   try:

@@ -44,11 +44,11 @@ def define_options(
   """Define a flag for each option of a dataclass: same name, type, default and choices.
 
   Args:
-    flags: takes the flags.
-    options: dataclass whose fields are made with options.option.
-    skip: names of fields that are no flags of this command.
-    group: heading in --help, in place of the fields' own.
-    prefix: beginning of each help text.
+    flags: FlagValues that takes the flags.
+    options: Dataclass whose fields are made with options.option.
+    skip: Names of fields that are no flags of this command.
+    group: Heading in --help, in place of the fields' own.
+    prefix: Beginning of each help text.
   """
   hints = typing.get_type_hints(options)
   for field in option_fields(options, skip=skip):
@@ -77,14 +77,15 @@ def define_flag(
   """Define one flag.
 
   Args:
-    flags: takes the flag.
-    name: of the flag.
-    annotation: bool, int, float or str, each also with `| None`; or tuple[str, ...] for a flag that
+    flags: FlagValues that takes the flag.
+    name: Name of the flag.
+    annotation: Type: bool, int, float or str, each also with `| None`; or tuple[str, ...] for a
+      flag that
       may be repeated.
-    default: value where the flag is not given.
-    text: help text.
-    group: heading in --help.
-    choices: the values of a text that are allowed.
+    default: Value where the flag is not given.
+    text: Help text.
+    group: Heading in --help.
+    choices: The values of a text that are allowed.
   """
   members = set(typing.get_args(annotation)) - {types.NoneType}
   kind: Any = annotation
@@ -106,13 +107,13 @@ def read_options(
   """Return an instance of a dataclass with the values of its flags.
 
   Args:
-    flags: parsed.
-    options: dataclass that define_options made flags of.
-    skip: as given to define_options.
-    **others: values of fields that are no flags.
+    flags: Parsed flags.
+    options: Dataclass that define_options made flags of.
+    skip: As given to define_options.
+    **others: Values of fields that are no flags.
 
   Raises:
-    UserError: a value that the dataclass refuses.
+    UserError: A value that the dataclass refuses.
   """
   values = {field.name: flags[field.name].value for field in option_fields(options, skip=skip)}
   for name, value in values.items():

@@ -60,7 +60,7 @@ class SentencePieceVocabulary:
   """A SentencePiece model file as it is; seqio's extra_ids are not added.
 
   Attributes:
-    name: path of the file.
+    name: Path of the file.
   """
 
   name: str
@@ -101,11 +101,11 @@ def stop_sequences(vocabulary: Any, text: str) -> list[list[int]]:
   on from other letters.
 
   Args:
-    vocabulary: a Vocabulary, or one of seqio.
-    text: text that ends a row.
+    vocabulary: A Vocabulary, or one of seqio.
+    text: Text that ends a row.
 
   Raises:
-    RequestError: the vocabulary has no ids for the text, or ids that decode to another text.
+    RequestError: The vocabulary has no ids for the text, or ids that decode to another text.
   """
   try:
     among = vocabulary.decode(list(vocabulary.encode(f'a{text}a')))
@@ -142,13 +142,13 @@ def find_vocabulary(
     name: 'bytes', a SentencePiece .model file, or None for the default: bytes for a model of 384
       rows.
     vocab_size: V, rows of the model's embedding.
-    needed: whether there is text to encode. Token ids do without a vocabulary.
+    needed: Whether there is text to encode. Token ids do without a vocabulary.
 
   Returns:
     (vocabulary or None, 'given' or why it was chosen).
 
   Raises:
-    RequestError: a vocabulary is needed and not known, is no vocabulary, or has more ids than the
+    RequestError: A vocabulary is needed and not known, is no vocabulary, or has more ids than the
       model has rows.
   """
   source = 'given'

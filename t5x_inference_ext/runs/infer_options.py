@@ -43,14 +43,14 @@ class InferOptions:
   """Options of a run of the infer command, over a prompts file or a seqio task.
 
   Attributes without a help text of their own:
-    config: model that the checkpoint must hold; None: the one it holds.
-    max_length: limit of prompt and new tokens of a row together; None: no such limit.
-    sampling: how tokens are chosen. Its stop sequences are ids; `stop` holds texts, which
+    config: Model that the checkpoint must hold; None: the one it holds.
+    max_length: Limit of prompt and new tokens of a row together; None: no such limit.
+    sampling: How tokens are chosen. Its stop sequences are ids; `stop` holds texts, which
       with_vocabulary adds to them.
 
   Raises:
-    RequestError: a value out of its range, or options that can't be used together.
-    MeshError: layouts that are not known, or can't share weights.
+    RequestError: A value out of its range, or options that can't be used together.
+    MeshError: Layouts that are not known, or can't share weights.
   """
 
   checkpoint: str = option(
@@ -264,12 +264,12 @@ def with_vocabulary(options: InferOptions, vocabulary: Any, vocab_size: int) -> 
   """Return the options with the stop texts among the stop sequences of `sampling`.
 
   Args:
-    options: of the run.
-    vocabulary: a Vocabulary, or seqio's; not needed without stop texts.
+    options: Options of the run.
+    vocabulary: A Vocabulary, or seqio's; not needed without stop texts.
     vocab_size: V, rows of the model's embedding.
 
   Raises:
-    RequestError: a text that the vocabulary can't write, or ids that the model does not have.
+    RequestError: A text that the vocabulary can't write, or ids that the model does not have.
   """
   if options.top_log_probs > vocab_size:
     raise RequestError(

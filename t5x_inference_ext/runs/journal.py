@@ -52,6 +52,15 @@ class Journal:
     self.done[row] = result
     if not distributed.is_main():
       return
+    try:
+      self._append(row, result)
+    except OSError as error:
+      raise RequestError(
+        f"finished rows can't be kept in {self._path}: {error.strerror}; the same command goes on "
+        'from those that are there'
+      ) from error
+
+  def _append(self, row: int, result: Any) -> None:
     if self._file is None:  # of a bucket: written anew, since stores do not append
       self._file = self._bucket_files.GFile(self._path, 'w')
       self._file.write(f'{self._run}\n')

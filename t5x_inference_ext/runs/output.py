@@ -55,7 +55,7 @@ def whole_file(path: str) -> Iterator[TextIO]:
   On an exception nothing is left. In processes other than 0 nothing is written.
 
   Raises:
-    RequestError: the file can't be written, as on a full disk.
+    RequestError: The file can't be written, as on a full disk.
   """
   if not distributed.is_main():
     with open_text(os.devnull, 'w') as file:

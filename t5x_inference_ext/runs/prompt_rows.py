@@ -23,11 +23,11 @@ class PromptRow:
   """One row as it was written.
 
   Attributes:
-    line: line of the file, from 1.
-    fields: the whole JSON object: fields that are not used here are written out again.
-    prompt: text or token ids; empty starts from BOS alone.
-    completion: text or token ids to score; None where nothing is scored.
-    sampling: the row's own sampling options; None where it has none, or is scored.
+    line: Line of the file, from 1.
+    fields: The whole JSON object: fields that are not used here are written out again.
+    prompt: Text or token ids; empty starts from BOS alone.
+    completion: Text or token ids to score; None where nothing is scored.
+    sampling: The row's own sampling options; None where it has none, or is scored.
   """
 
   line: int
@@ -47,9 +47,9 @@ class TokenizedRow:
   """A row in token ids.
 
   Attributes:
-    prompt: ids of the prompt, without BOS.
-    completion: ids to score; empty where nothing is scored.
-    asked: how the row is continued.
+    prompt: Ids of the prompt, without BOS.
+    completion: Ids to score; empty where nothing is scored.
+    asked: How the row is continued.
   """
 
   prompt: list[int]
@@ -61,12 +61,12 @@ def read_rows(path: str, *, score: bool) -> list[PromptRow]:
   """Read a JSONL file of prompts; blank lines are skipped.
 
   Args:
-    path: file in which each line is an object with `prompt`, and to score `tokens` (ids) or
+    path: File in which each line is an object with `prompt`, and to score `tokens` (ids) or
       `completion` (text or ids).
-    score: whether rows are to be scored.
+    score: Whether rows are to be scored.
 
   Raises:
-    RequestError: no such file, no rows, or rows that can't be used, each with its line.
+    RequestError: No such file, no rows, or rows that can't be used, each with its line.
   """
   try:
     # utf-8-sig: a byte order mark, as some editors write one, is not part of the first row.
@@ -100,15 +100,15 @@ def tokenize(
   """Return rows in token ids.
 
   Args:
-    path: file that the rows come from, for errors.
-    rows: rows from read_rows.
-    vocabulary: encodes text; None where no row has text.
+    path: File that the rows come from, for errors.
+    rows: Rows from read_rows.
+    vocabulary: Encodes text; None where no row has text.
     vocab_size: V, rows of the model's embedding: ids are below it.
-    run: sampling options of rows that give none.
-    max_prompt: tokens of the longest prompt that the cache has room for; None: any.
+    run: Sampling options of rows that give none.
+    max_prompt: Tokens of the longest prompt that the cache has room for; None: any.
 
   Raises:
-    RequestError: ids outside the vocabulary, prompts longer than the cache, or wrong sampling
+    RequestError: Ids outside the vocabulary, prompts longer than the cache, or wrong sampling
       options, by line.
   """
 

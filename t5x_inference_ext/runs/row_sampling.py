@@ -20,9 +20,9 @@ class RowSampling:
   """How one row is continued.
 
   Attributes:
-    sampling: how tokens are chosen, and what ends the row.
-    max_new_tokens: most tokens generated for the row.
-    seed: seed of the row's first sample, the others count up from it; None: one from the run's seed
+    sampling: How tokens are chosen, and what ends the row.
+    max_new_tokens: Most tokens generated for the row.
+    seed: Seed of the row's first sample, the others count up from it; None: one from the run's seed
       and the row's place.
   """
 
@@ -37,14 +37,14 @@ def row_sampling(
   """Return the options of a row.
 
   Args:
-    run: options of rows that give none.
-    given: the row's `sampling` as read from JSON: fields of SamplingParams, with texts or ids in
+    run: Options of rows that give none.
+    given: The row's `sampling` as read from JSON: fields of SamplingParams, with texts or ids in
       `stop` and an object as `logit_bias`; `max_new_tokens`, at most the run's; `seed`.
-    vocabulary: encodes stop texts.
+    vocabulary: Encodes stop texts.
     vocab_size: V, rows of the model's embedding.
 
   Raises:
-    RequestError: an option that is not known, or a value out of its range.
+    RequestError: An option that is not known, or a value out of its range.
   """
   for name, value in given.items():
     if name not in _KNOWN:
@@ -93,7 +93,7 @@ def parse_logit_bias(value: Any) -> dict[int, float]:
   """Return the logit bias that a JSON object {"TOKEN ID": NUMBER, ...} gives.
 
   Raises:
-    RequestError: the value is no such object, or a number is too large for a float.
+    RequestError: The value is no such object, or a number is too large for a float.
   """
   try:
     if all(has_type(bias, float) for bias in value.values()):

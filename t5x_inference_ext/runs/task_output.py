@@ -1,4 +1,4 @@
-"""Files of a run over a seqio task, local or in a bucket; of several processes, process 0 writes."""
+"""Files of a run over a task, local or in a bucket. Of several processes, process 0 writes."""
 
 from collections.abc import Iterable, Iterator
 import contextlib

@@ -1,5 +1,7 @@
 """The infer command: plain flags and gin, rows in and out, and what it says when something is wrong."""
 
+import errno
+import importlib.util
 import json
 import os
 import re
@@ -129,6 +131,7 @@ def test_plain_command_without_tensorflow(palm_tiny, greedy, tmp_path):
     'mesh: 2x2x2',
     'norm scales: stored around zero',
     'vocabulary: bytes',
+    'compiling: ',
     'tokens/s',
     'compilation',
     f'wrote {output}',
@@ -440,6 +443,12 @@ def test_rows_that_say_themselves_how(complete, greedy):
     ('{"stop": [""]}', 'stop must be a text, or a list of texts'),
     ('{"stop": [[400]]}', 'logit_bias or stop holds token 400'),
     ('{"logit_bias": {"a": 1}}', 'logit_bias must be an object of token ids and numbers'),
+    ('{"logit_bias": {"3": ' + '9' * 400 + '}}', 'prompts.jsonl:1: logit_bias must be an object'),
+    ('{"logit_bias": {"3": true}}', 'logit_bias must be an object of token ids and numbers'),
+    ('{"stop": "\\ud800"}', "prompts.jsonl:1: stop='\\ud800' is not valid Unicode"),
+    ('{"temperature": ' + '9' * 400 + '}', 'temperature must be 0 or more and at most 3.4e+38'),
+    ('{"max_new_tokens": "x"}', "max_new_tokens must be a whole number, got 'x'"),
+    ('{"seed": 1.5}', 'seed must be a whole number, got 1.5'),
   ],
 )
 def test_rows_that_say_it_wrong(complaint, sampling, says):
@@ -487,6 +496,10 @@ def test_help_shows_examples_and_flags(command):
     ),
     ('{"prompt": "\\ud800"}\n', 'prompts.jsonl:1: `prompt` is not valid Unicode'),
     ('\n\n', 'has no rows'),
+    ('{"prompt": ' + '[' * 100_000 + '\n', 'prompts.jsonl:1: not JSON that can be used (nested'),
+    ('{"prompt": "a", "x": ' + '[' * 300 + ']' * 300 + '}\n', 'prompts.jsonl:1: not JSON that can'),
+    ('{"prompt": [' + '9' * 5000 + ']}\n', 'not JSON that can be used (a number has too many'),
+    ('{"prompt": [' + '9' * 400 + ']}\n', "outside the model's vocabulary: ids are 0 to 383"),
   ],
 )
 def test_bad_rows(complaint, text, says):
@@ -546,6 +559,14 @@ def test_every_bad_row_is_listed(complaint):
     (['--stop='], 'stop must be texts that are not empty'),
     (['--logit_bias={1: 2}'], 'logit_bias is not JSON'),
     (['--logit_bias=[1, 2]'], 'logit_bias must be an object of token ids and numbers'),
+    (['--logit_bias=' + '[' * 100_000], 'logit_bias is not JSON that can be used (nested'),
+    (['--logit_bias={"1": ' + '9' * 5000 + '}'], 'a number has too many digits'),
+    (['--logit_bias={"1": ' + '9' * 400 + '}'], 'logit_bias must be an object of token ids'),
+    (['--stop=\udcff'], "stop='\\udcff' is not valid Unicode (a lone surrogate)"),
+    (['--max_new_tokens=99999999999999999999'], 'max_new_tokens must be a whole number, 1 to 2147'),
+    (['--cache_length=1000000000000'], 'cache_length must be a whole number, 1 to 2147483647'),
+    (['--num_decodes=2000000000'], 'num_decodes must be a whole number, 1 to 1000000'),
+    ([f'--output={"x" * 250}'], "the output's name has 250 bytes, and at most 241 leave room for"),
     (
       ['--logit_bias={"384": 2}'],
       'logit_bias or stop holds token 384, outside the vocabulary of 384',
@@ -559,6 +580,49 @@ def test_every_bad_row_is_listed(complaint):
 )
 def test_bad_flags(complaint, flags, says):
   assert says in complaint('{"prompt": ""}\n{"prompt": "seventeen letters"}\n', *flags)
+
+
+def test_more_memory_than_there_is(command, palm_tiny, tmp_path):
+  prompts = _write(tmp_path / 'prompts.jsonl', [{'prompt': 'a'}])
+  code, _, err = command(
+    f'--checkpoint={palm_tiny}',
+    f'--prompts={prompts}',
+    f'--output={tmp_path / "out.jsonl"}',
+    '--mesh=1x1x1',
+    '--cache_length=2000000000',
+  )
+  assert code == 2 and 'error: too little memory (Out of memory allocating ' in err
+
+
+def test_a_disk_that_fills_up_keeps_finished_rows(complete, tmp_path, monkeypatch):
+  """The error names the file; the same command goes on from the rows that are kept."""
+  rows, flags = [{'prompt': 'a'}, {'prompt': 'b'}], ('--max_new_tokens=2', '--batch_size=1')
+
+  def full(*_):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  with monkeypatch.context() as patch:
+    patch.setattr(prompts_file.output.os, 'replace', full)
+    with pytest.raises(AssertionError, match="can't write .*out.jsonl: No space left on device"):
+      complete(rows, *flags)
+  _, out = complete(rows, *flags)
+  assert 'resumed: 2 of 2 rows were done' in out
+  with monkeypatch.context() as patch:
+    patch.setattr(prompts_file.Journal, '_append', full)
+    with pytest.raises(AssertionError, match='kept in .*unfinished: No space left on device'):
+      complete(rows, *flags, '--overwrite')
+
+
+def test_a_task_without_seqio_names_the_extra(command, monkeypatch):
+  find_spec = importlib.util.find_spec
+  monkeypatch.setattr(
+    importlib.util, 'find_spec', lambda name: None if name == 'seqio' else find_spec(name)
+  )
+  code, _, err = command('--gin_file=t5x_inference_ext/configs/runs/infer.gin')
+  assert (code, err) == (
+    2,
+    "error: a run over a task needs seqio and tensorflow: pip install 't5x_inference_ext[seqio]'\n",
+  )
 
 
 def test_text_without_a_vocabulary(complaint, monkeypatch):
