@@ -80,8 +80,7 @@ def define_flag(
     flags: FlagValues that takes the flag.
     name: Name of the flag.
     annotation: Type: bool, int, float or str, each also with `| None`; or tuple[str, ...] for a
-      flag that
-      may be repeated.
+      flag that may be repeated.
     default: Value where the flag is not given.
     text: Help text.
     group: Heading in --help.
