@@ -1,4 +1,4 @@
-"""Two processes of four devices: the same rows as one process of eight, each reading half, one writing."""
+"""Two processes of four devices: the rows of one process of eight; each reads half, one writes."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def greedy(golden):
 
 @pytest.fixture(scope='module')
 def root(golden, greedy, tmp_path_factory):
-  """A directory for distributed_program: rows to score, the module of a task, and a directory for each process."""
+  """Directory for distributed_program: rows to score, a task's module, one for each process."""
   root = tmp_path_factory.mktemp('distributed')
   (root / 'scored.jsonl').write_text(
     ''.join(

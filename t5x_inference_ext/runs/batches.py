@@ -1,7 +1,8 @@
 """Shape and seeds of batches: all batches of a run have one shape, and so share a compilation."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
+import itertools
 from typing import TypeVar
 
 import numpy as np
@@ -43,9 +44,11 @@ def row_seeds(seed: int, row: int, samples: int) -> tuple[int, ...]:
   return tuple(row_seed(seed, row * samples + i) for i in range(samples))
 
 
-def split(rows: Sequence[_Row], size: int) -> Iterator[Sequence[_Row]]:
-  """Yield consecutive parts of `size` rows; the last may be shorter."""
-  return (rows[i : i + size] for i in range(0, len(rows), size))
+def batched(rows: Iterable[_Row], size: int) -> Iterator[list[_Row]]:
+  """Yield consecutive lists of `size` rows, read as they are needed; the last may be shorter."""
+  rows = iter(rows)
+  while batch := list(itertools.islice(rows, size)):
+    yield batch
 
 
 def pad(rows: Sequence[_Row], size: int) -> list[_Row]:

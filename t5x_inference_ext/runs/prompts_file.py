@@ -144,7 +144,7 @@ def _work(
     )
   shape = _shape(options, engine, [row for _, row in todo], say)
   prompts = [(i, row.prompt) for i, row in todo]
-  in_step = distributed.lockstep(batches.split(prompts, shape.batch))
+  in_step = distributed.lockstep(batches.batched(prompts, shape.batch))
   work = StaticWork(engine, in_step, shape, clock, options, eos_id)
   return work, dataclasses.asdict(shape)
 

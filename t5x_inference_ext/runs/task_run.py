@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import json
 import os
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import seqio
@@ -49,7 +49,6 @@ _OTHER_OPTIONS = (
   'token_log_probs',
   'top_log_probs',
 )
-_Row = TypeVar('_Row')
 
 
 @takes_options(InferOptions, skip=_OTHER_OPTIONS)
@@ -211,7 +210,7 @@ def _prepare_task(
   if journal.done:
     print_on_main(f'resumed: {len(journal.done)} rows were done when an earlier run ended')
   everything = enumerate(itertools.chain(first, rows))
-  in_step = distributed.lockstep(_batched(everything, batch), _features)
+  in_step = distributed.lockstep(batches.batched(everything, batch), _features)
   todo = ((row, each) for some in in_step for row, each in some if row not in journal.done)
   under_way: dict[int, TaskExample] = {}
 
@@ -265,7 +264,7 @@ def _work(
   if options.mode == 'score':
     groups = (
       [(row, tasks.scoring_example(example)) for row, example in some]
-      for some in _batched(todo, SCORED_BATCHES * batch)
+      for some in batches.batched(todo, SCORED_BATCHES * batch)
     )
     return ScoreWork(engine, groups, batch * sum(source.feature_lengths.values()), clock)
   eos_id = task.output_features['targets'].vocabulary.eos_id or EOS_ID
@@ -286,7 +285,7 @@ def _work(
     )
     return work
   shape = batches.BatchShape(batch, longest, options.cache_length, options.max_length)
-  return StaticWork(engine, _batched(prompts, batch), shape, clock, options, eos_id)
+  return StaticWork(engine, batches.batched(prompts, batch), shape, clock, options, eos_id)
 
 
 def _request(row: int, tokens: list[int], options: InferOptions) -> tuple[int, Request]:
@@ -295,8 +294,3 @@ def _request(row: int, tokens: list[int], options: InferOptions) -> tuple[int, R
     limit = min(limit, options.max_length - len(tokens))
   seeds = batches.row_seeds(options.seed, row, options.num_decodes)
   return row, Request((BOS_ID, *tokens), seeds, limit, options.sampling)
-
-
-def _batched(rows: Iterator[_Row], size: int) -> Iterator[list[_Row]]:
-  while some := list(itertools.islice(rows, size)):
-    yield some

@@ -22,7 +22,7 @@ from t5x_inference_ext.errors import UserError
 
 @pytest.fixture(scope='module')
 def module():
-  """A module that gin files can import: one for all tests, as gin remembers the functions that it has seen."""
+  """Module that gin files can import; one for all tests, since gin remembers its functions."""
   module = types.ModuleType('command_test_module')
   module.__dict__['__name__'] = module.__name__
   exec(

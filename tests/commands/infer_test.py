@@ -1,4 +1,4 @@
-"""The infer command: plain flags and gin, rows in and out, and what it says when something is wrong."""
+"""The infer command: plain flags and gin, rows in and out, and errors."""
 
 import errno
 import importlib.util
@@ -57,7 +57,7 @@ def complete(command, palm_tiny, tmp_path):
 
 @pytest.fixture
 def complaint(command, palm_tiny, tmp_path, monkeypatch):
-  """What the plain command says of a prompts file (text), on stderr; it must say so before weights are loaded."""
+  """Errors of the plain command over a prompts file (text), before weights are loaded."""
 
   def load(*_, **__):
     raise AssertionError('weights were loaded')
@@ -91,7 +91,7 @@ def _read(path):
 
 
 def test_plain_command_without_tensorflow(palm_tiny, greedy, tmp_path):
-  """The command as the README gives it, in a process of its own: T5X's tokens, and no framework imported for them."""
+  """README's command, in a process of its own: T5X's tokens, and no framework imported."""
   output = tmp_path / 'completions.jsonl'
   prompts = _write(tmp_path / 'prompts.jsonl', [{'prompt': row['prompt']} for row in greedy])
   script = (
@@ -164,7 +164,7 @@ def test_scoring_the_output_of_a_run_gives_its_scores(complete, greedy):
 
 
 def test_rows_of_every_kind(complete):
-  """Text and ids, empty and not, with fields of the user's; over the default mesh, with a batch it does not divide."""
+  """Text and ids, empty and not, with fields of the user's; a batch that the mesh rounds up."""
   ids = [b + 3 for b in b'def f(']
   rows, out = complete(
     [
@@ -274,7 +274,7 @@ def test_overwrite_replaces_and_a_failed_run_leaves_nothing(complete, tmp_path, 
 
 @pytest.mark.parametrize('batching', ['continuous', 'static'])
 def test_an_interrupted_run_goes_on_where_it_stopped(complete, tmp_path, monkeypatch, batching):
-  """Rows that were done are not done again, and come out as of one run; another run does not take them for its own."""
+  """Rows that were done are not done again; another run does not take them for its own."""
   prompts = [{'prompt': 'def f('[:i]} for i in range(6)]
   flags = (
     '--max_new_tokens=6',
@@ -307,7 +307,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(complete, tmp_path, monkeyp
 
 
 def test_batching_changes_no_row(complete):
-  """With a beginning that most prompts share, chunks that are short, and as little as one prompt between steps."""
+  """With a prefix that most prompts share, short chunks, and one prompt between steps."""
   begin = 'import os\nimport sys\n\n\ndef '
   prompts = [{'prompt': begin + name} for name in ('main', 'f(x', 'read_', 'a')] + [
     {'prompt': 'x'},
@@ -323,7 +323,7 @@ def test_batching_changes_no_row(complete):
 
 
 def test_an_int8_cache(complete, tmp_path):
-  """Both batchings give the same, of other probabilities than a float cache; the run's record says which it was."""
+  """Both batchings give equal tokens; the run's record holds the dtype of the cache."""
   rows = [{'prompt': 'def f(x):\n'}, {'prompt': 'import '}]
   flags = ('--max_new_tokens=8', '--mesh=1x1x1')
   floats, _ = complete(rows, *flags, name='float.jsonl')
@@ -336,7 +336,7 @@ def test_an_int8_cache(complete, tmp_path):
 
 
 def test_several_samples_of_each_prompt(complete):
-  """In the order of their seeds, of which every sample has its own; one sample of a row alone is the row's."""
+  """Every sample has its own seed, in order; one sample of a row alone is the row's."""
   prompts = [{'prompt': 'def f(', 'id': 1}, {'prompt': 'import '}, {'prompt': 'def f('}]
   flags = '--max_new_tokens=6', '--temperature=1', '--mesh=2x1x1', '--batch_size=4'
   rows, out = complete(prompts, *flags, '--num_decodes=3')
@@ -347,12 +347,12 @@ def test_several_samples_of_each_prompt(complete):
   assert len({tuple(sample['tokens']) for row in rows for sample in row['samples']}) == 9
   assert '3 rows, 54 tokens generated' in out
   again, _ = complete(prompts[:1] * 3, *flags, '--batch_size=2', name='one.jsonl')
-  # Samples have seeds as rows of a file would: the first prompt's three are those of three rows of it.
+  # Samples have seeds as rows of a file would: the first prompt's three are those of three rows.
   assert [row['tokens'] for row in again] == [sample['tokens'] for sample in rows[0]['samples']]
 
 
 def test_what_is_told_of_tokens(complete, greedy):
-  """Log-probabilities of the tokens, which greedy ones share with the most likely; scoring them gives the same."""
+  """Log-probabilities of greedy tokens are those of the most likely; scoring gives the same."""
   prompts = [{'prompt': g['prompt']} for g in greedy[:3]]
   rows, _ = complete(prompts, '--max_new_tokens=5', '--top_log_probs=3', '--mesh=1x1x1')
   for row in rows:
