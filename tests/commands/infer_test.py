@@ -355,6 +355,7 @@ def test_what_is_told_of_tokens(complete, greedy):
   """Log-probabilities of greedy tokens are those of the most likely; scoring gives the same."""
   prompts = [{'prompt': g['prompt']} for g in greedy[:3]]
   rows, _ = complete(prompts, '--max_new_tokens=5', '--top_log_probs=3', '--mesh=1x1x1')
+  assert len(rows) == 3
   for row in rows:
     assert [len(top) for top in row['top_log_probs']] == [3] * 5
     assert [top[0] for top in row['top_log_probs']] == [
