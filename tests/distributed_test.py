@@ -146,7 +146,7 @@ def test_a_tasks_rows_are_those_of_one_process(seen, root, greedy, tmp_path, mon
 
 def test_each_process_reads_its_half(seen, palm_tiny, root, tmp_path, monkeypatch):
   """Of what one process of eight devices reads: 15 MB of float32, each shard once."""
-  monkeypatch.setattr(distributed_program.GzipArray, '_read', distributed_program.GzipArray._read)
+  monkeypatch.setattr(distributed_program.ZarrTensor, '_read', distributed_program.ZarrTensor._read)
   total = distributed_program.count_bytes()
   assert (
     infer.run(
