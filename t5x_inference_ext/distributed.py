@@ -1,14 +1,17 @@
-"""Several processes that run one program, each with its own devices: joining them, and what they have to agree on.
+"""Several processes that run one program, each with its own devices: joining them, and agreement.
 
-All of them take the same steps, since every computation over the mesh needs all of them. So each step that one process
-can fail at alone (a file that only it lacks, an output that only process 0 writes) ends with an exchange, in which all
-learn of the error, and end. In one process nothing here costs anything.
+Every computation over the mesh needs all processes, so all of them take the same steps. A step that
+one process can fail at alone (reading a file that only it lacks, writing the output in process 0)
+ends with an exchange: all processes learn of the error, and end. In one process nothing here costs
+anything.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 import contextlib
 import dataclasses
+import functools
 import hashlib
+import itertools
 import json
 from typing import Any, TypeVar
 
@@ -21,22 +24,25 @@ from t5x_inference_ext.errors import MeshError, RequestError, UserError
 from t5x_inference_ext.rendezvous import AUTO, ProcessOptions
 
 TIMEOUT_SECONDS = 120  # to wait for the other processes
-# That a process that is done waits for the others to end: tf.data takes up to a minute to drop an iterator.
+# How long a process that is done waits for the others: tf.data takes up to a minute to drop an
+# iterator.
 SHUTDOWN_SECONDS = 120
+# Attribute of an error that all processes know of: it is not exchanged again on its way out.
+_EXCHANGED = '_exchanged'
 
-_T = TypeVar('T')
+_T = TypeVar('_T')
 
 
 def initialize(processes: ProcessOptions, *, timeout: float = TIMEOUT_SECONDS) -> None:
   """Join this process to the others of its run. Has to come before jax is asked for devices.
 
   Args:
-    processes: the coordinator's address, the number of processes and this one's index. With the
+    processes: The coordinator's address, the number of processes and this one's index. With the
       address 'auto' jax finds all three, as on TPU pods, SLURM, Open MPI and Kubernetes.
-    timeout: seconds to wait for the others.
+    timeout: Seconds to wait for the others.
 
   Raises:
-    RequestError: processes that don't find each other, or a second run with other processes.
+    RequestError: Processes that don't find each other, or a second run with other processes.
   """
   address, count, process = dataclasses.astuple(processes)
   if address is None:
@@ -49,7 +55,7 @@ def initialize(processes: ProcessOptions, *, timeout: float = TIMEOUT_SECONDS) -
         f'{process} of {count}'
       )
     return
-  arguments = {}
+  arguments: dict[str, Any] = {}
   if address != AUTO:
     rendezvous.meet(address, count, process, timeout)
     arguments = dict(coordinator_address=address, num_processes=count, process_id=process)
@@ -71,64 +77,64 @@ def initialize(processes: ProcessOptions, *, timeout: float = TIMEOUT_SECONDS) -
 
 
 def is_main() -> bool:
-  """Whether this is process 0, the one that writes and prints."""
+  """Return whether this is process 0, the one that writes and prints."""
   return jax.process_index() == 0
 
 
 def check_mesh(mesh: jax.sharding.Mesh) -> None:
-  """Raises MeshError for a mesh that leaves a process without a device: it could not take part."""
+  """Raise MeshError for a mesh without a device of some process, which could not take part."""
   idle = set(range(jax.process_count())) - {device.process_index for device in mesh.devices.flat}
   if idle:
     raise MeshError(
-      f'the mesh has {mesh.size} of {jax.device_count()} devices, and none of process {min(idle)}: with '
-      f'{jax.process_count()} processes it needs devices of each: use a larger mesh, or fewer processes'
+      f'the mesh has {mesh.size} of {jax.device_count()} devices, and none of process {min(idle)}: '
+      f'with {jax.process_count()} processes it needs devices of each: use a larger mesh, or fewer '
+      'processes'
     )
 
 
-def exchange(make: Callable[[], Any]) -> list[Any]:
-  """What `make` returns in each process, in their order. Every process calls this at the same point.
+def exchange(make: Callable[[], _T]) -> list[_T]:
+  """Return the value of `make` in each process, by process index. All processes call this together.
 
   Args:
-    make: returns something JSON-ready.
+    make: Returns something JSON-ready.
 
   Raises:
-    Exception: whatever `make` raises, in its process.
-    RequestError: with the same message, in the other processes.
+    Exception: Whatever `make` raises, in its process.
+    RequestError: With the same message, in the other processes.
   """
   if jax.process_count() == 1:
     return [make()]
   value, error = None, None
   try:
     value = make()
-  except Exception as e:  # pylint: disable=broad-except  # whatever it is, the others must not wait for this process
+  except Exception as e:  # whatever the error is, the others must not wait for this process
     error = e
   answers = [json.loads(text) for text in _gather(json.dumps([_message(error), value]))]
   if error is not None:
-    raise _told(error)
+    raise _exchanged(error)
   for process, (message, _) in enumerate(answers):
     if message is not None:
-      raise _told(RequestError(f'process {process}: {message}'))
+      raise _exchanged(RequestError(f'process {process}: {message}'))
   return [answer for _, answer in answers]
 
 
-def from_main(make: Callable[[], Any]) -> Any:
-  """What `make` returns in process 0, the only one that calls it, or its error."""
-  return exchange(lambda: make() if is_main() else None)[0]
+def from_main(make: Callable[[], _T]) -> _T:
+  """Return the value of `make` in process 0, the only one that calls it, or raise its error."""
+  values: list[Any] = exchange(lambda: make() if is_main() else None)
+  return values[0]
 
 
 def check_same(**parts: Any) -> None:
-  """Raises RequestError, in all processes, where they differ in something.
+  """Raise RequestError, in all processes, where they differ.
 
   Args:
-    **parts: things with a telling repr, by the names that the error calls them.
+    **parts: Values with a telling repr, by the names that the error gives them.
   """
-  digests = exchange(
-    lambda: {k: hashlib.sha256(repr(part).encode()).hexdigest() for k, part in parts.items()}
-  )
+  digests = exchange(lambda: {name: _digest(part) for name, part in parts.items()})
   for process, digest in enumerate(digests):
     for name, value in digests[0].items():
       if digest[name] != value:
-        raise _told(
+        raise _exchanged(
           RequestError(
             f'process {process} has other {name} than process 0: all processes need the same '
             'flags and files'
@@ -138,53 +144,56 @@ def check_same(**parts: Any) -> None:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-  """A step of every process: an error in one of them, in this block, ends all of them."""
+  """Run a block in every process: an error in one of them, in this block, ends all of them."""
   try:
     yield
-  except Exception as error:  # pylint: disable=broad-except
-    # The processes have either heard of this one, or can't hear any more.
-    if not getattr(error, '_told', False) and not isinstance(error, jax.errors.JaxRuntimeError):
-      exchange(_raise(error))
+  except Exception as error:
+    # After an error of jax's runtime the processes can't hear of each other any more.
+    if not hasattr(error, _EXCHANGED) and not isinstance(error, jax.errors.JaxRuntimeError):
+      exchange(functools.partial(_raise, error))
     raise
   exchange(lambda: None)
 
 
 def lockstep(items: Iterable[_T], key: Callable[[_T], Any] = lambda item: None) -> Iterator[_T]:
-  """The items, each when every process has one: so that all run the same batches.
+  """Yield each item when every process has one, so that all processes run the same batches.
 
   Args:
-    items: of this process.
-    key: what has to be the same everywhere, with a telling repr.
+    items: The items of this process.
+    key: Returns what has to be equal in all processes, with a telling repr.
 
   Raises:
-    RequestError: a process has more items than another, or others.
+    RequestError: A process has more items than another, or others.
   """
-  iterator, end, count = iter(items), object(), 0
-  while True:
-
-    def digest():
-      nonlocal item
-      item = next(iterator, end)
-      return None if item is end else hashlib.sha256(repr(key(item)).encode()).hexdigest()
-
-    item = end
-    digests = exchange(digest)
+  iterator = iter(items)
+  for count in itertools.count():
+    taken: list[_T] = []
+    digests = exchange(functools.partial(_take, iterator, key, taken))
     for process, other in enumerate(digests):
       if other != digests[0]:
-        raise _told(
+        raise _exchanged(
           RequestError(
             f'batch {count} of process {process} is not that of process 0: the processes must '
             'read the same examples in the same order'
           )
         )
-    if item is end:
+    if not taken:
       return
-    count += 1
-    yield item
+    yield taken[0]
+
+
+def _take(iterator: Iterator[_T], key: Callable[[_T], Any], taken: list[_T]) -> str | None:
+  """Move the next item into `taken`; return a digest of its key, None at the end."""
+  taken.extend(itertools.islice(iterator, 1))
+  return _digest(key(taken[0])) if taken else None
+
+
+def _digest(value: Any) -> str:
+  return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
 def _gather(text: str) -> list[str]:
-  """The text of every process. Padded, so that there are few sizes to compile for."""
+  """Return the text of every process. Texts are padded, so that few sizes are compiled for."""
   data = np.frombuffer(text.encode(), np.uint8)
   sizes = multihost_utils.process_allgather(np.asarray(len(data), np.int32))
   width = -(-int(sizes.max()) // 1024) * 1024
@@ -198,14 +207,10 @@ def _message(error: Exception | None) -> str | None:
   return str(error) if isinstance(error, UserError) else f'{type(error).__name__}: {error}'
 
 
-def _told(error: Exception) -> Exception:
-  """Marks an error that all processes know of: it is not to be exchanged again on its way out."""
-  error._told = True
+def _exchanged(error: Exception) -> Exception:
+  setattr(error, _EXCHANGED, True)
   return error
 
 
-def _raise(error: Exception) -> Callable[[], None]:
-  def make():
-    raise error
-
-  return make
+def _raise(error: Exception) -> None:
+  raise error

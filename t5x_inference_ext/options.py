@@ -1,21 +1,24 @@
 """Options declared once, as fields of a frozen dataclass: type, default, help text and range.
 
-A command makes its flags of these fields (commands/option_flags.py), gin binds them by name, and `check_options` checks
-a value wherever it comes from: a flag, a gin file or Python.
+A command makes its flags of these fields (commands/option_flags.py), gin binds them by name, and
+`check_options` checks a value wherever it comes from: a flag, a gin file or Python.
 """
 
 import collections.abc
 import dataclasses
+import inspect
 import numbers
+import reprlib
 import types
 import typing
-from typing import Any
+from typing import Any, TypeVar
 
 from t5x_inference_ext.errors import RequestError
 
 LARGEST_WHOLE = 2**31 - 1  # what an int32 holds
 _WORDS = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text'}
 _REQUIRED = dataclasses.MISSING
+_Function = TypeVar('_Function', bound=collections.abc.Callable)
 
 
 def option(
@@ -25,44 +28,82 @@ def option(
   group: str = '',
   choices: collections.abc.Sequence[str] = (),
   least: int | None = None,
+  most: float = LARGEST_WHOLE,
 ) -> Any:
   """Return a dataclass field that is an option.
 
   Args:
-    default: value where none is given. An option without one has to be given.
-    help: one or two sentences for `--help`.
-    group: heading that `--help` lists the option under.
-    choices: the values allowed, beside None where the type allows that.
-    least: smallest value of a whole number.
+    default: Value where none is given. An option without one has to be given.
+    help: One or two sentences for `--help`.
+    group: Heading that `--help` lists the option under.
+    choices: The values allowed, beside None where the type allows that.
+    least: Smallest value; for whole numbers alone.
+    most: Largest value of an option with a smallest one.
   """
-  return dataclasses.field(
-    default=default, metadata={'help': help, 'group': group, 'choices': choices, 'least': least}
-  )
+  metadata = {'help': help, 'group': group, 'choices': choices, 'range': (least, most)}
+  return dataclasses.field(default=default, metadata=metadata)
 
 
 def check_options(options: Any) -> None:
   """Check the fields of a dataclass made with `option`; to be called in its `__post_init__`.
 
   Raises:
-    RequestError: a value of another type, not among the choices, or below the least.
+    RequestError: A value of another type, not among the choices, or out of its range.
   """
   hints = typing.get_type_hints(type(options))
   for field in dataclasses.fields(options):
-    if 'help' not in field.metadata:
-      continue
-    value, annotation = getattr(options, field.name), hints[field.name]
-    choices, least = field.metadata['choices'], field.metadata['least']
-    if value is None and has_type(None, annotation):
-      continue
-    if choices and value not in choices:
-      raise RequestError(f'{field.name} must be one of {", ".join(choices)}, got {value!r}')
-    if least is not None and not (has_type(value, annotation) and least <= value <= LARGEST_WHOLE):
-      most = f' and at most {LARGEST_WHOLE}' if has_type(value, int) and value > least else ''
-      raise RequestError(
-        f'{field.name} must be a whole number, {least} or more{most}, got {value!r}'
-      )
-    if not has_type(value, annotation):
-      raise RequestError(f'{field.name} must be {type_text(annotation)}, got {value!r}')
+    if 'help' in field.metadata:
+      message = _complaint(getattr(options, field.name), hints[field.name], field.metadata)
+      if message:
+        raise RequestError(f'{field.name} must be {message}')
+
+
+def _complaint(
+  value: Any, annotation: Any, metadata: collections.abc.Mapping[str, Any]
+) -> str | None:
+  """Return what a value must be and is not; None for a good one."""
+  choices, (least, most) = metadata['choices'], metadata['range']
+  got = f', got {reprlib.repr(value)}'
+  if value is None and has_type(None, annotation):
+    return None
+  if choices:
+    return None if value in choices else f'one of {", ".join(choices)}{got}'
+  if least is None:
+    return None if has_type(value, annotation) else type_text(annotation) + got
+  if not has_type(value, int) or value < least:
+    return f'a whole number, {least} or more{got}'
+  return f'a whole number, {least} to {most}{got}' if value > most else None
+
+
+def takes_options(
+  options: type, *, skip: collections.abc.Collection[str] = ()
+) -> collections.abc.Callable[[_Function], _Function]:
+  """Return a decorator that spells out a function's `**options` in its signature.
+
+  gin binds parameters by the names in a signature: it takes each option then, and refuses others.
+
+  Args:
+    options: Dataclass whose options are the parameters.
+    skip: Options that the function does not take.
+  """
+
+  def decorate(function: _Function) -> _Function:
+    own = inspect.signature(function)
+    hints = typing.get_type_hints(options)
+    parameters = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    for field in dataclasses.fields(options):
+      if 'help' in field.metadata and field.name not in skip:
+        annotation = hints[field.name]
+        function.__annotations__[field.name] = annotation
+        parameters.append(
+          inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation
+          )
+        )
+    function.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]  # what inspect reads
+    return function
+
+  return decorate
 
 
 def has_type(value: Any, annotation: Any) -> bool:

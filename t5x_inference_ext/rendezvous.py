@@ -1,8 +1,9 @@
-"""The processes of a run find each other, or say who is missing, before jax looks for them.
+"""Rendezvous of the processes of a run: all of them come, or each says who is missing.
 
-jax's own client waits for minutes where a process does not come, and then ends with a stack trace of its C++ code. Here
-process 0 listens at the coordinator's port until the others have told it who they are, tells all of them the verdict
-and leaves the port to jax. One JSON object a line each way.
+Without it jax 0.10 ends a process after a timeout with SIGABRT and a C++ stack trace: it names
+nobody, and raises no Python error that could be turned into a sentence. Here process 0 listens at
+the coordinator's port until the others have told it who they are, tells all of them the verdict,
+and leaves the port to jax. Messages are one JSON object a line.
 """
 
 import contextlib
@@ -16,9 +17,9 @@ from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.options import check_options, option
 
 AUTO = 'auto'
-NAME = 't5x_inference_ext'  # in every message: whatever else talks to the port is not of this run
+NAME = 't5x_inference_ext'  # in every message: anything else at the port is not of this run
 RETRY_SECONDS = 0.2
-HELLO_SECONDS = 5  # that a connection has to say who it is
+HELLO_SECONDS = 5  # for a connection to say who it is
 MAX_MESSAGE = 4096
 _PROCESSES = 'Several processes'
 
@@ -28,7 +29,7 @@ class ProcessOptions:
   """How this process joins the others of its run; all None where there is one process.
 
   Raises:
-    RequestError: a value out of its range, or options that don't go together.
+    RequestError: A value out of its range, or options that don't go together.
   """
 
   coordinator_address: str | None = option(
@@ -75,8 +76,8 @@ class ProcessOptions:
 
 
 def parse_address(address: str) -> tuple[str, int]:
-  """'HOST:PORT' -> (host, port). Raises RequestError for anything else."""
-  host, colon, port = str(address).rpartition(':')
+  """Return host and port of 'HOST:PORT'. Raises RequestError for anything else."""
+  host, colon, port = address.rpartition(':')
   if not colon or not host or not port.isdecimal() or not 0 < int(port) < 2**16:
     raise RequestError(
       f'coordinator_address is HOST:PORT of process 0, e.g. 10.0.0.1:1234, or auto, got {address!r}'
@@ -85,16 +86,17 @@ def parse_address(address: str) -> tuple[str, int]:
 
 
 def meet(address: str, num_processes: int, process_id: int, timeout: float) -> None:
-  """Returns when all processes have come.
+  """Return when all processes have come.
 
   Args:
     address: HOST:PORT of process 0.
-    num_processes: of the run.
-    process_id: this one's.
-    timeout: seconds to wait.
+    num_processes: Number of processes of the run.
+    process_id: Index of this process.
+    timeout: Seconds to wait.
 
   Raises:
-    RequestError: process 0 can't be reached or can't listen; others are missing, twice there, or of another run.
+    RequestError: Process 0 can't be reached or can't listen; others are missing, come twice, or
+      belong to another run.
   """
   host, port = parse_address(address)
   deadline = time.monotonic() + timeout
@@ -105,19 +107,19 @@ def meet(address: str, num_processes: int, process_id: int, timeout: float) -> N
 
 
 def _receive_all(port: int, num_processes: int, deadline: float, timeout: float) -> None:
-  """Process 0: waits for the others and tells them what came of it."""
+  """Wait in process 0 for the others, and tell them the verdict."""
   arrived, connections, error = {0}, [], None
   with contextlib.ExitStack() as stack:
     server = stack.enter_context(_listen(port, num_processes))
     while len(arrived) < num_processes and error is None:
-      server.settimeout(max(deadline - time.monotonic(), 0.001))
+      server.settimeout(_left(deadline))
       try:
         connection = stack.enter_context(server.accept()[0])
       except TimeoutError:
         missing = sorted(set(range(num_processes)) - arrived)
         error = (
-          f'{_names(missing)} of {num_processes} did not come within {timeout:g} s: are they started, with '
-          'the same coordinator_address?'
+          f'{_names(missing)} of {num_processes} did not come within {timeout:g} s: are they '
+          'started, with the same coordinator_address?'
         )
         break
       connection.settimeout(HELLO_SECONDS)
@@ -128,14 +130,14 @@ def _receive_all(port: int, num_processes: int, deadline: float, timeout: float)
       process = hello['process_id']
       if hello['num_processes'] != num_processes:
         error = (
-          f'process {process} was started with num_processes={hello["num_processes"]} and process 0 with '
-          f'{num_processes}'
+          f'process {process} was started with num_processes={hello["num_processes"]} and process '
+          f'0 with {num_processes}'
         )
       elif process in arrived:
         error = f'two processes were started with process_id={process}'
       arrived.add(process)
     for connection in connections:
-      with contextlib.suppress(OSError):  # it has gone: jax will notice
+      with contextlib.suppress(OSError):  # a process that has gone: jax will notice
         _write(connection, error=error)
   if error is not None:
     raise RequestError(error)
@@ -144,19 +146,17 @@ def _receive_all(port: int, num_processes: int, deadline: float, timeout: float)
 def _report(
   host: str, port: int, num_processes: int, process_id: int, deadline: float, timeout: float
 ) -> None:
-  """Another process: says who it is, and waits for the verdict."""
+  """Tell process 0 who this process is, and wait for the verdict."""
   while True:
     try:
-      with socket.create_connection(
-        (host, port), timeout=max(deadline - time.monotonic(), 0.001)
-      ) as connection:
+      with socket.create_connection((host, port), timeout=_left(deadline)) as connection:
         _write(connection, process_id=process_id, num_processes=num_processes)
-        connection.settimeout(max(deadline - time.monotonic(), 0.001))
+        connection.settimeout(_left(deadline))
         verdict = _read(connection)
-      reason = 'something else answers there' if verdict is None else None
+      reason = 'something else answers there'
     except OSError as error:
-      reason = error.strerror or str(error)
-    if reason is None:
+      verdict, reason = None, error.strerror or str(error)
+    if verdict is not None:
       break
     if time.monotonic() + RETRY_SECONDS > deadline:
       raise RequestError(
@@ -166,6 +166,11 @@ def _report(
     time.sleep(RETRY_SECONDS)
   if verdict['error'] is not None:
     raise RequestError(verdict['error'])
+
+
+def _left(deadline: float) -> float:
+  """Return the seconds until a deadline, above 0: a socket takes 0 for 'do not wait'."""
+  return max(deadline - time.monotonic(), 0.001)
 
 
 def _listen(port: int, backlog: int) -> socket.socket:
@@ -189,7 +194,7 @@ def _write(connection: socket.socket, **message: Any) -> None:
 
 
 def _read(connection: socket.socket) -> dict[str, Any] | None:
-  """The message, or None for anything else: a port on a network is also visited by strangers."""
+  """Return the message, or None for anything else: strangers visit a port on a network, too."""
   try:
     with connection.makefile('rb') as stream:
       message = json.loads(stream.readline(MAX_MESSAGE))

@@ -1,4 +1,4 @@
-"""Text that commands read and write: JSON, and files beside what they print; and the extras that they need."""
+"""Text that commands read and write: JSON, and files beside what they print; and their extras."""
 
 import importlib.util
 import json
@@ -14,7 +14,7 @@ def parse_json(text: str) -> Any:
   """Return the value that a JSON text holds.
 
   Raises:
-    ValueError: the text is no JSON, or none that Python can hold. The message goes on from '... is'.
+    ValueError: The text is no JSON, or none that Python can hold. The message follows on '... is'.
   """
   try:
     value = json.loads(text)
@@ -41,7 +41,7 @@ def check_writable(*paths: str | None) -> None:
   """Raise RequestError for a path where no file can be written: before the work, not after.
 
   Args:
-    *paths: files to be written; None is no path.
+    *paths: Files to be written; None is no path.
   """
   for path in filter(None, paths):
     directory = os.path.dirname(os.path.abspath(path))
@@ -54,12 +54,12 @@ def check_writable(*paths: str | None) -> None:
 
 
 def check_extra(extra: str, what: str, *modules: str) -> None:
-  """Raise UserError where a module of an optional extra is not installed, before anything is computed.
+  """Raise UserError where a module of an optional extra is not installed.
 
   Args:
-    extra: name of the extra of this package that installs the modules.
-    what: beginning of the error, such as 'figures need matplotlib'.
-    *modules: top-level modules that are needed.
+    extra: Name of the extra of this package that installs the modules.
+    what: Beginning of the error, such as 'figures need matplotlib'.
+    *modules: Top-level modules that are needed.
   """
   if any(importlib.util.find_spec(module) is None for module in modules):
     raise UserError(f"{what}: pip install 't5x_inference_ext[{extra}]'")

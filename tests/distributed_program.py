@@ -1,6 +1,7 @@
-"""What each process of distributed_test's runs: several runs of the command in one process, which jax joins once.
+"""Program of each process of distributed_test: several runs of the command, joined by jax once.
 
-Its arguments are the coordinator's port, its process id and a directory; it prints a JSON object of what it saw, last.
+Its arguments are the coordinator's port, its process id and a directory. It prints a JSON object of
+what it saw, last.
 """
 
 import contextlib

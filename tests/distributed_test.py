@@ -1,4 +1,4 @@
-"""Two processes of four devices: the same rows as one process of eight, each reading half, one writing."""
+"""Two processes of four devices: the rows of one process of eight; each reads half, one writes."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def greedy(golden):
 
 @pytest.fixture(scope='module')
 def root(golden, greedy, tmp_path_factory):
-  """A directory for distributed_program: rows to score, the module of a task, and a directory for each process."""
+  """Directory for distributed_program: rows to score, a task's module, one for each process."""
   root = tmp_path_factory.mktemp('distributed')
   (root / 'scored.jsonl').write_text(
     ''.join(
@@ -146,7 +146,7 @@ def test_a_tasks_rows_are_those_of_one_process(seen, root, greedy, tmp_path, mon
 
 def test_each_process_reads_its_half(seen, palm_tiny, root, tmp_path, monkeypatch):
   """Of what one process of eight devices reads: 15 MB of float32, each shard once."""
-  monkeypatch.setattr(distributed_program.GzipArray, '_read', distributed_program.GzipArray._read)
+  monkeypatch.setattr(distributed_program.ZarrTensor, '_read', distributed_program.ZarrTensor._read)
   total = distributed_program.count_bytes()
   assert (
     infer.run(

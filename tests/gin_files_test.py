@@ -1,4 +1,4 @@
-"""The gin files this package ships: the models and layouts they bind, and that a run's comments tell all it takes."""
+"""The gin files this package ships: models and layouts that they bind, macros that they explain."""
 
 import pathlib
 import re

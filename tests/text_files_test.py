@@ -1,6 +1,7 @@
 """Files that a command writes: refused before the work, where they can't be written."""
 
 import importlib.util
+import json
 import os
 
 import pytest
@@ -31,6 +32,26 @@ def test_permissions_are_asked_of_the_file_or_its_directory(tmp_path, monkeypatc
   monkeypatch.setattr(os, 'access', lambda asked, mode: str(asked) != refused)
   with pytest.raises(RequestError, match='permission denied'):
     text_files.check_writable(str(path))
+
+
+@pytest.mark.parametrize('text', ['{"a": [1, "x", null]}', '3', '[' * 200 + ']' * 200])
+def test_json_that_can_be_used(text):
+  assert json.dumps(text_files.parse_json(text)) == text
+
+
+@pytest.mark.parametrize(
+  'text, message',
+  [
+    ('{1: 2}', 'not JSON (Expecting property name enclosed in double quotes at column 2)'),
+    ('[' * 100_000, 'not JSON that can be used (nested too deeply)'),
+    ('[' * 300 + ']' * 300, 'not JSON that can be used (nested too deeply)'),
+    ('9' * 5000, 'not JSON that can be used (a number has too many digits)'),
+  ],
+)
+def test_json_that_can_not_be_used(text, message):
+  with pytest.raises(ValueError) as error:
+    text_files.parse_json(text)
+  assert str(error.value) == message
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch):

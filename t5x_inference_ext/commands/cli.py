@@ -1,23 +1,23 @@
-"""What all commands share: a session that reads flags and prints errors as one line, and gin as T5X's commands take it.
+"""Runs of commands: a session that reads flags and turns errors into one line, and gin bindings.
 
 A command's module has
 
-  def define_flags(flags): ...    # on a FlagValues of its own, so that commands don't clash in one process
+  def define_flags(flags): ...      # on a FlagValues of its own: two commands fit in one process
 
-  def run(argv=None) -> int:      # the entry point; returns the exit code
+  def run(argv=None) -> int:        # the entry point; returns the exit code
     with cli.Session(__doc__, define_flags, argv) as session:
       flags = session.parse()
-      ...                         # raises UserError for what the user can mend
+      ...                           # raises UserError for what the user can mend
     return session.code
 
-With gin, the block calls `parse_gin(flags)` and then `configure(function)()`: the function with the arguments that gin
-binds. Gin flags are T5X's: --gin_file=FILE (repeatable), --gin.NAME=VALUE, --gin_bindings='NAME = VALUE',
+With gin flags the block calls `parse_gin(flags)` and then `configure(function)()`. Gin flags are
+those of T5X: --gin_file=FILE (repeatable), --gin.NAME=VALUE, --gin_bindings='NAME = VALUE',
 --gin_search_paths.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 import functools
-import importlib.util  # gin uses it for files inside packages, but imports only importlib
+import importlib.util
 import inspect
 import io
 import logging
@@ -37,10 +37,12 @@ from t5x_inference_ext.commands import option_flags
 from t5x_inference_ext.errors import UserError
 from t5x_inference_ext.options import has_type, type_text
 
-# Imported for what importing them does: for gin, and for absl's logging flags.
+# Imported for what the import does: gin uses importlib.util without importing it, and absl.logging
+# defines its flags.
 assert importlib.util and absl_logging
 
 _GIN_GROUP = 'Gin'
+_PACKAGE_PARENT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
 class HelpShown(Exception):
@@ -50,17 +52,18 @@ class HelpShown(Exception):
 class Session:
   """One run of a command: its flags, and an exit code for whatever ends it.
 
-  As a context manager it ends a UserError with one line `error: ...` on stderr and code 2, Ctrl-C with code 130, and
-  --help with code 0. Other exceptions keep their traceback. Lines that the command prints appear at once, also where
-  the output is a file.
+  A context manager. Errors that the user can mend (UserError, a full disk, too little memory)
+  become one line `error: ...` on stderr and exit code 2; Ctrl-C becomes code 130, and a reader that
+  has gone, as behind `| head`, a shell's code for SIGPIPE. Other exceptions keep their traceback.
+  Lines that the command prints appear at once, also where the output is a file.
 
   Args:
-    doc: text that --help prints before the flags.
-    define_flags: defines the command's own flags on the FlagValues given to it.
-    argv: command line, `argv[0]` being the command's name; sys.argv by default.
+    doc: Text that --help prints before the flags.
+    define_flags: Defines the command's own flags on the FlagValues given to it.
+    argv: Command line, `argv[0]` being the command's name; sys.argv by default.
 
   Attributes:
-    code: exit code of the process: 0, 2 for an error, 130 after Ctrl-C; a command may set another one.
+    code: Exit code of the process. A command may set another one than 0.
   """
 
   def __init__(
@@ -68,7 +71,7 @@ class Session:
     doc: str | None,
     define_flags: Callable[[absl_flags.FlagValues], None],
     argv: Sequence[str] | None = None,
-  ):
+  ) -> None:
     self.code = 0
     self._doc, self._define_flags = doc or '', define_flags
     self._argv = list(sys.argv if argv is None else argv)
@@ -83,28 +86,34 @@ class Session:
     self,
     kind: type[BaseException] | None,
     error: BaseException | None,
-    _: types.TracebackType | None,
+    traceback: types.TracebackType | None,
   ) -> bool:
-    if isinstance(error, UserError):
-      print(f'error: {error}', file=sys.stderr)
-      self.code = 2
-    elif isinstance(error, KeyboardInterrupt):
+    if isinstance(error, HelpShown):
+      return True
+    if isinstance(error, KeyboardInterrupt):
       print('interrupted', file=sys.stderr)
       self.code = 130
-    return isinstance(error, (UserError, KeyboardInterrupt, HelpShown))
+    elif isinstance(error, BrokenPipeError):
+      nowhere = os.open(os.devnull, os.O_WRONLY)
+      os.dup2(nowhere, sys.stdout.fileno())  # Python flushes once more when it ends
+      self.code = 128 + signal.SIGPIPE
+    elif error is not None and (message := _user_message(error)):
+      print(f'error: {message}', file=sys.stderr)
+      self.code = 2
+    return self.code != 0
 
   def parse(self) -> absl_flags.FlagValues:
     """Return the parsed flags.
 
     Raises:
-      UserError: a flag that is not known or has a wrong value, or an argument that is no flag.
+      UserError: A flag that is not known or has a wrong value, or an argument that is no flag.
       HelpShown: --help was given, and is printed.
     """
     flags = absl_flags.FlagValues()
     self._define_flags(flags)
     _define_gin_flags(flags)
     try:
-      # What this command does not know is absl's: logging flags like --alsologtostderr.
+      # Flags that the command does not know are absl's, like --alsologtostderr.
       unknown = flags(rewrite_gin_flags(self._argv), known_only=True)
       if flags.help:
         print(option_flags.help_text(self._doc, flags))
@@ -117,25 +126,32 @@ class Session:
     return flags
 
 
-def print_line(line: str) -> None:
-  """Print a line of a command's output, at once.
+def _user_message(error: BaseException) -> str:
+  """Return one line about an error that the user can mend; '' for an error of this package."""
+  if isinstance(error, UserError):
+    return str(error)
+  # A file that is not there may be this package's own; all else is the machine's.
+  if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) and error.strerror:
+    return f'{error.strerror}: {error.filename}' if error.filename else error.strerror
+  # jax's own error is not imported here: some commands run without jax.
+  if isinstance(error, MemoryError) or str(error).startswith('RESOURCE_EXHAUSTED'):
+    why = str(error).removeprefix('RESOURCE_EXHAUSTED: ').partition('\n')[0] or 'MemoryError'
+    return f'too little memory ({why}): take fewer or shorter rows, or more devices'
+  return ''
 
-  Raises:
-    SystemExit: nobody reads any more, as behind `| head`. The status is a shell's for SIGPIPE.
-    UserError: the line can't be written.
-  """
+
+def print_line(line: str) -> None:
+  """Print a line of a command's output. Raises UserError where it can't be written."""
   try:
     print(line, flush=True)
   except BrokenPipeError:
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())  # Python flushes once more when it ends
-    raise SystemExit(128 + signal.SIGPIPE) from None
+    raise  # the session ends the command
   except OSError as e:
     raise UserError(f"can't write to standard output: {e.strerror}") from e
 
 
 def rewrite_gin_flags(argv: Sequence[str]) -> list[str]:
-  """--gin.NAME=VALUE as --gin_bindings=NAME = VALUE, which keeps everything gin-specific in one flag."""
+  """Return a command line with `--gin.NAME=VALUE` written as `--gin_bindings=NAME = VALUE`."""
   rewritten = []
   for arg in argv:
     name, equals, value = arg.partition('=')
@@ -149,39 +165,44 @@ def rewrite_gin_flags(argv: Sequence[str]) -> list[str]:
 
 
 def uses_gin(flags: absl_flags.FlagValues) -> bool:
+  """Return whether a gin file or binding was given."""
   return bool(flags.gin_file or flags.gin_bindings)
 
 
 def check_unmixed(
   flags: absl_flags.FlagValues, names: Iterable[str], example: str, gin_file: str
 ) -> None:
-  """Raises UserError for any of a command's plain flags beside gin, with a binding such as to use and where macros are."""
+  """Raise UserError where a plain flag is given beside gin flags.
+
+  Args:
+    flags: Parsed flags.
+    names: Plain flags of the command.
+    example: A binding to use instead, such as 'BATCH=64'.
+    gin_file: File that lists the command's macros.
+  """
   given = [name for name in names if flags[name].present]
   if given:
     raise UserError(
-      f"--{given[0]} and gin flags can't be mixed: with gin, bind macros such as --gin.{example} "
-      f'({gin_file} lists them)'
+      f"--{given[0]} and gin flags can't be mixed: with gin, bind macros such as "
+      f'--gin.{example} ({gin_file} lists them)'
     )
 
 
 def parse_gin(flags: absl_flags.FlagValues) -> str:
-  """Parses the gin files and then the bindings of the command line, and finalizes the configuration.
+  """Parse the gin files and then the bindings of the command line, and finalize the configuration.
 
   Returns:
     The whole configuration as gin text, for a record of the run.
 
   Raises:
-    UserError: a file that is not found, a binding of what does not exist (a macro that no file defines or uses,
-      too: gin itself would ignore a misspelt one), a required macro that is not set.
+    UserError: A file that is not found; a binding of what does not exist, also of a macro that no
+      file defines or uses, which gin itself would ignore; a required macro that is not set.
   """
-  # The package is found as a gin search path, whatever directory the command is started from.
-  package_root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
   gin.clear_config()
-  for path in [*flags.gin_search_paths, package_root]:
+  # The package is found as a gin search path, whatever directory the command is started from.
+  for path in [*flags.gin_search_paths, _PACKAGE_PARENT]:
     gin.add_config_file_search_path(path)
-  # gin logs an error for each place where a file is not, though it may be in the next.
-  quiet = lambda record: not str(record.msg).startswith('Path not found')
-  logging.getLogger().addFilter(quiet)
+  logging.getLogger().addFilter(_is_no_search)
   try:
     gin.parse_config_files_and_bindings(flags.gin_file, None, finalize_config=False)
     for binding in flags.gin_bindings:
@@ -191,30 +212,31 @@ def parse_gin(flags: absl_flags.FlagValues) -> str:
     return gin.config_str()
   except UserError:
     raise
-  except (
-    Exception
-  ) as e:  # gin raises ValueError, SyntaxError, OSError, and whatever importing a module raises
+  except Exception as e:  # ValueError, SyntaxError, OSError, and whatever an import raises
     message = ' '.join(str(e).split())
     hint = ''
     if '%gin.REQUIRED' in message:
       name = message.partition('/')[0]
-      message, hint = (
-        f'{name} has no value',
-        f': set it with --gin.{name}=VALUE, strings as --gin.{name}=\\"text\\"',
-      )
+      message = f'{name} has no value'
+      hint = f': set it with --gin.{name}=VALUE, strings as --gin.{name}=\\"text\\"'
     elif isinstance(e, SyntaxError):
       hint = ' (a string needs quotes that the shell keeps: --gin.NAME=\\"text\\")'
     raise UserError(f'gin: {message or type(e).__name__}{hint}') from e
   finally:
-    logging.getLogger().removeFilter(quiet)
+    logging.getLogger().removeFilter(_is_no_search)
+
+
+def _is_no_search(record: logging.LogRecord) -> bool:
+  """Filter gin's error for each search path where a file is not: it may be in the next one."""
+  return not str(record.msg).startswith('Path not found')
 
 
 def configure(function: Callable[..., Any], **arguments: Any) -> Callable[[], Any]:
-  """Return `function` with the arguments that gin binds and those given here, ready to be called without any.
+  """Return `function` with the arguments that gin binds and those given here, ready to be called.
 
   Raises:
-    UserError: a parameter without a default that is neither bound nor given, a value of another type than the
-      parameter's annotation, or a bound object that can't be made.
+    UserError: A parameter without a default that is neither bound nor given, a value of another
+      type than the parameter's annotation, or a bound object that can't be made.
   """
   try:
     bound = gin.get_bindings(function)
@@ -227,11 +249,11 @@ def configure(function: Callable[..., Any], **arguments: Any) -> Callable[[], An
   hints = typing.get_type_hints(function)
   for name, value in bound.items():
     if name in hints and not has_type(value, hints[name]):
-      macro = sources[name]
-      is_macro = isinstance(macro, gin.config.ConfigurableReference)
+      is_macro = isinstance(sources[name], gin.config.ConfigurableReference)
+      label = str(sources[name]).removeprefix('%') if is_macro else name
       raise UserError(
-        f'gin: {str(macro).removeprefix("%") if is_macro else name} must be {type_text(hints[name])}, got {value!r}: '
-        'text has quotes that the shell keeps, --gin.NAME=\\"text\\", and numbers have none'
+        f'gin: {label} must be {type_text(hints[name])}, got {value!r}: text has quotes that the '
+        'shell keeps, --gin.NAME=\\"text\\", and numbers have none'
       )
   arguments = {**bound, **arguments}
   try:
@@ -243,17 +265,12 @@ def configure(function: Callable[..., Any], **arguments: Any) -> Callable[[], An
 
 
 def _check_macro(binding: str) -> None:
+  """Raise UserError for a binding of a macro that the gin files parsed neither define nor use."""
   name = binding.partition('=')[0].strip()
   if not name.isidentifier():
     return  # scope/module.function.parameter: gin checks it
   config = gin.config_str()
-  known = sorted(
-    {
-      line.partition(' = ')[0]
-      for line in config.splitlines()
-      if line.partition(' = ')[0].isidentifier()
-    }
-  )
+  known = sorted(set(re.findall(r'^(\w+) = ', config, re.MULTILINE)))
   if name not in known and not re.search(rf'%{name}\b', config):
     raise UserError(
       f'gin: nothing uses {name}; the gin files define {", ".join(known) or "no macro"}'

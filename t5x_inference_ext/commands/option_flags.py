@@ -1,4 +1,4 @@
-"""Flags of a command, made of the fields of dataclasses (options.option), and the text of --help."""
+"""Flags made of the fields of dataclasses (options.option), and the text of --help."""
 
 from collections.abc import Collection, Iterator, Sequence
 import dataclasses
@@ -44,11 +44,11 @@ def define_options(
   """Define a flag for each option of a dataclass: same name, type, default and choices.
 
   Args:
-    flags: takes the flags.
-    options: dataclass whose fields are made with options.option.
-    skip: names of fields that are no flags of this command.
-    group: heading in --help, in place of the fields' own.
-    prefix: beginning of each help text.
+    flags: FlagValues that takes the flags.
+    options: Dataclass whose fields are made with options.option.
+    skip: Names of fields that are no flags of this command.
+    group: Heading in --help, in place of the fields' own.
+    prefix: Beginning of each help text.
   """
   hints = typing.get_type_hints(options)
   for field in option_fields(options, skip=skip):
@@ -77,20 +77,21 @@ def define_flag(
   """Define one flag.
 
   Args:
-    flags: takes the flag.
-    name: of the flag.
-    annotation: bool, int, float or str, each also with `| None`; or tuple[str, ...] for a flag that may be repeated.
-    default: value where the flag is not given.
-    text: help text.
-    group: heading in --help.
-    choices: the values of a text that are allowed.
+    flags: FlagValues that takes the flag.
+    name: Name of the flag.
+    annotation: Type: bool, int, float or str, each also with `| None`; or tuple[str, ...] for a
+      flag that may be repeated.
+    default: Value where the flag is not given.
+    text: Help text.
+    group: Heading in --help.
+    choices: The values of a text that are allowed.
   """
   members = set(typing.get_args(annotation)) - {types.NoneType}
   kind: Any = annotation
   if typing.get_origin(annotation) is types.UnionType:
     kind = str if str in members else members.pop()  # int | str: a number may have a unit
   # absl lists flags by module: here the heading that --help shows them under.
-  arguments = {'flag_values': flags, 'module_name': group or 'Flags'}
+  arguments: dict[str, Any] = {'flag_values': flags, 'module_name': group or 'Flags'}
   if choices:
     absl_flags.DEFINE_enum(name, default, list(choices), text, **arguments)
   elif kind in _KINDS:
@@ -105,13 +106,13 @@ def read_options(
   """Return an instance of a dataclass with the values of its flags.
 
   Args:
-    flags: parsed.
-    options: dataclass that define_options made flags of.
-    skip: as given to define_options.
-    **others: values of fields that are no flags.
+    flags: Parsed flags.
+    options: Dataclass that define_options made flags of.
+    skip: As given to define_options.
+    **others: Values of fields that are no flags.
 
   Raises:
-    UserError: a value that the dataclass refuses.
+    UserError: A value that the dataclass refuses.
   """
   values = {field.name: flags[field.name].value for field in option_fields(options, skip=skip)}
   for name, value in values.items():
@@ -128,7 +129,7 @@ def check_given(flags: absl_flags.FlagValues, *names: str) -> None:
 
 
 def help_text(doc: str, flags: absl_flags.FlagValues) -> str:
-  """Return what --help prints: a command's docstring, then its flags by group, in the order of their definition."""
+  """Return the text of --help: a command's docstring, then its flags by group as defined."""
   lines = [inspect.cleandoc(doc)]
   for group, members in flags.flags_by_module_dict().items():
     # Flags that a command defines itself are absl's: their module is the command's, not a heading.

@@ -1,4 +1,4 @@
-"""SamplingParams as flags, for every command that generates; its gin bindings are in configs/sampling.gin."""
+"""SamplingParams as flags, for every command that generates (in gin: configs/sampling.gin)."""
 
 from absl import flags as absl_flags
 

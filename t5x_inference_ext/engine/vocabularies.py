@@ -1,4 +1,4 @@
-"""Text to token ids and back, without TensorFlow: bytes and SentencePiece models, with the ids that seqio gives."""
+"""Vocabularies without TensorFlow: UTF-8 bytes and SentencePiece models, with the ids of seqio."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -8,56 +8,66 @@ from typing import Any, Protocol
 
 from t5x_inference_ext.errors import RequestError
 
-BYTE_ROWS = 384  # the embedding of a model trained on bytes: 259 ids, padded to a multiple of 128
+# Embedding rows of a model trained on bytes: 259 ids, padded to a multiple of 128.
+BYTE_ROWS = 384
 
 
 class Vocabulary(Protocol):
-  """Anything that encodes and decodes.
+  """Anything that encodes and decodes text."""
 
-  Attributes:
-    name: for people.
-    size: ids are below it.
-    eos_id: the id that ends a row.
-  """
+  @property
+  def name(self) -> str:
+    """Name for messages."""
 
-  name: str
-  size: int
-  eos_id: int
+  @property
+  def size(self) -> int:
+    """Number of ids: each id is below it."""
+
+  @property
+  def eos_id(self) -> int:
+    """The id that ends a row."""
 
   def encode(self, text: str) -> list[int]:
-    """Ids of a text, without EOS. Raises ValueError for text that has none (a lone surrogate)."""
+    """Return the ids of a text, without EOS. Raises UnicodeEncodeError for a lone surrogate."""
 
   def decode(self, ids: Sequence[int]) -> str:
-    """The text of ids, up to the first EOS."""
+    """Return the text of ids, up to the first EOS."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ByteVocabulary:
-  """UTF-8 bytes: 0 padding, 1 EOS, 2 unknown, byte b is b + 3 (seqio.ByteVocabulary's ids)."""
+  """UTF-8 bytes, with the ids of seqio: 0 is padding, 1 EOS, 2 unknown, byte b is b + 3."""
 
   name: str = 'bytes'
   size: int = 259
   eos_id: int = 1
 
   def encode(self, text: str) -> list[int]:
+    """Return the ids of a text, without EOS. Raises UnicodeEncodeError for a lone surrogate."""
     return [b + 3 for b in text.encode('utf-8')]
 
   def decode(self, ids: Sequence[int]) -> str:
-    """Bytes that are no UTF-8 (a character cut short by a limit) and ids above the bytes are left out."""
-    return bytes(i - 3 for i in _until(ids, self.eos_id) if 3 <= i < self.size).decode(
-      'utf-8', errors='ignore'
-    )
+    """Return the text of ids, up to the first EOS.
+
+    Bytes that are no UTF-8 (a character cut short by a limit) and ids above the bytes are left out.
+    """
+    data = bytes(i - 3 for i in _before(ids, self.eos_id) if 3 <= i < self.size)
+    return data.decode('utf-8', errors='ignore')
 
 
 @dataclasses.dataclass(frozen=True)
 class SentencePieceVocabulary:
-  """A SentencePiece model file, as it is: seqio's extra_ids are not added."""
+  """A SentencePiece model file as it is; seqio's extra_ids are not added.
+
+  Attributes:
+    name: Path of the file.
+  """
 
   name: str
 
   @functools.cached_property
-  def _model(self):
-    import sentencepiece  # pylint: disable=g-import-not-at-top  # needed by few runs
+  def _model(self) -> Any:
+    import sentencepiece  # needed by few runs
 
     try:
       return sentencepiece.SentencePieceProcessor(model_file=self.name)
@@ -66,86 +76,103 @@ class SentencePieceVocabulary:
 
   @property
   def size(self) -> int:
+    """Number of ids."""
     return self._model.get_piece_size()
 
   @property
   def eos_id(self) -> int:
-    """The model's EOS, -1 (no token) where it has none."""
+    """The model's EOS; -1, which is no token, where it has none."""
     return self._model.eos_id()
 
   def encode(self, text: str) -> list[int]:
-    text.encode('utf-8')  # a lone surrogate is the caller's mistake to report
+    """Return the ids of a text, without EOS. Raises UnicodeEncodeError for a lone surrogate."""
+    text.encode('utf-8')  # SentencePiece itself would replace a surrogate
     return self._model.encode(text)
 
   def decode(self, ids: Sequence[int]) -> str:
-    return self._model.decode([i for i in _until(ids, self.eos_id) if 0 < i < self.size])
+    """Return the text of ids, up to the first EOS."""
+    return self._model.decode([i for i in _before(ids, self.eos_id) if 0 < i < self.size])
 
 
 def stop_sequences(vocabulary: Any, text: str) -> list[list[int]]:
-  """The ids that write a text: where it begins a word and where it goes on from others, which SentencePiece tells apart.
+  """Return the id sequences that write a text, to end rows with.
+
+  A text has several: SentencePiece cuts it in another way where it begins a word than where it goes
+  on from other letters.
 
   Args:
-    vocabulary: a Vocabulary, or seqio's.
-    text: that is to end rows.
+    vocabulary: A Vocabulary, or one of seqio.
+    text: Text that ends a row.
 
   Raises:
-    RequestError: the vocabulary can't write it: it has no ids for it, or they stand for another text.
+    RequestError: The vocabulary has no ids for the text, or ids that decode to another text.
   """
-  among = vocabulary.decode(list(vocabulary.encode(f'a{text}a')))
+  try:
+    among = vocabulary.decode(list(vocabulary.encode(f'a{text}a')))
+  except UnicodeEncodeError:
+    raise RequestError(
+      f'stop={text!r} is not valid Unicode (a lone surrogate): choose another text'
+    ) from None
   if text not in among:
     raise RequestError(
-      f'stop={text!r} can\'t be written in the vocabulary: between two "a" it comes out as {among!r}; choose '
-      'another text'
+      f'stop={text!r} can\'t be written in the vocabulary: between two "a" it comes out as '
+      f'{among!r}; choose another text'
     )
   found = [list(vocabulary.encode(text))]
   for before in ('.', 'a', '\n'):
-    start, both = (list(vocabulary.encode(t)) for t in (before, before + text))
-    rest = both[len(start) :]
-    if rest and both[: len(start)] == start and rest not in found:
+    prefix, whole = list(vocabulary.encode(before)), list(vocabulary.encode(before + text))
+    rest = whole[len(prefix) :]
+    if rest and whole[: len(prefix)] == prefix and rest not in found:
       found.append(rest)
   return found
 
 
-def _until(ids, end):
+def _before(ids: Sequence[int], end: int) -> list[int]:
+  """Return the ids before the first `end`."""
   ids = list(ids)
   return ids[: ids.index(end)] if end in ids else ids
 
 
-def find_vocabulary(name: str | None, rows: int, *, needed: bool) -> tuple[Vocabulary | None, str]:
-  """The vocabulary of a run, and where it comes from.
+def find_vocabulary(
+  name: str | None, vocab_size: int, *, needed: bool
+) -> tuple[Vocabulary | None, str]:
+  """Return the vocabulary of a run, and the reason for it.
 
   Args:
-    name: 'bytes', a SentencePiece .model file, or None for the default: bytes for a model of 384 rows.
-    rows: V, of the model's embedding.
-    needed: whether there is text to encode; without a vocabulary token ids still work.
+    name: 'bytes', a SentencePiece .model file, or None for the default: bytes for a model of 384
+      rows.
+    vocab_size: V, rows of the model's embedding.
+    needed: Whether there is text to encode. Token ids do without a vocabulary.
 
   Returns:
     (vocabulary or None, 'given' or why it was chosen).
 
   Raises:
-    RequestError: a vocabulary is needed and not known, is no vocabulary, or does not fit the model.
+    RequestError: A vocabulary is needed and not known, is no vocabulary, or has more ids than the
+      model has rows.
   """
   source = 'given'
   if name is None:
-    if rows != BYTE_ROWS:
+    if vocab_size != BYTE_ROWS:
       if needed:
         raise RequestError(
-          f'the prompts are text and the vocabulary of this model ({rows} rows) is not known: give '
-          '--vocabulary=FILE.model (a SentencePiece model) or --vocabulary=bytes, or give token ids'
+          f'the prompts are text and the vocabulary of this model ({vocab_size} rows) is not '
+          'known: give --vocabulary=FILE.model (a SentencePiece model) or --vocabulary=bytes, or '
+          'give token ids'
         )
-      return None, f'not known for {rows} rows: completions have tokens only, no text'
-    name, source = 'bytes', f'assumed from {rows} rows'
-  if name == 'bytes':
-    vocabulary = ByteVocabulary()
-  else:
+      return None, f'not known for {vocab_size} rows: completions have tokens only, no text'
+    name, source = 'bytes', f'assumed from {vocab_size} rows'
+  vocabulary: Vocabulary = ByteVocabulary()
+  if name != 'bytes':
     if not os.path.isfile(name):
       raise RequestError(
-        f'no vocabulary at {name}: --vocabulary is `bytes` or the path of a SentencePiece .model file'
+        f'no vocabulary at {name}: --vocabulary is `bytes` or the path of a SentencePiece .model '
+        'file'
       )
     vocabulary = SentencePieceVocabulary(name)
-  if vocabulary.size > rows:
+  if vocabulary.size > vocab_size:
     raise RequestError(
-      f'vocabulary {name} has {vocabulary.size} ids and the model {rows} rows: it is not the vocabulary that this '
-      'model was trained with'
+      f'vocabulary {name} has {vocabulary.size} ids and the model {vocab_size} rows: it is not the '
+      'vocabulary that this model was trained with'
     )
   return vocabulary, source

@@ -56,6 +56,6 @@ class Clock:
     self.compile_seconds += self._compiled
     self.seconds += max(0.0, elapsed - self._compiled)
 
-  def _on_event(self, event: str, seconds: float, **_: str | int) -> None:
+  def _on_event(self, event: str, duration_secs: float, **_: str | int) -> None:
     if event.startswith(COMPILE_EVENTS):
-      self._compiled += seconds
+      self._compiled += duration_secs

@@ -1,6 +1,7 @@
-"""Options of the infer command: one field each, from which come the flag, gin's parameter and the check of its value."""
+"""Options of the infer command: each field is a flag, a parameter in gin and the check of both."""
 
 import dataclasses
+import math
 from typing import Any
 
 from t5x_inference_ext.config import NORM_SCALES, ModelConfig
@@ -42,14 +43,14 @@ class InferOptions:
   """Options of a run of the infer command, over a prompts file or a seqio task.
 
   Attributes without a help text of their own:
-    config: model that the checkpoint must hold; None: the one it holds.
-    max_length: limit of prompt and new tokens of a row together; None: no such limit.
-    sampling: how tokens are chosen. Its stop sequences are ids; `stop` holds texts, which
+    config: Model that the checkpoint must hold; None: the one it holds.
+    max_length: Limit of prompt and new tokens of a row together; None: no such limit.
+    sampling: How tokens are chosen. Its stop sequences are ids; `stop` holds texts, which
       with_vocabulary adds to them.
 
   Raises:
-    RequestError: a value out of its range, or options that can't be used together.
-    MeshError: layouts that are not known, or can't share weights.
+    RequestError: A value out of its range, or options that can't be used together.
+    MeshError: Layouts that are not known, or can't share weights.
   """
 
   checkpoint: str = option(
@@ -73,9 +74,14 @@ class InferOptions:
     '`samples`.',
     group=_COMMON,
     least=1,
+    most=10**6,
   )
   seed: int = option(
-    0, help='Seed of the whole run; every row has its own seed from it.', group=_COMMON, least=0
+    0,
+    help='Seed of the whole run; every row has its own seed from it.',
+    group=_COMMON,
+    least=0,
+    most=math.inf,
   )
   batch_size: int = option(
     32, help='Rows decoded together, rounded up to what the mesh takes.', group=_COMMON, least=1
@@ -174,7 +180,7 @@ class InferOptions:
   def __post_init__(self) -> None:
     check_options(self)
     check_pair(*self.layouts)
-    if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+    if not all(isinstance(text, str) and text for text in self.stop):
       raise RequestError(
         f'stop must be texts that are not empty, got {self.stop!r}; SamplingParams.stop takes ids'
       )
@@ -197,7 +203,10 @@ class InferOptions:
     """Raise RequestError for options that the mode or the batching does not offer."""
     if self.mode != 'score' and self.continuous:
       return
-    given = {'num_decodes': self.num_decodes > 1, 'top_log_probs': self.top_log_probs}
+    given: dict[str, Any] = {
+      'num_decodes': self.num_decodes > 1,
+      'top_log_probs': self.top_log_probs,
+    }
     if self.mode == 'score':
       given |= {'stop': self.stop or self.sampling.stop, 'logit_bias': self.sampling.logit_bias}
       why = 'is for runs that generate: mode=score chooses no tokens'
@@ -255,18 +264,18 @@ def with_vocabulary(options: InferOptions, vocabulary: Any, vocab_size: int) -> 
   """Return the options with the stop texts among the stop sequences of `sampling`.
 
   Args:
-    options: of the run.
-    vocabulary: a Vocabulary, or seqio's; not needed without stop texts.
+    options: Options of the run.
+    vocabulary: A Vocabulary, or seqio's; not needed without stop texts.
     vocab_size: V, rows of the model's embedding.
 
   Raises:
-    RequestError: a text that the vocabulary can't write, or ids that the model does not have.
+    RequestError: A text that the vocabulary can't write, or ids that the model does not have.
   """
   if options.top_log_probs > vocab_size:
     raise RequestError(
       f'top_log_probs={options.top_log_probs} are more tokens than the {vocab_size} of the model'
     )
-  ids = [sequence for text in options.stop for sequence in stop_sequences(vocabulary, text)]
+  ids = [tuple(sequence) for text in options.stop for sequence in stop_sequences(vocabulary, text)]
   sampling = dataclasses.replace(options.sampling, stop=(*options.sampling.stop, *ids))
   stack_params([sampling], vocab_size)
   return dataclasses.replace(options, sampling=sampling)

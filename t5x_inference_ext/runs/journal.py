@@ -52,6 +52,15 @@ class Journal:
     self.done[row] = result
     if not distributed.is_main():
       return
+    try:
+      self._append(row, result)
+    except OSError as error:
+      raise RequestError(
+        f"finished rows can't be kept in {self._path}: {error.strerror}; the same command goes on "
+        'from those that are there'
+      ) from error
+
+  def _append(self, row: int, result: Any) -> None:
     if self._file is None:  # of a bucket: written anew, since stores do not append
       self._file = self._bucket_files.GFile(self._path, 'w')
       self._file.write(f'{self._run}\n')
@@ -106,7 +115,8 @@ class Journal:
       with self._bucket_files.GFile(self._path, 'r') as file:
         return self._rows(file.read())
     try:
-      file = self._file = open(self._path, 'a+', encoding='utf-8')
+      file = open(self._path, 'a+', encoding='utf-8')  # noqa: SIM115  # open while the run lasts
+      self._file = file
     except OSError as error:
       raise RequestError(
         f"finished rows can't be kept beside the output, in {self._path}: {error.strerror}"

@@ -1,4 +1,4 @@
-"""From the options of a run to an engine, saying on the way what was found, assumed and chosen."""
+"""From the options of a run to an engine, with a line for all that is found, assumed and chosen."""
 
 from collections.abc import Callable
 import dataclasses
@@ -12,11 +12,9 @@ from t5x_inference_ext.checkpoints import Checkpoint, open_checkpoint
 from t5x_inference_ext.checkpoints.load import scans_layers
 from t5x_inference_ext.engine import saved_generation
 from t5x_inference_ext.engine.engine import Engine
-from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
-from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.runs.clock import Clock
 from t5x_inference_ext.runs.infer_options import InferOptions
-from t5x_inference_ext.runs.progress import print_on_main
+from t5x_inference_ext.runs.progress import print_on_main, progress
 from t5x_inference_ext.sharding.explain import ExplainSetting
 from t5x_inference_ext.sharding.explain_text import explain
 from t5x_inference_ext.sharding.layout import check_model
@@ -27,12 +25,13 @@ from t5x_inference_ext.sharding.mesh_choice import choose_mesh
 def open_model(
   options: InferOptions, say: Callable[[str], None] = print_on_main
 ) -> tuple[Checkpoint, jax.sharding.Mesh]:
-  """Opens the checkpoint and makes the mesh; weights are not read yet.
+  """Open the checkpoint and make the mesh. Weights are not read yet.
 
   Raises:
-    CheckpointError, MeshError: no such checkpoint, or a mesh that does not fit the devices or the model.
+    CheckpointError: No such checkpoint, or one of another model.
+    MeshError: The mesh does not fit the devices or the model.
   """
-  # A mesh too big for the devices needs no checkpoint to be found out.
+  # A mesh too big for the devices is an error before the checkpoint is read.
   mesh = None if options.mesh is None else make_mesh(parse_mesh(options.mesh))
   checkpoint = open_checkpoint(
     options.checkpoint, norm_scale=options.norm_scale, config=options.config
@@ -40,17 +39,15 @@ def open_model(
   for note in checkpoint.notes:
     say(note)
   source = 'given'
+  devices = jax.devices()
   if mesh is None:
-    mesh, source = (
-      make_mesh(choose_mesh(checkpoint.config, jax.devices())),
-      'all that divide the model',
-    )
+    mesh, source = make_mesh(choose_mesh(checkpoint.config, devices)), 'all that divide the model'
   distributed.check_mesh(mesh)
   check_model(checkpoint.config, mesh.shape)
   processes = f' in {jax.process_count()} processes' if jax.process_count() > 1 else ''
   say(
-    f'mesh: {mesh_text(mesh)} ({source}), {mesh.size} of {len(jax.devices())} {jax.devices()[0].platform} devices'
-    f'{processes}'
+    f'mesh: {mesh_text(mesh)} ({source}), {mesh.size} of {len(devices)} {devices[0].platform} '
+    f'devices{processes}'
   )
   return checkpoint, mesh
 
@@ -58,14 +55,16 @@ def open_model(
 def explain_layout(
   options: InferOptions, prompt_length: int, say: Callable[[str], None] = print_on_main
 ) -> None:
-  """Says where every tensor of such a run would live. The mesh may be larger than the devices that there are.
+  """Print where every tensor of a run would live. The mesh may have more devices than there are.
 
   Args:
-    options: of the run.
-    prompt_length: tokens of its prompts, BOS not counted.
+    options: Options of the run.
+    prompt_length: Tokens of its prompts, BOS not counted.
+    say: Prints a line.
 
   Raises:
-    CheckpointError, MeshError: as open_model.
+    CheckpointError: No such checkpoint, or one of another model.
+    MeshError: The mesh does not fit the model.
   """
   checkpoint = open_checkpoint(
     options.checkpoint, norm_scale=options.norm_scale, config=options.config
@@ -73,9 +72,9 @@ def explain_layout(
   config = checkpoint.config
   sizes = choose_mesh(config, jax.devices()) if options.mesh is None else parse_mesh(options.mesh)
   prefill, decode = options.layouts
-  new_tokens = (
-    options.max_new_tokens if options.max_length is None else options.max_length - prompt_length
-  )
+  new_tokens = options.max_new_tokens
+  if options.max_length is not None:
+    new_tokens = options.max_length - prompt_length
   setting = ExplainSetting(
     config,
     dict(zip(AXES, sizes)),
@@ -97,13 +96,12 @@ def load_engine(
   options: InferOptions,
   checkpoint: Checkpoint,
   mesh: jax.sharding.Mesh,
-  progress=iter,
   say: Callable[[str], None] = print_on_main,
 ) -> Engine:
-  """Loads the weights.
+  """Load the weights onto the mesh, with a progress bar.
 
   Raises:
-    SavedError: options.executable is not what these options need; before the weights are read.
+    SavedError: The saved program is not what these options need. Raised before weights are read.
   """
   with distributed.together():
     if options.executable is not None:
@@ -122,14 +120,20 @@ def load_engine(
       decode_layout=options.decode_layout,
       scan_layers=options.scan_layers,
       executable=options.executable,
-      progress=progress,
+      progress=lambda jobs: progress(jobs, 'loading weights', len(jobs)),
     )
   model = engine.model
   say(
-    f'layouts: prefill {model.prefill_layout}, decode {model.decode_layout}, {options.dtype} activations, '
-    f'{checkpoint.weights} weights, {model.cache_dtype} cache'
+    f'layouts: prefill {model.prefill_layout}, decode {model.decode_layout}, {options.dtype} '
+    f'activations, {checkpoint.weights} weights, {model.cache_dtype} cache'
   )
   return engine
+
+
+def say_compiling(engine: Engine, say: Callable[[str], None] = print_on_main) -> None:
+  """Say that the first rows take longer than others; nothing for a saved program."""
+  if engine.executable is None:
+    say('compiling: the first rows come when this is done')
 
 
 def batch_rows(
@@ -138,39 +142,34 @@ def batch_rows(
   rows: int | None,
   say: Callable[[str], None] = print_on_main,
 ) -> int:
-  """The rows of each batch: options.batch_size, fewer for fewer rows, rounded up to what the mesh takes."""
+  """Return the rows of each batch: batch_size, fewer for fewer rows, and what the mesh takes.
+
+  Args:
+    options: Options of the run.
+    engine: The engine to run on.
+    rows: Rows of the whole run; None where they are not known, or enough.
+    say: Prints a line.
+  """
   if engine.executable:
     say(f'batch: {engine.executable.run.batch} rows, as {options.executable} was compiled')
     return engine.executable.run.batch
-  asked = options.batch_size if rows is None else min(options.batch_size, rows)
-  batch = engine.model.padded_batch(asked)
-  note = ''
-  if batch > options.batch_size:
-    note = f' ({options.batch_size} does not divide over the mesh {mesh_text(engine.model.mesh)}; rounded up)'
-  say(f'batch: {batch} rows{note}')
+  batch = engine.model.padded_batch(
+    options.batch_size if rows is None else min(options.batch_size, rows)
+  )
+  say(f'batch: {batch} rows{rounded_note(options, batch, engine)}')
   return batch
 
 
-def say_slots(
-  options: InferOptions,
-  config: SchedulerConfig,
-  shared: tuple[int, ...],
-  model: Model,
-  say: Callable[[str], None] = print_on_main,
-) -> None:
-  """The same for slots that are refilled, and what prompts share."""
-  note = ''
-  if config.slots > options.batch_size:
-    note = (
-      f' ({options.batch_size} does not divide over the mesh {mesh_text(model.mesh)}; rounded up)'
-    )
-  say(f'batch: {config.slots} rows{note}, refilled as they end')
-  if shared:
-    say(f'shared: {len(shared)} first positions of the prompts are prefilled and stored once')
+def rounded_note(options: InferOptions, rows: int, engine: Engine) -> str:
+  """Return why a batch has more rows than asked for; '' where it has not."""
+  if rows <= options.batch_size:
+    return ''
+  mesh = mesh_text(engine.model.mesh)
+  return f' ({options.batch_size} does not divide over the mesh {mesh}; rounded up)'
 
 
 def description(options: InferOptions, engine: Engine) -> dict[str, Any]:
-  """What was resolved, JSON-ready, to be kept beside the results."""
+  """Return what a run resolved, JSON-ready, to be kept beside its results."""
   checkpoint = engine.checkpoint
   return {
     'checkpoint': {
@@ -199,9 +198,10 @@ def description(options: InferOptions, engine: Engine) -> dict[str, Any]:
 
 
 def run_summary(clock: Clock, mode: str) -> str:
-  """What was done, and how fast: useful tokens alone, compilation apart."""
+  """Return what a run did, and how fast: useful tokens alone, compilation apart."""
   verb = 'scored' if mode == 'score' else 'generated'
   return (
-    f'{clock.rows} rows, {clock.tokens} tokens {verb} in {clock.seconds:.2f} s: {clock.tokens_per_second:.0f} '
-    f'tokens/s; compilation took {clock.compile_seconds:.2f} s besides'
+    f'{clock.rows} rows, {clock.tokens} tokens {verb} in {clock.seconds:.2f} s: '
+    f'{clock.tokens_per_second:.0f} tokens/s; compilation took {clock.compile_seconds:.2f} s '
+    'besides'
   )

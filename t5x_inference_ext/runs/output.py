@@ -1,23 +1,25 @@
-"""Output files that appear whole or not at all. Of several processes, process 0 alone has them."""
+"""Output files that appear whole or not at all; of several processes, process 0 writes them."""
 
 from collections.abc import Iterator
 import contextlib
 import json
 import os
 import tempfile
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from t5x_inference_ext import distributed
 from t5x_inference_ext.errors import RequestError
 
 RECORD_SUFFIX = '.config.json'
+# Most bytes that the names of files beside an output add to its own: '.NAME.12345678.tmp'.
+_ADDED_BYTES = 14
 
 
 def check_output(path: str, *, overwrite: bool) -> None:
-  """Raises RequestError for a file that could not be written in the end, before hours are spent on its contents."""
+  """Raise RequestError for a file that could not be written in the end, before any work is done."""
   if not distributed.is_main():
     return
-  directory = os.path.dirname(os.path.abspath(path))
+  directory, name = os.path.split(os.path.abspath(path))
   if os.path.isdir(path):
     raise RequestError(
       f'the output {path} is a directory: --output names the file to write, e.g. '
@@ -29,6 +31,12 @@ def check_output(path: str, *, overwrite: bool) -> None:
     )
   if not os.access(directory, os.W_OK):
     raise RequestError(f"the output's directory {directory} is not writable")
+  longest = os.pathconf(directory, 'PC_NAME_MAX') - _ADDED_BYTES
+  if len(os.fsencode(name)) > longest:
+    raise RequestError(
+      f"the output's name has {len(os.fsencode(name))} bytes, and at most {longest} leave room for "
+      'the names of the files beside it: choose a shorter one'
+    )
   if os.path.exists(path) and not overwrite:
     raise RequestError(
       f'the output {path} exists: remove it, choose another --output, or give --overwrite'
@@ -36,33 +44,46 @@ def check_output(path: str, *, overwrite: bool) -> None:
 
 
 def open_text(path: str, mode: str) -> TextIO:
-  return open(path, mode, encoding='utf-8')
+  """Open a UTF-8 file."""
+  return cast(TextIO, open(path, mode, encoding='utf-8'))
 
 
 @contextlib.contextmanager
 def whole_file(path: str) -> Iterator[TextIO]:
-  """A file to write that takes its name only when all of it is written; on an exception nothing is left."""
+  """Open a file to write that takes its name only when all of it is written.
+
+  On an exception nothing is left. In processes other than 0 nothing is written.
+
+  Raises:
+    RequestError: The file can't be written, as on a full disk.
+  """
   if not distributed.is_main():
-    with open(os.devnull, 'w', encoding='utf-8') as file:
+    with open_text(os.devnull, 'w') as file:
       yield file
     return
   directory, name = os.path.split(os.path.abspath(path))
-  handle, temporary = tempfile.mkstemp(prefix=f'.{name}.', suffix='.tmp', dir=directory, text=True)
+  temporary = None
   try:
+    handle, temporary = tempfile.mkstemp(
+      prefix=f'.{name}.', suffix='.tmp', dir=directory, text=True
+    )
     with open(handle, 'w', encoding='utf-8') as file:
       yield file
     umask = os.umask(0)
     os.umask(umask)
     os.chmod(temporary, 0o666 & ~umask)  # mkstemp's own mode is for secrets
     os.replace(temporary, path)
-  except BaseException:
-    with contextlib.suppress(FileNotFoundError):
-      os.unlink(temporary)
+  except BaseException as error:
+    if temporary is not None:
+      with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary)
+    if isinstance(error, OSError):
+      raise RequestError(f"can't write {path}: {error.strerror}") from error
     raise
 
 
 def write_record(path: str, record: dict[str, Any]) -> str:
-  """Writes what a run resolved beside its rows, as path + RECORD_SUFFIX, and returns that name."""
+  """Write what a run resolved beside its rows, as `path` + RECORD_SUFFIX; return that name."""
   with whole_file(path + RECORD_SUFFIX) as file:
     json.dump(record, file, indent=2)
     file.write('\n')

@@ -1,17 +1,21 @@
-"""Rows of a prompts file: read, checked and tokenized, with every complaint naming the line."""
+"""Rows of a prompts file: read, checked and tokenized. Errors name the line of each bad row."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 import dataclasses
-from typing import Any
+import reprlib
+from typing import Any, TypeAlias, TypeVar
 
 from t5x_inference_ext.engine.vocabularies import Vocabulary
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.runs.row_sampling import Asked, asked
+from t5x_inference_ext.runs.row_sampling import RowSampling, row_sampling
 from t5x_inference_ext.text_files import parse_json
 
 MAX_COMPLAINTS = 10
+EXAMPLE = '{"prompt": "def f("}'
 
-Text = str | list[int]
+Text: TypeAlias = str | list[int]
+_Item = TypeVar('_Item')
+_Result = TypeVar('_Result')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,11 +23,11 @@ class PromptRow:
   """One row as it was written.
 
   Attributes:
-    line: where in the file, from 1.
-    fields: the whole JSON object: what is not used here comes out again.
-    prompt: text or token ids; empty starts from BOS alone.
-    completion: what to score, text or ids; None where nothing is scored.
-    sampling: how it is to be continued, as it says itself; None where it says nothing, or is scored.
+    line: Line of the file, from 1.
+    fields: The whole JSON object: fields that are not used here are written out again.
+    prompt: Text or token ids; empty starts from BOS alone.
+    completion: Text or token ids to score; None where nothing is scored.
+    sampling: The row's own sampling options; None where it has none, or is scored.
   """
 
   line: int
@@ -34,18 +38,35 @@ class PromptRow:
 
   @property
   def is_text(self) -> bool:
+    """Whether the row needs a vocabulary."""
     return isinstance(self.prompt, str) or isinstance(self.completion, str)
 
 
+@dataclasses.dataclass(frozen=True)
+class TokenizedRow:
+  """A row in token ids.
+
+  Attributes:
+    prompt: Ids of the prompt, without BOS.
+    completion: Ids to score; empty where nothing is scored.
+    asked: How the row is continued.
+  """
+
+  prompt: list[int]
+  completion: list[int]
+  asked: RowSampling
+
+
 def read_rows(path: str, *, score: bool) -> list[PromptRow]:
-  """Reads a JSONL file of prompts; blank lines are skipped.
+  """Read a JSONL file of prompts; blank lines are skipped.
 
   Args:
-    path: each line an object with `prompt`, and to score `tokens` (ids) or `completion` (text or ids).
-    score: whether rows are to be scored.
+    path: File in which each line is an object with `prompt`, and to score `tokens` (ids) or
+      `completion` (text or ids).
+    score: Whether rows are to be scored.
 
   Raises:
-    RequestError: no such file, no rows, or rows that can't be used: each with its line, what is wrong and the fix.
+    RequestError: No such file, no rows, or rows that can't be used, each with its line.
   """
   try:
     # utf-8-sig: a byte order mark, as some editors write one, is not part of the first row.
@@ -53,7 +74,7 @@ def read_rows(path: str, *, score: bool) -> list[PromptRow]:
       lines = file.readlines()
   except FileNotFoundError:
     raise RequestError(
-      f'no prompts file at {path}: --prompts is a file of JSON lines such as {{"prompt": "def f("}}'
+      f'no prompts file at {path}: --prompts is a file of JSON lines such as {EXAMPLE}'
     ) from None
   except OSError as error:
     raise RequestError(f"the prompts file {path} can't be read: {error.strerror}") from error
@@ -61,20 +82,11 @@ def read_rows(path: str, *, score: bool) -> list[PromptRow]:
     raise RequestError(
       f'the prompts file {path} is not UTF-8 (at byte {error.start}): save it as UTF-8'
     ) from error
-  parse = _each(path, lambda item: _parse(*item, score=score), lambda item: item[0])
-  rows = parse((number, line) for number, line in enumerate(lines, 1) if line.strip())
+  numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+  rows = _map_rows(path, numbered, lambda item: _parse(*item, score), lambda item: item[0])
   if not rows:
     raise RequestError(f'the prompts file {path} has no rows')
   return rows
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenizedRow:
-  """A row in token ids: `completion` is empty where nothing is scored. `asked`: how it is to be continued."""
-
-  prompt: list[int]
-  completion: list[int]
-  asked: Asked
 
 
 def tokenize(
@@ -82,63 +94,66 @@ def tokenize(
   rows: list[PromptRow],
   vocabulary: Vocabulary | None,
   vocab_size: int,
-  run: Asked,
+  run: RowSampling,
   max_prompt: int | None = None,
 ) -> list[TokenizedRow]:
-  """Rows in token ids.
+  """Return rows in token ids.
 
   Args:
-    path: of the file they come from, for errors.
-    rows: from read_rows.
-    vocabulary: for text.
+    path: File that the rows come from, for errors.
+    rows: Rows from read_rows.
+    vocabulary: Encodes text; None where no row has text.
     vocab_size: V, rows of the model's embedding: ids are below it.
-    run: how rows are continued that do not say it themselves.
-    max_prompt: the longest prompt that the cache has room for.
+    run: Sampling options of rows that give none.
+    max_prompt: Tokens of the longest prompt that the cache has room for; None: any.
 
   Raises:
-    RequestError: ids outside the vocabulary, and prompts longer than the cache, by line.
+    RequestError: Ids outside the vocabulary, prompts longer than the cache, or wrong sampling
+      options, by line.
   """
 
-  def ids_of(what: str, text: Text) -> list[int]:
-    if isinstance(text, str):
-      try:
-        return vocabulary.encode(text)
-      except UnicodeEncodeError:
+  def ids_of(name: str, text: Text) -> list[int]:
+    if isinstance(text, list):
+      wrong = [token for token in text if not 0 <= token < vocab_size]
+      if wrong:
         raise ValueError(
-          f'`{what}` is not valid Unicode (a lone surrogate): remove it, or give token ids'
-        ) from None
-    wrong = [t for t in text if not 0 <= t < vocab_size]
-    if wrong:
+          f"`{name}` holds token {reprlib.repr(wrong[0])}, outside the model's vocabulary: ids are "
+          f'0 to {vocab_size - 1}'
+        )
+      return text
+    assert vocabulary is not None, 'rows of text need a vocabulary'
+    try:
+      return vocabulary.encode(text)
+    except UnicodeEncodeError:
       raise ValueError(
-        f"`{what}` holds token {wrong[0]}, outside the model's vocabulary: ids are 0 to "
-        f'{vocab_size - 1}'
-      )
-    return text
+        f'`{name}` is not valid Unicode (a lone surrogate): remove it, or give token ids'
+      ) from None
 
-  def request(row: PromptRow) -> TokenizedRow:
+  def tokenized(row: PromptRow) -> TokenizedRow:
     prompt = ids_of('prompt', row.prompt)
     if max_prompt is not None and len(prompt) > max_prompt:
       raise ValueError(
-        f'the prompt is longer than the cache: {len(prompt)} tokens, and there is room for {max_prompt} beside the '
-        'new ones: shorten it, raise --cache_length or lower --max_new_tokens'
+        f'the prompt is longer than the cache: {len(prompt)} tokens, and there is room for '
+        f'{max_prompt} beside the new ones: shorten it, raise --cache_length or lower '
+        '--max_new_tokens'
       )
-    own = run if row.sampling is None else asked(run, row.sampling, vocabulary, vocab_size)
-    return TokenizedRow(
-      prompt, [] if row.completion is None else ids_of('completion', row.completion), own
-    )
+    completion = [] if row.completion is None else ids_of('completion', row.completion)
+    asked = run
+    if row.sampling is not None:
+      asked = row_sampling(run, row.sampling, vocabulary, vocab_size)
+    return TokenizedRow(prompt, completion, asked)
 
-  return _each(path, request, lambda row: row.line)(rows)
+  return _map_rows(path, rows, tokenized, lambda row: row.line)
 
 
 def _parse(number: int, line: str, score: bool) -> PromptRow:
+  """Return the row that a line holds. Raises ValueError, without the line's number."""
   try:
     fields = parse_json(line)
   except ValueError as error:
-    raise ValueError(
-      f'{error}: a row is one object on one line, such as {{"prompt": "def f("}}'
-    ) from None
+    raise ValueError(f'{error}: a row is one object on one line, such as {EXAMPLE}') from None
   if not isinstance(fields, dict):
-    raise ValueError(f'a row is an object such as {{"prompt": "def f("}}, not {_kind(fields)}')
+    raise ValueError(f'a row is an object such as {EXAMPLE}, not {_kind(fields)}')
   if 'prompt' not in fields:
     found = f'it has {", ".join(map(repr, fields))}' if fields else 'it is empty'
     raise ValueError(f'no "prompt" ({found}): write {{"prompt": TEXT or [token ids]}}')
@@ -157,12 +172,13 @@ def _parse(number: int, line: str, score: bool) -> PromptRow:
         raise ValueError(f'"{name}" is empty: there is nothing to score')
       return PromptRow(number, fields, prompt, completion)
   raise ValueError(
-    'no "completion" to score: write {"prompt": ..., "completion": TEXT or [token ids]}, or "tokens" '
-    'with ids'
+    'no "completion" to score: write {"prompt": ..., "completion": TEXT or [token ids]}, or '
+    '"tokens" with ids'
   )
 
 
 def _text(name: str, value: Any) -> Text:
+  """Return a value that is text or token ids. Raises ValueError for another."""
   if isinstance(value, str):
     return value
   if not isinstance(value, list):
@@ -170,7 +186,8 @@ def _text(name: str, value: Any) -> Text:
   for item in value:
     if not isinstance(item, int) or isinstance(item, bool):
       raise ValueError(
-        f'"{name}" must be text or a list of token ids (whole numbers); the list holds {_kind(item)}'
+        f'"{name}" must be text or a list of token ids (whole numbers); the list holds '
+        f'{_kind(item)}'
       )
   return value
 
@@ -183,29 +200,25 @@ def _kind(value: Any) -> str:
     bool: 'true or false',
     type(None): 'null',
   }
-  return names.get(type(value), f'the number {value!r}')
+  return names.get(type(value), f'the number {reprlib.repr(value)}')
 
 
-def _each(path: str, function: Callable, line: Callable) -> Callable[[Iterable], list]:
-  """Maps `function` over items; what it raises is gathered, so that one run tells of every bad row."""
-
-  def run(items):
-    results, complaints, bad = [], [], 0
-    for item in items:
-      try:
-        results.append(function(item))
-      except ValueError as error:
-        bad += 1
-        if bad <= MAX_COMPLAINTS:
-          complaints.append(f'{path}:{line(item)}: {error}')
-    if bad > MAX_COMPLAINTS:
-      complaints.append(f'... and {bad - MAX_COMPLAINTS} more rows')
-    if complaints:
-      raise RequestError(
-        '\n  '.join([f"{bad} row(s) of the prompts file can't be used:"] + complaints)
-        if bad > 1
-        else complaints[0]
-      )
-    return results
-
-  return run
+def _map_rows(
+  path: str, items: list[_Item], function: Callable[[_Item], _Result], line: Callable[[_Item], int]
+) -> list[_Result]:
+  """Return function(item) for each item. Raises one RequestError for the ValueErrors of all."""
+  results, complaints = [], []
+  for item in items:
+    try:
+      results.append(function(item))
+    except ValueError as error:
+      complaints.append(f'{path}:{line(item)}: {error}')
+  if len(complaints) == 1:
+    raise RequestError(complaints[0])
+  if complaints:
+    shown = complaints[:MAX_COMPLAINTS]
+    if len(complaints) > MAX_COMPLAINTS:
+      shown.append(f'... and {len(complaints) - MAX_COMPLAINTS} more rows')
+    heading = f"{len(complaints)} row(s) of the prompts file can't be used:"
+    raise RequestError('\n  '.join([heading, *shown]))
+  return results

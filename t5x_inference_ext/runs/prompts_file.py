@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from t5x_inference_ext import distributed
-from t5x_inference_ext.engine import scheduler_config
 from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.engine.inputs import BOS_ID, EOS_ID
 from t5x_inference_ext.engine.request import Completion, Request, Sample
@@ -20,9 +19,9 @@ from t5x_inference_ext.runs import batches, infer_options, loading, output, prom
 from t5x_inference_ext.runs.clock import Clock
 from t5x_inference_ext.runs.job import Job
 from t5x_inference_ext.runs.journal import Journal
-from t5x_inference_ext.runs.progress import Progress, print_on_main, progress
-from t5x_inference_ext.runs.row_sampling import Asked
-from t5x_inference_ext.runs.work import NoWork, RefillWork, ScoreWork, StaticWork, Work
+from t5x_inference_ext.runs.progress import Progress, print_on_main
+from t5x_inference_ext.runs.row_sampling import RowSampling
+from t5x_inference_ext.runs.work import NoWork, ScoreWork, StaticWork, Work, refill_work
 
 
 def prepare(
@@ -56,7 +55,7 @@ def prepare(
     name = vocabulary.name if vocabulary else 'none'
     say(f'vocabulary: {name} ({source})')
     options = infer_options.with_vocabulary(options, vocabulary, checkpoint.config.vocab_size)
-    asked = Asked(options.sampling, options.max_new_tokens)
+    asked = RowSampling(options.sampling, options.max_new_tokens)
     tokenized = prompt_rows.tokenize(
       files.prompts,
       rows,
@@ -68,9 +67,7 @@ def prepare(
     if not options.continuous and any(row.asked != asked for row in tokenized):
       raise RequestError('rows have `sampling` of their own, which needs batching=continuous')
   distributed.check_same(options=options, prompts=tokenized, checkpoint=checkpoint.notes)
-  engine = loading.load_engine(
-    options, checkpoint, mesh, lambda jobs: progress(jobs, 'loading weights', len(jobs)), say
-  )
+  engine = loading.load_engine(options, checkpoint, mesh, say)
   journal = Journal(
     _journal_path(files.output),
     (options, tokenized, checkpoint.path, checkpoint.step, checkpoint.notes),
@@ -127,55 +124,29 @@ def _work(
   """Return the work of the rows that are left, and its sizes for the record."""
   if not todo:
     return NoWork(), {}
+  loading.say_compiling(engine, say)
   if options.mode == 'score':
     longest = max(len(row.prompt) + len(row.completion) for _, row in todo)
     tokens = loading.batch_rows(options, engine, len(todo), say) * batches.prompt_size(longest)
     group = [(i, ScoringExample.of(row.prompt, row.completion)) for i, row in todo]
     return ScoreWork(engine, [group], tokens, clock), {'tokens': tokens}
   if options.continuous:
-    return _refill(engine, options, todo, clock, eos_id, say)
+    requests = [(i, _request(i, row, options)) for i, row in todo]
+    return refill_work(
+      engine,
+      options,
+      requests,
+      clock,
+      say,
+      slots=options.batch_size,
+      cache_size=options.cache_length,
+      eos_id=eos_id,
+    )
   shape = _shape(options, engine, [row for _, row in todo], say)
   prompts = [(i, row.prompt) for i, row in todo]
-  work = StaticWork(
-    engine,
-    distributed.lockstep(batches.split(prompts, shape.batch)),
-    shape,
-    clock,
-    max_new_tokens=options.max_new_tokens,
-    sampling=options.sampling,
-    seed=options.seed,
-    eos_id=eos_id,
-  )
+  in_step = distributed.lockstep(batches.batched(prompts, shape.batch))
+  work = StaticWork(engine, in_step, shape, clock, options, eos_id)
   return work, dataclasses.asdict(shape)
-
-
-def _refill(
-  engine: Engine,
-  options: infer_options.InferOptions,
-  todo: list[tuple[int, prompt_rows.TokenizedRow]],
-  clock: Clock,
-  eos_id: int,
-  say: Callable[[str], None],
-) -> tuple[Work, dict[str, Any]]:
-  requests = [(i, _request(i, row, options)) for i, row in todo]
-  config, shared = scheduler_config.config_for(
-    engine.model,
-    [request for _, request in requests],
-    slots=options.batch_size,
-    cache_size=options.cache_length,
-    prefill_chunk=options.prefill_chunk,
-    prefill_budget=options.prefill_budget,
-    eos_id=eos_id,
-    top_log_probs=options.top_log_probs,
-  )
-  loading.say_slots(options, config, shared, engine.model, say)
-  sizes = {
-    'batch': config.slots,
-    'prompt': config.prompt_size,
-    'cache': config.cache_size,
-    'shared': len(shared),
-  }
-  return RefillWork(engine, requests, config, shared, clock), sizes
 
 
 def _request(

@@ -1,4 +1,4 @@
-"""What a row of a prompts file says of how it is continued, in the place of what the run says."""
+"""Sampling options that a row of a prompts file gives for itself, in place of the run's."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -11,18 +11,19 @@ from t5x_inference_ext.engine.vocabularies import Vocabulary, stop_sequences
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.options import has_type
 
-FIELDS = tuple(field.name for field in dataclasses.fields(SamplingParams))
-KNOWN = (*FIELDS, 'max_new_tokens', 'seed')
+_FIELDS = tuple(field.name for field in dataclasses.fields(SamplingParams))
+_KNOWN = (*_FIELDS, 'max_new_tokens', 'seed')
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class RowSampling:
   """How one row is continued.
 
   Attributes:
-    sampler: how its tokens are chosen, and what ends it.
-    max_new_tokens: its limit.
-    seed: of its first sample, others follow; None: one from the run's seed and the row's place.
+    sampling: How tokens are chosen, and what ends the row.
+    max_new_tokens: Most tokens generated for the row.
+    seed: Seed of the row's first sample, the others count up from it; None: one from the run's seed
+      and the row's place.
   """
 
   sampling: SamplingParams
@@ -30,44 +31,46 @@ class Asked:
   seed: int | None = None
 
 
-def asked(
-  run: Asked, said: Mapping[str, Any], vocabulary: Vocabulary | None, vocab_size: int
-) -> Asked:
-  """What a row asks for.
+def row_sampling(
+  run: RowSampling, given: Mapping[str, Any], vocabulary: Vocabulary | None, vocab_size: int
+) -> RowSampling:
+  """Return the options of a row.
 
   Args:
-    run: what all rows do that say nothing.
-    said: the row's `sampling`, as read from JSON: a SamplingParams's fields, with texts or ids in `stop` and an object as
-      `logit_bias`; `max_new_tokens`, the run's at most; `seed`.
-    vocabulary: for texts.
+    run: Options of rows that give none.
+    given: The row's `sampling` as read from JSON: fields of SamplingParams, with texts or ids in
+      `stop` and an object as `logit_bias`; `max_new_tokens`, at most the run's; `seed`.
+    vocabulary: Encodes stop texts.
     vocab_size: V, rows of the model's embedding.
 
   Raises:
-    RequestError: an option that is not known, or a value that makes no sense.
+    RequestError: An option that is not known, or a value out of its range.
   """
-  for name, value in said.items():
-    if name not in KNOWN:
-      raise RequestError(f'`sampling` has {name!r}, and can have {", ".join(KNOWN)}')
-    if name in ('max_new_tokens', 'seed') and not has_type(value, int):
+  for name, value in given.items():
+    if name not in _KNOWN:
+      raise RequestError(f'`sampling` has {name!r}, and can have {", ".join(_KNOWN)}')
+    if name not in _FIELDS and not has_type(value, int):
       raise RequestError(f'`sampling`: {name} must be a whole number, got {reprlib.repr(value)}')
-  fields = {name: value for name, value in said.items() if name in FIELDS}
+  fields = {name: value for name, value in given.items() if name in _FIELDS}
   if 'stop' in fields:
     fields['stop'] = _stop(fields['stop'], vocabulary)
   if 'logit_bias' in fields:
     fields['logit_bias'] = parse_logit_bias(fields['logit_bias'])
   sampling = dataclasses.replace(run.sampling, **fields)
   stack_params([sampling], vocab_size)
-  limit, seed = said.get('max_new_tokens', run.max_new_tokens), said.get('seed', run.seed)
+  limit = given.get('max_new_tokens', run.max_new_tokens)
   if not 1 <= limit <= run.max_new_tokens:
     raise RequestError(
       f"`sampling`: max_new_tokens must be 1 to {run.max_new_tokens}, the run's, got {limit}"
     )
+  seed = given.get('seed', run.seed)
   if seed is not None and not 0 <= seed < 2**32:
     raise RequestError(f'`sampling`: seed must be 0 to 2**32 - 1, got {seed}')
-  return Asked(sampling, limit, seed)
+  return RowSampling(sampling, limit, seed)
 
 
 def _stop(value: Any, vocabulary: Vocabulary | None) -> list[list[int]]:
+  """Return stop sequences of a text, or of a list of texts and lists of token ids."""
   found = []
   for item in value if isinstance(value, list) else [value]:
     if isinstance(item, str) and item:
@@ -76,29 +79,24 @@ def _stop(value: Any, vocabulary: Vocabulary | None) -> list[list[int]]:
           '`sampling`: stop has a text, and the vocabulary is not known: give --vocabulary, or ids'
         )
       found += stop_sequences(vocabulary, item)
-    elif (
-      isinstance(item, list)
-      and item
-      and all(isinstance(i, int) and not isinstance(i, bool) for i in item)
-    ):
+    elif isinstance(item, list) and item and all(has_type(token, int) for token in item):
       found.append(item)
     else:
       raise RequestError(
-        f'`sampling`: stop must be a text, or a list of texts and lists of token ids, got {value!r}'
+        '`sampling`: stop must be a text, or a list of texts and lists of token ids, got '
+        f'{reprlib.repr(value)}'
       )
   return found
 
 
 def parse_logit_bias(value: Any) -> dict[int, float]:
-  """Return a logit bias from what JSON holds of it, {"TOKEN ID": NUMBER, ...}.
+  """Return the logit bias that a JSON object {"TOKEN ID": NUMBER, ...} gives.
 
   Raises:
-    RequestError: the value is no such object, or a number is no float.
+    RequestError: The value is no such object, or a number is too large for a float.
   """
   try:
-    if all(
-      isinstance(bias, (int, float)) and not isinstance(bias, bool) for bias in value.values()
-    ):
+    if all(has_type(bias, float) for bias in value.values()):
       return {int(token): float(bias) for token, bias in value.items()}
   except (AttributeError, OverflowError, ValueError):
     pass

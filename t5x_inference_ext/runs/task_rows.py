@@ -17,30 +17,35 @@ def predicted_row(
   vocabulary: seqio.Vocabulary,
   mode: str,
 ) -> dict[str, Any]:
-  """A predicted example.
+  """Return the row of a predicted example.
 
   Args:
-    example: what was continued.
-    samples: tokens and scores. Several come out from the worst to the best, as lists, which is T5X's return_all_decodes.
-    length: that tokens are padded to: vocabularies that decode padding show it.
-    vocabulary: decodes.
+    example: The example that was continued.
+    samples: Tokens and score of each prediction. Several come out from the worst to the best, as
+      lists, which is T5X's return_all_decodes.
+    length: Length that tokens are padded to; vocabularies that decode padding show it.
+    vocabulary: Decodes predictions.
     mode: 'predict' or 'predict_with_aux'.
   """
   samples = sorted(samples, key=lambda sample: sample[1])
   ids = np.zeros((len(samples), length), np.int32)
-  for row, (tokens, _) in zip(ids, samples):
-    row[: len(tokens)] = tokens
-  texts = [_json(vocabulary.decode_tf(tf.constant(row)).numpy()) for row in ids]
+  for padded, (tokens, _) in zip(ids, samples):
+    padded[: len(tokens)] = tokens
+  texts = [_json(vocabulary.decode_tf(tf.constant(padded)).numpy()) for padded in ids]
   scores = [score for _, score in samples]
-  if len(samples) == 1:
-    (texts,), (scores,) = texts, scores
-  aux = {'aux': {'scores': scores}} if mode == 'predict_with_aux' else {}
-  return {'inputs': _pretokenized(example), 'prediction': texts, **aux}
+  single = len(samples) == 1
+  row: dict[str, Any] = {
+    'inputs': _pretokenized(example),
+    'prediction': texts[0] if single else texts,
+  }
+  if mode == 'predict_with_aux':
+    row['aux'] = {'scores': scores[0] if single else scores}
+  return row
 
 
-def scored_row(example: TaskExample, value: float) -> dict[str, Any]:
-  """A scored example."""
-  return {'inputs': _pretokenized(example), 'score': value}
+def scored_row(example: TaskExample, score: float) -> dict[str, Any]:
+  """Return the row of a scored example."""
+  return {'inputs': _pretokenized(example), 'score': score}
 
 
 def _pretokenized(example: TaskExample) -> dict[str, Any]:
@@ -50,7 +55,7 @@ def _pretokenized(example: TaskExample) -> dict[str, Any]:
 
 
 def _json(value: Any) -> Any:
-  """numpy's values as JSON's; bytes that are no UTF-8 are replaced rather than refused at the end of a run."""
+  """Return numpy's values as JSON's. Bytes that are no UTF-8 are replaced, not refused."""
   if isinstance(value, bytes):
     return value.decode('utf-8', errors='replace')
   if isinstance(value, (np.ndarray, np.generic)):

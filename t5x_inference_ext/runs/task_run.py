@@ -1,7 +1,8 @@
-"""The run over a seqio task: T5X's features in, T5X's JSONL out, under T5X's file names."""
+"""A run over a seqio task: T5X's features in, T5X's JSONL out, under T5X's file names."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -13,36 +14,45 @@ import tensorflow as tf
 
 from t5x_inference_ext import distributed
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.engine import scheduler_config, scoring
 from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.engine.inputs import BOS_ID, EOS_ID
 from t5x_inference_ext.engine.request import Completion, Request
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.options import takes_options
 from t5x_inference_ext.rendezvous import ProcessOptions
-from t5x_inference_ext.runs import batches, infer_options, loading, task_rows
+from t5x_inference_ext.runs import batches, loading, task_rows, tasks
 from t5x_inference_ext.runs.clock import Clock
+from t5x_inference_ext.runs.infer_options import InferOptions, with_vocabulary
 from t5x_inference_ext.runs.job import Job
 from t5x_inference_ext.runs.journal import Journal
-from t5x_inference_ext.runs.progress import Progress, print_on_main, progress
-from t5x_inference_ext.runs.tasks import (
-  Source,
-  TaskExample,
-  check_source,
-  check_vocabularies,
-  examples,
-  find_tasks,
-  import_tasks,
-  prompt,
-  vocabulary_text,
+from t5x_inference_ext.runs.progress import Progress, print_on_main
+from t5x_inference_ext.runs.task_output import (
+  COMPLETED_SUFFIX,
+  gfile,
+  make_directory,
+  open_output,
+  output_path,
+  write_rows,
 )
-from t5x_inference_ext.runs.work import NoWork, RefillWork, ScoreWork, StaticWork, Work
+from t5x_inference_ext.runs.tasks import Source, TaskExample
+from t5x_inference_ext.runs.work import ScoreWork, StaticWork, Work, refill_work
 
-gfile = tf.io.gfile
 RECORD = 'infer.config.json'
-SCORED_BATCHES = 128  # examples that are sorted by length together
+SCORED_BATCHES = 128  # batches of examples that are sorted by length together
+# Options of a run over prompts that a run over a task names differently, or does without.
+_OTHER_OPTIONS = (
+  'checkpoint',
+  'max_new_tokens',
+  'cache_length',
+  'executable',
+  'token_log_probs',
+  'top_log_probs',
+)
 
 
+@takes_options(InferOptions, skip=_OTHER_OPTIONS)
+@takes_options(ProcessOptions)
 def infer(
   *,
   mixture_or_task_name: str | seqio.Task | seqio.Mixture,
@@ -52,188 +62,143 @@ def infer(
   module: str | None = None,
   split: str = 'test',
   use_cached: bool = False,
-  mode: str = 'predict',
   max_new_tokens: int | None = None,
   sampling: SamplingParams = SamplingParams(),
-  num_decodes: int = 1,
-  stop: Sequence[str] = (),
-  seed: int = 0,
-  mesh: str | None = None,
-  prefill_layout: str = 'ws_2d/batch',
-  decode_layout: str = 'ws_2d/batch',
-  scan_layers: bool | None = None,
-  dtype: str = 'bfloat16',
-  cache: str | None = None,
-  batch_size: int = 32,
-  batching: str = 'continuous',
-  prefill_chunk: int = 256,
-  prefill_budget: int = 2048,
   model_config: ModelConfig | None = None,
-  norm_scale: str | None = None,
   shard_id: int = 0,
   num_shards: int = 1,
-  coordinator_address: str | None = None,
-  num_processes: int | None = None,
-  process_id: int | None = None,
   config_text: str = '',
   explain_layout: bool = False,
+  **options: Any,
 ) -> Iterator[Job]:
-  """Prepare to predict or score every example of a task or mixture.
+  """Prepare to predict or score every example of a task or mixture; yield the job of each task.
 
-  Gin binds the arguments (configs/runs/infer.gin).
+  gin binds the arguments (configs/runs/infer.gin).
 
   Args:
-    mixture_or_task_name: of seqio, registered.
-    task_feature_lengths: of 'inputs' and 'targets', to trim to.
-    checkpoint_path: directory, of any format.
-    output_dir: is made where it does not exist.
-    module: to import first; it registers the task.
-    split: of the task.
-    use_cached: whether to read seqio's cached form of it.
-    mode: 'predict', 'predict_with_aux' (with each prediction's score) or 'score' (the targets).
-    max_new_tokens: the limit for each prediction; None: as T5X, until prompt and prediction fill the whole sequence.
-    sampler: how tokens are chosen.
-    num_decodes: predictions for each example, which share its prefill.
-    stop: texts that end a prediction.
-    seed: of the run: each example's own seed comes from it and the example's place.
-    mesh: 'XxYxZ'; None: over all devices that divide the model.
-    prefill_layout, decode_layout: 'feedforward/attention', for each phase.
-    scan_layers: as Engine.load's.
-    dtype: of activations and float weights.
-    cache: what the KV cache holds: 'float32', 'bfloat16', 'int8', or None: dtype.
-    batch_size: examples a batch, or decode slots.
-    batching, prefill_chunk, prefill_budget: as infer_options.InferOptions'.
-    model_config: the model that the checkpoint must hold; None: the one it holds.
-    norm_scale: how its norm scales are stored, 'zero' or 'one'; None: what it says.
-    shard_id: of num_shards runs that share the task, this one.
-    num_shards: as above.
-    coordinator_address, num_processes, process_id: as distributed.initialize's: processes that share the mesh.
-    config_text: the configuration of the run, kept as config.gin beside the results.
-    explain_layout: only say where the run's tensors would live.
+    mixture_or_task_name: Name in seqio's registry, or the task or mixture itself.
+    task_feature_lengths: Lengths that 'inputs' and 'targets' are trimmed to.
+    checkpoint_path: Checkpoint directory, of any format.
+    output_dir: Directory for the output; made where it does not exist.
+    module: Module to import first, which registers the task.
+    split: Split of the task.
+    use_cached: Whether to read seqio's cached form of the task.
+    max_new_tokens: Most tokens of each prediction; None: as T5X, until prompt and prediction fill
+      the whole sequence.
+    sampling: How tokens are chosen.
+    model_config: Model that the checkpoint must hold; None: the one it holds.
+    shard_id: Index of this run among `num_shards` runs that share the task's examples.
+    num_shards: Number of runs that share the task's examples.
+    config_text: Configuration of the run, kept as config.gin beside the results.
+    explain_layout: Only print where the run's tensors would live.
+    **options: Options of InferOptions and ProcessOptions, by name.
 
   Raises:
-    UserError: anything the user can mend, before the weights are loaded.
+    UserError: Anything that the user can mend, before the weights are loaded.
   """
-  distributed.initialize(ProcessOptions(coordinator_address, num_processes, process_id))
+  processes = {
+    field.name: options.pop(field.name, None) for field in dataclasses.fields(ProcessOptions)
+  }
+  distributed.initialize(ProcessOptions(**processes))
   with contextlib.suppress(RuntimeError):  # already in use by the user's own module
-    tf.config.set_visible_devices(
-      [], 'GPU'
-    )  # TensorFlow would reserve the memory of devices that are jax's
+    # TensorFlow would reserve the memory of devices that are jax's.
+    tf.config.set_visible_devices([], 'GPU')
   with distributed.together():
-    import_tasks(module)
+    tasks.import_tasks(module)
+    run = InferOptions(
+      checkpoint=checkpoint_path, config=model_config, sampling=sampling, **options
+    )
     source = Source(
-      mixture_or_task_name, task_feature_lengths, split, use_cached, seed, shard_id, num_shards
+      mixture_or_task_name, task_feature_lengths, split, use_cached, run.seed, shard_id, num_shards
     )
-    tasks = find_tasks(source)
-    check_source(source, mode, tasks)
-    options = infer_options.InferOptions(
-      checkpoint=checkpoint_path,
-      mode=mode,
-      mesh=mesh,
-      dtype=dtype,
-      cache=cache,
-      prefill_layout=prefill_layout,
-      decode_layout=decode_layout,
-      norm_scale=norm_scale,
-      config=model_config,
-      batch_size=batch_size,
-      sampling=sampling,
-      num_decodes=num_decodes,
-      stop=stop,
-      seed=seed,
-      scan_layers=scan_layers,
-      batching=batching,
-      prefill_chunk=prefill_chunk,
-      prefill_budget=prefill_budget,
-      **_limits(sum(task_feature_lengths.values()), max_new_tokens),
-    )
+    found = tasks.find_tasks(source)
+    tasks.check_source(source, run.mode, found)
+    run = _with_limits(run, sum(task_feature_lengths.values()), max_new_tokens)
     if explain_layout:
-      loading.explain_layout(
-        options, task_feature_lengths['targets' if mode == 'score' else 'inputs']
-      )
+      feature = 'targets' if run.mode == 'score' else 'inputs'
+      loading.explain_layout(run, task_feature_lengths[feature])
       return
-    checkpoint, devices = loading.open_model(options)
-    check_vocabularies(source, tasks, checkpoint.config.vocab_size)
-    for task in tasks:
-      _of_task(options, task, checkpoint.config)
+    checkpoint, mesh = loading.open_model(run)
+    tasks.check_vocabularies(source, found, checkpoint.config.vocab_size)
+    for task in found:
+      _with_task_vocabulary(run, task, checkpoint.config)
   distributed.check_same(
-    options=options,
-    tasks=source._replace(name=[task.name for task in tasks]),
+    options=run,
+    tasks=(source._replace(name=''), [task.name for task in found]),
     checkpoint=checkpoint.notes,
   )
-  # The output directory may be process 0's alone.
-  completed = distributed.from_main(
-    lambda: [
-      task.name
-      for task in tasks
-      if gfile.exists(output_path(task.name, source, mode, output_dir) + '.COMPLETED')
-    ]
-  )
-  for name in completed:
-    print_on_main(
-      f'{name}: {output_path(name, source, mode, output_dir)}.COMPLETED exists, skipped'
-    )
-  todo = [task for task in tasks if task.name not in completed]
+  todo = _uncompleted(found, source, run.mode, output_dir)
   if not todo:
     return
   with distributed.together():
-    if distributed.is_main():
-      gfile.makedirs(output_dir)
-    with _output(os.path.join(output_dir, 'config.gin')) as file:
+    make_directory(output_dir)
+    with open_output(os.path.join(output_dir, 'config.gin')) as file:
       file.write(config_text)
-  engine = loading.load_engine(
-    options, checkpoint, devices, lambda jobs: progress(jobs, 'loading weights', len(jobs))
-  )
-  record = loading.description(options, engine)
+  engine = loading.load_engine(run, checkpoint, mesh)
+  record = loading.description(run, engine)
   for task in todo:
     clock = Clock()
     with distributed.together():
-      job = _prepare_task(task, source, options, engine, output_dir, clock)
+      job = _prepare_task(task, source, run, engine, output_dir, clock)
     yield job
-    record[task.name] = {'vocabulary': vocabulary_text(task), 'time': clock.to_dict()}
-  with distributed.together(), _output(os.path.join(output_dir, RECORD)) as file:
+    record[task.name] = {'vocabulary': tasks.vocabulary_text(task), 'time': clock.to_dict()}
+  with distributed.together(), open_output(os.path.join(output_dir, RECORD)) as file:
     file.write(json.dumps(record, indent=2) + '\n')
 
 
-def _limits(length: int, max_new_tokens: int | None) -> dict[str, int]:
-  """The options that bound a prediction: by max_new_tokens, or else by the length of the whole sequence."""
+def _with_limits(options: InferOptions, length: int, max_new_tokens: int | None) -> InferOptions:
+  """Return options with predictions limited to max_new_tokens, or else to the whole sequence."""
   if max_new_tokens is not None:
-    return {'max_new_tokens': max_new_tokens}
-  return {'max_new_tokens': length, 'max_length': length, 'cache_length': length}
+    return dataclasses.replace(options, max_new_tokens=max_new_tokens)
+  return dataclasses.replace(options, max_new_tokens=length, max_length=length, cache_length=length)
 
 
-def _of_task(
-  options: infer_options.InferOptions, task: seqio.Task, config: ModelConfig
-) -> infer_options.InferOptions:
-  """The options with the texts that end rows in the task's own ids."""
-  return infer_options.with_vocabulary(
-    options, task.output_features['targets'].vocabulary, config.vocab_size
-  )
+def _with_task_vocabulary(
+  options: InferOptions, task: seqio.Task, config: ModelConfig
+) -> InferOptions:
+  """Return options with the texts that end rows in the task's own ids."""
+  vocabulary = task.output_features['targets'].vocabulary
+  return with_vocabulary(options, vocabulary, config.vocab_size)
+
+
+def _uncompleted(
+  found: list[seqio.Task], source: Source, mode: str, output_dir: str
+) -> list[seqio.Task]:
+  """Return the tasks that no earlier run completed."""
+
+  def completed() -> list[str]:
+    paths = {task.name: output_path(task.name, source, mode, output_dir) for task in found}
+    return [name for name, path in paths.items() if gfile.exists(path + COMPLETED_SUFFIX)]
+
+  # The output directory may be process 0's alone.
+  names = distributed.from_main(completed)
+  for name in names:
+    path = output_path(name, source, mode, output_dir)
+    print_on_main(f'{name}: {path}{COMPLETED_SUFFIX} exists, skipped')
+  return [task for task in found if task.name not in names]
 
 
 def _prepare_task(
   task: seqio.Task,
   source: Source,
-  options: infer_options.InferOptions,
+  options: InferOptions,
   engine: Engine,
   output_dir: str,
   clock: Clock,
 ) -> Job:
-  """Return the job of one task. It writes `<task>-<mode>.jsonl-SSSSS-of-NNNNN`, then `.COMPLETED`."""
+  """Return the job of a task. It writes `<task>-<mode>.jsonl-SSSSS-of-NNNNN`, then `.COMPLETED`."""
   path = output_path(task.name, source, options.mode, output_dir)
-  options = _of_task(options, task, engine.model.config)
+  options = _with_task_vocabulary(options, task, engine.model.config)
   scoring = options.mode == 'score'
-  rows = examples(task, source)
+  rows = tasks.examples(task, source)
   first = list(itertools.islice(rows, options.batch_size))
   if not first:
-    raise RequestError(
-      f'task {task.name} has no examples in split {source.split!r}'
-      + (f', shard {source.shard} of {source.num_shards}' if source.num_shards > 1 else '')
-    )
-  print_on_main(f'vocabulary: {vocabulary_text(task)}')
+    shard = f', shard {source.shard} of {source.num_shards}' if source.num_shards > 1 else ''
+    raise RequestError(f'task {task.name} has no examples in split {source.split!r}{shard}')
+  print_on_main(f'vocabulary: {tasks.vocabulary_text(task)}')
   # Fewer examples than a batch: a smaller one does.
   samples = len(first) * options.num_decodes if len(first) < options.batch_size else None
-  silent = options.continuous and not scoring  # slots are told of when they are made
+  silent = options.continuous and not scoring  # refill_work prints the batch of slots
   say = (lambda text: None) if silent else print_on_main
   batch = loading.batch_rows(options, engine, samples, say)
   checkpoint = engine.checkpoint
@@ -245,15 +210,16 @@ def _prepare_task(
   if journal.done:
     print_on_main(f'resumed: {len(journal.done)} rows were done when an earlier run ended')
   everything = enumerate(itertools.chain(first, rows))
-  in_step = distributed.lockstep(_batched(everything, batch), _features)
+  in_step = distributed.lockstep(batches.batched(everything, batch), _features)
   todo = ((row, each) for some in in_step for row, each in some if row not in journal.done)
-  examples_of: dict[int, TaskExample] = {}  # those on their way
+  under_way: dict[int, TaskExample] = {}
 
   def remembered() -> Iterator[tuple[int, TaskExample]]:
     for row, example in todo:
-      examples_of[row] = example
+      under_way[row] = example
       yield row, example
 
+  loading.say_compiling(engine)
   with journal.closed_on_error():
     work = _work(remembered(), task, source, options, engine, batch, clock)
   vocabulary = task.output_features['targets'].vocabulary
@@ -262,7 +228,7 @@ def _prepare_task(
   length = max(sum(source.feature_lengths.values()), options.max_new_tokens)
 
   def tell(row: int, result: Any) -> dict[str, Any]:
-    example = examples_of.pop(row)
+    example = under_way.pop(row)
     if scoring:
       return task_rows.scored_row(example, float(np.sum(result)))
     samples = [result] if isinstance(result, Completion) else result
@@ -270,33 +236,15 @@ def _prepare_task(
     return task_rows.predicted_row(example, predicted, length, vocabulary, options.mode)
 
   def write() -> None:
-    temporary = f'{path}.incomplete'
-    with _output(temporary) as file:
-      for result in journal.in_order():
-        file.write(json.dumps(result) + '\n')
-    if distributed.is_main():
-      gfile.rename(temporary, path, overwrite=True)
-    with _output(path + '.COMPLETED') as file:
-      file.write('')
+    write_rows(path, journal.in_order())
     print_on_main(f'{task.name}: {loading.run_summary(clock, options.mode)}')
     print_on_main(f'wrote {path}')
 
   return Job(work, journal, tell, write, Progress(task.name))
 
 
-def output_path(name: str, source: Source, mode: str, output_dir: str) -> str:
-  return os.path.join(
-    output_dir, f'{name}-{mode}.jsonl-{source.shard:05}-of-{source.num_shards:05}'
-  )
-
-
-def _output(path: str) -> gfile.GFile:
-  """A file to write, of process 0; what other processes write is dropped."""
-  return gfile.GFile(path if distributed.is_main() else os.devnull, 'w')
-
-
 def _features(batch: list[tuple[int, TaskExample]]) -> list[list]:
-  """What the model is given, the same in all processes."""
+  """Return what the model is given of a batch, which has to be equal in all processes."""
   return [
     [(name, value.tolist()) for name, value in sorted(example.model.items())]
     for _, example in batch
@@ -307,7 +255,7 @@ def _work(
   todo: Iterator[tuple[int, TaskExample]],
   task: seqio.Task,
   source: Source,
-  options: infer_options.InferOptions,
+  options: InferOptions,
   engine: Engine,
   batch: int,
   clock: Clock,
@@ -315,73 +263,34 @@ def _work(
   """Return the work of the examples that are left; they are read as they are needed."""
   if options.mode == 'score':
     groups = (
-      [(row, _scored(example)) for row, example in some]
-      for some in _batched(todo, SCORED_BATCHES * batch)
+      [(row, tasks.scoring_example(example)) for row, example in some]
+      for some in batches.batched(todo, SCORED_BATCHES * batch)
     )
     return ScoreWork(engine, groups, batch * sum(source.feature_lengths.values()), clock)
   eos_id = task.output_features['targets'].vocabulary.eos_id or EOS_ID
-  prompts = ((row, prompt(example)) for row, example in todo)
+  prompts = ((row, tasks.prompt(example)) for row, example in todo)
+  longest = source.feature_lengths['inputs']
   if options.continuous:
-    return _refill(prompts, source, options, engine, batch, clock, eos_id)
-  shape = batches.BatchShape(
-    batch, source.feature_lengths['inputs'], options.cache_length, options.max_length
-  )
-  return StaticWork(
-    engine,
-    _batched(prompts, batch),
-    shape,
-    clock,
-    max_new_tokens=options.max_new_tokens,
-    sampling=options.sampling,
-    seed=options.seed,
-    eos_id=eos_id,
-  )
+    work, _ = refill_work(
+      engine,
+      options,
+      (_request(row, tokens, options) for row, tokens in prompts),
+      clock,
+      print_on_main,
+      ahead=4 * batch,  # enough to see what prompts share
+      slots=batch,
+      prompt_size=longest + 1,
+      cache_size=options.max_length or longest + options.max_new_tokens,
+      eos_id=eos_id,
+    )
+    return work
+  shape = batches.BatchShape(batch, longest, options.cache_length, options.max_length)
+  return StaticWork(engine, batches.batched(prompts, batch), shape, clock, options, eos_id)
 
 
-def _refill(
-  prompts: Iterator[tuple[int, list[int]]],
-  source: Source,
-  options: infer_options.InferOptions,
-  engine: Engine,
-  batch: int,
-  clock: Clock,
-  eos_id: int,
-) -> Work:
-  def request(row: int, tokens: list[int]) -> tuple[int, Request]:
-    limit = options.max_new_tokens
-    if options.max_length is not None:
-      limit = min(limit, options.max_length - len(tokens))
-    seeds = batches.row_seeds(options.seed, row, options.num_decodes)
-    return row, Request((BOS_ID, *tokens), seeds, limit, options.sampling)
-
-  requests = itertools.starmap(request, prompts)
-  first = list(itertools.islice(requests, 4 * batch))  # enough to see what they share
-  if not first:
-    return NoWork()
-  longest = source.feature_lengths['inputs'] + 1
-  config, shared = scheduler_config.config_for(
-    engine.model,
-    [r for _, r in first],
-    slots=batch,
-    prompt_size=longest,
-    cache_size=options.max_length or longest - 1 + options.max_new_tokens,
-    eos_id=eos_id,
-    prefill_chunk=options.prefill_chunk,
-    prefill_budget=options.prefill_budget,
-  )
-  loading.say_slots(options, config, shared, engine.model)
-  return RefillWork(engine, itertools.chain(first, requests), config, shared, clock)
-
-
-def _scored(example: TaskExample) -> scoring.ScoringExample:
-  """Up to the last position that counts."""
-  features = [
-    example.model[f'decoder_{name}'] for name in ('input_tokens', 'target_tokens', 'loss_weights')
-  ]
-  length = int(np.max(np.flatnonzero(features[2]), initial=-1)) + 1
-  return scoring.ScoringExample(*(x[:length] for x in features))
-
-
-def _batched(rows: Iterator, size: int) -> Iterator[list]:
-  while some := list(itertools.islice(rows, size)):
-    yield some
+def _request(row: int, tokens: list[int], options: InferOptions) -> tuple[int, Request]:
+  limit = options.max_new_tokens
+  if options.max_length is not None:
+    limit = min(limit, options.max_length - len(tokens))
+  seeds = batches.row_seeds(options.seed, row, options.num_decodes)
+  return row, Request((BOS_ID, *tokens), seeds, limit, options.sampling)

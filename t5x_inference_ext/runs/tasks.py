@@ -10,20 +10,22 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from t5x_inference_ext.engine.scoring import ScoringExample
 from t5x_inference_ext.errors import RequestError
 
 
 class Source(NamedTuple):
-  """What to run over.
+  """Examples to run over.
 
   Attributes:
-    name: of a registered seqio task or mixture, or the thing itself.
-    feature_lengths: {'inputs': ..., 'targets': ...}, to trim to; 'targets' alone can only be scored.
-    split: of the task.
-    use_cached: whether to read seqio's cached form.
-    seed: of the task's own preprocessing.
-    shard: this run's index among `num_shards`, each of which takes every num_shards-th example.
-    num_shards: as above.
+    name: Name of a registered seqio task or mixture, or the task or mixture itself.
+    feature_lengths: {'inputs': ..., 'targets': ...}, lengths to trim to. 'targets' alone can only
+      be scored.
+    split: Split of the task.
+    use_cached: Whether to read seqio's cached form.
+    seed: Seed of the task's own preprocessing.
+    shard: Index of this run among `num_shards`; it takes every num_shards-th example.
+    num_shards: Number of runs that share the examples.
   """
 
   name: str | seqio.Task | seqio.Mixture
@@ -43,19 +45,20 @@ class TaskExample(NamedTuple):
 
 
 def import_tasks(module: str | None) -> None:
-  """Imports the module that registers the user's tasks. Raises RequestError where there is none."""
+  """Import the module that registers the user's tasks. Raises RequestError where there is none."""
   if not module:
     return
   try:
     importlib.import_module(module)
   except ModuleNotFoundError as error:
     raise RequestError(
-      f"MIXTURE_OR_TASK_MODULE={module} can't be imported ({error}): is its directory on PYTHONPATH?"
+      f"MIXTURE_OR_TASK_MODULE={module} can't be imported ({error}): is its directory on "
+      'PYTHONPATH?'
     ) from error
 
 
 def find_tasks(source: Source) -> list[seqio.Task]:
-  """The task, or the mixture's tasks. Raises RequestError for an unknown name, listing those like it."""
+  """Return the task, or the mixture's tasks. Raises RequestError for an unknown name."""
   if not isinstance(source.name, str):
     return list(seqio.get_subtasks(source.name))
   known = sorted({*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()})
@@ -63,14 +66,14 @@ def find_tasks(source: Source) -> list[seqio.Task]:
     close = difflib.get_close_matches(source.name, known, n=5, cutoff=0.5)
     hint = f'did you mean {" or ".join(close)}?' if close else f'{len(known)} are registered'
     raise RequestError(
-      f'no seqio task or mixture is called {source.name!r}: {hint} (MIXTURE_OR_TASK_MODULE names the module that '
-      'registers it)'
+      f'no seqio task or mixture is called {source.name!r}: {hint} (MIXTURE_OR_TASK_MODULE names '
+      'the module that registers it)'
     )
   return list(seqio.get_subtasks(seqio.get_mixture_or_task(source.name)))
 
 
 def check_source(source: Source, mode: str, tasks: list[seqio.Task]) -> None:
-  """Raises RequestError for lengths, features and splits that can't work."""
+  """Raise RequestError for lengths, features, splits or shards that the tasks don't have."""
   lengths = source.feature_lengths
   if (
     not isinstance(lengths, Mapping)
@@ -83,8 +86,8 @@ def check_source(source: Source, mode: str, tasks: list[seqio.Task]) -> None:
     )
   if mode != 'score' and 'inputs' not in lengths:
     raise RequestError(
-      f"mode {mode} continues the task's inputs, and TASK_FEATURE_LENGTHS has no 'inputs': add it, or "
-      'use mode score'
+      f"mode {mode} continues the task's inputs, and TASK_FEATURE_LENGTHS has no 'inputs': add it, "
+      'or use mode score'
     )
   for task in tasks:
     if source.split.split('[')[0] not in task.splits:  # TFDS takes slices, such as test[:100]
@@ -102,7 +105,7 @@ def check_source(source: Source, mode: str, tasks: list[seqio.Task]) -> None:
 
 
 def check_vocabularies(source: Source, tasks: list[seqio.Task], vocab_size: int) -> None:
-  """Raises RequestError for a task whose ids a model of vocab_size rows does not have."""
+  """Raise RequestError for a task with ids that a model of `vocab_size` rows does not have."""
   for task in tasks:
     for name in source.feature_lengths:
       size = task.output_features[name].vocabulary.vocab_size
@@ -114,13 +117,16 @@ def check_vocabularies(source: Source, tasks: list[seqio.Task], vocab_size: int)
 
 
 def vocabulary_text(task: seqio.Task) -> str:
-  """The vocabulary that predictions are written with, for people."""
+  """Return the vocabulary of a task's predictions in words."""
   vocabulary = task.output_features['targets'].vocabulary
   return f'{type(vocabulary).__name__} of task {task.name}, {vocabulary.vocab_size} ids'
 
 
 def examples(task: seqio.Task, source: Source) -> Iterator[TaskExample]:
-  """The task's examples as T5X's infer reads them, converted by seqio as for a decoder-only model, unpacked."""
+  """Yield a task's examples as T5X's infer reads them.
+
+  seqio converts them as for a decoder-only model, not packed.
+  """
   ds = task.get_dataset(
     sequence_length=source.feature_lengths,
     split=source.split,
@@ -137,6 +143,15 @@ def examples(task: seqio.Task, source: Source) -> Iterator[TaskExample]:
 
 
 def prompt(example: TaskExample) -> list[int]:
-  """The tokens that T5X's predict continues: the inputs without BOS, up to the padding."""
+  """Return the tokens that T5X's predict continues: the inputs without BOS, up to the padding."""
   inputs = example.model['decoder_input_tokens'] * example.model['decoder_causal_attention']
   return inputs[1:][: np.count_nonzero(inputs[1:])].tolist()
+
+
+def scoring_example(example: TaskExample) -> ScoringExample:
+  """Return an example to score, up to its last position with a loss weight."""
+  features: list[Any] = [
+    example.model[f'decoder_{name}'] for name in ('input_tokens', 'target_tokens', 'loss_weights')
+  ]
+  length = int(np.max(np.flatnonzero(features[2]), initial=-1)) + 1
+  return ScoringExample(*(feature[:length] for feature in features))

@@ -8,20 +8,22 @@ that a run is a loop that anyone can read:
         ...
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+import itertools
 from typing import Any, Protocol
 
 import numpy as np
 
-from t5x_inference_ext.engine import length_buckets, scoring
+from t5x_inference_ext.engine import length_buckets, scheduler_config, scoring
 from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.engine.request import Completion, Request, Sample, SampleCollector
-from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.scheduler import Scheduler
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.engine.scoring import ScoringExample
+from t5x_inference_ext.runs import loading
 from t5x_inference_ext.runs.batches import BatchShape, pad, row_seed
 from t5x_inference_ext.runs.clock import Clock
+from t5x_inference_ext.runs.infer_options import InferOptions
 
 
 class Work(Protocol):
@@ -96,6 +98,52 @@ class RefillWork:
       self._samples.expect(index, len(request.seeds))
 
 
+def refill_work(
+  engine: Engine,
+  options: InferOptions,
+  requests: Iterable[tuple[int, Request]],
+  clock: Clock,
+  say: Callable[[str], None],
+  *,
+  ahead: int | None = None,
+  **sizes: Any,
+) -> tuple[Work, dict[str, int]]:
+  """Return the work of requests through refilled slots, and its sizes for the record.
+
+  Args:
+    engine: The engine to run on.
+    options: Options of the run.
+    requests: (row, request) in order.
+    clock: Counts time, rows and tokens.
+    say: Prints a line.
+    ahead: How many requests are looked at for a prefix that prompts share and for sizes; None: all.
+    **sizes: Other arguments of scheduler_config.config_for.
+  """
+  requests = iter(requests)
+  first = list(itertools.islice(requests, ahead))
+  if not first:
+    return NoWork(), {}
+  config, shared = scheduler_config.config_for(
+    engine.model,
+    [request for _, request in first],
+    prefill_chunk=options.prefill_chunk,
+    prefill_budget=options.prefill_budget,
+    top_log_probs=options.top_log_probs,
+    **sizes,
+  )
+  note = loading.rounded_note(options, config.slots, engine)
+  say(f'batch: {config.slots} rows{note}, refilled as they end')
+  if shared:
+    say(f'shared: {len(shared)} first positions of the prompts are prefilled and stored once')
+  work = RefillWork(engine, itertools.chain(first, requests), config, shared, clock)
+  return work, {
+    'batch': config.slots,
+    'prompt': config.prompt_size,
+    'cache': config.cache_size,
+    'shared': len(shared),
+  }
+
+
 class StaticWork:
   """Batches of one shape, each of which ends as a whole. A result is a Completion.
 
@@ -106,9 +154,7 @@ class StaticWork:
     shape: Shape of the batches as the engine sees them: short ones are padded with rows that are
       dropped.
     clock: Counts time, rows and tokens.
-    max_new_tokens: Limit for each row.
-    sampling: How tokens are chosen.
-    seed: Seed of the run.
+    options: Options of the run.
     eos_id: Token that ends a row.
   """
 
@@ -118,14 +164,11 @@ class StaticWork:
     batches: Iterable[Sequence[tuple[int, Sequence[int]]]],
     shape: BatchShape,
     clock: Clock,
-    *,
-    max_new_tokens: int,
-    sampling: SamplingParams,
-    seed: int,
+    options: InferOptions,
     eos_id: int,
   ) -> None:
     self._engine, self._batches, self._shape, self._clock = engine, iter(batches), shape, clock
-    self._limit, self._sampling, self._seed, self._eos = max_new_tokens, sampling, seed, eos_id
+    self._options, self._eos_id = options, eos_id
     self.finished = False
 
   def step(self) -> list[tuple[int, Completion]]:
@@ -135,15 +178,15 @@ class StaticWork:
       self.finished = True
       return []
     rows, prompts = zip(*batch)
-    seeds = [row_seed(self._seed, row) for row in rows]
-    shape = self._shape
+    options, shape = self._options, self._shape
+    seeds = [row_seed(options.seed, row) for row in rows]
     with self._clock:
       completions = self._engine.generate(
         pad(prompts, shape.batch),
-        max_new_tokens=self._limit,
-        sampling=self._sampling,
+        max_new_tokens=options.max_new_tokens,
+        sampling=options.sampling,
         seeds=pad(seeds, shape.batch),
-        eos_id=self._eos,
+        eos_id=self._eos_id,
         cache_size=shape.cache,
         prompt_size=shape.prompt,
         max_length=shape.length,

@@ -1,10 +1,12 @@
 """What all commands share: flags, gin bindings, errors in one line."""
 
+import errno
 import subprocess
 import sys
 import types
 
 from absl import flags as absl_flags
+import jax
 import pytest
 
 from t5x_inference_ext.commands import (
@@ -20,7 +22,7 @@ from t5x_inference_ext.errors import UserError
 
 @pytest.fixture(scope='module')
 def module():
-  """A module that gin files can import: one for all tests, as gin remembers the functions that it has seen."""
+  """Module that gin files can import; one for all tests, since gin remembers its functions."""
   module = types.ModuleType('command_test_module')
   module.__dict__['__name__'] = module.__name__
   exec(
@@ -97,6 +99,53 @@ def test_user_errors_are_one_line(capsys):
 def test_other_errors_keep_their_traceback():
   with pytest.raises(ZeroDivisionError):
     run(lambda flags: 1 / 0)
+
+
+@pytest.mark.parametrize(
+  'error, message',
+  [
+    (OSError(errno.ENOSPC, 'No space left on device', '/x'), 'No space left on device: /x'),
+    (OSError(errno.ENAMETOOLONG, 'File name too long'), 'File name too long'),
+    (PermissionError(errno.EACCES, 'Permission denied', '/x'), 'Permission denied: /x'),
+    (MemoryError(), 'too little memory (MemoryError): take fewer or shorter rows, or more devices'),
+    (
+      jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore'),
+      'too little memory (Out of memory allocating 9 bytes.): take fewer or shorter rows',
+    ),
+  ],
+)
+def test_errors_of_the_machine_are_one_line(capsys, error, message):
+  def main(flags):
+    raise error
+
+  assert run(main) == 2
+  err = capsys.readouterr().err
+  assert err.startswith(f'error: {message}') and err.count('\n') == 1
+
+
+@pytest.mark.parametrize(
+  'error', [FileNotFoundError(errno.ENOENT, 'No such file'), OSError('bare')]
+)
+def test_errors_that_may_be_this_packages_keep_their_traceback(error):
+  def main(flags):
+    raise error
+
+  with pytest.raises(OSError):
+    run(main)
+
+
+def test_lines_appear_at_once_and_bytes_that_are_no_text_are_escaped(repository):
+  """As in `command > file`, where Python would keep lines for itself until the end."""
+  program = """
+import os, signal, sys
+from t5x_inference_ext.commands import cli
+with cli.Session('', lambda flags: None) as session:
+  print('wrote', sys.argv[1])
+  os.kill(os.getpid(), signal.SIGKILL)
+"""
+  command = [sys.executable, '-c', program, b'/tmp/\xff']
+  result = subprocess.run(command, cwd=repository, stdout=subprocess.PIPE, check=False)
+  assert result.stdout == b'wrote /tmp/\\udcff\n'
 
 
 def test_interrupted():
@@ -268,7 +317,7 @@ def typed(module, tmp_path):
     ('TIMES=True', 'times must be a whole number, 0 or more, got True'),
     (
       'TIMES=99999999999999999999',
-      'times must be a whole number, 0 or more and at most 2147483647',
+      'times must be a whole number, 0 to 2147483647, got 99999999999999999999',
     ),
     ('NAME=3', 'NAME must be text or None, got 3'),
     ('command_test_module.typed.times="2"', "times must be a number, got '2'"),
@@ -300,7 +349,7 @@ def test_values_of_the_type(typed, binding, result):
   'module', [convert_checkpoint, infer, inspect_checkpoint, plan, precompile]
 )
 def test_help_keeps_its_commands_lines(module):
-  for line in module.__doc__.splitlines():
-    assert (
-      len(line) <= 120 and '  ' not in line.strip()
-    )  # else a backslash has eaten the line's end
+  lines = module.__doc__.splitlines()
+  assert len(lines) > 3
+  # Two spaces within a line: a backslash has eaten the line's end.
+  assert [line for line in lines if len(line) > 120 or '  ' in line.strip()] == []

@@ -22,7 +22,8 @@ def rows(split, shuffle_files, seed=None):
   with open({golden!r}) as file:
     greedy = json.load(file)
   return tf.data.Dataset.from_tensor_slices({{
-      'inputs': [row['prompt'] for row in greedy], 'targets': [row['greedy_text'] for row in greedy]}})
+      'inputs': [row['prompt'] for row in greedy],
+      'targets': [row['greedy_text'] for row in greedy]}})
 
 vocabulary = seqio.ByteVocabulary()
 for name, add_eos in (('golden_prompts', False), ('golden_prompts_eos', True)):
@@ -36,7 +37,8 @@ seqio.TaskRegistry.add(
     preprocessors=[seqio.preprocessors.tokenize],
     output_features={{name: seqio.Feature(seqio.ByteVocabulary(extra_ids=1000), add_eos=False)
                      for name in ('inputs', 'targets')}})
-seqio.MixtureRegistry.add('golden_mixture', ['golden_prompts', 'golden_prompts_eos'], default_rate=1.0)
+seqio.MixtureRegistry.add(
+    'golden_mixture', ['golden_prompts', 'golden_prompts_eos'], default_rate=1.0)
 """
 
 
@@ -82,7 +84,7 @@ def _rows(path):
 
 
 def test_predict_writes_t5x_rows(task_directory, palm_tiny, greedy, repository, tmp_path):
-  """In a process of its own, as a user runs it. With T5X (max_decode_steps=16) the file is the same, byte for byte."""
+  """As a user runs it, in a process. T5X's file (max_decode_steps=16) has the same bytes."""
   output = tmp_path / 'new' / 'out'
   macros = {
     'CHECKPOINT_PATH': str(palm_tiny),
@@ -146,7 +148,7 @@ def test_without_a_limit_rows_fill_the_sequence(command, greedy, tmp_path):
 
 
 def test_mixture_shards_and_completed_tasks(command, greedy, tmp_path):
-  """One file a task; a task that has been completed is not run again; shards divide the examples."""
+  """One file a task; a completed task is not run again; shards divide the examples."""
   flags = dict(MIXTURE_OR_TASK_NAME='golden_mixture', MODE='predict_with_aux', NUM_SHARDS=2)
   code, _, err = command(**flags)
   assert code == 0, err
@@ -187,7 +189,8 @@ def test_several_predictions_come_from_the_worst_to_the_best(command, greedy, tm
   [
     (dict(NUM_DECODES=2, BATCHING='static'), 'num_decodes needs batching=continuous'),
     (dict(NUM_DECODES=2, MODE='score'), 'num_decodes is for runs that generate'),
-    (dict(STOP='ab'), "stop must be texts that are not empty, got 'ab'"),
+    (dict(STOP='ab'), "STOP must be a list, got 'ab'"),
+    (dict(STOP=['']), "stop must be texts that are not empty, got ['']"),
     (dict(TEMPERATURE=-1.0), 'temperature must be 0 or more, got -1.0'),
     (dict(LOGIT_BIAS={400: 1.0}), 'logit_bias or stop holds token 400'),
   ],
@@ -240,7 +243,8 @@ def test_model_config_and_limits(command, greedy, tmp_path):
   [
     (
       {'MIXTURE_OR_TASK_NAME': 'golden_prompt'},
-      "no seqio task or mixture is called 'golden_prompt': did you mean golden_prompts or golden_prompts_eos",
+      "no seqio task or mixture is called 'golden_prompt': did you mean golden_prompts or "
+      'golden_prompts_eos',
     ),
     ({'MIXTURE_OR_TASK_NAME': 'xyzzy'}, "no seqio task or mixture is called 'xyzzy'"),
     (

@@ -1,5 +1,7 @@
-"""The infer command: plain flags and gin, rows in and out, and what it says when something is wrong."""
+"""The infer command: plain flags and gin, rows in and out, and errors."""
 
+import errno
+import importlib.util
 import json
 import os
 import re
@@ -55,7 +57,7 @@ def complete(command, palm_tiny, tmp_path):
 
 @pytest.fixture
 def complaint(command, palm_tiny, tmp_path, monkeypatch):
-  """What the plain command says of a prompts file (text), on stderr; it must say so before weights are loaded."""
+  """Errors of the plain command over a prompts file (text), before weights are loaded."""
 
   def load(*_, **__):
     raise AssertionError('weights were loaded')
@@ -89,7 +91,7 @@ def _read(path):
 
 
 def test_plain_command_without_tensorflow(palm_tiny, greedy, tmp_path):
-  """The command as the README gives it, in a process of its own: T5X's tokens, and no framework imported for them."""
+  """README's command, in a process of its own: T5X's tokens, and no framework imported."""
   output = tmp_path / 'completions.jsonl'
   prompts = _write(tmp_path / 'prompts.jsonl', [{'prompt': row['prompt']} for row in greedy])
   script = (
@@ -129,6 +131,7 @@ def test_plain_command_without_tensorflow(palm_tiny, greedy, tmp_path):
     'mesh: 2x2x2',
     'norm scales: stored around zero',
     'vocabulary: bytes',
+    'compiling: ',
     'tokens/s',
     'compilation',
     f'wrote {output}',
@@ -161,7 +164,7 @@ def test_scoring_the_output_of_a_run_gives_its_scores(complete, greedy):
 
 
 def test_rows_of_every_kind(complete):
-  """Text and ids, empty and not, with fields of the user's; over the default mesh, with a batch it does not divide."""
+  """Text and ids, empty and not, with fields of the user's; a batch that the mesh rounds up."""
   ids = [b + 3 for b in b'def f(']
   rows, out = complete(
     [
@@ -271,7 +274,7 @@ def test_overwrite_replaces_and_a_failed_run_leaves_nothing(complete, tmp_path, 
 
 @pytest.mark.parametrize('batching', ['continuous', 'static'])
 def test_an_interrupted_run_goes_on_where_it_stopped(complete, tmp_path, monkeypatch, batching):
-  """Rows that were done are not done again, and come out as of one run; another run does not take them for its own."""
+  """Rows that were done are not done again; another run does not take them for its own."""
   prompts = [{'prompt': 'def f('[:i]} for i in range(6)]
   flags = (
     '--max_new_tokens=6',
@@ -304,7 +307,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(complete, tmp_path, monkeyp
 
 
 def test_batching_changes_no_row(complete):
-  """With a beginning that most prompts share, chunks that are short, and as little as one prompt between steps."""
+  """With a prefix that most prompts share, short chunks, and one prompt between steps."""
   begin = 'import os\nimport sys\n\n\ndef '
   prompts = [{'prompt': begin + name} for name in ('main', 'f(x', 'read_', 'a')] + [
     {'prompt': 'x'},
@@ -320,7 +323,7 @@ def test_batching_changes_no_row(complete):
 
 
 def test_an_int8_cache(complete, tmp_path):
-  """Both batchings give the same, of other probabilities than a float cache; the run's record says which it was."""
+  """Both batchings give equal tokens; the run's record holds the dtype of the cache."""
   rows = [{'prompt': 'def f(x):\n'}, {'prompt': 'import '}]
   flags = ('--max_new_tokens=8', '--mesh=1x1x1')
   floats, _ = complete(rows, *flags, name='float.jsonl')
@@ -333,7 +336,7 @@ def test_an_int8_cache(complete, tmp_path):
 
 
 def test_several_samples_of_each_prompt(complete):
-  """In the order of their seeds, of which every sample has its own; one sample of a row alone is the row's."""
+  """Every sample has its own seed, in order; one sample of a row alone is the row's."""
   prompts = [{'prompt': 'def f(', 'id': 1}, {'prompt': 'import '}, {'prompt': 'def f('}]
   flags = '--max_new_tokens=6', '--temperature=1', '--mesh=2x1x1', '--batch_size=4'
   rows, out = complete(prompts, *flags, '--num_decodes=3')
@@ -344,14 +347,15 @@ def test_several_samples_of_each_prompt(complete):
   assert len({tuple(sample['tokens']) for row in rows for sample in row['samples']}) == 9
   assert '3 rows, 54 tokens generated' in out
   again, _ = complete(prompts[:1] * 3, *flags, '--batch_size=2', name='one.jsonl')
-  # Samples have seeds as rows of a file would: the first prompt's three are those of three rows of it.
+  # Samples have seeds as rows of a file would: the first prompt's three are those of three rows.
   assert [row['tokens'] for row in again] == [sample['tokens'] for sample in rows[0]['samples']]
 
 
 def test_what_is_told_of_tokens(complete, greedy):
-  """Log-probabilities of the tokens, which greedy ones share with the most likely; scoring them gives the same."""
+  """Log-probabilities of greedy tokens are those of the most likely; scoring gives the same."""
   prompts = [{'prompt': g['prompt']} for g in greedy[:3]]
   rows, _ = complete(prompts, '--max_new_tokens=5', '--top_log_probs=3', '--mesh=1x1x1')
+  assert len(rows) == 3
   for row in rows:
     assert [len(top) for top in row['top_log_probs']] == [3] * 5
     assert [top[0] for top in row['top_log_probs']] == [
@@ -440,6 +444,12 @@ def test_rows_that_say_themselves_how(complete, greedy):
     ('{"stop": [""]}', 'stop must be a text, or a list of texts'),
     ('{"stop": [[400]]}', 'logit_bias or stop holds token 400'),
     ('{"logit_bias": {"a": 1}}', 'logit_bias must be an object of token ids and numbers'),
+    ('{"logit_bias": {"3": ' + '9' * 400 + '}}', 'prompts.jsonl:1: logit_bias must be an object'),
+    ('{"logit_bias": {"3": true}}', 'logit_bias must be an object of token ids and numbers'),
+    ('{"stop": "\\ud800"}', "prompts.jsonl:1: stop='\\ud800' is not valid Unicode"),
+    ('{"temperature": ' + '9' * 400 + '}', 'temperature must be 0 or more and at most 3.4e+38'),
+    ('{"max_new_tokens": "x"}', "max_new_tokens must be a whole number, got 'x'"),
+    ('{"seed": 1.5}', 'seed must be a whole number, got 1.5'),
   ],
 )
 def test_rows_that_say_it_wrong(complaint, sampling, says):
@@ -487,6 +497,10 @@ def test_help_shows_examples_and_flags(command):
     ),
     ('{"prompt": "\\ud800"}\n', 'prompts.jsonl:1: `prompt` is not valid Unicode'),
     ('\n\n', 'has no rows'),
+    ('{"prompt": ' + '[' * 100_000 + '\n', 'prompts.jsonl:1: not JSON that can be used (nested'),
+    ('{"prompt": "a", "x": ' + '[' * 300 + ']' * 300 + '}\n', 'prompts.jsonl:1: not JSON that can'),
+    ('{"prompt": [' + '9' * 5000 + ']}\n', 'not JSON that can be used (a number has too many'),
+    ('{"prompt": [' + '9' * 400 + ']}\n', "outside the model's vocabulary: ids are 0 to 383"),
   ],
 )
 def test_bad_rows(complaint, text, says):
@@ -546,6 +560,14 @@ def test_every_bad_row_is_listed(complaint):
     (['--stop='], 'stop must be texts that are not empty'),
     (['--logit_bias={1: 2}'], 'logit_bias is not JSON'),
     (['--logit_bias=[1, 2]'], 'logit_bias must be an object of token ids and numbers'),
+    (['--logit_bias=' + '[' * 100_000], 'logit_bias is not JSON that can be used (nested'),
+    (['--logit_bias={"1": ' + '9' * 5000 + '}'], 'a number has too many digits'),
+    (['--logit_bias={"1": ' + '9' * 400 + '}'], 'logit_bias must be an object of token ids'),
+    (['--stop=\udcff'], "stop='\\udcff' is not valid Unicode (a lone surrogate)"),
+    (['--max_new_tokens=99999999999999999999'], 'max_new_tokens must be a whole number, 1 to 2147'),
+    (['--cache_length=1000000000000'], 'cache_length must be a whole number, 1 to 2147483647'),
+    (['--num_decodes=2000000000'], 'num_decodes must be a whole number, 1 to 1000000'),
+    ([f'--output={"x" * 250}'], "the output's name has 250 bytes, and at most 241 leave room for"),
     (
       ['--logit_bias={"384": 2}'],
       'logit_bias or stop holds token 384, outside the vocabulary of 384',
@@ -559,6 +581,49 @@ def test_every_bad_row_is_listed(complaint):
 )
 def test_bad_flags(complaint, flags, says):
   assert says in complaint('{"prompt": ""}\n{"prompt": "seventeen letters"}\n', *flags)
+
+
+def test_more_memory_than_there_is(command, palm_tiny, tmp_path):
+  prompts = _write(tmp_path / 'prompts.jsonl', [{'prompt': 'a'}])
+  code, _, err = command(
+    f'--checkpoint={palm_tiny}',
+    f'--prompts={prompts}',
+    f'--output={tmp_path / "out.jsonl"}',
+    '--mesh=1x1x1',
+    '--cache_length=2000000000',
+  )
+  assert code == 2 and 'error: too little memory (Out of memory allocating ' in err
+
+
+def test_a_disk_that_fills_up_keeps_finished_rows(complete, tmp_path, monkeypatch):
+  """The error names the file; the same command goes on from the rows that are kept."""
+  rows, flags = [{'prompt': 'a'}, {'prompt': 'b'}], ('--max_new_tokens=2', '--batch_size=1')
+
+  def full(*_):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  with monkeypatch.context() as patch:
+    patch.setattr(prompts_file.output.os, 'replace', full)
+    with pytest.raises(AssertionError, match="can't write .*out.jsonl: No space left on device"):
+      complete(rows, *flags)
+  _, out = complete(rows, *flags)
+  assert 'resumed: 2 of 2 rows were done' in out
+  with monkeypatch.context() as patch:
+    patch.setattr(prompts_file.Journal, '_append', full)
+    with pytest.raises(AssertionError, match='kept in .*unfinished: No space left on device'):
+      complete(rows, *flags, '--overwrite')
+
+
+def test_a_task_without_seqio_names_the_extra(command, monkeypatch):
+  find_spec = importlib.util.find_spec
+  monkeypatch.setattr(
+    importlib.util, 'find_spec', lambda name: None if name == 'seqio' else find_spec(name)
+  )
+  code, _, err = command('--gin_file=t5x_inference_ext/configs/runs/infer.gin')
+  assert (code, err) == (
+    2,
+    "error: a run over a task needs seqio and tensorflow: pip install 't5x_inference_ext[seqio]'\n",
+  )
 
 
 def test_text_without_a_vocabulary(complaint, monkeypatch):

@@ -1,4 +1,4 @@
-"""The parts of the infer command: vocabularies, seeds, default meshes, shapes of batches, what a run keeps."""
+"""Parts of the infer command: vocabularies, seeds, default meshes, batches, the journal."""
 
 import json
 

@@ -1,0 +1,63 @@
+"""Files of a run over a task, local or in a bucket. Of several processes, process 0 writes."""
+
+from collections.abc import Iterable, Iterator
+import contextlib
+import json
+import os
+from typing import IO, Any
+
+import tensorflow as tf
+
+from t5x_inference_ext import distributed
+from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.runs.tasks import Source
+
+gfile = tf.io.gfile
+COMPLETED_SUFFIX = '.COMPLETED'
+
+
+def output_path(name: str, source: Source, mode: str, output_dir: str) -> str:
+  """Return the path of a task's output, as T5X names it."""
+  return os.path.join(
+    output_dir, f'{name}-{mode}.jsonl-{source.shard:05}-of-{source.num_shards:05}'
+  )
+
+
+def make_directory(path: str) -> None:
+  """Make a directory where there is none. Raises RequestError where that can't be done."""
+  if distributed.is_main():
+    with _errors(path):
+      gfile.makedirs(path)
+
+
+@contextlib.contextmanager
+def open_output(path: str) -> Iterator[IO[str]]:
+  """Open a file to write; processes other than 0 write to nowhere.
+
+  Raises:
+    RequestError: The file can't be written, as on a full disk.
+  """
+  with _errors(path), gfile.GFile(path if distributed.is_main() else os.devnull, 'w') as file:
+    yield file
+
+
+def write_rows(path: str, rows: Iterable[Any]) -> None:
+  """Write JSON rows under a temporary name, rename the file, and mark it as completed."""
+  temporary = f'{path}.incomplete'
+  with open_output(temporary) as file:
+    for row in rows:
+      file.write(json.dumps(row) + '\n')
+  if distributed.is_main():
+    with _errors(path):
+      gfile.rename(temporary, path, overwrite=True)
+  with open_output(path + COMPLETED_SUFFIX) as file:
+    file.write('')
+
+
+@contextlib.contextmanager
+def _errors(path: str) -> Iterator[None]:
+  """Turn TensorFlow's errors of a file into a RequestError that names it."""
+  try:
+    yield
+  except tf.errors.OpError as error:
+    raise RequestError(f"can't write {path}: {error.message}") from error
