@@ -331,7 +331,8 @@ def test_keys_and_values_of_prefill_are_told():
   )
   made = 2 * 2 * 8 * 6 * 8 * 4  # layers, keys and values, rows, positions, Q, float32
   assert (
-    f'in prefill {explain_text.binary_bytes(e.weight_bytes + made)} with its keys and values' in text
+    f'in prefill {explain_text.binary_bytes(e.weight_bytes + made)} with its keys and values'
+    in text
   )
   text = explain_text.explain(
     setting(MODELS['multihead'], '2x2x2', 'ws_2d/heads', 'ws_2d/batch', **by_heads)

@@ -99,7 +99,10 @@ def test_phase_rules_come_in_front(palm_tiny):
     cache, matrix = constrained(np.zeros((8, 4, 1, 2)), np.zeros((8, 8)))
     assert cache.sharding.is_equivalent_to(NamedSharding(partitioner.mesh, sharding.cache), 4)
     assert matrix.sharding.is_equivalent_to(
-      NamedSharding(partitioner.mesh, model.model.prefill_layout.weight_spec((EMBED_AXIS, HIDDEN_AXIS))), 2
+      NamedSharding(
+        partitioner.mesh, model.model.prefill_layout.weight_spec((EMBED_AXIS, HIDDEN_AXIS))
+      ),
+      2,
     )
 
 
