@@ -1,15 +1,16 @@
-"""Useful tokens per second of slot refill beside a static batch, and time to first tokens with a shared prefix.
+"""Slot refill beside a static batch (useful tokens/s), and first tokens with a shared prefix.
 
-    python -m benchmarks.continuous                   # refill: 256 requests of ragged lengths, 32 slots
-    python -m benchmarks.continuous --case=prefix     # 32 requests that share 80% of their prompts
-    python -m benchmarks.continuous --case=chat       # the paper's chatbot: 1920 cached, 64 new, 64 generated
+    python -m benchmarks.continuous                 # 256 requests of ragged lengths, 32 slots
+    python -m benchmarks.continuous --case=prefix   # 32 requests that share 80% of their prompts
+    python -m benchmarks.continuous --case=chat     # the paper's chatbot: 1920 cached, 64 new
 
-Run from the root of a checkout, on one device. Prompts of 16 to 512 tokens and outputs of 8 to 256 are drawn log-uniformly
-with seed 0. A useful token is one that a request asked for. The static batch takes requests in order, 32 at a time, each
-batch padded to its longest prompt and stopping when all of its rows end; both sides give the same tokens. With --stock
-the same batches also go through the step that stock `t5x.infer` makes of T5X's DecoderOnlyModel (needs T5X and
-flaxformer): sequences as long as the longest prompt and output, decoding as many steps as the batch's longest output, since
-T5X has no limit for each row.
+Run from the root of a checkout, on one device. Prompts of 16 to 512 tokens and outputs of 8 to 256
+are drawn log-uniformly with seed 0. A useful token is one that a request asked for. The static
+batch takes requests in order, 32 at a time, each batch padded to its longest prompt and stopping
+when all of its rows end; both sides give the same tokens. With --stock the same batches also go
+through the step that stock `t5x.infer` makes of T5X's DecoderOnlyModel (needs T5X and flaxformer):
+sequences as long as the longest prompt and output, decoding as many steps as the batch's longest
+output, since T5X has no limit for each row.
 """
 
 import argparse
@@ -140,13 +141,16 @@ def refill_case(args) -> None:
   requests = ragged(args.vocabulary, args.requests, args.prompt, args.generate)
   useful = sum(r.limit for r in requests)
   print(
-    f'{engine.model.config}\n{jax.devices()[0].device_kind}, {args.dtype}; {len(requests)} requests, '
-    f'{sum(len(r.tokens) for r in requests)} prompt tokens, {useful} asked for; {args.slots} slots; median of '
+    f'{engine.model.config}\n{jax.devices()[0].device_kind}, {args.dtype}; {len(requests)} '
+    'requests, '
+    f'{sum(len(r.tokens) for r in requests)} prompt tokens, {useful} asked for; {args.slots} '
+    'slots; median of '
     f'{args.repeats}'
   )
   (old, (positions, steps)), slow = timed(static(engine, requests, args.slots), args.repeats)
   print(
-    f'static batch: {useful / slow:8.0f} useful tokens/s ({slow:.2f} s: {positions} prompt positions, {steps} '
+    f'static batch: {useful / slow:8.0f} useful tokens/s ({slow:.2f} s: {positions} prompt '
+    f'positions, {steps} '
     'slot-steps)',
     flush=True,
   )
@@ -155,12 +159,15 @@ def refill_case(args) -> None:
     args.repeats,
   )
   print(
-    f'slot refill:  {useful / fast:8.0f} useful tokens/s ({fast:.2f} s: {tally.prefilled} prompt positions, '
+    f'slot refill:  {useful / fast:8.0f} useful tokens/s ({fast:.2f} s: {tally.prefilled} prompt '
+    'positions, '
     f'{tally.decoded} slot-steps), {slow / fast:.2f}x'
   )
   print(
-    f'positions {positions / tally.prefilled:.2f}x fewer, slot-steps {steps / tally.decoded:.2f}x fewer; without any '
-    f'waste {positions / sum(len(r.tokens) for r in requests):.2f}x and {steps / (useful - len(requests)):.2f}x; '
+    f'positions {positions / tally.prefilled:.2f}x fewer, slot-steps {steps / tally.decoded:.2f}x '
+    'fewer; without any '
+    f'waste {positions / sum(len(r.tokens) for r in requests):.2f}x and '
+    f'{steps / (useful - len(requests)):.2f}x; '
     f'{sum(a == b for a, b in zip(old, new))} of {len(requests)} rows equal',
     flush=True,
   )
@@ -169,14 +176,17 @@ def refill_case(args) -> None:
 
 
 def prefix_case(args) -> None:
-  """Time until each of 32 requests has its first token: shared prefix found and stored once, beside each on its own."""
+  """Time until each of 32 requests has its first token: shared prefix found and stored once, beside
+  each on its own.
+  """
   engine = make_engine(args.layers, args.d_model, args.vocabulary, args.dtype)
   rng = np.random.default_rng(0)
   ids = lambda n: rng.integers(3, args.vocabulary, n).tolist()
   begin = ids(args.prompt * 4 // 5)
   requests = [Request((0, *begin, *ids(args.prompt - len(begin))), limit=1) for _ in range(32)]
   print(
-    f'{engine.model.config}\n{jax.devices()[0].device_kind}, {args.dtype}; 32 requests of {args.prompt} tokens, '
+    f'{engine.model.config}\n{jax.devices()[0].device_kind}, {args.dtype}; 32 requests of '
+    f'{args.prompt} tokens, '
     f'{len(begin)} of them the same; median of {args.repeats}'
   )
   times, tokens = {}, {}
@@ -186,17 +196,19 @@ def prefix_case(args) -> None:
     )
     (tokens[name], tally), times[name] = timed(run, args.repeats)
     print(
-      f'{name}: all first tokens after {times[name]:.3f} s, {tally.prefilled} positions after what is shared',
+      f'{name}: all first tokens after {times[name]:.3f} s, {tally.prefilled} positions after '
+      'what is shared',
       flush=True,
     )
   alone, shared = times.values()
   print(
-    f'{alone / shared:.2f}x sooner; {sum(a == b for a, b in zip(*tokens.values()))} of 32 rows equal'
+    f'{alone / shared:.2f}x sooner; {sum(a == b for a, b in zip(*tokens.values()))} of 32 rows '
+    'equal'
   )
 
 
 def chat_case(args) -> None:
-  """The paper's chatbot (section 1): a turn of 64 tokens after 1920 that are cached, 64 generated."""
+  """Time the paper's chatbot (section 1): 1920 tokens cached, a turn of 64, 64 generated."""
   engine = make_engine(args.layers, args.d_model, args.vocabulary, args.dtype)
   rng = np.random.default_rng(0)
   ids = lambda n: rng.integers(3, args.vocabulary, n).tolist()
@@ -216,7 +228,8 @@ def chat_case(args) -> None:
       if repeat:
         times[name].append((wait, time.perf_counter() - start))
   print(
-    f'{engine.model.config}\n{jax.devices()[0].device_kind}, {args.dtype}; 1920 tokens, a turn of 64, a reply of 64; '
+    f'{engine.model.config}\n{jax.devices()[0].device_kind}, {args.dtype}; 1920 tokens, a turn of '
+    '64, a reply of 64; '
     f'median of {args.repeats}'
   )
   for name, seconds in times.items():
@@ -232,7 +245,8 @@ def stock_case(args, engine, requests, new, fast) -> None:
   found, slow = timed(run, args.repeats)
   useful = sum(r.limit for r in requests)
   print(
-    f'stock T5X:    {useful / slow:8.0f} useful tokens/s ({slow:.2f} s); slot refill is {slow / fast:.2f}x; '
+    f'stock T5X:    {useful / slow:8.0f} useful tokens/s ({slow:.2f} s); slot refill is '
+    f'{slow / fast:.2f}x; '
     f'{sum(a == b for a, b in zip(found, new))} of {len(requests)} rows equal'
   )
 

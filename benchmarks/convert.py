@@ -1,17 +1,21 @@
-"""Converting a large T5X checkpoint, beside copying it and decompressing it, in one run; and the peak memory it takes.
+"""Converting a large T5X checkpoint, beside copying it and decompressing it, in one run; and the
+peak memory it takes.
 
     python -m benchmarks.convert --gigabytes=8 --directory=SCRATCH
 
-Run from the root of a checkout. Makes a checkpoint of T5X's own format with random normal values in float32, in chunks
-as T5X would cut them (at most 64 MiB, gzip level 1), and times, each with a cold page cache for the source:
+Run from the root of a checkout. Makes a checkpoint of T5X's own format with random normal values in
+float32, in chunks as T5X would cut them (at most 64 MiB, gzip level 1), and times, each with a cold
+page cache for the source:
 
   copy        cp of the compressed source, and a sync of the copy
   decompress  reading all chunk files and decompressing them with zlib on all cores, keeping nothing
-  convert     python -m t5x_inference_ext.convert_checkpoint to int8, its own process: start-up, reading back from the
-              disk and renaming included
+  convert     python -m t5x_inference_ext.convert_checkpoint to int8, its own process: start-up,
+              reading back from
+              the disk and renaming included
 
-It needs about 2.2 times --gigabytes of disk, and removes everything it made, but for a checkpoint in --source, which it
-makes where it is not there. Processor seconds are of all threads: on a machine that others use, too, they say more.
+It needs about 2.2 times --gigabytes of disk, and removes everything it made, but for a checkpoint
+in --source, which it makes where it is not there. Processor seconds are of all threads: on a
+machine that others use, too, they say more.
 """
 
 import argparse
@@ -203,7 +207,8 @@ def main() -> None:
     stored = sum(f.stat().st_size for f in chunk_files(source))
     print(
       f'{config}\n{nbytes / 1e9:.2f} GB of float32, {stored / 1e9:.2f} GB compressed, in '
-      f'{len(chunk_files(source))} chunks, made in {time.perf_counter() - start:.0f} s; {CORES} cores',
+      f'{len(chunk_files(source))} chunks, made in {time.perf_counter() - start:.0f} s; {CORES} '
+      'cores',
       flush=True,
     )
     rows = {
@@ -213,7 +218,8 @@ def main() -> None:
     rows['convert to int8'], peak = convert(source, scratch / 'out', arguments.workers)
     for name, (taken, processor) in rows.items():
       print(
-        f'{name:26}{taken:8.1f} s {nbytes / taken / 1e6:8.1f} MB/s of float32 {processor:8.1f} processor s'
+        f'{name:26}{taken:8.1f} s {nbytes / taken / 1e6:8.1f} MB/s of float32 {processor:8.1f} '
+        'processor s'
       )
     ratio = (
       max(rows['copy and sync'][0], rows['decompress on all cores'][0]) / rows['convert to int8'][0]

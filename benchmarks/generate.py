@@ -3,12 +3,14 @@
     python -m benchmarks.generate
     python -m benchmarks.generate --batch=1,8,32 --prompt=128 --generate=64 --repeats=7
 
-Run from the root of a checkout, on one device. Both sides serve the same T5X checkpoint, prompts and lengths, greedy,
-never stopping early; each figure is the median of the repeats, which alternate between the two sides. The share of the
-machine's matmul rate counts 2 FLOPs a parameter and token, prompt included, against a large product measured here, in
-the same dtype. Stock T5X is T5X's DecoderOnlyModel with temperature_sample over flaxformer's layers, jitted whole.
+Run from the root of a checkout, on one device. Both sides serve the same T5X checkpoint, prompts
+and lengths, greedy, never stopping early; each figure is the median of the repeats, which alternate
+between the two sides. The share of the machine's matmul rate counts 2 FLOPs a parameter and token,
+prompt included, against a large product measured here, in the same dtype. Stock T5X is T5X's
+DecoderOnlyModel with temperature_sample over flaxformer's layers, jitted whole.
 
-Where jax has an accelerator, a PaLM 8B and a Falcon-7B of random weights follow: python -m benchmarks.accelerator.
+Where jax has an accelerator, a PaLM 8B and a Falcon-7B of random weights follow: python -m
+benchmarks.accelerator.
 """
 
 import argparse
@@ -97,7 +99,8 @@ def main():
   engine = Engine.load(args.checkpoint, dtype=args.dtype)
   rate = matmul_rate(args.dtype)
   print(
-    f'{config}\n{jax.devices()[0].device_kind}, {args.dtype}: matmul rate {rate / 1e9:.0f} GFLOP/s; '
+    f'{config}\n{jax.devices()[0].device_kind}, {args.dtype}: matmul rate {rate / 1e9:.0f} '
+    'GFLOP/s; '
     f'prompt {args.prompt}, generate {args.generate}, median of {args.repeats}'
   )
   print('batch | this package: tokens/s | share of matmul rate | stock T5X: tokens/s | ratio')
@@ -122,7 +125,8 @@ def main():
     same = (tokens['own'] == tokens['stock']).all(axis=1).sum()
     print(
       line
-      + f'{speed["stock"]:19.0f} | {speed["own"] / speed["stock"]:.2f}x  ({same} of {rows} rows equal)'
+      + f'{speed["stock"]:19.0f} | {speed["own"] / speed["stock"]:.2f}x  ({same} of {rows} rows '
+      'equal)'
     )
   if jax.devices()[0].platform != 'cpu':
     del engine, sides

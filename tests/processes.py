@@ -23,9 +23,11 @@ class Result(NamedTuple):
   stderr: str
 
 
-# What the transport of CPU runs prints, from C++ threads, a piece at a time: lines of several threads are mixed.
+# What the transport of CPU runs prints, from C++ threads, a piece at a time: lines of several
+# threads are mixed.
 _GLOO = re.compile(
-  r'\[Gloo\] Rank |is connected to |peer ranks\. |Expected number of connected peer ranks is : |\d+|\s'
+  r'\[Gloo\] Rank |is connected to |peer ranks\. |'
+  r'Expected number of connected peer ranks is : |\d+|\s'
 )
 
 
@@ -42,7 +44,9 @@ def free_port() -> int:
 def run(
   command: Callable[[int, int], list[str]], cwd: pathlib.Path, **environment: str
 ) -> list[Result]:
-  """Runs command(port of the coordinator, process id) for each process, at once; none outlives this call."""
+  """Runs command(port of the coordinator, process id) for each process, at once; none outlives this
+  call.
+  """
   port = free_port()
   env = {
     **os.environ,
@@ -54,7 +58,8 @@ def run(
   with contextlib.ExitStack() as stack:
     started = []
     for process in range(COUNT):
-      # Files, not pipes: a process must not wait for its output to be read while another is waited for.
+      # Files, not pipes: a process must not wait for its output to be read while another is waited
+      # for.
       outputs = [
         stack.enter_context(tempfile.TemporaryFile('w+', encoding='utf-8')) for _ in range(2)
       ]

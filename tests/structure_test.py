@@ -1,4 +1,6 @@
-"""What keeps the package's rooms apart: who may import what, and how long a module may be. Reads source, runs none."""
+"""What keeps the package's rooms apart: who may import what, and how long a module may be. Reads
+source, runs none.
+"""
 
 import ast
 import collections
@@ -22,7 +24,8 @@ SHIMS = {
 }
 
 # Slow or global things, and the only modules that may import them: the commands, the runs over a
-# seqio task that one of them imports when asked for a task, and the adapter, whose host brings them.
+# seqio task that one of them imports when asked for a task, and the adapter, whose host brings
+# them.
 FRAMEWORKS = {
   'absl': ('commands/', 't5x/'),
   'gin': ('commands/cli.py', 't5x/'),
@@ -201,7 +204,9 @@ def test_is_short_enough_to_hold_one_concept(module):
 
 
 def test_every_directory_is_a_package():
-  """Gin looks files up by package, and setuptools ships packages: a directory without __init__.py would be lost."""
+  """Gin looks files up by package, and setuptools ships packages: a directory without __init__.py
+  would be lost.
+  """
   directories = {path.parent for path in PACKAGE.rglob('*') if path.suffix in ('.py', '.gin')}
   directories |= {path.parent for path in (PACKAGE / 'configs').rglob('*.gin')}
   assert [d for d in directories if not (d / '__init__.py').is_file()] == []

@@ -1,4 +1,6 @@
-"""Turns on one cache: the replies are those of one long prompt, and no turn prefills what came before it."""
+"""Turns on one cache: the replies are those of one long prompt, and no turn prefills what came
+before it.
+"""
 
 import itertools
 

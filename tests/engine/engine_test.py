@@ -59,7 +59,8 @@ def test_padded_batch_is_accepted(engine):
     (dict(prompts=[[3], [-1]]), 'prompt 1 holds token -1'),
     (
       dict(cache_size=10),
-      'prompt 0 is longer than the cache: 3 tokens and 8 new ones need 11 positions, the cache has 10',
+      'prompt 0 is longer than the cache: 3 tokens and 8 new ones need 11 positions, the cache '
+      'has 10',
     ),
     (dict(prompt_size=2), 'prompt 0 has 3 tokens, more than prompt_size=2'),
     (dict(seeds=[1]), '2 prompts need as many seeds, got 1'),
@@ -216,7 +217,9 @@ def test_a_stream_gives_generate_s_tokens_as_they_are_made(engine):
 
 
 def test_an_int8_cache_gives_every_way_of_decoding_the_same(palm_tiny, engine):
-  """A batch at once, prompts in chunks, slots with a shared beginning, turns of a chat; and score tells its probabilities."""
+  """A batch at once, prompts in chunks, slots with a shared beginning, turns of a chat; and score
+  tells its probabilities.
+  """
   int8 = Engine.load(palm_tiny, mesh='2x1x1', dtype='float32', cache='int8')
   begin = [byte + 3 for byte in b'import os\nimport sys\n\ndef main(argv):\n  ']
   prompts = [[*begin, 117, 104], [*begin, 105], begin]

@@ -1,4 +1,6 @@
-"""The real checkpoints against what T5X itself computed: float32 on 1 to 8 devices in every layout, bfloat16, int8."""
+"""The real checkpoints against what T5X itself computed: float32 on 1 to 8 devices in every layout,
+bfloat16, int8.
+"""
 
 import dataclasses
 import functools
@@ -107,7 +109,9 @@ decode_step = jax.jit(Model.decode_step, static_argnames='self')
 
 @pytest.mark.parametrize('prefill, decode', PAIRS)
 def test_greedy_under_every_valid_pair(palm_tiny, greedy, prefill, decode):
-  """On 2x2x2: all 48 tokens where both phases have one layout, else the first 8, by when the cache has moved."""
+  """On 2x2x2: all 48 tokens where both phases have one layout, else the first 8, by when the cache
+  has moved.
+  """
   steps = 48 if prefill == decode else 8
   one = loaded(palm_tiny, 'ws_1d/batch' if prefill.startswith('ws_1d') else 'ws_2d/batch')
   model = dataclasses.replace(
@@ -199,11 +203,14 @@ def test_orbax_gives_the_same_weights_on_the_mesh(palm_tiny, testdata):
 
 
 def test_bfloat16_is_near(palm_tiny, forced, greedy):
-  """Logits of up to 18 in size. Measured: 0.10 at worst and 0.015 root mean square; the bounds are twice that."""
+  """Logits of up to 18 in size. Measured: 0.10 at worst and 0.015 root mean square; the bounds are
+  twice that.
+  """
   model = Engine.load(palm_tiny, mesh='1x2x1', dtype='bfloat16')
   error = model.logits(forced['input_tokens']) - forced['logits']
   print(
-    f'bfloat16 logits: {np.abs(error).max():.4f} at worst, {np.sqrt(np.mean(error**2)):.5f} root mean square, of '
+    f'bfloat16 logits: {np.abs(error).max():.4f} at worst, {np.sqrt(np.mean(error**2)):.5f} root '
+    'mean square, of '
     f'{np.abs(forced["logits"]).max():.1f}'
   )
   assert 1e-3 < np.abs(error).max() < 0.2

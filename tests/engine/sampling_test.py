@@ -1,4 +1,6 @@
-"""Choosing tokens: which may be chosen, how often, and that nothing but logits, seed and position decides."""
+"""Choosing tokens: which may be chosen, how often, and that nothing but logits, seed and position
+decides.
+"""
 
 import dataclasses
 
@@ -32,7 +34,9 @@ def random_logits(rows, vocabulary, seed=0, size=2.0):
 
 
 def kept(logits, top_k, top_p):
-  """[V] -> the ids that may be chosen, and their probabilities [V]: first top_k, then top_p of what is left of them."""
+  """[V] -> the ids that may be chosen, and their probabilities [V]: first top_k, then top_p of what
+  is left of them.
+  """
   order = np.argsort(-logits, kind='stable')[: top_k or len(logits)]
   p = np.exp(logits[order].astype(np.float64) - logits.max())
   p /= p.sum()
@@ -147,7 +151,9 @@ MANY = [
 
 @pytest.mark.parametrize('mix', [FEW, MANY], ids=['few candidates', 'all tokens'])
 def test_each_row_of_a_mix_has_its_own_distribution(mix):
-  """A vocabulary of many blocks, of which the most likely tokens are spread over some; rows of both kinds of draw."""
+  """A vocabulary of many blocks, of which the most likely tokens are spread over some; rows of both
+  kinds of draw.
+  """
   n, vocabulary = 1500, 2200
   logits = np.full(vocabulary, -30, np.float32)
   likely = np.random.default_rng(1).choice(vocabulary, 12, replace=False)
@@ -181,7 +187,9 @@ def draw(logits, rows, positions=None):
   'top_k, top_p', [(0, 0.1), (0, 0.9), (7, 1.0), (7, 0.3), (20, 0.95), (300, 0.5)]
 )
 def test_keeps_exactly_the_right_sets(top_k, top_p):
-  """Noise that favours one token makes it the draw if it is kept, and only then: over rows, every token in turn."""
+  """Noise that favours one token makes it the draw if it is kept, and only then: over rows, every
+  token in turn.
+  """
   logits = random_logits(16, 400, size=3)
   keep = np.array([kept(row, top_k, top_p) > 0 for row in logits])
   k, p = np.full(16, top_k or 400, np.int32), np.full(16, top_p, np.float32)
@@ -193,14 +201,17 @@ def test_keeps_exactly_the_right_sets(top_k, top_p):
     )
   for way in ways:
     favoured = jax.vmap(lambda i: jnp.zeros((16, 400)).at[:, i].set(1000.0))(jnp.arange(400))
-    chosen = np.asarray(jax.jit(lambda noise: jax.lax.map(way, noise))(favoured))  # [400, 16]
+    chosen = np.asarray(
+      jax.jit(lambda noise, way=way: jax.lax.map(way, noise))(favoured)
+    )  # [400, 16]
     np.testing.assert_array_equal((chosen == np.arange(400)[:, None]).T, keep)
   assert keep.any(axis=1).all() and not keep.all(axis=1).any()
 
 
 def test_both_together_are_not_either_alone():
-  """top_p counts the probabilities of what top_k kept: k=2 makes 0.57 and 0.43 of 0.4 and 0.3, and then p=0.5 leaves
-  one token, where alone it leaves two."""
+  """top_p counts the probabilities of what top_k kept: k=2 makes 0.57 and 0.43 of 0.4 and 0.3, and
+  then p=0.5 leaves one token, where alone it leaves two.
+  """
   logits = np.tile(np.log(np.array([[0.4, 0.3, 0.2, 0.1]], np.float32)), (300, 1))
   survivors = lambda *args: sorted(set(choose(SamplingParams(1.0, *args), logits).tolist()))
   assert survivors(2, 1.0) == [0, 1]
@@ -265,7 +276,7 @@ def test_logit_bias():
   ids=str,
 )
 def test_a_choice_ends_where_nothing_can_be_chosen(sampling):
-  """All tokens forbidden, or logits that are no numbers: any token, but no search without an end."""
+  """All tokens forbidden, or logits that are no numbers: any token, but no endless search."""
   forbidden = dataclasses.replace(sampling, logit_bias=dict.fromkeys(range(400), -np.inf))
   for chosen in (
     choose(forbidden, random_logits(3, 400)),

@@ -1,4 +1,6 @@
-"""Slot refill: a row's tokens are those it has alone, whatever else runs beside it, and on whatever mesh."""
+"""Slot refill: a row's tokens are those it has alone, whatever else runs beside it, and on whatever
+mesh.
+"""
 
 import functools
 
@@ -135,7 +137,9 @@ def test_random_mixes_are_identical_to_one_at_a_time():
 
 
 def test_slots_are_kept_full():
-  """20 requests of 1 to 12 tokens on 3 slots: hardly more slot-steps than tokens, and no prompt is prefilled twice."""
+  """20 requests of 1 to 12 tokens on 3 slots: hardly more slot-steps than tokens, and no prompt is
+  prefilled twice.
+  """
   e, rng = engine('1x1x1'), np.random.default_rng(0)
   requests = [
     Request((0, *rng.integers(3, 101, 6).tolist()), (i,), 1 + i * 7 % 12) for i in range(20)
@@ -168,7 +172,9 @@ def test_requests_are_taken_as_slots_become_free():
 
 
 def test_a_budget_lets_rows_go_on_while_prompts_wait():
-  """One row decodes while a long prompt enters: with a budget of a chunk, a step between any two chunks."""
+  """One row decodes while a long prompt enters: with a budget of a chunk, a step between any two
+  chunks.
+  """
   e = engine('1x1x1')
   requests = [Request((0, 5), (1,), 12), Request((0, *range(3, 23)), (2,), 2)]
   events = list(
@@ -178,10 +184,9 @@ def test_a_budget_lets_rows_go_on_while_prompts_wait():
       SchedulerConfig(3, 40, 21, 21, eos_id=-1, prefill_chunk=4, prefill_budget=1, decode_steps=5),
     ).run(requests)
   )
-  before = list(map(lambda event: event.request, events)).index(1)
-  assert (
-    before == 7
-  )  # a step of the first row alone; 21 positions in chunks of 4 take 6 passes, with a step after each
+  before = [event.request for event in events].index(1)
+  # A step of the first row alone; 21 positions in chunks of 4 take 6 passes, a step after each.
+  assert before == 7
   assert [sum(len(e.tokens) for e in events if e.request == i) for i in (0, 1)] == [12, 2]
 
 

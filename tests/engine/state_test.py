@@ -1,4 +1,6 @@
-"""The step from logits to the next token: penalties, log-probabilities, and everything that ends a row."""
+"""The step from logits to the next token: penalties, log-probabilities, and everything that ends a
+row.
+"""
 
 import dataclasses
 
@@ -26,7 +28,9 @@ def rows_of(options, limit=100, top=0, seeds=None):
 
 
 def fed(rows, tokens, prompts=None):
-  """Rows that generated `tokens` [B, n], by logits that leave no choice: (progress, [B, n] whether they had ended)."""
+  """Rows that generated `tokens` [B, n], by logits that leave no choice: (progress, [B, n] whether
+  they had ended).
+  """
   count = len(rows.seeds)
   prompts = np.zeros((count, 1), np.int32) if prompts is None else prompts
   progress = initial_state(

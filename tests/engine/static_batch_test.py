@@ -1,4 +1,4 @@
-"""Generation as a whole: where rows end, what scores mean, and that batch and mesh change nothing."""
+"""Whole generations: where rows end, what scores mean; batch and mesh change nothing."""
 
 import functools
 
@@ -135,7 +135,9 @@ def test_eos_ends_a_row_and_zeros_follow(mesh):
 
 
 def test_scores_are_the_model_s_own_log_probs():
-  """Under temperature 1 and all tokens, whatever the sampler: recomputed in one pass over prompt and completion."""
+  """Under temperature 1 and all tokens, whatever the sampler: recomputed in one pass over prompt
+  and completion.
+  """
   e = engine('1x1x1')
   hot = SamplingParams(temperature=3.0, top_k=20)
   free = e.generate(
@@ -167,7 +169,9 @@ def test_one_new_token():
 
 
 def test_max_length_ends_each_row_when_prompt_and_new_tokens_reach_it():
-  """The same tokens, of longer prompts fewer; rows that go on are not disturbed by those that ended."""
+  """The same tokens, of longer prompts fewer; rows that go on are not disturbed by those that
+  ended.
+  """
   rows = engine('1x1x1').generate(
     PROMPTS,
     max_new_tokens=NEW,
@@ -229,7 +233,9 @@ def test_each_row_has_its_own_limit():
 
 
 def test_options_reach_the_loop():
-  """A stop sequence, a least number of tokens, a penalty: told by what they do to the free greedy rows."""
+  """A stop sequence, a least number of tokens, a penalty: told by what they do to the free greedy
+  rows.
+  """
   e = engine('1x1x1')
   free = greedy()[0].tokens
   pair = tuple(free[1:3])
