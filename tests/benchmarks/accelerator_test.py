@@ -3,6 +3,7 @@
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -87,7 +88,7 @@ def test_programs_agree_and_start_over(kind, scan_layers):
 @pytest.mark.parametrize('kind', ['bfloat16', 'int8'])
 def test_random_weights_keep_activations_near_one(kind):
   own = RandomModel.make(TINY, kind, True)
-  logits = own.model.logits(own.weights, np.arange(16, dtype=np.int32).reshape(2, 8))
+  logits = own.model.logits(own.weights, jnp.arange(16).reshape(2, 8))
   assert 0.05 < float(np.std(logits)) < 0.2  # of the normed activations with an embedding of 0.1
   assert own.weight_bytes == sum(np.asarray(x).nbytes for x in jax.tree.leaves(own.weights))
 
