@@ -38,7 +38,7 @@ def forward(
   finish: Finish,
   weights: Weights,
   cache: KVCache | None,
-  tokens: Int[Array, 'B T'],
+  tokens: Int[Array, 'B T'] | Int[Array, ' B'],
   *inputs: Any,
 ) -> Any:
   """Run a pass on one shard.
@@ -50,9 +50,12 @@ def forward(
       values.
     weights: This shard's part of the weights.
     cache: This shard's part of the KV cache that the tokens follow, or None: they begin their rows.
-    tokens: [B, T] int32. All tokens of the pass: every shard has them.
+    tokens: [B, T] int32. All tokens of the pass: every shard has them. A decode step's are [B]:
+      widened here, outside of the shards they would be one more operation.
     *inputs: Further per-shard arguments of `finish`.
   """
+  if tokens.ndim == 1:
+    tokens = tokens[:, None]
   if cache is None:
     start = jnp.zeros(tokens.shape[0] // ops.axis_size(sharding.attention_rows), jnp.int32)
   else:
@@ -154,7 +157,7 @@ class Model(ShardedModel):
     spec = self.cache_spec(sharding, weights, cache)
     return self._on_shards(
       sharding, finish, weights, spec, inputs=(), outputs=(P(self.sampling_axes(rows)), spec)
-    )(weights, cache, tokens[:, None])
+    )(weights, cache, tokens)
 
   def prefill_chunk(
     self, weights: Weights, cache: KVCache, tokens: Int[Array, 'B T'], counts: Int[Array, ' B']
