@@ -2,6 +2,8 @@
 # that was installed before.
 
 PYTHON ?= python3
+# Test files that run at a time; each holds up to 4 GiB.
+WORKERS ?= 2
 # Where `make demo` writes; made anew by each run.
 DEMO := build/demo
 INT8 := $(DEMO)/palm_tiny_int8
@@ -20,6 +22,7 @@ help:
 	@echo '               (tests that need T5X are skipped without it, and say so)'
 	@echo 'make docs      the documentation as a site, in site/; needs the environment of make test'
 	@echo 'make clean     remove everything the other targets made'
+	@echo 'WORKERS=...    test files that `make test` runs at a time (now: $(WORKERS))'
 	@echo 'PYTHON=...     the interpreter to use, 3.11 or newer (now: $(PYTHON))'
 
 # $(call environment,DIRECTORY,REQUIREMENTS): a fresh virtual environment with this checkout installed, editable.
@@ -56,7 +59,7 @@ test:
 	@$(TEST) mypy
 	@$(MAKE) --no-print-directory docs
 	@echo '== all tests, on 8 simulated devices'
-	@$(TEST) pytest -q
+	@$(TEST) pytest -q -n $(WORKERS) --dist loadfile
 
 docs:
 	@echo '== documentation'

@@ -49,6 +49,7 @@ TEST_REQUIRES = [
   # Tests of the compiled programs; on a platform without it they are skipped, and say so.
   f"{LIBTPU}; sys_platform == 'linux' and platform_machine == 'x86_64'",
   'pytest>=9.0.3',
+  'pytest-xdist>=3.8',  # two test files at a time
   # tests/package_test.py builds the wheel without isolation; 70.1 no longer needs `wheel`.
   'setuptools>=70.1',
   # The checks that `make test` runs before pytest, and the checker of array types in tests.
