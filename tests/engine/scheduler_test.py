@@ -278,7 +278,7 @@ def test_a_plan_fits_its_requests():
       'request 0 has 22 tokens, BOS included, and 64 new ones, 0 shared: there is room for 21',
     ),
     (Request((0, 5), limit=99), 'or 40 with the new ones but the last'),
-    (Request((0, 5), seeds=()), 'at least one of each'),
+    (Request((0, 5), seeds=()), 'at least 1 new token and one seed are needed'),
     (Request((0, 5), limit=0), 'request 0 asks for 0 new tokens'),
     (
       Request((0, 5), limit=2, sampling=SamplingParams(3.0)),
