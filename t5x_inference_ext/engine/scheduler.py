@@ -193,8 +193,8 @@ class Scheduler:
       or rest + request.limit - 1 > config.cache_size
     ):
       raise RequestError(
-        f'request {index} has {length} tokens, BOS included, a limit of {request.limit} new tokens, '
-        f'and {start} shared tokens: there is room for {config.prompt_size} prompt tokens, '
+        f'request {index} has {length} tokens, BOS included, a limit of {request.limit} new '
+        f'tokens, and {start} shared tokens: there is room for {config.prompt_size} prompt tokens, '
         f'{config.rest_size} of them not shared, and for {config.cache_size} unshared '
         'and new ones, not counting the last new one'
       )

@@ -203,7 +203,7 @@ def test_infer_writes_the_same_rows(palm_tiny, path, tmp_path, capsys):
   'flags,words',
   [
     (['--max_new_tokens=7'], 'was compiled for max_new_tokens 6, and here it is 7'),
-    (['--max_new_tokens=6', '--mode=score'], "mode=score can't use it"),
+    (['--max_new_tokens=6', '--mode=score'], "can't run mode=score"),
     (['--max_new_tokens=6', '--mesh=1x1x1'], 'pass its mesh, 2x2x2'),
   ],
 )

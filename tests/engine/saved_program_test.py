@@ -226,7 +226,7 @@ def test_damage_is_found_before_anything_runs(path, mesh):
   with pytest.raises(SavedError, match='damaged'):
     _load(path, mesh)
   path.write_bytes(data[:-100])
-  with pytest.raises(SavedError, match='damaged: it has'):
+  with pytest.raises(SavedError, match='damaged: it should hold'):
     _load(path, mesh)
 
 
