@@ -102,7 +102,7 @@ def test_nothing_there(gcs, tmp_path, capsys):
     (lambda gcs, name: gcs.objects.pop(name), 'missing'),
     (
       lambda gcs, name: gcs.put(name, gcs.objects[name][1][:-9]),
-      'the end of the file is not there',
+      'the end of the file is missing',
     ),
     (lambda gcs, name: gcs.failures['GET', name].append(403), '403'),
   ],
@@ -146,7 +146,7 @@ def test_an_output_in_a_bucket(gcs, source, tmp_path, capsys, form):
   assert run(*command) == 0
   said = capsys.readouterr()
   assert (
-    'whose disk it takes until all is uploaded' in said.out
+    'taking disk space until all is uploaded' in said.out
     and f'wrote and verified {out}' in said.out
     and 'upload: ' in said.err
   )
@@ -180,7 +180,7 @@ def opens(path: str) -> bool:
     open_checkpoint(path)
     return True
   except CheckpointError as e:
-    assert 'an upload that has not ended' in str(e)
+    assert 'an unfinished upload' in str(e)
     return False
 
 
