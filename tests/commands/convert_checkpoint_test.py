@@ -114,7 +114,7 @@ def test_a_model_whose_tree_does_not_say_its_heads(tmp_path, capsys):
   leaves = synthetic.separate(synthetic.canonical(config), config)
   source = synthetic.write_legacy(tmp_path / 'source', leaves, inline=True)
   assert run(f'--input={source}', f'--output={tmp_path}/out', '--weights=int8') == 2
-  assert 'do not say how many heads' in capsys.readouterr().err
+  assert 'do not determine the number of heads' in capsys.readouterr().err
   model = tmp_path / 'model.gin'
   model.write_text(
     'from __gin__ import dynamic_registration\nfrom t5x_inference_ext import config\n'
@@ -199,7 +199,7 @@ def test_sizes_of_slices_and_of_what_is_held(palm_tiny, tmp_path, capsys, gin):
     ),
     (
       ['--input=a', '--output=gs://b/c', '--weights=int8'],
-      '--staging=DIR says in which local directory',
+      'give --staging=DIR, a local directory',
     ),
     (['--input=a', '--output=b', '--weights=int8', '--staging=s'], 'is for outputs in a bucket'),
     (
