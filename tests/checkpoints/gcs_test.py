@@ -100,10 +100,7 @@ def test_nothing_there(gcs, tmp_path, capsys):
   'damage,words',
   [
     (lambda gcs, name: gcs.objects.pop(name), 'missing'),
-    (
-      lambda gcs, name: gcs.put(name, gcs.objects[name][1][:-9]),
-      'the end of the file is missing',
-    ),
+    (lambda gcs, name: gcs.put(name, gcs.objects[name][1][:-9]), 'the end of the file is missing'),
     (lambda gcs, name: gcs.failures['GET', name].append(403), '403'),
   ],
 )

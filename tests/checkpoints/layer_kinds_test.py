@@ -113,7 +113,12 @@ def test_merged_multihead_kernels_do_not(tmp_path):
   config = model(num_kv_heads=4)
   leaves = synthetic.separate(synthetic.canonical(config), config)
   fails(
-    tmp_path, leaves, '[8, 24]', 'do not determine the number of heads', 'config=ModelConfig', 'MODEL_CONFIG'
+    tmp_path,
+    leaves,
+    '[8, 24]',
+    'do not determine the number of heads',
+    'config=ModelConfig',
+    'MODEL_CONFIG',
   )
 
 

@@ -197,10 +197,7 @@ def test_sizes_of_slices_and_of_what_is_held(palm_tiny, tmp_path, capsys, gin):
       ['--input=a', '--output=b', '--weights=int8', '--slice_bytes=1 TB'],
       'slice_bytes must be a number of bytes',
     ),
-    (
-      ['--input=a', '--output=gs://b/c', '--weights=int8'],
-      'give --staging=DIR, a local directory',
-    ),
+    (['--input=a', '--output=gs://b/c', '--weights=int8'], 'give --staging=DIR, a local directory'),
     (['--input=a', '--output=b', '--weights=int8', '--staging=s'], 'is for outputs in a bucket'),
     (
       ['--input=a', '--output=b', '--weights=int8', '--num_shards=0'],

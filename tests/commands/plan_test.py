@@ -182,7 +182,10 @@ def test_a_sweep_and_figures_write_their_files(tmp_path, capsys):
     ([*TINY, '--output_length=0'], 'output_length must be a whole number above 0'),
     ([*TINY, '--mesh=2x2'], 'a mesh is written XxYxZ'),
     ([*TINY, '--mesh=2x2x2'], 'the mesh 2x2x2 has 8 positions and v4:2x2x1 has 4 chips'),
-    (['--model=palm_tiny', '--batch=1', '--mesh=2x2x2'], 'mesh=2x2x2 needs one slice: give its name'),
+    (
+      ['--model=palm_tiny', '--batch=1', '--mesh=2x2x2'],
+      'mesh=2x2x2 needs one slice: give its name',
+    ),
     ([*TINY, '--slice=v4:8x8x8'], 'd_model=256 does not divide over the 512 devices'),
     ([*TINY, '--latency_target_ms=-1'], 'latency_target_ms must be above 0'),
     ([*TINY, '--latency_target_ms=nan'], 'latency_target_ms must be above 0 and finite, got nan'),
