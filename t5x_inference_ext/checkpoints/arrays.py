@@ -1,11 +1,11 @@
-"""The map between stored arrays and canonical tensors.
+"""The index map between stored arrays and canonical tensors.
 
 Loading, conversion and the writer of T5X checkpoints all use this map.
 
 A stored array is worked on in *factored* order [L, *inputs, *outputs]: the layer axis first, then
 the axes that a matmul sums over, then the axes that it keeps. A canonical tensor is addressed as
-one matrix a layer, [L, rows, columns]: rows are the inputs merged, columns are the outputs merged.
-A norm is one row; a tensor without a layer axis has L = 1.
+one matrix per layer, [L, rows, columns]: rows are the merged inputs, columns the merged outputs. A
+norm is one row; a tensor without a layer axis has L = 1.
 """
 
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ class KernelPart:
     start: First index of the tensor on the part axis.
     width: Number of indices of the tensor on the part axis.
     factor: Canonical values are stored values (or their reciprocals) times this factor.
-    reciprocal: Whether the array stores 1 / value, as flaxformer stores the scales of quantized
+    reciprocal: Whether the array stores 1 / value, as flaxformer does for the scales of quantized
       kernels.
   """
 
@@ -45,7 +45,7 @@ class KernelPart:
   reciprocal: bool = False
 
   def canonical_dtype(self, stored: np.dtype) -> np.dtype:
-    """Return the dtype of canonical values.
+    """Return the dtype of canonical values, given the stored dtype.
 
     A factor that is a power of two is exact in every dtype; other factors need float32.
     """
@@ -53,7 +53,7 @@ class KernelPart:
     return stored if exact else np.dtype(np.float32)
 
   def to_canonical(self, values: np.ndarray) -> np.ndarray:
-    """Return canonical values for stored ones."""
+    """Return the canonical values of stored values."""
     if self.reciprocal:
       with np.errstate(divide='ignore', over='ignore'):
         values = values.dtype.type(1) / values
@@ -63,7 +63,7 @@ class KernelPart:
     return values.astype(dtype, copy=False) * dtype.type(self.factor)
 
   def to_stored(self, values: np.ndarray) -> np.ndarray:
-    """Return the values to store for canonical ones: the inverse of to_canonical."""
+    """Return the values to store for canonical values: the inverse of to_canonical."""
     if self.factor != 1:
       values = values / values.dtype.type(self.factor)
     return 1 / values if self.reciprocal else values
@@ -79,14 +79,14 @@ class Rectangle(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class KernelLayout:
-  """Where a stored array holds canonical tensors.
+  """The positions of canonical tensors in a stored array.
 
   Attributes:
     layers: L, or None for an array without a layer axis.
     layer_axis: Position of the layer axis in the stored array.
     inputs: Sizes of the axes that a matmul sums over, in stored order.
     outputs: Sizes of the axes that a matmul keeps, in stored order.
-    parts: The canonical tensors, side by side on the part axis.
+    parts: The canonical tensors, concatenated on the part axis.
     axis: Position of the part axis in inputs + outputs.
   """
 
@@ -130,7 +130,7 @@ class KernelLayout:
       bounds: The block, in factored order.
 
     Yields:
-      The part, the rectangle, and the index that takes its values [layers, rows, columns] out of
+      The part, the rectangle, and the index of the rectangle's values [layers, rows, columns] in
       the block.
     """
     split, place = 1 + len(self.inputs), 1 + self.axis
@@ -151,8 +151,8 @@ class KernelLayout:
     """Cut a canonical rectangle into blocks of the array.
 
     Yields:
-      A block's bounds in factored order, and the index that takes its values, in factored order,
-      out of the rectangle's values.
+      A block's bounds in factored order, and the index of its values, in factored order, in the
+      rectangle.
     """
     row_axes, column_axes = self._merged_axes(part)
     for rows, row_index in split_range(rectangle.rows, row_axes):
@@ -161,11 +161,11 @@ class KernelLayout:
         yield bounds, (slice(None), *row_index, *column_index)
 
   def covering(self, part: KernelPart, rectangle: Rectangle) -> tuple[Bounds, int, int]:
-    """Find the smallest block of the array that holds a canonical rectangle.
+    """Return the smallest block of the array that holds a canonical rectangle.
 
     Returns:
-      The block's bounds in factored order, and the row and column at which the rectangle begins in
-      the block, when the block's inputs and outputs are merged.
+      The block's bounds in factored order, and the row and column of the block at which the
+      rectangle begins, with the block's inputs and outputs merged.
     """
     row_axes, column_axes = self._merged_axes(part)
     rows, first_row = covering_box(rectangle.rows, row_axes)
@@ -179,7 +179,7 @@ class KernelLayout:
     return tuple(sizes[: len(self.inputs)]), tuple(sizes[len(self.inputs) :])
 
   def _shifted(self, part: KernelPart, bounds: Bounds) -> Bounds:
-    """Move factored bounds within a part to the part's place in the array."""
+    """Move factored bounds from within a part to the part's place in the array."""
     place = 1 + self.axis
     begin, end = bounds[place]
     return (*bounds[:place], (begin + part.start, end + part.start), *bounds[place + 1 :])
@@ -191,7 +191,7 @@ class SourceArray:
 
   Attributes:
     tensor: The array, as stored.
-    arrangement: Where the array holds canonical tensors.
+    arrangement: The positions of canonical tensors in the array.
   """
 
   tensor: Tensor
@@ -203,11 +203,11 @@ class SourceArray:
     return self.arrangement.to_factored(self.tensor.chunk)
 
   def nbytes(self, bounds: Bounds) -> int:
-    """Return the bytes of a block."""
+    """Return the size of a block in bytes."""
     return math.prod(e - b for b, e in bounds) * self.tensor.dtype.itemsize
 
   def read(self, bounds: Bounds) -> np.ndarray:
-    """Read a block in factored order. Values are as stored: the parts' factors are not applied."""
+    """Read a block in factored order, as stored: without applying the parts' factors."""
     values = self.tensor.read(tuple(slice(*b) for b in self.arrangement.to_stored(bounds)))
     if self.arrangement.layers is None:
       return values[None]
@@ -216,10 +216,10 @@ class SourceArray:
   def rectangles(
     self, values: np.ndarray, bounds: Bounds
   ) -> Iterator[tuple[KernelPart, Rectangle, np.ndarray]]:
-    """Cut a block that was read into canonical rectangles.
+    """Cut a block of values into canonical rectangles.
 
     Yields:
-      The part, the rectangle, and its values [layers, rows, columns], mostly views of `values`.
+      The part, the rectangle, and its values [layers, rows, columns], usually views of `values`.
     """
     for part, rectangle, index in self.arrangement.rectangles(bounds):
       yield part, rectangle, part.to_canonical(values[index])
@@ -230,7 +230,7 @@ class SourceArray:
 
 
 class CanonicalTensor(Tensor):
-  """A canonical tensor that is read out of the stored array that holds it."""
+  """A canonical tensor, read from the stored array that holds it."""
 
   def __init__(self, array: SourceArray, part: KernelPart) -> None:
     super().__init__(
@@ -257,19 +257,19 @@ class CanonicalTensor(Tensor):
     values = self._part.to_canonical(stored)
     if self._part.reciprocal and (np.isinf(values) & np.isfinite(stored)).any():
       raise CheckpointError(
-        f'{self._part.name}: {self.path} holds scales of 0 (or too small to divide by), by which '
-        'quantized weights are divided: export the quantized checkpoint again'
+        f'{self._part.name}: {self.path} holds scales of 0 (or too small to divide by), but '
+        'quantized weights are divided by them: export the quantized checkpoint again'
       )
     return values.reshape([end - begin for begin, end in bounds])
 
 
 def whole_array(tensor: Tensor, name: str, layer_axis: int | None) -> SourceArray:
-  """Return a stored array that holds one canonical tensor, a matrix or a vector.
+  """Return a stored array that holds a single canonical tensor, a matrix or a vector.
 
   Args:
     tensor: The array, as stored.
     name: Name of the canonical tensor.
-    layer_axis: Position of the layer axis; None where there is none.
+    layer_axis: Position of the layer axis; None if there is none.
   """
   sizes = list(tensor.shape)
   layers = None if layer_axis is None else sizes.pop(layer_axis)

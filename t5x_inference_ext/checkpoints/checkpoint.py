@@ -1,4 +1,4 @@
-"""Opening a checkpoint of any supported format: its model, and its tensors to read from."""
+"""Opening of checkpoints in any supported format: the model, and tensors to read values from."""
 
 from collections.abc import Iterator, Mapping
 import dataclasses
@@ -25,16 +25,16 @@ class Checkpoint:
   Attributes:
     path: Directory of the checkpoint.
     format: 't5x' (T5X's legacy format), 'orbax' or 'serving'.
-    step: Training step, where recorded.
+    step: Training step, or None if not recorded.
     config: The model.
-    weights: What the matrices are: 'float32', 'bfloat16' or 'int8'.
+    weights: Dtype of the matrices: 'float32', 'bfloat16' or 'int8'.
     tensors: Canonical tensors by name: exactly params.parameters(config), and with int8
       params.scales(config) too.
-    arrays: The stored arrays that hold the canonical tensors, without the scales of int8 weights.
-    form: How a T5X tree arranges its parameters (flaxformer.Reading.form); None where nobody
-      recorded it.
-    notes: What was found and assumed, a line each, for commands to print.
-    rescale_logits: The option of a T5X checkpoint, as it was given to open_checkpoint.
+    arrays: The stored arrays that hold the canonical tensors, except the scales of int8 weights.
+    form: The arrangement of parameters in a T5X tree (flaxformer.Reading.form); None if not
+      recorded.
+    notes: Lines for commands to print: what was found, and what was assumed.
+    rescale_logits: The argument of open_checkpoint.
   """
 
   path: str
@@ -56,24 +56,24 @@ def open_checkpoint(
   config: ModelConfig | None = None,
   rescale_logits: bool | None = None,
 ) -> Checkpoint:
-  """Open a checkpoint and check the names and shapes of its parameters.
+  """Open a checkpoint, and check the names and shapes of its parameters.
 
-  Values are read from the tensors later.
+  Values are read later, from the tensors.
 
   Args:
-    path: A checkpoint directory of any name, or the msgpack file in one; local or gs://.
+    path: A checkpoint directory of any name, or the msgpack file in it; local or gs://.
     norm_scale: How the norm scales are stored, 'zero' or 'one'. None takes what the checkpoint
-      records. T5X checkpoints record nothing: 'zero', PaLM's form, is then assumed for fused
-      parallel blocks, 'one' for other layers and for layer norms, and noted.
-    config: The model that the checkpoint must hold. None takes what the checkpoint records, or for
-      T5X's formats what names and shapes say. Multihead kernels [E, H Q] do not say H: they need a
-      model.
-    rescale_logits: flaxformer's option, for T5X's formats: True, the default, if attention logits
-      were divided by sqrt(Q) in training. If not, queries are multiplied by sqrt(Q) as they are
-      read, since the program always divides.
+      records. T5X checkpoints do not record it; then 'zero', as in PaLM, is assumed for fused
+      parallel blocks, and 'one' for other layers and for layer norms. Notes say what was assumed.
+    config: The model that the checkpoint must hold. None takes what the checkpoint records or, in
+      T5X's formats, derives the model from names and shapes. Multihead kernels [E, H Q] do not
+      determine H: then the model is needed.
+    rescale_logits: flaxformer's option, for T5X's formats: whether attention logits were divided by
+      sqrt(Q) in training. True is the default. If False, queries are multiplied by sqrt(Q) as they
+      are read, because the program always divides.
 
   Raises:
-    CheckpointError: There is no checkpoint, or not one of this model. The message says what to do.
+    CheckpointError: There is no checkpoint, or it is of another model. The message says what to do.
   """
   if norm_scale is not None and norm_scale not in NORM_SCALES:
     raise CheckpointError(f'norm_scale must be one of {", ".join(NORM_SCALES)}, got {norm_scale!r}')
@@ -84,15 +84,15 @@ def open_checkpoint(
     path = os.path.dirname(path)
   if not storage.is_remote(path) and unfinished.is_unfinished(path):
     raise CheckpointError(
-      f'{path} is not a checkpoint, but a conversion that has not finished: run the same '
-      'convert_checkpoint again, it goes on from there'
+      f'{path} is not a checkpoint but an unfinished conversion: run the same '
+      'convert_checkpoint command again to finish it'
     )
   header = storage.read_file(path, serving.CONFIG)
   if header is not None:
     if rescale_logits is not None:
       raise CheckpointError(
-        f'rescale_logits is for T5X checkpoints: {path} was converted from one, with the answer of '
-        'that time in its queries'
+        f'rescale_logits is for T5X checkpoints: {path} was converted from one, and its queries '
+        'already include the choice made then'
       )
     return _from_serving(path, header, norm_scale, config)
   found = read_tree(path)
@@ -102,7 +102,7 @@ def open_checkpoint(
 
 
 def is_finished(path: str | os.PathLike) -> bool:
-  """Return whether a conversion into `path` has nothing left to do."""
+  """Return whether a conversion into `path` is complete."""
   path = storage.normalize(path)
   if not storage.is_remote(path):
     return os.path.isdir(path)
@@ -111,7 +111,7 @@ def is_finished(path: str | os.PathLike) -> bool:
 
 
 def read_tree(path: str) -> tuple[str, Tree] | None:
-  """Return the format and the parameters of a T5X checkpoint of any model, or None.
+  """Return the format and the parameters of a T5X checkpoint of any model; None for no checkpoint.
 
   Raises:
     CheckpointError: The checkpoint is damaged.
@@ -130,7 +130,7 @@ def _from_tree(
   config: ModelConfig | None,
   rescale_logits: bool | None,
 ) -> Checkpoint:
-  """Return the checkpoint of a tree in format `kind`; other arguments as in open_checkpoint."""
+  """Return the checkpoint of a tree in format `kind`. Other arguments are as in open_checkpoint."""
   found = flaxformer.canonical(tree, norm_scale, config, rescale_logits is not False)
   model = found.config
   step = '' if tree.step is None else f', step {tree.step}'
@@ -142,7 +142,7 @@ def _from_tree(
     None: "divided by sqrt(d_head) (assumed, flaxformer's rescale_logits: T5X checkpoints do not "
     'record it)',
     True: 'divided by sqrt(d_head) (given)',
-    False: 'not divided by sqrt(d_head) (given): queries are read multiplied by it',
+    False: 'not divided by sqrt(d_head) (given): queries are multiplied by it as they are read',
   }[rescale_logits]
   notes = (
     f'{tree.description} at {tree.path}{step}',
@@ -171,9 +171,9 @@ def _from_tree(
 
 
 def _norm_doubts(scale: str, final_norm: Tensor) -> Iterator[str]:
-  """Yield a note where norms look like the other convention.
+  """Yield a note if norm scales look stored in the other convention.
 
-  With the wrong convention a model only babbles.
+  With the wrong convention a model's output makes no sense.
   """
   mean = float(np.mean(final_norm.read()))
   if (mean > 0.5) != (scale == 'one'):
@@ -185,9 +185,9 @@ def _norm_doubts(scale: str, final_norm: Tensor) -> Iterator[str]:
 
 
 def _query_doubts(found: flaxformer.Reading) -> Iterator[str]:
-  """Yield a note where queries look as flaxformer initializes them without rescale_logits.
+  """Yield a note if queries look trained without rescale_logits.
 
-  Such queries are smaller than keys, by sqrt(Q) at initialization.
+  flaxformer then initializes queries smaller than keys, by a factor of sqrt(Q).
   """
   if found.weights == 'int8' or not found.kind.folds_logit_scale:
     return
@@ -197,15 +197,15 @@ def _query_doubts(found: flaxformer.Reading) -> Iterator[str]:
   )
   if query < key * found.config.d_head**-0.25:
     yield (
-      f'  but in layer 0 queries are {query / key:.2f} of the keys: if the output makes no sense, '
-      'try rescale_logits=False'
+      f'  but in layer 0 queries are {query / key:.2f} times as large as keys: if the output makes '
+      'no sense, try rescale_logits=False'
     )
 
 
 def _from_serving(
   path: str, data: bytes, norm_scale: str | None, config: ModelConfig | None
 ) -> Checkpoint:
-  """Return the serving checkpoint `path`, whose serving_config.json is `data`.
+  """Return the serving checkpoint at `path`, given the content `data` of serving_config.json.
 
   Other arguments are as in open_checkpoint.
   """
@@ -246,8 +246,8 @@ def _from_serving(
 
 
 def _compare(config: ModelConfig, found: ModelConfig, weights: str, path: str) -> None:
-  """Raise CheckpointError for the first difference between a model and the recorded one."""
-  kinds = ('block', 'mlp', 'norm')  # which tensors there are
+  """Raise CheckpointError for the first difference between a model and the recorded model."""
+  kinds = ('block', 'mlp', 'norm')  # these fields decide which tensors there are
   fields = [*kinds, *(f.name for f in dataclasses.fields(config) if f.name not in kinds)]
   differing = next(name for name in fields if getattr(config, name) != getattr(found, name))
   if differing not in kinds:

@@ -1,9 +1,9 @@
 """Convert a checkpoint into another format, resumable and verified (docs/convert.md).
 
-Blocks of stored chunks are read once, converted, and written into uncompressed arrays whose space
-was reserved before. For int8, a slice holds everything that is summed into its output channels, so
-their scales come from the same reading. What does not fit into `hold_bytes` is read a second time
-(a third, with a search for scales).
+Blocks of stored chunks are read once, converted, and written into uncompressed arrays with
+preallocated space. For int8, a slice holds everything that is summed into its output channels, so
+that scales come from the same reading. Blocks that do not fit into `hold_bytes` are read a second
+time (and a third time, with a search for scales).
 """
 
 from collections.abc import Callable
@@ -35,28 +35,28 @@ def convert(
   progress: ConversionProgress = lambda what, done, total: None,
   **options: Any,
 ) -> Report:
-  """Write the checkpoint `output_checkpoint`: complete and verified, or not at all.
+  """Write the checkpoint `output_checkpoint`, complete and verified, or raise an error.
 
-  What a killed or failed run has finished is in `output_checkpoint`.unfinished, or in the staging
-  directory, and the same call goes on from there.
+  The finished work of a killed or failed run is kept in `output_checkpoint`.unfinished, or in the
+  staging directory. An equal call continues from it.
 
   Args:
-    input_checkpoint: directory of a checkpoint of any format.
-    output_checkpoint: directory to make, of any name: local, or gs://.
-    weights: field of ConvertOptions.
-    norm_scale: as in open_checkpoint.
-    config: as in open_checkpoint.
-    rescale_logits: as in open_checkpoint.
-    staging: local directory in which an output in a bucket is made before it is uploaded.
-    found: called with the checkpoint that was opened.
-    planned: called with each line that says what will be done.
-    progress: called after every block.
-    **options: other fields of ConvertOptions.
+    input_checkpoint: Directory of a checkpoint of any format.
+    output_checkpoint: Directory to make, of any name; local, or gs://.
+    weights: Field of ConvertOptions.
+    norm_scale: Argument of open_checkpoint.
+    config: Argument of open_checkpoint.
+    rescale_logits: Argument of open_checkpoint.
+    staging: Local directory in which an output in a bucket is made before it is uploaded.
+    found: Called with the opened checkpoint.
+    planned: Called with each line that says what will be done.
+    progress: Called after every block.
+    **options: Other fields of ConvertOptions.
 
   Raises:
-    CheckpointError: the input can't be read, or holds NaN or infinite values; the output exists, or
-      can't be written.
-    UserError: unknown options.
+    CheckpointError: The input can't be read, or holds NaN or infinite values; or the output exists,
+      or can't be written.
+    UserError: An option is unknown.
   """
   convert_options = ConvertOptions(weights=weights, **options)
   staged = _staging(output_checkpoint, staging)
@@ -78,16 +78,16 @@ def convert(
       staged.upload(conversion.output.header, conversion.workers, progress)
   except OSError as e:
     raise CheckpointError(
-      f"can't write to {e.filename}: {e.strerror}; what is finished is kept in {staged.root}, and "
-      'the same command goes on from there'
+      f"can't write to {e.filename}: {e.strerror}; finished work is kept in {staged.root}: run "
+      'the same command again to continue'
     ) from e
   return dataclasses.replace(report, output=staged.path)
 
 
 def _convert(conversion: Conversion, work: WorkDirectory, planned: Callable[[str], None]) -> Report:
-  """Do what is left to do of a conversion into a local directory."""
+  """Do the remaining work of a conversion into a local directory."""
   if work.finished_before(conversion.identity):
-    planned(f'{work.path} was finished before')
+    planned(f'{work.path} is already complete')
     work.clear()
     return conversion.report(work.path)
   for line in conversion.description():
@@ -95,19 +95,19 @@ def _convert(conversion: Conversion, work: WorkDirectory, planned: Callable[[str
   try:
     return conversion.run(work, planned)
   except OSError as e:
-    work.check_absent()  # another process has finished it meanwhile
+    work.check_absent()  # fails if another process has finished meanwhile
     kept = ''
     if os.path.isdir(work.root):
-      kept = f'; what is finished is kept in {work.root}, and the same command goes on from there'
+      kept = f'; finished work is kept in {work.root}: run the same command again to continue'
     raise CheckpointError(f"can't write to {work.path}: {e.filename}: {e.strerror}{kept}") from e
 
 
 def _convert_staged(
   conversion: Conversion, work: WorkDirectory, staged: Staging, planned: Callable[[str], None]
 ) -> Report:
-  """Do what is left to do of a conversion into a staging directory."""
+  """Do the remaining work of a conversion into a staging directory."""
   if staged.adopt(conversion.identity):
-    planned(f'{staged.path} was finished before')
+    planned(f'{staged.path} is already complete')
     return conversion.report(staged.local)
   largest_file = max(a.chunk_bytes for a in conversion.output.arrays)
   planned(staged.description(largest_file, conversion.workers))
@@ -122,14 +122,18 @@ def _convert_staged(
 
 
 def _staging(output: str, directory: str | None) -> Staging | None:
-  """Return the staging directory of an output in a bucket. Raises UserError for only one."""
+  """Return the staging directory of an output in a bucket, or None for a local output.
+
+  Raises:
+    UserError: The output is in a bucket and no directory is given, or the reverse.
+  """
   remote = storage.is_remote(os.fspath(output))
   if remote and directory is not None:
     return Staging(output, directory)
   if remote:
     raise UserError(
-      f'{output} is in a bucket, where nothing can be written in pieces: --staging=DIR says in '
-      'which local directory the checkpoint is made before it is uploaded'
+      f'{output} is in a bucket, where nothing can be written in pieces: give --staging=DIR, a '
+      'local directory in which the checkpoint is made before it is uploaded'
     )
   if directory is not None:
     raise UserError(f'--staging={directory} is for outputs in a bucket, and {output} is not in one')

@@ -1,4 +1,4 @@
-"""Loading of weights from a checkpoint onto their shards: no host ever holds a whole model."""
+"""Loading of weights from a checkpoint onto their shards. No host ever holds a whole model."""
 
 from collections.abc import Callable, Iterable
 
@@ -13,23 +13,25 @@ from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights, build_weights
 from t5x_inference_ext.sharding.packing import PackedTensor, packed_tensors, tensor_dtype
 
-# On CPU, up to this depth the program unrolls its layers, which spares a copy of each layer's
-# weights; beyond it, a loop keeps programs small and compiles quick.
+# On CPU the program unrolls up to this many layers, which avoids a copy of each layer's weights.
+# Beyond it, a loop keeps programs small and compilation short.
 MAX_UNROLLED_LAYERS = 8
 
 
 def scans_layers(num_layers: int, asked: bool | None = None, platform: str = 'tpu') -> bool:
   """Return whether the program loops over stacked layers.
 
-  By default it does on CPU beyond MAX_UNROLLED_LAYERS layers, and never on accelerators. On a GPU,
-  each turn of a loop copies the layer's weights out of the stack, which more than doubles the bytes
-  of a decode step. A TPU prefetches whole arrays into on-chip memory, but no slices of a stack: a
-  decode step takes a fifth less without the loop (docs/tpu_v4_tuning.md). Compiling then takes a
-  minute or two for 100 layers.
+  By default it does on CPU for more than MAX_UNROLLED_LAYERS layers, and never on accelerators. On
+  a GPU, each iteration of a loop copies the layer's weights out of the stack, which more than
+  doubles the bytes of a decode step. A TPU prefetches whole arrays into on-chip memory, but not
+  slices of a
+  stack: without the loop a decode step takes a fifth less time (docs/tpu_v4_tuning.md), and
+    compiling
+  takes a minute or two for 100 layers.
 
   Args:
     num_layers: Number of layers of the model.
-    asked: The user's choice; None takes the default.
+    asked: The user's choice; None: the default.
     platform: JAX's name for the platform of the devices.
   """
   if asked is not None:
@@ -50,7 +52,7 @@ def load_weights(
     checkpoint: An open checkpoint of any format. Int8 weights stay int8; float weights become
       model.dtype.
     model: The model, which decides mesh and layout.
-    stacked: True makes one array for all layers, False one a layer; None does as scans_layers says.
+    stacked: True makes one array for all layers, False one per layer; None follows scans_layers.
     progress: Wraps the list of tensors to read, e.g. tqdm.
 
   Returns:
@@ -81,11 +83,11 @@ def load_tensor(
     checkpoint: The checkpoint.
     model: The model, which decides the mesh.
     tensor: The array to make.
-    layers: The layer's number; a slice of layers, to be stacked in front; or None for an array that
-      belongs to no layer.
+    layers: Index of the layer; or a slice of layers, to stack along a new first axis; or None for
+      an array outside the layers.
   """
   dtype = tensor_dtype(tensor, checkpoint.weights, model.dtype)
-  # Norms are applied as scale or 1 + scale; the program knows only the value applied.
+  # Norms may be stored around zero; the program multiplies by the value itself.
   offset = 1 if tensor.kind == 'norm' and model.config.norm_scale == 'zero' else 0
 
   def read_layer(layer: int | None, index: tuple[slice, ...] | None) -> np.ndarray:
@@ -104,7 +106,7 @@ def load_tensor(
     assert index is not None
     stack = range(*index[0].indices(num_layers))
     sizes = [len(range(*s.indices(n))) for s, n in zip(index[1:], tensor.shape)]
-    # Filled layer by layer: beside it, no more than one layer's float source is held.
+    # Filled layer by layer, so that besides it only one layer's float source is held.
     out = np.empty((len(stack), *sizes), dtype)
     for i, layer in enumerate(stack):
       out[i] = read_layer(layer, index[1:])
@@ -115,9 +117,13 @@ def load_tensor(
 
 
 def _read(checkpoint: Checkpoint, name: str, where: tuple[slice, ...]) -> np.ndarray:
-  """Return a tensor's values. Raises CheckpointError: NaN or infinite values.
+  """Return a tensor's values.
 
-  A serving checkpoint's values were finite when it was made, and have checksums.
+  Values of a serving checkpoint are not checked: they were finite when written, and have checksums.
+
+  Raises:
+    CheckpointError: The values are NaN or infinite.
+
   """
   tensor = checkpoint.tensors[name]
   values = tensor.read(where)

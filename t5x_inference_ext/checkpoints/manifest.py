@@ -1,10 +1,10 @@
 """The manifest of a finished checkpoint: the CRC-32 of each small file, and its own.
 
-The manifest is serving_config.json of a serving checkpoint, t5x_inference_ext.json of a T5X one:
-JSON, with
+The manifest is serving_config.json in a serving checkpoint, t5x_inference_ext.json in a T5X
+checkpoint. It is JSON with these fields:
 
-  files    name: CRC-32, of all files that are neither chunks nor the manifest
-  crc32    of the manifest itself, with zeros in place of these eight digits
+  files    name: CRC-32, for all files except chunks and the manifest
+  crc32    of the manifest itself, computed with zeros for these eight digits
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ _UNKNOWN = '00000000'
 
 
 def write(content: Mapping[str, Any], files: Mapping[str, bytes]) -> bytes:
-  """Return the manifest: `content`, and the checksums of `files` and of itself."""
+  """Return the manifest: `content` with the checksums of `files` and of the manifest itself."""
   content = {
     **content,
     'files': {name: _crc(data) for name, data in files.items()},
@@ -35,22 +35,22 @@ def check_manifest(path: str, name: str, manifest: Mapping[str, Any]) -> list[st
   """Check the small files of a checkpoint.
 
   Args:
-    path: of the checkpoint.
-    name: of the file that holds the manifest.
-    manifest: content of that file.
+    path: Directory of the checkpoint.
+    name: Name of the file that holds the manifest.
+    manifest: Content of that file.
 
   Returns:
-    The files' names; none for a manifest of an earlier version, which does not list them.
+    The names of the small files; empty for a manifest of an earlier version, which lists none.
 
   Raises:
-    CheckpointError: the first file that is not as it was written.
+    CheckpointError: A file is not as it was written; the message names the first one.
   """
   if 'files' not in manifest and 'crc32' not in manifest:
     return []
   data, own = storage.read_file(path, name) or b'', str(manifest.get('crc32'))
   if not isinstance(manifest.get('files'), dict) or _crc(_with_own(data, own, _UNKNOWN)) != own:
     raise CheckpointError(
-      f'{path}/{name} is not as it was written: its checksum is not the one recorded in it; '
+      f'{path}/{name} has changed since it was written: its checksum is not the recorded one; '
       'convert again'
     )
   for file, recorded in manifest['files'].items():
@@ -68,11 +68,11 @@ def _crc(data: bytes) -> str:
 
 
 def _with_own(data: bytes, old: str, new: str) -> bytes:
-  """Return the manifest with another checksum of its own, the last of its fields."""
+  """Replace the manifest's own checksum, its last field."""
   head, field, tail = data.rpartition(b'"crc32": "')
   return head + field + (new.encode() + tail[len(old) :] if tail.startswith(old.encode()) else tail)
 
 
 def checksum(values: np.ndarray) -> int:
-  """Return the CRC-32, as zlib's, of the raw little-endian bytes in C order."""
+  """Return the CRC-32 (zlib's) of an array's raw little-endian bytes in C order."""
   return zlib.crc32(np.ascontiguousarray(values).view(np.uint8).data)

@@ -1,4 +1,4 @@
-"""Ranges of axes that are merged into one, as numpy's reshape merges them."""
+"""Ranges of axes that are merged into one axis, as in numpy's reshape."""
 
 from collections.abc import Iterator, Sequence
 import itertools
@@ -17,12 +17,12 @@ def merged_ranges(
   """Merge ranges of several axes into contiguous ranges of one.
 
   Args:
-    local: A range of each axis.
+    local: A range along each axis.
     sizes: The whole size of each axis.
-    offsets: Where each range begins in the block that holds it.
+    offsets: Position at which each range begins, in the block that holds it.
 
   Yields:
-    A range of the merged axis, and what to take of each axis of the block.
+    A range of the merged axis, and the index of its values in the block.
   """
   if not local:
     yield (0, 1), (None,)
@@ -41,10 +41,10 @@ def merged_ranges(
 
 
 def split_range(span: Span, sizes: Sequence[int]) -> Iterator[tuple[Bounds, ArrayIndex]]:
-  """Cut a range of a merged axis into ranges of the axes in it.
+  """Cut a range of a merged axis into ranges along the original axes.
 
   Yields:
-    A range of each axis, and what to take of the merged range for it.
+    A range along each axis, and the index of its values in the merged range.
   """
   if not sizes:
     yield (), (0,)
@@ -66,10 +66,10 @@ def split_range(span: Span, sizes: Sequence[int]) -> Iterator[tuple[Bounds, Arra
 
 
 def covering_box(span: Span, sizes: Sequence[int]) -> tuple[Bounds, int]:
-  """Find the smallest box of axes that holds a range of them merged.
+  """Return the smallest box of the original axes that holds a range of their merged axis.
 
   Returns:
-    A range of each axis, and where `span` begins in the box when its axes are merged.
+    A range along each axis, and the position of `span` in the box with its axes merged.
   """
   begin, end = span
   bounds: list[Span] = []
@@ -78,7 +78,7 @@ def covering_box(span: Span, sizes: Sequence[int]) -> tuple[Bounds, int]:
     first, last = begin // stride, (end - 1) // stride
     begin, end = begin - first * stride, end - first * stride
     bounds.append((first, last + 1))
-    if first != last:  # several indices of this axis: all of the axes inside it
+    if first != last:  # several indices of this axis need the whole inner axes
       bounds += [(0, n) for n in sizes[axis + 1 :]]
       break
   return tuple(bounds), begin

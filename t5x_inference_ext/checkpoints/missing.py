@@ -1,4 +1,4 @@
-"""The message for a path that holds no checkpoint."""
+"""Messages for paths that hold no checkpoint."""
 
 import os
 
@@ -8,7 +8,7 @@ from t5x_inference_ext.errors import name_list
 
 
 def missing_checkpoint(path: str) -> str:
-  """Return a message that says what is at `path`, and which path is probably meant."""
+  """Return a message that says what `path` holds instead, and which path is probably meant."""
   expected = (
     f'a checkpoint directory holds {legacy.INDEX} (T5X), {orbax.STATE}/{orbax.METADATA} (Orbax) or '
     f'{serving.CONFIG} (made by convert_checkpoint)'
@@ -16,8 +16,8 @@ def missing_checkpoint(path: str) -> str:
   if storage.is_remote(path):
     if storage.read_file(path, unfinished.MARKER) is not None:
       return (
-        f'{path} is not a checkpoint, but an upload that has not ended: run the same '
-        'convert_checkpoint again'
+        f'{path} is not a checkpoint but an unfinished upload: run the same '
+        'convert_checkpoint command again to finish it'
       )
     return f'no checkpoint at {path}: {expected}'
   if not os.path.lexists(path):
@@ -35,7 +35,7 @@ def missing_checkpoint(path: str) -> str:
 
 
 def _hint(directory: str) -> str:
-  """Return the end of a message that names the checkpoints inside a directory, if there are any."""
+  """Return the end of a message, naming the checkpoints inside a directory, or ''."""
   headers = (legacy.INDEX, serving.CONFIG, orbax.METADATA, f'{orbax.STATE}/{orbax.METADATA}')
   names = [
     name

@@ -3,7 +3,7 @@
 docs/serving_checkpoint.md describes the format.
 
 A serving checkpoint is independent of any mesh, and unpadded. Every chunk belongs to one layer and
-has a checksum, which is compared when the chunk is first read.
+has a checksum, which is verified when the chunk is first read.
 """
 
 from collections.abc import Iterator
@@ -30,9 +30,9 @@ SERVING_FORMAT = 't5x_inference_ext serving checkpoint'
 VERSION = 1
 SERVING_WEIGHTS = ('int8', 'bfloat16')
 
-# A chunk's sides are halved until they are at most these, so that any shard of a matrix covers few
-# chunks more than its share, and a conversion can hold all rows of one column of chunks; then its
-# rows until it has at most MAX_CHUNK_BYTES.
+# A chunk's sides are halved until they are at most these, and then its rows until it has at most
+# MAX_CHUNK_BYTES. So any shard of a matrix reads few chunks beyond its share, and a conversion can
+# hold all rows of one column of chunks.
 MAX_CHUNK_ROWS = 8192
 MAX_CHUNK_COLUMNS = 4096
 MAX_CHUNK_BYTES = 64 * 2**20
@@ -44,7 +44,7 @@ _DTYPES = {
 
 
 def serving_tensors(config: ModelConfig, weights: str) -> dict[str, tuple[tuple[int, ...], str]]:
-  """Return the shape and dtype name of every tensor in a serving checkpoint of a model, by name."""
+  """Return the shape and dtype name of every tensor in a model's serving checkpoint, by name."""
   dtypes = {
     'matrix': weights,
     'embedding': 'bfloat16',
@@ -59,12 +59,12 @@ def serving_tensors(config: ModelConfig, weights: str) -> dict[str, tuple[tuple[
 
 
 def is_layered(name: str) -> bool:
-  """Return whether the first axis of a tensor is the layers."""
+  """Return whether the first axis of a tensor is the layer axis."""
   return name not in ('embedding', 'final_norm', params.bias_name('final_norm'))
 
 
 def serving_chunk_shape(name: str, shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-  """Return the chunk shape of a tensor: one layer of it, or a tile of one layer."""
+  """Return the chunk shape of a tensor: one layer, or a tile of one layer."""
   sides = list(shape[1:] if is_layered(name) else shape)
   if len(sides) == 2:
     for axis, limit in enumerate((MAX_CHUNK_ROWS, MAX_CHUNK_COLUMNS)):
@@ -76,7 +76,7 @@ def serving_chunk_shape(name: str, shape: tuple[int, ...], itemsize: int) -> tup
 
 
 class ServingTensor(Tensor):
-  """A tensor of a serving checkpoint, whose chunks have checksums."""
+  """A tensor of a serving checkpoint, with a checksum for each chunk."""
 
   def __init__(self, name: str, path: str, store: ts.TensorStore, checksums: list[int]) -> None:
     """Wrap an opened array.
@@ -84,7 +84,7 @@ class ServingTensor(Tensor):
     Args:
       name: Name of the tensor.
       path: Directory of the tensor.
-      store: The array, opened.
+      store: The opened array.
       checksums: CRC-32 of each chunk, in C order of the chunk grid.
     """
     super().__init__(store.shape, store.dtype.numpy_dtype, path)
@@ -101,7 +101,7 @@ class ServingTensor(Tensor):
       )
 
   def chunks(self, bounds: Bounds | None = None) -> Iterator[tuple[int, tuple[slice, ...]]]:
-    """Yield number and index of the chunks that cover `bounds`, in C order of the chunk grid."""
+    """Yield the number and index of each chunk that overlaps `bounds`, in C order of the grid."""
     bounds = bounds or tuple((0, n) for n in self.shape)
     ranges = (range(begin // c, -(-end // c)) for (begin, end), c in zip(bounds, self.chunk))
     for place in itertools.product(*ranges):
@@ -111,7 +111,7 @@ class ServingTensor(Tensor):
       yield int(np.ravel_multi_index(place, self._grid)), index
 
   def check(self, number: int, index: tuple[slice, ...]) -> np.ndarray:
-    """Return the values of a chunk. Raises CheckpointError: its checksum is another."""
+    """Return the values of a chunk. Raises CheckpointError if its checksum differs."""
     values = self._load(index)
     if number not in self._verified:
       if checksum(values) != self._checksums[number]:
@@ -123,20 +123,20 @@ class ServingTensor(Tensor):
     return values
 
   def check_padding(self, index: tuple[slice, ...]) -> None:
-    """Raise CheckpointError where a chunk has other bytes than zeros beyond the array's end."""
+    """Raise CheckpointError if a chunk has bytes other than zero beyond the array's end."""
     inside = tuple(slice(0, s.stop - s.start) for s in index)
     if all(s.stop == c for s, c in zip(inside, self.chunk)):
       return
     key = self.file(index)
-    assert self._store.kvstore is not None  # every zarr array has one
+    assert self._store.kvstore is not None  # every zarr array has a kvstore
     stored = self._store.kvstore.read(key).result().value
     if len(stored) != math.prod(self.chunk) * self.dtype.itemsize:
-      return  # compressed, by an earlier version
+      return  # a compressed chunk of an earlier version
     values = np.frombuffer(stored, np.uint8).reshape(*self.chunk, self.dtype.itemsize).copy()
     values[inside] = 0
     if values.any():
       raise CheckpointError(
-        f'{self.name}: damaged data in {self.path}/{key}: what is behind the end of the array is '
+        f'{self.name}: damaged data in {self.path}/{key}: the padding beyond the array is '
         'not zero; convert again'
       )
 
@@ -145,7 +145,7 @@ class ServingTensor(Tensor):
     return '.'.join(str(s.start // c) for s, c in zip(index, self.chunk))
 
   def _load(self, index: tuple[slice, ...]) -> np.ndarray:
-    """Return the values at `index`, without a comparison of checksums."""
+    """Return the values at `index` without verifying checksums."""
     try:
       return np.asarray(self._store[index].read().result())
     except ValueError as e:
@@ -154,7 +154,7 @@ class ServingTensor(Tensor):
   def _read(self, bounds: Bounds) -> np.ndarray:
     index = tuple(slice(*b) for b in bounds)
     chunks = list(self.chunks(bounds))
-    if [i for _, i in chunks] == [index]:  # exactly one chunk: read once
+    if [i for _, i in chunks] == [index]:  # exactly one chunk: verified as it is read
       return self.check(*chunks[0])
     for number, chunk in chunks:
       if number not in self._verified:
@@ -188,13 +188,13 @@ def read_serving_header(path: str, data: bytes) -> tuple[dict[str, Any], ModelCo
       )
     if header['version'] != VERSION:
       raise CheckpointError(
-        f'{where}: format version {printable(header["version"], 80)}, but this package reads '
+        f'{where}: format version {printable(header["version"], 80)}, but this package reads only '
         f'version {VERSION}: written by {printable(header.get("written_by"), 80)}'
       )
     config = ModelConfig.from_dict(header['model'])
     if header['weights'] not in SERVING_WEIGHTS:
       raise CheckpointError(
-        f'{where}: weights {printable(header["weights"], 80)} are none of '
+        f'{where}: weights {printable(header["weights"], 80)} are not one of '
         f'{", ".join(SERVING_WEIGHTS)}'
       )
     source = header.get('source')
@@ -214,10 +214,10 @@ def read_tensors(
     path: Directory of the checkpoint.
     config: The model.
     weights: 'int8' or 'bfloat16'.
-    cached: Whether decoded chunks are kept; False reads from the disk each time.
+    cached: Whether decoded chunks are cached; False reads from the disk each time.
 
   Raises:
-    CheckpointError: An array is missing, or not of the model's shape and dtype.
+    CheckpointError: An array is missing, or does not have the model's shape and dtype.
   """
   return read_listed(path, serving_tensors(config, weights), CONFIG, cached)
 
@@ -225,12 +225,12 @@ def read_tensors(
 def read_listed(
   path: str, listed: dict[str, tuple[tuple[int, ...], str]], header_file: str, cached: bool = True
 ) -> dict[str, ServingTensor]:
-  """Return the arrays of a directory with checksums.json, by the names of their own directories.
+  """Return the arrays of a directory with checksums.json, by array name.
 
   Args:
-    path: The directory.
+    path: The directory. Each array has its own directory in it, named after it.
     listed: Shape and dtype name of each array, by name.
-    header_file: Name of the file that lists them, for messages.
+    header_file: Name of the file that lists the arrays, for messages.
     cached: As in read_tensors.
   """
   data = storage.read_file(path, CHECKSUMS)

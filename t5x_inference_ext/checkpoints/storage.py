@@ -1,4 +1,4 @@
-"""Directories on a local disk or in a bucket (gs://), and the small files in them."""
+"""Directories on a local disk or in a bucket (gs://), and small files in them."""
 
 import os
 import re
@@ -16,13 +16,13 @@ def is_remote(path: str) -> bool:
 
 
 def normalize(path: str | os.PathLike) -> str:
-  """Return an absolute path without a trailing slash; gs:// addresses are only stripped."""
+  """Return an absolute path without a trailing slash; gs:// addresses only lose the slash."""
   path = os.fspath(path)
   return path.rstrip('/') if is_remote(path) else os.path.abspath(os.path.expanduser(path))
 
 
 def kvstore(path: str) -> dict[str, Any]:
-  """Return tensorstore's spec of a directory."""
+  """Return tensorstore's spec for a directory."""
   if is_remote(path):
     bucket, _, key = path.removeprefix('gs://').partition('/')
     return {'driver': 'gcs', 'bucket': bucket, 'path': key and key.rstrip('/') + '/'}
@@ -30,7 +30,7 @@ def kvstore(path: str) -> dict[str, Any]:
 
 
 def read_file(directory: str, name: str) -> bytes | None:
-  """Return the content of a small file, or None where there is none."""
+  """Return the content of a small file, or None if there is none."""
   if not is_remote(directory):
     path = os.path.join(directory, name)
     if not os.path.isfile(path):
@@ -45,10 +45,10 @@ def read_file(directory: str, name: str) -> bytes | None:
 
 
 def load_json(data: bytes, where: str) -> Any:
-  """Return the content of the JSON file `where`.
+  """Return the parsed content of a JSON file; `where` names it in messages.
 
   Raises:
-    CheckpointError: The file is not JSON, or is nested too deep to be read.
+    CheckpointError: The data is not JSON, or is nested too deeply to be read.
   """
   try:
     return text_files.parse_json(data.decode())
@@ -60,9 +60,9 @@ def read_object(directory: str, name: str, unless: bytes | None = None) -> ts.Kv
   """Return the value and generation of an object in a bucket.
 
   Args:
-    directory: Directory of the object, gs://...
+    directory: Directory of the object, a gs:// address.
     name: Name of the object within the directory.
-    unless: A generation whose value is not wanted again: for it, the result has no value.
+    unless: A generation that the caller already has: for it, the result has no value.
   """
   try:
     return _open(directory).read(name, if_not_equal=unless).result()
@@ -71,10 +71,10 @@ def read_object(directory: str, name: str, unless: bytes | None = None) -> ts.Kv
 
 
 def write_object(directory: str, name: str, data: bytes) -> bytes:
-  """Write a whole object of a bucket.
+  """Write a whole object to a bucket.
 
   Returns:
-    The generation of the object, which no other value of that name will ever have.
+    The generation of the object. No later write of that name gets the same generation.
   """
   try:
     return _open(directory).write(name, data).result().generation
@@ -114,6 +114,6 @@ def _open(directory: str) -> ts.KvStore:
 
 
 def reason(error: Exception) -> str:
-  """Return tensorstore's message without its status code and its dump of the spec."""
+  """Return tensorstore's message without its status code and the spec that it prints."""
   text = re.sub(r'\s*\[(tensorstore_spec|source locations)=.*', '', str(error), flags=re.DOTALL)
   return re.sub(r'^[A-Z_]+: ', '', text)

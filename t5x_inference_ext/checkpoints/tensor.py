@@ -1,4 +1,4 @@
-"""Lazy tensors: stored arrays of which only the needed part is ever read."""
+"""Lazy tensors: stored arrays of which only the needed parts are read."""
 
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -8,19 +8,19 @@ import numpy.typing as npt
 
 from t5x_inference_ext.errors import CheckpointError
 
-# [begin, end) of one axis, and of every axis.
+# Span: [begin, end) of one axis. Bounds: a span for every axis.
 Span: TypeAlias = tuple[int, int]
 Bounds: TypeAlias = tuple[Span, ...]
 
 
 class Tensor:
-  """An array that is read in slices.
+  """An array whose values are read on demand, slice by slice.
 
   Attributes:
     shape: Shape of the array.
-    dtype: Dtype of what read() returns; may be ml_dtypes.bfloat16.
+    dtype: Dtype of the values that read() returns; may be ml_dtypes.bfloat16.
     path: File or directory that holds the array, for messages.
-    chunk: Shape of what is stored, and so decoded, in one piece.
+    chunk: Shape of a chunk, the smallest part that can be decoded.
   """
 
   def __init__(self, shape: Sequence[int], dtype: npt.DTypeLike, path: str) -> None:
@@ -30,11 +30,11 @@ class Tensor:
     self.chunk = self.shape
 
   def uncached(self) -> 'Tensor':
-    """Return this tensor without a cache of decoded chunks: each chunk will be read once."""
+    """Return this tensor without a cache of decoded chunks, for reading each chunk only once."""
     return self
 
   def read(self, index: tuple[slice, ...] | None = None) -> np.ndarray:
-    """Read the values at `index`, and little more than them.
+    """Read the values at `index`, and little else.
 
     Args:
       index: A slice of step 1 for each axis; missing slices mean whole axes. None reads the whole
@@ -43,7 +43,7 @@ class Tensor:
     Raises:
       CheckpointError: The stored data is missing or damaged; the message names the parameter and
         the file.
-      IndexError: An index with steps or with too many axes.
+      IndexError: The index has steps, or too many axes.
     """
     index = index or ()
     if len(index) > len(self.shape):
@@ -59,7 +59,7 @@ class Tensor:
     return self._read(tuple(bounds))
 
   def _read(self, bounds: Bounds) -> np.ndarray:
-    """Read the values within `bounds`, none of which is empty."""
+    """Read the values within `bounds`. No span is empty."""
     raise NotImplementedError
 
   @property
@@ -76,7 +76,7 @@ def _slices(bounds: Bounds) -> tuple[slice, ...]:
 
 
 class InMemory(Tensor):
-  """A small array in the checkpoint's index, where T5X writes parameters without a partition."""
+  """A small array inside the checkpoint's index: T5X stores unpartitioned parameters there."""
 
   def __init__(self, values: np.ndarray, path: str) -> None:
     super().__init__(values.shape, values.dtype, path)
@@ -87,7 +87,7 @@ class InMemory(Tensor):
 
 
 class Stack(Tensor):
-  """Tensors of one shape, one a layer, stacked along `axis`: per-layer kernels as a scanned one."""
+  """Per-layer tensors of one shape, stacked along `axis`, like one scanned tensor."""
 
   def __init__(self, layers: Sequence[Tensor], axis: int) -> None:
     first = layers[0]
@@ -112,7 +112,7 @@ class Stack(Tensor):
 class Cast(Tensor):
   """A tensor in another dtype.
 
-  Integers must be exact: T5X's legacy writer widens int8 kernels to floats of equal value.
+  Casts to integers must be exact: T5X's legacy writer stores int8 kernels as floats of equal value.
   """
 
   def __init__(self, source: Tensor, dtype: npt.DTypeLike, name: str) -> None:
@@ -129,9 +129,9 @@ class Cast(Tensor):
       return values.astype(self.dtype)
     values = values.astype(np.float32)
     limits = np.iinfo(self.dtype)
-    # Not `!=` after a cast: casting NaN or values out of range to integers is undefined.
+    # Not a cast and `!=`: casting NaN or out-of-range values to integers is undefined.
     if not np.all((values >= limits.min) & (values <= limits.max) & (values == np.rint(values))):
       raise CheckpointError(
-        f'{self._name}: {self.path} should hold {self.dtype.name} values, but holds others'
+        f'{self._name}: {self.path} should hold {self.dtype.name} values, but holds other values'
       )
     return values.astype(self.dtype)

@@ -1,4 +1,4 @@
-"""The marker of a checkpoint that is still being written, by which every reader refuses it."""
+"""The marker file of an unfinished checkpoint, which makes every reader refuse it."""
 
 import os
 
@@ -6,5 +6,5 @@ MARKER = 'UNFINISHED'
 
 
 def is_unfinished(path: str) -> bool:
-  """Return whether a local path is a conversion's work directory, or the payload in it."""
+  """Return whether a local path is a conversion's work directory, or the payload inside it."""
   return any(os.path.isfile(os.path.join(p, MARKER)) for p in (path, os.path.dirname(path)))

@@ -1,4 +1,4 @@
-"""Threads that read and write chunks."""
+"""Pool of threads that read and write chunks."""
 
 from collections.abc import Callable, Iterable
 import concurrent.futures
@@ -15,7 +15,7 @@ def cores() -> int:
 
 
 def worker_count(workers: int | None) -> int:
-  """Return the number of threads: one a core for None. Raises UserError if out of range."""
+  """Return the number of threads; None: one per core. Raises UserError if it is out of range."""
   if workers is None:
     return min(cores(), MAX_WORKERS)
   if not 1 <= workers <= MAX_WORKERS:
@@ -27,7 +27,8 @@ def run_jobs(jobs: Iterable[Callable[[], None]], workers: int) -> None:
   """Run independent jobs on `workers` threads.
 
   Raises:
-    Exception: the first error of a job, once no job runs. No job begins after it is noticed.
+    Exception: The first error of a job. It is raised when no job runs any more, and no job begins
+      after it occurred.
   """
   running: set[concurrent.futures.Future[None]] = set()
   with concurrent.futures.ThreadPoolExecutor(workers) as pool:

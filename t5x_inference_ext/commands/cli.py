@@ -1,13 +1,13 @@
-"""Runs of commands: a session that reads flags and turns errors into one line, and gin bindings.
+"""Parts that all commands share: a session (flags, errors as one line, exit code), and gin flags.
 
 A command's module has
 
-  def define_flags(flags): ...      # on a FlagValues of its own: two commands fit in one process
+  def define_flags(flags): ...      # on its own FlagValues, so that commands can share a process
 
   def run(argv=None) -> int:        # the entry point; returns the exit code
     with cli.Session(__doc__, define_flags, argv) as session:
-      flags = session.parse()
-      ...                           # raises UserError for what the user can mend
+      flags = session.parse() ...                           # raises UserError for errors that the
+      user can fix
     return session.code
 
 With gin flags the block calls `parse_gin(flags)` and then `configure(function)()`. Gin flags are
@@ -37,7 +37,7 @@ from t5x_inference_ext.commands import option_flags
 from t5x_inference_ext.errors import UserError
 from t5x_inference_ext.options import has_type, type_text
 
-# Imported for what the import does: gin uses importlib.util without importing it, and absl.logging
+# Imported for its side effect: gin uses importlib.util without importing it, and absl.logging
 # defines its flags.
 assert importlib.util and absl_logging
 
@@ -46,24 +46,24 @@ _PACKAGE_PARENT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspat
 
 
 class HelpShown(Exception):
-  """Raised by Session.parse after --help: the command is done."""
+  """Raised by Session.parse after it has printed --help: the command is done."""
 
 
 class Session:
-  """One run of a command: its flags, and an exit code for whatever ends it.
+  """One run of a command: its flags, and an exit code however the command ends.
 
-  A context manager. Errors that the user can mend (UserError, a full disk, too little memory)
-  become one line `error: ...` on stderr and exit code 2; Ctrl-C becomes code 130, and a reader that
-  has gone, as behind `| head`, a shell's code for SIGPIPE. Other exceptions keep their traceback.
-  Lines that the command prints appear at once, also where the output is a file.
+  A context manager. Errors that the user can fix (UserError, a full disk, too little memory) become
+  one line `error: ...` on stderr and exit code 2. Ctrl-C becomes code 130. A reader of the output
+  that has ended, as with `| head`, becomes a shell's code for SIGPIPE. Other exceptions keep their
+  traceback. Printed lines appear without delay, even if the output is a file.
 
   Args:
     doc: Text that --help prints before the flags.
     define_flags: Defines the command's own flags on the FlagValues given to it.
-    argv: Command line, `argv[0]` being the command's name; sys.argv by default.
+    argv: Command line, beginning with the command's name; sys.argv by default.
 
   Attributes:
-    code: Exit code of the process. A command may set another one than 0.
+    code: Exit code of the process. A command may set it, to report something other than 0.
   """
 
   def __init__(
@@ -78,7 +78,7 @@ class Session:
 
   def __enter__(self) -> 'Session':
     if isinstance(sys.stdout, io.TextIOWrapper):
-      # A path on the command line may hold bytes that are no text: they are printed as escapes.
+      # A path on the command line may hold bytes that are not text. They are printed as escapes.
       sys.stdout.reconfigure(line_buffering=True, errors='backslashreplace')
     return self
 
@@ -95,7 +95,7 @@ class Session:
       self.code = 130
     elif isinstance(error, BrokenPipeError):
       nowhere = os.open(os.devnull, os.O_WRONLY)
-      os.dup2(nowhere, sys.stdout.fileno())  # Python flushes once more when it ends
+      os.dup2(nowhere, sys.stdout.fileno())  # Python flushes again when it exits
       self.code = 128 + signal.SIGPIPE
     elif error is not None and (message := _user_message(error)):
       print(f'error: {message}', file=sys.stderr)
@@ -106,14 +106,14 @@ class Session:
     """Return the parsed flags.
 
     Raises:
-      UserError: A flag that is not known or has a wrong value, or an argument that is no flag.
-      HelpShown: --help was given, and is printed.
+      UserError: A flag is unknown or has a wrong value, or an argument is not a flag.
+      HelpShown: --help was given, and has been printed.
     """
     flags = absl_flags.FlagValues()
     self._define_flags(flags)
     _define_gin_flags(flags)
     try:
-      # Flags that the command does not know are absl's, like --alsologtostderr.
+      # Flags that the command does not define are absl's, like --alsologtostderr.
       unknown = flags(rewrite_gin_flags(self._argv), known_only=True)
       if flags.help:
         print(option_flags.help_text(self._doc, flags))
@@ -127,13 +127,13 @@ class Session:
 
 
 def _user_message(error: BaseException) -> str:
-  """Return one line about an error that the user can mend; '' for an error of this package."""
+  """Return one line about an error that the user can fix; '' if this package is at fault."""
   if isinstance(error, UserError):
     return str(error)
-  # A file that is not there may be this package's own; all else is the machine's.
+  # FileNotFoundError may be this package's fault; other OSErrors are the machine's.
   if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) and error.strerror:
     return f'{error.strerror}: {error.filename}' if error.filename else error.strerror
-  # jax's own error is not imported here: some commands run without jax.
+  # jax's error class is not imported here, because some commands run without jax.
   if isinstance(error, MemoryError) or str(error).startswith('RESOURCE_EXHAUSTED'):
     why = str(error).removeprefix('RESOURCE_EXHAUSTED: ').partition('\n')[0] or 'MemoryError'
     return f'too little memory ({why}): take fewer or shorter rows, or more devices'
@@ -141,11 +141,11 @@ def _user_message(error: BaseException) -> str:
 
 
 def print_line(line: str) -> None:
-  """Print a line of a command's output. Raises UserError where it can't be written."""
+  """Print a line of a command's output. Raises UserError if it can't be written."""
   try:
     print(line, flush=True)
   except BrokenPipeError:
-    raise  # the session ends the command
+    raise  # Session ends the command
   except OSError as e:
     raise UserError(f"can't write to standard output: {e.strerror}") from e
 
@@ -172,7 +172,7 @@ def uses_gin(flags: absl_flags.FlagValues) -> bool:
 def check_unmixed(
   flags: absl_flags.FlagValues, names: Iterable[str], example: str, gin_file: str
 ) -> None:
-  """Raise UserError where a plain flag is given beside gin flags.
+  """Raise UserError if plain flags and gin flags are both given.
 
   Args:
     flags: Parsed flags.
@@ -189,17 +189,17 @@ def check_unmixed(
 
 
 def parse_gin(flags: absl_flags.FlagValues) -> str:
-  """Parse the gin files and then the bindings of the command line, and finalize the configuration.
+  """Parse the gin files, then the bindings of the command line, and finalize the configuration.
 
   Returns:
     The whole configuration as gin text, for a record of the run.
 
   Raises:
-    UserError: A file that is not found; a binding of what does not exist, also of a macro that no
-      file defines or uses, which gin itself would ignore; a required macro that is not set.
+    UserError: A file is not found; a binding is for something unknown (including a macro that no
+      file defines or uses, which gin would ignore); or a required macro is not set.
   """
   gin.clear_config()
-  # The package is found as a gin search path, whatever directory the command is started from.
+  # The package's parent is a gin search path, so that its files are found from any directory.
   for path in [*flags.gin_search_paths, _PACKAGE_PARENT]:
     gin.add_config_file_search_path(path)
   logging.getLogger().addFilter(_is_no_search)
@@ -212,7 +212,7 @@ def parse_gin(flags: absl_flags.FlagValues) -> str:
     return gin.config_str()
   except UserError:
     raise
-  except Exception as e:  # ValueError, SyntaxError, OSError, and whatever an import raises
+  except Exception as e:  # ValueError, SyntaxError, OSError, or any error of an import
     message = ' '.join(str(e).split())
     hint = ''
     if '%gin.REQUIRED' in message:
@@ -227,7 +227,7 @@ def parse_gin(flags: absl_flags.FlagValues) -> str:
 
 
 def _is_no_search(record: logging.LogRecord) -> bool:
-  """Filter gin's error for each search path where a file is not: it may be in the next one."""
+  """Filter out gin's error for each search path that lacks a file: the next path may have it."""
   return not str(record.msg).startswith('Path not found')
 
 
@@ -235,15 +235,15 @@ def configure(function: Callable[..., Any], **arguments: Any) -> Callable[[], An
   """Return `function` with the arguments that gin binds and those given here, ready to be called.
 
   Raises:
-    UserError: A parameter without a default that is neither bound nor given, a value of another
-      type than the parameter's annotation, or a bound object that can't be made.
+    UserError: A parameter without a default is neither bound nor given, a value is not of the
+      parameter's annotated type, or a bound object can't be made.
   """
   try:
     bound = gin.get_bindings(function)
     sources = gin.get_bindings(function, resolve_references=False)
   except (TypeError, ValueError) as e:
     message, call, _ = str(e).partition('\n  In call to configurable')
-    if call or isinstance(e, UserError):  # an object that gin makes refuses its values
+    if call or isinstance(e, UserError):  # an object that gin makes rejects its values
       raise UserError(message) from e
     bound, sources = {}, {}  # no gin file names the function
   hints = typing.get_type_hints(function)
@@ -265,10 +265,10 @@ def configure(function: Callable[..., Any], **arguments: Any) -> Callable[[], An
 
 
 def _check_macro(binding: str) -> None:
-  """Raise UserError for a binding of a macro that the gin files parsed neither define nor use."""
+  """Raise UserError for a binding of a macro that no parsed gin file defines or uses."""
   name = binding.partition('=')[0].strip()
   if not name.isidentifier():
-    return  # scope/module.function.parameter: gin checks it
+    return  # scope/module.function.parameter, which gin checks itself
   config = gin.config_str()
   known = sorted(set(re.findall(r'^(\w+) = ', config, re.MULTILINE)))
   if name not in known and not re.search(rf'%{name}\b', config):
@@ -283,7 +283,7 @@ def _define_gin_flags(flags: absl_flags.FlagValues) -> None:
   absl_flags.DEFINE_multi_string(
     'gin_bindings',
     [],
-    'A gin binding, applied after the files; may be repeated. --gin.NAME=VALUE says the same.',
+    'A gin binding, applied after the files; may be repeated. --gin.NAME=VALUE is short for it.',
     **arguments,
   )
   absl_flags.DEFINE_list(

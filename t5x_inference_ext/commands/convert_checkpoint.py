@@ -12,20 +12,20 @@ The same through gin:
 
 The input is a directory that T5X wrote (legacy or Orbax, scanned or with one subtree a layer, with
 or without optimizer state, float or already quantized as qkernel and qscale), or a serving
-checkpoint. The model's shape is found from it. T5X does not record whether norm scales are stored
+checkpoint. The model's shape is derived from it. T5X does not record whether norm scales are stored
 around zero (PaLM; flaxformer's center_scale_at_zero) or around one: --norm_scale says so, and the
 serving checkpoint records it. Multihead kernels [E, H Q] do not say how many heads they have: with
 gin, MODEL_CONFIG names their model, usually by a second file from configs/models/. With gin,
 RESCALE_LOGITS=False says that the trained attention did not divide its logits by sqrt(Q).
 
 --format=t5x_int8 writes flaxformer's quantized tree (qkernel, qscale) in T5X's legacy format,
---format=t5x_float a float32 one: from a serving checkpoint, too.
+--format=t5x_float a float32 tree. Both also take a serving checkpoint as input.
 
---output is exactly the directory made. It must not exist, and appears when it is complete and has
+--output names the directory to make. It must not exist, and appears when it is complete and has
 been read back. A run that is killed, or finds the disk full or the source unreadable, leaves
-OUTPUT.unfinished, which no command takes for a checkpoint: the same command goes on from there. The
-memory and disk that it will take are printed first. Several processes, also on hosts that share a
-file system, divide the work: start each with the same flags but for its --shard_id.
+OUTPUT.unfinished, which no command accepts as a checkpoint: the same command continues from it. The
+memory and disk needed are printed first. Several processes, also on hosts that share a file system,
+can divide the work: start each with the same flags except --shard_id.
 
   python -m t5x_inference_ext.convert_checkpoint ... --num_shards=8 --shard_id=0
 
@@ -41,8 +41,8 @@ with its source:
   python -m t5x_inference_ext.convert_checkpoint --verify --output=/tmp/palm_tiny_int8 \
       --input=CHECKPOINT
 
---report writes what the rounding does, as a table and a plot: with the conversion, or later of a
-finished output. With tokens, it has the losses of both models on them:
+--report writes the effect of rounding as a table and a plot, with the conversion, or later for a
+finished output. Given tokens, the report has the losses of both models on them:
 
   python -m t5x_inference_ext.convert_checkpoint --input=CHECKPOINT --output=/tmp/palm_tiny_int8 \
       --weights=int8 --report=/tmp/report --report_tokens=TOKENS.npy
@@ -68,22 +68,22 @@ from t5x_inference_ext.progress_bar import PassProgress
 from t5x_inference_ext.rendezvous import ProcessOptions
 from t5x_inference_ext.text_files import check_plots
 
-# Flags that are allowed beside gin.
+# Flags that are allowed beside gin flags.
 HERE = ('workers', 'num_shards', 'shard_id')
-# Flags that have another name as parameters of convert.convert.
+# Flags whose parameters of convert.convert have another name.
 PARAMETERS = {'input': 'input_checkpoint', 'output': 'output_checkpoint'}
 _REQUIRED, _REPORT = 'Required', 'Quality report'
 
 
 @dataclasses.dataclass(frozen=True)
 class SourceOptions:
-  """Options of a conversion beside ConvertOptions; with gin, parameters of convert.convert."""
+  """Options of a conversion besides ConvertOptions; with gin, parameters of convert.convert."""
 
   input: str | None = option(None, help='Checkpoint directory to read.', group=_REQUIRED)
   output: str | None = option(None, help='Checkpoint directory to make.', group=_REQUIRED)
   weights: str | None = option(
     None,
-    help="Dtype of a serving checkpoint's matrices. T5X's formats don't need it.",
+    help="Dtype of a serving checkpoint's matrices. Not needed for T5X's formats.",
     group=_REQUIRED,
     choices=serving.SERVING_WEIGHTS,
   )
@@ -96,14 +96,14 @@ class SourceOptions:
   )
   staging: str | None = option(
     None,
-    help='For an output in a bucket, the local directory in which it is made before.',
+    help='For an output in a bucket: local directory in which it is made before the upload.',
     group=COMMON,
   )
 
 
 @dataclasses.dataclass(frozen=True)
 class ReportOptions:
-  """Options of what the command does beside converting."""
+  """Options for verifying a checkpoint and for the quality report."""
 
   verify: bool = option(
     False, help='Convert nothing: re-read the finished checkpoint --output.', group=COMMON
@@ -114,25 +114,25 @@ class ReportOptions:
     group=_REPORT,
   )
   report_tokens: str | None = option(
-    None, help='For the report, a .npy file of token ids [rows, length].', group=_REPORT
+    None, help='For the report: a .npy file of token ids [rows, length].', group=_REPORT
   )
   report_task: str | None = option(
-    None, help='For the report, a seqio task with the feature `targets`.', group=_REPORT
+    None, help='For the report: a seqio task with the feature `targets`.', group=_REPORT
   )
   report_task_module: str | None = option(
     None, help='Module that registers the task.', group=_REPORT
   )
 
   def check(self) -> None:
-    """Raise UserError for a report that can't be made: before hours of conversion."""
+    """Raise UserError if the report can't be made, before hours of conversion."""
     check_options(self)
     if not (self.report_tokens is None or self.report_task is None):
-      raise UserError('--report_tokens and --report_task say the same in two ways')
+      raise UserError('--report_tokens and --report_task exclude each other: give one')
     if self.report is None:
       for name in ('report_tokens', 'report_task', 'report_task_module'):
         if getattr(self, name):
           raise UserError(
-            f'--{name} is for the quality report: --report=DIR says where to write it'
+            f'--{name} is for the quality report: give --report=DIR, where it is written, too'
           )
       return
     check_plots()
@@ -149,7 +149,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
 
 
 def convert_or_verify(flags: absl_flags.FlagValues) -> None:
-  """Convert, verify or write a report, as the flags say."""
+  """Convert, verify or write a report, depending on the flags."""
   options = option_flags.read_options(flags, ReportOptions)
   if options.verify:
     verify_only(flags)
@@ -172,13 +172,13 @@ def convert_or_verify(flags: absl_flags.FlagValues) -> None:
   assert isinstance(configured, functools.partial)
   output = configured.keywords['output_checkpoint']
   if options.report is not None and is_finished(output):
-    cli.print_line(f'{output} exists: only the report is made')
+    cli.print_line(f'{output} exists: making only the report')
   else:
     start = time.monotonic()
     with progress:
       report = configured()
     if not report.finished:
-      cli.print_line(f'this is done: the shard that finishes last completes {report.output}')
+      cli.print_line(f'this shard is done: the last one to finish completes {report.output}')
       return
     for line in report.summary(time.monotonic() - start):
       cli.print_line(line)
@@ -187,13 +187,13 @@ def convert_or_verify(flags: absl_flags.FlagValues) -> None:
 
 
 def shards_of_processes(flags: absl_flags.FlagValues) -> dict[str, int]:
-  """Return num_shards and shard_id of jax.distributed's processes, where flags ask for it."""
+  """Return num_shards and shard_id from jax.distributed's processes, if flags ask for them."""
   if not any(flags[name].present for name in option_flags.option_names(ProcessOptions)):
     return {}
   if flags.num_shards != 1 or flags.shard_id != 0:
-    raise UserError('--num_shards and --coordinator_address say the same in two ways')
+    raise UserError('--num_shards and --coordinator_address exclude each other: give one')
   processes = option_flags.read_options(flags, ProcessOptions)
-  from t5x_inference_ext import distributed  # with jax: slow to import, and not needed otherwise
+  from t5x_inference_ext import distributed  # imports jax, which is slow, and needed only here
 
   distributed.initialize(processes)
   import jax
@@ -204,10 +204,10 @@ def shards_of_processes(flags: absl_flags.FlagValues) -> dict[str, int]:
 def verify_only(flags: absl_flags.FlagValues) -> None:
   """Verify a finished checkpoint."""
   if cli.uses_gin(flags) or flags.report is not None:
-    raise UserError('--verify takes --output, --input and --workers: no gin flags, no --report')
+    raise UserError('--verify can be combined with --output, --input and --workers alone')
   if flags.output is None:
     raise UserError(
-      '--output not given: with --verify it is the finished checkpoint; --input may be its source'
+      '--output not given: --verify needs it, the finished checkpoint; --input may be its source'
     )
   with PassProgress() as progress:
     for line in verify(flags.output, flags.input, workers=flags.workers, progress=progress):
@@ -216,7 +216,7 @@ def verify_only(flags: absl_flags.FlagValues) -> None:
 
 def write_report(options: ReportOptions, directory: str, arguments: dict[str, Any]) -> None:
   """Write the quality report of a conversion with `arguments`."""
-  from t5x_inference_ext.runs import quality  # with jax and matplotlib
+  from t5x_inference_ext.runs import quality  # imports jax and matplotlib
 
   for line in quality.report(
     arguments['input_checkpoint'],
@@ -233,7 +233,7 @@ def write_report(options: ReportOptions, directory: str, arguments: dict[str, An
 
 
 def print_source(checkpoint: Checkpoint) -> None:
-  """Print what was found in the source."""
+  """Print the notes on the source checkpoint."""
   for note in checkpoint.notes:
     cli.print_line(note)
 

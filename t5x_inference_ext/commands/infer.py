@@ -7,13 +7,14 @@ A run over a file of prompts, one JSON object a line, {"prompt": TEXT or [token 
       --max_new_tokens=48 --temperature=0 --dtype=float32 --mesh=1x1x1
 
 Rows come out in the same order, {"prompt", "completion", "tokens", "score"}. `tokens` are the
-generated ids, EOS included where it came; `score` is the sum of their log-probabilities. Other
-fields of a row are kept. To sample, with a seed for every row from --seed and the row's place:
+generated ids, EOS included if the row ended with it; `score` is the sum of their log-probabilities.
+Other fields of a row are kept. To sample, with a seed for every row from --seed and the row's
+index:
 
   python -m t5x_inference_ext.infer --checkpoint=DIR --prompts=FILE.jsonl --output=FILE.jsonl \
       --temperature=0.8 --top_k=40 --top_p=0.95 --seed=7 --vocabulary=FILE.model
 
-Four samples of each prompt, which share its prefill, each until its first blank line, with the
+Four samples of each prompt, sharing its prefill, each up to its first blank line, with the
 log-probabilities of its tokens and of the three most likely at each step:
 
   python -m t5x_inference_ext.infer --checkpoint=DIR --prompts=FILE.jsonl --output=FILE.jsonl \
@@ -24,7 +25,7 @@ A row can have options of its own:
   {"prompt": ..., "sampling": {"temperature": 0.7, "stop": ["END"], "seed": 3}}
 
 To score given completions, {"prompt": ..., "completion": ...}; the output of a run that generated
-is such a file:
+text is such a file:
 
   python -m t5x_inference_ext.infer --checkpoint=DIR --prompts=FILE.jsonl --output=FILE.jsonl \
       --mode=score
@@ -37,14 +38,14 @@ file lists all macros):
       --gin.MIXTURE_OR_TASK_NAME=\"my_task\" --gin.MIXTURE_OR_TASK_MODULE=\"my_tasks\" \
       --gin.TASK_FEATURE_LENGTHS="{'inputs': 48, 'targets': 16}"
 
-Each phase has its layout (docs/layouts.md). To see what a pair of layouts does to a model on a
+Each phase has its layout (docs/layouts.md). To see how a pair of layouts splits a model over a
 mesh, before anything is loaded:
 
   python -m t5x_inference_ext.infer --checkpoint=DIR --mesh=2x2x2 --batch_size=8 \
       --prefill_layout=wg_xyz/batch --decode_layout=ws_2d/batch --explain_layout
 
-Several processes, each with devices of one mesh, are started alike but for their --process_id
-(process 0 writes):
+Several processes, each with some devices of one mesh, are started with equal flags except
+--process_id (process 0 writes the output):
 
   python -m t5x_inference_ext.infer ... \
       --coordinator_address=HOST:PORT --num_processes=2 --process_id=0
@@ -66,9 +67,7 @@ from t5x_inference_ext.runs.infer_options import InferOptions, PromptsFiles
 from t5x_inference_ext.runs.job import Job
 from t5x_inference_ext.text_files import check_extra
 
-EXPLAINED_PROMPT = (
-  512  # tokens of a prompt, where --cache_length does not say how many there could be
-)
+EXPLAINED_PROMPT = 512  # prompt tokens to explain a layout for, if --cache_length is not given
 
 
 def define_flags(flags: absl_flags.FlagValues) -> None:
@@ -81,8 +80,8 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     'explain_layout',
     bool,
     False,
-    'Print where every tensor would live, and stop; --prompts and --output are not needed. The '
-    'mesh may be larger than the devices here. With gin flags too.',
+    'Print the sharding of every tensor, and stop. --prompts and --output are not needed. The '
+    'mesh may have more devices than there are. Also works with gin flags.',
     group='Sharding, memory and compilation',
   )
   option_flags.define_options(flags, ProcessOptions)
@@ -100,7 +99,7 @@ def run(argv: list[str] | None = None) -> int:
 
 
 def _jobs(flags: absl_flags.FlagValues) -> Iterator[Job]:
-  """Yield what there is to run: one job for a prompts file, one for each task of a mixture."""
+  """Yield the jobs to run: one for a prompts file, or one for each task of a mixture."""
   processes = option_flags.read_options(flags, ProcessOptions)
   if cli.uses_gin(flags):
     yield from _task_run(flags, processes)()
@@ -116,7 +115,7 @@ def _jobs(flags: absl_flags.FlagValues) -> Iterator[Job]:
 
 
 def _infer_options(flags: absl_flags.FlagValues) -> InferOptions:
-  """Return the options of a run over prompts. Raises UserError for what is missing or wrong."""
+  """Return the options of a run over prompts. Raises UserError for missing or wrong ones."""
   needed = ('checkpoint',) if flags.explain_layout else ('checkpoint', 'prompts', 'output')
   option_flags.check_given(flags, *needed)
   return option_flags.read_options(
@@ -127,12 +126,12 @@ def _infer_options(flags: absl_flags.FlagValues) -> InferOptions:
 def _task_run(
   flags: absl_flags.FlagValues, processes: ProcessOptions
 ) -> Callable[[], Iterator[Job]]:
-  """Return a run over a seqio task with the arguments that gin binds."""
+  """Return a run over a seqio task, as a function of no arguments; gin binds its arguments."""
   plain = option_flags.option_names(InferOptions, PromptsFiles, SamplingParams)
   cli.check_unmixed(flags, plain, 'CHECKPOINT_PATH=\\"DIR\\"', 'configs/runs/infer.gin')
   check_extra('seqio', 'a run over a task needs seqio and tensorflow', 'seqio', 'tensorflow')
   distributed.initialize(processes)
   config_text = cli.parse_gin(flags)
-  from t5x_inference_ext.runs import task_run  # brings TensorFlow: seconds that other runs spare
+  from t5x_inference_ext.runs import task_run  # imports TensorFlow, which takes seconds
 
   return cli.configure(task_run.infer, config_text=config_text, explain_layout=flags.explain_layout)

@@ -1,11 +1,11 @@
-"""Says what a checkpoint holds, which model it looks like, and what converting it would take.
+"""Print what a checkpoint holds, the known model most like it, and the cost of converting it.
 
   python -m t5x_inference_ext.inspect_checkpoint examples/palm_tiny/checkpoint_1000
 
-Takes any format: T5X's legacy format and Orbax, scanned or not, float or quantized; serving
-checkpoints; and trees of models that can't be served, with the reason. Of the values only the norms
-are read, and one block of the largest array, whose decoding and rounding are timed. The time given
-is that of all blocks at this rate on all cores; a slower disk makes it longer.
+Any format is accepted: T5X's legacy format and Orbax, scanned or not, float or quantized; serving
+checkpoints; and trees of models that can't be served, with the reason. Only the norms are read, and
+one block of the largest array, to time its decoding and rounding. The printed time is for all
+blocks at this rate on all cores; a slower disk makes it longer.
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,7 +28,7 @@ from t5x_inference_ext.errors import CheckpointError, UserError, printable
 from t5x_inference_ext.quantization import rounding
 from t5x_inference_ext.text_format import decimal_bytes, rough_duration
 
-# The fields that make a model one of a known shape; its vocabulary may be padded.
+# Fields that tell one known model from another. The vocabulary size does not: it may be padded.
 SHAPE = (
   'num_layers',
   'd_model',
@@ -44,23 +44,23 @@ SHAPE = (
 
 def define_flags(flags: absl_flags.FlagValues) -> None:
   absl_flags.DEFINE_string(
-    'path', None, 'The checkpoint directory; or as an argument.', flag_values=flags
+    'path', None, 'The checkpoint directory. Can also be given as an argument.', flag_values=flags
   )
 
 
 def print_description(flags: absl_flags.FlagValues) -> None:
   """Print what the checkpoint at --path holds."""
   if flags.path is None:
-    raise UserError('which checkpoint? inspect_checkpoint PATH')
+    raise UserError('no checkpoint given: inspect_checkpoint PATH')
   for line in describe_checkpoint(flags.path):
     cli.print_line(line)
 
 
 def describe_checkpoint(path: str) -> Iterator[str]:
-  """Yield lines that say what `path` holds.
+  """Yield lines that describe the checkpoint at `path`.
 
   Raises:
-    CheckpointError: `path` is no checkpoint, or a damaged one.
+    CheckpointError: `path` is not a checkpoint, or a damaged one.
   """
   path = storage.normalize(path)
   try:
@@ -82,7 +82,7 @@ def describe_checkpoint(path: str) -> Iterator[str]:
 
 
 def tensor_lines(tensors: Mapping[str, Tensor]) -> Iterator[str]:
-  """Yield a line for each tensor, and one for all of them."""
+  """Yield a line for each tensor, and one line of totals."""
   names = {printable(name): tensor for name, tensor in tensors.items()}
   width = max(map(len, names), default=0)
   for name, tensor in names.items():
@@ -107,7 +107,7 @@ def looks_like(config: ModelConfig) -> str:
   differing = different(nearest)
   if len(differing) > len(SHAPE) // 2:
     return (
-      f'it is like none of the known models ({", ".join(PRESETS)}): {config.num_params:,} '
+      f'it is not like any of the known models ({", ".join(PRESETS)}): {config.num_params:,} '
       'parameters'
     )
   if not differing and preset(nearest).vocab_size != config.vocab_size:
@@ -123,7 +123,7 @@ def looks_like(config: ModelConfig) -> str:
 
 
 def costs(checkpoint: Checkpoint) -> Iterator[str]:
-  """Yield a line for each kind of weights: what converting the checkpoint to them would take."""
+  """Yield a line for each kind of weights, with the cost of converting the checkpoint to it."""
   for weights in serving.SERVING_WEIGHTS:
     conversion = Conversion(
       checkpoint, ConvertOptions(weights=weights), os.devnull, lambda *_: None
@@ -140,7 +140,7 @@ def costs(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def rate(conversion: Conversion) -> float:
-  """Return how many bytes a second one worker decodes and rounds, timed on one block."""
+  """Return the bytes per second that one worker decodes and rounds, timed on one block."""
   plan = conversion.plan
   largest = max(plan.slices, key=plan.nbytes)
   block = plan.blocks(largest)[0]
@@ -149,7 +149,7 @@ def rate(conversion: Conversion) -> float:
   values = array.read(block.bounds)
   kinds = params.parameters(conversion.source.config)
   to_int8 = conversion.output.weights == 'int8' and values.dtype.kind != 'i'
-  with np.errstate(all='ignore'):  # NaN is for conversions to find
+  with np.errstate(all='ignore'):  # conversions report NaN
     for part, _, w in array.rectangles(values, block.bounds):
       if to_int8 and kinds[part.name].kind == 'matrix':
         rounding.quantize_layers(w, rounding.scales_of(rounding.largest(w)))

@@ -1,4 +1,4 @@
-"""Flags made of the fields of dataclasses (options.option), and the text of --help."""
+"""Flags defined by the fields of dataclasses (options.option), and the text of --help."""
 
 from collections.abc import Collection, Iterator, Sequence
 import dataclasses
@@ -20,7 +20,7 @@ _T = TypeVar('_T')
 def option_fields(
   options: type, *, skip: Collection[str] = (), named: Collection[str] | None = None
 ) -> Iterator[dataclasses.Field]:
-  """Yield the fields of a dataclass that are options: all but `skip`, or those of `named` alone."""
+  """Yield the option fields of a dataclass: all but `skip`, or only those in `named`."""
   for field in dataclasses.fields(options):
     if (
       'help' in field.metadata and field.name not in skip and (named is None or field.name in named)
@@ -29,7 +29,7 @@ def option_fields(
 
 
 def option_names(*options: type) -> list[str]:
-  """Return the names of the options of dataclasses, which are the names of their flags."""
+  """Return the names of the options of dataclasses; their flags have equal names."""
   return [field.name for each in options for field in option_fields(each)]
 
 
@@ -41,13 +41,13 @@ def define_options(
   group: str = '',
   prefix: str = '',
 ) -> None:
-  """Define a flag for each option of a dataclass: same name, type, default and choices.
+  """Define a flag for each option of a dataclass, with its name, type, default and choices.
 
   Args:
-    flags: FlagValues that takes the flags.
+    flags: FlagValues to add the flags to.
     options: Dataclass whose fields are made with options.option.
-    skip: Names of fields that are no flags of this command.
-    group: Heading in --help, in place of the fields' own.
+    skip: Names of fields that do not become flags.
+    group: Heading in --help, instead of the fields' own headings.
     prefix: Beginning of each help text.
   """
   hints = typing.get_type_hints(options)
@@ -76,21 +76,16 @@ def define_flag(
 ) -> None:
   """Define one flag.
 
-  Args:
-    flags: FlagValues that takes the flag.
-    name: Name of the flag.
-    annotation: Type: bool, int, float or str, each also with `| None`; or tuple[str, ...] for a
-      flag that may be repeated.
-    default: Value where the flag is not given.
-    text: Help text.
-    group: Heading in --help.
-    choices: The values of a text that are allowed.
+  flags: FlagValues to add the flag to. flags: FlagValues that takes the flag. name: Name of the
+    flag. annotation: Type: bool, int, float or str, each also with `| None`; or tuple[str, ...] for
+    a flag that may be repeated. default: Value if the flag is not given. text: Help text. group:
+    Heading in --help. choices: Allowed values of a text flag.
   """
   members = set(typing.get_args(annotation)) - {types.NoneType}
   kind: Any = annotation
   if typing.get_origin(annotation) is types.UnionType:
-    kind = str if str in members else members.pop()  # int | str: a number may have a unit
-  # absl lists flags by module: here the heading that --help shows them under.
+    kind = str if str in members else members.pop()  # int | str: a number that may have a unit
+  # absl groups flags by module name; here the module name is the heading that --help shows.
   arguments: dict[str, Any] = {'flag_values': flags, 'module_name': group or 'Flags'}
   if choices:
     absl_flags.DEFINE_enum(name, default, list(choices), text, **arguments)
@@ -107,12 +102,12 @@ def read_options(
 
   Args:
     flags: Parsed flags.
-    options: Dataclass that define_options made flags of.
+    options: Dataclass whose flags define_options made.
     skip: As given to define_options.
     **others: Values of fields that are no flags.
 
   Raises:
-    UserError: A value that the dataclass refuses.
+    UserError: The dataclass rejects a value.
   """
   values = {field.name: flags[field.name].value for field in option_fields(options, skip=skip)}
   for name, value in values.items():
@@ -122,28 +117,28 @@ def read_options(
 
 
 def check_given(flags: absl_flags.FlagValues, *names: str) -> None:
-  """Raise UserError that names the flags that are needed and not given."""
+  """Raise UserError naming the required flags that are not given."""
   missing = [f'--{name}' for name in names if flags[name].value in (None, '')]
   if missing:
     raise UserError(f'{", ".join(missing)} not given; --help shows examples')
 
 
 def help_text(doc: str, flags: absl_flags.FlagValues) -> str:
-  """Return the text of --help: a command's docstring, then its flags by group as defined."""
+  """Return the text of --help: a command's docstring, then its flags by group, in order."""
   lines = [inspect.cleandoc(doc)]
   for group, members in flags.flags_by_module_dict().items():
-    # Flags that a command defines itself are absl's: their module is the command's, not a heading.
+    # The group of absl's own flags is a module name, which has a dot and is no heading.
     lines += ['', f'{"Flags" if "." in group else group}:', *map(_flag_text, members)]
   return '\n'.join(lines)
 
 
 def _flag_text(flag: absl_flags.Flag) -> str:
-  text = flag.help.partition(';\n')[0]  # absl adds how to repeat a flag
+  text = flag.help.partition(';\n')[0]  # absl appends a hint on repeating a flag
   if (
     isinstance(flag.default, (int, float, str)) and flag.default is not False and flag.default != ''
   ):
     text += f' Default: {flag.default}.'
-  # absl begins the text of a flag with choices by <A|B>.
+  # absl puts the choices <A|B> of a flag in front of its text.
   text = f'={text}' if text[0] == '<' else f': {text}'
   return textwrap.fill(
     f'--{flag.name}{text}',

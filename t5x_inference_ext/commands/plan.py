@@ -1,33 +1,33 @@
-r"""Predict what each slice, mesh, batch and pair of layouts takes, and choose the best.
+r"""Predict what each slice, mesh, batch and pair of layouts costs, and choose the best.
 
   python -m t5x_inference_ext.plan --model=palm_540b --slice=v4:4x4x4 --batch=64 \
       --input_length=1920 --output_length=64
 
 prints every pair of layouts for prefill and decode, the fastest first, with its predicted time,
-MFU, memory and limiting resource; then the parts of the best one's time, and why it is the best.
-The predictions are those of the paper's analytical model: nothing is compiled, and no device is
-used. Without --slice the usual slices of --chip are all considered, without --batch powers of two
-up to 1024:
+MFU, memory and limiting resource; then the best pair's time, part by part, and why it is the best.
+The predictions come from the paper's analytical model: nothing is compiled, and no device is used.
+Without --slice all usual slices of --chip are considered, without --batch powers of two up to 1024:
 
   python -m t5x_inference_ext.plan --model=palm_62b --chip=v4,v5e --batch=8 --latency_target_ms=1500
   python -m t5x_inference_ext.plan --model=palm_8b --slice=v5e:2x4 --objective=throughput \
       --weights=bfloat16
 
-The target covers a whole request: the prefill of its prompts and --output_length decode steps. Of
-the plans that meet it the cheapest is taken, in chip-seconds a token. --gin_output writes gin that
-infer, the T5X adapter and precompile take after their own files. --json writes every number.
---check compiles the plan with the TPU compiler and prints predicted beside compiled:
+The latency target covers a whole request: the prefill of its prompts and --output_length decode
+steps. The cheapest plan that meets it, in chip-seconds per token, is chosen. --gin_output writes
+gin bindings that infer, the T5X adapter and precompile read after their own files. --json writes
+every number. --check compiles the plan with the TPU compiler and prints predicted and compiled
+numbers side by side:
 
   python -m t5x_inference_ext.plan --model=palm_8b --slice=v4:2x2x1 --batch=32 \
       --gin_output=plan.gin --check
   python -m t5x_inference_ext.precompile --gin_file=t5x_inference_ext/configs/runs/precompile.gin \
       --gin_file=plan.gin
 
---sweep writes latency against cost of all slices and batches, as pareto.csv and pareto.svg in
---output_dir. --figures draws there the bytes of layouts, the longest contexts and the parts of the
-time. Both need pip install 't5x_inference_ext[plots]'.
+--sweep writes latency against cost for all slices and batches, as pareto.csv and pareto.svg in
+--output_dir. --figures draws into it the bytes that layouts move, the longest contexts and the
+parts of the time. Both need pip install 't5x_inference_ext[plots]'.
 
-gin takes the same options, and models of other shapes:
+gin has the same options, and takes models of other shapes:
 
   python -m t5x_inference_ext.plan --gin_file=t5x_inference_ext/configs/runs/plan.gin \
       --gin_file=t5x_inference_ext/configs/models/palm_62b.gin \
@@ -61,12 +61,12 @@ _FLAGS: tuple[tuple[Any, ...], ...] = (
     'string',
     'chip',
     'v4',
-    'The chip where there is no --slice: v4, v5e, v5p, v6e, A100, H100, H200, or several, with '
+    'The chip, if --slice is not given: v4, v5e, v5p, v6e, A100, H100, H200, or several, with '
     'commas.',
   ),
-  ('integer', 'batch', None, 'Rows at a time. Default: powers of two up to 1024 are considered.'),
+  ('integer', 'batch', None, 'Rows run together. Default: powers of two up to 1024.'),
   ('integer', 'input_length', 1920, 'Tokens of each prompt.'),
-  ('integer', 'output_length', 64, 'Tokens to generate for each prompt, a decode step each.'),
+  ('integer', 'output_length', 64, 'Tokens to generate for each prompt, one decode step each.'),
   ('enum', 'weights', 'int8', 'dtype of the weights.', _DTYPES),
   ('enum', 'cache', 'bfloat16', 'dtype of keys and values.', _DTYPES),
   (
@@ -82,15 +82,15 @@ _FLAGS: tuple[tuple[Any, ...], ...] = (
     'float',
     'latency_target_ms',
     None,
-    'Milliseconds from the prompts to the last token. The cheapest plan that takes no more is '
+    'Milliseconds from the prompts to the last token. The cheapest plan within this time is '
     'chosen.',
   ),
   (
     'enum',
     'convention',
     'torus',
-    'Convention of the network: torus, each collective has the links of its own axes, and hops; '
-    'paper, all links for every collective, and no hops.',
+    'Network model. torus: each collective uses the links of its own axes, and hops take time. '
+    'paper: every collective uses all links, and hops take no time.',
     ('torus', 'paper'),
   ),
   ('string', 'mesh', None, 'XxYxZ over the whole slice. Default: the best.'),
@@ -98,21 +98,21 @@ _FLAGS: tuple[tuple[Any, ...], ...] = (
     'enum',
     'phase',
     'both',
-    'Phases that run on the slice: both, or prefill or decode, where the other phase runs on '
-    'another slice. Only these are priced, and have to fit.',
+    'Phases that run on the slice: both; or prefill or decode, if the other phase runs on another '
+    'slice. Only these phases are priced and have to fit.',
     ('both', 'prefill', 'decode'),
   ),
   (
     'boolean',
     'check',
     False,
-    'Compile the plan for its slice, and print predicted beside compiled.',
+    'Compile the plan for its slice, and print predicted and compiled numbers side by side.',
   ),
   (
     'boolean',
     'sweep',
     False,
-    'Write latency against cost, in int8 and bfloat16, as a CSV and a figure, instead of a plan.',
+    'Write latency against cost, for int8 and bfloat16, as CSV and figure, instead of a plan.',
   ),
   ('boolean', 'figures', False, 'Draw the figures of the plan.'),
   ('string', 'output_dir', '.', 'Directory for the files of --sweep and --figures.'),
@@ -120,12 +120,12 @@ _FLAGS: tuple[tuple[Any, ...], ...] = (
     'string',
     'gin_output',
     None,
-    'File for the plan, as gin for infer, the T5X adapter and precompile.',
+    'File for the plan, as gin bindings for infer, the T5X adapter and precompile.',
   ),
   ('string', 'json', None, 'File for every number, as JSON.'),
 )
 _NAMES = tuple(flag[1] for flag in _FLAGS)
-# Flag -> the parameter of planner.run.plan, where they differ.
+# Flag -> the parameter of planner.run.plan, if its name differs.
 _PARAMETERS = {'slice': 'slice_name', 'json': 'json_file', 'figures': 'figure'}
 
 
@@ -137,8 +137,8 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
 
 
 def _main(flags: absl_flags.FlagValues) -> None:
-  """Plan as flags or gin say."""
-  # Before jax is imported: the command computes on no accelerator of this machine, and takes none.
+  """Plan from flags, or from gin bindings."""
+  # Set before jax is imported: the command must not take this machine's accelerators.
   os.environ['JAX_PLATFORMS'] = 'cpu'
   from t5x_inference_ext.planner import run as runner
 

@@ -1,22 +1,22 @@
-r"""Compile a model for a TPU slice that is not here: does it fit, how long does a step take?
+r"""Compile a model for a TPU slice that is not here: does it fit, and how long does a step take?
 
   python -m t5x_inference_ext.precompile --model=palm_540b --weights=int8 --slice=v4:4x4x4 \
       --phase=decode --batch=64 --context=2048 --layout=ws_2d/batch
 
 The program is the real one at full size: embedding, all layers, logits, greedy choice of the next
-token, and the KV cache written in place. Only its weights are missing. The TPU compiler (libtpu:
-pip install 't5x_inference_ext[tpu]') runs on any Linux machine; no TPU is looked for. The compiler
-says how much of a chip's memory the program takes, and how many cycles it expects of every
-operation; the links of the slice say what collectives cost. Without --layout all layouts that suit
-the phase are compiled, and the one with the least estimate is reported. A prefill takes prompts of
---prompt tokens (by default all of the context):
+token, and a KV cache that is written in place. Only the weights are missing. The TPU compiler
+(libtpu: pip install 't5x_inference_ext[tpu]') runs on any Linux machine; no TPU is needed. The
+compiler reports the memory of a chip that the program takes, and the cycles that it expects for
+every operation; the cost of collectives follows from the links of the slice. Without --layout all
+layouts that suit the phase are compiled, and the one with the smallest estimate is reported. A
+prefill takes prompts of --prompt tokens (by default the whole context):
 
   python -m t5x_inference_ext.precompile --model=palm_62b --weights=bfloat16 --slice=v5e:4x4 \
       --phase=prefill --batch=16 --context=2048 --prompt=1024 \
       --json=/tmp/prefill.json --hlo=/tmp/prefill.txt
 
---save=FILE keeps the executable, for these versions and chips alone. With --phase=generate it is
-what infer runs for a batch, which then starts on the slice without compiling:
+--save=FILE writes the executable, which runs only on these versions and chips. With
+--phase=generate infer can run it for each batch, and so starts on the slice without compiling:
 
   python -m t5x_inference_ext.precompile --model=palm_8b --slice=v4:2x2x1 --phase=generate \
       --batch=32 --context=512 --max_new_tokens=64 --layout=ws_2d/batch \
@@ -24,23 +24,23 @@ what infer runs for a batch, which then starts on the slice without compiling:
   python -m t5x_inference_ext.infer --checkpoint=DIR --prompts=FILE.jsonl --output=FILE.jsonl \
       --batch_size=32 --max_new_tokens=64 --executable=/tmp/palm_8b.executable
 
-Slot refill (docs/decoding.md) runs a chunk of 256 prompt tokens on a cache of 2048 positions, and
-a step of 64 slots:
+Slot refill (docs/decoding.md) runs a chunk of 256 prompt tokens on a cache of 2048 positions, and a
+decode step of 64 slots:
 
   python -m t5x_inference_ext.precompile --model=palm_540b --slice=v4:4x4x4 --phase=extend \
       --batch=64 --prompt=256
   python -m t5x_inference_ext.precompile --model=palm_540b --slice=v4:4x4x4 --phase=slots --batch=64
 
-Gin says the same, for models of other shapes too:
+gin has the same options, and takes models of other shapes:
 
   python -m t5x_inference_ext.precompile \
       --gin_file=t5x_inference_ext/configs/runs/precompile.gin \
       --gin_file=t5x_inference_ext/configs/models/palm_8b.gin \
       --gin.SLICE=\"v4:2x2x1\" --gin.BATCH=32
 
-The exit code is 0 if it fits, 1 if it does not (the report then says how much memory is missing,
-and the nearest layout, batch and slice that fit), 2 for an error. docs/precompile.md explains
-every line of the report.
+The exit code is 0 if the program fits, 1 if it does not (the report then says how much memory is
+missing, and names the nearest layout, batch and slice that fit), 2 for an error. docs/precompile.md
+explains every line of the report.
 """
 
 import os
@@ -57,7 +57,7 @@ PRECOMPILE_TARGET = {
   'slice': 'The slice: v4:4x4x4, v5p:2x2x4, v5e:4x8, v6e:2x2, ...',
   'mesh': 'XxYxZ over the whole slice. By default along its torus.',
   'layout': 'feedforward/attention[/collectives] of the phase, such as ws_2d/batch '
-  '(docs/layouts.md). By default the best of those that suit the phase.',
+  '(docs/layouts.md). By default the best layout that suits the phase.',
   'other_layout': 'The layout of the other phase, which shares the weights and the cache. By '
   'default ws_2d/batch, or ws_1d/batch beside ws_1d.',
 }
@@ -66,14 +66,14 @@ PRECOMPILE_FILES = {
   'hlo': 'Write the compiled program into this file, as text.',
   'save': 'Write the executable into this file.',
 }
-# Defaults of options that a CompileCase requires.
+# Defaults of options that CompileCase has no default for.
 _DEFAULTS = {'weights': 'int8', 'phase': 'decode', 'context': 2048}
 
 
 def define_flags(flags: absl_flags.FlagValues) -> None:
   """Define the command's flags, in the order of --help."""
-  # Before jax is imported: the command runs nothing on this machine's accelerators, and must leave
-  # them to others.
+  # Set before jax is imported: the command runs nothing on this machine's accelerators, and must
+  # leave them to others.
   os.environ['JAX_PLATFORMS'] = 'cpu'
   from t5x_inference_ext.commands import sampling_flags
   from t5x_inference_ext.precompile.case import CompileCase

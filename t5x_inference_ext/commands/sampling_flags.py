@@ -1,4 +1,4 @@
-"""SamplingParams as flags, for every command that generates (in gin: configs/sampling.gin)."""
+"""SamplingParams as flags, for every command that generates (for gin: configs/sampling.gin)."""
 
 from absl import flags as absl_flags
 
@@ -9,13 +9,13 @@ from t5x_inference_ext.runs.row_sampling import parse_logit_bias
 from t5x_inference_ext.text_files import parse_json
 
 _GROUP = 'Choosing tokens'
-# A mapping, which is JSON on the command line.
+# logit_bias is a mapping; on the command line it is JSON.
 _SKIP = ('logit_bias',)
 NAMES = option_flags.option_names(SamplingParams)
 
 
 def define_sampling(flags: absl_flags.FlagValues, prefix: str = '') -> None:
-  """Define a flag for each option of SamplingParams. `prefix` begins each help text."""
+  """Define a flag for each option of SamplingParams. Each help text begins with `prefix`."""
   option_flags.define_options(flags, SamplingParams, skip=_SKIP, group=_GROUP, prefix=prefix)
   (bias,) = option_flags.option_fields(SamplingParams, named=_SKIP)
   text = f'{prefix}{bias.metadata["help"]}'

@@ -1,4 +1,4 @@
-"""Single rows of arrays whose rows are split over a mesh: only the shard that holds a row works.
+"""Reads and writes of single rows of sharded arrays: only the shard that holds a row does work.
 
 Left to XLA's partitioner, a dynamic slice along a split dimension gathers the whole array on every
 device, and a dynamic update rewrites each device's part. Here every function is a shard_map.
@@ -22,7 +22,7 @@ from t5x_inference_ext.sharding.layout import Axes
 
 
 def gather_row(model: Model, x: jax.Array, axes: Axes, row: jax.Array) -> jax.Array:
-  """Return one row of x [B, ...], whose rows are split over `axes`: [1, ...], on every device."""
+  """Return row `row` of x [B, ...], as [1, ...] on every device. `axes` split the rows of x."""
 
   def run(x: jax.Array, row: jax.Array) -> jax.Array:
     local, mine = _local_index(x.shape[0], axes, row)
@@ -32,9 +32,9 @@ def gather_row(model: Model, x: jax.Array, axes: Axes, row: jax.Array) -> jax.Ar
 
 
 def gather_cache_row(model: Model, cache: KVCache, weights: Weights, row: jax.Array) -> KVCache:
-  """Return one row of a cache as a cache of one row.
+  """Return one row of a cache, as a cache of one row.
 
-  Its heads are split as they were. Its shared prefix is the cache's.
+  The heads of the row stay split as in `cache`, and both caches have one shared prefix.
   """
   axes, spec, row_spec = _specs(model, cache, weights)
 
@@ -53,16 +53,16 @@ def gather_cache_row(model: Model, cache: KVCache, weights: Weights, row: jax.Ar
 def scatter_cache_row(
   model: Model, cache: KVCache, weights: Weights, row: jax.Array, one: KVCache
 ) -> KVCache:
-  """Return the cache with a cache of one row, no longer than it, in the place of a row.
+  """Write the row of `one`, a cache of one row, over one row of `cache`; return the result.
 
-  Both have the same shared prefix, or none.
+  `one` may be shorter than `cache`. Both have one shared prefix, or none.
   """
   axes, spec, row_spec = _specs(model, cache, weights)
 
   def run(cache: KVCache, one: KVCache, row: jax.Array) -> KVCache:
     local, mine = _local_index(cache.lengths.shape[0], axes, row)
     if ops.axis_size(axes) > 1:
-      # Other shards write what they have there already, which leaves the update in place.
+      # Other shards write back what they already have, so that the update stays in place.
       old = kv_cache.read_local_row(cache, local)
       one = jax.tree.map(
         lambda x, there: jnp.where(mine, x, there[tuple(slice(n) for n in x.shape)]), one, old
@@ -82,7 +82,7 @@ def scatter_cache_row(
 
 
 def _specs(model: Model, cache: KVCache, weights: Weights) -> tuple[Axes, Any, Any]:
-  """Return the axes that split a cache's rows, its PartitionSpecs, and those of one of its rows."""
+  """Return the axes that split a cache's rows, and the PartitionSpecs of a cache and of one row."""
   sharding = model.cache_sharding(cache.lengths.shape[0])
   spec = model.cache_spec(sharding, weights)
 
@@ -97,14 +97,14 @@ def _specs(model: Model, cache: KVCache, weights: Weights) -> tuple[Axes, Any, A
 def _local_index(rows: int, axes: Axes, row: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Return a row's index among this shard's `rows`, and whether the shard has the row.
 
-  Without the row the index is some valid one.
+  On a shard without the row, the index is some valid one.
   """
   index = row - ops.shard_index(axes) * rows
   return jnp.clip(index, 0, rows - 1), (index >= 0) & (index < rows)
 
 
 def _from_owner(x: jax.Array, axes: Axes, mine: jax.Array) -> jax.Array:
-  """Return x of the one shard for which `mine` is true, on every shard."""
+  """Return, on every shard, the x of the one shard where `mine` is true."""
   if ops.axis_size(axes) == 1:
     return x
   return ops.all_reduce(jnp.where(mine, x, jnp.zeros_like(x)), axes)

@@ -16,7 +16,7 @@ from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
 from t5x_inference_ext.sharding.activations import padded_length
 
-REPLY_STEPS = 16  # decode steps between looks at the tokens of a reply
+REPLY_STEPS = 16  # decode steps between reads of a reply's tokens on the host
 
 
 class Conversation:
@@ -58,18 +58,18 @@ class Conversation:
   ) -> None:
     check_at_least(1, max_length=max_length, chunk=chunk)
     self._model, self._weights, self._eos, self._bos = model, weights, eos_id, bos_id
-    # As few rows as the mesh takes; the first is the conversation.
+    # The mesh needs at least this many rows. Row 0 is the conversation, the others are unused.
     self._rows = model.padded_batch(1)
     self._chunk = min(chunk, 1 << max_length.bit_length())
     self._max_length = max_length
     self.tokens: list[int] = []
     self.prefilled = 0
-    # The cache stays in the decode layout, and turns are prefilled there too: nothing moves.
+    # Turns are prefilled in the decode layout, the layout of the cache, so that no cache is moved.
     mesh = model.mesh.shape
     room = padded_length(model.decode_layout, mesh, self._rows, max_length + self._chunk)
     self._cache = programs.empty_cache(model, weights, self._rows, room)
     self._cached = 0  # positions of the cache that hold BOS and `tokens`
-    self._last: Generator[int, None, None] | None = None  # a reply under way has the cache
+    self._last: Generator[int, None, None] | None = None  # the unfinished reply
 
   def reply(
     self,
@@ -81,8 +81,8 @@ class Conversation:
   ) -> Iterator[int]:
     """Add a turn, and yield the tokens of the reply as they are made.
 
-    Only tokens that are taken become part of the conversation: closing the iterator ends the reply
-    there, and so does the next turn.
+    Tokens that the caller has not taken from the iterator are not part of the conversation: closing
+    the iterator, or the next turn, ends the reply.
 
     Args:
       turn: Token ids. An empty turn goes on from where the last reply ended.
@@ -92,7 +92,7 @@ class Conversation:
 
     Raises:
       RequestError: More tokens than max_length has room for, or arguments that Engine.generate
-        refuses; before anything runs.
+        refuses. Raised before anything runs.
     """
     vocab_size = self._model.config.vocab_size
     check_tokens('the turn', turn, vocab_size)
@@ -102,13 +102,13 @@ class Conversation:
     if len(self.tokens) + len(turn) + max_new_tokens > self._max_length:
       raise RequestError(
         f'{len(self.tokens)} tokens so far, {len(turn)} of this turn and {max_new_tokens} new ones '
-        f'do not fit into max_length={self._max_length}: begin another conversation, or one of '
-        'more tokens'
+        f'do not fit into max_length={self._max_length}: begin a new conversation, or one with '
+        'a larger max_length'
       )
     if self._last is not None:
       self._last.close()
-    # The cache may hold tokens of the last reply that were not taken. The last token of an empty
-    # turn is run again for its logits.
+    # The cache may hold tokens of the last reply that the caller did not take. After an empty turn
+    # the last token is run again, for its logits.
     self._cached = min(self._cached, len(self.tokens) + 1)
     self.tokens += map(int, turn)
     self._last = self._reply(max_new_tokens, sampling, seed)
@@ -125,7 +125,7 @@ class Conversation:
       np.full(count, max_new_tokens, np.int32),
       self._eos,
     )
-    # Only penalties look at the conversation's tokens.
+    # Only penalties read the conversation's tokens.
     prompts = np.zeros((count, self._max_length + 1 if sampling.penalizes else 1), np.int32)
     if sampling.penalizes:
       prompts[:, 1 : len(self.tokens) + 1] = self.tokens
@@ -156,7 +156,7 @@ class Conversation:
       self._cache = slots.cache
 
   def _prefill(self) -> jax.Array:
-    """Bring the cache up to the last token, and return the logits after it, [B, V] float32."""
+    """Prefill all tokens that are not in the cache; return the last logits, [B, V] float32."""
     tokens = [self._bos, *self.tokens]
     self._cached = min(self._cached, len(tokens) - 1)
     while self._cached < len(tokens):

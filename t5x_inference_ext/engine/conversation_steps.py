@@ -1,4 +1,4 @@
-"""The device's part of a conversation: a turn onto its cache, and the first token of the reply."""
+"""Device functions of a conversation: prefill a turn, and choose a reply's first token."""
 
 import dataclasses
 
@@ -21,7 +21,7 @@ def prefill_turn(
   tokens: jax.Array,
   counts: jax.Array,
 ) -> tuple[jax.Array, KVCache]:
-  """Run Model.prefill_chunk after the first `cached` positions; later ones are dropped."""
+  """Keep the first `cached` positions of the cache, and run Model.prefill_chunk after them."""
   cache = dataclasses.replace(cache, lengths=jnp.full_like(cache.lengths, cached))
   return model.prefill_chunk(weights, constrain_cache(model, cache, weights), tokens, counts)
 
@@ -34,15 +34,15 @@ def begin_reply(
   prompts: jax.Array,
   lengths: jax.Array,
 ) -> tuple[Slots, ChosenTokens]:
-  """Return slots of which the first is in use, and its first token.
+  """Return slots whose row 0 is in use, and the first token of its reply.
 
   Args:
     model: Decides mesh and layouts.
     cache: Cache of the conversation.
     logits: [B, V] float32. Logits after the conversation so far.
-    rows: How the reply is chosen.
-    prompts: [B, T] int32. The conversation so far, BOS first; looked at for penalties alone.
-    lengths: [B] int32. Tokens of it that count.
+    rows: Sampling parameters, seed and limit of the reply.
+    prompts: [B, T] int32. The conversation so far, BOS first. Only penalties read it.
+    lengths: [B] int32. Number of valid tokens in each row of `prompts`.
   """
   state = initial_state(rows, prompts, lengths, model.config.vocab_size)
   state = dataclasses.replace(state, ended=jnp.arange(len(lengths)) > 0)

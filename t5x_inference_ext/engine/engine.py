@@ -90,8 +90,8 @@ class Engine:
       progress: Wraps the list of tensors that are loaded, e.g. tqdm.
 
     Raises:
-      UserError: A checkpoint, mesh, layout, executable or option that does not fit (the subclasses
-        in errors.py tell which), before weights are loaded; or a damaged tensor.
+      UserError: A checkpoint, mesh, layout, executable or option that does not fit (errors.py lists
+        the subclasses), raised before weights are loaded; or a damaged tensor.
     """
     if not isinstance(checkpoint, Checkpoint):
       checkpoint = open_checkpoint(checkpoint, norm_scale=norm_scale)

@@ -1,4 +1,4 @@
-"""Prompts as model inputs, and checks of what clients give."""
+"""Conversion of prompts to model inputs, and checks of what callers pass in."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -33,7 +33,7 @@ def for_each(prompts: Sequence[Sequence[int]], what: str, value: Any) -> list:
   """Return one value for each prompt: `value` itself, or the values of a sequence.
 
   Raises:
-    RequestError: A sequence of another length. `what` names its items.
+    RequestError: The sequence has another length. `what` names its items in the message.
   """
   values = list(value) if isinstance(value, (Sequence, np.ndarray)) else [value] * len(prompts)
   if len(values) != len(prompts):
@@ -50,7 +50,7 @@ def per_prompt(
   """Return a limit, sampling parameters and a seed (by default 0) for each prompt.
 
   Raises:
-    RequestError: Sequences of another length than the prompts, or seeds out of range.
+    RequestError: A sequence is not as long as `prompts`, or a seed is out of range.
   """
   each_seed = for_each(prompts, 'seeds', 0 if seeds is None else seeds)
   check_seeds(each_seed)
@@ -59,7 +59,7 @@ def per_prompt(
 
 
 def check_at_least(least: int, **values: Any) -> None:
-  """Raise RequestError, with its name, for a value that is no whole number or below `least`."""
+  """Raise RequestError, naming the value, if one is no whole number or is below `least`."""
   for name, value in values.items():
     if not is_whole(value):
       raise RequestError(f'{name} must be a whole number, got {value!r}')
@@ -68,7 +68,7 @@ def check_at_least(least: int, **values: Any) -> None:
 
 
 def check_tokens(what: str, tokens: Any, vocab_size: int) -> None:
-  """Raise RequestError unless `tokens` are ids below vocab_size. `what` names them."""
+  """Raise RequestError unless `tokens` are ids below vocab_size. The message begins with `what`."""
   if isinstance(tokens, str) or not isinstance(tokens, (Sequence, np.ndarray)):
     raise RequestError(f'{what} must be token ids, got {tokens!r}')
   for token in tokens:
@@ -79,7 +79,7 @@ def check_tokens(what: str, tokens: Any, vocab_size: int) -> None:
 
 
 def check_pairs(pairs: Sequence[tuple[Any, Any]], vocab_size: int) -> None:
-  """Raise RequestError for a pair (prompt, completion) that holds other things than token ids.
+  """Raise RequestError for a pair (prompt, completion) that holds anything but token ids.
 
   The error names the pair, counted from 0.
   """
@@ -89,7 +89,7 @@ def check_pairs(pairs: Sequence[tuple[Any, Any]], vocab_size: int) -> None:
 
 
 def check_arrays(vocab_size: int, *ids: Any, weights: Any = None) -> None:
-  """Raise RequestError unless arrays of token ids, and their weights, are [B, T] of one shape.
+  """Raise RequestError unless arrays of token ids, and `weights`, all have one shape [B, T].
 
   Empty arrays, and ids outside the vocabulary, are refused too.
   """
@@ -149,7 +149,7 @@ def check_generation(
       raise RequestError(
         f'prompt {i} has {len(prompt)} tokens: max_length={max_length} leaves no room for a new one'
       )
-    # BOS takes a position, the last new token none.
+    # BOS takes a position; the last new token takes none.
     needed = (
       len(prompt) + max_new_tokens
       if max_length is None

@@ -1,4 +1,4 @@
-"""Batches of ragged examples: few shapes, little padding."""
+"""Batches for examples of different lengths, with few shapes and little padding."""
 
 import collections
 from collections.abc import Callable, Sequence
@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 SHORTEST = 16
 STEP = 8
-# Padding that a further shape must spare to be worth its compilation, as a share of a full batch's
-# tokens: while no shape is compiled, and later.
+# A new shape is worth its compilation if it saves at least this much padding, as a share of a full
+# batch's tokens: FIRST while no shape is compiled yet, LATER afterwards.
 FIRST, LATER = 1 / 16, 1.0
 
 
@@ -27,11 +27,11 @@ class Pack(NamedTuple):
 
 
 class Packer:
-  """Puts examples of similar lengths together, in the shapes (rows, length) with the least padding.
+  """Groups examples of similar lengths, in the shapes (rows, length) with the least padding.
 
-  Examples are sorted by length and cut into parts, one shape a part. Of all ways to cut, the one
-  with the least cost is taken: the padding of its batches, and a price for each shape that is not
-  compiled yet. Shapes of earlier examples are used again.
+  Examples are sorted by length and cut into parts, each with one shape. The cut with the least cost
+  is taken. Its cost is the padding of its batches, and a price for each shape that is not compiled
+  yet. Shapes from earlier calls are reused.
 
   Args:
     tokens: Most tokens of a batch, before its rows are rounded up to what the mesh takes.
@@ -43,7 +43,7 @@ class Packer:
     self._shapes: set[tuple[int, int]] = set()
 
   def pack(self, lengths: Sequence[int]) -> list[Pack]:
-    """Return batches of all examples, given their lengths; the longest first."""
+    """Return batches that hold all examples, given their lengths: the longest examples first."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     counts = collections.Counter(padded(n) for n in lengths)
     packs, start = [], 0
@@ -63,7 +63,7 @@ class Packer:
       counts: Pairs (padded length, number of examples), the longest first.
     """
     worth = self._tokens * (LATER if self._shapes else FIRST)
-    best: list[tuple[float, list]] = [(0.0, [])]  # of the first n lengths
+    best: list[tuple[float, list]] = [(0.0, [])]  # best[n]: cost and parts of the first n lengths
     for stop in range(1, len(counts) + 1):
       options, count = [], 0
       for start in range(stop - 1, -1, -1):
@@ -76,7 +76,7 @@ class Packer:
     return best[-1][1]
 
   def _cheapest(self, count: int, length: int, worth: float) -> tuple[float, tuple[int, int]]:
-    """Return the cost, in tokens, of `count` examples of at most `length`, and their shape."""
+    """Return the cost, in tokens, of `count` examples no longer than `length`, and their shape."""
     most = self._padded_batch(max(1, self._tokens // length))
     rows = self._padded_batch(-(-count // -(-count // most)))
     new = -(-count // rows) * rows * length + worth, (rows, length)
@@ -86,14 +86,15 @@ class Packer:
 
 @functools.lru_cache
 def packer(model: Any, tokens: int) -> Packer:
-  """Return the packer of a Model and a batch size: one for all calls, as compiled programs are."""
+  """Return the packer for a model and batch size; later calls return the same one."""
   return Packer(tokens, model.padded_batch)
 
 
 def padded(length: int) -> int:
   """Return the least allowed size that is at least `length`.
 
-  Allowed sizes are multiples of STEP from SHORTEST, sixteen between a power of two and the next.
+  Allowed sizes are multiples of STEP from SHORTEST on. Above that, there are sixteen sizes between
+  a power of two and the next.
   """
   step = max(STEP, (1 << (max(length, SHORTEST) - 1).bit_length()) // 32)
   return max(SHORTEST, -(-length // step) * step)

@@ -1,4 +1,4 @@
-"""Prompts on their way to a slot: prefilled in groups, chunk by chunk."""
+"""Prompts that wait for a slot: prefilled in groups, chunk by chunk."""
 
 import collections
 import dataclasses
@@ -38,14 +38,14 @@ class Prefiller:
     model: Decides mesh and layouts.
     weights: Weights on that mesh.
     config: Sizes that the programs are compiled for.
-    shared: Tokens of the shared prefix, BOS included; () shares nothing.
+    shared: Tokens of the shared prefix, BOS included, or () for none.
 
   Attributes:
     state: The prompts' cache and logits, on the devices.
     ready: Samples that wait for a slot, in order. Their prompts stay in `state` until the next
-      group begins, which must not be before all of them are inserted.
-    positions: Positions that passes took so far, padding included.
-    tokens: Prompt tokens among them.
+      group begins, so all of them must be inserted before that.
+    positions: Positions that prefill passes have processed so far, padding included.
+    tokens: Number of prompt tokens among these positions.
   """
 
   def __init__(
@@ -61,7 +61,7 @@ class Prefiller:
     self._left = 0
 
   def allocate(self, shared_cache: Shared | None) -> None:
-    """Make the prefill state; `shared_cache` holds the shared prefix in the prefill layout."""
+    """Make the empty prefill state. `shared_cache` is the shared prefix in the prefill layout."""
     self.state = programs.empty_prefill(
       self._model, self._weights, self._config.prefill_rows, self.room, shared_cache
     )
@@ -72,12 +72,12 @@ class Prefiller:
     return self._left > 0
 
   def clear(self) -> None:
-    """Drop the group and the samples that are ready."""
+    """Drop the group and the ready samples."""
     self.ready.clear()
     self._left = 0
 
   def begin(self, members: list[tuple[int, Request]]) -> None:
-    """Begin the next group: pairs (index, request), at most `prefill_rows`, at least one."""
+    """Begin the next group of 1 to `prefill_rows` prompts, given as pairs (index, request)."""
     starts = [shared_prefix.common_length(self._shared, r.tokens) for _, r in members]
     self._members = [(*member, start) for member, start in zip(members, starts)]
     self._done = 0
@@ -89,7 +89,7 @@ class Prefiller:
     )
 
   def chunk(self) -> int:
-    """Prefill the next chunk of each prompt of the group; return the positions that it took."""
+    """Prefill the next chunk of each prompt of the group; return how many positions were run."""
     size = next((c for c in self._chunks if c >= self._left), self._chunks[-1])
     tokens = np.zeros((self._config.prefill_rows, size), np.int32)
     counts = np.zeros(self._config.prefill_rows, np.int32)

@@ -1,7 +1,7 @@
 """Every program that the engine compiles, in one place.
 
-Each is a plain function of this package under `jax.jit`. The model and sizes are static: each new
-value of them is another compilation. Donated arguments are updated in place and must not be used
+Each is a plain function of this package under `jax.jit`. The model and sizes are static: a new
+value of them means another compilation. Donated arguments are updated in place and must not be used
 afterwards.
 """
 
@@ -29,7 +29,7 @@ def _compiled(
 
 
 def _replicated(function: Callable, *static: str) -> Any:
-  """Compile a function of a model; its results are whole on every device, for every process."""
+  """Compile a function of a model so that every device, and every process, has its whole result."""
 
   @functools.partial(jax.jit, static_argnames=('model', *static))
   def run(model: Model, *arguments: Any, **options: Any) -> Any:
@@ -40,11 +40,11 @@ def _replicated(function: Callable, *static: str) -> Any:
 
 
 def put(model: Model, *arrays: Any) -> Any:
-  """Place host arrays, or pytrees of them, whole on every device: arguments of programs."""
+  """Place host arrays, or pytrees of arrays, whole on every device, as arguments of programs."""
   return jax.device_put(arrays, NamedSharding(model.mesh, P()))
 
 
-# Slot refill (engine.slots).
+# Slots (engine.slots).
 empty_slots = _compiled(slots.empty_slots, static=('rows', 'size'))
 empty_prefill = _compiled(slots.empty_prefill, static=('rows', 'size'))
 free_slots = _compiled(slots.free_slots, donated=('slots',))
@@ -82,7 +82,7 @@ def generation_program(
     weights: Weights, or their shapes and shardings.
 
   Returns:
-    A jitted function of (weights, tokens, lengths, seeds), and these arguments' shapes.
+    A jitted function of (weights, tokens, lengths, seeds), and the shapes of these four.
   """
   whole = NamedSharding(model.mesh, P())
   tokens = jax.ShapeDtypeStruct((shape.batch, shape.prompt + 1), jnp.int32, sharding=whole)
@@ -101,7 +101,7 @@ def generation_for(
   per_row: bool,
   prefill_chunk: int | None,
 ) -> Callable[..., static_batch.Generation]:
-  """Return generate_batch for one shape, or the executable that runs in its place.
+  """Return generate_batch for one shape, or the saved executable that replaces it.
 
   Args:
     model: Decides mesh and layouts.
@@ -112,8 +112,8 @@ def generation_for(
     prefill_chunk: Most positions of the prompts in one pass; None: all.
 
   Raises:
-    RequestError: A run that no executable can have been compiled for.
-    SavedError: A run that this executable was not compiled for.
+    RequestError: The run has per-row settings or a chunked prefill, which no executable supports.
+    SavedError: The executable was compiled for another run.
   """
   if executable is None:
     return functools.partial(generate_batch, model, **shape.options(), prefill_chunk=prefill_chunk)
@@ -124,6 +124,6 @@ def generation_for(
   return executable.load(*generation_program(model, shape, weights), model.mesh)
 
 
-# Whole sequences.
+# Passes over whole sequences.
 log_probs = _replicated(Model.log_probs)
 logits = _replicated(Model.logits)

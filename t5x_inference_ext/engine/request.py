@@ -1,4 +1,4 @@
-"""What clients of the engine ask for, and what it tells them: requests, events, completions."""
+"""The engine's inputs and outputs: requests, events, completions."""
 
 import dataclasses
 from typing import NamedTuple
@@ -34,7 +34,7 @@ class Event(NamedTuple):
     tokens: New token ids.
     log_probs: Log-probability of each new token.
     top: For each new token the most likely tokens at its step, as pairs (id, log-probability);
-      empty unless they were asked for.
+      empty if SchedulerConfig.top_log_probs is 0.
     ended: Whether these are the sample's last tokens.
   """
 
@@ -50,7 +50,7 @@ class Completion(NamedTuple):
   """A finished row.
 
   Attributes:
-    tokens: Generated ids; EOS is the last of them where the row ended with it.
+    tokens: Generated ids. If the row ended with EOS, that is the last id.
     score: Sum of the tokens' log-probabilities.
   """
 
@@ -59,12 +59,13 @@ class Completion(NamedTuple):
 
 
 class Sample(NamedTuple):
-  """A finished sample of a request, with what was told of each token.
+  """A finished sample of a request, with the log-probabilities of its tokens.
 
   Attributes:
-    tokens: Generated ids, EOS included where the sample ended with it.
+    tokens: Generated ids, including EOS if the sample ended with it.
     log_probs: Log-probability of each token.
-    top: For each token the most likely tokens at its step; empty unless they were asked for.
+    top: For each token the most likely tokens at its step, as pairs (id, log-probability); empty if
+      SchedulerConfig.top_log_probs is 0.
   """
 
   tokens: list[int]
@@ -78,7 +79,7 @@ class Sample(NamedTuple):
 
 
 class SampleCollector:
-  """Puts events together to whole samples."""
+  """Joins events into whole samples."""
 
   def __init__(self) -> None:
     self._samples: dict[int, list[Sample]] = {}

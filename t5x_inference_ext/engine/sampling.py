@@ -10,30 +10,30 @@ from t5x_inference_ext._moved import renamed
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.options import check_options, is_whole, option
 
-SMALLEST = float(np.finfo(np.float32).tiny)  # below it float32 knows only 0
-LARGEST = float(np.finfo(np.float32).max)  # above it only infinity
+SMALLEST = float(np.finfo(np.float32).tiny)  # the smallest normal float32
+LARGEST = float(np.finfo(np.float32).max)  # the largest finite float32
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-  """How a row chooses its tokens, and what ends it beside EOS and its limit.
+  """How a row chooses its tokens, and what ends it besides EOS and its limit.
 
-  Penalties and bias are applied before the temperature: they change greedy choices too.
+  Penalties and bias are applied before the temperature, so they affect greedy choices too.
 
   Attributes:
     temperature: 0 takes the most likely token; otherwise logits are divided by it.
     top_k: Keep the k most likely tokens; 0 keeps all.
     top_p: Of the tokens that top_k keeps, keep the fewest most likely ones whose renormalized
       probabilities reach p; 1 keeps all.
-    repetition_penalty: Logits of tokens in the prompt or the output are divided by it where
-      positive and multiplied by it where negative; 1 changes none.
+    repetition_penalty: Positive logits of tokens in the prompt or the output are divided by it, and
+      negative ones multiplied; 1 has no effect.
     frequency_penalty: Subtracted from a token's logit once for each time it was generated.
     presence_penalty: Subtracted from the logit of every token that was generated.
     logit_bias: Pairs of a token id and the number added to its logit, or a mapping of ids to
       numbers. -inf forbids a token.
     min_new_tokens: EOS is not chosen, and stop sequences do not count, before this many tokens.
-    stop: Sequences of token ids. A row ends when its generated tokens end in one; its tokens keep
-      the sequence, as they keep EOS.
+    stop: Sequences of token ids. A row ends when its generated tokens end in one of them. The row's
+      tokens include the sequence, as they include EOS.
 
   Raises:
     RequestError: A value outside its range.
@@ -59,7 +59,7 @@ class SamplingParams:
     (), help='Numbers added to logits: {"TOKEN ID": NUMBER, ...}; -Infinity forbids a token.'
   )
   min_new_tokens: int = option(
-    0, help='Choose no EOS, and count no stop sequence, before so many tokens.'
+    0, help='Choose no EOS, and ignore stop sequences, before this many tokens.'
   )
   stop: tuple[tuple[int, ...], ...] = ()
 
@@ -67,7 +67,7 @@ class SamplingParams:
     check_options(self)
     if isinstance(self.logit_bias, Mapping):
       object.__setattr__(self, 'logit_bias', tuple(self.logit_bias.items()))
-    for name in ('logit_bias', 'stop'):  # hashable, also as read from JSON
+    for name in ('logit_bias', 'stop'):  # lists, as read from JSON, become hashable tuples
       value = getattr(self, name)
       if not all(isinstance(item, (Sequence, np.ndarray)) for item in value):
         raise RequestError(
@@ -80,17 +80,17 @@ class SamplingParams:
     for name, least in (('top_k', '0 (keep all)'), ('min_new_tokens', '0')):
       if not is_whole(getattr(self, name)) or getattr(self, name) < 0:
         raise RequestError(
-          f'{name} must be {least} or more, and a whole number, got {getattr(self, name)!r}'
+          f'{name} must be a whole number, {least} or more, got {getattr(self, name)!r}'
         )
     if not 0 < self.top_p <= 1:
       raise RequestError(f'top_p must be above 0 and at most 1, got {self.top_p}')
     if not SMALLEST <= self.repetition_penalty <= LARGEST:
       raise RequestError(
-        f'repetition_penalty must be above 0 and a float32, got {self.repetition_penalty}'
+        f'repetition_penalty must be above 0 and within float32, got {self.repetition_penalty}'
       )
     for name in ('frequency_penalty', 'presence_penalty'):
       if not -LARGEST <= getattr(self, name) <= LARGEST:
-        raise RequestError(f'{name} must be a number and a float32, got {getattr(self, name)}')
+        raise RequestError(f'{name} must be a number within float32, got {getattr(self, name)}')
     pair = next(
       (p for p in self.logit_bias if len(p) != 2 or not _is_id(p[0]) or not _is_bias(p[1])), None
     )
@@ -110,7 +110,7 @@ class SamplingParams:
     return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1, 0, 0)
 
   def before_stop(self, tokens: list[int]) -> list[int]:
-    """Return a row's tokens without the stop sequence at their end, the longest that matches."""
+    """Return a row's tokens without the longest stop sequence that they end in."""
     ends = [len(s) for s in self.stop if tuple(tokens[-len(s) :]) == s]
     return (
       tokens[: len(tokens) - max(ends, default=0)] if len(tokens) >= self.min_new_tokens else tokens

@@ -1,6 +1,6 @@
 """Sampling on the devices: the parameters of many rows as arrays, and the choice of their tokens.
 
-A row's choice follows from its own logits, seed, position and parameters alone.
+A row's choice depends only on its own logits, seed, position and parameters.
 """
 
 from collections.abc import Sequence
@@ -15,15 +15,16 @@ from t5x_inference_ext.engine import selection
 from t5x_inference_ext.engine.sampling import SMALLEST, SamplingParams
 from t5x_inference_ext.errors import RequestError
 
-# Rows that keep at most this many tokens are drawn from candidates, found without sorting the rest.
+# Rows that keep at most this many tokens draw from candidates, found without sorting the
+# vocabulary.
 MAX_CANDIDATES = 256
 LARGEST_INT32 = 2**31 - 1
-# Fillers of stop sequences, and of the tokens that are compared with them. None is a token id.
+# Fillers for stop sequences and for the recent tokens compared with them. None is a token id.
 ANY, NEVER, NOTHING = -1, -2, -3
 
 
 class SamplingFeatures(NamedTuple):
-  """What a compiled choice of tokens must support for any of its rows.
+  """The features that a compiled choice of tokens must support, because some row uses them.
 
   Attributes:
     sampled: Whether a row has a temperature.
@@ -60,9 +61,9 @@ class SamplingArrays:
     min_new_tokens: [B] int32.
     bias_ids: [B, N] int32; unused ids are V.
     bias: [B, N] float32.
-    stop: [B, N, M] int32. Stop sequences, aligned at their ends: ANY before the start of a
-      sequence, NEVER in an unused one.
-    features: What the rows need. Static.
+    stop: [B, N, M] int32. Stop sequences, aligned at their ends. Positions before a sequence hold
+      ANY; unused sequences hold NEVER.
+    features: SamplingFeatures of these rows. Static.
   """
 
   temperature: jax.Array | np.ndarray
@@ -86,7 +87,7 @@ def stack_params(
   Args:
     rows: Parameters of each row.
     vocab_size: V.
-    like: Other parameters that the arrays' widths and features must do for too, so that batches
+    like: Other parameters that the arrays' widths and features must also cover, so that batches
       share a compilation.
 
   Raises:
@@ -161,14 +162,14 @@ def sample(
   seeds: jax.Array | np.ndarray,
   positions: jax.Array | np.ndarray,
 ) -> jax.Array:
-  """Choose a token of each row, with its bias but without penalties (see `penalize`).
+  """Choose a token for each row. Applies its bias, but not its penalties (see `penalize`).
 
   Ties go to the lowest id.
 
   Args:
     logits: [B, V] float32.
     rows: Sampling parameters.
-    seeds: [B] uint32.
+    seeds: [B] uint32. Seeds of the sampling noise.
     positions: [B] int32. Position of the chosen token in its row.
 
   Returns:
@@ -183,7 +184,7 @@ def sample(
   vocab_size = logits.shape[1]
   seeds, positions = jnp.asarray(seeds), jnp.asarray(positions)
   hot = jnp.asarray(rows.temperature > 0)[:, None]
-  # Relative to the largest, so that a temperature near 0 sends all others to -inf and none to inf.
+  # Logits relative to the largest: a temperature near 0 then sends the others to -inf, none to inf.
   scale = jnp.where(hot, jnp.maximum(jnp.asarray(rows.temperature), SMALLEST)[:, None], 1)
   logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / scale
   top_k, top_p = jnp.asarray(rows.top_k), jnp.asarray(rows.top_p)
@@ -200,7 +201,7 @@ def sample(
 def penalize(
   logits: jax.Array, rows: SamplingArrays, in_prompt: jax.Array, made: jax.Array
 ) -> jax.Array:
-  """Apply the penalties.
+  """Return the logits with all penalties applied.
 
   Args:
     logits: [B, V] float32.

@@ -1,6 +1,6 @@
-"""A whole generation as one program in a file: what `infer` runs for a batch.
+"""A whole generation (prefill and decode) saved as one executable: `infer` runs it per batch.
 
-A file is compared with the model and the options of a run before it is loaded.
+Before a file is loaded, it is compared with the model and options of the run.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from t5x_inference_ext.engine.saved_program import SavedError, damaged_header, h
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.transformer import Model
 
-# Field of a GenerationShape -> the least value that makes sense; null only where it may be None.
+# Field of a GenerationShape -> its least valid value. Only fields that may be None may be null.
 _LEAST = {
   'batch': 1,
   'prompt': 0,
@@ -31,16 +31,16 @@ _LEAST = {
 
 @dataclasses.dataclass(frozen=True)
 class GenerationShape:
-  """The limits that are fixed when a generation is compiled, beside the model.
+  """The limits that are fixed when a generation is compiled, besides the model.
 
   Attributes:
     batch: int. B.
-    prompt: int. Tokens that prompts are padded to, BOS not counted.
+    prompt: int. Length in tokens that prompts are padded to, BOS not counted.
     context: int. S, the positions of each row's cache.
-    max_new_tokens: int. New tokens of each row at most.
+    max_new_tokens: int. Most new tokens of each row.
     sampling: SamplingParams. How tokens are chosen.
     eos_id: int. The token that ends a row.
-    max_length: int or None. Tokens of prompt and output together at most (engine.static_batch).
+    max_length: int or None. Most tokens of prompt and output together (engine.static_batch).
   """
 
   batch: int
@@ -78,8 +78,8 @@ def describe_run(
     weights: str. 'int8' or 'bfloat16'; other weights have the compute dtype.
     layouts: tuple of two layouts, of prefill and of decode.
     dtype: str. The dtype of activations and float weights.
-    cache: str. What the KV cache holds: a float dtype or 'int8'.
-    stacked: bool. One array holds all layers.
+    cache: str. Dtype of the KV cache: a float dtype or 'int8'.
+    stacked: bool. Whether one array holds all layers.
     run: GenerationShape. The limits.
   """
   prefill, decode = map(str, layouts)
@@ -103,7 +103,7 @@ class SavedGeneration:
   Attributes:
     path: str. The file.
     run: GenerationShape. The limits that it was compiled for.
-    described: dict. These, and the model and layouts (describe_run).
+    described: dict. Description of the limits, the model and the layouts (see describe_run).
   """
 
   path: str
@@ -117,17 +117,17 @@ class SavedGeneration:
   def open(
     cls, path: str | os.PathLike, model: Model, weights: str, stacked: bool
   ) -> 'SavedGeneration':
-    """Check a file's header against a model; nothing in the file is run.
+    """Check a file's header against a model, without running anything in the file.
 
     Args:
       path: str or path. The file.
-      model: Model. The one that it must have been compiled for.
-      weights: str. As describe_run has it.
-      stacked: bool. One array holds all layers.
+      model: Model. The model that the generation must have been compiled for.
+      weights: str. Dtype of the weights, as in describe_run.
+      stacked: bool. Whether one array holds all layers.
 
     Raises:
-      SavedError: not a generation, or one of other versions, devices, model or layouts. The message
-        names the first difference.
+      SavedError: The file is not a generation, or is one for other versions, devices, model or
+        layouts. The message names the first difference.
     """
     run = _shape(path, _description(path))
     wanted = describe_run(
@@ -143,7 +143,7 @@ class SavedGeneration:
     return cls(os.fspath(path), run, wanted)
 
   def check_run(self, run: GenerationShape) -> None:
-    """Raise SavedError for limits that it was not compiled for, naming the first difference."""
+    """Raise SavedError, naming the first difference, if it was compiled for other limits."""
     saved_program.refuse_differences(
       self.path, self.described, {**self.described, **dataclasses.asdict(run)}
     )
@@ -151,21 +151,21 @@ class SavedGeneration:
   def load(
     self, function: Callable[..., Any], arguments: tuple[Any, ...], mesh: Mesh
   ) -> jax.stages.Compiled:
-    """Return the executable, a function of these arguments, loaded once (saved_program.load)."""
+    """Return the executable, a function of `arguments`; load it once (see saved_program.load)."""
     if not self._loaded:
       self._loaded.append(saved_program.load(self.path, function, arguments, mesh, self.described))
     return self._loaded[0]
 
 
 def check_saved_run(path: str | os.PathLike, **wanted: Any) -> None:
-  """Check fields of a file's GenerationShape.
+  """Check that fields of a saved generation's GenerationShape have given values.
 
   Args:
     path: str or path. The file.
-    **wanted: the values that fields of its GenerationShape must have.
+    **wanted: Field name -> the value that it must have.
 
   Raises:
-    SavedError: no generation, or one with another value.
+    SavedError: The file is not a generation, or a field has another value.
   """
   saved = dataclasses.asdict(_shape(path, _description(path)))
   saved_program.refuse_differences(path, {name: saved[name] for name in wanted}, wanted)
@@ -185,7 +185,7 @@ def _shape(path: str | os.PathLike, described: dict[str, Any]) -> GenerationShap
   """Return the limits that a file describes.
 
   Raises:
-    SavedError: a limit is missing, or has a value that no generation is compiled for.
+    SavedError: A limit is missing, or has a value that no generation is compiled for.
   """
   for field in dataclasses.fields(GenerationShape):
     if field.name not in described:
@@ -199,4 +199,4 @@ def _shape(path: str | os.PathLike, described: dict[str, Any]) -> GenerationShap
   try:
     return GenerationShape(**limits, sampling=SamplingParams(**described['sampling']))
   except (RequestError, TypeError, OverflowError) as e:
-    raise damaged_header(path, f'has a sampling that makes no sense ({e})') from e
+    raise damaged_header(path, f'has invalid sampling parameters ({e})') from e

@@ -1,9 +1,9 @@
-"""Compiled programs in files: compiled where the compiler is, run where the chips are.
+"""Saved programs: compiled on a machine with the compiler, run on one with the chips.
 
-A file is a line that names the format, a line of JSON, its header (versions, devices, what was
-compiled, what it takes), and the executable as jax serializes it. Loading an executable runs code:
-load files of your own making alone. A file is refused before any of its code runs if it was written
-by other versions, for other devices or for other shapes than are wanted here.
+A file has three parts: a line that names the format; a header, one line of JSON (versions, devices,
+what was compiled, shapes of the arguments); and the executable as jax serializes it. Loading an
+executable runs its code: load only files that you made. If versions, devices or shapes differ from
+those of the run, the file is refused before any of its code runs.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -22,10 +22,10 @@ from t5x_inference_ext.errors import UserError
 from t5x_inference_ext.text_files import parse_json
 
 PROGRAM_FORMAT = b't5x_inference_ext executable 2\n'
-# Packages whose versions must be the same where an executable is loaded.
+# Packages whose versions must be equal where an executable is saved and where it is loaded.
 VERSIONS = ('jax', 'jaxlib', 'libtpu')
 _AGAIN = 'compile it again with this installation'
-# Field of a header -> its types in JSON, and how a message names them.
+# Field of a header -> its types in JSON, and their name in messages.
 _HEADER: dict[str, tuple[tuple[type, ...], str]] = {
   'jax': ((str,), 'text'),
   'jaxlib': ((str,), 'text'),
@@ -42,7 +42,7 @@ _HEADER: dict[str, tuple[tuple[type, ...], str]] = {
 
 
 class SavedError(UserError):
-  """A saved executable that can't be loaded here."""
+  """A saved executable can't be loaded here."""
 
 
 def save(
@@ -52,20 +52,21 @@ def save(
   mesh: Mesh,
   description: Mapping[str, Any],
 ) -> dict[str, Any]:
-  """Write an executable, whole or not at all.
+  """Write an executable. On failure no partial file is left.
 
   Args:
     path: str or path. The file, replaced if it exists.
-    compiled: the executable.
-    arguments: tuple of trees that it was lowered with: arrays, or shapes with shardings.
-    mesh: Mesh. Its devices.
-    description: mapping. What was compiled, JSON-ready; `load` compares it with what is wanted.
+    compiled: The executable.
+    arguments: tuple of the trees that it was lowered with: arrays, or shapes with shardings.
+    mesh: Mesh. The mesh that it was compiled for.
+    description: mapping, JSON-ready. Settings that it was compiled for; `load` compares them with
+      those of the run.
 
   Returns:
     The header.
 
   Raises:
-    SavedError: the file can't be written.
+    SavedError: The file can't be written.
   """
   payload, _, _ = serialize_executable.serialize(compiled)
   header = {
@@ -86,19 +87,19 @@ def save(
 
 
 def read_program_header(path: str | os.PathLike) -> dict[str, Any]:
-  """Return the header of a file; nothing in the file is run.
+  """Return the header of a file, without running anything in the file.
 
   Raises:
-    SavedError: no such file, not an executable that this package saved, or a damaged header.
+    SavedError: There is no such file, this package did not save it, or its header is damaged.
   """
   return _read(path, payload=False)[0]
 
 
 def check_header(path: str | os.PathLike, mesh: Mesh, description: Mapping[str, Any]) -> None:
-  """Check a file's header as `load` does, without shapes and checksum: nothing large is read.
+  """Check a file's header as `load` does, but read only the header: no shapes, no checksum.
 
   Raises:
-    SavedError: the versions, devices or description differ; see load.
+    SavedError: The versions, devices or description differ; see `load`.
   """
   _check(path, read_program_header(path), mesh, None, description)
 
@@ -110,21 +111,22 @@ def load(
   mesh: Mesh,
   description: Mapping[str, Any],
 ) -> jax.stages.Compiled:
-  """Load an executable onto a mesh, if it is what would be compiled here.
+  """Load an executable onto a mesh, if compiling here would give the same program.
 
   Args:
-    path: str or path. A file of `save` that you trust: loading it runs code.
-    function: what was compiled. It is traced, not compiled, for the structure of its result.
-    arguments: tuple of trees that it takes: arrays, or shapes with shardings.
+    path: str or path. A file written by `save` that you trust: loading it runs code.
+    function: The function that was compiled. It is traced, not compiled, for its result's
+      structure.
+    arguments: tuple of the trees that it takes: arrays, or shapes with shardings.
     mesh: Mesh. The devices.
-    description: mapping. What is wanted, as it was saved.
+    description: mapping. Settings of this run, in the form given to `save`.
 
   Returns:
-    A function of these arguments.
+    A function of `arguments`.
 
   Raises:
-    SavedError: no such file, a damaged one, or one of other versions, devices, settings or shapes.
-      The message names the first difference, here and in the file.
+    SavedError: There is no such file, it is damaged, or it is for other versions, devices, settings
+      or shapes. The message names the first difference: its value here, and in the file.
   """
   header, payload = _read(path)
   _check(path, header, mesh, arguments, description)
@@ -135,7 +137,7 @@ def load(
     return serialize_executable.deserialize_and_load(
       payload, structure, results, backend=devices[0].client, execution_devices=devices
     )
-  except Exception as e:  # pickle's and the runtime's own errors are of many kinds
+  except Exception as e:  # pickle and the runtime raise many types of errors
     reason = ' '.join(str(e).split())
     raise SavedError(
       f'{os.fspath(path)} does not load on {devices[0].device_kind}: {reason}'
@@ -143,14 +145,14 @@ def load(
 
 
 def shapes(tree: Any) -> Any:
-  """Return arrays as ShapeDtypeStructs without shardings, for functions that set their own."""
+  """Replace arrays by ShapeDtypeStructs without shardings, for functions that set their own."""
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype)), tree
   )
 
 
 def _here(mesh: Mesh) -> dict[str, Any]:
-  """Return the versions and devices of this installation, as a header has them."""
+  """Return this installation's versions and devices, as the fields of a header."""
   devices = mesh.devices.ravel().tolist()
   platform = devices[0].platform
   libtpu = [v for v in map(_version, ('libtpu', 'libtpu-nightly')) if v and platform == 'tpu']
@@ -173,7 +175,7 @@ def _version(name: str) -> str | None:
 
 
 def _read(path: str | os.PathLike, payload: bool = True) -> tuple[dict[str, Any], bytes]:
-  """Return the header and, if asked for, the checked executable."""
+  """Return the header and, if `payload`, the executable's bytes, verified; else empty bytes."""
   name = os.fspath(path)
   try:
     with open(path, 'rb') as f:
@@ -190,20 +192,20 @@ def _read(path: str | os.PathLike, payload: bool = True) -> tuple[dict[str, Any]
     return header, data
   if len(data) != header['bytes'] or hashlib.sha256(data).hexdigest() != header['sha256']:
     raise SavedError(
-      f'{name} is damaged: it has {len(data)} bytes of an executable of {header["bytes"]}, or '
-      'other ones: copy or save it again'
+      f'{name} is damaged: it should hold an executable of {header["bytes"]} bytes and holds '
+      f'{len(data)}, or their checksum differs: copy or save it again'
     )
   return header, data
 
 
 def _parse_header(name: str, line: bytes) -> dict[str, Any]:
-  """Parse a header and check that every field is there and of its type."""
+  """Parse a header, and check that every field is present and has the right type."""
   try:
     header = parse_json(line.decode())
   except ValueError as e:
-    raise damaged_header(name, 'is no JSON') from e
+    raise damaged_header(name, 'is not JSON') from e
   if not isinstance(header, dict):
-    raise damaged_header(name, 'is no JSON object')
+    raise damaged_header(name, 'is not a JSON object')
   for field, (types, expected) in _HEADER.items():
     if field not in header:
       raise damaged_header(name, f'has no {field}')
@@ -230,12 +232,13 @@ def _check(
   arguments: Any,
   description: Mapping[str, Any],
 ) -> None:
-  """Raise SavedError for the first thing that differs; arguments are compared unless None."""
+  """Raise SavedError for the first difference. Arguments of None are not compared."""
   here = _here(mesh)
   saved = {field: header_text(header[field]) for field in VERSIONS}
   versions = [(field, f'install {field} {text}, or {_AGAIN}') for field, text in saved.items()]
   saved_mesh = 'x'.join(map(header_text, header['mesh'].values()))
-  # The platform first: where it is another there may be no libtpu, and that is not what is wrong.
+  # The platform is compared first: on another platform libtpu may be missing, which is not the
+  # cause.
   for field, fix in (
     ('platform', _AGAIN),
     *versions,
@@ -260,7 +263,7 @@ def _refuse(path: str | os.PathLike, what: str, saved: Any, wanted: Any, fix: st
 
 
 def header_text(value: Any) -> str:
-  """Return a value of a header as text of one line, cut after 200 characters."""
+  """Return a header's value as one line of text, cut after 200 characters."""
   text = str(value)
   return (text if text.isprintable() else ascii(text))[:200]
 
@@ -268,15 +271,15 @@ def header_text(value: Any) -> str:
 def refuse_differences(
   path: str | os.PathLike, saved: Mapping[str, Any], wanted: Mapping[str, Any]
 ) -> None:
-  """Raise SavedError for the first setting in which two descriptions differ."""
+  """Raise SavedError for the first setting that differs between two descriptions."""
   for field, a, b in _differences(*(json.loads(json.dumps(dict(x))) for x in (saved, wanted))):
-    _refuse(path, field, a, b, 'run with the same, or compile it for this')
+    _refuse(path, field, a, b, 'run with the saved value, or compile it for this one')
 
 
 def _differences(
   saved: Mapping[str, Any], wanted: Mapping[str, Any]
 ) -> Iterator[tuple[str, Any, Any]]:
-  """Yield (field, value saved, value wanted) of every difference, those of nested objects too."""
+  """Yield (field, saved value, wanted value) for every difference, nested objects included."""
   for field in sorted({*saved, *wanted}, key=str):
     a, b = saved.get(field), wanted.get(field)
     if isinstance(a, Mapping) and isinstance(b, Mapping):
@@ -287,7 +290,7 @@ def _differences(
 
 
 def _signature(arguments: Any) -> dict[str, str]:
-  """Return the path of each leaf -> 'bfloat16[64,2048] PartitionSpec(...)'."""
+  """Return each leaf's path -> its type and sharding: 'bfloat16[64,2048] PartitionSpec(...)'."""
   leaves = jax.tree_util.tree_leaves_with_path(arguments)
   return {
     jax.tree_util.keystr(path): f'{x.dtype}[{",".join(map(str, x.shape))}] {_sharding(x)}'.rstrip()

@@ -7,7 +7,7 @@
         ...
 
 One `step` prefills prompts that wait, inserts them into free slots, decodes, and returns the new
-tokens. docs/life_of_a_request.md follows one request through it.
+tokens. docs/life_of_a_request.md follows one request through the scheduler.
 """
 
 import collections
@@ -32,13 +32,13 @@ from t5x_inference_ext.model.weights import Weights
 
 @dataclasses.dataclass(frozen=True)
 class SchedulerStats:
-  """Counters of what a scheduler did.
+  """Counters of a scheduler's work.
 
   Attributes:
-    prefilled: Positions that prefill passes took, padding included.
+    prefilled: Positions that prefill passes processed, padding included.
     prompt_tokens: Prompt tokens among the prefilled positions.
     decoded: Decode steps times slots.
-    generated: Tokens that decode steps gave to rows. A row's first token comes from its prefill
+    generated: Tokens that decode steps added to rows. A row's first token comes from its prefill
       and is not counted.
   """
 
@@ -51,17 +51,17 @@ class SchedulerStats:
 class Scheduler:
   """Runs requests through the slots of a model.
 
-  A row's tokens are those it has alone, whatever else is in the slots: neither the sampling noise
-  nor attention looks at other rows.
+  A row gets the tokens that it would get alone: neither the sampling noise nor attention depends on
+  the other rows.
 
   Args:
     model: Decides mesh and layouts.
     weights: Weights on that mesh.
     config: Sizes that the programs are compiled for.
-    shared: Tokens that prompts begin with, BOS included; prefilled once, here. () shares nothing.
+    shared: Prefix of all prompts, BOS included, prefilled once in the constructor; () for none.
 
   Attributes:
-    stats: Counters of what was done so far.
+    stats: Counters of the work done so far.
   """
 
   def __init__(
@@ -79,26 +79,26 @@ class Scheduler:
     self._slots = programs.empty_slots(model, weights, example, config.slots, cache_size, stored[0])
     self._prefiller.allocate(stored[1])
     self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
-    # For each slot the (request, sample) in it, or None.
+    # The (request, sample) in each slot, or None.
     self._owners: list[tuple[int, int] | None] = [None] * config.slots
     self._submitted = 0
     self._decoded = self._generated = 0
 
   @property
   def stats(self) -> SchedulerStats:
-    """Counters of what was done so far."""
+    """Counters of the work done so far."""
     return SchedulerStats(
       self._prefiller.positions, self._prefiller.tokens, self._decoded, self._generated
     )
 
   @property
   def idle(self) -> bool:
-    """Whether no request waits, is prefilled or decodes."""
+    """Whether no request is waiting, being prefilled or being decoded."""
     return not (self._waiting or self._prefiller.ready or self._prefiller.active or self._decoding)
 
   @property
   def wanted(self) -> int:
-    """How many more requests the next step could make use of."""
+    """How many more requests the next step could start."""
     free = self._owners.count(None)
     return max(0, free + self.config.prefill_rows - len(self._waiting))
 
@@ -115,10 +115,10 @@ class Scheduler:
     return index
 
   def step(self) -> list[Event]:
-    """Prefill, insert and decode once; return the new tokens of every row that has some.
+    """Prefill, insert and decode once; return the new tokens of every row that got any.
 
-    While rows wait, prefill takes at most `prefill_budget` positions, but always a chunk if no
-    row decodes; then one decode step follows, or `decode_steps` when nothing waits for a slot.
+    While rows wait, prefill runs at most `prefill_budget` positions, but always one chunk if no row
+    decodes. Then one decode step follows, or `decode_steps` of them when nothing waits.
     """
     firsts: dict[int, ChosenTokens] = {}  # by slot
     budget = self.config.prefill_budget
@@ -142,10 +142,10 @@ class Scheduler:
     return self._emit(firsts, output)
 
   def run(self, requests: Iterable[Request]) -> Iterator[Event]:
-    """Serve requests in order, and yield their events; requests count from 0.
+    """Serve requests in order and yield their events. Requests are numbered from 0.
 
-    Requests are taken from the iterable shortly before they are needed. A run that is left before
-    its end gives its slots to the next one.
+    Requests are taken from the iterable shortly before they are needed. If the caller stops early,
+    the next run drops the unfinished requests and reuses their slots.
 
     Raises:
       RequestError: A request that does not fit the config.
@@ -161,7 +161,7 @@ class Scheduler:
         yield event._replace(request=event.request - first)
 
   def submit_from(self, requests: Iterator[Request]) -> None:
-    """Submit as many of the next requests as the next step could make use of."""
+    """Take requests from the iterator and submit them: as many as the next step could start."""
     for _ in range(self.wanted):
       request = next(requests, None)
       if request is None:
@@ -184,8 +184,8 @@ class Scheduler:
     length, rest, config = len(request.tokens), len(request.tokens) - start, self.config
     if request.limit < 1 or not request.seeds:
       raise RequestError(
-        f'request {index} asks for {request.limit} new tokens of {len(request.seeds)} samples: at '
-        'least one of each'
+        f'request {index} has limit {request.limit} and {len(request.seeds)} seeds: at '
+        'least 1 new token and one seed are needed'
       )
     if (
       length > config.prompt_size
@@ -193,9 +193,10 @@ class Scheduler:
       or rest + request.limit - 1 > config.cache_size
     ):
       raise RequestError(
-        f'request {index} has {length} tokens, BOS included, and {request.limit} new ones, {start} '
-        f'shared: there is room for {config.prompt_size}, {config.rest_size} of them not shared, '
-        f'or {config.cache_size} with the new ones but the last'
+        f'request {index} has {length} tokens, BOS included, a limit of {request.limit} new '
+        f'tokens, and {start} shared tokens: there is room for {config.prompt_size} prompt tokens, '
+        f'{config.rest_size} of them not shared, and for {config.cache_size} unshared '
+        'and new ones, not counting the last new one'
       )
     if request.sampling not in config.sampling_choices:
       raise RequestError(
@@ -203,17 +204,17 @@ class Scheduler:
       )
 
   def _has_group(self) -> bool:
-    """Make waiting prompts the group to prefill, unless one is; return whether there is one."""
+    """Start a group of waiting prompts unless there is a group; return whether there is one now."""
     if not self._prefiller.active and self._waiting:
       count = min(self.config.prefill_rows, len(self._waiting))
       self._prefiller.begin([self._waiting.popleft() for _ in range(count)])
     return self._prefiller.active
 
   def _insert(self, slot: int) -> ChosenTokens:
-    """Move the next prefilled sample into a free slot; return its first token, on the devices."""
+    """Insert the next prefilled sample into a free slot; return its first token, on the devices."""
     ready = self._prefiller.ready.popleft()
     tokens = ready.request.tokens
-    # Only penalties look at the prompt's tokens.
+    # Only penalties read the prompt's tokens.
     penalizes = any(s.penalizes for s in self.config.sampling_choices)
     prompt = np.zeros((1, self.config.prompt_size if penalizes else 1), np.int32)
     if penalizes:
@@ -233,13 +234,13 @@ class Scheduler:
     return first
 
   def _step_counts(self) -> tuple[np.ndarray, np.ndarray]:
-    """Return how many decode steps to run at most, and whether to stop when a slot becomes free."""
+    """Return how many decode steps to run, and whether to stop when a slot becomes free."""
     queued = bool(self._prefiller.ready or self._waiting or self._prefiller.active)
     steps = 1 if None in self._owners and queued else self.config.decode_steps
     return np.asarray(steps, np.int32), np.asarray(queued)
 
   def _emit(self, firsts: dict[int, ChosenTokens], output: device.StepsOutput) -> list[Event]:
-    """Read the chosen tokens from the devices; make events of them; free ended rows' slots."""
+    """Copy the chosen tokens to the host, make events of them, and free the slots of ended rows."""
     firsts, output = jax.device_get((firsts, output))
     self._decoded += int(output.counts.max()) * self.config.slots
     self._generated += int(output.counts.sum())
@@ -268,7 +269,7 @@ class Scheduler:
 
 
 def _event(owner: tuple[int, int], chosen: list[ChosenTokens], ended: bool) -> Event:
-  """Make an event of a row's chosen tokens, [n] each and [n, top]."""
+  """Make an event from a row's chosen tokens; their fields are [n] and [n, top]."""
   tokens, log_probs, top_ids, top = (np.concatenate(parts) for parts in zip(*chosen))
   pairs = [
     list(zip(ids.tolist(), values.tolist(), strict=True)) for ids, values in zip(top_ids, top)

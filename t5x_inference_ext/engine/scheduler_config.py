@@ -1,4 +1,4 @@
-"""The sizes that a scheduler's programs are compiled for, and how they follow from requests."""
+"""The sizes that a scheduler's programs are compiled for, and their choice for given requests."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -21,18 +21,18 @@ class SchedulerConfig:
   """The sizes that a scheduler's programs are compiled for.
 
   Attributes:
-    slots: B, rows decoded together: a number that the mesh takes (Model.padded_batch).
-    cache_size: S, cache positions of each slot, beside the shared prefix: for the rest of a
-      prompt and all of its new tokens but the last.
+    slots: B, rows decoded together. The mesh must be able to split it (Model.padded_batch).
+    cache_size: S, cache positions of each slot, not counting the shared prefix: room for the rest
+      of a prompt and all its new tokens except the last.
     prompt_size: Most tokens of a prompt, BOS included.
-    rest_size: Most tokens of a prompt beside the shared prefix.
+    rest_size: Most tokens of a prompt after the shared prefix.
     sampling_choices: Sampling parameters that requests may have.
     eos_id: Token that ends a row; -1 never does.
     prefill_chunk: Most positions of each prompt in one prefill pass.
     prefill_rows: R, prompts that are prefilled together.
     prefill_budget: Most positions prefilled between decode steps while rows decode.
-    decode_steps: Decode steps of one call of the device, when no request waits.
-    top_log_probs: How many of the most likely tokens are told with each token.
+    decode_steps: Decode steps in one call of the compiled loop, when no request waits.
+    top_log_probs: How many of the most likely tokens are returned with each token.
 
   Raises:
     RequestError: A number that is too small.
@@ -66,7 +66,7 @@ class SchedulerConfig:
 
 
 def chunk_sizes(config: SchedulerConfig) -> list[int]:
-  """Return the sizes of prefill chunks: powers of two from SMALLEST_CHUNK, then the largest."""
+  """Return the sizes of prefill chunks: powers of two from SMALLEST_CHUNK, then the config's."""
   largest = min(config.prefill_chunk, _power_of_two(config.rest_size))
   powers = (SMALLEST_CHUNK << i for i in itertools.count())
   return [*itertools.takewhile(lambda size: size < largest, powers), largest]
@@ -83,17 +83,17 @@ def config_for(
   cache_size: int | None = None,
   **options: Any,
 ) -> tuple[SchedulerConfig, tuple[int, ...]]:
-  """Return a config that fits requests, and the prefix that their prompts share.
+  """Return a config that fits the requests, and the prefix that their prompts share.
 
   Args:
-    model: Decides which numbers of rows the mesh takes.
-    requests: All requests; or some, if `prompt_size` and `cache_size` say what the others need.
-      At least one.
-    slots: Rows decoded together; fewer for fewer samples, rounded up to what the mesh takes.
+    model: Decides which numbers of rows the mesh can split.
+    requests: All requests; or at least one of them, if `prompt_size` and `cache_size` cover the
+      others.
+    slots: Most rows decoded together. Fewer if there are fewer samples; rounded up for the mesh.
     eos_id: Token that ends a row; -1 never does.
     share: Whether to look for a prefix that prompts share.
-    prompt_size: Least room for a prompt, in tokens.
-    cache_size: Least room for a prompt and its new tokens, in positions.
+    prompt_size: Room for a prompt, in tokens, at least.
+    cache_size: Room for a prompt and its new tokens, in positions, at least.
     **options: Other fields of SchedulerConfig.
 
   Raises:
@@ -104,7 +104,7 @@ def config_for(
   top = options.get('top_log_probs', 0)
   if not 0 <= top <= vocab_size:
     raise RequestError(
-      f'top_log_probs must be 0 to {vocab_size}, the tokens of the model, got {top}'
+      f'top_log_probs must be 0 to {vocab_size}, the size of the vocabulary, got {top}'
     )
   prefix = shared_prefix.find_shared_prefix([r.tokens for r in requests]) if share else ()
   rests = [len(r.tokens) - shared_prefix.common_length(prefix, r.tokens) for r in requests]

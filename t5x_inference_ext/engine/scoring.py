@@ -1,4 +1,4 @@
-"""Log-probabilities of ragged examples, in batches of similar lengths."""
+"""Log-probabilities of examples of different lengths, in batches of similar lengths."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -9,12 +9,12 @@ from t5x_inference_ext.engine.length_buckets import Pack
 
 
 class ScoringExample(NamedTuple):
-  """Tokens to score; all fields have one length n, which differs between examples.
+  """Tokens to score. All three arrays have length n, which differs between examples.
 
   Attributes:
-    inputs: [n] Model inputs: BOS, then the targets but the last.
-    targets: [n] Token ids whose log-probabilities are wanted.
-    weights: [n] Weight of each log-probability; 0 leaves it out.
+    inputs: [n] int32. Model inputs: BOS, then all targets but the last.
+    targets: [n] int32. Token ids to score.
+    weights: [n] float32. Weight of each log-probability; 0 ignores it.
   """
 
   inputs: Sequence[int]
@@ -25,7 +25,7 @@ class ScoringExample(NamedTuple):
   def of(
     cls, prompt: Sequence[int], completion: Sequence[int], bos_id: int = 0
   ) -> 'ScoringExample':
-    """Return the example that scores a completion after its prompt."""
+    """Return the example that scores a completion given its prompt."""
     targets = [*prompt, *completion]
     return cls(
       [bos_id, *targets][: len(targets)], targets, [0.0] * len(prompt) + [1.0] * len(completion)
@@ -40,10 +40,10 @@ def score_pack(
   Args:
     log_probs: Engine.log_probs.
     examples: All examples.
-    pack: Which of them go together, and the shape of their batch.
+    pack: Indices of the examples in the batch, and its shape.
 
   Returns:
-    The index of each example and its weighted log-probabilities, [n] float32.
+    Pairs of an example's index and its weighted log-probabilities, [n] float32.
   """
   inputs, targets = np.zeros((2, pack.rows, pack.length), np.int32)
   for row, item in enumerate(pack.items):

@@ -1,26 +1,26 @@
 """Exact draws of a token from a part of the vocabulary, without sorting the vocabulary.
 
 A draw is the token with the largest logit + Gumbel noise (the Gumbel-max trick). A token's noise
-follows from the row's seed, the position and the token's id alone: every way to find the draw, on
-every mesh, finds the same token.
+depends only on the row's seed, the position and the token's id. So every search for the draw, on
+any mesh, finds the same token.
 """
 
 import jax
 from jax.extend.random import threefry2x32_p
 import jax.numpy as jnp
 
-# Tokens of a block, in the search of the vocab_size for its largest logits.
+# Tokens in a block: the search for the largest logits divides the vocabulary into blocks.
 BLOCK = 128
 
 
 def gumbel(seeds: jax.Array, positions: jax.Array, ids: jax.Array, vocab_size: int) -> jax.Array:
   """Return the Gumbel noise of some tokens of each row.
 
-  It is made by Threefry with the key (seed, position), whatever generator jax is configured with.
+  The generator is Threefry with the key (seed, position), whatever jax's default generator is.
 
   Args:
-    seeds: [B] uint32.
-    positions: [B] int32.
+    seeds: [B] uint32. Seeds of the sampling noise.
+    positions: [B] int32. Position of the chosen token in its row.
     ids: [B, N] int32. Token ids.
     vocab_size: V.
 
@@ -30,7 +30,7 @@ def gumbel(seeds: jax.Array, positions: jax.Array, ids: jax.Array, vocab_size: i
   zeros = jnp.zeros_like(seeds)
   keys = threefry2x32_p.bind(seeds, zeros, positions.astype(jnp.uint32), zeros)
   first, second = (jnp.broadcast_to(k[:, None], ids.shape) for k in keys)
-  # One hash makes two words: for a token in the lower half of the ids, and for one in the upper.
+  # One hash makes two words: one for an id in the lower half of the vocabulary, one for the upper.
   half = (vocab_size + 1) // 2
   upper = ids >= half
   counter = jnp.where(upper, ids - half, ids).astype(jnp.uint32)
@@ -39,7 +39,7 @@ def gumbel(seeds: jax.Array, positions: jax.Array, ids: jax.Array, vocab_size: i
 
 
 def gumbel_of_all(seeds: jax.Array, positions: jax.Array, vocab_size: int) -> jax.Array:
-  """Return the Gumbel noise of every token, [B, V] float32: `gumbel` of all ids."""
+  """Return the Gumbel noise of the whole vocabulary, [B, V] float32; see `gumbel`."""
   half = (vocab_size + 1) // 2
   zeros = jnp.zeros_like(seeds)
   keys = threefry2x32_p.bind(seeds, zeros, positions.astype(jnp.uint32), zeros)
@@ -55,15 +55,15 @@ def _hash(first: jax.Array, second: jax.Array, counter: jax.Array) -> list[jax.A
 def _gumbel_of(bits: jax.Array) -> jax.Array:
   uniform = (
     (bits >> 8).astype(jnp.float32) + 0.5
-  ) * 2.0**-24  # never 0; 1 only by rounding, of the last
+  ) * 2.0**-24  # never 0; only the largest rounds to 1
   return -jnp.log(-jnp.log(jnp.minimum(uniform, 1 - 2.0**-24)))
 
 
 def most_likely(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-  """Return the `count` largest of logits [B, V], from the largest, and their ids; both [B, count].
+  """Return the `count` largest logits of each row, in descending order, and their ids: [B, count].
 
-  Ties are in order of id. All of these tokens lie in the `count` blocks with the largest maxima, so
-  that only the maxima of blocks are taken over the whole vocabulary.
+  The logits are [B, V]; equal logits are in order of id. The result lies in the `count` blocks with
+  the largest maxima, so that the search over the whole vocabulary takes only each block's maximum.
   """
   rows, vocab_size = logits.shape
   blocks = -(-vocab_size // BLOCK)
@@ -73,7 +73,7 @@ def most_likely(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     rows, blocks, BLOCK
   )
   _, best = jax.lax.top_k(jnp.max(x, axis=-1), count)
-  best = jnp.sort(best, axis=-1)  # ids ascend among the candidates, as ties need
+  best = jnp.sort(best, axis=-1)  # candidates in order of id, for ties
   candidates = jnp.take_along_axis(x, best[:, :, None], axis=1).reshape(rows, -1)
   values, at = jax.lax.top_k(candidates, count)
   return values, jnp.take_along_axis(best, at // BLOCK, axis=1) * BLOCK + at % BLOCK
@@ -82,15 +82,15 @@ def most_likely(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
 def draw_from_few(
   logits: jax.Array, ids: jax.Array, noise: jax.Array, top_k: jax.Array, top_p: jax.Array
 ) -> jax.Array:
-  """Draw a token of each row among its most likely ones.
+  """Draw a token for each row from its most likely ones.
 
   Args:
-    logits: [B, N] float32. Logits divided by the temperature, from the largest; at least all that
-      top_k keeps.
-    ids: [B, N] int32. Their token ids.
-    noise: [B, N] float32. Their Gumbel noise.
+    logits: [B, N] float32. Logits divided by the temperature, in descending order; at least those
+      that top_k keeps.
+    ids: [B, N] int32. Token ids of the logits.
+    noise: [B, N] float32. Gumbel noise of the logits.
     top_k: [B] int32. At least 1.
-    top_p: [B] float32. Share of the probability that top_k keeps.
+    top_p: [B] float32. Kept share of the probability that top_k keeps.
 
   Returns:
     [B] int32.
@@ -104,28 +104,29 @@ def draw_from_few(
   return jnp.take_along_axis(ids, at[:, None], axis=1)[:, 0]
 
 
-# A trial of draw_from_all: each row's token, whether all are kept, and for each row the tokens that
-# may be tried next and whether its own is kept.
+# One trial of draw_from_all: the row's token; whether every row's token is kept; and for each row
+# the tokens that may be tried next, and whether its token is kept.
 _Look = tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]
 
 
 def draw_from_all(
   logits: jax.Array, noise: jax.Array, top_k: jax.Array, top_p: jax.Array, both: bool
 ) -> jax.Array:
-  """Draw a token of each row, where rows may keep any number of tokens.
+  """Draw a token for each row, where rows may keep any number of tokens.
 
-  The token with the largest noisy logit is the draw if it is kept: fewer than top_k tokens are more
-  likely, and these have less than top_p of the probability. One pass over the logits decides that.
-  If the token is not kept, no less likely token is, and the next candidate is the largest noisy
-  logit among the more likely ones. Few candidates are tried: most of the probability is kept, and
-  each trial drops a good part of the rest.
+  The token with the largest noisy logit is the draw if it is kept. It is kept if fewer than top_k
+  tokens are more likely, and these hold less than top_p of the probability: one pass over the
+  logits decides that. If the token is not kept, no less likely token is kept either, and the next
+  candidate is the largest noisy logit among the more likely tokens. Few trials are needed: the kept
+  tokens hold most of the probability, and each trial drops a good part of the others.
 
   Args:
     logits: [B, V] float32. Logits divided by the temperature.
     noise: [B, V] float32. Gumbel noise.
     top_k: [B] int32. V keeps all tokens.
-    top_p: [B] float32. Share of the probability that top_k keeps; 1 keeps all.
-    both: Whether a row has both, so that the probability that top_k keeps must be summed.
+    top_p: [B] float32. Kept share of the probability that top_k keeps; 1 keeps all.
+    both: Whether some row has both top_k and top_p, so that the probability that top_k keeps must
+      be summed.
 
   Returns:
     [B] int32.
@@ -146,7 +147,7 @@ def draw_from_all(
     before = (logits > value) | ((logits == value) & (ids < token[:, None]))  # [B, V]
     count = jnp.sum(before, axis=-1, dtype=jnp.int32)
     kept = (count < top_k) & (jnp.sum(jnp.where(before, weights, 0), axis=-1) < limit)
-    # The first is always kept: a tiny top_p may round to 0, and logits may be no numbers.
+    # The most likely token is always kept: a tiny top_p may round to 0, and logits may be NaN.
     kept |= count == 0
     return token, jnp.all(kept), (before, kept)
 
@@ -162,10 +163,10 @@ def draw_from_all(
 def _weight_of_top(logits: jax.Array, weights: jax.Array, count: jax.Array) -> jax.Array:
   """Return [B]: the sum of the weights [B, V] of each row's `count` [B] largest logits [B, V].
 
-  The bits of the smallest of these logits are found one after another.
+  A binary search finds the smallest of these logits, one bit at a time.
   """
   bits = jax.lax.bitcast_convert_type(logits, jnp.uint32)
-  order = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(2**31))  # ascends with the logit
+  order = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(2**31))  # ordered as the logits
 
   def set_bit(i: jax.Array, found: jax.Array) -> jax.Array:
     tried = found | (jnp.uint32(2**31) >> i.astype(jnp.uint32))

@@ -1,4 +1,4 @@
-"""The prefix that many prompts share: found on the host, prefilled and stored once."""
+"""The prefix that many prompts share: found on the host, then prefilled and stored once."""
 
 from collections.abc import Sequence
 import functools
@@ -11,8 +11,8 @@ from t5x_inference_ext.model.cache import Shared
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
 
-# Every decode step attends over the shared prefix in a product of its own, which does not pay if
-# it spares prefill fewer positions than this.
+# Least positions of prefill that a shared prefix must save. With less, it does not pay for the
+# extra product in every decode step's attention.
 LEAST_SPARED = 64
 
 
@@ -21,21 +21,22 @@ def find_shared_prefix(
 ) -> tuple[int, ...]:
   """Return the prefix to store for prompts.
 
-  It is followed from the first token, at each with most of the prompts, while two or more go on.
-  Prompts that leave it early share what they have of it.
+  The prefix is extended token by token, each time with the token that most of the prompts have, as
+  long as two or more prompts agree. A prompt that leaves the prefix early still shares the part
+  before.
 
   Args:
     prompts: Model inputs, BOS first. A prompt's last token is never shared: its logits are needed.
-    least: Least number of positions that prefill is spared in all; fewer share nothing.
+    least: Least number of positions that sharing must save prefill, over all prompts.
 
   Returns:
-    The prefix, or () where there is too little to share.
+    The prefix, or () if it would save too little.
   """
   rows = sorted(tuple(p[:-1]) for p in prompts)
   low, high, depth, spared, found = 0, len(rows), 0, 0, 0
   while high - low > 1:
-    # The largest run of rows that go on with one token. Rows are sorted; those that end at this
-    # depth come first.
+    # The largest run of rows with one next token. Rows are sorted; those that end at this depth
+    # come first.
     runs, start = [], low
     while start < high:
       stop = _run_end(rows, start, high, depth)
@@ -53,7 +54,7 @@ def find_shared_prefix(
 
 
 def common_length(prefix: Sequence[int], tokens: Sequence[int]) -> int:
-  """Return how many first tokens of a prompt are the prefix's; never the prompt's last."""
+  """Return how many tokens a prompt has in common with the prefix, its last token never counted."""
   most = min(len(prefix), len(tokens) - 1)
   return next((i for i in range(most) if prefix[i] != tokens[i]), most)
 
@@ -67,11 +68,12 @@ def store_prefix(
     model: Decides mesh and layouts.
     weights: Weights on that mesh.
     tokens: The prefix, BOS first.
-    rows: Number of slots, and of prompts that are prefilled together.
+    rows: (slots, prompts prefilled together).
     chunk: Positions of one prefill pass.
 
   Returns:
-    The stored prefix for the slots, in the decode layout, and for prompts, in the prefill layout.
+    The stored prefix twice: for slots, in the decode layout, and for prompts, in the prefill
+    layout.
   """
   slots, prompts = rows
   steps = -(-len(tokens) // chunk)
@@ -89,9 +91,9 @@ def store_prefix(
 
 
 def _run_end(rows: Sequence[tuple[int, ...]], start: int, stop: int, depth: int) -> int:
-  """Return the end of the run within rows[start:stop] that has the first row's token at `depth`.
+  """Return the end of the run in rows[start:stop] of rows with the first row's token at `depth`.
 
-  Rows without a token there form a run too.
+  Rows that end before `depth` form a run too.
   """
   token = rows[start][depth : depth + 1]
   while start < stop and rows[start][depth : depth + 1] == token:

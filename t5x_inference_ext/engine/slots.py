@@ -1,7 +1,7 @@
 """Decode slots: rows of one cache that prompts enter and leave while the other rows go on.
 
-These are the device's functions; engine/programs.py compiles them and engine/scheduler.py calls
-them.
+The module holds the functions of the devices; engine/programs.py compiles them, and
+engine/scheduler.py calls them.
 """
 
 import dataclasses
@@ -33,10 +33,10 @@ from t5x_inference_ext.sharding.layout import Axes
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Slots:
-  """B rows, each in use or free. A free row is one that has ended.
+  """B rows, each in use or free. A free row is marked as ended.
 
   Attributes:
-    cache: Keys and values of the rows' tokens, but for the last token of each.
+    cache: Keys and values of each row's tokens, except its last token.
     rows: Parameters of the rows.
     state: State of the rows.
   """
@@ -49,11 +49,11 @@ class Slots:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PrefillState:
-  """R prompts on their way to a slot, in the prefill layout.
+  """R prompts that are being prefilled, in the prefill layout.
 
   Attributes:
     cache: Keys and values of the prompts' tokens so far.
-    logits: [R, V] float32. Logits after the last token of each prompt so far.
+    logits: [R, V] float32. Logits after each prompt's last token so far.
   """
 
   cache: KVCache
@@ -65,8 +65,8 @@ class StepsOutput(NamedTuple):
 
   Attributes:
     chosen: Chosen tokens of each step, [N, B] and [N, B, top]; 0 for rows that had ended.
-    counts: [B] int32. How many of the N steps gave the row a token: the first ones.
-    ended: [B] bool. Whether the row has ended after the steps.
+    counts: [B] int32. In how many of the N steps the row got a token; these steps come first.
+    ended: [B] bool. Whether the row has ended after the N steps.
   """
 
   chosen: ChosenTokens
@@ -81,7 +81,7 @@ def empty_slots(
 
   Args:
     model: Decides mesh and layouts.
-    weights: Weights, for their form.
+    weights: Weights, for their shapes and shardings.
     row_params: [1] Parameters with the structure and shapes that all requests have.
     rows: B, the number of slots.
     size: S, cache positions of each slot.
@@ -102,7 +102,7 @@ def empty_prefill(
 
   Args:
     model: Decides mesh and layouts.
-    weights: Weights, for their form.
+    weights: Weights, for their shapes and shardings.
     rows: R, prompts that are prefilled together.
     size: Cache positions of each prompt.
     shared: The stored prefix in the prefill layout, or None.
@@ -113,23 +113,23 @@ def empty_prefill(
 
 
 def logits_axes(model: Model, rows: int) -> Axes:
-  """Return the axes that split the rows of the prefill's logits, as the model makes them."""
+  """Return the mesh axes that split the rows of the prefill's logits."""
   return activations.sampling_axes(model.prefill_layout, rows, model.mesh.shape)
 
 
 def _constrain_logits(model: Model, logits: jax.Array) -> jax.Array:
-  # One sharding at every call: another one would compile the next program anew.
+  # Logits get one sharding in every call: another one would recompile the program that takes them.
   spec = P(logits_axes(model, len(logits)))
   return lax.with_sharding_constraint(logits, NamedSharding(model.mesh, spec))
 
 
 def prompt_room(model: Model, rows: int, length: int) -> int:
-  """Return the cache positions that a chunk of `length` needs, padded for the prefill layout."""
+  """Return the cache positions of a chunk of `length`, padded for the prefill layout."""
   return activations.padded_length(model.prefill_layout, model.mesh.shape, rows, length)
 
 
 def free_slots(model: Model, slots: Slots) -> Slots:
-  """Return the slots, all of them free."""
+  """Free all slots."""
   del model
   state = dataclasses.replace(slots.state, ended=jnp.ones_like(slots.state.ended))
   return dataclasses.replace(slots, state=state)
@@ -138,7 +138,7 @@ def free_slots(model: Model, slots: Slots) -> Slots:
 def start_prefill(
   model: Model, prompts: PrefillState, weights: Weights, shared: jax.Array
 ) -> PrefillState:
-  """Make room for new prompts, of which the first `shared` [R] positions are the stored prefix."""
+  """Reset the state for new prompts. Their first `shared` [R] positions are the stored prefix."""
   cache = prompts.cache
   prefix = None if cache.shared is None else dataclasses.replace(cache.shared, lengths=shared)
   cache = dataclasses.replace(cache, lengths=jnp.zeros_like(cache.lengths), shared=prefix)
@@ -148,7 +148,7 @@ def start_prefill(
 def prefill_chunk(
   model: Model, prompts: PrefillState, weights: Weights, tokens: jax.Array, counts: jax.Array
 ) -> PrefillState:
-  """Run the next tokens [R, T] of prompts, of which counts [R] are real; a count may be 0."""
+  """Run the next tokens [R, T] of the prompts; counts [R], possibly 0, says how many are real."""
   logits, cache = model.prefilling.prefill_chunk(weights, prompts.cache, tokens, counts)
   logits = jnp.where(counts[:, None] > 0, logits, prompts.logits)
   return PrefillState(cache, _constrain_logits(model, logits))
@@ -169,17 +169,17 @@ def insert(
 
   Args:
     model: Decides mesh and layouts.
-    slots: Slots, of which `slot` is free.
-    weights: Weights, for their form.
-    prompts: Holds the prompt, which stays there: it may enter several slots.
+    slots: The slots. `slot` must be free.
+    weights: Weights, for their shapes and shardings.
+    prompts: Prefilled prompts. They stay there: a prompt may enter several slots.
     row: Row of `prompts`.
     slot: Slot to enter.
     row_params: [1] Parameters of the row.
-    prompt: [1, T] int32. All of the prompt, BOS first; looked at for penalties alone.
-    length: [1] int32. How many of these tokens count.
+    prompt: [1, T] int32. The whole prompt, BOS first. Only penalties read it.
+    length: [1] int32. Number of valid tokens in `prompt`.
   """
   one = cache_rows.gather_cache_row(model.prefilling, prompts.cache, weights, row)
-  # The decode layout may have other copies and padding among its key heads.
+  # The decode layout may repeat and pad key heads otherwise than the prefill layout.
   held = model.prefilling.cache_sharding(prompts.logits.shape[0]).heads.cached()
   wanted = model.cache_sharding(slots.cache.lengths.shape[0]).heads.cached()
   keys, values = jax.tree.map(
@@ -200,18 +200,18 @@ def insert(
   return Slots(cache, *replicated(model, (rows, states))), replicated(model, chosen)
 
 
-# Of the loop in decode_steps: step, state, cache, chosen tokens so far.
+# State of the loop in decode_steps: step, state, cache, chosen tokens so far.
 _Carry = tuple[jax.Array, DecodeState, KVCache, ChosenTokens]
 
 
 def decode_steps(
   model: Model, slots: Slots, weights: Weights, steps: jax.Array, until_free: jax.Array, most: int
 ) -> tuple[Slots, StepsOutput]:
-  """Run decode steps until all rows have ended or enough steps are done.
+  """Run decode steps until all rows have ended or `steps` of them are done.
 
   Args:
     model: Decides mesh and layouts.
-    slots: Slots, of which some are in use.
+    slots: The slots, at least one in use.
     weights: Weights on the mesh.
     steps: Scalar int32. Steps to run, at most `most`.
     until_free: Scalar bool. Whether to stop as soon as a row ends.
@@ -234,7 +234,7 @@ def decode_steps(
     i, state, cache, out = carry
     lengths = cache.lengths
     logits, cache = model.decode_step(weights, cache, state.tokens)
-    # A free slot writes beyond its end; the next step writes over it.
+    # A free slot's keys go beyond its length, where the next step overwrites them.
     cache = dataclasses.replace(cache, lengths=jnp.where(state.ended, lengths, cache.lengths))
     state, chosen = advance(slots.rows, state, logits, cache.positions)
     out = jax.tree.map(

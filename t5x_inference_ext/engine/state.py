@@ -17,14 +17,14 @@ from t5x_inference_ext.engine.sampling_arrays import ANY, NOTHING, SamplingArray
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RowParams:
-  """Parameters of B rows that stay as they are while the rows decode.
+  """Parameters of B rows that do not change while the rows decode.
 
   Attributes:
     sampling: Sampling parameters of each row.
     seeds: [B] uint32. Seed of each row's sampling noise.
     limits: [B] int32. Most new tokens of each row.
     eos_id: Token that ends a row; -1 never does. Static.
-    top: How many of the most likely tokens are told with each chosen token. Static.
+    top: How many of the most likely tokens are returned with each chosen token. Static.
   """
 
   sampling: SamplingArrays
@@ -60,7 +60,8 @@ class DecodeState:
 class ChosenTokens(NamedTuple):
   """The tokens that one step chose for B rows.
 
-  Log-probabilities are the model's own: temperature 1, nothing dropped, no penalty and no bias.
+  Log-probabilities are the unmodified model's: at temperature 1, without top_k, top_p, penalties or
+  bias.
 
   Attributes:
     tokens: [B] int32. Chosen ids.
@@ -83,7 +84,7 @@ def initial_state(
   Args:
     rows: Parameters of the rows.
     prompts: [B, T] int32. Model inputs, BOS first. Penalties do not count BOS.
-    lengths: [B] int32. How many tokens of each prompt count, BOS included.
+    lengths: [B] int32. Number of valid tokens in each prompt, BOS included.
     vocab_size: V.
   """
   count = prompts.shape[0]
@@ -140,7 +141,7 @@ def advance(
 
 
 def _told(tokens: jax.Array, ended: jax.Array, logits: jax.Array, top: int) -> ChosenTokens:
-  """Return chosen tokens with the log-probabilities that are told of them."""
+  """Return chosen tokens with their log-probabilities, and the `top` most likely tokens."""
   normalizer = jax.nn.logsumexp(logits, axis=-1)
   log_probs = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - normalizer
   if top:

@@ -14,7 +14,7 @@ from t5x_inference_ext.model.chunks import prefill_in_chunks
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
 
-# Of the loop in generate_batch: step, state, cache, tokens so far, scores so far.
+# State of the loop in generate_batch: step, state, cache, tokens so far, scores so far.
 _Carry = tuple[jax.Array, DecodeState, KVCache, jax.Array, jax.Array]
 
 
@@ -24,8 +24,8 @@ class Generation(NamedTuple):
   Attributes:
     tokens: [B, max_new_tokens] int32. Generated ids; 0 after a row's end.
     lengths: [B] int32. Number of generated ids, EOS included.
-    scores: [B] float32. Sum of the ids' log-probabilities under the model's own distribution:
-      temperature 1, nothing dropped.
+    scores: [B] float32. Sum of the ids' log-probabilities under the unmodified model: temperature
+      1, without top_k, top_p, penalties or bias.
   """
 
   tokens: jax.Array
@@ -49,23 +49,24 @@ def generate_batch(
   max_length: int | None = None,
   prefill_chunk: int | None = None,
 ) -> Generation:
-  """Generate for a batch. Keyword arguments and `model` are static under jit.
+  """Generate for a batch. Under jit, `model` and the keyword arguments are static.
 
   Args:
     model: Decides mesh and layouts.
     weights: Weights on that mesh.
-    tokens: [B, T] int32. Model inputs: BOS, then the prompt, from the left.
-    lengths: [B] int32. How many tokens of each row count; at least 1.
+    tokens: [B, T] int32. Model inputs: BOS, then the prompt, then padding.
+    lengths: [B] int32. Number of valid tokens in each row; at least 1.
     seeds: [B] uint32. Seed of each row's sampling noise.
     sampling_arrays: Sampling parameters of each row, or None: `sampling` for all.
-    limits: [B] int32. Most new tokens of each row, at most `max_new_tokens`; None: that number.
-    sampling: Sampling parameters of all rows, compiled in; unused beside `sampling_arrays`.
+    limits: [B] int32. Most new tokens of each row, at most `max_new_tokens`; None:
+      `max_new_tokens`.
+    sampling: Sampling parameters of all rows, compiled in. Ignored if `sampling_arrays` is given.
     max_new_tokens: Most new tokens of any row.
     eos_id: Token that ends a row; -1 never does.
     cache_size: S, positions of each row's cache. At least T, and at least each row's length +
       max_new_tokens - 1: the last token is not fed back.
-    max_length: Also ends a row when its prompt and new tokens, BOS not counted, are this many:
-      T5X's way to bound it.
+    max_length: Also ends a row when its prompt and new tokens, BOS not counted, are this many: the
+      limit that T5X has.
     prefill_chunk: Most positions of the prompts in one pass; None: all.
 
   Returns:

@@ -13,7 +13,7 @@ BYTE_ROWS = 384
 
 
 class Vocabulary(Protocol):
-  """Anything that encodes and decodes text."""
+  """An object that encodes text to token ids, and decodes them."""
 
   @property
   def name(self) -> str:
@@ -49,7 +49,8 @@ class ByteVocabulary:
   def decode(self, ids: Sequence[int]) -> str:
     """Return the text of ids, up to the first EOS.
 
-    Bytes that are no UTF-8 (a character cut short by a limit) and ids above the bytes are left out.
+    Ids above the bytes are left out, and so are bytes that are not UTF-8 (a limit may cut a
+    character short).
     """
     data = bytes(i - 3 for i in _before(ids, self.eos_id) if 3 <= i < self.size)
     return data.decode('utf-8', errors='ignore')
@@ -81,7 +82,7 @@ class SentencePieceVocabulary:
 
   @property
   def eos_id(self) -> int:
-    """The model's EOS; -1, which is no token, where it has none."""
+    """The model's EOS, or -1 (no token) if it has none."""
     return self._model.eos_id()
 
   def encode(self, text: str) -> list[int]:
@@ -95,10 +96,10 @@ class SentencePieceVocabulary:
 
 
 def stop_sequences(vocabulary: Any, text: str) -> list[list[int]]:
-  """Return the id sequences that write a text, to end rows with.
+  """Return the id sequences that write a text, so that rows can end with any of them.
 
-  A text has several: SentencePiece cuts it in another way where it begins a word than where it goes
-  on from other letters.
+  A text has several: SentencePiece divides a text into other tokens at the beginning of a word than
+  after other letters.
 
   Args:
     vocabulary: A Vocabulary, or one of seqio.
@@ -136,7 +137,7 @@ def _before(ids: Sequence[int], end: int) -> list[int]:
 def find_vocabulary(
   name: str | None, vocab_size: int, *, needed: bool
 ) -> tuple[Vocabulary | None, str]:
-  """Return the vocabulary of a run, and the reason for it.
+  """Return the vocabulary of a run, and the reason for choosing it.
 
   Args:
     name: 'bytes', a SentencePiece .model file, or None for the default: bytes for a model of 384
@@ -145,7 +146,7 @@ def find_vocabulary(
     needed: Whether there is text to encode. Token ids do without a vocabulary.
 
   Returns:
-    (vocabulary or None, 'given' or why it was chosen).
+    (vocabulary or None, 'given' or the reason for the choice).
 
   Raises:
     RequestError: A vocabulary is needed and not known, is no vocabulary, or has more ids than the

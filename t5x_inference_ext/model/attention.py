@@ -1,7 +1,8 @@
-"""Attention of new tokens over a cached context and themselves, with one softmax (section 3.3).
+"""Attention of new tokens over a cached context and over themselves, with one softmax.
 
-All shapes are those of one shard: rows b, query heads h, key heads k, head dimension q. Of the new
-tokens the shard has the keys and values of all, t, and the queries of m.
+This is the paper's section 3.3. All shapes are those of one shard: rows b, query heads h, key heads
+k, head dimension q. There are t new tokens; the shard has the keys and values of all of them, and
+the queries of m of them.
 """
 
 import functools
@@ -48,9 +49,9 @@ def attend(
 
   Args:
     q: [b, m, h, q]. Queries, rotated, not yet scaled.
-    k: [b, t, k, q]. Rotated keys as the cache holds them, so that chunks of any size give equal
-      results.
-    v: [b, t, k, q]. Values as the cache holds them.
+    k: [b, t, k, q]. Rotated keys, rounded as the cache holds them, so that results do not depend on
+      the sizes of chunks.
+    v: [b, t, k, q]. Values, rounded as the cache holds them.
     context: Keys and values cached before these tokens, or None.
     first_query: Index among the t new tokens of the shard's first query.
 
@@ -67,7 +68,7 @@ def attend(
   if not isinstance(q.shape[0], int) or q.shape[0] <= rows:
     return _attend(q, k, v, context, first_query)
 
-  # The shared prefix has no rows to map over.
+  # The shared prefix has no rows dimension to map over.
   own = context and context._replace(shared_keys=None, shared_values=None)
 
   def attend_row(row: tuple[jax.Array, KV, KV, Context | None]) -> jax.Array:
@@ -86,10 +87,9 @@ def _attend(
   kv_heads = k.shape[2]
   group = h // kv_heads  # query heads that share a key head
   q = q * jnp.asarray(d**-0.5, q.dtype)
-  # Query heads that share a key head lie above each other, as the rows of one product: [b, k, group
-  # * m, q].
+  # Query heads that share a key head become rows of one product: [b, k, group * m, q].
   q = jnp.moveaxis(q.reshape(b, m, kv_heads, group, d), 2, 1).reshape(b, kv_heads, -1, d)
-  query = jnp.arange(m * group) // group  # the shard's query that a row of the product belongs to
+  query = jnp.arange(m * group) // group  # row of the product -> position among the m queries
   causal = jnp.arange(k.shape[1])[None, :] <= first_query + query[:, None]  # [m * group, t]
   segments = [(k, v, causal[None, None])]
   if context is not None:
@@ -105,20 +105,20 @@ def _attend(
   weights = [jnp.exp(x - largest) for x in logits]
   total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
   out = sum(_mix(w, values, q.dtype) for w, (_, values, _) in zip(weights, segments)) / total
-  assert isinstance(out, jax.Array)  # sum() of no segments would be the number 0
+  assert isinstance(out, jax.Array)  # for the type checker: sum() of nothing is the int 0
   out = jnp.moveaxis(out.reshape(b, kv_heads, m, group, d), 1, 2)
   return out.reshape(b, m, h, d).astype(q.dtype)
 
 
 def _before(positions: int, lengths: Int[Array, ' b']) -> Bool[Array, 'b 1 1 s']:
-  """Return which of a context's `positions` are before each row's length."""
+  """Return a mask of a context's positions: True before each row's length."""
   return (jnp.arange(positions)[None, :] < lengths[:, None])[:, None, None, :]
 
 
 def _logits(
   q: Float[Array, 'b k n q'], keys: KV, visible: Bool[Array, '#b 1 #n s']
 ) -> Float[Array, 'b k n s']:
-  """Return float32 logits of keys [b, s, k, q] or shared keys [s, k, q], -inf where not visible."""
+  """Return float32 logits of keys [b, s, k, q] or shared keys [s, k, q]; -inf where not visible."""
   keys, scales = units_and_scales(keys, q.dtype)
   if keys.ndim == 3:  # one product for all rows, which reads the shared keys once
     logits = jnp.einsum('bknq,skq->bkns', q, keys, preferred_element_type=jnp.float32)
@@ -135,7 +135,7 @@ def _logits(
 
 
 def _scaled(x: Float[Array, 'b k n s'], scales: jax.Array | None) -> Float[Array, 'b k n s']:
-  """Multiply x, smaller than keys or values, by their scales [b, s, k] or shared scales [s, k]."""
+  """Multiply x by scales [b, s, k] or shared scales [s, k]: x is smaller than keys or values."""
   if scales is None:
     return x
   scales = scales if scales.ndim == 3 else scales[None]

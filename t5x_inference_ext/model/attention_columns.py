@@ -20,7 +20,7 @@ class AttentionColumns:
   """The resharding around attention, on one shard.
 
   The projections' columns arrive as [b_rows, t_positions, columns/hidden]: a block of columns for
-  each stored shard that is on this device. They are partial sums over the embed axes, unless
+  each stored shard whose columns this device has. They are partial sums over the embed axes, unless
   `summed`. What happens to them, by mesh axis:
 
     embed axis (x)    Partial sums are reduced into heads or positions, whichever attention splits
@@ -76,7 +76,7 @@ class AttentionColumns:
       if heads.multiquery:
         kv = ops.all_gather(kv, _without(hidden, sharding.hidden_rows), 2)
     if not by_heads and not heads.multiquery:
-      kv = kv[:, :, :: heads.stride]  # before the gather: copies need not move
+      kv = kv[:, :, :: heads.stride]  # before the gather, so that no copies move
     query = ops.all_to_all(query, sharding.hidden_positions, 1, 2)
     query = ops.all_gather(query, sharding.joined, 2)
     kv = ops.all_gather(kv, _without(sharding.attention_positions, sharding.hidden_positions), 1)
@@ -86,7 +86,7 @@ class AttentionColumns:
   def from_attention(
     self, out: Float[Array, 'b m h q']
   ) -> Float[Array, 'b_rows t_positions columns']:
-    """Turn attention's output into columns, split over the embed axes as to_attention's were."""
+    """Turn attention's output into columns, split over the embed axes as to_attention got them."""
     sharding, heads = self.sharding, self.sharding.heads
     y = out.reshape(*out.shape[:2], heads.blocks if heads.shards == 1 else 1, -1)
     y = ops.local_slice(y, sharding.joined, 2)
@@ -102,7 +102,7 @@ class AttentionColumns:
     return y.reshape(*y.shape[:2], -1)
 
   def first_query(self, positions: int) -> Int[Array, ''] | int:
-    """Return the index, among this many new positions, of this shard's first query."""
+    """Return the index of this shard's first query among `positions` new positions."""
     axes = self.sharding.attention_positions
     return ops.shard_index(axes) * (positions // ops.axis_size(axes))
 
@@ -145,5 +145,5 @@ def _without(axes: Axes, others: Iterable[str]) -> Axes:
 
 
 def _pad(x: jax.Array, sizes: Mapping[int, int]) -> jax.Array:
-  """Pad x with zeros to these sizes of some of its dimensions."""
+  """Pad x with zeros so that dimension d has size sizes[d]."""
   return jnp.pad(x, [(0, sizes.get(i, n) - n) for i, n in enumerate(x.shape)])

@@ -28,17 +28,17 @@ from t5x_inference_ext.sharding.columns import column_widths
 from t5x_inference_ext.sharding.layout import Axes
 
 
-@dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity: its fields hold tracers
+@dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity, since its fields hold tracers
 class Layer:
-  """One layer as a function of x and its weights: the body of lax.scan and of the unrolled loop.
+  """One layer as a function of x and its weights: the body of lax.scan, or of the unrolled loop.
 
   Attributes:
     config: Shape of the model.
-    sharding: Where the pass keeps its activations.
-    cache_dtype: Dtype of the KV cache, a float's or 'int8'. Attention sees keys and values as the
-      cache holds them.
+    sharding: Sharding of the pass's activations.
+    cache_dtype: Dtype of the KV cache: a float dtype or 'int8'. Attention reads keys and values as
+      the cache holds them, rounded.
     angles: Rotary angles of the new tokens.
-    cache: This shard's part of the KV cache, or None. The layer takes the rows' lengths from it.
+    cache: This shard's part of the KV cache, or None. Here only the rows' lengths are read from it.
   """
 
   config: ModelConfig
@@ -54,7 +54,7 @@ class Layer:
 
     Args:
       x: [b, t, e]. This shard's part of the residual stream.
-      inputs: The layer's weights, this shard's part, with vectors [e] cut as x is (see
+      inputs: This shard's part of the layer's weights, with vectors [e] cut as x is (see
         local_vectors); and the layer's element of KVCache.by_layer, or None without a cache.
 
     Returns:
@@ -78,7 +78,7 @@ class Layer:
         kv = to_cache(k, self.cache_dtype), to_cache(v, self.cache_dtype)
         attended = attend(q, *kv, context, reshard.first_query(k.shape[1]))
         outputs.append(reshard.from_attention(attended))
-      if part.mlp:  # before attention's, as w_out's rows lie
+      if part.mlp:  # before attention, the order of w_out's rows
         outputs.insert(0, mlp(columns, self.config, sharding, summed))
       y = project.outputs(outputs, w)
       x = x + (y if w.out_scale is None else int8.rescale(y, w.out_scale))
@@ -92,9 +92,9 @@ def mlp(
   """Apply the MLP's nonlinearity to its columns.
 
   Args:
-    columns: 'linear', and with SwiGLU 'gate', each [b, t, f]; may hold others.
+    columns: 'linear', and with SwiGLU 'gate', each [b, t, f]. Other columns are ignored.
     config: Shape of the model.
-    sharding: Where the pass keeps its activations.
+    sharding: Sharding of the pass's activations.
     summed: Whether the columns are already summed over the embed axes. Otherwise they are partial
       sums, which are reduced, and the result is gathered again.
   """
@@ -107,9 +107,9 @@ def mlp(
 
 
 def local_vectors(layers: Any, axes: Axes) -> Any:
-  """Cut the vectors [.., E] of all layers to the features [.., e] of this shard's residual stream.
+  """Cut the vectors [.., E] of all layers to this shard's features [.., e] of the residual stream.
 
-  It is done once for all layers, not in each layer.
+  The cut is made once for all layers, outside the loop over layers.
 
   Args:
     layers: Weights.layers.

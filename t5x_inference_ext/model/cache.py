@@ -1,7 +1,7 @@
 """The KV cache. Each row has its own length and grows at its end; a shared prefix is stored once.
 
-Keys and values are floats, or int8 with scales (quantization.kv.Int8KV): every function maps over
-the arrays of either.
+Keys and values are floats, or int8 with scales (quantization.kv.Int8KV). Functions map over the
+arrays of a pytree, and so work for both.
 """
 
 from collections.abc import Sequence
@@ -28,11 +28,9 @@ Row = Int[Array, ''] | int
 class Shared:
   """A prefix that rows of a cache share.
 
-  Attributes:
-    keys: [L, P, K, Q], or a tuple of L arrays [P, K, Q].
-    values: As keys.
-    lengths: [B] int32. Positions of the prefix that each row begins with; 0 for a row that shares
-      nothing.
+  keys: [L, P, K, Q], or a tuple of L arrays [P, K, Q] if the layers are unrolled. keys: [L, P, K,
+    Q], or a tuple of L arrays [P, K, Q]. values: Like keys. lengths: [B] int32. Positions of the
+    prefix that each row begins with; 0 for a row that shares nothing.
   """
 
   keys: LayersKV
@@ -46,9 +44,9 @@ class KVCache:
   """Rotated keys, and values, of all layers.
 
   Attributes:
-    keys: [L, B, S, K, Q], or a tuple of L arrays [B, S, K, Q] where the layers are unrolled.
-    values: As keys.
-    lengths: [B] int32. Filled positions of each row, without the shared ones.
+    keys: [L, B, S, K, Q], or a tuple of L arrays [B, S, K, Q] if the layers are unrolled.
+    values: Like keys.
+    lengths: [B] int32. Filled positions of each row, shared ones not counted.
     shared: Prefix that comes before each row's own positions, or None.
   """
 
@@ -59,7 +57,7 @@ class KVCache:
 
   @property
   def size(self) -> int:
-    """S, the positions that each row has room for, without the shared ones."""
+    """S, the positions that each row has room for, shared ones not counted."""
     return _positions(self.keys)
 
   @property
@@ -68,14 +66,14 @@ class KVCache:
     return self.lengths if self.shared is None else self.lengths + self.shared.lengths
 
   def by_layer(self) -> Any:
-    """Return arguments of `context` for all layers: with leading L, or one tuple per layer."""
+    """Return the argument of `context` for every layer: with leading L, or one tuple per layer."""
     parts = [self.keys, self.values]
     if self.shared is not None:
       parts += [self.shared.keys, self.shared.values]
     return tuple(zip(*parts)) if isinstance(self.keys, tuple) else tuple(parts)
 
   def context(self, layer: tuple[KV, ...]) -> Context:
-    """Return the context of one layer's attention, given the layer's element of `by_layer`."""
+    """Return the context of one layer's attention, given that layer's element of `by_layer`."""
     keys, values, *shared = layer
     if self.shared is None:
       return Context(keys, values, self.lengths)
@@ -92,9 +90,9 @@ def start(keys: LayersKV, values: LayersKV, lengths: Int[Array, ' B'], size: int
 
   Args:
     keys: [.., B, T, K, Q], one array or one per layer.
-    values: As keys.
-    lengths: [B] int32. How many of each row's T positions count.
-    size: Positions of the cache, at least T; rounded up to whole tiles.
+    values: Like keys.
+    lengths: [B] int32. Number of valid positions among each row's T.
+    size: Positions of the cache, at least T. Rounded up to whole tiles.
   """
   size = whole_tiles(size, jax.tree.leaves(keys)[0].dtype)
 
@@ -111,13 +109,13 @@ def _pad_positions(x: jax.Array, size: int) -> jax.Array:
 def append(
   cache: KVCache, keys: LayersKV, values: LayersKV, counts: Int[Array, ' B'] | None = None
 ) -> KVCache:
-  """Write new tokens' keys and values at each row's end; drop those that find no room.
+  """Write new tokens' keys and values at each row's end, and drop those beyond the cache's size.
 
   Args:
     cache: KVCache with at least T positions.
     keys: [.., B, T, K, Q]. Keys of the new tokens.
-    values: As keys.
-    counts: [B] int32. How many of the T tokens, from the first, belong to the row; None: all.
+    values: Like keys.
+    counts: [B] int32. How many of the T tokens are valid: the first ones. None: all T.
   """
   tokens = _positions(keys)
   keys, values = lax.platform_dependent(
@@ -131,9 +129,9 @@ def append(
 def _row_by_row(
   cache: KVCache, keys: LayersKV, values: LayersKV, counts: jax.Array | None
 ) -> KeysValues:
-  """Write one row after the other, in place.
+  """Write one row after another, in place.
 
-  With a scatter or a masked rewrite XLA:CPU copies the whole cache in every step.
+  Given a scatter or a masked rewrite instead, XLA:CPU copies the whole cache in every step.
   """
   tokens = _positions(keys)
 
@@ -172,9 +170,7 @@ def _scatter(
   """
   tokens = _positions(keys)
   positions = cache.lengths[:, None] + jnp.arange(tokens)[None, :]  # [B, T]
-  if (
-    counts is not None
-  ):  # tokens that do not count go to a position outside the cache, and are dropped
+  if counts is not None:  # invalid tokens go to a position outside the cache, and are dropped
     positions = jnp.where(jnp.arange(tokens)[None, :] < counts[:, None], positions, cache.size)
   rows = jnp.arange(cache.lengths.shape[0])[:, None]
 
@@ -185,7 +181,7 @@ def _scatter(
 
 
 def read_local_row(cache: KVCache, row: Row) -> KVCache:
-  """Return the row with this index on this shard, from this shard's part of a cache."""
+  """Return the row with index `row` on this shard, from this shard's part of a cache."""
 
   def read(x: jax.Array, axis: int = 0) -> jax.Array:
     return lax.dynamic_slice_in_dim(x, row, 1, axis)
@@ -198,12 +194,12 @@ def read_local_row(cache: KVCache, row: Row) -> KVCache:
 
 
 def write_local_row(cache: KVCache, row: Row, one: KVCache) -> KVCache:
-  """Return this shard's part of a cache with one row replaced.
+  """Return this shard's part of a cache, with one row replaced.
 
   Args:
     cache: This shard's part of the cache.
     row: Index on this shard.
-    one: A cache of one row, no longer than `cache`. Both share the same prefix, or none.
+    one: A cache of one row, no longer than `cache`. Both have one shared prefix, or none.
   """
 
   def write(x: jax.Array, new: jax.Array, axis: int = 0) -> jax.Array:
@@ -225,9 +221,9 @@ def with_heads(x: Array, held: Sequence[int | None], wanted: Sequence[int | None
 
   Args:
     x: Keys or values (or int8 scales [.., K, 1]).
-    held: AttentionHeads.cached() of the sharding that x has: the key head behind each head of the
-      cache, None for padding.
-    wanted: AttentionHeads.cached() of the other sharding, whose copies and padding the result has.
+    held: AttentionHeads.cached() of x's sharding: for each head of x the key head that it is, None
+      for padding.
+    wanted: AttentionHeads.cached() of the result's sharding, which may repeat and pad other heads.
   """
   if held == wanted:
     return x

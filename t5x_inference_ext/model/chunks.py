@@ -1,4 +1,4 @@
-"""Prefill in chunks of bounded memory, empty caches, and prefixes that rows share."""
+"""Prefill in chunks of bounded memory; empty caches; prefixes that rows share."""
 
 import dataclasses
 from typing import Any
@@ -19,14 +19,14 @@ from t5x_inference_ext.quantization.kv import KV, to_cache, whole_tiles
 def empty_cache(
   model: Model, weights: Weights, rows: int, size: int, shared: Shared | None = None
 ) -> KVCache:
-  """Make a cache in the model's decode layout that holds nothing but what its rows share.
+  """Make a cache in the model's decode layout that is empty except for the shared prefix.
 
   Args:
     model: The model whose prefill_chunk and decode_step will use the cache.
-    weights: Decides the cache's form, stacked or one array per layer.
+    weights: Weights. The cache is stacked, or one array per layer, as they are.
     rows: B.
-    size: S, without the shared positions.
-    shared: Prefix from `share_row` for this many rows, or None.
+    size: S, positions of each row, shared ones not counted.
+    shared: Prefix from `share_row` for `rows` rows, or None.
   """
   sharding, config = model.cache_sharding(rows), model.config
   row_shape = whole_tiles(size, model.cache_dtype), len(sharding.heads.cached()), config.d_head
@@ -43,7 +43,7 @@ def empty_cache(
 
 
 def constrain_cache(model: Model, cache: KVCache, weights: Weights) -> KVCache:
-  """Return the cache, constrained to the sharding of the model's decode layout."""
+  """Constrain the cache to the sharding of the model's decode layout."""
   return model.constrained(cache, model.cache_sharding(cache.lengths.shape[0]), weights)
 
 
@@ -59,9 +59,9 @@ def abstract_cache(model: Model, cache: KVCache, weights: Weights) -> KVCache:
 
 
 def with_layout_of(model: Model, cache: KVCache, weights: Weights, to: Model) -> KVCache:
-  """Return a cache of `model`'s decode layout in `to`'s decode layout, without its shared prefix.
+  """Convert a cache from `model`'s to `to`'s decode layout. The result has no shared prefix.
 
-  A prefix is stored once for each layout: see share_row.
+  A prefix is stored once for each layout (see share_row).
   """
   rows = cache.lengths.shape[0]
   held, wanted = (m.cache_sharding(rows).heads.cached() for m in (model, to))
@@ -74,19 +74,19 @@ def share_row(
 ) -> Shared:
   """Copy the first positions of one row into a prefix that the rows of another cache can share.
 
-  Jit it with model, row, length, to and rows static.
+  Under jit, model, row, length, to and rows must be static.
 
   Args:
     model: The model whose decode layout the cache is in.
     cache: KVCache that holds the row.
-    weights: Decides the cache's form, stacked or one array per layer.
+    weights: Weights. The prefix is stacked, or one array per layer, as they are.
     row: Index of the row that begins with the prefix.
     length: P, the positions of the prefix.
     to: The model whose decode layout the other cache is in.
     rows: Rows of the other cache.
 
   Returns:
-    The prefix, with lengths of 0: no row has any of it yet.
+    The prefix, with lengths of 0: no row shares any of its positions yet.
   """
   held = model.cache_sharding(cache.lengths.shape[0]).heads.cached()
   wanted = to.cache_sharding(rows).heads.cached()
@@ -110,17 +110,17 @@ def prefill_in_chunks(
   size: int,
   chunk: int,
 ) -> tuple[Float[Array, 'B V'], KVCache]:
-  """Run prompts as Model.prefill does, `chunk` positions of all rows at a time.
+  """Run prompts as Model.prefill does, but `chunk` positions of all rows at a time.
 
-  Activations take the memory of one chunk, however long the prompts are.
+  Activations take only the memory of one chunk, however long the prompts are.
 
   Args:
-    model: See Model.prefill for this and the next four.
+    model: The model.
     weights: Weights on the model's mesh.
     tokens: [B, T] int32. Model inputs.
-    lengths: [B] int32. How many of a row's tokens count.
+    lengths: [B] int32. Number of valid tokens in each row.
     size: S, the positions of the new cache.
-    chunk: Positions of all rows that one pass takes.
+    chunk: Positions of each row in one pass.
 
   Returns:
     Logits [B, V] float32 after each row's last token, and the cache in the decode layout.
@@ -130,7 +130,7 @@ def prefill_in_chunks(
   chunk = min(chunk, length)
   steps = -(-length // chunk)
   tokens = jnp.pad(tokens, ((0, 0), (0, steps * chunk - length)))
-  # Room for the padding of the last chunk, which is beyond every row's end.
+  # At least `chunk` positions: the padding of the last chunk is beyond every row's end.
   cache = empty_cache(prefill, weights, rows, max(size, chunk))
 
   def step(state: tuple[jax.Array, KVCache], i: jax.Array) -> tuple[Any, None]:

@@ -1,7 +1,7 @@
 """The tied embedding on one shard: lookup and logits.
 
-The table stays split as it is stored, rows over the hidden axes and columns over the embed axis: no
-weights move.
+The table stays split as it is stored, rows over the hidden axes and columns over the embed axis, so
+that no weights move.
 """
 
 import math
@@ -23,18 +23,18 @@ from t5x_inference_ext.sharding.layout import Axes
 def embed(
   table: Float[Array, 'v e_stored'], tokens: Int[Array, 'B T'], sharding: ActivationSharding
 ) -> Float[Array, 'b t e']:
-  """Look up tokens and return this shard's part of the residual stream.
+  """Look up tokens, and return this shard's part of the residual stream.
 
-  An id outside the vocabulary embeds as zeros, as in a product with its one-hot vector.
+  An id outside the vocabulary embeds as zeros, as a product with its one-hot vector would.
 
   Args:
     table: [v, e_stored]. This shard's part of the embedding.
-    tokens: [B, T] int32. All tokens of the pass: every shard has them.
-    sharding: Where the pass keeps its activations.
+    tokens: [B, T] int32. All tokens of the pass, on every shard.
+    sharding: Sharding of the pass's activations.
   """
-  # Every device looks up all tokens, also those that other devices keep. Where only rows are split,
-  # the lookup runs over a part of the positions at a time, so that it never takes more memory than
-  # the residual stream itself.
+  # Every device looks up all tokens, including those that other devices keep. If only rows are
+  # split, the lookup takes some positions at a time, so that it never needs more memory than the
+  # residual stream itself.
   rows, positions, _ = map(ops.axis_size, sharding.residual)
   split_rows = rows if sharding.layout.gathered_axes else 1
   parts = 1 if positions > 1 else math.gcd(tokens.shape[1], split_rows)
@@ -64,7 +64,7 @@ def _embed(table: jax.Array, tokens: jax.Array, sharding: ActivationSharding) ->
 def last_positions(
   x: Float[Array, 'b t e'], lengths: Int[Array, ' b'], sharding: ActivationSharding
 ) -> Float[Array, 'b 1 e']:
-  """Return the residual stream at each row's last token, for rows of these lengths (at least 1)."""
+  """Return the residual stream at the last token of each row, given the rows' lengths (from 1)."""
   positions = sharding.residual[1]
   last = lengths - 1 - ops.shard_index(positions) * x.shape[1]
   y = jnp.take_along_axis(x, jnp.clip(last, 0, x.shape[1] - 1)[:, None, None], axis=1)
@@ -83,10 +83,10 @@ def unembed(
   """Compute float32 logits, scaled by 1/sqrt(d_model): the final norm, then the embedding.
 
   Args:
-    model: Gives the config, dtypes and axes that split the rows of logits.
-    sharding: Where x lives.
+    model: Gives the config, the dtypes and the axes that split the rows of logits.
+    sharding: Sharding of x.
     weights: This shard's part of the weights.
-    x: [b, t, e]. The residual stream after the last layer, with all of its positions or some.
+    x: [b, t, e]. The residual stream after the last layer, at some or all of its positions.
     position_axes: Mesh axes that split the positions of x.
     rows: B of the pass.
 
@@ -101,7 +101,7 @@ def unembed(
   x = norm(x, scale, bias, config, features)
   table = weights.embedding.astype(model.dtype)  # [v, e_stored]
   x = ops.all_gather(ops.all_gather(x, row_axes, 0), position_axes, 1)
-  # All tokens, with features split as the table's: [B, T, e_stored].
+  # All tokens, with features split as in the table: [B, T, e_stored].
   x = ops.all_gather(x, tuple(a for a in features if a in layout.stored_hidden), 2)
   gathered = tuple(a for a in layout.stored_embed if a in layout.gathered_axes)
   x = ops.local_slice(x, gathered, 2)

@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, Int
 from t5x_inference_ext.model.collectives import ops
 from t5x_inference_ext.sharding.layout import Axes
 
-# A device makes at most this many elements of float32 logits at once (256 MiB): some positions at a
-# time.
+# Elements of float32 logits that a device makes at once, at most (256 MiB): logits are computed for
+# some positions at a time.
 MAX_LOGITS = 2**26
 
 
@@ -26,11 +26,11 @@ def target_log_probs(
 
   Args:
     x: [b, t, e]. This shard's part of the residual stream after the last layer.
-    targets: [rows, T] int32. Target tokens, with rows split as the logits are, at all positions.
-    logits: Function of x at some of its positions (on each shard the same ones). Returns float32
-      logits [rows, positions of all shards, V].
+    targets: [rows, T] int32. Target tokens at all positions, with rows split like the logits' rows.
+    logits: Function of x at some of its positions (every shard takes the same ones). Returns
+      float32 logits [rows, positions of all shards, V].
     axes: Mesh axes that split the positions of x.
-    width: Elements that one position's logits take on a device while they are computed.
+    width: Elements of one position's logits on a device while they are computed.
 
   Returns:
     [rows, T] float32.

@@ -20,12 +20,12 @@ def norm(
   """Normalize x over d_model with the config's norm.
 
   The moments are computed in float32 over all of d_model. RMS norm all-reduces one number per
-  position. Layer norm all-reduces two: first the mean, then the variance around that mean, which
-  loses no digits to cancellation.
+  position. Layer norm all-reduces two numbers: first the mean, then the variance around that mean,
+  which loses no digits to cancellation.
 
   Args:
     x: [b, t, e]. The residual stream on this shard.
-    scale: [e]. The factor that is applied (not a stored scale around zero).
+    scale: [e]. The factor to multiply by (not a stored scale around zero).
     bias: [e], or None without a bias.
     config: ModelConfig. Gives the norm, its epsilon and d_model.
     axes: Mesh axes that split d_model.

@@ -13,7 +13,7 @@ class RotaryAngles(NamedTuple):
   """Rotary angles of the new tokens of one pass, on one shard.
 
   Attributes:
-    queries: Angles of the positions that this shard's queries have.
+    queries: Angles at the positions of this shard's queries.
     keys: Angles of all new positions.
   """
 
@@ -31,7 +31,7 @@ def rotary_angles(positions: Int[Array, 'b t'], d_head: int, max_timescale: floa
 def rotate(
   x: Float[Array, 'b t heads q'], sin: Float[Array, 'b t half'], cos: Float[Array, 'b t half']
 ) -> Float[Array, 'b t heads q']:
-  """Rotate queries or keys by the angles of their positions; the result has x's dtype."""
+  """Rotate queries or keys by the angles of their positions. The result has x's dtype."""
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   sin, cos = sin[:, :, None, :], cos[:, :, None, :]
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

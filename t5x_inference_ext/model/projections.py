@@ -1,9 +1,9 @@
-"""Matmuls of a block part, with weights that stay (sections 3.2.1, 3.2.2) or are gathered (3.2.3).
+"""Matmuls of a block part, by weights that stay (sections 3.2.1, 3.2.2) or are gathered (3.2.3).
 
-WeightStationary and WeightGathered have one interface. `inputs` maps the residual stream's split of
-[B, T, E] to columns, and `outputs` maps columns back to it. Columns are partial sums over the embed
-axes. Where all columns of a block part are reduced into rows, or all into positions
-(ActivationSharding.sums_into), they are already summed and split.
+WeightStationary and WeightGathered have one interface. `inputs` maps the residual stream, split
+from [B, T, E], to columns; `outputs` maps columns back to the residual stream. Columns are partial
+sums over the embed axes. If all columns of a block part are reduced into rows, or all into
+positions (ActivationSharding.sums_into), they are already summed, and split in that dimension.
 """
 
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ class WeightStationary:
   def inputs(
     self, y: Float[Array, 'b t e'], w: BlockPartWeights, widths: Mapping[str, int]
   ) -> Columns:
-    """Multiply y, this shard's part of the residual stream after the norm, by w_in."""
+    """Multiply y, this shard's part of the normed residual stream, by w_in."""
     layout = self.sharding.layout
     if layout.ring_directions:
       y = looped.all_gather_matmul(y, w.w_in, layout.hidden_axes, layout.ring_directions)
@@ -44,11 +44,11 @@ class WeightStationary:
       y = ops.all_gather(y, layout.hidden_axes, self.sharding.residual_dim)  # [b, t, E/embed]
       y = int8.matmul(y, w.w_in, w.in_scale)
     dim = self.sharding.sums_into(self.block_part)
-    if dim is not None:  # before anything is cut out of it
+    if dim is not None:  # sum all columns before cutting them
       y = ops.reduce_scatter(y, layout.embed_axes, dim)
-    # Where MLP and attention columns lie in one array, attention's output is written beside the
-    # MLP's. The MLP's slices leave room for it: they include the next columns, whose values do not
-    # count.
+    # If MLP and attention columns are one array, attention's output is written beside the MLP's.
+    # The MLP's slices leave room for it: they include the columns that follow, whose values are
+    # ignored.
     room = w.w_out.shape[0] - widths.get('linear', 0) if len(widths) > 1 and dim is not None else 0
     columns, offset = {}, 0
     for name, width in widths.items():
@@ -57,7 +57,7 @@ class WeightStationary:
     return columns
 
   def outputs(self, columns: list[jax.Array], w: BlockPartWeights) -> Float[Array, 'b t e']:
-    """Multiply columns, in the order of w_out's rows, by w_out; out_scale is not yet applied."""
+    """Multiply columns, in the order of w_out's rows, by w_out. Does not apply out_scale."""
     layout = self.sharding.layout
     y = _side_by_side(columns, w.w_out.shape[0])
     dim = self.sharding.sums_into(self.block_part)
@@ -72,7 +72,7 @@ class WeightStationary:
 def _side_by_side(columns: list[jax.Array], width: int) -> jax.Array:
   """Concatenate columns, `width` in all; write them into the first array if it has room.
 
-  On a TPU a concatenation is one more pass over everything, and so is making room afterwards.
+  On a TPU a concatenation is one more pass over all the data, as is padding the first array.
   """
   first, *rest = columns
   if first.shape[-1] < width:
@@ -105,11 +105,11 @@ class WeightGathered:
   def inputs(
     self, y: Float[Array, 'b t e'], w: BlockPartWeights, widths: Mapping[str, int]
   ) -> Columns:
-    """Multiply y, this shard's part of the residual stream after the norm, by w_in."""
+    """Multiply y, this shard's part of the normed residual stream, by w_in."""
     layout = self.sharding.layout
     y = ops.all_gather(y, layout.hidden_axes, self.sharding.residual_dim)  # [b, t, E]
     columns, stop = {}, w.w_in.shape[1]
-    # Attention's columns come first: it has most to do before the output matmul.
+    # Attention's columns come first, because attention takes longest before the output matmul.
     for name, width in reversed([*widths.items()]):
       block = slice(stop - width, stop)
       x = self.gatherer.matmul(y, w.w_in[:, block], self._embed, self._hidden)
@@ -120,11 +120,11 @@ class WeightGathered:
     return columns
 
   def outputs(self, columns: list[jax.Array], w: BlockPartWeights) -> Float[Array, 'b t e']:
-    """Multiply columns, in the order of w_out's rows, by w_out; out_scale is not yet applied."""
+    """Multiply columns, in the order of w_out's rows, by w_out. Does not apply out_scale."""
     products, start = [], 0
     copies = ops.axis_size(self._hidden)
     for x in columns:
-      rows = x.shape[-1] // copies  # of the stored shard
+      rows = x.shape[-1] // copies  # rows of one stored shard
       block = w.w_out[start : start + rows]
       products.append(self.gatherer.matmul(x, block, self._hidden, self._embed))
       start += rows
@@ -138,8 +138,9 @@ class WeightGathered:
 def keep_slices_apart(w: BlockPartWeights, sharding: ActivationSharding) -> BlockPartWeights:
   """Keep XLA:TPU from merging two slices of the stacked weights into one.
 
-  A merged slice makes the compiler copy the whole stack into another layout. The two slices are a
-  layer's matrix, and the pieces that are gathered or multiplied. The barrier keeps them apart.
+  The first slice takes a layer's matrix out of the stack, the second the pieces to gather or
+  multiply. Merged, they make the compiler copy the whole stack into another layout. A barrier
+  between them prevents that.
   """
   if not (sharding.layout.gathered_axes or sharding.layout.ring_directions):
     return w
@@ -150,7 +151,7 @@ def keep_slices_apart(w: BlockPartWeights, sharding: ActivationSharding) -> Bloc
 def projections(
   sharding: ActivationSharding, block_part: BlockPart
 ) -> WeightStationary | WeightGathered:
-  """Return the matmuls of a block part, as the layout wants them."""
+  """Return the matmuls of a block part that the layout calls for."""
   if sharding.layout.gathered_axes:
     return WeightGathered(sharding, Gatherer(sharding.layout.ring_directions))
   return WeightStationary(sharding, block_part)

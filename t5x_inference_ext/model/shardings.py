@@ -24,34 +24,34 @@ CACHE_DTYPES = (*COMPUTE_DTYPES, 'int8')
 
 
 def check_dtype(dtype: str) -> None:
-  """Raise RequestError for a dtype that models do not compute in."""
+  """Raise RequestError unless models can compute in `dtype`."""
   if dtype not in COMPUTE_DTYPES:
     raise RequestError(f'dtype must be one of {", ".join(COMPUTE_DTYPES)}, got {dtype!r}')
 
 
 def check_cache(cache: str | None) -> None:
-  """Raise RequestError for a dtype that a KV cache cannot hold; None means that of activations."""
+  """Raise RequestError unless a KV cache can have the dtype `cache` (None: that of activations)."""
   if cache not in (None, *CACHE_DTYPES):
     raise RequestError(f'cache must be one of {", ".join(CACHE_DTYPES)}, got {cache!r}')
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardedModel:
-  """A model's shape, dtypes, mesh and layouts, and the shardings that follow from them.
+  """A model's shape, dtypes, mesh and layouts, and the shardings derived from these.
 
   Attributes:
     config: Shape of the model.
     mesh: Mesh with axes x, y, z.
     prefill_layout: Layout of prefill and of passes over whole sequences (logits, log_probs).
     decode_layout: Layout of decode steps, and of the KV cache between them.
-    dtype: Dtype of activations, 'float32' or 'bfloat16'. Norms, softmax and logits are float32 in
-      either.
+    dtype: Dtype of activations, 'float32' or 'bfloat16'. Norms, softmax and logits are always
+      float32.
     cache: Dtype of the KV cache: 'float32', 'bfloat16', 'int8' (with a scale for each position and
-      head), or None for `dtype`. Passes without a cache round keys and values in the same way.
+      head), or None for `dtype`. Passes without a cache round keys and values as if they had one.
 
   Raises:
-    RequestError: An unknown dtype or cache.
-    MeshError: Two layouts that cannot share one set of weights.
+    RequestError: The dtype or cache is unknown.
+    MeshError: The two layouts cannot share one set of weights.
   """
 
   config: ModelConfig
@@ -68,17 +68,18 @@ class ShardedModel:
 
   @property
   def cache_dtype(self) -> str:
-    """Dtype of the KV cache, a float's or 'int8'."""
+    """Dtype of the KV cache: a float dtype or 'int8'."""
     return self.cache or self.dtype
 
   def prefill_sharding(self, rows: int, length: int) -> ActivationSharding:
-    """Return the sharding of a prefill's activations; `length` is padded as the layout needs."""
+    """Return the sharding of a prefill's activations. `length` is padded if the layout needs it."""
     return self._sharding(self.prefill_layout, rows, length, cached=False)
 
   def chunk_sharding(self, rows: int, length: int) -> ActivationSharding:
     """Return the sharding of a chunk's activations, in the decode layout.
 
-    A chunk is `length` more positions of cached rows. The cache lies as cache_sharding has it.
+    A chunk is `length` new positions for each cached row. Its cache is sharded as by
+    cache_sharding.
     """
     return self._sharding(self.decode_layout, rows, length, cached=True)
 
@@ -93,7 +94,8 @@ class ShardedModel:
   def cache_sharding(self, rows: int) -> ActivationSharding:
     """Return the sharding of a cache of this many rows in the decode layout.
 
-    Unlike decode_sharding, it takes rows that a decode step cannot split: prefill may have such.
+    Unlike decode_sharding, it allows numbers of rows that a decode step cannot split: a prefill may
+    have such.
     """
     return self.chunk_sharding(rows, 1)
 
@@ -103,7 +105,7 @@ class ShardedModel:
     return activations.shard_activations(layout, self.config, shape, rows, length, cached)
 
   def pad_tokens(self, tokens: Int[Array, 'B T'], layout: Layout) -> Int[Array, 'B padded']:
-    """Pad tokens on the right as the layout needs; nothing attends to the padding."""
+    """Pad tokens on the right if the layout needs it. No token attends to the padding."""
     rows, length = tokens.shape
     padded = activations.padded_length(layout, self.mesh.shape, rows, length)
     return jnp.pad(tokens, ((0, 0), (0, padded - length)))
@@ -113,11 +115,11 @@ class ShardedModel:
     return activations.sampling_axes(self.prefill_layout, rows, self.mesh.shape)
 
   def padded_batch(self, rows: int) -> int:
-    """Return the smallest batch of at least `rows` rows that keeps the mesh as busy as they can."""
+    """Return the smallest batch of at least `rows` rows that fills all mesh axes it can."""
     return activations.padded_batch(self.decode_layout, rows, self.mesh.shape)
 
   def weight_specs(self, weights: Weights) -> Weights:
-    """Return PartitionSpecs of weights of this form (stacked or not, int8 or not)."""
+    """Return PartitionSpecs for weights of this form (stacked or not, int8 or not)."""
     tensors = packed_tensors(self.config, self.prefill_layout, self.mesh.shape, weights.is_int8)
 
     def spec(name: str, layers: slice | int | None) -> P:
@@ -132,21 +134,21 @@ class ShardedModel:
   def cache_spec(
     self, sharding: ActivationSharding, weights: Weights, cache: KVCache | None = None
   ) -> KVCache:
-    """Return PartitionSpecs of a KV cache; with a shared prefix if `cache` has one.
+    """Return PartitionSpecs of a KV cache, including a shared prefix if `cache` has one.
 
-    One spec stands for all arrays of a layer's keys, units and scales of int8 alike.
+    One spec stands for all arrays of a layer's keys: for int8, both units and scales.
     """
     kv = self.kv_spec(sharding, weights)
     rows: Any = P(sharding.attention_rows)
     if cache is None or cache.shared is None:
       return KVCache(kv, kv, rows)
-    # A prefix has no rows: it is whole on every device that splits rows.
+    # A prefix has no rows dimension: devices that split rows each have all of it.
     prefix: Any = P(*sharding.cache[1:])
     prefix = P(None, *prefix) if weights.stacked else (prefix,) * len(weights.layers)
     return KVCache(kv, kv, rows, Shared(prefix, prefix, rows))
 
   def constrained(self, cache: KVCache, sharding: ActivationSharding, weights: Weights) -> KVCache:
-    """Return the cache, constrained to the sharding."""
+    """Return the cache, constrained to `sharding`."""
 
     def constrain(spec: P, x: KV) -> KV:  # all arrays of a layer's keys, or values
       return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))

@@ -1,8 +1,8 @@
 """The passes of the model: prefill, prefill_chunk, decode_step, logits, log_probs.
 
 Each is a function of weights and tokens, ready for jit. It runs `forward` on every shard of the
-mesh (jax.shard_map): embed the tokens, run the layers (block.Layer), then finish with what the pass
-is for.
+mesh (jax.shard_map): embed the tokens, run the layers (block.Layer), then call `finish`, which
+differs between the passes.
 """
 
 from collections.abc import Callable
@@ -45,13 +45,14 @@ def forward(
 
   Args:
     model: Gives the config and dtypes.
-    sharding: Where the pass keeps its activations.
+    sharding: Sharding of the pass's activations.
     finish: Computes the outputs of the pass from the residual stream and the new tokens' keys and
       values.
     weights: This shard's part of the weights.
-    cache: This shard's part of the KV cache that the tokens follow, or None: they begin their rows.
-    tokens: [B, T] int32. All tokens of the pass: every shard has them. A decode step's are [B]:
-      widened here, outside of the shards they would be one more operation.
+    cache: This shard's part of the KV cache that the tokens continue, or None if rows begin with
+      the tokens.
+    tokens: [B, T] int32. All tokens of the pass, on every shard. A decode step passes [B], which is
+      widened here: outside of the shards that would be one more operation.
     *inputs: Further per-shard arguments of `finish`.
   """
   if tokens.ndim == 1:
@@ -63,7 +64,7 @@ def forward(
   positions = start[:, None] + jnp.arange(tokens.shape[1])[None, :]
   all_angles = rotary_angles(positions, model.config.d_head, model.config.rope_max_timescale)
   sin, cos = (ops.local_slice(a, sharding.attention_positions, 1) for a in all_angles)
-  # Without the barrier the angles are computed anew in every layer.
+  # Without the barrier every layer computes the angles again.
   angles = RotaryAngles(*jax.lax.optimization_barrier(((sin, cos), all_angles)))
   x = embed(weights.embedding.astype(model.dtype), tokens, sharding)
   layer = Layer(model.config, sharding, model.cache_dtype, angles, cache)
@@ -84,11 +85,11 @@ def forward(
 
 @dataclasses.dataclass(frozen=True)
 class Model(ShardedModel):
-  """A model's passes on one mesh. It holds no weights: it is hashable, and cheap to make."""
+  """A model's passes on one mesh. A Model holds no weights: it is hashable and cheap to make."""
 
   @property
   def prefilling(self) -> 'Model':
-    """This model with the prefill layout in both phases: its caches live in the prefill layout."""
+    """This model, with the prefill layout in both phases: its caches are in the prefill layout."""
     return dataclasses.replace(self, decode_layout=self.prefill_layout)
 
   def prefill(
@@ -98,10 +99,10 @@ class Model(ShardedModel):
 
     Args:
       weights: Weights on this model's mesh.
-      tokens: [B, T] int32. Model inputs (BOS first), each row filled from the left.
-      lengths: [B] int32, at least 1. How many of a row's tokens count.
-      size: S, the positions of the new cache; at least T. An int8 cache has them rounded up to
-        whole tiles.
+      tokens: [B, T] int32. Model inputs (BOS first), right-padded.
+      lengths: [B] int32, at least 1. Number of valid tokens in each row.
+      size: S, the positions of the new cache; at least T. For an int8 cache, rounded up to whole
+        tiles.
 
     Returns:
       Logits [B, V] float32 after each row's last token, and the cache in the decode layout.
@@ -140,7 +141,7 @@ class Model(ShardedModel):
     Args:
       weights: Weights on this model's mesh.
       cache: KVCache with room for one more position in each row.
-      tokens: [B] int32.
+      tokens: [B] int32. The next token of each row.
 
     Returns:
       Logits [B, V] float32, and the cache with the token in it.
@@ -164,20 +165,21 @@ class Model(ShardedModel):
   ) -> tuple[Float[Array, 'B V'], KVCache]:
     """Run T more tokens per row after the cached ones, in the decode layout.
 
-    They are a chunk of a prompt, or a chat's next turn. Chunks of any size give equal results.
+    The new tokens are a chunk of a prompt, or a chat's next turn. Results do not depend on the
+    sizes of chunks.
 
     Args:
       weights: Weights on this model's mesh.
       cache: KVCache with room for the new tokens in each row, and at least T positions.
-      tokens: [B, T] int32, each row filled from the left.
-      counts: [B] int32. How many of a row's tokens count. A row with 0 keeps its cache; its logits
-        mean nothing.
+      tokens: [B, T] int32, right-padded.
+      counts: [B] int32. Number of valid tokens in each row. A row with 0 keeps its cache; its
+        logits are meaningless.
 
     Returns:
       Logits [B, V] float32 after each row's last token, and the cache with the tokens in it.
 
     Raises:
-      RequestError: T is above the cache's size.
+      RequestError: T is larger than the cache.
     """
     rows, length = tokens.shape
     sharding = self.chunk_sharding(rows, length)
@@ -201,7 +203,7 @@ class Model(ShardedModel):
       return logits, kv_cache.append(cache, *kv, cached_counts)
 
     spec = self.cache_spec(sharding, weights, cache)
-    # The rows of the counts are split twice: as the residual stream's, and as the cache's.
+    # The counts are passed twice, with rows split as in the residual stream and as in the cache.
     return self._on_shards(
       sharding,
       finish,
@@ -229,7 +231,7 @@ class Model(ShardedModel):
   ) -> Float[Array, 'B T']:
     """Return log p(target | inputs so far) at each position, [B, T] float32.
 
-    Logits are computed for some positions at a time: [B, T, V] of a large vocabulary never exists.
+    Logits are computed for some positions at a time: the full [B, T, V] is never in memory.
 
     Args:
       weights: Weights on this model's mesh.
@@ -239,7 +241,7 @@ class Model(ShardedModel):
     rows, length = tokens.shape
     sharding = self.prefill_sharding(rows, length)
     sampling, shape = self.sampling_axes(rows), self.mesh.shape
-    # While logits are computed they are split over the vocabulary, and then over rows.
+    # While logits are computed they are split over the vocabulary, afterwards over rows.
     shards = min(num_shards(self.prefill_layout.stored_hidden, shape), num_shards(sampling, shape))
     width = rows * self.config.vocab_size // shards
     position_axes = sharding.residual[1]
@@ -272,12 +274,12 @@ class Model(ShardedModel):
     """Return `forward` over all shards, as a function of global (weights, cache, tokens, *inputs).
 
     Args:
-      sharding: Where the pass keeps its activations.
+      sharding: Sharding of the pass's activations.
       finish: See forward.
-      weights: Decides the form of the weights' specs.
+      weights: Weights. Specs are stacked, or one per layer, as they are.
       cache_spec: PartitionSpecs of the cache, or None without one.
-      inputs: PartitionSpecs of finish's further arguments.
-      outputs: PartitionSpecs of finish's outputs.
+      inputs: PartitionSpecs of the further arguments of `finish`.
+      outputs: PartitionSpecs of the results of `finish`.
     """
     return jax.shard_map(
       functools.partial(forward, self, sharding, finish),

@@ -1,4 +1,4 @@
-"""Weights on the chips as a pytree of global arrays; sharding/packing.py says what a shard has."""
+"""Weights on the chips, a pytree of global arrays; see sharding/packing.py for the shards."""
 
 from collections.abc import Callable, Iterable, Mapping
 import dataclasses
@@ -8,8 +8,7 @@ import jax
 
 from t5x_inference_ext.sharding.packing import PackedTensor
 
-# A tensor to be made: its name, and an index into the list of places (the layers, and outside
-# them).
+# A tensor to make: its name, and the index of a layer, or of the place outside the layers.
 TensorJob = tuple[str, int]
 
 
@@ -19,9 +18,9 @@ class BlockPartWeights:
   """Weights of one block part of one layer (or of all layers, with a leading L).
 
   Attributes:
-    norm: [E] float32. The factor that is applied (not a stored scale around zero).
+    norm: [E] float32. The factor to multiply by (not a stored scale around zero).
     w_in: [E, columns], float or int8. A shard's columns are [gate | linear | query | key, value],
-      those that the part has.
+      as far as the block part has them.
     w_out: [rows, E], float or int8. A shard's rows are [MLP | attention].
     norm_bias: [E] float32 with layer norm, else None.
     in_scale: [columns] float32 with int8 weights, else None.
@@ -36,7 +35,7 @@ class BlockPartWeights:
   out_scale: jax.Array | None = None
 
 
-# A layer: weights of its block parts by name, 'parallel', or 'attention' and 'mlp'.
+# A layer's weights by block part: 'parallel', or 'attention' and 'mlp'.
 LayerWeights = dict[str, BlockPartWeights]
 
 
@@ -46,10 +45,10 @@ class Weights:
   """Weights of a whole model.
 
   Attributes:
-    embedding: [V padded to the mesh, E], in the compute dtype.
+    embedding: [V, E] in the compute dtype, with V padded to the mesh.
     final_norm: [E] float32.
     layers: A tuple of layers (the program unrolls them), or one layer whose arrays have a leading L
-      (the program loops: the form for deep models).
+      (the program loops over them, as is best for deep models).
     final_norm_bias: [E] float32 with layer norm, else None.
   """
 
@@ -60,7 +59,7 @@ class Weights:
 
   @property
   def stacked(self) -> bool:
-    """Whether the layers are one layer with a leading L."""
+    """Whether `layers` is one layer with a leading L."""
     return not isinstance(self.layers, tuple)
 
   @property
@@ -90,15 +89,15 @@ def build_weights(
   make: Callable[[str, slice | int | None], Any],
   progress: Callable[[list[TensorJob]], Iterable[TensorJob]] = iter,
 ) -> Weights:
-  """Build Weights of arrays, shapes or specs.
+  """Build Weights from arrays, shapes or specs.
 
   Args:
     tensors: Tensors by name, from sharding.packing.packed_tensors.
     num_layers: L.
     stacked: Whether one array holds all layers; otherwise each layer has its own.
-    make: Returns the array (or shape, or spec) for a tensor's name and its layers: a number,
+    make: Returns the array (or shape, or spec) for a tensor's name and its layers: an index, or
       slice(0, L) if stacked, or None for a tensor outside the layers.
-    progress: Wraps the list of (tensor name, index) pairs to be made, e.g. in a progress bar.
+    progress: Wraps the list of (tensor name, index) pairs to make, e.g. in a progress bar.
   """
   layers: list[slice | int] = [slice(0, num_layers)] if stacked else [*range(num_layers)]
   places: list[slice | int | None] = [None, *layers]

@@ -1,4 +1,4 @@
-"""The error where no plan will do: how far off the nearest one is, and which change would help."""
+"""The error when no plan is possible: how far off the nearest plan is, and which change helps."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,7 +12,7 @@ from t5x_inference_ext.text_format import gib, seconds_text
 class NothingFits(UserError):
   """No plan fits, or none is fast enough.
 
-  The message says how far off the nearest plan is, and what would do.
+  The message says how far off the nearest plan is, and which changes would help.
   """
 
 
@@ -38,9 +38,9 @@ def nothing_fits(
   Args:
     request: The model and its work, with the smallest batch.
     machines: Machines to choose from.
-    refusal: The first error of a machine that does not divide the model.
+    refusal: The first MeshError of a machine whose chips do not divide the model, or None.
   """
-  excess: dict[Machine, float] = {}  # bytes too many on one chip, of the plan that needs least
+  excess: dict[Machine, float] = {}  # bytes that the plan with the least memory lacks on a chip
   for machine in machines:
     try:
       needed = min(search.needed_bytes(request, machine))
@@ -65,12 +65,12 @@ def nothing_fits(
     f'{tightest_phase(request, least.memories)} (weights {gib(m.weights)}, cache {gib(m.cache)}, '
     f'temporaries about {gib(m.working)}) and has {gib(m.available)}: '
     f'{gib(m.needed - m.available)} too many; what would fit: '
-    f'{"; ".join(filter(None, changes)) or "no change of one thing"}'
+    f'{"; ".join(filter(None, changes)) or "no single change"}'
   )
 
 
 def _fits(request: PlanRequest, machine: Machine) -> bool:
-  """Return whether a plan fits on a machine; False where its chips do not divide the model."""
+  """Return whether a plan fits on a machine; False if its chips do not divide the model."""
   try:
     return search.fits(request, machine)
   except MeshError:
@@ -78,7 +78,7 @@ def _fits(request: PlanRequest, machine: Machine) -> bool:
 
 
 def _other_dtype(request: PlanRequest, machines: Sequence[Machine], field: str, words: str) -> str:
-  """Return `words` where int8 in a field makes the request fit, else ''."""
+  """Return `words` if int8 in a field makes the request fit, else ''."""
   if getattr(request, field) == 'int8':
     return ''
   smaller = request.replace(**{field: 'int8'})
@@ -86,7 +86,7 @@ def _other_dtype(request: PlanRequest, machines: Sequence[Machine], field: str, 
 
 
 def _most(request: PlanRequest, machine: Machine, field: str, words: str) -> str:
-  """Return `words` with the largest number that fits in a field, '' where not even 1 does."""
+  """Return `words` with the largest number in a field that fits, or '' if not even 1 fits."""
 
   def fits(value: int) -> bool:
     return _fits(request.replace(**{field: value}), machine)
@@ -96,10 +96,10 @@ def _most(request: PlanRequest, machine: Machine, field: str, words: str) -> str
 
 
 def largest_that(fits: Callable[[int], bool], limit: int) -> int:
-  """Return the largest of 1 ... limit - 1 that fits, or 0. Whatever is below a fit fits too.
+  """Return the largest of 1 ... limit - 1 that fits, or 0. If a number fits, smaller ones fit too.
 
-  Doubles before it halves: the answer is often much below the limit, and small requests are
-    searched fastest.
+  The search doubles before it halves: the answer is often far below the limit, and small requests
+    are searched fastest.
   """
   high = 1
   while high < limit and fits(high):
@@ -115,7 +115,7 @@ def largest_that(fits: Callable[[int], bool], limit: int) -> int:
 
 
 def _larger_slice(request: PlanRequest, machines: Sequence[Machine]) -> str:
-  """Return the smallest larger slice of the same kinds of chip that fits, '' where none does."""
+  """Return the smallest larger slice of these kinds of chip that fits, or '' if none does."""
   kinds = dict.fromkeys(machine.chip.name for machine in machines)
   most = max(machine.chips for machine in machines)
   known = (Machine.parse(name) for kind in kinds for name in known_machines(kind))

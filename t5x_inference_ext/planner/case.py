@@ -17,15 +17,14 @@ from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.packing import PackedTensor, packed_tensors
 
 PASSES = ('prefill', 'decode')
-# Bytes of an element. Activations are bfloat16 whatever the weights are (section 3.6: int8 for
-# weights only).
+# Bytes of an element. Activations are always bfloat16 (in section 3.6 only weights are int8).
 WEIGHT_BYTES = {'int8': 1, 'bfloat16': 2}
 CACHE_ELEMENT_BYTES = {'int8': 1, 'bfloat16': 2}
 ACTIVATION_BYTES = 2
 
 
 def check_choices(fields: Any, known: dict[str, Collection[str]]) -> None:
-  """Raise RequestError for a field that holds none of its known values."""
+  """Raise RequestError for a field whose value is not one of its known values."""
   for name, values in known.items():
     if getattr(fields, name) not in tuple(values):
       raise RequestError(
@@ -34,7 +33,7 @@ def check_choices(fields: Any, known: dict[str, Collection[str]]) -> None:
 
 
 def check_counts(fields: Any, names: Iterable[str]) -> None:
-  """Raise RequestError for a field that is no whole number above 0."""
+  """Raise RequestError for a field that is not a whole number above 0."""
   for name in names:
     value = getattr(fields, name)
     if not isinstance(value, int) or value < 1:
@@ -43,7 +42,7 @@ def check_counts(fields: Any, names: Iterable[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class PassCase:
-  """One pass of one phase.
+  """One pass of one phase, the input of the cost model.
 
   Attributes:
     config: The model.
@@ -51,16 +50,16 @@ class PassCase:
     mesh: (X, Y, Z) over all chips of the machine.
     layout: Layout of the phase.
     phase: 'prefill' or 'decode'.
-    batch: B, the rows of the pass. A decode step whose rows the layout can't split is refused by
-      sharding/activations.py.
-    length: T, the positions of each row that the pass takes: 1 in decode.
-    context: S, the positions that attention sees at the end of the pass, those of the pass
-      included.
+    batch: B, the rows of the pass. For a decode step the layout must be able to split them
+      (sharding/activations.py).
+    length: T, positions of each row in the pass; 1 in decode.
+    context: S, positions of each row that attention sees at the end of the pass, including those of
+      the pass.
     weights: 'int8' or 'bfloat16'.
-    cache: 'int8' or 'bfloat16': dtype of keys and values.
+    cache: 'int8' or 'bfloat16'. Dtype of keys and values.
 
   Raises:
-    RequestError: A number or dtype out of its range.
+    RequestError: A number or dtype is out of its range.
     MeshError: The mesh does not divide the model, or the layout does not split the rows.
   """
 
@@ -90,7 +89,7 @@ class PassCase:
         f'the mesh {self.mesh_text} has {math.prod(self.mesh)} positions and '
         f'{self.machine} has {self.machine.chips} chips'
       )
-    assert self.sharding  # raises MeshError here, not in the middle of a search's sums
+    assert self.sharding  # raises MeshError here, before a search uses the case
 
   @property
   def mesh_text(self) -> str:
@@ -99,35 +98,35 @@ class PassCase:
 
   @functools.cached_property
   def sharding(self) -> ActivationSharding:
-    """The layout resolved for this pass."""
+    """The layout, resolved for this pass."""
     return activations.shard_activations(
       self.layout, self.config, axis_sizes(self.mesh), self.batch, self.padded
     )
 
   @functools.cached_property
   def padded(self) -> int:
-    """T as it runs: positions that the layout splits are padded until they divide."""
+    """T after padding the positions so that the layout can split them evenly."""
     if self.phase == 'decode':
       return 1
     return activations.padded_length(self.layout, axis_sizes(self.mesh), self.batch, self.length)
 
   @property
   def seen(self) -> int:
-    """S as it runs: the positions that attention sees, padding included."""
+    """S after padding: the positions that attention sees."""
     return self.context + self.padded - self.length
 
   @property
   def tensors(self) -> dict[str, PackedTensor]:
-    """The weights as they are packed on the chips, padding and copies of heads included."""
+    """The weights as packed on the chips, including padding and copies of heads."""
     one_dimensional = self.layout.feedforward == 'ws_1d'
     return _packed(self.config, one_dimensional, self.mesh, self.weights == 'int8')
 
   @property
   def moves(self) -> tuple[list[Collective], list[Collective]]:
-    """The collectives of one layer, and those of the lookup, the final norm and the logits."""
+    """The collectives of one layer; and those of the lookup, the final norm and the logits."""
     arguments = self.config, self.sharding, axis_sizes(self.mesh), self.batch, self.padded
-    # logits_moves takes the prefill's layout, which splits rows for sampling. Every layout that
-    # can share weights with this one splits them alike.
+    # logits_moves needs the prefill layout, which splits rows for sampling. Every layout that can
+    # share weights with this one splits them in the same way.
     return (
       traffic.layer_moves(*arguments, ACTIVATION_BYTES, WEIGHT_BYTES[self.weights]),
       traffic.embedding_moves(*arguments, ACTIVATION_BYTES)
@@ -135,7 +134,7 @@ class PassCase:
     )
 
   def size(self, axes: Iterable[str]) -> int:
-    """Return the number of chips along mesh axes."""
+    """Return the number of chips along some mesh axes."""
     sizes = axis_sizes(self.mesh)
     return math.prod(sizes[a] for a in axes)
 
@@ -144,6 +143,6 @@ class PassCase:
 def _packed(
   config: ModelConfig, one_dimensional: bool, mesh: Mesh, int8: bool
 ) -> dict[str, PackedTensor]:
-  """Return the packed weights. All layouts but ws_1d pack them alike, so that few are computed."""
+  """Return the packed weights, cached: all layouts except ws_1d pack them equally."""
   layout = Layout('ws_1d' if one_dimensional else 'ws_2d')
   return packed_tensors(config, layout, axis_sizes(mesh), int8)

@@ -1,6 +1,6 @@
-"""Comparison of a plan's predicted time and memory with its programs compiled for the slice.
+"""Comparison of a plan's predicted time and memory with its compiled programs.
 
-The compiler's side (precompile, and with it the engine) is imported only when a plan is compiled.
+The compiler's side (precompile, which imports the engine) is imported only when a plan is compiled.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ if typing.TYPE_CHECKING:
   from t5x_inference_ext.precompile.memory import CompiledMemory
 
 COLLECTIVES_ROW = 'collectives'
-# Row -> (the compiler's kinds of operations, the predicted parts). The compiler's products read
-# weights as they go.
+# Row -> (kinds of compiled operations, predicted parts). Compiled products include reading their
+# weights.
 GROUPS = {
   'products and weights': (('matmul',), ('matmuls', 'logits', 'weight load')),
   'attention and cache': (('attention',), ('attention', 'cache load')),
   COLLECTIVES_ROW: (('collective',), ('activations moved', 'weights moved')),
-  'copies and the rest': (('copy', 'relayout', 'other'), ()),
+  'copies and others': (('copy', 'relayout', 'other'), ()),
 }
 
 
@@ -43,8 +43,8 @@ class CheckRow:
     name: A key of GROUPS, or the quantity that is compared.
     unit: 's' or 'bytes'.
     predicted: The planner's value, at the plan's efficiency.
-    at_full_rate: The planner's value at the chip's peaks. Bytes are the same.
-    compiled: The compiler's estimate, which is at full rate too.
+    at_full_rate: The planner's value at the chip's peak rates. Bytes do not depend on the rates.
+    compiled: The compiler's estimate, which is also at peak rates.
   """
 
   name: str
@@ -56,13 +56,13 @@ class CheckRow:
 
 @dataclasses.dataclass(frozen=True)
 class Checked:
-  """A phase, predicted and compiled.
+  """A phase: predicted, and compiled.
 
   Attributes:
-    cost: Predicted for the whole cache, which is what a program attends to.
-    answer: The compiler's answer. None where it failed.
-    rows: The compared parts; empty where the program failed or does not fit.
-    problem: Why there are no rows; '' where there are some.
+    cost: Predicted cost with the whole cache, since a compiled program attends to all of it.
+    answer: The compiler's answer; None if it failed.
+    rows: The compared parts; empty if the program failed or does not fit.
+    problem: The reason why `rows` is empty, else ''.
   """
 
   cost: PassCost
@@ -72,25 +72,25 @@ class Checked:
 
 
 def check_plan(plan: Plan, say: Callable[[str], None] = lambda text: None) -> tuple[Checked, ...]:
-  """Compile the phases of a plan.
+  """Compile the phases of a plan, and compare them with its predictions.
 
   Args:
     plan: The plan.
     say: Takes a line of progress for each program.
 
   Raises:
-    UserError: A machine that programs can't be compiled for here; see precompile.analysis.analyze.
+    UserError: Programs can't be compiled here for the machine; see precompile.analysis.analyze.
   """
   refuse_unchecked(plan)
   return tuple(_checked(plan, phase, say) for phase in plan.phases)
 
 
 def refuse_unchecked(plan: Plan) -> None:
-  """Raise UserError for a plan that can't be checked: the TPU compiler compiles for TPUs only."""
+  """Raise UserError for a plan that can't be checked: the TPU compiler compiles only for TPUs."""
   if not plan.machine.chip.torus:
     raise UserError(
-      f'--check compiles with the TPU compiler, and {plan.machine} is no TPU slice: plan without '
-      '--check'
+      f'--check compiles with the TPU compiler, and {plan.machine} is not a TPU slice: plan '
+      'without --check'
     )
 
 
@@ -120,12 +120,12 @@ def _checked(plan: Plan, planned: PassCost, say: Callable[[str], None]) -> Check
       say=say,
     )
   except (RequestError, jax.errors.JaxRuntimeError) as e:
-    # Of some programs the compiler can't write the text that precompile reads.
+    # For some programs the compiler can't write the text that precompile reads.
     return Checked(predicted, None, (), f'the compiler failed: {str(e).splitlines()[0]}')
   if not answer.fits:
-    problem = 'it does not fit; python -m t5x_inference_ext.precompile says what is missing'
+    problem = 'it does not fit; python -m t5x_inference_ext.precompile says by how much'
     return Checked(predicted, answer, (), problem)
-  # Prefill, too, hands the cache over as decode stores it.
+  # Prefill also writes the whole cache, stored as for decode.
   cache = memory(plan.decode.case, positions).cache
   held = dataclasses.replace(memory(case, positions), cache=cache)
   estimate, program = answer.estimate, answer.program
@@ -137,7 +137,8 @@ def _checked(plan: Plan, planned: PassCost, say: Callable[[str], None]) -> Check
 def _time_rows(predicted: PassCost, compiled: Estimate) -> Iterator[CheckRow]:
   ideal, by_kind = predicted.at(IDEAL), compiled.by_kind
   for name, (kinds, parts) in GROUPS.items():
-    # The parts leave out what products hide; the compiler's serial estimate does not.
+    # The predicted parts leave out time that products hide; the compiler's serial estimate includes
+    # it.
     ours, at_full_rate = (
       sum(c.parts[part] for part in parts) + (c.hidden_seconds if name == COLLECTIVES_ROW else 0)
       for c in (predicted, ideal)
@@ -151,7 +152,7 @@ def _time_rows(predicted: PassCost, compiled: Estimate) -> Iterator[CheckRow]:
     sum(c.hidden_seconds for c in compiled.costs),
   )
   yield CheckRow(
-    'all, but what is hidden', 's', predicted.seconds, ideal.seconds, compiled.overlapped_seconds
+    'all, hidden time left out', 's', predicted.seconds, ideal.seconds, compiled.overlapped_seconds
   )
 
 
@@ -170,7 +171,7 @@ def _byte_rows(
 
 
 def _sent_bytes(c: OperationCost) -> float:
-  """Return the bytes that a chip sends in all runs, as sharding.collective.Collective does."""
+  """Return the bytes that a chip sends in all runs, as sharding.collective.Collective counts."""
   if c.collective is None:
     return 0.0
   kind, shards = c.collective.kind, c.collective.size
@@ -180,7 +181,7 @@ def _sent_bytes(c: OperationCost) -> float:
 
 
 def check_text(checked: Iterable[Checked]) -> str:
-  """Return a table for each phase."""
+  """Return the comparison as text, with a table for each phase."""
   lines = []
   for each in checked:
     case = each.cost.case
@@ -194,6 +195,6 @@ def check_text(checked: Iterable[Checked]) -> str:
       rows.append((row.name, show(row.predicted), show(row.at_full_rate), show(row.compiled)))
     lines += table(rows, indent='  ')
   lines.append(
-    "compiled: the compiler's estimate, at full rate; hidden: by its schedule (docs/precompile.md)"
+    "compiled: the compiler's estimate, at full rate; hidden: overlapped (docs/precompile.md)"
   )
   return '\n'.join(lines)

@@ -1,4 +1,4 @@
-"""The best plan for a request, on one machine or on the one of several that suits the objective."""
+"""The best plan for a request, on one machine or the machine that best suits the objective."""
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -11,7 +11,7 @@ from t5x_inference_ext.planner.costs import cost
 from t5x_inference_ext.planner.machine import Machine
 from t5x_inference_ext.planner.request import OBJECTIVES, Plan, PlanRequest
 
-# Batches to try where none is requested, as far as they fit.
+# Batches to try if none is requested, as far as they fit.
 BATCHES = tuple(2**i for i in range(11))
 _RANKED_BY: dict[str, Callable[[Plan], float]] = {
   'latency': lambda plan: plan.seconds,
@@ -26,11 +26,12 @@ class Choice:
 
   Attributes:
     plan: The best plan.
-    ranked: The best plan of each pair of layouts, for the same machine and batch, in order. Those
+    ranked: The best plan of each pair of layouts on the same machine and batch, best first. Plans
       that do not fit come last.
-    others: The best plan of each other machine and batch that fits and meets the target, in order.
-    objective: The objective that decided, one of OBJECTIVES.
-    target: Seconds that all of them meet. None: no target.
+    others: The best plan of each other machine and batch that fits and meets the target, best
+      first.
+    objective: The objective of the choice, one of OBJECTIVES.
+    target: Seconds that all of these plans meet. None: no target.
   """
 
   plan: Plan
@@ -43,7 +44,7 @@ class Choice:
   def paper_plan(self) -> Plan | None:
     """The plan that the paper's convention would choose, priced in the request's convention.
 
-    None where it would choose the same. It is searched for once, for the report and the JSON file.
+    None if it is this plan. Cached, because the report and the JSON file both need it.
     """
     plan = self.plan
     request = plan.request
@@ -73,11 +74,11 @@ def choose(
   target: float | None = None,
   say: Callable[[str], None] = lambda text: None,
 ) -> Choice:
-  """Return the best plan, with those that it was chosen from.
+  """Return the best plan, and the plans that it was chosen from.
 
-  With one machine and one batch all objectives mean the least time. Of several machines or batches
-  'latency' takes the fastest, 'throughput' the one with most tokens/s, 'cost' the one with fewest
-  chip-seconds a token. With a target the cheapest of those that meet it is taken, whatever the
+  With one machine and one batch every objective means the least time. With several, 'latency' takes
+  the fastest, 'throughput' the one with the most tokens/s, and 'cost' the one with the fewest
+  chip-seconds per token. With a target, the cheapest plan that meets it is taken, whatever the
   objective.
 
   Args:
@@ -91,7 +92,7 @@ def choose(
   Raises:
     NothingFits: No plan fits, or none meets the target.
     MeshError: None of the machines divides the model.
-    UserError: An unknown objective.
+    UserError: The objective is unknown.
   """
   if objective not in OBJECTIVES:
     raise UserError(f'objective must be one of {", ".join(OBJECTIVES)}, got {objective!r}')
@@ -105,7 +106,7 @@ def choose(
       except MeshError as e:
         refusal = refusal or e
         break
-      if not fits:  # nor will more rows
+      if not fits:  # larger batches will not fit either
         say(f'{machine}, batch {batch}: does not fit')
         break
       candidates.append(search.best(search.plans(asked, machine)))

@@ -1,10 +1,10 @@
 """The time of one pass as a sum of parts: compute, weight load, cache load and collectives.
 
-These are sections 2 and 3 of the paper.
+The formulas are those of the paper's sections 2 and 3.
 
-Nothing overlaps, except the gathering of weights. It depends on no activation, so that it runs
-beside the products of the layer before (section 3.5), and only the time by which it is longer than
-these counts.
+Nothing overlaps, except the gathering of weights, which does not depend on activations and so runs
+during the products of the previous layer (section 3.5). Only the time by which it is longer than
+these products is counted.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from t5x_inference_ext.planner.network import Network
 from t5x_inference_ext.planner.work import PassWork, work
 from t5x_inference_ext.sharding.collective import Collective
 
-# Part -> the resource that limits it.
+# Part of the time -> the resource that limits it.
 LIMITS = {
   'matmuls': 'compute',
   'logits': 'compute',
@@ -27,7 +27,7 @@ LIMITS = {
   'weights moved': 'network',
 }
 PARTS = tuple(LIMITS)
-# Resource -> the field of Efficiency that stretches its parts.
+# Resource -> the field of Efficiency that its parts are divided by.
 _STRETCHED_BY = {
   'compute': 'matmul',
   'weight load': 'memory',
@@ -38,13 +38,13 @@ _STRETCHED_BY = {
 
 @dataclasses.dataclass(frozen=True)
 class CollectiveTime:
-  """A collective, with all its runs in a pass.
+  """A collective with all its runs in a pass.
 
   Attributes:
     move: The collective.
     count: Number of runs.
-    seconds: Time of all runs, alone on the links.
-    of_weights: Whether it gathers weights, beside compute.
+    seconds: Total time of all runs, with no other traffic on the links.
+    of_weights: Whether it gathers weights, during compute.
   """
 
   move: Collective
@@ -59,12 +59,12 @@ class PassCost:
 
   Attributes:
     case: The pass.
-    efficiency: Shares of the chip's peaks.
+    efficiency: Shares of the chip's peak rates.
     convention: Convention of the network.
     work: FLOPs and bytes of one chip.
-    collectives: Those of the layers, then those of the lookup and the logits.
-    parts: Name of PARTS -> seconds.
-    hidden_seconds: Time of gathering weights that products hide.
+    collectives: The collectives of the layers, then those of the lookup and the logits.
+    parts: Name from PARTS -> seconds.
+    hidden_seconds: Time of gathering weights that is hidden behind products.
   """
 
   case: PassCase
@@ -77,27 +77,27 @@ class PassCost:
 
   @property
   def seconds(self) -> float:
-    """Seconds of the pass: the sum of the parts."""
+    """Time of the pass in seconds: the sum of its parts."""
     return sum(self.parts.values())
 
   @property
   def tokens(self) -> int:
-    """B T, without padding."""
+    """B T, the tokens of the pass, padding not counted."""
     return self.case.batch * self.case.length
 
   @property
   def mfu(self) -> float:
-    """Model FLOPs utilization of the pass."""
+    """Model FLOPs utilization (MFU) of the pass."""
     return mfu(self.case.config.num_params, self.tokens, self.case.machine, self.seconds)
 
   @property
   def chip_seconds_per_token(self) -> float:
-    """The paper's cost: chips times seconds, over tokens."""
+    """The paper's cost: chips times seconds, divided by tokens."""
     return self.case.machine.chips * self.seconds / self.tokens
 
   @property
   def limits(self) -> dict[str, float]:
-    """'compute', 'weight load', 'cache load', 'network' -> seconds."""
+    """Limiting resource -> seconds: 'compute', 'weight load', 'cache load', 'network'."""
     totals = dict.fromkeys(LIMITS.values(), 0.0)
     for part, seconds in self.parts.items():
       totals[LIMITS[part]] += seconds
@@ -105,12 +105,12 @@ class PassCost:
 
   @property
   def limit(self) -> str:
-    """The resource that takes most of the time."""
+    """The resource that takes the most time."""
     limits = self.limits
     return max(limits, key=lambda name: limits[name])
 
   def at(self, efficiency: Efficiency) -> 'PassCost':
-    """Return the cost of the pass at other shares of the chip's peaks."""
+    """Return the cost of this pass at other shares of the chip's peak rates."""
     before, now = dataclasses.asdict(self.efficiency), dataclasses.asdict(efficiency)
     slower = {name: before[name] / now[name] for name in now}
     parts = {
@@ -130,9 +130,9 @@ class PassCost:
 
 
 def mfu(params: float, tokens: float, machine: Machine, seconds: float) -> float:
-  """Return the model FLOPs utilization: 2 N FLOPs a token, over the peak of all chips (section 2).
+  """Return the model FLOPs utilization: 2 N FLOPs per token over all chips' peak (section 2).
 
-  N is `params`, the model's own parameters: neither padding nor attention's FLOPs count.
+  N is `params`, the parameters of the model itself. Padding and attention's FLOPs are not counted.
   """
   return 2 * params * tokens / (machine.chips * machine.chip.bf16_flops * seconds)
 
@@ -145,16 +145,16 @@ def cost(
   Args:
     case: The pass.
     convention: Convention of the network, one of network.CONVENTIONS.
-    efficiency: Shares of the chip's peaks. None: those fitted for the convention.
+    efficiency: Shares of the chip's peak rates. None: the shares fitted for the convention.
 
   Raises:
-    UserError: An unknown convention.
+    UserError: The convention is unknown.
   """
   collectives = _collectives(case, Network(case.machine, case.mesh, convention))
   done, chip = work(case), case.machine.chip
 
   def product_seconds(flops: float, rows: float) -> float:
-    # Fewer rows than a tile of weights takes cost as many.
+    # A product with fewer rows than the matrix unit has takes as long as a full one.
     return flops * max(1, chip.matrix_rows / rows) / chip.bf16_flops
 
   matmuls = product_seconds(done.matmul_flops, done.matmul_rows)

@@ -1,7 +1,7 @@
-"""The shares of a chip's peaks that programs reach, fitted to the paper's Table 2 alone.
+"""The shares of a chip's peak rates that programs reach, fitted only to the paper's Table 2.
 
-`python -m benchmarks.planner_fit` computes the numbers; tests/planner/fit_test.py checks that
-FITTED repeats them.
+`python -m benchmarks.planner_fit` computes the numbers; tests/planner/fit_test.py checks that the
+result is FITTED.
 """
 
 import dataclasses
@@ -11,15 +11,15 @@ from t5x_inference_ext.errors import RequestError
 
 @dataclasses.dataclass(frozen=True)
 class Efficiency:
-  """The shares of the peaks that programs reach, each above 0 and at most 1.
+  """The shares of peak rates that programs reach, each above 0 and at most 1.
 
   Attributes:
-    matmul: Share of the matrix units' FLOP/s, in products.
-    memory: Share of the HBM bandwidth, in reading weights and cache.
-    network: Share of the links' speed, in collectives (bytes and hops alike).
+    matmul: Share of the matrix units' FLOP/s that products reach.
+    memory: Share of the HBM bandwidth that reading of weights and cache reaches.
+    network: Share of the links' speed that collectives reach, for bytes and hops.
 
   Raises:
-    RequestError: A share out of its range.
+    RequestError: A share is out of its range.
   """
 
   matmul: float = 1.0
@@ -32,10 +32,10 @@ class Efficiency:
         raise RequestError(f'the efficiency {name} must be above 0 and at most 1, got {value!r}')
 
 
-# The peaks themselves: lower bounds of time, and the paper's formulas as printed.
+# The peak rates themselves: lower bounds of time, and the paper's formulas as printed.
 IDEAL = Efficiency()
 
-# One for each convention of the network: each gives the same bytes another time.
+# Shares for each network convention: conventions give different times for equal bytes.
 FITTED = {
   'torus': Efficiency(matmul=0.775, memory=0.67, network=0.823),
   'paper': Efficiency(matmul=0.776, memory=0.517, network=0.438),

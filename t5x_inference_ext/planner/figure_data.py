@@ -1,6 +1,6 @@
-"""The numbers of two figures: bytes that a feedforward layer sends, and the longest context.
+"""The data of two figures: bytes that a feedforward layer sends, and the longest context.
 
-They are the paper's Figure 3 and Table 1, for any model and slice.
+They reproduce the paper's Figure 3 and Table 1 for any model and slice.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from t5x_inference_ext.sharding.traffic import feedforward_moves
 
 # The layouts that the paper draws.
 FEEDFORWARD_LAYOUTS = ('ws_2d', 'wg_x', 'wg_xy', 'wg_xyz')
-CACHE_SHARE = 0.3  # the share of a chip's memory that the paper's Table 1 gives the cache
+CACHE_SHARE = 0.3  # share of a chip's memory for the cache, in the paper's Table 1
 
 
 def feedforward_bytes(config: ModelConfig, mesh: Mesh, feedforward: str, tokens: int) -> int:
@@ -26,7 +26,7 @@ def feedforward_bytes(config: ModelConfig, mesh: Mesh, feedforward: str, tokens:
   Elements are bfloat16, and (K-1)/K is taken as 1.
 
   Raises:
-    ValueError: Tokens that do not divide over the chips that split them.
+    ValueError: The tokens do not divide over the chips that split them.
   """
   moves = feedforward_moves(config, Layout(feedforward), axis_sizes(mesh), tokens)
   return sum(move.bytes * (2 if move.kind == 'all_reduce' else 1) for move in moves)
@@ -35,10 +35,10 @@ def feedforward_bytes(config: ModelConfig, mesh: Mesh, feedforward: str, tokens:
 def switch_points(
   config: ModelConfig, mesh: Mesh, feedforward: Sequence[str] = FEEDFORWARD_LAYOUTS
 ) -> list[tuple[float, str, str]]:
-  """Return [(tokens, layout below, layout above)]: where the layout that sends least changes.
+  """Return the points (tokens, layout below, layout above) where the best layout changes.
 
-  A layout sends bytes of weights, and bytes of activations in proportion to the tokens: a straight
-    line.
+  The best layout sends the fewest bytes: bytes of weights, which are constant, and bytes of
+    activations, proportional to the tokens.
   """
   step = math.prod(mesh)
   lines = {}
@@ -64,17 +64,17 @@ def switch_points(
 def longest_context(
   config: ModelConfig, machine: Machine, mesh: Mesh, layout: str, batch: int
 ) -> int:
-  """Return the positions of each row that a bfloat16 cache in CACHE_SHARE of the memory holds.
+  """Return the positions per row of a bfloat16 cache in CACHE_SHARE of the chips' memory.
 
   Args:
     config: The model.
     machine: The chips.
     mesh: (X, Y, Z) over all chips.
     layout: The decode layout, such as 'ws_2d/batch'.
-    batch: Rows.
+    batch: Number of rows.
 
   Raises:
-    MeshError: Rows that the layout can't split, or a mesh that does not divide the model.
+    MeshError: The layout can't split the rows, or the mesh does not divide the model.
   """
   case = PassCase(config, machine, mesh, Layout.parse(layout), 'decode', batch, 1, 1)
   return int(CACHE_SHARE * machine.chip.hbm_bytes / cache_bytes(case, 1))
@@ -82,12 +82,12 @@ def longest_context(
 
 @dataclasses.dataclass(frozen=True)
 class ContextRow:
-  """A row of the paper's Table 1.
+  """One row of the paper's Table 1.
 
   Attributes:
-    name: Kind of attention, and its split.
-    config: The model with that attention.
-    layout: Its decode layout.
+    name: Kind of attention and its split.
+    config: The model with that kind of attention.
+    layout: Decode layout of the row.
   """
 
   name: str
@@ -98,7 +98,7 @@ class ContextRow:
 def context_rows(config: ModelConfig) -> tuple[ContextRow, ...]:
   """Return a row for each split of attention: by heads, and by batch.
 
-  A multiquery model is compared with multihead attention too, with heads of half the size, as in
+  A multiquery model is also compared with multihead attention with heads of half the size, as in
   the paper.
   """
   multiquery = config.num_kv_heads == 1

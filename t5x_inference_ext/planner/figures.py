@@ -1,6 +1,6 @@
 """Figures: latency and cost, bytes of layouts, longest contexts, parts of the time.
 
-matplotlib is in the extra `plots`, and is imported only when a figure is drawn.
+matplotlib is in the extra `plots`, and is only imported to draw a figure.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,7 +25,7 @@ _MAX_TOKENS = 2**21
 
 
 def pareto(path: str, points: Sequence[Point]) -> None:
-  """Draw latency against cost, a panel for each phase; the front is a line (Figure 1)."""
+  """Draw latency against cost, in a panel for each phase, with the front as a line (Figure 1)."""
   chips = '/'.join(dict.fromkeys(p.cost.case.machine.chip.name for p in points))
   about = f'{_work_text(points[0].request)}, {chips}'
   with _figure(path, 11, 4.5, about) as figure:
@@ -45,7 +45,7 @@ def pareto(path: str, points: Sequence[Point]) -> None:
 
 
 def _name_slices(axes: Any, best: Sequence[Point], colour: str, above: bool) -> None:
-  """Write chips and batch beside the first point of each slice on the front."""
+  """Label the first point of each slice on the front with its chips and batch."""
   first_of_slice = {p.cost.case.machine.chips: p for p in reversed(best)}
   for chips, p in first_of_slice.items():
     axes.annotate(
@@ -61,18 +61,18 @@ def _name_slices(axes: Any, best: Sequence[Point], colour: str, above: bool) -> 
 
 
 def _milliseconds(points: Sequence[Point]) -> tuple[list[float], list[float]]:
-  """Return latencies, and costs per token."""
+  """Return the latencies, and the costs per token, in milliseconds."""
   return [p.seconds * 1e3 for p in points], [p.chip_seconds_per_token * 1e3 for p in points]
 
 
 def communication(path: str, config: ModelConfig, mesh: Mesh) -> None:
-  """Draw the GB that a chip sends in one feedforward layer against tokens, by layout (Figure 3)."""
+  """Draw GB that a chip sends in one feedforward layer against tokens, by layout (Figure 3)."""
   step = math.prod(mesh)
   tokens = [step * 2**i for i in range(max(1, (_MAX_TOKENS // step).bit_length()))]
   about = f'{_model_text(config)}; mesh {"x".join(map(str, mesh))}, bfloat16'
   with _figure(path, 6, 4.5, about) as figure:
     axes = _axes(figure, (1, 1, 1), 'tokens in a pass', 'GB sent by a chip in a layer', 'log')
-    # Layouts whose lines coincide stay visible: the later ones are thinner.
+    # Later lines are thinner, so that layouts with equal lines stay visible.
     for n, (colour, name) in enumerate(zip(_COLOURS, figure_data.FEEDFORWARD_LAYOUTS)):
       sent = [figure_data.feedforward_bytes(config, mesh, name, t) / 1e9 for t in tokens]
       axes.plot(tokens, sent, color=colour, label=name, linewidth=3 - 0.7 * n)
@@ -91,7 +91,7 @@ def communication(path: str, config: ModelConfig, mesh: Mesh) -> None:
 
 
 def contexts(path: str, config: ModelConfig, machine: Machine, mesh: Mesh) -> None:
-  """Draw the longest context against batch, by split of attention (Table 1)."""
+  """Draw the longest context against the batch, for each split of attention (Table 1)."""
   batches = [2**i for i in range(2, 11)]
   about = (
     f'{_model_text(config)}, {machine} as {"x".join(map(str, mesh))}, '
@@ -108,7 +108,7 @@ def contexts(path: str, config: ModelConfig, machine: Machine, mesh: Mesh) -> No
 
 
 def time_parts(path: str, plans: Sequence[Plan]) -> None:
-  """Draw the parts of the time of a prefill and of a decode step, a bar for each plan."""
+  """Draw the parts of the time of a prefill and of a decode step, with a bar for each plan."""
   about = f'{_work_text(plans[0].request)}, {plans[0].machine}'
   with _figure(path, 11, 0.35 * len(plans) + 2, about) as figure:
     for i, phase in enumerate(('prefill', 'decode'), 1):
@@ -125,7 +125,7 @@ def time_parts(path: str, plans: Sequence[Plan]) -> None:
         left = [a + b for a, b in zip(left, values)]
       axes.set_yticks(range(len(plans)), names if i == 1 else [''] * len(plans), fontsize=6)
       axes.invert_yaxis()
-    # Beside the bars, not over them.
+    # The legend goes beside the bars, not over them.
     axes.legend(fontsize=7, loc='center left', bbox_to_anchor=(1, 0.5))
 
 
@@ -139,14 +139,14 @@ def _work_text(request: PlanRequest) -> str:
 
 
 def check_path(path: str) -> None:
-  """Raise RequestError for a file whose format is not drawn."""
+  """Raise RequestError for a file format that figures can't be written in."""
   if os.path.splitext(path)[1] not in FIGURE_FORMATS:
     raise RequestError(f'figures are written as {" or ".join(FIGURE_FORMATS)}, not {path}')
 
 
 @contextlib.contextmanager
 def _figure(path: str, width: float, height: float, title: str) -> Iterator[Any]:
-  """Yield a figure and write it afterwards. The same numbers give the same bytes."""
+  """Yield a figure, and write it on exit. Equal numbers give equal bytes."""
   check_plots()
   check_path(path)
   import matplotlib
@@ -171,11 +171,11 @@ def _axes(
 
   Args:
     figure: The figure.
-    place: (rows, columns, index from 1).
+    place: (rows, columns, index from 1) in the figure.
     x: Label of the x axis.
     y: Label of the y axis.
-    scale: Of both axes, 'log' or 'linear'.
-    title: Title of these axes.
+    scale: Scale of both axes, 'log' or 'linear'.
+    title: Title of the axes.
   """
   axes = figure.add_subplot(*place)
   axes.set(xlabel=x, ylabel=y, xscale=scale, yscale=scale)

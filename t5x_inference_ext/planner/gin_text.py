@@ -1,6 +1,6 @@
-"""A plan as gin: macros for `infer`, the T5X adapter and `precompile`.
+"""A plan as gin bindings: macros for `infer`, the T5X adapter and `precompile`.
 
-Each takes the macros that it knows.
+Each of these ignores the macros that it does not use.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from t5x_inference_ext.planner.request import Plan
 
 
 def gin_text(plan: Plan) -> str:
-  """Return a plan as a gin file, which is given as a --gin_file after a run's own files."""
+  """Return a plan as a gin file, to be given as --gin_file after a run's own files."""
   request = plan.request
   prefill, decode = plan.layouts
   cache = None if request.cache == 'bfloat16' else repr(request.cache)  # None: as DTYPE
@@ -49,12 +49,12 @@ OTHER_LAYOUT = %PREFILL_LAYOUT
 
 
 def preset_name(config: ModelConfig) -> str | None:
-  """Return the name of the preset that a model is, None where it is none."""
+  """Return the name of the preset that equals a model, or None."""
   return next((name for name in PRESETS if preset(name) == config), None)
 
 
 def _model(config: ModelConfig) -> str:
-  """Return gin that binds MODEL_CONFIG: a preset by its name, any other model by its fields."""
+  """Return gin code that binds MODEL_CONFIG: a preset by name, any other model by its fields."""
   name = preset_name(config)
   if name:
     maker, bindings = 'preset', f"config.preset.name = '{name}'"

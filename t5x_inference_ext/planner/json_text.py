@@ -1,6 +1,6 @@
-"""A choice and the plans it was chosen from, as JSON.
+"""A choice and the plans that it was made from, as JSON.
 
-Units are seconds, bytes, FLOPs and chip-seconds, each of one chip and one pass.
+Units are seconds, bytes, FLOPs and chip-seconds. Values are for one chip and one pass.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from t5x_inference_ext.planner.request import Plan
 
 
 def choice_dict(choice: Choice, checked: Sequence[Checked] = ()) -> dict[str, Any]:
-  """Return every number of a choice, and of its compiled phases."""
+  """Return every number of a choice and of its compiled phases, JSON-ready."""
   r, machine = choice.plan.request, choice.plan.machine
   return {
     'model': r.config.to_dict(),
@@ -52,7 +52,7 @@ def choice_dict(choice: Choice, checked: Sequence[Checked] = ()) -> dict[str, An
 
 
 def plan_dict(plan: Plan) -> dict[str, Any]:
-  """Return every number of a plan."""
+  """Return every number of a plan, JSON-ready."""
   return {
     'slice': str(plan.machine),
     'mesh': plan.mesh_text,
@@ -70,7 +70,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
 
 
 def phase_dict(plan: Plan, cost: PassCost) -> dict[str, Any]:
-  """Return every number of one phase of a plan."""
+  """Return every number of one phase of a plan, JSON-ready."""
   held = plan.memories[cost.case.phase]
   return {
     'layout': str(cost.case.layout),
@@ -103,5 +103,5 @@ def phase_dict(plan: Plan, cost: PassCost) -> dict[str, Any]:
 
 
 def plan_json(choice: Choice, checked: Sequence[Checked] = ()) -> str:
-  """Return the JSON file's text."""
+  """Return a choice as the text of a JSON file."""
   return json.dumps(choice_dict(choice, checked), indent=2) + '\n'

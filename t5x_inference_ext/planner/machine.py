@@ -1,4 +1,4 @@
-"""The machine of a plan: chips of one kind, joined as a TPU slice or as GPUs in nodes."""
+"""The machine of a plan: chips of one kind, connected as a TPU slice or as GPU nodes."""
 
 import dataclasses
 import math
@@ -19,11 +19,11 @@ _GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-  """Chips of one kind, joined by a torus or by NVLink.
+  """Chips of one kind, connected by a torus or by NVLink.
 
   Attributes:
     chip: The kind of chip.
-    shape: Chips along each physical axis of the torus. n GPUs are (n, 1, 1).
+    shape: Chips along each physical axis of the torus; (n, 1, 1) for n GPUs.
     wraps: For each physical axis, whether its ends are linked.
   """
 
@@ -33,16 +33,16 @@ class Machine:
 
   @classmethod
   def parse(cls, text: str) -> 'Machine':
-    """Return the machine of a name: 'v4:4x4x4', 'v5e:4x8', 'A100:16'. '4x4x4' is a v4 slice.
+    """Return the machine that a text names: 'v4:4x4x4', 'v5e:4x8', 'A100:16', or '4x4x4' (v4).
 
     Raises:
-      MeshError: An unknown chip, or a slice that can't be rented. The message lists the known ones.
+      MeshError: The chip is unknown, or the slice can't be rented. The message lists known ones.
     """
     kind, colon, size = text.partition(':')
     names = {name.lower(): name for name in CHIPS}
     known = kind.lower() in names
     if not colon and known:
-      raise MeshError(f'{text} is a chip, not a slice of it; known: {_list(names[kind.lower()])}')
+      raise MeshError(f'{text} is a chip, not a slice; known slices: {_list(names[kind.lower()])}')
     if not known and (colon or not text[:1].isdecimal()):
       raise MeshError(
         f'no chip is called {kind!r}: a slice is written chip:shape, such as v4:4x4x4 or A100:16, '
@@ -66,17 +66,17 @@ class Machine:
     return math.prod(self.shape)
 
   def __str__(self) -> str:
-    """Return the name that `parse` reads."""
+    """Return the machine's name, which `parse` reads."""
     if not self.chip.torus:
       return f'{self.chip.name}:{self.chips}'
     return str(torus.TpuSlice(self.chip.name, self.shape))
 
   def meshes(self, config: ModelConfig, split: bool = True) -> tuple[Mesh, ...]:
-    """Return the candidate meshes (X, Y, Z) for a model, the default one first.
+    """Return the candidate meshes (X, Y, Z) for a model, with the default mesh first.
 
-    Y is no smaller than Z: the other order moves the same bytes. On a torus they are those of
-    mesh_choice.torus_meshes. GPUs have no torus: any three factors, first those that suit ws_2d
-    best.
+    Y is at least Z, since the swapped mesh moves the same bytes. On a torus the candidates are
+    those of mesh_choice.torus_meshes. GPUs have no torus: any three factors are candidates, best
+    for ws_2d first.
 
     Args:
       config: The model.
@@ -99,7 +99,7 @@ def known_machines(chip: str) -> list[str]:
   """Return the names of the usual slices of a chip, smallest first.
 
   Raises:
-    UserError: A chip that is not in hardware.CHIPS.
+    UserError: The chip is not in hardware.CHIPS.
   """
   if hardware.chip(chip).torus:
     return slices.known_slices(chip)
@@ -122,5 +122,5 @@ def _factors(n: int) -> list[Mesh]:
 
 
 def _distance(x: int, chips: int, config: ModelConfig) -> float:
-  """Return how far X is from sqrt(n E / F), where ws_2d moves fewest bytes, as a log ratio."""
+  """Return |log(X / sqrt(n E / F))|: ws_2d moves the fewest bytes where it is 0."""
   return abs(math.log(x * x * config.d_ff / (chips * config.d_model)))

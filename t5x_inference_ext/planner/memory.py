@@ -1,4 +1,4 @@
-"""The memory of one chip in a pass: weights, cache, and an estimate of the temporaries."""
+"""The memory of one chip in a pass: weights, cache, and estimated temporaries."""
 
 import dataclasses
 import functools
@@ -17,9 +17,9 @@ class PlannedMemory:
   """Bytes on one chip.
 
   Attributes:
-    weights: All weights, at rest.
+    weights: All stored weights.
     cache: Keys and values of all positions that the run will have.
-    working: An estimate of a pass's temporaries.
+    working: Estimated temporaries of a pass.
     available: Bytes that a program may take.
   """
 
@@ -35,7 +35,7 @@ class PlannedMemory:
 
   @property
   def fits(self) -> bool:
-    """Whether a chip has that much."""
+    """Whether a chip has the needed memory."""
     return self.needed <= self.available
 
 
@@ -45,7 +45,7 @@ def memory(case: PassCase, positions: int) -> PlannedMemory:
 
   Args:
     case: The pass.
-    positions: S, the positions of each row that the cache has room for.
+    positions: S, positions of each row that the cache has room for.
   """
   weights = sum(stored_bytes(case, t) for t in case.tensors.values())
   return PlannedMemory(
@@ -54,12 +54,13 @@ def memory(case: PassCase, positions: int) -> PlannedMemory:
 
 
 def _working_bytes(case: PassCase) -> float:
-  """Estimate the bytes of temporaries where a pass has most of them.
+  """Estimate the bytes of temporaries at the point of a pass that needs most.
 
-  In a layer: the residual stream and its sum; the MLP's columns, gate and linear in one, or the
-    queries; attention's
-  logits, up to the number that is computed at once; the largest gathered matrix. After the last
-  layer: the logits of each row's last position.
+  In a layer these are the residual stream and its sum; the MLP's columns (gate and linear in one),
+  or
+    the queries; attention's logits, up to the number that is computed at once; and the largest
+    gathered
+  matrix. After the last layer they are the logits of each row's last position.
   """
   c, p = case.config, case.sharding
   tokens = case.batch * case.padded / case.size(case.layout.gathered_axes)
@@ -80,7 +81,7 @@ def _working_bytes(case: PassCase) -> float:
 
 
 def _gathered_bytes(case: PassCase) -> float:
-  """Return the bytes of the largest matrix on a chip once gathered; 0 where none is."""
+  """Return the bytes on a chip of the largest matrix after gathering; 0 if none is gathered."""
   gathered = case.size(case.layout.gathered_axes)
   if gathered == 1:
     return 0.0

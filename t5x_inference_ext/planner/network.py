@@ -1,7 +1,7 @@
-"""The time of a collective in one of two conventions: one bandwidth, or links and hops.
+"""The time of a collective in one of two conventions: 'paper' or 'torus'.
 
-Both take a sharding.collective.Collective from sharding/traffic.py. Both give the time at full
-rate; efficiency.py says what share of the links' bandwidth a program reaches.
+Both take a sharding.collective.Collective from sharding/traffic.py, and give its time at full rate;
+efficiency.py has the share of the links' bandwidth that programs reach.
 
   paper   Sections 3.2 and 3.3: bytes over the bandwidth of all links of a chip (270 GB/s on v4),
           whatever axes the collective runs over. (K-1)/K counts as 1. There are no hops.
@@ -26,15 +26,15 @@ CONVENTIONS = ('torus', 'paper')
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-  """The links under a mesh, in one of the two conventions.
+  """The links of a mesh, in one of the two conventions.
 
   Attributes:
     machine: The chips.
-    mesh: (X, Y, Z) over all of them.
+    mesh: (X, Y, Z) over all chips.
     convention: One of CONVENTIONS.
 
   Raises:
-    UserError: An unknown convention.
+    UserError: The convention is unknown.
   """
 
   machine: Machine
@@ -48,7 +48,7 @@ class Network:
       )
 
   def seconds(self, move: Collective) -> float:
-    """Return the time of one collective, alone on the links, at their full rate."""
+    """Return the time in seconds of a collective with no other traffic, at the links' full rate."""
     chip = self.machine.chip
     passes = 2 if move.kind == 'all_reduce' else 1
     if self.convention == 'paper':
@@ -60,10 +60,10 @@ class Network:
     return links.bytes_through_a_link(move, paths) / chip.link_bandwidth + latency
 
   def _through_switches(self, move: Collective) -> float:
-    """Return the time of one pass over GPUs.
+    """Return the time in seconds of one pass of data over GPUs.
 
-    Within a node data goes over NVLink. Between nodes each chip sends its share through its own
-    network card. Any chip is one hop from any other, so that log2 K exchanges between pairs reach
+    Within a node data travels over NVLink. Between nodes each chip sends its share through its own
+    network card. Any chip is one hop from any other, so log2 K rounds of exchanges in pairs reach
     all.
     """
     chip = self.machine.chip
@@ -72,16 +72,16 @@ class Network:
     nodes = len(set((ids // chip.node).tolist()))
     local = max(1, len(ids) // nodes)
     inside = move.bytes * (local - 1) / local / chip.link_bandwidth
-    # An all-gather's data comes in once for the whole node; an all-to-all's is each chip's own.
+    # In an all-gather, data enters a node once for all its chips; in an all-to-all, once per chip.
     share = 1 if move.kind == 'all_to_all' else local
     between = move.bytes / share * (nodes - 1) / nodes / chip.node_bandwidth
     return inside + between + (len(ids) - 1).bit_length() * chip.hop_latency
 
   def paths(self, axes: Axes) -> tuple[links.LinkPath, ...]:
-    """Return the paths of a collective over mesh axes, one for each physical axis of the torus."""
+    """Return a collective's paths over mesh axes, one for each physical axis of the torus."""
     return links.paths(self.machine.shape, self.machine.wraps, self.mesh, axes)
 
 
 def axis_sizes(mesh: Mesh) -> dict[str, int]:
-  """Return axis name -> size, the form in which sharding/ takes a mesh."""
+  """Return a mesh as axis name -> size, the form used in sharding/."""
   return dict(zip(AXES, mesh))

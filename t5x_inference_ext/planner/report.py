@@ -1,4 +1,4 @@
-"""The printed report of a choice: ranked layout pairs, parts of the time, and the reason."""
+"""The printed report of a choice: ranked pairs of layouts, parts of the time, and the reason."""
 
 from collections.abc import Iterable, Sequence
 
@@ -8,11 +8,11 @@ from t5x_inference_ext.planner.request import Plan
 from t5x_inference_ext.planner.text import table, wrap
 from t5x_inference_ext.text_format import binary_bytes, seconds_text
 
-ROWS = 12  # of a table; the JSON file has all
+ROWS = 12  # rows of a table; the JSON file has all of them
 
 
 def plan_text(choice: Choice, rows: int = ROWS) -> str:
-  """Return the report, which fills about one screen."""
+  """Return the report, about one screen long."""
   plan = choice.plan
   lines = [*_heading(plan), '', *_ranked(choice.ranked, rows), '', *_parts(plan), '']
   lines += wrap(why(choice))
@@ -42,7 +42,7 @@ def _heading(plan: Plan) -> list[str]:
 
 
 def _ranked(ranked: Sequence[Plan], rows: int) -> list[str]:
-  """Return the table of layout pairs, and a line that says how many fit."""
+  """Return the table of layout pairs, and a line with the number that fit."""
   header = ['prefill', 'decode', 'mesh', 'rows', 'total', 'prefill', 'MFU', 'limit']
   header += ['per step', 'MFU', 'limit', 'GiB']
   body = [
@@ -73,7 +73,7 @@ def _phase_cells(plan: Plan, phase: PassCost) -> tuple[str, str, str]:
 
 
 def _parts(plan: Plan) -> list[str]:
-  """Return the table of where the time goes, and a line on memory."""
+  """Return the table of the parts of the time, and a line on memory."""
   phases = plan.prefill, plan.decode
   rows = [['', 'prefill', '', 'per step', '']]
   for part in PARTS:
@@ -103,7 +103,7 @@ def _parts(plan: Plan) -> list[str]:
 
 
 def _spread(cells: Iterable[str]) -> list[str]:
-  """Return the cells with an empty one after each, where other rows have a share."""
+  """Return the cells, each followed by an empty cell, where other rows have a share."""
   return [text for cell in cells for text in (cell, '')]
 
 
@@ -123,7 +123,7 @@ def why(choice: Choice, in_json: bool = False) -> str:
 
   Args:
     choice: The choice.
-    in_json: Whether to end it in the words of the JSON file, which stay as its readers know them.
+    in_json: Whether to use the older wording of the JSON file, which programs may read.
   """
   plan = choice.plan
   names = ' and '.join(f'{c.case.layout} for {c.case.phase}' for c in plan.phases)
@@ -153,7 +153,7 @@ def why(choice: Choice, in_json: bool = False) -> str:
 
 
 def _largest_difference(plan: Plan, rival: Plan) -> tuple[str, str, float]:
-  """Return (phase, part, seconds) of the part in which the plan saves most against a rival."""
+  """Return (phase, part, seconds) for the part in which the plan saves most against a rival."""
   differences = [
     (ours.case.phase, part, plan.runs(ours) * (theirs.parts[part] - ours.parts[part]))
     for ours, theirs in zip(plan.phases, rival.phases)
@@ -163,7 +163,7 @@ def _largest_difference(plan: Plan, rival: Plan) -> tuple[str, str, float]:
 
 
 def paper_convention(choice: Choice) -> str:
-  """Return a sentence on what the paper's convention would choose; '' where that is the same."""
+  """Return a sentence on the choice by the paper's convention; '' if the choice is the same."""
   plan, theirs = choice.plan, choice.paper_plan
   if theirs is None:
     return ''
@@ -178,7 +178,7 @@ def paper_convention(choice: Choice) -> str:
 
 
 def _objective_text(choice: Choice) -> str:
-  """Say why this machine and batch were chosen."""
+  """Return why this machine and batch were chosen, as text."""
   plan = choice.plan
   superlative = {
     'latency': f'the fastest, {seconds_text(plan.seconds)} in all,',
@@ -193,12 +193,12 @@ def _objective_text(choice: Choice) -> str:
 
 
 def _layouts(plan: Plan) -> str:
-  """Return the layouts of the phases that run here."""
+  """Return the names of the layouts of the phases that run here."""
   return ' and '.join(str(c.case.layout) for c in plan.phases)
 
 
 def _others(plans: Sequence[Plan]) -> list[str]:
-  """Return the table of the other machines and batches."""
+  """Return a table of the other machines and batches."""
   header = ('slice', 'batch', 'layouts', 'total', 'per step', 'tokens/s', 'chip-ms a token')
   body = [
     (

@@ -19,29 +19,29 @@ from t5x_inference_ext.planner.memory import PlannedMemory, memory
 from t5x_inference_ext.planner.network import CONVENTIONS
 
 OBJECTIVES = ('latency', 'throughput', 'cost')
-# Both phases on one machine, or one of them where the other runs elsewhere.
+# Both phases on one machine, or only one of them, if the other runs elsewhere.
 PLAN_PHASES = ('both', 'prefill', 'decode')
 
 
 @dataclasses.dataclass(frozen=True)
 class PlanRequest:
-  """A model, and the work that it is to do.
+  """A model and its work.
 
   Attributes:
     config: The model.
-    batch: Rows at a time.
+    batch: Rows run together.
     input_length: Tokens of each prompt.
-    output_length: Tokens to generate for each prompt: as many decode steps.
+    output_length: Tokens to generate for each prompt, one decode step each.
     weights: 'int8' or 'bfloat16'.
-    cache: 'int8' or 'bfloat16': dtype of keys and values.
+    cache: 'int8' or 'bfloat16'. Dtype of keys and values.
     convention: Convention of the network, one of network.CONVENTIONS.
-    efficiency: Shares of the chip's peaks. None: those fitted for the convention.
+    efficiency: Shares of the chip's peak rates. None: the shares fitted for the convention.
     mesh: The only mesh (X, Y, Z) to consider. None: every candidate mesh.
-    phase: One of PLAN_PHASES: the phases that run on this machine. Only they are priced, and have
+    phase: The phases that run on this machine, one of PLAN_PHASES. Only these are priced and have
       to fit.
 
   Raises:
-    RequestError: A value out of its range.
+    RequestError: A value is out of its range.
   """
 
   config: ModelConfig
@@ -69,12 +69,12 @@ class PlanRequest:
 
   @property
   def context(self) -> int:
-    """Positions of the cache for each row."""
+    """Positions of each row's cache."""
     return self.input_length + self.output_length
 
   @property
   def mean_context(self) -> int:
-    """Positions that attention sees in the middle decode step, whose time stands for all."""
+    """Positions that attention sees in the middle decode step, whose time stands for all steps."""
     return self.input_length + (self.output_length + 1) // 2
 
   def replace(self, **fields: Any) -> 'PlanRequest':
@@ -85,10 +85,10 @@ class PlanRequest:
 def pair_memories(
   request: PlanRequest, prefill: PassCase, decode: PassCase
 ) -> dict[str, PlannedMemory]:
-  """Return phase -> memory of one chip.
+  """Return the memory of one chip, by phase.
 
-  Prefill hands over the whole cache, split as decode stores it, so that it holds the larger of
-  both.
+  Prefill writes the whole cache, split as for decode, so it needs the larger cache of the two
+  phases.
   """
   in_prefill = memory(prefill, request.input_length)
   in_decode = memory(decode, request.context)
@@ -97,7 +97,7 @@ def pair_memories(
 
 
 def tightest_phase(request: PlanRequest, memories: dict[str, PlannedMemory]) -> str:
-  """Return the phase that needs most memory, of those that run here."""
+  """Return the phase that needs the most memory, among those that run here."""
   if request.phase != 'both':
     return request.phase
   return max(memories, key=lambda phase: memories[phase].needed)
@@ -110,7 +110,7 @@ class Plan:
   Attributes:
     request: The request.
     prefill: Cost of all prompts in one pass.
-    decode: Cost of one step, the middle one, on the same machine and mesh with as many rows.
+    decode: Cost of the middle decode step, on the same machine and mesh, with as many rows.
   """
 
   request: PlanRequest
@@ -134,19 +134,19 @@ class Plan:
 
   @property
   def rows(self) -> int:
-    """B as it runs: the requested rows, and empty ones that let the mesh split them."""
+    """B after adding empty rows to the requested ones, so that the mesh can split them."""
     return self.decode.case.batch
 
   @property
   def layouts(self) -> tuple[str, str]:
-    """Layout of prefill and layout of decode."""
+    """(prefill layout, decode layout)."""
     return str(self.prefill.case.layout), str(self.decode.case.layout)
 
   @property
   def phases(self) -> tuple[PassCost, ...]:
-    """The phases that run here.
+    """The costs of the phases that run here.
 
-    Where one runs alone, the other is the fastest that can share its weights.
+    If only one phase runs here, the other is the fastest one that can share its weights.
     """
     return {
       'both': (self.prefill, self.decode),
@@ -156,11 +156,11 @@ class Plan:
 
   @property
   def seconds(self) -> float:
-    """Seconds of the phases that run here; of both, from the prompts to the last token."""
+    """Seconds of the phases that run here. For both: from the prompts to the last token."""
     return sum(c.seconds * self.runs(c) for c in self.phases)
 
   def runs(self, phase: PassCost) -> int:
-    """Return how often a phase's pass runs."""
+    """Return the number of passes of a phase."""
     return self.request.output_length if phase.case.phase == 'decode' else 1
 
   @property
@@ -175,31 +175,31 @@ class Plan:
 
   @property
   def chip_seconds_per_token(self) -> float:
-    """Chip-seconds for each token that tokens_per_second counts.
+    """Chip-seconds per token, for the tokens that tokens_per_second counts.
 
-    A generated token bears its share of the prefill.
+    The cost of a generated token includes its share of the prefill.
     """
     return self.machine.chips / self.tokens_per_second
 
   def cost_of(self, phase: PassCost) -> float:
-    """Return a phase's chip-seconds per token, empty rows not counted: the paper's cost."""
+    """Return a phase's chip-seconds per token, the paper's cost. Empty rows are not counted."""
     return self.machine.chips * phase.seconds / (self.request.batch * phase.case.length)
 
   def mfu_of(self, phase: PassCost) -> float:
-    """Return a phase's MFU, empty rows not counted."""
+    """Return a phase's MFU. Empty rows are not counted."""
     return phase.mfu * self.request.batch / self.rows
 
   @functools.cached_property
   def memories(self) -> dict[str, PlannedMemory]:
-    """Phase -> memory of one chip, of both phases, whichever run here."""
+    """Memory of one chip by phase, for both phases, even if only one runs here."""
     return pair_memories(self.request, self.prefill.case, self.decode.case)
 
   @functools.cached_property
   def memory(self) -> PlannedMemory:
-    """Memory of one chip in the phase that needs most, of those that run here."""
+    """Memory of one chip in the phase that needs the most, among those that run here."""
     return self.memories[tightest_phase(self.request, self.memories)]
 
   @property
   def fits(self) -> bool:
-    """Whether that much is available."""
+    """Whether a chip has the needed memory."""
     return self.memory.fits

@@ -46,7 +46,7 @@ def plan(
     model: The model.
     slice_name: 'v4:4x4x4' or 'A100:16'. None: the usual slices of `chip` are all considered.
     chip: One of hardware.CHIPS, or several with commas.
-    batch: Rows at a time. None: powers of two up to 1024 are considered.
+    batch: Rows run together. None: powers of two up to 1024 are considered.
     input_length: Tokens of each prompt.
     output_length: Tokens to generate for each prompt.
     weights: 'int8' or 'bfloat16'.
@@ -56,17 +56,16 @@ def plan(
     convention: Convention of the network, one of network.CONVENTIONS.
     mesh: 'XxYxZ' over the whole slice. None: the best.
     phase: 'both', 'prefill' or 'decode': the phases that run here.
-    check: Compile the chosen plan, too.
-    sweep: Draw latency against cost of all slices and batches, instead of choosing.
-    figure: Draw the figures of the choice.
+    check: Whether to compile the chosen plan too.
+    sweep: Whether to draw latency against cost for all slices and batches, instead of choosing.
+    figure: Whether to draw the figures of the choice.
     output_dir: Directory of the figures and of the sweep's CSV.
-    gin_output: File for the plan as gin.
-    json_file: File for every number.
+    gin_output: File for the plan as gin bindings.
+    json_file: File for every number, as JSON.
     write: Takes the report's text. Progress goes to stderr.
 
   Raises:
-    UserError: A request that makes no sense, nothing that fits or meets the target, or a file that
-      can't be written.
+    UserError: The request is invalid, nothing fits or meets the target, or a file can't be written.
   """
   check_writable(gin_output, json_file)
   if sweep or figure:
@@ -76,7 +75,7 @@ def plan(
   if latency_target_ms is not None and not 0 < latency_target_ms < math.inf:
     raise RequestError(f'latency_target_ms must be above 0 and finite, got {latency_target_ms!r}')
   if mesh and not slice_name:
-    raise RequestError(f'mesh={mesh} is over one slice: say which')
+    raise RequestError(f'mesh={mesh} needs one slice: give its name')
   request = PlanRequest(
     model,
     1 if batch is None else batch,
@@ -102,7 +101,7 @@ def plan(
       (phase != 'both', 'phase'),
     ):
       if given:
-        raise RequestError(f'{name} is of one plan, and sweep has many: ask for one of them')
+        raise RequestError(f'{name} is for one plan, and sweep has many: ask for either')
     _sweep(request, machines, batches, output_dir, write)
     return
   one = len(machines) == len(batches) == 1
@@ -126,8 +125,8 @@ def _write_choice(
   json_file: str | None,
   write: Callable[[str], None],
 ) -> None:
-  """Print the report, compile the plan where asked to, and write its files."""
-  if gin_output:  # before anything is compiled: a file that can't be written is refused first
+  """Print the report, compile the plan if asked to, and write its files."""
+  if gin_output:  # before compiling, to fail early if a file can't be written
     gin = gin_text.gin_text(choice.plan)
   if check:
     checks.refuse_unchecked(choice.plan)
@@ -154,7 +153,7 @@ def _sweep(
   """Write the sweep's CSV and figure, and print its front."""
   points = sweeps.sweep(request, machines, batches, ('int8', 'bfloat16'), _say)
   if not points:
-    # Raises NothingFits, which says how far off the nearest is.
+    # Raises NothingFits, whose message says how far off the nearest plan is.
     choose.choose(request.replace(batch=min(batches), weights='int8'), machines)
   csv_file, figure_file = (os.path.join(output_dir, f'pareto.{kind}') for kind in ('csv', 'svg'))
   write_text(csv_file, sweeps.csv_text(points))
@@ -175,7 +174,7 @@ def _sweep(
   ]
   write('\n'.join(table(rows, left=5)))
   write(
-    f'{len(points)} points, of which these {len(rows) - 1} are beaten by none: {csv_file} and '
+    f'{len(points)} points, and these {len(rows) - 1} are on the front: {csv_file} and '
     f'{figure_file}'
   )
 

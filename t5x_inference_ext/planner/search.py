@@ -1,4 +1,4 @@
-"""All plans for a request on a machine, the best of them, and whether any fits."""
+"""All plans for a request on a machine, the best of them, and whether any plan fits."""
 
 from collections.abc import Iterable, Iterator
 import functools
@@ -21,8 +21,8 @@ from t5x_inference_ext.sharding.layout import (
   check_pair,
 )
 
-# wg_xyz splits rows over every axis, which leaves none to split heads over. Looped collectives are
-# left out: they move as many bytes, and the efficiencies already contain what they hide.
+# wg_xyz splits rows over every axis, so it leaves none to split heads over. Looped collectives are
+# left out: they move as many bytes, and the fitted efficiencies already include what they hide.
 LAYOUTS = tuple(
   Layout(feedforward, attention)
   for feedforward in ('ws_2d', *(f for f in FEEDFORWARD if f != 'ws_2d'))
@@ -32,10 +32,10 @@ LAYOUTS = tuple(
 
 
 def plans(request: PlanRequest, machine: Machine) -> list[Plan]:
-  """Return every plan, the fastest first, whether it fits or not.
+  """Return every plan, fastest first, whether it fits or not.
 
-  A plan is a mesh, a number of rows and a pair of layouts that can share weights. Of equally fast
-  plans the one comes first whose mesh comes first in Machine.meshes.
+  A plan is a mesh, a number of rows and a pair of layouts that can share weights. Equally fast
+  plans are in the order of their meshes in Machine.meshes.
 
   Raises:
     MeshError: The chips, or the requested mesh, do not divide the model.
@@ -56,8 +56,8 @@ def plans(request: PlanRequest, machine: Machine) -> list[Plan]:
 def best(found: Iterable[Plan]) -> list[Plan]:
   """Return the best plan of each pair of layouts: those that fit by time, then others by memory.
 
-  Of a pair it is the fastest plan that fits, or else the one that needs the least memory. Of a
-  request for one phase there is one plan for each layout of that phase.
+  The best plan of a pair is the fastest one that fits, or else the one that needs the least memory.
+  If the request is for one phase, there is one plan for each layout of that phase.
   """
   by_layouts: dict[tuple[Layout, ...], Plan] = {}
   for plan in found:
@@ -73,12 +73,12 @@ def _order(plan: Plan) -> tuple[float, ...]:
 
 
 def _speed(plan: Plan) -> tuple[float, float]:
-  """Return the time of the requested phases; of plans alike in that, the time of both decides."""
+  """Return a sort key: the time of the requested phases, then the time of both."""
   return plan.seconds, plan.prefill.seconds + plan.decode.seconds
 
 
 def fits(request: PlanRequest, machine: Machine) -> bool:
-  """Return whether any plan fits. Prices none.
+  """Return whether any plan fits, without computing times.
 
   Raises:
     MeshError: The chips, or the requested mesh, do not divide the model.
@@ -86,7 +86,8 @@ def fits(request: PlanRequest, machine: Machine) -> bool:
   available = machine.chip.usable_bytes
   for mesh in meshes(request, machine):
     for rows in row_choices(request.batch, mesh):
-      # A pair needs no less than either phase alone. Mostly no prefill fits, and the rest is saved.
+      # A pair needs at least as much as either phase alone. Often no prefill fits, which ends the
+      # search.
       prefills = _fitting_cases(request, machine, mesh, 'prefill', rows)
       decodes = prefills and _fitting_cases(request, machine, mesh, 'decode', rows)
       for prefill, decode in itertools.product(prefills, decodes):
@@ -98,7 +99,7 @@ def fits(request: PlanRequest, machine: Machine) -> bool:
 def _fitting_cases(
   request: PlanRequest, machine: Machine, mesh: Mesh, phase: str, rows: int
 ) -> list[PassCase]:
-  """Return one phase in every layout in which it fits alone, or in which it need not fit."""
+  """Return one phase in each layout in which it fits alone; in all layouts if it runs elsewhere."""
   cases = list(_cases(request, machine, mesh, phase, rows))
   if request.phase not in ('both', phase):
     return cases
@@ -107,7 +108,7 @@ def _fitting_cases(
 
 
 def needed_bytes(request: PlanRequest, machine: Machine) -> Iterator[float]:
-  """Yield the bytes that each plan needs on one chip. Prices none.
+  """Yield the bytes that each plan needs on one chip, without computing times.
 
   Raises:
     MeshError: The chips, or the requested mesh, do not divide the model.
@@ -148,11 +149,11 @@ def meshes(request: PlanRequest, machine: Machine) -> tuple[Mesh, ...]:
 
 @functools.lru_cache(maxsize=4096)
 def row_choices(batch: int, mesh: Mesh) -> tuple[int, ...]:
-  """Return the fewest rows, of at least `batch`, for each set of axes that may split them evenly.
+  """Return numbers of rows, at least `batch`: the least that each set of mesh axes splits evenly.
 
-  A few empty rows more may save time: whether rows divide decides what a layout splits. With one
-    number for each set
-  of axes, a request for more rows never takes less time.
+  A few empty rows may save time: a layout splits rows only if they divide evenly. With one number
+  for
+    each set of axes, a request for more rows never takes less time.
   """
   shares = sorted({math.prod(axes) for n in range(4) for axes in itertools.combinations(mesh, n)})
   found: dict[tuple[bool, ...], int] = {}
@@ -164,9 +165,9 @@ def row_choices(batch: int, mesh: Mesh) -> tuple[int, ...]:
 def phase_costs(
   request: PlanRequest, machine: Machine, mesh: Mesh, phase: str, rows: int
 ) -> list[PassCost]:
-  """Return the costs of one phase in every layout that can run so many rows, the fastest first.
+  """Return the costs of one phase in every layout that can run `rows` rows, fastest first.
 
-  Attention by batch that splits no rows is left out where it costs the same as by heads.
+  Attention by batch that splits no rows is left out if it costs the same as attention by heads.
   """
   found = [
     cost(case, request.convention, request.efficiency)
@@ -195,13 +196,13 @@ def splits_rows(case: PassCase) -> bool:
 def _cases(
   request: PlanRequest, machine: Machine, mesh: Mesh, phase: str, rows: int
 ) -> Iterator[PassCase]:
-  """Yield one phase in every layout that can run so many rows."""
+  """Yield one phase in every layout that can run `rows` rows."""
   length, context = (request.input_length,) * 2 if phase == 'prefill' else (1, request.mean_context)
   for layout in LAYOUTS:
     if _repeats_another(layout, mesh):
       continue
     if phase == 'decode' and rows != _rows_that_run(layout, rows, mesh):
-      continue  # more rows are another choice
+      continue  # needs other numbers of rows, which are tried separately
     case = PassCase(
       request.config,
       machine,
@@ -216,18 +217,18 @@ def _cases(
     )
     by_batch = layout.attention == 'batch' and machine.chips > 1
     if request.convention == 'paper' and by_batch and not splits_rows(case):
-      continue  # section 3.3: a batch that fills no axis is not sharded by batch
+      continue  # section 3.3: no sharding by batch if the batch fills no axis
     yield case
 
 
 @functools.lru_cache(maxsize=65536)
 def _rows_that_run(layout: Layout, rows: int, mesh: Mesh) -> int:
-  """Return the rows that the engine would decode for so many: it may add empty ones."""
+  """Return the rows that the engine would decode for `rows` requested ones: it may add some."""
   return activations.padded_batch(layout, rows, axis_sizes(mesh))
 
 
 def _repeats_another(layout: Layout, mesh: Mesh) -> bool:
-  """Return whether axes of size 1 make this layout the same as another one."""
+  """Return whether axes of size 1 make this layout equal to another one."""
   sizes = axis_sizes(mesh)
   gathered = [a for a in layout.gathered_axes if sizes[a] > 1]
   if layout.feedforward == 'ws_1d':
@@ -240,10 +241,10 @@ def _repeats_another(layout: Layout, mesh: Mesh) -> bool:
 
 
 def _share_weights(prefill: PassCase, decode: PassCase) -> bool:
-  """Return whether one copy of the weights serves both phases."""
+  """Return whether both phases can share one copy of the weights."""
   mesh, layouts = prefill.mesh, (prefill.layout, decode.layout)
   if mesh[0] == 1 < math.prod(mesh) and all(x.feedforward == 'ws_2d' for x in layouts):
-    return False  # d_model is whole: ws_1d is the name of that
+    return False  # d_model is not split, which is ws_1d
   try:
     check_pair(*layouts)
   except MeshError:

@@ -1,4 +1,4 @@
-"""Latency against cost over machines and batches, as in the paper's Figure 1."""
+"""Sweep of latency against cost over machines and batches, as in the paper's Figure 1."""
 
 from collections.abc import Callable, Iterable, Sequence
 import csv
@@ -16,12 +16,12 @@ from t5x_inference_ext.planner.request import PlanRequest
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-  """The fastest layout of one phase that fits, on one machine.
+  """The fastest layout of one phase that fits, on one machine with one batch.
 
   Attributes:
     request: The model and its work, with the batch of this point.
-    cost: Cost of the pass: a prefill, or a decode step.
-    on_front: Whether no other point of its phase and weights is as fast and as cheap.
+    cost: Cost of the pass: a prefill or a decode step.
+    on_front: Whether no other point of its phase and weights is both as fast and as cheap.
   """
 
   request: PlanRequest
@@ -40,7 +40,7 @@ class Point:
 
   @property
   def chip_seconds_per_token(self) -> float:
-    """Chip-seconds per token of the requested rows, empty rows not counted."""
+    """Chip-seconds per token. Empty rows are not counted."""
     return self.cost.chip_seconds_per_token * self.cost.case.batch / self.request.batch
 
 
@@ -51,15 +51,15 @@ def sweep(
   weights: Sequence[str],
   say: Callable[[str], None] = lambda text: None,
 ) -> list[Point]:
-  """Return the points of both phases, by phase, weights and latency, with the front marked.
+  """Return the points of both phases by phase, weights and latency, with the front marked.
 
-  A machine that does not divide the model, and a batch that does not fit, have no point.
+  There is no point for a machine that does not divide the model, or for a batch that does not fit.
 
   Args:
-    request: The model and its work; its batch and weights do not matter.
-    machines: Machines to go through.
-    batches: Batches to go through.
-    weights: Dtypes of weights to go through.
+    request: The model and its work. Its batch and weights are ignored.
+    machines: Machines to try.
+    batches: Batches to try.
+    weights: Dtypes of weights to try.
     say: Takes a line of progress for each machine.
   """
   points = []
@@ -81,7 +81,7 @@ def sweep(
 
 
 def front(points: Iterable[Point]) -> list[Point]:
-  """Return the points by latency; those that cost less than every faster one are marked."""
+  """Return the points by latency. Marks each point that costs less than every faster point."""
   least, marked = float('inf'), []
   for point in sorted(points, key=lambda p: (p.seconds, p.chip_seconds_per_token)):
     better = point.chip_seconds_per_token < least
@@ -91,7 +91,7 @@ def front(points: Iterable[Point]) -> list[Point]:
 
 
 def _fastest(request: PlanRequest, machine: Machine, phase: str) -> PassCost | None:
-  """Return the fastest pass of a phase that fits, None where none does."""
+  """Return the fastest pass of a phase that fits, or None if none fits."""
   positions = request.input_length if phase == 'prefill' else request.context
   try:
     meshes = search.meshes(request, machine)
@@ -127,7 +127,7 @@ def _csv_row(point: Point) -> dict[str, object]:
 
 
 def csv_text(points: Sequence[Point]) -> str:
-  """Return a CSV with a row for each of one or more points; `pareto` is 1 on the front."""
+  """Return a CSV with a row for each point (at least one); `pareto` is 1 on the front."""
   rows = [_csv_row(point) for point in points]
   out = io.StringIO()
   writer = csv.DictWriter(out, list(rows[0]), lineterminator='\n')

@@ -1,4 +1,4 @@
-"""Text of reports: tables, and lines that are not too long."""
+"""Text of reports: tables, and wrapped lines."""
 
 from collections.abc import Sequence
 import textwrap
@@ -11,8 +11,7 @@ def table(rows: Sequence[Sequence[str]], left: int = 1, indent: str = '') -> lis
 
   Args:
     rows: Cells of each row, the header first.
-    left: Number of columns, from the first, that are aligned to the left; the others are aligned to
-      the right.
+    left: Number of leading columns that are left-aligned; the others are right-aligned.
     indent: Text before each line.
   """
   widths = [max(map(len, column)) for column in zip(*rows)]
@@ -27,7 +26,7 @@ def table(rows: Sequence[Sequence[str]], left: int = 1, indent: str = '') -> lis
 
 
 def wrap(text: str, indent: str = '') -> list[str]:
-  """Return lines of at most WIDTH columns, those after the first behind an indent."""
+  """Return lines of at most WIDTH columns, with `indent` before all lines but the first."""
   return textwrap.wrap(
     text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
   )

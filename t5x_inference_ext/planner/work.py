@@ -1,4 +1,4 @@
-"""The work of one chip in a pass, counted from the arrays that it holds: padding is work too."""
+"""The work of one chip in a pass, counted from its arrays, so that padding counts too."""
 
 import dataclasses
 import math
@@ -14,12 +14,12 @@ class PassWork:
   """FLOPs and bytes of one chip in one pass.
 
   Attributes:
-    matmul_flops: FLOPs of the layers' matrices.
-    matmul_rows: Rows of each of their products.
+    matmul_flops: FLOPs of the products with the layers' matrices.
+    matmul_rows: Rows of each of these products.
     logits_flops: FLOPs of the unembedding.
-    logits_rows: Rows of its product.
-    attention_flops: FLOPs of both products, with keys and with values.
-    weight_bytes: Bytes read of matrices, scales, norms and embedding. Gathered matrices are read
+    logits_rows: Rows of the unembedding's product.
+    attention_flops: FLOPs of attention's two products, with keys and with values.
+    weight_bytes: Bytes read of matrices, scales, norms and embedding. Gathered matrices are counted
       whole.
     cache_bytes: Bytes of keys and values that attention reads.
   """
@@ -45,12 +45,12 @@ def work(case: PassCase) -> PassWork:
   )
   rows = case.batch / case.size(p.attention_rows)
   positions = case.padded / case.size(p.attention_positions)
-  # Two products, 2 FLOPs each; positions that the mask hides are computed too.
+  # Two products of 2 FLOPs each. Positions that the mask hides are computed too.
   attention = 4 * rows * positions * p.heads.heads * c.d_head * case.seen * c.num_layers
   return PassWork(
     matmul_flops=2 * tokens * matrices * c.num_layers / chips,
     matmul_rows=tokens / gathered,
-    logits_flops=2 * case.batch * table / chips,  # for each row's last position alone
+    logits_flops=2 * case.batch * table / chips,  # only for each row's last position
     logits_rows=case.batch,
     attention_flops=attention,
     weight_bytes=read,
@@ -59,7 +59,7 @@ def work(case: PassCase) -> PassWork:
 
 
 def stored_bytes(case: PassCase, tensor: PackedTensor) -> int:
-  """Return the bytes of a weight on one chip, in all layers."""
+  """Return the bytes on one chip of a weight, in all layers."""
   dtype = tensor_dtype(tensor, case.weights, 'bfloat16')
   shards = math.prod(
     case.size((axes,) if isinstance(axes, str) else axes or ()) for axes in tensor.spec
@@ -69,11 +69,11 @@ def stored_bytes(case: PassCase, tensor: PackedTensor) -> int:
 
 
 def cache_bytes(case: PassCase, positions: int) -> float:
-  """Return the bytes of keys and values on one chip, in all layers.
+  """Return the bytes on one chip of keys and values, in all layers.
 
   Args:
     case: The pass.
-    positions: Positions of each row that are counted.
+    positions: Number of positions of each row to count.
   """
   c, p = case.config, case.sharding
   scale = _SCALE_BYTES if case.cache == 'int8' else 0

@@ -1,6 +1,6 @@
 """Compile a phase of a model for a slice, choose its layout, and estimate its time.
 
-Where the phase does not fit, the answer says what would.
+If the phase does not fit, the answer has changes that would make it fit.
 """
 
 from collections.abc import Callable
@@ -22,13 +22,13 @@ from t5x_inference_ext.sharding.torus import TpuSlice, parse_slice
 
 @dataclasses.dataclass(frozen=True)
 class Tried:
-  """A layout that was compiled while the best one was looked for.
+  """A layout that was compiled in the search for the best one.
 
   Attributes:
     layout: str. 'feedforward/attention'.
-    seconds: float or None. Its serial estimate.
-    reason: str. Why it has none; '' where it has one.
-    stacked: bool. It was compiled with its layers as a loop.
+    seconds: float or None. The layout's serial estimate.
+    reason: str. The reason why there is no estimate, else ''.
+    stacked: bool. Whether it was compiled with its layers as a loop.
   """
 
   layout: str
@@ -39,14 +39,14 @@ class Tried:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-  """A compiled phase and its time, or what it lacks.
+  """The answer: a compiled phase and its time, or what is missing for it to fit.
 
   Attributes:
     slice: TpuSlice. The chips.
-    program: Program, or the Shortage of one that does not fit.
-    estimate: Estimate or None. The time of a program that fits.
-    tried: tuple of Tried. The candidates where no layout was asked for, else ().
-    alternatives: tuple of Alternative. Changes that make a program fit that does not.
+    program: Program, or the Shortage if it does not fit.
+    estimate: Estimate or None. The program's time, if it fits.
+    tried: tuple of Tried. The candidates if no layout was requested, else ().
+    alternatives: tuple of Alternative. Changes that make a program fit, if this one does not.
   """
 
   slice: TpuSlice
@@ -65,12 +65,12 @@ class Answer:
 
   @property
   def compiled(self) -> tuple[Program, Estimate]:
-    """The program and its time, where it fits."""
+    """The program and its time; only if it fits."""
     assert isinstance(self.program, Program) and self.estimate is not None
     return self.program, self.estimate
 
 
-# A program with its estimate, or a shortage with None.
+# A program and its estimate, or a shortage and None.
 _Result = tuple[Program | Shortage, Estimate | None]
 
 
@@ -92,7 +92,7 @@ def analyze(
   sampling: SamplingParams = GREEDY,
   say: Say = quiet,
 ) -> Answer:
-  """Compile a phase for a slice and estimate its time there.
+  """Compile a phase for a slice, and estimate its time there.
 
   Args:
     model: ModelConfig. The model.
@@ -101,21 +101,22 @@ def analyze(
     phase: str. One of phases.COMPILE_PHASES.
     batch: int. B.
     context: int. S, the positions of each row's cache.
-    layout: str or None. 'feedforward/attention' of the phase; by default that of the phase's
-      candidates with the least serial estimate.
+    layout: str or None. 'feedforward/attention' of the phase. By default, the phase's candidate
+      with the smallest serial estimate.
     other_layout: str or None. The layout of the other phase; see CompileCase.
-    mesh: str or None. 'XxYxZ' over the whole slice; by default along its torus.
-    cache: str or None. What the KV cache holds: 'int8', or None for bfloat16.
-    scan_layers: bool or None. One loop over all layers, or (by default) code for each. Candidates
-      of a model with many layers are compared as loops, which compile in seconds.
-    prompt: int or None. Tokens of each row that one pass takes; see CompileCase.
-    max_new_tokens: int. New tokens of 'generate'.
+    mesh: str or None. 'XxYxZ' over the whole slice. By default along its torus.
+    cache: str or None. Dtype of the KV cache: 'int8', or None for bfloat16.
+    scan_layers: bool or None. True for one loop over all layers; by default the layers are
+      unrolled. In the search for a layout, models with many layers are compiled as loops, which
+      takes seconds.
+    prompt: int or None. Tokens of each row in one pass; see CompileCase.
+    max_new_tokens: int. New tokens of each row in 'generate'.
     sampling: SamplingParams. How 'generate', 'slots' and 'admit' choose tokens.
-    say: function. Hears what is being done.
+    say: function. Called with lines of progress.
 
   Raises:
-    UserError: a slice, mesh, layout or number that makes no sense; no libtpu; a program that the
-      compiler refuses for another reason than memory.
+    UserError: A slice, mesh, layout or number is invalid, libtpu is missing, or the compiler
+      refuses the program for another reason than memory.
   """
   slice_ = parse_slice(slice_name)
   slices.check_slice(slice_)
@@ -152,13 +153,13 @@ def analyze(
       program, found = compiled(dataclasses.replace(program.case, scan_layers=case.stacked))
   if isinstance(program, Program):
     return Answer(slice_, program, found, tried)
-  say('it does not fit; looking for what would')
+  say('it does not fit; looking for changes that would')
   shortage = dataclasses.replace(program, case=_quick(program.case))
   return Answer(slice_, program, None, tried, tuple(fit.alternatives(shortage, say=say)))
 
 
 def _quick(case: CompileCase) -> CompileCase:
-  """Return the case as a loop over its layers, where writing them out would take minutes."""
+  """Return the case as a loop over its layers, if compiling them unrolled would take minutes."""
   many = case.config.num_layers > MAX_UNROLLED_LAYERS
   return dataclasses.replace(case, scan_layers=case.stacked or many)
 
@@ -166,7 +167,7 @@ def _quick(case: CompileCase) -> CompileCase:
 def _best_layout(
   case: CompileCase, compiled: Callable[[CompileCase], _Result]
 ) -> tuple[_Result, tuple[Tried, ...]]:
-  """Return the program with the least serial estimate, or the least shortage, and all tried."""
+  """Return the program with the smallest estimate, or the smallest shortage; and all tried."""
   results: list[_Result] = []
   tried: list[Tried] = []
   refusal: MeshError | None = None
@@ -175,7 +176,7 @@ def _best_layout(
   for text in candidates:
     try:
       program, found = compiled(dataclasses.replace(case, layout=Layout.parse(text)))
-    except MeshError as e:  # rows that it can't split, weights that the other phase can't share
+    except MeshError as e:  # it can't split the rows, or share weights with the other phase
       tried.append(Tried(text, None, str(e), case.stacked))
       refusal = refusal or e
       continue
@@ -188,7 +189,7 @@ def _best_layout(
 
 
 def _rank(result: _Result) -> tuple[bool, float]:
-  """Return a sort key: programs that fit by their time, then the others by their bytes."""
+  """Return a sort key: programs that fit by time, then the others by bytes."""
   program, found = result
   if isinstance(program, Shortage):
     return True, program.needed or program.weights + program.cache

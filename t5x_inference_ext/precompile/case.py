@@ -1,4 +1,4 @@
-"""The phase of a model that is to be compiled: everything about the program but its devices."""
+"""A phase of a model to compile: everything about the program except its devices."""
 
 import dataclasses
 from typing import Any
@@ -27,35 +27,35 @@ class CompileCase:
 
   Attributes:
     config: ModelConfig. The model.
-    layout: Layout. The layout of the phase; for 'generate' that of its prefill.
-    other_layout: Layout or None. The layout of the other phase, which shares the weights and hands
-      over or takes the cache. By default ws_2d/batch, or ws_1d/batch beside ws_1d, whose weights
-      are stored otherwise.
+    layout: Layout. The layout of the phase; for 'generate', of its prefill.
+    other_layout: Layout or None. The layout of the other phase, which shares the weights and passes
+      on or receives the cache. By default ws_2d/batch; for ws_1d, which stores weights differently,
+      ws_1d/batch.
     dtype: str. The dtype of activations and embedding.
     sampling: SamplingParams. How 'generate', 'slots' and 'admit' choose tokens; 'decode' and
       'prefill' are greedy.
 
   Raises:
-    RequestError: a value out of its range.
+    RequestError: A value is out of its range.
   """
 
   config: ModelConfig
-  weights: str = option(help='Type of the weights.', choices=('int8', 'bfloat16'), group=_GROUP)
+  weights: str = option(help='Dtype of the weights.', choices=('int8', 'bfloat16'), group=_GROUP)
   phase: str = option(
     help='; '.join(f'{name}: {phase.help}' for name, phase in COMPILE_PHASES.items()) + '.',
     choices=tuple(COMPILE_PHASES),
     group=_GROUP,
   )
   batch: int = option(
-    help='Rows; prompts of extend; slots of slots and admit.', least=1, group=_GROUP
+    help='Rows; for extend, prompts; for slots and admit, slots.', least=1, group=_GROUP
   )
   context: int = option(help='Positions of the KV cache for each row.', least=1, group=_GROUP)
   layout: Layout = Layout()
   prompt: int | None = option(
     None,
-    help='Tokens of each row that a prefill takes. By default all of the context; for generate, '
-    f'BOS not counted, what the new tokens leave of it; for extend a chunk of {CHUNK}. For admit '
-    'the room for the positions of a prompt.',
+    help='Tokens of each row in one prefill. By default the whole context; for generate (BOS not '
+    f'counted) the context without new tokens; for extend a chunk of {CHUNK}. For admit the '
+    'positions that a prompt has room for.',
     least=1,
     group=_GROUP,
   )
@@ -63,27 +63,27 @@ class CompileCase:
   dtype: str = 'bfloat16'
   cache: str | None = option(
     None,
-    help='What the KV cache holds: int8, with a scale for each position and head, or bfloat16, '
+    help='Dtype of the KV cache: int8, with a scale for each position and head, or bfloat16, '
     'the default.',
     choices=('int8', 'bfloat16'),
     group=_GROUP,
   )
   scan_layers: bool | None = option(
     None,
-    help='One loop over all layers, which compiles in seconds. By default they are written out, '
+    help='One loop over all layers, which compiles in seconds. By default the layers are unrolled, '
     "as in infer on a TPU: each layer's weights are prefetched, and compiling takes a minute or "
     'two for 100 layers.',
     group=_GROUP,
   )
   max_new_tokens: int = option(
-    64, help='The limit for each row of generate.', least=1, group=_GROUP
+    64, help='Most new tokens of each row, for generate.', least=1, group=_GROUP
   )
   sampling: SamplingParams = GREEDY
 
   def __post_init__(self) -> None:
     check_options(self)
     if self.phase == 'generate':
-      # BOS takes a position, the last new token none.
+      # BOS takes a position; the last new token takes none.
       if (self.prompt or 1) + self.max_new_tokens > self.context:
         raise RequestError(
           f'context={self.context} positions have no room for prompt={self.prompt or 1} and '
@@ -106,7 +106,7 @@ class CompileCase:
 
   @property
   def length(self) -> int:
-    """T: the tokens of each row that one pass takes; for 'generate' those of its prefill."""
+    """T, the tokens of each row in one pass; for 'generate', in its prefill."""
     if self.phase == 'generate':
       return self.generation.prompt + 1
     if self.phase == 'extend':
@@ -121,18 +121,18 @@ class CompileCase:
 
   @property
   def cache_dtype(self) -> str:
-    """The dtype of the KV cache's values."""
+    """Dtype of the KV cache's values."""
     return self.cache or self.dtype
 
   @property
   def tokens(self) -> int:
-    """Tokens of the whole batch in one pass."""
+    """Number of tokens of the whole batch in one pass."""
     return self.batch * self.length
 
   @property
   def layouts(self) -> tuple[Layout, Layout]:
-    """The layouts of prefill and of decode."""
-    if self.phase == 'extend':  # the cache of prompts that are not yet in a slot lies as prefill's
+    """(prefill layout, decode layout)."""
+    if self.phase == 'extend':  # the cache of waiting prompts has the prefill layout
       return self.layout, self.layout
     other = self.other_layout or Layout('ws_1d' if self.layout.feedforward == 'ws_1d' else 'ws_2d')
     return (self.layout, other) if self.phase in ('prefill', 'generate') else (other, self.layout)

@@ -22,15 +22,15 @@ _GROUPS = re.compile(r'replica_groups=(\{\{.*?\}\}|\{\}|\[[^ ]*?\]<=\[[0-9,]+\](
 
 @dataclasses.dataclass(frozen=True)
 class HloCollective:
-  """One collective, as each device sees it.
+  """One collective, as seen by each device.
 
   Attributes:
     kind: str. One of HLO_COLLECTIVES.
-    size: int. Devices of a group; 2 for a collective-permute.
-    bytes: int. The bytes that its time is counted from: an all-gather's result, a reduce-scatter's
-      operand, for other kinds either.
+    size: int. Devices in a group; 2 for a collective-permute.
+    bytes: int. Bytes that its time is computed from: an all-gather's result, a reduce-scatter's
+      operand; for other kinds operand and result are equal.
     axes: tuple of str. The mesh axes along which the devices of a group differ.
-    pairs: tuple of (source, target) of a collective-permute.
+    pairs: tuple of (source, target). The devices of a collective-permute.
   """
 
   kind: str
@@ -45,18 +45,18 @@ def find_collective(
 ) -> HloCollective | None:
   """Return the collective that an instruction runs or starts, or None.
 
-  The compiler may hide one inside a fusion or an asynchronous operation, where it is found too. A
-  fusion of an all-reduce that keeps a slice of the sum sends what a reduce-scatter sends, and
-  counts as one. The end of an asynchronous collective is none.
+  A collective inside a fusion or an asynchronous operation is found too. A fusion of an all-reduce
+  that keeps only a slice of the sum sends as much as a reduce-scatter, and counts as one. The end
+  of an asynchronous collective does not count.
 
   Args:
     module: Module. The program.
-    computation: Computation. Where the instruction stands.
-    instruction: Instruction. The one that is asked about.
-    mesh: mapping of axis to size, the major axis first: device numbers are positions in the mesh.
+    computation: Computation. The computation that contains the instruction.
+    instruction: Instruction. The instruction to examine.
+    mesh: mapping of axis to size, major axis first. Device numbers are positions in the mesh.
 
   Raises:
-    HloError: groups in a form that is not known here, or more devices than the mesh has.
+    HloError: The groups are in an unknown form, or there are more devices than the mesh has.
   """
   if instruction.phase in ('update', 'done') or 'async-collective-done' in instruction.name:
     return None
@@ -73,7 +73,7 @@ def find_collective(
     kind = 'reduce-scatter'
   groups = replica_groups(i, module.partitions)
   size = len(groups[0])
-  # The result of an asynchronous start differs by kind, its operands do not.
+  # The result of an asynchronous start depends on the kind; the operands do not.
   gathered = operand * size if kind == 'all-gather' else operand
   return HloCollective(kind, size, gathered, _axes(groups, mesh))
 
@@ -81,14 +81,15 @@ def find_collective(
 def replica_groups(instruction: Instruction, partitions: int) -> tuple[tuple[int, ...], ...]:
   """Return the groups of devices of a collective.
 
-  They are listed, {{0,1},{2,3}}, or counted out, [2,2]<=[2,2]T(1,0); none means all devices.
+  The text lists them, {{0,1},{2,3}}, or enumerates them, [2,2]<=[2,2]T(1,0); none means all
+  devices.
 
   Args:
     instruction: Instruction. The collective.
     partitions: int. Devices of the program.
 
   Raises:
-    HloError: groups in another form.
+    HloError: The groups are in another form.
   """
   found = _GROUPS.search(instruction.attributes)
   text = found[1] if found else '{}'
@@ -105,13 +106,14 @@ def replica_groups(instruction: Instruction, partitions: int) -> tuple[tuple[int
 
 
 def seconds(collective: HloCollective, chip: Chip, slice_: TpuSlice) -> float:
-  """Return the time of a collective that has the links to itself.
+  """Return the time in seconds of a collective with no other traffic on its links.
 
-  An all-gather over K chips takes (K-1)/K of its result over the torus axes that it uses, all at
-  once, and their hops; a reduce-scatter the same of its operand; an all-reduce both; an all-to-all
-  half of an all-gather's bytes. Up to 4 chips use one axis, up to 16 two, more of them three, as
-  far as the torus has so many. Where a slice's axes have other lengths, the chips count as a box of
-  as many axes, as even as can be. A collective-permute takes its bytes over one link, and one hop.
+  An all-gather over K chips takes (K-1)/K of its result over all torus axes that it uses at once,
+  and their hops. A reduce-scatter takes as long for its operand, an all-reduce both times, an
+  all-to-all the time of half an all-gather's bytes. Up to 4 chips use one axis, up to 16 two, more
+  chips three, as far as the torus has these. If a slice's axes have other lengths, the chips count
+  as a box with as many axes, as even as possible. A collective-permute takes its bytes over one
+  link, and one hop.
   """
   if collective.kind == PERMUTE:
     return collective.bytes / chip.link_bandwidth + chip.hop_latency
@@ -131,11 +133,11 @@ def seconds(collective: HloCollective, chip: Chip, slice_: TpuSlice) -> float:
 
 
 def axis_lengths(k: int, chip: Chip) -> tuple[int, ...]:
-  """Return how k chips lie along the torus axes of a collective: 64 -> (4, 4, 4), 8 -> (4, 2)."""
+  """Return the lengths of k chips along a collective's torus axes: 64 -> (4, 4, 4), 8 -> (4, 2)."""
   axes = min(1 if k <= 4 else 2 if k <= 16 else 3, chip.torus)
   lengths: list[int] = []
   for left in range(axes, 0, -1):
-    # The least divisor that is not below the even share: the longest axis first.
+    # The least divisor that is at least the even share, so the longest axis comes first.
     share = round(k ** (1 / left), 9)
     lengths.append(next(d for d in range(1, k + 1) if k % d == 0 and d >= share))
     k //= lengths[-1]
@@ -143,13 +145,13 @@ def axis_lengths(k: int, chip: Chip) -> tuple[int, ...]:
 
 
 def opposite(a: HloCollective, b: HloCollective) -> bool:
-  """Return whether two collective-permutes send along the same links, in opposite directions."""
+  """Return whether two collective-permutes send over the same links in opposite directions."""
   turned = sorted((target, source) for source, target in b.pairs)
   return a.kind == b.kind == PERMUTE and sorted(a.pairs) == turned
 
 
 def _keeps_a_slice(body: Computation, reduced: Instruction) -> bool:
-  """Return whether a fused computation slices what comes of its all-reduce."""
+  """Return whether a fused computation slices the result of its all-reduce."""
   users = [reduced]
   while users:
     i = users.pop()

@@ -1,22 +1,22 @@
-"""How long a compiled TPU program takes, from the compiler's own estimates and the links' speed.
+"""The time of a compiled TPU program, from the compiler's estimates and the links' speed.
 
-The serial estimate runs everything in sequence and overlaps nothing:
+The serial estimate runs everything in sequence, without overlap:
 
-- An instruction with cycles that the compiler estimates takes these over the chip's clock. One
-  without (custom calls, kernels, plain copies) takes the longer of its bytes, read and written,
-  over the HBM bandwidth and its FLOPs over the bf16 peak, and is listed by name. An in-place
-  dynamic-update-slice reads and writes its update alone. Asynchronous copies into on-chip memory
-  take nothing: they are what hides.
-- A link carries one way what hardware.Chip says. A torus axis with wraparound carries twice that
-  and needs size/2 hops; one without carries it once and needs size-1 hops (collective_cost.seconds
-  has the rule for each collective). Two collective-permutes in opposite directions, under way
-  together, count once: the longer.
-- Loops multiply by their trip counts. The longest branch of a conditional counts.
+- The cycles that the compiler estimates for an instruction are divided by the chip's clock. An
+  instruction without cycles (custom calls, kernels, plain copies) takes the longer of two times:
+  its bytes, read and written, over the HBM bandwidth, and its FLOPs over the bf16 peak. Reports
+  list such instructions by name. An in-place dynamic-update-slice reads and writes only its update.
+  Asynchronous copies into on-chip memory count as no time: they overlap with the rest.
+- A link carries hardware.Chip's bytes per second in each direction. A torus axis with wraparound
+  carries twice that, and takes size/2 hops; one without carries it once, and takes size-1 hops (see
+  collective_cost.seconds for each kind of collective). Of two simultaneous collective-permutes in
+  opposite directions only the longer counts.
+- Loops multiply by their trip counts. Of a conditional, the longest branch counts.
 
-The overlapped estimate is the same sum, with each asynchronous collective shortened by the compute
-that the schedule puts between its start and its done.
+In the overlapped estimate each asynchronous collective is shortened by the compute that the
+schedule puts between its start and its done.
 
-An estimate is not a TPU: it ranks programs, and shows where they spend.
+Estimates are no measurements: they rank programs, and show where time is spent.
 """
 
 import collections
@@ -39,13 +39,13 @@ _Key = TypeVar('_Key')
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-  """A program's time on one slice.
+  """A program's estimated time on one slice.
 
   Attributes:
-    costs: tuple of OperationCost. Every instruction that runs, in the order of the schedule; the
-      ends of asynchronous ones are left out.
-    unknown_loops: tuple of str. Loops whose trip count the text does not tell. They count once, so
-      that the sums are too small.
+    costs: tuple of OperationCost. Every instruction that runs, in the order of the schedule, except
+      the ends of asynchronous ones.
+    unknown_loops: tuple of str. Loops whose trip count is not in the text. They count once, so that
+      the sums are too small.
     weight_copies: tuple of WeightCopy. Weights and caches that the program writes to HBM again.
   """
 
@@ -63,29 +63,29 @@ class Estimate:
 
   @property
   def turn_seconds(self) -> tuple[float, float]:
-    """Serial and overlapped seconds inside the longest loop: one turn, if its length is unknown."""
+    """(serial, overlapped) seconds in the longest loop; for one turn if its length is unknown."""
     inside = [c for c in self.costs if c.in_layer_loop]
     return sum(c.seconds for c in inside), sum(c.seconds - c.hidden_seconds for c in inside)
 
   @property
   def flops(self) -> int:
-    """FLOPs of all matrix products, on one chip."""
+    """FLOPs of all matrix products on one chip."""
     return sum(c.flops * c.count for c in self.costs)
 
   @property
   def by_kind(self) -> dict[str, float]:
-    """Kind of operation -> serial seconds, the longest first."""
+    """Kind of operation -> serial seconds, longest first."""
     totals = _totals((c.kind, c.seconds) for c in self.costs)
     return dict(sorted(totals.items(), key=lambda item: -item[1]))
 
   @property
   def offending_relayouts(self) -> tuple[WeightCopy, ...]:
-    """Weights and caches written to HBM in another layout or type."""
+    """Copies of weights and caches to HBM in another layout or element type."""
     return tuple(c for c in self.weight_copies if c.relaid)
 
 
 def estimate(text: str, slice_: TpuSlice, mesh: Mapping[str, int]) -> Estimate:
-  """Return the time of one run of a compiled program.
+  """Estimate the time of one run of a compiled program.
 
   Args:
     text: str. compiled.as_text().
@@ -93,7 +93,7 @@ def estimate(text: str, slice_: TpuSlice, mesh: Mapping[str, int]) -> Estimate:
     mesh: mapping of axis to size, in the order of the devices.
 
   Raises:
-    HloError: text that is no compiled program, or a collective in a form that is not known here.
+    HloError: The text is not a compiled program, or has a collective in an unknown form.
   """
   program, chip = parse_hlo(text), hardware.chip(slice_.kind)
   runs, unknown = loops.executed(program)
@@ -111,12 +111,12 @@ def estimate(text: str, slice_: TpuSlice, mesh: Mapping[str, int]) -> Estimate:
 
 
 def _stretch(run: Executed) -> tuple[object, ...]:
-  """Return a key of the stretch of the schedule that an instruction runs in."""
+  """Return a key of the stretch of the schedule in which an instruction runs."""
   return run.computation.name, run.loops, run.branches
 
 
 def _pair_permutes(runs: Sequence[Executed], costs: list[OperationCost]) -> None:
-  """Set to 0 the shorter of two opposite collective-permutes that are under way together."""
+  """Set the shorter of two opposite simultaneous collective-permutes to 0 seconds."""
   under_way: dict[tuple[object, ...], list[int]] = collections.defaultdict(list)
   for n, run in enumerate(runs):
     i, waiting = run.instruction, under_way[_stretch(run)]
@@ -137,7 +137,7 @@ def _pair_permutes(runs: Sequence[Executed], costs: list[OperationCost]) -> None
 
 
 def _keep_longest_branches(runs: Sequence[Executed], costs: list[OperationCost]) -> None:
-  """Set to 0 all branches of a conditional but the longest."""
+  """Set all branches of a conditional except the longest to 0 seconds."""
   totals: dict[tuple[object, str], dict[int, float]] = collections.defaultdict(dict)
   for run, cost in zip(runs, costs):
     for conditional, branch in run.branches:
@@ -152,7 +152,7 @@ def _keep_longest_branches(runs: Sequence[Executed], costs: list[OperationCost])
 
 def _hide_collectives(runs: Sequence[Executed], costs: list[OperationCost]) -> None:
   """Set hidden_seconds of each async collective: the compute between its start and its done."""
-  compute: dict[tuple[object, str], float] = {}  # behind each collective that is under way
+  compute: dict[tuple[object, str], float] = {}  # compute so far during each running collective
   started: dict[tuple[object, str], int] = {}
   for n, run in enumerate(runs):
     i, stretch = run.instruction, _stretch(run)
@@ -168,7 +168,7 @@ def _hide_collectives(runs: Sequence[Executed], costs: list[OperationCost]) -> N
 
 
 def _mark_layer_loop(runs: Sequence[Executed], costs: list[OperationCost]) -> None:
-  """Set in_layer_loop of all that runs inside the outermost loop that takes longest."""
+  """Set in_layer_loop for all instructions in the outermost loop that takes longest."""
   totals = _totals((run.loops[0], cost.seconds) for run, cost in zip(runs, costs) if run.loops)
   longest = max(totals, key=lambda loop: totals[loop], default=None)
   for n, run in enumerate(runs):
@@ -177,7 +177,7 @@ def _mark_layer_loop(runs: Sequence[Executed], costs: list[OperationCost]) -> No
 
 
 def _totals(pairs: Iterable[tuple[_Key, float]]) -> dict[_Key, float]:
-  """Return key -> the sum of its seconds."""
+  """Return the sum of seconds for each key."""
   totals: dict[_Key, float] = {}
   for key, seconds in pairs:
     totals[key] = totals.get(key, 0.0) + seconds

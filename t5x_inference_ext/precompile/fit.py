@@ -1,6 +1,6 @@
 """Programs that do not fit a slice, and changes that make them fit.
 
-Arithmetic proposes the candidates, the compiler decides.
+Arithmetic proposes candidates; the compiler decides.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ from t5x_inference_ext.sharding.mesh import AXES
 from t5x_inference_ext.sharding.mesh_choice import torus_mesh
 from t5x_inference_ext.sharding.torus import TpuSlice, parse_slice
 
-# Compilations that the search for each kind of alternative may spend.
+# Most compilations in the search for each kind of alternative.
 TRIES = 3
 
 
@@ -29,14 +29,14 @@ class Shortage:
   """A program that does not fit.
 
   Attributes:
-    case: CompileCase. What was to be compiled.
-    slice: TpuSlice. For which chips.
-    needed: int or None. Bytes of arguments, results and temporaries on a chip; None where the
-      compiler does not say.
-    available: int. Bytes that a chip has for them.
+    case: CompileCase. The case that was to be compiled.
+    slice: TpuSlice. The chips that it was for.
+    needed: int or None. Bytes of arguments, results and temporaries on a chip; None if the compiler
+      does not report it.
+    available: int. Bytes of a chip that a program may use.
     weights: int. Bytes of the weights on a chip, by arithmetic.
     cache: int. Bytes of the KV cache on a chip, by arithmetic.
-    message: str. The compiler's first line, or why it was not asked.
+    message: str. The first line of the compiler's message, or the reason why it was not run.
   """
 
   case: CompileCase
@@ -54,8 +54,8 @@ class Alternative:
 
   Attributes:
     change: str. 'layout', 'batch' or 'slice'.
-    slice: TpuSlice. The chips that it fits.
-    program: Program. It, compiled.
+    slice: TpuSlice. The chips that the program fits.
+    program: Program. The changed program, compiled.
   """
 
   change: str
@@ -63,30 +63,31 @@ class Alternative:
   program: Program
 
 
-# Compiles a case for a slice, or says what is missing.
+# Compiles a case for a slice, or returns the shortage.
 Compile = Callable[[CompileCase, TpuSlice], Program | Shortage]
-# Hears what is being done.
+# Is called with lines of progress.
 Say = Callable[[str], None]
 _Candidates = Iterator[tuple[CompileCase, TpuSlice]]
 
 
 def quiet(text: str) -> None:
-  """Report no progress."""
+  """Ignore a line of progress."""
 
 
 def try_compile(
   case: CompileCase, slice_: TpuSlice, mesh: Mesh | None = None
 ) -> Program | Shortage:
-  """Compile a case for a slice; a lack of memory is an answer.
+  """Compile a case for a slice; return a Shortage if memory is short.
 
   Args:
     case: CompileCase. What to compile.
     slice_: TpuSlice. The chips.
-    mesh: Mesh or None. Over the slice, by default along its torus.
+    mesh: Mesh or None. The mesh over the slice; by default along its torus.
 
   Raises:
-    MeshError: no such slice, or the mesh or the layout does not divide the model or the batch.
-    UserError: no libtpu, or the compiler refused the program for another reason than memory.
+    MeshError: There is no such slice, or the mesh or layout does not divide the model or batch.
+    UserError: libtpu is missing, or the compiler refused the program for another reason than
+      memory.
   """
   mesh = slices.slice_mesh(slice_, case.config) if mesh is None else mesh
   available = slices.available_bytes(slice_.kind)
@@ -96,7 +97,7 @@ def try_compile(
   def shortage(needed: int | None, message: str) -> Shortage:
     return Shortage(case, slice_, needed, available, weights, cache, message)
 
-  if weights + cache > available:  # the compiler would say the same, some seconds later
+  if weights + cache > available:  # saves the seconds that the compiler takes to refuse
     reason = 'weights and cache alone are more than a chip has: nothing was compiled'
     return shortage(weights + cache, reason)
   try:
@@ -114,11 +115,11 @@ def held_bytes(case: CompileCase, mesh: dict[str, int]) -> tuple[int, int]:
   """Return the bytes of (weights, cache) on each device, by arithmetic alone.
 
   Args:
-    case: CompileCase. What is held.
+    case: CompileCase. The case.
     mesh: dict. Axis -> size.
 
   Raises:
-    MeshError: the mesh does not divide the model, or the layout does not split the batch.
+    MeshError: The mesh does not divide the model, or the layout does not split the batch.
   """
   prefill, decode = case.layouts
   explained = explain_setting(
@@ -142,14 +143,14 @@ def held_bytes(case: CompileCase, mesh: dict[str, int]) -> tuple[int, int]:
 def alternatives(
   shortage: Shortage, compiled: Compile = try_compile, say: Say = quiet
 ) -> list[Alternative]:
-  """Return the nearest layout, the largest batch and the smallest slice that make a program fit.
+  """Return the nearest layout, largest batch and smallest slice that make a program fit.
 
-  Each kind has one alternative at most.
+  There is at most one alternative of each kind.
 
   Args:
-    shortage: Shortage. What does not fit.
+    shortage: Shortage. The program that does not fit.
     compiled: function. Compiles a case.
-    say: function. Hears what is being tried.
+    say: function. Called with lines of progress.
   """
   found = []
   for change, candidates in (
@@ -178,7 +179,7 @@ def _promising(case: CompileCase, slice_: TpuSlice, limit: int) -> bool:
 
 def _other_layouts(shortage: Shortage) -> _Candidates:
   case, limit = shortage.case, shortage.available
-  if case.kind.cache_decides:  # only a layout that holds less can help
+  if case.kind.cache_decides:  # only a layout with a smaller cache can help
     limit = min(limit, shortage.weights + shortage.cache)
   for text in case.kind.layouts:
     layout = Layout.parse(text)
@@ -188,15 +189,15 @@ def _other_layouts(shortage: Shortage) -> _Candidates:
 
 
 def _smaller_batches(shortage: Shortage) -> _Candidates:
-  """Yield smaller batches, from the largest that may fit, mostly by halves."""
+  """Yield smaller batches, from the largest that may fit, most of them halves."""
   case, batch = shortage.case, shortage.case.batch
   room = shortage.available - shortage.weights
   if room <= 0:
     return
-  # All but the weights is taken to grow with the rows.
+  # Everything except the weights is assumed to grow with the number of rows.
   needed = max(shortage.needed or 0, shortage.weights + shortage.cache) - shortage.weights
   most = int(batch * min(room / max(needed, 1), 0.999))
-  # A mesh most likely splits halves of the requested batch evenly.
+  # Halves of the requested batch are the most likely to be split evenly by a mesh.
   sizes = {batch >> i for i in range(1, batch.bit_length())} | {batch * 3 // 4}
   for size in sorted(sizes, reverse=True):
     if 0 < size <= max(most, 1):

@@ -13,19 +13,19 @@ class Instruction:
   """One line of a computation.
 
   Attributes:
-    name: str. Unique in its computation.
-    opcode: str. Such as 'fusion' or 'copy-start'.
-    shapes: tuple of ArrayShape. The arrays of the result; those of nested tuples in one row.
-    parts: tuple of int. How many arrays each element of a result tuple has; () for an array.
+    name: str. Name, unique within the computation.
+    opcode: str. The opcode, such as 'fusion' or 'copy-start'.
+    shapes: tuple of ArrayShape. The arrays of the result. Nested tuples are flattened.
+    parts: tuple of int. Number of arrays in each element of a result tuple; () for an array.
     operands: tuple of str. Names of instructions of the same computation.
-    argument: str. The text between the parentheses: a parameter's number, a constant's value.
+    argument: str. Text between the parentheses: a parameter's number, a constant's value.
     called: tuple of (role, computation name). Roles are body, condition, calls, to_apply, branch,
       and for a custom call 'custom'.
-    attributes: str. The text after the operands.
-    cycles: int or None. The compiler's estimate.
-    op_name: str. The name of the JAX operation that it comes from, or ''.
+    attributes: str. Text after the operands.
+    cycles: int or None. The cycles that the compiler estimates.
+    op_name: str. Name of the JAX operation that the instruction comes from, or ''.
     frame: int. The stack frame in the user's program (Module.functions), or 0.
-    is_root: bool. Whether its result is that of the computation.
+    is_root: bool. Whether the instruction's result is the computation's result.
   """
 
   name: str
@@ -47,7 +47,7 @@ class Instruction:
 
   @property
   def phase(self) -> str:
-    """'start', 'update' or 'done' of an asynchronous operation, else ''."""
+    """'start', 'update' or 'done' for an asynchronous operation, else ''."""
     head, _, tail = self.opcode.rpartition('-')
     return tail if head and tail in ('start', 'update', 'done') else ''
 
@@ -58,27 +58,27 @@ class Instruction:
 
   @property
   def results(self) -> tuple[ArrayShape, ...]:
-    """The arrays that come out, without operands and contexts that an async start holds."""
+    """The resulting arrays, without the operands and contexts that an async start also returns."""
     if self.phase != 'start':
       return self.shapes
     return self.element(0 if self.opcode == 'copy-start' else min(1, len(self.parts) - 1))
 
   def call(self, role: str) -> str | None:
-    """Return the name of the computation that is called in a role, or None."""
+    """Return the name of the computation called in a role, or None."""
     return next((name for r, name in self.called if r == role), None)
 
   @property
   def branches(self) -> tuple[str, ...]:
-    """Names of the computations of which a conditional runs one."""
+    """Names of a conditional's branches, which are computations."""
     return tuple(name for role, name in self.called if role == 'branch')
 
   def element(self, index: int) -> tuple[ArrayShape, ...]:
-    """Return the arrays of one element of the result tuple."""
+    """Return the arrays in one element of the result tuple."""
     first = sum(self.parts[:index])
     return self.shapes[first : first + self.parts[index]]
 
   def attribute(self, name: str) -> str:
-    """Return the text of `name=...`, a bare word or the inside of braces; '' if there is none."""
+    """Return the value of attribute `name`, a bare word or the inside of braces; '' if missing."""
     found = re.search(rf'(?:^|[ ,]){name}=([^ ,]*)', self.attributes)
     if not found:
       return ''
@@ -86,7 +86,7 @@ class Instruction:
     return rest[1 : closing_bracket(rest, 0) - 1] if rest.startswith('{') else found[1]
 
   def numbers(self, name: str) -> list[int]:
-    """Return the integers of an attribute such as `dimensions={0,2}`; [] where there is none."""
+    """Return the integers of an attribute such as `dimensions={0,2}`; [] if it is missing."""
     return [int(number) for number in self.attribute(name).split(',') if number]
 
 
@@ -116,12 +116,12 @@ class Computation:
 
   @property
   def roots(self) -> list[Instruction]:
-    """The instructions that give the results: the root, or the elements of a root tuple."""
+    """The instructions that produce the results: the root, or the elements of a root tuple."""
     return self.operands(self.root) if self.root.opcode == 'tuple' else [self.root]
 
   @functools.cached_property
   def parameters(self) -> tuple[Instruction, ...]:
-    """The parameters by their number."""
+    """The parameters in order of their number."""
     found = (i for i in self.instructions if i.opcode == 'parameter')
     return tuple(sorted(found, key=lambda i: int(i.argument)))
 
@@ -138,8 +138,8 @@ class Module:
 
   Attributes:
     computations: dict. Name -> computation.
-    entry: Computation. The one that the program starts with.
-    partitions: int. The number of devices that run it together.
+    entry: Computation. The computation that the program starts with.
+    partitions: int. Number of devices that run the program together.
     frames: dict. Stack frame -> (function, the calling frame or 0).
   """
 
@@ -154,10 +154,10 @@ class Module:
     return self.computations[name] if name else None
 
   def body(self, instruction: Instruction, role: str = 'calls') -> Computation:
-    """Return the computation that an instruction must call: a fusion's, a loop's.
+    """Return the computation that an instruction must call, such as a fusion or a loop.
 
     Raises:
-      HloError: the instruction calls none in this role.
+      HloError: The instruction calls no computation in this role.
     """
     found = self.called(instruction, role)
     if found is None:
@@ -181,7 +181,7 @@ class Module:
         yield from self.inside(inner)
 
   def home(self, instruction: Instruction, likely: Computation) -> Computation:
-    """Return the computation that an instruction stands in, which may be `likely`."""
+    """Return the computation that contains an instruction; `likely` is tried first."""
     candidates = (likely, *self.computations.values())
     return next(c for c in candidates if c.by_name.get(instruction.name) is instruction)
 

@@ -1,8 +1,9 @@
-"""Reading the text of a compiled program, `compiled.as_text()`.
+"""Parser for the text of a compiled program, `compiled.as_text()`.
 
 A scheduled module lists each computation's instructions in the order in which they run. The TPU
-compiler adds to fusions, copies and convolutions the cycles that it expects (`estimated_cycles`),
-and to every array its layout: the dimensions from minor to major, the tiles, and the memory space.
+compiler annotates fusions, copies and convolutions with the cycles that it expects
+(`estimated_cycles`), and every array with its layout: dimensions from minor to major, tiles, and
+memory space.
 """
 
 import re
@@ -24,7 +25,7 @@ _OP_NAME = re.compile(r'metadata=\{[^}]*?op_name="((?:[^"\\]|\\.)*)"')
 _FRAME = re.compile(r'\bstack_frame_id=(\d+)')
 _TABLE_ROW = re.compile(r'^(\d+) (?:"(.*)"|\{(.*)\})$')
 
-# A table at the head of a module: number -> a text, or the fields of a row.
+# A table at the head of a module: number -> text, or number -> fields.
 _Tables = dict[str, dict[int, str | dict[str, str]]]
 
 
@@ -35,7 +36,7 @@ def parse_hlo(text: str) -> Module:
     text: str. `compiled.as_text()`.
 
   Raises:
-    HloError: no entry computation, or a line that is no instruction.
+    HloError: There is no entry computation, or a line is not an instruction.
   """
   computations: dict[str, Computation] = {}
   name, entry, table = None, None, ''
@@ -58,7 +59,7 @@ def parse_hlo(text: str) -> Module:
       table = line.strip()
   if entry is None:
     raise HloError(
-      'this is no compiled program: it has no ENTRY computation (pass compiled.as_text())'
+      'this is not a compiled program: it has no ENTRY computation (pass compiled.as_text())'
     )
   partitions = re.search(r'\bnum_partitions=(\d+)', text)
   frames = _frames(tables)
@@ -77,7 +78,7 @@ def _frames(tables: _Tables) -> dict[int, tuple[str, int]]:
     location = field('StackFrames', number, 'file_location_id')
     function = field('FileLocations', location, 'function_name_id')
     name = tables.get('FunctionNames', {}).get(function, '')
-    # The table writes the caller's number plus 1, so that the outermost frame has a number.
+    # The table has the caller's number plus 1, so that 0 can mean the outermost frame.
     found[number] = (str(name), field('StackFrames', number, 'parent_frame_id', 1) - 1)
   return found
 

@@ -1,4 +1,4 @@
-"""How often each instruction of a compiled program runs: loops multiply by their trip counts."""
+"""The number of times each instruction of a compiled program runs, from loops' trip counts."""
 
 from collections.abc import Iterator
 import dataclasses
@@ -9,26 +9,27 @@ from t5x_inference_ext.precompile.hlo import Computation, Instruction, Module
 _KNOWN = re.compile(r'"known_trip_count":\{"n":"?(\d+)"?\}')
 # Operations whose result has the value of their first operand.
 _SAME_VALUE = ('copy', 'bitcast', 'reshape', 'convert', 'broadcast', 'bitcast-convert')
-# a < b is b > a: directions with their sides exchanged.
+# Direction of a comparison -> direction with the sides exchanged: a < b is b > a.
 _TURNED = {'LT': 'GT', 'GT': 'LT', 'LE': 'GE', 'GE': 'LE', 'NE': 'NE', 'EQ': 'EQ'}
 
-# A loop with the computation that it stands in.
+# A loop, after the computation that contains it.
 _Loop = tuple[Computation, Instruction]
-# Nested computations, the innermost last, each with the fusion of the one before that calls it.
-# The first has none: its parameter is the loop's state.
+# Nested computations, innermost last, each with the fusion in the previous one that calls it. The
+# first has no fusion: its parameter is the loop's state.
 _Stack = list[tuple[Computation, Instruction | None]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Executed:
-  """An instruction, and how often one run of the program executes it.
+  """An instruction, and the number of times that one run of the program executes it.
 
   Attributes:
-    instruction: Instruction. The one that runs.
-    computation: Computation. Where it stands.
-    times: int. Number of runs; a loop of unknown length counts once.
-    loops: tuple of str. The while instructions around it, the outermost first.
-    branches: tuple of (conditional, branch number) around it. Of each conditional one branch runs.
+    instruction: Instruction. The instruction.
+    computation: Computation. The computation that contains it.
+    times: int. Number of executions; a loop of unknown length counts once.
+    loops: tuple of str. The while instructions around it, outermost first.
+    branches: tuple of (conditional, branch number). The branches that contain it. Only one branch
+      of each conditional runs.
   """
 
   instruction: Instruction
@@ -40,7 +41,7 @@ class Executed:
 
 @dataclasses.dataclass(frozen=True)
 class _Value:
-  """A scalar: an element of the loop's state (or None) plus a constant."""
+  """A scalar: an element of the loop's state (or None for 0) plus a constant."""
 
   element: int | None
   constant: int
@@ -49,7 +50,7 @@ class _Value:
 def executed(module: Module) -> tuple[list[Executed], list[str]]:
   """Return every instruction that runs by itself, in order, and the loops of unknown length.
 
-  Instructions inside fusions are not listed: the fusion is.
+  A fusion is listed, the instructions inside it are not.
   """
   unknown: list[str] = []
 
@@ -82,18 +83,18 @@ def executed(module: Module) -> tuple[list[Executed], list[str]]:
 def trip_count(
   module: Module, computation: Computation, loop: Instruction, outer: tuple[_Loop, ...] = ()
 ) -> int | None:
-  """Return how often a while instruction turns, or None where the text does not tell.
+  """Return the number of turns of a while instruction, or None if the text does not determine it.
 
-  The compiler's own note counts, where there is one. Else the condition tells: it compares one
-  element of the state, which starts at a constant and which the body moves by a constant, with
+  If the compiler has noted the number, that is used. Otherwise the condition is: it compares an
+  element of the state, which starts at a constant and changes by a constant in every turn, with
   another constant.
 
   Args:
     module: Module. The program.
-    computation: Computation. Where the loop stands.
+    computation: Computation. The computation that contains the loop.
     loop: Instruction. The while instruction.
-    outer: tuple of (computation, loop). The loops around it, the innermost first: constants may
-      come in through their state.
+    outer: tuple of (computation, loop). The loops around it, innermost first. Constants may be
+      passed in through their state.
   """
   if known := _KNOWN.search(loop.attributes):
     return int(known[1])
@@ -121,13 +122,13 @@ def _turns(direction: str, distance: int, step: int) -> int | None:
   if direction == 'NE':
     return distance // step if distance % step == 0 and distance // step >= 0 else None
   if (direction in ('LT', 'LE')) != (step > 0):
-    return None  # the counter walks away from its bound
+    return None  # the counter moves away from its bound
   distance += {'LE': 1, 'GE': -1}.get(direction, 0)
   return max(0, -(-distance // step))
 
 
 def _comparison(module: Module, stack: _Stack, name: str) -> tuple[str, _Value, _Value] | None:
-  """Return (direction, left, right) of the comparison that a condition's root makes, or None."""
+  """Return (direction, left, right) of the comparison at a condition's root, or None."""
   i = stack[-1][0][name]
   if i.opcode == 'fusion':
     inner = module.body(i)
@@ -141,9 +142,9 @@ def _comparison(module: Module, stack: _Stack, name: str) -> tuple[str, _Value, 
 
 
 def _value(module: Module, stack: _Stack, name: str) -> _Value | None:
-  """Return the scalar that a name of the innermost computation stands for.
+  """Return the scalar that a name in the innermost computation stands for.
 
-  None: it is neither an element of the loop's state nor a constant.
+  Return None if it is neither an element of the loop's state nor a constant.
   """
   where, fusion = stack[-1]
   i = where[name]
@@ -176,14 +177,14 @@ def _sum(opcode: str, a: _Value | None, b: _Value | None) -> _Value | None:
 
 
 def _after_turn(module: Module, body: Computation, element: int) -> _Value | None:
-  """Return the value that a turn of a loop's body gives an element of its state, if it is known."""
+  """Return the value of a state element after one turn of the loop's body, or None if unknown."""
   if body.root.opcode != 'tuple':
     return None
   return _value(module, [(body, None)], body.root.operands[element])
 
 
 def _moves_by(module: Module, body: Computation, value: _Value) -> int:
-  """Return by how much a turn moves a value: 0 if it leaves it alone or moves it unpredictably."""
+  """Return how far one turn moves a value; 0 if it does not move, or unpredictably."""
   if value.element is None:
     return 0
   after = _after_turn(module, body, value.element)
@@ -197,7 +198,7 @@ def _start(
   value: _Value,
   outer: tuple[_Loop, ...],
 ) -> int | None:
-  """Return the number that a value has when the loop starts, or None if it is not known."""
+  """Return the number that a value has when the loop starts, or None if unknown."""
   if value.element is None:
     return value.constant
   state = computation[loop.operands[0]]
@@ -208,7 +209,7 @@ def _start(
     return None
   if found.element is None:
     return found.constant + value.constant
-  # The value comes in through the state of the loop around this one, which must not change it.
+  # The value comes in through the state of the surrounding loop, which must not change it.
   if not outer or _after_turn(module, computation, found.element) != _Value(found.element, 0):
     return None
   (around, enclosing), *rest = outer

@@ -1,4 +1,4 @@
-"""A chip's memory under a compiled program, as the compiler counts it."""
+"""The memory of a chip that a compiled program takes, as reported by the compiler."""
 
 import dataclasses
 import math
@@ -10,15 +10,15 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class CompiledMemory:
-  """Bytes on one chip.
+  """Bytes on one chip, for one program.
 
   Attributes:
     weights: int. The weights, which are arguments.
-    cache: int. The KV cache where it is an argument, or the result of a prefill. A whole generation
-      has it among its temporaries.
-    other: int. Tokens, lengths and logits that go in and out, and the program's code.
-    temporaries: int. What the program needs besides while it runs.
-    available: int or None. What a program may take in all; None where nobody says (CPU).
+    cache: int. The KV cache if it is an argument, or a prefill's result. A whole generation has its
+      cache among the temporaries.
+    other: int. Tokens, lengths and logits that are arguments or results, and the program's code.
+    temporaries: int. Further memory that the program needs while it runs.
+    available: int or None. Memory that a program may take in all; None if unknown (CPU).
   """
 
   weights: int
@@ -37,13 +37,13 @@ def memory_of(
 ) -> CompiledMemory:
   """Return the compiler's account of a program's memory.
 
-  `other` is what the compiler's sum has beyond the plain bytes of weights and cache.
+  `other` is the compiler's sum minus the plain bytes of weights and cache.
 
   Args:
-    phase: str. The program's phase, of phases.COMPILE_PHASES.
-    arguments: tuple of trees. What the program was lowered with: weights first, then the cache or
-      what holds it.
-    compiled: the program.
+    phase: str. The program's phase, one of phases.COMPILE_PHASES.
+    arguments: tuple of trees. The arguments that the program was lowered with: weights first, then
+      the cache or its container.
+    compiled: The compiled program.
     available: int or None. Bytes that a program may take on a chip.
   """
   found: Any = compiled.memory_analysis()
@@ -63,7 +63,7 @@ def memory_of(
 
 
 def shard_bytes(tree: Any) -> int:
-  """Return the bytes that one device holds of a tree of arrays, or of shapes with shardings."""
+  """Return the bytes on one device of a tree of arrays, or of shapes with shardings."""
   return sum(
     math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize
     for x in jax.tree.leaves(tree)

@@ -1,4 +1,4 @@
-"""The cost of each instruction of a compiled program, alone: kind, bytes, FLOPs, serial time."""
+"""The cost of each instruction of a compiled program by itself: kind, bytes, FLOPs, time."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -22,7 +22,7 @@ MATMUL, ATTENTION, COPY, RELAYOUT, COLLECTIVE, OTHER = OPERATION_KINDS = (
   'other',
 )
 
-# Functions that attend: this package's attend, flaxformer's and flax's dot_product_attention.
+# Functions of attention: this package's attend, flaxformer's and flax's dot_product_attention.
 _ATTENDS = re.compile(r'(?:^|\.)_?(?:attend|dot_product_attention\w*)(?:\.|$)')
 _COPIES = ('copy', 'slice', 'dynamic-slice', 'dynamic-update-slice', 'concatenate', 'pad')
 _RELAYOUTS = ('transpose', 'reshape')
@@ -34,22 +34,22 @@ class OperationCost:
   """The cost of one instruction in one run of the program.
 
   Attributes:
-    name: str. The instruction.
+    name: str. Name of the instruction.
     opcode: str. Its opcode.
-    op_name: str. The JAX operation that it comes from, or ''.
+    op_name: str. Name of the JAX operation that it comes from, or ''.
     kind: str. One of OPERATION_KINDS. 'matmul': a matrix product outside attention. 'attention':
-      anything that attention runs. 'copy': moves bytes and keeps their layout. 'relayout': moves
-      bytes into another layout.
+      anything inside attention. 'copy': moves bytes and keeps their layout. 'relayout': moves bytes
+      into another layout.
     count: int. Number of runs.
-    seconds: float. Time of all runs together, in the serial estimate.
+    seconds: float. Total time of all runs in the serial estimate.
     hidden_seconds: float. The part of `seconds` that the schedule hides behind compute.
-    bytes: int. Bytes read and written in one run; for a collective, those that its time is counted
-      from.
-    flops: int. FLOPs of the matrix products of one run.
-    estimated: bool. The time is the compiler's cycles.
-    in_layer_loop: bool. The instruction runs inside the longest loop, or a loop within it.
-    collective: HloCollective or None. What it sends.
-    functions: tuple of str. Functions of the user's program around it, the innermost first.
+    bytes: int. Bytes read and written in one run; for a collective, the bytes that its time is
+      computed from.
+    flops: int. FLOPs of the matrix products in one run.
+    estimated: bool. Whether the time comes from the compiler's cycles.
+    in_layer_loop: bool. Whether it runs inside the longest loop, or a loop within that one.
+    collective: HloCollective or None. The collective that it runs.
+    functions: tuple of str. Functions of the user's program around it, innermost first.
   """
 
   name: str
@@ -70,13 +70,13 @@ class OperationCost:
 def operation_cost(
   module: Module, run: Executed, chip: Chip, slice_: TpuSlice, mesh: Mapping[str, int]
 ) -> OperationCost:
-  """Return what an instruction costs with nothing overlapped.
+  """Return the cost of an instruction, with nothing overlapped.
 
   Args:
     module: Module. The program.
     run: Executed. The instruction, and how often it runs.
-    chip: hardware.Chip. Rates of a chip.
-    slice_: TpuSlice. Its torus carries the collectives.
+    chip: hardware.Chip. The rates of a chip.
+    slice_: TpuSlice. The slice whose torus carries the collectives.
     mesh: mapping of axis to size, in the order of the devices.
   """
   i = run.instruction
@@ -108,7 +108,7 @@ def operation_cost(
 
 
 def _prefetches(module: Module, i: Instruction) -> bool:
-  """Return whether an instruction starts an async copy, or slice, into on-chip memory."""
+  """Return whether an instruction starts an async copy or slice into on-chip memory."""
   if i.phase != 'start':
     return False
   body = module.called(i)
@@ -118,7 +118,7 @@ def _prefetches(module: Module, i: Instruction) -> bool:
 
 
 def _kind(module: Module, computation: Computation, i: Instruction, work: int) -> str:
-  # A fusion takes its name from its root: what it multiplies says more.
+  # A fusion is named after its root, but the product in it tells more about its origin.
   product = next((p for p in module.inside(i) if p.opcode in ('dot', 'convolution')), i)
   if any(_ATTENDS.search(f) for f in (*module.functions(product), *module.functions(i))):
     return ATTENTION

@@ -1,4 +1,4 @@
-"""The phases that precompile compiles: one table for flags, layouts and reports."""
+"""The phases that precompile compiles, in one table for flags, layouts and reports."""
 
 import dataclasses
 
@@ -8,18 +8,19 @@ _PREFILL_LAYOUTS = ('ws_2d/batch', 'ws_2d/heads', 'wg_x/batch', 'wg_xy/batch', '
 
 @dataclasses.dataclass(frozen=True)
 class CompilePhase:
-  """A phase, as flags, the search for layouts and reports need it.
+  """A phase: its properties for flags, for the search for layouts, and for reports.
 
   Attributes:
-    help: str. The phase in a few words, for `--help`.
-    beside: str. The other phase's part, for reports: a format of prefill, decode and new_tokens.
-    layouts: tuple of str. Layouts that are tried, in this order, where none is asked for
-      (docs/layouts.md says which is for what).
+    help: str. A short description, for `--help`.
+    beside: str. A format for reports that describes the other phase, with fields prefill, decode
+      and new_tokens.
+    layouts: tuple of str. Layouts to try, in this order, if none is requested (docs/layouts.md says
+      what each is good for).
     unit: str. Name of one pass, whose time is reported: a step, a chunk.
-    one_token: bool. Each row takes one token a pass, so that there is no prompt length T.
-    slot_refill: bool. Part of slot refill (engine.slots); the others belong to static batches.
-    cache_decides: bool. Layouts differ in what the cache takes, not in temporaries: only a layout
-      that holds less can make a program fit.
+    one_token: bool. Whether each row takes one token per pass, so that there is no prompt length T.
+    slot_refill: bool. Whether the phase belongs to slot refill (engine.slots), not static batches.
+    cache_decides: bool. Whether layouts differ in the cache's size, not in temporaries. Then only a
+      layout with a smaller cache can make a program fit.
   """
 
   help: str
@@ -47,14 +48,14 @@ COMPILE_PHASES = {
     unit='prefill',
   ),
   'generate': CompilePhase(
-    help='all that infer runs for a static batch, to be saved',
+    help='the whole generation of a static batch, for infer to run',
     beside='decode in {decode}, {new_tokens} new tokens',
-    # How often its loop turns is known only when it runs, so that no estimate could choose.
+    # The number of its loop's turns is known only at run time, so an estimate could not choose.
     layouts=('ws_2d/batch',),
     unit='step',
   ),
   'extend': CompilePhase(
-    help='the next chunk of prompts, on a cache of what came before',
+    help='the next chunk of prompts, after a cache of the earlier ones',
     beside='a chunk, on a cache in the same',
     layouts=_PREFILL_LAYOUTS,
     unit='chunk',

@@ -29,12 +29,12 @@ class Program:
   """A compiled phase.
 
   Attributes:
-    case: CompileCase. What was compiled.
-    mesh: Mesh. The devices that it is for.
-    compiled: jax.stages.Compiled, with as_text(), memory_analysis() and cost_analysis().
-    arguments: tuple of trees of ShapeDtypeStruct with shardings. What it takes.
+    case: CompileCase. The case that was compiled.
+    mesh: Mesh. The mesh that it was compiled for.
+    compiled: jax.stages.Compiled. Has as_text(), memory_analysis() and cost_analysis().
+    arguments: tuple of trees of ShapeDtypeStruct with shardings. Shapes of its arguments.
     memory: CompiledMemory. Bytes on one chip.
-    seconds: float. Time that compiling took.
+    seconds: float. Seconds that compiling took.
   """
 
   case: CompileCase
@@ -49,7 +49,7 @@ class Program:
     """The scheduled HLO after partitioning.
 
     Raises:
-      RequestError: neither jaxlib nor the compiler writes this program as text.
+      RequestError: Neither jaxlib nor the compiler can write this program as text.
     """
     try:
       return self.compiled.as_text() or ''
@@ -58,16 +58,16 @@ class Program:
         return text
       reason = str(e).splitlines()[0]
       raise RequestError(
-        f'{self.case.phase} in {self.case.layout} was compiled, but this jaxlib writes no text of '
-        f'it to make the report from ({reason}): ask for another layout or batch'
+        f'{self.case.phase} in {self.case.layout} was compiled, but this jaxlib cannot write the '
+        f'text that the report is made from ({reason}): ask for another layout or batch'
       ) from e
 
 
 def _dumped_text(case: CompileCase, mesh: Mesh) -> str | None:
-  """Compile once more; return the text that the compiler itself leaves, or None.
+  """Compile once more, and return the text that the compiler itself dumps, or None.
 
-  jaxlib can't read all that a newer compiler makes, such as the lookups that v5p and v6e leave to
-  sparse cores.
+  jaxlib can't read everything that a newer compiler produces, such as lookups that v5p and v6e run
+  on sparse cores.
   """
   function, arguments = phase_function(case, mesh)
   with tempfile.TemporaryDirectory() as directory:
@@ -79,16 +79,17 @@ def _dumped_text(case: CompileCase, mesh: Mesh) -> str | None:
 
 
 def compile_case(case: CompileCase, mesh: Mesh, available: int | None = None) -> Program:
-  """Compile a phase for a mesh, whose devices need not be here.
+  """Compile a phase for a mesh. The devices need not exist on this machine.
 
   Args:
     case: CompileCase. What to compile.
     mesh: Mesh with axes x, y, z.
-    available: int or None. Bytes that a program may take on a chip: kept in the program's memory.
+    available: int or None. Bytes of a chip that a program may take, kept in Program.memory.
 
   Raises:
-    MeshError: the mesh does not divide the model, or the layout can't split the batch.
-    jax.errors.JaxRuntimeError: the compiler refused; RESOURCE_EXHAUSTED is for want of memory.
+    MeshError: The mesh does not divide the model, or the layout can't split the batch.
+    jax.errors.JaxRuntimeError: The compiler refused the program; with RESOURCE_EXHAUSTED, for lack
+    of memory.
   """
   function, arguments = phase_function(case, mesh)
   start = time.monotonic()
@@ -101,7 +102,7 @@ def compile_case(case: CompileCase, mesh: Mesh, available: int | None = None) ->
 def phase_function(case: CompileCase, mesh: Mesh) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
   """Return the jitted function of a phase, and the shapes of its arguments.
 
-  decode: (weights, cache, tokens [B]) -> (next tokens [B], cache), the cache in place.
+  decode: (weights, cache, tokens [B]) -> (next tokens [B], cache), updating the cache in place.
   prefill: (weights, tokens [B, T], lengths [B]) -> (next tokens [B], cache).
   generate: (weights, tokens [B, T], lengths [B], seeds [B]) -> engine.static_batch.Generation.
   extend, slots, admit: see slot_programs.slot_program.
@@ -119,7 +120,7 @@ def phase_function(case: CompileCase, mesh: Mesh) -> tuple[jax.stages.Wrapped, t
 
   def choose(logits: jax.Array) -> jax.Array:
     tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    # Whole on every device: the next step's embedding takes them so.
+    # Whole on every device, as the next step's embedding needs them.
     return jax.lax.with_sharding_constraint(tokens, whole)
 
   if case.phase == 'prefill':
@@ -142,15 +143,15 @@ def phase_function(case: CompileCase, mesh: Mesh) -> tuple[jax.stages.Wrapped, t
 
 
 def abstract_weights(model: Model, weights: str, stacked: bool = True) -> Weights:
-  """Return the shapes and shardings of a model's weights, as checkpoints.load would make them.
+  """Return the shapes and shardings of a model's weights, as checkpoints.load makes them.
 
   Args:
     model: Model. Decides mesh and layout.
     weights: str. 'int8', or anything else for the compute dtype.
-    stacked: bool. One array for all layers.
+    stacked: bool. Whether one array holds all layers.
 
   Raises:
-    MeshError: the mesh does not divide the model.
+    MeshError: The mesh does not divide the model.
   """
   tensors = packed_tensors(
     model.config, model.prefill_layout, dict(model.mesh.shape), weights == 'int8'
@@ -167,10 +168,10 @@ def abstract_weights(model: Model, weights: str, stacked: bool = True) -> Weight
 
 
 def abstract_decode_cache(model: Model, weights: Weights, batch: int, context: int) -> KVCache:
-  """Return the shapes and shardings of the cache of a decode step: those that a prefill makes.
+  """Return the shapes and shardings of a decode step's cache, as a prefill makes it.
 
   Raises:
-    MeshError: rows that the decode layout can't split.
+    MeshError: The decode layout can't split the rows.
   """
 
   def prefilled_cache(weights: Weights, tokens: jax.Array, lengths: jax.Array) -> KVCache:

@@ -1,6 +1,6 @@
-"""Weights and KV caches that a program writes to HBM again.
+"""Copies of weights and KV caches: instructions that write them to HBM again.
 
-The stored layout of weights and caches should make such copies needless.
+Such copies should not be needed, because of the layout in which weights and caches are stored.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from t5x_inference_ext.precompile.work import in_place
 
 # Opcodes that write their result to memory.
 _MATERIALISES = REARRANGES | {'fusion', 'select', 'multiply'}
-# Opcodes that keep the elements of what they move; and the same inside a fusion.
+# Opcodes that keep the values of the elements they move; and the ones allowed inside a fusion.
 _CUTS = frozenset(('copy', 'slice', 'dynamic-slice', 'pad'))
 _MOVED_WHOLE = _CUTS | {'bitcast', 'fusion'}
 
@@ -22,12 +22,12 @@ class WeightCopy:
   """An instruction that writes a weight or a cache, or a slice of one, to HBM again.
 
   Attributes:
-    name: str. The instruction.
-    computation: str. Where it stands.
-    sources: tuple of str. The weights and caches that it copies, as the program names them.
-    result: ArrayShape. What it writes.
-    relaid: bool. The order of dimensions, the tiles or the element type changes; a mere slice
-      changes none.
+    name: str. Name of the instruction.
+    computation: str. Name of the computation that contains it.
+    sources: tuple of str. Names of the weights and caches that it copies.
+    result: ArrayShape. The array that it writes.
+    relaid: bool. Whether it changes the order of dimensions, the tiles or the element type. Plain
+      slices change none of these.
   """
 
   name: str
@@ -40,12 +40,12 @@ class WeightCopy:
 def weight_copies(module: Module, smallest: int = 2**18) -> list[WeightCopy]:
   """Return every executed instruction that writes a weight or cache to HBM again.
 
-  Copies to on-chip memory, asynchronous copies, the results of collectives and in-place updates are
-  not among them.
+  Not included are copies to on-chip memory, asynchronous copies, results of collectives, and
+  in-place updates.
 
   Args:
     module: Module. The program.
-    smallest: int. Bytes below which nothing counts.
+    smallest: int. Smallest size in bytes that counts.
   """
   flow = follow_weights(module, smallest)
   found = []
@@ -63,10 +63,10 @@ def weight_copies(module: Module, smallest: int = 2**18) -> list[WeightCopy]:
 
 
 def relays(before: ArrayShape, after: ArrayShape) -> bool:
-  """Return whether two arrays lie differently in memory.
+  """Return whether two arrays have different layouts in memory.
 
-  They have another order of dimensions or, where sizes are equal, other tiles. Dimensions of size 1
-  don't count; where one array has fewer dimensions, the other's first ones are those it lacks.
+  They have if their orders of dimensions differ or, for equal sizes, their tiles. Dimensions of
+  size 1 are ignored. If one array has fewer dimensions, it lacks the other's first ones.
   """
   if len(before.dims) == len(after.dims):
     wide = [d for d in after.minor_to_major if before.dims[d] != 1 and after.dims[d] != 1]
@@ -84,7 +84,7 @@ def _relays(module: Module, computation: Computation, i: Instruction) -> bool:
   if _changes(module, computation, i):
     return True
   if i.opcode == 'fusion':
-    # A fusion's intermediate cuts and copies never reach memory: only its ends count.
+    # Cuts and copies within a fusion never reach memory: only its operands and results count.
     body = module.body(i)
     ends = [end for end in body.roots if end.opcode in _MOVED_WHOLE]
     return any(relays(_origin(body, end).shapes[0], end.shapes[0]) for end in ends)
@@ -113,6 +113,6 @@ def _origin(body: Computation, i: Instruction) -> Instruction:
 
 
 def _order(shape: ArrayShape) -> list[int]:
-  """Return the dimensions of more than one element from the fastest, each counted from the last."""
+  """Return the dimensions longer than 1, fastest first, each counted from the last dimension."""
   wide = [d for d, n in enumerate(shape.dims) if n != 1]
   return [len(wide) - 1 - wide.index(d) for d in shape.order]

@@ -12,7 +12,7 @@ from t5x_inference_ext.precompile.summary import collective_rows, grouped_operat
 from t5x_inference_ext.sharding.mesh import mesh_links, mesh_text
 from t5x_inference_ext.text_format import binary_bytes, gib, microseconds, milliseconds
 
-LONGEST = 8  # rows of operations in the text; JSON has all
+LONGEST = 8  # rows of operations in the text; the JSON report has all
 _COLUMNS = 120
 
 
@@ -58,7 +58,7 @@ def _tried(answer: Answer) -> Iterator[str]:
   if not answer.tried:
     return
   results = '; '.join(map(_result, answer.tried))
-  chosen = 'has the least estimated time' if answer.fits else 'is the nearest to fitting'
+  chosen = 'has the smallest estimated time' if answer.fits else 'is the nearest to fitting'
   as_loops = any(t.stacked for t in answer.tried) and not answer.case.stacked
   yield from _wrap(
     f'layout: none given; {answer.case.layout} {chosen} of {results}'
@@ -92,22 +92,22 @@ def _time(answer: Answer) -> Iterator[str]:
   case, (_, found), limits = answer.case, answer.compiled, time_bounds(answer)
   serial, overlapped = found.serial_seconds, found.overlapped_seconds
   yield ''
-  if case.phase == 'generate':  # how many steps it takes, only the run tells
+  if case.phase == 'generate':  # the number of steps is known only at run time
     yield (
       f'time: {milliseconds(serial)} for the prefill and one decode step, with nothing overlapped; '
-      '--phase=decode tells the time of each step'
+      '--phase=decode gives the time of each step'
     )
     return
   once = ''
   if case.phase == 'slots':
     rest = milliseconds(serial - found.turn_seconds[0])
     serial, overlapped = found.turn_seconds
-    once = f'; beside the steps, each call takes {rest} once'
+    once = f'; in addition, each call takes {rest} once'
   time = (
     f'time: {milliseconds(serial)} a {case.kind.unit} with nothing overlapped, '
     f'{milliseconds(overlapped)} with what the schedule overlaps{once}'
   )
-  if case.phase == 'admit':  # it moves what is there: no bound applies
+  if case.phase == 'admit':  # it only moves data, so no bound applies
     yield time
     return
   yield f'{time}; {_between(case.tokens, serial, overlapped, ",.0f")} tokens/s'
@@ -124,7 +124,7 @@ def _time(answer: Answer) -> Iterator[str]:
 
 
 def _between(value: float, serial: float, overlapped: float, form: str) -> str:
-  """Return a value over both times, once where they give the same text."""
+  """Return a value relative to both times, once if they give equal text."""
   low, high = f'{value / serial:{form}}', f'{value / overlapped:{form}}'
   return low if low == high else f'{low} to {high}'
 
@@ -150,7 +150,7 @@ def _operations(found: Estimate) -> Iterator[str]:
 
 
 def _origin(c: OperationCost) -> str:
-  """Return where an operation comes from: its name, function and JAX operation."""
+  """Return the origin of an operation: its name, function and JAX operation."""
   function = f' in {c.functions[0]}' if c.functions and c.functions[0] else ''
   tail = f' ({"/".join(c.op_name.split("/")[-2:])})' if c.op_name else ''
   return f'{c.name}{function}{tail}'[:56]
@@ -178,7 +178,8 @@ def _remarks(answer: Answer) -> Iterator[str]:
   yield ''
   yield (
     f'copies and layout changes: {milliseconds(moved)}, {moved / found.serial_seconds:.1%}; '
-    f'weights and caches laid out anew in HBM: {len(found.offending_relayouts) or "none"}'
+    f'weights and caches copied to another layout in HBM: '
+    f'{len(found.offending_relayouts) or "none"}'
   )
   for copy in found.offending_relayouts:
     yield from _wrap(
@@ -186,17 +187,17 @@ def _remarks(answer: Answer) -> Iterator[str]:
       f'({binary_bytes(copy.result.bytes)})',
       '    ',
     )
-  # The loop of 'slots' takes as many steps as the run asks for: the times above are of one.
+  # The loop of 'slots' runs as many steps as the call asks for: the times above are for one step.
   for loop in found.unknown_loops[answer.case.phase == 'slots' :]:
     yield (
-      f'  ! the program does not tell how often the loop {loop} turns: it counts once, and the '
+      f'  ! the trip count of loop {loop} is not in the program: it counts once, so the '
       'times above are too short'
     )
 
 
 def _shortage(answer: Answer, s: Shortage) -> Iterator[str]:
   yield ''
-  needed = f'{gib(s.needed)} GiB are needed' if s.needed else 'more is needed than there is'
+  needed = f'{gib(s.needed)} GiB are needed' if s.needed else 'more is needed than is available'
   rest = f', the rest {gib(s.needed - s.weights - s.cache)}' if s.needed else ''
   yield (
     f'does not fit: {needed} on each chip and {gib(s.available)} GiB are available: weights '
@@ -205,7 +206,7 @@ def _shortage(answer: Answer, s: Shortage) -> Iterator[str]:
   yield from _wrap(f'  {s.message}', '  ')
   yield ''
   if not answer.alternatives:
-    yield 'no other layout, smaller batch or larger slice that was tried would do'
+    yield 'no other layout, smaller batch or larger slice that was tried fits'
   for a in answer.alternatives:
     case, m = a.program.case, a.program.memory
     value = {'layout': case.layout, 'batch': case.batch, 'slice': a.slice}[a.change]
@@ -214,7 +215,7 @@ def _shortage(answer: Answer, s: Shortage) -> Iterator[str]:
 
 
 def _share(part: float, whole: float, form: str) -> str:
-  """Return a share of a whole as a percentage; a share above 1 is an error of what was counted."""
+  """Return a part's share of a whole as a percentage; above 1, the count was wrong."""
   return f'{part / whole:{form}}' if part <= whole else 'above 100%: an error of the count'
 
 

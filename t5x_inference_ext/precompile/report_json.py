@@ -1,4 +1,4 @@
-"""The report of a compilation as JSON: everything, in seconds and bytes of one chip."""
+"""The report of a compilation as JSON: all numbers, in seconds and bytes of one chip."""
 
 import dataclasses
 from typing import Any

@@ -49,7 +49,7 @@ def precompile(
     Whether the program fits.
 
   Raises:
-    UserError: see analysis.analyze; or a file that can't be written.
+    UserError: See analysis.analyze; or a file can't be written.
   """
   check_writable(json_file, hlo_file, save_file)
   answer = analyze(

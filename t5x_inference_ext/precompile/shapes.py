@@ -1,4 +1,4 @@
-"""Arrays of a compiled program as its text writes them: bf16[64,4608]{1,0:T(8,128)(2,1)S(3)}."""
+"""Arrays in the text of a compiled program, such as bf16[64,4608]{1,0:T(8,128)(2,1)S(3)}."""
 
 import dataclasses
 import functools
@@ -11,13 +11,13 @@ HBM, HOST = 0, 5
 
 _ARRAY = re.compile(r'([a-z]\w*)\[([0-9<=,\s]*)\](?:\{([^{}]*)\})?')
 _COMMENT = re.compile(r'/\*.*?\*/')
-# The bits of an element stand in its type's name: bf16, s8, f8e4m3fn. These have none there.
+# Most element types have their bits in their name: bf16, s8, f8e4m3fn. The others are listed here.
 _NUMBERED = re.compile(r'(?:[suc]|bf|f)(\d+)(?:e\d+m\d+\w*)?')
 _UNNUMBERED = {'pred': 8, 'token': 0, 'opaque': 0}
 
 
 class HloError(UserError):
-  """Compiled text that this reader does not understand."""
+  """The compiled text has a form that this parser does not understand."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +27,9 @@ class ArrayShape:
   Attributes:
     dtype: str. XLA's name of the element type, such as 'bf16'.
     dims: tuple of int. Sizes of the dimensions.
-    minor_to_major: tuple of int. The dimensions as they lie in memory, the fastest first.
-    tiles: str. The tiling as the text writes it: 'T(8,128)(2,1)'.
-    space: int. The memory: 0 is HBM, 5 the host's, others are on chip.
+    minor_to_major: tuple of int. The dimensions in memory order, fastest first.
+    tiles: str. The tiling as in the text: 'T(8,128)(2,1)'.
+    space: int. The memory: 0 is HBM, 5 the host's; others are on-chip.
   """
 
   dtype: str
@@ -53,7 +53,7 @@ class ArrayShape:
 
   @property
   def order(self) -> tuple[int, ...]:
-    """`minor_to_major` without dimensions of size 1, whose place means nothing."""
+    """`minor_to_major` without dimensions of size 1, whose position has no meaning."""
     return tuple(d for d in self.minor_to_major if self.dims[d] != 1)
 
   def __str__(self) -> str:
@@ -63,12 +63,12 @@ class ArrayShape:
 
 
 def parse_result(text: str) -> tuple[tuple[ArrayShape, ...], tuple[int, ...]]:
-  """Return the arrays of an instruction's type, and how many each element of its tuple has.
+  """Return the arrays of an instruction's type, and the number of arrays in each tuple element.
 
-  An array has no elements: ().
+  For an array the second is ().
 
   Raises:
-    HloError: an element type that is not known here, or text that is no type.
+    HloError: An element type is unknown, or the text is not a type.
   """
   if not text.startswith('('):
     match = _ARRAY.match(text)
@@ -95,7 +95,7 @@ def _element_bits(dtype: str) -> int:
     return _UNNUMBERED[dtype]
   numbered = _NUMBERED.fullmatch(dtype)
   if numbered is None:
-    raise HloError(f'the element type {dtype} is not known here')
+    raise HloError(f'the element type {dtype} is unknown')
   return int(numbered[1])
 
 

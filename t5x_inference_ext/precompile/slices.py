@@ -1,4 +1,4 @@
-"""The devices of a slice that is not here, as libtpu, the TPU compiler, describes them."""
+"""Devices of a slice that is not here, as described by libtpu, which has the TPU compiler."""
 
 from collections.abc import Sequence
 import functools
@@ -19,8 +19,9 @@ from t5x_inference_ext.sharding.mesh import AXES, make_mesh
 from t5x_inference_ext.sharding.mesh_choice import torus_mesh
 from t5x_inference_ext.sharding.torus import GENERATIONS, TpuSlice
 
-# libtpu aborts the process on boxes that no pod has (v4:1x2x2), so only real ones reach it. Smaller
-# ones by name; larger ones of v4 and v5p are boxes of whole 4x4x4 cubes, and cubes in a row.
+# libtpu aborts the process for boxes that no pod has (v4:1x2x2), so only existing ones reach it.
+# Small boxes are listed here; larger ones of v4 and v5p are boxes of whole 4x4x4 cubes, and cubes
+# in a row.
 _BOXES = {
   3: ((1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4)),
   2: ((1, 1, 1), (2, 2, 1), (2, 4, 1), (4, 4, 1), (4, 8, 1), (8, 8, 1), (8, 16, 1), (16, 16, 1)),
@@ -28,7 +29,7 @@ _BOXES = {
 _USUAL_CUBES = ((4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8), (8, 8, 16))
 _CUBE = 4
 _MAX_CHIPS = {'v4': 4096, 'v5p': 6144}
-# Kind -> the name of the cloud's accelerator type, and its number for each chip: v4 counts cores.
+# Kind -> (the cloud's accelerator type, its number per chip). v4 counts cores.
 _TYPES = {'v4': ('v4', 2), 'v5p': ('v5p', 2), 'v5e': ('v5litepod', 1), 'v6e': ('v6e', 1)}
 
 _AVAILABLE = re.compile(
@@ -39,15 +40,15 @@ _UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 
 def check_slice(slice_: TpuSlice) -> None:
-  """Refuse a slice that can't be rented, on which the compiler would crash.
+  """Raise MeshError for a slice that can't be rented, on which the compiler would crash.
 
   Raises:
-    MeshError: no such slice. The message lists the usual ones of its generation.
+    MeshError: There is no such slice. The message lists the usual ones of its generation.
   """
   in_3d = GENERATIONS[slice_.kind] == 3
   shape = tuple(sorted(slice_.shape)) if in_3d else slice_.shape
   boxes = {tuple(sorted(box)) for box in _BOXES[3]} if in_3d else set(_BOXES[2])
-  # One chip thick is only ever the last axis: v4:2x2x1.
+  # Only the last axis may be one chip thick: v4:2x2x1.
   is_box = shape in boxes and (1 not in slice_.shape[:2] or slice_.chips == 1)
   is_cubes = (
     in_3d and all(n % _CUBE == 0 for n in shape) and slice_.chips <= _MAX_CHIPS[slice_.kind]
@@ -73,13 +74,13 @@ def accelerator_type(slice_: TpuSlice) -> str:
 
 
 def topology_devices(slice_: TpuSlice) -> Sequence[jax.Device]:
-  """Return the slice's devices, one for each chip: programs can be compiled for them, not run.
+  """Return the slice's devices, one per chip. Programs can be compiled for them, but not run.
 
-  Sets the environment variables that libtpu reads when it loads, where the user has not.
+  Sets the environment variables that libtpu reads when it is loaded, unless the user has set them.
 
   Raises:
-    MeshError: no such slice.
-    UserError: libtpu is not installed, or too old for this slice.
+    MeshError: There is no such slice.
+    UserError: libtpu is not installed, or is too old for this slice.
   """
   check_slice(slice_)
   if importlib.util.find_spec('libtpu') is None:
@@ -92,24 +93,24 @@ def topology_devices(slice_: TpuSlice) -> Sequence[jax.Device]:
     ('TPU_WORKER_HOSTNAMES', 'localhost'),
     ('ALLOW_MULTIPLE_LIBTPU_LOAD', '1'),
     ('TPU_ACCELERATOR_TYPE', accelerator_type(slice_)),
-    # The compiler logs what it does at length; its errors reach the user as exceptions.
+    # The compiler logs at length what it does; its errors reach the user as exceptions.
     ('TPU_STDERR_LOG_LEVEL', '3'),
     ('TPU_MIN_LOG_LEVEL', '3'),
   ):
     os.environ.setdefault(name, value)
-  # Two cores work as one device on these, as they are used; without the name v4 has two per chip.
+  # These generations use two cores as one device. Without the name, v4 has two devices per chip.
   options = {'chip_config_name': 'megacore'} if GENERATIONS[slice_.kind] == 3 else {}
   try:
     devices = topologies.get_topology_desc(
       platform='tpu', topology_name=str(slice_), **options
     ).devices
-  except Exception as e:  # JaxRuntimeError of many kinds: only libtpu knows which slices it knows
+  except Exception as e:  # many kinds of JaxRuntimeError: libtpu has no list of its slices
     reason = ' '.join(str(e).split())
     raise UserError(f'the installed libtpu knows no slice {slice_}: {reason}') from e
   if len(devices) != slice_.chips:
     raise UserError(
       f'the installed libtpu describes {slice_} with {len(devices)} devices for {slice_.chips} '
-      'chips; libtpu 0.0.52 has one for each chip'
+      'chips; libtpu 0.0.52 has one per chip'
     )
   return devices
 
@@ -119,12 +120,12 @@ def slice_mesh(slice_: TpuSlice, config: ModelConfig, shape: Sequence[int] | Non
 
   Args:
     slice_: TpuSlice. The devices.
-    config: ModelConfig. Decides the shape where none is given (mesh_choice.torus_mesh).
+    config: ModelConfig. Decides the shape if none is given (mesh_choice.torus_mesh).
     shape: (X, Y, Z) or None. Its product must be the number of chips.
 
   Raises:
-    MeshError: no such slice, a mesh of another size, or one that does not divide the model.
-    UserError: no libtpu.
+    MeshError: There is no such slice, or the mesh has another size or does not divide the model.
+    UserError: libtpu is missing.
   """
   shape = torus_mesh(slice_.shape, slice_.wraps, config) if shape is None else tuple(shape)
   if math.prod(shape) != slice_.chips:
@@ -140,11 +141,11 @@ def slice_mesh(slice_: TpuSlice, config: ModelConfig, shape: Sequence[int] | Non
 def available_bytes(kind: str) -> int:
   """Return the bytes of a chip's memory that a program may take, as the compiler counts them.
 
-  No table has the figure: the compiler says it when it refuses a program, so it is given one that
-  no chip could hold.
+  No table has the number. The compiler states it when it refuses a program, so a program is
+  compiled that no chip could hold.
 
   Raises:
-    UserError: the compiler does not say it.
+    UserError: The compiler does not state it.
   """
   device = topology_devices(TpuSlice(kind, (1, 1, 1)))[0]
   x = jax.ShapeDtypeStruct(
@@ -163,7 +164,7 @@ def available_bytes(kind: str) -> int:
 
 
 def memory_limits(message: str) -> tuple[int | None, int | None]:
-  """Return (bytes needed, bytes available) of an out-of-memory message; None for what it lacks."""
+  """Return (bytes needed, bytes available) from an out-of-memory message; None if missing."""
   return _bytes(_NEEDED.search(message)), _bytes(_AVAILABLE.search(message))
 
 

@@ -1,7 +1,7 @@
-"""The programs of slot refill (engine.slots), and the shapes that they take.
+"""The programs of slot refill (engine.slots), and the shapes of their arguments.
 
-There are three: a chunk of prompts, decode steps of slots, and the insertion of a prompt into a
-slot.
+There are three: a prefill chunk of prompts, decode steps of slots, and the insertion of a prompt
+into a slot.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from t5x_inference_ext.model.chunks import abstract_cache
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
 
-SLOT_STEPS = SchedulerConfig.decode_steps  # decode steps of a call, at most
+SLOT_STEPS = SchedulerConfig.decode_steps  # most decode steps in one call
 
 
 def slot_program(
@@ -35,22 +35,22 @@ def slot_program(
   length: int,
   sampling: SamplingParams,
 ) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
-  """Return a phase's jitted function, which changes its state in place, and its arguments' shapes.
+  """Return a phase's jitted function, which updates its state in place, and its arguments' shapes.
 
   extend: (weights, prompts, tokens [B, T], counts [B]) -> prompts.
-  slots: (weights, slots, steps, until_free) -> (slots, engine.slots.StepsOutput), of SLOT_STEPS
-    steps at most.
-  admit: (weights, slots, prompts, row, slot, asks, prompt [1, T], its length [1]) -> (slots, the
+  slots: (weights, slots, steps, until_free) -> (slots, engine.slots.StepsOutput), with at most
+    SLOT_STEPS steps.
+  admit: (weights, slots, prompts, row, slot, row_params, prompt [1, T], length [1]) -> (slots,
     first token).
 
   Args:
     phase: str. 'extend', 'slots' or 'admit'.
     model: Model. Decides mesh and layouts.
-    weights: Weights. Their shapes, with shardings.
-    batch: int. B: prompts of 'extend', else slots.
-    context: int. S, positions of the cache.
-    length: int. T, of a chunk or of the prompt that is inserted.
-    sampling: SamplingParams. How slots and prompts choose tokens.
+    weights: Weights. Shapes with shardings.
+    batch: int. B: number of prompts for 'extend', else of slots.
+    context: int. S, positions of each row's cache.
+    length: int. T, the tokens of a chunk, or of the inserted prompt.
+    sampling: SamplingParams. How tokens are chosen.
   """
   if phase == 'extend':
     prompts = _abstract_prompts(model, weights, batch, context)
@@ -69,14 +69,14 @@ def slot_program(
     run = _jitted(engine_slots.decode_steps, model, most=SLOT_STEPS)
     return run, (weights, slots, *scalars)
   prompts = _abstract_prompts(model, weights, model.prefilling.padded_batch(1), length)
-  # Only penalties look at the prompt's own tokens.
+  # Only penalties read the prompt's own tokens.
   tokens = _ints(1, length if sampling.penalizes else 1)
   rest = _replicated(model.mesh, (np.int32(0), np.int32(0), asks, tokens, _ints(1)))
   return _jitted(engine_slots.insert, model), (weights, slots, prompts, *rest)
 
 
 def _jitted(function: Callable[..., Any], model: Model, **static: Any) -> jax.stages.Wrapped:
-  """Return a function of engine.slots with the weights first, which stay even if it uses none."""
+  """Jit a function of engine.slots with the weights as first argument, kept even if unused."""
   run = lambda weights, state, *arguments: function(model, state, weights, *arguments, **static)
   return jax.jit(run, donate_argnums=1, keep_unused=True)
 

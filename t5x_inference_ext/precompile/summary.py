@@ -1,4 +1,4 @@
-"""Figures for reports: bounds of the time, collectives and operations in groups."""
+"""Numbers for reports: bounds of the time, and collectives and operations in groups."""
 
 import collections
 from collections.abc import Iterable
@@ -13,12 +13,12 @@ from t5x_inference_ext.precompile.operations import MATMUL, OperationCost
 
 @dataclasses.dataclass(frozen=True)
 class TimeBounds:
-  """Seconds that no program on a slice can be faster than.
+  """Lower bounds, in seconds, on the time of any program on a slice.
 
   Attributes:
-    flops: float. 2 N FLOPs for each token (N parameters), at the chips' bf16 peak.
-    weights: float. Each chip reads its weights once, at its memory's bandwidth.
-    memory: float. Each chip reads its weights and its cache once.
+    flops: float. Time of 2 N FLOPs for each token (N parameters), at the chips' bf16 peak.
+    weights: float. Time in which each chip reads its weights once, at full memory bandwidth.
+    memory: float. Time in which each chip reads its weights and its cache once.
   """
 
   flops: float
@@ -27,7 +27,7 @@ class TimeBounds:
 
 
 def time_bounds(answer: Answer) -> TimeBounds:
-  """Return the bounds of a program that fits."""
+  """Return the lower bounds for a program that fits."""
   chip, case, memory = hardware.chip(answer.slice.kind), answer.case, answer.compiled[0].memory
   work = 2 * case.config.num_params * case.tokens / answer.slice.chips
   weights = memory.weights / chip.hbm_bandwidth
@@ -35,7 +35,7 @@ def time_bounds(answer: Answer) -> TimeBounds:
 
 
 def collective_rows(found: Estimate) -> list[dict[str, Any]]:
-  """Return the collectives, JSON-ready: one row for each kind, axes and size, the longest first."""
+  """Return the collectives, JSON-ready: one row per kind, axes and size, longest first."""
   rows: dict[tuple[Any, ...], dict[str, Any]] = {}
   for cost in found.costs:
     if c := cost.collective:
@@ -49,9 +49,9 @@ def collective_rows(found: Estimate) -> list[dict[str, Any]]:
 
 
 def grouped_operations(costs: Iterable[OperationCost]) -> list[list[OperationCost]]:
-  """Return operations of one kind and one place in the program together, the longest first.
+  """Group operations of one kind and one place in the program; return groups, longest first.
 
-  Matrix products stand alone.
+  Matrix products are not grouped.
   """
   groups: dict[tuple[Any, ...], list[OperationCost]] = collections.defaultdict(list)
   for c in costs:

@@ -1,8 +1,8 @@
-"""Which values of a compiled program hold weights or KV caches, whole or in part.
+"""Flow of weights: which values of a compiled program hold weights or KV caches, or parts of them.
 
-Weights and caches are followed from the program's parameters, and caches that the program makes
-itself from its results, through loops, slices, gathers and elementwise work. What is computed from
-them (a product, a reduction, a looked-up row) is followed no further.
+Weights and caches are followed from the program's parameters (and caches that the program makes,
+from its results) through loops, slices, gathers and elementwise operations. Results computed from
+them (a product, a reduction, a looked-up row) are not followed.
 """
 
 import collections
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from t5x_inference_ext.precompile.hlo import Computation, Instruction, Module
 from t5x_inference_ext.precompile.work import in_place, is_free
 
-# Opcodes whose results hold what their operands held, moved or converted.
+# Opcodes whose results hold their operands' values, moved or converted.
 _RESHAPES = {'transpose', 'reshape', 'convert', 'bitcast-convert', 'reverse'}
 _CUTS = {'copy', 'slice', 'dynamic-slice', 'pad', 'concatenate'}
 REARRANGES = frozenset(_RESHAPES | _CUTS)
@@ -20,21 +20,21 @@ _ELEMENTWISE = _ARITHMETIC | {'select', 'negate', 'clamp'}
 _GATHERS = {'all-gather', 'all-to-all', 'collective-permute'}
 _RENAMES = {'bitcast', 'optimization-barrier', 'opt-barrier', 'copy-done'}
 _MOVES = REARRANGES | _ELEMENTWISE | _GATHERS | _RENAMES | {'dynamic-update-slice'}
-# Element types of tokens, lengths and the like, which are no weights.
+# Element types of tokens, lengths and the like, which are not weights.
 _COUNTS = ('s32', 'u32', 's64', 'u64', 'pred')
 
-# Names of the weights and caches that a value holds; for a tuple one set for each element.
+# Names of the weights and caches that a value holds; for a tuple, one set per element.
 Sources = frozenset[str]
 Carried = Sources | tuple[Sources, ...]
 _NOTHING: Sources = frozenset()
 
 
 def follow_weights(module: Module, smallest: int) -> 'WeightFlow':
-  """Return what every value of a program holds.
+  """Return the weights and caches that each value of a program holds.
 
   Args:
     module: Module. The program.
-    smallest: int. Bytes below which a parameter or a result counts as no weight or cache.
+    smallest: int. Smallest size in bytes of a parameter or result that counts.
   """
   flow = WeightFlow(module, smallest)
   flow.run_entry()
@@ -45,12 +45,12 @@ def follow_weights(module: Module, smallest: int) -> 'WeightFlow':
 
 
 class WeightFlow:
-  """Weights and caches in the values of a module.
+  """The weights and caches in the values of a module.
 
   Attributes:
-    carried: dict. (computation, instruction) -> what its result holds.
-    executed: dict. Names of the computations that run by themselves, as its keys.
-    accumulators: dict. (loop, element of its state) -> the name of a result that the loop fills.
+    carried: dict. (computation, instruction) -> names of the weights and caches in its result.
+    executed: dict whose keys are the names of the computations that run by themselves.
+    accumulators: dict. (loop, element of its state) -> name of a result that the loop fills.
   """
 
   def __init__(self, module: Module, smallest: int) -> None:
@@ -74,12 +74,12 @@ class WeightFlow:
   def _run(
     self, computation: Computation, given: Sequence[Carried], fused: bool = False
   ) -> Carried:
-    """Follow values through a computation; return what its root holds.
+    """Follow values through a computation; return the weights and caches in its root.
 
     Args:
-      computation: Computation. The one that runs.
-      given: sequence of Carried. What its parameters hold.
-      fused: bool. It runs as a part of one instruction.
+      computation: Computation. The computation to follow.
+      given: sequence of Carried. Weights and caches in each parameter.
+      fused: bool. Whether the computation runs as a part of one instruction.
     """
     if not fused:
       self.executed[computation.name] = None
@@ -103,7 +103,7 @@ class WeightFlow:
       return self._loop(i, operands[0])
     if i.opcode == 'fusion' or (i.phase == 'start' and module.called(i) and operands):
       return self._run(module.body(i), operands, fused=True)
-    if i.phase == 'update' and len(operands) > 1:  # it brings operands that the start had not yet
+    if i.phase == 'update' and len(operands) > 1:  # it has operands that the start does not have
       return self._run(module.body(computation[i.operands[0]]), operands[1:], fused=True)
     if i.opcode == 'call':
       return self._run(module.body(i, 'to_apply'), operands)
@@ -111,7 +111,7 @@ class WeightFlow:
       branches = (module.computations[name] for name in i.branches)
       return _either([self._run(b, [o]) for b, o in zip(branches, operands[1:])])
     if i.phase:
-      # A start's result holds its operands, its results and contexts: whichever is asked for.
+      # A start's result has its operands, results and contexts; any of them may be read.
       return _union(operands)
     if i.opcode == 'dynamic-update-slice':
       return _flat(operands[0])
@@ -129,7 +129,7 @@ class WeightFlow:
     for n in range(len(state)):
       if (loop.name, n) in self.accumulators:
         state[n] |= {self.accumulators[loop.name, n]}
-    # Until it settles: each turn may carry on what the one before left.
+    # Repeat until nothing changes: each turn of the loop may pass on values of the previous turn.
     for _ in range(len(state) + 1):
       after = self._run(body, [tuple(state)])
       after = after if isinstance(after, tuple) else (after,) * len(state)
@@ -141,7 +141,7 @@ class WeightFlow:
 
 
 def _rescales(computation: Computation, i: Instruction, operands: Iterable[Carried]) -> bool:
-  """Return whether arithmetic only rescales a weight: by a constant, or by what is broadcast."""
+  """Return whether arithmetic only rescales a weight: by a constant or by a broadcast value."""
   return all(_flat(o) or _spread(computation, name) for o, name in zip(operands, i.operands))
 
 
@@ -153,7 +153,7 @@ def _spread(computation: Computation, name: str) -> bool:
 
 
 def _made_caches(module: Module, smallest: int) -> dict[tuple[str, int], str]:
-  """Return (loop, element of its state) -> name, of large results that a loop fills in place."""
+  """Return (loop, element of its state) -> name, for large results that a loop fills in place."""
   found = {}
   entry = module.entry
   for number, result in enumerate(entry.roots):
@@ -173,7 +173,7 @@ def _made_caches(module: Module, smallest: int) -> dict[tuple[str, int], str]:
 
 
 def _filled(module: Module, loop: Instruction, index: int) -> bool:
-  """Return whether a turn of a loop updates an element of its state in place."""
+  """Return whether a loop's body updates an element of its state in place."""
   body = module.body(loop, 'body')
   if body.root.opcode != 'tuple':
     return False
@@ -184,7 +184,7 @@ def _filled(module: Module, loop: Instruction, index: int) -> bool:
 
 
 def flat_sources(carried: Carried) -> list[Sources]:
-  """Return what each array of a value holds."""
+  """Return the weights and caches in each array of a value."""
   return list(carried) if isinstance(carried, tuple) else [carried]
 
 
@@ -197,7 +197,7 @@ def _union(values: Iterable[Carried]) -> Sources:
 
 
 def _either(values: Sequence[Carried]) -> Carried:
-  """Return what one of several values of the same structure holds."""
+  """Return the union, per element, of the weights and caches in values of equal structure."""
   tuples = [v for v in values if isinstance(v, tuple)]
   if len(tuples) < len(values):
     return _union(values)

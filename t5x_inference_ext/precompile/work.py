@@ -1,4 +1,4 @@
-"""The bytes and FLOPs of an instruction: the cost of those that the compiler puts no cycles on."""
+"""Bytes and FLOPs of an instruction, for instructions without cycles from the compiler."""
 
 from collections.abc import Sequence
 import math
@@ -7,7 +7,7 @@ import re
 from t5x_inference_ext.precompile.hlo import Computation, Instruction, Module
 from t5x_inference_ext.precompile.shapes import HloError
 
-# Opcodes that compute nothing: names for values, memory set aside, and calls, whose callees count.
+# Opcodes that compute nothing: names of values, reserved memory, and calls (their callees count).
 _NAMES = {'parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast'}
 _IDS = {'partition-id', 'replica-id'}
 _ORDERING = {'after-all', 'add-dependency', 'optimization-barrier', 'opt-barrier'}
@@ -19,23 +19,23 @@ _FREE_CALLS = re.compile(
 )
 _SLICING = ('dynamic-slice', 'slice', 'gather')
 _UPDATING = ('dynamic-update-slice', 'scatter')
-# A hand-written kernel costs what its author's CostEstimate says.
+# A hand-written kernel costs as many FLOPs as its author's CostEstimate says.
 _KERNEL_FLOPS = re.compile(r'"?\bflops"?:\s*"?(\d+)')
 _KERNEL_BYTES = re.compile(r'"?\bbytes_accessed"?:\s*"?(\d+)')
 _WINDOW = re.compile(r'(\w+)=([0-9x_-]+)')
 
 
 def is_free(instruction: Instruction) -> bool:
-  """Return whether an instruction runs nothing."""
+  """Return whether an instruction takes no time."""
   return instruction.opcode in FREE or (
     instruction.opcode == 'custom-call' and bool(_FREE_CALLS.search(instruction.attributes))
   )
 
 
 def flops(module: Module, computation: Computation, instruction: Instruction) -> int:
-  """Return the FLOPs of an instruction's matrix products, those inside fusions included.
+  """Return the FLOPs of an instruction's matrix products, including those inside fusions.
 
-  A multiplication and its addition count 2; elementwise work counts nothing.
+  A multiplication with its addition counts 2. Elementwise operations count 0.
   """
   i = instruction
   if i.opcode == 'dot':
@@ -54,7 +54,7 @@ def flops(module: Module, computation: Computation, instruction: Instruction) ->
 def traffic(module: Module, computation: Computation, instruction: Instruction) -> int:
   """Return the bytes that an instruction reads and writes.
 
-  A slice reads its result alone; an in-place update reads and writes the update alone.
+  Of a sliced operand only the result's bytes count, and of an in-place update only the update's.
   """
   i = instruction
   if is_free(i) or i.phase == 'done':
@@ -68,7 +68,7 @@ def traffic(module: Module, computation: Computation, instruction: Instruction) 
   if i.operation == 'dynamic-update-slice':
     return 2 * operands[1].bytes
   if i.opcode == 'scatter':
-    # Operands, then indices, then as many updates as operands.
+    # The operands of a scatter: arrays, then indices, then one update for each array.
     indices = len(operands) // 2
     return operands[indices].bytes + 2 * sum(o.bytes for o in operands[indices + 1 :])
   if i.opcode == 'fusion':
@@ -84,9 +84,9 @@ def traffic(module: Module, computation: Computation, instruction: Instruction) 
 
 
 def _traffic_of_all(module: Module, body: Computation) -> int:
-  """Return the traffic of all that an asynchronous computation runs.
+  """Return the traffic in bytes of everything that an asynchronous computation runs.
 
-  The computation may call another one, as work that is left to a sparse core does.
+  The computation may call another one, as it does for work on a sparse core.
   """
   total = 0
   for i in body.instructions:
@@ -98,7 +98,7 @@ def _traffic_of_all(module: Module, body: Computation) -> int:
 
 
 def in_place(module: Module, instruction: Instruction) -> bool:
-  """Return whether the result lies in an operand's memory: an updated slice, a declared alias."""
+  """Return whether the result shares an operand's memory: an in-place update, a declared alias."""
   if instruction.opcode in _UPDATING or 'output_to_operand_aliasing=' in instruction.attributes:
     return True
   if instruction.opcode != 'fusion':
@@ -119,13 +119,13 @@ def _read(
   value: Instruction,
   around: Sequence[tuple[Computation, Instruction]] = (),
 ) -> int:
-  """Return the bytes of a value of a fused computation that its users read: slices, or all of it.
+  """Return the bytes of a value in a fused computation that its users read: slices, or all of it.
 
   Args:
     module: Module. The program.
     body: Computation. The fused computation.
-    value: Instruction. Of `body`.
-    around: sequence of (computation, fusion). The fusions around `body`, the innermost last.
+    value: Instruction. The value, an instruction of `body`.
+    around: sequence of (computation, fusion). The fusions around `body`, innermost last.
   """
   total = 0
   if value is body.root:
@@ -169,9 +169,9 @@ def _written(module: Module, body: Computation) -> int:
 
 
 def _convolution_flops(computation: Computation, i: Instruction) -> int:
-  """Return the FLOPs of a convolution, as a product: the inputs that meet a weight, per output.
+  """Return the FLOPs of a convolution: 2 for each product of an input and a weight.
 
-  Padding and gaps multiply nothing.
+  Products with padding and with gaps are not counted.
   """
   left, right = (o.shapes[0] for o in computation.operands(i)[:2])
   result = i.shapes[0]
@@ -193,7 +193,7 @@ def _convolution_flops(computation: Computation, i: Instruction) -> int:
   ):
     low = re.match(r'-?\d+', pad)
     if low is None:
-      raise HloError(f'the window of {i.name} has a padding in a form not known here: {pad}')
+      raise HloError(f'the window of {i.name} has padding in an unknown form: {pad}')
     meetings *= _meetings(
       left.dims[inputs.index(digit)],
       result.dims[outputs.index(digit)],
@@ -207,13 +207,13 @@ def _convolution_flops(computation: Computation, i: Instruction) -> int:
 def _meetings(
   length: int, outputs: int, size: int, stride: int, low: int, dilate: int, spread: int
 ) -> int:
-  """Return how many (output, weight) pairs of one window dimension meet an input.
+  """Return the number of (output, weight) pairs in one window dimension that meet an input.
 
   Args:
     length: int. Positions of the input.
     outputs: int. Positions of the result.
     size: int. Weights of the window.
-    stride: int. Steps between windows.
+    stride: int. Distance between windows.
     low: int. Padding before the input.
     dilate: int. Distance between inputs (lhs_dilate).
     spread: int. Distance between weights (rhs_dilate).

@@ -24,8 +24,8 @@ def matmul(
     x: [..., in]. Activations, with at least one leading dimension.
     w: [in, out], or [out, in] if `transposed`; float or int8.
     scale: [out] float32, the int8 matrix's output-channel scales, or None.
-    dtype: Dtype of the product and the result, e.g. float32 for partial sums that are to be added;
-      None: x's dtype.
+    dtype: Dtype of the product and the result, e.g. float32 for partial sums to be added. None: x's
+      dtype.
     transposed: Whether w is [out, in].
   """
   contracted = ((x.ndim - 1,), (1 if transposed else 0,))
@@ -36,16 +36,16 @@ def matmul(
     )
 
   def doubled(x: jax.Array, w: jax.Array) -> jax.Array:
-    # The barrier keeps the compiler from seeing that the rows are equal.
+    # The barrier hides from the compiler that the two rows are equal.
     return product(jax.lax.optimization_barrier(jnp.concatenate([x, x])), w)[:1]
 
-  # On a TPU a product of one row bypasses the matrix unit, and takes three times as long as a
-  # product of two rows.
+  # On a TPU a product of one row bypasses the matrix unit, and takes three times as long as two
+  # rows.
   one_row = math.prod(x.shape[:-1]) == 1
   y = jax.lax.platform_dependent(x, w, tpu=doubled, default=product) if one_row else product(x, w)
   return y if scale is None else rescale(y, scale)
 
 
 def rescale(y: Float[Array, '*b out'], scale: Float[Array, ' out']) -> Float[Array, '*b out']:
-  """Multiply y by output-channel scales, in float32; the result has y's dtype."""
+  """Multiply y by output-channel scales in float32. The result has y's dtype."""
   return (y.astype(jnp.float32) * scale.reshape((1,) * (y.ndim - 1) + scale.shape)).astype(y.dtype)

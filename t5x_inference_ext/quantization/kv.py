@@ -1,4 +1,4 @@
-"""Keys and values as a KV cache holds them: floats, or int8 with float32 scales."""
+"""Keys and values in the form that a KV cache holds: floats, or int8 with float32 scales."""
 
 import dataclasses
 
@@ -13,10 +13,10 @@ from t5x_inference_ext.quantization.rounding import QMAX
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Int8KV:
-  """Keys, or values, rounded to units * scales. Symmetric: units are in [-127, 127].
+  """Keys, or values, rounded to units * scales, with units in [-127, 127].
 
-  Both arrays have the dimensions of the keys or values that they stand for. Code that moves, cuts
-  or writes positions and heads of a cache maps over its arrays, and needs no case for int8.
+  Both arrays have the dimensions of the float keys or values. Code that moves, cuts or writes
+  positions and heads of a cache maps over the arrays, and needs no special case for int8.
 
   Attributes:
     units: [.., S, K, Q] int8.
@@ -36,37 +36,38 @@ KV = jax.Array | Int8KV
 
 
 def tile_positions(dtype: DTypeLike) -> int:
-  """Return how many positions a TPU writes together.
+  """Return the tile size in positions: how many of them a TPU writes together.
 
-  To write a part of an int8 tile in place, XLA:TPU copies the whole cache into another layout.
+  To write part of an int8 tile in place, XLA:TPU would copy the whole cache into another layout.
   """
   return 32 if jnp.dtype(dtype) == jnp.int8 else 1
 
 
 def whole_tiles(size: int, dtype: DTypeLike) -> int:
-  """Return the positions, at least `size`, of a cache of keys and values in `dtype`."""
+  """Round `size` positions of keys and values in `dtype` up to whole tiles."""
   tile = tile_positions(dtype)
   return -(-size // tile) * tile
 
 
 def to_cache(x: Float[Array, '*lead q'], dtype: str) -> KV:
-  """Round keys or values as a KV cache holds them.
+  """Round keys or values to the form that a KV cache holds.
 
   Args:
-    x: [.., S, K, Q]. Keys or values. NaN stays NaN: in int8, as the scale of its position and head.
-    dtype: Dtype of the cache, a float's or 'int8'.
+    x: [.., S, K, Q]. Keys or values. NaN stays NaN; in int8 the scale of its position and head is
+      NaN.
+    dtype: Dtype of the cache: a float dtype or 'int8'.
   """
   if dtype != 'int8':
     return x.astype(dtype)
   x = x.astype(jnp.float32)
-  # Scales are at least the smallest normal number, so that zeros stay zeros.
+  # Scales are at least the smallest normal float32, so that zeros stay zeros.
   largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
   scales = jnp.maximum(largest / QMAX, jnp.finfo(jnp.float32).tiny)
   return Int8KV(jnp.rint(x / scales).astype(jnp.int8), scales)
 
 
 def units_and_scales(kv: KV, dtype: DTypeLike) -> tuple[jax.Array, jax.Array | None]:
-  """Return the operand of products, in `dtype`, and the scales [.., S, K], None for floats.
+  """Return the operand of products, in `dtype`, and the scales [.., S, K] (None for floats).
 
   Integers up to 127 are exact in bfloat16.
   """

@@ -1,8 +1,7 @@
 """Rounding of weights to int8 with one float32 scale per output channel (section 3.6), in numpy.
 
 Symmetric: w ~ q * scale with q in [-127, 127]. The scale is max|w| / 127 over all weights that are
-  summed into the
-channel, or a little less where that lessens the squared error (best_scales).
+  summed into the channel, or slightly less if that reduces the squared error (best_scales).
 """
 
 from collections.abc import Iterator
@@ -11,20 +10,20 @@ from jaxtyping import Float32, Int8, Int64, Real
 import numpy as np
 
 QMAX = 127
-# Factors of max|w| / 127 that the search for the least squared error tries, largest first. Exact in
-# float32.
+# Factors of max|w| / 127 that the search for the least squared error tries, largest first. All are
+# exact in float32.
 SEARCHED = tuple(1 - k / 64 for k in range(24))
-# Squared errors are counted in these parts of a squared step. An error is at most 127 /
-# SEARCHED[-1] steps: summed over a million rows its square fits into 63 bits.
+# Squared errors are integers, in units of 1 / SQUARE_UNITS of a squared step of the scale. An error
+# is at most 127 / SEARCHED[-1] steps: its square, summed over a million rows, fits into 63 bits.
 SQUARE_UNITS = 2**24
 
-# Rows are processed in blocks of about this many elements, so that temporaries stay in the
+# Elements of a block, about: rows are processed in blocks so that temporaries stay in the
 # processor's cache.
 _BLOCK_ELEMENTS = 2**17
 
 
 def largest(w: Real[np.ndarray, 'L rows out']) -> Float32[np.ndarray, 'L out']:
-  """Return max|w| of each layer and output channel; NaN where a weight is NaN."""
+  """Return max|w| of each layer and output channel; NaN if a weight is NaN."""
   out = np.zeros((w.shape[0], w.shape[2]), np.float32)
   for layers, rows in blocks(w.shape):
     block = w[layers, rows].astype(np.float32, copy=False)
@@ -33,9 +32,8 @@ def largest(w: Real[np.ndarray, 'L rows out']) -> Float32[np.ndarray, 'L out']:
 
 
 def scales_of(maxima: Float32[np.ndarray, '*shape']) -> Float32[np.ndarray, '*shape']:
-  """Return the scales of channels with these largest magnitudes; 1 for a channel of zeros."""
-  # Scales are at least the smallest normal number: a subnormal one has too few bits left to divide
-  # by.
+  """Return the scales of channels with largest magnitudes `maxima`; 1 for a channel of zeros."""
+  # Scales are at least the smallest normal float32: division by a subnormal number loses precision.
   scales = np.maximum(maxima / np.float32(QMAX), np.finfo(np.float32).tiny)
   return np.where(maxima > 0, scales, np.float32(1))
 
@@ -43,7 +41,7 @@ def scales_of(maxima: Float32[np.ndarray, '*shape']) -> Float32[np.ndarray, '*sh
 def quantize_layers(
   w: Real[np.ndarray, 'L rows out'], scale: Float32[np.ndarray, 'L out']
 ) -> Int8[np.ndarray, 'L rows out']:
-  """Round weights, in units of their scales, to the nearest int8, halves to even."""
+  """Round weights, divided by their scales, to the nearest int8; halves round to even."""
   out = np.empty(w.shape, np.int8)
   for layers, rows in blocks(w.shape):
     units = w[layers, rows].astype(np.float32, copy=False) / scale[layers, None]
@@ -55,18 +53,18 @@ def quantize_layers(
 def dequantize(
   q: Int8[np.ndarray, '*lead in out'], scale: Float32[np.ndarray, '...']
 ) -> Float32[np.ndarray, '*lead in out']:
-  """Return the float32 weights that q stands for; `scale` broadcasts: [out], or [L, 1, out]."""
+  """Return the float32 weights of q; `scale` broadcasts: [out], or [L, 1, out]."""
   return q.astype(np.float32) * scale
 
 
 def squared_errors(
   w: Real[np.ndarray, 'L rows out'], scale: Float32[np.ndarray, 'L out']
 ) -> Int64[np.ndarray, 'searched L out']:
-  """Return the squared rounding error of w with the scales times each factor of SEARCHED.
+  """Return the squared rounding error of w for each factor of SEARCHED, applied to the scales.
 
   Returns:
-    [SEARCHED, L, out] int64: sums over rows, in units of (scale * factor)^2 / SQUARE_UNITS.
-    Integers, because their sum is the same in whatever blocks and order a matrix is read.
+    [SEARCHED, L, out] int64: sums over rows, in units of (scale * factor)^2 / SQUARE_UNITS. Sums of
+    integers do not depend on how a matrix is cut into blocks, nor on their order.
   """
   out = np.zeros((len(SEARCHED), w.shape[0], w.shape[2]), np.int64)
   for layers, rows in blocks(w.shape):
@@ -81,7 +79,7 @@ def squared_errors(
 def best_scales(
   scale: Float32[np.ndarray, 'L out'], errors: Int64[np.ndarray, 'searched L out']
 ) -> Float32[np.ndarray, 'L out']:
-  """Return the scales times the factor of SEARCHED with the least error; of equals, the largest."""
+  """Multiply each scale by the factor with the least error; if several have it, the largest."""
   factors = np.asarray(SEARCHED)[:, None, None]
   best = np.argmin(errors * (factors * factors), 0)
   return (scale * np.asarray(SEARCHED, np.float32)[best]).astype(np.float32)

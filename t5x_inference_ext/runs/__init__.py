@@ -1,1 +1,1 @@
-"""What the infer command runs: a prompts file or a seqio task, from reading to writing."""
+"""The runs of the infer command over a prompts file or a seqio task, from reading to writing."""

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import numpy as np
 
-PROMPT_MULTIPLE = 16  # prompts are padded to a multiple of this: similar files compile alike
+PROMPT_MULTIPLE = 16  # prompts are padded to a multiple: similar files share compilations
 _Row = TypeVar('_Row')
 
 
@@ -16,10 +16,10 @@ class BatchShape:
   """The one shape of every batch of a run.
 
   Attributes:
-    batch: Rows, a number that the mesh divides.
-    prompt: Tokens that prompts are padded to.
+    batch: Number of rows. The mesh must divide it.
+    prompt: Length in tokens that prompts are padded to.
     cache: Positions of each row's cache; None: as many as the prompts and new tokens need.
-    length: Most tokens of prompt and new tokens of a row together; None: no such limit.
+    length: Most tokens of a row, prompt and new tokens together; None: no such limit.
   """
 
   batch: int
@@ -29,31 +29,31 @@ class BatchShape:
 
 
 def prompt_size(longest: int, limit: int | None = None) -> int:
-  """Return `longest` rounded up to share compilations between files, at most `limit`."""
+  """Return `longest` rounded up, to share compilations between files, but at most `limit`."""
   size = -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
   return size if limit is None else max(longest, min(size, limit))
 
 
 def row_seed(seed: int, row: int) -> int:
-  """Return the seed of a row, from the run's seed and the row's place; rows of a run differ."""
+  """Return the seed of a row, from the run's seed and the row's index. No two rows share a seed."""
   return (int(np.random.SeedSequence(seed).generate_state(1)[0]) + row) % 2**32
 
 
 def row_seeds(seed: int, row: int, samples: int) -> tuple[int, ...]:
-  """Return the seeds of a row's samples. Samples of a run differ; one sample has row_seed's."""
+  """Return seeds for a row's samples. No two samples of a run share one; see row_seed for one."""
   return tuple(row_seed(seed, row * samples + i) for i in range(samples))
 
 
 def batched(rows: Iterable[_Row], size: int) -> Iterator[list[_Row]]:
-  """Yield consecutive lists of `size` rows, read as they are needed; the last may be shorter."""
+  """Yield lists of `size` consecutive rows, read only when needed. The last may be shorter."""
   rows = iter(rows)
   while batch := list(itertools.islice(rows, size)):
     yield batch
 
 
 def pad(rows: Sequence[_Row], size: int) -> list[_Row]:
-  """Return the rows and copies of the first one, `size` in all.
+  """Pad rows with copies of the first row, to `size` rows in all.
 
-  A copy ends when the first row does: padding never prolongs a batch.
+  A copy ends when the first row does, so that padding never prolongs a batch.
   """
   return [*rows, *[rows[0]] * (size - len(rows))]

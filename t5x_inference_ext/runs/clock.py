@@ -1,4 +1,4 @@
-"""The time that a run spends in the engine, with compilation counted apart."""
+"""The time that a run spends in the engine, not counting compilation, and the run's counters."""
 
 import dataclasses
 import time
@@ -11,7 +11,7 @@ COMPILE_EVENTS = '/jax/core/compile/'
 
 @dataclasses.dataclass
 class Clock:
-  """A stop watch and counters of a run: `with clock:` around what the engine does.
+  """A stopwatch and counters of a run: `with clock:` goes around calls of the engine.
 
   Attributes:
     rows: Rows served.
@@ -27,7 +27,7 @@ class Clock:
 
   @property
   def tokens_per_second(self) -> float:
-    """Useful tokens per second, compilation apart; 0 before anything ran."""
+    """Useful tokens per second, not counting compilation; 0 before anything ran."""
     return self.tokens / self.seconds if self.seconds else 0.0
 
   def to_dict(self) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Options of the infer command: each field is a flag, a parameter in gin and the check of both."""
+"""Options of the infer command: each field defines a flag, a gin parameter and their checks."""
 
 import dataclasses
 import math
@@ -21,11 +21,11 @@ from t5x_inference_ext.sharding.layout import (
 
 BATCHING = ('continuous', 'static')
 MODES = ('predict', 'predict_with_aux', 'score')
-# Headings of --help, in its order.
+# Headings of --help, in order.
 _NEEDED, _COMMON, _WRITTEN, _SHARDING, _BATCHING = (
   'Required',
   'Common',
-  'What is written of each token',
+  'Written for each token',
   'Sharding, memory and compilation',
   'Batching',
 )
@@ -43,14 +43,14 @@ class InferOptions:
   """Options of a run of the infer command, over a prompts file or a seqio task.
 
   Attributes without a help text of their own:
-    config: Model that the checkpoint must hold; None: the one it holds.
-    max_length: Limit of prompt and new tokens of a row together; None: no such limit.
+    config: Model that the checkpoint must hold; None: any.
+    max_length: Most tokens of a row, prompt and new tokens together; None: no such limit.
     sampling: How tokens are chosen. Its stop sequences are ids; `stop` holds texts, which
       with_vocabulary adds to them.
 
   Raises:
-    RequestError: A value out of its range, or options that can't be used together.
-    MeshError: Layouts that are not known, or can't share weights.
+    RequestError: A value is out of its range, or two options exclude each other.
+    MeshError: A layout is unknown, or the layouts can't share weights.
   """
 
   checkpoint: str = option(
@@ -64,13 +64,13 @@ class InferOptions:
     'predict',
     help='predict generates a completion for each row; score gives the log-probability of the '
     "row's own completion. predict_with_aux is predict for a prompts file, whose rows always have "
-    'scores, and adds scores to the rows of a task.',
+    'scores; for a task, predict_with_aux adds scores to the rows.',
     group=_COMMON,
     choices=MODES,
   )
   num_decodes: int = option(
     1,
-    help='Samples of each prompt, which share its prefill. With more than one a row has them as '
+    help='Samples of each prompt, which share its prefill. Several are written as a list, '
     '`samples`.',
     group=_COMMON,
     least=1,
@@ -100,20 +100,20 @@ class InferOptions:
   )
   stop: tuple[str, ...] = option(
     (),
-    help='A text that ends a row, where the model writes it in the tokens that the vocabulary cuts '
-    'it into; may be repeated.',
+    help='A text that ends a row. It is found only in the tokens that the vocabulary '
+    'encodes it into.  May be repeated.',
     group='Choosing tokens',
   )
   token_log_probs: bool = option(
     False,
-    help="Write each token's log-probability, as `log_probs`; of generated tokens with continuous "
-    'batching.',
+    help="Write each token's log-probability, as `log_probs`. For generated tokens this needs "
+    'continuous batching.',
     group=_WRITTEN,
   )
   top_log_probs: int = option(
     0,
-    help='Write this many of the most likely tokens at each step and their log-probabilities, as '
-    '`top_log_probs`; with continuous batching.',
+    help='Write this many of the most likely tokens at each step, with log-probabilities, as '
+    '`top_log_probs`. Needs continuous batching.',
     group=_WRITTEN,
     least=0,
   )
@@ -142,28 +142,28 @@ class InferOptions:
   )
   scan_layers: bool | None = option(
     None,
-    help='Run all layers as one loop, which compiles in seconds; --noscan_layers writes them out, '
+    help='Run all layers as one loop, which compiles in seconds; --noscan_layers unrolls them, '
     'which decodes faster on a TPU or GPU. By default a loop for more than 8 layers on CPU, else '
     'none.',
     group=_SHARDING,
   )
   executable: str | None = option(
     None,
-    help='Program that `python -m t5x_inference_ext.precompile --phase=generate --save` compiled '
-    'for these chips, run instead of compiling; its batch and prompt size are used. It runs as '
-    'code: use files of your own making alone.',
+    help='Program compiled for these chips by `python -m t5x_inference_ext.precompile '
+    '--phase=generate --save`, run instead of compiling. Sets the batch and prompt size. Its file '
+    'is run as code: use only files that you made.',
     group=_SHARDING,
   )
   batching: str = option(
     'continuous',
-    help='With continuous batching finished rows leave and waiting prompts enter; static batches '
-    'end with their last row. Rows are the same.',
+    help='continuous: finished rows leave and waiting prompts take their slots. static: a batch '
+    'ends with its last row. Both give the same rows.',
     group=_BATCHING,
     choices=BATCHING,
   )
   prefill_chunk: int = option(
     256,
-    help='Positions of a prompt that one pass takes, with continuous batching.',
+    help='Positions of a prompt in one pass, with continuous batching.',
     group=_BATCHING,
     least=1,
   )
@@ -187,8 +187,8 @@ class InferOptions:
     object.__setattr__(self, 'stop', tuple(self.stop))
     self._check_generation_options()
     if self.executable is not None and self.mode == 'score':
-      raise RequestError(f"the executable {self.executable} generates: mode=score can't use it")
-    # An empty prompt needs max_new_tokens positions: BOS takes one and the last new token none.
+      raise RequestError(f"the executable {self.executable} can't run mode=score: it generates")
+    # An empty prompt needs max_new_tokens positions: BOS takes one, the last new token takes none.
     if (
       self.mode != 'score'
       and self.cache_length is not None
@@ -196,11 +196,11 @@ class InferOptions:
     ):
       raise RequestError(
         f'cache_length={self.cache_length} has no room for max_new_tokens={self.max_new_tokens}: '
-        'raise the one or lower the other'
+        'raise cache_length or lower max_new_tokens'
       )
 
   def _check_generation_options(self) -> None:
-    """Raise RequestError for options that the mode or the batching does not offer."""
+    """Raise RequestError for options that the mode or the batching does not have."""
     if self.mode != 'score' and self.continuous:
       return
     given: dict[str, Any] = {
@@ -212,7 +212,7 @@ class InferOptions:
       why = 'is for runs that generate: mode=score chooses no tokens'
     else:
       given |= {'token_log_probs': self.token_log_probs}
-      why = 'needs batching=continuous: a static batch has one sample of each row, and its score'
+      why = 'needs batching=continuous: a static batch gives one sample of each row, and its score'
       if self.executable is not None:
         why = (
           f"can't be used with the executable {self.executable}: it gives one sample of each row, "
@@ -229,12 +229,12 @@ class InferOptions:
 
   @property
   def continuous(self) -> bool:
-    """Whether decode slots are refilled. A saved program runs whole batches."""
+    """Whether decode slots are refilled. With a saved program they are not."""
     return self.batching == 'continuous' and self.executable is None
 
   @property
   def max_prompt(self) -> int | None:
-    """Tokens of the longest prompt that the cache has room for; None: any."""
+    """Most tokens of a prompt that the cache has room for; None: no limit."""
     return None if self.cache_length is None else self.cache_length - self.max_new_tokens
 
 
@@ -244,7 +244,7 @@ class PromptsFiles:
 
   prompts: str = option(help='JSONL file of prompts to read.', group=_NEEDED)
   output: str = option(
-    help='JSONL file to write, whole or not at all. What the run resolved goes into '
+    help='JSONL file to write; no partial file is left. Resolved options go into '
     'OUTPUT.config.json.',
     group=_NEEDED,
   )
@@ -261,19 +261,19 @@ class PromptsFiles:
 
 
 def with_vocabulary(options: InferOptions, vocabulary: Any, vocab_size: int) -> InferOptions:
-  """Return the options with the stop texts among the stop sequences of `sampling`.
+  """Return the options with the texts of `stop` added to the stop sequences of `sampling`.
 
   Args:
     options: Options of the run.
-    vocabulary: A Vocabulary, or seqio's; not needed without stop texts.
+    vocabulary: A Vocabulary, or one of seqio. Not needed without stop texts.
     vocab_size: V, rows of the model's embedding.
 
   Raises:
-    RequestError: A text that the vocabulary can't write, or ids that the model does not have.
+    RequestError: The vocabulary can't write a text, or the model does not have an id.
   """
   if options.top_log_probs > vocab_size:
     raise RequestError(
-      f'top_log_probs={options.top_log_probs} are more tokens than the {vocab_size} of the model'
+      f'top_log_probs={options.top_log_probs} is more than the vocabulary of {vocab_size}'
     )
   ids = [tuple(sequence) for text in options.stop for sequence in stop_sequences(vocabulary, text)]
   sampling = dataclasses.replace(options.sampling, stop=(*options.sampling.stop, *ids))

@@ -1,4 +1,4 @@
-"""A prepared run: its work, the journal of its rows, and what writes them in the end."""
+"""A prepared run: its work, the journal of its finished rows, and the writer of the output."""
 
 from collections.abc import Callable
 import contextlib
@@ -12,7 +12,7 @@ from t5x_inference_ext.runs.work import Work
 
 
 class Job:
-  """What is left to do of a run after everything that could be refused is checked.
+  """A run for which everything that could be refused has been checked.
 
     with job:
       while not job.work.finished:
@@ -22,11 +22,11 @@ class Job:
   Args:
     work: Serves the rows.
     journal: Keeps finished rows until the output is written.
-    tell: Makes (row, result of `work`) what is kept and written, JSON-ready.
+    tell: Turns (row, result of `work`) into JSON-ready data to keep and write.
     write: Writes the output from the journal's rows.
     progress: Shows how many rows are done.
 
-  An error in one of several processes, in the `with` block, ends all of them.
+  If one of several processes raises in the `with` block, all of them end.
   """
 
   def __init__(
@@ -41,7 +41,7 @@ class Job:
     self._progress = progress
 
   def keep(self, results: Any) -> None:
-    """Put finished rows, (row, result) each, into the journal."""
+    """Put finished rows, each as (row, result), into the journal."""
     for row, result in results:
       self._journal.keep(row, self._tell(row, result))
       self._progress.advance()

@@ -1,6 +1,6 @@
-"""Finished rows of a run, kept beside the output until all of it is written.
+"""Journal: the finished rows of a run, kept beside the output until all of it is written.
 
-A run that ends early, whatever the reason, goes on from them.
+A run that was stopped, for whatever reason, continues from the journal.
 """
 
 from collections.abc import Iterator
@@ -14,27 +14,27 @@ from typing import IO, Any
 from t5x_inference_ext import distributed
 from t5x_inference_ext.errors import RequestError
 
-FLUSH_ROWS = 64  # rows written together to a bucket: some stores rewrite a file that grows
+FLUSH_ROWS = 64  # rows written at once to a bucket, where appending may rewrite the file
 
 
 class Journal:
-  """A file with a line for each finished row. Of several processes, process 0 has the file.
+  """A file with one line for each finished row. With several processes, process 0 has the file.
 
-  A local file is locked while it is open: two runs cannot write one output. It is only ever
-  appended to, or emptied for another run, so that a kill at any moment loses no finished row.
+  A local file is locked while it is open, so that two runs cannot write one output. The file is
+  only appended to (or emptied, if another run wrote it), so that no kill loses a finished row.
 
   Args:
     path: The file, which exists only while rows are missing.
-    run: All that decides which rows come out, with a telling repr. The file of another run is
-      emptied.
-    bucket_files: Opens, finds and removes files of a bucket, as tf.io.gfile does; needed for
-      paths such as gs://.
+    run: All settings that determine the rows, with a readable repr. A file of a run with other
+      settings is emptied.
+    bucket_files: Opens, finds and removes files in a bucket, like tf.io.gfile; needed for paths
+      such as gs://.
 
   Attributes:
-    done: Results by row; those of an earlier run of the same kind at first.
+    done: Results by row, at first those of an earlier run with equal settings.
 
   Raises:
-    RequestError: Another run has the file.
+    RequestError: Another run is using the file.
   """
 
   def __init__(self, path: str, run: Any, bucket_files: Any = None) -> None:
@@ -48,7 +48,7 @@ class Journal:
     self.done.update({int(row): result for row, result in found})
 
   def keep(self, row: int, result: Any) -> None:
-    """Keep the result of a row, JSON-ready. It is on its way to the disk when this returns."""
+    """Keep the JSON-ready result of a row. On return it is being written to the disk."""
     self.done[row] = result
     if not distributed.is_main():
       return
@@ -57,11 +57,11 @@ class Journal:
     except OSError as error:
       raise RequestError(
         f"finished rows can't be kept in {self._path}: {error.strerror}; the same command goes on "
-        'from those that are there'
+        'from the rows that were kept'
       ) from error
 
   def _append(self, row: int, result: Any) -> None:
-    if self._file is None:  # of a bucket: written anew, since stores do not append
+    if self._file is None:  # in a bucket: rewritten, since stores do not append
       self._file = self._bucket_files.GFile(self._path, 'w')
       self._file.write(f'{self._run}\n')
       for each in self.done.items():
@@ -74,11 +74,11 @@ class Journal:
       self._pending = 0
 
   def in_order(self) -> Iterator[Any]:
-    """Yield the results in the order of their rows."""
+    """Yield the results in row order."""
     return (self.done[row] for row in sorted(self.done))
 
   def close(self) -> None:
-    """Close the file; it stays if it holds a row."""
+    """Close the file. It stays if it holds a row."""
     if self._file is not None:
       if not self._in_bucket and not self.done:
         pathlib.Path(self._path).unlink(missing_ok=True)
@@ -87,7 +87,7 @@ class Journal:
 
   @contextlib.contextmanager
   def closed_on_error(self) -> Iterator[None]:
-    """Close the file if the block raises: a later run may then open it."""
+    """Close the file if the block raises, so that a later run may open it."""
     try:
       yield
     except BaseException:
@@ -95,7 +95,7 @@ class Journal:
       raise
 
   def remove(self) -> None:
-    """Remove the file: the output is written."""
+    """Remove the file, once the output is written."""
     if not distributed.is_main():
       return
     if not self._in_bucket:
@@ -108,7 +108,7 @@ class Journal:
     self._file.write(json.dumps({'row': row, 'result': result}) + '\n')
 
   def _open(self) -> list[tuple[int, Any]]:
-    """Open a local file, and return the rows of it, or of a bucket's, that this run may keep."""
+    """Open a local file, and return the rows of this run in it, or in a bucket's file."""
     if self._in_bucket:
       if not self._bucket_files.exists(self._path):
         return []
@@ -127,7 +127,7 @@ class Journal:
       file.close()
       self._file = None
       raise RequestError(
-        f'another run is writing this output (it has {self._path}): wait for it, or choose '
+        f'another run is writing this output (it holds {self._path}): wait for it, or choose '
         'another output'
       ) from None
     file.seek(0)
@@ -137,12 +137,12 @@ class Journal:
       file.truncate(0)
       file.write(f'{self._run}\n')
       file.flush()
-    elif not text.endswith('\n'):  # the last line was not written whole
+    elif not text.endswith('\n'):  # the last line is incomplete
       file.write('\n')
     return rows
 
   def _rows(self, text: str) -> list[tuple[int, Any]]:
-    """Return the rows of a journal's text; none of another run's, and no damaged line."""
+    """Return the rows in a journal's text; no damaged line, and nothing if another run wrote it."""
     head, *lines = text.split('\n')
     if head != self._run:
       return []
@@ -152,5 +152,5 @@ class Journal:
         row = json.loads(line)
         rows.append((int(row['row']), row['result']))
       except (ValueError, TypeError, KeyError, RecursionError):
-        continue  # cut off, or damaged: the row is made again
+        continue  # cut off, or damaged: the row is computed again
     return rows

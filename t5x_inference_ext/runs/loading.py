@@ -1,4 +1,4 @@
-"""From the options of a run to an engine, with a line for all that is found, assumed and chosen."""
+"""From a run's options to an engine, saying everything that is found, assumed and chosen."""
 
 from collections.abc import Callable
 import dataclasses
@@ -25,13 +25,13 @@ from t5x_inference_ext.sharding.mesh_choice import choose_mesh
 def open_model(
   options: InferOptions, say: Callable[[str], None] = print_on_main
 ) -> tuple[Checkpoint, jax.sharding.Mesh]:
-  """Open the checkpoint and make the mesh. Weights are not read yet.
+  """Open the checkpoint and make the mesh. Does not read weights yet.
 
   Raises:
-    CheckpointError: No such checkpoint, or one of another model.
+    CheckpointError: There is no checkpoint, or it is of another model.
     MeshError: The mesh does not fit the devices or the model.
   """
-  # A mesh too big for the devices is an error before the checkpoint is read.
+  # A mesh larger than the devices is an error before the checkpoint is read.
   mesh = None if options.mesh is None else make_mesh(parse_mesh(options.mesh))
   checkpoint = open_checkpoint(
     options.checkpoint, norm_scale=options.norm_scale, config=options.config
@@ -55,15 +55,15 @@ def open_model(
 def explain_layout(
   options: InferOptions, prompt_length: int, say: Callable[[str], None] = print_on_main
 ) -> None:
-  """Print where every tensor of a run would live. The mesh may have more devices than there are.
+  """Print the sharding of every tensor of a run. The mesh may have more devices than there are.
 
   Args:
     options: Options of the run.
-    prompt_length: Tokens of its prompts, BOS not counted.
+    prompt_length: Tokens of a prompt, BOS not counted.
     say: Prints a line.
 
   Raises:
-    CheckpointError: No such checkpoint, or one of another model.
+    CheckpointError: There is no checkpoint, or it is of another model.
     MeshError: The mesh does not fit the model.
   """
   checkpoint = open_checkpoint(
@@ -101,7 +101,7 @@ def load_engine(
   """Load the weights onto the mesh, with a progress bar.
 
   Raises:
-    SavedError: The saved program is not what these options need. Raised before weights are read.
+    SavedError: The saved program does not fit these options. Raised before weights are read.
   """
   with distributed.together():
     if options.executable is not None:
@@ -131,9 +131,9 @@ def load_engine(
 
 
 def say_compiling(engine: Engine, say: Callable[[str], None] = print_on_main) -> None:
-  """Say that the first rows take longer than others; nothing for a saved program."""
+  """Say that the first rows wait for compilation; say nothing for a saved program."""
   if engine.executable is None:
-    say('compiling: the first rows come when this is done')
+    say('compiling: the first rows come after this')
 
 
 def batch_rows(
@@ -142,12 +142,12 @@ def batch_rows(
   rows: int | None,
   say: Callable[[str], None] = print_on_main,
 ) -> int:
-  """Return the rows of each batch: batch_size, fewer for fewer rows, and what the mesh takes.
+  """Return the rows of a batch: batch_size, or fewer for fewer rows, rounded up for the mesh.
 
   Args:
     options: Options of the run.
     engine: The engine to run on.
-    rows: Rows of the whole run; None where they are not known, or enough.
+    rows: Rows of the whole run; None if unknown, or if there are enough.
     say: Prints a line.
   """
   if engine.executable:
@@ -161,7 +161,7 @@ def batch_rows(
 
 
 def rounded_note(options: InferOptions, rows: int, engine: Engine) -> str:
-  """Return why a batch has more rows than asked for; '' where it has not."""
+  """Return a note if a batch has more rows than asked for, else ''."""
   if rows <= options.batch_size:
     return ''
   mesh = mesh_text(engine.model.mesh)
@@ -169,7 +169,7 @@ def rounded_note(options: InferOptions, rows: int, engine: Engine) -> str:
 
 
 def description(options: InferOptions, engine: Engine) -> dict[str, Any]:
-  """Return what a run resolved, JSON-ready, to be kept beside its results."""
+  """Return the resolved settings of a run, JSON-ready, to keep beside its results."""
   checkpoint = engine.checkpoint
   return {
     'checkpoint': {
@@ -198,10 +198,10 @@ def description(options: InferOptions, engine: Engine) -> dict[str, Any]:
 
 
 def run_summary(clock: Clock, mode: str) -> str:
-  """Return what a run did, and how fast: useful tokens alone, compilation apart."""
+  """Return a line with a run's rows, useful tokens and speed, not counting compilation."""
   verb = 'scored' if mode == 'score' else 'generated'
   return (
     f'{clock.rows} rows, {clock.tokens} tokens {verb} in {clock.seconds:.2f} s: '
     f'{clock.tokens_per_second:.0f} tokens/s; compilation took {clock.compile_seconds:.2f} s '
-    'besides'
+    'extra'
   )

@@ -1,4 +1,4 @@
-"""Output files that appear whole or not at all; of several processes, process 0 writes them."""
+"""Output files that are never left partial. With several processes, process 0 writes them."""
 
 from collections.abc import Iterator
 import contextlib
@@ -11,12 +11,12 @@ from t5x_inference_ext import distributed
 from t5x_inference_ext.errors import RequestError
 
 RECORD_SUFFIX = '.config.json'
-# Most bytes that the names of files beside an output add to its own: '.NAME.12345678.tmp'.
+# Bytes that '.NAME.12345678.tmp', the longest name beside an output, adds to the output's name.
 _ADDED_BYTES = 14
 
 
 def check_output(path: str, *, overwrite: bool) -> None:
-  """Raise RequestError for a file that could not be written in the end, before any work is done."""
+  """Raise RequestError for a file that could not be written at the end, before any work is done."""
   if not distributed.is_main():
     return
   directory, name = os.path.split(os.path.abspath(path))
@@ -34,8 +34,8 @@ def check_output(path: str, *, overwrite: bool) -> None:
   longest = os.pathconf(directory, 'PC_NAME_MAX') - _ADDED_BYTES
   if len(os.fsencode(name)) > longest:
     raise RequestError(
-      f"the output's name has {len(os.fsencode(name))} bytes, and at most {longest} leave room for "
-      'the names of the files beside it: choose a shorter one'
+      f"the output's name has {len(os.fsencode(name))} bytes; at most {longest} leave room for "
+      'the names of the files beside it: choose a shorter name'
     )
   if os.path.exists(path) and not overwrite:
     raise RequestError(
@@ -50,12 +50,12 @@ def open_text(path: str, mode: str) -> TextIO:
 
 @contextlib.contextmanager
 def whole_file(path: str) -> Iterator[TextIO]:
-  """Open a file to write that takes its name only when all of it is written.
+  """Open a file for writing; it takes its name when all of it is written.
 
-  On an exception nothing is left. In processes other than 0 nothing is written.
+  On an exception no file is left. In processes other than 0 nothing is written.
 
   Raises:
-    RequestError: The file can't be written, as on a full disk.
+    RequestError: The file can't be written, for example on a full disk.
   """
   if not distributed.is_main():
     with open_text(os.devnull, 'w') as file:
@@ -71,7 +71,7 @@ def whole_file(path: str) -> Iterator[TextIO]:
       yield file
     umask = os.umask(0)
     os.umask(umask)
-    os.chmod(temporary, 0o666 & ~umask)  # mkstemp's own mode is for secrets
+    os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner reads
     os.replace(temporary, path)
   except BaseException as error:
     if temporary is not None:
@@ -83,7 +83,7 @@ def whole_file(path: str) -> Iterator[TextIO]:
 
 
 def write_record(path: str, record: dict[str, Any]) -> str:
-  """Write what a run resolved beside its rows, as `path` + RECORD_SUFFIX; return that name."""
+  """Write a run's resolved settings beside its rows, to `path` + RECORD_SUFFIX; return this."""
   with whole_file(path + RECORD_SUFFIX) as file:
     json.dump(record, file, indent=2)
     file.write('\n')

@@ -1,4 +1,4 @@
-"""What a run says, in process 0 alone, and how far its long steps are."""
+"""Lines and progress bars that a run prints, in process 0 alone."""
 
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -10,17 +10,17 @@ _T = TypeVar('_T')
 
 
 def print_on_main(text: str) -> None:
-  """Print a line at once, in process 0."""
+  """Print a line without delay, in process 0 alone."""
   if distributed.is_main():
     print(text, flush=True)
 
 
 class Progress(ProgressBar):
-  """How many items are done, shown by process 0.
+  """A progress bar over items, shown by process 0.
 
   Args:
     what: Name of the step.
-    total: Number of items, or None where it is not known.
+    total: Number of items, or None if unknown.
   """
 
   def __init__(self, what: str, total: int | None = None) -> None:
@@ -28,7 +28,7 @@ class Progress(ProgressBar):
 
 
 def progress(items: Iterable[_T], what: str, total: int | None = None) -> Iterator[_T]:
-  """Yield the items, showing how many of `total` (None: unknown) are done."""
+  """Yield the items, and show how many of `total` (None: unknown) are done."""
   shown = Progress(what, total)
   try:
     for item in items:

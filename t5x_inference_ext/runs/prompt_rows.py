@@ -20,14 +20,14 @@ _Result = TypeVar('_Result')
 
 @dataclasses.dataclass(frozen=True)
 class PromptRow:
-  """One row as it was written.
+  """One row of a prompts file, as read.
 
   Attributes:
-    line: Line of the file, from 1.
-    fields: The whole JSON object: fields that are not used here are written out again.
-    prompt: Text or token ids; empty starts from BOS alone.
-    completion: Text or token ids to score; None where nothing is scored.
-    sampling: The row's own sampling options; None where it has none, or is scored.
+    line: Line number in the file, from 1.
+    fields: The whole JSON object. Fields that the run does not use are written out again.
+    prompt: Text or token ids. An empty prompt starts from BOS alone.
+    completion: Text or token ids to score; None if nothing is scored.
+    sampling: The row's own sampling options; None if it has none, or is scored.
   """
 
   line: int
@@ -38,7 +38,7 @@ class PromptRow:
 
   @property
   def is_text(self) -> bool:
-    """Whether the row needs a vocabulary."""
+    """Whether the row has text, and so needs a vocabulary."""
     return isinstance(self.prompt, str) or isinstance(self.completion, str)
 
 
@@ -48,8 +48,8 @@ class TokenizedRow:
 
   Attributes:
     prompt: Ids of the prompt, without BOS.
-    completion: Ids to score; empty where nothing is scored.
-    asked: How the row is continued.
+    completion: Ids to score; empty if nothing is scored.
+    asked: Sampling options of the row.
   """
 
   prompt: list[int]
@@ -58,18 +58,19 @@ class TokenizedRow:
 
 
 def read_rows(path: str, *, score: bool) -> list[PromptRow]:
-  """Read a JSONL file of prompts; blank lines are skipped.
+  """Read a JSONL file of prompts, skipping blank lines.
 
   Args:
-    path: File in which each line is an object with `prompt`, and to score `tokens` (ids) or
+    path: The file. Each line is an object with `prompt`, and to be scored, with `tokens` (ids) or
       `completion` (text or ids).
     score: Whether rows are to be scored.
 
   Raises:
-    RequestError: No such file, no rows, or rows that can't be used, each with its line.
+    RequestError: There is no such file, or it has no rows, or rows can't be used (each is named
+      with its line).
   """
   try:
-    # utf-8-sig: a byte order mark, as some editors write one, is not part of the first row.
+    # utf-8-sig drops the byte order mark that some editors write.
     with open(path, encoding='utf-8-sig') as file:
       lines = file.readlines()
   except FileNotFoundError:
@@ -100,16 +101,16 @@ def tokenize(
   """Return rows in token ids.
 
   Args:
-    path: File that the rows come from, for errors.
+    path: File that the rows come from, for messages.
     rows: Rows from read_rows.
-    vocabulary: Encodes text; None where no row has text.
-    vocab_size: V, rows of the model's embedding: ids are below it.
-    run: Sampling options of rows that give none.
-    max_prompt: Tokens of the longest prompt that the cache has room for; None: any.
+    vocabulary: Encodes text; None if no row has text.
+    vocab_size: V, rows of the model's embedding. Ids must be below it.
+    run: Sampling options of rows that have none of their own.
+    max_prompt: Most tokens of a prompt that the cache has room for; None: no limit.
 
   Raises:
-    RequestError: Ids outside the vocabulary, prompts longer than the cache, or wrong sampling
-      options, by line.
+    RequestError: Rows have ids outside the vocabulary, prompts longer than the cache, or wrong
+      sampling options. The message names their lines.
   """
 
   def ids_of(name: str, text: Text) -> list[int]:
@@ -147,7 +148,7 @@ def tokenize(
 
 
 def _parse(number: int, line: str, score: bool) -> PromptRow:
-  """Return the row that a line holds. Raises ValueError, without the line's number."""
+  """Return the row that a line holds. Raises ValueError, which does not name the line."""
   try:
     fields = parse_json(line)
   except ValueError as error:
@@ -178,7 +179,7 @@ def _parse(number: int, line: str, score: bool) -> PromptRow:
 
 
 def _text(name: str, value: Any) -> Text:
-  """Return a value that is text or token ids. Raises ValueError for another."""
+  """Return a value that is text or token ids. Raises ValueError for any other value."""
   if isinstance(value, str):
     return value
   if not isinstance(value, list):
@@ -206,7 +207,7 @@ def _kind(value: Any) -> str:
 def _map_rows(
   path: str, items: list[_Item], function: Callable[[_Item], _Result], line: Callable[[_Item], int]
 ) -> list[_Result]:
-  """Return function(item) for each item. Raises one RequestError for the ValueErrors of all."""
+  """Return function(item) for each item; join all their ValueErrors into one RequestError."""
   results, complaints = [], []
   for item in items:
     try:

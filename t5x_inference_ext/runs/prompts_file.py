@@ -1,4 +1,4 @@
-"""The plain run: a JSONL file of prompts in, a JSONL file of completions out, in the same order."""
+"""The run over a prompts file: JSONL prompts in, JSONL completions out, in the same order."""
 
 from collections.abc import Callable, Iterator
 import dataclasses
@@ -29,7 +29,7 @@ def prepare(
   files: infer_options.PromptsFiles,
   say: Callable[[str], None] = print_on_main,
 ) -> Iterator[Job]:
-  """Prepare to complete or score every row of a file. What is wrong is said before weights load.
+  """Prepare to complete or score every row of a file. Errors are raised before weights load.
 
   Args:
     options: Options of the run.
@@ -39,8 +39,7 @@ def prepare(
   Yields:
     One job.
 
-  Raises:
-    UserError: Anything that the user can mend.
+  UserError: Anything that the user can fix. UserError: Anything that the user can mend.
   """
   scoring = options.mode == 'score'
   with distributed.together():
@@ -65,7 +64,7 @@ def prepare(
       None if scoring else options.max_prompt,
     )
     if not options.continuous and any(row.asked != asked for row in tokenized):
-      raise RequestError('rows have `sampling` of their own, which needs batching=continuous')
+      raise RequestError('rows have their own `sampling`, which needs batching=continuous')
   distributed.check_same(options=options, prompts=tokenized, checkpoint=checkpoint.notes)
   engine = loading.load_engine(options, checkpoint, mesh, say)
   journal = Journal(
@@ -121,7 +120,7 @@ def _work(
   eos_id: int,
   say: Callable[[str], None],
 ) -> tuple[Work, dict[str, Any]]:
-  """Return the work of the rows that are left, and its sizes for the record."""
+  """Return the work of the remaining rows, and its sizes for the record of the run."""
   if not todo:
     return NoWork(), {}
   loading.say_compiling(engine, say)
@@ -184,7 +183,7 @@ def _shape(
 def _told_sample(
   sample: Sample | Completion, options: infer_options.InferOptions
 ) -> dict[str, Any]:
-  """Return what is told of a generated sample, but for its text."""
+  """Return the fields to write for a generated sample, except its text."""
   told: dict[str, Any] = {'tokens': sample.tokens, 'score': sample.score}
   if isinstance(sample, Sample):
     if options.token_log_probs or options.top_log_probs:
@@ -197,7 +196,7 @@ def _told_sample(
 def _told_scores(
   row: prompt_rows.TokenizedRow, scores: np.ndarray, options: infer_options.InferOptions
 ) -> dict[str, Any]:
-  """Return what is told of a scored row. scores: [prompt and completion], 0 for the prompt."""
+  """Return the fields to write for a scored row, given its tokens' scores, 0 for the prompt's."""
   told: dict[str, Any] = {'tokens': row.completion, 'score': float(np.sum(scores))}
   if options.token_log_probs:
     told['log_probs'] = scores[len(row.prompt) :].tolist()
@@ -210,9 +209,9 @@ def _with_text(
   vocabulary: Vocabulary | None,
   told: list[dict[str, Any]],
 ) -> list[dict[str, Any]]:
-  """Return what is told of each sample, with its text first.
+  """Add the text of each sample, in front of the sample's other fields.
 
-  The text ends before EOS or a stop sequence. It is None where there is no vocabulary.
+  The text ends before EOS or a stop sequence. It is None without a vocabulary.
   """
 
   def text(tokens: list[int]) -> str | None:

@@ -16,7 +16,7 @@ from t5x_inference_ext.errors import UserError
 from t5x_inference_ext.text_files import check_plots
 
 BATCH_ROWS = 8
-# Examples of a seqio task, and tokens of each.
+# Number of examples of a seqio task, and tokens of each.
 TASK_ROWS, TASK_LENGTH = 256, 512
 
 
@@ -36,22 +36,22 @@ def report(
   """Write report.txt, report.json and report.png.
 
   Args:
-    source: checkpoint that was converted.
-    output: checkpoint that it was converted into.
-    directory: to write to; made if needed.
-    norm_scale: of the source, as in open_checkpoint.
-    config: of the source, as in open_checkpoint.
-    rescale_logits: of the source, as in open_checkpoint.
-    tokens: .npy file of token ids [rows, length], 0 where there is none, to compute losses on.
-    task: or a seqio task with a feature `targets`, to compute losses on.
-    task_module: module that registers the task.
-    task_split: split of the task.
+    source: Path of the checkpoint that was converted.
+    output: Path of the checkpoint that the conversion made.
+    directory: Directory to write to; made if needed.
+    norm_scale: Argument of open_checkpoint for the source.
+    config: Argument of open_checkpoint for the source.
+    rescale_logits: Argument of open_checkpoint for the source.
+    tokens: Path of a .npy file of token ids [rows, length] to compute losses on; 0 is padding.
+    task: Name of a seqio task with a feature `targets` to compute losses on, instead of `tokens`.
+    task_module: Module that registers the task.
+    task_split: Split of the task.
 
   Returns:
     The table, line by line.
 
   Raises:
-    UserError: a file that is not there or not what it should be; matplotlib is missing.
+    UserError: A file is missing or is not of the expected kind, or matplotlib is missing.
   """
   pyplot = _pyplot()
   errors = read_manifest(storage.normalize(output))[1].get('errors')
@@ -62,7 +62,7 @@ def report(
   original = open_checkpoint(
     source, norm_scale=norm_scale, config=config, rescale_logits=rescale_logits
   )
-  # A serving checkpoint says itself which model it holds.
+  # A serving checkpoint records its model; for others `config` is needed.
   is_serving = storage.read_file(storage.normalize(output), serving.CONFIG) is not None
   rounded = open_checkpoint(output, config=None if is_serving else original.config)
   targets = None
@@ -76,10 +76,10 @@ def report(
     count = int(np.count_nonzero(targets))
     for label, checkpoint, dtype, cache in (
       (f'source, {original.weights}', original, 'float32', None),
-      ('source as bfloat16', original, 'bfloat16', None),
+      ('source in bfloat16', original, 'bfloat16', None),
       (f'output, {rounded.weights}', rounded, 'float32', None),
       (f'output, {rounded.weights}, int8 cache', rounded, 'float32', 'int8'),
-      ('the same as bfloat16', rounded, 'bfloat16', 'int8'),
+      ('the same in bfloat16', rounded, 'bfloat16', 'int8'),
     ):
       losses[label] = loss(checkpoint, targets, dtype, cache)
   lines = list(_table(errors, losses, count))
@@ -99,21 +99,21 @@ def report(
 def loss(
   checkpoint: Checkpoint, targets: np.ndarray, dtype: str = 'float32', cache: str | None = None
 ) -> float:
-  """Return the loss in nats per token: the model predicts each target from those before it.
+  """Return the loss in nats per token, where each target is predicted from the targets before it.
 
   Args:
-    checkpoint: model.
+    checkpoint: The model.
     targets: [rows, length]. Token ids to predict; 0 is padding.
-    dtype: of activations and float weights. In float32 products are exact, and only int8 rounds.
-    cache: dtype of the KV cache, as in Engine.load: each position sees keys and values as decoding
-      would find them.
+    dtype: Dtype of activations and float weights. In float32, products are exact: only int8 rounds.
+    cache: Dtype of the KV cache, as in Engine.load. Each position sees keys and values rounded as
+      they would be in decoding.
   """
   engine = Engine.load(checkpoint, dtype=dtype, cache=cache)
   total = 0.0
   for begin in range(0, len(targets), BATCH_ROWS):
     rows = targets[begin : begin + BATCH_ROWS]
     missing = BATCH_ROWS - len(rows)
-    rows = np.pad(rows, ((0, missing), (0, 0)))  # one shape: one compilation
+    rows = np.pad(rows, ((0, missing), (0, 0)))  # one shape, so one compilation
     inputs = np.pad(rows, ((0, 0), (1, 0)))[:, :-1]
     total -= float(engine.score(inputs, rows).sum())
   return total / int(np.count_nonzero(targets))
@@ -124,13 +124,13 @@ def read_tokens(path: str, vocab_size: int) -> np.ndarray:
   try:
     tokens = np.load(path, allow_pickle=False)
   except (OSError, ValueError) as e:
-    raise UserError(f'{path}: no .npy file of tokens: {str(e).splitlines()[0]}') from e
+    raise UserError(f'{path}: not a .npy file of tokens: {str(e).splitlines()[0]}') from e
   return _checked(tokens, path, vocab_size)
 
 
 def task_tokens(name: str, module: str | None, split: str, vocab_size: int) -> np.ndarray:
   """Return the first TASK_ROWS targets of a seqio task, trimmed and padded. Raises UserError."""
-  from t5x_inference_ext.runs import tasks  # brings TensorFlow
+  from t5x_inference_ext.runs import tasks  # imports TensorFlow
 
   tasks.import_tasks(module)
   source = tasks.Source(name, {'targets': TASK_LENGTH}, split)
@@ -163,7 +163,7 @@ def _checked(tokens: np.ndarray, where: str, vocab_size: int) -> np.ndarray:
 def _table(
   errors: dict[str, dict[str, float]], losses: dict[str, float], tokens: int
 ) -> Iterator[str]:
-  """Yield the report's lines; `tokens` is the number of tokens that losses are of."""
+  """Yield the report's lines. `tokens` is the number of tokens that the losses average over."""
   yield f'{"tensor":26}{"max":>12}{"Frobenius":>12}   of max|w|, of ||w||'
   for name, error in errors.items():
     yield f'{name:26}{error["largest"]:12.4%}{error["relative"]:12.4%}'
@@ -191,7 +191,7 @@ def _plot(
     )
   errors_axes.set_yticks(places, names)
   errors_axes.invert_yaxis()
-  errors_axes.set_xlabel("rounding error, % of the tensor's")
+  errors_axes.set_xlabel('rounding error, % of the tensor')
   errors_axes.legend()
   if losses:
     first = next(iter(losses.values()))

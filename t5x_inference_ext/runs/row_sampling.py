@@ -22,8 +22,8 @@ class RowSampling:
   Attributes:
     sampling: How tokens are chosen, and what ends the row.
     max_new_tokens: Most tokens generated for the row.
-    seed: Seed of the row's first sample, the others count up from it; None: one from the run's seed
-      and the row's place.
+    seed: Seed of the row's first sample. Other samples count up from it. None: derived from the
+      run's seed and the row's index.
   """
 
   sampling: SamplingParams
@@ -34,21 +34,22 @@ class RowSampling:
 def row_sampling(
   run: RowSampling, given: Mapping[str, Any], vocabulary: Vocabulary | None, vocab_size: int
 ) -> RowSampling:
-  """Return the options of a row.
+  """Return the sampling options of a row.
 
   Args:
-    run: Options of rows that give none.
-    given: The row's `sampling` as read from JSON: fields of SamplingParams, with texts or ids in
-      `stop` and an object as `logit_bias`; `max_new_tokens`, at most the run's; `seed`.
+    run: Options of rows that have none of their own.
+    given: The row's `sampling` as read from JSON. It may have the fields of SamplingParams, with
+      texts or ids in `stop` and an object as `logit_bias`; `max_new_tokens`, at most the run's; and
+      `seed`.
     vocabulary: Encodes stop texts.
     vocab_size: V, rows of the model's embedding.
 
   Raises:
-    RequestError: An option that is not known, or a value out of its range.
+    RequestError: An option is unknown, or a value is out of its range.
   """
   for name, value in given.items():
     if name not in _KNOWN:
-      raise RequestError(f'`sampling` has {name!r}, and can have {", ".join(_KNOWN)}')
+      raise RequestError(f'`sampling` has {name!r}, but can only have {", ".join(_KNOWN)}')
     if name not in _FIELDS and not has_type(value, int):
       raise RequestError(f'`sampling`: {name} must be a whole number, got {reprlib.repr(value)}')
   fields = {name: value for name, value in given.items() if name in _FIELDS}
@@ -70,13 +71,13 @@ def row_sampling(
 
 
 def _stop(value: Any, vocabulary: Vocabulary | None) -> list[list[int]]:
-  """Return stop sequences of a text, or of a list of texts and lists of token ids."""
+  """Return the stop sequences for a text, or for a list of texts and lists of token ids."""
   found = []
   for item in value if isinstance(value, list) else [value]:
     if isinstance(item, str) and item:
       if vocabulary is None:
         raise RequestError(
-          '`sampling`: stop has a text, and the vocabulary is not known: give --vocabulary, or ids'
+          '`sampling`: stop has a text, but the vocabulary is unknown: give --vocabulary, or ids'
         )
       found += stop_sequences(vocabulary, item)
     elif isinstance(item, list) and item and all(has_type(token, int) for token in item):
@@ -90,10 +91,10 @@ def _stop(value: Any, vocabulary: Vocabulary | None) -> list[list[int]]:
 
 
 def parse_logit_bias(value: Any) -> dict[int, float]:
-  """Return the logit bias that a JSON object {"TOKEN ID": NUMBER, ...} gives.
+  """Return the logit bias that a JSON object {"TOKEN ID": NUMBER, ...} stands for.
 
   Raises:
-    RequestError: The value is no such object, or a number is too large for a float.
+    RequestError: The value is not such an object, or a number is too large for a float.
   """
   try:
     if all(has_type(bias, float) for bias in value.values()):

@@ -1,4 +1,4 @@
-"""Files of a run over a task, local or in a bucket. Of several processes, process 0 writes."""
+"""Output files of a run over a task, local or in a bucket, written by process 0 alone."""
 
 from collections.abc import Iterable, Iterator
 import contextlib
@@ -17,14 +17,14 @@ COMPLETED_SUFFIX = '.COMPLETED'
 
 
 def output_path(name: str, source: Source, mode: str, output_dir: str) -> str:
-  """Return the path of a task's output, as T5X names it."""
+  """Return the path of a task's output, in T5X's naming."""
   return os.path.join(
     output_dir, f'{name}-{mode}.jsonl-{source.shard:05}-of-{source.num_shards:05}'
   )
 
 
 def make_directory(path: str) -> None:
-  """Make a directory where there is none. Raises RequestError where that can't be done."""
+  """Make a directory if there is none. Raises RequestError if that fails."""
   if distributed.is_main():
     with _errors(path):
       gfile.makedirs(path)
@@ -32,10 +32,10 @@ def make_directory(path: str) -> None:
 
 @contextlib.contextmanager
 def open_output(path: str) -> Iterator[IO[str]]:
-  """Open a file to write; processes other than 0 write to nowhere.
+  """Open a file for writing; what processes other than 0 write is dropped.
 
   Raises:
-    RequestError: The file can't be written, as on a full disk.
+    RequestError: The file can't be written, for example on a full disk.
   """
   with _errors(path), gfile.GFile(path if distributed.is_main() else os.devnull, 'w') as file:
     yield file
@@ -56,7 +56,7 @@ def write_rows(path: str, rows: Iterable[Any]) -> None:
 
 @contextlib.contextmanager
 def _errors(path: str) -> Iterator[None]:
-  """Turn TensorFlow's errors of a file into a RequestError that names it."""
+  """Turn TensorFlow's file errors into a RequestError that names the file."""
   try:
     yield
   except tf.errors.OpError as error:

@@ -1,4 +1,4 @@
-"""Rows of a run over a seqio task, as T5X writes them."""
+"""Rows of a run over a seqio task, in T5X's form."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,10 +21,10 @@ def predicted_row(
 
   Args:
     example: The example that was continued.
-    samples: Tokens and score of each prediction. Several come out from the worst to the best, as
-      lists, which is T5X's return_all_decodes.
-    length: Length that tokens are padded to; vocabularies that decode padding show it.
-    vocabulary: Decodes predictions.
+    samples: Tokens and score of each prediction. Several are written as lists, from the worst to
+      the best, as T5X's return_all_decodes does.
+    length: Length that tokens are padded to before decoding: some vocabularies decode padding too.
+    vocabulary: Decodes the predictions.
     mode: 'predict' or 'predict_with_aux'.
   """
   samples = sorted(samples, key=lambda sample: sample[1])
@@ -55,7 +55,7 @@ def _pretokenized(example: TaskExample) -> dict[str, Any]:
 
 
 def _json(value: Any) -> Any:
-  """Return numpy's values as JSON's. Bytes that are no UTF-8 are replaced, not refused."""
+  """Return numpy values as JSON values. Bytes that are not UTF-8 are replaced, not refused."""
   if isinstance(value, bytes):
     return value.decode('utf-8', errors='replace')
   if isinstance(value, (np.ndarray, np.generic)):

@@ -39,8 +39,8 @@ from t5x_inference_ext.runs.tasks import Source, TaskExample
 from t5x_inference_ext.runs.work import ScoreWork, StaticWork, Work, refill_work
 
 RECORD = 'infer.config.json'
-SCORED_BATCHES = 128  # batches of examples that are sorted by length together
-# Options of a run over prompts that a run over a task names differently, or does without.
+SCORED_BATCHES = 128  # batches whose examples are sorted by length together
+# InferOptions that have another name in a run over a task, or do not exist there.
 _OTHER_OPTIONS = (
   'checkpoint',
   'max_new_tokens',
@@ -71,7 +71,7 @@ def infer(
   explain_layout: bool = False,
   **options: Any,
 ) -> Iterator[Job]:
-  """Prepare to predict or score every example of a task or mixture; yield the job of each task.
+  """Prepare to predict or score every example of a task or mixture; yield a job for each task.
 
   gin binds the arguments (configs/runs/infer.gin).
 
@@ -79,29 +79,29 @@ def infer(
     mixture_or_task_name: Name in seqio's registry, or the task or mixture itself.
     task_feature_lengths: Lengths that 'inputs' and 'targets' are trimmed to.
     checkpoint_path: Checkpoint directory, of any format.
-    output_dir: Directory for the output; made where it does not exist.
+    output_dir: Directory for the output; made if it does not exist.
     module: Module to import first, which registers the task.
     split: Split of the task.
     use_cached: Whether to read seqio's cached form of the task.
-    max_new_tokens: Most tokens of each prediction; None: as T5X, until prompt and prediction fill
-      the whole sequence.
+    max_new_tokens: Most tokens of each prediction. None: prompt and prediction may fill the whole
+      sequence, as in T5X.
     sampling: How tokens are chosen.
-    model_config: Model that the checkpoint must hold; None: the one it holds.
+    model_config: Model that the checkpoint must hold; None: any.
     shard_id: Index of this run among `num_shards` runs that share the task's examples.
     num_shards: Number of runs that share the task's examples.
     config_text: Configuration of the run, kept as config.gin beside the results.
-    explain_layout: Only print where the run's tensors would live.
+    explain_layout: Whether to print the sharding of every tensor and do nothing else.
     **options: Options of InferOptions and ProcessOptions, by name.
 
   Raises:
-    UserError: Anything that the user can mend, before the weights are loaded.
+    UserError: Anything that the user can fix. Raised before weights are loaded.
   """
   processes = {
     field.name: options.pop(field.name, None) for field in dataclasses.fields(ProcessOptions)
   }
   distributed.initialize(ProcessOptions(**processes))
-  with contextlib.suppress(RuntimeError):  # already in use by the user's own module
-    # TensorFlow would reserve the memory of devices that are jax's.
+  with contextlib.suppress(RuntimeError):  # the user's module already uses TensorFlow
+    # Otherwise TensorFlow would reserve the GPU memory that jax needs.
     tf.config.set_visible_devices([], 'GPU')
   with distributed.together():
     tasks.import_tasks(module)
@@ -147,7 +147,7 @@ def infer(
 
 
 def _with_limits(options: InferOptions, length: int, max_new_tokens: int | None) -> InferOptions:
-  """Return options with predictions limited to max_new_tokens, or else to the whole sequence."""
+  """Limit predictions to max_new_tokens, or if None, to what the whole sequence leaves."""
   if max_new_tokens is not None:
     return dataclasses.replace(options, max_new_tokens=max_new_tokens)
   return dataclasses.replace(options, max_new_tokens=length, max_length=length, cache_length=length)
@@ -156,7 +156,7 @@ def _with_limits(options: InferOptions, length: int, max_new_tokens: int | None)
 def _with_task_vocabulary(
   options: InferOptions, task: seqio.Task, config: ModelConfig
 ) -> InferOptions:
-  """Return options with the texts that end rows in the task's own ids."""
+  """Return options with stop texts encoded by the task's vocabulary."""
   vocabulary = task.output_features['targets'].vocabulary
   return with_vocabulary(options, vocabulary, config.vocab_size)
 
@@ -170,7 +170,7 @@ def _uncompleted(
     paths = {task.name: output_path(task.name, source, mode, output_dir) for task in found}
     return [name for name, path in paths.items() if gfile.exists(path + COMPLETED_SUFFIX)]
 
-  # The output directory may be process 0's alone.
+  # Perhaps only process 0 can see the output directory.
   names = distributed.from_main(completed)
   for name in names:
     path = output_path(name, source, mode, output_dir)
@@ -196,9 +196,9 @@ def _prepare_task(
     shard = f', shard {source.shard} of {source.num_shards}' if source.num_shards > 1 else ''
     raise RequestError(f'task {task.name} has no examples in split {source.split!r}{shard}')
   print_on_main(f'vocabulary: {tasks.vocabulary_text(task)}')
-  # Fewer examples than a batch: a smaller one does.
+  # If there are fewer examples than a batch, a smaller batch suffices.
   samples = len(first) * options.num_decodes if len(first) < options.batch_size else None
-  silent = options.continuous and not scoring  # refill_work prints the batch of slots
+  silent = options.continuous and not scoring  # refill_work prints the batch instead
   say = (lambda text: None) if silent else print_on_main
   batch = loading.batch_rows(options, engine, samples, say)
   checkpoint = engine.checkpoint
@@ -223,8 +223,8 @@ def _prepare_task(
   with journal.closed_on_error():
     work = _work(remembered(), task, source, options, engine, batch, clock)
   vocabulary = task.output_features['targets'].vocabulary
-  # T5X's predictions have the length of the whole sequence: vocabularies that decode padding would
-  # show it.
+  # Tokens are padded to the whole sequence, as in T5X, because some vocabularies decode padding
+  # too.
   length = max(sum(source.feature_lengths.values()), options.max_new_tokens)
 
   def tell(row: int, result: Any) -> dict[str, Any]:
@@ -244,7 +244,7 @@ def _prepare_task(
 
 
 def _features(batch: list[tuple[int, TaskExample]]) -> list[list]:
-  """Return what the model is given of a batch, which has to be equal in all processes."""
+  """Return a batch's inputs of the model, which must be equal in all processes."""
   return [
     [(name, value.tolist()) for name, value in sorted(example.model.items())]
     for _, example in batch
@@ -260,7 +260,7 @@ def _work(
   batch: int,
   clock: Clock,
 ) -> Work:
-  """Return the work of the examples that are left; they are read as they are needed."""
+  """Return the work of the remaining examples, which are read only when needed."""
   if options.mode == 'score':
     groups = (
       [(row, tasks.scoring_example(example)) for row, example in some]
@@ -277,7 +277,7 @@ def _work(
       (_request(row, tokens, options) for row, tokens in prompts),
       clock,
       print_on_main,
-      ahead=4 * batch,  # enough to see what prompts share
+      ahead=4 * batch,  # enough to find a shared prefix
       slots=batch,
       prompt_size=longest + 1,
       cache_size=options.max_length or longest + options.max_new_tokens,

@@ -1,4 +1,4 @@
-"""Examples of a seqio task, exactly as T5X's infer reads them."""
+"""Examples of a seqio task, read exactly as T5X's infer reads them."""
 
 from collections.abc import Iterator, Mapping
 import difflib
@@ -15,16 +15,16 @@ from t5x_inference_ext.errors import RequestError
 
 
 class Source(NamedTuple):
-  """Examples to run over.
+  """The examples to run over.
 
   Attributes:
     name: Name of a registered seqio task or mixture, or the task or mixture itself.
-    feature_lengths: {'inputs': ..., 'targets': ...}, lengths to trim to. 'targets' alone can only
-      be scored.
+    feature_lengths: {'inputs': ..., 'targets': ...}, the lengths to trim to. Without 'inputs',
+      examples can only be scored.
     split: Split of the task.
     use_cached: Whether to read seqio's cached form.
     seed: Seed of the task's own preprocessing.
-    shard: Index of this run among `num_shards`; it takes every num_shards-th example.
+    shard: Index of this run among `num_shards`. The run takes every num_shards-th example.
     num_shards: Number of runs that share the examples.
   """
 
@@ -38,14 +38,14 @@ class Source(NamedTuple):
 
 
 class TaskExample(NamedTuple):
-  """One example: the task's own features, and the model's."""
+  """One example: the task's own features, and the model's features."""
 
   task: dict[str, Any]
   model: dict[str, np.ndarray]
 
 
 def import_tasks(module: str | None) -> None:
-  """Import the module that registers the user's tasks. Raises RequestError where there is none."""
+  """Import the module that registers the user's tasks. Raises RequestError if that fails."""
   if not module:
     return
   try:
@@ -117,7 +117,7 @@ def check_vocabularies(source: Source, tasks: list[seqio.Task], vocab_size: int)
 
 
 def vocabulary_text(task: seqio.Task) -> str:
-  """Return the vocabulary of a task's predictions in words."""
+  """Return a description of the vocabulary that decodes a task's predictions."""
   vocabulary = task.output_features['targets'].vocabulary
   return f'{type(vocabulary).__name__} of task {task.name}, {vocabulary.vocab_size} ids'
 
@@ -125,7 +125,7 @@ def vocabulary_text(task: seqio.Task) -> str:
 def examples(task: seqio.Task, source: Source) -> Iterator[TaskExample]:
   """Yield a task's examples as T5X's infer reads them.
 
-  seqio converts them as for a decoder-only model, not packed.
+  seqio converts them for a decoder-only model, without packing.
   """
   ds = task.get_dataset(
     sequence_length=source.feature_lengths,
@@ -143,13 +143,13 @@ def examples(task: seqio.Task, source: Source) -> Iterator[TaskExample]:
 
 
 def prompt(example: TaskExample) -> list[int]:
-  """Return the tokens that T5X's predict continues: the inputs without BOS, up to the padding."""
+  """Return the tokens that T5X's predict continues: the inputs without BOS and padding."""
   inputs = example.model['decoder_input_tokens'] * example.model['decoder_causal_attention']
   return inputs[1:][: np.count_nonzero(inputs[1:])].tolist()
 
 
 def scoring_example(example: TaskExample) -> ScoringExample:
-  """Return an example to score, up to its last position with a loss weight."""
+  """Return an example to score, cut after its last position with a loss weight."""
   features: list[Any] = [
     example.model[f'decoder_{name}'] for name in ('input_tokens', 'target_tokens', 'loss_weights')
   ]

@@ -1,7 +1,7 @@
-"""The ways in which a run's rows are served: slot refill, static batches, scoring.
+"""Three ways to serve the rows of a run: slot refill, static batches, scoring.
 
-Each is an object whose `step` does a part of the work and returns the rows that it finished, so
-that a run is a loop that anyone can read:
+Each is an object whose `step` does part of the work and returns the rows that it finished. So a run
+is a simple loop:
 
     while not work.finished:
       for row, result in work.step():
@@ -27,32 +27,32 @@ from t5x_inference_ext.runs.infer_options import InferOptions
 
 
 class Work(Protocol):
-  """Rows that are being served."""
+  """Rows of a run, served step by step."""
 
   @property
   def finished(self) -> bool:
     """Whether every row is done."""
 
   def step(self) -> Sequence[tuple[int, Any]]:
-    """Do a part of the work; return (row, result) of each row that it finished, maybe none."""
+    """Do part of the work; return (row, result) for each row that it finished, possibly none."""
 
 
 class NoWork:
-  """The work of a run whose rows were all done before."""
+  """The work of a run in which every row was already done."""
 
   finished = True
 
   def step(self) -> list[tuple[int, Any]]:
-    """Return nothing."""
+    """Return no rows."""
     return []
 
 
 class RefillWork:
-  """Rows through slots that are refilled as rows end. A result is the list of a row's samples.
+  """Rows in slots that are refilled when rows end. A row's result is the list of its samples.
 
   Args:
     engine: The engine to run on.
-    requests: (row, request) in order. They are taken as slots become free.
+    requests: Pairs (row, request), in order. They are taken as slots become free.
     config: Sizes for all requests.
     shared: The prefix that prompts share.
     clock: Counts time, rows and tokens.
@@ -68,12 +68,12 @@ class RefillWork:
   ) -> None:
     self._scheduler = Scheduler(engine.model, engine.weights, config, shared)
     self._requests, self._clock = iter(requests), clock
-    self._rows: dict[int, int] = {}  # by the scheduler's index
+    self._rows: dict[int, int] = {}  # the scheduler's index of a request -> row
     self._samples = SampleCollector()
     self.finished = False
 
   def step(self) -> list[tuple[int, list[Sample]]]:
-    """Submit what the scheduler can use, and let it do one step."""
+    """Submit as many requests as the scheduler can start, and run one step of it."""
     self._submit()
     with self._clock:
       events = self._scheduler.step()
@@ -108,15 +108,15 @@ def refill_work(
   ahead: int | None = None,
   **sizes: Any,
 ) -> tuple[Work, dict[str, int]]:
-  """Return the work of requests through refilled slots, and its sizes for the record.
+  """Return the work of requests in refilled slots, and its sizes for the record of the run.
 
   Args:
     engine: The engine to run on.
     options: Options of the run.
-    requests: (row, request) in order.
+    requests: Pairs (row, request), in order.
     clock: Counts time, rows and tokens.
     say: Prints a line.
-    ahead: How many requests are looked at for a prefix that prompts share and for sizes; None: all.
+    ahead: Number of requests to read for their shared prefix and sizes; None: all.
     **sizes: Other arguments of scheduler_config.config_for.
   """
   requests = iter(requests)
@@ -134,7 +134,7 @@ def refill_work(
   note = loading.rounded_note(options, config.slots, engine)
   say(f'batch: {config.slots} rows{note}, refilled as they end')
   if shared:
-    say(f'shared: {len(shared)} first positions of the prompts are prefilled and stored once')
+    say(f'shared: the first {len(shared)} positions of the prompts are prefilled and stored once')
   work = RefillWork(engine, itertools.chain(first, requests), config, shared, clock)
   return work, {
     'batch': config.slots,
@@ -145,13 +145,13 @@ def refill_work(
 
 
 class StaticWork:
-  """Batches of one shape, each of which ends as a whole. A result is a Completion.
+  """Batches of one shape, each of which ends as a whole. A row's result is a Completion.
 
   Args:
     engine: The engine to run on.
-    batches: Lists of at most shape.batch pairs (row, prompt), prompts of at most shape.prompt
-      tokens. A row is its place in the run.
-    shape: Shape of the batches as the engine sees them: short ones are padded with rows that are
+    batches: Lists of at most shape.batch pairs (row, prompt). Prompts have at most shape.prompt
+      tokens. `row` is the row's index in the run.
+    shape: Shape of the batches in the engine. Short batches are padded with rows whose results are
       dropped.
     clock: Counts time, rows and tokens.
     options: Options of the run.
@@ -196,12 +196,13 @@ class StaticWork:
 
 
 class ScoreWork:
-  """Given tokens, scored. A result is the weighted log-probability of each token, [n] float32.
+  """Scoring of given tokens. A result is each token's weighted log-probability, [n] float32.
 
   Args:
     engine: The engine to run on.
-    groups: Lists of (row, example). Within a group examples of like lengths are scored together.
-    tokens: Tokens of a batch, padding included.
+    groups: Lists of pairs (row, example). Examples of similar lengths within a group are scored
+      together.
+    tokens: Most tokens of a batch, padding included.
     clock: Counts time, rows and tokens.
   """
 

@@ -1,7 +1,7 @@
 """Activation sharding: a layout resolved for one pass of a model over some rows and positions.
 
-The model, its predicted traffic (traffic.py) and the planner read the result, so that what splits
-what is decided once.
+The model, its predicted traffic (traffic.py) and the planner all read the result, so that the split
+of each array is decided in one place.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,7 +17,7 @@ from t5x_inference_ext.sharding.heads import AttentionHeads, HeadSplit, stored_h
 from t5x_inference_ext.sharding.layout import Axes, Layout, num_shards, shape_text
 from t5x_inference_ext.sharding.mesh import AXES
 
-# Logical axes of the activations and the KV cache, as weights have theirs in params.py.
+# Logical axes of the activations and the KV cache. Those of weights are in params.py.
 ACTIVATION_AXES = {
   'residual': ('residual_rows', 'residual_positions', 'residual'),  # [B, T, E]
   'mlp': ('rows', 'positions', 'mlp'),  # [B, T, F]
@@ -31,24 +31,25 @@ class ActivationSharding:
   """The mesh axes that split each activation of one pass.
 
   Inside a layer, `rows` and `positions` split tokens [B, T]. In attention, the three `attention_`
-  fields split queries [B, T, H, Q]; keys and values have the same rows, and all positions of them.
+  fields split queries [B, T, H, Q]; keys and values have the same rows, but all positions.
 
-  A product that is summed over some axes leaves its sum split over those axes: the residual stream
-  over the layout's hidden axes, the MLP's columns over its embed axes. The split dimension is rows
-  where they divide, else positions, else features. With rows the norm needs no all-reduce, since a
-  device has all features of a row, and a TPU need not change memory layouts around collectives.
+  A product summed over some axes leaves its sum split over those axes: the residual stream over the
+  layout's hidden axes, the MLP's columns over its embed axes. Rows are split if the axes divide
+  them, else positions, else features. With rows the norm needs no all-reduce, since a device has
+  all features of a row, and a TPU need not change memory layouts around collectives.
 
   Attributes:
     layout: The layout that was resolved.
-    rows, positions: Axes that split tokens: together those that weights are gathered over.
+    rows, positions: Axes that split tokens; together, the axes that weights are gathered over.
     residual_dim: The dimension of the residual stream [B, T, E] that the hidden axes split.
     mlp_dim: The dimension of the MLP's columns [B, T, F] that the embed axes split.
-    attention_rows: Axes that split the rows of attention and of the KV cache; `rows` come first.
+    attention_rows: Axes that split the rows of attention and of the KV cache, first those in
+      `rows`.
     attention_heads: Axes that split the heads of attention.
-    attention_positions: Axes that split the positions of queries; `positions` come first. Hidden
-      axes are among them where a shard's columns hold parts of heads.
-    joined: Hidden axes over which the queries' columns are gathered, where too few positions are
-      left to split. All devices along them compute the same.
+    attention_positions: Axes that split the positions of queries, first those in `positions`. They
+      include hidden axes if a shard's columns hold parts of heads.
+    joined: Hidden axes over which the queries' columns are gathered, because too few positions are
+      left to split. All devices along these axes compute the same.
     heads: The heads on each device.
   """
 
@@ -86,7 +87,7 @@ class ActivationSharding:
       'attention_heads': self.attention_heads,
       'd_head': (),
       'cache_positions': (),
-      # A single key head is whole on every device that splits query heads.
+      # With a single key head, every device that splits query heads has the whole key head.
       'kv_heads': () if self.heads.multiquery else self.attention_heads,
     }
 
@@ -96,9 +97,9 @@ class ActivationSharding:
     return P(*(self.axes[axis] or None for axis in ACTIVATION_AXES['cache']))
 
   def sums_into(self, block_part: BlockPart) -> int | None:
-    """Return the dimension of tokens [B, T] that one reduce-scatter splits all columns over.
+    """Return the dimension of tokens [B, T] that one reduce-scatter splits for all columns.
 
-    One collective then sums the columns of a whole block part over the embed axes. Return None if
+    That collective then sums the columns of a whole block part over the embed axes. Return None if
     MLP and attention split different dimensions, or features, or if there is no axis to sum over.
     """
     embed = set(self.layout.embed_axes)
@@ -114,12 +115,12 @@ class ActivationSharding:
 
   @property
   def hidden_rows(self) -> Axes:
-    """Hidden axes that split attention's rows: an all-to-all turns columns into rows."""
+    """Hidden axes that split attention's rows, by an all-to-all from columns to rows."""
     return tuple(a for a in self.layout.hidden_axes if a in self.attention_rows)
 
   @property
   def hidden_positions(self) -> Axes:
-    """Hidden axes that split queries' positions: an all-to-all turns columns into positions."""
+    """Hidden axes that split queries' positions, by an all-to-all from columns to positions."""
     return tuple(a for a in self.layout.hidden_axes if a in self.attention_positions)
 
 
@@ -138,12 +139,12 @@ def shard_activations(
     config: The model.
     mesh: Axis name -> size.
     batch: B, rows.
-    length: T, positions of each row; 1 for a decode step. padded_length says which are allowed.
+    length: T, positions of each row; 1 for a decode step. Must be one that padded_length returns.
     cached: Whether the positions follow others in a KV cache. The cache is then split as for decode
       steps of the same layout.
 
   Raises:
-    MeshError: Tokens that do not divide over the axes that weights are gathered over.
+    MeshError: The tokens do not divide over the axes that weights are gathered over.
   """
   sizes = tuple(mesh[a] for a in AXES)
   return _shard_activations(layout, config, sizes, batch, length, cached)
@@ -172,9 +173,9 @@ def _shard_activations(
   head_axes = tuple(a for a in hidden if a not in more_rows + whole)
   attention_positions, cut = positions, 1
   if embed and embed[0] not in more_rows:
-    # Partial sums over x are reduced into positions, as the MLP's are. Where the layout asks for
-    # heads, or positions do not divide, they are reduced into heads, padded, if most are real.
-    # Otherwise (one token, few heads) they are summed on every device.
+    # Partial sums over x are reduced into positions, as for the MLP. If the layout asks for heads,
+    # or positions do not divide, they are reduced into padded heads, if most of the heads are real.
+    # Otherwise (one token, few heads) they are all-reduced.
     parts = num_shards(embed, mesh)
     positions_divide = (1 if cached else length) % parts == 0
     enough_heads = head_axes == hidden and 2 * stored.local_heads > parts
@@ -190,8 +191,8 @@ def _shard_activations(
     layout=layout,
     rows=rows,
     positions=positions,
-    # Looped collectives split features, which their products sum over: each step of a ring would
-    # have few whole rows.
+    # Looped collectives split features, over which their products sum: otherwise each step of a
+    # ring would have only few whole rows.
     residual_dim=2 if layout.ring_directions else _token_dim(local_tokens, hidden, mesh),
     mlp_dim=_token_dim(local_tokens, embed, mesh),
     attention_rows=rows + more_rows,
@@ -203,24 +204,24 @@ def _shard_activations(
 
 
 def padded_length(layout: Layout, mesh: Mapping[str, int], batch: int, length: int) -> int:
-  """Return the smallest length of at least `length` that shard_activations takes.
+  """Return the smallest length, at least `length`, that shard_activations accepts.
 
-  Padding goes to the right of each row, where no token attends to it.
+  Padding is on the right of each row, where no token attends to it.
   """
   multiple = num_shards(_token_axes(layout, batch, mesh)[1], mesh)
   return -(-length // multiple) * multiple
 
 
 def sampling_axes(layout: Layout, batch: int, mesh: Mapping[str, int]) -> Axes:
-  """Return the axes that split the rows of logits [B, V] for sampling: as many as rows fill."""
+  """Return the axes that split the rows of logits [B, V] for sampling: as many as rows can fill."""
   return _most_devices(_row_axes(layout.stored_embed, layout.stored_hidden), batch, mesh)
 
 
 def padded_batch(decode: Layout, batch: int, mesh: Mapping[str, int]) -> int:
-  """Return the smallest batch of at least `batch` rows that fills all axes that so many could fill.
+  """Return the smallest batch of at least `batch` rows that fills every mesh axis it can.
 
-  On 2x2x2, 3 rows become 4, 5 become 8 and 9 become 16: a few more rows cost less than rows that
-  several devices repeat. Where decode splits heads alone, no number is better than another. With
+  On 2x2x2, 3 rows become 4, 5 become 8 and 9 become 16: a few extra rows cost less than rows that
+  several devices compute. If decode splits heads alone, no batch size is better than another. With
   gathered weights, the batch is a multiple of the devices that weights are gathered over.
   """
   gathered = num_shards(decode.gathered_axes, mesh)
@@ -236,16 +237,16 @@ def padded_batch(decode: Layout, batch: int, mesh: Mapping[str, int]) -> int:
 
 
 def _whole_head_axes(stored: HeadSplit, hidden: Axes, taken: Axes, mesh: Mapping[str, int]) -> Axes:
-  """Return the hidden axes to join so that the columns on their devices together are whole heads.
+  """Return the hidden axes to join so that their devices together have columns of whole heads.
 
   Args:
-    stored: How shards of the weights hold the heads.
+    stored: Heads that each shard of the weights holds.
     hidden: The layout's hidden axes.
     taken: The axes that attention splits rows over.
     mesh: Axis name -> size.
 
   Returns:
-    As few as will do of the axes that are not taken, the fastest.
+    The fewest axes that suffice, taken from the fastest of those not in `taken`.
   """
   local = stored.shards // num_shards(hidden, mesh)
   local *= num_shards(tuple(a for a in hidden if a in taken), mesh)
@@ -257,13 +258,13 @@ def _whole_head_axes(stored: HeadSplit, hidden: Axes, taken: Axes, mesh: Mapping
 
 
 def _token_axes(layout: Layout, batch: int, mesh: Mapping[str, int]) -> tuple[Axes, Axes]:
-  """Return the gathered axes as those that split rows and those left to split positions."""
+  """Divide the gathered axes: return those that split rows, and the others, for positions."""
   rows = _most_devices(_subsets(layout.gathered_axes), batch, mesh)
   return rows, tuple(a for a in layout.gathered_axes if a not in rows)
 
 
 def _token_dim(local_tokens: tuple[int, int], axes: Axes, mesh: Mapping[str, int]) -> int:
-  """Return the first dimension of [rows, positions, features] that some axes divide."""
+  """Return the first dimension of [rows, positions, features] that `axes` divide evenly."""
   for dim, count in enumerate(local_tokens):
     if count % num_shards(axes, mesh) == 0:
       return dim
@@ -273,7 +274,7 @@ def _token_dim(local_tokens: tuple[int, int], axes: Axes, mesh: Mapping[str, int
 def _row_axes(embed: Axes, hidden: Axes) -> list[Axes]:
   """Return the sets of axes that may split rows in attention.
 
-  Hidden axes are taken from the fastest: the heads of those left over are then consecutive.
+  Hidden axes are taken from the fastest on, so that the axes left over hold consecutive heads.
   """
   found = []
   for first in range(len(hidden) + 1):
@@ -284,10 +285,10 @@ def _row_axes(embed: Axes, hidden: Axes) -> list[Axes]:
 
 
 def _most_devices(candidates: Iterable[Axes], batch: int, mesh: Mapping[str, int]) -> Axes:
-  """Return the candidate with the most devices, of those whose devices divide the batch.
+  """Return the candidate with the most devices, among those whose devices divide the batch.
 
-  Of equals it is one with x. Heads can take the other axes, but x, over which products are partial
-  sums, would be idle.
+  Of several, the one with x: heads can take the other axes, but x would be idle, because products
+  are partial sums over x.
   """
   return max(
     (axes for axes in candidates if batch % num_shards(axes, mesh) == 0),

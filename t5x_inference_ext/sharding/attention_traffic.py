@@ -1,6 +1,6 @@
-"""Attention's share of a layer's traffic: to the split that attention uses, and back (section 3.3).
+"""Attention's part of a layer's traffic: from projection columns to its split and back (3.3).
 
-These are the collectives of model/attention_columns.py, counted. Notation as in traffic.py.
+Counts the collectives of model/attention_columns.py. Notation as in traffic.py.
 """
 
 from t5x_inference_ext.sharding.activations import ActivationSharding
@@ -9,12 +9,12 @@ from t5x_inference_ext.sharding.heads import kv_columns, query_columns
 
 
 def to_attention(p: Pass, sharding: ActivationSharding, summed: bool) -> list[Collective]:
-  """Return what takes columns `BLH_yzQ(partialsum-x)` to queries, keys and values.
+  """Return the collectives from columns `BLH_yzQ(partialsum-x)` to queries, keys and values.
 
   Args:
     p: The pass.
     sharding: Sharding of its activations.
-    summed: Whether the columns come summed over the embed axes.
+    summed: Whether the columns are already summed over the embed axes.
   """
   layout, heads, d_head = p.layout, sharding.heads, p.config.d_head
   embed, rows = layout.embed_axes, sharding.hidden_rows
@@ -24,8 +24,8 @@ def to_attention(p: Pass, sharding: ActivationSharding, summed: bool) -> list[Co
   together, split = 'query, keys and values', _embed_split(sharding)
   moves: list[Collective] = []
   if split == 'heads':
-    # Queries are padded to heads that divide over the embed axes. So are keys and values, unless
-    # several devices share a key head.
+    # Queries are padded so that heads divide over the embed axes, and so are keys and values,
+    # unless several devices share a key head.
     cut = heads.cut
     query = p.tokens * cut.padded_groups * cut.padded_queries * d_head
     moves += p.activations('query', 'reduce_scatter', embed, query)
@@ -54,16 +54,16 @@ def to_attention(p: Pass, sharding: ActivationSharding, summed: bool) -> list[Co
     kv *= p.size(other)
     moves += p.activations('keys and values', 'all_gather', other, kv)
   elif split != 'heads':
-    kv //= heads.stride  # of key heads that blocks share, one copy is kept
-  # Every device's queries see all keys. Over hidden axes these were gathered above.
+    kv //= heads.stride  # one copy of a key head that blocks share
+  # Every query needs all keys. Over hidden axes they were gathered above.
   positions = tuple(a for a in sharding.attention_positions if a not in sharding.hidden_positions)
   return moves + p.activations('keys and values', 'all_gather', positions, kv * p.size(positions))
 
 
 def from_attention(p: Pass, sharding: ActivationSharding, summed: bool) -> list[Collective]:
-  """Return what takes attention's outputs back to columns `BLH_yzQ`.
+  """Return the collectives from attention's outputs back to columns `BLH_yzQ`.
 
-  Arguments are those of to_attention.
+  The arguments are those of to_attention.
   """
   layout, heads = p.layout, sharding.heads
   split = _embed_split(sharding)
@@ -79,7 +79,7 @@ def from_attention(p: Pass, sharding: ActivationSharding, summed: bool) -> list[
 
 
 def _embed_split(sharding: ActivationSharding) -> str | None:
-  """Return what attention splits over the embed axis: 'heads', 'positions', 'rows' or None."""
+  """Return the dimension that attention splits over embed: 'heads', 'positions', 'rows' or None."""
   embed = set(sharding.layout.embed_axes)
   for name, axes in (
     ('heads', sharding.attention_heads),

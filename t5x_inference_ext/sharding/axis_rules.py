@@ -1,7 +1,7 @@
 """Axis rules in T5X's form: pairs of a logical axis and the mesh axes that split it.
 
-A logical axis names what a dimension means, alike in every layout and phase. The mesh axes are
-those of Layout.weight_axes and ActivationSharding.axes: nothing is decided here.
+A logical axis names the meaning of a dimension, and is the same in every layout and phase. The mesh
+axes come from Layout.weight_axes and ActivationSharding.axes: nothing is decided here.
 """
 
 from collections.abc import Mapping
@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from t5x_inference_ext.sharding.activations import ActivationSharding
 from t5x_inference_ext.sharding.layout import Axes, Layout
 
-# None: not split. One mesh axis stands by itself, as T5X prints it.
+# None: not split. A single mesh axis is a str, not a tuple, as T5X prints it.
 Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 
 
 def weight_rules(layout: Layout) -> Rules:
-  """Return the rules of weights as stored, alike for both phases, which share the weights."""
+  """Return the rules of stored weights, which both phases share."""
   return _rules(layout.weight_axes)
 
 
@@ -28,9 +28,9 @@ def logical_axis_rules(layout: Layout, sharding: ActivationSharding | None = Non
 
   Args:
     layout: The layout of either phase.
-    sharding: Adds, in front, the activation rules of one phase. They never replace those of
-      weights: a function that declares weights anew under rules without their names gathers them
-      onto every device.
+    sharding: If given, the activation rules of its phase are put in front. They do not replace the
+      rules of weights: a function that declares weights under rules without their names gathers
+      them onto every device.
   """
   return (*(() if sharding is None else activation_rules(sharding)), *weight_rules(layout))
 

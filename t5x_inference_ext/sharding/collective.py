@@ -7,7 +7,7 @@ from t5x_inference_ext.config import BlockPart, ModelConfig
 from t5x_inference_ext.sharding import columns
 from t5x_inference_ext.sharding.layout import Axes, Layout, num_shards
 
-# Bytes of an element. Norm moments, scales and logits are float32 whatever the activations are.
+# Bytes of a float32 element. Norm moments, scales and logits are float32 in any run.
 FLOAT32 = 4
 
 
@@ -20,10 +20,10 @@ class Collective:
     kind: 'all_gather', 'reduce_scatter', 'all_reduce' or 'all_to_all'.
     axes: The mesh axes that it runs over, without axes of size 1.
     shards: K, the devices along these axes.
-    bytes: Size of the array on one device where it is largest: the output of an all-gather, the
-      input of a reduce-scatter, either of an all-reduce or an all-to-all.
-    directions: 0 for one collective. 1 or 2 for a ring of K - 1 steps, each of which sends bytes /
-      K to the neighbours, in so many collective-permutes (section 3.5).
+    bytes: Bytes of the array on one device where it is largest: the output of an all-gather, the
+      input of a reduce-scatter, either one of an all-reduce or all-to-all.
+    directions: 0 for a plain collective. 1 or 2 for a ring of K - 1 steps, each of which sends
+      bytes / K to the neighbours in one or two collective-permutes (section 3.5).
   """
 
   name: str
@@ -38,30 +38,30 @@ class Collective:
     """Bytes that a device sends: bytes (K-1)/K, and twice that in an all-reduce.
 
     An all-reduce is a reduce-scatter and an all-gather. The paper gives no formula for an
-    all-to-all: each device keeps a K-th of its array and sends the rest, which is (K-1)/K too.
+    all-to-all: each device keeps 1/K of its array and sends the rest, which also gives (K-1)/K.
     """
     return self.bytes * (self.shards - 1) / self.shards * (2 if self.kind == 'all_reduce' else 1)
 
   @property
   def steps(self) -> int:
-    """Steps of a looped collective, one after the other; 0 for a plain one."""
+    """Number of consecutive steps of a looped collective; 0 for a plain one."""
     return self.shards - 1 if self.directions else 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-  """One pass through the model, for which collectives are counted.
+  """One pass through the model whose collectives are counted.
 
   Attributes:
     config: The model.
     layout: The layout of the pass.
     mesh: Axis name -> size.
-    total: B T, tokens on all devices.
-    activation: Bytes of an activation element.
-    weight: Bytes of a weight element. A weight of 1 byte is int8 and has float32 scales.
+    total: B T, the tokens of all devices together.
+    activation: Bytes of one activation element.
+    weight: Bytes of one weight element. A weight of 1 byte is int8 and has float32 scales.
 
   Raises:
-    ValueError: Tokens that do not divide over the devices that weights are gathered over.
+    ValueError: The tokens do not divide over the devices that weights are gathered over.
   """
 
   config: ModelConfig
@@ -86,15 +86,15 @@ class Pass:
   def move(
     self, name: str, kind: str, axes: Axes, count: int, width: int, looped: bool = False
   ) -> list[Collective]:
-    """Return the collective in a list, which is empty where there is but one device.
+    """Return a list of the collective, or an empty list if the axes have one device.
 
     Args:
       name: The array that moves.
       kind: The kind of Collective.
-      axes: Mesh axes, also those of size 1.
-      count: Elements of the array that Collective.bytes counts.
+      axes: Mesh axes. They may have size 1.
+      count: Elements of the array, counted as for Collective.bytes.
       width: Bytes of an element.
-      looped: Whether a looped layout makes this collective a ring.
+      looped: Whether layouts with looped collectives run this one as a ring.
     """
     axes = tuple(a for a in axes if self.mesh[a] > 1)
     if not axes:
@@ -105,7 +105,7 @@ class Pass:
   def activations(
     self, name: str, kind: str, axes: Axes, count: int, looped: bool = False
   ) -> list[Collective]:
-    """Return the collective of `count` elements of activations; see move."""
+    """Return the collective of `count` activation elements, in a list; see move."""
     return self.move(name, kind, axes, count, self.activation, looped)
 
   def size(self, axes: Axes) -> int:
@@ -114,16 +114,16 @@ class Pass:
 
   @property
   def blocks(self) -> int:
-    """Stored shards whose columns are on one device, once weights are gathered."""
+    """Number of stored shards whose columns are on one device after weights are gathered."""
     return self._shards // self.size(self.layout.hidden_axes)
 
   def columns(self, block_part: BlockPart) -> dict[str, int]:
-    """Return the columns of the input product on one device, by columns.column_widths's names."""
+    """Return the number of input-matrix columns on one device by name (see column_widths)."""
     widths = columns.column_widths(self.config, block_part, self._shards)
     return {name: self.blocks * width for name, width in widths.items()}
 
   def rows(self, block_part: BlockPart) -> dict[str, int]:
-    """Return the rows of the output product on one device, by columns.row_widths's names."""
+    """Return the number of output-matrix rows on one device by name (see row_widths)."""
     widths = columns.row_widths(self.config, block_part, self._shards)
     return {name: self.blocks * width for name, width in widths.items()}
 

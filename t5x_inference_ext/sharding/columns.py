@@ -1,8 +1,8 @@
-"""The columns that each shard holds of a layer's fused matrices: the one account of them.
+"""The columns that each shard holds of a layer's fused matrices, defined here alone.
 
 The input matrix of a block part is [E, columns], its output matrix [rows, E]. A shard's columns are
-one block [gate | linear | query | key, value], its rows one block [mlp | attention]. Weight packing
-lays the blocks out, the model cuts products along them, and traffic counts their bytes.
+one block [gate | linear | query | key, value], and its rows one block [mlp | attention]. Weight
+packing lays the blocks out, the model cuts products along them, and traffic counts their bytes.
 """
 
 from collections.abc import Callable
@@ -22,13 +22,13 @@ from t5x_inference_ext.sharding.heads import (
 
 @dataclasses.dataclass(frozen=True)
 class PackedPart:
-  """One part of every shard's block: a range of canonical tensors that lie side by side.
+  """One part of every shard's block: a range of canonical tensors, concatenated.
 
   Attributes:
     names: Canonical names (params.py) of the tensors, in order.
     sizes: Size of each tensor along the packed dimension.
     width: Columns of each shard, padding included.
-    ranges: [start, stop) of each shard in the tensors side by side. Zeros pad it to `width`.
+    ranges: [start, stop) of each shard in the concatenated tensors. Zeros pad it to `width`.
   """
 
   names: tuple[str, ...]
@@ -38,7 +38,7 @@ class PackedPart:
 
   @property
   def total(self) -> int:
-    """Columns on all shards together, padding and copies included."""
+    """Columns of all shards together, padding and copies included."""
     return self.width * len(self.ranges)
 
   @property
@@ -48,7 +48,7 @@ class PackedPart:
 
   @property
   def copies(self) -> int:
-    """Columns of `total` that repeat others: key heads that several shards share."""
+    """Columns of `total` that repeat other columns, because several shards share a key head."""
     return self._filled - sum(self.sizes)
 
   @property
@@ -58,7 +58,7 @@ class PackedPart:
 
 @functools.lru_cache(maxsize=1024)
 def input_parts(config: ModelConfig, block_part: BlockPart, shards: int) -> tuple[PackedPart, ...]:
-  """Return the parts of a block of input-matrix columns, in order.
+  """Return the parts of a shard's block of input-matrix columns, in order.
 
   Args:
     config: The model.
@@ -72,7 +72,7 @@ def input_parts(config: ModelConfig, block_part: BlockPart, shards: int) -> tupl
     split, width = stored_heads(config, shards), config.num_kv_heads * config.d_head
     parts.append(_queries('query', config, split))
     if config.num_kv_heads == 1:
-      # One key head is less than a shard: all shards take a share of its columns, and gather them.
+      # A shard has less than one key head: the shards split its columns, and gather them.
       used, padded = kv_columns(config, split)
       parts.append(_even(('key', 'value'), (width, width), shards, used, padded))
     else:
@@ -86,9 +86,9 @@ def input_parts(config: ModelConfig, block_part: BlockPart, shards: int) -> tupl
 
 @functools.lru_cache(maxsize=1024)
 def output_parts(config: ModelConfig, block_part: BlockPart, shards: int) -> tuple[PackedPart, ...]:
-  """Return the parts of a block of output-matrix rows, in order.
+  """Return the parts of a shard's block of output-matrix rows, in order.
 
-  Arguments are those of input_parts.
+  The arguments are those of input_parts.
   """
   parts = []
   if block_part.mlp:
@@ -104,10 +104,10 @@ def vocabulary_part(config: ModelConfig, shards: int) -> PackedPart:
 
 
 def column_widths(config: ModelConfig, block_part: BlockPart, shards: int) -> dict[str, int]:
-  """Return a shard's input-matrix columns by what reads them, in order.
+  """Return the number of a shard's input-matrix columns by their reader, in order.
 
   The keys are the MLP's inputs ('gate', 'linear') and 'attention': queries, then keys and values.
-  Arguments are those of input_parts.
+  The arguments are those of input_parts.
   """
   widths: dict[str, int] = {}
   for part in input_parts(config, block_part, shards):
@@ -117,16 +117,16 @@ def column_widths(config: ModelConfig, block_part: BlockPart, shards: int) -> di
 
 
 def row_widths(config: ModelConfig, block_part: BlockPart, shards: int) -> dict[str, int]:
-  """Return a shard's output-matrix rows by canonical name ('mlp_output', ...), in order."""
+  """Return the number of a shard's output-matrix rows by canonical name ('mlp_output', ...)."""
   return {part.names[0]: part.width for part in output_parts(config, block_part, shards)}
 
 
 def _even(
   names: tuple[str, ...], sizes: tuple[int, ...], shards: int, share: int = 0, width: int = 0
 ) -> PackedPart:
-  """Cut tensors side by side into equal shares, by default as small as can be.
+  """Cut concatenated tensors into equal shares, by default as small as possible.
 
-  The last shards have less, or nothing, where the shares are more than there is.
+  If the shares together are larger than the tensors, the last shards have less, or nothing.
   """
   total = sum(sizes)
   share = share or -(-total // shards)
@@ -142,14 +142,14 @@ def _by_heads(
   head_range: Callable[[int], tuple[int, int]],
   shards: int,
 ) -> PackedPart:
-  """Cut a tensor into whole heads, those that `head_range` gives each shard."""
+  """Cut a tensor into whole heads; `head_range` gives each shard's heads as (start, stop)."""
   heads = map(head_range, range(shards))
   ranges = tuple((start * d_head, stop * d_head) for start, stop in heads)
   return PackedPart((name,), (size,), width, ranges)
 
 
 def _queries(name: str, config: ModelConfig, split: HeadSplit) -> PackedPart:
-  """Cut the columns of all query heads by heads, or evenly where shards hold parts of heads."""
+  """Cut the columns of all query heads into heads, or evenly if shards hold parts of heads."""
   size = config.num_heads * config.d_head
   if split.pieces > 1:
     return _even((name,), (size,), split.shards)

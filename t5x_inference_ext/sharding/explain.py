@@ -1,7 +1,7 @@
 """The tensors of a run under a pair of layouts: axes, sharding and bytes on each device.
 
-Nothing is loaded or compiled and no device is asked for. A mesh is the sizes of its axes, so 4x4x4
-can be looked at anywhere. explain_text.py makes text of it.
+Nothing is loaded or compiled, and no device is needed. A mesh is given by the sizes of its axes, so
+4x4x4 can be examined on any machine. explain_text.py formats the result.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ from t5x_inference_ext.sharding.packing import packed_tensors, tensor_dtype
 
 @dataclasses.dataclass(frozen=True)
 class ExplainSetting:
-  """The run that is explained.
+  """The run to explain.
 
   Attributes:
     config: The model.
@@ -34,7 +34,7 @@ class ExplainSetting:
     cache: The dtype of the KV cache: a float dtype, 'int8', or None for `dtype`.
     int8: Whether the matrices are int8.
     stacked: Whether one array holds all layers.
-    batch: Rows asked for. As in a run, they are rounded up to what the mesh takes.
+    batch: Rows asked for. As in a run, they are rounded up to a number that the mesh can split.
     prompt_length: T of the prefill.
     cache_length: S, positions of the cache for each row.
   """
@@ -53,13 +53,13 @@ class ExplainSetting:
 
   @property
   def rows(self) -> int:
-    """B, the batch as it runs."""
+    """B, the number of rows after rounding up."""
     return activations.padded_batch(self.decode, self.batch, self.mesh)
 
 
 @dataclasses.dataclass(frozen=True)
 class ExplainedTensor:
-  """One array, or several alike.
+  """One array, or several arrays with equal shapes and shardings.
 
   Attributes:
     name: Name of a weight, as in packed_tensors, or of an activation.
@@ -67,8 +67,8 @@ class ExplainedTensor:
     shape: Shape of the whole array, padding included.
     dtype: Name of the dtype.
     split: The mesh axes that split each dimension.
-    arrays: How many arrays there are.
-    bytes: Bytes on each device, of all these arrays together.
+    arrays: Number of arrays.
+    bytes: Bytes of all these arrays together on each device.
   """
 
   name: str
@@ -87,7 +87,7 @@ class ExplainedTensor:
 
 @dataclasses.dataclass(frozen=True)
 class ExplainedPhase:
-  """Prefill, or a decode step.
+  """One phase: prefill, or a decode step.
 
   Attributes:
     name: 'prefill' or 'decode'.
@@ -104,23 +104,23 @@ class ExplainedPhase:
   moves: tuple[Collective, ...]
 
   def tensor(self, name: str) -> ExplainedTensor:
-    """Return the tensor of that name."""
+    """Return the tensor with a given name."""
     return next(t for t in self.tensors if t.name == name)
 
   @property
   def gathered(self) -> int:
-    """Bytes of the largest matrix that is gathered on each device at once; 0 if none is."""
+    """Bytes of the largest gathered matrix on each device; 0 if no matrix is gathered whole."""
     return max((m.bytes for m in self.moves if m.name.startswith('weights: ')), default=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-  """A setting and what follows from it.
+  """A run's settings with the tensors and collectives that follow from them.
 
   Attributes:
-    setting: The run.
+    setting: The run's settings.
     weights: The arrays that both phases share.
-    blocks: Name of a weight -> the parts that each device holds of its columns or rows, in order.
+    blocks: Name of a weight -> the parts of its columns or rows on each device, in order.
     phases: Prefill and decode.
   """
 
@@ -131,12 +131,12 @@ class Explanation:
 
   @property
   def weight_bytes(self) -> int:
-    """Bytes of weights on each device."""
+    """Bytes of all weights on each device."""
     return sum(t.bytes for t in self.weights)
 
   @property
   def cache(self) -> tuple[ExplainedTensor, ...]:
-    """The KV cache, as decode holds it."""
+    """The KV cache, as sharded for decode."""
     return tuple(t for t in self.phases[1].tensors if t.name.startswith('cache'))
 
   @property
@@ -173,7 +173,7 @@ def explain_setting(setting: ExplainSetting) -> Explanation:
 
 
 def _phase(s: ExplainSetting, name: str, layout: Layout, length: int) -> ExplainedPhase:
-  """Resolve one layout for so many positions of each row."""
+  """Resolve one layout for `length` positions of each row."""
   c, rows = s.config, s.rows
   sharding = activations.shard_activations(layout, c, s.mesh, rows, length)
   split = {
@@ -228,7 +228,7 @@ def _tensor(
     shape: The dimensions, without layers.
     dtype: Name of the dtype.
     per_layer: Whether each layer has the tensor.
-    arrays: How many arrays each layer, or the model, has of it.
+    arrays: Number of such arrays in each layer, or in the model.
   """
   if per_layer and s.stacked:
     axes, shape = (LAYERS_AXIS, *axes), (s.config.num_layers, *shape)

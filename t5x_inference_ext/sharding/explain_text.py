@@ -45,7 +45,7 @@ _HEADER = ('tensor', 'shape', 'dtype', 'sharding', 'per device', 'logical axes')
 
 
 def explain(setting: ExplainSetting, mesh: Mesh | None = None) -> str:
-  """Return the text for a run; with a mesh of devices, also their kind and how they are linked.
+  """Return the text for a run. With a mesh of devices it includes their kind and their links.
 
   Raises:
     MeshError: The mesh does not divide the model, or the two layouts can't share weights.
@@ -63,19 +63,19 @@ def explain(setting: ExplainSetting, mesh: Mesh | None = None) -> str:
   lines += ['', f'each device: {held} = {binary_bytes(weights + cache)}']
   made = sum(t.bytes for t in e.phases[0].tensors if t.name.startswith('keys, values'))
   if made > cache:
-    lines[-1] += f'; in prefill {binary_bytes(weights + made)} with its keys and values'
+    lines[-1] += f'; in prefill {binary_bytes(weights + made)} with the new keys and values'
   for remark in [*_remarks(e), *_link_remarks(e, mesh)]:
     lines += _wrap(f'* {remark}')
   return '\n'.join(lines) + '\n'
 
 
 def weights_notation(layout: Layout) -> str:
-  """Return how weights are stored, as the paper writes it: E_xF_zy."""
+  """Return the stored weights' split in the paper's notation, e.g. E_xF_zy."""
   return _split('E', layout.stored_embed) + _split('F', layout.stored_hidden)
 
 
 def sharding_text(tensor: ExplainedTensor, mesh: Mapping[str, int]) -> str:
-  """Return 'L E_x hidden_zy'. Axes of size 1, which split nothing, are left out."""
+  """Return a tensor's split, e.g. 'L E_x hidden_zy'. Axes of size 1 are left out."""
   return ' '.join(
     _split(_LETTERS.get(axis, axis), _several(split, mesh))
     for axis, split in zip(tensor.axes, tensor.split, strict=True)
@@ -110,7 +110,7 @@ def _heading(s: ExplainSetting, mesh: Mesh | None) -> Iterator[str]:
     links = f'; links: {links}'
   yield from _wrap(f'model: {s.config}')
   yield f'mesh:  {shape_text(s.mesh)}, {num_shards(AXES, s.mesh)} devices{devices}{links}'
-  rounded = f' ({s.batch} rounded up to what the mesh takes)' if s.rows != s.batch else ''
+  rounded = f' ({s.batch} rounded up for the mesh)' if s.rows != s.batch else ''
   weights, cache = 'int8' if s.int8 else s.dtype, s.cache or s.dtype
   yield from _wrap(
     f'pass:  B {s.rows}{rounded}, T {s.prompt_length} in prefill and 1 in decode, '
@@ -133,7 +133,7 @@ def _phase_title(phase: ExplainedPhase) -> str:
 
 
 def _attention(phase: ExplainedPhase, s: ExplainSetting) -> str:
-  """Return the rows, heads and positions that a device attends with."""
+  """Return the numbers of rows, heads and positions that each device attends with."""
   p = phase.sharding
 
   def share(name: str, count: int, axes: Axes) -> str:
@@ -155,7 +155,7 @@ def _attention(phase: ExplainedPhase, s: ExplainSetting) -> str:
 
 
 def _moves(phase: ExplainedPhase) -> str:
-  """Return the bytes that a device sends in one layer, collective by collective."""
+  """Return the bytes that a device sends in one layer, for each collective."""
   items = [
     f'{m.name} {m.kind.replace("_", "-")}({"".join(m.axes)}) {binary_bytes(round(m.moved))}'
     for m in phase.moves
@@ -165,7 +165,7 @@ def _moves(phase: ExplainedPhase) -> str:
 
 
 def _part(part: PackedPart) -> str:
-  """Return the columns of a part on each device: 'key, value 128 of 2048, 1536 padding'."""
+  """Return a part's columns on each device, e.g. 'key, value 128 of 2048, 1536 padding'."""
   names = ', '.join(_PARTS.get(name, name) for name in part.names)
   counts = ((part.padding, 'padding'), (part.copies, 'copies'))
   notes = ' and '.join(f'{count} {kind}' for count, kind in counts if count)
@@ -173,7 +173,7 @@ def _part(part: PackedPart) -> str:
 
 
 def _remarks(e: Explanation) -> Iterator[str]:
-  """Yield what costs time or memory and does not show in the tables."""
+  """Yield remarks on costs of time or memory that the tables do not show."""
   s = e.setting
   for phase in e.phases:
     p = phase.sharding
@@ -182,7 +182,7 @@ def _remarks(e: Explanation) -> Iterator[str]:
     if repeated:
       yield (
         f'{phase.name}: attention splits neither rows nor heads nor positions over '
-        f'{"".join(repeated)}; all {num_shards(repeated, s.mesh)} devices along it do the same'
+        f'{"".join(repeated)}; {num_shards(repeated, s.mesh)} devices along it do the same work'
       )
     if phase.gathered and p.layout.ring_directions:
       yield f'{phase.name}: gathered weights travel shard by shard; no whole matrix is held'
@@ -202,11 +202,11 @@ def _remarks(e: Explanation) -> Iterator[str]:
     for t in (prefill.tensor('keys, values'), decode.tensor('cache'))
   )
   if before != after:
-    yield f'after prefill, keys and values are split anew: {before} to {after}'
+    yield f'after prefill, keys and values are resharded: {before} to {after}'
 
 
 def _link_remarks(e: Explanation, mesh: Mesh | None) -> Iterator[str]:
-  """Yield what is slow on the torus under the mesh."""
+  """Yield remarks on slow links between neighbours of the mesh."""
   looped = any(phase.sharding.layout.ring_directions for phase in e.phases)
   for axis, link in ((mesh_links(mesh) if mesh is not None else None) or {}).items():
     if link == BROKEN:
@@ -216,8 +216,8 @@ def _link_remarks(e: Explanation, mesh: Mesh | None) -> Iterator[str]:
       )
     elif link != RING and looped:
       yield (
-        f'{axis} is a chain, not a ring: what looped collectives send from its last device to its '
-        'first crosses all of it'
+        f'{axis} is a chain, not a ring: data that looped collectives send from its last device to '
+        'the first crosses the whole chain'
       )
 
 

@@ -1,11 +1,11 @@
-"""Attention heads over equal shards, padded where they do not divide.
+"""Attention heads over equal shards, padded if they do not divide.
 
-The paper pads 48 heads to 64 (section 4). A key head and the query heads that it serves are a
-*group*. Shards take whole groups where there are enough. Otherwise several shards share a group:
+The paper pads 48 heads to 64 (section 4). A key head with the query heads that it serves is a
+*group*. Shards take whole groups if there are enough. Otherwise several shards share a group, and
 each has some of its query heads and a copy of its key head.
 
-A single key head (multiquery attention) is spread over all shards instead. Consecutive shards may
-then share the columns of query heads too, with parts of heads on each.
+A single key head (multiquery attention) is instead spread over all shards. Consecutive shards may
+then also share the columns of query heads, so that each holds parts of heads.
 """
 
 import dataclasses
@@ -20,14 +20,14 @@ class HeadSplit:
   """The heads that each of `shards` equal shards holds.
 
   Attributes:
-    groups: Number of groups, that is of key heads.
-    queries: Query heads of each group.
+    groups: Number of groups, which is the number of key heads.
+    queries: Query heads in each group.
     shards: Number of shards.
-    local_groups: Groups of a shard; 1 where it has a part of one.
-    local_queries: Query heads of a shard for each of its groups, padding included.
-    copies: Shards that share one group.
-    pieces: Consecutive shards that share the columns of `local_heads` evenly. 1 if each shard has
-      so many heads of its own.
+    local_groups: Groups of a shard; 1 if it has only a part of a group.
+    local_queries: A shard's query heads in each of its groups, padding included.
+    copies: Number of shards that share one group.
+    pieces: Number of consecutive shards that share the columns of `local_heads` evenly; 1 if each
+      shard has `local_heads` heads of its own.
   """
 
   groups: int
@@ -40,7 +40,7 @@ class HeadSplit:
 
   @classmethod
   def of(cls, groups: int, queries: int, shards: int) -> 'HeadSplit':
-    """Split groups of so many query heads over shards, by whole heads."""
+    """Split `groups` groups, each of `queries` query heads, over shards by whole heads."""
     if groups >= shards:
       return cls(groups, queries, shards, -(-groups // shards), queries, 1)
     padded = next(g for g in range(groups, shards + 1) if shards % g == 0)
@@ -54,7 +54,7 @@ class HeadSplit:
 
   @property
   def padded_groups(self) -> int:
-    """Groups on all shards, padding included and copies not."""
+    """Groups on all shards, including padding but not copies."""
     return self.shards * self.local_groups // self.copies
 
   @property
@@ -63,7 +63,7 @@ class HeadSplit:
     return self.local_queries * self.copies
 
   def query_range(self, shard: int) -> tuple[int, int]:
-    """Return the query heads [start, stop) of a shard; padding follows up to `local_heads`."""
+    """Return the range [start, stop) of a shard's query heads; then padding up to local_heads."""
     first_group, part = shard // self.copies * self.local_groups, shard % self.copies
     start = first_group * self.queries + part * self.local_queries
     stop = start + self.local_heads
@@ -74,17 +74,17 @@ class HeadSplit:
     return start, max(start, min(stop, heads))
 
   def group_range(self, shard: int) -> tuple[int, int]:
-    """Return the groups, that is the key heads, [start, stop) of a shard."""
+    """Return the range [start, stop) of a shard's groups, which are its key heads."""
     start = min(shard // self.copies * self.local_groups, self.groups)
     return start, min(start + self.local_groups, self.groups)
 
 
 def stored_heads(config: ModelConfig, shards: int) -> HeadSplit:
-  """Return how the weights of a model hold its heads on the shards of the hidden axes.
+  """Return how the shards of the hidden axes hold a model's heads in the stored weights.
 
-  With a single key head, query heads that would have to be padded are cut evenly over a few shards,
-  if that leaves each with whole tiles of LANES columns. 48 heads of 256 over 32 shards are 3 heads
-  over each 2, with 384 columns on each shard.
+  With a single key head, query heads that would need padding are cut evenly over a few shards, if
+  each shard then has whole tiles of LANES columns. For example, 48 heads of 256 over 32 shards are
+  3 heads over every 2 shards, 384 columns on each.
   """
   split = HeadSplit.of(config.num_kv_heads, config.num_heads // config.num_kv_heads, shards)
   padded = split.local_heads * shards > config.num_heads
@@ -99,7 +99,7 @@ def stored_heads(config: ModelConfig, shards: int) -> HeadSplit:
 
 
 def query_columns(config: ModelConfig, stored: HeadSplit) -> int:
-  """Return the query columns of a shard of the weights, padding included.
+  """Return the number of query columns of a shard of the weights, padding included.
 
   Attention's output matrix has as many rows.
   """
@@ -107,10 +107,10 @@ def query_columns(config: ModelConfig, stored: HeadSplit) -> int:
 
 
 def kv_columns(config: ModelConfig, stored: HeadSplit) -> tuple[int, int]:
-  """Return a shard's columns of keys and values together: without and with padding.
+  """Return a shard's number of key and value columns together: (without padding, with padding).
 
-  A single key head is less than a shard: all shards share its columns evenly. They are padded to
-  whole tiles of LANES columns where a shard's query columns are so many that the padding is little.
+  A single key head is split evenly over all shards. Its columns are padded to whole tiles of LANES
+  if a shard has so many query columns that the padding is comparatively small.
   """
   if config.num_kv_heads > 1:
     columns = 2 * stored.local_groups * config.d_head
@@ -122,10 +122,10 @@ def kv_columns(config: ModelConfig, stored: HeadSplit) -> tuple[int, int]:
 
 
 def vocabulary_rows(config: ModelConfig, shards: int) -> int:
-  """Return a shard's rows of the embedding [V, E], padding included.
+  """Return the number of a shard's rows of the embedding [V, E], padding included.
 
-  They are whole tiles of LANES logits where the vocabulary has at least 8 tiles for each shard, so
-  that rounding up costs an eighth at most.
+  The rows are whole tiles of LANES if the vocabulary has at least 8 tiles for each shard, so that
+  rounding up costs at most an eighth.
   """
   unit = LANES if config.vocab_size >= 8 * LANES * shards else 1
   return -(-config.vocab_size // (shards * unit)) * unit
@@ -133,15 +133,15 @@ def vocabulary_rows(config: ModelConfig, shards: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionHeads:
-  """The heads that one device attends with, in one pass.
+  """The heads that one device has in attention, in one pass.
 
   Attributes:
-    stored: How the weights hold the heads.
-    blocks: Consecutive shards of `stored` whose heads are on the device: 1, or more where weights
-      or rows were gathered.
-    shards: Parts into which each block is cut again, by heads, when partial sums are reduced; 1 if
+    stored: The heads on each shard of the weights.
+    blocks: Number of consecutive shards of `stored` whose heads are on the device: above 1 if
+      weights or rows were gathered.
+    shards: Number of parts that each block is cut into by heads when partial sums are reduced; 1 if
       it is not cut.
-    multiquery: Whether there is a single key head, whose columns all shards share, and gather.
+    multiquery: Whether there is a single key head, whose columns all shards share and gather.
   """
 
   stored: HeadSplit
@@ -151,30 +151,30 @@ class AttentionHeads:
 
   @property
   def cut(self) -> HeadSplit:
-    """The heads of a block over the `shards` that cut it again."""
+    """The split of one block's heads over the `shards` parts that it is cut into."""
     return HeadSplit.of(self.stored.local_groups, self.stored.local_queries, self.shards)
 
   @property
   def stride(self) -> int:
-    """Blocks from one that brings a new key head to the next that does."""
+    """Number of blocks from one with a new key head to the next with a new one."""
     return self.blocks if self.multiquery else math.gcd(self.stored.copies, self.blocks)
 
   @property
   def kv_heads(self) -> int:
-    """Key heads on the device."""
+    """Number of key heads on the device."""
     if self.shards > 1:
       return 1 if self.multiquery else self.cut.local_groups
     return self.blocks * self.stored.local_groups // self.stride
 
   @property
   def heads(self) -> int:
-    """Query heads on the device, padding included. Consecutive ones share a key head."""
+    """Number of query heads on the device, padding included. Consecutive ones share a key head."""
     if self.shards > 1:
       return self.cut.local_heads
     return self.blocks * self.stored.local_heads // self.stored.pieces
 
   def cached(self) -> tuple[int | None, ...]:
-    """Return the key head of each head of the KV cache over all devices; None for padding."""
+    """Return, for each head of the KV cache over all devices, its key head, or None for padding."""
     if self.multiquery:
       return (0,)
     heads: list[int | None] = []

@@ -7,16 +7,16 @@ dimension: `E_xF_zy` is [E/X, F/(Z Y)] on each device.
 
 A layout says three things:
 
-  - How weights are stored: `E_xF_zy`, split in two dimensions, or in ws_1d `EF_xzy`, in one. See
-    `stored_embed` and `stored_hidden`.
-  - What moves in a layer. In a *weight-stationary* layout (ws_) each device multiplies by the part
-    of the weights that it stores, and activations move. In a *weight-gathered* layout (wg_) the
-    devices along `gathered_axes` first gather each other's weights. They then share out the tokens:
-    rows of the batch, or positions where there are too few rows.
-  - What splits the products: `embed_axes` split E and `hidden_axes` split F. These are the axes
-    that weights are stored over, without those that they were gathered over.
+  - How weights are stored: `E_xF_zy`, split in two dimensions, or with ws_1d `EF_xzy`, split in
+    one. See `stored_embed` and `stored_hidden`.
+  - Whether activations or weights move in a layer. In a *weight-stationary* layout (ws_) each
+    device multiplies by the weights that it stores, and activations move. In a *weight-gathered*
+    layout (wg_) the devices along `gathered_axes` first gather each other's weights. They then
+    divide the tokens: rows of the batch, or positions if there are too few rows.
+  - How products are split: `embed_axes` split E and `hidden_axes` split F. They are the axes that
+    weights are stored over, except `gathered_axes`.
 
-All layouts run one program, with different axes in these places.
+All layouts run one program; they differ only in these axes.
 """
 
 from collections.abc import Mapping
@@ -33,8 +33,8 @@ from t5x_inference_ext.sharding.mesh import AXES
 
 Axes = tuple[str, ...]
 
-# The order of mesh axes that split one dimension together: the first is slowest. y is last, so that
-# a device that has gathered over y (wg_xy) holds consecutive columns.
+# The order of mesh axes that together split one dimension, slowest first. y is last, so that a
+# device that has gathered over y (wg_xy) holds consecutive columns.
 ORDER = ('x', 'z', 'y')
 
 # Feedforward layout -> the axes that its weights are gathered over (section 3.2).
@@ -46,24 +46,24 @@ FEEDFORWARD: dict[str, Axes] = {
   'wg_xyz': ORDER,
 }
 ATTENTION = ('batch', 'heads')
-# How the collectives beside matmuls run (section 3.5) -> directions of the ring. 0: one collective,
-# then the matmul.
+# Name of collectives beside matmuls -> directions of their ring (section 3.5); 0: no ring, but one
+# collective before or after the matmul.
 RING_DIRECTIONS = {'plain': 0, 'one_way': 1, 'two_way': 2}
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """A feedforward layout with an attention layout, written 'ws_2d/batch' or 'wg_xyz/batch/two_way'.
+  """A feedforward layout and an attention layout, e.g. 'ws_2d/batch' or 'wg_xyz/batch/two_way'.
 
   Attributes:
     feedforward: 'ws_1d' or 'ws_2d': weights stay, activations move. 'wg_x', 'wg_xy' or 'wg_xyz':
-      weights are stored as for ws_2d and gathered over these axes.
+      weights are stored as in ws_2d and gathered over these axes.
     attention: How queries, keys, values and the KV cache are split. 'heads': by heads. 'batch': by
-      rows over as many axes as the rows fill, and by heads over the other axes.
+      rows over as many axes as the rows can fill, and by heads over the other axes.
     collectives: 'plain', or looped around a ring: 'one_way' or 'two_way'.
 
   Raises:
-    MeshError: An unknown part, or a pair of parts that leaves attention nothing to split.
+    MeshError: A part is unknown, or the feedforward layout leaves no axis for attention's heads.
   """
 
   feedforward: str = 'ws_2d'
@@ -89,7 +89,7 @@ class Layout:
     """Return the layout that a text names: 'ws_2d/batch' -> Layout('ws_2d', 'batch').
 
     Raises:
-      MeshError: A text that names no layout, saying why.
+      MeshError: The text names no layout. The message says why.
     """
     if not isinstance(text, str) or text.count('/') not in (1, 2):
       raise MeshError(
@@ -104,10 +104,10 @@ class Layout:
 
   @property
   def ring_directions(self) -> int:
-    """The directions of a ring in which looped collectives send; 0 for plain collectives."""
+    """Number of directions that looped collectives send in: 1 or 2; 0 for plain collectives."""
     return RING_DIRECTIONS[self.collectives]
 
-  # Weights as they are stored on the devices.
+  # Stored weights.
 
   @property
   def stored_embed(self) -> Axes:
@@ -124,7 +124,7 @@ class Layout:
     """The mesh axes that split each logical axis of a weight (params.py).
 
     The embedding [V, E] is split so that neither the lookup nor the logits move weights. Vectors
-    are whole on every device, being small; each device reads its part.
+    are small, and whole on every device; each device reads its part.
     """
     return {
       params.LAYERS_AXIS: (),
@@ -142,14 +142,15 @@ class Layout:
 
   @property
   def gathered_axes(self) -> Axes:
-    """The axes that weights are gathered over before use, and that tokens are split over."""
+    """The axes that weights are gathered over before use; they split the tokens."""
     return FEEDFORWARD[self.feedforward]
 
   @property
   def embed_axes(self) -> Axes:
     """The axes that split E in products.
 
-    Each device sums over its part of E in the input product, which gives partial sums over them.
+    In the input product each device sums over its part of E: the result is a partial sum over these
+    axes.
     """
     return tuple(a for a in self.stored_embed if a not in self.gathered_axes)
 
@@ -157,14 +158,15 @@ class Layout:
   def hidden_axes(self) -> Axes:
     """The axes that split F in products.
 
-    Each device sums over its part of F in the output product, which gives partial sums over them.
+    In the output product each device sums over its part of F: the result is a partial sum over
+    these axes.
     """
     return tuple(a for a in self.stored_hidden if a not in self.gathered_axes)
 
 
 @functools.lru_cache(maxsize=256)
 def _parse(text: str) -> Layout:
-  """Return the layout 'feedforward/attention/collectives', made once for each text."""
+  """Return the layout 'feedforward/attention/collectives', cached by text."""
   return Layout(*text.split('/'))
 
 
@@ -174,12 +176,12 @@ def num_shards(axes: Axes, mesh: Mapping[str, int]) -> int:
 
 
 def shape_text(mesh: Mapping[str, int]) -> str:
-  """Return 'XxYxZ' for a mesh (axis name -> size)."""
+  """Return a mesh (axis name -> size) as text, 'XxYxZ'."""
   return 'x'.join(str(mesh[a]) for a in AXES)
 
 
 def check_pair(prefill: Layout, decode: Layout) -> None:
-  """Check that two phases can share one set of weights on the devices.
+  """Check that the layouts of two phases can share one set of weights on the devices.
 
   Raises:
     MeshError: The two layouts store weights differently.

@@ -1,7 +1,7 @@
-"""The links that a collective over some axes of a mesh has on the torus.
+"""The torus links that a collective over some mesh axes uses.
 
-A collective uses all physical axes along which its chips differ, at once. Where several groups of
-one collective lie on the same links, they share them.
+A collective uses all physical axes along which its chips differ, at the same time. If several
+groups of chips of one collective lie on the same links, they share the bandwidth.
 """
 
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ class LinkPath:
   Attributes:
     chips: Chips of a group along the axis.
     ring: Whether a group goes all around the axis.
-    load: Groups whose data the busiest link carries.
-    step: Links from one chip of a group to the next, where they are most.
+    load: Number of groups whose data the busiest link carries.
+    step: Links between neighbouring chips of a group, at most.
   """
 
   chips: int
@@ -34,17 +34,17 @@ class LinkPath:
 
   @property
   def links(self) -> float:
-    """Links that bring data to a chip: two in a ring, one in a chain, divided by the load."""
+    """Links that bring data to a chip: two in a ring or one in a chain, divided by `load`."""
     return (2 if self.ring else 1) / self.load
 
   @property
   def hops(self) -> int:
-    """Links to the farthest chip of a group. Around a ring data goes both ways."""
+    """Links to the farthest chip of a group. Around a ring, data travels in both directions."""
     return (self.chips // 2 if self.ring else self.chips - 1) * self.step
 
   @property
   def exchange(self) -> float:
-    """Bytes through the busiest link of an all-to-all, for each byte of a chip's array.
+    """Bytes through the busiest link of an all-to-all, per byte of a chip's array.
 
     Half of all bytes cross the middle of the axis.
     """
@@ -59,16 +59,16 @@ def paths(
   Args:
     shape: Chips of the slice along each physical axis.
     wraps: For each physical axis, whether its ends are linked.
-    mesh: (X, Y, Z), whose chips lie as torus.device_grid arranges them.
+    mesh: (X, Y, Z). Chips are arranged by torus.device_grid.
     axes: Mesh axes, at least one of them longer than 1.
   """
   return _paths(tuple(shape), tuple(wraps), mesh, tuple(sorted(axes)))
 
 
 def bytes_through_a_link(move: Collective, found: Sequence[LinkPath]) -> float:
-  """Return the bytes that pass one link, in sequence, during a collective on these paths.
+  """Return the bytes that pass a link, one after another, during a collective on these paths.
 
-  The time for hops comes on top.
+  The latency of hops is not included.
   """
   if move.kind == 'all_to_all':
     return max(path.exchange for path in found) * move.bytes
@@ -77,7 +77,7 @@ def bytes_through_a_link(move: Collective, found: Sequence[LinkPath]) -> float:
 
 @functools.lru_cache(maxsize=256)
 def grid(shape: tuple[int, ...], wraps: tuple[bool, ...], mesh: MeshShape) -> np.ndarray:
-  """Return [X, Y, Z] indices of chips, counted through the slice's shape."""
+  """Return [X, Y, Z] indices of chips, in row-major order of the slice's shape."""
   if sum(size > 1 for size in shape) < 2:
     return np.arange(math.prod(shape)).reshape(mesh)
   coordinates = np.stack(np.unravel_index(np.arange(math.prod(shape)), shape), axis=-1)
@@ -88,7 +88,7 @@ def grid(shape: tuple[int, ...], wraps: tuple[bool, ...], mesh: MeshShape) -> np
 def _paths(
   shape: tuple[int, ...], wraps: tuple[bool, ...], mesh: MeshShape, axes: tuple[str, ...]
 ) -> tuple[LinkPath, ...]:
-  # A group's number is its place along the mesh axes that the collective does not run over.
+  # A group's number is its position along the mesh axes that the collective does not run over.
   kept = [a not in axes for a in AXES]
   places = np.unravel_index(np.arange(math.prod(mesh)), mesh)
   numbers = np.ravel_multi_index(
@@ -111,29 +111,30 @@ def _paths(
       found.append(path)
   size = math.prod(n for n, keep in zip(mesh, kept, strict=True) if not keep)
   if math.prod(path.chips for path in found) != size:
-    # A mesh axis that winds through several physical axes: one link in each direction.
+    # If a mesh axis winds through several physical axes, it has one link in each direction.
     return (LinkPath(size, all(path.ring for path in found)),)
   return tuple(found)
 
 
 def _renumbered(lines: np.ndarray) -> np.ndarray:
-  """Number each line's groups by their first chip on it, so that lines that are alike are equal."""
+  """Number each line's groups by their first chip on the line, so that similar lines are equal."""
   return (lines[:, :, None] == lines[:, None, :]).argmax(axis=-1)
 
 
 def _line_path(line: np.ndarray, wrap: bool) -> LinkPath:
   """Return the path of the groups on one line of chips.
 
-  Each group goes from chip to chip the short way, and leaves out the longest way between two chips.
+  Each group passes from chip to chip the short way, and leaves out the longest gap between two
+  chips.
   """
   size, groups = len(line), set(line.tolist())
   if len(groups) == 1:
     return LinkPath(size, bool(wrap))
-  carried, chips, longest = np.zeros(size, int), 1, 1  # link i is from chip i to the next
+  carried, chips, longest = np.zeros(size, int), 1, 1  # link i: from chip i to i + 1
   for group in groups:
     places = np.flatnonzero(line == group)
     gaps = np.diff(places, append=places[0] + size)
-    first = (gaps.argmax() if wrap else len(places) - 1) + 1  # the walk begins behind the gap
+    first = (gaps.argmax() if wrap else len(places) - 1) + 1  # the path begins after the gap
     for step in range(len(places) - 1):
       i = (first + step) % len(places)
       carried[np.arange(places[i], places[i] + gaps[i]) % size] += 1

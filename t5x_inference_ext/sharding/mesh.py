@@ -18,7 +18,7 @@ def parse_mesh(text: str) -> MeshShape:
   """Return the mesh shape that a text names: '2x2x2' -> (2, 2, 2).
 
   Raises:
-    MeshError: Anything but three whole numbers above 0.
+    MeshError: The text is not three whole numbers above 0.
   """
   parts = text.lower().split('x')
   if len(parts) != 3 or not all(p.isdecimal() and int(p) > 0 for p in parts):
@@ -30,16 +30,16 @@ def parse_mesh(text: str) -> MeshShape:
 def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
   """Return a mesh of X*Y*Z devices with axes x, y and z.
 
-  All chips of a TPU slice are arranged so that mesh neighbours are torus neighbours
-  (torus.device_grid). Everything else (CPU, GPU, fewer devices than there are, two devices a chip)
+  If the devices are all chips of a TPU slice, mesh neighbours are torus neighbours
+  (torus.device_grid). Otherwise (CPU, GPU, fewer devices than exist, two devices per chip) the mesh
   is the first X*Y*Z devices in their order.
 
   Args:
     shape: (X, Y, Z).
-    devices: By default all devices of the default platform.
+    devices: The devices; by default all devices of the default platform.
 
   Raises:
-    MeshError: Fewer devices than the mesh needs.
+    MeshError: There are fewer devices than the mesh needs.
   """
   devices = jax.devices() if devices is None else devices
   needed = math.prod(shape)
@@ -53,7 +53,7 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
 
 
 def arrange(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
-  """Return [X, Y, Z] devices, arranged as make_mesh says."""
+  """Return [X, Y, Z] devices, arranged as described in make_mesh."""
   needed = math.prod(shape)
   if needed != len(devices) or physical_shape(devices) is None:
     return _array(devices[:needed]).reshape(tuple(shape))
@@ -61,19 +61,19 @@ def arrange(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
 
 
 def physical_shape(devices: Sequence[jax.Device]) -> tuple[int, int, int] | None:
-  """Return the box of the torus that TPU devices fill, one device a chip.
+  """Return the box of the torus that TPU devices fill, one device per chip.
 
-  Return None for other platforms, for two devices a chip, and for chips that leave holes or belong
-  to several slices.
+  Return None for other platforms, for two devices per chip, and for chips that leave holes or
+  belong to several slices.
   """
   box = _torus_box(devices)
   return None if box is None else box[1]
 
 
 def mesh_links(mesh: Mesh) -> dict[str, str] | None:
-  """Return what each mesh axis is on the torus: 'ring', 'chain' or 'broken' (torus.axis_links).
+  """Return the links of each mesh axis on the torus: 'ring', 'chain' or 'broken'.
 
-  Return None where the devices have no torus.
+  See torus.axis_links. Return None if the devices are not on a torus.
   """
   devices = mesh.devices.ravel().tolist()
   if physical_shape(devices) is None:
@@ -84,25 +84,25 @@ def mesh_links(mesh: Mesh) -> dict[str, str] | None:
 
 
 def single_device_mesh(device: jax.Device | None = None) -> Mesh:
-  """Return a mesh of one device, by default the first."""
+  """Return a mesh of one device, by default the first device."""
   return make_mesh((1, 1, 1), [device or jax.devices()[0]])
 
 
 def mesh_shape(mesh: Mesh | jax.sharding.AbstractMesh) -> MeshShape:
-  """Return (X, Y, Z). An axis that the mesh lacks counts 1."""
+  """Return (X, Y, Z). An axis that the mesh lacks has size 1."""
   x, y, z = (mesh.shape.get(a, 1) for a in AXES)
   return x, y, z
 
 
 def mesh_text(mesh: Mesh) -> str:
-  """Return 'XxYxZ'."""
+  """Return the mesh's shape as text, 'XxYxZ'."""
   return 'x'.join(map(str, mesh_shape(mesh)))
 
 
 def wraps(devices: Sequence[jax.Device]) -> tuple[bool, bool, bool]:
   """Return whether the ends of each physical axis are linked, for devices with a physical_shape."""
   box = _torus_box(devices)
-  # A box that starts elsewhere is a part of a larger slice: its ends are not linked to each other.
+  # A box that does not start at 0 is part of a larger slice: its ends are not linked to each other.
   if box is None or any(box[0]):
     return False, False, False
   return torus.wraparound(box[1], torus.kind_of(devices[0].device_kind))
@@ -123,7 +123,7 @@ def _coordinates(devices: Sequence[jax.Device]) -> np.ndarray:
 
 
 def _array(devices: Sequence[jax.Device]) -> np.ndarray:
-  """Return [n] devices. numpy must not look into them."""
+  """Return an object array [n] of devices, without letting numpy iterate over a device."""
   array = np.empty(len(devices), object)
   array[:] = devices
   return array

@@ -1,4 +1,4 @@
-"""Mesh choice: the meshes that lie well on a slice's torus, the best for a model, and defaults."""
+"""Choice of a mesh: the meshes that fit a slice's torus, the best for a model, and defaults."""
 
 from collections.abc import Iterator, Sequence
 import fractions
@@ -20,9 +20,9 @@ from t5x_inference_ext.sharding.traffic import layer_moves
 
 
 def choose_mesh(config: ModelConfig, devices: Sequence[jax.Device]) -> MeshShape:
-  """Return the mesh shape for devices where none is asked for.
+  """Return the default mesh shape for devices.
 
-  It lies along the torus of a TPU slice, if all chips of the slice divide the model.
+  If all chips of a TPU slice divide the model, the mesh lies along the slice's torus.
   """
   box = device_mesh.physical_shape(devices)
   if box is not None and not config.d_model % math.prod(box) and not config.d_ff % math.prod(box):
@@ -35,9 +35,9 @@ def torus_meshes(
 ) -> tuple[MeshShape, ...]:
   """Return the meshes (X, Y, Z) whose neighbours are neighbours on the torus.
 
-  Each physical axis goes to one mesh axis, which may have several. A ring of 4, which is a square,
-  may also go half to one mesh axis and half to another; parts of other axes would share its links.
-  Y is no smaller than Z: the other order moves the same bytes.
+  Each physical axis goes to one mesh axis; a mesh axis may get several. A ring of 4, which is a
+  square, may also give half to one mesh axis and half to another; parts of other axes would share
+  links. Y is at least Z: the swapped mesh moves the same bytes.
 
   Args:
     shape: Chips of the slice along each physical axis.
@@ -46,7 +46,7 @@ def torus_meshes(
   """
 
   def shares(size: int, wrap: bool) -> Iterator[MeshShape]:
-    """Yield the factors of (X, Y, Z) that a physical axis may give."""
+    """Yield the factors (x, y, z) by which one physical axis may contribute to the mesh."""
     yield from ((size, 1, 1), (1, size, 1), (1, 1, size))
     if split and size == 4 and wrap:
       yield from ((1, 2, 2), (2, 1, 2), (2, 2, 1))
@@ -65,15 +65,16 @@ def torus_meshes(
 def torus_mesh(
   shape: Sequence[int], wraps: Sequence[bool], config: ModelConfig, split: bool = True
 ) -> MeshShape:
-  """Return the mesh of torus_meshes on which a decode step in ws_2d waits least for links.
+  """Return the mesh of torus_meshes on which a ws_2d decode step waits least for links.
 
-  The wait is for what a layer moves (traffic.layer_moves) for as many rows as chips, over the links
-  that each collective has (links.bytes_through_a_link); hops are as many on all meshes. With a
-  larger X fewer features and more columns move, the columns over x, which has the fewest links. X
-  is 1, which makes ws_2d what ws_1d is, only where two dimensions move more bytes (section 3.2.2).
-  Of meshes as good it is one of whole physical axes, with Y and Z as even as they can be.
+  The wait is for the collectives of one layer (traffic.layer_moves), with as many rows as chips,
+  over the links that each collective has (links.bytes_through_a_link); the number of hops is the
+  same on all meshes. A larger X moves fewer features and more columns; columns move over x, which
+  has the fewest links. X is 1, which makes ws_2d equal to ws_1d, only if splitting two dimensions
+  moves more bytes (section 3.2.2). Of equally good meshes, one of whole physical axes is taken,
+  with Y and Z as equal as possible.
 
-  Whether the chips divide the model is not checked here.
+  The function does not check that the chips divide the model.
 
   Args:
     shape: Chips of the slice along each physical axis.
@@ -106,7 +107,7 @@ def _torus_mesh(
 def layer_bytes_through_a_link(
   shape: Sequence[int], wraps: Sequence[bool], mesh: MeshShape, config: ModelConfig
 ) -> float:
-  """Return the bytes that pass a link, in sequence, in a layer of torus_mesh's decode step.
+  """Return the bytes that pass a link, one after another, in a layer of torus_mesh's decode step.
 
   Args:
     shape: Chips of the slice along each physical axis.
@@ -121,17 +122,17 @@ def layer_bytes_through_a_link(
 
 
 def _decode_moves(config: ModelConfig, mesh: MeshShape) -> list[Collective]:
-  """Return what a layer moves in a decode step in ws_2d/batch, of as many rows as chips."""
+  """Return the collectives of a layer in a ws_2d/batch decode step with as many rows as chips."""
   sizes, rows = dict(zip(AXES, mesh, strict=True)), math.prod(mesh)
   sharding = shard_activations(Layout('ws_2d', 'batch'), config, sizes, rows, 1)
   return layer_moves(config, sharding, sizes, rows, 1)
 
 
 def default_mesh(config: ModelConfig, devices: int) -> MeshShape:
-  """Return a mesh over as many devices as divide the model, shaped for ws_2d.
+  """Return a mesh over the largest number of devices that divides the model, shaped for ws_2d.
 
-  Activations move fewest bytes where X = sqrt(devices * E / F), half the root of the devices for
-  F = 4 E (section 3.2.2). Y and Z share the rest as evenly as they can.
+  Activations move the fewest bytes if X = sqrt(devices * E / F), which is half the square root of
+  the devices for F = 4 E (section 3.2.2). Y and Z share the rest as equally as possible.
   """
   for count in range(devices, 0, -1):
     try:
@@ -145,7 +146,7 @@ def default_mesh(config: ModelConfig, devices: int) -> MeshShape:
 
 
 def _nearest_divisor(n: int, value: float) -> int:
-  """Return the divisor of n whose ratio to `value` is nearest to 1, the larger of two as near."""
+  """Return the divisor of n nearest to `value` in ratio; of two equally near, the larger."""
   return min(
     (d for d in range(1, n + 1) if n % d == 0),
     key=lambda d: (round(abs(math.log(d / value)), 9), -d),

@@ -1,10 +1,9 @@
 """Weight packing: how canonical tensors become the arrays on the devices.
 
 Tensors are fused, cut into a block of columns for each shard, and padded to the mesh. A shard's
-columns lie together, as columns.py has them, so that one matmul gives a shard all that it needs and
-no reshape crosses shards. This order and the padding exist only on the devices: checkpoints hold
-canonical tensors. Padding is with zeros. It never touches the MLP, whose width the mesh must
-divide.
+columns lie together, in the order of columns.py, so that one matmul gives a shard all that it needs
+and no reshape crosses shards. This order and the padding exist only on the devices: checkpoints
+hold canonical tensors. Padding is zeros. The MLP is never padded: the mesh must divide its width.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -35,14 +34,14 @@ _DTYPES = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloa
 
 @dataclasses.dataclass(frozen=True)
 class PackedTensor:
-  """One array on the devices, or one for each layer.
+  """One array on the devices, or one array per layer.
 
   Attributes:
     shape: The dimensions, without layers.
     axes: The logical axis (params.py) of each dimension, without layers.
     spec: The sharding, without layers.
-    kind: A kind of Parameter.
-    per_layer: Whether each layer has one.
+    kind: Kind of the tensor, as in params.Parameter.
+    per_layer: Whether each layer has such an array.
     axis: The dimension of `shape` that is a sequence of blocks, one for each shard.
     parts: The parts of a block, in order.
   """
@@ -58,7 +57,7 @@ class PackedTensor:
   def read(self, reader: Reader, layer: int | None, index: Index) -> np.ndarray:
     """Return the values at `index` (into `shape`), assembled from canonical tensors.
 
-    Only what is needed is read.
+    Only the values needed are read.
     """
     lead = () if layer is None else (slice(layer, layer + 1),)
     begin, end, _ = index[self.axis].indices(self.shape[self.axis])
@@ -86,7 +85,7 @@ class PackedTensor:
     high: int,
     stop: int,
   ) -> list[np.ndarray]:
-    """Read columns [low, high) of the part's tensors laid side by side, zeros from `stop` on."""
+    """Read columns [low, high) of the part's concatenated tensors, with zeros from `stop` on."""
     pieces, offset = [], 0
     for name, width in zip(part.names, part.sizes, strict=True):
       first, last = max(low - offset, 0), min(high - offset, stop - offset, width)
@@ -99,8 +98,8 @@ class PackedTensor:
     if high > stop:
       shape = [len(range(*s.indices(n))) for s, n in zip(index, self.shape, strict=True)]
       shape[self.axis] = high - max(low, stop)
-      # int8 where nothing but padding is read: beside values of any dtype it takes theirs, and it
-      # never widens int8.
+      # int8 if only padding is read: int8 zeros take the dtype of the values beside them, and never
+      # widen int8 values.
       pieces.append(np.zeros(shape, pieces[0].dtype if pieces else np.int8))
     return pieces
 
@@ -123,14 +122,14 @@ def tensor_dtype(tensor: PackedTensor, weights: str, compute: str) -> np.dtype:
 def packed_tensors(
   config: ModelConfig, layout: Layout, mesh: Mapping[str, int], int8: bool
 ) -> dict[str, PackedTensor]:
-  """Return the arrays on the devices by the field names of model/weights.py's Weights.
+  """Return the arrays on the devices by name: the field names of model/weights.py's Weights.
 
-  Those of a layer are called 'block part/field': 'parallel/w_in', or in a serial block
+  Arrays of a layer are named 'block part/field': 'parallel/w_in', or in a serial block
   'attention/w_in' and 'mlp/w_in'.
 
   Args:
     config: The model.
-    layout: The layout of either phase, which decides the shardings.
+    layout: The layout of either phase; it decides the shardings.
     mesh: Axis name -> size.
     int8: Whether the matrices are int8 with scales.
 
@@ -151,7 +150,7 @@ def _packed_tensors(
   shards = num_shards(layout.stored_hidden, mesh)
 
   def fused(parts: Iterable[PackedPart]) -> PackedTensor:
-    """Pack tensors into one array of a block for each shard."""
+    """Pack tensors into one array, a block for each shard."""
     parts = tuple(parts)
     first = declared[parts[0].names[0]]
     per_layer, shape, axes = _layer_shape(first)
@@ -161,7 +160,7 @@ def _packed_tensors(
     return PackedTensor(shape, axes, layout.weight_spec(axes), first.kind, per_layer, axis, parts)
 
   def vector(name: str) -> PackedTensor:
-    """Take a vector as it is: one part, which is all of it."""
+    """Take a whole vector as a single part."""
     kind = declared[name].kind
     per_layer, shape, axes = _layer_shape(declared[name])
     part = PackedPart((name,), shape, shape[0], ((0, shape[0]),))
@@ -186,13 +185,13 @@ def _packed_tensors(
 
 
 def _layer_shape(p: params.Parameter) -> tuple[bool, tuple[int, ...], tuple[str, ...]]:
-  """Return whether each layer has the tensor, and its shape and logical axes without layers."""
+  """Return (per_layer, shape, logical axes), the shape and axes without layers."""
   if p.axes[0] == params.LAYERS_AXIS:
     return True, p.shape[1:], p.axes[1:]
   return False, p.shape, p.axes
 
 
 def _scales_of(part: PackedPart, declared: Mapping[str, params.Parameter]) -> PackedPart:
-  """Return the part of the scales that lies as a part of their matrices does."""
+  """Return the part of the scales that corresponds to a part of their matrices."""
   names = tuple(str(declared[name].scale) for name in part.names)
   return dataclasses.replace(part, names=names)

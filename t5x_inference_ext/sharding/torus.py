@@ -1,7 +1,7 @@
-"""The torus under the mesh: which chip of a TPU slice sits where (the paper's section 3.1).
+"""The torus under the mesh: the position of each chip of a TPU slice (the paper's section 3.1).
 
 A slice is a box of chips, each linked to the next along up to three physical axes. Collectives run
-along mesh axes, so a mesh is fast where a step along any of its axes is one physical link.
+along mesh axes, so a mesh is fast if a step along any of its axes is one physical link.
 `device_grid` finds the chip at each position of a mesh; mesh_choice.py chooses the mesh.
 """
 
@@ -15,7 +15,8 @@ import numpy as np
 
 from t5x_inference_ext.errors import MeshError
 
-# Generation -> number of physical axes. The compiler's device kinds name generations differently.
+# Generation -> number of physical axes. The compiler has other names (device kinds) for
+# generations.
 GENERATIONS = {'v4': 3, 'v5e': 2, 'v5p': 3, 'v6e': 2}
 _DEVICE_KINDS = {
   'TPU v4': 'v4',
@@ -29,7 +30,7 @@ _DEVICE_KINDS = {
 
 RING, CHAIN, BROKEN = 'ring', 'chain', 'broken'
 
-# One factor for each mesh axis: how much of a physical axis it takes.
+# For each mesh axis, the factor of a physical axis that it takes.
 _Shares = tuple[int, ...]
 
 
@@ -56,16 +57,16 @@ class TpuSlice:
     return wraparound(self.shape, self.kind)
 
   def __str__(self) -> str:
-    """Return the text that parse_slice reads and jax calls the topology: v4:4x4x4, v5e:4x8."""
+    """Return the text that parse_slice reads, which jax calls the topology: v4:4x4x4, v5e:4x8."""
     return f'{self.kind}:{"x".join(map(str, self.shape[: GENERATIONS[self.kind]]))}'
 
 
 def parse_slice(text: str) -> TpuSlice:
-  """Return the slice of a text: 'v4:4x4x4', '4x4x4' (a v4 slice), or 'v5e:4x8' (4x8x1 chips).
+  """Return the slice that a text names: 'v4:4x4x4', '4x4x4' (v4), or 'v5e:4x8' (4x8x1 chips).
 
   Raises:
-    MeshError: An unknown generation, or not as many whole numbers above 0 as the generation has
-      physical axes.
+    MeshError: The generation is unknown, or the shape is not one whole number above 0 for each of
+      the generation's physical axes.
   """
   kind, colon, sizes = text.lower().rpartition(':')
   kind = kind if colon else 'v4'
@@ -93,8 +94,8 @@ def kind_of(device_kind: str) -> str | None:
 def wraparound(shape: Sequence[int], kind: str | None = 'v4') -> tuple[bool, bool, bool]:
   """Return whether the ends of each physical axis of a whole slice are linked.
 
-  v4 and v5p: all axes where every size is a multiple of 4, else none (2x2x4 has none). v5e and v6e:
-  an axis of 16. An unknown kind (None): no axis.
+  On v4 and v5p all axes are, if every size is a multiple of 4; else none (2x2x4 has none). On v5e
+  and v6e axes of 16 are. On an unknown kind (None) none is.
   """
   dimensions = None if kind is None else GENERATIONS.get(kind)
   if dimensions == 2:
@@ -105,9 +106,9 @@ def wraparound(shape: Sequence[int], kind: str | None = 'v4') -> tuple[bool, boo
 
 
 def box_of(coordinates: np.ndarray) -> tuple[tuple[int, int, int], tuple[int, int, int]] | None:
-  """Return the box that coordinates [n, 3] fill once each: its lowest corner and its shape.
+  """Return the lowest corner and the shape of the box that coordinates [n, 3] fill once each.
 
-  Return None if they fill none.
+  Return None if they do not fill a box.
   """
   coordinates = np.asarray(coordinates)
   if coordinates.ndim != 2 or coordinates.shape[1] != 3 or not len(coordinates):
@@ -127,13 +128,13 @@ def device_grid(
 ) -> np.ndarray:
   """Return the device at each mesh position, so that mesh neighbours are torus neighbours.
 
-  A mesh axis made of one physical axis follows it. One made of several winds through them and,
-  where
-  one of them is even, comes back beside its start: it is a ring even without wraparound. Where no
-  whole physical axes multiply to the mesh, physical axes are split. A ring of 4 is a square of 2 x
-  2, whose halves are neighbours on links of their own, so 2x2x16 still lies well on 4x4x4. Any
-  other split puts some neighbours apart (8 chips in a row hold no 2 x 4 grid). The arrangement with
-  the fewest such pairs is then taken, and `axis_links` says which mesh axes suffer.
+  A mesh axis made of one physical axis follows that axis. A mesh axis made of several winds through
+  them; if one of them is even, it comes back beside its start, and is a ring even without
+  wraparound. If no products of whole physical axes make the mesh, physical axes are split. A ring
+  of 4 is a square of 2 x 2, whose halves are neighbours on separate links, so 2x2x16 still fits
+  4x4x4. Any other split puts some neighbours apart (8 chips in a row hold no 2 x 4 grid). The
+  arrangement with the fewest such pairs is then taken, and `axis_links` says which mesh axes are
+  affected.
 
   Args:
     coordinates: [n, 3]. Physical coordinates of the devices, in any order. The box that they fill
@@ -142,10 +143,11 @@ def device_grid(
     wraps: For each physical axis, whether its ends are linked.
 
   Returns:
-    [X, Y, Z] indices into `coordinates`. The same chips in another order get the same positions.
+    [X, Y, Z] indices into `coordinates`. A chip's position does not depend on the order of the
+    rows.
 
   Raises:
-    MeshError: The coordinates fill no box, or the mesh has another number of positions.
+    MeshError: The coordinates fill no box, or the mesh's size is not n.
   """
   coordinates = np.asarray(coordinates)
   box = box_of(coordinates)
@@ -167,10 +169,11 @@ def device_grid(
 def axis_links(
   coordinates: np.ndarray, grid: np.ndarray, wraps: Sequence[bool]
 ) -> tuple[str, str, str]:
-  """Return what each mesh axis is on the torus: 'ring', 'chain' or 'broken'.
+  """Return the links of each mesh axis on the torus: 'ring', 'chain' or 'broken'.
 
-  'chain': each position is one link from the next. 'ring': the last is one link from the first too
-  (an axis of 1 or 2 always is). 'broken': some neighbours are more than one link apart.
+  'chain': each position is one link from the next. 'ring': in addition the last is one link from
+    the
+  first (an axis of 1 or 2 always is). 'broken': some neighbours are more than one link apart.
 
   Args:
     coordinates: [n, 3]. Physical coordinates of the devices.
@@ -190,14 +193,14 @@ def axis_links(
 
 
 def _arrange(shape: tuple[int, ...], mesh: tuple[int, ...], wraps: Sequence[bool]) -> np.ndarray:
-  """Return [X, Y, Z, 3] positions in the box: of all ways to share out physical axes, the best.
+  """Return [X, Y, Z, 3] positions in the box: the best way to divide the physical axes.
 
-  The best has the fewest neighbours apart, then the fewest mesh axes that are no rings.
+  The best has the fewest neighbours apart, and among equals the fewest mesh axes that are no rings.
   """
   by_splits = collections.defaultdict(list)
   for shares in itertools.product(*(_factors(size, len(mesh)) for size in shape)):
     if tuple(math.prod(column) for column in zip(*shares, strict=True)) == mesh:
-      # A physical axis that two mesh axes share carries the traffic of both: whole axes come first.
+      # Whole axes come first: a physical axis that two mesh axes share carries the traffic of both.
       splits = sum(max(0, sum(factor > 1 for factor in row) - 1) for row in shares)
       by_splits[splits].append(shares)
   best, best_apart = None, (math.inf, math.inf)
@@ -210,18 +213,18 @@ def _arrange(shape: tuple[int, ...], mesh: tuple[int, ...], wraps: Sequence[bool
         best, best_apart = positions, apart
     if best_apart[0] == 0:
       break
-  if best is None:  # sizes without common factors, as 6 x 6 on 4 x 9: no way to share them out
+  if best is None:  # no common factors (6 x 6 on 4 x 9): the axes cannot be divided
     return np.stack(np.unravel_index(np.arange(math.prod(mesh)).reshape(mesh), shape), axis=-1)
   return best
 
 
 def _positions(shares: Sequence[_Shares]) -> np.ndarray:
-  """Return [X, Y, Z, 3] positions, where mesh axis j takes the factor shares[i][j] of axis i."""
-  # For each mesh axis, [size, 3]: its digit on each physical axis.
+  """Return [X, Y, Z, 3] positions. Mesh axis j takes the factor shares[i][j] of physical axis i."""
+  # For each mesh axis, [size, 3]: each position's digit on each physical axis.
   walks = [_ring(column) for column in zip(*shares, strict=True)]
   places = []
   for i, row in enumerate(shares):
-    # The smallest factor is the coarsest digit: its steps are the long ones.
+    # The smallest factor is the coarsest digit, because its steps are long.
     order = sorted(range(len(row)), key=lambda j: row[j])
     digits = _snake([row[j] for j in order])
     table = np.empty(row, int)
@@ -231,7 +234,7 @@ def _positions(shares: Sequence[_Shares]) -> np.ndarray:
 
 
 def _factors(size: int, parts: int) -> list[_Shares]:
-  """Return all ways to write `size` as a product of so many factors, largest first factor first."""
+  """Return all ways to write `size` as a product of `parts` factors, largest first factor first."""
   if parts == 1:
     return [(size,)]
   found = []
@@ -242,9 +245,9 @@ def _factors(size: int, parts: int) -> list[_Shares]:
 
 
 def _snake(sizes: Sequence[int]) -> np.ndarray:
-  """Return [product, len(sizes)]: all digits, each step moving one digit by one.
+  """Return [product, len(sizes)]: all digits, in an order where each step moves one digit by one.
 
-  This is the reflected mixed-radix order.
+  The order is the reflected mixed-radix order.
   """
   if not sizes:
     return np.zeros((1, 0), int)
@@ -256,10 +259,11 @@ def _snake(sizes: Sequence[int]) -> np.ndarray:
 
 
 def _ring(sizes: Sequence[int]) -> np.ndarray:
-  """Return digits as _snake does, but with the last one step from the first where that can be.
+  """Return digits as _snake does, but if possible with the last one step from the first.
 
-  It can where two sizes are above 1 and one of them is even. The walk goes through an even number
-  of rows, there and back over all columns but the first, then home along the first.
+  It is possible if two sizes are above 1 and one of them is even. The walk goes through an even
+  number of rows, back and forth over all columns but the first, then returns along the first
+  column.
   """
   even = next((i for i, size in enumerate(sizes) if size % 2 == 0), None)
   if even is None or math.prod(sizes) == sizes[even]:
@@ -276,15 +280,15 @@ def _ring(sizes: Sequence[int]) -> np.ndarray:
 def _apart(
   positions: np.ndarray, shape: Sequence[int], wraps: Sequence[bool]
 ) -> list[tuple[int, int]]:
-  """Count the neighbours that are not one link apart along each mesh axis.
+  """Count the neighbours that are more than one link apart along each mesh axis.
 
   Args:
-    positions: [X, Y, Z, 3]. The place of each mesh position in the box.
-    shape: Of the box.
+    positions: [X, Y, Z, 3]. Position in the box of each mesh position.
+    shape: Chips of the box along each physical axis.
     wraps: For each physical axis, whether its ends are linked.
 
   Returns:
-    For each mesh axis, how many pairs: inside, and from last to first.
+    For each mesh axis, two counts of pairs: neighbours inside, and from the last to the first.
   """
 
   def count(a: np.ndarray, b: np.ndarray) -> int:

@@ -1,8 +1,9 @@
 """Traffic: the collectives of a pass and their bytes, predicted from the layout alone.
 
-The layouts are those of the paper's sections 3.2 and 3.3, the formulas those of its appendix A. All
+The layouts are those of the paper's sections 3.2 and 3.3; the formulas are from its appendix A. All
 numbers are per device. Letters are those of the paper's section 3.1 and of config.py. N is the
-number of devices that weights are gathered over: of activations [B, T, ..] each has B T / N tokens.
+number of devices that weights are gathered over: each of them has B T / N tokens of activations [B,
+T, ..].
 """
 
 from collections.abc import Mapping
@@ -26,8 +27,8 @@ def layer_moves(
 ) -> list[Collective]:
   """Return the collectives of one layer, block part by block part.
 
-  A serial block has two of 'norm', 'input' and 'output'. Padding of heads and columns counts: it
-  moves.
+  A serial block has two each of 'norm', 'input' and 'output'. Padding of heads and columns is
+  counted, since it moves too.
 
   Args:
     config: The model.
@@ -77,14 +78,14 @@ def feedforward_moves(
 
   Args:
     config: The model.
-    layout: The layout, of which the feedforward part counts.
+    layout: The layout. Only its feedforward part is used.
     mesh: Axis name -> size.
     tokens: B L.
     activation_bytes: Bytes of an activation element: 4 or 2.
     weight_bytes: Bytes of a weight element: 4, 2, or 1 for int8 with float32 scales.
 
   Raises:
-    ValueError: Tokens that do not divide over the devices that split them.
+    ValueError: The tokens do not divide over the devices that split them.
   """
   p = Pass(config, layout, mesh, tokens, activation_bytes, weight_bytes)
   mlp = BlockPart('mlp', False, True)
@@ -99,18 +100,18 @@ def embedding_moves(
   length: int,
   activation_bytes: int = 2,
 ) -> list[Collective]:
-  """Return the collectives of the embedding lookup, once a pass.
+  """Return the collectives of the embedding lookup, which runs once per pass.
 
-  They take [B, T, E/stored embed], partial sums over the vocabulary, to the residual stream. Where
-  rows are split, the lookup runs in parts of a few positions; the bytes are then the parts' sums.
-  Arguments are those of layer_moves.
+  They reshard [B, T, E/stored embed], partial sums over the vocabulary, to the residual stream. If
+  rows are split, the lookup runs in parts of a few positions; bytes are then the sums over the
+  parts. The arguments are those of layer_moves.
   """
   layout = sharding.layout
   p = Pass(config, layout, mesh, batch * length, activation_bytes, activation_bytes)
   moves: list[Collective] = []
   local = batch * length * config.d_model // p.size(layout.stored_embed)
   for dim, axes in enumerate(sharding.residual):
-    if dim < 2:  # d_model comes together as tokens are split: the count stays
+    if dim < 2:  # d_model is gathered while tokens are split: `count` stays
       embed = tuple(a for a in axes if a in layout.stored_embed)
       moves += p.activations('embedding', 'all_to_all', embed, local)
     hidden = tuple(a for a in axes if a in layout.stored_hidden)
@@ -129,7 +130,7 @@ def logits_moves(
   activation_bytes: int = 2,
   last: bool = True,
 ) -> list[Collective]:
-  """Return the collectives of the final norm and the logits, once a pass.
+  """Return the collectives of the final norm and the logits, which run once per pass.
 
   Args:
     config: The model.
@@ -137,10 +138,10 @@ def logits_moves(
     mesh: Axis name -> size.
     batch: B.
     length: T.
-    sampling: The prefill layout, which says how rows are split while tokens are chosen
+    sampling: The prefill layout, which decides how rows are split while tokens are chosen
       (activations.sampling_axes).
     activation_bytes: Bytes of an activation element: 4 or 2.
-    last: True for logits of each row's last position alone, as prefill and decode take; False for
+    last: True for logits of each row's last position alone, as in prefill and decode; False for
       logits of all positions.
   """
   layout, e = sharding.layout, config.d_model
@@ -152,7 +153,7 @@ def logits_moves(
     moves += p.activations('last positions', 'all_reduce', positions, batch // p.size(rows) * width)
     length, positions = 1, ()
   moves += _moments(p, features, batch // p.size(rows) * length // p.size(positions))
-  # All tokens are gathered, then d_model as the embedding has it.
+  # All tokens are gathered, then d_model is split as in the embedding.
   moves += p.activations(
     'logits input', 'all_gather', rows, batch * length // p.size(positions) * width
   )
@@ -160,7 +161,7 @@ def logits_moves(
   moves += p.activations('logits input', 'all_gather', positions, tokens * width)
   hidden = tuple(a for a in features if a in layout.stored_hidden)
   moves += p.activations('logits input', 'all_gather', hidden, tokens * width * p.size(hidden))
-  # [B, T, V/hidden], partial sums over d_model, to [B/sampling, T, V].
+  # Reshard [B, T, V/hidden], partial sums over d_model, to [B/sampling, T, V].
   split = sampling_axes(sampling, batch, mesh)
   vocabulary = vocabulary_rows(config, p.size(layout.stored_hidden))
   scattered = tuple(a for a in layout.stored_embed if a in split)
@@ -175,19 +176,19 @@ def logits_moves(
 
 
 def _moments(p: Pass, features: Axes, tokens: int) -> list[Collective]:
-  """Return what sums each token's moments over all of d_model: layer norm has two, RMS norm one."""
+  """Return the all-reduces of each token's moments: two for layer norm, one for RMS norm."""
   moments = 2 if p.config.norm == 'layer' else 1
   return moments * p.move('norm', 'all_reduce', features, tokens, FLOAT32)
 
 
 def _into_columns(p: Pass, part: BlockPart) -> list[Collective]:
-  """Return what the input product takes: B T E/embed activations, and weights that are gathered.
+  """Return the collectives before the input product: of B T E/embed activations, and of weights.
 
-  These go `E_xF_zy` -AG-> `E_(embed)F_(hidden)`, with the scales of their columns.
+  Gathered weights go `E_xF_zy` -AG-> `E_(embed)F_(hidden)`, with the scales of their columns.
   """
   layout, features = p.layout, _features(p)
   gathered = layout.gathered_axes
-  # Where weights are gathered, their collectives are those that loop.
+  # With gathered weights, the collectives that loop are those of the weights.
   moves = p.activations(
     'input', 'all_gather', layout.hidden_axes, p.tokens * features, looped=not gathered
   )
@@ -202,7 +203,7 @@ def _into_columns(p: Pass, part: BlockPart) -> list[Collective]:
 
 
 def _out_of_columns(p: Pass, part: BlockPart) -> list[Collective]:
-  """Return what the output product takes and gives: weights that are gathered, B T E/embed sums."""
+  """Return the collectives of the output product: of gathered weights and of B T E/embed sums."""
   layout, features = p.layout, _features(p)
   gathered = layout.gathered_axes
   moves: list[Collective] = []
@@ -215,12 +216,12 @@ def _out_of_columns(p: Pass, part: BlockPart) -> list[Collective]:
 
 
 def _features(p: Pass) -> int:
-  """Return E/embed, the features of a device's products."""
+  """Return E/embed, the number of features in a device's products."""
   return p.config.d_model // p.size(p.layout.embed_axes)
 
 
 def _mlp(p: Pass, part: BlockPart) -> list[Collective]:
-  """Return what sums an MLP's inputs and gathers their product.
+  """Return the collectives that sum an MLP's inputs and gather their product.
 
   `BLF_yz(partialsum-x)` -RS(x)-> `BLF_xyz` for each input, -AG(x)-> `BLF_yz` of the product.
   """

@@ -100,10 +100,7 @@ def test_nothing_there(gcs, tmp_path, capsys):
   'damage,words',
   [
     (lambda gcs, name: gcs.objects.pop(name), 'missing'),
-    (
-      lambda gcs, name: gcs.put(name, gcs.objects[name][1][:-9]),
-      'the end of the file is not there',
-    ),
+    (lambda gcs, name: gcs.put(name, gcs.objects[name][1][:-9]), 'the end of the file is missing'),
     (lambda gcs, name: gcs.failures['GET', name].append(403), '403'),
   ],
 )
@@ -146,7 +143,7 @@ def test_an_output_in_a_bucket(gcs, source, tmp_path, capsys, form):
   assert run(*command) == 0
   said = capsys.readouterr()
   assert (
-    'whose disk it takes until all is uploaded' in said.out
+    'taking disk space until all is uploaded' in said.out
     and f'wrote and verified {out}' in said.out
     and 'upload: ' in said.err
   )
@@ -180,7 +177,7 @@ def opens(path: str) -> bool:
     open_checkpoint(path)
     return True
   except CheckpointError as e:
-    assert 'an upload that has not ended' in str(e)
+    assert 'an unfinished upload' in str(e)
     return False
 
 
@@ -273,7 +270,7 @@ def test_other_options_start_over(gcs, source, tmp_path):
 def test_a_bucket_that_keeps_something_else(gcs, source, tmp_path):
   gcs.store = lambda name, value: value[:-1] + b'?' if name.endswith('gate/0.0.0') else value
   out = f'{gcs.bucket}/out'
-  with pytest.raises(CheckpointError, match=f'{out}/gate/0.0.0 is not what was written'):
+  with pytest.raises(CheckpointError, match=f'{out}/gate/0.0.0 changed right after it was written'):
     convert.convert(source, out, staging=tmp_path / 's')
   assert not opens(out)
 
@@ -290,7 +287,7 @@ def test_two_conversions_into_one_place(gcs, source, tmp_path):
   out = interrupt(gcs, source, tmp_path)
   assert not opens(out)
   interrupt(gcs, source, tmp_path / 'other')
-  with pytest.raises(CheckpointError, match='another one writes to'):
+  with pytest.raises(CheckpointError, match='another one is writing to'):
     convert.convert(source, out, staging=tmp_path / 's')
   assert not opens(out)
   assert convert.convert(source, out, staging=tmp_path / 'other' / 's').finished
@@ -306,11 +303,11 @@ def test_killed_between_the_last_two_steps(gcs, source, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match='killed'):
       convert.convert(source, out, staging=tmp_path / 's')
   before = len(gcs.uploads())
-  with pytest.raises(CheckpointError, match='exists already, from another source'):
+  with pytest.raises(CheckpointError, match='exists already, made from another source'):
     convert.convert(source, out, 'bfloat16', staging=tmp_path / 's')
   lines = []
   assert convert.convert(source, out, staging=tmp_path / 's', planned=lines.append).finished
-  assert lines == [f'{out} was finished before'] and len(gcs.uploads()) == before
+  assert lines == [f'{out} is already complete'] and len(gcs.uploads()) == before
   assert list((tmp_path / 's').iterdir()) == []
   verify(out, source)
 
@@ -347,11 +344,11 @@ def test_a_bucket_that_takes_nothing(gcs, source, tmp_path):
 
 
 def test_staging_is_for_buckets(gcs, source, tmp_path):
-  with pytest.raises(UserError, match='--staging=DIR says in which local directory'):
+  with pytest.raises(UserError, match='give --staging=DIR, a local directory'):
     convert.convert(source, f'{gcs.bucket}/out')
   with pytest.raises(UserError, match='is for outputs in a bucket'):
     convert.convert(source, tmp_path / 'out', staging=tmp_path / 's')
   with pytest.raises(CheckpointError, match='must be on a local disk'):
     convert.convert(source, f'{gcs.bucket}/out', staging=f'{gcs.bucket}/s')
-  with pytest.raises(CheckpointError, match='names no directory in a bucket'):
+  with pytest.raises(CheckpointError, match='is no directory in a bucket'):
     convert.convert(source, gcs.bucket, staging=tmp_path / 's')

@@ -113,7 +113,12 @@ def test_merged_multihead_kernels_do_not(tmp_path):
   config = model(num_kv_heads=4)
   leaves = synthetic.separate(synthetic.canonical(config), config)
   fails(
-    tmp_path, leaves, '[8, 24]', 'do not say how many heads', 'config=ModelConfig', 'MODEL_CONFIG'
+    tmp_path,
+    leaves,
+    '[8, 24]',
+    'do not determine the number of heads',
+    'config=ModelConfig',
+    'MODEL_CONFIG',
   )
 
 
@@ -176,7 +181,7 @@ def test_missing_parameters_are_those_of_the_tree_s_own_kind(tmp_path):
 @pytest.mark.parametrize(
   'name,values,words',
   [
-    (ATTENTION['key'], (8, 3, 7), ['do not fit each other', '[8, 7]', '[8, 24]']),
+    (ATTENTION['key'], (8, 3, 7), ['do not match: both', '[8, 7]', '[8, 24]']),
     (ATTENTION['query'], (8, 3, 4, 6, 1), ['5 axes, expected 3 or 4']),
     (
       'decoder/decoder/mlp/wi_1/kernel',

@@ -80,6 +80,6 @@ def test_link_where_the_working_directory_should_be(source, tmp_path):
   """It could not be removed in the end: refused at the beginning."""
   (tmp_path / 'elsewhere').mkdir()
   (tmp_path / 'out.unfinished').symlink_to('elsewhere')
-  with pytest.raises(CheckpointError, match='out.unfinished is in the way'):
+  with pytest.raises(CheckpointError, match='out.unfinished exists and was not left'):
     convert.convert(source, tmp_path / 'out')
   assert not (tmp_path / 'out').exists() and list((tmp_path / 'elsewhere').iterdir()) == []

@@ -105,7 +105,7 @@ def test_int8_is_what_the_serving_checkpoint_has(tree, tmp_path):
     for suffix in ('.qkernel', '.qscale')
   }
   if config.block == 'parallel' and config.num_kv_heads > 1:
-    with pytest.raises(CheckpointError, match='in a parallel block share one'):
+    with pytest.raises(CheckpointError, match='share one scale in a parallel block'):
       open_checkpoint(tmp_path / 't5x', config=config)
     return
   served, written = read(tmp_path / 'int8', config), read(tmp_path / 't5x', config)

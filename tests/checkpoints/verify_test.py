@@ -87,7 +87,7 @@ def test_a_flipped_bit_behind_the_end_of_an_array(tmp_path, monkeypatch):
   data[-1] = 4
   verify(tmp_path / 'out')
   chunk.write_bytes(data)
-  with pytest.raises(CheckpointError, match=f'{chunk}: what is behind the end'):
+  with pytest.raises(CheckpointError, match=f'{chunk}: the padding beyond the array'):
     verify(tmp_path / 'out')
 
 
@@ -97,7 +97,7 @@ def test_a_file_too_many(root, form, tmp_path, name):
   copy = shutil.copytree(root / form, tmp_path / 'copy')
   (copy / name).parent.mkdir(exist_ok=True)
   (copy / name).write_text('')
-  with pytest.raises(CheckpointError, match=f'holds {name}, of which'):
+  with pytest.raises(CheckpointError, match=f'holds {name}, which'):
     verify(copy)
 
 

@@ -72,7 +72,7 @@ def test_a_link_in_the_work_directory_is_not_written_through(
   (root / 'UNFINISHED').write_bytes(b'')
   (root / name).unlink(missing_ok=True)
   link(precious, root / name)
-  with pytest.raises(CheckpointError, match=f'{root / name} is a link or no ordinary file'):
+  with pytest.raises(CheckpointError, match=f'{root / name} is a link or not a regular file'):
     convert.convert(source, tmp_path / 'out')
   assert precious.read_bytes() == PRECIOUS and not (tmp_path / 'out').exists()
 
@@ -93,7 +93,7 @@ def test_a_pipe_in_the_work_directory_is_refused(source, tmp_path):
   root = tmp_path / 'out.unfinished'
   root.mkdir()
   os.mkfifo(root / 'UNFINISHED')
-  with pytest.raises(CheckpointError, match='no ordinary file'):
+  with pytest.raises(CheckpointError, match='not a regular file'):
     convert.convert(source, tmp_path / 'out')
 
 
@@ -122,7 +122,7 @@ def test_two_bytes_that_change_places_between_two_runs_are_noticed(source, tmp_p
   place = next(i for i in range(len(data) - 1) if data[i] != data[i + 1])
   data[place : place + 2] = data[place + 1], data[place]
   chunk.write_bytes(data)
-  with pytest.raises(CheckpointError, match='gate: damaged data .* is not what was written'):
+  with pytest.raises(CheckpointError, match='gate: damaged data .* values read back from the disk'):
     convert.convert(source, tmp_path / 'out', slice_bytes=1)
   assert not (tmp_path / 'out').exists()
 
@@ -143,7 +143,7 @@ def test_files_lost_between_two_runs_are_made_again(source, tmp_path, killed, da
   damage(killed / 'checkpoint' / 'gate')
   told = []
   convert.convert(source, tmp_path / 'out', slice_bytes=1, planned=told.append)
-  assert told[-1] == f'{killed}/checkpoint/gate is no longer complete: starting over'
+  assert told[-1] == f'{killed}/checkpoint/gate is no longer complete: converting everything again'
   assert contents(tmp_path / 'out') == contents(tmp_path / 'expected')
   assert not killed.exists()
 

@@ -150,7 +150,7 @@ def test_chunks_larger_than_memory_are_refused_before_they_are_allocated(tmp_pat
   file = tmp_path / '.zarray'
   file.write_text(json.dumps({**json.loads(file.read_text()), 'chunks': [2**40, 5, 4]}))
   with pytest.raises(
-    CheckpointError, match=r'gate: .*chunks are \[1099511627776, 5, 4\], .* GB each'
+    CheckpointError, match=r'gate: .*chunks of \[1099511627776, 5, 4\] are .* GB each'
   ):
     read(tmp_path)
 

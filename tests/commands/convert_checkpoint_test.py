@@ -114,7 +114,7 @@ def test_a_model_whose_tree_does_not_say_its_heads(tmp_path, capsys):
   leaves = synthetic.separate(synthetic.canonical(config), config)
   source = synthetic.write_legacy(tmp_path / 'source', leaves, inline=True)
   assert run(f'--input={source}', f'--output={tmp_path}/out', '--weights=int8') == 2
-  assert 'do not say how many heads' in capsys.readouterr().err
+  assert 'do not determine the number of heads' in capsys.readouterr().err
   model = tmp_path / 'model.gin'
   model.write_text(
     'from __gin__ import dynamic_registration\nfrom t5x_inference_ext import config\n'
@@ -197,24 +197,21 @@ def test_sizes_of_slices_and_of_what_is_held(palm_tiny, tmp_path, capsys, gin):
       ['--input=a', '--output=b', '--weights=int8', '--slice_bytes=1 TB'],
       'slice_bytes must be a number of bytes',
     ),
-    (
-      ['--input=a', '--output=gs://b/c', '--weights=int8'],
-      '--staging=DIR says in which local directory',
-    ),
+    (['--input=a', '--output=gs://b/c', '--weights=int8'], 'give --staging=DIR, a local directory'),
     (['--input=a', '--output=b', '--weights=int8', '--staging=s'], 'is for outputs in a bucket'),
     (
       ['--input=a', '--output=b', '--weights=int8', '--num_shards=0'],
       'num_shards must be at least 1',
     ),
-    (
-      ['--input=a', '--output=b', '--weights=int8', '--report_tokens=t.npy'],
-      '--report=DIR says where',
-    ),
+    (['--input=a', '--output=b', '--weights=int8', '--report_tokens=t.npy'], 'give --report=DIR'),
     (
       ['--input=a', '--output=b', '--weights=int8', '--report=r', '--report_tokens=t.npy'],
       'no file at --report_tokens=t.npy',
     ),
-    (['--verify', '--output=b', '--report=r'], '--verify takes --output, --input and --workers'),
+    (
+      ['--verify', '--output=b', '--report=r'],
+      '--verify can be combined with --output, --input and --workers alone',
+    ),
     (['--verify', '--output=b', '--gin.INPUT_CHECKPOINT="a"'], 'no gin flags'),
   ],
 )

@@ -434,7 +434,7 @@ def test_rows_that_say_themselves_how(complete, greedy):
     ('3', '"sampling" must be an object such as {"temperature": 0.7}, not the number 3'),
     (
       '{"temprature": 1}',
-      "prompts.jsonl:1: `sampling` has 'temprature', and can have temperature, top_k",
+      "prompts.jsonl:1: `sampling` has 'temprature', but can only have temperature, top_k",
     ),
     ('{"temperature": "hot"}', "temperature must be a number, got 'hot'"),
     ('{"top_k": 1.5}', 'top_k must be a whole number, got 1.5'),
@@ -457,7 +457,7 @@ def test_rows_that_say_it_wrong(complaint, sampling, says):
 
 
 def test_a_static_batch_has_one_way_for_all(complaint):
-  assert '`sampling` of their own, which needs batching=continuous' in complaint(
+  assert 'their own `sampling`, which needs batching=continuous' in complaint(
     '{"prompt": "a", "sampling": {"temperature": 1}}\n', '--batching=static'
   )
 
@@ -471,7 +471,7 @@ def test_help_shows_examples_and_flags(command):
   assert re.findall(r'^[A-Z].*:$', out.partition('\nRequired:')[2], re.MULTILINE) == [
     'Common:',
     'Choosing tokens:',
-    'What is written of each token:',
+    'Written for each token:',
     'Sharding, memory and compilation:',
     'Batching:',
     'Several processes:',
@@ -545,7 +545,7 @@ def test_every_bad_row_is_listed(complaint):
     (['--token_log_probs', '--batching=static'], 'token_log_probs needs batching=continuous'),
     (
       ['--num_decodes=2', '--batching=static'],
-      'num_decodes needs batching=continuous: a static batch has one sample',
+      'num_decodes needs batching=continuous: a static batch gives one sample',
     ),
     (
       ['--num_decodes=2', '--executable=there'],
@@ -556,7 +556,7 @@ def test_every_bad_row_is_listed(complaint):
     (['--stop=x', '--mode=score'], 'stop is for runs that generate'),
     (['--logit_bias={"1": 2}', '--mode=score'], 'logit_bias is for runs that generate'),
     (['--num_decodes=0'], 'num_decodes must be a whole number, 1 or more'),
-    (['--top_log_probs=385'], 'top_log_probs=385 are more tokens than the 384 of the model'),
+    (['--top_log_probs=385'], 'top_log_probs=385 is more than the vocabulary of 384'),
     (['--stop='], 'stop must be texts that are not empty'),
     (['--logit_bias={1: 2}'], 'logit_bias is not JSON'),
     (['--logit_bias=[1, 2]'], 'logit_bias must be an object of token ids and numbers'),
@@ -567,7 +567,7 @@ def test_every_bad_row_is_listed(complaint):
     (['--max_new_tokens=99999999999999999999'], 'max_new_tokens must be a whole number, 1 to 2147'),
     (['--cache_length=1000000000000'], 'cache_length must be a whole number, 1 to 2147483647'),
     (['--num_decodes=2000000000'], 'num_decodes must be a whole number, 1 to 1000000'),
-    ([f'--output={"x" * 250}'], "the output's name has 250 bytes, and at most 241 leave room for"),
+    ([f'--output={"x" * 250}'], "the output's name has 250 bytes; at most 241 leave room for"),
     (
       ['--logit_bias={"384": 2}'],
       'logit_bias or stop holds token 384, outside the vocabulary of 384',

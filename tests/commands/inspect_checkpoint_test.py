@@ -111,7 +111,7 @@ def test_errors(argv, words, capsys):
         norm='layer',
         num_kv_heads=2,
       ),
-      'like none of the known models',
+      'not like any of the known models',
     ),
   ],
 )

@@ -151,7 +151,7 @@ def test_gpus_are_planned_for_too(capsys):
 def test_a_sweep_and_figures_write_their_files(tmp_path, capsys):
   assert run(*TINY, '--sweep', f'--output_dir={tmp_path}') == 0
   out = capsys.readouterr().out
-  assert 'are beaten by none' in out and (tmp_path / 'pareto.csv').read_text().startswith(
+  assert 'are on the front' in out and (tmp_path / 'pareto.csv').read_text().startswith(
     'phase,weights,machine'
   )
   assert run(*TINY, '--figures', f'--output_dir={tmp_path}') == 0
@@ -182,16 +182,19 @@ def test_a_sweep_and_figures_write_their_files(tmp_path, capsys):
     ([*TINY, '--output_length=0'], 'output_length must be a whole number above 0'),
     ([*TINY, '--mesh=2x2'], 'a mesh is written XxYxZ'),
     ([*TINY, '--mesh=2x2x2'], 'the mesh 2x2x2 has 8 positions and v4:2x2x1 has 4 chips'),
-    (['--model=palm_tiny', '--batch=1', '--mesh=2x2x2'], 'mesh=2x2x2 is over one slice: say which'),
+    (
+      ['--model=palm_tiny', '--batch=1', '--mesh=2x2x2'],
+      'mesh=2x2x2 needs one slice: give its name',
+    ),
     ([*TINY, '--slice=v4:8x8x8'], 'd_model=256 does not divide over the 512 devices'),
     ([*TINY, '--latency_target_ms=-1'], 'latency_target_ms must be above 0'),
     ([*TINY, '--latency_target_ms=nan'], 'latency_target_ms must be above 0 and finite, got nan'),
     ([*TINY, '--latency_target_ms=inf'], 'latency_target_ms must be above 0 and finite, got inf'),
-    ([*TINY, '--slice=v5e'], 'v5e is a chip, not a slice of it; known: v5e:1x1'),
-    ([*TINY, '--slice=h100'], 'h100 is a chip, not a slice of it; known: H100:1'),
+    ([*TINY, '--slice=v5e'], 'v5e is a chip, not a slice; known slices: v5e:1x1'),
+    ([*TINY, '--slice=h100'], 'h100 is a chip, not a slice; known slices: H100:1'),
     ([*TINY, '--slice=v9'], "no chip is called 'v9': a slice is written chip:shape"),
     ([*TINY, '--json=tests'], "can't write tests: it is a directory"),
-    ([*TINY, '--sweep', '--figures'], 'figures is of one plan, and sweep has many'),
+    ([*TINY, '--sweep', '--figures'], 'figures is for one plan, and sweep has many'),
     ([*GIN, '--gin.SLICE=4'], 'SLICE must be text or None, got 4'),
     (
       [*GIN, '--gin.SLICE="v4:4x4x4"', '--gin.MESH=(4, 4, 4)'],
@@ -209,9 +212,9 @@ def test_a_sweep_and_figures_write_their_files(tmp_path, capsys):
     ),
     ([*TINY, '--json=/nowhere/plan'], "can't write /nowhere/plan: there is no directory"),
     ([*TINY, '--sweep', '--output_dir=/nowhere'], 'there is no directory /nowhere'),
-    ([*TINY, '--sweep', '--gin_output=plan.gin'], 'gin_output is of one plan, and sweep has many'),
-    ([*TINY, '--sweep', '--phase=decode'], 'phase is of one plan, and sweep has many'),
-    ([*TINY, '--slice=H100:4', '--check'], 'H100:4 is no TPU slice'),
+    ([*TINY, '--sweep', '--gin_output=plan.gin'], 'gin_output is for one plan, and sweep has many'),
+    ([*TINY, '--sweep', '--phase=decode'], 'phase is for one plan, and sweep has many'),
+    ([*TINY, '--slice=H100:4', '--check'], 'H100:4 is not a TPU slice'),
     ([*TINY, *GIN], "--model and gin flags can't be mixed"),
     (GIN[:1], 'MODEL_CONFIG has no value'),
     (['--model=palm_540b', '--slice=v5e:4x4', '--batch=1'], 'what would fit: v5e:8x8'),

@@ -133,11 +133,11 @@ def _copy_with(path, tmp_path, **changes):
     (dict(context=2.5), 'has context 2.5'),
     (dict(max_length=0), 'has max_length 0'),
     (dict(sampling=...), 'has no sampling'),
-    (dict(sampling=5), 'has a sampling that makes no sense'),
-    (dict(sampling=[]), 'has a sampling that makes no sense'),
-    (dict(sampling={'heat': 1}), 'has a sampling that makes no sense .*heat'),
-    (dict(sampling={'temperature': 'x'}), 'has a sampling that makes no sense'),
-    (dict(sampling={'top_p': 7}), 'has a sampling that makes no sense .*top_p must be'),
+    (dict(sampling=5), 'has invalid sampling parameters'),
+    (dict(sampling=[]), 'has invalid sampling parameters'),
+    (dict(sampling={'heat': 1}), 'has invalid sampling parameters .*heat'),
+    (dict(sampling={'temperature': 'x'}), 'has invalid sampling parameters'),
+    (dict(sampling={'top_p': 7}), 'has invalid sampling parameters .*top_p must be'),
   ],
 )
 def test_a_description_that_makes_no_sense_is_refused(path, tmp_path, changes, words):
@@ -203,7 +203,7 @@ def test_infer_writes_the_same_rows(palm_tiny, path, tmp_path, capsys):
   'flags,words',
   [
     (['--max_new_tokens=7'], 'was compiled for max_new_tokens 6, and here it is 7'),
-    (['--max_new_tokens=6', '--mode=score'], "mode=score can't use it"),
+    (['--max_new_tokens=6', '--mode=score'], "can't run mode=score"),
     (['--max_new_tokens=6', '--mesh=1x1x1'], 'pass its mesh, 2x2x2'),
   ],
 )

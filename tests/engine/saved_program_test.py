@@ -117,14 +117,14 @@ def _write_header(path, header: bytes) -> None:
   'header, words',
   [
     (b'{}', 'has no jax'),
-    (b'[]', 'is no JSON object'),
-    (b'5', 'is no JSON object'),
-    (b'null', 'is no JSON object'),
-    (b'', 'is no JSON'),
-    (b'{"jax": "0.1"', 'is no JSON'),
-    (b'\xff\xfe', 'is no JSON'),
-    (b'[' * 100_000, 'is no JSON'),
-    (b'9' * 5000, 'is no JSON'),
+    (b'[]', 'is not a JSON object'),
+    (b'5', 'is not a JSON object'),
+    (b'null', 'is not a JSON object'),
+    (b'', 'is not JSON'),
+    (b'{"jax": "0.1"', 'is not JSON'),
+    (b'\xff\xfe', 'is not JSON'),
+    (b'[' * 100_000, 'is not JSON'),
+    (b'9' * 5000, 'is not JSON'),
   ],
 )
 def test_a_damaged_header_is_one_sentence(path, mesh, header, words):
@@ -226,7 +226,7 @@ def test_damage_is_found_before_anything_runs(path, mesh):
   with pytest.raises(SavedError, match='damaged'):
     _load(path, mesh)
   path.write_bytes(data[:-100])
-  with pytest.raises(SavedError, match='damaged: it has'):
+  with pytest.raises(SavedError, match='damaged: it should hold'):
     _load(path, mesh)
 
 

@@ -275,11 +275,12 @@ def test_a_plan_fits_its_requests():
   [
     (
       Request((0,) * 22),
-      'request 0 has 22 tokens, BOS included, and 64 new ones, 0 shared: there is room for 21',
+      'request 0 has 22 tokens, BOS included, a limit of 64 new tokens, and 0 shared tokens: '
+      'there is room for 21 prompt tokens',
     ),
-    (Request((0, 5), limit=99), 'or 40 with the new ones but the last'),
-    (Request((0, 5), seeds=()), 'at least one of each'),
-    (Request((0, 5), limit=0), 'request 0 asks for 0 new tokens'),
+    (Request((0, 5), limit=99), 'for 40 unshared and new ones, not counting the last new one'),
+    (Request((0, 5), seeds=()), 'at least 1 new token and one seed are needed'),
+    (Request((0, 5), limit=0), 'request 0 has limit 0 and 1 seeds'),
     (
       Request((0, 5), limit=2, sampling=SamplingParams(3.0)),
       'is not among the sampling parameters that the run was compiled for',

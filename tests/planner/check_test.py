@@ -40,7 +40,7 @@ def test_parts_are_summed_alike(checked):
     hidden = rows['of collectives, hidden']
     for which in ('predicted', 'at_full_rate', 'compiled'):
       assert sum(getattr(row, which) for row in groups) - getattr(hidden, which) == pytest.approx(
-        getattr(rows['all, but what is hidden'], which)
+        getattr(rows['all, hidden time left out'], which)
       )
       assert rows['sent by a chip'].predicted > 0
   assert [phase.cost.case.context for phase in checked] == [96, 128]
@@ -55,7 +55,7 @@ def test_the_table_shows_both(checked):
   shown = check_text(checked)
   for phase in checked:
     assert f'check of {phase.cost.case.phase} in {phase.cost.case.layout} on' in shown
-  assert shown.count('copies and the rest') == 2 and 'at full rate' in shown
+  assert shown.count('copies and others') == 2 and 'at full rate' in shown
   held = [line for line in shown.splitlines() if 'weights held' in line]
   assert len(held) == 2 and not any('GiB' in line for line in held)  # 0.00, that would be
 

@@ -181,7 +181,7 @@ def test_a_shortage_says_what_is_missing_and_what_would_do(shortage):
   assert not data['fits'] and data['memory']['needed'] == 45 * GIB
   assert [a['change'] for a in data['alternatives']] == ['batch', 'layout']
   nothing = report_text(dataclasses.replace(shortage, alternatives=()))
-  assert 'no other layout, smaller batch or larger slice that was tried would do' in nothing
+  assert 'no other layout, smaller batch or larger slice that was tried fits' in nothing
 
 
 @pytest.mark.libtpu
@@ -198,7 +198,8 @@ def test_the_best_layout_has_the_least_estimate(monkeypatch):
   assert answer.estimate.serial_seconds == min(timed.values())
   text = report_text(answer)
   assert (
-    f'layout: none given; {answer.case.layout} has the least estimated time of ws_2d/batch' in text
+    f'layout: none given; {answer.case.layout} has the smallest estimated time of ws_2d/batch'
+    in text
   )
   assert "wg_xyz/batch (can't be used here: wg_xyz/batch splits tokens" in ' '.join(text.split())
 

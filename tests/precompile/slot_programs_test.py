@@ -149,7 +149,7 @@ def test_the_report_tells_the_time_of_one(phase, unit):
   answer = _answer(phase)
   text, found = report_text(answer), answer.estimate
   assert f'phase:  {phase} in ws_2d/batch' in text and f' {unit} with nothing overlapped' in text
-  assert 'does not tell how often it turns' not in text
+  assert 'the trip count of loop' not in text
   memory, data = answer.program.memory, report_dict(answer)
   # [L, B, S, K, Q] of keys and of values in 2 bytes: 2 of the 16 rows on each of 8 chips.
   rows = 16 // 8

@@ -50,7 +50,7 @@ def test_report_with_tokens(palm_tiny, golden, int8, tmp_path, capsys):
     )
     == 0
   )
-  assert 'only the report is made' in capsys.readouterr().out
+  assert 'making only the report' in capsys.readouterr().out
   report = json.loads((tmp_path / 'report' / 'report.json').read_text())
   bits = [value / np.log(2) for value in report['losses'].values()]
   expected = json.loads((golden / 'scores.json').read_text())['bits_per_byte_heldout']
@@ -73,10 +73,10 @@ def test_labels_of_the_plot_can_be_read(tmp_path, monkeypatch):
   monkeypatch.setattr(pyplot, 'close', lambda figure: None)
   names = (
     'source, float32',
-    'source as bfloat16',
+    'source in bfloat16',
     'output, int8',
     'output, int8, int8 cache',
-    'the same as bfloat16',
+    'the same in bfloat16',
   )
   quality._plot(
     pyplot,

@@ -306,7 +306,7 @@ def test_remarks():
     'all 2 devices along it do the same' in text.splitlines()
   )
   assert 'B 3, T 1 ' in explain_text.explain(setting(MODELS['multiquery'], '1x1x1', batch=3))
-  assert 'B 4 (3 rounded up to what the mesh takes)' in explain_text.explain(
+  assert 'B 4 (3 rounded up for the mesh)' in explain_text.explain(
     setting(MODELS['multiquery'], '2x2x2', batch=3)
   )
 
@@ -325,19 +325,19 @@ def test_keys_and_values_of_prefill_are_told():
   text = explain_text.explain(
     setting(MODELS['multiquery'], '2x2x2', 'ws_2d/heads', 'ws_2d/batch', **by_heads)
   )
-  assert 'keys and values are split anew: B S K Q to B_xzy S K Q' in text
+  assert 'keys and values are resharded: B S K Q to B_xzy S K Q' in text
   e = explain_setting(
     setting(MODELS['multiquery'], '2x2x2', 'ws_2d/heads', 'ws_2d/batch', **by_heads)
   )
   made = 2 * 2 * 8 * 6 * 8 * 4  # layers, keys and values, rows, positions, Q, float32
   assert (
-    f'in prefill {explain_text.binary_bytes(e.weight_bytes + made)} with its keys and values'
+    f'in prefill {explain_text.binary_bytes(e.weight_bytes + made)} with the new keys and values'
     in text
   )
   text = explain_text.explain(
     setting(MODELS['multihead'], '2x2x2', 'ws_2d/heads', 'ws_2d/batch', **by_heads)
   )
-  assert 'keys and values are split anew: B S K_zy Q to B_xzy S K Q' in text
+  assert 'keys and values are resharded: B S K_zy Q to B_xzy S K Q' in text
 
 
 def test_devices_and_links_are_told():

@@ -1,1 +1,1 @@
-"""Convert checkpoints: plan, read, round, write, read back, publish (docs/convert.md)."""
+"""Conversion of checkpoints: plan, read, round, write, read back, publish (docs/convert.md)."""

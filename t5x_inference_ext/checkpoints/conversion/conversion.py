@@ -1,6 +1,6 @@
-"""A conversion from its plan to the finished directory.
+"""A conversion, from its plan to the finished directory.
 
-Each shard does its slices; the last shard that is done finishes the output.
+Each shard converts its slices; the last shard to finish completes the output.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -39,29 +39,29 @@ from t5x_inference_ext.checkpoints.workers import worker_count
 from t5x_inference_ext.errors import CheckpointError
 from t5x_inference_ext.text_format import megabytes
 
-# Python, numpy and tensorstore; and what a worker has at a time: a block compressed, decoded, in
-# order, and temporaries.
+# Memory: _BASE_BYTES for Python, numpy and tensorstore. Each worker holds a block compressed,
+# decoded and reordered, and temporaries: _BLOCKS_A_WORKER blocks.
 _BASE_BYTES = 150 * 2**20
 _BLOCKS_A_WORKER = 3.5
-# Version of the journal's records: a run goes on only from its own.
+# Version of the journal's records. A run can only continue from records of its own version.
 _JOURNAL = 2
 
-# (what is being done, bytes of the source it was, bytes of the source in all)
+# Arguments: (current step, bytes of the source just processed, bytes of the source in all).
 ConversionProgress = Callable[[str, int, int], None]
-# The journal's record of a finished slice.
+# A finished slice's record in the journal.
 _Record = dict[str, Any]
 
 
 class Conversion:
-  """One source on its way into one output.
+  """One conversion, from a source to an output.
 
   Attributes:
     source: The checkpoint read.
     output: The format written.
-    plan: All slices.
+    plan: All slices to convert.
     workers: Number of threads.
-    identity: Everything on which the output's bytes depend, JSON-ready: a run goes on only where
-      this is equal.
+    identity: Everything that the output's bytes depend on, JSON-ready. A run can only continue an
+      earlier one with equal identity.
   """
 
   def __init__(
@@ -89,7 +89,7 @@ class Conversion:
 
   @property
   def peak_bytes(self) -> int:
-    """About how much memory the process takes."""
+    """Estimate of the memory of the process, in bytes."""
     held = min(self._options.held_size, self.plan.slice_bytes) if self._finds_scales else 0
     return int(_BASE_BYTES + held + self.workers * _BLOCKS_A_WORKER * self.plan.block_bytes)
 
@@ -107,17 +107,17 @@ class Conversion:
       times = 'a third time' if self._options.scale_search == 'mse' else 'twice'
       yield (
         f'{megabytes(again)} of {megabytes(self._total)} are read {times}: columns of chunks are '
-        'larger than what is held'
+        'larger than hold_bytes'
       )
 
   def run(self, work: WorkDirectory, told: Callable[[str], None]) -> Report:
-    """Do what this shard has to do; the last one to have done it makes the output appear.
+    """Convert this shard's slices; if all other shards are done, also complete the output.
 
     Args:
-      work: the work directory.
-      told: called with a line where work of an earlier run can't be used.
+      work: The work directory.
+      told: Called with a line if work of an earlier run can't be used.
     """
-    alone = False  # in the directory, whose contents are then ours to remove
+    alone = False  # whether no other process uses the directory
     try:
       with contextlib.ExitStack() as shard:
         with work.setup():
@@ -140,7 +140,7 @@ class Conversion:
         self._read_back(work)
         self._publish(work, slices)
     except (CheckpointError, OSError) as e:
-      # Nothing is worth keeping of a source that can't be converted, nor where nothing is finished.
+      # Remove the directory if the source can't be converted, or if no slice is finished.
       if alone and (isinstance(e, NotFinite) or not _slices(work)):
         with contextlib.suppress(OSError):
           work.discard()
@@ -148,20 +148,20 @@ class Conversion:
     return self.report(work.path, slices.values())
 
   def compare(self, put: PutWrites) -> None:
-    """Give `put` everything that a conversion would write, a block at a time."""
+    """Pass everything that a conversion would write to `put`, a block at a time."""
     self._convert(range(len(self.plan.slices) + 1), put, lambda entry: None)
 
   def _is_laid_out(self, told: Callable[[str], None]) -> bool:
     missing = next((a for a in self.output.arrays if not a.is_created()), None)
     if missing is not None:
-      told(f'{missing.path} is no longer complete: starting over')
+      told(f'{missing.path} is no longer complete: converting everything again')
     return missing is None
 
   def _is_complete(self, slices: dict[int, _Record]) -> bool:
-    return len(slices) > len(self.plan.slices)  # one more for the scales
+    return len(slices) > len(self.plan.slices)  # one more than in the plan: the scales
 
   def _convert_shard(self, work: WorkDirectory) -> None:
-    """Convert the slices of this shard that are not finished."""
+    """Convert this shard's unfinished slices."""
     done, shards = _slices(work), self._options.num_shards
     mine = range(self._options.shard_id, len(self.plan.slices) + 1, shards)
     self._convert([n for n in mine if n not in done], _write, work.record)
@@ -193,7 +193,7 @@ class Conversion:
     )
 
   def _publish(self, work: WorkDirectory, slices: dict[int, _Record]) -> None:
-    """Write the small files, and make the output appear."""
+    """Write the small files, and move the output to its final path."""
     checksums = read_back.checksums(self.output.arrays, slices.values(), work.entries())
     errors = {name: error.summary() for name, error in self._errors(slices.values()).items()}
     for name, data in self.output.headers(checksums, errors):
@@ -205,7 +205,7 @@ class Conversion:
       self._progress(what, nbytes, self._total)
 
   def _errors(self, slices: Collection[_Record]) -> dict[str, RoundingError]:
-    """Return the rounding errors of all tensors, by name; nothing where there are no records."""
+    """Return the rounding errors of all tensors by name; empty if there are no records."""
     errors = (
       {name: RoundingError() for name in params.parameters(self.source.config)} if slices else {}
     )
@@ -215,7 +215,7 @@ class Conversion:
     return errors
 
   def report(self, path: str, slices: Collection[_Record] = (), finished: bool = True) -> Report:
-    """Return what came of the conversion into `path`, from the slices' records."""
+    """Return the report of the conversion into `path`, with errors from the slices' records."""
     sizes = {a.name: _disk_usage(os.path.join(path, a.name)) for a in self.output.arrays}
     matrices = (p for p in params.parameters(self.source.config).values() if p.kind == 'matrix')
     return Report(
@@ -232,7 +232,7 @@ class Conversion:
 
 
 class ScalesWork:
-  """The last slice, a PipelineWork: scales of weights that were int8 already, if they were."""
+  """The last slice: the scales of weights that were int8 in the source, if any. A PipelineWork."""
 
   def __init__(self, context: SliceContext) -> None:
     self._context, self._sums, self._started = context, WrittenSums(context), False
@@ -242,7 +242,7 @@ class ScalesWork:
     return True
 
   def jobs(self) -> list[PipelineJob] | None:
-    """Return the only step's jobs, one a tensor."""
+    """Return the jobs of the single step, one per tensor."""
     context = self._context
     if self._started:
       number, sums = len(context.plan.slices), self._sums.by_array

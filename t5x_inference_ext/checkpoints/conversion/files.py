@@ -1,7 +1,7 @@
-"""Every change that a conversion makes to the disk.
+"""All of a conversion's changes to the disk.
 
-Each function raises OSError where the disk is full or fails, and the error names the file.
-Files are opened for writing here and nowhere else, and never through a symbolic link.
+Each function raises OSError if the disk is full or fails, and the error names the file. Files are
+opened for writing only in this module, and never through a symbolic link.
 """
 
 from collections.abc import Iterator
@@ -21,35 +21,35 @@ import numpy as np
 
 from t5x_inference_ext.errors import CheckpointError
 
-# An index of a part of an array, with explicit bounds, and the values there.
+# (index of a part of an array, with explicit bounds; the values of that part).
 IndexedValues = tuple[tuple[slice, ...], np.ndarray]
 _ZEROS = 2**20
 
 
 def open_no_link(path: str, flags: int) -> int:
-  """Open a file but no symbolic link; an `opener` for open()."""
+  """Open a file, but not a symbolic link. An `opener` for open()."""
   return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
 
 
 def check_no_links(directory: str) -> None:
-  """Raise CheckpointError where a write below `directory` would reach a file elsewhere.
+  """Raise CheckpointError if a write below `directory` could reach a file elsewhere.
 
-  That is where it holds a symbolic or hard link, a device or a pipe.
+  It could if the directory holds a symbolic or hard link, a device or a pipe.
   """
   for root, directories, names in os.walk(directory):
     for path in sorted(os.path.join(root, name) for name in (*directories, *names)):
-      with contextlib.suppress(FileNotFoundError):  # a temporary file of another shard
+      with contextlib.suppress(FileNotFoundError):  # another shard's temporary file may vanish
         found = os.lstat(path)
         only_here = stat.S_ISREG(found.st_mode) and found.st_nlink == 1
         if not only_here and not stat.S_ISDIR(found.st_mode):
           raise CheckpointError(
-            f'{path} is a link or no ordinary file, and writing to it could damage something else: '
-            f'remove it, or all of {directory}'
+            f'{path} is a link or not a regular file, and a write could damage something else: '
+            f'remove it, or the whole directory {directory}'
           )
 
 
 def allocate(path: str, size: int) -> None:
-  """Make a file of `size` zero bytes, with its disk blocks reserved: later writes find space."""
+  """Make a file of `size` zero bytes, and reserve disk blocks so that later writes find space."""
   with _opened(path, 'ab') as f:
     if hasattr(os, 'posix_fallocate'):
       os.posix_fallocate(f.fileno(), 0, size)
@@ -60,14 +60,14 @@ def allocate(path: str, size: int) -> None:
 
 
 def write_blocks(path: str, shape: tuple[int, ...], blocks: list[IndexedValues]) -> None:
-  """Write values into the allocated file of one array, touching only their pages.
+  """Write values into the allocated file of one array, touching only the pages of these values.
 
   Args:
-    path: the file, which holds the array in C order.
-    shape: of the array.
-    blocks: (index, values), of one dtype.
+    path: The file, which holds the array in C order.
+    shape: Shape of the array.
+    blocks: Pairs (index, values). All values have one dtype.
   """
-  axis = next((a for a, n in enumerate(shape) if n > 1), 0)  # the file is rows along this axis
+  axis = next((a for a, n in enumerate(shape) if n > 1), 0)  # the file is rows of this axis
 
   def rows(block: IndexedValues) -> tuple[int, int]:
     return block[0][axis].start, block[0][axis].stop
@@ -82,7 +82,7 @@ def write_blocks(path: str, shape: tuple[int, ...], blocks: list[IndexedValues])
 
 
 def _is_contiguous(part: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-  """Return whether the bytes of a part of an array of `shape` follow each other."""
+  """Return whether the bytes of a part of an array of `shape` are contiguous."""
   varying = next((axis for axis, n in enumerate(part) if n > 1), 0)
   return part[varying + 1 :] == shape[varying + 1 :]
 
@@ -105,13 +105,13 @@ def _write_mapped(
   last: int,
   blocks: list[IndexedValues],
 ) -> None:
-  """Write blocks of the rows `first` to `last` through one memory map."""
+  """Write blocks, all within rows `first` to `last`, through one memory map."""
   dtype = blocks[0][1].dtype
   row_bytes = math.prod(shape[axis + 1 :]) * dtype.itemsize
   begin = first * row_bytes
   skipped = begin % mmap.ALLOCATIONGRANULARITY
   length = skipped + (last - first) * row_bytes
-  # Where most pages will be touched, mapping all at once is quicker than one page fault each.
+  # If most pages will be touched, mapping all at once is faster than a page fault for each.
   runs = sum(values.size // values.shape[-1] for _, values in blocks)
   touched = runs * mmap.PAGESIZE + sum(values.nbytes for _, values in blocks)
   flags = getattr(mmap, 'MAP_POPULATE', 0) if 2 * touched >= length else 0
@@ -123,7 +123,7 @@ def _write_mapped(
     rows = rows.reshape(*shape[:axis], last - first, *shape[axis + 1 :])
     for index, values in blocks:
       rows[*index[:axis], :, *index[axis + 1 :]] = values
-    del rows  # a view of `memory`, which cannot be closed before
+    del rows  # a view of `memory`, which can't be closed while it exists
 
 
 def sync(path: str) -> None:
@@ -141,7 +141,7 @@ def sync(path: str) -> None:
 def append_line(path: str, entry: dict[str, Any]) -> None:
   """Append a JSON object with its CRC-32 as a line, and flush it to the disk."""
   data = json.dumps(entry).encode()
-  line = b'\n%08x %s\n' % (zlib.crc32(data), data)  # the first \n ends a line that a kill has torn
+  line = b'\n%08x %s\n' % (zlib.crc32(data), data)  # the first \n ends a line that a kill cut off
   with _opened(path, 'ab') as f:
     if f.write(line) != len(line):
       raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -149,7 +149,7 @@ def append_line(path: str, entry: dict[str, Any]) -> None:
 
 
 def read_lines(path: str) -> Iterator[dict[str, Any]]:
-  """Yield the objects that append_line wrote; lines that are torn or damaged are left out."""
+  """Yield the objects that append_line wrote, without lines that are cut off or damaged."""
   with open(path, 'rb') as f:
     for line in f.read().split(b'\n'):
       crc, _, data = line.partition(b' ')
@@ -158,7 +158,7 @@ def read_lines(path: str) -> Iterator[dict[str, Any]]:
 
 
 def write_file(path: str, data: bytes) -> None:
-  """Write a whole small file, which is there entirely or not at all."""
+  """Write a small file atomically: it has all of `data`, or does not exist."""
   temporary = f'{path}.new'
   with _opened(temporary, 'wb') as f:
     if f.write(data) != len(data):
@@ -169,13 +169,13 @@ def write_file(path: str, data: bytes) -> None:
 
 
 def truncate(path: str) -> None:
-  """Make a file empty, without taking space for a moment."""
+  """Make a file empty, never using more space meanwhile."""
   with _opened(path, 'wb') as f:
     os.fsync(f.fileno())
 
 
 def publish(directory: str, path: str) -> None:
-  """Rename a directory whose files are on the disk to its final name, in one step."""
+  """Rename a directory, whose files are on the disk, to its final name in one step."""
   for root, _, _ in os.walk(directory):
     sync(root)
   os.rename(directory, path)
@@ -183,21 +183,21 @@ def publish(directory: str, path: str) -> None:
 
 
 def remove(directory: str) -> None:
-  """Remove a directory and all in it, if it is there."""
+  """Remove a directory with everything in it, if it exists."""
   if os.path.lexists(directory):
     shutil.rmtree(directory)
 
 
 @contextlib.contextmanager
 def _opened(path: str, mode: str) -> Iterator[IO[bytes]]:
-  """Open a file for writing, unbuffered and never through a link; errors name it."""
+  """Open a file for writing, unbuffered and never through a link. Errors name the file."""
   with _named(path), open(path, mode, buffering=0, opener=open_no_link) as f:
     yield f
 
 
 @contextlib.contextmanager
 def _named(path: str) -> Iterator[None]:
-  """Give an OSError of a descriptor the name of its file."""
+  """Add the file's name to an OSError of a file descriptor."""
   try:
     yield
   except OSError as e:

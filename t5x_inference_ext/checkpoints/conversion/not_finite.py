@@ -1,4 +1,4 @@
-"""Weights that are NaN, infinite or too large for the output: where, how many, and what to do."""
+"""Weights that are NaN, infinite or too large for the output: where, how many, and advice."""
 
 import ml_dtypes
 import numpy as np
@@ -10,10 +10,10 @@ from t5x_inference_ext.errors import CheckpointError
 
 
 class NotFinite(CheckpointError):
-  """A source whose values can't be written, however often the command is repeated."""
+  """The source has values that can't be written. Repeating the command does not help."""
 
 
-# The largest numbers that can be written. int8 weights stand for floats that the program has as
+# The largest values that can be written. int8 weights stand for floats that the program holds as
 # bfloat16.
 _FLOAT32, _BFLOAT16 = (
   float(ml_dtypes.finfo(dtype).max) for dtype in (np.float32, ml_dtypes.bfloat16)
@@ -27,14 +27,14 @@ def check_finite(
   first_layer: int,
   written: np.dtype | type = np.float32,
 ) -> None:
-  """Raise NotFinite if not all of a tensor's values can be written.
+  """Raise NotFinite unless all of a tensor's values can be written.
 
   Args:
-    source: checkpoint that holds the tensor.
-    name: of the tensor.
+    source: Checkpoint that holds the tensor.
+    name: Name of the tensor.
     values: [layers, ...] float32. Values of some layers, or maxima of their magnitudes.
-    first_layer: number of the first of these layers.
-    written: dtype in which they are written.
+    first_layer: Index of the first of these layers.
+    written: Dtype in which the values are written.
   """
   limit = _FLOAT32 if np.dtype(written) == np.float32 else _BFLOAT16
   bad = ~(np.abs(values) <= limit).reshape(len(values), -1).all(1)
@@ -42,7 +42,7 @@ def check_finite(
     return
   what, advice = (
     f'values above {limit:.3g}, which become infinite in {np.dtype(written).name}',
-    'nothing trained has any',
+    'no trained model has such values',
   )
   if not np.isfinite(values).all():
     limit, what, advice = (
@@ -66,7 +66,7 @@ def check_finite(
 
 
 def _count(tensor: Tensor, where: tuple[slice, ...], limit: float) -> int:
-  """Return how many values at `where` are not within `limit`."""
+  """Return the number of values at `where` that are not within +-`limit`, NaN included."""
   axis = len(where) if len(tensor.shape) > len(where) else 0
   bounds = [
     s.indices(n)[:2] for s, n in zip(where + (slice(None),) * len(tensor.shape), tensor.shape)

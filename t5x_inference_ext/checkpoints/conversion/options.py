@@ -1,4 +1,4 @@
-"""How a conversion is asked for, and what it reports."""
+"""Options and report of a conversion."""
 
 from collections.abc import Iterator
 import dataclasses
@@ -18,20 +18,22 @@ _UNITS = {'': 1, 'kB': 10**3, 'MB': 10**6, 'GB': 10**9, 'KiB': 2**10, 'MiB': 2**
 
 
 def parse_size(name: str, size: int | str) -> int:
-  """Return a number of bytes that is given as such or with a unit: 512MiB. Raises UserError."""
+  """Return a number of bytes, given as a number or with a unit: 512MiB. Raises UserError."""
   found = re.fullmatch(r'(\d+) *([kMGKi]*B)?', str(size))
   if found is None or (found[2] or '') not in _UNITS:
-    raise UserError(f'{name} must be a number of bytes, as 536870912, 512MiB or 1GB, got {size!r}')
+    raise UserError(
+      f'{name} must be a number of bytes, e.g. 536870912, 512MiB or 1GB, got {size!r}'
+    )
   return int(found[1]) * _UNITS[found[2] or '']
 
 
 @dataclasses.dataclass(frozen=True)
 class ConvertOptions:
-  """How to convert. The fields' help texts say what each does.
+  """Options of a conversion. The fields' help texts explain them.
 
   Attributes:
-    weights: Dtype of the matrices of a serving checkpoint, 'int8' or 'bfloat16'; T5X's formats say
-      it themselves.
+    weights: Dtype of the matrices in a serving checkpoint, 'int8' or 'bfloat16'. Ignored for T5X's
+      formats, which have their own.
   """
 
   weights: str = 'int8'
@@ -56,28 +58,28 @@ class ConvertOptions:
   )
   workers: int | None = option(
     None,
-    help='Number of threads. By default one a core; more help with a source in a bucket.',
+    help='Number of threads. By default one per core; more help with a source in a bucket.',
     group=MEMORY,
   )
   hold_bytes: int | str = option(
     '512MiB',
-    help='How much of the source to hold until its scales are known. What is more is read again.',
+    help='Bytes of the source to hold until scales are known. The rest is read again.',
     group=MEMORY,
   )
   slice_bytes: int | str = option(
     '256MiB',
-    help='How much of the source is recorded as finished at a time, if its chunks allow it.',
+    help='Bytes of the source that are recorded as finished at a time, if its chunks allow it.',
     group=MEMORY,
   )
-  num_shards: int = option(1, help='How many processes divide the work.', group=SHARDS)
-  shard_id: int = option(0, help='Which of them this process is, from 0.', group=SHARDS)
+  num_shards: int = option(1, help='Number of processes that divide the work.', group=SHARDS)
+  shard_id: int = option(0, help='Index of this process among them, from 0.', group=SHARDS)
 
   def __post_init__(self) -> None:
     check_options(self)
     if self.embedding != 'bfloat16':
       raise UserError(
-        f"embedding={self.embedding!r} can't be served: the program reads its rows and multiplies "
-        'by it without scales; it stays bfloat16'
+        f"embedding={self.embedding!r} can't be served: the program looks up and multiplies "
+        'its rows without scales;  it stays bfloat16'
       )
     if self.num_shards < 1:
       raise UserError(f'num_shards must be at least 1, got {self.num_shards}')
@@ -86,31 +88,31 @@ class ConvertOptions:
         f'shard_id must be 0 to num_shards - 1 = {self.num_shards - 1}, got {self.shard_id}'
       )
     worker_count(self.workers)
-    assert self.held_size >= 0 <= self.slice_size  # raises UserError for what is no size
+    assert self.held_size >= 0 <= self.slice_size  # raises UserError for an invalid size
 
   @property
   def held_size(self) -> int:
-    """hold_bytes as a number."""
+    """hold_bytes as a number of bytes."""
     return parse_size('hold_bytes', self.hold_bytes)
 
   @property
   def slice_size(self) -> int:
-    """slice_bytes as a number."""
+    """slice_bytes as a number of bytes."""
     return parse_size('slice_bytes', self.slice_bytes)
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """What a conversion did.
+  """The result of a conversion.
 
   Attributes:
     source: The checkpoint read.
     output: The directory written.
-    weights: Dtype of the matrices in it.
-    finished: Whether it is there; False where other shards still have work.
-    errors: Of each float tensor; empty where this run only found what an earlier one finished.
+    weights: Dtype of the matrices in the output.
+    finished: Whether the output is complete; False if other shards still have work.
+    errors: Rounding errors of each float tensor. Empty if an earlier run had finished the output.
     source_bytes: Bytes of the source's parameters, uncompressed.
-    output_bytes: Bytes on disk of everything.
+    output_bytes: Bytes of the whole output on disk.
     layer_bytes: Bytes on disk of the layers' matrices and their scales.
     layer_float32_bytes: Bytes that the layers' matrices would take as float32.
   """

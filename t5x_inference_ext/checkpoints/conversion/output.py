@@ -11,19 +11,19 @@ from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
 from t5x_inference_ext.checkpoints.conversion.raw_array import RawArray, array_files
 from t5x_inference_ext.checkpoints.tensor import Bounds
 
-# (array, bounds in it, their values)
+# (array, bounds within it, values there)
 ArrayWrite = tuple[RawArray, Bounds, np.ndarray]
 
 
 class Output:
-  """A format being written.
+  """A checkpoint format while it is being written.
 
   Attributes:
     manifest_name: Name of the manifest's file.
-    manifest_format: What the manifest says that it is.
-    header: Name of the file that is written last, and without which a directory is no checkpoint.
+    manifest_format: The manifest's field `format`.
+    header: Name of the file that is written last. A directory without it is not a checkpoint.
     weights: Dtype of the matrices: 'int8', 'bfloat16' or 'float32'.
-    arrays: All arrays that are written.
+    arrays: All arrays to write.
   """
 
   manifest_name: str
@@ -52,28 +52,28 @@ class Output:
     raise NotImplementedError
 
   def placements(self, name: str, rectangle: Rectangle, values: np.ndarray) -> Iterator[ArrayWrite]:
-    """Yield where canonical values [layers, rows, columns] go; scales are tensors of one row."""
+    """Yield the writes for canonical values [layers, rows, columns]; scales have one row."""
     raise NotImplementedError
 
   def is_layer_weight(self, array: str) -> bool:
-    """Return whether the array of this name holds matrices of layers, or their scales."""
+    """Return whether the array `array` holds matrices of layers, or their scales."""
     raise NotImplementedError
 
   def index_files(self) -> dict[str, bytes]:
-    """Return the small files that the format has beside the manifest, by name."""
+    """Return the small files of the format besides the manifest: name -> content."""
     return {}
 
   def headers(
     self, checksums: dict[str, list[int]], errors: dict[str, dict[str, float]]
   ) -> Iterator[tuple[str, bytes]]:
-    """Yield the files that describe the arrays, `header` last.
+    """Yield the files that describe the arrays, with `header` last.
 
     Args:
       checksums: CRC-32 of each chunk, by array.
-      errors: rounding errors, by tensor.
+      errors: Rounding errors, by tensor.
 
     Yields:
-      Name and content.
+      Name and content of a file.
     """
     listed, index = serving.checksums_file(checksums), self.index_files()
     files = {serving.CHECKSUMS: listed, **index, **array_files(self.arrays)}

@@ -17,7 +17,7 @@ from t5x_inference_ext.errors import UserError
 
 
 class ServingOutput(Output):
-  """A serving checkpoint (docs/serving_checkpoint.md) being written."""
+  """A serving checkpoint (docs/serving_checkpoint.md) while it is being written."""
 
   manifest_name = header = serving.CONFIG
   manifest_format = serving.SERVING_FORMAT
@@ -53,16 +53,16 @@ class ServingOutput(Output):
 def make_output(
   source: Checkpoint, directory: str, options: ConvertOptions, record: dict[str, Any]
 ) -> Output:
-  """Return the output that `options` ask for, below a directory.
+  """Return the output that `options` ask for, inside a directory.
 
   Args:
-    source: checkpoint that is converted.
-    directory: of the output.
-    options: how to convert.
-    record: what the manifest says of the conversion (provenance.py).
+    source: Checkpoint to convert.
+    directory: Directory of the output.
+    options: Options of the conversion.
+    record: The manifest's record of the conversion (provenance.py).
 
   Raises:
-    UserError: unknown weights of a serving checkpoint.
+    UserError: The weights of a serving checkpoint are unknown.
   """
   if options.format != 'serving':
     weights = 'int8' if options.format == 't5x_int8' else 'float32'

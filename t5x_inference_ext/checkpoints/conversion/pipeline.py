@@ -1,9 +1,9 @@
-"""Slices through a pool of threads: while one is written, the next is read.
+"""Slices in a pool of threads: while one slice is written, the next is read.
 
-Reading a chunk, numpy's arithmetic on a block and writing all run outside of Python's lock. A slice
-is worked on in steps (find its scales, write it). A step's jobs, one a block, run in any order, and
-the next step begins when all are done. When all jobs of the current step are taken, the next slice
-begins.
+Reading a chunk, numpy's arithmetic on a block and writing all release Python's lock. A slice is
+processed in steps (find its scales, write it). The jobs of a step, one per block, run in any order,
+and the next step begins when all of them are done. When all jobs of the current step are taken, the
+next slice begins.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,24 +15,24 @@ PipelineJob = Callable[[], None]
 
 
 class PipelineWork(Protocol):
-  """A slice to be worked on."""
+  """A slice to process."""
 
   def jobs(self) -> list[PipelineJob] | None:
-    """Return the next step's jobs, None after the last step. Called when no job is left."""
+    """Return the next step's jobs, or None after the last step. Called when no job is left."""
 
   def may_start(self) -> bool:
-    """Return whether its jobs may run while the slice before it is being finished."""
+    """Return whether the jobs may run while the previous slice is being finished."""
 
 
 @dataclasses.dataclass
 class _Open:
-  """A slice being worked on.
+  """A slice that is being processed.
 
   Attributes:
     work: The slice.
-    waiting: Jobs of the current step that no thread has taken; the next one is last.
-    running: Number of jobs that threads have taken and not finished.
-    started: Whether its first step has begun.
+    waiting: Jobs of the current step that no thread has taken; the last is taken next.
+    running: Number of jobs that threads have taken but not finished.
+    started: Whether the slice's first step has begun.
   """
 
   work: PipelineWork
@@ -49,7 +49,7 @@ class Pipeline:
     self._open: list[_Open] = []
 
   def run(self) -> None:
-    """Work until all slices are done. Raises the first error of a job, once no job runs."""
+    """Run all slices to the end. Raises the first error of a job, after running jobs have ended."""
     running: dict[concurrent.futures.Future[None], _Open] = {}
     with concurrent.futures.ThreadPoolExecutor(self._workers) as pool:
       while True:
@@ -64,7 +64,7 @@ class Pipeline:
           future.result()
 
   def _take(self) -> tuple[_Open, PipelineJob] | None:
-    """Return a job that may begin now, if there is one."""
+    """Return a job that may begin now, or None."""
     position = 0
     while position < 2:
       if position == len(self._open) and not self._open_next():
@@ -80,7 +80,7 @@ class Pipeline:
             continue
           opened.waiting = jobs[::-1]
           if not jobs:
-            continue  # nothing to wait for: the next step
+            continue  # the step had no jobs: go on to the next step
         if opened.waiting:
           opened.running += 1
           return opened, opened.waiting.pop()

@@ -1,4 +1,4 @@
-"""What a checkpoint records of the conversion that made it."""
+"""The record of a conversion in the checkpoint that it made."""
 
 import contextlib
 import importlib.metadata
@@ -22,7 +22,7 @@ _INDEX_FILES = (
 
 
 def conversion_record(source: Checkpoint, scale_search: str) -> dict[str, Any]:
-  """Return what the manifest says of the program, the source and the options."""
+  """Return the manifest's record of the program, the source and the options."""
   return {
     'written_by': f't5x_inference_ext {_version()}',
     'source': {
@@ -39,7 +39,7 @@ def conversion_record(source: Checkpoint, scale_search: str) -> dict[str, Any]:
 
 
 def _index_checksum(path: str) -> int:
-  """Return the CRC-32 of the small files of a checkpoint, which tell it from another one."""
+  """Return the CRC-32 of the small files of a checkpoint, which identifies the checkpoint."""
   total = 0
   for name in _INDEX_FILES:
     with contextlib.suppress(CheckpointError):

@@ -1,9 +1,9 @@
-"""zarr arrays that are written in pieces of any shape.
+"""zarr arrays that can be written in pieces of any shape.
 
-They have version 2, C order, no compression, and one allocated file a chunk.
-They are uncompressed because one chunk of a T5X checkpoint (all layers of some rows and columns)
-ends up in many chunks, each of one layer, and each of those gets its values from many source
-chunks. A compressed chunk would have to be held in memory until it is complete.
+The arrays are zarr version 2, in C order, uncompressed, with one preallocated file per chunk. They
+are uncompressed because one chunk of a T5X checkpoint (all layers of some rows and columns) is
+spread over many output chunks, one per layer, and each of these gets values from many source
+chunks. A compressed chunk would have to stay in memory until it is complete.
 """
 
 from collections.abc import Iterable
@@ -24,18 +24,18 @@ from t5x_inference_ext.checkpoints.tensor import Bounds
 ZARR_DTYPES = {'int8': '|i1', 'bfloat16': 'bfloat16', 'float32': '<f4'}
 # Fingerprints are summed modulo this.
 FINGERPRINTS = 2**32
-# Rows of a piece are fingerprinted so many bytes at a time, to stay in the processor's cache.
+# A piece's rows are fingerprinted this many bytes at a time, to stay in the processor's cache.
 _FINGERPRINT_BYTES = 2**18
 
 
 class RawArray:
-  """One array, in a directory of its own.
+  """One array in its own directory.
 
   Attributes:
     name: Name of the array and of its directory.
     path: The directory.
     shape: Shape of the array.
-    dtype: Its dtype, one of ZARR_DTYPES.
+    dtype: Dtype of the array, one of ZARR_DTYPES.
     chunk: Shape of a chunk.
     grid: Number of chunks along each axis.
   """
@@ -56,17 +56,17 @@ class RawArray:
 
   @property
   def chunk_bytes(self) -> int:
-    """Bytes of a stored chunk, padding at the array's end included."""
+    """Bytes of a stored chunk, including padding at the array's end."""
     return math.prod(self.chunk) * self.dtype.itemsize
 
   @property
   def nbytes(self) -> int:
-    """Bytes on disk of all chunks."""
+    """Bytes of all chunks on disk."""
     return math.prod(self.grid) * self.chunk_bytes
 
   @functools.cached_property
   def metadata(self) -> dict[str, Any]:
-    """The content of METADATA. There is no fill value: a chunk that is not there has been lost."""
+    """The content of METADATA. There is no fill value, so a missing chunk is a lost chunk."""
     return {
       'chunks': list(self.chunk),
       'compressor': None,
@@ -81,18 +81,18 @@ class RawArray:
 
   @property
   def metadata_file(self) -> bytes:
-    """The file METADATA."""
+    """The file METADATA, as bytes."""
     return json.dumps(self.metadata).encode()
 
   def create(self) -> None:
-    """Make the directory, and all chunks as zeros. Raises OSError where the disk is too small."""
+    """Make the directory, and all chunks as zeros. Raises OSError if the disk is too small."""
     os.makedirs(self.path, exist_ok=True)
     for number in self.chunks():
       files.allocate(self._path(number), self.chunk_bytes)
     files.write_file(os.path.join(self.path, self.METADATA), self.metadata_file)
 
   def is_created(self) -> bool:
-    """Return whether all files that create() makes are there, and as large."""
+    """Return whether all files that create() makes exist, with their full sizes."""
     try:
       with open(os.path.join(self.path, self.METADATA), 'rb') as f:
         same = f.read() == self.metadata_file
@@ -101,7 +101,7 @@ class RawArray:
       return False
 
   def write(self, pieces: list[tuple[Bounds, np.ndarray]]) -> None:
-    """Write values within bounds; others may write other parts of the same chunks meanwhile."""
+    """Write pairs (bounds, values). Others may write to other parts of the chunks meanwhile."""
     by_chunk: dict[tuple[int, ...], list[files.IndexedValues]] = {}
     for bounds, values in pieces:
       for place in itertools.product(
@@ -117,11 +117,11 @@ class RawArray:
       files.write_blocks(os.path.join(self.path, '.'.join(map(str, place))), self.chunk, blocks)
 
   def chunks(self) -> range:
-    """Return the numbers of the chunks, in C order of their grid."""
+    """Return the indices of the chunks, in C order of their grid."""
     return range(math.prod(self.grid))
 
   def values_bytes(self, number: int) -> int:
-    """Return the bytes of a chunk without padding."""
+    """Return the bytes of a chunk's values, without padding."""
     return math.prod(e - b for b, e in self._bounds(number)) * self.dtype.itemsize
 
   def sync(self, number: int) -> None:
@@ -129,10 +129,10 @@ class RawArray:
     files.sync(self._path(number))
 
   def read_back(self, number: int) -> tuple[int, int]:
-    """Flush a chunk and read it from the disk.
+    """Flush a chunk to the disk, and read it back from the disk.
 
     Returns:
-      CRC-32 and fingerprint of its values, without padding.
+      CRC-32 and fingerprint of the chunk's values, without padding.
     """
     self.sync(number)
     bounds = self._bounds(number)
@@ -141,21 +141,21 @@ class RawArray:
     return checksum(values), self.fingerprint(bounds, values)
 
   def fingerprint(self, bounds: Bounds, values: np.ndarray) -> int:
-    """Return the sum of all bytes, each weighted by its place in the array, modulo FINGERPRINTS.
+    """Return the sum of all bytes, each weighted by its position in the array, mod FINGERPRINTS.
 
-    The fingerprints of pieces add up to that of the array, in any order and however it is cut, so
-    it is known of what was written before anything is read back. Weights are pseudo-random: two
-    values exchanged change the sum. (A CRC-32 of pieces in any order would take a call for each row
-    of each piece.)
+    The fingerprints of pieces add up to that of the array, in any order and for any cut into
+    pieces. So the expected sum is known before anything is read back. Weights are pseudo-random, so
+    that swapping two values changes the sum. (A CRC-32 of pieces in any order would take a call for
+    each row of each piece.)
 
     Args:
-      bounds: of the values in the array.
-      values: [...], of the array's dtype.
+      bounds: Bounds of the values in the array.
+      values: [...], in the array's dtype.
     """
     *outer, (begin, end) = bounds
     width = self.dtype.itemsize
     column_weights = _weights(np.arange(begin * width, end * width))
-    rows = np.zeros((), np.int64)  # the number of each row in the array
+    rows = np.zeros((), np.int64)  # the index of each row in the array
     for (b, e), n in zip(outer, self.shape):
       rows = rows[..., None] * n + np.arange(b, e)
     row_weights = _weights(rows.reshape(-1))
@@ -177,7 +177,7 @@ class RawArray:
 
 
 def _weights(places: np.ndarray) -> np.ndarray:
-  """Return pseudo-random odd uint32 weights of places (splitmix64)."""
+  """Return pseudo-random odd uint32 weights for positions in an array (splitmix64)."""
   x = (places.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
   x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
   x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -185,5 +185,5 @@ def _weights(places: np.ndarray) -> np.ndarray:
 
 
 def array_files(arrays: Iterable[RawArray]) -> dict[str, bytes]:
-  """Return the metadata files of arrays, by their names in the checkpoint."""
+  """Return the metadata files of arrays: name in the checkpoint -> content."""
   return {f'{array.name}/{array.METADATA}': array.metadata_file for array in arrays}

@@ -1,4 +1,4 @@
-"""Reading back what was written: from the disk, at the end of a conversion."""
+"""Reading back from the disk, at the end of a conversion, what was written."""
 
 from collections.abc import Callable, Iterable, Iterator
 import functools
@@ -10,7 +10,7 @@ from t5x_inference_ext.checkpoints.conversion.raw_array import FINGERPRINTS, Raw
 from t5x_inference_ext.checkpoints.workers import run_jobs
 from t5x_inference_ext.errors import CheckpointError
 
-# Chunks are read back and recorded so many bytes at a time: a group.
+# Chunks are read back and recorded in groups of about this many bytes.
 GROUP_BYTES = 256 * 2**20
 
 
@@ -25,13 +25,13 @@ def read_back(
   """Read groups of chunks from the disk, and record their checksums and fingerprints.
 
   Args:
-    arrays: all arrays that were written.
-    entries: returns the journal's entries; groups in them are not read again.
-    record: adds to the journal.
-    workers: number of threads.
-    progress: called after each group.
-    claim: whether this process is to read the group of this number, where others do the same; None:
-      all groups.
+    arrays: All arrays that were written.
+    entries: Returns the journal's entries. Groups in them are not read again.
+    record: Adds an entry to the journal.
+    workers: Number of threads.
+    progress: Called after each group.
+    claim: If several processes read back, returns whether this process shall read the group with a
+      given index. None: read all groups.
   """
   arrays = list(arrays)
   total = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
@@ -67,15 +67,15 @@ def read_back(
 def checksums(
   arrays: Iterable[RawArray], slices: Iterable[dict[str, Any]], entries: Iterable[dict[str, Any]]
 ) -> dict[str, list[int]]:
-  """Return the CRC-32 of all chunks, by array, once all are read back.
+  """Return the CRC-32 of all chunks, by array, after all have been read back.
 
   Args:
-    arrays: all arrays that were written.
-    slices: the records of all slices, with the fingerprints of what each wrote.
-    entries: the journal's entries.
+    arrays: All arrays that were written.
+    slices: The records of all slices, with fingerprints of their writes.
+    entries: The journal's entries.
 
   Raises:
-    CheckpointError: what was read back is not what was written.
+    CheckpointError: A fingerprint read back differs from the one written.
   """
   slices, read = list(slices), _read(entries)
   result = {}
@@ -84,15 +84,15 @@ def checksums(
     written = sum(entry['fingerprints'].get(array.name, 0) for entry in slices)
     if (sum(group['fingerprint'] for group in groups) - written) % FINGERPRINTS:
       raise CheckpointError(
-        f'{array.name}: damaged data in {array.path}: what was read back from the disk is not what '
-        'was written: check the disk, remove the directory and convert again'
+        f'{array.name}: damaged data in {array.path}: values read back from the disk are not those '
+        'written: check the disk, remove the directory and convert again'
       )
     result[array.name] = [crc for group in groups for crc in group['checksums']]
   return result
 
 
 def _read(entries: Iterable[dict[str, Any]]) -> dict[tuple[str, int], dict[str, Any]]:
-  """Return the records of groups, by array and first chunk."""
+  """Return the records of groups by (array, index of the group's first chunk)."""
   return {(e['read_back'], e['first']): e for e in entries if 'read_back' in e}
 
 

@@ -1,4 +1,4 @@
-"""How far what was written is from what was read."""
+"""Rounding errors: how far written values are from the source's."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from t5x_inference_ext.quantization import rounding
 
 @dataclasses.dataclass
 class RoundingError:
-  """Difference of a tensor w' as written from the source's w.
+  """Difference between a tensor w of the source and its written values w'.
 
   Attributes:
     largest: max|w' - w|.
@@ -26,12 +26,12 @@ class RoundingError:
   def add(
     self, w: np.ndarray, written: np.ndarray, scale: np.ndarray | None, magnitude: float
   ) -> None:
-    """Count a block.
+    """Add a block to the sums.
 
     Args:
       w: [L, in, out]. The source's values, float or int8.
-      written: [L, in, out]. What was written of them, float or int8.
-      scale: [L, out]. Scales, where either is int8.
+      written: [L, in, out]. The values written for w, float or int8.
+      scale: [L, out]. Scales of the int8 side, or None if both are float.
       magnitude: max|w|.
     """
     self.magnitude = max(self.magnitude, magnitude)
@@ -43,13 +43,13 @@ class RoundingError:
       self.norm += _squares(exact)
 
   def merge(self, other: 'RoundingError') -> None:
-    """Count what another one has counted."""
+    """Add the sums of another RoundingError."""
     self.largest = max(self.largest, other.largest)
     self.magnitude = max(self.magnitude, other.magnitude)
     self.squares, self.norm = self.squares + other.squares, self.norm + other.norm
 
   def summary(self) -> dict[str, float]:
-    """Return the errors to six digits, which do not depend on the order of summing."""
+    """Return the errors to six digits, so that the order of summation does not show."""
     return {'largest': float(f'{self.worst:.6g}'), 'relative': float(f'{self.relative:.6g}')}
 
   @property
@@ -74,7 +74,7 @@ def _floats(values: np.ndarray, layers: slice, rows: slice, scale: np.ndarray | 
 
 def _squares(values: np.ndarray) -> float:
   """Return the sum of squares of contiguous float32 values."""
-  # float32 is quicker, where the sum is in its range.
+  # float32 is faster, if the sum is within its range.
   total = float(np.vdot(values, values))
   if 1e-20 < total < np.inf or not values.any():
     return total

@@ -1,4 +1,4 @@
-"""One slice: read, measured, rounded, written."""
+"""The processing of one slice: read, measure, round, write."""
 
 import bisect
 from collections.abc import Callable
@@ -22,13 +22,13 @@ from t5x_inference_ext.checkpoints.conversion.rounding_error import RoundingErro
 from t5x_inference_ext.checkpoints.conversion.slices import ConversionPlan, StoredBlock, TensorSlice
 from t5x_inference_ext.quantization import rounding
 
-# Takes final values, those of a block at once: to write them, or to compare them with what is
-# there.
+# Takes final values, all those of a block at once, either to write them or to compare them with
+# what was written.
 PutWrites = Callable[[list[ArrayWrite]], None]
 
 
 class Hold:
-  """Memory for blocks that are needed again. A block that does not fit is read again."""
+  """A budget of memory for blocks that are needed again. Blocks beyond it are read again."""
 
   def __init__(self, nbytes: int) -> None:
     self._free, self._lock = nbytes, threading.Lock()
@@ -47,22 +47,22 @@ class Hold:
       self._free += nbytes
 
   def has(self, nbytes: int) -> bool:
-    """Return whether so much memory is free."""
+    """Return whether `nbytes` of the budget are free."""
     return self._free >= nbytes
 
 
 @dataclasses.dataclass(frozen=True)
 class SliceContext:
-  """What all slices of a conversion share.
+  """Data that all slices of a conversion share.
 
   Attributes:
     source: The checkpoint read.
     output: The format written.
     plan: All slices.
-    put: Takes what is to be written.
-    hold: Memory for blocks that are needed again.
+    put: Takes the values to write.
+    hold: Budget for blocks that are needed again.
     search: Whether scales are searched for the least squared error.
-    progress: Called with what was written, and how many bytes of the source it was.
+    progress: Called with the written tensors' names and errors, and bytes of the source.
     finished: Called with each slice's record.
   """
 
@@ -77,14 +77,14 @@ class SliceContext:
 
 
 class WrittenSums:
-  """Fingerprints of what a slice has written, by array."""
+  """Fingerprints of all values that a slice has written, by array."""
 
   def __init__(self, context: SliceContext) -> None:
     self._put, self._lock = context.put, threading.Lock()
     self.by_array: dict[str, int] = {}
 
   def put(self, writes: list[ArrayWrite]) -> None:
-    """Write, and count what was written."""
+    """Write values, and add them to the fingerprints."""
     self._put(writes)
     for array, bounds, values in writes:
       fingerprint = array.fingerprint(bounds, values)
@@ -94,9 +94,9 @@ class WrittenSums:
 
 
 class SliceWork:
-  """A slice of float tensors, or of int8 ones but for their scales. A PipelineWork.
+  """A slice of float tensors, or of int8 tensors without their scales. A PipelineWork.
 
-  Buffers of a slice have the columns of its own channels only, side by side.
+  A slice's buffers hold only the columns of its own channels, concatenated.
   """
 
   def __init__(self, context: SliceContext, piece: TensorSlice) -> None:
@@ -107,21 +107,21 @@ class SliceWork:
     self._steps = iter([*steps, self._write])
     self._lock = threading.Lock()
     self._layers = piece.boxes[0].bounds[0]
-    # By scale: columns (begin, end) in the tensor -> where they begin in a buffer.
+    # By scale: columns (begin, end) in the tensor -> their first column in a buffer.
     self._columns = self._channels() if piece.scaled else {}
-    self._held: dict[int, np.ndarray] = {}  # values of blocks, by number
+    self._held: dict[int, np.ndarray] = {}  # held values of blocks, by block number
     self._maxima: dict[str, np.ndarray] = {}  # max|w| [layers, columns], by tensor
     self._squares: dict[str, np.ndarray] = {}  # [searched, layers, columns], by scale
     self._scales: dict[str, np.ndarray] = {}  # [layers, columns], by scale
-    self._errors: dict[int, dict[str, RoundingError]] = {}  # of each block, by tensor
+    self._errors: dict[int, dict[str, RoundingError]] = {}  # by block number, then by tensor
     self._sums = WrittenSums(context)
 
   def may_start(self) -> bool:
-    """Return whether a block could be held."""
+    """Return whether there is memory left to hold a block."""
     return not self._slice.scaled or self._context.hold.has(self._context.plan.block_bytes)
 
   def jobs(self) -> list[PipelineJob] | None:
-    """Return the next step's jobs, one a block."""
+    """Return the next step's jobs, one per block."""
     if self._squares:
       for scale, squares in self._squares.items():
         self._scales[scale] = rounding.best_scales(self._scales[scale], squares)
@@ -138,7 +138,7 @@ class SliceWork:
     return self._context.plan.arrays[block.array].read(block.bounds)
 
   def _measure(self, number: int, block: StoredBlock) -> None:
-    """Find the largest magnitudes of a block, and hold it if there is memory."""
+    """Find the largest magnitudes in a block, and hold the block if there is memory."""
     values = self._values(block)
     for part, rectangle, w in self._context.plan.arrays[block.array].rectangles(
       values, block.bounds
@@ -162,7 +162,7 @@ class SliceWork:
     }
 
   def _search(self, number: int, block: StoredBlock) -> None:
-    """Add a block's squared errors under each scale that is tried."""
+    """Add a block's squared errors for each scale that is tried."""
     values = self._held[number] if number in self._held else self._values(block)
     for part, rectangle, w in self._context.plan.arrays[block.array].rectangles(
       values, block.bounds
@@ -198,7 +198,7 @@ class SliceWork:
   def _scale_and_magnitude(
     self, name: str, rectangle: Rectangle, w: np.ndarray, dtype: np.dtype
   ) -> tuple[np.ndarray | None, float]:
-    """Return scales [layers, columns] of a rectangle w, if it is or becomes int8, and max|w|."""
+    """Return scales [layers, columns] of a rectangle w (None unless int8), and max|w|."""
     source = self._context.source
     if self._slice.scaled:
       place = self._place(self._scale(name), rectangle)
@@ -212,7 +212,7 @@ class SliceWork:
     return None, float(largest.max())
 
   def _finish(self) -> None:
-    """Write the slice's scales and record it."""
+    """Write the slice's scales, and record the slice as finished."""
     for scale, places in self._columns.items():
       for columns, place in places.items():
         values = self._scales[scale][:, None, place : place + columns[1] - columns[0]]
@@ -231,7 +231,7 @@ class SliceWork:
     )
 
   def _scale(self, name: str) -> str:
-    """Return the name of a matrix's scales."""
+    """Return the name of the scales of the matrix `name`."""
     scale = self._kinds[name].scale
     assert scale is not None
     return scale
@@ -250,7 +250,7 @@ class SliceWork:
     return places
 
   def _place(self, scale: str, rectangle: Rectangle) -> tuple[slice, slice]:
-    """Return where a rectangle's layers and columns are in the slice's buffers."""
+    """Return the index, in the slice's buffers, of a rectangle's layers and columns."""
     ranges = list(self._columns[scale])
     begin, end = rectangle.columns
     first = ranges[bisect.bisect_right(ranges, (begin, math.inf)) - 1]
@@ -261,7 +261,7 @@ class SliceWork:
   def _buffer(
     self, buffers: dict[str, np.ndarray], name: str, scale: str, dtype: type, *lead: int
   ) -> np.ndarray:
-    """Return the buffer [*lead, layers, columns] of a name, made of zeros the first time."""
+    """Return the buffer [*lead, layers, columns] for a name, made of zeros at first use."""
     if name not in buffers:
       columns = sum(end - begin for begin, end in self._columns[scale])
       buffers[name] = np.zeros((*lead, self._layers[1] - self._layers[0], columns), dtype)
@@ -269,12 +269,12 @@ class SliceWork:
 
 
 def _round(w: np.ndarray, scale: np.ndarray | None, dtype: np.dtype) -> np.ndarray:
-  """Return w as it is written.
+  """Round w to the output's dtype.
 
   Args:
     w: [layers, rows, columns], float or int8.
-    scale: [layers, columns], where w or the output is int8.
-    dtype: of the output.
+    scale: [layers, columns] if w or the output is int8, else None.
+    dtype: Dtype of the output.
   """
   if w.dtype == np.int8 == dtype:
     return w

@@ -1,9 +1,9 @@
 """The units of a conversion: slices, each made of blocks of stored chunks.
 
-A block is what is decoded at a time: whole stored chunks, at least one. A slice is what is
-finished, and recorded, at a time. Where int8 scales have to be found, a slice is everything that is
-summed into its output channels: all rows of some columns of some layers, of every array that shares
-the scales. Elsewhere a slice is any box of chunks.
+A block is the unit of decoding: whole stored chunks, at least one. A slice is the unit of progress:
+it is finished, and recorded, as a whole. If int8 scales have to be found, a slice is everything
+that is summed into its output channels: all rows of some columns of some layers, of every array
+that shares the scales. Otherwise a slice is any box of chunks.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,8 +25,8 @@ class StoredBlock:
   """Whole chunks of one array.
 
   Attributes:
-    array: Number of the array in the plan.
-    bounds: Factored bounds.
+    array: Index of the array in the plan.
+    bounds: Bounds of the block, in factored order.
   """
 
   array: int
@@ -38,9 +38,9 @@ class TensorSlice:
   """One unit of progress.
 
   Attributes:
-    number: Place in the plan.
-    boxes: What it covers, of one or several arrays.
-    scaled: Whether scales are to be found for its channels.
+    number: Index of the slice in the plan.
+    boxes: The blocks that it covers, in one or several arrays.
+    scaled: Whether scales have to be found for its channels.
   """
 
   number: int
@@ -53,7 +53,7 @@ class ConversionPlan:
 
   Attributes:
     arrays: The source's arrays.
-    slices: All slices, in order of their numbers.
+    slices: All slices, in the order of their numbers.
     block_bytes: Bytes of the largest block, as stored.
     slice_bytes: Bytes of the largest slice, as stored.
   """
@@ -68,7 +68,7 @@ class ConversionPlan:
     for i, array in enumerate(self.arrays):
       scales = sorted(filter(None, (kinds[part.name].scale for part in array.arrangement.parts)))
       if scales and finds_scales:
-        # Arrays that share one scale share all: output matrices.
+        # Output matrices share one scale: arrays with equal first scales share all scales.
         by_scale.setdefault(scales[0], []).append(i)
       else:
         cell = self._cell(i, slice_bytes)
@@ -83,7 +83,7 @@ class ConversionPlan:
     )
 
   def nbytes(self, s: TensorSlice) -> int:
-    """Return the bytes of the source in a slice, decoded."""
+    """Return the decoded bytes of a slice's source data."""
     return sum(self.arrays[box.array].nbytes(box.bounds) for box in s.boxes)
 
   def blocks(self, s: TensorSlice) -> list[StoredBlock]:
@@ -98,9 +98,9 @@ class ConversionPlan:
     ]
 
   def _cell(self, index: int, nbytes: int, within: Sequence[int] | None = None) -> tuple[int, ...]:
-    """Return the shape of whole chunks of up to nbytes, or of one chunk.
+    """Return a block shape of whole chunks with at most `nbytes`, but at least one chunk.
 
-    It grows along the last axes first, as values are stored.
+    The shape grows along the last axes first, which are contiguous in storage.
     """
     array = self.arrays[index]
     return _grow(
@@ -108,13 +108,13 @@ class ConversionPlan:
     )
 
   def _columns(self, indices: list[int], slice_bytes: int) -> Iterator[tuple[StoredBlock, ...]]:
-    """Cut arrays that share scales alike, along layers and outputs, at borders of all chunks."""
+    """Cut arrays with shared scales equally, along layers and outputs, at chunk borders of all."""
     arrays = [self.arrays[i] for i in indices]
     split = [1 + len(a.arrangement.inputs) for a in arrays]
     kept = [(a.arrangement.factored[0], *a.arrangement.outputs) for a in arrays]
     if any(sizes != kept[0] for sizes in kept):
       raise CheckpointError(
-        f'{" and ".join(a.tensor.path for a in arrays)} have one scale for each channel together, '
+        f'{" and ".join(a.tensor.path for a in arrays)} share one scale per channel, '
         f'but different output axes {kept}'
       )
     chunks = [(a.chunk[0], *a.chunk[n:]) for a, n in zip(arrays, split)]
@@ -129,7 +129,7 @@ class ConversionPlan:
 
 
 def _grow(cell: Sequence[int], shape: Sequence[int], itemsize: int, nbytes: int) -> tuple[int, ...]:
-  """Return a multiple of cell, of up to nbytes, within shape: the last axes are completed first."""
+  """Grow `cell` by whole multiples within `shape`, to at most `nbytes`, the last axes first."""
   grown = [min(c, n) for c, n in zip(cell, shape)]
   for axis in reversed(range(len(grown))):
     fits = nbytes // max(1, math.prod(grown) * itemsize)
@@ -143,7 +143,7 @@ def _grow(cell: Sequence[int], shape: Sequence[int], itemsize: int, nbytes: int)
 def _boxes(
   shape: Sequence[int | tuple[int, int]], cell: Sequence[int]
 ) -> Iterator[tuple[tuple[int, int], ...]]:
-  """Cut a shape, or bounds, into boxes of a cell's size, from where the bounds begin."""
+  """Cut a shape, or bounds, into boxes of the size of `cell`, from the beginning of the bounds."""
   bounds = [n if isinstance(n, tuple) else (0, n) for n in shape]
   ranges = (
     [(i, min(i + c, end)) for i in range(begin, end, c)] for (begin, end), c in zip(bounds, cell)

@@ -1,16 +1,16 @@
 """An output in a bucket: made in a directory on a local disk, then uploaded.
 
-A bucket's objects can't be written in pieces, nor a directory of them be renamed. What makes a
-checkpoint appear whole is its header, without which it is none: it is uploaded last.
+In a bucket, objects can't be written in pieces, and directories can't be renamed. A checkpoint
+still appears in one step, because its header, without which it is none, is uploaded last.
 
-STAGING/NAME-CHECKSUM/    of the output's address
-  plan.json               what is converted, and how
-  checkpoint/             the output, once it is finished here
-  checkpoint.unfinished/  before that (work_directory.py)
-  journal.jsonl           the objects in the bucket, with their generations, a line each; the end
+STAGING/NAME-CHECKSUM/    CHECKSUM is that of the output's address
+  plan.json               the source and the options
+  checkpoint/             the finished output
+  checkpoint.unfinished/  the unfinished output (work_directory.py)
+  journal.jsonl           uploaded objects with their generations, one per line, and an end mark
   setup.lock              held while the plan is compared
   upload.lock             held while uploading
-OUTPUT/UNFINISHED         an object that is there while OUTPUT is not complete
+OUTPUT/UNFINISHED         an object that exists while OUTPUT is incomplete
 """
 
 from collections.abc import Callable, Iterator
@@ -32,8 +32,8 @@ from t5x_inference_ext.checkpoints.workers import run_jobs
 from t5x_inference_ext.errors import CheckpointError
 from t5x_inference_ext.text_format import megabytes
 
-# Copies of a file held while it is uploaded: as read from the disk, as handed over, as it came
-# back, twice.
+# Copies of a file in memory during its upload: as read from the disk, as passed on, and twice as
+# read back.
 _COPIES = 4
 _COMPLETE = 'complete'
 
@@ -44,14 +44,14 @@ class Staging:
   Attributes:
     path: The output, gs://BUCKET/...
     root: The staging directory on the local disk.
-    local: The checkpoint in it, when it is finished.
+    local: Path of the finished checkpoint in the staging directory.
   """
 
   def __init__(self, path: str, staging: str | os.PathLike[str]) -> None:
     self.path = storage.normalize(path)
     bucket, _, key = self.path.removeprefix('gs://').partition('/')
     if not bucket or not key:
-      raise CheckpointError(f'{self.path} names no directory in a bucket: gs://BUCKET/DIRECTORY')
+      raise CheckpointError(f'{self.path} is no directory in a bucket: use gs://BUCKET/DIRECTORY')
     staging = os.fspath(staging)
     if storage.is_remote(staging):
       raise CheckpointError(f'the staging directory must be on a local disk, not {staging}')
@@ -64,7 +64,7 @@ class Staging:
     )
 
   def check_target(self) -> None:
-    """Raise CheckpointError where the bucket holds something else, or can't be looked at."""
+    """Raise CheckpointError if the bucket already has other objects there, or can't be read."""
     names = storage.list_objects(self.path)
     if names and MARKER not in names and _COMPLETE not in self._entries():
       raise CheckpointError(
@@ -72,21 +72,21 @@ class Staging:
       )
 
   def description(self, largest_file: int, workers: int) -> str:
-    """Return a line that says how much disk and memory the upload takes."""
+    """Return a line with the disk space and memory that the upload takes."""
     return (
-      f'made in {self.root}, whose disk it takes until all is uploaded to {self.path}; uploading '
+      f'made in {self.root}, taking disk space until all is uploaded to {self.path}; uploading  '
       f'takes up to {megabytes(_COPIES * largest_file * workers)} of memory'
     )
 
   def adopt(self, plan: dict[str, Any]) -> bool:
-    """Make the directory this plan's: what is left of another one, in the bucket too, is removed.
+    """Prepare the directory for `plan`. Leftovers of another plan are removed, in the bucket too.
 
     Returns:
-      Whether all is in the bucket already, and nothing is left to do.
+      Whether everything is already in the bucket.
 
     Raises:
-      CheckpointError: the bucket can't be written; another plan's checkpoint is being uploaded; the
-        directory holds links.
+      CheckpointError: The bucket can't be written, another plan's checkpoint is being uploaded, or
+        the directory holds links.
     """
     os.makedirs(self.root, exist_ok=True)
     files.check_no_links(self.root)
@@ -95,7 +95,7 @@ class Staging:
       complete = _COMPLETE in entries
       if complete and stored not in (None, plan):
         raise CheckpointError(
-          f'{self.path} exists already, from another source or with other options: remove it, or '
+          f'{self.path} exists already, made from another source or other options: remove it, or '
           'choose another output'
         )
       if not complete and (stored != plan or MARKER not in entries):
@@ -110,11 +110,11 @@ class Staging:
     for path in (self._journal, self._plan):
       with contextlib.suppress(FileNotFoundError):
         os.remove(path)
-    # The marker is written before all else: it shows whether the bucket takes anything.
+    # The marker is written first, which shows whether the bucket can be written.
     generation = storage.write_object(
       self.path, MARKER, b'Unfinished: run the same convert_checkpoint again.\n'
     )
-    # Headers are removed before what they describe.
+    # Headers are removed first, before the arrays that they describe.
     for name in sorted(storage.list_objects(self.path), key=lambda n: ('/' in n, n)):
       if name != MARKER:
         storage.remove_object(self.path, name)
@@ -125,17 +125,17 @@ class Staging:
     """Copy the finished checkpoint to the bucket, read each file back, and remove the directory.
 
     Args:
-      header: name of the file without which a directory is no checkpoint.
-      workers: number of threads.
-      progress: called after every file.
+      header: Name of the file without which a directory is not a checkpoint.
+      workers: Number of threads.
+      progress: Called after every file.
 
     Raises:
-      CheckpointError: what is in the bucket is not what was written; the bucket can't be written or
+      CheckpointError: An object read back is not the one written, or the bucket can't be written or
         read.
     """
     with self._uploading():
       if not os.path.isdir(self.local):
-        return  # another shard was quicker
+        return  # another shard has uploaded everything
       entries = self._entries()
       sizes = {
         name: os.path.getsize(os.path.join(self.local, name))
@@ -154,15 +154,15 @@ class Staging:
       run_jobs([functools.partial(upload_file, name) for name in sizes if name != header], workers)
       if not self._is_there(MARKER, entries[MARKER]):
         raise CheckpointError(
-          f'{self.path}/{MARKER} is not the one written by this conversion: another one writes to '
-          f'{self.path}; end it, and run the same command again'
+          f'{self.path}/{MARKER} was not written by this conversion: another one is writing to '
+          f'{self.path}; stop it, and run the same command again'
         )
       upload_file(header)
       files.append_line(self._journal, {_COMPLETE: ''})
       self.remove()
 
   def _is_there(self, name: str, generation: str | None) -> bool:
-    """Return whether an object still is what was written, by its generation."""
+    """Return whether an object still has the generation that was written."""
     if generation is None:
       return False
     found = storage.read_object(self.path, name, unless=bytes.fromhex(generation))
@@ -176,20 +176,20 @@ class Staging:
     found = storage.read_object(self.path, name)
     if found.state != 'value' or found.stamp.generation != generation or found.value != data:
       raise CheckpointError(
-        f'{self.path}/{name} is not what was written there a moment ago: if nothing else writes '
+        f'{self.path}/{name} changed right after it was written: if nothing else writes '
         'there, run the same command again'
       )
     return generation
 
   def remove(self) -> None:
-    """Remove the directory, and the object that says that there is one."""
+    """Remove the directory, and the bucket's object that marks the upload as unfinished."""
     storage.remove_object(self.path, MARKER)
     files.remove(self.local)
-    # Errors are ignored: another shard may be looking whether there is something to do.
+    # Errors are ignored, because another shard may be looking into the directory.
     shutil.rmtree(self.root, ignore_errors=True)
 
   def _entries(self) -> dict[str, str]:
-    """Return what the journal says is in the bucket: generations by name."""
+    """Return the objects in the bucket by the journal: name -> generation."""
     if not os.path.exists(self._journal):
       return {}
     return {

@@ -1,9 +1,9 @@
 """Writing T5X's own checkpoint format: float32, or int8 with flaxformer's names qkernel and qscale.
 
-The tree is arranged as the one that the weights came from, where that is known
-(flaxformer.Reading.form, which serving checkpoints record). Else it is as flaxformer usually has
-such a model: scanned, a ParallelFusedDecoderLayer where the model can be one, a DecoderLayer with
-split heads where not.
+The tree has the arrangement of the tree that the weights came from, if that is known
+(flaxformer.Reading.form, which serving checkpoints record). Otherwise it has flaxformer's usual
+arrangement of such a model: scanned; a ParallelFusedDecoderLayer if the model can be one, else a
+DecoderLayer with split heads.
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,7 +35,7 @@ CHUNK_BYTES = 64 * 2**20
 
 
 class T5xOutput(Output):
-  """A T5X checkpoint being written."""
+  """A T5X checkpoint while it is being written."""
 
   manifest_name, manifest_format, header = MANIFEST, T5X_MANIFEST_FORMAT, legacy.INDEX
 
@@ -44,7 +44,7 @@ class T5xOutput(Output):
   ) -> None:
     form = source.form or usual_form(source.config)
     self._directory, self._step, self._num_layers = directory, source.step, source.config.num_layers
-    # A leaf of the tree has one array, or one a layer. Canonical tensors go to leaves.
+    # A leaf of the tree is one array, or one array per layer. Canonical tensors go to leaves.
     self._leaves: dict[str, list[RawArray]] = {}
     self._places: dict[str, list[tuple[str, KernelLayout]]] = {}
     self._layer_weights: set[str] = set()
@@ -53,16 +53,16 @@ class T5xOutput(Output):
       kind = {k.name: k for k in LAYER_KINDS}[form['layers']]
       self._lay_out_vectors(source.config, kind)
       self._lay_out_kernels(source.config, kind, form['kernels'], weights)
-    except (TypeError, KeyError, AttributeError, UnknownSizes) as e:  # of a damaged header
+    except (TypeError, KeyError, AttributeError, UnknownSizes) as e:  # a damaged header
       raise CheckpointError(
-        f'{source.path}: source.form in {serving.CONFIG} is not an arrangement that T5X has: '
+        f'{source.path}: source.form in {serving.CONFIG} is not an arrangement of T5X: '
         f'{type(e).__name__} {e}'
       ) from e
     arrays = tuple(a for leaves in self._leaves.values() for a in leaves)
     super().__init__(source, weights, arrays, record)
 
   def _lay_out_vectors(self, config: ModelConfig, kind: LayerKind) -> None:
-    """Lay out the embedding, norms and biases."""
+    """Define the arrays of the embedding, norms and biases."""
     v, e = config.vocab_size, config.d_model
     embedding = KernelLayout(None, 0, (v,), (e,), (KernelPart('embedding', 0, v),), 0)
     self._add(flaxformer_names.EMBEDDING, embedding, np.float32)
@@ -80,7 +80,7 @@ class T5xOutput(Output):
   ) -> None:
     factors = kind.factors(config)
     shapes = {module: tuple(shape) for module, shape in stored.items()}
-    if weights == 'int8' and OUT in shapes:  # flaxformer's quantized output has its heads joined
+    if weights == 'int8' and OUT in shapes:  # flaxformer's quantized output kernel has merged heads
       shapes[OUT] = shapes[OUT][-2:]
     kernels = kind.kernels(config, shapes)
     for module in stored:
@@ -98,7 +98,7 @@ class T5xOutput(Output):
       self._layer_weights |= {array.name for array in arrays}
 
   def _add(self, leaf: str, layout: KernelLayout, dtype: DTypeLike) -> list[RawArray]:
-    """Lay out a leaf, to which the canonical tensors of `layout` go. Returns its arrays."""
+    """Define the arrays of a leaf that holds the canonical tensors of `layout`; return them."""
     for part in layout.parts:
       self._places.setdefault(part.name, []).append((leaf, layout))
     shape, names = layout.to_stored(layout.factored), [leaf]
@@ -153,7 +153,7 @@ class T5xOutput(Output):
 
 
 def usual_form(config: ModelConfig) -> dict[str, Any]:
-  """Return how flaxformer usually arranges a model, for one whose tree nobody recorded.
+  """Return flaxformer's usual arrangement of a model, for a model without a recorded tree.
 
   Raises:
     CheckpointError: flaxformer has no layer for such a model.
@@ -177,7 +177,7 @@ def usual_form(config: ModelConfig) -> dict[str, Any]:
       *(() if c.num_kv_heads == 1 else ('self_attention/key', 'self_attention/value')),
     )
     names = (*(f'self_attention/{n}' for n in ('query', 'key', 'value', 'out')), *mlp, 'mlp/wo')
-    shapes = dict.fromkeys((*heads, 'self_attention/out'), (0, 0, 0))  # three axes: heads are split
+    shapes = dict.fromkeys((*heads, 'self_attention/out'), (0, 0, 0))  # three axes: split heads
   kernels = kind.kernels(c, shapes)
   return {
     'layers': kind.name,
@@ -188,9 +188,9 @@ def usual_form(config: ModelConfig) -> dict[str, Any]:
 
 
 def t5x_chunk_shape(shape: Sequence[int], elements: int) -> tuple[int, ...]:
-  """Return the shape of T5X's chunks, of at most so many elements.
+  """Return a chunk shape of at most `elements` elements, as T5X chooses it.
 
-  The largest side goes down to its next divisor until a chunk is small enough.
+  The largest side is reduced to its next divisor until a chunk is small enough.
   """
   sides = list(shape)
   while math.prod(sides) > elements:

@@ -1,4 +1,4 @@
-"""Re-reading a finished checkpoint, against its manifest and the source that it was made from."""
+"""Verification of a finished checkpoint, against its manifest and against its source."""
 
 from collections.abc import Callable
 import functools
@@ -21,7 +21,7 @@ from t5x_inference_ext.checkpoints.workers import run_jobs, worker_count
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import CheckpointError
 
-# (what is being done, bytes that it was, bytes in all)
+# Arguments: (current step, bytes just processed, bytes in all).
 VerifyProgress = Callable[[str, int, int], None]
 
 
@@ -33,22 +33,21 @@ def verify(
   rescale_logits: bool | None = None,
   progress: VerifyProgress = lambda what, done, total: None,
 ) -> list[str]:
-  """Compare every file of a checkpoint that a conversion wrote with the checksum recorded.
+  """Compare every file of a checkpoint that a conversion wrote with its recorded checksum.
 
   Args:
-    path: finished checkpoint, of any format that conversions write.
-    source: checkpoint that it was made from; it is converted again, in memory, and compared value
+    path: Finished checkpoint, in any format that conversions write.
+    source: Checkpoint that it was made from. It is converted again, in memory, and compared value
       by value.
-    workers: number of threads; None is one a core.
-    rescale_logits: of the source, as it was given to the conversion; None takes what the conversion
-      recorded.
-    progress: called after every chunk.
+    workers: Number of threads; None: one per core.
+    rescale_logits: The conversion's argument for the source; None takes the recorded value.
+    progress: Called after every chunk.
 
   Returns:
-    Lines that say what was found.
+    Lines with the results.
 
   Raises:
-    CheckpointError: the first thing that is not as recorded.
+    CheckpointError: Something is not as recorded; the message names the first such thing.
   """
   threads = worker_count(workers)
   path = storage.normalize(path)
@@ -73,8 +72,8 @@ def verify(
     extra = sorted(set(storage.list_files(path)) - expected)
     if extra:
       raise CheckpointError(
-        f'{path} holds {", ".join(extra[:3])}{", ..." if len(extra) > 3 else ""}, of which '
-        f'{manifest_name} knows nothing: remove what is not of the checkpoint'
+        f'{path} holds {", ".join(extra[:3])}{", ..." if len(extra) > 3 else ""}, which '
+        f'{manifest_name} does not list: remove files that are not part of the checkpoint'
       )
   lines = [
     f'{path}: {len(tensors)} tensors, {len(chunks)} chunks, {total / 1e6:.1f} MB are as recorded '
@@ -99,7 +98,7 @@ def _compare(
   rescale_logits: bool | None,
   progress: VerifyProgress,
 ) -> None:
-  """Raise CheckpointError where a checkpoint holds other bits than its source converts to."""
+  """Raise CheckpointError if a checkpoint's bits are not what its source converts to."""
   made_from = manifest['source']
   if rescale_logits is None:
     rescale_logits = made_from.get('rescale_logits')
@@ -124,7 +123,7 @@ def _compare(
   def compare(writes: list[ArrayWrite]) -> None:
     for array, bounds, values in writes:
       found = stored[array.name].read(tuple(slice(*b) for b in bounds))
-      # Bits are compared, not values: zeros have signs.
+      # Bits are compared instead of values, because 0 and -0 differ.
       bits = f'u{found.itemsize}'
       different = found.view(bits) != np.ascontiguousarray(values).view(bits)
       if different.any():
@@ -141,7 +140,7 @@ def read_manifest(path: str) -> tuple[str, dict[str, Any]]:
   """Return the name and content of the file that lists a checkpoint's tensors.
 
   Raises:
-    CheckpointError: there is none, or it is damaged.
+    CheckpointError: There is no such file, or it is damaged.
   """
   for name, kind in (
     (serving.CONFIG, serving.SERVING_FORMAT),
@@ -167,7 +166,7 @@ def read_manifest(path: str) -> tuple[str, dict[str, Any]]:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
       pass
     raise CheckpointError(f'{path}/{name} is damaged')
-  open_checkpoint(path)  # its own error, if it is no checkpoint at all
+  open_checkpoint(path)  # raises its own error if this is no checkpoint
   raise CheckpointError(
     f'{path} was not written by a conversion: it has no manifest ({serving.CONFIG} or '
     f'{t5x_output.MANIFEST}) to verify it against'

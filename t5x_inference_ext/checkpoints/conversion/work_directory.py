@@ -1,12 +1,12 @@
-"""The directory in which a conversion happens: what is finished, who works in it, how it ends.
+"""The directory in which a conversion works: what is finished, which process does what, the end.
 
 OUTPUT.unfinished/
-  UNFINISHED            marks the directory as a conversion's; holds the plan once all is laid out
+  UNFINISHED            marks a conversion's directory; has the plan once all files are allocated
   setup.lock            held while the directory is made or finished
   shard-I.lock          held by the process that is shard I
-  read_back.lock        shared by the shards that read back together what was written
-  claims                which of them reads which part: bytes of this file, locked
-  journal-I.jsonl       the slices that shard I has finished, a line each
+  read_back.lock        shared by the shards that read the output back together
+  claims                locked bytes of this file: the parts that a shard reads
+  journal-I.jsonl       the slices that shard I has finished, one per line
   checkpoint/           becomes OUTPUT by one rename
 """
 
@@ -34,7 +34,7 @@ class WorkDirectory:
   Attributes:
     path: The output, absolute.
     root: The work directory.
-    payload: The checkpoint that grows in it.
+    payload: The unfinished checkpoint in the work directory.
   """
 
   def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -42,7 +42,7 @@ class WorkDirectory:
     if not path:
       raise CheckpointError('the output directory has an empty name')
     if storage.is_remote(path):
-      raise CheckpointError(f"can't convert into {path}: it is no local directory")
+      raise CheckpointError(f"can't convert into {path}: it is not a local directory")
     self.path = storage.normalize(path)
     self.root = self.path + '.unfinished'
     self.payload = os.path.join(self.root, 'checkpoint')
@@ -57,7 +57,7 @@ class WorkDirectory:
       )
 
   def finished_before(self, plan: dict[str, Any]) -> bool:
-    """Return whether the output of this plan is there, and the work directory left over."""
+    """Return whether this plan's output is complete and only its work directory is left over."""
     return (
       os.path.isdir(self.path)
       and os.path.isdir(self.root)
@@ -67,10 +67,10 @@ class WorkDirectory:
 
   @contextlib.contextmanager
   def lock(self, name: str, refusal: str | None = None, shared: bool = False) -> Iterator[bool]:
-    """Hold a lock file of the directory: wait for it, or raise CheckpointError(refusal).
+    """Hold a lock file of the directory; if it is held, wait, or raise CheckpointError(refusal).
 
     Yields:
-      Whether the file is still there: the process that held it may have removed the directory.
+      Whether the lock file still exists: the process that held it may have removed the directory.
     """
     how = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (fcntl.LOCK_NB if refusal else 0)
     path = os.path.join(self.root, name)
@@ -88,10 +88,10 @@ class WorkDirectory:
 
   @contextlib.contextmanager
   def setup(self) -> Iterator[None]:
-    """Make the directory if needed, and be the one process that starts or finishes work in it.
+    """Make the directory if needed, and be the only process that starts or finishes work in it.
 
     Raises:
-      CheckpointError: the output exists; the directory was not left by a conversion, or holds
+      CheckpointError: The output exists, or the directory was not left by a conversion or holds
         links.
     """
     with contextlib.ExitStack() as held:
@@ -113,37 +113,37 @@ class WorkDirectory:
     strange = os.listdir(self.root) and not os.path.lexists(self._marker)
     if strange or os.path.islink(self.root):
       raise CheckpointError(
-        f'{self.root} is in the way, and not left by an earlier conversion: move it'
+        f'{self.root} exists and was not left by an earlier conversion: move it away'
       )
     files.check_no_links(self.root)
 
   @contextlib.contextmanager
   def working(self, shard: int) -> Iterator[None]:
-    """Be the one process that is this shard.
+    """Be the only process that works as this shard.
 
-    Enter it under setup(): a process that waits holds no shard's lock.
+    Enter it within setup(), so that a process that waits holds no shard's lock.
 
     Raises:
-      CheckpointError: another process is this shard.
+      CheckpointError: Another process works as this shard.
     """
     self._shard = shard
     with self.lock(
-      f'shard-{shard}.lock', f'another conversion is writing {self.path}, as shard {shard}'
+      f'shard-{shard}.lock', f'another process is converting into {self.path} as shard {shard}'
     ):
       yield
 
   @contextlib.contextmanager
   def reading_back(self) -> Iterator[Callable[[int], bool] | None]:
-    """Wait for the shards at work, to read back what they wrote, together with others.
+    """Wait for the shards at work, then read back what they wrote, together with other shards.
 
     Yields:
-      A function that takes the number of a part and returns whether this process is to read it; the
-      part is then its own until the end of the context. None where another process has finished
-      already.
+      A function that takes the index of a part and returns whether this process shall read it; the
+      part is then its own until the end of the context. None if another process has already
+      finished.
     """
     with contextlib.ExitStack() as held:
       current = False
-      with contextlib.suppress(FileNotFoundError):  # another process has finished it
+      with contextlib.suppress(FileNotFoundError):  # another process has finished
         for name in self._shard_locks():
           with self.lock(name, shared=True):
             pass
@@ -168,7 +168,7 @@ class WorkDirectory:
 
   @contextlib.contextmanager
   def finishing(self) -> Iterator[bool]:
-    """Wait for the shards at work. Yields whether this process is to finish the output."""
+    """Wait for the shards at work. Yields whether this process shall finish the output."""
     with contextlib.ExitStack() as locks:
       try:
         locks.enter_context(self.lock('setup.lock'))
@@ -180,18 +180,18 @@ class WorkDirectory:
       yield os.path.isdir(self.payload)
 
   def adopt(self, plan: dict[str, Any], is_laid_out: Callable[[], bool] = lambda: True) -> bool:
-    """Make the directory this plan's. Call under setup().
+    """Prepare the directory for `plan`. Call it within setup().
 
     Args:
-      plan: what is converted, and how.
-      is_laid_out: whether the payload holds all files that were laid out for the plan.
+      plan: The source and the options.
+      is_laid_out: Returns whether the payload has all files that were allocated for the plan.
 
     Returns:
-      Whether work goes on where it was; if not, all that was there is removed, and the payload is
-      empty.
+      Whether work can continue from an earlier run. If not, the directory was cleared, and the
+      payload is empty.
 
     Raises:
-      CheckpointError: another process is at work here on another plan.
+      CheckpointError: Another process is working here on another plan.
     """
     if self._stored_plan() == plan and os.path.isdir(self.payload) and is_laid_out():
       return True
@@ -200,8 +200,8 @@ class WorkDirectory:
       if name == _READ_BACK or (name.startswith('shard-') and name != f'shard-{self._shard}.lock'):
         with self.lock(
           name,
-          f'{path} is held by a conversion into {self.path} with other options or of another '
-          'source: all shards need the same',
+          f'{path} is held by a conversion into {self.path} with other options or from another '
+          'source: all shards need the same options and source',
         ):
           os.remove(path)
     self._forget()
@@ -209,7 +209,7 @@ class WorkDirectory:
     return False
 
   def _forget(self) -> None:
-    """Remove what is finished; the plan first: after a kill nothing is taken for laid out."""
+    """Remove all results, the plan first: after a kill no files are taken for allocated ones."""
     files.truncate(self._marker)
     for name in os.listdir(self.root):
       if name.startswith('journal-'):
@@ -217,7 +217,7 @@ class WorkDirectory:
     files.remove(self.payload)
 
   def start(self, plan: dict[str, Any]) -> None:
-    """Record that the payload is laid out for `plan`."""
+    """Record that the payload's files are allocated for `plan`."""
     files.write_file(self._marker, json.dumps(plan).encode())
 
   def _stored_plan(self) -> dict[str, Any] | None:
@@ -236,14 +236,16 @@ class WorkDirectory:
     files.append_line(path, entry)
 
   def entries(self) -> list[dict[str, Any]]:
-    """Return what all shards have recorded and is there.
+    """Return the entries of all shards that can be relied on.
 
-    A line that a kill tore is left out: its slice is done again. So is all that was written on a
-      machine since
-    restarted, or on another one, and not yet SYNCED: it may have been in that machine's page cache
-      only. (To flush
-    each slice would write most pages several times, for chunks are filled by many slices.) What was
-    read back after all else was SYNCED has been on the disk.
+    A line that a kill cut off is dropped: its slice is converted again. So is everything that was
+      written on another machine, or before this machine restarted, and not yet SYNCED: it may have
+      been
+    only in that machine's page cache. (Flushing each slice would write most pages several times,
+    since
+      many slices fill one chunk.) Entries that were read back after everything was SYNCED are on
+      the
+    disk.
     """
     found: list[dict[str, Any]] = []
     here = _boot_id()
@@ -264,18 +266,18 @@ class WorkDirectory:
     return found
 
   def finish(self) -> None:
-    """Make the output appear, and remove the rest."""
+    """Move the output to its final path, and remove the rest."""
     self.check_absent()
     files.publish(self.payload, self.path)
     self.clear()
 
   def discard(self) -> None:
-    """Remove the work directory and what is finished in it."""
+    """Remove the work directory with everything in it."""
     self._forget()
     self.clear()
 
   def clear(self) -> None:
-    """Remove the work directory without a payload; the marker, which says it is ours, last."""
+    """Remove a work directory without a payload; the marker, which identifies it, goes last."""
     while os.path.isdir(self.root):
       with contextlib.suppress(FileNotFoundError):
         for name in sorted(os.listdir(self.root), key=lambda n: n == MARKER):
@@ -285,12 +287,12 @@ class WorkDirectory:
         except OSError as e:
           if (
             e.errno != errno.ENOTEMPTY
-          ):  # another shard has made its lock file, to look whether it is the last
+          ):  # another shard has made its lock file to check whether it is the last
             raise
 
 
 def _boot_id() -> str:
-  """Return an identifier of this machine since its last start; empty where there is none."""
+  """Return an identifier of this machine since its last start; '' if there is none."""
   try:
     with open('/proc/sys/kernel/random/boot_id', encoding='utf-8') as f:
       return f.read().strip()

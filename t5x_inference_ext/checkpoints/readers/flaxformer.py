@@ -1,15 +1,15 @@
-"""flaxformer's parameter tree, as T5X trained it, read as canonical tensors.
+"""Reading of flaxformer's parameter tree, as T5X trains it, into canonical tensors.
 
 Scanned form, with the layer axis L on axis 1 (or 0: flaxformer's scan_axis):
 
   decoder/token_embedder/embedding          [V, E]
-  decoder/decoder_norm/scale                [E]               and bias, of a layer norm
-  decoder/decoder/NORM/scale                [E, L]            and bias
-  decoder/decoder/MODULE/kernel             e.g. [E, L, F]    MODULEs and their axes: layer_kinds.py
+  decoder/decoder_norm/scale                [E]               and, with layer norm, bias
+  decoder/decoder/NORM/scale                [E, L]            and, with layer norm, bias
+  decoder/decoder/MODULE/kernel             e.g. [E, L, F]    see layer_kinds.py for MODULE and axes
 
-A tree with one subtree a layer (decoder/layers_0/...) has the same parameters without the layer
-axis. In the quantized form each kernel is a pair: qkernel, int8 of the same shape, and qscale, in
-which the axes that a matmul sums over have size 1: a weight is qkernel / qscale.
+A tree with one subtree per layer (decoder/layers_0/...) has these parameters without the layer
+axis. In the quantized form each kernel is a pair: qkernel, int8 of the kernel's shape, and qscale,
+in which the axes that a matmul sums over have size 1. A weight is qkernel / qscale.
 """
 
 from collections.abc import Collection
@@ -50,16 +50,16 @@ _STACK_AXIS = 1
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-  """A parameter tree, read as a model.
+  """A parameter tree, interpreted as a model.
 
   Attributes:
     config: The model.
-    weights: What the matrices are: 'float32', 'bfloat16' or 'int8'.
+    weights: Dtype of the matrices: 'float32', 'bfloat16' or 'int8'.
     tensors: The canonical tensors, by name.
-    arrays: The stored arrays that hold the canonical tensors, without the scales of int8 weights.
+    arrays: The stored arrays that hold the canonical tensors, except the scales of int8 weights.
     kind: The kind of the model's layers.
     layer_axis: Position of the layer axis in the scanned form.
-    form: How the tree arranges its parameters, JSON-ready, for writing such a tree.
+    form: The arrangement of the parameters in the tree, JSON-ready, for writing such a tree.
   """
 
   config: ModelConfig
@@ -77,18 +77,18 @@ def canonical(
   config: ModelConfig | None = None,
   rescale_logits: bool = True,
 ) -> Reading:
-  """Find a tree's model, and the canonical tensors in its arrays.
+  """Determine a tree's model, and find the canonical tensors in the tree's arrays.
 
   Args:
-    tree: The parameters, as read.
-    norm_scale: Convention of the norms, which a tree does not record; None takes the usual one of
-      this kind of layer.
-    config: The model that the tree has to hold; None finds the model from names and shapes.
-    rescale_logits: flaxformer's option: whether attention logits were divided by sqrt(Q). Where
-      they were not, the queries are multiplied by sqrt(Q) here.
+    tree: The parameters, as stored.
+    norm_scale: How norm scales are stored, 'zero' or 'one', which a tree does not record. None:
+      the usual choice for this kind of layer.
+    config: The model that the tree must hold. None derives the model from names and shapes.
+    rescale_logits: flaxformer's option: whether attention logits were divided by sqrt(Q). If False,
+      queries are multiplied by sqrt(Q) here.
 
   Raises:
-    CheckpointError: Parameters are missing, unknown or of unfitting shapes; the message names them.
+    CheckpointError: Parameters are missing, unknown or of the wrong shape. The message names them.
   """
   leaves = stack_layers(tree)
   quantized = any(name.endswith('/qkernel') for name in leaves)
@@ -135,7 +135,7 @@ def canonical(
 
 
 def stack_layers(tree: Tree) -> dict[str, Tensor]:
-  """Return the leaves of a tree in scanned form, whichever form they are stored in."""
+  """Return the leaves of a tree in scanned form, whether it is stored scanned or per layer."""
   by_layer: dict[str, dict[int, Tensor]] = {}
   leaves = {}
   for name, leaf in tree.leaves.items():
@@ -166,9 +166,9 @@ def stack_layers(tree: Tree) -> dict[str, Tensor]:
 
 
 def find_kind(leaves: Collection[str]) -> LayerKind:
-  """Return the kind of layer that fits the leaves of a tree in scanned form best.
+  """Return the kind of layer that best fits the leaves of a tree in scanned form.
 
-  It is the kind of which the leaves have the most parameters, and then lack the fewest.
+  The best fit has the most parameters among the leaves, and among equals lacks the fewest.
   """
   stored = modules_in(leaves)
 
@@ -187,10 +187,10 @@ def _model(
   norm_scale: str | None,
   config: ModelConfig | None,
 ) -> ModelConfig:
-  """Return the model of L, V, E (`lve`) and these shapes, or `config`.
+  """Return the model with (L, V, E) = `lve` and kernels of these shapes; check it against `config`.
 
   Raises:
-    ValueError: The shapes are of no model, or not of `config`.
+    ValueError: The shapes fit no model, or not `config`.
   """
   facts = {'block': kind.block, 'norm': norm, 'mlp': kind.mlp(shapes)}
   if config is None:
@@ -210,7 +210,7 @@ def _model(
 def _unquantized_arrays(
   leaves: dict[str, Tensor], kind: LayerKind, norm: str, layer_axis: int
 ) -> list[SourceArray]:
-  """Return the arrays of the embedding and the norms."""
+  """Return the arrays of the embedding and the norms, which are never quantized."""
   arrays = [whole_array(leaves[EMBEDDING], 'embedding', None)]
   norms: list[tuple[str, str, int | None]] = [('final_norm', FINAL_NORM, None)]
   norms += [(name, f'{LAYERS}/{module}', layer_axis) for name, module in kind.norms]
@@ -223,21 +223,21 @@ def _unquantized_arrays(
 
 
 def _check_shared_scales(tree: Tree, kernel: Kernel, model: ModelConfig) -> None:
-  """Refuse a quantized kernel whose scales the model shares with another kernel's."""
+  """Raise CheckpointError for quantized kernels with separate scales that the model shares."""
   matrices = params.parameters(model)
   within = {name for name, _ in kernel.parts}
   for name in within:
     sharing = {n for n, p in matrices.items() if p.scale == matrices[name].scale}
     if not sharing <= within:
       raise CheckpointError(
-        f'{tree.path} has quantized kernels with scales of their own for '
-        f'{" and ".join(sorted(sharing))}, which in a parallel block share one: convert the float '
-        'checkpoint'
+        f'{tree.path} has quantized kernels with separate scales for '
+        f'{" and ".join(sorted(sharing))}, which share one scale in a parallel block: '
+        'convert the float checkpoint'
       )
 
 
 def _check_canonical(tensors: dict[str, Tensor], model: ModelConfig) -> None:
-  """Refuse a kernel that holds another shape of a canonical tensor than the model has."""
+  """Raise CheckpointError if a canonical tensor's shape is not the model's."""
   wanted = {**params.parameters(model), **params.scales(model)}
   for name, tensor in tensors.items():
     if tensor.shape != wanted[name].shape:
@@ -248,7 +248,7 @@ def _check_canonical(tensors: dict[str, Tensor], model: ModelConfig) -> None:
 
 
 def _weights(tensors: dict[str, Tensor], model: ModelConfig, quantized: bool) -> str:
-  """Return what the matrices are: 'int8', 'bfloat16' if all of them are, or 'float32'."""
+  """Return the dtype of the matrices: 'int8', 'bfloat16' if all have it, else 'float32'."""
   if quantized:
     return 'int8'
   matrices = [tensors[n].dtype for n, p in params.parameters(model).items() if p.kind == 'matrix']
@@ -256,7 +256,7 @@ def _weights(tensors: dict[str, Tensor], model: ModelConfig, quantized: bool) ->
 
 
 def _layer_axis(leaves: dict[str, Tensor], kind: LayerKind) -> int:
-  """Return the axis that is not E of a layer's norm scale [E, L] or [L, E]."""
+  """Return the axis of a layer's norm scale, [E, L] or [L, E], that is not E."""
   shape = leaves[f'{LAYERS}/{kind.norms[0][1]}/scale'].shape
   d_model = leaves[EMBEDDING].shape[-1:]
   return 0 if len(shape) == 2 and shape[1:] == d_model != shape[:1] else 1
@@ -285,6 +285,6 @@ def _shapes(
 
 
 def _cast(leaves: dict[str, Tensor], name: str, dtype: type) -> Tensor:
-  """Return a leaf in a dtype."""
+  """Return a leaf, cast to a dtype."""
   leaf = leaves[name]
   return leaf if leaf.dtype == dtype else Cast(leaf, dtype, f'target/{name}')

@@ -1,4 +1,4 @@
-"""The names in flaxformer's parameter tree, and checks of a tree's names, dtypes and shapes."""
+"""Names in flaxformer's parameter tree, and checks of a tree's names, dtypes and shapes."""
 
 from collections.abc import Collection, Iterable, Mapping
 import re
@@ -18,9 +18,9 @@ LAYERS = 'decoder/decoder'
 LAYER = re.compile(r'decoder/layers_(0|[1-9][0-9]{0,8})/(.*)')
 SUPPORTED = (
   "Supported are decoders of flaxformer's ParallelFusedDecoderLayer or DecoderLayer: rotary "
-  'positions, SwiGLU or GELU, no biases but those of layer norms, tied embedding'
+  'positions, SwiGLU or GELU, no biases except in layer norms, tied embedding'
 )
-# (pattern in a parameter's name, why a model with such a parameter can't be served)
+# (pattern of a parameter's name, reason why a model with such a parameter can't be served)
 _REASONS = (
   (r'relpos_bias|rel_embedding|position_embedder', 'positions must be rotary, not learned'),
   (r'^encoder/|encoder_decoder_attention|cross_attention', 'it must be a decoder alone'),
@@ -33,7 +33,7 @@ _REASONS = (
 def check_names(
   tree: Tree, leaves: Collection[str], kind: LayerKind, quantized: bool
 ) -> tuple[tuple[str, ...], str]:
-  """Return the modules of the kernels and the kind of norm, 'rms' or 'layer', of a tree.
+  """Return a tree's kernel modules, and the kind of its norms, 'rms' or 'layer'.
 
   Raises:
     CheckpointError: Parameters are missing or unknown.
@@ -70,7 +70,7 @@ def check_names(
 
 
 def check_dtypes(leaves: Mapping[str, Tensor]) -> None:
-  """Refuse a parameter that holds no floats; a qkernel may have any dtype that holds int8."""
+  """Raise CheckpointError for a parameter that is not float. A qkernel may have any dtype."""
   for name, leaf in leaves.items():
     is_float = leaf.dtype.kind == 'f' or leaf.dtype == ml_dtypes.bfloat16
     if not is_float and not name.endswith('/qkernel'):
@@ -89,7 +89,7 @@ def check_shapes(
   axis: int,
   given: bool,
 ) -> None:
-  """Refuse the first parameter whose shape is not this model's.
+  """Raise CheckpointError for the first parameter whose shape is not the model's.
 
   The message has the expected shape, the stored shape and the parameter's file.
 
@@ -101,7 +101,7 @@ def check_shapes(
     config: The model.
     quantized: Whether kernels are qkernel and qscale.
     axis: Position of the layer axis.
-    given: Whether the user gave the model; else it follows from the checkpoint's other parameters.
+    given: Whether the user gave the model. Otherwise it was derived from the checkpoint.
   """
 
   def layered(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -129,16 +129,16 @@ def check_shapes(
 
 
 def is_per_layer(tree: Tree) -> bool:
-  """Return whether a tree has a subtree a layer, rather than scanned layers."""
+  """Return whether a tree has one subtree per layer instead of scanned layers."""
   return any(LAYER.fullmatch(name) for name in tree.leaves)
 
 
 def modules_in(leaves: Iterable[str]) -> set[str]:
-  """Return the modules of a layer that have parameters."""
+  """Return the modules of a layer that have parameters among the leaves."""
   prefix = f'{LAYERS}/'
   return {n.removeprefix(prefix).rpartition('/')[0] for n in leaves if n.startswith(prefix)}
 
 
 def norm_leaves(norm: str) -> tuple[str, ...]:
-  """Return the parameters of a norm of this kind, 'rms' or 'layer'."""
+  """Return the names of the parameters of a norm of kind 'rms' or 'layer'."""
   return ('scale', 'bias') if norm == 'layer' else ('scale',)

@@ -1,4 +1,4 @@
-"""A stored kernel of flaxformer's layers, and the map from it to canonical matrices."""
+"""A stored kernel of flaxformer's layers, and its map to canonical matrices."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -13,10 +13,10 @@ class Kernel:
   """A stored kernel of one layer, of shape inputs + outputs.
 
   Attributes:
-    module: Place of the kernel in a layer's subtree.
+    module: Path of the kernel's module in a layer's subtree.
     inputs: Sizes of the axes that a matmul sums over.
     outputs: Sizes of the axes that a matmul keeps.
-    parts: (canonical name, width) of the matrices that lie side by side on the part axis.
+    parts: (canonical name, width) of each matrix, in their order on the part axis.
     axis: Position of the part axis in inputs + outputs.
   """
 
@@ -39,7 +39,7 @@ class Kernel:
     Args:
       num_layers: L.
       layer_axis: Position of the layer axis in the stored kernel.
-      factors: By canonical name, what stored values are multiplied by; 1 where missing.
+      factors: By canonical name, the factor to multiply stored values by; 1 if missing.
     """
     parts, start = [], 0
     for name, width in self.parts:
@@ -52,14 +52,14 @@ class Kernel:
   ) -> KernelLayout:
     """Return the map from the stored `qscale` of a quantized kernel to canonical scales.
 
-    AQT stores what a weight is multiplied by before rounding, the reciprocal of the canonical
-    scale. Axes that are summed over have size 1 in it, and parts that lie side by side on such an
-    axis share one scale.
+    AQT stores the number that a weight is multiplied by before rounding: the reciprocal of the
+    canonical scale. In `qscale`, axes that are summed over have size 1, and parts that are
+    concatenated on such an axis share one scale.
 
     Args:
       config: The model.
       layer_axis: Position of the layer axis in `qscale`.
-      factors: As in layout(): the factor of a quantized matrix is in its scale.
+      factors: As in `layout`. For a quantized matrix the factor is applied to its scale.
     """
     matrices = params.parameters(config)
     is_summed = self.axis < len(self.inputs)

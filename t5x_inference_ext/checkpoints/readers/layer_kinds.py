@@ -1,14 +1,14 @@
 """flaxformer's decoder layers: the names, axes and canonical matrices of their kernels.
 
-Everything that tells one kind of layer from another is in these tables; flaxformer.py reads trees
-by them. Shapes here are of one layer, without the layer axis. C is the number of columns a head.
+These tables hold all differences between the kinds of layers; flaxformer.py reads trees by them.
+Shapes are those of one layer, without the layer axis. C is the number of columns per head.
 
   ParallelFusedDecoderLayer, for multiquery only; C = Q + 2F/H (SwiGLU) or Q + F/H (GELU)
     q_wi_fused [E, H, C]
     kv_fused [E, 1, 2Q]
     o_wo_fused [H, Q + F/H, E]
-  DecoderLayer, with heads in an axis of their own (split_head_kernel) or merged, [E, H Q]
-    self_attention/{query, key, value} [E, H, Q], of multiquery key and value [E, Q];
+  DecoderLayer, with heads on a separate axis (split_head_kernel) or merged, [E, H Q]
+    self_attention/{query, key, value} [E, H, Q], for multiquery key and value [E, Q];
       or kv_fused [E, 2, H, Q]; or qkv_fused [E, 3, H, Q]
     self_attention/out [H, Q, E]
     mlp/wi (GELU), or wi_0 and wi_1 (SwiGLU), [E, F]; or wi_fused [E, 1 or 2, F]
@@ -22,12 +22,12 @@ from typing import Any, TypeAlias
 from t5x_inference_ext.checkpoints.readers.kernel import Kernel
 from t5x_inference_ext.config import ModelConfig
 
-# Shapes of the stored kernels, by module.
+# Module -> shape of its stored kernel.
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 
 
 class UnknownSizes(ValueError):
-  """Shapes from which no model, or more than one, follows."""
+  """The shapes fit no model, or more than one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,19 +36,19 @@ class LayerKind:
 
   Attributes:
     name: flaxformer's name of the layer, for messages.
-    block: ModelConfig.block of such layers.
-    norm_scale: ModelConfig.norm_scale that is assumed where nobody says.
+    block: Value of ModelConfig.block for such layers.
+    norm_scale: Value of ModelConfig.norm_scale that is assumed if none is given.
     norms: (canonical name, module) of each norm.
-    alternatives: For each choice of modules, the possible sets of modules; exactly one set of each
-      choice is in a tree.
+    alternatives: For each choice, the possible sets of modules. A tree has exactly one set of each
+      choice.
     ranks: Numbers of axes that a module's kernel may have.
-    sizes: Returns d_ff, num_heads, d_head and num_kv_heads from the stored shapes. Raises
+    sizes: Function from stored shapes to (d_ff, num_heads, d_head, num_kv_heads). Raises
       UnknownSizes.
-    mlp: Returns ModelConfig.mlp from the stored shapes.
-    kernels: Returns the kernels of a model, by module; those of the alternatives are among them.
-    output_factor: Factor that the layer applies to its outputs before it adds them.
+    mlp: Function from stored shapes to ModelConfig.mlp.
+    kernels: Function from a model to its kernels by module, those of all alternatives included.
+    output_factor: Factor that the layer multiplies its outputs by before adding them.
     folds_logit_scale: Whether attention without rescale_logits is initialized with smaller queries,
-      which tell of it.
+      by which it can be recognized.
   """
 
   name: str
@@ -64,7 +64,7 @@ class LayerKind:
   folds_logit_scale: bool = True
 
   def modules(self, stored: Set[str]) -> tuple[str, ...]:
-    """Return the kernels' modules that a tree with the modules `stored` has to have."""
+    """Return the kernel modules that a tree must have, given its modules `stored`."""
 
     def fit(modules: tuple[str, ...]) -> int:
       return sum(1 if module in stored else -1 for module in modules)
@@ -72,9 +72,9 @@ class LayerKind:
     return tuple(module for choice in self.alternatives for module in max(choice, key=fit))
 
   def factors(self, model: ModelConfig, rescale_logits: bool = True) -> dict[str, float]:
-    """Return the factors that turn stored matrices into canonical ones, by name; 1 where missing.
+    """Return the factors from stored to canonical matrices, by canonical name; 1 if missing.
 
-    Without flaxformer's `rescale_logits` the trained model did not divide attention logits by
+    Without flaxformer's `rescale_logits` the model was trained without dividing attention logits by
     sqrt(Q). The program always divides, so queries are multiplied by sqrt(Q).
     """
     return {
@@ -97,7 +97,7 @@ def _fused_sizes(shapes: Shapes) -> dict[str, int]:
   q = kv_columns // 2
   if kv_columns % 2 or columns <= q or (columns - q) % inputs:
     raise UnknownSizes(
-      f'{KV} {list(shapes[KV])} and {Q_WI} {list(shapes[Q_WI])} (of a layer) do not fit each '
+      f'{KV} {list(shapes[KV])} and {Q_WI} {list(shapes[Q_WI])} (per layer) do not match each '
       'other: their last axes should be 2Q and Q + 2F/H'
     )
   return dict(
@@ -106,7 +106,7 @@ def _fused_sizes(shapes: Shapes) -> dict[str, int]:
 
 
 def _fused_kernels(c: ModelConfig, shapes: Shapes) -> dict[str, Kernel]:
-  del shapes  # only one form exists
+  del shapes  # there is only one form
   if c.d_ff % c.num_heads:
     raise UnknownSizes(
       f'd_ff {c.d_ff} is not a multiple of {c.num_heads} heads: no fused kernel has this shape'
@@ -143,16 +143,16 @@ def _separate_sizes(shapes: Shapes) -> dict[str, int]:
   elif len(out) == 3:
     q = out[1]
   elif len(key) == 3 or key[1] < queries[1]:
-    q = key[-1]  # of two axes, [E, Q]: multiquery
+    q = key[-1]  # two axes, [E, Q]: multiquery
   else:
     raise UnknownSizes(
-      f'{QUERY} {list(queries)} and {KEY} {list(key)} do not say how many heads their columns are: '
+      f'{QUERY} {list(queries)} and {KEY} {list(key)} do not determine the number of heads: '
       'give the model (config=ModelConfig(...), or MODEL_CONFIG in gin)'
     )
   columns, kv_columns = (x[1] * x[2] if len(x) == 3 else x[1] for x in (queries, key))
   if columns % q or kv_columns % q:
     raise UnknownSizes(
-      f'{QUERY} {list(queries)} and {KEY} {list(key)} do not fit each other: both should be whole '
+      f'{QUERY} {list(queries)} and {KEY} {list(key)} do not match: both should be whole '
       f'heads of {q} columns'
     )
   return dict(d_ff=d_ff, num_heads=columns // q, d_head=q, num_kv_heads=kv_columns // q)
@@ -205,7 +205,7 @@ _SEPARATE: dict[str, Any] = dict(
   kernels=_separate_kernels,
 )
 
-# Where two kinds fit a tree equally well, the first is meant.
+# If two kinds fit a tree equally well, the first one is taken.
 LAYER_KINDS = (
   LayerKind(
     'ParallelFusedDecoderLayer',
@@ -226,7 +226,7 @@ LAYER_KINDS = (
     (('attention_norm', 'pre_self_attention_layer_norm'), ('mlp_norm', 'pre_mlp_layer_norm')),
     **_SEPARATE,
   ),
-  # This layer adds (attention + MLP) / sqrt(2): the factor goes into both output matrices.
+  # This layer adds (attention + MLP) / sqrt(2): the factor is moved into both output matrices.
   LayerKind(
     'DecoderLayer(parallel=True)',
     'parallel',

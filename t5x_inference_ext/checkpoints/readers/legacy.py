@@ -1,4 +1,4 @@
-"""T5X's own checkpoint format: a msgpack index, and beside it one zarr array a parameter."""
+"""T5X's own checkpoint format: a msgpack index, and next to it one zarr array per parameter."""
 
 from collections.abc import Iterator
 import os
@@ -27,13 +27,13 @@ def read_legacy(path: str, index: bytes) -> Tree:
   """Return the parameters of the checkpoint directory `path`, whose msgpack file holds `index`.
 
   Raises:
-    CheckpointError: The index is of another kind, an array is missing, or an array's shape is not
-      the index's.
+    CheckpointError: The index is of another kind, an array is missing, or an array's shape differs
+      from the index.
   """
   where = f'{path}/{INDEX}'
   content = parse_index(index, where)
-  # {'optimizer': {'target', 'state'}} since T5X's first version; a bare {'target', 'state'} from
-  # other writers.
+  # T5X has written {'optimizer': {'target', 'state'}} since its first version; other writers leave
+  # out 'optimizer'.
   content = content.get('optimizer', content) if isinstance(content, dict) else None
   if not isinstance(content, dict) or not isinstance(content.get('target'), dict):
     raise CheckpointError(
@@ -58,16 +58,16 @@ def read_legacy(path: str, index: bytes) -> Tree:
     if shape is not None and shape != list(stored.shape):
       raise CheckpointError(
         f'{stored.name}: {stored.path} has shape {list(stored.shape)}, but {where} says '
-        f'{reprlib.repr(shape)}: the files belong to different checkpoints'
+        f'{reprlib.repr(shape)}: the files come from different checkpoints'
       )
   return Tree(path, 'T5X checkpoint', leaves, _step(content.get('state')))
 
 
 def parse_index(data: bytes, path: str) -> Any:
-  """Return the content of flax's msgpack: nested dicts with numpy arrays.
+  """Return the content of a msgpack file written by flax: nested dicts with numpy arrays.
 
   Raises:
-    CheckpointError: The data is not msgpack, is damaged, or is nested too deep to be read.
+    CheckpointError: The data is not msgpack, is damaged, or is nested too deeply to be read.
   """
   try:
     return msgpack.unpackb(
@@ -88,16 +88,16 @@ def parse_index(data: bytes, path: str) -> Any:
 
 
 def pack_array(values: npt.ArrayLike) -> msgpack.ExtType:
-  """Return a small array as flax stores it inside an index, where parse_index finds it."""
+  """Return a small array in flax's form inside an index, which parse_index reads."""
   values = np.asarray(values)
   content = values.shape, values.dtype.name, values.tobytes()
   return msgpack.ExtType(_NDARRAY, msgpack.packb(content, use_bin_type=True))
 
 
 def flat_leaves(tree: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
-  """Yield keys and value of each leaf: what is no dict, or a reference to an array."""
+  """Yield the keys and value of each leaf: a reference to an array, or a value that is no dict."""
   pending: list[tuple[tuple[str, ...], Any]] = [((), tree)]
-  while pending:  # not by recursion: a damaged index may be nested deeper than Python's stack
+  while pending:  # no recursion: a damaged index may be nested too deeply for it
     keys, node = pending.pop()
     if isinstance(node, dict) and not _is_reference(node):
       pending += [((*keys, str(key)), child) for key, child in reversed(node.items())]
@@ -106,7 +106,7 @@ def flat_leaves(tree: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
 
 
 def _extension(code: int, data: bytes) -> Any:
-  """Return what one of flax's msgpack extension types holds."""
+  """Return the value that one of flax's msgpack extension types encodes."""
   if code not in (_NDARRAY, _SCALAR):
     return msgpack.ExtType(code, data)
   shape, dtype_name, buffer = msgpack.unpackb(data, raw=True)
@@ -116,7 +116,7 @@ def _extension(code: int, data: bytes) -> Any:
 
 
 def _join_chunks(node: dict) -> Any:
-  """Return the array that flax cut into pieces, or any other node as it is."""
+  """Return the array that flax cut into pieces; return other nodes unchanged."""
   if not node.get(_CHUNKED):
     return node
   chunks, shape = (
@@ -131,19 +131,19 @@ def _is_reference(node: Any) -> bool:
 
 
 def _directory_name(spec: dict, parameter: str) -> str:
-  """Return the name of an array's directory: the last part of the path that the writer used."""
+  """Return the name of an array's directory: the last component of the path in the index."""
   kvstore = spec.get('kvstore')
   path = (kvstore.get('path') if isinstance(kvstore, dict) else None) or spec.get('path')
   if spec['driver'] != 'zarr' or not isinstance(path, str) or not path.strip('/'):
     raise CheckpointError(
-      f'{parameter}: the checkpoint index refers to it in a way that T5X does not write: '
+      f'{parameter}: the checkpoint index refers to it in a form that T5X does not write: '
       f'{reprlib.repr(spec)}'
     )
   return path.rstrip('/').rpartition('/')[2]
 
 
 def _recorded_shape(spec: dict) -> Any:
-  """Return an array's shape by the index, or None where the index does not say it."""
+  """Return an array's shape from the index, or None if the index does not have it."""
   metadata = spec.get('metadata')
   return metadata.get('shape') if isinstance(metadata, dict) else None
 

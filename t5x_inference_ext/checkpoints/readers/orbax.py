@@ -1,8 +1,8 @@
-"""Checkpoints that T5X (or anyone) saves through Orbax.
+"""Checkpoints that T5X, or any other program, saves through Orbax.
 
-A `state` directory holds zarr arrays, usually in one OCDBT store.
+A `state` directory holds zarr arrays, usually in one OCDBT store. They are read through
+tensorstore, which can read slices; Orbax itself is not needed.
 
-The arrays are read through tensorstore, so that slices can be read; Orbax itself is not needed.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,16 +20,16 @@ from t5x_inference_ext.errors import CheckpointError, name_list, printable
 
 METADATA = '_METADATA'
 STATE = 'state'
-# T5X's name of the item is `state`; Orbax's own default is `default`.
+# Directory of the item: T5X names it `state`, Orbax's default is `default`.
 _ITEMS = ('', STATE, 'default')
-# The index of Orbax's first releases: a msgpack tree, as flax writes it, in which large leaves are
+# The index of Orbax's first releases: a msgpack tree in flax's form, in which large leaves are
 # strings.
 _OLD_INDEX = 'checkpoint'
 _PLACEHOLDER = 'PLACEHOLDER://'
-# Orbax writes into a directory of such a name, and renames it when all is written.
+# Orbax writes into a directory with such a name, and renames it when everything is written.
 _UNFINISHED = re.compile(r'\.orbax-checkpoint-tmp\b[^/]*(/|$)')
 
-# Leaves by their keys in the tree; None for an array in the store.
+# Keys in the tree -> leaf; None for an array in the store.
 _Leaves: TypeAlias = dict[tuple[str, ...], Tensor | None]
 
 
@@ -72,7 +72,8 @@ def read_orbax(path: str, directory: str) -> Tree:
       zarr3, ocdbt = content.get('use_zarr3', False), content.get('use_ocdbt', True)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
       raise CheckpointError(f'{where} is damaged: {type(e).__name__} {e!s:.200}') from e
-    # zarr 2 arrays of Orbax have no fill value, and so always store zeros; zarr 3 arrays have one.
+    # Orbax's zarr 2 arrays have no fill value, so zeros are always stored; its zarr 3 arrays have
+    # one.
     zeros_are_stored = not zarr3 or bool(content.get('store_array_data_equal_to_fill_value'))
   if ocdbt and storage.read_file(directory, 'manifest.ocdbt') is None:
     raise CheckpointError(
@@ -109,17 +110,17 @@ def read_orbax(path: str, directory: str) -> Tree:
 
 
 def _finished(directory: str) -> str:
-  """Return the directory. Raises CheckpointError: its name is one of an unfinished save."""
+  """Return the directory. Raises CheckpointError if its name is that of an unfinished save."""
   if _UNFINISHED.search(directory):
     raise CheckpointError(
-      f'{directory} is not a checkpoint: Orbax is still writing it, or was interrupted; take an '
+      f'{directory} is not a checkpoint: Orbax is still writing it, or was interrupted; use an '
       'earlier step'
     )
   return directory
 
 
 def _target_prefix(leaves: _Leaves, where: str) -> tuple[str, ...]:
-  """Return the keys of the subtree of parameters. Raises CheckpointError: there is none."""
+  """Return the keys of the subtree of parameters. Raises CheckpointError if there is none."""
   for prefix in (('target',), ('optimizer', 'target')):
     if any(keys[: len(prefix)] == prefix for keys in leaves):
       return prefix
@@ -133,7 +134,7 @@ def _target_prefix(leaves: _Leaves, where: str) -> tuple[str, ...]:
 def _leaf_keys(tree_metadata: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
   """Yield the keys of every array in the tree."""
   for leaf in tree_metadata.values():
-    if not leaf['value_metadata'].get('skip_deserialize', False):  # empty nodes
+    if not leaf['value_metadata'].get('skip_deserialize', False):  # leave out empty nodes
       yield tuple(str(k['key']) for k in leaf['key_metadata'])
 
 

@@ -10,13 +10,13 @@ from t5x_inference_ext.checkpoints.tensor import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class Tree:
-  """Parameters of a T5X checkpoint, of which no values are read yet.
+  """Parameters of a T5X checkpoint. No values have been read yet.
 
   Attributes:
     path: Checkpoint directory.
-    description: Format of the checkpoint, in words.
-    leaves: Parameters by their place under target, such as 'decoder/decoder/kv_fused/kernel'.
-    step: Training step, where recorded.
+    description: Format of the checkpoint, for messages.
+    leaves: Parameters by path under target, such as 'decoder/decoder/kv_fused/kernel'.
+    step: Training step, or None if not recorded.
   """
 
   path: str
@@ -26,7 +26,7 @@ class Tree:
 
 
 def step_number(values: Any) -> int | None:
-  """Return the training step that a checkpoint holds; None where the value is no whole number."""
+  """Return the training step that a checkpoint holds; None if the value is not a whole number."""
   values = np.asarray(values)
   if values.size != 1 or values.dtype.kind not in 'iuf' or not np.isfinite(values).all():
     return None

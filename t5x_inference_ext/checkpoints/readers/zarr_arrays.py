@@ -11,18 +11,18 @@ from t5x_inference_ext.checkpoints import storage
 from t5x_inference_ext.checkpoints.tensor import Bounds, Tensor
 from t5x_inference_ext.errors import CheckpointError
 
-# Decoded chunks are kept, so that reading one layer after another out of a chunk that holds several
-# decodes it once.
+# Decoded chunks are cached, so that reading a multi-layer chunk one layer at a time decodes it
+# once.
 CACHE_BYTES = 512 * 2**20
 _cached = ts.Context({'cache_pool': {'total_bytes_limit': CACHE_BYTES}})
-# For what is read once, or must come from the disk.
+# For values that are read only once, or must come from the disk.
 _uncached = ts.Context({'cache_pool': {'total_bytes_limit': 0}})
 
 
 class ZarrTensor(Tensor):
   """A stored zarr array.
 
-  A missing chunk is an error, where tensorstore by itself gives fill values.
+  A missing chunk is an error here; tensorstore alone would return fill values.
   """
 
   def __init__(self, name: str, path: str, store: ts.TensorStore, spec: dict) -> None:
@@ -31,8 +31,8 @@ class ZarrTensor(Tensor):
     Args:
       name: Name of the parameter, for messages.
       path: Directory of the array.
-      store: The array, opened.
-      spec: tensorstore's spec that opens the array.
+      store: The opened array.
+      spec: tensorstore's spec for opening the array.
     """
     super().__init__(store.shape, store.dtype.numpy_dtype, path)
     self.name = name
@@ -56,17 +56,17 @@ class ZarrTensor(Tensor):
 
 
 class _GzipTrailers:
-  """The ends of an array's gzip chunks, each read once.
+  """The last bytes of an array's gzip chunks, each read once.
 
-  tensorstore compares the checksum and the length at the end of a gzip stream, but takes a stream
-  that was cut within them. The last 4 bytes of a whole one are the number of bytes that it
-  decompresses to.
+  tensorstore compares the checksum and the length at the end of a gzip stream, but accepts a stream
+  that was cut off within them. The last 4 bytes of a complete stream are the number of bytes that
+  it decompresses to.
   """
 
   _BYTES = 4
 
   def __init__(self, store: ts.TensorStore, metadata: dict) -> None:
-    assert store.kvstore is not None  # every zarr array has one
+    assert store.kvstore is not None  # every zarr array has a kvstore
     self._kvstore, self._chunk = store.kvstore, tuple(metadata['chunks'])
     self._separator = metadata.get('dimension_separator', '.')
     size = math.prod(self._chunk) * store.dtype.numpy_dtype.itemsize
@@ -75,41 +75,41 @@ class _GzipTrailers:
 
   @classmethod
   def of(cls, store: ts.TensorStore) -> '_GzipTrailers | None':
-    """Return the trailers of a gzip array of zarr version 2, as T5X writes; None for others."""
+    """Return the trailers of T5X's arrays (gzip, zarr version 2), or None for other arrays."""
     spec = store.spec().to_json()
     compressor = spec['metadata'].get('compressor') or {}
     is_gzip = spec['driver'] == 'zarr' and compressor.get('id') == 'gzip'
     return cls(store, spec['metadata']) if is_gzip else None
 
   def read(self, bounds: Bounds) -> dict[str, ts.Future]:
-    """Start to read the trailers of chunks in `bounds` that were not read before, by chunk key."""
+    """Start to read the trailers of chunks in `bounds` that were not read before; by chunk key."""
     ranges = (range(begin // c, -(-end // c)) for (begin, end), c in zip(bounds, self._chunk))
     keys = (self._separator.join(map(str, place)) or '0' for place in itertools.product(*ranges))
     tail = slice(-self._BYTES, None)
     return {k: self._kvstore.read(k, byte_range=tail) for k in keys if k not in self._checked}
 
   def damage(self, trailers: dict[str, ts.Future]) -> str | None:
-    """Return the key of the first chunk that has lost its end, and why; None: all are whole."""
+    """Return a message with the first chunk that is cut off, or None if all are complete."""
     for key, trailer in trailers.items():
       try:
         found = trailer.result()
       except ValueError as e:
         return f'{key}: {storage.reason(e)}'
       if found.state == 'value' and found.value != self._expected:
-        return f'{key}: the end of the file is not there'
+        return f'{key}: the end of the file is missing'
       self._checked.add(key)
     return None
 
 
 class OpeningArray:
-  """An array being opened: start many with open_array, then wait for each."""
+  """An array that is being opened: start many with open_array, then wait for each."""
 
   def __init__(self, name: str, path: str, spec: dict, cached: bool) -> None:
     self.name, self.path, self._spec = name, path, spec
     context = _cached if cached else _uncached
     try:
       self._future = ts.open(ts.Spec(spec), open=True, read=True, context=context)
-    except ValueError as e:  # a path that no file has
+    except ValueError as e:  # a path that no file can have
       raise self._error(storage.reason(e)) from e
 
   def store(self) -> ts.TensorStore:
@@ -120,9 +120,11 @@ class OpeningArray:
       raise self._error(storage.reason(e)) from e
     chunk = store.chunk_layout.read_chunk.shape or ()
     nbytes = math.prod(c or 1 for c in chunk) * store.dtype.numpy_dtype.itemsize
-    # tensorstore ends the process where it can't allocate a chunk.
+    # tensorstore kills the process if it can't allocate a chunk.
     if nbytes > os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'):
-      raise self._error(f'it says that its chunks are {list(chunk)}, {nbytes / 1e9:.0f} GB each')
+      raise self._error(
+        f'chunks of {list(chunk)} are {nbytes / 1e9:.0f} GB each, more than the memory'
+      )
     return store
 
   def tensor(self) -> ZarrTensor:
@@ -149,12 +151,12 @@ def open_array(
     name: Name of the parameter, for messages.
     path: Directory of the array.
     driver: 'zarr' (version 2) or 'zarr3'.
-    base: Spec of a key-value store that holds the array under `key`, where it is not a directory of
-      its own.
-    key: See base.
-    zeros_are_stored: False only where the writer is known to leave out chunks that are all fill
-      value; everywhere else a missing chunk has been lost.
-    cached: Whether decoded chunks are kept for later reads; False reads from the disk each time.
+    base: Spec of a key-value store that holds the array under `key`; None if the array is a
+      directory.
+    key: Key of the array in `base`.
+    zeros_are_stored: False only if the writer is known to leave out chunks that are all fill value.
+      Otherwise a missing chunk is a lost chunk.
+    cached: Whether decoded chunks are cached for later reads; False reads from the disk each time.
   """
   store = storage.kvstore(path) if base is None else {**base, 'path': key.rstrip('/') + '/'}
   spec = {'driver': driver, 'kvstore': store, 'fill_missing_data_reads': not zeros_are_stored}

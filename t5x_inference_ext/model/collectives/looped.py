@@ -1,9 +1,9 @@
-"""Looped collective matmuls (section 3.5): a collective in steps that hide behind its matmul.
+"""Looped collective matmuls (section 3.5): collectives in steps that overlap with their matmul.
 
-Each step multiplies the data at hand while the data of the next step travels one link of a ring.
-The loops are unrolled, so that the compiler starts a step's collective-permute before its matmul
-and waits for it after. The results equal those of the collectives in ops.py and one matmul, and as
-many bytes move. Over axes of size 1 they are the matmul alone.
+Each step multiplies the data that a device has, while the next step's data travels one link of the
+ring. The loops are unrolled, so that the compiler starts a step's collective-permute before the
+step's matmul and waits for it afterwards. Results and bytes moved equal those of the collectives in
+ops.py with one matmul. Over axes of size 1 nothing is left but the matmul.
 """
 
 from collections.abc import Sequence
@@ -26,13 +26,13 @@ def all_gather_matmul(
     x: [..., in/n]. This shard's slice of the activations; n is the product of the axes' sizes.
     w: [in, out], float or int8.
     axes: Mesh axes that split x's last dimension, the first axis slowest.
-    directions: 1: slices travel one way around the ring. 2: half of each slice travels either way.
+    directions: 1: slices travel one way around the ring. 2: half of each slice travels each way.
 
   Returns:
     [..., out] in x's dtype; partial sums are added in float32.
 
   Raises:
-    ValueError: w has other rows than the gathered x has columns.
+    ValueError: The number of w's rows is not that of the gathered x's columns.
   """
   ring = Ring(axes)
   width = x.shape[-1]
@@ -52,7 +52,7 @@ def all_gather_matmul(
       y = product if y is None else y + product
       if step < ring.size - 1:
         slices[i] = ring.permute(slices[i], direction)
-  assert y is not None, 'a ring has a step'
+  assert y is not None, 'a ring has at least one step'
   return y.astype(x.dtype)
 
 
@@ -62,15 +62,15 @@ def matmul_reduce_scatter(
   """Compute reduce_scatter(x @ w, last dimension), in as many steps as there are shards.
 
   A sum travels around the ring, adds one shard's product at each step, and ends at the shard that
-  keeps its columns. It is added to in float32 but travels in x's dtype, so that as many bytes move
-  as in one reduce-scatter: in bfloat16 it is rounded n times.
+  keeps it. Additions are in float32, but sums travel in x's dtype, so that no more bytes move than
+  in one reduce-scatter: in bfloat16 a sum is rounded n times.
 
   Args:
     x: [..., in]. This shard's part of the contracted dimension.
     w: [in, out], float or int8.
-    axes: Mesh axes to sum over, which split the result's last dimension, the first axis slowest; n
-      shards.
-    directions: 1: sums travel one way around the ring. 2: half of each sum's columns travels either
+    axes: Mesh axes to sum over. They split the result's last dimension into n shards, the first
+      axis slowest.
+    directions: 1: sums travel one way around the ring. 2: half of each sum's columns travels each
       way.
 
   Returns:
@@ -90,7 +90,7 @@ def matmul_reduce_scatter(
   for step in range(ring.size):
     arrived, sums = sums, []
     for i, (offset, size, direction) in enumerate(parts):
-      # A sum's columns are those of the shard that it reaches with the last step.
+      # A sum holds the columns of the shard that it reaches in the last step.
       shard = ring.shard_at(step + 1, direction)
       columns = lax.dynamic_slice_in_dim(w, shard * width + offset, size, 1)
       total = int8.matmul(x, columns, dtype=jnp.float32)

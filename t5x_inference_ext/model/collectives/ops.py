@@ -1,4 +1,4 @@
-"""Collectives of the paper's appendix A.1, inside shard_map. Axes of size 1 do nothing.
+"""Collectives of the paper's appendix A.1, inside shard_map. Over axes of size 1 they do nothing.
 
 Axes are a sequence of mesh axis names. Shards are ordered with the first axis slowest, as in a
 PartitionSpec.
@@ -14,14 +14,14 @@ from jaxtyping import Array, Int, Shaped
 
 from t5x_inference_ext.hardware import LANES
 
-# XLA:TPU lowers some tiled reduce-scatters to all-reduce + slice, which sends twice the bytes.
-# Giving the shards a dimension of their own avoids that, at the price of a copy where arrays are
-# small or where it cuts tiles of 8 by LANES: do so above _LARGE elements; with at most _ROWS rows
-# on each shard, split features into tiles instead.
+# XLA:TPU lowers some tiled reduce-scatters to all-reduce + slice, which sends twice the bytes. A
+# separate dimension for the shards avoids that, at the price of a copy where arrays are small, or
+# where it cuts tiles of 8 by LANES. So it is used above _LARGE elements; with at most _ROWS rows on
+# each shard, features are split into tiles instead.
 _LARGE = 2**21
 _ROWS = 8
-# Gathers and reduce-scatters over this many axes, all axes of a mesh, are lowered to all-reduces
-# too. They run in two steps, which move as many bytes.
+# XLA:TPU also lowers gathers and reduce-scatters over this many axes (all axes of a mesh) to
+# all-reduces. Here they run in two steps, which move the same bytes.
 _ALL = 3
 
 
@@ -41,15 +41,15 @@ def all_reduce(x: Shaped[Array, '*s'], axes: Sequence[str]) -> Shaped[Array, '*s
 
 
 def all_gather(x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
-  """Concatenate the shards along `dim`; every shard gets the whole."""
+  """Concatenate the shards along `dim`; every shard gets the whole array."""
   axes = _used(axes)
   if not axes:
     return x
   if len(axes) == _ALL:
     return all_gather(all_gather(x, axes[-1:], dim), axes[:-1], dim)
   if dim == x.ndim - 1 and x.shape[dim] % LANES:
-    # XLA:TPU gathers parts of tiles into an array with features slowest, and transposes it, which
-    # takes ten times as long as the gather. A dimension of their own for the shards avoids that.
+    # XLA:TPU would gather parts of tiles into an array with features slowest, and transpose it: ten
+    # times the time of the gather. A separate dimension for the shards avoids that.
     return jnp.moveaxis(lax.all_gather(x, axes), 0, -2).reshape(*x.shape[:-1], -1)
   return lax.all_gather(x, axes, axis=dim, tiled=True)
 
@@ -71,7 +71,7 @@ def reduce_scatter(x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
     and x.shape[dim] % shards == 0
   ):
     kept = (-1, LANES)
-    # Without the barrier XLA:TPU computes the product that x comes from in tiles too, and lays its
+    # Without the barrier XLA:TPU computes the product that makes x in tiles too, and relays its
     # weights out for that.
     x = lax.optimization_barrier(x)
   elif x.size >= _LARGE and x.shape[dim] % (shards * (LANES if last else _ROWS)) == 0:
@@ -97,7 +97,7 @@ def shard_index(axes: Sequence[str]) -> Int[Array, ''] | int:
 
 
 def local_slice(x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
-  """Return this shard's slice of `dim` of an array that all shards have, without communication."""
+  """Return this shard's slice, along `dim`, of an array that every shard has. Sends nothing."""
   shards = axis_size(axes)
   if shards == 1:
     return x

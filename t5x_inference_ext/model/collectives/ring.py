@@ -1,4 +1,4 @@
-"""A ring of shards over one or several mesh axes in shard_map: the path of looped collectives."""
+"""A ring of shards over one or more mesh axes in shard_map: the path of looped collectives."""
 
 from collections.abc import Sequence
 import functools
@@ -30,8 +30,8 @@ class Ring:
     self.size = ops.axis_size(self.axes)
     sizes = tuple(lax.axis_size(a) for a in self.axes)
     self.order = snake(sizes)
-    # lax.ppermute counts shards in the order of the mesh's axes, whatever the order of the axes it
-    # is given.
+    # lax.ppermute numbers shards in the order of the mesh's axes, in whatever order the axes are
+    # given to it.
     self._mesh_axes = tuple(
       a for a in jax.sharding.get_abstract_mesh().axis_names if a in self.axes
     )
@@ -41,7 +41,7 @@ class Ring:
       self._senders = self._senders * lax.axis_size(axis) + position[axis]
 
   def permute(self, x: Shaped[Array, '*s'], direction: int = 1) -> Shaped[Array, '*s']:
-    """Send each shard's x to the next shard of the ring (direction 1) or to the one before (-1)."""
+    """Send each shard's x to the next shard of the ring (direction 1), or to the previous (-1)."""
     if self.size == 1:
       return x
     receivers = np.roll(self._senders, -direction)
@@ -60,32 +60,32 @@ class Ring:
 def snake(sizes: tuple[int, ...]) -> tuple[int, ...]:
   """Return a walk through a grid, as linear indices (first dimension slowest) of neighbours.
 
-  The order is the reflected mixed-radix order. One dimension is walked once, forth, while the
-  others are walked forth and back. Where the size of that dimension is even, the walk ends above
-  its beginning, and the dimension's wraparound closes it (a dimension of 2 needs no wraparound). So
-  the walk chooses a dimension of 2, or else an even one.
+  The order is the reflected mixed-radix order: one dimension is walked once, from its first to its
+  last position, while the others are walked back and forth. If that dimension has an even size, the
+  walk ends where the other dimensions began, and the dimension's wraparound closes the ring (a size
+  of 2 needs no wraparound). So the walk takes a dimension of size 2 for it, or else an even one.
   """
   slowest = min(range(len(sizes)), key=lambda i: (sizes[i] != 2, sizes[i] % 2), default=0)
   dims = sorted(range(len(sizes)), key=lambda i: i != slowest)
   walk: list[tuple[int, ...]] = [()]
   for i in reversed(dims):
-    # A walk of the faster dimensions, forth at even positions of this one and back at odd ones.
+    # Walk the faster dimensions forward at even positions of this dimension, backward at odd ones.
     walk = [(p, *w) for p in range(sizes[i]) for w in (walk if p % 2 == 0 else walk[::-1])]
   strides = [math.prod(sizes[i + 1 :]) for i in dims]
   return tuple(sum(map(operator.mul, position, strides)) for position in walk)
 
 
 def lanes(size: int, directions: int) -> list[tuple[int, int, int]]:
-  """Split a slice into the parts that travel around the ring: (offset, size, direction) of each.
+  """Split a slice into the parts that travel around the ring, as (offset, size, direction).
 
   Args:
     size: Size of the dimension that is split.
-    directions: 1: the whole slice travels one way. 2: two parts travel opposite ways. They are
-      halves (the first the larger if the size is odd), or, from two tiles on, end at the tile
+    directions: 1: the whole slice travels one way. 2: two parts travel in opposite directions: its
+      halves (the first is larger if the size is odd), or, from two tiles on, parts cut at the tile
       boundary nearest to the middle. A slice of size 1 travels one way.
 
   Raises:
-    ValueError: Another number of directions.
+    ValueError: The directions are neither 1 nor 2.
   """
   if directions not in (1, 2):
     raise ValueError(f'a ring has 1 or 2 directions, got {directions}')

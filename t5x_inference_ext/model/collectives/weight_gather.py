@@ -1,8 +1,9 @@
 """Matmuls by weights that are gathered while they are used: weight-gathered layouts (3.2.3).
 
-A gathered matrix is large (one layer of PaLM 540B in bfloat16 is 8.5 GiB): it should arrive during
-the matmul before its own, not earlier. An optimization barrier ties the start of each gather to an
-earlier result. XLA:TPU schedules by the barrier; XLA:CPU drops it, and gathers everything at once.
+A gathered matrix is large (one layer of PaLM 540B in bfloat16 is 8.5 GiB). It should arrive during
+the matmul just before its own, not earlier. An optimization barrier ties the start of each gather
+to an earlier result. XLA:TPU schedules by the barrier; XLA:CPU drops the barrier, and gathers all
+matrices at once.
 """
 
 from collections.abc import Sequence
@@ -19,17 +20,17 @@ from t5x_inference_ext.quantization import int8
 
 
 class Gatherer:
-  """The gathered matmuls of a layer in the order of their calls: one in use, the next in flight.
+  """The gathered matmuls of a layer, in the order of their calls: one in use, the next in flight.
 
-  Without it a compiler may start every gather at once, and hold each gathered matrix until its
-  turn. Here a matrix may start to travel when the matmul before the last is done, so that it has
-  the length of one matmul to arrive. Matmuls in between by weights that stay need no mention.
+  Without it a compiler may start every gather at once, and hold each gathered matrix until its use.
+  Here a matrix starts to travel when the matmul before the previous one is done, so that it has the
+  time of one matmul to arrive. Matmuls by weights that stay do not go through the Gatherer.
   """
 
   def __init__(self, directions: int = 0) -> None:
-    """Make a Gatherer of no matmuls yet; `directions` is as in gathered_matmul."""
+    """Make a Gatherer without matmuls so far; see gathered_matmul for `directions`."""
     self._directions = directions
-    # Results of the last two matmuls, the older first.
+    # Results of the last two matmuls, the older one first.
     self._done: tuple[jax.Array | None, jax.Array | None] = (None, None)
 
   def matmul(
@@ -49,7 +50,7 @@ class Gatherer:
 
 
 def after(value: Shaped[Array, '*s'], done: Shaped[Array, '...'] | None) -> Shaped[Array, '*s']:
-  """Return the value, which nothing can use before `done` is computed (None: at any time)."""
+  """Return `value`, but let nothing use it before `done` is computed (None: no constraint)."""
   return value if done is None else lax.optimization_barrier((value, done))[0]
 
 
@@ -60,30 +61,29 @@ def gathered_matmul(
   column_axes: Sequence[str],
   directions: int = 0,
 ) -> Float[Array, '*b out']:
-  """Compute x @ all_gather(w); the weights move in their own dtype (int8: one byte each).
+  """Compute x @ all_gather(w). The weights move in their own dtype (int8: one byte each).
 
-  A ring uses one link, or two, of the six that a chip of a 3D torus has and that an all-gather
-  uses. It hides behind the matmul only if there are many tokens: in one direction if 2 * tokens /
-  (FLOP/s) > (bytes of a weight) / (a link's bytes/s).
+  A ring uses one link, or two, of the six that a chip has in a 3D torus; an all-gather uses all
+  six. A ring is hidden behind its matmul only if there are many tokens: in one direction if 2 *
+  tokens / (FLOP/s) > (bytes of a weight) / (a link's bytes/s).
 
   Args:
-    x: [..., in]. Whole rows of some tokens.
+    x: [..., in]. Some tokens, with all their features.
     w: [in/R, out/C]. This shard's part of a matrix, float or int8.
     row_axes: Mesh axes that split the matrix's rows, R shards in all, the first axis slowest; may
       be empty.
     column_axes: Mesh axes that split its columns, C shards. No axis may be in both.
     directions: 0: one all-gather of the whole matrix, then one matmul. 1: shards travel around a
-      ring over all the axes, and the shard at hand is multiplied while the next one travels; two
-      shards are held beside the result. 2: half of each shard, cut across its longer side, travels
-      either way.
+      ring over all the axes, and each is multiplied while the next one travels; two shards are held
+      besides the result. 2: half of each shard, cut across its longer side, travels each way.
 
   Returns:
-    [..., out] in x's dtype. In a ring of bfloat16 activations the result is added to in float32 and
-    rounded R times (twice that if half shards are half the rows), since a float32 copy of it could
-    be too large to hold.
+    [..., out] in x's dtype. In a ring of bfloat16 activations the result is summed in float32 and
+    rounded R times (twice that if each half shard has half the rows), since a float32 copy of the
+    result could be too large to hold.
 
   Raises:
-    ValueError: w does not have an R-th of the rows that x has columns.
+    ValueError: w does not have 1/R of the rows that x has columns.
   """
   shards = ops.axis_size(row_axes)
   if x.shape[-1] != w.shape[0] * shards:
@@ -91,7 +91,7 @@ def gathered_matmul(
       f'{shards} shards of {w.shape[0]} rows cannot be multiplied by {x.shape[-1]} columns'
     )
   if directions == 0 or Ring((*row_axes, *column_axes)).size == 1:
-    # Fewer shards first: most bytes then go over more axes, and so over more links, of a torus.
+    # Fewer shards first: most bytes then move over more axes, and so over more links, of a torus.
     for axes, dim in sorted(
       [(row_axes, 0), (column_axes, 1)], key=lambda gather: ops.axis_size(gather[0])
     ):
@@ -111,7 +111,7 @@ def _ring_matmul(
   held = [lax.slice_in_dim(w, offset, offset + size, axis=dim) for offset, size, _ in parts]
   y = jnp.zeros((*x.shape[:-1], w.shape[1] * column_shards), x.dtype)
   for step in range(ring.size):
-    # Without the barrier the shards may travel all their way before the first is used.
+    # Without the barrier the shards may all travel before the first one is used.
     y, *held = lax.optimization_barrier((y, *held))
     for i, (offset, _, direction) in enumerate(parts):
       here = held[i]
