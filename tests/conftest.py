@@ -20,7 +20,14 @@ from tests import typecheck  # noqa: E402
 # Before the first import of the package: every function of these modules checks the types and
 # shapes in its annotations.
 jaxtyping.install_import_hook(
-  ['t5x_inference_ext.model', 't5x_inference_ext.quantization'], f'{typecheck.__name__}.typecheck'
+  [
+    't5x_inference_ext.model',
+    't5x_inference_ext.quantization',
+    't5x_inference_ext.engine.sampling_arrays',
+    't5x_inference_ext.engine.selection',
+    't5x_inference_ext.engine.state',
+  ],
+  f'{typecheck.__name__}.typecheck',
 )
 
 # The golden logits were computed at this precision.

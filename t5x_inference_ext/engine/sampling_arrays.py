@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt32
 import numpy as np
 
 from t5x_inference_ext.engine import selection
@@ -157,11 +158,11 @@ def _features(every: set[SamplingParams], vocab_size: int) -> SamplingFeatures:
 
 
 def sample(
-  logits: jax.Array,
+  logits: Float[Array, 'B V'],
   rows: SamplingArrays,
-  seeds: jax.Array | np.ndarray,
-  positions: jax.Array | np.ndarray,
-) -> jax.Array:
+  seeds: UInt32[Array | np.ndarray, ' B'],
+  positions: Int[Array | np.ndarray, ' B'],
+) -> Int[Array, ' B']:
   """Choose a token for each row. Applies its bias, but not its penalties (see `penalize`).
 
   Ties go to the lowest id.
@@ -199,8 +200,11 @@ def sample(
 
 
 def penalize(
-  logits: jax.Array, rows: SamplingArrays, in_prompt: jax.Array, made: jax.Array
-) -> jax.Array:
+  logits: Float[Array, 'B V'],
+  rows: SamplingArrays,
+  in_prompt: Bool[Array, 'B V'],
+  made: Int[Array, 'B V'],
+) -> Float[Array, 'B V']:
   """Return the logits with all penalties applied.
 
   Args:

@@ -8,12 +8,15 @@ any mesh, finds the same token.
 import jax
 from jax.extend.random import threefry2x32_p
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt32
 
 # Tokens in a block: the search for the largest logits divides the vocabulary into blocks.
 BLOCK = 128
 
 
-def gumbel(seeds: jax.Array, positions: jax.Array, ids: jax.Array, vocab_size: int) -> jax.Array:
+def gumbel(
+  seeds: UInt32[Array, ' B'], positions: Int[Array, ' B'], ids: Int[Array, 'B N'], vocab_size: int
+) -> Float[Array, 'B N']:
   """Return the Gumbel noise of some tokens of each row.
 
   The generator is Threefry with the key (seed, position), whatever jax's default generator is.
@@ -38,7 +41,9 @@ def gumbel(seeds: jax.Array, positions: jax.Array, ids: jax.Array, vocab_size: i
   return _gumbel_of(jnp.where(upper, upper_half, lower_half))
 
 
-def gumbel_of_all(seeds: jax.Array, positions: jax.Array, vocab_size: int) -> jax.Array:
+def gumbel_of_all(
+  seeds: UInt32[Array, ' B'], positions: Int[Array, ' B'], vocab_size: int
+) -> Float[Array, 'B V']:
   """Return the Gumbel noise of the whole vocabulary, [B, V] float32; see `gumbel`."""
   half = (vocab_size + 1) // 2
   zeros = jnp.zeros_like(seeds)
@@ -59,7 +64,9 @@ def _gumbel_of(bits: jax.Array) -> jax.Array:
   return -jnp.log(-jnp.log(jnp.minimum(uniform, 1 - 2.0**-24)))
 
 
-def most_likely(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+def most_likely(
+  logits: Float[Array, 'B V'], count: int
+) -> tuple[Float[Array, 'B N'], Int[Array, 'B N']]:
   """Return the `count` largest logits of each row, in descending order, and their ids: [B, count].
 
   The logits are [B, V]; equal logits are in order of id. The result lies in the `count` blocks with
@@ -68,7 +75,8 @@ def most_likely(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
   rows, vocab_size = logits.shape
   blocks = -(-vocab_size // BLOCK)
   if count >= blocks // 2:
-    return jax.lax.top_k(logits, count)
+    values, ids = jax.lax.top_k(logits, count)
+    return values, ids
   x = jnp.pad(logits, ((0, 0), (0, blocks * BLOCK - vocab_size)), constant_values=-jnp.inf).reshape(
     rows, blocks, BLOCK
   )
@@ -80,8 +88,12 @@ def most_likely(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
 
 
 def draw_from_few(
-  logits: jax.Array, ids: jax.Array, noise: jax.Array, top_k: jax.Array, top_p: jax.Array
-) -> jax.Array:
+  logits: Float[Array, 'B N'],
+  ids: Int[Array, 'B N'],
+  noise: Float[Array, 'B N'],
+  top_k: Int[Array, ' B'],
+  top_p: Float[Array, ' B'],
+) -> Int[Array, ' B']:
   """Draw a token for each row from its most likely ones.
 
   Args:
@@ -110,8 +122,12 @@ _Look = tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]
 
 
 def draw_from_all(
-  logits: jax.Array, noise: jax.Array, top_k: jax.Array, top_p: jax.Array, both: bool
-) -> jax.Array:
+  logits: Float[Array, 'B V'],
+  noise: Float[Array, 'B V'],
+  top_k: Int[Array, ' B'],
+  top_p: Float[Array, ' B'],
+  both: bool,
+) -> Int[Array, ' B']:
   """Draw a token for each row, where rows may keep any number of tokens.
 
   The token with the largest noisy logit is the draw if it is kept. It is kept if fewer than top_k

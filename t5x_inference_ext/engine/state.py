@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 import numpy as np
 
 from t5x_inference_ext.engine import selection
@@ -77,7 +78,7 @@ class ChosenTokens(NamedTuple):
 
 
 def initial_state(
-  rows: RowParams, prompts: jax.Array, lengths: jax.Array, vocab_size: int
+  rows: RowParams, prompts: Int[Array, 'B T'], lengths: Int[Array, ' B'], vocab_size: int
 ) -> DecodeState:
   """Return the state of rows that have generated nothing.
 
@@ -102,7 +103,7 @@ def initial_state(
 
 
 def advance(
-  rows: RowParams, state: DecodeState, logits: jax.Array, positions: jax.Array
+  rows: RowParams, state: DecodeState, logits: Float[Array, 'B V'], positions: Int[Array, ' B']
 ) -> tuple[DecodeState, ChosenTokens]:
   """Choose each row's next token.
 

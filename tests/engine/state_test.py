@@ -153,7 +153,7 @@ def test_arrays_are_as_wide_as_asked():
     (dict(frequency_penalty=float('nan')), 'frequency_penalty must be a number'),
     (dict(presence_penalty=float('inf')), 'presence_penalty must be a number'),
     (dict(logit_bias=((-1, 2.0),)), 'logit_bias must be pairs'),
-    (dict(min_new_tokens=-1), 'min_new_tokens must be 0'),
+    (dict(min_new_tokens=-1), 'min_new_tokens must be a whole number, 0 or more'),
     (dict(logit_bias={5: float('inf')}), 'logit_bias must be pairs'),
     (dict(logit_bias={5.5: 1.0}), 'logit_bias must be pairs'),
     (dict(stop=(5, 6)), 'stop must be a sequence of sequences'),
