@@ -69,7 +69,9 @@ class SamplingParams:
       object.__setattr__(self, 'logit_bias', tuple(self.logit_bias.items()))
     for name in ('logit_bias', 'stop'):  # lists, as read from JSON, become hashable tuples
       value = getattr(self, name)
-      if not all(isinstance(item, (Sequence, np.ndarray)) for item in value):
+      if not isinstance(value, Sequence | np.ndarray) or not all(
+        isinstance(item, Sequence | np.ndarray) for item in value
+      ):
         raise RequestError(
           f'{name} must be a sequence of sequences, such as [[5, 6]], got {value!r}'
         )

@@ -180,7 +180,7 @@ def test_bad_loads(palm_tiny, arguments, error, says):
     (dict(temperature=-0.1), 'temperature must be 0 or more'),
     (dict(temperature=float('nan')), 'temperature must be 0 or more'),
     (dict(temperature=float('inf')), 'temperature must be 0 or more'),
-    (dict(top_k=-1), 'top_k must be a whole number, 0 or more'),
+    (dict(top_k=-1), 'top_k must be a whole number, 0 (keep all) or more'),
     (dict(top_k=2.5), 'top_k must be a whole number, got 2.5'),
     (dict(temperature=1e39), 'temperature must be 0 or more'),
     (dict(top_p=0.0), 'top_p must be above 0'),

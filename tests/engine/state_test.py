@@ -157,6 +157,7 @@ def test_arrays_are_as_wide_as_asked():
     (dict(logit_bias={5: float('inf')}), 'logit_bias must be pairs'),
     (dict(logit_bias={5.5: 1.0}), 'logit_bias must be pairs'),
     (dict(stop=(5, 6)), 'stop must be a sequence of sequences'),
+    (dict(stop=None), 'stop must be a sequence of sequences'),
     (dict(stop=('ab',)), 'stop must be sequences of token ids'),
     (dict(stop=((),)), 'stop holds an empty sequence'),
   ],
