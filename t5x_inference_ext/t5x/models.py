@@ -1,13 +1,16 @@
 """InferenceModel, which gin makes in the place of T5X's DecoderOnlyModel."""
 
 from collections.abc import Callable, Mapping, MutableMapping
+import copy
 import dataclasses
+import inspect
 from typing import Any
 
 from flax import core as flax_core
+import gin
 import jax
 import seqio
-from t5x import decoding, utils
+from t5x import decoding, models, utils
 
 from t5x_inference_ext.checkpoints import open_checkpoint
 from t5x_inference_ext.checkpoints.load import scans_layers
@@ -91,10 +94,22 @@ class InferenceModel(ShardedDecoder):
     feature_converter_cls: Callable[..., seqio.FeatureConverter] | None = None,
     inputs_bidirectional_attention: bool = False,
   ) -> None:
-    if inputs_bidirectional_attention:
+    stock = _stock_bindings(models.DecoderOnlyModel, 'inputs_bidirectional_attention', 'decode_fn')
+    if inputs_bidirectional_attention or stock.get('inputs_bidirectional_attention'):
       raise RequestError(
         'InferenceModel.inputs_bidirectional_attention: only causal attention is supported'
       )
+    sampler = decoding.temperature_sample  # DECODE_FN's default
+    if inspect.unwrap(decode_fn) is sampler:
+      stock_fn = inspect.unwrap(stock.get('decode_fn', sampler))
+      if stock_fn is not sampler:
+        raise RequestError(
+          f'models.DecoderOnlyModel.decode_fn = {getattr(stock_fn, "__name__", stock_fn)} has no '
+          'effect on InferenceModel: bind DECODE_FN to it'
+        )
+    self._stock_options = _stock_bindings(
+      models.DecoderOnlyModel.predict_batch_with_aux, 'return_all_decodes', 'num_decodes'
+    )
     self.notes: tuple[str, ...] = ()  # what was found and assumed, for the log
     if checkpoint is not None:
       opened = open_checkpoint(checkpoint, norm_scale=norm_scale, config=config)
@@ -152,15 +167,22 @@ class InferenceModel(ShardedDecoder):
     batch: Batch,
     rng: jax.Array | None = None,
     *,
-    return_all_decodes: bool = False,
-    num_decodes: int = 1,
+    return_all_decodes: bool | None = None,
+    num_decodes: int | None = None,
     decoder_params: MutableMapping[str, Any] | None = None,
   ) -> Predictions:
     """Return predictions and scores: see ShardedDecoder.predict_batch_with_aux.
 
+    Where return_all_decodes or num_decodes is None, it is what a gin file binds to T5X's own
+    method, models.DecoderOnlyModel.predict_batch_with_aux, else False or 1.
+
     A model with `refill` makes them on the host. Where the step is traced (t5x.export, precompile),
     or with decoder_params, T5X's loop makes them.
     """
+    if return_all_decodes is None:
+      return_all_decodes = self._stock_options.get('return_all_decodes', False)
+    if num_decodes is None:
+      num_decodes = self._stock_options.get('num_decodes', 1)
     if self._predictor and decoder_params is None and is_concrete(params, batch):
       return self._predictor(params, batch, rng, num_decodes, return_all_decodes)
     return super().predict_batch_with_aux(
@@ -178,3 +200,17 @@ def _mesh(mesh: str | jax.sharding.Mesh | None, config: ModelConfig) -> jax.shar
   if isinstance(mesh, jax.sharding.Mesh):
     return inference_mesh(mesh)
   return inference_mesh(choose_mesh(config, jax.devices()) if mesh is None else parse_mesh(mesh))
+
+
+def _stock_bindings(configurable: Callable, *names: str) -> dict[str, Any]:
+  """Return what gin files bind to these parameters of T5X's own model class or method.
+
+  A stock configuration in front of infer.gin binds options there, and nothing else reads them.
+  """
+  try:
+    with gin.config_scope(None):
+      bound = gin.get_bindings(configurable, resolve_references=False)
+  except ValueError:  # no gin file names it
+    return {}
+  # A copy of a gin reference is its value. Others, such as the stock module, are not made.
+  return {name: copy.deepcopy(bound[name]) for name in names if name in bound}

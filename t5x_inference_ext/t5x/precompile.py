@@ -1,4 +1,4 @@
-"""Compiling an inference step without weights. T5X's own precompile compiles the train step only."""
+"""Compiling an inference step without weights; T5X's own precompile knows the train step only."""
 
 from collections.abc import Callable, Mapping
 
