@@ -1,4 +1,4 @@
-"""Tests of the adapter run against the real T5X and flaxformer, and are skipped, visibly, where those are absent."""
+"""The adapter's tests run against the real T5X and flaxformer; without them they are skipped."""
 
 import functools
 import importlib.util

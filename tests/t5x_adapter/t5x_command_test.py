@@ -1,4 +1,4 @@
-"""T5X's own commands, as processes: a stock configuration, and this package's gin file behind it."""
+"""T5X's own commands, as processes: stock configurations, and this package's gin files."""
 
 import json
 import re
@@ -79,14 +79,19 @@ def test_infer_from_tfexample_file(repository, palm_tiny, stock_rows, tmp_path):
       text = tf.train.Feature(bytes_list=tf.train.BytesList(value=[row['prompt'].encode()]))
       example = tf.train.Example(features=tf.train.Features(feature={'inputs': text}))
       writer.write(example.SerializeToString())
-  output = tmp_path / 'output'
+  vocabulary, output = tmp_path / 'vocabulary.gin', tmp_path / 'output'
+  vocabulary.write_text(
+    'from __gin__ import dynamic_registration\nimport seqio\n'
+    'VOCABULARY = @seqio.ByteVocabulary()\n',
+    encoding='utf-8',
+  )
   _run(
     repository,
     't5x.infer',
+    f'--gin_file={vocabulary}',
     '--gin_file=t5x/configs/runs/infer_from_tfexample_file.gin',
     f'--gin_file={PLUGIN}',
     '--gin_file=t5x_inference_ext/configs/t5x/tfexample.gin',
-    '--gin.VOCABULARY=@seqio.ByteVocabulary()',
     f'--gin.TF_EXAMPLE_FILE_PATHS=["{tmp_path / "prompts"}"]',
     '--gin.TF_EXAMPLE_FILE_TYPE="tfrecord"',
     f'--gin.FEATURE_LENGTHS={inference_tasks.LENGTHS}',
@@ -119,7 +124,7 @@ def test_gin_files_of_earlier_versions(line, new, repository, tmp_path):
   stderr = _run(
     repository, 't5x.infer', f'--gin_file={PLUGIN}', f'--gin_file={old}', succeeds=False
   )
-  assert f'is now t5x_inference_ext.{new} (CHANGELOG.md' in stderr.splitlines()[-1]
+  assert f'is now t5x_inference_ext.{new} (CHANGELOG.md' in stderr
 
 
 def test_main_with_int8(repository, int8_checkpoint, stock_rows, tmp_path):

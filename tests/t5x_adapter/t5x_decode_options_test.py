@@ -40,7 +40,7 @@ def no_configuration():
 
 
 def _refill(*bindings):
-  """The Refill that continuous.gin makes of bindings in front of it and, from '--' on, behind it."""
+  """The Refill that continuous.gin makes of bindings in front and, from '--' on, behind it."""
   front, _, behind = '\n'.join(bindings).partition('--')
   gin.parse_config(f"""
 from __gin__ import dynamic_registration
