@@ -5,12 +5,8 @@ T5X tiles, flattens and reorders rows on one axis of every leaf: axis 1 if layer
 gives that leaf a beam axis and never flattens it. So the lengths have another name here.
 """
 
-from collections.abc import Mapping, Sequence
-import dataclasses
+from collections.abc import Mapping
 from typing import Any
-
-import jax
-import jax.numpy as jnp
 
 from t5x_inference_ext.model.cache import KVCache
 from t5x_inference_ext.quantization.kv import KV, Int8KV
@@ -44,23 +40,6 @@ def cache_from_t5x(cache: Mapping[str, Any]) -> KVCache:
   layers = [cache[f'{STACK}_{i}'] for i in range(len(cache) - 1)]
   keys, values = (tuple(_kv(layer, name) for layer in layers) for name in (_KEY, _VALUE))
   return KVCache(keys, values, cache[_LENGTHS])
-
-
-def with_heads(cache: KVCache, held: Sequence[int | None], wanted: Sequence[int | None]) -> KVCache:
-  """Return a cache with other heads: the copies and the padding that another sharding takes.
-
-  Args:
-    cache: KVCache whose heads are `held`.
-    held: Key heads of the cache in order; None is padding.
-    wanted: Key heads of the result, each held; any head serves as padding.
-  """
-  heads = jnp.asarray([0 if head is None else held.index(head) for head in wanted])
-
-  def take(x: jax.Array) -> jax.Array:
-    return jnp.take(x, heads, axis=-2)
-
-  keys, values = jax.tree.map(take, (cache.keys, cache.values))
-  return dataclasses.replace(cache, keys=keys, values=values)
 
 
 def _named(keys: KV, values: KV) -> Cache:

@@ -11,8 +11,9 @@ import seqio
 from t5x import decoding, models
 
 from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.model.cache import with_heads
 from t5x_inference_ext.model.transformer import Model
-from t5x_inference_ext.t5x.cache import cache_from_t5x, cache_to_t5x, with_heads
+from t5x_inference_ext.t5x.cache import cache_from_t5x, cache_to_t5x
 from t5x_inference_ext.t5x.module import InferenceModule, weights_from_params
 from t5x_inference_ext.t5x.types import Array, Batch, Cache, DecodeFn, Params, Predictions
 
@@ -189,7 +190,9 @@ class ShardedDecoder(models.DecoderOnlyModel):
     rows = inputs.shape[0]
     held, wanted = (self.model.decode_sharding(rows * n).heads.cached() for n in (1, num_decodes))
     if held != wanted:
-      cache = cache_to_t5x(with_heads(cache_from_t5x(cache), held, wanted))
+      kv = cache_from_t5x(cache)
+      keys, values = jax.tree.map(lambda x: with_heads(x, held, wanted), (kv.keys, kv.values))
+      cache = cache_to_t5x(dataclasses.replace(kv, keys=keys, values=values))
     return decode_fn(inputs=inputs, cache=cache, num_decodes=num_decodes, **kwargs)
 
   def _padded_batch(self, rows: int, copies: int = 1) -> int:
