@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 import jax
 from t5x import utils
 
+from t5x_inference_ext._moved import renamed
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.t5x.models import InferenceModel
 from t5x_inference_ext.t5x.partitioning import InferencePartitioner
@@ -90,3 +91,6 @@ def infer_step_of(model: InferenceModel, mode: str) -> Callable:
   if mode not in steps:
     raise RequestError(f'mode must be one of {", ".join(steps)}, got {mode!r}')
   return steps[mode]
+
+
+__getattr__ = renamed(__name__, {'precompile': 'precompile_step'})
