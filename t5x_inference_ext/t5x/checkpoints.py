@@ -104,15 +104,7 @@ def _check_state(
 
 
 class _Restorer:
-  """Restores train states of a model, for either of T5X's interfaces.
-
-  Args:
-    train_state: T5X's state of shapes.
-    partitioner: An InferencePartitioner.
-    model: The model; in gin, %MODEL.
-    restore_dtype: Ignored. The model's dtype decides about floats, and int8 weights stay int8;
-      T5X's own managers would cast them.
-  """
+  """Restores train states of a model, for either of T5X's interfaces; its arguments are theirs."""
 
   def __init__(
     self, train_state: Any, partitioner: Any, model: InferenceModel, restore_dtype: Any
