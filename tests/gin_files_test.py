@@ -13,7 +13,10 @@ from t5x_inference_ext.sharding.layout import Layout, check_pair
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / 't5x_inference_ext' / 'configs'
 MODELS = sorted(path.stem for path in (CONFIGS / 'models').glob('*.gin'))
 LAYOUTS = sorted(path.stem for path in (CONFIGS / 'layouts').glob('*.gin'))
-RUNS = sorted(path.name for path in (CONFIGS / 'runs').glob('*.gin'))
+RUNS = sorted(
+  path.relative_to(CONFIGS).as_posix()
+  for path in [*CONFIGS.glob('*.gin'), *CONFIGS.glob('runs/*.gin'), *CONFIGS.glob('t5x/*.gin')]
+)
 
 
 @gin.configurable(module='gin_files_test')
@@ -67,7 +70,7 @@ def test_an_unknown_field_of_a_preset_is_refused():
 
 @pytest.mark.parametrize('name', RUNS)
 def test_a_runs_comments_tell_of_every_macro(name):
-  text = (CONFIGS / 'runs' / name).read_text(encoding='utf-8')
+  text = (CONFIGS / name).read_text(encoding='utf-8')
   comments = ' '.join(re.findall(r'^#(.*)$', text, re.MULTILINE))
   untold = [
     macro

@@ -1,7 +1,7 @@
-"""Restoring in T5X: any checkpoint that this package reads, straight onto the shards, int8 as it is stored."""
+"""Restoring in T5X: any checkpoint that this package reads, straight onto the shards."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NoReturn
 
 from absl import logging
 from flax import traverse_util
@@ -20,37 +20,23 @@ from t5x_inference_ext.t5x.partitioning import partitioner_rules
 def restore_train_state(
   path: str, model: InferenceModel, train_state: Any, partitioner: partitioning.BasePartitioner
 ) -> Any:
-  """Loads a checkpoint's weights in the model's dtype; int8 stays int8.
+  """Load a checkpoint's weights in the model's dtype; int8 stays int8.
 
   Args:
-    path: a serving checkpoint or a T5X one, of any name.
-    model: what it must hold.
+    path: A serving checkpoint or a T5X one, of any name.
+    model: The model that the checkpoint must hold.
     train_state: T5X's state of shapes, without an optimizer.
-    partitioner: an InferencePartitioner.
+    partitioner: An InferencePartitioner.
 
   Returns:
     The train state with arrays on the model's mesh, and the checkpoint's step.
 
   Raises:
-    CheckpointError: no checkpoint, or not this model's; names the parameter, both shapes and the file.
-    MeshError: the partitioner's mesh or rules are not the model's.
+    CheckpointError: No checkpoint, or not this model's; names the parameter, both shapes and the
+      file.
+    MeshError: The partitioner's mesh or rules are not the model's.
   """
-  mesh = model.model.mesh
-  if partitioner.mesh != mesh:
-    theirs = (
-      mesh_text(partitioner.mesh)
-      if set(AXES) <= set(partitioner.mesh.shape)
-      else dict(partitioner.mesh.shape)
-    )
-    raise MeshError(
-      f"the model's mesh is {mesh_text(mesh)} and the partitioner's {theirs}: use "
-      'InferencePartitioner, made of the same model'
-    )
-  if partitioner.logical_axis_rules != partitioner_rules(model.model.prefill_layout):
-    raise MeshError(
-      f"the partitioner's axis rules are not those of the model's layout {model.model.prefill_layout}: "
-      'use InferencePartitioner, made of the same model'
-    )
+  _check_partitioner(partitioner, model)
   state = train_state.state_dict()
   if set(state['state']) != {'step'}:
     raise CheckpointError(
@@ -79,12 +65,29 @@ def restore_train_state(
   )
 
 
+def _check_partitioner(partitioner: partitioning.BasePartitioner, model: InferenceModel) -> None:
+  """Raise MeshError for a partitioner whose mesh or rules are not the model's."""
+  mesh, layout = model.model.mesh, model.model.prefill_layout
+  if partitioner.mesh != mesh:
+    shape = dict(partitioner.mesh.shape)
+    theirs = mesh_text(partitioner.mesh) if set(AXES) <= set(shape) else shape
+    raise MeshError(
+      f"the model's mesh is {mesh_text(mesh)} and the partitioner's {theirs}: use "
+      'InferencePartitioner, made of the same model'
+    )
+  if partitioner.logical_axis_rules != partitioner_rules(layout):
+    raise MeshError(
+      f"the partitioner's axis rules are not those of the model's layout {layout}: "
+      'use InferencePartitioner, made of the same model'
+    )
+
+
 def _check_state(
   target: Mapping[ParamPath, Any], declared: Mapping[ParamPath, Declaration], path: str
 ) -> None:
-  """Raises CheckpointError for parameters of the train state that the model does not have, or has otherwise."""
+  """Raise CheckpointError for a train state whose parameters differ from the declared ones."""
 
-  def names(paths):
+  def names(paths: Iterable[ParamPath]) -> str:
     return ', '.join('/'.join(p) for p in sorted(paths))
 
   if extra := set(target) - set(declared):
@@ -100,17 +103,65 @@ def _check_state(
       )
 
 
-class InferenceCheckpointManager:
-  """RestoreCheckpointConfig.checkpoint_manager_cls: what t5x.infer restores with, use_orbax being its default.
+class _Restorer:
+  """Restores train states of a model, for either of T5X's interfaces; its arguments are theirs."""
+
+  def __init__(
+    self, train_state: Any, partitioner: Any, model: InferenceModel, restore_dtype: Any
+  ) -> None:
+    self._train_state, self._partitioner, self._model = train_state, partitioner, model
+    if restore_dtype is not None and restore_dtype != model.model.dtype:
+      logging.info(
+        'RestoreCheckpointConfig.dtype = %s is ignored: float weights are %s, as '
+        'InferenceModel.dtype says, and int8 ones stay int8',
+        restore_dtype,
+        model.model.dtype,
+      )
+
+  def restore(
+    self,
+    step: int | None = None,
+    path: str | None = None,
+    *,
+    fallback_state: Mapping[str, Any] | None = None,
+    state_transformation_fns: Sequence[Any] = (),
+    lazy_parameters: bool = False,
+  ) -> Any:
+    """Restore the checkpoint at `path`: see restore_train_state. Other options are refused."""
+    if step is not None or path is None:
+      raise CheckpointError(
+        "restoring needs the path of a checkpoint (RestoreCheckpointConfig.mode = 'specific')"
+      )
+    if fallback_state is not None or state_transformation_fns:
+      raise CheckpointError(
+        'RestoreCheckpointConfig.assignment_map, state_transformation_fns and fallback_to_scratch '
+        "do not apply: parameters are found by their names in flaxformer's trees"
+      )
+    if lazy_parameters:
+      raise CheckpointError(
+        'lazy parameters are not supported: weights are loaded onto their shards'
+      )
+    return restore_train_state(path, self._model, self._train_state, self._partitioner)
+
+  def save(self, *args: Any, **kwargs: Any) -> NoReturn:
+    """Raise CheckpointError."""
+    raise CheckpointError(
+      'this package restores checkpoints in T5X and saves none: '
+      'python -m t5x_inference_ext.convert_checkpoint writes them'
+    )
+
+
+class InferenceCheckpointManager(_Restorer):
+  """RestoreCheckpointConfig.checkpoint_manager_cls: restores for t5x.infer by default (use_orbax).
 
   Args:
-    directory: unused: restore is given a path.
+    directory: Unused: restore is given a path.
     train_state: T5X's state of shapes.
-    partitioner: an InferencePartitioner.
-    model: the model; in gin, %MODEL.
-    restore_dtype: ignored. The model's dtype decides about floats, and int8 weights stay int8; T5X's own managers
-      would cast them.
-    dataset_iterator, save_dtype, keep, period: part of T5X's interface; nothing is saved.
+    partitioner: An InferencePartitioner.
+    model: The model; in gin, %MODEL.
+    restore_dtype: Ignored. The model's dtype decides about floats, and int8 weights stay int8;
+      T5X's own managers would cast them.
+    dataset_iterator, save_dtype, keep, period: Part of T5X's interface; nothing is saved.
   """
 
   def __init__(
@@ -124,38 +175,31 @@ class InferenceCheckpointManager:
     restore_dtype: Any = None,
     keep: int | None = None,
     period: int | None = None,
-  ):
+  ) -> None:
     del dataset_iterator, save_dtype, keep, period
+    super().__init__(train_state, partitioner, model, restore_dtype)
     self.directory = directory
-    self._train_state, self._partitioner, self._model = train_state, partitioner, model
-    _log_dtype(restore_dtype, model)
-
-  def restore(
-    self,
-    step: int | None = None,
-    path: str | None = None,
-    fallback_state: Mapping[str, Any] | None = None,
-    state_transformation_fns: Sequence[Any] = (),
-    lazy_parameters: bool = False,
-  ) -> Any:
-    """See restore_train_state."""
-    _check_options(step, path, fallback_state, state_transformation_fns, lazy_parameters)
-    return restore_train_state(path, self._model, self._train_state, self._partitioner)
-
-  def save(self, *args, **kwargs):
-    raise CheckpointError(_NO_SAVING)
 
   def wait_until_finished(self) -> None:
-    """Nothing is saved."""
+    """Return at once: nothing is saved."""
 
   def close(self) -> None:
-    """Nothing is open."""
+    """Return at once: nothing is open."""
 
 
-class InferenceCheckpointer:
-  """RestoreCheckpointConfig.checkpointer_cls: T5X's older path (infer.use_orbax=False, interactive_model).
+class InferenceCheckpointer(_Restorer):
+  """RestoreCheckpointConfig.checkpointer_cls: T5X's older path.
 
-  Args as InferenceCheckpointManager's.
+  infer.use_orbax = False and interactive_model restore with it.
+
+  Args:
+    train_state: T5X's state of shapes.
+    partitioner: An InferencePartitioner.
+    checkpoints_dir: Unused: restore is given a path.
+    model: The model; in gin, %MODEL.
+    restore_dtype: Ignored, as by InferenceCheckpointManager.
+    dataset_iterator, save_dtype, keep, keep_dataset_checkpoints: Part of T5X's interface; nothing
+      is saved.
   """
 
   def __init__(
@@ -170,53 +214,7 @@ class InferenceCheckpointer:
     save_dtype: Any = None,
     restore_dtype: Any = None,
     keep_dataset_checkpoints: int | None = None,
-  ):
+  ) -> None:
     del dataset_iterator, keep, save_dtype, keep_dataset_checkpoints
+    super().__init__(train_state, partitioner, model, restore_dtype)
     self.checkpoints_dir = checkpoints_dir
-    self._train_state, self._partitioner, self._model = train_state, partitioner, model
-    _log_dtype(restore_dtype, model)
-
-  def restore(
-    self,
-    step: int | None = None,
-    path: str | None = None,
-    state_transformation_fns: Sequence[Any] = (),
-    fallback_state: Mapping[str, Any] | None = None,
-    lazy_parameters: bool = False,
-  ) -> Any:
-    """See restore_train_state."""
-    _check_options(step, path, fallback_state, state_transformation_fns, lazy_parameters)
-    return restore_train_state(path, self._model, self._train_state, self._partitioner)
-
-  def save(self, *args, **kwargs):
-    raise CheckpointError(_NO_SAVING)
-
-
-_NO_SAVING = (
-  'this package restores checkpoints in T5X and saves none: '
-  'python -m t5x_inference_ext.convert_checkpoint writes them'
-)
-
-
-def _check_options(step, path, fallback_state, state_transformation_fns, lazy_parameters):
-  if step is not None or path is None:
-    raise CheckpointError(
-      "restoring needs the path of a checkpoint (RestoreCheckpointConfig.mode = 'specific')"
-    )
-  if fallback_state is not None or state_transformation_fns:
-    raise CheckpointError(
-      'RestoreCheckpointConfig.assignment_map, state_transformation_fns and fallback_to_scratch do '
-      "not apply: parameters are found by their names in flaxformer's trees"
-    )
-  if lazy_parameters:
-    raise CheckpointError('lazy parameters are not supported: weights are loaded onto their shards')
-
-
-def _log_dtype(restore_dtype, model):
-  if restore_dtype is not None and restore_dtype != model.model.dtype:
-    logging.info(
-      'RestoreCheckpointConfig.dtype = %s is ignored: float weights are %s, as InferenceModel.dtype says, '
-      'and int8 ones stay int8',
-      restore_dtype,
-      model.model.dtype,
-    )

@@ -1,7 +1,8 @@
-"""T5X's InteractiveModel, restoring with this package. T5X's own class always restores with T5X's Checkpointer."""
+"""T5X's InteractiveModel with this package's restore class; T5X's own always takes T5X's."""
 
 import dataclasses
 import functools
+from typing import Any
 
 from t5x import interactive_model, utils
 
@@ -10,25 +11,28 @@ from t5x_inference_ext.t5x.models import InferenceModel
 
 
 class InferenceInteractiveModel(interactive_model.InteractiveModel):
-  """predict_with_aux, score and evaluate on natural text; takes what T5X's class takes.
+  """T5X's InteractiveModel: predicts, scores and evaluates natural text. There is no training.
 
-  `model` is an InferenceModel and `partitioner` an InferencePartitioner of it; restore_mode is 'specific',
-  and checkpoint_path any checkpoint that this package reads. dtype is ignored: the model has its own. There is no
-  training.
+  Args:
+    model: InferenceModel.
+    **kwargs: Arguments of T5X's class. `partitioner` is an InferencePartitioner of the model,
+      `restore_mode` 'specific', and `checkpoint_path` any checkpoint that this package reads.
+      `dtype` has no effect: the model has its own.
   """
 
-  def __init__(self, *, model: InferenceModel, **kwargs):
+  def __init__(self, *, model: InferenceModel, **kwargs: Any) -> None:
     self._checkpointer_cls = functools.partial(InferenceCheckpointer, model=model)
     super().__init__(model=model, **kwargs)
 
-  # T5X's constructor makes these two without asking which class restores, and reads them back: it is put in here.
+  # T5X's constructor makes these two configurations, with its own restore class, and reads them
+  # back. The setters put this package's class into them.
 
   @property
   def _restore_checkpoint_cfg(self) -> utils.RestoreCheckpointConfig | None:
     return self._restore_cfg
 
   @_restore_checkpoint_cfg.setter
-  def _restore_checkpoint_cfg(self, cfg: utils.RestoreCheckpointConfig | None):
+  def _restore_checkpoint_cfg(self, cfg: utils.RestoreCheckpointConfig | None) -> None:
     self._restore_cfg = cfg and dataclasses.replace(cfg, checkpointer_cls=self._checkpointer_cls)
 
   @property
@@ -36,5 +40,5 @@ class InferenceInteractiveModel(interactive_model.InteractiveModel):
     return self._save_cfg
 
   @_save_checkpoint_cfg.setter
-  def _save_checkpoint_cfg(self, cfg: utils.SaveCheckpointConfig):
+  def _save_checkpoint_cfg(self, cfg: utils.SaveCheckpointConfig) -> None:
     self._save_cfg = dataclasses.replace(cfg, checkpointer_cls=self._checkpointer_cls)

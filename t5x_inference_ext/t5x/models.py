@@ -1,13 +1,14 @@
-"""T5X's DecoderOnlyModel over this package's model: prefill, decode steps and scores run per shard on the mesh."""
+"""InferenceModel, which gin makes in the place of T5X's DecoderOnlyModel."""
 
 from collections.abc import Callable, Mapping, MutableMapping
+import copy
 import dataclasses
-import functools
+import inspect
 from typing import Any
 
 from flax import core as flax_core
+import gin
 import jax
-import jax.numpy as jnp
 import seqio
 from t5x import decoding, models, utils
 
@@ -16,57 +17,61 @@ from t5x_inference_ext.checkpoints.load import scans_layers
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.engine.inputs import EOS_ID
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.model.cache import KVCache
 from t5x_inference_ext.model.transformer import Model
-from t5x_inference_ext.quantization.kv import KV, Int8KV
 from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.mesh import parse_mesh
 from t5x_inference_ext.sharding.mesh_choice import choose_mesh
-from t5x_inference_ext.t5x.module import STACK, InferenceModule, weights_from_params
+from t5x_inference_ext.t5x.decode_options import decode_options
+from t5x_inference_ext.t5x.decoder import ShardedDecoder, is_concrete
+from t5x_inference_ext.t5x.module import InferenceModule
 from t5x_inference_ext.t5x.partitioning import inference_mesh
-from t5x_inference_ext.t5x.refill import Predictor, Refill, is_concrete
-
-Params = Mapping[str, Any]
-Batch = Mapping[str, jax.Array]
-Cache = dict[str, Any]
+from t5x_inference_ext.t5x.refill import Predictor, Refill
+from t5x_inference_ext.t5x.types import Batch, DecodeFn, Params, Predictions
 
 
 def task_vocabulary(dataset_cfg: utils.DatasetConfig) -> seqio.Vocabulary:
-  """The vocabulary of a task's targets: of what the model writes."""
+  """Return the vocabulary of a task's targets, which the model writes with."""
   return utils.get_vocabulary(dataset_cfg)[1]
 
 
-class InferenceModel(models.DecoderOnlyModel):
+class InferenceModel(ShardedDecoder):
   """A PaLM-style decoder for T5X's inference: t5x.infer, interactive_model and export.
 
-  Any batch size runs on any mesh: predict and score methods pad with copies of the last row, and drop them after.
+  Any batch size runs on any mesh: predict and score methods pad with copies of the last row, and
+  drop them after.
 
   Args:
-    vocabulary: of inputs and targets.
-    checkpoint: where the model's shape, and whether it is int8, are read from; no weights are. None needs a config.
-    config: the model's shape, which the checkpoint must then have.
-    int8: without a checkpoint, whether the matrices are int8.
-    mesh: 'XxYxZ', over the first X*Y*Z devices; None takes as many devices as divide the model, along the
-      torus of a TPU slice (sharding.mesh_choice.choose_mesh). Or a jax Mesh of axes x, y, z, whose devices need not be here:
-      for precompiling (precompile.slices.slice_mesh).
-    prefill_layout: 'feedforward/attention' of prompts and of scores; see sharding.layout.Layout.
-    decode_layout: that of decode steps.
-    dtype: of activations and float weights: 'float32' or 'bfloat16'.
-    cache: what the KV cache holds: 'float32', 'bfloat16', 'int8' with a scale for each position and head, or None: dtype.
-    norm_scale: 'zero' or 'one': how norm scales are stored, for a checkpoint that does not record it.
-    scan_layers: one array for all layers and a loop in the program; by default for more than 8 on CPU, else never.
-    decode_fn: decoding.temperature_sample, decoding.beam_search or another of their kind.
-    task_feature_lengths: the task's, where its features are trimmed to them, as T5X's datasets are: prefill then runs
-      over the length of inputs instead of that of inputs and targets.
-    refill: predictions are made on the host, through decode slots that are kept full; decode_fn is then without effect.
-      None: T5X's loop over a batch. See t5x.refill.
-    feature_converter_cls: see T5X.
-    inputs_bidirectional_attention: has to be False; here because stock configurations bind it.
+    vocabulary: Vocabulary of inputs and targets.
+    checkpoint: str. Checkpoint that the model's shape, and whether it is int8, are read from; no
+      weights are. None needs a config.
+    config: ModelConfig that the checkpoint must have.
+    int8: Without a checkpoint, whether the matrices are int8.
+    mesh: 'XxYxZ', over the first X*Y*Z devices. None takes as many devices as divide the model,
+      along the torus of a TPU slice (sharding.mesh_choice.choose_mesh). A jax Mesh of axes x, y, z
+      may have devices that are not here: for precompiling (precompile.slices.slice_mesh).
+    prefill_layout: 'feedforward/attention' of prompts and scores; see sharding.layout.Layout.
+    decode_layout: Layout of decode steps.
+    dtype: Dtype of activations and float weights: 'float32' or 'bfloat16'.
+    cache: Dtype of the KV cache: 'float32', 'bfloat16', 'int8' (with a scale for each position and
+      head), or None: `dtype`.
+    norm_scale: 'zero' or 'one': how norm scales are stored, for a checkpoint that does not record
+      it.
+    scan_layers: Whether one array holds all layers and the program loops over them. None: for more
+      than 8 on CPU, else not.
+    decode_fn: decoding.temperature_sample, decoding.beam_search, or a function that takes their
+      arguments.
+    task_feature_lengths: Lengths that the task's features are trimmed to, as T5X's datasets trim
+      them. Prefill then runs over the length of inputs, instead of inputs and targets.
+    refill: Refill: predictions are made on the host, through decode slots that are kept full, as
+      the options of `decode_fn` say (decode_options.py). None: T5X's loop over a batch.
+    feature_converter_cls: See T5X.
+    inputs_bidirectional_attention: Must be False; here because stock configurations bind it.
 
   Raises:
-    CheckpointError: no checkpoint there, or another model's.
-    MeshError: a mesh that does not fit the devices or the model, or layouts that do not fit each other.
-    RequestError: an option that is not supported.
+    CheckpointError: No checkpoint there, or another model's.
+    MeshError: A mesh that does not fit the devices or the model, or layouts that do not fit each
+      other.
+    RequestError: An option that is not supported.
   """
 
   def __init__(
@@ -83,16 +88,28 @@ class InferenceModel(models.DecoderOnlyModel):
     cache: str | None = None,
     norm_scale: str | None = None,
     scan_layers: bool | None = None,
-    decode_fn: models.DecodeFnCallable = decoding.temperature_sample,
+    decode_fn: DecodeFn = decoding.temperature_sample,
     task_feature_lengths: Mapping[str, int] | None = None,
     refill: Refill | None = None,
     feature_converter_cls: Callable[..., seqio.FeatureConverter] | None = None,
     inputs_bidirectional_attention: bool = False,
-  ):
-    if inputs_bidirectional_attention:
+  ) -> None:
+    stock = _stock_bindings(models.DecoderOnlyModel, 'inputs_bidirectional_attention', 'decode_fn')
+    if inputs_bidirectional_attention or stock.get('inputs_bidirectional_attention'):
       raise RequestError(
         'InferenceModel.inputs_bidirectional_attention: only causal attention is supported'
       )
+    sampler = decoding.temperature_sample  # DECODE_FN's default
+    if inspect.unwrap(decode_fn) is sampler:
+      stock_fn = inspect.unwrap(stock.get('decode_fn', sampler))
+      if stock_fn is not sampler:
+        raise RequestError(
+          f'models.DecoderOnlyModel.decode_fn = {getattr(stock_fn, "__name__", stock_fn)} has no '
+          'effect on InferenceModel: bind DECODE_FN to it'
+        )
+    self._stock_options = _stock_bindings(
+      models.DecoderOnlyModel.predict_batch_with_aux, 'return_all_decodes', 'num_decodes'
+    )
     self.notes: tuple[str, ...] = ()  # what was found and assumed, for the log
     if checkpoint is not None:
       opened = open_checkpoint(checkpoint, norm_scale=norm_scale, config=config)
@@ -106,37 +123,30 @@ class InferenceModel(models.DecoderOnlyModel):
       config = dataclasses.replace(config, norm_scale=norm_scale)
     if vocabulary.vocab_size > config.vocab_size:
       raise RequestError(
-        f"the vocabulary has {vocabulary.vocab_size} ids and the model's embedding {config.vocab_size} rows: this "
-        'is not the vocabulary that the model was trained with'
+        f"the vocabulary has {vocabulary.vocab_size} ids and the model's embedding "
+        f'{config.vocab_size} rows: this is not the vocabulary that the model was trained with'
       )
-    if not isinstance(mesh, jax.sharding.Mesh):
-      mesh = choose_mesh(config, jax.devices()) if mesh is None else parse_mesh(mesh)
-    self.model = Model(
+    model = Model(
       config,
-      inference_mesh(mesh),
+      _mesh(mesh, config),
       Layout.parse(prefill_layout),
       Layout.parse(decode_layout),
       dtype,
       cache,
     )
-    self._inputs_length = (task_feature_lengths or {}).get('inputs')
-    self.refills = refill is not None
-    self._predictor = (
-      Predictor(self.model, refill, vocabulary.eos_id or EOS_ID, self._inputs_length)
-      if refill
-      else None
-    )
-    self._jitted_scores = jax.jit(self._scores)
-    scan_layers = scans_layers(
-      config.num_layers, scan_layers, self.model.mesh.devices.flat[0].platform
-    )
-    super().__init__(
-      InferenceModule(self.model, int8, scan_layers),
-      vocabulary,
-      optimizer_def=None,
-      decode_fn=functools.partial(self._decode, decode_fn),
-      feature_converter_cls=feature_converter_cls,
-    )
+    inputs_length = (task_feature_lengths or {}).get('inputs')
+    self._predictor: Predictor | None = None
+    if refill is not None:
+      refill = refill.with_defaults(decode_options(decode_fn))
+      self._predictor = Predictor(model, refill, vocabulary.eos_id or EOS_ID, inputs_length)
+    platform = model.mesh.devices.flat[0].platform
+    module = InferenceModule(model, int8, scans_layers(config.num_layers, scan_layers, platform))
+    super().__init__(module, vocabulary, decode_fn, inputs_length, feature_converter_cls)
+
+  @property
+  def refills(self) -> bool:
+    """Whether predictions are made on the host, through slots that are kept full."""
+    return self._predictor is not None
 
   def get_initial_variables(
     self,
@@ -144,7 +154,10 @@ class InferenceModel(models.DecoderOnlyModel):
     input_shapes: Mapping[str, Any],
     input_types: Mapping[str, Any] | None = None,
   ) -> Mapping[str, Any]:
-    """The parameters, random, with their axes. T5X only asks for their shapes, unless there is no checkpoint."""
+    """Return random parameters with their logical axes.
+
+    T5X asks for their shapes alone, unless there is no checkpoint.
+    """
     del input_shapes, input_types
     return flax_core.freeze(self.module.init(rng))
 
@@ -154,189 +167,50 @@ class InferenceModel(models.DecoderOnlyModel):
     batch: Batch,
     rng: jax.Array | None = None,
     *,
-    return_all_decodes: bool = False,
-    num_decodes: int = 1,
+    return_all_decodes: bool | None = None,
+    num_decodes: int | None = None,
     decoder_params: MutableMapping[str, Any] | None = None,
-  ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
-    """As T5X's: tokens [B, L] after the prompt, or [B, num_decodes, L] from the worst to the best, and their scores."""
-    if self.refills and decoder_params is None and is_concrete(params, batch):
+  ) -> Predictions:
+    """Return predictions and scores: see ShardedDecoder.predict_batch_with_aux.
+
+    Where return_all_decodes or num_decodes is None, it is what a gin file binds to T5X's own
+    method, models.DecoderOnlyModel.predict_batch_with_aux, else False or 1.
+
+    A model with `refill` makes them on the host. Where the step is traced (t5x.export, precompile),
+    or with decoder_params, T5X's loop makes them.
+    """
+    if return_all_decodes is None:
+      return_all_decodes = self._stock_options.get('return_all_decodes', False)
+    if num_decodes is None:
+      num_decodes = self._stock_options.get('num_decodes', 1)
+    if self._predictor and decoder_params is None and is_concrete(params, batch):
       return self._predictor(params, batch, rng, num_decodes, return_all_decodes)
-    rows = batch['decoder_input_tokens'].shape[0]
-    # Decoding runs B * num_decodes rows, which have to fill the mesh too.
-    size = self._padded_batch(rows, num_decodes)
-    if decoder_params is not None:  # per-row options, such as a temperature for each
-      decoder_params = {
-        k: _pad_rows(v, size) if k != 'decode_rng' and getattr(v, 'shape', ())[:1] == (rows,) else v
-        for k, v in decoder_params.items()
-      }
-    tokens, aux = super().predict_batch_with_aux(
+    return super().predict_batch_with_aux(
       params,
-      {k: _pad_rows(v, size) for k, v in batch.items()},
+      batch,
       rng,
       return_all_decodes=return_all_decodes,
       num_decodes=num_decodes,
       decoder_params=decoder_params,
     )
-    return tokens[:rows], jax.tree.map(lambda x: x[:rows], aux)
-
-  def score_batch(
-    self, params: Params, batch: Batch, return_intermediates: bool = False
-  ) -> jax.Array | tuple[jax.Array, Mapping[str, Any]]:
-    """As T5X's: [B] float32, the sum over positions of weight * log p(target).
-
-    With return_intermediates also T5X's dict of them; the model itself has none to add.
-    """
-    self._check(batch)
-    tokens, targets, weights = (
-      batch[f'decoder_{k}'] for k in ('input_tokens', 'target_tokens', 'loss_weights')
-    )
-    compute = self._jitted_scores if is_concrete(params, batch) else self._scores
-    scores = compute(params, tokens, targets) * weights
-    if not return_intermediates:
-      return scores.sum(-1)
-    intermediates = {
-      'target_tokens': (targets,),
-      'loss_weights': (weights,),
-      'token_scores': (scores,),
-    }
-    return scores.sum(-1), {'decoder': intermediates}
-
-  def _scores(self, params, tokens, targets):
-    """log p(target) at each position, [B, L]."""
-    rows = tokens.shape[0]
-    size = self._padded_batch(rows)
-    return self.model.log_probs(
-      weights_from_params(params), _pad_rows(tokens, size), _pad_rows(targets, size)
-    )[:rows]
-
-  def _compute_logits(
-    self,
-    params: Params,
-    batch: Batch,
-    dropout_rng: jax.Array | None = None,
-    mutable: Any = False,
-    other_variables: Any = None,
-  ) -> jax.Array:
-    """Logits [B, L, V] float32 after each position."""
-    del dropout_rng, mutable, other_variables  # nothing here is random or mutable
-    self._check(batch)
-    tokens = batch['decoder_input_tokens']
-    padded = _pad_rows(tokens, self._padded_batch(tokens.shape[0]))
-    return self.model.logits(weights_from_params(params), padded)[: tokens.shape[0]]
-
-  def _compute_kv_cache(
-    self, params: Params, inputs: jax.Array, causal_attention_mask: jax.Array
-  ) -> tuple[Cache, jax.Array]:
-    """Runs the prompts but for their last token, which T5X feeds to the first decode step.
-
-    Args:
-      params: the parameters.
-      inputs: [B, L] int32, BOS and prompt, then 0; B has to fill the mesh.
-      causal_attention_mask: [B, L], 1 where BOS and prompt are. Lengths come from here, not from the ids: an id 0 in a
-        prompt does not shorten it.
-
-    Returns:
-      The cache, and the position [B] of the last token of each prompt (0, that of BOS, for an empty one).
-    """
-    last = jnp.maximum(jnp.sum(causal_attention_mask != 0, axis=-1).astype(jnp.int32) - 1, 0)
-    # BOS and all but the last token of the prompt: as many positions as a prompt has tokens.
-    prompts = (
-      inputs[:, : max(self._inputs_length, 1)] if self._inputs_length is not None else inputs
-    )
-    _, cache = self.model.prefill(
-      weights_from_params(params), prompts, jnp.maximum(last, 1), inputs.shape[1]
-    )
-    return self._to_t5x(dataclasses.replace(cache, lengths=last)), last
-
-  def _compute_logits_from_slice(
-    self, decoding_state: decoding.DecodingState, params: Params, max_decode_length: int
-  ) -> tuple[jax.Array, Cache]:
-    """One token a row: logits [B, V] float32 and the cache with it. Positions are the cache's own."""
-    del max_decode_length
-    cache = self._from_t5x(decoding_state.cache)
-    logits, cache = self.model.decode_step(
-      weights_from_params(params), cache, decoding_state.cur_token[:, 0]
-    )
-    return logits, self._to_t5x(cache)
-
-  def _decode(
-    self,
-    decode_fn: models.DecodeFnCallable,
-    *,
-    inputs: jax.Array,
-    cache: Cache,
-    num_decodes: int,
-    **kwargs,
-  ) -> tuple[jax.Array, jax.Array]:
-    """decode_fn, for num_decodes samples (or beams) of each prompt, on a cache with the heads that so many rows take.
-
-    Prefill makes a cache for decode steps of B rows, and decode_fn repeats each row num_decodes times. B rows may be
-    split over fewer devices than B * num_decodes, and heads over the others; how many heads the cache has, padding and
-    copies included, depends on that. The rows themselves move as they are repeated, once: the decode step, and with it
-    the loop, takes them in one sharding.
-    """
-    rows = inputs.shape[0]
-    held, wanted = (self.model.decode_sharding(rows * n).heads.cached() for n in (1, num_decodes))
-    if held != wanted:
-      heads = jnp.asarray([0 if h is None else held.index(h) for h in wanted])
-      kv = self._from_t5x(cache)
-      keys, values = jax.tree.map(lambda x: jnp.take(x, heads, axis=-2), (kv.keys, kv.values))
-      cache = self._to_t5x(dataclasses.replace(kv, keys=keys, values=values))
-    return decode_fn(inputs=inputs, cache=cache, num_decodes=num_decodes, **kwargs)
-
-  # T5X's decoding functions tile, flatten and reorder rows on one axis of every leaf: axis 1 if layers are stacked,
-  # else 0. A leaf called cache_index they treat otherwise, and not consistently: after a prefill beam_search gives it a
-  # beam axis and never flattens it. So the lengths go by another name.
-
-  def _to_t5x(self, cache: KVCache) -> Cache:
-    if self.module.scan_layers:
-      return {**_named(cache.keys, cache.values), 'cached_lengths': cache.lengths[None]}
-    layers = {
-      f'{STACK}_{i}': _named(k, v) for i, (k, v) in enumerate(zip(cache.keys, cache.values))
-    }
-    return {**layers, 'cached_lengths': cache.lengths}
-
-  def _from_t5x(self, cache: Mapping[str, Any]) -> KVCache:
-    if self.module.scan_layers:
-      return KVCache(*_keys_values(cache), cache['cached_lengths'][0])
-    layers = [_keys_values(cache[f'{STACK}_{i}']) for i in range(self.model.config.num_layers)]
-    return KVCache(*zip(*layers), cache['cached_lengths'])
-
-  def _padded_batch(self, rows: int, copies: int = 1) -> int:
-    """The smallest batch of at least `rows` that fills the mesh, as does `copies` times it."""
-    if (
-      self.model.mesh.size == 1
-    ):  # where the batch may also be one of jax.export's symbols, which have no order
-      return rows
-    while True:
-      rows = self.model.padded_batch(rows)
-      if self.model.padded_batch(rows * copies) == rows * copies:
-        return rows
-      rows += 1
-
-  def _check(self, batch: Batch) -> None:
-    if 'decoder_segment_ids' in batch:
-      raise RequestError('packed examples are not supported: set DatasetConfig.pack = False')
 
 
-def _named(keys: KV, values: KV) -> Cache:
-  """Keys and values as T5X's cache has them, by name; those of int8 have their scales beside them."""
-  named = {}
-  for name, kv in (('cached_key', keys), ('cached_value', values)):
-    named.update(
-      {name: kv.units, f'{name}_scale': kv.scales} if isinstance(kv, Int8KV) else {name: kv}
-    )
-  return named
+def _mesh(mesh: str | jax.sharding.Mesh | None, config: ModelConfig) -> jax.sharding.Mesh:
+  """Return the mesh of InferenceModel's argument."""
+  if isinstance(mesh, jax.sharding.Mesh):
+    return inference_mesh(mesh)
+  return inference_mesh(choose_mesh(config, jax.devices()) if mesh is None else parse_mesh(mesh))
 
 
-def _keys_values(named: Mapping[str, jax.Array]) -> tuple[KV, KV]:
-  """What _named was given."""
-  return tuple(
-    Int8KV(named[name], named[f'{name}_scale']) if f'{name}_scale' in named else named[name]
-    for name in ('cached_key', 'cached_value')
-  )
+def _stock_bindings(configurable: Callable, *names: str) -> dict[str, Any]:
+  """Return what gin files bind to these parameters of T5X's own model class or method.
 
-
-def _pad_rows(x: jax.Array, rows: int) -> jax.Array:
-  """x [B, ...] with copies of its last row, [rows, ...]: a copy of a real row never makes decoding run longer."""
-  return jnp.pad(x, [(0, rows - x.shape[0])] + [(0, 0)] * (x.ndim - 1), mode='edge')
+  A stock configuration in front of infer.gin binds options there, and nothing else reads them.
+  """
+  try:
+    with gin.config_scope(None):
+      bound = gin.get_bindings(configurable, resolve_references=False)
+  except ValueError:  # no gin file names it
+    return {}
+  # A copy of a gin reference is its value. Others, such as the stock module, are not made.
+  return {name: copy.deepcopy(bound[name]) for name in names if name in bound}

@@ -1,13 +1,13 @@
-"""The parameters of a model as T5X sees them: a flax module that declares the arrays on the chips, and nothing else.
+"""A model's parameters as T5X sees them: a flax module that declares the arrays on the chips.
 
-The tree is weights.Weights as nested dicts: embedding, final_norm, final_norm_bias (with layer norm), and either
-`layers` (each array with a leading L) or one subtree a layer, `layers_0`, `layers_1`, ...; in these one subtree a
-sublayer, `parallel`, or `attention` and `mlp`.
+The tree is model.weights.Weights as nested dicts: embedding, final_norm, final_norm_bias (with
+layer norm), and the layers. These are either `layers` (each array with a leading L) or one subtree
+a layer, `layers_0`, `layers_1` and so on. Each has a subtree for each block part: `parallel`, or
+`attention` and `mlp`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 import dataclasses
-from typing import Any
 
 from flax import linen as nn
 from flax.linen import partitioning as flax_partitioning
@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from t5x_inference_ext.model.transformer import Model
-from t5x_inference_ext.model.weights import BlockPartWeights, Weights
+from t5x_inference_ext.model.weights import BlockPartWeights, LayerWeights, Weights
 from t5x_inference_ext.params import LAYERS_AXIS
 from t5x_inference_ext.sharding.packing import PackedTensor, packed_tensors, tensor_dtype
+from t5x_inference_ext.t5x.types import Params
 
 STACK = 'layers'
 ParamPath = tuple[str, ...]
@@ -29,9 +30,10 @@ class Declaration:
   """One parameter.
 
   Attributes:
-    tensor: what it is; its shape and spec are those of one layer.
-    layers: the layers in it: a number, a slice (stacked in front), or None for what no layer owns.
-    dtype: on the chips.
+    tensor: Its packed tensor; shape and spec are those of one layer.
+    layers: Which layers it holds: a number, a slice (stacked in front), or None for a parameter
+      outside the layers.
+    dtype: Its dtype on the chips.
   """
 
   tensor: PackedTensor
@@ -40,19 +42,21 @@ class Declaration:
 
   @property
   def shape(self) -> tuple[int, ...]:
-    return (
-      (self.layers.stop, *self.tensor.shape)
-      if isinstance(self.layers, slice)
-      else self.tensor.shape
-    )
+    """Shape of the array, stacked layers included."""
+    stacked = (self.layers.stop,) if isinstance(self.layers, slice) else ()
+    return (*stacked, *self.tensor.shape)
 
   @property
   def logical_axes(self) -> tuple[str, ...]:
+    """Logical names of the array's axes."""
     stack = (LAYERS_AXIS,) if isinstance(self.layers, slice) else ()
     return (*stack, *self.tensor.axes)
 
   def initial(self, key: jax.Array) -> jax.Array:
-    """Random values that keep activations of order 1. For trying out speed and memory; inference loads its weights."""
+    """Return random values that keep activations of order 1.
+
+    They serve to try out speed and memory. Inference loads its weights.
+    """
     kind, fan_in = self.tensor.kind, self.shape[-2] if len(self.shape) > 1 else 1
     if kind == 'norm':
       return jnp.ones(self.shape, self.dtype)
@@ -62,35 +66,38 @@ class Declaration:
       return jnp.full(self.shape, self.shape[-1] ** -0.5 / 73, self.dtype)
     if self.dtype == np.int8:
       return jax.random.randint(key, self.shape, -127, 128, jnp.int8)
-    return jax.random.normal(key, self.shape, self.dtype) * (
-      1.0 if kind == 'embedding' else fan_in**-0.5
-    )
+    deviation = 1.0 if kind == 'embedding' else fan_in**-0.5
+    return jax.random.normal(key, self.shape, self.dtype) * deviation
 
 
 def declarations(model: Model, int8: bool, stacked: bool) -> dict[ParamPath, Declaration]:
-  """The parameters of a model, by their path in T5X's tree.
+  """Return the parameters of a model by their paths in T5X's tree.
+
+  Args:
+    model: The model.
+    int8: Whether the matrices are int8.
+    stacked: Whether one array holds all layers.
 
   Raises:
-    MeshError: the mesh does not divide the model.
+    MeshError: The mesh does not divide the model.
   """
   count = model.config.num_layers
   groups: dict[ParamPath, slice | int] = {(f'{STACK}_{i}',): i for i in range(count)}
   if stacked:
     groups = {(STACK,): slice(0, count)}
+  tensors = packed_tensors(model.config, model.prefill_layout, model.mesh.shape, int8)
   declared = {}
-  for name, tensor in packed_tensors(
-    model.config, model.prefill_layout, model.mesh.shape, int8
-  ).items():
+  for name, tensor in tensors.items():
     dtype = tensor_dtype(tensor, 'int8' if int8 else 'float', model.dtype)
     for path, layers in (groups if tensor.per_layer else {(): None}).items():
       declared[*path, *name.split('/')] = Declaration(tensor, layers, dtype)
   return declared
 
 
-def weights_from_params(params: Mapping[str, Any]) -> Weights:
-  """T5X's parameters as the model's functions take them."""
+def weights_from_params(params: Params) -> Weights:
+  """Return T5X's parameters as the weights that the model's functions take."""
 
-  def layer(subtree):
+  def layer(subtree: Params) -> LayerWeights:
     return {block_part: BlockPartWeights(**fields) for block_part, fields in subtree.items()}
 
   rest = {name: value for name, value in params.items() if not name.startswith(STACK)}
@@ -101,34 +108,35 @@ def weights_from_params(params: Mapping[str, Any]) -> Weights:
 
 
 class _Subtree(nn.Module):
-  """Parameters by their paths below this one."""
+  """Declares the parameters of a subtree, given by their paths in it."""
 
   declared: tuple[tuple[ParamPath, Declaration], ...]
 
   @nn.compact
-  def __call__(self):
+  def __call__(self) -> None:
     _declare(self.declared)
 
 
 def _declare(declared: Iterable[tuple[ParamPath, Declaration]]) -> None:
-  """In the module that is running."""
-  subtrees: dict[str, list] = {}
-  for (name, *below), d in declared:
+  """Declare parameters in the flax module that is running."""
+  subtrees: dict[str, list[tuple[ParamPath, Declaration]]] = {}
+  for (name, *below), declaration in declared:
     if below:
-      subtrees.setdefault(name, []).append((tuple(below), d))
+      subtrees.setdefault(name, []).append((tuple(below), declaration))
     else:
-      flax_partitioning.param_with_axes(name, d.initial, axes=d.logical_axes)
-  for name, below in subtrees.items():
-    _Subtree(tuple(below), name=name)()
+      flax_partitioning.param_with_axes(name, declaration.initial, axes=declaration.logical_axes)
+  for name, subtree in subtrees.items():
+    _Subtree(tuple(subtree), name=name)()
 
 
 class InferenceModule(nn.Module):
   """Declares a model's parameters with their logical axes.
 
   Attributes:
-    model: its functions and mesh.
-    int8: whether its matrices are int8.
-    scan_layers: whether one array holds all layers. T5X reads this to find the batch axis of the KV cache.
+    model: Model. Its config, mesh and layouts say what is declared.
+    int8: Whether its matrices are int8.
+    scan_layers: Whether one array holds all layers. T5X reads this to find the batch axis of the KV
+      cache.
   """
 
   model: Model

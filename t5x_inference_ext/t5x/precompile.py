@@ -1,10 +1,11 @@
-"""Compiling an inference step without weights. T5X's own precompile compiles the train step only."""
+"""Compiling an inference step without weights; T5X's own precompile knows the train step only."""
 
 from collections.abc import Callable, Mapping
 
 import jax
 from t5x import utils
 
+from t5x_inference_ext._moved import renamed
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.t5x.models import InferenceModel
 from t5x_inference_ext.t5x.partitioning import InferencePartitioner
@@ -17,20 +18,22 @@ def precompile_step(
   batch_size: int,
   mode: str = 'predict',
 ) -> jax.stages.Compiled:
-  """Compiles what t5x.infer runs for a batch: to learn its time, memory_analysis() and cost_analysis() beforehand.
+  """Compile what t5x.infer runs for a batch.
+
+  The result tells the step's memory_analysis() and cost_analysis() before there are weights.
 
   Args:
-    model: of a checkpoint or of a config alone.
-    partitioner: on the model's mesh.
-    task_feature_lengths: as t5x.infer's, e.g. {'inputs': 512, 'targets': 64}.
-    batch_size: rows.
+    model: An InferenceModel of a checkpoint, or of a config alone.
+    partitioner: An InferencePartitioner on the model's mesh.
+    task_feature_lengths: Those of t5x.infer, e.g. {'inputs': 512, 'targets': 64}.
+    batch_size: Rows.
     mode: 'predict', 'predict_with_aux' or 'score'.
 
   Returns:
     A function of parameters, batch and, but for 'score', a random key.
 
   Raises:
-    RequestError: another mode.
+    RequestError: Another mode.
   """
   infer_step = infer_step_of(model, mode)
   batch, initializer = abstract_inputs(model, partitioner, task_feature_lengths, batch_size)
@@ -53,7 +56,14 @@ def abstract_inputs(
   task_feature_lengths: Mapping[str, int],
   batch_size: int,
 ) -> tuple[dict[str, jax.ShapeDtypeStruct], utils.TrainStateInitializer]:
-  """The shapes of a batch as the model's feature converter makes it, and what knows those of the train state."""
+  """Return the shapes of a batch, and T5X's initializer, which knows those of the train state.
+
+  Args:
+    model: See precompile_step for all of them.
+    partitioner: An InferencePartitioner on the model's mesh.
+    task_feature_lengths: Those of t5x.infer.
+    batch_size: Rows.
+  """
   converter = model.FEATURE_CONVERTER_CLS(pack=False)
   lengths = converter.get_model_feature_lengths(task_feature_lengths)
   dtypes = {
@@ -63,13 +73,16 @@ def abstract_inputs(
     name: jax.ShapeDtypeStruct((batch_size, length), dtypes[name].as_numpy_dtype)
     for name, length in lengths.items()
   }
-  return batch, utils.TrainStateInitializer(
-    None, model.get_initial_variables, {name: x.shape for name, x in batch.items()}, partitioner
-  )
+  shapes = {name: x.shape for name, x in batch.items()}
+  return batch, utils.TrainStateInitializer(None, model.get_initial_variables, shapes, partitioner)
 
 
 def infer_step_of(model: InferenceModel, mode: str) -> Callable:
-  """The method that t5x.infer calls in a mode. Raises RequestError for another."""
+  """Return the method that t5x.infer calls in a mode.
+
+  Raises:
+    RequestError: No such mode.
+  """
   steps = {
     'predict': model.predict_batch,
     'predict_with_aux': model.predict_batch_with_aux,
@@ -78,3 +91,6 @@ def infer_step_of(model: InferenceModel, mode: str) -> Callable:
   if mode not in steps:
     raise RequestError(f'mode must be one of {", ".join(steps)}, got {mode!r}')
   return steps[mode]
+
+
+__getattr__ = renamed(__name__, {'precompile': 'precompile_step'})

@@ -1,10 +1,11 @@
-"""T5X's predictions through decode slots: a batch of the task is the queue, and finished rows make room for the next.
+"""Predictions of T5X through decode slots that are kept full: a batch of the task is the queue.
 
-T5X partitions one function, its step for a batch. Here that step runs on the host, with concrete arrays: the model then
-drives its own compiled functions, and the batch size is how many examples wait, not how many are decoded together.
+T5X partitions one function, its step for a batch. Here that step runs on the host, with concrete
+arrays, and the model drives its own compiled functions. The batch size is how many examples wait,
+not how many are decoded together.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 import dataclasses
 from typing import Any
 
@@ -19,7 +20,10 @@ from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.scheduler import Scheduler
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.transformer import Model
+from t5x_inference_ext.options import is_whole
+from t5x_inference_ext.t5x.decode_options import DecodeOptions
 from t5x_inference_ext.t5x.module import weights_from_params
+from t5x_inference_ext.t5x.types import Array, Batch, Params, Predictions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,58 +31,83 @@ class Refill:
   """How predictions are made on the host.
 
   Attributes:
-    slots: rows decoded together, rounded up to what the mesh takes.
-    sampler: how tokens are chosen, in the place of T5X's decode_fn.
-    max_new_tokens: the limit of each, or None: prompt and prediction fill the whole sequence, as T5X has it.
-    chunk: positions of a prompt that one pass takes.
-    budget: prompt tokens between decode steps while rows wait.
+    slots: Rows decoded together, rounded up to what the mesh takes.
+    sampling: How tokens are chosen; None: as the options of the model's decode_fn say.
+    max_new_tokens: Most new tokens of each prediction; None: the max_decode_steps of the model's
+      decode_fn, else until prompt and prediction fill the sequence, as in T5X.
+    chunk: Most positions of a prompt in one prefill pass.
+    budget: Most prompt tokens prefilled between decode steps while rows wait.
+
+  Raises:
+    RequestError: A number that is not whole, or is below 1.
   """
 
   slots: int = 32
-  sampling: SamplingParams = SamplingParams()
+  sampling: SamplingParams | None = None
   max_new_tokens: int | None = None
   chunk: int = 256
   budget: int = 2048
 
-  def __post_init__(self):
-    for name in ('slots', 'chunk', 'budget'):
-      if getattr(self, name) < 1:
-        raise RequestError(f'Refill.{name} must be at least 1, got {getattr(self, name)}')
-    if self.max_new_tokens is not None and self.max_new_tokens < 1:
-      raise RequestError(f'Refill.max_new_tokens must be at least 1, got {self.max_new_tokens}')
+  def __post_init__(self) -> None:
+    for name in ('slots', 'max_new_tokens', 'chunk', 'budget'):
+      value = getattr(self, name)
+      if name == 'max_new_tokens' and value is None:
+        continue
+      if not is_whole(value) or value < 1:
+        raise RequestError(f'Refill.{name} must be a whole number, 1 or more, got {value!r}')
 
-
-def is_concrete(*trees: Any) -> bool:
-  """Whether these are arrays, not what jax traces functions with."""
-  return not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(trees))
+  def with_defaults(self, options: DecodeOptions) -> 'Refill':
+    """Return these options, with what is None taken from those of a decode_fn."""
+    sampling, limit = self.sampling, self.max_new_tokens
+    return dataclasses.replace(
+      self,
+      sampling=sampling or SamplingParams(options.temperature, options.top_k, options.top_p),
+      max_new_tokens=options.max_new_tokens if limit is None else limit,
+    )
 
 
 class Predictor:
-  """Predicts batches, with one set of slots and one shared beginning for all of them: the first batch's. Batches of longer
-  sequences have new ones made.
+  """Predicts batches with one set of slots, which share the prefix of the first batch's prompts.
+
+  A batch of longer sequences, or with other parameters, has new slots made.
 
   Args:
-    model: decides mesh and layouts.
-    refill: the options.
-    eos_id: ends a prediction.
-    inputs_length: of the task's inputs, where they are trimmed to it; None: of the whole sequence.
+    model: Decides mesh and layouts.
+    refill: The options; `sampling` is not None.
+    eos_id: Token that ends a prediction.
+    inputs_length: Most tokens of a prompt; None: as many as a sequence has.
   """
 
-  def __init__(self, model: Model, refill: Refill, eos_id: int, inputs_length: int | None):
-    self._model, self._refill, self._eos, self._inputs = model, refill, eos_id, inputs_length
-    self._scheduler, self._made_for = None, None
+  def __init__(self, model: Model, refill: Refill, eos_id: int, inputs_length: int | None) -> None:
+    self._model, self._refill, self._eos_id = model, refill, eos_id
+    self._inputs_length = inputs_length
+    self._scheduler: Scheduler | None = None
+    self._params: Params | None = None  # those of the scheduler
+    self._length = 0  # longest sequence that the slots have room for
 
   def __call__(
     self,
-    params: Any,
-    batch: Mapping[str, Any],
+    params: Params,
+    batch: Batch,
     rng: jax.Array | None,
     num_decodes: int,
     return_all_decodes: bool,
-  ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """As T5X's predict_batch_with_aux: tokens [B, L] and scores [B], or [B, num_decodes, L] and [B, num_decodes].
+  ) -> Predictions:
+    """Return T5X's predictions and scores of a batch.
 
-    Scores are sums of log-probabilities under the model's own distribution (T5X's rescale_log_probs = False).
+    Scores are sums of log-probabilities under the model's own distribution, as T5X gives them with
+    rescale_log_probs = False.
+
+    Args:
+      params: The parameters.
+      batch: See InferenceModel.predict_batch_with_aux for this and the next.
+      rng: Key of the samples; None: a fixed one.
+      num_decodes: Samples of each prompt.
+      return_all_decodes: Whether to return all samples of a prompt, or the best alone.
+
+    Returns:
+      Tokens [B, L] int32 and {'scores': [B] float32}; of all samples, from the worst to the best,
+      [B, num_decodes, L] and [B, num_decodes].
     """
     inputs = np.asarray(batch['decoder_input_tokens'])
     lengths = np.maximum(np.sum(np.asarray(batch['decoder_causal_attention']) != 0, axis=1), 1)
@@ -94,46 +123,39 @@ class Predictor:
       done[at] += len(event.tokens)
       scores[at] += sum(event.log_probs)
     order = np.argsort(scores, axis=1, kind='stable')  # the best is last
-    tokens, scores = (
-      np.take_along_axis(tokens, order[:, :, None], 1),
-      np.take_along_axis(scores, order, 1),
-    )
-    return (
-      (tokens, {'scores': scores})
-      if return_all_decodes
-      else (tokens[:, -1], {'scores': scores[:, -1]})
-    )
+    tokens = np.take_along_axis(tokens, order[:, :, None], 1)
+    scores = np.take_along_axis(scores, order, 1)
+    if return_all_decodes:
+      return tokens, {'scores': scores}
+    return tokens[:, -1], {'scores': scores[:, -1]}
 
-  def _request(self, inputs, count, seeds, length) -> Request:
-    limit = length - (count - 1)  # BOS is not of the sequence
+  def _request(self, inputs: np.ndarray, count: int, seeds: np.ndarray, length: int) -> Request:
+    """Return the request of one example: `count` tokens of its inputs, BOS first."""
+    limit = length - (count - 1)  # BOS is not part of the sequence
     if self._refill.max_new_tokens is not None:
       limit = min(limit, self._refill.max_new_tokens)
+    sampling = self._refill.sampling
+    assert sampling is not None
     return Request(
-      tuple(inputs[:count].tolist()),
-      tuple(seeds.tolist()),
-      int(max(limit, 1)),
-      self._refill.sampling,
+      tuple(inputs[:count].tolist()), tuple(seeds.tolist()), int(max(limit, 1)), sampling
     )
 
-  def _slots(self, params, requests, length) -> Scheduler:
-    if self._made_for is None or self._made_for[0] is not params or self._made_for[1] < length:
+  def _slots(self, params: Params, requests: Sequence[Request], length: int) -> Scheduler:
+    """Return a scheduler for sequences of `length` tokens, the last one if it will do."""
+    if self._scheduler is None or self._params is not params or self._length < length:
       refill = self._refill
-      prompt = length if self._inputs is None else self._inputs + 1
-      weights = weights_from_params(params)
       config, shared = scheduler_config.config_for(
         self._model,
         requests,
         slots=refill.slots,
-        eos_id=self._eos,
-        prompt_size=prompt,
+        eos_id=self._eos_id,
+        prompt_size=length if self._inputs_length is None else self._inputs_length + 1,
         cache_size=length + 1,
         prefill_chunk=refill.chunk,
         prefill_budget=refill.budget,
       )
-      self._scheduler, self._made_for = (
-        Scheduler(self._model, weights, config, shared),
-        (params, length),
-      )
+      self._scheduler = Scheduler(self._model, weights_from_params(params), config, shared)
+      self._params, self._length = params, length
     return self._scheduler
 
 
@@ -142,20 +164,26 @@ class HostStep:
 
   Args:
     step: (params, batch, rng, indices, flax_mutables) -> (indices, results).
-    mesh: where results go, whole on every device, as T5X takes them from a compiled step.
+    mesh: Mesh whose devices all get the results whole, as from a step that T5X compiled.
   """
 
-  def __init__(self, step: Callable, mesh: Mesh):
+  def __init__(self, step: Callable[..., tuple[Any, Any]], mesh: Mesh) -> None:
     self._step, self._mesh = step, mesh
 
-  def __call__(self, params, batch, rng, indices, flax_mutables):
-    """Examples that pad the last batch, with index -1, are not predicted: their results are zeros, which T5X drops."""
+  def __call__(
+    self, params: Params, batch: Batch, rng: jax.Array, indices: Array, flax_mutables: Any
+  ) -> tuple[jax.Array, Any]:
+    """Return the indices and the results of a batch.
+
+    Examples that pad the last batch have index -1 and are not predicted. Their results are zeros,
+    which T5X drops.
+    """
     places = np.asarray(indices)
     real = places >= 0
     batch = {name: np.asarray(value)[real] for name, value in batch.items()}
     _, results = self._step(params, batch, rng, places[real], flax_mutables)
 
-    def whole(x):
+    def whole(x: Array) -> jax.Array:
       x = np.asarray(x)
       padded = np.zeros((len(places), *x.shape[1:]), x.dtype)
       padded[real] = x
@@ -164,8 +192,8 @@ class HostStep:
     return jax.device_put(places, NamedSharding(self._mesh, P())), jax.tree.map(whole, results)
 
 
-def _seeds(rng, count: int) -> np.ndarray:
-  """Seeds [count] uint32 of a key, different for each."""
+def _seeds(rng: jax.Array | None, count: int) -> np.ndarray:
+  """Return different seeds [count] uint32, derived from a key."""
   if rng is None:
     return np.arange(count, dtype=np.uint32)
   words = np.asarray(rng if rng.dtype == np.uint32 else jax.random.key_data(rng)).ravel().tolist()

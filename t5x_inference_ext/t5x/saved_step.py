@@ -1,4 +1,4 @@
-"""The step that t5x.infer runs for each batch, compiled beforehand and kept in a file (engine/saved_program.py)."""
+"""The step that t5x.infer runs for each batch, compiled beforehand and kept in a file."""
 
 from collections.abc import Mapping
 import os
@@ -10,9 +10,11 @@ import numpy as np
 from t5x import utils
 
 from t5x_inference_ext.engine import saved_program
+from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.t5x.models import InferenceModel
-from t5x_inference_ext.t5x.partitioning import InferencePartitioner, describe_step
+from t5x_inference_ext.t5x.partitioning import InferencePartitioner, SavedStep, describe_step
 from t5x_inference_ext.t5x.precompile import abstract_inputs, infer_step_of
+from t5x_inference_ext.t5x.refill import HostStep
 
 
 def save_infer_step(
@@ -23,29 +25,31 @@ def save_infer_step(
   batch_size: int,
   mode: str = 'predict',
 ) -> dict[str, Any]:
-  """Compiles what t5x.infer runs for a batch, and saves it for InferencePartitioner(executable=path).
+  """Compile what t5x.infer runs for a batch; save it for InferencePartitioner(executable=path).
 
   Args:
-    path: the file to write.
-    model: of a checkpoint or of a config alone.
-    partitioner: on the model's mesh.
-    task_feature_lengths: as t5x.infer's.
-    batch_size: rows of a batch, as the dataset's configuration says.
+    path: The file to write.
+    model: An InferenceModel of a checkpoint, or of a config alone.
+    partitioner: An InferencePartitioner on the model's mesh.
+    task_feature_lengths: Those of t5x.infer.
+    batch_size: Rows of a batch, as the dataset's configuration says.
     mode: 'predict', 'predict_with_aux' or 'score'.
 
   Returns:
     The file's header.
 
   Raises:
-    RequestError: another mode.
-    SavedError: the file can't be written.
+    RequestError: Another mode, or a model with `refill`, whose step is not compiled.
+    SavedError: The file can't be written.
   """
+  if model.refills:
+    raise RequestError('a model with refill has no compiled step to save: make it without refill')
   infer_step = infer_step_of(model, mode)
   batch, initializer = abstract_inputs(model, partitioner, task_feature_lengths, batch_size)
   state = initializer.global_train_state_shape
   steps, partition = [], partitioner.partition
 
-  def kept(*arguments, **options):
+  def kept(*arguments: Any, **options: Any) -> Any:
     steps.append(partition(*arguments, **options))
     return steps[-1]
 
@@ -53,7 +57,9 @@ def save_infer_step(
   with mock.patch.object(partitioner, 'partition', kept):
     utils.get_infer_fn(infer_step, batch_size, initializer.train_state_axes, partitioner)
   (step,) = steps
-  step = getattr(step, 'step', step)
+  assert not isinstance(step, HostStep)
+  if isinstance(step, SavedStep):
+    step = step.step
   key = jax.eval_shape(lambda: jax.random.PRNGKey(0))
   rows = jax.ShapeDtypeStruct((batch_size,), np.int32)
   arguments = saved_program.shapes((state.params, batch, key, rows, state.flax_mutables))

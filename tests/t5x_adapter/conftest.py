@@ -1,10 +1,11 @@
-"""Tests of the adapter run against the real T5X and flaxformer, and are skipped, visibly, where those are absent."""
+"""The adapter's tests run against the real T5X and flaxformer; without them they are skipped."""
 
 import functools
 import importlib.util
 import pathlib
 
 import jax
+import numpy as np
 import pytest
 
 from t5x_inference_ext.checkpoints.convert import convert
@@ -22,7 +23,7 @@ def _missing() -> str:
 
 
 MISSING = _missing()
-REASON = f'needs T5X and flaxformer ({MISSING} is not importable): see docs/t5x.md for the versions known to work'
+REASON = f'needs T5X and flaxformer ({MISSING} is not importable): docs/t5x.md has the versions'
 
 
 class _SkippedModule(pytest.Module):
@@ -38,7 +39,7 @@ def pytest_pycollect_makemodule(module_path, parent):
 
 @pytest.fixture(autouse=True)
 def rank_promotion():
-  """T5X and flaxformer rely on implicit broadcasting, which the tests of this package's own code forbid."""
+  """T5X and flaxformer rely on implicit broadcasting, which this package's own tests forbid."""
   with jax.numpy_rank_promotion('allow'):
     yield
 
@@ -64,3 +65,16 @@ def stock_rows(palm_tiny, tmp_path_factory):
       return running.stock_infer(palm_tiny, tmp_path_factory.mktemp('stock'), mode)
 
   return rows
+
+
+@pytest.fixture(scope='session')
+def batch():
+  """Three golden prompts as T5X's feature converter makes them, 96 positions."""
+  from tests.t5x_adapter import inference_tasks
+
+  rows = inference_tasks.rows()[:3]
+  inputs, mask = np.zeros((3, 96), np.int32), np.zeros((3, 96), np.int32)
+  for i, row in enumerate(rows):
+    inputs[i, 1 : len(row['prompt_tokens']) + 1] = row['prompt_tokens']
+    mask[i, : len(row['prompt_tokens']) + 1] = 1
+  return {'decoder_input_tokens': inputs, 'decoder_causal_attention': mask}

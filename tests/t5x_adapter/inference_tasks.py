@@ -12,7 +12,7 @@ LENGTHS = {'inputs': 48, 'targets': 48}
 
 
 def rows() -> list[dict]:
-  """{'prompt', 'prompt_tokens', 'greedy_tokens', 'greedy_text'}: 48 tokens that T5X generates for each prompt."""
+  """Rows of prompt, prompt_tokens, greedy_tokens and greedy_text: 48 tokens of T5X's."""
   return json.loads(GOLDEN.read_text(encoding='utf-8'))
 
 

@@ -1,6 +1,7 @@
-"""The stock side of a comparison: the PaLM-style model of the test checkpoints, built from flaxformer's own parts.
+"""The stock side of a comparison: the model of the test checkpoints, of flaxformer's own parts.
 
-Parallel block, multiquery attention, rotary positions, SwiGLU, RMS norm with scales around zero, tied embedding.
+PaLM-style: parallel block, multiquery attention, rotary positions, SwiGLU, RMS norm with scales
+around zero, tied embedding.
 """
 
 from flax import linen as nn

@@ -21,7 +21,7 @@ VOCABULARY = seqio.ByteVocabulary()
 
 @contextlib.contextmanager
 def closed_event_loops():
-  """T5X's Checkpointer makes an event loop and leaves it open, which is a ResourceWarning at some later time."""
+  """Close the event loop that T5X's Checkpointer leaves open: a ResourceWarning, later."""
   loops, new_event_loop = [], asyncio.new_event_loop
 
   def recorded():
@@ -77,7 +77,7 @@ def _infer(
 
 
 def stock_infer(checkpoint, output_dir: pathlib.Path, mode: str) -> list[dict]:
-  """The rows that T5X writes with flaxformer's model; `checkpoint` is one of T5X's own, in the legacy format."""
+  """The rows that T5X writes with flaxformer's model, from a legacy checkpoint."""
   with closed_event_loops():
     return _infer(
       stock_model(),
@@ -97,7 +97,7 @@ def adapter_infer(
   layouts: tuple[str, str] = ('ws_2d/batch', 'ws_2d/batch'),
   **kwargs,
 ) -> list[dict]:
-  """The rows that T5X writes with the adapter's model on `mesh`, with the layouts of prefill and decode."""
+  """The rows that T5X writes with the adapter's model on `mesh`."""
   model = adapter_model(checkpoint, mesh, prefill_layout=layouts[0], decode_layout=layouts[1])
   return infer_with(
     model, InferencePartitioner(model), checkpoint, output_dir, mode, restore_dtype, **kwargs

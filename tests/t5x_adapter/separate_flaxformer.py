@@ -1,4 +1,4 @@
-"""Decoders of flaxformer's DecoderLayer, serial or parallel, with rotary positions, from flaxformer's own parts."""
+"""Decoders of flaxformer's DecoderLayer, serial or parallel, with rotary positions."""
 
 from flax import linen as nn
 from flaxformer.architectures.t5 import t5_architecture

@@ -1,4 +1,4 @@
-"""Checkpoints that conversions write in T5X's format, read by T5X and by flaxformer with its quantized variables."""
+"""Checkpoints that conversions write in T5X's format, read by T5X and by flaxformer."""
 
 import json
 

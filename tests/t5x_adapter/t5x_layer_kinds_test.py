@@ -1,4 +1,4 @@
-"""Checkpoints of flaxformer's layers, written by T5X, compute what flaxformer computes: every convention at once."""
+"""Checkpoints of flaxformer's layers, written by T5X, compute what flaxformer computes."""
 
 import flax
 from flax import traverse_util
@@ -74,7 +74,7 @@ CASES = {
 
 
 def _saved(module, directory):
-  """Random parameters, of norms too, as T5X saves them, the module's logits for `tokens` [2, 9], and the tokens."""
+  """The path of random parameters as T5X saves them, the module's logits, and their tokens."""
   tokens = np.array([[0, 5, 300, 17, 2, 3, 381, 40, 41], [0, 11, 12, 13, 14, 15, 16, 17, 18]])
   targets = np.ones_like(tokens)  # only where they are above 0, padding otherwise, is looked at
   params = jax.jit(lambda key: module.init(key, tokens, targets, enable_dropout=False)['params'])(

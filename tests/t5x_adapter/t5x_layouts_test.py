@@ -1,4 +1,4 @@
-"""Layouts chosen per phase, under T5X's decoding functions: heads of every kind, and several rows for each prompt."""
+"""Layouts chosen per phase, under T5X's decoding functions, with several rows for each prompt."""
 
 import functools
 import re
@@ -17,7 +17,8 @@ from t5x_inference_ext.t5x.precompile import precompile_step
 from tests import reference
 from tests.t5x_adapter import running
 
-# Two key heads over 4 shards are copied, and over 2 they are not: how many the cache has depends on its rows.
+# Two key heads over 4 shards are copied, and over 2 they are not: the heads of a cache depend on
+# its rows.
 GROUPED = ModelConfig(
   num_layers=2,
   d_model=32,
@@ -109,7 +110,7 @@ def test_heads_of_the_cache_depend_on_its_rows():
 
 @pytest.mark.parametrize('layouts, decodes', [(PAIRS[0], 1), (PAIRS[0], 4), (PAIRS[-1], 4)])
 def test_the_cache_moves_before_the_loop(layouts, decodes):
-  """T5X's loop carries the cache as decode steps take it: no collective in it touches an array as long as the cache."""
+  """No collective of T5X's loop touches an array as long as the cache."""
   model = _model(layouts, scan_layers=False)
   model.predict_batch_with_aux = functools.partial(
     model.predict_batch_with_aux, num_decodes=decodes

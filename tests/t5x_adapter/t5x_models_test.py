@@ -15,7 +15,7 @@ from t5x_inference_ext.t5x.models import InferenceModel
 from tests.t5x_adapter import inference_tasks, running
 
 LENGTH = 32
-# Three rows, which fill no mesh of eight devices evenly, and the last has no prompt: T5X then starts from BOS.
+# Three rows fill no mesh of eight devices evenly. The last has no prompt: T5X starts from BOS.
 PROMPTS = [row['prompt_tokens'] for row in inference_tasks.rows()][3:5] + [[]]
 
 DECODING = {
@@ -42,13 +42,14 @@ def _batch(prompts, length=LENGTH):
 
 @pytest.fixture(scope='module')
 def stock_params(palm_tiny):
-  # As jax arrays: a jitted function that closes over numpy ones computes in their memory (seen in jax 0.10.2 on CPU).
+  # As jax arrays: a jitted function that closes over numpy ones computes in their memory (seen in
+  # jax 0.10.2 on CPU).
   return jax.tree.map(jnp.array, checkpoints.load_t5x_checkpoint(str(palm_tiny))['target'])
 
 
 @pytest.fixture(scope='module')
 def state_of(palm_tiny, int8_checkpoint):
-  """A function of a model: the state restored for it. Decoding options do not matter to it, so it is kept."""
+  """A function of a model: its restored state, kept, as decoding options don't matter."""
   states = {}
 
   def state(model):
@@ -89,11 +90,11 @@ def test_decodes_as_the_stock_model(name, palm_tiny, stock_params, state_of):
 
 @pytest.mark.parametrize('scan_layers', [False, True])
 def test_beam_search(scan_layers, palm_tiny, stock_params, state_of):
-  """Against T5X's own search over logits that the stock model computes anew for each token, without a cache.
+  """Against T5X's search over logits that the stock model computes anew for each token.
 
   With the stock model's cache T5X's beam search does not run at all after a prefill.
   """
-  # Of one length: T5X's search runs on until the shortest prompt's row is full, over garbage in the others.
+  # Of one length: T5X's search runs until the shortest prompt's row is full, over garbage.
   prompts = [row['prompt_tokens'][:11] for row in inference_tasks.rows()][:3]
   batch = _batch(prompts)
   stock = running.stock_model()
@@ -162,7 +163,7 @@ def test_an_int8_cache(scan_layers, palm_tiny, state_of):
 )
 @pytest.mark.parametrize('scan_layers', [False, True])
 def test_greedy_continues_every_prompt(mesh, layouts, scan_layers, palm_tiny, state_of):
-  """An empty prompt and one with id 0 inside, which T5X's own model takes for shorter, with either form of weights."""
+  """Also an empty prompt, and one with id 0 inside, which T5X's own model takes for shorter."""
   prompts = PROMPTS + [[103, 0, 104, 0, 105]]
   lengths = (
     {'inputs': max(map(len, prompts)), 'targets': 1} if scan_layers else None

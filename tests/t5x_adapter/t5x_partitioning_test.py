@@ -1,4 +1,4 @@
-"""InferencePartitioner: one set of shardings, the layouts', whoever asks; and what T5X's scripts ask a partitioner."""
+"""InferencePartitioner: one set of shardings, the layouts', and what T5X asks of it."""
 
 from flax import linen as nn
 from flax.linen import partitioning as flax_partitioning
@@ -36,7 +36,7 @@ def _specs(tree):
   'layouts', [('ws_1d/heads', 'ws_1d/batch'), ('wg_xyz/batch', 'ws_2d/batch')]
 )
 def test_axis_rules_say_what_the_layout_says(layouts, config, scan_layers):
-  """T5X derives shardings from names and rules, the loader takes the layout's: they agree for every parameter."""
+  """T5X derives shardings from names and rules, the loader takes the layout's: they agree."""
   model = InferenceModel(
     running.VOCABULARY,
     config=preset('palm_tiny', **config),
@@ -75,7 +75,7 @@ def test_logical_axes_have_names(int8_checkpoint):
 
 
 def test_phase_rules_come_in_front(palm_tiny):
-  """flax constrains the cache to the phase's sharding by its names, and weights by theirs as without a phase."""
+  """flax constrains the cache to the phase's sharding by its names, and weights by theirs."""
   model = running.adapter_model(
     palm_tiny, '2x2x2', prefill_layout='wg_xyz/batch', decode_layout='ws_2d/heads'
   )
@@ -90,7 +90,7 @@ def test_phase_rules_come_in_front(palm_tiny):
 
     @jax.jit
     def constrained(cache, matrix):
-      with flax_partitioning.axis_rules(rules):  # noqa: B023: traced at once
+      with flax_partitioning.axis_rules(rules):  # noqa: B023  # traced at once
         return (
           nn.with_logical_constraint(cache, ACTIVATION_AXES['cache'], mesh=partitioner.mesh),
           nn.with_logical_constraint(matrix, (EMBED_AXIS, HIDDEN_AXIS), mesh=partitioner.mesh),
@@ -142,7 +142,7 @@ def test_local_chunk_is_the_whole_array_in_one_process():
 
 
 class _TwoHosts:
-  """What a LocalChunker knows on the second of two processes that share the mesh along one axis."""
+  """A LocalChunker on the second of two processes that share the mesh along one axis."""
 
   def __init__(self, axis):
     self.num_chunks = {'data': 1, 'x': 1, 'y': 1, 'z': 1, axis: 2}
@@ -178,7 +178,7 @@ def test_partition_replicates_what_has_no_spec():
 
 
 def test_t5x_can_save_what_is_loaded(int8_checkpoint, tmp_path):
-  """T5X's own Checkpointer takes the partitioner's chunks and the parameters' axes, int8 ones too."""
+  """T5X's own Checkpointer takes the partitioner's chunks and the parameters' axes."""
   model = running.adapter_model(int8_checkpoint, '2x2x2')
   state, _, partitioner = running.restored(model, int8_checkpoint)
   running.saved_by_t5x(state, partitioner, tmp_path)

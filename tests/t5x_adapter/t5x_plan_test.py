@@ -13,7 +13,7 @@ from tests.t5x_adapter import inference_tasks
 
 
 def test_t5x_runs_a_plan_as_it_is(repository, palm_tiny, stock_rows, tmp_path):
-  """The stock command, the adapter's gin file, and the plan behind it. float32, as the stock rows are."""
+  """The stock command, the adapter's gin file, and the plan behind it, in float32."""
   plan = choose(
     PlanRequest(config.preset('palm_tiny'), 3, 48, 16, weights='bfloat16'),
     [Machine.parse('v4:2x2x1')],

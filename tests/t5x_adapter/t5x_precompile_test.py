@@ -40,3 +40,8 @@ def test_unknown_mode(int8_checkpoint):
   model = running.adapter_model(int8_checkpoint)
   with pytest.raises(RequestError, match="'train'"):
     precompile_step(model, running.InferencePartitioner(mesh='1x1x1'), LENGTHS, 1, mode='train')
+
+
+def test_the_function_of_earlier_versions():
+  with pytest.raises(ImportError, match='is now t5x_inference_ext.t5x.precompile.precompile_step '):
+    from t5x_inference_ext.t5x.precompile import precompile  # noqa: F401

@@ -1,4 +1,4 @@
-"""t5x.infer with a step compiled beforehand writes what it writes without, and refuses a step of another run."""
+"""t5x.infer with a step compiled beforehand; a step of another run is refused."""
 
 import pytest
 

@@ -26,7 +26,7 @@ def test_every_row_has_partitionings():
 
 
 def test_weights_are_split_by_the_standard_rules():
-  """4 chips of 'model', or 2 of 'data' beside 2 of 'model'; keys and values are whole over 'model', in bfloat16."""
+  """4 chips of 'model', or 2 of 'data' and 2 of 'model', over which keys and values are whole."""
   c = CONFIG
   shared = c.num_layers * c.d_model * 2 * c.d_head + (c.num_layers + 1) * c.d_model
   split = c.num_params - shared

@@ -1,0 +1,59 @@
+"""The KV cache as T5X's decoding functions take it: a nested dict.
+
+T5X tiles, flattens and reorders rows on one axis of every leaf: axis 1 if layers are stacked, else
+0. It treats a leaf named cache_index otherwise, and not consistently: after a prefill, beam_search
+gives that leaf a beam axis and never flattens it. So the lengths have another name here.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from t5x_inference_ext.model.cache import KVCache
+from t5x_inference_ext.quantization.kv import KV, Int8KV
+from t5x_inference_ext.t5x.module import STACK
+from t5x_inference_ext.t5x.types import Cache
+
+_LENGTHS = 'cached_lengths'
+_KEY, _VALUE = 'cached_key', 'cached_value'
+
+
+def cache_to_t5x(cache: KVCache) -> Cache:
+  """Return a KVCache as T5X's nested dict.
+
+  Stacked layers: `cached_key` and `cached_value` [L, B, S, K, Q], `cached_lengths` [1, B].
+  Unrolled layers: a dict of [B, S, K, Q] for each layer, `layers_0` and so on, and `cached_lengths`
+  [B]. An int8 cache has `cached_key_scale` and `cached_value_scale` beside them.
+  """
+  keys, values = cache.keys, cache.values
+  if isinstance(keys, tuple):
+    assert isinstance(values, tuple)
+    layers = {f'{STACK}_{i}': _named(k, v) for i, (k, v) in enumerate(zip(keys, values))}
+    return {**layers, _LENGTHS: cache.lengths}
+  assert not isinstance(values, tuple)
+  return {**_named(keys, values), _LENGTHS: cache.lengths[None]}
+
+
+def cache_from_t5x(cache: Mapping[str, Any]) -> KVCache:
+  """Return the KVCache that `cache_to_t5x` was given."""
+  if _KEY in cache:
+    return KVCache(_kv(cache, _KEY), _kv(cache, _VALUE), cache[_LENGTHS][0])
+  layers = [cache[f'{STACK}_{i}'] for i in range(len(cache) - 1)]
+  keys, values = (tuple(_kv(layer, name) for layer in layers) for name in (_KEY, _VALUE))
+  return KVCache(keys, values, cache[_LENGTHS])
+
+
+def _named(keys: KV, values: KV) -> Cache:
+  """Return keys and values by T5X's names, with their scales if they are int8."""
+  named: Cache = {}
+  for name, kv in ((_KEY, keys), (_VALUE, values)):
+    if isinstance(kv, Int8KV):
+      named |= {name: kv.units, f'{name}_scale': kv.scales}
+    else:
+      named[name] = kv
+  return named
+
+
+def _kv(named: Mapping[str, Any], name: str) -> KV:
+  """Return the keys or the values that `_named` was given."""
+  scales = named.get(f'{name}_scale')
+  return named[name] if scales is None else Int8KV(named[name], scales)

@@ -1,0 +1,226 @@
+"""T5X's DecoderOnlyModel whose passes are this package's, per shard on the mesh."""
+
+from collections.abc import Callable, Mapping, MutableMapping
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import seqio
+from t5x import decoding, models
+
+from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.model.cache import with_heads
+from t5x_inference_ext.model.transformer import Model
+from t5x_inference_ext.t5x.cache import cache_from_t5x, cache_to_t5x
+from t5x_inference_ext.t5x.module import InferenceModule, weights_from_params
+from t5x_inference_ext.t5x.types import Array, Batch, Cache, DecodeFn, Params, Predictions
+
+
+class ShardedDecoder(models.DecoderOnlyModel):
+  """Gives T5X's predict and score methods prefill, decode steps and logits of a Model.
+
+  Any batch size runs on any mesh: the methods pad with copies of the last row, and drop them after.
+
+  Args:
+    module: Declares the parameters of a Model, which runs the passes.
+    vocabulary: Vocabulary of inputs and targets.
+    decode_fn: T5X's loop over decode steps.
+    inputs_length: Positions that prefill runs over; None: those of the whole sequence.
+    feature_converter_cls: See T5X.
+  """
+
+  def __init__(
+    self,
+    module: InferenceModule,
+    vocabulary: seqio.Vocabulary,
+    decode_fn: DecodeFn,
+    inputs_length: int | None,
+    feature_converter_cls: Callable[..., seqio.FeatureConverter] | None,
+  ) -> None:
+    self.model: Model = module.model
+    self._inputs_length = inputs_length
+    self._jitted_scores = jax.jit(self._scores)
+    super().__init__(
+      module,
+      vocabulary,
+      optimizer_def=None,
+      decode_fn=functools.partial(self._decode, decode_fn),
+      feature_converter_cls=feature_converter_cls,
+    )
+
+  def predict_batch_with_aux(
+    self,
+    params: Params,
+    batch: Batch,
+    rng: jax.Array | None = None,
+    *,
+    return_all_decodes: bool = False,
+    num_decodes: int = 1,
+    decoder_params: MutableMapping[str, Any] | None = None,
+  ) -> Predictions:
+    """Return what T5X's method returns: predictions without their prompts, and their scores.
+
+    Args:
+      params: The parameters.
+      batch: `decoder_input_tokens` [B, L] int32, BOS and prompt, and `decoder_causal_attention`
+        [B, L], 1 where these are.
+      rng: Key of the samples.
+      return_all_decodes: Whether to return all samples of a prompt, or the best alone.
+      num_decodes: Samples, or beams, of each prompt.
+      decoder_params: Further arguments of decode_fn.
+
+    Returns:
+      Tokens [B, L] int32, from the left, then 0, and {'scores': [B] float32}. Of all samples, from
+      the worst to the best, [B, num_decodes, L] and [B, num_decodes].
+    """
+    rows = batch['decoder_input_tokens'].shape[0]
+    # Decoding runs B * num_decodes rows, which have to fill the mesh too.
+    size = self._padded_batch(rows, num_decodes)
+    if decoder_params is not None:  # per-row options, such as a temperature for each
+      decoder_params = {
+        k: _pad_rows(v, size) if k != 'decode_rng' and getattr(v, 'shape', ())[:1] == (rows,) else v
+        for k, v in decoder_params.items()
+      }
+    tokens, aux = super().predict_batch_with_aux(
+      params,
+      {k: _pad_rows(v, size) for k, v in batch.items()},
+      rng,
+      return_all_decodes=return_all_decodes,
+      num_decodes=num_decodes,
+      decoder_params=decoder_params,
+    )
+    return tokens[:rows], jax.tree.map(lambda x: x[:rows], aux)
+
+  def score_batch(
+    self, params: Params, batch: Batch, return_intermediates: bool = False
+  ) -> jax.Array | tuple[jax.Array, Mapping[str, Any]]:
+    """Return the sum over positions of weight * log p(target), [B] float32.
+
+    With return_intermediates, return also T5X's dict of them; the model itself has none to add.
+    """
+    self._check(batch)
+    tokens, targets, weights = (
+      batch[f'decoder_{k}'] for k in ('input_tokens', 'target_tokens', 'loss_weights')
+    )
+    compute = self._jitted_scores if is_concrete(params, batch) else self._scores
+    scores = compute(params, tokens, targets) * weights
+    if not return_intermediates:
+      return scores.sum(-1)
+    intermediates = {
+      'target_tokens': (targets,),
+      'loss_weights': (weights,),
+      'token_scores': (scores,),
+    }
+    return scores.sum(-1), {'decoder': intermediates}
+
+  def _scores(self, params: Params, tokens: Array, targets: Array) -> jax.Array:
+    """Return log p(target) at each position, [B, L]."""
+    rows = tokens.shape[0]
+    size = self._padded_batch(rows)
+    return self.model.log_probs(
+      weights_from_params(params), _pad_rows(tokens, size), _pad_rows(targets, size)
+    )[:rows]
+
+  def _compute_logits(
+    self,
+    params: Params,
+    batch: Batch,
+    dropout_rng: jax.Array | None = None,
+    mutable: Any = False,
+    other_variables: Any = None,
+  ) -> jax.Array:
+    """Return logits [B, L, V] float32 after each position."""
+    del dropout_rng, mutable, other_variables  # nothing here is random or mutable
+    self._check(batch)
+    tokens = batch['decoder_input_tokens']
+    padded = _pad_rows(tokens, self._padded_batch(tokens.shape[0]))
+    return self.model.logits(weights_from_params(params), padded)[: tokens.shape[0]]
+
+  def _compute_kv_cache(
+    self, params: Params, inputs: jax.Array, causal_attention_mask: jax.Array
+  ) -> tuple[Cache, jax.Array]:
+    """Run the prompts but for their last token, which T5X feeds to the first decode step.
+
+    Args:
+      params: The parameters.
+      inputs: [B, L] int32, BOS and prompt, then 0. B has to fill the mesh.
+      causal_attention_mask: [B, L], 1 where BOS and prompt are. Lengths come from here, not from
+        the ids: an id 0 in a prompt does not shorten it.
+
+    Returns:
+      The cache, and the position [B] of each prompt's last token (0, that of BOS, for an empty
+      prompt).
+    """
+    last = jnp.maximum(jnp.sum(causal_attention_mask != 0, axis=-1).astype(jnp.int32) - 1, 0)
+    # BOS and all but the last token of the prompt: as many positions as a prompt has tokens.
+    size = inputs.shape[1] if self._inputs_length is None else max(self._inputs_length, 1)
+    _, cache = self.model.prefill(
+      weights_from_params(params), inputs[:, :size], jnp.maximum(last, 1), inputs.shape[1]
+    )
+    return cache_to_t5x(dataclasses.replace(cache, lengths=last)), last
+
+  def _compute_logits_from_slice(
+    self, decoding_state: decoding.DecodingState, params: Params, max_decode_length: int
+  ) -> tuple[jax.Array, Cache]:
+    """Run one token a row: return logits [B, V] float32, and the cache with the token.
+
+    Positions are the cache's own.
+    """
+    del max_decode_length
+    logits, cache = self.model.decode_step(
+      weights_from_params(params),
+      cache_from_t5x(decoding_state.cache),
+      decoding_state.cur_token[:, 0],
+    )
+    return logits, cache_to_t5x(cache)
+
+  def _decode(
+    self, decode_fn: DecodeFn, *, inputs: jax.Array, cache: Cache, num_decodes: int, **kwargs: Any
+  ) -> tuple[jax.Array, jax.Array]:
+    """Call decode_fn for num_decodes samples (or beams) of each prompt.
+
+    Prefill makes a cache for decode steps of B rows, and decode_fn repeats each row num_decodes
+    times. B rows may be split over fewer devices than B * num_decodes, and heads over the others.
+    How many heads the cache has, padding and copies included, depends on that; so the cache gets
+    the heads that the decode steps take. The rows move once, as they are repeated: the decode step,
+    and with it the loop, takes them in one sharding.
+    """
+    rows = inputs.shape[0]
+    held, wanted = (self.model.decode_sharding(rows * n).heads.cached() for n in (1, num_decodes))
+    if held != wanted:
+      kv = cache_from_t5x(cache)
+      keys, values = jax.tree.map(lambda x: with_heads(x, held, wanted), (kv.keys, kv.values))
+      cache = cache_to_t5x(dataclasses.replace(kv, keys=keys, values=values))
+    return decode_fn(inputs=inputs, cache=cache, num_decodes=num_decodes, **kwargs)
+
+  def _padded_batch(self, rows: int, copies: int = 1) -> int:
+    """Return the smallest batch of at least `rows` that fills the mesh, as does `copies` times it.
+
+    On one device that is `rows`, which may be one of jax.export's symbols, which have no order.
+    """
+    if self.model.mesh.size == 1:
+      return rows
+    while True:
+      rows = self.model.padded_batch(rows)
+      if self.model.padded_batch(rows * copies) == rows * copies:
+        return rows
+      rows += 1
+
+  def _check(self, batch: Batch) -> None:
+    if 'decoder_segment_ids' in batch:
+      raise RequestError('packed examples are not supported: set DatasetConfig.pack = False')
+
+
+def _pad_rows(x: Array, rows: int) -> jax.Array:
+  """Return x [B, ...] with copies of its last row, [rows, ...].
+
+  A copy of a real row never makes decoding run longer.
+  """
+  return jnp.pad(x, [(0, rows - x.shape[0])] + [(0, 0)] * (x.ndim - 1), mode='edge')
+
+
+def is_concrete(*trees: Any) -> bool:
+  """Return whether all leaves are arrays, rather than what jax traces functions with."""
+  return not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(trees))
