@@ -87,7 +87,7 @@ def check_mesh(mesh: jax.sharding.Mesh) -> None:
   if idle:
     raise MeshError(
       f'the mesh has {mesh.size} of {jax.device_count()} devices, but none of process {min(idle)}: '
-      f'with {jax.process_count()} processes it needs devices of each: use a larger mesh, or fewer  '
+      f'with {jax.process_count()} processes it needs devices of each: use a larger mesh, or fewer '
       'processes'
     )
 

@@ -35,7 +35,7 @@ class ProcessOptions:
   coordinator_address: str | None = option(
     None,
     help='HOST:PORT of process 0, for several processes that share one run; or auto, on TPU pods '
-    'and other clusters that jax knows.  Also works with gin flags.',
+    'and other clusters that jax knows. Also works with gin flags.',
     group=_PROCESSES,
   )
   num_processes: int | None = option(

@@ -127,9 +127,9 @@ class Engine:
 
     Args:
       prompts: Token ids without BOS. An empty prompt starts from BOS alone, as in T5X.
-      max_new_tokens: Most new tokens: of all prompts, or one number for each.
+      max_new_tokens: Most new tokens: one number for all prompts, or one for each.
       sampling: How tokens are chosen: for all prompts, or one for each.
-      seeds: A seed for each prompt, 0 to 2**32 - 1; None: all 0.
+      seeds: A seed for each prompt, 0 to 2**32 - 1; None: 0 for all.
       eos_id: Token that ends a row; -1 never does.
       cache_size: Cache positions of each row, BOS and new tokens included; None: as many as
         needed.

@@ -102,7 +102,7 @@ def replica_groups(instruction: Instruction, partitions: int) -> tuple[tuple[int
     return (tuple(range(partitions)),)
   if text.startswith('{{'):
     return tuple(map(_integers, _LIST.findall(text[1:-1])))
-  raise HloError(f'replica groups in a form not known here: {instruction.attributes[:200]}')
+  raise HloError(f'replica groups in an unknown form: {instruction.attributes[:200]}')
 
 
 def seconds(collective: HloCollective, chip: Chip, slice_: TpuSlice) -> float:

@@ -12,7 +12,7 @@ from t5x_inference_ext.precompile.work import in_place
 
 # Opcodes that write their result to memory.
 _MATERIALISES = REARRANGES | {'fusion', 'select', 'multiply'}
-# Opcodes that keep the values of the elements they move; and the ones allowed inside a fusion.
+# Opcodes that move elements without changing their values: by themselves, and inside a fusion.
 _CUTS = frozenset(('copy', 'slice', 'dynamic-slice', 'pad'))
 _MOVED_WHOLE = _CUTS | {'bitcast', 'fusion'}
 

@@ -39,7 +39,8 @@ def prepare(
   Yields:
     One job.
 
-  UserError: Anything that the user can fix. UserError: Anything that the user can mend.
+  Raises:
+    UserError: Anything that the user can fix.
   """
   scoring = options.mode == 'score'
   with distributed.together():

@@ -191,8 +191,8 @@ def _shard_activations(
     layout=layout,
     rows=rows,
     positions=positions,
-    # Looped collectives split features, over which their products sum: otherwise each step of a
-    # ring would have only few whole rows.
+    # With looped collectives each step of a ring multiplies one slice. A slice of features has all
+    # rows, a slice of rows would have only a few.
     residual_dim=2 if layout.ring_directions else _token_dim(local_tokens, hidden, mesh),
     mlp_dim=_token_dim(local_tokens, embed, mesh),
     attention_rows=rows + more_rows,

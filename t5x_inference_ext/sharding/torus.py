@@ -171,9 +171,9 @@ def axis_links(
 ) -> tuple[str, str, str]:
   """Return the links of each mesh axis on the torus: 'ring', 'chain' or 'broken'.
 
-  'chain': each position is one link from the next. 'ring': in addition the last is one link from
-    the
-  first (an axis of 1 or 2 always is). 'broken': some neighbours are more than one link apart.
+  In a chain each position is one link from the next. In a ring, in addition, the last position is
+  one link from the first (an axis of 1 or 2 is always a ring). In a broken axis some neighbours are
+  more than one link apart.
 
   Args:
     coordinates: [n, 3]. Physical coordinates of the devices.
