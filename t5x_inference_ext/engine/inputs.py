@@ -147,7 +147,7 @@ def check_generation(
       )
     if max_length is not None and len(prompt) >= max_length:
       raise RequestError(
-        f'prompt {i} has {len(prompt)} tokens: max_length={max_length} leaves none for a new one'
+        f'prompt {i} has {len(prompt)} tokens: max_length={max_length} leaves no room for a new one'
       )
     # BOS takes a position; the last new token takes none.
     needed = (
