@@ -7,7 +7,7 @@ from typing import Any
 
 from t5x_inference_ext.errors import RequestError, UserError
 
-_MAX_DEPTH = 200  # nesting of JSON: values must also be writable, and shown in errors
+_MAX_DEPTH = 200  # levels of JSON: far below Python's limit, so that values can be written again
 
 
 def parse_json(text: str) -> Any:

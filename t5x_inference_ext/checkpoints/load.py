@@ -123,7 +123,6 @@ def _read(checkpoint: Checkpoint, name: str, where: tuple[slice, ...]) -> np.nda
 
   Raises:
     CheckpointError: The values are NaN or infinite.
-
   """
   tensor = checkpoint.tensors[name]
   values = tensor.read(where)

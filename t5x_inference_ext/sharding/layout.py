@@ -46,8 +46,8 @@ FEEDFORWARD: dict[str, Axes] = {
   'wg_xyz': ORDER,
 }
 ATTENTION = ('batch', 'heads')
-# Name of collectives beside matmuls -> directions of their ring (section 3.5); 0: no ring, but one
-# collective before or after the matmul.
+# Layout.collectives -> number of directions of the ring in looped collective matmuls (section 3.5).
+# 0: no ring, but one collective before or after the matmul.
 RING_DIRECTIONS = {'plain': 0, 'one_way': 1, 'two_way': 2}
 
 

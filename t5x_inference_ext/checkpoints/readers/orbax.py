@@ -2,7 +2,6 @@
 
 A `state` directory holds zarr arrays, usually in one OCDBT store. They are read through
 tensorstore, which can read slices; Orbax itself is not needed.
-
 """
 
 from collections.abc import Iterator, Mapping
