@@ -1,4 +1,4 @@
-"""Errors for names that were public under another name: using one raises its new name.
+"""Errors for old names of modules and classes: using one raises an error with the new name.
 
 Gin files name modules and classes, so a rename breaks files of users that no tool here sees.
 """

@@ -132,7 +132,7 @@ class ReportOptions:
       for name in ('report_tokens', 'report_task', 'report_task_module'):
         if getattr(self, name):
           raise UserError(
-            f'--{name} is for the quality report: give --report=DIR, where it is written, too'
+            f'--{name} is for the quality report: give its directory too, --report=DIR'
           )
       return
     check_plots()

@@ -54,7 +54,7 @@ def find_shared_prefix(
 
 
 def common_length(prefix: Sequence[int], tokens: Sequence[int]) -> int:
-  """Return how many tokens a prompt has in common with the prefix, its last token never counted."""
+  """Return how many tokens a prompt shares with the prefix. The prompt's last token never counts."""
   most = min(len(prefix), len(tokens) - 1)
   return next((i for i in range(most) if prefix[i] != tokens[i]), most)
 

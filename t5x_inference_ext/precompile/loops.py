@@ -12,7 +12,7 @@ _SAME_VALUE = ('copy', 'bitcast', 'reshape', 'convert', 'broadcast', 'bitcast-co
 # Direction of a comparison -> direction with the sides exchanged: a < b is b > a.
 _TURNED = {'LT': 'GT', 'GT': 'LT', 'LE': 'GE', 'GE': 'LE', 'NE': 'NE', 'EQ': 'EQ'}
 
-# A loop, after the computation that contains it.
+# (computation that contains a loop, the loop's while instruction)
 _Loop = tuple[Computation, Instruction]
 # Nested computations, innermost last, each with the fusion in the previous one that calls it. The
 # first has no fusion: its parameter is the loop's state.

@@ -108,7 +108,7 @@ class Journal:
     self._file.write(json.dumps({'row': row, 'result': result}) + '\n')
 
   def _open(self) -> list[tuple[int, Any]]:
-    """Open a local file, and return the rows of this run in it, or in a bucket's file."""
+    """Open the file, unless it is in a bucket; return the rows that this run can keep from it."""
     if self._in_bucket:
       if not self._bucket_files.exists(self._path):
         return []

@@ -287,8 +287,8 @@ def _row_axes(embed: Axes, hidden: Axes) -> list[Axes]:
 def _most_devices(candidates: Iterable[Axes], batch: int, mesh: Mapping[str, int]) -> Axes:
   """Return the candidate with the most devices, among those whose devices divide the batch.
 
-  Of several, the one with x: heads can take the other axes, but x would be idle, because products
-  are partial sums over x.
+  Among equals the candidate with x is taken: heads can be split over the other axes, but without
+  rows x would be idle, because products are partial sums over x.
   """
   return max(
     (axes for axes in candidates if batch % num_shards(axes, mesh) == 0),
