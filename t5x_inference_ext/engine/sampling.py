@@ -86,7 +86,8 @@ class SamplingParams:
       raise RequestError(f'top_p must be above 0 and at most 1, got {self.top_p}')
     if not SMALLEST <= self.repetition_penalty <= LARGEST:
       raise RequestError(
-        f'repetition_penalty must be above 0 and in the range of float32, got {self.repetition_penalty}'
+        f'repetition_penalty must be above 0 and in the range of float32, got '
+        f'{self.repetition_penalty}'
       )
     for name in ('frequency_penalty', 'presence_penalty'):
       if not -LARGEST <= getattr(self, name) <= LARGEST:

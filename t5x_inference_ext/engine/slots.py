@@ -148,7 +148,7 @@ def start_prefill(
 def prefill_chunk(
   model: Model, prompts: PrefillState, weights: Weights, tokens: jax.Array, counts: jax.Array
 ) -> PrefillState:
-  """Run the next tokens [R, T] of the prompts; counts [R], possibly 0, says how many are real."""
+  """Run the next tokens [R, T] of the prompts. counts [R] of them, possibly 0, are valid."""
   logits, cache = model.prefilling.prefill_chunk(weights, prompts.cache, tokens, counts)
   logits = jnp.where(counts[:, None] > 0, logits, prompts.logits)
   return PrefillState(cache, _constrain_logits(model, logits))

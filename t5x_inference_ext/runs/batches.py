@@ -40,7 +40,7 @@ def row_seed(seed: int, row: int) -> int:
 
 
 def row_seeds(seed: int, row: int, samples: int) -> tuple[int, ...]:
-  """Return a seed for each sample of a row. Seeds within a run differ. One sample has row_seed's."""
+  """Return a seed for each sample of a row. No two samples of a run have equal seeds."""
   return tuple(row_seed(seed, row * samples + i) for i in range(samples))
 
 

@@ -234,7 +234,7 @@ def _positions(shares: Sequence[_Shares]) -> np.ndarray:
 
 
 def _factors(size: int, parts: int) -> list[_Shares]:
-  """Return all ways to write `size` as a product of `parts` factors, largest first factor first."""
+  """Return all ways to write `size` as a product of `parts` factors, by descending first factor."""
   if parts == 1:
     return [(size,)]
   found = []
@@ -288,7 +288,7 @@ def _apart(
     wraps: For each physical axis, whether its ends are linked.
 
   Returns:
-    For each mesh axis, two counts of pairs: neighbours inside, and from the last to the first.
+    For each mesh axis (pairs of consecutive positions, pairs of last and first) that are apart.
   """
 
   def count(a: np.ndarray, b: np.ndarray) -> int:
