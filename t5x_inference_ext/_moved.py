@@ -86,7 +86,8 @@ class MovedModuleFinder:
 def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
   """Return a module's `__getattr__` that raises ImportError, with the new name, for old names.
 
-  It is not AttributeError, whose message gin and `from module import name` replace by their own.
+  The error is not an AttributeError, because gin and `from module import name` replace the message
+  of such an error by their own.
 
   Args:
     module: The module's `__name__`.

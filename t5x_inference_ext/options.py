@@ -78,7 +78,7 @@ def _complaint(
 def takes_options(
   options: type, *, skip: collections.abc.Collection[str] = ()
 ) -> collections.abc.Callable[[_Function], _Function]:
-  """Return a decorator that replaces `**options` in a function's signature by the options' names.
+  """Return a decorator that lists options by name in a function's signature, for `**options`.
 
   gin binds parameters by the names in a signature: so it accepts each option, and refuses others.
 

@@ -1,4 +1,4 @@
-"""Text files of commands: JSON, checks that files can be written, and of optional extras."""
+"""Text files of commands: JSON, and checks for writable files and for installed extras."""
 
 import importlib.util
 import json
@@ -14,8 +14,8 @@ def parse_json(text: str) -> Any:
   """Return the value of a JSON text.
 
   Raises:
-    ValueError: The text is not JSON, or holds a value that Python can't. The message continues "...
-      is".
+    ValueError: The text is not JSON, or holds a value that Python can't. The message can
+      follow "... is".
   """
   try:
     value = json.loads(text)

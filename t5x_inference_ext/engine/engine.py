@@ -193,7 +193,7 @@ class Engine:
       sampling: See `generate`.
       seeds: See `generate`. The i-th sample of a prompt has the seed (prompt's seed + i) % 2**32.
       samples: Samples of each prompt.
-      slots: Most rows decoded together, rounded up to what the mesh takes.
+      slots: Most rows decoded together, rounded up to a number that the mesh can split.
       eos_id: See `generate`.
       **options: Options of engine.scheduler_config.config_for: prefill_chunk, prefill_rows,
         prefill_budget, decode_steps, share, top_log_probs.

@@ -54,7 +54,7 @@ def find_shared_prefix(
 
 
 def common_length(prefix: Sequence[int], tokens: Sequence[int]) -> int:
-  """Return how many tokens a prompt shares with the prefix, not counting the prompt's last token."""
+  """Return how many tokens of a prompt are in the prefix. The last token is never counted."""
   most = min(len(prefix), len(tokens) - 1)
   return next((i for i in range(most) if prefix[i] != tokens[i]), most)
 

@@ -223,8 +223,8 @@ def with_heads(x: Array, held: Sequence[int | None], wanted: Sequence[int | None
 
   Args:
     x: Keys or values (or int8 scales [.., K, 1]).
-    held: AttentionHeads.cached() of x's sharding: for each head of x its key head, None
-      for padding.
+    held: AttentionHeads.cached() of x's sharding: for each head of x its key head, None for
+      padding.
     wanted: AttentionHeads.cached() of the result's sharding, which may repeat and pad other heads.
   """
   if held == wanted:

@@ -95,7 +95,7 @@ class ShardedModel:
     """Return the sharding of a cache of this many rows in the decode layout.
 
     Unlike decode_sharding, it allows numbers of rows that a decode step cannot split: a prefill may
-    have such.
+    have such numbers.
     """
     return self.chunk_sharding(rows, 1)
 

@@ -111,7 +111,7 @@ def seconds(collective: HloCollective, chip: Chip, slice_: TpuSlice) -> float:
   An all-gather over K chips takes (K-1)/K of its result over all torus axes that it uses at once,
   and their hops. A reduce-scatter takes as long for its operand, an all-reduce both times, an
   all-to-all the time of half an all-gather's bytes. Up to 4 chips use one axis, up to 16 two, more
-  chips three, as far as the torus has these. If a slice's axes have other lengths, the chips count
+  chips three, if the torus has as many. If a slice's axes have other lengths, the chips count
   as a box with as many axes, as even as possible. A collective-permute takes its bytes over one
   link, and one hop.
   """

@@ -65,7 +65,7 @@ def weight_copies(module: Module, smallest: int = 2**18) -> list[WeightCopy]:
 def relays(before: ArrayShape, after: ArrayShape) -> bool:
   """Return whether two arrays have different layouts in memory.
 
-  They have if their orders of dimensions differ or, for equal sizes, their tiles. Dimensions of
+  Layouts differ if the orders of dimensions differ or, for equal sizes, the tiles. Dimensions of
   size 1 are ignored. If one array has fewer dimensions, it lacks the other's first ones.
   """
   if len(before.dims) == len(after.dims):

@@ -142,7 +142,7 @@ class Journal:
     return rows
 
   def _rows(self, text: str) -> list[tuple[int, Any]]:
-    """Return the rows in a journal's text; no damaged line, and nothing if another run wrote it."""
+    """Return the undamaged rows in a journal's text; none if a run with other settings wrote it."""
     head, *lines = text.split('\n')
     if head != self._run:
       return []

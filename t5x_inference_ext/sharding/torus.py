@@ -94,8 +94,8 @@ def kind_of(device_kind: str) -> str | None:
 def wraparound(shape: Sequence[int], kind: str | None = 'v4') -> tuple[bool, bool, bool]:
   """Return whether the ends of each physical axis of a whole slice are linked.
 
-  On v4 and v5p all axes are, if every size is a multiple of 4; else none (2x2x4 has none). On v5e
-  and v6e axes of 16 are. On an unknown kind (None) none is.
+  v4 and v5p link the ends of all axes if every size is a multiple of 4, else of none (2x2x4 has
+  none). v5e and v6e link the ends of axes of 16. For an unknown kind (None) no axis is linked.
   """
   dimensions = None if kind is None else GENERATIONS.get(kind)
   if dimensions == 2:
@@ -288,7 +288,7 @@ def _apart(
     wraps: For each physical axis, whether its ends are linked.
 
   Returns:
-    For each mesh axis (pairs of consecutive positions, pairs of last and first) that are apart.
+    For each mesh axis the number of such pairs: (between consecutive positions, last and first).
   """
 
   def count(a: np.ndarray, b: np.ndarray) -> int:
