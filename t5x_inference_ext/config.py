@@ -56,8 +56,8 @@ class ModelConfig:
     mlp: 'swiglu': swish(gate) * linear, three matrices (PaLM, Llama, Mistral, SmolLM2, Command-R,
       OLMo). 'gelu': gelu(linear) in its tanh approximation, two matrices (Megatron-Turing).
     norm: 'rms' (PaLM, Llama, Mistral, SmolLM2), or 'layer': centred on the mean, with a learned
-      bias (Megatron-Turing, Falcon). Without a bias it is zeros (Command-R), without a scale that
-      is ones (OLMo).
+      bias (Megatron-Turing, Falcon). If a checkpoint has no bias, zeros are used
+      (Command-R); if it has no scale, ones (OLMo).
     norm_scale: The meaning of the *stored* norm scales. 'zero' applies 1 + scale (PaLM in T5X,
       which is flaxformer's center_scale_at_zero; Gemma). 'one' applies the scale itself (Llama,
       Mistral, SmolLM2, Megatron-Turing, T5X's own decoders).
