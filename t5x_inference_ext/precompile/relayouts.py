@@ -12,8 +12,9 @@ from t5x_inference_ext.precompile.work import in_place
 
 # Opcodes that write their result to memory.
 _MATERIALISES = REARRANGES | {'fusion', 'select', 'multiply'}
-# Opcodes that move elements without changing their values: by themselves, and inside a fusion.
+# Opcodes that move elements without changing their values.
 _CUTS = frozenset(('copy', 'slice', 'dynamic-slice', 'pad'))
+# Opcodes followed back from a fusion's result to the value that it moves.
 _MOVED_WHOLE = _CUTS | {'bitcast', 'fusion'}
 
 
