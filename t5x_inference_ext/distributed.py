@@ -119,7 +119,7 @@ def exchange(make: Callable[[], _T]) -> list[_T]:
 
 
 def from_main(make: Callable[[], _T]) -> _T:
-  """Call `make` in process 0 alone, and return its value, or raise its error, in all processes."""
+  """Call `make` only in process 0, and return its value, or raise its error, in all processes."""
   values: list[Any] = exchange(lambda: make() if is_main() else None)
   return values[0]
 

@@ -179,7 +179,7 @@ def insert(
     length: [1] int32. Number of valid tokens in `prompt`.
   """
   one = cache_rows.gather_cache_row(model.prefilling, prompts.cache, weights, row)
-  # The decode layout may repeat and pad key heads otherwise than the prefill layout.
+  # The decode layout may repeat and pad key heads differently from the prefill layout.
   held = model.prefilling.cache_sharding(prompts.logits.shape[0]).heads.cached()
   wanted = model.cache_sharding(slots.cache.lengths.shape[0]).heads.cached()
   keys, values = jax.tree.map(

@@ -221,7 +221,7 @@ def padded_batch(decode: Layout, batch: int, mesh: Mapping[str, int]) -> int:
   """Return the smallest batch of at least `batch` rows that fills every mesh axis it can.
 
   On 2x2x2, 3 rows become 4, 5 become 8 and 9 become 16: a few extra rows cost less than rows that
-  several devices compute. If decode splits heads alone, no batch size is better than another. With
+  several devices compute. If decode splits only heads, no batch size is better than another. With
   gathered weights, the batch is a multiple of the devices that weights are gathered over.
   """
   gathered = num_shards(decode.gathered_axes, mesh)

@@ -213,7 +213,7 @@ def test_sizes_of_slices_and_of_what_is_held(palm_tiny, tmp_path, capsys, gin):
     ),
     (
       ['--verify', '--output=b', '--report=r'],
-      '--verify can be combined with --output, --input and --workers alone',
+      '--verify can be combined only with --output, --input and --workers',
     ),
     (['--verify', '--output=b', '--gin.INPUT_CHECKPOINT="a"'], 'no gin flags'),
   ],
