@@ -2,7 +2,7 @@
 
     from t5x_inference_ext import Engine, SamplingParams
 
-The names of `__all__` are the public API. All other modules and names may change from one version
+The names in `__all__` are the public API. All other modules and names may change from one version
 to the next; CHANGELOG.md lists the changes. Importing this package imports neither JAX nor NumPy:
 the first use of a public name imports its module.
 """
@@ -36,11 +36,11 @@ sys.meta_path.append(MovedModuleFinder())
 
 
 def __getattr__(name: str) -> Any:
-  """Return a public name, from the module that is imported for it."""
+  """Import a public name from its module, and return it."""
   if name not in _MODULES:
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
   value = getattr(importlib.import_module(f'{__name__}.{_MODULES[name]}'), name)
-  globals()[name] = value  # the next use finds it without this function
+  globals()[name] = value  # later uses find it without this function
   return value
 
 

@@ -1,6 +1,6 @@
-"""Names that were public under another name: using one raises an error that says the new name.
+"""Errors for old names of modules and classes: using one raises an error with the new name.
 
-Gin files name modules and classes: a rename breaks files of users that no tool here sees.
+Gin files name modules and classes, so a rename breaks files of users that no tool here sees.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,7 @@ from typing import Any
 _PACKAGE = 't5x_inference_ext'
 _WHERE = '(CHANGELOG.md lists all new names)'
 
-# Packages that are gone, and where most of their modules went.
+# Removed packages, and the package that most of their modules moved to.
 _PACKAGES = {
   'collectives': 'model.collectives',
   'decoding': 'engine',
@@ -19,7 +19,7 @@ _PACKAGES = {
   'layouts': 'sharding',
   'serving': 'runs',
 }
-# Modules that gin files, documentation and scripts named.
+# Old names of modules that gin files, documentation and scripts may use.
 _MODULES = {
   'command': 'commands.cli',
   'decoding.cache': 'model.cache',
@@ -53,19 +53,19 @@ _MODULES = {
 
 
 class MovedModuleFinder:
-  """The last finder of `sys.meta_path`: raises an error for this package's old modules.
+  """The last finder in `sys.meta_path`. It raises an error for old module names of this package.
 
-  A package that is gone is found, and is empty. Python then asks for its modules one by one, each
-  of which has a new name of its own.
+  For a removed package it returns an empty package. Python then asks for the package's modules one
+  by one, and each module has its own new name.
   """
 
   def find_spec(
     self, fullname: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
   ) -> importlib.machinery.ModuleSpec | None:
-    """Return an empty package, or None for a name that never was one of this package's.
+    """Return an empty package, or None for a name that was never this package's.
 
     Raises:
-      ModuleNotFoundError: the module has another name now.
+      ModuleNotFoundError: The module has a new name.
     """
     package, _, name = fullname.partition('.')
     if package != _PACKAGE:
@@ -79,18 +79,19 @@ class MovedModuleFinder:
       message = f'{fullname} is gone: {_PACKAGE}.{parent} is now {_PACKAGE}.{_PACKAGES[parent]}'
     else:
       return None
-    # Without the error's `name`: `from package import name` would then hide the message.
+    # The error has no `name`: with one, `from package import name` would hide the message.
     raise ModuleNotFoundError(f'{message} {_WHERE}')
 
 
 def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
   """Return a module's `__getattr__` that raises ImportError, with the new name, for old names.
 
-  Not AttributeError: gin and `from module import name` replace its message by their own.
+  The error is not an AttributeError, because gin and `from module import name` replace the message
+  of such an error by their own.
 
   Args:
     module: The module's `__name__`.
-    names: Old names to new names; a new name with a dot is one of another module.
+    names: Old names -> new names. A new name with a dot is in another module.
   """
 
   def get(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The shape of a model. Every other module of the package takes it; it knows nothing of devices.
+"""The shape of a model. Every other module uses it; it is independent of devices.
 
 Dimension letters, used in every docstring and shape comment of the package:
 
@@ -36,7 +36,7 @@ class ModelConfig:
   """A decoder with rotary positions and a tied embedding.
 
   The defaults are PaLM's: parallel block, multiquery attention, SwiGLU, RMS norm. Each attribute
-  says which model families use which value. Features that no attribute names (untied heads, biases
+  lists the model families that use each value. Features without an attribute (untied heads, biases
   of linear layers, partial rotary, windows, soft caps) are not supported.
 
   Attributes:
@@ -56,19 +56,19 @@ class ModelConfig:
     mlp: 'swiglu': swish(gate) * linear, three matrices (PaLM, Llama, Mistral, SmolLM2, Command-R,
       OLMo). 'gelu': gelu(linear) in its tanh approximation, two matrices (Megatron-Turing).
     norm: 'rms' (PaLM, Llama, Mistral, SmolLM2), or 'layer': centred on the mean, with a learned
-      bias (Megatron-Turing, Falcon). A missing bias is zeros (Command-R), a missing scale too is
-      ones (OLMo).
-    norm_scale: How the *stored* norm scales are meant. 'zero' applies 1 + scale (PaLM in T5X, which
-      is flaxformer's center_scale_at_zero; Gemma). 'one' applies scale itself (Llama, Mistral,
-      SmolLM2, Megatron-Turing, T5X's own decoders).
-    norm_epsilon: Added to the mean square, or to the variance, before the root. 1e-6 in PaLM, 1e-5
-      or 1e-6 in Llama-like models.
-    rope_max_timescale: The base of rotary positions: the longest wavelength is 2 pi times as many
+      bias (Megatron-Turing, Falcon). If a checkpoint has no bias, zeros are used
+      (Command-R); if it has no scale, ones (OLMo).
+    norm_scale: The meaning of the *stored* norm scales. 'zero' applies 1 + scale (PaLM in T5X,
+      which is flaxformer's center_scale_at_zero; Gemma). 'one' applies the scale itself (Llama,
+      Mistral, SmolLM2, Megatron-Turing, T5X's own decoders).
+    norm_epsilon: Added to the mean square, or to the variance, before the square root. 1e-6 in
+      PaLM, 1e-5 or 1e-6 in Llama-like models.
+    rope_max_timescale: The base of rotary positions: the longest wavelength is 2 pi times this many
       positions. 1e4 in PaLM and Llama 2, 1e5 in SmolLM2, 5e5 in Llama 3, 1e6 in some Mistral
       models.
 
   Raises:
-    ValueError: A size that no model can have, naming the attribute.
+    ValueError: A size is impossible; the message names the attribute.
   """
 
   num_layers: int
@@ -103,7 +103,7 @@ class ModelConfig:
     if self.num_heads % self.num_kv_heads:
       raise ValueError(
         f'num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}: each key head '
-        'serves as many query heads'
+        'serves the same number of query heads'
       )
 
   @property
@@ -120,7 +120,7 @@ class ModelConfig:
 
   @property
   def num_params(self) -> int:
-    """The number of parameters: the tied embedding once, norms included."""
+    """The number of parameters. The tied embedding counts once; norms are included."""
     attention = 2 * self.d_model * self.d_head * (self.num_heads + self.num_kv_heads)
     mlp = (len(self.mlp_inputs) + 1) * self.d_model * self.d_ff
     vectors = 1 if self.norm == 'rms' else 2
@@ -128,15 +128,15 @@ class ModelConfig:
     return self.num_layers * (attention + mlp) + norms + self.vocab_size * self.d_model
 
   def to_dict(self) -> dict[str, Any]:
-    """Return a dict that is ready for JSON; from_dict is the inverse."""
+    """Return the fields as a JSON-ready dict; from_dict is the inverse."""
     return dataclasses.asdict(self)
 
   @classmethod
   def from_dict(cls, fields: Mapping[str, Any]) -> 'ModelConfig':
-    """Return the config of to_dict's fields.
+    """Return the config with the fields that to_dict returned.
 
     Raises:
-      ValueError: Unknown fields: a newer writer may mean something by them.
+      ValueError: A field is unknown. A newer version may have written it.
     """
     unknown = set(fields) - {f.name for f in dataclasses.fields(cls)}
     if unknown:
@@ -192,7 +192,7 @@ def preset(name: str, **overrides: Any) -> ModelConfig:
     **overrides: Attributes of ModelConfig that replace those of the preset.
 
   Raises:
-    ValueError: An unknown name; the message lists the known ones.
+    ValueError: The name is unknown; the message lists the known ones.
   """
   if name not in PRESETS:
     raise ValueError(f'unknown model {name!r}; known: {", ".join(sorted(PRESETS))}')

@@ -1,9 +1,9 @@
-"""Several processes that run one program, each with its own devices: joining them, and agreement.
+"""Several processes that run one program, each with its own devices: joining, and agreement.
 
 Every computation over the mesh needs all processes, so all of them take the same steps. A step that
-one process can fail at alone (reading a file that only it lacks, writing the output in process 0)
-ends with an exchange: all processes learn of the error, and end. In one process nothing here costs
-anything.
+can fail in one process alone (reading a file that only it lacks, writing the output in process 0)
+ends with an exchange: all processes learn of the error, and end. With one process these functions
+cost nothing.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -23,26 +23,26 @@ from t5x_inference_ext import rendezvous
 from t5x_inference_ext.errors import MeshError, RequestError, UserError
 from t5x_inference_ext.rendezvous import AUTO, ProcessOptions
 
-TIMEOUT_SECONDS = 120  # to wait for the other processes
-# How long a process that is done waits for the others: tf.data takes up to a minute to drop an
+TIMEOUT_SECONDS = 120  # limit on waiting for the other processes
+# Seconds that a finished process waits for the others: tf.data takes up to a minute to drop an
 # iterator.
 SHUTDOWN_SECONDS = 120
-# Attribute of an error that all processes know of: it is not exchanged again on its way out.
+# Attribute of an error that all processes know: such an error is not exchanged again.
 _EXCHANGED = '_exchanged'
 
 _T = TypeVar('_T')
 
 
 def initialize(processes: ProcessOptions, *, timeout: float = TIMEOUT_SECONDS) -> None:
-  """Join this process to the others of its run. Has to come before jax is asked for devices.
+  """Join this process to the others of its run. Must be called before jax looks for devices.
 
   Args:
-    processes: The coordinator's address, the number of processes and this one's index. With the
-      address 'auto' jax finds all three, as on TPU pods, SLURM, Open MPI and Kubernetes.
+    processes: The coordinator's address, the number of processes, and the index of this one. With
+      the address 'auto' jax finds all three, as on TPU pods, SLURM, Open MPI and Kubernetes.
     timeout: Seconds to wait for the others.
 
   Raises:
-    RequestError: Processes that don't find each other, or a second run with other processes.
+    RequestError: The processes don't find each other, or this process already joined another run.
   """
   address, count, process = dataclasses.astuple(processes)
   if address is None:
@@ -60,7 +60,7 @@ def initialize(processes: ProcessOptions, *, timeout: float = TIMEOUT_SECONDS) -
     rendezvous.meet(address, count, process, timeout)
     arguments = dict(coordinator_address=address, num_processes=count, process_id=process)
   try:
-    # On CPU the collectives between processes are gloo's, jax's default.
+    # On CPU, collectives between processes use gloo, jax's default.
     jax.distributed.initialize(
       **arguments, initialization_timeout=int(timeout), shutdown_timeout_seconds=SHUTDOWN_SECONDS
     )
@@ -82,32 +82,32 @@ def is_main() -> bool:
 
 
 def check_mesh(mesh: jax.sharding.Mesh) -> None:
-  """Raise MeshError for a mesh without a device of some process, which could not take part."""
+  """Raise MeshError if the mesh has no device of some process, which then could not take part."""
   idle = set(range(jax.process_count())) - {device.process_index for device in mesh.devices.flat}
   if idle:
     raise MeshError(
-      f'the mesh has {mesh.size} of {jax.device_count()} devices, and none of process {min(idle)}: '
+      f'the mesh has {mesh.size} of {jax.device_count()} devices, but none of process {min(idle)}: '
       f'with {jax.process_count()} processes it needs devices of each: use a larger mesh, or fewer '
       'processes'
     )
 
 
 def exchange(make: Callable[[], _T]) -> list[_T]:
-  """Return the value of `make` in each process, by process index. All processes call this together.
+  """Return the value of `make` in each process, by process index. All processes must call it.
 
   Args:
-    make: Returns something JSON-ready.
+    make: Returns a JSON-ready value.
 
   Raises:
-    Exception: Whatever `make` raises, in its process.
-    RequestError: With the same message, in the other processes.
+    Exception: The error of `make`, in the process where it was raised.
+    RequestError: An error with that message, in the other processes.
   """
   if jax.process_count() == 1:
     return [make()]
   value, error = None, None
   try:
     value = make()
-  except Exception as e:  # whatever the error is, the others must not wait for this process
+  except Exception as e:  # for any error, the other processes must not wait for this one
     error = e
   answers = [json.loads(text) for text in _gather(json.dumps([_message(error), value]))]
   if error is not None:
@@ -119,16 +119,16 @@ def exchange(make: Callable[[], _T]) -> list[_T]:
 
 
 def from_main(make: Callable[[], _T]) -> _T:
-  """Return the value of `make` in process 0, the only one that calls it, or raise its error."""
+  """Call `make` only in process 0, and return its value, or raise its error, in all processes."""
   values: list[Any] = exchange(lambda: make() if is_main() else None)
   return values[0]
 
 
 def check_same(**parts: Any) -> None:
-  """Raise RequestError, in all processes, where they differ.
+  """Raise RequestError in all processes if a value differs between them.
 
   Args:
-    **parts: Values with a telling repr, by the names that the error gives them.
+    **parts: Values with a readable repr, by their names in the error.
   """
   digests = exchange(lambda: {name: _digest(part) for name, part in parts.items()})
   for process, digest in enumerate(digests):
@@ -144,11 +144,11 @@ def check_same(**parts: Any) -> None:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-  """Run a block in every process: an error in one of them, in this block, ends all of them."""
+  """Run a block in every process. If it raises in one of them, it raises in all of them."""
   try:
     yield
   except Exception as error:
-    # After an error of jax's runtime the processes can't hear of each other any more.
+    # After an error in jax's runtime the processes can no longer communicate.
     if not hasattr(error, _EXCHANGED) and not isinstance(error, jax.errors.JaxRuntimeError):
       exchange(functools.partial(_raise, error))
     raise
@@ -156,14 +156,14 @@ def together() -> Iterator[None]:
 
 
 def lockstep(items: Iterable[_T], key: Callable[[_T], Any] = lambda item: None) -> Iterator[_T]:
-  """Yield each item when every process has one, so that all processes run the same batches.
+  """Yield each item when every process has one, so that all processes run equal batches.
 
   Args:
     items: The items of this process.
-    key: Returns what has to be equal in all processes, with a telling repr.
+    key: Returns the value that has to be equal in all processes, with a readable repr.
 
   Raises:
-    RequestError: A process has more items than another, or others.
+    RequestError: The processes have different items, or different numbers of them.
   """
   iterator = iter(items)
   for count in itertools.count():
@@ -173,8 +173,8 @@ def lockstep(items: Iterable[_T], key: Callable[[_T], Any] = lambda item: None) 
       if other != digests[0]:
         raise _exchanged(
           RequestError(
-            f'batch {count} of process {process} is not that of process 0: the processes must '
-            'read the same examples in the same order'
+            f'batch {count} of process {process} differs from that of process 0: the processes '
+            'must read the same examples in the same order'
           )
         )
     if not taken:
@@ -183,7 +183,7 @@ def lockstep(items: Iterable[_T], key: Callable[[_T], Any] = lambda item: None) 
 
 
 def _take(iterator: Iterator[_T], key: Callable[[_T], Any], taken: list[_T]) -> str | None:
-  """Move the next item into `taken`; return a digest of its key, None at the end."""
+  """Move the next item into `taken`; return a digest of its key, or None after the last item."""
   taken.extend(itertools.islice(iterator, 1))
   return _digest(key(taken[0])) if taken else None
 
@@ -193,7 +193,7 @@ def _digest(value: Any) -> str:
 
 
 def _gather(text: str) -> list[str]:
-  """Return the text of every process. Texts are padded, so that few sizes are compiled for."""
+  """Return the text of every process. Texts are padded to few sizes, to save compilations."""
   data = np.frombuffer(text.encode(), np.uint8)
   sizes = multihost_utils.process_allgather(np.asarray(len(data), np.int32))
   width = -(-int(sizes.max()) // 1024) * 1024

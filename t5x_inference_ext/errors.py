@@ -1,4 +1,4 @@
-"""The errors that users see: one sentence naming what, where and the fix.
+"""Errors for users: one sentence with the problem, its place and the fix.
 
 Commands print the sentence and exit with 2.
 """
@@ -7,18 +7,18 @@ from collections.abc import Iterable
 import itertools
 import reprlib
 
-# A message that quotes long names is cut here: it stays readable on a terminal.
+# Longer messages (with many or long names) are cut here, to stay readable on a terminal.
 _MAX_MESSAGE = 10_000
 
 
 class UserError(ValueError):
-  """A problem that the user can fix: commands print its message alone, without a traceback."""
+  """A problem that the user can fix. Commands print its message without a traceback."""
 
 
 class CheckpointError(UserError):
   """A checkpoint that can't be read, or is not the one that the model needs.
 
-  Messages quote what a checkpoint's files say, so control characters in them are escaped.
+  Messages quote text from a checkpoint's files, so control characters are escaped.
   """
 
   def __init__(self, message: str) -> None:
@@ -34,7 +34,7 @@ class RequestError(UserError):
 
 
 def printable(text: object, limit: int = 300) -> str:
-  """Return text from a file for a message: control characters escaped, cut after `limit`."""
+  """Return text from a file in a form for messages: control characters escaped, cut at `limit`."""
   if not isinstance(text, str):
     text = reprlib.repr(text)
   shown = ''.join(
@@ -44,6 +44,6 @@ def printable(text: object, limit: int = 300) -> str:
 
 
 def name_list(names: Iterable[str], count: int, limit: int = 12) -> str:
-  """Return the first of `count` names for a message, and how many more there are."""
+  """Return the first of `count` names, and how many more there are, as text for a message."""
   first = ', '.join(map(printable, itertools.islice(names, limit)))
   return first + (f' and {count - limit} more' if count > limit else '')

@@ -1,23 +1,23 @@
-"""The accelerators that programs are planned for: what one chip computes, holds and moves.
+"""The accelerators that programs are planned for: the rates, memory and network of one chip.
 
 FLOP/s and bytes per second are SI (1e12, 1e9); memory is in bytes. TPU v4 is the chip of Pope et
-al. (section 4). What the compiler makes of each TPU generation was measured by compiling for it
-(jax 0.10.2, libtpu 0.0.52).
+al. (section 4). Properties of the TPU compiler's programs were measured by compiling for each
+generation (jax 0.10.2, libtpu 0.0.52).
 
-Network: `link_bandwidth` is that of one link, one way. `network_bandwidth`, of all links of a chip,
-is the paper's single number (270 GB/s on v4). Data sheets of TPUs add both ways, those of NVLink
-too. planner/network.py says which links a collective can use.
+Network: `link_bandwidth` is one link in one direction. `network_bandwidth` is all links of a chip,
+the paper's single number (270 GB/s on v4). Data sheets of TPUs and of NVLink add both directions.
+planner/network.py decides which links a collective can use.
 """
 
 import dataclasses
 
 from t5x_inference_ext.errors import UserError
 
-# Columns of a TPU's memory tiles, and an upper bound of their rows. What begins elsewhere is copied
-# before it is used.
+# Columns of a TPU's memory tiles, and an upper bound on their rows. A slice that does not begin at
+# a tile boundary is copied before use.
 LANES = 128
-# Attention computes at most this many logits at once on a chip (1 GiB in float32), and beyond that
-# some rows at a time: model/attention.py does so, and planner/memory.py counts on it.
+# Most logits of attention that a chip computes at once (1 GiB in float32). Beyond that,
+# model/attention.py takes some rows at a time; planner/memory.py relies on this.
 MAX_ATTENTION_LOGITS = 2**28
 
 
@@ -29,24 +29,24 @@ class Chip:
     name: 'v4', 'A100', ...
     bf16_flops: Peak rate of bfloat16 matrix products, FLOP/s.
     int8_ops: Peak rate of int8 matrix products, operations per second.
-    hbm_bytes: Memory.
-    hbm_bandwidth: Bytes per second to and from memory.
-    compiler_hbm_bytes: Memory that the TPU compiler lets a program use, as its out-of-memory
-      message says; None for GPUs.
-    torus: Physical axes of the network; 0 where chips meet at a switch.
-    links: Links of the torus, per chip.
-    link_bandwidth: Bytes per second, one way: over one link, or over all of NVLink where there is
-      no torus.
-    hop_latency: Seconds from a chip to the next. About 1 us was measured on v4; the others are
-      taken to be alike.
-    clock_hz: Rate of the cycles that the compiler estimates; None where no compiler estimates
-      cycles.
-    matrix_rows: Rows that a product with a tile of weights takes the time of, however few they are.
-      A systolic array takes as many cycles to load its tile as it has rows; the tiles of GPU tensor
+    hbm_bytes: Size of the memory in bytes.
+    hbm_bandwidth: Bytes per second between memory and chip.
+    compiler_hbm_bytes: Bytes that the TPU compiler lets a program use, from its out-of-memory
+      message; None for GPUs.
+    torus: Number of physical axes of the network; 0 for chips connected by a switch.
+    links: Number of torus links of a chip.
+    link_bandwidth: Bytes per second in one direction: over one link, or without a torus over all of
+      NVLink.
+    hop_latency: Seconds from a chip to the next. Measured on v4 as about 1 us; assumed for the
+      others.
+    clock_hz: Rate of the cycles in the compiler's estimates; None if no compiler estimates cycles.
+    matrix_rows: A product with a tile of weights takes at least the time of this many rows. A
+      systolic array takes as many cycles to load its tile as it has rows; the tiles of GPU tensor
       cores have a side of 8.
-    node: Chips that NVLink joins; 0 on a torus, which has no nodes.
-    node_bandwidth: Bytes per second, one way, of each chip to chips of other nodes; 0 on a torus.
-    source: Where the numbers are published.
+    node: Number of chips that NVLink connects; 0 on a torus, which has no nodes.
+    node_bandwidth: Bytes per second in one direction, from each chip to chips of other nodes; 0 on
+      a torus.
+    source: Publication of the numbers.
   """
 
   name: str
@@ -67,12 +67,12 @@ class Chip:
 
   @property
   def network_bandwidth(self) -> float:
-    """Bytes per second, one way, over all links: the paper's bandwidth of every collective."""
+    """Bytes per second in one direction over all links: the paper's bandwidth of any collective."""
     return self.link_bandwidth * max(self.links, 1)
 
   @property
   def usable_bytes(self) -> float:
-    """Memory that a program may use: the compiler's figure, or else nine tenths of it."""
+    """Bytes of memory that a program may use: the compiler's number, or else 0.9 of the memory."""
     return self.compiler_hbm_bytes or 0.9 * self.hbm_bytes
 
 
@@ -156,8 +156,8 @@ _CHIPS = (
       'network both ways'
     ),
   ),
-  # SXM boards, dense rates. NVLink: 600 and 900 GB/s both ways. Nodes of 8 (DGX), a network card
-  # for each chip.
+  # SXM boards, dense rates. NVLink: 600 and 900 GB/s in both directions together. Nodes of 8 (DGX)
+  # with one network card per chip.
   Chip(
     name='A100',
     bf16_flops=312e12,
@@ -208,10 +208,10 @@ CHIPS = {chip.name: chip for chip in _CHIPS}
 
 
 def chip(name: str) -> Chip:
-  """Return a chip by its name: 'v4' is TPU v4.
+  """Return the chip with a given name, such as 'v4' for TPU v4.
 
   Raises:
-    UserError: A name that is not in CHIPS.
+    UserError: The name is not in CHIPS.
   """
   if name not in CHIPS:
     raise UserError(f'no chip is called {name!r}: there are {", ".join(CHIPS)}')

@@ -1,7 +1,7 @@
 """Options declared once, as fields of a frozen dataclass: type, default, help text and range.
 
-A command makes its flags of these fields (commands/option_flags.py), gin binds them by name, and
-`check_options` checks a value wherever it comes from: a flag, a gin file or Python.
+Commands make flags from these fields (commands/option_flags.py), gin binds them by name, and
+`check_options` checks values from flags, gin files and Python.
 """
 
 import collections.abc
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from t5x_inference_ext.errors import RequestError
 
-LARGEST_WHOLE = 2**31 - 1  # what an int32 holds
+LARGEST_WHOLE = 2**31 - 1  # the largest int32
 _WORDS = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text'}
 _REQUIRED = dataclasses.MISSING
 _Function = TypeVar('_Function', bound=collections.abc.Callable)
@@ -33,22 +33,22 @@ def option(
   """Return a dataclass field that is an option.
 
   Args:
-    default: Value where none is given. An option without one has to be given.
+    default: Value if none is given. An option without a default is required.
     help: One or two sentences for `--help`.
     group: Heading that `--help` lists the option under.
-    choices: The values allowed, beside None where the type allows that.
-    least: Smallest value; for whole numbers alone.
-    most: Largest value of an option with a smallest one.
+    choices: The allowed values. None is allowed too if the type allows it.
+    least: Smallest value, for whole numbers only.
+    most: Largest value, for options with a smallest value.
   """
   metadata = {'help': help, 'group': group, 'choices': choices, 'range': (least, most)}
   return dataclasses.field(default=default, metadata=metadata)
 
 
 def check_options(options: Any) -> None:
-  """Check the fields of a dataclass made with `option`; to be called in its `__post_init__`.
+  """Check the fields of a dataclass made with `option`. Call it in the class's `__post_init__`.
 
   Raises:
-    RequestError: A value of another type, not among the choices, or out of its range.
+    RequestError: A value has the wrong type, is not one of the choices, or is out of its range.
   """
   hints = typing.get_type_hints(type(options))
   for field in dataclasses.fields(options):
@@ -61,7 +61,7 @@ def check_options(options: Any) -> None:
 def _complaint(
   value: Any, annotation: Any, metadata: collections.abc.Mapping[str, Any]
 ) -> str | None:
-  """Return what a value must be and is not; None for a good one."""
+  """Return what a value must be and what it is instead, as text; None if it is valid."""
   choices, (least, most) = metadata['choices'], metadata['range']
   got = f', got {reprlib.repr(value)}'
   if value is None and has_type(None, annotation):
@@ -78,9 +78,9 @@ def _complaint(
 def takes_options(
   options: type, *, skip: collections.abc.Collection[str] = ()
 ) -> collections.abc.Callable[[_Function], _Function]:
-  """Return a decorator that spells out a function's `**options` in its signature.
+  """Return a decorator that lists options by name in a function's signature, for `**options`.
 
-  gin binds parameters by the names in a signature: it takes each option then, and refuses others.
+  gin binds parameters by the names in a signature: so it accepts each option, and refuses others.
 
   Args:
     options: Dataclass whose options are the parameters.
@@ -107,7 +107,7 @@ def takes_options(
 
 
 def has_type(value: Any, annotation: Any) -> bool:
-  """Whether a value has the annotated type. Of a container's items nothing is asked."""
+  """Return whether a value has the annotated type. Items of containers are not checked."""
   if _is_union(annotation):
     return any(has_type(value, member) for member in typing.get_args(annotation))
   if annotation is Any:
@@ -136,5 +136,5 @@ def _is_union(annotation: Any) -> bool:
 
 
 def is_whole(value: Any) -> bool:
-  """Return whether a value is an integer, of Python or numpy; bool is none."""
+  """Return whether a value is an integer, of Python or numpy, but not a bool."""
   return isinstance(value, numbers.Integral) and not isinstance(value, bool)

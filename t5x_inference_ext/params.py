@@ -1,9 +1,9 @@
 """The parameters of a model, declared once: name, shape, kind and logical axes of every tensor.
 
-These are the *canonical* tensors. They are independent of any mesh and unpadded; layers lead, and
-each weight is a matrix [L, in, out]. The serving checkpoint stores them, readers of other
-checkpoints present their tensors as them, and weight packing (sharding/packing.py) cuts them into
-shards. Layouts and T5X's rules say by logical axis which mesh axes split them.
+These are the *canonical* tensors. They are independent of any mesh and unpadded. The layer axis
+comes first, and each weight is a matrix [L, in, out]. The serving checkpoint stores them, readers
+of other checkpoints convert to them, and weight packing (sharding/packing.py) cuts them into
+shards. Layouts and T5X's rules give the mesh axes that split each logical axis.
 """
 
 import dataclasses
@@ -12,11 +12,11 @@ from t5x_inference_ext.config import BlockPart, ModelConfig
 
 INT8_SUFFIX = '_scale'
 
-# Logical axes of weights, one name for each meaning of a dimension.
-LAYERS_AXIS = 'layers'  # L, in front of all tensors that each layer has
+# Logical axes of weights: one name for each meaning of a dimension.
+LAYERS_AXIS = 'layers'  # L, the first axis of all tensors inside layers
 VOCAB_AXIS = 'vocab'  # V
 EMBED_AXIS = 'embed'  # E of a matrix
-HIDDEN_AXIS = 'hidden'  # MLP columns and heads, between a layer's two matrices
+HIDDEN_AXIS = 'hidden'  # MLP columns and heads: out of an input matrix, into an output matrix
 FEATURES_AXIS = 'features'  # E of a vector, which no layout splits
 
 
@@ -27,8 +27,7 @@ class Parameter:
   Attributes:
     shape: The dimensions, such as [L, E, H*Q].
     kind: 'matrix' (int8 in an int8 checkpoint), 'norm' or 'bias' (of a norm; always float32),
-      'embedding' (never quantized here) or 'scale' (float32, one for each output channel of an int8
-      matrix).
+      'embedding' (never quantized) or 'scale' (float32, one per output channel of an int8 matrix).
     axes: The logical axis of each dimension.
     scale: For a matrix, the name of its scale tensor in an int8 checkpoint; else None.
   """
@@ -40,7 +39,7 @@ class Parameter:
 
 
 def parameters(config: ModelConfig) -> dict[str, Parameter]:
-  """Return the float tensors of a model by name, in storage order."""
+  """Return a model's float tensors by name, in storage order."""
   c = config
   q, kv = c.num_heads * c.d_head, c.num_kv_heads * c.d_head
 
@@ -71,8 +70,8 @@ def parameters(config: ModelConfig) -> dict[str, Parameter]:
   tensors |= into_hidden('query', q) | into_hidden('key', kv) | into_hidden('value', kv)
   for name in c.mlp_inputs:
     tensors |= into_hidden(name, c.d_ff)
-  # The parallel block sums attention and MLP in one accumulator (section 3.4): its two matrices
-  # share one scale.
+  # The parallel block sums attention and MLP in one accumulator (section 3.4), so its two output
+  # matrices share one scale.
   attention = next(part for part in c.block_parts if part.attention)
   mlp = next(part for part in c.block_parts if part.mlp)
   tensors |= out_of_hidden('attention_output', q, output_scale_name(attention))
@@ -81,7 +80,7 @@ def parameters(config: ModelConfig) -> dict[str, Parameter]:
 
 
 def scales(config: ModelConfig) -> dict[str, Parameter]:
-  """Return the scale tensors [L, out] that an int8 model has beside its matrices, by name."""
+  """Return the scale tensors [L, out] of an int8 model's matrices, by name."""
   found = {}
   for p in parameters(config).values():
     if p.scale is not None:
@@ -93,12 +92,12 @@ def scales(config: ModelConfig) -> dict[str, Parameter]:
 
 
 def norm_name(block_part: BlockPart) -> str:
-  """Return the name of the norm scale that a block part reads."""
+  """Return the name of the norm scale that a block part uses."""
   return 'layer_norm' if block_part.name == 'parallel' else f'{block_part.name}_norm'
 
 
 def bias_name(norm: str) -> str:
-  """Return the name of the bias beside a norm scale."""
+  """Return the name of the bias that belongs to a norm scale."""
   return f'{norm}_bias'
 
 

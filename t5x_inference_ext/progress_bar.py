@@ -1,4 +1,4 @@
-"""How far a long step is, on stderr: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of a long step, on stderr: a bar on a terminal, otherwise a line now and then."""
 
 import contextlib
 import sys
@@ -8,18 +8,17 @@ import tqdm
 
 from t5x_inference_ext.text_format import decimal_bytes
 
-LINE_SECONDS = 10  # between lines, where there is no terminal
+LINE_SECONDS = 10  # seconds between lines, if there is no terminal
 
 
 class ProgressBar:
-  """The progress of one step.
+  """The progress of one step, as a bar or as lines.
 
   Args:
     what: Name of the step.
-    total: Number of items or bytes, or None where it is not known.
-    is_bytes: Whether bytes are counted. Their bar stays when the step is done, and so does a last
-      line.
-    shown: Whether anything is shown.
+    total: Number of items or bytes, or None if unknown.
+    is_bytes: Whether bytes are counted. Their bar, and a last line, stay after the step is done.
+    shown: Whether to show anything.
   """
 
   def __init__(
@@ -43,7 +42,7 @@ class ProgressBar:
   def advance(self, amount: int = 1) -> None:
     """Count more items or bytes."""
     self._done += amount
-    with contextlib.suppress(OSError):  # a terminal that is gone ends no run
+    with contextlib.suppress(OSError):  # a closed terminal must not end the run
       if self._bar is not None:
         self._bar.update(amount)
       elif self._shown:
@@ -72,7 +71,7 @@ class PassProgress:
     self._bar: ProgressBar | None = None
 
   def __call__(self, what: str, done: int, total: int) -> None:
-    """Count bytes of a pass, whose name is the beginning of `what`."""
+    """Count bytes of a pass; `what` begins with the name of the pass."""
     name = next((n for n in ('verify', 'upload') if what.startswith(f'{n} ')), 'convert')
     if self._bar is None or name != self._pass:
       self.close()

@@ -1,9 +1,9 @@
-"""Rendezvous of the processes of a run: all of them come, or each says who is missing.
+"""Rendezvous of a run's processes: all of them arrive, or each one says which are missing.
 
-Without it jax 0.10 ends a process after a timeout with SIGABRT and a C++ stack trace: it names
-nobody, and raises no Python error that could be turned into a sentence. Here process 0 listens at
-the coordinator's port until the others have told it who they are, tells all of them the verdict,
-and leaves the port to jax. Messages are one JSON object a line.
+Without it jax 0.10 ends a process after a timeout with SIGABRT and a C++ stack trace, which does
+not name the missing processes; there is no Python error to handle. Here process 0 listens at the
+coordinator's port until the others have sent their indices, sends all of them the verdict, and
+frees the port for jax. Messages are one JSON object per line.
 """
 
 import contextlib
@@ -17,30 +17,30 @@ from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.options import check_options, option
 
 AUTO = 'auto'
-NAME = 't5x_inference_ext'  # in every message: anything else at the port is not of this run
+NAME = 't5x_inference_ext'  # in every message, to recognize strangers at the port
 RETRY_SECONDS = 0.2
-HELLO_SECONDS = 5  # for a connection to say who it is
+HELLO_SECONDS = 5  # seconds for a connection to send its index
 MAX_MESSAGE = 4096
 _PROCESSES = 'Several processes'
 
 
 @dataclasses.dataclass(frozen=True)
 class ProcessOptions:
-  """How this process joins the others of its run; all None where there is one process.
+  """How this process joins the others of its run. All fields are None for a single process.
 
   Raises:
-    RequestError: A value out of its range, or options that don't go together.
+    RequestError: A value is out of its range, or the options exclude each other.
   """
 
   coordinator_address: str | None = option(
     None,
-    help='HOST:PORT of process 0, for several processes that share one run; auto on TPU pods and '
-    'other clusters that jax knows. With gin flags too.',
+    help='HOST:PORT of process 0, for several processes that share one run; or auto, on TPU pods '
+    'and other clusters that jax knows. Also works with gin flags.',
     group=_PROCESSES,
   )
   num_processes: int | None = option(
     None,
-    help='Processes of the run, all started with the same flags but for --process_id.',
+    help='Number of processes of the run, all started with the same flags except --process_id.',
     group=_PROCESSES,
     least=1,
   )
@@ -76,7 +76,7 @@ class ProcessOptions:
 
 
 def parse_address(address: str) -> tuple[str, int]:
-  """Return host and port of 'HOST:PORT'. Raises RequestError for anything else."""
+  """Return the host and port in 'HOST:PORT'. Raises RequestError for other text."""
   host, colon, port = address.rpartition(':')
   if not colon or not host or not port.isdecimal() or not 0 < int(port) < 2**16:
     raise RequestError(
@@ -86,17 +86,17 @@ def parse_address(address: str) -> tuple[str, int]:
 
 
 def meet(address: str, num_processes: int, process_id: int, timeout: float) -> None:
-  """Return when all processes have come.
+  """Wait until all processes have arrived.
 
   Args:
     address: HOST:PORT of process 0.
     num_processes: Number of processes of the run.
     process_id: Index of this process.
-    timeout: Seconds to wait.
+    timeout: Seconds to wait, at most.
 
   Raises:
-    RequestError: Process 0 can't be reached or can't listen; others are missing, come twice, or
-      belong to another run.
+    RequestError: Process 0 can't be reached or can't listen; or processes are missing, have the
+      same index, or belong to another run.
   """
   host, port = parse_address(address)
   deadline = time.monotonic() + timeout
@@ -107,7 +107,7 @@ def meet(address: str, num_processes: int, process_id: int, timeout: float) -> N
 
 
 def _receive_all(port: int, num_processes: int, deadline: float, timeout: float) -> None:
-  """Wait in process 0 for the others, and tell them the verdict."""
+  """Wait in process 0 for the others, and send them the verdict."""
   arrived, connections, error = {0}, [], None
   with contextlib.ExitStack() as stack:
     server = stack.enter_context(_listen(port, num_processes))
@@ -118,8 +118,8 @@ def _receive_all(port: int, num_processes: int, deadline: float, timeout: float)
       except TimeoutError:
         missing = sorted(set(range(num_processes)) - arrived)
         error = (
-          f'{_names(missing)} of {num_processes} did not come within {timeout:g} s: are they '
-          'started, with the same coordinator_address?'
+          f'{_names(missing)} of {num_processes} did not arrive within {timeout:g} s: are they '
+          'started with the same coordinator_address?'
         )
         break
       connection.settimeout(HELLO_SECONDS)
@@ -137,7 +137,7 @@ def _receive_all(port: int, num_processes: int, deadline: float, timeout: float)
         error = f'two processes were started with process_id={process}'
       arrived.add(process)
     for connection in connections:
-      with contextlib.suppress(OSError):  # a process that has gone: jax will notice
+      with contextlib.suppress(OSError):  # the process has ended, which jax will notice
         _write(connection, error=error)
   if error is not None:
     raise RequestError(error)
@@ -146,14 +146,14 @@ def _receive_all(port: int, num_processes: int, deadline: float, timeout: float)
 def _report(
   host: str, port: int, num_processes: int, process_id: int, deadline: float, timeout: float
 ) -> None:
-  """Tell process 0 who this process is, and wait for the verdict."""
+  """Send process 0 this process's index, and wait for the verdict."""
   while True:
     try:
       with socket.create_connection((host, port), timeout=_left(deadline)) as connection:
         _write(connection, process_id=process_id, num_processes=num_processes)
         connection.settimeout(_left(deadline))
         verdict = _read(connection)
-      reason = 'something else answers there'
+      reason = 'another program answers there'
     except OSError as error:
       verdict, reason = None, error.strerror or str(error)
     if verdict is not None:
@@ -169,7 +169,7 @@ def _report(
 
 
 def _left(deadline: float) -> float:
-  """Return the seconds until a deadline, above 0: a socket takes 0 for 'do not wait'."""
+  """Return the seconds until a deadline, above 0, because 0 makes a socket not wait at all."""
   return max(deadline - time.monotonic(), 0.001)
 
 
@@ -194,7 +194,7 @@ def _write(connection: socket.socket, **message: Any) -> None:
 
 
 def _read(connection: socket.socket) -> dict[str, Any] | None:
-  """Return the message, or None for anything else: strangers visit a port on a network, too."""
+  """Return the message, or None for anything else: strangers may connect to an open port."""
   try:
     with connection.makefile('rb') as stream:
       message = json.loads(stream.readline(MAX_MESSAGE))

@@ -1,4 +1,4 @@
-"""Text that commands read and write: JSON, and files beside what they print; and their extras."""
+"""Text files of commands: JSON, and checks for writable files and for installed extras."""
 
 import importlib.util
 import json
@@ -7,14 +7,15 @@ from typing import Any
 
 from t5x_inference_ext.errors import RequestError, UserError
 
-_MAX_DEPTH = 200  # of JSON: what is read has to be written again, and shown in errors
+_MAX_DEPTH = 200  # levels of JSON: far below Python's limit, so that values can be written again
 
 
 def parse_json(text: str) -> Any:
-  """Return the value that a JSON text holds.
+  """Return the value of a JSON text.
 
   Raises:
-    ValueError: The text is no JSON, or none that Python can hold. The message follows on '... is'.
+    ValueError: The text is not JSON, or holds a value that Python can't. The message can
+      follow "... is".
   """
   try:
     value = json.loads(text)
@@ -22,7 +23,7 @@ def parse_json(text: str) -> Any:
     raise ValueError(f'not JSON ({error.msg} at column {error.colno})') from None
   except RecursionError:
     raise ValueError('not JSON that can be used (nested too deeply)') from None
-  except ValueError:  # Python's limit on the digits of a whole number
+  except ValueError:  # beyond Python's limit on digits
     raise ValueError('not JSON that can be used (a number has too many digits)') from None
   level, depth = [value], 0
   while level := [
@@ -38,10 +39,10 @@ def parse_json(text: str) -> Any:
 
 
 def check_writable(*paths: str | None) -> None:
-  """Raise RequestError for a path where no file can be written: before the work, not after.
+  """Raise RequestError if a file can't be written; call it before the work, not after.
 
   Args:
-    *paths: Files to be written; None is no path.
+    *paths: Files to write; None is ignored.
   """
   for path in filter(None, paths):
     directory = os.path.dirname(os.path.abspath(path))
@@ -54,11 +55,11 @@ def check_writable(*paths: str | None) -> None:
 
 
 def check_extra(extra: str, what: str, *modules: str) -> None:
-  """Raise UserError where a module of an optional extra is not installed.
+  """Raise UserError if a module of an optional extra is not installed.
 
   Args:
     extra: Name of the extra of this package that installs the modules.
-    what: Beginning of the error, such as 'figures need matplotlib'.
+    what: Beginning of the message, such as 'figures need matplotlib'.
     *modules: Top-level modules that are needed.
   """
   if any(importlib.util.find_spec(module) is None for module in modules):
@@ -66,12 +67,12 @@ def check_extra(extra: str, what: str, *modules: str) -> None:
 
 
 def check_plots() -> None:
-  """Raise UserError where matplotlib is not installed."""
+  """Raise UserError if matplotlib is not installed."""
   check_extra('plots', 'figures need matplotlib', 'matplotlib')
 
 
 def write_text(path: str, text: str) -> None:
-  """Write a file of text. Raises RequestError, naming the file."""
+  """Write a text file. Raises RequestError, naming the file."""
   try:
     with open(path, 'w', encoding='utf-8') as f:
       f.write(text)

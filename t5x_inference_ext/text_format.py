@@ -53,7 +53,7 @@ def microseconds(seconds: float) -> str:
 
 
 def rough_duration(seconds: float) -> str:
-  """Return a duration as people wait for it: 7.8 -> '8 s', '3 min', '1.2 h'; at least 1 s."""
+  """Return a duration in a rough form: 7.8 -> '8 s', '3 min', '1.2 h'; at least 1 s."""
   if seconds < 60:
     return f'{max(1, round(seconds))} s'
   return f'{seconds / 60:.0f} min' if seconds < 3600 else f'{seconds / 3600:.1f} h'

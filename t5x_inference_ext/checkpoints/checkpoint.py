@@ -171,7 +171,7 @@ def _from_tree(
 
 
 def _norm_doubts(scale: str, final_norm: Tensor) -> Iterator[str]:
-  """Yield a note if norm scales look stored in the other convention.
+  """Yield a note if norm scales look as if they were stored in the other convention.
 
   With the wrong convention a model's output makes no sense.
   """
@@ -185,7 +185,7 @@ def _norm_doubts(scale: str, final_norm: Tensor) -> Iterator[str]:
 
 
 def _query_doubts(found: flaxformer.Reading) -> Iterator[str]:
-  """Yield a note if queries look trained without rescale_logits.
+  """Yield a note if queries look as if they were trained without rescale_logits.
 
   flaxformer then initializes queries smaller than keys, by a factor of sqrt(Q).
   """

@@ -38,7 +38,7 @@ def convert(
   """Write the checkpoint `output_checkpoint`, complete and verified, or raise an error.
 
   The finished work of a killed or failed run is kept in `output_checkpoint`.unfinished, or in the
-  staging directory. An equal call continues from it.
+  staging directory. The same call again continues from it.
 
   Args:
     input_checkpoint: Directory of a checkpoint of any format.

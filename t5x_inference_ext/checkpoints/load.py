@@ -24,10 +24,8 @@ def scans_layers(num_layers: int, asked: bool | None = None, platform: str = 'tp
   By default it does on CPU for more than MAX_UNROLLED_LAYERS layers, and never on accelerators. On
   a GPU, each iteration of a loop copies the layer's weights out of the stack, which more than
   doubles the bytes of a decode step. A TPU prefetches whole arrays into on-chip memory, but not
-  slices of a
-  stack: without the loop a decode step takes a fifth less time (docs/tpu_v4_tuning.md), and
-    compiling
-  takes a minute or two for 100 layers.
+  slices of a stack: without the loop a decode step takes a fifth less time (docs/tpu_v4_tuning.md),
+  and compiling takes a minute or two for 100 layers.
 
   Args:
     num_layers: Number of layers of the model.
@@ -123,7 +121,6 @@ def _read(checkpoint: Checkpoint, name: str, where: tuple[slice, ...]) -> np.nda
 
   Raises:
     CheckpointError: The values are NaN or infinite.
-
   """
   tensor = checkpoint.tensors[name]
   values = tensor.read(where)

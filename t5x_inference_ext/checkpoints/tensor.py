@@ -129,7 +129,7 @@ class Cast(Tensor):
       return values.astype(self.dtype)
     values = values.astype(np.float32)
     limits = np.iinfo(self.dtype)
-    # Not a cast and `!=`: casting NaN or out-of-range values to integers is undefined.
+    # No comparison after a cast: casting NaN or out-of-range values to integers is undefined.
     if not np.all((values >= limits.min) & (values <= limits.max) & (values == np.rint(values))):
       raise CheckpointError(
         f'{self._name}: {self.path} should hold {self.dtype.name} values, but holds other values'

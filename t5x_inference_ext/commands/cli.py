@@ -6,8 +6,8 @@ A command's module has
 
   def run(argv=None) -> int:        # the entry point; returns the exit code
     with cli.Session(__doc__, define_flags, argv) as session:
-      flags = session.parse() ...                           # raises UserError for errors that the
-      user can fix
+      flags = session.parse()
+      ...                           # raises UserError for errors that the user can fix
     return session.code
 
 With gin flags the block calls `parse_gin(flags)` and then `configure(function)()`. Gin flags are

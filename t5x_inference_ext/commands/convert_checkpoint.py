@@ -132,7 +132,7 @@ class ReportOptions:
       for name in ('report_tokens', 'report_task', 'report_task_module'):
         if getattr(self, name):
           raise UserError(
-            f'--{name} is for the quality report: give --report=DIR, where it is written, too'
+            f'--{name} is for the quality report: give its directory too, --report=DIR'
           )
       return
     check_plots()
@@ -204,7 +204,7 @@ def shards_of_processes(flags: absl_flags.FlagValues) -> dict[str, int]:
 def verify_only(flags: absl_flags.FlagValues) -> None:
   """Verify a finished checkpoint."""
   if cli.uses_gin(flags) or flags.report is not None:
-    raise UserError('--verify can be combined with --output, --input and --workers alone')
+    raise UserError('--verify can be combined only with --output, --input and --workers')
   if flags.output is None:
     raise UserError(
       '--output not given: --verify needs it, the finished checkpoint; --input may be its source'

@@ -1,4 +1,4 @@
-r"""Generate or score text with a serving checkpoint, or straight from a T5X one.
+r"""Generate or score text with a serving checkpoint, or directly with a T5X checkpoint.
 
 A run over a file of prompts, one JSON object a line, {"prompt": TEXT or [token ids]}:
 

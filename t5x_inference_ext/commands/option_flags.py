@@ -76,10 +76,15 @@ def define_flag(
 ) -> None:
   """Define one flag.
 
-  flags: FlagValues to add the flag to. flags: FlagValues that takes the flag. name: Name of the
-    flag. annotation: Type: bool, int, float or str, each also with `| None`; or tuple[str, ...] for
-    a flag that may be repeated. default: Value if the flag is not given. text: Help text. group:
-    Heading in --help. choices: Allowed values of a text flag.
+  Args:
+    flags: FlagValues to add the flag to.
+    name: Name of the flag.
+    annotation: Type: bool, int, float or str, each also with `| None`; or tuple[str, ...] for a
+      flag that may be repeated.
+    default: Value if the flag is not given.
+    text: Help text.
+    group: Heading in --help.
+    choices: Allowed values of a text flag.
   """
   members = set(typing.get_args(annotation)) - {types.NoneType}
   kind: Any = annotation

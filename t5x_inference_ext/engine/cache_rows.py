@@ -34,7 +34,7 @@ def gather_row(model: Model, x: jax.Array, axes: Axes, row: jax.Array) -> jax.Ar
 def gather_cache_row(model: Model, cache: KVCache, weights: Weights, row: jax.Array) -> KVCache:
   """Return one row of a cache, as a cache of one row.
 
-  The heads of the row stay split as in `cache`, and both caches have one shared prefix.
+  Heads stay split as in `cache`. The result has the shared prefix of `cache`.
   """
   axes, spec, row_spec = _specs(model, cache, weights)
 
@@ -53,9 +53,9 @@ def gather_cache_row(model: Model, cache: KVCache, weights: Weights, row: jax.Ar
 def scatter_cache_row(
   model: Model, cache: KVCache, weights: Weights, row: jax.Array, one: KVCache
 ) -> KVCache:
-  """Write the row of `one`, a cache of one row, over one row of `cache`; return the result.
+  """Replace a row of `cache` by the row of `one`, a cache of a single row; return the result.
 
-  `one` may be shorter than `cache`. Both have one shared prefix, or none.
+  `one` may be shorter than `cache`. Both have the same shared prefix, or none.
   """
   axes, spec, row_spec = _specs(model, cache, weights)
 
@@ -97,14 +97,14 @@ def _specs(model: Model, cache: KVCache, weights: Weights) -> tuple[Axes, Any, A
 def _local_index(rows: int, axes: Axes, row: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Return a row's index among this shard's `rows`, and whether the shard has the row.
 
-  On a shard without the row, the index is some valid one.
+  On a shard without the row, the index is arbitrary but valid.
   """
   index = row - ops.shard_index(axes) * rows
   return jnp.clip(index, 0, rows - 1), (index >= 0) & (index < rows)
 
 
 def _from_owner(x: jax.Array, axes: Axes, mine: jax.Array) -> jax.Array:
-  """Return, on every shard, the x of the one shard where `mine` is true."""
+  """Return x of the only shard where `mine` is true, on every shard."""
   if ops.axis_size(axes) == 1:
     return x
   return ops.all_reduce(jnp.where(mine, x, jnp.zeros_like(x)), axes)

@@ -127,9 +127,9 @@ class Engine:
 
     Args:
       prompts: Token ids without BOS. An empty prompt starts from BOS alone, as in T5X.
-      max_new_tokens: Most new tokens: of all prompts, or one number for each.
+      max_new_tokens: Most new tokens: one number for all prompts, or one for each.
       sampling: How tokens are chosen: for all prompts, or one for each.
-      seeds: A seed for each prompt, 0 to 2**32 - 1; None: all 0.
+      seeds: A seed for each prompt, 0 to 2**32 - 1; None: 0 for all.
       eos_id: Token that ends a row; -1 never does.
       cache_size: Cache positions of each row, BOS and new tokens included; None: as many as
         needed.
@@ -193,7 +193,7 @@ class Engine:
       sampling: See `generate`.
       seeds: See `generate`. The i-th sample of a prompt has the seed (prompt's seed + i) % 2**32.
       samples: Samples of each prompt.
-      slots: Most rows decoded together, rounded up to what the mesh takes.
+      slots: Most rows decoded together, rounded up to a number that the mesh can split.
       eos_id: See `generate`.
       **options: Options of engine.scheduler_config.config_for: prefill_chunk, prefill_rows,
         prefill_budget, decode_steps, share, top_log_probs.

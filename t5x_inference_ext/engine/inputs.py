@@ -59,7 +59,7 @@ def per_prompt(
 
 
 def check_at_least(least: int, **values: Any) -> None:
-  """Raise RequestError, naming the value, if one is no whole number or is below `least`."""
+  """Raise RequestError, with its name, for a value that is not a whole number >= `least`."""
   for name, value in values.items():
     if not is_whole(value):
       raise RequestError(f'{name} must be a whole number, got {value!r}')
@@ -108,7 +108,7 @@ def check_arrays(vocab_size: int, *ids: Any, weights: Any = None) -> None:
 
 
 def check_seeds(seeds: Sequence[Any]) -> None:
-  """Raise RequestError for a seed that is no whole number from 0 to 2**32 - 1."""
+  """Raise RequestError for a seed that is not a whole number from 0 to 2**32 - 1."""
   wrong = [seed for seed in seeds if not is_whole(seed) or not 0 <= seed < 2**32]
   if wrong:
     raise RequestError(f'seeds must be whole numbers from 0 to 2**32 - 1, got {wrong[0]!r}')

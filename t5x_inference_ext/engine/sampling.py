@@ -88,11 +88,14 @@ class SamplingParams:
       raise RequestError(f'top_p must be above 0 and at most 1, got {self.top_p}')
     if not SMALLEST <= self.repetition_penalty <= LARGEST:
       raise RequestError(
-        f'repetition_penalty must be above 0 and within float32, got {self.repetition_penalty}'
+        f'repetition_penalty must be above 0 and in the range of float32, got '
+        f'{self.repetition_penalty}'
       )
     for name in ('frequency_penalty', 'presence_penalty'):
       if not -LARGEST <= getattr(self, name) <= LARGEST:
-        raise RequestError(f'{name} must be a number within float32, got {getattr(self, name)}')
+        raise RequestError(
+          f'{name} must be a number in the range of float32, got {getattr(self, name)}'
+        )
     pair = next(
       (p for p in self.logit_bias if len(p) != 2 or not _is_id(p[0]) or not _is_bias(p[1])), None
     )

@@ -28,9 +28,9 @@ class SamplingFeatures(NamedTuple):
   """The features that a compiled choice of tokens must support, because some row uses them.
 
   Attributes:
-    sampled: Whether a row has a temperature.
-    candidates: Most tokens that top_k keeps for a row with a temperature, rounded up to a power of
-      two; 0 if these are more than MAX_CANDIDATES.
+    sampled: Whether a row has a temperature above 0.
+    candidates: Most tokens that top_k keeps for a row with a temperature above 0, rounded up to a
+      power of two; 0 if they are more than MAX_CANDIDATES.
     limited: Whether top_k or top_p drops tokens of a row.
     both: Whether a row has both top_k and top_p.
     penalties: Whether a row has a penalty.

@@ -237,8 +237,7 @@ def _check(
   saved = {field: header_text(header[field]) for field in VERSIONS}
   versions = [(field, f'install {field} {text}, or {_AGAIN}') for field, text in saved.items()]
   saved_mesh = 'x'.join(map(header_text, header['mesh'].values()))
-  # The platform is compared first: on another platform libtpu may be missing, which is not the
-  # cause.
+  # The platform is compared before versions: without a TPU, a missing libtpu is not the problem.
   for field, fix in (
     ('platform', _AGAIN),
     *versions,

@@ -54,7 +54,7 @@ def find_shared_prefix(
 
 
 def common_length(prefix: Sequence[int], tokens: Sequence[int]) -> int:
-  """Return how many tokens a prompt has in common with the prefix, its last token never counted."""
+  """Return how many tokens of a prompt are in the prefix. The last token is never counted."""
   most = min(len(prefix), len(tokens) - 1)
   return next((i for i in range(most) if prefix[i] != tokens[i]), most)
 
@@ -91,7 +91,7 @@ def store_prefix(
 
 
 def _run_end(rows: Sequence[tuple[int, ...]], start: int, stop: int, depth: int) -> int:
-  """Return the end of the run in rows[start:stop] of rows with the first row's token at `depth`.
+  """Return the end of the run of rows in rows[start:stop] that all have one token at `depth`.
 
   Rows that end before `depth` form a run too.
   """

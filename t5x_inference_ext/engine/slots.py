@@ -148,7 +148,7 @@ def start_prefill(
 def prefill_chunk(
   model: Model, prompts: PrefillState, weights: Weights, tokens: jax.Array, counts: jax.Array
 ) -> PrefillState:
-  """Run the next tokens [R, T] of the prompts; counts [R], possibly 0, says how many are real."""
+  """Run the next tokens [R, T] of the prompts. counts [R] of them, possibly 0, are valid."""
   logits, cache = model.prefilling.prefill_chunk(weights, prompts.cache, tokens, counts)
   logits = jnp.where(counts[:, None] > 0, logits, prompts.logits)
   return PrefillState(cache, _constrain_logits(model, logits))
@@ -179,7 +179,7 @@ def insert(
     length: [1] int32. Number of valid tokens in `prompt`.
   """
   one = cache_rows.gather_cache_row(model.prefilling, prompts.cache, weights, row)
-  # The decode layout may repeat and pad key heads otherwise than the prefill layout.
+  # The decode layout may repeat and pad key heads differently from the prefill layout.
   held = model.prefilling.cache_sharding(prompts.logits.shape[0]).heads.cached()
   wanted = model.cache_sharding(slots.cache.lengths.shape[0]).heads.cached()
   keys, values = jax.tree.map(

@@ -143,7 +143,7 @@ def find_vocabulary(
     name: 'bytes', a SentencePiece .model file, or None for the default: bytes for a model of 384
       rows.
     vocab_size: V, rows of the model's embedding.
-    needed: Whether there is text to encode. Token ids do without a vocabulary.
+    needed: Whether there is text to encode. Token ids need no vocabulary.
 
   Returns:
     (vocabulary or None, 'given' or the reason for the choice).

@@ -21,16 +21,16 @@ class AttentionColumns:
 
   The projections' columns arrive as [b_rows, t_positions, columns/hidden]: a block of columns for
   each stored shard whose columns this device has. They are partial sums over the embed axes, unless
-  `summed`. What happens to them, by mesh axis:
+  `summed`. Each kind of mesh axis has its own collectives:
 
     embed axis (x)    Partial sums are reduced into heads or positions, whichever attention splits
-    over x. hidden axes       Where attention splits rows, an all-to-all moves columns to rows.
-    Where attention splits heads, the
-                      columns stay; with one key head in all, its columns are gathered. Where
+                      over x.
+    hidden axes       If attention splits rows, an all-to-all moves columns to rows. If attention
+                      splits heads, the columns stay; a single key head's columns are gathered. If
                       columns are parts of heads, an all-to-all moves them to positions; for a
                       single token they are gathered.
-    positions' axes   Queries stay split, keys and values are gathered: each device attends from its
-    own positions.
+    positions' axes   Queries stay split, and keys and values are gathered: each device attends from
+                      its own positions.
 
   Attributes:
     sharding: Decides what each axis does.

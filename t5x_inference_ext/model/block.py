@@ -78,7 +78,7 @@ class Layer:
         kv = to_cache(k, self.cache_dtype), to_cache(v, self.cache_dtype)
         attended = attend(q, *kv, context, reshard.first_query(k.shape[1]))
         outputs.append(reshard.from_attention(attended))
-      if part.mlp:  # before attention, the order of w_out's rows
+      if part.mlp:  # MLP first: w_out's rows are [MLP | attention]
         outputs.insert(0, mlp(columns, self.config, sharding, summed))
       y = project.outputs(outputs, w)
       x = x + (y if w.out_scale is None else int8.rescale(y, w.out_scale))

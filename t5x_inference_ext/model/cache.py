@@ -28,9 +28,11 @@ Row = Int[Array, ''] | int
 class Shared:
   """A prefix that rows of a cache share.
 
-  keys: [L, P, K, Q], or a tuple of L arrays [P, K, Q] if the layers are unrolled. keys: [L, P, K,
-    Q], or a tuple of L arrays [P, K, Q]. values: Like keys. lengths: [B] int32. Positions of the
-    prefix that each row begins with; 0 for a row that shares nothing.
+  Attributes:
+    keys: [L, P, K, Q], or a tuple of L arrays [P, K, Q] if the layers are unrolled.
+    values: Like keys.
+    lengths: [B] int32. Positions of the prefix that each row begins with; 0 for a row that shares
+      nothing.
   """
 
   keys: LayersKV
@@ -221,8 +223,8 @@ def with_heads(x: Array, held: Sequence[int | None], wanted: Sequence[int | None
 
   Args:
     x: Keys or values (or int8 scales [.., K, 1]).
-    held: AttentionHeads.cached() of x's sharding: for each head of x the key head that it is, None
-      for padding.
+    held: AttentionHeads.cached() of x's sharding: for each head of x its key head, None for
+      padding.
     wanted: AttentionHeads.cached() of the result's sharding, which may repeat and pad other heads.
   """
   if held == wanted:

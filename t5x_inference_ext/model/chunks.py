@@ -23,7 +23,7 @@ def empty_cache(
 
   Args:
     model: The model whose prefill_chunk and decode_step will use the cache.
-    weights: Weights. The cache is stacked, or one array per layer, as they are.
+    weights: Weights. If they are stacked, the cache is too; else it has an array per layer.
     rows: B.
     size: S, positions of each row, shared ones not counted.
     shared: Prefix from `share_row` for `rows` rows, or None.
@@ -79,7 +79,7 @@ def share_row(
   Args:
     model: The model whose decode layout the cache is in.
     cache: KVCache that holds the row.
-    weights: Weights. The prefix is stacked, or one array per layer, as they are.
+    weights: Weights. If they are stacked, the prefix is too; else it has an array per layer.
     row: Index of the row that begins with the prefix.
     length: P, the positions of the prefix.
     to: The model whose decode layout the other cache is in.

@@ -78,7 +78,7 @@ class ShardedModel:
   def chunk_sharding(self, rows: int, length: int) -> ActivationSharding:
     """Return the sharding of a chunk's activations, in the decode layout.
 
-    A chunk is `length` new positions for each cached row. Its cache is sharded as by
+    A chunk is `length` new positions for each cached row. The sharding of the cache is that of
     cache_sharding.
     """
     return self._sharding(self.decode_layout, rows, length, cached=True)
@@ -95,7 +95,7 @@ class ShardedModel:
     """Return the sharding of a cache of this many rows in the decode layout.
 
     Unlike decode_sharding, it allows numbers of rows that a decode step cannot split: a prefill may
-    have such.
+    have such numbers.
     """
     return self.chunk_sharding(rows, 1)
 

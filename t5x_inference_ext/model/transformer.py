@@ -52,7 +52,7 @@ def forward(
     cache: This shard's part of the KV cache that the tokens continue, or None if rows begin with
       the tokens.
     tokens: [B, T] int32. All tokens of the pass, on every shard. A decode step passes [B], which is
-      widened here: outside of the shards that would be one more operation.
+      widened here, because widening outside of the shards would be an extra operation.
     *inputs: Further per-shard arguments of `finish`.
   """
   if tokens.ndim == 1:
@@ -276,7 +276,7 @@ class Model(ShardedModel):
     Args:
       sharding: Sharding of the pass's activations.
       finish: See forward.
-      weights: Weights. Specs are stacked, or one per layer, as they are.
+      weights: Weights. If they are stacked, there is one spec for all layers, else one per layer.
       cache_spec: PartitionSpecs of the cache, or None without one.
       inputs: PartitionSpecs of the further arguments of `finish`.
       outputs: PartitionSpecs of the results of `finish`.

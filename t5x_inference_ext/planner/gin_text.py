@@ -13,7 +13,7 @@ def gin_text(plan: Plan) -> str:
   """Return a plan as a gin file, to be given as --gin_file after a run's own files."""
   request = plan.request
   prefill, decode = plan.layouts
-  cache = None if request.cache == 'bfloat16' else repr(request.cache)  # None: as DTYPE
+  cache = None if request.cache == 'bfloat16' else repr(request.cache)  # None: equal to DTYPE
   slice_macro = f"SLICE = '{plan.machine}'\n" if plan.machine.chip.torus else ''
   step_ms = plan.decode.seconds * 1e3
   machine = plan.machine

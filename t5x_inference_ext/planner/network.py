@@ -4,7 +4,7 @@ Both take a sharding.collective.Collective from sharding/traffic.py, and give it
 efficiency.py has the share of the links' bandwidth that programs reach.
 
   paper   Sections 3.2 and 3.3: bytes over the bandwidth of all links of a chip (270 GB/s on v4),
-          whatever axes the collective runs over. (K-1)/K counts as 1. There are no hops.
+          whatever axes the collective runs over. (K-1)/K is taken as 1. There are no hops.
   torus   A collective uses only the links along its own axes (sharding/links.py). A physical axis
           with wraparound (torus.wraparound) brings two links; one without, or a part of an axis,
           brings one; several axes add up. (K-1)/K counts (appendix A.1). Each chip passed is a hop.

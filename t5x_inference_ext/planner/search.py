@@ -152,8 +152,7 @@ def row_choices(batch: int, mesh: Mesh) -> tuple[int, ...]:
   """Return numbers of rows, at least `batch`: the least that each set of mesh axes splits evenly.
 
   A few empty rows may save time: a layout splits rows only if they divide evenly. With one number
-  for
-    each set of axes, a request for more rows never takes less time.
+  for each set of axes, a request for more rows never takes less time.
   """
   shares = sorted({math.prod(axes) for n in range(4) for axes in itertools.combinations(mesh, n)})
   found: dict[tuple[bool, ...], int] = {}

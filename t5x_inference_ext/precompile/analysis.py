@@ -65,7 +65,7 @@ class Answer:
 
   @property
   def compiled(self) -> tuple[Program, Estimate]:
-    """The program and its time; only if it fits."""
+    """The program and its time, for a program that fits."""
     assert isinstance(self.program, Program) and self.estimate is not None
     return self.program, self.estimate
 

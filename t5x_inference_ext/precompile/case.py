@@ -47,7 +47,9 @@ class CompileCase:
     group=_GROUP,
   )
   batch: int = option(
-    help='Rows; for extend, prompts; for slots and admit, slots.', least=1, group=_GROUP
+    help='Number of rows; of prompts for extend; of slots for slots and admit.',
+    least=1,
+    group=_GROUP,
   )
   context: int = option(help='Positions of the KV cache for each row.', least=1, group=_GROUP)
   layout: Layout = Layout()

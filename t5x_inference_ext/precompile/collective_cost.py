@@ -81,8 +81,8 @@ def find_collective(
 def replica_groups(instruction: Instruction, partitions: int) -> tuple[tuple[int, ...], ...]:
   """Return the groups of devices of a collective.
 
-  The text lists them, {{0,1},{2,3}}, or enumerates them, [2,2]<=[2,2]T(1,0); none means all
-  devices.
+  The text lists them, {{0,1},{2,3}}, or enumerates them, [2,2]<=[2,2]T(1,0). A text without groups
+  means one group of all devices.
 
   Args:
     instruction: Instruction. The collective.
@@ -102,7 +102,7 @@ def replica_groups(instruction: Instruction, partitions: int) -> tuple[tuple[int
     return (tuple(range(partitions)),)
   if text.startswith('{{'):
     return tuple(map(_integers, _LIST.findall(text[1:-1])))
-  raise HloError(f'replica groups in a form not known here: {instruction.attributes[:200]}')
+  raise HloError(f'replica groups in an unknown form: {instruction.attributes[:200]}')
 
 
 def seconds(collective: HloCollective, chip: Chip, slice_: TpuSlice) -> float:
@@ -111,7 +111,7 @@ def seconds(collective: HloCollective, chip: Chip, slice_: TpuSlice) -> float:
   An all-gather over K chips takes (K-1)/K of its result over all torus axes that it uses at once,
   and their hops. A reduce-scatter takes as long for its operand, an all-reduce both times, an
   all-to-all the time of half an all-gather's bytes. Up to 4 chips use one axis, up to 16 two, more
-  chips three, as far as the torus has these. If a slice's axes have other lengths, the chips count
+  chips three, if the torus has as many. If a slice's axes have other lengths, the chips count
   as a box with as many axes, as even as possible. A collective-permute takes its bytes over one
   link, and one hop.
   """

@@ -198,4 +198,4 @@ def closing_bracket(text: str, start: int) -> int:
       depth += (letter in '([{') - (letter in ')]}')
       if not depth:
         return n + 1
-  raise HloError(f'a bracket that never closes: {text[start : start + 200]}')
+  raise HloError(f'a bracket is not closed: {text[start : start + 200]}')

@@ -12,7 +12,7 @@ _SAME_VALUE = ('copy', 'bitcast', 'reshape', 'convert', 'broadcast', 'bitcast-co
 # Direction of a comparison -> direction with the sides exchanged: a < b is b > a.
 _TURNED = {'LT': 'GT', 'GT': 'LT', 'LE': 'GE', 'GE': 'LE', 'NE': 'NE', 'EQ': 'EQ'}
 
-# A loop, after the computation that contains it.
+# (computation that contains a loop, the loop's while instruction)
 _Loop = tuple[Computation, Instruction]
 # Nested computations, innermost last, each with the fusion in the previous one that calls it. The
 # first has no fusion: its parameter is the loop's state.
@@ -85,9 +85,9 @@ def trip_count(
 ) -> int | None:
   """Return the number of turns of a while instruction, or None if the text does not determine it.
 
-  If the compiler has noted the number, that is used. Otherwise the condition is: it compares an
-  element of the state, which starts at a constant and changes by a constant in every turn, with
-  another constant.
+  The number is the compiler's own note, if there is one. Otherwise it is derived from the
+  condition, which compares an element of the state with a constant, if the element starts at a
+  constant and changes by a constant in every turn.
 
   Args:
     module: Module. The program.

@@ -12,8 +12,9 @@ from t5x_inference_ext.precompile.work import in_place
 
 # Opcodes that write their result to memory.
 _MATERIALISES = REARRANGES | {'fusion', 'select', 'multiply'}
-# Opcodes that keep the values of the elements they move; and the ones allowed inside a fusion.
+# Opcodes that move elements without changing their values.
 _CUTS = frozenset(('copy', 'slice', 'dynamic-slice', 'pad'))
+# Opcodes followed back from a fusion's result to the value that it moves.
 _MOVED_WHOLE = _CUTS | {'bitcast', 'fusion'}
 
 
@@ -65,7 +66,7 @@ def weight_copies(module: Module, smallest: int = 2**18) -> list[WeightCopy]:
 def relays(before: ArrayShape, after: ArrayShape) -> bool:
   """Return whether two arrays have different layouts in memory.
 
-  They have if their orders of dimensions differ or, for equal sizes, their tiles. Dimensions of
+  Layouts differ if the orders of dimensions differ or, for equal sizes, the tiles. Dimensions of
   size 1 are ignored. If one array has fewer dimensions, it lacks the other's first ones.
   """
   if len(before.dims) == len(after.dims):

@@ -17,8 +17,8 @@ SEARCHED = tuple(1 - k / 64 for k in range(24))
 # is at most 127 / SEARCHED[-1] steps: its square, summed over a million rows, fits into 63 bits.
 SQUARE_UNITS = 2**24
 
-# Elements of a block, about: rows are processed in blocks so that temporaries stay in the
-# processor's cache.
+# Approximate number of elements in a block. Rows are processed in blocks so that temporaries stay
+# in the processor's cache.
 _BLOCK_ELEMENTS = 2**17
 
 

@@ -40,7 +40,7 @@ def row_seed(seed: int, row: int) -> int:
 
 
 def row_seeds(seed: int, row: int, samples: int) -> tuple[int, ...]:
-  """Return seeds for a row's samples. No two samples of a run share one; see row_seed for one."""
+  """Return a seed for each sample of a row. No two samples of a run have equal seeds."""
   return tuple(row_seed(seed, row * samples + i) for i in range(samples))
 
 

@@ -84,7 +84,7 @@ class InferOptions:
     most=math.inf,
   )
   batch_size: int = option(
-    32, help='Rows decoded together, rounded up to what the mesh takes.', group=_COMMON, least=1
+    32, help='Rows decoded together, rounded up for the mesh.', group=_COMMON, least=1
   )
   mesh: str | None = option(
     None,
@@ -101,7 +101,7 @@ class InferOptions:
   stop: tuple[str, ...] = option(
     (),
     help='A text that ends a row. It is found only in the tokens that the vocabulary '
-    'encodes it into.  May be repeated.',
+    'encodes it into. May be repeated.',
     group='Choosing tokens',
   )
   token_log_probs: bool = option(
@@ -200,7 +200,7 @@ class InferOptions:
       )
 
   def _check_generation_options(self) -> None:
-    """Raise RequestError for options that the mode or the batching does not have."""
+    """Raise RequestError for options that the mode or the batching does not support."""
     if self.mode != 'score' and self.continuous:
       return
     given: dict[str, Any] = {
@@ -269,7 +269,7 @@ def with_vocabulary(options: InferOptions, vocabulary: Any, vocab_size: int) -> 
     vocab_size: V, rows of the model's embedding.
 
   Raises:
-    RequestError: The vocabulary can't write a text, or the model does not have an id.
+    RequestError: The vocabulary can't write a text, or the model lacks one of its ids.
   """
   if options.top_log_probs > vocab_size:
     raise RequestError(

@@ -108,7 +108,7 @@ class Journal:
     self._file.write(json.dumps({'row': row, 'result': result}) + '\n')
 
   def _open(self) -> list[tuple[int, Any]]:
-    """Open a local file, and return the rows of this run in it, or in a bucket's file."""
+    """Open the file, unless it is in a bucket; return the rows that this run can keep from it."""
     if self._in_bucket:
       if not self._bucket_files.exists(self._path):
         return []
@@ -142,7 +142,7 @@ class Journal:
     return rows
 
   def _rows(self, text: str) -> list[tuple[int, Any]]:
-    """Return the rows in a journal's text; no damaged line, and nothing if another run wrote it."""
+    """Return the undamaged rows in a journal's text; none if a run with other settings wrote it."""
     head, *lines = text.split('\n')
     if head != self._run:
       return []

@@ -1,4 +1,4 @@
-"""From a run's options to an engine, saying everything that is found, assumed and chosen."""
+"""Preparation of an engine from a run's options, printing what is found, assumed and chosen."""
 
 from collections.abc import Callable
 import dataclasses

@@ -83,7 +83,7 @@ def whole_file(path: str) -> Iterator[TextIO]:
 
 
 def write_record(path: str, record: dict[str, Any]) -> str:
-  """Write a run's resolved settings beside its rows, to `path` + RECORD_SUFFIX; return this."""
+  """Write a run's resolved settings beside its rows, to `path` + RECORD_SUFFIX, and return it."""
   with whole_file(path + RECORD_SUFFIX) as file:
     json.dump(record, file, indent=2)
     file.write('\n')

@@ -1,4 +1,4 @@
-"""Lines and progress bars that a run prints, in process 0 alone."""
+"""Lines and progress bars that a run prints, in process 0 only."""
 
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -10,7 +10,7 @@ _T = TypeVar('_T')
 
 
 def print_on_main(text: str) -> None:
-  """Print a line without delay, in process 0 alone."""
+  """Print a line without delay, in process 0 only."""
   if distributed.is_main():
     print(text, flush=True)
 

@@ -61,7 +61,7 @@ def read_rows(path: str, *, score: bool) -> list[PromptRow]:
   """Read a JSONL file of prompts, skipping blank lines.
 
   Args:
-    path: The file. Each line is an object with `prompt`, and to be scored, with `tokens` (ids) or
+    path: The file. Each line is an object with `prompt`. Rows to score also have `tokens` (ids) or
       `completion` (text or ids).
     score: Whether rows are to be scored.
 

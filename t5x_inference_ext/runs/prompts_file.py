@@ -39,7 +39,8 @@ def prepare(
   Yields:
     One job.
 
-  UserError: Anything that the user can fix. UserError: Anything that the user can mend.
+  Raises:
+    UserError: Anything that the user can fix.
   """
   scoring = options.mode == 'score'
   with distributed.together():
@@ -196,7 +197,7 @@ def _told_sample(
 def _told_scores(
   row: prompt_rows.TokenizedRow, scores: np.ndarray, options: infer_options.InferOptions
 ) -> dict[str, Any]:
-  """Return the fields to write for a scored row, given its tokens' scores, 0 for the prompt's."""
+  """Return the fields to write for a scored row. `scores` has all its tokens, 0 for the prompt."""
   told: dict[str, Any] = {'tokens': row.completion, 'score': float(np.sum(scores))}
   if options.token_log_probs:
     told['log_probs'] = scores[len(row.prompt) :].tolist()

@@ -1,4 +1,4 @@
-"""Output files of a run over a task, local or in a bucket, written by process 0 alone."""
+"""Output files of a run over a task, local or in a bucket, written only by process 0."""
 
 from collections.abc import Iterable, Iterator
 import contextlib

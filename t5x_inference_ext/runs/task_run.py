@@ -147,7 +147,7 @@ def infer(
 
 
 def _with_limits(options: InferOptions, length: int, max_new_tokens: int | None) -> InferOptions:
-  """Limit predictions to max_new_tokens, or if None, to what the whole sequence leaves."""
+  """Return options that limit predictions to max_new_tokens; for None, by `length`, as T5X does."""
   if max_new_tokens is not None:
     return dataclasses.replace(options, max_new_tokens=max_new_tokens)
   return dataclasses.replace(options, max_new_tokens=length, max_length=length, cache_length=length)

@@ -191,8 +191,8 @@ def _shard_activations(
     layout=layout,
     rows=rows,
     positions=positions,
-    # Looped collectives split features, over which their products sum: otherwise each step of a
-    # ring would have only few whole rows.
+    # With looped collectives each step of a ring multiplies one slice. A slice of features has all
+    # rows, a slice of rows would have only a few.
     residual_dim=2 if layout.ring_directions else _token_dim(local_tokens, hidden, mesh),
     mlp_dim=_token_dim(local_tokens, embed, mesh),
     attention_rows=rows + more_rows,
@@ -221,7 +221,7 @@ def padded_batch(decode: Layout, batch: int, mesh: Mapping[str, int]) -> int:
   """Return the smallest batch of at least `batch` rows that fills every mesh axis it can.
 
   On 2x2x2, 3 rows become 4, 5 become 8 and 9 become 16: a few extra rows cost less than rows that
-  several devices compute. If decode splits heads alone, no batch size is better than another. With
+  several devices compute. If decode splits only heads, no batch size is better than another. With
   gathered weights, the batch is a multiple of the devices that weights are gathered over.
   """
   gathered = num_shards(decode.gathered_axes, mesh)
@@ -287,8 +287,8 @@ def _row_axes(embed: Axes, hidden: Axes) -> list[Axes]:
 def _most_devices(candidates: Iterable[Axes], batch: int, mesh: Mapping[str, int]) -> Axes:
   """Return the candidate with the most devices, among those whose devices divide the batch.
 
-  Of several, the one with x: heads can take the other axes, but x would be idle, because products
-  are partial sums over x.
+  Among equals the candidate with x is taken: heads can be split over the other axes, but without
+  rows x would be idle, because products are partial sums over x.
   """
   return max(
     (axes for axes in candidates if batch % num_shards(axes, mesh) == 0),

@@ -1,6 +1,6 @@
-"""Attention's part of a layer's traffic: from projection columns to its split and back (3.3).
+"""Attention's part of a layer's traffic: resharding of projection columns, and back (3.3).
 
-Counts the collectives of model/attention_columns.py. Notation as in traffic.py.
+This module counts the collectives of model/attention_columns.py. Notation as in traffic.py.
 """
 
 from t5x_inference_ext.sharding.activations import ActivationSharding

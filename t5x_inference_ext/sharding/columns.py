@@ -1,4 +1,4 @@
-"""The columns that each shard holds of a layer's fused matrices, defined here alone.
+"""The columns that each shard holds of a layer's fused matrices, defined only here.
 
 The input matrix of a block part is [E, columns], its output matrix [rows, E]. A shard's columns are
 one block [gate | linear | query | key, value], and its rows one block [mlp | attention]. Weight

@@ -156,7 +156,7 @@ class AttentionHeads:
 
   @property
   def stride(self) -> int:
-    """Number of blocks from one with a new key head to the next with a new one."""
+    """Number of consecutive blocks that hold the same key heads."""
     return self.blocks if self.multiquery else math.gcd(self.stored.copies, self.blocks)
 
   @property

@@ -46,8 +46,8 @@ FEEDFORWARD: dict[str, Axes] = {
   'wg_xyz': ORDER,
 }
 ATTENTION = ('batch', 'heads')
-# Name of collectives beside matmuls -> directions of their ring (section 3.5); 0: no ring, but one
-# collective before or after the matmul.
+# Layout.collectives -> number of directions of the ring in looped collective matmuls (section 3.5).
+# 0: no ring, but one collective before or after the matmul.
 RING_DIRECTIONS = {'plain': 0, 'one_way': 1, 'two_way': 2}
 
 
@@ -189,7 +189,7 @@ def check_pair(prefill: Layout, decode: Layout) -> None:
   if prefill.weight_axes != decode.weight_axes:
     raise MeshError(
       f'{prefill} for prefill and {decode} for decode place the weights differently (ws_1d splits '
-      'them over d_ff alone, all others over d_model and d_ff), so that one set '
+      'them over d_ff alone, all others over d_model and d_ff), so one set '
       "can't serve both: use ws_1d for both phases, or for neither"
     )
 

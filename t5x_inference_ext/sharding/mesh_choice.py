@@ -37,7 +37,7 @@ def torus_meshes(
 
   Each physical axis goes to one mesh axis; a mesh axis may get several. A ring of 4, which is a
   square, may also give half to one mesh axis and half to another; parts of other axes would share
-  links. Y is at least Z: the swapped mesh moves the same bytes.
+  links. Y is at least Z, since swapping both moves equally many bytes.
 
   Args:
     shape: Chips of the slice along each physical axis.

@@ -94,8 +94,8 @@ def kind_of(device_kind: str) -> str | None:
 def wraparound(shape: Sequence[int], kind: str | None = 'v4') -> tuple[bool, bool, bool]:
   """Return whether the ends of each physical axis of a whole slice are linked.
 
-  On v4 and v5p all axes are, if every size is a multiple of 4; else none (2x2x4 has none). On v5e
-  and v6e axes of 16 are. On an unknown kind (None) none is.
+  v4 and v5p link the ends of all axes if every size is a multiple of 4, else of none (2x2x4 has
+  none). v5e and v6e link the ends of axes of 16. For an unknown kind (None) no axis is linked.
   """
   dimensions = None if kind is None else GENERATIONS.get(kind)
   if dimensions == 2:
@@ -171,9 +171,9 @@ def axis_links(
 ) -> tuple[str, str, str]:
   """Return the links of each mesh axis on the torus: 'ring', 'chain' or 'broken'.
 
-  'chain': each position is one link from the next. 'ring': in addition the last is one link from
-    the
-  first (an axis of 1 or 2 always is). 'broken': some neighbours are more than one link apart.
+  In a chain each position is one link from the next. In a ring, in addition, the last position is
+  one link from the first (an axis of 1 or 2 is always a ring). In a broken axis some neighbours are
+  more than one link apart.
 
   Args:
     coordinates: [n, 3]. Physical coordinates of the devices.
@@ -234,7 +234,7 @@ def _positions(shares: Sequence[_Shares]) -> np.ndarray:
 
 
 def _factors(size: int, parts: int) -> list[_Shares]:
-  """Return all ways to write `size` as a product of `parts` factors, largest first factor first."""
+  """Return all ways to write `size` as a product of `parts` factors, by descending first factor."""
   if parts == 1:
     return [(size,)]
   found = []
@@ -288,7 +288,7 @@ def _apart(
     wraps: For each physical axis, whether its ends are linked.
 
   Returns:
-    For each mesh axis, two counts of pairs: neighbours inside, and from the last to the first.
+    For each mesh axis the number of such pairs: (between consecutive positions, last and first).
   """
 
   def count(a: np.ndarray, b: np.ndarray) -> int:

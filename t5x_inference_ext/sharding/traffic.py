@@ -141,7 +141,7 @@ def logits_moves(
     sampling: The prefill layout, which decides how rows are split while tokens are chosen
       (activations.sampling_axes).
     activation_bytes: Bytes of an activation element: 4 or 2.
-    last: True for logits of each row's last position alone, as in prefill and decode; False for
+    last: True for logits of each row's last position only, as in prefill and decode; False for
       logits of all positions.
   """
   layout, e = sharding.layout, config.d_model

@@ -156,7 +156,7 @@ def test_a_multihead_kernel_for_a_grouped_model(tmp_path):
   [
     ('decoder/decoder/relpos_bias/rel_embedding', 'positions must be rotary'),
     ('decoder/position_embedder/pos_embedding', 'positions must be rotary'),
-    ('decoder/decoder/encoder_decoder_attention/query/kernel', 'it must be a decoder alone'),
+    ('decoder/decoder/encoder_decoder_attention/query/kernel', 'it must be a decoder-only model'),
     ('decoder/logits_dense/kernel', 'the output must be the embedding'),
     ('decoder/decoder/self_attention/query/bias', 'only layer norms have biases'),
     ('decoder/decoder/self_attention/q_conv/kernel', 'there are no convolutions'),

@@ -203,14 +203,17 @@ def test_sizes_of_slices_and_of_what_is_held(palm_tiny, tmp_path, capsys, gin):
       ['--input=a', '--output=b', '--weights=int8', '--num_shards=0'],
       'num_shards must be at least 1',
     ),
-    (['--input=a', '--output=b', '--weights=int8', '--report_tokens=t.npy'], 'give --report=DIR'),
+    (
+      ['--input=a', '--output=b', '--weights=int8', '--report_tokens=t.npy'],
+      'give its directory too, --report=DIR',
+    ),
     (
       ['--input=a', '--output=b', '--weights=int8', '--report=r', '--report_tokens=t.npy'],
       'no file at --report_tokens=t.npy',
     ),
     (
       ['--verify', '--output=b', '--report=r'],
-      '--verify can be combined with --output, --input and --workers alone',
+      '--verify can be combined only with --output, --input and --workers',
     ),
     (['--verify', '--output=b', '--gin.INPUT_CHECKPOINT="a"'], 'no gin flags'),
   ],

@@ -58,7 +58,7 @@ def test_a_model_that_can_t_be_served(tmp_path, capsys):
     code == 0
     and 'encoder/layers_0/mlp/wi/kernel' in out
     and "can't be served" in out
-    and 'a decoder alone' in out
+    and 'a decoder-only model' in out
   )
 
 

@@ -149,7 +149,7 @@ def test_arrays_are_as_wide_as_asked():
   [
     (dict(repetition_penalty=0.0), 'repetition_penalty must be above 0'),
     (dict(repetition_penalty=1e-50), 'repetition_penalty must be above 0'),
-    (dict(frequency_penalty=1e300), 'frequency_penalty must be a number within float32'),
+    (dict(frequency_penalty=1e300), 'frequency_penalty must be a number in the range of float32'),
     (dict(frequency_penalty=float('nan')), 'frequency_penalty must be a number'),
     (dict(presence_penalty=float('inf')), 'presence_penalty must be a number'),
     (dict(logit_bias=((-1, 2.0),)), 'logit_bias must be pairs'),

@@ -122,7 +122,7 @@ def test_pairs():
       check_pair(prefill, decode)
     assert str(error.value) == (
       f'{prefill} for prefill and {decode} for decode place the weights differently (ws_1d splits '
-      "them over d_ff alone, all others over d_model and d_ff), so that one set can't serve both: "
+      "them over d_ff alone, all others over d_model and d_ff), so one set can't serve both: "
       'use ws_1d for both phases, or for neither'
     )
   assert len(taken) == 2 * 2 + 7 * 7

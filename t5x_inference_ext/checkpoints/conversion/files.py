@@ -169,7 +169,7 @@ def write_file(path: str, data: bytes) -> None:
 
 
 def truncate(path: str) -> None:
-  """Make a file empty, never using more space meanwhile."""
+  """Empty a file in place, which needs no disk space."""
   with _opened(path, 'wb') as f:
     os.fsync(f.fileno())
 

@@ -79,7 +79,7 @@ class ConvertOptions:
     if self.embedding != 'bfloat16':
       raise UserError(
         f"embedding={self.embedding!r} can't be served: the program looks up and multiplies "
-        'its rows without scales;  it stays bfloat16'
+        'its rows without scales; it stays bfloat16'
       )
     if self.num_shards < 1:
       raise UserError(f'num_shards must be at least 1, got {self.num_shards}')

@@ -101,7 +101,7 @@ class RawArray:
       return False
 
   def write(self, pieces: list[tuple[Bounds, np.ndarray]]) -> None:
-    """Write pairs (bounds, values). Others may write to other parts of the chunks meanwhile."""
+    """Write pairs (bounds, values). Concurrent writes to other parts of a chunk are allowed."""
     by_chunk: dict[tuple[int, ...], list[files.IndexedValues]] = {}
     for bounds, values in pieces:
       for place in itertools.product(

@@ -1,4 +1,4 @@
-"""Reading back from the disk, at the end of a conversion, what was written."""
+"""Verification at the end of a conversion: what was written is read back from the disk."""
 
 from collections.abc import Callable, Iterable, Iterator
 import functools

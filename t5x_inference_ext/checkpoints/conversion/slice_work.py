@@ -107,7 +107,7 @@ class SliceWork:
     self._steps = iter([*steps, self._write])
     self._lock = threading.Lock()
     self._layers = piece.boxes[0].bounds[0]
-    # By scale: columns (begin, end) in the tensor -> their first column in a buffer.
+    # Scales' name -> columns (begin, end) in the tensor -> their first column in a buffer.
     self._columns = self._channels() if piece.scaled else {}
     self._held: dict[int, np.ndarray] = {}  # held values of blocks, by block number
     self._maxima: dict[str, np.ndarray] = {}  # max|w| [layers, columns], by tensor

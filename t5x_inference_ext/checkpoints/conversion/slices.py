@@ -108,7 +108,7 @@ class ConversionPlan:
     )
 
   def _columns(self, indices: list[int], slice_bytes: int) -> Iterator[tuple[StoredBlock, ...]]:
-    """Cut arrays with shared scales equally, along layers and outputs, at chunk borders of all."""
+    """Cut arrays that share scales into the same ranges of layers and outputs, of whole chunks."""
     arrays = [self.arrays[i] for i in indices]
     split = [1 + len(a.arrangement.inputs) for a in arrays]
     kept = [(a.arrangement.factored[0], *a.arrangement.outputs) for a in arrays]

@@ -1,7 +1,8 @@
 """An output in a bucket: made in a directory on a local disk, then uploaded.
 
 In a bucket, objects can't be written in pieces, and directories can't be renamed. A checkpoint
-still appears in one step, because its header, without which it is none, is uploaded last.
+still appears in one step, because its header is uploaded last, and nothing without a header is a
+checkpoint.
 
 STAGING/NAME-CHECKSUM/    CHECKSUM is that of the output's address
   plan.json               the source and the options

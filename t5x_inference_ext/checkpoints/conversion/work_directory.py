@@ -1,4 +1,4 @@
-"""The directory in which a conversion works: what is finished, which process does what, the end.
+"""The work directory of a conversion: its finished slices, its locks, and how the output appears.
 
 OUTPUT.unfinished/
   UNFINISHED            marks a conversion's directory; has the plan once all files are allocated
@@ -32,8 +32,8 @@ class WorkDirectory:
   """The work directory of one output.
 
   Attributes:
-    path: The output, absolute.
-    root: The work directory.
+    path: Absolute path of the output.
+    root: Path of the work directory.
     payload: The unfinished checkpoint in the work directory.
   """
 
@@ -209,7 +209,7 @@ class WorkDirectory:
     return False
 
   def _forget(self) -> None:
-    """Remove all results, the plan first: after a kill no files are taken for allocated ones."""
+    """Remove all results, the plan first, so that no kill leaves a plan without its files."""
     files.truncate(self._marker)
     for name in os.listdir(self.root):
       if name.startswith('journal-'):
@@ -239,13 +239,10 @@ class WorkDirectory:
     """Return the entries of all shards that can be relied on.
 
     A line that a kill cut off is dropped: its slice is converted again. So is everything that was
-      written on another machine, or before this machine restarted, and not yet SYNCED: it may have
-      been
-    only in that machine's page cache. (Flushing each slice would write most pages several times,
-    since
-      many slices fill one chunk.) Entries that were read back after everything was SYNCED are on
-      the
-    disk.
+    written on another machine, or before this machine restarted, and not yet SYNCED: it may have
+    been only in that machine's page cache. (Flushing each slice would write most pages several
+    times, since many slices fill one chunk.) Entries that were read back after everything was
+    SYNCED are on the disk.
     """
     found: list[dict[str, Any]] = []
     here = _boot_id()

@@ -223,7 +223,7 @@ def _unquantized_arrays(
 
 
 def _check_shared_scales(tree: Tree, kernel: Kernel, model: ModelConfig) -> None:
-  """Raise CheckpointError for quantized kernels with separate scales that the model shares."""
+  """Raise CheckpointError for quantized kernels with separate scales where the model shares one."""
   matrices = params.parameters(model)
   within = {name for name, _ in kernel.parts}
   for name in within:

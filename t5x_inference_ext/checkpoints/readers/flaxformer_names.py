@@ -23,7 +23,7 @@ SUPPORTED = (
 # (pattern of a parameter's name, reason why a model with such a parameter can't be served)
 _REASONS = (
   (r'relpos_bias|rel_embedding|position_embedder', 'positions must be rotary, not learned'),
-  (r'^encoder/|encoder_decoder_attention|cross_attention', 'it must be a decoder alone'),
+  (r'^encoder/|encoder_decoder_attention|cross_attention', 'it must be a decoder-only model'),
   (r'logits_dense', 'the output must be the embedding'),
   (r'_conv/', 'there are no convolutions'),
   (r'/bias$', 'only layer norms have biases'),

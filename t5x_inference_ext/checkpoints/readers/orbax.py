@@ -2,7 +2,6 @@
 
 A `state` directory holds zarr arrays, usually in one OCDBT store. They are read through
 tensorstore, which can read slices; Orbax itself is not needed.
-
 """
 
 from collections.abc import Iterator, Mapping
@@ -126,7 +125,7 @@ def _target_prefix(leaves: _Leaves, where: str) -> tuple[str, ...]:
       return prefix
   tops = sorted({keys[0] if keys else '' for keys in leaves})
   raise CheckpointError(
-    f'{where} lists no parameters below target, as T5X has them; found: '
+    f"{where} lists no parameters under `target`, T5X's key for them; found: "
     f'{name_list(tops, len(tops)) or "none"}'
   )
 

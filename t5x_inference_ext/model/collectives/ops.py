@@ -71,8 +71,8 @@ def reduce_scatter(x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
     and x.shape[dim] % shards == 0
   ):
     kept = (-1, LANES)
-    # Without the barrier XLA:TPU computes the product that makes x in tiles too, and relays its
-    # weights out for that.
+    # Without the barrier XLA:TPU also tiles the product that computes x, and changes the layout of
+    # its weights for that.
     x = lax.optimization_barrier(x)
   elif x.size >= _LARGE and x.shape[dim] % (shards * (LANES if last else _ROWS)) == 0:
     kept = shape[dim:]

@@ -63,9 +63,9 @@ def gathered_matmul(
 ) -> Float[Array, '*b out']:
   """Compute x @ all_gather(w). The weights move in their own dtype (int8: one byte each).
 
-  A ring uses one link, or two, of the six that a chip has in a 3D torus; an all-gather uses all
-  six. A ring is hidden behind its matmul only if there are many tokens: in one direction if 2 *
-  tokens / (FLOP/s) > (bytes of a weight) / (a link's bytes/s).
+  In a 3D torus a chip has six links: an all-gather uses all of them, a ring one or two. A ring in
+  one direction hides behind its matmul only if there are enough tokens that 2 * tokens / (FLOP/s) >
+  (bytes of a weight) / (a link's bytes/s).
 
   Args:
     x: [..., in]. Some tokens, with all their features.
@@ -83,7 +83,7 @@ def gathered_matmul(
     result could be too large to hold.
 
   Raises:
-    ValueError: w does not have 1/R of the rows that x has columns.
+    ValueError: The number of w's rows is not 1/R of the number of x's columns.
   """
   shards = ops.axis_size(row_axes)
   if x.shape[-1] != w.shape[0] * shards:
