@@ -14,13 +14,20 @@ TEST := .venv-test/bin/python -m
 # Eight simulated devices on the CPU, as a mesh of 2 x 2 x 2.
 SIMULATED := XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu
 
-.PHONY: help demo test docs clean
+# `make mutants`: folders or modules of the package, how many mutants, and the draw.
+ROOM ?= quantization
+COUNT ?= 10
+SEED ?= 0
+
+.PHONY: help demo test docs mutants clean
 
 help:
 	@echo 'make demo      fresh environment; convert the bundled T5X checkpoint to int8; generate over 8 simulated devices'
 	@echo 'make test      fresh environment; lint, format, types, documentation, all tests'
 	@echo '               (tests that need T5X are skipped without it, and say so)'
 	@echo 'make docs      the documentation as a site, in site/; needs the environment of make test'
+	@echo 'make mutants   fresh environment; COUNT random changes of ROOM, by SEED, each against the tests that run its line'
+	@echo '               (now: ROOM=$(ROOM) COUNT=$(COUNT) SEED=$(SEED); not in CI: it takes minutes to an hour)'
 	@echo 'make clean     remove everything the other targets made'
 	@echo 'WORKERS=...    test files that `make test` runs at a time (now: $(WORKERS))'
 	@echo 'PYTHON=...     the interpreter to use, 3.11 or newer (now: $(PYTHON))'
@@ -65,6 +72,10 @@ docs:
 	@echo '== documentation'
 	@NO_MKDOCS_2_WARNING=1 $(TEST) mkdocs build --strict --quiet
 
+mutants:
+	$(call environment,.venv-mutants,.[test,mutants])
+	@.venv-mutants/bin/python tools/mutants.py $(ROOM) --count=$(COUNT) --seed=$(SEED)
+
 clean:
-	rm -rf .venv-demo .venv-test build dist site *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf .venv-demo .venv-test .venv-mutants build dist site *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -60,6 +60,9 @@ TEST_REQUIRES = [
   'ruff>=0.17',
 ]
 
+# `make mutants`, which CI does not run.
+MUTANTS_REQUIRES = ['cosmic-ray>=8.7', 'pytest-cov>=7.1']
+
 setuptools.setup(
   name='t5x_inference_ext',
   version=re.search(
@@ -84,6 +87,7 @@ setuptools.setup(
     'tpu': [LIBTPU, 'requests>=2.32'],
     'plots': [PLOTS],
     'test': TEST_REQUIRES,
+    'mutants': MUTANTS_REQUIRES,
   },
   entry_points={
     'console_scripts': [

@@ -10,6 +10,7 @@ import pytest
 from t5x_inference_ext import config
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import MeshError, RequestError
+from t5x_inference_ext.hardware import MAX_ATTENTION_LOGITS
 from t5x_inference_ext.planner.case import PassCase
 from t5x_inference_ext.planner.costs import LIMITS, PARTS, cost
 from t5x_inference_ext.planner.efficiency import FITTED, IDEAL, Efficiency
@@ -158,6 +159,50 @@ def test_memory_is_that_of_the_arrays_on_the_chips(layout, phase, weights):
   cache = next(t.bytes for t in e.cache if t.name == 'cache')
   assert found.cache == cache
   assert found.needed == found.weights + found.cache + found.working
+
+
+@pytest.mark.parametrize(
+  'fields,expected',
+  [
+    # 48 tokens: the stream and its sum, the columns of the MLP; logits of each position and head.
+    (
+      dict(machine=ONE, mesh=(1, 1, 1), batch=3, length=16, context=16),
+      2 * (2 * 48 * 256 + 48 * 1024) + 4 * 48 * 8 * 16,
+    ),
+    # Features of the stream over x, columns over y and z, rows of attention over all.
+    (
+      dict(batch=8, length=16, context=16),
+      2 * (2 * 128 * 256 // 2 + 128 * 1024 // 4) + 4 * 16 * 8 * 16,
+    ),
+    # More query columns than MLP columns, in attention by batch: of all heads.
+    (
+      dict(model=dataclasses.replace(SMALL, num_heads=64), batch=8, length=16, context=16),
+      2 * (2 * 128 * 256 // 2 + 16 * 64 * 32) + 4 * 16 * 64 * 16,
+    ),
+    # One row of tokens on each chip, whole, with one of the MLP's matrices, whole.
+    (
+      dict(layout='wg_xyz/batch', batch=8, length=16, context=16),
+      2 * (2 * 16 * 256 + 16 * 1024) + 4 * 16 * 8 * 16 + 2 * 256 * 1024,
+    ),
+    (
+      dict(layout='wg_xyz/batch', batch=8, length=16, context=16, weights='int8'),
+      2 * (2 * 16 * 256 + 16 * 1024) + 4 * 16 * 8 * 16 + 256 * 1024,
+    ),
+    # Attention's logits are computed in parts.
+    (
+      dict(batch=8, length=8192, context=8192),
+      2 * (2 * 65536 * 256 // 2 + 65536 * 1024 // 4) + 4 * MAX_ATTENTION_LOGITS,
+    ),
+    # After the layers: the vocabulary over y and z.
+    (
+      dict(model=dataclasses.replace(SMALL, vocab_size=2**15), phase='decode', context=16),
+      4 * 8 * 2**15 // 4,
+    ),
+  ],
+)
+def test_temporaries_are_the_largest_arrays_of_a_pass(fields, expected):
+  each = case(**{'phase': 'prefill', **fields})
+  assert memory(each, each.context).working == expected
 
 
 def test_other_efficiencies_stretch_their_own_parts():

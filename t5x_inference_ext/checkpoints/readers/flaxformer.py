@@ -72,10 +72,7 @@ class Reading:
 
 
 def canonical(
-  tree: Tree,
-  norm_scale: str | None = None,
-  config: ModelConfig | None = None,
-  rescale_logits: bool = True,
+  tree: Tree, norm_scale: str | None, config: ModelConfig | None, rescale_logits: bool
 ) -> Reading:
   """Determine a tree's model, and find the canonical tensors in the tree's arrays.
 
