@@ -215,7 +215,8 @@ def test_agreement(seen):
   for process, s in enumerate(seen):
     assert (
       s['unequal']
-      == 'batch 1 of process 1 differs from that of process 0: the processes must read the same examples '
+      == 'batch 1 of process 1 differs from that of process 0: the processes must read the same '
+      'examples '
       'in the same order'
     )
     assert (
@@ -303,7 +304,10 @@ class TestRendezvous:
 
   def test_one_is_missing(self):
     start = time.monotonic()
-    told = 'process 2 of 3 did not arrive within 1 s: are they started with the same coordinator_address?'
+    told = (
+      'process 2 of 3 did not arrive within 1 s: are they started with the same '
+      'coordinator_address?'
+    )
     assert self._meet((3, 0), (3, 1), timeout=1)[0] == told
     assert time.monotonic() - start < 10
 

@@ -1,9 +1,8 @@
 """Saved programs: compiled on a machine with the compiler, run on one with the chips.
 
 A file has three parts: a line that names the format; a header, one line of JSON (versions, devices,
-what was compiled, shapes of the arguments); and the executable as jax serializes it. Loading an
-executable runs its code: load only files that you made. If versions, devices or shapes differ from
-those of the run, the file is refused before any of its code runs.
+what was compiled, shapes of the arguments); and the executable as jax serializes it. Loading one
+runs its code: load only files that you made. Other versions, devices or shapes are refused before.
 """
 
 from collections.abc import Callable, Iterator, Mapping

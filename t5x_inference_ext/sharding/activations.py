@@ -1,7 +1,6 @@
 """Activation sharding: a layout resolved for one pass of a model over some rows and positions.
 
-The model, its predicted traffic (traffic.py) and the planner all read the result, so that the split
-of each array is decided in one place.
+The model, its predicted traffic (traffic.py) and the planner all read the result.
 """
 
 from collections.abc import Iterable, Mapping

@@ -1,8 +1,8 @@
 """The torus under the mesh: the position of each chip of a TPU slice (the paper's section 3.1).
 
-A slice is a box of chips, each linked to the next along up to three physical axes. Collectives run
-along mesh axes, so a mesh is fast if a step along any of its axes is one physical link.
-`device_grid` finds the chip at each position of a mesh; mesh_choice.py chooses the mesh.
+A slice is a box of chips, each linked to the next along up to three physical axes. A mesh is fast if
+a step along any of its axes, where collectives run, is one physical link. `device_grid` finds the
+chip at each position of a mesh; mesh_choice.py chooses the mesh.
 """
 
 import collections
@@ -15,8 +15,7 @@ import numpy as np
 
 from t5x_inference_ext.errors import MeshError
 
-# Generation -> number of physical axes. The compiler has other names (device kinds) for
-# generations.
+# Generation -> number of physical axes. The compiler calls generations by device kinds.
 GENERATIONS = {'v4': 3, 'v5e': 2, 'v5p': 3, 'v6e': 2}
 _DEVICE_KINDS = {
   'TPU v4': 'v4',
@@ -280,12 +279,7 @@ def _ring(sizes: Sequence[int]) -> np.ndarray:
 def _apart(
   positions: np.ndarray, shape: Sequence[int], wraps: Sequence[bool]
 ) -> list[tuple[int, int]]:
-  """Count the neighbours that are more than one link apart along each mesh axis.
-
-  Args:
-    positions: [X, Y, Z, 3]. Position in the box of each mesh position.
-    shape: Chips of the box along each physical axis.
-    wraps: For each physical axis, whether its ends are linked.
+  """Count the neighbours more than one link apart, of positions [X, Y, Z, 3] in a box.
 
   Returns:
     For each mesh axis the number of such pairs: (between consecutive positions, last and first).
