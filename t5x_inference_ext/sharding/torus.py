@@ -1,8 +1,8 @@
 """The torus under the mesh: the position of each chip of a TPU slice (the paper's section 3.1).
 
-A slice is a box of chips, each linked to the next along up to three physical axes. A mesh is fast if
-a step along any of its axes, where collectives run, is one physical link. `device_grid` finds the
-chip at each position of a mesh; mesh_choice.py chooses the mesh.
+A slice is a box of chips, each linked to the next along up to three physical axes. Collectives run
+along mesh axes: a mesh is fast if a step along any of them is one physical link. `device_grid`
+finds the chip at each position of a mesh; mesh_choice.py chooses the mesh.
 """
 
 import collections
