@@ -52,7 +52,7 @@ def test_parameters_are_those_of_the_tensors(changes):
       {'gate_scale', 'linear_scale', 'attention_output_scale', 'mlp_output_scale'},
     ),
   ],
-  ids=str,
+  ids=['parallel', 'gelu', 'serial'],
 )
 def test_an_int8_model_has_a_scale_for_every_sum(changes, scales):
   """One for each addition to the residual stream."""
