@@ -73,7 +73,7 @@ docs:
 	@NO_MKDOCS_2_WARNING=1 $(TEST) mkdocs build --strict --quiet
 
 mutants:
-	$(call environment,.venv-mutants,.[test,mutants])
+	$(call environment,.venv-mutants,.[mutants])
 	@.venv-mutants/bin/python tools/mutants.py $(ROOM) --count=$(COUNT) --seed=$(SEED)
 
 clean:

@@ -60,8 +60,8 @@ TEST_REQUIRES = [
   'ruff>=0.17',
 ]
 
-# `make mutants`, which CI does not run.
-MUTANTS_REQUIRES = ['cosmic-ray>=8.7', 'pytest-cov>=7.1']
+# `make mutants`, which CI does not run, runs the tests too.
+MUTANTS_REQUIRES = [*TEST_REQUIRES, 'cosmic-ray>=8.7', 'pytest-cov>=7.1']
 
 setuptools.setup(
   name='t5x_inference_ext',

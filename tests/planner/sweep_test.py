@@ -13,6 +13,7 @@ from t5x_inference_ext import config
 from t5x_inference_ext.errors import RequestError, UserError
 from t5x_inference_ext.planner import figures
 from t5x_inference_ext.planner.choose import choose
+from t5x_inference_ext.planner.costs import PARTS
 from t5x_inference_ext.planner.figure_data import feedforward_bytes, switch_points
 from t5x_inference_ext.planner.machine import Machine
 from t5x_inference_ext.planner.request import PlanRequest
@@ -105,6 +106,63 @@ def test_figures_are_drawn_and_the_same_again(points, tmp_path):
     assert words in first['communication.svg']
   assert b'multiquery by batch' in first['context.svg'] and b'palm_8b' in first['context.svg']
   assert b'weight load' in first['parts.svg'] and b'out, v4:2x2x2' in first['parts.svg']
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+  """The figures that a test draws, in order; none is written."""
+  from matplotlib.figure import Figure
+
+  found: list[Figure] = []
+  monkeypatch.setattr(Figure, 'savefig', lambda figure, *_, **__: found.append(figure))
+  return found
+
+
+@needs_matplotlib
+def test_the_lines_of_the_pareto_figure_are_the_points(points, drawn):
+  figures.pareto('pareto.svg', points)
+  assert [axes.get_xlabel() for axes in drawn[0].axes] == [
+    'decode: a step (ms)',
+    'prefill: all prompts (ms)',
+  ]
+  for axes, phase in zip(drawn[0].axes, ('decode', 'prefill')):
+    lines = {line.get_label(): line for line in axes.lines}
+    for weights in ('int8', 'bfloat16'):
+      some = [p for p in points if (p.phase, p.request.weights) == (phase, weights)]
+      best = [p for p in some if p.on_front]
+      line = lines[f'{weights} weights']
+      assert list(line.get_xdata()) == [1000 * p.seconds for p in best] and best
+      assert list(line.get_ydata()) == [1000 * p.chip_seconds_per_token for p in best]
+
+
+@needs_matplotlib
+def test_the_lines_of_the_communication_figure_are_the_bytes(drawn):
+  figures.communication('communication.svg', FIGURE_3_MODEL, (4, 4, 4))
+  lines = {line.get_label(): line for line in drawn[0].axes[0].lines}
+  for name in ('ws_2d', 'wg_xyz'):
+    tokens = list(lines[name].get_xdata())
+    assert tokens == [2**i for i in range(6, 22)]
+    assert list(lines[name].get_ydata()) == [
+      feedforward_bytes(FIGURE_3_MODEL, (4, 4, 4), name, t) / 1e9 for t in tokens
+    ]
+
+
+@needs_matplotlib
+def test_the_bars_of_the_figure_of_parts_are_the_seconds(drawn):
+  plans = choose(PlanRequest(MODEL, 16, 256, 16), [MACHINES[1]]).ranked[:4]
+  figures.time_parts('parts.svg', plans)
+  assert [axes.get_title() for axes in drawn[0].axes] == ['prefill', 'a decode step']
+  for axes, phase in zip(drawn[0].axes, ('prefill', 'decode')):
+    costs = [getattr(plan, phase) for plan in plans]
+    bars = {bar.get_label(): bar for bar in axes.containers}
+    for part in PARTS:
+      widths = [patch.get_width() for patch in bars[part]]
+      assert widths == pytest.approx([c.parts[part] for c in costs], abs=1e-12)
+    ends = [patch.get_x() + patch.get_width() for patch in bars[PARTS[-1]]]
+    assert ends == pytest.approx([c.seconds for c in costs])
+  assert [label.get_text().split('\n')[0] for label in drawn[0].axes[0].get_yticklabels()] == [
+    ' and '.join(plan.layouts) for plan in plans
+  ]
 
 
 @needs_matplotlib
