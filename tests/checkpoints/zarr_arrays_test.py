@@ -132,6 +132,7 @@ def test_a_flipped_bit_in_the_checksum_or_before(tmp_path, compressor, end):
     zlib.compress(bytes(SIZE)),
     b'something else, which is no stream at all',
   ],
+  ids=['more', 'twice', 'short', 'long', 'far too long', 'zlib', 'no stream'],
 )
 def test_another_stream(tmp_path, data):
   write(tmp_path)
