@@ -1,8 +1,9 @@
 """The KV cache as T5X's decoding functions take it: a nested dict.
 
 T5X tiles, flattens and reorders rows on one axis of every leaf: axis 1 if layers are stacked, else
-0. It treats a leaf named cache_index otherwise, and not consistently: after a prefill, beam_search
-gives that leaf a beam axis and never flattens it. So the lengths have another name here.
+0. It makes an exception for a leaf named cache_index, and handles it inconsistently: after a
+prefill, beam_search gives that leaf a beam axis and never flattens it. So the lengths have another
+name here.
 """
 
 from collections.abc import Mapping
@@ -34,7 +35,7 @@ def cache_to_t5x(cache: KVCache) -> Cache:
 
 
 def cache_from_t5x(cache: Mapping[str, Any]) -> KVCache:
-  """Return the KVCache that `cache_to_t5x` was given."""
+  """Return T5X's nested dict as a KVCache; the inverse of `cache_to_t5x`."""
   if _KEY in cache:
     return KVCache(_kv(cache, _KEY), _kv(cache, _VALUE), cache[_LENGTHS][0])
   layers = [cache[f'{STACK}_{i}'] for i in range(len(cache) - 1)]
@@ -54,6 +55,6 @@ def _named(keys: KV, values: KV) -> Cache:
 
 
 def _kv(named: Mapping[str, Any], name: str) -> KV:
-  """Return the keys or the values that `_named` was given."""
+  """Return the keys or the values from a dict of `_named`; `name` is _KEY or _VALUE."""
   scales = named.get(f'{name}_scale')
   return named[name] if scales is None else Int8KV(named[name], scales)

@@ -1,4 +1,4 @@
-"""Restoring in T5X: any checkpoint that this package reads, straight onto the shards."""
+"""Restoring in T5X: any checkpoint that this package reads, loaded straight onto the devices."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
@@ -23,18 +23,18 @@ def restore_train_state(
   """Load a checkpoint's weights in the model's dtype; int8 stays int8.
 
   Args:
-    path: A serving checkpoint or a T5X one, of any name.
+    path: Directory of a serving checkpoint or of a T5X checkpoint; any name will do.
     model: The model that the checkpoint must hold.
-    train_state: T5X's state of shapes, without an optimizer.
+    train_state: T5X's train state, of shapes instead of arrays and without an optimizer.
     partitioner: An InferencePartitioner.
 
   Returns:
     The train state with arrays on the model's mesh, and the checkpoint's step.
 
   Raises:
-    CheckpointError: No checkpoint, or not this model's; names the parameter, both shapes and the
-      file.
-    MeshError: The partitioner's mesh or rules are not the model's.
+    CheckpointError: There is no checkpoint, or it is not of this model: the message names the
+      parameter, both shapes and the file.
+    MeshError: The partitioner's mesh or rules differ from the model's.
   """
   _check_partitioner(partitioner, model)
   state = train_state.state_dict()
@@ -49,7 +49,7 @@ def restore_train_state(
   if int8 != model.module.int8:
     kinds = ('int8' if int8 else 'float', 'int8' if model.module.int8 else 'float')
     raise CheckpointError(
-      f'{checkpoint.path} holds {kinds[0]} weights and the model was built for {kinds[1]} ones: '
+      f'{checkpoint.path} holds {kinds[0]} weights, but the model was built for {kinds[1]}: '
       'build it from the same checkpoint (in gin, InferenceModel.checkpoint)'
     )
   declared = declarations(model.model, int8, model.module.scan_layers)
@@ -66,7 +66,7 @@ def restore_train_state(
 
 
 def _check_partitioner(partitioner: partitioning.BasePartitioner, model: InferenceModel) -> None:
-  """Raise MeshError for a partitioner whose mesh or rules are not the model's."""
+  """Raise MeshError if the partitioner's mesh or rules differ from the model's."""
   mesh, layout = model.model.mesh, model.model.prefill_layout
   if partitioner.mesh != mesh:
     shape = dict(partitioner.mesh.shape)
@@ -91,9 +91,9 @@ def _check_state(
     return ', '.join('/'.join(p) for p in sorted(paths))
 
   if extra := set(target) - set(declared):
-    raise CheckpointError(f'the train state has parameters that {path} has not: {names(extra)}')
+    raise CheckpointError(f'the train state has parameters that {path} lacks: {names(extra)}')
   if missing := set(declared) - set(target):
-    raise CheckpointError(f'{path} has parameters that the train state has not: {names(missing)}')
+    raise CheckpointError(f'{path} has parameters that the train state lacks: {names(missing)}')
   for name, d in declared.items():
     leaf = target[name]
     if leaf.shape != d.shape or leaf.dtype != d.dtype:
@@ -104,7 +104,7 @@ def _check_state(
 
 
 class _Restorer:
-  """Restores train states of a model, for either of T5X's interfaces; its arguments are theirs."""
+  """Restores train states of a model; the base of both classes that T5X calls."""
 
   def __init__(
     self, train_state: Any, partitioner: Any, model: InferenceModel, restore_dtype: Any
@@ -113,7 +113,7 @@ class _Restorer:
     if restore_dtype is not None and restore_dtype != model.model.dtype:
       logging.info(
         'RestoreCheckpointConfig.dtype = %s is ignored: float weights are %s, as '
-        'InferenceModel.dtype says, and int8 ones stay int8',
+        'InferenceModel.dtype says, and int8 weights stay int8',
         restore_dtype,
         model.model.dtype,
       )
@@ -152,16 +152,18 @@ class _Restorer:
 
 
 class InferenceCheckpointManager(_Restorer):
-  """RestoreCheckpointConfig.checkpoint_manager_cls: restores for t5x.infer by default (use_orbax).
+  """The value of RestoreCheckpointConfig.checkpoint_manager_cls.
+
+  t5x.infer restores with it by default (infer.use_orbax = True).
 
   Args:
     directory: Unused: restore is given a path.
-    train_state: T5X's state of shapes.
+    train_state: T5X's train state, of shapes instead of arrays.
     partitioner: An InferencePartitioner.
     model: The model; in gin, %MODEL.
-    restore_dtype: Ignored. The model's dtype decides about floats, and int8 weights stay int8;
-      T5X's own managers would cast them.
-    dataset_iterator, save_dtype, keep, period: Part of T5X's interface; nothing is saved.
+    restore_dtype: Ignored. Float weights are loaded in the model's dtype and int8 weights stay
+      int8; T5X's own managers would cast all of them.
+    dataset_iterator, save_dtype, keep, period: Unused: arguments that T5X passes, for saving.
   """
 
   def __init__(
@@ -188,9 +190,9 @@ class InferenceCheckpointManager(_Restorer):
 
 
 class InferenceCheckpointer(_Restorer):
-  """RestoreCheckpointConfig.checkpointer_cls: T5X's older path.
+  """The value of RestoreCheckpointConfig.checkpointer_cls, T5X's older interface.
 
-  infer.use_orbax = False and interactive_model restore with it.
+  t5x.infer with infer.use_orbax = False, and t5x.interactive_model, restore with it.
 
   Args:
     train_state: T5X's state of shapes.
@@ -198,8 +200,8 @@ class InferenceCheckpointer(_Restorer):
     checkpoints_dir: Unused: restore is given a path.
     model: The model; in gin, %MODEL.
     restore_dtype: Ignored, as by InferenceCheckpointManager.
-    dataset_iterator, save_dtype, keep, keep_dataset_checkpoints: Part of T5X's interface; nothing
-      is saved.
+    dataset_iterator, save_dtype, keep, keep_dataset_checkpoints: Unused: arguments that T5X passes,
+      for saving.
   """
 
   def __init__(

@@ -17,9 +17,9 @@ from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.t5x.types import DecodeFn
 
 _WITHOUT = 'leave out configs/t5x/continuous.gin (InferenceModel.refill)'
-# Options of temperature_sample that slot refill takes over.
+# Options of temperature_sample that slot refill follows.
 _TAKEN = ('temperature', 'topk', 'topp', 'max_decode_steps', 'max_decode_steps_hard_limit')
-# Options that it does not -> what to do.
+# Options that slot refill does not have -> what to do instead.
 _INSTEAD = {
   'num_decodes': 'bind InferenceModel.predict_batch_with_aux.num_decodes instead',
   'logit_callback_fn': f'bind LOGIT_BIAS or a penalty instead, or {_WITHOUT}',
@@ -30,13 +30,13 @@ _INSTEAD = {
 
 @dataclasses.dataclass(frozen=True)
 class DecodeOptions:
-  """What slot refill takes over from a decode_fn.
+  """The options of a decode_fn that slot refill follows.
 
   Attributes:
-    temperature: float. As SamplingParams.temperature; 0 also where T5X keeps one token only.
-    top_k: int. As SamplingParams.top_k.
-    top_p: float. As SamplingParams.top_p.
-    max_new_tokens: int or None. As Refill.max_new_tokens.
+    temperature: float. See SamplingParams; 0 if topk is 1, with which T5X is greedy.
+    top_k: int. See SamplingParams.
+    top_p: float. See SamplingParams.
+    max_new_tokens: int or None. See Refill.
   """
 
   temperature: float
@@ -46,20 +46,20 @@ class DecodeOptions:
 
 
 def decode_options(decode_fn: DecodeFn) -> DecodeOptions:
-  """Return what slot refill takes over from a decode_fn.
+  """Return the options of a decode_fn that slot refill follows.
 
   Args:
     decode_fn: decoding.temperature_sample, gin's configurable of it, or a functools.partial of
       either.
 
   Raises:
-    RequestError: Another function, or an option that slot refill does not have.
+    RequestError: It is another function, or has an option that slot refill does not support.
   """
   bound = _bound_options(decode_fn)
   parameters = inspect.signature(decoding.temperature_sample).parameters
   defaults = {name: parameter.default for name, parameter in parameters.items()}
   for name, value in bound.items():
-    # True is T5X's default, but whoever asks for it does not get it.
+    # True is T5X's default, and ignored here; but if it is bound explicitly, it is refused.
     asked_for = name == 'rescale_log_probs' and value
     if asked_for or (name not in (*_TAKEN, 'rescale_log_probs') and value != defaults.get(name)):
       raise RequestError(
@@ -72,7 +72,7 @@ def decode_options(decode_fn: DecodeFn) -> DecodeOptions:
       f'temperature_sample takes topk = {top_k!r} or topp = {top_p!r}, not both: bind topk = 0, or '
       'TOP_K and TOP_P of continuous.gin'
     )
-  if top_k == 1:  # T5X's default: greedy, whatever the temperature
+  if top_k == 1:  # T5X's default, which is greedy at any temperature
     temperature, top_k = 0.0, 0
   elif isinstance(temperature, numbers.Real) and temperature <= decoding.MIN_TEMPERATURE:
     temperature = 0.0
@@ -82,7 +82,7 @@ def decode_options(decode_fn: DecodeFn) -> DecodeOptions:
 
 
 def decode_option(name: str, decode_fn: DecodeFn) -> float | int | None:
-  """Return one field of `decode_options`: the default of a macro of continuous.gin.
+  """Return one field of `decode_options`, for the defaults of macros in continuous.gin.
 
   Args:
     name: A field of DecodeOptions.
@@ -92,14 +92,14 @@ def decode_option(name: str, decode_fn: DecodeFn) -> float | int | None:
 
 
 def _bound_options(decode_fn: DecodeFn) -> dict[str, Any]:
-  """Return the options that are bound to temperature_sample, by partial or by gin."""
+  """Return the options bound to temperature_sample, by functools.partial or by gin."""
   if isinstance(decode_fn, functools.partial) and not decode_fn.args:
     return {**_bound_options(decode_fn.func), **decode_fn.keywords}
   if decode_fn is decoding.temperature_sample:
     return {}
   if inspect.unwrap(decode_fn) is decoding.temperature_sample:
     try:
-      with gin.config_scope(None):  # T5X calls the function in no scope
+      with gin.config_scope(None):  # T5X calls the function outside of gin scopes
         return gin.get_bindings(decode_fn)
     except ValueError:
       pass  # a reference with a scope, @scope/decoding.temperature_sample

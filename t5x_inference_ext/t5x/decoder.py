@@ -1,4 +1,4 @@
-"""T5X's DecoderOnlyModel whose passes are this package's, per shard on the mesh."""
+"""T5X's DecoderOnlyModel with this package's prefill, decode steps and scores on a mesh."""
 
 from collections.abc import Callable, Mapping, MutableMapping
 import dataclasses
@@ -19,15 +19,16 @@ from t5x_inference_ext.t5x.types import Array, Batch, Cache, DecodeFn, Params, P
 
 
 class ShardedDecoder(models.DecoderOnlyModel):
-  """Gives T5X's predict and score methods prefill, decode steps and logits of a Model.
+  """T5X's predict and score methods on the prefill, decode steps and logits of a Model.
 
-  Any batch size runs on any mesh: the methods pad with copies of the last row, and drop them after.
+  Any batch size runs on any mesh: a batch is padded with copies of its last row, whose results are
+  dropped.
 
   Args:
-    module: Declares the parameters of a Model, which runs the passes.
+    module: Declares the parameters. Its `model` runs the passes.
     vocabulary: Vocabulary of inputs and targets.
     decode_fn: T5X's loop over decode steps.
-    inputs_length: Positions that prefill runs over; None: those of the whole sequence.
+    inputs_length: Number of positions that prefill runs over; None: the length of the sequence.
     feature_converter_cls: See T5X.
   """
 
@@ -64,21 +65,21 @@ class ShardedDecoder(models.DecoderOnlyModel):
 
     Args:
       params: The parameters.
-      batch: `decoder_input_tokens` [B, L] int32, BOS and prompt, and `decoder_causal_attention`
-        [B, L], 1 where these are.
-      rng: Key of the samples.
-      return_all_decodes: Whether to return all samples of a prompt, or the best alone.
-      num_decodes: Samples, or beams, of each prompt.
+      batch: `decoder_input_tokens` [B, L] int32, BOS and the prompt, then 0; and
+        `decoder_causal_attention` [B, L], 1 at BOS and the prompt.
+      rng: Random key of the samples.
+      return_all_decodes: Whether to return all samples of a prompt, or only the best one.
+      num_decodes: Number of samples, or beams, of each prompt.
       decoder_params: Further arguments of decode_fn.
 
     Returns:
-      Tokens [B, L] int32, from the left, then 0, and {'scores': [B] float32}. Of all samples, from
-      the worst to the best, [B, num_decodes, L] and [B, num_decodes].
+      Tokens [B, L] int32, padded with 0 on the right, and {'scores': [B] float32}. All samples are
+      [B, num_decodes, L] and [B, num_decodes], from the worst to the best.
     """
     rows = batch['decoder_input_tokens'].shape[0]
-    # Decoding runs B * num_decodes rows, which have to fill the mesh too.
+    # Decoding runs B * num_decodes rows: the mesh must divide this number too.
     size = self._padded_batch(rows, num_decodes)
-    if decoder_params is not None:  # per-row options, such as a temperature for each
+    if decoder_params is not None:  # options may be per row, such as temperatures
       decoder_params = {
         k: _pad_rows(v, size) if k != 'decode_rng' and getattr(v, 'shape', ())[:1] == (rows,) else v
         for k, v in decoder_params.items()
@@ -96,9 +97,10 @@ class ShardedDecoder(models.DecoderOnlyModel):
   def score_batch(
     self, params: Params, batch: Batch, return_intermediates: bool = False
   ) -> jax.Array | tuple[jax.Array, Mapping[str, Any]]:
-    """Return the sum over positions of weight * log p(target), [B] float32.
+    """Return each row's sum of weight * log p(target) over positions, [B] float32.
 
-    With return_intermediates, return also T5X's dict of them; the model itself has none to add.
+    With return_intermediates, return also T5X's dict of intermediates: the targets, their weights
+    and the log-probabilities of single tokens.
     """
     self._check(batch)
     tokens, targets, weights = (
@@ -116,7 +118,7 @@ class ShardedDecoder(models.DecoderOnlyModel):
     return scores.sum(-1), {'decoder': intermediates}
 
   def _scores(self, params: Params, tokens: Array, targets: Array) -> jax.Array:
-    """Return log p(target) at each position, [B, L]."""
+    """Return log p(target) at each position, [B, L] float32."""
     rows = tokens.shape[0]
     size = self._padded_batch(rows)
     return self.model.log_probs(
@@ -141,20 +143,20 @@ class ShardedDecoder(models.DecoderOnlyModel):
   def _compute_kv_cache(
     self, params: Params, inputs: jax.Array, causal_attention_mask: jax.Array
   ) -> tuple[Cache, jax.Array]:
-    """Run the prompts but for their last token, which T5X feeds to the first decode step.
+    """Prefill all but the last token of each prompt, which T5X feeds to the first decode step.
 
     Args:
       params: The parameters.
-      inputs: [B, L] int32, BOS and prompt, then 0. B has to fill the mesh.
-      causal_attention_mask: [B, L], 1 where BOS and prompt are. Lengths come from here, not from
-        the ids: an id 0 in a prompt does not shorten it.
+      inputs: [B, L] int32, BOS and the prompt, then 0. The mesh must divide B.
+      causal_attention_mask: [B, L], 1 at BOS and the prompt. Lengths come from here and not from
+        the ids, so that an id 0 in a prompt does not shorten it.
 
     Returns:
-      The cache, and the position [B] of each prompt's last token (0, that of BOS, for an empty
-      prompt).
+      The cache, and the position [B] of each prompt's last token; 0, the position of BOS, for an
+      empty prompt.
     """
     last = jnp.maximum(jnp.sum(causal_attention_mask != 0, axis=-1).astype(jnp.int32) - 1, 0)
-    # BOS and all but the last token of the prompt: as many positions as a prompt has tokens.
+    # BOS, and the prompt without its last token: as many positions as the prompt has tokens.
     size = inputs.shape[1] if self._inputs_length is None else max(self._inputs_length, 1)
     _, cache = self.model.prefill(
       weights_from_params(params), inputs[:, :size], jnp.maximum(last, 1), inputs.shape[1]
@@ -164,9 +166,9 @@ class ShardedDecoder(models.DecoderOnlyModel):
   def _compute_logits_from_slice(
     self, decoding_state: decoding.DecodingState, params: Params, max_decode_length: int
   ) -> tuple[jax.Array, Cache]:
-    """Run one token a row: return logits [B, V] float32, and the cache with the token.
+    """Run one token of each row; return logits [B, V] float32, and the cache with the token.
 
-    Positions are the cache's own.
+    The cache's lengths give the tokens' positions.
     """
     del max_decode_length
     logits, cache = self.model.decode_step(
@@ -182,10 +184,10 @@ class ShardedDecoder(models.DecoderOnlyModel):
     """Call decode_fn for num_decodes samples (or beams) of each prompt.
 
     Prefill makes a cache for decode steps of B rows, and decode_fn repeats each row num_decodes
-    times. B rows may be split over fewer devices than B * num_decodes, and heads over the others.
-    How many heads the cache has, padding and copies included, depends on that; so the cache gets
-    the heads that the decode steps take. The rows move once, as they are repeated: the decode step,
-    and with it the loop, takes them in one sharding.
+    times. B rows may be split over fewer devices than B * num_decodes rows, and heads over the
+    other devices. The number of heads in the cache, padding and copies included, depends on this
+    split, so the cache is first given the heads that the decode steps need. Rows move between
+    devices only once, when decode_fn repeats them: all steps of its loop use one sharding.
     """
     rows = inputs.shape[0]
     held, wanted = (self.model.decode_sharding(rows * n).heads.cached() for n in (1, num_decodes))
@@ -196,9 +198,10 @@ class ShardedDecoder(models.DecoderOnlyModel):
     return decode_fn(inputs=inputs, cache=cache, num_decodes=num_decodes, **kwargs)
 
   def _padded_batch(self, rows: int, copies: int = 1) -> int:
-    """Return the smallest batch of at least `rows` that fills the mesh, as does `copies` times it.
+    """Return the smallest batch >= `rows` that the mesh divides, also when repeated `copies` times.
 
-    On one device that is `rows`, which may be one of jax.export's symbols, which have no order.
+    On one device it is `rows` itself, which may be a symbolic dimension of jax.export, and these
+    can't be compared.
     """
     if self.model.mesh.size == 1:
       return rows
@@ -214,13 +217,13 @@ class ShardedDecoder(models.DecoderOnlyModel):
 
 
 def _pad_rows(x: Array, rows: int) -> jax.Array:
-  """Return x [B, ...] with copies of its last row, [rows, ...].
+  """Return x [B, ...] padded to [rows, ...] with copies of its last row.
 
-  A copy of a real row never makes decoding run longer.
+  A copy ends when the row that it copies ends, so padding never makes decoding longer.
   """
   return jnp.pad(x, [(0, rows - x.shape[0])] + [(0, 0)] * (x.ndim - 1), mode='edge')
 
 
 def is_concrete(*trees: Any) -> bool:
-  """Return whether all leaves are arrays, rather than what jax traces functions with."""
+  """Return whether all leaves are arrays with values, rather than jax's tracers."""
   return not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(trees))

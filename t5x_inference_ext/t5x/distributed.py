@@ -1,4 +1,4 @@
-"""Several processes under T5X's commands, which have no flags for them (distributed.gin has)."""
+"""Several processes in T5X's commands, which have no flags for this: distributed.gin binds them."""
 
 from typing import TypeVar
 
@@ -16,18 +16,18 @@ def initialized(
 ) -> T:
   """Join this process to the others of its run, and return `value`.
 
-  For bindings that T5X's commands evaluate before they ask jax for devices. t5x.infer asks for the
-  first time when it writes its configuration, and evaluates infer.output_dir for that. The other
-  commands ask when the model is made.
+  It has to run before T5X's command first uses jax's devices, so gin binds it to a parameter that
+  is evaluated earlier. t5x.infer first uses devices when it writes its configuration, for which it
+  evaluates infer.output_dir. The other commands first use them when the model is made.
 
   Args:
     value: Value of the parameter that this call is bound to.
-    coordinator_address: See rendezvous.ProcessOptions for this and the next two.
-    num_processes: Processes of the run.
+    coordinator_address: 'host:port' of process 0; see rendezvous.ProcessOptions.
+    num_processes: Number of processes of the run.
     process_id: Index of this process.
 
   Raises:
-    RequestError: Options that don't go together, or processes that don't find each other.
+    RequestError: The options contradict each other, or a process did not arrive.
   """
   distributed.initialize(ProcessOptions(coordinator_address, num_processes, process_id))
   return value

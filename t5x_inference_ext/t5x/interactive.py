@@ -1,4 +1,4 @@
-"""T5X's InteractiveModel with this package's restore class; T5X's own always takes T5X's."""
+"""T5X's InteractiveModel, restoring with this package's class; T5X has no option for that."""
 
 import dataclasses
 import functools
@@ -11,13 +11,13 @@ from t5x_inference_ext.t5x.models import InferenceModel
 
 
 class InferenceInteractiveModel(interactive_model.InteractiveModel):
-  """T5X's InteractiveModel: predicts, scores and evaluates natural text. There is no training.
+  """T5X's InteractiveModel: predicts, scores and evaluates natural text. It can't train.
 
   Args:
     model: InferenceModel.
     **kwargs: Arguments of T5X's class. `partitioner` is an InferencePartitioner of the model,
-      `restore_mode` 'specific', and `checkpoint_path` any checkpoint that this package reads.
-      `dtype` has no effect: the model has its own.
+      `restore_mode` is 'specific', and `checkpoint_path` any checkpoint that this package reads.
+      `dtype` has no effect: the model has its own dtype.
   """
 
   def __init__(self, *, model: InferenceModel, **kwargs: Any) -> None:

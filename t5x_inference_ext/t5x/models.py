@@ -1,4 +1,4 @@
-"""InferenceModel, which gin makes in the place of T5X's DecoderOnlyModel."""
+"""InferenceModel, which gin files use instead of T5X's DecoderOnlyModel."""
 
 from collections.abc import Callable, Mapping, MutableMapping
 import copy
@@ -30,48 +30,49 @@ from t5x_inference_ext.t5x.types import Batch, DecodeFn, Params, Predictions
 
 
 def task_vocabulary(dataset_cfg: utils.DatasetConfig) -> seqio.Vocabulary:
-  """Return the vocabulary of a task's targets, which the model writes with."""
+  """Return the vocabulary of a task's targets, which turns predicted ids into text."""
   return utils.get_vocabulary(dataset_cfg)[1]
 
 
 class InferenceModel(ShardedDecoder):
   """A PaLM-style decoder for T5X's inference: t5x.infer, interactive_model and export.
 
-  Any batch size runs on any mesh: predict and score methods pad with copies of the last row, and
-  drop them after.
+  Any batch size runs on any mesh: a batch is padded with copies of its last row, whose results are
+  dropped.
 
   Args:
     vocabulary: Vocabulary of inputs and targets.
-    checkpoint: str. Checkpoint that the model's shape, and whether it is int8, are read from; no
-      weights are. None needs a config.
-    config: ModelConfig that the checkpoint must have.
-    int8: Without a checkpoint, whether the matrices are int8.
-    mesh: 'XxYxZ', over the first X*Y*Z devices. None takes as many devices as divide the model,
-      along the torus of a TPU slice (sharding.mesh_choice.choose_mesh). A jax Mesh of axes x, y, z
-      may have devices that are not here: for precompiling (precompile.slices.slice_mesh).
-    prefill_layout: 'feedforward/attention' of prompts and scores; see sharding.layout.Layout.
+    checkpoint: str. Directory of a checkpoint. The model's config is read from it, and whether the
+      weights are int8, but not the weights. None: `config` is required.
+    config: ModelConfig. Must equal that of the checkpoint if both are given.
+    int8: Whether the matrices are int8; only used without a checkpoint.
+    mesh: 'XxYxZ', over the first X*Y*Z devices. None: the largest mesh that divides the model,
+      along the torus of a TPU slice (sharding.mesh_choice.choose_mesh). Or a jax Mesh with axes x,
+      y and z, whose devices may be described only, to precompile (precompile.slices.slice_mesh).
+    prefill_layout: Layout of prompts and scores, 'feedforward/attention'; see
+      sharding.layout.Layout.
     decode_layout: Layout of decode steps.
     dtype: Dtype of activations and float weights: 'float32' or 'bfloat16'.
     cache: Dtype of the KV cache: 'float32', 'bfloat16', 'int8' (with a scale for each position and
       head), or None: `dtype`.
     norm_scale: 'zero' or 'one': how norm scales are stored, for a checkpoint that does not record
       it.
-    scan_layers: Whether one array holds all layers and the program loops over them. None: for more
-      than 8 on CPU, else not.
+    scan_layers: Whether one array holds all layers and the program loops over them. None: True only
+      on CPU, for more than 8 layers.
     decode_fn: decoding.temperature_sample, decoding.beam_search, or a function that takes their
       arguments.
     task_feature_lengths: Lengths that the task's features are trimmed to, as T5X's datasets trim
       them. Prefill then runs over the length of inputs, instead of inputs and targets.
-    refill: Refill: predictions are made on the host, through decode slots that are kept full, as
-      the options of `decode_fn` say (decode_options.py). None: T5X's loop over a batch.
+    refill: Refill. Predictions run on the host, in decode slots that are kept full, with the
+      options of `decode_fn` as defaults (decode_options.py). None: T5X's loop over a batch.
     feature_converter_cls: See T5X.
-    inputs_bidirectional_attention: Must be False; here because stock configurations bind it.
+    inputs_bidirectional_attention: Must be False. It exists because stock configurations bind it.
 
   Raises:
-    CheckpointError: No checkpoint there, or another model's.
-    MeshError: A mesh that does not fit the devices or the model, or layouts that do not fit each
-      other.
-    RequestError: An option that is not supported.
+    CheckpointError: There is no checkpoint, or it is of another model.
+    MeshError: The mesh does not fit the devices or the model, or the two layouts can't share
+      weights.
+    RequestError: An option is not supported.
   """
 
   def __init__(
@@ -110,7 +111,7 @@ class InferenceModel(ShardedDecoder):
     self._stock_options = _stock_bindings(
       models.DecoderOnlyModel.predict_batch_with_aux, 'return_all_decodes', 'num_decodes'
     )
-    self.notes: tuple[str, ...] = ()  # what was found and assumed, for the log
+    self.notes: tuple[str, ...] = ()  # what was assumed about the checkpoint, for the log
     if checkpoint is not None:
       opened = open_checkpoint(checkpoint, norm_scale=norm_scale, config=config)
       config, int8 = opened.config, opened.weights == 'int8'
@@ -145,7 +146,7 @@ class InferenceModel(ShardedDecoder):
 
   @property
   def refills(self) -> bool:
-    """Whether predictions are made on the host, through slots that are kept full."""
+    """Whether predictions run on the host, in decode slots that are kept full."""
     return self._predictor is not None
 
   def get_initial_variables(
@@ -156,7 +157,7 @@ class InferenceModel(ShardedDecoder):
   ) -> Mapping[str, Any]:
     """Return random parameters with their logical axes.
 
-    T5X asks for their shapes alone, unless there is no checkpoint.
+    T5X only needs their shapes if it restores a checkpoint.
     """
     del input_shapes, input_types
     return flax_core.freeze(self.module.init(rng))
@@ -173,11 +174,11 @@ class InferenceModel(ShardedDecoder):
   ) -> Predictions:
     """Return predictions and scores: see ShardedDecoder.predict_batch_with_aux.
 
-    Where return_all_decodes or num_decodes is None, it is what a gin file binds to T5X's own
-    method, models.DecoderOnlyModel.predict_batch_with_aux, else False or 1.
+    If return_all_decodes or num_decodes is None, the value is the one that a gin file binds to
+    T5X's own method, models.DecoderOnlyModel.predict_batch_with_aux; else False or 1.
 
-    A model with `refill` makes them on the host. Where the step is traced (t5x.export, precompile),
-    or with decoder_params, T5X's loop makes them.
+    A model with `refill` predicts on the host. If the step is traced (t5x.export, precompile), or
+    decoder_params are given, it predicts in T5X's loop.
     """
     if return_all_decodes is None:
       return_all_decodes = self._stock_options.get('return_all_decodes', False)
@@ -196,21 +197,23 @@ class InferenceModel(ShardedDecoder):
 
 
 def _mesh(mesh: str | jax.sharding.Mesh | None, config: ModelConfig) -> jax.sharding.Mesh:
-  """Return the mesh of InferenceModel's argument."""
+  """Return the mesh, with T5X's axis `data`, for InferenceModel's argument `mesh`."""
   if isinstance(mesh, jax.sharding.Mesh):
     return inference_mesh(mesh)
   return inference_mesh(choose_mesh(config, jax.devices()) if mesh is None else parse_mesh(mesh))
 
 
 def _stock_bindings(configurable: Callable, *names: str) -> dict[str, Any]:
-  """Return what gin files bind to these parameters of T5X's own model class or method.
+  """Return the values that gin files bind to parameters of T5X's own model class or method.
 
-  A stock configuration in front of infer.gin binds options there, and nothing else reads them.
+  A stock configuration, included before infer.gin, binds options there. Without this they would
+  have no effect.
   """
   try:
     with gin.config_scope(None):
       bound = gin.get_bindings(configurable, resolve_references=False)
   except ValueError:  # no gin file names it
     return {}
-  # A copy of a gin reference is its value. Others, such as the stock module, are not made.
+  # deepcopy of a gin reference makes its value. References of other parameters, such as the stock
+  # module, are not made.
   return {name: copy.deepcopy(bound[name]) for name in names if name in bound}

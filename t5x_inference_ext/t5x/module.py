@@ -1,9 +1,9 @@
-"""A model's parameters as T5X sees them: a flax module that declares the arrays on the chips.
+"""A model's parameters for T5X: a flax module that declares the arrays on the devices.
 
 The tree is model.weights.Weights as nested dicts: embedding, final_norm, final_norm_bias (with
-layer norm), and the layers. These are either `layers` (each array with a leading L) or one subtree
-a layer, `layers_0`, `layers_1` and so on. Each has a subtree for each block part: `parallel`, or
-`attention` and `mlp`.
+layer norm), and the layers. The layers are either one subtree `layers`, whose arrays have a leading
+axis L, or one subtree for each layer: `layers_0`, `layers_1` and so on. A layer's subtree has a
+subtree for each block part: `parallel`, or `attention` and `mlp`.
 """
 
 from collections.abc import Iterable
@@ -30,10 +30,10 @@ class Declaration:
   """One parameter.
 
   Attributes:
-    tensor: Its packed tensor; shape and spec are those of one layer.
-    layers: Which layers it holds: a number, a slice (stacked in front), or None for a parameter
-      outside the layers.
-    dtype: Its dtype on the chips.
+    tensor: The packed tensor; its shape and spec are those of one layer.
+    layers: The layers that the array holds: one layer's index; a slice, for layers stacked along a
+      leading axis; or None for a parameter outside the layers.
+    dtype: Dtype of the array on the devices.
   """
 
   tensor: PackedTensor
@@ -55,14 +55,14 @@ class Declaration:
   def initial(self, key: jax.Array) -> jax.Array:
     """Return random values that keep activations of order 1.
 
-    They serve to try out speed and memory. Inference loads its weights.
+    They are used to measure speed and memory without a checkpoint.
     """
     kind, fan_in = self.tensor.kind, self.shape[-2] if len(self.shape) > 1 else 1
     if kind == 'norm':
       return jnp.ones(self.shape, self.dtype)
     if kind == 'bias':
       return jnp.zeros(self.shape, self.dtype)
-    if kind == 'scale':  # of uniform int8 values, whose standard deviation is 73
+    if kind == 'scale':  # uniform int8 values have a standard deviation of 73
       return jnp.full(self.shape, self.shape[-1] ** -0.5 / 73, self.dtype)
     if self.dtype == np.int8:
       return jax.random.randint(key, self.shape, -127, 128, jnp.int8)
@@ -71,7 +71,7 @@ class Declaration:
 
 
 def declarations(model: Model, int8: bool, stacked: bool) -> dict[ParamPath, Declaration]:
-  """Return the parameters of a model by their paths in T5X's tree.
+  """Return a model's parameters: path in T5X's tree -> declaration.
 
   Args:
     model: The model.
@@ -95,7 +95,7 @@ def declarations(model: Model, int8: bool, stacked: bool) -> dict[ParamPath, Dec
 
 
 def weights_from_params(params: Params) -> Weights:
-  """Return T5X's parameters as the weights that the model's functions take."""
+  """Return T5X's parameters as Weights, which the model's functions take."""
 
   def layer(subtree: Params) -> LayerWeights:
     return {block_part: BlockPartWeights(**fields) for block_part, fields in subtree.items()}
@@ -108,7 +108,11 @@ def weights_from_params(params: Params) -> Weights:
 
 
 class _Subtree(nn.Module):
-  """Declares the parameters of a subtree, given by their paths in it."""
+  """Declares the parameters of a subtree.
+
+  Attributes:
+    declared: Pairs (path within the subtree, declaration).
+  """
 
   declared: tuple[tuple[ParamPath, Declaration], ...]
 
@@ -133,8 +137,8 @@ class InferenceModule(nn.Module):
   """Declares a model's parameters with their logical axes.
 
   Attributes:
-    model: Model. Its config, mesh and layouts say what is declared.
-    int8: Whether its matrices are int8.
+    model: Model. Its config, mesh and layouts determine the parameters.
+    int8: Whether the matrices are int8.
     scan_layers: Whether one array holds all layers. T5X reads this to find the batch axis of the KV
       cache.
   """

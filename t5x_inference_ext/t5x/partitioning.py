@@ -19,8 +19,8 @@ from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.mesh import AXES, make_mesh, mesh_text, parse_mesh
 from t5x_inference_ext.t5x.refill import HostStep
 
-# T5X's exporter and precompiler ask for an axis of this name. Its size is 1: a batch is not split
-# before the model sees it, so any batch size will do; the model's own layout splits it.
+# T5X's exporter and precompiler need a mesh axis of this name. Its size is 1, so T5X does not split
+# batches and any batch size is allowed; the model's layout splits them later.
 DATA_AXIS = 'data'
 
 # The function that t5x.utils.get_infer_fn makes of a model's step.
@@ -31,10 +31,10 @@ def inference_mesh(shape: Sequence[int] | Mesh) -> Mesh:
   """Return the mesh with axes data (of size 1), x, y and z.
 
   Args:
-    shape: (X, Y, Z), over the first X*Y*Z devices; or a mesh of axes x, y, z, over its devices.
+    shape: (X, Y, Z), over the first X*Y*Z devices; or a mesh with axes x, y and z.
 
   Raises:
-    MeshError: Fewer devices than that.
+    MeshError: There are fewer devices than that.
   """
   mesh = shape if isinstance(shape, Mesh) else make_mesh(shape)
   return Mesh(mesh.devices[None], (DATA_AXIS, *AXES))
@@ -48,23 +48,26 @@ def partitioner_rules(layout: Layout) -> Rules:
 class InferencePartitioner(partitioning.PjitPartitioner):
   """Runs T5X's functions on an inference_mesh, with the rules of a layout (sharding.axis_rules).
 
-  T5X takes from the rules how weights lie: to restore them, to partition functions of them and to
-  write model-info.txt. Both phases share one set of weights, and so these rules. The rules of one
-  phase's activations (phase_rules) are in force nowhere: prefill, decode steps and scores run per
-  shard, with the activation sharding that those rules are read off. So does the KV cache between
-  them, whose sharding T5X leaves open. Nor are weights declared anew in a phase. T5X's modules do
-  so, and under rules without the weights' names that gathers all weights.
+  T5X derives the sharding of weights from the rules: to restore weights, to partition functions of
+  them, and to write model-info.txt. Both phases share one set of weights, and so one set of rules.
+
+  No rules for activations are active. Prefill, decode steps and scores run under shard_map, with
+  the sharding of activations and of the KV cache that the layout gives; `phase_rules` only
+  describes it. Nor does a phase declare weights again. T5X's own modules do, and would gather all
+  weights if the active rules lacked the weights' axes.
 
   Args:
-    model: An InferenceModel, whose mesh and layout the partitioner takes.
-    mesh: 'XxYxZ', where there is no model yet.
-    layout: 'feedforward/attention' of either phase, beside `mesh`.
-    executable: A file of saved_step.save_infer_step, which runs t5x.infer's step instead of
-      compiling it. Loading it runs code: load files of your own making alone.
+    model: An InferenceModel. The partitioner uses its mesh and layout.
+    mesh: 'XxYxZ', if there is no model yet.
+    layout: Layout of either phase, 'feedforward/attention'; only used with `mesh`.
+    executable: Path of a file written by saved_step.save_infer_step. Its program runs as
+      t5x.infer's step, which is then not compiled. Loading a file runs code in it: load only files
+      that you have made.
 
   Raises:
-    MeshError: Neither model nor mesh or both, or more devices than there are.
-    RequestError: An executable for a model with `refill`.
+    MeshError: Both model and mesh are given, or neither; or the mesh needs more devices than there
+      are.
+    RequestError: An executable is given for a model with `refill`.
     SavedError: The executable can't be read.
   """
 
@@ -89,20 +92,20 @@ class InferencePartitioner(partitioning.PjitPartitioner):
       )
     self._executable = executable
     if executable is not None:
-      # A wrong path is found out now, not after the weights are restored.
+      # So that a wrong path raises here, not after the weights are restored.
       saved_program.read_program_header(executable)
     super().__init__(
       num_partitions=self._inference_mesh.size, logical_axis_rules=partitioner_rules(weight_layout)
     )
 
   def phase_rules(self, sharding: ActivationSharding) -> Rules:
-    """Return the rules of a phase's activations, in front of the partitioner's own.
+    """Return the rules of a phase's activations, followed by the partitioner's own rules.
 
-    For code beside the model, such as a decode_fn that constrains the cache with flax's
-    with_logical_constraint.
+    They are for code outside of the model, such as a decode_fn that constrains the cache with
+    flax's with_logical_constraint.
 
     Args:
-      sharding: Model.prefill_sharding's or Model.decode_sharding's.
+      sharding: Result of Model.prefill_sharding or Model.decode_sharding.
     """
     return (*activation_rules(sharding), *self.logical_axis_rules)
 
@@ -121,15 +124,16 @@ class InferencePartitioner(partitioning.PjitPartitioner):
   ) -> 'jax.stages.Wrapped | SavedStep | HostStep':
     """Return a function that runs `fn` over the mesh.
 
-    The step of a model with `refill` is not compiled, but runs on the host. Nothing is put in force
-    around the function: shardings and the model's own mesh are concrete.
+    The step of a model with `refill` is not compiled, but runs on the host. The function runs
+    without a mesh context or axis rules around it: it does not need them, since all shardings name
+    their mesh.
 
     Args:
       fn: The function.
       in_axis_resources: Pytree prefix of PartitionSpecs of its arguments; None means replicated.
-      out_axis_resources: PartitionSpecs of its results, likewise.
-      static_argnums: See jax.jit for this and the next.
-      donate_argnums: Arguments whose memory the results may take.
+      out_axis_resources: Pytree prefix of PartitionSpecs of its results.
+      static_argnums: See jax.jit.
+      donate_argnums: Indices of arguments whose memory may be reused for results.
     """
     if self._host_driven and fn.__name__ == _INFER_STEP:
       return HostStep(fn, self.mesh)
@@ -157,7 +161,7 @@ class InferencePartitioner(partitioning.PjitPartitioner):
   ) -> partitioning.LocalChunkInfo:
     """Return the slice of an array that this process holds.
 
-    T5X's own version takes no tuples of mesh axes.
+    T5X's own version does not support an axis split by several mesh axes.
 
     Args:
       global_shape: Shape of the whole array.
@@ -194,7 +198,7 @@ class SavedStep:
   Args:
     path: The file.
     step: The step that would be compiled without the file.
-    mesh: Mesh of its devices.
+    mesh: Mesh that the step runs on.
   """
 
   def __init__(self, path: str | os.PathLike, step: jax.stages.Wrapped, mesh: Mesh) -> None:
@@ -215,9 +219,9 @@ class SavedStep:
 
 
 def describe_step(lowered: jax.stages.Lowered) -> dict[str, str]:
-  """Return what identifies a step: a digest of the program before compilation.
+  """Return the identity of a step, with a digest of its program before compilation.
 
-  Model, layouts, mode and decode_fn all change the program.
+  The program depends on the model, the layouts, the mode and decode_fn.
   """
   return {
     'phase': 't5x_infer_step',

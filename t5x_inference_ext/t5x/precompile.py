@@ -1,4 +1,4 @@
-"""Compiling an inference step without weights; T5X's own precompile knows the train step only."""
+"""Compiling an inference step without weights; T5X's own precompile has only the train step."""
 
 from collections.abc import Callable, Mapping
 
@@ -18,22 +18,22 @@ def precompile_step(
   batch_size: int,
   mode: str = 'predict',
 ) -> jax.stages.Compiled:
-  """Compile what t5x.infer runs for a batch.
+  """Compile the step that t5x.infer runs for a batch.
 
-  The result tells the step's memory_analysis() and cost_analysis() before there are weights.
+  The result has memory_analysis() and cost_analysis() of the step, for which no weights are needed.
 
   Args:
     model: An InferenceModel of a checkpoint, or of a config alone.
     partitioner: An InferencePartitioner on the model's mesh.
-    task_feature_lengths: Those of t5x.infer, e.g. {'inputs': 512, 'targets': 64}.
-    batch_size: Rows.
+    task_feature_lengths: Lengths of the task's features, e.g. {'inputs': 512, 'targets': 64}.
+    batch_size: Number of rows.
     mode: 'predict', 'predict_with_aux' or 'score'.
 
   Returns:
-    A function of parameters, batch and, but for 'score', a random key.
+    A function of parameters, batch and, except in mode 'score', a random key.
 
   Raises:
-    RequestError: Another mode.
+    RequestError: Unknown mode.
   """
   infer_step = infer_step_of(model, mode)
   batch, initializer = abstract_inputs(model, partitioner, task_feature_lengths, batch_size)
@@ -56,19 +56,19 @@ def abstract_inputs(
   task_feature_lengths: Mapping[str, int],
   batch_size: int,
 ) -> tuple[dict[str, jax.ShapeDtypeStruct], utils.TrainStateInitializer]:
-  """Return the shapes of a batch, and T5X's initializer, which knows those of the train state.
+  """Return the shapes of a batch, and T5X's initializer, which has the train state's shapes.
 
   Args:
-    model: See precompile_step for all of them.
+    model: An InferenceModel.
     partitioner: An InferencePartitioner on the model's mesh.
-    task_feature_lengths: Those of t5x.infer.
-    batch_size: Rows.
+    task_feature_lengths: Lengths of the task's features.
+    batch_size: Number of rows.
   """
   converter = model.FEATURE_CONVERTER_CLS(pack=False)
   lengths = converter.get_model_feature_lengths(task_feature_lengths)
   dtypes = {
     name: feature.dtype for name, feature in converter.MODEL_FEATURES.items()
-  }  # TensorFlow's
+  }  # TensorFlow dtypes
   batch = {
     name: jax.ShapeDtypeStruct((batch_size, length), dtypes[name].as_numpy_dtype)
     for name, length in lengths.items()
@@ -81,7 +81,7 @@ def infer_step_of(model: InferenceModel, mode: str) -> Callable:
   """Return the method that t5x.infer calls in a mode.
 
   Raises:
-    RequestError: No such mode.
+    RequestError: Unknown mode.
   """
   steps = {
     'predict': model.predict_batch,

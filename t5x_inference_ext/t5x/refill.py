@@ -1,8 +1,8 @@
-"""Predictions of T5X through decode slots that are kept full: a batch of the task is the queue.
+"""Predictions for T5X in decode slots that are kept full; a batch of the task is the queue.
 
 T5X partitions one function, its step for a batch. Here that step runs on the host, with concrete
-arrays, and the model drives its own compiled functions. The batch size is how many examples wait,
-not how many are decoded together.
+arrays, and calls the model's own compiled functions. The batch size is the number of waiting
+examples; Refill.slots is the number of rows decoded together.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,18 +28,18 @@ from t5x_inference_ext.t5x.types import Array, Batch, Params, Predictions
 
 @dataclasses.dataclass(frozen=True)
 class Refill:
-  """How predictions are made on the host.
+  """Options of predictions in slots.
 
   Attributes:
-    slots: Rows decoded together, rounded up to what the mesh takes.
-    sampling: How tokens are chosen; None: as the options of the model's decode_fn say.
-    max_new_tokens: Most new tokens of each prediction; None: the max_decode_steps of the model's
-      decode_fn, else until prompt and prediction fill the sequence, as in T5X.
+    slots: Number of rows decoded together, rounded up to a number that the mesh can split.
+    sampling: How tokens are chosen; None: with the options of the model's decode_fn.
+    max_new_tokens: Most new tokens of each prediction. None: max_decode_steps of the model's
+      decode_fn; if that is None too, until prompt and prediction fill the sequence, as in T5X.
     chunk: Most positions of a prompt in one prefill pass.
     budget: Most prompt tokens prefilled between decode steps while rows wait.
 
   Raises:
-    RequestError: A number that is not whole, or is below 1.
+    RequestError: A number is not whole, or less than 1.
   """
 
   slots: int = 32
@@ -57,7 +57,7 @@ class Refill:
         raise RequestError(f'Refill.{name} must be a whole number, 1 or more, got {value!r}')
 
   def with_defaults(self, options: DecodeOptions) -> 'Refill':
-    """Return these options, with what is None taken from those of a decode_fn."""
+    """Return these options, with the options of a decode_fn in place of None."""
     sampling, limit = self.sampling, self.max_new_tokens
     return dataclasses.replace(
       self,
@@ -69,20 +69,20 @@ class Refill:
 class Predictor:
   """Predicts batches with one set of slots, which share the prefix of the first batch's prompts.
 
-  A batch of longer sequences, or with other parameters, has new slots made.
+  For a batch with longer sequences or other parameters, new slots are made.
 
   Args:
     model: Decides mesh and layouts.
-    refill: The options; `sampling` is not None.
+    refill: Options; `sampling` must not be None.
     eos_id: Token that ends a prediction.
-    inputs_length: Most tokens of a prompt; None: as many as a sequence has.
+    inputs_length: Most tokens of a prompt; None: the length of the sequence.
   """
 
   def __init__(self, model: Model, refill: Refill, eos_id: int, inputs_length: int | None) -> None:
     self._model, self._refill, self._eos_id = model, refill, eos_id
     self._inputs_length = inputs_length
     self._scheduler: Scheduler | None = None
-    self._params: Params | None = None  # those of the scheduler
+    self._params: Params | None = None  # parameters of the scheduler
     self._length = 0  # longest sequence that the slots have room for
 
   def __call__(
@@ -95,19 +95,19 @@ class Predictor:
   ) -> Predictions:
     """Return T5X's predictions and scores of a batch.
 
-    Scores are sums of log-probabilities under the model's own distribution, as T5X gives them with
+    Scores are sums of log-probabilities under the model's own distribution, as in T5X with
     rescale_log_probs = False.
 
     Args:
       params: The parameters.
-      batch: See InferenceModel.predict_batch_with_aux for this and the next.
-      rng: Key of the samples; None: a fixed one.
-      num_decodes: Samples of each prompt.
-      return_all_decodes: Whether to return all samples of a prompt, or the best alone.
+      batch: See ShardedDecoder.predict_batch_with_aux.
+      rng: Random key of the samples; None: fixed seeds.
+      num_decodes: Number of samples of each prompt.
+      return_all_decodes: Whether to return all samples of a prompt, or only the best one.
 
     Returns:
-      Tokens [B, L] int32 and {'scores': [B] float32}; of all samples, from the worst to the best,
-      [B, num_decodes, L] and [B, num_decodes].
+      Tokens [B, L] int32 and {'scores': [B] float32}. All samples are [B, num_decodes, L] and
+      [B, num_decodes], from the worst to the best.
     """
     inputs = np.asarray(batch['decoder_input_tokens'])
     lengths = np.maximum(np.sum(np.asarray(batch['decoder_causal_attention']) != 0, axis=1), 1)
@@ -130,7 +130,14 @@ class Predictor:
     return tokens[:, -1], {'scores': scores[:, -1]}
 
   def _request(self, inputs: np.ndarray, count: int, seeds: np.ndarray, length: int) -> Request:
-    """Return the request of one example: `count` tokens of its inputs, BOS first."""
+    """Return the request of one example.
+
+    Args:
+      inputs: [L] int32. BOS and the prompt, then 0.
+      count: Number of tokens of BOS and the prompt.
+      seeds: [num_decodes] uint32. Seed of each sample.
+      length: L.
+    """
     limit = length - (count - 1)  # BOS is not part of the sequence
     if self._refill.max_new_tokens is not None:
       limit = min(limit, self._refill.max_new_tokens)
@@ -141,7 +148,7 @@ class Predictor:
     )
 
   def _slots(self, params: Params, requests: Sequence[Request], length: int) -> Scheduler:
-    """Return a scheduler for sequences of `length` tokens, the last one if it will do."""
+    """Return a scheduler for sequences of `length` tokens: the previous one, if it suits them."""
     if self._scheduler is None or self._params is not params or self._length < length:
       refill = self._refill
       config, shared = scheduler_config.config_for(
@@ -160,11 +167,11 @@ class Predictor:
 
 
 class HostStep:
-  """T5X's step for a batch, run as it is: not compiled as a whole.
+  """T5X's step for a batch, run on the host instead of being compiled as a whole.
 
   Args:
     step: (params, batch, rng, indices, flax_mutables) -> (indices, results).
-    mesh: Mesh whose devices all get the results whole, as from a step that T5X compiled.
+    mesh: Mesh of the devices. Results are replicated on it, as those of a compiled step.
   """
 
   def __init__(self, step: Callable[..., tuple[Any, Any]], mesh: Mesh) -> None:

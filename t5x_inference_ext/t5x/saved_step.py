@@ -25,21 +25,21 @@ def save_infer_step(
   batch_size: int,
   mode: str = 'predict',
 ) -> dict[str, Any]:
-  """Compile what t5x.infer runs for a batch; save it for InferencePartitioner(executable=path).
+  """Compile t5x.infer's step, and save it for InferencePartitioner(executable=path).
 
   Args:
     path: The file to write.
     model: An InferenceModel of a checkpoint, or of a config alone.
     partitioner: An InferencePartitioner on the model's mesh.
-    task_feature_lengths: Those of t5x.infer.
-    batch_size: Rows of a batch, as the dataset's configuration says.
+    task_feature_lengths: Lengths of the task's features.
+    batch_size: Number of rows in a batch, DatasetConfig.batch_size.
     mode: 'predict', 'predict_with_aux' or 'score'.
 
   Returns:
     The file's header.
 
   Raises:
-    RequestError: Another mode, or a model with `refill`, whose step is not compiled.
+    RequestError: Unknown mode, or the model has `refill`: its step is not compiled.
     SavedError: The file can't be written.
   """
   if model.refills:
@@ -53,7 +53,7 @@ def save_infer_step(
     steps.append(partition(*arguments, **options))
     return steps[-1]
 
-  # T5X wraps the step in a function of its own, which it hands to the partitioner alone.
+  # T5X wraps the step in a function of its own, and passes that only to partitioner.partition.
   with mock.patch.object(partitioner, 'partition', kept):
     utils.get_infer_fn(infer_step, batch_size, initializer.train_state_axes, partitioner)
   (step,) = steps

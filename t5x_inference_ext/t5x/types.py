@@ -1,4 +1,4 @@
-"""Types of what T5X hands to the adapter, and takes back."""
+"""Types of values that pass between T5X and the adapter."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 Array = jax.Array | np.ndarray
-# The parameters of a model: nested mappings of names to arrays (module.py says which).
+# The parameters of a model: nested mappings of names to arrays, described in module.py.
 Params = Mapping[str, Any]
 # A batch of examples: a feature's name -> [B, L] int32.
 Batch = Mapping[str, Array]
@@ -15,5 +15,5 @@ Batch = Mapping[str, Array]
 Cache = dict[str, Any]
 # (tokens, {'scores': ...}) of a batch.
 Predictions = tuple[Array, Mapping[str, Array]]
-# T5X's decoding.temperature_sample, decoding.beam_search, and others that take their arguments.
+# T5X's decoding.temperature_sample or decoding.beam_search, or a function with their arguments.
 DecodeFn = Callable[..., tuple[jax.Array, jax.Array]]

@@ -80,11 +80,11 @@ def test_another_number_of_heads(palm_tiny):
 
 def test_int8_where_float_was_expected(palm_tiny, int8_checkpoint):
   with pytest.raises(
-    CheckpointError, match='holds int8 weights and the model was built for float ones'
+    CheckpointError, match='holds int8 weights, but the model was built for float'
   ):
     _restore(int8_checkpoint, running.adapter_model(palm_tiny, MESH))
   with pytest.raises(
-    CheckpointError, match='holds float weights and the model was built for int8 ones'
+    CheckpointError, match='holds float weights, but the model was built for int8'
   ):
     _restore(palm_tiny, running.adapter_model(int8_checkpoint, MESH))
 
@@ -119,13 +119,13 @@ def test_train_state_of_another_model(palm_tiny):
   state = _shapes(running.adapter_model(palm_tiny, MESH, scan_layers=True))
   extra = 'layers/parallel/norm, layers/parallel/w_in'
   with pytest.raises(
-    CheckpointError, match=f'the train state has parameters that .* has not: {extra}'
+    CheckpointError, match=f'the train state has parameters that .* lacks: {extra}'
   ):
     _restore(palm_tiny, model, state)
   state = _shapes(model)
   fewer = {k: v for k, v in state.params.items() if k != 'layers_3'}
   with pytest.raises(
-    CheckpointError, match='has parameters that the train state has not: layers_3/parallel/norm'
+    CheckpointError, match='has parameters that the train state lacks: layers_3/parallel/norm'
   ):
     _restore(palm_tiny, model, dataclasses.replace(state, params=fewer))
 
