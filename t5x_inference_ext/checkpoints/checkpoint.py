@@ -91,8 +91,8 @@ def open_checkpoint(
   if header is not None:
     if rescale_logits is not None:
       raise CheckpointError(
-        f'rescale_logits is for T5X checkpoints: {path} was converted from one, and its queries '
-        'already include the choice made then'
+        f'rescale_logits is for T5X checkpoints: {path} is a serving checkpoint, whose scaling '
+        'of queries was fixed when it was converted'
       )
     return _from_serving(path, header, norm_scale, config)
   found = read_tree(path)

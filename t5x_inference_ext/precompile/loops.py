@@ -184,7 +184,7 @@ def _after_turn(module: Module, body: Computation, element: int) -> _Value | Non
 
 
 def _moves_by(module: Module, body: Computation, value: _Value) -> int:
-  """Return how far one turn moves a value; 0 if it does not move, or unpredictably."""
+  """Return the change of a value in one turn; 0 if it is constant or can't be predicted."""
   if value.element is None:
     return 0
   after = _after_turn(module, body, value.element)

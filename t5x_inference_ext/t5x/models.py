@@ -214,6 +214,6 @@ def _stock_bindings(configurable: Callable, *names: str) -> dict[str, Any]:
       bound = gin.get_bindings(configurable, resolve_references=False)
   except ValueError:  # no gin file names it
     return {}
-  # deepcopy of a gin reference makes its value. References of other parameters, such as the stock
-  # module, are not made.
+  # deepcopy evaluates a gin reference. References bound to other parameters, such as the stock
+  # module, are not evaluated.
   return {name: copy.deepcopy(bound[name]) for name in names if name in bound}
