@@ -231,10 +231,7 @@ def _check(
   arguments: Any,
   description: Mapping[str, Any],
 ) -> None:
-  """Raise SavedError if the header differs from this run; names the first difference.
-
-  If `arguments` is None, they are not compared.
-  """
+  """Raise SavedError for the header's first difference from this run; skips arguments of None."""
   here = _here(mesh)
   saved = {field: header_text(header[field]) for field in VERSIONS}
   versions = [(field, f'install {field} {text}, or {_AGAIN}') for field, text in saved.items()]
