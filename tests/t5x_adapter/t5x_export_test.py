@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 import seqio
@@ -20,6 +21,14 @@ pytest.importorskip(
 from t5x import export_lib  # noqa: E402
 
 LENGTHS = {'inputs': 24, 'targets': 24}
+
+
+@pytest.fixture(autouse=True)
+def unchecked_annotations():
+  """The batch of an exported program is a symbol, which annotations of sizes (`int`) leave out."""
+  jaxtyping.config.update('jaxtyping_disable', True)
+  yield
+  jaxtyping.config.update('jaxtyping_disable', False)
 
 
 def test_exported_model_answers(int8_checkpoint, tmp_path):

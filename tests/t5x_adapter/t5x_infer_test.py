@@ -69,7 +69,7 @@ def test_scores_equal_the_stock_models(mesh, layouts, palm_tiny, stock_rows, tmp
 
 @pytest.mark.parametrize('mode', ['predict', 'score'])
 def test_the_standalone_command_writes_the_same(mode, palm_tiny, stock_rows, tmp_path):
-  task_run.infer(
+  jobs = task_run.infer(
     mixture_or_task_name=inference_tasks.TASK,
     task_feature_lengths=inference_tasks.LENGTHS,
     checkpoint_path=str(palm_tiny),
@@ -79,6 +79,11 @@ def test_the_standalone_command_writes_the_same(mode, palm_tiny, stock_rows, tmp
     dtype='float32',
     batch_size=3,
   )
+  for job in jobs:
+    with job:
+      while not job.work.finished:
+        job.keep(job.work.step())
+      job.write()
   written = tmp_path / f'{inference_tasks.TASK}-{mode}.jsonl-00000-of-00001'
   rows, stock = (
     [json.loads(line) for line in written.read_text(encoding='utf-8').splitlines()],
