@@ -83,7 +83,8 @@ class KVCache:
     return Context(keys, values, self.lengths, shared_keys, shared_values, self.shared.lengths)
 
 
-def _positions(kv: LayersKV) -> int:
+def _positions(kv: Any) -> int:
+  """Return the positions of keys or values, which may be shapes alone."""
   return jax.tree.leaves(kv)[0].shape[-3]
 
 

@@ -228,7 +228,7 @@ def test_damaged_source_leaves_nothing_that_looks_finished(source, tmp_path):
     'out.unfinished'
   ]  # other arrays were converted
   for path in ('out.unfinished', 'out.unfinished/checkpoint'):
-    with pytest.raises(CheckpointError, match='has not finished'):
+    with pytest.raises(CheckpointError, match='an unfinished conversion'):
       open_checkpoint(tmp_path / 'deep' / path)
 
 
@@ -236,7 +236,7 @@ def test_a_user_s_directory_in_the_way_is_left_alone(source, tmp_path):
   mine = tmp_path / 'out.unfinished' / 'mine'
   mine.parent.mkdir()
   mine.write_text('mine')
-  with pytest.raises(CheckpointError, match='in the way'):
+  with pytest.raises(CheckpointError, match='was not left by an earlier conversion'):
     convert.convert(source, tmp_path / 'out')
   assert mine.read_text() == 'mine'
 
@@ -246,7 +246,7 @@ def test_two_conversions_into_one_directory(source, tmp_path):
   with contextlib.ExitStack() as shard:
     with first.setup():
       shard.enter_context(first.working(0))
-    with pytest.raises(CheckpointError, match='another conversion'):
+    with pytest.raises(CheckpointError, match='another process is converting into'):
       convert.convert(source, tmp_path / 'out')
     assert (pathlib.Path(first.root) / MARKER).exists()
 

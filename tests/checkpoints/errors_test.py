@@ -110,7 +110,7 @@ def test_damaged_orbax_metadata(tmp_path, metadata):
 
 def test_orbax_checkpoint_of_something_else(tmp_path):
   path = synthetic.write_orbax(tmp_path / 'c', SCANNED, prefix='params/')
-  fails(path, 'below target', 'params')
+  fails(path, 'no parameters under `target`', 'params')
 
 
 def test_partly_copied_orbax_checkpoint(tmp_path):
@@ -347,7 +347,7 @@ def test_names_in_orbax_metadata(tmp_path):
     tree = {name: {'key_metadata': keys[::-1], 'value_metadata': {}}}
     text = json.dumps({**metadata, 'tree_metadata': tree})
     (path / 'state' / '_METADATA').write_text(text)
-    message = fails(path, 'below target')
+    message = fails(path, 'no parameters under `target`')
     assert message.isprintable() and len(message) < 2000
 
 

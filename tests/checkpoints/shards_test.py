@@ -36,7 +36,7 @@ def test_the_last_shard_finishes(source, tmp_path):
   for shard in (2, 0):
     report = run(source, tmp_path / 'out', num_shards=3, shard_id=shard)
     assert not report.finished and not (tmp_path / 'out').exists()
-    with pytest.raises(CheckpointError, match='has not finished'):
+    with pytest.raises(CheckpointError, match='an unfinished conversion'):
       open_checkpoint(tmp_path / 'out.unfinished' / 'checkpoint')
   assert not run(
     source, tmp_path / 'out', num_shards=3, shard_id=2

@@ -215,7 +215,10 @@ def test_sizes_of_slices_and_of_what_is_held(palm_tiny, tmp_path, capsys, gin):
       ['--verify', '--output=b', '--report=r'],
       '--verify can be combined only with --output, --input and --workers',
     ),
-    (['--verify', '--output=b', '--gin.INPUT_CHECKPOINT="a"'], 'no gin flags'),
+    (
+      ['--verify', '--output=b', '--gin.INPUT_CHECKPOINT="a"'],
+      'can be combined only with --output, --input and --workers',
+    ),
   ],
 )
 def test_errors_are_one_line(tmp_path, monkeypatch, capsys, argv, words):

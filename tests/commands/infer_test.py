@@ -317,7 +317,7 @@ def test_batching_changes_no_row(complete):
   static, out = complete(prompts, *flags, '--batching=static', name='static.jsonl')
   assert 'refilled' not in out
   rows, out = complete(prompts, *flags, '--prefill_chunk=16', '--prefill_budget=1')
-  assert 'batch: 4 rows, refilled as they end' in out and 'shared: 28 first positions' in out
+  assert 'batch: 4 rows, refilled as they end' in out and 'shared: the first 28 positions' in out
   assert [{**r, 'score': 0} for r in rows] == [{**r, 'score': 0} for r in static]
   assert [r['score'] for r in rows] == pytest.approx([r['score'] for r in static], rel=1e-5)
 

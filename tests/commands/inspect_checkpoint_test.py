@@ -82,7 +82,7 @@ def test_nan(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-  'argv,words', [((), 'which checkpoint'), (('/no/such',), 'no such directory')]
+  'argv,words', [((), 'no checkpoint given'), (('/no/such',), 'no such directory')]
 )
 def test_errors(argv, words, capsys):
   code, _, err = inspect(capsys, *argv)

@@ -112,7 +112,7 @@ def test_help_teaches(capsys):
   out = capsys.readouterr().out
   for words in (
     '--slice=v4:4x4x4',
-    'exit code is 0 if it fits, 1 if it does not',
+    'exit code is 0 if the program fits, 1 if it does not',
     '--gin_file=',
     '--layout: ',
   ):

@@ -192,7 +192,7 @@ def test_keeps_exactly_the_right_sets(top_k, top_p):
   """
   logits = random_logits(16, 400, size=3)
   keep = np.array([kept(row, top_k, top_p) > 0 for row in logits])
-  k, p = np.full(16, top_k or 400, np.int32), np.full(16, top_p, np.float32)
+  k, p = jnp.full(16, top_k or 400, jnp.int32), jnp.full(16, top_p, jnp.float32)
   ways = [lambda noise: selection.draw_from_all(jnp.asarray(logits), noise, k, p, both=True)]
   if 0 < top_k < 256:
     top, ids = selection.most_likely(jnp.asarray(logits), 32)

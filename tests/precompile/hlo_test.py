@@ -83,7 +83,7 @@ def test_functions_that_an_instruction_comes_from(decode):
     ('HloModule m\n', 'no ENTRY computation'),
     ('ENTRY %m () -> f32[] {\n  surprise\n}\n', 'not an instruction'),
     ('ENTRY %m () -> q7[] {\n  ROOT %a = q7[] parameter(0)\n}\n', 'element type q7'),
-    ('ENTRY %m () -> f32[] {\n  ROOT %a = f32[] add(%b, (%c\n}\n', 'never closes'),
+    ('ENTRY %m () -> f32[] {\n  ROOT %a = f32[] add(%b, (%c\n}\n', 'a bracket is not closed'),
   ],
 )
 def test_text_that_is_not_understood(text, reason):

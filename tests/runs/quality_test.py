@@ -135,7 +135,7 @@ def test_report_of_a_conversion_with_a_task(palm_tiny, tmp_path, capsys, monkeyp
     (np.ones((2, 2)), 'whole numbers'),
     (np.full((2, 2), 384), 'token 384, outside the vocabulary of 384'),
     (np.full((2, 2), -1), 'token -1'),
-    (None, 'no .npy'),
+    (None, 'not a .npy file'),
   ],
 )
 def test_tokens_that_are_not(tmp_path, tokens, words):

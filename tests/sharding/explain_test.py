@@ -303,7 +303,7 @@ def test_remarks():
   assert 'prefill: 5 positions are padded to 8' in text
   assert (
     '* decode: attention splits neither rows nor heads nor positions over x; '
-    'all 2 devices along it do the same' in text.splitlines()
+    '2 devices along it do the same work' in text.splitlines()
   )
   assert 'B 3, T 1 ' in explain_text.explain(setting(MODELS['multiquery'], '1x1x1', batch=3))
   assert 'B 4 (3 rounded up for the mesh)' in explain_text.explain(
