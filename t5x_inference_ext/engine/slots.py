@@ -27,7 +27,6 @@ from t5x_inference_ext.model.chunks import constrain_cache, empty_cache
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
 from t5x_inference_ext.sharding import activations
-from t5x_inference_ext.sharding.layout import Axes
 
 
 @jax.tree_util.register_dataclass
@@ -112,14 +111,9 @@ def empty_prefill(
   return PrefillState(cache, _constrain_logits(model, logits))
 
 
-def logits_axes(model: Model, rows: int) -> Axes:
-  """Return the mesh axes that split the rows of the prefill's logits."""
-  return activations.sampling_axes(model.prefill_layout, rows, model.mesh.shape)
-
-
 def _constrain_logits(model: Model, logits: jax.Array) -> jax.Array:
   # Logits get one sharding in every call: another one would recompile the program that takes them.
-  spec = P(logits_axes(model, len(logits)))
+  spec = P(model.sampling_axes(len(logits)))
   return lax.with_sharding_constraint(logits, NamedSharding(model.mesh, spec))
 
 
@@ -187,7 +181,7 @@ def insert(
   )
   one = dataclasses.replace(one, keys=keys, values=values)
   cache = cache_rows.scatter_cache_row(model, slots.cache, weights, slot, one)
-  axes = logits_axes(model, prompts.logits.shape[0])
+  axes = model.sampling_axes(prompts.logits.shape[0])
   logits = cache_rows.gather_row(model, prompts.logits, axes, row)
   state = initial_state(row_params, prompt, length, model.config.vocab_size)
   state, chosen = advance(row_params, state, logits, length)

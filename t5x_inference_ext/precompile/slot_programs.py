@@ -98,7 +98,7 @@ def _abstract_prompts(
   room = engine_slots.prompt_room(model, rows, size)
   empty = functools.partial(engine_slots.empty_prefill, model, rows=rows, size=room, shared=None)
   made = jax.eval_shape(empty, weights)
-  sharding = NamedSharding(model.mesh, P(engine_slots.logits_axes(model, rows)))
+  sharding = NamedSharding(model.mesh, P(model.sampling_axes(rows)))
   logits: Any = jax.ShapeDtypeStruct(made.logits.shape, made.logits.dtype, sharding=sharding)
   return engine_slots.PrefillState(abstract_cache(model.prefilling, made.cache, weights), logits)
 
