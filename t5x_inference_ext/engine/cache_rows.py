@@ -25,10 +25,10 @@ def gather_row(model: Model, x: jax.Array, axes: Axes, row: jax.Array) -> jax.Ar
   """Return row `row` of x [B, ...], as [1, ...] on every device. `axes` split the rows of x."""
 
   def run(x: jax.Array, row: jax.Array) -> jax.Array:
-    local, mine = _local_index(x.shape[0], axes, row)
-    return _from_owner(lax.dynamic_slice_in_dim(x, local, 1, 0), axes, mine)
+    local, mine = local_index(x.shape[0], axes, row)
+    return from_owner(lax.dynamic_slice_in_dim(x, local, 1, 0), axes, mine)
 
-  return _per_shard(model, run, (P(axes), P()), P())(x, row)
+  return per_shard(model, run, (P(axes), P()), P())(x, row)
 
 
 def gather_cache_row(model: Model, cache: KVCache, weights: Weights, row: jax.Array) -> KVCache:
@@ -39,11 +39,11 @@ def gather_cache_row(model: Model, cache: KVCache, weights: Weights, row: jax.Ar
   axes, spec, row_spec = _specs(model, cache, weights)
 
   def run(cache: KVCache, row: jax.Array) -> KVCache:
-    local, mine = _local_index(cache.lengths.shape[0], axes, row)
-    return jax.tree.map(lambda x: _from_owner(x, axes, mine), kv_cache.read_local_row(cache, local))
+    local, mine = local_index(cache.lengths.shape[0], axes, row)
+    return jax.tree.map(lambda x: from_owner(x, axes, mine), kv_cache.read_local_row(cache, local))
 
   own = dataclasses.replace(cache, shared=None)
-  one = _per_shard(model, run, (spec, P()), row_spec)(own, row)
+  one = per_shard(model, run, (spec, P()), row_spec)(own, row)
   if cache.shared is None:
     return one
   lengths = gather_row(model, cache.shared.lengths, axes, row)
@@ -60,7 +60,7 @@ def scatter_cache_row(
   axes, spec, row_spec = _specs(model, cache, weights)
 
   def run(cache: KVCache, one: KVCache, row: jax.Array) -> KVCache:
-    local, mine = _local_index(cache.lengths.shape[0], axes, row)
+    local, mine = local_index(cache.lengths.shape[0], axes, row)
     if ops.axis_size(axes) > 1:
       # Other shards write back what they already have, so that the update stays in place.
       old = kv_cache.read_local_row(cache, local)
@@ -72,7 +72,7 @@ def scatter_cache_row(
   def without_shared(cache: KVCache) -> KVCache:
     return dataclasses.replace(cache, shared=None)
 
-  new = _per_shard(model, run, (spec, row_spec, P()), spec)(
+  new = per_shard(model, run, (spec, row_spec, P()), spec)(
     without_shared(cache), without_shared(one), row
   )
   if cache.shared is None or one.shared is None:
@@ -94,7 +94,7 @@ def _specs(model: Model, cache: KVCache, weights: Weights) -> tuple[Axes, Any, A
   return sharding.attention_rows, spec, row_spec
 
 
-def _local_index(rows: int, axes: Axes, row: jax.Array) -> tuple[jax.Array, jax.Array]:
+def local_index(rows: int, axes: Axes, row: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Return a row's index among this shard's `rows`, and whether the shard has the row.
 
   On a shard without the row, the index is arbitrary but valid.
@@ -103,14 +103,15 @@ def _local_index(rows: int, axes: Axes, row: jax.Array) -> tuple[jax.Array, jax.
   return jnp.clip(index, 0, rows - 1), (index >= 0) & (index < rows)
 
 
-def _from_owner(x: jax.Array, axes: Axes, mine: jax.Array) -> jax.Array:
+def from_owner(x: jax.Array, axes: Axes, mine: jax.Array) -> jax.Array:
   """Return x of the only shard where `mine` is true, on every shard."""
   if ops.axis_size(axes) == 1:
     return x
   return ops.all_reduce(jnp.where(mine, x, jnp.zeros_like(x)), axes)
 
 
-def _per_shard(model: Model, run: Callable, in_specs: Any, out_specs: Any) -> Callable:
+def per_shard(model: Model, run: Callable, in_specs: Any, out_specs: Any) -> Callable:
+  """Return `run` on every shard, as a function of whole arrays. See jax.shard_map."""
   return jax.shard_map(
     run, mesh=model.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
   )

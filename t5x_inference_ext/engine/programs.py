@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from t5x_inference_ext.engine import conversation_steps, slots, static_batch
+from t5x_inference_ext.engine import conversation_steps, prefix_store, slots, static_batch
 from t5x_inference_ext.engine.saved_generation import GenerationShape, SavedGeneration
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model import chunks
@@ -53,6 +53,11 @@ prefill_chunk = _compiled(slots.prefill_chunk, donated=('prompts',))
 insert = _compiled(slots.insert, donated=('slots',))
 decode_steps = _compiled(slots.decode_steps, static=('most',), donated=('slots',))
 share_row = _compiled(chunks.share_row, static=('row', 'length', 'to', 'rows'))
+
+# Beginnings of earlier prompts (engine.prefix_store).
+empty_store = _compiled(prefix_store.empty_store, static=('rows', 'blocks', 'block_size'))
+load_blocks = _compiled(prefix_store.load_blocks, donated=('prompts',))
+save_blocks = _compiled(prefix_store.save_blocks, donated=('store',))
 
 # Conversations (engine.conversation).
 empty_cache = _compiled(chunks.empty_cache, static=('rows', 'size'))

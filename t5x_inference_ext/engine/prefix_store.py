@@ -1,0 +1,273 @@
+"""Blocks of keys and values that earlier prompts left, on the devices.
+
+The blocks are in the prefill layout, beside the prompts that are being prefilled
+(slots.PrefillState): copies between the two move heads nowhere. A store has no rows, so shards that
+split the prompts' rows each have all of it: loading a block is a local copy, and saving one sends
+it from the shard that has the row to the others. engine/prefix_tree.py decides what a block holds;
+engine/programs.py compiles the functions of the devices.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+
+from t5x_inference_ext.engine import cache_rows
+from t5x_inference_ext.engine.slots import PrefillState
+from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.model.cache import KeysValues, KVCache, LayersKV
+from t5x_inference_ext.model.transformer import Model
+from t5x_inference_ext.model.weights import Weights
+from t5x_inference_ext.quantization.kv import KV, tile_positions, to_cache
+from t5x_inference_ext.sharding.layout import Axes
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PrefixStore:
+  """Rotated keys, and values, of all layers, in blocks of P positions.
+
+  Attributes:
+    keys: [L, N, P, K, Q], or a tuple of L arrays [N, P, K, Q] if the layers are unrolled. N is the
+      number of blocks, K is that of the prompts' cache.
+    values: Like keys.
+  """
+
+  keys: LayersKV
+  values: LayersKV
+
+  @property
+  def block_size(self) -> int:
+    """P, the positions of a block."""
+    return jax.tree.leaves(self.keys)[0].shape[-3]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BlockCopies:
+  """Up to M blocks to copy between prompts' rows and the store.
+
+  Attributes:
+    rows: [M] int32. Row of the prompts.
+    indices: [M] int32. Index of the block in the prompt: it begins at position `index` * P.
+    blocks: [M] int32. Index of the block in the store.
+    count: Scalar int32. How many of the M are meant: the first ones.
+  """
+
+  rows: Any
+  indices: Any
+  blocks: Any
+  count: Any
+
+
+def block_copies(copies: Sequence[tuple[int, int, int]], most: int) -> list[BlockCopies]:
+  """Return arguments for calls of load_blocks or save_blocks that make all copies.
+
+  Args:
+    copies: (row, index, block) of each copy, in order.
+    most: M, how many copies a call has room for.
+  """
+  calls = []
+  for first in range(0, len(copies), most):
+    part = np.zeros((most, 3), np.int32)
+    some = copies[first : first + most]
+    part[: len(some)] = some
+    calls.append(BlockCopies(*np.ascontiguousarray(part.T), count=np.int32(len(some))))
+  return calls
+
+
+def empty_store(
+  model: Model, weights: Weights, rows: int, blocks: int, block_size: int
+) -> PrefixStore:
+  """Return a store of zeros.
+
+  Args:
+    model: Decides mesh and layouts.
+    weights: Weights. If they are stacked, the store is too; else it has an array per layer.
+    rows: R, rows of the prompts. The sharding of heads may depend on them.
+    blocks: N.
+    block_size: P. For an int8 cache, a multiple of its tiles.
+
+  Raises:
+    RequestError: The block size is not a multiple of the tiles.
+  """
+  tile = tile_positions(model.cache_dtype)
+  if block_size % tile:
+    raise RequestError(
+      f'blocks of {block_size} positions cut the tiles of an {model.cache_dtype} cache: use a '
+      f'multiple of {tile}'
+    )
+  sharding, config = model.prefilling.cache_sharding(rows), model.config
+  lead = (config.num_layers,) if weights.stacked else ()
+  shape = (*lead, blocks, block_size, len(sharding.heads.cached()), config.d_head)
+
+  def zeros() -> KV:
+    return to_cache(jnp.zeros(shape), model.cache_dtype)
+
+  def layers() -> LayersKV:
+    return zeros() if weights.stacked else tuple(zeros() for _ in range(config.num_layers))
+
+  _, _, store_spec = _specs(model, weights, rows)
+  return _constrained(model, PrefixStore(layers(), layers()), store_spec)
+
+
+def bytes_per_block(model: Model, weights: Weights, rows: int, block_size: int) -> int:
+  """Return the bytes that a block of a store takes on each device, without a chip's padding.
+
+  Args:
+    model: Decides mesh and layouts.
+    weights: Weights, or their shapes.
+    rows: R, rows of the prompts.
+    block_size: P, positions of a block.
+  """
+  make = functools.partial(empty_store, model, rows=rows, blocks=1, block_size=block_size)
+  _, _, spec = _specs(model, weights, rows)
+
+  def layer_bytes(spec: P, arrays: Any) -> int:  # all arrays of a layer's keys, or values
+    local = NamedSharding(model.mesh, spec).shard_shape
+    return sum(math.prod(local(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(arrays))
+
+  sizes = jax.tree.map(layer_bytes, spec, jax.eval_shape(make, weights))
+  return sum(jax.tree.leaves(sizes))
+
+
+def blocks_for(budget: int, model: Model, weights: Weights, rows: int, block_size: int) -> int:
+  """Return how many blocks fit into `budget` bytes on each device. See bytes_per_block."""
+  return max(0, budget) // bytes_per_block(model, weights, rows, block_size)
+
+
+def load_blocks(
+  model: Model, prompts: PrefillState, weights: Weights, store: PrefixStore, copies: BlockCopies
+) -> PrefillState:
+  """Copy blocks of the store into the beginnings of prompts.
+
+  A row's length becomes the end of the last block that is copied into it. Other rows stay as they
+  are.
+
+  Args:
+    model: Decides mesh and layouts.
+    prompts: The prompts, without a shared prefix.
+    weights: Weights, for their shapes and shardings.
+    store: The store.
+    copies: What to copy. A row's blocks come in the order of their indices, from 0 on.
+
+  Raises:
+    RequestError: A prompt has less room than a block.
+  """
+  axes, spec, store_spec = _specs(model, weights, len(prompts.logits))
+  size = _block_size(prompts, store)
+
+  def run(cache: KVCache, store: PrefixStore, copies: BlockCopies) -> KVCache:
+    rows = len(cache.lengths)
+
+    def load(i: jax.Array, cache: KVCache) -> KVCache:
+      row, mine = cache_rows.local_index(rows, axes, copies.rows[i])
+      # Tiles are whole: the compiler sees that, because the multiplication comes last.
+      start = copies.indices[i] * size
+      old = _read((cache.keys, cache.values), row, start, size)
+      new = _read((store.keys, store.values), copies.blocks[i], 0, size)
+      # A shard without the row writes back what it has, so that the update stays in place.
+      new = jax.tree.map(lambda x, old: jnp.where(mine, x, old), new, old)
+      keys, values = _write((cache.keys, cache.values), new, row, start)
+      length = jnp.where(mine, start + size, cache.lengths[row])
+      return KVCache(keys, values, cache.lengths.at[row].set(length))
+
+    return lax.fori_loop(0, copies.count, load, cache)
+
+  inputs = spec, store_spec, P()
+  cache = cache_rows.per_shard(model, run, inputs, spec)(prompts.cache, store, copies)
+  return PrefillState(_constrained(model, cache, spec), prompts.logits)
+
+
+def save_blocks(
+  model: Model, store: PrefixStore, weights: Weights, prompts: PrefillState, copies: BlockCopies
+) -> PrefixStore:
+  """Copy blocks of prompts into the store.
+
+  Args:
+    model: Decides mesh and layouts.
+    store: The store.
+    weights: Weights, for their shapes and shardings.
+    prompts: The prompts, without a shared prefix.
+    copies: What to copy. The positions of each block are prefilled.
+
+  Raises:
+    RequestError: A prompt has less room than a block.
+  """
+  axes, spec, store_spec = _specs(model, weights, len(prompts.logits))
+  size = _block_size(prompts, store)
+
+  def run(store: PrefixStore, cache: KVCache, copies: BlockCopies) -> PrefixStore:
+    rows = len(cache.lengths)
+
+    def save(i: jax.Array, store: PrefixStore) -> PrefixStore:
+      row, mine = cache_rows.local_index(rows, axes, copies.rows[i])
+      block = _read((cache.keys, cache.values), row, copies.indices[i] * size, size)
+      block = jax.tree.map(lambda x: cache_rows.from_owner(x, axes, mine), block)
+      return PrefixStore(*_write((store.keys, store.values), block, copies.blocks[i], 0))
+
+    return lax.fori_loop(0, copies.count, save, store)
+
+  inputs = store_spec, spec, P()
+  store = cache_rows.per_shard(model, run, inputs, store_spec)(store, prompts.cache, copies)
+  return _constrained(model, store, store_spec)
+
+
+def _read(kv: KeysValues, row: jax.Array, start: jax.Array | int, size: int) -> KeysValues:
+  """Return `size` positions of one row, or block, of this shard: [.., 1, size, K, Q]."""
+
+  def read(x: jax.Array) -> jax.Array:
+    lead = x.ndim - 4
+    shape = (*x.shape[:lead], 1, size, *x.shape[-2:])
+    return lax.dynamic_slice(x, (*(0,) * lead, row, start, 0, 0), shape)
+
+  return jax.tree.map(read, kv)
+
+
+def _write(kv: KeysValues, new: KeysValues, row: jax.Array, start: jax.Array | int) -> KeysValues:
+  """Write what `_read` returned at a row, or block, of this shard."""
+
+  def write(x: jax.Array, new: jax.Array) -> jax.Array:
+    return lax.dynamic_update_slice(x, new, (*(0,) * (x.ndim - 4), row, start, 0, 0))
+
+  return jax.tree.map(write, kv, new)
+
+
+def _block_size(prompts: PrefillState, store: PrefixStore) -> int:
+  assert prompts.cache.shared is None
+  if store.block_size > prompts.cache.size:
+    raise RequestError(
+      f'a block of {store.block_size} positions does not fit into prompts of '
+      f'{prompts.cache.size}: use smaller blocks, or no prefix cache'
+    )
+  return store.block_size
+
+
+def _specs(model: Model, weights: Weights, rows: int) -> tuple[Axes, KVCache, PrefixStore]:
+  """Return the axes that split prompts' rows, and the PartitionSpecs of prompts and of the store.
+
+  One spec stands for all arrays of a layer's keys: for int8, both units and scales.
+  """
+  sharding = model.prefilling.cache_sharding(rows)
+  spec = model.prefilling.cache_spec(sharding, weights)
+
+  def without_rows(spec: P) -> P:
+    return P(*spec[:-4], None, *spec[-3:])
+
+  kv = jax.tree.map(without_rows, spec.keys, is_leaf=lambda s: isinstance(s, P))
+  return sharding.attention_rows, spec, PrefixStore(kv, kv)
+
+
+def _constrained(model: Model, tree: Any, specs: Any) -> Any:
+  def constrain(spec: P, x: Any) -> Any:  # all arrays of a layer's keys, or values
+    return lax.with_sharding_constraint(x, NamedSharding(model.mesh, spec))
+
+  return jax.tree.map(constrain, specs, tree)

@@ -1,0 +1,271 @@
+"""Beginnings of earlier prompts: a tree over blocks of token ids, on the host.
+
+A node stands for P tokens that follow those of its parent. It owns one block of the prefix store
+(engine/prefix_store.py), which holds the keys and values of these P positions. Keys and values of
+a position depend on all tokens before it, so a block is found by its path from the root alone.
+
+When the store is full, the least recently used leaf goes. Every use of a node is a later use of its
+parent, so a list in the order of use has children before their parents, and the first node in it is
+a leaf: eviction searches nothing.
+"""
+
+import collections
+from collections.abc import Hashable, Iterator, Sequence
+import dataclasses
+
+
+@dataclasses.dataclass(eq=False)
+class Node:
+  """P tokens after those of the parent, and their block.
+
+  Attributes:
+    key: The P token ids; for a root, which has no block, (salt,).
+    parent: The node before; None for a root.
+    block: Index of the block in the store; -1 for a root and for a node that is no longer in the
+      tree.
+    depth: Index of the block in every prompt that begins with it; -1 for a root.
+    children: The nodes after this one, by key.
+    pins: How often this node or one after it is pinned.
+  """
+
+  key: tuple[Hashable, ...]
+  parent: 'Node | None'
+  block: int
+  depth: int
+  children: dict[tuple[Hashable, ...], 'Node'] = dataclasses.field(default_factory=dict)
+  pins: int = 0
+
+  def path(self) -> Iterator['Node']:
+    """Yield this node, its parent and so on, without the root."""
+    node = self
+    while node.parent is not None:
+      yield node
+      node = node.parent
+
+
+class PrefixTree:
+  """Which block holds which beginning of a prompt.
+
+  The tree is for one set of weights: whoever changes them calls `clear`. Everything else that
+  changes keys and values (an adapter), or who may see them (a tenant), is the `salt` of a prompt:
+  any hashable value. Prompts of different salts share nothing.
+
+  Args:
+    blocks: Number of blocks in the store.
+    block_size: P, positions of a block.
+
+  Attributes:
+    queries: Calls of `match`.
+    hits: Calls of `match` that found a block or more.
+    query_tokens: Tokens of all prompts that were looked up.
+    hit_tokens: Positions that were found, of these.
+    stored: Nodes that were made.
+    evictions: Nodes that went, to make room for others or by `clear`.
+  """
+
+  def __init__(self, blocks: int, block_size: int) -> None:
+    self.blocks, self.block_size = blocks, block_size
+    self.queries = self.hits = self.query_tokens = self.hit_tokens = 0
+    self.stored = self.evictions = 0
+    self._reset()
+
+  def _reset(self) -> None:
+    self._roots: dict[Hashable, Node] = {}
+    self._free = list(range(self.blocks))[::-1]
+    # Nodes that are not pinned, in the order of their last use.
+    self._unpinned: collections.OrderedDict[Node, None] = collections.OrderedDict()
+
+  @property
+  def used(self) -> int:
+    """Number of blocks in use."""
+    return self.blocks - len(self._free)
+
+  def match(self, tokens: Sequence[int], salt: Hashable = ()) -> list[Node]:
+    """Find the longest stored beginning of a prompt, and mark it as used.
+
+    Args:
+      tokens: The prompt, BOS first. Its last token is never part of the beginning, because
+        somebody has to compute the logits after it.
+      salt: Separates prompts that must not share.
+
+    Returns:
+      The nodes of the beginning, from the first block on. They stay in the tree until the next
+      `extend`, or, if the last one is pinned, until it is unpinned.
+    """
+    path = self._find(tokens, salt, max(0, len(tokens) - 1) // self.block_size)
+    self.queries += 1
+    self.hits += bool(path)
+    self.query_tokens += len(tokens)
+    self.hit_tokens += len(path) * self.block_size
+    if path:
+      self._use(path[-1])
+    return path
+
+  def extend(self, tokens: Sequence[int], salt: Hashable = ()) -> list[Node]:
+    """Add the whole blocks of a prompt that are not in the tree yet, as many as find room.
+
+    Whoever calls this must save each new node's block (block number `depth` of the prompt) before
+    the next prompt is looked up.
+
+    Args:
+      tokens: The prompt, BOS first. All its keys and values are known.
+      salt: Separates prompts that must not share.
+
+    Returns:
+      The new nodes, in the order of their blocks in the prompt.
+    """
+    wanted = len(tokens) // self.block_size
+    path = self._find(tokens, salt, wanted)
+    # Eviction may remove a root that has no children for a moment: it is entered again below.
+    root = self._roots.get(salt) or Node((salt,), None, -1, -1)
+    last = path[-1] if path else root
+    self._pin(last)  # eviction must spare what the new nodes follow
+    made: list[Node] = []
+    for depth in range(len(path), wanted):
+      block = self._take_block()
+      if block is None:
+        break
+      node = Node(self._key(tokens, depth), last, block, depth)
+      last.children[node.key] = node
+      # The pin moves on to the new node: pins include those of the nodes after.
+      node.pins, last = 1, node
+      made.append(node)
+    self.stored += len(made)
+    self._unpin(last)
+    if root.children:
+      self._roots[salt] = root
+    return made
+
+  def pin(self, node: Node) -> None:
+    """Keep a node, and so all nodes before it, until `unpin`. Pins are counted.
+
+    Raises:
+      ValueError: The node is not in the tree.
+    """
+    if node.block < 0:
+      raise ValueError('this node is no longer in the tree: pin it before the next call of extend')
+    self._pin(node)
+
+  def unpin(self, node: Node) -> None:
+    """Undo one call of `pin`. The node counts as used now.
+
+    Raises:
+      ValueError: The node is not pinned.
+    """
+    if node.pins < 1:
+      raise ValueError('this node is not pinned')
+    self._unpin(node)
+
+  def clear(self) -> None:
+    """Forget all beginnings, pinned ones too. Nodes of before must not be unpinned afterwards."""
+    for node in self._nodes():
+      node.block, node.pins = -1, 0
+    self.evictions += self.used
+    self._reset()
+
+  def check(self) -> list[str]:
+    """Return what does not add up in the tree's books, a sentence each; [] if all is well."""
+    faults: list[str] = []
+    nodes = list(self._nodes())
+    held = sorted([node.block for node in nodes] + self._free)
+    if held != list(range(self.blocks)):
+      faults.append(
+        f'{len(nodes)} nodes and {len(self._free)} free blocks are not each of {self.blocks} '
+        'blocks once'
+      )
+    if self.stored - self.evictions != len(nodes):
+      faults.append(
+        f'{len(nodes)} nodes are in the tree, of {self.stored} made and {self.evictions} evicted'
+      )
+    if not self.hits <= self.queries or not self.hit_tokens <= self.query_tokens:
+      faults.append(
+        f'{self.hits} hits with {self.hit_tokens} tokens in {self.queries} queries with '
+        f'{self.query_tokens}'
+      )
+    for salt, root in self._roots.items():
+      if root.key != (salt,) or (root.parent, root.block, root.depth, root.pins) != (
+        None,
+        -1,
+        -1,
+        0,
+      ):
+        faults.append('a root is not what its salt says')
+      if not root.children:
+        faults.append('a root has no nodes after it')
+    for node in nodes:
+      faults += self._check_node(node)
+    # A parent is used whenever a child is: it is behind all its children in the order of use.
+    order = {node: i for i, node in enumerate(self._unpinned)}
+    if order.keys() != {node for node in nodes if not node.pins}:
+      faults.append(f'{len(order)} nodes in the order of use are not those without a pin')
+    for node, i in order.items():
+      if order.get(node.parent, len(order)) <= i:  # type: ignore[call-overload]
+        faults.append(f'the node of block {node.block} was used after its parent')
+    return faults
+
+  def _check_node(self, node: Node) -> list[str]:
+    what, faults = f'the node of block {node.block}', []
+    if len(node.key) != self.block_size:
+      faults.append(f'{what} has {len(node.key)} tokens, not {self.block_size}')
+    if node.parent is None or node.parent.children.get(node.key) is not node:
+      faults.append(f'{what} is not among the children of its parent')
+    elif node.depth != node.parent.depth + 1:
+      faults.append(f'{what} has depth {node.depth}, its parent {node.parent.depth}')
+    if node.pins < sum(child.pins for child in node.children.values()):
+      faults.append(f'{what} has fewer pins than the nodes after it')
+    return faults
+
+  def _nodes(self) -> Iterator[Node]:
+    """Yield all nodes but the roots."""
+    left = [node for root in self._roots.values() for node in root.children.values()]
+    while left:
+      node = left.pop()
+      left.extend(node.children.values())
+      yield node
+
+  def _key(self, tokens: Sequence[int], depth: int) -> tuple[Hashable, ...]:
+    return tuple(tokens[depth * self.block_size : (depth + 1) * self.block_size])
+
+  def _find(self, tokens: Sequence[int], salt: Hashable, most: int) -> list[Node]:
+    """Return the stored nodes of a prompt's first `most` blocks."""
+    path: list[Node] = []
+    node = self._roots.get(salt)
+    while node is not None and len(path) < most:
+      node = node.children.get(self._key(tokens, len(path)))
+      if node is not None:
+        path.append(node)
+    return path
+
+  def _use(self, node: Node) -> None:
+    """Mark a node, and then those before it, as the latest in use."""
+    for each in node.path():
+      if not each.pins:
+        self._unpinned.move_to_end(each)
+
+  def _pin(self, node: Node) -> None:
+    for each in node.path():
+      self._unpinned.pop(each, None)
+      each.pins += 1
+
+  def _unpin(self, node: Node) -> None:
+    for each in node.path():
+      each.pins -= 1
+      if not each.pins:
+        self._unpinned[each] = None
+
+  def _take_block(self) -> int | None:
+    """Return a free block, if need be that of the least recently used leaf."""
+    if self._free:
+      return self._free.pop()
+    if not self._unpinned:
+      return None
+    node, _ = self._unpinned.popitem(last=False)
+    block, node.block = node.block, -1
+    parent = node.parent
+    assert parent is not None and not node.children
+    del parent.children[node.key]
+    if parent.parent is None and not parent.children:
+      # There may be as many salts as requests: their roots must not pile up.
+      del self._roots[parent.key[0]]
+    self.evictions += 1
+    return block
