@@ -1,34 +1,59 @@
-"""Prompts that wait for a slot: prefilled in groups, chunk by chunk."""
+"""Prompts that wait for a slot: prefilled in groups, chunk by chunk, after what is cached of them."""
 
 import collections
+from collections.abc import Hashable, Sequence
 import dataclasses
 
 import numpy as np
 
-from t5x_inference_ext.engine import programs, shared_prefix
+from t5x_inference_ext.engine import programs
 from t5x_inference_ext.engine import slots as device
-from t5x_inference_ext.engine.request import Request
-from t5x_inference_ext.engine.scheduler_config import SchedulerConfig, chunk_sizes
-from t5x_inference_ext.model.cache import Shared
+from t5x_inference_ext.engine.prefix_cache import PrefixCache
+from t5x_inference_ext.engine.prefix_tree import Node
+from t5x_inference_ext.engine.rows import Row
+from t5x_inference_ext.engine.scheduler_config import SchedulerConfig, next_chunk
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
 
 
-@dataclasses.dataclass(frozen=True)
-class ReadySample:
-  """A sample whose prompt is prefilled.
+@dataclasses.dataclass(eq=False)
+class Prompt:
+  """A prompt to prefill, and the rows that continue it.
 
   Attributes:
-    row: Row of the prefill state that holds the prompt.
-    index: Index of the request.
-    request: The request.
-    sample: Index of the sample within the request.
+    tokens: Model inputs. Those of a preempted row include the tokens that it generated.
+    rows: The samples of the request; for a preempted row, only the row itself.
+    path: Nodes of the prefix tree for the beginning that other rows have too.
   """
 
-  row: int
-  index: int
-  request: Request
-  sample: int
+  tokens: tuple[int, ...]
+  rows: Sequence[Row]
+  path: list[Node] = dataclasses.field(default_factory=list)
+
+  @property
+  def salt(self) -> Hashable:
+    """Anything besides the tokens that keys and values depend on."""
+    return self.rows[0].handle.request.salt
+
+  @property
+  def finished(self) -> bool:
+    """Whether no row needs the prompt any more."""
+    return all(row.finished for row in self.rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadyRow:
+  """A row whose prompt is prefilled.
+
+  Attributes:
+    place: Row of the prefill state that holds the prompt.
+    prompt: The prompt.
+    row: The row.
+  """
+
+  place: int
+  prompt: Prompt
+  row: Row
 
 
 class Prefiller:
@@ -38,74 +63,83 @@ class Prefiller:
     model: Decides mesh and layouts.
     weights: Weights on that mesh.
     config: Sizes that the programs are compiled for.
-    shared: Tokens of the shared prefix, BOS included, or () for none.
+    prefixes: What earlier prompts left, or None.
 
   Attributes:
     state: The prompts' cache and logits, on the devices.
-    ready: Samples that wait for a slot, in order. Their prompts stay in `state` until the next
-      group begins, so all of them must be inserted before that.
+    ready: Rows that wait for a slot, in order. Their prompts stay in `state` until the next group
+      begins, so all of them must be inserted before that.
     positions: Positions that prefill passes have processed so far, padding included.
     tokens: Number of prompt tokens among these positions.
   """
 
   def __init__(
-    self, model: Model, weights: Weights, config: SchedulerConfig, shared: tuple[int, ...]
+    self, model: Model, weights: Weights, config: SchedulerConfig, prefixes: PrefixCache | None
   ) -> None:
-    self._model, self._weights, self._config, self._shared = model, weights, config, shared
-    self._chunks = chunk_sizes(config)
-    self.room = device.prompt_room(
-      model, config.prefill_rows, max(config.rest_size, self._chunks[-1])
-    )
-    self.ready: collections.deque[ReadySample] = collections.deque()
+    self._model, self._weights, self._config, self._prefixes = model, weights, config, prefixes
+    self._sizes, self._reads = config.chunk_sizes, config.prefill_reads
+    room = device.prompt_room(model, config.prefill_rows, max(config.max_length, self._sizes[-1]))
+    self.state = programs.empty_prefill(model, weights, config.prefill_rows, room)
+    self.ready: collections.deque[ReadyRow] = collections.deque()
     self.positions = self.tokens = 0
-    self._left = 0
-
-  def allocate(self, shared_cache: Shared | None) -> None:
-    """Make the empty prefill state. `shared_cache` is the shared prefix in the prefill layout."""
-    self.state = programs.empty_prefill(
-      self._model, self._weights, self._config.prefill_rows, self.room, shared_cache
-    )
+    self._group: list[Prompt] = []
+    self._starts: list[int] = []
+    self._done = self._left = 0
 
   @property
   def active(self) -> bool:
     """Whether the group has positions left to prefill."""
     return self._left > 0
 
-  def clear(self) -> None:
-    """Drop the group and the ready samples."""
-    self.ready.clear()
-    self._left = 0
-
-  def begin(self, members: list[tuple[int, Request]]) -> None:
-    """Begin the next group of 1 to `prefill_rows` prompts, given as pairs (index, request)."""
-    starts = [shared_prefix.common_length(self._shared, r.tokens) for _, r in members]
-    self._members = [(*member, start) for member, start in zip(members, starts)]
+  def begin(self, group: list[Prompt]) -> None:
+    """Begin the next group of 1 to `prefill_rows` prompts, after what is cached of them."""
+    self._group = group
+    starts = np.zeros(self._config.prefill_rows, np.int32)
+    if self._prefixes is not None:
+      for place, prompt in enumerate(group):
+        prompt.path = self._prefixes.match(prompt.tokens, prompt.salt)
+        starts[place] = len(prompt.path) * self._config.block_size
+    self.state = programs.start_prefill(self._model, self.state, self._weights)
+    if self._prefixes is not None:
+      self.state = self._prefixes.load(self.state, [prompt.path for prompt in group])
+    self._starts = starts[: len(group)].tolist()
     self._done = 0
-    self._left = max(len(r.tokens) - start for (_, r), start in zip(members, starts))
-    lengths = np.zeros(self._config.prefill_rows, np.int32)
-    lengths[: len(starts)] = starts
-    self.state = programs.start_prefill(
-      self._model, self.state, self._weights, *programs.put(self._model, lengths)
-    )
+    self._left = max(len(p.tokens) - start for p, start in zip(group, self._starts))
 
   def chunk(self) -> int:
     """Prefill the next chunk of each prompt of the group; return how many positions were run."""
-    size = next((c for c in self._chunks if c >= self._left), self._chunks[-1])
+    size = next_chunk(self._sizes, self._left)
     tokens = np.zeros((self._config.prefill_rows, size), np.int32)
     counts = np.zeros(self._config.prefill_rows, np.int32)
-    for row, (_, request, start) in enumerate(self._members):
+    cached = 0
+    for place, (prompt, start) in enumerate(zip(self._group, self._starts)):
       first = start + self._done
-      chunk = request.tokens[first : first + size]
-      tokens[row, : len(chunk)], counts[row] = chunk, len(chunk)
+      chunk = prompt.tokens[first : first + size]
+      tokens[place, : len(chunk)], counts[place] = chunk, len(chunk)
+      cached = max(cached, min(first, len(prompt.tokens)))
+    read = next(n for n in self._reads if n >= cached)
     self.state = programs.prefill_chunk(
-      self._model, self.state, self._weights, *programs.put(self._model, tokens, counts)
+      self._model, self.state, self._weights, tokens, counts, read=read
     )
     self._done += size
     self._left -= size
     self.positions += tokens.size
     self.tokens += int(counts.sum())
     if self._left <= 0:
-      for row, (index, request, _) in enumerate(self._members):
-        samples = range(len(request.seeds))
-        self.ready.extend(ReadySample(row, index, request, sample) for sample in samples)
+      self._finish()
     return tokens.size
+
+  def drop(self) -> None:
+    """End the group if no row needs its prompts any more."""
+    if self.active and all(prompt.finished for prompt in self._group):
+      self._left = 0
+
+  def _finish(self) -> None:
+    """Keep the prompts' blocks for later prompts, and make their rows ready."""
+    if self._prefixes is not None:
+      self._prefixes.save(self.state, [(p.tokens, p.salt) for p in self._group])
+      for prompt in self._group:
+        if len(prompt.rows) > 1:  # the samples share all of the prompt
+          prompt.path = self._prefixes.tree.find(prompt.tokens, prompt.salt)
+    for place, prompt in enumerate(self._group):
+      self.ready.extend(ReadyRow(place, prompt, row) for row in prompt.rows)

@@ -101,6 +101,10 @@ class PrefixTree:
       self._use(path[-1])
     return path
 
+  def find(self, tokens: Sequence[int], salt: Hashable = ()) -> list[Node]:
+    """Return the nodes of all whole blocks of a prompt that are stored; count and mark nothing."""
+    return self._find(tokens, salt, len(tokens) // self.block_size)
+
   def extend(self, tokens: Sequence[int], salt: Hashable = ()) -> list[Node]:
     """Add the whole blocks of a prompt that are not in the tree yet, as many as find room.
 

@@ -1,11 +1,21 @@
-"""The engine's inputs and outputs: requests, events, completions."""
+"""The engine's inputs and outputs: requests, their handles, events, finished samples."""
 
+from collections.abc import Hashable
 import dataclasses
-from typing import NamedTuple
+import enum
+from typing import Literal, NamedTuple
 
 from t5x_inference_ext.engine.sampling import SamplingParams
 
 TopLogProbs = list[tuple[int, float]]
+
+# The reason why a sample has ended:
+#   eos: it chose a token that ends rows.
+#   stop: its tokens end in a stop sequence, or its text holds a stop text.
+#   length: it has as many new tokens as its limit.
+#   cancelled: someone cancelled its request.
+#   error: it can't go on; the event's `error` says why. No other row is affected.
+FinishReason = Literal['eos', 'stop', 'length', 'cancelled', 'error']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,16 +23,57 @@ class Request:
   """A prompt to continue.
 
   Attributes:
-    tokens: Model inputs: BOS, then the prompt.
+    tokens: Model inputs: BOS if the model has one, then the prompt.
     seeds: One seed for each sample; the samples share the prompt's prefill.
     limit: Most new tokens of each sample.
     sampling: How tokens are chosen, and what ends a sample.
+    end_ids: Token ids that end a sample; None: those of the scheduler's config.
+    stop_texts: Texts that end a sample. They are found in its text and cut from it. Needs a
+      scheduler with a vocabulary.
+    text: Whether events carry text. Needs a scheduler with a vocabulary.
+    top_log_probs: How many of the most likely tokens are returned with each token.
+    salt: Anything besides the tokens that keys and values depend on, or a tenant's name: only
+      requests with equal salts share cached prefixes.
   """
 
   tokens: tuple[int, ...]
   seeds: tuple[int, ...] = (0,)
   limit: int = 64
   sampling: SamplingParams = SamplingParams()
+  end_ids: tuple[int, ...] | None = None
+  stop_texts: tuple[str, ...] = ()
+  text: bool = False
+  top_log_probs: int = 0
+  salt: Hashable = None
+
+
+class RequestState(enum.Enum):
+  """The state of a request in a scheduler."""
+
+  WAITING = 'waiting'
+  PREFILLING = 'prefilling'
+  DECODING = 'decoding'
+  FINISHED = 'finished'
+
+
+@dataclasses.dataclass(eq=False)
+class Handle:
+  """A request in a scheduler, as the caller sees it.
+
+  Attributes:
+    index: Number of the request, in the order of submission.
+    request: The request.
+    state: FINISHED once all of its samples have ended. Preempted samples are WAITING again.
+    finish_reasons: Why each sample has ended; None while it has not.
+  """
+
+  index: int
+  request: Request
+  state: RequestState = RequestState.WAITING
+  finish_reasons: list[FinishReason | None] = dataclasses.field(init=False)
+
+  def __post_init__(self) -> None:
+    self.finish_reasons = [None] * len(self.request.seeds)
 
 
 class Event(NamedTuple):
@@ -31,11 +82,14 @@ class Event(NamedTuple):
   Attributes:
     request: Index of the request, in the order of submission.
     sample: Index of the sample within its request.
-    tokens: New token ids.
+    tokens: New token ids. The last event of a sample may have none.
     log_probs: Log-probability of each new token.
     top: For each new token the most likely tokens at its step, as pairs (id, log-probability);
-      empty if SchedulerConfig.top_log_probs is 0.
-    ended: Whether these are the sample's last tokens.
+      empty lists unless the request asked for them.
+    finish: Why the sample has ended; None if it goes on.
+    text: New text, if the request asked for text or has stop texts: whole characters, without the
+      stop text that ended the sample.
+    error: The reason for the finish 'error'.
   """
 
   request: int
@@ -43,7 +97,9 @@ class Event(NamedTuple):
   tokens: list[int]
   log_probs: list[float]
   top: list[TopLogProbs]
-  ended: bool
+  finish: FinishReason | None = None
+  text: str = ''
+  error: str | None = None
 
 
 class Completion(NamedTuple):
@@ -52,25 +108,33 @@ class Completion(NamedTuple):
   Attributes:
     tokens: Generated ids. If the row ended with EOS, that is the last id.
     score: Sum of the tokens' log-probabilities.
+    finish_reason: Why the row ended: 'eos', 'stop', 'length' or 'error'.
   """
 
   tokens: list[int]
   score: float
+  finish_reason: FinishReason = 'length'
 
 
-class Sample(NamedTuple):
+@dataclasses.dataclass
+class Sample:
   """A finished sample of a request, with the log-probabilities of its tokens.
 
   Attributes:
     tokens: Generated ids, including EOS if the sample ended with it.
     log_probs: Log-probability of each token.
-    top: For each token the most likely tokens at its step, as pairs (id, log-probability); empty if
-      SchedulerConfig.top_log_probs is 0.
+    top: For each token the most likely tokens at its step, as pairs (id, log-probability).
+    text: The text, if the request asked for it.
+    finish_reason: Why the sample has ended; None if it has not.
+    error: The reason for the finish 'error'.
   """
 
-  tokens: list[int]
-  log_probs: list[float]
-  top: list[TopLogProbs]
+  tokens: list[int] = dataclasses.field(default_factory=list)
+  log_probs: list[float] = dataclasses.field(default_factory=list)
+  top: list[TopLogProbs] = dataclasses.field(default_factory=list)
+  text: str = ''
+  finish_reason: FinishReason | None = None
+  error: str | None = None
 
   @property
   def score(self) -> float:
@@ -83,21 +147,20 @@ class SampleCollector:
 
   def __init__(self) -> None:
     self._samples: dict[int, list[Sample]] = {}
-    self._unfinished: dict[int, int] = {}
 
   def expect(self, request: int, samples: int) -> None:
     """Begin to collect the samples of a request."""
-    self._samples[request] = [Sample([], [], []) for _ in range(samples)]
-    self._unfinished[request] = samples
+    self._samples[request] = [Sample() for _ in range(samples)]
 
   def add(self, event: Event) -> list[Sample] | None:
     """Add an event; return the request's samples once all of them have ended, else None."""
-    sample = self._samples[event.request][event.sample]
+    samples = self._samples[event.request]
+    sample = samples[event.sample]
     sample.tokens.extend(event.tokens)
     sample.log_probs.extend(event.log_probs)
     sample.top.extend(event.top)
-    self._unfinished[event.request] -= event.ended
-    if self._unfinished[event.request]:
+    sample.text += event.text
+    sample.finish_reason, sample.error = event.finish, event.error
+    if any(each.finish_reason is None for each in samples):
       return None
-    del self._unfinished[event.request]
     return self._samples.pop(event.request)

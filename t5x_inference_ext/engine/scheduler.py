@@ -1,33 +1,35 @@
 """Continuous batching: finished rows leave their slots, waiting prompts enter them.
 
     scheduler = Scheduler(model, weights, config)
-    scheduler.submit(Request(tokens))
+    handle = scheduler.submit(Request(tokens))  # from any thread, at any time
     while not scheduler.idle:
       for event in scheduler.step():
         ...
 
-One `step` prefills prompts that wait, inserts them into free slots, decodes, and returns the new
-tokens. docs/life_of_a_request.md follows one request through the scheduler.
+One `step` takes what was submitted or cancelled, prefills prompts that wait, inserts them into free
+slots, starts a decode step, and returns the tokens of the step before. docs/life_of_a_request.md
+follows one request through the scheduler.
 """
 
 import collections
 from collections.abc import Iterable, Iterator
 import dataclasses
-from typing import Any
+import itertools
 
-import jax
-import numpy as np
-
-from t5x_inference_ext.engine import programs, shared_prefix
-from t5x_inference_ext.engine import slots as device
-from t5x_inference_ext.engine.prefilling import Prefiller
-from t5x_inference_ext.engine.request import Event, Request
-from t5x_inference_ext.engine.sampling_arrays import stack_params
+from t5x_inference_ext.engine.decoder import Decoder, to_lists
+from t5x_inference_ext.engine.inbox import Inbox
+from t5x_inference_ext.engine.inputs import check_at_least
+from t5x_inference_ext.engine.prefilling import Prefiller, Prompt
+from t5x_inference_ext.engine.prefix_cache import PrefixCache, PrefixStats
+from t5x_inference_ext.engine.request import Event, Handle, Request, RequestState
+from t5x_inference_ext.engine.rows import Row
+from t5x_inference_ext.engine.sampling_arrays import check_fits_slots
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
-from t5x_inference_ext.engine.state import ChosenTokens, RowParams
+from t5x_inference_ext.engine.slot_table import SlotTable
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
+from t5x_inference_ext.text.vocabulary import Vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,238 +42,291 @@ class SchedulerStats:
     decoded: Decode steps times slots.
     generated: Tokens that decode steps added to rows. A row's first token comes from its prefill
       and is not counted.
+    preempted: Rows that left their slot for others and were computed again.
+    prefixes: Use of the prefix cache.
   """
 
   prefilled: int = 0
   prompt_tokens: int = 0
   decoded: int = 0
   generated: int = 0
+  preempted: int = 0
+  prefixes: PrefixStats = PrefixStats()
 
 
 class Scheduler:
-  """Runs requests through the slots of a model.
+  """Runs requests through the slots of a model: the core that everything serves with.
 
   A row gets the tokens that it would get alone: neither the sampling noise nor attention depends on
-  the other rows.
+  the other rows. `submit` and `cancel` may be called from any thread; one thread at a time calls
+  `step`.
 
   Args:
     model: Decides mesh and layouts.
     weights: Weights on that mesh.
     config: Sizes that the programs are compiled for.
-    shared: Prefix of all prompts, BOS included, prefilled once in the constructor; () for none.
-
-  Attributes:
-    stats: Counters of the work done so far.
+    vocabulary: Needed by requests for text or with stop texts.
+    inbox: Where requests come in; None: a new one, of this process alone.
   """
 
   def __init__(
-    self, model: Model, weights: Weights, config: SchedulerConfig, shared: tuple[int, ...] = ()
+    self,
+    model: Model,
+    weights: Weights,
+    config: SchedulerConfig,
+    *,
+    vocabulary: Vocabulary | None = None,
+    inbox: Inbox | None = None,
   ) -> None:
-    self.model, self.weights, self.config = model, weights, config
-    self._shared = shared
-    self._prefiller = Prefiller(model, weights, config, shared)
-    stored: tuple[Any, Any] = None, None
-    if shared:
-      rows = config.slots, config.prefill_rows
-      stored = shared_prefix.store_prefix(model, weights, shared, rows, config.prefill_chunk)
-    example = self._row_params(Request((0,), sampling=config.sampling_choices[0]), 0)
-    cache_size = max(config.cache_size, self._prefiller.room)
-    self._slots = programs.empty_slots(model, weights, example, config.slots, cache_size, stored[0])
-    self._prefiller.allocate(stored[1])
-    self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
-    # The (request, sample) in each slot, or None.
-    self._owners: list[tuple[int, int] | None] = [None] * config.slots
-    self._submitted = 0
-    self._decoded = self._generated = 0
+    self.model, self.config = model, config
+    self._vocabulary, self._inbox = vocabulary, inbox or Inbox()
+    shards = model.cache_shards(config.slots)
+    self._prefixes = PrefixCache(model, weights, config) if config.prefix_blocks else None
+    self._prefiller = Prefiller(model, weights, config, self._prefixes)
+    self._decoder = Decoder(model, weights, config, shards)
+    self._table = SlotTable(config, shards)
+    self._waiting: collections.deque[Prompt] = collections.deque()
+    self._unfinished: dict[int, list[Row]] = {}
+    self._finished = self._preempted = 0
 
   @property
   def stats(self) -> SchedulerStats:
     """Counters of the work done so far."""
     return SchedulerStats(
-      self._prefiller.positions, self._prefiller.tokens, self._decoded, self._generated
+      self._prefiller.positions,
+      self._prefiller.tokens,
+      self._decoder.decoded,
+      self._decoder.generated,
+      self._preempted,
+      self._prefixes.stats if self._prefixes is not None else PrefixStats(),
     )
 
   @property
   def idle(self) -> bool:
     """Whether no request is waiting, being prefilled or being decoded."""
-    return not (self._waiting or self._prefiller.ready or self._prefiller.active or self._decoding)
+    return self._inbox.empty and not self._unfinished and not self._decoder.under_way
 
   @property
   def wanted(self) -> int:
     """How many more requests the next step could start."""
-    free = self._owners.count(None)
-    return max(0, free + self.config.prefill_rows - len(self._waiting))
+    queued = len(self._waiting) + self._inbox.submissions
+    return max(0, self._table.free + self.config.prefill_rows - queued)
 
-  def submit(self, request: Request) -> int:
-    """Queue a request and return its index, which its events carry.
+  def submit(self, request: Request) -> Handle:
+    """Queue a request; return its handle. Any thread may call this, also during a step.
 
     Raises:
-      RequestError: The request does not fit the config.
+      RequestError: The request does not fit the config. Nothing is queued.
     """
-    index = self._submitted
-    self._check(index, request)
-    self._submitted += 1
-    self._waiting.append((index, request))
-    return index
+    self._check(request)
+    return self._inbox.submit(request)
+
+  def cancel(self, handle: Handle) -> None:
+    """End a request within the next step. Any thread may call this, also for a finished request."""
+    self._inbox.cancel(handle.index)
 
   def step(self) -> list[Event]:
-    """Prefill, insert and decode once; return the new tokens of every row that got any.
+    """Take commands, prefill, insert, start to decode; return new tokens, and rows that ended.
 
-    While rows wait, prefill runs at most `prefill_budget` positions, but always one chunk if no row
-    decodes. Then one decode step follows, or `decode_steps` of them when nothing waits.
+    While rows decode, prefill runs at most `prefill_budget` positions, but always one chunk if no
+    row decodes. Then one decode step follows, or `decode_steps` of them when nothing waits.
     """
-    firsts: dict[int, ChosenTokens] = {}  # by slot
-    budget = self.config.prefill_budget
-    while None in self._owners:
-      if self._prefiller.ready:
-        slot = self._owners.index(None)
-        firsts[slot] = self._insert(slot)
-      elif (budget <= 0 and self._decoding) or not self._has_group():
-        break
-      else:
-        budget -= self._prefiller.chunk()
-    if not self._decoding:
-      return []
-    self._slots, output = programs.decode_steps(
-      self.model,
-      self._slots,
-      self.weights,
-      *programs.put(self.model, *self._step_counts()),
-      most=self.config.decode_steps,
-    )
-    return self._emit(firsts, output)
+    events = self._take_commands()
+    self._fill_slots()
+    if self._make_room(events):
+      waiting = bool(self._waiting or self._prefiller.ready or self._prefiller.active)
+      steps = 1 if waiting and self._table.free else self.config.decode_steps
+      self._decoder.decode(self._table, steps, until_free=waiting)
+      self._free_full_slots()
+    # With single steps the devices work on the newest one while the host reads the one before.
+    ahead = self.config.decode_steps == 1 and self._table.busy
+    self._read(events, leave=int(ahead))
+    return events
 
   def run(self, requests: Iterable[Request]) -> Iterator[Event]:
-    """Serve requests in order and yield their events. Requests are numbered from 0.
+    """Serve requests in order and yield their events, with requests numbered from 0.
 
     Requests are taken from the iterable shortly before they are needed. If the caller stops early,
-    the next run drops the unfinished requests and reuses their slots.
+    or a request does not fit, the others are cancelled.
 
     Raises:
       RequestError: A request that does not fit the config.
     """
-    if not self.idle:
-      self._clear()
-    first, waiting = self._submitted, iter(requests)
-    while True:
-      self.submit_from(waiting)
-      if self.idle:
-        return
-      for event in self.step():
-        yield event._replace(request=event.request - first)
+    waiting, handles = iter(requests), list[Handle]()
+    numbers: dict[int, int] = {}
+    try:
+      for _ in iter(lambda: self._feed(waiting, handles) or not self.idle, False):
+        for handle in handles[len(numbers) :]:
+          numbers[handle.index] = len(numbers)
+        for event in self.step():
+          if event.request in numbers:
+            yield event._replace(request=numbers[event.request])
+    finally:
+      for handle in handles:
+        if handle.state != RequestState.FINISHED:
+          self.cancel(handle)
 
-  def submit_from(self, requests: Iterator[Request]) -> None:
-    """Take requests from the iterator and submit them: as many as the next step could start."""
-    for _ in range(self.wanted):
-      request = next(requests, None)
-      if request is None:
-        return
-      self.submit(request)
+  def _feed(self, requests: Iterator[Request], handles: list[Handle]) -> bool:
+    """Submit as many requests as the next step could start; return whether there were any."""
+    count = len(handles)
+    for request in itertools.islice(requests, self.wanted):
+      handles.append(self.submit(request))
+    return len(handles) > count
 
-  @property
-  def _decoding(self) -> bool:
-    return any(self._owners)
-
-  def _clear(self) -> None:
-    """Drop every request."""
-    self._slots = programs.free_slots(self.model, self._slots)
-    self._prefiller.clear()
-    self._waiting.clear()
-    self._owners = [None] * self.config.slots
-
-  def _check(self, index: int, request: Request) -> None:
-    start = shared_prefix.common_length(self._shared, request.tokens)
-    length, rest, config = len(request.tokens), len(request.tokens) - start, self.config
-    if request.limit < 1 or not request.seeds:
-      raise RequestError(
-        f'request {index} has limit {request.limit} and {len(request.seeds)} seeds: at '
-        'least 1 new token and one seed are needed'
+  def check_books(self) -> list[str]:
+    """Return a sentence for each thing in the books of an idle scheduler that does not add up."""
+    wrong = self._table.check()
+    if self._prefixes is not None:
+      wrong += self._prefixes.tree.check()
+    if self.idle and (self._table.busy or self._waiting or self._prefiller.active):
+      wrong.append('no request is unfinished, and rows still wait or have slots')
+    if self._inbox.submitted != self._finished + len(self._unfinished) + self._inbox.submissions:
+      wrong.append(
+        f'{self._inbox.submitted} requests came, {self._finished} have finished and '
+        f'{len(self._unfinished)} have not'
       )
-    if (
-      length > config.prompt_size
-      or rest > config.rest_size
-      or rest + request.limit - 1 > config.cache_size
-    ):
+    return wrong
+
+  def _check(self, request: Request) -> None:
+    """Raise RequestError for a request that these programs can not serve."""
+    config, length = self.config, len(request.tokens)
+    check_at_least(1, max_new_tokens=request.limit)
+    check_at_least(0, top_log_probs=request.top_log_probs)
+    if not request.tokens or not request.seeds:
       raise RequestError(
-        f'request {index} has {length} tokens, BOS included, a limit of {request.limit} new '
-        f'tokens, and {start} shared tokens: there is room for {config.prompt_size} prompt tokens, '
-        f'{config.rest_size} of them not shared, and for {config.cache_size} unshared '
-        'and new ones, not counting the last new one'
+        f'a request needs at least 1 token and 1 seed, got {length} and {len(request.seeds)}'
       )
-    if request.sampling not in config.sampling_choices:
+    if length + request.limit - 1 > config.max_length:
       raise RequestError(
-        f'{request.sampling} is not among the sampling parameters that the run was compiled for'
+        f'{length} tokens, BOS included, and {request.limit} new ones do not fit into '
+        f'max_length={config.max_length}: shorten the prompt, ask for fewer, or raise max_length'
       )
+    if not self._table.fits(length + request.limit):
+      raise RequestError(
+        f'{length} tokens, BOS included, and {request.limit} new ones do not fit into a cache of '
+        f'{self._table.pool.pages - 1} pages of {config.page_size} positions: raise `pages`'
+      )
+    if request.top_log_probs > config.top_log_probs:
+      raise RequestError(
+        f'top_log_probs must be at most {config.top_log_probs} here, got {request.top_log_probs}'
+      )
+    if (request.text or request.stop_texts) and self._vocabulary is None:
+      raise RequestError('text and stop texts need a vocabulary, and this engine has none')
+    check_fits_slots(request.sampling, request.end_ids or (), self.model.config.vocab_size)
+
+  def _take_commands(self) -> list[Event]:
+    """Take submissions and cancellations; return the last events of cancelled rows."""
+    events = []
+    for command, handle in self._inbox.take():
+      if command.request is not None:
+        assert handle is not None
+        rows = [self._row(handle, i) for i in range(len(command.request.seeds))]
+        self._unfinished[handle.index] = rows
+        self._waiting.append(Prompt(command.request.tokens, rows))
+      else:
+        for row in self._unfinished.get(command.index, []):
+          if not row.finished:
+            row.end('cancelled')
+            events.append(Event(command.index, row.sample, [], [], [], 'cancelled'))
+            self._forget(row)
+    if events:
+      self._prefiller.drop()
+      self._waiting = collections.deque(p for p in self._waiting if not p.finished)
+      for slot, row in enumerate(self._table.rows):
+        if row is not None and row.finished:
+          self._table.leave(slot)
+    return events
+
+  def _fill_slots(self) -> None:
+    """Prefill waiting prompts, within the budget, and insert rows while there are free slots."""
+    budget = self.config.prefill_budget
+    while self._table.free:
+      if self._prefiller.ready:
+        if not self._insert_next():
+          break
+      elif (budget <= 0 and self._table.busy) or not self._has_group():
+        break
+      else:
+        budget -= self._prefiller.chunk()
 
   def _has_group(self) -> bool:
     """Start a group of waiting prompts unless there is a group; return whether there is one now."""
     if not self._prefiller.active and self._waiting:
       count = min(self.config.prefill_rows, len(self._waiting))
-      self._prefiller.begin([self._waiting.popleft() for _ in range(count)])
+      group = [self._waiting.popleft() for _ in range(count)]
+      for prompt in group:
+        prompt.rows[0].handle.state = RequestState.PREFILLING
+      self._prefiller.begin(group)
     return self._prefiller.active
 
-  def _insert(self, slot: int) -> ChosenTokens:
-    """Insert the next prefilled sample into a free slot; return its first token, on the devices."""
-    ready = self._prefiller.ready.popleft()
-    tokens = ready.request.tokens
-    # Only penalties read the prompt's tokens.
-    penalizes = any(s.penalizes for s in self.config.sampling_choices)
-    prompt = np.zeros((1, self.config.prompt_size if penalizes else 1), np.int32)
-    if penalizes:
-      prompt[0, : len(tokens)] = tokens
-    arguments = programs.put(
-      self.model,
-      np.int32(ready.row),
-      np.int32(slot),
-      self._row_params(ready.request, ready.sample),
-      prompt,
-      np.asarray([len(tokens)], np.int32),
-    )
-    self._slots, first = programs.insert(
-      self.model, self._slots, self.weights, self._prefiller.state, *arguments
-    )
-    self._owners[slot] = ready.index, ready.sample
-    return first
+  def _insert_next(self) -> bool:
+    """Insert the next row that is ready; return False if there are too few pages for it."""
+    ready = self._prefiller.ready[0]
+    row, length = ready.row, len(ready.prompt.tokens)
+    if not row.finished:
+      names = self._table.page_names(ready.prompt.path)
+      slot = self._table.find_slot(length + 1)
+      if slot is None:
+        return False
+      unwritten = self._table.enter(slot, row, length + 1, names)
+      self._decoder.insert(ready, slot, self._table, unwritten, self._prefiller.state)
+      row.handle.state = RequestState.DECODING
+    self._prefiller.ready.popleft()
+    return True
 
-  def _step_counts(self) -> tuple[np.ndarray, np.ndarray]:
-    """Return how many decode steps to run, and whether to stop when a slot becomes free."""
-    queued = bool(self._prefiller.ready or self._waiting or self._prefiller.active)
-    steps = 1 if None in self._owners and queued else self.config.decode_steps
-    return np.asarray(steps, np.int32), np.asarray(queued)
+  def _make_room(self, events: list[Event]) -> bool:
+    """Give rows the pages for their next steps, preempting the youngest; return if any decodes."""
+    self._free_full_slots()
+    while self._table.busy:
+      slot = self._table.grow(self.config.decode_steps)
+      if slot is None:
+        return True
+      if self._decoder.under_way:  # rows that have ended make room
+        self._read(events, leave=0)
+      else:
+        self._preempt(slot)
+    return False
 
-  def _emit(self, firsts: dict[int, ChosenTokens], output: device.StepsOutput) -> list[Event]:
-    """Copy the chosen tokens to the host, make events of them, and free the slots of ended rows."""
-    firsts, output = jax.device_get((firsts, output))
-    self._decoded += int(output.counts.max()) * self.config.slots
-    self._generated += int(output.counts.sum())
-    events = []
-    for slot, owner in enumerate(self._owners):
-      if owner is None:
+  def _preempt(self, slot: int) -> None:
+    """Move a row out of its slot. It waits again, first of all, to be computed anew."""
+    row = self._table.rows[slot]
+    assert row is not None
+    self._table.leave(slot)
+    row.handle.state = RequestState.WAITING
+    self._preempted += 1
+    tokens = (*row.handle.request.tokens, *row.tokens)
+    self._waiting.appendleft(Prompt(tokens, [row]))
+
+  def _free_full_slots(self) -> None:
+    """Free the slots of rows whose last token is under way: only the host's books need them."""
+    for slot, row in enumerate(self._table.rows):
+      if row is not None and self.config.decode_steps == 1 and row.dispatched >= row.limit:
+        self._table.leave(slot)
+
+  def _read(self, events: list[Event], leave: int) -> None:
+    """Read new tokens of all programs under way but the last `leave`; add their events."""
+    for new in self._decoder.read(leave=leave):
+      row = new.row
+      if row.finished:  # cancelled, or ended by a stop that the devices do not know
         continue
-      chosen = [ChosenTokens(*(x[: output.counts[slot], slot] for x in output.chosen))]
-      if slot in firsts:
-        chosen.insert(0, firsts[slot])
-      ended = bool(output.ended[slot])
-      events.append(_event(owner, chosen, ended))
-      if ended:
-        self._owners[slot] = None
-    return events
+      tokens, log_probs, top = to_lists(new.chosen, row.handle.request.top_log_probs)
+      if tokens or new.failed:
+        events.append(row.add(tokens, log_probs, top, new.failed))
+      if not self._decoder.under_way:
+        row.dispatched = len(row.tokens)
+      if row.finished:
+        if self._table.rows[new.slot] is row:
+          self._table.leave(new.slot)
+        self._forget(row)
 
-  def _row_params(self, request: Request, sample: int) -> RowParams:
-    vocab_size, config = self.model.config.vocab_size, self.config
-    return RowParams(
-      stack_params([request.sampling], vocab_size, config.sampling_choices),
-      np.asarray([request.seeds[sample]], np.uint32),
-      np.asarray([request.limit], np.int32),
-      config.eos_id,
-      config.top_log_probs,
-    )
+  def _forget(self, row: Row) -> None:
+    """Forget a request once all of its rows have ended."""
+    handle = row.handle
+    if all(handle.finish_reasons):
+      handle.state = RequestState.FINISHED
+      del self._unfinished[handle.index]
+      self._finished += 1
 
-
-def _event(owner: tuple[int, int], chosen: list[ChosenTokens], ended: bool) -> Event:
-  """Make an event from a row's chosen tokens; their fields are [n] and [n, top]."""
-  tokens, log_probs, top_ids, top = (np.concatenate(parts) for parts in zip(*chosen))
-  pairs = [
-    list(zip(ids.tolist(), values.tolist(), strict=True)) for ids, values in zip(top_ids, top)
-  ]
-  return Event(*owner, tokens.tolist(), log_probs.tolist(), pairs, ended)
+  def _row(self, handle: Handle, sample: int) -> Row:
+    ends = handle.request.end_ids
+    return Row(handle, sample, self.config.end_ids if ends is None else ends, self._vocabulary)

@@ -5,15 +5,17 @@ import dataclasses
 import itertools
 from typing import Any
 
-from t5x_inference_ext.engine import shared_prefix
 from t5x_inference_ext.engine.inputs import check_at_least
 from t5x_inference_ext.engine.request import Request
-from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.transformer import Model
 
-SIZE_MULTIPLE = 16  # sizes are rounded up to it, so that similar runs share compilations
-SMALLEST_CHUNK = 16  # a prompt's last chunk is padded to this, or to a power of two above
+LENGTH_MULTIPLE = 32  # lengths and pages are whole tiles of an int8 cache
+SMALLEST_CHUNK = 16  # a prompt's last chunk is padded to a size of the list, at least this
+CHUNK_FACTOR = 4  # each size of a chunk is this many times the one before
+FIRST_READ = 512  # the least positions of a prompt's cache that a chunk reads, if it reads any
+READ_FACTOR = 4
+PAGE_READS = 4  # programs for decode steps that read different numbers of pages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,54 +24,130 @@ class SchedulerConfig:
 
   Attributes:
     slots: B, rows decoded together. The mesh must be able to split it (Model.padded_batch).
-    cache_size: S, cache positions of each slot, not counting the shared prefix: room for the rest
-      of a prompt and all its new tokens except the last.
-    prompt_size: Most tokens of a prompt, BOS included.
-    rest_size: Most tokens of a prompt after the shared prefix.
-    sampling_choices: Sampling parameters that requests may have.
-    eos_id: Token that ends a row; -1 never does.
+    max_length: Most tokens of a row: BOS, prompt and new tokens, not counting the last new one.
+    page_size: S, positions of a page of the cache. A multiple of 32, the tile of an int8 cache.
+    pages: Pages of the cache, for each shard of the mesh that splits rows; None: as many as let
+      every slot hold `max_length`. With fewer, rows are preempted and recomputed when all pages are
+      in use.
+    shared_pages: Most pages with beginnings that several rows have, read once for all of them.
+    prefix_blocks: Most blocks of earlier prompts that are kept for later ones; 0 keeps none.
+    block_size: P, positions of such a block. A multiple of 32 that divides page_size.
+    end_ids: Tokens that end a row, at most 4, unless its request says otherwise.
     prefill_chunk: Most positions of each prompt in one prefill pass.
     prefill_rows: R, prompts that are prefilled together.
     prefill_budget: Most positions prefilled between decode steps while rows decode.
-    decode_steps: Decode steps in one call of the compiled loop, when no request waits.
-    top_log_probs: How many of the most likely tokens are returned with each token.
+    decode_steps: Decode steps in one call of the compiled loop, when no request waits. With 1, the
+      host starts each step before it reads the tokens of the one before.
+    top_log_probs: Most likely tokens that a request can ask for.
 
   Raises:
-    RequestError: A number that is too small.
+    RequestError: A number that is too small, or sizes that do not fit each other.
   """
 
   slots: int
-  cache_size: int
-  prompt_size: int
-  rest_size: int
-  sampling_choices: tuple[SamplingParams, ...] = (SamplingParams(),)
-  eos_id: int = 1
+  max_length: int
+  page_size: int = 128
+  pages: int | None = None
+  shared_pages: int = 0
+  prefix_blocks: int = 0
+  block_size: int = 32
+  end_ids: tuple[int, ...] = (1,)
   prefill_chunk: int = 256
   prefill_rows: int = 1
   prefill_budget: int = 2048
-  decode_steps: int = 16
+  decode_steps: int = 1
   top_log_probs: int = 0
 
   def __post_init__(self) -> None:
-    for name in (
-      'slots',
-      'cache_size',
-      'prompt_size',
-      'rest_size',
-      'prefill_chunk',
-      'prefill_rows',
-      'prefill_budget',
-      'decode_steps',
-    ):
-      if getattr(self, name) < 1:
-        raise RequestError(f'{name} must be at least 1, got {getattr(self, name)}')
+    check_at_least(
+      1,
+      **{
+        name: getattr(self, name)
+        for name in (
+          'slots',
+          'max_length',
+          'prefill_chunk',
+          'prefill_rows',
+          'prefill_budget',
+          'decode_steps',
+        )
+      },
+    )
+    for name in ('shared_pages', 'prefix_blocks', 'top_log_probs'):
+      check_at_least(0, **{name: getattr(self, name)})
+    for name in ('page_size', 'block_size'):
+      check_at_least(LENGTH_MULTIPLE, **{name: getattr(self, name)})
+      if getattr(self, name) % LENGTH_MULTIPLE:
+        raise RequestError(
+          f'{name} must be a multiple of {LENGTH_MULTIPLE}, got {getattr(self, name)}'
+        )
+    if self.page_size % self.block_size:
+      raise RequestError(f'block_size={self.block_size} must divide page_size={self.page_size}')
+    if self.pages is not None and self.pages <= self.pages_of_row:
+      raise RequestError(
+        f'a cache of {self.pages} pages is too small for one row of max_length={self.max_length}: '
+        f'{self.pages_of_row + 1} pages of {self.page_size} positions are needed'
+      )
+
+  @property
+  def pages_of_row(self) -> int:
+    """M, the pages of a row of max_length tokens."""
+    return -(-self.max_length // self.page_size)
+
+  def pages_of_shard(self, shards: int) -> int:
+    """Return the pages of each shard, one of which belongs to no row."""
+    if self.pages is not None:
+      return self.pages
+    return self.slots // shards * self.pages_of_row + 1
+
+  def page_reads(self, shards: int) -> list[int]:
+    """Return the numbers of first pages that decode programs read, in ascending order."""
+    pages = self.pages_of_shard(shards)
+    sizes = (1 + (self.slots // shards << i) for i in range(PAGE_READS - 1))
+    return [*itertools.takewhile(lambda size: size < pages, sizes), pages]
+
+  @property
+  def shared_reads(self) -> list[int]:
+    """The numbers of first shared pages that decode programs read."""
+    return [0, self.shared_pages] if self.shared_pages else [0]
+
+  @property
+  def chunk_sizes(self) -> list[int]:
+    """The sizes of prefill chunks, in ascending order; the last is prefill_chunk."""
+    largest = min(self.prefill_chunk, _power_of_two(self.max_length))
+    sizes = (SMALLEST_CHUNK * CHUNK_FACTOR**i for i in itertools.count())
+    return [*itertools.takewhile(lambda size: size < largest, sizes), largest]
+
+  @property
+  def prefill_reads(self) -> list[int]:
+    """The numbers of cached positions that chunks read, in ascending order."""
+    sizes = (FIRST_READ * READ_FACTOR**i for i in itertools.count())
+    return [0, *itertools.takewhile(lambda size: size < self.max_length, sizes), self.max_length]
+
+  def covers(self, other: 'SchedulerConfig') -> bool:
+    """Return whether a scheduler of this config serves all that one of `other` would."""
+    return self.max_length >= other.max_length and self == dataclasses.replace(
+      other,
+      max_length=self.max_length,
+      pages=self.pages if other.pages is None else other.pages,
+      prefix_blocks=self.prefix_blocks,
+      shared_pages=self.shared_pages,
+      page_size=self.page_size,
+    )
 
 
-def chunk_sizes(config: SchedulerConfig) -> list[int]:
-  """Return the sizes of prefill chunks: powers of two from SMALLEST_CHUNK, then the config's."""
-  largest = min(config.prefill_chunk, _power_of_two(config.rest_size))
-  powers = (SMALLEST_CHUNK << i for i in itertools.count())
-  return [*itertools.takewhile(lambda size: size < largest, powers), largest]
+def next_chunk(sizes: Sequence[int], left: int) -> int:
+  """Return the size of the next chunk of a prompt that has `left` tokens left.
+
+  The last tokens are cut into chunks so that little is padding: 70 tokens become chunks of 64 and
+  16, not one of 256.
+  """
+  fitting = [size for size in sizes if size <= left]
+  larger = next((size for size in sizes if size >= left), None)
+  if not fitting:
+    return sizes[0]
+  # One larger chunk, unless it is more than half padding.
+  return larger if larger is not None and larger <= 2 * left else fitting[-1]
 
 
 def config_for(
@@ -77,23 +155,19 @@ def config_for(
   requests: Sequence[Request],
   *,
   slots: int = 32,
-  eos_id: int = 1,
+  max_length: int | None = None,
   share: bool = True,
-  prompt_size: int | None = None,
-  cache_size: int | None = None,
   **options: Any,
-) -> tuple[SchedulerConfig, tuple[int, ...]]:
-  """Return a config that fits the requests, and the prefix that their prompts share.
+) -> SchedulerConfig:
+  """Return a config that fits the requests.
 
   Args:
     model: Decides which numbers of rows the mesh can split.
-    requests: All requests; or at least one of them, if `prompt_size` and `cache_size` cover the
-      others.
-    slots: Most rows decoded together. Fewer if there are fewer samples; rounded up for the mesh.
-    eos_id: Token that ends a row; -1 never does.
-    share: Whether to look for a prefix that prompts share.
-    prompt_size: Room for a prompt, in tokens, at least.
-    cache_size: Room for a prompt and its new tokens, in positions, at least.
+    requests: All requests; or at least one of them, if `max_length` covers the others.
+    slots: Most rows decoded together. Fewer if there are fewer samples and `max_length` is not
+      given; rounded up for the mesh.
+    max_length: Room for BOS, a prompt and its new tokens but the last, at least.
+    share: Whether beginnings of prompts are kept for later prompts.
     **options: Other fields of SchedulerConfig.
 
   Raises:
@@ -101,29 +175,33 @@ def config_for(
   """
   check_at_least(1, slots=slots)
   vocab_size = model.config.vocab_size
-  top = options.get('top_log_probs', 0)
+  wanted = max((r.top_log_probs for r in requests), default=0)
+  top = max(options.pop('top_log_probs', 0), wanted)
   if not 0 <= top <= vocab_size:
     raise RequestError(
       f'top_log_probs must be 0 to {vocab_size}, the size of the vocabulary, got {top}'
     )
-  prefix = shared_prefix.find_shared_prefix([r.tokens for r in requests]) if share else ()
-  rests = [len(r.tokens) - shared_prefix.common_length(prefix, r.tokens) for r in requests]
-  longest = max(*(len(r.tokens) for r in requests), prompt_size or 0)
-  rest = max(*rests, prompt_size or 0)
-  positions = (n + r.limit - 1 for n, r in zip(rests, requests))
-  size = max(*positions, cache_size or 0, rest)
+  needed = max((len(r.tokens) + r.limit - 1 for r in requests), default=1)
+  length = _rounded(max(needed, max_length or 0))
   samples = sum(len(r.seeds) for r in requests)
-  rows = model.padded_batch(slots if prompt_size is not None else min(slots, samples))
-  config = SchedulerConfig(
+  rows = model.padded_batch(slots if max_length is not None else min(slots, samples))
+  page_size = options.pop('page_size', min(128, length))
+  pages_of_row = -(-length // page_size)
+  if share:
+    blocks = 8 * rows * -(-length // LENGTH_MULTIPLE)
+    options = {
+      'block_size': LENGTH_MULTIPLE,
+      'prefix_blocks': min(blocks, 4096),
+      'shared_pages': min(4 * pages_of_row, 32),
+      **options,
+    }
+  return SchedulerConfig(
     slots=rows,
-    cache_size=_rounded(size),
-    prompt_size=_rounded(longest),
-    rest_size=_rounded(rest),
-    sampling_choices=tuple(dict.fromkeys(r.sampling for r in requests)),
-    eos_id=eos_id,
+    max_length=length,
+    page_size=page_size,
+    top_log_probs=top,
     **{'prefill_rows': model.prefilling.padded_batch(1), **options},
   )
-  return config, prefix
 
 
 def _power_of_two(least: int) -> int:
@@ -131,4 +209,6 @@ def _power_of_two(least: int) -> int:
 
 
 def _rounded(size: int) -> int:
-  return -(-size // SIZE_MULTIPLE) * SIZE_MULTIPLE
+  """Round a length up, so that similar runs share compilations and pages are whole tiles."""
+  multiple = max(LENGTH_MULTIPLE, _power_of_two(size) // 8)
+  return -(-size // multiple) * multiple

@@ -1,0 +1,175 @@
+"""The slots on the devices, and the programs under way for them, as the host drives them."""
+
+import collections
+from collections.abc import Iterator, Sequence
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from t5x_inference_ext.engine import programs
+from t5x_inference_ext.engine import slots as device
+from t5x_inference_ext.engine.prefilling import ReadyRow
+from t5x_inference_ext.engine.rows import Row
+from t5x_inference_ext.engine.sampling_arrays import row_params
+from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
+from t5x_inference_ext.engine.slot_table import SlotTable
+from t5x_inference_ext.engine.slots import PrefillState
+from t5x_inference_ext.engine.state import ChosenTokens
+from t5x_inference_ext.model.transformer import Model
+from t5x_inference_ext.model.weights import Weights
+
+
+class NewTokens(NamedTuple):
+  """Tokens that a program chose for a row.
+
+  Attributes:
+    slot: The slot that the row was in.
+    row: The row.
+    chosen: The tokens, [n], with their log-probabilities and the most likely tokens, [n, top].
+    ended: Whether the row ended on the devices.
+    failed: Whether it ended because its logits were not finite.
+  """
+
+  slot: int
+  row: Row
+  chosen: ChosenTokens
+  ended: bool
+  failed: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _Started:
+  """A program that was started: the rows by slot, and what it will return."""
+
+  rows: dict[int, Row]
+  output: device.StepsOutput
+  steps: int
+
+
+class Decoder:
+  """Starts programs that change the slots, and reads what they return, in order.
+
+  Args:
+    model: Decides mesh and layouts.
+    weights: Weights on that mesh.
+    config: Sizes that the programs are compiled for.
+    shards: Number of shards that split the rows of the cache.
+
+  Attributes:
+    decoded: Decode steps times slots, so far.
+    generated: Tokens that decode steps added to rows, so far.
+  """
+
+  def __init__(self, model: Model, weights: Weights, config: SchedulerConfig, shards: int) -> None:
+    self._model, self._weights, self._config = model, weights, config
+    self._shards = shards
+    self._slots = programs.empty_slots(model, weights, config=config, shards=shards)
+    self._started: collections.deque[_Started] = collections.deque()
+    self.decoded = self.generated = 0
+
+  @property
+  def under_way(self) -> int:
+    """Number of programs whose tokens have not been read."""
+    return len(self._started)
+
+  def insert(
+    self, ready: ReadyRow, slot: int, table: SlotTable, unwritten: Sequence[int], state: PrefillState
+  ) -> None:
+    """Start the insertion of a prefilled row, which also chooses its next token.
+
+    Args:
+      ready: The row, and where its prompt is.
+      slot: Its slot. The table has it already.
+      table: Books of the slots.
+      unwritten: Indices of the row's shared pages that must be written.
+      state: The prompts.
+    """
+    row, request = ready.row, ready.row.handle.request
+    vocab_size = self._model.config.vocab_size
+    params = row_params(
+      request.sampling, vocab_size, request.seeds[row.sample], row.limit, row.end_ids,
+      request.top_log_probs,
+    )
+    # Only penalties read the prompt's tokens.
+    tokens = np.zeros((1, self._config.max_length), np.int32)
+    if request.sampling.penalizes:
+      tokens[0, : len(ready.prompt.tokens)] = ready.prompt.tokens
+    self._slots, output = programs.insert(
+      self._model,
+      self._slots,
+      self._weights,
+      state,
+      np.int32(ready.place),
+      np.int32(slot),
+      device.pages_to_write(table, slot, len(ready.prompt.tokens), unwritten),
+      params,
+      tokens,
+      np.int32(len(ready.prompt.tokens)),
+      np.int32(len(row.tokens)),
+    )
+    row.dispatched = len(row.tokens) + 1
+    self._start({slot: row}, output, 0)
+
+  def decode(self, table: SlotTable, steps: int, until_free: bool) -> None:
+    """Start decode steps for all slots.
+
+    Args:
+      table: Books of the slots. Every row has the pages that it needs.
+      steps: Most steps.
+      until_free: Whether to stop as soon as a row ends.
+    """
+    config = self._config
+    self._slots, output = programs.decode_steps(
+      self._model,
+      self._slots,
+      self._weights,
+      device.slot_pages(table),
+      table.alive.copy(),
+      np.int32(steps),
+      np.bool_(until_free),
+      most=config.decode_steps,
+      read=_least(config.page_reads(self._shards), table.pool.highest),
+      read_shared=_least(config.shared_reads, table.shared.highest),
+    )
+    rows = {slot: row for slot, row in enumerate(table.rows) if row is not None}
+    for row in rows.values():
+      row.dispatched = min(row.dispatched + steps, row.limit)
+    self._start(rows, output, steps)
+
+  def _start(self, rows: dict[int, Row], output: device.StepsOutput, steps: int) -> None:
+    for array in jax.tree.leaves(output):
+      array.copy_to_host_async()
+    self._started.append(_Started(rows, output, steps))
+
+  def read(self, *, leave: int = 0) -> Iterator[NewTokens]:
+    """Wait for the programs under way, and yield the tokens of each row that got any or ended.
+
+    Args:
+      leave: How many of the latest programs to leave under way.
+    """
+    while len(self._started) > leave:
+      started = self._started.popleft()
+      output = jax.device_get(started.output)
+      if started.steps:
+        self.decoded += int(output.counts.max()) * self._config.slots
+        self.generated += int(output.counts.sum())
+      for slot, row in started.rows.items():
+        at = slot if started.steps else 0
+        chosen = ChosenTokens(*(x[: output.counts[at], at] for x in output.chosen))
+        ended, failed = bool(output.ended[at]), bool(output.failed[at])
+        yield NewTokens(slot, row, chosen, ended, failed)
+
+
+def _least(sizes: Sequence[int], needed: int) -> int:
+  return next(size for size in sizes if size >= needed)
+
+
+def to_lists(chosen: ChosenTokens, top: int) -> tuple[list[int], list[float], list[Any]]:
+  """Return chosen tokens [n], their log-probabilities, and the `top` most likely, as lists."""
+  pairs = [
+    list(zip(ids[:top].tolist(), values[:top].tolist()))
+    for ids, values in zip(chosen.top_tokens, chosen.top_log_probs)
+  ]
+  return chosen.tokens.tolist(), chosen.log_probs.tolist(), pairs

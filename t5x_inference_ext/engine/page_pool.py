@@ -1,0 +1,121 @@
+"""The host's books of the paged cache: which pages are free, and which row has which.
+
+The devices' side is model/pages.py. Rows are split over shards; a row's pages are on its own shard
+and are numbered within it. Page 0 of each shard belongs to no row: free slots write there.
+"""
+
+import heapq
+
+import numpy as np
+
+UNUSED_START = 2**30  # the start of a page that no row has: beyond every row's length
+
+
+class PagePool:
+  """Gives out pages to rows, low pages first, so that programs may read the first pages alone.
+
+  Args:
+    rows: B, the number of slots. A multiple of `shards`.
+    shards: Number of shards that split the rows.
+    pages: Pages of each shard, page 0 included.
+    page_size: S, positions of a page.
+    width: M, most pages of a row.
+
+  Attributes:
+    table: [B, M] int32. For each row, the page that holds positions [m * S, (m + 1) * S).
+    owners: [shards * pages] int32. Row, numbered within its shard, that has the page.
+    starts: [shards * pages] int32. Position in its row of a page's first position.
+  """
+
+  def __init__(self, rows: int, shards: int, pages: int, page_size: int, width: int) -> None:
+    self.page_size, self.pages, self.shards = page_size, pages, shards
+    self._rows_of_shard = rows // shards
+    self.table = np.zeros((rows, width), np.int32)
+    self.owners = np.zeros(shards * pages, np.int32)
+    self.starts = np.full(shards * pages, UNUSED_START, np.int32)
+    self._free = [list(range(1, pages)) for _ in range(shards)]  # heaps
+    self._first = [0] * rows  # the first page index that the row holds itself: others are shared
+    self._ends = [0] * rows  # the page index after a row's last page
+
+  def shard(self, row: int) -> int:
+    """Return the shard that a row is on."""
+    return row // self._rows_of_shard
+
+  def rows(self, shard: int) -> range:
+    """Return the rows of a shard."""
+    return range(shard * self._rows_of_shard, (shard + 1) * self._rows_of_shard)
+
+  def free_pages(self, shard: int) -> int:
+    """Return how many pages of a shard are free."""
+    return len(self._free[shard])
+
+  def pages_of(self, length: int) -> int:
+    """Return how many pages hold `length` positions."""
+    return -(-length // self.page_size)
+
+  def begin(self, row: int, shared: int) -> None:
+    """Begin to give pages to a row. Its first `shared` pages are held elsewhere."""
+    assert not self._ends[row], f'row {row} already has pages'
+    self._first[row] = self._ends[row] = shared
+
+  def first(self, row: int) -> int:
+    """Return the index of the first page that a row holds itself."""
+    return self._first[row]
+
+  def grow(self, row: int, length: int) -> bool:
+    """Give pages to a row until they hold `length` positions; return whether there were enough.
+
+    If there are not enough, the row gets none.
+    """
+    shard, wanted = self.shard(row), self.pages_of(length)
+    free = self._free[shard]
+    if wanted - self._ends[row] > len(free):
+      return False
+    for index in range(self._ends[row], wanted):
+      page = heapq.heappop(free)
+      self.table[row, index] = page
+      self.owners[shard * self.pages + page] = row - shard * self._rows_of_shard
+      self.starts[shard * self.pages + page] = index * self.page_size
+      self._ends[row] = index + 1
+    return True
+
+  def release(self, row: int) -> None:
+    """Take all pages from a row. Its table points to page 0 again."""
+    shard = self.shard(row)
+    for index in range(self._first[row], self._ends[row]):
+      page = int(self.table[row, index])
+      heapq.heappush(self._free[shard], page)
+      self.starts[shard * self.pages + page] = UNUSED_START
+      self.owners[shard * self.pages + page] = 0
+    self.table[row] = 0
+    self._first[row] = self._ends[row] = 0
+
+  @property
+  def highest(self) -> int:
+    """The number of first pages of a shard that hold everything that rows have, page 0 included."""
+    used = np.flatnonzero(self.starts.reshape(self.shards, self.pages).min(axis=0) < UNUSED_START)
+    return int(used[-1]) + 1 if used.size else 1
+
+  @property
+  def held(self) -> int:
+    """Number of pages that rows have, over all shards."""
+    return self.shards * (self.pages - 1) - sum(map(len, self._free))
+
+  def check(self) -> list[str]:
+    """Return a sentence for each thing in the books that does not add up."""
+    wrong = []
+    for shard in range(self.shards):
+      owned = [
+        int(page)
+        for row in self.rows(shard)
+        for page in self.table[row, self._first[row] : self._ends[row]]
+      ]
+      if sorted(owned + self._free[shard]) != list(range(1, self.pages)):
+        wrong.append(
+          f'shard {shard} has {self.pages - 1} pages, of which rows hold {len(owned)} and '
+          f'{len(self._free[shard])} are free: a page is lost or given out twice'
+        )
+      used = set(np.flatnonzero(self.starts[shard * self.pages :][: self.pages] < UNUSED_START))
+      if used != set(owned):
+        wrong.append(f'shard {shard} marks {len(used)} pages as used and rows hold {len(owned)}')
+    return wrong

@@ -1,0 +1,99 @@
+"""The beginnings of earlier prompts, kept for later ones: a tree on the host, blocks on devices."""
+
+from collections.abc import Hashable, Sequence
+import dataclasses
+
+import numpy as np
+
+from t5x_inference_ext.engine import programs
+from t5x_inference_ext.engine.prefix_store import BlockCopies, block_copies, bytes_per_block
+from t5x_inference_ext.engine.prefix_tree import Node, PrefixTree
+from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
+from t5x_inference_ext.engine.slots import PrefillState
+from t5x_inference_ext.model.transformer import Model
+from t5x_inference_ext.model.weights import Weights
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefixStats:
+  """Counters of a prefix cache.
+
+  Attributes:
+    queries: Prompts that were looked up.
+    hits: Prompts of which a beginning was found.
+    query_tokens: Tokens of the prompts that were looked up.
+    hit_tokens: Tokens that were found.
+    bytes: Bytes that the cached beginnings take on each device.
+  """
+
+  queries: int = 0
+  hits: int = 0
+  query_tokens: int = 0
+  hit_tokens: int = 0
+  bytes: int = 0
+
+
+class PrefixCache:
+  """Keeps whole blocks of prompts, and copies them into prompts that begin alike.
+
+  Args:
+    model: Decides mesh and layouts.
+    weights: Weights on that mesh.
+    config: Has the number of blocks, and their size.
+  """
+
+  def __init__(self, model: Model, weights: Weights, config: SchedulerConfig) -> None:
+    self._model, self._weights = model, weights
+    rows, size = config.prefill_rows, config.block_size
+    self.tree = PrefixTree(config.prefix_blocks, size)
+    self._store = programs.empty_store(model, weights, rows, config.prefix_blocks, size)
+    self._bytes = bytes_per_block(model, weights, rows, size)
+    self._most = max(1, rows * (config.max_length // size))  # copies in one call
+
+  @property
+  def stats(self) -> PrefixStats:
+    """Counters of the cache's use so far."""
+    tree = self.tree
+    return PrefixStats(
+      tree.queries, tree.hits, tree.query_tokens, tree.hit_tokens, tree.used * self._bytes
+    )
+
+  def match(self, tokens: Sequence[int], salt: Hashable) -> list[Node]:
+    """Return the nodes of the cached beginning of a prompt; load it before the next `save`."""
+    return self.tree.match(tokens, salt)
+
+  def load(self, state: PrefillState, paths: Sequence[Sequence[Node]]) -> PrefillState:
+    """Copy the cached beginnings of prompts into the prefill state; return the new state.
+
+    Args:
+      state: The prefill state. Donated.
+      paths: For each row of the state, in order, the nodes from `match`.
+    """
+    copies = [(row, n.depth, n.block) for row, path in enumerate(paths) for n in path]
+    for each in block_copies(copies, self._most):
+      state = programs.load_blocks(self._model, state, self._weights, self._store, each)
+    return state
+
+  def save(self, state: PrefillState, prompts: Sequence[tuple[Sequence[int], Hashable]]) -> None:
+    """Keep the whole blocks of prefilled prompts that are not kept yet, as many as find room.
+
+    Args:
+      state: The prefill state.
+      prompts: For each row of the state, in order, its tokens and their salt.
+    """
+    copies = [
+      (row, node.depth, node.block)
+      for row, prompt in enumerate(prompts)
+      for node in self.tree.extend(*prompt)
+    ]
+    for each in block_copies(copies, self._most):
+      self._store = programs.save_blocks(
+        self._model, self._store, self._weights, state, each
+      )
+
+  def warm_up(self, state: PrefillState) -> PrefillState:
+    """Compile the programs by copying nothing; return the prefill state, which is donated."""
+    nothing = BlockCopies(*np.zeros((3, self._most), np.int32), count=np.int32(0))
+    state = programs.load_blocks(self._model, state, self._weights, self._store, nothing)
+    self._store = programs.save_blocks(self._model, self._store, self._weights, state, nothing)
+    return state

@@ -1,0 +1,142 @@
+"""A row: one sample of a request, from its submission to its end, as the host knows it."""
+
+from collections.abc import Sequence
+
+from t5x_inference_ext.engine.request import Event, FinishReason, Handle, TopLogProbs
+from t5x_inference_ext.text.detokenizer import Detokenizer
+from t5x_inference_ext.text.stop_texts import StopTexts
+from t5x_inference_ext.text.vocabulary import Vocabulary
+
+
+class Row:
+  """One sample of a request.
+
+  Args:
+    handle: The request.
+    sample: Index of the sample within the request.
+    end_ids: Tokens that end the row.
+    vocabulary: Needed if the request asks for text or has stop texts.
+
+  Attributes:
+    tokens: New tokens that the host has read.
+    dispatched: Most new tokens that the row can have after the programs that were started.
+    finish: Why the row has ended; None while it has not.
+  """
+
+  def __init__(
+    self, handle: Handle, sample: int, end_ids: Sequence[int], vocabulary: Vocabulary | None
+  ) -> None:
+    self.handle, self.sample, self.end_ids = handle, sample, tuple(end_ids)
+    self.tokens: list[int] = []
+    self.dispatched = 0
+    self.finish: FinishReason | None = None
+    request = handle.request
+    self._text = self._stops = None
+    if request.text or request.stop_texts:
+      assert vocabulary is not None
+      self._text = Detokenizer(vocabulary, request.tokens)
+      self._stops = StopTexts(request.stop_texts)
+
+  @property
+  def finished(self) -> bool:
+    """Whether the row has ended."""
+    return self.finish is not None
+
+  @property
+  def limit(self) -> int:
+    """Most new tokens of the row."""
+    return self.handle.request.limit
+
+  def cached(self, new: int) -> int:
+    """Return the positions that the cache holds of the row once it has `new` new tokens.
+
+    The last new token is not in the cache.
+    """
+    return len(self.handle.request.tokens) + new - 1
+
+  def add(
+    self,
+    tokens: list[int],
+    log_probs: list[float],
+    top: list[TopLogProbs],
+    failed: bool,
+  ) -> Event:
+    """Take new tokens in, decide whether the row ends, and return its event.
+
+    Args:
+      tokens: New token ids.
+      log_probs: Log-probability of each.
+      top: For each token the most likely ones at its step, or an empty list.
+      failed: Whether the row's logits after these tokens were not finite.
+    """
+    before = len(self.tokens)
+    kept, finish = self._kept(tokens)
+    tokens = tokens[:kept]
+    self.tokens += tokens
+    error = None
+    if finish is None and failed:
+      finish = 'error'
+      error = (
+        f'the logits after {before + len(tokens)} new tokens are not finite: the weights or the '
+        'dtype can not represent this row'
+      )
+    if finish is None and len(self.tokens) >= self.limit:
+      finish = 'length'
+    text = ''
+    if self._text is not None and self._stops is not None:
+      text, kept, finish = self._told(tokens, finish)
+      self.tokens[before + kept :] = []
+      tokens = tokens[:kept]
+    if finish is not None:
+      self.end(finish)
+    return Event(
+      self.handle.index,
+      self.sample,
+      tokens,
+      log_probs[: len(tokens)],
+      top[: len(tokens)],
+      finish,
+      text,
+      error,
+    )
+
+  def end(self, reason: FinishReason) -> None:
+    """End the row."""
+    self.finish = reason
+    self.handle.finish_reasons[self.sample] = reason
+
+  def _told(
+    self, tokens: list[int], finish: FinishReason | None
+  ) -> tuple[str, int, FinishReason | None]:
+    """Return new text, how many of the tokens it takes, and why the row ends, if it does."""
+    assert self._text is not None and self._stops is not None
+    text = ''
+    for i, token in enumerate(tokens):
+      if finish == 'eos' and i + 1 == len(tokens):
+        continue
+      more, stop = self._stops.push(self._text.push([token]))
+      text += more
+      if stop is not None:
+        return text, i + 1, 'stop'
+    if finish is not None:
+      more, stop = self._stops.push(self._text.finish())
+      text += more
+      if stop is not None:
+        return text, len(tokens), 'stop'
+      text += self._stops.finish()
+    return text, len(tokens), finish
+
+  def _kept(self, new: list[int]) -> tuple[int, FinishReason | None]:
+    """Return how many of the new tokens belong to the row, and whether they end it."""
+    sampling = self.handle.request.sampling
+    tokens = self.tokens + new if sampling.stop else new
+    offset = len(tokens) - len(new)
+    for i, token in enumerate(new):
+      if token in self.end_ids:
+        return i + 1, 'eos'
+      if offset + i + 1 <= sampling.min_new_tokens:
+        continue
+      for stop in sampling.stop:
+        if tuple(tokens[max(0, offset + i + 1 - len(stop)) : offset + i + 1]) == stop:
+          return i + 1, 'stop'
+    return len(new), None

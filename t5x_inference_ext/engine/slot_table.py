@@ -1,0 +1,126 @@
+"""The host's books of the slots: which row is in which, and which pages of the cache it has."""
+
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+
+from t5x_inference_ext.engine.page_pool import PagePool
+from t5x_inference_ext.engine.rows import Row
+from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
+from t5x_inference_ext.engine.shared_pages import SharedPages
+
+
+class SlotTable:
+  """Rows in slots, with their pages.
+
+  Args:
+    config: Number of slots, and sizes of the cache.
+    shards: Number of shards that split the rows of the cache.
+
+  Attributes:
+    pool: The pages that rows have for themselves.
+    shared: The pages of beginnings that several rows have.
+    alive: [B] bool. Whether the slot has a row.
+  """
+
+  def __init__(self, config: SchedulerConfig, shards: int) -> None:
+    pages = config.pages_of_shard(shards)
+    self.pool = PagePool(config.slots, shards, pages, config.page_size, config.pages_of_row)
+    self.shared = SharedPages(config.slots, config.shared_pages)
+    self.alive = np.zeros(config.slots, bool)
+    self.rows: list[Row | None] = [None] * config.slots
+    self._blocks_of_page = config.page_size // config.block_size
+
+  @property
+  def busy(self) -> bool:
+    """Whether any slot has a row."""
+    return bool(self.alive.any())
+
+  @property
+  def free(self) -> int:
+    """How many slots have no row."""
+    return self.alive.size - int(self.alive.sum())
+
+  def fits(self, length: int) -> bool:
+    """Return whether a row of this many cached positions fits into an empty cache."""
+    return self.pool.pages_of(length) < self.pool.pages
+
+  def page_names(self, path: Sequence[Hashable]) -> Sequence[Hashable]:
+    """Return the names of the pages that a beginning fills, given the nodes of its blocks."""
+    return path[self._blocks_of_page - 1 :: self._blocks_of_page]
+
+  def find_slot(self, length: int, shared: int = 0) -> int | None:
+    """Return a free slot whose shard has the most free pages; None if none has enough.
+
+    Args:
+      length: Positions that the row needs at once.
+      shared: Pages of the row that are shared ones, if they are there.
+    """
+    slots = np.flatnonzero(~self.alive)
+    if not slots.size:
+      return None
+    slot = min(map(int, slots), key=lambda s: (-self.pool.free_pages(self.pool.shard(s)), s))
+    shard = self.pool.shard(slot)
+    # A page in reserve for each row of the shard that goes on, so that rows are not moved out again
+    # at once; a row alone needs none.
+    others = sum(self.rows[row] is not None for row in self.pool.rows(shard))
+    needed = self.pool.pages_of(length) - shared
+    if others:
+      needed = max(needed, min(needed + others, self.pool.pages - 1))
+    return slot if needed <= self.pool.free_pages(shard) else None
+
+  def enter(self, slot: int, row: Row, length: int, names: Sequence[Hashable]) -> list[int]:
+    """Put a row into a slot; return which of its shared pages must be written, as indices.
+
+    Args:
+      slot: From find_slot.
+      row: The row.
+      length: Positions that the row needs at once.
+      names: Names of the pages of its beginning that other rows have too.
+    """
+    found, unwritten = self.shared.take(slot, names)
+    self.pool.begin(slot, len(found))
+    grown = self.pool.grow(slot, length)
+    assert grown, 'find_slot found too few pages'
+    self.rows[slot], self.alive[slot] = row, True
+    return unwritten
+
+  def leave(self, slot: int) -> None:
+    """Free a slot and its pages."""
+    self.rows[slot], self.alive[slot] = None, False
+    self.pool.release(slot)
+    self.shared.release(slot)
+
+  def grow(self, steps: int) -> int | None:
+    """Give every row the pages for its next decode steps.
+
+    Args:
+      steps: Most decode steps of the next program.
+
+    Returns:
+      None, or the slot of the youngest row of a shard that has too few pages left.
+    """
+    for slot, row in enumerate(self.rows):
+      if row is None:
+        continue
+      length = row.cached(min(row.dispatched + steps, row.limit))
+      if not self.pool.grow(slot, length):
+        rivals = [s for s in self.pool.rows(self.pool.shard(slot)) if self.rows[s] is not None]
+        return max(rivals, key=self._age)
+    return None
+
+  def _age(self, slot: int) -> tuple[int, int]:
+    row = self.rows[slot]
+    assert row is not None
+    return row.handle.index, row.sample
+
+  def check(self) -> list[str]:
+    """Return a sentence for each thing in the books that does not add up."""
+    wrong = self.pool.check() + self.shared.check()
+    if [row is not None for row in self.rows] != self.alive.tolist():
+      wrong.append('slots with rows and slots that are alive differ')
+    if not self.busy and self.pool.held:
+      wrong.append(f'no slot has a row, and {self.pool.held} pages are not free')
+    if self.shared.visible[~self.alive].any():
+      wrong.append('a free slot sees shared pages')
+    return wrong
