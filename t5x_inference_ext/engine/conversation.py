@@ -1,74 +1,51 @@
-"""A conversation: turns on one cache, each of which prefills only its own new tokens."""
+"""A conversation in turns, each of which is prefilled after what is cached of the turns before.
+
+    chat = engine.chat(max_length=1024)
+    for token in chat.reply(turn, max_new_tokens=64):
+      ...
+"""
 
 from collections.abc import Generator, Iterator, Sequence
 
-import jax
-import numpy as np
-
-from t5x_inference_ext.engine import programs
 from t5x_inference_ext.engine.inputs import check_at_least, check_seeds, check_tokens
+from t5x_inference_ext.engine.request import Request
 from t5x_inference_ext.engine.sampling import SamplingParams
-from t5x_inference_ext.engine.sampling_arrays import stack_params
-from t5x_inference_ext.engine.scheduler_config import SMALLEST_CHUNK
-from t5x_inference_ext.engine.state import RowParams
+from t5x_inference_ext.engine.streams import Streams
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.model.transformer import Model
-from t5x_inference_ext.model.weights import Weights
-from t5x_inference_ext.sharding.activations import padded_length
-
-REPLY_STEPS = 16  # decode steps between reads of a reply's tokens on the host
 
 
 class Conversation:
-  """All tokens of a conversation so far, and their cache.
-
-    chat = engine.chat(max_length=2048)
-    for token in chat.reply(first_turn, max_new_tokens=64):
-      ...
-    for token in chat.reply(second_turn, max_new_tokens=64):  # prefills only the second turn
-      ...
+  """The tokens of a conversation. Its cached keys and values are those of the prefix cache.
 
   A reply is the continuation of the whole conversation so far, taken as one prompt.
 
   Args:
-    model: Model of an Engine.
-    weights: Weights of an Engine.
+    streams: Serve the replies.
+    vocab_size: V.
     max_length: Most tokens of the whole conversation.
-    bos_id: First token of the conversation.
-    eos_id: Token that ends a reply; -1 never does.
-    chunk: Most positions of a turn in one prefill pass.
+    bos: First tokens of the conversation: BOS, or none.
+    end_ids: Tokens that end a reply.
 
   Raises:
-    RequestError: A max_length or chunk below 1.
+    RequestError: A max_length below 1.
 
   Attributes:
     tokens: All tokens so far, turns and replies, without BOS.
-    prefilled: Positions that prefill passes took so far, padding included.
   """
 
   def __init__(
     self,
-    model: Model,
-    weights: Weights,
+    streams: Streams,
     *,
+    vocab_size: int,
     max_length: int,
-    bos_id: int,
-    eos_id: int,
-    chunk: int = 256,
+    bos: Sequence[int],
+    end_ids: Sequence[int],
   ) -> None:
-    check_at_least(1, max_length=max_length, chunk=chunk)
-    self._model, self._weights, self._eos, self._bos = model, weights, eos_id, bos_id
-    # The mesh needs at least this many rows. Row 0 is the conversation, the others are unused.
-    self._rows = model.padded_batch(1)
-    self._chunk = min(chunk, 1 << max_length.bit_length())
-    self._max_length = max_length
+    check_at_least(1, max_length=max_length)
+    self._streams, self._vocab_size = streams, vocab_size
+    self._max_length, self._bos, self._end_ids = max_length, tuple(bos), tuple(end_ids)
     self.tokens: list[int] = []
-    self.prefilled = 0
-    # Turns are prefilled in the decode layout, the layout of the cache, so that no cache is moved.
-    mesh = model.mesh.shape
-    room = padded_length(model.decode_layout, mesh, self._rows, max_length + self._chunk)
-    self._cache = programs.empty_cache(model, weights, self._rows, room)
-    self._cached = 0  # positions of the cache that hold BOS and `tokens`
     self._last: Generator[int, None, None] | None = None  # the unfinished reply
 
   def reply(
@@ -94,11 +71,9 @@ class Conversation:
       RequestError: More tokens than max_length has room for, or arguments that Engine.generate
         refuses. Raised before anything runs.
     """
-    vocab_size = self._model.config.vocab_size
-    check_tokens('the turn', turn, vocab_size)
+    check_tokens('the turn', turn, self._vocab_size)
     check_at_least(1, max_new_tokens=max_new_tokens)
     check_seeds([seed])
-    stack_params([sampling], vocab_size)  # checks the ids of stop sequences and biases
     if len(self.tokens) + len(turn) + max_new_tokens > self._max_length:
       raise RequestError(
         f'{len(self.tokens)} tokens so far, {len(turn)} of this turn and {max_new_tokens} new ones '
@@ -107,69 +82,21 @@ class Conversation:
       )
     if self._last is not None:
       self._last.close()
-    # The cache may hold tokens of the last reply that the caller did not take. After an empty turn
-    # the last token is run again, for its logits.
-    self._cached = min(self._cached, len(self.tokens) + 1)
-    self.tokens += map(int, turn)
-    self._last = self._reply(max_new_tokens, sampling, seed)
+    tokens = [*self.tokens, *map(int, turn)]
+    request = Request(
+      (*self._bos, *tokens), (seed,), max_new_tokens, sampling, end_ids=self._end_ids
+    )
+    stream = self._streams.open([request])
+    self.tokens = tokens
+
+    def reply() -> Generator[int, None, None]:
+      with stream:
+        for event in stream:
+          for token in event.tokens:
+            self.tokens.append(token)
+            yield token
+          if event.finish == 'error':
+            raise RequestError(f'the reply ended: {event.error}')
+
+    self._last = reply()
     return self._last
-
-  def _reply(
-    self, max_new_tokens: int, sampling: SamplingParams, seed: int
-  ) -> Generator[int, None, None]:
-    logits = self._prefill()
-    count = self._rows
-    rows = RowParams(
-      stack_params([sampling] * count, self._model.config.vocab_size),
-      np.full(count, seed, np.uint32),
-      np.full(count, max_new_tokens, np.int32),
-      self._eos,
-    )
-    # Only penalties read the conversation's tokens.
-    prompts = np.zeros((count, self._max_length + 1 if sampling.penalizes else 1), np.int32)
-    if sampling.penalizes:
-      prompts[:, 1 : len(self.tokens) + 1] = self.tokens
-    lengths = np.full(count, len(self.tokens) + 1, np.int32)
-    slots, first = programs.begin_reply(
-      self._model, self._cache, logits, *programs.put(self._model, rows, prompts, lengths)
-    )
-    new, ended = [int(jax.device_get(first).tokens[0])], False
-    try:
-      while True:
-        for token in new:
-          self.tokens.append(token)
-          yield token
-        if ended:
-          return
-        slots, output = programs.decode_steps(
-          self._model,
-          slots,
-          self._weights,
-          *programs.put(self._model, np.int32(REPLY_STEPS), np.asarray(False)),
-          most=REPLY_STEPS,
-        )
-        output = jax.device_get(output)
-        made = int(output.counts[0])
-        self._cached += made
-        new, ended = output.chosen.tokens[:made, 0].tolist(), bool(output.ended[0])
-    finally:
-      self._cache = slots.cache
-
-  def _prefill(self) -> jax.Array:
-    """Prefill all tokens that are not in the cache; return the last logits, [B, V] float32."""
-    tokens = [self._bos, *self.tokens]
-    self._cached = min(self._cached, len(tokens) - 1)
-    while self._cached < len(tokens):
-      chunk = tokens[self._cached : self._cached + self._chunk]
-      size = min(self._chunk, max(SMALLEST_CHUNK, 1 << (len(chunk) - 1).bit_length()))
-      inputs, counts = np.zeros((self._rows, size), np.int32), np.zeros(self._rows, np.int32)
-      inputs[0, : len(chunk)], counts[0] = chunk, len(chunk)
-      logits, self._cache = programs.prefill_turn(
-        self._model,
-        self._cache,
-        self._weights,
-        *programs.put(self._model, np.int32(self._cached), inputs, counts),
-      )
-      self._cached += len(chunk)
-      self.prefilled += size
-    return logits

@@ -12,11 +12,10 @@ from t5x_inference_ext.engine import programs
 from t5x_inference_ext.engine import slots as device
 from t5x_inference_ext.engine.prefilling import ReadyRow
 from t5x_inference_ext.engine.rows import Row
-from t5x_inference_ext.engine.sampling_arrays import row_params
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.engine.slot_table import SlotTable
 from t5x_inference_ext.engine.slots import PrefillState
-from t5x_inference_ext.engine.state import ChosenTokens
+from t5x_inference_ext.engine.state import ChosenTokens, slot_row
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
 
@@ -88,9 +87,14 @@ class Decoder:
     """
     row, request = ready.row, ready.row.handle.request
     vocab_size = self._model.config.vocab_size
-    params = row_params(
-      request.sampling, vocab_size, request.seeds[row.sample], row.limit, row.end_ids,
-      request.top_log_probs,
+    params = slot_row(
+      request.sampling,
+      vocab_size,
+      seed=request.seeds[row.sample],
+      limit=row.limit,
+      end_ids=row.end_ids,
+      top=request.top_log_probs,
+      top_width=self._config.top_log_probs,
     )
     # Only penalties read the prompt's tokens.
     tokens = np.zeros((1, self._config.max_length), np.int32)

@@ -35,7 +35,8 @@ class Inbox:
   """
 
   def __init__(self) -> None:
-    self._lock = threading.Lock()
+    # Reentrant: a stream that is dropped while a request is queued cancels in the same thread.
+    self._lock = threading.RLock()
     self._commands: list[tuple[Command, Handle | None]] = []
     self.submitted = 0
 

@@ -3,6 +3,7 @@
 import collections
 from collections.abc import Hashable, Sequence
 import dataclasses
+import itertools
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from t5x_inference_ext.engine.prefix_cache import PrefixCache
 from t5x_inference_ext.engine.prefix_tree import Node
 from t5x_inference_ext.engine.rows import Row
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig, next_chunk
+from t5x_inference_ext.engine.warm_up import CompiledProgram, timed_run
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
 
@@ -133,6 +135,28 @@ class Prefiller:
     """End the group if no row needs its prompts any more."""
     if self.active and all(prompt.finished for prompt in self._group):
       self._left = 0
+
+  def warm_up(self, done: list[CompiledProgram]) -> None:
+    """Compile all programs by running them on no tokens. There must be no group."""
+    assert not self.active and not self.ready
+    counts = np.zeros(self._config.prefill_rows, np.int32)
+    for size, read in itertools.product(self._sizes, self._reads):
+      tokens = np.zeros((self._config.prefill_rows, size), np.int32)
+      arguments = self._model, self.state, self._weights, tokens, counts
+      self.state = timed_run(
+        done,
+        'prefill_chunk',
+        lambda: programs.prefill_chunk(*arguments, read=read),  # noqa: B023  # runs at once
+        tokens=size,
+        read=read,
+      )
+    if self._prefixes is not None:
+      self.state = self._prefixes.warm_up(self.state, done)
+    self.state = timed_run(
+      done,
+      'start_prefill',
+      lambda: programs.start_prefill(self._model, self.state, self._weights),
+    )
 
   def _finish(self) -> None:
     """Keep the prompts' blocks for later prompts, and make their rows ready."""

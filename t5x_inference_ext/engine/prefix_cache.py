@@ -10,6 +10,7 @@ from t5x_inference_ext.engine.prefix_store import BlockCopies, block_copies, byt
 from t5x_inference_ext.engine.prefix_tree import Node, PrefixTree
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.engine.slots import PrefillState
+from t5x_inference_ext.engine.warm_up import CompiledProgram, timed_run
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
 
@@ -91,9 +92,16 @@ class PrefixCache:
         self._model, self._store, self._weights, state, each
       )
 
-  def warm_up(self, state: PrefillState) -> PrefillState:
+  def warm_up(self, state: PrefillState, done: list[CompiledProgram]) -> PrefillState:
     """Compile the programs by copying nothing; return the prefill state, which is donated."""
     nothing = BlockCopies(*np.zeros((3, self._most), np.int32), count=np.int32(0))
-    state = programs.load_blocks(self._model, state, self._weights, self._store, nothing)
-    self._store = programs.save_blocks(self._model, self._store, self._weights, state, nothing)
+    arguments = self._weights, self._store, nothing
+    state = timed_run(
+      done, 'load_blocks', lambda: programs.load_blocks(self._model, state, *arguments)
+    )
+    self._store = timed_run(
+      done,
+      'save_blocks',
+      lambda: programs.save_blocks(self._model, self._store, self._weights, state, nothing),
+    )
     return state

@@ -39,10 +39,12 @@ class PrefixStore:
     keys: [L, N, P, K, Q], or a tuple of L arrays [N, P, K, Q] if the layers are unrolled. N is the
       number of blocks, K is that of the prompts' cache.
     values: Like keys.
+    broken: [N] bool. Whether a token up to the block's end gave values that are not finite.
   """
 
   keys: LayersKV
   values: LayersKV
+  broken: jax.Array
 
   @property
   def block_size(self) -> int:
@@ -116,7 +118,8 @@ def empty_store(
     return zeros() if weights.stacked else tuple(zeros() for _ in range(config.num_layers))
 
   _, _, store_spec = _specs(model, weights, rows)
-  return _constrained(model, PrefixStore(layers(), layers()), store_spec)
+  store = PrefixStore(layers(), layers(), jnp.zeros(blocks, bool))
+  return _constrained(model, store, store_spec)
 
 
 def bytes_per_block(model: Model, weights: Weights, rows: int, block_size: int) -> int:
@@ -184,7 +187,9 @@ def load_blocks(
 
   inputs = spec, store_spec, P()
   cache = cache_rows.per_shard(model, run, inputs, spec)(prompts.cache, store, copies)
-  return PrefillState(_constrained(model, cache, spec), prompts.logits)
+  meant = jnp.arange(copies.rows.shape[0]) < copies.count
+  broken = prompts.broken.at[copies.rows].max(meant & store.broken[copies.blocks])
+  return dataclasses.replace(prompts, cache=_constrained(model, cache, spec), broken=broken)
 
 
 def save_blocks(
@@ -205,19 +210,24 @@ def save_blocks(
   axes, spec, store_spec = _specs(model, weights, len(prompts.logits))
   size = _block_size(prompts, store)
 
-  def run(store: PrefixStore, cache: KVCache, copies: BlockCopies) -> PrefixStore:
+  def run(
+    store: PrefixStore, cache: KVCache, all_broken: jax.Array, copies: BlockCopies
+  ) -> PrefixStore:
     rows = len(cache.lengths)
 
     def save(i: jax.Array, store: PrefixStore) -> PrefixStore:
       row, mine = cache_rows.local_index(rows, axes, copies.rows[i])
       block = _read((cache.keys, cache.values), row, copies.indices[i] * size, size)
       block = jax.tree.map(lambda x: cache_rows.from_owner(x, axes, mine), block)
-      return PrefixStore(*_write((store.keys, store.values), block, copies.blocks[i], 0))
+      keys, values = _write((store.keys, store.values), block, copies.blocks[i], 0)
+      broken = store.broken.at[copies.blocks[i]].set(all_broken[copies.rows[i]])
+      return PrefixStore(keys, values, broken)
 
     return lax.fori_loop(0, copies.count, save, store)
 
-  inputs = store_spec, spec, P()
-  store = cache_rows.per_shard(model, run, inputs, store_spec)(store, prompts.cache, copies)
+  inputs = store_spec, spec, P(), P()
+  save_all = cache_rows.per_shard(model, run, inputs, store_spec)
+  store = save_all(store, prompts.cache, prompts.broken, copies)
   return _constrained(model, store, store_spec)
 
 
@@ -263,7 +273,7 @@ def _specs(model: Model, weights: Weights, rows: int) -> tuple[Axes, KVCache, Pr
     return P(*spec[:-4], None, *spec[-3:])
 
   kv = jax.tree.map(without_rows, spec.keys, is_leaf=lambda s: isinstance(s, P))
-  return sharding.attention_rows, spec, PrefixStore(kv, kv)
+  return sharding.attention_rows, spec, PrefixStore(kv, kv, P())  # type: ignore[arg-type]
 
 
 def _constrained(model: Model, tree: Any, specs: Any) -> Any:

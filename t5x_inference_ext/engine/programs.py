@@ -14,10 +14,9 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from t5x_inference_ext.engine import conversation_steps, prefix_store, slots, static_batch
+from t5x_inference_ext.engine import prefix_store, slots, static_batch
 from t5x_inference_ext.engine.saved_generation import GenerationShape, SavedGeneration
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.model import chunks
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
 
@@ -44,25 +43,20 @@ def put(model: Model, *arrays: Any) -> Any:
   return jax.device_put(arrays, NamedSharding(model.mesh, P()))
 
 
-# Slots (engine.slots).
-empty_slots = _compiled(slots.empty_slots, static=('rows', 'size'))
+# Slots and prompts (engine.slots).
+empty_slots = _compiled(slots.empty_slots, static=('config', 'shards'))
 empty_prefill = _compiled(slots.empty_prefill, static=('rows', 'size'))
-free_slots = _compiled(slots.free_slots, donated=('slots',))
 start_prefill = _compiled(slots.start_prefill, donated=('prompts',))
-prefill_chunk = _compiled(slots.prefill_chunk, donated=('prompts',))
+prefill_chunk = _compiled(slots.prefill_chunk, static=('read',), donated=('prompts',))
 insert = _compiled(slots.insert, donated=('slots',))
-decode_steps = _compiled(slots.decode_steps, static=('most',), donated=('slots',))
-share_row = _compiled(chunks.share_row, static=('row', 'length', 'to', 'rows'))
+decode_steps = _compiled(
+  slots.decode_steps, static=('most', 'read', 'read_shared'), donated=('slots',)
+)
 
 # Beginnings of earlier prompts (engine.prefix_store).
 empty_store = _compiled(prefix_store.empty_store, static=('rows', 'blocks', 'block_size'))
 load_blocks = _compiled(prefix_store.load_blocks, donated=('prompts',))
 save_blocks = _compiled(prefix_store.save_blocks, donated=('store',))
-
-# Conversations (engine.conversation).
-empty_cache = _compiled(chunks.empty_cache, static=('rows', 'size'))
-prefill_turn = _compiled(conversation_steps.prefill_turn, donated=('cache',))
-begin_reply = _compiled(conversation_steps.begin_reply, donated=('cache',))
 
 # A static batch (engine.static_batch).
 STATIC_BATCH_OPTIONS = (

@@ -23,9 +23,10 @@ from t5x_inference_ext.engine.prefilling import Prefiller, Prompt
 from t5x_inference_ext.engine.prefix_cache import PrefixCache, PrefixStats
 from t5x_inference_ext.engine.request import Event, Handle, Request, RequestState
 from t5x_inference_ext.engine.rows import Row
-from t5x_inference_ext.engine.sampling_arrays import check_fits_slots
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.engine.slot_table import SlotTable
+from t5x_inference_ext.engine.state import slot_row
+from t5x_inference_ext.engine.warm_up import CompiledProgram
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
@@ -106,6 +107,10 @@ class Scheduler:
     """Whether no request is waiting, being prefilled or being decoded."""
     return self._inbox.empty and not self._unfinished and not self._decoder.under_way
 
+  def serves(self, index: int) -> bool:
+    """Return whether the request with this index is one that the scheduler works on."""
+    return index in self._unfinished
+
   @property
   def wanted(self) -> int:
     """How many more requests the next step could start."""
@@ -124,6 +129,13 @@ class Scheduler:
   def cancel(self, handle: Handle) -> None:
     """End a request within the next step. Any thread may call this, also for a finished request."""
     self._inbox.cancel(handle.index)
+
+  def warm_up(self) -> list[CompiledProgram]:
+    """Compile every program that a request can need; return them. The scheduler must be idle."""
+    done: list[CompiledProgram] = []
+    self._prefiller.warm_up(done)
+    self._decoder.warm_up(self._table, self._prefiller.state, done)
+    return done
 
   def step(self) -> list[Event]:
     """Take commands, prefill, insert, start to decode; return new tokens, and rows that ended.
@@ -206,13 +218,17 @@ class Scheduler:
         f'{length} tokens, BOS included, and {request.limit} new ones do not fit into a cache of '
         f'{self._table.pool.pages - 1} pages of {config.page_size} positions: raise `pages`'
       )
-    if request.top_log_probs > config.top_log_probs:
-      raise RequestError(
-        f'top_log_probs must be at most {config.top_log_probs} here, got {request.top_log_probs}'
-      )
     if (request.text or request.stop_texts) and self._vocabulary is None:
       raise RequestError('text and stop texts need a vocabulary, and this engine has none')
-    check_fits_slots(request.sampling, request.end_ids or (), self.model.config.vocab_size)
+    slot_row(  # checks the rest
+      request.sampling,
+      self.model.config.vocab_size,
+      seed=0,
+      limit=request.limit,
+      end_ids=self._end_ids(request),
+      top=request.top_log_probs,
+      top_width=config.top_log_probs,
+    )
 
   def _take_commands(self) -> list[Event]:
     """Take submissions and cancellations; return the last events of cancelled rows."""
@@ -328,5 +344,7 @@ class Scheduler:
       self._finished += 1
 
   def _row(self, handle: Handle, sample: int) -> Row:
-    ends = handle.request.end_ids
-    return Row(handle, sample, self.config.end_ids if ends is None else ends, self._vocabulary)
+    return Row(handle, sample, self._end_ids(handle.request), self._vocabulary)
+
+  def _end_ids(self, request: Request) -> tuple[int, ...]:
+    return self.config.end_ids if request.end_ids is None else request.end_ids

@@ -125,14 +125,20 @@ class SchedulerConfig:
     return [0, *itertools.takewhile(lambda size: size < self.max_length, sizes), self.max_length]
 
   def covers(self, other: 'SchedulerConfig') -> bool:
-    """Return whether a scheduler of this config serves all that one of `other` would."""
-    return self.max_length >= other.max_length and self == dataclasses.replace(
-      other,
-      max_length=self.max_length,
-      pages=self.pages if other.pages is None else other.pages,
-      prefix_blocks=self.prefix_blocks,
-      shared_pages=self.shared_pages,
-      page_size=self.page_size,
+    """Return whether a scheduler of this config can do what one of `other` could."""
+    sizes = 'slots', 'max_length', 'pages', 'shared_pages', 'prefix_blocks', 'top_log_probs'
+    return (
+      self.slots >= other.slots
+      and self.max_length >= other.max_length
+      and self.top_log_probs >= other.top_log_probs
+      and self.pages == other.pages
+      and bool(self.prefix_blocks) == bool(other.prefix_blocks)
+      and self
+      == dataclasses.replace(
+        other,
+        page_size=self.page_size,
+        **{name: getattr(self, name) for name in sizes},
+      )
     )
 
 
@@ -184,7 +190,8 @@ def config_for(
   needed = max((len(r.tokens) + r.limit - 1 for r in requests), default=1)
   length = _rounded(max(needed, max_length or 0))
   samples = sum(len(r.seeds) for r in requests)
-  rows = model.padded_batch(slots if max_length is not None else min(slots, samples))
+  few = min(slots, _power_of_two(max(1, samples)))
+  rows = model.padded_batch(slots if max_length is not None else few)
   page_size = options.pop('page_size', min(128, length))
   pages_of_row = -(-length // page_size)
   if share:

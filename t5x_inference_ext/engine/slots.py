@@ -1,7 +1,7 @@
-"""Decode slots: rows of one cache that prompts enter and leave while the other rows go on.
+"""Decode slots: rows of one paged cache that prompts enter and leave while the other rows go on.
 
 The module holds the functions of the devices; engine/programs.py compiles them, and
-engine/scheduler.py calls them.
+engine/decoder.py and engine/prefilling.py call them.
 """
 
 import dataclasses
@@ -14,16 +14,21 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from t5x_inference_ext.engine import cache_rows
+from t5x_inference_ext.engine.sampling import SamplingParams
+from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.engine.state import (
   ChosenTokens,
   DecodeState,
   RowParams,
   advance,
   initial_state,
+  slot_row,
 )
+from t5x_inference_ext.engine.state_rows import constrain_state, put_state_row
 from t5x_inference_ext.model import cache as kv_cache
-from t5x_inference_ext.model.cache import KVCache, Shared
+from t5x_inference_ext.model.cache import KVCache
 from t5x_inference_ext.model.chunks import constrain_cache, empty_cache
+from t5x_inference_ext.model.pages import PagedCache, empty_pages
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
 from t5x_inference_ext.sharding import activations
@@ -40,7 +45,7 @@ class Slots:
     state: State of the rows.
   """
 
-  cache: KVCache
+  cache: PagedCache
   rows: RowParams
   state: DecodeState
 
@@ -53,68 +58,72 @@ class PrefillState:
   Attributes:
     cache: Keys and values of the prompts' tokens so far.
     logits: [R, V] float32. Logits after each prompt's last token so far.
+    broken: [R] bool. Whether some token so far gave values that are not finite.
   """
 
   cache: KVCache
   logits: jax.Array
+  broken: jax.Array
 
 
 class StepsOutput(NamedTuple):
-  """The tokens of some decode steps.
+  """The tokens of some decode steps, or of an insertion.
 
   Attributes:
     chosen: Chosen tokens of each step, [N, B] and [N, B, top]; 0 for rows that had ended.
     counts: [B] int32. In how many of the N steps the row got a token; these steps come first.
     ended: [B] bool. Whether the row has ended after the N steps.
+    failed: [B] bool. Whether it has ended because no token could be chosen.
   """
 
   chosen: ChosenTokens
   counts: jax.Array
   ended: jax.Array
+  failed: jax.Array
 
 
-def empty_slots(
-  model: Model, weights: Weights, row_params: RowParams, rows: int, size: int, shared: Shared | None
-) -> Slots:
+class SlotPages(NamedTuple):
+  """Which pages rows have, as the host says: see model.pages.PagedCache.
+
+  Attributes:
+    table: [B, M] int32.
+    owners: [N] int32.
+    starts: [N] int32.
+    visible: [B, NS] bool. Shared pages of each row.
+  """
+
+  table: Any
+  owners: Any
+  starts: Any
+  visible: Any
+
+
+def empty_slots(model: Model, weights: Weights, config: SchedulerConfig, shards: int) -> Slots:
   """Return slots that are all free.
 
   Args:
     model: Decides mesh and layouts.
     weights: Weights, for their shapes and shardings.
-    row_params: [1] Parameters with the structure and shapes that all requests have.
-    rows: B, the number of slots.
-    size: S, cache positions of each slot.
-    shared: The stored prefix in the decode layout, or None.
+    config: Sizes of the slots.
+    shards: Number of shards that split the rows.
   """
-  row_params = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], (rows, *x.shape[1:])), row_params)
-  nothing = jnp.zeros((rows, 1), jnp.int32)
-  state = initial_state(row_params, nothing, nothing[:, 0], model.config.vocab_size)
+  vocab_size, rows = model.config.vocab_size, config.slots
+  row = slot_row(
+    SamplingParams(), vocab_size, seed=0, limit=1, top_width=config.top_log_probs
+  )
+  params = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], (rows, *x.shape[1:])), row)
+  state = initial_state(params, jnp.zeros((rows, 1), jnp.int32), jnp.ones(rows, int), vocab_size)
   state = dataclasses.replace(state, ended=jnp.ones(rows, bool))
-  cache = empty_cache(model, weights, rows, size, shared)
-  return Slots(cache, *replicated(model, (row_params, state)))
-
-
-def empty_prefill(
-  model: Model, weights: Weights, rows: int, size: int, shared: Shared | None
-) -> PrefillState:
-  """Return a prefill state without prompts.
-
-  Args:
-    model: Decides mesh and layouts.
-    weights: Weights, for their shapes and shardings.
-    rows: R, prompts that are prefilled together.
-    size: Cache positions of each prompt.
-    shared: The stored prefix in the prefill layout, or None.
-  """
-  logits = jnp.zeros((rows, model.config.vocab_size), jnp.float32)
-  cache = empty_cache(model.prefilling, weights, rows, size, shared)
-  return PrefillState(cache, _constrain_logits(model, logits))
-
-
-def _constrain_logits(model: Model, logits: jax.Array) -> jax.Array:
-  # Logits get one sharding in every call: another one would recompile the program that takes them.
-  spec = P(model.sampling_axes(len(logits)))
-  return lax.with_sharding_constraint(logits, NamedSharding(model.mesh, spec))
+  cache = empty_pages(
+    model,
+    weights,
+    rows,
+    pages=shards * config.pages_of_shard(shards),
+    page_size=config.page_size,
+    table_width=config.pages_of_row,
+    shared_pages=config.shared_pages,
+  )
+  return Slots(cache, replicated(model, params), constrain_state(model, state))
 
 
 def prompt_room(model: Model, rows: int, length: int) -> int:
@@ -122,30 +131,54 @@ def prompt_room(model: Model, rows: int, length: int) -> int:
   return activations.padded_length(model.prefill_layout, model.mesh.shape, rows, length)
 
 
-def free_slots(model: Model, slots: Slots) -> Slots:
-  """Free all slots."""
-  del model
-  state = dataclasses.replace(slots.state, ended=jnp.ones_like(slots.state.ended))
-  return dataclasses.replace(slots, state=state)
+def empty_prefill(model: Model, weights: Weights, rows: int, size: int) -> PrefillState:
+  """Return a prefill state without prompts.
+
+  Args:
+    model: Decides mesh and layouts.
+    weights: Weights, for their shapes and shardings.
+    rows: R, prompts that are prefilled together.
+    size: Cache positions of each prompt.
+  """
+  logits = jnp.zeros((rows, model.config.vocab_size), jnp.float32)
+  cache = empty_cache(model.prefilling, weights, rows, size)
+  return _prefill_state(model, cache, logits, jnp.zeros(rows, bool))
 
 
-def start_prefill(
-  model: Model, prompts: PrefillState, weights: Weights, shared: jax.Array
+def _prefill_state(
+  model: Model, cache: KVCache, logits: jax.Array, broken: jax.Array
 ) -> PrefillState:
-  """Reset the state for new prompts. Their first `shared` [R] positions are the stored prefix."""
-  cache = prompts.cache
-  prefix = None if cache.shared is None else dataclasses.replace(cache.shared, lengths=shared)
-  cache = dataclasses.replace(cache, lengths=jnp.zeros_like(cache.lengths), shared=prefix)
-  return PrefillState(constrain_cache(model.prefilling, cache, weights), prompts.logits)
+  # Logits get one sharding in every call: another one would recompile the program that takes them.
+  spec = P(model.sampling_axes(len(logits)))
+  logits = lax.with_sharding_constraint(logits, NamedSharding(model.mesh, spec))
+  return PrefillState(cache, logits, replicated(model, broken))
+
+
+def start_prefill(model: Model, prompts: PrefillState, weights: Weights) -> PrefillState:
+  """Reset the state for new prompts."""
+  cache = dataclasses.replace(prompts.cache, lengths=jnp.zeros_like(prompts.cache.lengths))
+  cache = constrain_cache(model.prefilling, cache, weights)
+  return _prefill_state(model, cache, prompts.logits, jnp.zeros_like(prompts.broken))
 
 
 def prefill_chunk(
-  model: Model, prompts: PrefillState, weights: Weights, tokens: jax.Array, counts: jax.Array
+  model: Model,
+  prompts: PrefillState,
+  weights: Weights,
+  tokens: jax.Array,
+  counts: jax.Array,
+  read: int | None = None,
 ) -> PrefillState:
-  """Run the next tokens [R, T] of the prompts. counts [R] of them, possibly 0, are valid."""
-  logits, cache = model.prefilling.prefill_chunk(weights, prompts.cache, tokens, counts)
+  """Run the next tokens [R, T] of the prompts. counts [R] of them, possibly 0, are valid.
+
+  No prompt has more than `read` cached positions (None: as many as there is room for).
+  """
+  logits, cache = model.prefilling.prefill_chunk(weights, prompts.cache, tokens, counts, read=read)
   logits = jnp.where(counts[:, None] > 0, logits, prompts.logits)
-  return PrefillState(cache, _constrain_logits(model, logits))
+  # Later chunks attend to finite values in the place of broken ones: the row itself must not go on.
+  broken = prompts.broken | jnp.any(jnp.isnan(logits), axis=1)
+  logits = jnp.where(broken[:, None], jnp.nan, logits)
+  return _prefill_state(model, cache, logits, broken)
 
 
 def insert(
@@ -153,26 +186,31 @@ def insert(
   slots: Slots,
   weights: Weights,
   prompts: PrefillState,
-  row: jax.Array,
+  place: jax.Array,
   slot: jax.Array,
+  pages: cache_rows.RowPages,
   row_params: RowParams,
   prompt: jax.Array,
   length: jax.Array,
-) -> tuple[Slots, ChosenTokens]:
-  """Put a prefilled prompt into a free slot, and choose its first new token.
+  generated: jax.Array,
+) -> tuple[Slots, StepsOutput]:
+  """Put a prefilled prompt into a free slot, and choose its next token.
 
   Args:
     model: Decides mesh and layouts.
     slots: The slots. `slot` must be free.
     weights: Weights, for their shapes and shardings.
     prompts: Prefilled prompts. They stay there: a prompt may enter several slots.
-    row: Row of `prompts`.
+    place: Row of `prompts`.
     slot: Slot to enter.
+    pages: Pages of the row.
     row_params: [1] Parameters of the row.
     prompt: [1, T] int32. The whole prompt, BOS first. Only penalties read it.
-    length: [1] int32. Number of valid tokens in `prompt`.
+    length: Scalar int32. Number of valid tokens in `prompt`.
+    generated: Scalar int32. How many of its last tokens the row generated itself, before it was
+      preempted.
   """
-  one = cache_rows.gather_cache_row(model.prefilling, prompts.cache, weights, row)
+  one = cache_rows.gather_cache_row(model.prefilling, prompts.cache, weights, place)
   # The decode layout may repeat and pad key heads differently from the prefill layout.
   held = model.prefilling.cache_sharding(prompts.logits.shape[0]).heads.cached()
   wanted = model.cache_sharding(slots.cache.lengths.shape[0]).heads.cached()
@@ -180,38 +218,51 @@ def insert(
     lambda x: kv_cache.with_heads(x, held, wanted), (one.keys, one.values)
   )
   one = dataclasses.replace(one, keys=keys, values=values)
-  cache = cache_rows.scatter_cache_row(model, slots.cache, weights, slot, one)
+  cache = cache_rows.insert_row(model, slots.cache, weights, slot, one, pages)
   axes = model.sampling_axes(prompts.logits.shape[0])
-  logits = cache_rows.gather_row(model, prompts.logits, axes, row)
-  state = initial_state(row_params, prompt, length, model.config.vocab_size)
-  state, chosen = advance(row_params, state, logits, length)
-
-  def put(x: jax.Array, new: jax.Array) -> jax.Array:
-    return lax.dynamic_update_slice_in_dim(x, new.astype(x.dtype), slot, 0)
-
-  rows, states = jax.tree.map(put, (slots.rows, slots.state), (row_params, state))
-  cache = constrain_cache(model, cache, weights)
-  return Slots(cache, *replicated(model, (rows, states))), replicated(model, chosen)
+  logits = cache_rows.gather_row(model, prompts.logits, axes, place)
+  state = initial_state(
+    row_params, prompt, length[None], model.config.vocab_size, generated[None]
+  )
+  state, chosen = advance(row_params, state, logits, length[None])
+  rows, states = put_state_row(model, slots.rows, slots.state, slot, row_params, state)
+  made = (~state.failed).astype(jnp.int32)
+  output = StepsOutput(jax.tree.map(lambda x: x[None], chosen), made, state.ended, state.failed)
+  return Slots(cache, replicated(model, rows), states), replicated(model, output)
 
 
 # State of the loop in decode_steps: step, state, cache, chosen tokens so far.
-_Carry = tuple[jax.Array, DecodeState, KVCache, ChosenTokens]
+_Carry = tuple[jax.Array, DecodeState, PagedCache, ChosenTokens]
 
 
 def decode_steps(
-  model: Model, slots: Slots, weights: Weights, steps: jax.Array, until_free: jax.Array, most: int
+  model: Model,
+  slots: Slots,
+  weights: Weights,
+  pages: SlotPages,
+  alive: jax.Array,
+  steps: jax.Array,
+  until_free: jax.Array,
+  most: int,
+  read: int,
+  read_shared: int,
 ) -> tuple[Slots, StepsOutput]:
   """Run decode steps until all rows have ended or `steps` of them are done.
 
   Args:
     model: Decides mesh and layouts.
-    slots: The slots, at least one in use.
+    slots: The slots.
     weights: Weights on the mesh.
+    pages: Pages of the rows, with room for the steps.
+    alive: [B] bool. Slots that have a row. The others end: their rows were cancelled.
     steps: Scalar int32. Steps to run, at most `most`.
     until_free: Scalar bool. Whether to stop as soon as a row ends.
     most: N, steps that the output has room for. Static.
+    read: Pages of each shard that attention reads, the first ones. Static.
+    read_shared: Shared pages that attention reads, the first ones. Static.
   """
-  before, count, top = slots.state, len(slots.state.ended), slots.rows.top
+  before = dataclasses.replace(slots.state, ended=slots.state.ended | ~alive)
+  count, top = len(before.ended), slots.rows.top_width
   out = ChosenTokens(
     jnp.zeros((most, count), jnp.int32),
     jnp.zeros((most, count)),
@@ -230,16 +281,17 @@ def decode_steps(
     logits, cache = model.decode_step(weights, cache, state.tokens)
     # A free slot's keys go beyond its length, where the next step overwrites them.
     cache = dataclasses.replace(cache, lengths=jnp.where(state.ended, lengths, cache.lengths))
-    state, chosen = advance(slots.rows, state, logits, cache.positions)
+    state, chosen = advance(slots.rows, state, logits, cache.lengths)
     out = jax.tree.map(
       lambda x, new: lax.dynamic_update_slice_in_dim(x, new[None], i, 0), out, chosen
     )
-    return i + 1, state, cache, out
+    return i + 1, constrain_state(model, state), cache, out
 
-  _, state, cache, out = lax.while_loop(running, step, (jnp.asarray(0), before, slots.cache, out))
-  output = replicated(model, StepsOutput(out, state.counts - before.counts, state.ended))
-  cache = constrain_cache(model, cache, weights)
-  return Slots(cache, slots.rows, replicated(model, state)), output
+  cache = slots.cache.with_pages(*pages, read=read, read_shared=read_shared)
+  carry = jnp.asarray(0), constrain_state(model, before), cache, out
+  _, state, cache, out = lax.while_loop(running, step, carry)
+  output = StepsOutput(out, state.counts - before.counts, state.ended, state.failed)
+  return Slots(cache, slots.rows, state), replicated(model, output)
 
 
 def replicated(model: Model, tree: Any) -> Any:

@@ -1,57 +1,64 @@
 """Requests that are followed from any number of threads; whichever thread waits runs the scheduler."""
 
-import collections
-from collections.abc import AsyncIterator, Iterator
 import asyncio
+import collections
+from collections.abc import AsyncIterator, Iterator, Sequence
 import threading
 
 from t5x_inference_ext.engine.request import Event, Handle, Request
 from t5x_inference_ext.engine.scheduler import Scheduler
 
-# How long a thread waits for the one that steps before it looks again, in seconds: a step takes
-# less, but its thread may have been stopped in between.
+# How long a thread waits for the one that steps before it looks again, in seconds. Every step wakes
+# all threads: this is for the case that the stepping thread has taken its last event and gone.
 WAIT_SECONDS = 0.05
 
 
 class Stream:
-  """The events of one request, in order. Closing the stream cancels the request.
+  """The events of some requests, in order, with the requests numbered from 0.
 
-  Iterating blocks; `async for` does not block the event loop.
+  Iterate over it, or `async for` over it: that does not block the event loop. Closing it, or
+  dropping it, cancels the requests that have not ended.
 
   Attributes:
-    handle: The request in its scheduler.
+    handles: The requests in their scheduler.
   """
 
-  def __init__(self, streams: 'Streams', handle: Handle) -> None:
-    self._streams, self.handle = streams, handle
-    self._left = len(handle.request.seeds)  # samples that have not ended
-    self._closed = False
+  def __init__(self, streams: 'Streams', requests: Sequence[Request]) -> None:
+    self._streams = streams
+    self.handles: list[Handle] = []
+    self._events: collections.deque[Event] = collections.deque()
+    self._samples_left = sum(len(request.seeds) for request in requests)
+    try:
+      for request in requests:
+        self.handles.append(streams.submit(request, self._events, len(self.handles)))
+    except BaseException:
+      self.close()
+      raise
 
   def __iter__(self) -> Iterator[Event]:
     return self
 
   def __next__(self) -> Event:
-    if not self._left or self._closed:
+    if not self._samples_left:
       raise StopIteration
-    event = self._streams.wait(self.handle)
-    self._left -= event.finish is not None
-    return event
+    return self._took(self._streams.wait(self._events))
 
   def __aiter__(self) -> AsyncIterator[Event]:
     return self
 
   async def __anext__(self) -> Event:
-    if not self._left or self._closed:
+    if not self._samples_left:
       raise StopAsyncIteration
-    event = await asyncio.to_thread(self._streams.wait, self.handle)
-    self._left -= event.finish is not None
+    return self._took(await asyncio.to_thread(self._streams.wait, self._events))
+
+  def _took(self, event: Event) -> Event:
+    self._samples_left -= event.finish is not None
     return event
 
   def close(self) -> None:
-    """Cancel the request, unless it has ended."""
-    if not self._closed:
-      self._closed = True
-      self._streams.close(self.handle, cancel=self._left > 0)
+    """Cancel the requests that have not ended. No more events come."""
+    self._samples_left = 0
+    self._streams.forget(self.handles)
 
   def __enter__(self) -> 'Stream':
     return self
@@ -64,59 +71,68 @@ class Stream:
 
 
 class Streams:
-  """The streams of one scheduler.
+  """The streams of one scheduler, which nothing else steps.
 
   Args:
-    scheduler: The scheduler, which nothing else steps.
+    scheduler: The scheduler.
   """
 
   def __init__(self, scheduler: Scheduler) -> None:
     self.scheduler = scheduler
     self._stepping = threading.Lock()
     self._changed = threading.Condition()
-    self._events: dict[int, collections.deque[Event]] = {}
+    # For each unfinished request, where its events go, and its number there.
+    self._listeners: dict[int, tuple[collections.deque[Event], int]] = {}
 
-  def open(self, request: Request) -> Stream:
-    """Submit a request, and return its events.
+  def open(self, requests: Sequence[Request]) -> Stream:
+    """Submit requests, and return their events.
 
     Raises:
-      RequestError: The request does not fit the scheduler.
+      RequestError: A request does not fit the scheduler. None is served.
     """
-    with self._changed:  # no event may come before there is a place for it
-      handle = self.scheduler.submit(request)
-      self._events[handle.index] = collections.deque()
-    return Stream(self, handle)
+    return Stream(self, requests)
 
-  def wait(self, handle: Handle) -> Event:
-    """Return the next event of a request. Steps the scheduler unless another thread does."""
+  def submit(self, request: Request, events: collections.deque[Event], number: int) -> Handle:
+    """Submit a request whose events, with the request numbered `number`, go to `events`."""
+    with self._changed:  # the request must have a listener before its first event
+      handle = self.scheduler.submit(request)
+      self._listeners[handle.index] = events, number
+    return handle
+
+  def wait(self, events: collections.deque[Event]) -> Event:
+    """Return the next of some events. Steps the scheduler unless another thread does."""
     while True:
-      with self._changed:
-        events = self._events.get(handle.index)
-        if events:
-          return events.popleft()
       if self._stepping.acquire(blocking=False):
         try:
-          events_ready = bool(self._events.get(handle.index))
-          new = [] if events_ready else self.scheduler.step()
+          if not events:
+            self._tell(self.scheduler.step())
         finally:
           self._stepping.release()
-        self._put(new)
-      else:
-        with self._changed:
-          if not self._events.get(handle.index):
-            self._changed.wait(WAIT_SECONDS)
+      with self._changed:
+        if events:
+          return events.popleft()
+        if self._stepping.locked():
+          self._changed.wait(WAIT_SECONDS)
 
-  def close(self, handle: Handle, cancel: bool) -> None:
-    """Forget a request; cancel it first if it has not ended."""
-    if cancel:
-      self.scheduler.cancel(handle)
+  def forget(self, handles: Sequence[Handle]) -> None:
+    """Cancel requests that have not ended, and drop their events."""
     with self._changed:
-      self._events.pop(handle.index, None)
+      for handle in handles:
+        if self._listeners.pop(handle.index, None) is not None:
+          self.scheduler.cancel(handle)
 
-  def _put(self, events: list[Event]) -> None:
+  def _tell(self, events: list[Event]) -> None:
     with self._changed:
       for event in events:
-        waiting = self._events.get(event.request)
-        if waiting is not None:
-          waiting.append(event)
+        listener = self._listeners.get(event.request)
+        if listener is None:
+          continue
+        waiting, number = listener
+        waiting.append(event._replace(request=number))
+        if event.finish is not None and self._ended(event.request):
+          del self._listeners[event.request]
       self._changed.notify_all()
+
+  def _ended(self, index: int) -> bool:
+    """Return whether all samples of a request have ended, according to the scheduler."""
+    return not self.scheduler.serves(index)

@@ -18,12 +18,15 @@ from t5x_inference_ext.engine import length_buckets, scheduler_config, scoring
 from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.engine.request import Completion, Request, Sample, SampleCollector
 from t5x_inference_ext.engine.scheduler import Scheduler
-from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.engine.scoring import ScoringExample
 from t5x_inference_ext.runs import loading
 from t5x_inference_ext.runs.batches import BatchShape, pad, row_seed
 from t5x_inference_ext.runs.clock import Clock
 from t5x_inference_ext.runs.infer_options import InferOptions
+
+
+# Decode steps in one call when no row waits for a slot: nobody waits for the single token here.
+DECODE_STEPS = 16
 
 
 class Work(Protocol):
@@ -51,22 +54,15 @@ class RefillWork:
   """Rows in slots that are refilled when rows end. A row's result is the list of its samples.
 
   Args:
-    engine: The engine to run on.
+    scheduler: The scheduler to run on.
     requests: Pairs (row, request), in order. They are taken as slots become free.
-    config: Sizes for all requests.
-    shared: The prefix that prompts share.
     clock: Counts time, rows and tokens.
   """
 
   def __init__(
-    self,
-    engine: Engine,
-    requests: Iterable[tuple[int, Request]],
-    config: SchedulerConfig,
-    shared: tuple[int, ...],
-    clock: Clock,
+    self, scheduler: Scheduler, requests: Iterable[tuple[int, Request]], clock: Clock
   ) -> None:
-    self._scheduler = Scheduler(engine.model, engine.weights, config, shared)
+    self._scheduler = scheduler
     self._requests, self._clock = iter(requests), clock
     self._rows: dict[int, int] = {}  # the scheduler's index of a request -> row
     self._samples = SampleCollector()
@@ -93,7 +89,7 @@ class RefillWork:
       row, request = next(self._requests, (None, None))
       if row is None or request is None:
         return
-      index = self._scheduler.submit(request)
+      index = self._scheduler.submit(request).index
       self._rows[index] = row
       self._samples.expect(index, len(request.seeds))
 
@@ -123,25 +119,19 @@ def refill_work(
   first = list(itertools.islice(requests, ahead))
   if not first:
     return NoWork(), {}
-  config, shared = scheduler_config.config_for(
+  config = scheduler_config.config_for(
     engine.model,
     [request for _, request in first],
     prefill_chunk=options.prefill_chunk,
     prefill_budget=options.prefill_budget,
-    top_log_probs=options.top_log_probs,
+    decode_steps=DECODE_STEPS,
     **sizes,
   )
   note = loading.rounded_note(options, config.slots, engine)
   say(f'batch: {config.slots} rows{note}, refilled as they end')
-  if shared:
-    say(f'shared: the first {len(shared)} positions of the prompts are prefilled and stored once')
-  work = RefillWork(engine, itertools.chain(first, requests), config, shared, clock)
-  return work, {
-    'batch': config.slots,
-    'prompt': config.prompt_size,
-    'cache': config.cache_size,
-    'shared': len(shared),
-  }
+  scheduler = Scheduler(engine.model, engine.weights, config, vocabulary=engine.vocabulary)
+  work = RefillWork(scheduler, itertools.chain(first, requests), clock)
+  return work, {'batch': config.slots, 'max_length': config.max_length}
 
 
 class StaticWork:

@@ -139,7 +139,7 @@ class InferenceModel(ShardedDecoder):
     self._predictor: Predictor | None = None
     if refill is not None:
       refill = refill.with_defaults(decode_options(decode_fn))
-      self._predictor = Predictor(model, refill, vocabulary.eos_id or EOS_ID, inputs_length)
+      self._predictor = Predictor(model, refill, vocabulary.eos_id or EOS_ID)
     platform = model.mesh.devices.flat[0].platform
     module = InferenceModule(model, int8, scans_layers(config.num_layers, scan_layers, platform))
     super().__init__(module, vocabulary, decode_fn, inputs_length, feature_converter_cls)

@@ -26,6 +26,10 @@ from t5x_inference_ext.t5x.module import weights_from_params
 from t5x_inference_ext.t5x.types import Array, Batch, Params, Predictions
 
 
+# Decode steps in one call when no example waits for a slot: T5X sees whole batches alone.
+DECODE_STEPS = 16
+
+
 @dataclasses.dataclass(frozen=True)
 class Refill:
   """Options of predictions in slots.
@@ -67,23 +71,20 @@ class Refill:
 
 
 class Predictor:
-  """Predicts batches with one set of slots, which share the prefix of the first batch's prompts.
+  """Predicts batches with one scheduler.
 
-  For a batch with longer sequences or other parameters, new slots are made.
+  For a batch with longer sequences or other parameters, a new one is made.
 
   Args:
     model: Decides mesh and layouts.
     refill: Options; `sampling` must not be None.
     eos_id: Token that ends a prediction.
-    inputs_length: Most tokens of a prompt; None: the length of the sequence.
   """
 
-  def __init__(self, model: Model, refill: Refill, eos_id: int, inputs_length: int | None) -> None:
+  def __init__(self, model: Model, refill: Refill, eos_id: int) -> None:
     self._model, self._refill, self._eos_id = model, refill, eos_id
-    self._inputs_length = inputs_length
     self._scheduler: Scheduler | None = None
     self._params: Params | None = None  # parameters of the scheduler
-    self._length = 0  # longest sequence that the slots have room for
 
   def __call__(
     self,
@@ -149,20 +150,21 @@ class Predictor:
 
   def _slots(self, params: Params, requests: Sequence[Request], length: int) -> Scheduler:
     """Return a scheduler for sequences of `length` tokens: the previous one, if it suits them."""
-    if self._scheduler is None or self._params is not params or self._length < length:
-      refill = self._refill
-      config, shared = scheduler_config.config_for(
-        self._model,
-        requests,
-        slots=refill.slots,
-        eos_id=self._eos_id,
-        prompt_size=length if self._inputs_length is None else self._inputs_length + 1,
-        cache_size=length + 1,
-        prefill_chunk=refill.chunk,
-        prefill_budget=refill.budget,
-      )
-      self._scheduler = Scheduler(self._model, weights_from_params(params), config, shared)
-      self._params, self._length = params, length
+    refill = self._refill
+    config = scheduler_config.config_for(
+      self._model,
+      requests,
+      slots=refill.slots,
+      end_ids=(self._eos_id,),
+      max_length=length + 1,
+      prefill_chunk=refill.chunk,
+      prefill_budget=refill.budget,
+      decode_steps=DECODE_STEPS,
+    )
+    known = self._params is params and self._scheduler is not None
+    if self._scheduler is None or not known or not self._scheduler.config.covers(config):
+      self._scheduler = Scheduler(self._model, weights_from_params(params), config)
+      self._params = params
     return self._scheduler
 
 

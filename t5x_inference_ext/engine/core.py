@@ -1,0 +1,43 @@
+"""An engine's scheduler, which stays from one call to the next with its programs and its caches."""
+
+from collections.abc import Sequence
+import threading
+from typing import Any
+
+from t5x_inference_ext.engine import scheduler_config
+from t5x_inference_ext.engine.request import Request
+from t5x_inference_ext.engine.scheduler import Scheduler
+from t5x_inference_ext.engine.streams import Streams
+from t5x_inference_ext.model.transformer import Model
+from t5x_inference_ext.model.weights import Weights
+from t5x_inference_ext.text.vocabulary import Vocabulary
+
+
+class Core:
+  """Makes a scheduler when one is first needed, and another only when that one does not suit.
+
+  Args:
+    model: Decides mesh and layouts.
+    weights: Weights on that mesh.
+    vocabulary: Vocabulary of the model, or None.
+  """
+
+  def __init__(self, model: Model, weights: Weights, vocabulary: Vocabulary | None) -> None:
+    self._model, self._weights, self._vocabulary = model, weights, vocabulary
+    self._lock = threading.Lock()
+    self._streams: Streams | None = None
+
+  def streams(self, requests: Sequence[Request] = (), **options: Any) -> Streams:
+    """Return the streams of a scheduler for these requests and options of `config_for`.
+
+    A scheduler that is replaced still ends the requests that it has.
+
+    Raises:
+      RequestError: An option out of its range.
+    """
+    config = scheduler_config.config_for(self._model, requests, **options)
+    with self._lock:
+      if self._streams is None or not self._streams.scheduler.config.covers(config):
+        scheduler = Scheduler(self._model, self._weights, config, vocabulary=self._vocabulary)
+        self._streams = Streams(scheduler)
+      return self._streams

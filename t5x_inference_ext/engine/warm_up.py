@@ -1,0 +1,36 @@
+"""Compilation of everything that a scheduler can run, before the first request comes."""
+
+from collections.abc import Callable
+import time
+from typing import Any, NamedTuple
+
+import jax
+
+
+class CompiledProgram(NamedTuple):
+  """A program that is ready to run.
+
+  Attributes:
+    name: Function of engine/programs.py.
+    sizes: Static sizes of this program, by name.
+    seconds: Time that its first run took: compiling it, or reading it from jax's persistent
+      compilation cache, and running it on nothing.
+  """
+
+  name: str
+  sizes: dict[str, int]
+  seconds: float
+
+  def __str__(self) -> str:
+    sizes = ', '.join(f'{name}={size}' for name, size in self.sizes.items())
+    return f'{self.name}({sizes}): {self.seconds:.2f} s'
+
+
+def timed_run(
+  programs: list[CompiledProgram], name: str, run: Callable[[], Any], **sizes: int
+) -> Any:
+  """Run a program, add its time to `programs`, and return its result."""
+  start = time.perf_counter()
+  result = jax.block_until_ready(run())
+  programs.append(CompiledProgram(name, sizes, time.perf_counter() - start))
+  return result
