@@ -138,7 +138,9 @@ def prefill_in_chunks(
     new = lax.dynamic_slice_in_dim(tokens, i * chunk, chunk, 1)
     counts = jnp.clip(lengths - i * chunk, 0, chunk)
     chunk_logits, cache = prefill.prefill_chunk(weights, cache, new, counts)
-    return (jnp.where(counts[:, None] > 0, chunk_logits, logits), cache), None
+    # A row that broke in an earlier chunk stays marked: what it cached is finite.
+    new_logits = (counts[:, None] > 0) & ~jnp.isnan(logits[:, :1])
+    return (jnp.where(new_logits, chunk_logits, logits), cache), None
 
   logits = jnp.zeros((rows, model.config.vocab_size), jnp.float32)
   (logits, cache), _ = lax.scan(step, (logits, cache), jnp.arange(steps))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from t5x_inference_ext.model.collectives import ops
+from t5x_inference_ext.model.finite import broken_rows, mark_rows
 from t5x_inference_ext.model.norm import norm
 from t5x_inference_ext.model.shardings import ShardedModel
 from t5x_inference_ext.model.weights import Weights
@@ -64,12 +65,18 @@ def _embed(table: jax.Array, tokens: jax.Array, sharding: ActivationSharding) ->
 def last_positions(
   x: Float[Array, 'b t e'], lengths: Int[Array, ' b'], sharding: ActivationSharding
 ) -> Float[Array, 'b 1 e']:
-  """Return the residual stream at the last token of each row, given the rows' lengths (from 1)."""
+  """Return the residual stream at the last token of each row, given the rows' lengths (from 1).
+
+  It is NaN in rows that are broken at any of their valid positions (see model.finite).
+  """
   positions = sharding.residual[1]
-  last = lengths - 1 - ops.shard_index(positions) * x.shape[1]
+  first = ops.shard_index(positions) * x.shape[1]
+  last = lengths - 1 - first
   y = jnp.take_along_axis(x, jnp.clip(last, 0, x.shape[1] - 1)[:, None, None], axis=1)
   here = (last >= 0) & (last < x.shape[1])
-  return ops.all_reduce(jnp.where(here[:, None, None], y, jnp.zeros((), y.dtype)), positions)
+  y = jnp.where(here[:, None, None], y, jnp.zeros((), y.dtype))
+  # The sum over shards carries the NaN of any of them: no further collective.
+  return ops.all_reduce(mark_rows(y, broken_rows(x, lengths, first)), positions)
 
 
 def unembed(

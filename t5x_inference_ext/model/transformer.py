@@ -21,6 +21,7 @@ from t5x_inference_ext.model.block import Layer, local_vectors
 from t5x_inference_ext.model.cache import KeysValues, KVCache
 from t5x_inference_ext.model.collectives import ops
 from t5x_inference_ext.model.embedding import embed, last_positions, unembed
+from t5x_inference_ext.model.finite import mark_broken_before
 from t5x_inference_ext.model.log_probs import target_log_probs
 from t5x_inference_ext.model.positions import RotaryAngles, rotary_angles
 from t5x_inference_ext.model.shardings import ShardedModel
@@ -105,7 +106,8 @@ class Model(ShardedModel):
         tiles.
 
     Returns:
-      Logits [B, V] float32 after each row's last token, and the cache in the decode layout.
+      Logits [B, V] float32 after each row's last token, NaN in a row whose residual stream is not
+      finite at one of its tokens; and the cache in the decode layout.
 
     Raises:
       MeshError: The decode layout cannot split B rows.
@@ -144,7 +146,8 @@ class Model(ShardedModel):
       tokens: [B] int32. The next token of each row.
 
     Returns:
-      Logits [B, V] float32, and the cache with the token in it.
+      Logits [B, V] float32, NaN in a row whose residual stream is not finite; and the cache with
+      the token in it.
     """
     rows = tokens.shape[0]
     sharding = self.decode_sharding(rows)
@@ -176,7 +179,8 @@ class Model(ShardedModel):
         logits are meaningless.
 
     Returns:
-      Logits [B, V] float32 after each row's last token, and the cache with the tokens in it.
+      Logits [B, V] float32 after each row's last token, NaN in a row whose residual stream is not
+      finite at one of these tokens; and the cache with the tokens in it.
 
     Raises:
       RequestError: T is larger than the cache.
@@ -214,12 +218,16 @@ class Model(ShardedModel):
     )(weights, cache, tokens, counts, counts)
 
   def logits(self, weights: Weights, tokens: Int[Array, 'B T']) -> Float[Array, 'B T V']:
-    """Return float32 logits [B, T, V] of the token after each position of model inputs [B, T]."""
+    """Return float32 logits [B, T, V] of the token after each position of model inputs [B, T].
+
+    They are NaN from the first position on at which a row's residual stream is not finite.
+    """
     rows, length = tokens.shape
     sharding = self.prefill_sharding(rows, length)
 
     def finish(weights: Weights, cache: None, x: jax.Array, kv: KeysValues) -> jax.Array:
       del cache, kv
+      x = mark_broken_before(x, sharding.residual[1])
       return unembed(self, sharding, weights, x, sharding.residual[1], rows)
 
     return self._on_shards(
@@ -229,7 +237,7 @@ class Model(ShardedModel):
   def log_probs(
     self, weights: Weights, tokens: Int[Array, 'B T'], targets: Int[Array, 'B T']
   ) -> Float[Array, 'B T']:
-    """Return log p(target | inputs so far) at each position, [B, T] float32.
+    """Return log p(target | inputs so far) at each position, [B, T] float32; NaN as in `logits`.
 
     Logits are computed for some positions at a time: the full [B, T, V] is never in memory.
 
@@ -254,6 +262,7 @@ class Model(ShardedModel):
       def logits(x: jax.Array) -> jax.Array:
         return unembed(self, sharding, weights, x, position_axes, rows)
 
+      x = mark_broken_before(x, position_axes)
       return target_log_probs(x, targets, logits, position_axes, width)
 
     tokens, targets = (self.pad_tokens(ids, sharding.layout) for ids in (tokens, targets))

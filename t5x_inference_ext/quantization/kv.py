@@ -9,6 +9,10 @@ from jaxtyping import Array, Float
 
 from t5x_inference_ext.quantization.rounding import QMAX
 
+# Largest magnitude that a cache holds: finite in every dtype that it is cast to. The largest
+# float32 would be infinite in bfloat16.
+_LARGEST = float(jnp.finfo(jnp.bfloat16).max)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -50,16 +54,20 @@ def whole_tiles(size: int, dtype: DTypeLike) -> int:
 
 
 def to_cache(x: Float[Array, '*lead q'], dtype: str) -> KV:
-  """Round keys or values to the form that a KV cache holds.
+  """Round keys or values to the form that a KV cache holds: all of it is finite.
+
+  Attention multiplies positions that a row does not see with 0, and 0 times NaN or infinity is NaN:
+  one broken row would break every row that is later stored where its keys and values were.
 
   Args:
-    x: [.., S, K, Q]. Keys or values. NaN stays NaN; in int8 the scale of its position and head is
-      NaN.
+    x: [.., S, K, Q]. Keys or values. NaN and infinities become the largest magnitude that a cache
+      holds; the row that they belong to is told by its logits (model.finite).
     dtype: Dtype of the cache: a float dtype or 'int8'.
   """
+  x = x.astype(jnp.float32 if dtype == 'int8' else dtype)
+  x = jnp.where(jnp.abs(x) <= _LARGEST, x, jnp.asarray(_LARGEST, x.dtype))
   if dtype != 'int8':
-    return x.astype(dtype)
-  x = x.astype(jnp.float32)
+    return x
   # Scales are at least the smallest normal float32, so that zeros stay zeros.
   largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
   scales = jnp.maximum(largest / QMAX, jnp.finfo(jnp.float32).tiny)

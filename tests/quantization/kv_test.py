@@ -27,13 +27,21 @@ def test_each_position_and_head_has_its_own_scale(dtype):
   assert (np.abs(dequantized(kv) - x) <= 0.501 * np.asarray(kv.scales)).all()
 
 
-def test_zeros_stay_zeros_and_nan_is_not_hidden():
-  x = np.zeros((1, 3, 1, 4), np.float32)
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'int8'])
+def test_zeros_stay_zeros_and_all_else_is_finite(dtype):
+  """In bfloat16 too: float32's largest would be infinite there."""
+  x = np.zeros((1, 5, 1, 4), np.float32)
   x[0, 1, 0, 2] = np.nan
   x[0, 2] = np.inf
-  kv = to_cache(jnp.asarray(x), 'int8')
-  np.testing.assert_array_equal(dequantized(kv)[0, 0], 0)
-  assert not np.isfinite(np.asarray(kv.scales)[0, 1:]).any()
+  x[0, 3, 0, :2] = -np.inf, np.finfo(np.float32).max
+  x[0, 4] = 3e38
+  kv = to_cache(jnp.asarray(x), dtype)
+  values = dequantized(kv) if dtype == 'int8' else np.asarray(kv, np.float32)
+  np.testing.assert_array_equal(values[0, 0], 0)
+  np.testing.assert_allclose(values[0, 4], 3e38, rtol=1e-2)
+  for held in jax.tree.leaves(kv):
+    assert np.isfinite(np.asarray(held, np.float32)).all()
+    assert np.isfinite(np.asarray(held.astype(jnp.bfloat16), np.float32)).all()
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
