@@ -16,6 +16,7 @@ import json
 from typing import Any, TypeVar
 
 import jax
+from jax._src import distributed as jax_distributed  # the coordination service has no other API
 from jax.experimental import multihost_utils
 import numpy as np
 
@@ -27,6 +28,8 @@ TIMEOUT_SECONDS = 120  # limit on waiting for the other processes
 # Seconds that a finished process waits for the others: tf.data takes up to a minute to drop an
 # iterator.
 SHUTDOWN_SECONDS = 120
+# Milliseconds that a process waits for a message: process 0 may have nothing to do for a day.
+_MESSAGE_MS = 86_400_000
 # Attribute of an error that all processes know: such an error is not exchanged again.
 _EXCHANGED = '_exchanged'
 
@@ -214,3 +217,37 @@ def _exchanged(error: Exception) -> Exception:
 
 def _raise(error: Exception) -> None:
   raise error
+
+
+class Messages:
+  """Bytes from process 0 to the others, in order, on the hosts alone: no device waits for them.
+
+  They go through jax's coordination service. After every SERIES messages all processes wait for
+  each other once, and process 0 removes what all have read.
+
+  Args:
+    name: Name of the messages, unique in the run.
+  """
+
+  SERIES = 512
+
+  def __init__(self, name: str) -> None:
+    self._name, self._count = name, 0
+    self._client = jax_distributed.global_state.client
+
+  def next(self, make: Callable[[], bytes]) -> bytes:
+    """Return the next message: made and sent by process 0, awaited by the others."""
+    if jax.process_count() == 1:
+      return make()
+    series, number = divmod(self._count, self.SERIES)
+    self._count += 1
+    if series and not number:
+      self._client.wait_at_barrier(f'{self._name}-{series}', _MESSAGE_MS)
+      if is_main():
+        self._client.key_value_delete(f'{self._name}/{series - 1}/')
+    key = f'{self._name}/{series}/{number}'
+    if not is_main():
+      return self._client.blocking_key_value_get_bytes(key, _MESSAGE_MS)
+    message = make()
+    self._client.key_value_set_bytes(key, message)
+    return message

@@ -3,6 +3,7 @@
 import collections
 from collections.abc import Iterator, Sequence
 import dataclasses
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -10,12 +11,14 @@ import numpy as np
 
 from t5x_inference_ext.engine import programs
 from t5x_inference_ext.engine import slots as device
-from t5x_inference_ext.engine.prefilling import ReadyRow
+from t5x_inference_ext.engine.prefilling import Prompt, ReadyRow
+from t5x_inference_ext.engine.request import Handle, Request
 from t5x_inference_ext.engine.rows import Row
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.engine.slot_table import SlotTable
 from t5x_inference_ext.engine.slots import PrefillState
 from t5x_inference_ext.engine.state import ChosenTokens, slot_row
+from t5x_inference_ext.engine.warm_up import CompiledProgram, timed_run
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
 
@@ -107,7 +110,7 @@ class Decoder:
       state,
       np.int32(ready.place),
       np.int32(slot),
-      device.pages_to_write(table, slot, len(ready.prompt.tokens), unwritten),
+      table.pages_to_write(slot, len(ready.prompt.tokens), unwritten),
       params,
       tokens,
       np.int32(len(ready.prompt.tokens)),
@@ -124,23 +127,56 @@ class Decoder:
       steps: Most steps.
       until_free: Whether to stop as soon as a row ends.
     """
-    config = self._config
-    self._slots, output = programs.decode_steps(
-      self._model,
-      self._slots,
-      self._weights,
-      device.slot_pages(table),
-      table.alive.copy(),
-      np.int32(steps),
-      np.bool_(until_free),
-      most=config.decode_steps,
-      read=_least(config.page_reads(self._shards), table.pool.highest),
-      read_shared=_least(config.shared_reads, table.shared.highest),
-    )
+    read = _least(self._config.page_reads(self._shards), table.pool.highest)
+    read_shared = _least(self._config.shared_reads, table.shared.highest)
+    output = self._decode(table, steps, until_free, read, read_shared)
     rows = {slot: row for slot, row in enumerate(table.rows) if row is not None}
     for row in rows.values():
       row.dispatched = min(row.dispatched + steps, row.limit)
     self._start(rows, output, steps)
+
+  def _decode(
+    self, table: SlotTable, steps: int, until_free: bool, read: int, read_shared: int
+  ) -> device.StepsOutput:
+    self._slots, output = programs.decode_steps(
+      self._model,
+      self._slots,
+      self._weights,
+      table.pages(),
+      table.alive.copy(),
+      np.int32(steps),
+      np.bool_(until_free),
+      most=self._config.decode_steps,
+      read=read,
+      read_shared=read_shared,
+    )
+    return output
+
+  def warm_up(
+    self, table: SlotTable, state: PrefillState, done: list[CompiledProgram]
+  ) -> None:
+    """Compile all programs by running no steps of them. There must be no rows.
+
+    Args:
+      table: Books of the slots.
+      state: Some prefill state.
+      done: Gets the programs.
+    """
+    assert not table.busy and not self._started
+    handle = Handle(0, Request((0,)))
+    ready = ReadyRow(0, Prompt((0,), []), Row(handle, 0, (), None))
+    timed_run(done, 'insert', lambda: self.insert(ready, 0, table, [], state) or self._slots)
+    for read, shared in itertools.product(
+      self._config.page_reads(self._shards), self._config.shared_reads
+    ):
+      timed_run(
+        done,
+        'decode_steps',
+        lambda: self._decode(table, 0, False, read, shared),  # noqa: B023  # runs at once
+        read=read,
+        read_shared=shared,
+      )
+    self._started.clear()
 
   def _start(self, rows: dict[int, Row], output: device.StepsOutput, steps: int) -> None:
     for array in jax.tree.leaves(output):

@@ -4,14 +4,11 @@ With several processes, process 0 alone takes requests. The others get them, ste
 jax's coordination service: on the host, so that no device waits for it.
 """
 
-from collections.abc import Callable
 import pickle
 import threading
 from typing import NamedTuple
 
-import jax
-from jax._src import distributed as jax_distributed
-
+from t5x_inference_ext import distributed
 from t5x_inference_ext.engine.request import Handle, Request
 
 
@@ -20,7 +17,7 @@ class Command(NamedTuple):
 
   Attributes:
     index: Index of the request.
-    request: The request to submit; None to cancel the one with this index, or with index -1 to end.
+    request: The request to submit, or None: the request with this index is cancelled.
   """
 
   index: int
@@ -32,31 +29,39 @@ class Inbox:
 
   Attributes:
     submitted: Number of requests so far.
+    closed: Whether no more requests come. The other processes then stop to step.
   """
 
   def __init__(self) -> None:
     # Reentrant: a stream that is dropped while a request is queued cancels in the same thread.
     self._lock = threading.RLock()
-    self._commands: list[tuple[Command, Handle | None]] = []
+    self._commands: list[Command] = []
+    self._handles: dict[int, Handle] = {}  # of submissions that have not been taken
     self.submitted = 0
+    self.closed = False
 
   def submit(self, request: Request) -> Handle:
     """Queue a request."""
     with self._lock:
       handle = Handle(self.submitted, request)
       self.submitted += 1
-      self._commands.append((Command(handle.index, request), handle))
+      self._handles[handle.index] = handle
+      self._commands.append(Command(handle.index, request))
     return handle
 
   def cancel(self, index: int) -> None:
     """Queue the cancellation of a request."""
     with self._lock:
-      self._commands.append((Command(index, None), None))
+      self._commands.append(Command(index, None))
+
+  def close(self) -> None:
+    """Say that no more requests come."""
+    self.closed = True
 
   @property
   def submissions(self) -> int:
     """Number of requests that are queued."""
-    return sum(handle is not None for _, handle in self._commands)
+    return len(self._handles)
 
   @property
   def empty(self) -> bool:
@@ -64,7 +69,38 @@ class Inbox:
     return not self._commands
 
   def take(self) -> list[tuple[Command, Handle | None]]:
-    """Return the queued commands, and queue nothing any more."""
+    """Return the queued commands, with the handles of submissions, and queue nothing any more."""
     with self._lock:
-      taken, self._commands = self._commands, []
-    return taken
+      commands, self._commands = self._commands, []
+      handles, self._handles = self._handles, {}
+    return [(c, handles[c.index] if c.request else None) for c in commands]
+
+
+class SharedInbox(Inbox):
+  """The inbox of a scheduler that runs in several processes: process 0 alone takes requests.
+
+  All processes must call `take` equally often. They then see equal commands, so that their
+  schedulers do the same.
+
+  Args:
+    name: Unique name of the scheduler in the run.
+  """
+
+  def __init__(self, name: str = 'inbox') -> None:
+    super().__init__()
+    self._messages = distributed.Messages(name)
+
+  def take(self) -> list[tuple[Command, Handle | None]]:
+    """Return the commands that process 0 has queued, with the handles of submissions."""
+    mine: list[tuple[Command, Handle | None]] = []
+
+    def make() -> bytes:
+      mine.extend(super(SharedInbox, self).take())
+      return pickle.dumps((self.closed, [command for command, _ in mine]))
+
+    message = self._messages.next(make)
+    if distributed.is_main():
+      return mine
+    self.closed, commands = pickle.loads(message)  # from process 0 of this very run
+    self.submitted += sum(command.request is not None for command in commands)
+    return [(c, Handle(c.index, c.request) if c.request else None) for c in commands]
