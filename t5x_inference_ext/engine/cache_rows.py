@@ -12,10 +12,12 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Int
 
 from t5x_inference_ext.model import cache as kv_cache
 from t5x_inference_ext.model.cache import KVCache
 from t5x_inference_ext.model.collectives import ops
+from t5x_inference_ext.model.pages import PagedCache, copy_pages
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
 from t5x_inference_ext.sharding.layout import Axes
@@ -81,7 +83,71 @@ def scatter_cache_row(
   return dataclasses.replace(new, shared=dataclasses.replace(cache.shared, lengths=lengths))
 
 
-def _specs(model: Model, cache: KVCache, weights: Weights) -> tuple[Axes, Any, Any]:
+def insert_row(
+  model: Model,
+  cache: PagedCache,
+  weights: Weights,
+  row: jax.Array,
+  one: KVCache,
+  pages: Int[Array, ' M'],
+  first: Int[Array, ''],
+  shared_ids: Int[Array, ' M'] | None = None,
+  shared_range: tuple[Any, Any] = (0, 0),
+) -> PagedCache:
+  """Put a dense row into pages of `cache`, in place, and set the row's length; return the result.
+
+  The host sets which pages belong to whom.
+
+  Args:
+    model: Decides mesh and layouts.
+    cache: PagedCache.
+    weights: Weights, for their shapes.
+    row: Scalar int32. The row of `cache` to fill.
+    one: A cache of a single row without a shared prefix, with heads as in `cache`. Its length is
+      the position of the row's next token.
+    pages: [M] int32. The row's page for each S positions, numbered on the row's device.
+    first: Scalar int32. The first page of the row to copy: earlier ones are shared pages.
+    shared_ids: [M] int32, or None. Shared page for each S positions, of those in shared_range.
+    shared_range: Two scalars int32. Pages [begin, end) of the row to copy into shared pages.
+  """
+  sharding = model.cache_sharding(cache.lengths.shape[0])
+  axes, spec = sharding.attention_rows, model.cache_spec(sharding, weights, cache)
+  _, _, row_spec = _specs(model, cache, weights)
+  copied = pages if shared_ids is None else shared_ids
+
+  def run(
+    cache: PagedCache,
+    one: KVCache,
+    row: jax.Array,
+    pages: jax.Array,
+    first: jax.Array,
+    shared_ids: jax.Array,
+    begin: jax.Array,
+    end: jax.Array,
+  ) -> PagedCache:
+    local, mine = _local_index(cache.lengths.shape[0], axes, row)
+    # Only the row's own device copies pages; others run through no page at all.
+    stop = jnp.where(mine, -(-one.lengths[0] // cache.page_size), first)
+    kv = copy_pages((cache.keys, cache.values), (one.keys, one.values), pages, first, stop)
+    lengths = cache.lengths
+    length = jnp.where(mine, one.lengths, lax.dynamic_slice_in_dim(lengths, local, 1))
+    lengths = lax.dynamic_update_slice_in_dim(lengths, length, local, 0)
+    shared = cache.shared
+    if shared is not None:
+      keys, values = copy_pages(
+        (shared.keys, shared.values), (one.keys, one.values), shared_ids, begin, end
+      )
+      shared = dataclasses.replace(shared, keys=keys, values=values)
+    return dataclasses.replace(cache, keys=kv[0], values=kv[1], lengths=lengths, shared=shared)
+
+  begin, end = (jnp.asarray(x, jnp.int32) for x in shared_range)
+  scalars = (P(),) * 6
+  return _per_shard(model, run, (spec, row_spec, *scalars), spec)(
+    cache, one, row, pages, first, copied, begin, end
+  )
+
+
+def _specs(model: Model, cache: KVCache | PagedCache, weights: Weights) -> tuple[Axes, Any, Any]:
   """Return the axes that split a cache's rows, and the PartitionSpecs of a cache and of one row."""
   sharding = model.cache_sharding(cache.lengths.shape[0])
   spec = model.cache_spec(sharding, weights)

@@ -83,15 +83,8 @@ def attend(
 def _attend(
   q: jax.Array, k: KV, v: KV, context: Context | None, first_query: jax.Array | int
 ) -> jax.Array:
-  b, m, h, d = q.shape
-  kv_heads = k.shape[2]
-  group = h // kv_heads  # query heads that share a key head
-  q = q * jnp.asarray(d**-0.5, q.dtype)
-  # Query heads that share a key head become rows of one product: [b, k, group * m, q].
-  q = jnp.moveaxis(q.reshape(b, m, kv_heads, group, d), 2, 1).reshape(b, kv_heads, -1, d)
-  query = jnp.arange(m * group) // group  # row of the product -> position among the m queries
-  causal = jnp.arange(k.shape[1])[None, :] <= first_query + query[:, None]  # [m * group, t]
-  segments = [(k, v, causal[None, None])]
+  grouped, causal = grouped_queries(q, k.shape[1], k.shape[2], first_query)
+  segments = [(k, v, causal)]
   if context is not None:
     filled = _before(context.keys.shape[1], context.lengths)
     segments.insert(0, (context.keys, context.values, filled))
@@ -99,14 +92,43 @@ def _attend(
       assert context.shared_values is not None and context.shared_lengths is not None
       filled = _before(context.shared_keys.shape[0], context.shared_lengths)
       segments.insert(0, (context.shared_keys, context.shared_values, filled))
-  logits = [_logits(q, keys, visible) for keys, _, visible in segments]
+  logits = [masked_logits(grouped, keys, visible) for keys, _, visible in segments]
   # [b, k, m * group, 1]
   largest = functools.reduce(jnp.maximum, (jnp.max(x, axis=-1, keepdims=True) for x in logits))
   weights = [jnp.exp(x - largest) for x in logits]
   total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
-  out = sum(_mix(w, values, q.dtype) for w, (_, values, _) in zip(weights, segments)) / total
+  out = sum(mix(w, values, q.dtype) for w, (_, values, _) in zip(weights, segments)) / total
   assert isinstance(out, jax.Array)  # for the type checker: sum() of nothing is the int 0
-  out = jnp.moveaxis(out.reshape(b, kv_heads, m, group, d), 1, 2)
+  return ungrouped(out, q)
+
+
+def grouped_queries(
+  q: Float[Array, 'b m h q'], new: int, kv_heads: int, first_query: Int[Array, ''] | int
+) -> tuple[Float[Array, 'b k n q'], Bool[Array, '1 1 n t']]:
+  """Return scaled queries as rows of one product for each key head, and their causal mask.
+
+  Args:
+    q: [b, m, h, q]. Queries, not yet scaled.
+    new: t, the new tokens.
+    kv_heads: k.
+    first_query: Index among the new tokens of the first of m.
+
+  Returns:
+    [b, k, n, q] queries, n = m * (h / k), and [1, 1, n, t] which new tokens each of them sees.
+  """
+  b, m, h, d = q.shape
+  group = h // kv_heads  # query heads that share a key head
+  q = q * jnp.asarray(d**-0.5, q.dtype)
+  q = jnp.moveaxis(q.reshape(b, m, kv_heads, group, d), 2, 1).reshape(b, kv_heads, -1, d)
+  query = jnp.arange(m * group) // group  # row of the product -> position among the m queries
+  causal = jnp.arange(new)[None, :] <= first_query + query[:, None]  # [m * group, t]
+  return q, causal[None, None]
+
+
+def ungrouped(out: Float[Array, 'b k n q'], q: Float[Array, 'b m h q']) -> Float[Array, 'b m h q']:
+  """Return attention's output in the shape and dtype of q, the queries."""
+  b, m, h, d = q.shape
+  out = jnp.moveaxis(out.reshape(b, out.shape[1], m, -1, d), 1, 2)
   return out.reshape(b, m, h, d).astype(q.dtype)
 
 
@@ -115,7 +137,7 @@ def _before(positions: int, lengths: Int[Array, ' b']) -> Bool[Array, 'b 1 1 s']
   return (jnp.arange(positions)[None, :] < lengths[:, None])[:, None, None, :]
 
 
-def _logits(
+def masked_logits(
   q: Float[Array, 'b k n q'], keys: KV, visible: Bool[Array, '#b 1 #n s']
 ) -> Float[Array, 'b k n s']:
   """Return float32 logits of keys [b, s, k, q] or shared keys [s, k, q]; -inf where not visible."""
@@ -142,7 +164,7 @@ def _scaled(x: Float[Array, 'b k n s'], scales: jax.Array | None) -> Float[Array
   return x * jnp.moveaxis(scales, 2, 1)[:, :, None]
 
 
-def _mix(weights: Float[Array, 'b k n s'], values: KV, dtype: jnp.dtype) -> Float[Array, 'b k n q']:
+def mix(weights: Float[Array, 'b k n s'], values: KV, dtype: jnp.dtype) -> Float[Array, 'b k n q']:
   """Return the float32 weighted sum of values [b, s, k, q] or shared values [s, k, q].
 
   Both operands of the product are cast to `dtype`.

@@ -18,6 +18,8 @@ from t5x_inference_ext.model.attention_columns import AttentionColumns
 from t5x_inference_ext.model.cache import KVCache
 from t5x_inference_ext.model.collectives import ops
 from t5x_inference_ext.model.norm import norm
+from t5x_inference_ext.model.paged_attention import PagedContext, attend_pages
+from t5x_inference_ext.model.pages import PagedCache
 from t5x_inference_ext.model.positions import RotaryAngles, rotate
 from t5x_inference_ext.model.projections import keep_slices_apart, projections
 from t5x_inference_ext.model.weights import BlockPartWeights, LayerWeights
@@ -39,13 +41,15 @@ class Layer:
       the cache holds them, rounded.
     angles: Rotary angles of the new tokens.
     cache: This shard's part of the KV cache, or None. Here only the rows' lengths are read from it.
+    read: Cached positions of each row that attention reads, the first ones; None for all.
   """
 
   config: ModelConfig
   sharding: ActivationSharding
   cache_dtype: str
   angles: RotaryAngles
-  cache: KVCache | None
+  cache: KVCache | PagedCache | None
+  read: int | None = None
 
   def __call__(
     self, x: Float[Array, 'b t e'], inputs: tuple[LayerWeights, tuple[KV, ...] | None]
@@ -62,7 +66,9 @@ class Layer:
     """
     weights, cached = inputs
     sharding, kv = self.sharding, None
-    context = None if self.cache is None or cached is None else self.cache.context(cached)
+    context = None
+    if self.cache is not None and cached is not None:
+      context = self.cache.context(cached, self.read)
     for part in self.config.block_parts:
       project = projections(sharding, part)
       w = keep_slices_apart(weights[part.name], sharding)
@@ -76,7 +82,11 @@ class Layer:
         q, k, v = reshard.to_attention(columns['attention'])
         q, k = rotate(q, *self.angles.queries), rotate(k, *self.angles.keys)
         kv = to_cache(k, self.cache_dtype), to_cache(v, self.cache_dtype)
-        attended = attend(q, *kv, context, reshard.first_query(k.shape[1]))
+        first_query = reshard.first_query(k.shape[1])
+        if isinstance(context, PagedContext):
+          attended = attend_pages(q, *kv, context, first_query)
+        else:
+          attended = attend(q, *kv, context, first_query)
         outputs.append(reshard.from_attention(attended))
       if part.mlp:  # MLP first: w_out's rows are [MLP | attention]
         outputs.insert(0, mlp(columns, self.config, sharding, summed))

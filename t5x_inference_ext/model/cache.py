@@ -60,7 +60,7 @@ class KVCache:
   @property
   def size(self) -> int:
     """S, the positions that each row has room for, shared ones not counted."""
-    return _positions(self.keys)
+    return positions_of(self.keys)
 
   @property
   def positions(self) -> jax.Array:
@@ -74,16 +74,21 @@ class KVCache:
       parts += [self.shared.keys, self.shared.values]
     return tuple(zip(*parts)) if isinstance(self.keys, tuple) else tuple(parts)
 
-  def context(self, layer: tuple[KV, ...]) -> Context:
-    """Return the context of one layer's attention, given that layer's element of `by_layer`."""
+  def context(self, layer: tuple[KV, ...], read: int | None = None) -> Context:
+    """Return the context of one layer's attention, given that layer's element of `by_layer`.
+
+    With `read`, only the first `read` positions are in it.
+    """
     keys, values, *shared = layer
+    # Cut here, from one layer: of all layers it would be a copy of the cache.
+    keys, values = jax.tree.map(lambda x: x[:, :read], (keys, values))
     if self.shared is None:
       return Context(keys, values, self.lengths)
     shared_keys, shared_values = shared
     return Context(keys, values, self.lengths, shared_keys, shared_values, self.shared.lengths)
 
 
-def _positions(kv: Any) -> int:
+def positions_of(kv: Any) -> int:
   """Return the positions of keys or values, which may be shapes alone."""
   return jax.tree.leaves(kv)[0].shape[-3]
 
@@ -99,11 +104,11 @@ def start(keys: LayersKV, values: LayersKV, lengths: Int[Array, ' B'], size: int
   """
   size = whole_tiles(size, jax.tree.leaves(keys)[0].dtype)
 
-  keys, values = jax.tree.map(lambda x: _pad_positions(x, size), (keys, values))
+  keys, values = jax.tree.map(lambda x: pad_positions(x, size), (keys, values))
   return KVCache(keys, values, lengths)
 
 
-def _pad_positions(x: jax.Array, size: int) -> jax.Array:
+def pad_positions(x: jax.Array, size: int) -> jax.Array:
   padding = [(0, 0)] * x.ndim
   padding[-3] = (0, size - x.shape[-3])
   return jnp.pad(x, padding)
@@ -120,7 +125,7 @@ def append(
     values: Like keys.
     counts: [B] int32. How many of the T tokens are valid: the first ones. None: all T.
   """
-  tokens = _positions(keys)
+  tokens = positions_of(keys)
   keys, values = lax.platform_dependent(
     cache, keys, values, counts, cuda=_scatter, rocm=_scatter, default=_row_by_row
   )
@@ -136,32 +141,46 @@ def _row_by_row(
 
   Given a scatter or a masked rewrite instead, XLA:CPU copies the whole cache in every step.
   """
-  tokens = _positions(keys)
+  tokens = positions_of(keys)
 
   def write_row(i: jax.Array, kv: KeysValues) -> KeysValues:
     position = cache.lengths[i]
     count = tokens if counts is None else counts[i]
 
     def write(x: jax.Array, new: jax.Array) -> jax.Array:
-      lead, size, tile = (0,) * (x.ndim - 4), x.shape[-3], tile_positions(x.dtype)
-      tile = 1 if size % tile else tile
-      # Read, modify and write a tile-aligned window around the new positions, clamped to the cache;
-      # other values in it are unchanged. The multiplication by `tile` comes last, so that the
-      # compiler sees that the window is aligned.
-      width = min(size, -(-(tokens + tile - 1) // tile) * tile)
-      first = jnp.minimum(position // tile, (size - width) // tile) * tile
-      late, at = position - first, jnp.arange(width).reshape(*(1,) * (len(lead) + 1), width, 1, 1)
-      where: tuple[Any, ...] = (*lead, i, first, 0, 0)
-      new = lax.dynamic_slice_in_dim(new, i, 1, len(lead))
-      old = lax.dynamic_slice(x, where, (*new.shape[:-3], width, *new.shape[-2:]))
-      if tokens > 1:
-        new = jnp.roll(_pad_positions(new, width), late, axis=-3)
-      window = jnp.where((at >= late) & (at < late + count), new, old)
-      return lax.dynamic_update_slice(x, window, where)
+      new = lax.dynamic_slice_in_dim(new, i, 1, new.ndim - 4)
+      return write_window(x, i, new, position, count)
 
     return jax.tree.map(write, kv, (keys, values))
 
   return lax.fori_loop(0, cache.lengths.shape[0], write_row, (cache.keys, cache.values))
+
+
+def write_window(x: jax.Array, row: Row, new: jax.Array, position: Row, count: Row) -> jax.Array:
+  """Write tokens into one row (or page) of x, in place.
+
+  Args:
+    x: [.., B, S, K, Q].
+    row: Index of the row.
+    new: [.., 1, T, K, Q]. The tokens, T at most S.
+    position: Position of the first token. Tokens outside of [0, S) are dropped.
+    count: How many of the tokens are valid: the first ones.
+  """
+  lead, tokens = (0,) * (x.ndim - 4), new.shape[-3]
+  size, tile = x.shape[-3], tile_positions(x.dtype)
+  tile = 1 if size % tile else tile
+  # Read, modify and write a tile-aligned window around the new positions, clamped to the row; other
+  # values in it are unchanged. The multiplication by `tile` comes last, so that the compiler sees
+  # that the window is aligned.
+  width = min(size, -(-(tokens + tile - 1) // tile) * tile)
+  first = jnp.clip(position // tile, 0, (size - width) // tile) * tile
+  late, at = position - first, jnp.arange(width).reshape(*(1,) * (len(lead) + 1), width, 1, 1)
+  where: tuple[Any, ...] = (*lead, row, first, 0, 0)
+  old = lax.dynamic_slice(x, where, (*new.shape[:-3], width, *new.shape[-2:]))
+  if tokens > 1:
+    new = jnp.roll(pad_positions(new, width), late, axis=-3)
+  window = jnp.where((at >= late) & (at < late + count), new, old)
+  return lax.dynamic_update_slice(x, window, where)
 
 
 def _scatter(
@@ -171,7 +190,7 @@ def _scatter(
 
   A loop would start a GPU kernel for each row, layer, and key or value.
   """
-  tokens = _positions(keys)
+  tokens = positions_of(keys)
   positions = cache.lengths[:, None] + jnp.arange(tokens)[None, :]  # [B, T]
   if counts is not None:  # invalid tokens go to a position outside the cache, and are dropped
     positions = jnp.where(jnp.arange(tokens)[None, :] < counts[:, None], positions, cache.size)

@@ -11,9 +11,11 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from t5x_inference_ext.model.cache import KVCache, LayersKV, Shared, with_heads
-from t5x_inference_ext.model.transformer import Model
+from t5x_inference_ext.model.pages import UNUSED, PagedCache, SharedPages, check_page_size
+from t5x_inference_ext.model.transformer import AnyCache, Model
 from t5x_inference_ext.model.weights import Weights
 from t5x_inference_ext.quantization.kv import KV, to_cache, whole_tiles
+from t5x_inference_ext.sharding.layout import num_shards
 
 
 def empty_cache(
@@ -28,26 +30,79 @@ def empty_cache(
     size: S, positions of each row, shared ones not counted.
     shared: Prefix from `share_row` for `rows` rows, or None.
   """
-  sharding, config = model.cache_sharding(rows), model.config
-  row_shape = whole_tiles(size, model.cache_dtype), len(sharding.heads.cached()), config.d_head
-  lead = (config.num_layers,) if weights.stacked else ()
-
-  def zeros() -> KV:
-    return to_cache(jnp.zeros((*lead, rows, *row_shape)), model.cache_dtype)
-
-  def layers() -> LayersKV:
-    return zeros() if weights.stacked else tuple(zeros() for _ in range(config.num_layers))
-
-  cache = KVCache(layers(), layers(), jnp.zeros(rows, jnp.int32), shared)
+  keys, values = (_empty(model, weights, rows, (rows, size)) for _ in range(2))
+  cache = KVCache(keys, values, jnp.zeros(rows, jnp.int32), shared)
   return constrain_cache(model, cache, weights)
 
 
-def constrain_cache(model: Model, cache: KVCache, weights: Weights) -> KVCache:
+def empty_pages(
+  model: Model,
+  weights: Weights,
+  rows: int,
+  pages: int,
+  page_size: int,
+  table_width: int,
+  shared_pages: int = 0,
+) -> PagedCache:
+  """Make a cache in pages, in the model's decode layout, whose pages nobody owns.
+
+  Args:
+    model: The model whose decode_step will use the cache.
+    weights: Weights. If they are stacked, the cache is too; else it has an array per layer.
+    rows: B.
+    pages: Pages of each device that splits rows, page 0, which is scratch, included.
+    page_size: S, positions of a page.
+    table_width: M, pages that a row can have.
+    shared_pages: NS, pages that any rows can share. 0: the cache has none.
+
+  Raises:
+    RequestError: Pages cannot have this size.
+  """
+  check_page_size(page_size, model.cache_dtype)
+  count = pages * page_shards(model, rows)
+  keys, values = (_empty(model, weights, rows, (count, page_size)) for _ in range(2))
+  shared = None
+  if shared_pages:
+    ours = [_empty(model, weights, rows, (shared_pages, page_size)) for _ in range(2)]
+    shared = SharedPages(ours[0], ours[1], visible=jnp.zeros((rows, shared_pages), bool))
+  cache = PagedCache(
+    keys,
+    values,
+    lengths=jnp.zeros(rows, jnp.int32),
+    table=jnp.zeros((rows, table_width), jnp.int32),
+    owners=jnp.zeros(count, jnp.int32),
+    starts=jnp.full(count, UNUSED, jnp.int32),
+    shared=shared,
+    read=pages,
+    read_shared=shared_pages,
+  )
+  return constrain_cache(model, cache, weights)
+
+
+def page_shards(model: Model, rows: int) -> int:
+  """Return how many devices split the rows, and so the pages, of a cache: each has its own pool."""
+  return num_shards(model.cache_sharding(rows).attention_rows, model.mesh.shape)
+
+
+def _empty(model: Model, weights: Weights, rows: int, shape: tuple[int, int]) -> LayersKV:
+  """Return keys or values that are zero, with (rows or pages, positions) in `shape`."""
+  heads, config = len(model.cache_sharding(rows).heads.cached()), model.config
+  count, size = shape
+  lead = (config.num_layers,) if weights.stacked else ()
+
+  def zeros() -> KV:
+    positions = whole_tiles(size, model.cache_dtype)
+    return to_cache(jnp.zeros((*lead, count, positions, heads, config.d_head)), model.cache_dtype)
+
+  return zeros() if weights.stacked else tuple(zeros() for _ in range(config.num_layers))
+
+
+def constrain_cache(model: Model, cache: AnyCache, weights: Weights) -> AnyCache:
   """Constrain the cache to the sharding of the model's decode layout."""
   return model.constrained(cache, model.cache_sharding(cache.lengths.shape[0]), weights)
 
 
-def abstract_cache(model: Model, cache: KVCache, weights: Weights) -> KVCache:
+def abstract_cache(model: Model, cache: AnyCache, weights: Weights) -> AnyCache:
   """Add the shardings of the model's decode layout to a cache of shapes (from jax.eval_shape)."""
   specs = model.cache_spec(model.cache_sharding(cache.lengths.shape[0]), weights, cache)
 

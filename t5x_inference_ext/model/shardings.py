@@ -12,6 +12,7 @@ from jaxtyping import Array, Int
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.cache import KeysValues, KVCache, Shared, with_heads
+from t5x_inference_ext.model.pages import PagedCache, SharedPages
 from t5x_inference_ext.model.weights import Weights, build_weights
 from t5x_inference_ext.quantization.kv import KV
 from t5x_inference_ext.sharding import activations
@@ -131,24 +132,28 @@ class ShardedModel:
     """Return PartitionSpecs of keys (or values): one with leading L, or one per unrolled layer."""
     return P(None, *sharding.cache) if weights.stacked else (sharding.cache,) * len(weights.layers)
 
-  def cache_spec(
-    self, sharding: ActivationSharding, weights: Weights, cache: KVCache | None = None
-  ) -> KVCache:
-    """Return PartitionSpecs of a KV cache, including a shared prefix if `cache` has one.
+  def cache_spec(self, sharding: ActivationSharding, weights: Weights, cache: Any = None) -> Any:
+    """Return PartitionSpecs of a KVCache or PagedCache, including what rows of `cache` share.
 
-    One spec stands for all arrays of a layer's keys: for int8, both units and scales.
+    One spec stands for all arrays of a layer's keys: for int8, both units and scales. Without a
+    cache, they are those of a KVCache. Pages are split as rows are.
     """
     kv = self.kv_spec(sharding, weights)
     rows: Any = P(sharding.attention_rows)
+    # What is shared has no rows dimension: devices that split rows each have all of it.
+    paged = isinstance(cache, PagedCache)
+    prefix: Any = P(*(None,) * paged, *sharding.cache[1:])
+    prefix = P(None, *prefix) if weights.stacked else (prefix,) * len(weights.layers)
+    if paged:
+      shared = None if cache.shared is None else SharedPages(prefix, prefix, rows)
+      read = cache.read, cache.read_shared
+      return PagedCache(kv, kv, rows, rows, rows, rows, shared, *read)
     if cache is None or cache.shared is None:
       return KVCache(kv, kv, rows)
-    # A prefix has no rows dimension: devices that split rows each have all of it.
-    prefix: Any = P(*sharding.cache[1:])
-    prefix = P(None, *prefix) if weights.stacked else (prefix,) * len(weights.layers)
     return KVCache(kv, kv, rows, Shared(prefix, prefix, rows))
 
-  def constrained(self, cache: KVCache, sharding: ActivationSharding, weights: Weights) -> KVCache:
-    """Return the cache, constrained to `sharding`."""
+  def constrained(self, cache: Any, sharding: ActivationSharding, weights: Weights) -> Any:
+    """Return the cache, a KVCache or PagedCache, constrained to `sharding`."""
 
     def constrain(spec: P, x: KV) -> KV:  # all arrays of a layer's keys, or values
       return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))

@@ -1,14 +1,14 @@
 """The passes of the model: prefill, prefill_chunk, decode_step, logits, log_probs.
 
-Each is a function of weights and tokens, ready for jit. It runs `forward` on every shard of the
-mesh (jax.shard_map): embed the tokens, run the layers (block.Layer), then call `finish`, which
+Each is a function of weights and tokens, ready for jit. It runs `forward.forward` on every shard of
+the mesh (jax.shard_map): embed the tokens, run the layers (block.Layer), then call `finish`, which
 differs between the passes.
 """
 
 from collections.abc import Callable
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,71 +17,18 @@ from jaxtyping import Array, Float, Int
 
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model import cache as kv_cache
-from t5x_inference_ext.model.block import Layer, local_vectors
 from t5x_inference_ext.model.cache import KeysValues, KVCache
-from t5x_inference_ext.model.collectives import ops
-from t5x_inference_ext.model.embedding import embed, last_positions, unembed
+from t5x_inference_ext.model.embedding import last_positions, unembed
 from t5x_inference_ext.model.finite import mark_broken_before
+from t5x_inference_ext.model.forward import Finish, forward
 from t5x_inference_ext.model.log_probs import target_log_probs
-from t5x_inference_ext.model.positions import RotaryAngles, rotary_angles
+from t5x_inference_ext.model.pages import PagedCache, append_tokens
 from t5x_inference_ext.model.shardings import ShardedModel
 from t5x_inference_ext.model.weights import Weights
 from t5x_inference_ext.sharding.activations import ActivationSharding
 from t5x_inference_ext.sharding.layout import num_shards
 
-# (weights, cache, x [b, t, e], (keys, values), *inputs) -> the outputs of the pass, on one shard.
-Finish = Callable[..., Any]
-
-
-def forward(
-  model: ShardedModel,
-  sharding: ActivationSharding,
-  finish: Finish,
-  weights: Weights,
-  cache: KVCache | None,
-  tokens: Int[Array, 'B T'] | Int[Array, ' B'],
-  *inputs: Any,
-) -> Any:
-  """Run a pass on one shard.
-
-  Args:
-    model: Gives the config and dtypes.
-    sharding: Sharding of the pass's activations.
-    finish: Computes the outputs of the pass from the residual stream and the new tokens' keys and
-      values.
-    weights: This shard's part of the weights.
-    cache: This shard's part of the KV cache that the tokens continue, or None if rows begin with
-      the tokens.
-    tokens: [B, T] int32. All tokens of the pass, on every shard. A decode step passes [B], which is
-      widened here, because widening outside of the shards would be an extra operation.
-    *inputs: Further per-shard arguments of `finish`.
-  """
-  if tokens.ndim == 1:
-    tokens = tokens[:, None]
-  if cache is None:
-    start = jnp.zeros(tokens.shape[0] // ops.axis_size(sharding.attention_rows), jnp.int32)
-  else:
-    start = cache.positions
-  positions = start[:, None] + jnp.arange(tokens.shape[1])[None, :]
-  all_angles = rotary_angles(positions, model.config.d_head, model.config.rope_max_timescale)
-  sin, cos = (ops.local_slice(a, sharding.attention_positions, 1) for a in all_angles)
-  # Without the barrier every layer computes the angles again.
-  angles = RotaryAngles(*jax.lax.optimization_barrier(((sin, cos), all_angles)))
-  x = embed(weights.embedding.astype(model.dtype), tokens, sharding)
-  layer = Layer(model.config, sharding, model.cache_dtype, angles, cache)
-  layers = local_vectors(weights.layers, sharding.residual[2])
-  cached = None if cache is None else cache.by_layer()
-  kv: KeysValues
-  if weights.stacked:
-    x, kv = jax.lax.scan(layer, x, (layers, cached))
-  else:
-    by_layer = []
-    for i, layer_weights in enumerate(layers):
-      x, layer_kv = layer(x, (layer_weights, None if cached is None else cached[i]))
-      by_layer.append(layer_kv)
-    keys, values = zip(*by_layer)
-    kv = keys, values
-  return finish(weights, cache, x, kv, *inputs)
+AnyCache = TypeVar('AnyCache', KVCache, PagedCache)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,13 +83,13 @@ class Model(ShardedModel):
     return logits, self.constrained(kv_cache.start(*kv, lengths, size), decode, weights)
 
   def decode_step(
-    self, weights: Weights, cache: KVCache, tokens: Int[Array, ' B']
-  ) -> tuple[Float[Array, 'B V'], KVCache]:
+    self, weights: Weights, cache: AnyCache, tokens: Int[Array, ' B']
+  ) -> tuple[Float[Array, 'B V'], AnyCache]:
     """Run one token per row, in the decode layout.
 
     Args:
       weights: Weights on this model's mesh.
-      cache: KVCache with room for one more position in each row.
+      cache: KVCache or PagedCache with room for one more position in each row.
       tokens: [B] int32. The next token of each row.
 
     Returns:
@@ -153,10 +100,10 @@ class Model(ShardedModel):
     sharding = self.decode_sharding(rows)
 
     def finish(
-      weights: Weights, cache: KVCache, x: jax.Array, kv: KeysValues
-    ) -> tuple[jax.Array, KVCache]:
+      weights: Weights, cache: AnyCache, x: jax.Array, kv: KeysValues
+    ) -> tuple[jax.Array, AnyCache]:
       logits = unembed(self, sharding, weights, x, (), rows)[:, 0]
-      return logits, kv_cache.append(cache, *kv)
+      return logits, append_tokens(cache, *kv)
 
     spec = self.cache_spec(sharding, weights, cache)
     return self._on_shards(
@@ -164,7 +111,12 @@ class Model(ShardedModel):
     )(weights, cache, tokens)
 
   def prefill_chunk(
-    self, weights: Weights, cache: KVCache, tokens: Int[Array, 'B T'], counts: Int[Array, ' B']
+    self,
+    weights: Weights,
+    cache: KVCache,
+    tokens: Int[Array, 'B T'],
+    counts: Int[Array, ' B'],
+    read: int | None = None,
   ) -> tuple[Float[Array, 'B V'], KVCache]:
     """Run T more tokens per row after the cached ones, in the decode layout.
 
@@ -177,6 +129,8 @@ class Model(ShardedModel):
       tokens: [B, T] int32, right-padded.
       counts: [B] int32. Number of valid tokens in each row. A row with 0 keeps its cache; its
         logits are meaningless.
+      read: Cached positions of each row that attention reads, the first ones: no row has more.
+        None: all. Static.
 
     Returns:
       Logits [B, V] float32 after each row's last token, NaN in a row whose residual stream is not
@@ -204,7 +158,7 @@ class Model(ShardedModel):
     ) -> tuple[jax.Array, KVCache]:
       x = last_positions(x, jnp.maximum(counts, 1), sharding)
       logits = unembed(self, sharding, weights, x, (), rows)[:, 0]
-      return logits, kv_cache.append(cache, *kv, cached_counts)
+      return logits, append_tokens(cache, *kv, cached_counts)
 
     spec = self.cache_spec(sharding, weights, cache)
     # The counts are passed twice, with rows split as in the residual stream and as in the cache.
@@ -215,6 +169,7 @@ class Model(ShardedModel):
       spec,
       inputs=(P(sharding.residual[0]), P(sharding.attention_rows)),
       outputs=(P(self.sampling_axes(rows)), spec),
+      read=read,
     )(weights, cache, tokens, counts, counts)
 
   def logits(self, weights: Weights, tokens: Int[Array, 'B T']) -> Float[Array, 'B T V']:
@@ -275,10 +230,11 @@ class Model(ShardedModel):
     sharding: ActivationSharding,
     finish: Finish,
     weights: Weights,
-    cache_spec: KVCache | None,
+    cache_spec: Any,
     *,
     inputs: tuple[P, ...],
     outputs: Any,
+    read: int | None = None,
   ) -> Callable[..., Any]:
     """Return `forward` over all shards, as a function of global (weights, cache, tokens, *inputs).
 
@@ -289,9 +245,10 @@ class Model(ShardedModel):
       cache_spec: PartitionSpecs of the cache, or None without one.
       inputs: PartitionSpecs of the further arguments of `finish`.
       outputs: PartitionSpecs of the results of `finish`.
+      read: See forward.
     """
     return jax.shard_map(
-      functools.partial(forward, self, sharding, finish),
+      functools.partial(forward, self, sharding, finish, read),
       mesh=self.mesh,
       in_specs=(self.weight_specs(weights), cache_spec, P(), *inputs),
       out_specs=outputs,

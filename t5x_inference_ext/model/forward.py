@@ -1,0 +1,74 @@
+"""One pass of the model on one shard, up to the residual stream after the last layer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from t5x_inference_ext.model.block import Layer, local_vectors
+from t5x_inference_ext.model.cache import KeysValues, KVCache
+from t5x_inference_ext.model.collectives import ops
+from t5x_inference_ext.model.embedding import embed
+from t5x_inference_ext.model.pages import PagedCache
+from t5x_inference_ext.model.positions import RotaryAngles, rotary_angles
+from t5x_inference_ext.model.shardings import ShardedModel
+from t5x_inference_ext.model.weights import Weights
+from t5x_inference_ext.sharding.activations import ActivationSharding
+
+# (weights, cache, x [b, t, e], (keys, values), *inputs) -> the outputs of the pass, on one shard.
+Finish = Callable[..., Any]
+
+
+def forward(
+  model: ShardedModel,
+  sharding: ActivationSharding,
+  finish: Finish,
+  read: int | None,
+  weights: Weights,
+  cache: KVCache | PagedCache | None,
+  tokens: Int[Array, 'B T'] | Int[Array, ' B'],
+  *inputs: Any,
+) -> Any:
+  """Run a pass on one shard.
+
+  Args:
+    model: Gives the config and dtypes.
+    sharding: Sharding of the pass's activations.
+    finish: Computes the outputs of the pass from the residual stream and the new tokens' keys and
+      values.
+    read: Cached positions of each row that attention reads, the first ones; None for all.
+    weights: This shard's part of the weights.
+    cache: This shard's part of the KV cache that the tokens continue, or None if rows begin with
+      the tokens.
+    tokens: [B, T] int32. All tokens of the pass, on every shard. A decode step passes [B], which is
+      widened here, because widening outside of the shards would be an extra operation.
+    *inputs: Further per-shard arguments of `finish`.
+  """
+  if tokens.ndim == 1:
+    tokens = tokens[:, None]
+  if cache is None:
+    start = jnp.zeros(tokens.shape[0] // ops.axis_size(sharding.attention_rows), jnp.int32)
+  else:
+    start = cache.positions
+  positions = start[:, None] + jnp.arange(tokens.shape[1])[None, :]
+  all_angles = rotary_angles(positions, model.config.d_head, model.config.rope_max_timescale)
+  sin, cos = (ops.local_slice(a, sharding.attention_positions, 1) for a in all_angles)
+  # Without the barrier every layer computes the angles again.
+  angles = RotaryAngles(*jax.lax.optimization_barrier(((sin, cos), all_angles)))
+  x = embed(weights.embedding.astype(model.dtype), tokens, sharding)
+  layer = Layer(model.config, sharding, model.cache_dtype, angles, cache, read)
+  layers = local_vectors(weights.layers, sharding.residual[2])
+  cached = None if cache is None else cache.by_layer()
+  kv: KeysValues
+  if weights.stacked:
+    x, kv = jax.lax.scan(layer, x, (layers, cached))
+  else:
+    by_layer = []
+    for i, layer_weights in enumerate(layers):
+      x, layer_kv = layer(x, (layer_weights, None if cached is None else cached[i]))
+      by_layer.append(layer_kv)
+    keys, values = zip(*by_layer)
+    kv = keys, values
+  return finish(weights, cache, x, kv, *inputs)

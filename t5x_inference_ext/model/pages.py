@@ -1,0 +1,228 @@
+"""The KV cache of decode slots in pages: its size follows what rows hold, not the longest row.
+
+Attention takes the page axis as its batch axis: each page is read once, in place, with the queries
+of the row that owns it (model.paged_attention). The host gives pages to rows, and sets `table`,
+`owners` and `starts`; devices write new tokens.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.model import cache as kv_cache
+from t5x_inference_ext.model.cache import KeysValues, KVCache, LayersKV, Row
+from t5x_inference_ext.model.paged_attention import PagedContext
+from t5x_inference_ext.quantization.kv import KV, tile_positions
+
+# Positions of a page are a multiple of this: on v4, a cache whose positions are none takes up to
+# 1.7 times as long to read.
+POSITIONS_MULTIPLE = 8
+# First position of a page that is not in use: beyond every row's end.
+UNUSED = 2**30
+
+
+def check_page_size(size: int, dtype: str) -> None:
+  """Raise RequestError unless a page can have `size` positions in a cache of `dtype`."""
+  multiple = max(POSITIONS_MULTIPLE, tile_positions(dtype))
+  if size < 1 or size % multiple:
+    raise RequestError(
+      f'a page has {size} positions: in a cache of {dtype} it must have a multiple of {multiple}, '
+      f'such as {max(1, -(-size // multiple)) * multiple}'
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SharedPages:
+  """Pages that any number of rows see; each device that splits rows has all of them.
+
+  Attributes:
+    keys: [L, NS, S, K, Q], or a tuple of L arrays [NS, S, K, Q] if the layers are unrolled.
+    values: Like keys.
+    visible: [B, NS] bool. Which rows see which pages, in whole.
+  """
+
+  keys: LayersKV
+  values: LayersKV
+  visible: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PagedCache:
+  """Rotated keys, and values, of all layers, in pages of S positions.
+
+  Devices that split rows each have an equal part of the pages, and number them from 0: a row's
+  pages are on the row's own device. Page 0 of each is scratch, where free slots write.
+
+  Attributes:
+    keys: [L, N, S, K, Q], or a tuple of L arrays [N, S, K, Q] if the layers are unrolled.
+    values: Like keys.
+    lengths: [B] int32. Position of each row's next token: its filled positions, shared ones
+      included.
+    table: [B, M] int32. The page that holds positions [m * S, (m + 1) * S) of a row.
+    owners: [N] int32. The row, numbered on its device, that a page belongs to.
+    starts: [N] int32. Position in its row of a page's first one; UNUSED if nobody owns the page.
+    shared: Pages that come before rows' own ones, or None.
+    read: Pages of each device that attention reads, the first ones. Static: all pages in use are
+      among them.
+    read_shared: Shared pages that attention reads, the first ones. Static.
+  """
+
+  keys: LayersKV
+  values: LayersKV
+  lengths: jax.Array
+  table: jax.Array
+  owners: jax.Array
+  starts: jax.Array
+  shared: SharedPages | None = None
+  read: int = dataclasses.field(default=0, metadata={'static': True})
+  read_shared: int = dataclasses.field(default=0, metadata={'static': True})
+
+  @property
+  def page_size(self) -> int:
+    """S, positions of a page."""
+    return kv_cache.positions_of(self.keys)
+
+  @property
+  def positions(self) -> jax.Array:
+    """[B] int32, the position of each row's next token in its sequence."""
+    return self.lengths
+
+  def by_layer(self) -> Any:
+    """Return the argument of `context` for every layer: with leading L, or one tuple per layer."""
+    parts = [self.keys, self.values]
+    if self.shared is not None and self.read_shared:
+      parts += [self.shared.keys, self.shared.values]
+    return tuple(zip(*parts)) if isinstance(self.keys, tuple) else tuple(parts)
+
+  def context(self, layer: tuple[KV, ...], read: int | None = None) -> PagedContext:
+    """Return the context of one layer's attention, given that layer's element of `by_layer`."""
+    assert read is None, 'the pages that are read are a field of the cache'
+    keys, values, *shared = layer
+    keys, values = jax.tree.map(lambda x: x[: self.read], (keys, values))
+    owners, starts = self.owners[: self.read], self.starts[: self.read]
+    context = PagedContext(keys, values, self.lengths, owners, starts)
+    if not shared:
+      return context
+    assert self.shared is not None
+    # [n, s, k, q] -> [n * s, k, q]
+    shared_keys, shared_values = jax.tree.map(
+      lambda x: x[: self.read_shared].reshape(-1, *x.shape[2:]), tuple(shared)
+    )
+    return context._replace(
+      shared_keys=shared_keys,
+      shared_values=shared_values,
+      shared_visible=self.shared.visible[:, : self.read_shared],
+    )
+
+
+def append_tokens(
+  cache: KVCache | PagedCache,
+  keys: LayersKV,
+  values: LayersKV,
+  counts: Int[Array, ' B'] | None = None,
+) -> Any:
+  """Write new tokens' keys and values at each row's end, in either kind of cache.
+
+  Args:
+    cache: This shard's part of the cache.
+    keys: [.., B, T, K, Q]. Keys of the new tokens. T is at most a page's size.
+    values: Like keys.
+    counts: [B] int32. How many of the T tokens are valid: the first ones. None: all T.
+  """
+  if isinstance(cache, KVCache):
+    return kv_cache.append(cache, keys, values, counts)
+  tokens = kv_cache.positions_of(keys)
+  assert tokens <= cache.page_size, 'a row writes into at most two pages'
+  keys, values = lax.platform_dependent(
+    cache, keys, values, counts, cuda=_scatter, rocm=_scatter, default=_row_by_row
+  )
+  return dataclasses.replace(
+    cache, keys=keys, values=values, lengths=cache.lengths + (tokens if counts is None else counts)
+  )
+
+
+def _row_by_row(
+  cache: PagedCache, keys: LayersKV, values: LayersKV, counts: jax.Array | None
+) -> KeysValues:
+  """Write one row after another, in place (see cache._row_by_row)."""
+  tokens, size, width = kv_cache.positions_of(keys), cache.page_size, cache.table.shape[1]
+
+  def write_row(i: jax.Array, kv: KeysValues) -> KeysValues:
+    length = cache.lengths[i]
+    count = tokens if counts is None else counts[i]
+    for crossed in range(1 if tokens == 1 else 2):  # the page of the first token, and the next one
+      index = length // size + crossed
+      page = cache.table[i, jnp.minimum(index, width - 1)]
+      offset = length - index * size  # of the first token in the page; negative in the next one
+      wanted = jnp.where(index < width, count, 0)
+
+      write = functools.partial(_write_tokens, row=i, page=page, offset=offset, count=wanted)
+      kv = jax.tree.map(write, kv, (keys, values))
+    return kv
+
+  return lax.fori_loop(0, cache.lengths.shape[0], write_row, (cache.keys, cache.values))
+
+
+def _write_tokens(
+  x: jax.Array, new: jax.Array, row: Row, page: Row, offset: Row, count: Row
+) -> jax.Array:
+  """Write the first `count` tokens of a row of new [.., B, T, K, Q] into a page, from `offset`."""
+  new = lax.dynamic_slice_in_dim(new, row, 1, new.ndim - 4)
+  return kv_cache.write_window(x, page, new, offset, count)
+
+
+def _scatter(
+  cache: PagedCache, keys: LayersKV, values: LayersKV, counts: jax.Array | None
+) -> KeysValues:
+  """Write all rows at once, in place on a GPU (see cache._scatter)."""
+  tokens, size, width = kv_cache.positions_of(keys), cache.page_size, cache.table.shape[1]
+  new = jnp.arange(tokens)[None, :]
+  positions = cache.lengths[:, None] + new  # [B, T]
+  index = positions // size
+  pages = jnp.take_along_axis(cache.table, jnp.minimum(index, width - 1), axis=1)
+  valid = index < width if counts is None else (index < width) & (new < counts[:, None])
+  # Tokens that are not valid go to a page outside the pool, and are dropped.
+  pages = jnp.where(valid, pages, cache.owners.shape[0])
+
+  def write(x: jax.Array, new: jax.Array) -> jax.Array:
+    where = (*(slice(None),) * (x.ndim - 4), pages, positions % size)
+    return x.at[where].set(new, mode='drop')
+
+  return jax.tree.map(write, (cache.keys, cache.values), (keys, values))
+
+
+def copy_pages(
+  pool: KeysValues,
+  one: KeysValues,
+  pages: Int[Array, ' M'],
+  first: Int[Array, ''],
+  stop: Int[Array, ''],
+) -> KeysValues:
+  """Copy pages [first, stop) of a dense row into the pages of a pool, in place.
+
+  Args:
+    pool: Keys and values of pages [.., N, S, K, Q].
+    one: Keys and values of one row [.., 1, positions, K, Q]; zeros follow up to a whole page.
+    pages: [M] int32. Page of the pool for each page of the row.
+    first: The first page of the row to be copied.
+    stop: The page of the row before which to end.
+  """
+  size = kv_cache.positions_of(pool)
+  one = jax.tree.map(lambda x: kv_cache.pad_positions(x, -(-x.shape[-3] // size) * size), one)
+
+  def copy(m: jax.Array, pool: KeysValues) -> KeysValues:
+    def write(x: jax.Array, row: jax.Array) -> jax.Array:
+      page = lax.dynamic_slice_in_dim(row, m * size, size, row.ndim - 3)
+      return lax.dynamic_update_slice_in_dim(x, page, pages[m], x.ndim - 4)
+
+    return jax.tree.map(write, pool, one)
+
+  return lax.fori_loop(first, stop, copy, pool)
