@@ -82,7 +82,8 @@ def block_copies(copies: Sequence[tuple[int, int, int]], most: int) -> list[Bloc
     part = np.zeros((most, 3), np.int32)
     some = copies[first : first + most]
     part[: len(some)] = some
-    calls.append(BlockCopies(*np.ascontiguousarray(part.T), count=np.int32(len(some))))
+    rows, indices, blocks = np.ascontiguousarray(part.T)
+    calls.append(BlockCopies(rows, indices, blocks, np.int32(len(some))))
   return calls
 
 

@@ -187,23 +187,19 @@ class PrefixTree:
         f'{self.query_tokens}'
       )
     for salt, root in self._roots.items():
-      if root.key != (salt,) or (root.parent, root.block, root.depth, root.pins) != (
-        None,
-        -1,
-        -1,
-        0,
-      ):
+      books = root.key, root.parent, root.block, root.depth, root.pins
+      if books != ((salt,), None, -1, -1, 0):
         faults.append('a root is not what its salt says')
       if not root.children:
         faults.append('a root has no nodes after it')
     for node in nodes:
       faults += self._check_node(node)
     # A parent is used whenever a child is: it is behind all its children in the order of use.
-    order = {node: i for i, node in enumerate(self._unpinned)}
+    order: dict[Node | None, int] = {node: i for i, node in enumerate(self._unpinned)}
     if order.keys() != {node for node in nodes if not node.pins}:
       faults.append(f'{len(order)} nodes in the order of use are not those without a pin')
-    for node, i in order.items():
-      if order.get(node.parent, len(order)) <= i:  # type: ignore[call-overload]
+    for node in self._unpinned:
+      if order.get(node.parent, len(order)) <= order[node]:
         faults.append(f'the node of block {node.block} was used after its parent')
     return faults
 
