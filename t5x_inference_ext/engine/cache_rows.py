@@ -33,6 +33,21 @@ def gather_row(model: Model, x: jax.Array, axes: Axes, row: jax.Array) -> jax.Ar
   return per_shard(model, run, (P(axes), P()), P())(x, row)
 
 
+def scatter_row(
+  model: Model, x: jax.Array, axes: Axes, row: jax.Array, one: jax.Array
+) -> jax.Array:
+  """Replace row `row` of x [B, ...] by `one` [1, ...]. `axes` split the rows of x."""
+
+  def run(x: jax.Array, one: jax.Array, row: jax.Array) -> jax.Array:
+    local, mine = local_index(x.shape[0], axes, row)
+    if ops.axis_size(axes) > 1:
+      # Other shards write back what they already have, so that the update stays in place.
+      one = jnp.where(mine, one, lax.dynamic_slice_in_dim(x, local, 1, 0))
+    return lax.dynamic_update_slice_in_dim(x, one.astype(x.dtype), local, 0)
+
+  return per_shard(model, run, (P(axes), P(), P()), P(axes))(x, one, row)
+
+
 def gather_cache_row(model: Model, cache: KVCache, weights: Weights, row: jax.Array) -> KVCache:
   """Return one row of a cache, as a cache of one row.
 
@@ -125,7 +140,7 @@ def insert_row(
     begin: jax.Array,
     end: jax.Array,
   ) -> PagedCache:
-    local, mine = _local_index(cache.lengths.shape[0], axes, row)
+    local, mine = local_index(cache.lengths.shape[0], axes, row)
     # Only the row's own device copies pages; others run through no page at all.
     stop = jnp.where(mine, -(-one.lengths[0] // cache.page_size), first)
     kv = copy_pages((cache.keys, cache.values), (one.keys, one.values), pages, first, stop)
@@ -142,7 +157,7 @@ def insert_row(
 
   begin, end = (jnp.asarray(x, jnp.int32) for x in shared_range)
   scalars = (P(),) * 6
-  return _per_shard(model, run, (spec, row_spec, *scalars), spec)(
+  return per_shard(model, run, (spec, row_spec, *scalars), spec)(
     cache, one, row, pages, first, copied, begin, end
   )
 

@@ -1,8 +1,8 @@
 """A conversation in turns, each of which is prefilled after what is cached of the turns before.
 
-    chat = engine.chat(max_length=1024)
-    for token in chat.reply(turn, max_new_tokens=64):
-      ...
+chat = engine.chat(max_length=1024)
+for token in chat.reply(turn, max_new_tokens=64):
+...
 """
 
 from collections.abc import Generator, Iterator, Sequence

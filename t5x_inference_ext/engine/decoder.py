@@ -77,7 +77,12 @@ class Decoder:
     return len(self._started)
 
   def insert(
-    self, ready: ReadyRow, slot: int, table: SlotTable, unwritten: Sequence[int], state: PrefillState
+    self,
+    ready: ReadyRow,
+    slot: int,
+    table: SlotTable,
+    unwritten: Sequence[int],
+    state: PrefillState,
   ) -> None:
     """Start the insertion of a prefilled row, which also chooses its next token.
 
@@ -110,7 +115,7 @@ class Decoder:
       state,
       np.int32(ready.place),
       np.int32(slot),
-      table.pages_to_write(slot, len(ready.prompt.tokens), unwritten),
+      table.pages_to_write(slot, unwritten),
       params,
       tokens,
       np.int32(len(ready.prompt.tokens)),
@@ -152,9 +157,7 @@ class Decoder:
     )
     return output
 
-  def warm_up(
-    self, table: SlotTable, state: PrefillState, done: list[CompiledProgram]
-  ) -> None:
+  def warm_up(self, table: SlotTable, state: PrefillState, done: list[CompiledProgram]) -> None:
     """Compile all programs by running no steps of them. There must be no rows.
 
     Args:

@@ -5,8 +5,9 @@ for completion in engine.generate([[103, 104, 105], [108]], max_new_tokens=16):
   print(completion.tokens, completion.score)
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import dataclasses
+import functools
 import os
 from typing import Any
 
@@ -15,8 +16,9 @@ import numpy as np
 
 from t5x_inference_ext.checkpoints import Checkpoint, open_checkpoint
 from t5x_inference_ext.checkpoints.load import load_weights, scans_layers
-from t5x_inference_ext.engine import length_buckets, programs, scheduler_config, scoring
+from t5x_inference_ext.engine import length_buckets, programs, scoring
 from t5x_inference_ext.engine.conversation import Conversation
+from t5x_inference_ext.engine.core import Core
 from t5x_inference_ext.engine.inputs import (
   BOS_ID,
   EOS_ID,
@@ -27,17 +29,19 @@ from t5x_inference_ext.engine.inputs import (
   model_inputs,
   per_prompt,
 )
-from t5x_inference_ext.engine.request import Completion, Event, Request
+from t5x_inference_ext.engine.request import Completion, Request, finish_reason
 from t5x_inference_ext.engine.sampling import SamplingParams
-from t5x_inference_ext.engine.sampling_arrays import stack_params
+from t5x_inference_ext.engine.sampling_arrays import end_id_array, stack_params
 from t5x_inference_ext.engine.saved_generation import GenerationShape, SavedGeneration
-from t5x_inference_ext.engine.scheduler import Scheduler
+from t5x_inference_ext.engine.streams import Stream
+from t5x_inference_ext.engine.warm_up import CompiledProgram
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
 from t5x_inference_ext.sharding.layout import Layout, check_model
 from t5x_inference_ext.sharding.mesh import make_mesh, parse_mesh
 from t5x_inference_ext.sharding.mesh_choice import choose_mesh
+from t5x_inference_ext.text.vocabulary import Vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,21 +158,29 @@ class Engine:
     size = max(tokens.shape[1], cache_size or tokens.shape[1] + max(limits) - 1)
     stacked = stack_params(params, vocab_size)  # checks ids, too
     own: dict[str, Any] = {}
-    if not isinstance(sampling, SamplingParams):
-      own['sampling_arrays'], sampling = stacked, SamplingParams()
     if not isinstance(max_new_tokens, int):
       own['limits'] = np.asarray(limits, np.int32)
+    per_row = bool(own) or not isinstance(sampling, SamplingParams)
+    compiled, ends = params[0], eos_id
+    if self.executable is None:  # one program for any values of what is data
+      own |= dict(sampling_arrays=stacked, end_ids=end_id_array(eos_id, len(prompts)))
+      compiled, ends = SamplingParams(), -1
     shape = GenerationShape(
-      len(prompts), tokens.shape[1] - 1, size, max(limits), sampling, eos_id, max_length
+      len(prompts), tokens.shape[1] - 1, size, max(limits), compiled, ends, max_length
     )
     program = programs.generation_for(
-      self.model, self.weights, shape, self.executable, bool(own), prefill_chunk
+      self.model, self.weights, shape, self.executable, per_row, prefill_chunk
     )
     *inputs, own = programs.put(
       self.model, tokens, lengths, np.asarray(seeds).astype(np.uint32), own
     )
     generation = jax.device_get(program(self.weights, *inputs, **own))
-    return [Completion(row[:n].tolist(), float(score)) for row, n, score in zip(*generation)]
+    completions = []
+    for row, n, score, failed, each in zip(*generation, params, strict=True):
+      found = row[:n].tolist()
+      reason = finish_reason(found, each, (eos_id,), bool(failed))
+      completions.append(Completion(found, float(score), reason))
+    return completions
 
   def stream(
     self,
@@ -178,14 +190,15 @@ class Engine:
     sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
     seeds: Sequence[int] | None = None,
     samples: int = 1,
-    slots: int = 32,
     eos_id: int = EOS_ID,
+    top_log_probs: int = 0,
     **options: Any,
-  ) -> Iterator[Event]:
-    """Continue prompts in slots that are kept full; yield each row's new tokens as they are made.
+  ) -> Stream:
+    """Continue prompts in slots that are kept full; return each row's new tokens as they are made.
 
-    Tokens are those of `generate`. A prefix that prompts share is prefilled once, and so is a
-    prompt of many samples.
+    Tokens are those of `generate`. The engine's scheduler serves them, together with what other
+    threads asked for; it stays, with its compiled programs and its cache of beginnings. The stream
+    can be iterated with `for` and with `async for`; closing it ends the rows.
 
     Args:
       prompts: See `generate`.
@@ -193,20 +206,37 @@ class Engine:
       sampling: See `generate`.
       seeds: See `generate`. The i-th sample of a prompt has the seed (prompt's seed + i) % 2**32.
       samples: Samples of each prompt.
-      slots: Most rows decoded together, rounded up to a number that the mesh can split.
       eos_id: See `generate`.
-      **options: Options of engine.scheduler_config.config_for: prefill_chunk, prefill_rows,
-        prefill_budget, decode_steps, share, top_log_probs.
+      top_log_probs: How many of the most likely tokens are returned with each token.
+      **options: Options of engine.scheduler_config.config_for: slots, max_length, pages,
+        prefill_chunk, prefill_rows, prefill_budget, decode_steps, share. Other options than those
+        of the last call, or longer rows, make a new scheduler.
 
     Raises:
       RequestError: Arguments that `generate` refuses, or an option out of its range; before
         anything runs.
     """
     requests = self.requests(prompts, max_new_tokens, sampling, seeds, samples)
-    config, shared = scheduler_config.config_for(
-      self.model, requests, slots=slots, eos_id=eos_id, **options
-    )
-    return Scheduler(self.model, self.weights, config, shared).run(requests)
+    ends = () if eos_id < 0 else (eos_id,)
+    requests = [
+      dataclasses.replace(request, end_ids=ends, top_log_probs=top_log_probs)
+      for request in requests
+    ]
+    return self.core.streams(requests, **options).open(requests)
+
+  def warm_up(self, **options: Any) -> list[CompiledProgram]:
+    """Compile every program that `stream` needs with these options, and return the programs."""
+    return self.core.streams(**options).scheduler.warm_up()
+
+  @functools.cached_property
+  def core(self) -> Core:
+    """The engine's scheduler and its streams."""
+    return Core(self.model, self.weights, self.vocabulary)
+
+  @property
+  def vocabulary(self) -> Vocabulary | None:
+    """The vocabulary that the checkpoint carries, or None."""
+    return getattr(self.checkpoint, 'vocabulary', None)
 
   def requests(
     self,
@@ -230,16 +260,20 @@ class Engine:
       for prompt, seed, limit, each in zip(prompts, seeds, limits, params)
     ]
 
-  def chat(self, *, max_length: int, eos_id: int = EOS_ID, chunk: int = 256) -> Conversation:
-    """Begin a conversation, whose cache is kept between turns.
+  def chat(self, *, max_length: int, eos_id: int = EOS_ID, **options: Any) -> Conversation:
+    """Begin a conversation. What is cached of its turns stays in the engine's scheduler.
 
     Args:
       max_length: Most tokens of the whole conversation.
       eos_id: Token that ends a reply; -1 never does.
-      chunk: Most positions of a turn in one prefill pass.
+      **options: See `stream`.
     """
     return Conversation(
-      self.model, self.weights, max_length=max_length, bos_id=BOS_ID, eos_id=eos_id, chunk=chunk
+      self.core.streams(max_length=max_length + 1, **{'slots': 1, **options}),
+      vocab_size=self.model.config.vocab_size,
+      max_length=max_length,
+      bos=(BOS_ID,),
+      end_ids=() if eos_id < 0 else (eos_id,),
     )
 
   def score(

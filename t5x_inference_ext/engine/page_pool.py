@@ -8,7 +8,7 @@ import heapq
 
 import numpy as np
 
-UNUSED_START = 2**30  # the start of a page that no row has: beyond every row's length
+from t5x_inference_ext.model.pages import UNUSED
 
 
 class PagePool:
@@ -32,7 +32,7 @@ class PagePool:
     self._rows_of_shard = rows // shards
     self.table = np.zeros((rows, width), np.int32)
     self.owners = np.zeros(shards * pages, np.int32)
-    self.starts = np.full(shards * pages, UNUSED_START, np.int32)
+    self.starts = np.full(shards * pages, UNUSED, np.int32)
     self._free = [list(range(1, pages)) for _ in range(shards)]  # heaps
     self._first = [0] * rows  # the first page index that the row holds itself: others are shared
     self._ends = [0] * rows  # the page index after a row's last page
@@ -85,7 +85,7 @@ class PagePool:
     for index in range(self._first[row], self._ends[row]):
       page = int(self.table[row, index])
       heapq.heappush(self._free[shard], page)
-      self.starts[shard * self.pages + page] = UNUSED_START
+      self.starts[shard * self.pages + page] = UNUSED
       self.owners[shard * self.pages + page] = 0
     self.table[row] = 0
     self._first[row] = self._ends[row] = 0
@@ -93,7 +93,7 @@ class PagePool:
   @property
   def highest(self) -> int:
     """The number of first pages of a shard that hold everything that rows have, page 0 included."""
-    used = np.flatnonzero(self.starts.reshape(self.shards, self.pages).min(axis=0) < UNUSED_START)
+    used = np.flatnonzero(self.starts.reshape(self.shards, self.pages).min(axis=0) < UNUSED)
     return int(used[-1]) + 1 if used.size else 1
 
   @property
@@ -115,7 +115,7 @@ class PagePool:
           f'shard {shard} has {self.pages - 1} pages, of which rows hold {len(owned)} and '
           f'{len(self._free[shard])} are free: a page is lost or given out twice'
         )
-      used = set(np.flatnonzero(self.starts[shard * self.pages :][: self.pages] < UNUSED_START))
+      used = set(np.flatnonzero(self.starts[shard * self.pages :][: self.pages] < UNUSED))
       if used != set(owned):
         wrong.append(f'shard {shard} marks {len(used)} pages as used and rows hold {len(owned)}')
     return wrong

@@ -1,4 +1,4 @@
-"""Prompts that wait for a slot: prefilled in groups, chunk by chunk, after what is cached of them."""
+"""Prompts that wait for a slot: prefilled in groups, chunk by chunk, after what is cached."""
 
 import collections
 from collections.abc import Hashable, Sequence
@@ -153,9 +153,7 @@ class Prefiller:
     if self._prefixes is not None:
       self.state = self._prefixes.warm_up(self.state, done)
     self.state = timed_run(
-      done,
-      'start_prefill',
-      lambda: programs.start_prefill(self._model, self.state, self._weights),
+      done, 'start_prefill', lambda: programs.start_prefill(self._model, self.state, self._weights)
     )
 
   def _finish(self) -> None:

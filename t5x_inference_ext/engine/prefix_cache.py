@@ -88,9 +88,7 @@ class PrefixCache:
       for node in self.tree.extend(*prompt)
     ]
     for each in block_copies(copies, self._most):
-      self._store = programs.save_blocks(
-        self._model, self._store, self._weights, state, each
-      )
+      self._store = programs.save_blocks(self._model, self._store, self._weights, state, each)
 
   def warm_up(self, state: PrefillState, done: list[CompiledProgram]) -> PrefillState:
     """Compile the programs by copying nothing; return the prefill state, which is donated."""

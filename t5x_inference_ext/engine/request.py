@@ -1,6 +1,6 @@
 """The engine's inputs and outputs: requests, their handles, events, finished samples."""
 
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 import dataclasses
 import enum
 from typing import Literal, NamedTuple
@@ -114,6 +114,24 @@ class Completion(NamedTuple):
   tokens: list[int]
   score: float
   finish_reason: FinishReason = 'length'
+
+
+def finish_reason(
+  tokens: list[int], sampling: SamplingParams, end_ids: Collection[int], failed: bool
+) -> FinishReason:
+  """Return why a row of a static batch ended.
+
+  Args:
+    tokens: All tokens that the row generated.
+    sampling: The row's sampling parameters.
+    end_ids: Ids that end the row.
+    failed: Whether no token could be chosen.
+  """
+  if failed:
+    return 'error'
+  if tokens and tokens[-1] in end_ids and len(tokens) > sampling.min_new_tokens:
+    return 'eos'
+  return 'length' if sampling.before_stop(tokens) == tokens else 'stop'
 
 
 @dataclasses.dataclass

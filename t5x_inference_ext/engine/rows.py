@@ -55,11 +55,7 @@ class Row:
     return len(self.handle.request.tokens) + new - 1
 
   def add(
-    self,
-    tokens: list[int],
-    log_probs: list[float],
-    top: list[TopLogProbs],
-    failed: bool,
+    self, tokens: list[int], log_probs: list[float], top: list[TopLogProbs], failed: bool
   ) -> Event:
     """Take new tokens in, decide whether the row ends, and return its event.
 

@@ -28,6 +28,7 @@ from t5x_inference_ext.engine.slot_table import SlotTable
 from t5x_inference_ext.engine.state import slot_row
 from t5x_inference_ext.engine.warm_up import CompiledProgram
 from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.model.chunks import page_shards
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
 from t5x_inference_ext.text.vocabulary import Vocabulary
@@ -81,7 +82,7 @@ class Scheduler:
   ) -> None:
     self.model, self.config = model, config
     self._vocabulary, self._inbox = vocabulary, inbox or Inbox()
-    shards = model.cache_shards(config.slots)
+    shards = page_shards(model, config.slots)
     self._prefixes = PrefixCache(model, weights, config) if config.prefix_blocks else None
     self._prefiller = Prefiller(model, weights, config, self._prefixes)
     self._decoder = Decoder(model, weights, config, shards)

@@ -135,9 +135,7 @@ class SchedulerConfig:
       and bool(self.prefix_blocks) == bool(other.prefix_blocks)
       and self
       == dataclasses.replace(
-        other,
-        page_size=self.page_size,
-        **{name: getattr(self, name) for name in sizes},
+        other, page_size=self.page_size, **{name: getattr(self, name) for name in sizes}
       )
     )
 

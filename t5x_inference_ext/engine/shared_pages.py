@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 
-class SharedPages:
+class SharedPageBook:
   """Gives out shared pages to beginnings, and counts the rows that use each.
 
   A page that no row uses keeps its beginning until the page is needed for another one.

@@ -7,7 +7,8 @@ import numpy as np
 from t5x_inference_ext.engine.page_pool import PagePool
 from t5x_inference_ext.engine.rows import Row
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
-from t5x_inference_ext.engine.shared_pages import SharedPages
+from t5x_inference_ext.engine.shared_pages import SharedPageBook
+from t5x_inference_ext.engine.slots import RowPages, SlotPages
 
 
 class SlotTable:
@@ -26,9 +27,10 @@ class SlotTable:
   def __init__(self, config: SchedulerConfig, shards: int) -> None:
     pages = config.pages_of_shard(shards)
     self.pool = PagePool(config.slots, shards, pages, config.page_size, config.pages_of_row)
-    self.shared = SharedPages(config.slots, config.shared_pages)
+    self.shared = SharedPageBook(config.slots, config.shared_pages)
     self.alive = np.zeros(config.slots, bool)
     self.rows: list[Row | None] = [None] * config.slots
+    self._shared_of: list[list[int]] = [[] for _ in range(config.slots)]
     self._blocks_of_page = config.page_size // config.block_size
 
   @property
@@ -82,8 +84,36 @@ class SlotTable:
     self.pool.begin(slot, len(found))
     grown = self.pool.grow(slot, length)
     assert grown, 'find_slot found too few pages'
+    self._shared_of[slot] = found
     self.rows[slot], self.alive[slot] = row, True
     return unwritten
+
+  def pages_to_write(self, slot: int, unwritten: Sequence[int]) -> RowPages:
+    """Return the pages of a row that enters its slot.
+
+    Args:
+      slot: The row's slot.
+      unwritten: Indices of its shared pages that must be written.
+    """
+    width = self.pool.table.shape[1]
+    shared = np.zeros(width, np.int32)
+    found = self._shared_of[slot]
+    shared[: len(found)] = found
+    begin, end = (min(unwritten), max(unwritten) + 1) if unwritten else (0, 0)
+    return RowPages(
+      self.pool.table[slot].copy(),
+      np.int32(self.pool.first(slot)),
+      shared,
+      np.int32(begin),
+      np.int32(end),
+    )
+
+  def pages(self) -> SlotPages:
+    """Return the pages of all rows, as decode programs take them."""
+    pool = self.pool
+    return SlotPages(
+      pool.table.copy(), pool.owners.copy(), pool.starts.copy(), self.shared.visible.copy()
+    )
 
   def leave(self, slot: int) -> None:
     """Free a slot and its pages."""

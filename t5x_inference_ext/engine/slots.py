@@ -27,8 +27,8 @@ from t5x_inference_ext.engine.state import (
 from t5x_inference_ext.engine.state_rows import constrain_state, put_state_row
 from t5x_inference_ext.model import cache as kv_cache
 from t5x_inference_ext.model.cache import KVCache
-from t5x_inference_ext.model.chunks import constrain_cache, empty_cache
-from t5x_inference_ext.model.pages import PagedCache, empty_pages
+from t5x_inference_ext.model.chunks import constrain_cache, empty_cache, empty_pages
+from t5x_inference_ext.model.pages import PagedCache
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
 from t5x_inference_ext.sharding import activations
@@ -98,6 +98,24 @@ class SlotPages(NamedTuple):
   visible: Any
 
 
+class RowPages(NamedTuple):
+  """Pages of a row that enters a slot.
+
+  Attributes:
+    own: [M] int32. Pages of the row alone, by their place in the row.
+    first: Scalar int32. Place of the first of them: the pages before are shared ones.
+    shared: [M] int32. Shared pages, by their place in the row.
+    shared_begin: Scalar int32. Place of the first shared page to write.
+    shared_end: Scalar int32. Place after the last shared page to write.
+  """
+
+  own: Any
+  first: Any
+  shared: Any
+  shared_begin: Any
+  shared_end: Any
+
+
 def empty_slots(model: Model, weights: Weights, config: SchedulerConfig, shards: int) -> Slots:
   """Return slots that are all free.
 
@@ -108,9 +126,7 @@ def empty_slots(model: Model, weights: Weights, config: SchedulerConfig, shards:
     shards: Number of shards that split the rows.
   """
   vocab_size, rows = model.config.vocab_size, config.slots
-  row = slot_row(
-    SamplingParams(), vocab_size, seed=0, limit=1, top_width=config.top_log_probs
-  )
+  row = slot_row(SamplingParams(), vocab_size, seed=0, limit=1, top_width=config.top_log_probs)
   params = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], (rows, *x.shape[1:])), row)
   state = initial_state(params, jnp.zeros((rows, 1), jnp.int32), jnp.ones(rows, int), vocab_size)
   state = dataclasses.replace(state, ended=jnp.ones(rows, bool))
@@ -118,7 +134,7 @@ def empty_slots(model: Model, weights: Weights, config: SchedulerConfig, shards:
     model,
     weights,
     rows,
-    pages=shards * config.pages_of_shard(shards),
+    pages=config.pages_of_shard(shards),
     page_size=config.page_size,
     table_width=config.pages_of_row,
     shared_pages=config.shared_pages,
@@ -188,7 +204,7 @@ def insert(
   prompts: PrefillState,
   place: jax.Array,
   slot: jax.Array,
-  pages: cache_rows.RowPages,
+  pages: RowPages,
   row_params: RowParams,
   prompt: jax.Array,
   length: jax.Array,
@@ -218,12 +234,13 @@ def insert(
     lambda x: kv_cache.with_heads(x, held, wanted), (one.keys, one.values)
   )
   one = dataclasses.replace(one, keys=keys, values=values)
-  cache = cache_rows.insert_row(model, slots.cache, weights, slot, one, pages)
+  written = pages.shared_begin, pages.shared_end
+  cache = cache_rows.insert_row(
+    model, slots.cache, weights, slot, one, pages.own, pages.first, pages.shared, written
+  )
   axes = model.sampling_axes(prompts.logits.shape[0])
   logits = cache_rows.gather_row(model, prompts.logits, axes, place)
-  state = initial_state(
-    row_params, prompt, length[None], model.config.vocab_size, generated[None]
-  )
+  state = initial_state(row_params, prompt, length[None], model.config.vocab_size, generated[None])
   state, chosen = advance(row_params, state, logits, length[None])
   rows, states = put_state_row(model, slots.rows, slots.state, slot, row_params, state)
   made = (~state.failed).astype(jnp.int32)
@@ -287,11 +304,25 @@ def decode_steps(
     )
     return i + 1, constrain_state(model, state), cache, out
 
-  cache = slots.cache.with_pages(*pages, read=read, read_shared=read_shared)
+  shared = slots.cache.shared
+  if shared is not None:
+    shared = dataclasses.replace(shared, visible=pages.visible)
+  cache = dataclasses.replace(
+    slots.cache,
+    table=pages.table,
+    owners=pages.owners,
+    starts=pages.starts,
+    shared=shared,
+    read=read,
+    read_shared=read_shared,
+  )
+  cache = constrain_cache(model, cache, weights)
   carry = jnp.asarray(0), constrain_state(model, before), cache, out
   _, state, cache, out = lax.while_loop(running, step, carry)
   output = StepsOutput(out, state.counts - before.counts, state.ended, state.failed)
-  return Slots(cache, slots.rows, state), replicated(model, output)
+  # Static fields must not change: they decide which programs take the slots.
+  static = dict(read=slots.cache.read, read_shared=slots.cache.read_shared)
+  return Slots(dataclasses.replace(cache, **static), slots.rows, state), replicated(model, output)
 
 
 def replicated(model: Model, tree: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Requests that are followed from any number of threads; whichever thread waits runs the scheduler."""
+"""Requests that any number of threads follow; whichever thread waits runs the scheduler."""
 
 import asyncio
 import collections

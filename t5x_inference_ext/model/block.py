@@ -67,7 +67,7 @@ class Layer:
     weights, cached = inputs
     sharding, kv = self.sharding, None
     context = None
-    if self.cache is not None and cached is not None:
+    if self.cache is not None and cached is not None and self.read != 0:
       context = self.cache.context(cached, self.read)
     for part in self.config.block_parts:
       project = projections(sharding, part)

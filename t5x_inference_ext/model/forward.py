@@ -38,7 +38,8 @@ def forward(
     sharding: Sharding of the pass's activations.
     finish: Computes the outputs of the pass from the residual stream and the new tokens' keys and
       values.
-    read: Cached positions of each row that attention reads, the first ones; None for all.
+    read: Cached positions of each row that attention reads, the first ones: 0 if nothing is cached;
+      None for all.
     weights: This shard's part of the weights.
     cache: This shard's part of the KV cache that the tokens continue, or None if rows begin with
       the tokens.

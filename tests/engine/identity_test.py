@@ -63,13 +63,7 @@ def engine(mesh, prefill='ws_2d/batch', decode='ws_2d/batch', cache=None):
 def scheduler(kind):
   mesh, prefill, decode, cache, sizes = KINDS[kind]
   model = engine(mesh, prefill, decode, cache)
-  config = {
-    'page_size': 32,
-    'prefix_blocks': 12,
-    'shared_pages': 3,
-    'prefill_budget': 24,
-    **sizes,
-  }
+  config = {'page_size': 32, 'prefix_blocks': 12, 'shared_pages': 3, 'prefill_budget': 24, **sizes}
   return Scheduler(
     model.model, model.weights, SchedulerConfig(max_length=LENGTH, end_ids=(EOS,), **config)
   )
@@ -179,8 +173,9 @@ def test_random_mixes_are_identical_to_one_at_a_time():
   stats = [scheduler(kind).stats for kind in range(len(KINDS))]
   preempted, hits = sum(s.preempted for s in stats), sum(s.prefixes.hits for s in stats)
   evictions = sum(
-    scheduler(kind)._prefixes.tree.evictions for kind in range(len(KINDS)) if stats[kind].prefixes
-    .queries
+    scheduler(kind)._prefixes.tree.evictions
+    for kind in range(len(KINDS))
+    if stats[kind].prefixes.queries
   )
   print(
     f'{rows} rows of {MIXES} mixes, {ended_early} of them cancelled; {preempted} preemptions, '

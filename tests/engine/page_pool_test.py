@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from t5x_inference_ext.engine.page_pool import UNUSED_START, PagePool
-from t5x_inference_ext.engine.shared_pages import SharedPages
+from t5x_inference_ext.engine.page_pool import PagePool
+from t5x_inference_ext.engine.shared_pages import SharedPageBook
+from t5x_inference_ext.model.pages import UNUSED
 
 
 def test_pages_are_given_out_low_ones_first_and_come_back():
@@ -13,7 +14,7 @@ def test_pages_are_given_out_low_ones_first_and_come_back():
   assert pool.grow(0, 33) and pool.table[0].tolist() == [1, 2, 0, 0]
   pool.begin(1, 1)  # its first page is shared
   assert pool.grow(1, 64) and pool.table[1].tolist() == [0, 3, 0, 0]
-  assert pool.starts.tolist() == [UNUSED_START, 0, 32, 32, UNUSED_START, UNUSED_START]
+  assert pool.starts.tolist() == [UNUSED, 0, 32, 32, UNUSED, UNUSED]
   assert pool.owners[:4].tolist() == [0, 0, 0, 1]
   assert (pool.highest, pool.held, pool.first(1)) == (4, 3, 1)
   assert pool.grow(0, 64) and pool.held == 3  # it has them already
@@ -76,7 +77,7 @@ def test_broken_books_are_noticed():
 
 
 def test_shared_pages_are_written_once_and_reused_when_nobody_sees_them():
-  shared = SharedPages(rows=3, pages=2)
+  shared = SharedPageBook(rows=3, pages=2)
   assert shared.take(0, ['a', 'b']) == ([0, 1], [0, 1])
   assert shared.take(1, ['a', 'c']) == ([0], [])  # no page for c: both are in use
   assert shared.visible.tolist() == [[True, True], [True, False], [False, False]]
