@@ -159,7 +159,8 @@ def test_a_cached_beginning_is_not_prefilled_again():
   rows, _ = finished(core)
   stats = core.stats.prefixes
   assert (stats.queries, stats.hits, stats.hit_tokens) == (3, 2, 64)
-  assert stats.bytes == 32 * CONFIG.num_layers * 2 * CONFIG.d_head * 4
+  # Float32 keys and values of one key head, and a flag.
+  assert stats.bytes == 32 * CONFIG.num_layers * 2 * CONFIG.d_head * 4 + 1
   assert core.stats.prompt_tokens == 3 * 44 - 64
   for i, last in enumerate((50, 51, 52)):
     assert rows[i, 0] == alone([*prompt[1:], last], 3)
@@ -169,11 +170,13 @@ def test_a_cached_beginning_is_not_prefilled_again():
 
 
 def test_states_and_finish_reasons():
-  sampling = SamplingParams(stop=((alone([5], 3)[2],),))
+  sampling = SamplingParams(3.0)
+  third = alone([5], 3, sampling=[sampling])[2]
   core = scheduler(slots=1, decode_steps=1)
-  stopped = core.submit(Request((0, 5), limit=8, sampling=sampling))
-  ended = core.submit(Request((0, 5), limit=8, end_ids=(alone([5], 2)[1],)))
-  full = core.submit(Request((0, 5), limit=2))
+  stop = SamplingParams(3.0, stop=((third,),))
+  stopped = core.submit(Request((0, 5), limit=8, sampling=stop))
+  ended = core.submit(Request((0, 5), limit=8, sampling=sampling, end_ids=(third,)))
+  full = core.submit(Request((0, 5), limit=2, sampling=sampling))
   handles = stopped, ended, full
   assert {h.state for h in handles} == {RequestState.WAITING}
   events = core.step()
@@ -181,7 +184,7 @@ def test_states_and_finish_reasons():
   rows, _ = finished(core, events)
   assert {h.state for h in handles} == {RequestState.FINISHED}
   assert [h.finish_reasons for h in handles] == [['stop'], ['eos'], ['length']]
-  assert [len(rows[i, 0]) for i in range(3)] == [3, 2, 2]
+  assert [len(rows[i, 0]) for i in range(3)] == [3, 3, 2]
 
 
 @pytest.mark.parametrize('after', range(5))
@@ -247,8 +250,9 @@ def test_text_comes_in_whole_characters_and_ends_before_a_stop_text():
   vocabulary = ByteVocabulary()
   config = SchedulerConfig(2, 64, page_size=32, end_ids=())
   core = Scheduler(found.model, found.weights, config, vocabulary=vocabulary)
-  bias = {3 + byte: 30.0 for byte in 'aé'.encode()}
-  sampling = SamplingParams(1.0, logit_bias=bias)
+  # Three bytes, two of which are one character, in any order.
+  bias = {3 + byte: 1e4 for byte in 'aé'.encode()}
+  sampling = SamplingParams(100.0, logit_bias=bias)
   texts = {0: '', 1: ''}
   tokens = {0: [], 1: []}
   requests = [
