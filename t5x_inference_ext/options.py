@@ -63,7 +63,7 @@ def _complaint(
 ) -> str | None:
   """Return what a value must be and what it is instead, as text; None if it is valid."""
   choices, (least, most) = metadata['choices'], metadata['range']
-  got = f', got {reprlib.repr(value)}'
+  got = f', got {short_repr(value)}'
   if value is None and has_type(None, annotation):
     return None
   if choices:
@@ -73,6 +73,14 @@ def _complaint(
   if not has_type(value, int) or value < least:
     return f'a whole number, {least} or more{got}'
   return f'a whole number, {least} to {most}{got}' if value > most else None
+
+
+def short_repr(value: Any) -> str:
+  """Return a value as one short line of text, for messages. No value makes it fail."""
+  try:
+    return ' '.join(reprlib.repr(value).split())
+  except ValueError:  # Python prints no integer of more than 4300 digits
+    return f'a value of type {type(value).__name__} too long to print'
 
 
 def takes_options(

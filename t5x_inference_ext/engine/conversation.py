@@ -8,7 +8,7 @@ import numpy as np
 from t5x_inference_ext.engine import programs
 from t5x_inference_ext.engine.inputs import check_at_least, check_seeds, check_tokens
 from t5x_inference_ext.engine.sampling import SamplingParams
-from t5x_inference_ext.engine.sampling_arrays import stack_params
+from t5x_inference_ext.engine.sampling_arrays import end_id_array, stack_params
 from t5x_inference_ext.engine.scheduler_config import SMALLEST_CHUNK
 from t5x_inference_ext.engine.state import RowParams
 from t5x_inference_ext.errors import RequestError
@@ -123,7 +123,8 @@ class Conversation:
       stack_params([sampling] * count, self._model.config.vocab_size),
       np.full(count, seed, np.uint32),
       np.full(count, max_new_tokens, np.int32),
-      self._eos,
+      end_id_array(self._eos, count),
+      np.zeros(count, np.int32),
     )
     # Only penalties read the conversation's tokens.
     prompts = np.zeros((count, self._max_length + 1 if sampling.penalizes else 1), np.int32)

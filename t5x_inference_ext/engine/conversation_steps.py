@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from t5x_inference_ext.engine.slots import Slots, replicated
 from t5x_inference_ext.engine.state import ChosenTokens, RowParams, advance, initial_state
+from t5x_inference_ext.engine.state_rows import constrain_state
 from t5x_inference_ext.model.cache import KVCache
 from t5x_inference_ext.model.chunks import constrain_cache
 from t5x_inference_ext.model.transformer import Model
@@ -46,5 +47,6 @@ def begin_reply(
   """
   state = initial_state(rows, prompts, lengths, model.config.vocab_size)
   state = dataclasses.replace(state, ended=jnp.arange(len(lengths)) > 0)
-  state, chosen = advance(rows, state, logits, lengths)
-  return Slots(cache, *replicated(model, (rows, state))), replicated(model, chosen)
+  state, chosen = advance(rows, state, logits, lengths, model)
+  slots = Slots(cache, replicated(model, rows), constrain_state(model, state))
+  return slots, replicated(model, chosen)

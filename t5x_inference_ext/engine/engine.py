@@ -27,9 +27,9 @@ from t5x_inference_ext.engine.inputs import (
   model_inputs,
   per_prompt,
 )
-from t5x_inference_ext.engine.request import Completion, Event, Request
+from t5x_inference_ext.engine.request import Completion, Event, Request, finish_reason
 from t5x_inference_ext.engine.sampling import SamplingParams
-from t5x_inference_ext.engine.sampling_arrays import stack_params
+from t5x_inference_ext.engine.sampling_arrays import end_id_array, stack_params
 from t5x_inference_ext.engine.saved_generation import GenerationShape, SavedGeneration
 from t5x_inference_ext.engine.scheduler import Scheduler
 from t5x_inference_ext.errors import RequestError
@@ -154,21 +154,29 @@ class Engine:
     size = max(tokens.shape[1], cache_size or tokens.shape[1] + max(limits) - 1)
     stacked = stack_params(params, vocab_size)  # checks ids, too
     own: dict[str, Any] = {}
-    if not isinstance(sampling, SamplingParams):
-      own['sampling_arrays'], sampling = stacked, SamplingParams()
     if not isinstance(max_new_tokens, int):
       own['limits'] = np.asarray(limits, np.int32)
+    per_row = bool(own) or not isinstance(sampling, SamplingParams)
+    compiled, ends = params[0], eos_id
+    if self.executable is None:  # one program for any values of what is data
+      own |= dict(sampling_arrays=stacked, end_ids=end_id_array(eos_id, len(prompts)))
+      compiled, ends = SamplingParams(), -1
     shape = GenerationShape(
-      len(prompts), tokens.shape[1] - 1, size, max(limits), sampling, eos_id, max_length
+      len(prompts), tokens.shape[1] - 1, size, max(limits), compiled, ends, max_length
     )
     program = programs.generation_for(
-      self.model, self.weights, shape, self.executable, bool(own), prefill_chunk
+      self.model, self.weights, shape, self.executable, per_row, prefill_chunk
     )
     *inputs, own = programs.put(
       self.model, tokens, lengths, np.asarray(seeds).astype(np.uint32), own
     )
     generation = jax.device_get(program(self.weights, *inputs, **own))
-    return [Completion(row[:n].tolist(), float(score)) for row, n, score in zip(*generation)]
+    completions = []
+    for row, n, score, failed, each in zip(*generation, params, strict=True):
+      found = row[:n].tolist()
+      reason = finish_reason(found, each, (eos_id,), bool(failed))
+      completions.append(Completion(found, float(score), reason))
+    return completions
 
   def stream(
     self,

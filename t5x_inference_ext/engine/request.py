@@ -1,5 +1,6 @@
 """The engine's inputs and outputs: requests, events, completions."""
 
+from collections.abc import Collection
 import dataclasses
 from typing import NamedTuple
 
@@ -52,10 +53,34 @@ class Completion(NamedTuple):
   Attributes:
     tokens: Generated ids. If the row ended with EOS, that is the last id.
     score: Sum of the tokens' log-probabilities.
+    finish_reason: Why the row ended: see `finish_reason`.
   """
 
   tokens: list[int]
   score: float
+  finish_reason: str = 'length'
+
+
+def finish_reason(
+  tokens: list[int], sampling: SamplingParams, end_ids: Collection[int], failed: bool
+) -> str:
+  """Return why a row ended.
+
+  Args:
+    tokens: All tokens that the row generated.
+    sampling: The row's sampling parameters.
+    end_ids: Ids that end the row.
+    failed: Whether no token could be chosen.
+
+  Returns:
+    'eos', 'stop' (a stop sequence), 'length' (the row's limit), or 'error': no token could be
+    chosen, because the logits were not finite or every token was forbidden.
+  """
+  if failed:
+    return 'error'
+  if tokens and tokens[-1] in end_ids and len(tokens) > sampling.min_new_tokens:
+    return 'eos'
+  return 'length' if sampling.before_stop(tokens) == tokens else 'stop'
 
 
 class Sample(NamedTuple):

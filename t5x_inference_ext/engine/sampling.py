@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import numbers
 from typing import Any
 
 import numpy as np
 
 from t5x_inference_ext._moved import renamed
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.options import check_options, is_whole, option
+from t5x_inference_ext.options import check_options, is_whole, option, short_repr
 
 SMALLEST = float(np.finfo(np.float32).tiny)  # the smallest normal float32
 LARGEST = float(np.finfo(np.float32).max)  # the largest finite float32
@@ -30,8 +31,9 @@ class SamplingParams:
     frequency_penalty: Subtracted from a token's logit once for each time it was generated.
     presence_penalty: Subtracted from the logit of every token that was generated.
     logit_bias: Pairs of a token id and the number added to its logit, or a mapping of ids to
-      numbers. -inf forbids a token.
-    min_new_tokens: EOS is not chosen, and stop sequences do not count, before this many tokens.
+      numbers. -inf forbids a token. The order of biased logits is that of their exact sums.
+    min_new_tokens: None of the first this many tokens ends the row: none is EOS, and stop sequences
+      that end among them do not count. A row of which every token would be EOS gets one token more.
     stop: Sequences of token ids. A row ends when its generated tokens end in one of them. The row's
       tokens include the sequence, as they include EOS.
 
@@ -59,7 +61,7 @@ class SamplingParams:
     (), help='Numbers added to logits: {"TOKEN ID": NUMBER, ...}; -Infinity forbids a token.'
   )
   min_new_tokens: int = option(
-    0, help='Choose no EOS, and ignore stop sequences, before this many tokens.'
+    0, help='None of the first this many tokens is EOS or completes a stop sequence.'
   )
   stop: tuple[tuple[int, ...], ...] = ()
 
@@ -68,44 +70,33 @@ class SamplingParams:
     if isinstance(self.logit_bias, Mapping):
       object.__setattr__(self, 'logit_bias', tuple(self.logit_bias.items()))
     for name in ('logit_bias', 'stop'):  # lists, as read from JSON, become hashable tuples
-      value = getattr(self, name)
-      if not isinstance(value, Sequence | np.ndarray) or not all(
-        isinstance(item, Sequence | np.ndarray) for item in value
-      ):
-        raise RequestError(
-          f'{name} must be a sequence of sequences, such as [[5, 6]], got {value!r}'
-        )
-      object.__setattr__(self, name, tuple(map(tuple, value)))
+      object.__setattr__(self, name, _tuples(name, getattr(self, name)))
     if not 0 <= self.temperature <= LARGEST:
       most = f' and at most {LARGEST:.1e}' if self.temperature > LARGEST else ''
-      raise RequestError(f'temperature must be 0 or more{most}, got {self.temperature}')
+      raise _refused('temperature', f'0 or more{most}', self.temperature)
     for name, least in (('top_k', '0 (keep all)'), ('min_new_tokens', '0')):
-      if not is_whole(getattr(self, name)) or getattr(self, name) < 0:
-        raise RequestError(
-          f'{name} must be a whole number, {least} or more, got {getattr(self, name)!r}'
-        )
+      if getattr(self, name) < 0:
+        raise _refused(name, f'a whole number, {least} or more', getattr(self, name))
     if not 0 < self.top_p <= 1:
-      raise RequestError(f'top_p must be above 0 and at most 1, got {self.top_p}')
+      raise _refused('top_p', 'above 0 and at most 1', self.top_p)
     if not SMALLEST <= self.repetition_penalty <= LARGEST:
-      raise RequestError(
-        f'repetition_penalty must be above 0 and in the range of float32, got '
-        f'{self.repetition_penalty}'
+      raise _refused(
+        'repetition_penalty', 'above 0 and in the range of float32', self.repetition_penalty
       )
     for name in ('frequency_penalty', 'presence_penalty'):
       if not -LARGEST <= getattr(self, name) <= LARGEST:
-        raise RequestError(
-          f'{name} must be a number in the range of float32, got {getattr(self, name)}'
-        )
+        raise _refused(name, 'a number in the range of float32', getattr(self, name))
     pair = next(
       (p for p in self.logit_bias if len(p) != 2 or not _is_id(p[0]) or not _is_bias(p[1])), None
     )
     if pair is not None:
-      raise RequestError(
-        'logit_bias must be pairs of a token id and a number (-Infinity forbids a token, and 1e9 '
-        f'makes it the choice), got {pair}'
+      raise _refused(
+        'logit_bias',
+        'pairs of a token id and a number (-Infinity forbids a token, and 1e9 makes it the choice)',
+        pair,
       )
     if not all(_is_id(token) for sequence in self.stop for token in sequence):
-      raise RequestError(f'stop must be sequences of token ids, got {self.stop}')
+      raise _refused('stop', 'sequences of token ids', self.stop)
     if not all(self.stop):
       raise RequestError('stop holds an empty sequence: it would end every row at once')
 
@@ -115,19 +106,40 @@ class SamplingParams:
     return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1, 0, 0)
 
   def before_stop(self, tokens: list[int]) -> list[int]:
-    """Return a row's tokens without the longest stop sequence that they end in."""
+    """Return a row's tokens without the longest stop sequence that they end in.
+
+    A sequence that ends among the first `min_new_tokens` tokens does not count.
+    """
+    if len(tokens) <= self.min_new_tokens:
+      return tokens
     ends = [len(s) for s in self.stop if tuple(tokens[-len(s) :]) == s]
-    return (
-      tokens[: len(tokens) - max(ends, default=0)] if len(tokens) >= self.min_new_tokens else tokens
-    )
+    return tokens[: len(tokens) - max(ends, default=0)]
+
+
+def _tuples(name: str, value: Any) -> tuple[tuple[Any, ...], ...]:
+  """Return a sequence of sequences as tuples; raise RequestError for anything else."""
+  if not _is_list(value) or not all(map(_is_list, value)):
+    raise _refused(name, 'a sequence of sequences, such as [[5, 6]]', value)
+  return tuple(map(tuple, value))
+
+
+def _is_list(value: Any) -> bool:
+  if isinstance(value, np.ndarray):
+    return value.ndim > 0
+  return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview)
 
 
 def _is_id(value: Any) -> bool:
   return is_whole(value) and value >= 0
 
 
-def _is_bias(value: float) -> bool:
-  return -LARGEST <= value <= LARGEST or value == -float('inf')
+def _is_bias(value: Any) -> bool:
+  number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+  return number and (-LARGEST <= value <= LARGEST or value == -float('inf'))
+
+
+def _refused(name: str, wanted: str, value: Any) -> RequestError:
+  return RequestError(f'{name} must be {wanted}, got {short_repr(value)}')
 
 
 __getattr__ = renamed(__name__, {'Sampler': 'SamplingParams'})

@@ -1,50 +1,56 @@
-"""Sampling on the devices: the parameters of many rows as arrays, and the choice of their tokens.
+"""The sampling parameters of many rows as arrays.
 
-A row's choice depends only on its own logits, seed, position and parameters.
+Two kinds of programs take them. A static batch is compiled for the features that its rows use. Slots
+hold the rows of any requests: their arrays have fixed widths (`slot_params`), and features that no
+row uses are skipped at run time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 import dataclasses
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt32
 import numpy as np
 
-from t5x_inference_ext.engine import selection
-from t5x_inference_ext.engine.sampling import SMALLEST, SamplingParams
+from t5x_inference_ext.engine.sampling import LARGEST, SamplingParams
 from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.options import short_repr
 
 # Rows that keep at most this many tokens draw from candidates, found without sorting the
 # vocabulary.
 MAX_CANDIDATES = 256
 LARGEST_INT32 = 2**31 - 1
+BIAS_WIDTH = 256  # most biased tokens of a row in slots
+END_IDS = 4  # most ids that end a row
 # Fillers for stop sequences and for the recent tokens compared with them. None is a token id.
 ANY, NEVER, NOTHING = -1, -2, -3
 
+# Whether some row uses a feature: known when a program is compiled, or a scalar when it runs.
+Flag = bool | jax.Array
+
 
 class SamplingFeatures(NamedTuple):
-  """The features that a compiled choice of tokens must support, because some row uses them.
+  """The features that a choice of tokens must support, because some row uses them.
 
   Attributes:
     sampled: Whether a row has a temperature above 0.
-    candidates: Most tokens that top_k keeps for a row with a temperature above 0, rounded up to a
-      power of two; 0 if they are more than MAX_CANDIDATES.
+    few: Pairs (n, whether no row with a temperature above 0 keeps more than n tokens), in order
+      of n. The first n that is true is how many candidates the draw takes; without one the draw is
+      from the whole vocabulary.
     limited: Whether top_k or top_p drops tokens of a row.
     both: Whether a row has both top_k and top_p.
+    bias: Whether a row has a logit_bias.
     penalties: Whether a row has a penalty.
     min_new_tokens: Whether a row has min_new_tokens.
-    stop: Whether a row has stop sequences.
   """
 
-  sampled: bool = False
-  candidates: int = 0
-  limited: bool = False
-  both: bool = False
-  penalties: bool = False
-  min_new_tokens: bool = False
-  stop: bool = False
+  sampled: Flag = False
+  few: tuple[tuple[int, Flag], ...] = ()
+  limited: Flag = False
+  both: Flag = False
+  bias: Flag = False
+  penalties: Flag = False
+  min_new_tokens: Flag = False
 
 
 @jax.tree_util.register_dataclass
@@ -60,11 +66,11 @@ class SamplingArrays:
     frequency_penalty: [B] float32.
     presence_penalty: [B] float32.
     min_new_tokens: [B] int32.
-    bias_ids: [B, N] int32; unused ids are V.
+    bias_ids: [B, N] int32. No id twice in a row; unused ids are V.
     bias: [B, N] float32.
     stop: [B, N, M] int32. Stop sequences, aligned at their ends. Positions before a sequence hold
       ANY; unused sequences hold NEVER.
-    features: SamplingFeatures of these rows. Static.
+    features: SamplingFeatures of these rows, compiled in; None: found at run time. Static.
   """
 
   temperature: jax.Array | np.ndarray
@@ -77,37 +83,92 @@ class SamplingArrays:
   bias_ids: jax.Array | np.ndarray
   bias: jax.Array | np.ndarray
   stop: jax.Array | np.ndarray
-  features: SamplingFeatures = dataclasses.field(metadata=dict(static=True))
+  features: SamplingFeatures | None = dataclasses.field(metadata=dict(static=True))
 
 
 def stack_params(
   rows: Sequence[SamplingParams], vocab_size: int, like: Sequence[SamplingParams] = ()
 ) -> SamplingArrays:
-  """Return the sampling parameters of rows as numpy arrays.
+  """Return the sampling parameters of a static batch's rows, as numpy arrays.
+
+  Widths are powers of two, and features are those of these rows: batches of similar parameters
+  share a compilation.
 
   Args:
     rows: Parameters of each row.
     vocab_size: V.
-    like: Other parameters that the arrays' widths and features must also cover, so that batches
-      share a compilation.
+    like: Other parameters that the widths and features must also cover.
 
   Raises:
-    RequestError: A logit_bias or stop sequence with ids outside the vocabulary.
+    RequestError: A logit_bias or stop sequence with ids outside the vocabulary, or a logit_bias
+      that forbids every token.
   """
   every = {*rows, *like}
   for params in every:
-    _check_ids(params, vocab_size)
-  biases = max(len(p.logit_bias) for p in every)
-  stops = max(len(p.stop) for p in every)
+    _check(params, vocab_size)
   longest = max((len(sequence) for p in every for sequence in p.stop), default=0)
+  return _arrays(
+    rows,
+    vocab_size,
+    biases=_power_of_two(max(len(p.logit_bias) for p in every)),
+    stops=_power_of_two(max(len(p.stop) for p in every)),
+    longest=_power_of_two(longest),
+    features=_features(every, vocab_size),
+  )
+
+
+def slot_params(params: SamplingParams, vocab_size: int) -> SamplingArrays:
+  """Return one row's sampling parameters with the widths that every row of slots has, [1, ...].
+
+  Stop sequences are left out: the host finds them in the tokens of slots.
+
+  Raises:
+    RequestError: Parameters that `stack_params` refuses, or more than BIAS_WIDTH biased tokens.
+  """
+  _check(params, vocab_size)
+  if len(params.logit_bias) > BIAS_WIDTH:
+    raise RequestError(
+      f'logit_bias holds {len(params.logit_bias)} tokens: at most {BIAS_WIDTH} of a row can be '
+      'biased in continuous batching'
+    )
+  return _arrays([params], vocab_size, BIAS_WIDTH, stops=0, longest=0, features=None)
+
+
+def end_id_array(ids: int | Sequence[int], rows: int) -> np.ndarray:
+  """Return the ids that end rows, as RowParams holds them: [rows, END_IDS] int32.
+
+  Args:
+    ids: One id, or several. A negative id is none.
+    rows: How many rows have them.
+
+  Raises:
+    RequestError: More than END_IDS ids.
+  """
+  wanted = {ids} if isinstance(ids, int) else set(ids)
+  found = sorted(int(i) for i in wanted if 0 <= i <= LARGEST_INT32)
+  if len(found) > END_IDS:
+    raise RequestError(f'at most {END_IDS} token ids can end a row, got {len(found)}: {found}')
+  return np.tile(np.asarray(found + [-1] * (END_IDS - len(found)), np.int32), (rows, 1))
+
+
+def _arrays(
+  rows: Sequence[SamplingParams],
+  vocab_size: int,
+  biases: int,
+  stops: int,
+  longest: int,
+  features: SamplingFeatures | None,
+) -> SamplingArrays:
   bias_ids = np.full((len(rows), biases), vocab_size, np.int32)
   bias = np.zeros((len(rows), biases), np.float32)
   stop = np.full((len(rows), stops, longest), NEVER, np.int32)
   for i, params in enumerate(rows):
-    for j, (token, value) in enumerate(params.logit_bias):
-      bias_ids[i, j], bias[i, j] = token, value
-    for j, sequence in enumerate(params.stop):
-      stop[i, j] = [ANY] * (longest - len(sequence)) + list(sequence)
+    if params.logit_bias:
+      summed = _bias(params)
+      bias_ids[i, : len(summed)], bias[i, : len(summed)] = [*summed], [*summed.values()]
+    if stops:
+      for j, sequence in enumerate(params.stop):
+        stop[i, j] = [ANY] * (longest - len(sequence)) + list(sequence)
 
   def floats(name: str) -> np.ndarray:
     return np.asarray([getattr(p, name) for p in rows], np.float32)
@@ -123,18 +184,35 @@ def stack_params(
     bias_ids=bias_ids,
     bias=bias,
     stop=stop,
-    features=_features(every, vocab_size),
+    features=features,
   )
 
 
-def _check_ids(params: SamplingParams, vocab_size: int) -> None:
-  biased = [token for token, _ in params.logit_bias]
-  stopping = [token for sequence in params.stop for token in sequence]
-  wrong = [token for token in (*biased, *stopping) if not 0 <= token < vocab_size]
-  if wrong:
+def _bias(params: SamplingParams) -> dict[int, float]:
+  """Return token id -> bias. An id that is given twice gets the sum."""
+  summed = dict(params.logit_bias)
+  if len(summed) == len(params.logit_bias):
+    return summed
+  summed = {}
+  for token, value in params.logit_bias:
+    summed[token] = summed.get(token, 0.0) + value
+  return {
+    token: value if value < -LARGEST else max(-LARGEST, min(value, LARGEST))
+    for token, value in summed.items()
+  }
+
+
+def _check(params: SamplingParams, vocab_size: int) -> None:
+  biased = dict(params.logit_bias)
+  largest = max(*biased, *(token for sequence in params.stop for token in sequence), 0, 0)
+  if largest >= vocab_size:  # SamplingParams refuses negative ids
     raise RequestError(
-      f'logit_bias or stop holds token {wrong[0]}, outside the vocabulary of {vocab_size}'
+      f'logit_bias or stop holds token {short_repr(largest)}, outside the vocabulary of '
+      f'{vocab_size}'
     )
+  forbidden = (token for token, value in params.logit_bias if value == -np.inf)
+  if len(biased) == vocab_size == len(set(forbidden)):
+    raise RequestError(f'logit_bias forbids all {vocab_size} tokens: leave at least one allowed')
 
 
 def _kept(params: SamplingParams, vocab_size: int) -> int:
@@ -142,84 +220,20 @@ def _kept(params: SamplingParams, vocab_size: int) -> int:
   return min(params.top_k or vocab_size, vocab_size)
 
 
-def _features(every: set[SamplingParams], vocab_size: int) -> SamplingFeatures:
+def _power_of_two(least: int) -> int:
+  return 1 << (least - 1).bit_length() if least else 0
+
+
+def _features(every: Iterable[SamplingParams], vocab_size: int) -> SamplingFeatures:
   sampled = [p for p in every if p.temperature > 0]
   most = max((_kept(p, vocab_size) for p in sampled), default=1)
-  candidates = min(vocab_size, 1 << (most - 1).bit_length()) if most <= MAX_CANDIDATES else 0
+  candidates = min(vocab_size, _power_of_two(most))
   return SamplingFeatures(
     sampled=bool(sampled),
-    candidates=candidates,
+    few=((candidates, True),) if sampled and most <= MAX_CANDIDATES else (),
     limited=any(_kept(p, vocab_size) < vocab_size or p.top_p < 1 for p in sampled),
     both=any(_kept(p, vocab_size) < vocab_size and p.top_p < 1 for p in sampled),
+    bias=any(p.logit_bias for p in every),
     penalties=any(p.penalizes for p in every),
     min_new_tokens=any(p.min_new_tokens for p in every),
-    stop=any(p.stop for p in every),
   )
-
-
-def sample(
-  logits: Float[Array, 'B V'],
-  rows: SamplingArrays,
-  seeds: UInt32[Array | np.ndarray, ' B'],
-  positions: Int[Array | np.ndarray, ' B'],
-) -> Int[Array, ' B']:
-  """Choose a token for each row. Applies its bias, but not its penalties (see `penalize`).
-
-  Ties go to the lowest id.
-
-  Args:
-    logits: [B, V] float32.
-    rows: Sampling parameters.
-    seeds: [B] uint32. Seeds of the sampling noise.
-    positions: [B] int32. Position of the chosen token in its row.
-
-  Returns:
-    [B] int32.
-  """
-  features = rows.features
-  if rows.bias.shape[1]:
-    row = jnp.arange(len(logits))[:, None]
-    logits = logits.at[row, rows.bias_ids].add(rows.bias, mode='drop')
-  if not features.sampled:
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-  vocab_size = logits.shape[1]
-  seeds, positions = jnp.asarray(seeds), jnp.asarray(positions)
-  hot = jnp.asarray(rows.temperature > 0)[:, None]
-  # Logits relative to the largest: a temperature near 0 then sends the others to -inf, none to inf.
-  scale = jnp.where(hot, jnp.maximum(jnp.asarray(rows.temperature), SMALLEST)[:, None], 1)
-  logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / scale
-  top_k, top_p = jnp.asarray(rows.top_k), jnp.asarray(rows.top_p)
-  if features.candidates:
-    logits, ids = selection.most_likely(logits, features.candidates)
-    noise = jnp.where(hot, selection.gumbel(seeds, positions, ids, vocab_size), 0)
-    return selection.draw_from_few(logits, ids, noise, top_k, top_p)
-  noise = jnp.where(hot, selection.gumbel_of_all(seeds, positions, vocab_size), 0)
-  if not features.limited:
-    return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
-  return selection.draw_from_all(logits, noise, top_k, top_p, features.both)
-
-
-def penalize(
-  logits: Float[Array, 'B V'],
-  rows: SamplingArrays,
-  in_prompt: Bool[Array, 'B V'],
-  made: Int[Array, 'B V'],
-) -> Float[Array, 'B V']:
-  """Return the logits with all penalties applied.
-
-  Args:
-    logits: [B, V] float32.
-    rows: Sampling parameters.
-    in_prompt: [B, V] bool. Whether the prompt has the token.
-    made: [B, V] int32. How often the row generated the token.
-
-  Returns:
-    [B, V] float32.
-  """
-  repetition, frequency, presence = (
-    jnp.asarray(x)[:, None]
-    for x in (rows.repetition_penalty, rows.frequency_penalty, rows.presence_penalty)
-  )
-  repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
-  logits = jnp.where(in_prompt | (made > 0), repeated, logits)
-  return logits - frequency * made - jnp.where(made > 0, presence, 0)

@@ -20,7 +20,7 @@ import jaxlib
 from t5x_inference_ext.errors import UserError
 from t5x_inference_ext.text_files import parse_json
 
-PROGRAM_FORMAT = b't5x_inference_ext executable 2\n'
+PROGRAM_FORMAT = b't5x_inference_ext executable 3\n'
 # Packages whose versions must be equal where an executable is saved and where it is loaded.
 VERSIONS = ('jax', 'jaxlib', 'libtpu')
 _AGAIN = 'compile it again with this installation'

@@ -22,7 +22,7 @@ from t5x_inference_ext.engine import programs, shared_prefix
 from t5x_inference_ext.engine import slots as device
 from t5x_inference_ext.engine.prefilling import Prefiller
 from t5x_inference_ext.engine.request import Event, Request
-from t5x_inference_ext.engine.sampling_arrays import stack_params
+from t5x_inference_ext.engine.sampling_arrays import end_id_array, stack_params
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.engine.state import ChosenTokens, RowParams
 from t5x_inference_ext.errors import RequestError
@@ -263,7 +263,8 @@ class Scheduler:
       stack_params([request.sampling], vocab_size, config.sampling_choices),
       np.asarray([request.seeds[sample]], np.uint32),
       np.asarray([request.limit], np.int32),
-      config.eos_id,
+      end_id_array(config.eos_id, 1),
+      np.full(1, config.top_log_probs, np.int32),
       config.top_log_probs,
     )
 

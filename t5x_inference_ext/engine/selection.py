@@ -5,13 +5,27 @@ depends only on the row's seed, the position and the token's id. So every search
 any mesh, finds the same token.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
+from jax import lax
 from jax.extend.random import threefry2x32_p
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
 # Tokens in a block: the search for the largest logits divides the vocabulary into blocks.
 BLOCK = 128
+
+
+def when(flag: bool | jax.Array, function: Callable, otherwise: Callable, *operands: Any) -> Any:
+  """Return function(*operands) if the flag is true, else otherwise(*operands).
+
+  A Python bool decides when the program is compiled, an array when it runs.
+  """
+  if isinstance(flag, bool):
+    return function(*operands) if flag else otherwise(*operands)
+  return lax.cond(flag, function, otherwise, *operands)
 
 
 def gumbel(
@@ -62,6 +76,17 @@ def _gumbel_of(bits: jax.Array) -> jax.Array:
     (bits >> 8).astype(jnp.float32) + 0.5
   ) * 2.0**-24  # never 0; only the largest rounds to 1
   return -jnp.log(-jnp.log(jnp.minimum(uniform, 1 - 2.0**-24)))
+
+
+def first_of_largest(x: Float[Array, 'B V'], top: Float[Array, 'B 1']) -> Int[Array, ' B']:
+  """Return [B] int32: the lowest id of the largest value `top` [B, 1] of each row of x [B, V].
+
+  The result is jnp.argmax's, which takes 7 times as long on CPU: XLA does not vectorize it. A row
+  without its largest value, as one of NaN, gets id 0.
+  """
+  ids = jnp.arange(x.shape[1], dtype=jnp.int32)[None, :]
+  first = jnp.min(jnp.where(x == top, ids, x.shape[1]), axis=-1)
+  return jnp.where(first < x.shape[1], first, 0)
 
 
 def most_likely(
@@ -126,7 +151,7 @@ def draw_from_all(
   noise: Float[Array, 'B V'],
   top_k: Int[Array, ' B'],
   top_p: Float[Array, ' B'],
-  both: bool,
+  both: bool | jax.Array,
 ) -> Int[Array, ' B']:
   """Draw a token for each row, where rows may keep any number of tokens.
 
@@ -142,7 +167,7 @@ def draw_from_all(
     top_k: [B] int32. V keeps all tokens.
     top_p: [B] float32. Kept share of the probability that top_k keeps; 1 keeps all.
     both: Whether some row has both top_k and top_p, so that the probability that top_k keeps must
-      be summed.
+      be summed: a Python bool, or a scalar that decides when the program runs.
 
   Returns:
     [B] int32.
@@ -150,7 +175,14 @@ def draw_from_all(
   ids = jnp.arange(logits.shape[1])[None, :]
   top = jnp.max(logits, axis=-1, keepdims=True)
   weights = jnp.exp(logits - top)
-  total = _weight_of_top(logits, weights, top_k) if both else jnp.sum(weights, axis=-1)
+  total = when(
+    both,
+    _weight_of_top,
+    lambda logits, weights, top_k: jnp.sum(weights, axis=-1),
+    logits,
+    weights,
+    top_k,
+  )
   limit = jnp.where(top_p < 1, top_p * total, jnp.inf)
   perturbed = logits + noise
 

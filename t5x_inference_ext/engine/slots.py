@@ -21,6 +21,7 @@ from t5x_inference_ext.engine.state import (
   advance,
   initial_state,
 )
+from t5x_inference_ext.engine.state_rows import constrain_state, put_state_row
 from t5x_inference_ext.model import cache as kv_cache
 from t5x_inference_ext.model.cache import KVCache, Shared
 from t5x_inference_ext.model.chunks import constrain_cache, empty_cache
@@ -91,7 +92,7 @@ def empty_slots(
   state = initial_state(row_params, nothing, nothing[:, 0], model.config.vocab_size)
   state = dataclasses.replace(state, ended=jnp.ones(rows, bool))
   cache = empty_cache(model, weights, rows, size, shared)
-  return Slots(cache, *replicated(model, (row_params, state)))
+  return Slots(cache, replicated(model, row_params), constrain_state(model, state))
 
 
 def empty_prefill(
@@ -185,13 +186,9 @@ def insert(
   logits = cache_rows.gather_row(model, prompts.logits, axes, row)
   state = initial_state(row_params, prompt, length, model.config.vocab_size)
   state, chosen = advance(row_params, state, logits, length)
-
-  def put(x: jax.Array, new: jax.Array) -> jax.Array:
-    return lax.dynamic_update_slice_in_dim(x, new.astype(x.dtype), slot, 0)
-
-  rows, states = jax.tree.map(put, (slots.rows, slots.state), (row_params, state))
+  rows, states = put_state_row(model, slots.rows, slots.state, slot, row_params, state)
   cache = constrain_cache(model, cache, weights)
-  return Slots(cache, *replicated(model, (rows, states))), replicated(model, chosen)
+  return Slots(cache, replicated(model, rows), states), replicated(model, chosen)
 
 
 # State of the loop in decode_steps: step, state, cache, chosen tokens so far.
@@ -211,7 +208,7 @@ def decode_steps(
     until_free: Scalar bool. Whether to stop as soon as a row ends.
     most: N, steps that the output has room for. Static.
   """
-  before, count, top = slots.state, len(slots.state.ended), slots.rows.top
+  before, count, top = slots.state, len(slots.state.ended), slots.rows.top_width
   out = ChosenTokens(
     jnp.zeros((most, count), jnp.int32),
     jnp.zeros((most, count)),
@@ -230,7 +227,7 @@ def decode_steps(
     logits, cache = model.decode_step(weights, cache, state.tokens)
     # A free slot's keys go beyond its length, where the next step overwrites them.
     cache = dataclasses.replace(cache, lengths=jnp.where(state.ended, lengths, cache.lengths))
-    state, chosen = advance(slots.rows, state, logits, cache.positions)
+    state, chosen = advance(slots.rows, state, logits, cache.positions, model)
     out = jax.tree.map(
       lambda x, new: lax.dynamic_update_slice_in_dim(x, new[None], i, 0), out, chosen
     )
@@ -239,7 +236,7 @@ def decode_steps(
   _, state, cache, out = lax.while_loop(running, step, (jnp.asarray(0), before, slots.cache, out))
   output = replicated(model, StepsOutput(out, state.counts - before.counts, state.ended))
   cache = constrain_cache(model, cache, weights)
-  return Slots(cache, slots.rows, replicated(model, state)), output
+  return Slots(cache, slots.rows, constrain_state(model, state)), output
 
 
 def replicated(model: Model, tree: Any) -> Any:

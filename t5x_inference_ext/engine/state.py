@@ -3,16 +3,30 @@
 Static batches, slots and conversations all choose tokens with `advance`.
 """
 
+from collections.abc import Callable, Sequence
 import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 import numpy as np
 
 from t5x_inference_ext.engine import selection
-from t5x_inference_ext.engine.sampling_arrays import ANY, NOTHING, SamplingArrays, penalize, sample
+from t5x_inference_ext.engine.sampling import SamplingParams
+from t5x_inference_ext.engine.sampling_arrays import (
+  ANY,
+  NOTHING,
+  SamplingArrays,
+  end_id_array,
+  slot_params,
+)
+from t5x_inference_ext.engine.selection import when
+from t5x_inference_ext.engine.token_choice import Restrictions, choose, live_features
+from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.model.transformer import Model
 
 
 @jax.tree_util.register_dataclass
@@ -24,15 +38,17 @@ class RowParams:
     sampling: Sampling parameters of each row.
     seeds: [B] uint32. Seed of each row's sampling noise.
     limits: [B] int32. Most new tokens of each row.
-    eos_id: Token that ends a row; -1 never does. Static.
-    top: How many of the most likely tokens are returned with each chosen token. Static.
+    end_ids: [B, N] int32. Tokens that end the row, such as EOS; -1 never does.
+    top: [B] int32. How many of the most likely tokens each row wants with each chosen token.
+    top_width: Most likely tokens that are returned for all rows, if any row wants some. Static.
   """
 
   sampling: SamplingArrays
   seeds: jax.Array | np.ndarray
   limits: jax.Array | np.ndarray
-  eos_id: int = dataclasses.field(metadata=dict(static=True))
-  top: int = dataclasses.field(default=0, metadata=dict(static=True))
+  end_ids: jax.Array | np.ndarray
+  top: jax.Array | np.ndarray
+  top_width: int = dataclasses.field(default=0, metadata=dict(static=True))
 
 
 @jax.tree_util.register_dataclass
@@ -44,18 +60,61 @@ class DecodeState:
     tokens: [B] int32. The last generated token; 0 after a row's end.
     counts: [B] int32. Tokens generated so far.
     ended: [B] bool. Whether the row has ended.
+    failed: [B] bool. Whether the row has ended because no token could be chosen: its logits were
+      not finite, or every token was forbidden.
     recent: [B, M] int32. The last M generated tokens, where M is the length of the longest stop
       sequence that a row may have.
-    in_prompt: [B, V] bool. Whether the prompt has the token; None without penalties.
-    made: [B, V] int32. How often the row generated the token; None without penalties.
+    history: [B, V] int32. For each token twice the times that the row generated it, plus 1 if the
+      prompt has it; None in programs without penalties. Counted only while some row has penalties.
   """
 
   tokens: jax.Array
   counts: jax.Array
   ended: jax.Array
+  failed: jax.Array
   recent: jax.Array
-  in_prompt: jax.Array | None
-  made: jax.Array | None
+  history: jax.Array | None
+
+
+def slot_row(
+  sampling: SamplingParams,
+  vocab_size: int,
+  *,
+  seed: int,
+  limit: int,
+  end_ids: int | Sequence[int] = -1,
+  top: int = 0,
+  top_width: int = 0,
+) -> RowParams:
+  """Return the parameters of one row of slots, as numpy arrays [1, ...].
+
+  Shapes and features are those of any other row: programs that take them serve every request.
+
+  Args:
+    sampling: Sampling parameters. The host finds their stop sequences.
+    vocab_size: V.
+    seed: Seed of the row's sampling noise.
+    limit: Most new tokens.
+    end_ids: Ids that end the row. A negative id is none.
+    top: How many of the most likely tokens are wanted with each token, at most `top_width`.
+    top_width: Width that all rows have; see RowParams.
+
+  Raises:
+    RequestError: More end ids, biased tokens or most likely tokens than a row has room for, or ids
+      outside the vocabulary.
+  """
+  if not 0 <= top <= top_width:
+    raise RequestError(
+      f'at most {top_width} of the most likely tokens can be returned with each token, got {top}'
+    )
+  return RowParams(
+    slot_params(sampling, vocab_size),
+    np.asarray([seed], np.uint32),
+    np.asarray([limit], np.int32),
+    end_id_array(end_ids, 1),
+    np.asarray([top], np.int32),
+    top_width,
+  )
 
 
 class ChosenTokens(NamedTuple):
@@ -67,8 +126,8 @@ class ChosenTokens(NamedTuple):
   Attributes:
     tokens: [B] int32. Chosen ids.
     log_probs: [B] float32. Their log-probabilities.
-    top_tokens: [B, top] int32. The most likely ids, in order.
-    top_log_probs: [B, top] float32. Their log-probabilities.
+    top_tokens: [B, top_width] int32. The most likely ids, in order.
+    top_log_probs: [B, top_width] float32. Their log-probabilities.
   """
 
   tokens: jax.Array
@@ -78,83 +137,161 @@ class ChosenTokens(NamedTuple):
 
 
 def initial_state(
-  rows: RowParams, prompts: Int[Array, 'B T'], lengths: Int[Array, ' B'], vocab_size: int
+  rows: RowParams,
+  prompts: Int[Array, 'B T'],
+  lengths: Int[Array, ' B'],
+  vocab_size: int,
+  generated: Int[Array, ' B'] | None = None,
 ) -> DecodeState:
-  """Return the state of rows that have generated nothing.
+  """Return the state of rows before their next token.
 
   Args:
     rows: Parameters of the rows.
     prompts: [B, T] int32. Model inputs, BOS first. Penalties do not count BOS.
     lengths: [B] int32. Number of valid tokens in each prompt, BOS included.
     vocab_size: V.
+    generated: [B] int32. How many of each row's last tokens the row generated before: the row goes
+      on as if it had never stopped. None: none.
   """
-  count = prompts.shape[0]
-  in_prompt = made = None
-  if rows.sampling.features.penalties:
-    position = jnp.arange(prompts.shape[1])[None, :]
-    counted = (position > 0) & (position < lengths[:, None])
-    ids = jnp.where(counted, prompts, vocab_size)
-    in_prompt = jnp.zeros((count, vocab_size), bool)
-    in_prompt = in_prompt.at[jnp.arange(count)[:, None], ids].set(True, mode='drop')
-    made = jnp.zeros((count, vocab_size), jnp.int32)
-  zeros = jnp.zeros(count, jnp.int32)
-  recent = jnp.full((count, rows.sampling.stop.shape[2]), NOTHING, jnp.int32)
-  return DecodeState(zeros, zeros, jnp.zeros(count, bool), recent, in_prompt, made)
+  count, features = prompts.shape[0], rows.sampling.features
+  generated = jnp.zeros(count, jnp.int32) if generated is None else generated
+  history = None
+  if features is None or features.penalties:
+    arrays, history = rows.sampling, jnp.zeros((count, vocab_size), jnp.int32)
+    everyone, nobody = jnp.ones(count, bool), jnp.zeros(count, bool)
+    history = when(
+      live_features(arrays, everyone, nobody, vocab_size).penalties,
+      _count,
+      lambda history, *_: history,
+      history,
+      prompts,
+      lengths,
+      generated,
+    )
+  width = rows.sampling.stop.shape[2]
+  at = lengths[:, None] - width + jnp.arange(width)[None, :]
+  last = jnp.take_along_axis(prompts, jnp.clip(at, 0, prompts.shape[1] - 1), axis=1)
+  recent = jnp.where(at >= (lengths - generated)[:, None], last, NOTHING)
+  zeros, nobody = jnp.zeros(count, jnp.int32), jnp.zeros(count, bool)
+  return DecodeState(zeros, generated, nobody, nobody, recent, history)
+
+
+def _count(
+  history: jax.Array, prompts: jax.Array, lengths: jax.Array, generated: jax.Array
+) -> jax.Array:
+  """Return the empty history [B, V] with the tokens of prompts [B, T] counted."""
+  row, position = jnp.arange(len(prompts))[:, None], jnp.arange(prompts.shape[1])[None, :]
+  valid, given = position < lengths[:, None], position < (lengths - generated)[:, None]
+  outside = history.shape[1]
+  in_prompt = jnp.where((position > 0) & given, prompts, outside)
+  history = history.at[row, in_prompt].set(1, mode='drop')
+  return history.at[row, jnp.where(valid & ~given, prompts, outside)].add(2, mode='drop')
 
 
 def advance(
-  rows: RowParams, state: DecodeState, logits: Float[Array, 'B V'], positions: Int[Array, ' B']
+  rows: RowParams,
+  state: DecodeState,
+  logits: Float[Array, 'B V'],
+  positions: Int[Array, ' B'],
+  model: Model | None = None,
 ) -> tuple[DecodeState, ChosenTokens]:
   """Choose each row's next token.
 
-  Rows that have ended keep their state; their tokens and log-probabilities are 0.
+  Rows that have ended keep their state; their tokens and log-probabilities are 0. A row whose
+  logits are not finite, or of which every token is forbidden, fails: it ends without a token.
 
   Args:
     rows: Parameters of the rows.
     state: State before the step.
     logits: [B, V] float32.
     positions: [B] int32. Position of the chosen token in its row; BOS is at 0.
+    model: Decides the mesh, whose devices choose the tokens of their own rows; None: no mesh.
 
   Returns:
     The state after the step, and the chosen tokens.
   """
-  features, ended = rows.sampling.features, state.ended
-  biased = logits
-  if features.penalties:
-    assert state.in_prompt is not None and state.made is not None
-    biased = penalize(biased, rows.sampling, state.in_prompt, state.made)
-  early = state.counts + 1 < jnp.asarray(rows.sampling.min_new_tokens)
-  if features.min_new_tokens and rows.eos_id >= 0:
-    biased = biased.at[:, rows.eos_id].set(jnp.where(early, -jnp.inf, biased[:, rows.eos_id]))
-  tokens = jnp.where(ended, 0, sample(biased, rows.sampling, rows.seeds, positions))
-  chosen = _told(tokens, ended, logits, rows.top)
-  counts = state.counts + ~ended
-  end = (tokens == rows.eos_id) | (counts >= rows.limits)
-  recent, made = state.recent, state.made
-  if features.stop:
+  choose_own: Callable[..., tuple[ChosenTokens, jax.Array | None]] = _choose_tokens
+  if model is not None and (axes := model.sampling_axes(len(logits))):
+    # XLA's partitioner would gather all logits on every device for a top_k.
+    choose_own = jax.shard_map(
+      _choose_tokens, mesh=model.mesh, in_specs=P(axes), out_specs=P(axes), check_vma=False
+    )
+  chosen, history = choose_own(rows, state, logits, positions)
+  if model is not None:
+    whole = NamedSharding(model.mesh, P())
+    chosen = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, whole), chosen)
+  live, made = ~state.ended, chosen.tokens >= 0
+  tokens = jnp.maximum(chosen.tokens, 0)
+  counts, recent = state.counts + made, state.recent
+  ends = jnp.any(tokens[:, None] == jnp.asarray(rows.end_ids), axis=1)
+  end = ~made | ends | (counts >= rows.limits)
+  if rows.sampling.stop.shape[1]:
     shifted = jnp.concatenate([recent[:, 1:], tokens[:, None]], axis=1)
-    recent = jnp.where(ended[:, None], recent, shifted)
-    stopped = _ends_in_stop(jnp.asarray(rows.sampling.stop), recent)
-    end |= stopped & ~early if features.min_new_tokens else stopped
-  if made is not None:
-    made = made.at[jnp.arange(len(tokens)), tokens].add((~ended).astype(jnp.int32))
-  return DecodeState(tokens, counts, ended | end, recent, state.in_prompt, made), chosen
+    recent = jnp.where(made[:, None], shifted, recent)
+    end |= _ends_in_stop(jnp.asarray(rows.sampling.stop), recent) & ~_early(rows, state)
+  failed = state.failed | (live & ~made)
+  state = DecodeState(tokens, counts, state.ended | end, failed, recent, history)
+  return state, chosen._replace(tokens=tokens)
 
 
-def _told(tokens: jax.Array, ended: jax.Array, logits: jax.Array, top: int) -> ChosenTokens:
-  """Return chosen tokens with their log-probabilities, and the `top` most likely tokens."""
-  normalizer = jax.nn.logsumexp(logits, axis=-1)
-  log_probs = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - normalizer
-  if top:
-    top_logits, top_tokens = selection.most_likely(logits, top)
-  else:
-    top_logits = top_tokens = jnp.zeros((len(tokens), 0))
-  return ChosenTokens(
-    tokens,
-    jnp.where(ended, 0.0, log_probs),
-    top_tokens.astype(jnp.int32),
-    top_logits - normalizer[:, None],
+def _early(rows: RowParams, state: DecodeState) -> jax.Array:
+  """Return [B] bool: whether min_new_tokens forbids the row to end at its next token."""
+  return state.counts < jnp.asarray(rows.sampling.min_new_tokens)
+
+
+def _choose_tokens(
+  rows: RowParams, state: DecodeState, logits: jax.Array, positions: jax.Array
+) -> tuple[ChosenTokens, jax.Array | None]:
+  """Return the chosen tokens, -1 for rows that get none, and the history with them.
+
+  The arguments may be those of some of the rows.
+  """
+  live, early = ~state.ended, _early(rows, state)
+  features = live_features(rows.sampling, live, early, logits.shape[1])
+  forbidden = jnp.where(early[:, None], jnp.asarray(rows.end_ids), -1)
+  restrictions = Restrictions(state.history, forbidden)
+  top = jnp.max(logits, axis=-1, keepdims=True)
+  tokens, allowed = choose(
+    logits, top, rows.sampling, features, restrictions, rows.seeds, positions
   )
+  # As jax.nn.logsumexp. Logits that are not finite make it NaN or infinite.
+  normalizer = top[:, 0] + jnp.log(jnp.sum(jnp.exp(logits - top), axis=-1))
+  made = live & allowed & jnp.isfinite(normalizer)
+  chosen = _told(rows, jnp.where(made, tokens, 0), made, logits, normalizer)
+  history = state.history
+  if history is not None:
+    history = _add_tokens(history, chosen.tokens, made)
+  return chosen._replace(tokens=jnp.where(made, tokens, -1)), history
+
+
+def _add_tokens(history: jax.Array, tokens: jax.Array, made: jax.Array) -> jax.Array:
+  """Count the tokens [B] of rows that made one in their histories [B, V]."""
+  return jax.vmap(lambda row, token, n: row.at[token].add(n))(history, tokens, 2 * made)
+
+
+def _told(
+  rows: RowParams, tokens: jax.Array, made: jax.Array, logits: jax.Array, normalizer: jax.Array
+) -> ChosenTokens:
+  """Return chosen tokens with their log-probabilities, and the most likely tokens."""
+  log_probs = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - normalizer
+  width = rows.top_width
+
+  def most_likely(logits: jax.Array, normalizer: jax.Array) -> tuple[jax.Array, jax.Array]:
+    top, ids = selection.most_likely(logits, width)
+    return (
+      jnp.where(made[:, None], ids, 0).astype(jnp.int32),
+      jnp.where(made[:, None], top - normalizer[:, None], 0),
+    )
+
+  def nothing(logits: jax.Array, normalizer: jax.Array) -> tuple[jax.Array, jax.Array]:
+    del normalizer
+    return jnp.zeros((len(logits), width), jnp.int32), jnp.zeros((len(logits), width))
+
+  wanted: bool | jax.Array = False
+  if width:
+    wanted = jnp.any(made & (jnp.asarray(rows.top) > 0))
+  top_tokens, top_log_probs = when(wanted, most_likely, nothing, logits, normalizer)
+  return ChosenTokens(tokens, jnp.where(made, log_probs, 0), top_tokens, top_log_probs)
 
 
 def _ends_in_stop(stop: jax.Array, recent: jax.Array) -> jax.Array:

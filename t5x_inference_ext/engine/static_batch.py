@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from t5x_inference_ext.engine.sampling import SamplingParams
-from t5x_inference_ext.engine.sampling_arrays import SamplingArrays, stack_params
+from t5x_inference_ext.engine.sampling_arrays import SamplingArrays, end_id_array, stack_params
 from t5x_inference_ext.engine.slots import replicated
 from t5x_inference_ext.engine.state import DecodeState, RowParams, advance, initial_state
+from t5x_inference_ext.engine.state_rows import constrain_state
 from t5x_inference_ext.model.cache import KVCache
 from t5x_inference_ext.model.chunks import prefill_in_chunks
 from t5x_inference_ext.model.transformer import Model
@@ -26,11 +27,14 @@ class Generation(NamedTuple):
     lengths: [B] int32. Number of generated ids, EOS included.
     scores: [B] float32. Sum of the ids' log-probabilities under the unmodified model: temperature
       1, without top_k, top_p, penalties or bias.
+    failed: [B] bool. Whether the row ended early because no token could be chosen: its logits were
+      not finite, or every token was forbidden.
   """
 
   tokens: jax.Array
   lengths: jax.Array
   scores: jax.Array
+  failed: jax.Array
 
 
 def generate_batch(
@@ -41,10 +45,11 @@ def generate_batch(
   seeds: jax.Array,
   sampling_arrays: SamplingArrays | None = None,
   limits: jax.Array | None = None,
+  end_ids: jax.Array | None = None,
   *,
   sampling: SamplingParams = SamplingParams(),
   max_new_tokens: int,
-  eos_id: int,
+  eos_id: int = -1,
   cache_size: int,
   max_length: int | None = None,
   prefill_chunk: int | None = None,
@@ -60,9 +65,10 @@ def generate_batch(
     sampling_arrays: Sampling parameters of each row, or None: `sampling` for all.
     limits: [B] int32. Most new tokens of each row, at most `max_new_tokens`; None:
       `max_new_tokens`.
+    end_ids: [B, N] int32. Tokens that end each row, -1 for none; None: `eos_id` for all.
     sampling: Sampling parameters of all rows, compiled in. Ignored if `sampling_arrays` is given.
     max_new_tokens: Most new tokens of any row.
-    eos_id: Token that ends a row; -1 never does.
+    eos_id: Token that ends a row; -1 never does. Ignored if `end_ids` is given.
     cache_size: S, positions of each row's cache. At least T, and at least each row's length +
       max_new_tokens - 1: the last token is not fed back.
     max_length: Also ends a row when its prompt and new tokens, BOS not counted, are this many: the
@@ -78,7 +84,9 @@ def generate_batch(
   limits = jnp.full(count, max_new_tokens) if limits is None else limits
   if max_length is not None:
     limits = jnp.minimum(limits, max_length - (lengths - 1))
-  rows = RowParams(sampling_arrays, seeds, limits, eos_id)
+  if end_ids is None:
+    end_ids = jnp.asarray(end_id_array(eos_id, count))
+  rows = RowParams(sampling_arrays, seeds, limits, end_ids, jnp.zeros(count, jnp.int32))
   if prefill_chunk is None:
     logits, cache = model.prefill(weights, tokens, lengths, cache_size)
   else:
@@ -87,17 +95,17 @@ def generate_batch(
   def step(carry: _Carry) -> _Carry:
     i, state, cache, out, scores = carry
     logits, cache = model.decode_step(weights, cache, state.tokens)
-    state, chosen = advance(rows, state, logits, cache.lengths)
+    state, chosen = advance(rows, state, logits, cache.lengths, model)
     out = jax.lax.dynamic_update_slice(out, chosen.tokens[:, None], (0, i))
     return i + 1, state, cache, out, scores + chosen.log_probs
 
   def running(carry: _Carry) -> jax.Array:
     return ~jnp.all(carry[1].ended)
 
-  state = initial_state(rows, tokens, lengths, model.config.vocab_size)
-  state, chosen = advance(rows, state, logits, lengths)
+  state = constrain_state(model, initial_state(rows, tokens, lengths, model.config.vocab_size))
+  state, chosen = advance(rows, state, logits, lengths, model)
   out = jnp.zeros((count, max_new_tokens), jnp.int32).at[:, 0].set(chosen.tokens)
   _, state, _, out, scores = jax.lax.while_loop(
     running, step, (jnp.asarray(1), state, cache, out, chosen.log_probs)
   )
-  return replicated(model, Generation(out, state.counts, scores))
+  return replicated(model, Generation(out, state.counts, scores, state.failed))

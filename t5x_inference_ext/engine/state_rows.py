@@ -1,0 +1,63 @@
+"""Placement of the rows' parameters and state on a mesh.
+
+Every device has all of them except the history of tokens [B, V], which is split by rows as logits
+are.
+"""
+
+import dataclasses
+
+import jax
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from t5x_inference_ext.engine import cache_rows
+from t5x_inference_ext.engine.state import DecodeState, RowParams
+from t5x_inference_ext.model.transformer import Model
+
+
+def state_shardings(model: Model, state: DecodeState) -> DecodeState:
+  """Return the sharding of each array of a state, or of the shapes of one."""
+  whole = NamedSharding(model.mesh, P())
+  shardings: DecodeState = jax.tree.map(lambda _: whole, state)
+  if state.history is None:
+    return shardings
+  split = NamedSharding(model.mesh, P(model.sampling_axes(len(state.ended))))
+  return dataclasses.replace(shardings, history=split)  # type: ignore[arg-type]
+
+
+def constrain_state(model: Model, state: DecodeState) -> DecodeState:
+  """Give a state's arrays one sharding in every program; no step then moves them."""
+  return jax.tree.map(lax.with_sharding_constraint, state, state_shardings(model, state))
+
+
+def put_state_row(
+  model: Model,
+  rows: RowParams,
+  states: DecodeState,
+  slot: jax.Array,
+  row: RowParams,
+  state: DecodeState,
+) -> tuple[RowParams, DecodeState]:
+  """Replace one row's parameters and state; return those of all rows.
+
+  Args:
+    model: Decides the mesh.
+    rows: Parameters of B rows.
+    states: State of B rows.
+    slot: Scalar int32. Number of the row.
+    row: [1] Its parameters.
+    state: [1] Its state.
+  """
+
+  def put(x: jax.Array, new: jax.Array) -> jax.Array:
+    return lax.dynamic_update_slice_in_dim(x, new.astype(x.dtype), slot, 0)
+
+  history = states.history
+  if history is not None:
+    assert state.history is not None
+    axes = model.sampling_axes(len(states.ended))
+    history = cache_rows.scatter_row(model, history, axes, slot, state.history)
+  without = [dataclasses.replace(s, history=None) for s in (states, state)]
+  rows, states = jax.tree.map(put, (rows, without[0]), (row, without[1]))
+  return rows, constrain_state(model, dataclasses.replace(states, history=history))

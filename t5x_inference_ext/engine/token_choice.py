@@ -1,0 +1,210 @@
+"""The choice of each row's token from its logits, on the devices.
+
+A row's choice depends only on its own logits, seed, position, parameters and earlier tokens. What no
+row of a batch uses is skipped: when the program is compiled, if SamplingArrays.features says so, or
+else by a conditional when it runs. A conditional returns only the chosen tokens: one that returned
+logits would copy them.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt32
+import numpy as np
+
+from t5x_inference_ext.engine import selection
+from t5x_inference_ext.engine.sampling import LARGEST, SMALLEST
+from t5x_inference_ext.engine.sampling_arrays import (
+  MAX_CANDIDATES,
+  SamplingArrays,
+  SamplingFeatures,
+)
+from t5x_inference_ext.engine.selection import when
+
+# Numbers of candidates that a program for any parameters can draw from.
+CANDIDATES = (MAX_CANDIDATES // 4, MAX_CANDIDATES)
+
+
+def live_features(
+  rows: SamplingArrays, live: Bool[Array, ' B'], early: Bool[Array, ' B'], vocab_size: int
+) -> SamplingFeatures:
+  """Return the features that live rows use: those compiled in, or scalars.
+
+  Args:
+    rows: Sampling parameters.
+    live: [B] bool. Whether the row has not ended.
+    early: [B] bool. Whether min_new_tokens forbids the row to end at this token.
+    vocab_size: V.
+  """
+  if rows.features is not None:
+    return rows.features
+  top_k, top_p = jnp.asarray(rows.top_k), jnp.asarray(rows.top_p)
+  hot = live & (jnp.asarray(rows.temperature) > 0)
+  fewer, likelier = top_k < vocab_size, top_p < 1
+  most = jnp.max(jnp.where(hot, top_k, 1))
+  penalizes = (
+    (jnp.asarray(rows.repetition_penalty) != 1)
+    | (jnp.asarray(rows.frequency_penalty) != 0)
+    | (jnp.asarray(rows.presence_penalty) != 0)
+  )
+  return SamplingFeatures(
+    sampled=jnp.any(hot),
+    few=tuple((n, most <= n) for n in sorted({min(vocab_size, n) for n in CANDIDATES})),
+    limited=jnp.any(hot & (fewer | likelier)),
+    both=jnp.any(hot & fewer & likelier),
+    bias=jnp.any(live[:, None] & (jnp.asarray(rows.bias_ids) < vocab_size)),
+    penalties=jnp.any(live & penalizes),
+    min_new_tokens=jnp.any(live & early),
+  )
+
+
+class Restrictions(NamedTuple):
+  """What earlier tokens mean for the choice of the next one.
+
+  Attributes:
+    history: [B, V] int32. For each token twice the times that the row generated it, plus 1 if the
+      prompt has it; None if no row has penalties.
+    forbidden: [B, N] int32. Ids that may not be chosen; a negative id is none.
+  """
+
+  history: jax.Array | None
+  forbidden: jax.Array
+
+
+def choose(
+  logits: Float[Array, 'B V'],
+  top: Float[Array, 'B 1'],
+  rows: SamplingArrays,
+  features: SamplingFeatures,
+  restrictions: Restrictions,
+  seeds: UInt32[Array | np.ndarray, ' B'],
+  positions: Int[Array | np.ndarray, ' B'],
+) -> tuple[Int[Array, ' B'], Bool[Array, ' B']]:
+  """Choose a token for each row. Ties go to the lowest id.
+
+  Args:
+    logits: [B, V] float32.
+    top: [B, 1] float32. The largest logit of each row.
+    rows: Sampling parameters.
+    features: What the live rows use. Rows that use anything else get any token.
+    restrictions: What earlier tokens mean for the choice.
+    seeds: [B] uint32. Seeds of the sampling noise.
+    positions: [B] int32. Position of the chosen token in its row.
+
+  Returns:
+    Tokens [B] int32, and [B] bool: whether any token was allowed.
+  """
+  draw = functools.partial(
+    _draw,
+    rows=rows,
+    features=features,
+    seeds=jnp.asarray(seeds),
+    positions=jnp.asarray(positions),
+  )
+
+  def changed(logits: jax.Array, top: jax.Array) -> tuple[jax.Array, jax.Array]:
+    logits = when(
+      features.penalties, lambda x: penalize(x, rows, restrictions.history), _unchanged, logits
+    )
+    logits = when(
+      features.min_new_tokens, lambda x: _forbid(x, restrictions.forbidden), _unchanged, logits
+    )
+    logits = when(features.bias, lambda x: add_bias(x, rows), _unchanged, logits)
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    return draw(logits, top), top[:, 0] > -jnp.inf
+
+  def plain(logits: jax.Array, top: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return draw(logits, top), jnp.ones(len(logits), bool)
+
+  changes = features.penalties | features.min_new_tokens | features.bias
+  return when(changes, changed, plain, logits, top)
+
+
+def _unchanged(logits: jax.Array) -> jax.Array:
+  return logits
+
+
+def penalize(
+  logits: Float[Array, 'B V'], rows: SamplingArrays, history: Int[Array, 'B V'] | None
+) -> Float[Array, 'B V']:
+  """Return the logits [B, V] float32 with all penalties applied; `history` as in Restrictions."""
+  assert history is not None
+  repetition, frequency, presence = (
+    jnp.asarray(x)[:, None]
+    for x in (rows.repetition_penalty, rows.frequency_penalty, rows.presence_penalty)
+  )
+  generated = history >> 1
+  repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
+  logits = jnp.where(history > 0, repeated, logits)
+  logits = logits - frequency * generated - jnp.where(generated > 0, presence, 0)
+  return jnp.clip(logits, -LARGEST, LARGEST)  # infinite ones would have no order
+
+
+def _forbid(logits: jax.Array, forbidden: jax.Array) -> jax.Array:
+  """Return the logits [B, V], -inf for forbidden ids [B, N]."""
+  row = jnp.arange(len(logits))[:, None]
+  ids = jnp.where(forbidden < 0, logits.shape[1], forbidden)
+  return logits.at[row, ids].set(-jnp.inf, mode='drop')
+
+
+def add_bias(logits: Float[Array, 'B V'], rows: SamplingArrays) -> Float[Array, 'B V']:
+  """Return the logits plus each row's bias, relative to the largest of the row: [B, V] float32.
+
+  The sums are exact: float32 cannot tell 1e9 + 1 from 1e9 + 2, but their distances from the largest
+  sum it can. A sum's rounding error is found by a two-sum (Knuth) and added to the distance.
+  """
+  row, ids, bias = jnp.arange(len(logits))[:, None], jnp.asarray(rows.bias_ids), rows.bias
+  own = logits.at[row, ids].get(mode='clip')
+  total = jnp.clip(own + bias, -jnp.inf, LARGEST)
+  part = total - own
+  error = (own - (total - part)) + (bias - part)
+  error = jnp.where(jnp.abs(total) < LARGEST, error, 0)
+  logits = logits.at[row, ids].set(total, mode='drop')
+  top = jnp.max(logits, axis=-1, keepdims=True)
+  top = jnp.where(top > -jnp.inf, top, 0)
+  logits = (logits - top).at[row, ids].set((total - top) + error, mode='drop')
+  top = jnp.max(logits, axis=-1, keepdims=True)
+  return logits - jnp.where(top > -jnp.inf, top, 0)
+
+
+def _draw(
+  logits: jax.Array,
+  top: jax.Array,
+  rows: SamplingArrays,
+  features: SamplingFeatures,
+  seeds: jax.Array,
+  positions: jax.Array,
+) -> jax.Array:
+  """Draw a token for each row from its logits [B, V], of which `top` [B, 1] are the largest."""
+  vocab_size = logits.shape[1]
+  hot = jnp.asarray(rows.temperature > 0)[:, None]
+  top_k, top_p = jnp.asarray(rows.top_k), jnp.asarray(rows.top_p)
+
+  def scaled(logits: jax.Array, top: jax.Array) -> jax.Array:
+    # Logits relative to the largest: a temperature near 0 sends the others to -inf, none to inf.
+    scale = jnp.where(hot, jnp.maximum(jnp.asarray(rows.temperature), SMALLEST)[:, None], 1)
+    return (logits - top) / scale
+
+  def from_few(count: int, logits: jax.Array, top: jax.Array) -> jax.Array:
+    found, ids = selection.most_likely(scaled(logits, top), count)
+    noise = jnp.where(hot, selection.gumbel(seeds, positions, ids, vocab_size), 0)
+    return selection.draw_from_few(found, ids, noise, top_k, top_p)
+
+  def noise_of_all() -> jax.Array:
+    return jnp.where(hot, selection.gumbel_of_all(seeds, positions, vocab_size), 0)
+
+  def from_part(logits: jax.Array, top: jax.Array) -> jax.Array:
+    return selection.draw_from_all(scaled(logits, top), noise_of_all(), top_k, top_p, features.both)
+
+  def from_all(logits: jax.Array, top: jax.Array) -> jax.Array:
+    # The barrier keeps XLA from computing the noise in both searches.
+    noisy = lax.optimization_barrier(scaled(logits, top) + noise_of_all())
+    return selection.first_of_largest(noisy, jnp.max(noisy, axis=-1, keepdims=True))
+
+  sampled = functools.partial(when, features.limited, from_part, from_all)
+  for count, enough in reversed(features.few):
+    sampled = functools.partial(when, enough, functools.partial(from_few, count), sampled)
+  return when(features.sampled, sampled, selection.first_of_largest, logits, top)
