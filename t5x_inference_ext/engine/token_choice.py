@@ -138,9 +138,10 @@ def penalize(
   )
   generated = history >> 1
   repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
-  logits = jnp.where(history > 0, repeated, logits)
-  logits = logits - frequency * generated - jnp.where(generated > 0, presence, 0)
-  return jnp.clip(logits, -LARGEST, LARGEST)  # infinite ones would have no order
+  penalized = jnp.where(history > 0, repeated, logits)
+  penalized = penalized - frequency * generated - jnp.where(generated > 0, presence, 0)
+  # A penalty alone makes no logit infinite: infinite ones have no order, and -inf is forbidden.
+  return jnp.where(jnp.isinf(logits), logits, jnp.clip(penalized, -LARGEST, LARGEST))
 
 
 def _forbid(logits: jax.Array, forbidden: jax.Array) -> jax.Array:
