@@ -42,7 +42,6 @@ class SamplingFeatures(NamedTuple):
     bias: Whether a row has a logit_bias.
     penalties: Whether a row has a penalty.
     min_new_tokens: Whether a row has min_new_tokens.
-    stop: Whether a row has stop sequences.
   """
 
   sampled: Flag = False
@@ -52,7 +51,6 @@ class SamplingFeatures(NamedTuple):
   bias: Flag = False
   penalties: Flag = False
   min_new_tokens: Flag = False
-  stop: Flag = False
 
 
 @jax.tree_util.register_dataclass
@@ -192,7 +190,10 @@ def _arrays(
 
 def _bias(params: SamplingParams) -> dict[int, float]:
   """Return token id -> bias. An id that is given twice gets the sum."""
-  summed: dict[int, float] = {}
+  summed = dict(params.logit_bias)
+  if len(summed) == len(params.logit_bias):
+    return summed
+  summed = {}
   for token, value in params.logit_bias:
     summed[token] = summed.get(token, 0.0) + value
   return {
@@ -202,17 +203,15 @@ def _bias(params: SamplingParams) -> dict[int, float]:
 
 
 def _check(params: SamplingParams, vocab_size: int) -> None:
-  if not params.logit_bias and not params.stop:
-    return
-  biased = [token for token, _ in params.logit_bias]
-  stopping = [token for sequence in params.stop for token in sequence]
-  wrong = [token for token in (*biased, *stopping) if not 0 <= token < vocab_size]
-  if wrong:
+  biased = dict(params.logit_bias)
+  largest = max(*biased, *(token for sequence in params.stop for token in sequence), 0, 0)
+  if largest >= vocab_size:  # SamplingParams refuses negative ids
     raise RequestError(
-      f'logit_bias or stop holds token {short_repr(wrong[0])}, outside the vocabulary of '
+      f'logit_bias or stop holds token {short_repr(largest)}, outside the vocabulary of '
       f'{vocab_size}'
     )
-  if len({token for token, value in params.logit_bias if value == -np.inf}) == vocab_size:
+  forbidden = (token for token, value in params.logit_bias if value == -np.inf)
+  if len(biased) == vocab_size == len(set(forbidden)):
     raise RequestError(f'logit_bias forbids all {vocab_size} tokens: leave at least one allowed')
 
 
@@ -237,5 +236,4 @@ def _features(every: Iterable[SamplingParams], vocab_size: int) -> SamplingFeatu
     bias=any(p.logit_bias for p in every),
     penalties=any(p.penalizes for p in every),
     min_new_tokens=any(p.min_new_tokens for p in every),
-    stop=any(p.stop for p in every),
   )

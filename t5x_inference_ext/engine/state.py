@@ -3,12 +3,14 @@
 Static batches, slots and conversations all choose tokens with `advance`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 import numpy as np
 
@@ -24,6 +26,7 @@ from t5x_inference_ext.engine.sampling_arrays import (
 from t5x_inference_ext.engine.selection import when
 from t5x_inference_ext.engine.token_choice import Restrictions, choose, live_features
 from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.model.transformer import Model
 
 
 @jax.tree_util.register_dataclass
@@ -186,7 +189,11 @@ def _count(
 
 
 def advance(
-  rows: RowParams, state: DecodeState, logits: Float[Array, 'B V'], positions: Int[Array, ' B']
+  rows: RowParams,
+  state: DecodeState,
+  logits: Float[Array, 'B V'],
+  positions: Int[Array, ' B'],
+  model: Model | None = None,
 ) -> tuple[DecodeState, ChosenTokens]:
   """Choose each row's next token.
 
@@ -198,36 +205,63 @@ def advance(
     state: State before the step.
     logits: [B, V] float32.
     positions: [B] int32. Position of the chosen token in its row; BOS is at 0.
+    model: Decides the mesh, whose devices choose the tokens of their own rows; None: no mesh.
 
   Returns:
     The state after the step, and the chosen tokens.
   """
-  sampling, live = rows.sampling, ~state.ended
-  early = state.counts < jnp.asarray(sampling.min_new_tokens)
-  features = live_features(sampling, live, early, logits.shape[1])
-  end_ids = jnp.asarray(rows.end_ids)
-  forbidden = jnp.where(early[:, None], end_ids, -1)
+  choose_own: Callable[..., tuple[ChosenTokens, jax.Array | None]] = _choose_tokens
+  if model is not None and (axes := model.sampling_axes(len(logits))):
+    # XLA's partitioner would gather all logits on every device for a top_k.
+    choose_own = jax.shard_map(
+      _choose_tokens, mesh=model.mesh, in_specs=P(axes), out_specs=P(axes), check_vma=False
+    )
+  chosen, history = choose_own(rows, state, logits, positions)
+  if model is not None:
+    whole = NamedSharding(model.mesh, P())
+    chosen = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, whole), chosen)
+  live, made = ~state.ended, chosen.tokens >= 0
+  tokens = jnp.maximum(chosen.tokens, 0)
+  counts, recent = state.counts + made, state.recent
+  ends = jnp.any(tokens[:, None] == jnp.asarray(rows.end_ids), axis=1)
+  end = ~made | ends | (counts >= rows.limits)
+  if rows.sampling.stop.shape[1]:
+    shifted = jnp.concatenate([recent[:, 1:], tokens[:, None]], axis=1)
+    recent = jnp.where(made[:, None], shifted, recent)
+    end |= _ends_in_stop(jnp.asarray(rows.sampling.stop), recent) & ~_early(rows, state)
+  failed = state.failed | (live & ~made)
+  state = DecodeState(tokens, counts, state.ended | end, failed, recent, history)
+  return state, chosen._replace(tokens=tokens)
+
+
+def _early(rows: RowParams, state: DecodeState) -> jax.Array:
+  """Return [B] bool: whether min_new_tokens forbids the row to end at its next token."""
+  return state.counts < jnp.asarray(rows.sampling.min_new_tokens)
+
+
+def _choose_tokens(
+  rows: RowParams, state: DecodeState, logits: jax.Array, positions: jax.Array
+) -> tuple[ChosenTokens, jax.Array | None]:
+  """Return the chosen tokens, -1 for rows that get none, and the history with them.
+
+  The arguments may be those of some of the rows.
+  """
+  live, early = ~state.ended, _early(rows, state)
+  features = live_features(rows.sampling, live, early, logits.shape[1])
+  forbidden = jnp.where(early[:, None], jnp.asarray(rows.end_ids), -1)
+  restrictions = Restrictions(state.history, forbidden)
   top = jnp.max(logits, axis=-1, keepdims=True)
   tokens, allowed = choose(
-    logits, top, sampling, features, Restrictions(state.history, forbidden), rows.seeds, positions
+    logits, top, rows.sampling, features, restrictions, rows.seeds, positions
   )
   # As jax.nn.logsumexp. Logits that are not finite make it NaN or infinite.
   normalizer = top[:, 0] + jnp.log(jnp.sum(jnp.exp(logits - top), axis=-1))
   made = live & allowed & jnp.isfinite(normalizer)
-  tokens = jnp.where(made, tokens, 0)
-  chosen = _told(rows, tokens, made, logits, normalizer)
-  counts = state.counts + made
-  end = ~made | jnp.any(tokens[:, None] == end_ids, axis=1) | (counts >= rows.limits)
-  recent, history = state.recent, state.history
-  if features.stop:
-    shifted = jnp.concatenate([recent[:, 1:], tokens[:, None]], axis=1)
-    recent = jnp.where(made[:, None], shifted, recent)
-    stopped = _ends_in_stop(jnp.asarray(sampling.stop), recent)
-    end |= stopped & ~early if features.min_new_tokens else stopped
+  chosen = _told(rows, jnp.where(made, tokens, 0), made, logits, normalizer)
+  history = state.history
   if history is not None:
-    history = _add_tokens(history, tokens, made)
-  failed = state.failed | (live & ~made)
-  return DecodeState(tokens, counts, state.ended | end, failed, recent, history), chosen
+    history = _add_tokens(history, chosen.tokens, made)
+  return chosen._replace(tokens=jnp.where(made, tokens, -1)), history
 
 
 def _add_tokens(history: jax.Array, tokens: jax.Array, made: jax.Array) -> jax.Array:

@@ -95,7 +95,7 @@ def generate_batch(
   def step(carry: _Carry) -> _Carry:
     i, state, cache, out, scores = carry
     logits, cache = model.decode_step(weights, cache, state.tokens)
-    state, chosen = advance(rows, state, logits, cache.lengths)
+    state, chosen = advance(rows, state, logits, cache.lengths, model)
     out = jax.lax.dynamic_update_slice(out, chosen.tokens[:, None], (0, i))
     return i + 1, state, cache, out, scores + chosen.log_probs
 
@@ -103,7 +103,7 @@ def generate_batch(
     return ~jnp.all(carry[1].ended)
 
   state = constrain_state(model, initial_state(rows, tokens, lengths, model.config.vocab_size))
-  state, chosen = advance(rows, state, logits, lengths)
+  state, chosen = advance(rows, state, logits, lengths, model)
   out = jnp.zeros((count, max_new_tokens), jnp.int32).at[:, 0].set(chosen.tokens)
   _, state, _, out, scores = jax.lax.while_loop(
     running, step, (jnp.asarray(1), state, cache, out, chosen.log_probs)

@@ -58,7 +58,6 @@ def live_features(
     bias=jnp.any(live[:, None] & (jnp.asarray(rows.bias_ids) < vocab_size)),
     penalties=jnp.any(live & penalizes),
     min_new_tokens=jnp.any(live & early),
-    stop=rows.stop.shape[1] > 0,
   )
 
 
@@ -99,7 +98,11 @@ def choose(
     Tokens [B] int32, and [B] bool: whether any token was allowed.
   """
   draw = functools.partial(
-    _draw, rows=rows, features=features, seeds=jnp.asarray(seeds), positions=jnp.asarray(positions)
+    _draw,
+    rows=rows,
+    features=features,
+    seeds=jnp.asarray(seeds),
+    positions=jnp.asarray(positions),
   )
 
   def changed(logits: jax.Array, top: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -135,9 +138,10 @@ def penalize(
   )
   generated = history >> 1
   repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
-  logits = jnp.where(history > 0, repeated, logits)
-  logits = logits - frequency * generated - jnp.where(generated > 0, presence, 0)
-  return jnp.clip(logits, -LARGEST, LARGEST)  # infinite ones would have no order
+  penalized = jnp.where(history > 0, repeated, logits)
+  penalized = penalized - frequency * generated - jnp.where(generated > 0, presence, 0)
+  # A penalty alone makes no logit infinite: infinite ones have no order, and -inf is forbidden.
+  return jnp.where(jnp.isinf(logits), logits, jnp.clip(penalized, -LARGEST, LARGEST))
 
 
 def _forbid(logits: jax.Array, forbidden: jax.Array) -> jax.Array:

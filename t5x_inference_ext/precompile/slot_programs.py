@@ -16,9 +16,10 @@ import numpy as np
 
 from t5x_inference_ext.engine import slots as engine_slots
 from t5x_inference_ext.engine.sampling import SamplingParams
-from t5x_inference_ext.engine.sampling_arrays import stack_params
+from t5x_inference_ext.engine.sampling_arrays import end_id_array, stack_params
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.engine.state import RowParams
+from t5x_inference_ext.engine.state_rows import state_shardings
 from t5x_inference_ext.model.chunks import abstract_cache
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
@@ -60,7 +61,8 @@ def slot_program(
     stack_params([sampling], model.config.vocab_size),
     jnp.zeros(1, jnp.uint32),
     jnp.ones(1, jnp.int32),
-    eos_id=1,
+    end_id_array(1, 1),
+    jnp.zeros(1, jnp.int32),
   )
   asks = _replicated(model.mesh, params)
   slots = _abstract_slots(model, weights, asks, batch, context)
@@ -88,7 +90,12 @@ def _abstract_slots(
   empty = functools.partial(engine_slots.empty_slots, model, rows=rows, size=size, shared=None)
   made = jax.eval_shape(empty, weights, asks)
   cache = abstract_cache(model, made.cache, weights)
-  return engine_slots.Slots(cache, *_replicated(model.mesh, (made.rows, made.state)))
+  state = jax.tree.map(
+    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+    made.state,
+    state_shardings(model, made.state),
+  )
+  return engine_slots.Slots(cache, _replicated(model.mesh, made.rows), state)
 
 
 def _abstract_prompts(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from t5x_inference_ext.engine.sampling import SamplingParams
-from t5x_inference_ext.engine.sampling_arrays import stack_params
+from t5x_inference_ext.engine.sampling_arrays import end_id_array, stack_params
 from t5x_inference_ext.engine.state import RowParams, advance, initial_state
 from t5x_inference_ext.errors import RequestError
 from tests.engine.sampling_test import check_distribution
@@ -23,7 +23,12 @@ def rows_of(options, limit=100, top=0, seeds=None):
   count = len(options)
   seeds = np.zeros(count, np.uint32) if seeds is None else seeds
   return RowParams(
-    stack_params(options, VOCABULARY), seeds, np.full(count, limit, np.int32), EOS, top
+    stack_params(options, VOCABULARY),
+    seeds,
+    np.full(count, limit, np.int32),
+    end_id_array(EOS, count),
+    np.full(count, top, np.int32),
+    top,
   )
 
 
@@ -55,7 +60,7 @@ def test_penalties_change_the_distribution_as_they_say():
   progress = initial_state(rows, jnp.asarray(prompts), jnp.full(n, 3), VOCABULARY)  # 5 is padding
   made = np.zeros(VOCABULARY, np.int32)
   made[[7, 9]] = 1, 2
-  progress = dataclasses.replace(progress, made=jnp.tile(jnp.asarray(made)[None], (n, 1)))
+  progress = dataclasses.replace(progress, history=progress.history + 2 * jnp.asarray(made)[None])
   _, chosen = jax.jit(advance)(
     rows, progress, jnp.tile(jnp.asarray(LOGITS)[None], (n, 1)), jnp.arange(n)
   )
@@ -72,8 +77,8 @@ def test_penalties_change_the_distribution_as_they_say():
 def test_generated_tokens_are_counted_until_a_row_ends():
   rows = rows_of([SamplingParams(frequency_penalty=0.1), SamplingParams()])
   progress, _ = fed(rows, [[5, 5, 3, 5], [7, EOS, 7, 7]])
-  assert progress.made[0].tolist() == [0, 0, 0, 1, 0, 3] + [0] * 6
-  assert progress.made[1].tolist() == [0, 1, 0, 0, 0, 0, 0, 1] + [0] * 4
+  assert (progress.history >> 1)[0].tolist() == [0, 0, 0, 1, 0, 3] + [0] * 6
+  assert (progress.history >> 1)[1].tolist() == [0, 1, 0, 0, 0, 0, 0, 1] + [0] * 4
 
 
 def test_stop_sequences_end_the_rows_that_have_them():
@@ -107,10 +112,10 @@ def test_limits_eos_and_least():
     told.append(np.asarray(chosen.tokens))
   assert np.stack(told, axis=1).tolist() == [
     [EOS, 0, 0, 0, 0],
-    [6, EOS, 0, 0, 0],
     [6, 6, EOS, 0, 0],
+    [6, 6, 6, EOS, 0],
   ]
-  assert progress.counts.tolist() == [1, 2, 3]
+  assert progress.counts.tolist() == [1, 3, 4]
   _, ended = fed(
     dataclasses.replace(rows_of([SamplingParams()] * 2), limits=np.array([1, 3], np.int32)),
     [[5] * 4, [5] * 4],
@@ -141,7 +146,7 @@ def test_arrays_are_as_wide_as_asked():
     stack_params(rows, VOCABULARY, like=[most]) for rows in ([SamplingParams()], [most])
   )
   assert jax.tree.map(np.shape, one) == jax.tree.map(np.shape, other)
-  assert one.features == other.features and one.features.candidates == 12
+  assert one.features == other.features and one.features.few == ((12, True),)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +163,7 @@ def test_arrays_are_as_wide_as_asked():
     (dict(logit_bias={5.5: 1.0}), 'logit_bias must be pairs'),
     (dict(stop=(5, 6)), 'stop must be a sequence of sequences'),
     (dict(stop=None), 'stop must be a sequence of sequences'),
-    (dict(stop=('ab',)), 'stop must be sequences of token ids'),
+    (dict(stop=('ab',)), 'stop must be a sequence of sequences'),
     (dict(stop=((),)), 'stop holds an empty sequence'),
   ],
 )
