@@ -48,21 +48,6 @@ def scatter_row(
   return per_shard(model, run, (P(axes), P(), P()), P(axes))(x, one, row)
 
 
-def scatter_row(
-  model: Model, x: jax.Array, axes: Axes, row: jax.Array, one: jax.Array
-) -> jax.Array:
-  """Replace row `row` of x [B, ...] by `one` [1, ...]. `axes` split the rows of x."""
-
-  def run(x: jax.Array, one: jax.Array, row: jax.Array) -> jax.Array:
-    local, mine = _local_index(x.shape[0], axes, row)
-    if ops.axis_size(axes) > 1:
-      # Other shards write back what they already have, so that the update stays in place.
-      one = jnp.where(mine, one, lax.dynamic_slice_in_dim(x, local, 1, 0))
-    return lax.dynamic_update_slice_in_dim(x, one.astype(x.dtype), local, 0)
-
-  return _per_shard(model, run, (P(axes), P(), P()), P(axes))(x, one, row)
-
-
 def gather_cache_row(model: Model, cache: KVCache, weights: Weights, row: jax.Array) -> KVCache:
   """Return one row of a cache, as a cache of one row.
 

@@ -14,6 +14,7 @@ from t5x_inference_ext.engine import slots as device
 from t5x_inference_ext.engine.prefilling import Prompt, ReadyRow
 from t5x_inference_ext.engine.request import Handle, Request
 from t5x_inference_ext.engine.rows import Row
+from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.engine.slot_table import SlotTable
 from t5x_inference_ext.engine.slots import PrefillState
@@ -67,7 +68,10 @@ class Decoder:
   def __init__(self, model: Model, weights: Weights, config: SchedulerConfig, shards: int) -> None:
     self._model, self._weights, self._config = model, weights, config
     self._shards = shards
-    self._slots = programs.empty_slots(model, weights, config=config, shards=shards)
+    any_row = slot_row(
+      SamplingParams(), model.config.vocab_size, seed=0, limit=1, top_width=config.top_log_probs
+    )
+    self._slots = programs.empty_slots(model, weights, any_row, config=config, shards=shards)
     self._started: collections.deque[_Started] = collections.deque()
     self.decoded = self.generated = 0
 

@@ -14,7 +14,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from t5x_inference_ext.engine import cache_rows
-from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.engine.state import (
   ChosenTokens,
@@ -22,7 +21,6 @@ from t5x_inference_ext.engine.state import (
   RowParams,
   advance,
   initial_state,
-  slot_row,
 )
 from t5x_inference_ext.engine.state_rows import constrain_state, put_state_row
 from t5x_inference_ext.model import cache as kv_cache
@@ -116,19 +114,22 @@ class RowPages(NamedTuple):
   shared_end: Any
 
 
-def empty_slots(model: Model, weights: Weights, config: SchedulerConfig, shards: int) -> Slots:
+def empty_slots(
+  model: Model, weights: Weights, row: RowParams, config: SchedulerConfig, shards: int
+) -> Slots:
   """Return slots that are all free.
 
   Args:
     model: Decides mesh and layouts.
     weights: Weights, for their shapes and shardings.
+    row: [1] Parameters with the structure and shapes that all rows have.
     config: Sizes of the slots.
     shards: Number of shards that split the rows.
   """
-  vocab_size, rows = model.config.vocab_size, config.slots
-  row = slot_row(SamplingParams(), vocab_size, seed=0, limit=1, top_width=config.top_log_probs)
+  rows = config.slots
   params = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], (rows, *x.shape[1:])), row)
-  state = initial_state(params, jnp.zeros((rows, 1), jnp.int32), jnp.ones(rows, int), vocab_size)
+  nothing = jnp.zeros((rows, 1), jnp.int32)
+  state = initial_state(params, nothing, nothing[:, 0], model.config.vocab_size)
   state = dataclasses.replace(state, ended=jnp.ones(rows, bool))
   cache = empty_pages(
     model,

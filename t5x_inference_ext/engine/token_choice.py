@@ -98,11 +98,7 @@ def choose(
     Tokens [B] int32, and [B] bool: whether any token was allowed.
   """
   draw = functools.partial(
-    _draw,
-    rows=rows,
-    features=features,
-    seeds=jnp.asarray(seeds),
-    positions=jnp.asarray(positions),
+    _draw, rows=rows, features=features, seeds=jnp.asarray(seeds), positions=jnp.asarray(positions)
   )
 
   def changed(logits: jax.Array, top: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -17,14 +17,13 @@ import numpy as np
 from t5x_inference_ext.engine import slots as engine_slots
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.sampling_arrays import end_id_array, stack_params
-from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
+from t5x_inference_ext.engine.scheduler_config import LENGTH_MULTIPLE, SchedulerConfig
+from t5x_inference_ext.engine.slot_table import SlotTable
 from t5x_inference_ext.engine.state import RowParams
 from t5x_inference_ext.engine.state_rows import state_shardings
-from t5x_inference_ext.model.chunks import abstract_cache
+from t5x_inference_ext.model.chunks import abstract_cache, page_shards
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
-
-SLOT_STEPS = SchedulerConfig.decode_steps  # most decode steps in one call
 
 
 def slot_program(
@@ -39,19 +38,20 @@ def slot_program(
   """Return a phase's jitted function, which updates its state in place, and its arguments' shapes.
 
   extend: (weights, prompts, tokens [B, T], counts [B]) -> prompts.
-  slots: (weights, slots, steps, until_free) -> (slots, engine.slots.StepsOutput), with at most
-    SLOT_STEPS steps.
-  admit: (weights, slots, prompts, row, slot, row_params, prompt [1, T], length [1]) -> (slots,
-    first token).
+  slots: (weights, slots, pages, alive, steps, until_free) -> (slots, engine.slots.StepsOutput),
+    with at most one step.
+  admit: (weights, slots, prompts, place, slot, pages, row_params, prompt [1, T], length,
+    generated) -> (slots, engine.slots.StepsOutput).
 
   Args:
     phase: str. 'extend', 'slots' or 'admit'.
     model: Model. Decides mesh and layouts.
     weights: Weights. Shapes with shardings.
     batch: int. B: number of prompts for 'extend', else of slots.
-    context: int. S, positions of each row's cache.
+    context: int. Positions of each row's cache; for slots, rounded up to whole pages.
     length: int. T, the tokens of a chunk, or of the inserted prompt.
-    sampling: SamplingParams. How tokens are chosen.
+    sampling: SamplingParams. How tokens are chosen. A scheduler's own programs choose in every way,
+      and skip what no row uses when they run; these have that left out.
   """
   if phase == 'extend':
     prompts = _abstract_prompts(model, weights, batch, context)
@@ -64,17 +64,32 @@ def slot_program(
     end_id_array(1, 1),
     jnp.zeros(1, jnp.int32),
   )
-  asks = _replicated(model.mesh, params)
-  slots = _abstract_slots(model, weights, asks, batch, context)
+  config = slot_config(model, batch, context)
+  row = _replicated(model.mesh, params)
+  slots = _abstract_slots(model, weights, row, config)
+  table = SlotTable(config, page_shards(model, batch))
   if phase == 'slots':
-    scalars = _replicated(model.mesh, (np.int32(0), np.bool_(False)))
-    run = _jitted(engine_slots.decode_steps, model, most=SLOT_STEPS)
-    return run, (weights, slots, *scalars)
+    rest = table.pages(), table.alive, np.int32(0), np.bool_(False)
+    read = dict(read=table.pool.pages, read_shared=0)
+    run = _jitted(engine_slots.decode_steps, model, most=config.decode_steps, **read)
+    return run, (weights, slots, *_replicated(model.mesh, rest))
   prompts = _abstract_prompts(model, weights, model.prefilling.padded_batch(1), length)
   # Only penalties read the prompt's own tokens.
   tokens = _ints(1, length if sampling.penalizes else 1)
-  rest = _replicated(model.mesh, (np.int32(0), np.int32(0), asks, tokens, _ints(1)))
-  return _jitted(engine_slots.insert, model), (weights, slots, prompts, *rest)
+  places, pages = (np.int32(0), np.int32(0)), table.pages_to_write(0, [])
+  rest = *places, pages, row, tokens, np.int32(0), np.int32(0)
+  return _jitted(engine_slots.insert, model), (
+    weights,
+    slots,
+    prompts,
+    *_replicated(model.mesh, rest),
+  )
+
+
+def slot_config(model: Model, slots: int, context: int) -> SchedulerConfig:
+  """Return the config of a scheduler whose rows have room for `context` positions, in pages."""
+  page_size = min(SchedulerConfig.page_size, -(-context // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
+  return SchedulerConfig(slots, -(-context // page_size) * page_size, page_size=page_size)
 
 
 def _jitted(function: Callable[..., Any], model: Model, **static: Any) -> jax.stages.Wrapped:
@@ -84,11 +99,12 @@ def _jitted(function: Callable[..., Any], model: Model, **static: Any) -> jax.st
 
 
 def _abstract_slots(
-  model: Model, weights: Weights, asks: RowParams, rows: int, size: int
+  model: Model, weights: Weights, row: RowParams, config: SchedulerConfig
 ) -> engine_slots.Slots:
-  """Return the shapes and shardings of `rows` slots with caches of `size` positions."""
-  empty = functools.partial(engine_slots.empty_slots, model, rows=rows, size=size, shared=None)
-  made = jax.eval_shape(empty, weights, asks)
+  """Return the shapes and shardings of slots whose rows have parameters like `row`."""
+  shards = page_shards(model, config.slots)
+  empty = functools.partial(engine_slots.empty_slots, model, row=row, config=config, shards=shards)
+  made = jax.eval_shape(empty, weights)
   cache = abstract_cache(model, made.cache, weights)
   state = jax.tree.map(
     lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -103,11 +119,12 @@ def _abstract_prompts(
 ) -> engine_slots.PrefillState:
   """Return the shapes and shardings of `rows` prompts with room for `size` positions."""
   room = engine_slots.prompt_room(model, rows, size)
-  empty = functools.partial(engine_slots.empty_prefill, model, rows=rows, size=room, shared=None)
+  empty = functools.partial(engine_slots.empty_prefill, model, rows=rows, size=room)
   made = jax.eval_shape(empty, weights)
   sharding = NamedSharding(model.mesh, P(model.sampling_axes(rows)))
   logits: Any = jax.ShapeDtypeStruct(made.logits.shape, made.logits.dtype, sharding=sharding)
-  return engine_slots.PrefillState(abstract_cache(model.prefilling, made.cache, weights), logits)
+  cache = abstract_cache(model.prefilling, made.cache, weights)
+  return engine_slots.PrefillState(cache, logits, _replicated(model.mesh, made.broken))
 
 
 def _ints(*shape: int) -> jax.ShapeDtypeStruct:
