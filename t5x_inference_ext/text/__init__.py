@@ -1,1 +1,0 @@
-"""Text: vocabularies, incremental decoding, stop texts, chat templates. No arrays, no devices."""
