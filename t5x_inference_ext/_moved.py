@@ -29,6 +29,7 @@ _MODULES = {
   'decoding.sampling': 'engine.sampling',
   'decoding.scheduler': 'engine.scheduler',
   'decoding.scoring': 'engine.scoring',
+  'engine.vocabularies': 'text.vocabulary',
   'layouts.arrangement': 'sharding.packing',
   'layouts.explain': 'sharding.explain',
   'layouts.explain_text': 'sharding.explain_text',
@@ -47,7 +48,7 @@ _MODULES = {
   'serving.prompts_file': 'runs.prompts_file',
   'serving.task_run': 'runs.task_run',
   'serving.tasks': 'runs.tasks',
-  'serving.vocabularies': 'engine.vocabularies',
+  'serving.vocabularies': 'text.vocabulary',
   'weights': 'model.weights',
 }
 

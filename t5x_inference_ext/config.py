@@ -8,12 +8,16 @@ Dimension letters, used in every docstring and shape comment of the package:
 
 from collections.abc import Mapping
 import dataclasses
+import reprlib
 from typing import Any
+
+from t5x_inference_ext.errors import name_list
 
 BLOCKS = ('parallel', 'serial')
 MLPS = ('swiglu', 'gelu')
 NORMS = ('rms', 'layer')
 NORM_SCALES = ('zero', 'one')
+_LARGEST = 3.4e38  # of float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +92,18 @@ class ModelConfig:
   def __post_init__(self) -> None:
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
-      if field.type in (int, 'int') and (not isinstance(value, int) or value < 1):
-        raise ValueError(f'ModelConfig.{field.name} must be a whole number above 0, got {value!r}')
+      if field.type in (int, 'int') and (type(value) is not int or not 1 <= value < 2**31):
+        raise ValueError(
+          f'ModelConfig.{field.name} must be a whole number above 0 and below 2**31, got '
+          f'{reprlib.repr(value)}'
+        )
+      if field.type in (float, 'float') and not (
+        type(value) in (int, float) and 0 < value <= _LARGEST
+      ):
+        raise ValueError(
+          f'ModelConfig.{field.name} must be a number above 0 and in the range of float32, got '
+          f'{reprlib.repr(value)}'
+        )
     for name, known in (
       ('block', BLOCKS),
       ('mlp', MLPS),
@@ -97,7 +111,9 @@ class ModelConfig:
       ('norm_scale', NORM_SCALES),
     ):
       if getattr(self, name) not in known:
-        raise ValueError(f'ModelConfig.{name} must be one of {known}, got {getattr(self, name)!r}')
+        raise ValueError(
+          f'ModelConfig.{name} must be one of {known}, got {reprlib.repr(getattr(self, name))}'
+        )
     if self.d_head % 2:
       raise ValueError(f'rotary positions need an even d_head, got {self.d_head}')
     if self.num_heads % self.num_kv_heads:
@@ -138,11 +154,13 @@ class ModelConfig:
     Raises:
       ValueError: A field is unknown. A newer version may have written it.
     """
+    if not isinstance(fields, Mapping):
+      raise ValueError(f'a model config is an object, got {reprlib.repr(fields)}')
     unknown = set(fields) - {f.name for f in dataclasses.fields(cls)}
     if unknown:
       raise ValueError(
-        f'unknown model config fields {sorted(unknown)}: written by a newer version of this '
-        'package?'
+        f'unknown model config fields {name_list(sorted(unknown), len(unknown))}: written by a '
+        'newer version of this package?'
       )
     return cls(**fields)
 

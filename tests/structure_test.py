@@ -47,7 +47,7 @@ FLOORS = (
   {'checkpoints'},
   {'model'},
   {'sharding'},
-  {'quantization'},
+  {'quantization', 'text'},
 )
 # planner may import precompile for `--check` alone; tests/planner holds it to doing so lazily.
 

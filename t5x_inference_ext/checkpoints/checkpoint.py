@@ -16,6 +16,9 @@ from t5x_inference_ext.checkpoints.readers.tree import Tree
 from t5x_inference_ext.checkpoints.tensor import Tensor
 from t5x_inference_ext.config import NORM_SCALES, ModelConfig
 from t5x_inference_ext.errors import CheckpointError, printable
+from t5x_inference_ext.text.chat_template import ChatTemplate
+from t5x_inference_ext.text.settings import TextSettings, assumed_settings
+from t5x_inference_ext.text.vocabulary import Vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Checkpoint:
       recorded.
     notes: Lines for commands to print: what was found, and what was assumed.
     rescale_logits: The argument of open_checkpoint.
+    text: Vocabulary, BOS, end tokens, chat template and generation defaults; None if nothing is
+      known but what T5X always does: BOS 0 and EOS 1.
   """
 
   path: str
@@ -47,6 +52,32 @@ class Checkpoint:
   form: dict[str, Any] | None
   notes: tuple[str, ...]
   rescale_logits: bool | None = None
+  text: TextSettings | None = None
+
+  @property
+  def vocabulary(self) -> Vocabulary | None:
+    """The vocabulary, parsed at its first use; None if it is not known."""
+    return self.text.vocabulary if self.text else None
+
+  @property
+  def bos_id(self) -> int | None:
+    """The id that is put in front of a prompt; None: none is."""
+    return self.text.bos_id if self.text else 0
+
+  @property
+  def end_ids(self) -> tuple[int, ...]:
+    """The ids that end a row."""
+    return self.text.end_ids if self.text else (1,)
+
+  @property
+  def chat_template(self) -> ChatTemplate | None:
+    """The chat template; None if there is none."""
+    return self.text.chat if self.text else None
+
+  @property
+  def generation_defaults(self) -> Mapping[str, float]:
+    """Sampling options that the model's maker recommends, by name."""
+    return self.text.generation_defaults if self.text else {}
 
 
 def open_checkpoint(
@@ -167,6 +198,7 @@ def _from_tree(
     found.form,
     notes,
     rescale_logits,
+    assumed_settings(model.vocab_size),
   )
 
 
@@ -242,6 +274,7 @@ def _from_serving(
     arrays,
     header['source'].get('form'),
     notes,
+    text=serving.read_text(path, header, found.vocab_size),
   )
 
 

@@ -19,6 +19,7 @@ from t5x_inference_ext.checkpoints.conversion.staging import Staging
 from t5x_inference_ext.checkpoints.conversion.work_directory import WorkDirectory
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import CheckpointError, UserError
+from t5x_inference_ext.text.vocabulary_files import choose_settings
 
 
 def convert(
@@ -29,6 +30,7 @@ def convert(
   *,
   config: ModelConfig | None = None,
   rescale_logits: bool | None = None,
+  vocabulary: str | None = None,
   staging: str | None = None,
   found: Callable[[Checkpoint], None] = lambda checkpoint: None,
   planned: Callable[[str], None] = lambda line: None,
@@ -47,6 +49,8 @@ def convert(
     norm_scale: Argument of open_checkpoint.
     config: Argument of open_checkpoint.
     rescale_logits: Argument of open_checkpoint.
+    vocabulary: Vocabulary to put into a serving checkpoint: 'bytes', a SentencePiece .model file or
+      a tokenizer.json; None: the source's own, else bytes for a model of 384 rows.
     staging: Local directory in which an output in a bucket is made before it is uploaded.
     found: Called with the opened checkpoint.
     planned: Called with each line that says what will be done.
@@ -56,7 +60,7 @@ def convert(
   Raises:
     CheckpointError: The input can't be read, or holds NaN or infinite values; or the output exists,
       or can't be written.
-    UserError: An option is unknown.
+    UserError: An option is unknown, or the vocabulary is not one of the model.
   """
   convert_options = ConvertOptions(weights=weights, **options)
   staged = _staging(output_checkpoint, staging)
@@ -68,6 +72,7 @@ def convert(
   source = open_checkpoint(
     input_checkpoint, norm_scale=norm_scale, config=config, rescale_logits=rescale_logits
   )
+  source = _with_vocabulary(source, vocabulary, convert_options)
   found(source)
   conversion = Conversion(source, convert_options, work.payload, progress)
   if staged is None:
@@ -82,6 +87,20 @@ def convert(
       'the same command again to continue'
     ) from e
   return dataclasses.replace(report, output=staged.path)
+
+
+def _with_vocabulary(
+  source: Checkpoint, vocabulary: str | None, options: ConvertOptions
+) -> Checkpoint:
+  """Return the source with the vocabulary that its serving checkpoint gets."""
+  if options.format != 'serving':
+    if vocabulary is not None:
+      raise UserError(
+        f"vocabulary={vocabulary} is for serving checkpoints: T5X's format holds no vocabulary"
+      )
+    return source
+  text = choose_settings(vocabulary, source.text, source.config.vocab_size, needed=False)
+  return dataclasses.replace(source, text=text)
 
 
 def _convert(conversion: Conversion, work: WorkDirectory, planned: Callable[[str], None]) -> Report:

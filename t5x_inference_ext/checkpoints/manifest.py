@@ -47,20 +47,50 @@ def check_manifest(path: str, name: str, manifest: Mapping[str, Any]) -> list[st
   """
   if 'files' not in manifest and 'crc32' not in manifest:
     return []
-  data, own = storage.read_file(path, name) or b'', str(manifest.get('crc32'))
-  if not isinstance(manifest.get('files'), dict) or _crc(_with_own(data, own, _UNKNOWN)) != own:
+  check_own_checksum(path, name, storage.read_file(path, name) or b'', manifest.get('crc32'))
+  if not isinstance(manifest.get('files'), dict):
+    raise CheckpointError(f'{path}/{name} is damaged: it lists no files; convert again')
+  for file in manifest['files']:
+    check_file(path, name, manifest, file)
+  return list(manifest['files'])
+
+
+def check_own_checksum(path: str, name: str, data: bytes, own: Any) -> None:
+  """Raise CheckpointError unless a manifest has the checksum that it records for itself.
+
+  Args:
+    path: Directory of the checkpoint.
+    name: Name of the manifest's file.
+    data: Content of the file.
+    own: The checksum that it records.
+  """
+  if not isinstance(own, str) or _crc(_with_own(data, own, _UNKNOWN)) != own:
     raise CheckpointError(
       f'{path}/{name} has changed since it was written: its checksum is not the recorded one; '
       'convert again'
     )
-  for file, recorded in manifest['files'].items():
-    found = storage.read_file(path, file)
-    if found is None or _crc(found) != recorded:
-      raise CheckpointError(
-        f'{path}/{file} is {"missing" if found is None else "damaged"}: its checksum is not the '
-        f'one recorded in {name}; convert again'
-      )
-  return list(manifest['files'])
+
+
+def check_file(path: str, name: str, manifest: Mapping[str, Any], file: str) -> bytes:
+  """Return the content of a small file of a checkpoint.
+
+  Args:
+    path: Directory of the checkpoint.
+    name: Name of the manifest's file.
+    manifest: Its content.
+    file: Name of the small file.
+
+  Raises:
+    CheckpointError: The file is missing, or not as it was written.
+  """
+  found, files = storage.read_file(path, file), manifest.get('files')
+  recorded = files.get(file) if isinstance(files, dict) else None
+  if found is None or _crc(found) != recorded:
+    raise CheckpointError(
+      f'{path}/{file} is {"missing" if found is None else "damaged"}: its checksum is not the '
+      f'one recorded in {name}; convert again'
+    )
+  return found
 
 
 def _crc(data: bytes) -> str:

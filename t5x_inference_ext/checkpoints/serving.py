@@ -6,7 +6,7 @@ A serving checkpoint is independent of any mesh, and unpadded. Every chunk belon
 has a checksum, which is verified when the chunk is first read.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import itertools
 import json
 import math
@@ -18,16 +18,18 @@ import tensorstore as ts
 
 from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints import storage
-from t5x_inference_ext.checkpoints.manifest import checksum
+from t5x_inference_ext.checkpoints.manifest import check_file, check_own_checksum, checksum
 from t5x_inference_ext.checkpoints.readers import zarr_arrays
 from t5x_inference_ext.checkpoints.tensor import Bounds, Tensor
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import CheckpointError, printable
+from t5x_inference_ext.text.settings import TextSettings, assumed_settings
 
 CONFIG = 'serving_config.json'
 CHECKSUMS = 'checksums.json'
 SERVING_FORMAT = 't5x_inference_ext serving checkpoint'
-VERSION = 1
+# Version 2 has a section on text, and a header whose checksum is checked when it is opened.
+VERSION = 2
 SERVING_WEIGHTS = ('int8', 'bfloat16')
 
 # A chunk's sides are halved until they are at most these, and then its rows until it has at most
@@ -186,11 +188,13 @@ def read_serving_header(path: str, data: bytes) -> tuple[dict[str, Any], ModelCo
       raise CheckpointError(
         f'{where}: format {printable(header["format"], 80)} is not {SERVING_FORMAT!r}'
       )
-    if header['version'] != VERSION:
+    if header['version'] not in (1, VERSION):
       raise CheckpointError(
         f'{where}: format version {printable(header["version"], 80)}, but this package reads only '
-        f'version {VERSION}: written by {printable(header.get("written_by"), 80)}'
+        f'versions 1 and {VERSION}: written by {printable(header.get("written_by"), 80)}'
       )
+    if header['version'] > 1 or 'crc32' in header:  # the first headers had no checksum
+      check_own_checksum(path, CONFIG, data, header.get('crc32'))
     config = ModelConfig.from_dict(header['model'])
     if header['weights'] not in SERVING_WEIGHTS:
       raise CheckpointError(
@@ -203,6 +207,27 @@ def read_serving_header(path: str, data: bytes) -> tuple[dict[str, Any], ModelCo
     raise
   except (ValueError, TypeError, KeyError, RecursionError) as e:
     raise CheckpointError(f'{where} is damaged: {type(e).__name__} {e!s:.300}') from e
+
+
+def read_text(path: str, header: Mapping[str, Any], rows: int) -> TextSettings | None:
+  """Return what a serving checkpoint says about text; None if no vocabulary is known.
+
+  Args:
+    path: Directory of the checkpoint.
+    header: Content of serving_config.json. Version 1 has no section on text: then bytes are assumed
+      as for T5X checkpoints.
+    rows: V, rows of the model's embedding.
+
+  Raises:
+    CheckpointError: The section or a file of the vocabulary is damaged.
+  """
+  if header['version'] == 1:
+    return assumed_settings(rows)
+  if header.get('text') is None:
+    return None
+  return TextSettings.from_dict(
+    header['text'], rows, f'{path}/{CONFIG}', lambda name: check_file(path, CONFIG, header, name)
+  )
 
 
 def read_tensors(

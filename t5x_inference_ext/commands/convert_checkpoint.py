@@ -94,6 +94,13 @@ class SourceOptions:
     group=COMMON,
     choices=NORM_SCALES,
   )
+  vocabulary: str | None = option(
+    None,
+    help='Vocabulary to put into a serving checkpoint: bytes, a SentencePiece .model file, or a '
+    "tokenizer.json with the files beside it. By default the source's own, else bytes for a model "
+    'of 384 rows.',
+    group=COMMON,
+  )
   staging: str | None = option(
     None,
     help='For an output in a bucket: local directory in which it is made before the upload.',
@@ -236,6 +243,7 @@ def print_source(checkpoint: Checkpoint) -> None:
   """Print the notes on the source checkpoint."""
   for note in checkpoint.notes:
     cli.print_line(note)
+  cli.print_line(f'vocabulary: {checkpoint.text or "not known: none is recorded"}')
 
 
 def run(argv: list[str] | None = None) -> int:

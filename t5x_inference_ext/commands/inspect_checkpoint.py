@@ -75,6 +75,7 @@ def describe_checkpoint(path: str) -> Iterator[str]:
     yield f"this can't be served as it is: {e}"
     return
   yield from checkpoint.notes
+  yield f'vocabulary: {checkpoint.text or "not known"}'
   stored = read_tree(checkpoint.path) if checkpoint.format != 'serving' else None
   yield from tensor_lines(stored[1].leaves if stored else checkpoint.tensors)
   yield looks_like(checkpoint.config)

@@ -7,7 +7,6 @@ from typing import Any
 from t5x_inference_ext.config import NORM_SCALES, ModelConfig
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.sampling_arrays import stack_params
-from t5x_inference_ext.engine.vocabularies import stop_sequences
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.shardings import CACHE_DTYPES, COMPUTE_DTYPES
 from t5x_inference_ext.options import check_options, option
@@ -18,6 +17,7 @@ from t5x_inference_ext.sharding.layout import (
   Layout,
   check_pair,
 )
+from t5x_inference_ext.text.stop_texts import check_stop_texts
 
 BATCHING = ('continuous', 'static')
 MODES = ('predict', 'predict_with_aux', 'score')
@@ -45,8 +45,7 @@ class InferOptions:
   Attributes without a help text of their own:
     config: Model that the checkpoint must hold; None: any.
     max_length: Most tokens of a row, prompt and new tokens together; None: no such limit.
-    sampling: How tokens are chosen. Its stop sequences are ids; `stop` holds texts, which
-      with_vocabulary adds to them.
+    sampling: How tokens are chosen. Its stop sequences are ids; `stop` holds texts.
 
   Raises:
     RequestError: A value is out of its range, or two options exclude each other.
@@ -100,8 +99,8 @@ class InferOptions:
   )
   stop: tuple[str, ...] = option(
     (),
-    help='A text that ends a row. It is found only in the tokens that the vocabulary '
-    'encodes it into. May be repeated.',
+    help='A text that ends a row, whatever tokens write it; the completion ends before it. May be '
+    'repeated.',
     group='Choosing tokens',
   )
   token_log_probs: bool = option(
@@ -180,10 +179,7 @@ class InferOptions:
   def __post_init__(self) -> None:
     check_options(self)
     check_pair(*self.layouts)
-    if not all(isinstance(text, str) and text for text in self.stop):
-      raise RequestError(
-        f'stop must be texts that are not empty, got {self.stop!r}; SamplingParams.stop takes ids'
-      )
+    check_stop_texts(self.stop)
     object.__setattr__(self, 'stop', tuple(self.stop))
     self._check_generation_options()
     if self.executable is not None and self.mode == 'score':
@@ -250,8 +246,8 @@ class PromptsFiles:
   )
   vocabulary: str | None = option(
     None,
-    help='`bytes`, or the path of a SentencePiece .model file. By default bytes for a model of 384 '
-    'rows.',
+    help='`bytes`, or the path of a SentencePiece .model file or of a tokenizer.json. By default '
+    "the checkpoint's own, else bytes for a model of 384 rows.",
     group=_COMMON,
   )
   overwrite: bool = option(False, help='Replace an existing output.', group=_COMMON)
@@ -260,22 +256,10 @@ class PromptsFiles:
     check_options(self)
 
 
-def with_vocabulary(options: InferOptions, vocabulary: Any, vocab_size: int) -> InferOptions:
-  """Return the options with the texts of `stop` added to the stop sequences of `sampling`.
-
-  Args:
-    options: Options of the run.
-    vocabulary: A Vocabulary, or one of seqio. Not needed without stop texts.
-    vocab_size: V, rows of the model's embedding.
-
-  Raises:
-    RequestError: The vocabulary can't write a text, or the model lacks one of its ids.
-  """
+def check_vocab_size(options: InferOptions, vocab_size: int) -> None:
+  """Raise RequestError for options that name ids beyond the rows of the model's embedding."""
   if options.top_log_probs > vocab_size:
     raise RequestError(
       f'top_log_probs={options.top_log_probs} is more than the vocabulary of {vocab_size}'
     )
-  ids = [tuple(sequence) for text in options.stop for sequence in stop_sequences(vocabulary, text)]
-  sampling = dataclasses.replace(options.sampling, stop=(*options.sampling.stop, *ids))
-  stack_params([sampling], vocab_size)
-  return dataclasses.replace(options, sampling=sampling)
+  stack_params([options.sampling], vocab_size)

@@ -5,9 +5,9 @@ import dataclasses
 import reprlib
 from typing import Any, TypeAlias, TypeVar
 
-from t5x_inference_ext.engine.vocabularies import Vocabulary
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.runs.row_sampling import RowSampling, row_sampling
+from t5x_inference_ext.text.vocabulary import Vocabulary, encode_pair
 from t5x_inference_ext.text_files import parse_json
 
 MAX_COMPLAINTS = 10
@@ -98,7 +98,7 @@ def tokenize(
   run: RowSampling,
   max_prompt: int | None = None,
 ) -> list[TokenizedRow]:
-  """Return rows in token ids.
+  """Return rows in token ids. A prompt and a completion that are both text are encoded together.
 
   Args:
     path: File that the rows come from, for messages.
@@ -114,7 +114,7 @@ def tokenize(
   """
 
   def ids_of(name: str, text: Text) -> list[int]:
-    if isinstance(text, list):
+    if not isinstance(text, str):
       wrong = [token for token in text if not 0 <= token < vocab_size]
       if wrong:
         raise ValueError(
@@ -123,28 +123,47 @@ def tokenize(
         )
       return text
     assert vocabulary is not None, 'rows of text need a vocabulary'
-    try:
-      return vocabulary.encode(text)
-    except UnicodeEncodeError:
-      raise ValueError(
-        f'`{name}` is not valid Unicode (a lone surrogate): remove it, or give token ids'
-      ) from None
+    _check_unicode(name, text)
+    return vocabulary.encode(text)
+
+  def scored(row: PromptRow) -> tuple[list[int], list[int]]:
+    if row.completion is None:
+      return ids_of('prompt', row.prompt), []
+    if isinstance(row.prompt, str) and isinstance(row.completion, str):
+      assert vocabulary is not None, 'rows of text need a vocabulary'
+      _check_unicode('prompt', row.prompt)
+      _check_unicode('completion', row.completion)
+      prompt, completion = encode_pair(vocabulary, row.prompt, row.completion)
+    else:
+      prompt = ids_of('prompt', row.prompt)
+      completion = ids_of('completion', row.completion)
+    if not completion:
+      raise ValueError('`completion` has no tokens in this vocabulary: there is nothing to score')
+    return prompt, completion
 
   def tokenized(row: PromptRow) -> TokenizedRow:
-    prompt = ids_of('prompt', row.prompt)
+    prompt, completion = scored(row)
     if max_prompt is not None and len(prompt) > max_prompt:
       raise ValueError(
         f'the prompt is longer than the cache: {len(prompt)} tokens, and there is room for '
         f'{max_prompt} beside the new ones: shorten it, raise --cache_length or lower '
         '--max_new_tokens'
       )
-    completion = [] if row.completion is None else ids_of('completion', row.completion)
     asked = run
     if row.sampling is not None:
       asked = row_sampling(run, row.sampling, vocabulary, vocab_size)
     return TokenizedRow(prompt, completion, asked)
 
   return _map_rows(path, rows, tokenized, lambda row: row.line)
+
+
+def _check_unicode(name: str, text: str) -> None:
+  try:
+    text.encode('utf-8')
+  except UnicodeEncodeError:
+    raise ValueError(
+      f'`{name}` is not valid Unicode (a lone surrogate): remove it, or give token ids'
+    ) from None
 
 
 def _parse(number: int, line: str, score: bool) -> PromptRow:

@@ -10,10 +10,8 @@ import numpy as np
 
 from t5x_inference_ext import distributed
 from t5x_inference_ext.engine.engine import Engine
-from t5x_inference_ext.engine.inputs import BOS_ID, EOS_ID
 from t5x_inference_ext.engine.request import Completion, Request, Sample
 from t5x_inference_ext.engine.scoring import ScoringExample
-from t5x_inference_ext.engine.vocabularies import Vocabulary, find_vocabulary
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.runs import batches, infer_options, loading, output, prompt_rows
 from t5x_inference_ext.runs.clock import Clock
@@ -21,7 +19,13 @@ from t5x_inference_ext.runs.job import Job
 from t5x_inference_ext.runs.journal import Journal
 from t5x_inference_ext.runs.progress import Progress, print_on_main
 from t5x_inference_ext.runs.row_sampling import RowSampling
+from t5x_inference_ext.runs.row_text import completed_text, with_early_ends
 from t5x_inference_ext.runs.work import NoWork, ScoreWork, StaticWork, Work, refill_work
+from t5x_inference_ext.text.settings import TextSettings
+from t5x_inference_ext.text.vocabulary import Vocabulary
+from t5x_inference_ext.text.vocabulary_files import choose_settings
+
+_NOT_KNOWN = 'not known for {} rows: completions have tokens only, no text'
 
 
 def prepare(
@@ -47,25 +51,27 @@ def prepare(
     output.check_output(files.output, overwrite=files.overwrite)
     rows = prompt_rows.read_rows(files.prompts, score=scoring)
     checkpoint, mesh = loading.open_model(options, say)
-    vocabulary, source = find_vocabulary(
+    rows_of_model = checkpoint.config.vocab_size
+    settings = choose_settings(
       files.vocabulary,
-      checkpoint.config.vocab_size,
+      checkpoint.text,
+      rows_of_model,
       needed=bool(options.stop) or any(row.is_text for row in rows),
     )
+    vocabulary = settings.vocabulary if settings else None
     name = vocabulary.name if vocabulary else 'none'
+    source = settings.source if settings else _NOT_KNOWN.format(rows_of_model)
     say(f'vocabulary: {name} ({source})')
-    options = infer_options.with_vocabulary(options, vocabulary, checkpoint.config.vocab_size)
-    asked = RowSampling(options.sampling, options.max_new_tokens)
+    infer_options.check_vocab_size(options, rows_of_model)
+    asked = RowSampling(options.sampling, options.max_new_tokens, stop=options.stop)
     tokenized = prompt_rows.tokenize(
-      files.prompts,
-      rows,
-      vocabulary,
-      checkpoint.config.vocab_size,
-      asked,
-      None if scoring else options.max_prompt,
+      files.prompts, rows, vocabulary, rows_of_model, asked, None if scoring else options.max_prompt
     )
     if not options.continuous and any(row.asked != asked for row in tokenized):
       raise RequestError('rows have their own `sampling`, which needs batching=continuous')
+    if settings is not None and not options.continuous:
+      sampling = with_early_ends(options.sampling, options.stop, vocabulary, settings.end_ids[1:])
+      options = dataclasses.replace(options, sampling=sampling)
   distributed.check_same(options=options, prompts=tokenized, checkpoint=checkpoint.notes)
   engine = loading.load_engine(options, checkpoint, mesh, say)
   journal = Journal(
@@ -76,15 +82,14 @@ def prepare(
     say(f'resumed: {len(journal.done)} of {len(rows)} rows were done when an earlier run ended')
   todo = [(row, each) for row, each in enumerate(tokenized) if row not in journal.done]
   clock = Clock()
-  eos_id = vocabulary.eos_id if vocabulary else EOS_ID
   with journal.closed_on_error():
-    work, shape = _work(engine, options, todo, clock, eos_id, say)
+    work, shape = _work(engine, options, todo, clock, settings, say)
 
   def tell(row: int, result: Any) -> list[dict[str, Any]]:
     if scoring:
       return [_told_scores(tokenized[row], result, options)]
     samples = [result] if isinstance(result, Completion) else result
-    return [_told_sample(sample, options) for sample in samples]
+    return [_told_sample(sample, options, tokenized[row], vocabulary) for sample in samples]
 
   def write() -> None:
     with output.whole_file(files.output) as file:
@@ -118,10 +123,12 @@ def _work(
   options: infer_options.InferOptions,
   todo: list[tuple[int, prompt_rows.TokenizedRow]],
   clock: Clock,
-  eos_id: int,
+  settings: TextSettings | None,
   say: Callable[[str], None],
 ) -> tuple[Work, dict[str, Any]]:
   """Return the work of the remaining rows, and its sizes for the record of the run."""
+  settings = settings or TextSettings('bytes')  # T5X's BOS and EOS; no text is decoded
+  eos_id = settings.end_ids[0] if settings.end_ids else -1  # -1: no token
   if not todo:
     return NoWork(), {}
   loading.say_compiling(engine, say)
@@ -131,7 +138,7 @@ def _work(
     group = [(i, ScoringExample.of(row.prompt, row.completion)) for i, row in todo]
     return ScoreWork(engine, [group], tokens, clock), {'tokens': tokens}
   if options.continuous:
-    requests = [(i, _request(i, row, options)) for i, row in todo]
+    requests = [(i, _request(i, row, options, settings)) for i, row in todo]
     return refill_work(
       engine,
       options,
@@ -150,13 +157,20 @@ def _work(
 
 
 def _request(
-  index: int, row: prompt_rows.TokenizedRow, options: infer_options.InferOptions
+  index: int,
+  row: prompt_rows.TokenizedRow,
+  options: infer_options.InferOptions,
+  settings: TextSettings,
 ) -> Request:
   samples = options.num_decodes
   seeds = batches.row_seeds(options.seed, index, samples)
   if row.asked.seed is not None:
     seeds = tuple((row.asked.seed + i) % 2**32 for i in range(samples))
-  return Request((BOS_ID, *row.prompt), seeds, row.asked.max_new_tokens, row.asked.sampling)
+  sampling = with_early_ends(
+    row.asked.sampling, row.asked.stop, settings.vocabulary, settings.end_ids[1:]
+  )
+  bos = () if settings.bos_id is None else (settings.bos_id,)
+  return Request((*bos, *row.prompt), seeds, row.asked.max_new_tokens, sampling)
 
 
 def _shape(
@@ -182,9 +196,20 @@ def _shape(
 
 
 def _told_sample(
-  sample: Sample | Completion, options: infer_options.InferOptions
+  sample: Sample | Completion,
+  options: infer_options.InferOptions,
+  row: prompt_rows.TokenizedRow,
+  vocabulary: Vocabulary | None,
 ) -> dict[str, Any]:
-  """Return the fields to write for a generated sample, except its text."""
+  """Return the fields to write for a generated sample, except its text.
+
+  Tokens after a stop text are left out. A row of a static batch keeps them, because its score is
+  known only as a whole.
+  """
+  if isinstance(sample, Sample) and vocabulary is not None and row.asked.stop:
+    asked = row.asked
+    _, count = completed_text(vocabulary, row.prompt, sample.tokens, asked.sampling, asked.stop)
+    sample = Sample(sample.tokens[:count], sample.log_probs[:count], sample.top[:count])
   told: dict[str, Any] = {'tokens': sample.tokens, 'score': sample.score}
   if isinstance(sample, Sample):
     if options.token_log_probs or options.top_log_probs:
@@ -212,12 +237,15 @@ def _with_text(
 ) -> list[dict[str, Any]]:
   """Add the text of each sample, in front of the sample's other fields.
 
-  The text ends before EOS or a stop sequence. It is None without a vocabulary.
+  The text ends before EOS, stop ids or a stop text. It is None without a vocabulary.
   """
+  asked = tokenized.asked
 
   def text(tokens: list[int]) -> str | None:
     if isinstance(row.completion, str):
       return row.completion
-    return vocabulary.decode(tokenized.asked.sampling.before_stop(tokens)) if vocabulary else None
+    if vocabulary is None:
+      return None
+    return completed_text(vocabulary, tokenized.prompt, tokens, asked.sampling, asked.stop)[0]
 
   return [{'completion': text(sample['tokens']), **sample} for sample in told]

@@ -7,9 +7,10 @@ from typing import Any
 
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.sampling_arrays import stack_params
-from t5x_inference_ext.engine.vocabularies import Vocabulary, stop_sequences
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.options import has_type
+from t5x_inference_ext.text.stop_texts import check_stop_texts
+from t5x_inference_ext.text.vocabulary import Vocabulary
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(SamplingParams))
 _KNOWN = (*_FIELDS, 'max_new_tokens', 'seed')
@@ -20,15 +21,17 @@ class RowSampling:
   """How one row is continued.
 
   Attributes:
-    sampling: How tokens are chosen, and what ends the row.
+    sampling: How tokens are chosen, and which ids end the row.
     max_new_tokens: Most tokens generated for the row.
     seed: Seed of the row's first sample. Other samples count up from it. None: derived from the
       run's seed and the row's index.
+    stop: Texts that end the row.
   """
 
   sampling: SamplingParams
   max_new_tokens: int
   seed: int | None = None
+  stop: tuple[str, ...] = ()
 
 
 def row_sampling(
@@ -41,7 +44,7 @@ def row_sampling(
     given: The row's `sampling` as read from JSON. It may have the fields of SamplingParams, with
       texts or ids in `stop` and an object as `logit_bias`; `max_new_tokens`, at most the run's; and
       `seed`.
-    vocabulary: Encodes stop texts.
+    vocabulary: Writes the row's text; None if it is not known.
     vocab_size: V, rows of the model's embedding.
 
   Raises:
@@ -53,8 +56,9 @@ def row_sampling(
     if name not in _FIELDS and not has_type(value, int):
       raise RequestError(f'`sampling`: {name} must be a whole number, got {reprlib.repr(value)}')
   fields = {name: value for name, value in given.items() if name in _FIELDS}
+  texts = run.stop
   if 'stop' in fields:
-    fields['stop'] = _stop(fields['stop'], vocabulary)
+    texts, fields['stop'] = _stop(fields['stop'], vocabulary)
   if 'logit_bias' in fields:
     fields['logit_bias'] = parse_logit_bias(fields['logit_bias'])
   sampling = dataclasses.replace(run.sampling, **fields)
@@ -67,19 +71,20 @@ def row_sampling(
   seed = given.get('seed', run.seed)
   if seed is not None and not 0 <= seed < 2**32:
     raise RequestError(f'`sampling`: seed must be 0 to 2**32 - 1, got {seed}')
-  return RowSampling(sampling, limit, seed)
+  return RowSampling(sampling, limit, seed, texts)
 
 
-def _stop(value: Any, vocabulary: Vocabulary | None) -> list[list[int]]:
-  """Return the stop sequences for a text, or for a list of texts and lists of token ids."""
-  found = []
+def _stop(value: Any, vocabulary: Vocabulary | None) -> tuple[tuple[str, ...], list[list[int]]]:
+  """Return stop texts and stop ids for a text, or for a list of texts and lists of token ids."""
+  texts, found = [], []
   for item in value if isinstance(value, list) else [value]:
     if isinstance(item, str) and item:
       if vocabulary is None:
         raise RequestError(
           '`sampling`: stop has a text, but the vocabulary is unknown: give --vocabulary, or ids'
         )
-      found += stop_sequences(vocabulary, item)
+      check_stop_texts([item])
+      texts.append(item)
     elif isinstance(item, list) and item and all(has_type(token, int) for token in item):
       found.append(item)
     else:
@@ -87,7 +92,7 @@ def _stop(value: Any, vocabulary: Vocabulary | None) -> list[list[int]]:
         '`sampling`: stop must be a text, or a list of texts and lists of token ids, got '
         f'{reprlib.repr(value)}'
       )
-  return found
+  return tuple(texts), found
 
 
 def parse_logit_bias(value: Any) -> dict[int, float]:

@@ -8,6 +8,7 @@ import seqio
 import tensorflow as tf
 
 from t5x_inference_ext.runs.tasks import TaskExample
+from t5x_inference_ext.text.stop_texts import cut_at_stop
 
 
 def predicted_row(
@@ -16,6 +17,8 @@ def predicted_row(
   length: int,
   vocabulary: seqio.Vocabulary,
   mode: str,
+  stop: Sequence[str] = (),
+  min_new_tokens: int = 0,
 ) -> dict[str, Any]:
   """Return the row of a predicted example.
 
@@ -26,12 +29,20 @@ def predicted_row(
     length: Length that tokens are padded to before decoding: some vocabularies decode padding too.
     vocabulary: Decodes the predictions.
     mode: 'predict' or 'predict_with_aux'.
+    stop: Texts that end a prediction, and are cut from it.
+    min_new_tokens: Tokens before which stop texts do not count.
   """
   samples = sorted(samples, key=lambda sample: sample[1])
   ids = np.zeros((len(samples), length), np.int32)
   for padded, (tokens, _) in zip(ids, samples):
     padded[: len(tokens)] = tokens
   texts = [_json(vocabulary.decode_tf(tf.constant(padded)).numpy()) for padded in ids]
+  if stop:
+    early = [vocabulary.decode(tokens[: max(0, min_new_tokens - 1)]) for tokens, _ in samples]
+    texts = [
+      cut_at_stop(text, stop, len(before)) if isinstance(text, str) else text
+      for text, before in zip(texts, early)
+    ]
   scores = [score for _, score in samples]
   single = len(samples) == 1
   row: dict[str, Any] = {

@@ -23,10 +23,11 @@ from t5x_inference_ext.options import takes_options
 from t5x_inference_ext.rendezvous import ProcessOptions
 from t5x_inference_ext.runs import batches, loading, task_rows, tasks
 from t5x_inference_ext.runs.clock import Clock
-from t5x_inference_ext.runs.infer_options import InferOptions, with_vocabulary
+from t5x_inference_ext.runs.infer_options import InferOptions, check_vocab_size
 from t5x_inference_ext.runs.job import Job
 from t5x_inference_ext.runs.journal import Journal
 from t5x_inference_ext.runs.progress import Progress, print_on_main
+from t5x_inference_ext.runs.row_text import with_early_ends
 from t5x_inference_ext.runs.task_output import (
   COMPLETED_SUFFIX,
   gfile,
@@ -120,8 +121,9 @@ def infer(
       return
     checkpoint, mesh = loading.open_model(run)
     tasks.check_vocabularies(source, found, checkpoint.config.vocab_size)
+    check_vocab_size(run, checkpoint.config.vocab_size)
     for task in found:
-      _with_task_vocabulary(run, task, checkpoint.config)
+      _with_task_vocabulary(run, task)
   distributed.check_same(
     options=run,
     tasks=(source._replace(name=''), [task.name for task in found]),
@@ -153,12 +155,11 @@ def _with_limits(options: InferOptions, length: int, max_new_tokens: int | None)
   return dataclasses.replace(options, max_new_tokens=length, max_length=length, cache_length=length)
 
 
-def _with_task_vocabulary(
-  options: InferOptions, task: seqio.Task, config: ModelConfig
-) -> InferOptions:
-  """Return options with stop texts encoded by the task's vocabulary."""
+def _with_task_vocabulary(options: InferOptions, task: seqio.Task) -> InferOptions:
+  """Return options that end rows at ids which usually write their stop texts."""
   vocabulary = task.output_features['targets'].vocabulary
-  return with_vocabulary(options, vocabulary, config.vocab_size)
+  sampling = with_early_ends(options.sampling, options.stop, vocabulary)
+  return dataclasses.replace(options, sampling=sampling)
 
 
 def _uncompleted(
@@ -188,7 +189,8 @@ def _prepare_task(
 ) -> Job:
   """Return the job of a task. It writes `<task>-<mode>.jsonl-SSSSS-of-NNNNN`, then `.COMPLETED`."""
   path = output_path(task.name, source, options.mode, output_dir)
-  options = _with_task_vocabulary(options, task, engine.model.config)
+  asked = options.sampling
+  options = _with_task_vocabulary(options, task)
   scoring = options.mode == 'score'
   rows = tasks.examples(task, source)
   first = list(itertools.islice(rows, options.batch_size))
@@ -232,8 +234,10 @@ def _prepare_task(
     if scoring:
       return task_rows.scored_row(example, float(np.sum(result)))
     samples = [result] if isinstance(result, Completion) else result
-    predicted = [(options.sampling.before_stop(s.tokens), s.score) for s in samples]
-    return task_rows.predicted_row(example, predicted, length, vocabulary, options.mode)
+    predicted = [(asked.before_stop(s.tokens), s.score) for s in samples]
+    return task_rows.predicted_row(
+      example, predicted, length, vocabulary, options.mode, options.stop, asked.min_new_tokens
+    )
 
   def write() -> None:
     write_rows(path, journal.in_order())

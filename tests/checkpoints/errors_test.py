@@ -330,7 +330,7 @@ def test_names_are_printed_escaped_and_cut(tmp_path, what):
 @pytest.mark.parametrize('what', HOSTILE)
 @pytest.mark.parametrize('key', ['format', 'version', 'weights', 'model', 'written_by'])
 def test_headers_are_quoted_escaped_and_cut(tmp_path, what, key):
-  header = {'format': serving.SERVING_FORMAT, 'version': 2, 'written_by': 'me', 'model': {}}
+  header = {'format': serving.SERVING_FORMAT, 'version': 3, 'written_by': 'me', 'model': {}}
   header[key] = {HOSTILE[what][0]: 1} if key == 'model' else HOSTILE[what][0]
   header['version'] = header['version'] if key in ('version', 'written_by') else 1
   (tmp_path / 'serving_config.json').write_text(json.dumps(header))

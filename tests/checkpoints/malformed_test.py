@@ -330,9 +330,7 @@ def test_serving_checkpoint_of_no_arrangement(tmp_path, capsys, form):
     run(f'--input={legacy(tmp_path / "source")}', f'--output={tmp_path}/serving', '--weights=int8')
     == 0
   )
-  header = json.loads((tmp_path / 'serving' / 'serving_config.json').read_text())
-  header['source']['form'] = form
-  (tmp_path / 'serving' / 'serving_config.json').write_text(json.dumps(header))
+  synthetic.rewrite_header(tmp_path / 'serving', lambda header: header['source'].update(form=form))
   capsys.readouterr()
   assert run(f'--input={tmp_path}/serving', f'--output={tmp_path}/out', '--format=t5x_float') == 2
   is_clear(capsys.readouterr().err, 'source.form in serving_config.json')

@@ -1,6 +1,5 @@
 """The serving checkpoint: written, read back in any slices, and never read wrongly."""
 
-import json
 import shutil
 
 from hypothesis import given, settings
@@ -121,19 +120,27 @@ def test_damaged_chunk(copy, damage):
   'change,words',
   [
     (lambda h: h.update(format='other'), ['format', 'other']),
-    (lambda h: h.update(version=2), ['version 2', 'reads only version 1']),
+    (lambda h: h.update(version=3), ['version 3', 'reads only versions 1 and 2']),
     (lambda h: h.update(weights='int4'), ['int4']),
     (lambda h: h['model'].update(new_field=1), ['new_field', 'newer']),
     (lambda h: h['model'].pop('d_ff'), ['d_ff']),
+    (lambda h: h.update(model=[]), ['a model config is an object']),
+    (lambda h: h['model'].update(norm_epsilon=float('nan')), ['norm_epsilon', 'got nan']),
+    (lambda h: h['model'].update(rope_max_timescale=-5), ['rope_max_timescale', 'got -5']),
+    (lambda h: h['model'].update(rope_max_timescale='x'), ['rope_max_timescale', "got 'x'"]),
+    (lambda h: h['model'].update(rope_max_timescale=[1]), ['rope_max_timescale', 'got [1]']),
+    (lambda h: h['model'].update(norm_epsilon=None), ['norm_epsilon', 'got None']),
+    (lambda h: h['model'].update(num_layers=True), ['num_layers', 'got True']),
+    (lambda h: h['model'].update(d_model=2**31), ['d_model', 'below 2**31']),
+    (lambda h: h['model'].update(block=['serial']), ['block', "got ['serial']"]),
+    (lambda h: h.update(text=5), ['section on text']),
     (lambda h: h.pop('model'), ['model']),
     (lambda h: h['model'].update(d_ff=48), ['gate', '[2, 8, 24]', '[2, 8, 48]']),
     (lambda h: h.update(weights='bfloat16'), ['query', 'int8', 'bfloat16']),
   ],
 )
 def test_header_that_does_not_fit(copy, change, words):
-  header = json.loads((copy / 'serving_config.json').read_text())
-  change(header)
-  (copy / 'serving_config.json').write_text(json.dumps(header))
+  synthetic.rewrite_header(copy, change)
   with pytest.raises(CheckpointError) as caught:
     open_checkpoint(copy)
   for word in [str(copy), *words]:

@@ -1,7 +1,5 @@
 """T5X's format, written: round trips, in every arrangement of the tree."""
 
-import json
-
 import numpy as np
 import pytest
 
@@ -125,9 +123,7 @@ def test_a_tree_that_nobody_recorded(tmp_path):
       synthetic.separate if config.block == 'serial' or config.num_kv_heads > 1 else synthetic.fused
     )(tensors, config)
     convert.convert(synthetic.write_legacy(root / 'source', leaves), root / 'int8', config=config)
-    header = json.loads((root / 'int8' / 'serving_config.json').read_text())
-    del header['source']['form']
-    (root / 'int8' / 'serving_config.json').write_text(json.dumps(header))
+    synthetic.rewrite_header(root / 'int8', lambda header: header['source'].pop('form'))
     convert.convert(root / 'int8', root / 'out', format='t5x_float')
     found = open_checkpoint(root / 'out', norm_scale=config.norm_scale)  # the tree says its heads
     assert (

@@ -104,7 +104,8 @@ def test_a_file_too_many(root, form, tmp_path, name):
 def test_checkpoint_of_before_small_files_had_checksums(root, tmp_path):
   copy = shutil.copytree(root / 'serving', tmp_path / 'copy')
   header = json.loads((copy / 'serving_config.json').read_text())
-  del header['files'], header['crc32']
+  del header['files'], header['crc32'], header['text']
+  header['version'] = 1
   (copy / 'serving_config.json').write_text(json.dumps(header))
   verify(copy, root / 'source')
 

@@ -12,10 +12,9 @@ import pytest
 import sentencepiece
 
 from t5x_inference_ext.commands import infer
-from t5x_inference_ext.engine import vocabularies
 from t5x_inference_ext.engine.scheduler import Scheduler
-from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.runs import loading, prompts_file
+from t5x_inference_ext.text import settings as text_settings
 
 FLAGS = ('--dtype=float32', '--max_new_tokens=48')
 
@@ -230,27 +229,9 @@ def test_sentencepiece_vocabulary(complete, repository, tmp_path):
   assert rows[0]['completion'] == processor.decode(known)
 
 
-def test_a_stop_in_sentencepiece_is_found_within_words(repository, tmp_path):
-  text = (repository / 'LICENSE').read_text().splitlines()
-  model = tmp_path / 'words'
-  sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(text), model_prefix=str(model), vocab_size=300, minloglevel=2
-  )
-  vocabulary = vocabularies.SentencePieceVocabulary(f'{model}.model')
-  found = vocabularies.stop_sequences(vocabulary, 'or')
-  assert (
-    vocabulary.encode('or') in found
-    and vocabulary.encode('Lor')[-len(found[1]) :] == found[1]
-    and len(found) > 1
-  )
-  assert all(vocabulary.decode(ids) == 'or' for ids in found)
-  with pytest.raises(RequestError, match=r"stop='\\n\\n' can't be written in the vocabulary"):
-    vocabularies.stop_sequences(vocabulary, '\n\n')
-
-
 def test_without_a_vocabulary_ids_still_work(complete, monkeypatch):
   """As for any model that has not 384 rows, where no --vocabulary is given."""
-  monkeypatch.setattr(vocabularies, 'BYTE_ROWS', 0)
+  monkeypatch.setattr(text_settings, 'BYTE_ROWS', 0)
   rows, out = complete([{'prompt': [103, 104, 105]}], '--max_new_tokens=8')
   assert 'vocabulary: none (not known for 384 rows' in out
   assert rows[0]['completion'] is None and len(rows[0]['tokens']) == 8
@@ -627,7 +608,7 @@ def test_a_task_without_seqio_names_the_extra(command, monkeypatch):
 
 
 def test_text_without_a_vocabulary(complaint, monkeypatch):
-  monkeypatch.setattr(vocabularies, 'BYTE_ROWS', 0)
+  monkeypatch.setattr(text_settings, 'BYTE_ROWS', 0)
   assert (
     'give --vocabulary=FILE.model (a SentencePiece model) or --vocabulary=bytes, or give token ids'
     in complaint('{"prompt": "a"}\n')

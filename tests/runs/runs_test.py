@@ -1,41 +1,15 @@
-"""Parts of the infer command: vocabularies, seeds, default meshes, batches, the journal."""
+"""Parts of the infer command: seeds, default meshes, batches, the journal."""
 
 import json
 
 import pytest
 
 from t5x_inference_ext.config import preset
-from t5x_inference_ext.engine.vocabularies import ByteVocabulary, find_vocabulary
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.runs import batches, output
 from t5x_inference_ext.runs.clock import Clock
 from t5x_inference_ext.runs.journal import Journal
 from t5x_inference_ext.sharding.mesh_choice import default_mesh
-
-
-@pytest.mark.parametrize('text', ['', 'def f(x):\n\treturn x', 'é ß 漢字 😀', '\x00\x7f'])
-def test_bytes_are_seqios(text):
-  import seqio  # seconds, that other tests here need not wait for
-
-  ours, theirs = ByteVocabulary(), seqio.ByteVocabulary()
-  assert ours.encode(text) == list(theirs.encode(text))
-  for ids in (ours.encode(text), ours.encode(text)[:-1], [2, 0, 300, *ours.encode(text), 1, 70]):
-    assert ours.decode(ids) == theirs.decode(ids)
-  assert (ours.size, ours.eos_id) == (theirs.vocab_size, theirs.eos_id)
-
-
-def test_vocabulary_that_is_not_known():
-  assert find_vocabulary(None, 32128, needed=False)[0] is None
-  with pytest.raises(RequestError, match=r'not known: give --vocabulary=FILE.model'):
-    find_vocabulary(None, 32128, needed=True)
-
-
-def test_vocabulary_that_does_not_fit(tmp_path):
-  with pytest.raises(RequestError, match='vocabulary bytes has 259 ids and the model 128 rows'):
-    find_vocabulary('bytes', 128, needed=True)
-  (tmp_path / 'not.model').write_text('nothing')
-  with pytest.raises(RequestError, match='not.model is not a SentencePiece model'):
-    find_vocabulary(str(tmp_path / 'not.model'), 384, needed=True)
 
 
 def test_row_seeds_differ_and_stay():

@@ -20,7 +20,7 @@ class Output:
 
   Attributes:
     manifest_name: Name of the manifest's file.
-    manifest_format: The manifest's field `format`.
+    manifest_format, manifest_version: The manifest's fields `format` and `version`.
     header: Name of the file that is written last. A directory without it is not a checkpoint.
     weights: Dtype of the matrices: 'int8', 'bfloat16' or 'float32'.
     arrays: All arrays to write.
@@ -28,6 +28,7 @@ class Output:
 
   manifest_name: str
   manifest_format: str
+  manifest_version: int
   header: str
 
   def __init__(
@@ -36,7 +37,7 @@ class Output:
     self.weights, self.arrays = weights, arrays
     self._manifest = {
       'format': self.manifest_format,
-      'version': serving.VERSION,
+      'version': self.manifest_version,
       'written_by': record['written_by'],
       'weights': weights,
       'options': record['options'],
@@ -77,6 +78,6 @@ class Output:
     """
     listed, index = serving.checksums_file(checksums), self.index_files()
     files = {serving.CHECKSUMS: listed, **index, **array_files(self.arrays)}
-    yield serving.CHECKSUMS, listed
-    yield self.manifest_name, manifest.write({**self._manifest, 'errors': errors}, files)
-    yield from index.items()
+    described = manifest.write({**self._manifest, 'errors': errors}, files)
+    written = {serving.CHECKSUMS: listed, **index, self.manifest_name: described}
+    yield from sorted(written.items(), key=lambda item: item[0] == self.header)

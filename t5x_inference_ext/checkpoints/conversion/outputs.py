@@ -20,7 +20,7 @@ class ServingOutput(Output):
   """A serving checkpoint (docs/serving_checkpoint.md) while it is being written."""
 
   manifest_name = header = serving.CONFIG
-  manifest_format = serving.SERVING_FORMAT
+  manifest_format, manifest_version = serving.SERVING_FORMAT, serving.VERSION
 
   def __init__(
     self, source: Checkpoint, directory: str, weights: str, record: dict[str, Any]
@@ -31,6 +31,11 @@ class ServingOutput(Output):
       self._arrays[name] = RawArray(directory, name, shape, dtype, chunk)
     self._kinds = {**params.parameters(source.config), **params.scales(source.config)}
     super().__init__(source, weights, tuple(self._arrays.values()), record)
+    self._text = source.text
+    self._manifest['text'] = source.text.to_dict() if source.text else None
+
+  def index_files(self) -> dict[str, bytes]:
+    return dict(self._text.files) if self._text else {}
 
   def dtype(self, name: str) -> np.dtype:
     return self._arrays[name].dtype

@@ -34,6 +34,11 @@ def conversion_record(source: Checkpoint, scale_search: str) -> dict[str, Any]:
       'rescale_logits': source.rescale_logits,
       'index_crc32': _index_checksum(source.path),
     },
+    'text': source.text
+    and {
+      **source.text.to_dict(),
+      'crc32': {name: zlib.crc32(data) for name, data in source.text.files.items()},
+    },
     'options': {'scale_search': scale_search},
   }
 

@@ -37,7 +37,8 @@ CHUNK_BYTES = 64 * 2**20
 class T5xOutput(Output):
   """A T5X checkpoint while it is being written."""
 
-  manifest_name, manifest_format, header = MANIFEST, T5X_MANIFEST_FORMAT, legacy.INDEX
+  manifest_name, manifest_format, manifest_version = MANIFEST, T5X_MANIFEST_FORMAT, 1
+  header = legacy.INDEX
 
   def __init__(
     self, source: Checkpoint, directory: str, weights: str, record: dict[str, Any]

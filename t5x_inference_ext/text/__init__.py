@@ -1,0 +1,1 @@
+"""Text: vocabularies, incremental decoding, stop texts, chat templates. No arrays, no devices."""

@@ -1,0 +1,97 @@
+"""SentencePiece model files as vocabularies."""
+
+from collections.abc import Mapping, Sequence
+import functools
+import re
+from typing import Any
+
+from t5x_inference_ext.errors import RequestError, printable
+from t5x_inference_ext.text.vocabulary import Vocabulary
+
+MODEL_FILE = 'vocabulary.model'
+_SPACE = '\u2581'  # how pieces write a space
+_ALL = 2**31
+
+
+class SentencePieceVocabulary(Vocabulary):
+  """A SentencePiece model as it is; seqio's extra_ids are not added.
+
+  Args:
+    name: Name for messages, such as the file's path.
+    data: Content of the model file.
+    bos_id: The id that is put in front of a prompt: 0 in T5X, where targets are shifted right.
+    end_ids: The ids that end a row; None: the model's own EOS.
+
+  Raises:
+    RequestError: The data is no SentencePiece model.
+  """
+
+  kind = 'sentencepiece'
+
+  def __init__(
+    self, name: str, data: bytes, bos_id: int | None = 0, end_ids: Sequence[int] | None = None
+  ) -> None:
+    self.name, self._data, self.bos_id = name, data, bos_id
+    self.leading_spaces = self._dropped_spaces()
+    own = self._model.eos_id()
+    self.end_ids = (() if own < 0 else (own,)) if end_ids is None else tuple(end_ids)
+
+  def __getstate__(self) -> dict[str, Any]:
+    return {name: value for name, value in self.__dict__.items() if name != '_model'}
+
+  @functools.cached_property
+  def _model(self) -> Any:
+    import sentencepiece  # needed by few runs
+
+    try:
+      # An empty file would make a processor without a model.
+      model = sentencepiece.SentencePieceProcessor(model_proto=self._data or b'\0')
+      if model.get_piece_size() > 0:
+        return model
+      reason = 'it has no pieces'
+    except (OSError, RuntimeError) as error:
+      # The message begins with a line of the library's source.
+      reason = re.sub(r'^\w+: \S+\(\d+\) ', '', str(error))
+    raise RequestError(
+      f'{printable(self.name)} is not a SentencePiece model, or only part of one: '
+      f'{printable(reason)}'
+    )
+
+  @property
+  def size(self) -> int:
+    """Number of pieces."""
+    return self._model.get_piece_size()
+
+  def encode(self, text: str) -> list[int]:
+    """Return the ids of a text, without BOS and end. Raises UnicodeEncodeError for surrogates."""
+    text.encode('utf-8')  # SentencePiece itself would replace a surrogate
+    return self._model.encode(text)
+
+  def piece(self, token: int, special: bool = False) -> bytes:
+    """Return the bytes of a piece."""
+    model = self._model
+    if not 0 <= token < self.size:
+      return b''
+    if model.is_control(token):
+      return model.id_to_piece(token).encode() if special else b''
+    if model.is_unknown(token):
+      return model.decode([token]).encode()  # the model's own sign for unknown text
+    if model.is_byte(token):
+      return bytes([int(model.id_to_piece(token)[3:5], 16)])  # <0xE9>
+    return model.id_to_piece(token).replace(_SPACE, ' ').encode()
+
+  def files(self) -> Mapping[str, bytes]:
+    """Return the model file."""
+    return {MODEL_FILE: self._data}
+
+  def _dropped_spaces(self) -> int:
+    """Return how many spaces the model's own decoding drops from the beginning of a text."""
+    model = self._model
+    words = (i for i in range(self.size) if model.id_to_piece(i).startswith(_SPACE))
+    word = next((i for i in words if len(model.id_to_piece(i)) > 1), None)
+    if word is None or model.decode([word]).startswith(' '):
+      return 0
+    space = model.piece_to_id(_SPACE)
+    if model.is_unknown(space) or model.decode([space, word]).startswith(' '):
+      return 1
+    return _ALL

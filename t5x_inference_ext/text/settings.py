@@ -1,0 +1,181 @@
+"""What a checkpoint says about text: vocabulary, BOS, end tokens, chat template, defaults."""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import functools
+import math
+from typing import Any
+
+from t5x_inference_ext.errors import CheckpointError, UserError, printable
+from t5x_inference_ext.text.chat_template import MAX_TEMPLATE, ChatTemplate
+from t5x_inference_ext.text.sentencepiece_model import MODEL_FILE, SentencePieceVocabulary
+from t5x_inference_ext.text.tokenizer_json import TOKENIZER_FILE, TokenizerVocabulary
+from t5x_inference_ext.text.vocabulary import BYTE_ROWS, ByteVocabulary, Vocabulary, check_size
+
+# Kinds of vocabularies, and the file that holds each.
+KINDS: dict[str, tuple[str, ...]] = {
+  'bytes': (),
+  'sentencepiece': (MODEL_FILE,),
+  'tokenizer.json': (TOKENIZER_FILE,),
+}
+# Sampling options that a model's maker recommends: their ranges.
+DEFAULTS: dict[str, tuple[float, float]] = {
+  'temperature': (0, math.inf),
+  'top_p': (0, 1),
+  'top_k': (0, 2**31 - 1),
+  'repetition_penalty': (0, math.inf),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TextSettings:
+  """What a checkpoint says about text.
+
+  Attributes:
+    kind: Kind of the vocabulary, a key of KINDS.
+    files: The vocabulary's files: name -> content.
+    name: Where the vocabulary came from, for messages.
+    source: Why this vocabulary was taken: 'given', 'recorded', or the reason of an assumption.
+    bos_id: The id that is put in front of a prompt; None: none is.
+    end_ids: The ids that end a row.
+    chat_template: The chat template, or None.
+    generation_defaults: Recommended sampling options, with keys of DEFAULTS.
+  """
+
+  kind: str
+  files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+  name: str = 'bytes'
+  source: str = 'given'
+  bos_id: int | None = 0
+  end_ids: tuple[int, ...] = (1,)
+  chat_template: str | None = None
+  generation_defaults: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+  @functools.cached_property
+  def vocabulary(self) -> Vocabulary:
+    """The vocabulary, parsed at its first use. Raises RequestError for damaged files."""
+    if self.kind == 'bytes':
+      return ByteVocabulary(self.bos_id, self.end_ids)
+    (data,) = (self.files[name] for name in KINDS[self.kind])
+    make = SentencePieceVocabulary if self.kind == 'sentencepiece' else TokenizerVocabulary
+    return make(self.name, data, self.bos_id, self.end_ids)
+
+  @property
+  def chat(self) -> ChatTemplate | None:
+    """The chat template, ready to render; None without one."""
+    return None if self.chat_template is None else ChatTemplate(self.chat_template, self.name)
+
+  def to_dict(self) -> dict[str, Any]:
+    """Return all but the files' content, JSON-ready; from_dict is the inverse."""
+    fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+    return {**fields, 'files': sorted(self.files), 'end_ids': list(self.end_ids)}
+
+  @classmethod
+  def from_dict(
+    cls, fields: Any, rows: int, where: str, read: Callable[[str], bytes]
+  ) -> 'TextSettings':
+    """Return the settings of a serving checkpoint.
+
+    Args:
+      fields: What to_dict returned, as read from a file.
+      rows: V, rows of the model's embedding.
+      where: Name of the file, for messages.
+      read: Returns the content of a file of the checkpoint.
+
+    Raises:
+      CheckpointError: A field is not what to_dict writes.
+    """
+    known = {field.name for field in dataclasses.fields(cls)}
+    if not isinstance(fields, dict) or set(fields) != known or fields['kind'] not in KINDS:
+      raise CheckpointError(
+        f'{where}: the section on text is not one that this version knows: convert again'
+      )
+    if fields['files'] != sorted(KINDS[fields['kind']]):
+      raise CheckpointError(f'{where}: the files of the vocabulary are not those of its kind')
+    settings = cls(**{**fields, 'files': {}, 'end_ids': _ids(where, fields['end_ids'])})
+    if settings.source == 'given':
+      settings = dataclasses.replace(settings, source='recorded')
+    settings.check(rows, where)
+    return dataclasses.replace(settings, files={name: read(name) for name in fields['files']})
+
+  def check(self, rows: int, where: str) -> None:
+    """Raise CheckpointError for ids beyond a model's rows, and for values of the wrong kind."""
+    ids = self.end_ids if self.bos_id is None else (self.bos_id, *self.end_ids)
+    for token in _ids(where, ids):
+      if not 0 <= token < rows:
+        raise CheckpointError(
+          f'{where}: BOS or end token {token} is outside the vocabulary of {rows} rows'
+        )
+    if not isinstance(self.name, str) or not isinstance(self.source, str):
+      raise CheckpointError(f'{where}: the name of the vocabulary is not text')
+    template = self.chat_template
+    if template is not None and not (isinstance(template, str) and len(template) <= MAX_TEMPLATE):
+      raise CheckpointError(
+        f'{where}: the chat template is not a text of at most {MAX_TEMPLATE} characters'
+      )
+    defaults = self.generation_defaults
+    if not isinstance(defaults, Mapping) or any(
+      name not in DEFAULTS or not _within(value, *DEFAULTS[name])
+      for name, value in defaults.items()
+    ):
+      raise CheckpointError(
+        f'{where}: generation_defaults must be numbers in range, with names of '
+        f'{", ".join(DEFAULTS)}, got {printable(repr(defaults))}'
+      )
+
+  def __str__(self) -> str:
+    bos = 'no BOS' if self.bos_id is None else f'BOS {self.bos_id}'
+    ends = ' or '.join(map(str, self.end_ids)) or 'no token'
+    more = ['' if self.chat_template is None else ', a chat template']
+    more += [f', {name} {value:g}' for name, value in self.generation_defaults.items()]
+    return (
+      f'{self.kind} ({printable(self.source)}), {self.vocabulary.size} ids, {bos}, rows end with '
+      f'{ends}{"".join(more)}'
+    )
+
+
+def settings_of_vocabulary(vocabulary: Vocabulary, **fields: Any) -> TextSettings:
+  """Return the settings of an open vocabulary; `fields` are further attributes of TextSettings."""
+  settings = TextSettings(
+    vocabulary.kind,
+    vocabulary.files(),
+    vocabulary.name,
+    bos_id=vocabulary.bos_id,
+    end_ids=vocabulary.end_ids,
+    **fields,
+  )
+  settings.__dict__['vocabulary'] = vocabulary  # parsed already
+  return settings
+
+
+def assumed_settings(rows: int) -> TextSettings | None:
+  """Return the settings of a T5X checkpoint of which nothing is known: bytes for 384 rows."""
+  if rows != BYTE_ROWS:
+    return None
+  return settings_of_vocabulary(ByteVocabulary(), source=f'assumed from {rows} rows')
+
+
+def check_settings(settings: TextSettings, rows: int) -> None:
+  """Check that a vocabulary's files can be used, with a model of `rows` embedding rows.
+
+  Raises:
+    UserError: A file is damaged, or the vocabulary has more ids than the model has rows.
+  """
+  check_size(settings.vocabulary, rows)
+  settings.check(rows, printable(settings.name))
+  for token in settings.end_ids:
+    if token >= settings.vocabulary.size:
+      raise UserError(
+        f'vocabulary {printable(settings.name)} has {settings.vocabulary.size} ids, and rows '
+        f'should end with {token}'
+      )
+
+
+def _ids(where: str, ids: Any) -> tuple[int, ...]:
+  if isinstance(ids, Sequence) and all(type(token) is int for token in ids):
+    return tuple(ids)
+  raise CheckpointError(f'{where}: BOS and end tokens must be ids, got {printable(repr(ids))}')
+
+
+def _within(value: Any, least: float, most: float) -> bool:
+  return isinstance(value, (int, float)) and type(value) is not bool and least <= value <= most
