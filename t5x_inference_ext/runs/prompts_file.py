@@ -18,7 +18,7 @@ from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.runs import batches, infer_options, loading, output, prompt_rows
 from t5x_inference_ext.runs.clock import Clock
 from t5x_inference_ext.runs.job import Job
-from t5x_inference_ext.runs.journal import Journal
+from t5x_inference_ext.runs.journal import Journal, check_path
 from t5x_inference_ext.runs.progress import Progress, print_on_main
 from t5x_inference_ext.runs.row_sampling import RowSampling
 from t5x_inference_ext.runs.work import NoWork, ScoreWork, StaticWork, Work, refill_work
@@ -44,7 +44,8 @@ def prepare(
   """
   scoring = options.mode == 'score'
   with distributed.together():
-    output.check_output(files.output, overwrite=files.overwrite)
+    output.check_output(files.output, overwrite=files.overwrite, source=files.prompts)
+    check_path(_journal_path(files.output))
     rows = prompt_rows.read_rows(files.prompts, score=scoring)
     checkpoint, mesh = loading.open_model(options, say)
     vocabulary, source = find_vocabulary(
@@ -78,6 +79,8 @@ def prepare(
   clock = Clock()
   eos_id = vocabulary.eos_id if vocabulary else EOS_ID
   with journal.closed_on_error():
+    with distributed.together():  # another run may have written the output until now
+      output.check_output(files.output, overwrite=files.overwrite, source=files.prompts)
     work, shape = _work(engine, options, todo, clock, eos_id, say)
 
   def tell(row: int, result: Any) -> list[dict[str, Any]]:

@@ -614,6 +614,48 @@ def test_a_disk_that_fills_up_keeps_finished_rows(complete, tmp_path, monkeypatc
       complete(rows, *flags, '--overwrite')
 
 
+def test_outputs_that_are_no_files(complaint, tmp_path):
+  """Each is refused before weights are loaded, also with --overwrite, and is left as it was."""
+  os.mkfifo(tmp_path / 'fifo')
+  (tmp_path / 'precious').write_text('precious')
+  (tmp_path / 'link').symlink_to('precious')
+  (tmp_path / 'dangling').symlink_to('nothing')
+  (tmp_path / 'beside.config.json').mkdir()
+  (tmp_path / '.kept.unfinished').symlink_to('precious')
+  (tmp_path / 'directory').mkdir()
+  row = '{"prompt": "a"}\n'
+  for name, says in (
+    ('fifo', "fifo can't be written, as it is not a regular file: name the output otherwise"),
+    ('link', "link can't be written, as it is a link"),
+    ('dangling', "dangling can't be written, as it is a link"),
+    ('beside', "beside.config.json can't be written, as it is not a regular file"),
+    ('kept', "finished rows can't be kept beside the output, in "),
+    ('directory', 'is a directory: --output names the file to write'),
+    ('prompts.jsonl', 'prompts.jsonl is also the file of prompts: choose another --output'),
+    ('/dev/full', "/dev/full can't be written, as it is not a regular file"),
+    ('/dev/stdout', "/dev/stdout can't be written, as it is a link"),
+  ):
+    assert says in complaint(row, f'--output={tmp_path / name}', '--overwrite')
+  assert (tmp_path / 'precious').read_text() == 'precious'
+  assert (tmp_path / 'prompts.jsonl').read_text() == row
+  assert not (tmp_path / 'nothing').exists() and (tmp_path / 'dangling').is_symlink()
+
+
+def test_an_output_that_another_run_wrote_meanwhile(complete, palm_tiny, tmp_path, monkeypatch):
+  """It is not replaced: it may be what the other run has just finished."""
+  load = loading.load_engine
+
+  def written(*arguments):
+    (tmp_path / 'out.jsonl').write_text('theirs')
+    return load(*arguments)
+
+  monkeypatch.setattr(loading, 'load_engine', written)
+  with pytest.raises(AssertionError, match='out.jsonl exists: remove it'):
+    complete([{'prompt': 'a'}], '--max_new_tokens=2', '--mesh=1x1x1')
+  assert (tmp_path / 'out.jsonl').read_text() == 'theirs'
+  assert not list(tmp_path.glob('.*'))
+
+
 def test_a_task_without_seqio_names_the_extra(command, monkeypatch):
   find_spec = importlib.util.find_spec
   monkeypatch.setattr(
