@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 import dataclasses
-import json
 import os
 from typing import Any
 
@@ -15,13 +14,14 @@ from t5x_inference_ext.engine.request import Completion, Request, Sample
 from t5x_inference_ext.engine.scoring import ScoringExample
 from t5x_inference_ext.engine.vocabularies import Vocabulary, find_vocabulary
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.runs import batches, infer_options, loading, output, prompt_rows
+from t5x_inference_ext.runs import batches, infer_options, loading, memory, output, prompt_rows
 from t5x_inference_ext.runs.clock import Clock
 from t5x_inference_ext.runs.job import Job
 from t5x_inference_ext.runs.journal import Journal, check_path
 from t5x_inference_ext.runs.progress import Progress, print_on_main
 from t5x_inference_ext.runs.row_sampling import RowSampling
 from t5x_inference_ext.runs.work import NoWork, ScoreWork, StaticWork, Work, refill_work
+from t5x_inference_ext.text_files import json_line
 
 
 def prepare(
@@ -65,6 +65,16 @@ def prepare(
       asked,
       None if scoring else options.max_prompt,
     )
+    if not scoring:
+      samples = options.num_decodes * len(rows)
+      memory.check_cache_fits(
+        checkpoint.config,
+        mesh,
+        options.cache or options.dtype,
+        min(options.batch_size, samples),
+        options.cache_length
+        or max(len(row.prompt) + row.asked.max_new_tokens for row in tokenized),
+      )
     if not options.continuous and any(row.asked != asked for row in tokenized):
       raise RequestError('rows have their own `sampling`, which needs batching=continuous')
   distributed.check_same(options=options, prompts=tokenized, checkpoint=checkpoint.notes)
@@ -94,7 +104,7 @@ def prepare(
       for row, each, told in zip(rows, tokenized, journal.in_order()):
         samples = _with_text(row, each, vocabulary, told)
         fields = samples[0] if options.num_decodes == 1 else {'samples': samples}
-        file.write(json.dumps({**row.fields, 'prompt': row.prompt, **fields}) + '\n')
+        file.write(json_line({**row.fields, 'prompt': row.prompt, **fields}) + '\n')
     record = output.write_record(
       files.output,
       {
