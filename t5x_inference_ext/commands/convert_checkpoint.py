@@ -61,6 +61,7 @@ from t5x_inference_ext.checkpoints.checkpoint import Checkpoint, is_finished
 from t5x_inference_ext.checkpoints.conversion.options import COMMON, ConvertOptions
 from t5x_inference_ext.checkpoints.conversion.verify import verify
 from t5x_inference_ext.commands import cli, option_flags
+from t5x_inference_ext.compilation_cache import CacheOptions, use_compilation_cache
 from t5x_inference_ext.config import NORM_SCALES
 from t5x_inference_ext.errors import UserError
 from t5x_inference_ext.options import check_options, option
@@ -146,6 +147,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
   """Define the command's flags."""
   for options in (SourceOptions, ConvertOptions, ReportOptions, ProcessOptions):
     option_flags.define_options(flags, options)
+  option_flags.define_options(flags, CacheOptions, group=_REPORT)
 
 
 def convert_or_verify(flags: absl_flags.FlagValues) -> None:
@@ -183,6 +185,8 @@ def convert_or_verify(flags: absl_flags.FlagValues) -> None:
     for line in report.summary(time.monotonic() - start):
       print_line(line)
   if options.report is not None:
+    cache = option_flags.read_options(flags, CacheOptions)
+    use_compilation_cache(cache, print_line)
     write_report(options, options.report, configured.keywords)
 
 

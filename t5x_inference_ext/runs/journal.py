@@ -152,7 +152,7 @@ class Journal:
     return rows
 
 
-def check_path(path: str) -> None:
+def check_journal_path(path: str) -> None:
   """Raise RequestError if a local path holds no journal, or another run's. Makes no file."""
   if distributed.is_main() and os.path.lexists(path):
     _locked_file(path).close()

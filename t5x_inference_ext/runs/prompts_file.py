@@ -17,7 +17,7 @@ from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.runs import batches, infer_options, loading, memory, output, prompt_rows
 from t5x_inference_ext.runs.clock import Clock
 from t5x_inference_ext.runs.job import Job
-from t5x_inference_ext.runs.journal import Journal, check_path
+from t5x_inference_ext.runs.journal import Journal, check_journal_path
 from t5x_inference_ext.runs.progress import Progress, print_on_main
 from t5x_inference_ext.runs.row_sampling import RowSampling
 from t5x_inference_ext.runs.work import NoWork, ScoreWork, StaticWork, Work, refill_work
@@ -45,7 +45,7 @@ def prepare(
   scoring = options.mode == 'score'
   with distributed.together():
     output.check_output(files.output, overwrite=files.overwrite, source=files.prompts)
-    check_path(_journal_path(files.output))
+    check_journal_path(_journal_path(files.output))
     rows = prompt_rows.read_rows(files.prompts, score=scoring)
     checkpoint, mesh = loading.open_model(options, say)
     vocabulary, source = find_vocabulary(

@@ -484,7 +484,7 @@ def test_help_shows_examples_and_flags(command):
     'Gin:',
   ]
   flags = re.findall(r'^  --(\w+)', out.partition('\nRequired:')[2], re.MULTILINE)
-  assert flags[:4] == ['checkpoint', 'prompts', 'output', 'max_new_tokens'] and len(flags) == 41
+  assert flags[:4] == ['checkpoint', 'prompts', 'output', 'max_new_tokens'] and len(flags) == 42
   assert max(map(len, out.splitlines())) <= 100
 
 
