@@ -1,4 +1,4 @@
-"""Progress of a long step, on stderr: a bar on a terminal, otherwise a line now and then."""
+"""Lines on stdout without delay; progress on stderr: a bar on a terminal, else lines at times."""
 
 import contextlib
 import sys
@@ -6,9 +6,20 @@ import time
 
 import tqdm
 
+from t5x_inference_ext.errors import UserError
 from t5x_inference_ext.text_format import decimal_bytes
 
 LINE_SECONDS = 10  # seconds between lines, if there is no terminal
+
+
+def print_line(line: str) -> None:
+  """Print a line of a command's output without delay. Raises UserError if it can't be written."""
+  try:
+    print(line, flush=True)
+  except BrokenPipeError:
+    raise  # the command ends, and says nothing
+  except OSError as e:
+    raise UserError(f"can't write to standard output: {e.strerror}") from e
 
 
 class ProgressBar:

@@ -78,7 +78,7 @@ class ProcessOptions:
 def parse_address(address: str) -> tuple[str, int]:
   """Return the host and port in 'HOST:PORT'. Raises RequestError for other text."""
   host, colon, port = address.rpartition(':')
-  if not colon or not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+  if not colon or not host or not port.isdecimal() or len(port) > 5 or not 0 < int(port) < 2**16:
     raise RequestError(
       f'coordinator_address is HOST:PORT of process 0, e.g. 10.0.0.1:1234, or auto, got {address!r}'
     )

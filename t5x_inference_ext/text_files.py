@@ -1,8 +1,11 @@
 """Text files of commands: JSON, and checks for writable files and for installed extras."""
 
+import collections
 import importlib.util
 import json
+import math
 import os
+import reprlib
 from typing import Any
 
 from t5x_inference_ext.errors import RequestError, UserError
@@ -10,19 +13,25 @@ from t5x_inference_ext.errors import RequestError, UserError
 _MAX_DEPTH = 200  # levels of JSON: far below Python's limit, so that values can be written again
 
 
+class _Unusable(Exception):
+  """A JSON text that means nothing here. The message says why."""
+
+
 def parse_json(text: str) -> Any:
   """Return the value of a JSON text.
 
   Raises:
-    ValueError: The text is not JSON, or holds a value that Python can't. The message can
-      follow "... is".
+    ValueError: The text is not JSON, holds a value that Python can't, or gives a name of an object
+      twice. The message can follow "... is".
   """
   try:
-    value = json.loads(text)
+    value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
   except json.JSONDecodeError as error:
     raise ValueError(f'not JSON ({error.msg} at column {error.colno})') from None
   except RecursionError:
     raise ValueError('not JSON that can be used (nested too deeply)') from None
+  except _Unusable as error:
+    raise ValueError(f'not JSON that can be used ({error})') from None
   except ValueError:  # beyond Python's limit on digits
     raise ValueError('not JSON that can be used (a number has too many digits)') from None
   level, depth = [value], 0
@@ -35,6 +44,40 @@ def parse_json(text: str) -> Any:
     depth += 1
     if depth > _MAX_DEPTH:
       raise ValueError('not JSON that can be used (nested too deeply)')
+  return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """Return the object of a JSON text, whose names must differ: all but the last would be lost."""
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    (twice, _), *_ = collections.Counter(name for name, _ in pairs).most_common(1)
+    raise _Unusable(f'{reprlib.repr(twice)} is given twice')
+  return found
+
+
+def _constant(text: str) -> float:
+  """Return an infinity, which a logit bias may be. NaN is refused: no number here may be NaN."""
+  if text == 'NaN':
+    raise _Unusable('it holds NaN')
+  return float(text)
+
+
+def json_line(value: Any) -> str:
+  """Return a value as JSON that any parser reads: NaN is null, an infinity a text."""
+  try:
+    return json.dumps(value, allow_nan=False)
+  except ValueError:
+    return json.dumps(_finite(value), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+  if isinstance(value, dict):
+    return {name: _finite(each) for name, each in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [_finite(each) for each in value]
+  if isinstance(value, float) and not math.isfinite(value):
+    return None if math.isnan(value) else ('Infinity' if value > 0 else '-Infinity')
   return value
 
 

@@ -57,3 +57,12 @@ def rough_duration(seconds: float) -> str:
   if seconds < 60:
     return f'{max(1, round(seconds))} s'
   return f'{seconds / 60:.0f} min' if seconds < 3600 else f'{seconds / 3600:.1f} h'
+
+
+def parse_sizes(text: str) -> tuple[int, ...]:
+  """Return the sizes in a text such as '2x4x8'; () if these are not whole numbers from 1 on."""
+  parts = text.split('x')
+  # At most 9 digits: Python converts no number of thousands of digits.
+  if all(part.isdecimal() and len(part) < 10 and int(part) > 0 for part in parts):
+    return tuple(map(int, parts))
+  return ()

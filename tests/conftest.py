@@ -9,6 +9,9 @@ _DEVICES = '--xla_force_host_platform_device_count'
 if _DEVICES not in os.environ.get('XLA_FLAGS', ''):
   os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_DEVICES}=8'.strip()
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+# A test must compile what it tests, and leave the user's cache of compiled programs alone. Commands
+# that tests start inherit this.
+os.environ['JAX_ENABLE_COMPILATION_CACHE'] = '0'
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 import jax  # noqa: E402
@@ -34,8 +37,6 @@ jaxtyping.install_import_hook(
 jax.config.update('jax_default_matmul_precision', 'highest')
 # A missing axis is a mistake here, never meant: every broadcast in the package is written out.
 jax.config.update('jax_numpy_rank_promotion', 'raise')
-# A test must compile what it tests, whatever cache the user's environment names.
-jax.config.update('jax_enable_compilation_cache', False)
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

@@ -46,12 +46,26 @@ def test_json_that_can_be_used(text):
     ('[' * 100_000, 'not JSON that can be used (nested too deeply)'),
     ('[' * 300 + ']' * 300, 'not JSON that can be used (nested too deeply)'),
     ('9' * 5000, 'not JSON that can be used (a number has too many digits)'),
+    ('[{"a": 1, "b": 2, "a": 1}]', "not JSON that can be used ('a' is given twice)"),
+    ('{"a": [NaN]}', 'not JSON that can be used (it holds NaN)'),
   ],
 )
 def test_json_that_can_not_be_used(text, message):
   with pytest.raises(ValueError) as error:
     text_files.parse_json(text)
   assert str(error.value) == message
+
+
+def test_what_is_written_is_json():
+  """Also by the standard, which has no NaN and no infinities."""
+  value = {'a': [float('nan'), 1.5], 'b': {'c': float('-inf'), 'd': None}}
+
+  def refuse(text):
+    raise AssertionError(text)
+
+  written = json.loads(text_files.json_line(value), parse_constant=refuse)
+  assert written == {'a': [None, 1.5], 'b': {'c': '-Infinity', 'd': None}}
+  assert text_files.json_line({'a': 'ü'}) == json.dumps({'a': 'ü'})
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch):

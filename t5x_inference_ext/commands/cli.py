@@ -140,16 +140,6 @@ def _user_message(error: BaseException) -> str:
   return ''
 
 
-def print_line(line: str) -> None:
-  """Print a line of a command's output. Raises UserError if it can't be written."""
-  try:
-    print(line, flush=True)
-  except BrokenPipeError:
-    raise  # Session ends the command
-  except OSError as e:
-    raise UserError(f"can't write to standard output: {e.strerror}") from e
-
-
 def rewrite_gin_flags(argv: Sequence[str]) -> list[str]:
   """Return a command line with `--gin.NAME=VALUE` written as `--gin_bindings=NAME = VALUE`."""
   rewritten = []

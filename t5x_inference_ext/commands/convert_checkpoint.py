@@ -61,10 +61,11 @@ from t5x_inference_ext.checkpoints.checkpoint import Checkpoint, is_finished
 from t5x_inference_ext.checkpoints.conversion.options import COMMON, ConvertOptions
 from t5x_inference_ext.checkpoints.conversion.verify import verify
 from t5x_inference_ext.commands import cli, option_flags
+from t5x_inference_ext.compilation_cache import CacheOptions, use_compilation_cache
 from t5x_inference_ext.config import NORM_SCALES
 from t5x_inference_ext.errors import UserError
 from t5x_inference_ext.options import check_options, option
-from t5x_inference_ext.progress_bar import PassProgress
+from t5x_inference_ext.progress_bar import PassProgress, print_line
 from t5x_inference_ext.rendezvous import ProcessOptions
 from t5x_inference_ext.text_files import check_plots
 
@@ -153,6 +154,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
   """Define the command's flags."""
   for options in (SourceOptions, ConvertOptions, ReportOptions, ProcessOptions):
     option_flags.define_options(flags, options)
+  option_flags.define_options(flags, CacheOptions, group=_REPORT)
 
 
 def convert_or_verify(flags: absl_flags.FlagValues) -> None:
@@ -174,22 +176,24 @@ def convert_or_verify(flags: absl_flags.FlagValues) -> None:
   arguments |= {name: flags[name].value for name in HERE} | shards_of_processes(flags)
   progress = PassProgress()
   configured = cli.configure(
-    convert.convert, found=print_source, planned=cli.print_line, progress=progress, **arguments
+    convert.convert, found=print_source, planned=print_line, progress=progress, **arguments
   )
   assert isinstance(configured, functools.partial)
   output = configured.keywords['output_checkpoint']
   if options.report is not None and is_finished(output):
-    cli.print_line(f'{output} exists: making only the report')
+    print_line(f'{output} exists: making only the report')
   else:
     start = time.monotonic()
     with progress:
       report = configured()
     if not report.finished:
-      cli.print_line(f'this shard is done: the last one to finish completes {report.output}')
+      print_line(f'this shard is done: the last one to finish completes {report.output}')
       return
     for line in report.summary(time.monotonic() - start):
-      cli.print_line(line)
+      print_line(line)
   if options.report is not None:
+    cache = option_flags.read_options(flags, CacheOptions)
+    use_compilation_cache(cache, print_line)
     write_report(options, options.report, configured.keywords)
 
 
@@ -218,7 +222,7 @@ def verify_only(flags: absl_flags.FlagValues) -> None:
     )
   with PassProgress() as progress:
     for line in verify(flags.output, flags.input, workers=flags.workers, progress=progress):
-      cli.print_line(line)
+      print_line(line)
 
 
 def write_report(options: ReportOptions, directory: str, arguments: dict[str, Any]) -> None:
@@ -236,14 +240,14 @@ def write_report(options: ReportOptions, directory: str, arguments: dict[str, An
     config=arguments.get('config'),
     rescale_logits=arguments.get('rescale_logits'),
   ):
-    cli.print_line(line)
+    print_line(line)
 
 
 def print_source(checkpoint: Checkpoint) -> None:
   """Print the notes on the source checkpoint."""
   for note in checkpoint.notes:
-    cli.print_line(note)
-  cli.print_line(f'vocabulary: {checkpoint.text or "not known: none is recorded"}')
+    print_line(note)
+  print_line(f'vocabulary: {checkpoint.text or "not known: none is recorded"}')
 
 
 def run(argv: list[str] | None = None) -> int:

@@ -60,11 +60,13 @@ from absl import flags as absl_flags
 
 from t5x_inference_ext import distributed
 from t5x_inference_ext.commands import cli, option_flags, sampling_flags
+from t5x_inference_ext.compilation_cache import CacheOptions, use_compilation_cache
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.rendezvous import ProcessOptions
 from t5x_inference_ext.runs import loading, prompts_file
 from t5x_inference_ext.runs.infer_options import InferOptions, PromptsFiles
 from t5x_inference_ext.runs.job import Job
+from t5x_inference_ext.runs.progress import print_on_main
 from t5x_inference_ext.text_files import check_extra
 
 EXPLAINED_PROMPT = 512  # prompt tokens to explain a layout for, if --cache_length is not given
@@ -84,6 +86,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     'mesh may have more devices than there are. Also works with gin flags.',
     group='Sharding, memory and compilation',
   )
+  option_flags.define_options(flags, CacheOptions)
   option_flags.define_options(flags, ProcessOptions)
 
 
@@ -101,8 +104,9 @@ def run(argv: list[str] | None = None) -> int:
 def _jobs(flags: absl_flags.FlagValues) -> Iterator[Job]:
   """Yield the jobs to run: one for a prompts file, or one for each task of a mixture."""
   processes = option_flags.read_options(flags, ProcessOptions)
+  cache = option_flags.read_options(flags, CacheOptions)
   if cli.uses_gin(flags):
-    yield from _task_run(flags, processes)()
+    yield from _task_run(flags, processes, cache)()
     return
   options = _infer_options(flags)
   if flags.explain_layout:
@@ -111,6 +115,7 @@ def _jobs(flags: absl_flags.FlagValues) -> Iterator[Job]:
     return
   files = option_flags.read_options(flags, PromptsFiles)
   distributed.initialize(processes)
+  use_compilation_cache(cache, print_on_main)
   yield from prompts_file.prepare(options, files)
 
 
@@ -124,7 +129,7 @@ def _infer_options(flags: absl_flags.FlagValues) -> InferOptions:
 
 
 def _task_run(
-  flags: absl_flags.FlagValues, processes: ProcessOptions
+  flags: absl_flags.FlagValues, processes: ProcessOptions, cache: CacheOptions
 ) -> Callable[[], Iterator[Job]]:
   """Return a run over a seqio task, as a function of no arguments; gin binds its arguments."""
   plain = option_flags.option_names(InferOptions, PromptsFiles, SamplingParams)
@@ -132,6 +137,8 @@ def _task_run(
   check_extra('seqio', 'a run over a task needs seqio and tensorflow', 'seqio', 'tensorflow')
   distributed.initialize(processes)
   config_text = cli.parse_gin(flags)
+  if not flags.explain_layout:
+    use_compilation_cache(cache, print_on_main)
   from t5x_inference_ext.runs import task_run  # imports TensorFlow, which takes seconds
 
   return cli.configure(task_run.infer, config_text=config_text, explain_layout=flags.explain_layout)

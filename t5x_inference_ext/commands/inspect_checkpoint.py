@@ -25,6 +25,7 @@ from t5x_inference_ext.checkpoints.tensor import Tensor
 from t5x_inference_ext.commands import cli
 from t5x_inference_ext.config import PRESETS, ModelConfig, preset
 from t5x_inference_ext.errors import CheckpointError, UserError, printable
+from t5x_inference_ext.progress_bar import print_line
 from t5x_inference_ext.quantization import rounding
 from t5x_inference_ext.text_format import decimal_bytes, rough_duration
 
@@ -53,7 +54,7 @@ def print_description(flags: absl_flags.FlagValues) -> None:
   if flags.path is None:
     raise UserError('no checkpoint given: inspect_checkpoint PATH')
   for line in describe_checkpoint(flags.path):
-    cli.print_line(line)
+    print_line(line)
 
 
 def describe_checkpoint(path: str) -> Iterator[str]:

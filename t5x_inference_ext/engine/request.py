@@ -9,6 +9,9 @@ from t5x_inference_ext.engine.sampling import SamplingParams
 
 TopLogProbs = list[tuple[int, float]]
 
+# The error of a row that fails.
+NOT_FINITE = "the row's logits are not finite: the weights or the dtype can't represent it"
+
 # The reason why a sample has ended:
 #   eos: it chose a token that ends rows.
 #   stop: its tokens end in a stop sequence, or its text holds a stop text.

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from t5x_inference_ext.engine.request import Event, FinishReason, Handle, TopLogProbs
+from t5x_inference_ext.engine.request import NOT_FINITE, Event, FinishReason, Handle, TopLogProbs
 from t5x_inference_ext.text.detokenizer import Detokenizer
 from t5x_inference_ext.text.stop_texts import StopTexts
 from t5x_inference_ext.text.vocabulary import Vocabulary
@@ -72,10 +72,7 @@ class Row:
     error = None
     if finish is None and failed:
       finish = 'error'
-      error = (
-        f'the logits after {before + len(tokens)} new tokens are not finite: the weights or the '
-        'dtype can not represent this row'
-      )
+      error = NOT_FINITE
     if finish is None and len(self.tokens) >= self.limit:
       finish = 'length'
     text = ''
@@ -106,11 +103,12 @@ class Row:
   ) -> tuple[str, int, FinishReason | None]:
     """Return new text, how many of the tokens it takes, and why the row ends, if it does."""
     assert self._text is not None and self._stops is not None
-    text = ''
+    text, before = '', len(self.tokens) - len(tokens)
+    least = self.handle.request.sampling.min_new_tokens
     for i, token in enumerate(tokens):
       if finish == 'eos' and i + 1 == len(tokens):
         continue
-      more, stop = self._stops.push(self._text.push([token]))
+      more, stop = self._stops.push(self._text.push([token]), may_stop=before + i + 1 > least)
       text += more
       if stop is not None:
         return text, i + 1, 'stop'

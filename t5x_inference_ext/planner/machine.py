@@ -53,7 +53,7 @@ class Machine:
       slice_ = torus.parse_slice(text)
       slices.check_slice(slice_)
       return cls(hardware.chip(slice_.kind), slice_.shape, slice_.wraps)
-    if not size.isdecimal() or int(size) not in _GPU_COUNTS:
+    if size not in map(str, _GPU_COUNTS):
       raise MeshError(
         f'{chip.name}s are written with their number, such as {chip.name}:8; known: '
         f'{_list(chip.name)}; got {text!r}'

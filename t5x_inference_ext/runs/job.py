@@ -49,7 +49,6 @@ class Job:
   def write(self) -> None:
     """Write the output, and remove the journal."""
     self._progress.close()
-    self._journal.close()
     self._write()
     self._journal.remove()
 

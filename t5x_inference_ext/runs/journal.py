@@ -8,7 +8,9 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import os
 import pathlib
+import stat
 from typing import IO, Any
 
 from t5x_inference_ext import distributed
@@ -21,7 +23,9 @@ class Journal:
   """A file with one line for each finished row. With several processes, process 0 has the file.
 
   A local file is locked while it is open, so that two runs cannot write one output. The file is
-  only appended to (or emptied, if another run wrote it), so that no kill loses a finished row.
+  only appended to (or emptied, if another run wrote it), so that no kill loses a finished row. Each
+  line has a checksum of its row and of the run: a damaged line, or one of another run, costs no
+  more than its own row, which is computed again.
 
   Args:
     path: The file, which exists only while rows are missing.
@@ -34,7 +38,7 @@ class Journal:
     done: Results by row, at first those of an earlier run with equal settings.
 
   Raises:
-    RequestError: Another run is using the file.
+    RequestError: Another run is using the file, or the path holds anything but a file.
   """
 
   def __init__(self, path: str, run: Any, bucket_files: Any = None) -> None:
@@ -65,9 +69,9 @@ class Journal:
       self._file = self._bucket_files.GFile(self._path, 'w')
       self._file.write(f'{self._run}\n')
       for each in self.done.items():
-        self._write(*each)
+        self._file.write(self._line(*each))
     else:
-      self._write(row, result)
+      self._file.write(self._line(row, result))
     self._pending += 1
     if self._pending >= (FLUSH_ROWS if self._in_bucket else 1):
       self._file.flush()
@@ -82,7 +86,8 @@ class Journal:
     if self._file is not None:
       if not self._in_bucket and not self.done:
         pathlib.Path(self._path).unlink(missing_ok=True)
-      self._file.close()
+      with contextlib.suppress(OSError):  # on a full disk, `keep` has raised
+        self._file.close()
       self._file = None
 
   @contextlib.contextmanager
@@ -98,14 +103,16 @@ class Journal:
     """Remove the file, once the output is written."""
     if not distributed.is_main():
       return
-    if not self._in_bucket:
+    if not self._in_bucket:  # while it is locked, so that no other run takes it up
       pathlib.Path(self._path).unlink(missing_ok=True)
-    elif self._bucket_files.exists(self._path):
+    self.close()
+    if self._in_bucket and self._bucket_files.exists(self._path):
       self._bucket_files.remove(self._path)
 
-  def _write(self, row: int, result: Any) -> None:
-    assert self._file is not None
-    self._file.write(json.dumps({'row': row, 'result': result}) + '\n')
+  def _line(self, row: int, result: Any) -> str:
+    text = json.dumps({'row': row, 'result': result})
+    check = hashlib.sha256(f'{self._run} {text}'.encode()).hexdigest()[:16]
+    return f'{text[:-1]}, "check": "{check}"}}\n'
 
   def _open(self) -> list[tuple[int, Any]]:
     """Open the file, unless it is in a bucket; return the rows that this run can keep from it."""
@@ -114,43 +121,77 @@ class Journal:
         return []
       with self._bucket_files.GFile(self._path, 'r') as file:
         return self._rows(file.read())
-    try:
-      file = open(self._path, 'a+', encoding='utf-8')  # noqa: SIM115  # open while the run lasts
-      self._file = file
-    except OSError as error:
-      raise RequestError(
-        f"finished rows can't be kept beside the output, in {self._path}: {error.strerror}"
-      ) from error
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-      file.close()
-      self._file = None
-      raise RequestError(
-        f'another run is writing this output (it holds {self._path}): wait for it, or choose '
-        'another output'
-      ) from None
+    self._file = file = _locked_file(self._path)
     file.seek(0)
     text = file.read()
     rows = self._rows(text)
-    if not rows and text != f'{self._run}\n':
-      file.truncate(0)
-      file.write(f'{self._run}\n')
-      file.flush()
-    elif not text.endswith('\n'):  # the last line is incomplete
-      file.write('\n')
+    try:
+      if not rows and text != f'{self._run}\n':
+        file.truncate(0)
+        file.write(f'{self._run}\n')
+        file.flush()
+      elif not text.endswith('\n'):  # the last line is incomplete
+        file.write('\n')
+        file.flush()
+    except OSError as error:
+      self.close()
+      raise _cannot_keep(self._path, error.strerror) from error
     return rows
 
   def _rows(self, text: str) -> list[tuple[int, Any]]:
-    """Return the undamaged rows in a journal's text; none if a run with other settings wrote it."""
-    head, *lines = text.split('\n')
-    if head != self._run:
-      return []
+    """Return the undamaged rows of this run in a journal's text."""
     rows = []
-    for line in lines:
+    for line in text.split('\n'):
       try:
-        row = json.loads(line)
-        rows.append((int(row['row']), row['result']))
+        entry = json.loads(line)
+        row, result = entry['row'], entry['result']
+        if type(row) is int and self._line(row, result) == f'{line}\n':
+          rows.append((row, result))
       except (ValueError, TypeError, KeyError, RecursionError):
-        continue  # cut off, or damaged: the row is computed again
+        continue  # cut off, damaged, or no row
     return rows
+
+
+def check_journal_path(path: str) -> None:
+  """Raise RequestError if a local path holds no journal, or another run's. Makes no file."""
+  if distributed.is_main() and os.path.lexists(path):
+    _locked_file(path).close()
+
+
+def _cannot_keep(path: str, reason: str | None) -> RequestError:
+  return RequestError(f"finished rows can't be kept beside the output, in {path}: {reason}")
+
+
+def _locked_file(path: str) -> IO[str]:
+  """Open a local file for reading and appending, and lock it.
+
+  Raises:
+    RequestError: The path is not that of a file that can be written, or another run holds it.
+  """
+  while True:
+    try:
+      # A link is not followed, and a FIFO not waited for.
+      flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+      handle = os.open(path, flags, 0o666)
+    except OSError as error:
+      link = os.path.islink(path)
+      raise _cannot_keep(path, 'it is a link: remove it' if link else error.strerror) from error
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+      os.close(handle)
+      raise _cannot_keep(path, 'it is not a regular file: remove it')
+    file = open(handle, 'a+', encoding='utf-8', errors='replace', newline='\n')  # noqa: SIM115  # open while the run lasts
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      if os.path.samestat(os.fstat(handle), os.lstat(path)):
+        return file
+    except FileNotFoundError:
+      pass  # the run that held the file has removed it
+    except BlockingIOError:
+      file.close()
+      raise RequestError(
+        f'another run is writing this output (it holds {path}): wait for it, or choose another '
+        'output'
+      ) from None
+    except OSError:
+      return file  # a file system without locks
+    file.close()

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 import contextlib
 import json
 import os
+import stat
 import tempfile
 from typing import Any, TextIO, cast
 
@@ -15,8 +16,14 @@ RECORD_SUFFIX = '.config.json'
 _ADDED_BYTES = 14
 
 
-def check_output(path: str, *, overwrite: bool) -> None:
-  """Raise RequestError for a file that could not be written at the end, before any work is done."""
+def check_output(path: str, *, overwrite: bool, source: str) -> None:
+  """Raise RequestError for a file that could not be written at the end, before any work is done.
+
+  Args:
+    path: The output.
+    overwrite: Whether to replace a file that is there.
+    source: File that the run reads, which the output must not replace.
+  """
   if not distributed.is_main():
     return
   directory, name = os.path.split(os.path.abspath(path))
@@ -37,6 +44,13 @@ def check_output(path: str, *, overwrite: bool) -> None:
       f"the output's name has {len(os.fsencode(name))} bytes; at most {longest} leave room for "
       'the names of the files beside it: choose a shorter name'
     )
+  # A link may be the system's (/dev/stdout), and a file is replaced, not written into.
+  for each in (path, path + RECORD_SUFFIX):
+    if os.path.lexists(each) and not stat.S_ISREG(os.lstat(each).st_mode):
+      kind = 'a link' if os.path.islink(each) else 'not a regular file'
+      raise RequestError(f"{each} can't be written, as it is {kind}: name the output otherwise")
+  if os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
+    raise RequestError(f'the output {path} is also the file of prompts: choose another --output')
   if os.path.exists(path) and not overwrite:
     raise RequestError(
       f'the output {path} exists: remove it, choose another --output, or give --overwrite'

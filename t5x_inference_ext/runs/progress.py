@@ -4,15 +4,15 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from t5x_inference_ext import distributed
-from t5x_inference_ext.progress_bar import ProgressBar
+from t5x_inference_ext.progress_bar import ProgressBar, print_line
 
 _T = TypeVar('_T')
 
 
 def print_on_main(text: str) -> None:
-  """Print a line without delay, in process 0 only."""
+  """Print a line without delay, in process 0 only. Raises UserError if it can't be written."""
   if distributed.is_main():
-    print(text, flush=True)
+    print_line(text)
 
 
 class Progress(ProgressBar):

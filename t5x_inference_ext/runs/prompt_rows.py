@@ -5,7 +5,7 @@ import dataclasses
 import reprlib
 from typing import Any, TypeAlias, TypeVar
 
-from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.errors import RequestError, name_list
 from t5x_inference_ext.runs.row_sampling import RowSampling, row_sampling
 from t5x_inference_ext.text.vocabulary import Vocabulary, encode_pair
 from t5x_inference_ext.text_files import parse_json
@@ -80,14 +80,24 @@ def read_rows(path: str, *, score: bool) -> list[PromptRow]:
   except OSError as error:
     raise RequestError(f"the prompts file {path} can't be read: {error.strerror}") from error
   except UnicodeDecodeError as error:
-    raise RequestError(
-      f'the prompts file {path} is not UTF-8 (at byte {error.start}): save it as UTF-8'
-    ) from error
+    line = _undecodable_line(path)
+    raise RequestError(f'{path}:{line}: the line is not UTF-8: save the file as UTF-8') from error
   numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
   rows = _map_rows(path, numbered, lambda item: _parse(*item, score), lambda item: item[0])
   if not rows:
     raise RequestError(f'the prompts file {path} has no rows')
   return rows
+
+
+def _undecodable_line(path: str) -> int:
+  """Return the number of the first line of a file that is not UTF-8."""
+  with open(path, 'rb') as file:
+    data = file.read()
+  try:
+    data.decode('utf-8')
+  except UnicodeDecodeError as error:
+    return len(data[: error.start + 1].splitlines())
+  return 1
 
 
 def tokenize(
@@ -175,7 +185,8 @@ def _parse(number: int, line: str, score: bool) -> PromptRow:
   if not isinstance(fields, dict):
     raise ValueError(f'a row is an object such as {EXAMPLE}, not {_kind(fields)}')
   if 'prompt' not in fields:
-    found = f'it has {", ".join(map(repr, fields))}' if fields else 'it is empty'
+    names = name_list(map(reprlib.repr, fields), len(fields))
+    found = f'it has {names}' if fields else 'it is empty'
     raise ValueError(f'no "prompt" ({found}): write {{"prompt": TEXT or [token ids]}}')
   prompt = _text('prompt', fields['prompt'])
   if not score:

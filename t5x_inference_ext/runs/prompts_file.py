@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 import dataclasses
-import json
 import os
 from typing import Any
 
@@ -10,22 +9,20 @@ import numpy as np
 
 from t5x_inference_ext import distributed
 from t5x_inference_ext.engine.engine import Engine
-from t5x_inference_ext.engine.request import Completion, Request, Sample
+from t5x_inference_ext.engine.request import NOT_FINITE, Completion, Request, Sample
 from t5x_inference_ext.engine.scoring import ScoringExample
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.runs import batches, infer_options, loading, output, prompt_rows
+from t5x_inference_ext.runs import batches, infer_options, loading, memory, output, prompt_rows
 from t5x_inference_ext.runs.clock import Clock
 from t5x_inference_ext.runs.job import Job
-from t5x_inference_ext.runs.journal import Journal
+from t5x_inference_ext.runs.journal import Journal, check_journal_path
 from t5x_inference_ext.runs.progress import Progress, print_on_main
 from t5x_inference_ext.runs.row_sampling import RowSampling
 from t5x_inference_ext.runs.row_text import completed_text, with_early_ends
 from t5x_inference_ext.runs.work import NoWork, ScoreWork, StaticWork, Work, refill_work
-from t5x_inference_ext.text.settings import TextSettings
-from t5x_inference_ext.text.vocabulary import Vocabulary
-from t5x_inference_ext.text.vocabulary_files import choose_settings
-
-_NOT_KNOWN = 'not known for {} rows: completions have tokens only, no text'
+    with distributed.together():  # another run may have written the output until now
+      output.check_output(files.output, overwrite=files.overwrite, source=files.prompts)
+    work, shape = _work(engine, options, todo, clock, settings, say)
 
 
 def prepare(
@@ -48,7 +45,8 @@ def prepare(
   """
   scoring = options.mode == 'score'
   with distributed.together():
-    output.check_output(files.output, overwrite=files.overwrite)
+    output.check_output(files.output, overwrite=files.overwrite, source=files.prompts)
+    check_journal_path(_journal_path(files.output))
     rows = prompt_rows.read_rows(files.prompts, score=scoring)
     checkpoint, mesh = loading.open_model(options, say)
     rows_of_model = checkpoint.config.vocab_size
@@ -67,6 +65,16 @@ def prepare(
     tokenized = prompt_rows.tokenize(
       files.prompts, rows, vocabulary, rows_of_model, asked, None if scoring else options.max_prompt
     )
+    if not scoring:
+      samples = options.num_decodes * len(rows)
+      memory.check_cache_fits(
+        checkpoint.config,
+        mesh,
+        options.cache or options.dtype,
+        min(options.batch_size, samples),
+        options.cache_length
+        or max(len(row.prompt) + row.asked.max_new_tokens for row in tokenized),
+      )
     if not options.continuous and any(row.asked != asked for row in tokenized):
       raise RequestError('rows have their own `sampling`, which needs batching=continuous')
     if settings is not None and not options.continuous:
@@ -83,20 +91,22 @@ def prepare(
   todo = [(row, each) for row, each in enumerate(tokenized) if row not in journal.done]
   clock = Clock()
   with journal.closed_on_error():
+    with distributed.together():  # another run may have written the output until now
+      output.check_output(files.output, overwrite=files.overwrite, source=files.prompts)
     work, shape = _work(engine, options, todo, clock, settings, say)
 
   def tell(row: int, result: Any) -> list[dict[str, Any]]:
     if scoring:
       return [_told_scores(tokenized[row], result, options)]
     samples = [result] if isinstance(result, Completion) else result
-    return [_told_sample(sample, options, tokenized[row], vocabulary) for sample in samples]
+    return [_told_sample(sample, options) for sample in samples]
 
   def write() -> None:
     with output.whole_file(files.output) as file:
       for row, each, told in zip(rows, tokenized, journal.in_order()):
         samples = _with_text(row, each, vocabulary, told)
         fields = samples[0] if options.num_decodes == 1 else {'samples': samples}
-        file.write(json.dumps({**row.fields, 'prompt': row.prompt, **fields}) + '\n')
+        file.write(json_line({**row.fields, 'prompt': row.prompt, **fields}) + '\n')
     record = output.write_record(
       files.output,
       {
@@ -145,9 +155,9 @@ def _work(
       requests,
       clock,
       say,
-      slots=options.batch_size,
-      cache_size=options.cache_length,
-      eos_id=eos_id,
+      vocabulary=settings.vocabulary,
+      slots=min(options.batch_size, options.num_decodes * len(todo)),
+      max_length=options.cache_length,
     )
   shape = _shape(options, engine, [row for _, row in todo], say)
   prompts = [(i, row.prompt) for i, row in todo]
@@ -166,11 +176,16 @@ def _request(
   seeds = batches.row_seeds(options.seed, index, samples)
   if row.asked.seed is not None:
     seeds = tuple((row.asked.seed + i) % 2**32 for i in range(samples))
-  sampling = with_early_ends(
-    row.asked.sampling, row.asked.stop, settings.vocabulary, settings.end_ids[1:]
-  )
   bos = () if settings.bos_id is None else (settings.bos_id,)
-  return Request((*bos, *row.prompt), seeds, row.asked.max_new_tokens, sampling)
+  return Request(
+    (*bos, *row.prompt),
+    seeds,
+    row.asked.max_new_tokens,
+    row.asked.sampling,
+    end_ids=tuple(settings.end_ids),
+    stop_texts=row.asked.stop,
+    top_log_probs=options.top_log_probs,
+  )
 
 
 def _shape(
@@ -196,21 +211,16 @@ def _shape(
 
 
 def _told_sample(
-  sample: Sample | Completion,
-  options: infer_options.InferOptions,
-  row: prompt_rows.TokenizedRow,
-  vocabulary: Vocabulary | None,
+  sample: Sample | Completion, options: infer_options.InferOptions
 ) -> dict[str, Any]:
-  """Return the fields to write for a generated sample, except its text.
-
-  Tokens after a stop text are left out. A row of a static batch keeps them, because its score is
-  known only as a whole.
-  """
-  if isinstance(sample, Sample) and vocabulary is not None and row.asked.stop:
-    asked = row.asked
-    _, count = completed_text(vocabulary, row.prompt, sample.tokens, asked.sampling, asked.stop)
-    sample = Sample(sample.tokens[:count], sample.log_probs[:count], sample.top[:count])
-  told: dict[str, Any] = {'tokens': sample.tokens, 'score': sample.score}
+  """Return the fields to write for a generated sample, except its text."""
+  told: dict[str, Any] = {
+    'tokens': sample.tokens,
+    'score': sample.score,
+    'finish_reason': sample.finish_reason,
+  }
+  if sample.finish_reason == 'error':
+    told['error'] = (isinstance(sample, Sample) and sample.error) or NOT_FINITE
   if isinstance(sample, Sample):
     if options.token_log_probs or options.top_log_probs:
       told['log_probs'] = sample.log_probs

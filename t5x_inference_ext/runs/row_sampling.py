@@ -52,7 +52,9 @@ def row_sampling(
   """
   for name, value in given.items():
     if name not in _KNOWN:
-      raise RequestError(f'`sampling` has {name!r}, but can only have {", ".join(_KNOWN)}')
+      raise RequestError(
+        f'`sampling` has {reprlib.repr(name)}, but can only have {", ".join(_KNOWN)}'
+      )
     if name not in _FIELDS and not has_type(value, int):
       raise RequestError(f'`sampling`: {name} must be a whole number, got {reprlib.repr(value)}')
   fields = {name: value for name, value in given.items() if name in _FIELDS}
@@ -66,11 +68,12 @@ def row_sampling(
   limit = given.get('max_new_tokens', run.max_new_tokens)
   if not 1 <= limit <= run.max_new_tokens:
     raise RequestError(
-      f"`sampling`: max_new_tokens must be 1 to {run.max_new_tokens}, the run's, got {limit}"
+      f"`sampling`: max_new_tokens must be 1 to {run.max_new_tokens}, the run's, got "
+      f'{reprlib.repr(limit)}'
     )
   seed = given.get('seed', run.seed)
   if seed is not None and not 0 <= seed < 2**32:
-    raise RequestError(f'`sampling`: seed must be 0 to 2**32 - 1, got {seed}')
+    raise RequestError(f'`sampling`: seed must be 0 to 2**32 - 1, got {reprlib.repr(seed)}')
   return RowSampling(sampling, limit, seed, texts)
 
 
@@ -96,15 +99,19 @@ def _stop(value: Any, vocabulary: Vocabulary | None) -> tuple[tuple[str, ...], l
 
 
 def parse_logit_bias(value: Any) -> dict[int, float]:
-  """Return the logit bias that a JSON object {"TOKEN ID": NUMBER, ...} stands for.
+  """Return the logit bias that a JSON object {"TOKEN ID": NUMBER or "-Infinity", ...} stands for.
 
   Raises:
     RequestError: The value is not such an object, or a number is too large for a float.
   """
   try:
-    if all(has_type(bias, float) for bias in value.values()):
-      return {int(token): float(bias) for token, bias in value.items()}
-  except (AttributeError, OverflowError, ValueError):
+    found = {int(token): float(bias) for token, bias in value.items()}
+    # int() takes ' 3' and '+3', too, and float() any text of a number.
+    if [*map(str, found)] == [*value] and all(
+      has_type(bias, float) or bias == '-Infinity' for bias in value.values()
+    ):
+      return found
+  except (AttributeError, OverflowError, TypeError, ValueError):
     pass
   raise RequestError(
     f'logit_bias must be an object of token ids and numbers, got {reprlib.repr(value)}'

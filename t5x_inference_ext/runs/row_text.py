@@ -47,7 +47,7 @@ def completed_text(
   """
   detokenizer, stops, parts = Detokenizer(vocabulary, prompt), StopTexts(stop), []
   for place, token in enumerate(sampling.before_stop(tokens), 1):
-    text, found = stops.push(detokenizer.push([token]), place >= sampling.min_new_tokens)
+    text, found = stops.push(detokenizer.push([token]), place > sampling.min_new_tokens)
     parts.append(text)
     if found is not None:
       return ''.join(parts), place

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator
 import contextlib
-import json
 import os
 from typing import IO, Any
 
@@ -11,6 +10,7 @@ import tensorflow as tf
 from t5x_inference_ext import distributed
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.runs.tasks import Source
+from t5x_inference_ext.text_files import json_line
 
 gfile = tf.io.gfile
 COMPLETED_SUFFIX = '.COMPLETED'
@@ -46,7 +46,7 @@ def write_rows(path: str, rows: Iterable[Any]) -> None:
   temporary = f'{path}.incomplete'
   with open_output(temporary) as file:
     for row in rows:
-      file.write(json.dumps(row) + '\n')
+      file.write(json_line(row) + '\n')
   if distributed.is_main():
     with _errors(path):
       gfile.rename(temporary, path, overwrite=True)

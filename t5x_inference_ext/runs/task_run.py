@@ -281,11 +281,10 @@ def _work(
       (_request(row, tokens, options) for row, tokens in prompts),
       clock,
       print_on_main,
-      ahead=4 * batch,  # enough to find a shared prefix
+      ahead=batch,
       slots=batch,
-      prompt_size=longest + 1,
-      cache_size=options.max_length or longest + options.max_new_tokens,
-      eos_id=eos_id,
+      max_length=(options.max_length or longest + options.max_new_tokens) + 1,
+      end_ids=(eos_id,),
     )
     return work
   shape = batches.BatchShape(batch, longest, options.cache_length, options.max_length)

@@ -23,7 +23,7 @@ from t5x_inference_ext.runs import loading
 from t5x_inference_ext.runs.batches import BatchShape, pad, row_seed
 from t5x_inference_ext.runs.clock import Clock
 from t5x_inference_ext.runs.infer_options import InferOptions
-
+from t5x_inference_ext.text.vocabulary import Vocabulary
 
 # Decode steps in one call when no row waits for a slot: nobody waits for the single token here.
 DECODE_STEPS = 16
@@ -102,6 +102,7 @@ def refill_work(
   say: Callable[[str], None],
   *,
   ahead: int | None = None,
+  vocabulary: Vocabulary | None = None,
   **sizes: Any,
 ) -> tuple[Work, dict[str, int]]:
   """Return the work of requests in refilled slots, and its sizes for the record of the run.
@@ -112,7 +113,8 @@ def refill_work(
     requests: Pairs (row, request), in order.
     clock: Counts time, rows and tokens.
     say: Prints a line.
-    ahead: Number of requests to read for their shared prefix and sizes; None: all.
+    ahead: Number of requests to read for their sizes; None: all.
+    vocabulary: Needed by stop texts.
     **sizes: Other arguments of scheduler_config.config_for.
   """
   requests = iter(requests)
@@ -129,7 +131,7 @@ def refill_work(
   )
   note = loading.rounded_note(options, config.slots, engine)
   say(f'batch: {config.slots} rows{note}, refilled as they end')
-  scheduler = Scheduler(engine.model, engine.weights, config, vocabulary=engine.vocabulary)
+  scheduler = Scheduler(engine.model, engine.weights, config, vocabulary=vocabulary)
   work = RefillWork(scheduler, itertools.chain(first, requests), clock)
   return work, {'batch': config.slots, 'max_length': config.max_length}
 

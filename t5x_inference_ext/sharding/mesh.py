@@ -9,6 +9,7 @@ import numpy as np
 
 from t5x_inference_ext.errors import MeshError
 from t5x_inference_ext.sharding import torus
+from t5x_inference_ext.text_format import parse_sizes
 
 AXES = ('x', 'y', 'z')
 MeshShape = tuple[int, int, int]  # (X, Y, Z)
@@ -20,11 +21,10 @@ def parse_mesh(text: str) -> MeshShape:
   Raises:
     MeshError: The text is not three whole numbers above 0.
   """
-  parts = text.lower().split('x')
-  if len(parts) != 3 or not all(p.isdecimal() and int(p) > 0 for p in parts):
-    raise MeshError(f'a mesh is written XxYxZ, e.g. 2x2x2 or 1x1x1, got {text!r}')
-  x, y, z = map(int, parts)
-  return x, y, z
+  sizes = parse_sizes(text.lower())
+  if len(sizes) != 3:
+    raise MeshError(f'a mesh is written XxYxZ, e.g. 2x2x2 or 1x1x1, got {text[:99]!r}')
+  return sizes
 
 
 def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:

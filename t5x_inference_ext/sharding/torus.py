@@ -14,6 +14,7 @@ import math
 import numpy as np
 
 from t5x_inference_ext.errors import MeshError
+from t5x_inference_ext.text_format import parse_sizes
 
 # Generation -> number of physical axes. The compiler calls generations by device kinds.
 GENERATIONS = {'v4': 3, 'v5e': 2, 'v5p': 3, 'v6e': 2}
@@ -74,14 +75,14 @@ def parse_slice(text: str) -> TpuSlice:
       'a slice is written generation:shape, e.g. v4:4x4x4 or v5e:4x8, with generation '
       f'{", ".join(GENERATIONS)}; got {text!r}'
     )
-  parts = sizes.split('x')
-  if len(parts) != GENERATIONS[kind] or not all(p.isdecimal() and int(p) > 0 for p in parts):
+  shape = parse_sizes(sizes)
+  if len(shape) != GENERATIONS[kind]:
     example = f'{kind}:4x4x4' if GENERATIONS[kind] == 3 else f'{kind}:4x8'
     raise MeshError(
       f'a {kind} slice has {GENERATIONS[kind]} physical axes and is written e.g. {example}, '
-      f'got {text!r}'
+      f'got {text[:99]!r}'
     )
-  x, y, z = (*map(int, parts), 1)[:3]
+  x, y, z = (*shape, 1)[:3]
   return TpuSlice(kind, (x, y, z))
 
 

@@ -25,7 +25,6 @@ from t5x_inference_ext.t5x.decode_options import DecodeOptions
 from t5x_inference_ext.t5x.module import weights_from_params
 from t5x_inference_ext.t5x.types import Array, Batch, Params, Predictions
 
-
 # Decode steps in one call when no example waits for a slot: T5X sees whole batches alone.
 DECODE_STEPS = 16
 

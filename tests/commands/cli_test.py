@@ -248,9 +248,10 @@ def test_what_no_gin_file_binds(module, tmp_path, capsys):
 LINES = """
 import sys
 from t5x_inference_ext.commands import cli
+from t5x_inference_ext.progress_bar import print_line
 with cli.Session('', lambda flags: None) as session:
   for _ in range(99999):
-    cli.print_line('a line')
+    print_line('a line')
 sys.exit(session.code)
 """
 

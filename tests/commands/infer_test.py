@@ -13,7 +13,7 @@ import sentencepiece
 
 from t5x_inference_ext.commands import infer
 from t5x_inference_ext.engine.scheduler import Scheduler
-from t5x_inference_ext.runs import loading, prompts_file
+from t5x_inference_ext.runs import loading, memory, prompts_file
 from t5x_inference_ext.text import settings as text_settings
 
 FLAGS = ('--dtype=float32', '--max_new_tokens=48')
@@ -430,6 +430,12 @@ def test_rows_that_say_themselves_how(complete, greedy):
     ('{"stop": "\\ud800"}', "prompts.jsonl:1: stop='\\ud800' is not valid Unicode"),
     ('{"temperature": ' + '9' * 400 + '}', 'temperature must be 0 or more and at most 3.4e+38'),
     ('{"max_new_tokens": "x"}', "max_new_tokens must be a whole number, got 'x'"),
+    ('{"temprature' + 'x' * 10**5 + '": 1}', '...xxxx'),
+    ('{"seed": 1, "seed": 1}', "'seed' is given twice"),
+    ('{"logit_bias": {"03": 1}}', 'logit_bias must be an object of token ids and numbers'),
+    ('{"logit_bias": {" 3": 1}}', 'logit_bias must be an object of token ids and numbers'),
+    ('{"logit_bias": {"3": "1"}}', 'logit_bias must be an object of token ids and numbers'),
+    ('{"logit_bias": {"3": NaN}}', 'it holds NaN'),
     ('{"seed": 1.5}', 'seed must be a whole number, got 1.5'),
   ],
 )
@@ -459,7 +465,7 @@ def test_help_shows_examples_and_flags(command):
     'Gin:',
   ]
   flags = re.findall(r'^  --(\w+)', out.partition('\nRequired:')[2], re.MULTILINE)
-  assert flags[:4] == ['checkpoint', 'prompts', 'output', 'max_new_tokens'] and len(flags) == 41
+  assert flags[:4] == ['checkpoint', 'prompts', 'output', 'max_new_tokens'] and len(flags) == 42
   assert max(map(len, out.splitlines())) <= 100
 
 
@@ -478,6 +484,18 @@ def test_help_shows_examples_and_flags(command):
     ),
     ('{"prompt": "\\ud800"}\n', 'prompts.jsonl:1: `prompt` is not valid Unicode'),
     ('\n\n', 'has no rows'),
+    (
+      '{"prompt": "a", "prompt": "b"}',
+      "prompts.jsonl:1: not JSON that can be used ('prompt' is gi",
+    ),
+    (
+      '{"prompt": "a"}\n{"prompt": "a", "x": NaN}',
+      'prompts.jsonl:2: not JSON that can be used (it',
+    ),
+    ('\n{"' + 'k' * 10**5 + '": 1}', 'kkkk...kkkk'),
+    ('{' + ','.join(f'"k{i}": 1' for i in range(99)) + '}', "'k11' and 87 more"),
+    ('{"\\u001b[31m\\nerror: ": 1}', 'no "prompt" (it has \'\\x1b[31m\\nerror: \')'),
+    ('{"prompt": "a"}\0', 'prompts.jsonl:1: not JSON'),
     ('{"prompt": ' + '[' * 100_000 + '\n', 'prompts.jsonl:1: not JSON that can be used (nested'),
     ('{"prompt": "a", "x": ' + '[' * 300 + ']' * 300 + '}\n', 'prompts.jsonl:1: not JSON that can'),
     ('{"prompt": [' + '9' * 5000 + ']}\n', 'not JSON that can be used (a number has too many'),
@@ -486,6 +504,15 @@ def test_help_shows_examples_and_flags(command):
 )
 def test_bad_rows(complaint, text, says):
   assert says in complaint(text)
+
+
+@pytest.mark.parametrize('before, line', [(b'', 1), (b'\r\n', 2), (b'{"prompt": "a"}\n\r', 3)])
+def test_a_row_that_is_not_utf8(complaint, tmp_path, before, line):
+  """The line is named, far from the file's beginning too."""
+  path = tmp_path / 'latin.jsonl'
+  for padding in (0, 40_000):
+    path.write_bytes(before + b'{"prompt": "' + b' ' * padding + b'\xe9"}\n')
+    assert f'latin.jsonl:{line}: the line is not UTF-8' in complaint('', f'--prompts={path}')
 
 
 def test_every_bad_row_is_listed(complaint):
@@ -512,6 +539,8 @@ def test_every_bad_row_is_listed(complaint):
     (['--mode=score'], 'prompts.jsonl:1: no "completion" to score'),
     (['--mesh=4x4x1'], 'mesh 4x4x1 needs 16 devices and there are 8'),
     (['--mesh=3x1x1'], 'd_model=256 does not divide over the 3 devices of the mesh 3x1x1'),
+    (['--mesh=' + '9' * 5000 + 'x1x1'], 'a mesh is written XxYxZ'),
+    (['--mesh=99999x9x9'], 'mesh 99999x9x9 needs 8099919 devices and there are 8'),
     (['--mesh=2x2'], 'a mesh is written XxYxZ'),
     (['--checkpoint=/nowhere/checkpoint_1'], 'no checkpoint at /nowhere/checkpoint_1'),
     (['--prompts=/nowhere.jsonl'], 'no prompts file at /nowhere.jsonl'),
@@ -564,8 +593,26 @@ def test_bad_flags(complaint, flags, says):
   assert says in complaint('{"prompt": ""}\n{"prompt": "seventeen letters"}\n', *flags)
 
 
-def test_more_memory_than_there_is(command, palm_tiny, tmp_path):
+@pytest.mark.parametrize(
+  'flags',
+  [
+    ['--cache_length=2147483647', '--batch_size=1'],
+    ['--max_new_tokens=2147483647'],
+    ['--max_new_tokens=2147483647', '--batching=static'],
+    ['--batch_size=2147483647', '--num_decodes=1000000', '--max_new_tokens=1000'],
+    ['--cache_length=2147483647', '--cache=int8'],
+  ],
+)
+def test_more_memory_than_there_is(complaint, flags):
+  """Said before weights load. On CPU the system would kill a run that takes all memory."""
+  error = complaint('{"prompt": "a"}\n', '--mesh=1x1x1', *flags)
+  assert re.search(r'too little memory: a cache of \d+ rows .* and the devices have', error)
+
+
+def test_memory_that_runs_out_later(command, palm_tiny, tmp_path, monkeypatch):
+  """A device's own error is one sentence, too."""
   prompts = _write(tmp_path / 'prompts.jsonl', [{'prompt': 'a'}])
+  monkeypatch.setattr(memory, '_memory', lambda mesh: 1e15)
   code, _, err = command(
     f'--checkpoint={palm_tiny}',
     f'--prompts={prompts}',
@@ -593,6 +640,48 @@ def test_a_disk_that_fills_up_keeps_finished_rows(complete, tmp_path, monkeypatc
     patch.setattr(prompts_file.Journal, '_append', full)
     with pytest.raises(AssertionError, match='kept in .*unfinished: No space left on device'):
       complete(rows, *flags, '--overwrite')
+
+
+def test_outputs_that_are_no_files(complaint, tmp_path):
+  """Each is refused before weights are loaded, also with --overwrite, and is left as it was."""
+  os.mkfifo(tmp_path / 'fifo')
+  (tmp_path / 'precious').write_text('precious')
+  (tmp_path / 'link').symlink_to('precious')
+  (tmp_path / 'dangling').symlink_to('nothing')
+  (tmp_path / 'beside.config.json').mkdir()
+  (tmp_path / '.kept.unfinished').symlink_to('precious')
+  (tmp_path / 'directory').mkdir()
+  row = '{"prompt": "a"}\n'
+  for name, says in (
+    ('fifo', "fifo can't be written, as it is not a regular file: name the output otherwise"),
+    ('link', "link can't be written, as it is a link"),
+    ('dangling', "dangling can't be written, as it is a link"),
+    ('beside', "beside.config.json can't be written, as it is not a regular file"),
+    ('kept', "finished rows can't be kept beside the output, in "),
+    ('directory', 'is a directory: --output names the file to write'),
+    ('prompts.jsonl', 'prompts.jsonl is also the file of prompts: choose another --output'),
+    ('/dev/full', "/dev/full can't be written, as it is not a regular file"),
+    ('/dev/stdout', "/dev/stdout can't be written, as it is a link"),
+  ):
+    assert says in complaint(row, f'--output={tmp_path / name}', '--overwrite')
+  assert (tmp_path / 'precious').read_text() == 'precious'
+  assert (tmp_path / 'prompts.jsonl').read_text() == row
+  assert not (tmp_path / 'nothing').exists() and (tmp_path / 'dangling').is_symlink()
+
+
+def test_an_output_that_another_run_wrote_meanwhile(complete, palm_tiny, tmp_path, monkeypatch):
+  """It is not replaced: it may be what the other run has just finished."""
+  load = loading.load_engine
+
+  def written(*arguments):
+    (tmp_path / 'out.jsonl').write_text('theirs')
+    return load(*arguments)
+
+  monkeypatch.setattr(loading, 'load_engine', written)
+  with pytest.raises(AssertionError, match='out.jsonl exists: remove it'):
+    complete([{'prompt': 'a'}], '--max_new_tokens=2', '--mesh=1x1x1')
+  assert (tmp_path / 'out.jsonl').read_text() == 'theirs'
+  assert not list(tmp_path.glob('.*'))
 
 
 def test_a_task_without_seqio_names_the_extra(command, monkeypatch):

@@ -1,6 +1,10 @@
 """Parts of the infer command: seeds, default meshes, batches, the journal."""
 
+import fcntl
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -118,13 +122,127 @@ def test_a_journal_that_was_cut_off_keeps_its_whole_lines(journal, tmp_path):
 
 
 @pytest.mark.parametrize(
-  'damage', ['{"row": 1', '5', '[]', '{"row": null, "result": 1}', '[' * 9999]
+  'damage',
+  [
+    b'{"row": 7',
+    b'5',
+    b'[]',
+    b'{"row": null, "result": 1}',
+    b'{"row": 1, "result": "b"}',  # without its checksum
+    b'{"row": 1e999, "result": "b", "check": ""}',
+    b'[' * 9999,
+    b'9' * 5000,
+    b'\0' * 64,
+    b'\xff\xfe',
+    b'\r',
+  ],
 )
 def test_a_damaged_line_costs_its_own_row_alone(journal, tmp_path, damage):
+  """The line is replaced, and in another try the damage stands in the place of its beginning."""
   keep(journal(), [(0, 'a'), (1, 'b'), (2, 'c')])
   path = tmp_path / 'rows'
-  path.write_text(path.read_text().replace('{"row": 1, "result": "b"}', damage))
-  assert journal().done == {0: 'a', 2: 'c'}
+  lines = path.read_bytes().split(b'\n')
+  for damaged in (damage, damage + lines[2][len(damage) :]):
+    path.write_bytes(b'\n'.join([*lines[:2], damaged, *lines[3:]]))
+    assert journal().done == {0: 'a', 2: 'c'}
+
+
+def test_no_bit_of_a_journal_changes_a_row(journal, tmp_path):
+  """Every single-bit flip costs rows at most: none is another row, or has another result."""
+  rows = {0: ['a', 1.5], 1: {'tokens': [3, 4]}}
+  keep(journal(), rows.items())
+  path = tmp_path / 'rows'
+  whole = path.read_bytes()
+  flips = range(0, 8 * len(whole), 7)
+  for bit in flips:
+    data = bytearray(whole)
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+    assert journal().done.items() <= rows.items() or not journal().done
+  assert len(flips) > 100
+
+
+def test_rows_of_another_run_and_rows_twice(journal, tmp_path):
+  keep(journal(), [(0, 'a'), (1, 'b')])
+  path = tmp_path / 'rows'
+  ours = path.read_text()
+  keep(journal('other'), [(1, 'x'), (2, 'y')])
+  path.write_text(ours + path.read_text() + ours)
+  assert journal().done == {0: 'a', 1: 'b'}
+
+
+def _directory(path):
+  path.mkdir()
+
+
+def _link_to_a_file(path):
+  (path.parent / 'precious').write_text('precious')
+  path.symlink_to('precious')
+
+
+def _link_to_nothing(path):
+  path.symlink_to('nothing')
+
+
+@pytest.mark.parametrize('make', [_directory, _link_to_a_file, _link_to_nothing, os.mkfifo])
+def test_a_journals_path_that_is_no_file(journal, tmp_path, make):
+  """Refused in one sentence that says what it is. What a link names is left alone."""
+  make(tmp_path / 'rows')
+  with pytest.raises(RequestError, match='in .*/rows: (Is a directory|it is a link|it is not a r)'):
+    journal()
+  if (tmp_path / 'precious').exists():
+    assert (tmp_path / 'precious').read_text() == 'precious'
+  assert not (tmp_path / 'nothing').exists()
+
+
+def test_a_journal_that_its_run_removed_meanwhile(journal, tmp_path, monkeypatch):
+  """A run that opens the file just before it is removed makes a new one."""
+  first = keep(journal(), [(0, 'a')])
+  lock = fcntl.flock
+
+  def remove_first(*arguments):
+    monkeypatch.setattr(fcntl, 'flock', lock)
+    first.remove()
+    return lock(*arguments)
+
+  monkeypatch.setattr(fcntl, 'flock', remove_first)
+  second = Journal(str(tmp_path / 'rows'), 'one')
+  assert second.done == {}
+  second.keep(1, 'b')
+  second.close()
+  assert journal().done == {1: 'b'}
+
+
+def test_a_full_disk_keeps_whole_rows(tmp_path):
+  """Rows that were kept are there later, in a process that may write 2000 bytes a file."""
+  script = (
+    'import resource, signal, sys\n'
+    'from t5x_inference_ext.runs.journal import Journal\n'
+    'signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n'
+    'resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n'
+    'journal = Journal(sys.argv[1], "one")\n'
+    'try:\n'
+    '  for row in range(99):\n'
+    '    journal.keep(row, "x" * 70)\n'
+    '    print(row)\n'
+    'except Exception as error:\n'
+    '  print(error)\n'
+    'journal.close()\n'
+  )
+  path = tmp_path / 'rows'
+  told = subprocess.run(
+    [sys.executable, '-c', script, path], capture_output=True, text=True, check=True
+  ).stdout.splitlines()
+  assert 'kept in ' in told[-1] and 'File too large; the same command goes on' in told[-1]
+  rows = len(told) - 1
+  assert rows > 5
+  again = Journal(str(path), 'one')
+  assert again.done == dict.fromkeys(range(rows), 'x' * 70)
+  again.keep(rows, 'y')
+  again.close()
+  again = Journal(str(path), 'one')
+  assert again.done[rows] == 'y' and len(again.done) == rows + 1
+  again.close()
 
 
 def test_a_run_that_is_killed_has_every_row_that_ended(journal, tmp_path):

@@ -1,0 +1,197 @@
+"""The commands' persistent compilation cache: compiled programs in files, for later runs.
+
+jax finds a program by a hash of its code, the compiler's options and the version. jax's own files,
+though, are not written atomically and have no checksum: one that was cut off stays there, and fails
+in every run. Here each file has a checksum, gets its name when it is whole, and is removed when it
+is damaged. No error of the directory ends a run.
+"""
+
+from collections.abc import Callable
+import contextlib
+import dataclasses
+import hashlib
+import os
+import pathlib
+import platform
+import tempfile
+from typing import Any
+import warnings
+
+from t5x_inference_ext.options import check_options, option
+from t5x_inference_ext.text_format import decimal_bytes
+
+MOST_BYTES = 4 * 10**9  # the files used least recently are removed above it
+LEAST_SECONDS = 0.1  # programs that compile in less are not kept
+GROUP = 'Sharding, memory and compilation'
+_SUFFIX = '.program'
+_CHECKSUM_BYTES = 32  # sha256, at a file's beginning
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheOptions:
+  """Where compiled programs are kept between runs."""
+
+  compilation_cache: str | None = option(
+    None,
+    help='Directory that keeps compiled programs for later runs; empty: none. Its files are run as '
+    'code. By default JAX_COMPILATION_CACHE_DIR, else a directory in XDG_CACHE_HOME or ~/.cache. '
+    'Also works with gin flags.',
+    group=GROUP,
+  )
+
+  def __post_init__(self) -> None:
+    check_options(self)
+
+
+class ProgramFiles:
+  """Compiled programs in a directory, in the form of jax's CacheInterface.
+
+  Several processes may use the directory at once.
+
+  Args:
+    directory: The directory; made if it does not exist.
+    warn: Prints one line about a directory that can't be used.
+
+  Attributes:
+    count: Number of programs that were found in the directory.
+    size: Their bytes.
+    failed: Whether the directory could not be used, and `warn` was called.
+  """
+
+  def __init__(self, directory: str, warn: Callable[[str], None]) -> None:
+    # jax reads _path in messages.
+    self._path = self._directory = pathlib.Path(directory)
+    self._warn, self.failed = warn, False
+    self.count = self.size = 0
+    with self._errors('used'):
+      self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+      self._remove_oldest()
+
+  def get(self, key: str) -> bytes | None:
+    """Return a program, or None if there is none that is whole."""
+    path = self._directory / (key + _SUFFIX)
+    try:
+      data = path.read_bytes()
+    except FileNotFoundError:
+      return None
+    except OSError as error:
+      self._say('read', error)
+      return None
+    checksum, program = data[:_CHECKSUM_BYTES], data[_CHECKSUM_BYTES:]
+    with contextlib.suppress(OSError):
+      if hashlib.sha256(program).digest() != checksum:
+        path.unlink()
+        return None
+      os.utime(path)  # the time of its last use
+    return program if hashlib.sha256(program).digest() == checksum else None
+
+  def put(self, key: str, value: bytes) -> None:
+    """Keep a program."""
+    with self._errors('written'):
+      handle, temporary = tempfile.mkstemp(suffix='.tmp', dir=self._directory)
+      try:
+        with open(handle, 'wb') as file:
+          file.write(hashlib.sha256(value).digest() + value)
+        os.replace(temporary, self._directory / (key + _SUFFIX))
+      except BaseException:
+        os.unlink(temporary)
+        raise
+
+  def clear(self) -> None:
+    """Do nothing: jax clears a cache in its own tests alone."""
+
+  def _remove_oldest(self) -> None:
+    """Count the programs, after removing those used least recently if there are too many bytes."""
+    found = []
+    for path in self._directory.glob(f'*{_SUFFIX}'):
+      with contextlib.suppress(FileNotFoundError):  # another process removed it
+        stat = path.stat()
+        found.append((stat.st_mtime, stat.st_size, path))
+    for _, size, path in sorted(found, reverse=True):
+      if self.size + size > MOST_BYTES:
+        path.unlink(missing_ok=True)
+      else:
+        self.count, self.size = self.count + 1, self.size + size
+
+  @contextlib.contextmanager
+  def _errors(self, verb: str) -> Any:
+    try:
+      yield
+    except OSError as error:
+      self._say(verb, error)
+
+  def _say(self, verb: str, error: OSError) -> None:
+    """Warn once: a directory that fails goes on failing."""
+    if not self.failed:
+      self.failed = True
+      self._warn(
+        f"warning: the compilation cache {self._directory} can't be {verb} ({error.strerror}): "
+        'programs are compiled anew'
+      )
+
+
+def use_compilation_cache(options: CacheOptions, say: Callable[[str], None]) -> None:
+  """Let jax keep the programs of this process in a directory, and say which.
+
+  It changes jax's global configuration, which only commands may do. JAX_ENABLE_COMPILATION_CACHE=0
+  turns the cache off.
+
+  Args:
+    options: The directory, '' for none.
+    say: Prints a line.
+  """
+  import jax
+
+  given = options.compilation_cache
+  directory = given if given is not None else jax.config.jax_compilation_cache_dir
+  if directory == '' or not jax.config.jax_enable_compilation_cache:
+    jax.config.update('jax_enable_compilation_cache', False)
+    say('compilation cache: none')
+    return
+  directory = os.path.abspath(directory or default_directory())
+  # CPU programs hold instructions of this processor, which a shared home directory may outlive.
+  directory = os.path.join(directory, f'jax-{jax.__version__}-{_processor()}')
+  files = ProgramFiles(directory, say)
+  jax.config.update('jax_compilation_cache_dir', directory)
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', LEAST_SECONDS)
+  jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+  _install(files)
+  if files.failed:
+    return  # and the warning has been printed
+  say(
+    f'compilation cache: {directory}, {files.count} programs, {decimal_bytes(files.size)} '
+    '(--compilation_cache= turns it off)'
+  )
+
+
+def default_directory() -> str:
+  """Return the user's directory for compiled programs."""
+  home = os.environ.get('XDG_CACHE_HOME', '')
+  if not os.path.isabs(home):  # as the XDG specification has it
+    home = os.path.join(os.path.expanduser('~'), '.cache')
+  return os.path.join(home, 't5x_inference_ext', 'programs')
+
+
+def _install(files: ProgramFiles) -> None:
+  """Make jax use `files`. Where another version of jax has no such place, it uses its own files."""
+  with contextlib.suppress(ImportError, AttributeError):
+    from jax._src import compilation_cache
+
+    assert compilation_cache.get_file_cache
+    compilation_cache.reset_cache()
+    compilation_cache.get_file_cache = lambda path: (files, path)
+  # A program that the compiler refuses to load again is compiled, without jax's many lines.
+  warnings.filterwarnings('ignore', 'Error (reading|writing) persistent compilation cache entry')
+
+
+def _processor() -> str:
+  """Return a short name of this processor's kind and instructions."""
+  try:
+    with open('/proc/cpuinfo', encoding='utf-8', errors='replace') as file:
+      # The first of the processors, without what changes: clock and number.
+      lines = file.read().partition('\n\n')[0].splitlines()
+  except OSError:
+    lines = [platform.processor()]
+  kinds = ('model name', 'flags', 'Features', 'CPU part')
+  kept = [line for line in lines if line.startswith(kinds)] or lines
+  return hashlib.sha256('\n'.join(kept).encode()).hexdigest()[:8]
