@@ -90,7 +90,6 @@ def host_case(args) -> None:
   from t5x_inference_ext.engine.scheduler import Scheduler
   from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
   from t5x_inference_ext.model.transformer import Model
-  from t5x_inference_ext.sharding.mesh import make_mesh
 
   def wait(x: np.ndarray) -> np.ndarray:
     time.sleep(HOST_MS / 1e3)

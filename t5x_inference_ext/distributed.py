@@ -233,7 +233,7 @@ class Messages:
 
   def __init__(self, name: str) -> None:
     self._name, self._count = name, 0
-    self._client = jax_distributed.global_state.client
+    self._client: Any = jax_distributed.global_state.client
 
   def next(self, make: Callable[[], bytes]) -> bytes:
     """Return the next message: made and sent by process 0, awaited by the others."""

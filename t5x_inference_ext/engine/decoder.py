@@ -87,8 +87,8 @@ class Decoder:
     table: SlotTable,
     unwritten: Sequence[int],
     state: PrefillState,
-  ) -> None:
-    """Start the insertion of a prefilled row, which also chooses its next token.
+  ) -> device.StepsOutput:
+    """Start the insertion of a prefilled row, which also chooses its next token; return its output.
 
     Args:
       ready: The row, and where its prompt is.
@@ -127,6 +127,7 @@ class Decoder:
     )
     row.dispatched = len(row.tokens) + 1
     self._start({slot: row}, output, 0)
+    return output
 
   def decode(self, table: SlotTable, steps: int, until_free: bool) -> None:
     """Start decode steps for all slots.
@@ -136,7 +137,7 @@ class Decoder:
       steps: Most steps.
       until_free: Whether to stop as soon as a row ends.
     """
-    read = _least(self._config.page_reads(self._shards), table.pool.highest)
+    read = _least(self._config.reads_of_pages(self._shards), table.pool.highest)
     read_shared = _least(self._config.shared_reads, table.shared.highest)
     output = self._decode(table, steps, until_free, read, read_shared)
     rows = {slot: row for slot, row in enumerate(table.rows) if row is not None}
@@ -172,9 +173,9 @@ class Decoder:
     assert not table.busy and not self._started
     handle = Handle(0, Request((0,)))
     ready = ReadyRow(0, Prompt((0,), []), Row(handle, 0, (), None))
-    timed_run(done, 'insert', lambda: self.insert(ready, 0, table, [], state) or self._slots)
+    timed_run(done, 'insert', lambda: self.insert(ready, 0, table, [], state))
     for read, shared in itertools.product(
-      self._config.page_reads(self._shards), self._config.shared_reads
+      self._config.reads_of_pages(self._shards), self._config.shared_reads
     ):
       timed_run(
         done,

@@ -16,11 +16,11 @@ class Command(NamedTuple):
   """What was asked of the scheduler.
 
   Attributes:
-    index: Index of the request.
+    number: Index of the request.
     request: The request to submit, or None: the request with this index is cancelled.
   """
 
-  index: int
+  number: int
   request: Request | None
 
 
@@ -73,7 +73,7 @@ class Inbox:
     with self._lock:
       commands, self._commands = self._commands, []
       handles, self._handles = self._handles, {}
-    return [(c, handles[c.index] if c.request else None) for c in commands]
+    return [(c, handles[c.number] if c.request else None) for c in commands]
 
 
 class SharedInbox(Inbox):
@@ -103,4 +103,4 @@ class SharedInbox(Inbox):
       return mine
     self.closed, commands = pickle.loads(message)  # from process 0 of this very run
     self.submitted += sum(command.request is not None for command in commands)
-    return [(c, Handle(c.index, c.request) if c.request else None) for c in commands]
+    return [(c, Handle(c.number, c.request) if c.request else None) for c in commands]

@@ -92,7 +92,8 @@ class PrefixCache:
 
   def warm_up(self, state: PrefillState, done: list[CompiledProgram]) -> PrefillState:
     """Compile the programs by copying nothing; return the prefill state, which is donated."""
-    nothing = BlockCopies(*np.zeros((3, self._most), np.int32), count=np.int32(0))
+    rows, indices, blocks = np.zeros((3, self._most), np.int32)
+    nothing = BlockCopies(rows, indices, blocks, np.int32(0))
     arguments = self._weights, self._store, nothing
     state = timed_run(
       done, 'load_blocks', lambda: programs.load_blocks(self._model, state, *arguments)

@@ -241,16 +241,16 @@ class Scheduler:
         self._unfinished[handle.index] = rows
         self._waiting.append(Prompt(command.request.tokens, rows))
       else:
-        for row in self._unfinished.get(command.index, []):
+        for row in self._unfinished.get(command.number, []):
           if not row.finished:
             row.end('cancelled')
-            events.append(Event(command.index, row.sample, [], [], [], 'cancelled'))
+            events.append(Event(command.number, row.sample, [], [], [], 'cancelled'))
             self._forget(row)
     if events:
       self._prefiller.drop()
       self._waiting = collections.deque(p for p in self._waiting if not p.finished)
-      for slot, row in enumerate(self._table.rows):
-        if row is not None and row.finished:
+      for slot, held in enumerate(self._table.rows):
+        if held is not None and held.finished:
           self._table.leave(slot)
     return events
 

@@ -15,7 +15,6 @@ SMALLEST_CHUNK = 16  # a prompt's last chunk is padded to a size of the list, at
 CHUNK_FACTOR = 4  # each size of a chunk is this many times the one before
 FIRST_READ = 512  # the least positions of a prompt's cache that a chunk reads, if it reads any
 READ_FACTOR = 4
-PAGE_READS = 4  # programs for decode steps that read different numbers of pages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +28,7 @@ class SchedulerConfig:
     pages: Pages of the cache, for each shard of the mesh that splits rows; None: as many as let
       every slot hold `max_length`. With fewer, rows are preempted and recomputed when all pages are
       in use.
+    page_reads: Most numbers of pages that decode steps read: there is a program for each.
     shared_pages: Most pages with beginnings that several rows have, read once for all of them.
     prefix_blocks: Most blocks of earlier prompts that are kept for later ones; 0 keeps none.
     block_size: P, positions of such a block. A multiple of 32 that divides page_size.
@@ -48,6 +48,7 @@ class SchedulerConfig:
   max_length: int
   page_size: int = 128
   pages: int | None = None
+  page_reads: int = 4
   shared_pages: int = 0
   prefix_blocks: int = 0
   block_size: int = 32
@@ -70,6 +71,7 @@ class SchedulerConfig:
           'prefill_rows',
           'prefill_budget',
           'decode_steps',
+          'page_reads',
         )
       },
     )
@@ -100,10 +102,10 @@ class SchedulerConfig:
       return self.pages
     return self.slots // shards * self.pages_of_row + 1
 
-  def page_reads(self, shards: int) -> list[int]:
+  def reads_of_pages(self, shards: int) -> list[int]:
     """Return the numbers of first pages that decode programs read, in ascending order."""
     pages = self.pages_of_shard(shards)
-    sizes = (1 + (self.slots // shards << i) for i in range(PAGE_READS - 1))
+    sizes = (1 + (self.slots // shards << i) for i in range(self.page_reads - 1))
     return [*itertools.takewhile(lambda size: size < pages, sizes), pages]
 
   @property

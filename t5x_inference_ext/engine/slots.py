@@ -322,8 +322,8 @@ def decode_steps(
   _, state, cache, out = lax.while_loop(running, step, carry)
   output = StepsOutput(out, state.counts - before.counts, state.ended, state.failed)
   # Static fields must not change: they decide which programs take the slots.
-  static = dict(read=slots.cache.read, read_shared=slots.cache.read_shared)
-  return Slots(dataclasses.replace(cache, **static), slots.rows, state), replicated(model, output)
+  cache = dataclasses.replace(cache, read=slots.cache.read, read_shared=slots.cache.read_shared)
+  return Slots(cache, slots.rows, state), replicated(model, output)
 
 
 def replicated(model: Model, tree: Any) -> Any:

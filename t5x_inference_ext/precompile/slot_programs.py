@@ -69,7 +69,7 @@ def slot_program(
   slots = _abstract_slots(model, weights, row, config)
   table = SlotTable(config, page_shards(model, batch))
   if phase == 'slots':
-    rest = table.pages(), table.alive, np.int32(0), np.bool_(False)
+    rest: tuple[Any, ...] = table.pages(), table.alive, np.int32(0), np.bool_(False)
     read = dict(read=table.pool.pages, read_shared=0)
     run = _jitted(engine_slots.decode_steps, model, most=config.decode_steps, **read)
     return run, (weights, slots, *_replicated(model.mesh, rest))

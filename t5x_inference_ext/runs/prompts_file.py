@@ -20,9 +20,12 @@ from t5x_inference_ext.runs.progress import Progress, print_on_main
 from t5x_inference_ext.runs.row_sampling import RowSampling
 from t5x_inference_ext.runs.row_text import completed_text, with_early_ends
 from t5x_inference_ext.runs.work import NoWork, ScoreWork, StaticWork, Work, refill_work
-    with distributed.together():  # another run may have written the output until now
-      output.check_output(files.output, overwrite=files.overwrite, source=files.prompts)
-    work, shape = _work(engine, options, todo, clock, settings, say)
+from t5x_inference_ext.text.settings import TextSettings
+from t5x_inference_ext.text.vocabulary import Vocabulary
+from t5x_inference_ext.text.vocabulary_files import choose_settings
+from t5x_inference_ext.text_files import json_line
+
+_NOT_KNOWN = 'not known for {} rows: completions have tokens only, no text'
 
 
 def prepare(
