@@ -1,8 +1,8 @@
 """Slot refill beside a static batch (useful tokens/s), and first tokens with a shared prefix.
 
     python -m benchmarks.continuous                 # 256 requests of ragged lengths, 32 slots
-    python -m benchmarks.continuous --case=prefix   # 32 requests that share 80% of their prompts
-    python -m benchmarks.continuous --case=chat     # the paper's chatbot: 1920 cached, 64 new
+    python -m benchmarks.continuous --case=prefix   # two families of prompts that share 500 tokens
+    python -m benchmarks.continuous --case=chat     # 32 chats of four turns
 
 Run from the root of a checkout, on one device. Prompts of 16 to 512 tokens and outputs of 8 to 256
 are drawn log-uniformly with seed 0. A useful token is one that a request asked for. The static
@@ -32,12 +32,19 @@ from t5x_inference_ext.sharding.mesh import make_mesh
 from tests import reference
 
 
-def make_engine(layers: int, d_model: int, vocabulary: int, dtype: str) -> Engine:
-  """A random model of PaLM's form on one device."""
+def make_engine(
+  layers: int,
+  d_model: int,
+  vocabulary: int,
+  dtype: str,
+  mesh: tuple[int, int, int] = (1, 1, 1),
+  stacked: bool = True,
+) -> Engine:
+  """A random model of PaLM's form, on one device unless said otherwise."""
   config = ModelConfig(layers, d_model, 4 * d_model, d_model // 64, 64, vocabulary)
   checkpoint = reference.MemoryCheckpoint.of(config, reference.random_tensors(config))
-  model = Model(config, make_mesh((1, 1, 1)), dtype=dtype)
-  return Engine(checkpoint, model, load_weights(checkpoint, model, stacked=True))
+  model = Model(config, make_mesh(mesh), dtype=dtype)
+  return Engine(checkpoint, model, load_weights(checkpoint, model, stacked=stacked))
 
 
 def ragged(vocabulary: int, count: int, longest: int, most: int) -> list[Request]:
@@ -50,12 +57,11 @@ def ragged(vocabulary: int, count: int, longest: int, most: int) -> list[Request
 
 
 def refilled(engine: Engine, requests: list[Request], slots: int, **options):
-  config, shared = scheduler_config.config_for(
-    engine.model, requests, slots=slots, eos_id=-1, **options
-  )
+  options = {'decode_steps': 16, 'end_ids': (), **options}
+  config = scheduler_config.config_for(engine.model, requests, slots=slots, **options)
 
   def run():
-    scheduler = Scheduler(engine.model, engine.weights, config, shared)
+    scheduler = Scheduler(engine.model, engine.weights, config)
     tokens = [[] for _ in requests]
     for event in scheduler.run(requests):
       tokens[event.request] += event.tokens
@@ -175,68 +181,75 @@ def refill_case(args) -> None:
     stock_case(args, engine, requests, new, fast)
 
 
-def prefix_case(args) -> None:
-  """Time until each of 32 requests has its first token: shared prefix found and stored once, beside
-  each on its own.
-  """
+def first_tokens(scheduler: Scheduler, prompts: list[list[int]]) -> tuple[list[int], float]:
+  """The first token of each prompt, and the seconds until all are there."""
+  start = time.perf_counter()
+  found = {}
+  for event in scheduler.run([Request((0, *p), limit=1) for p in prompts]):
+    found[event.request] = event.tokens[0]
+  return [found[i] for i in range(len(prompts))], time.perf_counter() - start
+
+
+def beginnings_case(args, turns: list[list[list[int]]], what: str) -> None:
+  """Time all first tokens of each turn's prompts, with a tree of beginnings and without."""
   engine = make_engine(args.layers, args.d_model, args.vocabulary, args.dtype)
-  rng = np.random.default_rng(0)
-  ids = lambda n: rng.integers(3, args.vocabulary, n).tolist()
-  begin = ids(args.prompt * 4 // 5)
-  requests = [Request((0, *begin, *ids(args.prompt - len(begin))), limit=1) for _ in range(32)]
-  print(
-    f'{engine.model.config}\n{jax.devices()[0].device_kind}, {args.dtype}; 32 requests of '
-    f'{args.prompt} tokens, '
-    f'{len(begin)} of them the same; median of {args.repeats}'
-  )
-  times, tokens = {}, {}
-  for name, share in (('each on its own', False), ('shared once', True)):
-    run = refilled(
-      engine, requests, 32, prefill_chunk=args.chunk, prefill_budget=32 * args.prompt, share=share
-    )
-    (tokens[name], tally), times[name] = timed(run, args.repeats)
+  longest = max(len(p) for prompts in turns for p in prompts) + 1
+  print(f'{engine.model.config}\n{jax.devices()[0].device_kind}, {args.dtype}; {what}')
+  times: dict[bool, list[list[float]]] = {False: [], True: []}
+  tokens: dict[bool, list] = {}
+  for repeat in range(args.repeats + 1):  # the first compiles
+    for share in (False, True):
+      config = scheduler_config.config_for(
+        engine.model,
+        [],
+        slots=args.slots,
+        max_length=longest,
+        share=share,
+        end_ids=(),
+        prefill_chunk=args.chunk,
+        prefill_budget=10**6,
+      )
+      scheduler = Scheduler(engine.model, engine.weights, config)
+      found = [first_tokens(scheduler, prompts) for prompts in turns]
+      tokens[share] = [ids for ids, _ in found]
+      if repeat:
+        times[share].append([seconds for _, seconds in found])
+  for turn, prompts in enumerate(turns):
+    alone, shared = (statistics.median(t[turn] for t in times[share]) for share in (False, True))
+    equal = sum(a == b for a, b in zip(tokens[False][turn], tokens[True][turn]))
     print(
-      f'{name}: all first tokens after {times[name]:.3f} s, {tally.prefilled} positions after '
-      'what is shared',
+      f'turn {turn + 1}: first tokens after {alone:.3f} s, with the tree {shared:.3f} s: '
+      f'{alone / shared:.2f}x sooner; {equal} of {len(prompts)} equal',
       flush=True,
     )
-  alone, shared = times.values()
-  print(
-    f'{alone / shared:.2f}x sooner; {sum(a == b for a, b in zip(*tokens.values()))} of 32 rows '
-    'equal'
+
+
+def prefix_case(args) -> None:
+  """Two families of prompts, each with a beginning of its own, in turn."""
+  rng = np.random.default_rng(0)
+  ids = lambda n: rng.integers(3, args.vocabulary, n).tolist()
+  begins = [ids(500), ids(500)]
+  count = args.requests
+  prompts = [[*begins[i % 2], *ids(int(rng.integers(4, 64)))] for i in range(count)]
+  beginnings_case(
+    args,
+    [prompts],
+    f'{count} prompts of two families that share 500 tokens; median of {args.repeats}',
   )
 
 
 def chat_case(args) -> None:
-  """Time the paper's chatbot (section 1): 1920 tokens cached, a turn of 64, 64 generated."""
-  engine = make_engine(args.layers, args.d_model, args.vocabulary, args.dtype)
+  """Chats of four turns of 256 tokens, with replies of 16."""
   rng = np.random.default_rng(0)
   ids = lambda n: rng.integers(3, args.vocabulary, n).tolist()
-  history, times, replies = ids(1920), {'cached': [], 'from the start': []}, {}
-  for repeat in range(args.repeats + 1):  # the first compiles
-    turn = ids(64)
-    chat = engine.chat(max_length=2112, eos_id=-1, chunk=args.chunk)
-    list(chat.reply(history, max_new_tokens=1))
-    for name, said in (('cached', turn), ('from the start', [*chat.tokens, *turn])):
-      if name == 'from the start':
-        chat = engine.chat(max_length=2112, eos_id=-1, chunk=args.chunk)
-      start = time.perf_counter()
-      reply = chat.reply(said, max_new_tokens=64)
-      first = next(reply)
-      wait = time.perf_counter() - start
-      replies[name] = [first, *reply]
-      if repeat:
-        times[name].append((wait, time.perf_counter() - start))
-  print(
-    f'{engine.model.config}\n{jax.devices()[0].device_kind}, {args.dtype}; 1920 tokens, a turn of '
-    '64, a reply of 64; '
-    f'median of {args.repeats}'
-  )
-  for name, seconds in times.items():
-    wait, total = (statistics.median(x) for x in zip(*seconds))
-    print(f'{name}: first token after {wait:.3f} s, the reply after {total:.3f} s')
-  print(
-    'the replies are', 'equal' if replies['cached'] == replies['from the start'] else 'not equal'
+  chats: list[list[int]] = [[] for _ in range(32)]
+  turns = []
+  for _ in range(4):
+    chats = [[*chat, *ids(256)] for chat in chats]
+    turns.append(chats)
+    chats = [[*chat, *ids(16)] for chat in chats]
+  beginnings_case(
+    args, turns, f'32 chats, 4 turns of 256 tokens, replies of 16; median of {args.repeats}'
   )
 
 

@@ -5,9 +5,9 @@
     python -m benchmarks.latency --case=long   # one row of 8192 tokens beside 31 of 100
 
 Run from the root of a checkout. `arrivals` keeps N requests under way: each one that ends is
-followed by another after an exponential pause, so that they arrive at random. `host` takes no model:
-its step waits for 10 ms on every one of four simulated devices, and takes 592 weight arrays, as many
-as 540B has; the figure is the time between two calls of Scheduler.step. `long` compares decode steps
+followed by another after an exponential pause, so that they arrive at random. `host` takes no
+model: its step waits for 10 ms, and takes 592 weight arrays on four simulated devices, as many as
+540B has; the figure is the time between two calls of Scheduler.step. `long` compares decode steps
 of the same model and slots, after all prompts are prefilled.
 """
 
@@ -102,17 +102,21 @@ def host_case(args) -> None:
       touched = sum(x.ravel()[0].astype(jnp.float32) for x in jax.tree.leaves(weights))
 
       def on_device(touched):
-        done = jax.pure_callback(wait, jax.ShapeDtypeStruct((), jnp.float32), touched)
+        first = sum(jax.lax.axis_index(axis) for axis in self.mesh.axis_names) == 0
+        shape = jax.ShapeDtypeStruct((), jnp.float32)
+        done = jax.lax.cond(
+          first, lambda x: jax.pure_callback(wait, shape, x), lambda x: x, touched
+        )
         return jnp.zeros((len(tokens), self.config.vocab_size)) + 0 * done
 
       run = jax.shard_map(on_device, mesh=self.mesh, in_specs=P(), out_specs=P(), check_vma=False)
       return run(touched), dataclasses.replace(cache, lengths=cache.lengths + 1)
 
   layers = (HOST_LEAVES - 2) // 5
-  engine = make_engine(layers, 64, 256, 'float32', mesh=(1, 2, 2), stacked=False, ff_factor=2)
+  engine = make_engine(layers, 64, 256, 'float32', mesh=(1, 2, 2), stacked=False)
   leaves = len(jax.tree.leaves(engine.weights))
   model = WaitingModel(**{f.name: getattr(engine.model, f.name) for f in dataclasses.fields(Model)})
-  config = SchedulerConfig(32, 512, end_ids=(), prefix_blocks=64, shared_pages=4)
+  config = SchedulerConfig(32, 512, end_ids=(), prefix_bytes=2**20, shared_pages=4)
   scheduler = Scheduler(model, engine.weights, config)
   for i in range(32):
     scheduler.submit(Request((0, i + 1), limit=500))

@@ -6,7 +6,12 @@ import dataclasses
 import numpy as np
 
 from t5x_inference_ext.engine import programs
-from t5x_inference_ext.engine.prefix_store import BlockCopies, block_copies, bytes_per_block
+from t5x_inference_ext.engine.prefix_store import (
+  BlockCopies,
+  block_copies,
+  blocks_for,
+  bytes_per_block,
+)
 from t5x_inference_ext.engine.prefix_tree import Node, PrefixTree
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.engine.slots import PrefillState
@@ -40,14 +45,15 @@ class PrefixCache:
   Args:
     model: Decides mesh and layouts.
     weights: Weights on that mesh.
-    config: Has the number of blocks, and their size.
+    config: Has the memory for them, and the size of a block.
   """
 
   def __init__(self, model: Model, weights: Weights, config: SchedulerConfig) -> None:
     self._model, self._weights = model, weights
     rows, size = config.prefill_rows, config.block_size
-    self.tree = PrefixTree(config.prefix_blocks, size)
-    self._store = programs.empty_store(model, weights, rows, config.prefix_blocks, size)
+    blocks = blocks_for(config.prefix_bytes, model, weights, rows, size)
+    self.tree = PrefixTree(blocks, size)
+    self._store = programs.empty_store(model, weights, rows, blocks, size)
     self._bytes = bytes_per_block(model, weights, rows, size)
     self._most = max(1, rows * (config.max_length // size))  # copies in one call
 

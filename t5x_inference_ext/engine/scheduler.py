@@ -12,7 +12,7 @@ follows one request through the scheduler.
 """
 
 import collections
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
 import itertools
 
@@ -83,7 +83,7 @@ class Scheduler:
     self.model, self.config = model, config
     self._vocabulary, self._inbox = vocabulary, inbox or Inbox()
     shards = page_shards(model, config.slots)
-    self._prefixes = PrefixCache(model, weights, config) if config.prefix_blocks else None
+    self._prefixes = PrefixCache(model, weights, config) if config.prefix_bytes else None
     self._prefiller = Prefiller(model, weights, config, self._prefixes)
     self._decoder = Decoder(model, weights, config, shards)
     self._table = SlotTable(config, shards)
@@ -102,6 +102,11 @@ class Scheduler:
       self._preempted,
       self._prefixes.stats if self._prefixes is not None else PrefixStats(),
     )
+
+  @property
+  def rows(self) -> Sequence[Row | None]:
+    """The row in each slot, or None."""
+    return tuple(self._table.rows)
 
   @property
   def idle(self) -> bool:

@@ -15,6 +15,7 @@ SMALLEST_CHUNK = 16  # a prompt's last chunk is padded to a size of the list, at
 CHUNK_FACTOR = 4  # each size of a chunk is this many times the one before
 FIRST_READ = 512  # the least positions of a prompt's cache that a chunk reads, if it reads any
 READ_FACTOR = 4
+PREFIX_BYTES = 2**28  # memory of each device for beginnings of prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +31,9 @@ class SchedulerConfig:
       in use.
     page_reads: Most numbers of pages that decode steps read: there is a program for each.
     shared_pages: Most pages with beginnings that several rows have, read once for all of them.
-    prefix_blocks: Most blocks of earlier prompts that are kept for later ones; 0 keeps none.
-    block_size: P, positions of such a block. A multiple of 32 that divides page_size.
+    prefix_bytes: Memory of each device for beginnings of earlier prompts, which later prompts reuse;
+      0: none are kept.
+    block_size: P, positions of a block of such a beginning. A multiple of 32 that divides page_size.
     end_ids: Tokens that end a row, at most 4, unless its request says otherwise.
     prefill_chunk: Most positions of each prompt in one prefill pass.
     prefill_rows: R, prompts that are prefilled together.
@@ -50,7 +52,7 @@ class SchedulerConfig:
   pages: int | None = None
   page_reads: int = 4
   shared_pages: int = 0
-  prefix_blocks: int = 0
+  prefix_bytes: int = 0
   block_size: int = 32
   end_ids: tuple[int, ...] = (1,)
   prefill_chunk: int = 256
@@ -75,7 +77,7 @@ class SchedulerConfig:
         )
       },
     )
-    for name in ('shared_pages', 'prefix_blocks', 'top_log_probs'):
+    for name in ('shared_pages', 'prefix_bytes', 'top_log_probs'):
       check_at_least(0, **{name: getattr(self, name)})
     for name in ('page_size', 'block_size'):
       check_at_least(LENGTH_MULTIPLE, **{name: getattr(self, name)})
@@ -128,13 +130,13 @@ class SchedulerConfig:
 
   def covers(self, other: 'SchedulerConfig') -> bool:
     """Return whether a scheduler of this config can do what one of `other` could."""
-    sizes = 'slots', 'max_length', 'pages', 'shared_pages', 'prefix_blocks', 'top_log_probs'
+    sizes = 'slots', 'max_length', 'pages', 'shared_pages', 'prefix_bytes', 'top_log_probs'
     return (
       self.slots >= other.slots
       and self.max_length >= other.max_length
       and self.top_log_probs >= other.top_log_probs
       and self.pages == other.pages
-      and bool(self.prefix_blocks) == bool(other.prefix_blocks)
+      and self.prefix_bytes >= other.prefix_bytes
       and self
       == dataclasses.replace(
         other, page_size=self.page_size, **{name: getattr(self, name) for name in sizes}
@@ -195,13 +197,7 @@ def config_for(
   page_size = options.pop('page_size', min(128, length))
   pages_of_row = -(-length // page_size)
   if share:
-    blocks = 8 * rows * -(-length // LENGTH_MULTIPLE)
-    options = {
-      'block_size': LENGTH_MULTIPLE,
-      'prefix_blocks': min(blocks, 4096),
-      'shared_pages': min(4 * pages_of_row, 32),
-      **options,
-    }
+    options = {'prefix_bytes': PREFIX_BYTES, 'shared_pages': min(4 * pages_of_row, 32), **options}
   return SchedulerConfig(
     slots=rows,
     max_length=length,

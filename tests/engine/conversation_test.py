@@ -1,5 +1,5 @@
-"""Turns on one cache: the replies are those of one long prompt, and no turn prefills what came
-before it.
+"""Turns of a chat: the replies are those of one long prompt, and no turn prefills the whole blocks
+that came before it.
 """
 
 import itertools
@@ -26,10 +26,11 @@ SAMPLER = SamplingParams(1.0, top_k=40, repetition_penalty=1.2)
 def test_replies_are_those_of_one_long_prompt(mesh, prefill, decode):
   engine = memory.engine(memory.ODD, TENSORS, mesh, prefill=prefill, decode=decode)
   alone = memory.engine(memory.ODD, TENSORS, '1x1x1')
-  chat = engine.chat(max_length=200, eos_id=-1, chunk=32)
-  said = []
+  chat = engine.chat(max_length=200, eos_id=-1, prefill_chunk=64)
+  core = engine.core.streams(max_length=201, slots=1, prefill_chunk=64).scheduler
+  said, cached = [], 0
   for turn, new in (([5, 6, 7], 20), ([9] * 40, 3), ([], 4), ([11], 1)):
-    before = chat.prefilled
+    before = core.stats.prompt_tokens
     reply = list(chat.reply(turn, max_new_tokens=new, sampling=SAMPLER, seed=3))
     said += turn
     (wanted,) = alone.generate(
@@ -38,8 +39,10 @@ def test_replies_are_those_of_one_long_prompt(mesh, prefill, decode):
     assert reply == wanted.tokens[:new]
     said += reply
     assert chat.tokens == said
-    # The turn and the last token before it, which was not fed back yet, in chunks of powers of two.
-    assert chat.prefilled - before == (32 + 16 if len(turn) == 40 else 16)
+    # BOS and all tokens of the turns so far, without the whole blocks of the turns before.
+    prompt = 1 + len(said) - len(reply)
+    assert core.stats.prompt_tokens - before == prompt - cached // 32 * 32
+    cached = prompt
 
 
 def test_a_reply_that_is_not_taken_is_not_said():
@@ -51,7 +54,6 @@ def test_a_reply_that_is_not_taken_is_not_said():
   assert chat.tokens == [5, 6, 7, *heard]
   (wanted,) = engine.generate([[5, 6, 7, *heard, 8]], max_new_tokens=6, eos_id=-1)
   assert list(chat.reply([8], max_new_tokens=6)) == wanted.tokens
-  assert chat.prefilled == 32
 
 
 def test_a_turn_ends_the_reply_before_it():
@@ -96,5 +98,5 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(RequestError, match=says):
       chat.reply([5], **{'max_new_tokens': 6, **options})
   assert chat.tokens == []
-  with pytest.raises(RequestError, match='chunk must be at least 1'):
-    memory.engine(memory.ODD, TENSORS, '1x1x1').chat(max_length=20, chunk=0)
+  with pytest.raises(RequestError, match='prefill_chunk must be at least 1'):
+    memory.engine(memory.ODD, TENSORS, '1x1x1').chat(max_length=20, prefill_chunk=0)

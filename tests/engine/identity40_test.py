@@ -30,21 +30,27 @@ LENGTH = 160
 
 # (mesh, prefill, decode, cache, config): the mixes of a kind run on one scheduler, which stays.
 KINDS = [
-  ('1x1x1', 'ws_2d/batch', 'ws_2d/batch', None, dict(slots=3, prefill_chunk=64)),
+  (
+    '1x1x1',
+    'ws_2d/batch',
+    'ws_2d/batch',
+    None,
+    dict(slots=3, prefill_chunk=64, page_reads=4, shared_pages=3),
+  ),
   # Fewer pages than five rows need: rows are preempted.
   (
     '1x1x1',
     'ws_2d/batch',
     'ws_2d/batch',
     'int8',
-    dict(slots=5, prefill_rows=2, prefill_chunk=16, pages=9, prefix_blocks=0, shared_pages=0),
+    dict(slots=5, prefill_rows=2, prefill_chunk=16, pages=9, prefix_blocks=0),
   ),
   (
     '2x2x2',
     'wg_xyz/batch',
     'ws_2d/batch',
     None,
-    dict(slots=4, prefill_rows=2, prefill_chunk=16, pages=7, decode_steps=3),
+    dict(slots=4, prefill_rows=2, prefill_chunk=16, pages=7, decode_steps=3, shared_pages=3),
   ),
   ('1x2x2', 'ws_1d/heads', 'ws_1d/batch', 'int8', dict(slots=4, prefill_chunk=16, prefix_blocks=5)),
   ('2x2x1', 'ws_2d/heads', 'wg_x/heads', None, dict(slots=4, prefill_chunk=64, decode_steps=5)),
@@ -182,3 +188,4 @@ def test_random_mixes_are_identical_to_one_at_a_time():
     f'{hits} prefix hits, {evictions} evictions; {ties} differ, at near ties'
   )
   assert rows > 3 * MIXES and ties <= rows / 100
+  pass

@@ -20,6 +20,7 @@ from tests import memory, reference
 
 CONFIG = memory.ODD
 TENSORS = reference.random_tensors(CONFIG, seed=1)
+BLOCK = 32 * CONFIG.num_layers * 2 * CONFIG.d_head * 4 + 1  # float32 of one key head, and a flag
 
 
 @functools.cache
@@ -142,7 +143,7 @@ def test_top_log_probabilities_for_those_who_ask():
 
 def test_samples_share_their_prompt_s_prefill():
   sampling = SamplingParams(0.7)
-  core = scheduler(prefix_blocks=4, shared_pages=2)
+  core = scheduler(prefix_bytes=4 * BLOCK, shared_pages=2)
   core.submit(Request((0, *range(3, 40)), (1, 2, 3, 4), 6, sampling))
   rows, _ = finished(core)
   assert core.stats.prefilled == 48
@@ -152,15 +153,14 @@ def test_samples_share_their_prompt_s_prefill():
 
 
 def test_a_cached_beginning_is_not_prefilled_again():
-  core = scheduler(prefix_blocks=4, shared_pages=2, prefill_rows=1)
+  core = scheduler(prefix_bytes=4 * BLOCK, shared_pages=2, prefill_rows=1)
   prompt = [0, *range(3, 45)]
   for last in (50, 51, 52):
     core.submit(Request((*prompt, last), limit=3))
   rows, _ = finished(core)
   stats = core.stats.prefixes
   assert (stats.queries, stats.hits, stats.hit_tokens) == (3, 2, 64)
-  # Float32 keys and values of one key head, and a flag.
-  assert stats.bytes == 32 * CONFIG.num_layers * 2 * CONFIG.d_head * 4 + 1
+  assert stats.bytes == BLOCK
   assert core.stats.prompt_tokens == 3 * 44 - 64
   for i, last in enumerate((50, 51, 52)):
     assert rows[i, 0] == alone([*prompt[1:], last], 3)
@@ -225,7 +225,7 @@ def test_a_row_that_is_not_finite_ends_alone():
   for name in ('gate', 'linear'):
     tensors[name][:, 0, :] = 1e25
   found = memory.engine(CONFIG, tensors, '1x1x1', stacked=True)
-  config = SchedulerConfig(1, 64, page_size=32, end_ids=(), prefix_blocks=4)
+  config = SchedulerConfig(1, 64, page_size=32, end_ids=(), prefix_bytes=4 * BLOCK)
   core = Scheduler(found.model, found.weights, config)
   broken = (0, *[50] * 40)
   prompts = [broken, (0, 3, 4, 5), broken, (0, 7, 8, 9, 10)]
@@ -269,7 +269,9 @@ def test_text_comes_in_whole_characters_and_ends_before_a_stop_text():
 
 
 def test_any_request_uses_the_programs_of_warm_up():
-  core = scheduler(slots=4, max_length=640, prefix_blocks=16, shared_pages=4, top_log_probs=5)
+  core = scheduler(
+    slots=4, max_length=640, prefix_bytes=16 * BLOCK, shared_pages=4, top_log_probs=5
+  )
   done = core.warm_up()
   assert 8 <= len(done) <= 24 and core.check_books() == []
   compiled = [
@@ -364,8 +366,8 @@ def test_a_config_fits_its_requests():
   ]
   config = scheduler_config.config_for(model, requests, slots=7, prefill_chunk=32)
   assert (config.slots, config.max_length, config.page_size) == (8, 224, 128)
-  assert config.prefix_blocks > 0 and config.shared_pages > 0
-  assert scheduler_config.config_for(model, requests, share=False).prefix_blocks == 0
+  assert config.prefix_bytes > 0 and config.shared_pages > 0
+  assert scheduler_config.config_for(model, requests, share=False).prefix_bytes == 0
   assert scheduler_config.config_for(model, requests[:1], slots=32).slots == 2
   assert scheduler_config.config_for(model, requests[:1], slots=32, max_length=900).slots == 32
 
