@@ -12,12 +12,12 @@ import numpy as np
 from t5x_inference_ext.engine import programs
 from t5x_inference_ext.engine import slots as device
 from t5x_inference_ext.engine.prefilling import Prompt, ReadyRow
+from t5x_inference_ext.engine.prompts import PrefillState
 from t5x_inference_ext.engine.request import Handle, Request
 from t5x_inference_ext.engine.rows import Row
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.engine.slot_table import SlotTable
-from t5x_inference_ext.engine.slots import PrefillState
 from t5x_inference_ext.engine.state import ChosenTokens, slot_row
 from t5x_inference_ext.engine.warm_up import CompiledProgram, timed_run
 from t5x_inference_ext.model.transformer import Model

@@ -8,9 +8,9 @@ import itertools
 import numpy as np
 
 from t5x_inference_ext.engine import programs
-from t5x_inference_ext.engine import slots as device
 from t5x_inference_ext.engine.prefix_cache import PrefixCache
 from t5x_inference_ext.engine.prefix_tree import Node
+from t5x_inference_ext.engine.prompts import prompt_room
 from t5x_inference_ext.engine.rows import Row
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig, next_chunk
 from t5x_inference_ext.engine.warm_up import CompiledProgram, timed_run
@@ -80,7 +80,7 @@ class Prefiller:
   ) -> None:
     self._model, self._weights, self._config, self._prefixes = model, weights, config, prefixes
     self._sizes, self._reads = config.chunk_sizes, config.prefill_reads
-    room = device.prompt_room(model, config.prefill_rows, max(config.max_length, self._sizes[-1]))
+    room = prompt_room(model, config.prefill_rows, max(config.max_length, self._sizes[-1]))
     self.state = programs.empty_prefill(model, weights, config.prefill_rows, room)
     self.ready: collections.deque[ReadyRow] = collections.deque()
     self.positions = self.tokens = 0

@@ -13,8 +13,8 @@ from t5x_inference_ext.engine.prefix_store import (
   bytes_per_block,
 )
 from t5x_inference_ext.engine.prefix_tree import Node, PrefixTree
+from t5x_inference_ext.engine.prompts import PrefillState
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
-from t5x_inference_ext.engine.slots import PrefillState
 from t5x_inference_ext.engine.warm_up import CompiledProgram, timed_run
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from t5x_inference_ext.engine import cache_rows
-from t5x_inference_ext.engine.slots import PrefillState
+from t5x_inference_ext.engine.prompts import PrefillState
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.cache import KeysValues, KVCache, LayersKV
 from t5x_inference_ext.model.transformer import Model

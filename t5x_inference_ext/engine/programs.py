@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from t5x_inference_ext.engine import prefix_store, slots, static_batch
+from t5x_inference_ext.engine import prefix_store, prompts, slots, static_batch
 from t5x_inference_ext.engine.saved_generation import GenerationShape, SavedGeneration
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.transformer import Model
@@ -43,11 +43,11 @@ def put(model: Model, *arrays: Any) -> Any:
   return jax.device_put(arrays, NamedSharding(model.mesh, P()))
 
 
-# Slots and prompts (engine.slots).
+# Slots (engine.slots) and prompts on their way to them (engine.prompts).
 empty_slots = _compiled(slots.empty_slots, static=('config', 'shards'))
-empty_prefill = _compiled(slots.empty_prefill, static=('rows', 'size'))
-start_prefill = _compiled(slots.start_prefill, donated=('prompts',))
-prefill_chunk = _compiled(slots.prefill_chunk, static=('read',), donated=('prompts',))
+empty_prefill = _compiled(prompts.empty_prefill, static=('rows', 'size'))
+start_prefill = _compiled(prompts.start_prefill, donated=('prompts',))
+prefill_chunk = _compiled(prompts.prefill_chunk, static=('read',), donated=('prompts',))
 insert = _compiled(slots.insert, donated=('slots',))
 decode_steps = _compiled(
   slots.decode_steps, static=('most', 'read', 'read_shared'), donated=('slots',)

@@ -16,16 +16,15 @@ from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
 import itertools
 
+from t5x_inference_ext.engine.admission import check_request
 from t5x_inference_ext.engine.decoder import Decoder, to_lists
 from t5x_inference_ext.engine.inbox import Inbox
-from t5x_inference_ext.engine.inputs import check_at_least
 from t5x_inference_ext.engine.prefilling import Prefiller, Prompt
 from t5x_inference_ext.engine.prefix_cache import PrefixCache, PrefixStats
 from t5x_inference_ext.engine.request import Event, Handle, Request, RequestState
 from t5x_inference_ext.engine.rows import Row
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.engine.slot_table import SlotTable
-from t5x_inference_ext.engine.state import slot_row
 from t5x_inference_ext.engine.warm_up import CompiledProgram
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.chunks import page_shards
@@ -129,7 +128,9 @@ class Scheduler:
     Raises:
       RequestError: The request does not fit the config. Nothing is queued.
     """
-    self._check(request)
+    check_request(request, self.config, self._table, self.model.config.vocab_size)
+    if (request.text or request.stop_texts) and self._vocabulary is None:
+      raise RequestError('text and stop texts need a vocabulary, and this engine has none')
     return self._inbox.submit(request)
 
   def cancel(self, handle: Handle) -> None:
@@ -204,37 +205,6 @@ class Scheduler:
         f'{len(self._unfinished)} have not'
       )
     return wrong
-
-  def _check(self, request: Request) -> None:
-    """Raise RequestError for a request that these programs can not serve."""
-    config, length = self.config, len(request.tokens)
-    check_at_least(1, max_new_tokens=request.limit)
-    check_at_least(0, top_log_probs=request.top_log_probs)
-    if not request.tokens or not request.seeds:
-      raise RequestError(
-        f'a request needs at least 1 token and 1 seed, got {length} and {len(request.seeds)}'
-      )
-    if length + request.limit - 1 > config.max_length:
-      raise RequestError(
-        f'{length} tokens, BOS included, and {request.limit} new ones do not fit into '
-        f'max_length={config.max_length}: shorten the prompt, ask for fewer, or raise max_length'
-      )
-    if not self._table.fits(length + request.limit):
-      raise RequestError(
-        f'{length} tokens, BOS included, and {request.limit} new ones do not fit into a cache of '
-        f'{self._table.pool.pages - 1} pages of {config.page_size} positions: raise `pages`'
-      )
-    if (request.text or request.stop_texts) and self._vocabulary is None:
-      raise RequestError('text and stop texts need a vocabulary, and this engine has none')
-    slot_row(  # checks the rest
-      request.sampling,
-      self.model.config.vocab_size,
-      seed=0,
-      limit=request.limit,
-      end_ids=self._end_ids(request),
-      top=request.top_log_probs,
-      top_width=config.top_log_probs,
-    )
 
   def _take_commands(self) -> list[Event]:
     """Take submissions and cancellations; return the last events of cancelled rows."""
@@ -350,7 +320,5 @@ class Scheduler:
       self._finished += 1
 
   def _row(self, handle: Handle, sample: int) -> Row:
-    return Row(handle, sample, self._end_ids(handle.request), self._vocabulary)
-
-  def _end_ids(self, request: Request) -> tuple[int, ...]:
-    return self.config.end_ids if request.end_ids is None else request.end_ids
+    ends = handle.request.end_ids
+    return Row(handle, sample, self.config.end_ids if ends is None else ends, self._vocabulary)

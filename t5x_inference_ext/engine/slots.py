@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from t5x_inference_ext.engine import cache_rows
+from t5x_inference_ext.engine.prompts import PrefillState
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.engine.state import (
   ChosenTokens,
@@ -24,12 +25,10 @@ from t5x_inference_ext.engine.state import (
 )
 from t5x_inference_ext.engine.state_rows import constrain_state, put_state_row
 from t5x_inference_ext.model import cache as kv_cache
-from t5x_inference_ext.model.cache import KVCache
-from t5x_inference_ext.model.chunks import constrain_cache, empty_cache, empty_pages
+from t5x_inference_ext.model.chunks import constrain_cache, empty_pages
 from t5x_inference_ext.model.pages import PagedCache
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
-from t5x_inference_ext.sharding import activations
 
 
 @jax.tree_util.register_dataclass
@@ -46,22 +45,6 @@ class Slots:
   cache: PagedCache
   rows: RowParams
   state: DecodeState
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class PrefillState:
-  """R prompts that are being prefilled, in the prefill layout.
-
-  Attributes:
-    cache: Keys and values of the prompts' tokens so far.
-    logits: [R, V] float32. Logits after each prompt's last token so far.
-    broken: [R] bool. Whether some token so far gave values that are not finite.
-  """
-
-  cache: KVCache
-  logits: jax.Array
-  broken: jax.Array
 
 
 class StepsOutput(NamedTuple):
@@ -141,61 +124,6 @@ def empty_slots(
     shared_pages=config.shared_pages,
   )
   return Slots(cache, replicated(model, params), constrain_state(model, state))
-
-
-def prompt_room(model: Model, rows: int, length: int) -> int:
-  """Return the cache positions of a chunk of `length`, padded for the prefill layout."""
-  return activations.padded_length(model.prefill_layout, model.mesh.shape, rows, length)
-
-
-def empty_prefill(model: Model, weights: Weights, rows: int, size: int) -> PrefillState:
-  """Return a prefill state without prompts.
-
-  Args:
-    model: Decides mesh and layouts.
-    weights: Weights, for their shapes and shardings.
-    rows: R, prompts that are prefilled together.
-    size: Cache positions of each prompt.
-  """
-  logits = jnp.zeros((rows, model.config.vocab_size), jnp.float32)
-  cache = empty_cache(model.prefilling, weights, rows, size)
-  return _prefill_state(model, cache, logits, jnp.zeros(rows, bool))
-
-
-def _prefill_state(
-  model: Model, cache: KVCache, logits: jax.Array, broken: jax.Array
-) -> PrefillState:
-  # Logits get one sharding in every call: another one would recompile the program that takes them.
-  spec = P(model.sampling_axes(len(logits)))
-  logits = lax.with_sharding_constraint(logits, NamedSharding(model.mesh, spec))
-  return PrefillState(cache, logits, replicated(model, broken))
-
-
-def start_prefill(model: Model, prompts: PrefillState, weights: Weights) -> PrefillState:
-  """Reset the state for new prompts."""
-  cache = dataclasses.replace(prompts.cache, lengths=jnp.zeros_like(prompts.cache.lengths))
-  cache = constrain_cache(model.prefilling, cache, weights)
-  return _prefill_state(model, cache, prompts.logits, jnp.zeros_like(prompts.broken))
-
-
-def prefill_chunk(
-  model: Model,
-  prompts: PrefillState,
-  weights: Weights,
-  tokens: jax.Array,
-  counts: jax.Array,
-  read: int | None = None,
-) -> PrefillState:
-  """Run the next tokens [R, T] of the prompts. counts [R] of them, possibly 0, are valid.
-
-  No prompt has more than `read` cached positions (None: as many as there is room for).
-  """
-  logits, cache = model.prefilling.prefill_chunk(weights, prompts.cache, tokens, counts, read=read)
-  logits = jnp.where(counts[:, None] > 0, logits, prompts.logits)
-  # Later chunks attend to finite values in the place of broken ones: the row itself must not go on.
-  broken = prompts.broken | jnp.any(jnp.isnan(logits), axis=1)
-  logits = jnp.where(broken[:, None], jnp.nan, logits)
-  return _prefill_state(model, cache, logits, broken)
 
 
 def insert(

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
+from t5x_inference_ext.engine import prompts
 from t5x_inference_ext.engine import slots as engine_slots
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.sampling_arrays import end_id_array, stack_params
@@ -54,9 +55,9 @@ def slot_program(
       and skip what no row uses when they run; these have that left out.
   """
   if phase == 'extend':
-    prompts = _abstract_prompts(model, weights, batch, context)
+    state = _abstract_prompts(model, weights, batch, context)
     chunk = _replicated(model.mesh, (_ints(batch, length), _ints(batch)))
-    return _jitted(engine_slots.prefill_chunk, model), (weights, prompts, *chunk)
+    return _jitted(prompts.prefill_chunk, model), (weights, state, *chunk)
   params = RowParams(
     stack_params([sampling], model.config.vocab_size),
     jnp.zeros(1, jnp.uint32),
@@ -73,7 +74,7 @@ def slot_program(
     read = dict(read=table.pool.pages, read_shared=0)
     run = _jitted(engine_slots.decode_steps, model, most=config.decode_steps, **read)
     return run, (weights, slots, *_replicated(model.mesh, rest))
-  prompts = _abstract_prompts(model, weights, model.prefilling.padded_batch(1), length)
+  state = _abstract_prompts(model, weights, model.prefilling.padded_batch(1), length)
   # Only penalties read the prompt's own tokens.
   tokens = _ints(1, length if sampling.penalizes else 1)
   places, pages = (np.int32(0), np.int32(0)), table.pages_to_write(0, [])
@@ -81,7 +82,7 @@ def slot_program(
   return _jitted(engine_slots.insert, model), (
     weights,
     slots,
-    prompts,
+    state,
     *_replicated(model.mesh, rest),
   )
 
@@ -114,17 +115,15 @@ def _abstract_slots(
   return engine_slots.Slots(cache, _replicated(model.mesh, made.rows), state)
 
 
-def _abstract_prompts(
-  model: Model, weights: Weights, rows: int, size: int
-) -> engine_slots.PrefillState:
+def _abstract_prompts(model: Model, weights: Weights, rows: int, size: int) -> prompts.PrefillState:
   """Return the shapes and shardings of `rows` prompts with room for `size` positions."""
-  room = engine_slots.prompt_room(model, rows, size)
-  empty = functools.partial(engine_slots.empty_prefill, model, rows=rows, size=room)
+  room = prompts.prompt_room(model, rows, size)
+  empty = functools.partial(prompts.empty_prefill, model, rows=rows, size=room)
   made = jax.eval_shape(empty, weights)
   sharding = NamedSharding(model.mesh, P(model.sampling_axes(rows)))
   logits: Any = jax.ShapeDtypeStruct(made.logits.shape, made.logits.dtype, sharding=sharding)
   cache = abstract_cache(model.prefilling, made.cache, weights)
-  return engine_slots.PrefillState(cache, logits, _replicated(model.mesh, made.broken))
+  return prompts.PrefillState(cache, logits, _replicated(model.mesh, made.broken))
 
 
 def _ints(*shape: int) -> jax.ShapeDtypeStruct:

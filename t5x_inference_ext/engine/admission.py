@@ -1,0 +1,50 @@
+"""Whether a request fits a scheduler: checked before it is queued."""
+
+from t5x_inference_ext.engine.inputs import check_at_least
+from t5x_inference_ext.engine.request import Request
+from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
+from t5x_inference_ext.engine.slot_table import SlotTable
+from t5x_inference_ext.engine.state import slot_row
+from t5x_inference_ext.errors import RequestError
+
+
+def check_request(
+  request: Request, config: SchedulerConfig, table: SlotTable, vocab_size: int
+) -> None:
+  """Check a request.
+
+  Args:
+    request: The request.
+    config: Sizes of the scheduler.
+    table: Its slots, for the size of the cache.
+    vocab_size: V.
+
+  Raises:
+    RequestError: The scheduler's programs can't serve the request.
+  """
+  length, limit = len(request.tokens), request.limit
+  check_at_least(1, max_new_tokens=limit)
+  check_at_least(0, top_log_probs=request.top_log_probs)
+  if not request.tokens or not request.seeds:
+    raise RequestError(
+      f'a request needs at least 1 token and 1 seed, got {length} and {len(request.seeds)}'
+    )
+  if length + limit - 1 > config.max_length:
+    raise RequestError(
+      f'{length} tokens, BOS included, and {limit} new ones do not fit into '
+      f'max_length={config.max_length}: shorten the prompt, ask for fewer, or raise max_length'
+    )
+  if not table.fits(length + limit):
+    raise RequestError(
+      f'{length} tokens, BOS included, and {limit} new ones do not fit into a cache of '
+      f'{table.pool.pages - 1} pages of {config.page_size} positions: raise `pages`'
+    )
+  slot_row(  # checks the rest
+    request.sampling,
+    vocab_size,
+    seed=0,
+    limit=limit,
+    end_ids=config.end_ids if request.end_ids is None else request.end_ids,
+    top=request.top_log_probs,
+    top_width=config.top_log_probs,
+  )
