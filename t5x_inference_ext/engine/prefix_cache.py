@@ -1,7 +1,6 @@
 """The beginnings of earlier prompts, kept for later ones: a tree on the host, blocks on devices."""
 
 from collections.abc import Hashable, Sequence
-import dataclasses
 
 import numpy as np
 
@@ -15,28 +14,10 @@ from t5x_inference_ext.engine.prefix_store import (
 from t5x_inference_ext.engine.prefix_tree import Node, PrefixTree
 from t5x_inference_ext.engine.prompts import PrefillState
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
+from t5x_inference_ext.engine.stats import PrefixStats
 from t5x_inference_ext.engine.warm_up import CompiledProgram, timed_run
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
-
-
-@dataclasses.dataclass(frozen=True)
-class PrefixStats:
-  """Counters of a prefix cache.
-
-  Attributes:
-    queries: Prompts that were looked up.
-    hits: Prompts of which a beginning was found.
-    query_tokens: Tokens of the prompts that were looked up.
-    hit_tokens: Tokens that were found.
-    bytes: Bytes that the cached beginnings take on each device.
-  """
-
-  queries: int = 0
-  hits: int = 0
-  query_tokens: int = 0
-  hit_tokens: int = 0
-  bytes: int = 0
 
 
 class PrefixCache:

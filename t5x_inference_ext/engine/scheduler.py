@@ -13,46 +13,24 @@ follows one request through the scheduler.
 
 import collections
 from collections.abc import Iterable, Iterator, Sequence
-import dataclasses
 import itertools
 
 from t5x_inference_ext.engine.admission import check_request
 from t5x_inference_ext.engine.decoder import Decoder, to_lists
 from t5x_inference_ext.engine.inbox import Inbox
 from t5x_inference_ext.engine.prefilling import Prefiller, Prompt
-from t5x_inference_ext.engine.prefix_cache import PrefixCache, PrefixStats
+from t5x_inference_ext.engine.prefix_cache import PrefixCache
 from t5x_inference_ext.engine.request import Event, Handle, Request, RequestState
 from t5x_inference_ext.engine.rows import Row
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.engine.slot_table import SlotTable
+from t5x_inference_ext.engine.stats import PrefixStats, SchedulerStats
 from t5x_inference_ext.engine.warm_up import CompiledProgram
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.chunks import page_shards
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
 from t5x_inference_ext.text.vocabulary import Vocabulary
-
-
-@dataclasses.dataclass(frozen=True)
-class SchedulerStats:
-  """Counters of a scheduler's work.
-
-  Attributes:
-    prefilled: Positions that prefill passes processed, padding included.
-    prompt_tokens: Prompt tokens among the prefilled positions.
-    decoded: Decode steps times slots.
-    generated: Tokens that decode steps added to rows. A row's first token comes from its prefill
-      and is not counted.
-    preempted: Rows that left their slot for others and were computed again.
-    prefixes: Use of the prefix cache.
-  """
-
-  prefilled: int = 0
-  prompt_tokens: int = 0
-  decoded: int = 0
-  generated: int = 0
-  preempted: int = 0
-  prefixes: PrefixStats = PrefixStats()
 
 
 class Scheduler:

@@ -31,9 +31,10 @@ class SchedulerConfig:
       in use.
     page_reads: Most numbers of pages that decode steps read: there is a program for each.
     shared_pages: Most pages with beginnings that several rows have, read once for all of them.
-    prefix_bytes: Memory of each device for beginnings of earlier prompts, which later prompts reuse;
-      0: none are kept.
-    block_size: P, positions of a block of such a beginning. A multiple of 32 that divides page_size.
+    prefix_bytes: Memory of each device for beginnings of earlier prompts, which later prompts
+      reuse; 0: none are kept.
+    block_size: P, positions of a block of such a beginning. A multiple of 32 that divides
+      page_size.
     end_ids: Tokens that end a row, at most 4, unless its request says otherwise.
     prefill_chunk: Most positions of each prompt in one prefill pass.
     prefill_rows: R, prompts that are prefilled together.

@@ -1,0 +1,44 @@
+"""Counters of a scheduler's work."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefixStats:
+  """Counters of a prefix cache.
+
+  Attributes:
+    queries: Prompts that were looked up.
+    hits: Prompts of which a beginning was found.
+    query_tokens: Tokens of the prompts that were looked up.
+    hit_tokens: Tokens that were found.
+    bytes: Bytes that the cached beginnings take on each device.
+  """
+
+  queries: int = 0
+  hits: int = 0
+  query_tokens: int = 0
+  hit_tokens: int = 0
+  bytes: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class SchedulerStats:
+  """Counters of a scheduler's work.
+
+  Attributes:
+    prefilled: Positions that prefill passes processed, padding included.
+    prompt_tokens: Prompt tokens among the prefilled positions.
+    decoded: Decode steps times slots.
+    generated: Tokens that decode steps added to rows. A row's first token comes from its prefill
+      and is not counted.
+    preempted: Rows that left their slot for others and were computed again.
+    prefixes: Use of the prefix cache.
+  """
+
+  prefilled: int = 0
+  prompt_tokens: int = 0
+  decoded: int = 0
+  generated: int = 0
+  preempted: int = 0
+  prefixes: PrefixStats = PrefixStats()
