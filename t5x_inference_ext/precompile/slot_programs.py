@@ -104,8 +104,8 @@ def _abstract_slots(
 ) -> engine_slots.Slots:
   """Return the shapes and shardings of slots whose rows have parameters like `row`."""
   shards = page_shards(model, config.slots)
-  empty = functools.partial(engine_slots.empty_slots, model, row=row, config=config, shards=shards)
-  made = jax.eval_shape(empty, weights)
+  empty = functools.partial(engine_slots.empty_slots, model, config=config, shards=shards)
+  made = jax.eval_shape(empty, weights, row)
   cache = abstract_cache(model, made.cache, weights)
   state = jax.tree.map(
     lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),

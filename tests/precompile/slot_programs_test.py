@@ -11,12 +11,15 @@ import pytest
 from t5x_inference_ext.config import preset
 from t5x_inference_ext.engine import saved_program
 from t5x_inference_ext.engine.sampling import SamplingParams
+from t5x_inference_ext.engine.slot_table import SlotTable
 from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.model.chunks import page_shards
 from t5x_inference_ext.precompile.analysis import analyze
 from t5x_inference_ext.precompile.case import CHUNK, CompileCase
 from t5x_inference_ext.precompile.program import compile_case, phase_function
 from t5x_inference_ext.precompile.report import report_text
 from t5x_inference_ext.precompile.report_json import report_dict
+from t5x_inference_ext.precompile.slot_programs import slot_config
 from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.mesh import make_mesh
 
@@ -57,11 +60,21 @@ def test_a_prompt_goes_through_all_programs(layout):
   prompts = _zeros(prompts)
   for i in range(0, PROMPT, 2):
     prompts = extend(weights, prompts, _put(tokens, asked[:, i : i + 2]), _put(counts, 2))
-  admit, (_, slots, held, _, _, asks, prompt, length) = phase_function(
+  admit, (_, slots, held, *_, asks, prompt, length, generated) = phase_function(
     _case('admit', prompt=CONTEXT, other_layout=prefilling), mesh
   )
-  run, (_, _, steps, until_free) = phase_function(_case('slots', other_layout=prefilling), mesh)
-  slots, firsts = _zeros(slots), []
+  run, (_, _, _, alive, steps, until_free) = phase_function(
+    _case('slots', other_layout=prefilling), mesh
+  )
+  model = _case('slots', other_layout=prefilling).model(mesh)
+  table = SlotTable(slot_config(model, ROWS, CONTEXT), page_shards(model, ROWS))
+  slots, steps_of_row = _zeros(slots), []
+
+  def pages_of(row):
+    table.pool.begin(row, 0)
+    assert table.pool.grow(row, PROMPT + 4)
+    return table.pages_to_write(row, [])
+
   group = held.logits.shape[0]  # of prompts that are on their way together
   for row in range(ROWS):
     of_group = jax.tree.map(
@@ -70,19 +83,27 @@ def test_a_prompt_goes_through_all_programs(layout):
       held,
     )
     some = dataclasses.replace(_zeros(asks), limits=jnp.full(1, 10))
-    slots, chosen = admit(
+    slots, output = admit(
       weights,
       slots,
       of_group,
       np.int32(row % group),
       np.int32(row),
+      pages_of(row),
       some,
       _put(prompt),
       _put(length, PROMPT),
+      _put(generated),
     )
-    firsts.append(chosen.tokens[0])
-  slots, told = run(weights, slots, _put(steps, 3), _put(until_free))
-  found = np.concatenate([np.stack(firsts)[None], told.chosen.tokens[:3]]).T
+    steps_of_row.append(output.chosen.tokens[0, 0])
+  chosen = [np.stack(steps_of_row)]
+  for _ in range(3):
+    slots, output = run(
+      weights, slots, table.pages(), _put(alive, True), _put(steps, 1), _put(until_free)
+    )
+    assert output.counts.tolist() == [1] * ROWS and not any(output.ended)
+    chosen.append(output.chosen.tokens[0])
+  found = np.stack(chosen, axis=1)
   # The same by the programs of a static batch.
   prefill, (_, tokens, lengths) = phase_function(_case('prefill'), mesh)
   decode, _ = phase_function(_case('decode', prompt=None), mesh)
@@ -92,7 +113,6 @@ def test_a_prompt_goes_through_all_programs(layout):
     token, cache = decode(weights, cache, token)
     expected.append(token)
   np.testing.assert_array_equal(found, np.stack(expected, axis=1))
-  assert told.counts.tolist() == [3] * ROWS and not any(told.ended)
   assert slots.cache.lengths.tolist() == [PROMPT + 3] * ROWS
 
 
