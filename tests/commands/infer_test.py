@@ -11,10 +11,12 @@ import sys
 import pytest
 import sentencepiece
 
+from t5x_inference_ext.checkpoints import convert
 from t5x_inference_ext.commands import infer
 from t5x_inference_ext.engine.scheduler import Scheduler
 from t5x_inference_ext.runs import loading, memory, prompts_file
 from t5x_inference_ext.text import settings as text_settings
+from tests.text import vocabularies
 
 FLAGS = ('--dtype=float32', '--max_new_tokens=48')
 
@@ -226,7 +228,54 @@ def test_sentencepiece_vocabulary(complete, repository, tmp_path):
   )
   assert same[0]['tokens'] == rows[0]['tokens']
   known = [t for t in rows[0]['tokens'] if 1 < t < 300]
-  assert rows[0]['completion'] == processor.decode(known)
+  # Prompt and completion are the decoding of all ids together: the first space stays.
+  prompt = processor.encode('the License')
+  assert 'the License' + rows[0]['completion'] == processor.decode([*prompt, *known])
+  assert rows[0]['completion'].startswith(' ')
+
+
+@pytest.fixture(scope='module')
+def with_tokenizer(palm_tiny, tmp_path_factory):
+  """palm_tiny as a serving checkpoint with a byte-level tokenizer.json."""
+  root = tmp_path_factory.mktemp('with_tokenizer')
+  (root / 'tokenizer.json').write_bytes(vocabularies.byte_level_json())
+  convert.convert(palm_tiny, root / 'out', vocabulary=str(root / 'tokenizer.json'))
+  return root / 'out'
+
+
+@pytest.mark.parametrize('batching', ['continuous', 'static'])
+def test_a_stop_is_found_whatever_tokens_write_it(complete, with_tokenizer, batching):
+  """The checkpoint's own vocabulary is taken. Every token is " the", so that the stop text "the t"
+  comes as other tokens than those it is encoded into.
+  """
+  vocabulary = vocabularies.of_kind('byte_level')
+  (the,) = vocabulary.encode(' the')
+  assert vocabulary.encode('the t')[0] != the
+  rows, out = complete(
+    [{'prompt': 'of'}],
+    *('--max_new_tokens=4', '--mesh=1x1x1', f'--batching={batching}', '--stop=the t'),
+    f'--logit_bias={{"{the}": 1e9}}',
+    checkpoint=with_tokenizer,
+  )
+  assert 'tokenizer.json (recorded)' in out
+  assert rows[0]['completion'] == ' '
+  # The score of a static batch is that of all its tokens.
+  assert rows[0]['tokens'] == [the] * (2 if batching == 'continuous' else 4)
+
+
+def test_text_to_score_is_encoded_with_its_prompt(complete, with_tokenizer):
+  vocabulary = vocabularies.of_kind('byte_level')
+  rows, _ = complete(
+    [
+      {'prompt': 'of t', 'completion': 'he License'},
+      {'prompt': vocabulary.encode('of'), 'tokens': vocabulary.encode(' the License')},
+    ],
+    *('--mode=score', '--mesh=1x1x1'),
+    checkpoint=with_tokenizer,
+  )
+  assert rows[0]['tokens'] == rows[1]['tokens'] == vocabulary.encode(' the License')
+  assert rows[0]['score'] == rows[1]['score']
+  assert rows[0]['completion'] == 'he License'
 
 
 def test_without_a_vocabulary_ids_still_work(complete, monkeypatch):
@@ -699,8 +748,8 @@ def test_a_task_without_seqio_names_the_extra(command, monkeypatch):
 def test_text_without_a_vocabulary(complaint, monkeypatch):
   monkeypatch.setattr(text_settings, 'BYTE_ROWS', 0)
   assert (
-    'give --vocabulary=FILE.model (a SentencePiece model) or --vocabulary=bytes, or give token ids'
-    in complaint('{"prompt": "a"}\n')
+    'give --vocabulary=FILE.model (a SentencePiece model), --vocabulary=FILE/tokenizer.json or '
+    '--vocabulary=bytes, or give token ids' in complaint('{"prompt": "a"}\n')
   )
 
 
