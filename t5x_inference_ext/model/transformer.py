@@ -122,7 +122,7 @@ class Model(ShardedModel):
       return unembed(self, sharding, weights, x, (), rows)[:, 0], kv
 
     kv_spec = self.kv_spec(sharding, weights)
-    logits, kv = self._on_shards(
+    logits, kv = self.on_shards(
       sharding,
       finish,
       weights,
@@ -156,7 +156,7 @@ class Model(ShardedModel):
       return logits, kv_cache.append(cache, *kv)
 
     spec = self.cache_spec(sharding, weights, cache)
-    return self._on_shards(
+    return self.on_shards(
       sharding, finish, weights, spec, inputs=(), outputs=(P(self.sampling_axes(rows)), spec)
     )(weights, cache, tokens)
 
@@ -204,7 +204,7 @@ class Model(ShardedModel):
 
     spec = self.cache_spec(sharding, weights, cache)
     # The counts are passed twice, with rows split as in the residual stream and as in the cache.
-    return self._on_shards(
+    return self.on_shards(
       sharding,
       finish,
       weights,
@@ -222,7 +222,7 @@ class Model(ShardedModel):
       del cache, kv
       return unembed(self, sharding, weights, x, sharding.residual[1], rows)
 
-    return self._on_shards(
+    return self.on_shards(
       sharding, finish, weights, None, inputs=(), outputs=P(self.sampling_axes(rows))
     )(weights, None, self.pad_tokens(tokens, sharding.layout))[:, :length]
 
@@ -257,11 +257,11 @@ class Model(ShardedModel):
       return target_log_probs(x, targets, logits, position_axes, width)
 
     tokens, targets = (self.pad_tokens(ids, sharding.layout) for ids in (tokens, targets))
-    return self._on_shards(
+    return self.on_shards(
       sharding, finish, weights, None, inputs=(P(sampling),), outputs=P(sampling)
     )(weights, None, tokens, targets)[:, :length]
 
-  def _on_shards(
+  def on_shards(
     self,
     sharding: ActivationSharding,
     finish: Finish,
