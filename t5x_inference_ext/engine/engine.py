@@ -23,18 +23,18 @@ from t5x_inference_ext.engine.inputs import (
   check_arrays,
   check_at_least,
   check_generation,
-  check_pairs,
   model_inputs,
   per_prompt,
+  plain_pairs,
 )
 from t5x_inference_ext.engine.request import Completion, Event, Request
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.sampling_arrays import stack_params
 from t5x_inference_ext.engine.saved_generation import GenerationShape, SavedGeneration
 from t5x_inference_ext.engine.scheduler import Scheduler
-from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
+from t5x_inference_ext.options import is_whole
 from t5x_inference_ext.sharding.layout import Layout, check_model
 from t5x_inference_ext.sharding.mesh import make_mesh, parse_mesh
 from t5x_inference_ext.sharding.mesh_choice import choose_mesh
@@ -61,7 +61,7 @@ class Engine:
     cls,
     checkpoint: str | os.PathLike | Checkpoint,
     *,
-    mesh: str | jax.sharding.Mesh | None = '1x1x1',
+    mesh: str | jax.sharding.Mesh | None = None,
     dtype: str = 'bfloat16',
     cache: str | None = None,
     prefill_layout: str = 'ws_2d/batch',
@@ -76,7 +76,7 @@ class Engine:
     Args:
       checkpoint: Directory, or the result of open_checkpoint.
       mesh: 'XxYxZ' over the first X*Y*Z devices; a mesh with axes x, y, z; or None: all devices
-        that divide the model.
+        that divide the model, as the infer command has it.
       dtype: Type of activations and float weights, 'float32' or 'bfloat16'; int8 stays int8.
       cache: Type of the KV cache: 'float32', 'bfloat16', 'int8' (with a scale for each position
         and head), or None: `dtype`.
@@ -97,7 +97,7 @@ class Engine:
       checkpoint = open_checkpoint(checkpoint, norm_scale=norm_scale)
     if mesh is None:
       mesh = make_mesh(choose_mesh(checkpoint.config, jax.devices()))
-    elif isinstance(mesh, str):
+    elif not isinstance(mesh, jax.sharding.Mesh):
       mesh = make_mesh(parse_mesh(mesh))
     check_model(checkpoint.config, mesh.shape)
     layouts = Layout.parse(prefill_layout), Layout.parse(decode_layout)
@@ -143,9 +143,10 @@ class Engine:
       SavedError: With an executable, anything but what it was compiled for.
       MeshError: A number of prompts that the decode layout can't split: see Model.padded_batch.
     """
-    limits, params, seeds = per_prompt(prompts, max_new_tokens, sampling, seeds)
+    prompts, limits, params, seeds = per_prompt(prompts, max_new_tokens, sampling, seeds)
     vocab_size = self.model.config.vocab_size
     check_generation(prompts, vocab_size, limits, cache_size, prompt_size, max_length)
+    check_at_least(-1, eos_id=eos_id)
     if prefill_chunk is not None:
       check_at_least(1, prefill_chunk=prefill_chunk)
     self.model.decode_sharding(len(prompts))
@@ -156,7 +157,7 @@ class Engine:
     own: dict[str, Any] = {}
     if not isinstance(sampling, SamplingParams):
       own['sampling_arrays'], sampling = stacked, SamplingParams()
-    if not isinstance(max_new_tokens, int):
+    if not is_whole(max_new_tokens):
       own['limits'] = np.asarray(limits, np.int32)
     shape = GenerationShape(
       len(prompts), tokens.shape[1] - 1, size, max(limits), sampling, eos_id, max_length
@@ -217,12 +218,11 @@ class Engine:
     samples: int = 1,
   ) -> list[Request]:
     """Return prompts as requests of a scheduler; arguments and errors are those of `stream`."""
-    limits, params, seeds = per_prompt(prompts, max_new_tokens, sampling, seeds)
+    prompts, limits, params, seeds = per_prompt(prompts, max_new_tokens, sampling, seeds)
     vocab_size = self.model.config.vocab_size
     check_generation(prompts, vocab_size, limits)
     stack_params(params, vocab_size)  # checks ids
-    if samples < 1:
-      raise RequestError(f'samples must be at least 1, got {samples}')
+    check_at_least(1, samples=samples)
     return [
       Request(
         (BOS_ID, *prompt), tuple((int(seed) + i) % 2**32 for i in range(samples)), limit, each
@@ -258,8 +258,8 @@ class Engine:
     Raises:
       RequestError: Empty arrays or arrays of different shapes, or ids outside the vocabulary.
     """
-    weights = np.asarray(np.asarray(targets) != 0 if weights is None else weights, np.float32)
     check_arrays(self.model.config.vocab_size, inputs, targets, weights=weights)
+    weights = np.asarray(np.asarray(targets) != 0 if weights is None else weights, np.float32)
     return np.sum(self.log_probs(inputs, targets) * weights, axis=1)
 
   def log_probs(self, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -285,7 +285,7 @@ class Engine:
       RequestError: Ids outside the vocabulary, naming the pair, counted from 0.
     """
     check_at_least(1, tokens=tokens)
-    check_pairs(pairs, self.model.config.vocab_size)
+    pairs = plain_pairs(pairs, self.model.config.vocab_size)
     examples = [scoring.ScoringExample.of(*pair) for pair in pairs]
     packer = length_buckets.packer(self.model, tokens)
     found: dict[int, np.ndarray] = {}

@@ -4,6 +4,8 @@ One pass over T positions needs attention logits for T * T pairs. Chunks need a 
 and the logits of one chunk: memory grows with T alone.
 """
 
+from typing import Any
+
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -54,8 +56,9 @@ def score_sequences(
   prefill = model.prefilling
   cache = empty_cache(prefill, weights, rows, steps * size)
 
-  def step(cache: KVCache, chunk: tuple[jax.Array, jax.Array]) -> tuple[KVCache, jax.Array]:
-    found, cache = score_chunk(prefill, weights, cache, *chunk)
+  def step(cache: KVCache, chunk: Any) -> tuple[KVCache, jax.Array]:
+    tokens, targets = chunk
+    found, cache = score_chunk(prefill, weights, cache, tokens, targets)
     return cache, found
 
   _, found = lax.scan(step, cache, tuple(jnp.moveaxis(ids, 1, 0) for ids in chunks))
