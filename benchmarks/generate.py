@@ -96,7 +96,7 @@ def main():
   args = parser.parse_args()
 
   config = open_checkpoint(args.checkpoint).config
-  engine = Engine.load(args.checkpoint, dtype=args.dtype)
+  engine = Engine.load(args.checkpoint, mesh='1x1x1', dtype=args.dtype)
   rate = matmul_rate(args.dtype)
   print(
     f'{config}\n{jax.devices()[0].device_kind}, {args.dtype}: matmul rate {rate / 1e9:.0f} '

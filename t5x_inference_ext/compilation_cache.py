@@ -142,9 +142,10 @@ def use_compilation_cache(options: CacheOptions, say: Callable[[str], None]) -> 
   """
   import jax
 
+  config: Any = jax.config
   given = options.compilation_cache
-  directory = given if given is not None else jax.config.jax_compilation_cache_dir
-  if directory == '' or not jax.config.jax_enable_compilation_cache:
+  directory = given if given is not None else config.jax_compilation_cache_dir
+  if directory == '' or not config.jax_enable_compilation_cache:
     jax.config.update('jax_enable_compilation_cache', False)
     say('compilation cache: none')
     return
@@ -175,11 +176,12 @@ def default_directory() -> str:
 def _install(files: ProgramFiles) -> None:
   """Make jax use `files`. Where another version of jax has no such place, it uses its own files."""
   with contextlib.suppress(ImportError, AttributeError):
-    from jax._src import compilation_cache
+    import jax._src.compilation_cache as module
 
-    assert compilation_cache.get_file_cache
-    compilation_cache.reset_cache()
-    compilation_cache.get_file_cache = lambda path: (files, path)
+    cache: Any = module
+    cache.get_file_cache  # noqa: B018  # an AttributeError, if there is none
+    cache.reset_cache()
+    cache.get_file_cache = lambda path: (files, path)
   # A program that the compiler refuses to load again is compiled, without jax's many lines.
   warnings.filterwarnings('ignore', 'Error (reading|writing) persistent compilation cache entry')
 

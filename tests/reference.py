@@ -146,6 +146,9 @@ class MemoryCheckpoint:
   config: ModelConfig
   tensors: dict
   format: str = 'serving'
+  vocabulary: object = None
+  bos_id: int | None = 0
+  end_ids: tuple = (1,)
 
   @classmethod
   def of(cls, config, arrays):

@@ -5,7 +5,7 @@ for completion in engine.generate([[103, 104, 105], [108]], max_new_tokens=16):
   print(completion.tokens, completion.score)
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 import dataclasses
 import functools
 import os
@@ -20,28 +20,26 @@ from t5x_inference_ext.engine import length_buckets, programs, scoring
 from t5x_inference_ext.engine.conversation import Conversation
 from t5x_inference_ext.engine.core import Core
 from t5x_inference_ext.engine.inputs import (
-  BOS_ID,
-  EOS_ID,
   check_arrays,
   check_at_least,
   check_generation,
-  check_pairs,
-  model_inputs,
+  end_ids_of,
   per_prompt,
+  plain_pairs,
 )
-from t5x_inference_ext.engine.request import Completion, Request, finish_reason
+from t5x_inference_ext.engine.request import Completion, Request, Sample, SampleCollector
 from t5x_inference_ext.engine.sampling import SamplingParams
-from t5x_inference_ext.engine.sampling_arrays import end_id_array, stack_params
-from t5x_inference_ext.engine.saved_generation import GenerationShape, SavedGeneration
+from t5x_inference_ext.engine.sampling_arrays import stack_params
+from t5x_inference_ext.engine.saved_generation import SavedGeneration
+from t5x_inference_ext.engine.static_generation import StaticOptions, generate_static
 from t5x_inference_ext.engine.streams import Stream
+from t5x_inference_ext.engine.text_prompts import Prompt, decode_completion, encode_prompts
 from t5x_inference_ext.engine.warm_up import CompiledProgram
-from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
 from t5x_inference_ext.sharding.layout import Layout, check_model
 from t5x_inference_ext.sharding.mesh import make_mesh, parse_mesh
 from t5x_inference_ext.sharding.mesh_choice import choose_mesh
-from t5x_inference_ext.text.vocabulary import Vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +63,7 @@ class Engine:
     cls,
     checkpoint: str | os.PathLike | Checkpoint,
     *,
-    mesh: str | jax.sharding.Mesh | None = '1x1x1',
+    mesh: str | jax.sharding.Mesh | None = None,
     dtype: str = 'bfloat16',
     cache: str | None = None,
     prefill_layout: str = 'ws_2d/batch',
@@ -80,7 +78,7 @@ class Engine:
     Args:
       checkpoint: Directory, or the result of open_checkpoint.
       mesh: 'XxYxZ' over the first X*Y*Z devices; a mesh with axes x, y, z; or None: all devices
-        that divide the model.
+        that divide the model, as the infer command has it.
       dtype: Type of activations and float weights, 'float32' or 'bfloat16'; int8 stays int8.
       cache: Type of the KV cache: 'float32', 'bfloat16', 'int8' (with a scale for each position
         and head), or None: `dtype`.
@@ -101,7 +99,7 @@ class Engine:
       checkpoint = open_checkpoint(checkpoint, norm_scale=norm_scale)
     if mesh is None:
       mesh = make_mesh(choose_mesh(checkpoint.config, jax.devices()))
-    elif isinstance(mesh, str):
+    elif not isinstance(mesh, jax.sharding.Mesh):
       mesh = make_mesh(parse_mesh(mesh))
     check_model(checkpoint.config, mesh.shape)
     layouts = Layout.parse(prefill_layout), Layout.parse(decode_layout)
@@ -116,12 +114,12 @@ class Engine:
 
   def generate(
     self,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Prompt],
     *,
     max_new_tokens: int | Sequence[int],
     sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
     seeds: Sequence[int] | None = None,
-    eos_id: int = EOS_ID,
+    eos_id: int | Sequence[int] | None = None,
     cache_size: int | None = None,
     prompt_size: int | None = None,
     max_length: int | None = None,
@@ -130,11 +128,12 @@ class Engine:
     """Continue each prompt until EOS or its limit, in one static batch.
 
     Args:
-      prompts: Token ids without BOS. An empty prompt starts from BOS alone, as in T5X.
+      prompts: Texts, or token ids without BOS. An empty prompt starts from BOS alone, as in T5X.
+        Texts need a checkpoint with a vocabulary.
       max_new_tokens: Most new tokens: one number for all prompts, or one for each.
       sampling: How tokens are chosen: for all prompts, or one for each.
       seeds: A seed for each prompt, 0 to 2**32 - 1; None: 0 for all.
-      eos_id: Token that ends a row; -1 never does.
+      eos_id: Token that ends a row, or several; -1 never does. None: those of the checkpoint.
       cache_size: Cache positions of each row, BOS and new tokens included; None: as many as
         needed.
       prompt_size: Length that prompts are padded to, to share a compilation; None: the longest.
@@ -147,51 +146,44 @@ class Engine:
       SavedError: With an executable, anything but what it was compiled for.
       MeshError: A number of prompts that the decode layout can't split: see Model.padded_batch.
     """
-    limits, params, seeds = per_prompt(prompts, max_new_tokens, sampling, seeds)
-    vocab_size = self.model.config.vocab_size
-    check_generation(prompts, vocab_size, limits, cache_size, prompt_size, max_length)
-    if prefill_chunk is not None:
-      check_at_least(1, prefill_chunk=prefill_chunk)
-    self.model.decode_sharding(len(prompts))
-    tokens, lengths = model_inputs(prompts, prompt_size or max(map(len, prompts)))
-    # The last generated token is never fed back, so it takes no position.
-    size = max(tokens.shape[1], cache_size or tokens.shape[1] + max(limits) - 1)
-    stacked = stack_params(params, vocab_size)  # checks ids, too
-    own: dict[str, Any] = {}
-    if not isinstance(max_new_tokens, int):
-      own['limits'] = np.asarray(limits, np.int32)
-    per_row = bool(own) or not isinstance(sampling, SamplingParams)
-    compiled, ends = params[0], eos_id
-    if self.executable is None:  # one program for any values of what is data
-      own |= dict(sampling_arrays=stacked, end_ids=end_id_array(eos_id, len(prompts)))
-      compiled, ends = SamplingParams(), -1
-    shape = GenerationShape(
-      len(prompts), tokens.shape[1] - 1, size, max(limits), compiled, ends, max_length
+    vocabulary = self.checkpoint.vocabulary
+    ids, texts = encode_prompts(prompts, vocabulary)
+    found = generate_static(
+      self.model,
+      self.weights,
+      self.executable,
+      ids,
+      max_new_tokens,
+      sampling,
+      seeds,
+      StaticOptions(
+        self.checkpoint.bos_id,
+        self._end_ids(eos_id),
+        cache_size,
+        prompt_size,
+        max_length,
+        prefill_chunk,
+      ),
     )
-    program = programs.generation_for(
-      self.model, self.weights, shape, self.executable, per_row, prefill_chunk
-    )
-    *inputs, own = programs.put(
-      self.model, tokens, lengths, np.asarray(seeds).astype(np.uint32), own
-    )
-    generation = jax.device_get(program(self.weights, *inputs, **own))
-    completions = []
-    for row, n, score, failed, each in zip(*generation, params, strict=True):
-      found = row[:n].tolist()
-      reason = finish_reason(found, each, (eos_id,), bool(failed))
-      completions.append(Completion(found, float(score), reason))
-    return completions
+    return [
+      completion._replace(text=decode_completion(vocabulary, prompt, completion))
+      if text
+      else completion
+      for prompt, text, completion in zip(ids, texts, found)
+    ]
 
   def stream(
     self,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Prompt],
     *,
     max_new_tokens: int | Sequence[int],
     sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
     seeds: Sequence[int] | None = None,
     samples: int = 1,
-    eos_id: int = EOS_ID,
+    eos_id: int | Sequence[int] | None = None,
+    stop: Sequence[str] = (),
     top_log_probs: int = 0,
+    salt: Hashable = None,
     **options: Any,
   ) -> Stream:
     """Continue prompts in slots that are kept full; return each row's new tokens as they are made.
@@ -201,13 +193,15 @@ class Engine:
     can be iterated with `for` and with `async for`; closing it ends the rows.
 
     Args:
-      prompts: See `generate`.
+      prompts: See `generate`. Events of texts carry text.
       max_new_tokens: See `generate`.
       sampling: See `generate`.
       seeds: See `generate`. The i-th sample of a prompt has the seed (prompt's seed + i) % 2**32.
       samples: Samples of each prompt.
       eos_id: See `generate`.
+      stop: Texts that end a row. They are cut from its text.
       top_log_probs: How many of the most likely tokens are returned with each token.
+      salt: Only prompts with equal salts share what is cached of their beginnings.
       **options: Options of engine.scheduler_config.config_for: slots, max_length, pages,
         prefill_chunk, prefill_rows, prefill_budget, decode_steps, share. Other options than those
         of the last call, or longer rows, make a new scheduler.
@@ -216,13 +210,32 @@ class Engine:
       RequestError: Arguments that `generate` refuses, or an option out of its range; before
         anything runs.
     """
-    requests = self.requests(prompts, max_new_tokens, sampling, seeds, samples)
-    ends = () if eos_id < 0 else (eos_id,)
+    ids, texts = encode_prompts(prompts, self.checkpoint.vocabulary)
+    ends = self._end_ids(eos_id)
     requests = [
-      dataclasses.replace(request, end_ids=ends, top_log_probs=top_log_probs)
-      for request in requests
+      dataclasses.replace(
+        request,
+        end_ids=ends,
+        stop_texts=tuple(stop),
+        text=text,
+        top_log_probs=top_log_probs,
+        salt=salt,
+      )
+      for request, text in zip(self.requests(ids, max_new_tokens, sampling, seeds, samples), texts)
     ]
     return self.core.streams(requests, **options).open(requests)
+
+  def complete(self, prompts: Sequence[Prompt], **options: Any) -> list[list[Sample]]:
+    """Return the finished samples of each prompt; arguments and errors are those of `stream`."""
+    collector, found = SampleCollector(), {}
+    with self.stream(prompts, **options) as stream:
+      for i, handle in enumerate(stream.handles):
+        collector.expect(i, len(handle.request.seeds))
+      for event in stream:
+        samples = collector.add(event)
+        if samples is not None:
+          found[event.request] = samples
+    return [found[i] for i in range(len(found))]
 
   def warm_up(self, **options: Any) -> list[CompiledProgram]:
     """Compile every program that `stream` needs with these options, and return the programs."""
@@ -231,12 +244,7 @@ class Engine:
   @functools.cached_property
   def core(self) -> Core:
     """The engine's scheduler and its streams."""
-    return Core(self.model, self.weights, self.vocabulary)
-
-  @property
-  def vocabulary(self) -> Vocabulary | None:
-    """The vocabulary that the checkpoint carries, or None."""
-    return getattr(self.checkpoint, 'vocabulary', None)
+    return Core(self.model, self.weights, self.checkpoint.vocabulary)
 
   def requests(
     self,
@@ -247,34 +255,45 @@ class Engine:
     samples: int = 1,
   ) -> list[Request]:
     """Return prompts as requests of a scheduler; arguments and errors are those of `stream`."""
-    limits, params, seeds = per_prompt(prompts, max_new_tokens, sampling, seeds)
+    prompts, limits, params, seeds = per_prompt(prompts, max_new_tokens, sampling, seeds)
     vocab_size = self.model.config.vocab_size
     check_generation(prompts, vocab_size, limits)
     stack_params(params, vocab_size)  # checks ids
-    if samples < 1:
-      raise RequestError(f'samples must be at least 1, got {samples}')
+    check_at_least(1, samples=samples)
     return [
       Request(
-        (BOS_ID, *prompt), tuple((int(seed) + i) % 2**32 for i in range(samples)), limit, each
+        (*self._bos, *prompt), tuple((int(seed) + i) % 2**32 for i in range(samples)), limit, each
       )
       for prompt, seed, limit, each in zip(prompts, seeds, limits, params)
     ]
 
-  def chat(self, *, max_length: int, eos_id: int = EOS_ID, **options: Any) -> Conversation:
+  def chat(
+    self, *, max_length: int, eos_id: int | Sequence[int] | None = None, **options: Any
+  ) -> Conversation:
     """Begin a conversation. What is cached of its turns stays in the engine's scheduler.
 
     Args:
       max_length: Most tokens of the whole conversation.
-      eos_id: Token that ends a reply; -1 never does.
+      eos_id: See `generate`.
       **options: See `stream`.
     """
+    check_at_least(1, max_length=max_length)
     return Conversation(
       self.core.streams(max_length=max_length + 1, **{'slots': 1, **options}),
       vocab_size=self.model.config.vocab_size,
       max_length=max_length,
-      bos=(BOS_ID,),
-      end_ids=() if eos_id < 0 else (eos_id,),
+      bos=self._bos,
+      end_ids=self._end_ids(eos_id),
     )
+
+  @property
+  def _bos(self) -> tuple[int, ...]:
+    return () if self.checkpoint.bos_id is None else (self.checkpoint.bos_id,)
+
+  def _end_ids(self, eos_id: int | Sequence[int] | None) -> tuple[int, ...]:
+    if eos_id is None:
+      return tuple(self.checkpoint.end_ids)
+    return end_ids_of(eos_id)
 
   def score(
     self, inputs: np.ndarray, targets: np.ndarray, weights: np.ndarray | None = None
@@ -292,8 +311,8 @@ class Engine:
     Raises:
       RequestError: Empty arrays or arrays of different shapes, or ids outside the vocabulary.
     """
-    weights = np.asarray(np.asarray(targets) != 0 if weights is None else weights, np.float32)
     check_arrays(self.model.config.vocab_size, inputs, targets, weights=weights)
+    weights = np.asarray(np.asarray(targets) != 0 if weights is None else weights, np.float32)
     return np.sum(self.log_probs(inputs, targets) * weights, axis=1)
 
   def log_probs(self, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -319,7 +338,7 @@ class Engine:
       RequestError: Ids outside the vocabulary, naming the pair, counted from 0.
     """
     check_at_least(1, tokens=tokens)
-    check_pairs(pairs, self.model.config.vocab_size)
+    pairs = plain_pairs(pairs, self.model.config.vocab_size)
     examples = [scoring.ScoringExample.of(*pair) for pair in pairs]
     packer = length_buckets.packer(self.model, tokens)
     found: dict[int, np.ndarray] = {}

@@ -1,41 +1,97 @@
 """Conversion of prompts to model inputs, and checks of what callers pass in."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+import reprlib
 from typing import Any
 
 import numpy as np
 
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.options import is_whole
+from t5x_inference_ext.options import LARGEST_WHOLE, is_whole
 
 BOS_ID = 0  # T5X shifts targets right and starts from 0
 EOS_ID = 1
 
 
-def model_inputs(prompts: Sequence[Sequence[int]], size: int) -> tuple[np.ndarray, np.ndarray]:
+def _shown(value: Any) -> str:
+  """Return a value for a message, cut to a few words."""
+  try:
+    return reprlib.repr(value)
+  except ValueError:
+    return 'a number of thousands of digits'  # more than Python writes
+
+
+def model_inputs(
+  prompts: Sequence[Sequence[int]], size: int, bos_id: int | None = BOS_ID
+) -> tuple[np.ndarray, np.ndarray]:
   """Return prompts as model inputs.
 
   Args:
     prompts: Token ids without BOS.
-    size: Least number of positions after BOS.
+    size: Least number of positions, BOS not counted.
+    bos_id: Token in front of each prompt; None: none.
 
   Returns:
-    Tokens [B, size + 1] int32, BOS and the prompt from the left, and lengths [B] int32 with BOS.
+    Tokens [B, T] int32, BOS and the prompt from the left, and lengths [B] int32 with BOS.
+
+  Raises:
+    RequestError: A prompt has no token and there is no BOS.
   """
-  tokens = np.full((len(prompts), size + 1), BOS_ID, np.int32)
-  for row, prompt in zip(tokens, prompts):
-    row[1 : len(prompt) + 1] = prompt
-  return tokens, np.asarray([len(p) + 1 for p in prompts], np.int32)
+  bos = [] if bos_id is None else [bos_id]
+  tokens = np.zeros((len(prompts), size + len(bos)), np.int32)
+  for i, (row, prompt) in enumerate(zip(tokens, prompts)):
+    if not len(bos) + len(prompt):
+      raise RequestError(f'prompt {i} is empty, and this model has no BOS to start from')
+    row[: len(bos) + len(prompt)] = [*bos, *prompt]
+  return tokens, np.asarray([len(bos) + len(p) for p in prompts], np.int32)
+
+
+def end_ids_of(eos_id: int | Sequence[int]) -> tuple[int, ...]:
+  """Return the ids that end rows, given one or several; negative ids are none.
+
+  Raises:
+    RequestError: An id is not a whole number, -1 or more.
+  """
+  ids = plain(eos_id)
+  ids = ids if isinstance(ids, list) else [ids]
+  for token in ids:
+    check_at_least(-1, eos_id=token)
+  return tuple(int(token) for token in ids if token >= 0)
+
+
+def plain(value: Any) -> Any:
+  """Return arrays, of NumPy or JAX, and other iterables as lists; anything else as it is."""
+  if hasattr(value, 'tolist') and hasattr(value, 'ndim'):
+    value = np.asarray(value).tolist()
+  if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+    return value
+  # Items of a list may be JAX's scalars, which are no integers for Python.
+  return [np.asarray(x).item() if getattr(x, 'ndim', None) == 0 else x for x in value]
+
+
+def plain_prompts(prompts: Any) -> list[Any]:
+  """Return prompts as a list of lists, whatever iterables and arrays they are.
+
+  Items that are no iterables stay as they are, for check_tokens to refuse.
+
+  Raises:
+    RequestError: `prompts` is no iterable, or is a text.
+  """
+  found = plain(prompts)
+  if not isinstance(found, list):
+    raise RequestError(f'prompts must be a list of prompts, got {_shown(prompts)}')
+  return [plain(prompt) for prompt in found]
 
 
 def for_each(prompts: Sequence[Sequence[int]], what: str, value: Any) -> list:
-  """Return one value for each prompt: `value` itself, or the values of a sequence.
+  """Return one value for each prompt: `value` itself, or the values of an iterable.
 
   Raises:
-    RequestError: The sequence has another length. `what` names its items in the message.
+    RequestError: The iterable has another length. `what` names its items in the message.
   """
-  values = list(value) if isinstance(value, (Sequence, np.ndarray)) else [value] * len(prompts)
+  value = plain(value)
+  values = value if isinstance(value, list) else [value] * len(prompts)
   if len(values) != len(prompts):
     raise RequestError(f'{len(prompts)} prompts need as many {what}, got {len(values)}')
   return values
@@ -46,46 +102,67 @@ def per_prompt(
   max_new_tokens: int | Sequence[int],
   sampling: SamplingParams | Sequence[SamplingParams],
   seeds: Sequence[int] | None,
-) -> tuple[list[int], list[SamplingParams], list[int]]:
-  """Return a limit, sampling parameters and a seed (by default 0) for each prompt.
+) -> tuple[list[list[int]], list[int], list[SamplingParams], list[int]]:
+  """Return prompts as lists, and a limit, sampling parameters and a seed (by default 0) for each.
 
   Raises:
-    RequestError: A sequence is not as long as `prompts`, or a seed is out of range.
+    RequestError: A sequence is not as long as `prompts`, a seed is out of range, or the sampling
+      parameters are something else.
   """
+  prompts = plain_prompts(prompts)
   each_seed = for_each(prompts, 'seeds', 0 if seeds is None else seeds)
   check_seeds(each_seed)
   limits = for_each(prompts, 'limits', max_new_tokens)
-  return limits, for_each(prompts, 'sampling parameters', sampling), each_seed
+  params = for_each(prompts, 'sampling parameters', sampling)
+  for each in params:
+    if not isinstance(each, SamplingParams):
+      raise RequestError(f'sampling must be SamplingParams, got {_shown(each)}')
+  return prompts, limits, params, each_seed
 
 
 def check_at_least(least: int, **values: Any) -> None:
-  """Raise RequestError, with its name, for a value that is not a whole number >= `least`."""
+  """Raise RequestError, with its name, for a value that is no whole number from `least` on.
+
+  Numbers beyond int32 are refused, too: no size here is as large.
+  """
   for name, value in values.items():
     if not is_whole(value):
-      raise RequestError(f'{name} must be a whole number, got {value!r}')
+      raise RequestError(f'{name} must be a whole number, got {_shown(value)}')
     if value < least:
-      raise RequestError(f'{name} must be at least {least}, got {value}')
+      raise RequestError(f'{name} must be at least {least}, got {_shown(int(value))}')
+    if value > LARGEST_WHOLE:
+      raise RequestError(f'{name} must be at most {LARGEST_WHOLE}, got {_shown(int(value))}')
 
 
 def check_tokens(what: str, tokens: Any, vocab_size: int) -> None:
   """Raise RequestError unless `tokens` are ids below vocab_size. The message begins with `what`."""
   if isinstance(tokens, str) or not isinstance(tokens, (Sequence, np.ndarray)):
-    raise RequestError(f'{what} must be token ids, got {tokens!r}')
+    raise RequestError(f'{what} must be token ids, got {_shown(tokens)}')
   for token in tokens:
     if not is_whole(token):
-      raise RequestError(f'{what} holds {token!r}: token ids are whole numbers')
+      raise RequestError(f'{what} holds {_shown(token)}: token ids are whole numbers')
     if not 0 <= token < vocab_size:
-      raise RequestError(f'{what} holds token {token}, outside the vocabulary of {vocab_size}')
+      raise RequestError(
+        f'{what} holds token {_shown(int(token))}, outside the vocabulary of {vocab_size}'
+      )
 
 
-def check_pairs(pairs: Sequence[tuple[Any, Any]], vocab_size: int) -> None:
-  """Raise RequestError for a pair (prompt, completion) that holds anything but token ids.
+def plain_pairs(pairs: Any, vocab_size: int) -> list[tuple[list[int], list[int]]]:
+  """Return pairs (prompt, completion) as lists of token ids.
 
-  The error names the pair, counted from 0.
+  Raises:
+    RequestError: Something is no pair, or holds anything but token ids. The message names the pair,
+      counted from 0.
   """
-  for i, (prompt, completion) in enumerate(pairs):
+  found = []
+  for i, pair in enumerate(plain_prompts(pairs)):
+    if not isinstance(pair, list) or len(pair) != 2:
+      raise RequestError(f'pair {i} must be (prompt, completion), got {_shown(pair)}')
+    prompt, completion = map(plain, pair)
     check_tokens(f'the prompt of pair {i}', prompt, vocab_size)
     check_tokens(f'the completion of pair {i}', completion, vocab_size)
+    found.append((prompt, completion))
+  return found
 
 
 def check_arrays(vocab_size: int, *ids: Any, weights: Any = None) -> None:
@@ -93,7 +170,9 @@ def check_arrays(vocab_size: int, *ids: Any, weights: Any = None) -> None:
 
   Empty arrays, and ids outside the vocabulary, are refused too.
   """
-  arrays = [np.asarray(x) for x in (*ids, *(() if weights is None else (weights,)))]
+  arrays = [_numbers(x, 'iuf') for x in ids]
+  if weights is not None:
+    arrays.append(_numbers(weights, 'iufb'))
   shapes = [x.shape for x in arrays]
   if len(set(shapes)) > 1 or len(shapes[0]) != 2 or not arrays[0].size:
     raise RequestError(
@@ -107,11 +186,22 @@ def check_arrays(vocab_size: int, *ids: Any, weights: Any = None) -> None:
       )
 
 
+def _numbers(values: Any, kinds: str) -> np.ndarray:
+  """Return values as an array. Raises RequestError unless it is one of NumPy's `kinds`."""
+  try:
+    found = np.asarray(values)
+  except (ValueError, TypeError) as error:
+    raise RequestError('tokens must be arrays [B, T], and rows here differ in length') from error
+  if found.dtype.kind not in kinds:
+    raise RequestError(f'tokens must be arrays [B, T] of numbers, got {found.dtype}')
+  return found
+
+
 def check_seeds(seeds: Sequence[Any]) -> None:
   """Raise RequestError for a seed that is not a whole number from 0 to 2**32 - 1."""
   wrong = [seed for seed in seeds if not is_whole(seed) or not 0 <= seed < 2**32]
   if wrong:
-    raise RequestError(f'seeds must be whole numbers from 0 to 2**32 - 1, got {wrong[0]!r}')
+    raise RequestError(f'seeds must be whole numbers from 0 to 2**32 - 1, got {_shown(wrong[0])}')
 
 
 def check_generation(
@@ -139,6 +229,11 @@ def check_generation(
   for limit in limits:
     check_at_least(1, max_new_tokens=limit)
   max_new_tokens = max(limits)
+  for name, size in {'cache_size': cache_size, 'max_length': max_length}.items():
+    if size is not None:
+      check_at_least(1, **{name: size})
+  if prompt_size is not None:
+    check_at_least(0, prompt_size=prompt_size)
   for i, prompt in enumerate(prompts):
     check_tokens(f'prompt {i}', prompt, vocab_size)
     if prompt_size is not None and len(prompt) > prompt_size:

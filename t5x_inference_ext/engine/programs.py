@@ -5,7 +5,8 @@ value of them means another compilation. Donated arguments are updated in place 
 afterwards.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import functools
 from typing import Any
 
@@ -17,17 +18,49 @@ from jax.sharding import PartitionSpec as P
 from t5x_inference_ext.engine import prefix_store, prompts, slots, static_batch
 from t5x_inference_ext.engine.saved_generation import GenerationShape, SavedGeneration
 from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.model import long_scoring
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
 
 
+@contextlib.contextmanager
+def stated_dtypes() -> Iterator[None]:
+  """Compute in the dtypes that the code states, whatever jax's global switches are.
+
+  JAX_ENABLE_X64 would make float64 of some constants, JAX_NUMPY_DTYPE_PROMOTION=strict refuse them.
+  """
+  with jax.enable_x64(False), jax.numpy_dtype_promotion('standard'):
+    yield
+
+
+class Program:
+  """A jitted function that computes in the stated dtypes.
+
+  Attributes:
+    jitted: The function as jax.jit returned it.
+  """
+
+  def __init__(self, jitted: Any) -> None:
+    self.jitted = jitted
+
+  def __call__(self, *arguments: Any, **options: Any) -> Any:
+    """Run the function."""
+    with stated_dtypes():
+      return self.jitted(*arguments, **options)
+
+  def lower(self, *arguments: Any, **options: Any) -> jax.stages.Lowered:
+    """Lower the function, as the jitted function's own method does."""
+    with stated_dtypes():
+      return self.jitted.lower(*arguments, **options)
+
+
 def _compiled(
   function: Callable, static: tuple[str, ...] = (), donated: tuple[str, ...] = ()
-) -> Any:
-  return jax.jit(function, static_argnames=('model', *static), donate_argnames=donated)
+) -> Program:
+  return Program(jax.jit(function, static_argnames=('model', *static), donate_argnames=donated))
 
 
-def _replicated(function: Callable, *static: str) -> Any:
+def _replicated(function: Callable, *static: str) -> Program:
   """Compile a function of a model so that every device, and every process, has its whole result."""
 
   @functools.partial(jax.jit, static_argnames=('model', *static))
@@ -35,12 +68,13 @@ def _replicated(function: Callable, *static: str) -> Any:
     whole = NamedSharding(model.mesh, P())
     return jax.lax.with_sharding_constraint(function(model, *arguments, **options), whole)
 
-  return run
+  return Program(run)
 
 
 def put(model: Model, *arrays: Any) -> Any:
   """Place host arrays, or pytrees of arrays, whole on every device, as arguments of programs."""
-  return jax.device_put(arrays, NamedSharding(model.mesh, P()))
+  with stated_dtypes():
+    return jax.device_put(arrays, NamedSharding(model.mesh, P()))
 
 
 # Slots (engine.slots) and prompts on their way to them (engine.prompts).
@@ -124,5 +158,5 @@ def generation_for(
 
 
 # Passes over whole sequences.
-log_probs = _replicated(Model.log_probs)
+log_probs = _replicated(long_scoring.score_sequences)
 logits = _replicated(Model.logits)

@@ -112,11 +112,13 @@ class Completion(NamedTuple):
     tokens: Generated ids. If the row ended with EOS, that is the last id.
     score: Sum of the tokens' log-probabilities.
     finish_reason: Why the row ended: 'eos', 'stop', 'length' or 'error'.
+    text: The text, if the prompt was one.
   """
 
   tokens: list[int]
   score: float
   finish_reason: FinishReason = 'length'
+  text: str | None = None
 
 
 def finish_reason(

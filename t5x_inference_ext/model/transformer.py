@@ -71,7 +71,7 @@ class Model(ShardedModel):
       return unembed(self, sharding, weights, x, (), rows)[:, 0], kv
 
     kv_spec = self.kv_spec(sharding, weights)
-    logits, kv = self._on_shards(
+    logits, kv = self.on_shards(
       sharding,
       finish,
       weights,
@@ -106,7 +106,7 @@ class Model(ShardedModel):
       return logits, append_tokens(cache, *kv)
 
     spec = self.cache_spec(sharding, weights, cache)
-    return self._on_shards(
+    return self.on_shards(
       sharding, finish, weights, spec, inputs=(), outputs=(P(self.sampling_axes(rows)), spec)
     )(weights, cache, tokens)
 
@@ -162,7 +162,7 @@ class Model(ShardedModel):
 
     spec = self.cache_spec(sharding, weights, cache)
     # The counts are passed twice, with rows split as in the residual stream and as in the cache.
-    return self._on_shards(
+    return self.on_shards(
       sharding,
       finish,
       weights,
@@ -185,7 +185,7 @@ class Model(ShardedModel):
       x = mark_broken_before(x, sharding.residual[1])
       return unembed(self, sharding, weights, x, sharding.residual[1], rows)
 
-    return self._on_shards(
+    return self.on_shards(
       sharding, finish, weights, None, inputs=(), outputs=P(self.sampling_axes(rows))
     )(weights, None, self.pad_tokens(tokens, sharding.layout))[:, :length]
 
@@ -221,11 +221,11 @@ class Model(ShardedModel):
       return target_log_probs(x, targets, logits, position_axes, width)
 
     tokens, targets = (self.pad_tokens(ids, sharding.layout) for ids in (tokens, targets))
-    return self._on_shards(
+    return self.on_shards(
       sharding, finish, weights, None, inputs=(P(sampling),), outputs=P(sampling)
     )(weights, None, tokens, targets)[:, :length]
 
-  def _on_shards(
+  def on_shards(
     self,
     sharding: ActivationSharding,
     finish: Finish,

@@ -108,7 +108,7 @@ def loss(
     cache: Dtype of the KV cache, as in Engine.load. Each position sees keys and values rounded as
       they would be in decoding.
   """
-  engine = Engine.load(checkpoint, dtype=dtype, cache=cache)
+  engine = Engine.load(checkpoint, mesh='1x1x1', dtype=dtype, cache=cache)
   total = 0.0
   for begin in range(0, len(targets), BATCH_ROWS):
     rows = targets[begin : begin + BATCH_ROWS]

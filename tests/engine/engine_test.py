@@ -1,5 +1,6 @@
 """The Python API: what it refuses, and why it says so; and the edges of what it takes."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -78,6 +79,70 @@ def test_bad_requests(engine, arguments, says):
   assert says in str(error.value)
 
 
+@pytest.mark.parametrize(
+  'arguments, says',
+  [
+    (dict(prompts='def'), "prompts must be a list of prompts, got 'def'"),
+    (dict(prompts=None), 'prompts must be a list of prompts, got None'),
+    (dict(prompts={'a': 1}), 'prompts must be a list of prompts'),
+    (dict(prompts=[]), 'there are no prompts'),
+    (dict(prompts=[[True], [3]]), 'prompt 0 holds True: token ids are whole numbers'),
+    (dict(prompts=[[3], [np.float32(3)]]), 'prompt 1 holds '),
+    (dict(prompts=jnp.ones((2, 3))), 'prompt 0 holds 1.0: token ids are whole numbers'),
+    (dict(prompts=np.ones((2, 3), bool)), 'prompt 0 holds True'),
+    (dict(prompts=[['3'], [3]]), "prompt 0 holds '3'"),
+    (dict(prompts=[[10**5000], [3]]), 'prompt 0 holds token '),
+    (dict(max_new_tokens='8'), "max_new_tokens must be a whole number, got '8'"),
+    (dict(max_new_tokens=None), 'max_new_tokens must be a whole number, got None'),
+    (dict(max_new_tokens=10**20), 'max_new_tokens must be at most 2147483647'),
+    (dict(max_new_tokens=True), 'max_new_tokens must be a whole number, got True'),
+    (dict(max_new_tokens=[8]), '2 prompts need as many limits, got 1'),
+    (dict(sampling={'temperature': 1}), "sampling must be SamplingParams, got {'temperature': 1}"),
+    (dict(sampling=None), 'sampling must be SamplingParams, got None'),
+    (dict(cache_size='x'), "cache_size must be a whole number, got 'x'"),
+    (dict(prompt_size=3.5), 'prompt_size must be a whole number, got 3.5'),
+    (dict(max_length=[3]), 'max_length must be a whole number, got [3]'),
+    (dict(eos_id=None), 'eos_id must be a whole number, got None'),
+    (dict(seeds='ab'), "seeds must be whole numbers from 0 to 2**32 - 1, got 'ab'"),
+    (dict(seeds=2**32), 'seeds must be whole numbers from 0 to 2**32 - 1, got 4294967296'),
+  ],
+)
+def test_arguments_of_other_types(engine, arguments, says):
+  """Each is one sentence, before anything is compiled."""
+  with pytest.raises(RequestError) as error:
+    engine.generate(**{'prompts': PROMPTS, 'max_new_tokens': 8, **arguments})
+  assert says in str(error.value) and len(str(error.value)) < 300
+
+
+def test_prompts_of_every_kind(engine):
+  """Lists, tuples, arrays of NumPy and JAX, and generators."""
+  wanted = engine.generate(PROMPTS, max_new_tokens=8)
+  longest = max(map(len, PROMPTS))
+  for kind in (
+    tuple,
+    np.array,
+    lambda ids: np.array(ids, np.uint16),
+    jnp.array,
+    iter,
+    lambda ids: [jnp.int32(i) for i in ids],
+    lambda ids: [np.int64(i) for i in ids],
+  ):
+    found = engine.generate(
+      (kind(ids) for ids in PROMPTS), max_new_tokens=np.int64(8), prompt_size=np.int32(longest)
+    )
+    assert found == wanted
+  square = [[3, 4], [5, 6]]
+  wanted = engine.requests(square, 4, seeds=[1, 2])
+  for array in (np.array, jnp.array):
+    assert engine.requests(array(square), array([4, 4]), seeds=array([1, 2])) == wanted
+
+
+def test_the_default_mesh_is_the_commands(palm_tiny):
+  assert dict(Engine.load(palm_tiny, dtype='float32').model.mesh.shape) == {'x': 2, 'y': 2, 'z': 2}
+  one = Engine.load(palm_tiny, mesh=None, dtype='float32')
+  assert one.model.mesh.size == 8
+
+
 def test_a_batch_that_does_not_divide(engine):
   """3 rows on 2 devices: slower than 4, and as right."""
   prompts = [*PROMPTS, [103]]
@@ -129,6 +194,23 @@ def test_what_can_t_be_scored(engine):
   ):
     with pytest.raises(RequestError, match=says):
       engine.score_completions([([], [3]), pair])
+  for pairs, says in (
+    (3, 'prompts must be a list'),
+    ([[3]], 'pair 0 must be .prompt, completion.'),
+    ([3], 'pair 0 must be'),
+    ([([3], [1.5])], 'the completion of pair 0 holds 1.5'),
+  ):
+    with pytest.raises(RequestError, match=says):
+      engine.score_completions(pairs)
+  for inputs, targets, says in (
+    ([[1, 2], [3]], [[1, 2], [3]], 'rows here differ in length'),
+    ([['a']], [['a']], 'arrays .B, T. of numbers'),
+    ([[True]], [[True]], 'arrays .B, T. of numbers'),
+    ([[None]], [[None]], 'arrays .B, T. of numbers'),
+    ([[np.nan]], [[1]], 'the arrays hold token nan'),
+  ):
+    with pytest.raises(RequestError, match=says):
+      engine.score(inputs, targets)
   with pytest.raises(RequestError, match='the arrays hold token 384'):
     engine.score(np.ones((2, 4), int), np.full((2, 4), 384))
 

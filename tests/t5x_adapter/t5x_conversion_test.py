@@ -72,7 +72,7 @@ def test_int8_gives_the_same_tokens_with_flaxformer_s_quantized_variables(
   # T5X's own loop over flaxformer's quantized variables and its cache, beside ours.
   prompts = [row['prompt_tokens'] for row in json.loads((golden / 'greedy.json').read_text())]
   new, eos = 24, running.VOCABULARY.eos_id
-  engine = Engine.load(open_checkpoint(tmp_path / 'checkpoint_1000'), dtype='float32')
+  engine = Engine.load(open_checkpoint(tmp_path / 'checkpoint_1000'), mesh='1x1x1', dtype='float32')
   ours = [c.tokens for c in engine.generate(prompts, max_new_tokens=new, eos_id=eos)]
   tokens = np.zeros((len(prompts), max(map(len, prompts)) + new), np.int32)
   for row, prompt in zip(tokens, prompts):

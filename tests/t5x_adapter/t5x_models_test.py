@@ -136,7 +136,7 @@ def test_an_int8_cache(scan_layers, palm_tiny, state_of):
   )[0]
   kept = shapes if scan_layers else shapes['layers_0']
   assert (kept['cached_key'].dtype, kept['cached_key_scale'].dtype) == (np.int8, np.float32)
-  engine = Engine.load(str(palm_tiny), dtype='float32', cache='int8')
+  engine = Engine.load(str(palm_tiny), mesh='1x1x1', dtype='float32', cache='int8')
   tokens, _ = _predict(model, state_of(model), _batch(PROMPTS))
   for row, prompt, completion in zip(
     tokens, PROMPTS, engine.generate(PROMPTS, max_new_tokens=LENGTH), strict=True
@@ -178,7 +178,7 @@ def test_greedy_continues_every_prompt(mesh, layouts, scan_layers, palm_tiny, st
   )
   tokens, aux = _predict(model, state_of(model), _batch(prompts), num_decodes=2)
   np.testing.assert_array_equal(aux['scores'], np.zeros(len(prompts)))
-  engine = Engine.load(str(palm_tiny), dtype='float32')
+  engine = Engine.load(str(palm_tiny), mesh='1x1x1', dtype='float32')
   for row, prompt, completion in zip(
     tokens, prompts, engine.generate(prompts, max_new_tokens=LENGTH), strict=True
   ):

@@ -57,7 +57,7 @@ def test_scores_equal_the_stock_models(palm_tiny, stock_rows, tmp_path):
 
 def test_aux_has_the_model_s_own_scores(palm_tiny, stock_rows, tmp_path):
   rows = refilled(palm_tiny, tmp_path, 'predict_with_aux', Refill(slots=4, max_new_tokens=8))
-  engine = Engine.load(palm_tiny, dtype='float32')
+  engine = Engine.load(palm_tiny, mesh='1x1x1', dtype='float32')
   found = engine.generate(
     [row['prompt_tokens'] for row in inference_tasks.rows()], max_new_tokens=8
   )
