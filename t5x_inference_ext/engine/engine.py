@@ -12,50 +12,35 @@ import os
 from typing import Any
 
 import jax
-import numpy as np
 
 from t5x_inference_ext.checkpoints import Checkpoint, open_checkpoint
 from t5x_inference_ext.checkpoints.load import load_weights, scans_layers
-from t5x_inference_ext.engine import length_buckets, programs, scoring
 from t5x_inference_ext.engine.conversation import Conversation
 from t5x_inference_ext.engine.core import Core
-from t5x_inference_ext.engine.inputs import (
-  check_arrays,
-  check_at_least,
-  check_generation,
-  end_ids_of,
-  per_prompt,
-  plain_pairs,
-)
+from t5x_inference_ext.engine.inputs import check_at_least, check_generation, end_ids_of, per_prompt
 from t5x_inference_ext.engine.request import Completion, Request, Sample, SampleCollector
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.sampling_arrays import stack_params
 from t5x_inference_ext.engine.saved_generation import SavedGeneration
+from t5x_inference_ext.engine.scorer import Scorer
 from t5x_inference_ext.engine.static_generation import StaticOptions, generate_static
 from t5x_inference_ext.engine.streams import Stream
 from t5x_inference_ext.engine.text_prompts import Prompt, decode_completion, encode_prompts
 from t5x_inference_ext.engine.warm_up import CompiledProgram
 from t5x_inference_ext.model.transformer import Model
-from t5x_inference_ext.model.weights import Weights
 from t5x_inference_ext.sharding.layout import Layout, check_model
 from t5x_inference_ext.sharding.mesh import make_mesh, parse_mesh
 from t5x_inference_ext.sharding.mesh_choice import choose_mesh
 
 
 @dataclasses.dataclass(frozen=True)
-class Engine:
-  """A model with its weights on a mesh.
+class Engine(Scorer):
+  """A model with its weights on a mesh: it scores (see Scorer), and it generates.
 
   Attributes:
-    checkpoint: The checkpoint that the weights came from, and what was found in it.
-    model: Functions of the model, and the mesh.
-    weights: Weights on the mesh.
     executable: A saved program that runs generations in place of compiled ones, or None.
   """
 
-  checkpoint: Checkpoint
-  model: Model
-  weights: Weights
   executable: SavedGeneration | None = None
 
   @classmethod
@@ -294,60 +279,3 @@ class Engine:
     if eos_id is None:
       return tuple(self.checkpoint.end_ids)
     return end_ids_of(eos_id)
-
-  def score(
-    self, inputs: np.ndarray, targets: np.ndarray, weights: np.ndarray | None = None
-  ) -> np.ndarray:
-    """Return the sum over positions of weight * log p(target | inputs so far).
-
-    Args:
-      inputs: [B, T] model inputs: targets shifted right, BOS first.
-      targets: [B, T] token ids.
-      weights: [B, T] float32; None: 1 where a target is not 0 (padding).
-
-    Returns:
-      [B] float32.
-
-    Raises:
-      RequestError: Empty arrays or arrays of different shapes, or ids outside the vocabulary.
-    """
-    check_arrays(self.model.config.vocab_size, inputs, targets, weights=weights)
-    weights = np.asarray(np.asarray(targets) != 0 if weights is None else weights, np.float32)
-    return np.sum(self.log_probs(inputs, targets) * weights, axis=1)
-
-  def log_probs(self, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Return log p(target | inputs so far) at each position, [B, T] float32; see `score`."""
-    check_arrays(self.model.config.vocab_size, inputs, targets)
-    inputs, targets = np.asarray(inputs, np.int32), np.asarray(targets, np.int32)
-    return np.asarray(
-      programs.log_probs(self.model, self.weights, *programs.put(self.model, inputs, targets))
-    )
-
-  def score_completions(
-    self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, tokens: int = 8192
-  ) -> list[list[float]]:
-    """Return the log-probabilities of each completion's tokens after its prompt.
-
-    Their sum is the completion's score. Pairs of similar lengths are scored together.
-
-    Args:
-      pairs: Pairs (prompt, completion) of token ids without BOS.
-      tokens: Most tokens of a batch, padding included.
-
-    Raises:
-      RequestError: Ids outside the vocabulary, naming the pair, counted from 0.
-    """
-    check_at_least(1, tokens=tokens)
-    pairs = plain_pairs(pairs, self.model.config.vocab_size)
-    examples = [scoring.ScoringExample.of(*pair) for pair in pairs]
-    packer = length_buckets.packer(self.model, tokens)
-    found: dict[int, np.ndarray] = {}
-    for pack in packer.pack([len(example.targets) for example in examples]):
-      found.update(scoring.score_pack(self.log_probs, examples, pack))
-    return [found[i][len(prompt) :].tolist() for i, (prompt, _) in enumerate(pairs)]
-
-  def logits(self, inputs: np.ndarray) -> np.ndarray:
-    """Return the logits after each position of model inputs [B, T]: [B, T, V] float32."""
-    check_arrays(self.model.config.vocab_size, inputs)
-    tokens = programs.put(self.model, np.asarray(inputs, np.int32))
-    return np.asarray(programs.logits(self.model, self.weights, *tokens))
