@@ -15,6 +15,12 @@ import numpy as np
 from t5x_inference_ext import distributed
 from t5x_inference_ext.checkpoints.readers.zarr_arrays import ZarrTensor
 from t5x_inference_ext.commands import infer
+from t5x_inference_ext.engine.engine import Engine
+from t5x_inference_ext.engine.inbox import SharedInbox
+from t5x_inference_ext.engine.request import Request
+from t5x_inference_ext.engine.sampling import SamplingParams
+from t5x_inference_ext.engine.scheduler import Scheduler
+from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.rendezvous import ProcessOptions
 from tests import processes
@@ -63,6 +69,31 @@ def complaint(function) -> str:
   return ''
 
 
+def core_rows(process: str) -> dict[str, list]:
+  """Rows of one scheduler in all processes: process 0 alone submits, late ones too, and cancels."""
+  engine = Engine.load(CHECKPOINT, mesh='2x2x2', dtype='float32')
+  config = SchedulerConfig(8, 64, page_size=32, end_ids=(), prefix_bytes=2**16)
+  inbox = SharedInbox()
+  core = Scheduler(engine.model, engine.weights, config, inbox=inbox)
+  late = [Request((0, 70 + i, 71), (i,), 12, SamplingParams(0.7)) for i in range(4)]
+  rows: dict[str, list] = {}
+  steps = 0
+  if process == '0':
+    handles = [core.submit(request) for request in late[:2]]
+  while not inbox.closed:
+    if process == '0':
+      if steps == 3:
+        handles += [core.submit(request) for request in late[2:]]
+      if steps == 5:
+        core.cancel(handles[0])
+      if steps > 5 and all(handle.state.value == 'finished' for handle in handles):
+        inbox.close()
+    for event in core.step():
+      rows.setdefault(str(event.request), []).extend([*event.tokens, event.finish])
+    steps += 1
+  return {name: [x for x in row if x is not None] for name, row in rows.items()}
+
+
 def main(port: str, process: str, directory: str) -> None:
   root = pathlib.Path(directory)
   mine = root / process  # of this process alone, as on hosts without a shared file system
@@ -107,6 +138,7 @@ def main(port: str, process: str, directory: str) -> None:
     distributed.exchange(lambda: int(process) + 1),
     distributed.from_main(lambda: f'of {process}'),
   ]
+  seen['core'] = core_rows(process)
   seen['unequal'] = complaint(
     lambda: list(distributed.lockstep('ab' if process == '0' else 'a', key=str))
   )

@@ -11,6 +11,8 @@ import pytest
 
 from t5x_inference_ext import distributed, rendezvous
 from t5x_inference_ext.commands import infer
+from t5x_inference_ext.engine.engine import Engine
+from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.errors import RequestError
 from tests import distributed_program, processes
 from tests.commands import infer_task_test
@@ -165,6 +167,24 @@ def test_each_process_reads_its_half(seen, palm_tiny, root, tmp_path, monkeypatc
   assert weights <= total[0] < 1.01 * weights
   for s in seen:
     assert s['bytes'] == pytest.approx(weights / 2, rel=0.01)
+
+
+def test_one_core_in_all_processes(seen, palm_tiny):
+  """Late requests, and one that is cancelled: both processes see the rows of one process."""
+  rows = seen[0]['core']
+  assert rows == seen[1]['core'] and sorted(rows) == ['0', '1', '2', '3']
+  engine = Engine.load(palm_tiny, mesh='1x1x1', dtype='float32')
+  found = engine.generate(
+    [[70 + i, 71] for i in range(4)],
+    max_new_tokens=12,
+    sampling=SamplingParams(0.7),
+    seeds=range(4),
+    eos_id=-1,
+  )
+  *tokens, finish = rows['0']
+  assert finish == 'cancelled' and 0 < len(tokens) < 12 and tokens == found[0].tokens[: len(tokens)]
+  for i in (1, 2, 3):
+    assert rows[str(i)] == [*found[i].tokens, 'length']
 
 
 def test_process_0_alone_writes_and_prints(seen):

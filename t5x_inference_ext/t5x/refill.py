@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import dataclasses
 from typing import Any
 
+from absl import logging
 import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -122,6 +123,8 @@ class Predictor:
       tokens[at][done[at] : done[at] + len(event.tokens)] = event.tokens
       done[at] += len(event.tokens)
       scores[at] += sum(event.log_probs)
+      if event.error:
+        logging.warning('Prediction of example %d of the batch ended: %s', at[0], event.error)
     order = np.argsort(scores, axis=1, kind='stable')  # the best is last
     tokens = np.take_along_axis(tokens, order[:, :, None], 1)
     scores = np.take_along_axis(scores, order, 1)
