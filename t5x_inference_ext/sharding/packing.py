@@ -16,6 +16,7 @@ import numpy as np
 
 from t5x_inference_ext import params
 from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.errors import CheckpointError
 from t5x_inference_ext.sharding.columns import (
   PackedPart,
   input_parts,
@@ -146,6 +147,7 @@ def _packed_tensors(
 ) -> dict[str, PackedTensor]:
   mesh = dict(zip(AXES, sizes, strict=True))
   check_model(config, mesh)
+  check_runnable(config)
   declared = {**params.parameters(config), **params.scales(config)}
   shards = num_shards(layout.stored_hidden, mesh)
 
@@ -174,7 +176,7 @@ def _packed_tensors(
   tensors |= norm('final_norm', 'final_norm')
   for block_part in config.block_parts:
     columns = input_parts(config, block_part, shards)
-    fields = norm('norm', params.norm_name(block_part))
+    fields = norm('norm', params.norm_names(config, block_part)[0])
     fields['w_in'] = fused(columns)
     fields['w_out'] = fused(output_parts(config, block_part, shards))
     if int8:
@@ -182,6 +184,19 @@ def _packed_tensors(
       fields['out_scale'] = vector(params.output_scale_name(block_part))
     tensors |= {f'{block_part.name}/{field}': tensor for field, tensor in fields.items()}
   return tensors
+
+
+# Features that models run so far.
+RUNNABLE: tuple[str, ...] = ()
+RUNNABLE_MLPS = ('swiglu', 'gelu')
+
+
+def check_runnable(config: ModelConfig) -> None:
+  """Raise CheckpointError for a feature that no layout runs yet."""
+  features = {**config.features} if config.mlp in RUNNABLE_MLPS else {'mlp': config.mlp}
+  for name, value in features.items():
+    if name not in RUNNABLE:
+      raise CheckpointError(f'models with {name}={value} cannot be run yet, only converted')
 
 
 def _layer_shape(p: params.Parameter) -> tuple[bool, tuple[int, ...], tuple[str, ...]]:
