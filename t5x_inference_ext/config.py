@@ -168,6 +168,10 @@ class ModelConfig:
       return (BlockPart('parallel', True, True),)
     return BlockPart('attention', True, False), BlockPart('mlp', False, True)
 
+  def has_two_norms(self, block_part: BlockPart) -> bool:
+    """Return whether attention and MLP of a block part are fed by a norm each."""
+    return block_part.name == 'parallel' and self.parallel_norms == 2
+
   @property
   def mlp_inputs(self) -> tuple[str, ...]:
     """The names of the matrices [E, F] that feed the MLP."""

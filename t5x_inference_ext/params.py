@@ -136,6 +136,22 @@ def post_norm_names(config: ModelConfig, block_part: BlockPart) -> tuple[str, ..
   return () if config.norm_position == 'before' else (f'{block_part.name}_post_norm',)
 
 
+def vector_names(config: ModelConfig, block_part: BlockPart) -> dict[str, str]:
+  """Return a block part's norms and biases: field name on the devices -> canonical name."""
+  names = dict(zip(('norm', 'mlp_norm'), norm_names(config, block_part)))
+  names |= dict(zip(('post_norm',), post_norm_names(config, block_part)))
+  matrices: tuple[str, ...] = ()
+  if block_part.attention:
+    names |= {name: name for name in ('query_norm', 'key_norm')}
+    matrices += ('query', 'key', 'value', 'attention_output')
+  if block_part.mlp:
+    matrices += (*config.mlp_inputs, 'mlp_output')
+  names |= {bias_name(field): bias_name(name) for field, name in names.items()}
+  names |= {bias_name(name): bias_name(name) for name in matrices}
+  declared = parameters(config)
+  return {field: name for field, name in names.items() if name in declared}
+
+
 def bias_name(tensor: str) -> str:
   """Return the name of the bias that belongs to a norm scale or a matrix."""
   return f'{tensor}_bias'

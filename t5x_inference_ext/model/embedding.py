@@ -1,7 +1,7 @@
-"""The tied embedding on one shard: lookup and logits.
+"""The embedding and the head on one shard: lookup and logits.
 
-The table stays split as it is stored, rows over the hidden axes and columns over the embed axis, so
-that no weights move.
+Both tables stay split as they are stored, rows over the hidden axes and columns over the embed
+axis, so that no weights move.
 """
 
 import math
@@ -87,7 +87,9 @@ def unembed(
   position_axes: Axes,
   rows: int,
 ) -> Float[Array, 'rows T V']:
-  """Compute float32 logits, scaled by 1/sqrt(d_model): the final norm, then the embedding.
+  """Compute float32 logits: the final norm, then the head, which may be the embedding.
+
+  Products are scaled by 1/sqrt(d_model); then the head's bias is added, and the soft cap applied.
 
   Args:
     model: Gives the config, the dtypes and the axes that split the rows of logits.
@@ -106,7 +108,8 @@ def unembed(
   bias = weights.final_norm_bias
   bias = None if bias is None else ops.local_slice(bias, features, 0)
   x = norm(x, scale, bias, config, features)
-  table = weights.embedding.astype(model.dtype)  # [v, e_stored]
+  table = weights.embedding if weights.head is None else weights.head
+  table = table.astype(model.dtype)  # [v, e_stored]
   x = ops.all_gather(ops.all_gather(x, row_axes, 0), position_axes, 1)
   # All tokens, with features split as in the table: [B, T, e_stored].
   x = ops.all_gather(x, tuple(a for a in features if a in layout.stored_hidden), 2)
@@ -122,4 +125,8 @@ def unembed(
   logits = ops.all_to_all(logits[:, :, None], hidden_rows, 0, 2)  # [rows, T, blocks, v]
   unsplit = tuple(a for a in layout.stored_hidden if a not in sampling_axes)
   logits = ops.all_gather(logits, unsplit, 2)
-  return logits.reshape(*logits.shape[:2], -1)[..., : config.vocab_size] * config.d_model**-0.5
+  logits = logits.reshape(*logits.shape[:2], -1)[..., : config.vocab_size] * config.d_model**-0.5
+  if weights.head_bias is not None:
+    logits = logits + weights.head_bias[None, None]
+  cap = config.logit_soft_cap
+  return logits if cap is None else cap * jnp.tanh(logits / cap)

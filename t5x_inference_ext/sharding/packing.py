@@ -174,9 +174,14 @@ def _packed_tensors(
 
   tensors = {'embedding': fused([vocabulary_part(config, shards)])}
   tensors |= norm('final_norm', 'final_norm')
+  if 'head' in declared:
+    tensors['head'] = fused([vocabulary_part(config, shards, 'head')])
+  if 'head_bias' in declared:
+    tensors['head_bias'] = vector('head_bias')
   for block_part in config.block_parts:
     columns = input_parts(config, block_part, shards)
-    fields = norm('norm', params.norm_names(config, block_part)[0])
+    vectors = params.vector_names(config, block_part)
+    fields = {field: vector(name) for field, name in vectors.items()}
     fields['w_in'] = fused(columns)
     fields['w_out'] = fused(output_parts(config, block_part, shards))
     if int8:
@@ -187,14 +192,29 @@ def _packed_tensors(
 
 
 # Features that models run so far.
-RUNNABLE: tuple[str, ...] = ()
-RUNNABLE_MLPS = ('swiglu', 'gelu')
+RUNNABLE = (
+  'tied_head',
+  'head_bias',
+  'qkv_bias',
+  'attention_output_bias',
+  'mlp_bias',
+  'parallel_norms',
+  'norm_position',
+  'qk_norm',
+  'qkv_clip',
+  'logit_soft_cap',
+  'rotary_dims',
+  'rope_scaling',
+  'rope_factor',
+  'rope_low_factor',
+  'rope_high_factor',
+  'rope_original_length',
+)
 
 
 def check_runnable(config: ModelConfig) -> None:
   """Raise CheckpointError for a feature that no layout runs yet."""
-  features = {**config.features} if config.mlp in RUNNABLE_MLPS else {'mlp': config.mlp}
-  for name, value in features.items():
+  for name, value in config.features.items():
     if name not in RUNNABLE:
       raise CheckpointError(f'models with {name}={value} cannot be run yet, only converted')
 
