@@ -3,7 +3,7 @@
 All are applied to whole heads, where the sums over devices are complete.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 from jax import lax
@@ -15,6 +15,7 @@ from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.model.collectives import ops
 from t5x_inference_ext.model.positions import RotaryAngles, rotate
 from t5x_inference_ext.sharding.activations import ActivationSharding
+from t5x_inference_ext.sharding.layout import Axes
 
 
 def prepare_heads(
@@ -40,9 +41,7 @@ def prepare_heads(
     for name, x in (('query', q), ('key', k), ('value', v))
   )
   if config.qk_norm != 'none':
-    heads, axes = sharding.heads, sharding.axes
-    q = _normed(q, 'query_norm', vectors, config, heads.queries(), axes['attention_heads'])
-    k = _normed(k, 'key_norm', vectors, config, heads.cached(), axes['kv_heads'])
+    q, k = _normed(q, k, vectors, config, sharding)
   return rotate(q, *angles.queries), rotate(k, *angles.keys), v
 
 
@@ -54,38 +53,57 @@ def _biased(x: jax.Array, bias: jax.Array | None, config: ModelConfig) -> jax.Ar
 
 
 def _normed(
-  x: jax.Array,
-  name: str,
+  q: jax.Array,
+  k: jax.Array,
   vectors: Mapping[str, jax.Array],
   config: ModelConfig,
-  heads: tuple[int | None, ...],
-  axes: tuple[str, ...],
-) -> jax.Array:
-  """Normalize queries or keys [b, t, heads, q], each head alone or all heads together.
+  sharding: ActivationSharding,
+) -> tuple[jax.Array, jax.Array]:
+  """Normalize queries and keys [b, t, heads, q]: each head alone, or all heads together."""
+  pair = q.astype(jnp.float32), k.astype(jnp.float32)
 
-  Args:
-    x: Queries or keys of this shard's heads. Padding heads are zeros.
-    name: 'query_norm' or 'key_norm'.
-    vectors: As in prepare_heads.
-    config: The model.
-    heads: For each head on all devices along `axes`, its index in the model, None for padding.
-    axes: Mesh axes that split the heads.
-  """
-  x32 = x.astype(jnp.float32)
-  weights: jax.Array | None = None
-  if config.qk_norm.endswith('_all'):
-    # A device's share of the mean of all heads. Several devices may have copies of one key head.
-    counts = np.asarray([0.0 if h is None else 1 / heads.count(h) for h in heads], np.float32)
-    weights = ops.local_slice(jnp.asarray(counts / np.sum(counts)), axes, 0)[None, None, :, None]
-
-  def mean(values: jax.Array) -> jax.Array:
-    by_head = jnp.mean(values, axis=-1, keepdims=True)
-    if weights is None:
-      return by_head
-    return ops.all_reduce(jnp.sum(by_head * weights, axis=2, keepdims=True), axes)
+  def means(values: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    queries, keys = (jnp.mean(x, axis=-1, keepdims=True) for x in values)
+    if not config.qk_norm.endswith('_all'):
+      return queries, keys
+    return _means_of_all_heads(queries, keys, sharding)
 
   if config.qk_norm.startswith('layer'):
-    x32 = x32 - mean(x32)
-  y = x32 * lax.rsqrt(mean(x32 * x32) + config.norm_epsilon) * vectors[name][None, None]
-  bias = vectors.get(f'{name}_bias')
-  return (y if bias is None else y + bias[None, None]).astype(x.dtype)
+    pair = _each(jnp.subtract, pair, means(pair))
+  variances = means(_each(jnp.multiply, pair, pair))
+  found = []
+  for name, x, y, variance in zip(('query_norm', 'key_norm'), (q, k), pair, variances):
+    y = y * lax.rsqrt(variance + config.norm_epsilon) * vectors[name][None, None]
+    bias = vectors.get(f'{name}_bias')
+    found.append((y if bias is None else y + bias[None, None]).astype(x.dtype))
+  return found[0], found[1]
+
+
+def _each(
+  function: Callable[[jax.Array, jax.Array], jax.Array],
+  first: tuple[jax.Array, jax.Array],
+  second: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+  return function(first[0], second[0]), function(first[1], second[1])
+
+
+def _means_of_all_heads(
+  queries: jax.Array, keys: jax.Array, sharding: ActivationSharding
+) -> tuple[jax.Array, jax.Array]:
+  """Average means of heads [b, t, heads, 1] over all heads of the model, on all devices.
+
+  Padding heads do not count. Several devices may have copies of one key head.
+  """
+  axes, heads = sharding.axes, sharding.heads
+
+  def local_sum(x: jax.Array, heads: tuple[int | None, ...], axes: Axes) -> jax.Array:
+    counts = np.asarray([0.0 if h is None else 1 / heads.count(h) for h in heads], np.float32)
+    shares = ops.local_slice(jnp.asarray(counts / np.sum(counts)), axes, 0)
+    return jnp.sum(x * shares[None, None, :, None], axis=2, keepdims=True)
+
+  queries = local_sum(queries, heads.queries(), axes['attention_heads'])
+  keys = local_sum(keys, heads.cached(), axes['kv_heads'])
+  if axes['kv_heads'] != axes['attention_heads']:  # every device has the only key head
+    return ops.all_reduce(queries, axes['attention_heads']), keys
+  both = ops.all_reduce(jnp.concatenate([queries, keys], axis=1), axes['attention_heads'])
+  return both[:, : queries.shape[1]], both[:, queries.shape[1] :]
