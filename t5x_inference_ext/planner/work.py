@@ -19,8 +19,8 @@ class PassWork:
     logits_flops: FLOPs of the unembedding.
     logits_rows: Rows of the unembedding's product.
     attention_flops: FLOPs of attention's two products, with keys and with values.
-    weight_bytes: Bytes read of matrices, scales, norms, biases and the head (the embedding, if tied).
-      Gathered matrices are counted whole.
+    weight_bytes: Bytes read of matrices, scales, norms, biases and the head (if it is tied, the
+      embedding). Gathered matrices are counted whole.
     cache_bytes: Bytes of keys and values that attention reads.
   """
 
