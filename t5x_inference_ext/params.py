@@ -21,6 +21,12 @@ FEATURES_AXIS = 'features'  # E of a vector, which no layout splits
 
 # Norms that are outside the layers.
 OUTSIDE_NORMS = ('embedding_norm', 'final_norm')
+# All tensors that are outside the layers.
+OUTSIDE_LAYERS = (
+  *('embedding', 'position_embedding', 'relative_bias', 'head', 'head_bias'),
+  *OUTSIDE_NORMS,
+  *(f'{name}_bias' for name in OUTSIDE_NORMS),
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import ml_dtypes
 import numpy as np
 
 from t5x_inference_ext import params
@@ -53,10 +54,16 @@ def logits(
   c = config
   t = {name: np.asarray(x, np.float64) for name, x in tensors.items()}
   x = t['embedding'][tokens]  # [B, T, E], the residual stream
+  if c.positions == 'learned':
+    x = x + t['position_embedding'][: tokens.shape[1]]
+  if c.embedding_norm:
+    x = _norm(x, t, 'embedding_norm', c)
   declared = params.parameters(config)
   layered = {name for name in t if name not in declared or declared[name].axes[0] == 'layers'}
   for i in range(c.num_layers):
     layer = {name: t[name][i] for name in layered}
+    layer['bias'] = _position_bias(t, c, i, tokens.shape[1])
+    layer['local'] = c.local_layers[i]
     before, after = c.norm_position != 'after', c.norm_position != 'before'
     if c.block == 'parallel':
       names = ['layer_norm'] * 2 if c.parallel_norms == 1 else ['attention_norm', 'mlp_norm']
@@ -99,15 +106,65 @@ def _attention(y, t, c, cache):
     q, k, v = (np.clip(z, -c.qkv_clip, c.qkv_clip) for z in (q, k, v))
   if c.qk_norm != 'none':
     q, k = _qk_norm(q, t, 'query_norm', c), _qk_norm(k, t, 'key_norm', c)
-  q, k = _rotary(q, c), _rotary(k, c)
+  q, k = _rotary(q, c, t['local'], 1), _rotary(k, c, t['local'], -1)
   if cache == 'int8':
     k, v = (_rounded(z) for z in (k, v))
   # Query head h reads key/value head h // (H / K).
   k, v = (np.repeat(z, c.num_heads // c.num_kv_heads, axis=2) for z in (k, v))
   scores = np.einsum('bthd,bshd->bhts', q, k) / np.sqrt(c.d_head)
-  scores = np.where(np.tril(np.ones((length, length), bool)), scores, -np.inf)
+  if c.attention_soft_cap is not None:
+    scores = c.attention_soft_cap * np.tanh(scores / c.attention_soft_cap)
+  scores = scores + t['bias']
   mixed = np.einsum('bhts,bshd->bthd', _softmax(scores), v).reshape(b, length, -1)
   return mixed @ t['attention_output'] + t.get('attention_output_bias', 0)
+
+
+def _position_bias(t, c, layer, length):
+  """Return what is added to attention logits [H, T, S]: -inf where a token does not look."""
+  query, key = np.arange(length)[:, None], np.arange(length)[None, :]
+  seen = key <= query
+  if c.local_layers[layer]:
+    seen &= key > query - c.window
+  bias = np.zeros((c.num_heads, length, length))
+  for h in range(c.num_heads):
+    if c.positions == 'alibi':
+      slope = _alibi_slope(h, c.num_heads, c.alibi_slopes)
+      if c.alibi_slopes == 'falcon':
+        rounded = _bfloat16(_bfloat16(slope) * _bfloat16(key + 0.0 * query))
+        bias[h] = rounded / np.sqrt(c.d_head)
+      else:
+        bias[h] = slope * (key - query)
+    if c.positions == 'relative':
+      distance = np.maximum(query - key, 0)
+      bias[h] = np.vectorize(lambda d, h=h: t['relative_bias'][h, _bucket(d, c)])(distance)
+  return np.where(seen, bias, -np.inf)
+
+
+def _alibi_slope(h, heads, rule):
+  """Return the slope of a head, as BLOOM's or MPT's code computes it."""
+  if rule == 'mpt':
+    power = 2 ** math.ceil(math.log2(heads))
+    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
+    return (slopes if power == heads else slopes[1::2] + slopes[::2])[h]
+  power = 2 ** math.floor(math.log2(heads))
+  base = 2 ** -(2 ** -(math.log2(power) - 3))
+  if h < power:
+    return base ** (h + 1)
+  extra = 2 ** -(2 ** -(math.log2(2 * power) - 3))
+  return extra ** (2 * (h - power) + 1)
+
+
+def _bfloat16(x):
+  return np.asarray(x).astype(ml_dtypes.bfloat16).astype(np.float64)
+
+
+def _bucket(distance, c):
+  """Return T5's bucket of a distance: exact for small ones, logarithmic up to the largest."""
+  exact = c.relative_buckets // 2
+  if distance < exact:
+    return distance
+  share = math.log(distance / exact) / math.log(c.relative_max_distance / exact)
+  return min(exact + int(share * (c.relative_buckets - exact)), c.relative_buckets - 1)
 
 
 def _qk_norm(x, t, name, c):
@@ -162,12 +219,22 @@ def _gelu(x):
   return x / 2 * (1 + np.vectorize(math.erf)(x / np.sqrt(2)))
 
 
-def _rotary(x, c):
-  size = c.rotary_size
-  half = size // 2
-  frequencies = [_frequency(c, c.rope_max_timescale ** (-i / half)) for i in range(half)]
-  angle = np.arange(x.shape[1])[:, None] * np.asarray(frequencies)
-  sin, cos = np.sin(angle)[:, None, :], np.cos(angle)[:, None, :]
+def _rotary(x, c, local, sign):
+  """Rotate x; with xPos also multiply by a power of the position, with `sign` 1 or -1."""
+  size, half = c.rotary_size, c.rotary_size // 2
+  if c.positions != 'rotary' or not (local or c.global_rotary):
+    return x
+  own_base = local and c.local_rope_max_timescale
+  base = own_base or c.rope_max_timescale
+  frequencies = [base ** (-i / half) for i in range(half)]
+  frequencies = frequencies if own_base else [_frequency(c, f) for f in frequencies]
+  position = np.arange(x.shape[1])[:, None]
+  sin, cos = np.sin(position * np.asarray(frequencies)), np.cos(position * np.asarray(frequencies))
+  if c.xpos_scale_base is not None:
+    scale = (np.arange(0, size, 2) + 0.4 * size) / (1.4 * size)
+    scale = scale ** (sign * position / c.xpos_scale_base)
+    sin, cos = sin * scale, cos * scale
+  sin, cos = sin[:, None, :], cos[:, None, :]
   a, b, rest = x[..., :half], x[..., half:size], x[..., size:]
   return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
 

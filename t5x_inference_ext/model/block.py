@@ -40,7 +40,7 @@ class Layer:
     sharding: Sharding of the pass's activations.
     cache_dtype: Dtype of the KV cache: a float dtype or 'int8'. Attention reads keys and values as
       the cache holds them, rounded.
-    angles: Rotary angles of the new tokens.
+    angles: Rotary angles of the new tokens, or None without rotary positions.
     cache: This shard's part of the KV cache, or None. Here only the rows' lengths are read from it.
     read: Cached positions of each row that attention reads, the first ones; None for all.
   """
@@ -48,7 +48,7 @@ class Layer:
   config: ModelConfig
   sharding: ActivationSharding
   cache_dtype: str
-  angles: RotaryAngles
+  angles: RotaryAngles | None
   cache: KVCache | PagedCache | None
   read: int | None = None
 

@@ -12,7 +12,7 @@ from t5x_inference_ext.model.cache import KeysValues, KVCache
 from t5x_inference_ext.model.collectives import ops
 from t5x_inference_ext.model.embedding import embed
 from t5x_inference_ext.model.pages import PagedCache
-from t5x_inference_ext.model.positions import RotaryAngles, rotary_angles
+from t5x_inference_ext.model.positions import pass_angles
 from t5x_inference_ext.model.shardings import ShardedModel
 from t5x_inference_ext.model.vectors import local_vectors
 from t5x_inference_ext.model.weights import Weights
@@ -54,11 +54,8 @@ def forward(
   else:
     start = cache.positions
   positions = start[:, None] + jnp.arange(tokens.shape[1])[None, :]
-  all_angles = rotary_angles(positions, model.config)
-  sin, cos = (ops.local_slice(a, sharding.attention_positions, 1) for a in all_angles)
-  # Without the barrier every layer computes the angles again.
-  angles = RotaryAngles(*jax.lax.optimization_barrier(((sin, cos), all_angles)))
-  x = embed(weights.embedding.astype(model.dtype), tokens, sharding)
+  angles = pass_angles(positions, model.config, sharding.attention_positions)
+  x = embed(weights, tokens, None if cache is None else start, model, sharding)
   layer = Layer(model.config, sharding, model.cache_dtype, angles, cache, read)
   layers = local_vectors(weights.layers, model.config, sharding)
   cached = None if cache is None else cache.by_layer()

@@ -25,7 +25,7 @@ def prepare_heads(
   vectors: Mapping[str, jax.Array],
   config: ModelConfig,
   sharding: ActivationSharding,
-  angles: RotaryAngles,
+  angles: RotaryAngles | None,
 ) -> tuple[Float[Array, 'b m h q'], Float[Array, 'b t k q'], Float[Array, 'b t k q']]:
   """Return queries, keys and values as attention takes them.
 
@@ -34,7 +34,7 @@ def prepare_heads(
     vectors: Biases and norms of this shard's heads, [heads, q] (vectors.local_vectors).
     config: The model.
     sharding: Sharding of the pass's activations.
-    angles: Rotary angles of the new tokens.
+    angles: Rotary angles of the new tokens, or None without rotary positions.
   """
   q, k, v = (
     _biased(x, vectors.get(f'{name}_bias'), config)
@@ -42,6 +42,8 @@ def prepare_heads(
   )
   if config.qk_norm != 'none':
     q, k = _normed(q, k, vectors, config, sharding)
+  if angles is None:
+    return q, k, v
   return rotate(q, *angles.queries), rotate(k, *angles.keys), v
 
 

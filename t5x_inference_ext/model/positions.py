@@ -1,16 +1,19 @@
 """Rotary position embedding by halves: dimension i is rotated with dimension i + R/2.
 
-R is the number of a head's dimensions that are rotated: the first ones, usually all Q.
+R is the number of a head's dimensions that are rotated: the first ones, usually all Q. xPos
+multiplies queries besides by a power of their position, and keys by its inverse.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
 from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.model.collectives import ops
+from t5x_inference_ext.sharding.layout import Axes
 
 # (sin, cos), each [b, t, R/2] float32.
 Angles = tuple[Float[Array, 'b t half'], Float[Array, 'b t half']]
@@ -28,13 +31,63 @@ class RotaryAngles(NamedTuple):
   keys: Angles
 
 
-def rotary_angles(positions: Int[Array, 'b t'], config: ModelConfig) -> Angles:
-  """Return (sin, cos), each [b, t, R/2] float32, for integer positions [b, t]."""
+def pass_angles(
+  positions: Int[Array, 'b t'], config: ModelConfig, query_axes: Axes, local: bool = False
+) -> RotaryAngles | None:
+  """Return the rotary angles of one pass, or None for a model without rotary positions.
+
+  Args:
+    positions: [b, t]. Positions of the new tokens.
+    config: The model.
+    query_axes: Mesh axes that split the positions of queries.
+    local: Whether the angles are those of local layers.
+  """
+  if config.positions != 'rotary':
+    return None
+  keys = queries = rotary_angles(positions, config, local)
+  if config.xpos_scale_base is not None:
+    size = config.rotary_size
+    scale = (jnp.arange(0, size, 2, dtype=jnp.float32) + 0.4 * size) / (1.4 * size)  # [R/2]
+    power = positions[:, :, None].astype(jnp.float32) / config.xpos_scale_base
+    scale = scale[None, None, :] ** power
+    queries, keys = (keys[0] * scale, keys[1] * scale), (keys[0] / scale, keys[1] / scale)
+  sin, cos = (ops.local_slice(a, query_axes, 1) for a in queries)
+  # Without the barrier every layer computes the angles again.
+  return RotaryAngles(*jax.lax.optimization_barrier(((sin, cos), keys)))
+
+
+def rotary_angles(positions: Int[Array, 'b t'], config: ModelConfig, local: bool = False) -> Angles:
+  """Return (sin, cos), each [b, t, R/2] float32, for integer positions [b, t].
+
+  Args:
+    positions: [b, t].
+    config: The model.
+    local: Whether the angles are those of local layers, which may have another base.
+  """
   size = config.rotary_size
-  timescale = config.rope_max_timescale ** (jnp.arange(0, size, 2, dtype=jnp.float32) / size)
-  timescale = _stretched(timescale, config)  # [R/2]
+  if not local and not config.global_rotary:
+    shape = (*positions.shape, size // 2)
+    return jnp.zeros(shape, jnp.float32), jnp.ones(shape, jnp.float32)  # nothing is rotated
+  own_base = config.local_rope_max_timescale if local else None
+  base = config.rope_max_timescale if own_base is None else own_base
+  timescale = base ** (jnp.arange(0, size, 2, dtype=jnp.float32) / size)  # [R/2]
+  timescale = _stretched(timescale, config) if own_base is None else timescale
   angles = positions[:, :, None].astype(jnp.float32) / timescale[None, None, :]
   return jnp.sin(angles), jnp.cos(angles)
+
+
+def chosen_angles(
+  kinds: tuple[RotaryAngles, RotaryAngles] | None, local: Bool[Array, ''] | bool
+) -> RotaryAngles | None:
+  """Return the angles of a layer.
+
+  Args:
+    kinds: Angles of global and of local layers, or None for a model without rotary positions.
+    local: Whether the layer is local.
+  """
+  if kinds is None or isinstance(local, bool):
+    return kinds and kinds[local]
+  return jax.tree.map(lambda x, y: jnp.where(local, y, x), *kinds)
 
 
 def _stretched(timescale: jax.Array, config: ModelConfig) -> jax.Array:

@@ -64,6 +64,10 @@ class Weights:
     final_norm_bias: [E] float32 with layer norm, else None.
     head: [V, E] like the embedding, or None: logits are products with the embedding.
     head_bias: [V] float32, or None. Added to the scaled logits.
+    embedding_norm: [E] float32, or None. A norm after the embedding.
+    embedding_norm_bias: [E] float32, or None.
+    position_embedding: [P, E] like the embedding, or None. Added to it.
+    relative_bias: [H, buckets] float32, or None. T5's bias of attention logits by distance.
   """
 
   embedding: jax.Array
@@ -72,6 +76,10 @@ class Weights:
   final_norm_bias: jax.Array | None = None
   head: jax.Array | None = None
   head_bias: jax.Array | None = None
+  embedding_norm: jax.Array | None = None
+  embedding_norm_bias: jax.Array | None = None
+  position_embedding: jax.Array | None = None
+  relative_bias: jax.Array | None = None
 
   @property
   def stacked(self) -> bool:

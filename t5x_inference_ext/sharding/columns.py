@@ -103,6 +103,11 @@ def vocabulary_part(config: ModelConfig, shards: int, name: str = 'embedding') -
   return _even((name,), (config.vocab_size,), shards, vocabulary_rows(config, shards))
 
 
+def positions_part(config: ModelConfig, shards: int) -> PackedPart:
+  """Return the rows of the learned table of positions [P, E] on each shard."""
+  return _even(('position_embedding',), (config.num_positions or 0,), shards)
+
+
 def column_widths(config: ModelConfig, block_part: BlockPart, shards: int) -> dict[str, int]:
   """Return the number of a shard's input-matrix columns by their reader, in order.
 
