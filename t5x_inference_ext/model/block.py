@@ -16,13 +16,14 @@ from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.model.activations import activate
 from t5x_inference_ext.model.attention import attend
 from t5x_inference_ext.model.attention_columns import AttentionColumns
+from t5x_inference_ext.model.attention_rules import AttentionRules
 from t5x_inference_ext.model.cache import KVCache
 from t5x_inference_ext.model.collectives import ops
 from t5x_inference_ext.model.heads import prepare_heads
 from t5x_inference_ext.model.norm import norm, normalized
 from t5x_inference_ext.model.paged_attention import PagedContext, attend_pages
 from t5x_inference_ext.model.pages import PagedCache
-from t5x_inference_ext.model.positions import RotaryAngles
+from t5x_inference_ext.model.positions import RotaryAngles, chosen_angles
 from t5x_inference_ext.model.projections import keep_slices_apart, projections
 from t5x_inference_ext.model.weights import BlockPartWeights, LayerWeights
 from t5x_inference_ext.quantization import int8
@@ -40,33 +41,41 @@ class Layer:
     sharding: Sharding of the pass's activations.
     cache_dtype: Dtype of the KV cache: a float dtype or 'int8'. Attention reads keys and values as
       the cache holds them, rounded.
-    angles: Rotary angles of the new tokens, or None without rotary positions.
+    angles: Rotary angles of the new tokens in global and in local layers, or None without rotary
+      positions.
     cache: This shard's part of the KV cache, or None. Here only the rows' lengths are read from it.
     read: Cached positions of each row that attention reads, the first ones; None for all.
+    rules: Rules for attention's logits, or None.
   """
 
   config: ModelConfig
   sharding: ActivationSharding
   cache_dtype: str
-  angles: RotaryAngles | None
+  angles: tuple[RotaryAngles, RotaryAngles] | None
   cache: KVCache | PagedCache | None
   read: int | None = None
+  rules: AttentionRules | None = None
 
   def __call__(
-    self, x: Float[Array, 'b t e'], inputs: tuple[LayerWeights, tuple[KV, ...] | None]
+    self,
+    x: Float[Array, 'b t e'],
+    inputs: tuple[LayerWeights, tuple[KV, ...] | None, jax.Array | bool],
   ) -> tuple[Float[Array, 'b t e'], tuple[KV, KV]]:
     """Run the layer.
 
     Args:
       x: [b, t, e]. This shard's part of the residual stream.
       inputs: This shard's part of the layer's weights, with vectors cut (vectors.local_vectors);
-        and the layer's element of KVCache.by_layer, or None without a cache.
+        the layer's element of KVCache.by_layer, or None without a cache; and whether the layer is
+        local.
 
     Returns:
       The new x, and the new tokens' (keys, values) as the cache holds them.
     """
-    weights, cached = inputs
+    weights, cached, local = inputs
     sharding, kv = self.sharding, None
+    angles = chosen_angles(self.angles, local)
+    rules = self.rules and dataclasses.replace(self.rules, local=local)
     context = None
     if self.cache is not None and cached is not None:
       context = self.cache.context(cached, self.read)
@@ -87,14 +96,14 @@ class Layer:
       if part.attention:
         reshard = AttentionColumns(sharding, self.config, summed)
         q, k, v = prepare_heads(
-          *reshard.to_attention(columns['attention']), w.vectors, self.config, sharding, self.angles
+          *reshard.to_attention(columns['attention']), w.vectors, self.config, sharding, angles
         )
         kv = to_cache(k, self.cache_dtype), to_cache(v, self.cache_dtype)
         first_query = reshard.first_query(k.shape[1])
         if isinstance(context, PagedContext):
-          attended = attend_pages(q, *kv, context, first_query)
+          attended = attend_pages(q, *kv, context, first_query, rules)
         else:
-          attended = attend(q, *kv, context, first_query)
+          attended = attend(q, *kv, context, first_query, rules)
         outputs.append(reshard.from_attention(attended))
       if part.mlp:  # MLP first: w_out's rows are [MLP | attention]
         outputs.insert(0, mlp(columns, w.vectors, self.config, sharding, summed))

@@ -32,20 +32,28 @@ class RotaryAngles(NamedTuple):
 
 
 def pass_angles(
-  positions: Int[Array, 'b t'], config: ModelConfig, query_axes: Axes, local: bool = False
-) -> RotaryAngles | None:
-  """Return the rotary angles of one pass, or None for a model without rotary positions.
+  positions: Int[Array, 'b t'], config: ModelConfig, query_axes: Axes
+) -> tuple[RotaryAngles, RotaryAngles] | None:
+  """Return the rotary angles of a pass in global and in local layers; None if nothing is rotated.
 
   Args:
     positions: [b, t]. Positions of the new tokens.
     config: The model.
     query_axes: Mesh axes that split the positions of queries.
-    local: Whether the angles are those of local layers.
   """
   if config.positions != 'rotary':
     return None
+  one_kind = config.global_rotary and config.local_rope_max_timescale is None
+  angles = _kind_angles(positions, config, query_axes, local=False)
+  return angles, angles if one_kind else _kind_angles(positions, config, query_axes, local=True)
+
+
+def _kind_angles(
+  positions: jax.Array, config: ModelConfig, query_axes: Axes, local: bool
+) -> RotaryAngles:
+  """Return the angles of one kind of layers."""
   keys = queries = rotary_angles(positions, config, local)
-  if config.xpos_scale_base is not None:
+  if config.xpos_scale_base is not None and (local or config.global_rotary):
     size = config.rotary_size
     scale = (jnp.arange(0, size, 2, dtype=jnp.float32) + 0.4 * size) / (1.4 * size)  # [R/2]
     power = positions[:, :, None].astype(jnp.float32) / config.xpos_scale_base
@@ -85,8 +93,8 @@ def chosen_angles(
     kinds: Angles of global and of local layers, or None for a model without rotary positions.
     local: Whether the layer is local.
   """
-  if kinds is None or isinstance(local, bool):
-    return kinds and kinds[local]
+  if kinds is None or isinstance(local, bool) or kinds[0] is kinds[1]:
+    return kinds and kinds[local is True]
   return jax.tree.map(lambda x, y: jnp.where(local, y, x), *kinds)
 
 

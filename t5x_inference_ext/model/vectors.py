@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from t5x_inference_ext.config import BlockPart, ModelConfig
 from t5x_inference_ext.model.collectives import ops
@@ -20,6 +21,7 @@ from t5x_inference_ext.sharding.layout import Axes
 # Field -> the heads that the vector belongs to. It becomes [.., heads, Q] of this shard's heads.
 _QUERY_VECTORS = ('query_bias', 'query_norm', 'query_norm_bias')
 _KEY_VECTORS = ('key_bias', 'key_norm', 'key_norm_bias', 'value_bias')
+_HEAD_VECTORS = _QUERY_VECTORS + _KEY_VECTORS
 _MLP_VECTORS = ('gate_bias', 'linear_bias')
 
 
@@ -56,10 +58,11 @@ def _cut_part(
   key_axes = sharding.axes['kv_heads']
   vectors: dict[str, Any] = {}
   for field, x in w.vectors.items():
+    by_head = x.reshape(*x.shape[:-1], -1, config.d_head) if field in _HEAD_VECTORS else x
     if field in _QUERY_VECTORS:
-      vectors[field] = _by_head(x, heads.queries(), sharding.attention_heads, config)
+      vectors[field] = take_heads(by_head, heads.queries(), sharding.attention_heads)
     elif field in _KEY_VECTORS:
-      vectors[field] = _by_head(x, heads.cached(), key_axes, config)
+      vectors[field] = take_heads(by_head, heads.cached(), key_axes)
     else:
       vectors[field] = cut(x, by_field.get(field, sharding.residual[2]))
   return dataclasses.replace(
@@ -90,20 +93,17 @@ def mlp_axes(part: BlockPart, sharding: ActivationSharding) -> Axes:
   return layout.hidden_axes + (layout.embed_axes if split else ())
 
 
-def _by_head(
-  x: jax.Array, heads: Sequence[int | None], axes: Axes, config: ModelConfig
-) -> jax.Array:
-  """Return the vectors [.., local heads, Q] of this shard's heads; zeros for padding.
+def take_heads(
+  x: Float[Array, '*lead H n'], heads: Sequence[int | None], axes: Axes
+) -> Float[Array, '*lead h n']:
+  """Return what x has of this shard's heads; zeros for padding.
 
   Args:
-    x: [.., heads of the model * Q].
+    x: Vectors of all heads of the model.
     heads: For each head on all devices along `axes`, its index in the model, None for padding.
     axes: Mesh axes that split the heads.
-    config: The model.
   """
-  x = x.reshape(*x.shape[:-1], -1, config.d_head)
-  real = [head for head in heads if head is not None]
-  if len(real) < len(heads):
+  if None in heads:
     x = jnp.concatenate([x, jnp.zeros_like(x[..., :1, :])], axis=-2)
   indices = [x.shape[-2] - 1 if head is None else head for head in heads]
   if indices == [*range(x.shape[-2])]:  # heads divide evenly

@@ -16,7 +16,6 @@ import numpy as np
 
 from t5x_inference_ext import params
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.errors import CheckpointError
 from t5x_inference_ext.sharding.columns import (
   PackedPart,
   input_parts,
@@ -148,7 +147,6 @@ def _packed_tensors(
 ) -> dict[str, PackedTensor]:
   mesh = dict(zip(AXES, sizes, strict=True))
   check_model(config, mesh)
-  check_runnable(config)
   declared = {**params.parameters(config), **params.scales(config)}
   shards = num_shards(layout.stored_hidden, mesh)
 
@@ -166,7 +164,7 @@ def _packed_tensors(
     """Take a whole vector, or a table that no layout splits, as a single part."""
     kind = declared[name].kind
     per_layer, shape, axes = _layer_shape(declared[name])
-    part = PackedPart((name,), shape, shape[0], ((0, shape[0]),))
+    part = PackedPart((name,), shape[:1], shape[0], ((0, shape[0]),))
     return PackedTensor(shape, axes, layout.weight_spec(axes), kind, per_layer, 0, (part,))
 
   def norm(field: str, name: str) -> dict[str, PackedTensor]:
@@ -192,34 +190,6 @@ def _packed_tensors(
       fields['out_scale'] = vector(params.output_scale_name(block_part))
     tensors |= {f'{block_part.name}/{field}': tensor for field, tensor in fields.items()}
   return tensors
-
-
-# Features that models run so far.
-RUNNABLE = (
-  'tied_head',
-  'head_bias',
-  'qkv_bias',
-  'attention_output_bias',
-  'mlp_bias',
-  'parallel_norms',
-  'norm_position',
-  'qk_norm',
-  'qkv_clip',
-  'logit_soft_cap',
-  'rotary_dims',
-  'rope_scaling',
-  'rope_factor',
-  'rope_low_factor',
-  'rope_high_factor',
-  'rope_original_length',
-)
-
-
-def check_runnable(config: ModelConfig) -> None:
-  """Raise CheckpointError for a feature that no layout runs yet."""
-  for name, value in config.features.items():
-    if name not in RUNNABLE:
-      raise CheckpointError(f'models with {name}={value} cannot be run yet, only converted')
 
 
 def _layer_shape(p: params.Parameter) -> tuple[bool, tuple[int, ...], tuple[str, ...]]:

@@ -23,9 +23,8 @@ import pytest
 from t5x_inference_ext.config import BlockPart, ModelConfig
 from t5x_inference_ext.model.block import Layer, mlp
 from t5x_inference_ext.model.cache import KVCache
-from t5x_inference_ext.model.collectives import ops
 from t5x_inference_ext.model.norm import norm
-from t5x_inference_ext.model.positions import RotaryAngles, rotary_angles
+from t5x_inference_ext.model.positions import pass_angles
 from t5x_inference_ext.model.projections import projections
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.vectors import local_vectors
@@ -130,11 +129,11 @@ def layer_collectives(
 
   def run(x, w, keys, values, lengths):
     start = lengths if decode else jnp.zeros_like(lengths)
-    angles = rotary_angles(start[:, None] + jnp.arange(length)[None, :], config)
-    queries = tuple(ops.local_slice(a, placed.attention_positions, 1) for a in angles)
+    positions = start[:, None] + jnp.arange(length)[None, :]
+    angles = pass_angles(positions, config, placed.attention_positions)
     cache = KVCache(keys, values, lengths) if decode else None
-    layer = Layer(config, placed, 'float32', RotaryAngles(queries, angles), cache)
-    return layer(x, (local_vectors(w, config, placed), cache and cache.by_layer()))
+    layer = Layer(config, placed, 'float32', angles, cache)
+    return layer(x, (local_vectors(w, config, placed), cache and cache.by_layer(), False))
 
   specs = (P(*placed.residual), weight_specs, placed.cache, placed.cache, P(placed.attention_rows))
   return compiled(
