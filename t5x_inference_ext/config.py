@@ -12,12 +12,11 @@ import reprlib
 from typing import Any
 
 from t5x_inference_ext.errors import name_list
+from t5x_inference_ext.features import MLPS, check_features
+from t5x_inference_ext.presets import PRESETS
 
-BLOCKS = ('parallel', 'serial')
-MLPS = ('swiglu', 'gelu')
-NORMS = ('rms', 'layer')
-NORM_SCALES = ('zero', 'one')
-_LARGEST = 3.4e38  # of float32
+# Fields that every serving checkpoint records; others only if they are not the default.
+_RECORDED = 13
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +36,10 @@ class BlockPart:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """A decoder with rotary positions and a tied embedding.
+  """A decoder: its sizes and features. docs/models.md lists the features by family.
 
-  The defaults are PaLM's: parallel block, multiquery attention, SwiGLU, RMS norm. Each attribute
-  lists the model families that use each value. Features without an attribute (untied heads, biases
-  of linear layers, partial rotary, windows, soft caps) are not supported.
+  The defaults are PaLM's: parallel block, multiquery attention, SwiGLU, RMS norm, rotary positions,
+  tied head, no biases. Each attribute lists the model families that use each value.
 
   Attributes:
     num_layers: L.
@@ -54,25 +52,69 @@ class ModelConfig:
     num_kv_heads: K, key/value heads; a divisor of H. 1: multiquery (PaLM, Falcon-7B, Gemma 2B). H:
       multihead (Megatron-Turing, Llama 7B and 13B, Command-R, OLMo). Between: grouped-query (Llama
       2 70B, Llama 3, Mistral, SmolLM2).
-    block: 'parallel': attention and MLP read one norm and are summed (PaLM, Falcon-7B, GPT-J,
-      Command-R; the paper's section 3.4). 'serial': the MLP follows attention (Llama, Mistral,
-      SmolLM2, Gemma, OLMo, Megatron-Turing).
-    mlp: 'swiglu': swish(gate) * linear, three matrices (PaLM, Llama, Mistral, SmolLM2, Command-R,
-      OLMo). 'gelu': gelu(linear) in its tanh approximation, two matrices (Megatron-Turing).
-    norm: 'rms' (PaLM, Llama, Mistral, SmolLM2), or 'layer': centred on the mean, with a learned
-      bias (Megatron-Turing, Falcon). If a checkpoint has no bias, zeros are used
-      (Command-R); if it has no scale, ones (OLMo).
+    block: 'parallel': attention and MLP read one residual stream and are summed (PaLM, Falcon,
+      GPT-J, GPT-NeoX, Phi, Command-R; the paper's section 3.4). 'serial': the MLP follows attention
+      (Llama, Mistral, Qwen, Gemma, OLMo, BLOOM, GPT-2, Megatron-Turing).
+    mlp: Two matrices in, f(gate) * linear: 'swiglu' (PaLM, Llama, Mistral, Qwen, Command-R, OLMo),
+      'geglu' with GELU's tanh approximation (Gemma, T5X's decoders), 'geglu_erf' with exact GELU;
+      'reglu', 'glu' (sigmoid) and 'bilinear' (flaxformer). One matrix in, f(linear): 'gelu' in its
+      tanh approximation (GPT-2, GPT-J, Phi, BLOOM, StarCoder, Megatron-Turing), 'gelu_erf' (Falcon,
+      GPT-NeoX, MPT), 'relu' (OPT), 'relu_squared' and 'swish' (flaxformer).
+    norm: 'rms' (PaLM, Llama, Mistral, Qwen, Gemma), or 'layer': centred on the mean, with a learned
+      bias (Falcon, GPT-NeoX, BLOOM). If a checkpoint has no bias, zeros are used (Command-R, MPT);
+      if it has no scale, ones (OLMo).
     norm_scale: The meaning of the *stored* norm scales. 'zero' applies 1 + scale (PaLM in T5X,
-      which is flaxformer's center_scale_at_zero; Gemma). 'one' applies the scale itself (Llama,
-      Mistral, SmolLM2, Megatron-Turing, T5X's own decoders).
+      which is flaxformer's center_scale_at_zero; Gemma). 'one' applies the scale itself (all other
+      families).
     norm_epsilon: Added to the mean square, or to the variance, before the square root. 1e-6 in
       PaLM, 1e-5 or 1e-6 in Llama-like models.
     rope_max_timescale: The base of rotary positions: the longest wavelength is 2 pi times this many
       positions. 1e4 in PaLM and Llama 2, 1e5 in SmolLM2, 5e5 in Llama 3, 1e6 in some Mistral
       models.
+    tied_head: Whether logits are products with the embedding (PaLM, Gemma, Falcon, BLOOM, small
+      Llama-like models); otherwise with a matrix of their own (Llama, GPT-NeoX, GPT-J, Phi).
+    head_bias: Whether a bias is added to the logits (GPT-J, CodeGen, Phi).
+    qkv_bias: Whether query, key and value have biases (Qwen2, GPT-NeoX, Phi, BLOOM, GPT-2, OPT).
+    attention_output_bias: Whether attention's output has a bias (as qkv_bias, without Qwen2).
+    mlp_bias: Whether all matrices of the MLP have biases (GPT-J, GPT-NeoX, Phi, BLOOM, GPT-2, OPT).
+    parallel_norms: Norms of a parallel block: 1, or 2, of which one feeds attention and one the MLP
+      (Falcon-40B and 180B, GPT-NeoX).
+    norm_position: Where a serial block's norms are: 'before' each sublayer, 'after' it (on the sum
+      that is added to the residual stream: OLMo 2), or 'both' (Gemma 2 and 3).
+    qk_norm: Norm of queries and of keys before rotary positions: of each head, 'rms' (Qwen3, Gemma
+      3) or 'layer' (Command-R+, StableLM 2 12B); of all heads together, 'rms_all' (OLMo 2) or
+      'layer_all'; or 'none'.
+    qkv_clip: Queries, keys and values are clipped to +- this value, or None (OLMo, some MPT).
+    attention_soft_cap: Attention logits x become cap * tanh(x / cap); None: unchanged. 50 in Gemma
+      2.
+    logit_soft_cap: Logits likewise. 30 in Gemma 2.
+    positions: 'rotary'; 'alibi' (BLOOM, MPT, Falcon-RW); 'learned', a table that is added to the
+      embedding (GPT-2, OPT, StarCoder); 'relative', T5's bias by distance, one table for all layers
+      (T5X's decoders); or 'none'.
+    rotary_dims: Rotary positions rotate the first this many dimensions of a head, by halves (Phi,
+      GPT-NeoX, GPT-J, StableLM 2). None: all.
+    rope_scaling: Change of rotary frequencies: 'none'; 'linear', all divided by rope_factor; or
+      'llama3', those of long wavelengths divided (Llama 3.1 and later).
+    rope_factor, rope_low_factor, rope_high_factor, rope_original_length: Parameters of
+      rope_scaling; the last three only of 'llama3'.
+    local_rope_max_timescale: rope_max_timescale of local layers, without rope_scaling (Gemma 3).
+      None: as in global layers.
+    global_rotary: Whether global layers have rotary positions; False only in Command-R7B.
+    xpos_scale_base: Positions over which xPos decays, or None: plain rotary. 512 in lucidrains'
+      PaLM.
+    alibi_slopes: Slopes if H is no power of two: 'bloom', or 'mpt'; 'falcon': BLOOM's, in bfloat16,
+      and divided by sqrt(Q) as logits are (Falcon-RW).
+    num_positions: Rows of the learned table of positions.
+    relative_buckets, relative_max_distance: Of T5's relative bias.
+    embedding_norm: Whether a norm follows the embedding (BLOOM).
+    layer_pattern: Kinds of layers, repeated over all layers: 'global' layers attend to all
+      positions, 'local' ones to the last `window`. ('local',) in Mistral v0.1, ('local', 'global')
+      in Gemma 2, five local ones to one global one in Gemma 3, three in Command-R7B.
+    window: Positions that a token of a local layer attends to, itself included.
 
   Raises:
-    ValueError: A size is impossible; the message names the attribute.
+    ValueError: A size is impossible, or features exclude each other; the message names the
+      attribute.
   """
 
   num_layers: int
@@ -88,39 +130,38 @@ class ModelConfig:
   norm_scale: str = 'zero'
   norm_epsilon: float = 1e-6
   rope_max_timescale: float = 1e4
+  tied_head: bool = True
+  head_bias: bool = False
+  qkv_bias: bool = False
+  attention_output_bias: bool = False
+  mlp_bias: bool = False
+  parallel_norms: int = 1
+  norm_position: str = 'before'
+  qk_norm: str = 'none'
+  qkv_clip: float | None = None
+  attention_soft_cap: float | None = None
+  logit_soft_cap: float | None = None
+  positions: str = 'rotary'
+  rotary_dims: int | None = None
+  rope_scaling: str = 'none'
+  rope_factor: float = 1.0
+  rope_low_factor: float = 1.0
+  rope_high_factor: float = 4.0
+  rope_original_length: int = 8192
+  local_rope_max_timescale: float | None = None
+  global_rotary: bool = True
+  xpos_scale_base: float | None = None
+  alibi_slopes: str = 'bloom'
+  num_positions: int | None = None
+  relative_buckets: int = 32
+  relative_max_distance: int = 128
+  embedding_norm: bool = False
+  layer_pattern: tuple[str, ...] = ('global',)
+  window: int | None = None
 
   def __post_init__(self) -> None:
-    for field in dataclasses.fields(self):
-      value = getattr(self, field.name)
-      if field.type in (int, 'int') and (type(value) is not int or not 1 <= value < 2**31):
-        raise ValueError(
-          f'ModelConfig.{field.name} must be a whole number above 0 and below 2**31, got '
-          f'{reprlib.repr(value)}'
-        )
-      if field.type in (float, 'float') and not (
-        type(value) in (int, float) and 0 < value <= _LARGEST
-      ):
-        raise ValueError(
-          f'ModelConfig.{field.name} must be a number above 0 and in the range of float32, got '
-          f'{reprlib.repr(value)}'
-        )
-    for name, known in (
-      ('block', BLOCKS),
-      ('mlp', MLPS),
-      ('norm', NORMS),
-      ('norm_scale', NORM_SCALES),
-    ):
-      if getattr(self, name) not in known:
-        raise ValueError(
-          f'ModelConfig.{name} must be one of {known}, got {reprlib.repr(getattr(self, name))}'
-        )
-    if self.d_head % 2:
-      raise ValueError(f'rotary positions need an even d_head, got {self.d_head}')
-    if self.num_heads % self.num_kv_heads:
-      raise ValueError(
-        f'num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}: each key head '
-        'serves the same number of query heads'
-      )
+    object.__setattr__(self, 'layer_pattern', tuple(self.layer_pattern))  # JSON has lists
+    check_features(self)
 
   @property
   def block_parts(self) -> tuple[BlockPart, ...]:
@@ -129,23 +170,59 @@ class ModelConfig:
       return (BlockPart('parallel', True, True),)
     return BlockPart('attention', True, False), BlockPart('mlp', False, True)
 
+  def has_two_norms(self, block_part: BlockPart) -> bool:
+    """Return whether attention and MLP of a block part are fed by a norm each."""
+    return block_part.name == 'parallel' and self.parallel_norms == 2
+
   @property
   def mlp_inputs(self) -> tuple[str, ...]:
     """The names of the matrices [E, F] that feed the MLP."""
-    return ('gate', 'linear') if self.mlp == 'swiglu' else ('linear',)
+    return MLPS[self.mlp]
+
+  @property
+  def local_layers(self) -> tuple[bool, ...]:
+    """Whether each layer is local."""
+    kinds = self.layer_pattern
+    return tuple(kinds[i % len(kinds)] == 'local' for i in range(self.num_layers))
+
+  @property
+  def rotary_size(self) -> int:
+    """Dimensions of a head that rotary positions rotate; 0 without rotary positions."""
+    if self.positions != 'rotary':
+      return 0
+    return self.d_head if self.rotary_dims is None else self.rotary_dims
+
+  @property
+  def features(self) -> dict[str, Any]:
+    """The features in which the model differs from PaLM: fields that are not the default."""
+    fields = dataclasses.fields(self)[_RECORDED:]
+    return {f.name: v for f in fields if (v := getattr(self, f.name)) != f.default}
 
   @property
   def num_params(self) -> int:
-    """The number of parameters. The tied embedding counts once; norms are included."""
-    attention = 2 * self.d_model * self.d_head * (self.num_heads + self.num_kv_heads)
-    mlp = (len(self.mlp_inputs) + 1) * self.d_model * self.d_ff
-    vectors = 1 if self.norm == 'rms' else 2
-    norms = (self.num_layers * len(self.block_parts) + 1) * vectors * self.d_model
-    return self.num_layers * (attention + mlp) + norms + self.vocab_size * self.d_model
+    """The number of parameters. A tied head counts once; norms and biases are included."""
+    c, q, kv = self, self.num_heads * self.d_head, self.num_kv_heads * self.d_head
+    attention = 2 * c.d_model * (q + kv)
+    mlp = (len(c.mlp_inputs) + 1) * c.d_model * c.d_ff
+    biases = c.qkv_bias * (q + 2 * kv) + c.attention_output_bias * c.d_model
+    biases += c.mlp_bias * (len(c.mlp_inputs) * c.d_ff + c.d_model)
+    qk_norms = (c.qk_norm != 'none') * (1 + c.qk_norm.startswith('layer')) * (q + kv)
+    per_layer = {'parallel': c.parallel_norms, 'serial': 2 + 2 * (c.norm_position == 'both')}
+    norms = c.num_layers * per_layer[c.block] + 1 + c.embedding_norm
+    norms *= (2 if c.norm == 'layer' else 1) * c.d_model
+    tables = (1 + (not c.tied_head)) * c.vocab_size + (c.num_positions or 0)
+    rest = tables * c.d_model + c.head_bias * c.vocab_size
+    rest += (c.positions == 'relative') * c.num_heads * c.relative_buckets
+    return c.num_layers * (attention + mlp + biases + qk_norms) + norms + rest
 
   def to_dict(self) -> dict[str, Any]:
-    """Return the fields as a JSON-ready dict; from_dict is the inverse."""
-    return dataclasses.asdict(self)
+    """Return the fields as a JSON-ready dict; from_dict is the inverse.
+
+    Features that are PaLM's are left out, so that versions without these features read the dict.
+    """
+    fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)[:_RECORDED]}
+    features = {k: [*v] if isinstance(v, tuple) else v for k, v in self.features.items()}
+    return {**fields, **features}
 
   @classmethod
   def from_dict(cls, fields: Mapping[str, Any]) -> 'ModelConfig':
@@ -168,38 +245,10 @@ class ModelConfig:
     return (
       f'{self.num_layers} layers, d_model {self.d_model}, d_ff {self.d_ff}, {self.num_heads} heads '
       f'x {self.d_head}, {self.num_kv_heads} kv head(s), {self.block} block, {self.mlp} MLP, '
-      f'{self.norm} norm, vocabulary {self.vocab_size}: {self.num_params:,} parameters'
+      f'{self.norm} norm, vocabulary {self.vocab_size}'
+      + ''.join(f', {name} {value}' for name, value in self.features.items())
+      + f': {self.num_params:,} parameters'
     )
-
-
-# PaLM's published shapes (the paper's section 4 and PaLM's own Table 1), the Megatron-Turing model
-# that the paper compares with (its section 5), and the small model of the test fixtures.
-PRESETS: dict[str, dict[str, Any]] = {
-  'palm_tiny': dict(num_layers=4, d_model=256, d_ff=1024, num_heads=8, d_head=32, vocab_size=384),
-  'palm_8b': dict(
-    num_layers=32, d_model=4096, d_ff=16384, num_heads=16, d_head=256, vocab_size=256128
-  ),
-  'palm_62b': dict(
-    num_layers=64, d_model=8192, d_ff=32768, num_heads=32, d_head=256, vocab_size=256128
-  ),
-  'palm_540b': dict(
-    num_layers=118, d_model=18432, d_ff=73728, num_heads=48, d_head=256, vocab_size=256128
-  ),
-  'megatron_530b': dict(
-    num_layers=105,
-    d_model=20480,
-    d_ff=81920,
-    num_heads=128,
-    d_head=160,
-    vocab_size=51200,
-    num_kv_heads=128,
-    block='serial',
-    mlp='gelu',
-    norm='layer',
-    norm_scale='one',
-    norm_epsilon=1e-5,
-  ),
-}
 
 
 def preset(name: str, **overrides: Any) -> ModelConfig:

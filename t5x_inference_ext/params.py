@@ -19,6 +19,15 @@ EMBED_AXIS = 'embed'  # E of a matrix
 HIDDEN_AXIS = 'hidden'  # MLP columns and heads: out of an input matrix, into an output matrix
 FEATURES_AXIS = 'features'  # E of a vector, which no layout splits
 
+# Norms that are outside the layers.
+OUTSIDE_NORMS = ('embedding_norm', 'final_norm')
+# All tensors that are outside the layers.
+OUTSIDE_LAYERS = (
+  *('embedding', 'position_embedding', 'relative_bias', 'head', 'head_bias'),
+  *OUTSIDE_NORMS,
+  *(f'{name}_bias' for name in OUTSIDE_NORMS),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
@@ -26,8 +35,9 @@ class Parameter:
 
   Attributes:
     shape: The dimensions, such as [L, E, H*Q].
-    kind: 'matrix' (int8 in an int8 checkpoint), 'norm' or 'bias' (of a norm; always float32),
-      'embedding' (never quantized) or 'scale' (float32, one per output channel of an int8 matrix).
+    kind: 'matrix' (int8 in an int8 checkpoint), 'norm' or 'bias' (always float32), 'embedding'
+      (never quantized; also an untied head) or 'scale' (float32, one per output channel of an int8
+      matrix).
     axes: The logical axis of each dimension.
     scale: For a matrix, the name of its scale tensor in an int8 checkpoint; else None.
   """
@@ -51,31 +61,55 @@ def parameters(config: ModelConfig) -> dict[str, Parameter]:
     axes = LAYERS_AXIS, HIDDEN_AXIS, EMBED_AXIS
     return {name: Parameter((c.num_layers, rows, c.d_model), 'matrix', axes, scale)}
 
-  def norm(name: str, per_layer: bool) -> dict[str, Parameter]:
-    shape: tuple[int, ...] = (c.d_model,)
-    axes: tuple[str, ...] = (FEATURES_AXIS,)
-    if per_layer:
-      shape, axes = (c.num_layers, *shape), (LAYERS_AXIS, *axes)
-    found = {name: Parameter(shape, 'norm', axes)}
-    if c.norm == 'layer':
-      found[bias_name(name)] = Parameter(shape, 'bias', axes)
-    return found
+  def table(name: str, rows: int) -> dict[str, Parameter]:
+    return {name: Parameter((rows, c.d_model), 'embedding', (VOCAB_AXIS, EMBED_AXIS))}
 
-  tensors = {
-    'embedding': Parameter((c.vocab_size, c.d_model), 'embedding', (VOCAB_AXIS, EMBED_AXIS))
-  }
-  tensors |= norm('final_norm', per_layer=False)
+  def vector(name: str, kind: str, size: int) -> dict[str, Parameter]:
+    return {name: Parameter((c.num_layers, size), kind, (LAYERS_AXIS, FEATURES_AXIS))}
+
+  def norm(name: str, biased: bool = c.norm == 'layer', size: int = c.d_model) -> None:
+    found = vector(name, 'norm', size)
+    if biased:
+      found |= vector(bias_name(name), 'bias', size)
+    if name in OUTSIDE_NORMS:
+      found = {n: Parameter(p.shape[1:], p.kind, p.axes[1:]) for n, p in found.items()}
+    tensors.update(found)
+
+  tensors = table('embedding', c.vocab_size)
+  if c.positions == 'learned':
+    tensors |= table('position_embedding', c.num_positions or 0)
+  if c.embedding_norm:
+    norm('embedding_norm')
+  if c.positions == 'relative':
+    axes = FEATURES_AXIS, FEATURES_AXIS
+    tensors['relative_bias'] = Parameter((c.num_heads, c.relative_buckets), 'bias', axes)
+  norm('final_norm')
+  if not c.tied_head:
+    tensors |= table('head', c.vocab_size)
+  if c.head_bias:
+    tensors['head_bias'] = Parameter((c.vocab_size,), 'bias', (FEATURES_AXIS,))
   for block_part in c.block_parts:
-    tensors |= norm(norm_name(block_part), per_layer=True)
-  tensors |= into_hidden('query', q) | into_hidden('key', kv) | into_hidden('value', kv)
+    for name in (*norm_names(c, block_part), *post_norm_names(c, block_part)):
+      norm(name)
+  for name, columns in ('query', q), ('key', kv), ('value', kv):
+    tensors |= into_hidden(name, columns)
+    if c.qkv_bias:
+      tensors |= vector(bias_name(name), 'bias', columns)
+    if c.qk_norm != 'none' and name != 'value':
+      norm(f'{name}_norm', c.qk_norm.startswith('layer'), columns)
   for name in c.mlp_inputs:
     tensors |= into_hidden(name, c.d_ff)
+    if c.mlp_bias:
+      tensors |= vector(bias_name(name), 'bias', c.d_ff)
   # The parallel block sums attention and MLP in one accumulator (section 3.4), so its two output
   # matrices share one scale.
   attention = next(part for part in c.block_parts if part.attention)
   mlp = next(part for part in c.block_parts if part.mlp)
   tensors |= out_of_hidden('attention_output', q, output_scale_name(attention))
   tensors |= out_of_hidden('mlp_output', c.d_ff, output_scale_name(mlp))
+  for name, biased in ('attention_output', c.attention_output_bias), ('mlp_output', c.mlp_bias):
+    if biased:
+      tensors |= vector(bias_name(name), 'bias', c.d_model)
   return tensors
 
 
@@ -91,14 +125,42 @@ def scales(config: ModelConfig) -> dict[str, Parameter]:
   return found
 
 
-def norm_name(block_part: BlockPart) -> str:
-  """Return the name of the norm scale that a block part uses."""
-  return 'layer_norm' if block_part.name == 'parallel' else f'{block_part.name}_norm'
+def norm_names(config: ModelConfig, block_part: BlockPart) -> tuple[str, ...]:
+  """Return the names of the norms that feed a block part: of attention first, then of the MLP.
+
+  A parallel block has one norm for both, or two. No norm is before a sublayer if all are after.
+  """
+  if config.norm_position == 'after':
+    return ()
+  if block_part.name == 'parallel':
+    return ('layer_norm',) if config.parallel_norms == 1 else ('attention_norm', 'mlp_norm')
+  return (f'{block_part.name}_norm',)
 
 
-def bias_name(norm: str) -> str:
-  """Return the name of the bias that belongs to a norm scale."""
-  return f'{norm}_bias'
+def post_norm_names(config: ModelConfig, block_part: BlockPart) -> tuple[str, ...]:
+  """Return the name of the norm of a block part's output, if there is one."""
+  return () if config.norm_position == 'before' else (f'{block_part.name}_post_norm',)
+
+
+def vector_names(config: ModelConfig, block_part: BlockPart) -> dict[str, str]:
+  """Return a block part's norms and biases: field name on the devices -> canonical name."""
+  names = dict(zip(('norm', 'mlp_norm'), norm_names(config, block_part)))
+  names |= dict(zip(('post_norm',), post_norm_names(config, block_part)))
+  matrices: tuple[str, ...] = ()
+  if block_part.attention:
+    names |= {name: name for name in ('query_norm', 'key_norm')}
+    matrices += ('query', 'key', 'value', 'attention_output')
+  if block_part.mlp:
+    matrices += (*config.mlp_inputs, 'mlp_output')
+  names |= {bias_name(field): bias_name(name) for field, name in names.items()}
+  names |= {bias_name(name): bias_name(name) for name in matrices}
+  declared = parameters(config)
+  return {field: name for field, name in names.items() if name in declared}
+
+
+def bias_name(tensor: str) -> str:
+  """Return the name of the bias that belongs to a norm scale or a matrix."""
+  return f'{tensor}_bias'
 
 
 def output_scale_name(block_part: BlockPart) -> str:

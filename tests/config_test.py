@@ -1,6 +1,7 @@
 """Model shapes: the presets are the paper's models, and what no model can be is refused."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -28,6 +29,14 @@ def test_presets_have_the_published_parameter_counts(name, count):
     dict(norm='layer'),
     dict(mlp='gelu'),
     dict(block='serial'),
+    dict(mlp='relu', mlp_bias=True),
+    dict(tied_head=False, head_bias=True, mlp='geglu', mlp_bias=True),
+    dict(qkv_bias=True, attention_output_bias=True, num_kv_heads=2),
+    dict(parallel_norms=2, norm='layer'),
+    dict(block='serial', norm_position='after', qk_norm='rms_all', num_kv_heads=2),
+    dict(block='serial', norm_position='both', norm='layer', qk_norm='layer'),
+    dict(positions='learned', num_positions=9, embedding_norm=True),
+    dict(positions='relative', relative_buckets=8),
   ],
   ids=str,
 )
@@ -79,6 +88,19 @@ def test_a_dict_from_before_there_were_other_models_is_palm_style():
   )
 
 
+def test_features_are_recorded_only_where_they_are_not_palm_s():
+  """So versions without features read the checkpoints of models without features."""
+  assert set(ModelConfig(**PALM).to_dict()) == {
+    f.name for f in dataclasses.fields(ModelConfig)[:13]
+  }
+  model = ModelConfig(**PALM, layer_pattern=('local', 'global'), window=3, tied_head=False)
+  fields = json.loads(json.dumps(model.to_dict()))
+  assert fields.items() >= {'window': 3, 'tied_head': False}.items()
+  assert fields['layer_pattern'] == ['local', 'global'] and 'head_bias' not in fields
+  assert ModelConfig.from_dict(fields) == model
+  assert model.local_layers == (True, False) and 'window 3' in str(model)
+
+
 def test_unknown_fields_are_of_a_newer_version():
   with pytest.raises(ValueError, match='num_experts.*newer version'):
     ModelConfig.from_dict({**PALM, 'num_experts': 2})
@@ -92,9 +114,30 @@ def test_unknown_fields_are_of_a_newer_version():
     (dict(d_head=5), 'even d_head'),
     (dict(num_kv_heads=3), 'num_kv_heads=3 must divide num_heads=4'),
     (dict(block='both'), "block.*'both'"),
-    (dict(mlp='relu'), "mlp.*'relu'"),
+    (dict(mlp='moe'), "mlp.*'moe'"),
     (dict(norm='batch'), "norm.*'batch'"),
     (dict(norm_scale='two'), "norm_scale.*'two'"),
+    (dict(parallel_norms=3), 'parallel_norms.*3'),
+    (dict(parallel_norms=True), 'parallel_norms.*True'),
+    (dict(parallel_norms=2, block='serial'), "parallel_norms=2 needs block='parallel'"),
+    (dict(norm_position='after'), "norm_position='after' needs block='serial'"),
+    (dict(qk_norm='batch'), "qk_norm.*'batch'"),
+    (dict(qkv_clip=0.0), 'qkv_clip.*above 0'),
+    (dict(logit_soft_cap=float('inf')), 'logit_soft_cap.*above 0'),
+    (dict(norm_epsilon='1e-6'), 'norm_epsilon.*above 0'),
+    (dict(tied_head=1), 'tied_head.*True or False'),
+    (dict(rotary_dims=3), 'even rotary_dims.*3'),
+    (dict(rotary_dims=6), 'at most d_head=4, got 6'),
+    (dict(positions='learned'), 'num_positions.*need'),
+    (dict(num_positions=8), "num_positions.*positions='rotary'"),
+    (dict(positions='alibi', rotary_dims=2), "rotary_dims is for positions='rotary'"),
+    (dict(positions='relative', relative_max_distance=16), 'relative_max_distance=16'),
+    (dict(layer_pattern=('local',)), 'window.*need'),
+    (dict(window=4), 'window is for local layers'),
+    (dict(layer_pattern=()), 'layer_pattern'),
+    (dict(layer_pattern=('local', 'glocal')), 'layer_pattern.*glocal'),
+    (dict(rope_scaling='yarn'), "rope_scaling.*'yarn'"),
+    (dict(rope_scaling='llama3', rope_low_factor=4.0), 'rope_low_factor=4.0 must be below'),
   ],
 )
 def test_what_no_model_can_be(changes, words):

@@ -6,10 +6,11 @@ import pytest
 
 from t5x_inference_ext.model.positions import rotary_angles
 from t5x_inference_ext.quantization import int8
+from tests import memory
 
 
 def test_a_wrong_shape_is_refused():
   with pytest.raises(jaxtyping.TypeCheckError, match="parameter 'positions'"):
-    rotary_angles(jnp.zeros(4, jnp.int32), 8, 1e4)
+    rotary_angles(jnp.zeros(4, jnp.int32), memory.ODD)
   with pytest.raises(jaxtyping.TypeCheckError, match="parameter 'scale'"):
     int8.rescale(jnp.ones((2, 3)), jnp.ones(4))

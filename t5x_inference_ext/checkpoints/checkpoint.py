@@ -14,8 +14,9 @@ from t5x_inference_ext.checkpoints.missing import missing_checkpoint
 from t5x_inference_ext.checkpoints.readers import flaxformer, legacy, orbax
 from t5x_inference_ext.checkpoints.readers.tree import Tree
 from t5x_inference_ext.checkpoints.tensor import Tensor
-from t5x_inference_ext.config import NORM_SCALES, ModelConfig
+from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import CheckpointError, printable
+from t5x_inference_ext.features import NORM_SCALES
 from t5x_inference_ext.text.chat_template import ChatTemplate
 from t5x_inference_ext.text.settings import TextSettings, assumed_settings
 from t5x_inference_ext.text.vocabulary import Vocabulary

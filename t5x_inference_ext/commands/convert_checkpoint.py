@@ -62,8 +62,8 @@ from t5x_inference_ext.checkpoints.conversion.options import COMMON, ConvertOpti
 from t5x_inference_ext.checkpoints.conversion.verify import verify
 from t5x_inference_ext.commands import cli, option_flags
 from t5x_inference_ext.compilation_cache import CacheOptions, use_compilation_cache
-from t5x_inference_ext.config import NORM_SCALES
 from t5x_inference_ext.errors import UserError
+from t5x_inference_ext.features import NORM_SCALES
 from t5x_inference_ext.options import check_options, option
 from t5x_inference_ext.progress_bar import PassProgress, print_line
 from t5x_inference_ext.rendezvous import ProcessOptions

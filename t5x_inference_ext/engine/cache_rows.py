@@ -152,7 +152,10 @@ def insert_row(
       keys, values = copy_pages(
         (shared.keys, shared.values), (one.keys, one.values), shared_ids, begin, end
       )
-      shared = dataclasses.replace(shared, keys=keys, values=values)
+      index = jnp.arange(shared_ids.shape[0])
+      ids = jnp.where((index >= begin) & (index < end), shared_ids, shared.starts.shape[0])
+      starts = shared.starts.at[ids].set(index * cache.page_size, mode='drop')
+      shared = dataclasses.replace(shared, keys=keys, values=values, starts=starts)
     return dataclasses.replace(cache, keys=kv[0], values=kv[1], lengths=lengths, shared=shared)
 
   begin, end = (jnp.asarray(x, jnp.int32) for x in shared_range)

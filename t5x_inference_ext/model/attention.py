@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from t5x_inference_ext.hardware import MAX_ATTENTION_LOGITS
+from t5x_inference_ext.model.attention_rules import AttentionRules, TokenPositions
 from t5x_inference_ext.quantization.kv import KV, units_and_scales
 
 
@@ -44,6 +45,7 @@ def attend(
   v: KV,
   context: Context | None,
   first_query: Int[Array, ''] | int = 0,
+  rules: AttentionRules | None = None,
 ) -> Float[Array, 'b m h q']:
   """Attend from each new token to its row's context and to the new tokens up to itself.
 
@@ -54,6 +56,7 @@ def attend(
     v: [b, t, k, q]. Values, rounded as the cache holds them.
     context: Keys and values cached before these tokens, or None.
     first_query: Index among the t new tokens of the shard's first query.
+    rules: The layer's rules for logits, or None.
 
   Returns:
     [b, m, h, q] in q's dtype. The softmax is float32.
@@ -66,38 +69,55 @@ def attend(
   rows = max(1, MAX_ATTENTION_LOGITS // (q.shape[1] * q.shape[2] * positions))
   # In an exported program the number of rows can be symbolic.
   if not isinstance(q.shape[0], int) or q.shape[0] <= rows:
-    return _attend(q, k, v, context, first_query)
+    return _attend(q, k, v, context, first_query, rules)
 
   # The shared prefix has no rows dimension to map over.
   own = context and context._replace(shared_keys=None, shared_values=None)
 
-  def attend_row(row: tuple[jax.Array, KV, KV, Context | None]) -> jax.Array:
-    q, k, v, own = jax.tree.map(lambda x: x[None], row)
+  def attend_row(row: tuple[jax.Array, KV, KV, Context | None, TokenPositions | None]) -> jax.Array:
+    q, k, v, own, positions = jax.tree.map(lambda x: x[None], row)
     if context is not None:
       own = own._replace(shared_keys=context.shared_keys, shared_values=context.shared_values)
-    return _attend(q, k, v, own, first_query)[0]
+    return _attend(q, k, v, own, first_query, rules and rules.with_positions(positions))[0]
 
-  return lax.map(attend_row, (q, k, v, own), batch_size=None if rows == 1 else rows)
+  mapped = q, k, v, own, rules and rules.positions
+  return lax.map(attend_row, mapped, batch_size=None if rows == 1 else rows)
 
 
 def _attend(
-  q: jax.Array, k: KV, v: KV, context: Context | None, first_query: jax.Array | int
+  q: jax.Array,
+  k: KV,
+  v: KV,
+  context: Context | None,
+  first_query: jax.Array | int,
+  rules: AttentionRules | None,
 ) -> jax.Array:
   grouped, causal = grouped_queries(q, k.shape[1], k.shape[2], first_query)
-  segments = [(k, v, causal)]
+
+  def places(first: jax.Array | int, keys: KV) -> jax.Array | None:
+    """Return the positions of keys in their rows, which only rules need."""
+    return None if rules is None else first + jnp.arange(keys.shape[-3])[None, :]
+
+  queries, new = (None, None) if rules is None else rules.positions
+  segments = [(k, v, causal, new)]
   if context is not None:
+    first = 0 if context.shared_lengths is None else context.shared_lengths[:, None]
     filled = _before(context.keys.shape[1], context.lengths)
-    segments.insert(0, (context.keys, context.values, filled))
+    segments.insert(0, (context.keys, context.values, filled, places(first, context.keys)))
     if context.shared_keys is not None:
       assert context.shared_values is not None and context.shared_lengths is not None
       filled = _before(context.shared_keys.shape[0], context.shared_lengths)
-      segments.insert(0, (context.shared_keys, context.shared_values, filled))
-  logits = [masked_logits(grouped, keys, visible) for keys, _, visible in segments]
+      shared = context.shared_keys, context.shared_values, filled, places(0, context.shared_keys)
+      segments.insert(0, shared)
+  logits = [
+    masked_logits(grouped, keys, visible, rules, queries, positions)
+    for keys, _, visible, positions in segments
+  ]
   # [b, k, m * group, 1]
   largest = functools.reduce(jnp.maximum, (jnp.max(x, axis=-1, keepdims=True) for x in logits))
   weights = [jnp.exp(x - largest) for x in logits]
   total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
-  out = sum(mix(w, values, q.dtype) for w, (_, values, _) in zip(weights, segments)) / total
+  out = sum(mix(w, values, q.dtype) for w, (_, values, *_) in zip(weights, segments)) / total
   assert isinstance(out, jax.Array)  # for the type checker: sum() of nothing is the int 0
   return ungrouped(out, q)
 
@@ -138,9 +158,17 @@ def _before(positions: int, lengths: Int[Array, ' b']) -> Bool[Array, 'b 1 1 s']
 
 
 def masked_logits(
-  q: Float[Array, 'b k n q'], keys: KV, visible: Bool[Array, '#b 1 #n s']
+  q: Float[Array, 'b k n q'],
+  keys: KV,
+  visible: Bool[Array, '#b 1 #n s'],
+  rules: AttentionRules | None = None,
+  query_positions: Int[Array, 'b m'] | None = None,
+  key_positions: Int[Array, '#b s'] | None = None,
 ) -> Float[Array, 'b k n s']:
-  """Return float32 logits of keys [b, s, k, q] or shared keys [s, k, q]; -inf where not visible."""
+  """Return float32 logits of keys [b, s, k, q] or shared keys [s, k, q]; -inf where not visible.
+
+  Rules, if there are any, need the positions of the queries and of the keys.
+  """
   keys, scales = units_and_scales(keys, q.dtype)
   if keys.ndim == 3:  # one product for all rows, which reads the shared keys once
     logits = jnp.einsum('bknq,skq->bkns', q, keys, preferred_element_type=jnp.float32)
@@ -153,7 +181,11 @@ def masked_logits(
       (((3,), (3,)), ((0, 1), (0, 1))),
       preferred_element_type=jnp.float32,
     )
-  return jnp.where(visible, _scaled(logits, scales), -jnp.inf)
+  logits = _scaled(logits, scales)
+  if rules is not None:
+    assert query_positions is not None and key_positions is not None
+    logits, visible = rules.apply(logits, visible, query_positions, key_positions)
+  return jnp.where(visible, logits, -jnp.inf)
 
 
 def _scaled(x: Float[Array, 'b k n s'], scales: jax.Array | None) -> Float[Array, 'b k n s']:

@@ -64,7 +64,8 @@ def empty_pages(
   shared = None
   if shared_pages:
     ours = [_empty(model, weights, rows, (shared_pages, page_size)) for _ in range(2)]
-    shared = SharedPages(ours[0], ours[1], visible=jnp.zeros((rows, shared_pages), bool))
+    visible, starts = jnp.zeros((rows, shared_pages), bool), jnp.zeros(shared_pages, jnp.int32)
+    shared = SharedPages(ours[0], ours[1], visible, starts)
   cache = PagedCache(
     keys,
     values,

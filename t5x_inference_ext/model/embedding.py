@@ -1,7 +1,7 @@
-"""The tied embedding on one shard: lookup and logits.
+"""The embedding and the head on one shard: lookup and logits.
 
-The table stays split as it is stored, rows over the hidden axes and columns over the embed axis, so
-that no weights move.
+Both tables stay split as they are stored, rows over the hidden axes and columns over the embed
+axis, so that no weights move.
 """
 
 import math
@@ -22,39 +22,81 @@ from t5x_inference_ext.sharding.layout import Axes
 
 
 def embed(
-  table: Float[Array, 'v e_stored'], tokens: Int[Array, 'B T'], sharding: ActivationSharding
+  weights: Weights,
+  tokens: Int[Array, 'B T'],
+  start: Int[Array, ' rows'] | None,
+  model: ShardedModel,
+  sharding: ActivationSharding,
 ) -> Float[Array, 'b t e']:
   """Look up tokens, and return this shard's part of the residual stream.
 
-  An id outside the vocabulary embeds as zeros, as a product with its one-hot vector would.
+  An id outside the vocabulary embeds as zeros, as a product with its one-hot vector would. Learned
+  positions are added, and a norm is applied, if the model has them.
 
   Args:
-    table: [v, e_stored]. This shard's part of the embedding.
+    weights: This shard's part of the weights.
     tokens: [B, T] int32. All tokens of the pass, on every shard.
+    start: [rows] int32. Position of each row's first token, of the rows that attention has on this
+      shard. None: rows begin with these tokens.
+    model: Gives the config and the dtype.
     sharding: Sharding of the pass's activations.
   """
+  lookups = [(weights.embedding.astype(model.dtype), tokens)]
+  if weights.position_embedding is not None:
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    if start is not None:
+      positions += ops.all_gather(start, sharding.attention_rows, 0)[:, None]
+    lookups.append((weights.position_embedding.astype(model.dtype), positions))
+  x = _lookups(lookups, sharding)
+  if weights.embedding_norm is None:
+    return x
+  features = sharding.residual[2]
+  scale, bias = local_norm(weights.embedding_norm, weights.embedding_norm_bias, features)
+  return norm(x, scale, bias, model.config, features)
+
+
+def local_norm(
+  scale: Float[Array, ' E'], bias: Float[Array, ' E'] | None, axes: Axes
+) -> tuple[Float[Array, ' e'], Float[Array, ' e'] | None]:
+  """Cut a norm's scale and bias to this shard's features."""
+  return ops.local_slice(scale, axes, 0), None if bias is None else ops.local_slice(bias, axes, 0)
+
+
+def _lookups(
+  lookups: list[tuple[jax.Array, jax.Array]], sharding: ActivationSharding
+) -> Float[Array, 'b t e']:
+  """Return the sum of lookups, each of ids [B, T] in this shard's part [v, e_stored] of a table."""
   # Every device looks up all tokens, including those that other devices keep. If only rows are
   # split, the lookup takes some positions at a time, so that it never needs more memory than the
   # residual stream itself.
+  tables, ids = zip(*lookups)
+  batch, length = ids[0].shape
   rows, positions, _ = map(ops.axis_size, sharding.residual)
   split_rows = rows if sharding.layout.gathered_axes else 1
-  parts = 1 if positions > 1 else math.gcd(tokens.shape[1], split_rows)
+  parts = 1 if positions > 1 else math.gcd(length, split_rows)
   if parts == 1:
-    return _embed(table, tokens, sharding)
+    return _look_up(tables, ids, sharding)
   x = lax.map(
-    lambda part: _embed(table, part, sharding),
-    jnp.moveaxis(tokens.reshape(tokens.shape[0], parts, -1), 1, 0),
+    lambda part: _look_up(tables, part, sharding),
+    tuple(jnp.moveaxis(i.reshape(batch, parts, -1), 1, 0) for i in ids),
   )  # [parts, b, T/parts, e]
-  return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], tokens.shape[1], x.shape[-1])
+  return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], length, x.shape[-1])
 
 
-def _embed(table: jax.Array, tokens: jax.Array, sharding: ActivationSharding) -> jax.Array:
-  layout, rows = sharding.layout, table.shape[0]
-  local = tokens - ops.shard_index(layout.stored_hidden) * rows
-  here = (local >= 0) & (local < rows)
-  x = jnp.take(table, jnp.clip(local, 0, rows - 1), axis=0)
-  # [B, T, e_stored], partial sums over the hidden axes.
-  x = jnp.where(here[..., None], x, jnp.zeros((), x.dtype))
+def _look_up(
+  tables: tuple[jax.Array, ...], ids: tuple[jax.Array, ...], sharding: ActivationSharding
+) -> jax.Array:
+  layout = sharding.layout
+  x: jax.Array | None = None
+  for table, wanted in zip(tables, ids):
+    rows = table.shape[0]
+    local = wanted - ops.shard_index(layout.stored_hidden) * rows
+    here = (local >= 0) & (local < rows)
+    found = jnp.take(table, jnp.clip(local, 0, rows - 1), axis=0)
+    # [B, T, e_stored], partial sums over the hidden axes.
+    found = jnp.where(here[..., None], found, jnp.zeros((), found.dtype))
+    x = found if x is None else x + found
+  assert x is not None, 'tokens are looked up'
   for dim, axes in enumerate(sharding.residual):
     if dim < 2:
       x = ops.all_to_all(x, tuple(a for a in axes if a in layout.stored_embed), dim, 2)
@@ -87,7 +129,9 @@ def unembed(
   position_axes: Axes,
   rows: int,
 ) -> Float[Array, 'rows T V']:
-  """Compute float32 logits, scaled by 1/sqrt(d_model): the final norm, then the embedding.
+  """Compute float32 logits: the final norm, then the head, which may be the embedding.
+
+  Products are scaled by 1/sqrt(d_model); then the head's bias is added, and the soft cap applied.
 
   Args:
     model: Gives the config, the dtypes and the axes that split the rows of logits.
@@ -102,11 +146,10 @@ def unembed(
   """
   config, layout = model.config, sharding.layout
   row_axes, _, features = sharding.residual
-  scale = ops.local_slice(weights.final_norm, features, 0)
-  bias = weights.final_norm_bias
-  bias = None if bias is None else ops.local_slice(bias, features, 0)
+  scale, bias = local_norm(weights.final_norm, weights.final_norm_bias, features)
   x = norm(x, scale, bias, config, features)
-  table = weights.embedding.astype(model.dtype)  # [v, e_stored]
+  table = weights.embedding if weights.head is None else weights.head
+  table = table.astype(model.dtype)  # [v, e_stored]
   x = ops.all_gather(ops.all_gather(x, row_axes, 0), position_axes, 1)
   # All tokens, with features split as in the table: [B, T, e_stored].
   x = ops.all_gather(x, tuple(a for a in features if a in layout.stored_hidden), 2)
@@ -122,4 +165,8 @@ def unembed(
   logits = ops.all_to_all(logits[:, :, None], hidden_rows, 0, 2)  # [rows, T, blocks, v]
   unsplit = tuple(a for a in layout.stored_hidden if a not in sampling_axes)
   logits = ops.all_gather(logits, unsplit, 2)
-  return logits.reshape(*logits.shape[:2], -1)[..., : config.vocab_size] * config.d_model**-0.5
+  logits = logits.reshape(*logits.shape[:2], -1)[..., : config.vocab_size] * config.d_model**-0.5
+  if weights.head_bias is not None:
+    logits = logits + weights.head_bias[None, None]
+  cap = config.logit_soft_cap
+  return logits if cap is None else cap * jnp.tanh(logits / cap)

@@ -7,13 +7,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from t5x_inference_ext.model.block import Layer, local_vectors
+from t5x_inference_ext.model.attention_rules import TokenPositions, pass_rules
+from t5x_inference_ext.model.block import Layer
 from t5x_inference_ext.model.cache import KeysValues, KVCache
 from t5x_inference_ext.model.collectives import ops
 from t5x_inference_ext.model.embedding import embed
 from t5x_inference_ext.model.pages import PagedCache
-from t5x_inference_ext.model.positions import RotaryAngles, rotary_angles
+from t5x_inference_ext.model.positions import pass_angles
 from t5x_inference_ext.model.shardings import ShardedModel
+from t5x_inference_ext.model.vectors import local_vectors
 from t5x_inference_ext.model.weights import Weights
 from t5x_inference_ext.sharding.activations import ActivationSharding
 
@@ -54,21 +56,28 @@ def forward(
   else:
     start = cache.positions
   positions = start[:, None] + jnp.arange(tokens.shape[1])[None, :]
-  all_angles = rotary_angles(positions, model.config.d_head, model.config.rope_max_timescale)
-  sin, cos = (ops.local_slice(a, sharding.attention_positions, 1) for a in all_angles)
-  # Without the barrier every layer computes the angles again.
-  angles = RotaryAngles(*jax.lax.optimization_barrier(((sin, cos), all_angles)))
-  x = embed(weights.embedding.astype(model.dtype), tokens, sharding)
-  layer = Layer(model.config, sharding, model.cache_dtype, angles, cache, read)
-  layers = local_vectors(weights.layers, sharding.residual[2])
+  config, query_axes = model.config, sharding.attention_positions
+  angles = pass_angles(positions, config, query_axes)
+  rules = pass_rules(
+    config,
+    sharding,
+    weights.relative_bias,
+    TokenPositions(ops.local_slice(positions, query_axes, 1), positions),
+  )
+  x = embed(weights, tokens, None if cache is None else start, model, sharding)
+  layer = Layer(config, sharding, model.cache_dtype, angles, cache, read, rules)
+  layers = local_vectors(weights.layers, config, sharding)
   cached = None if cache is None else cache.by_layer()
+  local = config.local_layers
   kv: KeysValues
-  if weights.stacked:
-    x, kv = jax.lax.scan(layer, x, (layers, cached))
+  if weights.stacked and len(set(local)) == 1:
+    x, kv = jax.lax.scan(lambda x, inputs: layer(x, (*inputs, local[0])), x, (layers, cached))
+  elif weights.stacked:
+    x, kv = jax.lax.scan(layer, x, (layers, cached, jnp.asarray(local)))
   else:
     by_layer = []
     for i, layer_weights in enumerate(layers):
-      x, layer_kv = layer(x, (layer_weights, None if cached is None else cached[i]))
+      x, layer_kv = layer(x, (layer_weights, None if cached is None else cached[i], local[i]))
       by_layer.append(layer_kv)
     keys, values = zip(*by_layer)
     kv = keys, values

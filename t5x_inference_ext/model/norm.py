@@ -3,6 +3,7 @@
 import jax
 from jax import lax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from t5x_inference_ext.config import ModelConfig
@@ -17,11 +18,7 @@ def norm(
   config: ModelConfig,
   axes: Axes,
 ) -> Float[Array, 'b t e']:
-  """Normalize x over d_model with the config's norm.
-
-  The moments are computed in float32 over all of d_model. RMS norm all-reduces one number per
-  position. Layer norm all-reduces two numbers: first the mean, then the variance around that mean,
-  which loses no digits to cancellation.
+  """Normalize x over d_model with the config's norm; see normalized.
 
   Args:
     x: [b, t, e]. The residual stream on this shard.
@@ -33,6 +30,16 @@ def norm(
   Returns:
     [b, t, e] in x's dtype.
   """
+  return scaled(normalized(x, config, axes), scale, bias, x.dtype)
+
+
+def normalized(x: Float[Array, 'b t e'], config: ModelConfig, axes: Axes) -> Float[Array, 'b t e']:
+  """Return x in float32, divided by its deviation over d_model, without a learned scale.
+
+  The moments are computed in float32 over all of d_model. RMS norm all-reduces one number per
+  position. Layer norm all-reduces two numbers: first the mean, then the variance around that mean,
+  which loses no digits to cancellation.
+  """
   x32 = x.astype(jnp.float32)
 
   def mean(values: jax.Array) -> jax.Array:
@@ -40,5 +47,15 @@ def norm(
 
   if config.norm == 'layer':
     x32 = x32 - mean(x32)
-  y = x32 * lax.rsqrt(mean(x32 * x32) + config.norm_epsilon) * scale[None, None, :]
-  return (y if bias is None else y + bias[None, None, :]).astype(x.dtype)
+  return x32 * lax.rsqrt(mean(x32 * x32) + config.norm_epsilon)
+
+
+def scaled(
+  y: Float[Array, 'b t e'],
+  scale: Float[Array, ' e'],
+  bias: Float[Array, ' e'] | None,
+  dtype: DTypeLike,
+) -> Float[Array, 'b t e']:
+  """Apply a norm's learned scale and bias to normalized values; the result has `dtype`."""
+  y = y * scale[None, None, :]
+  return (y if bias is None else y + bias[None, None, :]).astype(dtype)

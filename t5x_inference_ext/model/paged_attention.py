@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from t5x_inference_ext.model.attention import grouped_queries, masked_logits, mix, ungrouped
+from t5x_inference_ext.model.attention_rules import AttentionRules
 from t5x_inference_ext.quantization.kv import KV
 
 
@@ -28,6 +29,7 @@ class PagedContext(NamedTuple):
     shared_keys: [p, k, q], or None. Keys of all shared pages.
     shared_values: [p, k, q], or None.
     shared_visible: [b, pages] bool, or None. Which rows see which shared pages.
+    shared_starts: [pages] int32, or None. Position in its rows of each shared page's first one.
   """
 
   keys: KV
@@ -38,6 +40,7 @@ class PagedContext(NamedTuple):
   shared_keys: KV | None = None
   shared_values: KV | None = None
   shared_visible: jax.Array | None = None
+  shared_starts: jax.Array | None = None
 
 
 def attend_pages(
@@ -46,6 +49,7 @@ def attend_pages(
   v: KV,
   context: PagedContext,
   first_query: Int[Array, ''] | int = 0,
+  rules: AttentionRules | None = None,
 ) -> Float[Array, 'b m h q']:
   """Attend as model.attention.attend does, to a context in pages.
 
@@ -58,21 +62,36 @@ def attend_pages(
     v: [b, t, k, q]. Values, as the cache holds them.
     context: Keys and values cached before these tokens.
     first_query: Index among the t new tokens of the shard's first query.
+    rules: The layer's rules for logits, or None.
   """
   grouped, causal = grouped_queries(q, k.shape[1], k.shape[2], first_query)
   b, owners = len(q), context.owners
+  queries, new = (None, None) if rules is None else rules.positions
   # New and shared tokens: segments with rows as the batch axis.
-  segments = [(masked_logits(grouped, k, causal), v)]
+  segments = [(masked_logits(grouped, k, causal, rules, queries, new), v)]
   if context.shared_keys is not None:
     assert context.shared_values is not None and context.shared_visible is not None
     size = context.shared_keys.shape[0] // context.shared_visible.shape[1]
     visible = jnp.repeat(context.shared_visible, size, axis=1)[:, None, None, :]
-    shared = masked_logits(grouped, context.shared_keys, visible)
+    shared_positions: jax.Array | None = None
+    if rules is not None:
+      assert context.shared_starts is not None
+      shared_positions = context.shared_starts[:, None] + jnp.arange(size)[None, :]
+      shared_positions = shared_positions.reshape(1, -1)
+    shared = masked_logits(grouped, context.shared_keys, visible, rules, queries, shared_positions)
     segments.append((shared, context.shared_values))
   # Own pages, as [n, k, m * group, s].
   position = context.starts[:, None] + jnp.arange(context.keys.shape[1])[None, :]
   visible = position < _of_owners(context.lengths, owners)[:, None]
-  pages = masked_logits(_of_owners(grouped, owners), context.keys, visible[:, None, None, :])
+  page_queries = None if queries is None else _of_owners(queries, owners)
+  pages = masked_logits(
+    _of_owners(grouped, owners),
+    context.keys,
+    visible[:, None, None, :],
+    rules,
+    page_queries,
+    position,
+  )
 
   mine = jnp.arange(b)[:, None] == owners[None, :]  # [b, n]
   largest = jnp.max(

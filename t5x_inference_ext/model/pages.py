@@ -46,11 +46,14 @@ class SharedPages:
     keys: [L, NS, S, K, Q], or a tuple of L arrays [NS, S, K, Q] if the layers are unrolled.
     values: Like keys.
     visible: [B, NS] bool. Which rows see which pages, in whole.
+    starts: [NS] int32. Position in its rows of a page's first one. Rules of attention (windows,
+      biases by position) read it.
   """
 
   keys: LayersKV
   values: LayersKV
   visible: jax.Array
+  starts: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -120,6 +123,7 @@ class PagedCache:
       shared_keys=shared_keys,
       shared_values=shared_values,
       shared_visible=self.shared.visible[:, : self.read_shared],
+      shared_starts=self.shared.starts[: self.read_shared],
     )
 
 

@@ -1,7 +1,8 @@
 """Matmuls of a block part, by weights that stay (sections 3.2.1, 3.2.2) or are gathered (3.2.3).
 
 WeightStationary and WeightGathered have one interface. `inputs` maps the residual stream, split
-from [B, T, E], to columns; `outputs` maps columns back to the residual stream. Columns are partial
+from [B, T, E], to columns (`inputs_of_two_norms` where attention and MLP have a norm each);
+`outputs` maps columns back to the residual stream. Columns are partial
 sums over the embed axes. If all columns of a block part are reduced into rows, or all into
 positions (ActivationSharding.sums_into), they are already summed, and split in that dimension.
 """
@@ -13,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from t5x_inference_ext.config import BlockPart
+from t5x_inference_ext.config import BlockPart, ModelConfig
 from t5x_inference_ext.model.collectives import looped, ops
 from t5x_inference_ext.model.collectives.weight_gather import Gatherer
+from t5x_inference_ext.model.norm import scaled
 from t5x_inference_ext.model.weights import BlockPartWeights
 from t5x_inference_ext.quantization import int8
 from t5x_inference_ext.sharding.activations import ActivationSharding
@@ -56,6 +58,40 @@ class WeightStationary:
       offset += width
     return columns
 
+  def inputs_of_two_norms(
+    self, y: Float[Array, 'b t e'], w: BlockPartWeights, widths: Mapping[str, int]
+  ) -> Columns:
+    """Multiply y by w_in, scaled for each column by the norm that feeds it.
+
+    One gather of y serves both norms. A ring runs once for each norm.
+
+    Args:
+      y: This shard's part of the normalized residual stream, not yet scaled.
+      w: The weights.
+      widths: Number of columns by name.
+    """
+    layout, dim = self.sharding.layout, self.sharding.sums_into(self.block_part)
+    if not layout.ring_directions:
+      y = ops.all_gather(y, layout.hidden_axes, self.sharding.residual_dim)  # [b, t, E/embed]
+    attention, mlp = _scaled_by_two_norms(y, w)
+    last = w.w_in.shape[1] - widths['attention']
+    products = []
+    for normed, block in (mlp, slice(0, last)), (attention, slice(last, None)):
+      if layout.ring_directions:
+        x = looped.all_gather_matmul(
+          normed, w.w_in[:, block], layout.hidden_axes, layout.ring_directions
+        )
+      else:
+        x = int8.matmul(normed, w.w_in[:, block])
+      x = x if w.in_scale is None else int8.rescale(x, w.in_scale[block])
+      products.append(x if dim is None else ops.reduce_scatter(x, layout.embed_axes, dim))
+    columns, offset = {'attention': products[1]}, 0
+    for name, width in widths.items():
+      if name != 'attention':
+        columns[name] = products[0][..., offset : offset + width]
+        offset += width
+    return columns
+
   def outputs(self, columns: list[jax.Array], w: BlockPartWeights) -> Float[Array, 'b t e']:
     """Multiply columns, in the order of w_out's rows, by w_out. Does not apply out_scale."""
     layout = self.sharding.layout
@@ -67,6 +103,18 @@ class WeightStationary:
       return looped.matmul_reduce_scatter(y, w.w_out, layout.hidden_axes, layout.ring_directions)
     y = int8.matmul(y, w.w_out)
     return ops.reduce_scatter(y, layout.hidden_axes, self.sharding.residual_dim)
+
+
+def _scaled_by_two_norms(
+  y: Float[Array, 'b t e'], w: BlockPartWeights
+) -> tuple[Float[Array, 'b t e'], Float[Array, 'b t e']]:
+  """Return the inputs of attention and of the MLP."""
+  assert w.norm is not None
+  y32 = y.astype(jnp.float32)
+  return (
+    scaled(y32, w.norm, w.norm_bias, y.dtype),
+    scaled(y32, w.vectors['mlp_norm'], w.vectors.get('mlp_norm_bias'), y.dtype),
+  )
 
 
 def _side_by_side(columns: list[jax.Array], width: int) -> jax.Array:
@@ -106,13 +154,25 @@ class WeightGathered:
     self, y: Float[Array, 'b t e'], w: BlockPartWeights, widths: Mapping[str, int]
   ) -> Columns:
     """Multiply y, this shard's part of the normed residual stream, by w_in."""
-    layout = self.sharding.layout
-    y = ops.all_gather(y, layout.hidden_axes, self.sharding.residual_dim)  # [b, t, E]
+    y = ops.all_gather(y, self.sharding.layout.hidden_axes, self.sharding.residual_dim)  # [b, t, E]
+    return self._columns(dict.fromkeys(widths, y), w, widths)
+
+  def inputs_of_two_norms(
+    self, y: Float[Array, 'b t e'], w: BlockPartWeights, widths: Mapping[str, int]
+  ) -> Columns:
+    """Multiply y by w_in; see WeightStationary."""
+    y = ops.all_gather(y, self.sharding.layout.hidden_axes, self.sharding.residual_dim)  # [b, t, E]
+    attention, mlp = _scaled_by_two_norms(y, w)
+    return self._columns({**dict.fromkeys(widths, mlp), 'attention': attention}, w, widths)
+
+  def _columns(
+    self, inputs: Mapping[str, jax.Array], w: BlockPartWeights, widths: Mapping[str, int]
+  ) -> Columns:
     columns, stop = {}, w.w_in.shape[1]
     # Attention's columns come first, because attention takes longest before the output matmul.
     for name, width in reversed([*widths.items()]):
       block = slice(stop - width, stop)
-      x = self.gatherer.matmul(y, w.w_in[:, block], self._embed, self._hidden)
+      x = self.gatherer.matmul(inputs[name], w.w_in[:, block], self._embed, self._hidden)
       if w.in_scale is not None:
         x = int8.rescale(x, ops.all_gather(w.in_scale[block], self._hidden, 0))
       columns[name] = x
@@ -135,14 +195,17 @@ class WeightGathered:
     return ops.reduce_scatter(y, layout.hidden_axes, self.sharding.residual_dim)
 
 
-def keep_slices_apart(w: BlockPartWeights, sharding: ActivationSharding) -> BlockPartWeights:
+def keep_slices_apart(
+  w: BlockPartWeights, block_part: BlockPart, sharding: ActivationSharding, config: ModelConfig
+) -> BlockPartWeights:
   """Keep XLA:TPU from merging two slices of the stacked weights into one.
 
   The first slice takes a layer's matrix out of the stack, the second the pieces to gather or
   multiply. Merged, they make the compiler copy the whole stack into another layout. A barrier
   between them prevents that.
   """
-  if not (sharding.layout.gathered_axes or sharding.layout.ring_directions):
+  layout = sharding.layout
+  if not (layout.gathered_axes or layout.ring_directions or config.has_two_norms(block_part)):
     return w
   w_in, w_out = jax.lax.optimization_barrier((w.w_in, w.w_out))
   return dataclasses.replace(w, w_in=w_in, w_out=w_out)

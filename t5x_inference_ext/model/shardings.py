@@ -145,7 +145,8 @@ class ShardedModel:
     prefix: Any = P(*(None,) * paged, *sharding.cache[1:])
     prefix = P(None, *prefix) if weights.stacked else (prefix,) * len(weights.layers)
     if paged:
-      shared = None if cache.shared is None else SharedPages(prefix, prefix, rows)
+      whole: Any = P()
+      shared = None if cache.shared is None else SharedPages(prefix, prefix, rows, whole)
       read = cache.read, cache.read_shared
       return PagedCache(kv, kv, rows, rows, rows, rows, shared, *read)
     if cache is None or cache.shared is None:

@@ -18,21 +18,33 @@ class BlockPartWeights:
   """Weights of one block part of one layer (or of all layers, with a leading L).
 
   Attributes:
-    norm: [E] float32. The factor to multiply by (not a stored scale around zero).
+    norm: [E] float32. The factor to multiply by (not a stored scale around zero). None if norms are
+      after sublayers only. In a parallel block with two norms, the one that feeds attention.
     w_in: [E, columns], float or int8. A shard's columns are [gate | linear | query | key, value],
       as far as the block part has them.
     w_out: [rows, E], float or int8. A shard's rows are [MLP | attention].
     norm_bias: [E] float32 with layer norm, else None.
     in_scale: [columns] float32 with int8 weights, else None.
     out_scale: [E] float32 with int8 weights, else None.
+    vectors: Other norms, and biases of matrices, by field name (params.vector_names): float32, as
+      canonical tensors are.
   """
 
-  norm: jax.Array
+  norm: jax.Array | None
   w_in: jax.Array
   w_out: jax.Array
   norm_bias: jax.Array | None = None
   in_scale: jax.Array | None = None
   out_scale: jax.Array | None = None
+  vectors: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+
+  @classmethod
+  def of(cls, fields: Mapping[str, Any]) -> 'BlockPartWeights':
+    """Build a block part from its arrays (or specs) by field name, `vectors` among them."""
+    known = {f.name for f in dataclasses.fields(cls)}
+    vectors = {name: fields[name] for name in fields if name not in known}
+    own = {name: fields[name] for name in fields if name in known}
+    return cls(**{'norm': None, **own}, vectors=vectors)
 
 
 # A layer's weights by block part: 'parallel', or 'attention' and 'mlp'.
@@ -50,12 +62,24 @@ class Weights:
     layers: A tuple of layers (the program unrolls them), or one layer whose arrays have a leading L
       (the program loops over them, as is best for deep models).
     final_norm_bias: [E] float32 with layer norm, else None.
+    head: [V, E] like the embedding, or None: logits are products with the embedding.
+    head_bias: [V] float32, or None. Added to the scaled logits.
+    embedding_norm: [E] float32, or None. A norm after the embedding.
+    embedding_norm_bias: [E] float32, or None.
+    position_embedding: [P, E] like the embedding, or None. Added to it.
+    relative_bias: [H, buckets] float32, or None. T5's bias of attention logits by distance.
   """
 
   embedding: jax.Array
   final_norm: jax.Array
   layers: LayerWeights | tuple[LayerWeights, ...]
   final_norm_bias: jax.Array | None = None
+  head: jax.Array | None = None
+  head_bias: jax.Array | None = None
+  embedding_norm: jax.Array | None = None
+  embedding_norm_bias: jax.Array | None = None
+  position_embedding: jax.Array | None = None
+  relative_bias: jax.Array | None = None
 
   @property
   def stacked(self) -> bool:
@@ -79,7 +103,7 @@ def layer_weights(tensors: Mapping[str, Any]) -> LayerWeights:
   for name, value in tensors.items():
     block_part, field = name.split('/')
     fields.setdefault(block_part, {})[field] = value
-  return {block_part: BlockPartWeights(**named) for block_part, named in fields.items()}
+  return {block_part: BlockPartWeights.of(named) for block_part, named in fields.items()}
 
 
 def build_weights(

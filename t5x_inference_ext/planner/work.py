@@ -19,8 +19,8 @@ class PassWork:
     logits_flops: FLOPs of the unembedding.
     logits_rows: Rows of the unembedding's product.
     attention_flops: FLOPs of attention's two products, with keys and with values.
-    weight_bytes: Bytes read of matrices, scales, norms and embedding. Gathered matrices are counted
-      whole.
+    weight_bytes: Bytes read of matrices, scales, norms, biases and the head (if it is tied, the
+      embedding). Gathered matrices are counted whole.
     cache_bytes: Bytes of keys and values that attention reads.
   """
 
@@ -39,9 +39,13 @@ def work(case: PassCase) -> PassWork:
   tokens = case.batch * case.padded
   gathered = case.size(case.layout.gathered_axes)
   matrices = sum(math.prod(t.shape) for t in case.tensors.values() if t.kind == 'matrix')
-  table = case.tensors['embedding'].shape[0] * c.d_model
+  head = 'embedding' if c.tied_head else 'head'
+  table = case.tensors[head].shape[0] * c.d_model
+  # Of tables that are only looked up, few rows are read.
   read = sum(
-    stored_bytes(case, t) * (gathered if t.kind == 'matrix' else 1) for t in case.tensors.values()
+    stored_bytes(case, t) * (gathered if t.kind == 'matrix' else 1)
+    for name, t in case.tensors.items()
+    if t.kind != 'embedding' or name == head
   )
   rows = case.batch / case.size(p.attention_rows)
   positions = case.padded / case.size(p.attention_positions)

@@ -4,10 +4,11 @@ import dataclasses
 import math
 from typing import Any
 
-from t5x_inference_ext.config import NORM_SCALES, ModelConfig
+from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.sampling_arrays import stack_params
 from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.features import NORM_SCALES
 from t5x_inference_ext.model.shardings import CACHE_DTYPES, COMPUTE_DTYPES
 from t5x_inference_ext.options import check_options, option
 from t5x_inference_ext.sharding.layout import (

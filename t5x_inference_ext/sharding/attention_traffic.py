@@ -4,7 +4,7 @@ This module counts the collectives of model/attention_columns.py. Notation as in
 """
 
 from t5x_inference_ext.sharding.activations import ActivationSharding
-from t5x_inference_ext.sharding.collective import Collective, Pass
+from t5x_inference_ext.sharding.collective import FLOAT32, Collective, Pass
 from t5x_inference_ext.sharding.heads import kv_columns, query_columns
 
 
@@ -76,6 +76,17 @@ def from_attention(p: Pass, sharding: ActivationSharding, summed: bool) -> list[
   if split and not summed:
     moves += p.activations('attention', 'all_gather', layout.embed_axes, columns)
   return moves
+
+
+def head_norms(p: Pass, sharding: ActivationSharding, batch: int, length: int) -> list[Collective]:
+  """Return the all-reduces of norms over all heads of queries and keys (model/heads.py)."""
+  if not p.config.qk_norm.endswith('_all'):
+    return []
+  moments = 2 if p.config.qk_norm.startswith('layer') else 1
+  queries = length // p.size(sharding.attention_positions)
+  keys = 0 if sharding.heads.multiquery else length  # every device has the only key head
+  tokens = batch // p.size(sharding.attention_rows) * (queries + keys)
+  return moments * p.move('head norms', 'all_reduce', sharding.attention_heads, tokens, FLOAT32)
 
 
 def _embed_split(sharding: ActivationSharding) -> str | None:

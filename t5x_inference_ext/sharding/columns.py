@@ -98,9 +98,14 @@ def output_parts(config: ModelConfig, block_part: BlockPart, shards: int) -> tup
   return tuple(parts)
 
 
-def vocabulary_part(config: ModelConfig, shards: int) -> PackedPart:
-  """Return the rows of the embedding [V, E] on each shard."""
-  return _even(('embedding',), (config.vocab_size,), shards, vocabulary_rows(config, shards))
+def vocabulary_part(config: ModelConfig, shards: int, name: str = 'embedding') -> PackedPart:
+  """Return the rows of the embedding [V, E], or of the untied 'head', on each shard."""
+  return _even((name,), (config.vocab_size,), shards, vocabulary_rows(config, shards))
+
+
+def positions_part(config: ModelConfig, shards: int) -> PackedPart:
+  """Return the rows of the learned table of positions [P, E] on each shard."""
+  return _even(('position_embedding',), (config.num_positions or 0,), shards)
 
 
 def column_widths(config: ModelConfig, block_part: BlockPart, shards: int) -> dict[str, int]:

@@ -40,7 +40,13 @@ _LETTERS = {
   'kv_heads': 'K',
   'd_head': 'Q',
 }
-_PARTS = {'attention_output': 'attention', 'mlp_output': 'mlp', 'embedding': 'vocab'}
+_PARTS = {
+  'attention_output': 'attention',
+  'mlp_output': 'mlp',
+  'embedding': 'vocab',
+  'head': 'vocab',
+  'position_embedding': 'positions',
+}
 _HEADER = ('tensor', 'shape', 'dtype', 'sharding', 'per device', 'logical axes')
 
 

@@ -189,3 +189,23 @@ class AttentionHeads:
         first = shard // self.cut.copies * self.cut.local_groups
         heads += local[first : first + self.cut.local_groups]
     return tuple(heads)
+
+  def queries(self) -> tuple[int | None, ...]:
+    """Return, for each query head on all devices, its index in the model; None for padding.
+
+    The devices are those along the axes that split attention's heads.
+    """
+    stored, cut = self.stored, self.cut
+    if stored.pieces > 1:  # shards that join their columns have whole heads, without padding
+      return tuple(range(stored.groups * stored.queries))
+    heads: list[int | None] = []
+    for block in range(stored.shards):
+      start, stop = stored.query_range(block)
+      local = [start + i if start + i < stop else None for i in range(stored.local_heads)]
+      if self.shards > 1:  # groups, and the queries of each group, are padded to divide
+        per_group, padding = stored.local_queries, cut.padded_queries - stored.local_queries
+        groups = [local[i : i + per_group] for i in range(0, len(local), per_group)]
+        groups += [[None] * per_group] * (cut.padded_groups - len(groups))
+        local = [head for group in groups for head in group + [None] * padding]
+      heads += local
+    return tuple(heads)

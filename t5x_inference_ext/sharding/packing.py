@@ -20,6 +20,7 @@ from t5x_inference_ext.sharding.columns import (
   PackedPart,
   input_parts,
   output_parts,
+  positions_part,
   vocabulary_part,
 )
 from t5x_inference_ext.sharding.layout import Layout, check_model, num_shards
@@ -160,10 +161,10 @@ def _packed_tensors(
     return PackedTensor(shape, axes, layout.weight_spec(axes), first.kind, per_layer, axis, parts)
 
   def vector(name: str) -> PackedTensor:
-    """Take a whole vector as a single part."""
+    """Take a whole vector, or a table that no layout splits, as a single part."""
     kind = declared[name].kind
     per_layer, shape, axes = _layer_shape(declared[name])
-    part = PackedPart((name,), shape, shape[0], ((0, shape[0]),))
+    part = PackedPart((name,), shape[:1], shape[0], ((0, shape[0]),))
     return PackedTensor(shape, axes, layout.weight_spec(axes), kind, per_layer, 0, (part,))
 
   def norm(field: str, name: str) -> dict[str, PackedTensor]:
@@ -172,9 +173,16 @@ def _packed_tensors(
 
   tensors = {'embedding': fused([vocabulary_part(config, shards)])}
   tensors |= norm('final_norm', 'final_norm')
+  tensors |= norm('embedding_norm', 'embedding_norm')
+  if 'head' in declared:
+    tensors['head'] = fused([vocabulary_part(config, shards, 'head')])
+  if 'position_embedding' in declared:
+    tensors['position_embedding'] = fused([positions_part(config, shards)])
+  tensors |= {name: vector(name) for name in ('head_bias', 'relative_bias') if name in declared}
   for block_part in config.block_parts:
     columns = input_parts(config, block_part, shards)
-    fields = norm('norm', params.norm_name(block_part))
+    vectors = params.vector_names(config, block_part)
+    fields = {field: vector(name) for field, name in vectors.items()}
     fields['w_in'] = fused(columns)
     fields['w_out'] = fused(output_parts(config, block_part, shards))
     if int8:

@@ -9,8 +9,9 @@ T, ..].
 from collections.abc import Mapping
 
 from t5x_inference_ext.config import BlockPart, ModelConfig
+from t5x_inference_ext.params import norm_names, post_norm_names
 from t5x_inference_ext.sharding.activations import ActivationSharding, sampling_axes
-from t5x_inference_ext.sharding.attention_traffic import from_attention, to_attention
+from t5x_inference_ext.sharding.attention_traffic import from_attention, head_norms, to_attention
 from t5x_inference_ext.sharding.collective import FLOAT32, Collective, Pass
 from t5x_inference_ext.sharding.heads import vocabulary_rows
 from t5x_inference_ext.sharding.layout import Axes, Layout
@@ -44,14 +45,15 @@ def layer_moves(
   moves: list[Collective] = []
   for part in config.block_parts:
     rows, positions, features = sharding.residual
-    moves += _moments(p, features, batch * length // p.size(rows + positions))
+    moments = _moments(p, features, batch * length // p.size(rows + positions))
+    moves += moments if norm_names(config, part) else []  # one for two norms of one input
     moves += _into_columns(p, part)
     summed = sharding.sums_into(part) is not None
     if summed:
-      count = p.tokens * sum(p.columns(part).values())
-      moves += p.activations('all columns', 'reduce_scatter', embed, count)
+      moves += _sums_of_columns(p, part)
     if part.attention:
       moves += to_attention(p, sharding, summed)
+      moves += head_norms(p, sharding, batch, length)
     if part.mlp and not summed:
       moves += _mlp(p, part)
     if part.attention:
@@ -60,6 +62,7 @@ def layer_moves(
       count = p.tokens * sum(p.rows(part).values())
       moves += p.activations('mlp and attention', 'all_gather', embed, count)
     moves += _out_of_columns(p, part)
+    moves += moments if post_norm_names(config, part) else []
   return moves
 
 
@@ -181,6 +184,21 @@ def _moments(p: Pass, features: Axes, tokens: int) -> list[Collective]:
   return moments * p.move('norm', 'all_reduce', features, tokens, FLOAT32)
 
 
+def _sums_of_columns(p: Pass, part: BlockPart) -> list[Collective]:
+  """Return the reduce-scatters of all columns: one, or one for each product of two norms."""
+  columns = p.columns(part)
+  groups = {'all columns': sum(columns.values())}
+  if p.config.has_two_norms(part):
+    groups = {
+      'mlp columns': groups['all columns'] - columns['attention'],
+      'attention columns': columns['attention'],
+    }
+  moves: list[Collective] = []
+  for name, width in groups.items():
+    moves += p.activations(name, 'reduce_scatter', p.layout.embed_axes, p.tokens * width)
+  return moves
+
+
 def _into_columns(p: Pass, part: BlockPart) -> list[Collective]:
   """Return the collectives before the input product: of B T E/embed activations, and of weights.
 
@@ -192,6 +210,8 @@ def _into_columns(p: Pass, part: BlockPart) -> list[Collective]:
   moves = p.activations(
     'input', 'all_gather', layout.hidden_axes, p.tokens * features, looped=not gathered
   )
+  if p.config.has_two_norms(part) and moves and moves[0].directions:
+    moves *= 2  # a ring for each norm's columns; otherwise one gather serves both
   for name, width in p.columns(part).items():
     moves += p.move(
       f'weights: {name}', 'all_gather', gathered, features * width, p.weight, looped=True

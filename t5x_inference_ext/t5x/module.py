@@ -98,7 +98,7 @@ def weights_from_params(params: Params) -> Weights:
   """Return T5X's parameters as Weights, which the model's functions take."""
 
   def layer(subtree: Params) -> LayerWeights:
-    return {block_part: BlockPartWeights(**fields) for block_part, fields in subtree.items()}
+    return {block_part: BlockPartWeights.of(fields) for block_part, fields in subtree.items()}
 
   rest = {name: value for name, value in params.items() if not name.startswith(STACK)}
   if STACK in params:

@@ -13,9 +13,9 @@ from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model import chunks
 from t5x_inference_ext.model.transformer import Model
 from tests import memory, reference
-from tests.model import layouts_test
+from tests.model import features_test, layouts_test
 
-MODELS = layouts_test.MODELS
+MODELS = {**layouts_test.MODELS, **features_test.MODELS}
 LENGTH = 12
 
 empty_cache = memory.quick_jit(chunks.empty_cache, static_argnames=('model', 'rows', 'size'))
@@ -62,6 +62,16 @@ CASES = [
   ('multiquery-serial', 'ws_2d/batch', 'ws_2d/heads', 3, '1x1x1'),
 ]
 CASES = [(*case, None) for case in CASES] + [(*CASES[i], 'int8') for i in (1, 2, 5)]
+# Features whose effect depends on positions.
+FEATURES = [
+  ('bloom', 'ws_2d/batch', 'ws_2d/heads', 3, '2x2x2', None),
+  ('gemma3', 'wg_xyz/batch', 'ws_2d/batch', 8, '2x2x2', 'int8'),
+  ('t5', 'ws_1d/heads', 'ws_1d/batch', 4, '2x2x2', None),
+  ('mpt', 'wg_x/heads', 'wg_xy/batch', 4, '2x2x2', None),
+  ('gpt', 'ws_2d/batch', 'wg_xy/heads', 4, '2x2x2', None),
+  ('r7b', 'wg_xy/batch', 'ws_2d/batch', 1, '2x2x2', None),
+]
+CASES += FEATURES
 
 
 @pytest.mark.parametrize('model, prefill, decode, rows, mesh, holds', CASES)
@@ -98,7 +108,9 @@ def test_extend_then_decode_equals_the_full_forward(model, prefill, decode, rows
     np.testing.assert_array_equal(cache.lengths, lengths)
 
 
-@pytest.mark.parametrize('model, prefill, decode, rows, mesh, holds', CASES[:11:2] + CASES[-3:])
+@pytest.mark.parametrize(
+  'model, prefill, decode, rows, mesh, holds', CASES[:11:2] + CASES[12:15] + FEATURES[::2]
+)
 def test_prefill_in_chunks_equals_prefill(model, prefill, decode, rows, mesh, holds):
   """The cache ends in the decode layout: the next step is right, and no resharding comes first."""
   config = MODELS[model]

@@ -15,7 +15,7 @@ from t5x_inference_ext.model.cache import KVCache
 from t5x_inference_ext.model.pages import PagedCache, SharedPages
 from t5x_inference_ext.quantization.kv import Int8KV, to_cache
 from tests import memory, reference
-from tests.model import layouts_test
+from tests.model import features_test, layouts_test
 
 WIDTH = 3  # M
 insert_row = memory.quick_jit(cache_rows.insert_row, static_argnames='model')
@@ -35,20 +35,21 @@ CASES = [
   ('grouped-serial', 'wg_xy/heads', 8, '2x2x2', True, None),
   ('multiquery-parallel', 'wg_xy/batch', 4, '2x2x2', True, 'int8'),
   ('grouped-parallel', 'wg_xyz/batch', 16, '2x2x2', False, None),
+  # Rules by position, with pages that some rows share.
+  ('bloom', 'ws_2d/heads', 3, '2x2x2', True, None),
+  ('gemma3', 'ws_2d/batch', 8, '2x2x2', True, 'int8'),
+  ('t5', 'wg_xy/batch', 4, '2x2x2', False, None),
+  ('mpt', 'ws_1d/batch', 2, '2x2x2', True, None),
+  ('gpt', 'ws_2d/batch', 4, '2x2x2', False, None),
 ]
+MODELS = {**layouts_test.MODELS, **features_test.MODELS}
 
 
 def load(model, layout, mesh, stacked, cache):
   prefill = layout if layout.startswith(('ws', 'wg')) else 'ws_2d/batch'
-  tensors = reference.random_tensors(layouts_test.MODELS[model])
+  tensors = reference.random_tensors(MODELS[model])
   return memory.engine(
-    layouts_test.MODELS[model],
-    tensors,
-    mesh,
-    stacked=stacked,
-    prefill=prefill,
-    decode=layout,
-    cache=cache,
+    MODELS[model], tensors, mesh, stacked=stacked, prefill=prefill, decode=layout, cache=cache
   )
 
 
@@ -97,7 +98,9 @@ class Pool:
         copy_out(pages_kv, which, dense_kv, row, at)
     lengths = lengths.astype(np.int32)
     self.dense = self.put(KVCache(*dense_kv, lengths))
-    shared = shared_kv and SharedPages(*shared_kv, visible)
+    shared = shared_kv and SharedPages(
+      *shared_kv, visible, (np.arange(shared_pages) * size).astype(np.int32)
+    )
     self.paged = self.put(
       PagedCache(
         *pages_kv, lengths, table, owners, starts, shared, self.local - spare, shared_pages
@@ -240,6 +243,7 @@ def test_a_row_is_inserted_into_its_pages_alone(case):
     np.testing.assert_array_equal, filled((with_row.shared.keys, with_row.shared.values)), shared
   )
   assert np.asarray(with_row.lengths).tolist() == [*pool.lengths[:-1], length]
+  assert np.asarray(with_row.shared.starts).tolist() == [0, 0]  # page 1 was another position's
   for a, b in zip(jax.tree.leaves(with_row), jax.tree.leaves(pool.paged)):
     assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
 

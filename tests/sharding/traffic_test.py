@@ -23,13 +23,12 @@ import pytest
 from t5x_inference_ext.config import BlockPart, ModelConfig
 from t5x_inference_ext.model.block import Layer, mlp
 from t5x_inference_ext.model.cache import KVCache
-from t5x_inference_ext.model.collectives import ops
 from t5x_inference_ext.model.norm import norm
-from t5x_inference_ext.model.positions import RotaryAngles, rotary_angles
+from t5x_inference_ext.model.positions import pass_angles
 from t5x_inference_ext.model.projections import projections
 from t5x_inference_ext.model.transformer import Model
+from t5x_inference_ext.model.vectors import local_vectors
 from t5x_inference_ext.model.weights import Weights, layer_weights
-from t5x_inference_ext.params import FEATURES_AXIS
 from t5x_inference_ext.sharding import traffic
 from t5x_inference_ext.sharding.activations import ActivationSharding, shard_activations
 from t5x_inference_ext.sharding.collective import Collective
@@ -55,6 +54,16 @@ MODELS = {
   'multihead': model(num_kv_heads=8, block='serial', mlp='gelu', norm='layer'),
   'grouped': model(num_heads=12, num_kv_heads=2, block='serial'),
   'cut': model(num_heads=6, d_head=256),
+  # Features that move something, and biases, which move nothing.
+  'two norms': model(
+    parallel_norms=2, norm='layer', qkv_bias=True, attention_output_bias=True, mlp_bias=True
+  ),
+  'norms after': model(
+    num_heads=12, num_kv_heads=2, block='serial', norm_position='after', qk_norm='rms_all'
+  ),
+  'norms around': model(
+    num_heads=6, num_kv_heads=6, block='serial', norm_position='both', qk_norm='layer_all'
+  ),
 }
 
 
@@ -87,7 +96,7 @@ def _placed(arguments, specs, mesh):
 
 
 def _layer_weights(config: ModelConfig, placed: ActivationSharding, mesh, int8: bool):
-  """Shapes and specs of a layer. Vectors are split as the residual stream is."""
+  """Shapes and specs of a layer."""
   layout = placed.layout
   tensors = {
     n: t for n, t in packed_tensors(config, layout, mesh.shape, int8).items() if t.per_layer
@@ -97,10 +106,7 @@ def _layer_weights(config: ModelConfig, placed: ActivationSharding, mesh, int8: 
     return jnp.int8 if int8 and t.kind == 'matrix' else jnp.float32
 
   shapes = layer_weights({n: jax.ShapeDtypeStruct(t.shape, dtype(t)) for n, t in tensors.items()})
-  specs = {
-    n: P(placed.residual[2]) if t.axes == (FEATURES_AXIS,) else t.spec for n, t in tensors.items()
-  }
-  return shapes, layer_weights(specs)
+  return shapes, layer_weights({n: t.spec for n, t in tensors.items()})
 
 
 def _cached(
@@ -123,11 +129,11 @@ def layer_collectives(
 
   def run(x, w, keys, values, lengths):
     start = lengths if decode else jnp.zeros_like(lengths)
-    angles = rotary_angles(start[:, None] + jnp.arange(length)[None, :], config.d_head, 1e4)
-    queries = tuple(ops.local_slice(a, placed.attention_positions, 1) for a in angles)
+    positions = start[:, None] + jnp.arange(length)[None, :]
+    angles = pass_angles(positions, config, placed.attention_positions)
     cache = KVCache(keys, values, lengths) if decode else None
-    layer = Layer(config, placed, 'float32', RotaryAngles(queries, angles), cache)
-    return layer(x, (w, cache and cache.by_layer()))
+    layer = Layer(config, placed, 'float32', angles, cache)
+    return layer(x, (local_vectors(w, config, placed), cache and cache.by_layer(), False))
 
   specs = (P(*placed.residual), weight_specs, placed.cache, placed.cache, P(placed.attention_rows))
   return compiled(
@@ -147,11 +153,12 @@ def feedforward_collectives(config: ModelConfig, layout: Layout, mesh, batch: in
   x = jax.ShapeDtypeStruct((batch, length, config.d_model), jnp.float32)
 
   def run(x, w):
+    w = local_vectors({'mlp': w}, config, placed)['mlp']
     project = projections(placed, part)
     y = norm(x, w.norm, w.norm_bias, config, placed.residual[2])
     columns = project.inputs(y, w, column_widths(config, part, placed.heads.stored.shards))
     return x + project.outputs(
-      [mlp(columns, config, placed, placed.sums_into(part) is not None)], w
+      [mlp(columns, {}, config, placed, placed.sums_into(part) is not None)], w
     )
 
   return compiled(
@@ -325,6 +332,19 @@ LAYERS = [
       ('ws_2d/heads', 2, 3, False),
       ('wg_x/heads', 2, 8, False),
       ('wg_xy/batch', 4, 8, True),
+    )
+  ],
+  *[
+    (name, layout, '2x2x2', batch, length, int8)
+    for name, layout, batch, length, int8 in (
+      ('two norms', 'ws_2d/batch', 8, 1, False),
+      ('two norms', 'ws_2d/heads', 8, 8, False),
+      ('two norms', 'wg_xy/batch', 4, 8, True),
+      ('two norms', 'ws_2d/batch/two_way', 8, 1, False),
+      ('norms after', 'ws_2d/batch', 1, 8, False),
+      ('norms after', 'ws_2d/heads', 8, 8, False),
+      ('norms around', 'ws_2d/heads', 8, 1, False),
+      ('norms around', 'wg_x/heads', 8, 8, False),
     )
   ],
   ('multiquery', 'ws_1d/batch/two_way', '2x2x2', 8, 1, False),

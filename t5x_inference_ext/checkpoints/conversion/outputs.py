@@ -45,7 +45,7 @@ class ServingOutput(Output):
 
   def placements(self, name: str, rectangle: Rectangle, values: np.ndarray) -> Iterator[ArrayWrite]:
     array, (layers, rows, columns) = self._arrays[name], rectangle
-    is_matrix = self._kinds[name].kind in ('matrix', 'embedding')
+    is_matrix = len(self._kinds[name].shape) == 2 + serving.is_layered(name)
     bounds = (rows, columns) if is_matrix else (columns,)
     if not is_matrix:
       values = values[:, 0]

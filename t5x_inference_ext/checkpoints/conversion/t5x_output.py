@@ -43,6 +43,7 @@ class T5xOutput(Output):
   def __init__(
     self, source: Checkpoint, directory: str, weights: str, record: dict[str, Any]
   ) -> None:
+    check_written(source.config)
     form = source.form or usual_form(source.config)
     self._directory, self._step, self._num_layers = directory, source.step, source.config.num_layers
     # A leaf of the tree is one array, or one array per layer. Canonical tensors go to leaves.
@@ -151,6 +152,18 @@ class T5xOutput(Output):
     state = {'step': legacy.pack_array(np.asarray(self._step or 0, np.int32))}
     index = {'version': 3, 'optimizer': {'target': target, 'state': state}}
     return {legacy.INDEX: msgpack.packb(index, use_bin_type=True)}
+
+
+def check_written(config: ModelConfig) -> None:
+  """Raise CheckpointError for features that T5X checkpoints are not written with."""
+  features = dict(config.features)
+  if config.mlp not in ('swiglu', 'gelu'):
+    features['mlp'] = config.mlp
+  for name, value in features.items():
+    raise CheckpointError(
+      f'a model with {name}={value} is not written as a T5X checkpoint, which has no place for it: '
+      'use the serving format'
+    )
 
 
 def usual_form(config: ModelConfig) -> dict[str, Any]:

@@ -1,0 +1,177 @@
+"""Rules by which attention's logits change: soft cap, biases by position, windows.
+
+They depend on the positions of queries and keys, which a cache of any form knows. A model without
+such features has no rules, and its programs compute nothing of this.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+import ml_dtypes
+import numpy as np
+
+from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.model.vectors import take_heads
+from t5x_inference_ext.sharding.activations import ActivationSharding
+
+
+class TokenPositions(NamedTuple):
+  """Positions of the new tokens of one pass, on one shard.
+
+  Attributes:
+    queries: [b, m] int32. Positions of this shard's queries.
+    keys: [b, t] int32. Positions of all new tokens.
+  """
+
+  queries: jax.Array
+  keys: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AttentionRules:
+  """The rules of one layer on one shard.
+
+  Attributes:
+    config: The model.
+    positions: Positions of the new tokens.
+    by_head: [heads] slopes of ALiBi, or [heads, distances] T5's biases, of this shard's query
+      heads; None without a bias.
+    local: Whether the layer is local. A traced bool if one program runs both kinds of layers.
+  """
+
+  config: ModelConfig
+  positions: TokenPositions
+  by_head: jax.Array | None
+  local: jax.Array | bool = False
+
+  def with_positions(self, positions: TokenPositions) -> 'AttentionRules':
+    """Return the rules for other rows."""
+    return dataclasses.replace(self, positions=positions)
+
+  def apply(
+    self,
+    logits: Float[Array, 'b k n s'],
+    visible: Bool[Array, '#b 1 #n s'],
+    queries: Int[Array, 'b m'],
+    keys: Int[Array, '#b s'],
+  ) -> tuple[Float[Array, 'b k n s'], Bool[Array, '#b 1 #n s']]:
+    """Return changed logits, and which of them are visible.
+
+    Args:
+      logits: [b, k, n, s] float32, scaled. The n rows are m positions of the query heads that share
+        a key head, with heads fastest.
+      visible: Which keys are there, and not after the query.
+      queries: [b, m]. Positions of the queries.
+      keys: [b or 1, s]. Positions of the keys.
+    """
+    c, m = self.config, queries.shape[1]
+    if c.attention_soft_cap is not None:
+      logits = c.attention_soft_cap * jnp.tanh(logits / c.attention_soft_cap)
+    distance = queries[:, :, None] - keys[:, None, :]  # [b, m, s]
+    if self.by_head is not None:
+      group = logits.shape[2] // m
+      by_head = self.by_head.reshape(logits.shape[1], group, *self.by_head.shape[1:])
+      logits += _bias(by_head, distance, keys, c).reshape(logits.shape)
+    if self.local is not False:
+      assert c.window is not None, 'local layers have a window'
+      group = logits.shape[2] // m
+      inside = jnp.repeat(distance < c.window, group, axis=1)[:, None]
+      visible = visible & (inside if self.local is True else inside | ~self.local)
+    return logits, visible
+
+
+def _bias(
+  by_head: jax.Array, distance: Int[Array, 'b m s'], keys: Int[Array, '#b s'], config: ModelConfig
+) -> jax.Array:
+  """Return the bias [b, k, m, group, s] of each query head at each key.
+
+  Args:
+    by_head: [k, group] or [k, group, distances]; see AttentionRules.
+    distance: Positions from each key to each query.
+    keys: Positions of the keys.
+    config: The model.
+  """
+  if config.positions == 'relative':
+    largest = by_head.shape[2] - 1  # all larger distances have one bias
+    found = jnp.take(by_head, jnp.clip(distance, 0, largest), axis=2)  # [k, group, b, m, s]
+    return jnp.transpose(found, (2, 0, 3, 1, 4))
+  slopes = by_head[None, :, None, :, None]
+  if config.alibi_slopes == 'falcon':
+    # The softmax ignores what all keys share, so that distances from position 0 do as well. Rounded
+    # numbers differ in this.
+    places = jnp.broadcast_to(keys[:, None, :], distance.shape).astype(jnp.float32)
+    rounded = _bfloat16(slopes * _bfloat16(places)[:, None, :, None, :])
+    return rounded * config.d_head**-0.5
+  return slopes * -distance.astype(jnp.float32)[:, None, :, None, :]
+
+
+def _bfloat16(x: jax.Array) -> jax.Array:
+  """Round float32 numbers to bfloat16. XLA may not leave the rounding out."""
+  return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+
+
+def pass_rules(
+  config: ModelConfig,
+  sharding: ActivationSharding,
+  relative_bias: Float[Array, 'H buckets'] | None,
+  positions: TokenPositions,
+) -> AttentionRules | None:
+  """Return the rules of one pass on this shard, or None for a model without rules.
+
+  Args:
+    config: The model.
+    sharding: Sharding of the pass's activations.
+    relative_bias: T5's table, or None.
+    positions: Positions of the new tokens.
+  """
+  by_head: jax.Array | None = None
+  if config.positions == 'alibi':
+    by_head = jnp.asarray(alibi_slopes(config.num_heads, config.alibi_slopes))
+  elif relative_bias is not None:
+    by_head = jnp.take(relative_bias, relative_buckets(config), axis=1)
+  if by_head is None and config.attention_soft_cap is None and config.window is None:
+    return None
+  if by_head is not None:
+    rows = by_head.reshape(config.num_heads, -1)
+    rows = take_heads(rows, sharding.heads.queries(), sharding.attention_heads)
+    by_head = rows.reshape(-1, *by_head.shape[1:])
+  return AttentionRules(config, positions, by_head)
+
+
+def alibi_slopes(heads: int, rule: str) -> np.ndarray:
+  """Return ALiBi's slopes [heads] float32: how much a logit falls with each position of distance.
+
+  All rules agree if `heads` is a power of two. Otherwise BLOOM (and Falcon, in bfloat16) takes the
+  slopes of the next smaller power, and then every second one of those of the next larger power; MPT
+  takes the second, fourth, ... and then the first, third, ... of those of the next larger power.
+  """
+  if rule == 'mpt':
+    slopes = _power_slopes(2 ** math.ceil(math.log2(heads)))
+    return (slopes if len(slopes) == heads else np.r_[slopes[1::2], slopes[::2]])[:heads]
+  smaller = _power_slopes(2 ** math.floor(math.log2(heads)))
+  more = _power_slopes(2 * len(smaller))[::2]
+  slopes = np.r_[smaller, more][:heads]
+  return slopes.astype(ml_dtypes.bfloat16).astype(np.float32) if rule == 'falcon' else slopes
+
+
+def _power_slopes(heads: int) -> np.ndarray:
+  """Return the slopes [heads] of a power of two heads: from 2**(-8 / heads) to 2**-8."""
+  return (2.0 ** (-8 / heads * np.arange(1, heads + 1))).astype(np.float32)
+
+
+def relative_buckets(config: ModelConfig) -> np.ndarray:
+  """Return T5's bucket of each distance from 0 to relative_max_distance, int32.
+
+  Half of the buckets hold one distance each; the others are as wide as distances are large, in
+  float32 as T5 computes them. All larger distances are in the last bucket.
+  """
+  buckets, largest = config.relative_buckets, config.relative_max_distance
+  exact = buckets // 2
+  distance = np.arange(largest + 1)
+  ratio = distance.astype(np.float32) / exact + np.finfo(np.float32).eps
+  wide = exact + (np.log(ratio) / np.log(largest / exact) * (buckets - exact)).astype(np.int32)
+  return np.where(distance < exact, distance, np.minimum(wide, buckets - 1)).astype(np.int32)
