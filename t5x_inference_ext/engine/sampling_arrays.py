@@ -1,8 +1,8 @@
 """The sampling parameters of many rows as arrays.
 
-Two kinds of programs take them. A static batch is compiled for the features that its rows use. Slots
-hold the rows of any requests: their arrays have fixed widths (`slot_params`), and features that no
-row uses are skipped at run time.
+Two kinds of programs take them. A static batch is compiled for the features that its rows use.
+Slots hold the rows of any requests: their arrays have fixed widths (`slot_params`), and features
+that no row uses are skipped at run time.
 """
 
 from collections.abc import Iterable, Sequence

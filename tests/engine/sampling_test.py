@@ -10,7 +10,8 @@ import pytest
 from t5x_inference_ext.engine import selection
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.sampling_arrays import stack_params
-from t5x_inference_ext.engine.token_choice import Restrictions, choose as choose_tokens
+from t5x_inference_ext.engine.token_choice import Restrictions
+from t5x_inference_ext.engine.token_choice import choose as choose_tokens
 from t5x_inference_ext.errors import RequestError
 
 

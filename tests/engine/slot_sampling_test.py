@@ -180,7 +180,7 @@ def test_the_most_likely_tokens_are_told_if_a_row_wants_them():
 def test_a_row_with_broken_logits_fails_alone():
   """Not a number anywhere, or every token forbidden while EOS is."""
   params = [SamplingParams(1.0), SamplingParams(), SamplingParams(frequency_penalty=0.1)]
-  forbids = {i: -np.inf for i in range(BIAS_WIDTH)}
+  forbids = dict.fromkeys(range(BIAS_WIDTH), -np.inf)
   params.append(SamplingParams(logit_bias=forbids, min_new_tokens=1))
   rows = slots_of(params, [[], [], [], [BIAS_WIDTH]], top=1)
   state = start(rows, PROMPTS, LENGTHS, vocab_size=VOCABULARY)
@@ -197,7 +197,7 @@ def test_a_row_with_broken_logits_fails_alone():
 
 
 def test_what_has_no_room_in_a_row_is_refused():
-  many = SamplingParams(logit_bias={i: 1.0 for i in range(BIAS_WIDTH + 1)})
+  many = SamplingParams(logit_bias=dict.fromkeys(range(BIAS_WIDTH + 1), 1.0))
   make = lambda sampling=SamplingParams(), **options: slot_row(
     sampling, VOCABULARY, seed=0, limit=1, **options
   )
@@ -230,7 +230,12 @@ def test_logits_stay_where_they_are():
     return jax.lax.with_sharding_constraint(new, shardings), chosen
 
   logits = jax.device_put(TABLE[:ROWS], shardings.history)
-  text = jax.jit(run, donate_argnums=1).lower(rows, state, logits, jnp.asarray(LENGTHS)).compile().as_text()
+  text = (
+    jax.jit(run, donate_argnums=1)
+    .lower(rows, state, logits, jnp.asarray(LENGTHS))
+    .compile()
+    .as_text()
+  )
   local = rf'\[1,{VOCABULARY}\]'
   sent = re.findall(r' = (.*) (?:all-gather|all-reduce|all-to-all|collective-permute)\(', text)
   assert 1 <= len(sent) <= 4 and not any(str(VOCABULARY) in shape for shape in sent), sent
