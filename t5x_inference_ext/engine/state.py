@@ -217,11 +217,11 @@ def advance(
       _choose_tokens, mesh=model.mesh, in_specs=P(axes), out_specs=P(axes), check_vma=False
     )
   chosen, history = choose_own(rows, state, logits, positions)
+  live, drawn = ~state.ended, chosen.tokens
   if model is not None:
-    whole = NamedSharding(model.mesh, P())
-    chosen = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, whole), chosen)
-  live, made = ~state.ended, chosen.tokens >= 0
-  tokens = jnp.maximum(chosen.tokens, 0)
+    # Whole on every device, as the next step's embedding needs them; the state then is, too.
+    drawn = jax.lax.with_sharding_constraint(drawn, NamedSharding(model.mesh, P()))
+  tokens, made = jnp.maximum(drawn, 0), drawn >= 0
   counts, recent = state.counts + made, state.recent
   ends = jnp.any(tokens[:, None] == jnp.asarray(rows.end_ids), axis=1)
   end = ~made | ends | (counts >= rows.limits)
@@ -229,8 +229,12 @@ def advance(
     shifted = jnp.concatenate([recent[:, 1:], tokens[:, None]], axis=1)
     recent = jnp.where(made[:, None], shifted, recent)
     end |= _ends_in_stop(jnp.asarray(rows.sampling.stop), recent) & ~_early(rows, state)
-  failed = state.failed | (live & ~made)
-  state = DecodeState(tokens, counts, state.ended | end, failed, recent, history)
+  failed, ended = state.failed | (live & ~made), state.ended | end
+  if model is not None:
+    # A loop's condition reads them: split ones would take an all-reduce in every step.
+    whole = NamedSharding(model.mesh, P())
+    counts, ended = jax.lax.with_sharding_constraint((counts, ended), whole)
+  state = DecodeState(tokens, counts, ended, failed, recent, history)
   return state, chosen._replace(tokens=tokens)
 
 
@@ -260,7 +264,8 @@ def _choose_tokens(
   chosen = _told(rows, jnp.where(made, tokens, 0), made, logits, normalizer)
   history = state.history
   if history is not None:
-    history = _add_tokens(history, chosen.tokens, made)
+    # The update is in place, but XLA:TPU copies the whole history into fast memory for it.
+    history = when(features.penalties, _add_tokens, lambda x, *_: x, history, chosen.tokens, made)
   return chosen._replace(tokens=jnp.where(made, tokens, -1)), history
 
 

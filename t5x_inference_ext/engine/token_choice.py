@@ -1,9 +1,9 @@
 """The choice of each row's token from its logits, on the devices.
 
-A row's choice depends only on its own logits, seed, position, parameters and earlier tokens. What
-no row of a batch uses is skipped: when the program is compiled, if SamplingArrays.features says so,
-or else by a conditional when it runs. A conditional returns only the chosen tokens: one that
-returned logits would copy them.
+A row's choice depends only on its own logits, seed, position, parameters and earlier tokens. A
+feature that no row of a batch uses is skipped: when the program is compiled, if
+SamplingArrays.features says so, or else by a conditional when it runs. A conditional returns only
+the chosen tokens: one that returned logits would copy them.
 """
 
 import functools

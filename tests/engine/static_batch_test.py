@@ -125,7 +125,8 @@ def test_eos_ends_a_row_and_zeros_follow(mesh):
   eos = free[1].tokens[2]
   result = raw(mesh, eos_id=eos)
   ended = 0
-  for row, length, score, whole in zip(*result, free):
+  assert not result.failed.any()
+  for row, length, score, whole in zip(result.tokens, result.lengths, result.scores, free):
     cut = whole.tokens[: whole.tokens.index(eos) + 1] if eos in whole.tokens else whole.tokens
     ended += len(cut) < NEW
     assert length == len(cut)
