@@ -2,8 +2,8 @@
 
 A row's choice depends only on its own logits, seed, position, parameters and earlier tokens. A
 feature that no row of a batch uses is skipped: when the program is compiled, if
-SamplingArrays.features says so, or else by a conditional when it runs. A conditional returns only
-the chosen tokens: one that returned logits would copy them.
+SamplingArrays.features says so, or else by a conditional when it runs. The conditional that greedy
+batches take returns the chosen tokens alone: one that returned logits would copy them.
 """
 
 import functools
@@ -97,26 +97,29 @@ def choose(
   Returns:
     Tokens [B] int32, and [B] bool: whether any token was allowed.
   """
-  draw = functools.partial(
-    _draw, rows=rows, features=features, seeds=jnp.asarray(seeds), positions=jnp.asarray(positions)
-  )
+  changes = features.penalties | features.min_new_tokens | features.bias
 
-  def changed(logits: jax.Array, top: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def changed(logits: jax.Array) -> jax.Array:
     logits = when(
       features.penalties, lambda x: penalize(x, rows, restrictions.history), _unchanged, logits
     )
     logits = when(
       features.min_new_tokens, lambda x: _forbid(x, restrictions.forbidden), _unchanged, logits
     )
-    logits = when(features.bias, lambda x: add_bias(x, rows), _unchanged, logits)
+    return when(features.bias, lambda x: add_bias(x, rows), _unchanged, logits)
+
+  def anything(logits: jax.Array, top: jax.Array) -> tuple[jax.Array, jax.Array]:
+    logits = when(changes, changed, _unchanged, logits)
     top = jnp.max(logits, axis=-1, keepdims=True)
-    return draw(logits, top), top[:, 0] > -jnp.inf
+    chosen = _draw(logits, top, rows, features, jnp.asarray(seeds), jnp.asarray(positions))
+    return chosen, top[:, 0] > -jnp.inf
 
-  def plain(logits: jax.Array, top: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return draw(logits, top), jnp.ones(len(logits), bool)
+  def greedy(logits: jax.Array, top: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return selection.first_of_largest(logits, top), jnp.ones(len(logits), bool)
 
-  changes = features.penalties | features.min_new_tokens | features.bias
-  return when(changes, changed, plain, logits, top)
+  # Most batches are greedy, or sample from unchanged logits. A conditional around the draw as well
+  # as around the changes would compile the draw twice: it is most of a program's compilation.
+  return when(changes | features.sampled, anything, greedy, logits, top)
 
 
 def _unchanged(logits: jax.Array) -> jax.Array:
