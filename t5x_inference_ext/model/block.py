@@ -10,7 +10,7 @@ import dataclasses
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.model.attention import attend
@@ -52,14 +52,16 @@ class Layer:
   read: int | None = None
 
   def __call__(
-    self, x: Float[Array, 'b t e'], inputs: tuple[LayerWeights, tuple[KV, ...] | None]
+    self,
+    x: Float[Array, 'b t e'],
+    inputs: tuple[LayerWeights, tuple[KV, ...] | Int[Array, ''] | None],
   ) -> tuple[Float[Array, 'b t e'], tuple[KV, KV]]:
     """Run the layer.
 
     Args:
       x: [b, t, e]. This shard's part of the residual stream.
       inputs: This shard's part of the layer's weights, with vectors [e] cut as x is (see
-        local_vectors); and the layer's element of KVCache.by_layer, or None without a cache.
+        local_vectors); and the cache's element of `by_layer`, or None without a cache.
 
     Returns:
       The new x, and the new tokens' (keys, values) as the cache holds them.
