@@ -18,13 +18,17 @@ class SharedPageBook:
   Args:
     rows: B, the number of slots.
     pages: NS, the number of shared pages.
+    page_size: S, positions of a page.
 
   Attributes:
     visible: [B, NS] bool. Whether a row's beginning is on the page.
+    starts: [NS] int32. Position of the page's first position in its beginning.
   """
 
-  def __init__(self, rows: int, pages: int) -> None:
+  def __init__(self, rows: int, pages: int, page_size: int) -> None:
     self.visible = np.zeros((rows, pages), bool)
+    self.starts = np.zeros(pages, np.int32)
+    self._page_size = page_size
     self._names: list[Any] = [None] * pages
     self._pages: dict[Any, int] = {}
     self._last_used = [0] * pages
@@ -52,6 +56,7 @@ class SharedPageBook:
           break
         self._pages.pop(self._names[page], None)
         self._names[page], self._pages[name] = name, page
+        self.starts[page] = len(found) * self._page_size
         unwritten.append(len(found))
       self.visible[row, page] = True
       self._last_used[page] = self._clock

@@ -27,7 +27,7 @@ class SlotTable:
   def __init__(self, config: SchedulerConfig, shards: int) -> None:
     pages = config.pages_of_shard(shards)
     self.pool = PagePool(config.slots, shards, pages, config.page_size, config.pages_of_row)
-    self.shared = SharedPageBook(config.slots, config.shared_pages)
+    self.shared = SharedPageBook(config.slots, config.shared_pages, config.page_size)
     self.alive = np.zeros(config.slots, bool)
     self.rows: list[Row | None] = [None] * config.slots
     self._shared_of: list[list[int]] = [[] for _ in range(config.slots)]
@@ -111,9 +111,8 @@ class SlotTable:
   def pages(self) -> SlotPages:
     """Return the pages of all rows, as decode programs take them."""
     pool = self.pool
-    return SlotPages(
-      pool.table.copy(), pool.owners.copy(), pool.starts.copy(), self.shared.visible.copy()
-    )
+    arrays = pool.table, pool.owners, pool.starts, self.shared.visible, self.shared.starts
+    return SlotPages(*(array.copy() for array in arrays))
 
   def leave(self, slot: int) -> None:
     """Free a slot and its pages."""

@@ -71,12 +71,14 @@ class SlotPages(NamedTuple):
     owners: [N] int32.
     starts: [N] int32.
     visible: [B, NS] bool. Shared pages of each row.
+    shared_starts: [NS] int32.
   """
 
   table: Any
   owners: Any
   starts: Any
   visible: Any
+  shared_starts: Any
 
 
 class RowPages(NamedTuple):
@@ -235,7 +237,7 @@ def decode_steps(
 
   shared = slots.cache.shared
   if shared is not None:
-    shared = dataclasses.replace(shared, visible=pages.visible)
+    shared = dataclasses.replace(shared, visible=pages.visible, starts=pages.shared_starts)
   cache = dataclasses.replace(
     slots.cache,
     table=pages.table,

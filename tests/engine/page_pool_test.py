@@ -77,10 +77,11 @@ def test_broken_books_are_noticed():
 
 
 def test_shared_pages_are_written_once_and_reused_when_nobody_sees_them():
-  shared = SharedPageBook(rows=3, pages=2)
+  shared = SharedPageBook(rows=3, pages=2, page_size=32)
   assert shared.take(0, ['a', 'b']) == ([0, 1], [0, 1])
   assert shared.take(1, ['a', 'c']) == ([0], [])  # no page for c: both are in use
   assert shared.visible.tolist() == [[True, True], [True, False], [False, False]]
+  assert shared.starts.tolist() == [0, 32]
   shared.release(0)
   assert shared.highest == 1
   assert shared.take(2, ['b']) == ([1], [])  # still there
