@@ -256,7 +256,7 @@ def _check(
 
 
 def _refuse(path: str | os.PathLike, what: str, saved: Any, wanted: Any, fix: str) -> NoReturn:
-  was, here = header_text(saved), header_text(wanted)
+  what, was, here = map(header_text, (what, saved, wanted))
   raise SavedError(f'{os.fspath(path)} was compiled for {what} {was}, and here it is {here}: {fix}')
 
 

@@ -33,6 +33,8 @@ def open_model(
   """
   # A mesh larger than the devices is an error before the checkpoint is read.
   mesh = None if options.mesh is None else make_mesh(parse_mesh(options.mesh))
+  if '://' in options.checkpoint:  # without credentials, a bucket is tried for minutes
+    say(f'opening {options.checkpoint}, with the credentials of this machine')
   checkpoint = open_checkpoint(
     options.checkpoint, norm_scale=options.norm_scale, config=options.config
   )

@@ -733,6 +733,19 @@ def test_an_output_that_another_run_wrote_meanwhile(complete, palm_tiny, tmp_pat
   assert not list(tmp_path.glob('.*'))
 
 
+def test_a_bucket_is_named_before_it_is_tried(command, tmp_path, monkeypatch):
+  """Without credentials it may take minutes until the first error."""
+
+  def fail(*_, **__):
+    raise RequestError('no credentials')
+
+  monkeypatch.setattr(loading, 'open_checkpoint', fail)
+  prompts = _write(tmp_path / 'prompts.jsonl', [{'prompt': 'a'}])
+  flags = f'--prompts={prompts}', f'--output={tmp_path / "out.jsonl"}'
+  code, out, _ = command('--checkpoint=gs://bucket/checkpoint', *flags)
+  assert code == 2 and 'opening gs://bucket/checkpoint' in out
+
+
 def test_a_task_without_seqio_names_the_extra(command, monkeypatch):
   find_spec = importlib.util.find_spec
   monkeypatch.setattr(

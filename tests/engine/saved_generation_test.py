@@ -12,6 +12,7 @@ from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.saved_generation import SavedGeneration
 from t5x_inference_ext.engine.saved_program import SavedError
+from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.precompile.case import CompileCase
 from t5x_inference_ext.precompile.program import compile_case
 from t5x_inference_ext.sharding.layout import Layout
@@ -41,6 +42,72 @@ def path(palm_tiny, tmp_path_factory):
   path = tmp_path_factory.mktemp('saved') / 'generation'
   saved_program.save(path, program.compiled, program.arguments, mesh, case.to_dict())
   return path
+
+
+LIES = (
+  *(None, True, False, 0, -1, 1.5, float('nan'), float('inf'), 10**400, 2**31, 2**63),
+  *('', 'x', '\ud800', '\x1b[31m', '9' * 5000, 'x' * 10**5),
+  *([], [1], {}, {'a': 1}, [[[]]], {'': None}, [None] * 3),
+)
+
+
+def _places(value):
+  """Yield (object or list, key) of every value within a JSON value."""
+  for key in [*value] if isinstance(value, dict) else range(len(value)):
+    yield value, key
+    if isinstance(value[key], (dict, list)):
+      yield from _places(value[key])
+
+
+@pytest.fixture(scope='module')
+def described(palm_tiny):
+  """A model, and the header of a generation for it: nothing is compiled or loaded."""
+  mesh = make_mesh((1, 1, 1))
+  model = Model(open_checkpoint(palm_tiny).config, mesh, dtype='float32')
+  run = saved_generation.GenerationShape(8, 16, 32, 16)
+  layouts = model.prefill_layout, model.decode_layout
+  header = {
+    **saved_program._here(mesh),
+    'description': saved_generation.describe_run(
+      model.config, 'float32', layouts, 'float32', 'float32', False, run
+    ),
+    'arguments': {'[0]': 'int32[8] P()'},
+    'bytes': 3,
+    'sha256': '',
+  }
+  return model, json.dumps(header)
+
+
+def test_a_header_that_lies_is_one_sentence(described, tmp_path):
+  """300 headers with values of other types, fields left out or added, and flipped bits."""
+  model, text = described
+  path, random, refused = tmp_path / 'saved', np.random.default_rng(14), 0
+  for _ in range(300):
+    header = json.loads(text)
+    places = list(_places(header))
+    where, key = places[random.integers(len(places))]
+    lie = LIES[random.integers(len(LIES))]
+    act = random.integers(4)
+    if act < 2:
+      where[key] = lie
+    elif act == 2 or not isinstance(where, dict):
+      del where[key]
+    else:
+      where[str(lie)[:50]] = lie
+    line = bytearray(json.dumps(header).encode())
+    if random.integers(3) == 0:
+      line[random.integers(len(line))] ^= 1 << random.integers(8)
+    path.write_bytes(saved_program.PROGRAM_FORMAT + line + b'\nxyz')
+    for check in (
+      lambda: SavedGeneration.open(path, model, 'float32', False),
+      lambda: saved_generation.check_saved_run(path, max_new_tokens=16, max_length=None),
+    ):
+      try:
+        check()
+      except SavedError as error:
+        refused += 1
+        assert str(error).isprintable() and len(str(error)) < 1000
+  assert refused > 300
 
 
 def _engine(palm_tiny, **options):
