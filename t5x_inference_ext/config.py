@@ -102,8 +102,10 @@ class ModelConfig:
     global_rotary: Whether global layers have rotary positions; False only in Command-R7B.
     xpos_scale_base: Positions over which xPos decays, or None: plain rotary. 512 in lucidrains'
       PaLM.
-    alibi_slopes: Slopes if H is no power of two: 'bloom', or 'mpt'; 'falcon': BLOOM's, in bfloat16,
-      and divided by sqrt(Q) as logits are (Falcon-RW).
+    alibi_slopes: 'bloom' (BLOOM, MPT); 'falcon', in bfloat16 and divided by sqrt(Q) as logits are
+      (Falcon-RW); 'falcon_eager', twice that, which is what transformers computes for Falcon-RW
+      with eager attention: its mask holds the bias too.
+    alibi_max: Slopes are powers of two down to 2**-alibi_max: 8 in all but some MPT models.
     num_positions: Rows of the learned table of positions.
     relative_buckets, relative_max_distance: Of T5's relative bias.
     embedding_norm: Whether a norm follows the embedding (BLOOM).
@@ -152,6 +154,7 @@ class ModelConfig:
   global_rotary: bool = True
   xpos_scale_base: float | None = None
   alibi_slopes: str = 'bloom'
+  alibi_max: float = 8.0
   num_positions: int | None = None
   relative_buckets: int = 32
   relative_max_distance: int = 128

@@ -24,7 +24,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
   'qk_norm': ('none', 'rms', 'layer', 'rms_all', 'layer_all'),
   'positions': ('rotary', 'alibi', 'learned', 'relative', 'none'),
   'rope_scaling': ('none', 'linear', 'llama3'),
-  'alibi_slopes': ('bloom', 'falcon', 'mpt'),
+  'alibi_slopes': ('bloom', 'falcon', 'falcon_eager'),
 }
 # Fields that only rotary positions have.
 ROTARY = (

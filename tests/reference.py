@@ -128,10 +128,10 @@ def _position_bias(t, c, layer, length):
   bias = np.zeros((c.num_heads, length, length))
   for h in range(c.num_heads):
     if c.positions == 'alibi':
-      slope = _alibi_slope(h, c.num_heads, c.alibi_slopes)
-      if c.alibi_slopes == 'falcon':
+      slope = _alibi_slope(h, c.num_heads, c.alibi_max)
+      if c.alibi_slopes.startswith('falcon'):
         rounded = _bfloat16(_bfloat16(slope) * _bfloat16(key + 0.0 * query))
-        bias[h] = rounded / np.sqrt(c.d_head)
+        bias[h] = rounded / np.sqrt(c.d_head) * (2 if c.alibi_slopes == 'falcon_eager' else 1)
       else:
         bias[h] = slope * (key - query)
     if c.positions == 'relative':
@@ -140,17 +140,13 @@ def _position_bias(t, c, layer, length):
   return np.where(seen, bias, -np.inf)
 
 
-def _alibi_slope(h, heads, rule):
-  """Return the slope of a head, as BLOOM's or MPT's code computes it."""
-  if rule == 'mpt':
-    power = 2 ** math.ceil(math.log2(heads))
-    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
-    return (slopes if power == heads else slopes[1::2] + slopes[::2])[h]
+def _alibi_slope(h, heads, largest):
+  """Return the slope of a head as BLOOM's code computes it, with 3 for log2 of `largest`."""
   power = 2 ** math.floor(math.log2(heads))
-  base = 2 ** -(2 ** -(math.log2(power) - 3))
+  base = 2 ** -(2 ** -(math.log2(power) - math.log2(largest)))
   if h < power:
     return base ** (h + 1)
-  extra = 2 ** -(2 ** -(math.log2(2 * power) - 3))
+  extra = 2 ** -(2 ** -(math.log2(2 * power) - math.log2(largest)))
   return extra ** (2 * (h - power) + 1)
 
 

@@ -100,12 +100,13 @@ def _bias(
     found = jnp.take(by_head, jnp.clip(distance, 0, largest), axis=2)  # [k, group, b, m, s]
     return jnp.transpose(found, (2, 0, 3, 1, 4))
   slopes = by_head[None, :, None, :, None]
-  if config.alibi_slopes == 'falcon':
+  if config.alibi_slopes.startswith('falcon'):
     # The softmax ignores what all keys share, so that distances from position 0 do as well. Rounded
     # numbers differ in this.
     places = jnp.broadcast_to(keys[:, None, :], distance.shape).astype(jnp.float32)
     rounded = _bfloat16(slopes * _bfloat16(places)[:, None, :, None, :])
-    return rounded * config.d_head**-0.5
+    times = 2 if config.alibi_slopes == 'falcon_eager' else 1
+    return rounded * (times * config.d_head**-0.5)
   return slopes * -distance.astype(jnp.float32)[:, None, :, None, :]
 
 
@@ -130,7 +131,7 @@ def pass_rules(
   """
   by_head: jax.Array | None = None
   if config.positions == 'alibi':
-    by_head = jnp.asarray(alibi_slopes(config.num_heads, config.alibi_slopes))
+    by_head = jnp.asarray(alibi_slopes(config))
   elif relative_bias is not None:
     by_head = jnp.take(relative_bias, relative_buckets(config), axis=1)
   if by_head is None and config.attention_soft_cap is None and config.window is None:
@@ -142,25 +143,21 @@ def pass_rules(
   return AttentionRules(config, positions, by_head)
 
 
-def alibi_slopes(heads: int, rule: str) -> np.ndarray:
-  """Return ALiBi's slopes [heads] float32: how much a logit falls with each position of distance.
+def alibi_slopes(config: ModelConfig) -> np.ndarray:
+  """Return ALiBi's slopes [H] float32: how much a logit falls with each position of distance.
 
-  All rules agree if `heads` is a power of two. Otherwise BLOOM (and Falcon, in bfloat16) takes the
-  slopes of the next smaller power, and then every second one of those of the next larger power; MPT
-  takes the second, fourth, ... and then the first, third, ... of those of the next larger power.
+  Slopes of n heads, n a power of two, are 2**(-m / n), 2**(-2 m / n), ... 2**-m, m = alibi_max. If
+  H is no power of two, they are taken from those of the next larger one: the second, fourth, ...,
+  then the first, third, ...
   """
-  if rule == 'mpt':
-    slopes = _power_slopes(2 ** math.ceil(math.log2(heads)))
-    return (slopes if len(slopes) == heads else np.r_[slopes[1::2], slopes[::2]])[:heads]
-  smaller = _power_slopes(2 ** math.floor(math.log2(heads)))
-  more = _power_slopes(2 * len(smaller))[::2]
-  slopes = np.r_[smaller, more][:heads]
-  return slopes.astype(ml_dtypes.bfloat16).astype(np.float32) if rule == 'falcon' else slopes
-
-
-def _power_slopes(heads: int) -> np.ndarray:
-  """Return the slopes [heads] of a power of two heads: from 2**(-8 / heads) to 2**-8."""
-  return (2.0 ** (-8 / heads * np.arange(1, heads + 1))).astype(np.float32)
+  heads = config.num_heads
+  power = 2 ** math.ceil(math.log2(heads))
+  slopes = (2.0 ** (-config.alibi_max / power * np.arange(1, power + 1))).astype(np.float32)
+  if power != heads:
+    slopes = np.concatenate([slopes[1::2], slopes[::2]])[:heads]
+  if config.alibi_slopes.startswith('falcon'):
+    slopes = slopes.astype(ml_dtypes.bfloat16).astype(np.float32)
+  return slopes
 
 
 def relative_buckets(config: ModelConfig) -> np.ndarray:

@@ -85,7 +85,7 @@ MODELS = {
   'mpt': ModelConfig(
     num_heads=6,
     positions='alibi',
-    alibi_slopes='mpt',
+    alibi_max=5.0,
     layer_pattern=('local', 'global'),
     window=3,
     attention_soft_cap=1.0,
