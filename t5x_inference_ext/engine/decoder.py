@@ -4,7 +4,7 @@ import collections
 from collections.abc import Iterator, Sequence
 import dataclasses
 import itertools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ from t5x_inference_ext.engine import programs
 from t5x_inference_ext.engine import slots as device
 from t5x_inference_ext.engine.prefilling import Prompt, ReadyRow
 from t5x_inference_ext.engine.prompts import PrefillState
-from t5x_inference_ext.engine.request import Handle, Request
+from t5x_inference_ext.engine.request import Handle, Request, TopLogProbs
 from t5x_inference_ext.engine.rows import Row
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
@@ -30,15 +30,17 @@ class NewTokens(NamedTuple):
   Attributes:
     slot: The slot that the row was in.
     row: The row.
-    chosen: The tokens, [n], with their log-probabilities and the most likely tokens, [n, top].
-    ended: Whether the row ended on the devices.
-    failed: Whether it ended because its logits were not finite.
+    tokens: New token ids.
+    log_probs: Log-probability of each.
+    top: For each token the most likely tokens, as many as the row's request asks for.
+    failed: Whether the row ended because its logits were not finite.
   """
 
   slot: int
   row: Row
-  chosen: ChosenTokens
-  ended: bool
+  tokens: list[int]
+  log_probs: list[float]
+  top: list[TopLogProbs]
   failed: bool
 
 
@@ -188,7 +190,8 @@ class Decoder:
 
   def _start(self, rows: dict[int, Row], output: device.StepsOutput, steps: int) -> None:
     for array in jax.tree.leaves(output):
-      array.copy_to_host_async()
+      if isinstance(array, jax.Array):
+        array.copy_to_host_async()
     self._started.append(_Started(rows, output, steps))
 
   def read(self, *, leave: int = 0) -> Iterator[NewTokens]:
@@ -203,21 +206,22 @@ class Decoder:
       if started.steps:
         self.decoded += int(output.counts.max()) * self._config.slots
         self.generated += int(output.counts.sum())
+      # Lists once for all rows: arrays are slow to take apart on the host.
+      tokens, log_probs = (x.T.tolist() for x in output.chosen[:2])
+      counts, failed = output.counts.tolist(), output.failed.tolist()
       for slot, row in started.rows.items():
         at = slot if started.steps else 0
-        chosen = ChosenTokens(*(x[: output.counts[at], at] for x in output.chosen))
-        ended, failed = bool(output.ended[at]), bool(output.failed[at])
-        yield NewTokens(slot, row, chosen, ended, failed)
+        count, asked = counts[at], row.handle.request.top_log_probs
+        top = _most_likely(output.chosen, at, count, asked) if asked else [[]] * count
+        yield NewTokens(slot, row, tokens[at][:count], log_probs[at][:count], top, failed[at])
 
 
 def _least(sizes: Sequence[int], needed: int) -> int:
   return next(size for size in sizes if size >= needed)
 
 
-def to_lists(chosen: ChosenTokens, top: int) -> tuple[list[int], list[float], list[Any]]:
-  """Return chosen tokens [n], their log-probabilities, and the `top` most likely, as lists."""
-  pairs = [
-    list(zip(ids[:top].tolist(), values[:top].tolist()))
-    for ids, values in zip(chosen.top_tokens, chosen.top_log_probs)
-  ]
-  return chosen.tokens.tolist(), chosen.log_probs.tolist(), pairs
+def _most_likely(chosen: ChosenTokens, row: int, count: int, top: int) -> list[TopLogProbs]:
+  """Return pairs (id, log-probability) of the `top` most likely tokens at a row's `count` steps."""
+  ids = chosen.top_tokens[:count, row, :top].tolist()
+  log_probs = chosen.top_log_probs[:count, row, :top].tolist()
+  return [list(zip(*step)) for step in zip(ids, log_probs)]

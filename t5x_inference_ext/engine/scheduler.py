@@ -14,9 +14,10 @@ follows one request through the scheduler.
 import collections
 from collections.abc import Iterable, Iterator, Sequence
 import itertools
+import warnings
 
 from t5x_inference_ext.engine.admission import check_request
-from t5x_inference_ext.engine.decoder import Decoder, to_lists
+from t5x_inference_ext.engine.decoder import Decoder
 from t5x_inference_ext.engine.inbox import Inbox
 from t5x_inference_ext.engine.prefilling import Prefiller, Prompt
 from t5x_inference_ext.engine.prefix_cache import PrefixCache
@@ -90,10 +91,6 @@ class Scheduler:
     """Whether no request is waiting, being prefilled or being decoded."""
     return self._inbox.empty and not self._unfinished and not self._decoder.under_way
 
-  def serves(self, index: int) -> bool:
-    """Return whether the request with this index is one that the scheduler works on."""
-    return index in self._unfinished
-
   @property
   def wanted(self) -> int:
     """How many more requests the next step could start."""
@@ -138,6 +135,9 @@ class Scheduler:
     # With single steps the devices work on the newest one while the host reads the one before.
     ahead = self.config.decode_steps == 1 and self._table.busy
     self._read(events, leave=int(ahead))
+    if events and self.idle:
+      for wrong in self.check_books():
+        warnings.warn(f'the books of the scheduler do not add up: {wrong}', stacklevel=2)
     return events
 
   def run(self, requests: Iterable[Request]) -> Iterator[Event]:
@@ -279,9 +279,8 @@ class Scheduler:
       row = new.row
       if row.finished:  # cancelled, or ended by a stop that the devices do not know
         continue
-      tokens, log_probs, top = to_lists(new.chosen, row.handle.request.top_log_probs)
-      if tokens or new.failed:
-        events.append(row.add(tokens, log_probs, top, new.failed))
+      if new.tokens or new.failed:
+        events.append(row.add(new.tokens, new.log_probs, new.top, new.failed))
       if not self._decoder.under_way:
         row.dispatched = len(row.tokens)
       if row.finished:

@@ -5,7 +5,7 @@ import collections
 from collections.abc import AsyncIterator, Iterator, Sequence
 import threading
 
-from t5x_inference_ext.engine.request import Event, Handle, Request
+from t5x_inference_ext.engine.request import Event, Handle, Request, RequestState
 from t5x_inference_ext.engine.scheduler import Scheduler
 
 # How long a thread waits for the one that steps before it looks again, in seconds. Every step wakes
@@ -81,8 +81,8 @@ class Streams:
     self.scheduler = scheduler
     self._stepping = threading.Lock()
     self._changed = threading.Condition()
-    # For each unfinished request, where its events go, and its number there.
-    self._listeners: dict[int, tuple[collections.deque[Event], int]] = {}
+    # For each unfinished request, where its events go, its number there, and its handle.
+    self._listeners: dict[int, tuple[collections.deque[Event], int, Handle]] = {}
 
   def open(self, requests: Sequence[Request]) -> Stream:
     """Submit requests, and return their events.
@@ -96,7 +96,7 @@ class Streams:
     """Submit a request whose events, with the request numbered `number`, go to `events`."""
     with self._changed:  # the request must have a listener before its first event
       handle = self.scheduler.submit(request)
-      self._listeners[handle.index] = events, number
+      self._listeners[handle.index] = events, number, handle
     return handle
 
   def wait(self, events: collections.deque[Event]) -> Event:
@@ -123,16 +123,14 @@ class Streams:
 
   def _tell(self, events: list[Event]) -> None:
     with self._changed:
+      ended = []
       for event in events:
         listener = self._listeners.get(event.request)
-        if listener is None:
-          continue
-        waiting, number = listener
-        waiting.append(event._replace(request=number))
-        if event.finish is not None and self._ended(event.request):
-          del self._listeners[event.request]
+        if listener is not None:
+          waiting, number, handle = listener
+          waiting.append(event._replace(request=number))
+          if handle.state is RequestState.FINISHED:
+            ended.append(handle.index)
+      for index in ended:
+        self._listeners.pop(index, None)
       self._changed.notify_all()
-
-  def _ended(self, index: int) -> bool:
-    """Return whether all samples of a request have ended, according to the scheduler."""
-    return not self.scheduler.serves(index)

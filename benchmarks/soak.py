@@ -1,0 +1,124 @@
+"""A scheduler that stays up: time and memory over many turns, and over requests that leave.
+
+    python -m benchmarks.soak --case=turns     # 10^6 turns with programs that do nothing
+    python -m benchmarks.soak --case=requests  # 10,000 requests, a fifth of them cancelled
+
+Run from the root of a checkout. `turns` replaces the compiled programs by functions that return at
+once, so that what is left is the host's own work. `requests` runs a small random model for real.
+"""
+
+import argparse
+import resource
+import time
+import warnings
+
+import jax
+import numpy as np
+
+from t5x_inference_ext.engine import programs
+from t5x_inference_ext.engine.request import Request
+from t5x_inference_ext.engine.scheduler import Scheduler
+from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
+from t5x_inference_ext.engine.slots import StepsOutput
+from t5x_inference_ext.engine.state import ChosenTokens
+from tests import memory, reference
+
+SLOTS = 32
+
+
+def make_scheduler(**sizes) -> Scheduler:
+  tensors = reference.random_tensors(memory.ODD, seed=1)
+  engine = memory.engine(memory.ODD, tensors, '1x1x1', stacked=True)
+  config = SchedulerConfig(SLOTS, 512, page_size=32, end_ids=(), prefix_bytes=2**20, **sizes)
+  return Scheduler(engine.model, engine.weights, config)
+
+
+def resident() -> int:
+  """Resident memory now, in bytes."""
+  with open('/proc/self/statm', encoding='ascii') as file:
+    return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def do_nothing() -> None:
+  """Replace the programs: prompts and slots stay as they are, and every row gets token 5."""
+
+  def output(rows: int) -> StepsOutput:
+    one, none = np.full((1, rows), 5, np.int32), np.zeros((1, rows, 0))
+    chosen = ChosenTokens(one, np.zeros((1, rows), np.float32), none.astype(np.int32), none)
+    return StepsOutput(chosen, np.ones(rows, np.int32), np.zeros(rows, bool), np.zeros(rows, bool))
+
+  one, all_rows = output(1), output(SLOTS)
+  keep_state = lambda model, state, *arguments, **options: state
+  for name in ('start_prefill', 'prefill_chunk', 'load_blocks', 'save_blocks'):
+    setattr(programs, name, keep_state)
+  programs.insert = lambda model, slots, *arguments: (slots, one)
+  programs.decode_steps = lambda model, slots, *arguments, **options: (slots, all_rows)
+
+
+def turns_case(turns: int) -> None:
+  """Requests of random lengths come and go; some are cancelled."""
+  do_nothing()
+  scheduler, rng = make_scheduler(), np.random.default_rng(0)
+  lengths, limits = rng.integers(1, 100, 4096).tolist(), rng.integers(1, 300, 4096).tolist()
+  start, first, submitted = time.perf_counter(), None, 0
+  for turn in range(1, turns + 1):
+    while scheduler.wanted:
+      i = submitted % 4096
+      handle = scheduler.submit(Request((i % 97,) * lengths[i], limit=limits[i]))
+      submitted += 1
+      if i % 5 == 0:
+        scheduler.cancel(handle)
+    scheduler.step()
+    if turn % (turns // 10) == 0:
+      now = time.perf_counter()
+      first = first or resident()
+      print(
+        f'{turn} turns: {(now - start) / (turns // 10) * 1e6:.0f} us a turn, {submitted} requests, '
+        f'{resident() / 2**20:.1f} MiB ({resident() / first:.3f} times the first)',
+        flush=True,
+      )
+      start = now
+
+
+def requests_case(count: int) -> None:
+  """A fifth of the requests are cancelled, at random moments."""
+  scheduler, rng = make_scheduler(), np.random.default_rng(0)
+  scheduler.warm_up()
+  begin, submitted, handles, first = time.perf_counter(), 0, [], 0
+  while submitted < count or not scheduler.idle:
+    while submitted < count and scheduler.wanted:
+      tokens = tuple(rng.integers(0, 101, int(rng.integers(1, 60))).tolist())
+      handles.append(scheduler.submit(Request(tokens, (submitted,), int(rng.integers(1, 12)))))
+      submitted += 1
+      if submitted % (count // 10) == 0:
+        first = first or resident()
+        print(
+          f'{submitted} requests: {resident() / 2**20:.1f} MiB ({resident() / first:.3f} times '
+          'that after the first tenth)',
+          flush=True,
+        )
+    if rng.random() < 0.35:
+      scheduler.cancel(handles[int(rng.integers(max(0, len(handles) - 40), len(handles)))])
+    scheduler.step()
+    del handles[:-100]
+  reasons = scheduler.check_books() or ['the books are in order']
+  print(
+    f'{count} requests in {time.perf_counter() - begin:.0f} s on {jax.devices()[0].device_kind}; '
+    f'{sum(row is not None for row in scheduler.rows)} slots in use; {"; ".join(reasons)}'
+  )
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--case', default='turns', choices=('turns', 'requests'))
+  parser.add_argument('--turns', type=int, default=10**6)
+  parser.add_argument('--requests', type=int, default=10_000)
+  args = parser.parse_args()
+  warnings.simplefilter('error')
+  turns_case(args.turns) if args.case == 'turns' else requests_case(args.requests)
+
+
+if __name__ == '__main__':
+  main()
