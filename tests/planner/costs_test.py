@@ -53,6 +53,14 @@ def test_the_work_of_one_chip_is_the_models():
   assert found.cache_bytes == 2 * (2 * 3 * 16 * 32) * 2
 
 
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_chips_share_attention_evenly(layout):
+  """Rows, heads and positions all divide, so that no chip repeats another's products."""
+  for phase, length, context in (('prefill', 16, 16), ('decode', 1, 64)):
+    found = work(case(layout=str(layout), phase=phase, length=length, context=context))
+    assert 8 * found.attention_flops == 2 * (4 * 8 * length * context * 8 * 32)
+
+
 @pytest.mark.parametrize(
   'fields,more',
   [

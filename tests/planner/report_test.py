@@ -43,6 +43,12 @@ def test_the_ranked_pairs(choice):
     assert plan.memory.needed > 1024**3
 
 
+def test_how_many_plans_the_table_leaves_to_the_json(choice):
+  every = len(choice.ranked)
+  assert 'more are in the JSON' not in plan_text(choice, rows=every)
+  assert ' best mesh. 2 more are in the JSON.' in plan_text(choice, rows=every - 2)
+
+
 def test_where_the_time_goes(choice):
   text, plan = plan_text(choice), choice.plan
   for part in ('matmuls', 'weight load', 'activations moved'):
