@@ -109,7 +109,7 @@ class Scheduler:
     return self._inbox.submit(request)
 
   def cancel(self, handle: Handle) -> None:
-    """End a request within the next step. Any thread may call this, also for a finished request."""
+    """End a request within the next step, unless it has ended. Any thread may call this."""
     self._inbox.cancel(handle.index)
 
   def warm_up(self) -> list[CompiledProgram]:
@@ -132,9 +132,8 @@ class Scheduler:
       steps = 1 if waiting and self._table.free else self.config.decode_steps
       self._decoder.decode(self._table, steps, until_free=waiting)
       self._free_full_slots()
-    # With single steps the devices work on the newest one while the host reads the one before.
-    ahead = self.config.decode_steps == 1 and self._table.busy
-    self._read(events, leave=int(ahead))
+    # The devices work on the newest of single steps while the host reads the one before.
+    self._read(events, leave=int(self.config.decode_steps == 1 and self._table.busy))
     if events and self.idle:
       for wrong in self.check_books():
         warnings.warn(f'the books of the scheduler do not add up: {wrong}', stacklevel=2)
@@ -143,8 +142,8 @@ class Scheduler:
   def run(self, requests: Iterable[Request]) -> Iterator[Event]:
     """Serve requests in order and yield their events, with requests numbered from 0.
 
-    Requests are taken from the iterable shortly before they are needed. If the caller stops early,
-    or a request does not fit, the others are cancelled.
+    Requests are taken shortly before they are needed. If the caller stops early, or a request does
+    not fit, the others are cancelled.
 
     Raises:
       RequestError: A request that does not fit the config.
@@ -268,7 +267,7 @@ class Scheduler:
     self._waiting.appendleft(Prompt(tokens, [row]))
 
   def _free_full_slots(self) -> None:
-    """Free the slots of rows whose last token is under way: only the host's books need them."""
+    """Free the slots of rows whose last token is under way."""
     for slot, row in enumerate(self._table.rows):
       if row is not None and self.config.decode_steps == 1 and row.dispatched >= row.limit:
         self._table.leave(slot)
