@@ -25,7 +25,7 @@ from t5x_inference_ext.engine.saved_generation import SavedGeneration
 from t5x_inference_ext.engine.scorer import Scorer
 from t5x_inference_ext.engine.static_generation import StaticOptions, generate_static
 from t5x_inference_ext.engine.streams import Stream
-from t5x_inference_ext.engine.text_prompts import Prompt, decode_completion, encode_prompts
+from t5x_inference_ext.engine.text_prompts import TextOrIds, decode_completion, encode_prompts
 from t5x_inference_ext.engine.warm_up import CompiledProgram
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.sharding.layout import Layout, check_model
@@ -99,7 +99,7 @@ class Engine(Scorer):
 
   def generate(
     self,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[TextOrIds],
     *,
     max_new_tokens: int | Sequence[int],
     sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
@@ -159,7 +159,7 @@ class Engine(Scorer):
 
   def stream(
     self,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[TextOrIds],
     *,
     max_new_tokens: int | Sequence[int],
     sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
@@ -210,7 +210,7 @@ class Engine(Scorer):
     ]
     return self.core.streams(requests, **options).open(requests)
 
-  def complete(self, prompts: Sequence[Prompt], **options: Any) -> list[list[Sample]]:
+  def complete(self, prompts: Sequence[TextOrIds], **options: Any) -> list[list[Sample]]:
     """Return the finished samples of each prompt; arguments and errors are those of `stream`."""
     collector, found = SampleCollector(), {}
     with self.stream(prompts, **options) as stream:

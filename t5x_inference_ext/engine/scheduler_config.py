@@ -15,6 +15,8 @@ SMALLEST_CHUNK = 16  # a prompt's last chunk is padded to a size of the list, at
 CHUNK_FACTOR = 4  # each size of a chunk is this many times the one before
 FIRST_READ = 512  # the least positions of a prompt's cache that a chunk reads, if it reads any
 READ_FACTOR = 4
+# Decode steps in one call where nobody waits for a single token: a file, a batch of T5X.
+BATCH_DECODE_STEPS = 16
 PREFIX_BYTES = 2**28  # memory of each device for beginnings of prompts
 
 

@@ -24,7 +24,7 @@ from t5x_inference_ext.engine.sampling_arrays import (
   slot_params,
 )
 from t5x_inference_ext.engine.selection import when
-from t5x_inference_ext.engine.token_choice import Restrictions, choose, live_features
+from t5x_inference_ext.engine.token_choice import Restrictions, choose_tokens, live_features
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.transformer import Model
 
@@ -255,7 +255,7 @@ def _choose_tokens(
   forbidden = jnp.where(early[:, None], jnp.asarray(rows.end_ids), -1)
   restrictions = Restrictions(state.history, forbidden)
   top = jnp.max(logits, axis=-1, keepdims=True)
-  tokens, allowed = choose(
+  tokens, allowed = choose_tokens(
     logits, top, rows.sampling, features, restrictions, rows.seeds, positions
   )
   # As jax.nn.logsumexp. Logits that are not finite make it NaN or infinite.

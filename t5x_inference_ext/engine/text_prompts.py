@@ -9,11 +9,11 @@ from t5x_inference_ext.text.detokenizer import Detokenizer
 from t5x_inference_ext.text.vocabulary import Vocabulary
 
 # A text, or token ids without BOS.
-Prompt = str | Sequence[int]
+TextOrIds = str | Sequence[int]
 
 
 def encode_prompts(
-  prompts: Sequence[Prompt], vocabulary: Vocabulary | None
+  prompts: Sequence[TextOrIds], vocabulary: Vocabulary | None
 ) -> tuple[list[Sequence[int]], list[bool]]:
   """Return the token ids of prompts, and which of the prompts are texts.
 
@@ -22,7 +22,7 @@ def encode_prompts(
   """
   found = plain(prompts)
   if not isinstance(found, list) or not any(isinstance(prompt, str) for prompt in found):
-    ids = plain_prompts(prompts)
+    ids = plain_prompts(found)
     return ids, [False] * len(ids)
   if vocabulary is None:
     raise RequestError(

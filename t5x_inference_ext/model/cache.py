@@ -20,7 +20,7 @@ from t5x_inference_ext.quantization.kv import KV, tile_positions, whole_tiles
 LayersKV = KV | tuple[KV, ...]
 # (keys, values) of all layers.
 KeysValues = tuple[LayersKV, LayersKV]
-Row = Int[Array, ''] | int
+RowIndex = Int[Array, ''] | int
 
 
 @jax.tree_util.register_dataclass
@@ -184,7 +184,9 @@ def _row_by_row(
   return lax.fori_loop(0, cache.lengths.shape[0], write_row, (cache.keys, cache.values))
 
 
-def write_window(x: jax.Array, row: Row, new: jax.Array, position: Row, count: Row) -> jax.Array:
+def write_window(
+  x: jax.Array, row: RowIndex, new: jax.Array, position: RowIndex, count: RowIndex
+) -> jax.Array:
   """Write tokens into one row (or page) of x, in place.
 
   Args:
@@ -230,7 +232,7 @@ def _scatter(
   return jax.tree.map(write, (cache.keys, cache.values), (keys, values))
 
 
-def read_local_row(cache: KVCache, row: Row) -> KVCache:
+def read_local_row(cache: KVCache, row: RowIndex) -> KVCache:
   """Return the row with index `row` on this shard, from this shard's part of a cache."""
 
   def read(x: jax.Array, axis: int = 0) -> jax.Array:
@@ -243,7 +245,7 @@ def read_local_row(cache: KVCache, row: Row) -> KVCache:
   return KVCache(keys, values, read(cache.lengths), shared)
 
 
-def write_local_row(cache: KVCache, row: Row, one: KVCache) -> KVCache:
+def write_local_row(cache: KVCache, row: RowIndex, one: KVCache) -> KVCache:
   """Return this shard's part of a cache, with one row replaced.
 
   Args:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Int
 
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model import cache as kv_cache
-from t5x_inference_ext.model.cache import KeysValues, KVCache, LayersKV, Row
+from t5x_inference_ext.model.cache import KeysValues, KVCache, LayersKV, RowIndex
 from t5x_inference_ext.model.paged_attention import PagedContext
 from t5x_inference_ext.quantization.kv import KV, tile_positions
 
@@ -216,7 +216,7 @@ def _row_by_row(
 
 
 def _write_tokens(
-  x: jax.Array, new: jax.Array, row: Row, page: Row, offset: Row, count: Row
+  x: jax.Array, new: jax.Array, row: RowIndex, page: RowIndex, offset: RowIndex, count: RowIndex
 ) -> jax.Array:
   """Write the first `count` tokens of a row of new [.., B, T, K, Q] into a page, from `offset`."""
   new = lax.dynamic_slice_in_dim(new, row, 1, new.ndim - 4)

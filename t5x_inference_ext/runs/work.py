@@ -25,9 +25,6 @@ from t5x_inference_ext.runs.clock import Clock
 from t5x_inference_ext.runs.infer_options import InferOptions
 from t5x_inference_ext.text.vocabulary import Vocabulary
 
-# Decode steps in one call when no row waits for a slot: nobody waits for the single token here.
-DECODE_STEPS = 16
-
 
 class Work(Protocol):
   """Rows of a run, served step by step."""
@@ -126,7 +123,7 @@ def refill_work(
     [request for _, request in first],
     prefill_chunk=options.prefill_chunk,
     prefill_budget=options.prefill_budget,
-    decode_steps=DECODE_STEPS,
+    decode_steps=scheduler_config.BATCH_DECODE_STEPS,
     **sizes,
   )
   note = loading.rounded_note(options, config.slots, engine)

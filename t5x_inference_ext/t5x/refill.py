@@ -26,9 +26,6 @@ from t5x_inference_ext.t5x.decode_options import DecodeOptions
 from t5x_inference_ext.t5x.module import weights_from_params
 from t5x_inference_ext.t5x.types import Array, Batch, Params, Predictions
 
-# Decode steps in one call when no example waits for a slot: T5X sees whole batches alone.
-DECODE_STEPS = 16
-
 
 @dataclasses.dataclass(frozen=True)
 class Refill:
@@ -161,7 +158,7 @@ class Predictor:
       max_length=length + 1,
       prefill_chunk=refill.chunk,
       prefill_budget=refill.budget,
-      decode_steps=DECODE_STEPS,
+      decode_steps=scheduler_config.BATCH_DECODE_STEPS,
     )
     known = self._params is params and self._scheduler is not None
     if self._scheduler is None or not known or not self._scheduler.config.covers(config):

@@ -14,6 +14,7 @@ import sentencepiece
 from t5x_inference_ext.checkpoints import convert
 from t5x_inference_ext.commands import infer
 from t5x_inference_ext.engine.scheduler import Scheduler
+from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.runs import loading, memory, prompts_file
 from t5x_inference_ext.text import settings as text_settings
 from tests.text import vocabularies

@@ -1,5 +1,7 @@
 """The Python API: what it refuses, and why it says so; and the edges of what it takes."""
 
+import asyncio
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -65,7 +67,6 @@ def test_padded_batch_is_accepted(engine):
     ),
     (dict(prompt_size=2), 'prompt 0 has 3 tokens, more than prompt_size=2'),
     (dict(seeds=[1]), '2 prompts need as many seeds, got 1'),
-    (dict(prompts=['def', [3]]), "prompt 0 must be token ids, got 'def'"),
     (dict(prompts=[3, 4]), 'prompt 0 must be token ids, got 3'),
     (dict(prompts=[[3], [3.5]]), 'prompt 1 holds 3.5: token ids are whole numbers'),
     (dict(max_new_tokens=2.5), 'max_new_tokens must be a whole number, got 2.5'),
@@ -102,7 +103,7 @@ def test_bad_requests(engine, arguments, says):
     (dict(cache_size='x'), "cache_size must be a whole number, got 'x'"),
     (dict(prompt_size=3.5), 'prompt_size must be a whole number, got 3.5'),
     (dict(max_length=[3]), 'max_length must be a whole number, got [3]'),
-    (dict(eos_id=None), 'eos_id must be a whole number, got None'),
+    (dict(eos_id='x'), "eos_id must be a whole number, got 'x'"),
     (dict(seeds='ab'), "seeds must be whole numbers from 0 to 2**32 - 1, got 'ab'"),
     (dict(seeds=2**32), 'seeds must be whole numbers from 0 to 2**32 - 1, got 4294967296'),
   ],
@@ -327,3 +328,24 @@ def test_an_int8_cache_gives_every_way_of_decoding_the_same(palm_tiny, engine):
     inputs, targets, np.broadcast_to(np.arange(targets.shape[1]) >= len(prompts[0]), targets.shape)
   )
   np.testing.assert_allclose(scores, [wanted[0].score, wanted[3].score], atol=1e-3)
+
+
+def test_prompts_that_are_texts(engine):
+  """They are encoded by the checkpoint's vocabulary, and so are completions: from every method."""
+  text = '    if x is None:\n        raise '
+  ids = engine.checkpoint.vocabulary.encode(text)
+  by_ids, by_text = engine.generate([ids, text], max_new_tokens=24, eos_id=-1)
+  assert by_text.tokens == by_ids.tokens and by_ids.text is None
+  assert by_text.text == engine.checkpoint.vocabulary.decode(by_text.tokens)
+  stop = by_text.text[8:12]
+  at = by_text.text.index(stop)
+  ((sample,),) = engine.complete([text], max_new_tokens=24, eos_id=-1, stop=[stop], top_log_probs=2)
+  assert (sample.text, sample.finish_reason) == (by_text.text[:at], 'stop')
+  assert sample.tokens == by_text.tokens[: len(sample.tokens)]
+  assert engine.checkpoint.vocabulary.decode(sample.tokens) == by_text.text[: at + 4]
+  assert [top[0] for top in sample.top] == list(zip(sample.tokens, sample.log_probs))
+
+  async def follow():
+    return [event.text async for event in engine.stream([text], max_new_tokens=24, eos_id=-1)]
+
+  assert ''.join(asyncio.run(follow())) == by_text.text

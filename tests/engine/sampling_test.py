@@ -10,8 +10,7 @@ import pytest
 from t5x_inference_ext.engine import selection
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.sampling_arrays import stack_params
-from t5x_inference_ext.engine.token_choice import Restrictions
-from t5x_inference_ext.engine.token_choice import choose as choose_tokens
+from t5x_inference_ext.engine.token_choice import Restrictions, choose_tokens
 from t5x_inference_ext.errors import RequestError
 
 
