@@ -13,14 +13,14 @@ INSTALL_REQUIRES = [
   'absl-py>=2.3.1',
   'gin-config>=0.5',
   'jax>=0.10',
-  'jinja2>=3.1',  # chat templates: 1.5 MB, for which an extra would not pay
+  'jinja2>=3.1.2',  # chat templates: 1.5 MB, for which an extra would not pay
   'jaxtyping>=0.3',  # shapes in annotations; without a type checker they cost nothing
   'ml_dtypes>=0.5.4',
   'msgpack>=1.1',
   'numpy>=2.2.6',
   'sentencepiece>=0.2',
   'tensorstore>=0.1.84',
-  # tokenizer.json, which most checkpoints have: 12 MB, 35 with what it brings.
+  # tokenizer.json, which most checkpoints have: 12 MB, 38 with what it brings.
   'tokenizers>=0.22',
   'tqdm>=4.67.1',
 ]
