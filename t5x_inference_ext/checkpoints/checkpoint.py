@@ -16,16 +16,15 @@ from t5x_inference_ext.checkpoints.readers import flaxformer, legacy, orbax
 from t5x_inference_ext.checkpoints.readers.public_model import SourceText
 from t5x_inference_ext.checkpoints.readers.tree import Tree
 from t5x_inference_ext.checkpoints.tensor import Tensor
+from t5x_inference_ext.checkpoints.with_text import WithText
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import CheckpointError, printable
 from t5x_inference_ext.features import NORM_SCALES
-from t5x_inference_ext.text.chat_template import ChatTemplate
 from t5x_inference_ext.text.settings import TextSettings, assumed_settings
-from t5x_inference_ext.text.vocabulary import Vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(WithText):
   """An open checkpoint.
 
   Attributes:
@@ -60,31 +59,6 @@ class Checkpoint:
   text: TextSettings | None = None
   source_text: SourceText | None = None
   index_crc32: int | None = None
-
-  @property
-  def vocabulary(self) -> Vocabulary | None:
-    """The vocabulary, parsed at its first use; None if it is not known."""
-    return self.text.vocabulary if self.text else None
-
-  @property
-  def bos_id(self) -> int | None:
-    """The id that is put in front of a prompt; None: none is."""
-    return self.text.bos_id if self.text else 0
-
-  @property
-  def end_ids(self) -> tuple[int, ...]:
-    """The ids that end a row."""
-    return self.text.end_ids if self.text else (1,)
-
-  @property
-  def chat_template(self) -> ChatTemplate | None:
-    """The chat template; None if there is none."""
-    return self.text.chat if self.text else None
-
-  @property
-  def generation_defaults(self) -> Mapping[str, float]:
-    """Sampling options that the model's maker recommends, by name."""
-    return self.text.generation_defaults if self.text else {}
 
 
 def open_checkpoint(
