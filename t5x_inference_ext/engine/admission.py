@@ -3,8 +3,8 @@
 from t5x_inference_ext.engine.inputs import check_at_least
 from t5x_inference_ext.engine.request import Request
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
+from t5x_inference_ext.engine.slot_params import slot_row
 from t5x_inference_ext.engine.slot_table import SlotTable
-from t5x_inference_ext.engine.state import slot_row
 from t5x_inference_ext.errors import RequestError
 
 

@@ -17,8 +17,9 @@ from t5x_inference_ext.engine.request import Handle, Request, TopLogProbs
 from t5x_inference_ext.engine.rows import Row
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
+from t5x_inference_ext.engine.slot_params import slot_row
 from t5x_inference_ext.engine.slot_table import SlotTable
-from t5x_inference_ext.engine.state import ChosenTokens, slot_row
+from t5x_inference_ext.engine.state import ChosenTokens
 from t5x_inference_ext.engine.warm_up import CompiledProgram, timed_run
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
