@@ -169,6 +169,7 @@ def insert(
   cache = cache_rows.insert_row(
     model, slots.cache, weights, slot, one, pages.own, pages.first, pages.shared, written
   )
+  cache = constrain_cache(model, cache, weights)
   axes = model.sampling_axes(prompts.logits.shape[0])
   logits = cache_rows.gather_row(model, prompts.logits, axes, place)
   state = initial_state(row_params, prompt, length[None], model.config.vocab_size, generated[None])
@@ -251,7 +252,8 @@ def decode_steps(
   carry = jnp.asarray(0), constrain_state(model, before), cache, out
   _, state, cache, out = lax.while_loop(running, step, carry)
   output = StepsOutput(out, state.counts - before.counts, state.ended, state.failed)
-  # Static fields must not change: they decide which programs take the slots.
+  # Neither shardings nor static fields may change: they decide which programs take the slots.
+  cache, state = constrain_cache(model, cache, weights), constrain_state(model, state)
   cache = dataclasses.replace(cache, read=slots.cache.read, read_shared=slots.cache.read_shared)
   return Slots(cache, slots.rows, state), replicated(model, output)
 
