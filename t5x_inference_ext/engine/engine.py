@@ -27,7 +27,7 @@ from t5x_inference_ext.engine.inputs import (
   model_inputs,
   per_prompt,
 )
-from t5x_inference_ext.engine.request import Completion, Event, Request, finish_reason
+from t5x_inference_ext.engine.request import Completion, Event, Request, completion
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.sampling_arrays import end_id_array, stack_params
 from t5x_inference_ext.engine.saved_generation import GenerationShape, SavedGeneration
@@ -154,29 +154,22 @@ class Engine:
     size = max(tokens.shape[1], cache_size or tokens.shape[1] + max(limits) - 1)
     stacked = stack_params(params, vocab_size)  # checks ids, too
     own: dict[str, Any] = {}
-    if not isinstance(max_new_tokens, int):
-      own['limits'] = np.asarray(limits, np.int32)
-    per_row = bool(own) or not isinstance(sampling, SamplingParams)
+    per_row = not isinstance(max_new_tokens, int) or not isinstance(sampling, SamplingParams)
     compiled, ends = params[0], eos_id
     if self.executable is None:  # one program for any values of what is data
-      own |= dict(sampling_arrays=stacked, end_ids=end_id_array(eos_id, len(prompts)))
+      own = {'sampling_arrays': stacked, 'limits': np.asarray(limits, np.int32)}
+      own['end_ids'] = end_id_array(eos_id, len(prompts))
       compiled, ends = SamplingParams(), -1
-    shape = GenerationShape(
-      len(prompts), tokens.shape[1] - 1, size, max(limits), compiled, ends, max_length
-    )
+    sizes = len(prompts), tokens.shape[1] - 1, size, max(limits)
+    shape = GenerationShape(*sizes, compiled, ends, max_length)
     program = programs.generation_for(
       self.model, self.weights, shape, self.executable, per_row, prefill_chunk
     )
-    *inputs, own = programs.put(
-      self.model, tokens, lengths, np.asarray(seeds).astype(np.uint32), own
-    )
+    row_seeds = np.asarray(seeds, np.uint32)
+    *inputs, own = programs.put(self.model, tokens, lengths, row_seeds, own)
     generation = jax.device_get(program(self.weights, *inputs, **own))
-    completions = []
-    for row, n, score, failed, each in zip(*generation, params, strict=True):
-      found = row[:n].tolist()
-      reason = finish_reason(found, each, (eos_id,), bool(failed))
-      completions.append(Completion(found, float(score), reason))
-    return completions
+    rows = zip(*generation, params, strict=True)
+    return [completion(row[:n], score, each, (eos_id,), bad) for row, n, score, bad, each in rows]
 
   def stream(
     self,

@@ -4,6 +4,8 @@ from collections.abc import Collection
 import dataclasses
 from typing import NamedTuple
 
+import numpy as np
+
 from t5x_inference_ext.engine.sampling import SamplingParams
 
 TopLogProbs = list[tuple[int, float]]
@@ -81,6 +83,14 @@ def finish_reason(
   if tokens and tokens[-1] in end_ids and len(tokens) > sampling.min_new_tokens:
     return 'eos'
   return 'length' if sampling.before_stop(tokens) == tokens else 'stop'
+
+
+def completion(
+  tokens: np.ndarray, score: float, sampling: SamplingParams, end_ids: Collection[int], failed: bool
+) -> Completion:
+  """Return a row of a static batch as a Completion; see `finish_reason`."""
+  found = tokens.tolist()
+  return Completion(found, float(score), finish_reason(found, sampling, end_ids, bool(failed)))
 
 
 class Sample(NamedTuple):

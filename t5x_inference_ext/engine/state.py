@@ -24,7 +24,7 @@ from t5x_inference_ext.engine.sampling_arrays import (
   slot_params,
 )
 from t5x_inference_ext.engine.selection import when
-from t5x_inference_ext.engine.token_choice import Restrictions, choose, live_features
+from t5x_inference_ext.engine.token_choice import Restrictions, choose_tokens, live_features
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.transformer import Model
 
@@ -210,13 +210,13 @@ def advance(
   Returns:
     The state after the step, and the chosen tokens.
   """
-  choose_own: Callable[..., tuple[ChosenTokens, jax.Array | None]] = _choose_tokens
+  choose: Callable[..., tuple[ChosenTokens, jax.Array | None]] = _choose_own
   if model is not None and (axes := model.sampling_axes(len(logits))):
     # XLA's partitioner would gather all logits on every device for a top_k.
-    choose_own = jax.shard_map(
-      _choose_tokens, mesh=model.mesh, in_specs=P(axes), out_specs=P(axes), check_vma=False
+    choose = jax.shard_map(
+      _choose_own, mesh=model.mesh, in_specs=P(axes), out_specs=P(axes), check_vma=False
     )
-  chosen, history = choose_own(rows, state, logits, positions)
+  chosen, history = choose(rows, state, logits, positions)
   live, drawn = ~state.ended, chosen.tokens
   if model is not None:
     # Whole on every device, as the next step's embedding needs them; the state then is, too.
@@ -230,10 +230,6 @@ def advance(
     recent = jnp.where(made[:, None], shifted, recent)
     end |= _ends_in_stop(jnp.asarray(rows.sampling.stop), recent) & ~_early(rows, state)
   failed, ended = state.failed | (live & ~made), state.ended | end
-  if model is not None:
-    # A loop's condition reads them: split ones would take an all-reduce in every step.
-    whole = NamedSharding(model.mesh, P())
-    counts, ended = jax.lax.with_sharding_constraint((counts, ended), whole)
   state = DecodeState(tokens, counts, ended, failed, recent, history)
   return state, chosen._replace(tokens=tokens)
 
@@ -243,7 +239,7 @@ def _early(rows: RowParams, state: DecodeState) -> jax.Array:
   return state.counts < jnp.asarray(rows.sampling.min_new_tokens)
 
 
-def _choose_tokens(
+def _choose_own(
   rows: RowParams, state: DecodeState, logits: jax.Array, positions: jax.Array
 ) -> tuple[ChosenTokens, jax.Array | None]:
   """Return the chosen tokens, -1 for rows that get none, and the history with them.
@@ -255,7 +251,7 @@ def _choose_tokens(
   forbidden = jnp.where(early[:, None], jnp.asarray(rows.end_ids), -1)
   restrictions = Restrictions(state.history, forbidden)
   top = jnp.max(logits, axis=-1, keepdims=True)
-  tokens, allowed = choose(
+  tokens, allowed = choose_tokens(
     logits, top, rows.sampling, features, restrictions, rows.seeds, positions
   )
   # As jax.nn.logsumexp. Logits that are not finite make it NaN or infinite.

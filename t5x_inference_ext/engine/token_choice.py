@@ -74,7 +74,7 @@ class Restrictions(NamedTuple):
   forbidden: jax.Array
 
 
-def choose(
+def choose_tokens(
   logits: Float[Array, 'B V'],
   top: Float[Array, 'B 1'],
   rows: SamplingArrays,

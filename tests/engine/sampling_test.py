@@ -2,6 +2,8 @@
 decides.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +12,7 @@ import pytest
 from t5x_inference_ext.engine import selection
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.sampling_arrays import stack_params
-from t5x_inference_ext.engine.token_choice import Restrictions
-from t5x_inference_ext.engine.token_choice import choose as choose_tokens
+from t5x_inference_ext.engine.token_choice import Restrictions, choose_tokens
 from t5x_inference_ext.errors import RequestError
 
 
@@ -321,3 +322,31 @@ def test_seeds_and_positions_make_a_difference(differ):
 
 def test_the_largest_seed():
   assert choose(SamplingParams(1.0), np.zeros((1, 9), np.float32), [2**32 - 1]).shape == (1,)
+
+
+WRONG = [
+  '1', None, True, [1], {}, b'ab', float('nan'), float('inf'), 10**400, -(10**400), 10**6000, 1j,
+  np.array(1.0), np.array(5), object(), [b'ab'], [['a', 1]], [[1, 'a']], [[1, True]], [[True, 1]],
+  [[1, [2]]], [[1, 10**400]], [[10**6000]], [np.array(5)], {1: None}, {None: 1}, 'x' * 10_000,
+]  # fmt: skip
+VALID = {  # of these
+  'top_k': [10**400, 10**6000],
+  'min_new_tokens': [10**400, 10**6000],
+  'logit_bias': [{}],
+  'stop': [[[1, 10**400]], [[10**6000]]],
+}
+
+
+@pytest.mark.parametrize('name', [f.name for f in dataclasses.fields(SamplingParams)])
+def test_a_value_of_any_wrong_type_is_refused_in_one_sentence(name):
+  refused = 0
+  for value in WRONG:
+    if not isinstance(value, np.ndarray) and value in VALID.get(name, []):
+      SamplingParams(**{name: value})
+      continue
+    with pytest.raises(RequestError) as error:
+      SamplingParams(**{name: value})
+    message = str(error.value)
+    assert message.startswith(name) and '\n' not in message and len(message) < 300
+    refused += 1
+  assert refused >= len(WRONG) - 2
