@@ -167,8 +167,7 @@ class Engine:
     )
     row_seeds = np.asarray(seeds, np.uint32)
     *inputs, own = programs.put(self.model, tokens, lengths, row_seeds, own)
-    generation = jax.device_get(program(self.weights, *inputs, **own))
-    rows = zip(*generation, params, strict=True)
+    rows = zip(*jax.device_get(program(self.weights, *inputs, **own)), params, strict=True)
     return [completion(row[:n], score, each, (eos_id,), bad) for row, n, score, bad, each in rows]
 
   def stream(
