@@ -2,6 +2,8 @@
 decides.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -320,3 +322,32 @@ def test_seeds_and_positions_make_a_difference(differ):
 
 def test_the_largest_seed():
   assert choose(SamplingParams(1.0), np.zeros((1, 9), np.float32), [2**32 - 1]).shape == (1,)
+
+
+HUGE, NOTHING, HUGE_IDS, HUGE_ID = 10**6000, {}, [[1, 10**400]], [[10**6000]]
+WRONG = [
+  '1', None, True, [1], NOTHING, b'ab', float('nan'), float('inf'), -HUGE, HUGE, 1j, np.array(1.0),
+  np.array(5), object(), [b'ab'], [['a', 1]], [[1, 'a']], [[1, True]], [[True, 1]], [[1, [2]]],
+  HUGE_IDS, HUGE_ID, [np.array(5)], {1: None}, {None: 1}, 'x' * 10_000,
+]  # fmt: skip
+VALID = {  # of these
+  'top_k': [HUGE],
+  'min_new_tokens': [HUGE],
+  'logit_bias': [NOTHING],
+  'stop': [HUGE_IDS, HUGE_ID],
+}
+
+
+@pytest.mark.parametrize('name', [f.name for f in dataclasses.fields(SamplingParams)])
+def test_a_value_of_any_wrong_type_is_refused_in_one_sentence(name):
+  refused = 0
+  for value in WRONG:
+    if any(value is valid for valid in VALID.get(name, [])):
+      SamplingParams(**{name: value})
+      continue
+    with pytest.raises(RequestError) as error:
+      SamplingParams(**{name: value})
+    message = str(error.value)
+    assert message.startswith(name) and '\n' not in message and len(message) < 300
+    refused += 1
+  assert refused >= len(WRONG) - 2

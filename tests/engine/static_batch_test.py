@@ -257,3 +257,45 @@ def test_options_reach_the_loop():
     prompt_size=5,
   )
   assert row.tokens[0] != free[0]
+
+
+def test_values_of_parameters_share_a_compilation():
+  """Temperatures, seeds, penalties, biases, end ids: one program for each set of features."""
+  e = engine('1x1x1')
+  arguments = dict(max_new_tokens=NEW, prompt_size=5)
+  e.generate(PROMPTS, sampling=SamplingParams(0.5, top_k=33, logit_bias={3: 1.0}), **arguments)
+  before = programs.generate_batch._cache_size()
+  for i in range(4):
+    sampling = SamplingParams(0.6 + i / 10, top_k=34 + i, logit_bias={5 + i: -1.0})
+    e.generate(PROMPTS, sampling=sampling, eos_id=7 + i, **arguments)
+  assert programs.generate_batch._cache_size() == before
+
+
+def test_a_reason_for_each_end():
+  e, free = engine('1x1x1'), greedy()
+  pair = tuple(free[0].tokens[1:3])
+  arguments = dict(max_new_tokens=NEW, prompt_size=5)
+  found = e.generate(
+    PROMPTS, sampling=SamplingParams(stop=(pair,)), eos_id=free[3].tokens[1], **arguments
+  )
+  assert found[0].finish_reason == 'stop' and found[3].finish_reason == 'eos'
+  assert {c.finish_reason for c in free} == {'length'}
+  everything = dict.fromkeys(range(CONFIG.vocab_size), -np.inf)
+  everything.pop(9)
+  (row,) = e.generate(
+    PROMPTS[:1],
+    sampling=SamplingParams(logit_bias=everything, min_new_tokens=2),
+    eos_id=9,
+    **arguments,
+  )
+  assert row == ([], 0.0, 'error')
+
+
+@pytest.mark.parametrize('least, length', [(0, 1), (1, 2), (2, 3), (4, 5)])
+def test_min_new_tokens_is_that_of_others(least, length):
+  """Where EOS is as good as certain, as in transformers and vLLM."""
+  forced = SamplingParams(logit_bias={9: 1e9}, min_new_tokens=least)
+  (row,) = engine('1x1x1').generate(
+    PROMPTS[:1], max_new_tokens=NEW, sampling=forced, eos_id=9, prompt_size=5
+  )
+  assert len(row.tokens) == length and row.finish_reason == 'eos'

@@ -1,0 +1,210 @@
+"""Slot refill: a row's tokens are those it has alone, whatever else runs beside it, and on whatever
+mesh; also when it comes late, is preempted, or follows a cached beginning.
+"""
+
+import functools
+
+import numpy as np
+
+from t5x_inference_ext.engine import selection
+from t5x_inference_ext.engine.request import Request
+from t5x_inference_ext.engine.sampling import SamplingParams
+from t5x_inference_ext.engine.scheduler import Scheduler
+from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
+from tests import memory, reference
+
+CONFIG = memory.ODD
+TENSORS = reference.random_tensors(CONFIG, seed=1)
+BLOCK = 32 * CONFIG.num_layers * 2 * CONFIG.d_head * 4 + 1  # bytes of a block in float32
+SAMPLINGS = (
+  SamplingParams(),
+  SamplingParams(1.0, top_k=40, top_p=0.95),
+  SamplingParams(0.7),
+  SamplingParams(1.0, top_p=0.8),
+  SamplingParams(
+    2.0, repetition_penalty=1.3, frequency_penalty=0.5, stop=((7,), (9, 9)), min_new_tokens=3
+  ),
+  SamplingParams(0.5, logit_bias={5: 2.0, 77: -np.inf}, presence_penalty=0.3),
+)
+EOS, LONGEST, MOST = 1, 100, 40
+LENGTH = 160
+
+# (mesh, prefill, decode, cache, config): the mixes of a kind run on one scheduler, which stays.
+KINDS = [
+  (
+    '1x1x1',
+    'ws_2d/batch',
+    'ws_2d/batch',
+    None,
+    dict(slots=3, prefill_chunk=64, page_reads=2, shared_pages=3),
+  ),
+  # Fewer pages than five rows need: rows are preempted.
+  (
+    '1x1x1',
+    'ws_2d/batch',
+    'ws_2d/batch',
+    'int8',
+    dict(slots=5, prefill_rows=2, prefill_chunk=16, pages=9, prefix_bytes=0),
+  ),
+  (
+    '2x2x2',
+    'wg_xyz/batch',
+    'ws_2d/batch',
+    None,
+    dict(slots=4, prefill_rows=2, prefill_chunk=16, pages=7, decode_steps=3, shared_pages=3),
+  ),
+  (
+    '1x2x2',
+    'ws_1d/heads',
+    'ws_1d/batch',
+    'int8',
+    dict(slots=4, prefill_chunk=16, prefix_bytes=5 * BLOCK),
+  ),
+  ('2x2x1', 'ws_2d/heads', 'wg_x/heads', None, dict(slots=4, prefill_chunk=64, decode_steps=5)),
+]
+MIXES = 60
+
+
+@functools.cache
+def engine(mesh, prefill='ws_2d/batch', decode='ws_2d/batch', cache=None):
+  return memory.engine(
+    CONFIG, TENSORS, mesh, prefill=prefill, decode=decode, stacked=True, cache=cache
+  )
+
+
+@functools.cache
+def scheduler(kind):
+  mesh, prefill, decode, cache, sizes = KINDS[kind]
+  model = engine(mesh, prefill, decode, cache)
+  config = {
+    'page_size': 32,
+    'prefix_bytes': 12 * BLOCK,
+    'shared_pages': 3,
+    'prefill_budget': 24,
+    **sizes,
+  }
+  return Scheduler(
+    model.model, model.weights, SchedulerConfig(max_length=LENGTH, end_ids=(EOS,), **config)
+  )
+
+
+@functools.cache
+def alone_each(tokens: tuple[int, ...], seed: int, cache: str | None) -> list[list[int]]:
+  """The row of each of SAMPLINGS: a static batch, so that all of them share one compilation."""
+  found = engine('1x1x1', cache=cache).generate(
+    [tokens[1:]] * len(SAMPLINGS),
+    max_new_tokens=[MOST] * len(SAMPLINGS),
+    sampling=SAMPLINGS,
+    seeds=[seed] * len(SAMPLINGS),
+    eos_id=EOS,
+    prompt_size=LONGEST,
+  )
+  return [completion.tokens for completion in found]
+
+
+def alone(request: Request, seed: int, cache: str | None) -> list[int]:
+  rows = alone_each(request.tokens, seed, cache)
+  return rows[SAMPLINGS.index(request.sampling)][: request.limit]
+
+
+def mix(rng):
+  """Requests, most of which begin alike: with different parts of one beginning."""
+  beginning = np.random.default_rng(rng.integers(3)).integers(3, CONFIG.vocab_size, 90).tolist()
+  requests = []
+  for _ in range(rng.integers(2, 7)):
+    begin = beginning[: rng.integers(0, 91)] if rng.random() < 0.7 else []
+    own = rng.integers(3, CONFIG.vocab_size, rng.integers(0, LONGEST - len(begin) + 1)).tolist()
+    seeds = tuple(rng.integers(0, 2**32, 1 + (rng.random() < 0.2)).tolist())
+    limit = int(rng.integers(1, MOST + 1))
+    sampling = SAMPLINGS[rng.integers(len(SAMPLINGS))]
+    requests.append(Request((0, *begin, *own), seeds, limit, sampling))
+  return requests
+
+
+def served(core: Scheduler, requests, rng):
+  """Serve requests that come late, some of which are cancelled: their rows and finish reasons."""
+  queue = list(requests)
+  handles, cancelled, rows = [], set(), {}
+  for _ in range(100000):
+    while queue and rng.random() < 0.5:
+      handles.append(core.submit(queue.pop(0)))
+    if handles and rng.random() < 0.02:
+      handle = handles[rng.integers(len(handles))]
+      cancelled.add(handle.index)
+      core.cancel(handle)
+    if core.idle and not queue:
+      break
+    for event in core.step():
+      tokens, finish = rows.setdefault((event.request, event.sample), ([], []))
+      assert len(event.tokens) == len(event.log_probs) == len(event.top) and not finish
+      tokens += event.tokens
+      if event.finish:
+        finish.append(event.finish)
+  assert core.check_books() == []
+  first = handles[0].index
+  assert sorted(rows) == [
+    (first + i, j) for i, request in enumerate(requests) for j in range(len(request.seeds))
+  ]
+  found = {}
+  for (index, sample), (tokens, finish) in rows.items():
+    assert len(finish) == 1 and (finish != ['cancelled'] or index in cancelled)
+    found[index - first, sample] = tokens, finish[0]
+  return found
+
+
+def near_tie(request, seed, tokens, cache):
+  """Whether the two best perturbed logits after these tokens are within 1e-4."""
+  whole = [*request.tokens, *tokens]
+  inputs = np.zeros((1, 1 + LONGEST + MOST), np.int32)
+  inputs[0, : len(whole)] = whole
+  logits = engine('1x1x1', cache=cache).logits(inputs)[0, len(whole) - 1]
+  if request.sampling.temperature:
+    noise = selection.gumbel_of_all(
+      *map(np.asarray, ([np.uint32(seed)], [np.int32(len(whole))])), CONFIG.vocab_size
+    )
+    logits = logits / request.sampling.temperature + np.asarray(noise)[0]
+  second, first = np.sort(logits)[-2:]
+  return first - second < 1e-4
+
+
+def reason(request, tokens):
+  """The finish reason of a row that nobody cancelled."""
+  if tokens[-1] == EOS:
+    return 'eos'
+  stops = [tuple(tokens[-len(stop) :]) == stop for stop in request.sampling.stop]
+  return 'stop' if any(stops) else 'length'
+
+
+def test_random_mixes_are_identical_to_one_at_a_time():
+  rows = ties = ended_early = 0
+  for i in range(MIXES):
+    rng = np.random.default_rng(i)
+    kind = i % len(KINDS)
+    cache, requests = KINDS[kind][3], mix(rng)
+    for (index, sample), (tokens, finish) in served(scheduler(kind), requests, rng).items():
+      asked = requests[index]
+      wanted = alone(asked, asked.seeds[sample], cache)
+      rows += 1
+      if finish == 'cancelled':
+        ended_early += 1
+        wanted = wanted[: len(tokens)]
+      else:
+        assert finish == reason(asked, tokens)
+      if tokens != wanted:
+        first = next(n for n, (a, b) in enumerate(zip([*tokens, None], [*wanted, None])) if a != b)
+        where = i, index, tokens, wanted
+        assert near_tie(asked, asked.seeds[sample], wanted[:first], cache), where
+        ties += 1
+  stats = [scheduler(kind).stats for kind in range(len(KINDS))]
+  preempted, hits = sum(s.preempted for s in stats), sum(s.prefixes.hits for s in stats)
+  evictions = sum(
+    scheduler(kind)._prefixes.tree.evictions
+    for kind in range(len(KINDS))
+    if stats[kind].prefixes.queries
+  )
+  print(
+    f'{rows} rows of {MIXES} mixes, {ended_early} of them cancelled; {preempted} preemptions, '
+    f'{hits} prefix hits, {evictions} evictions; {ties} differ, at near ties'
+  )
+  assert rows > 3 * MIXES and ties <= rows / 100
+  pass
