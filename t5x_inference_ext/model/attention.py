@@ -5,6 +5,7 @@ k, head dimension q. There are t new tokens; the shard has the keys and values o
 the queries of m of them.
 """
 
+from collections.abc import Sequence
 import functools
 from typing import NamedTuple
 
@@ -110,16 +111,29 @@ def _attend(
       shared = context.shared_keys, context.shared_values, filled, places(0, context.shared_keys)
       segments.insert(0, shared)
   logits = [
-    masked_logits(grouped, keys, visible, rules, queries, positions)
-    for keys, _, visible, positions in segments
+    (masked_logits(grouped, keys, visible, rules, queries, positions), values)
+    for keys, values, visible, positions in segments
   ]
-  # [b, k, m * group, 1]
-  largest = functools.reduce(jnp.maximum, (jnp.max(x, axis=-1, keepdims=True) for x in logits))
-  weights = [jnp.exp(x - largest) for x in logits]
+  return ungrouped(softmax_over(logits, q.dtype), q)
+
+
+def softmax_over(segments: Sequence[tuple[jax.Array, KV]], dtype: jnp.dtype) -> jax.Array:
+  """Return the mean of values with one softmax over several segments of positions.
+
+  Args:
+    segments: Logits [b, k, n, s] and values [b, s, k, q], or shared values [s, k, q], of each.
+    dtype: Dtype of the operands of products.
+
+  Returns:
+    [b, k, n, q] float32.
+  """
+  # [b, k, n, 1]
+  largest = functools.reduce(jnp.maximum, (jnp.max(x, axis=-1, keepdims=True) for x, _ in segments))
+  weights = [jnp.exp(x - largest) for x, _ in segments]
   total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
-  out = sum(mix(w, values, q.dtype) for w, (_, values, *_) in zip(weights, segments)) / total
+  out = sum(mix(w, values, dtype) for w, (_, values) in zip(weights, segments)) / total
   assert isinstance(out, jax.Array)  # for the type checker: sum() of nothing is the int 0
-  return ungrouped(out, q)
+  return out
 
 
 def grouped_queries(

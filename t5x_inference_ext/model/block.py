@@ -10,7 +10,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.model.activations import activate
@@ -59,15 +59,14 @@ class Layer:
   def __call__(
     self,
     x: Float[Array, 'b t e'],
-    inputs: tuple[LayerWeights, tuple[KV, ...] | None, jax.Array | bool],
+    inputs: tuple[LayerWeights, tuple[KV, ...] | Int[Array, ''] | None, jax.Array | bool],
   ) -> tuple[Float[Array, 'b t e'], tuple[KV, KV]]:
     """Run the layer.
 
     Args:
       x: [b, t, e]. This shard's part of the residual stream.
       inputs: This shard's part of the layer's weights, with vectors cut (vectors.local_vectors);
-        the layer's element of KVCache.by_layer, or None without a cache; and whether the layer is
-        local.
+        the cache's element of `by_layer`, or None without a cache; and whether the layer is local.
 
     Returns:
       The new x, and the new tokens' (keys, values) as the cache holds them.

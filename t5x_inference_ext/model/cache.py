@@ -67,25 +67,53 @@ class KVCache:
     """[B] int32, the position of each row's next token in its sequence."""
     return self.lengths if self.shared is None else self.lengths + self.shared.lengths
 
-  def by_layer(self) -> Any:
-    """Return the argument of `context` for every layer: with leading L, or one tuple per layer."""
+  def by_layer(self, read: int | None = None) -> Any:
+    """Return the argument of `context` for every layer: with leading L, or one tuple per layer.
+
+    With `read`, attention reads only the first `read` positions.
+    """
     parts = [self.keys, self.values]
     if self.shared is not None:
       parts += [self.shared.keys, self.shared.values]
-    return tuple(zip(*parts)) if isinstance(self.keys, tuple) else tuple(parts)
+    if isinstance(self.keys, tuple):
+      return tuple(zip(*parts))
+    return tuple(parts) if read is None else layer_indices(self.keys)
 
-  def context(self, layer: tuple[KV, ...], read: int | None = None) -> Context:
-    """Return the context of one layer's attention, given that layer's element of `by_layer`.
+  def context(self, layer: tuple[KV, ...] | jax.Array, read: int | None = None) -> Context:
+    """Return the context of one layer's attention, given that layer's element of `by_layer`."""
+    shared = self.shared
+    if isinstance(layer, tuple):
+      parts = [*jax.tree.map(lambda x: x[:, :read], layer[:2]), *layer[2:]]
+    else:
+      parts = [read_layer(kv, layer, (None, read)) for kv in (self.keys, self.values)]
+      parts += [read_layer(kv, layer, ()) for kv in (shared.keys, shared.values)] if shared else []
+    if shared is None:
+      return Context(parts[0], parts[1], self.lengths)
+    return Context(parts[0], parts[1], self.lengths, parts[2], parts[3], shared.lengths)
 
-    With `read`, only the first `read` positions are in it.
-    """
-    keys, values, *shared = layer
-    # Cut here, from one layer: of all layers it would be a copy of the cache.
-    keys, values = jax.tree.map(lambda x: x[:, :read], (keys, values))
-    if self.shared is None:
-      return Context(keys, values, self.lengths)
-    shared_keys, shared_values = shared
-    return Context(keys, values, self.lengths, shared_keys, shared_values, self.shared.lengths)
+
+def layer_indices(stacked: LayersKV) -> Int[Array, ' L']:
+  """Return the index of each layer of stacked keys or values."""
+  return jnp.arange(jax.tree.leaves(stacked)[0].shape[0])
+
+
+def read_layer(stacked: LayersKV, layer: jax.Array, sizes: Sequence[int | None]) -> Any:
+  """Return the beginning of one layer of stacked keys or values.
+
+  One slice cuts layer and size: XLA:TPU would make a copy of a whole layer to cut it again.
+
+  Args:
+    stacked: [L, ..].
+    layer: Scalar int32. Index of the layer.
+    sizes: Size to keep of the first dimensions after L; None for all.
+  """
+
+  def read(x: jax.Array) -> jax.Array:
+    kept = [n if size is None else size for n, size in zip(x.shape[1:], sizes)]
+    shape = (1, *kept, *x.shape[1 + len(kept) :])
+    return lax.dynamic_slice(x, (layer, *(0,) * (x.ndim - 1)), shape)[0]
+
+  return jax.tree.map(read, stacked)
 
 
 def positions_of(kv: Any) -> int:

@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from t5x_inference_ext.model.cache import KVCache, LayersKV, Shared, with_heads
-from t5x_inference_ext.model.pages import UNUSED, PagedCache, SharedPages, check_page_size
-from t5x_inference_ext.model.transformer import AnyCache, Model
+from t5x_inference_ext.model.pages import UNUSED, AnyCache, PagedCache, SharedPages, check_page_size
+from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
 from t5x_inference_ext.quantization.kv import KV, to_cache, whole_tiles
 from t5x_inference_ext.sharding.layout import num_shards

@@ -1,11 +1,12 @@
 """One pass of the model on one shard, up to the residual stream after the last layer."""
 
 from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from t5x_inference_ext.model.attention_rules import TokenPositions, pass_rules
 from t5x_inference_ext.model.block import Layer
@@ -66,7 +67,7 @@ def forward(
   x = embed(weights, tokens, None if cache is None else start, model, sharding)
   layer = Layer(config, sharding, model.cache_dtype, angles, cache, read, rules)
   layers = local_vectors(weights.layers, config, sharding)
-  cached = None if cache is None else cache.by_layer()
+  cached = None if cache is None else cache.by_layer(read)
   local = config.local_layers
   kv: KeysValues
   if weights.stacked and len(set(local)) == 1:
@@ -80,4 +81,16 @@ def forward(
       by_layer.append(layer_kv)
     keys, values = zip(*by_layer)
     kv = keys, values
+    if cache is not None:
+      cache = _written_after(cache, x)
   return finish(weights, cache, x, kv, *inputs)
+
+
+def _written_after(cache: KVCache | PagedCache, x: Float[Array, 'b t e']) -> KVCache | PagedCache:
+  """Return the cache with lengths that seem to depend on x, the residual stream.
+
+  New tokens are then written after the last layer has read its cache. XLA:CPU could write earlier,
+  and copies that layer's cache twice to be able to; it drops optimization barriers before.
+  """
+  never = (x[0, 0, 0] > jnp.inf).astype(jnp.int32)
+  return dataclasses.replace(cache, lengths=cache.lengths + never)

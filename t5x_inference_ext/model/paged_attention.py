@@ -5,14 +5,21 @@ partial softmaxes of a row's pages are then combined, so that time follows the p
 All shapes are those of one shard, with the letters of model.attention, and n pages of s positions.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from t5x_inference_ext.model.attention import grouped_queries, masked_logits, mix, ungrouped
+from t5x_inference_ext.model.attention import (
+  grouped_queries,
+  masked_logits,
+  mix,
+  softmax_over,
+  ungrouped,
+)
 from t5x_inference_ext.model.attention_rules import AttentionRules
 from t5x_inference_ext.quantization.kv import KV
 
@@ -21,8 +28,8 @@ class PagedContext(NamedTuple):
   """Keys and values of one layer that were cached in pages before the new tokens.
 
   Attributes:
-    keys: [n, s, k, q].
-    values: [n, s, k, q].
+    keys: [n, s, k, q]; of a shard with a single row [1, n * s, k, q].
+    values: Like keys.
     lengths: [b] int32. Filled positions of each row.
     owners: [n] int32. The row that each page belongs to.
     starts: [n] int32. Position in its row of each page's first one.
@@ -65,9 +72,9 @@ def attend_pages(
     rules: The layer's rules for logits, or None.
   """
   grouped, causal = grouped_queries(q, k.shape[1], k.shape[2], first_query)
-  b, owners = len(q), context.owners
+  owners, starts = context.owners, context.starts
   queries, new = (None, None) if rules is None else rules.positions
-  # New and shared tokens: segments with rows as the batch axis.
+  # Segments that have rows as their batch axis.
   segments = [(masked_logits(grouped, k, causal, rules, queries, new), v)]
   if context.shared_keys is not None:
     assert context.shared_values is not None and context.shared_visible is not None
@@ -80,58 +87,48 @@ def attend_pages(
       shared_positions = shared_positions.reshape(1, -1)
     shared = masked_logits(grouped, context.shared_keys, visible, rules, queries, shared_positions)
     segments.append((shared, context.shared_values))
-  # Own pages, as [n, k, m * group, s].
-  position = context.starts[:, None] + jnp.arange(context.keys.shape[1])[None, :]
-  visible = position < _of_owners(context.lengths, owners)[:, None]
-  page_queries = None if queries is None else _of_owners(queries, owners)
-  pages = masked_logits(
+  page_size = math.prod(context.keys.shape[:2]) // len(owners)
+  positions = starts[:, None] + jnp.arange(page_size)[None, :]  # [n, s]
+  visible = positions < _of_owners(context.lengths, owners)[:, None]
+  if len(q) == 1:  # all pages are the row's: one dense context, with nothing to combine
+    own = masked_logits(
+      grouped, context.keys, visible.reshape(1, 1, 1, -1), rules, queries, positions.reshape(1, -1)
+    )
+    return ungrouped(softmax_over([*segments, (own, context.values)], q.dtype), q)
+
+  logits = masked_logits(
     _of_owners(grouped, owners),
     context.keys,
     visible[:, None, None, :],
     rules,
-    page_queries,
-    position,
+    None if queries is None else _of_owners(queries, owners),
+    positions,
   )
-
-  mine = jnp.arange(b)[:, None] == owners[None, :]  # [b, n]
-  largest = jnp.max(
-    jnp.where(mine[:, :, None, None], jnp.max(pages, axis=-1)[None], -jnp.inf), axis=1
-  )  # [b, k, m * group]
-  for logits, _ in segments:
-    largest = jnp.maximum(largest, jnp.max(logits, axis=-1))  # a new token sees itself: finite
-  largest = largest[..., None]
-  weights = jnp.exp(pages - _of_owners(largest, owners))
-  total, out, broken = _sum_of_pages(
-    jnp.sum(weights, axis=-1, keepdims=True), mix(weights, context.values, q.dtype), mine
+  # [b, n, 1, 1]: whose pages are whose.
+  mine = (jnp.arange(len(q))[:, None] == owners[None, :])[:, :, None, None]
+  largest = jnp.max(jnp.where(mine, jnp.max(logits, axis=-1)[None], -jnp.inf), axis=1)
+  for x, _ in segments:
+    largest = jnp.maximum(largest, jnp.max(x, axis=-1))  # finite: a new token sees itself
+  # [b, k, m * group], as all sums are. Broken pages get no weights at all, because pages are summed
+  # in a product with zeros and ones, where 0 times NaN would break the other rows. Cached values
+  # are so small that their sum is finite.
+  sound = _of_owners(jnp.isfinite(largest), owners)[..., None]
+  weights = jnp.exp(logits - _of_owners(largest, owners)[..., None])
+  weights = jnp.where(sound, weights, 0)
+  total = jnp.sum(jnp.where(mine, jnp.sum(weights, axis=-1)[None], 0), axis=1)
+  out = lax.dot_general(
+    mine[:, :, 0, 0].astype(jnp.float32),
+    mix(weights, context.values, q.dtype),
+    (((1,), (0,)), ((), ())),
+    precision=lax.Precision.HIGHEST,
   )
-  for logits, values in segments:
-    weights = jnp.exp(logits - largest)
-    total += jnp.sum(weights, axis=-1, keepdims=True)
+  for x, values in segments:
+    weights = jnp.exp(x - largest[..., None])
+    total += jnp.sum(weights, axis=-1)
     out += mix(weights, values, q.dtype)
-  out = jnp.where(broken[:, None, None, None], jnp.nan, out / total)
-  return ungrouped(out, q)
+  return ungrouped(out / total[..., None], q)
 
 
 def _of_owners(x: Array, owners: Int[Array, ' n']) -> Array:
   """Return, for each page, x [b, ...] of the row that owns it."""
   return jnp.take(x, owners, axis=0, mode='clip')
-
-
-def _sum_of_pages(
-  total: Float[Array, 'n k g 1'], out: Float[Array, 'n k g q'], mine: Bool[Array, 'b n']
-) -> tuple[Float[Array, 'b k g 1'], Float[Array, 'b k g q'], Bool[Array, ' b']]:
-  """Sum the partial sums of each row's pages. Also return which rows have one that is not finite.
-
-  The sum is a product with zeros and ones, so what is not finite is left out of it: 0 times NaN
-  would break the other rows.
-  """
-  parts = jnp.concatenate([out, total], axis=-1)
-  finite = jnp.isfinite(parts)
-  broken = jnp.any(mine & ~jnp.all(finite, axis=(1, 2, 3))[None, :], axis=1)
-  summed = lax.dot_general(
-    mine.astype(jnp.float32),
-    jnp.where(finite, parts, 0),
-    (((1,), (0,)), ((), ())),
-    precision=lax.Precision.HIGHEST,
-  )
-  return summed[..., -1:], summed[..., :-1], broken

@@ -7,7 +7,7 @@ of the row that owns it (model.paged_attention). The host gives pages to rows, a
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax import lax
@@ -98,33 +98,72 @@ class PagedCache:
     """[B] int32, the position of each row's next token in its sequence."""
     return self.lengths
 
-  def by_layer(self) -> Any:
-    """Return the argument of `context` for every layer: with leading L, or one tuple per layer."""
-    parts = [self.keys, self.values]
-    if self.shared is not None and self.read_shared:
-      parts += [self.shared.keys, self.shared.values]
-    return tuple(zip(*parts)) if isinstance(self.keys, tuple) else tuple(parts)
+  def by_layer(self, read: int | None = None) -> Any:
+    """Return the argument of `context` for every layer: indices, or one tuple per unrolled layer.
 
-  def context(self, layer: tuple[KV, ...], read: int | None = None) -> PagedContext:
+    `read` is None: the pages that are read are a field of the cache.
+    """
+    assert read is None
+    if not isinstance(self.keys, tuple):
+      return kv_cache.layer_indices(self.keys)
+    parts = [self.keys, self.values]
+    if self._shared_read is not None:
+      parts += [self._shared_read.keys, self._shared_read.values]
+    return tuple(zip(*parts))
+
+  @property
+  def _shared_read(self) -> SharedPages | None:
+    """The shared pages, if attention reads any."""
+    return self.shared if self.read_shared else None
+
+  def context(self, layer: tuple[KV, ...] | jax.Array, read: int | None = None) -> PagedContext:
     """Return the context of one layer's attention, given that layer's element of `by_layer`."""
-    assert read is None, 'the pages that are read are a field of the cache'
-    keys, values, *shared = layer
-    keys, values = jax.tree.map(lambda x: x[: self.read], (keys, values))
+    assert read is None
+    parts: Any = layer
+    index = None
+    if not isinstance(layer, tuple):
+      index, parts = layer, [self.keys, self.values]
+      if self._shared_read is not None:
+        parts += [self._shared_read.keys, self._shared_read.values]
+    alone = self.lengths.shape[0] == 1
+    keys, values = (_first_pages(kv, self.read, index, merged=alone) for kv in parts[:2])
+    if alone:
+      keys, values = jax.tree.map(lambda x: x[None], (keys, values))
     owners, starts = self.owners[: self.read], self.starts[: self.read]
     context = PagedContext(keys, values, self.lengths, owners, starts)
-    if not shared:
+    if self._shared_read is None:
       return context
-    assert self.shared is not None
-    # [n, s, k, q] -> [n * s, k, q]
-    shared_keys, shared_values = jax.tree.map(
-      lambda x: x[: self.read_shared].reshape(-1, *x.shape[2:]), tuple(shared)
-    )
+    keys, values = (_first_pages(kv, self.read_shared, index, merged=True) for kv in parts[2:])
     return context._replace(
-      shared_keys=shared_keys,
-      shared_values=shared_values,
-      shared_visible=self.shared.visible[:, : self.read_shared],
-      shared_starts=self.shared.starts[: self.read_shared],
+      shared_keys=keys,
+      shared_values=values,
+      shared_visible=self._shared_read.visible[:, : self.read_shared],
+      shared_starts=self._shared_read.starts[: self.read_shared],
     )
+
+
+def _first_pages(kv: KV, count: int, layer: jax.Array | None, merged: bool) -> KV:
+  """Return the first pages of a layer: [count, S, K, Q], or `merged` [count * S, K, Q].
+
+  Args:
+    kv: [N, S, K, Q], or stacked [L, N, S, K, Q].
+    count: Number of pages.
+    layer: Index of the layer of stacked ones, or None.
+    merged: Whether pages become one dimension with their positions. They do before they are cut:
+      XLA:TPU would copy a cut that is reshaped.
+  """
+  size = count * kv.shape[-3] if merged else count
+
+  def merge(x: jax.Array) -> jax.Array:
+    return x.reshape(*x.shape[:-4], -1, *x.shape[-2:]) if merged else x
+
+  kv = jax.tree.map(merge, kv)
+  if layer is None:
+    return jax.tree.map(lambda x: x[:size], kv)
+  return kv_cache.read_layer(kv, layer, (size,))
+
+
+AnyCache = TypeVar('AnyCache', KVCache, PagedCache)
 
 
 def append_tokens(

@@ -8,7 +8,7 @@ differs between the passes.
 from collections.abc import Callable
 import dataclasses
 import functools
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +22,11 @@ from t5x_inference_ext.model.embedding import last_positions, unembed
 from t5x_inference_ext.model.finite import mark_broken_before
 from t5x_inference_ext.model.forward import Finish, forward
 from t5x_inference_ext.model.log_probs import target_log_probs
-from t5x_inference_ext.model.pages import PagedCache, append_tokens
+from t5x_inference_ext.model.pages import AnyCache, append_tokens
 from t5x_inference_ext.model.shardings import ShardedModel
 from t5x_inference_ext.model.weights import Weights
 from t5x_inference_ext.sharding.activations import ActivationSharding
 from t5x_inference_ext.sharding.layout import num_shards
-
-AnyCache = TypeVar('AnyCache', KVCache, PagedCache)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ MODELS = {**layouts_test.MODELS, **features_test.MODELS}
 LENGTH = 12
 
 empty_cache = memory.quick_jit(chunks.empty_cache, static_argnames=('model', 'rows', 'size'))
-extend = memory.quick_jit(Model.prefill_chunk, static_argnames='self')
+extend = memory.quick_jit(Model.prefill_chunk, static_argnames=('self', 'read'))
 share = memory.quick_jit(chunks.share_row, static_argnames=('model', 'row', 'length', 'to', 'rows'))
 moved = memory.quick_jit(chunks.with_layout_of, static_argnames=('model', 'to'))
 in_chunks = memory.quick_jit(chunks.prefill_in_chunks, static_argnames=('model', 'size', 'chunk'))
@@ -210,6 +210,39 @@ def test_what_finds_no_room_is_dropped(stacked):
     engine.model, engine.weights, cache, *programs.put(engine.model, tokens[:, 6])
   )
   close(logits, wanted[:, 6])
+
+
+@pytest.mark.parametrize('stacked, holds', [(True, None), (False, 'int8')])
+@pytest.mark.parametrize('mesh', ['1x1x1', '2x2x2'])
+def test_a_chunk_reads_the_first_positions_alone(mesh, stacked, holds):
+  """The logits and the cache are as of all; what lies beyond is not read, nor copied."""
+  model, rows = 'grouped-serial', 3
+  engine = memory.engine(MODELS[model], tensors(model), mesh, stacked=stacked, cache=holds)
+  run, size, read = (engine.model, engine.weights), 96, 32
+  tokens = memory.tokens(MODELS[model], rows, LENGTH)
+  first, second, counts = programs.put(
+    engine.model, tokens[:, :8], tokens[:, 8:], np.asarray([4, 0, 3], np.int32)
+  )
+  cache = empty_cache(*run, rows, size)
+  _, cache = extend(*run, cache, first, *programs.put(engine.model, np.full(rows, 8, np.int32)))
+  wanted, whole = extend(*run, cache, second, counts)
+  found, partly = extend(*run, cache, second, counts, read=read)
+  some = np.asarray(counts) > 0
+  np.testing.assert_allclose(np.asarray(found)[some], np.asarray(wanted)[some], atol=1e-5)
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(np.asarray(x), np.asarray(y), atol=1e-5), whole, partly
+  )
+  if mesh == '1x1x1' and stacked:
+    compiled = [
+      jax.jit(Model.prefill_chunk, static_argnames=('self', 'read'), donate_argnums=2)
+      .lower(*run, cache, second, counts, read=n)
+      .compile()
+      for n in (None, read)
+    ]
+    # Of each layer only a third is taken out of the cache for the products.
+    layer = sum(x.nbytes for x in jax.tree.leaves((cache.keys, cache.values))) // 4  # of two layers
+    whole, partly = (p.memory_analysis().temp_size_in_bytes for p in compiled)
+    assert whole - partly > layer / 2 and partly < whole / 2 + layer
 
 
 def test_more_tokens_than_positions_are_refused():

@@ -1,6 +1,7 @@
 """A cache in pages against a dense one: the same logits, and the same keys and values written."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from t5x_inference_ext.model import cache as kv_cache
 from t5x_inference_ext.model import chunks, pages
 from t5x_inference_ext.model.cache import KVCache
 from t5x_inference_ext.model.pages import PagedCache, SharedPages
+from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.quantization.kv import Int8KV, to_cache
 from tests import memory, reference
 from tests.model import features_test, layouts_test
@@ -250,6 +252,22 @@ def test_a_row_is_inserted_into_its_pages_alone(case):
 
 def shape_like(shape, stacked, layers):
   return np.zeros(shape) if stacked else tuple(np.zeros(shape) for _ in range(layers))
+
+
+@pytest.mark.parametrize('stacked', [False, True])
+def test_a_decode_step_copies_no_layer_of_its_cache(stacked):
+  """Of either kind. Unrolled, XLA:CPU would write before the last layer has read, into a copy."""
+  engine = load('multiquery-parallel', 'ws_2d/batch', '1x1x1', stacked, None)
+  run, rows = (engine.model, engine.weights), 3
+  dense = chunks.empty_cache(*run, rows, 512)
+  paged = dataclasses.replace(chunks.empty_pages(*run, rows, 192, 8, 4), read=rows)
+  for cache in (dense, paged):
+    step = jax.jit(Model.decode_step, static_argnames='self', donate_argnums=2)
+    compiled = step.lower(*run, cache, jnp.zeros(rows, jnp.int32)).compile()
+    lead, *rest = jax.tree.leaves(cache.keys)[0].shape[-4:]
+    layer = ','.join(map(str, (lead, *rest)))
+    copies = re.findall(rf'= f32\[(?:\d,)?{layer}\]\S* copy\(', compiled.as_text())
+    assert layer in compiled.as_text() and not copies
 
 
 def test_a_broken_row_breaks_no_other():
