@@ -31,7 +31,8 @@ def embed(
   """Look up tokens, and return this shard's part of the residual stream.
 
   An id outside the vocabulary embeds as zeros, as a product with its one-hot vector would. Learned
-  positions are added, and a norm is applied, if the model has them.
+  positions are added, and a norm is applied, if the model has them. A token beyond the last learned
+  position becomes NaN, so that its row fails and is not continued wrongly.
 
   Args:
     weights: This shard's part of the weights.
@@ -47,7 +48,7 @@ def embed(
     if start is not None:
       positions += ops.all_gather(start, sharding.attention_rows, 0)[:, None]
     lookups.append((weights.position_embedding.astype(model.dtype), positions))
-  x = _lookups(lookups, sharding)
+  x = _lookups(lookups, model.config.num_positions, sharding)
   if weights.embedding_norm is None:
     return x
   features = sharding.residual[2]
@@ -63,9 +64,14 @@ def local_norm(
 
 
 def _lookups(
-  lookups: list[tuple[jax.Array, jax.Array]], sharding: ActivationSharding
+  lookups: list[tuple[jax.Array, jax.Array]],
+  num_positions: int | None,
+  sharding: ActivationSharding,
 ) -> Float[Array, 'b t e']:
-  """Return the sum of lookups, each of ids [B, T] in this shard's part [v, e_stored] of a table."""
+  """Return the sum of lookups, each of ids [B, T] in this shard's part [v, e_stored] of a table.
+
+  The second lookup, if any, is that of positions, of which there are num_positions.
+  """
   # Every device looks up all tokens, including those that other devices keep. If only rows are
   # split, the lookup takes some positions at a time, so that it never needs more memory than the
   # residual stream itself.
@@ -75,16 +81,19 @@ def _lookups(
   split_rows = rows if sharding.layout.gathered_axes else 1
   parts = 1 if positions > 1 else math.gcd(length, split_rows)
   if parts == 1:
-    return _look_up(tables, ids, sharding)
+    return _look_up(tables, ids, num_positions, sharding)
   x = lax.map(
-    lambda part: _look_up(tables, part, sharding),
+    lambda part: _look_up(tables, part, num_positions, sharding),
     tuple(jnp.moveaxis(i.reshape(batch, parts, -1), 1, 0) for i in ids),
   )  # [parts, b, T/parts, e]
   return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], length, x.shape[-1])
 
 
 def _look_up(
-  tables: tuple[jax.Array, ...], ids: tuple[jax.Array, ...], sharding: ActivationSharding
+  tables: tuple[jax.Array, ...],
+  ids: tuple[jax.Array, ...],
+  num_positions: int | None,
+  sharding: ActivationSharding,
 ) -> jax.Array:
   layout = sharding.layout
   x: jax.Array | None = None
@@ -97,6 +106,8 @@ def _look_up(
     found = jnp.where(here[..., None], found, jnp.zeros((), found.dtype))
     x = found if x is None else x + found
   assert x is not None, 'tokens are looked up'
+  if num_positions is not None:
+    x = jnp.where((ids[1] < num_positions)[..., None], x, jnp.nan)
   for dim, axes in enumerate(sharding.residual):
     if dim < 2:
       x = ops.all_to_all(x, tuple(a for a in axes if a in layout.stored_embed), dim, 2)

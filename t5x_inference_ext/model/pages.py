@@ -134,11 +134,10 @@ class PagedCache:
     if self._shared_read is None:
       return context
     keys, values = (_first_pages(kv, self.read_shared, index, merged=True) for kv in parts[2:])
-    visible = self._shared_read.visible[:, : self.read_shared]
     return context._replace(
       shared_keys=keys,
       shared_values=values,
-      shared_visible=visible,
+      shared_visible=self._shared_read.visible[:, : self.read_shared],
       shared_starts=self._shared_read.starts[: self.read_shared],
     )
 

@@ -9,6 +9,8 @@ from t5x_inference_ext.sharding.layout import Axes, Layout, num_shards
 
 # Bytes of a float32 element. Norm moments, scales and logits are float32 in any run.
 FLOAT32 = 4
+# Bytes of an int32 element, such as a row's length.
+INT32 = 4
 
 
 @dataclasses.dataclass(frozen=True)

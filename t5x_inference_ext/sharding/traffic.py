@@ -12,7 +12,7 @@ from t5x_inference_ext.config import BlockPart, ModelConfig
 from t5x_inference_ext.params import norm_names, post_norm_names
 from t5x_inference_ext.sharding.activations import ActivationSharding, sampling_axes
 from t5x_inference_ext.sharding.attention_traffic import from_attention, head_norms, to_attention
-from t5x_inference_ext.sharding.collective import FLOAT32, Collective, Pass
+from t5x_inference_ext.sharding.collective import FLOAT32, INT32, Collective, Pass
 from t5x_inference_ext.sharding.heads import vocabulary_rows
 from t5x_inference_ext.sharding.layout import Axes, Layout
 
@@ -112,6 +112,8 @@ def embedding_moves(
   layout = sharding.layout
   p = Pass(config, layout, mesh, batch * length, activation_bytes, activation_bytes)
   moves: list[Collective] = []
+  if config.positions == 'learned' and length == 1:  # where rows are, for every device's lookup
+    moves += p.move('positions', 'all_gather', sharding.attention_rows, batch, INT32)
   local = batch * length * config.d_model // p.size(layout.stored_embed)
   for dim, axes in enumerate(sharding.residual):
     if dim < 2:  # d_model is gathered while tokens are split: `count` stays
@@ -120,6 +122,9 @@ def embedding_moves(
     hidden = tuple(a for a in axes if a in layout.stored_hidden)
     moves += p.activations('embedding', 'reduce_scatter', hidden, local)
     local //= p.size(hidden)
+  if config.embedding_norm:
+    rows, positions, features = sharding.residual
+    moves += _moments(p, features, batch * length // p.size(rows + positions))
   return moves
 
 

@@ -2,11 +2,14 @@
 
 import dataclasses
 import functools
+import itertools
 
 import numpy as np
 import pytest
 
+from t5x_inference_ext import params
 from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.features import CHOICES
 from tests import memory, reference
 from tests.model.layouts_test import LAYOUTS
 
@@ -57,7 +60,10 @@ MODELS = {
     attention_output_bias=True,
     rope_scaling='llama3',
     rope_factor=8.0,
+    rope_low_factor=1.5,
+    rope_high_factor=3.0,
     rope_original_length=32,
+    logit_soft_cap=4.0,
     **_SIZES,
   ),
   'command': ModelConfig(
@@ -77,6 +83,7 @@ MODELS = {
     norm='layer',
     norm_scale='one',
     positions='alibi',
+    alibi_max=6.0,
     embedding_norm=True,
     tied_head=False,
     head_bias=True,
@@ -85,6 +92,7 @@ MODELS = {
   'mpt': ModelConfig(
     num_heads=6,
     positions='alibi',
+    alibi_slopes='falcon',
     alibi_max=5.0,
     layer_pattern=('local', 'global'),
     window=3,
@@ -99,7 +107,7 @@ MODELS = {
     mlp='relu_squared',
     norm='layer',
     positions='alibi',
-    alibi_slopes='falcon',
+    alibi_slopes='falcon_eager',
     embedding_norm=True,
     attention_output_bias=True,
     **_SIZES,
@@ -110,6 +118,10 @@ MODELS = {
     block='serial',
     mlp='geglu_erf',
     norm_scale='one',
+    tied_head=False,
+    head_bias=True,
+    attention_output_bias=True,
+    embedding_norm=True,
     positions='relative',
     relative_buckets=5,
     relative_max_distance=6,
@@ -179,6 +191,7 @@ MODELS = {
     rope_original_length=32,
     **_SIZES,
   ),
+  'none': ModelConfig(num_heads=3, num_kv_heads=3, positions='none', **_SIZES),
   # 6 heads over 4 shards are 3 over each 2, in whole tiles.
   'cut': ModelConfig(
     num_heads=6, qkv_bias=True, qk_norm='layer_all', mlp_bias=True, **{**_SIZES, 'd_head': 256}
@@ -206,7 +219,7 @@ class Case:
 
 
 def cases() -> list[Case]:
-  models, out = [name for name in MODELS if name != 'cut'], []
+  models, out = [name for name in MODELS if name not in ('none', 'cut')], []
   for i, layout in enumerate(LAYOUTS):
     for j, model in enumerate(models):
       if (i + j) % 2:
@@ -219,6 +232,7 @@ def cases() -> list[Case]:
     Case('olmo', 'wg_xyz/batch', 'ws_2d/batch', 1, 9),
     Case('gemma', 'wg_xy/batch', 'ws_2d/heads', 1, 5, stacked=False),
     Case('neox', 'ws_2d/batch', 'wg_xyz/batch', 16, weights='int8'),
+    Case('none', 'wg_xyz/batch', 'ws_2d/batch', 2),
     Case('cut', 'ws_2d/batch', 'ws_2d/heads', 8),
     Case('cut', 'ws_2d/heads', 'ws_2d/batch', 1, 5),
     Case('cut', 'wg_xyz/batch', 'wg_x/batch', 8),
@@ -256,3 +270,63 @@ def test_logits_and_greedy_tokens(case):
   found = memory.decode(engine, wanted, case.prompt_size)
   np.testing.assert_allclose(found.logits, wanted.logits, rtol=0, atol=1e-4)
   np.testing.assert_array_equal(found.chosen, wanted.chosen)
+
+
+def test_the_cases_have_every_feature_in_every_layout():
+  """What the module promises: a feature or a layout that is added shows here."""
+  fields = {field.name: field.default for field in dataclasses.fields(ModelConfig)[13:]}
+  for layout, phase in itertools.product(LAYOUTS, ['prefill', 'decode']):
+    mine = [MODELS[c.model] for c in CASES if getattr(c, phase).startswith(layout)]
+    assert {name for config in mine for name in config.features} == set(fields), (layout, phase)
+    assert {c.weights for c in CASES if getattr(c, phase) == layout} == {'float32', 'int8'}
+  used = MODELS.values()
+  for name, choices in CHOICES.items():
+    if name not in ('block', 'norm', 'norm_scale'):  # of layouts_test
+      assert {getattr(config, name) for config in used} >= set(choices), name
+
+
+@pytest.mark.parametrize('model', [name for name in MODELS if name != 'cut'])
+def test_no_feature_is_left_out_of_the_reference(model):
+  """Without any of a model's features its logits are others: neither side may ignore one."""
+  config = MODELS[model]
+  tensors_ = tensors(model, 'float32')
+  tokens = memory.tokens(config, 1, 8)
+  wanted = reference.logits(config, tensors_, tokens)
+  checked = 0
+  for name in config.features:
+    if name in TOGETHER:
+      continue
+    without = dataclasses.replace(
+      config,
+      **{f: ModelConfig.__dataclass_fields__[f].default for f in (name, *WITH.get(name, ()))},
+    )
+    # Norms that a model does not have in its tensors are made up.
+    made = {**reference.random_tensors(without), **tensors_}
+    found = reference.logits(without, {n: made[n] for n in reference_names(without)}, tokens)
+    assert np.abs(found - wanted).max() > 1e-4, name
+    checked += 1
+  assert checked
+
+
+# Fields that mean nothing alone, and go with another one.
+WITH = {
+  'positions': ('num_positions', 'relative_buckets', 'relative_max_distance'),
+  'layer_pattern': ('window', 'local_rope_max_timescale', 'global_rotary'),
+  'rope_scaling': ('rope_factor',),
+}
+TOGETHER = {
+  *('num_positions', 'window', 'relative_buckets', 'relative_max_distance'),
+  *('rope_factor', 'rope_low_factor', 'rope_high_factor', 'rope_original_length'),
+}
+
+
+def reference_names(config: ModelConfig) -> set[str]:
+  return set(params.parameters(config))
+
+
+@pytest.mark.parametrize('mesh', ['1x1x1', '2x2x2'])
+def test_a_row_beyond_the_learned_positions_fails(mesh):
+  config = dataclasses.replace(MODELS['gpt'], num_positions=4)
+  engine = memory.engine(config, reference.random_tensors(config), mesh)
+  logits = np.asarray(engine.logits(memory.tokens(config, 8, 6)))
+  assert np.isfinite(logits[:, :4]).all() and np.isnan(logits[:, 4:]).all()

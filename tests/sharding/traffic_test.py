@@ -54,6 +54,24 @@ MODELS = {
   'multihead': model(num_kv_heads=8, block='serial', mlp='gelu', norm='layer'),
   'grouped': model(num_heads=12, num_kv_heads=2, block='serial'),
   'cut': model(num_heads=6, d_head=256),
+  'learned': model(
+    num_kv_heads=8,
+    block='serial',
+    positions='learned',
+    num_positions=30,
+    embedding_norm=True,
+    norm='layer',
+    tied_head=False,
+    head_bias=True,
+  ),
+  'rules': model(
+    num_kv_heads=2,
+    positions='relative',
+    attention_soft_cap=5.0,
+    logit_soft_cap=5.0,
+    layer_pattern=('local',),
+    window=3,
+  ),
   # Features that move something, and biases, which move nothing.
   'two norms': model(
     parallel_norms=2, norm='layer', qkv_bias=True, attention_output_bias=True, mlp_bias=True
@@ -405,6 +423,11 @@ PASSES = [
   ('logits', 'multihead', 'wg_xy/heads', 'ws_2d/heads', '2x2x2', 2, 8),
   ('logits', 'grouped', 'wg_xyz/batch', 'ws_2d/batch', '2x2x2', 4, 8),
   ('logits', 'multiquery', 'wg_xyz/batch', 'ws_2d/batch', '1x4x2', 8, 8),
+  # A norm after the embedding, learned positions, an untied head; rules of attention move nothing.
+  ('decode', 'learned', 'ws_2d/batch', 'ws_2d/batch', '2x2x2', 4, 1),
+  ('logits', 'learned', 'wg_xy/heads', 'ws_2d/heads', '2x2x2', 2, 8),
+  ('decode', 'rules', 'ws_2d/heads', 'ws_2d/heads', '2x2x2', 1, 1),
+  ('prefill', 'rules', 'ws_2d/batch', 'ws_2d/batch', '2x2x2', 8, 8),
 ]
 
 
