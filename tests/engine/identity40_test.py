@@ -207,4 +207,3 @@ def test_random_mixes_are_identical_to_one_at_a_time():
     f'{hits} prefix hits, {evictions} evictions; {ties} differ, at near ties'
   )
   assert rows > 3 * MIXES and ties <= rows / 100
-  pass
