@@ -15,6 +15,7 @@ from t5x_inference_ext.checkpoints.public import check_arguments, read_public
 from t5x_inference_ext.checkpoints.readers import flaxformer, legacy, orbax
 from t5x_inference_ext.checkpoints.readers.public_model import SourceText
 from t5x_inference_ext.checkpoints.readers.tree import Tree
+from t5x_inference_ext.checkpoints.source_text import settings_of_source
 from t5x_inference_ext.checkpoints.tensor import Tensor
 from t5x_inference_ext.checkpoints.with_text import WithText
 from t5x_inference_ext.config import ModelConfig
@@ -115,6 +116,7 @@ def open_checkpoint(
   if model is None:
     raise CheckpointError(missing_checkpoint(path))
   check_arguments(model, norm_scale, config, rescale_logits)
+  text, notes = settings_of_source(model.path, model.text)
   return Checkpoint(
     model.path,
     model.format,
@@ -124,7 +126,8 @@ def open_checkpoint(
     model.tensors,
     model.arrays,
     None,
-    model.notes,
+    (*model.notes, *notes),
+    text=text,
     source_text=model.text,
     index_crc32=model.index_crc32,
   )

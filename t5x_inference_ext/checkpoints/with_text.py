@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from t5x_inference_ext.checkpoints.readers.public_model import SourceText
 from t5x_inference_ext.text.chat_template import ChatTemplate
 from t5x_inference_ext.text.settings import TextSettings
 from t5x_inference_ext.text.vocabulary import Vocabulary
@@ -11,10 +12,12 @@ class WithText:
   """Base of a checkpoint that may say something about text.
 
   Attributes:
-    text: What it says; None: nothing is known but what T5X always does, BOS 0 and EOS 1.
+    text: What it says, or None.
+    source_text: What the files of a public model say, whose vocabulary may be unknown; or None.
   """
 
   text: TextSettings | None
+  source_text: SourceText | None
 
   @property
   def vocabulary(self) -> Vocabulary | None:
@@ -23,13 +26,21 @@ class WithText:
 
   @property
   def bos_id(self) -> int | None:
-    """The id that is put in front of a prompt; None: none is."""
-    return self.text.bos_id if self.text else 0
+    """The id that is put in front of a prompt; None: none is.
+
+    Where nothing is known it is 0, as T5X always has it, but for a public model: it takes ids as
+    they are.
+    """
+    if self.text:
+      return self.text.bos_id
+    return None if self.source_text else 0
 
   @property
   def end_ids(self) -> tuple[int, ...]:
     """The ids that end a row."""
-    return self.text.end_ids if self.text else (1,)
+    if self.text:
+      return self.text.end_ids
+    return self.source_text.eos_ids if self.source_text else (1,)
 
   @property
   def chat_template(self) -> ChatTemplate | None:
