@@ -63,12 +63,12 @@ class SlotTable:
       return None
     slot = min(map(int, slots), key=lambda s: (-self.pool.free_pages(self.pool.shard(s)), s))
     shard = self.pool.shard(slot)
-    # A page in reserve for each row of the shard that goes on, so that rows are not moved out again
-    # at once; a row alone needs none.
+    # Pages in reserve for half of the shard's other rows, so that rows are not moved out again at
+    # once; a row alone needs none.
     others = sum(self.rows[row] is not None for row in self.pool.rows(shard))
     needed = self.pool.pages_of(length) - shared
     if others:
-      needed = max(needed, min(needed + others, self.pool.pages - 1))
+      needed = max(needed, min(needed + others // 2, self.pool.pages - 1))
     return slot if needed <= self.pool.free_pages(shard) else None
 
   def enter(self, slot: int, row: Row, length: int, names: Sequence[Hashable]) -> list[int]:

@@ -31,20 +31,14 @@ LENGTH = 160
 
 # (mesh, prefill, decode, cache, config): the mixes of a kind run on one scheduler, which stays.
 KINDS = [
-  (
-    '1x1x1',
-    'ws_2d/batch',
-    'ws_2d/batch',
-    None,
-    dict(slots=3, prefill_chunk=64, page_reads=2, shared_pages=3),
-  ),
+  ('1x1x1', 'ws_2d/batch', 'ws_2d/batch', None, dict(slots=3, prefill_chunk=64, shared_pages=3)),
   # Fewer pages than five rows need: rows are preempted.
   (
     '1x1x1',
     'ws_2d/batch',
     'ws_2d/batch',
     'int8',
-    dict(slots=5, prefill_rows=2, prefill_chunk=16, pages=9, prefix_bytes=0),
+    dict(slots=5, prefill_rows=2, prefill_chunk=16, pages=7, prefix_bytes=0),
   ),
   (
     '2x2x2',
@@ -207,4 +201,4 @@ def test_random_mixes_are_identical_to_one_at_a_time():
     f'{hits} prefix hits, {evictions} evictions; {ties} differ, at near ties'
   )
   assert rows > 3 * MIXES and ties <= rows / 100
-  assert ended_early > 20 and preempted > 20 and hits > 100 and evictions > 20
+  assert ended_early > 20 and preempted > 10 and hits > 100 and evictions > 20
