@@ -3,7 +3,8 @@
 from typing import Any
 
 # PaLM's published shapes (the paper's section 4 and PaLM's own Table 1), the Megatron-Turing model
-# that the paper compares with (its section 5), and the small model of the test fixtures.
+# that the paper compares with (its section 5), the small model of the test fixtures, and public
+# models, from their config.json.
 PRESETS: dict[str, dict[str, Any]] = {
   'palm_tiny': dict(num_layers=4, d_model=256, d_ff=1024, num_heads=8, d_head=32, vocab_size=384),
   'palm_8b': dict(
@@ -28,5 +29,88 @@ PRESETS: dict[str, dict[str, Any]] = {
     norm='layer',
     norm_scale='one',
     norm_epsilon=1e-5,
+  ),
+  **{
+    name: dict(
+      num_layers=layers,
+      d_model=d_model,
+      d_ff=d_ff,
+      num_heads=heads,
+      d_head=128,
+      vocab_size=128256,
+      num_kv_heads=8,
+      block='serial',
+      norm_scale='one',
+      norm_epsilon=1e-5,
+      rope_max_timescale=5e5,
+      tied_head=False,
+    )
+    for name, layers, d_model, d_ff, heads in (
+      ('llama3_8b', 32, 4096, 14336, 32),
+      ('llama3_70b', 80, 8192, 28672, 64),
+    )
+  },
+  **{
+    name: dict(
+      num_layers=layers,
+      d_model=d_model,
+      d_ff=4 * d_model,
+      num_heads=heads,
+      d_head=64,
+      vocab_size=65024,
+      num_kv_heads=8,
+      mlp='gelu_erf',
+      norm='layer',
+      norm_scale='one',
+      norm_epsilon=1e-5,
+      parallel_norms=2,
+    )
+    for name, layers, d_model, heads in (
+      ('falcon_40b', 60, 8192, 128),
+      ('falcon_180b', 80, 14848, 232),
+    )
+  },
+  'command_r': dict(
+    num_layers=40,
+    d_model=8192,
+    d_ff=22528,
+    num_heads=64,
+    d_head=128,
+    vocab_size=256000,
+    num_kv_heads=64,
+    norm='layer',
+    norm_scale='one',
+    norm_epsilon=1e-5,
+    rope_max_timescale=8e6,
+  ),
+  'bloom_176b': dict(
+    num_layers=70,
+    d_model=14336,
+    d_ff=57344,
+    num_heads=112,
+    d_head=128,
+    vocab_size=250880,
+    num_kv_heads=112,
+    block='serial',
+    mlp='gelu',
+    norm='layer',
+    norm_scale='one',
+    norm_epsilon=1e-5,
+    qkv_bias=True,
+    attention_output_bias=True,
+    mlp_bias=True,
+    positions='alibi',
+    embedding_norm=True,
+  ),
+  'gemma_7b': dict(
+    num_layers=28,
+    d_model=3072,
+    d_ff=24576,
+    num_heads=16,
+    d_head=256,
+    vocab_size=256000,
+    num_kv_heads=16,
+    block='serial',
+    mlp='geglu',
   ),
 }

@@ -13,10 +13,25 @@ PALM = dict(num_layers=2, d_model=8, d_ff=24, num_heads=4, d_head=4, vocab_size=
 
 @pytest.mark.parametrize(
   'name,count',
-  [('palm_8b', 8.63e9), ('palm_62b', 62.50e9), ('palm_540b', 540.36e9), ('megatron_530b', 529.5e9)],
+  [
+    ('palm_8b', 8.63e9),
+    ('palm_62b', 62.50e9),
+    ('palm_540b', 540.36e9),
+    ('megatron_530b', 529.5e9),
+    ('llama3_8b', 8.03e9),
+    ('llama3_70b', 70.55e9),
+    ('falcon_40b', 41.84e9 - 65024 * 8192),
+    ('falcon_180b', 179.52e9 - 65024 * 14848),
+    ('command_r', 34.98e9),
+    ('bloom_176b', 176.25e9),
+    ('gemma_7b', 8.54e9),
+  ],
 )
 def test_presets_have_the_published_parameter_counts(name, count):
-  """PaLM's Table 1 and the Megatron-Turing model, to 0.1%."""
+  """PaLM's Table 1, the Megatron-Turing model and public models' files, to 0.1%.
+
+  Falcon's files hold the head besides the embedding that it is tied to.
+  """
   assert config.preset(name).num_params == pytest.approx(count, rel=1e-3)
 
 
@@ -146,7 +161,7 @@ def test_what_no_model_can_be(changes, words):
 
 
 def test_unknown_preset():
-  with pytest.raises(ValueError, match='palm_9b.*known: megatron_530b, palm_540b'):
+  with pytest.raises(ValueError, match='palm_9b.*known: bloom_176b, .*palm_540b'):
     config.preset('palm_9b')
   assert config.preset('palm_8b', num_layers=1) == dataclasses.replace(
     config.preset('palm_8b'), num_layers=1
