@@ -149,25 +149,23 @@ class Scheduler:
       RequestError: A request that does not fit the config.
     """
     waiting, handles = iter(requests), list[Handle]()
-    numbers: dict[int, int] = {}
+    numbers: dict[int, int] = {}  # the scheduler's index of a request -> its number in this run
+    exhausted = False
     try:
-      for _ in iter(lambda: self._feed(waiting, handles) or not self.idle, False):
-        for handle in handles[len(numbers) :]:
-          numbers[handle.index] = len(numbers)
+      while handles or not exhausted:
+        wanted = self.wanted
+        taken = list(itertools.islice(waiting, wanted))
+        exhausted |= len(taken) < wanted
+        for request in taken:
+          handles.append(self.submit(request))
+          numbers[handles[-1].index] = len(numbers)
         for event in self.step():
           if event.request in numbers:
             yield event._replace(request=numbers[event.request])
+        handles = [h for h in handles if h.state is not RequestState.FINISHED]
     finally:
       for handle in handles:
-        if handle.state != RequestState.FINISHED:
-          self.cancel(handle)
-
-  def _feed(self, requests: Iterator[Request], handles: list[Handle]) -> bool:
-    """Submit as many requests as the next step could start; return whether there were any."""
-    count = len(handles)
-    for request in itertools.islice(requests, self.wanted):
-      handles.append(self.submit(request))
-    return len(handles) > count
+        self.cancel(handle)
 
   def check_books(self) -> list[str]:
     """Return a sentence for each thing in the books of an idle scheduler that does not add up."""

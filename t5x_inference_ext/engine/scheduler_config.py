@@ -131,6 +131,21 @@ class SchedulerConfig:
     sizes = (FIRST_READ * READ_FACTOR**i for i in itertools.count())
     return [0, *itertools.takewhile(lambda size: size < self.max_length, sizes), self.max_length]
 
+  def programs_text(self, shards: int) -> str:
+    """Return a line that names every program that requests can need, with its sizes."""
+
+    def numbers(values: Sequence[int]) -> str:
+      return ', '.join(map(str, values))
+
+    chunks, reads = self.chunk_sizes, self.prefill_reads
+    pages, shared = self.reads_of_pages(shards), self.shared_reads
+    others = 4 if self.prefix_bytes else 2  # insert and start_prefill, load_blocks and save_blocks
+    count = len(chunks) * len(reads) + len(pages) * len(shared) + others
+    return (
+      f'{count}: chunks of {numbers(chunks)} tokens after up to {numbers(reads)} positions, decode '
+      f'steps over {numbers(pages)} pages and {numbers(shared)} shared ones, {others} others'
+    )
+
   def covers(self, other: 'SchedulerConfig') -> bool:
     """Return whether a scheduler of this config can do what one of `other` could."""
     sizes = 'slots', 'max_length', 'pages', 'shared_pages', 'prefix_bytes', 'top_log_probs'

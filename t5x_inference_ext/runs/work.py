@@ -19,6 +19,7 @@ from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.engine.request import Completion, Request, Sample, SampleCollector
 from t5x_inference_ext.engine.scheduler import Scheduler
 from t5x_inference_ext.engine.scoring import ScoringExample
+from t5x_inference_ext.model.chunks import page_shards
 from t5x_inference_ext.runs import loading
 from t5x_inference_ext.runs.batches import BatchShape, pad, row_seed
 from t5x_inference_ext.runs.clock import Clock
@@ -128,6 +129,7 @@ def refill_work(
   )
   note = loading.rounded_note(options, config.slots, engine)
   say(f'batch: {config.slots} rows{note}, refilled as they end')
+  say(f'programs, at most {config.programs_text(page_shards(engine.model, config.slots))}')
   scheduler = Scheduler(engine.model, engine.weights, config, vocabulary=vocabulary)
   work = RefillWork(scheduler, itertools.chain(first, requests), clock)
   return work, {'batch': config.slots, 'max_length': config.max_length}

@@ -14,6 +14,7 @@ from t5x_inference_ext.engine.scheduler import Scheduler
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig, next_chunk
 from t5x_inference_ext.engine.streams import Streams
 from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.model.chunks import page_shards
 from t5x_inference_ext.text.vocabulary import ByteVocabulary
 from tests import memory, reference
 
@@ -289,6 +290,7 @@ def test_any_request_uses_the_programs_of_warm_up(mesh):
   )
   done = core.warm_up()
   assert 8 <= len(done) <= 24 and core.check_books() == []
+  assert core.config.programs_text(page_shards(core.model, 4)).startswith(f'{len(done)}: ')
   compiled = sizes_of_programs()
   assert sum(compiled) >= len(done)
   rng = np.random.default_rng(0)
