@@ -60,7 +60,7 @@ def serving_tensors(config: ModelConfig, weights: str) -> dict[str, tuple[tuple[
 
 def is_layered(name: str) -> bool:
   """Return whether the first axis of a tensor is the layer axis."""
-  return name not in ('embedding', 'final_norm', params.bias_name('final_norm'))
+  return name not in params.OUTSIDE_LAYERS
 
 
 def serving_chunk_shape(name: str, shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:

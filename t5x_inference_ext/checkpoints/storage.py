@@ -44,6 +44,17 @@ def read_file(directory: str, name: str) -> bytes | None:
   return bytes(result.value) if result.state == 'value' else None
 
 
+def has_file(directory: str, name: str) -> bool:
+  """Return whether a directory holds a file; nothing of the file is read."""
+  if not is_remote(directory):
+    return os.path.isfile(os.path.join(directory, name))
+  try:
+    found = _open(directory).list(ts.KvStore.KeyRange(name, name + '\0')).result()
+  except ValueError as e:
+    raise CheckpointError(f"can't list {directory}: {reason(e)}") from e
+  return bool(found)
+
+
 def load_json(data: bytes, where: str) -> Any:
   """Return the parsed content of a JSON file; `where` names it in messages.
 

@@ -51,13 +51,8 @@ def check_finite(
       'take a checkpoint from before training diverged',
     )
   tensor = source.tensors[name]
-  layered = (
-    len(tensor.shape) == 3
-    or name.endswith(params.INT8_SUFFIX)
-    or (len(tensor.shape) == 2 and name != 'embedding')
-  )
   where, whole = '', (slice(None),)
-  if layered:
+  if name not in params.OUTSIDE_LAYERS:
     layer = first_layer + int(np.argmax(bad))
     where, whole = f' in layer {layer}', (slice(layer, layer + 1),)
   raise NotFinite(

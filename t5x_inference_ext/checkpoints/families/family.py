@@ -1,0 +1,177 @@
+"""A family's table: how its settings make a ModelConfig, and where its tensors are stored."""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+from typing import Any
+
+from t5x_inference_ext.checkpoints.families.settings import Settings
+from t5x_inference_ext.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class FamilyModel:
+  """A model of a family, as its settings describe it.
+
+  Attributes:
+    config: The model.
+    modules: Canonical tensor -> module that holds it, with {} for the layer. A bias is in the module
+      of its matrix or norm.
+    fused: How query, key and value lie in one matrix if they share a module: 'stacked', all queries
+      before all keys before all values; 'grouped', key head by key head; 'codegen', four times
+      queries, values, keys.
+    interleaved: Whether rotary positions rotate neighbouring dimensions of a head, not its halves.
+    transposed: Whether matrices are stored [out, in], as torch.nn.Linear has them.
+    absent: Canonical norm scales and biases that are not stored: ones and zeros.
+    norm_offset: Added to stored norm scales: 1 where 1 + scale is applied.
+    embedding_scale: Factor of the embedding's rows where tokens are looked up.
+    logit_scale: Factor of the logits.
+    attention_scale: Factor of attention logits; None: Q**-0.5.
+    skipped_positions: Rows in front of the table of positions that no position has.
+  """
+
+  config: ModelConfig
+  modules: Mapping[str, str]
+  fused: str = ''
+  interleaved: bool = False
+  transposed: bool = True
+  absent: frozenset[str] = frozenset()
+  norm_offset: float = 0.0
+  embedding_scale: float = 1.0
+  logit_scale: float = 1.0
+  attention_scale: float | None = None
+  skipped_positions: int = 0
+
+  def factor(self, name: str) -> float:
+    """Return the factor from stored to canonical values of a tensor.
+
+    The program multiplies attention logits by Q**-0.5 and logits by E**-0.5. Other scales are moved
+    into the query, or into its norm, and into the final norm.
+    """
+    c = self.config
+    if name == 'embedding':
+      return self.embedding_scale
+    if name in ('final_norm', 'final_norm_bias'):
+      factor = self.logit_scale * c.d_model**0.5
+      return factor / self.embedding_scale if c.tied_head else factor
+    queries = ('query', 'query_bias') if c.qk_norm == 'none' else ('query_norm', 'query_norm_bias')
+    if self.attention_scale is not None and name in queries:
+      return self.attention_scale * c.d_head**0.5
+    return 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """A family of models, with one `model_type` in config.json.
+
+  Attributes:
+    prefix: Beginning of the stored names, which some files leave out.
+    model: Function from settings to a model. Raises CheckpointError.
+  """
+
+  prefix: str
+  model: Callable[[Settings], FamilyModel]
+
+
+# Activations as transformers names them, of an MLP with a gate and of one without.
+GATED = {
+  'silu': 'swiglu',
+  'swish': 'swiglu',
+  'gelu': 'geglu_erf',
+  'gelu_new': 'geglu',
+  'gelu_pytorch_tanh': 'geglu',
+  'gelu_fast': 'geglu',
+  'relu': 'reglu',
+  'sigmoid': 'glu',
+  'linear': 'bilinear',
+}
+PLAIN = {
+  'gelu': 'gelu_erf',
+  'gelu_new': 'gelu',
+  'gelu_pytorch_tanh': 'gelu',
+  'gelu_fast': 'gelu',
+  'relu': 'relu',
+  'relu2': 'relu_squared',
+  'silu': 'swish',
+  'swish': 'swish',
+}
+_LAYERS = {'full_attention': 'global', 'sliding_attention': 'local'}
+
+
+def head_sizes(s: Settings, d_model: int, heads: int, default: int | None = None) -> dict[str, int]:
+  """Return num_heads, d_head and num_kv_heads as Llama's settings have them."""
+  d_head = s.integer('head_dim', default=default or max(1, d_model // heads))
+  kv_heads = s.integer('num_key_value_heads', default=heads)
+  return {'num_heads': heads, 'd_head': d_head, 'num_kv_heads': kv_heads}
+
+
+def rotary_fields(
+  s: Settings, d_head: int, *, theta: float = 1e4, part: float = 1.0
+) -> dict[str, Any]:
+  """Return the fields of rotary positions, in the settings' form of any version.
+
+  Args:
+    s: The settings.
+    d_head: Q.
+    theta: The family's base of rotary positions if the settings do not say one.
+    part: The family's share of a head's dimensions that is rotated, likewise.
+  """
+  names = 'rope_theta', 'rotary_emb_base'
+  parts = 'partial_rotary_factor', 'rotary_pct', 'rope_pct'
+  part = s.number(*parts, default=part)
+  theta = s.number(*names, default=theta)
+  scaling = s.group('rope_parameters') or s.group('rope_scaling')
+  fields: dict[str, Any] = {}
+  if scaling is not None:
+    part = scaling.number(*parts, default=part)
+    theta = scaling.number(*names, default=theta)
+    fields = _scaling_fields(scaling)
+  rotated = int(d_head * part)
+  if rotated != d_head:
+    fields['rotary_dims'] = rotated
+  return {'rope_max_timescale': theta, **fields}
+
+
+def _scaling_fields(scaling: Settings) -> dict[str, Any]:
+  """Return the fields of a change of rotary frequencies."""
+  known = {name: name for name in ('default', 'linear', 'llama3')}
+  name = 'rope_type' if scaling.value('rope_type', default=None) is not None else 'type'
+  kind = scaling.choice(name, known, default='default')
+  if kind == 'default':
+    return {}
+  fields: dict[str, Any] = {'rope_scaling': kind, 'rope_factor': scaling.number('factor')}
+  if kind == 'llama3':
+    fields |= {
+      'rope_low_factor': scaling.number('low_freq_factor'),
+      'rope_high_factor': scaling.number('high_freq_factor'),
+      'rope_original_length': scaling.integer('original_max_position_embeddings'),
+    }
+  return fields
+
+
+def window_fields(s: Settings, num_layers: int, window: int | None, every: int) -> dict[str, Any]:
+  """Return the fields of sliding windows.
+
+  Args:
+    s: The settings; layer_types, if there, says the kind of each layer.
+    num_layers: L.
+    window: Positions of a sliding layer; None if all layers attend to all positions.
+    every: Without layer_types, each such layer attends to all positions; 0: none does.
+  """
+  kinds = s.value('layer_types', default=None)
+  pattern: tuple[str, ...]
+  if kinds is None:
+    pattern = ('local',) * (every - 1) + ('global',) if every else ('local',)
+    pattern = pattern[:num_layers]
+  else:
+    if not isinstance(kinds, list) or len(kinds) != num_layers:
+      raise s.error('layer_types', kinds, f'it must list the kinds of {num_layers} layers')
+    unknown = [kind for kind in kinds if not isinstance(kind, str) or kind not in _LAYERS]
+    if unknown:
+      raise s.error('layer_types', unknown[0], f'supported are {", ".join(_LAYERS)}')
+    pattern = tuple(_LAYERS[kind] for kind in kinds)
+  if window is None or 'local' not in pattern:
+    return {}
+  period = next(
+    n for n in range(1, len(pattern) + 1) if pattern == (pattern[:n] * len(pattern))[: len(pattern)]
+  )
+  return {'layer_pattern': pattern[:period], 'window': window}

@@ -1,0 +1,173 @@
+"""Settings of a model as its checkpoint has them: the content of config.json, read by type."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from t5x_inference_ext.errors import CheckpointError, printable
+
+_MAX_INTEGER, _MAX_LAYERS = 2**31, 10_000
+# The default of a setting that must be there.
+REQUIRED: Any = object()
+
+# Settings that change no result of a decoder here: names, training, the cache, how transformers
+# computes. Others that nobody reads are printed.
+_IRRELEVANT = {
+  '_name_or_path',
+  'architectures',
+  'auto_map',
+  'torch_dtype',
+  'dtype',
+  'transformers_version',
+  'use_cache',
+  'cache_implementation',
+  'pretraining_tp',
+  'slow_but_exact',
+  'skip_bias_add',
+  'skip_bias_add_qkv',
+  'init_std',
+  'init_device',
+  'classifier_dropout',
+  'id2label',
+  'label2id',
+  'task_specific_params',
+  'is_decoder',
+  'bos_token_id',
+  'eos_token_id',
+  'pad_token_id',
+  'unk_token_id',
+  'sep_token_id',
+  'tokenizer_class',
+  'gradient_checkpointing',
+  'torchscript',
+  'prefix',
+  'max_position_embeddings',
+  'n_ctx',
+  'n_positions',
+  'seq_length',
+  'max_window_layers',
+  'attention_softmax_in_fp32',
+  'scale_attention_softmax_in_fp32',
+  'masked_softmax_fusion',
+  'reorder_and_upcast_attn',
+  'bias_dropout_fusion',
+  'attn_impl',
+  'model_type',
+  'verbose',
+  'summary_activation',
+  'summary_first_dropout',
+  'summary_proj_to_labels',
+  'summary_type',
+  'summary_use_proj',
+}
+_IRRELEVANT_PARTS = ('dropout', 'pdrop', 'initializer', 'layerdrop')
+
+
+class Settings:
+  """Settings by name, with a record of those that were read.
+
+  Attributes:
+    where: Place of the settings, for messages.
+  """
+
+  def __init__(self, content: Mapping[str, Any], where: str) -> None:
+    self._content, self.where = content, where
+    self._read: set[str] = set()
+
+  def value(self, *names: str, default: Any = REQUIRED) -> Any:
+    """Return the value of the first of several names that is there, as JSON has it.
+
+    Raises:
+      CheckpointError: None is there, and there is no default.
+    """
+    self._read |= set(names)
+    for name in names:
+      if self._content.get(name) is not None:
+        return self._content[name]
+    if default is REQUIRED:
+      raise CheckpointError(f'{self.where} lacks {" or ".join(names)}')
+    return default
+
+  def integer(self, *names: str, default: Any = REQUIRED) -> int:
+    """Return a whole number above 0."""
+    value = self.value(*names, default=default)
+    if value is not default and not (type(value) is int and 0 < value < _MAX_INTEGER):
+      raise self.error(names[0], value, f'it must be a whole number from 1 to {_MAX_INTEGER - 1}')
+    return value
+
+  def layers(self, *names: str) -> int:
+    """Return the number of layers."""
+    count = self.integer(*names)
+    if count > _MAX_LAYERS:
+      raise self.error(names[0], count, f'no model has more than {_MAX_LAYERS} layers')
+    return count
+
+  def number(self, *names: str, default: Any = REQUIRED) -> float:
+    """Return a number above 0."""
+    value = self.value(*names, default=default)
+    is_number = type(value) in (int, float) and 0 < value < 1e300
+    if value is not default and not is_number:
+      raise self.error(names[0], value, 'it must be a number above 0')
+    return value if value is default else float(value)
+
+  def whole(self, name: str, default: int) -> int:
+    """Return a whole number from 0 on."""
+    value = self.value(name, default=default)
+    if not (type(value) is int and 0 <= value < _MAX_INTEGER):
+      raise self.error(name, value, f'it must be a whole number from 0 to {_MAX_INTEGER - 1}')
+    return value
+
+  def cap(self, name: str, default: float | None) -> float | None:
+    """Return a number above 0, or None where the setting is null."""
+    return None if self.is_null(name) else self.number(name, default=default)
+
+  def flag(self, name: str, default: Any = REQUIRED) -> bool:
+    """Return True or False."""
+    value = self.value(name, default=default)
+    if not isinstance(value, bool):
+      raise self.error(name, value, 'it must be true or false')
+    return value
+
+  def choice(self, name: str, known: Mapping[str, Any], default: Any = REQUIRED) -> Any:
+    """Return the meaning of a name that is one of several."""
+    value = self.value(name, default=default)
+    if not isinstance(value, str) or value not in known:
+      raise self.error(name, value, f'supported are {", ".join(known)}')
+    return known[value]
+
+  def group(self, name: str) -> 'Settings | None':
+    """Return the settings inside one, or None if there are none."""
+    value = self.value(name, default=None)
+    if value is None:
+      return None
+    if not isinstance(value, dict):
+      raise self.error(name, value, 'it must be an object')
+    return Settings(value, f'{name} in {self.where}')
+
+  def is_null(self, name: str) -> bool:
+    """Return whether a setting is there and null, instead of left to its default."""
+    self._read.add(name)
+    return self._content.get(name, name) is None
+
+  def changed(self, **values: Any) -> 'Settings':
+    """Return these settings with other values of some; both have one record of what was read."""
+    changed = Settings({**self._content, **values}, self.where)
+    changed._read = self._read
+    return changed
+
+  def only(self, name: str, *supported: Any, default: Any = None) -> None:
+    """Raise CheckpointError if a setting is there and not one of the supported values."""
+    value = self.value(name, default=default)
+    if value not in supported and value is not default:
+      known = ' or '.join(map(str, supported))
+      raise self.error(name, value, f'no such model can be served; supported is {known}')
+
+  def unread(self) -> Iterator[str]:
+    """Yield the names of settings that nobody has read, and that might mean something."""
+    for name, value in self._content.items():
+      known = name in self._read or name in _IRRELEVANT or name.startswith('_')
+      if not known and value and not any(part in name for part in _IRRELEVANT_PARTS):
+        yield name
+
+  def error(self, name: str, value: Any, advice: str) -> CheckpointError:
+    """Return the error for the value of a setting."""
+    return CheckpointError(f'{self.where}: {name} is {printable(value, 80)}: {advice}')

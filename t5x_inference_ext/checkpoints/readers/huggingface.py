@@ -1,0 +1,135 @@
+"""Directories as transformers saves them: config.json, and weights as safetensors."""
+
+from collections.abc import Iterable, Mapping
+import os
+from typing import Any
+import zlib
+
+from t5x_inference_ext.checkpoints import storage
+from t5x_inference_ext.checkpoints.families.registry import family_model, family_of
+from t5x_inference_ext.checkpoints.families.settings import Settings
+from t5x_inference_ext.checkpoints.families.tensors import canonical_tensors, weights_dtype
+from t5x_inference_ext.checkpoints.readers.public_model import PublicModel, SourceText
+from t5x_inference_ext.checkpoints.readers.safetensors import load_unique_json, read_safetensors
+from t5x_inference_ext.checkpoints.tensor import Tensor
+from t5x_inference_ext.errors import CheckpointError, name_list, printable
+
+HUGGINGFACE_CONFIG = 'config.json'
+_GENERATION = 'generation_config.json'
+_TOKENIZER = 'tokenizer_config.json'
+# Names of files that pickle writes: whoever opens one runs the program that it holds.
+PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
+
+
+def read_huggingface(path: str) -> PublicModel | None:
+  """Return the model in a directory with config.json and safetensors; None if there is none.
+
+  Args:
+    path: The directory, local or gs://.
+
+  Raises:
+    CheckpointError: The model is of an unknown family, has a feature that can't be served, is
+      damaged, or has weights that only pickle can read.
+  """
+  found = read_safetensors(path)
+  content = _json_object(path, HUGGINGFACE_CONFIG)
+  if found is None:
+    _check_pickles(path, is_model=content is not None)
+    return None
+  if content is None:
+    raise CheckpointError(
+      f'{path} holds safetensors but no {HUGGINGFACE_CONFIG}, which says what model they are'
+    )
+  stored, crc = found
+  settings = Settings(content, f'{path}/{HUGGINGFACE_CONFIG}')
+  model = family_model(settings)
+  prefix = family_of(settings).prefix
+  stored = _with_prefix(stored, prefix, model.modules['head'])
+  tensors = canonical_tensors(model, stored, path)
+  text = _text(path, content)
+  family = settings.value('model_type')
+  unread = sorted(settings.unread())
+  notes = [f'model of the family {family} at {path}', f'model: {model.config}']
+  if unread:
+    notes.append(
+      f'settings in {HUGGINGFACE_CONFIG} that are not known and not used: '
+      f'{name_list(unread, len(unread))}'
+    )
+  crc = zlib.crc32(storage.read_file(path, HUGGINGFACE_CONFIG) or b'', crc)
+  weights = weights_dtype(tensors, model.config)
+  notes += [f'weights: {weights}', describe_ids(text)]
+  return PublicModel(
+    path, 'safetensors', model.config, weights, tensors, stored, tuple(notes), text, crc
+  )
+
+
+def describe_ids(text: SourceText) -> str:
+  """Return a line with the ids that begin and end a text."""
+  ends = ', '.join(map(str, text.eos_ids)) or 'not recorded'
+  return f'BOS: {"not recorded" if text.bos_id is None else text.bos_id}; EOS: {ends}'
+
+
+def _with_prefix(stored: Mapping[str, Tensor], prefix: str, head: str) -> dict[str, Tensor]:
+  """Return stored tensors with the prefix that some files leave out of all names but the head's."""
+  if any(name.startswith(prefix) for name in stored):
+    return dict(stored)
+  return {n if n.startswith(f'{head}.') else f'{prefix}{n}': t for n, t in stored.items()}
+
+
+def _json_object(path: str, name: str) -> dict[str, Any] | None:
+  """Return the content of a JSON file, or None if there is no such file."""
+  data = storage.read_file(path, name)
+  if data is None:
+    return None
+  content = load_unique_json(data, f'{path}/{name}')
+  if not isinstance(content, dict):
+    raise CheckpointError(f'{path}/{name} is damaged: it is not a JSON object')
+  return content
+
+
+def _text(path: str, config: Mapping[str, Any]) -> SourceText:
+  """Return what a directory says about text: generation_config.json before config.json."""
+  generation = _json_object(path, _GENERATION) or {}
+
+  def ids(name: str) -> tuple[int, ...]:
+    for content, file in ((generation, _GENERATION), (config, HUGGINGFACE_CONFIG)):
+      value = content.get(name)
+      if value is None:
+        continue
+      values = value if isinstance(value, list) else [value]
+      if not all(type(i) is int and 0 <= i < 2**31 for i in values):
+        raise CheckpointError(f'{path}/{file}: {name} is {printable(value, 80)}, not an id')
+      return tuple(values)
+    return ()
+
+  return SourceText(path, {}, next(iter(ids('bos_token_id')), None), ids('eos_token_id'))
+
+
+def _check_pickles(path: str, is_model: bool) -> None:
+  """Raise CheckpointError if a directory holds the weights of a model as pickles."""
+  if storage.is_remote(path) or not os.path.isdir(path):
+    return
+  names = sorted(os.listdir(path))
+  pickles = pickle_names(names)
+  if pickles and (is_model or len(pickles) == len(names)):
+    raise CheckpointError(
+      f'{path} holds its weights in {name_list(pickles, len(pickles), 3)}: such files are pickles, '
+      f'which can run any program when they are opened; {PICKLE_ADVICE}'
+    )
+  others = [name for name in names if name.endswith('.safetensors')]
+  if others and is_model:
+    raise CheckpointError(
+      f'{path} holds {name_list(others, len(others), 3)}, but neither model.safetensors nor '
+      'model.safetensors.index.json'
+    )
+
+
+PICKLE_ADVICE = (
+  'convert them where you trust them, with transformers: '
+  'AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR) writes safetensors'
+)
+
+
+def pickle_names(names: Iterable[str]) -> list[str]:
+  """Return the names that are those of pickles, or of the index of several."""
+  return [n for n in names if n.endswith(PICKLES) or n.endswith('.bin.index.json')]
