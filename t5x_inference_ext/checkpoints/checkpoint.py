@@ -11,7 +11,9 @@ from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints import serving, storage, unfinished
 from t5x_inference_ext.checkpoints.arrays import SourceArray, whole_array
 from t5x_inference_ext.checkpoints.missing import missing_checkpoint
+from t5x_inference_ext.checkpoints.public import check_arguments, read_public
 from t5x_inference_ext.checkpoints.readers import flaxformer, legacy, orbax
+from t5x_inference_ext.checkpoints.readers.public_model import SourceText
 from t5x_inference_ext.checkpoints.readers.tree import Tree
 from t5x_inference_ext.checkpoints.tensor import Tensor
 from t5x_inference_ext.config import ModelConfig
@@ -24,8 +26,8 @@ class Checkpoint:
   """An open checkpoint.
 
   Attributes:
-    path: Directory of the checkpoint.
-    format: 't5x' (T5X's legacy format), 'orbax' or 'serving'.
+    path: Directory of the checkpoint, or a GGUF file.
+    format: 't5x' (T5X's legacy format), 'orbax', 'serving', 'safetensors' or 'gguf'.
     step: Training step, or None if not recorded.
     config: The model.
     weights: Dtype of the matrices: 'float32', 'bfloat16' or 'int8'.
@@ -36,6 +38,8 @@ class Checkpoint:
       recorded.
     notes: Lines for commands to print: what was found, and what was assumed.
     rescale_logits: The argument of open_checkpoint.
+    source_text: What a checkpoint in a public format says about text.
+    index_crc32: CRC-32 of the headers of a checkpoint in a public format; None for other formats.
   """
 
   path: str
@@ -48,6 +52,8 @@ class Checkpoint:
   form: dict[str, Any] | None
   notes: tuple[str, ...]
   rescale_logits: bool | None = None
+  source_text: SourceText | None = None
+  index_crc32: int | None = None
 
 
 def open_checkpoint(
@@ -62,7 +68,8 @@ def open_checkpoint(
   Values are read later, from the tensors.
 
   Args:
-    path: A checkpoint directory of any name, or the msgpack file in it; local or gs://.
+    path: A checkpoint directory of any name, or the msgpack file in it, or a GGUF file; local or
+      gs://.
     norm_scale: How the norm scales are stored, 'zero' or 'one'. None takes what the checkpoint
       records. T5X checkpoints do not record it; then 'zero', as in PaLM, is assumed for fused
       parallel blocks, and 'one' for other layers and for layer norms. Notes say what was assumed.
@@ -97,9 +104,25 @@ def open_checkpoint(
       )
     return _from_serving(path, header, norm_scale, config)
   found = read_tree(path)
-  if found is None:
+  if found is not None:
+    return _from_tree(*found, norm_scale, config, rescale_logits)
+  model = read_public(path)
+  if model is None:
     raise CheckpointError(missing_checkpoint(path))
-  return _from_tree(*found, norm_scale, config, rescale_logits)
+  check_arguments(model, norm_scale, config, rescale_logits)
+  return Checkpoint(
+    model.path,
+    model.format,
+    None,
+    model.config,
+    model.weights,
+    model.tensors,
+    model.arrays,
+    None,
+    model.notes,
+    source_text=model.text,
+    index_crc32=model.index_crc32,
+  )
 
 
 def is_finished(path: str | os.PathLike) -> bool:

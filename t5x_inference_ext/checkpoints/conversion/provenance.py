@@ -32,7 +32,9 @@ def conversion_record(source: Checkpoint, scale_search: str) -> dict[str, Any]:
       'notes': list(source.notes),
       'form': source.form,
       'rescale_logits': source.rescale_logits,
-      'index_crc32': _index_checksum(source.path),
+      'index_crc32': _index_checksum(source.path)
+      if source.index_crc32 is None
+      else source.index_crc32,
     },
     'options': {'scale_search': scale_search},
   }

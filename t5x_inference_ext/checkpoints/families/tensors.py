@@ -1,7 +1,6 @@
 """Canonical tensors as views of a family's stored tensors, one stored tensor a layer."""
 
 from collections.abc import Callable, Mapping
-import math
 import re
 
 import ml_dtypes

@@ -60,8 +60,8 @@ class QuantizedTensor(Tensor):
     return found[..., begin - first * values : end - first * values]
 
 
-def read_gguf(path: str) -> tuple[GgufHeader, dict[str, Tensor]]:
-  """Return the header of a GGUF file, and the tensors by name, with the outermost axis first.
+def read_gguf(path: str) -> tuple[GgufHeader, dict[str, Tensor], dict[str, str]]:
+  """Return the header of a GGUF file, its tensors, outermost axis first, and their types, by name.
 
   Raises:
     CheckpointError: The file is damaged, or holds a type that can't be read.
@@ -78,10 +78,10 @@ def read_gguf(path: str) -> tuple[GgufHeader, dict[str, Tensor]]:
   if type(alignment) is not int or not 0 < alignment <= _MAX_ALIGNMENT:
     raise CheckpointError(f'{path} is damaged: its general.alignment is {printable(alignment)}')
   data = -(-header.size // alignment) * alignment
-  tensors, spans = {}, []
+  tensors, types, spans = {}, {}, []
   for name, entry in header.entries.items():
     where = f'{printable(name)} in {path}'
-    tensors[name], nbytes = _tensor(file, data, entry, where)
+    types[name], tensors[name], nbytes = _tensor(file, data, entry, where)
     if entry.offset % alignment:
       raise CheckpointError(f'{where} begins at {entry.offset}, no multiple of {alignment} bytes')
     if data + entry.offset + nbytes > file.size:
@@ -96,18 +96,25 @@ def read_gguf(path: str) -> tuple[GgufHeader, dict[str, Tensor]]:
       raise CheckpointError(
         f'{printable(name)} and {printable(before)} in {path} overlap at byte {begin} of the data'
       )
-  return header, tensors
+  return header, tensors, types
 
 
-def _tensor(file: StoredBytes, data: int, entry: GgufEntry, where: str) -> tuple[Tensor, int]:
-  """Return a tensor and its size in bytes. `data` is where all tensors' data begins."""
-  name = _TYPE_NAMES.get(entry.type_number)
-  kind = BLOCK_TYPES.get(name or '')
+def _tensor(file: StoredBytes, data: int, entry: GgufEntry, where: str) -> tuple[str, Tensor, int]:
+  """Return a tensor's type, the tensor, and its size in bytes.
+
+  Args:
+    file: The file.
+    data: First byte of all tensors' data in the file.
+    entry: The tensor's entry in the header.
+    where: The tensor's name and file, for messages.
+  """
+  name = _TYPE_NAMES.get(entry.type_number, f'number {entry.type_number}')
+  kind = BLOCK_TYPES.get(name)
   if name not in _PLAIN and kind is None:
     known = ', '.join(sorted({*_PLAIN, *BLOCK_TYPES}))
     raise CheckpointError(
-      f'{where} has type {name or entry.type_number}, and only {known} are read: quantize the '
-      'model again, to Q8_0 for example'
+      f'{where} has type {name}, and only {known} are read: quantize the model again, to Q8_0 for '
+      'example'
     )
   shape = entry.sizes[::-1]
   count = math.prod(shape)
@@ -115,11 +122,12 @@ def _tensor(file: StoredBytes, data: int, entry: GgufEntry, where: str) -> tuple
     raise CheckpointError(f'{where} has the sizes {list(shape)}, which no tensor has')
   if kind is None:
     dtype = np.dtype(_PLAIN[name])
-    return RawTensor(file, data + entry.offset, shape, dtype), count * dtype.itemsize
+    return name, RawTensor(file, data + entry.offset, shape, dtype), count * dtype.itemsize
   if shape[-1] % kind.values:
     raise CheckpointError(
-      f'{where} has rows of {shape[-1]} values, no multiple of the {kind.values} of a block of {name}'
+      f'{where} has rows of {shape[-1]} values, no multiple of the {kind.values} of a '
+      f'block of {name}'
     )
   row_bytes = shape[-1] // kind.values * kind.nbytes
   blocks = RawTensor(file, data + entry.offset, (*shape[:-1], row_bytes), np.uint8)
-  return QuantizedTensor(blocks, kind), math.prod(shape[:-1]) * row_bytes
+  return name, QuantizedTensor(blocks, kind), math.prod(shape[:-1]) * row_bytes

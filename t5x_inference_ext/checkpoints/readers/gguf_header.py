@@ -27,17 +27,17 @@ _MAX_KEYS, _MAX_TENSORS = 2**16, 2**20
 _MAX_STRING, _MAX_ARRAY, _MAX_HEADER = 2**24, 2**23, 2**28
 _MAX_AXES = 4
 _SCALARS = {
-  0: '<u1',
-  1: '<i1',
-  2: '<u2',
-  3: '<i2',
-  4: '<u4',
-  5: '<i4',
-  6: '<f4',
-  7: '?',
-  10: '<u8',
-  11: '<i8',
-  12: '<f8',
+  0: '<B',
+  1: '<b',
+  2: '<H',
+  3: '<h',
+  4: '<I',
+  5: '<i',
+  6: '<f',
+  7: '<?',
+  10: '<Q',
+  11: '<q',
+  12: '<d',
 }
 _STRING, _ARRAY = 8, 9
 
@@ -83,7 +83,7 @@ def read_gguf_header(file: StoredBytes) -> GgufHeader:
   reader = _Reader(file)
   if file.size < len(GGUF_MAGIC) or reader.take(len(GGUF_MAGIC)) != GGUF_MAGIC:
     raise CheckpointError(f'{file.path} is not a GGUF file: it does not begin with GGUF')
-  version = reader.number('<u4')
+  version = reader.number('<I')
   if version not in _VERSIONS:
     swapped = struct.unpack('>I', struct.pack('<I', version))[0] in _VERSIONS
     raise CheckpointError(
@@ -91,8 +91,8 @@ def read_gguf_header(file: StoredBytes) -> GgufHeader:
       + (', so it is big-endian, which can not be read' if swapped else '')
       + f'; versions {" and ".join(map(str, _VERSIONS))} are read: convert the model again'
     )
-  num_tensors = reader.count('tensors', '<u8', _MAX_TENSORS, 24)
-  num_keys = reader.count('metadata keys', '<u8', _MAX_KEYS, 13)
+  num_tensors = reader.count('tensors', '<Q', _MAX_TENSORS, 24)
+  num_keys = reader.count('metadata keys', '<Q', _MAX_KEYS, 13)
   metadata = reader.named(num_keys, 'the key', reader.value)
   entries = reader.named(num_tensors, 'the tensor', reader.entry)
   return GgufHeader(metadata, entries, reader.position, reader.crc)
@@ -129,13 +129,15 @@ class _Reader:
     self.crc = zlib.crc32(taken, self.crc)
     return taken
 
-  def number(self, dtype: str) -> Any:
+  def number(self, form: str) -> Any:
     """Return the next number, as a Python number."""
-    return np.frombuffer(self.take(np.dtype(dtype).itemsize), dtype)[0].item()
+    (value,) = struct.unpack(form, self.take(struct.calcsize(form)))
+    # 1e-5, not 9.99999974e-6: the shortest decimal of the float32 is what was written.
+    return float(str(np.float32(value))) if form == '<f' else value
 
-  def count(self, what: str, dtype: str, limit: int, least_bytes: int) -> int:
+  def count(self, what: str, form: str, limit: int, least_bytes: int) -> int:
     """Return the next number, of things that take at least `least_bytes` each in this file."""
-    count = self.number(dtype)
+    count = self.number(form)
     if count > limit or count * least_bytes > self._file.size - self.position:
       raise CheckpointError(
         f'{self._file.path} is damaged: its header lists {count} {what} at byte {self.position}, '
@@ -145,7 +147,7 @@ class _Reader:
 
   def text(self) -> str:
     """Return the next string."""
-    data = self.take(self.count('characters', '<u8', _MAX_STRING, 1))
+    data = self.take(self.count('characters', '<Q', _MAX_STRING, 1))
     try:
       return data.decode()
     except UnicodeDecodeError:
@@ -165,25 +167,25 @@ class _Reader:
 
   def value(self) -> Any:
     """Return the next value of a key, with its type before it."""
-    kind = self.number('<u4')
+    kind = self.number('<I')
     if kind == _STRING:
       return self.text()
     if kind != _ARRAY:
-      return self.number(self._dtype(kind))
-    kind = self.number('<u4')
+      return self.number(self._format(kind))
+    kind = self.number('<I')
     if kind == _STRING:
-      return [self.text() for _ in range(self.count('strings', '<u8', _MAX_ARRAY, 8))]
-    dtype = np.dtype(self._dtype(kind))
-    count = self.count('numbers', '<u8', _MAX_ARRAY, dtype.itemsize)
+      return [self.text() for _ in range(self.count('strings', '<Q', _MAX_ARRAY, 8))]
+    dtype = np.dtype(self._format(kind))
+    count = self.count('numbers', '<Q', _MAX_ARRAY, dtype.itemsize)
     return np.frombuffer(self.take(count * dtype.itemsize), dtype)
 
   def entry(self) -> GgufEntry:
     """Return the next tensor's entry, without its name."""
-    axes = self.count('axes', '<u4', _MAX_AXES, 8)
-    sizes = tuple(self.number('<u8') for _ in range(axes))
-    return GgufEntry(sizes, self.number('<u4'), self.number('<u8'))
+    axes = self.count('axes', '<I', _MAX_AXES, 8)
+    sizes = tuple(self.number('<Q') for _ in range(axes))
+    return GgufEntry(sizes, self.number('<I'), self.number('<Q'))
 
-  def _dtype(self, kind: int) -> str:
+  def _format(self, kind: int) -> str:
     if kind not in _SCALARS:
       raise CheckpointError(
         f'{self._file.path} is damaged: a key has the unknown type {kind} before byte '

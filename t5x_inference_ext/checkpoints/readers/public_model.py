@@ -4,6 +4,8 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
+from t5x_inference_ext import params
+from t5x_inference_ext.checkpoints.arrays import SourceArray, whole_array
 from t5x_inference_ext.checkpoints.tensor import Tensor
 from t5x_inference_ext.config import ModelConfig
 
@@ -51,3 +53,11 @@ class PublicModel:
   notes: tuple[str, ...]
   text: SourceText
   index_crc32: int
+
+  @property
+  def arrays(self) -> tuple[SourceArray, ...]:
+    """Each canonical tensor as a stored array, for conversions."""
+    return tuple(
+      whole_array(tensor, name, None if name in params.OUTSIDE_LAYERS else 0)
+      for name, tensor in self.tensors.items()
+    )

@@ -1,0 +1,75 @@
+"""Opening of models in public formats: directories of safetensors, and GGUF files."""
+
+import os
+
+from t5x_inference_ext.checkpoints import storage
+from t5x_inference_ext.checkpoints.readers.gguf import GGUF_SUFFIX
+from t5x_inference_ext.checkpoints.readers.gguf_model import read_gguf_model
+from t5x_inference_ext.checkpoints.readers.huggingface import (
+  PICKLE_ADVICE,
+  pickle_names,
+  read_huggingface,
+)
+from t5x_inference_ext.checkpoints.readers.public_model import PublicModel
+from t5x_inference_ext.checkpoints.readers.safetensors import SAFETENSORS, SAFETENSORS_INDEX
+from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.errors import CheckpointError, printable
+
+
+def read_public(path: str) -> PublicModel | None:
+  """Return the model at a path, or None if there is none in a public format.
+
+  Args:
+    path: A directory with config.json and safetensors, or a file of it; or a GGUF file; or a
+      directory with a single GGUF file.
+
+  Raises:
+    CheckpointError: There is a model, but it is damaged, or can't be served.
+  """
+  directory, name = os.path.split(path)
+  if name.endswith(GGUF_SUFFIX) and (storage.is_remote(path) or os.path.isfile(path)):
+    return read_gguf_model(path)
+  if not storage.is_remote(path) and os.path.isfile(path):
+    if pickle_names([name]):
+      raise CheckpointError(
+        f'{printable(path)} is a pickle, which can run any program when it is opened; '
+        f'{PICKLE_ADVICE}'
+      )
+    if name in (SAFETENSORS, SAFETENSORS_INDEX):
+      return read_huggingface(directory)
+    return None
+  found = read_huggingface(path)
+  if found is not None or storage.is_remote(path) or not os.path.isdir(path):
+    return found
+  files = sorted(name for name in os.listdir(path) if name.endswith(GGUF_SUFFIX))
+  if len(files) > 1:
+    raise CheckpointError(
+      f'{path} holds {len(files)} GGUF files: name the one you mean, such as '
+      f'{path}/{printable(files[0])}'
+    )
+  return read_gguf_model(os.path.join(path, files[0])) if files else None
+
+
+def check_arguments(
+  model: PublicModel,
+  norm_scale: str | None,
+  config: ModelConfig | None,
+  rescale_logits: bool | None,
+) -> None:
+  """Compare the arguments of open_checkpoint with what a model's settings say.
+
+  Raises:
+    CheckpointError: They differ. The settings say everything that weights do not show.
+  """
+  found = model.config
+  if rescale_logits is not None:
+    raise CheckpointError(
+      f'rescale_logits is for T5X checkpoints: the settings of {model.path} say how attention '
+      'logits are scaled'
+    )
+  asked = {'norm_scale': norm_scale or found.norm_scale} if config is None else vars(config)
+  for name, value in asked.items():
+    if value != getattr(found, name):
+      raise CheckpointError(
+        f'{name}={value} was asked for, but as read from {model.path} it is {getattr(found, name)}'
+      )
