@@ -1,1 +1,1 @@
-"""Public families of decoders: from their settings and names to ModelConfig and canonical tensors."""
+"""Public families of decoders: their settings as ModelConfig, their tensors as canonical ones."""

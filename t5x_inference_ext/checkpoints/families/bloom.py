@@ -144,7 +144,7 @@ def mpt(s: Settings) -> FamilyModel:
 
 
 def falcon(s: Settings) -> FamilyModel:
-  """Return a Falcon: 7B (parallel, multiquery), 40B and 180B (grouped, two norms), or RW (serial)."""
+  """Return a Falcon: 7B (multiquery), 40B and 180B (grouped, two norms), or RW (serial)."""
   s.only('apply_residual_connection_post_layernorm', False)
   grouped, parallel = s.flag('new_decoder_architecture', False), s.flag('parallel_attn', True)
   multiquery, alibi = s.flag('multi_query', True), s.flag('alibi', False)

@@ -14,8 +14,8 @@ class FamilyModel:
 
   Attributes:
     config: The model.
-    modules: Canonical tensor -> module that holds it, with {} for the layer. A bias is in the module
-      of its matrix or norm.
+    modules: Canonical tensor -> module that holds it, with {} for the layer, and [] for the head
+      where each head has a module. A bias is in the module of its matrix or norm.
     fused: How query, key and value lie in one matrix if they share a module: 'stacked', all queries
       before all keys before all values; 'grouped', key head by key head; 'codegen', four times
       queries, values, keys.

@@ -2,6 +2,7 @@
 
 import math
 import os
+import weakref
 
 import numpy as np
 import tensorstore as ts
@@ -39,13 +40,10 @@ class StoredBytes:
       return
     try:
       self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+      weakref.finalize(self, os.close, self._descriptor)
       self.size = os.fstat(self._descriptor).st_size
     except OSError as e:
       raise CheckpointError(f"can't read {printable(self.path)}: {e.strerror}") from e
-
-  def __del__(self) -> None:
-    if getattr(self, '_descriptor', None) is not None:
-      os.close(self._descriptor)
 
   def read(self, begin: int, size: int) -> np.ndarray:
     """Return `size` bytes from `begin` on, as uint8. Raises CheckpointError as `read_into` does."""
