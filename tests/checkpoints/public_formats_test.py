@@ -18,7 +18,7 @@ from t5x_inference_ext.checkpoints.readers.stored_bytes import StoredBytes
 from t5x_inference_ext.errors import CheckpointError
 from tests.checkpoints import gguf_families, public_files
 
-FAMILIES = [
+FAMILIES = (
   'bloom',
   'codegen',
   'cohere',
@@ -48,7 +48,7 @@ FAMILIES = [
   'smollm2',
   'stablelm',
   'stablelm_parallel',
-]
+)
 
 
 @pytest.fixture(scope='session')

@@ -86,10 +86,9 @@ def _tensor(model: FamilyModel, name: str, take: Callable[[str], Tensor], where:
     _check_shape(tensor, shape, stored_name)
     return tensor
 
-  if layered:
-    tensor = Stack([one(stored_name.replace('{}', str(i))) for i in range(c.num_layers)], 0)
-  else:
-    tensor = one(stored_name)
+  names = [stored_name.replace('{}', str(i)) for i in range(c.num_layers if layered else 1)]
+  layers = [one(stored_name) for stored_name in names]
+  tensor: Tensor = Stack(layers, 0) if layered else layers[0]
   if is_matrix and model.transposed:
     tensor = Transposed(tensor)
   offset = model.norm_offset if p.kind == 'norm' else 0.0

@@ -70,9 +70,9 @@ def _q4_k(blocks: np.ndarray) -> np.ndarray:
 
 def _q6_k(blocks: np.ndarray) -> np.ndarray:
   n = len(blocks)
-  low, high = blocks[:, :128].reshape(n, 2, 64), blocks[:, 128:192].reshape(n, 2, 1, 32)
-  low = np.concatenate([low & _LOW, low >> np.uint8(4)], -1).reshape(n, 2, 4, 32)
-  high = high >> np.array([0, 2, 4, 6], np.uint8)[:, None] & np.uint8(3)
+  packed, upper = blocks[:, :128].reshape(n, 2, 64), blocks[:, 128:192].reshape(n, 2, 1, 32)
+  low = np.concatenate([packed & _LOW, packed >> np.uint8(4)], -1).reshape(n, 2, 4, 32)
+  high = upper >> np.array([0, 2, 4, 6], np.uint8)[:, None] & np.uint8(3)
   quants = (low | high << np.uint8(4)).astype(np.float32) - np.float32(32)
   scales = np.ascontiguousarray(blocks[:, 192:208]).view(np.int8)
   steps = (_half(blocks, 208) * scales)[..., None]

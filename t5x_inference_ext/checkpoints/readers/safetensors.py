@@ -11,7 +11,7 @@ import collections
 from collections.abc import Iterable
 import json
 import math
-from typing import Any
+from typing import Any, TypeGuard
 import zlib
 
 import ml_dtypes
@@ -189,7 +189,7 @@ def _entry(entry: Any, where: str) -> tuple[np.dtype, tuple[int, ...], tuple[int
   return np.dtype(_DTYPES[name]), tuple(shape), (offsets[0], offsets[1])
 
 
-def _are_sizes(values: Any) -> bool:
+def _are_sizes(values: Any) -> TypeGuard[list[int]]:
   """Return whether a value is a list of whole numbers from 0 on that an offset can be."""
   return isinstance(values, list) and all(type(n) is int and 0 <= n < 2**63 for n in values)
 

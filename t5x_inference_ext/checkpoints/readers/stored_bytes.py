@@ -60,7 +60,7 @@ class StoredBytes:
     if self._descriptor is None:
       out[:] = np.frombuffer(self._remote(begin, out.nbytes), np.uint8)
       return
-    left = memoryview(out)
+    left = out.data
     while left:
       try:
         count = os.preadv(self._descriptor, [left], begin)
