@@ -5,8 +5,10 @@ Symmetric: w ~ q * scale with q in [-127, 127]. The scale is max|w| / 127 over a
 """
 
 from collections.abc import Iterator
+import itertools
 
 from jaxtyping import Float32, Int8, Int64, Real
+import ml_dtypes
 import numpy as np
 
 QMAX = 127
@@ -19,15 +21,25 @@ SQUARE_UNITS = 2**24
 
 # Approximate number of elements in a block. Rows are processed in blocks so that temporaries stay
 # in the processor's cache.
-_BLOCK_ELEMENTS = 2**17
+_BLOCK_ELEMENTS, _TILE_ROWS = 2**17, 2**9
 
 
 def largest(w: Real[np.ndarray, 'L rows out']) -> Float32[np.ndarray, 'L out']:
   """Return max|w| of each layer and output channel; NaN if a weight is NaN."""
+  if w.dtype == ml_dtypes.bfloat16:
+    # Without their sign, floats are in the order of their bits; NaN are above infinity.
+    bits = np.zeros((w.shape[0], w.shape[2]), np.uint16)
+    for index in blocks(w):
+      layers, _, columns = index
+      found = (w[index].view(np.uint16) & np.uint16(0x7FFF)).max(1)
+      np.maximum(bits[layers, columns], found, out=bits[layers, columns])
+    return bits.view(ml_dtypes.bfloat16).astype(np.float32)
   out = np.zeros((w.shape[0], w.shape[2]), np.float32)
-  for layers, rows in blocks(w.shape):
-    block = w[layers, rows].astype(np.float32, copy=False)
-    np.maximum(out[layers], np.maximum(block.max(1), -block.min(1)), out=out[layers])
+  for index in blocks(w):
+    layers, _, columns = index
+    block = w[index].astype(np.float32, copy=False)
+    found = np.maximum(block.max(1), -block.min(1))
+    np.maximum(out[layers, columns], found, out=out[layers, columns])
   return out
 
 
@@ -43,10 +55,12 @@ def quantize_layers(
 ) -> Int8[np.ndarray, 'L rows out']:
   """Round weights, divided by their scales, to the nearest int8; halves round to even."""
   out = np.empty(w.shape, np.int8)
-  for layers, rows in blocks(w.shape):
-    units = w[layers, rows].astype(np.float32, copy=False) / scale[layers, None]
+  for index in blocks(w):
+    layers, _, columns = index
+    units = w[index].astype(np.float32, copy=False) / scale[layers, None, columns]
     np.rint(units, out=units)
-    out[layers, rows] = np.clip(units, -QMAX, QMAX, out=units)
+    # int8 before it is written: a tile is transposed there, and that takes fewer lines of the cache.
+    out[index] = np.clip(units, -QMAX, QMAX, out=units).astype(np.int8)
   return out
 
 
@@ -67,12 +81,15 @@ def squared_errors(
     integers do not depend on how a matrix is cut into blocks, nor on their order.
   """
   out = np.zeros((len(SEARCHED), w.shape[0], w.shape[2]), np.int64)
-  for layers, rows in blocks(w.shape):
-    block = w[layers, rows].astype(np.float32, copy=False)
+  for index in blocks(w):
+    layers, _, columns = index
+    block = w[index].astype(np.float32, copy=False)
     for i, factor in enumerate(SEARCHED):
-      units = block / (scale[layers, None] * np.float32(factor))
+      units = block / (scale[layers, None, columns] * np.float32(factor))
       error = units - np.clip(np.rint(units), -QMAX, QMAX)
-      out[i, layers] += np.rint(error * error * np.float32(SQUARE_UNITS)).astype(np.int64).sum(1)
+      out[i, layers, columns] += (
+        np.rint(error * error * np.float32(SQUARE_UNITS)).astype(np.int64).sum(1)
+      )
   return out
 
 
@@ -85,15 +102,25 @@ def best_scales(
   return (scale * np.asarray(SEARCHED, np.float32)[best]).astype(np.float32)
 
 
-def blocks(shape: tuple[int, ...]) -> Iterator[tuple[slice, slice]]:
-  """Yield ranges of layers and rows of [L, in, out], each of about _BLOCK_ELEMENTS elements."""
-  layers, rows, columns = shape
+def blocks(w: np.ndarray) -> Iterator[tuple[slice, slice, slice]]:
+  """Yield the indices of blocks of w [L, in, out], each of about _BLOCK_ELEMENTS elements.
+
+  A block has all columns of some rows. Only if a column's values lie together, as those of
+  torch.nn.Linear's weights do, it is a tile of _TILE_ROWS: what is written then lies in the other
+  order, and a block of whole columns would be spread over too many lines of the cache.
+  """
+  layers, rows, columns = w.shape
+  if w.strides[1] < w.strides[2]:
+    high, wide = _TILE_ROWS, max(1, _BLOCK_ELEMENTS // _TILE_ROWS)
+    for i, j, k in itertools.product(range(layers), range(0, rows, high), range(0, columns, wide)):
+      yield slice(i, i + 1), slice(j, j + high), slice(k, k + wide)
+    return
   step = max(1, _BLOCK_ELEMENTS // max(1, columns))
   if step >= 2 * rows:
     step = step // max(1, rows)
     for i in range(0, layers, step):
-      yield slice(i, i + step), slice(None)
+      yield slice(i, i + step), slice(None), slice(None)
     return
   for i in range(layers):
     for j in range(0, rows, step):
-      yield slice(i, i + 1), slice(j, j + step)
+      yield slice(i, i + 1), slice(j, j + step), slice(None)

@@ -1,8 +1,10 @@
 """Int8 rounding at its edges; tests/checkpoints/convert_test.py has whole checkpoints."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 
+from t5x_inference_ext.checkpoints.conversion.rounding_error import RoundingError
 from t5x_inference_ext.quantization import rounding
 
 
@@ -49,6 +51,40 @@ def test_blocks_do_not_show(monkeypatch):
   scale = scales(w)
   whole = quantize(w, scale)
   monkeypatch.setattr(rounding, '_BLOCK_ELEMENTS', 21)
-  assert len([*rounding.blocks((1, *w.shape))]) == 17
+  assert len([*rounding.blocks(w[None])]) == 17
   np.testing.assert_array_equal(scales(w), scale)
   np.testing.assert_array_equal(quantize(w, scale), whole)
+
+
+@pytest.mark.parametrize('dtype', [np.float32, ml_dtypes.bfloat16])
+def test_the_order_in_memory_does_not_show(dtype):
+  """Columns whose values lie together, as in a transposed matrix: several tiles of them."""
+  w = np.random.default_rng(0).standard_normal((2, 1200, 700)).astype(dtype)
+  transposed = np.ascontiguousarray(w.swapaxes(1, 2)).swapaxes(1, 2)
+  assert len([*rounding.blocks(transposed)]) == 2 * 3 * 3
+  maxima = rounding.largest(w)
+  np.testing.assert_array_equal(maxima, np.abs(w.astype(np.float32)).max(1))
+  np.testing.assert_array_equal(rounding.largest(transposed), maxima, strict=True)
+  scale = rounding.scales_of(maxima)
+  rounded = rounding.quantize_layers(transposed, scale)
+  np.testing.assert_array_equal(rounded, rounding.quantize_layers(w, scale), strict=True)
+  np.testing.assert_array_equal(
+    rounding.squared_errors(transposed, scale), rounding.squared_errors(w, scale)
+  )
+  for written in (rounded, transposed.astype(np.float16).astype(np.float32)):
+    found, wanted = RoundingError(), RoundingError()
+    used = scale if written is rounded else None
+    found.add(transposed, written, used, 1.0)
+    wanted.add(w, np.ascontiguousarray(written), used, 1.0)
+    assert (found.largest, found.magnitude) == (wanted.largest, 1.0)
+    np.testing.assert_allclose(
+      [found.squares, found.norm], [wanted.squares, wanted.norm], rtol=1e-5
+    )
+
+
+def test_largest_of_special_values():
+  w = np.array([[0.0, -0.0, -np.inf, np.nan, 3e38], [-2.0, 0.0, 1.0, 9.0, -3.1e38]])[None]
+  w = w.astype(ml_dtypes.bfloat16)
+  wanted = np.abs(w.astype(np.float32)).max(1)
+  np.testing.assert_array_equal(rounding.largest(w), wanted)
+  assert np.isnan(wanted[0, 3]) and np.isinf(wanted[0, 2])

@@ -1,6 +1,7 @@
 """Rounding errors: how far written values are from the source's."""
 
 import dataclasses
+from typing import Literal
 
 import numpy as np
 
@@ -35,12 +36,17 @@ class RoundingError:
       magnitude: max|w|.
     """
     self.magnitude = max(self.magnitude, magnitude)
-    for layers, rows in rounding.blocks(w.shape):
-      exact = np.ascontiguousarray(_floats(w, layers, rows, scale))
-      difference = np.subtract(_floats(written, layers, rows, scale), exact)
+    for index in rounding.blocks(w):
+      exact = _floats(w[index], index, scale)
+      self.norm += _squares(exact)
+      if written.dtype == w.dtype:  # the values themselves
+        continue
+      # In the order of w's values: subtracting across orders is slow.
+      order: Literal['F', 'C'] = 'F' if w.strides[1] < w.strides[2] else 'C'
+      stored = np.asarray(written[index], order=order)
+      difference = np.subtract(_floats(stored, index, scale), exact)
       self.largest = max(self.largest, float(difference.max()), -float(difference.min()))
       self.squares += _squares(difference)
-      self.norm += _squares(exact)
 
   def merge(self, other: 'RoundingError') -> None:
     """Add the sums of another RoundingError."""
@@ -63,17 +69,20 @@ class RoundingError:
     return (self.squares / self.norm) ** 0.5 if self.norm else 0.0
 
 
-def _floats(values: np.ndarray, layers: slice, rows: slice, scale: np.ndarray | None) -> np.ndarray:
-  """Return a block of float or int8 values as float32."""
-  block = values[layers, rows]
+def _floats(
+  block: np.ndarray, index: tuple[slice, slice, slice], scale: np.ndarray | None
+) -> np.ndarray:
+  """Return the float or int8 values of a block as float32."""
+  layers, _, columns = index
   if block.dtype == np.int8:
     assert scale is not None
-    return rounding.dequantize(block, scale[layers, None])
+    return rounding.dequantize(block, scale[layers, None, columns])
   return block.astype(np.float32, copy=False)
 
 
 def _squares(values: np.ndarray) -> float:
-  """Return the sum of squares of contiguous float32 values."""
+  """Return the sum of squares of float32 values."""
+  values = values.ravel('K')
   # float32 is faster, if the sum is within its range.
   total = float(np.vdot(values, values))
   if 1e-20 < total < np.inf or not values.any():

@@ -284,4 +284,5 @@ def _round(w: np.ndarray, scale: np.ndarray | None, dtype: np.dtype) -> np.ndarr
   if w.dtype == np.int8:
     assert scale is not None
     w = rounding.dequantize(w, scale[:, None])
-  return w.astype(dtype, copy=False)
+  # Once here, not for each of fingerprint and file.
+  return np.ascontiguousarray(w.astype(dtype, copy=False))
