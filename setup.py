@@ -45,11 +45,13 @@ PLOTS = 'matplotlib>=3.11'
 TEST_REQUIRES = [
   *SEQIO_REQUIRES,
   PLOTS,  # figures are drawn in tests too
+  'gguf>=0.19',  # the oracle of quantized blocks
   'hypothesis>=6.150.3',
   # Tests of the compiled programs; on a platform without it they are skipped, and say so.
   f"{LIBTPU}; sys_platform == 'linux' and platform_machine == 'x86_64'",
   'pytest>=9.0.3',
   'pytest-xdist>=3.8',  # two test files at a time
+  'safetensors>=0.8',  # the oracle of headers
   # tests/package_test.py builds the wheel without isolation; 70.1 no longer needs `wheel`.
   'setuptools>=70.1',
   # The checks that `make test` runs before pytest, and the checker of array types in tests.

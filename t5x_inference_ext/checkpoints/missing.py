@@ -4,14 +4,17 @@ import os
 
 from t5x_inference_ext.checkpoints import serving, storage, unfinished
 from t5x_inference_ext.checkpoints.readers import legacy, orbax
+from t5x_inference_ext.checkpoints.readers.huggingface import HUGGINGFACE_CONFIG
+from t5x_inference_ext.checkpoints.readers.safetensors import SAFETENSORS, SAFETENSORS_INDEX
 from t5x_inference_ext.errors import name_list
 
 
 def missing_checkpoint(path: str) -> str:
   """Return a message that says what `path` holds instead, and which path is probably meant."""
   expected = (
-    f'a checkpoint directory holds {legacy.INDEX} (T5X), {orbax.STATE}/{orbax.METADATA} (Orbax) or '
-    f'{serving.CONFIG} (made by convert_checkpoint)'
+    f'a checkpoint directory holds {legacy.INDEX} (T5X), {orbax.STATE}/{orbax.METADATA} (Orbax), '
+    f'{serving.CONFIG} (made by convert_checkpoint) or {HUGGINGFACE_CONFIG} and {SAFETENSORS} (a '
+    'public model; or a GGUF file)'
   )
   if storage.is_remote(path):
     if storage.read_file(path, unfinished.MARKER) is not None:
@@ -36,7 +39,10 @@ def missing_checkpoint(path: str) -> str:
 
 def _hint(directory: str) -> str:
   """Return the end of a message, naming the checkpoints inside a directory, or ''."""
-  headers = (legacy.INDEX, serving.CONFIG, orbax.METADATA, f'{orbax.STATE}/{orbax.METADATA}')
+  headers = (
+    *(legacy.INDEX, serving.CONFIG, orbax.METADATA, f'{orbax.STATE}/{orbax.METADATA}'),
+    *(SAFETENSORS, SAFETENSORS_INDEX),
+  )
   names = [
     name
     for name in os.listdir(directory)

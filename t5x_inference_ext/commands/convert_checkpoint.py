@@ -1,4 +1,4 @@
-r"""Convert a checkpoint: T5X's into a serving checkpoint with int8 or bfloat16 weights, or back.
+r"""Convert a checkpoint into a serving checkpoint of int8 or bfloat16 weights, or into T5X's form.
 
   python -m t5x_inference_ext.convert_checkpoint \
       --input=examples/palm_tiny/checkpoint_1000 --output=/tmp/palm_tiny_int8 --weights=int8
@@ -11,7 +11,8 @@ The same through gin:
       --gin.OUTPUT_CHECKPOINT=\"/tmp/palm_tiny_int8\"
 
 The input is a directory that T5X wrote (legacy or Orbax, scanned or with one subtree a layer, with
-or without optimizer state, float or already quantized as qkernel and qscale), or a serving
+or without optimizer state, float or already quantized as qkernel and qscale); a public model, which
+is a directory of safetensors with config.json or a GGUF file (docs/public_models.md); or a serving
 checkpoint. The model's shape is derived from it. T5X does not record whether norm scales are stored
 around zero (PaLM; flaxformer's center_scale_at_zero) or around one: --norm_scale says so, and the
 serving checkpoint records it. Multihead kernels [E, H Q] do not say how many heads they have: with
@@ -79,7 +80,9 @@ _REQUIRED, _REPORT = 'Required', 'Quality report'
 class SourceOptions:
   """Options of a conversion besides ConvertOptions; with gin, parameters of convert.convert."""
 
-  input: str | None = option(None, help='Checkpoint directory to read.', group=_REQUIRED)
+  input: str | None = option(
+    None, help='Checkpoint directory to read, or a GGUF file.', group=_REQUIRED
+  )
   output: str | None = option(None, help='Checkpoint directory to make.', group=_REQUIRED)
   weights: str | None = option(
     None,

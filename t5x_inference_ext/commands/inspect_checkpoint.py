@@ -2,10 +2,11 @@
 
   python -m t5x_inference_ext.inspect_checkpoint examples/palm_tiny/checkpoint_1000
 
-Any format is accepted: T5X's legacy format and Orbax, scanned or not, float or quantized; serving
-checkpoints; and trees of models that can't be served, with the reason. Only the norms are read, and
-one block of the largest array, to time its decoding and rounding. The printed time is for all
-blocks at this rate on all cores; a slower disk makes it longer.
+Any format is accepted: T5X's legacy format and Orbax, scanned or not, float or quantized; public
+models as safetensors or GGUF; serving checkpoints; and trees of models that can't be served, with
+the reason. Only the norms are read, and one block of the largest array, to time its decoding and
+rounding. The printed time is for all blocks at this rate on all cores; a slower disk makes it
+longer.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,7 @@ from t5x_inference_ext.checkpoints import serving, storage
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint, open_checkpoint, read_tree
 from t5x_inference_ext.checkpoints.conversion.conversion import Conversion
 from t5x_inference_ext.checkpoints.conversion.options import ConvertOptions
+from t5x_inference_ext.checkpoints.public import read_public
 from t5x_inference_ext.checkpoints.tensor import Tensor
 from t5x_inference_ext.commands import cli
 from t5x_inference_ext.config import PRESETS, ModelConfig, preset
@@ -75,18 +77,38 @@ def describe_checkpoint(path: str) -> Iterator[str]:
     yield f"this can't be served as it is: {e}"
     return
   yield from checkpoint.notes
-  stored = read_tree(checkpoint.path) if checkpoint.format != 'serving' else None
-  yield from tensor_lines(stored[1].leaves if stored else checkpoint.tensors)
+  is_chunked = checkpoint.index_crc32 is None
+  yield from tensor_lines(stored_tensors(checkpoint), is_chunked)
   yield looks_like(checkpoint.config)
   yield from costs(checkpoint)
 
 
-def tensor_lines(tensors: Mapping[str, Tensor]) -> Iterator[str]:
-  """Yield a line for each tensor, and one line of totals."""
+def stored_tensors(checkpoint: Checkpoint) -> Mapping[str, Tensor]:
+  """Return a checkpoint's tensors as they are stored, by stored name."""
+  if checkpoint.format == 'serving':
+    return checkpoint.tensors
+  model = read_public(checkpoint.path) if checkpoint.index_crc32 is not None else None
+  if model is not None:
+    return model.stored
+  found = read_tree(checkpoint.path)
+  return found[1].leaves if found else checkpoint.tensors
+
+
+def tensor_lines(tensors: Mapping[str, Tensor], is_chunked: bool = True) -> Iterator[str]:
+  """Yield a line for each tensor, and one line of totals.
+
+  Args:
+    tensors: The tensors, by name.
+    is_chunked: Whether they are stored in chunks. Others can be read from any byte on.
+  """
   names = {printable(name): tensor for name, tensor in tensors.items()}
   width = max(map(len, names), default=0)
   for name, tensor in names.items():
-    chunk = '' if tensor.chunk == tensor.shape else f' in chunks of {list(tensor.chunk)}'
+    chunk = (
+      ''
+      if not is_chunked or tensor.chunk == tensor.shape
+      else f' in chunks of {list(tensor.chunk)}'
+    )
     yield f'  {name:{width}}  {tensor.dtype.name:9}{list(tensor.shape)}{chunk}'
   elements = sum(t.nbytes // t.dtype.itemsize for t in tensors.values())
   size = decimal_bytes(sum(t.nbytes for t in tensors.values()))

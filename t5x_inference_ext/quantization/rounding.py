@@ -59,7 +59,7 @@ def quantize_layers(
     layers, _, columns = index
     units = w[index].astype(np.float32, copy=False) / scale[layers, None, columns]
     np.rint(units, out=units)
-    # int8 before it is written: a tile is transposed there, and that takes fewer lines of the cache.
+    # int8 first: writing transposes a tile, which then takes fewer lines of the cache.
     out[index] = np.clip(units, -QMAX, QMAX, out=units).astype(np.int8)
   return out
 

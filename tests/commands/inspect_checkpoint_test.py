@@ -7,7 +7,7 @@ import pytest
 from t5x_inference_ext.checkpoints import convert
 from t5x_inference_ext.commands import inspect_checkpoint
 from t5x_inference_ext.config import ModelConfig, preset
-from tests.checkpoints import synthetic
+from tests.checkpoints import gguf_families, public_files, synthetic
 
 
 def inspect(capsys, *argv):
@@ -117,3 +117,19 @@ def test_errors(argv, words, capsys):
 )
 def test_which_model(config, words):
   assert words in inspect_checkpoint.looks_like(config)
+
+
+def test_public_models(testdata, tmp_path, capsys):
+  code, out, _ = inspect(capsys, testdata / 'families' / 'falcon_40b')
+  assert code == 0
+  for words in (
+    'model of the family falcon at',
+    'BOS: 1; EOS: 2',
+    'transformer.h.0.self_attention.query_key_value.weight  bfloat16 [80, 48]\n',
+    'with int8 weights',
+  ):
+    assert words in out
+  metadata, arrays = gguf_families.converted(testdata / 'families' / 'qwen2')
+  path = public_files.write_gguf(tmp_path / 'model.gguf', metadata, arrays)
+  code, out, _ = inspect(capsys, path)
+  assert code == 0 and 'architecture qwen2' in out and 'blk.2.attn_k.bias' in out
