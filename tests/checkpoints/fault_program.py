@@ -28,6 +28,8 @@ from t5x_inference_ext.errors import CheckpointError
 
 # Many slices; some blocks are held, some read again; and most of the time is spent on them.
 OPTIONS = dict(slice_bytes=1, hold_bytes=2000, progress=lambda *_: time.sleep(0.002))
+# Public formats have no chunks: without a larger slice, each column would be one.
+SLICE_BYTES = 4000
 FUNCTIONS = ('allocate', 'write_blocks', 'sync', 'append_line', 'write_file', 'publish')
 
 
@@ -287,6 +289,8 @@ def errors(source: str, scratch: pathlib.Path) -> dict:
 if __name__ == '__main__':
   scratch_directory = pathlib.Path(sys.argv[2])
   os.chdir(scratch_directory)
+  if not os.path.exists(os.path.join(sys.argv[1], 'checkpoint')):
+    OPTIONS['slice_bytes'] = SLICE_BYTES
   if sys.argv[3] in ('kills', 'shard_kills'):
     print(
       json.dumps(globals()[sys.argv[3]](sys.argv[1], scratch_directory, *map(int, sys.argv[4:])))

@@ -9,17 +9,26 @@ import tempfile
 import pytest
 
 from t5x_inference_ext.config import ModelConfig
-from tests.checkpoints import synthetic
+from tests.checkpoints import gguf_families, public_files, synthetic
 
 CONFIG = ModelConfig(num_layers=3, d_model=16, d_ff=48, num_heads=4, d_head=8, vocab_size=32)
 KILLS = 40
 
 
+def source_of(kind: str, path, testdata):
+  """Return a source of a conversion: 'T5X', 'safetensors' or 'GGUF'."""
+  if kind == 'T5X':
+    leaves = synthetic.fused(synthetic.canonical(CONFIG), CONFIG)
+    return synthetic.write_legacy(path, leaves, chunks=8)
+  family = testdata / 'families' / 'falcon_40b'
+  if kind == 'safetensors':
+    return family
+  return public_files.write_gguf(path.with_suffix('.gguf'), *gguf_families.converted(family))
+
+
 @pytest.fixture
-def run(tmp_path, repository, request):
-  source = synthetic.write_legacy(
-    tmp_path / 'source', synthetic.fused(synthetic.canonical(CONFIG), CONFIG), chunks=8
-  )
+def run(tmp_path, repository, testdata, request):
+  source = source_of(getattr(request, 'param', 'T5X'), tmp_path / 'source', testdata)
   # In memory where that is possible: a conversion waits for the disk again and again, which costs a
   # minute here.
   memory = '/dev/shm' if os.access('/dev/shm', os.W_OK) else None
@@ -48,6 +57,7 @@ def run(tmp_path, repository, request):
   return program
 
 
+@pytest.mark.parametrize('run', ['T5X', 'safetensors', 'GGUF'], indirect=True)
 def test_kills(run):
   result = run('kills', 0, KILLS)
   assert result['kills'] >= KILLS and result['resumed'] >= KILLS // 4, result
