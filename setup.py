@@ -42,8 +42,12 @@ LIBTPU = 'libtpu>=0.0.52'
 
 PLOTS = 'matplotlib>=3.11'
 
+# Models by their names: hf:OWNER/NAME.
+HUB = 'huggingface_hub>=2.4'
+
 TEST_REQUIRES = [
   *SEQIO_REQUIRES,
+  HUB,
   PLOTS,  # figures are drawn in tests too
   'gguf>=0.19',  # the oracle of quantized blocks
   'hypothesis>=6.150.3',
@@ -88,6 +92,7 @@ setuptools.setup(
     't5x': T5X_REQUIRES,
     'tpu': [LIBTPU, 'requests>=2.32'],
     'plots': [PLOTS],
+    'hub': [HUB],
     'test': TEST_REQUIRES,
     'mutants': MUTANTS_REQUIRES,
   },

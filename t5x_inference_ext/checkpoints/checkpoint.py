@@ -69,7 +69,7 @@ def open_checkpoint(
 
   Args:
     path: A checkpoint directory of any name, or the msgpack file in it, or a GGUF file; local or
-      gs://.
+      gs://; or a model's name on a hub, hf:OWNER/NAME.
     norm_scale: How the norm scales are stored, 'zero' or 'one'. None takes what the checkpoint
       records. T5X checkpoints do not record it; then 'zero', as in PaLM, is assumed for fused
       parallel blocks, and 'one' for other layers and for layer norms. Notes say what was assumed.
@@ -95,7 +95,7 @@ def open_checkpoint(
       f'{path} is not a checkpoint but an unfinished conversion: run the same '
       'convert_checkpoint command again to finish it'
     )
-  header = storage.read_file(path, serving.CONFIG)
+  header = None if storage.is_on_hub(path) else storage.read_file(path, serving.CONFIG)
   if header is not None:
     if rescale_logits is not None:
       raise CheckpointError(
@@ -103,10 +103,10 @@ def open_checkpoint(
         'of queries was fixed when it was converted'
       )
     return _from_serving(path, header, norm_scale, config)
-  found = read_tree(path)
+  found = None if storage.is_on_hub(path) else read_tree(path)
   if found is not None:
     return _from_tree(*found, norm_scale, config, rescale_logits)
-  model = read_public(path)
+  model = read_public(path, norm_scale or (config.norm_scale if config else None))
   if model is None:
     raise CheckpointError(missing_checkpoint(path))
   check_arguments(model, norm_scale, config, rescale_logits)

@@ -1,8 +1,9 @@
 """Opening of models in public formats: directories of safetensors, and GGUF files."""
 
+import dataclasses
 import os
 
-from t5x_inference_ext.checkpoints import storage
+from t5x_inference_ext.checkpoints import hub, storage
 from t5x_inference_ext.checkpoints.readers.gguf import GGUF_SUFFIX
 from t5x_inference_ext.checkpoints.readers.gguf_model import read_gguf_model
 from t5x_inference_ext.checkpoints.readers.huggingface import (
@@ -16,16 +17,24 @@ from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import CheckpointError, printable
 
 
-def read_public(path: str) -> PublicModel | None:
+def read_public(path: str, norm_scale: str | None = None) -> PublicModel | None:
   """Return the model at a path, or None if there is none in a public format.
 
   Args:
     path: A directory with config.json and safetensors, or a file of it; or a GGUF file; or a
-      directory with a single GGUF file.
+      directory with a single GGUF file; or an address on a hub (hub.py).
+    norm_scale: As in read_huggingface.
 
   Raises:
     CheckpointError: There is a model, but it is damaged, or can't be served.
   """
+  if storage.is_on_hub(path):
+    local, address = hub.fetch(path)
+    model = read_public(local, norm_scale)
+    if model is None:
+      raise CheckpointError(f'{address} holds no model that can be read; it is in {local}')
+    notes = (f'fetched {address} into {local}', *model.notes)
+    return dataclasses.replace(model, path=address, notes=notes)
   directory, name = os.path.split(path)
   if name.endswith(GGUF_SUFFIX) and (storage.is_remote(path) or os.path.isfile(path)):
     return read_gguf_model(path)
@@ -36,9 +45,9 @@ def read_public(path: str) -> PublicModel | None:
         f'{PICKLE_ADVICE}'
       )
     if name in (SAFETENSORS, SAFETENSORS_INDEX):
-      return read_huggingface(directory)
+      return read_huggingface(directory, norm_scale)
     return None
-  found = read_huggingface(path)
+  found = read_huggingface(path, norm_scale)
   if found is not None or storage.is_remote(path) or not os.path.isdir(path):
     return found
   files = sorted(name for name in os.listdir(path) if name.endswith(GGUF_SUFFIX))

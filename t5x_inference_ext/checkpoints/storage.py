@@ -15,9 +15,16 @@ def is_remote(path: str) -> bool:
   return path.startswith('gs://')
 
 
+def is_on_hub(path: str) -> bool:
+  """Return whether a path is the address of a model on a hub (hub.py)."""
+  return path.startswith('hf:')
+
+
 def normalize(path: str | os.PathLike) -> str:
-  """Return an absolute path without a trailing slash; gs:// addresses only lose the slash."""
+  """Return an absolute path without a trailing slash; addresses only lose the slash."""
   path = os.fspath(path)
+  if is_on_hub(path):
+    return path.rstrip('/')
   return path.rstrip('/') if is_remote(path) else os.path.abspath(os.path.expanduser(path))
 
 

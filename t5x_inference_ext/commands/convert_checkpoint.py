@@ -81,7 +81,7 @@ class SourceOptions:
   """Options of a conversion besides ConvertOptions; with gin, parameters of convert.convert."""
 
   input: str | None = option(
-    None, help='Checkpoint directory to read, or a GGUF file.', group=_REQUIRED
+    None, help='Checkpoint directory to read, a GGUF file, or hf:OWNER/NAME.', group=_REQUIRED
   )
   output: str | None = option(None, help='Checkpoint directory to make.', group=_REQUIRED)
   weights: str | None = option(

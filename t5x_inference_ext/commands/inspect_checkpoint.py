@@ -87,7 +87,8 @@ def stored_tensors(checkpoint: Checkpoint) -> Mapping[str, Tensor]:
   """Return a checkpoint's tensors as they are stored, by stored name."""
   if checkpoint.format == 'serving':
     return checkpoint.tensors
-  model = read_public(checkpoint.path) if checkpoint.index_crc32 is not None else None
+  is_public, scale = checkpoint.index_crc32 is not None, checkpoint.config.norm_scale
+  model = read_public(checkpoint.path, scale) if is_public else None
   if model is not None:
     return model.stored
   found = read_tree(checkpoint.path)

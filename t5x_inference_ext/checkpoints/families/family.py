@@ -18,14 +18,16 @@ class FamilyModel:
       where each head has a module. A bias is in the module of its matrix or norm.
     fused: How query, key and value lie in one matrix if they share a module: 'stacked', all queries
       before all keys before all values; 'grouped', key head by key head; 'codegen', four times
-      queries, values, keys.
+      queries, values, keys; 'lucidrains', stacked, and behind them linear and gate.
     interleaved: Whether rotary positions rotate neighbouring dimensions of a head, not its halves.
     transposed: Whether matrices are stored [out, in], as torch.nn.Linear has them.
     absent: Canonical norm scales and biases that are not stored: ones and zeros.
-    norm_offset: Added to stored norm scales: 1 where 1 + scale is applied.
+    norm_offset: Added to stored norm scales: 1 where 1 + scale is applied but the model has
+      norm_scale='one'.
     embedding_scale: Factor of the embedding's rows where tokens are looked up.
     logit_scale: Factor of the logits.
     attention_scale: Factor of attention logits; None: Q**-0.5.
+    norm_leaves: Names of a norm's scale and bias in its module.
     skipped_positions: Rows in front of the table of positions that no position has.
   """
 
@@ -39,6 +41,7 @@ class FamilyModel:
   embedding_scale: float = 1.0
   logit_scale: float = 1.0
   attention_scale: float | None = None
+  norm_leaves: tuple[str, str] = ('weight', 'bias')
   skipped_positions: int = 0
 
   def factor(self, name: str) -> float:

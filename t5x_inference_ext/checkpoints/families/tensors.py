@@ -1,6 +1,7 @@
 """Canonical tensors as views of a family's stored tensors, one stored tensor a layer."""
 
 from collections.abc import Callable, Mapping
+import itertools
 import re
 
 import ml_dtypes
@@ -18,7 +19,7 @@ _HEADS = {'query': 'num_heads', 'key': 'num_kv_heads', 'value': 'num_kv_heads'}
 _CODEGEN_BLOCKS = 4
 # Stored tensors that hold nothing of a model: masks and frequencies of old versions.
 _CONSTANTS = re.compile(
-  r'.*(\.rotary_emb\.inv_freq|\.attn\.(masked_)?bias|\.attention\.(masked_)?bias|causal_mask'
+  r'.*(\.rotary_emb\.(inv_freq|scale)|\.attn\.(masked_)?bias|\.attention\.(masked_)?bias|causal_mask'
   r'|embed_positions)$'
 )
 _FLOATS = (np.float32, ml_dtypes.bfloat16)
@@ -65,7 +66,8 @@ def _tensor(model: FamilyModel, name: str, take: Callable[[str], Tensor], where:
     return Constant(p.shape, factor if p.kind == 'norm' else 0.0, where)
   is_bias = p.kind == 'bias' and name.endswith('_bias')
   base = name.removesuffix('_bias') if is_bias else name
-  stored_name = f'{model.modules[base]}.{"bias" if is_bias else "weight"}'
+  leaves = model.norm_leaves if base.endswith('_norm') else ('weight', 'bias')
+  stored_name = f'{model.modules[base]}.{leaves[is_bias]}'
   layered = p.axes[0] == params.LAYERS_AXIS
   shape = p.shape[1:] if layered else p.shape
   is_matrix = p.kind == 'matrix'
@@ -77,7 +79,7 @@ def _tensor(model: FamilyModel, name: str, take: Callable[[str], Tensor], where:
     if base in ('query_norm', 'key_norm'):
       return _head_norm(model, base, stored_name, take)
     tensor = take(stored_name)
-    if base in _HEADS:
+    if base in _HEADS or model.fused == 'lucidrains' and base in ('linear', 'gate'):
       return _heads(model, base, tensor, shape, columns_axis, stored_name)
     if base == 'position_embedding' and model.skipped_positions:
       skipped = model.skipped_positions
@@ -92,6 +94,8 @@ def _tensor(model: FamilyModel, name: str, take: Callable[[str], Tensor], where:
   if is_matrix and model.transposed:
     tensor = Transposed(tensor)
   offset = model.norm_offset if p.kind == 'norm' else 0.0
+  if p.kind == 'norm' and c.norm_scale == 'zero':  # factor * (1 + scale) is 1 + another scale
+    offset += (factor - 1) / factor
   if factor != 1 or offset:
     return Affine(tensor, factor, offset)
   if p.kind in ('norm', 'bias') and tensor.dtype != np.float32:
@@ -102,11 +106,11 @@ def _tensor(model: FamilyModel, name: str, take: Callable[[str], Tensor], where:
 def _heads(
   model: FamilyModel, name: str, tensor: Tensor, shape: tuple[int, ...], axis: int, stored_name: str
 ) -> Tensor:
-  """Return the queries, keys or values in a stored matrix or bias.
+  """Return the queries, keys or values in a stored matrix or bias, or what is fused with them.
 
   Args:
     model: The model.
-    name: 'query', 'key' or 'value'.
+    name: 'query', 'key' or 'value', or 'linear' or 'gate'.
     tensor: The stored matrix or bias, which may hold all three.
     shape: Shape of the result.
     axis: Axis of the heads' dimensions.
@@ -116,6 +120,7 @@ def _heads(
   stored_shape = list(shape)
   if model.fused:
     stored_shape[axis] = (c.num_heads + 2 * c.num_kv_heads) * c.d_head
+    stored_shape[axis] += 2 * c.d_ff * (model.fused == 'lucidrains')
   _check_shape(tensor, tuple(stored_shape), stored_name)
   interleaved = model.interleaved and name != 'value' and c.rotary_size
   if not model.fused and not interleaved:
@@ -129,9 +134,10 @@ def _heads(
 def fused_order(c: ModelConfig, fused: str, name: str) -> npt.NDArray[np.int64]:
   """Return the rows of queries, keys or values in a matrix of all three; see FamilyModel.fused."""
   heads, kv, q = c.num_heads, c.num_kv_heads, c.d_head
-  if fused == 'stacked':
-    first = {'query': 0, 'key': heads * q, 'value': (heads + kv) * q}[name]
-    return np.arange(first, first + getattr(c, _HEADS[name]) * q)
+  if fused in ('stacked', 'lucidrains'):
+    sizes = {'query': heads * q, 'key': kv * q, 'value': kv * q, 'linear': c.d_ff, 'gate': c.d_ff}
+    ends = dict(zip(sizes, itertools.accumulate(sizes.values())))
+    return np.arange(ends[name] - sizes[name], ends[name])
   if fused == 'codegen':
     local = heads // _CODEGEN_BLOCKS * q
     groups, width, first = _CODEGEN_BLOCKS, 3 * local, {'query': 0, 'value': 1, 'key': 2}[name]

@@ -6,6 +6,11 @@ from typing import Any
 import zlib
 
 from t5x_inference_ext.checkpoints import storage
+from t5x_inference_ext.checkpoints.families.lucidrains import (
+  LUCIDRAINS_NOTE,
+  is_lucidrains,
+  lucidrains_model,
+)
 from t5x_inference_ext.checkpoints.families.registry import family_model, family_of
 from t5x_inference_ext.checkpoints.families.settings import Settings
 from t5x_inference_ext.checkpoints.families.tensors import canonical_tensors, weights_dtype
@@ -21,11 +26,12 @@ _TOKENIZER = 'tokenizer_config.json'
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
 
 
-def read_huggingface(path: str) -> PublicModel | None:
+def read_huggingface(path: str, norm_scale: str | None = None) -> PublicModel | None:
   """Return the model in a directory with config.json and safetensors; None if there is none.
 
   Args:
     path: The directory, local or gs://.
+    norm_scale: How norm scales are stored, for a model without config.json (lucidrains.py).
 
   Raises:
     CheckpointError: The model is of an unknown family, has a feature that can't be served, is
@@ -36,6 +42,8 @@ def read_huggingface(path: str) -> PublicModel | None:
   if found is None:
     _check_pickles(path, is_model=content is not None)
     return None
+  if content is None and is_lucidrains(found[0]):
+    return _lucidrains(path, *found, norm_scale)
   if content is None:
     raise CheckpointError(
       f'{path} holds safetensors but no {HUGGINGFACE_CONFIG}, which says what model they are'
@@ -61,6 +69,24 @@ def read_huggingface(path: str) -> PublicModel | None:
   return PublicModel(
     path, 'safetensors', model.config, weights, tensors, stored, tuple(notes), text, crc
   )
+
+
+def _lucidrains(
+  path: str, stored: Mapping[str, Tensor], crc: int, norm_scale: str | None
+) -> PublicModel:
+  """Return a model of palm_rlhf_pytorch, which has no settings."""
+  model = lucidrains_model(stored, norm_scale, path)
+  tensors = canonical_tensors(model, stored, path)
+  weights, text = weights_dtype(tensors, model.config), _text(path, {})
+  notes = (
+    f"PaLM of lucidrains' palm_rlhf_pytorch at {path}",
+    f'model: {model.config}',
+    f'weights: {weights}',
+    f'norm scales: stored around {norm_scale} (given)',
+    LUCIDRAINS_NOTE,
+    describe_ids(text),
+  )
+  return PublicModel(path, 'safetensors', model.config, weights, tensors, stored, notes, text, crc)
 
 
 def describe_ids(text: SourceText) -> str:
