@@ -9,12 +9,9 @@ import itertools
 import numpy as np
 import pytest
 
-from t5x_inference_ext.checkpoints import open_checkpoint
 from t5x_inference_ext.engine import programs
 from t5x_inference_ext.engine.engine import Engine
-from t5x_inference_ext.errors import CheckpointError
 from t5x_inference_ext.model.transformer import Model
-from t5x_inference_ext.sharding.packing import check_runnable
 from tests import memory
 from tests.checkpoints.public_formats_test import FAMILIES, families
 
@@ -38,12 +35,11 @@ ROWS = 8
 logits_of = memory.quick_jit(Model.logits, static_argnames='self')
 
 
-def load(directory, pair, weights=None) -> Engine:
+def load(directory, pair) -> Engine:
   """Load a model in float32, with one array for all layers: its programs compile quickly."""
   mesh, prefill, decode = pair
-  checkpoint = open_checkpoint(directory) if weights is None else weights
   return Engine.load(
-    checkpoint,
+    directory,
     mesh=mesh,
     dtype='float32',
     prefill_layout=prefill,
@@ -74,20 +70,9 @@ def greedy(engine: Engine, prompt: np.ndarray, steps: int) -> np.ndarray:
   return found[:, 0]
 
 
-def runs(directory) -> bool:
-  try:
-    check_runnable(open_checkpoint(directory).config)
-  except CheckpointError as error:
-    assert 'cannot be run yet' in str(error)
-    return False
-  return True
-
-
 @pytest.mark.parametrize('family, pair', CASES, ids=lambda x: x if isinstance(x, str) else x[0])
 def test_logits_and_greedy_tokens(families, family, pair):
   """The largest error measured is 7e-6 of the largest logit."""
-  if not runs(families / family):
-    pytest.skip('has a feature that models do not run yet')
   golden = np.load(families / family / 'golden.npz')
   engine = load(families / family, pair)
   tokens = np.tile(golden['input_ids'].astype(np.int32), (ROWS // 2, 1))

@@ -39,6 +39,11 @@ _BLOOM_MODULES = {
   'linear': f'{_H}mlp.dense_h_to_4h',
   'mlp_output': f'{_H}mlp.dense_4h_to_h',
 }
+# With eager attention transformers 5.24 adds ALiBi to the scores and to the mask; otherwise once.
+_FALCON_ALIBI = (
+  "assumed: ALiBi counts twice, as in transformers' eager attention (alibi_slopes=falcon_eager; "
+  'once is falcon)'
+)
 _MPT = 'transformer.blocks.{}.'
 _MPT_MODULES = {
   'embedding': 'transformer.wte',
@@ -111,7 +116,6 @@ def mpt(s: Settings) -> FamilyModel:
   attention.only('attn_type', 'multihead_attention')
   for name in ('alibi', 'prefix_lm', 'qk_ln', 'attn_uses_sequence_id'):
     attention.only(name, name == 'alibi')
-  attention.only('alibi_bias_max', 8)
   s.only('no_bias', True)
   s.only('logit_scale', None)
   s.only('norm_type', 'low_precision_layernorm', 'layernorm')
@@ -130,7 +134,7 @@ def mpt(s: Settings) -> FamilyModel:
     'block': 'serial',
     'mlp': 'gelu_erf',
     'positions': 'alibi',
-    'alibi_slopes': 'mpt',
+    'alibi_max': attention.number('alibi_bias_max', default=8.0),
     'qkv_clip': attention.cap('clip_qkv', None),
     'tied_head': s.flag('tie_word_embeddings', True),
   }
@@ -170,9 +174,10 @@ def falcon(s: Settings) -> FamilyModel:
     'tied_head': s.flag('tie_word_embeddings', True),
   }
   positions = rotary_fields(s, d_head)
-  fields |= {'positions': 'alibi', 'alibi_slopes': 'falcon'} if alibi else positions
+  fields |= {'positions': 'alibi', 'alibi_slopes': 'falcon_eager'} if alibi else positions
   modules = dict(_BLOOM_MODULES)
   if two_norms:
     modules |= {'attention_norm': f'{_H}ln_attn', 'mlp_norm': f'{_H}ln_mlp'}
   fused = 'grouped' if grouped or not multiquery else 'stacked'
-  return FamilyModel(ModelConfig(**fields), modules, fused=fused)
+  notes = (_FALCON_ALIBI,) if alibi else ()
+  return FamilyModel(ModelConfig(**fields), modules, fused=fused, notes=notes)

@@ -29,6 +29,7 @@ class FamilyModel:
     attention_scale: Factor of attention logits; None: Q**-0.5.
     norm_leaves: Names of a norm's scale and bias in its module.
     skipped_positions: Rows in front of the table of positions that no position has.
+    notes: Lines about what is assumed.
   """
 
   config: ModelConfig
@@ -43,6 +44,7 @@ class FamilyModel:
   attention_scale: float | None = None
   norm_leaves: tuple[str, str] = ('weight', 'bias')
   skipped_positions: int = 0
+  notes: tuple[str, ...] = ()
 
   def factor(self, name: str) -> float:
     """Return the factor from stored to canonical values of a tensor.

@@ -39,6 +39,7 @@ def read_gguf_model(path: str) -> PublicModel:
     f'GGUF file at {path}, architecture {header.metadata["general.architecture"]}',
     f'model: {model.config}',
     f'weights: {kinds}, read as {weights_dtype(tensors, model.config)}',
+    *model.notes,
     describe_ids(text),
   )
   return PublicModel(

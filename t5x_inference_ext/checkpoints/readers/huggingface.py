@@ -65,7 +65,7 @@ def read_huggingface(path: str, norm_scale: str | None = None) -> PublicModel | 
     )
   crc = zlib.crc32(storage.read_file(path, HUGGINGFACE_CONFIG) or b'', crc)
   weights = weights_dtype(tensors, model.config)
-  notes += [f'weights: {weights}', describe_ids(text)]
+  notes += [*model.notes, f'weights: {weights}', describe_ids(text)]
   return PublicModel(
     path, 'safetensors', model.config, weights, tensors, stored, tuple(notes), text, crc
   )
