@@ -21,7 +21,7 @@ from t5x_inference_ext.commands import convert_checkpoint, inspect_checkpoint
 from t5x_inference_ext.errors import CheckpointError, UserError
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.sharding.mesh import make_mesh, parse_mesh
-from tests.checkpoints import fake_gcs, synthetic
+from tests.checkpoints import fake_gcs, gguf_families, public_files, synthetic
 
 LEAVES = synthetic.fused(synthetic.canonical())
 Q_WI = 'target.decoder.decoder.q_wi_fused.kernel'
@@ -78,6 +78,23 @@ def test_a_source_in_a_bucket(gcs, tmp_path, capsys, form):
   assert inspect_checkpoint.run(['inspect_checkpoint', f'{remote}/']) == 0
   out = capsys.readouterr().out
   assert f'at {remote}, step 7' in out and 'converting takes about' in out
+
+
+@pytest.mark.parametrize('form', ['safetensors', 'GGUF'])
+def test_a_public_model_in_a_bucket(gcs, tmp_path, testdata, form):
+  """Only the headers are fetched when it is opened, then ranges of bytes."""
+  family = testdata / 'families' / 'cohere'
+  if form == 'GGUF':
+    local = public_files.write_gguf(tmp_path / 'm.gguf', *gguf_families.converted(family))
+    gcs.put('models/m.gguf', local.read_bytes())
+    remote = f'{gcs.bucket}/models/m.gguf'
+  else:
+    remote = gcs.put_directory(family, 'models/cohere')
+  found, wanted = open_checkpoint(remote), open_checkpoint(family)
+  assert found.path == remote and found.config == wanted.config
+  for name, tensor in wanted.tensors.items():
+    values = tensor.read().astype(np.float32)
+    np.testing.assert_array_equal(found.tensors[name].read().astype(np.float32), values)
 
 
 def test_weights_come_straight_from_a_bucket(gcs, palm_tiny):

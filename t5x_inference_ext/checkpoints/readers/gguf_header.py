@@ -24,7 +24,7 @@ _VERSIONS = (2, 3)
 _PIECE_BYTES = 2**20  # the header is read in pieces of this size
 # Vocabularies of 262,144 tokens are the largest known, chat templates of 20 kB.
 _MAX_KEYS, _MAX_TENSORS = 2**16, 2**20
-_MAX_STRING, _MAX_ARRAY, _MAX_HEADER = 2**24, 2**23, 2**28
+_MAX_STRING, _MAX_ARRAY, _MAX_HEADER = 2**24, 2**21, 2**28
 _MAX_AXES = 4
 _SCALARS = {
   0: '<B',
@@ -121,8 +121,8 @@ class _Reader:
     if self._place + size > len(self._piece):
       left = self._piece[self._place :]
       begin = self.position + len(left)
-      wanted = int(min(self._file.size - begin, max(_PIECE_BYTES, size - len(left))))
-      self._piece, self._place = left + self._file.read(begin, wanted).tobytes(), 0
+      more = self._file.read_ahead(begin, size - len(left), _PIECE_BYTES)
+      self._piece, self._place = left + more.tobytes(), 0
     taken = self._piece[self._place : self._place + size]
     self._place += size
     self.position += size

@@ -51,6 +51,20 @@ class StoredBytes:
     self.read_into(begin, out)
     return out
 
+  def read_ahead(self, begin: int, least: int, most: int) -> np.ndarray:
+    """Return at least `least` bytes from `begin` on, and up to `most` if the file has them.
+
+    Raises:
+      CheckpointError: The file has fewer bytes, or can't be read.
+    """
+    size = int(max(least, min(most, self.size - begin)))
+    while size > least and math.isinf(self.size):  # a bucket refuses a range beyond the end
+      try:
+        return self.read(begin, size)
+      except CheckpointError:
+        size = max(least, size // 16)
+    return self.read(begin, size)
+
   def read_into(self, begin: int, out: np.ndarray) -> None:
     """Fill a contiguous uint8 array with the bytes from `begin` on.
 
