@@ -127,7 +127,8 @@ def test_plain_command_without_tensorflow(palm_tiny, greedy, tmp_path):
   assert [row['tokens'] for row in rows] == [row['greedy_tokens'] for row in greedy]
   assert [row['completion'] for row in rows] == [row['greedy_text'] for row in greedy]
   assert all(
-    row.keys() == {'prompt', 'completion', 'tokens', 'score'} and row['score'] < 0 for row in rows
+    row.keys() == {'prompt', 'completion', 'tokens', 'score', 'finish_reason'} and row['score'] < 0
+    for row in rows
   )
   for said in (
     'mesh: 2x2x2',
@@ -348,7 +349,10 @@ def test_batching_changes_no_row(complete):
   static, out = complete(prompts, *flags, '--batching=static', name='static.jsonl')
   assert 'refilled' not in out
   rows, out = complete(prompts, *flags, '--prefill_chunk=16', '--prefill_budget=1')
-  assert 'batch: 4 rows, refilled as they end' in out and 'shared: the first 28 positions' in out
+  assert (
+    'batch: 4 rows, refilled as they end' in out
+    and 'programs, at most 8: chunks of 16 tokens' in out
+  )
   assert [{**r, 'score': 0} for r in rows] == [{**r, 'score': 0} for r in static]
   assert [r['score'] for r in rows] == pytest.approx([r['score'] for r in static], rel=1e-5)
 
@@ -373,7 +377,9 @@ def test_several_samples_of_each_prompt(complete):
   rows, out = complete(prompts, *flags, '--num_decodes=3')
   assert [row.keys() for row in rows] == [{'prompt', 'id', 'samples'}, *[{'prompt', 'samples'}] * 2]
   assert all(
-    sample.keys() == {'completion', 'tokens', 'score'} for row in rows for sample in row['samples']
+    sample.keys() == {'completion', 'tokens', 'score', 'finish_reason'}
+    for row in rows
+    for sample in row['samples']
   )
   assert len({tuple(sample['tokens']) for row in rows for sample in row['samples']}) == 9
   assert '3 rows, 54 tokens generated' in out
