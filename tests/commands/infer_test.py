@@ -674,7 +674,7 @@ def test_memory_that_runs_out_later(command, palm_tiny, tmp_path, monkeypatch):
     f'--prompts={prompts}',
     f'--output={tmp_path / "out.jsonl"}',
     '--mesh=1x1x1',
-    '--cache_length=2000000000',
+    '--cache_length=1000000000',
   )
   assert code == 2 and 'error: too little memory (Out of memory allocating ' in err
 

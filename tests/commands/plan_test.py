@@ -208,7 +208,7 @@ def test_a_sweep_and_figures_write_their_files(tmp_path, capsys):
     ([*GIN, '--gin.WEIGHTS=["int8"]'], "WEIGHTS must be text, got ['int8']"),
     (
       [*GIN, '--gin.config.preset.num_layers=0'],
-      'ModelConfig.num_layers must be a whole number above 0, got 0',
+      'ModelConfig.num_layers must be a whole number above 0 and below 2**31, got 0',
     ),
     ([*TINY, '--json=/nowhere/plan'], "can't write /nowhere/plan: there is no directory"),
     ([*TINY, '--sweep', '--output_dir=/nowhere'], 'there is no directory /nowhere'),

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from t5x_inference_ext.config import preset
-from t5x_inference_ext.engine import prefix_store, programs, slots
+from t5x_inference_ext.engine import prefix_store, programs
+from t5x_inference_ext.engine import prompts as prompts_state
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.precompile import slices
@@ -25,8 +26,10 @@ MODELS = layouts_test.MODELS
 SIZES = {'float32': 4, 'bfloat16': 4, 'int8': 32}
 BLOCKS, REST = 7, 5
 
-empty_prefill = memory.quick_jit(slots.empty_prefill, static_argnames=('model', 'rows', 'size'))
-prefill_chunk = memory.quick_jit(slots.prefill_chunk, static_argnames='model')
+empty_prefill = memory.quick_jit(
+  prompts_state.empty_prefill, static_argnames=('model', 'rows', 'size')
+)
+prefill_chunk = memory.quick_jit(prompts_state.prefill_chunk, static_argnames='model')
 empty_store = memory.quick_jit(
   prefix_store.empty_store, static_argnames=('model', 'rows', 'blocks', 'block_size')
 )
@@ -95,8 +98,8 @@ def test_loaded_blocks_continue_as_prefilled_ones(model, layout, mesh, rows, sta
   start = 2 * size
   tokens = memory.tokens(MODELS[model], rows, start + REST)
   tokens[-1] = tokens[0]  # the last row is loaded with blocks of the first
-  room = slots.prompt_room(engine.model, rows, start + chunk)
-  made = [empty_prefill(*on, rows, room, None) for _ in range(2)]
+  room = prompts_state.prompt_room(engine.model, rows, start + chunk)
+  made = [empty_prefill(*on, rows, room) for _ in range(2)]
 
   def run(state, first, counts):
     new = np.full((rows, chunk), 77, np.int32)
@@ -144,7 +147,7 @@ def test_copies_are_in_place(mesh, stacked, cache):
   """Neither program has room for a second cache or store, and only blocks are sent."""
   rows, blocks, size = 8, 64, 32
   engine = engine_of('grouped-parallel', 'ws_2d/batch', mesh, stacked, cache)
-  prompts = programs.empty_prefill(engine.model, engine.weights, rows, 1024, None)
+  prompts = programs.empty_prefill(engine.model, engine.weights, rows, 1024)
   store = programs.empty_store(engine.model, engine.weights, rows, blocks, size)
   block = prefix_store.bytes_per_block(engine.model, engine.weights, rows, size)
   device = jax.devices()[0]
@@ -194,9 +197,11 @@ def test_copies_are_in_place_on_tpus(cache, layout):
 
   _, cache_specs, store_specs = prefix_store._specs(model, weights, rows)
   prompts = jax.eval_shape(
-    functools.partial(slots.empty_prefill, model, rows=rows, size=2048, shared=None), weights
+    functools.partial(prompts_state.empty_prefill, model, rows=rows, size=2048), weights
   )
-  prompts = placed(prompts, slots.PrefillState(cache_specs, P(model.sampling_axes(rows))))
+  prompts = placed(
+    prompts, prompts_state.PrefillState(cache_specs, P(model.sampling_axes(rows)), P())
+  )
   store = jax.eval_shape(
     functools.partial(prefix_store.empty_store, model, rows=rows, blocks=blocks, block_size=size),
     weights,
@@ -239,7 +244,7 @@ def test_blocks_that_do_not_fit_are_refused():
   on = engine.model, engine.weights
   with pytest.raises(RequestError, match='blocks of 48 positions cut the tiles of an int8 cache'):
     prefix_store.empty_store(*on, 2, 3, 48)
-  prompts, store = empty_prefill(*on, 2, 32, None), empty_store(*on, 2, 3, 64)
+  prompts, store = empty_prefill(*on, 2, 32), empty_store(*on, 2, 3, 64)
   (copies,) = prefix_store.block_copies([(0, 0, 0)], 1)
   message = 'a block of 64 positions does not fit into prompts of 32'
   with pytest.raises(RequestError, match=message):

@@ -241,8 +241,8 @@ def test_logits_stay_where_they_are():
   sent = re.findall(r' = (.*) (?:all-gather|all-reduce|all-to-all|collective-permute)\(', text)
   assert 1 <= len(sent) <= 4 and not any(str(VOCABULARY) in shape for shape in sent), sent
   copies = [line for line in text.split('\n') if re.search(rf'{local}\S* copy\(', line)]
-  # One, where a batch has a bias or min_new_tokens but no penalty.
-  assert len(copies) <= 1, copies
+  # Where a batch has a bias, a penalty or min_new_tokens: greedy batches of none copy nothing.
+  assert len(copies) <= 2, copies
   assert not re.search(rf'\[{ROWS},{VOCABULARY}\]', text)
 
 
