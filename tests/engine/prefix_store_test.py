@@ -11,7 +11,7 @@ import pytest
 
 from t5x_inference_ext.config import preset
 from t5x_inference_ext.engine import prefix_store, programs
-from t5x_inference_ext.engine import prompts as prompts_state
+from t5x_inference_ext.engine import prompts as states
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.precompile import slices
@@ -26,10 +26,8 @@ MODELS = layouts_test.MODELS
 SIZES = {'float32': 4, 'bfloat16': 4, 'int8': 32}
 BLOCKS, REST = 7, 5
 
-empty_prefill = memory.quick_jit(
-  prompts_state.empty_prefill, static_argnames=('model', 'rows', 'size')
-)
-prefill_chunk = memory.quick_jit(prompts_state.prefill_chunk, static_argnames='model')
+empty_prefill = memory.quick_jit(states.empty_prefill, static_argnames=('model', 'rows', 'size'))
+prefill_chunk = memory.quick_jit(states.prefill_chunk, static_argnames='model')
 empty_store = memory.quick_jit(
   prefix_store.empty_store, static_argnames=('model', 'rows', 'blocks', 'block_size')
 )
@@ -98,7 +96,7 @@ def test_loaded_blocks_continue_as_prefilled_ones(model, layout, mesh, rows, sta
   start = 2 * size
   tokens = memory.tokens(MODELS[model], rows, start + REST)
   tokens[-1] = tokens[0]  # the last row is loaded with blocks of the first
-  room = prompts_state.prompt_room(engine.model, rows, start + chunk)
+  room = states.prompt_room(engine.model, rows, start + chunk)
   made = [empty_prefill(*on, rows, room) for _ in range(2)]
 
   def run(state, first, counts):
@@ -197,11 +195,9 @@ def test_copies_are_in_place_on_tpus(cache, layout):
 
   _, cache_specs, store_specs = prefix_store._specs(model, weights, rows)
   prompts = jax.eval_shape(
-    functools.partial(prompts_state.empty_prefill, model, rows=rows, size=2048), weights
+    functools.partial(states.empty_prefill, model, rows=rows, size=2048), weights
   )
-  prompts = placed(
-    prompts, prompts_state.PrefillState(cache_specs, P(model.sampling_axes(rows)), P())
-  )
+  prompts = placed(prompts, states.PrefillState(cache_specs, P(model.sampling_axes(rows)), P()))
   store = jax.eval_shape(
     functools.partial(prefix_store.empty_store, model, rows=rows, blocks=blocks, block_size=size),
     weights,
