@@ -83,6 +83,10 @@ class Decoder:
     """Number of programs whose tokens have not been read."""
     return len(self._started)
 
+  def wait(self) -> None:
+    """Wait until the devices have run all programs that were started."""
+    jax.block_until_ready(self._slots)
+
   def insert(
     self,
     ready: ReadyRow,

@@ -5,6 +5,7 @@ from collections.abc import Hashable, Sequence
 import dataclasses
 import itertools
 
+import jax
 import numpy as np
 
 from t5x_inference_ext.engine import programs
@@ -130,6 +131,12 @@ class Prefiller:
     if self._left <= 0:
       self._finish()
     return tokens.size
+
+  def wait(self) -> None:
+    """Wait until the devices have run all programs that were started."""
+    jax.block_until_ready(self.state)
+    if self._prefixes is not None:
+      self._prefixes.wait()
 
   def drop(self) -> None:
     """End the group if no row needs its prompts any more."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable, Sequence
 
+import jax
 import numpy as np
 
 from t5x_inference_ext.engine import programs
@@ -76,6 +77,10 @@ class PrefixCache:
     ]
     for each in block_copies(copies, self._most):
       self._store = programs.save_blocks(self._model, self._store, self._weights, state, each)
+
+  def wait(self) -> None:
+    """Wait until the devices have run all programs that were started."""
+    jax.block_until_ready(self._store)
 
   def warm_up(self, state: PrefillState, done: list[CompiledProgram]) -> PrefillState:
     """Compile the programs by copying nothing; return the prefill state, which is donated."""

@@ -17,6 +17,7 @@ import itertools
 import warnings
 
 from t5x_inference_ext.engine.admission import check_request
+from t5x_inference_ext.engine.books import wrong_books
 from t5x_inference_ext.engine.decoder import Decoder
 from t5x_inference_ext.engine.inbox import Inbox
 from t5x_inference_ext.engine.prefilling import Prefiller, Prompt
@@ -65,6 +66,7 @@ class Scheduler:
     self._prefiller = Prefiller(model, weights, config, self._prefixes)
     self._decoder = Decoder(model, weights, config, shards)
     self._table = SlotTable(config, shards)
+    self._one_at_a_time = model.mesh.size > 1 and model.mesh.devices.flat[0].platform == 'cpu'
     self._waiting: collections.deque[Prompt] = collections.deque()
     self._unfinished: dict[int, list[Row]] = {}
     self._finished = self._preempted = 0
@@ -128,9 +130,8 @@ class Scheduler:
     events = self._take_commands()
     self._fill_slots()
     if self._make_room(events):
-      waiting = bool(self._waiting or self._prefiller.ready or self._prefiller.active)
-      steps = 1 if waiting and self._table.free else self.config.decode_steps
-      self._decoder.decode(self._table, steps, until_free=waiting)
+      steps = 1 if self._rows_wait and self._table.free else self.config.decode_steps
+      self._decoder.decode(self._table, steps, until_free=self._rows_wait)
       self._free_full_slots()
     # The devices work on the newest of single steps while the host reads the one before.
     self._read(events, leave=int(self.config.decode_steps == 1 and self._table.busy))
@@ -169,17 +170,14 @@ class Scheduler:
 
   def check_books(self) -> list[str]:
     """Return a sentence for each thing in the books of an idle scheduler that does not add up."""
-    wrong = self._table.check()
-    if self._prefixes is not None:
-      wrong += self._prefixes.tree.check()
-    if self.idle and (self._table.busy or self._waiting or self._prefiller.active):
-      wrong.append('no request is unfinished, and rows still wait or have slots')
-    if self._inbox.submitted != self._finished + len(self._unfinished) + self._inbox.submissions:
-      wrong.append(
-        f'{self._inbox.submitted} requests came, {self._finished} have finished and '
-        f'{len(self._unfinished)} have not'
-      )
-    return wrong
+    return wrong_books(
+      self._table,
+      self._prefixes.tree if self._prefixes is not None else None,
+      rows_wait=self.idle and self._rows_wait,
+      rows_decode=self.idle and self._table.busy,
+      requests=(self._inbox.submitted, self._finished, len(self._unfinished)),
+      queued=self._inbox.submissions,
+    )
 
   def _take_commands(self) -> list[Event]:
     """Take submissions and cancellations; return the last events of cancelled rows."""
@@ -206,8 +204,10 @@ class Scheduler:
 
   def _fill_slots(self) -> None:
     """Prefill waiting prompts, within the budget, and insert rows while there are free slots."""
-    budget = self.config.prefill_budget
-    while self._table.free:
+    budget, worked = self.config.prefill_budget, False
+    while self._table.free and self._rows_wait:
+      self._settle()
+      worked = True
       if self._prefiller.ready:
         if not self._insert_next():
           break
@@ -215,6 +215,20 @@ class Scheduler:
         break
       else:
         budget -= self._prefiller.chunk()
+    if worked:
+      self._settle()
+
+  @property
+  def _rows_wait(self) -> bool:
+    return bool(self._waiting or self._prefiller.ready or self._prefiller.active)
+
+  def _settle(self) -> None:
+    """Wait for all programs, where prefill must not run beside decode steps."""
+    # XLA:CPU runs collectives of many devices on few threads: those of two programs that do not
+    # wait for each other can block each other forever.
+    if self._one_at_a_time:
+      self._decoder.wait()
+      self._prefiller.wait()
 
   def _has_group(self) -> bool:
     """Start a group of waiting prompts unless there is a group; return whether there is one now."""

@@ -55,8 +55,8 @@ def test_no_decode_step_lays_a_weight_or_a_cache_out_anew(weights, layout):
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_no_prefill_lays_a_weight_out_anew(layout):
   relaid = _relaid('int8', 'prefill', layout)
-  # With one key head and attention by heads, the finished keys and values are copied once each: half
-  # a megabyte a layer here. No weight is.
+  # With one key head and attention by heads, the finished keys and values are copied once each,
+  # half a megabyte a layer here. No weight is.
   assert len(relaid) <= 2 * layout.endswith('heads'), relaid
   assert all('result' in copy for copy in relaid), relaid
 
