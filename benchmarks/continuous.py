@@ -26,6 +26,7 @@ from t5x_inference_ext.engine import scheduler_config
 from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.engine.request import Request
 from t5x_inference_ext.engine.scheduler import Scheduler
+from t5x_inference_ext.engine.serve import serve
 from t5x_inference_ext.model.shardings import COMPUTE_DTYPES
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.sharding.mesh import make_mesh
@@ -63,7 +64,7 @@ def refilled(engine: Engine, requests: list[Request], slots: int, **options):
   def run():
     scheduler = Scheduler(engine.model, engine.weights, config)
     tokens = [[] for _ in requests]
-    for event in scheduler.run(requests):
+    for event in serve(scheduler, requests):
       tokens[event.request] += event.tokens
     return tokens, scheduler.stats
 
@@ -185,7 +186,7 @@ def first_tokens(scheduler: Scheduler, prompts: list[list[int]]) -> tuple[list[i
   """The first token of each prompt, and the seconds until all are there."""
   start = time.perf_counter()
   found = {}
-  for event in scheduler.run([Request((0, *p), limit=1) for p in prompts]):
+  for event in serve(scheduler, [Request((0, *p), limit=1) for p in prompts]):
     found[event.request] = event.tokens[0]
   return [found[i] for i in range(len(prompts))], time.perf_counter() - start
 

@@ -12,8 +12,7 @@ follows one request through the scheduler.
 """
 
 import collections
-from collections.abc import Iterable, Iterator, Sequence
-import itertools
+from collections.abc import Sequence
 import warnings
 
 from t5x_inference_ext.engine.admission import check_request
@@ -139,34 +138,6 @@ class Scheduler:
       for wrong in self.check_books():
         warnings.warn(f'the books of the scheduler do not add up: {wrong}', stacklevel=2)
     return events
-
-  def run(self, requests: Iterable[Request]) -> Iterator[Event]:
-    """Serve requests in order and yield their events, with requests numbered from 0.
-
-    Requests are taken shortly before they are needed. If the caller stops early, or a request does
-    not fit, the others are cancelled.
-
-    Raises:
-      RequestError: A request that does not fit the config.
-    """
-    waiting, handles = iter(requests), list[Handle]()
-    numbers: dict[int, int] = {}  # the scheduler's index of a request -> its number in this run
-    exhausted = False
-    try:
-      while handles or not exhausted:
-        wanted = self.wanted
-        taken = list(itertools.islice(waiting, wanted))
-        exhausted |= len(taken) < wanted
-        for request in taken:
-          handles.append(self.submit(request))
-          numbers[handles[-1].index] = len(numbers)
-        for event in self.step():
-          if event.request in numbers:
-            yield event._replace(request=numbers[event.request])
-        handles = [h for h in handles if h.state is not RequestState.FINISHED]
-    finally:
-      for handle in handles:
-        self.cancel(handle)
 
   def check_books(self) -> list[str]:
     """Return a sentence for each thing in the books of an idle scheduler that does not add up."""

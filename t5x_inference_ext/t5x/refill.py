@@ -19,6 +19,7 @@ from t5x_inference_ext.engine import scheduler_config
 from t5x_inference_ext.engine.request import Request
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.scheduler import Scheduler
+from t5x_inference_ext.engine.serve import serve
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.options import is_whole
@@ -115,7 +116,7 @@ class Predictor:
     tokens = np.zeros((rows, num_decodes, length), np.int32)
     scores = np.zeros((rows, num_decodes), np.float32)
     done = np.zeros((rows, num_decodes), np.int32)
-    for event in self._slots(params, requests, length).run(requests):
+    for event in serve(self._slots(params, requests, length), requests):
       at = event.request, event.sample
       tokens[at][done[at] : done[at] + len(event.tokens)] = event.tokens
       done[at] += len(event.tokens)

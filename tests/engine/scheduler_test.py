@@ -12,6 +12,7 @@ from t5x_inference_ext.engine.request import Request, RequestState
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.scheduler import Scheduler
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig, next_chunk
+from t5x_inference_ext.engine.serve import serve
 from t5x_inference_ext.engine.streams import Streams
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.chunks import page_shards
@@ -87,7 +88,7 @@ def test_requests_are_taken_as_slots_become_free():
       taken.append(i)
       yield Request((0, 5, 6), (i,), 8)
 
-  for event in scheduler().run(requests()):
+  for event in serve(scheduler(), requests()):
     if event.request == 0 and not event.finish:
       assert len(taken) <= 4  # and one that it knows to be waiting
   assert len(taken) == 9
@@ -110,7 +111,7 @@ def test_a_budget_lets_rows_go_on_while_prompts_wait():
   """
   core = scheduler(prefill_budget=1, decode_steps=1)
   requests = [Request((0, 5), (1,), 12), Request((0, *range(3, 50)), (2,), 2)]
-  events = list(core.run(requests))
+  events = list(serve(core, requests))
   before = [event.request for event in events].index(1)
   assert before == 4  # its first token, and one beside each of three chunks of 16
   assert [sum(len(e.tokens) for e in events if e.request == i) for i in (0, 1)] == [12, 2]
@@ -118,7 +119,7 @@ def test_a_budget_lets_rows_go_on_while_prompts_wait():
 
 def test_a_run_that_is_left_makes_room_for_the_next():
   core = scheduler()
-  left = core.run([Request((0, 5), (i,), 12) for i in range(5)])
+  left = serve(core, [Request((0, 5), (i,), 12) for i in range(5)])
   next(left)
   left.close()
   core.submit(Request((0, 9), limit=4))
@@ -132,7 +133,7 @@ def test_top_log_probabilities_for_those_who_ask():
   core = scheduler(top_log_probs=3, decode_steps=5)
   asked = [Request((0, 5), limit=4, top_log_probs=3), Request((0, 9), limit=3, top_log_probs=1)]
   seen = 0
-  for event in core.run([*asked, Request((0, 7), limit=3)]):
+  for event in serve(core, [*asked, Request((0, 7), limit=3)]):
     for token, log_prob, top in zip(event.tokens, event.log_probs, event.top):
       assert len(top) == (3, 1, 0)[event.request]
       if top:
@@ -230,7 +231,7 @@ def test_a_row_that_is_not_finite_ends_alone():
   broken = (0, *[50] * 40)
   prompts = [broken, (0, 3, 4, 5), broken, (0, 7, 8, 9, 10)]
   errors, rows = [], {}
-  for event in core.run([Request(tokens, limit=4) for tokens in prompts]):
+  for event in serve(core, [Request(tokens, limit=4) for tokens in prompts]):
     rows.setdefault(event.request, []).extend(event.tokens)
     if event.error:
       errors.append((event.request, event.finish, event.error))
@@ -259,7 +260,7 @@ def test_text_comes_in_whole_characters_and_ends_before_a_stop_text():
     Request((0,), (1,), 40, sampling, text=True),
     Request((0,), (1,), 40, sampling, stop_texts=('aa',)),
   ]
-  for event in core.run(requests):
+  for event in serve(core, requests):
     texts[event.request] += event.text
     tokens[event.request] += event.tokens
   assert texts[0] == vocabulary.decode(tokens[0])
