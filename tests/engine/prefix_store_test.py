@@ -126,7 +126,12 @@ def test_loaded_blocks_continue_as_prefilled_ones(model, layout, mesh, rows, sta
       )
   untouched = [b for b in range(BLOCKS) if b not in (2, 5)]
   fresh = empty_store(*on, rows, BLOCKS, size)
-  same(*(jax.tree.map(lambda x: np.asarray(x)[..., untouched, :, :, :], s) for s in (store, fresh)))
+  same(
+    *(
+      jax.tree.map(lambda x: np.asarray(x)[..., untouched, :, :, :], (s.keys, s.values))
+      for s in (store, fresh)
+    )
+  )
 
   (copies,) = prefix_store.block_copies([(rows - 1, 0, 5), (rows - 1, 1, 2)], 3)
   (copies,) = programs.put(engine.model, copies)
@@ -162,7 +167,7 @@ def test_copies_are_in_place(mesh, stacked, cache):
     compiled = lowered.compile()
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= held(updated) > 8 * block
-    assert memory.temp_size_in_bytes < 4 * block
+    assert memory.temp_size_in_bytes < 5 * block
     sent = [line for line in compiled.as_text().splitlines() if ' all-reduce(' in line]
     assert bool(sent) == (lowered is save and mesh == '2x2x2')
   for program, args, donated in (
@@ -211,7 +216,7 @@ def test_copies_are_in_place_on_tpus(cache, layout):
   for lowered in (load, save):
     memory = lowered.compile().memory_analysis()
     assert memory.alias_size_in_bytes >= 2048 // size * block
-    assert memory.temp_size_in_bytes < 4 * block
+    assert memory.temp_size_in_bytes < 5 * block
 
 
 def test_bytes_of_blocks():
@@ -221,7 +226,7 @@ def test_bytes_of_blocks():
       engine = engine_of('grouped-parallel', 'ws_2d/heads', mesh, heads > 1, cache)
       store = engine.model, engine.weights, 2, size
       found = prefix_store.bytes_per_block(*store)
-      assert found == 2 * 2 * size * heads * head
+      assert found == 2 * 2 * size * heads * head + 1  # and a flag
       budgets = (-1, found - 1, found, 5 * found - 1)
       assert [prefix_store.blocks_for(b, *store) for b in budgets] == [0, 0, 1, 4]
 
