@@ -116,7 +116,8 @@ def test_num_decodes_share_a_prefill_and_come_from_the_worst_to_the_best(palm_ti
   assert len({row.tobytes() for row in tokens.reshape(9, -1)}) > 5
   best, best_aux = predict()
   np.testing.assert_array_equal(best, tokens[:, -1])
-  np.testing.assert_array_equal(best_aux['scores'], aux['scores'][:, -1])
+  # The second time beginnings of the prompts are cached: sums may be rounded otherwise.
+  np.testing.assert_allclose(best_aux['scores'], aux['scores'][:, -1], rtol=1e-6)
   other, _ = model.predict_batch_with_aux(state.params, batch, jax.random.PRNGKey(4))
   assert not np.array_equal(other, best)
 
