@@ -56,7 +56,7 @@ KINDS = [
   ),
   ('2x2x1', 'ws_2d/heads', 'wg_x/heads', None, dict(slots=4, prefill_chunk=64, decode_steps=5)),
 ]
-MIXES = 300
+MIXES = 120  # about four minutes, most of them compilations
 
 
 @functools.cache
@@ -201,4 +201,4 @@ def test_random_mixes_are_identical_to_one_at_a_time():
     f'{hits} prefix hits, {evictions} evictions; {ties} differ, at near ties'
   )
   assert rows > 3 * MIXES and ties <= rows / 100
-  assert ended_early > 20 and preempted > 10 and hits > 100 and evictions > 20
+  assert ended_early > 20 and preempted > 5 and hits > 50 and evictions > 20
