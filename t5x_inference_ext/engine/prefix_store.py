@@ -26,7 +26,7 @@ from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.cache import KeysValues, KVCache, LayersKV
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
-from t5x_inference_ext.quantization.kv import KV, tile_positions, to_cache
+from t5x_inference_ext.quantization.kv import KV, empty_kv, tile_positions
 from t5x_inference_ext.sharding.layout import Axes
 
 
@@ -113,7 +113,7 @@ def empty_store(
   shape = (*lead, blocks, block_size, len(sharding.heads.cached()), config.d_head)
 
   def zeros() -> KV:
-    return to_cache(jnp.zeros(shape), model.cache_dtype)
+    return empty_kv(shape, model.cache_dtype)
 
   def layers() -> LayersKV:
     return zeros() if weights.stacked else tuple(zeros() for _ in range(config.num_layers))

@@ -14,7 +14,7 @@ from t5x_inference_ext.model.cache import KVCache, LayersKV, Shared, with_heads
 from t5x_inference_ext.model.pages import UNUSED, AnyCache, PagedCache, SharedPages, check_page_size
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
-from t5x_inference_ext.quantization.kv import KV, to_cache, whole_tiles
+from t5x_inference_ext.quantization.kv import KV, empty_kv, whole_tiles
 from t5x_inference_ext.sharding.layout import num_shards
 
 
@@ -93,7 +93,7 @@ def _empty(model: Model, weights: Weights, rows: int, shape: tuple[int, int]) ->
 
   def zeros() -> KV:
     positions = whole_tiles(size, model.cache_dtype)
-    return to_cache(jnp.zeros((*lead, count, positions, heads, config.d_head)), model.cache_dtype)
+    return empty_kv((*lead, count, positions, heads, config.d_head), model.cache_dtype)
 
   return zeros() if weights.stacked else tuple(zeros() for _ in range(config.num_layers))
 

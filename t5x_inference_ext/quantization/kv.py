@@ -74,6 +74,17 @@ def to_cache(x: Float[Array, '*lead q'], dtype: str) -> KV:
   return Int8KV(jnp.rint(x / scales).astype(jnp.int8), scales)
 
 
+def empty_kv(shape: tuple[int, ...], dtype: str) -> KV:
+  """Return what `to_cache` makes of zeros [.., S, K, Q], without computing it.
+
+  XLA folds constants on the host: for a large cache that takes minutes.
+  """
+  if dtype != 'int8':
+    return jnp.zeros(shape, dtype)
+  scales = jnp.full((*shape[:-1], 1), jnp.finfo(jnp.float32).tiny, jnp.float32)
+  return Int8KV(jnp.zeros(shape, jnp.int8), scales)
+
+
 def units_and_scales(kv: KV, dtype: DTypeLike) -> tuple[jax.Array, jax.Array | None]:
   """Return the operand of products, in `dtype`, and the scales [.., S, K] (None for floats).
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from t5x_inference_ext.model.attention import Context, attend
-from t5x_inference_ext.quantization.kv import Int8KV, to_cache
+from t5x_inference_ext.quantization.kv import Int8KV, empty_kv, to_cache
 
 
 def dequantized(kv):
@@ -68,3 +68,10 @@ def test_attention_is_that_over_what_the_units_stand_for(kv_heads, shared):
 
   found = attention(lambda kv, i: Int8KV(kv.units[i], kv.scales[i]))
   np.testing.assert_allclose(found, attention(lambda kv, i: dequantized(kv)[i]), atol=1e-6)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'int8'])
+def test_an_empty_cache_is_that_of_zeros(dtype):
+  found, wanted = empty_kv((2, 3, 1, 4), dtype), to_cache(jnp.zeros((2, 3, 1, 4)), dtype)
+  assert jax.tree.map(lambda x: x.dtype, found) == jax.tree.map(lambda x: x.dtype, wanted)
+  jax.tree.map(np.testing.assert_array_equal, found, wanted)
