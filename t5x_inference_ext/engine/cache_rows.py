@@ -49,53 +49,14 @@ def scatter_row(
 
 
 def gather_cache_row(model: Model, cache: KVCache, weights: Weights, row: jax.Array) -> KVCache:
-  """Return one row of a cache, as a cache of one row.
-
-  Heads stay split as in `cache`. The result has the shared prefix of `cache`.
-  """
+  """Return one row of a cache, as a cache of one row. Heads stay split as in `cache`."""
   axes, spec, row_spec = _specs(model, cache, weights)
 
   def run(cache: KVCache, row: jax.Array) -> KVCache:
     local, mine = local_index(cache.lengths.shape[0], axes, row)
     return jax.tree.map(lambda x: from_owner(x, axes, mine), kv_cache.read_local_row(cache, local))
 
-  own = dataclasses.replace(cache, shared=None)
-  one = per_shard(model, run, (spec, P()), row_spec)(own, row)
-  if cache.shared is None:
-    return one
-  lengths = gather_row(model, cache.shared.lengths, axes, row)
-  return dataclasses.replace(one, shared=dataclasses.replace(cache.shared, lengths=lengths))
-
-
-def scatter_cache_row(
-  model: Model, cache: KVCache, weights: Weights, row: jax.Array, one: KVCache
-) -> KVCache:
-  """Replace a row of `cache` by the row of `one`, a cache of a single row; return the result.
-
-  `one` may be shorter than `cache`. Both have the same shared prefix, or none.
-  """
-  axes, spec, row_spec = _specs(model, cache, weights)
-
-  def run(cache: KVCache, one: KVCache, row: jax.Array) -> KVCache:
-    local, mine = local_index(cache.lengths.shape[0], axes, row)
-    if ops.axis_size(axes) > 1:
-      # Other shards write back what they already have, so that the update stays in place.
-      old = kv_cache.read_local_row(cache, local)
-      one = jax.tree.map(
-        lambda x, there: jnp.where(mine, x, there[tuple(slice(n) for n in x.shape)]), one, old
-      )
-    return kv_cache.write_local_row(cache, local, one)
-
-  def without_shared(cache: KVCache) -> KVCache:
-    return dataclasses.replace(cache, shared=None)
-
-  new = per_shard(model, run, (spec, row_spec, P()), spec)(
-    without_shared(cache), without_shared(one), row
-  )
-  if cache.shared is None or one.shared is None:
-    return new
-  lengths = lax.dynamic_update_slice_in_dim(cache.shared.lengths, one.shared.lengths, row, 0)
-  return dataclasses.replace(new, shared=dataclasses.replace(cache.shared, lengths=lengths))
+  return per_shard(model, run, (spec, P()), row_spec)(cache, row)
 
 
 def insert_row(
@@ -118,8 +79,8 @@ def insert_row(
     cache: PagedCache.
     weights: Weights, for their shapes.
     row: Scalar int32. The row of `cache` to fill.
-    one: A cache of a single row without a shared prefix, with heads as in `cache`. Its length is
-      the position of the row's next token.
+    one: A cache of a single row, with heads as in `cache`. Its length is the position of the row's
+      next token.
     pages: [M] int32. The row's page for each S positions, numbered on the row's device.
     first: Scalar int32. The first page of the row to copy: earlier ones are shared pages.
     shared_ids: [M] int32, or None. Shared page for each S positions, of those in shared_range.

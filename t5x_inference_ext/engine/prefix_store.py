@@ -158,7 +158,7 @@ def load_blocks(
 
   Args:
     model: Decides mesh and layouts.
-    prompts: The prompts, without a shared prefix.
+    prompts: The prompts.
     weights: Weights, for their shapes and shardings.
     store: The store.
     copies: What to copy. A row's blocks come in the order of their indices, from 0 on.
@@ -202,7 +202,7 @@ def save_blocks(
     model: Decides mesh and layouts.
     store: The store.
     weights: Weights, for their shapes and shardings.
-    prompts: The prompts, without a shared prefix.
+    prompts: The prompts.
     copies: What to copy. The positions of each block are prefilled.
 
   Raises:
@@ -253,7 +253,6 @@ def _write(kv: KeysValues, new: KeysValues, row: jax.Array, start: jax.Array | i
 
 
 def _block_size(prompts: PrefillState, store: PrefixStore) -> int:
-  assert prompts.cache.shared is None
   if store.block_size > prompts.cache.size:
     raise RequestError(
       f'a block of {store.block_size} positions does not fit into prompts of '

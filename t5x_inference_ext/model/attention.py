@@ -26,18 +26,11 @@ class Context(NamedTuple):
     keys: [b, s, k, q]. Each row's own keys.
     values: [b, s, k, q]. Each row's own values.
     lengths: [b] int32. Filled positions of each row; later positions are not attended to.
-    shared_keys: [p, k, q], or None. Keys of a shared prefix, which comes before a row's own
-      positions.
-    shared_values: [p, k, q], or None. Values of the shared prefix.
-    shared_lengths: [b] int32, or None. Positions of the shared prefix that each row begins with.
   """
 
   keys: KV
   values: KV
   lengths: jax.Array
-  shared_keys: KV | None = None
-  shared_values: KV | None = None
-  shared_lengths: jax.Array | None = None
 
 
 def attend(
@@ -62,26 +55,17 @@ def attend(
   Returns:
     [b, m, h, q] in q's dtype. The softmax is float32.
   """
-  positions = k.shape[1]
-  if context is not None:
-    positions += context.keys.shape[1]
-    if context.shared_keys is not None:
-      positions += context.shared_keys.shape[0]
+  positions = k.shape[1] + (0 if context is None else context.keys.shape[1])
   rows = max(1, MAX_ATTENTION_LOGITS // (q.shape[1] * q.shape[2] * positions))
   # In an exported program the number of rows can be symbolic.
   if not isinstance(q.shape[0], int) or q.shape[0] <= rows:
     return _attend(q, k, v, context, first_query, rules)
 
-  # The shared prefix has no rows dimension to map over.
-  own = context and context._replace(shared_keys=None, shared_values=None)
-
   def attend_row(row: tuple[jax.Array, KV, KV, Context | None, TokenPositions | None]) -> jax.Array:
-    q, k, v, own, positions = jax.tree.map(lambda x: x[None], row)
-    if context is not None:
-      own = own._replace(shared_keys=context.shared_keys, shared_values=context.shared_values)
-    return _attend(q, k, v, own, first_query, rules and rules.with_positions(positions))[0]
+    q, k, v, context, positions = jax.tree.map(lambda x: x[None], row)
+    return _attend(q, k, v, context, first_query, rules and rules.with_positions(positions))[0]
 
-  mapped = q, k, v, own, rules and rules.positions
+  mapped = q, k, v, context, rules and rules.positions
   return lax.map(attend_row, mapped, batch_size=None if rows == 1 else rows)
 
 
@@ -95,21 +79,12 @@ def _attend(
 ) -> jax.Array:
   grouped, causal = grouped_queries(q, k.shape[1], k.shape[2], first_query)
 
-  def places(first: jax.Array | int, keys: KV) -> jax.Array | None:
-    """Return the positions of keys in their rows, which only rules need."""
-    return None if rules is None else first + jnp.arange(keys.shape[-3])[None, :]
-
   queries, new = (None, None) if rules is None else rules.positions
   segments = [(k, v, causal, new)]
   if context is not None:
-    first = 0 if context.shared_lengths is None else context.shared_lengths[:, None]
-    filled = _before(context.keys.shape[1], context.lengths)
-    segments.insert(0, (context.keys, context.values, filled, places(first, context.keys)))
-    if context.shared_keys is not None:
-      assert context.shared_values is not None and context.shared_lengths is not None
-      filled = _before(context.shared_keys.shape[0], context.shared_lengths)
-      shared = context.shared_keys, context.shared_values, filled, places(0, context.shared_keys)
-      segments.insert(0, shared)
+    cached = jnp.arange(context.keys.shape[1])[None, :]  # positions, [1, s]
+    filled = (cached < context.lengths[:, None])[:, None, None, :]
+    segments.insert(0, (context.keys, context.values, filled, cached))
   logits = [
     (masked_logits(grouped, keys, visible, rules, queries, positions), values)
     for keys, values, visible, positions in segments
@@ -164,11 +139,6 @@ def ungrouped(out: Float[Array, 'b k n q'], q: Float[Array, 'b m h q']) -> Float
   b, m, h, d = q.shape
   out = jnp.moveaxis(out.reshape(b, out.shape[1], m, -1, d), 1, 2)
   return out.reshape(b, m, h, d).astype(q.dtype)
-
-
-def _before(positions: int, lengths: Int[Array, ' b']) -> Bool[Array, 'b 1 1 s']:
-  """Return a mask of a context's positions: True before each row's length."""
-  return (jnp.arange(positions)[None, :] < lengths[:, None])[:, None, None, :]
 
 
 def masked_logits(

@@ -1,4 +1,4 @@
-"""The KV cache. Each row has its own length and grows at its end; a shared prefix is stored once.
+"""The KV cache. Each row has its own length and grows at its end.
 
 Keys and values are floats, or int8 with scales (quantization.kv.Int8KV). Functions map over the
 arrays of a pytree, and so work for both.
@@ -25,71 +25,40 @@ RowIndex = Int[Array, ''] | int
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Shared:
-  """A prefix that rows of a cache share.
-
-  Attributes:
-    keys: [L, P, K, Q], or a tuple of L arrays [P, K, Q] if the layers are unrolled.
-    values: Like keys.
-    lengths: [B] int32. Positions of the prefix that each row begins with; 0 for a row that shares
-      nothing.
-  """
-
-  keys: LayersKV
-  values: LayersKV
-  lengths: jax.Array
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
 class KVCache:
   """Rotated keys, and values, of all layers.
 
   Attributes:
     keys: [L, B, S, K, Q], or a tuple of L arrays [B, S, K, Q] if the layers are unrolled.
     values: Like keys.
-    lengths: [B] int32. Filled positions of each row, shared ones not counted.
-    shared: Prefix that comes before each row's own positions, or None.
+    lengths: [B] int32. Filled positions of each row.
   """
 
   keys: LayersKV
   values: LayersKV
   lengths: jax.Array
-  shared: Shared | None = None
 
   @property
   def size(self) -> int:
-    """S, the positions that each row has room for, shared ones not counted."""
+    """S, the positions that each row has room for."""
     return positions_of(self.keys)
-
-  @property
-  def positions(self) -> jax.Array:
-    """[B] int32, the position of each row's next token in its sequence."""
-    return self.lengths if self.shared is None else self.lengths + self.shared.lengths
 
   def by_layer(self, read: int | None = None) -> Any:
     """Return the argument of `context` for every layer: with leading L, or one tuple per layer.
 
     With `read`, attention reads only the first `read` positions.
     """
-    parts = [self.keys, self.values]
-    if self.shared is not None:
-      parts += [self.shared.keys, self.shared.values]
-    if isinstance(self.keys, tuple):
-      return tuple(zip(*parts))
-    return tuple(parts) if read is None else layer_indices(self.keys)
+    if isinstance(self.keys, tuple) and isinstance(self.values, tuple):
+      return tuple(zip(self.keys, self.values))
+    return (self.keys, self.values) if read is None else layer_indices(self.keys)
 
   def context(self, layer: tuple[KV, ...] | jax.Array, read: int | None = None) -> Context:
     """Return the context of one layer's attention, given that layer's element of `by_layer`."""
-    shared = self.shared
     if isinstance(layer, tuple):
-      parts = [*jax.tree.map(lambda x: x[:, :read], layer[:2]), *layer[2:]]
+      keys, values = jax.tree.map(lambda x: x[:, :read], layer)
     else:
-      parts = [read_layer(kv, layer, (None, read)) for kv in (self.keys, self.values)]
-      parts += [read_layer(kv, layer, ()) for kv in (shared.keys, shared.values)] if shared else []
-    if shared is None:
-      return Context(parts[0], parts[1], self.lengths)
-    return Context(parts[0], parts[1], self.lengths, parts[2], parts[3], shared.lengths)
+      keys, values = (read_layer(kv, layer, (None, read)) for kv in (self.keys, self.values))
+    return Context(keys, values, self.lengths)
 
 
 def layer_indices(stacked: LayersKV) -> Int[Array, ' L']:
@@ -239,33 +208,7 @@ def read_local_row(cache: KVCache, row: RowIndex) -> KVCache:
     return lax.dynamic_slice_in_dim(x, row, 1, axis)
 
   keys, values = jax.tree.map(lambda x: read(x, x.ndim - 4), (cache.keys, cache.values))
-  shared = cache.shared
-  if shared is not None:
-    shared = dataclasses.replace(shared, lengths=read(shared.lengths))
-  return KVCache(keys, values, read(cache.lengths), shared)
-
-
-def write_local_row(cache: KVCache, row: RowIndex, one: KVCache) -> KVCache:
-  """Return this shard's part of a cache, with one row replaced.
-
-  Args:
-    cache: This shard's part of the cache.
-    row: Index on this shard.
-    one: A cache of one row, no longer than `cache`. Both have one shared prefix, or none.
-  """
-
-  def write(x: jax.Array, new: jax.Array, axis: int = 0) -> jax.Array:
-    start = [0] * x.ndim
-    return lax.dynamic_update_slice(x, new, (*start[:axis], row, *start[axis + 1 :]))
-
-  keys, values = jax.tree.map(
-    lambda x, new: write(x, new, x.ndim - 4), (cache.keys, cache.values), (one.keys, one.values)
-  )
-  shared = cache.shared
-  if shared is not None:
-    assert one.shared is not None
-    shared = dataclasses.replace(shared, lengths=write(shared.lengths, one.shared.lengths))
-  return KVCache(keys, values, write(cache.lengths, one.lengths), shared)
+  return KVCache(keys, values, read(cache.lengths))
 
 
 def with_heads(x: Array, held: Sequence[int | None], wanted: Sequence[int | None]) -> Array:

@@ -1,4 +1,4 @@
-"""Prefill in chunks of bounded memory; empty caches; prefixes that rows share."""
+"""Prefill in chunks of bounded memory; empty caches."""
 
 import dataclasses
 from typing import Any
@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from t5x_inference_ext.model.cache import KVCache, LayersKV, Shared, with_heads
+from t5x_inference_ext.model.cache import KVCache, LayersKV, with_heads
 from t5x_inference_ext.model.pages import UNUSED, AnyCache, PagedCache, SharedPages, check_page_size
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
@@ -18,20 +18,17 @@ from t5x_inference_ext.quantization.kv import KV, empty_kv, whole_tiles
 from t5x_inference_ext.sharding.layout import num_shards
 
 
-def empty_cache(
-  model: Model, weights: Weights, rows: int, size: int, shared: Shared | None = None
-) -> KVCache:
-  """Make a cache in the model's decode layout that is empty except for the shared prefix.
+def empty_cache(model: Model, weights: Weights, rows: int, size: int) -> KVCache:
+  """Make an empty cache in the model's decode layout.
 
   Args:
     model: The model whose prefill_chunk and decode_step will use the cache.
     weights: Weights. If they are stacked, the cache is too; else it has an array per layer.
     rows: B.
-    size: S, positions of each row, shared ones not counted.
-    shared: Prefix from `share_row` for `rows` rows, or None.
+    size: S, positions of each row.
   """
   keys, values = (_empty(model, weights, rows, (rows, size)) for _ in range(2))
-  cache = KVCache(keys, values, jnp.zeros(rows, jnp.int32), shared)
+  cache = KVCache(keys, values, jnp.zeros(rows, jnp.int32))
   return constrain_cache(model, cache, weights)
 
 
@@ -115,47 +112,11 @@ def abstract_cache(model: Model, cache: AnyCache, weights: Weights) -> AnyCache:
 
 
 def with_layout_of(model: Model, cache: KVCache, weights: Weights, to: Model) -> KVCache:
-  """Convert a cache from `model`'s to `to`'s decode layout. The result has no shared prefix.
-
-  A prefix is stored once for each layout (see share_row).
-  """
+  """Convert a cache from `model`'s to `to`'s decode layout."""
   rows = cache.lengths.shape[0]
   held, wanted = (m.cache_sharding(rows).heads.cached() for m in (model, to))
   keys, values = jax.tree.map(lambda x: with_heads(x, held, wanted), (cache.keys, cache.values))
   return constrain_cache(to, KVCache(keys, values, cache.lengths), weights)
-
-
-def share_row(
-  model: Model, cache: KVCache, weights: Weights, row: int, length: int, to: Model, rows: int
-) -> Shared:
-  """Copy the first positions of one row into a prefix that the rows of another cache can share.
-
-  Under jit, model, row, length, to and rows must be static.
-
-  Args:
-    model: The model whose decode layout the cache is in.
-    cache: KVCache that holds the row.
-    weights: Weights. If they are stacked, the prefix is too; else it has an array per layer.
-    row: Index of the row that begins with the prefix.
-    length: P, the positions of the prefix.
-    to: The model whose decode layout the other cache is in.
-    rows: Rows of the other cache.
-
-  Returns:
-    The prefix, with lengths of 0: no row shares any of its positions yet.
-  """
-  held = model.cache_sharding(cache.lengths.shape[0]).heads.cached()
-  wanted = to.cache_sharding(rows).heads.cached()
-
-  def take_prefix(x: jax.Array) -> jax.Array:  # [.., B, S, K, Q] -> [.., P, K, Q]
-    x = lax.index_in_dim(x, row, x.ndim - 4, keepdims=False)
-    return with_heads(lax.slice_in_dim(x, 0, length, axis=-3), held, wanted)
-
-  keys, values = jax.tree.map(take_prefix, (cache.keys, cache.values))
-  shared = Shared(keys, values, jnp.zeros(rows, jnp.int32))
-  constrained = empty_cache(to, weights, rows, 1, shared).shared
-  assert constrained is not None
-  return constrained
 
 
 def prefill_in_chunks(

@@ -55,7 +55,7 @@ def forward(
   if cache is None:
     start = jnp.zeros(tokens.shape[0] // ops.axis_size(sharding.attention_rows), jnp.int32)
   else:
-    start = cache.positions
+    start = cache.lengths
   positions = start[:, None] + jnp.arange(tokens.shape[1])[None, :]
   config, query_axes = model.config, sharding.attention_positions
   angles = pass_angles(positions, config, query_axes)

@@ -93,11 +93,6 @@ class PagedCache:
     """S, positions of a page."""
     return kv_cache.positions_of(self.keys)
 
-  @property
-  def positions(self) -> jax.Array:
-    """[B] int32, the position of each row's next token in its sequence."""
-    return self.lengths
-
   def by_layer(self, read: int | None = None) -> Any:
     """Return the argument of `context` for every layer: indices, or one tuple per unrolled layer.
 

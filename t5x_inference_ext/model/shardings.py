@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.model.cache import KeysValues, KVCache, Shared, with_heads
+from t5x_inference_ext.model.cache import KeysValues, KVCache, with_heads
 from t5x_inference_ext.model.pages import PagedCache, SharedPages
 from t5x_inference_ext.model.weights import Weights, build_weights
 from t5x_inference_ext.quantization.kv import KV
@@ -133,25 +133,23 @@ class ShardedModel:
     return P(None, *sharding.cache) if weights.stacked else (sharding.cache,) * len(weights.layers)
 
   def cache_spec(self, sharding: ActivationSharding, weights: Weights, cache: Any = None) -> Any:
-    """Return PartitionSpecs of a KVCache or PagedCache, including what rows of `cache` share.
+    """Return PartitionSpecs of a KVCache or PagedCache, including a PagedCache's shared pages.
 
     One spec stands for all arrays of a layer's keys: for int8, both units and scales. Without a
     cache, they are those of a KVCache. Pages are split as rows are.
     """
     kv = self.kv_spec(sharding, weights)
     rows: Any = P(sharding.attention_rows)
-    # What is shared has no rows dimension: devices that split rows each have all of it.
-    paged = isinstance(cache, PagedCache)
-    prefix: Any = P(*(None,) * paged, *sharding.cache[1:])
-    prefix = P(None, *prefix) if weights.stacked else (prefix,) * len(weights.layers)
-    if paged:
-      whole: Any = P()
-      shared = None if cache.shared is None else SharedPages(prefix, prefix, rows, whole)
-      read = cache.read, cache.read_shared
-      return PagedCache(kv, kv, rows, rows, rows, rows, shared, *read)
-    if cache is None or cache.shared is None:
+    if not isinstance(cache, PagedCache):
       return KVCache(kv, kv, rows)
-    return KVCache(kv, kv, rows, Shared(prefix, prefix, rows))
+    shared = None
+    if cache.shared is not None:
+      # Shared pages have no rows dimension: devices that split rows each have all of them.
+      part: Any = P(None, *sharding.cache[1:])
+      part = P(None, *part) if weights.stacked else (part,) * len(weights.layers)
+      whole: Any = P()
+      shared = SharedPages(part, part, rows, whole)
+    return PagedCache(kv, kv, rows, rows, rows, rows, shared, cache.read, cache.read_shared)
 
   def constrained(self, cache: Any, sharding: ActivationSharding, weights: Weights) -> Any:
     """Return the cache, a KVCache or PagedCache, constrained to `sharding`."""

@@ -7,6 +7,7 @@ import pytest
 
 from t5x_inference_ext.model import attention
 from t5x_inference_ext.model.attention import Context, attend
+from t5x_inference_ext.model.paged_attention import PagedContext, attend_pages
 
 
 def _numpy(q, k, v, visible):
@@ -58,10 +59,9 @@ def test_rows_in_several_passes_are_the_same(monkeypatch, limit, cached):
   np.testing.assert_allclose(attend(q, keys, values, context), whole, atol=1e-6)
 
 
-@pytest.mark.parametrize('limit', [2**28, 1, 3 * 3 * 4 * 13])
 @pytest.mark.parametrize('kv_heads', [1, 2])
-def test_what_rows_share_is_as_if_each_had_it(monkeypatch, kv_heads, limit):
-  """Each row its own part of it, the first positions; all rows at once, or some at a time."""
+def test_what_rows_share_is_as_if_each_had_it(kv_heads):
+  """Each row sees its own part of it, the first positions, in shared pages of one position."""
   rng = np.random.default_rng(0)
   b, t, h, d, s, p = 5, 3, 4, 8, 6, 4
   q, k, v = (
@@ -73,8 +73,11 @@ def test_what_rows_share_is_as_if_each_had_it(monkeypatch, kv_heads, limit):
   for row in range(b):
     n, m = common[row], lengths[row]
     each[:, row, :n], each[:, row, n : n + m] = shared[:, :n], own[:, row, :m]
-  wanted = attend(q, k, v, Context(*map(jnp.asarray, each), jnp.asarray(lengths + common)))
-  monkeypatch.setattr(attention, 'MAX_ATTENTION_LOGITS', limit)
+  total = jnp.asarray(lengths + common)
+  wanted = attend(q, k, v, Context(*map(jnp.asarray, each), total))
   own, shared = (jnp.asarray(x, jnp.float32) for x in (own, shared))
-  context = Context(*own, jnp.asarray(lengths), *shared, jnp.asarray(common))
-  np.testing.assert_allclose(attend(q, k, v, context), wanted, atol=1e-5)
+  seen = jnp.arange(p)[None, :] < common[:, None]
+  context = PagedContext(
+    *own, total, jnp.arange(b), jnp.asarray(common), *shared, seen, jnp.arange(p)
+  )
+  np.testing.assert_allclose(attend_pages(q, k, v, context), wanted, atol=1e-5)

@@ -1,6 +1,5 @@
-"""Prompts in chunks, turns and shared prefixes equal one pass over the whole, in every layout."""
+"""Prompts in chunks and turns equal one pass over the whole, in every layout."""
 
-import dataclasses
 import functools
 
 import jax
@@ -20,8 +19,6 @@ LENGTH = 12
 
 empty_cache = memory.quick_jit(chunks.empty_cache, static_argnames=('model', 'rows', 'size'))
 extend = memory.quick_jit(Model.prefill_chunk, static_argnames=('self', 'read'))
-share = memory.quick_jit(chunks.share_row, static_argnames=('model', 'row', 'length', 'to', 'rows'))
-moved = memory.quick_jit(chunks.with_layout_of, static_argnames=('model', 'to'))
 in_chunks = memory.quick_jit(chunks.prefill_in_chunks, static_argnames=('model', 'size', 'chunk'))
 
 
@@ -142,45 +139,6 @@ def test_prefill_in_chunks_equals_prefill(model, prefill, decode, rows, mesh, ho
         engine.model, engine.weights, cache, *programs.put(engine.model, tokens[everyone, lengths])
       )
       close(logits, wanted[everyone, lengths], holds)
-
-
-@pytest.mark.parametrize('model, prefill, decode, rows, mesh, holds', CASES)
-def test_rows_that_begin_alike_share_it(model, prefill, decode, rows, mesh, holds):
-  """A prefix is prefilled once, in a row of its own; other rows begin with some of it."""
-  config = MODELS[model]
-  engine = memory.engine(
-    config, tensors(model), mesh, stacked=rows % 2 == 0, prefill=prefill, decode=decode, cache=holds
-  )
-  tokens, everyone = memory.tokens(config, rows, LENGTH), np.arange(rows)
-  common = (5 - everyone % 6).astype(np.int32)  # 5, 4, ... 0 positions of the first row
-  tokens = np.where(np.arange(LENGTH)[None, :] < common[:, None], tokens[:1], tokens)
-  wanted = reference.logits(config, tensors(model), tokens, holds)
-  one = engine.model.prefilling
-  first = np.tile(tokens[:1, :6], (2, 1))
-  cache = empty_cache(one, engine.weights, 2, 8)
-  _, cache = extend(
-    one, engine.weights, cache, *programs.put(engine.model, first, np.full(2, 6, np.int32))
-  )
-  shared = share(one, cache, engine.weights, 1, 5, engine.model, rows)
-  assert {x.shape[-3] for x in jax.tree.leaves((shared.keys, shared.values))} == {5}
-  shared = dataclasses.replace(shared, lengths=jnp.asarray(common))
-  cache = empty_cache(engine.model, engine.weights, rows, 7, shared)
-  lengths, size = common.copy(), 4
-  for counts in ((everyone % 3 + 1).astype(np.int32), np.ones(rows, np.int32)):
-    new = np.full((rows, size), 77, np.int32)
-    for row, (start, count) in enumerate(zip(lengths, counts)):
-      new[row, :count] = tokens[row, start : start + count]
-    if size == 1:
-      logits, cache = memory.decode_step(
-        engine.model, engine.weights, cache, *programs.put(engine.model, new[:, 0])
-      )
-    else:
-      logits, cache = extend(
-        engine.model, engine.weights, cache, *programs.put(engine.model, new, counts)
-      )
-    lengths, size = lengths + counts, 1
-    close(logits, wanted[everyone, lengths - 1], holds)
-    np.testing.assert_array_equal(cache.positions, lengths)
 
 
 @pytest.mark.parametrize('stacked', [False, True])

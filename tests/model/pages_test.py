@@ -170,7 +170,7 @@ def test_decode_equals_that_of_a_dense_cache(case):
     wanted, dense = memory.decode_step(*run, dense, token)
     found, paged = memory.decode_step(*run, paged, token)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-5)
-    np.testing.assert_array_equal(paged.positions, dense.positions)
+    np.testing.assert_array_equal(paged.lengths, dense.lengths)
   # The first layer's are equal, bit for bit; later layers' nearly, and in int8 to a unit.
   jax.tree.map(
     lambda x, y: np.testing.assert_allclose(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from t5x_inference_ext.model.attention import Context, attend
+from t5x_inference_ext.model.paged_attention import PagedContext, attend_pages
 from t5x_inference_ext.quantization.kv import Int8KV, empty_kv, to_cache
 
 
@@ -58,13 +59,16 @@ def test_attention_is_that_over_what_the_units_stand_for(kv_heads, shared):
   normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
   new, cached = (to_cache(normal(2, b, n, kv_heads, d), 'int8') for n in (t, s))
   begins = to_cache(normal(2, p, kv_heads, d) * 3, 'int8')
-  lengths = jnp.array([0, 5, 2]), jnp.array([3, 0, 2])
+  lengths, common = jnp.array([0, 5, 2]), jnp.array([3, 0, 2])
+  seen = jnp.arange(p)[None, :] < common[:, None]  # of shared pages of one position
 
   def attention(form):
-    context = Context(form(cached, 0), form(cached, 1), lengths[0])
-    if shared:
-      context = Context(*context[:3], form(begins, 0), form(begins, 1), lengths[1])
-    return attend(q, form(new, 0), form(new, 1), context)
+    keys, values = form(cached, 0), form(cached, 1)
+    if not shared:
+      return attend(q, form(new, 0), form(new, 1), Context(keys, values, lengths))
+    own = keys, values, lengths + common, jnp.arange(b), common
+    context = PagedContext(*own, form(begins, 0), form(begins, 1), seen, jnp.arange(p))
+    return attend_pages(q, form(new, 0), form(new, 1), context)
 
   found = attention(lambda kv, i: Int8KV(kv.units[i], kv.scales[i]))
   np.testing.assert_allclose(found, attention(lambda kv, i: dequantized(kv)[i]), atol=1e-6)
