@@ -40,10 +40,14 @@ def make_engine(
   dtype: str,
   mesh: tuple[int, int, int] = (1, 1, 1),
   stacked: bool = True,
+  weights: str = 'float',
 ) -> Engine:
   """A random model of PaLM's form, on one device unless said otherwise."""
   config = ModelConfig(layers, d_model, 4 * d_model, d_model // 64, 64, vocabulary)
-  checkpoint = reference.MemoryCheckpoint.of(config, reference.random_tensors(config))
+  tensors = reference.random_tensors(config)
+  if weights == 'int8':
+    tensors = reference.quantized(config, tensors)
+  checkpoint = reference.MemoryCheckpoint.of(config, tensors)
   model = Model(config, make_mesh(mesh), dtype=dtype)
   return Engine(checkpoint, model, load_weights(checkpoint, model, stacked=stacked))
 
