@@ -174,7 +174,7 @@ def long_case(args) -> None:
   rng = np.random.default_rng(0)
   new = 20
   config = SchedulerConfig(
-    32, 8192, pages=64 + 31 + 1, end_ids=(), prefill_budget=10**6, decode_steps=1
+    32, 8192, pages=64 + 31 + 16, end_ids=(), prefill_budget=10**6, decode_steps=1
   )
   schedulers = []
   for longest in (100, 8192):

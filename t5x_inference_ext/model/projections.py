@@ -121,15 +121,23 @@ def _side_by_side(columns: list[jax.Array], width: int) -> jax.Array:
   """Concatenate columns, `width` in all; write them into the first array if it has room.
 
   On a TPU a concatenation is one more pass over all the data, as is padding the first array.
+  XLA:CPU runs a fusion that writes in place on one core, with all that is fused into it.
   """
-  first, *rest = columns
-  if first.shape[-1] < width:
+  if columns[0].shape[-1] < width:
     return jnp.concatenate(columns, axis=-1)
-  offset = width - sum(x.shape[-1] for x in rest)
-  for x in rest:
-    first = jax.lax.dynamic_update_slice_in_dim(first, x, offset, x.ndim - 1)
-    offset += x.shape[-1]
-  return first
+  offset = width - sum(x.shape[-1] for x in columns[1:])
+
+  def concatenated(first: jax.Array, *rest: jax.Array) -> jax.Array:
+    return jnp.concatenate([first[..., :offset], *rest], axis=-1)
+
+  def in_place(first: jax.Array, *rest: jax.Array) -> jax.Array:
+    start = offset
+    for x in rest:
+      first = jax.lax.dynamic_update_slice_in_dim(first, x, start, x.ndim - 1)
+      start += x.shape[-1]
+    return first
+
+  return jax.lax.platform_dependent(*columns, cpu=concatenated, default=in_place)
 
 
 @dataclasses.dataclass(frozen=True)
