@@ -11,7 +11,7 @@ from t5x_inference_ext import distributed
 from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.engine.request import NOT_FINITE, Completion, Request, Sample
 from t5x_inference_ext.engine.scoring import ScoringExample
-from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.errors import RequestError, printable
 from t5x_inference_ext.runs import batches, infer_options, loading, memory, output, prompt_rows
 from t5x_inference_ext.runs.clock import Clock
 from t5x_inference_ext.runs.job import Job
@@ -62,7 +62,8 @@ def prepare(
     # Whatever comes from the checkpoint or from its engine has what was chosen.
     checkpoint = dataclasses.replace(checkpoint, text=text)
     vocabulary = text.vocabulary
-    say(f'vocabulary: {text.name} ({text.source}){"" if vocabulary else _IDS_ALONE}')
+    name, source = printable(text.name), printable(text.source)
+    say(f'vocabulary: {name} ({source}){"" if vocabulary else _IDS_ALONE}')
     infer_options.check_vocab_size(options, rows_of_model)
     asked = RowSampling(options.sampling, options.max_new_tokens, stop=options.stop)
     tokenized = prompt_rows.tokenize(
@@ -119,7 +120,7 @@ def prepare(
       {
         **loading.description(options, engine),
         'prompts': files.prompts,
-        'vocabulary': {'name': text.name, 'source': text.source},
+        'vocabulary': {'name': name, 'source': source},
         'shape': shape,
         'time': clock.to_dict(),
       },

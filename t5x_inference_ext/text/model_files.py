@@ -79,10 +79,11 @@ class ModelFiles:
     prompts begin with it.
     """
     adds = self.configs[_TOKENIZER].get('add_bos_token')
-    if adds is True:
-      named = self._named_id(vocabulary, 'bos_token')
-      return next(iter(self._listed_ids('bos_token_id')), None) if named is None else named
-    return None if vocabulary is None or adds is False else vocabulary.own_bos_id
+    own = None if vocabulary is None or adds is False else vocabulary.own_bos_id
+    if adds is not True:
+      return own
+    named = self._named_id(vocabulary, 'bos_token')
+    return next(iter(self._listed_ids('bos_token_id')), own) if named is None else named
 
   def _end_ids(self, vocabulary: Vocabulary | None) -> tuple[int, ...]:
     """Return the ids that end rows.
@@ -122,7 +123,7 @@ class ModelFiles:
     added = self.configs[_TOKENIZER].get('added_tokens_decoder')
     for key, entry in added.items() if isinstance(added, dict) else ():
       if isinstance(entry, dict) and entry.get('content') == token and key.isdecimal():
-        return int(key[:10])
+        return int(key) if len(key) <= 10 else None
     return None
 
   def _chat_template(self) -> str | None:
