@@ -54,8 +54,8 @@ def texts_of(scores) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def bits_per_byte(vocabulary, ids, log_probs) -> float:
-  """Return the bits of all ids but the first of each row, for each byte that they write."""
-  size = sum(len(vocabulary.piece(i, special=True)) for row in ids.tolist() for i in row[1:])
+  """Return the bits of all ids but the first of each row, for each byte of the text."""
+  size = sum(len(vocabulary.piece(i, special=True)) for row in ids.tolist() for i in row)
   return -float(np.sum(log_probs)) / math.log(2) / size
 
 

@@ -246,20 +246,18 @@ def test_a_public_model_has_its_own_bos_or_none(command, testdata, tmp_path):
   macros = {'CHECKPOINT_PATH': str(family), 'MIXTURE_OR_TASK_NAME': 'ids', 'MESH': '1x1x1'}
   macros |= {'TASK_FEATURE_LENGTHS': lengths, 'MAX_NEW_TOKENS': 6}
 
-  def rows(name, mode='predict', **more):
-    out = tmp_path / name
-    code, _, err = command(**macros, INFER_OUTPUT_DIR=str(out), MODE=mode, **more)
+  def rows(mode):
+    code, _, err = command(**macros, MODE=mode)
     assert code == 0, err
-    return _rows(out / f'ids-{mode}.jsonl-00000-of-00001')
+    return _rows(tmp_path / 'out' / f'ids-{mode}.jsonl-00000-of-00001')
 
   engine = Engine.load(family, mesh='1x1x1', dtype='float32')
   inputs = np.arange(3, 19).reshape(2, 8)
   targets = np.arange(40, 52).reshape(2, 6)
   wanted = [c.tokens for c in engine.generate(inputs, max_new_tokens=6, eos_id=1)]
-  for batching in ('continuous', 'static'):
-    found = [row['prediction'] for row in rows(batching, BATCHING=batching)]
-    assert [each[: len(w)] for each, w in zip(found, wanted)] == wanted
-  scored = [row['score'] for row in rows('score', 'score')]
+  found = [row['prediction'] for row in rows('predict')]
+  assert [each[: len(w)] for each, w in zip(found, wanted)] == wanted
+  scored = [row['score'] for row in rows('score')]
   wanted = engine.score_completions(list(zip(inputs, targets)))
   np.testing.assert_allclose(scored, [sum(each) for each in wanted], rtol=1e-5)
   code, _, err = command(
