@@ -155,7 +155,7 @@ def decompress(source: pathlib.Path) -> tuple[float, float]:
 
 
 def convert(
-  source: pathlib.Path, target: pathlib.Path, workers: int
+  source: pathlib.Path, target: pathlib.Path, workers: int, weights: str = 'int8'
 ) -> tuple[tuple[float, float], int]:
   """(Seconds, processor seconds), and the peak resident bytes of the process."""
   forget(source)
@@ -165,7 +165,7 @@ def convert(
     't5x_inference_ext.convert_checkpoint',
     f'--input={source}',
     f'--output={target}',
-    '--weights=int8',
+    f'--weights={weights}',
     f'--workers={workers}',
   ]
   start = time.perf_counter()

@@ -17,15 +17,20 @@ class _Unusable(Exception):
   """A JSON text that means nothing here. The message says why."""
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, *, nan: bool = False) -> Any:
   """Return the value of a JSON text.
+
+  Args:
+    text: The text.
+    nan: Whether NaN is a value. A logit bias may be infinite, but no number of ours is NaN.
 
   Raises:
     ValueError: The text is not JSON, holds a value that Python can't, or gives a name of an object
       twice. The message can follow "... is".
   """
+  constant = float if nan else _constant
   try:
-    value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+    value = json.loads(text, object_pairs_hook=_object, parse_constant=constant)
   except json.JSONDecodeError as error:
     raise ValueError(f'not JSON ({error.msg} at column {error.colno})') from None
   except RecursionError:
@@ -57,7 +62,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _constant(text: str) -> float:
-  """Return an infinity, which a logit bias may be. NaN is refused: no number here may be NaN."""
+  """Return an infinity. Raises _Unusable for NaN."""
   if text == 'NaN':
     raise _Unusable('it holds NaN')
   return float(text)

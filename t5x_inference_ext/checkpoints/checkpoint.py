@@ -13,9 +13,7 @@ from t5x_inference_ext.checkpoints.arrays import SourceArray, whole_array
 from t5x_inference_ext.checkpoints.missing import missing_checkpoint
 from t5x_inference_ext.checkpoints.public import check_arguments, read_public
 from t5x_inference_ext.checkpoints.readers import flaxformer, legacy, orbax
-from t5x_inference_ext.checkpoints.readers.public_model import SourceText
 from t5x_inference_ext.checkpoints.readers.tree import Tree
-from t5x_inference_ext.checkpoints.source_text import settings_of_source
 from t5x_inference_ext.checkpoints.tensor import Tensor
 from t5x_inference_ext.checkpoints.with_text import WithText
 from t5x_inference_ext.config import ModelConfig
@@ -40,10 +38,8 @@ class Checkpoint(WithText):
     form: The arrangement of parameters in a T5X tree (flaxformer.Reading.form); None if not
       recorded.
     notes: Lines for commands to print: what was found, and what was assumed.
+    text: Vocabulary, BOS, end tokens, chat template and generation defaults.
     rescale_logits: The argument of open_checkpoint.
-    text: Vocabulary, BOS, end tokens, chat template and generation defaults; None if nothing is
-      known but what T5X always does: BOS 0 and EOS 1.
-    source_text: What a checkpoint in a public format says about text.
     index_crc32: CRC-32 of the headers of a checkpoint in a public format; None for other formats.
   """
 
@@ -56,9 +52,8 @@ class Checkpoint(WithText):
   arrays: tuple[SourceArray, ...]
   form: dict[str, Any] | None
   notes: tuple[str, ...]
+  text: TextSettings
   rescale_logits: bool | None = None
-  text: TextSettings | None = None
-  source_text: SourceText | None = None
   index_crc32: int | None = None
 
 
@@ -116,7 +111,6 @@ def open_checkpoint(
   if model is None:
     raise CheckpointError(missing_checkpoint(path))
   check_arguments(model, norm_scale, config, rescale_logits)
-  text, notes = settings_of_source(model.path, model.text)
   return Checkpoint(
     model.path,
     model.format,
@@ -126,9 +120,8 @@ def open_checkpoint(
     model.tensors,
     model.arrays,
     None,
-    (*model.notes, *notes),
-    text=text,
-    source_text=model.text,
+    model.notes,
+    model.text,
     index_crc32=model.index_crc32,
   )
 
@@ -198,8 +191,8 @@ def _from_tree(
     found.arrays,
     found.form,
     notes,
-    rescale_logits,
     assumed_settings(model.vocab_size),
+    rescale_logits,
   )
 
 
@@ -275,7 +268,7 @@ def _from_serving(
     arrays,
     header['source'].get('form'),
     notes,
-    text=serving.read_text(path, header, found.vocab_size),
+    serving.read_text(path, header, found.vocab_size),
   )
 
 

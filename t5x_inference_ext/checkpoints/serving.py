@@ -23,11 +23,13 @@ from t5x_inference_ext.checkpoints.readers import zarr_arrays
 from t5x_inference_ext.checkpoints.tensor import Bounds, Tensor
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import CheckpointError, printable
-from t5x_inference_ext.text.settings import TextSettings, assumed_settings
+from t5x_inference_ext.text.settings import TextSettings, assumed_settings, unknown_vocabulary
 
 CONFIG = 'serving_config.json'
 CHECKSUMS = 'checksums.json'
 SERVING_FORMAT = 't5x_inference_ext serving checkpoint'
+# Formats of sources that are public models.
+PUBLIC_FORMATS = ('safetensors', 'gguf')
 # Version 2 has a section on text, and a header whose checksum is checked when it is opened.
 VERSION = 2
 SERVING_WEIGHTS = ('int8', 'bfloat16')
@@ -209,13 +211,13 @@ def read_serving_header(path: str, data: bytes) -> tuple[dict[str, Any], ModelCo
     raise CheckpointError(f'{where} is damaged: {type(e).__name__} {e!s:.300}') from e
 
 
-def read_text(path: str, header: Mapping[str, Any], rows: int) -> TextSettings | None:
-  """Return what a serving checkpoint says about text; None if no vocabulary is known.
+def read_text(path: str, header: Mapping[str, Any], rows: int) -> TextSettings:
+  """Return what a serving checkpoint says about text.
 
   Args:
     path: Directory of the checkpoint.
-    header: Content of serving_config.json. Version 1 has no section on text: then bytes are assumed
-      as for T5X checkpoints.
+    header: Content of serving_config.json. Version 1 has no section on text: it is that of a T5X
+      checkpoint. In early headers of version 2 the section is null where no vocabulary is known.
     rows: V, rows of the model's embedding.
 
   Raises:
@@ -224,7 +226,10 @@ def read_text(path: str, header: Mapping[str, Any], rows: int) -> TextSettings |
   if header['version'] == 1:
     return assumed_settings(rows)
   if header.get('text') is None:
-    return None
+    if header['source'].get('format') in PUBLIC_FORMATS:
+      lost = 'not recorded, nor what ends rows: convert again'
+      return unknown_vocabulary(source=lost, bos_id=None, end_ids=())
+    return unknown_vocabulary(source='not recorded')
   return TextSettings.from_dict(
     header['text'], rows, f'{path}/{CONFIG}', lambda name: check_file(path, CONFIG, header, name)
   )

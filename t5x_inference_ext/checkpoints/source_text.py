@@ -1,68 +1,125 @@
 """What the files of a model in a public format say about text, as TextSettings."""
 
+from collections.abc import Callable, Mapping
+import dataclasses
+import functools
 import os
 from typing import Any
 
-from t5x_inference_ext.checkpoints.readers.public_model import SourceText
-from t5x_inference_ext.errors import UserError
+import numpy as np
+
+from t5x_inference_ext.checkpoints import storage
+from t5x_inference_ext.errors import CheckpointError, UserError, printable
 from t5x_inference_ext.text.gguf_lists import vocabulary_of_lists
+from t5x_inference_ext.text.model_files import ModelFiles
 from t5x_inference_ext.text.sentencepiece_model import MODEL_FILE
-from t5x_inference_ext.text.settings import TextSettings, settings_of_vocabulary
-from t5x_inference_ext.text.tokenizer_json import TOKENIZER_FILE
-from t5x_inference_ext.text.vocabulary_files import open_settings
-
-# The SentencePiece model beside safetensors.
-_PUBLIC_MODEL_FILE = 'tokenizer.model'
+from t5x_inference_ext.text.settings import TextSettings, settings_of_vocabulary, unknown_vocabulary
+from t5x_inference_ext.text.vocabulary import Vocabulary, check_size
+from t5x_inference_ext.text.vocabulary_files import PUBLIC_FILES, vocabulary_of_file
 
 
-def settings_of_source(
-  name: str, source: SourceText
-) -> tuple[TextSettings | None, tuple[str, ...]]:
-  """Return the settings of a model, and notes for commands to print.
+def settings_of_directory(path: str, rows: int) -> TextSettings:
+  """Return the settings of a model in a directory, local or gs://.
 
-  Without a vocabulary that can be used, the settings are None: the model still takes token ids.
+  A vocabulary that is missing or can't be used leaves the kind 'none': the model takes token ids.
 
   Args:
-    name: Path of the model, for messages.
-    source: What its reader found.
+    path: The directory.
+    rows: V, rows of the model's embedding.
+
+  Raises:
+    CheckpointError: A file is damaged, other than that of the vocabulary.
   """
-  try:
-    settings = _of_directory(source) if source.directory else _of_lists(name, source)
-  except UserError as error:
-    return None, (f"the model's own vocabulary can't be used: {error}",)
-  if settings is None:
-    return None, ('no vocabulary is beside the model: prompts are token ids, or give --vocabulary',)
-  return settings, ()
+  files = ModelFiles.read(path, functools.partial(storage.read_file, path))
+  vocabulary, reason = None, f'no {" or ".join(PUBLIC_FILES)} is beside the model'
+  for name in (*PUBLIC_FILES, MODEL_FILE):
+    data = storage.read_file(path, name)
+    if data is not None:
+      make = functools.partial(vocabulary_of_file, os.path.join(path, name), data)
+      vocabulary, reason = _usable(make, rows)
+      break
+  return _within(files.settings(vocabulary, reason), rows)
 
 
-def _of_directory(source: SourceText) -> TextSettings | None:
-  assert source.directory is not None
-  for name in (TOKENIZER_FILE, _PUBLIC_MODEL_FILE, MODEL_FILE):
-    path = os.path.join(source.directory, name)
-    if os.path.isfile(path):
-      return open_settings(path)
-  return None
+def settings_of_lists(path: str, lists: Mapping[str, Any], rows: int) -> TextSettings:
+  """Return the settings of a model in a GGUF file; see settings_of_directory.
 
+  Args:
+    path: The file, for messages.
+    lists: The keys of its metadata that begin with `tokenizer.`, without that.
+    rows: V, rows of the model's embedding.
 
-def _of_lists(name: str, source: SourceText) -> TextSettings | None:
-  lists = source.lists
-  tokens = lists.get('ggml.tokens')
-  if tokens is None:
-    return None
-  adds_bos = lists.get('ggml.add_bos_token', lists.get('ggml.model') == 'llama')
-  options: dict[str, Any] = {}
-  for option, key in (('model', 'ggml.model'), ('pre', 'ggml.pre')):
-    if key in lists:
-      options[option] = lists[key]
-  vocabulary = vocabulary_of_lists(
-    name,
-    tokens,
-    [int(kind) for kind in lists.get('ggml.token_type', ())],
-    merges=lists.get('ggml.merges', ()),
-    scores=[float(score) for score in lists.get('ggml.scores', ())],
-    bos_id=source.bos_id if adds_bos else None,
-    end_ids=source.eos_ids,
-    add_space_prefix=bool(lists.get('ggml.add_space_prefix', True)),
-    **options,
+  Raises:
+    CheckpointError: A key names something that is no id, or no text.
+  """
+
+  def token(name: str) -> int | None:
+    value = lists.get(f'ggml.{name}_token_id')
+    if value is not None and not (type(value) is int and 0 <= value < 2**31):
+      raise CheckpointError(
+        f'{path}: tokenizer.ggml.{name}_token_id is {printable(value, 80)}, not an id'
+      )
+    return value
+
+  template = lists.get('chat_template')
+  if not isinstance(template, str | None):
+    raise CheckpointError(f'{path}: tokenizer.chat_template is no text')
+  bos_id = token('bos')
+  if not lists.get('ggml.add_bos_token', lists.get('ggml.model') == 'llama'):
+    bos_id = None
+  ends = tuple(dict.fromkeys(i for i in (token('eos'), token('eot')) if i is not None))
+  vocabulary, reason = None, 'the file has no tokenizer.ggml.tokens'
+  if 'ggml.tokens' in lists:
+    make = functools.partial(_vocabulary_of_lists, path, lists, bos_id, ends)
+    vocabulary, reason = _usable(make, rows)
+  if vocabulary is not None:
+    return _within(settings_of_vocabulary(vocabulary, chat_template=template), rows)
+  return _within(
+    unknown_vocabulary(source=reason, bos_id=bos_id, end_ids=ends, chat_template=template), rows
   )
-  return settings_of_vocabulary(vocabulary, chat_template=lists.get('chat_template'))
+
+
+def _usable(make: Callable[[], Vocabulary], rows: int) -> tuple[Vocabulary | None, str]:
+  """Return a model's own vocabulary and 'given'; or None, and why it can't be used."""
+  try:
+    vocabulary = make()
+    check_size(vocabulary, rows)
+    return vocabulary, 'given'
+  except UserError as error:
+    return None, f"the model's own can't be used: {error}"
+
+
+def _within(settings: TextSettings, rows: int) -> TextSettings:
+  """Return settings without ids that the model has no rows for: it can't make them."""
+  ends = tuple(token for token in settings.end_ids if token < rows)
+  bos_id = settings.bos_id
+  if bos_id is not None and bos_id >= rows:
+    bos_id = None
+  if (bos_id, ends) == (settings.bos_id, settings.end_ids):
+    return settings
+  return dataclasses.replace(settings, bos_id=bos_id, end_ids=ends)
+
+
+def _vocabulary_of_lists(
+  name: str, lists: Mapping[str, Any], bos_id: int | None, end_ids: tuple[int, ...]
+) -> Vocabulary:
+  """Return the vocabulary in a GGUF file's metadata. Raises UserError if it can't be used."""
+
+  def value(key: str, kind: type, default: Any) -> Any:
+    found = lists.get(key, default)
+    if not isinstance(found, kind):
+      raise CheckpointError(f'tokenizer.{key} is {printable(found, 80)}, not of the expected type')
+    return found
+
+  numbers = np.zeros(0)
+  return vocabulary_of_lists(
+    name,
+    value('ggml.tokens', list, []),
+    value('ggml.token_type', np.ndarray, numbers).astype(int).tolist(),
+    merges=value('ggml.merges', list, []),
+    scores=value('ggml.scores', np.ndarray, numbers).astype(float).tolist(),
+    bos_id=bos_id,
+    end_ids=end_ids,
+    add_space_prefix=bool(lists.get('ggml.add_space_prefix', True)),
+    **{key: value(f'ggml.{key}', str, '') for key in ('model', 'pre') if f'ggml.{key}' in lists},
+  )

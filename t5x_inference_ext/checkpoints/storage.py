@@ -62,14 +62,19 @@ def has_file(directory: str, name: str) -> bool:
   return bool(found)
 
 
-def load_json(data: bytes, where: str) -> Any:
-  """Return the parsed content of a JSON file; `where` names it in messages.
+def load_json(data: bytes, where: str, *, nan: bool = False) -> Any:
+  """Return the parsed content of a JSON file.
+
+  Args:
+    data: Content of the file.
+    where: Name of the file, for messages.
+    nan: Whether NaN is a value, as in settings that other programs write.
 
   Raises:
-    CheckpointError: The data is not JSON, or is nested too deeply to be read.
+    CheckpointError: The data is not JSON, gives a name of an object twice, or is nested too deeply.
   """
   try:
-    return text_files.parse_json(data.decode())
+    return text_files.parse_json(data.decode(), nan=nan)
   except ValueError as e:
     raise CheckpointError(f'{where} is damaged: {e}') from e
 

@@ -250,7 +250,7 @@ def print_source(checkpoint: Checkpoint) -> None:
   """Print the notes on the source checkpoint."""
   for note in checkpoint.notes:
     print_line(note)
-  print_line(f'vocabulary: {checkpoint.text or "not known: none is recorded"}')
+  print_line(f'vocabulary: {checkpoint.text}')
 
 
 def run(argv: list[str] | None = None) -> int:

@@ -78,7 +78,7 @@ def describe_checkpoint(path: str) -> Iterator[str]:
     yield f"this can't be served as it is: {e}"
     return
   yield from checkpoint.notes
-  yield f'vocabulary: {checkpoint.text or "not known"}'
+  yield f'vocabulary: {checkpoint.text}'
   is_chunked = checkpoint.index_crc32 is None
   yield from tensor_lines(stored_tensors(checkpoint), is_chunked)
   yield looks_like(checkpoint.config)

@@ -1,6 +1,9 @@
 """Whether a request fits a scheduler: checked before it is queued."""
 
-from t5x_inference_ext.engine.inputs import check_at_least
+import dataclasses
+
+from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.engine.inputs import check_at_least, check_positions, room
 from t5x_inference_ext.engine.request import Request
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.engine.slot_params import slot_row
@@ -8,21 +11,22 @@ from t5x_inference_ext.engine.slot_table import SlotTable
 from t5x_inference_ext.errors import RequestError
 
 
-def check_request(
-  request: Request, config: SchedulerConfig, table: SlotTable, vocab_size: int
-) -> None:
-  """Check a request.
+def admitted(
+  request: Request, config: SchedulerConfig, table: SlotTable, model: ModelConfig
+) -> Request:
+  """Check a request, and return it as it can be served: its rows end where learned positions end.
 
   Args:
     request: The request.
     config: Sizes of the scheduler.
     table: Its slots, for the size of the cache.
-    vocab_size: V.
+    model: The model.
 
   Raises:
     RequestError: The scheduler's programs can't serve the request.
   """
   length, limit = len(request.tokens), request.limit
+  check_positions('the prompt', length, model)
   check_at_least(1, max_new_tokens=limit)
   check_at_least(0, top_log_probs=request.top_log_probs)
   if not request.tokens or not request.seeds:
@@ -41,10 +45,11 @@ def check_request(
     )
   slot_row(  # checks the rest
     request.sampling,
-    vocab_size,
+    model.vocab_size,
     seed=0,
     limit=limit,
     end_ids=config.end_ids if request.end_ids is None else request.end_ids,
     top=request.top_log_probs,
     top_width=config.top_log_probs,
   )
+  return dataclasses.replace(request, limit=room(limit, length, model))

@@ -17,7 +17,13 @@ from t5x_inference_ext.checkpoints import Checkpoint, open_checkpoint
 from t5x_inference_ext.checkpoints.load import load_weights, scans_layers
 from t5x_inference_ext.engine.conversation import Conversation
 from t5x_inference_ext.engine.core import Core
-from t5x_inference_ext.engine.inputs import check_at_least, check_generation, end_ids_of, per_prompt
+from t5x_inference_ext.engine.inputs import (
+  check_at_least,
+  check_generation,
+  check_start,
+  end_ids_of,
+  per_prompt,
+)
 from t5x_inference_ext.engine.request import Completion, Request, Sample, SampleCollector
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.sampling_arrays import stack_params
@@ -245,6 +251,8 @@ class Engine(Scorer):
     check_generation(prompts, vocab_size, limits)
     stack_params(params, vocab_size)  # checks ids
     check_at_least(1, samples=samples)
+    for i, prompt in enumerate(prompts):
+      check_start(f'prompt {i}', prompt, self.checkpoint.bos_id)
     return [
       Request(
         (*self._bos, *prompt), tuple((int(seed) + i) % 2**32 for i in range(samples)), limit, each

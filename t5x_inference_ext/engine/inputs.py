@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.options import LARGEST_WHOLE, is_whole
-
-BOS_ID = 0  # T5X shifts targets right and starts from 0
-EOS_ID = 1
+from t5x_inference_ext.text.settings import BOS_ID
 
 
 def _shown(value: Any) -> str:
@@ -33,18 +32,58 @@ def model_inputs(
     bos_id: Token in front of each prompt; None: none.
 
   Returns:
-    Tokens [B, T] int32, BOS and the prompt from the left, and lengths [B] int32 with BOS.
+    Tokens [B, size + 1] int32, BOS and the prompt from the left, and lengths [B] int32 with BOS. A
+    model without BOS has the same shapes, so that saved programs serve both.
 
   Raises:
     RequestError: A prompt has no token and there is no BOS.
   """
   bos = [] if bos_id is None else [bos_id]
-  tokens = np.zeros((len(prompts), size + len(bos)), np.int32)
+  tokens = np.zeros((len(prompts), size + 1), np.int32)
   for i, (row, prompt) in enumerate(zip(tokens, prompts)):
-    if not len(bos) + len(prompt):
-      raise RequestError(f'prompt {i} is empty, and this model has no BOS to start from')
+    check_start(f'prompt {i}', prompt, bos_id)
     row[: len(bos) + len(prompt)] = [*bos, *prompt]
   return tokens, np.asarray([len(bos) + len(p) for p in prompts], np.int32)
+
+
+def check_start(what: str, prompt: Sequence[int], bos_id: int | None) -> None:
+  """Raise RequestError for a prompt without a token where there is no BOS.
+
+  Args:
+    what: Beginning of the message.
+    prompt: Token ids without BOS.
+    bos_id: Token in front of each prompt, or None.
+  """
+  if bos_id is None and not len(prompt):
+    raise RequestError(f'{what} is empty, and this model has no BOS to start from')
+
+
+def check_positions(what: str, tokens: int, config: ModelConfig) -> None:
+  """Raise RequestError for more tokens than a model has learned positions.
+
+  Args:
+    what: Beginning of the message.
+    tokens: Number of tokens that the model reads, BOS included.
+    config: The model.
+  """
+  if config.num_positions is not None and tokens > config.num_positions:
+    raise RequestError(
+      f'{what} has {tokens} tokens to read, BOS included, and the model learned only '
+      f'{config.num_positions} positions: shorten it'
+    )
+
+
+def room(limit: int, tokens: int, config: ModelConfig) -> int:
+  """Return the most new tokens of a row: `limit`, or fewer where learned positions end.
+
+  Args:
+    limit: Most new tokens that are asked for.
+    tokens: Number of tokens of the prompt, BOS included.
+    config: The model.
+  """
+  if config.num_positions is None:
+    return limit
+  return min(limit, config.num_positions - tokens + 1)  # the last new token is not read
 
 
 def end_ids_of(eos_id: int | Sequence[int]) -> tuple[int, ...]:

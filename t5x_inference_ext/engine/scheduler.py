@@ -15,7 +15,7 @@ import collections
 from collections.abc import Sequence
 import warnings
 
-from t5x_inference_ext.engine.admission import check_request
+from t5x_inference_ext.engine.admission import admitted
 from t5x_inference_ext.engine.books import wrong_books
 from t5x_inference_ext.engine.decoder import Decoder
 from t5x_inference_ext.engine.inbox import Inbox
@@ -104,7 +104,7 @@ class Scheduler:
     Raises:
       RequestError: The request does not fit the config. Nothing is queued.
     """
-    check_request(request, self.config, self._table, self.model.config.vocab_size)
+    request = admitted(request, self.config, self._table, self.model.config)
     if (request.text or request.stop_texts) and self._vocabulary is None:
       raise RequestError('text and stop texts need a vocabulary, and this engine has none')
     return self._inbox.submit(request)

@@ -7,7 +7,13 @@ import numpy as np
 
 from t5x_inference_ext.checkpoints import Checkpoint
 from t5x_inference_ext.engine import length_buckets, programs, scoring
-from t5x_inference_ext.engine.inputs import check_arrays, check_at_least, plain_pairs
+from t5x_inference_ext.engine.inputs import (
+  check_arrays,
+  check_at_least,
+  check_positions,
+  check_start,
+  plain_pairs,
+)
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
 
@@ -66,16 +72,22 @@ class Scorer:
       tokens: Most tokens of a batch, padding included.
 
     Raises:
-      RequestError: Ids outside the vocabulary, naming the pair, counted from 0.
+      RequestError: Ids outside the vocabulary, more tokens than the model has positions, or an
+        empty prompt where the model has no BOS; naming the pair, counted from 0.
     """
     check_at_least(1, tokens=tokens)
-    pairs = plain_pairs(pairs, self.model.config.vocab_size)
-    examples = [scoring.ScoringExample.of(*pair) for pair in pairs]
+    config, bos_id = self.model.config, self.checkpoint.bos_id
+    pairs = plain_pairs(pairs, config.vocab_size)
+    for i, (prompt, completion) in enumerate(pairs):
+      check_start(f'the prompt of pair {i}', prompt, bos_id)
+      check_positions(f'pair {i}', scoring.tokens_read(prompt, completion, bos_id), config)
+    examples = [scoring.ScoringExample.of(*pair, bos_id) for pair in pairs]
     packer = length_buckets.packer(self.model, tokens)
     found: dict[int, np.ndarray] = {}
     for pack in packer.pack([len(example.targets) for example in examples]):
       found.update(scoring.score_pack(self.log_probs, examples, pack))
-    return [found[i][len(prompt) :].tolist() for i, (prompt, _) in enumerate(pairs)]
+    scored = (found[i].tolist() for i in range(len(pairs)))
+    return [each[len(each) - len(completion) :] for each, (_, completion) in zip(scored, pairs)]
 
   def logits(self, inputs: np.ndarray) -> np.ndarray:
     """Return the logits after each position of model inputs [B, T]: [B, T, V] float32."""

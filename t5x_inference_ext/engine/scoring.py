@@ -12,7 +12,7 @@ class ScoringExample(NamedTuple):
   """Tokens to score. All three arrays have length n, which differs between examples.
 
   Attributes:
-    inputs: [n] int32. Model inputs: BOS, then all targets but the last.
+    inputs: [n] int32. Model inputs: what stands before each target, BOS first if there is one.
     targets: [n] int32. Token ids to score.
     weights: [n] float32. Weight of each log-probability; 0 ignores it.
   """
@@ -23,13 +23,26 @@ class ScoringExample(NamedTuple):
 
   @classmethod
   def of(
-    cls, prompt: Sequence[int], completion: Sequence[int], bos_id: int = 0
+    cls, prompt: Sequence[int], completion: Sequence[int], bos_id: int | None
   ) -> 'ScoringExample':
-    """Return the example that scores a completion given its prompt."""
+    """Return the example that scores a completion given its prompt.
+
+    Args:
+      prompt: Token ids without BOS.
+      completion: Token ids to score: the last targets of the example.
+      bos_id: The id in front of each prompt; None: the prompt is not empty, and its first token is
+        no target.
+    """
     targets = [*prompt, *completion]
-    return cls(
-      [bos_id, *targets][: len(targets)], targets, [0.0] * len(prompt) + [1.0] * len(completion)
-    )
+    weights = [0.0] * len(prompt) + [1.0] * len(completion)
+    if bos_id is None:
+      return cls(targets[:-1], targets[1:], weights[1:])
+    return cls([bos_id, *targets][: len(targets)], targets, weights)
+
+
+def tokens_read(prompt: Sequence[int], completion: Sequence[int], bos_id: int | None) -> int:
+  """Return how many tokens a model reads to score a completion: all but the last, and BOS."""
+  return len(prompt) + len(completion) - (bos_id is None)
 
 
 def score_pack(

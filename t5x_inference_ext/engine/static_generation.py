@@ -10,8 +10,10 @@ from t5x_inference_ext.engine import programs
 from t5x_inference_ext.engine.inputs import (
   check_at_least,
   check_generation,
+  check_positions,
   model_inputs,
   per_prompt,
+  room,
 )
 from t5x_inference_ext.engine.request import Completion, finish_reason
 from t5x_inference_ext.engine.sampling import SamplingParams
@@ -79,6 +81,8 @@ def generate_static(
   model.decode_sharding(len(prompts))
   longest = options.prompt_size or max(map(len, prompts))
   tokens, lengths = model_inputs(prompts, longest, options.bos_id)
+  for i, length in enumerate(lengths.tolist()):
+    check_positions(f'prompt {i}', length, model.config)
   stacked = stack_params(params, vocab_size)  # checks ids, too
   per_row = not is_whole(max_new_tokens) or not isinstance(sampling, SamplingParams)
   # The last generated token is never fed back, so it takes no position.
@@ -88,7 +92,9 @@ def generate_static(
     own = dict(
       sampling_arrays=stacked,
       end_ids=end_id_array(options.end_ids, len(prompts)),
-      limits=np.asarray(limits, np.int32),
+      limits=np.asarray(
+        [room(limit, int(length), model.config) for limit, length in zip(limits, lengths)], np.int32
+      ),
     )
     compiled, ends, most = SamplingParams(), -1, _rounded(max(limits))
     size = size if options.cache_size else _rounded(size)

@@ -5,9 +5,12 @@ import dataclasses
 import reprlib
 from typing import Any, TypeAlias, TypeVar
 
+from t5x_inference_ext.checkpoints import Checkpoint
+from t5x_inference_ext.engine.inputs import check_positions, check_start
+from t5x_inference_ext.engine.scoring import tokens_read
 from t5x_inference_ext.errors import RequestError, name_list
 from t5x_inference_ext.runs.row_sampling import RowSampling, row_sampling
-from t5x_inference_ext.text.vocabulary import Vocabulary, encode_pair
+from t5x_inference_ext.text.vocabulary import encode_pair
 from t5x_inference_ext.text_files import parse_json
 
 MAX_COMPLAINTS = 10
@@ -103,8 +106,7 @@ def _undecodable_line(path: str) -> int:
 def tokenize(
   path: str,
   rows: list[PromptRow],
-  vocabulary: Vocabulary | None,
-  vocab_size: int,
+  checkpoint: Checkpoint,
   run: RowSampling,
   max_prompt: int | None = None,
 ) -> list[TokenizedRow]:
@@ -113,15 +115,17 @@ def tokenize(
   Args:
     path: File that the rows come from, for messages.
     rows: Rows from read_rows.
-    vocabulary: Encodes text; None if no row has text.
-    vocab_size: V, rows of the model's embedding. Ids must be below it.
+    checkpoint: The model, with a vocabulary if a row has text.
     run: Sampling options of rows that have none of their own.
     max_prompt: Most tokens of a prompt that the cache has room for; None: no limit.
 
   Raises:
-    RequestError: Rows have ids outside the vocabulary, prompts longer than the cache, or wrong
-      sampling options. The message names their lines.
+    RequestError: Rows have ids outside the vocabulary, prompts that are longer than the cache or
+      than the model's positions, or that are empty where there is no BOS, or wrong sampling
+      options. The message names their lines.
   """
+  vocabulary, bos_id = checkpoint.vocabulary, checkpoint.bos_id
+  config, vocab_size = checkpoint.config, checkpoint.config.vocab_size
 
   def ids_of(name: str, text: Text) -> list[int]:
     if not isinstance(text, str):
@@ -153,6 +157,11 @@ def tokenize(
 
   def tokenized(row: PromptRow) -> TokenizedRow:
     prompt, completion = scored(row)
+    check_start('`prompt`', prompt, bos_id)
+    if row.completion is None:
+      check_positions('the prompt', len(prompt) + (bos_id is not None), config)
+    else:
+      check_positions('the row', tokens_read(prompt, completion, bos_id), config)
     if max_prompt is not None and len(prompt) > max_prompt:
       raise ValueError(
         f'the prompt is longer than the cache: {len(prompt)} tokens, and there is room for '

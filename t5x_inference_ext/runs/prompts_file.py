@@ -11,7 +11,7 @@ from t5x_inference_ext import distributed
 from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.engine.request import NOT_FINITE, Completion, Request, Sample
 from t5x_inference_ext.engine.scoring import ScoringExample
-from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.errors import RequestError, printable
 from t5x_inference_ext.runs import batches, infer_options, loading, memory, output, prompt_rows
 from t5x_inference_ext.runs.clock import Clock
 from t5x_inference_ext.runs.job import Job
@@ -25,7 +25,7 @@ from t5x_inference_ext.text.vocabulary import Vocabulary
 from t5x_inference_ext.text.vocabulary_files import choose_settings
 from t5x_inference_ext.text_files import json_line
 
-_NOT_KNOWN = 'not known for {} rows: completions have tokens only, no text'
+_IDS_ALONE = ': completions have tokens only, no text'
 
 
 def prepare(
@@ -53,20 +53,21 @@ def prepare(
     rows = prompt_rows.read_rows(files.prompts, score=scoring)
     checkpoint, mesh = loading.open_model(options, say)
     rows_of_model = checkpoint.config.vocab_size
-    settings = choose_settings(
+    text = choose_settings(
       files.vocabulary,
       checkpoint.text,
       rows_of_model,
       needed=bool(options.stop) or any(row.is_text for row in rows),
     )
-    vocabulary = settings.vocabulary if settings else None
-    name = vocabulary.name if vocabulary else 'none'
-    source = settings.source if settings else _NOT_KNOWN.format(rows_of_model)
-    say(f'vocabulary: {name} ({source})')
+    # Whatever comes from the checkpoint or from its engine has what was chosen.
+    checkpoint = dataclasses.replace(checkpoint, text=text)
+    vocabulary = text.vocabulary
+    name, source = printable(text.name), printable(text.source)
+    say(f'vocabulary: {name} ({source}){"" if vocabulary else _IDS_ALONE}')
     infer_options.check_vocab_size(options, rows_of_model)
     asked = RowSampling(options.sampling, options.max_new_tokens, stop=options.stop)
     tokenized = prompt_rows.tokenize(
-      files.prompts, rows, vocabulary, rows_of_model, asked, None if scoring else options.max_prompt
+      files.prompts, rows, checkpoint, asked, None if scoring else options.max_prompt
     )
     if not scoring:
       samples = options.num_decodes * len(rows)
@@ -80,14 +81,18 @@ def prepare(
       )
     if not options.continuous and any(row.asked != asked for row in tokenized):
       raise RequestError('rows have their own `sampling`, which needs batching=continuous')
-    if settings is not None and not options.continuous:
-      sampling = with_early_ends(options.sampling, options.stop, vocabulary, settings.end_ids[1:])
+    if not options.continuous:
+      # A saved program knows one end token.
+      ends = text.end_ids[1:] if options.executable else ()
+      sampling = with_early_ends(options.sampling, options.stop, vocabulary, ends)
       options = dataclasses.replace(options, sampling=sampling)
-  distributed.check_same(options=options, prompts=tokenized, checkpoint=checkpoint.notes)
+  distributed.check_same(
+    options=options, prompts=tokenized, checkpoint=(checkpoint.notes, text.to_dict())
+  )
   engine = loading.load_engine(options, checkpoint, mesh, say)
   journal = Journal(
     _journal_path(files.output),
-    (options, tokenized, checkpoint.path, checkpoint.step, checkpoint.notes),
+    (options, tokenized, checkpoint.path, checkpoint.step, checkpoint.notes, text.to_dict()),
   )
   if journal.done:
     say(f'resumed: {len(journal.done)} of {len(rows)} rows were done when an earlier run ended')
@@ -96,7 +101,7 @@ def prepare(
   with journal.closed_on_error():
     with distributed.together():  # another run may have written the output until now
       output.check_output(files.output, overwrite=files.overwrite, source=files.prompts)
-    work, shape = _work(engine, options, todo, clock, settings, say)
+    work, shape = _work(engine, options, todo, clock, say)
 
   def tell(row: int, result: Any) -> list[dict[str, Any]]:
     if scoring:
@@ -136,56 +141,51 @@ def _work(
   options: infer_options.InferOptions,
   todo: list[tuple[int, prompt_rows.TokenizedRow]],
   clock: Clock,
-  settings: TextSettings | None,
   say: Callable[[str], None],
 ) -> tuple[Work, dict[str, Any]]:
   """Return the work of the remaining rows, and its sizes for the record of the run."""
-  settings = settings or TextSettings('bytes')  # T5X's BOS and EOS; no text is decoded
-  eos_id = settings.end_ids[0] if settings.end_ids else -1  # -1: no token
+  text = engine.checkpoint.text
   if not todo:
     return NoWork(), {}
   loading.say_compiling(engine, say)
   if options.mode == 'score':
     longest = max(len(row.prompt) + len(row.completion) for _, row in todo)
     tokens = loading.batch_rows(options, engine, len(todo), say) * batches.prompt_size(longest)
-    group = [(i, ScoringExample.of(row.prompt, row.completion)) for i, row in todo]
+    group = [(i, ScoringExample.of(row.prompt, row.completion, text.bos_id)) for i, row in todo]
     return ScoreWork(engine, [group], tokens, clock), {'tokens': tokens}
   if options.continuous:
-    requests = [(i, _request(i, row, options, settings)) for i, row in todo]
+    requests = [(i, _request(i, row, options, text)) for i, row in todo]
     return refill_work(
       engine,
       options,
       requests,
       clock,
       say,
-      vocabulary=settings.vocabulary,
+      vocabulary=text.vocabulary,
       slots=min(options.batch_size, options.num_decodes * len(todo)),
       max_length=options.cache_length,
     )
   shape = _shape(options, engine, [row for _, row in todo], say)
   prompts = [(i, row.prompt) for i, row in todo]
   in_step = distributed.lockstep(batches.batched(prompts, shape.batch))
-  work = StaticWork(engine, in_step, shape, clock, options, eos_id)
+  ends = text.end_ids[:1] if options.executable else text.end_ids
+  work = StaticWork(engine, in_step, shape, clock, options, ends)
   return work, dataclasses.asdict(shape)
 
 
 def _request(
-  index: int,
-  row: prompt_rows.TokenizedRow,
-  options: infer_options.InferOptions,
-  settings: TextSettings,
+  index: int, row: prompt_rows.TokenizedRow, options: infer_options.InferOptions, text: TextSettings
 ) -> Request:
   samples = options.num_decodes
   seeds = batches.row_seeds(options.seed, index, samples)
   if row.asked.seed is not None:
     seeds = tuple((row.asked.seed + i) % 2**32 for i in range(samples))
-  bos = () if settings.bos_id is None else (settings.bos_id,)
   return Request(
-    (*bos, *row.prompt),
+    (*text.front, *row.prompt),
     seeds,
     row.asked.max_new_tokens,
     row.asked.sampling,
-    end_ids=tuple(settings.end_ids),
+    end_ids=text.end_ids,
     stop_texts=row.asked.stop,
     top_log_probs=options.top_log_probs,
   )
@@ -235,10 +235,10 @@ def _told_sample(
 def _told_scores(
   row: prompt_rows.TokenizedRow, scores: np.ndarray, options: infer_options.InferOptions
 ) -> dict[str, Any]:
-  """Return the fields to write for a scored row. `scores` has all its tokens, 0 for the prompt."""
+  """Return the fields to write for a scored row. `scores` end with those of its completion."""
   told: dict[str, Any] = {'tokens': row.completion, 'score': float(np.sum(scores))}
   if options.token_log_probs:
-    told['log_probs'] = scores[len(row.prompt) :].tolist()
+    told['log_probs'] = scores[len(scores) - len(row.completion) :].tolist()
   return told
 
 

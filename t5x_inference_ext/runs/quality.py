@@ -101,6 +101,8 @@ def loss(
 ) -> float:
   """Return the loss in nats per token, where each target is predicted from the targets before it.
 
+  The first target of a row is predicted from BOS, and not at all by a model without BOS.
+
   Args:
     checkpoint: The model.
     targets: [rows, length]. Token ids to predict; 0 is padding.
@@ -109,14 +111,14 @@ def loss(
       they would be in decoding.
   """
   engine = Engine.load(checkpoint, mesh='1x1x1', dtype=dtype, cache=cache)
-  total = 0.0
+  total, bos_id, first = 0.0, checkpoint.bos_id, int(checkpoint.bos_id is None)
   for begin in range(0, len(targets), BATCH_ROWS):
     rows = targets[begin : begin + BATCH_ROWS]
     missing = BATCH_ROWS - len(rows)
     rows = np.pad(rows, ((0, missing), (0, 0)))  # one shape, so one compilation
-    inputs = np.pad(rows, ((0, 0), (1, 0)))[:, :-1]
-    total -= float(engine.score(inputs, rows).sum())
-  return total / int(np.count_nonzero(targets))
+    inputs = np.pad(rows, ((0, 0), (1, 0)), constant_values=bos_id or 0)[:, :-1]
+    total -= float(engine.score(inputs[:, first:], rows[:, first:]).sum())
+  return total / int(np.count_nonzero(targets[:, first:]))
 
 
 def read_tokens(path: str, vocab_size: int) -> np.ndarray:

@@ -15,7 +15,6 @@ import tensorflow as tf
 from t5x_inference_ext import distributed
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.engine.engine import Engine
-from t5x_inference_ext.engine.inputs import BOS_ID, EOS_ID
 from t5x_inference_ext.engine.request import Completion, Request
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.errors import RequestError
@@ -38,6 +37,7 @@ from t5x_inference_ext.runs.task_output import (
 )
 from t5x_inference_ext.runs.tasks import Source, TaskExample
 from t5x_inference_ext.runs.work import ScoreWork, StaticWork, Work, refill_work
+from t5x_inference_ext.text.settings import EOS_ID
 
 RECORD = 'infer.config.json'
 SCORED_BATCHES = 128  # batches whose examples are sorted by length together
@@ -267,18 +267,18 @@ def _work(
   """Return the work of the remaining examples, which are read only when needed."""
   if options.mode == 'score':
     groups = (
-      [(row, tasks.scoring_example(example)) for row, example in some]
+      [(row, tasks.scoring_example(example, engine.checkpoint.bos_id)) for row, example in some]
       for some in batches.batched(todo, SCORED_BATCHES * batch)
     )
     return ScoreWork(engine, groups, batch * sum(source.feature_lengths.values()), clock)
   eos_id = task.output_features['targets'].vocabulary.eos_id or EOS_ID
   prompts = ((row, tasks.prompt(example)) for row, example in todo)
-  longest = source.feature_lengths['inputs']
+  longest, front = source.feature_lengths['inputs'], engine.checkpoint.text.front
   if options.continuous:
     work, _ = refill_work(
       engine,
       options,
-      (_request(row, tokens, options) for row, tokens in prompts),
+      ((row, _request(row, front, tokens, options)) for row, tokens in prompts),
       clock,
       print_on_main,
       ahead=batch,
@@ -291,9 +291,9 @@ def _work(
   return StaticWork(engine, batches.batched(prompts, batch), shape, clock, options, eos_id)
 
 
-def _request(row: int, tokens: list[int], options: InferOptions) -> tuple[int, Request]:
+def _request(row: int, front: tuple[int, ...], tokens: list[int], options: InferOptions) -> Request:
   limit = options.max_new_tokens
   if options.max_length is not None:
     limit = min(limit, options.max_length - len(tokens))
   seeds = batches.row_seeds(options.seed, row, options.num_decodes)
-  return row, Request((BOS_ID, *tokens), seeds, limit, options.sampling)
+  return Request((*front, *tokens), seeds, limit, options.sampling)

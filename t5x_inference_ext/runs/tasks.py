@@ -148,10 +148,26 @@ def prompt(example: TaskExample) -> list[int]:
   return inputs[1:][: np.count_nonzero(inputs[1:])].tolist()
 
 
-def scoring_example(example: TaskExample) -> ScoringExample:
-  """Return an example to score, cut after its last position with a loss weight."""
+def scoring_example(example: TaskExample, bos_id: int | None) -> ScoringExample:
+  """Return an example to score, cut after its last position with a loss weight.
+
+  Args:
+    example: The example. seqio puts T5X's BOS, 0, in front of its inputs.
+    bos_id: The model's BOS; None: it has none, and the first token is no target.
+
+  Raises:
+    RequestError: The first token has a loss weight, and there is no BOS to predict it from.
+  """
   features: list[Any] = [
     example.model[f'decoder_{name}'] for name in ('input_tokens', 'target_tokens', 'loss_weights')
   ]
   length = int(np.max(np.flatnonzero(features[2]), initial=-1)) + 1
-  return ScoringExample(*(feature[:length] for feature in features))
+  inputs, targets, weights = (feature[:length] for feature in features)
+  if bos_id is not None:
+    return ScoringExample([bos_id, *inputs[1:]][:length], targets, weights)
+  if weights[:1].any():
+    raise RequestError(
+      'an example of the task has no inputs in front of its targets, and this model has no BOS to '
+      'start from'
+    )
+  return ScoringExample(inputs[1:], targets[1:], weights[1:])

@@ -146,7 +146,7 @@ class StaticWork:
       dropped.
     clock: Counts time, rows and tokens.
     options: Options of the run.
-    eos_id: Token that ends a row.
+    eos_id: Token that ends a row, or several.
   """
 
   def __init__(
@@ -156,7 +156,7 @@ class StaticWork:
     shape: BatchShape,
     clock: Clock,
     options: InferOptions,
-    eos_id: int,
+    eos_id: int | Sequence[int],
   ) -> None:
     self._engine, self._batches, self._shape, self._clock = engine, iter(batches), shape, clock
     self._options, self._eos_id = options, eos_id

@@ -15,7 +15,6 @@ from t5x import decoding, models, utils
 from t5x_inference_ext.checkpoints import open_checkpoint
 from t5x_inference_ext.checkpoints.load import scans_layers
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.engine.inputs import EOS_ID
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.sharding.layout import Layout
@@ -27,6 +26,7 @@ from t5x_inference_ext.t5x.module import InferenceModule
 from t5x_inference_ext.t5x.partitioning import inference_mesh
 from t5x_inference_ext.t5x.refill import Predictor, Refill
 from t5x_inference_ext.t5x.types import Batch, DecodeFn, Params, Predictions
+from t5x_inference_ext.text.settings import EOS_ID
 
 
 def task_vocabulary(dataset_cfg: utils.DatasetConfig) -> seqio.Vocabulary:

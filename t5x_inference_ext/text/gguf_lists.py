@@ -6,10 +6,10 @@ from typing import Any
 
 from t5x_inference_ext.errors import RequestError, printable
 from t5x_inference_ext.text.tokenizer_json import TokenizerVocabulary
+from t5x_inference_ext.text.vocabulary import SPACE_SIGN
 
 # GGUF's token types.
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
-_SPACE = '\u2581'
 
 # Patterns of pre-tokenizers, as in the tokenizer.json of the models that use them.
 _LLAMA3 = (
@@ -149,11 +149,11 @@ def _sentencepiece_parts(
   merges: list[list[str]], unknown: str | None, add_space_prefix: bool
 ) -> dict[str, Any]:
   """Return the parts of a tokenizer.json of SentencePiece's BPE, without its vocabulary."""
-  space = {'type': 'Replace', 'pattern': {'String': ' '}, 'content': _SPACE}
-  prefix = [{'type': 'Prepend', 'prepend': _SPACE}] if add_space_prefix else []
+  space = {'type': 'Replace', 'pattern': {'String': ' '}, 'content': SPACE_SIGN}
+  prefix = [{'type': 'Prepend', 'prepend': SPACE_SIGN}] if add_space_prefix else []
   strip = [{'type': 'Strip', 'content': ' ', 'start': 1, 'stop': 0}] if add_space_prefix else []
   decoders = [
-    {'type': 'Replace', 'pattern': {'String': _SPACE}, 'content': ' '},
+    {'type': 'Replace', 'pattern': {'String': SPACE_SIGN}, 'content': ' '},
     {'type': 'ByteFallback'},
     {'type': 'Fuse'},
     *strip,

@@ -6,10 +6,9 @@ import re
 from typing import Any
 
 from t5x_inference_ext.errors import RequestError, printable
-from t5x_inference_ext.text.vocabulary import Vocabulary
+from t5x_inference_ext.text.vocabulary import SPACE_SIGN, Vocabulary
 
 MODEL_FILE = 'vocabulary.model'
-_SPACE = '\u2581'  # how pieces write a space
 _ALL = 2**31
 
 
@@ -62,6 +61,17 @@ class SentencePieceVocabulary(Vocabulary):
     """Number of pieces."""
     return self._model.get_piece_size()
 
+  @property
+  def own_bos_id(self) -> int | None:
+    """The model's BOS; None: it has none."""
+    own = self._model.bos_id()
+    return None if own < 0 else own
+
+  def token_id(self, token: str) -> int | None:
+    """Return the id of a piece, or None if there is no such piece."""
+    found = self._model.piece_to_id(token)
+    return found if self._model.id_to_piece(found) == token else None
+
   def encode(self, text: str) -> list[int]:
     """Return the ids of a text, without BOS and end. Raises UnicodeEncodeError for surrogates."""
     text.encode('utf-8')  # SentencePiece itself would replace a surrogate
@@ -78,7 +88,7 @@ class SentencePieceVocabulary(Vocabulary):
       return model.decode([token]).encode()  # the model's own sign for unknown text
     if model.is_byte(token):
       return bytes([int(model.id_to_piece(token)[3:5], 16)])  # <0xE9>
-    return model.id_to_piece(token).replace(_SPACE, ' ').encode()
+    return model.id_to_piece(token).replace(SPACE_SIGN, ' ').encode()
 
   def files(self) -> Mapping[str, bytes]:
     """Return the model file."""
@@ -87,11 +97,11 @@ class SentencePieceVocabulary(Vocabulary):
   def _dropped_spaces(self) -> int:
     """Return how many spaces the model's own decoding drops from the beginning of a text."""
     model = self._model
-    words = (i for i in range(self.size) if model.id_to_piece(i).startswith(_SPACE))
+    words = (i for i in range(self.size) if model.id_to_piece(i).startswith(SPACE_SIGN))
     word = next((i for i in words if len(model.id_to_piece(i)) > 1), None)
     if word is None or model.decode([word]).startswith(' '):
       return 0
-    space = model.piece_to_id(_SPACE)
+    space = model.piece_to_id(SPACE_SIGN)
     if model.is_unknown(space) or model.decode([space, word]).startswith(' '):
       return 1
     return _ALL

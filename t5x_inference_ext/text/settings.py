@@ -12,8 +12,10 @@ from t5x_inference_ext.text.sentencepiece_model import MODEL_FILE, SentencePiece
 from t5x_inference_ext.text.tokenizer_json import TOKENIZER_FILE, TokenizerVocabulary
 from t5x_inference_ext.text.vocabulary import BYTE_ROWS, ByteVocabulary, Vocabulary, check_size
 
-# Kinds of vocabularies, and the file that holds each.
+BOS_ID, EOS_ID = 0, 1  # T5X shifts targets right and starts from 0; its vocabularies end with 1
+# Kinds of vocabularies, and the file that holds each. Of 'none' only BOS and end tokens are known.
 KINDS: dict[str, tuple[str, ...]] = {
+  'none': (),
   'bytes': (),
   'sentencepiece': (MODEL_FILE,),
   'tokenizer.json': (TOKENIZER_FILE,),
@@ -35,7 +37,8 @@ class TextSettings:
     kind: Kind of the vocabulary, a key of KINDS.
     files: The vocabulary's files: name -> content.
     name: Where the vocabulary came from, for messages.
-    source: Why this vocabulary was taken: 'given', 'recorded', or the reason of an assumption.
+    source: Why this vocabulary was taken: 'given', 'recorded', or the reason of an assumption, or
+      why none is known.
     bos_id: The id that is put in front of a prompt; None: none is.
     end_ids: The ids that end a row.
     chat_template: The chat template, or None.
@@ -46,24 +49,39 @@ class TextSettings:
   files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
   name: str = 'bytes'
   source: str = 'given'
-  bos_id: int | None = 0
-  end_ids: tuple[int, ...] = (1,)
+  bos_id: int | None = BOS_ID
+  end_ids: tuple[int, ...] = (EOS_ID,)
   chat_template: str | None = None
   generation_defaults: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
   @functools.cached_property
-  def vocabulary(self) -> Vocabulary:
-    """The vocabulary, parsed at its first use. Raises RequestError for damaged files."""
+  def vocabulary(self) -> Vocabulary | None:
+    """The vocabulary, parsed at its first use; None: it is not known.
+
+    Raises RequestError for damaged files.
+    """
+    if self.kind == 'none':
+      return None
     if self.kind == 'bytes':
       return ByteVocabulary(self.bos_id, self.end_ids)
     (data,) = (self.files[name] for name in KINDS[self.kind])
     make = SentencePieceVocabulary if self.kind == 'sentencepiece' else TokenizerVocabulary
     return make(self.name, data, self.bos_id, self.end_ids)
 
-  @property
+  @functools.cached_property
   def chat(self) -> ChatTemplate | None:
-    """The chat template, ready to render; None without one."""
+    """The chat template, compiled once, at its first use; None without one."""
     return None if self.chat_template is None else ChatTemplate(self.chat_template, self.name)
+
+  @property
+  def front(self) -> tuple[int, ...]:
+    """The ids in front of a prompt: BOS, or none."""
+    return () if self.bos_id is None else (self.bos_id,)
+
+  @property
+  def is_only_t5x(self) -> bool:
+    """Whether BOS and end tokens are T5X's, which nothing in a checkpoint has to say."""
+    return (self.bos_id, self.end_ids) == (BOS_ID, (EOS_ID,))
 
   def to_dict(self) -> dict[str, Any]:
     """Return all but the files' content, JSON-ready; from_dict is the inverse."""
@@ -128,9 +146,9 @@ class TextSettings:
     ends = ' or '.join(map(str, self.end_ids)) or 'no token'
     more = ['' if self.chat_template is None else ', a chat template']
     more += [f', {name} {value:g}' for name, value in self.generation_defaults.items()]
+    size = '' if self.vocabulary is None else f'{self.vocabulary.size} ids, '
     return (
-      f'{self.kind} ({printable(self.source)}), {self.vocabulary.size} ids, {bos}, rows end with '
-      f'{ends}{"".join(more)}'
+      f'{self.kind} ({printable(self.source)}), {size}{bos}, rows end with {ends}{"".join(more)}'
     )
 
 
@@ -148,10 +166,15 @@ def settings_of_vocabulary(vocabulary: Vocabulary, **fields: Any) -> TextSetting
   return settings
 
 
-def assumed_settings(rows: int) -> TextSettings | None:
+def unknown_vocabulary(**fields: Any) -> TextSettings:
+  """Return the settings of a model without its vocabulary; `fields` are further attributes."""
+  return TextSettings('none', name='none', **fields)
+
+
+def assumed_settings(rows: int) -> TextSettings:
   """Return the settings of a T5X checkpoint of which nothing is known: bytes for 384 rows."""
   if rows != BYTE_ROWS:
-    return None
+    return unknown_vocabulary(source=f'not known for {rows} rows')
   return settings_of_vocabulary(ByteVocabulary(), source=f'assumed from {rows} rows')
 
 
@@ -161,13 +184,14 @@ def check_settings(settings: TextSettings, rows: int) -> None:
   Raises:
     UserError: A file is damaged, or the vocabulary has more ids than the model has rows.
   """
-  check_size(settings.vocabulary, rows)
+  if settings.vocabulary is not None:
+    check_size(settings.vocabulary, rows)
   settings.check(rows, printable(settings.name))
+  size = rows if settings.vocabulary is None else settings.vocabulary.size
   for token in settings.end_ids:
-    if token >= settings.vocabulary.size:
+    if token >= size:
       raise UserError(
-        f'vocabulary {printable(settings.name)} has {settings.vocabulary.size} ids, and rows '
-        f'should end with {token}'
+        f'vocabulary {printable(settings.name)} has {size} ids, and rows should end with {token}'
       )
 
 

@@ -6,11 +6,10 @@ import json
 from typing import Any
 
 from t5x_inference_ext.errors import RequestError, printable
-from t5x_inference_ext.text.vocabulary import Vocabulary
+from t5x_inference_ext.text.vocabulary import SPACE_SIGN, Vocabulary
 
 TOKENIZER_FILE = 'tokenizer.json'
 MAX_BYTES = 256 * 2**20  # the largest known file has 33 MB
-_SPACE = '\u2581'  # how SentencePiece-like tokens write a space
 
 
 class TokenizerVocabulary(Vocabulary):
@@ -117,7 +116,7 @@ class TokenizerVocabulary(Vocabulary):
         return bytes([int(content[3:5], 16)])
       except ValueError:
         pass
-    return (content.replace(_SPACE, ' ') if self._spaces else content).encode()
+    return (content.replace(SPACE_SIGN, ' ') if self._spaces else content).encode()
 
   def files(self) -> Mapping[str, bytes]:
     """Return the tokenizer.json."""
@@ -137,11 +136,14 @@ class TokenizerVocabulary(Vocabulary):
         self._byte_fallback = True
       elif kind == 'Fuse':
         fused = True
-      elif kind == 'Metaspace' and part['replacement'] == _SPACE:
+      elif kind == 'Metaspace' and part['replacement'] == SPACE_SIGN:
         self._spaces = True
         never = part.get('prepend_scheme') == 'never' or part.get('add_prefix_space') is False
         self.leading_spaces = 0 if never else 1
-      elif kind == 'Replace' and (part['pattern'], part['content']) == ({'String': _SPACE}, ' '):
+      elif kind == 'Replace' and (part['pattern'], part['content']) == (
+        {'String': SPACE_SIGN},
+        ' ',
+      ):
         self._spaces = True
       elif kind == 'Strip' and fused and (part['content'], part['stop']) == (' ', 0):
         self.leading_spaces = int(part['start'])

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 
 from t5x_inference_ext.errors import RequestError
 
+# How SentencePiece, and tokenizers made of it, write a space.
+SPACE_SIGN = '\u2581'
 # Embedding rows of a model trained on bytes: 259 ids, padded to a multiple of 128.
 BYTE_ROWS = 384
 
@@ -18,7 +20,7 @@ class Vocabulary(abc.ABC):
   """A vocabulary: encodes text to token ids, and decodes them. Picklable.
 
   Attributes:
-    kind: 'bytes', 'sentencepiece' or 'tokenizer.json'.
+    kind: A key of settings.KINDS but 'none'.
     name: Name for messages: 'bytes', or the file's path.
     bos_id: The id that is put in front of a prompt; None: none is.
     end_ids: The ids that end a row.
@@ -36,6 +38,18 @@ class Vocabulary(abc.ABC):
   @abc.abstractmethod
   def size(self) -> int:
     """Number of ids: each id is below it."""
+
+  @property
+  def own_bos_id(self) -> int | None:
+    """The id that the vocabulary's own library puts in front of a text; None: none.
+
+    A checkpoint may say otherwise.
+    """
+    return self.bos_id
+
+  def token_id(self, token: str) -> int | None:
+    """Return the id of a token by its name, or None if there is no such token."""
+    return None
 
   @abc.abstractmethod
   def encode(self, text: str) -> list[int]:

@@ -1,36 +1,46 @@
-"""Finding the vocabulary of a run or a conversion, and reading the files beside it."""
+"""Finding the vocabulary of a run or a conversion."""
 
-from collections.abc import Callable, Mapping
 import dataclasses
 import os
-from typing import Any
 
-from t5x_inference_ext import text_files
 from t5x_inference_ext.errors import RequestError, printable
+from t5x_inference_ext.text.model_files import ModelFiles
 from t5x_inference_ext.text.sentencepiece_model import SentencePieceVocabulary
-from t5x_inference_ext.text.settings import (
-  DEFAULTS,
-  TextSettings,
-  assumed_settings,
-  check_settings,
-  settings_of_vocabulary,
-)
+from t5x_inference_ext.text.settings import TextSettings, check_settings, settings_of_vocabulary
 from t5x_inference_ext.text.tokenizer_json import TOKENIZER_FILE, TokenizerVocabulary
-from t5x_inference_ext.text.vocabulary import ByteVocabulary
+from t5x_inference_ext.text.vocabulary import ByteVocabulary, Vocabulary
 
-# Reads a file of a directory; None if there is none.
-ReadFile = Callable[[str], bytes | None]
+# The vocabularies that transformers keeps in a model's directory, the first of which is taken.
+PUBLIC_FILES = (TOKENIZER_FILE, 'tokenizer.model')
+
+
+def vocabulary_of_file(name: str, data: bytes) -> Vocabulary:
+  """Return the vocabulary in a file, with the BOS that its own library puts in front.
+
+  Args:
+    name: Path of the file: one that ends with .json is a tokenizer.json, another one a
+      SentencePiece model.
+    data: Its content.
+
+  Raises:
+    RequestError: The data is no vocabulary.
+  """
+  make = TokenizerVocabulary if name.endswith('.json') else SentencePieceVocabulary
+  vocabulary = make(name, data)
+  vocabulary.bos_id = vocabulary.own_bos_id
+  return vocabulary
 
 
 def open_settings(name: str) -> TextSettings:
   """Return the settings that a vocabulary's file holds, with those of the files beside it.
 
   Args:
-    name: 'bytes', a SentencePiece .model file, or a tokenizer.json. Beside a tokenizer.json,
-      tokenizer_config.json, generation_config.json, config.json and chat_template.jinja are read.
+    name: 'bytes', a SentencePiece .model file, or a tokenizer.json. Beside a file that has a name
+      of transformers, tokenizer.json or tokenizer.model, further files are read (model_files.py).
 
   Raises:
     RequestError: There is no such file, or it is no vocabulary.
+    CheckpointError: A file beside it is damaged.
   """
   if name == 'bytes':
     return settings_of_vocabulary(ByteVocabulary())
@@ -39,7 +49,7 @@ def open_settings(name: str) -> TextSettings:
       f'no vocabulary at {name}: --vocabulary is `bytes`, or the path of a SentencePiece .model '
       'file or of a tokenizer.json'
     )
-  directory = os.path.dirname(os.path.abspath(name))
+  directory, file = os.path.split(os.path.abspath(name))
 
   def read(file: str) -> bytes | None:
     path = os.path.join(directory, file)
@@ -51,130 +61,54 @@ def open_settings(name: str) -> TextSettings:
     except OSError as error:
       raise RequestError(f"can't read {path}: {error.strerror}") from error
 
-  data = read(os.path.basename(name))
+  data = read(file)
   assert data is not None  # it is a file
-  if name.endswith('.json'):
-    return settings_of_tokenizer(name, data, read)
-  return settings_of_vocabulary(SentencePieceVocabulary(name, data))
-
-
-def settings_of_tokenizer(name: str, data: bytes, read: ReadFile) -> TextSettings:
-  """Return the settings of a tokenizer.json and of the files that transformers keeps beside it.
-
-  BOS is what the tokenizer puts in front of a text: add_bos_token of tokenizer_config.json, else
-  what the tokenizer.json does. End tokens are those of generation_config.json, else of config.json,
-  else of tokenizer_config.json.
-
-  Args:
-    name: Name of the tokenizer.json, for messages.
-    data: Its content.
-    read: Reads a file beside it.
-
-  Raises:
-    RequestError: A file is damaged.
-  """
-  vocabulary = TokenizerVocabulary(name, data)
-  configs = {file: _read_json(file, read) for file in _CONFIGS}
-  tokenizer = configs['tokenizer_config.json']
-  bos = vocabulary.own_bos_id
-  if tokenizer.get('add_bos_token') is False:
-    bos = None
-  elif tokenizer.get('add_bos_token') is True:
-    bos = _token_id(vocabulary, tokenizer.get('bos_token'))
-  ends: Any = None
-  for file in ('generation_config.json', 'config.json'):
-    ends = configs[file].get('eos_token_id') if ends is None else ends
-  if ends is None:
-    ends = _token_id(vocabulary, tokenizer.get('eos_token'))
-  ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
-  if not all(type(token) is int for token in ids):
-    raise RequestError(f'eos_token_id beside {printable(name)} is {printable(repr(ends), 80)}')
-  vocabulary.bos_id, vocabulary.end_ids = bos, tuple(ids)
-  return settings_of_vocabulary(
-    vocabulary,
-    chat_template=_chat_template(tokenizer, read),
-    generation_defaults=generation_defaults(configs['generation_config.json']),
-  )
-
-
-def generation_defaults(config: Mapping[str, Any]) -> dict[str, float]:
-  """Return the sampling options that a generation_config.json recommends; none for greedy ones."""
-  if not config.get('do_sample'):
-    return {}
-  return {
-    name: config[name]
-    for name in DEFAULTS
-    if isinstance(config.get(name), (int, float)) and not isinstance(config[name], bool)
-  }
+  vocabulary = vocabulary_of_file(name, data)
+  if not name.endswith('.json') and file not in PUBLIC_FILES:
+    return settings_of_vocabulary(vocabulary)
+  return ModelFiles.read(directory, read).settings(vocabulary)
 
 
 def choose_settings(
-  name: str | None, recorded: TextSettings | None, rows: int, *, needed: bool
-) -> TextSettings | None:
+  name: str | None, recorded: TextSettings, rows: int, *, needed: bool
+) -> TextSettings:
   """Return the settings of a run.
 
   Args:
     name: The vocabulary that was asked for (see open_settings), or None: the checkpoint's own.
-    recorded: The checkpoint's settings, if it has any.
+    recorded: The checkpoint's settings.
     rows: V, rows of the model's embedding.
     needed: Whether there is text to encode. Token ids need no vocabulary.
-
-  Returns:
-    The settings, with the checkpoint's BOS; None if no vocabulary is known and none is needed.
 
   Raises:
     RequestError: A vocabulary is needed and not known, is no vocabulary, or has more ids than the
       model has rows.
+    CheckpointError: A file beside the vocabulary is damaged.
   """
-  found = recorded or assumed_settings(rows)
-  if name is not None:
-    # BOS is the model's, which started each row of its training with it: 0 in T5X.
-    found = dataclasses.replace(open_settings(name), bos_id=recorded.bos_id if recorded else 0)
-  if found is not None:
-    check_settings(found, rows)
-  elif needed:
+  found = recorded if name is None else _given(open_settings(name), recorded)
+  check_settings(found, rows)
+  if needed and found.vocabulary is None:
     raise RequestError(
-      f'the prompts are text and the vocabulary of this model ({rows} rows) is not known: give '
-      '--vocabulary=FILE.model (a SentencePiece model), --vocabulary=FILE/tokenizer.json or '
-      '--vocabulary=bytes, or give token ids'
+      f'the prompts are text and the vocabulary of this model is not known '
+      f'({printable(found.source)}): give --vocabulary=FILE.model (a SentencePiece model), '
+      '--vocabulary=FILE/tokenizer.json or --vocabulary=bytes, or give token ids'
     )
   return found
 
 
-_CONFIGS = ('tokenizer_config.json', 'generation_config.json', 'config.json')
+def _given(given: TextSettings, recorded: TextSettings) -> TextSettings:
+  """Return the settings of a vocabulary that was asked for, with what the checkpoint says itself.
 
-
-def _read_json(file: str, read: ReadFile) -> dict[str, Any]:
-  """Return the object in a JSON file; empty if there is no such file."""
-  data = read(file)
-  if data is None:
-    return {}
-  try:
-    value = text_files.parse_json(data.decode())
-  except ValueError as error:
-    raise RequestError(f'{file} beside {TOKENIZER_FILE} is damaged: {error}') from error
-  if not isinstance(value, dict):
-    raise RequestError(f'{file} beside {TOKENIZER_FILE} is damaged: it is not an object')
-  return value
-
-
-def _token_id(vocabulary: TokenizerVocabulary, token: Any) -> int | None:
-  """Return the id of a token, which transformers writes as text or as an object; None for none."""
-  if isinstance(token, dict):
-    token = token.get('content')
-  return vocabulary.token_id(token) if isinstance(token, str) else None
-
-
-def _chat_template(tokenizer: Mapping[str, Any], read: ReadFile) -> str | None:
-  """Return the chat template of a file of its own, or the default one of tokenizer_config.json."""
-  data = read('chat_template.jinja')
-  if data is not None:
-    try:
-      return data.decode()
-    except UnicodeDecodeError as error:
-      raise RequestError(f'chat_template.jinja is not UTF-8: {error}') from error
-  template = tokenizer.get('chat_template')
-  if isinstance(template, list):  # several, by name
-    named = {each.get('name'): each.get('template') for each in template if isinstance(each, dict)}
-    template = named.get('default')
-  return template if isinstance(template, str) else None
+  BOS is the model's, which started each row of its training with it: 0 in T5X. A public model of
+  which no vocabulary is known may say which ids end its rows; its BOS is the vocabulary's, unless
+  it says that too.
+  """
+  if recorded.kind != 'none' or recorded.is_only_t5x:
+    return dataclasses.replace(given, bos_id=recorded.bos_id)
+  return dataclasses.replace(
+    given,
+    bos_id=given.bos_id if recorded.bos_id is None else recorded.bos_id,
+    end_ids=recorded.end_ids or given.end_ids,
+    chat_template=given.chat_template or recorded.chat_template,
+    generation_defaults=given.generation_defaults or recorded.generation_defaults,
+  )

@@ -3,6 +3,7 @@
 import itertools
 import json
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from t5x_inference_ext.errors import CheckpointError, UserError
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.sharding.mesh import make_mesh, parse_mesh
 from tests.checkpoints import fake_gcs, gguf_families, public_files, synthetic
+from tests.text import vocabularies
 
 LEAVES = synthetic.fused(synthetic.canonical())
 Q_WI = 'target.decoder.decoder.q_wi_fused.kernel'
@@ -95,6 +97,16 @@ def test_a_public_model_in_a_bucket(gcs, tmp_path, testdata, form):
   for name, tensor in wanted.tensors.items():
     values = tensor.read().astype(np.float32)
     np.testing.assert_array_equal(found.tensors[name].read().astype(np.float32), values)
+
+
+def test_the_vocabulary_of_a_public_model_in_a_bucket(gcs, tmp_path, testdata):
+  shutil.copytree(testdata / 'families' / 'cohere', tmp_path / 'm')
+  tokenizer = vocabularies.letters_json()
+  (tmp_path / 'm' / 'tokenizer.json').write_bytes(tokenizer)
+  text = open_checkpoint(gcs.put_directory(tmp_path / 'm', 'models/m')).text
+  assert text.files == {'tokenizer.json': tokenizer}
+  assert (text.bos_id, text.end_ids) == (1, (2,))
+  assert text.vocabulary.encode('ab') == open_checkpoint(tmp_path / 'm').vocabulary.encode('ab')
 
 
 def test_weights_come_straight_from_a_bucket(gcs, palm_tiny):

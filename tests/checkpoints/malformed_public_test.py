@@ -106,7 +106,7 @@ SAFETENSORS = {
   'header a list': (with_header(b'[]'), 'not a JSON object'),
   'header nested 100,000 deep': (with_header(b'[' * 100_000), 'nested too deeply'),
   'header with a number of 5000 digits': (with_header(b'{"a": ' + b'9' * 5000 + b'}'), 'damaged'),
-  'name twice': (with_header(b'{"a": {}, "a": {}}'), 'a twice'),
+  'name twice': (with_header(b'{"a": {}, "a": {}}'), "'a' is given twice"),
   'entry no object': (with_header(b'{"a": 5}'), 'not an object'),
   'entry without dtype': (with_entry(dtype=None), 'unknown dtype'),
   'unknown dtype': (with_entry(dtype='F4'), 'unknown dtype F4'),

@@ -1,6 +1,7 @@
 """Directories of safetensors and GGUF files: their values, by any slices, and their conversion."""
 
 import json
+import re
 import shutil
 
 import gguf
@@ -158,12 +159,24 @@ def test_names_without_their_prefix(families, tmp_path):
 
 def test_ids_of_text(families, tmp_path):
   shutil.copytree(families / 'smollm2', tmp_path / 'm')
-  text = open_checkpoint(tmp_path / 'm').source_text
-  assert (text.directory, text.bos_id, text.eos_ids) == (str(tmp_path / 'm'), 1, (2,))
+  text = open_checkpoint(tmp_path / 'm').text
+  assert str(text) == (
+    'none (no tokenizer.json or tokenizer.model is beside the model), no BOS, rows end with 2'
+  )
   file = tmp_path / 'm' / 'generation_config.json'
-  file.write_text(json.dumps({'bos_token_id': None, 'eos_token_id': [7, 9]}))
-  text = open_checkpoint(tmp_path / 'm').source_text
-  assert (text.bos_id, text.eos_ids) == (1, (7, 9))
+  file.write_text(json.dumps({'bos_token_id': None, 'eos_token_id': [7, 9, 131]}))
+  (tmp_path / 'm' / 'tokenizer_config.json').write_text(json.dumps({'add_bos_token': True}))
+  text = open_checkpoint(tmp_path / 'm').text
+  assert (text.bos_id, text.end_ids) == (1, (7, 9))  # the model has no row 131
+  config = {
+    'add_bos_token': True,
+    'bos_token': {'content': '<s>'},
+    'added_tokens_decoder': {'x': {'content': '<s>'}, '4': {'content': '<s>'}, '5': 7},
+    'chat_template': 'x',
+  }
+  (tmp_path / 'm' / 'tokenizer_config.json').write_text(json.dumps(config))
+  text = open_checkpoint(tmp_path / 'm').text
+  assert (text.bos_id, text.end_ids, text.chat_template) == (4, (7, 9), 'x')
 
 
 @pytest.mark.parametrize('kind', BLOCK_TYPES)
@@ -227,10 +240,43 @@ def test_gguf_text(tmp_path, families):
     'tokenizer.ggml.eot_token_id': 7,
   }
   path = public_files.write_gguf(tmp_path / 'model.gguf', metadata, arrays)
-  text = open_checkpoint(path).source_text
-  assert (text.directory, text.bos_id, text.eos_ids) == (None, 5, (6, 7))
-  assert text.lists['ggml.tokens'] == ['a', 'b']
+  text = open_checkpoint(path).text
+  assert text.kind == 'tokenizer.json' and text.vocabulary.size == 2
+  assert (text.bos_id, text.end_ids) == (None, (6, 7))
   assert open_checkpoint(tmp_path).path == str(path)  # the only one in its directory
+
+
+@pytest.mark.parametrize(
+  ('changes', 'reason'),
+  [
+    ({}, 'the file has no tokenizer.ggml.tokens'),
+    ({'ggml.tokens': ['a', 'a']}, 'holds the token "a" twice'),
+    ({'ggml.tokens': 'a'}, 'tokenizer.ggml.tokens is a, not of the expected type'),
+    ({'ggml.tokens': ['a'], 'ggml.token_type': ['1']}, 'token_type is .* not of the expected type'),
+    ({'ggml.tokens': ['a'], 'ggml.model': 5}, 'ggml.model is 5, not of the expected type'),
+    ({'ggml.tokens': ['a'], 'ggml.model': 'bert'}, 'of the model "bert", which is not known'),
+    ({'ggml.tokens': list(map(str, range(132)))}, 'has 132 ids and the model 131 rows'),
+  ],
+)
+def test_a_gguf_vocabulary_that_cannot_be_used(tmp_path, families, changes, reason):
+  """The model takes ids; its end tokens and its chat template stay."""
+  metadata, arrays = gguf_families.converted(families / 'smollm2')
+  more = {'ggml.bos_token_id': 5, 'ggml.eos_token_id': 6, 'chat_template': 'x', **changes}
+  metadata |= {f'tokenizer.{name}': value for name, value in more.items()}
+  path = public_files.write_gguf(tmp_path / 'model.gguf', metadata, arrays)
+  text = open_checkpoint(path).text
+  assert (text.kind, text.vocabulary, text.chat_template) == ('none', None, 'x')
+  assert (text.bos_id, text.end_ids) == (None, (6,)) and re.search(reason, text.source)
+  path = public_files.write_gguf(path, {**metadata, 'tokenizer.ggml.add_bos_token': True}, arrays)
+  assert open_checkpoint(path).bos_id == 5
+
+
+def test_a_gguf_chat_template_that_is_no_text(tmp_path, families):
+  metadata, arrays = gguf_families.converted(families / 'smollm2')
+  metadata |= {'tokenizer.chat_template': 5}
+  path = public_files.write_gguf(tmp_path / 'model.gguf', metadata, arrays)
+  with pytest.raises(CheckpointError, match='model.gguf: tokenizer.chat_template is no text'):
+    open_checkpoint(path)
 
 
 def test_only_the_bytes_asked_for_are_read(families, monkeypatch):

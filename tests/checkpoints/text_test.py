@@ -89,6 +89,41 @@ def test_bytes_are_assumed_for_384_rows_and_recorded_as_assumed(palm_tiny, tmp_p
   assert open_checkpoint(tmp_path / 'out').text.source == 'assumed from 384 rows'
 
 
+def test_a_public_model_without_a_tokenizer_keeps_its_end_ids(testdata, tmp_path):
+  """Converted, converted again, and in the first headers of version 2, which lost them."""
+  family = testdata / 'families' / 'smollm2'
+  for source, name in ((family, 'out'), (tmp_path / 'out', 'again')):
+    convert.convert(source, tmp_path / name, weights='bfloat16')
+    checkpoint = open_checkpoint(tmp_path / name)
+    assert (checkpoint.vocabulary, checkpoint.bos_id, checkpoint.end_ids) == (None, None, (2,))
+    assert checkpoint.text == open_checkpoint(family).text
+  synthetic.rewrite_header(tmp_path / 'out', lambda h: h.update(text=None))
+  text = open_checkpoint(tmp_path / 'out').text
+  assert (text.kind, text.bos_id, text.end_ids) == ('none', None, ())
+  assert 'convert again' in str(text)
+
+
+def test_a_tokenizer_that_cannot_be_used_leaves_ids(testdata, tmp_path):
+  shutil.copytree(testdata / 'families' / 'smollm2', tmp_path / 'm')
+  (tmp_path / 'm' / 'tokenizer.json').write_bytes(vocabularies.llama_json()[:-1])
+  text = open_checkpoint(tmp_path / 'm').text
+  assert (text.kind, text.bos_id, text.end_ids) == ('none', None, (2,))
+  assert 'tokenizer.json that can be used' in text.source
+  (tmp_path / 'm' / 'tokenizer.json').write_bytes(vocabularies.llama_json())
+  assert 'has 500 ids and the model 131 rows' in open_checkpoint(tmp_path / 'm').text.source
+  (tmp_path / 'm' / 'tokenizer_config.json').write_text('{')
+  with pytest.raises(CheckpointError, match='m/tokenizer_config.json is damaged'):
+    open_checkpoint(tmp_path / 'm')
+
+
+def test_the_first_headers_of_t5x_checkpoints(source, tmp_path):
+  """Null stood for T5X's BOS and EOS."""
+  convert.convert(source / 'source', tmp_path / 'out')
+  synthetic.rewrite_header(tmp_path / 'out', lambda h: h.update(text=None))
+  checkpoint = open_checkpoint(tmp_path / 'out')
+  assert (checkpoint.vocabulary, checkpoint.bos_id, checkpoint.end_ids) == (None, 0, (1,))
+
+
 @pytest.mark.parametrize(
   ('name', 'message'),
   [

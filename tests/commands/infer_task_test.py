@@ -15,6 +15,7 @@ from t5x_inference_ext.runs import loading
 GIN_FILE = '--gin_file=t5x_inference_ext/configs/runs/infer.gin'
 MODULE = """
 import json
+import numpy as np
 import seqio
 import tensorflow as tf
 
@@ -36,6 +37,16 @@ seqio.TaskRegistry.add(
     'wide_vocabulary', source=seqio.FunctionDataSource(rows, splits=['test']),
     preprocessors=[seqio.preprocessors.tokenize],
     output_features={{name: seqio.Feature(seqio.ByteVocabulary(extra_ids=1000), add_eos=False)
+                     for name in ('inputs', 'targets')}})
+
+def ids(split, shuffle_files, seed=None):
+  return tf.data.Dataset.from_tensor_slices({{
+      'inputs': np.arange(3, 19, dtype=np.int32).reshape(2, 8),
+      'targets': np.arange(40, 52, dtype=np.int32).reshape(2, 6)}})
+
+seqio.TaskRegistry.add(
+    'ids', source=seqio.FunctionDataSource(ids, splits=['test']), preprocessors=[],
+    output_features={{name: seqio.Feature(seqio.PassThroughVocabulary(131), add_eos=False)
                      for name in ('inputs', 'targets')}})
 seqio.MixtureRegistry.add(
     'golden_mixture', ['golden_prompts', 'golden_prompts_eos'], default_rate=1.0)
@@ -226,6 +237,34 @@ def test_targets_alone_are_scored_whole(command, greedy, palm_tiny, tmp_path):
   expected = Engine.load(palm_tiny, mesh='2x2x2', dtype='float32').score(inputs, targets)
   rows = _rows(tmp_path / 'out' / 'golden_prompts-score.jsonl-00000-of-00001')
   assert [row['score'] for row in rows] == pytest.approx(expected.tolist(), rel=1e-5)
+
+
+def test_a_public_model_has_its_own_bos_or_none(command, testdata, tmp_path):
+  """Not T5X's, which seqio puts in front: predictions and scores are those of the ids alone."""
+  family = testdata / 'families' / 'smollm2'
+  lengths = {'inputs': 8, 'targets': 6}
+  macros = {'CHECKPOINT_PATH': str(family), 'MIXTURE_OR_TASK_NAME': 'ids', 'MESH': '1x1x1'}
+  macros |= {'TASK_FEATURE_LENGTHS': lengths, 'MAX_NEW_TOKENS': 6}
+
+  def rows(mode):
+    code, _, err = command(**macros, MODE=mode)
+    assert code == 0, err
+    return _rows(tmp_path / 'out' / f'ids-{mode}.jsonl-00000-of-00001')
+
+  engine = Engine.load(family, mesh='1x1x1', dtype='float32')
+  inputs = np.arange(3, 19).reshape(2, 8)
+  targets = np.arange(40, 52).reshape(2, 6)
+  wanted = [c.tokens for c in engine.generate(inputs, max_new_tokens=6, eos_id=1)]
+  found = [row['prediction'] for row in rows('predict')]
+  assert [each[: len(w)] for each, w in zip(found, wanted)] == wanted
+  scored = [row['score'] for row in rows('score')]
+  wanted = engine.score_completions(list(zip(inputs, targets)))
+  np.testing.assert_allclose(scored, [sum(each) for each in wanted], rtol=1e-5)
+  code, _, err = command(
+    **{**macros, 'TASK_FEATURE_LENGTHS': {'targets': 6}, 'MODE': 'score'},
+    INFER_OUTPUT_DIR=str(tmp_path / 'alone'),
+  )
+  assert code == 2 and 'no inputs in front of its targets, and this model has no BOS' in err
 
 
 def test_model_config_and_limits(command, greedy, tmp_path):

@@ -187,6 +187,29 @@ def test_score_takes_arrays_of_one_shape(engine, shapes):
     engine.log_probs(np.zeros((0, 4), int), np.zeros((0, 4), int))
 
 
+def test_a_model_without_bos_starts_from_a_prompt(testdata):
+  engine = Engine.load(testdata / 'families' / 'smollm2', mesh='1x1x1', dtype='float32')
+  for generate in (engine.generate, engine.stream):
+    with pytest.raises(RequestError, match='prompt 1 is empty, and this model has no BOS'):
+      generate([[5], []], max_new_tokens=2)
+  with pytest.raises(RequestError, match='the prompt of pair 0 is empty, and this model has no'):
+    engine.score_completions([([], [5])])
+  # The first token of each has none before it.
+  scored = engine.score_completions([([5], [6, 7]), ([5, 6], [7])])
+  assert list(map(len, scored)) == [2, 1] and scored[0][1] == pytest.approx(scored[1][0], rel=1e-5)
+  assert engine.log_probs([[5, 6]], [[6, 7]])[0].tolist() == pytest.approx(scored[0], rel=1e-5)
+
+
+def test_tokens_beyond_learned_positions(testdata):
+  """Refused before anything runs. A completion's last token is not read."""
+  engine = Engine.load(testdata / 'families' / 'gpt2', mesh='1x1x1', dtype='float32')
+  for generate in (engine.generate, engine.stream):
+    with pytest.raises(RequestError, match='257 tokens to read, .* learned only 256 positions'):
+      generate([[5] * 257], max_new_tokens=2)
+  with pytest.raises(RequestError, match='pair 1 has 257 tokens to read'):
+    engine.score_completions([([5] * 200, [5] * 57), ([5] * 200, [5] * 58)])
+
+
 def test_what_can_t_be_scored(engine):
   for pair, says in (
     (([3], [384]), 'the completion of pair 1 holds token 384'),

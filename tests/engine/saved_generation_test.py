@@ -1,5 +1,6 @@
 """A saved generation runs in infer and the engine as a compiled one, only where it fits."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -125,6 +126,18 @@ def test_the_engine_gives_what_it_gives_without(palm_tiny, path):
     first == loaded.generate(prompts, **options) == _engine(palm_tiny).generate(prompts, **options)
   )
   assert any(len(completion.tokens) == 6 for completion in first)
+
+
+def test_a_model_without_bos_runs_the_same_program(palm_tiny, path):
+  checkpoint = open_checkpoint(palm_tiny)
+  text = dataclasses.replace(checkpoint.text, bos_id=None)
+  checkpoint = dataclasses.replace(checkpoint, text=text)
+  options = dict(max_new_tokens=6, sampling=SAMPLER, cache_size=24, prompt_size=16)
+  prompts = [[0, *prompt] for prompt in [*PROMPTS, *PROMPTS[:2]]] + [list(range(40, 56))]
+  found = _engine(checkpoint, executable=path).generate(prompts, **options)
+  assert found == _engine(checkpoint).generate(prompts, **options)
+  with_bos = _engine(palm_tiny, executable=path)
+  assert found[:7] == with_bos.generate([p[1:] for p in prompts], **options)[:7]
 
 
 @pytest.mark.parametrize(

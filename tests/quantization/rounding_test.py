@@ -56,6 +56,18 @@ def test_blocks_do_not_show(monkeypatch):
   np.testing.assert_array_equal(quantize(w, scale), whole)
 
 
+@pytest.mark.parametrize('written', [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize('order', [(0, 1, 2), (0, 2, 1)])
+def test_contiguous_is_a_whole_copy(monkeypatch, written, order):
+  monkeypatch.setattr(rounding, '_BLOCK_ELEMENTS', 600)
+  monkeypatch.setattr(rounding, '_TILE_ROWS', 40)
+  w = np.random.default_rng(0).standard_normal((3, 50, 70)).astype(np.float32).transpose(order)
+  found = rounding.contiguous(w, np.dtype(written))
+  assert found.flags.c_contiguous and found.dtype == written
+  np.testing.assert_array_equal(found, w.astype(written))
+  assert (found is w) == (written == np.float32 and order == (0, 1, 2))
+
+
 @pytest.mark.parametrize('dtype', [np.float32, ml_dtypes.bfloat16])
 def test_the_order_in_memory_does_not_show(dtype):
   """Columns whose values lie together, as in a transposed matrix: several tiles of them."""

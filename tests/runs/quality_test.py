@@ -8,6 +8,7 @@ import pytest
 
 from t5x_inference_ext.checkpoints import convert, open_checkpoint
 from t5x_inference_ext.commands import convert_checkpoint
+from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.errors import UserError
 from t5x_inference_ext.runs import quality
 
@@ -35,6 +36,15 @@ def int8(palm_tiny, tmp_path_factory):
   path = tmp_path_factory.mktemp('quality') / 'int8'
   convert.convert(palm_tiny, path)
   return path
+
+
+def test_the_loss_of_a_model_without_bos(testdata):
+  """Each row's first token is predicted from nothing, and counts for nothing."""
+  checkpoint = open_checkpoint(testdata / 'families' / 'smollm2')
+  rows = np.array([[7, 8, 9, 10], [50, 51, 0, 0]])
+  engine = Engine.load(checkpoint, mesh='1x1x1', dtype='float32')
+  scored = engine.score_completions([([7], [8, 9, 10]), ([50], [51])])
+  assert quality.loss(checkpoint, rows) == pytest.approx(-sum(map(sum, scored)) / 4, rel=1e-5)
 
 
 def test_report_with_tokens(palm_tiny, golden, int8, tmp_path, capsys):

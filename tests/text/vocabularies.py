@@ -76,6 +76,21 @@ def llama_json() -> bytes:
 
 
 @functools.cache
+def letters_json() -> bytes:
+  """A token for each printable character of ASCII, 98 ids.
+
+  The file itself puts <s>, 1, in front.
+  """
+  names = ['<unk>', *SPECIAL, *map(chr, range(32, 127))]
+  vocab = {name: i for i, name in enumerate(names)}
+  tokenizer = tokenizers.Tokenizer(models.BPE(vocab, [], unk_token='<unk>'))
+  tokenizer.add_special_tokens(names[:3])
+  tokenizer.decoder = decoders.Fuse()
+  tokenizer.post_processor = processors.TemplateProcessing('<s> $A', special_tokens=[('<s>', 1)])
+  return tokenizer.to_str().encode()
+
+
+@functools.cache
 def sentencepiece_model(**options) -> bytes:
   """A SentencePiece model with byte fallback; 600 ids."""
   data = io.BytesIO()

@@ -1,5 +1,6 @@
 """Vocabularies of every kind beside their libraries, and what damaged ones say."""
 
+import dataclasses
 import json
 import pickle
 import re
@@ -8,9 +9,14 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.errors import CheckpointError, RequestError
 from t5x_inference_ext.text.sentencepiece_model import SentencePieceVocabulary
-from t5x_inference_ext.text.settings import TextSettings, settings_of_vocabulary
+from t5x_inference_ext.text.settings import (
+  TextSettings,
+  assumed_settings,
+  settings_of_vocabulary,
+  unknown_vocabulary,
+)
 from t5x_inference_ext.text.tokenizer_json import TokenizerVocabulary
 from t5x_inference_ext.text.vocabulary import ByteVocabulary, encode_pair
 from t5x_inference_ext.text.vocabulary_files import choose_settings, open_settings
@@ -165,22 +171,66 @@ def test_part_of_a_sentencepiece_model_is_one_sentence(cut):
 
 
 def test_vocabulary_that_is_not_known():
-  assert choose_settings(None, None, 32128, needed=False) is None
-  with pytest.raises(RequestError, match=r'not known: give --vocabulary=FILE.model'):
-    choose_settings(None, None, 32128, needed=True)
+  recorded = assumed_settings(32128)
+  assert choose_settings(None, recorded, 32128, needed=False) == recorded
+  assert (recorded.vocabulary, recorded.bos_id, recorded.end_ids) == (None, 0, (1,))
+  assert str(recorded) == 'none (not known for 32128 rows), BOS 0, rows end with 1'
+  message = r'is not known \(not known for 32128 rows\): give --vocabulary=FILE.model'
+  with pytest.raises(RequestError, match=message):
+    choose_settings(None, recorded, 32128, needed=True)
+
+
+def _given(tmp_path, recorded, **files):
+  """BOS and ends of a run that is given a tokenizer.json whose own BOS is 1."""
+  _directory(tmp_path, **files)
+  found = choose_settings(str(tmp_path / 'tokenizer.json'), recorded, 600, needed=True)
+  assert found.vocabulary.bos_id == found.bos_id
+  return found.bos_id, found.end_ids
+
+
+def test_a_given_vocabulary_and_what_the_model_says_itself(tmp_path):
+  t5x, public = assumed_settings(600), unknown_vocabulary(bos_id=None, end_ids=(5, 6))
+  ends = {'generation_config': {'eos_token_id': 2}}
+  assert _given(tmp_path, t5x) == (0, ())  # T5X's BOS; EOS is the vocabulary's
+  assert _given(tmp_path, t5x, **ends) == (0, (2,))
+  assert _given(tmp_path, public) == (1, (5, 6))  # a public model's is the vocabulary's
+  assert _given(tmp_path, dataclasses.replace(public, end_ids=()), **ends) == (1, (2,))
+  assert _given(tmp_path, dataclasses.replace(public, bos_id=3)) == (3, (5, 6))
+  recorded = dataclasses.replace(open_settings('bytes'), bos_id=None)
+  assert _given(tmp_path, recorded, **ends) == (None, (2,))
+
+
+def test_a_sentencepiece_model_of_a_public_model_has_its_own_bos(tmp_path):
+  (tmp_path / 'tokenizer.model').write_bytes(vocabularies.sentencepiece_model())
+  settings = open_settings(str(tmp_path / 'tokenizer.model'))
+  assert (settings.bos_id, settings.end_ids) == (1, (2,))
+  config = {'add_bos_token': False, 'eos_token': '<s>', 'chat_template': 'x'}
+  (tmp_path / 'tokenizer_config.json').write_text(json.dumps(config))
+  settings = open_settings(str(tmp_path / 'tokenizer.model'))
+  assert (settings.bos_id, settings.end_ids, settings.chat_template) == (None, (1,), 'x')
+  # Beside a file of another name, no file of transformers is read.
+  (tmp_path / 'words.model').write_bytes(vocabularies.sentencepiece_model())
+  settings = open_settings(str(tmp_path / 'words.model'))
+  assert (settings.bos_id, settings.end_ids, settings.chat_template) == (1, (2,), None)
+
+
+def test_a_chat_template_is_compiled_once():
+  settings = dataclasses.replace(open_settings('bytes'), chat_template='{{ 1 }}')
+  assert settings.chat is settings.chat and settings.chat.render([]) == '1'
+  assert pickle.loads(pickle.dumps(settings)) == settings
 
 
 def test_vocabulary_that_does_not_fit(tmp_path):
   with pytest.raises(RequestError, match='vocabulary bytes has 259 ids and the model 128 rows'):
-    choose_settings('bytes', None, 128, needed=True)
+    choose_settings('bytes', assumed_settings(128), 128, needed=True)
   (tmp_path / 'not.model').write_text('nothing')
   with pytest.raises(RequestError, match='not.model is not a SentencePiece model'):
-    choose_settings(str(tmp_path / 'not.model'), None, 384, needed=True)
+    choose_settings(str(tmp_path / 'not.model'), assumed_settings(384), 384, needed=True)
   with pytest.raises(RequestError, match='no vocabulary at .*tokenizer.json: --vocabulary is'):
-    choose_settings(str(tmp_path / 'tokenizer.json'), None, 384, needed=True)
+    choose_settings(str(tmp_path / 'tokenizer.json'), assumed_settings(384), 384, needed=True)
   (tmp_path / 'tokenizer.json').write_bytes(vocabularies.llama_json())
   with pytest.raises(RequestError, match='has 500 ids and the model 384 rows'):
-    choose_settings(str(tmp_path / 'tokenizer.json'), None, 384, needed=True)
+    choose_settings(str(tmp_path / 'tokenizer.json'), assumed_settings(384), 384, needed=True)
 
 
 def _directory(path, **files):
@@ -225,7 +275,7 @@ def test_files_beside_a_tokenizer_say_bos_end_template_and_defaults(tmp_path):
 def test_a_damaged_file_beside_a_tokenizer_is_named(tmp_path, content):
   (tmp_path / 'tokenizer.json').write_bytes(vocabularies.llama_json())
   (tmp_path / 'generation_config.json').write_text(content)
-  with pytest.raises(RequestError, match=r'generation_config.json beside|eos_token_id beside'):
+  with pytest.raises(CheckpointError, match=r'generation_config.json(: eos_token_id)? is '):
     open_settings(str(tmp_path / 'tokenizer.json'))
 
 

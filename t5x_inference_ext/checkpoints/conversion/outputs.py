@@ -32,10 +32,10 @@ class ServingOutput(Output):
     self._kinds = {**params.parameters(source.config), **params.scales(source.config)}
     super().__init__(source, weights, tuple(self._arrays.values()), record)
     self._text = source.text
-    self._manifest['text'] = source.text.to_dict() if source.text else None
+    self._manifest['text'] = source.text.to_dict()
 
   def index_files(self) -> dict[str, bytes]:
-    return dict(self._text.files) if self._text else {}
+    return dict(self._text.files)
 
   def dtype(self, name: str) -> np.dtype:
     return self._arrays[name].dtype

@@ -36,8 +36,7 @@ def conversion_record(source: Checkpoint, scale_search: str) -> dict[str, Any]:
       if source.index_crc32 is None
       else source.index_crc32,
     },
-    'text': source.text
-    and {
+    'text': {
       **source.text.to_dict(),
       'crc32': {name: zlib.crc32(data) for name, data in source.text.files.items()},
     },

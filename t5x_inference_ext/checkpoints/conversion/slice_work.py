@@ -285,4 +285,4 @@ def _round(w: np.ndarray, scale: np.ndarray | None, dtype: np.dtype) -> np.ndarr
     assert scale is not None
     w = rounding.dequantize(w, scale[:, None])
   # Once here, not for each of fingerprint and file.
-  return np.ascontiguousarray(w.astype(dtype, copy=False))
+  return rounding.contiguous(w, dtype)

@@ -13,15 +13,13 @@ from t5x_inference_ext.checkpoints.families.lucidrains import (
 )
 from t5x_inference_ext.checkpoints.families.registry import family_model, family_of
 from t5x_inference_ext.checkpoints.families.settings import Settings
-from t5x_inference_ext.checkpoints.families.tensors import canonical_tensors, weights_dtype
-from t5x_inference_ext.checkpoints.readers.public_model import PublicModel, SourceText
-from t5x_inference_ext.checkpoints.readers.safetensors import load_unique_json, read_safetensors
+from t5x_inference_ext.checkpoints.readers.public_model import PublicModel
+from t5x_inference_ext.checkpoints.readers.safetensors import read_safetensors
+from t5x_inference_ext.checkpoints.source_text import settings_of_directory
 from t5x_inference_ext.checkpoints.tensor import Tensor
-from t5x_inference_ext.errors import CheckpointError, name_list, printable
+from t5x_inference_ext.errors import CheckpointError, name_list
 
 HUGGINGFACE_CONFIG = 'config.json'
-_GENERATION = 'generation_config.json'
-_TOKENIZER = 'tokenizer_config.json'
 # Names of files that pickle writes: whoever opens one runs the program that it holds.
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
 
@@ -38,7 +36,7 @@ def read_huggingface(path: str, norm_scale: str | None = None) -> PublicModel | 
       damaged, or has weights that only pickle can read.
   """
   found = read_safetensors(path)
-  content = _json_object(path, HUGGINGFACE_CONFIG)
+  content = _config(path)
   if found is None:
     _check_pickles(path, is_model=content is not None)
     return None
@@ -52,22 +50,20 @@ def read_huggingface(path: str, norm_scale: str | None = None) -> PublicModel | 
   settings = Settings(content, f'{path}/{HUGGINGFACE_CONFIG}')
   model = family_model(settings)
   prefix = family_of(settings).prefix
-  stored = _with_prefix(stored, prefix, model.modules['head'])
-  tensors = canonical_tensors(model, stored, path)
-  text = _text(path, content)
-  family = settings.value('model_type')
   unread = sorted(settings.unread())
-  notes = [f'model of the family {family} at {path}', f'model: {model.config}']
-  if unread:
-    notes.append(
-      f'settings in {HUGGINGFACE_CONFIG} that are not known and not used: '
-      f'{name_list(unread, len(unread))}'
-    )
-  crc = zlib.crc32(storage.read_file(path, HUGGINGFACE_CONFIG) or b'', crc)
-  weights = weights_dtype(tensors, model.config)
-  notes += [*model.notes, f'weights: {weights}', describe_ids(text)]
-  return PublicModel(
-    path, 'safetensors', model.config, weights, tensors, stored, tuple(notes), text, crc
+  notes = (
+    f'settings in {HUGGINGFACE_CONFIG} that are not known and not used: '
+    f'{name_list(unread, len(unread))}',
+  )
+  return PublicModel.of_family(
+    path,
+    'safetensors',
+    model,
+    _with_prefix(stored, prefix, model.modules['head']),
+    settings_of_directory(path, model.config.vocab_size),
+    zlib.crc32(storage.read_file(path, HUGGINGFACE_CONFIG) or b'', crc),
+    title=f'model of the family {settings.value("model_type")} at {path}',
+    notes=notes if unread else (),
   )
 
 
@@ -76,23 +72,16 @@ def _lucidrains(
 ) -> PublicModel:
   """Return a model of palm_rlhf_pytorch, which has no settings."""
   model = lucidrains_model(stored, norm_scale, path)
-  tensors = canonical_tensors(model, stored, path)
-  weights, text = weights_dtype(tensors, model.config), _text(path, {})
-  notes = (
-    f"PaLM of lucidrains' palm_rlhf_pytorch at {path}",
-    f'model: {model.config}',
-    f'weights: {weights}',
-    f'norm scales: stored around {norm_scale} (given)',
-    LUCIDRAINS_NOTE,
-    describe_ids(text),
+  return PublicModel.of_family(
+    path,
+    'safetensors',
+    model,
+    stored,
+    settings_of_directory(path, model.config.vocab_size),
+    crc,
+    title=f"PaLM of lucidrains' palm_rlhf_pytorch at {path}",
+    notes=(f'norm scales: stored around {norm_scale} (given)', LUCIDRAINS_NOTE),
   )
-  return PublicModel(path, 'safetensors', model.config, weights, tensors, stored, notes, text, crc)
-
-
-def describe_ids(text: SourceText) -> str:
-  """Return a line with the ids that begin and end a text."""
-  ends = ', '.join(map(str, text.eos_ids)) or 'not recorded'
-  return f'BOS: {"not recorded" if text.bos_id is None else text.bos_id}; EOS: {ends}'
 
 
 def _with_prefix(stored: Mapping[str, Tensor], prefix: str, head: str) -> dict[str, Tensor]:
@@ -102,33 +91,15 @@ def _with_prefix(stored: Mapping[str, Tensor], prefix: str, head: str) -> dict[s
   return {n if n.startswith(f'{head}.') else f'{prefix}{n}': t for n, t in stored.items()}
 
 
-def _json_object(path: str, name: str) -> dict[str, Any] | None:
-  """Return the content of a JSON file, or None if there is no such file."""
-  data = storage.read_file(path, name)
+def _config(path: str) -> dict[str, Any] | None:
+  """Return the content of a directory's config.json, or None if there is none."""
+  data = storage.read_file(path, HUGGINGFACE_CONFIG)
   if data is None:
     return None
-  content = load_unique_json(data, f'{path}/{name}')
+  content = storage.load_json(data, f'{path}/{HUGGINGFACE_CONFIG}', nan=True)
   if not isinstance(content, dict):
-    raise CheckpointError(f'{path}/{name} is damaged: it is not a JSON object')
+    raise CheckpointError(f'{path}/{HUGGINGFACE_CONFIG} is damaged: it is not a JSON object')
   return content
-
-
-def _text(path: str, config: Mapping[str, Any]) -> SourceText:
-  """Return what a directory says about text: generation_config.json before config.json."""
-  generation = _json_object(path, _GENERATION) or {}
-
-  def ids(name: str) -> tuple[int, ...]:
-    for content, file in ((generation, _GENERATION), (config, HUGGINGFACE_CONFIG)):
-      value = content.get(name)
-      if value is None:
-        continue
-      values = value if isinstance(value, list) else [value]
-      if not all(type(i) is int and 0 <= i < 2**31 for i in values):
-        raise CheckpointError(f'{path}/{file}: {name} is {printable(value, 80)}, not an id')
-      return tuple(values)
-    return ()
-
-  return SourceText(path, {}, next(iter(ids('bos_token_id')), None), ids('eos_token_id'))
 
 
 def _check_pickles(path: str, is_model: bool) -> None:

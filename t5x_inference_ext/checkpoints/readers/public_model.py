@@ -1,31 +1,15 @@
-"""What readers of public formats return: a model, its tensors, and what they say about text."""
+"""What readers of public formats return: a model, its tensors, and what is said about text."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 import dataclasses
-from typing import Any
 
 from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints.arrays import SourceArray, whole_array
+from t5x_inference_ext.checkpoints.families.family import FamilyModel
+from t5x_inference_ext.checkpoints.families.tensors import canonical_tensors, weights_dtype
 from t5x_inference_ext.checkpoints.tensor import Tensor
 from t5x_inference_ext.config import ModelConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class SourceText:
-  """What a source says about text. Nothing of it is interpreted here.
-
-  Attributes:
-    directory: Directory with tokenizer.json, tokenizer.model or tokenizer_config.json; None for a
-      GGUF file.
-    lists: The keys of a GGUF file that begin with `tokenizer.`, without it, such as 'ggml.tokens'.
-    bos_id: Id of the token that begins a text, or None.
-    eos_ids: Ids of the tokens that end one.
-  """
-
-  directory: str | None
-  lists: Mapping[str, Any]
-  bos_id: int | None
-  eos_ids: tuple[int, ...]
+from t5x_inference_ext.text.settings import TextSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +24,7 @@ class PublicModel:
     tensors: The canonical tensors, by name.
     stored: The stored tensors, by stored name.
     notes: Lines for commands to print: what was found, and what was assumed.
-    text: What the source says about text.
+    text: What the source says about text, as far as it can be used.
     index_crc32: CRC-32 of all headers, which identifies the source.
   """
 
@@ -51,8 +35,53 @@ class PublicModel:
   tensors: Mapping[str, Tensor]
   stored: Mapping[str, Tensor]
   notes: tuple[str, ...]
-  text: SourceText
+  text: TextSettings
   index_crc32: int
+
+  @classmethod
+  def of_family(
+    cls,
+    path: str,
+    source_format: str,
+    model: FamilyModel,
+    stored: Mapping[str, Tensor],
+    text: TextSettings,
+    index_crc32: int,
+    *,
+    title: str,
+    notes: Collection[str] = (),
+    types: str = '',
+    settings: Collection[str] = (),
+  ) -> 'PublicModel':
+    """Return a model of a family.
+
+    Args:
+      path: See the attributes.
+      source_format: Attribute `format`.
+      model: The model, and where its tensors are.
+      stored: See the attributes.
+      text: See the attributes.
+      index_crc32: See the attributes.
+      title: First of the notes.
+      notes: Last of them.
+      types: Types that the weights are stored in, where the dtype they are read as is another.
+      settings: Stored tensors that hold settings of the model, not weights.
+
+    Raises:
+      CheckpointError: A tensor is missing, has another shape than the model says, or holds
+        something that the model does not use.
+    """
+    weights = {name: tensor for name, tensor in stored.items() if name not in settings}
+    tensors = canonical_tensors(model, weights, path)
+    dtype = weights_dtype(tensors, model.config)
+    lines = (
+      title,
+      f'model: {model.config}',
+      f'weights: {types}, read as {dtype}' if types else f'weights: {dtype}',
+      *model.notes,
+      *notes,
+    )
+    return cls(path, source_format, model.config, dtype, tensors, stored, lines, text, index_crc32)
 
   @property
   def arrays(self) -> tuple[SourceArray, ...]:

@@ -7,9 +7,7 @@ Nothing in a header is believed: each array must lie within the file, have as ma
 shape and dtype say, and share no byte with another one.
 """
 
-import collections
 from collections.abc import Iterable
-import json
 import math
 from typing import Any, TypeGuard
 import zlib
@@ -65,7 +63,7 @@ def read_safetensors(directory: str) -> tuple[dict[str, Tensor], int] | None:
       return None
     return read_safetensors_file(directory, SAFETENSORS)
   where = f'{directory}/{SAFETENSORS_INDEX}'
-  content = load_unique_json(index, where)
+  content = storage.load_json(index, where)
   files = content.get('weight_map') if isinstance(content, dict) else None
   if not isinstance(files, dict) or not files:
     raise CheckpointError(f'{where} is damaged: it has no weight_map from arrays to files')
@@ -119,7 +117,7 @@ def read_safetensors_file(directory: str, name: str) -> tuple[dict[str, Tensor],
       f'bytes, but the file has {file.size}, and no header has more than {MAX_HEADER_BYTES}'
     )
   data = file.read(_LENGTH_BYTES, length).tobytes()
-  header = load_unique_json(data, f'the header of {file.path}')
+  header = storage.load_json(data, f'the header of {file.path}')
   if not isinstance(header, dict):
     raise CheckpointError(f'the header of {file.path} is damaged: it is not a JSON object')
   header.pop('__metadata__', None)
@@ -143,32 +141,6 @@ def read_safetensors_file(directory: str, name: str) -> tuple[dict[str, Tensor],
     spans.append((first, end, tensor_name))
   _check_spans(sorted(spans), file, begin)
   return tensors, zlib.crc32(data)
-
-
-def load_unique_json(data: bytes, where: str) -> Any:
-  """Return the parsed content of JSON in which no object has a name twice.
-
-  Raises:
-    CheckpointError: The data is not such JSON, or is nested too deeply.
-  """
-
-  def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-      counts = collections.Counter(name for name, _ in pairs)
-      raise CheckpointError(
-        f'{where} is damaged: it has {printable(counts.most_common(1)[0][0])} twice'
-      )
-    return found
-
-  try:
-    return json.loads(data.decode(), object_pairs_hook=unique)
-  except CheckpointError:
-    raise
-  except RecursionError as e:
-    raise CheckpointError(f'{where} is damaged: it is nested too deeply') from e
-  except ValueError as e:  # no UTF-8, no JSON, or a number with too many digits
-    raise CheckpointError(f'{where} is damaged: {e!s:.200}') from e
 
 
 def _entry(entry: Any, where: str) -> tuple[np.dtype, tuple[int, ...], tuple[int, int]]:
