@@ -53,10 +53,10 @@ class Engine(Scorer):
     cache: str | None = None,
     prefill_layout: str = 'ws_2d/batch',
     decode_layout: str = 'ws_2d/batch',
-    norm_scale: str | None = None,
     scan_layers: bool | None = None,
     executable: str | os.PathLike | None = None,
     progress: Callable[[list], Iterable] = iter,
+    **conventions: Any,
   ) -> 'Engine':
     """Open a serving checkpoint, or a T5X checkpoint directly, and load it onto a mesh.
 
@@ -69,19 +69,19 @@ class Engine(Scorer):
         and head), or None: `dtype`.
       prefill_layout: Layout of prefill, 'feedforward/attention'; see sharding.layout.Layout.
       decode_layout: Layout of decode steps.
-      norm_scale: 'zero' or 'one', where a checkpoint does not record how it stores norm scales.
       scan_layers: Whether one array holds all layers and the program loops over them; None: a
         loop for more than 8 layers on CPU, never on accelerators.
       executable: File of a generation that precompile saved for this model, mesh and these
         versions. It runs only what it was compiled for. Loading one runs code: use your own files.
       progress: Wraps the list of tensors that are loaded, e.g. tqdm.
+      **conventions: Arguments of open_checkpoint: what the weights of a T5X checkpoint do not show.
 
     Raises:
       UserError: A checkpoint, mesh, layout, executable or option that does not fit (errors.py lists
         the subclasses), raised before weights are loaded; or a damaged tensor.
     """
     if not isinstance(checkpoint, Checkpoint):
-      checkpoint = open_checkpoint(checkpoint, norm_scale=norm_scale)
+      checkpoint = open_checkpoint(checkpoint, **conventions)
     if mesh is None:
       mesh = make_mesh(choose_mesh(checkpoint.config, jax.devices()))
     elif not isinstance(mesh, jax.sharding.Mesh):

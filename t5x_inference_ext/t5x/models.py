@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, MutableMapping
 import copy
 import dataclasses
+import functools
 import inspect
 from typing import Any
 
@@ -13,11 +14,13 @@ import seqio
 from t5x import decoding, models, utils
 
 from t5x_inference_ext.checkpoints import open_checkpoint
+from t5x_inference_ext.checkpoints.conventions import Conventions
 from t5x_inference_ext.checkpoints.load import scans_layers
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.engine.inputs import EOS_ID
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.transformer import Model
+from t5x_inference_ext.options import takes_options
 from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.mesh import parse_mesh
 from t5x_inference_ext.sharding.mesh_choice import choose_mesh
@@ -26,6 +29,7 @@ from t5x_inference_ext.t5x.decoder import ShardedDecoder, is_concrete
 from t5x_inference_ext.t5x.module import InferenceModule
 from t5x_inference_ext.t5x.partitioning import inference_mesh
 from t5x_inference_ext.t5x.refill import Predictor, Refill
+from t5x_inference_ext.t5x.stock_model import conventions_in_front
 from t5x_inference_ext.t5x.types import Batch, DecodeFn, Params, Predictions
 
 
@@ -55,8 +59,6 @@ class InferenceModel(ShardedDecoder):
     dtype: Dtype of activations and float weights: 'float32' or 'bfloat16'.
     cache: Dtype of the KV cache: 'float32', 'bfloat16', 'int8' (with a scale for each position and
       head), or None: `dtype`.
-    norm_scale: 'zero' or 'one': how norm scales are stored, for a checkpoint that does not record
-      it.
     scan_layers: Whether one array holds all layers and the program loops over them. None: True only
       on CPU, for more than 8 layers.
     decode_fn: decoding.temperature_sample, decoding.beam_search, or a function that takes their
@@ -67,6 +69,8 @@ class InferenceModel(ShardedDecoder):
       options of `decode_fn` as defaults (decode_options.py). None: T5X's loop over a batch.
     feature_converter_cls: See T5X.
     inputs_bidirectional_attention: Must be False. It exists because stock configurations bind it.
+    **conventions: Arguments of open_checkpoint: what the weights of a T5X checkpoint do not show,
+      unless the stock model in front, or a file beside the checkpoint, says it.
 
   Raises:
     CheckpointError: There is no checkpoint, or it is of another model.
@@ -75,6 +79,7 @@ class InferenceModel(ShardedDecoder):
     RequestError: An option is not supported.
   """
 
+  @takes_options(Conventions)
   def __init__(
     self,
     vocabulary: seqio.Vocabulary,
@@ -87,13 +92,13 @@ class InferenceModel(ShardedDecoder):
     decode_layout: str = 'ws_2d/batch',
     dtype: str = 'bfloat16',
     cache: str | None = None,
-    norm_scale: str | None = None,
     scan_layers: bool | None = None,
     decode_fn: DecodeFn = decoding.temperature_sample,
     task_feature_lengths: Mapping[str, int] | None = None,
     refill: Refill | None = None,
     feature_converter_cls: Callable[..., seqio.FeatureConverter] | None = None,
     inputs_bidirectional_attention: bool = False,
+    **conventions: Any,
   ) -> None:
     stock = _stock_bindings(models.DecoderOnlyModel, 'inputs_bidirectional_attention', 'decode_fn')
     if inputs_bidirectional_attention or stock.get('inputs_bidirectional_attention'):
@@ -112,16 +117,20 @@ class InferenceModel(ShardedDecoder):
       models.DecoderOnlyModel.predict_batch_with_aux, 'return_all_decodes', 'num_decodes'
     )
     self.notes: tuple[str, ...] = ()  # what was assumed about the checkpoint, for the log
+    # Opens a checkpoint with all that the user's gin files say.
+    self.open_checkpoint = functools.partial(open_checkpoint, stock=_in_front, **conventions)
     if checkpoint is not None:
-      opened = open_checkpoint(checkpoint, norm_scale=norm_scale, config=config)
+      opened = self.open_checkpoint(checkpoint, config=config)
       config, int8 = opened.config, opened.weights == 'int8'
       self.notes = opened.notes
     elif config is None:
       raise RequestError(
         "InferenceModel needs a checkpoint to read the model's shape from, or a config"
       )
-    elif norm_scale is not None:
-      config = dataclasses.replace(config, norm_scale=norm_scale)
+    else:
+      said = Conventions(**conventions).said()
+      said.pop('rescale_logits', None)
+      config = dataclasses.replace(config, **said)
     if vocabulary.vocab_size > config.vocab_size:
       raise RequestError(
         f"the vocabulary has {vocabulary.vocab_size} ids and the model's embedding "
@@ -201,6 +210,13 @@ def _mesh(mesh: str | jax.sharding.Mesh | None, config: ModelConfig) -> jax.shar
   if isinstance(mesh, jax.sharding.Mesh):
     return inference_mesh(mesh)
   return inference_mesh(choose_mesh(config, jax.devices()) if mesh is None else parse_mesh(mesh))
+
+
+def _in_front() -> Conventions | None:
+  """Return what the stock model in front of this package's gin files says; None without one."""
+  return conventions_in_front(
+    lambda: _stock_bindings(models.DecoderOnlyModel, 'module').get('module')
+  )
 
 
 def _stock_bindings(configurable: Callable, *names: str) -> dict[str, Any]:

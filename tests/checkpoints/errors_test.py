@@ -14,7 +14,7 @@ import pytest
 from t5x_inference_ext.checkpoints import convert, open_checkpoint, serving
 from t5x_inference_ext.commands import inspect_checkpoint
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.errors import CheckpointError
+from t5x_inference_ext.errors import CheckpointError, RequestError
 from tests.checkpoints import synthetic
 
 SCANNED = synthetic.fused(synthetic.canonical())
@@ -290,8 +290,18 @@ def test_zeros_are_not_mistaken_for_missing(tmp_path):
     assert not open_checkpoint(path).tensors['layer_norm'].read().any()
 
 
-def test_unknown_norm_scale(legacy):
-  fails(legacy, 'zero, one', "'two'", norm_scale='two')
+@pytest.mark.parametrize(
+  'told,words',
+  [
+    ({'norm_scale': 'two'}, "norm_scale must be one of zero, one, got 'two'"),
+    ({'mlp': 'gelu,linear'}, "mlp must be one of swiglu, geglu, .*, got 'gelu,linear'"),
+    ({'rescale_logits': 'no'}, 'rescale_logits must be True or False or None'),
+    ({'num_heads': 0}, 'num_heads must be a whole number, 1 or more, got 0'),
+  ],
+)
+def test_conventions_that_no_model_has(legacy, told, words):
+  with pytest.raises(RequestError, match=words):
+    open_checkpoint(legacy, **told)
 
 
 def test_index_that_refers_to_another_driver(legacy):
