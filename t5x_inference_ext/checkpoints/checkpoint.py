@@ -8,7 +8,13 @@ from typing import Any
 from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints import serving, storage, unfinished
 from t5x_inference_ext.checkpoints.arrays import SourceArray, whole_array
-from t5x_inference_ext.checkpoints.conventions import Conventions, Said, Sources, check_said
+from t5x_inference_ext.checkpoints.conventions import (
+  Conventions,
+  ConventionSources,
+  Said,
+  check_said,
+  recorded_in,
+)
 from t5x_inference_ext.checkpoints.missing import missing_checkpoint
 from t5x_inference_ext.checkpoints.public import check_asked, read_public
 from t5x_inference_ext.checkpoints.readers import flaxformer, legacy, orbax
@@ -111,7 +117,7 @@ def open_checkpoint(
     return _from_serving(path, header, given, config)
   found = None if storage.is_on_hub(path) else read_tree(path)
   if found is not None:
-    return _from_tree(*found, Sources(stock(), recorded_conventions(path), given, config))
+    return _from_tree(*found, ConventionSources(stock(), recorded_conventions(path), given, config))
   model = read_public(path, given.norm_scale or (config.norm_scale if config else None))
   if model is None:
     raise CheckpointError(missing_checkpoint(path))
@@ -157,7 +163,7 @@ def read_tree(path: str) -> tuple[str, Tree] | None:
   return None if state is None else ('orbax', orbax.read_orbax(path, state))
 
 
-def _from_tree(kind: str, tree: Tree, sources: Sources) -> Checkpoint:
+def _from_tree(kind: str, tree: Tree, sources: ConventionSources) -> Checkpoint:
   """Return the checkpoint of a tree in format `kind`."""
   found = flaxformer.canonical(tree, sources)
   return Checkpoint(
@@ -189,7 +195,7 @@ def _from_serving(
     _compare(config, found, header['weights'], path)
   tensors = serving.read_tensors(path, found, header['weights'])
   step = header['source'].get('step')
-  conventions = serving.read_conventions(header)
+  conventions = recorded_in(header)
   notes = (
     f'serving checkpoint at {path}, from {printable(header["source"].get("path"))}'
     + ('' if step is None else f', step {printable(step)}'),

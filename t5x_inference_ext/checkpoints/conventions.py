@@ -1,6 +1,6 @@
 """Conventions of a model that the weights in a T5X tree do not show, and who says them.
 
-For example, the same kernels serve a model with GELU and one with swish. Sources, in order of
+For example, the same kernels serve a model with GELU and one with swish. The sources, in order of
 precedence: T5X's own model, as the user's gin configures it (inside T5X); a file that the training
 run, or a conversion, left beside the checkpoint; the user's options or MODEL_CONFIG.
 """
@@ -10,7 +10,7 @@ import dataclasses
 from typing import Any
 
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.errors import CheckpointError
+from t5x_inference_ext.errors import CheckpointError, printable
 from t5x_inference_ext.features import MLPS, NORM_SCALES
 from t5x_inference_ext.options import check_options, option
 
@@ -85,7 +85,7 @@ class Conventions:
     return {name: value for name, value in vars(self).items() if value is not None}
 
 
-NAMES = tuple(field.name for field in dataclasses.fields(Conventions))
+CONVENTION_NAMES = tuple(field.name for field in dataclasses.fields(Conventions))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Said:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sources:
+class ConventionSources:
   """All who may say a convention.
 
   Attributes:
@@ -178,8 +178,28 @@ def check_said(given: Conventions, found: ModelConfig, where: str) -> None:
       )
 
 
+def recorded_in(header: Mapping[str, Any]) -> dict[str, Said]:
+  """Return what a serving checkpoint's header says of its source's conventions, by name."""
+  listed = header['source'].get('conventions')
+  if not isinstance(listed, dict):  # of an earlier version
+    return {'norm_scale': Said(header['model'].get('norm_scale'), 'recorded in the checkpoint')}
+  return {
+    printable(name): Said(_plain(said.get('value')), f'recorded: {printable(said.get("source"))}')
+    for name, said in listed.items()
+    if isinstance(said, dict)
+  }
+
+
+def _plain(value: Any) -> Any:
+  return value if isinstance(value, (bool, int, float)) else printable(value)
+
+
 def resolve(
-  sources: Sources, needed: Sequence[str], inputs: int, defaults: Mapping[str, Any], where: str
+  sources: ConventionSources,
+  needed: Sequence[str],
+  inputs: int,
+  defaults: Mapping[str, Any],
+  where: str,
 ) -> dict[str, Said]:
   """Return the value and source of each needed convention.
 
@@ -214,10 +234,10 @@ def _question(name: str, inputs: int) -> str:
   return {
     'mlp': f'mlp, the activations ({mlps})',
     'norm_scale': 'norm_scale, whether scales are stored around (zero, one)',
-    'norm_epsilon': 'norm_epsilon (a number; usually 1e-6)',
+    'norm_epsilon': 'norm_epsilon (a number, usually 1e-6)',
     'rescale_logits': 'rescale_logits, whether attention divides by sqrt(d_head) (True, False)',
     'positions': 'positions (rotary, none)',
-    'rope_max_timescale': 'rope_max_timescale of rotary positions (a number; usually 1e4)',
-    'relative_max_distance': 'relative_max_distance (a whole number; usually 128)',
+    'rope_max_timescale': 'rope_max_timescale of rotary positions (a number, usually 1e4)',
+    'relative_max_distance': 'relative_max_distance (a whole number, usually 128)',
     'num_heads': 'num_heads of merged kernels (a whole number)',
   }[name]

@@ -13,7 +13,7 @@ from typing import Any
 
 from t5x_inference_ext.checkpoints import storage
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from t5x_inference_ext.checkpoints.conventions import NAMES
+from t5x_inference_ext.checkpoints.conventions import CONVENTION_NAMES
 from t5x_inference_ext.checkpoints.conversion.conversion import Conversion, ConversionProgress
 from t5x_inference_ext.checkpoints.conversion.options import ConvertOptions, Report
 from t5x_inference_ext.checkpoints.conversion.staging import Staging
@@ -59,7 +59,7 @@ def convert(
       or can't be written.
     UserError: An option is unknown, or the vocabulary is not one of the model.
   """
-  conventions = {name: options.pop(name) for name in NAMES if name in options}
+  conventions = {name: options.pop(name) for name in CONVENTION_NAMES if name in options}
   convert_options = ConvertOptions(weights=weights, **options)
   staged = _staging(output_checkpoint, staging)
   work = WorkDirectory(output_checkpoint if staged is None else staged.local)

@@ -18,7 +18,6 @@ import tensorstore as ts
 
 from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints import storage
-from t5x_inference_ext.checkpoints.conventions import Said
 from t5x_inference_ext.checkpoints.manifest import check_file, check_own_checksum, checksum
 from t5x_inference_ext.checkpoints.readers import zarr_arrays
 from t5x_inference_ext.checkpoints.tensor import Bounds, Tensor
@@ -208,23 +207,6 @@ def read_serving_header(path: str, data: bytes) -> tuple[dict[str, Any], ModelCo
     raise
   except (ValueError, TypeError, KeyError, RecursionError) as e:
     raise CheckpointError(f'{where} is damaged: {type(e).__name__} {e!s:.300}') from e
-
-
-def read_conventions(header: Mapping[str, Any]) -> dict[str, Said]:
-  """Return what a serving checkpoint's header says of its source's conventions, by name."""
-  listed = header['source'].get('conventions')
-  if not isinstance(listed, dict):  # of an earlier version
-    norm_scale = header['model'].get('norm_scale')
-    return {'norm_scale': Said(norm_scale, 'recorded in the checkpoint')}
-  return {
-    printable(name): Said(_plain(said.get('value')), f'recorded: {printable(said.get("source"))}')
-    for name, said in listed.items()
-    if isinstance(said, dict)
-  }
-
-
-def _plain(value: Any) -> Any:
-  return value if isinstance(value, (bool, int, float)) else printable(value)
 
 
 def read_text(path: str, header: Mapping[str, Any], rows: int) -> TextSettings | None:

@@ -6,7 +6,11 @@ import os
 import numpy as np
 
 from t5x_inference_ext.checkpoints import storage
-from t5x_inference_ext.checkpoints.conventions import NAMES, Conventions, Sources
+from t5x_inference_ext.checkpoints.conventions import (
+  CONVENTION_NAMES,
+  Conventions,
+  ConventionSources,
+)
 from t5x_inference_ext.checkpoints.readers.flaxformer import Reading
 from t5x_inference_ext.checkpoints.readers.flaxformer_names import FINAL_NORM
 from t5x_inference_ext.checkpoints.readers.training_gin import CONFIG_GIN, training_conventions
@@ -48,7 +52,7 @@ def _of_manifest(data: bytes, where: str) -> Conventions:
     model = ModelConfig.from_dict(content['model'])
   except (ValueError, TypeError, KeyError) as e:
     raise CheckpointError(f'{where} is damaged: {type(e).__name__} {e!s:.200}') from e
-  fields = {name: getattr(model, name, None) for name in NAMES}
+  fields = {name: getattr(model, name, None) for name in CONVENTION_NAMES}
   return Conventions(**{**fields, 'rescale_logits': True, 'num_heads': model.num_heads})
 
 
@@ -59,7 +63,7 @@ def _text(data: bytes, where: str) -> str:
     raise CheckpointError(f'{where} is no gin file: it is not UTF-8') from e
 
 
-def tree_notes(tree: Tree, found: Reading, sources: Sources) -> tuple[str, ...]:
+def tree_notes(tree: Tree, found: Reading, sources: ConventionSources) -> tuple[str, ...]:
   """Return lines for commands to print: what was found in a tree, and who says its conventions.
 
   Args:

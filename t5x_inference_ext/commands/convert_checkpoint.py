@@ -59,7 +59,7 @@ from absl import flags as absl_flags
 
 from t5x_inference_ext.checkpoints import convert, serving
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint, is_finished
-from t5x_inference_ext.checkpoints.conventions import NAMES, Conventions
+from t5x_inference_ext.checkpoints.conventions import CONVENTION_NAMES, Conventions
 from t5x_inference_ext.checkpoints.conversion.options import COMMON, ConvertOptions
 from t5x_inference_ext.checkpoints.conversion.verify import verify
 from t5x_inference_ext.commands import cli, option_flags
@@ -237,7 +237,7 @@ def write_report(options: ReportOptions, directory: str, arguments: dict[str, An
     task=options.report_task,
     task_module=options.report_task_module,
     config=arguments.get('config'),
-    **{name: arguments[name] for name in NAMES if name in arguments},
+    **{name: arguments[name] for name in CONVENTION_NAMES if name in arguments},
   ):
     print_line(line)
 

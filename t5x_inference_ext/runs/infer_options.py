@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
-from t5x_inference_ext.checkpoints.conventions import NAMES, Conventions
+from t5x_inference_ext.checkpoints.conventions import CONVENTION_NAMES, Conventions
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.sampling_arrays import stack_params
@@ -215,7 +215,7 @@ class InferOptions(Conventions):
   @property
   def conventions(self) -> dict[str, Any]:
     """What the user says of a T5X checkpoint that its weights do not show."""
-    return {name: getattr(self, name) for name in NAMES}
+    return {name: getattr(self, name) for name in CONVENTION_NAMES}
 
   @property
   def layouts(self) -> tuple[Layout, Layout]:

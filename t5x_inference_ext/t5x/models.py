@@ -7,6 +7,7 @@ import functools
 import inspect
 from typing import Any
 
+from absl import logging
 from flax import core as flax_core
 import gin
 import jax
@@ -17,7 +18,7 @@ from t5x_inference_ext.checkpoints import open_checkpoint
 from t5x_inference_ext.checkpoints.conventions import Conventions
 from t5x_inference_ext.checkpoints.load import scans_layers
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.engine.inputs import EOS_ID
+from t5x_inference_ext.engine.inputs import BOS_ID, EOS_ID
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.options import takes_options
@@ -116,13 +117,19 @@ class InferenceModel(ShardedDecoder):
     self._stock_options = _stock_bindings(
       models.DecoderOnlyModel.predict_batch_with_aux, 'return_all_decodes', 'num_decodes'
     )
+    bos_id: int | None = BOS_ID
     self.notes: tuple[str, ...] = ()  # what was assumed about the checkpoint, for the log
     # Opens a checkpoint with all that the user's gin files say.
     self.open_checkpoint = functools.partial(open_checkpoint, stock=_in_front, **conventions)
     if checkpoint is not None:
       opened = self.open_checkpoint(checkpoint, config=config)
       config, int8 = opened.config, opened.weights == 'int8'
-      self.notes = opened.notes
+      self.notes, bos_id = opened.notes, opened.bos_id
+      if vocabulary.eos_id not in opened.end_ids:
+        logging.warning(
+          'the vocabulary ends texts with %s, and %s with %s: rows end with the former',
+          *(vocabulary.eos_id, opened.path, opened.end_ids),
+        )
     elif config is None:
       raise RequestError(
         "InferenceModel needs a checkpoint to read the model's shape from, or a config"
@@ -148,10 +155,10 @@ class InferenceModel(ShardedDecoder):
     self._predictor: Predictor | None = None
     if refill is not None:
       refill = refill.with_defaults(decode_options(decode_fn))
-      self._predictor = Predictor(model, refill, vocabulary.eos_id or EOS_ID)
+      self._predictor = Predictor(model, refill, vocabulary.eos_id or EOS_ID, bos_id)
     platform = model.mesh.devices.flat[0].platform
     module = InferenceModule(model, int8, scans_layers(config.num_layers, scan_layers, platform))
-    super().__init__(module, vocabulary, decode_fn, inputs_length, feature_converter_cls)
+    super().__init__(module, vocabulary, decode_fn, inputs_length, bos_id, feature_converter_cls)
 
   @property
   def refills(self) -> bool:

@@ -144,7 +144,7 @@ def test_missing_parameter_of_one_layer(tmp_path):
   [
     'decoder/decoder/q_wi_fused/bias',
     'decoder/decoder/relpos_bias/rel_embedding',
-    'decoder/logits_dense/kernel',
+    'decoder/logits_dense/bias',
     'encoder/x/kernel',
     Q_WI.replace('kernel', 'qscale'),
   ],
@@ -152,6 +152,18 @@ def test_missing_parameter_of_one_layer(tmp_path):
 def test_extra_parameters(tmp_path, extra):
   path = synthetic.write_legacy(tmp_path / 'c', {**SCANNED, extra: np.ones(3, np.float32)})
   fails(path, path, f'does not use: target/{extra}', 'no biases')
+
+
+@pytest.mark.parametrize(
+  'extra,words',
+  [
+    ('decoder/logits_dense/kernel', ('shape [3]', 'needs [8, 12]')),
+    ('decoder/relpos_bias/rel_embedding', ('shape [3]', 'expected [heads, buckets]')),
+  ],
+)
+def test_shapes_of_what_a_model_may_have(tmp_path, extra, words):
+  path = synthetic.write_legacy(tmp_path / 'c', {**SCANNED, extra: np.ones(3, np.float32)})
+  fails(path, path, extra, *words, relative_max_distance=128)
 
 
 def test_another_architecture_names_what_differs(tmp_path):

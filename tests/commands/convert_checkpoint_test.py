@@ -61,7 +61,7 @@ def test_gin_and_norm_scale(palm_tiny, tmp_path, capsys):
   )
   checkpoint = open_checkpoint(out)
   assert (checkpoint.weights, checkpoint.config.norm_scale) == ('bfloat16', 'one')
-  assert 'stored around one (given)' in capsys.readouterr().out
+  assert 'norm_scale: one (given)' in capsys.readouterr().out
 
 
 def test_formats_and_scale_search(palm_tiny, tmp_path, capsys):

@@ -9,7 +9,7 @@ import pytest
 from t5x_inference_ext.checkpoints import open_checkpoint
 from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.engine.sampling import SamplingParams
-from t5x_inference_ext.errors import CheckpointError, MeshError, RequestError
+from t5x_inference_ext.errors import MeshError, RequestError
 
 PROMPTS = [[103, 104, 105], [108]]
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints.arrays import SourceArray, whole_array
-from t5x_inference_ext.checkpoints.conventions import Said, Sources
+from t5x_inference_ext.checkpoints.conventions import ConventionSources, Said
 from t5x_inference_ext.checkpoints.readers.flaxformer_model import TreeShape, find_model
 from t5x_inference_ext.checkpoints.readers.flaxformer_names import (
   EMBEDDING,
@@ -75,7 +75,7 @@ class Reading:
   form: dict[str, Any]
 
 
-def canonical(tree: Tree, sources: Sources) -> Reading:
+def canonical(tree: Tree, sources: ConventionSources) -> Reading:
   """Determine a tree's model, and find the canonical tensors in the tree's arrays.
 
   Args:

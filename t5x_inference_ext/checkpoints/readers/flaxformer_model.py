@@ -4,7 +4,7 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
-from t5x_inference_ext.checkpoints.conventions import PALM, Said, Sources, resolve
+from t5x_inference_ext.checkpoints.conventions import PALM, ConventionSources, Said, resolve
 from t5x_inference_ext.checkpoints.readers.flaxformer_names import EMBEDDING, HEAD, RELATIVE_BIAS
 from t5x_inference_ext.checkpoints.readers.layer_kinds import (
   LayerKind,
@@ -54,7 +54,7 @@ class TreeShape:
 
 
 def find_model(
-  shape: TreeShape, sources: Sources, where: str
+  shape: TreeShape, sources: ConventionSources, where: str
 ) -> tuple[ModelConfig, dict[str, Said]]:
   """Return a tree's model, and the conventions that its weights do not show.
 
@@ -102,7 +102,7 @@ def find_model(
   return model, said
 
 
-def _needed(shape: TreeShape, sources: Sources, where: str) -> tuple[str, ...]:
+def _needed(shape: TreeShape, sources: ConventionSources, where: str) -> tuple[str, ...]:
   """Return the names of the conventions that a tree's model has, num_heads aside."""
   names = ('mlp', *(('norm_scale',) if shape.norm == 'rms' else ()), 'norm_epsilon')
   positions = sources.find('positions')

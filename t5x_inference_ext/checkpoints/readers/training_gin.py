@@ -6,6 +6,7 @@ the defaults of flaxformer, if a binding refers to the class.
 
 from collections.abc import Iterator, Mapping, Set
 import dataclasses
+import tokenize
 from typing import Any
 
 from t5x_inference_ext.checkpoints.conventions import Conventions
@@ -108,7 +109,7 @@ def _parse(text: str, where: str) -> tuple[dict[tuple[str, str, str], Any], dict
       elif isinstance(statement, config_parser.ImportStatement):
         name = statement.bound_name()
         imports[name] = statement.module if statement.is_from or statement.alias else name
-  except (SyntaxError, ValueError, RecursionError) as e:
+  except (SyntaxError, tokenize.TokenError, ValueError, RecursionError) as e:
     raise CheckpointError(f'{where} is no gin file, or is damaged: {e!s:.200}') from e
   return bindings, imports
 
