@@ -247,7 +247,7 @@ class Engine(Scorer):
     check_at_least(1, samples=samples)
     return [
       Request(
-        (*self._bos, *prompt), tuple((int(seed) + i) % 2**32 for i in range(samples)), limit, each
+        (*self.bos, *prompt), tuple((int(seed) + i) % 2**32 for i in range(samples)), limit, each
       )
       for prompt, seed, limit, each in zip(prompts, seeds, limits, params)
     ]
@@ -267,12 +267,13 @@ class Engine(Scorer):
       self.core.streams(max_length=max_length + 1, **{'slots': 1, **options}),
       vocab_size=self.model.config.vocab_size,
       max_length=max_length,
-      bos=self._bos,
+      bos=self.bos,
       end_ids=self._end_ids(eos_id),
     )
 
   @property
-  def _bos(self) -> tuple[int, ...]:
+  def bos(self) -> tuple[int, ...]:
+    """The token in front of each prompt, or none."""
     return () if self.checkpoint.bos_id is None else (self.checkpoint.bos_id,)
 
   def _end_ids(self, eos_id: int | Sequence[int] | None) -> tuple[int, ...]:

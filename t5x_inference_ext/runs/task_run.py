@@ -15,7 +15,7 @@ import tensorflow as tf
 from t5x_inference_ext import distributed
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.engine.engine import Engine
-from t5x_inference_ext.engine.inputs import BOS_ID, EOS_ID
+from t5x_inference_ext.engine.inputs import EOS_ID
 from t5x_inference_ext.engine.request import Completion, Request
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.errors import RequestError
@@ -267,7 +267,7 @@ def _work(
   """Return the work of the remaining examples, which are read only when needed."""
   if options.mode == 'score':
     groups = (
-      [(row, tasks.scoring_example(example)) for row, example in some]
+      [(row, tasks.scoring_example(example, engine.bos)) for row, example in some]
       for some in batches.batched(todo, SCORED_BATCHES * batch)
     )
     return ScoreWork(engine, groups, batch * sum(source.feature_lengths.values()), clock)
@@ -278,7 +278,7 @@ def _work(
     work, _ = refill_work(
       engine,
       options,
-      (_request(row, tokens, options) for row, tokens in prompts),
+      (_request(row, tokens, options, engine.bos) for row, tokens in prompts),
       clock,
       print_on_main,
       ahead=batch,
@@ -291,9 +291,15 @@ def _work(
   return StaticWork(engine, batches.batched(prompts, batch), shape, clock, options, eos_id)
 
 
-def _request(row: int, tokens: list[int], options: InferOptions) -> tuple[int, Request]:
+def _request(
+  row: int, tokens: list[int], options: InferOptions, bos: tuple[int, ...]
+) -> tuple[int, Request]:
+  if not bos and not tokens:
+    raise RequestError(
+      f'example {row} has an empty prompt, and this model has no BOS to start from'
+    )
   limit = options.max_new_tokens
   if options.max_length is not None:
     limit = min(limit, options.max_length - len(tokens))
   seeds = batches.row_seeds(options.seed, row, options.num_decodes)
-  return row, Request((BOS_ID, *tokens), seeds, limit, options.sampling)
+  return row, Request((*bos, *tokens), seeds, limit, options.sampling)

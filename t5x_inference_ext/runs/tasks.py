@@ -148,10 +148,18 @@ def prompt(example: TaskExample) -> list[int]:
   return inputs[1:][: np.count_nonzero(inputs[1:])].tolist()
 
 
-def scoring_example(example: TaskExample) -> ScoringExample:
-  """Return an example to score, cut after its last position with a loss weight."""
+def scoring_example(example: TaskExample, bos: tuple[int, ...]) -> ScoringExample:
+  """Return an example to score, cut after its last position with a loss weight.
+
+  Args:
+    example: The example, whose inputs begin with id 0.
+    bos: The model's BOS in its place; () drops it, and with it the first target, which nothing
+      predicts.
+  """
   features: list[Any] = [
     example.model[f'decoder_{name}'] for name in ('input_tokens', 'target_tokens', 'loss_weights')
   ]
   length = int(np.max(np.flatnonzero(features[2]), initial=-1)) + 1
-  return ScoringExample(*(feature[:length] for feature in features))
+  inputs, targets, weights = (feature[:length] for feature in features)
+  first = 1 - len(bos)
+  return ScoringExample(np.array([*bos, *inputs[1:]], np.int32), targets[first:], weights[first:])

@@ -89,8 +89,9 @@ def _options(module: nn.Module) -> Iterator[StockModule]:
   name, home = type(module).__name__, f'{type(module).__module__}.'
   if home.startswith(DECODER_ONLY):
     yield from DECODER_ONLY_MODULES
-  if isinstance(module, nn.LayerNorm):
+  if isinstance(module, nn.LayerNorm):  # flax's own, whose scales are around one
     name = 'LayerNorm'
+    yield StockModule(name, 'center_scale_at_zero', False)
   elif not home.startswith((FLAXFORMER, DECODER_ONLY)) or name not in OPTIONS:
     return
   for option in OPTIONS[name]:

@@ -29,7 +29,12 @@ FAMILIES = {
   'decoder_only, tied': dict(_DECODER_ONLY, logits_via_embedding=True),
   'decoder_only, untied': dict(_DECODER_ONLY, logits_via_embedding=False),
   'flaxformer, merged heads, not rescaled, relative bias': dict(
-    SIZES, activations=('gelu', 'linear'), norm='rms', relative=True, rescale_logits=False
+    SIZES,
+    activations=('gelu', 'linear'),
+    norm='rms',
+    relative=True,
+    rescale_logits=False,
+    scan_axis=None,
   ),
   'flaxformer, split heads, rotary, untied': dict(
     SIZES, activations=('relu', 'linear'), norm='rms', split=True, tied=False, scan_axis=None

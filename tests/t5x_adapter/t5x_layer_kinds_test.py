@@ -79,6 +79,11 @@ CASES = {
 
 def saved(module, directory):
   """The path of random parameters as T5X saves them, the module's logits, and their tokens."""
+  with jax.numpy_rank_promotion('allow'):
+    return _saved(module, directory)
+
+
+def _saved(module, directory):
   tokens = np.array([[0, 5, 300, 17, 2, 3, 381, 40, 41], [0, 11, 12, 13, 14, 15, 16, 17, 18]])
   targets = np.ones_like(tokens)  # only where they are above 0, padding otherwise, is looked at
   params = jax.jit(lambda key: module.init(key, tokens, targets, enable_dropout=False)['params'])(
@@ -141,7 +146,7 @@ STOCK = {
   ),
   'merged heads, not rescaled, relative bias, untied': (
     dict(activations=('relu', 'linear'), norm='rms', relative=True, rescale_logits=False)
-    | dict(tied=False),
+    | dict(tied=False, scan_axis=None),
     dict(mlp='reglu', rescale_logits=False, positions='none', relative_max_distance=128),
   ),
   'around zero, one activation, untied': (

@@ -11,6 +11,7 @@ from t5x_inference_ext.checkpoints import open_checkpoint
 from t5x_inference_ext.checkpoints.convert import convert
 from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.errors import CheckpointError, RequestError
+from t5x_inference_ext.runs import tasks
 from t5x_inference_ext.t5x.models import InferenceModel
 from t5x_inference_ext.t5x.refill import Refill
 from t5x_inference_ext.t5x.vocabulary import CheckpointVocabulary
@@ -50,15 +51,13 @@ def _tokenizer() -> bytes:
 
 
 def _with_bos(source, tmp_path):
-  """A serving checkpoint of the model, with a tokenizer whose BOS is 1."""
-  vocabulary = tmp_path / 'vocabulary'
-  vocabulary.mkdir()
-  (vocabulary / 'tokenizer.json').write_bytes(_tokenizer())
+  """The model with a tokenizer beside it, whose BOS is 1."""
+  path = shutil.copytree(source, tmp_path / 'model')
+  (path / 'tokenizer.json').write_bytes(_tokenizer())
   settings = '{"bos_token": "<s>", "add_bos_token": true, "eos_token": "</s>"}'
-  (vocabulary / 'tokenizer_config.json').write_text(settings)
-  convert(str(source), str(tmp_path / 'out'), 'bfloat16', vocabulary=f'{vocabulary}/tokenizer.json')
-  assert open_checkpoint(tmp_path / 'out').bos_id == 1
-  return tmp_path / 'out'
+  (path / 'tokenizer_config.json').write_text(settings)
+  assert open_checkpoint(path).bos_id == 1
+  return path
 
 
 def _check(checkpoint, mesh, **options):
@@ -94,7 +93,11 @@ def test_without_bos(public, mesh):
 
 
 def test_with_a_bos_of_its_own(families, tmp_path):
-  _check(_with_bos(families / 'smollm2', tmp_path), '1x2x2')
+  """Served as it is, and from a serving checkpoint, which records BOS."""
+  path = _with_bos(families / 'smollm2', tmp_path)
+  _check(path, '1x2x2')
+  convert(str(path), str(tmp_path / 'out'), 'int8')
+  _check(tmp_path / 'out', '2x2x2')
 
 
 def test_slot_refill(public):
@@ -133,3 +136,22 @@ def test_the_vocabulary_of_a_checkpoint(families, tmp_path):
   assert vocabulary != seqio.ByteVocabulary()
   with pytest.raises(CheckpointError, match='smollm2 has no vocabulary: use one of seqio'):
     CheckpointVocabulary(families / 'smollm2')
+
+
+def test_a_task_alone_is_what_it_is_inside_t5x(families, tmp_path):
+  """`infer` over a seqio task feeds a public model its own BOS, or none, too."""
+  for i, path in enumerate((families / 'smollm2', _with_bos(families / 'smollm2', tmp_path))):
+    engine = Engine.load(path, mesh='1x1x1', dtype='float32')
+    prompt = PROMPTS[0]
+    (generated,) = engine.generate([prompt], max_new_tokens=3, eos_id=-1)
+    completion = list(generated.tokens)
+    targets = np.array([*prompt, *completion, 0])
+    features = {
+      'decoder_input_tokens': np.array([0, *targets[:-1]]),
+      'decoder_target_tokens': targets,
+      'decoder_loss_weights': np.array([0] * len(prompt) + [1] * len(completion) + [0]),
+    }
+    example = tasks.scoring_example(tasks.TaskExample({}, features), engine.bos)
+    assert list(example.inputs) == [*([1] if i else []), *prompt, *completion[:-1]]
+    found = engine.score(*(np.array([part]) for part in example))
+    np.testing.assert_allclose(found, generated.score, rtol=1e-5)
