@@ -90,8 +90,7 @@ def open_checkpoint(
     config: The model that the checkpoint must hold. None takes what the checkpoint records or, in
       T5X's formats, derives the model from names and shapes.
     stock: Returns what T5X's own model says, as the user's gin configures it; asked for a T5X
-      checkpoint alone. It comes before the files beside the checkpoint, and these before
-      `conventions` and `config`.
+      checkpoint alone. docs/serving_checkpoint.md has the order of all sources.
     **conventions: What weights do not show, by the names of Conventions, for a checkpoint that does
       not record it. Where nobody says it, only a tree of ParallelFusedDecoderLayer is opened, with
       PaLM's conventions. Notes say who said what.
@@ -117,7 +116,7 @@ def open_checkpoint(
     return _from_serving(path, header, given, config)
   found = None if storage.is_on_hub(path) else read_tree(path)
   if found is not None:
-    return _from_tree(*found, ConventionSources(stock(), recorded_conventions(path), given, config))
+    return _from_tree(*found, ConventionSources(recorded_conventions(path, stock()), given, config))
   model = read_public(path, given.norm_scale or (config.norm_scale if config else None))
   if model is None:
     raise CheckpointError(missing_checkpoint(path))

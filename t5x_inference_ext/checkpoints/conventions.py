@@ -1,8 +1,8 @@
 """Conventions of a model that the weights in a T5X tree do not show, and who says them.
 
 For example, the same kernels serve a model with GELU and one with swish. The sources, in order of
-precedence: T5X's own model, as the user's gin configures it (inside T5X); a file that the training
-run, or a conversion, left beside the checkpoint; the user's options or MODEL_CONFIG.
+precedence: the manifest of a conversion that wrote the tree; T5X's own model, as the user's gin
+configures it (inside T5X); the config.gin of the training run; the user's options or MODEL_CONFIG.
 """
 
 from collections.abc import Mapping, Sequence
@@ -108,13 +108,12 @@ class ConventionSources:
   """All who may say a convention.
 
   Attributes:
-    stock: T5X's own model as the user's gin configures it, or None.
-    recorded: (file, what it says) of files beside the checkpoint, in order of precedence.
+    recorded: (name, what it says) of files beside the checkpoint, and of T5X's own model, in order
+      of precedence.
     given: The user's options.
     config: The model that the user asks for, which says all conventions but rescale_logits.
   """
 
-  stock: Conventions | None = None
   recorded: Sequence[tuple[str, Conventions]] = ()
   given: Conventions = Conventions()
   config: ModelConfig | None = None
@@ -125,8 +124,7 @@ class ConventionSources:
     Raises:
       CheckpointError: The user asks for something else than a source of more weight says.
     """
-    strong = [] if self.stock is None else [(STOCK, self.stock)]
-    for source, conventions in (*strong, *self.recorded):
+    for source, conventions in self.recorded:
       if (value := getattr(conventions, name)) is not None:
         found = Said(value, source)
         break
@@ -151,10 +149,10 @@ class ConventionSources:
     return Said(getattr(self.config, name), 'given with the model')
 
   def overruled(self, said: Mapping[str, Said]) -> list[str]:
-    """Return a note for each convention that a file says, and that has another value."""
+    """Return a note for each recorded convention that a source of more weight overrules."""
     return [
-      f'  {name} is {value} in {file}, which {said[name].source} overrules'
-      for file, conventions in self.recorded
+      f'  {name} is {value} by {source}, which {said[name].source} overrules'
+      for source, conventions in self.recorded
       for name, value in conventions.said().items()
       if name in said and said[name].value != value
     ]
@@ -217,11 +215,11 @@ def resolve(
   said |= {n: Said(defaults[n], ASSUMED) for n in needed if n not in said and n in defaults}
   missing = [name for name in needed if name not in said]
   if missing:
-    files = ', '.join(file for file, _ in sources.recorded)
+    others = ', '.join(source for source, _ in sources.recorded)
     raise CheckpointError(
       f'{where} does not say all that its model computes: weights do not show '
       f'{"; ".join(_question(name, inputs) for name in missing)}. '
-      + (f'{files} does not say it either. ' if files else '')
+      + (f'{others} does not say it either. ' if others else '')
       + 'Give each as an option of this name, or MODEL_CONFIG, or put the config.gin of the '
       'training run beside the checkpoint (docs/serving_checkpoint.md#conventions)'
     )

@@ -8,6 +8,7 @@ import numpy as np
 from t5x_inference_ext.checkpoints import storage
 from t5x_inference_ext.checkpoints.conventions import (
   CONVENTION_NAMES,
+  STOCK,
   Conventions,
   ConventionSources,
 )
@@ -22,14 +23,18 @@ from t5x_inference_ext.errors import CheckpointError
 MANIFEST = 't5x_inference_ext.json'
 
 
-def recorded_conventions(path: str) -> tuple[tuple[str, Conventions], ...]:
-  """Return (file, what it says) of the files that say how a checkpoint's model was trained.
+def recorded_conventions(
+  path: str, stock: Conventions | None = None
+) -> tuple[tuple[str, Conventions], ...]:
+  """Return (name, what it says) of what is recorded about a checkpoint, in order of precedence.
 
-  They are the manifest of a conversion, in the checkpoint, and the config.gin that T5X writes into
-  the directory of its checkpoints. Files that say nothing are left out.
+  First comes the manifest of a conversion, in the checkpoint: it says what the conversion made of
+  the model. Then T5X's own model, and then the config.gin that T5X writes into the directory of its
+  checkpoints. Those that say nothing are left out.
 
   Args:
     path: Directory of the checkpoint, local or in a bucket.
+    stock: What T5X's own model says, as the user's gin configures it; None: there is none.
 
   Raises:
     CheckpointError: A file is damaged, or says that the model can't be served.
@@ -37,23 +42,25 @@ def recorded_conventions(path: str) -> tuple[tuple[str, Conventions], ...]:
   found = []
   if (data := storage.read_file(path, MANIFEST)) is not None:
     found.append((f'{path}/{MANIFEST}', _of_manifest(data, f'{path}/{MANIFEST}')))
+  if stock is not None:
+    found.append((STOCK, stock))
   for directory in (path, os.path.dirname(path)):
     data = None if directory.endswith(':/') else storage.read_file(directory, CONFIG_GIN)
     if data is not None:
       where = f'{directory}/{CONFIG_GIN}'
       found.append((where, training_conventions(_text(data, where), where)))
-  return tuple((file, conventions) for file, conventions in found if conventions.said())
+  return tuple((name, conventions) for name, conventions in found if conventions.said())
 
 
 def _of_manifest(data: bytes, where: str) -> Conventions:
   """Return what the manifest of a conversion says: a converted tree is rescaled."""
   content = storage.load_json(data, where)
   try:
-    model = ModelConfig.from_dict(content['model'])
+    model = vars(ModelConfig.from_dict(content['model']))
+    said = {name: model[name] for name in CONVENTION_NAMES if name in model}
+    return Conventions(**said, rescale_logits=True)
   except (ValueError, TypeError, KeyError) as e:
     raise CheckpointError(f'{where} is damaged: {type(e).__name__} {e!s:.200}') from e
-  fields = {name: getattr(model, name, None) for name in CONVENTION_NAMES}
-  return Conventions(**{**fields, 'rescale_logits': True, 'num_heads': model.num_heads})
 
 
 def _text(data: bytes, where: str) -> str:

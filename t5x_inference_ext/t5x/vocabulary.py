@@ -63,7 +63,7 @@ class CheckpointVocabulary(seqio.Vocabulary):
     def encoded(text: bytes) -> np.ndarray:
       return np.asarray(self._encode(text.decode()), np.int32)
 
-    ids = tf.numpy_function(encoded, [s], tf.int32)
+    ids = tf.numpy_function(encoded, [tf.convert_to_tensor(s)], tf.int32)
     ids.set_shape([None])
     return ids
 

@@ -164,7 +164,7 @@ def test_precedence(unscaled):
   front = Conventions(**{**UNSCALED.said(), 'mlp': 'geglu'})
   checkpoint = open_checkpoint(unscaled, stock=lambda: front)
   assert checkpoint.config.mlp == 'geglu'
-  assert f'  mlp is swiglu in {file}, which {checkpoint.conventions["mlp"].source} overrules' in (
+  assert f'  mlp is swiglu by {file}, which {checkpoint.conventions["mlp"].source} overrules' in (
     checkpoint.notes
   )
   assert open_checkpoint(unscaled, mlp='swiglu').config.mlp == 'swiglu'
@@ -217,12 +217,18 @@ def test_relative_and_rotary_positions_at_once_are_refused(testdata, tmp_path):
 
 
 def test_what_a_conversion_recorded(tmp_path):
-  """A tree that this package wrote says all in its manifest, and a damaged one says so."""
+  """A tree that this package wrote says all in its manifest, and a damaged one says so.
+
+  Its queries are those of a model that rescales, whatever the trained model did.
+  """
   source = synthetic.write_legacy(tmp_path / 'c', synthetic.fused(synthetic.canonical()))
   convert(str(source), str(tmp_path / 'out'), format='t5x_float', norm_scale='one')
   ((file, found),) = recorded_conventions(str(tmp_path / 'out'))
   assert (found.norm_scale, found.rescale_logits) == ('one', True)
-  assert open_checkpoint(tmp_path / 'out').config.norm_scale == 'one'
+  checkpoint = open_checkpoint(tmp_path / 'out', stock=lambda: UNSCALED)
+  assert checkpoint.config.norm_scale == 'one'
+  assert checkpoint.conventions['rescale_logits'].value is True
+  assert any(note.startswith('  rescale_logits is False by T5X') for note in checkpoint.notes)
   for content in ('{"model": {"mlp": 3}}', '{}', '['):
     (tmp_path / 'out' / 't5x_inference_ext.json').write_text(content)
     with pytest.raises(CheckpointError, match=f'{file} is damaged'):

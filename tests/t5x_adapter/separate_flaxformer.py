@@ -70,7 +70,8 @@ def make_module(
     )
 
   def head():
-    return dense.DenseGeneral(vocab, use_bias=False, kernel_init=kernels)
+    axes = ('embed', 'vocab')
+    return dense.DenseGeneral(vocab, use_bias=False, kernel_init=kernels, kernel_axis_names=axes)
 
   def layer(shared_relative_position_bias):
     attention = dict(
