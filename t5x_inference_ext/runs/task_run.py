@@ -278,7 +278,7 @@ def _work(
     work, _ = refill_work(
       engine,
       options,
-      (_request(row, tokens, options, engine.bos) for row, tokens in prompts),
+      ((row, _request(row, tokens, options, engine.bos)) for row, tokens in prompts),
       clock,
       print_on_main,
       ahead=batch,
@@ -291,15 +291,9 @@ def _work(
   return StaticWork(engine, batches.batched(prompts, batch), shape, clock, options, eos_id)
 
 
-def _request(
-  row: int, tokens: list[int], options: InferOptions, bos: tuple[int, ...]
-) -> tuple[int, Request]:
-  if not bos and not tokens:
-    raise RequestError(
-      f'example {row} has an empty prompt, and this model has no BOS to start from'
-    )
+def _request(row: int, tokens: list[int], options: InferOptions, bos: tuple[int, ...]) -> Request:
   limit = options.max_new_tokens
   if options.max_length is not None:
     limit = min(limit, options.max_length - len(tokens))
   seeds = batches.row_seeds(options.seed, row, options.num_decodes)
-  return row, Request((*bos, *tokens), seeds, limit, options.sampling)
+  return Request(tasks.with_bos(row, tokens, bos), seeds, limit, options.sampling)
