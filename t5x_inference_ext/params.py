@@ -18,6 +18,7 @@ VOCAB_AXIS = 'vocab'  # V
 EMBED_AXIS = 'embed'  # E of a matrix
 HIDDEN_AXIS = 'hidden'  # MLP columns and heads: out of an input matrix, into an output matrix
 FEATURES_AXIS = 'features'  # E of a vector, which no layout splits
+BUCKETS_AXIS = 'buckets'  # distances of T5's relative bias
 
 # Norms that are outside the layers.
 OUTSIDE_NORMS = ('embedding_norm', 'final_norm')
@@ -81,7 +82,7 @@ def parameters(config: ModelConfig) -> dict[str, Parameter]:
   if c.embedding_norm:
     norm('embedding_norm')
   if c.positions == 'relative':
-    axes = FEATURES_AXIS, FEATURES_AXIS
+    axes = FEATURES_AXIS, BUCKETS_AXIS
     tensors['relative_bias'] = Parameter((c.num_heads, c.relative_buckets), 'bias', axes)
   norm('final_norm')
   if not c.tied_head:

@@ -28,7 +28,7 @@ SHIMS = {
 # them.
 FRAMEWORKS = {
   'absl': ('commands/', 't5x/'),
-  'gin': ('commands/cli.py', 't5x/'),
+  'gin': ('checkpoints/readers/training_gin.py', 'commands/cli.py', 't5x/'),
   'seqio': ('runs/task_', 'runs/tasks.py', 't5x/'),
   'tensorflow': ('runs/task_', 'runs/tasks.py', 't5x/'),
 }

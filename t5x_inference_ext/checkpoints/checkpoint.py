@@ -1,25 +1,34 @@
 """Opening of checkpoints in any supported format: the model, and tensors to read values from."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import os
 from typing import Any
 
-import numpy as np
-
 from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints import serving, storage, unfinished
 from t5x_inference_ext.checkpoints.arrays import SourceArray, whole_array
+from t5x_inference_ext.checkpoints.conventions import (
+  Conventions,
+  ConventionSources,
+  Said,
+  check_said,
+  recorded_in,
+)
 from t5x_inference_ext.checkpoints.missing import missing_checkpoint
-from t5x_inference_ext.checkpoints.public import check_arguments, read_public
+from t5x_inference_ext.checkpoints.public import check_asked, read_public
 from t5x_inference_ext.checkpoints.readers import flaxformer, legacy, orbax
 from t5x_inference_ext.checkpoints.readers.tree import Tree
 from t5x_inference_ext.checkpoints.tensor import Tensor
+from t5x_inference_ext.checkpoints.tree_notes import recorded_conventions, tree_notes
 from t5x_inference_ext.checkpoints.with_text import WithText
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import CheckpointError, printable
-from t5x_inference_ext.features import NORM_SCALES
+from t5x_inference_ext.options import takes_options
 from t5x_inference_ext.text.settings import TextSettings, assumed_settings
+
+# Formats of T5X's parameter trees.
+TREES = ('t5x', 'orbax')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +47,9 @@ class Checkpoint(WithText):
     form: The arrangement of parameters in a T5X tree (flaxformer.Reading.form); None if not
       recorded.
     notes: Lines for commands to print: what was found, and what was assumed.
+    conventions: What the weights of a T5X checkpoint do not show, by name, and who says it; as a
+      serving checkpoint made from one records it.
     text: Vocabulary, BOS, end tokens, chat template and generation defaults.
-    rescale_logits: The argument of open_checkpoint.
     index_crc32: CRC-32 of the headers of a checkpoint in a public format; None for other formats.
   """
 
@@ -52,17 +62,18 @@ class Checkpoint(WithText):
   arrays: tuple[SourceArray, ...]
   form: dict[str, Any] | None
   notes: tuple[str, ...]
+  conventions: Mapping[str, Said]
   text: TextSettings
-  rescale_logits: bool | None = None
   index_crc32: int | None = None
 
 
+@takes_options(Conventions)
 def open_checkpoint(
   path: str | os.PathLike,
   *,
-  norm_scale: str | None = None,
   config: ModelConfig | None = None,
-  rescale_logits: bool | None = None,
+  stock: Callable[[], Conventions | None] = lambda: None,
+  **conventions: Any,
 ) -> Checkpoint:
   """Open a checkpoint, and check the names and shapes of its parameters.
 
@@ -71,21 +82,20 @@ def open_checkpoint(
   Args:
     path: A checkpoint directory of any name, or the msgpack file in it, or a GGUF file; local or
       gs://; or a model's name on a hub, hf:OWNER/NAME.
-    norm_scale: How the norm scales are stored, 'zero' or 'one'. None takes what the checkpoint
-      records. T5X checkpoints do not record it; then 'zero', as in PaLM, is assumed for fused
-      parallel blocks, and 'one' for other layers and for layer norms. Notes say what was assumed.
     config: The model that the checkpoint must hold. None takes what the checkpoint records or, in
-      T5X's formats, derives the model from names and shapes. Multihead kernels [E, H Q] do not
-      determine H: then the model is needed.
-    rescale_logits: flaxformer's option, for T5X's formats: whether attention logits were divided by
-      sqrt(Q) in training. True is the default. If False, queries are multiplied by sqrt(Q) as they
-      are read, because the program always divides.
+      T5X's formats, derives the model from names and shapes.
+    stock: Returns what T5X's own model says, as the user's gin configures it; asked for a T5X
+      checkpoint alone. docs/serving_checkpoint.md has the order of all sources.
+    **conventions: What weights do not show, by the names of Conventions, for a checkpoint that does
+      not record it. Where nobody says it, only a tree of ParallelFusedDecoderLayer is opened, with
+      PaLM's conventions. Notes say who said what.
 
   Raises:
-    CheckpointError: There is no checkpoint, or it is of another model. The message says what to do.
+    CheckpointError: There is no checkpoint, or it is of another model, or nobody says a convention.
+      The message says what to do.
+    RequestError: A convention has no such value.
   """
-  if norm_scale is not None and norm_scale not in NORM_SCALES:
-    raise CheckpointError(f'norm_scale must be one of {", ".join(NORM_SCALES)}, got {norm_scale!r}')
+  given = Conventions(**conventions)
   path = storage.normalize(path)
   if (
     not storage.is_remote(path) and os.path.isfile(path) and os.path.basename(path) == legacy.INDEX
@@ -98,19 +108,16 @@ def open_checkpoint(
     )
   header = None if storage.is_on_hub(path) else storage.read_file(path, serving.CONFIG)
   if header is not None:
-    if rescale_logits is not None:
-      raise CheckpointError(
-        f'rescale_logits is for T5X checkpoints: {path} is a serving checkpoint, whose scaling '
-        'of queries was fixed when it was converted'
-      )
-    return _from_serving(path, header, norm_scale, config)
+    return _from_serving(path, header, given, config)
   found = None if storage.is_on_hub(path) else read_tree(path)
   if found is not None:
-    return _from_tree(*found, norm_scale, config, rescale_logits)
-  model = read_public(path, norm_scale or (config.norm_scale if config else None))
+    return _from_tree(*found, ConventionSources(recorded_conventions(path, stock()), given, config))
+  model = read_public(path, given.norm_scale or (config.norm_scale if config else None))
   if model is None:
     raise CheckpointError(missing_checkpoint(path))
-  check_arguments(model, norm_scale, config, rescale_logits)
+  check_said(given, model.config, model.path)
+  if config is not None:
+    check_asked(config, model)
   return Checkpoint(
     model.path,
     model.format,
@@ -121,6 +128,7 @@ def open_checkpoint(
     model.arrays,
     None,
     model.notes,
+    {},
     model.text,
     index_crc32=model.index_crc32,
   )
@@ -148,88 +156,26 @@ def read_tree(path: str) -> tuple[str, Tree] | None:
   return None if state is None else ('orbax', orbax.read_orbax(path, state))
 
 
-def _from_tree(
-  kind: str,
-  tree: Tree,
-  norm_scale: str | None,
-  config: ModelConfig | None,
-  rescale_logits: bool | None,
-) -> Checkpoint:
-  """Return the checkpoint of a tree in format `kind`. Other arguments are as in open_checkpoint."""
-  found = flaxformer.canonical(tree, norm_scale, config, rescale_logits is not False)
-  model = found.config
-  step = '' if tree.step is None else f', step {tree.step}'
-  source = 'given' if norm_scale else 'given with the model' if config else 'assumed'
-  if source == 'assumed':
-    convention = "PaLM's" if model.norm_scale == 'zero' else "flaxformer's default"
-    source = f'assumed, {convention}: T5X checkpoints do not record it'
-  logits = {
-    None: "divided by sqrt(d_head) (assumed, flaxformer's rescale_logits: T5X checkpoints do not "
-    'record it)',
-    True: 'divided by sqrt(d_head) (given)',
-    False: 'not divided by sqrt(d_head) (given): queries are multiplied by it as they are read',
-  }[rescale_logits]
-  notes = (
-    f'{tree.description} at {tree.path}{step}',
-    f'model: {model}',
-    f"layers: flaxformer's {found.kind.name}, layer axis {found.layer_axis}",
-    f'weights: {found.weights}',
-    f'norm scales: stored around {model.norm_scale} ({source})',
-    *_norm_doubts(model.norm_scale, found.tensors['final_norm']),
-    f'attention logits: {logits}',
-    *(_query_doubts(found) if rescale_logits is None else ()),
-    f'assumed, not recorded: rotary positions up to {model.rope_max_timescale:g}, '
-    + ('swish of the first MLP input' if model.mlp == 'swiglu' else 'tanh GELU'),
-  )
+def _from_tree(kind: str, tree: Tree, sources: ConventionSources) -> Checkpoint:
+  """Return the checkpoint of a tree in format `kind`."""
+  found = flaxformer.canonical(tree, sources)
   return Checkpoint(
     tree.path,
     kind,
     tree.step,
-    model,
+    found.config,
     found.weights,
     found.tensors,
     found.arrays,
     found.form,
-    notes,
-    assumed_settings(model.vocab_size),
-    rescale_logits,
+    tree_notes(tree, found, sources),
+    found.conventions,
+    assumed_settings(found.config.vocab_size),
   )
-
-
-def _norm_doubts(scale: str, final_norm: Tensor) -> Iterator[str]:
-  """Yield a note if norm scales look as if they were stored in the other convention.
-
-  With the wrong convention a model's output makes no sense.
-  """
-  mean = float(np.mean(final_norm.read()))
-  if (mean > 0.5) != (scale == 'one'):
-    other = 'zero' if scale == 'one' else 'one'
-    yield (
-      f'  but they average {mean:.2f} in {final_norm.path}: if the output makes no sense, try '
-      f'norm_scale={other}'
-    )
-
-
-def _query_doubts(found: flaxformer.Reading) -> Iterator[str]:
-  """Yield a note if queries look as if they were trained without rescale_logits.
-
-  flaxformer then initializes queries smaller than keys, by a factor of sqrt(Q).
-  """
-  if found.weights == 'int8' or not found.kind.folds_logit_scale:
-    return
-  head = (slice(0, 1), slice(None), slice(0, found.config.d_head))
-  query, key = (
-    float(np.std(found.tensors[n].read(head).astype(np.float32))) for n in ('query', 'key')
-  )
-  if query < key * found.config.d_head**-0.25:
-    yield (
-      f'  but in layer 0 queries are {query / key:.2f} times as large as keys: if the output makes '
-      'no sense, try rescale_logits=False'
-    )
 
 
 def _from_serving(
-  path: str, data: bytes, norm_scale: str | None, config: ModelConfig | None
+  path: str, data: bytes, given: Conventions, config: ModelConfig | None
 ) -> Checkpoint:
   """Return the serving checkpoint at `path`, given the content `data` of serving_config.json.
 
@@ -237,21 +183,18 @@ def _from_serving(
   """
   header, found = serving.read_serving_header(path, data)
   where = f'{path}/{serving.CONFIG}'
-  if norm_scale not in (None, found.norm_scale):
-    raise CheckpointError(
-      f'norm_scale={norm_scale} was asked for, but {where} records {found.norm_scale!r}: leave it '
-      'out, or convert again'
-    )
+  check_said(given, found, where)
   if config is not None and config != found:
     _compare(config, found, header['weights'], path)
   tensors = serving.read_tensors(path, found, header['weights'])
   step = header['source'].get('step')
+  conventions = recorded_in(header)
   notes = (
     f'serving checkpoint at {path}, from {printable(header["source"].get("path"))}'
     + ('' if step is None else f', step {printable(step)}'),
     f'model: {found}',
     f'weights: {header["weights"]}',
-    f'norm scales: stored around {found.norm_scale} (recorded in the checkpoint)',
+    *(f'{name}: {said}' for name, said in conventions.items()),
   )
   arrays = tuple(
     whole_array(t, name, 0 if serving.is_layered(name) else None)
@@ -268,6 +211,7 @@ def _from_serving(
     arrays,
     header['source'].get('form'),
     notes,
+    conventions,
     serving.read_text(path, header, found.vocab_size),
   )
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from t5x_inference_ext.checkpoints import storage
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from t5x_inference_ext.checkpoints.conventions import CONVENTION_NAMES
 from t5x_inference_ext.checkpoints.conversion.conversion import Conversion, ConversionProgress
 from t5x_inference_ext.checkpoints.conversion.options import ConvertOptions, Report
 from t5x_inference_ext.checkpoints.conversion.staging import Staging
@@ -26,10 +27,8 @@ def convert(
   input_checkpoint: str,
   output_checkpoint: str,
   weights: str = 'int8',
-  norm_scale: str | None = None,
   *,
   config: ModelConfig | None = None,
-  rescale_logits: bool | None = None,
   vocabulary: str | None = None,
   staging: str | None = None,
   found: Callable[[Checkpoint], None] = lambda checkpoint: None,
@@ -46,22 +45,21 @@ def convert(
     input_checkpoint: Directory of a checkpoint of any format.
     output_checkpoint: Directory to make, of any name; local, or gs://.
     weights: Field of ConvertOptions.
-    norm_scale: Argument of open_checkpoint.
     config: Argument of open_checkpoint.
-    rescale_logits: Argument of open_checkpoint.
     vocabulary: Vocabulary to put into a serving checkpoint: 'bytes', a SentencePiece .model file or
       a tokenizer.json; None: the source's own, else bytes for a model of 384 rows.
     staging: Local directory in which an output in a bucket is made before it is uploaded.
     found: Called with the opened checkpoint.
     planned: Called with each line that says what will be done.
     progress: Called after every block.
-    **options: Other fields of ConvertOptions.
+    **options: Other fields of ConvertOptions, and conventions, arguments of open_checkpoint.
 
   Raises:
     CheckpointError: The input can't be read, or holds NaN or infinite values; or the output exists,
       or can't be written.
     UserError: An option is unknown, or the vocabulary is not one of the model.
   """
+  conventions = {name: options.pop(name) for name in CONVENTION_NAMES if name in options}
   convert_options = ConvertOptions(weights=weights, **options)
   staged = _staging(output_checkpoint, staging)
   work = WorkDirectory(output_checkpoint if staged is None else staged.local)
@@ -69,9 +67,7 @@ def convert(
     staged.check_target()
   elif not os.path.isdir(work.root):
     work.check_absent()
-  source = open_checkpoint(
-    input_checkpoint, norm_scale=norm_scale, config=config, rescale_logits=rescale_logits
-  )
+  source = open_checkpoint(input_checkpoint, config=config, **conventions)
   source = _with_vocabulary(source, vocabulary, convert_options)
   found(source)
   conversion = Conversion(source, convert_options, work.payload, progress)

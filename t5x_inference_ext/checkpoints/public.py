@@ -59,26 +59,11 @@ def read_public(path: str, norm_scale: str | None = None) -> PublicModel | None:
   return read_gguf_model(os.path.join(path, files[0])) if files else None
 
 
-def check_arguments(
-  model: PublicModel,
-  norm_scale: str | None,
-  config: ModelConfig | None,
-  rescale_logits: bool | None,
-) -> None:
-  """Compare the arguments of open_checkpoint with what a model's settings say.
-
-  Raises:
-    CheckpointError: They differ. The settings say everything that weights do not show.
-  """
-  found = model.config
-  if rescale_logits is not None:
-    raise CheckpointError(
-      f'rescale_logits is for T5X checkpoints: the settings of {model.path} say how attention '
-      'logits are scaled'
-    )
-  asked = {'norm_scale': norm_scale or found.norm_scale} if config is None else vars(config)
-  for name, value in asked.items():
-    if value != getattr(found, name):
+def check_asked(config: ModelConfig, model: PublicModel) -> None:
+  """Raise CheckpointError if a model's settings say another model than the user asks for."""
+  for name, value in vars(config).items():
+    if value != getattr(model.config, name):
       raise CheckpointError(
-        f'{name}={value} was asked for, but as read from {model.path} it is {getattr(found, name)}'
+        f'{name}={value} was asked for, but as read from {model.path} it is '
+        f'{getattr(model.config, name)}'
       )

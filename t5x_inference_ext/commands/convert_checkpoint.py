@@ -13,11 +13,11 @@ The same through gin:
 The input is a directory that T5X wrote (legacy or Orbax, scanned or with one subtree a layer, with
 or without optimizer state, float or already quantized as qkernel and qscale); a public model, which
 is a directory of safetensors with config.json or a GGUF file (docs/public_models.md); or a serving
-checkpoint. The model's shape is derived from it. T5X does not record whether norm scales are stored
-around zero (PaLM; flaxformer's center_scale_at_zero) or around one: --norm_scale says so, and the
-serving checkpoint records it. Multihead kernels [E, H Q] do not say how many heads they have: with
-gin, MODEL_CONFIG names their model, usually by a second file from configs/models/. With gin,
-RESCALE_LOGITS=False says that the trained attention did not divide its logits by sqrt(Q).
+checkpoint. The model's shape is derived from it. What the weights of a T5X checkpoint do not show,
+such as the activations, comes from the config.gin of the training run beside it, or from flags such
+as --mlp and --rescale_logits, or with gin from MODEL_CONFIG; the serving checkpoint records it. Of
+PaLM's fused parallel layers alone PaLM's conventions are assumed, and printed
+(docs/serving_checkpoint.md).
 
 --format=t5x_int8 writes flaxformer's quantized tree (qkernel, qscale) in T5X's legacy format,
 --format=t5x_float a float32 tree. Both also take a serving checkpoint as input.
@@ -59,12 +59,12 @@ from absl import flags as absl_flags
 
 from t5x_inference_ext.checkpoints import convert, serving
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint, is_finished
+from t5x_inference_ext.checkpoints.conventions import CONVENTION_NAMES, Conventions
 from t5x_inference_ext.checkpoints.conversion.options import COMMON, ConvertOptions
 from t5x_inference_ext.checkpoints.conversion.verify import verify
 from t5x_inference_ext.commands import cli, option_flags
 from t5x_inference_ext.compilation_cache import CacheOptions, use_compilation_cache
 from t5x_inference_ext.errors import UserError
-from t5x_inference_ext.features import NORM_SCALES
 from t5x_inference_ext.options import check_options, option
 from t5x_inference_ext.progress_bar import PassProgress, print_line
 from t5x_inference_ext.rendezvous import ProcessOptions
@@ -90,13 +90,6 @@ class SourceOptions:
     help="Dtype of a serving checkpoint's matrices. Not needed for T5X's formats.",
     group=_REQUIRED,
     choices=serving.SERVING_WEIGHTS,
-  )
-  norm_scale: str | None = option(
-    None,
-    help='How norm scales are stored: the value applied is 1 + scale (zero) or scale (one). By '
-    'default what the checkpoint records, else zero for fused parallel layers, one for others.',
-    group=COMMON,
-    choices=NORM_SCALES,
   )
   vocabulary: str | None = option(
     None,
@@ -155,7 +148,7 @@ class ReportOptions:
 
 def define_flags(flags: absl_flags.FlagValues) -> None:
   """Define the command's flags."""
-  for options in (SourceOptions, ConvertOptions, ReportOptions, ProcessOptions):
+  for options in (SourceOptions, Conventions, ConvertOptions, ReportOptions, ProcessOptions):
     option_flags.define_options(flags, options)
   option_flags.define_options(flags, CacheOptions, group=_REPORT)
 
@@ -167,7 +160,11 @@ def convert_or_verify(flags: absl_flags.FlagValues) -> None:
     verify_only(flags)
     return
   arguments: dict[str, Any] = {}
-  bound = [n for n in option_flags.option_names(SourceOptions, ConvertOptions) if n not in HERE]
+  bound = [
+    n
+    for n in option_flags.option_names(SourceOptions, Conventions, ConvertOptions)
+    if n not in HERE
+  ]
   if cli.uses_gin(flags):
     cli.check_unmixed(flags, bound, 'OUTPUT_CHECKPOINT=\\"DIR\\"', 'configs/runs/convert.gin')
     cli.parse_gin(flags)
@@ -239,9 +236,8 @@ def write_report(options: ReportOptions, directory: str, arguments: dict[str, An
     tokens=options.report_tokens,
     task=options.report_task,
     task_module=options.report_task_module,
-    norm_scale=arguments.get('norm_scale'),
     config=arguments.get('config'),
-    rescale_logits=arguments.get('rescale_logits'),
+    **{name: arguments[name] for name in CONVENTION_NAMES if name in arguments},
   ):
     print_line(line)
 

@@ -59,6 +59,7 @@ from collections.abc import Callable, Iterator
 from absl import flags as absl_flags
 
 from t5x_inference_ext import distributed
+from t5x_inference_ext.checkpoints.conventions import CONVENTION_NAMES, Conventions
 from t5x_inference_ext.commands import cli, option_flags, sampling_flags
 from t5x_inference_ext.compilation_cache import CacheOptions, use_compilation_cache
 from t5x_inference_ext.engine.sampling import SamplingParams
@@ -74,7 +75,8 @@ EXPLAINED_PROMPT = 512  # prompt tokens to explain a layout for, if --cache_leng
 
 def define_flags(flags: absl_flags.FlagValues) -> None:
   """Define the command's flags, in the order of --help."""
-  option_flags.define_options(flags, InferOptions)
+  option_flags.define_options(flags, InferOptions, skip=CONVENTION_NAMES)
+  option_flags.define_options(flags, Conventions)
   option_flags.define_options(flags, PromptsFiles)
   sampling_flags.define_sampling(flags)
   option_flags.define_flag(

@@ -59,10 +59,10 @@ class Engine(Scorer):
     cache: str | None = None,
     prefill_layout: str = 'ws_2d/batch',
     decode_layout: str = 'ws_2d/batch',
-    norm_scale: str | None = None,
     scan_layers: bool | None = None,
     executable: str | os.PathLike | None = None,
     progress: Callable[[list], Iterable] = iter,
+    **conventions: Any,
   ) -> 'Engine':
     """Open a serving checkpoint, or a T5X checkpoint directly, and load it onto a mesh.
 
@@ -75,19 +75,19 @@ class Engine(Scorer):
         and head), or None: `dtype`.
       prefill_layout: Layout of prefill, 'feedforward/attention'; see sharding.layout.Layout.
       decode_layout: Layout of decode steps.
-      norm_scale: 'zero' or 'one', where a checkpoint does not record how it stores norm scales.
       scan_layers: Whether one array holds all layers and the program loops over them; None: a
         loop for more than 8 layers on CPU, never on accelerators.
       executable: File of a generation that precompile saved for this model, mesh and these
         versions. It runs only what it was compiled for. Loading one runs code: use your own files.
       progress: Wraps the list of tensors that are loaded, e.g. tqdm.
+      **conventions: Arguments of open_checkpoint: what the weights of a T5X checkpoint do not show.
 
     Raises:
       UserError: A checkpoint, mesh, layout, executable or option that does not fit (errors.py lists
         the subclasses), raised before weights are loaded; or a damaged tensor.
     """
     if not isinstance(checkpoint, Checkpoint):
-      checkpoint = open_checkpoint(checkpoint, norm_scale=norm_scale)
+      checkpoint = open_checkpoint(checkpoint, **conventions)
     if mesh is None:
       mesh = make_mesh(choose_mesh(checkpoint.config, jax.devices()))
     elif not isinstance(mesh, jax.sharding.Mesh):
@@ -255,7 +255,7 @@ class Engine(Scorer):
       check_start(f'prompt {i}', prompt, self.checkpoint.bos_id)
     return [
       Request(
-        (*self._bos, *prompt), tuple((int(seed) + i) % 2**32 for i in range(samples)), limit, each
+        (*self.bos, *prompt), tuple((int(seed) + i) % 2**32 for i in range(samples)), limit, each
       )
       for prompt, seed, limit, each in zip(prompts, seeds, limits, params)
     ]
@@ -275,13 +275,14 @@ class Engine(Scorer):
       self.core.streams(max_length=max_length + 1, **{'slots': 1, **options}),
       vocab_size=self.model.config.vocab_size,
       max_length=max_length,
-      bos=self._bos,
+      bos=self.bos,
       end_ids=self._end_ids(eos_id),
     )
 
   @property
-  def _bos(self) -> tuple[int, ...]:
-    return () if self.checkpoint.bos_id is None else (self.checkpoint.bos_id,)
+  def bos(self) -> tuple[int, ...]:
+    """The token in front of each prompt, or none."""
+    return self.checkpoint.text.front
 
   def _end_ids(self, eos_id: int | Sequence[int] | None) -> tuple[int, ...]:
     if eos_id is None:

@@ -4,11 +4,11 @@ import dataclasses
 import math
 from typing import Any
 
+from t5x_inference_ext.checkpoints.conventions import CONVENTION_NAMES, Conventions
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.sampling_arrays import stack_params
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.features import NORM_SCALES
 from t5x_inference_ext.model.shardings import CACHE_DTYPES, COMPUTE_DTYPES
 from t5x_inference_ext.options import check_options, option
 from t5x_inference_ext.sharding.layout import (
@@ -39,8 +39,8 @@ def _layout_help(phase: str) -> str:
   )
 
 
-@dataclasses.dataclass(frozen=True)
-class InferOptions:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InferOptions(Conventions):
   """Options of a run of the infer command, over a prompts file or a seqio task.
 
   Attributes without a help text of their own:
@@ -133,13 +133,6 @@ class InferOptions:
     group=_SHARDING,
     least=1,
   )
-  norm_scale: str | None = option(
-    None,
-    help='How a T5X checkpoint stores its norm scales: around zero (PaLM) or one. By default what '
-    'the checkpoint records, else zero for fused parallel layers, one for others.',
-    group=_SHARDING,
-    choices=NORM_SCALES,
-  )
   scan_layers: bool | None = option(
     None,
     help='Run all layers as one loop, which compiles in seconds; --noscan_layers unrolls them, '
@@ -218,6 +211,11 @@ class InferOptions:
     for name, value in given.items():
       if value:
         raise RequestError(f'{name} {why}')
+
+  @property
+  def conventions(self) -> dict[str, Any]:
+    """What the user says of a T5X checkpoint that its weights do not show."""
+    return {name: getattr(self, name) for name in CONVENTION_NAMES}
 
   @property
   def layouts(self) -> tuple[Layout, Layout]:

@@ -35,9 +35,7 @@ def open_model(
   mesh = None if options.mesh is None else make_mesh(parse_mesh(options.mesh))
   if '://' in options.checkpoint:  # without credentials, a bucket is tried for minutes
     say(f'opening {options.checkpoint}, with the credentials of this machine')
-  checkpoint = open_checkpoint(
-    options.checkpoint, norm_scale=options.norm_scale, config=options.config
-  )
+  checkpoint = open_checkpoint(options.checkpoint, config=options.config, **options.conventions)
   for note in checkpoint.notes:
     say(note)
   source = 'given'
@@ -68,9 +66,7 @@ def explain_layout(
     CheckpointError: There is no checkpoint, or it is of another model.
     MeshError: The mesh does not fit the model.
   """
-  checkpoint = open_checkpoint(
-    options.checkpoint, norm_scale=options.norm_scale, config=options.config
-  )
+  checkpoint = open_checkpoint(options.checkpoint, config=options.config, **options.conventions)
   config = checkpoint.config
   sizes = choose_mesh(config, jax.devices()) if options.mesh is None else parse_mesh(options.mesh)
   prefill, decode = options.layouts

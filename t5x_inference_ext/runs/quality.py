@@ -25,13 +25,12 @@ def report(
   output: str,
   directory: str,
   *,
-  norm_scale: str | None = None,
   config: ModelConfig | None = None,
-  rescale_logits: bool | None = None,
   tokens: str | None = None,
   task: str | None = None,
   task_module: str | None = None,
   task_split: str = 'validation',
+  **conventions: Any,
 ) -> list[str]:
   """Write report.txt, report.json and report.png.
 
@@ -39,13 +38,12 @@ def report(
     source: Path of the checkpoint that was converted.
     output: Path of the checkpoint that the conversion made.
     directory: Directory to write to; made if needed.
-    norm_scale: Argument of open_checkpoint for the source.
     config: Argument of open_checkpoint for the source.
-    rescale_logits: Argument of open_checkpoint for the source.
     tokens: Path of a .npy file of token ids [rows, length] to compute losses on; 0 is padding.
     task: Name of a seqio task with a feature `targets` to compute losses on, instead of `tokens`.
     task_module: Module that registers the task.
     task_split: Split of the task.
+    **conventions: Arguments of open_checkpoint for the source.
 
   Returns:
     The table, line by line.
@@ -59,9 +57,7 @@ def report(
     raise UserError(
       f'{output} records no errors: it was converted by an older version; convert again'
     )
-  original = open_checkpoint(
-    source, norm_scale=norm_scale, config=config, rescale_logits=rescale_logits
-  )
+  original = open_checkpoint(source, config=config, **conventions)
   # A serving checkpoint records its model; for others `config` is needed.
   is_serving = storage.read_file(storage.normalize(output), serving.CONFIG) is not None
   rounded = open_checkpoint(output, config=None if is_serving else original.config)

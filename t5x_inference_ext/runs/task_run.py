@@ -273,12 +273,12 @@ def _work(
     return ScoreWork(engine, groups, batch * sum(source.feature_lengths.values()), clock)
   eos_id = task.output_features['targets'].vocabulary.eos_id or EOS_ID
   prompts = ((row, tasks.prompt(example)) for row, example in todo)
-  longest, front = source.feature_lengths['inputs'], engine.checkpoint.text.front
+  longest = source.feature_lengths['inputs']
   if options.continuous:
     work, _ = refill_work(
       engine,
       options,
-      ((row, _request(row, front, tokens, options)) for row, tokens in prompts),
+      ((row, _request(row, tokens, options, engine.bos)) for row, tokens in prompts),
       clock,
       print_on_main,
       ahead=batch,
@@ -291,9 +291,9 @@ def _work(
   return StaticWork(engine, batches.batched(prompts, batch), shape, clock, options, eos_id)
 
 
-def _request(row: int, front: tuple[int, ...], tokens: list[int], options: InferOptions) -> Request:
+def _request(row: int, tokens: list[int], options: InferOptions, bos: tuple[int, ...]) -> Request:
   limit = options.max_new_tokens
   if options.max_length is not None:
     limit = min(limit, options.max_length - len(tokens))
   seeds = batches.row_seeds(options.seed, row, options.num_decodes)
-  return Request((*front, *tokens), seeds, limit, options.sampling)
+  return Request(tasks.with_bos(row, tokens, bos), seeds, limit, options.sampling)

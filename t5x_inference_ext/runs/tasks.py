@@ -148,6 +148,17 @@ def prompt(example: TaskExample) -> list[int]:
   return inputs[1:][: np.count_nonzero(inputs[1:])].tolist()
 
 
+def with_bos(row: int, tokens: list[int], bos: tuple[int, ...]) -> tuple[int, ...]:
+  """Return a prompt with the model's BOS in front; `row` is the example's number.
+
+  Raises:
+    RequestError: There is neither a prompt nor BOS.
+  """
+  if not bos and not tokens:
+    raise RequestError(f'example {row} has an empty prompt, and this model has no BOS')
+  return (*bos, *tokens)
+
+
 def scoring_example(example: TaskExample, bos_id: int | None) -> ScoringExample:
   """Return an example to score, cut after its last position with a loss weight.
 

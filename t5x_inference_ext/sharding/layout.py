@@ -132,6 +132,7 @@ class Layout:
       params.EMBED_AXIS: self.stored_embed,
       params.HIDDEN_AXIS: self.stored_hidden,
       params.FEATURES_AXIS: (),
+      params.BUCKETS_AXIS: (),
     }
 
   def weight_spec(self, axes: tuple[str, ...]) -> P:

@@ -8,7 +8,6 @@ from flax import traverse_util
 import jax.numpy as jnp
 from t5x import partitioning
 
-from t5x_inference_ext.checkpoints import open_checkpoint
 from t5x_inference_ext.checkpoints.load import load_tensor
 from t5x_inference_ext.errors import CheckpointError, MeshError
 from t5x_inference_ext.sharding.mesh import AXES, mesh_text
@@ -42,7 +41,7 @@ def restore_train_state(
     raise CheckpointError(
       "only weights can be restored, no optimizer state: the model's optimizer_def must be None"
     )
-  checkpoint = open_checkpoint(path, config=model.model.config)
+  checkpoint = model.open_checkpoint(path, config=model.model.config)
   for note in model.notes or checkpoint.notes:
     logging.info('%s', note)
   int8 = checkpoint.weights == 'int8'

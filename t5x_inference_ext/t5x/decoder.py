@@ -29,6 +29,7 @@ class ShardedDecoder(models.DecoderOnlyModel):
     vocabulary: Vocabulary of inputs and targets.
     decode_fn: T5X's loop over decode steps.
     inputs_length: Number of positions that prefill runs over; None: the length of the sequence.
+    bos_id: Token in front of each prompt, where T5X's batches always have 0; None: none.
     feature_converter_cls: See T5X.
   """
 
@@ -38,10 +39,11 @@ class ShardedDecoder(models.DecoderOnlyModel):
     vocabulary: seqio.Vocabulary,
     decode_fn: DecodeFn,
     inputs_length: int | None,
+    bos_id: int | None,
     feature_converter_cls: Callable[..., seqio.FeatureConverter] | None,
   ) -> None:
     self.model: Model = module.model
-    self._inputs_length = inputs_length
+    self._inputs_length, self._bos_id = inputs_length, bos_id
     self._jitted_scores = jax.jit(self._scores)
     super().__init__(
       module,
@@ -118,12 +120,26 @@ class ShardedDecoder(models.DecoderOnlyModel):
     return scores.sum(-1), {'decoder': intermediates}
 
   def _scores(self, params: Params, tokens: Array, targets: Array) -> jax.Array:
-    """Return log p(target) at each position, [B, L] float32."""
+    """Return log p(target) at each position, [B, L] float32.
+
+    Without BOS nothing predicts the first target: its entry is 0.
+    """
     rows = tokens.shape[0]
     size = self._padded_batch(rows)
-    return self.model.log_probs(
-      weights_from_params(params), _pad_rows(tokens, size), _pad_rows(targets, size)
-    )[:rows]
+    inputs, skipped = self._model_inputs(_pad_rows(tokens, size))
+    scores = self.model.log_probs(
+      weights_from_params(params), inputs, _pad_rows(targets, size)[:, skipped:]
+    )
+    return jnp.pad(scores[:rows], ((0, 0), (skipped, 0)))
+
+  def _model_inputs(self, tokens: Array) -> tuple[Array, int]:
+    """Return T5X's inputs [B, L] as the model takes them, and how many columns were dropped.
+
+    Column 0 of T5X's inputs is id 0: it becomes the model's BOS, or is dropped if there is none.
+    """
+    if self._bos_id is None:
+      return tokens[:, 1:], 1
+    return (tokens if self._bos_id == 0 else tokens.at[:, 0].set(self._bos_id)), 0
 
   def _compute_logits(
     self,
@@ -133,12 +149,14 @@ class ShardedDecoder(models.DecoderOnlyModel):
     mutable: Any = False,
     other_variables: Any = None,
   ) -> jax.Array:
-    """Return logits [B, L, V] float32 after each position."""
+    """Return logits [B, L, V] float32 after each position; zeros at position 0 without BOS."""
     del dropout_rng, mutable, other_variables  # nothing here is random or mutable
     self._check(batch)
     tokens = batch['decoder_input_tokens']
     padded = _pad_rows(tokens, self._padded_batch(tokens.shape[0]))
-    return self.model.logits(weights_from_params(params), padded)[: tokens.shape[0]]
+    inputs, skipped = self._model_inputs(padded)
+    logits = self.model.logits(weights_from_params(params), inputs)[: tokens.shape[0]]
+    return jnp.pad(logits, ((0, 0), (skipped, 0), (0, 0)))
 
   def _compute_kv_cache(
     self, params: Params, inputs: jax.Array, causal_attention_mask: jax.Array
@@ -158,10 +176,12 @@ class ShardedDecoder(models.DecoderOnlyModel):
     last = jnp.maximum(jnp.sum(causal_attention_mask != 0, axis=-1).astype(jnp.int32) - 1, 0)
     # BOS, and the prompt without its last token: as many positions as the prompt has tokens.
     size = inputs.shape[1] if self._inputs_length is None else max(self._inputs_length, 1)
+    tokens, skipped = self._model_inputs(inputs)
+    cached = jnp.maximum(last - skipped, 0)
     _, cache = self.model.prefill(
-      weights_from_params(params), inputs[:, :size], jnp.maximum(last, 1), inputs.shape[1]
+      weights_from_params(params), tokens[:, :size], jnp.maximum(cached, 1), inputs.shape[1]
     )
-    return cache_to_t5x(dataclasses.replace(cache, lengths=last)), last
+    return cache_to_t5x(dataclasses.replace(cache, lengths=cached)), last
 
   def _compute_logits_from_slice(
     self, decoding_state: decoding.DecodingState, params: Params, max_decode_length: int
@@ -171,11 +191,10 @@ class ShardedDecoder(models.DecoderOnlyModel):
     The cache's lengths give the tokens' positions.
     """
     del max_decode_length
-    logits, cache = self.model.decode_step(
-      weights_from_params(params),
-      cache_from_t5x(decoding_state.cache),
-      decoding_state.cur_token[:, 0],
-    )
+    held, tokens = cache_from_t5x(decoding_state.cache), decoding_state.cur_token[:, 0]
+    if self._bos_id:  # T5X's 0, which begins an empty prompt
+      tokens = jnp.where(held.lengths == 0, self._bos_id, tokens)
+    logits, cache = self.model.decode_step(weights_from_params(params), held, tokens)
     return logits, cache_to_t5x(cache)
 
   def _decode(

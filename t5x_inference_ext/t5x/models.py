@@ -3,9 +3,11 @@
 from collections.abc import Callable, Mapping, MutableMapping
 import copy
 import dataclasses
+import functools
 import inspect
 from typing import Any
 
+from absl import logging
 from flax import core as flax_core
 import gin
 import jax
@@ -13,10 +15,12 @@ import seqio
 from t5x import decoding, models, utils
 
 from t5x_inference_ext.checkpoints import open_checkpoint
+from t5x_inference_ext.checkpoints.conventions import Conventions
 from t5x_inference_ext.checkpoints.load import scans_layers
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.transformer import Model
+from t5x_inference_ext.options import takes_options
 from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.mesh import parse_mesh
 from t5x_inference_ext.sharding.mesh_choice import choose_mesh
@@ -25,8 +29,9 @@ from t5x_inference_ext.t5x.decoder import ShardedDecoder, is_concrete
 from t5x_inference_ext.t5x.module import InferenceModule
 from t5x_inference_ext.t5x.partitioning import inference_mesh
 from t5x_inference_ext.t5x.refill import Predictor, Refill
+from t5x_inference_ext.t5x.stock_model import conventions_in_front
 from t5x_inference_ext.t5x.types import Batch, DecodeFn, Params, Predictions
-from t5x_inference_ext.text.settings import EOS_ID
+from t5x_inference_ext.text.settings import BOS_ID, EOS_ID
 
 
 def task_vocabulary(dataset_cfg: utils.DatasetConfig) -> seqio.Vocabulary:
@@ -55,8 +60,6 @@ class InferenceModel(ShardedDecoder):
     dtype: Dtype of activations and float weights: 'float32' or 'bfloat16'.
     cache: Dtype of the KV cache: 'float32', 'bfloat16', 'int8' (with a scale for each position and
       head), or None: `dtype`.
-    norm_scale: 'zero' or 'one': how norm scales are stored, for a checkpoint that does not record
-      it.
     scan_layers: Whether one array holds all layers and the program loops over them. None: True only
       on CPU, for more than 8 layers.
     decode_fn: decoding.temperature_sample, decoding.beam_search, or a function that takes their
@@ -67,6 +70,8 @@ class InferenceModel(ShardedDecoder):
       options of `decode_fn` as defaults (decode_options.py). None: T5X's loop over a batch.
     feature_converter_cls: See T5X.
     inputs_bidirectional_attention: Must be False. It exists because stock configurations bind it.
+    **conventions: Arguments of open_checkpoint: what the weights of a T5X checkpoint do not show,
+      unless the stock model in front, or a file beside the checkpoint, says it.
 
   Raises:
     CheckpointError: There is no checkpoint, or it is of another model.
@@ -75,6 +80,7 @@ class InferenceModel(ShardedDecoder):
     RequestError: An option is not supported.
   """
 
+  @takes_options(Conventions)
   def __init__(
     self,
     vocabulary: seqio.Vocabulary,
@@ -87,13 +93,13 @@ class InferenceModel(ShardedDecoder):
     decode_layout: str = 'ws_2d/batch',
     dtype: str = 'bfloat16',
     cache: str | None = None,
-    norm_scale: str | None = None,
     scan_layers: bool | None = None,
     decode_fn: DecodeFn = decoding.temperature_sample,
     task_feature_lengths: Mapping[str, int] | None = None,
     refill: Refill | None = None,
     feature_converter_cls: Callable[..., seqio.FeatureConverter] | None = None,
     inputs_bidirectional_attention: bool = False,
+    **conventions: Any,
   ) -> None:
     stock = _stock_bindings(models.DecoderOnlyModel, 'inputs_bidirectional_attention', 'decode_fn')
     if inputs_bidirectional_attention or stock.get('inputs_bidirectional_attention'):
@@ -111,17 +117,27 @@ class InferenceModel(ShardedDecoder):
     self._stock_options = _stock_bindings(
       models.DecoderOnlyModel.predict_batch_with_aux, 'return_all_decodes', 'num_decodes'
     )
+    bos_id: int | None = BOS_ID
     self.notes: tuple[str, ...] = ()  # what was assumed about the checkpoint, for the log
+    # Opens a checkpoint with all that the user's gin files say.
+    self.open_checkpoint = functools.partial(open_checkpoint, stock=_in_front, **conventions)
     if checkpoint is not None:
-      opened = open_checkpoint(checkpoint, norm_scale=norm_scale, config=config)
+      opened = self.open_checkpoint(checkpoint, config=config)
       config, int8 = opened.config, opened.weights == 'int8'
-      self.notes = opened.notes
+      self.notes, bos_id = opened.notes, opened.bos_id
+      if vocabulary.eos_id not in opened.end_ids:
+        logging.warning(
+          'the vocabulary ends texts with %s, and %s with %s: rows end with the former',
+          *(vocabulary.eos_id, opened.path, opened.end_ids),
+        )
     elif config is None:
       raise RequestError(
         "InferenceModel needs a checkpoint to read the model's shape from, or a config"
       )
-    elif norm_scale is not None:
-      config = dataclasses.replace(config, norm_scale=norm_scale)
+    else:
+      said = Conventions(**conventions).said()
+      said.pop('rescale_logits', None)
+      config = dataclasses.replace(config, **said)
     if vocabulary.vocab_size > config.vocab_size:
       raise RequestError(
         f"the vocabulary has {vocabulary.vocab_size} ids and the model's embedding "
@@ -139,10 +155,10 @@ class InferenceModel(ShardedDecoder):
     self._predictor: Predictor | None = None
     if refill is not None:
       refill = refill.with_defaults(decode_options(decode_fn))
-      self._predictor = Predictor(model, refill, vocabulary.eos_id or EOS_ID)
+      self._predictor = Predictor(model, refill, vocabulary.eos_id or EOS_ID, bos_id)
     platform = model.mesh.devices.flat[0].platform
     module = InferenceModule(model, int8, scans_layers(config.num_layers, scan_layers, platform))
-    super().__init__(module, vocabulary, decode_fn, inputs_length, feature_converter_cls)
+    super().__init__(module, vocabulary, decode_fn, inputs_length, bos_id, feature_converter_cls)
 
   @property
   def refills(self) -> bool:
@@ -201,6 +217,13 @@ def _mesh(mesh: str | jax.sharding.Mesh | None, config: ModelConfig) -> jax.shar
   if isinstance(mesh, jax.sharding.Mesh):
     return inference_mesh(mesh)
   return inference_mesh(choose_mesh(config, jax.devices()) if mesh is None else parse_mesh(mesh))
+
+
+def _in_front() -> Conventions | None:
+  """Return what the stock model in front of this package's gin files says; None without one."""
+  return conventions_in_front(
+    lambda: _stock_bindings(models.DecoderOnlyModel, 'module').get('module')
+  )
 
 
 def _stock_bindings(configurable: Callable, *names: str) -> dict[str, Any]:

@@ -77,10 +77,11 @@ class Predictor:
     model: Decides mesh and layouts.
     refill: Options; `sampling` must not be None.
     eos_id: Token that ends a prediction.
+    bos_id: Token in front of each prompt, where T5X's batches always have 0; None: none.
   """
 
-  def __init__(self, model: Model, refill: Refill, eos_id: int) -> None:
-    self._model, self._refill, self._eos_id = model, refill, eos_id
+  def __init__(self, model: Model, refill: Refill, eos_id: int, bos_id: int | None) -> None:
+    self._model, self._refill, self._eos_id, self._bos_id = model, refill, eos_id, bos_id
     self._scheduler: Scheduler | None = None
     self._params: Params | None = None  # parameters of the scheduler
 
@@ -138,15 +139,20 @@ class Predictor:
       count: Number of tokens of BOS and the prompt.
       seeds: [num_decodes] uint32. Seed of each sample.
       length: L.
+
+    Raises:
+      RequestError: There is neither a prompt nor BOS.
     """
     limit = length - (count - 1)  # BOS is not part of the sequence
     if self._refill.max_new_tokens is not None:
       limit = min(limit, self._refill.max_new_tokens)
     sampling = self._refill.sampling
     assert sampling is not None
-    return Request(
-      tuple(inputs[:count].tolist()), tuple(seeds.tolist()), int(max(limit, 1)), sampling
-    )
+    bos = () if self._bos_id is None else (self._bos_id,)
+    tokens = (*bos, *inputs[1:count].tolist())
+    if not tokens:
+      raise RequestError('an example has an empty prompt, and this model has no BOS to start from')
+    return Request(tokens, tuple(seeds.tolist()), int(max(limit, 1)), sampling)
 
   def _slots(self, params: Params, requests: Sequence[Request], length: int) -> Scheduler:
     """Return a scheduler for sequences of `length` tokens: the previous one, if it suits them."""

@@ -49,7 +49,10 @@ def read(checkpoint):
 def test_int8(tmp_path, config, chunking):
   tensors = reference.random_tensors(config)
   report = convert.convert(
-    write(tmp_path / 'source', config, tensors), tmp_path / 'out', config=config
+    write(tmp_path / 'source', config, tensors),
+    tmp_path / 'out',
+    config=config,
+    rescale_logits=True,
   )
   checkpoint = open_checkpoint(tmp_path / 'out')
   assert (checkpoint.config, checkpoint.weights) == (config, 'int8')
@@ -76,7 +79,12 @@ def test_int8(tmp_path, config, chunking):
 
 def test_int8_model_is_near_the_float_one(tmp_path, config):
   tensors = reference.random_tensors(config)
-  convert.convert(write(tmp_path / 'source', config, tensors), tmp_path / 'out', config=config)
+  convert.convert(
+    write(tmp_path / 'source', config, tensors),
+    tmp_path / 'out',
+    config=config,
+    rescale_logits=True,
+  )
   tokens = np.random.default_rng(1).integers(0, config.vocab_size, (2, 9))
   exact = reference.logits(config, tensors, tokens)
   served = reference.logits(
@@ -88,7 +96,11 @@ def test_int8_model_is_near_the_float_one(tmp_path, config):
 def test_bfloat16(tmp_path, config, chunking):
   tensors = reference.random_tensors(config)
   convert.convert(
-    write(tmp_path / 'source', config, tensors), tmp_path / 'out', 'bfloat16', config=config
+    write(tmp_path / 'source', config, tensors),
+    tmp_path / 'out',
+    'bfloat16',
+    config=config,
+    rescale_logits=True,
   )
   out = read(open_checkpoint(tmp_path / 'out'))
   assert set(out) == set(tensors)
@@ -107,8 +119,9 @@ def test_factors_of_a_bfloat16_source(tmp_path, block):
     for name, values in synthetic.separate(tensors, config, split=True).items()
   }
   source = synthetic.write_legacy(tmp_path / 'source', leaves)
-  direct = read(open_checkpoint(source, rescale_logits=False))
-  convert.convert(source, tmp_path / 'out', 'bfloat16', rescale_logits=False)
+  told = synthetic.told(config, rescale_logits=False)
+  direct = read(open_checkpoint(source, **told))
+  convert.convert(source, tmp_path / 'out', 'bfloat16', **told)
   out = read(open_checkpoint(tmp_path / 'out'))
   exact = tensors['query'].astype(ml_dtypes.bfloat16).astype(np.float64) * np.sqrt(6)
   np.testing.assert_allclose(direct['query'], exact, rtol=1e-6)
@@ -123,6 +136,7 @@ def test_a_second_conversion_is_a_copy(tmp_path, config):
     write(tmp_path / 'source', config, reference.random_tensors(config)),
     tmp_path / 'a',
     config=config,
+    rescale_logits=True,
   )
   convert.convert(tmp_path / 'a', tmp_path / 'b')
   assert (tmp_path / 'a' / 'checksums.json').read_text() == (
@@ -138,7 +152,12 @@ def test_nan_in_a_bias(tmp_path, name, layer):
   tensors = reference.random_tensors(config)
   tensors[name][(1, 3) if layer else 3] = np.nan
   with pytest.raises(CheckpointError, match=f'^{name}: 1 NaN or infinite values{layer}, '):
-    convert.convert(write(tmp_path / 'source', config, tensors), tmp_path / 'out', config=config)
+    convert.convert(
+      write(tmp_path / 'source', config, tensors),
+      tmp_path / 'out',
+      config=config,
+      rescale_logits=True,
+    )
 
 
 def test_a_checkpoint_from_before_there_were_other_models(tmp_path):
@@ -172,7 +191,10 @@ def test_a_checkpoint_from_before_there_were_other_models(tmp_path):
 def test_another_kind_of_model_than_asked_for(tmp_path, field, value):
   config = ModelConfig(**BASE, **MODELS['serial multihead gelu layer norm'])
   convert.convert(
-    write(tmp_path / 's', config, reference.random_tensors(config)), tmp_path / 'out', config=config
+    write(tmp_path / 's', config, reference.random_tensors(config)),
+    tmp_path / 'out',
+    config=config,
+    rescale_logits=True,
   )
   asked = ModelConfig(**{**config.to_dict(), field: value})
   with pytest.raises(CheckpointError) as caught:

@@ -14,7 +14,7 @@ import pytest
 from t5x_inference_ext.checkpoints import convert, open_checkpoint, serving
 from t5x_inference_ext.commands import inspect_checkpoint
 from t5x_inference_ext.config import ModelConfig
-from t5x_inference_ext.errors import CheckpointError
+from t5x_inference_ext.errors import CheckpointError, RequestError
 from tests.checkpoints import synthetic
 
 SCANNED = synthetic.fused(synthetic.canonical())
@@ -144,7 +144,7 @@ def test_missing_parameter_of_one_layer(tmp_path):
   [
     'decoder/decoder/q_wi_fused/bias',
     'decoder/decoder/relpos_bias/rel_embedding',
-    'decoder/logits_dense/kernel',
+    'decoder/logits_dense/bias',
     'encoder/x/kernel',
     Q_WI.replace('kernel', 'qscale'),
   ],
@@ -152,6 +152,18 @@ def test_missing_parameter_of_one_layer(tmp_path):
 def test_extra_parameters(tmp_path, extra):
   path = synthetic.write_legacy(tmp_path / 'c', {**SCANNED, extra: np.ones(3, np.float32)})
   fails(path, path, f'does not use: target/{extra}', 'no biases')
+
+
+@pytest.mark.parametrize(
+  'extra,words',
+  [
+    ('decoder/logits_dense/kernel', ('shape [3]', 'needs [8, 12]')),
+    ('decoder/relpos_bias/rel_embedding', ('shape [3]', 'expected [heads, buckets]')),
+  ],
+)
+def test_shapes_of_what_a_model_may_have(tmp_path, extra, words):
+  path = synthetic.write_legacy(tmp_path / 'c', {**SCANNED, extra: np.ones(3, np.float32)})
+  fails(path, path, extra, *words, relative_max_distance=128)
 
 
 def test_another_architecture_names_what_differs(tmp_path):
@@ -290,8 +302,18 @@ def test_zeros_are_not_mistaken_for_missing(tmp_path):
     assert not open_checkpoint(path).tensors['layer_norm'].read().any()
 
 
-def test_unknown_norm_scale(legacy):
-  fails(legacy, 'zero, one', "'two'", norm_scale='two')
+@pytest.mark.parametrize(
+  'told,words',
+  [
+    ({'norm_scale': 'two'}, "norm_scale must be one of zero, one, got 'two'"),
+    ({'mlp': 'gelu,linear'}, "mlp must be one of swiglu, geglu, .*, got 'gelu,linear'"),
+    ({'rescale_logits': 'no'}, 'rescale_logits must be True or False or None'),
+    ({'num_heads': 0}, 'num_heads must be a whole number, 1 or more, got 0'),
+  ],
+)
+def test_conventions_that_no_model_has(legacy, told, words):
+  with pytest.raises(RequestError, match=words):
+    open_checkpoint(legacy, **told)
 
 
 def test_index_that_refers_to_another_driver(legacy):

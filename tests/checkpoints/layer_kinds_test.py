@@ -63,7 +63,7 @@ def test_every_model(tmp_path, block, kv_heads, mlp, norm, layers):
     outputs = ('attention_output', 'mlp_output')
     expected = {n: x * np.float32(2**-0.5) if n in outputs else x for n, x in expected.items()}
   leaves = LAYERS[layers](synthetic.separate(stored, config))
-  check(opened(tmp_path, leaves, config=config), config, expected)
+  check(opened(tmp_path, leaves, config=config, rescale_logits=True), config, expected)
 
 
 @pytest.mark.parametrize('layers', LAYERS)
@@ -91,42 +91,37 @@ def test_fused_parallel_layers(tmp_path, kv_heads, mlp, norm, norm_scale, layers
 )
 @pytest.mark.parametrize('mlp', ['gelu', 'swiglu'])
 def test_forms_that_say_their_heads(tmp_path, form, mlp, layers):
-  """Everything but the norm scales' convention follows from the tree."""
+  """Sizes follow from the tree."""
   config = model(num_kv_heads=2 if form.get('attention') == 'kv' else 4, mlp=mlp, norm='layer')
   expected = synthetic.canonical(config)
-  check(
-    opened(tmp_path, LAYERS[layers](synthetic.separate(expected, config, **form))), config, expected
-  )
+  leaves = LAYERS[layers](synthetic.separate(expected, config, **form))
+  check(opened(tmp_path, leaves, **synthetic.told(config)), config, expected)
 
 
 def test_multiquery_kernels_say_their_heads(tmp_path):
   for i, split in enumerate((False, True)):
     expected = synthetic.canonical(model())
-    check(
-      opened(tmp_path / str(i), synthetic.separate(expected, model(), split=split)),
-      model(),
-      expected,
-    )
+    leaves = synthetic.separate(expected, model(), split=split)
+    check(opened(tmp_path / str(i), leaves, **synthetic.told(model())), model(), expected)
 
 
 def test_merged_multihead_kernels_do_not(tmp_path):
   config = model(num_kv_heads=4)
   leaves = synthetic.separate(synthetic.canonical(config), config)
-  fails(
-    tmp_path,
-    leaves,
-    '[8, 24]',
-    'do not determine the number of heads',
-    'config=ModelConfig',
-    'MODEL_CONFIG',
-  )
+  told = synthetic.told(config)
+  fails(tmp_path, leaves, 'num_heads of merged kernels', 'MODEL_CONFIG', **told)
+  found = opened(tmp_path / 'told', leaves, num_heads=4, **told)
+  check(found, config, synthetic.canonical(config))
+  fails(tmp_path / 'wrong', leaves, '[8, 24] is not made of 5 heads', num_heads=5, **told)
 
 
 @pytest.mark.parametrize(
   'changes,words',
   [
     (dict(block='parallel'), ['block=parallel', 'block=serial']),
-    (dict(mlp='swiglu'), ['mlp=swiglu', 'mlp=gelu']),
+    (dict(mlp='swiglu'), ['mlp=swiglu', 'mlp=1 input matrices']),
+    (dict(tied_head=False), ['tied_head=False', 'tied_head=True']),
+    (dict(positions='relative'), ['positions=relative', 'no relative bias']),
     (dict(norm='layer'), ['norm=layer', 'norm=rms']),
     (dict(num_kv_heads=2), ['self_attention/key/kernel', '[8, 3, 24]', '[8, 3, 12]']),
     (dict(d_head=4), ['self_attention/query/kernel', '[8, 3, 24]', '[8, 3, 16]']),
@@ -136,7 +131,8 @@ def test_merged_multihead_kernels_do_not(tmp_path):
 def test_another_model_than_asked_for(tmp_path, changes, words):
   config = model(num_kv_heads=4, mlp='gelu')
   leaves = synthetic.separate(synthetic.canonical(config), config)
-  fails(tmp_path, leaves, *words, config=dataclasses.replace(config, **changes))
+  asked = dataclasses.replace(config, **changes)
+  fails(tmp_path, leaves, *words, config=asked, rescale_logits=True)
 
 
 def test_a_multihead_kernel_for_a_grouped_model(tmp_path):
@@ -148,16 +144,17 @@ def test_a_multihead_kernel_for_a_grouped_model(tmp_path):
     'key: shape [3, 8, 24]',
     '[3, 8, 12]',
     config=dataclasses.replace(config, num_kv_heads=2),
+    rescale_logits=True,
   )
 
 
 @pytest.mark.parametrize(
   'extra,reason',
   [
-    ('decoder/decoder/relpos_bias/rel_embedding', 'positions must be rotary'),
-    ('decoder/position_embedder/pos_embedding', 'positions must be rotary'),
+    ('decoder/decoder/relpos_bias/rel_embedding', 'a relative bias must be one table'),
+    ('decoder/position_embedder/pos_embedding', 'positions must not be learned'),
     ('decoder/decoder/encoder_decoder_attention/query/kernel', 'it must be a decoder-only model'),
-    ('decoder/logits_dense/kernel', 'the output must be the embedding'),
+    ('decoder/logits_dense/bias', 'only layer norms have biases'),
     ('decoder/decoder/self_attention/query/bias', 'only layer norms have biases'),
     ('decoder/decoder/self_attention/q_conv/kernel', 'there are no convolutions'),
   ],
@@ -193,42 +190,31 @@ def test_missing_parameters_are_those_of_the_tree_s_own_kind(tmp_path):
 )
 def test_shapes_that_no_model_has(tmp_path, name, values, words):
   leaves = synthetic.separate(synthetic.canonical(model()), model())
-  fails(tmp_path, {**leaves, name: np.ones(values, np.float32)}, *words)
+  told = synthetic.told(model())
+  fails(tmp_path, {**leaves, name: np.ones(values, np.float32)}, *words, **told)
 
 
 @pytest.mark.parametrize('rescale,factor', [(None, 1), (True, 1), (False, 6**0.5)])
 @pytest.mark.parametrize('kind', ['serial', 'fused'])
 def test_queries_of_a_model_that_does_not_rescale_logits(tmp_path, kind, rescale, factor):
+  """The layer made for PaLM alone has a default, and says so."""
   config = model() if kind == 'serial' else model(block='parallel')
   expected = synthetic.canonical(config)
   leaves = (
     synthetic.separate(expected, config) if kind == 'serial' else synthetic.fused(expected, config)
   )
-  checkpoint = opened(tmp_path, leaves, rescale_logits=rescale, norm_scale='one')
+  told = synthetic.told(config, rescale_logits=rescale)
+  if kind == 'serial' and rescale is None:
+    fails(tmp_path, leaves, 'rescale_logits', '(True, False)', **told)
+    return
+  checkpoint = opened(tmp_path, leaves, **told)
   check(checkpoint, config, {**expected, 'query': expected['query'] * np.float32(factor)})
-  (note,) = (n for n in checkpoint.notes if n.startswith('attention logits'))
-  assert ('assumed' in note, 'not divided' in note) == (rescale is None, rescale is False)
-
-
-@pytest.mark.parametrize('small', [False, True])
-def test_small_queries_are_noted(tmp_path, small):
-  """flaxformer folds 1/sqrt(Q) into their initial values where logits are not rescaled."""
-  config = model(d_head=64)
-  tensors = synthetic.canonical(config)
-  tensors['query'] *= np.float32(1 / 8 if small else 1)
-  checkpoint = opened(tmp_path, synthetic.separate(tensors, config))
-  assert any('try rescale_logits=False' in note for note in checkpoint.notes) == small
-
-
-@pytest.mark.parametrize(
-  'norm,source', [('rms', "assumed, flaxformer's default"), ('layer', 'assumed')]
-)
-def test_norms_of_separate_layers_are_assumed_around_one(tmp_path, norm, source):
-  config = model(norm=norm)
-  notes = opened(tmp_path, synthetic.separate(synthetic.canonical(config), config)).notes
-  assert any(note.startswith(f'norm scales: stored around one ({source}') for note in notes)
-  assert any('try norm_scale=zero' in note for note in notes)  # the values are around zero
-  assert any("flaxformer's DecoderLayer, layer axis 1" in note for note in notes)
+  said = checkpoint.conventions['rescale_logits']
+  assert (said.value, said.source) == (
+    rescale is not False,
+    "assumed, PaLM's" if rescale is None else 'given',
+  )
+  assert f'rescale_logits: {said}' in checkpoint.notes
 
 
 QUANTIZED = [dict(), dict(split=True), dict(split=True, attention='kv')]
@@ -247,8 +233,9 @@ def test_quantized_kernels(tmp_path, form, layers):
     for n, v in leaves.items()
     if not n.endswith('qscale')
   }
-  checkpoint = opened(tmp_path / 'a', LAYERS[layers](leaves))
-  products = opened(tmp_path / 'b', product)
+  told = synthetic.told(config)
+  checkpoint = opened(tmp_path / 'a', LAYERS[layers](leaves), **told)
+  products = opened(tmp_path / 'b', product, **told)
   assert (checkpoint.weights, checkpoint.config) == ('int8', config)
   assert set(checkpoint.tensors) == {*params.parameters(config), *params.scales(config)}
   for name, p in params.parameters(config).items():
@@ -263,7 +250,8 @@ def test_quantized_kernels(tmp_path, form, layers):
 def test_quantized_queries_that_are_not_rescaled(tmp_path):
   leaves = synthetic.quantized(synthetic.separate(synthetic.canonical(model()), model()))
   plain, folded = (
-    opened(tmp_path / str(rescale), leaves, rescale_logits=rescale) for rescale in (True, False)
+    opened(tmp_path / str(rescale), leaves, **synthetic.told(model(), rescale_logits=rescale))
+    for rescale in (True, False)
   )
   np.testing.assert_array_equal(folded.tensors['query'].read(), plain.tensors['query'].read())
   np.testing.assert_array_equal(
@@ -274,9 +262,8 @@ def test_quantized_queries_that_are_not_rescaled(tmp_path):
 def test_quantized_outputs_of_a_parallel_layer_with_two_scales(tmp_path):
   config = model(block='parallel')
   leaves = synthetic.quantized(synthetic.separate(synthetic.canonical(config), config))
-  fails(
-    tmp_path, leaves, 'attention_output and mlp_output', 'share one', 'convert the float checkpoint'
-  )
+  words = ('attention_output and mlp_output', 'share one', 'convert the float checkpoint')
+  fails(tmp_path, leaves, *words, **synthetic.told(config))
 
 
 def test_folding_is_part_of_a_conversion(tmp_path):
@@ -284,7 +271,8 @@ def test_folding_is_part_of_a_conversion(tmp_path):
   source = synthetic.write_legacy(
     tmp_path / 'c', synthetic.separate(synthetic.canonical(model()), model())
   )
-  convert.convert(source, tmp_path / 'out', 'bfloat16', rescale_logits=False)
+  told = synthetic.told(model(), rescale_logits=False)
+  convert.convert(source, tmp_path / 'out', 'bfloat16', **told)
   query = synthetic.canonical(model())['query'] * np.float32(6**0.5)
   np.testing.assert_array_equal(
     open_checkpoint(tmp_path / 'out').tensors['query'].read(),

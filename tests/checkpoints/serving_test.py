@@ -37,7 +37,7 @@ def test_records_all_that_loading_needs(finished):
   checkpoint = open_checkpoint(finished)
   assert (checkpoint.format, checkpoint.weights, checkpoint.step) == ('serving', 'int8', 7)
   assert checkpoint.config == ModelConfig(**{**synthetic.CONFIG.to_dict(), 'norm_scale': 'one'})
-  assert any('stored around one (recorded in the checkpoint)' in n for n in checkpoint.notes)
+  assert 'norm_scale: one (recorded: given)' in checkpoint.notes
   expected = {**params.parameters(checkpoint.config), **params.scales(checkpoint.config)}
   dtypes = {
     'matrix': np.int8,

@@ -237,7 +237,7 @@ def test_norm_scales_are_recorded_not_guessed(tmp_path, given, config, applied, 
     synthetic.write_legacy(tmp_path / 'c', SCANNED), norm_scale=given, config=config
   )
   assert checkpoint.config.norm_scale == applied
-  assert any(f'stored around {applied} ({said}' in note for note in checkpoint.notes)
+  assert any(f'norm_scale: {applied} ({said}' in note for note in checkpoint.notes)
   assert any('average' in note for note in checkpoint.notes) == (
     applied == 'one'
   )  # the values are around zero

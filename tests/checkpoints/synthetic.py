@@ -25,6 +25,12 @@ def canonical(config: ModelConfig = CONFIG, seed: int = 0) -> Leaves:
   }
 
 
+def told(config: ModelConfig, **changes) -> dict:
+  """What the weights of a DecoderLayer of this model do not show, as open_checkpoint takes it."""
+  names = ('norm_scale', 'norm_epsilon', 'mlp', 'positions', 'rope_max_timescale')
+  return {**{name: getattr(config, name) for name in names}, 'rescale_logits': True, **changes}
+
+
 def fused(tensors: Leaves, config: ModelConfig = CONFIG) -> Leaves:
   """The scanned tree of these tensors, head by head as ParallelFusedDecoderLayer fuses them."""
   c = config

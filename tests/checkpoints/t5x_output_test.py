@@ -51,15 +51,16 @@ def tree(request, tmp_path, monkeypatch):
 
 
 def read(path, config):
+  told = {} if (path / 'serving_config.json').exists() else {'rescale_logits': True}
   return {
     name: t.read().astype(np.float32)
-    for name, t in open_checkpoint(path, config=config).tensors.items()
+    for name, t in open_checkpoint(path, config=config, **told).tensors.items()
   }
 
 
 def test_float_is_the_same_tree(tree, tmp_path):
   config, source, leaves = tree
-  convert.convert(source, tmp_path / 'out', format='t5x_float', config=config)
+  convert.convert(source, tmp_path / 'out', format='t5x_float', config=config, rescale_logits=True)
   checkpoint = open_checkpoint(tmp_path / 'out', config=config)
   assert (checkpoint.format, checkpoint.weights, checkpoint.step) == ('t5x', 'float32', 7)
   stored = {p.name for p in (tmp_path / 'out').iterdir() if p.is_dir()}
@@ -76,7 +77,7 @@ def test_float_is_the_same_tree(tree, tmp_path):
 
 def test_there_and_back_is_within_the_rounding(tree, tmp_path):
   config, source, _ = tree
-  convert.convert(source, tmp_path / 'int8', config=config)
+  convert.convert(source, tmp_path / 'int8', config=config, rescale_logits=True)
   convert.convert(tmp_path / 'int8', tmp_path / 'back', format='t5x_float')
   original, back, int8 = (read(tmp_path / n, config) for n in ('source', 'back', 'int8'))
   assert {p.name for p in (tmp_path / 'back').glob('target*')} == {
@@ -94,8 +95,8 @@ def test_there_and_back_is_within_the_rounding(tree, tmp_path):
 
 def test_int8_is_what_the_serving_checkpoint_has(tree, tmp_path):
   config, source, leaves = tree
-  convert.convert(source, tmp_path / 'int8', config=config)
-  convert.convert(source, tmp_path / 't5x', format='t5x_int8', config=config)
+  convert.convert(source, tmp_path / 'int8', config=config, rescale_logits=True)
+  convert.convert(source, tmp_path / 't5x', format='t5x_int8', config=config, rescale_logits=True)
   names = {p.name for p in (tmp_path / 't5x').glob('target*')}
   assert names == {
     f'target.{name.replace("/", ".")}'.replace('.kernel', suffix)
@@ -122,14 +123,13 @@ def test_a_tree_that_nobody_recorded(tmp_path):
     leaves = (
       synthetic.separate if config.block == 'serial' or config.num_kv_heads > 1 else synthetic.fused
     )(tensors, config)
-    convert.convert(synthetic.write_legacy(root / 'source', leaves), root / 'int8', config=config)
+    source = synthetic.write_legacy(root / 'source', leaves)
+    convert.convert(source, root / 'int8', config=config, rescale_logits=True)
     synthetic.rewrite_header(root / 'int8', lambda header: header['source'].pop('form'))
     convert.convert(root / 'int8', root / 'out', format='t5x_float')
-    found = open_checkpoint(root / 'out', norm_scale=config.norm_scale)  # the tree says its heads
-    assert (
-      found.config.num_heads == config.num_heads
-      and found.config.num_kv_heads == config.num_kv_heads
-    )
+    found = open_checkpoint(root / 'out')  # what the tree does not say, its manifest does
+    assert found.config == config
+    assert found.conventions['mlp'].source.endswith('/t5x_inference_ext.json')
     before, after = read(root / 'source', config), read(root / 'out', config)
     for name in before:
       np.testing.assert_allclose(

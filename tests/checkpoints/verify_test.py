@@ -116,9 +116,9 @@ def test_queries_multiplied_as_the_conversion_was_told(tmp_path):
     num_layers=2, d_model=8, d_ff=24, num_heads=3, d_head=6, vocab_size=12, block='serial'
   )
   leaves = synthetic.separate(synthetic.canonical(config), config)
-  convert.convert(
-    synthetic.write_legacy(tmp_path / 'source', leaves), tmp_path / 'out', rescale_logits=False
-  )
+  source = synthetic.write_legacy(tmp_path / 'source', leaves)
+  told = synthetic.told(config, rescale_logits=False)
+  convert.convert(source, tmp_path / 'out', **told)
   verify(tmp_path / 'out', tmp_path / 'source')
   with pytest.raises(CheckpointError, match='query_scale: .* are not what'):
     verify(tmp_path / 'out', tmp_path / 'source', rescale_logits=True)

@@ -35,7 +35,7 @@ def test_plain_flags(palm_tiny, tmp_path, capsys, weights, ratio):
     'T5X checkpoint',
     'step 1000',
     '4 layers',
-    'norm scales: stored around zero (assumed',
+    "norm_scale: zero (assumed, PaLM's)",
     'worst tensor: ',
     '15.3 MB before (float32)',
     f'wrote and verified {out}',
@@ -61,7 +61,7 @@ def test_gin_and_norm_scale(palm_tiny, tmp_path, capsys):
   )
   checkpoint = open_checkpoint(out)
   assert (checkpoint.weights, checkpoint.config.norm_scale) == ('bfloat16', 'one')
-  assert 'stored around one (given)' in capsys.readouterr().out
+  assert 'norm_scale: one (given)' in capsys.readouterr().out
 
 
 def test_formats_and_scale_search(palm_tiny, tmp_path, capsys):
@@ -114,7 +114,7 @@ def test_a_model_whose_tree_does_not_say_its_heads(tmp_path, capsys):
   leaves = synthetic.separate(synthetic.canonical(config), config)
   source = synthetic.write_legacy(tmp_path / 'source', leaves, inline=True)
   assert run(f'--input={source}', f'--output={tmp_path}/out', '--weights=int8') == 2
-  assert 'do not determine the number of heads' in capsys.readouterr().err
+  assert 'num_heads of merged kernels (a whole number)' in capsys.readouterr().err
   model = tmp_path / 'model.gin'
   model.write_text(
     'from __gin__ import dynamic_registration\nfrom t5x_inference_ext import config\n'
@@ -134,7 +134,7 @@ def test_a_model_whose_tree_does_not_say_its_heads(tmp_path, capsys):
     == 0
   )
   assert open_checkpoint(tmp_path / 'out').config == config
-  assert 'not divided by sqrt(d_head) (given)' in capsys.readouterr().out
+  assert 'rescale_logits: False (given)' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('gin', [False, True])

@@ -132,7 +132,7 @@ def test_plain_command_without_tensorflow(palm_tiny, greedy, tmp_path):
   )
   for said in (
     'mesh: 2x2x2',
-    'norm scales: stored around zero',
+    "norm_scale: zero (assumed, PaLM's)",
     'vocabulary: bytes',
     'compiling: ',
     'tokens/s',

@@ -9,7 +9,7 @@ import pytest
 from t5x_inference_ext.checkpoints import open_checkpoint
 from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.engine.sampling import SamplingParams
-from t5x_inference_ext.errors import CheckpointError, MeshError, RequestError
+from t5x_inference_ext.errors import MeshError, RequestError
 
 PROMPTS = [[103, 104, 105], [108]]
 
@@ -271,7 +271,7 @@ def test_meshes_that_do_not_fit(palm_tiny, mesh, says):
       'leaves none to split heads over; use wg_xyz/batch',
     ),
     (dict(decode_layout='ws_1d/batch'), MeshError, 'use ws_1d for both phases, or for neither'),
-    (dict(norm_scale='two'), CheckpointError, 'norm_scale must be one of zero, one'),
+    (dict(norm_scale='two'), RequestError, 'norm_scale must be one of zero, one'),
   ],
 )
 def test_bad_loads(palm_tiny, arguments, error, says):

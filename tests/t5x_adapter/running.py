@@ -52,7 +52,7 @@ def adapter_model(
   )
 
 
-def _infer(
+def infer_rows(
   model, partitioner, restore_cfg, output_dir: pathlib.Path, mode, checkpoint_period=100, **kwargs
 ) -> list[dict]:
   infer.infer(
@@ -79,7 +79,7 @@ def _infer(
 def stock_infer(checkpoint, output_dir: pathlib.Path, mode: str) -> list[dict]:
   """The rows that T5X writes with flaxformer's model, from a legacy checkpoint."""
   with closed_event_loops():
-    return _infer(
+    return infer_rows(
       stock_model(),
       partitioning.PjitPartitioner(num_partitions=1),
       utils.RestoreCheckpointConfig(str(checkpoint), 'specific', dtype='float32'),
@@ -121,7 +121,7 @@ def infer_with(
     checkpoint_manager_cls=functools.partial(InferenceCheckpointManager, model=model),
     checkpointer_cls=functools.partial(InferenceCheckpointer, model=model),
   )
-  return _infer(model, partitioner, restore_cfg, output_dir, mode, **kwargs)
+  return infer_rows(model, partitioner, restore_cfg, output_dir, mode, **kwargs)
 
 
 def restored(model: InferenceModel, checkpoint, restore_dtype=None):

@@ -1,8 +1,8 @@
-"""Decoders of flaxformer's DecoderLayer, serial or parallel, with rotary positions."""
+"""Decoders of flaxformer's DecoderLayer, serial or parallel."""
 
 from flax import linen as nn
 from flaxformer.architectures.t5 import t5_architecture
-from flaxformer.components import dense, embedding, layer_norm
+from flaxformer.components import dense, embedding, layer_norm, relative_position_biases
 from flaxformer.components.attention import dense_attention
 import jax.numpy as jnp
 
@@ -32,6 +32,8 @@ def make_module(
   parallel: bool = False,
   rescale_logits: bool = True,
   scan_axis: int | None = 1,
+  relative: bool = False,
+  tied: bool = True,
 ) -> nn.Module:
   """A module that T5X's DecoderOnlyModel drives.
 
@@ -44,6 +46,8 @@ def make_module(
     parallel: DecoderLayer's.
     rescale_logits: of attention.
     scan_axis: where layers are stacked; None makes a subtree a layer.
+    relative: T5's relative bias instead of rotary positions.
+    tied: whether the head is the embedding.
   """
   kernels = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
   scan = scan_axis is not None
@@ -56,8 +60,20 @@ def make_module(
       return LayerNorm()
     return layer_norm.T5LayerNorm(center_scale_at_zero=norm == 'rms around zero')
 
+  def bias():
+    return relative_position_biases.RelativePositionBiases(
+      num_buckets=32,
+      max_distance=128,
+      num_heads=heads,
+      dtype=jnp.float32,
+      embedding_init=nn.initializers.normal(stddev=1.0),
+    )
+
+  def head():
+    axes = ('embed', 'vocab')
+    return dense.DenseGeneral(vocab, use_bias=False, kernel_init=kernels, kernel_axis_names=axes)
+
   def layer(shared_relative_position_bias):
-    del shared_relative_position_bias
     attention = dict(
       num_heads=heads,
       head_dim=head_dim,
@@ -66,7 +82,7 @@ def make_module(
       kernel_init=kernels,
       dropout_rate=0.0,
       rescale_logits=rescale_logits,
-      use_rotary_embedding=True,
+      use_rotary_embedding=not relative,
       use_bias=False,
       split_head_kernel=split,
     )
@@ -93,6 +109,7 @@ def make_module(
       layer_norm_factory=make_norm,
       parallel=parallel,
       scanned=scan,
+      shared_relative_position_bias=shared_relative_position_bias,
     )
 
   def embedder():
@@ -116,6 +133,8 @@ def make_module(
       layer_norm_factory=make_norm,
       scan_layers=scan,
       scan_axis=scan_axis if scan else 1,
+      shared_relative_position_bias_factory=bias if relative else None,
+      output_logits_factory=None if tied else head,
     )
 
   return t5_architecture.DecoderOnly(decoder_factory=decoder, scan_layers=scan)

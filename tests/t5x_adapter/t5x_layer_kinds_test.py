@@ -7,10 +7,14 @@ import jax
 import numpy as np
 import pytest
 from t5x import partitioning, train_state
+from t5x.examples.decoder_only import network
 
 from t5x_inference_ext.checkpoints import open_checkpoint
+from t5x_inference_ext.checkpoints.conventions import Conventions
 from t5x_inference_ext.checkpoints.convert import convert
 from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.errors import CheckpointError, RequestError
+from t5x_inference_ext.t5x.stock_model import stock_conventions
 from tests import reference
 from tests.t5x_adapter import palm_flaxformer, running, separate_flaxformer
 
@@ -73,8 +77,13 @@ CASES = {
 }
 
 
-def _saved(module, directory):
+def saved(module, directory):
   """The path of random parameters as T5X saves them, the module's logits, and their tokens."""
+  with jax.numpy_rank_promotion('allow'):
+    return _saved(module, directory)
+
+
+def _saved(module, directory):
   tokens = np.array([[0, 5, 300, 17, 2, 3, 381, 40, 41], [0, 11, 12, 13, 14, 15, 16, 17, 18]])
   targets = np.ones_like(tokens)  # only where they are above 0, padding otherwise, is looked at
   params = jax.jit(lambda key: module.init(key, tokens, targets, enable_dropout=False)['params'])(
@@ -113,8 +122,8 @@ def _logits(checkpoint, tokens):
 def test_logits_are_flaxformers(case, tmp_path):
   options, fields, arguments = CASES[case]
   config = ModelConfig(**fields)
-  path, expected, tokens = _saved(separate_flaxformer.make_module(**SIZES, **options), tmp_path)
-  checkpoint = open_checkpoint(path, config=config, **arguments)
+  path, expected, tokens = saved(separate_flaxformer.make_module(**SIZES, **options), tmp_path)
+  checkpoint = open_checkpoint(path, config=config, **{'rescale_logits': True, **arguments})
   assert (checkpoint.format, checkpoint.config) == ('t5x', config)
   np.testing.assert_allclose(_logits(checkpoint, tokens), expected, atol=1e-4, rtol=0)
 
@@ -122,7 +131,7 @@ def test_logits_are_flaxformers(case, tmp_path):
 @pytest.mark.parametrize('scan', [True, False])
 def test_fused_layers_with_gelu(scan, tmp_path):
   module = palm_flaxformer.make_module(**SIZES, scan=scan, activations=('gelu',))
-  path, expected, tokens = _saved(module, tmp_path)
+  path, expected, tokens = saved(module, tmp_path)
   checkpoint = open_checkpoint(path)
   assert checkpoint.config == ModelConfig(
     **{**CONFIG, 'block': 'parallel', 'mlp': 'gelu', 'norm_scale': 'zero'}
@@ -130,30 +139,127 @@ def test_fused_layers_with_gelu(scan, tmp_path):
   np.testing.assert_allclose(_logits(checkpoint, tokens), expected, atol=1e-4, rtol=0)
 
 
-def test_the_model_of_a_tree_that_says_its_heads(tmp_path):
-  options, fields, _ = CASES['one subtree a layer, split heads, swiglu']
-  path, expected, tokens = _saved(separate_flaxformer.make_module(**SIZES, **options), tmp_path)
-  checkpoint = open_checkpoint(path)
-  assert checkpoint.config == ModelConfig(**fields)
-  np.testing.assert_allclose(_logits(checkpoint, tokens), expected, atol=1e-4, rtol=0)
+STOCK = {
+  'one subtree a layer, split heads, geglu': (
+    dict(activations=('gelu', 'linear'), norm='rms', split=True, scan_axis=None),
+    dict(mlp='geglu', rescale_logits=True),
+  ),
+  'merged heads, not rescaled, relative bias, untied': (
+    dict(activations=('relu', 'linear'), norm='rms', relative=True, rescale_logits=False)
+    | dict(tied=False, scan_axis=None),
+    dict(mlp='reglu', rescale_logits=False, positions='none', relative_max_distance=128),
+  ),
+  'around zero, one activation, untied': (
+    dict(activations=('swish',), norm='rms around zero', tied=False),
+    dict(mlp='swish', rescale_logits=True, norm_scale='zero'),
+  ),
+  'layer norm': (
+    dict(activations=('sigmoid', 'linear'), rescale_logits=False),
+    dict(mlp='glu', rescale_logits=False),
+  ),
+}
 
 
-def test_wrong_conventions_are_noticed_and_matter(tmp_path):
-  """What a tree does not record: another answer gives other logits, and the notes doubt it."""
-  options = dict(norm='rms around zero', rescale_logits=False, split=True, fuse=None)
-  path, expected, tokens = _saved(separate_flaxformer.make_module(**SIZES, **options), tmp_path)
-  checkpoint = open_checkpoint(path)
+@pytest.mark.parametrize('case', STOCK)
+def test_the_stock_model_says_what_its_weights_do_not(case, tmp_path):
+  """With what the module says the tree computes what the module computes; without it is refused."""
+  options, fields = STOCK[case]
+  module = separate_flaxformer.make_module(**SIZES, **options)
+  said = stock_conventions(module)
+  rotary = dict(positions='rotary', rope_max_timescale=1e4)
+  expected = dict(norm_scale='one', norm_epsilon=1e-6, num_heads=4)
+  expected |= {**({} if options.get('relative') else rotary), **fields}
+  assert said.said() == expected
+  path, logits, tokens = saved(module, tmp_path)
+  with pytest.raises(CheckpointError, match='weights do not show mlp.*; rescale_logits'):
+    open_checkpoint(path)
+  checkpoint = open_checkpoint(path, stock=lambda: said)
+  np.testing.assert_allclose(_logits(checkpoint, tokens), logits, atol=1e-4, rtol=0)
+  assert checkpoint.config.tied_head == options.get('tied', True)
+
+
+@pytest.mark.parametrize('tied', [True, False])
+def test_decoder_only(tied, tmp_path):
+  """T5X's example: only its activations and sizes are options."""
+  module = network.DecoderWrapper(
+    network.TransformerConfig(
+      vocab_size=384,
+      emb_dim=32,
+      num_heads=4,
+      num_layers=3,
+      head_dim=10,
+      mlp_dim=80,
+      mlp_activations=('gelu', 'linear'),
+      dropout_rate=0.0,
+      logits_via_embedding=tied,
+    )
+  )
+  said = stock_conventions(module)
+  assert said == Conventions(
+    norm_scale='one',
+    norm_epsilon=1e-6,
+    mlp='geglu',
+    rescale_logits=False,
+    relative_max_distance=128,
+    num_heads=4,
+  )
+  path, logits, tokens = saved(module, tmp_path)
+  checkpoint = open_checkpoint(path, stock=lambda: said)
+  assert checkpoint.config == ModelConfig(
+    **MULTIHEAD, mlp='geglu', positions='relative', tied_head=tied
+  )
+  np.testing.assert_allclose(_logits(checkpoint, tokens), logits, atol=1e-4, rtol=0)
+
+
+def test_palms_stock_model_says_palms_conventions():
+  said = stock_conventions(palm_flaxformer.make_module(**SIZES))
+  assert said == Conventions(
+    norm_scale='zero',
+    norm_epsilon=1e-6,
+    mlp='swiglu',
+    rescale_logits=True,
+    positions='rotary',
+    rope_max_timescale=1e4,
+    num_heads=4,
+  )
+
+
+@pytest.mark.parametrize(
+  'module,error,words',
+  [
+    (
+      separate_flaxformer.make_module(**SIZES, activations=('tanh', 'linear')),
+      CheckpointError,
+      "activations .'tanh', 'linear'. of the MLP are not supported",
+    ),
+    (
+      palm_flaxformer.make_module(**{**SIZES, 'heads': None}),
+      RequestError,
+      "T5X's own model, in the gin files in front, can't be built",
+    ),
+  ],
+)
+def test_stock_models_that_say_nothing_useful(module, error, words):
+  with pytest.raises(error, match=words):
+    stock_conventions(module)
+
+
+def test_a_wrong_norm_convention_is_doubted(tmp_path):
+  options = dict(norm='rms around zero', split=True, fuse=None)
+  path, expected, tokens = saved(separate_flaxformer.make_module(**SIZES, **options), tmp_path)
+  told = dict(mlp='gelu', rescale_logits=True, norm_epsilon=1e-6)
+  told |= dict(positions='rotary', rope_max_timescale=1e4)
+  checkpoint = open_checkpoint(path, norm_scale='one', **told)
   assert np.abs(_logits(checkpoint, tokens) - expected).max() > 0.1
-  notes = '\n'.join(checkpoint.notes)
-  assert 'try norm_scale=zero' in notes and 'try rescale_logits=False' in notes
-  told = open_checkpoint(path, norm_scale='zero', rescale_logits=False)
-  np.testing.assert_allclose(_logits(told, tokens), expected, atol=1e-4, rtol=0)
+  assert 'try norm_scale=zero' in '\n'.join(checkpoint.notes)
+  right = open_checkpoint(path, norm_scale='zero', **told)
+  np.testing.assert_allclose(_logits(right, tokens), expected, atol=1e-4, rtol=0)
 
 
 def test_conversion(tmp_path):
   """To bfloat16: within what rounding the weights to 8 bits of mantissa does."""
   options, fields, arguments = CASES['logits not rescaled']
-  path, expected, tokens = _saved(
+  path, expected, tokens = saved(
     separate_flaxformer.make_module(**SIZES, **options), tmp_path / 'source'
   )
   convert(str(path), str(tmp_path / 'out'), 'bfloat16', config=ModelConfig(**fields), **arguments)

@@ -31,7 +31,7 @@ DECODING = {
 }
 
 
-def _batch(prompts, length=LENGTH):
+def batch_of(prompts, length=LENGTH):
   """As seqio's DecoderFeatureConverter makes it of prompts without targets."""
   tokens = np.zeros((len(prompts), length), np.int32)
   for row, prompt in zip(tokens, prompts):
@@ -61,7 +61,7 @@ def state_of(palm_tiny, int8_checkpoint):
   return state
 
 
-def _predict(model, state, batch, rng=0, **kwargs):
+def predict(model, state, batch, rng=0, **kwargs):
   """predict_batch_with_aux as t5x.infer partitions it."""
   state, initializer, partitioner = state
   step = partitioner.partition(
@@ -78,10 +78,10 @@ def test_decodes_as_the_stock_model(name, palm_tiny, stock_params, state_of):
   decode_fn, options = DECODING[name]
   stock = running.stock_model(decode_fn)
   expected, expected_aux = jax.jit(functools.partial(stock.predict_batch_with_aux, **options))(
-    stock_params, _batch(PROMPTS), jax.random.PRNGKey(0)
+    stock_params, batch_of(PROMPTS), jax.random.PRNGKey(0)
   )
   model = running.adapter_model(palm_tiny, '2x2x2', decode_fn)
-  tokens, aux = _predict(model, state_of(model), _batch(PROMPTS), **options)
+  tokens, aux = predict(model, state_of(model), batch_of(PROMPTS), **options)
   np.testing.assert_array_equal(tokens, expected)
   assert tokens.any()
   assert aux.keys() == expected_aux.keys()
@@ -96,7 +96,7 @@ def test_beam_search(scan_layers, palm_tiny, stock_params, state_of):
   """
   # Of one length: T5X's search runs until the shortest prompt's row is full, over garbage.
   prompts = [row['prompt_tokens'][:11] for row in inference_tasks.rows()][:3]
-  batch = _batch(prompts)
+  batch = batch_of(prompts)
   stock = running.stock_model()
   lengths = jnp.asarray([len(p) for p in prompts])
 
@@ -117,7 +117,7 @@ def test_beam_search(scan_layers, palm_tiny, stock_params, state_of):
     cache={'tokens': jnp.asarray(batch['decoder_input_tokens']), 'last': lengths},
   )
   model = running.adapter_model(palm_tiny, '2x2x2', decoding.beam_search, scan_layers=scan_layers)
-  tokens, aux = _predict(model, state_of(model), batch, num_decodes=3, return_all_decodes=True)
+  tokens, aux = predict(model, state_of(model), batch, num_decodes=3, return_all_decodes=True)
   np.testing.assert_allclose(aux['scores'], expected_scores, rtol=1e-3)
   expected = running.models.remove_prefix(decodes, lengths)
   np.testing.assert_array_equal(tokens, expected)
@@ -131,13 +131,13 @@ def test_an_int8_cache(scan_layers, palm_tiny, state_of):
   shapes = jax.eval_shape(
     model._compute_kv_cache,
     state_of(model)[0].params,
-    _batch(PROMPTS * 4)['decoder_input_tokens'],
-    _batch(PROMPTS * 4)['decoder_causal_attention'],
+    batch_of(PROMPTS * 4)['decoder_input_tokens'],
+    batch_of(PROMPTS * 4)['decoder_causal_attention'],
   )[0]
   kept = shapes if scan_layers else shapes['layers_0']
   assert (kept['cached_key'].dtype, kept['cached_key_scale'].dtype) == (np.int8, np.float32)
   engine = Engine.load(str(palm_tiny), mesh='1x1x1', dtype='float32', cache='int8')
-  tokens, _ = _predict(model, state_of(model), _batch(PROMPTS))
+  tokens, _ = predict(model, state_of(model), batch_of(PROMPTS))
   for row, prompt, completion in zip(
     tokens, PROMPTS, engine.generate(PROMPTS, max_new_tokens=LENGTH), strict=True
   ):
@@ -147,8 +147,8 @@ def test_an_int8_cache(scan_layers, palm_tiny, state_of):
   model = running.adapter_model(
     palm_tiny, '2x2x2', decoding.beam_search, scan_layers=scan_layers, cache='int8'
   )
-  tokens, aux = _predict(
-    model, state_of(model), _batch(prompts), num_decodes=3, return_all_decodes=True
+  tokens, aux = predict(
+    model, state_of(model), batch_of(prompts), num_decodes=3, return_all_decodes=True
   )
   found = [
     (prompt, beam[beam != 0].tolist()) for prompt, beams in zip(prompts, tokens) for beam in beams
@@ -176,7 +176,7 @@ def test_greedy_continues_every_prompt(mesh, layouts, scan_layers, palm_tiny, st
     prefill_layout=layouts[0],
     decode_layout=layouts[1],
   )
-  tokens, aux = _predict(model, state_of(model), _batch(prompts), num_decodes=2)
+  tokens, aux = predict(model, state_of(model), batch_of(prompts), num_decodes=2)
   np.testing.assert_array_equal(aux['scores'], np.zeros(len(prompts)))
   engine = Engine.load(str(palm_tiny), mesh='1x1x1', dtype='float32')
   for row, prompt, completion in zip(
@@ -191,11 +191,14 @@ def test_options_for_each_row(palm_tiny, state_of):
   """A temperature for each row is padded with the rows."""
   model = running.adapter_model(palm_tiny, '2x2x2', decoding.temperature_sample)
   temperatures = jnp.asarray([0.0, 5.0, 0.0])
-  tokens, _ = _predict(
-    model, state_of(model), _batch(PROMPTS), decoder_params={'temperature': temperatures, 'topk': 0}
+  tokens, _ = predict(
+    model,
+    state_of(model),
+    batch_of(PROMPTS),
+    decoder_params={'temperature': temperatures, 'topk': 0},
   )
   greedy = running.adapter_model(palm_tiny, '2x2x2')
-  expected, _ = _predict(greedy, state_of(greedy), _batch(PROMPTS))
+  expected, _ = predict(greedy, state_of(greedy), batch_of(PROMPTS))
   np.testing.assert_array_equal(tokens[[0, 2]], expected[[0, 2]])
   assert (tokens[1] != expected[1]).any()
 

@@ -6,7 +6,7 @@ from typing import Any
 import zlib
 
 from t5x_inference_ext.checkpoints import storage
-from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
+from t5x_inference_ext.checkpoints.checkpoint import TREES, Checkpoint
 from t5x_inference_ext.errors import CheckpointError
 
 _INDEX_FILES = (
@@ -23,6 +23,7 @@ _INDEX_FILES = (
 
 def conversion_record(source: Checkpoint, scale_search: str) -> dict[str, Any]:
   """Return the manifest's record of the program, the source and the options."""
+  rescaled = source.conventions.get('rescale_logits')
   return {
     'written_by': f't5x_inference_ext {_version()}',
     'source': {
@@ -31,7 +32,8 @@ def conversion_record(source: Checkpoint, scale_search: str) -> dict[str, Any]:
       'step': source.step,
       'notes': list(source.notes),
       'form': source.form,
-      'rescale_logits': source.rescale_logits,
+      'conventions': {name: said.to_dict() for name, said in source.conventions.items()},
+      'rescale_logits': rescaled.value if rescaled and source.format in TREES else None,
       'index_crc32': _index_checksum(source.path)
       if source.index_crc32 is None
       else source.index_crc32,

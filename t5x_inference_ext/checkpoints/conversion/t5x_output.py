@@ -26,10 +26,10 @@ from t5x_inference_ext.checkpoints.readers.layer_kinds import (
   LayerKind,
   UnknownSizes,
 )
+from t5x_inference_ext.checkpoints.tree_notes import MANIFEST
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import CheckpointError
 
-MANIFEST = 't5x_inference_ext.json'
 T5X_MANIFEST_FORMAT = 't5x_inference_ext T5X checkpoint'
 CHUNK_BYTES = 64 * 2**20
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from t5x_inference_ext.checkpoints import serving, storage
-from t5x_inference_ext.checkpoints.checkpoint import open_checkpoint
+from t5x_inference_ext.checkpoints.checkpoint import TREES, open_checkpoint
 from t5x_inference_ext.checkpoints.conversion import t5x_output
 from t5x_inference_ext.checkpoints.conversion.conversion import Conversion
 from t5x_inference_ext.checkpoints.conversion.options import ConvertOptions
@@ -100,8 +100,9 @@ def _compare(
 ) -> None:
   """Raise CheckpointError if a checkpoint's bits are not what its source converts to."""
   made_from = manifest['source']
-  if rescale_logits is None:
-    rescale_logits = made_from.get('rescale_logits')
+  if rescale_logits is None and made_from['format'] in TREES:
+    # Earlier versions assumed True, and recorded null.
+    rescale_logits = made_from.get('rescale_logits') is not False
   is_serving_source = made_from['format'] == 'serving'
   model = None if is_serving_source else ModelConfig.from_dict(manifest['model'])
   checkpoint = open_checkpoint(source, config=model, rescale_logits=rescale_logits)

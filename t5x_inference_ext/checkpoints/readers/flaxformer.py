@@ -3,6 +3,8 @@
 Scanned form, with the layer axis L on axis 1 (or 0: flaxformer's scan_axis):
 
   decoder/token_embedder/embedding          [V, E]
+  decoder/relpos_bias/rel_embedding         [H, buckets]      if positions are T5's relative bias
+  decoder/logits_dense/kernel               [E, V]            if the head is not the embedding
   decoder/decoder_norm/scale                [E]               and, with layer norm, bias
   decoder/decoder/NORM/scale                [E, L]            and, with layer norm, bias
   decoder/decoder/MODULE/kernel             e.g. [E, L, F]    see layer_kinds.py for MODULE and axes
@@ -21,11 +23,15 @@ import numpy as np
 
 from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints.arrays import SourceArray, whole_array
+from t5x_inference_ext.checkpoints.conventions import ConventionSources, Said
+from t5x_inference_ext.checkpoints.readers.flaxformer_model import TreeShape, find_model
 from t5x_inference_ext.checkpoints.readers.flaxformer_names import (
   EMBEDDING,
   FINAL_NORM,
+  HEAD,
   LAYER,
   LAYERS,
+  RELATIVE_BIAS,
   check_dtypes,
   check_names,
   check_shapes,
@@ -34,14 +40,10 @@ from t5x_inference_ext.checkpoints.readers.flaxformer_names import (
   norm_leaves,
 )
 from t5x_inference_ext.checkpoints.readers.kernel import Kernel
-from t5x_inference_ext.checkpoints.readers.layer_kinds import (
-  LAYER_KINDS,
-  LayerKind,
-  Shapes,
-  UnknownSizes,
-)
+from t5x_inference_ext.checkpoints.readers.layer_kinds import LAYER_KINDS, LayerKind, Shapes
 from t5x_inference_ext.checkpoints.readers.tree import Tree
 from t5x_inference_ext.checkpoints.tensor import Cast, Stack, Tensor
+from t5x_inference_ext.checkpoints.views import Affine, Transposed
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import CheckpointError, name_list
 
@@ -57,6 +59,7 @@ class Reading:
     weights: Dtype of the matrices: 'float32', 'bfloat16' or 'int8'.
     tensors: The canonical tensors, by name.
     arrays: The stored arrays that hold the canonical tensors, except the scales of int8 weights.
+    conventions: The conventions that the weights do not show, by name.
     kind: The kind of the model's layers.
     layer_axis: Position of the layer axis in the scanned form.
     form: The arrangement of the parameters in the tree, JSON-ready, for writing such a tree.
@@ -66,26 +69,23 @@ class Reading:
   weights: str
   tensors: dict[str, Tensor]
   arrays: tuple[SourceArray, ...]
+  conventions: dict[str, Said]
   kind: LayerKind
   layer_axis: int
   form: dict[str, Any]
 
 
-def canonical(
-  tree: Tree, norm_scale: str | None, config: ModelConfig | None, rescale_logits: bool
-) -> Reading:
+def canonical(tree: Tree, sources: ConventionSources) -> Reading:
   """Determine a tree's model, and find the canonical tensors in the tree's arrays.
 
   Args:
     tree: The parameters, as stored.
-    norm_scale: How norm scales are stored, 'zero' or 'one', which a tree does not record. None:
-      the usual choice for this kind of layer.
-    config: The model that the tree must hold. None derives the model from names and shapes.
-    rescale_logits: flaxformer's option: whether attention logits were divided by sqrt(Q). If False,
-      queries are multiplied by sqrt(Q) here.
+    sources: Those who say what the weights do not show. Without the division of attention logits by
+      sqrt(Q), queries are multiplied by sqrt(Q) here.
 
   Raises:
-    CheckpointError: Parameters are missing, unknown or of the wrong shape. The message names them.
+    CheckpointError: Parameters are missing, unknown or of the wrong shape, or nobody says a
+      convention. The message names them.
   """
   leaves = stack_layers(tree)
   quantized = any(name.endswith('/qkernel') for name in leaves)
@@ -97,14 +97,18 @@ def canonical(
   shapes = _shapes(leaves, kind, modules, suffix, axis)
   try:
     layers = leaves[f'{LAYERS}/{modules[0]}/{suffix}'].shape[axis]
-    model = _model((layers, *leaves[EMBEDDING].shape), kind, shapes, norm, norm_scale, config)
+    shape = TreeShape(kind, shapes, norm, layers, leaves)
+    model, conventions = find_model(shape, sources, tree.path)
     kernels = [kind.kernels(model, shapes)[module] for module in modules]
+  except CheckpointError:
+    raise
   except ValueError as e:
     raise CheckpointError(f'{tree.path}: {e}') from e
-  check_shapes(tree, leaves, kind, kernels, model, quantized, axis, given=config is not None)
+  given = sources.config is not None
+  check_shapes(tree, leaves, kind, kernels, model, quantized, axis, given=given)
 
-  factors = kind.factors(model, rescale_logits)
-  arrays = _unquantized_arrays(leaves, kind, norm, axis)
+  factors = kind.factors(model, conventions['rescale_logits'].value)
+  arrays = _unquantized_arrays(leaves, kind, model, axis)
   scales: list[SourceArray] = []
   for kernel in kernels:
     place = f'{LAYERS}/{kernel.module}'
@@ -128,7 +132,7 @@ def canonical(
     'kernels': {kernel.module: list(kernel.shape) for kernel in kernels},
   }
   weights = _weights(tensors, model, quantized)
-  return Reading(model, weights, tensors, tuple(arrays), kind, axis, form)
+  return Reading(model, weights, tensors, tuple(arrays), conventions, kind, axis, form)
 
 
 def stack_layers(tree: Tree) -> dict[str, Tensor]:
@@ -176,44 +180,29 @@ def find_kind(leaves: Collection[str]) -> LayerKind:
   return max(LAYER_KINDS, key=fit)
 
 
-def _model(
-  lve: tuple[int, ...],
-  kind: LayerKind,
-  shapes: Shapes,
-  norm: str,
-  norm_scale: str | None,
-  config: ModelConfig | None,
-) -> ModelConfig:
-  """Return the model with (L, V, E) = `lve` and kernels of these shapes; check it against `config`.
-
-  Raises:
-    ValueError: The shapes fit no model, or not `config`.
-  """
-  facts = {'block': kind.block, 'norm': norm, 'mlp': kind.mlp(shapes)}
-  if config is None:
-    layers, vocab_size, d_model = lve
-    usual = 'one' if norm == 'layer' else kind.norm_scale
-    sizes = {'num_layers': layers, 'd_model': d_model, 'vocab_size': vocab_size}
-    fields: dict[str, Any] = {**kind.sizes(shapes), **sizes, **facts}
-    return ModelConfig(**fields, norm_scale=norm_scale or usual)
-  for name, value in facts.items():
-    if getattr(config, name) != value:
-      raise UnknownSizes(
-        f'the model asked for has {name}={getattr(config, name)}, but the tree has {name}={value}'
-      )
-  return config if norm_scale is None else dataclasses.replace(config, norm_scale=norm_scale)
-
-
 def _unquantized_arrays(
-  leaves: dict[str, Tensor], kind: LayerKind, norm: str, layer_axis: int
+  leaves: dict[str, Tensor], kind: LayerKind, model: ModelConfig, layer_axis: int
 ) -> list[SourceArray]:
-  """Return the arrays of the embedding and the norms, which are never quantized."""
+  """Return the arrays of the embedding, the head, the relative bias and the norms.
+
+  They are never quantized. The program divides logits by sqrt(E), as flaxformer does for a tied
+  head alone: for another head the factor goes into the final norm.
+  """
   arrays = [whole_array(leaves[EMBEDDING], 'embedding', None)]
+  if RELATIVE_BIAS in leaves:
+    arrays.append(whole_array(_cast(leaves, RELATIVE_BIAS, np.float32), 'relative_bias', None))
+  factor = 1.0
+  if HEAD in leaves:
+    arrays.append(whole_array(Transposed(leaves[HEAD]), 'head', None))
+    factor = model.d_model**0.5
   norms: list[tuple[str, str, int | None]] = [('final_norm', FINAL_NORM, None)]
   norms += [(name, f'{LAYERS}/{module}', layer_axis) for name, module in kind.norms]
   for name, place, axis in norms:
-    for leaf in norm_leaves(norm):
+    for leaf in norm_leaves(model.norm):
       stored = _cast(leaves, f'{place}/{leaf}', np.float32)
+      if place == FINAL_NORM and factor != 1:
+        around_zero = leaf == 'scale' and model.norm_scale == 'zero'
+        stored = Affine(stored, factor, (factor - 1) / factor if around_zero else 0.0)
       canonical_name = name if leaf == 'scale' else params.bias_name(name)
       arrays.append(whole_array(stored, canonical_name, axis))
   return arrays

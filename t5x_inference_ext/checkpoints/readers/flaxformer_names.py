@@ -14,17 +14,22 @@ from t5x_inference_ext.errors import CheckpointError, name_list
 
 EMBEDDING = 'decoder/token_embedder/embedding'
 FINAL_NORM = 'decoder/decoder_norm'
+RELATIVE_BIAS = 'decoder/relpos_bias/rel_embedding'
+HEAD = 'decoder/logits_dense/kernel'
 LAYERS = 'decoder/decoder'
 LAYER = re.compile(r'decoder/layers_(0|[1-9][0-9]{0,8})/(.*)')
+# Parameters that a model may have or not, whatever its layers are.
+OPTIONAL = (RELATIVE_BIAS, HEAD)
 SUPPORTED = (
-  "Supported are decoders of flaxformer's ParallelFusedDecoderLayer or DecoderLayer: rotary "
-  'positions, SwiGLU or GELU, no biases except in layer norms, tied embedding'
+  "Supported are decoders of flaxformer's ParallelFusedDecoderLayer or DecoderLayer, and T5X's "
+  'decoder_only: positions that are rotary, a relative bias of all layers or none, an MLP of one '
+  'or two inputs, no biases except in layer norms'
 )
 # (pattern of a parameter's name, reason why a model with such a parameter can't be served)
 _REASONS = (
-  (r'relpos_bias|rel_embedding|position_embedder', 'positions must be rotary, not learned'),
+  (r'position_embedder', 'positions must not be learned'),
+  (r'relpos_bias|rel_embedding', "a relative bias must be one table for all layers, decoder's"),
   (r'^encoder/|encoder_decoder_attention|cross_attention', 'it must be a decoder-only model'),
-  (r'logits_dense', 'the output must be the embedding'),
   (r'_conv/', 'there are no convolutions'),
   (r'/bias$', 'only layer norms have biases'),
 )
@@ -46,6 +51,7 @@ def check_names(
     EMBEDDING,
     *(f'{name}/{leaf}' for name in norms for leaf in norm_leaves(norm)),
     *(f'{LAYERS}/{module}/{leaf}' for module in modules for leaf in kernel_leaves),
+    *(name for name in OPTIONAL if name in leaves),
   }
   missing, extra = sorted(expected - set(leaves)), sorted(set(leaves) - expected)
   layers = 'decoder/layers_*' if is_per_layer(tree) else LAYERS
@@ -112,6 +118,10 @@ def check_shapes(
     expected[f'{FINAL_NORM}/{leaf}'] = (config.d_model,)
     for _, module in kind.norms:
       expected[f'{LAYERS}/{module}/{leaf}'] = layered((config.d_model,))
+  if HEAD in leaves:
+    expected[HEAD] = (config.d_model, config.vocab_size)
+  if RELATIVE_BIAS in leaves:
+    expected[RELATIVE_BIAS] = (config.num_heads, config.relative_buckets)
   for kernel in kernels:
     place = f'{LAYERS}/{kernel.module}'
     expected[f'{place}/{"qkernel" if quantized else "kernel"}'] = layered(kernel.shape)

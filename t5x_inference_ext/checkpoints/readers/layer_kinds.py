@@ -3,7 +3,7 @@
 These tables hold all differences between the kinds of layers; flaxformer.py reads trees by them.
 Shapes are those of one layer, without the layer axis. C is the number of columns per head.
 
-  ParallelFusedDecoderLayer, for multiquery only; C = Q + 2F/H (SwiGLU) or Q + F/H (GELU)
+  ParallelFusedDecoderLayer, for multiquery only; C = Q + 2F/H with a gate, else Q + F/H
     q_wi_fused [E, H, C]
     kv_fused [E, 1, 2Q]
     o_wo_fused [H, Q + F/H, E]
@@ -11,8 +11,10 @@ Shapes are those of one layer, without the layer axis. C is the number of column
     self_attention/{query, key, value} [E, H, Q], for multiquery key and value [E, Q];
       or kv_fused [E, 2, H, Q]; or qkv_fused [E, 3, H, Q]
     self_attention/out [H, Q, E]
-    mlp/wi (GELU), or wi_0 and wi_1 (SwiGLU), [E, F]; or wi_fused [E, 1 or 2, F]
+    mlp/wi, or wi_0 (the gate) and wi_1, [E, F]; or wi_fused [E, 1 or 2, F]
     mlp/wo [F, E]
+
+T5X's examples/decoder_only has the tree of a DecoderLayer with merged heads.
 """
 
 from collections.abc import Callable, Mapping, Set
@@ -30,6 +32,10 @@ class UnknownSizes(ValueError):
   """The shapes fit no model, or more than one."""
 
 
+class UnknownHeads(UnknownSizes):
+  """The shapes do not determine the number of heads."""
+
+
 @dataclasses.dataclass(frozen=True)
 class LayerKind:
   """A kind of layer.
@@ -37,31 +43,28 @@ class LayerKind:
   Attributes:
     name: flaxformer's name of the layer, for messages.
     block: Value of ModelConfig.block for such layers.
-    norm_scale: Value of ModelConfig.norm_scale that is assumed if none is given.
     norms: (canonical name, module) of each norm.
     alternatives: For each choice, the possible sets of modules. A tree has exactly one set of each
       choice.
     ranks: Numbers of axes that a module's kernel may have.
-    sizes: Function from stored shapes to (d_ff, num_heads, d_head, num_kv_heads). Raises
-      UnknownSizes.
-    mlp: Function from stored shapes to ModelConfig.mlp.
+    sizes: Function from stored shapes, and the number of heads if it is known, to (d_ff, num_heads,
+      d_head, num_kv_heads). Raises UnknownSizes.
+    mlp_inputs: Function from stored shapes to the number of matrices that feed the MLP, 1 or 2.
     kernels: Function from a model to its kernels by module, those of all alternatives included.
     output_factor: Factor that the layer multiplies its outputs by before adding them.
-    folds_logit_scale: Whether attention without rescale_logits is initialized with smaller queries,
-      by which it can be recognized.
+    is_palms: Whether PaLM's conventions are assumed where nobody says another.
   """
 
   name: str
   block: str
-  norm_scale: str
   norms: tuple[tuple[str, str], ...]
   alternatives: tuple[tuple[tuple[str, ...], ...], ...]
   ranks: Mapping[str, tuple[int, ...]]
-  sizes: Callable[[Shapes], dict[str, int]]
-  mlp: Callable[[Shapes], str]
+  sizes: Callable[[Shapes, int | None], dict[str, int]]
+  mlp_inputs: Callable[[Shapes], int]
   kernels: Callable[[ModelConfig, Shapes], dict[str, Kernel]]
   output_factor: float = 1.0
-  folds_logit_scale: bool = True
+  is_palms: bool = False
 
   def modules(self, stored: Set[str]) -> tuple[str, ...]:
     """Return the kernel modules that a tree must have, given its modules `stored`."""
@@ -87,13 +90,14 @@ class LayerKind:
 Q_WI, KV, O_WO = 'q_wi_fused', 'kv_fused', 'o_wo_fused'
 
 
-def _fused_mlp(shapes: Shapes) -> str:
-  return 'gelu' if shapes[Q_WI][2] == shapes[O_WO][1] else 'swiglu'
+def _fused_inputs(shapes: Shapes) -> int:
+  return 1 if shapes[Q_WI][2] == shapes[O_WO][1] else 2
 
 
-def _fused_sizes(shapes: Shapes) -> dict[str, int]:
+def _fused_sizes(shapes: Shapes, known_heads: int | None) -> dict[str, int]:
+  del known_heads  # the shapes show them
   (_, heads, columns), (_, kv_heads, kv_columns) = shapes[Q_WI], shapes[KV]
-  inputs = 2 if _fused_mlp(shapes) == 'swiglu' else 1
+  inputs = _fused_inputs(shapes)
   q = kv_columns // 2
   if kv_columns % 2 or columns <= q or (columns - q) % inputs:
     raise UnknownSizes(
@@ -127,11 +131,11 @@ QUERY, KEY, VALUE, OUT, ATTENTION_KV, ATTENTION_QKV = (
 WI, WI_0, WI_1, WI_FUSED, WO = (f'mlp/{name}' for name in ('wi', 'wi_0', 'wi_1', 'wi_fused', 'wo'))
 
 
-def _separate_mlp(shapes: Shapes) -> str:
-  return 'gelu' if WI in shapes or shapes.get(WI_FUSED, (0, 2))[1] == 1 else 'swiglu'
+def _separate_inputs(shapes: Shapes) -> int:
+  return 1 if WI in shapes or shapes.get(WI_FUSED, (0, 2))[1] == 1 else 2
 
 
-def _separate_sizes(shapes: Shapes) -> dict[str, int]:
+def _separate_sizes(shapes: Shapes, known_heads: int | None) -> dict[str, int]:
   d_ff = shapes[WO][0]
   if ATTENTION_QKV in shapes:
     _, _, heads, q = shapes[ATTENTION_QKV]
@@ -142,12 +146,17 @@ def _separate_sizes(shapes: Shapes) -> dict[str, int]:
     q = queries[2]
   elif len(out) == 3:
     q = out[1]
-  elif len(key) == 3 or key[1] < queries[1]:
+  elif len(key) == 3:
+    q = key[-1]
+  elif known_heads is not None:
+    if queries[1] % known_heads:
+      raise UnknownSizes(f'{QUERY} {list(queries)} is not made of {known_heads} heads')
+    q = queries[1] // known_heads
+  elif key[1] < queries[1]:
     q = key[-1]  # two axes, [E, Q]: multiquery
   else:
-    raise UnknownSizes(
-      f'{QUERY} {list(queries)} and {KEY} {list(key)} do not determine the number of heads: '
-      'give the model (config=ModelConfig(...), or MODEL_CONFIG in gin)'
+    raise UnknownHeads(
+      f'{QUERY} {list(queries)} and {KEY} {list(key)} do not determine the number of heads'
     )
   columns, kv_columns = (x[1] * x[2] if len(x) == 3 else x[1] for x in (queries, key))
   if columns % q or kv_columns % q:
@@ -201,7 +210,7 @@ _SEPARATE: dict[str, Any] = dict(
     WI_FUSED: (3,),
   },
   sizes=_separate_sizes,
-  mlp=_separate_mlp,
+  mlp_inputs=_separate_inputs,
   kernels=_separate_kernels,
 )
 
@@ -210,19 +219,17 @@ LAYER_KINDS = (
   LayerKind(
     'ParallelFusedDecoderLayer',
     'parallel',
-    'zero',
     (('layer_norm', 'layer_norm'),),
     alternatives=(((Q_WI, KV, O_WO),),),
     ranks={Q_WI: (3,), KV: (3,), O_WO: (3,)},
     sizes=_fused_sizes,
-    mlp=_fused_mlp,
+    mlp_inputs=_fused_inputs,
     kernels=_fused_kernels,
-    folds_logit_scale=False,
+    is_palms=True,
   ),
   LayerKind(
     'DecoderLayer',
     'serial',
-    'one',
     (('attention_norm', 'pre_self_attention_layer_norm'), ('mlp_norm', 'pre_mlp_layer_norm')),
     **_SEPARATE,
   ),
@@ -230,7 +237,6 @@ LAYER_KINDS = (
   LayerKind(
     'DecoderLayer(parallel=True)',
     'parallel',
-    'one',
     (('layer_norm', 'layer_norm'),),
     **_SEPARATE,
     output_factor=2**-0.5,

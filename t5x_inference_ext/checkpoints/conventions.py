@@ -1,0 +1,241 @@
+"""Conventions of a model that the weights in a T5X tree do not show, and who says them.
+
+For example, the same kernels serve a model with GELU and one with swish. The sources, in order of
+precedence: the manifest of a conversion that wrote the tree; T5X's own model, as the user's gin
+configures it (inside T5X); the config.gin of the training run; the user's options or MODEL_CONFIG.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+from typing import Any
+
+from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.errors import CheckpointError, printable
+from t5x_inference_ext.features import MLPS, NORM_SCALES
+from t5x_inference_ext.options import check_options, option
+
+_GROUP = 'What the weights of a T5X checkpoint do not show'
+# The source that is the gin files in front of configs/t5x/infer.gin.
+STOCK = "T5X's own model, in the gin files in front"
+ASSUMED = "assumed, PaLM's"
+# The only conventions for which there is a default: those of PaLM, in the layer made for PaLM.
+PALM: Mapping[str, Any] = {
+  'norm_scale': 'zero',
+  'norm_epsilon': 1e-6,
+  'positions': 'rotary',
+  'rope_max_timescale': 1e4,
+  'rescale_logits': True,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Conventions:
+  """What one source says about a model. None: it does not say.
+
+  All but rescale_logits are fields of ModelConfig. The help texts explain them.
+
+  Raises:
+    RequestError: A value is of the wrong type, or not one of the choices.
+  """
+
+  norm_scale: str | None = option(
+    None,
+    help='How norm scales are stored: the value applied is 1 + scale (zero) or scale (one). By '
+    'default what the checkpoint, or the config.gin beside it, records.',
+    group=_GROUP,
+    choices=NORM_SCALES,
+  )
+  norm_epsilon: float | None = option(
+    None, help="What norms add to the mean square; 1e-6 is flaxformer's default.", group=_GROUP
+  )
+  mlp: str | None = option(
+    None,
+    help='Activations of the MLP, as ModelConfig.mlp names them: swiglu for (swish, linear), geglu '
+    'for (gelu, linear), and so on.',
+    group=_GROUP,
+    choices=tuple(MLPS),
+  )
+  rescale_logits: bool | None = option(
+    None,
+    help='Whether attention logits were divided by sqrt(d_head) in training. False is the default '
+    "of flaxformer, and T5X's decoder_only never divides.",
+    group=_GROUP,
+  )
+  positions: str | None = option(
+    None,
+    help="Positions of a tree without T5's relative bias.",
+    group=_GROUP,
+    choices=('rotary', 'none'),
+  )
+  rope_max_timescale: float | None = option(
+    None, help="The base of rotary positions; 1e4 is flaxformer's default.", group=_GROUP
+  )
+  relative_max_distance: int | None = option(
+    None, help="The distance from which T5's relative bias is constant.", group=_GROUP, least=1
+  )
+  num_heads: int | None = option(
+    None, help='Heads of kernels [E, H Q] that do not show them.', group=_GROUP, least=1
+  )
+
+  def __post_init__(self) -> None:
+    check_options(self)
+
+  def said(self) -> dict[str, Any]:
+    """Return what the source says, by name."""
+    return {name: value for name, value in vars(self).items() if value is not None}
+
+
+CONVENTION_NAMES = tuple(field.name for field in dataclasses.fields(Conventions))
+
+
+@dataclasses.dataclass(frozen=True)
+class Said:
+  """The value of a convention, and who said it."""
+
+  value: Any
+  source: str
+
+  def to_dict(self) -> dict[str, Any]:
+    """Return the fields, JSON-ready."""
+    return {'value': self.value, 'source': self.source}
+
+  def __str__(self) -> str:
+    return f'{self.value} ({self.source})'
+
+
+@dataclasses.dataclass(frozen=True)
+class ConventionSources:
+  """All who may say a convention.
+
+  Attributes:
+    recorded: (name, what it says) of files beside the checkpoint, and of T5X's own model, in order
+      of precedence.
+    given: The user's options.
+    config: The model that the user asks for, which says all conventions but rescale_logits.
+  """
+
+  recorded: Sequence[tuple[str, Conventions]] = ()
+  given: Conventions = Conventions()
+  config: ModelConfig | None = None
+
+  def find(self, name: str) -> Said | None:
+    """Return the value from the first source that says it, or None.
+
+    Raises:
+      CheckpointError: The user asks for something else than a source of more weight says.
+    """
+    for source, conventions in self.recorded:
+      if (value := getattr(conventions, name)) is not None:
+        found = Said(value, source)
+        break
+    else:
+      found = None
+    asked = self._asked(name)
+    if found is None or asked is None:
+      return found or asked
+    if asked.value != found.value:
+      raise CheckpointError(
+        f'{name}={asked.value} was {asked.source}, but it is {found.value} by {found.source}: '
+        'leave it out, or change that'
+      )
+    return found
+
+  def _asked(self, name: str) -> Said | None:
+    value = getattr(self.given, name)
+    if value is not None:
+      return Said(value, 'given')
+    if self.config is None or name == 'rescale_logits':
+      return None
+    return Said(getattr(self.config, name), 'given with the model')
+
+  def overruled(self, said: Mapping[str, Said]) -> list[str]:
+    """Return a note for each recorded convention that a source of more weight overrules."""
+    return [
+      f'  {name} is {value} by {source}, which {said[name].source} overrules'
+      for source, conventions in self.recorded
+      for name, value in conventions.said().items()
+      if name in said and said[name].value != value
+    ]
+
+
+def check_said(given: Conventions, found: ModelConfig, where: str) -> None:
+  """Compare the user's options with a model that is recorded whole.
+
+  Raises:
+    CheckpointError: They differ, or say something that was fixed when the model was recorded.
+  """
+  for name, value in given.said().items():
+    if name == 'rescale_logits':
+      raise CheckpointError(
+        f'rescale_logits is for T5X checkpoints: {where} says how attention logits are scaled'
+      )
+    if value != getattr(found, name):
+      raise CheckpointError(
+        f'{name}={value} was asked for, but {where} records {getattr(found, name)!r}: leave it '
+        'out, or convert again'
+      )
+
+
+def recorded_in(header: Mapping[str, Any]) -> dict[str, Said]:
+  """Return what a serving checkpoint's header says of its source's conventions, by name."""
+  listed = header['source'].get('conventions')
+  if not isinstance(listed, dict):  # of an earlier version
+    return {'norm_scale': Said(header['model'].get('norm_scale'), 'recorded in the checkpoint')}
+  return {
+    printable(name): Said(_plain(said.get('value')), f'recorded: {printable(said.get("source"))}')
+    for name, said in listed.items()
+    if isinstance(said, dict)
+  }
+
+
+def _plain(value: Any) -> Any:
+  return value if isinstance(value, (bool, int, float)) else printable(value)
+
+
+def resolve(
+  sources: ConventionSources,
+  needed: Sequence[str],
+  inputs: int,
+  defaults: Mapping[str, Any],
+  where: str,
+) -> dict[str, Said]:
+  """Return the value and source of each needed convention.
+
+  Args:
+    sources: All who may say one.
+    needed: Names of the conventions that the model has and its weights do not show.
+    inputs: Matrices that feed the MLP, 1 or 2.
+    defaults: Values that are assumed where nobody says one.
+    where: The checkpoint, for messages.
+
+  Raises:
+    CheckpointError: Nobody says one of them; the message lists these with their choices.
+  """
+  said = {name: found for name in needed if (found := sources.find(name)) is not None}
+  said |= {n: Said(defaults[n], ASSUMED) for n in needed if n not in said and n in defaults}
+  missing = [name for name in needed if name not in said]
+  if missing:
+    others = ', '.join(source for source, _ in sources.recorded)
+    raise CheckpointError(
+      f'{where} does not say all that its model computes: weights do not show '
+      f'{"; ".join(_question(name, inputs) for name in missing)}. '
+      + (f'{others} does not say it either. ' if others else '')
+      + 'Give each as an option of this name, or MODEL_CONFIG, or put the config.gin of the '
+      'training run beside the checkpoint (docs/serving_checkpoint.md#conventions)'
+    )
+  return said
+
+
+def _question(name: str, inputs: int) -> str:
+  """Return a convention with its choices, for a message."""
+  mlps = ', '.join(mlp for mlp, matrices in MLPS.items() if len(matrices) == inputs)
+  return {
+    'mlp': f'mlp, the activations ({mlps})',
+    'norm_scale': 'norm_scale, whether scales are stored around (zero, one)',
+    'norm_epsilon': 'norm_epsilon (a number, usually 1e-6)',
+    'rescale_logits': 'rescale_logits, whether attention divides by sqrt(d_head) (True, False)',
+    'positions': 'positions (rotary, none)',
+    'rope_max_timescale': 'rope_max_timescale of rotary positions (a number, usually 1e4)',
+    'relative_max_distance': 'relative_max_distance (a whole number, usually 128)',
+    'num_heads': 'num_heads of merged kernels (a whole number)',
+  }[name]

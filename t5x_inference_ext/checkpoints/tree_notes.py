@@ -1,0 +1,106 @@
+"""What is beside and about a T5X tree: files that say its conventions, and notes for commands."""
+
+from collections.abc import Iterator
+import os
+
+import numpy as np
+
+from t5x_inference_ext.checkpoints import storage
+from t5x_inference_ext.checkpoints.conventions import (
+  CONVENTION_NAMES,
+  STOCK,
+  Conventions,
+  ConventionSources,
+)
+from t5x_inference_ext.checkpoints.readers.flaxformer import Reading
+from t5x_inference_ext.checkpoints.readers.flaxformer_names import FINAL_NORM
+from t5x_inference_ext.checkpoints.readers.training_gin import CONFIG_GIN, training_conventions
+from t5x_inference_ext.checkpoints.readers.tree import Tree
+from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.errors import CheckpointError
+
+# The manifest of a T5X checkpoint that a conversion wrote.
+MANIFEST = 't5x_inference_ext.json'
+
+
+def recorded_conventions(
+  path: str, stock: Conventions | None = None
+) -> tuple[tuple[str, Conventions], ...]:
+  """Return (name, what it says) of what is recorded about a checkpoint, in order of precedence.
+
+  First comes the manifest of a conversion, in the checkpoint: it says what the conversion made of
+  the model. Then T5X's own model, and then the config.gin that T5X writes into the directory of its
+  checkpoints. Those that say nothing are left out.
+
+  Args:
+    path: Directory of the checkpoint, local or in a bucket.
+    stock: What T5X's own model says, as the user's gin configures it; None: there is none.
+
+  Raises:
+    CheckpointError: A file is damaged, or says that the model can't be served.
+  """
+  found = []
+  if (data := storage.read_file(path, MANIFEST)) is not None:
+    found.append((f'{path}/{MANIFEST}', _of_manifest(data, f'{path}/{MANIFEST}')))
+  if stock is not None:
+    found.append((STOCK, stock))
+  for directory in (path, os.path.dirname(path)):
+    data = None if directory.endswith(':/') else storage.read_file(directory, CONFIG_GIN)
+    if data is not None:
+      where = f'{directory}/{CONFIG_GIN}'
+      found.append((where, training_conventions(_text(data, where), where)))
+  return tuple((name, conventions) for name, conventions in found if conventions.said())
+
+
+def _of_manifest(data: bytes, where: str) -> Conventions:
+  """Return what the manifest of a conversion says: a converted tree is rescaled."""
+  content = storage.load_json(data, where)
+  try:
+    model = vars(ModelConfig.from_dict(content['model']))
+    said = {name: model[name] for name in CONVENTION_NAMES if name in model}
+    return Conventions(**said, rescale_logits=True)
+  except (ValueError, TypeError, KeyError) as e:
+    raise CheckpointError(f'{where} is damaged: {type(e).__name__} {e!s:.200}') from e
+
+
+def _text(data: bytes, where: str) -> str:
+  try:
+    return data.decode()
+  except UnicodeDecodeError as e:
+    raise CheckpointError(f'{where} is no gin file: it is not UTF-8') from e
+
+
+def tree_notes(tree: Tree, found: Reading, sources: ConventionSources) -> tuple[str, ...]:
+  """Return lines for commands to print: what was found in a tree, and who says its conventions.
+
+  Args:
+    tree: The parameters, as stored.
+    found: The model.
+    sources: Those who said the conventions.
+  """
+  step = '' if tree.step is None else f', step {tree.step}'
+  scale = found.conventions['norm_scale'].value
+  return (
+    f'{tree.description} at {tree.path}{step}',
+    f'model: {found.config}',
+    f"layers: flaxformer's {found.kind.name}, layer axis {found.layer_axis}",
+    f'weights: {found.weights}',
+    *(f'{name}: {said}' for name, said in found.conventions.items()),
+    *sources.overruled(found.conventions),
+    *_norm_doubts(scale, tree),
+  )
+
+
+def _norm_doubts(scale: str, tree: Tree) -> Iterator[str]:
+  """Yield a note if norm scales look as if they were stored in the other convention.
+
+  With the wrong convention a model's output makes no sense.
+  """
+  final_norm = tree.leaves[f'{FINAL_NORM}/scale']
+  mean = float(np.mean(final_norm.read()))
+  if (mean > 0.5) != (scale == 'one'):
+    other = 'zero' if scale == 'one' else 'one'
+    yield (
+      f'  but norm scales average {mean:.2f} in {final_norm.path}: if the output makes no sense, '
+      f'try norm_scale={other}'
+    )
