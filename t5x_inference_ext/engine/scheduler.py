@@ -98,15 +98,25 @@ class Scheduler:
     queued = len(self._waiting) + self._inbox.submissions
     return max(0, self._table.free + self.config.prefill_rows - queued)
 
+  @property
+  def pages(self) -> tuple[int, int]:
+    """Number of the cache's pages that rows have for themselves, and of those they can have."""
+    pool = self._table.pool
+    return pool.held, pool.shards * (pool.pages - 1)
+
+  def check(self, request: Request) -> None:
+    """Raise RequestError for a request that `submit` refuses. Any thread may call this."""
+    check_request(request, self.config, self._table, self.model.config.vocab_size)
+    if (request.text or request.stop_texts) and self._vocabulary is None:
+      raise RequestError('text and stop texts need a vocabulary, and this engine has none')
+
   def submit(self, request: Request) -> Handle:
     """Queue a request; return its handle. Any thread may call this, also during a step.
 
     Raises:
       RequestError: The request does not fit the config. Nothing is queued.
     """
-    check_request(request, self.config, self._table, self.model.config.vocab_size)
-    if (request.text or request.stop_texts) and self._vocabulary is None:
-      raise RequestError('text and stop texts need a vocabulary, and this engine has none')
+    self.check(request)
     return self._inbox.submit(request)
 
   def cancel(self, handle: Handle) -> None:
