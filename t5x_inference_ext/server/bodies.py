@@ -1,5 +1,6 @@
 """Bodies of requests: their fields, types and ranges. Unknown fields are refused by name."""
 
+import re
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
@@ -12,6 +13,8 @@ MAX_CHOICES = 128  # samples of a prompt
 MAX_TOP = 20  # most likely tokens told with each token
 MAX_STOPS = 16  # texts that end a row
 _MAX_NAMES = 12  # unknown fields named in an error
+# Parts of pydantic's places that name a member of a union.
+_TYPE = re.compile(r'str|list\[.*\]')
 
 _Body = TypeVar('_Body', bound=pydantic.BaseModel)
 _Count = Annotated[int, pydantic.Field(ge=1, le=LARGEST_WHOLE)]
@@ -261,7 +264,7 @@ def _told(error: pydantic.ValidationError) -> ApiError:
     return invalid(f'unknown fields: {names}{more}', unknown[0], 'unknown_field')
   first = errors[0]
   message = first['msg'].removeprefix('Input ').removeprefix('Value error, ')
-  path = _path(first['loc'][:1] if first['loc'][:1] == ('stop',) else first['loc'])
+  path = _path(first['loc'])
   if not path:  # a check of several fields, whose message begins with the first of them
     return invalid(printable(message), message.split()[0], 'invalid_value')
   if first['type'] == 'missing':
@@ -274,13 +277,10 @@ def _path(loc: tuple[int | str, ...]) -> str:
   """Return the place of a field: messages[0].role."""
   path = ''
   for part in loc:
-    path += (
-      f'[{part}]'
-      if isinstance(part, int)
-      else f'.{printable(part, 60)}'
-      if path
-      else printable(part, 60)
-    )
+    if isinstance(part, int):
+      path += f'[{part}]'
+    elif not path or not _TYPE.fullmatch(part):
+      path += f'.{printable(part, 60)}' if path else printable(part, 60)
   return path
 
 

@@ -39,7 +39,7 @@ class MeasuredRate:
     return self._sum / max(min(now - self._begin, WINDOW_SECONDS), 1.0)
 
   def _forget(self, now: float) -> None:
-    while self._parts and now - self._parts[0][0] > WINDOW_SECONDS:
+    while self._parts and now - self._parts[0][0] >= WINDOW_SECONDS:
       self._sum -= self._parts.popleft()[1]
     if not self._parts:
       self._sum = 0.0  # without the rounding of sums
