@@ -20,7 +20,9 @@ GIN_FILES = sorted(
 NEEDS_T5X = re.compile(
   r"^(from|import) (t5x|t5x_inference_ext\.t5x)\b|^include 't5x/", re.MULTILINE
 )
-COMMANDS = ('t5x_inference_ext-convert', 't5x_inference_ext-infer', 't5x_inference_ext-precompile')
+COMMANDS = tuple(
+  f't5x_inference_ext-{name}' for name in ('convert', 'infer', 'serve', 'precompile')
+)
 # Frameworks with import costs or global state, which a user of the Python API has not asked for.
 FRAMEWORKS = ('absl.flags', 'gin', 'seqio', 'tensorflow', 't5x', 'flax')
 

@@ -31,6 +31,7 @@ class Answer:
     finishes: Why samples have ended.
     queue_seconds: Time until the first prompt's work began; None before.
     first_seconds: Time until the first token; None before.
+    closed: Whether nobody waits for the answer any more.
 
   Raises:
     ApiError: More prompts wait than the bounds allow.
@@ -60,6 +61,7 @@ class Answer:
     self._wake = asyncio.Event()
     self._wakes = True
     self._error: ApiError | None = None
+    self.closed = False
     self.prompt_tokens = self.new_tokens = 0
     self.finishes: list[str] = []
     self.queue_seconds: float | None = None
@@ -129,6 +131,7 @@ class Answer:
 
   def close(self) -> None:
     """Cancel what has not ended, and count it no longer."""
+    self.closed = True
     for ticket in self._tickets:
       if ticket.left:
         self._driver.cancel(ticket)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Coroutine, Sequence
 import contextlib
 from typing import Any
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp
 
@@ -137,7 +137,13 @@ async def _answer(
 
   async def begin() -> _Form:
     """Tokenize, check and queue the prompts; return the form of the answer."""
-    found = await asyncio.to_thread(requests) if in_thread else requests()
+
+    def tokenize() -> _Requests:
+      if answer.closed:  # while it waited for a thread
+        raise ClientDisconnect
+      return requests()
+
+    found = await asyncio.to_thread(tokenize) if in_thread else tokenize()
     answer.prompt_tokens = sum(len(each.tokens) for each in found)
     for each in found:
       try:

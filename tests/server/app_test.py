@@ -136,9 +136,10 @@ class TestLoad:
         assert service.scheduler.steps - steps <= 3
       assert 'finished_reason="abort"' in http.get('/metrics').text
 
-  def test_clients_take_turns(self):
-    service = stub_service(ServerOptions(port=0, api_key='a'), slots=1, seconds=0.005)
-    service.keys = app.Service.__init__.__globals__['Keys'](['a', 'b'])
+  def test_clients_take_turns(self, tmp_path):
+    (tmp_path / 'keys').write_text('a\nb\n')
+    options = ServerOptions(port=0, api_key_file=str(tmp_path / 'keys'))
+    service = stub_service(options, slots=1, seconds=0.005)
     with running(service) as url, client(url) as http:
       many = {'prompt': ['x'] * 40, 'max_tokens': 10, 'stream': True}
       with http.stream(
