@@ -1,8 +1,10 @@
 """The server as an ASGI application: its routes, and what stands in front of them."""
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 import importlib.resources
 import time
+import traceback
 from typing import Any
 
 from starlette.applications import Starlette
@@ -24,6 +26,7 @@ from t5x_inference_ext.server.service import Service
 _OPEN = ('/health', '/metrics', '/version', '/status')
 # Paths that are asked every few seconds, and are not logged.
 _QUIET = ('/health', '/metrics', '/status')
+_MOST_TRACEBACK = 4000  # characters of a traceback in the log
 _PAGE_TYPES = {
   '.html': 'text/html; charset=utf-8',
   '.js': 'text/javascript; charset=utf-8',
@@ -91,7 +94,11 @@ class _Gate:
     record: dict[str, Any] = {}
     scope['state'] = {'record': record, 'client': address}
 
+    whole = False
+
     async def send_noted(message: Message) -> None:
+      nonlocal whole
+      whole = message['type'] == 'http.response.body' and not message.get('more_body')
       if message['type'] == 'http.response.start':
         record['status'] = message['status']
         message['headers'] = [
@@ -110,6 +117,10 @@ class _Gate:
         await response(scope, receive, send_noted)
         return
       await self._app(scope, receive, send_noted)
+    except Exception:  # whatever it is, the answer says so, and other requests go on
+      record['traceback'] = traceback.format_exc()[-_MOST_TRACEBACK:]
+      if not whole:
+        raise  # the connection is closed
     finally:
       if path not in _QUIET and path not in self._page:
         self._service.log.write(
@@ -144,11 +155,14 @@ async def _tokenize(service: Service, request: Request) -> Response:
   body = validated(TokenizeBody, await read_json(request, service.options.max_body_bytes))
   service.check_model(body.model)
   translator = service.translator
-  if body.messages is not None:
-    tokens = list(translator.chat_ids(body.messages, body.tools, body.chat_template_kwargs))
-  else:
+
+  def encode() -> list[int]:
+    if body.messages is not None:
+      return list(translator.chat_ids(body.messages, body.tools, body.chat_template_kwargs))
     bos = translator.bos if body.add_special_tokens is not False else ()
-    tokens = [*bos, *translator.prompt_ids(body.prompt or '')]
+    return [*bos, *translator.prompt_ids(body.prompt or '')]
+
+  tokens = await asyncio.to_thread(encode)
   return JSONResponse(
     {'tokens': tokens, 'count': len(tokens), 'max_model_len': translator.max_length}
   )

@@ -10,6 +10,7 @@ from t5x_inference_ext.options import LARGEST_WHOLE, short_repr
 from t5x_inference_ext.server.api_errors import ApiError, invalid
 
 MAX_CHOICES = 128  # samples of a prompt
+MAX_SAMPLES = 1024  # of all prompts of a request
 MAX_TOP = 20  # most likely tokens told with each token
 MAX_STOPS = 16  # texts that end a row
 _MAX_NAMES = 12  # unknown fields named in an error
@@ -155,6 +156,8 @@ class CompletionBody(GenerationBody):
   def _as_many(self) -> 'CompletionBody':
     if self.best_of is not None and self.best_of != self.choices:
       raise ValueError('best_of should be n: other numbers are not supported')
+    if len(self.prompts) * self.choices > MAX_SAMPLES:
+      raise ValueError(f'n times the number of prompts should be at most {MAX_SAMPLES}')
     if self.max_tokens == 0 and not self.echo:
       raise ValueError('max_tokens should be 1 or more, unless echo is true')
     return self

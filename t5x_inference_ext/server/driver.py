@@ -205,7 +205,7 @@ class Driver:
     if self._inbox.closed:
       return False
     if scores:
-      self._call(_resolve, scores, self._score([each.prompt for each in scores]))
+      self._score_all(scores)
     events = self.scheduler.step()
     self.steps += 1
     if events:
@@ -233,6 +233,15 @@ class Driver:
         taken.append(each)
     return taken
 
+  def _score_all(self, scores: list[_Score]) -> None:
+    """Score prompts, and hand out the results. An error is theirs alone: rows go on."""
+    try:
+      results = self._score([each.prompt for each in scores])
+    except Exception as error:  # such as too little memory for a long prompt
+      why = f'the prompt could not be scored ({type(error).__name__}): try a shorter one'
+      results = [ApiError(500, why, code='scoring_failed')] * len(scores)
+    self._call(_resolve, scores, results)
+
   def _feed(self) -> None:
     """Give the scheduler as many tickets as it can begin."""
     for _ in range(self.scheduler.wanted):
@@ -257,5 +266,9 @@ class Driver:
 
 def _resolve(scores: list[_Score], results: list[Any]) -> None:
   for each, result in zip(scores, results):
-    if not each.future.done():
+    if each.future.done():
+      continue
+    if isinstance(result, ApiError):
+      each.future.set_exception(result)
+    else:
       each.future.set_result(result)

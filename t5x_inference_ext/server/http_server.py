@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+import contextlib
 import os
 import socket
 from types import FrameType
@@ -31,15 +32,17 @@ def bind(options: ServerOptions) -> socket.socket:
       options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )
     family, kind, protocol, _, address = found[0]
-    listener = socket.socket(family, kind, protocol)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind(address)
+    with contextlib.ExitStack() as stack:
+      listener = stack.enter_context(socket.socket(family, kind, protocol))
+      listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+      listener.bind(address)
+      stack.pop_all()
+      return listener
   except OSError as error:
     raise RequestError(
       f"can't listen at {options.host}:{options.port} ({error.strerror}): choose another --port or "
       '--host'
     ) from error
-  return listener
 
 
 def address_of(listener: socket.socket) -> str:

@@ -92,7 +92,8 @@ class TestLoad:
       with http.stream(
         'POST', '/v1/completions', json={**ASKED, 'max_tokens': 1000, 'stream': True}
       ) as one:
-        next(one.iter_lines())
+        lines = one.iter_lines()  # dropping it would close the connection
+        next(lines)
         until(lambda: service.bounds.waiting == 0)
         body = {**ASKED, 'max_tokens': 1000, 'n': 1, 'prompt': ['a', 'b', 'c'], 'stream': True}
         with http.stream('POST', '/v1/completions', json=body):
@@ -112,7 +113,8 @@ class TestLoad:
     with running(service) as url, client(url) as http:
       body = {**ASKED, 'max_tokens': 1000, 'stream': True}
       with http.stream('POST', '/v1/completions', json=body) as one:
-        next(one.iter_lines())
+        lines = one.iter_lines()  # dropping it would close the connection
+        next(lines)
         with http.stream('POST', '/v1/completions', json={**body, 'prompt': '\u00e9' * 400}):
           until(lambda: service.bounds.tokens == 800)
 
@@ -127,14 +129,22 @@ class TestLoad:
   def test_a_client_that_leaves_frees_its_slot_within_a_step(self):
     service = stub_service(slots=2, seconds=0.05)
     with running(service) as url, client(url) as http:
-      for stream in (True, False):
-        body = {**ASKED, 'max_tokens': 10_000 if stream else 1000, 'stream': stream}
-        with pytest.raises(httpx.TimeoutException):
-          http.post('/v1/completions', json=body, timeout=0.3)
-        steps = service.scheduler.steps
-        until(lambda: not any(service.scheduler.rows))
-        assert service.scheduler.steps - steps <= 3
-      assert 'finished_reason="abort"' in http.get('/metrics').text
+      body = {**ASKED, 'max_tokens': 1000}
+      with http.stream('POST', '/v1/completions', json={**body, 'stream': True}) as one:
+        lines = one.iter_lines()
+        next(lines)
+      self._wait_for_free_slots(service)
+      with pytest.raises(httpx.TimeoutException):
+        http.post('/v1/completions', json=body, timeout=0.3)
+      self._wait_for_free_slots(service)
+      assert 'vllm:request_success_total{finished_reason="abort",model_name="stub"} 2' in (
+        http.get('/metrics').text
+      )
+
+  def _wait_for_free_slots(self, service):
+    steps = service.scheduler.steps
+    until(lambda: not any(service.scheduler.rows))
+    assert service.scheduler.steps - steps <= 3
 
   def test_clients_take_turns(self, tmp_path):
     (tmp_path / 'keys').write_text('a\nb\n')
@@ -145,7 +155,8 @@ class TestLoad:
       with http.stream(
         'POST', '/v1/completions', json=many, headers={'authorization': 'Bearer a'}
       ) as one:
-        next(one.iter_lines())
+        lines = one.iter_lines()  # dropping it would close the connection
+        next(lines)
         begin = time.monotonic()
         http.post('/v1/completions', json=ASKED, headers={'authorization': 'Bearer b'})
         assert time.monotonic() - begin < 1  # of two turns, not of forty

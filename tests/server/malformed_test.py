@@ -44,6 +44,7 @@ COMPLETIONS = [
   (_with(PROMPT, n=0), 'n'),
   (_with(PROMPT, n=10**6), 'n'),
   (_with(PROMPT, n=True), 'n'),
+  (_with({'prompt': ['x'] * 9}, n=128), 'n'),
   (_with(PROMPT, best_of=3), 'best_of'),
   (_with(PROMPT, max_tokens=0), 'max_tokens'),
   (_with(PROMPT, max_tokens=-1), 'max_tokens'),
