@@ -48,17 +48,31 @@ PLOTS = 'matplotlib>=3.11'
 # Models by their names: hf:OWNER/NAME.
 HUB = 'huggingface_hub>=2.4'
 
+# HTTP over the engine.
+SERVER_REQUIRES = [
+  'httptools>=0.9',  # with uvloop, half the processor time of a streamed token
+  'prometheus_client>=0.26',
+  'pydantic>=2.14',
+  'starlette>=1.10',
+  'uvicorn>=0.54',
+  "uvloop>=0.23; sys_platform != 'win32'",
+]
+
 TEST_REQUIRES = [
   *SEQIO_REQUIRES,
+  *SERVER_REQUIRES,
   HUB,
   PLOTS,  # figures are drawn in tests too
   'gguf>=0.19',  # the oracle of quantized blocks
+  'httpx>=0.28',  # with openai, the clients of the server
   'hypothesis>=6.150.3',
   # Tests of the compiled programs; on a platform without it they are skipped, and say so.
   f"{LIBTPU}; sys_platform == 'linux' and platform_machine == 'x86_64'",
+  'openai>=3.57',
   'pytest>=9.0.3',
   'pytest-xdist>=3.8',  # two test files at a time
   'safetensors>=0.8',  # the oracle of headers
+  'selenium>=4.51',  # the server's page in Chromium, where there is one
   # tests/package_test.py builds the wheel without isolation; 70.1 no longer needs `wheel`.
   'setuptools>=70.1',
   # The checks that `make test` runs before pytest, and the checker of array types in tests.
@@ -87,7 +101,11 @@ setuptools.setup(
   # configs/ is found as t5x_inference_ext.configs, through a symbolic link in the checkout; the
   # wheel and the sdist hold real files. gin finds files by package: each directory is one.
   packages=setuptools.find_packages(include=['t5x_inference_ext', 't5x_inference_ext.*']),
-  package_data={'': ['*.gin']},
+  package_data={
+    '': ['*.gin'],
+    't5x_inference_ext.runs.selfcheck': ['golden.json'],
+    't5x_inference_ext.server': ['page/*'],
+  },
   python_requires='>=3.11',
   install_requires=INSTALL_REQUIRES,
   extras_require={
@@ -96,6 +114,7 @@ setuptools.setup(
     'tpu': [LIBTPU, 'requests>=2.32'],
     'plots': [PLOTS],
     'hub': [HUB],
+    'server': SERVER_REQUIRES,
     'test': TEST_REQUIRES,
     'mutants': MUTANTS_REQUIRES,
   },
@@ -105,7 +124,9 @@ setuptools.setup(
       't5x_inference_ext-inspect = t5x_inference_ext.commands.inspect_checkpoint:run',
       't5x_inference_ext-infer = t5x_inference_ext.commands.infer:run',
       't5x_inference_ext-plan = t5x_inference_ext.commands.plan:run',
+      't5x_inference_ext-serve = t5x_inference_ext.commands.serve:run',
       't5x_inference_ext-precompile = t5x_inference_ext.commands.precompile:run',
+      't5x_inference_ext-selfcheck = t5x_inference_ext.commands.selfcheck:run',
     ]
   },
   classifiers=[

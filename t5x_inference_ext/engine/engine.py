@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from t5x_inference_ext.checkpoints import Checkpoint, open_checkpoint
+from t5x_inference_ext.checkpoints.identity import WeightsIdentity, weights_identity
 from t5x_inference_ext.checkpoints.load import load_weights, scans_layers
 from t5x_inference_ext.engine.conversation import Conversation
 from t5x_inference_ext.engine.core import Core
@@ -237,6 +238,11 @@ class Engine(Scorer):
     """The engine's scheduler and its streams."""
     return Core(self.model, self.weights, self.checkpoint.vocabulary)
 
+  @functools.cached_property
+  def weights_identity(self) -> WeightsIdentity:
+    """The identity of the checkpoint's weights."""
+    return weights_identity(self.checkpoint)
+
   def requests(
     self,
     prompts: Sequence[Sequence[int]],
@@ -282,7 +288,7 @@ class Engine(Scorer):
   @property
   def bos(self) -> tuple[int, ...]:
     """The token in front of each prompt, or none."""
-    return self.checkpoint.text.front
+    return () if self.checkpoint.bos_id is None else (self.checkpoint.bos_id,)
 
   def _end_ids(self, eos_id: int | Sequence[int] | None) -> tuple[int, ...]:
     if eos_id is None:

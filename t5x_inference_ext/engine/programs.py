@@ -158,5 +158,5 @@ def generation_for(
 
 
 # Passes over whole sequences.
-log_probs = _replicated(long_scoring.score_sequences)
+log_probs = _replicated(long_scoring.score_sequences, 'top')
 logits = _replicated(Model.logits)

@@ -98,16 +98,30 @@ class Scheduler:
     queued = len(self._waiting) + self._inbox.submissions
     return max(0, self._table.free + self.config.prefill_rows - queued)
 
+  @property
+  def pages(self) -> tuple[int, int]:
+    """Number of the cache's pages that rows have for themselves, and of those they can have."""
+    pool = self._table.pool
+    return pool.held, pool.shards * (pool.pages - 1)
+
+  def check(self, request: Request) -> Request:
+    """Return a request as it can be served, unless `submit` refuses it. Any thread may call this.
+
+    Raises:
+      RequestError: The request does not fit the config.
+    """
+    request = admitted(request, self.config, self._table, self.model.config)
+    if (request.text or request.stop_texts) and self._vocabulary is None:
+      raise RequestError('text and stop texts need a vocabulary, and this engine has none')
+    return request
+
   def submit(self, request: Request) -> Handle:
     """Queue a request; return its handle. Any thread may call this, also during a step.
 
     Raises:
       RequestError: The request does not fit the config. Nothing is queued.
     """
-    request = admitted(request, self.config, self._table, self.model.config)
-    if (request.text or request.stop_texts) and self._vocabulary is None:
-      raise RequestError('text and stop texts need a vocabulary, and this engine has none')
-    return self._inbox.submit(request)
+    return self._inbox.submit(self.check(request))
 
   def cancel(self, handle: Handle) -> None:
     """End a request within the next step, unless it has ended. Any thread may call this."""

@@ -1,6 +1,7 @@
 """Log-probabilities of given tokens on one shard, without the logits of all positions at once."""
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
@@ -15,13 +16,28 @@ from t5x_inference_ext.sharding.layout import Axes
 MAX_LOGITS = 2**26
 
 
+class RankedTokens(NamedTuple):
+  """Log-probabilities of given tokens, and the most likely tokens in their places.
+
+  Attributes:
+    log_probs: [rows, T] float32. Log-probability of each given token.
+    top_tokens: [rows, T, top] int32. The most likely ids, in order.
+    top_log_probs: [rows, T, top] float32. Their log-probabilities.
+  """
+
+  log_probs: jax.Array
+  top_tokens: jax.Array
+  top_log_probs: jax.Array
+
+
 def target_log_probs(
   x: Float[Array, 'b t e'],
   targets: Int[Array, 'rows T'],
   logits: Callable[[jax.Array], jax.Array],
   axes: Axes,
   width: int,
-) -> Float[Array, 'rows T']:
+  top: int = 0,
+) -> Float[Array, 'rows T'] | RankedTokens:
   """Return log p(target) at each position, computing the logits of some positions at a time.
 
   Args:
@@ -31,15 +47,21 @@ def target_log_probs(
       float32 logits [rows, positions of all shards, V].
     axes: Mesh axes that split the positions of x.
     width: Elements of one position's logits on a device while they are computed.
+    top: How many of the most likely tokens are returned with each target.
 
   Returns:
-    [rows, T] float32.
+    [rows, T] float32; with `top`, RankedTokens.
   """
+
+  def scores(inputs: tuple[jax.Array, jax.Array]) -> Any:
+    x, targets = inputs
+    return _ranked(logits(x), targets, top) if top else _gather_log_probs(logits(x), targets)
+
   shards, length = ops.axis_size(axes), x.shape[1]
   chunk = max(1, min(length, MAX_LOGITS // (width * shards)))  # positions of a shard at a time
   chunks = -(-length // chunk)
   if chunks == 1:
-    return _gather_log_probs(logits(x), targets)
+    return scores((x, targets))
   padding = chunks * chunk - length
   x = jnp.pad(x, ((0, 0), (0, padding), (0, 0))).reshape(x.shape[0], chunks, chunk, x.shape[2])
   rows = targets.shape[0]
@@ -47,14 +69,13 @@ def target_log_probs(
   split = jnp.moveaxis(split.reshape(rows, shards, chunks, chunk), 2, 0)
   split = split.reshape(chunks, rows, shards * chunk)
 
-  def chunk_log_probs(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
-    x, targets = inputs
-    return _gather_log_probs(logits(x), targets)
+  def whole(found: jax.Array) -> jax.Array:
+    rest = found.shape[3:]
+    found = jnp.moveaxis(found.reshape(chunks, rows, shards, chunk, *rest), 0, 2)
+    found = found.reshape(rows, shards, chunks * chunk, *rest)
+    return found[:, :, :length].reshape(rows, shards * length, *rest)
 
-  found = lax.map(chunk_log_probs, (jnp.moveaxis(x, 1, 0), split))
-  found = jnp.moveaxis(found.reshape(chunks, rows, shards, chunk), 0, 2)
-  found = found.reshape(rows, shards, chunks * chunk)
-  return found[:, :, :length].reshape(rows, shards * length)
+  return jax.tree.map(whole, lax.map(scores, (jnp.moveaxis(x, 1, 0), split)))
 
 
 def _gather_log_probs(
@@ -62,3 +83,11 @@ def _gather_log_probs(
 ) -> Float[Array, 'rows t']:
   target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
   return target_logits - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _ranked(
+  logits: Float[Array, 'rows t V'], targets: Int[Array, 'rows t'], top: int
+) -> RankedTokens:
+  most, ids = lax.top_k(logits, top)
+  likely = most - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+  return RankedTokens(_gather_log_probs(logits, targets), ids, likely)

@@ -16,7 +16,7 @@ from t5x_inference_ext.model import cache as kv_cache
 from t5x_inference_ext.model.cache import KeysValues, KVCache
 from t5x_inference_ext.model.chunks import empty_cache
 from t5x_inference_ext.model.embedding import unembed
-from t5x_inference_ext.model.log_probs import target_log_probs
+from t5x_inference_ext.model.log_probs import RankedTokens, target_log_probs
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
 from t5x_inference_ext.sharding.layout import num_shards
@@ -36,33 +36,42 @@ def chunk_size(model: Model, rows: int, length: int) -> int:
 
 
 def score_sequences(
-  model: Model, weights: Weights, tokens: Int[Array, 'B T'], targets: Int[Array, 'B T']
-) -> Float[Array, 'B T']:
-  """Return log p(target | inputs so far) at each position, as Model.log_probs does.
+  model: Model,
+  weights: Weights,
+  tokens: Int[Array, 'B T'],
+  targets: Int[Array, 'B T'],
+  top: int = 0,
+) -> Float[Array, 'B T'] | RankedTokens:
+  """Return log p(target | inputs so far) at each position, as Model.target_scores does.
 
   Args:
     model: The model.
     weights: Weights on the model's mesh.
     tokens: [B, T] int32. Model inputs (BOS first).
     targets: [B, T] int32. Target of each position.
+    top: How many of the most likely tokens are returned too, as RankedTokens.
   """
   rows, length = tokens.shape
   size = chunk_size(model, rows, length)
   if size >= length:
-    return model.log_probs(weights, tokens, targets)
+    return model.target_scores(weights, tokens, targets, top)
   steps = -(-length // size)
   padding = (0, 0), (0, steps * size - length)
   chunks = (jnp.pad(ids, padding).reshape(rows, steps, size) for ids in (tokens, targets))
   prefill = model.prefilling
   cache = empty_cache(prefill, weights, rows, steps * size)
 
-  def step(cache: KVCache, chunk: Any) -> tuple[KVCache, jax.Array]:
+  def step(cache: KVCache, chunk: Any) -> tuple[KVCache, Any]:
     tokens, targets = chunk
-    found, cache = score_chunk(prefill, weights, cache, tokens, targets)
+    found, cache = score_chunk(prefill, weights, cache, tokens, targets, top)
     return cache, found
 
+  def whole(found: jax.Array) -> jax.Array:
+    joined = jnp.moveaxis(found, 0, 1).reshape(rows, steps * size, *found.shape[3:])
+    return joined[:, :length]
+
   _, found = lax.scan(step, cache, tuple(jnp.moveaxis(ids, 1, 0) for ids in chunks))
-  return jnp.moveaxis(found, 0, 1).reshape(rows, steps * size)[:, :length]
+  return jax.tree.map(whole, found)
 
 
 def score_chunk(
@@ -71,7 +80,8 @@ def score_chunk(
   cache: KVCache,
   tokens: Int[Array, 'B T'],
   targets: Int[Array, 'B T'],
-) -> tuple[Float[Array, 'B T'], KVCache]:
+  top: int = 0,
+) -> tuple[Float[Array, 'B T'] | RankedTokens, KVCache]:
   """Run T more tokens per row after the cached ones; return their targets' log-probabilities.
 
   Args:
@@ -80,9 +90,10 @@ def score_chunk(
     cache: KVCache with room for T more positions in each row.
     tokens: [B, T] int32. Model inputs.
     targets: [B, T] int32. Target of each position.
+    top: How many of the most likely tokens are returned too, as RankedTokens.
 
   Returns:
-    [B, T] float32, and the cache with the tokens in it.
+    [B, T] float32 or RankedTokens, and the cache with the tokens in it.
   """
   rows, length = tokens.shape
   sharding = model.chunk_sharding(rows, length)
@@ -98,11 +109,11 @@ def score_chunk(
     kv: KeysValues,
     targets: jax.Array,
     counts: jax.Array,
-  ) -> tuple[jax.Array, KVCache]:
+  ) -> tuple[Any, KVCache]:
     def logits(x: jax.Array) -> jax.Array:
       return unembed(model, sharding, weights, x, position_axes, rows)
 
-    found = target_log_probs(x, targets, logits, position_axes, width)
+    found = target_log_probs(x, targets, logits, position_axes, width, top)
     return found, kv_cache.append(cache, *kv, counts)
 
   spec = model.cache_spec(sharding, weights, cache)
@@ -115,4 +126,4 @@ def score_chunk(
     inputs=(P(sampling), P(sharding.attention_rows)),
     outputs=(P(sampling), spec),
   )(weights, cache, tokens, targets, jnp.full(rows, length, jnp.int32))
-  return found[:, :length], cache
+  return jax.tree.map(lambda each: each[:, :length], found), cache

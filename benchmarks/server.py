@@ -1,0 +1,187 @@
+"""The server's own work, and a model served over HTTP beside Engine.stream.
+
+    python -m benchmarks.server                              # beside steps that compute nothing
+    python -m benchmarks.server --checkpoint=DIR [--slots=32] [--new_tokens=64]
+
+Run from the root of a checkout. Clients stream answers, in a process of their own. Without a
+checkpoint the figure is the processor time of the server's process for each step of `slots` rows,
+of which each gets a token: HTTP, JSON, metrics and threads, and the stub's own events. A step
+sleeps for 10 ms, as a device would work. With a checkpoint the figures are tokens a second of the
+clients together, beside one caller of Engine.stream on the same engine; the two take turns.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+
+from benchmarks.stub_scheduler import stub_service
+from t5x_inference_ext.server.http_server import HttpServer, address_of, bind
+from t5x_inference_ext.server.options import ServerOptions
+from t5x_inference_ext.server.request_log import RequestLog
+
+STEP_SECONDS = 0.01
+PROMPT = 'The quick brown fox jumps over the lazy dog. '
+
+
+class ServedService:
+  """A server in a thread of this process, until `close`."""
+
+  def __init__(self, service):
+    self._ready = threading.Event()
+    self._server = HttpServer(service, lambda line: self._ready.set())
+    listener = bind(service.options)
+    self.url = address_of(listener)
+    self._service = service
+    self._thread = threading.Thread(target=self._server.run_until_stopped, args=(listener,))
+    self._thread.start()
+    self._ready.wait()
+
+  def close(self):
+    """End the server."""
+    self._server.stop()
+    self._thread.join()
+    self._service.driver.close()
+    self._service.log.close()
+
+
+async def stream_one(host: str, port: int, body: dict) -> float:
+  """Ask for a stream; return the time of its last token."""
+  reader, writer = await asyncio.open_connection(host, port)
+  data = json.dumps(body).encode()
+  writer.write(
+    b'POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n'
+    b'connection: close\r\ncontent-length: %d\r\n\r\n' % len(data)
+  )
+  writer.write(data)
+  answer = await reader.read()
+  writer.close()
+  assert answer.startswith(b'HTTP/1.1 200 ') and b'data: [DONE]' in answer, answer[:300]
+  return time.perf_counter()
+
+
+def run_clients(url: str, count: int, new_tokens: int) -> None:
+  """Print the seconds that clients together waited for all of their tokens."""
+  host, _, port = url.removeprefix('http://').partition(':')
+
+  async def all_clients():
+    bodies = [
+      {
+        'prompt': f'{i} {PROMPT}',
+        'max_tokens': new_tokens,
+        'stream': True,
+        'ignore_eos': True,
+        'temperature': 0,
+      }
+      for i in range(count)
+    ]
+    begin = time.perf_counter()
+    ends = await asyncio.gather(*(stream_one(host, int(port), body) for body in bodies))
+    return max(ends) - begin
+
+  print(asyncio.run(all_clients()))
+
+
+def clients(url: str, count: int, new_tokens: int) -> float:
+  """Return what run_clients prints, in a process of its own."""
+  command = [sys.executable, '-m', 'benchmarks.server', f'--clients_of={url}']
+  command += [f'--slots={count}', f'--new_tokens={new_tokens}']
+  return float(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
+
+
+def stub_case(args) -> None:
+  """Print the server's processor time a step, beside steps that compute nothing."""
+  with open(os.devnull, 'w', encoding='utf-8') as nowhere:
+    service = stub_service(
+      ServerOptions(port=0, max_length=10**6),
+      RequestLog(nowhere),
+      slots=args.slots,
+      seconds=STEP_SECONDS,
+    )
+    served = ServedService(service)
+    clients(served.url, args.slots, 100)  # warms up
+    found = []
+    for _ in range(args.repeats):
+      steps, begin = service.driver.steps, time.process_time()
+      clients(served.url, args.slots, args.new_tokens)
+      found.append((time.process_time() - begin) / (service.driver.steps - steps) * 1e3)
+    served.close()
+  print(
+    f'{args.slots} streams of {args.new_tokens} tokens, steps that compute nothing: '
+    f'{statistics.median(found):.2f} ms of processor time a step '
+    f'({", ".join(f"{each:.2f}" for each in found)})'
+  )
+
+
+def model_case(args) -> None:
+  """Print tokens a second over HTTP, beside those of Engine.stream."""
+  import jax
+
+  from t5x_inference_ext.engine.engine import Engine
+  from t5x_inference_ext.runs.infer_options import InferOptions
+  from t5x_inference_ext.server.launch import compile_programs, make_scheduler, make_service
+
+  engine = Engine.load(args.checkpoint, mesh='1x1x1', dtype=args.dtype)
+  options = ServerOptions(port=0, max_length=256, model_name='model')
+  model = InferOptions(checkpoint=args.checkpoint, batch_size=args.slots, dtype=args.dtype)
+  settings = engine.checkpoint.text
+  scheduler, inbox = make_scheduler(engine, settings, model, options)
+  compile_programs(scheduler, print)
+  prompts = [f'{i} {PROMPT}' for i in range(args.slots)]
+
+  def stream() -> float:
+    # The scheduler of the server and this one have equal sizes, and so the same programs.
+    sizes = {'slots': args.slots, 'max_length': 256, 'eos_id': -1, 'top_log_probs': 20}
+    begin = time.perf_counter()
+    with engine.stream(prompts, max_new_tokens=args.new_tokens, **sizes) as events:
+      count = sum(len(event.tokens) for event in events)
+    assert count == args.slots * args.new_tokens
+    return count / (time.perf_counter() - begin)
+
+  with open(os.devnull, 'w', encoding='utf-8') as nowhere:
+    service = make_service(engine, scheduler, inbox, settings, options, RequestLog(nowhere))
+    served = ServedService(service)
+
+    def over_http() -> float:
+      return args.slots * args.new_tokens / clients(served.url, args.slots, args.new_tokens)
+
+    rates = {'Engine.stream': (stream, []), 'over HTTP': (over_http, [])}
+    for run, _ in rates.values():
+      run()
+    for _ in range(args.repeats):
+      for run, found in rates.values():
+        found.append(run())
+    served.close()
+  device = jax.devices()[0].device_kind
+  print(f'{args.slots} streams of {args.new_tokens} tokens, {args.dtype}, {device}, tokens/s:')
+  for name, (_, found) in rates.items():
+    print(f'  {name}: {statistics.median(found):.1f} ({", ".join(f"{f:.1f}" for f in found)})')
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--checkpoint', help='a checkpoint; without one, steps compute nothing')
+  parser.add_argument('--slots', type=int, default=32)
+  parser.add_argument('--new_tokens', type=int, help='of each stream; 64, or 500 without a model')
+  parser.add_argument('--dtype', default='float32')
+  parser.add_argument('--repeats', type=int, default=3)
+  parser.add_argument('--clients_of', help=argparse.SUPPRESS)
+  args = parser.parse_args()
+  args.new_tokens = args.new_tokens or (64 if args.checkpoint else 500)
+  if args.clients_of:
+    run_clients(args.clients_of, args.slots, args.new_tokens)
+  elif args.checkpoint:
+    model_case(args)
+  else:
+    stub_case(args)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,110 @@
+"""Who may send requests: API keys, and the names that the Host header may have."""
+
+from collections.abc import Mapping, Sequence
+import hashlib
+import hmac
+import ipaddress
+
+from t5x_inference_ext.errors import RequestError, printable
+from t5x_inference_ext.server.api_errors import ApiError
+from t5x_inference_ext.server.options import ServerOptions
+
+_LOCAL_NAMES = ('localhost', '127.0.0.1', '::1')
+
+
+class Keys:
+  """API keys, kept as digests.
+
+  Args:
+    keys: The keys; none: every request is let in.
+  """
+
+  def __init__(self, keys: Sequence[str]) -> None:
+    self._digests = [_digest(key) for key in keys]
+
+  def client(self, headers: Mapping[str, str]) -> str | None:
+    """Return a name of the client that a request's key stands for; None without keys.
+
+    The time that this takes tells nothing about the keys: all are compared, by their digests.
+
+    Raises:
+      ApiError: The request has no key that is known.
+    """
+    if not self._digests:
+      return None
+    scheme, _, key = headers.get('authorization', '').partition(' ')
+    digest = _digest(key.strip())
+    known = [hmac.compare_digest(digest, each) for each in self._digests]
+    if scheme.lower() != 'bearer' or not any(known):
+      raise ApiError(
+        401,
+        'this server needs an API key: send authorization: Bearer KEY',
+        code='invalid_api_key',
+        headers={'www-authenticate': 'Bearer'},
+      )
+    return f'key {known.index(True)}'
+
+
+def _digest(key: str) -> bytes:
+  return hashlib.sha256(key.encode('utf-8', 'surrogateescape')).digest()
+
+
+def read_keys(options: ServerOptions) -> list[str]:
+  """Return the keys that the options give.
+
+  Raises:
+    RequestError: The file can't be read, or holds no key.
+  """
+  keys = [] if options.api_key is None else [options.api_key]
+  if options.api_key_file is not None:
+    name = options.api_key_file
+    try:
+      with open(name, encoding='utf-8') as file:
+        found = [line.strip() for line in file]
+    except (OSError, UnicodeDecodeError) as error:
+      raise RequestError(f"can't read api_key_file {printable(name)}: {error}") from error
+    keys += [key for key in found if key and not key.startswith('#')]
+    if not keys:
+      raise RequestError(f'api_key_file {printable(name)} holds no key: write one a line')
+  if not all(keys):
+    raise RequestError('api_key is empty: give a key, or none of the two options')
+  return keys
+
+
+def is_loopback(host: str) -> bool:
+  """Return whether an address takes connections of this machine alone."""
+  try:
+    return ipaddress.ip_address(host).is_loopback
+  except ValueError:
+    return host == 'localhost'
+
+
+class Hosts:
+  """Names that the Host header may have.
+
+  At an address of this machine alone a page of a stranger could otherwise reach the server, through
+  a name that it makes point here (DNS rebinding).
+
+  Args:
+    options: The address, and further names.
+  """
+
+  def __init__(self, options: ServerOptions) -> None:
+    names = options.allowed_host
+    if is_loopback(options.host):
+      names = (*names, *_LOCAL_NAMES, options.host)
+    self._names = {name.lower() for name in names}
+
+  def check(self, header: str) -> None:
+    """Raise ApiError for a Host header that is not one of the names."""
+    name = header.lower()
+    if name.startswith('['):
+      name = name[1:].partition(']')[0]
+    elif name.count(':') == 1:
+      name = name.partition(':')[0]
+    if self._names and name not in self._names:
+      raise ApiError(
+        403,
+        f'the Host header {printable(header, 60)!r} is not a name of this server (--allowed_host)',
+        code='host_not_allowed',
+      )

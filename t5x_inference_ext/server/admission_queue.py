@@ -1,0 +1,122 @@
+"""The bounds on what waits, and the order in which it enters the engine."""
+
+import collections
+from collections.abc import Callable, Hashable
+import math
+import time
+from typing import Generic, TypeVar
+
+from t5x_inference_ext.server.api_errors import ApiError, invalid
+from t5x_inference_ext.server.rates import MeasuredRate
+
+_LONGEST = 600  # seconds that a client is asked to wait, at most
+
+_T = TypeVar('_T')
+
+
+class Bounds:
+  """Counts the prompts that wait, and refuses more than the bounds allow.
+
+  A prompt waits from the moment its body is read, before it is rendered and tokenized, until its
+  first token. Text counts its bytes: no text has more tokens than bytes.
+
+  Args:
+    requests: Most prompts.
+    tokens: Most tokens of all prompts. One prompt may always wait, however long it is.
+    now: Returns the time in seconds.
+
+  Attributes:
+    waiting: Prompts that wait.
+    tokens: Their tokens.
+  """
+
+  def __init__(self, requests: int, tokens: int, now: Callable[[], float] = time.monotonic) -> None:
+    self._most_requests, self._most_tokens = requests, tokens
+    self.waiting = self.tokens = 0
+    self._request_rate, self._token_rate = MeasuredRate(now), MeasuredRate(now)
+
+  def enter(self, sizes: list[int]) -> None:
+    """Count prompts of these sizes, all or none.
+
+    Raises:
+      ApiError: There are too many. 429 says after how many seconds there may be room, by the rates
+        at which prompts have begun lately; 400 if there will never be room.
+    """
+    if len(sizes) > self._most_requests:
+      raise invalid(
+        f'prompt holds {len(sizes)} prompts, and at most {self._most_requests} may wait '
+        '(--max_waiting_requests): send fewer at once',
+        'prompt',
+      )
+    requests, tokens = self.waiting + len(sizes), self.tokens + sum(sizes)
+    too_long = self.waiting > 0 and tokens > self._most_tokens
+    if requests > self._most_requests or too_long:
+      seconds = max(
+        _seconds(requests - self._most_requests, self._request_rate),
+        _seconds(min(tokens - self._most_tokens, self.tokens), self._token_rate),
+      )
+      raise ApiError(
+        429,
+        f'{self.waiting} prompts of {self.tokens} tokens (bytes of text) wait already: try again '
+        f'in {seconds} s',
+        code='queue_full',
+        headers={'retry-after': str(seconds)},
+      )
+    self.waiting, self.tokens = requests, tokens
+
+  def leave(self, size: int, *, served: bool) -> None:
+    """Count a prompt no longer; `served` says whether it has begun, or was given up."""
+    self.waiting -= 1
+    self.tokens -= size
+    if served:
+      self._request_rate.add(1)
+      self._token_rate.add(size)
+
+
+def _seconds(excess: int, rate: MeasuredRate) -> int:
+  """Return the whole seconds until an excess is worked off, 1 while no rate is known."""
+  if excess <= 0 or not rate.per_second:
+    return 1
+  return min(max(1, math.ceil(excess / rate.per_second)), _LONGEST)
+
+
+class FairQueue(Generic[_T]):
+  """Items of several clients, each client's in its order; clients take turns.
+
+  A client with hundreds of items delays another one's first item by one item. Not for several
+  threads at once.
+  """
+
+  def __init__(self) -> None:
+    # Clients in the order of their turns; only those that have items.
+    self._clients: collections.OrderedDict[Hashable, dict[_T, None]] = collections.OrderedDict()
+
+  def __bool__(self) -> bool:
+    return bool(self._clients)
+
+  def __len__(self) -> int:
+    return sum(map(len, self._clients.values()))
+
+  def add(self, client: Hashable, item: _T) -> None:
+    """Add an item, the last of its client."""
+    self._clients.setdefault(client, {})[item] = None
+
+  def take(self) -> _T:
+    """Remove and return the next item. The queue must have one."""
+    client, items = next(iter(self._clients.items()))
+    item = next(iter(items))
+    del items[item]
+    del self._clients[client]
+    if items:
+      self._clients[client] = items  # the last to have its turn again
+    return item
+
+  def remove(self, client: Hashable, item: _T) -> bool:
+    """Remove an item; return whether it was there."""
+    items = self._clients.get(client, {})
+    if item not in items:
+      return False
+    del items[item]
+    if not items:
+      del self._clients[client]
+    return True

@@ -1,0 +1,198 @@
+"""One HTTP request in the engine: its tickets, their events, and what the metrics learn of them."""
+
+import asyncio
+from collections.abc import AsyncIterator, Hashable, Sequence
+from typing import Any
+
+from t5x_inference_ext.engine.request import Event, Request
+from t5x_inference_ext.server.admission_queue import Bounds
+from t5x_inference_ext.server.api_errors import ApiError
+from t5x_inference_ext.server.driver import Driver, Ticket
+from t5x_inference_ext.server.forms import FINISHES
+from t5x_inference_ext.server.metrics import Metrics
+
+
+class Answer:
+  """Follows the prompts of one HTTP request, from before they are tokenized to their last token.
+
+  A context manager: what has not ended when it closes is cancelled.
+
+  Args:
+    driver: The engine's thread.
+    bounds: Counts what waits.
+    metrics: Learn of every event.
+    sizes: Size of each prompt, as Bounds count it.
+    client: Whose request it is.
+    keep_texts: Whether the log is told the answers.
+
+  Attributes:
+    prompt_tokens: Tokens of all prompts.
+    new_tokens: Tokens of all samples so far.
+    finishes: Why samples have ended.
+    queue_seconds: Time until the first prompt's work began; None before.
+    first_seconds: Time until the first token; None before.
+    closed: Whether nobody waits for the answer any more.
+
+  Raises:
+    ApiError: More prompts wait than the bounds allow.
+  """
+
+  def __init__(
+    self,
+    driver: Driver,
+    bounds: Bounds,
+    metrics: Metrics,
+    sizes: list[int],
+    client: Hashable = None,
+    keep_texts: bool = False,
+  ) -> None:
+    bounds.enter(sizes)
+    self._driver, self._bounds, self._metrics = driver, bounds, metrics
+    self._client = client
+    self._waiting = dict(enumerate(sizes))  # sizes of the prompts that still wait
+    self._tickets: list[Ticket] = []
+    self._arrived = driver.now()
+    self._firsts: dict[int, float] = {}  # time of each prompt's first token
+    self._lasts: dict[tuple[int, int], float] = {}  # time of each sample's last token
+    self._counts: dict[tuple[int, int], int] = {}
+    self._texts: dict[tuple[int, int], str] | None = {} if keep_texts else None
+    self._left = 0
+    self._events: list[tuple[int, Event]] = []
+    self._wake = asyncio.Event()
+    self._wakes = True
+    self._error: ApiError | None = None
+    self.closed = False
+    self.prompt_tokens = self.new_tokens = 0
+    self.finishes: list[str] = []
+    self.queue_seconds: float | None = None
+    self.first_seconds: float | None = None
+
+  def submit(self, requests: Sequence[Request], *, at_once: bool) -> None:
+    """Queue the prompts' requests, which were checked.
+
+    Args:
+      requests: A request for each prompt.
+      at_once: Whether events are wanted as they come, or together at the end.
+
+    Raises:
+      ApiError: The engine is dead.
+    """
+    self._wakes = at_once
+    self._left = sum(len(request.seeds) for request in requests)
+    for number, request in enumerate(requests):
+      ticket = Ticket(request, self, self._client, number)
+      self._tickets.append(ticket)
+      self._driver.submit(ticket)
+
+  def finish_at_once(self, prompts: int, samples: int) -> None:
+    """End every sample without a token: only the prompts are told."""
+    self._left = prompts * samples
+    for number in range(prompts):
+      self._leave(number, served=True)
+      for sample in range(samples):
+        self._events.append((number, Event(number, sample, [], [], [], 'length')))
+        self._finish('length')
+    self._wake.set()
+
+  async def events(self) -> AsyncIterator[list[tuple[int, Event]]]:
+    """Yield events as pairs (number of the prompt, event) until all samples have ended.
+
+    Raises:
+      ApiError: The engine is dead, the server ends, or a row can't go on.
+    """
+    done = 0
+    while done < self._left:
+      await self._wake.wait()
+      self._wake.clear()
+      events, self._events = self._events, []
+      for _, event in events:
+        if event.finish == 'error':
+          raise ApiError(500, f'the answer can not go on: {event.error}', code='row_failed')
+        done += event.finish is not None
+      if events:
+        yield events
+      if self._error is not None and done < self._left:
+        raise self._error
+
+  def push(self, ticket: Ticket, event: Event) -> None:
+    """Take an event of a ticket."""
+    self._observe(ticket, event)
+    if self._texts is not None:
+      key = ticket.number, event.sample
+      self._texts[key] = self._texts.get(key, '') + event.text
+    self._events.append((ticket.number, event))
+    if self._wakes or len(self.finishes) == self._left or event.finish == 'error':
+      self._wake.set()
+
+  def fail(self, error: ApiError) -> None:
+    """End with an error, which whoever follows the events gets."""
+    self._error = error
+    self._wake.set()
+
+  def close(self) -> None:
+    """Cancel what has not ended, and count it no longer."""
+    self.closed = True
+    for ticket in self._tickets:
+      if ticket.left:
+        self._driver.cancel(ticket)
+    ended = len(self.finishes)
+    for _ in range(self._left - ended):
+      self._finish('abort')
+    for number in list(self._waiting):
+      self._leave(number, served=False)
+
+  def __enter__(self) -> 'Answer':
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+  def _leave(self, number: int, *, served: bool) -> None:
+    size = self._waiting.pop(number, None)
+    if size is not None:
+      self._bounds.leave(size, served=served)
+
+  def _finish(self, reason: str) -> None:
+    self.finishes.append(reason)
+    self._metrics.ended(reason)
+
+  def _observe(self, ticket: Ticket, event: Event) -> None:
+    """Count an event in the metrics."""
+    now, metrics, number = self._driver.now(), self._metrics, ticket.number
+    key = number, event.sample
+    if event.tokens:
+      if number not in self._firsts:
+        self._begin(ticket, now)
+      elif key in self._lasts:
+        # A sample's first token has none before it.
+        metrics.observe('between_tokens', (now - self._lasts[key]) / len(event.tokens))
+      self._lasts[key] = now
+      self._counts[key] = self._counts.get(key, 0) + len(event.tokens)
+      self.new_tokens += len(event.tokens)
+      metrics.made(len(event.tokens))
+    if event.finish is not None:
+      self._leave(number, served=True)
+      self._finish(FINISHES.get(event.finish, event.finish))
+      metrics.observe('generation', self._counts.get(key, 0))
+      metrics.observe('decode', now - self._firsts.get(number, now))
+      metrics.observe('latency', now - self._arrived)
+
+  def _begin(self, ticket: Ticket, now: float) -> None:
+    self._firsts[ticket.number] = now
+    self._leave(ticket.number, served=True)
+    started = ticket.started_at or now
+    queue = started - self._arrived
+    if self.first_seconds is None:
+      self.queue_seconds, self.first_seconds = queue, now - self._arrived
+    self._metrics.began(len(ticket.request.tokens), queue, now - started)
+
+  def summary(self) -> dict[str, Any]:
+    """Return what the log of requests tells of this one."""
+    return {
+      'prompt_tokens': self.prompt_tokens,
+      'completion_tokens': self.new_tokens,
+      'finish_reasons': self.finishes,
+      'queue_seconds': self.queue_seconds,
+      'first_token_seconds': self.first_seconds,
+      'completions': None if self._texts is None else [self._texts[k] for k in sorted(self._texts)],
+    }

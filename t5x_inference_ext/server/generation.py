@@ -1,0 +1,192 @@
+"""The two routes that generate: completions and chats."""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+import contextlib
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp
+
+from t5x_inference_ext.engine import request as engine_request
+from t5x_inference_ext.engine.request import SampleCollector
+from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.server.answers import Answer
+from t5x_inference_ext.server.api_errors import invalid
+from t5x_inference_ext.server.bodies import ChatBody, CompletionBody, GenerationBody, validated
+from t5x_inference_ext.server.body_reading import read_json
+from t5x_inference_ext.server.forms import ChatForm, CompletionForm, usage
+from t5x_inference_ext.server.service import Service
+from t5x_inference_ext.server.streaming import EventStream
+from t5x_inference_ext.server.translation import first_seed, refused, size_of
+from t5x_inference_ext.server.turns import PromptToScore
+from t5x_inference_ext.server.waiting import Deadline, in_time
+
+# Prompts of more bytes are tokenized in another thread, so that others don't wait for it.
+SHORT = 4096
+_Requests = Sequence[engine_request.Request]
+_Form = CompletionForm | ChatForm
+
+
+async def complete(service: Service, request: Request) -> ASGIApp:
+  """Answer POST /v1/completions."""
+  service.check_open()
+  body = validated(CompletionBody, await read_json(request, service.options.max_body_bytes))
+  _check_body(service, body)
+  prompts, translator = body.prompts, service.translator
+  if service.options.log_prompts:
+    request.state.record.update(prompts=prompts)
+
+  def requests() -> _Requests:
+    seed, found = first_seed(body), []
+    # Nothing is generated for a limit of 0, but the request is checked as if one token were.
+    asked = body.model_copy(update={'max_tokens': 1}) if body.max_tokens == 0 else body
+    for i, prompt in enumerate(prompts):
+      param = 'prompt' if len(prompts) == 1 else f'prompt[{i}]'
+      tokens = [*translator.bos, *translator.prompt_ids(prompt, param)]
+      found.append(translator.request(asked, tokens, body.logprobs or 0, param, seed))
+    return found
+
+  async def form(found: _Requests) -> _Form:
+    ids = [each.tokens[len(translator.bos) :] for each in found]
+    echoes: list[tuple[str, dict[str, Any] | None]] = []
+    if body.echo:
+      echoes = await asyncio.gather(
+        *(_echo(service, body, prompt, each) for prompt, each in zip(prompts, found))
+      )
+    return CompletionForm(body, service.facts.name, service.texts, echoes, ids)
+
+  sizes = [size_of(prompt) for prompt in prompts]
+  return await _answer(service, request, body, sizes, requests, form, sum(sizes) > SHORT)
+
+
+async def chat(service: Service, request: Request) -> ASGIApp:
+  """Answer POST /v1/chat/completions."""
+  service.check_open()
+  body = validated(ChatBody, await read_json(request, service.options.max_body_bytes))
+  _check_body(service, body)
+  messages = [message.model_dump(exclude_none=True) for message in body.messages]
+  if service.options.log_prompts:
+    request.state.record.update(prompts=messages)
+
+  def requests() -> _Requests:
+    tools = None if body.tool_choice == 'none' else body.tools
+    tokens = service.translator.chat_ids(body.messages, tools, body.chat_template_kwargs)
+    top = body.top_logprobs or 0
+    return [service.translator.request(body, tokens, top, 'messages', first_seed(body))]
+
+  async def form(found: _Requests) -> _Form:
+    del found
+    return ChatForm(body, service.facts.name, service.texts)
+
+  # A template may take long, however short the messages are.
+  sizes = [size_of(messages) + size_of(body.tools)]
+  return await _answer(service, request, body, sizes, requests, form, in_thread=True)
+
+
+def _check_body(service: Service, body: GenerationBody) -> None:
+  """Raise ApiError for what the body alone tells, before anything is counted or tokenized."""
+  service.check_model(body.model)
+  service.translator.sampling(body)
+  if body.stops and service.translator.vocabulary is None:
+    raise invalid('stop needs a vocabulary, and that of this model is not known', 'stop')
+
+
+async def _echo(
+  service: Service, body: CompletionBody, prompt: str | list[int], found: engine_request.Request
+) -> tuple[str, dict[str, Any] | None]:
+  """Return a prompt's text and the log-probabilities of its tokens, if they are asked for."""
+  translator = service.translator
+  ids = found.tokens[len(translator.bos) :]
+  text = prompt if isinstance(prompt, str) else ''
+  if not isinstance(prompt, str) and translator.vocabulary is not None:
+    text = translator.vocabulary.decode(ids)
+  if body.logprobs is None:
+    return text, None
+  ranked = await service.driver.score(PromptToScore(found.tokens, body.logprobs))
+  # The first token of a model without BOS has none before it.
+  unknown = [None] * (len(ids) - len(ranked.log_probs))
+  log_probs, top = [*unknown, *ranked.log_probs], [*unknown, *ranked.top]
+  return text, service.texts.completion(ids, log_probs, top, 0, body.logprobs)
+
+
+async def _answer(
+  service: Service,
+  request: Request,
+  body: GenerationBody,
+  sizes: list[int],
+  requests: Callable[[], _Requests],
+  make_form: Callable[[_Requests], Coroutine[Any, Any, _Form]],
+  in_thread: bool,
+) -> ASGIApp:
+  """Answer a request, whole or as a stream.
+
+  Args:
+    service: The server's parts.
+    request: The HTTP request, whose body was read.
+    body: Its body.
+    sizes: Size of each prompt, for the bounds.
+    requests: Tokenizes the prompts.
+    make_form: Makes the form of the answer.
+    in_thread: Whether prompts are tokenized in another thread.
+  """
+  options, record = service.options, request.state.record
+  record.update(stream=bool(body.stream), n=body.choices)
+  deadline = Deadline.after(min(body.timeout or options.request_timeout, options.request_timeout))
+
+  async def begin() -> _Form:
+    """Tokenize, check and queue the prompts; return the form of the answer."""
+
+    def tokenize() -> _Requests:
+      if answer.closed:  # while it waited for a thread
+        raise ClientDisconnect
+      return requests()
+
+    found = await asyncio.to_thread(tokenize) if in_thread else tokenize()
+    answer.prompt_tokens = sum(len(each.tokens) for each in found)
+    for each in found:
+      try:
+        service.driver.check(each)
+      except RequestError as error:
+        raise refused(error) from None
+    form = await make_form(found)
+    record.update(id=form.id)
+    if body.max_tokens == 0:
+      answer.finish_at_once(len(found), body.choices)
+    else:
+      answer.submit(found, at_once=bool(body.stream))
+    return form
+
+  async def whole() -> dict[str, Any]:
+    """Return the whole answer."""
+    form = await begin()
+    collector, samples = SampleCollector(), {}
+    for number in range(len(sizes)):
+      collector.expect(number, body.choices)
+    async for events in answer.events():
+      for number, event in events:
+        ended = collector.add(event._replace(request=number))
+        if ended is not None:
+          samples[number] = ended
+    ordered = [samples[number] for number in range(len(sizes))]
+    return form.whole(ordered, usage(answer.prompt_tokens, answer.new_tokens))
+
+  with contextlib.ExitStack() as stack:
+    answer = stack.enter_context(
+      Answer(
+        service.driver,
+        service.bounds,
+        service.metrics,
+        sizes,
+        request.state.client,
+        options.log_prompts,
+      )
+    )
+    service.answers.add(answer)
+    stack.callback(service.answers.discard, answer)
+    stack.callback(lambda: record.update(answer.summary()))
+    if not body.stream:
+      return JSONResponse(await in_time(request.receive, whole(), deadline))
+    form = await in_time(request.receive, begin(), deadline)
+    return EventStream(body, answer, form, len(sizes), deadline, stack.pop_all())

@@ -1,0 +1,133 @@
+"""The HTTP server: its socket, and its end on SIGTERM."""
+
+import asyncio
+from collections.abc import Callable
+import contextlib
+import os
+import socket
+from types import FrameType
+
+import uvicorn
+
+from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.server.api_errors import unavailable
+from t5x_inference_ext.server.app import make_app
+from t5x_inference_ext.server.options import ServerOptions
+from t5x_inference_ext.server.service import Service
+
+_TELL_SECONDS = 1  # time to tell clients that the server ends
+_CLOSE_SECONDS = 1  # time for connections to close after that
+_POLL_SECONDS = 0.05
+_BACKLOG = 1024
+
+
+def bind(options: ServerOptions) -> socket.socket:
+  """Return a socket at the address of the options; it does not listen yet.
+
+  Raises:
+    RequestError: The address is in use, or is none of this machine.
+  """
+  try:
+    found = socket.getaddrinfo(
+      options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
+    family, kind, protocol, _, address = found[0]
+    with contextlib.ExitStack() as stack:
+      listener = stack.enter_context(socket.socket(family, kind, protocol))
+      listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+      listener.bind(address)
+      stack.pop_all()
+      return listener
+  except OSError as error:
+    raise RequestError(
+      f"can't listen at {options.host}:{options.port} ({error.strerror}): choose another --port or "
+      '--host'
+    ) from error
+
+
+def address_of(listener: socket.socket) -> str:
+  """Return the URL of a socket."""
+  host, port = listener.getsockname()[:2]
+  return f'http://[{host}]:{port}' if ':' in host else f'http://{host}:{port}'
+
+
+class HttpServer(uvicorn.Server):
+  """Serves a service until it is asked to end.
+
+  The first SIGTERM or SIGINT lets requests go on for `drain_seconds` and refuses new ones; then it
+  ends the others, telling their clients. A second signal ends the process at once.
+
+  Args:
+    service: The server's parts.
+    say: Prints a line.
+  """
+
+  def __init__(self, service: Service, say: Callable[[str], None]) -> None:
+    super().__init__(
+      uvicorn.Config(
+        make_app(service),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        lifespan='off',
+        backlog=_BACKLOG,
+        proxy_headers=False,
+        timeout_graceful_shutdown=_CLOSE_SECONDS,
+      )
+    )
+    self._service, self._say = service, say
+    self._drain: asyncio.Task | None = None
+    self._loop: asyncio.AbstractEventLoop | None = None
+
+  async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+    """Serve on sockets that are bound."""
+    self._loop = asyncio.get_running_loop()
+    self._service.driver.start(self._loop)
+    await super().serve(sockets)
+
+  def run_until_stopped(self, listener: socket.socket) -> None:
+    """Serve on a socket, in an event loop of its own."""
+    with asyncio.Runner(loop_factory=self.config.get_loop_factory()) as runner:
+      runner.run(self.serve([listener]))
+
+  async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+    """Begin to listen, and say so."""
+    await super().startup(sockets)
+    if self.started and sockets:
+      self._say(f'ready on {address_of(sockets[0])}')
+
+  def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+    """Begin to end, on the first signal; end at once, on the second."""
+    del frame
+    if self._service.draining:
+      os._exit(128 + sig)
+    self.stop()
+
+  def stop(self) -> None:
+    """Begin to end. Any thread may call this."""
+    self._service.draining = True
+    assert self._loop is not None
+    self._loop.call_soon_threadsafe(self._begin_drain)
+
+  def _begin_drain(self) -> None:
+    if self._drain is None:
+      self._drain = asyncio.ensure_future(self._end())
+
+  async def _end(self) -> None:
+    """Let requests end, then tell the others, then end the server."""
+    service = self._service
+    seconds = service.options.drain_seconds
+    self._say(f'draining: {len(service.answers)} requests may go on for {seconds} s')
+    await self._no_answers(seconds)
+    if service.answers:
+      self._say(f'ending {len(service.answers)} requests')
+      for answer in list(service.answers):
+        answer.fail(unavailable('the server has ended: ask another one', 'server_ended'))
+      await self._no_answers(_TELL_SECONDS)
+    self.should_exit = True
+
+  async def _no_answers(self, seconds: float) -> None:
+    """Wait until no request is answered any more, at most that long."""
+    deadline = asyncio.get_running_loop().time() + seconds
+    while self._service.answers and asyncio.get_running_loop().time() < deadline:
+      await asyncio.sleep(_POLL_SECONDS)

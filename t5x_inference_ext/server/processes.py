@@ -1,0 +1,101 @@
+"""Several processes: the others follow process 0 turn by turn, and each shows that it lives."""
+
+from collections.abc import Callable, Sequence
+import contextlib
+import os
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+import jax
+from jax._src import distributed as jax_distributed  # the coordination service has no other API
+
+from t5x_inference_ext.engine.scheduler import Scheduler
+from t5x_inference_ext.server.turns import PromptToScore, TurnInbox
+
+BEAT_SECONDS = 1.0
+LOST_SECONDS = 7.0  # a process that has shown no life for this long is lost
+_KEY = 't5x_inference_ext/server/alive/{}'
+
+
+def follow(
+  scheduler: Scheduler, inbox: TurnInbox, score: Callable[[Sequence[PromptToScore]], list[Any]]
+) -> None:
+  """Do what process 0 does, until it ends.
+
+  The first SIGTERM has no effect: process 0 drains, and then ends all. A second one ends this
+  process at once.
+
+  Args:
+    scheduler: The scheduler of this process.
+    inbox: Its inbox.
+    score: Scores prompts, as in process 0.
+  """
+  asked = False
+
+  def handle_exit(sig: int, frame: FrameType | None) -> None:
+    nonlocal asked
+    del frame
+    if asked:
+      os._exit(128 + sig)
+    asked = True
+
+  for each in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(each, handle_exit)
+  show_life()
+  while True:
+    prompts = inbox.begin_turn()
+    if inbox.closed:
+      return
+    if prompts:
+      with contextlib.suppress(Exception):  # process 0 tells of it
+        score(prompts)
+    scheduler.step()
+
+
+def show_life() -> None:
+  """Show that this process lives, from now on, in a thread of its own."""
+  client: Any = jax_distributed.global_state.client
+  key = _KEY.format(jax.process_index())
+
+  def beat() -> None:
+    count = 0
+    while True:
+      try:
+        client.key_value_set(key, str(count), allow_overwrite=True)
+      except Exception:  # process 0 has ended, and jax ends this process
+        return
+      count += 1
+      time.sleep(BEAT_SECONDS)
+
+  threading.Thread(target=beat, name='life', daemon=True).start()
+
+
+def watch_others(lost: Callable[[str], None]) -> None:
+  """Call `lost` with a sentence once another process shows no life any more.
+
+  Called in process 0; it watches in a thread of its own.
+  """
+  client: Any = jax_distributed.global_state.client
+  others = range(1, jax.process_count())
+
+  def watch() -> None:
+    began = time.monotonic()
+    seen: dict[int, tuple[str, float]] = dict.fromkeys(others, ('', began))
+    while True:
+      for process, (before, at) in seen.items():
+        try:
+          count = client.key_value_try_get(_KEY.format(process))
+        except Exception:  # there is no such key yet
+          count = ''
+        if count != before:
+          seen[process] = count, time.monotonic()
+        elif time.monotonic() - at > LOST_SECONDS:
+          lost(f'process {process} has ended or hangs')
+          return
+      time.sleep(BEAT_SECONDS)
+
+  if others:
+    threading.Thread(target=watch, name='watch', daemon=True).start()

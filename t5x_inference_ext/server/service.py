@@ -1,0 +1,129 @@
+"""What all routes of a server share: the engine, its bounds, its metrics, and its state."""
+
+import dataclasses
+import time
+from typing import Any
+
+from t5x_inference_ext import __version__
+from t5x_inference_ext.engine.scheduler import Scheduler
+from t5x_inference_ext.server.access import Hosts, Keys, read_keys
+from t5x_inference_ext.server.admission_queue import Bounds
+from t5x_inference_ext.server.api_errors import ApiError, unavailable
+from t5x_inference_ext.server.driver import Driver
+from t5x_inference_ext.server.metrics import Load, Metrics
+from t5x_inference_ext.server.options import ServerOptions
+from t5x_inference_ext.server.request_log import RequestLog
+from t5x_inference_ext.server.token_text import TokenTexts
+from t5x_inference_ext.server.translation import Translator
+from t5x_inference_ext.sharding.mesh import mesh_text
+
+DRAIN_RETRY = 10  # seconds after which a client of a draining server may try again, elsewhere
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+  """What is known of the model before the first request.
+
+  Attributes:
+    name: Name in requests.
+    weights: Kind of the weights: 'int8', 'float32', ...
+  """
+
+  name: str
+  weights: str
+
+
+class Service:
+  """One server's parts.
+
+  Args:
+    driver: The engine's thread.
+    translator: Turns bodies into requests.
+    facts: The model's name and weights.
+    options: The server's options.
+    log: The log of requests.
+
+  Attributes:
+    draining: Whether the server takes no new work, as it is about to end.
+    answers: The HTTP requests that are being answered.
+    began: Time when the server began, in seconds since 1970.
+  """
+
+  def __init__(
+    self,
+    driver: Driver,
+    translator: Translator,
+    facts: Facts,
+    options: ServerOptions,
+    log: RequestLog,
+  ) -> None:
+    self.driver, self.translator, self.facts, self.options = driver, translator, facts, options
+    self.log = log
+    self.bounds = Bounds(options.max_waiting_requests, options.max_waiting_tokens)
+    self.metrics = Metrics(facts.name, self.load)
+    self.texts = TokenTexts(translator.vocabulary)
+    self.keys, self.hosts = Keys(read_keys(options)), Hosts(options)
+    self.draining = False
+    self.answers: set[Any] = set()
+    self._started, self.began = time.monotonic(), int(time.time())
+
+  @property
+  def scheduler(self) -> Scheduler:
+    """The scheduler."""
+    return self.driver.scheduler
+
+  @property
+  def max_top(self) -> int:
+    """How many of the most likely tokens can be told."""
+    return self.scheduler.config.top_log_probs
+
+  def check_open(self) -> None:
+    """Raise ApiError if no new work is taken."""
+    if self.draining:
+      raise unavailable('the server is shutting down: ask another one', 'draining', DRAIN_RETRY)
+    if self.driver.error is not None:
+      raise unavailable(f'the engine has stopped: {self.driver.error}', 'engine_dead')
+
+  def check_model(self, name: str | None) -> None:
+    """Raise ApiError if a request asks for another model."""
+    if name is not None and name != self.facts.name:
+      raise ApiError(
+        404,
+        f'there is no model {name[:60]!r}: this server has {self.facts.name!r}',
+        param='model',
+        code='model_not_found',
+      )
+
+  def load(self) -> Load:
+    """Return what the engine has to do now."""
+    scheduler = self.scheduler
+    used, pages = scheduler.pages
+    slots = scheduler.rows
+    busy = sum(row is not None for row in slots)
+    return Load(busy, len(slots), self.bounds.waiting, used, pages, scheduler.stats)
+
+  def status(self) -> dict[str, Any]:
+    """Return what the page shows of the engine, JSON-ready."""
+    load, model = self.load(), self.scheduler.model
+    dead = self.driver.error is not None
+    return {
+      'state': 'dead' if dead else 'draining' if self.draining else 'ready',
+      'error': self.driver.error,
+      'model': self.facts.name,
+      'version': __version__,
+      'uptime_seconds': time.monotonic() - self._started,
+      'slots': {'used': load.slots_used, 'total': load.slots},
+      'waiting': load.waiting,
+      'tokens_per_second': self.metrics.rate.per_second,
+      'time_to_first_token_seconds': self.metrics.first_token_seconds,
+      'prefixes': {'queries': load.stats.prefixes.queries, 'hits': load.stats.prefixes.hits},
+      'pages': {'used': load.pages_used, 'total': load.pages},
+      'mesh': mesh_text(model.mesh),
+      'layouts': {'prefill': str(model.prefill_layout), 'decode': str(model.decode_layout)},
+      'dtype': model.dtype,
+      'weights': self.facts.weights,
+      'cache': model.cache_dtype,
+      'max_length': self.translator.max_length,
+      'max_logprobs': self.max_top,
+      'chat': self.translator.chats,
+    }

@@ -1,0 +1,88 @@
+"""Answers as server-sent events."""
+
+from collections.abc import AsyncIterator
+import contextlib
+import json
+from typing import Any
+
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from t5x_inference_ext.server.answers import Answer
+from t5x_inference_ext.server.api_errors import ApiError
+from t5x_inference_ext.server.bodies import GenerationBody
+from t5x_inference_ext.server.forms import ChatForm, CompletionForm, usage
+from t5x_inference_ext.server.waiting import Deadline, in_time
+
+_HEADERS = [
+  (b'content-type', b'text/event-stream; charset=utf-8'),
+  (b'cache-control', b'no-store'),
+  (b'x-accel-buffering', b'no'),  # proxies must not collect the events
+]
+
+
+class EventStream:
+  """The response of a streamed answer.
+
+  Args:
+    body: The body of the request.
+    answer: The request in the engine.
+    form: The form of the answer.
+    prompts: Number of prompts.
+    deadline: The end of the request's time.
+    stack: Closed at the end.
+  """
+
+  def __init__(
+    self,
+    body: GenerationBody,
+    answer: Answer,
+    form: CompletionForm | ChatForm,
+    prompts: int,
+    deadline: Deadline,
+    stack: contextlib.ExitStack,
+  ) -> None:
+    self._body, self._answer, self._form = body, answer, form
+    self._prompts, self._deadline, self._stack = prompts, deadline, stack
+
+  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    """Send the events. An error after the first one is an event too: the status was sent."""
+    with self._stack:
+      record = scope['state']['record']
+      try:
+        await send({'type': 'http.response.start', 'status': 200, 'headers': _HEADERS})
+        await in_time(receive, self._send_all(send), self._deadline)
+      except (ClientDisconnect, OSError):
+        record.update(left=True)
+      except ApiError as error:
+        record.update(error=error.message)
+        await _send(send, event_line(error.body), more=False)
+      else:
+        await _send(send, b'data: [DONE]\n\n', more=False)
+
+  async def _send_all(self, send: Send) -> None:
+    usage_field = {'usage': None} if self._body.tells_usage else {}
+    async for chunks in self._chunks():
+      if chunks:
+        await _send(send, b''.join(event_line({**chunk, **usage_field}) for chunk in chunks))
+    if self._body.tells_usage:
+      counts = usage(self._answer.prompt_tokens, self._answer.new_tokens)
+      await _send(send, event_line(self._form.chunk(usage=counts)))
+
+  async def _chunks(self) -> AsyncIterator[list[dict[str, Any]]]:
+    """Yield chunks: the first ones of all samples, then those of events as they come."""
+    form = self._form
+    firsts = [form.first(p, i) for p in range(self._prompts) for i in range(self._body.choices)]
+    yield [chunk for chunk in firsts if chunk is not None]
+    async for events in self._answer.events():
+      found = [form.next(number, event) for number, event in events]
+      yield [chunk for chunk in found if chunk is not None]
+
+
+def event_line(value: Any) -> bytes:
+  """Return a value as a server-sent event."""
+  return b'data: ' + json.dumps(value, separators=(',', ':')).encode() + b'\n\n'
+
+
+async def _send(send: Send, data: bytes, more: bool = True) -> None:
+  await send({'type': 'http.response.body', 'body': data, 'more_body': more})

@@ -1,0 +1,62 @@
+"""Work for a client that may leave, within the time that its request has."""
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, NamedTuple, TypeVar
+
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive
+
+from t5x_inference_ext.server.api_errors import too_late
+
+_T = TypeVar('_T')
+
+
+class Deadline(NamedTuple):
+  """The end of a request's time.
+
+  Attributes:
+    at: Time of the event loop.
+    seconds: Time that the request had from its beginning, for messages.
+  """
+
+  at: float
+  seconds: float
+
+  @classmethod
+  def after(cls, seconds: float) -> 'Deadline':
+    """Return the deadline that many seconds from now."""
+    return cls(asyncio.get_running_loop().time() + seconds, seconds)
+
+
+async def in_time(receive: Receive, work: Coroutine[Any, Any, _T], deadline: Deadline) -> _T:
+  """Return the result of some work, unless its client leaves or its time is up.
+
+  Args:
+    receive: Returns the client's messages. Its body was read.
+    work: The work.
+    deadline: The end of its time.
+
+  Raises:
+    ClientDisconnect: The client has left. The work is cancelled.
+    ApiError: The time is up. The work is cancelled.
+  """
+
+  async def left() -> None:
+    while (await receive())['type'] != 'http.disconnect':
+      pass
+
+  task, gone = asyncio.ensure_future(work), asyncio.ensure_future(left())
+  try:
+    timeout = max(0.0, deadline.at - asyncio.get_running_loop().time())
+    await asyncio.wait({task, gone}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+    if task.done():
+      return task.result()
+    if gone.done():
+      raise ClientDisconnect
+    raise too_late(deadline.seconds)
+  finally:
+    for each in (task, gone):
+      if not each.done():
+        each.cancel()
+    await asyncio.gather(task, gone, return_exceptions=True)
