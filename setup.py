@@ -48,10 +48,14 @@ PLOTS = 'matplotlib>=3.11'
 # Models by their names: hf:OWNER/NAME.
 HUB = 'huggingface_hub>=2.4'
 
+# Grammars of requests: 8 MB, and nothing else.
+STRUCTURED = 'llguidance>=1.9.1'
+
 TEST_REQUIRES = [
   *SEQIO_REQUIRES,
   HUB,
   PLOTS,  # figures are drawn in tests too
+  STRUCTURED,
   'gguf>=0.19',  # the oracle of quantized blocks
   'hypothesis>=6.150.3',
   # Tests of the compiled programs; on a platform without it they are skipped, and say so.
@@ -96,6 +100,7 @@ setuptools.setup(
     'tpu': [LIBTPU, 'requests>=2.32'],
     'plots': [PLOTS],
     'hub': [HUB],
+    'structured': [STRUCTURED],
     'test': TEST_REQUIRES,
     'mutants': MUTANTS_REQUIRES,
   },

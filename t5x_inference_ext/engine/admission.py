@@ -6,10 +6,15 @@ from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.engine.slot_params import slot_row
 from t5x_inference_ext.engine.slot_table import SlotTable
 from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.text.vocabulary import Vocabulary
 
 
 def check_request(
-  request: Request, config: SchedulerConfig, table: SlotTable, vocab_size: int
+  request: Request,
+  config: SchedulerConfig,
+  table: SlotTable,
+  vocab_size: int,
+  vocabulary: Vocabulary | None,
 ) -> None:
   """Check a request.
 
@@ -18,6 +23,7 @@ def check_request(
     config: Sizes of the scheduler.
     table: Its slots, for the size of the cache.
     vocab_size: V.
+    vocabulary: Vocabulary of the scheduler, or None.
 
   Raises:
     RequestError: The scheduler's programs can't serve the request.
@@ -48,3 +54,5 @@ def check_request(
     top=request.top_log_probs,
     top_width=config.top_log_probs,
   )
+  if (request.text or request.stop_texts) and vocabulary is None:
+    raise RequestError('text and stop texts need a vocabulary, and this engine has none')
