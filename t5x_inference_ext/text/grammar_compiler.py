@@ -26,7 +26,7 @@ LIMITS = {
 }
 # JSON may be indented, but a model can't write white space forever.
 MAX_WHITESPACE = 20
-_JSON_OPTIONS = {'whitespace_pattern': f'[\\x20\\x0A\\x0D\\x09]{{1,{MAX_WHITESPACE}}}'}
+_WHITESPACE = f'[\\x20\\x0A\\x0D\\x09]{{1,{MAX_WHITESPACE}}}'
 # Every way to cut the text into tokens is allowed: the library could force the way of a tokenizer,
 # but its cost has no bound.
 _OPTIONS = '\n%llguidance {"no_forcing": true}\n'
@@ -149,5 +149,6 @@ def _library_source(grammar: Grammar) -> str:
     schema = {}
   if isinstance(schema, dict):
     own = schema.get('x-guidance', {})
-    schema['x-guidance'] = {**_JSON_OPTIONS, **own} if isinstance(own, dict) else own
+    if isinstance(own, dict) and 'whitespace_flexible' not in own:  # which the pattern overrides
+      schema['x-guidance'] = {'whitespace_pattern': _WHITESPACE, **own}
   return f'start: %json {json.dumps(schema)}{_OPTIONS}'

@@ -99,10 +99,12 @@ def follows(grammar, text):
   return len(text.encode()), matcher.is_accepting()
 
 
-def test_json_has_little_white_space_unless_the_schema_asks_for_more():
+def test_json_has_little_white_space_unless_the_schema_says_otherwise():
   schema = Grammar('json_schema', '{"type": "array", "items": {"type": "integer"}}')
   assert follows(schema, '[' + ' ' * MAX_WHITESPACE + '1]') == (MAX_WHITESPACE + 3, True)
   assert follows(schema, '[' + ' ' * (MAX_WHITESPACE + 1)) == (MAX_WHITESPACE + 1, False)
+  compact = '{"type": "array", "x-guidance": {"whitespace_flexible": false}}'
+  assert follows(Grammar('json_schema', compact), '[1,2, ') == (5, False)
   own = '{"type": "array", "x-guidance": {"whitespace_pattern": "[ ]{1,30}"}}'
   assert follows(Grammar('json_schema', own), '[' + ' ' * 30 + ']') == (32, True)
 
