@@ -111,7 +111,9 @@ def choose_tokens(
   Returns:
     Tokens [B] int32, and [B] bool: whether any token was allowed.
   """
-  changes = features.penalties | features.min_new_tokens | features.masked | features.bias
+  changes = features.penalties | features.min_new_tokens | features.bias
+  if features.masked is not False:  # programs without masks are those of before, to the letter
+    changes |= features.masked
 
   def changed(logits: jax.Array) -> jax.Array:
     logits = when(

@@ -111,7 +111,7 @@ def test_json_has_little_white_space_unless_the_schema_says_otherwise():
 
 def test_the_end_of_a_lark_grammar_is_no_place_to_hide():
   """Options are added at the end: neither a comment nor an open line there swallows them."""
-  for source in ('start: "a" // x', 'start: "a" |\n  "b"', 'start: "a"\n%llguidance {}'):
+  for source in ('start: "a" // x', 'start: "b"\n  | "a"', 'start: "a"\n%llguidance {}'):
     assert follows(Grammar('lark', source), 'a') == (1, True)
 
 
