@@ -199,7 +199,7 @@ def test_a_row_that_can_get_no_token_fails_alone(engine, steps):
 
 
 def test_what_grammars_need(engine, monkeypatch):
-  request = Request((0, 5), grammar=PHONE)
+  request = Request((0, 5), limit=9, grammar=PHONE)
   config = SchedulerConfig(slots=1, max_length=64)
   core = Scheduler(engine.model, engine.weights, config)
   with pytest.raises(RequestError, match='a grammar needs a vocabulary, and this engine has none'):

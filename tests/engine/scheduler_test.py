@@ -320,6 +320,7 @@ def test_any_request_uses_the_programs_of_warm_up(mesh):
         sampling,
         end_ids=tuple(rng.integers(101, size=rng.integers(5)).tolist()),
         top_log_probs=int(rng.integers(6)),
+        grammar=Grammar('regex', '[a-z]+( [0-9]{2})?') if rng.random() < 0.3 else None,
       )
     )
   finished(core)
