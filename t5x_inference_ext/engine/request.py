@@ -15,8 +15,8 @@ TopLogProbs = list[tuple[int, float]]
 NOT_FINITE = "the row's logits are not finite: the weights or the dtype can't represent it"
 
 NO_TOKEN = (
-  'every token that the grammar allows is forbidden, by logit_bias, by min_new_tokens, or as one that '
-  'ends rows; or the logits are not finite'
+  'every token that the grammar allows is forbidden, by logit_bias, min_new_tokens or as one that '
+  'ends rows, or the logits are not finite'
 )
 
 # The reason why a sample has ended:

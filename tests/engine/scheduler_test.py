@@ -16,6 +16,7 @@ from t5x_inference_ext.engine.serve import serve
 from t5x_inference_ext.engine.streams import Streams
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.chunks import page_shards
+from t5x_inference_ext.text.grammar import Grammar
 from t5x_inference_ext.text.vocabulary import ByteVocabulary
 from tests import memory, reference
 from tests.text.vocabularies import Characters
