@@ -183,7 +183,7 @@ class Decoder:
     return output
 
   def _masks(self, rows: Sequence[Row | None]) -> TokenMasks:
-    matchers = [row and row.matcher and (row.matcher, row.end_ids) for row in rows]
+    matchers = [(row.matcher, row.end_ids) if row and row.matcher else None for row in rows]
     return masks_of(matchers, self._model.config.vocab_size)
 
   def _reads(self, table: SlotTable) -> tuple[int, int]:

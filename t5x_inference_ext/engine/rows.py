@@ -85,7 +85,7 @@ class Row:
     kept, finish = self._kept(tokens)
     tokens = tokens[:kept]
     self.tokens += tokens
-    error = None
+    error: str | None = None
     if self.matcher is not None and finish is None:
       finish, error = self._followed(self.matcher, tokens, failed)
     elif finish is None and failed:

@@ -47,7 +47,7 @@ class GrammarCheck:
     self._texts = texts
     self._lock = threading.Lock()
     self._child: subprocess.Popen[bytes] | None = None
-    self._stop: weakref.finalize | None = None
+    self._stop: weakref.finalize[..., Any] | None = None
 
   def check(self, grammar: Grammar) -> None:
     """Raise GrammarRefused for a grammar that can't be used, or that takes too much.
