@@ -19,7 +19,7 @@ from t5x_inference_ext.text.grammar_compiler import (
   build_tokenizer,
   check_library,
   compile_grammar,
-  reason,
+  match_error,
 )
 from t5x_inference_ext.text.vocabulary import Vocabulary
 
@@ -85,7 +85,7 @@ class GrammarMatcher:
     self.exhausted = accepting and not mask.any()
 
   def _fail(self) -> None:
-    self.error = f"the row's grammar can't be followed any further: {reason(self._matcher)}"
+    self.error = f"the row's grammar can't be followed any further: {match_error(self._matcher)}"
 
 
 def _set_bit(mask: np.ndarray, token: int, value: bool) -> None:

@@ -176,5 +176,5 @@ def rows_of(handle: Handle, end_ids: Sequence[int], vocabulary: Vocabulary | Non
   """
   request = handle.request
   ends = end_ids if request.end_ids is None else request.end_ids
-  matchers = handle.matchers or [None] * len(request.seeds)
+  matchers: Sequence[GrammarMatcher | None] = handle.matchers or [None] * len(request.seeds)
   return [Row(handle, i, ends, vocabulary, matcher) for i, matcher in enumerate(matchers)]

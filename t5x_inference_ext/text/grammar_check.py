@@ -28,7 +28,7 @@ from t5x_inference_ext.text.grammar_compiler import (
 GRAMMAR_SECONDS = 2.0  # most time to compile a grammar
 GRAMMAR_MEMORY = 2**30  # bytes, of the whole process
 START_SECONDS = 60.0  # for the process itself, on a busy machine
-WAIT_SECONDS = 10.0  # most time to wait while other grammars are tried
+CHECK_WAIT_SECONDS = 10.0  # most time to wait while other grammars are tried
 # A thread's stack usually has 8 MiB: what fits in here will fit there.
 _STACK = 2**20
 
@@ -55,9 +55,9 @@ class GrammarCheck:
     Raises:
       RequestError: Other grammars have kept the process busy for long.
     """
-    if not self._lock.acquire(timeout=WAIT_SECONDS):
+    if not self._lock.acquire(timeout=CHECK_WAIT_SECONDS):
       raise RequestError(
-        f'grammar: it could not be checked within {WAIT_SECONDS:g} s, as others are: try again'
+        f'grammar: it could not be checked within {CHECK_WAIT_SECONDS:g} s, as others are: try again'
       )
     try:
       if self._child is None:
@@ -83,7 +83,7 @@ class GrammarCheck:
   def _start(self) -> None:
     """Start the process, and wait until it is ready."""
     self._child = subprocess.Popen(
-      [sys.executable, '-c', f'from {__name__} import serve; serve()'],
+      [sys.executable, '-c', f'from {__name__} import answer_checks; answer_checks()'],
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       stderr=subprocess.DEVNULL,  # the last words of native code that crashes
@@ -125,7 +125,7 @@ def _end(child: subprocess.Popen[bytes]) -> None:
       pipe.close()
 
 
-def serve() -> None:
+def answer_checks() -> None:
   """Answer for grammars on standard input and output: None, or why one is refused."""
   import resource  # only this process, on Unix, needs it
 

@@ -16,7 +16,7 @@ from t5x_inference_ext.text.vocabulary import Vocabulary
 from t5x_inference_ext.text_files import check_extra
 
 # Limits of the library, so that no grammar can take all time or memory; in the comments its own.
-LIMITS = {
+GRAMMAR_LIMITS: dict[str, Any] = {
   'max_items_in_row': 1000,  # 2000. Ways to go on that the parser keeps for a position
   'initial_lexer_fuel': 1_000_000,  # the same. Work to compile regular expressions
   'step_lexer_fuel': 100_000,  # 200,000. Work of the lexer for one mask
@@ -74,7 +74,8 @@ def build_tokenizer(texts: TokenTexts) -> Any:
   import llguidance
 
   end = len(texts.pieces) - 1
-  return llguidance.LLTokenizer(_Tokens(texts, end), n_vocab=end + 1, eos_token=end)
+  tokens: Any = _Tokens(texts, end)
+  return llguidance.LLTokenizer(tokens, n_vocab=end + 1, eos_token=end)
 
 
 class _Tokens:
@@ -98,13 +99,13 @@ def compile_grammar(grammar: Grammar, tokenizer: Any) -> Any:
   """
   import llguidance
 
-  limits = llguidance.LLParserLimits(verbose_errors=False, **LIMITS)
+  limits = llguidance.LLParserLimits(verbose_errors=False, **GRAMMAR_LIMITS)
   source = _library_source(grammar)
   matcher = llguidance.LLMatcher(tokenizer, source, log_level=0, limits=limits)
   first = b'' if matcher.is_error() else matcher.compute_bitmask()
   if matcher.is_error():
     lark = grammar.kind == 'lark'
-    raise GrammarRefused(f'is not one that can be used: {reason(matcher, line=lark)}')
+    raise GrammarRefused(f'is not one that can be used: {match_error(matcher, line=lark)}')
   end = tokenizer.vocab_size - 1
   if not any(first[: end // 8]) and not first[end // 8] & ((1 << end % 8) - 1):
     if matcher.is_accepting():
@@ -113,7 +114,7 @@ def compile_grammar(grammar: Grammar, tokenizer: Any) -> Any:
   return matcher
 
 
-def reason(matcher: Any, *, line: bool = False) -> str:
+def match_error(matcher: Any, *, line: bool = False) -> str:
   """Return why a matcher failed, in the library's words, escaped and cut.
 
   Args:
