@@ -57,7 +57,7 @@ class GrammarCheck:
     """
     if not self._lock.acquire(timeout=CHECK_WAIT_SECONDS):
       raise RequestError(
-        f'grammar: it could not be checked within {CHECK_WAIT_SECONDS:g} s, as others are: try again'
+        f'grammar: it was not checked within {CHECK_WAIT_SECONDS:g} s, as others are: try again'
       )
     try:
       if self._child is None:
