@@ -57,12 +57,15 @@ SERVER_REQUIRES = [
   'uvicorn>=0.54',
   "uvloop>=0.23; sys_platform != 'win32'",
 ]
+# Grammars of requests: 8 MB, and nothing else.
+STRUCTURED = 'llguidance>=1.9.1'
 
 TEST_REQUIRES = [
   *SEQIO_REQUIRES,
   *SERVER_REQUIRES,
   HUB,
   PLOTS,  # figures are drawn in tests too
+  STRUCTURED,
   'gguf>=0.19',  # the oracle of quantized blocks
   'httpx>=0.28',  # with openai, the clients of the server
   'hypothesis>=6.150.3',
@@ -115,6 +118,7 @@ setuptools.setup(
     'plots': [PLOTS],
     'hub': [HUB],
     'server': SERVER_REQUIRES,
+    'structured': [STRUCTURED],
     'test': TEST_REQUIRES,
     'mutants': MUTANTS_REQUIRES,
   },

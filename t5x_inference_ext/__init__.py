@@ -19,13 +19,15 @@ if TYPE_CHECKING:
   from t5x_inference_ext.engine.request import Request
   from t5x_inference_ext.engine.sampling import SamplingParams
   from t5x_inference_ext.sharding.layout import Layout
+  from t5x_inference_ext.text.grammar import Grammar
 
 __version__ = '0.1.0'  # setup.py reads this line
 
-__all__ = ['Engine', 'Layout', 'ModelConfig', 'Request', 'SamplingParams', '__version__']
+__all__ = ['Engine', 'Grammar', 'Layout', 'ModelConfig', 'Request', 'SamplingParams', '__version__']
 
 _MODULES = {
   'Engine': 'engine.engine',
+  'Grammar': 'text.grammar',
   'Layout': 'sharding.layout',
   'ModelConfig': 'config',
   'Request': 'engine.request',

@@ -23,6 +23,7 @@ from t5x_inference_ext.engine.scheduler import Scheduler
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.rendezvous import ProcessOptions
+from t5x_inference_ext.text.grammar import Grammar
 from tests import processes
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -45,6 +46,9 @@ PLAIN_FLAGS = (
   '--max_new_tokens=8',
   '--batch_size=4',
 )
+
+
+GRAMMAR = Grammar('regex', '[0-9]{3}-[a-f]+')
 
 
 def count_bytes() -> list[int]:
@@ -74,8 +78,13 @@ def core_rows(process: str) -> dict[str, list]:
   engine = Engine.load(CHECKPOINT, mesh='2x2x2', dtype='float32')
   config = SchedulerConfig(8, 64, page_size=32, end_ids=(), prefix_bytes=2**16)
   inbox = SharedInbox()
-  core = Scheduler(engine.model, engine.weights, config, inbox=inbox)
-  late = [Request((0, 70 + i, 71), (i,), 12, SamplingParams(0.7)) for i in range(4)]
+  core = Scheduler(
+    engine.model, engine.weights, config, vocabulary=engine.checkpoint.vocabulary, inbox=inbox
+  )
+  late = [
+    Request((0, 70 + i, 71), (i,), 12, SamplingParams(0.7), grammar=GRAMMAR if i == 3 else None)
+    for i in range(4)
+  ]
   rows: dict[str, list] = {}
   steps = 0
   if process == '0':

@@ -170,7 +170,9 @@ def test_each_process_reads_its_half(seen, palm_tiny, root, tmp_path, monkeypatc
 
 
 def test_one_core_in_all_processes(seen, palm_tiny):
-  """Late requests, and one that is cancelled: both processes see the rows of one process."""
+  """Late requests, one of which has a grammar, and one that is cancelled: both processes see the
+  rows of one process.
+  """
   rows = seen[0]['core']
   assert rows == seen[1]['core'] and sorted(rows) == ['0', '1', '2', '3']
   engine = Engine.load(palm_tiny, mesh='1x1x1', dtype='float32')
@@ -183,8 +185,17 @@ def test_one_core_in_all_processes(seen, palm_tiny):
   )
   *tokens, finish = rows['0']
   assert finish == 'cancelled' and 0 < len(tokens) < 12 and tokens == found[0].tokens[: len(tokens)]
-  for i in (1, 2, 3):
+  for i in (1, 2):
     assert rows[str(i)] == [*found[i].tokens, 'length']
+  ((sample,),) = engine.complete(
+    [[73, 71]],
+    max_new_tokens=12,
+    sampling=SamplingParams(0.7),
+    seeds=[3],
+    eos_id=-1,
+    grammar=distributed_program.GRAMMAR,
+  )
+  assert rows['3'] == [*sample.tokens, 'length'] and sample.tokens != found[3].tokens
 
 
 def test_process_0_alone_writes_and_prints(seen):

@@ -1,18 +1,38 @@
 """Whether a request fits a scheduler: checked before it is queued."""
 
+from collections.abc import Sequence
 import dataclasses
+from typing import NamedTuple
 
 from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.engine.grammars import GrammarMatcher
 from t5x_inference_ext.engine.inputs import check_at_least, check_positions, room
 from t5x_inference_ext.engine.request import Request
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.engine.slot_params import slot_row
 from t5x_inference_ext.engine.slot_table import SlotTable
 from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.text.vocabulary import Vocabulary
+
+
+class CheckedRequest(NamedTuple):
+  """A request that a scheduler can serve.
+
+  Attributes:
+    request: The request.
+    matchers: A matcher of its grammar for each sample; none without a grammar.
+  """
+
+  request: Request
+  matchers: Sequence[GrammarMatcher]
 
 
 def admitted(
-  request: Request, config: SchedulerConfig, table: SlotTable, model: ModelConfig
+  request: Request,
+  config: SchedulerConfig,
+  table: SlotTable,
+  model: ModelConfig,
+  vocabulary: Vocabulary | None,
 ) -> Request:
   """Check a request, and return it as it can be served: its rows end where learned positions end.
 
@@ -21,6 +41,7 @@ def admitted(
     config: Sizes of the scheduler.
     table: Its slots, for the size of the cache.
     model: The model.
+    vocabulary: Vocabulary of the scheduler, or None.
 
   Raises:
     RequestError: The scheduler's programs can't serve the request.
@@ -52,4 +73,6 @@ def admitted(
     top=request.top_log_probs,
     top_width=config.top_log_probs,
   )
+  if (request.text or request.stop_texts) and vocabulary is None:
+    raise RequestError('text and stop texts need a vocabulary, and this engine has none')
   return dataclasses.replace(request, limit=room(limit, length, model))

@@ -11,6 +11,7 @@ import numpy as np
 
 from t5x_inference_ext.engine import programs
 from t5x_inference_ext.engine import slots as device
+from t5x_inference_ext.engine.grammars import masks_of
 from t5x_inference_ext.engine.prefilling import Prompt, ReadyRow
 from t5x_inference_ext.engine.prompts import PrefillState
 from t5x_inference_ext.engine.request import Handle, Request, TopLogProbs
@@ -20,6 +21,7 @@ from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.engine.slot_params import slot_row
 from t5x_inference_ext.engine.slot_table import SlotTable
 from t5x_inference_ext.engine.state import ChosenTokens
+from t5x_inference_ext.engine.token_choice import TokenMasks
 from t5x_inference_ext.engine.warm_up import CompiledProgram, timed_run
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
@@ -62,15 +64,24 @@ class Decoder:
     weights: Weights on that mesh.
     config: Sizes that the programs are compiled for.
     shards: Number of shards that split the rows of the cache.
+    grammars: Whether rows may have grammars.
 
   Attributes:
     decoded: Decode steps times slots, so far.
     generated: Tokens that decode steps added to rows, so far.
   """
 
-  def __init__(self, model: Model, weights: Weights, config: SchedulerConfig, shards: int) -> None:
+  def __init__(
+    self,
+    model: Model,
+    weights: Weights,
+    config: SchedulerConfig,
+    shards: int,
+    *,
+    grammars: bool = False,
+  ) -> None:
     self._model, self._weights, self._config = model, weights, config
-    self._shards = shards
+    self._shards, self._grammars = shards, grammars
     any_row = slot_row(
       SamplingParams(), model.config.vocab_size, seed=0, limit=1, top_width=config.top_log_probs
     )
@@ -131,6 +142,7 @@ class Decoder:
       tokens,
       np.int32(len(ready.prompt.tokens)),
       np.int32(len(row.tokens)),
+      self._masks([row]) if self._grammars else None,
     )
     row.dispatched = len(row.tokens) + 1
     self._start({slot: row}, output, 0)
@@ -144,13 +156,60 @@ class Decoder:
       steps: Most steps.
       until_free: Whether to stop as soon as a row ends.
     """
-    read = _least(self._config.reads_of_pages(self._shards), table.pool.highest)
-    read_shared = _least(self._config.shared_reads, table.shared.highest)
-    output = self._decode(table, steps, until_free, read, read_shared)
+    output = self._decode(table, steps, until_free, *self._reads(table))
+    self._start_steps(table, output, steps)
+
+  def decode_logits(self, table: SlotTable) -> jax.Array:
+    """Start a decode step for all slots, up to its logits [B, V]; return these.
+
+    Args:
+      table: Books of the slots. Every row has the page that it needs.
+    """
+    return self._decode_logits(table, *self._reads(table))
+
+  def choose_masked(self, table: SlotTable, logits: jax.Array) -> None:
+    """Start the choice of each row's next token, as the rows' grammars allow.
+
+    Args:
+      table: Books of the slots. All tokens of rows that have grammars have been read.
+      logits: From `decode_logits`.
+    """
+    self._start_steps(table, self._choose(table, logits), 1)
+
+  def _choose(self, table: SlotTable, logits: jax.Array) -> device.StepsOutput:
+    self._slots, output = programs.choose_masked(
+      self._model, self._slots, logits, table.alive.copy(), self._masks(table.rows)
+    )
+    return output
+
+  def _masks(self, rows: Sequence[Row | None]) -> TokenMasks:
+    matchers = [(row.matcher, row.end_ids) if row and row.matcher else None for row in rows]
+    return masks_of(matchers, self._model.config.vocab_size)
+
+  def _reads(self, table: SlotTable) -> tuple[int, int]:
+    """Return how many pages, and how many shared ones, the next step must read."""
+    return (
+      _least(self._config.reads_of_pages(self._shards), table.pool.highest),
+      _least(self._config.shared_reads, table.shared.highest),
+    )
+
+  def _start_steps(self, table: SlotTable, output: device.StepsOutput, steps: int) -> None:
     rows = {slot: row for slot, row in enumerate(table.rows) if row is not None}
     for row in rows.values():
       row.dispatched = min(row.dispatched + steps, row.limit)
     self._start(rows, output, steps)
+
+  def _decode_logits(self, table: SlotTable, read: int, read_shared: int) -> jax.Array:
+    self._slots, logits = programs.decode_logits(
+      self._model,
+      self._slots,
+      self._weights,
+      table.pages(),
+      table.alive.copy(),
+      read=read,
+      read_shared=read_shared,
+    )
+    return logits
 
   def _decode(
     self, table: SlotTable, steps: int, until_free: bool, read: int, read_shared: int
@@ -181,9 +240,8 @@ class Decoder:
     handle = Handle(0, Request((0,)))
     ready = ReadyRow(0, Prompt((0,), []), Row(handle, 0, (), None))
     timed_run(done, 'insert', lambda: self.insert(ready, 0, table, [], state))
-    for read, shared in itertools.product(
-      self._config.reads_of_pages(self._shards), self._config.shared_reads
-    ):
+    reads = self._config.reads_of_pages(self._shards), self._config.shared_reads
+    for read, shared in itertools.product(*reads):
       timed_run(
         done,
         'decode_steps',
@@ -191,6 +249,16 @@ class Decoder:
         read=read,
         read_shared=shared,
       )
+    if self._grammars:
+      for read, shared in itertools.product(*reads):
+        logits = timed_run(
+          done,
+          'decode_logits',
+          lambda: self._decode_logits(table, read, shared),  # noqa: B023  # runs at once
+          read=read,
+          read_shared=shared,
+        )
+      timed_run(done, 'choose_masked', lambda: self._choose(table, logits))
     self._started.clear()
 
   def _start(self, rows: dict[int, Row], output: device.StepsOutput, steps: int) -> None:

@@ -38,6 +38,7 @@ from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.sharding.layout import Layout, check_model
 from t5x_inference_ext.sharding.mesh import make_mesh, parse_mesh
 from t5x_inference_ext.sharding.mesh_choice import choose_mesh
+from t5x_inference_ext.text.grammar import Grammar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +177,7 @@ class Engine(Scorer):
     stop: Sequence[str] = (),
     top_log_probs: int = 0,
     salt: Hashable = None,
+    grammar: Grammar | None = None,
     **options: Any,
   ) -> Stream:
     """Continue prompts in slots that are kept full; return each row's new tokens as they are made.
@@ -194,6 +196,7 @@ class Engine(Scorer):
       stop: Texts that end a row. They are cut from its text.
       top_log_probs: How many of the most likely tokens are returned with each token.
       salt: Only prompts with equal salts share what is cached of their beginnings.
+      grammar: The language that each row's new text must be in; None: any.
       **options: Options of engine.scheduler_config.config_for: slots, max_length, pages,
         prefill_chunk, prefill_rows, prefill_budget, decode_steps, share. Other options than those
         of the last call, or longer rows, make a new scheduler.
@@ -212,6 +215,7 @@ class Engine(Scorer):
         text=text,
         top_log_probs=top_log_probs,
         salt=salt,
+        grammar=grammar,
       )
       for request, text in zip(self.requests(ids, max_new_tokens, sampling, seeds, samples), texts)
     ]

@@ -4,11 +4,13 @@ With several processes, process 0 alone takes requests. The others get them, ste
 jax's coordination service: on the host, so that no device waits for it.
 """
 
+from collections.abc import Sequence
 import pickle
 import threading
 from typing import NamedTuple
 
 from t5x_inference_ext import distributed
+from t5x_inference_ext.engine.grammars import GrammarMatcher
 from t5x_inference_ext.engine.request import Handle, Request
 
 
@@ -40,10 +42,10 @@ class Inbox:
     self.submitted = 0
     self.closed = False
 
-  def submit(self, request: Request) -> Handle:
-    """Queue a request."""
+  def submit(self, request: Request, matchers: Sequence[GrammarMatcher] = ()) -> Handle:
+    """Queue a request. `matchers` are those of its handle."""
     with self._lock:
-      handle = Handle(self.submitted, request)
+      handle = Handle(self.submitted, request, matchers)
       self.submitted += 1
       self._handles[handle.index] = handle
       self._commands.append(Command(handle.index, request))

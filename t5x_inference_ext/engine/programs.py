@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from t5x_inference_ext.engine import prefix_store, prompts, slots, static_batch
+from t5x_inference_ext.engine import prefix_store, prompts, slot_steps, slots, static_batch
 from t5x_inference_ext.engine.saved_generation import GenerationShape, SavedGeneration
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model import long_scoring
@@ -77,15 +77,19 @@ def put(model: Model, *arrays: Any) -> Any:
     return jax.device_put(arrays, NamedSharding(model.mesh, P()))
 
 
-# Slots (engine.slots) and prompts on their way to them (engine.prompts).
+# Slots (engine.slots, engine.slot_steps) and prompts on their way to them (engine.prompts).
 empty_slots = _compiled(slots.empty_slots, static=('config', 'shards'))
 empty_prefill = _compiled(prompts.empty_prefill, static=('rows', 'size'))
 start_prefill = _compiled(prompts.start_prefill, donated=('prompts',))
 prefill_chunk = _compiled(prompts.prefill_chunk, static=('read',), donated=('prompts',))
 insert = _compiled(slots.insert, donated=('slots',))
 decode_steps = _compiled(
-  slots.decode_steps, static=('most', 'read', 'read_shared'), donated=('slots',)
+  slot_steps.decode_steps, static=('most', 'read', 'read_shared'), donated=('slots',)
 )
+decode_logits = _compiled(
+  slot_steps.decode_logits, static=('read', 'read_shared'), donated=('slots',)
+)
+choose_masked = _compiled(slot_steps.choose_masked, donated=('slots',))
 
 # Beginnings of earlier prompts (engine.prefix_store).
 empty_store = _compiled(prefix_store.empty_store, static=('rows', 'blocks', 'block_size'))

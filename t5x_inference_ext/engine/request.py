@@ -1,20 +1,28 @@
 """The engine's inputs and outputs: requests, their handles, events, finished samples."""
 
-from collections.abc import Collection, Hashable
+from collections.abc import Collection, Hashable, Sequence
 import dataclasses
 import enum
 from typing import Literal, NamedTuple
 
+from t5x_inference_ext.engine.grammars import GrammarMatcher
 from t5x_inference_ext.engine.sampling import SamplingParams
+from t5x_inference_ext.text.grammar import Grammar
 
 TopLogProbs = list[tuple[int, float]]
 
-# The error of a row that fails.
+# The errors of rows that fail, without and with a grammar.
 NOT_FINITE = "the row's logits are not finite: the weights or the dtype can't represent it"
+
+NO_TOKEN = (
+  'every token that the grammar allows is forbidden, by logit_bias, min_new_tokens or as one that '
+  'ends rows, or the logits are not finite'
+)
 
 # The reason why a sample has ended:
 #   eos: it chose a token that ends rows.
-#   stop: its tokens end in a stop sequence, or its text holds a stop text.
+#   stop: its tokens end in a stop sequence, its text holds a stop text, or its grammar is satisfied
+#     and allows no further token.
 #   length: it has as many new tokens as its limit.
 #   cancelled: someone cancelled its request.
 #   error: it can't go on; the event's `error` says why. No other row is affected.
@@ -37,6 +45,8 @@ class Request:
     top_log_probs: How many of the most likely tokens are returned with each token.
     salt: Anything besides the tokens that keys and values depend on, or a tenant's name: only
       requests with equal salts share cached prefixes.
+    grammar: The language that the new text of each sample must be in; None: any. Needs a scheduler
+      with a vocabulary, and the extra [structured].
   """
 
   tokens: tuple[int, ...]
@@ -48,6 +58,7 @@ class Request:
   text: bool = False
   top_log_probs: int = 0
   salt: Hashable = None
+  grammar: Grammar | None = None
 
 
 class RequestState(enum.Enum):
@@ -68,10 +79,13 @@ class Handle:
     request: The request.
     state: FINISHED once all of its samples have ended. Preempted samples are WAITING again.
     finish_reasons: Why each sample has ended; None while it has not.
+    matchers: The beginning of each sample's way through the request's grammar, where the request
+      was submitted; else none.
   """
 
   index: int
   request: Request
+  matchers: Sequence[GrammarMatcher] = ()
   state: RequestState = RequestState.WAITING
   finish_reasons: list[FinishReason | None] = dataclasses.field(init=False)
 

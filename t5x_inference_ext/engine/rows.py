@@ -2,7 +2,15 @@
 
 from collections.abc import Sequence
 
-from t5x_inference_ext.engine.request import NOT_FINITE, Event, FinishReason, Handle, TopLogProbs
+from t5x_inference_ext.engine.grammars import GrammarMatcher
+from t5x_inference_ext.engine.request import (
+  NO_TOKEN,
+  NOT_FINITE,
+  Event,
+  FinishReason,
+  Handle,
+  TopLogProbs,
+)
 from t5x_inference_ext.text.detokenizer import Detokenizer
 from t5x_inference_ext.text.stop_texts import StopTexts
 from t5x_inference_ext.text.vocabulary import Vocabulary
@@ -16,17 +24,25 @@ class Row:
     sample: Index of the sample within the request.
     end_ids: Tokens that end the row.
     vocabulary: Needed if the request asks for text or has stop texts.
+    matcher: The beginning of the row's way through the request's grammar; None without one.
 
   Attributes:
     tokens: New tokens that the host has read.
     dispatched: Most new tokens that the row can have after the programs that were started.
     finish: Why the row has ended; None while it has not.
+    matcher: Where the row's tokens are in its grammar; None without one.
   """
 
   def __init__(
-    self, handle: Handle, sample: int, end_ids: Sequence[int], vocabulary: Vocabulary | None
+    self,
+    handle: Handle,
+    sample: int,
+    end_ids: Sequence[int],
+    vocabulary: Vocabulary | None,
+    matcher: GrammarMatcher | None = None,
   ) -> None:
     self.handle, self.sample, self.end_ids = handle, sample, tuple(end_ids)
+    self.matcher = matcher
     self.tokens: list[int] = []
     self.dispatched = 0
     self.finish: FinishReason | None = None
@@ -69,10 +85,11 @@ class Row:
     kept, finish = self._kept(tokens)
     tokens = tokens[:kept]
     self.tokens += tokens
-    error = None
-    if finish is None and failed:
-      finish = 'error'
-      error = NOT_FINITE
+    error: str | None = None
+    if self.matcher is not None and finish is None:
+      finish, error = self._followed(self.matcher, tokens, failed)
+    elif finish is None and failed:
+      finish, error = 'error', NOT_FINITE
     if finish is None and len(self.tokens) >= self.limit:
       finish = 'length'
     text = ''
@@ -97,6 +114,19 @@ class Row:
     """End the row."""
     self.finish = reason
     self.handle.finish_reasons[self.sample] = reason
+
+  @staticmethod
+  def _followed(
+    matcher: GrammarMatcher, tokens: list[int], failed: bool
+  ) -> tuple[FinishReason | None, str | None]:
+    """Follow new tokens through the grammar; return why the row ends, if it does, and an error."""
+    for token in tokens:
+      matcher.push(token)
+    if matcher.complete or (failed and matcher.exhausted):
+      return 'stop', None
+    if failed:
+      return 'error', matcher.error or NO_TOKEN
+    return None, None
 
   def _told(
     self, tokens: list[int], finish: FinishReason | None
@@ -134,3 +164,17 @@ class Row:
         if tuple(tokens[max(0, offset + i + 1 - len(stop)) : offset + i + 1]) == stop:
           return i + 1, 'stop'
     return len(new), None
+
+
+def rows_of(handle: Handle, end_ids: Sequence[int], vocabulary: Vocabulary | None) -> list[Row]:
+  """Return a row for each sample of a request.
+
+  Args:
+    handle: The request. If it has a grammar, with a matcher for each sample.
+    end_ids: Tokens that end a row of a request that does not say.
+    vocabulary: See Row.
+  """
+  request = handle.request
+  ends = end_ids if request.end_ids is None else request.end_ids
+  matchers: Sequence[GrammarMatcher | None] = handle.matchers or [None] * len(request.seeds)
+  return [Row(handle, i, ends, vocabulary, matcher) for i, matcher in enumerate(matchers)]

@@ -42,6 +42,7 @@ class SamplingFeatures(NamedTuple):
     bias: Whether a row has a logit_bias.
     penalties: Whether a row has a penalty.
     min_new_tokens: Whether a row has min_new_tokens.
+    masked: Whether a row has a mask of its grammar: `token_choice.TokenMasks`.
   """
 
   sampled: Flag = False
@@ -51,6 +52,7 @@ class SamplingFeatures(NamedTuple):
   bias: Flag = False
   penalties: Flag = False
   min_new_tokens: Flag = False
+  masked: Flag = False
 
 
 @jax.tree_util.register_dataclass

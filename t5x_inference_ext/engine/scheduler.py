@@ -15,19 +15,19 @@ import collections
 from collections.abc import Sequence
 import warnings
 
-from t5x_inference_ext.engine.admission import admitted
+from t5x_inference_ext.engine.admission import CheckedRequest, admitted
 from t5x_inference_ext.engine.books import wrong_books
 from t5x_inference_ext.engine.decoder import Decoder
+from t5x_inference_ext.engine.grammars import Grammars
 from t5x_inference_ext.engine.inbox import Inbox
 from t5x_inference_ext.engine.prefilling import Prefiller, Prompt
 from t5x_inference_ext.engine.prefix_cache import PrefixCache
 from t5x_inference_ext.engine.request import Event, Handle, Request, RequestState
-from t5x_inference_ext.engine.rows import Row
+from t5x_inference_ext.engine.rows import Row, rows_of
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.engine.slot_table import SlotTable
 from t5x_inference_ext.engine.stats import PrefixStats, SchedulerStats
 from t5x_inference_ext.engine.warm_up import CompiledProgram
-from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.chunks import page_shards
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
@@ -45,7 +45,7 @@ class Scheduler:
     model: Decides mesh and layouts.
     weights: Weights on that mesh.
     config: Sizes that the programs are compiled for.
-    vocabulary: Needed by requests for text or with stop texts.
+    vocabulary: Needed by requests for text, with stop texts or with a grammar.
     inbox: Where requests come in; None: a new one, of this process alone.
   """
 
@@ -63,7 +63,8 @@ class Scheduler:
     shards = page_shards(model, config.slots)
     self._prefixes = PrefixCache(model, weights, config) if config.prefix_bytes else None
     self._prefiller = Prefiller(model, weights, config, self._prefixes)
-    self._decoder = Decoder(model, weights, config, shards)
+    self._grammars = Grammars(vocabulary, model.config.vocab_size)
+    self._decoder = Decoder(model, weights, config, shards, grammars=self._grammars.available)
     self._table = SlotTable(config, shards)
     self._one_at_a_time = model.mesh.size > 1 and model.mesh.devices.flat[0].platform == 'cpu'
     self._waiting: collections.deque[Prompt] = collections.deque()
@@ -104,24 +105,24 @@ class Scheduler:
     pool = self._table.pool
     return pool.held, pool.shards * (pool.pages - 1)
 
-  def check(self, request: Request) -> Request:
-    """Return a request as it can be served, unless `submit` refuses it. Any thread may call this.
-
-    Raises:
-      RequestError: The request does not fit the config.
-    """
-    request = admitted(request, self.config, self._table, self.model.config)
-    if (request.text or request.stop_texts) and self._vocabulary is None:
-      raise RequestError('text and stop texts need a vocabulary, and this engine has none')
-    return request
-
-  def submit(self, request: Request) -> Handle:
+  def submit(self, request: Request | CheckedRequest) -> Handle:
     """Queue a request; return its handle. Any thread may call this, also during a step.
 
-    Raises:
-      RequestError: The request does not fit the config. Nothing is queued.
+    A request that `check` did not return is checked here, with the same errors.
     """
-    return self._inbox.submit(self.check(request))
+    checked = request if isinstance(request, CheckedRequest) else self.check(request)
+    return self._inbox.submit(*checked)
+
+  def check(self, request: Request) -> CheckedRequest:
+    """Check a request, so that `submit` takes it at once. Any thread may call this.
+
+    A grammar may take text.grammar_check.GRAMMAR_SECONDS.
+
+    Raises:
+      UserError: It does not fit the config, its grammar can't be used, or the extra is missing.
+    """
+    request = admitted(request, self.config, self._table, self.model.config, self._vocabulary)
+    return CheckedRequest(request, self._grammars.matchers(request.grammar, len(request.seeds)))
 
   def cancel(self, handle: Handle) -> None:
     """End a request within the next step, unless it has ended. Any thread may call this."""
@@ -132,22 +133,31 @@ class Scheduler:
     done: list[CompiledProgram] = []
     self._prefiller.warm_up(done)
     self._decoder.warm_up(self._table, self._prefiller.state, done)
+    if self._grammars.available:
+      self._grammars.warm_up()
     return done
 
   def step(self) -> list[Event]:
     """Take commands, prefill, insert, start to decode; return new tokens, and rows that ended.
 
     While rows decode, prefill runs at most `prefill_budget` positions, but always one chunk if no
-    row decodes. Then one decode step follows, or `decode_steps` of them when nothing waits.
+    row decodes. Then a decode step follows, or `decode_steps` if nothing waits or has a grammar.
     """
     events = self._take_commands()
     self._fill_slots()
+    leave = int(self.config.decode_steps == 1)
     if self._make_room(events):
-      steps = 1 if self._rows_wait and self._table.free else self.config.decode_steps
-      self._decoder.decode(self._table, steps, until_free=self._rows_wait)
+      if any(row is not None and row.matcher is not None for row in self._table.rows):
+        logits = self._decoder.decode_logits(self._table)
+        self._read(events, leave=0)  # tokens that masks follow, while the devices are at work
+        self._decoder.choose_masked(self._table, logits)
+        leave = 1
+      else:
+        steps = 1 if self._rows_wait and self._table.free else self.config.decode_steps
+        self._decoder.decode(self._table, steps, until_free=self._rows_wait)
       self._free_full_slots()
     # The devices work on the newest of single steps while the host reads the one before.
-    self._read(events, leave=int(self.config.decode_steps == 1 and self._table.busy))
+    self._read(events, leave=leave if self._table.busy else 0)
     if events and self.idle:
       for wrong in self.check_books():
         warnings.warn(f'the books of the scheduler do not add up: {wrong}', stacklevel=2)
@@ -170,7 +180,10 @@ class Scheduler:
     for command, handle in self._inbox.take():
       if command.request is not None:
         assert handle is not None
-        rows = [self._row(handle, i) for i in range(len(command.request.seeds))]
+        if command.request.grammar and not handle.matchers:  # it was checked in another process
+          samples = len(command.request.seeds)
+          handle.matchers = self._grammars.compiled(command.request.grammar, samples)
+        rows = rows_of(handle, self.config.end_ids, self._vocabulary)
         self._unfinished[handle.index] = rows
         self._waiting.append(Prompt(command.request.tokens, rows))
       else:
@@ -288,10 +301,6 @@ class Scheduler:
     """Forget a request once all of its rows have ended."""
     handle = row.handle
     if all(handle.finish_reasons):
-      handle.state = RequestState.FINISHED
+      handle.state, handle.matchers = RequestState.FINISHED, ()
       del self._unfinished[handle.index]
       self._finished += 1
-
-  def _row(self, handle: Handle, sample: int) -> Row:
-    ends = handle.request.end_ids
-    return Row(handle, sample, self.config.end_ids if ends is None else ends, self._vocabulary)

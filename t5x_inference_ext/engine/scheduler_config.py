@@ -131,8 +131,13 @@ class SchedulerConfig:
     sizes = (FIRST_READ * READ_FACTOR**i for i in itertools.count())
     return [0, *itertools.takewhile(lambda size: size < self.max_length, sizes), self.max_length]
 
-  def programs_text(self, shards: int) -> str:
-    """Return a line that names every program that requests can need, with its sizes."""
+  def programs_text(self, shards: int, *, grammars: bool = False) -> str:
+    """Return a line that names every program that requests can need, with its sizes.
+
+    Args:
+      shards: Number of shards that split the rows of the cache.
+      grammars: Whether requests may have grammars.
+    """
 
     def numbers(values: Sequence[int]) -> str:
       return ', '.join(map(str, values))
@@ -140,7 +145,10 @@ class SchedulerConfig:
     chunks, reads = self.chunk_sizes, self.prefill_reads
     pages, shared = self.reads_of_pages(shards), self.shared_reads
     others = 4 if self.prefix_bytes else 2  # insert and start_prefill, load_blocks and save_blocks
-    count = len(chunks) * len(reads) + len(pages) * len(shared) + others
+    steps = len(pages) * len(shared)
+    if grammars:  # decode_logits of the same sizes, and choose_masked
+      steps, others = 2 * steps, others + 1
+    count = len(chunks) * len(reads) + steps + others
     return (
       f'{count}: chunks of {numbers(chunks)} tokens after up to {numbers(reads)} positions, decode '
       f'steps over {numbers(pages)} pages and {numbers(shared)} shared ones, {others} others'

@@ -24,6 +24,7 @@ from t5x_inference_ext.engine.state import (
   initial_state,
 )
 from t5x_inference_ext.engine.state_rows import constrain_state, put_state_row
+from t5x_inference_ext.engine.token_choice import TokenMasks
 from t5x_inference_ext.model import cache as kv_cache
 from t5x_inference_ext.model.chunks import constrain_cache, empty_pages
 from t5x_inference_ext.model.pages import PagedCache
@@ -140,6 +141,7 @@ def insert(
   prompt: jax.Array,
   length: jax.Array,
   generated: jax.Array,
+  masks: TokenMasks | None = None,
 ) -> tuple[Slots, StepsOutput]:
   """Put a prefilled prompt into a free slot, and choose its next token.
 
@@ -156,6 +158,7 @@ def insert(
     length: Scalar int32. Number of valid tokens in `prompt`.
     generated: Scalar int32. How many of its last tokens the row generated itself, before it was
       preempted.
+    masks: [1] Tokens that the row's grammar allows next; None: no row has a grammar.
   """
   one = cache_rows.gather_cache_row(model.prefilling, prompts.cache, weights, place)
   # The decode layout may repeat and pad key heads differently from the prefill layout.
@@ -173,89 +176,11 @@ def insert(
   axes = model.sampling_axes(prompts.logits.shape[0])
   logits = cache_rows.gather_row(model, prompts.logits, axes, place)
   state = initial_state(row_params, prompt, length[None], model.config.vocab_size, generated[None])
-  state, chosen = advance(row_params, state, logits, length[None])
+  state, chosen = advance(row_params, state, logits, length[None], masks=masks)
   rows, states = put_state_row(model, slots.rows, slots.state, slot, row_params, state)
   made = (~state.failed).astype(jnp.int32)
   output = StepsOutput(jax.tree.map(lambda x: x[None], chosen), made, state.ended, state.failed)
   return Slots(cache, replicated(model, rows), states), replicated(model, output)
-
-
-# State of the loop in decode_steps: step, state, cache, chosen tokens so far.
-_Carry = tuple[jax.Array, DecodeState, PagedCache, ChosenTokens]
-
-
-def decode_steps(
-  model: Model,
-  slots: Slots,
-  weights: Weights,
-  pages: SlotPages,
-  alive: jax.Array,
-  steps: jax.Array,
-  until_free: jax.Array,
-  most: int,
-  read: int,
-  read_shared: int,
-) -> tuple[Slots, StepsOutput]:
-  """Run decode steps until all rows have ended or `steps` of them are done.
-
-  Args:
-    model: Decides mesh and layouts.
-    slots: The slots.
-    weights: Weights on the mesh.
-    pages: Pages of the rows, with room for the steps.
-    alive: [B] bool. Slots that have a row. The others end: their rows were cancelled.
-    steps: Scalar int32. Steps to run, at most `most`.
-    until_free: Scalar bool. Whether to stop as soon as a row ends.
-    most: N, steps that the output has room for. Static.
-    read: Pages of each shard that attention reads, the first ones. Static.
-    read_shared: Shared pages that attention reads, the first ones. Static.
-  """
-  before = dataclasses.replace(slots.state, ended=slots.state.ended | ~alive)
-  count, top = len(before.ended), slots.rows.top_width
-  out = ChosenTokens(
-    jnp.zeros((most, count), jnp.int32),
-    jnp.zeros((most, count)),
-    jnp.zeros((most, count, top), jnp.int32),
-    jnp.zeros((most, count, top)),
-  )
-
-  def running(carry: _Carry) -> jax.Array:
-    i, state, _, _ = carry
-    freed = until_free & jnp.any(state.ended & ~before.ended)
-    return (i < steps) & ~jnp.all(state.ended) & ~freed
-
-  def step(carry: _Carry) -> _Carry:
-    i, state, cache, out = carry
-    lengths = cache.lengths
-    logits, cache = model.decode_step(weights, cache, state.tokens)
-    # A free slot's keys go beyond its length, where the next step overwrites them.
-    cache = dataclasses.replace(cache, lengths=jnp.where(state.ended, lengths, cache.lengths))
-    state, chosen = advance(slots.rows, state, logits, cache.lengths)
-    out = jax.tree.map(
-      lambda x, new: lax.dynamic_update_slice_in_dim(x, new[None], i, 0), out, chosen
-    )
-    return i + 1, constrain_state(model, state), cache, out
-
-  shared = slots.cache.shared
-  if shared is not None:
-    shared = dataclasses.replace(shared, visible=pages.visible, starts=pages.shared_starts)
-  cache = dataclasses.replace(
-    slots.cache,
-    table=pages.table,
-    owners=pages.owners,
-    starts=pages.starts,
-    shared=shared,
-    read=read,
-    read_shared=read_shared,
-  )
-  cache = constrain_cache(model, cache, weights)
-  carry = jnp.asarray(0), constrain_state(model, before), cache, out
-  _, state, cache, out = lax.while_loop(running, step, carry)
-  output = StepsOutput(out, state.counts - before.counts, state.ended, state.failed)
-  # Neither shardings nor static fields may change: they decide which programs take the slots.
-  cache, state = constrain_cache(model, cache, weights), constrain_state(model, state)
-  cache = dataclasses.replace(cache, read=slots.cache.read, read_shared=slots.cache.read_shared)
-  return Slots(cache, slots.rows, state), replicated(model, output)
 
 
 def replicated(model: Model, tree: Any) -> Any:

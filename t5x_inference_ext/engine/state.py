@@ -17,7 +17,12 @@ import numpy as np
 from t5x_inference_ext.engine import selection
 from t5x_inference_ext.engine.sampling_arrays import ANY, NOTHING, SamplingArrays
 from t5x_inference_ext.engine.selection import when
-from t5x_inference_ext.engine.token_choice import Restrictions, choose_tokens, live_features
+from t5x_inference_ext.engine.token_choice import (
+  Restrictions,
+  TokenMasks,
+  choose_tokens,
+  live_features,
+)
 from t5x_inference_ext.model.transformer import Model
 
 
@@ -71,8 +76,8 @@ class DecodeState:
 class ChosenTokens(NamedTuple):
   """The tokens that one step chose for B rows.
 
-  Log-probabilities are the unmodified model's: at temperature 1, without top_k, top_p, penalties or
-  bias.
+  Log-probabilities are the unmodified model's: at temperature 1, without top_k, top_p, penalties,
+  bias or grammar.
 
   Attributes:
     tokens: [B] int32. Chosen ids.
@@ -145,6 +150,7 @@ def advance(
   logits: Float[Array, 'B V'],
   positions: Int[Array, ' B'],
   model: Model | None = None,
+  masks: TokenMasks | None = None,
 ) -> tuple[DecodeState, ChosenTokens]:
   """Choose each row's next token.
 
@@ -157,6 +163,7 @@ def advance(
     logits: [B, V] float32.
     positions: [B] int32. Position of the chosen token in its row; BOS is at 0.
     model: Decides the mesh, whose devices choose the tokens of their own rows; None: no mesh.
+    masks: Tokens that grammars allow; None: no row has a grammar.
 
   Returns:
     The state after the step, and the chosen tokens.
@@ -167,7 +174,7 @@ def advance(
     choose_own = jax.shard_map(
       _choose_tokens, mesh=model.mesh, in_specs=P(axes), out_specs=P(axes), check_vma=False
     )
-  chosen, history = choose_own(rows, state, logits, positions)
+  chosen, history = choose_own(rows, state, logits, positions, masks)
   live, drawn = ~state.ended, chosen.tokens
   if model is not None:
     # Whole on every device, as the next step's embedding needs them; the state then is, too.
@@ -195,7 +202,11 @@ def _early(rows: RowParams, state: DecodeState) -> jax.Array:
 
 
 def _choose_tokens(
-  rows: RowParams, state: DecodeState, logits: jax.Array, positions: jax.Array
+  rows: RowParams,
+  state: DecodeState,
+  logits: jax.Array,
+  positions: jax.Array,
+  masks: TokenMasks | None,
 ) -> tuple[ChosenTokens, jax.Array | None]:
   """Return the chosen tokens, -1 for rows that get none, and the history with them.
 
@@ -203,8 +214,10 @@ def _choose_tokens(
   """
   live, early = ~state.ended, _early(rows, state)
   features = live_features(rows.sampling, live, early, logits.shape[1])
+  if masks is not None:
+    features = features._replace(masked=jnp.any(live & jnp.asarray(masks.constrained)))
   forbidden = jnp.where(early[:, None], jnp.asarray(rows.end_ids), -1)
-  restrictions = Restrictions(state.history, forbidden)
+  restrictions = Restrictions(state.history, forbidden, masks)
   top = jnp.max(logits, axis=-1, keepdims=True)
   tokens, allowed = choose_tokens(
     logits, top, rows.sampling, features, restrictions, rows.seeds, positions

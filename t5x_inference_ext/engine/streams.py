@@ -94,8 +94,9 @@ class Streams:
 
   def submit(self, request: Request, events: collections.deque[Event], number: int) -> Handle:
     """Submit a request whose events, with the request numbered `number`, go to `events`."""
+    checked = self.scheduler.check(request)  # may take seconds, in which others are served
     with self._changed:  # the request must have a listener before its first event
-      handle = self.scheduler.submit(request)
+      handle = self.scheduler.submit(checked)
       self._listeners[handle.index] = events, number, handle
     return handle
 

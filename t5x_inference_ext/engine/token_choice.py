@@ -61,6 +61,18 @@ def live_features(
   )
 
 
+class TokenMasks(NamedTuple):
+  """Tokens that the grammars of B rows allow next.
+
+  Attributes:
+    allowed: [B, W] uint32, with 32 W at least V. Bit i of word w stands for token 32 w + i.
+    constrained: [B] bool. Whether the row has a grammar. The others may choose any token.
+  """
+
+  allowed: jax.Array | np.ndarray
+  constrained: jax.Array | np.ndarray
+
+
 class Restrictions(NamedTuple):
   """What earlier tokens mean for the choice of the next one.
 
@@ -68,10 +80,12 @@ class Restrictions(NamedTuple):
     history: [B, V] int32. For each token twice the times that the row generated it, plus 1 if the
       prompt has it; None if no row has penalties.
     forbidden: [B, N] int32. Ids that may not be chosen; a negative id is none.
+    masks: Tokens that grammars allow; None if no row has a grammar.
   """
 
   history: jax.Array | None
   forbidden: jax.Array
+  masks: TokenMasks | None = None
 
 
 def choose_tokens(
@@ -98,6 +112,8 @@ def choose_tokens(
     Tokens [B] int32, and [B] bool: whether any token was allowed.
   """
   changes = features.penalties | features.min_new_tokens | features.bias
+  if features.masked is not False:  # programs without masks are those of before, to the letter
+    changes |= features.masked
 
   def changed(logits: jax.Array) -> jax.Array:
     logits = when(
@@ -106,6 +122,7 @@ def choose_tokens(
     logits = when(
       features.min_new_tokens, lambda x: _forbid(x, restrictions.forbidden), _unchanged, logits
     )
+    logits = when(features.masked, lambda x: _mask(x, restrictions.masks), _unchanged, logits)
     return when(features.bias, lambda x: add_bias(x, rows), _unchanged, logits)
 
   def anything(logits: jax.Array, top: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -148,6 +165,14 @@ def _forbid(logits: jax.Array, forbidden: jax.Array) -> jax.Array:
   row = jnp.arange(len(logits))[:, None]
   ids = jnp.where(forbidden < 0, logits.shape[1], forbidden)
   return logits.at[row, ids].set(-jnp.inf, mode='drop')
+
+
+def _mask(logits: jax.Array, masks: TokenMasks | None) -> jax.Array:
+  """Return the logits [B, V] with -inf for tokens that the row's grammar forbids."""
+  assert masks is not None
+  bits = jnp.asarray(masks.allowed)[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None, :]
+  allowed = (bits & 1).reshape(len(logits), -1)[:, : logits.shape[1]] > 0
+  return jnp.where(allowed | ~jnp.asarray(masks.constrained)[:, None], logits, -jnp.inf)
 
 
 def add_bias(logits: Float[Array, 'B V'], rows: SamplingArrays) -> Float[Array, 'B V']:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
-from t5x_inference_ext.engine import prompts
+from t5x_inference_ext.engine import prompts, slot_steps
 from t5x_inference_ext.engine import slots as engine_slots
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.sampling_arrays import end_id_array, stack_params
@@ -72,7 +72,7 @@ def slot_program(
   if phase == 'slots':
     rest: tuple[Any, ...] = table.pages(), table.alive, np.int32(0), np.bool_(False)
     read = dict(read=table.pool.pages, read_shared=0)
-    run = _jitted(engine_slots.decode_steps, model, most=config.decode_steps, **read)
+    run = _jitted(slot_steps.decode_steps, model, most=config.decode_steps, **read)
     return run, (weights, slots, *_replicated(model.mesh, rest))
   state = _abstract_prompts(model, weights, model.prefilling.padded_batch(1), length)
   # Only penalties read the prompt's own tokens.
@@ -94,7 +94,7 @@ def slot_config(model: Model, slots: int, context: int) -> SchedulerConfig:
 
 
 def _jitted(function: Callable[..., Any], model: Model, **static: Any) -> jax.stages.Wrapped:
-  """Jit a function of engine.slots with the weights as first argument, kept even if unused."""
+  """Jit a function of the engine with the weights as first argument, kept even if unused."""
   run = lambda weights, state, *arguments: function(model, state, weights, *arguments, **static)
   return jax.jit(run, donate_argnums=1, keep_unused=True)
 

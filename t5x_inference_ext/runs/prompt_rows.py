@@ -6,10 +6,12 @@ import reprlib
 from typing import Any, TypeAlias, TypeVar
 
 from t5x_inference_ext.checkpoints import Checkpoint
+from t5x_inference_ext.engine.grammars import Grammars
 from t5x_inference_ext.engine.inputs import check_positions, check_start
 from t5x_inference_ext.engine.scoring import tokens_read
 from t5x_inference_ext.errors import RequestError, name_list
 from t5x_inference_ext.runs.row_sampling import RowSampling, row_sampling
+from t5x_inference_ext.text.grammar import Grammar
 from t5x_inference_ext.text.vocabulary import encode_pair
 from t5x_inference_ext.text_files import parse_json
 
@@ -31,6 +33,7 @@ class PromptRow:
     prompt: Text or token ids. An empty prompt starts from BOS alone.
     completion: Text or token ids to score; None if nothing is scored.
     sampling: The row's own sampling options; None if it has none, or is scored.
+    grammar: The row's grammar; None if it has none, or is scored.
   """
 
   line: int
@@ -38,11 +41,13 @@ class PromptRow:
   prompt: Text
   completion: Text | None = None
   sampling: dict[str, Any] | None = None
+  grammar: Grammar | None = None
 
   @property
   def is_text(self) -> bool:
-    """Whether the row has text, and so needs a vocabulary."""
-    return isinstance(self.prompt, str) or isinstance(self.completion, str)
+    """Whether the row has text or a grammar, and so needs a vocabulary."""
+    texts = self.prompt, self.completion
+    return self.grammar is not None or any(isinstance(text, str) for text in texts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,17 +120,18 @@ def tokenize(
   Args:
     path: File that the rows come from, for messages.
     rows: Rows from read_rows.
-    checkpoint: The model, with a vocabulary if a row has text.
+    checkpoint: The model, with a vocabulary if a row has text or a grammar.
     run: Sampling options of rows that have none of their own.
     max_prompt: Most tokens of a prompt that the cache has room for; None: no limit.
 
   Raises:
     RequestError: Rows have ids outside the vocabulary, prompts that are longer than the cache or
-      than the model's positions, or that are empty where there is no BOS, or wrong sampling
-      options. The message names their lines.
+      than the model's positions, or that are empty where there is no BOS, wrong sampling options,
+      or grammars that can't be used. The message names their lines.
   """
   vocabulary, bos_id = checkpoint.vocabulary, checkpoint.bos_id
   config, vocab_size = checkpoint.config, checkpoint.config.vocab_size
+  grammars = Grammars(vocabulary, vocab_size)
 
   def ids_of(name: str, text: Text) -> list[int]:
     if not isinstance(text, str):
@@ -171,6 +177,9 @@ def tokenize(
     asked = run
     if row.sampling is not None:
       asked = row_sampling(run, row.sampling, vocabulary, vocab_size)
+    if row.grammar is not None:
+      grammars.matchers(row.grammar, 1)  # checks it
+      asked = dataclasses.replace(asked, grammar=row.grammar)
     return TokenizedRow(prompt, completion, asked)
 
   return _map_rows(path, rows, tokenized, lambda row: row.line)
@@ -204,7 +213,10 @@ def _parse(number: int, line: str, score: bool) -> PromptRow:
       raise ValueError(
         f'"sampling" must be an object such as {{"temperature": 0.7}}, not {_kind(sampling)}'
       )
-    return PromptRow(number, fields, prompt, sampling=sampling)
+    grammar = fields.get('grammar')
+    if grammar is not None:
+      grammar = Grammar.from_dict(grammar)
+    return PromptRow(number, fields, prompt, sampling=sampling, grammar=grammar)
   for name in ('tokens', 'completion'):
     if fields.get(name) is not None:
       completion = _text(name, fields[name])

@@ -80,7 +80,9 @@ def prepare(
         or max(len(row.prompt) + row.asked.max_new_tokens for row in tokenized),
       )
     if not options.continuous and any(row.asked != asked for row in tokenized):
-      raise RequestError('rows have their own `sampling`, which needs batching=continuous')
+      raise RequestError(
+        'rows have a `grammar`, or their own `sampling`, which needs batching=continuous'
+      )
     if not options.continuous:
       # A saved program knows one end token.
       ends = text.end_ids[1:] if options.executable else ()
@@ -188,6 +190,7 @@ def _request(
     end_ids=text.end_ids,
     stop_texts=row.asked.stop,
     top_log_probs=options.top_log_probs,
+    grammar=row.asked.grammar,
   )
 
 

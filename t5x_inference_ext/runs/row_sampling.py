@@ -9,6 +9,7 @@ from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.sampling_arrays import stack_params
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.options import has_type
+from t5x_inference_ext.text.grammar import Grammar
 from t5x_inference_ext.text.stop_texts import check_stop_texts
 from t5x_inference_ext.text.vocabulary import Vocabulary
 
@@ -26,12 +27,14 @@ class RowSampling:
     seed: Seed of the row's first sample. Other samples count up from it. None: derived from the
       run's seed and the row's index.
     stop: Texts that end the row.
+    grammar: The language that the row's text must be in; None: any.
   """
 
   sampling: SamplingParams
   max_new_tokens: int
   seed: int | None = None
   stop: tuple[str, ...] = ()
+  grammar: Grammar | None = None
 
 
 def row_sampling(

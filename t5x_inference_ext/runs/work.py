@@ -112,7 +112,7 @@ def refill_work(
     clock: Counts time, rows and tokens.
     say: Prints a line.
     ahead: Number of requests to read for their sizes; None: all.
-    vocabulary: Needed by stop texts.
+    vocabulary: Needed by stop texts and grammars.
     **sizes: Other arguments of scheduler_config.config_for.
   """
   requests = iter(requests)
@@ -129,7 +129,9 @@ def refill_work(
   )
   note = loading.rounded_note(options, config.slots, engine)
   say(f'batch: {config.slots} rows{note}, refilled as they end')
-  say(f'programs, at most {config.programs_text(page_shards(engine.model, config.slots))}')
+  grammars = any(request.grammar for _, request in first)
+  programs = config.programs_text(page_shards(engine.model, config.slots), grammars=grammars)
+  say(f'programs, at most {programs}')
   scheduler = Scheduler(engine.model, engine.weights, config, vocabulary=vocabulary)
   work = RefillWork(scheduler, itertools.chain(first, requests), clock)
   return work, {'batch': config.slots, 'max_length': config.max_length}

@@ -1,1 +1,1 @@
-"""Text: vocabularies, incremental decoding, stop texts, chat templates. No arrays, no devices."""
+"""Text: vocabularies, decoding, stop texts, chat templates, grammars. No arrays, no devices."""

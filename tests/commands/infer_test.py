@@ -441,6 +441,7 @@ def test_rows_that_say_themselves_how(complete, greedy):
       {'prompt': prompt, 'sampling': {'temperature': 1, 'top_k': 20, 'seed': 5}},
       {'prompt': prompt, 'sampling': {'max_new_tokens': 3}},
       {'prompt': prompt, 'sampling': {'stop': stop}},
+      {'prompt': prompt, 'grammar': {'regex': '[0-9]{3}-[a-f]{2}'}},
       {
         'prompt': prompt,
         'sampling': {'stop': [[7, 7], golden[3:5]], 'logit_bias': {'60': 1e9}, 'max_new_tokens': 2},
@@ -460,7 +461,8 @@ def test_rows_that_say_themselves_how(complete, greedy):
   assert rows[1]['tokens'] == alone[0]['tokens'] != rows[0]['tokens']
   assert rows[2]['completion'] == golden[:3]
   assert rows[3]['completion'] == golden[: golden.index(stop)]
-  assert rows[4]['tokens'] == [60, 60]
+  assert re.fullmatch('[0-9]{3}-[a-f]{2}', rows[4]['completion'])
+  assert rows[5]['tokens'] == [60, 60]
   scored, _ = complete(rows[1:2], '--mode=score', '--mesh=1x1x1', name='scored')
   assert scored[0]['sampling'] == rows[1]['sampling']
 
@@ -497,6 +499,18 @@ def test_rows_that_say_themselves_how(complete, greedy):
 )
 def test_rows_that_say_it_wrong(complaint, sampling, says):
   assert says in complaint(f'{{"prompt": "a", "sampling": {sampling}}}\n')
+
+
+@pytest.mark.parametrize(
+  'grammar, says',
+  [
+    ('3', 'a grammar is an object with one of json_schema, json_object, regex and lark'),
+    ('{"regex": "("}', 'prompts.jsonl:1: grammar: the regex is not one that can be used: unclosed'),
+    ('{"json_schema": {"type": "\\u001b"}}', 'Invalid type: \\x1b'),
+  ],
+)
+def test_rows_with_grammars_that_cannot_be_used(complaint, grammar, says):
+  assert says in complaint(f'{{"prompt": "a", "grammar": {grammar}}}\n')
 
 
 def test_a_static_batch_has_one_way_for_all(complaint):

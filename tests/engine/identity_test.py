@@ -1,17 +1,22 @@
 """Slot refill: a row's tokens are those it has alone, whatever else runs beside it, and on whatever
-mesh; also when it comes late, is preempted, or follows a cached beginning.
+mesh; also when it comes late, is preempted, follows a cached beginning, or has a grammar.
 """
 
+import dataclasses
 import functools
+import re
 
 import numpy as np
 
 from t5x_inference_ext.engine import selection
+from t5x_inference_ext.engine.grammars import Grammars, masks_of
 from t5x_inference_ext.engine.request import Request
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.scheduler import Scheduler
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
+from t5x_inference_ext.text.grammar import Grammar
 from tests import memory, reference
+from tests.text.vocabularies import Characters
 
 CONFIG = memory.ODD
 TENSORS = reference.random_tensors(CONFIG, seed=1)
@@ -28,6 +33,21 @@ SAMPLINGS = (
 )
 EOS, LONGEST, MOST = 1, 100, 40
 LENGTH = 160
+
+
+VOCABULARY = Characters()
+GRAMMARS = Grammars(VOCABULARY, CONFIG.vocab_size)
+# Grammars, each with a regular expression for its texts.
+LANGUAGES = {
+  Grammar('regex', '[a-z]{3,8}(-[0-9]{1,4})*'): '[a-z]{3,8}(-[0-9]{1,4})*',
+  Grammar('regex', '[A-F][^A-F]{2,30}'): '[A-F][^A-F]{2,30}',
+  Grammar('lark', 'start: "<" start ">" | /[0-9]+/'): '(<)*[0-9]+(>)*',
+  Grammar(
+    'json_schema',
+    '{"type": "array", "items": {"enum": ["x", true, 12]}, "x-guidance": {"whitespace_flexible": '
+    'false}}',
+  ): r'\[(("x"|true|12)(,("x"|true|12))*)?\]',
+}
 
 # (mesh, prefill, decode, cache, config): the mixes of a kind run on one scheduler, which stays.
 KINDS = [
@@ -56,7 +76,7 @@ KINDS = [
   ),
   ('2x2x1', 'ws_2d/heads', 'wg_x/heads', None, dict(slots=4, prefill_chunk=64, decode_steps=5)),
 ]
-MIXES = 120  # about four minutes, most of them compilations
+MIXES = 120  # about five minutes, most of them compilations
 
 
 @functools.cache
@@ -78,8 +98,18 @@ def scheduler(kind):
     **sizes,
   }
   return Scheduler(
-    model.model, model.weights, SchedulerConfig(max_length=LENGTH, end_ids=(EOS,), **config)
+    model.model,
+    model.weights,
+    SchedulerConfig(max_length=LENGTH, end_ids=(EOS,), **config),
+    vocabulary=VOCABULARY,
   )
+
+
+@functools.cache
+def one_slot(cache):
+  """A scheduler with room for one row."""
+  model, config = engine('1x1x1', cache=cache), SchedulerConfig(1, LENGTH, end_ids=(EOS,))
+  return Scheduler(model.model, model.weights, config, vocabulary=VOCABULARY)
 
 
 @functools.cache
@@ -97,6 +127,10 @@ def alone_each(tokens: tuple[int, ...], seed: int, cache: str | None) -> list[li
 
 
 def alone(request: Request, seed: int, cache: str | None) -> list[int]:
+  if request.grammar is not None:
+    core = one_slot(cache)
+    core.submit(dataclasses.replace(request, seeds=(seed,)))
+    return [token for _ in iter(lambda: core.idle, True) for e in core.step() for token in e.tokens]
   rows = alone_each(request.tokens, seed, cache)
   return rows[SAMPLINGS.index(request.sampling)][: request.limit]
 
@@ -111,7 +145,8 @@ def mix(rng):
     seeds = tuple(rng.integers(0, 2**32, 1 + (rng.random() < 0.2)).tolist())
     limit = int(rng.integers(1, MOST + 1))
     sampling = SAMPLINGS[rng.integers(len(SAMPLINGS))]
-    requests.append(Request((0, *begin, *own), seeds, limit, sampling))
+    grammar = [*LANGUAGES][rng.integers(len(LANGUAGES))] if rng.random() < 0.3 else None
+    requests.append(Request((0, *begin, *own), seeds, limit, sampling, grammar=grammar))
   return requests
 
 
@@ -151,7 +186,9 @@ def near_tie(request, seed, tokens, cache):
   whole = [*request.tokens, *tokens]
   inputs = np.zeros((1, 1 + LONGEST + MOST), np.int32)
   inputs[0, : len(whole)] = whole
-  logits = engine('1x1x1', cache=cache).logits(inputs)[0, len(whole) - 1]
+  logits = np.array(engine('1x1x1', cache=cache).logits(inputs)[0, len(whole) - 1])
+  if request.grammar is not None:
+    logits[~allowed(request.grammar, tokens)] = -np.inf
   if request.sampling.temperature:
     noise = selection.gumbel_of_all(
       *map(np.asarray, ([np.uint32(seed)], [np.int32(len(whole))])), CONFIG.vocab_size
@@ -161,16 +198,35 @@ def near_tie(request, seed, tokens, cache):
   return first - second < 1e-4
 
 
+def allowed(grammar, tokens):
+  """[V] bool: the tokens that a grammar allows after these."""
+  (matcher,) = GRAMMARS.matchers(grammar, 1)
+  for token in tokens:
+    matcher.push(token)
+  mask = masks_of([(matcher, (EOS,))], CONFIG.vocab_size).allowed
+  return np.unpackbits(mask.view(np.uint8), bitorder='little')[: CONFIG.vocab_size].astype(bool)
+
+
+def complete(request, tokens):
+  """Whether a row's tokens satisfy its grammar, and none can follow."""
+  (matcher,) = GRAMMARS.matchers(request.grammar, 1)
+  for token in tokens:
+    matcher.push(token)
+  return matcher.complete
+
+
 def reason(request, tokens):
   """The finish reason of a row that nobody cancelled."""
   if tokens[-1] == EOS:
     return 'eos'
+  if request.grammar is not None and complete(request, tokens):
+    return 'stop'
   stops = [tuple(tokens[-len(stop) :]) == stop for stop in request.sampling.stop]
   return 'stop' if any(stops) else 'length'
 
 
 def test_random_mixes_are_identical_to_one_at_a_time():
-  rows = ties = ended_early = 0
+  rows = ties = ended_early = constrained = satisfied = 0
   for i in range(MIXES):
     rng = np.random.default_rng(i)
     kind = i % len(KINDS)
@@ -179,6 +235,13 @@ def test_random_mixes_are_identical_to_one_at_a_time():
       asked = requests[index]
       wanted = alone(asked, asked.seeds[sample], cache)
       rows += 1
+      if asked.grammar is not None:
+        constrained += 1
+        # An end, and a grammar that allows nothing more, come only after a whole text.
+        if finish == 'eos' or (finish == 'stop' and complete(asked, tokens)):
+          text = VOCABULARY.decode(tokens)
+          assert re.fullmatch(LANGUAGES[asked.grammar], text), (asked.grammar, text)
+          satisfied += 1
       if finish == 'cancelled':
         ended_early += 1
         wanted = wanted[: len(tokens)]
@@ -197,8 +260,10 @@ def test_random_mixes_are_identical_to_one_at_a_time():
     if stats[kind].prefixes.queries
   )
   print(
-    f'{rows} rows of {MIXES} mixes, {ended_early} of them cancelled; {preempted} preemptions, '
+    f'{rows} rows of {MIXES} mixes, {ended_early} of them cancelled, {constrained} with grammars, '
+    f'{satisfied} of which satisfied these; {preempted} preemptions, '
     f'{hits} prefix hits, {evictions} evictions; {ties} differ, at near ties'
   )
   assert rows > 3 * MIXES and ties <= rows / 100
   assert ended_early > 20 and preempted > 5 and hits > 50 and evictions > 20
+  assert constrained > 80 and satisfied > 30

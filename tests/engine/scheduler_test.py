@@ -16,8 +16,10 @@ from t5x_inference_ext.engine.serve import serve
 from t5x_inference_ext.engine.streams import Streams
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.chunks import page_shards
+from t5x_inference_ext.text.grammar import Grammar
 from t5x_inference_ext.text.vocabulary import ByteVocabulary
 from tests import memory, reference
+from tests.text.vocabularies import Characters
 
 CONFIG = memory.ODD
 TENSORS = reference.random_tensors(CONFIG, seed=1)
@@ -288,10 +290,12 @@ def test_any_request_uses_the_programs_of_warm_up(mesh):
     prefix_bytes=16 * BLOCK,
     shared_pages=4,
     top_log_probs=5,
+    vocabulary=Characters(),
   )
   done = core.warm_up()
-  assert 8 <= len(done) <= 24 and core.check_books() == []
-  assert core.config.programs_text(page_shards(core.model, 4)).startswith(f'{len(done)}: ')
+  assert 8 <= len(done) <= 29 and core.check_books() == []
+  named = core.config.programs_text(page_shards(core.model, 4), grammars=True)
+  assert named.startswith(f'{len(done)}: ')
   compiled = sizes_of_programs()
   assert sum(compiled) >= len(done)
   rng = np.random.default_rng(0)
@@ -317,6 +321,7 @@ def test_any_request_uses_the_programs_of_warm_up(mesh):
         sampling,
         end_ids=tuple(rng.integers(101, size=rng.integers(5)).tolist()),
         top_log_probs=int(rng.integers(6)),
+        grammar=Grammar('regex', '[a-z]+( [0-9]{2})?') if rng.random() < 0.3 else None,
       )
     )
   finished(core)

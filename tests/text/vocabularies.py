@@ -11,7 +11,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from t5x_inference_ext.text.sentencepiece_model import SentencePieceVocabulary
 from t5x_inference_ext.text.tokenizer_json import TokenizerVocabulary
-from t5x_inference_ext.text.vocabulary import ByteVocabulary
+from t5x_inference_ext.text.vocabulary import ByteVocabulary, Vocabulary
 
 _LINES = (
   (pathlib.Path(__file__).resolve().parents[2] / 'LICENSE').read_text(encoding='utf-8').splitlines()
@@ -103,6 +103,19 @@ def sentencepiece_model(**options) -> bytes:
     **options,
   )
   return data.getvalue()
+
+
+class Characters(Vocabulary):
+  """A vocabulary for the smallest models: tokens 3 to 96 are a printable character each."""
+
+  kind = name = 'characters'
+  bos_id, end_ids, size = 0, (1,), 97
+
+  def encode(self, text):
+    return [ord(character) - 30 for character in text]
+
+  def piece(self, token, special=False):
+    return bytes([token + 30]) if 3 <= token < self.size else b''
 
 
 @functools.cache

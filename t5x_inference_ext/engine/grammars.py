@@ -1,0 +1,190 @@
+"""Rows' grammars: which tokens each row may get next. Needs the extra [structured]."""
+
+import collections
+from collections.abc import Sequence
+import functools
+import importlib.util
+import threading
+from typing import Any
+
+import numpy as np
+
+from t5x_inference_ext.engine.token_choice import TokenMasks
+from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.text.grammar import Grammar
+from t5x_inference_ext.text.grammar_check import GrammarCheck
+from t5x_inference_ext.text.grammar_compiler import (
+  GrammarRefused,
+  TokenTexts,
+  build_tokenizer,
+  check_library,
+  compile_grammar,
+  match_error,
+)
+from t5x_inference_ext.text.vocabulary import Vocabulary
+
+_CHECKED = 1024  # grammars that are remembered as usable, the last ones used
+
+
+class GrammarMatcher:
+  """Follows one row's tokens through its grammar.
+
+  Args:
+    matcher: An llguidance.LLMatcher of the row alone: rows that share one would share its limits.
+    vocab_size: V.
+
+  Attributes:
+    error: Why no token can be chosen any more; None while one can.
+    exhausted: Whether the tokens so far satisfy the grammar, and the vocabulary has no token that
+      could follow, nor the row an end token.
+  """
+
+  def __init__(self, matcher: Any, vocab_size: int) -> None:
+    self._matcher, self._vocab_size = matcher, vocab_size
+    self.error: str | None = None
+    self.exhausted = False
+
+  @property
+  def accepting(self) -> bool:
+    """Whether the tokens so far satisfy the grammar."""
+    return self._matcher.is_accepting()
+
+  @property
+  def complete(self) -> bool:
+    """Whether the tokens so far satisfy the grammar, and no further token can follow."""
+    return self._matcher.is_stopped() and not self._matcher.is_error() and self.accepting
+
+  def push(self, token: int) -> None:
+    """Take the row's next token in. It must be one that `fill` allowed, and not an end token."""
+    if self.error is None and not self._matcher.consume_token(token):
+      self._fail()
+
+  def fill(self, masks: np.ndarray, row: int, end_ids: Sequence[int]) -> None:
+    """Write which tokens may come next; none after an error.
+
+    Args:
+      masks: [B, W] uint32, as in TokenMasks, with W from `mask_words`.
+      row: Row of the masks.
+      end_ids: Tokens that end the row. They may come when the tokens so far satisfy the grammar.
+    """
+    from llguidance.numpy import fill_next_token_bitmask
+
+    mask = masks[row]
+    if self.error is None:
+      fill_next_token_bitmask(self._matcher, masks.view(np.int32), row)
+      if self._matcher.is_error():
+        self._fail()
+    if self.error is not None:
+      mask[:] = 0
+      return
+    _set_bit(mask, self._vocab_size, False)  # the library's end
+    accepting = self.accepting
+    for token in end_ids:
+      if 0 <= token < self._vocab_size:
+        _set_bit(mask, token, accepting)
+    self.exhausted = accepting and not mask.any()
+
+  def _fail(self) -> None:
+    self.error = f"the row's grammar can't be followed any further: {match_error(self._matcher)}"
+
+
+def _set_bit(mask: np.ndarray, token: int, value: bool) -> None:
+  bit = np.uint32(1 << token % 32)
+  if value:
+    mask[token // 32] |= bit
+  else:
+    mask[token // 32] &= ~bit
+
+
+def mask_words(vocab_size: int) -> int:
+  """Return W of the masks of V tokens. The library's own end has the bit after the last token's."""
+  return vocab_size // 32 + 1
+
+
+def masks_of(
+  matchers: Sequence[tuple[GrammarMatcher, Sequence[int]] | None], vocab_size: int
+) -> TokenMasks:
+  """Return which tokens may come next in each row.
+
+  Args:
+    matchers: For each row its matcher and its end tokens; None for a row without a grammar.
+    vocab_size: V.
+  """
+  masks = np.zeros((len(matchers), mask_words(vocab_size)), np.uint32)
+  for row, each in enumerate(matchers):
+    if each is not None:
+      matcher, end_ids = each
+      matcher.fill(masks, row, end_ids)
+  return TokenMasks(masks, np.asarray([each is not None for each in matchers]))
+
+
+class Grammars:
+  """Compiles grammars for one model. Any thread may call it.
+
+  Args:
+    vocabulary: Vocabulary of the model; None: no grammar can be used.
+    vocab_size: V, rows of the model's embedding.
+
+  Attributes:
+    available: Whether grammars can be used: there is a vocabulary, and the library is installed.
+  """
+
+  def __init__(self, vocabulary: Vocabulary | None, vocab_size: int) -> None:
+    self._vocabulary, self._vocab_size = vocabulary, vocab_size
+    self._lock = threading.Lock()
+    self._checked: collections.OrderedDict[Grammar, None] = collections.OrderedDict()
+    installed = importlib.util.find_spec('llguidance') is not None
+    self.available = vocabulary is not None and installed
+
+  def matchers(self, grammar: Grammar | None, samples: int) -> list[GrammarMatcher]:
+    """Check a grammar, in about GRAMMAR_SECONDS at most; return a matcher for each sample.
+
+    Raises:
+      RequestError: There is no vocabulary, or the grammar can't be used.
+      UserError: The extra is not installed.
+    """
+    if grammar is None:
+      return []
+    self._check(grammar)
+    return self.compiled(grammar, samples)
+
+  def compiled(self, grammar: Grammar, samples: int) -> list[GrammarMatcher]:
+    """Return a matcher for each sample, for a grammar that was checked here or elsewhere."""
+    return [
+      GrammarMatcher(compile_grammar(grammar, self._tokenizer), self._vocab_size)
+      for _ in range(samples)
+    ]
+
+  def _check(self, grammar: Grammar) -> None:
+    if self._vocabulary is None:
+      raise RequestError('a grammar needs a vocabulary, and this engine has none')
+    check_library()
+    with self._lock:
+      if grammar in self._checked:
+        self._checked.move_to_end(grammar)
+        return
+    try:
+      self._process.check(grammar)
+    except GrammarRefused as refused:
+      raise RequestError(f'grammar: {grammar.noun} {refused}') from None
+    with self._lock:
+      self._checked[grammar] = None
+      if len(self._checked) > _CHECKED:
+        self._checked.popitem(last=False)
+
+  def warm_up(self) -> None:
+    """Do now what the first grammar would wait for."""
+    self.matchers(Grammar('json_object'), 1)
+
+  @functools.cached_property
+  def _texts(self) -> TokenTexts:
+    assert self._vocabulary is not None
+    return TokenTexts.of(self._vocabulary, self._vocab_size)
+
+  @functools.cached_property
+  def _tokenizer(self) -> Any:
+    return build_tokenizer(self._texts)
+
+  @functools.cached_property
+  def _process(self) -> GrammarCheck:
+    return GrammarCheck(self._texts)

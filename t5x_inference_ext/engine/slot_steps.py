@@ -1,0 +1,175 @@
+"""Decode steps of slots, as functions of the devices.
+
+`decode_steps` runs the model and chooses tokens, in a loop. While a row has a grammar, the host
+must read the row's last token to know which tokens may come next. A step is then two programs:
+`decode_logits` runs the model while the host reads tokens and makes masks, and `choose_masked`
+chooses. The devices do not wait for the host, nor the other rows for those with grammars.
+"""
+
+import dataclasses
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from t5x_inference_ext.engine.slots import SlotPages, Slots, StepsOutput, replicated
+from t5x_inference_ext.engine.state import ChosenTokens, DecodeState, advance
+from t5x_inference_ext.engine.state_rows import constrain_state
+from t5x_inference_ext.engine.token_choice import TokenMasks
+from t5x_inference_ext.model.chunks import constrain_cache
+from t5x_inference_ext.model.pages import PagedCache
+from t5x_inference_ext.model.transformer import Model
+from t5x_inference_ext.model.weights import Weights
+
+# State of the loop in decode_steps: step, state, cache, chosen tokens so far.
+_Carry = tuple[jax.Array, DecodeState, PagedCache, ChosenTokens]
+
+
+def decode_steps(
+  model: Model,
+  slots: Slots,
+  weights: Weights,
+  pages: SlotPages,
+  alive: jax.Array,
+  steps: jax.Array,
+  until_free: jax.Array,
+  most: int,
+  read: int,
+  read_shared: int,
+) -> tuple[Slots, StepsOutput]:
+  """Run decode steps until all rows have ended or `steps` of them are done.
+
+  Args:
+    model: Decides mesh and layouts.
+    slots: The slots.
+    weights: Weights on the mesh.
+    pages: Pages of the rows, with room for the steps.
+    alive: [B] bool. Slots that have a row. The others end: their rows were cancelled.
+    steps: Scalar int32. Steps to run, at most `most`.
+    until_free: Scalar bool. Whether to stop as soon as a row ends.
+    most: N, steps that the output has room for. Static.
+    read: Pages of each shard that attention reads, the first ones. Static.
+    read_shared: Shared pages that attention reads, the first ones. Static.
+  """
+  before = dataclasses.replace(slots.state, ended=slots.state.ended | ~alive)
+  count, top = len(before.ended), slots.rows.top_width
+  out = ChosenTokens(
+    jnp.zeros((most, count), jnp.int32),
+    jnp.zeros((most, count)),
+    jnp.zeros((most, count, top), jnp.int32),
+    jnp.zeros((most, count, top)),
+  )
+
+  def running(carry: _Carry) -> jax.Array:
+    i, state, _, _ = carry
+    freed = until_free & jnp.any(state.ended & ~before.ended)
+    return (i < steps) & ~jnp.all(state.ended) & ~freed
+
+  def step(carry: _Carry) -> _Carry:
+    i, state, cache, out = carry
+    logits, cache = _logits(model, weights, state, cache)
+    state, chosen = advance(slots.rows, state, logits, cache.lengths)
+    out = jax.tree.map(
+      lambda x, new: lax.dynamic_update_slice_in_dim(x, new[None], i, 0), out, chosen
+    )
+    return i + 1, constrain_state(model, state), cache, out
+
+  cache = _with_pages(model, weights, slots.cache, pages, read, read_shared)
+  carry = jnp.asarray(0), constrain_state(model, before), cache, out
+  _, state, cache, out = lax.while_loop(running, step, carry)
+  output = StepsOutput(out, state.counts - before.counts, state.ended, state.failed)
+  return _after(model, weights, slots, cache, state), replicated(model, output)
+
+
+def decode_logits(
+  model: Model,
+  slots: Slots,
+  weights: Weights,
+  pages: SlotPages,
+  alive: jax.Array,
+  read: int,
+  read_shared: int,
+) -> tuple[Slots, jax.Array]:
+  """Run a decode step up to its logits, from which `choose_masked` then chooses.
+
+  Args:
+    model: Decides mesh and layouts.
+    slots: The slots.
+    weights: Weights on the mesh.
+    pages: Pages of the rows, with room for the step.
+    alive: [B] bool. Slots that have a row.
+    read: Pages of each shard that attention reads, the first ones. Static.
+    read_shared: Shared pages that attention reads, the first ones. Static.
+
+  Returns:
+    The slots with the rows' last tokens in the cache, and logits [B, V] float32.
+  """
+  state = dataclasses.replace(slots.state, ended=slots.state.ended | ~alive)
+  cache = _with_pages(model, weights, slots.cache, pages, read, read_shared)
+  logits, cache = _logits(model, weights, state, cache)
+  sharding = NamedSharding(model.mesh, P(model.sampling_axes(len(logits))))
+  logits = lax.with_sharding_constraint(logits, sharding)
+  return _after(model, weights, slots, cache, state), logits
+
+
+def choose_masked(
+  model: Model, slots: Slots, logits: jax.Array, alive: jax.Array, masks: TokenMasks
+) -> tuple[Slots, StepsOutput]:
+  """Choose each row's next token from the logits of `decode_logits`.
+
+  Args:
+    model: Decides mesh and layouts.
+    slots: The slots.
+    logits: [B, V] float32.
+    alive: [B] bool. Slots that have a row. The others end.
+    masks: Tokens that the rows' grammars allow next.
+  """
+  before = dataclasses.replace(slots.state, ended=slots.state.ended | ~alive)
+  state, chosen = advance(slots.rows, before, logits, slots.cache.lengths, model, masks)
+  chosen = jax.tree.map(lambda x: x[None], chosen)
+  output = StepsOutput(chosen, state.counts - before.counts, state.ended, state.failed)
+  slots = dataclasses.replace(slots, state=constrain_state(model, state))
+  return slots, replicated(model, output)
+
+
+def _with_pages(
+  model: Model, weights: Weights, cache: PagedCache, pages: SlotPages, read: int, read_shared: int
+) -> PagedCache:
+  """Return the cache with the pages that rows now have, of which attention reads the first ones."""
+  shared = cache.shared
+  if shared is not None:
+    shared = dataclasses.replace(shared, visible=pages.visible, starts=pages.shared_starts)
+  cache = dataclasses.replace(
+    cache,
+    table=pages.table,
+    owners=pages.owners,
+    starts=pages.starts,
+    shared=shared,
+    read=read,
+    read_shared=read_shared,
+  )
+  return constrain_cache(model, cache, weights)
+
+
+def _logits(
+  model: Model, weights: Weights, state: DecodeState, cache: PagedCache
+) -> tuple[jax.Array, PagedCache]:
+  """Return the logits [B, V] after each row's last token, and the cache with this token in it."""
+  lengths = cache.lengths
+  logits, cache = model.decode_step(weights, cache, state.tokens)
+  # A free slot's keys go beyond its length, where the next step overwrites them.
+  lengths = jnp.where(state.ended, lengths, cache.lengths)
+  return logits, dataclasses.replace(cache, lengths=lengths)
+
+
+def _after(
+  model: Model, weights: Weights, before: Slots, cache: PagedCache, state: DecodeState
+) -> Slots:
+  """Return the slots after steps, with the shardings and static fields that they had before."""
+  # Neither may change: they decide which programs take the slots.
+  cache, state = constrain_cache(model, cache, weights), constrain_state(model, state)
+  was = before.cache
+  cache = dataclasses.replace(cache, read=was.read, read_shared=was.read_shared)
+  return Slots(cache, before.rows, state)
