@@ -4,7 +4,8 @@ import asyncio
 from collections.abc import AsyncIterator, Hashable, Sequence
 from typing import Any
 
-from t5x_inference_ext.engine.request import Event, Request
+from t5x_inference_ext.engine.admission import CheckedRequest
+from t5x_inference_ext.engine.request import Event
 from t5x_inference_ext.server.admission_queue import Bounds
 from t5x_inference_ext.server.api_errors import ApiError
 from t5x_inference_ext.server.driver import Driver, Ticket
@@ -67,8 +68,8 @@ class Answer:
     self.queue_seconds: float | None = None
     self.first_seconds: float | None = None
 
-  def submit(self, requests: Sequence[Request], *, at_once: bool) -> None:
-    """Queue the prompts' requests, which were checked.
+  def submit(self, requests: Sequence[CheckedRequest], *, at_once: bool) -> None:
+    """Queue the prompts' requests.
 
     Args:
       requests: A request for each prompt.
@@ -78,9 +79,9 @@ class Answer:
       ApiError: The engine is dead.
     """
     self._wakes = at_once
-    self._left = sum(len(request.seeds) for request in requests)
-    for number, request in enumerate(requests):
-      ticket = Ticket(request, self, self._client, number)
+    self._left = sum(len(each.request.seeds) for each in requests)
+    for number, checked in enumerate(requests):
+      ticket = Ticket(checked, self, self._client, number)
       self._tickets.append(ticket)
       self._driver.submit(ticket)
 

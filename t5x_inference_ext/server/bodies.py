@@ -101,13 +101,6 @@ class GenerationBody(_Strict):
       raise ValueError('should hold texts that are not empty')
     return value
 
-  @pydantic.field_validator('response_format')
-  @classmethod
-  def _plain_text(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-    if value is not None and value != {'type': 'text'}:
-      raise ValueError('other than {"type": "text"} is not supported by this build')
-    return value
-
 
 class CompletionBody(GenerationBody):
   """A request for completions.

@@ -11,6 +11,7 @@ import threading
 import time
 from typing import Any, Protocol
 
+from t5x_inference_ext.engine.admission import CheckedRequest
 from t5x_inference_ext.engine.request import Event, Handle, Request
 from t5x_inference_ext.engine.scheduler import Scheduler
 from t5x_inference_ext.errors import UserError
@@ -37,7 +38,7 @@ class Ticket:
   """A request on its way through the engine.
 
   Attributes:
-    request: The request.
+    checked: The request, and the matchers of its grammar.
     listener: Gets the events.
     client: Whose request it is: clients take turns.
     number: The ticket's place among those of one HTTP request.
@@ -47,7 +48,7 @@ class Ticket:
     started_at: Time when the scheduler took it; None before.
   """
 
-  request: Request
+  checked: CheckedRequest
   listener: Listener
   client: Hashable = None
   number: int = 0
@@ -58,6 +59,11 @@ class Ticket:
 
   def __post_init__(self) -> None:
     self.left = len(self.request.seeds)
+
+  @property
+  def request(self) -> Request:
+    """The request."""
+    return self.checked.request
 
 
 class _Score:
@@ -115,9 +121,9 @@ class Driver:
       self._thread.join(timeout)
     return not self._thread.is_alive()
 
-  def check(self, request: Request) -> None:
-    """Raise RequestError for a request that does not fit the scheduler."""
-    self.scheduler.check(request)
+  def check(self, request: Request) -> CheckedRequest:
+    """Check a request, so that it can be queued; see Scheduler.check."""
+    return self.scheduler.check(request)
 
   def submit(self, ticket: Ticket) -> None:
     """Queue a ticket whose request was checked.
@@ -249,7 +255,7 @@ class Driver:
         return
       ticket = self._queue.take()
       ticket.started_at = self.now()
-      ticket.handle = self._inbox.submit(ticket.request)
+      ticket.handle = self._inbox.submit(*ticket.checked)
       self._tickets[ticket.handle.index] = ticket
 
   def _tell(self, events: list[Event]) -> None:

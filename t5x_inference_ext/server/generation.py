@@ -10,13 +10,15 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp
 
 from t5x_inference_ext.engine import request as engine_request
+from t5x_inference_ext.engine.admission import CheckedRequest
 from t5x_inference_ext.engine.request import SampleCollector
-from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.errors import UserError
 from t5x_inference_ext.server.answers import Answer
 from t5x_inference_ext.server.api_errors import invalid
 from t5x_inference_ext.server.bodies import ChatBody, CompletionBody, GenerationBody, validated
 from t5x_inference_ext.server.body_reading import read_json
 from t5x_inference_ext.server.forms import ChatForm, CompletionForm, usage
+from t5x_inference_ext.server.response_formats import grammar_of
 from t5x_inference_ext.server.service import Service
 from t5x_inference_ext.server.streaming import EventStream
 from t5x_inference_ext.server.translation import first_seed, refused, size_of
@@ -89,6 +91,7 @@ def _check_body(service: Service, body: GenerationBody) -> None:
   """Raise ApiError for what the body alone tells, before anything is counted or tokenized."""
   service.check_model(body.model)
   service.translator.sampling(body)
+  grammar_of(body.response_format)
   if body.stops and service.translator.vocabulary is None:
     raise invalid('stop needs a vocabulary, and that of this model is not known', 'stop')
 
@@ -138,24 +141,25 @@ async def _answer(
   async def begin() -> _Form:
     """Tokenize, check and queue the prompts; return the form of the answer."""
 
-    def tokenize() -> _Requests:
+    def check() -> list[CheckedRequest]:
       if answer.closed:  # while it waited for a thread
         raise ClientDisconnect
-      return requests()
-
-    found = await asyncio.to_thread(tokenize) if in_thread else tokenize()
-    answer.prompt_tokens = sum(len(each.tokens) for each in found)
-    for each in found:
       try:
-        service.driver.check(each)
-      except RequestError as error:
+        return [service.driver.check(each) for each in requests()]
+      except UserError as error:  # the extra of grammars may be missing
         raise refused(error) from None
+
+    # A grammar may take seconds.
+    slow = in_thread or body.response_format is not None
+    checked = await asyncio.to_thread(check) if slow else check()
+    found = [each.request for each in checked]
+    answer.prompt_tokens = sum(len(each.tokens) for each in found)
     form = await make_form(found)
     record.update(id=form.id)
     if body.max_tokens == 0:
       answer.finish_at_once(len(found), body.choices)
     else:
-      answer.submit(found, at_once=bool(body.stream))
+      answer.submit(checked, at_once=bool(body.stream))
     return form
 
   async def whole() -> dict[str, Any]:

@@ -12,6 +12,7 @@ from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.errors import CheckpointError, RequestError, UserError, printable
 from t5x_inference_ext.server.api_errors import ApiError, invalid
 from t5x_inference_ext.server.bodies import ChatBody, GenerationBody, Message
+from t5x_inference_ext.server.response_formats import grammar_of, refused_grammar
 from t5x_inference_ext.text.settings import TextSettings
 from t5x_inference_ext.text.stop_texts import check_stop_texts
 from t5x_inference_ext.text_files import parse_json
@@ -166,6 +167,7 @@ class Translator:
       text=self.vocabulary is not None,
       top_log_probs=top,
       salt=body.cache_salt,
+      grammar=grammar_of(body.response_format),
     )
 
   def sampling(self, body: GenerationBody) -> SamplingParams:
@@ -218,6 +220,8 @@ def first_seed(body: GenerationBody) -> int:
 def refused(error: UserError) -> ApiError:
   """Return the API's error for one of the engine, whose message begins with an option's name."""
   message = str(error)
+  if isinstance(error, RequestError) and message.startswith('grammar: '):
+    return refused_grammar(error)
   name = message.split()[0]
   shown = _NAMES.get(name, name)
   param = shown if shown in GenerationBody.model_fields else None

@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import json
 import random
+import re
 import time
 
 import httpx
@@ -16,6 +17,7 @@ from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.runs.infer_options import InferOptions
 from t5x_inference_ext.server.launch import make_scheduler, make_service
 from t5x_inference_ext.server.options import ServerOptions
+from t5x_inference_ext.text.grammar import Grammar
 from t5x_inference_ext.text.settings import assumed_settings
 from tests.server.running import client, events_of, running, until
 
@@ -100,6 +102,44 @@ def test_prompts_in_all_forms(api, engine):
     answer = api.completions.create(model=NAME, prompt=prompt, max_tokens=8, temperature=0)
     assert [c.text for c in answer.choices] == expected[:count]
     assert [c.index for c in answer.choices] == list(range(count))
+
+
+def test_answers_in_a_format(api, engine):
+  schema = {
+    'type': 'object',
+    'properties': {'ok': {'type': 'boolean'}, 'n': {'enum': [1, 25]}},
+    'required': ['ok', 'n'],
+    'additionalProperties': False,
+  }
+  formats = [
+    {'type': 'json_schema', 'json_schema': {'name': 'answer', 'schema': schema}},
+    {'type': 'regex', 'regex': '[0-9]{3}-[a-f]{2}'},
+    {'type': 'lark', 'lark': 'start: "yes" | "no"'},
+  ]
+  answers = [
+    api.completions.create(
+      model=NAME, prompt='x = ', max_tokens=64, seed=3, extra_body={'response_format': each}
+    ).choices[0]
+    for each in formats
+  ]
+  found = json.loads(answers[0].text)
+  assert isinstance(found['ok'], bool) and found['n'] in (1, 25) and len(found) == 2
+  assert re.fullmatch('[0-9]{3}-[a-f]{2}', answers[1].text)
+  assert answers[2].text in ('yes', 'no')
+  assert {each.finish_reason for each in answers} == {'stop'}
+  grammar = Grammar('regex', formats[1]['regex'])
+  alone = _complete(
+    engine, 'x = ', max_new_tokens=64, sampling=SamplingParams(1.0), seeds=[3], grammar=grammar
+  )
+  assert answers[1].text == alone.text
+  chat = api.chat.completions.create(
+    model=NAME,
+    messages=[{'role': 'user', 'content': 'an object'}],
+    response_format=formats[0],
+    max_tokens=64,
+    seed=1,
+  )
+  assert json.loads(chat.choices[0].message.content).keys() == {'ok', 'n'}
 
 
 def test_samples_have_the_engines_seeds(api, engine):

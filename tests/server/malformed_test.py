@@ -71,7 +71,26 @@ COMPLETIONS = [
   (_with(PROMPT, logit_bias=[5]), 'logit_bias'),
   (_with(PROMPT, repetition_penalty=0), 'repetition_penalty'),
   (_with(PROMPT, frequency_penalty=1e300), 'frequency_penalty'),
-  (_with(PROMPT, response_format={'type': 'json_object'}), 'response_format'),
+  (_with(PROMPT, response_format={'type': 'yaml'}), 'response_format'),
+  (_with(PROMPT, response_format={'type': 'json_object', 'schema': {}}), 'response_format'),
+  (_with(PROMPT, response_format={'type': 'regex', 'regex': '(' * 9}), 'response_format'),
+  (_with(PROMPT, response_format={'type': 'regex', 'regex': 5}), 'response_format'),
+  (_with(PROMPT, response_format={'type': 'lark', 'lark': ''}), 'response_format'),
+  (_with(PROMPT, response_format={'type': 'json_schema', 'json_schema': 5}), 'response_format'),
+  (
+    _with(PROMPT, response_format={'type': 'json_schema', 'json_schema': {'schema': 'x'}}),
+    'response_format',
+  ),
+  (
+    _with(PROMPT, response_format={'type': 'json_schema', 'json_schema': {'Schema': {}}}),
+    'response_format',
+  ),
+  (
+    _with(
+      PROMPT, response_format={'type': 'json_schema', 'json_schema': {'schema': {'type': 'xyz'}}}
+    ),
+    'response_format',
+  ),
   (_with(PROMPT, stream='yes'), 'stream'),
   (_with(PROMPT, stream_options={'usage': True}), 'stream_options.usage'),
   (_with(PROMPT, timeout=0), 'timeout'),
