@@ -110,6 +110,7 @@ def test_answers_in_a_format(api, engine):
     'properties': {'ok': {'type': 'boolean'}, 'n': {'enum': [1, 25]}},
     'required': ['ok', 'n'],
     'additionalProperties': False,
+    'x-guidance': {'whitespace_flexible': False},  # palm_tiny would write blanks without end
   }
   formats = [
     {'type': 'json_schema', 'json_schema': {'name': 'answer', 'schema': schema}},
