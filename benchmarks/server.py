@@ -11,8 +11,6 @@ clients together, beside one caller of Engine.stream on the same engine; the two
 """
 
 import argparse
-import asyncio
-import json
 import os
 import statistics
 import subprocess
@@ -20,13 +18,13 @@ import sys
 import threading
 import time
 
+from benchmarks.server_clients import PROMPT
 from benchmarks.stub_scheduler import stub_service
 from t5x_inference_ext.server.http_server import HttpServer, address_of, bind
 from t5x_inference_ext.server.options import ServerOptions
 from t5x_inference_ext.server.request_log import RequestLog
 
 STEP_SECONDS = 0.01
-PROMPT = 'The quick brown fox jumps over the lazy dog. '
 
 
 class ServedService:
@@ -50,47 +48,9 @@ class ServedService:
     self._service.log.close()
 
 
-async def stream_one(host: str, port: int, body: dict) -> float:
-  """Ask for a stream; return the time of its last token."""
-  reader, writer = await asyncio.open_connection(host, port)
-  data = json.dumps(body).encode()
-  writer.write(
-    b'POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n'
-    b'connection: close\r\ncontent-length: %d\r\n\r\n' % len(data)
-  )
-  writer.write(data)
-  answer = await reader.read()
-  writer.close()
-  assert answer.startswith(b'HTTP/1.1 200 ') and b'data: [DONE]' in answer, answer[:300]
-  return time.perf_counter()
-
-
-def run_clients(url: str, count: int, new_tokens: int) -> None:
-  """Print the seconds that clients together waited for all of their tokens."""
-  host, _, port = url.removeprefix('http://').partition(':')
-
-  async def all_clients():
-    bodies = [
-      {
-        'prompt': f'{i} {PROMPT}',
-        'max_tokens': new_tokens,
-        'stream': True,
-        'ignore_eos': True,
-        'temperature': 0,
-      }
-      for i in range(count)
-    ]
-    begin = time.perf_counter()
-    ends = await asyncio.gather(*(stream_one(host, int(port), body) for body in bodies))
-    return max(ends) - begin
-
-  print(asyncio.run(all_clients()))
-
-
 def clients(url: str, count: int, new_tokens: int) -> float:
-  """Return what run_clients prints, in a process of its own."""
-  command = [sys.executable, '-m', 'benchmarks.server', f'--clients_of={url}']
-  command += [f'--slots={count}', f'--new_tokens={new_tokens}']
+  """Return the seconds of server_clients, in a process of their own."""
+  command = [sys.executable, '-m', 'benchmarks.server_clients', url, str(count), str(new_tokens)]
   return float(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
 
 
@@ -172,12 +132,9 @@ def main() -> None:
   parser.add_argument('--new_tokens', type=int, help='of each stream; 64, or 500 without a model')
   parser.add_argument('--dtype', default='float32')
   parser.add_argument('--repeats', type=int, default=3)
-  parser.add_argument('--clients_of', help=argparse.SUPPRESS)
   args = parser.parse_args()
   args.new_tokens = args.new_tokens or (64 if args.checkpoint else 500)
-  if args.clients_of:
-    run_clients(args.clients_of, args.slots, args.new_tokens)
-  elif args.checkpoint:
+  if args.checkpoint:
     model_case(args)
   else:
     stub_case(args)

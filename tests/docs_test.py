@@ -23,7 +23,7 @@ MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob(
 def _definitions(body, prefix=''):
   """Every name that a module or class body binds, methods and fields as `Class.name`."""
   for node in body:
-    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
       yield prefix + node.name
       if isinstance(node, ast.ClassDef):
         yield from _definitions(node.body, f'{prefix}{node.name}.')
@@ -124,7 +124,7 @@ def _documented(docstring):
 def test_docstrings_name_arguments_that_exist(module):
   wrong = []
   for node in ast.walk(ast.parse((PACKAGE / module).read_text(encoding='utf-8'))):
-    if not isinstance(node, ast.FunctionDef | ast.ClassDef):
+    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
       continue
     function = node
     if isinstance(node, ast.ClassDef):  # a class documents the arguments of __init__, or its fields

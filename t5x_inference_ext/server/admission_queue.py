@@ -14,7 +14,7 @@ _LONGEST = 600  # seconds that a client is asked to wait, at most
 _T = TypeVar('_T')
 
 
-class Bounds:
+class WaitingBounds:
   """Counts the prompts that wait, and refuses more than the bounds allow.
 
   A prompt waits from the moment its body is read, before it is rendered and tokenized, until its

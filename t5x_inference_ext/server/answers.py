@@ -6,14 +6,14 @@ from typing import Any
 
 from t5x_inference_ext.engine.admission import CheckedRequest
 from t5x_inference_ext.engine.request import Event
-from t5x_inference_ext.server.admission_queue import Bounds
+from t5x_inference_ext.server.admission_queue import WaitingBounds
 from t5x_inference_ext.server.api_errors import ApiError
 from t5x_inference_ext.server.driver import Driver, Ticket
 from t5x_inference_ext.server.forms import FINISHES
 from t5x_inference_ext.server.metrics import Metrics
 
 
-class Answer:
+class HttpAnswer:
   """Follows the prompts of one HTTP request, from before they are tokenized to their last token.
 
   A context manager: what has not ended when it closes is cancelled.
@@ -22,7 +22,7 @@ class Answer:
     driver: The engine's thread.
     bounds: Counts what waits.
     metrics: Learn of every event.
-    sizes: Size of each prompt, as Bounds count it.
+    sizes: Size of each prompt, as WaitingBounds count it.
     client: Whose request it is.
     keep_texts: Whether the log is told the answers.
 
@@ -41,7 +41,7 @@ class Answer:
   def __init__(
     self,
     driver: Driver,
-    bounds: Bounds,
+    bounds: WaitingBounds,
     metrics: Metrics,
     sizes: list[int],
     client: Hashable = None,
@@ -142,7 +142,7 @@ class Answer:
     for number in list(self._waiting):
       self._leave(number, served=False)
 
-  def __enter__(self) -> 'Answer':
+  def __enter__(self) -> 'HttpAnswer':
     return self
 
   def __exit__(self, *_: object) -> None:

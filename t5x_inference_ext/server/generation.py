@@ -13,7 +13,7 @@ from t5x_inference_ext.engine import request as engine_request
 from t5x_inference_ext.engine.admission import CheckedRequest
 from t5x_inference_ext.engine.request import SampleCollector
 from t5x_inference_ext.errors import UserError
-from t5x_inference_ext.server.answers import Answer
+from t5x_inference_ext.server.answers import HttpAnswer
 from t5x_inference_ext.server.api_errors import invalid
 from t5x_inference_ext.server.bodies import ChatBody, CompletionBody, GenerationBody, validated
 from t5x_inference_ext.server.body_reading import read_json
@@ -178,7 +178,7 @@ async def _answer(
 
   with contextlib.ExitStack() as stack:
     answer = stack.enter_context(
-      Answer(
+      HttpAnswer(
         service.driver,
         service.bounds,
         service.metrics,

@@ -7,7 +7,7 @@ from typing import Any
 from t5x_inference_ext import __version__
 from t5x_inference_ext.engine.scheduler import Scheduler
 from t5x_inference_ext.server.access import Hosts, Keys, read_keys
-from t5x_inference_ext.server.admission_queue import Bounds
+from t5x_inference_ext.server.admission_queue import WaitingBounds
 from t5x_inference_ext.server.api_errors import ApiError, unavailable
 from t5x_inference_ext.server.driver import Driver
 from t5x_inference_ext.server.metrics import Load, Metrics
@@ -59,7 +59,7 @@ class Service:
   ) -> None:
     self.driver, self.translator, self.facts, self.options = driver, translator, facts, options
     self.log = log
-    self.bounds = Bounds(options.max_waiting_requests, options.max_waiting_tokens)
+    self.bounds = WaitingBounds(options.max_waiting_requests, options.max_waiting_tokens)
     self.metrics = Metrics(facts.name, self.load)
     self.texts = TokenTexts(translator.vocabulary)
     self.keys, self.hosts = Keys(read_keys(options)), Hosts(options)

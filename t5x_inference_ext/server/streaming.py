@@ -8,7 +8,7 @@ from typing import Any
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from t5x_inference_ext.server.answers import Answer
+from t5x_inference_ext.server.answers import HttpAnswer
 from t5x_inference_ext.server.api_errors import ApiError
 from t5x_inference_ext.server.bodies import GenerationBody
 from t5x_inference_ext.server.forms import ChatForm, CompletionForm, usage
@@ -36,7 +36,7 @@ class EventStream:
   def __init__(
     self,
     body: GenerationBody,
-    answer: Answer,
+    answer: HttpAnswer,
     form: CompletionForm | ChatForm,
     prompts: int,
     deadline: Deadline,

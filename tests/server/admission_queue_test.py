@@ -1,6 +1,6 @@
 import pytest
 
-from t5x_inference_ext.server.admission_queue import Bounds, FairQueue
+from t5x_inference_ext.server.admission_queue import FairQueue, WaitingBounds
 from t5x_inference_ext.server.api_errors import ApiError
 from tests.server.rates_test import Clock
 
@@ -13,7 +13,7 @@ def _refused(bounds, sizes):
 
 class TestBounds:
   def test_of_requests(self):
-    bounds = Bounds(3, 1000, Clock())
+    bounds = WaitingBounds(3, 1000, Clock())
     bounds.enter([1, 1])
     error = _refused(bounds, [1, 1])
     assert error.status == 429 and error.headers == {'retry-after': '1'}
@@ -23,23 +23,23 @@ class TestBounds:
     bounds.enter([1])
 
   def test_of_tokens(self):
-    bounds = Bounds(10, 100, Clock())
+    bounds = WaitingBounds(10, 100, Clock())
     bounds.enter([60])
     assert _refused(bounds, [41]).status == 429
     bounds.enter([40])
 
   def test_one_prompt_may_always_wait(self):
-    bounds = Bounds(10, 100, Clock())
+    bounds = WaitingBounds(10, 100, Clock())
     bounds.enter([500])
     assert _refused(bounds, [1]).status == 429
 
   def test_what_never_fits_is_told(self):
-    error = _refused(Bounds(3, 100, Clock()), [1] * 4)
+    error = _refused(WaitingBounds(3, 100, Clock()), [1] * 4)
     assert error.status == 400 and error.param == 'prompt'
 
   def test_the_wait_follows_from_the_measured_rates(self):
     clock = Clock()
-    bounds = Bounds(8, 10_000, clock)
+    bounds = WaitingBounds(8, 10_000, clock)
     for _ in range(20):  # one prompt of 50 tokens each 2 s
       bounds.enter([50])
       clock.time += 2
@@ -47,7 +47,7 @@ class TestBounds:
     bounds.enter([50] * 8)
     assert _refused(bounds, [50]).headers['retry-after'] == '2'
     assert _refused(bounds, [50] * 4).headers['retry-after'] == '8'
-    tokens = Bounds(1000, 10_000, clock)
+    tokens = WaitingBounds(1000, 10_000, clock)
     for _ in range(20):
       tokens.enter([50])
       clock.time += 2
@@ -57,7 +57,7 @@ class TestBounds:
 
   def test_prompts_that_were_given_up_are_no_rate(self):
     clock = Clock()
-    bounds = Bounds(1, 100, clock)
+    bounds = WaitingBounds(1, 100, clock)
     for _ in range(10):
       bounds.enter([1])
       clock.time += 3

@@ -169,8 +169,8 @@ class TestDeath:
     with running(service) as url, client(url) as http:
       body = {**ASKED, 'max_tokens': 1000}
       with http.stream('POST', '/v1/completions', json={**body, 'stream': True}) as one:
-        waiting = client(url)
-        response = waiting.post('/v1/completions', json={**body, 'n': 4})
+        with client(url) as other:
+          response = other.post('/v1/completions', json={**body, 'n': 4})
         one.read()
         last = json.loads(events_of(one)[-1])
       assert response.status_code == 503 and response.json()['error']['code'] == 'engine_dead'
