@@ -1,4 +1,4 @@
-"""Who may send requests: API keys, and the names that the Host header may have."""
+"""Checks of who may send requests: API keys, and the names that the Host header may have."""
 
 from collections.abc import Mapping, Sequence
 import hashlib

@@ -29,7 +29,7 @@ class _Strict(pydantic.BaseModel):
 
 
 class StreamOptions(_Strict):
-  """What a stream tells besides tokens.
+  """Options of a stream.
 
   Attributes:
     include_usage: Whether the last chunk counts tokens.

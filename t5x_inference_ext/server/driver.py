@@ -24,7 +24,7 @@ SCORED_TOKENS = 4096
 
 
 class Listener(Protocol):
-  """Whoever follows a ticket. Both methods are called in the event loop."""
+  """A follower of a ticket. Both methods are called in the event loop."""
 
   def push(self, ticket: 'Ticket', event: Event) -> None:
     """Take an event of a ticket."""

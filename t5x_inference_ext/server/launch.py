@@ -1,6 +1,7 @@
 """A server from its options: the checkpoint, the engine, its programs, then the port."""
 
 from collections.abc import Callable
+import contextlib
 import dataclasses
 import os
 import socket
@@ -67,26 +68,27 @@ def run_server(
   model = InferOptions(config=config, **options)
   distributed.initialize(processes_of_run)
   use_compilation_cache(options_of_cache or CacheOptions(), say)
-  with distributed.together():
-    keys = read_keys(server)
-    listener = bind(server) if distributed.is_main() else None
-    checkpoint, mesh = loading.open_model(model, say)
-    vocab_size = checkpoint.config.vocab_size
-    settings = choose_settings(server.vocabulary, checkpoint.text, vocab_size, needed=False)
-    _check_sizes(model, server, checkpoint, mesh)
-  distributed.check_same(options=(model, server), checkpoint=checkpoint.notes)
-  say(f'vocabulary: {settings or "none is known: prompts must be token ids"}')
-  if settings is None or settings.chat is None:
-    say('chat: the checkpoint has no chat template, so /v1/chat/completions is refused')
-  if not keys and not is_loopback(server.host):
-    say(f'warning: anyone who reaches {server.host} may use this server: give --api_key_file')
-  engine = loading.load_engine(model, checkpoint, mesh, say)
-  scheduler, inbox = make_scheduler(engine, settings, model, server)
-  compile_programs(scheduler, say)
-  if listener is None:
-    processes.follow(scheduler, inbox, lambda prompts: rank_prompts(engine, prompts))
-  else:
-    _serve(make_service(engine, scheduler, inbox, settings, server), listener, say)
+  with contextlib.ExitStack() as stack:
+    with distributed.together():
+      keys = read_keys(server)
+      listener = stack.enter_context(bind(server)) if distributed.is_main() else None
+      checkpoint, mesh = loading.open_model(model, say)
+      vocab_size = checkpoint.config.vocab_size
+      settings = choose_settings(server.vocabulary, checkpoint.text, vocab_size, needed=False)
+      _check_sizes(model, server, checkpoint, mesh)
+    distributed.check_same(options=(model, server), checkpoint=checkpoint.notes)
+    say(f'vocabulary: {settings or "none is known: prompts must be token ids"}')
+    if settings is None or settings.chat is None:
+      say('chat: the checkpoint has no chat template, so /v1/chat/completions is refused')
+    if not keys and not is_loopback(server.host):
+      say(f'warning: anyone who reaches {server.host} may use this server: give --api_key_file')
+    engine = loading.load_engine(model, checkpoint, mesh, say)
+    scheduler, inbox = make_scheduler(engine, settings, model, server)
+    compile_programs(scheduler, say)
+    if listener is None:
+      processes.follow(scheduler, inbox, lambda prompts: rank_prompts(engine, prompts))
+    else:
+      _serve(make_service(engine, scheduler, inbox, settings, server), listener, say)
 
 
 def make_scheduler(

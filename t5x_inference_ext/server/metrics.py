@@ -28,7 +28,7 @@ _HISTOGRAMS = {
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-  """What the engine has to do at this moment.
+  """The load of the engine at this moment.
 
   Attributes:
     slots_used: Slots with a row.

@@ -1,4 +1,4 @@
-"""What all routes of a server share: the engine, its bounds, its metrics, and its state."""
+"""The parts that all routes of a server share: the engine, its bounds, metrics and state."""
 
 import dataclasses
 import time
@@ -22,7 +22,7 @@ DRAIN_RETRY = 10  # seconds after which a client of a draining server may try ag
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-  """What is known of the model before the first request.
+  """Facts about the model, known before the first request.
 
   Attributes:
     name: Name in requests.

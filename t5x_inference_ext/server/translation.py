@@ -1,4 +1,4 @@
-"""From bodies of requests to requests of the engine: prompts as token ids, sampling parameters."""
+"""Translation of bodies into requests of the engine: token ids and sampling parameters."""
 
 from collections.abc import Mapping, Sequence
 import contextlib
