@@ -15,7 +15,7 @@ from t5x_inference_ext.text.grammar import Grammar
 from t5x_inference_ext.text.grammar_check import GrammarCheck
 from t5x_inference_ext.text.grammar_compiler import (
   GrammarRefused,
-  TokenTexts,
+  TokenBytes,
   build_tokenizer,
   check_library,
   compile_grammar,
@@ -173,13 +173,14 @@ class Grammars:
         self._checked.popitem(last=False)
 
   def warm_up(self) -> None:
-    """Do now what the first grammar would wait for."""
-    self.matchers(Grammar('json_object'), 1)
+    """Do now what the first grammar would wait for, if grammars can be used."""
+    if self.available:
+      self.matchers(Grammar('json_object'), 1)
 
   @functools.cached_property
-  def _texts(self) -> TokenTexts:
+  def _texts(self) -> TokenBytes:
     assert self._vocabulary is not None
-    return TokenTexts.of(self._vocabulary, self._vocab_size)
+    return TokenBytes.of(self._vocabulary, self._vocab_size)
 
   @functools.cached_property
   def _tokenizer(self) -> Any:

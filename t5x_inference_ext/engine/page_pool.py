@@ -99,7 +99,12 @@ class PagePool:
   @property
   def held(self) -> int:
     """Number of pages that rows have, over all shards."""
-    return self.shards * (self.pages - 1) - sum(map(len, self._free))
+    return self.total - sum(map(len, self._free))
+
+  @property
+  def total(self) -> int:
+    """Number of pages that rows can have, over all shards."""
+    return self.shards * (self.pages - 1)
 
   def check(self) -> list[str]:
     """Return a sentence for each thing in the books that does not add up."""

@@ -102,8 +102,7 @@ class Scheduler:
   @property
   def pages(self) -> tuple[int, int]:
     """Number of the cache's pages that rows have for themselves, and of those they can have."""
-    pool = self._table.pool
-    return pool.held, pool.shards * (pool.pages - 1)
+    return self._table.pool.held, self._table.pool.total
 
   def submit(self, request: Request | CheckedRequest) -> Handle:
     """Queue a request; return its handle. Any thread may call this, also during a step.
@@ -133,8 +132,7 @@ class Scheduler:
     done: list[CompiledProgram] = []
     self._prefiller.warm_up(done)
     self._decoder.warm_up(self._table, self._prefiller.state, done)
-    if self._grammars.available:
-      self._grammars.warm_up()
+    self._grammars.warm_up()
     return done
 
   def step(self) -> list[Event]:
@@ -178,14 +176,13 @@ class Scheduler:
     """Take submissions and cancellations; return the last events of cancelled rows."""
     events = []
     for command, handle in self._inbox.take():
-      if command.request is not None:
+      if (request := command.request) is not None:
         assert handle is not None
-        if command.request.grammar and not handle.matchers:  # it was checked in another process
-          samples = len(command.request.seeds)
-          handle.matchers = self._grammars.compiled(command.request.grammar, samples)
+        if request.grammar and not handle.matchers:  # it was checked in another process
+          handle.matchers = self._grammars.compiled(request.grammar, len(request.seeds))
         rows = rows_of(handle, self.config.end_ids, self._vocabulary)
         self._unfinished[handle.index] = rows
-        self._waiting.append(Prompt(command.request.tokens, rows))
+        self._waiting.append(Prompt(request.tokens, rows))
       else:
         for row in self._unfinished.get(command.number, []):
           if not row.finished:
@@ -195,9 +192,7 @@ class Scheduler:
     if events:
       self._prefiller.drop()
       self._waiting = collections.deque(p for p in self._waiting if not p.finished)
-      for slot, held in enumerate(self._table.rows):
-        if held is not None and held.finished:
-          self._table.leave(slot)
+      self._table.leave_all(lambda row: row.finished)
     return events
 
   def _fill_slots(self) -> None:
@@ -278,9 +273,8 @@ class Scheduler:
 
   def _free_full_slots(self) -> None:
     """Free the slots of rows whose last token is under way."""
-    for slot, row in enumerate(self._table.rows):
-      if row is not None and self.config.decode_steps == 1 and row.dispatched >= row.limit:
-        self._table.leave(slot)
+    if self.config.decode_steps == 1:
+      self._table.leave_all(lambda row: row.dispatched >= row.limit)
 
   def _read(self, events: list[Event], leave: int) -> None:
     """Read new tokens of all programs under way but the last `leave`; add their events."""

@@ -1,6 +1,6 @@
 """The host's books of the slots: which row is in which, and which pages of the cache it has."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 
@@ -51,12 +51,11 @@ class SlotTable:
     """Return the names of the pages that a beginning fills, given the nodes of its blocks."""
     return path[self._blocks_of_page - 1 :: self._blocks_of_page]
 
-  def find_slot(self, length: int, shared: int = 0) -> int | None:
+  def find_slot(self, length: int) -> int | None:
     """Return a free slot whose shard has the most free pages; None if none has enough.
 
     Args:
       length: Positions that the row needs at once.
-      shared: Pages of the row that are shared ones, if they are there.
     """
     slots = np.flatnonzero(~self.alive)
     if not slots.size:
@@ -66,7 +65,7 @@ class SlotTable:
     # Pages in reserve for half of the shard's other rows, so that rows are not moved out again at
     # once; a row alone needs none.
     others = sum(self.rows[row] is not None for row in self.pool.rows(shard))
-    needed = self.pool.pages_of(length) - shared
+    needed = self.pool.pages_of(length)
     if others:
       needed = max(needed, min(needed + others // 2, self.pool.pages - 1))
     return slot if needed <= self.pool.free_pages(shard) else None
@@ -119,6 +118,12 @@ class SlotTable:
     self.rows[slot], self.alive[slot] = None, False
     self.pool.release(slot)
     self.shared.release(slot)
+
+  def leave_all(self, done: Callable[[Row], bool]) -> None:
+    """Free the slots of all rows that are done."""
+    for slot, row in enumerate(self.rows):
+      if row is not None and done(row):
+        self.leave(slot)
 
   def grow(self, steps: int) -> int | None:
     """Give every row the pages for its next decode steps.

@@ -20,7 +20,7 @@ from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.text.grammar import Grammar
 from t5x_inference_ext.text.grammar_compiler import (
   GrammarRefused,
-  TokenTexts,
+  TokenBytes,
   build_tokenizer,
   compile_grammar,
 )
@@ -43,7 +43,7 @@ class GrammarCheck:
     texts: Bytes of the model's tokens.
   """
 
-  def __init__(self, texts: TokenTexts) -> None:
+  def __init__(self, texts: TokenBytes) -> None:
     self._texts = texts
     self._lock = threading.Lock()
     self._child: subprocess.Popen[bytes] | None = None

@@ -38,7 +38,7 @@ class GrammarRefused(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenTexts:
+class TokenBytes:
   """The bytes of a model's tokens. Picklable.
 
   Attributes:
@@ -51,7 +51,7 @@ class TokenTexts:
   special: list[int]
 
   @classmethod
-  def of(cls, vocabulary: Vocabulary, vocab_size: int) -> 'TokenTexts':
+  def of(cls, vocabulary: Vocabulary, vocab_size: int) -> 'TokenBytes':
     """Return the texts of a vocabulary's tokens.
 
     Args:
@@ -69,7 +69,7 @@ def check_library() -> None:
   check_extra('structured', 'grammars need llguidance', 'llguidance')
 
 
-def build_tokenizer(texts: TokenTexts) -> Any:
+def build_tokenizer(texts: TokenBytes) -> Any:
   """Return a model's tokens as an llguidance.LLTokenizer, in a tenth of a second."""
   import llguidance
 
@@ -84,7 +84,7 @@ class _Tokens:
   is_tokenizer_wrapper = True
   bos_token_id = None
 
-  def __init__(self, texts: TokenTexts, end: int) -> None:
+  def __init__(self, texts: TokenBytes, end: int) -> None:
     self.tokens, self.special_token_ids, self.eos_token_id = texts.pieces, texts.special, end
 
   def __call__(self, text: str) -> Sequence[int]:

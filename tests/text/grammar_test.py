@@ -12,13 +12,13 @@ from t5x_inference_ext.text.grammar_check import GrammarCheck
 from t5x_inference_ext.text.grammar_compiler import (
   MAX_WHITESPACE,
   GrammarRefused,
-  TokenTexts,
+  TokenBytes,
   build_tokenizer,
   compile_grammar,
 )
 from t5x_inference_ext.text.vocabulary import ByteVocabulary
 
-TEXTS = TokenTexts.of(ByteVocabulary(), 384)
+TEXTS = TokenBytes.of(ByteVocabulary(), 384)
 TOKENIZER = build_tokenizer(TEXTS)
 
 
