@@ -138,7 +138,7 @@ def alone(request: Request, seed: int, cache: str | None) -> list[int]:
 
 
 def mix(rng, grammars):
-  """Requests, most of which begin alike, with different parts of one beginning; some with grammars."""
+  """Requests, most of which begin alike with parts of one beginning, and some have grammars."""
   beginning = np.random.default_rng(rng.integers(3)).integers(3, CONFIG.vocab_size, 90).tolist()
   requests = []
   for _ in range(rng.integers(2, 7)):
