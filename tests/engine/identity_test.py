@@ -76,6 +76,8 @@ KINDS = [
   ),
   ('2x2x1', 'ws_2d/heads', 'wg_x/heads', None, dict(slots=4, prefill_chunk=64, decode_steps=5)),
 ]
+# Grammars take programs of their own, and so time, in each kind.
+WITH_GRAMMARS = (0, 1, 2)
 MIXES = 120  # about five minutes, most of them compilations
 
 
@@ -135,8 +137,8 @@ def alone(request: Request, seed: int, cache: str | None) -> list[int]:
   return rows[SAMPLINGS.index(request.sampling)][: request.limit]
 
 
-def mix(rng):
-  """Requests, most of which begin alike: with different parts of one beginning."""
+def mix(rng, grammars):
+  """Requests, most of which begin alike with parts of one beginning, and some have grammars."""
   beginning = np.random.default_rng(rng.integers(3)).integers(3, CONFIG.vocab_size, 90).tolist()
   requests = []
   for _ in range(rng.integers(2, 7)):
@@ -145,7 +147,9 @@ def mix(rng):
     seeds = tuple(rng.integers(0, 2**32, 1 + (rng.random() < 0.2)).tolist())
     limit = int(rng.integers(1, MOST + 1))
     sampling = SAMPLINGS[rng.integers(len(SAMPLINGS))]
-    grammar = [*LANGUAGES][rng.integers(len(LANGUAGES))] if rng.random() < 0.3 else None
+    grammar = None
+    if grammars and rng.random() < 0.4:
+      grammar = [*LANGUAGES][rng.integers(len(LANGUAGES))]
     requests.append(Request((0, *begin, *own), seeds, limit, sampling, grammar=grammar))
   return requests
 
@@ -230,7 +234,7 @@ def test_random_mixes_are_identical_to_one_at_a_time():
   for i in range(MIXES):
     rng = np.random.default_rng(i)
     kind = i % len(KINDS)
-    cache, requests = KINDS[kind][3], mix(rng)
+    cache, requests = KINDS[kind][3], mix(rng, grammars=kind in WITH_GRAMMARS)
     for (index, sample), (tokens, finish) in served(scheduler(kind), requests, rng).items():
       asked = requests[index]
       wanted = alone(asked, asked.seeds[sample], cache)
@@ -266,4 +270,4 @@ def test_random_mixes_are_identical_to_one_at_a_time():
   )
   assert rows > 3 * MIXES and ties <= rows / 100
   assert ended_early > 20 and preempted > 5 and hits > 50 and evictions > 20
-  assert constrained > 80 and satisfied > 30
+  assert constrained > 80 and satisfied > 20
