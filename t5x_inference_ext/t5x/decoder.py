@@ -132,7 +132,7 @@ class ShardedDecoder(models.DecoderOnlyModel):
     )
     return jnp.pad(scores[:rows], ((0, 0), (skipped, 0)))
 
-  def _model_inputs(self, tokens: Array) -> tuple[Array, int]:
+  def _model_inputs(self, tokens: jax.Array) -> tuple[jax.Array, int]:
     """Return T5X's inputs [B, L] as the model takes them, and how many columns were dropped.
 
     Column 0 of T5X's inputs is id 0: it becomes the model's BOS, or is dropped if there is none.

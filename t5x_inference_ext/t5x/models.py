@@ -14,7 +14,7 @@ import jax
 import seqio
 from t5x import decoding, models, utils
 
-from t5x_inference_ext.checkpoints import open_checkpoint
+from t5x_inference_ext.checkpoints import Checkpoint, open_checkpoint
 from t5x_inference_ext.checkpoints.conventions import Conventions
 from t5x_inference_ext.checkpoints.load import scans_layers
 from t5x_inference_ext.config import ModelConfig
@@ -120,7 +120,9 @@ class InferenceModel(ShardedDecoder):
     bos_id: int | None = BOS_ID
     self.notes: tuple[str, ...] = ()  # what was assumed about the checkpoint, for the log
     # Opens a checkpoint with all that the user's gin files say.
-    self.open_checkpoint = functools.partial(open_checkpoint, stock=_in_front, **conventions)
+    self.open_checkpoint: Callable[..., Checkpoint] = functools.partial(
+      open_checkpoint, stock=_in_front, **conventions
+    )
     if checkpoint is not None:
       opened = self.open_checkpoint(checkpoint, config=config)
       config, int8 = opened.config, opened.weights == 'int8'

@@ -78,8 +78,9 @@ def find_model(
   needed = _needed(shape, sources, where)
   heads = shape.bias_table[0] if shape.bias_table else None
   told = sources.find('num_heads')
+  known = told.value if told else None
   try:
-    sizes = {} if config else shape.kind.sizes(shape.kernels, heads or (told and told.value))
+    sizes = {} if config else shape.kind.sizes(shape.kernels, heads or known)
   except UnknownHeads:
     sizes, needed = {}, (*needed, 'num_heads')
   if told is not None and sizes and sizes['num_heads'] != told.value:
