@@ -119,10 +119,12 @@ class InferenceModel(ShardedDecoder):
     )
     bos_id: int | None = BOS_ID
     self.notes: tuple[str, ...] = ()  # what was assumed about the checkpoint, for the log
-    # Opens a checkpoint with all that the user's gin files say.
-    self.open_checkpoint: Callable[..., Checkpoint] = functools.partial(
-      open_checkpoint, stock=_in_front, **conventions
-    )
+
+    def open_with_conventions(path: str, config: ModelConfig | None = None) -> Checkpoint:
+      """Open a checkpoint with all that the user's gin files say."""
+      return open_checkpoint(path, config=config, stock=_in_front, **conventions)
+
+    self.open_checkpoint = open_with_conventions
     if checkpoint is not None:
       opened = self.open_checkpoint(checkpoint, config=config)
       config, int8 = opened.config, opened.weights == 'int8'
