@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, MutableMapping
 import copy
 import dataclasses
-import functools
 import inspect
 from typing import Any
 
