@@ -72,6 +72,7 @@ TEST_REQUIRES = [
   'pytest>=9.0.3',
   'pytest-xdist>=3.8',  # two test files at a time
   'safetensors>=0.8',  # the oracle of headers
+  'selenium>=4.51',  # the server's page in Chromium, where there is one
   # tests/package_test.py builds the wheel without isolation; 70.1 no longer needs `wheel`.
   'setuptools>=70.1',
   # The checks that `make test` runs before pytest, and the checker of array types in tests.
@@ -100,7 +101,11 @@ setuptools.setup(
   # configs/ is found as t5x_inference_ext.configs, through a symbolic link in the checkout; the
   # wheel and the sdist hold real files. gin finds files by package: each directory is one.
   packages=setuptools.find_packages(include=['t5x_inference_ext', 't5x_inference_ext.*']),
-  package_data={'': ['*.gin'], 't5x_inference_ext.server': ['page/*']},
+  package_data={
+    '': ['*.gin'],
+    't5x_inference_ext.runs.selfcheck': ['golden.json'],
+    't5x_inference_ext.server': ['page/*'],
+  },
   python_requires='>=3.11',
   install_requires=INSTALL_REQUIRES,
   extras_require={
@@ -121,6 +126,7 @@ setuptools.setup(
       't5x_inference_ext-plan = t5x_inference_ext.commands.plan:run',
       't5x_inference_ext-serve = t5x_inference_ext.commands.serve:run',
       't5x_inference_ext-precompile = t5x_inference_ext.commands.precompile:run',
+      't5x_inference_ext-selfcheck = t5x_inference_ext.commands.selfcheck:run',
     ]
   },
   classifiers=[

@@ -21,7 +21,7 @@ NEEDS_T5X = re.compile(
   r"^(from|import) (t5x|t5x_inference_ext\.t5x)\b|^include 't5x/", re.MULTILINE
 )
 COMMANDS = tuple(
-  f't5x_inference_ext-{name}' for name in ('convert', 'infer', 'serve', 'precompile')
+  f't5x_inference_ext-{name}' for name in ('convert', 'infer', 'serve', 'precompile', 'selfcheck')
 )
 # Frameworks with import costs or global state, which a user of the Python API has not asked for.
 FRAMEWORKS = ('absl.flags', 'gin', 'seqio', 'tensorflow', 't5x', 'flax')
@@ -96,7 +96,9 @@ def test_wheel_holds_the_package_and_nothing_else(wheel, repository):
   wanted = {
     path.relative_to(repository).as_posix() for path in sources if path.suffix in ('.py', '.gin')
   }
-  assert any(name.endswith('.gin') for name in wanted)
+  data = [package / 'runs' / 'selfcheck' / 'golden.json', *(package / 'server' / 'page').iterdir()]
+  wanted |= {path.relative_to(repository).as_posix() for path in data}
+  assert any(name.endswith('.gin') for name in wanted) and len(data) > 5
   assert _names(wheel) == wanted
 
 

@@ -20,6 +20,7 @@ SHIMS = {
   'infer.py',
   'inspect_checkpoint.py',
   'plan.py',
+  'selfcheck.py',
   'precompile/__main__.py',
   'serve.py',
 }

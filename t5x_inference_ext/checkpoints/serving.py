@@ -78,7 +78,11 @@ def serving_chunk_shape(name: str, shape: tuple[int, ...], itemsize: int) -> tup
 
 
 class ServingTensor(Tensor):
-  """A tensor of a serving checkpoint, with a checksum for each chunk."""
+  """A tensor of a serving checkpoint.
+
+  Attributes:
+    checksums: The recorded CRC-32 of each chunk, in C order of the chunk grid.
+  """
 
   def __init__(self, name: str, path: str, store: ts.TensorStore, checksums: list[int]) -> None:
     """Wrap an opened array.
@@ -94,7 +98,7 @@ class ServingTensor(Tensor):
     self._store = store
     self.chunk = tuple(c or 1 for c in store.chunk_layout.read_chunk.shape or ())
     self._grid = tuple(-(-n // c) for n, c in zip(self.shape, self.chunk))
-    self._checksums = checksums
+    self.checksums = checksums
     self._verified: set[int] = set()
     count = math.prod(self._grid)
     if len(checksums) != count:
@@ -116,7 +120,7 @@ class ServingTensor(Tensor):
     """Return the values of a chunk. Raises CheckpointError if its checksum differs."""
     values = self._load(index)
     if number not in self._verified:
-      if checksum(values) != self._checksums[number]:
+      if checksum(values) != self.checksums[number]:
         raise CheckpointError(
           f'{self.name}: damaged data in {self.path}/{self.file(index)}: its checksum is not the '
           f'one recorded in {CHECKSUMS}; convert again'

@@ -50,11 +50,17 @@ Several processes, each with some devices of one mesh, are started with equal fl
   python -m t5x_inference_ext.infer ... \
       --coordinator_address=HOST:PORT --num_processes=2 --process_id=0
 
+To run the request of a receipt again (docs/infer.md); the exit code is 1 if the tokens are not
+those of the receipt:
+
+  python -m t5x_inference_ext.infer --checkpoint=DIR --replay=receipt.json
+
 Errors in files, flags, mesh or checkpoint are reported before the weights are loaded. On CPU,
 XLA_FLAGS=--xla_force_host_platform_device_count=8 simulates eight devices.
 """
 
 from collections.abc import Callable, Iterator
+import dataclasses
 
 from absl import flags as absl_flags
 
@@ -62,13 +68,19 @@ from t5x_inference_ext import distributed
 from t5x_inference_ext.commands import cli, option_flags, sampling_flags
 from t5x_inference_ext.compilation_cache import CacheOptions, use_compilation_cache
 from t5x_inference_ext.engine.sampling import SamplingParams
+from t5x_inference_ext.errors import UserError
 from t5x_inference_ext.rendezvous import ProcessOptions
 from t5x_inference_ext.runs import loading, prompts_file
 from t5x_inference_ext.runs.infer_options import InferOptions, PromptsFiles
 from t5x_inference_ext.runs.job import Job
 from t5x_inference_ext.runs.progress import print_on_main
+from t5x_inference_ext.runs.receipt import EngineSetting
+from t5x_inference_ext.runs.receipt_file import read_receipt
+from t5x_inference_ext.runs.replay import replay
 from t5x_inference_ext.text_files import check_extra
 
+EQUAL, DIFFERENT = 0, 1  # exit codes of a replay
+_REPLAY_TAKES = ('checkpoint', 'vocabulary', 'norm_scale', 'scan_layers', 'batch_size')
 EXPLAINED_PROMPT = 512  # prompt tokens to explain a layout for, if --cache_length is not given
 
 
@@ -86,6 +98,15 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     'mesh may have more devices than there are. Also works with gin flags.',
     group='Sharding, memory and compilation',
   )
+  option_flags.define_flag(
+    flags,
+    'replay',
+    str | None,
+    None,
+    'File of a receipt: run its request again and compare the tokens. --mesh, layouts and dtypes '
+    'are those of the receipt unless they are given; --prompts and --output are not needed.',
+    group='Required',
+  )
   option_flags.define_options(flags, CacheOptions)
   option_flags.define_options(flags, ProcessOptions)
 
@@ -93,12 +114,37 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
 def run(argv: list[str] | None = None) -> int:
   """Run the command; return its exit code."""
   with cli.Session(__doc__, define_flags, argv) as session:
-    for job in _jobs(session.parse()):
+    flags = session.parse()
+    if flags.replay is not None:
+      session.code = EQUAL if _replay(flags) else DIFFERENT
+      return session.code
+    for job in _jobs(flags):
       with job:
         while not job.work.finished:
           job.keep(job.work.step())
         job.write()
   return session.code
+
+
+def _replay(flags: absl_flags.FlagValues) -> bool:
+  """Run the request of a receipt again; return whether the tokens are equal."""
+  if cli.uses_gin(flags):
+    raise UserError('--replay takes no gin flags: the receipt says what to run')
+  option_flags.check_given(flags, 'checkpoint')
+  setting = [field.name for field in dataclasses.fields(EngineSetting)]
+  allowed = (*_REPLAY_TAKES, *setting)
+  for name in option_flags.option_names(InferOptions, PromptsFiles, SamplingParams):
+    if name not in allowed and flags[name].present:
+      raise UserError(f'--{name} does not go with --replay: the receipt says what to run')
+  distributed.initialize(option_flags.read_options(flags, ProcessOptions))
+  with distributed.together():
+    receipt = read_receipt(flags.replay)
+  options = dataclasses.replace(
+    option_flags.read_options(flags, InferOptions),
+    **{n: getattr(receipt.setting, n) for n in setting if not flags[n].present},
+  )
+  use_compilation_cache(option_flags.read_options(flags, CacheOptions), print_on_main)
+  return replay(receipt, options, flags.vocabulary)
 
 
 def _jobs(flags: absl_flags.FlagValues) -> Iterator[Job]:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from t5x_inference_ext.checkpoints import Checkpoint, open_checkpoint
+from t5x_inference_ext.checkpoints.identity import WeightsIdentity, weights_identity
 from t5x_inference_ext.checkpoints.load import load_weights, scans_layers
 from t5x_inference_ext.engine.conversation import Conversation
 from t5x_inference_ext.engine.core import Core
@@ -230,6 +231,11 @@ class Engine(Scorer):
   def core(self) -> Core:
     """The engine's scheduler and its streams."""
     return Core(self.model, self.weights, self.checkpoint.vocabulary)
+
+  @functools.cached_property
+  def weights_identity(self) -> WeightsIdentity:
+    """The identity of the checkpoint's weights."""
+    return weights_identity(self.checkpoint)
 
   def requests(
     self,

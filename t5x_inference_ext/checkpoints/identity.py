@@ -1,0 +1,55 @@
+"""The identity of a checkpoint's weights: which weights an answer came from."""
+
+import hashlib
+import json
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from t5x_inference_ext import params
+from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
+from t5x_inference_ext.checkpoints.serving import ServingTensor
+
+# What an identity covers, besides the model's shape and the dtype of its matrices:
+#   chunks: the recorded checksum of every chunk of a serving checkpoint, and so every value.
+#   norms: the values of all norm scales. Training changes them; weights that were changed in
+#     matrices alone, as by merging an adapter, have the identity of the weights that they were.
+COVERS = ('chunks', 'norms')
+
+
+class WeightsIdentity(NamedTuple):
+  """The identity of weights. It does not depend on where the checkpoint lies.
+
+  Attributes:
+    covers: One of COVERS.
+    sha256: 64 hexadecimal digits.
+  """
+
+  covers: str
+  sha256: str
+
+
+def weights_identity(checkpoint: Checkpoint) -> WeightsIdentity:
+  """Return the identity of a checkpoint's weights.
+
+  The checksums of a serving checkpoint were read when it was opened. Other formats record none:
+  their norm scales are read.
+
+  Raises:
+    CheckpointError: A norm scale can't be read.
+  """
+  tensors = checkpoint.tensors
+  parts: dict[str, Any]
+  if all(isinstance(tensor, ServingTensor) for tensor in tensors.values()):
+    covers = 'chunks'
+    parts = {n: t.checksums for n, t in tensors.items() if isinstance(t, ServingTensor)}
+  else:
+    covers = 'norms'
+    parts = {
+      name: hashlib.sha256(tensors[name].read().astype(np.float32).tobytes()).hexdigest()
+      for name, declared in params.parameters(checkpoint.config).items()
+      if declared.kind == 'norm'
+    }
+  described = {'model': checkpoint.config.to_dict(), 'weights': checkpoint.weights, covers: parts}
+  data = json.dumps(described, sort_keys=True).encode()
+  return WeightsIdentity(covers, hashlib.sha256(data).hexdigest())

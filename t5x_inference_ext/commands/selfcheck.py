@@ -1,0 +1,45 @@
+"""Check this package on the devices that are here: the command for the first minutes on a TPU.
+
+  python -m t5x_inference_ext.selfcheck --output=report.json
+
+It tells the devices and how they are connected; decodes golden tokens with the bundled checkpoint
+in every pair of layouts, with float32 and with int8 weights, and through the scheduler that serves
+requests; and times a few programs, on a TPU beside their estimates. A part that fails is told, and
+the others go on. The report has everything, to send back.
+
+On a slice of several hosts, start it on all of them:
+
+  python -m t5x_inference_ext.selfcheck --coordinator_address=auto --output=report.json
+
+Without accelerators it takes a minute or two; XLA_FLAGS=--xla_force_host_platform_device_count=8
+simulates eight devices. The exit code is 0 if nothing is wrong, 1 if a golden token differs or a
+part failed, 2 for an error in the flags.
+"""
+
+from absl import flags as absl_flags
+
+from t5x_inference_ext import distributed
+from t5x_inference_ext.commands import cli, option_flags
+from t5x_inference_ext.errors import UserError
+from t5x_inference_ext.rendezvous import ProcessOptions
+from t5x_inference_ext.runs.selfcheck.selfcheck import SelfcheckOptions, selfcheck
+
+RIGHT, WRONG = 0, 1
+
+
+def define_flags(flags: absl_flags.FlagValues) -> None:
+  """Define the command's flags, in the order of --help."""
+  option_flags.define_options(flags, SelfcheckOptions)
+  option_flags.define_options(flags, ProcessOptions)
+
+
+def run(argv: list[str] | None = None) -> int:
+  """Run the command; return its exit code."""
+  with cli.Session(__doc__, define_flags, argv) as session:
+    flags = session.parse()
+    if cli.uses_gin(flags):
+      raise UserError('selfcheck takes no gin flags: it checks one model, in all layouts')
+    options = option_flags.read_options(flags, SelfcheckOptions)
+    distributed.initialize(option_flags.read_options(flags, ProcessOptions))
+    session.code = RIGHT if selfcheck(options) else WRONG
+  return session.code

@@ -1,0 +1,121 @@
+"""The replay of a receipt: its request once more, and whether the tokens are equal."""
+
+from collections.abc import Callable
+import dataclasses
+import itertools
+
+from t5x_inference_ext import distributed
+from t5x_inference_ext.checkpoints import Checkpoint
+from t5x_inference_ext.checkpoints.identity import weights_identity
+from t5x_inference_ext.engine.engine import Engine
+from t5x_inference_ext.engine.inputs import check_tokens
+from t5x_inference_ext.engine.request import Request, Sample, SampleCollector
+from t5x_inference_ext.engine.scheduler import Scheduler
+from t5x_inference_ext.engine.scheduler_config import config_for
+from t5x_inference_ext.engine.serve import serve
+from t5x_inference_ext.engine.slot_params import slot_row
+from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.runs import loading, memory
+from t5x_inference_ext.runs.infer_options import InferOptions
+from t5x_inference_ext.runs.progress import print_on_main
+from t5x_inference_ext.runs.receipt import EngineSetting, versions
+from t5x_inference_ext.runs.receipt_file import Receipt
+from t5x_inference_ext.text.vocabulary import Vocabulary
+from t5x_inference_ext.text.vocabulary_files import choose_settings
+
+
+def replay(
+  receipt: Receipt,
+  options: InferOptions,
+  vocabulary: str | None = None,
+  say: Callable[[str], None] = print_on_main,
+) -> bool:
+  """Run the request of a receipt again; say for each sample whether its tokens are equal.
+
+  Args:
+    receipt: The receipt.
+    options: Checkpoint, mesh, layouts and dtypes to run on. Other options are the receipt's.
+    vocabulary: As the option of that name, for stop texts.
+    say: Prints a line.
+
+  Returns:
+    Whether all tokens and finish reasons are equal.
+
+  Raises:
+    UserError: The receipt is of other weights, or does not fit the model. Raised before weights
+      load.
+  """
+  with distributed.together():
+    checkpoint, mesh = loading.open_model(options, say)
+    _check_weights(receipt, checkpoint)
+    request, config = receipt.request, checkpoint.config
+    _check_request(request, config.vocab_size)
+    settings = choose_settings(
+      vocabulary, checkpoint.text, config.vocab_size, needed=bool(request.stop_texts)
+    )
+    rows, positions = len(request.seeds), len(request.tokens) + request.limit
+    cache = options.cache or options.dtype
+    memory.check_cache_fits(config, mesh, cache, min(options.batch_size, rows), positions)
+  distributed.check_same(options=options, receipt=receipt, checkpoint=checkpoint.notes)
+  engine = loading.load_engine(options, checkpoint, mesh, say)
+  loading.say_compiling(engine, say)
+  samples = _run(engine, request, settings.vocabulary if settings else None, options.batch_size)
+  for line in _different_settings(receipt, engine):
+    say(line)
+  equal = True
+  for i, (sample, (tokens, finish)) in enumerate(zip(samples, receipt.samples)):
+    verdict = _compare(sample, tokens, finish)
+    say(f'sample {i}: {verdict or f"all {len(tokens)} tokens are equal, and the end: {finish}"}')
+    equal &= not verdict
+  return equal
+
+
+def _check_weights(receipt: Receipt, checkpoint: Checkpoint) -> None:
+  """Raise RequestError if the receipt is not of the checkpoint's weights."""
+  found = weights_identity(checkpoint)
+  if found != receipt.identity or checkpoint.weights != receipt.weights:
+    raise RequestError(
+      f'the receipt is of other weights: {receipt.weights}, {receipt.identity.covers} '
+      f'{receipt.identity.sha256[:12]}, and {checkpoint.path} has {checkpoint.weights}, '
+      f'{found.covers} {found.sha256[:12]}: give the checkpoint that the server had'
+    )
+
+
+def _check_request(request: Request, vocab_size: int) -> None:
+  check_tokens('the receipt', request.tokens, vocab_size)
+  ends = request.end_ids or ()
+  check_tokens('the receipt', ends, vocab_size)
+  slot_row(request.sampling, vocab_size, seed=0, limit=request.limit, end_ids=ends)
+
+
+def _run(
+  engine: Engine, request: Request, vocabulary: Vocabulary | None, slots: int
+) -> list[Sample]:
+  config = config_for(engine.model, [request], slots=slots, share=False)
+  scheduler = Scheduler(engine.model, engine.weights, config, vocabulary=vocabulary)
+  collector = SampleCollector()
+  collector.expect(0, len(request.seeds))
+  ended = [collector.add(event) for event in serve(scheduler, [request])]
+  (samples,) = [each for each in ended if each is not None]
+  return samples
+
+
+def _different_settings(receipt: Receipt, engine: Engine) -> list[str]:
+  """Return a line about what was not as it is now, which may explain other tokens."""
+  now = {**dataclasses.asdict(EngineSetting.of(engine)), **versions()}
+  then = {**dataclasses.asdict(receipt.setting), **receipt.versions}
+  changed = [f'{name} {then[name]}, now {now[name]}' for name in now if now[name] != then[name]]
+  exact = all(each['dtype'] == each['cache'] == 'float32' for each in (now, then))
+  doubt = '' if exact else '; only float32 gives equal tokens whatever changes'
+  return [f'the receipt was made with {"; ".join(changed)}{doubt}'] if changed else []
+
+
+def _compare(sample: Sample, tokens: list[int], finish: str) -> str:
+  """Return how a sample differs from the receipt's; '' if it does not."""
+  pairs = itertools.zip_longest(tokens, sample.tokens, fillvalue='none')
+  for i, (then, now) in enumerate(pairs):
+    if then != now:
+      return f'token {i} differs: {then} in the receipt, {now} now'
+  if sample.finish_reason != finish:
+    return f'the tokens are equal, but not the end: {finish} in the receipt, {sample.finish_reason}'
+  return ''

@@ -1,0 +1,1 @@
+"""The selfcheck command: whether this package computes on these devices what it should."""

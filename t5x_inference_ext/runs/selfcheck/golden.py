@@ -1,0 +1,200 @@
+"""Golden tokens in every pair of layouts: what T5X itself decoded, and a reference in NumPy."""
+
+from collections.abc import Iterator, Sequence
+import dataclasses
+import importlib.resources
+import json
+import math
+import time
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from t5x_inference_ext.checkpoints import Checkpoint
+from t5x_inference_ext.checkpoints.load import load_weights
+from t5x_inference_ext.engine import programs
+from t5x_inference_ext.engine.inputs import model_inputs
+from t5x_inference_ext.errors import MeshError
+from t5x_inference_ext.model.transformer import Model
+from t5x_inference_ext.model.weights import Weights
+from t5x_inference_ext.precompile.case import CompileCase
+from t5x_inference_ext.precompile.program import phase_function
+from t5x_inference_ext.sharding.layout import ATTENTION, FEEDFORWARD, Layout, check_pair
+
+# Where both phases have one layout, all golden tokens are decoded; else the cache has moved from
+# one layout to the other after the first of them, and a few more suffice.
+FEW_STEPS = 8
+_CONTEXT = 96  # positions of the cache: the longest prompt, BOS and all new tokens, in whole tiles
+# On a CPU the check is a rehearsal: without optimizations XLA compiles five times as fast.
+_QUICK: dict[str, Any] = {'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False}
+
+
+class Goldens(NamedTuple):
+  """What the bundled model says, greedily.
+
+  Attributes:
+    checkpoint: SHA-256 of the checkpoint's WeightsIdentity.
+    prompts: Token ids of the prompts, without BOS.
+    tokens: By dtype of the weights, the new tokens of each prompt: of 'float32' as T5X decoded
+      them, of 'int8' as a reference in NumPy does with the rounded weights.
+  """
+
+  checkpoint: str
+  prompts: list[list[int]]
+  tokens: dict[str, list[list[int]]]
+
+
+def read_goldens() -> Goldens:
+  """Return the golden tokens that come with the package."""
+  file = importlib.resources.files('t5x_inference_ext.runs.selfcheck') / 'golden.json'
+  content = json.loads(file.read_text(encoding='utf-8'))
+  rows = content['rows']
+  tokens = {dtype: [row[dtype] for row in rows] for dtype in ('float32', 'int8')}
+  return Goldens(content['checkpoint'], [row['prompt_tokens'] for row in rows], tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class PairResult:
+  """The tokens of one pair of layouts beside the golden ones.
+
+  Attributes:
+    prefill: Layout of prefill.
+    decode: Layout of decode steps.
+    weights: Dtype of the weights.
+    steps: Tokens of each row.
+    seconds: Time to compile and run.
+    different: How the first wrong token differs; '' if there is none.
+    impossible: Why the mesh can't have this pair; '' if it can.
+  """
+
+  prefill: str
+  decode: str
+  weights: str
+  steps: int
+  seconds: float
+  different: str = ''
+  impossible: str = ''
+
+  @property
+  def name(self) -> str:
+    """The pair's name in messages."""
+    return f'{self.weights} weights, prefill {self.prefill}, decode {self.decode}'
+
+
+def layout_pairs() -> list[tuple[Layout, Layout]]:
+  """Return every pair of layouts that can share weights, with plain collectives."""
+  layouts = []
+  for feedforward in FEEDFORWARD:
+    for attention in ATTENTION:
+      try:
+        layouts.append(Layout(feedforward, attention))
+      except MeshError:  # wg_xyz/heads: no axis is left for heads
+        continue
+  pairs = []
+  for prefill in layouts:
+    for decode in layouts:
+      try:
+        check_pair(prefill, decode)
+      except MeshError:  # ws_1d stores weights in another way
+        continue
+      pairs.append((prefill, decode))
+  return pairs
+
+
+def check_goldens(
+  checkpoint: Checkpoint,
+  mesh: jax.sharding.Mesh,
+  goldens: Goldens,
+  pairs: Sequence[tuple[Layout, Layout]],
+) -> Iterator[PairResult]:
+  """Decode the golden prompts in pairs of layouts, in float32; yield a result for each pair.
+
+  Args:
+    checkpoint: The bundled model, with weights of a dtype that `goldens` has.
+    mesh: The devices.
+    goldens: Prompts and tokens.
+    pairs: Pairs (prefill layout, decode layout).
+  """
+  check = _Check(checkpoint, mesh, goldens)
+  for prefill, decode in pairs:
+    begin = time.perf_counter()
+    steps = len(goldens.tokens[checkpoint.weights][0]) if prefill == decode else FEW_STEPS
+    different = impossible = ''
+    try:
+      different = check.difference(prefill, decode, steps)
+    except MeshError as error:
+      impossible = str(error)
+    seconds = time.perf_counter() - begin
+    yield PairResult(
+      str(prefill), str(decode), checkpoint.weights, steps, seconds, different, impossible
+    )
+
+
+class _Check:
+  """Keeps what pairs share: weights by how they are stored, decode steps by their layout."""
+
+  def __init__(self, checkpoint: Checkpoint, mesh: jax.sharding.Mesh, goldens: Goldens) -> None:
+    self._checkpoint, self._mesh = checkpoint, mesh
+    self._wanted = goldens.tokens[checkpoint.weights]
+    # Every layout can split a multiple of the devices.
+    rows = math.lcm(len(goldens.prompts), mesh.size)
+    prompts = [goldens.prompts[i % len(goldens.prompts)] for i in range(rows)]
+    self._tokens, self._lengths = model_inputs(prompts, max(map(len, prompts)))
+    self._weights: dict[str, Weights] = {}
+    self._decoders: dict[Layout, Any] = {}
+
+  def difference(self, prefill: Layout, decode: Layout, steps: int) -> str:
+    """Return how the first wrong token differs; '' if there is none."""
+    case, model = self._case('prefill', prefill, decode)
+    weights = self._stored(model)
+    run, _ = self._compile(case)
+    tokens, cache = run(weights, *programs.put(model, self._tokens, self._lengths))
+    # A decode step knows nothing of the prefill's layout, so pairs share it.
+    if decode not in self._decoders:
+      self._decoders[decode] = self._compile(self._case('decode', decode, decode)[0])
+    step, (_, cache_like, _) = self._decoders[decode]
+    cache = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), cache, cache_like)
+    found = [np.asarray(tokens)]
+    for _ in range(steps - 1):
+      tokens, cache = step(weights, cache, tokens)
+      found.append(np.asarray(tokens))
+    return self._first_difference(np.stack(found, axis=1))
+
+  def _first_difference(self, found: np.ndarray) -> str:
+    for row, tokens in enumerate(found.tolist()):
+      wanted = self._wanted[row % len(self._wanted)]
+      for step, (token, golden) in enumerate(zip(tokens, wanted)):
+        if token != golden:
+          return f'token {step} of row {row} is {token}, and should be {golden}'
+    return ''
+
+  def _case(self, phase: str, layout: Layout, other: Layout) -> tuple[CompileCase, Model]:
+    case = CompileCase(
+      self._checkpoint.config,
+      'int8' if self._checkpoint.weights == 'int8' else 'bfloat16',  # else: those of `dtype`
+      phase,
+      len(self._lengths),
+      _CONTEXT,
+      layout,
+      self._tokens.shape[1] if phase == 'prefill' else None,
+      other,
+      dtype='float32',
+      scan_layers=True,
+    )
+    return case, case.model(self._mesh)
+
+  def _stored(self, model: Model) -> Weights:
+    kind = str(model.prefill_layout.stored_embed)
+    if kind not in self._weights:
+      self._weights[kind] = load_weights(self._checkpoint, model, stacked=True)
+    return self._weights[kind]
+
+  def _compile(self, case: CompileCase) -> tuple[Any, tuple[Any, ...]]:
+    """Return the compiled phase, and the shapes and shardings of its arguments."""
+    function, arguments = phase_function(case, self._mesh)
+    options = _QUICK if self._mesh.devices.flat[0].platform == 'cpu' else None
+    # By default a TPU rounds the factors of float32 products to bfloat16.
+    with jax.default_matmul_precision('highest'), programs.stated_dtypes():
+      compiled = function.lower(*arguments).compile(compiler_options=options)
+    return compiled, arguments

@@ -1,0 +1,115 @@
+"""Times of a few programs: measured on these devices, beside the estimate where there is one."""
+
+import dataclasses
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from t5x_inference_ext.config import ModelConfig, preset
+from t5x_inference_ext.precompile.case import CompileCase
+from t5x_inference_ext.precompile.estimate import estimate
+from t5x_inference_ext.precompile.program import Program, compile_case
+from t5x_inference_ext.runs.selfcheck.machine import device_memory, slice_of
+from t5x_inference_ext.sharding.layout import Layout
+from t5x_inference_ext.sharding.mesh import AXES, mesh_shape
+
+REPEATS, STEPS = 5, 10  # each repeat runs this many steps in a row
+
+
+@dataclasses.dataclass(frozen=True)
+class TimedShape:
+  """A program to time.
+
+  Attributes:
+    name: Name of the model.
+    config: The model.
+    phase: 'decode' or 'prefill'.
+    weights: 'int8' or 'bfloat16'.
+    batch: B.
+    context: S, positions of each row's cache.
+    prompt: T of a prefill.
+    layout: Layout of the phase.
+  """
+
+  name: str
+  config: ModelConfig
+  phase: str
+  weights: str
+  batch: int
+  context: int
+  prompt: int | None = None
+  layout: str = 'ws_2d/batch'
+
+
+def timed_shapes(mesh: jax.sharding.Mesh) -> list[TimedShape]:
+  """Return the programs to time: of a small model on CPUs, else of a quarter of PaLM 8B."""
+  if mesh.devices.flat[0].platform == 'cpu':
+    tiny = dataclasses.replace(
+      preset('palm_8b'), num_layers=2, d_model=256, d_ff=1024, num_heads=8, d_head=32
+    )
+    name, config, batch, context, prompt = 'a model of 2 layers', tiny, mesh.size, 128, 32
+  else:
+    few = dataclasses.replace(preset('palm_8b'), num_layers=8)
+    name, config, batch, context, prompt = '8 layers of PaLM 8B', few, 64, 2048, 512
+  shapes = [
+    TimedShape(name, config, 'decode', weights, batch, context) for weights in ('int8', 'bfloat16')
+  ]
+  return [*shapes, TimedShape(name, config, 'prefill', 'int8', mesh.size, context, prompt)]
+
+
+def time_shape(shape: TimedShape, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+  """Compile a program and time it on zeros; return what was found, JSON-ready."""
+  case = CompileCase(
+    shape.config,
+    shape.weights,
+    shape.phase,
+    shape.batch,
+    shape.context,
+    Layout.parse(shape.layout),
+    shape.prompt,
+  )
+  program = compile_case(case, mesh)
+  measured = _measure(program)
+  return {
+    'model': shape.name,
+    **{name: value for name, value in case.to_dict().items() if name != 'model'},
+    'compile_seconds': program.seconds,
+    'seconds': statistics.median(measured),
+    'all_seconds': measured,
+    'estimated_seconds': _estimate(program, mesh),
+    'program_bytes': program.memory.needed,
+    'memory': device_memory(),
+  }
+
+
+def _measure(program: Program) -> list[float]:
+  """Return the time of a step or a prefill, in each of some repeats. Argument arrays are zeros."""
+  weights, *state = jax.tree.map(
+    lambda like: jnp.zeros(like.shape, like.dtype, device=like.sharding), program.arguments
+  )
+  found = []
+  for repeat in range(REPEATS + 1):
+    begin = time.perf_counter()
+    for _ in range(STEPS):
+      if program.case.phase == 'decode':  # takes the cache, and gives it back
+        cache, tokens = state
+        tokens, cache = program.compiled(weights, cache, tokens)
+        state = [cache, tokens]
+      else:
+        tokens, _ = program.compiled(weights, *state)
+    jax.block_until_ready(tokens)
+    if repeat:  # the first is slower
+      found.append((time.perf_counter() - begin) / STEPS)
+  return found
+
+
+def _estimate(program: Program, mesh: jax.sharding.Mesh) -> list[float] | None:
+  """Return the estimated seconds, overlapped and in sequence; None where nothing is estimated."""
+  slice_ = slice_of(mesh)
+  if slice_ is None:
+    return None
+  found = estimate(program.text, slice_, dict(zip(AXES, mesh_shape(mesh))))
+  return [found.overlapped_seconds, found.serial_seconds]
