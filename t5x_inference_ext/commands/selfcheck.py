@@ -2,10 +2,10 @@
 
   python -m t5x_inference_ext.selfcheck --output=report.json
 
-It tells the devices and how they are connected; decodes golden tokens with the bundled checkpoint
-in every pair of layouts, with float32 and with int8 weights, and through the scheduler that serves
-requests; and times a few programs, on a TPU beside their estimates. A part that fails is told, and
-the others go on. The report has everything, to send back.
+It tells the devices and how they are connected; decodes golden tokens with the bundled checkpoint,
+with float32 weights in every pair of layouts, with int8 weights in every layout, and through the
+scheduler that serves requests; and times a few programs, on a TPU beside their estimates. A part
+that fails is told, and the others go on. The report has everything, to send back.
 
 On a slice of several hosts, start it on all of them:
 

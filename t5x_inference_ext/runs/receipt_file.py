@@ -20,7 +20,7 @@ from t5x_inference_ext.sharding.mesh import parse_mesh
 from t5x_inference_ext.text.stop_texts import check_stop_texts
 from t5x_inference_ext.text_files import parse_json
 
-MAX_BYTES = 64 * 2**20
+_MOST_BYTES = 64 * 2**20
 _FINISHES = ('eos', 'stop', 'length', 'error')
 _WEIGHTS = ('float32', 'bfloat16', 'int8')
 _VERSIONS = ('t5x_inference_ext', 'jax', 'jaxlib', 'chip')
@@ -57,11 +57,11 @@ def read_receipt(path: str) -> Receipt:
   """
   try:
     with open(path, 'rb') as file:
-      data = file.read(MAX_BYTES + 1)
+      data = file.read(_MOST_BYTES + 1)
   except OSError as error:
     raise RequestError(f"the receipt {path} can't be read: {error.strerror}") from error
-  if len(data) > MAX_BYTES:
-    raise RequestError(f'{path} is no receipt: it has more than {MAX_BYTES} bytes')
+  if len(data) > _MOST_BYTES:
+    raise RequestError(f'{path} is no receipt: it has more than {_MOST_BYTES} bytes')
   try:
     return _receipt(parse_json(data.decode()))
   except UnicodeDecodeError as error:

@@ -70,5 +70,6 @@ def check_serving(
 
 
 def _serve(engine: Engine, prompts: list[list[int]], limit: int) -> list[Sample]:
-  found = engine.complete(prompts, max_new_tokens=limit, eos_id=-1, share=False)
+  options = dict(max_new_tokens=limit, eos_id=-1, share=False, page_reads=2)
+  found = engine.complete(prompts, **options)
   return [samples[0] for samples in found]

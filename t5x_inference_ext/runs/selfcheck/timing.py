@@ -16,7 +16,7 @@ from t5x_inference_ext.runs.selfcheck.machine import device_memory, slice_of
 from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.mesh import AXES, mesh_shape
 
-REPEATS, STEPS = 5, 10  # each repeat runs this many steps in a row
+REPEATS, STEPS = 5, 5  # each repeat runs this many steps in a row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +47,8 @@ class TimedShape:
 def timed_shapes(mesh: jax.sharding.Mesh) -> list[TimedShape]:
   """Return the programs to time: of a small model on CPUs, else of a quarter of PaLM 8B."""
   if mesh.devices.flat[0].platform == 'cpu':
-    tiny = dataclasses.replace(
-      preset('palm_8b'), num_layers=2, d_model=256, d_ff=1024, num_heads=8, d_head=32
-    )
+    shape = dict(num_layers=2, d_model=256, d_ff=1024, num_heads=8, d_head=32, vocab_size=512)
+    tiny = dataclasses.replace(preset('palm_8b'), **shape)
     name, config, batch, context, prompt = 'a model of 2 layers', tiny, mesh.size, 128, 32
   else:
     few = dataclasses.replace(preset('palm_8b'), num_layers=8)
