@@ -47,8 +47,7 @@ class TimedShape:
 def timed_shapes(mesh: jax.sharding.Mesh) -> list[TimedShape]:
   """Return the programs to time: of a small model on CPUs, else of a quarter of PaLM 8B."""
   if mesh.devices.flat[0].platform == 'cpu':
-    shape = dict(num_layers=2, d_model=256, d_ff=1024, num_heads=8, d_head=32, vocab_size=512)
-    tiny = dataclasses.replace(preset('palm_8b'), **shape)
+    tiny = ModelConfig(num_layers=2, d_model=256, d_ff=1024, num_heads=8, d_head=32, vocab_size=512)
     name, config, batch, context, prompt = 'a model of 2 layers', tiny, mesh.size, 128, 32
   else:
     few = dataclasses.replace(preset('palm_8b'), num_layers=8)
