@@ -4,6 +4,7 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
+from t5x_inference_ext.engine.admission import CheckedRequest
 from t5x_inference_ext.engine.request import Event, Request
 from t5x_inference_ext.engine.stats import SchedulerStats
 from t5x_inference_ext.server.driver import Driver
@@ -66,8 +67,9 @@ class StubScheduler:
     queued = len(self._waiting) + self._inbox.submissions
     return max(0, self._slots - len(self._rows) - queued)
 
-  def check(self, request: Request) -> None:
+  def check(self, request: Request) -> CheckedRequest:
     """Accept every request."""
+    return CheckedRequest(request, ())
 
   def cancel(self, handle: Any) -> None:
     """End a request within the next step."""
@@ -119,4 +121,5 @@ def stub_service(
     Facts('stub', 'float32'),
     options,
     log or RequestLog(),
+    lambda request, samples, seconds: {'seconds': seconds},
   )

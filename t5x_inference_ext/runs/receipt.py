@@ -52,6 +52,14 @@ class EngineSetting:
     return cls(mesh_text(model.mesh), *layouts, model.dtype, model.cache_dtype)
 
 
+def check_told(request: Request) -> None:
+  """Raise RequestError for a request that has something that a receipt can't hold."""
+  for field in dataclasses.fields(request):
+    known = field.name in (*TOLD, *_WITHOUT_EFFECT)
+    if not known and getattr(request, field.name) != field.default:
+      raise RequestError(f'a request with {field.name} gets no receipt: it could not be run again')
+
+
 def make_receipt(
   engine: Engine, request: Request, samples: Sequence[Sample], seconds: float
 ) -> dict[str, Any]:
@@ -66,10 +74,7 @@ def make_receipt(
   Raises:
     RequestError: The request has something that a receipt can't hold.
   """
-  for field in dataclasses.fields(request):
-    known = field.name in (*TOLD, *_WITHOUT_EFFECT)
-    if not known and getattr(request, field.name) != field.default:
-      raise RequestError(f'a request with {field.name} gets no receipt: it could not be run again')
+  check_told(request)
   checkpoint, chips = engine.checkpoint, engine.model.mesh.size
   covers, sha256 = engine.weights_identity
   return {

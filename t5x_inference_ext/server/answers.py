@@ -11,6 +11,7 @@ from t5x_inference_ext.server.api_errors import ApiError
 from t5x_inference_ext.server.driver import Driver, Ticket
 from t5x_inference_ext.server.forms import FINISHES
 from t5x_inference_ext.server.metrics import Metrics
+from t5x_inference_ext.server.receipts import ReceiptWriter
 
 
 class HttpAnswer:
@@ -27,11 +28,13 @@ class HttpAnswer:
     keep_texts: Whether the log is told the answers.
 
   Attributes:
+    arrived: Time when the request arrived; see Driver.now.
     prompt_tokens: Tokens of all prompts.
     new_tokens: Tokens of all samples so far.
     finishes: Why samples have ended.
     queue_seconds: Time until the first prompt's work began; None before.
     first_seconds: Time until the first token; None before.
+    receipt: Makes the receipt, if one is asked for.
     closed: Whether nobody waits for the answer any more.
 
   Raises:
@@ -52,7 +55,7 @@ class HttpAnswer:
     self._client = client
     self._waiting = dict(enumerate(sizes))  # sizes of the prompts that still wait
     self._tickets: list[Ticket] = []
-    self._arrived = driver.now()
+    self.arrived = driver.now()
     self._firsts: dict[int, float] = {}  # time of each prompt's first token
     self._lasts: dict[tuple[int, int], float] = {}  # time of each sample's last token
     self._counts: dict[tuple[int, int], int] = {}
@@ -62,6 +65,7 @@ class HttpAnswer:
     self._wake = asyncio.Event()
     self._wakes = True
     self._error: ApiError | None = None
+    self.receipt: ReceiptWriter | None = None
     self.closed = False
     self.prompt_tokens = self.new_tokens = 0
     self.finishes: list[str] = []
@@ -176,15 +180,15 @@ class HttpAnswer:
       self._finish(FINISHES.get(event.finish, event.finish))
       metrics.observe('generation', self._counts.get(key, 0))
       metrics.observe('decode', now - self._firsts.get(number, now))
-      metrics.observe('latency', now - self._arrived)
+      metrics.observe('latency', now - self.arrived)
 
   def _begin(self, ticket: Ticket, now: float) -> None:
     self._firsts[ticket.number] = now
     self._leave(ticket.number, served=True)
     started = ticket.started_at or now
-    queue = started - self._arrived
+    queue = started - self.arrived
     if self.first_seconds is None:
-      self.queue_seconds, self.first_seconds = queue, now - self._arrived
+      self.queue_seconds, self.first_seconds = queue, now - self.arrived
     self._metrics.began(len(ticket.request.tokens), queue, now - started)
 
   def summary(self) -> dict[str, Any]:

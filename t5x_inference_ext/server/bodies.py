@@ -68,6 +68,7 @@ class GenerationBody(_Strict):
   ignore_eos: bool | None = None
   return_token_ids: bool | None = None
   cache_salt: str | None = None
+  receipt: bool | None = None
   user: Any = None
   metadata: Any = None
   store: Any = None

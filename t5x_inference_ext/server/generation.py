@@ -18,6 +18,7 @@ from t5x_inference_ext.server.api_errors import invalid
 from t5x_inference_ext.server.bodies import ChatBody, CompletionBody, GenerationBody, validated
 from t5x_inference_ext.server.body_reading import read_json
 from t5x_inference_ext.server.forms import ChatForm, CompletionForm, usage
+from t5x_inference_ext.server.receipts import ReceiptWriter
 from t5x_inference_ext.server.response_formats import grammar_of
 from t5x_inference_ext.server.service import Service
 from t5x_inference_ext.server.streaming import EventStream
@@ -154,6 +155,9 @@ async def _answer(
     checked = await asyncio.to_thread(check) if slow else check()
     found = [each.request for each in checked]
     answer.prompt_tokens = sum(len(each.tokens) for each in found)
+    if body.receipt or request.headers.get('x-receipt') == '1':
+      driver = service.driver
+      answer.receipt = ReceiptWriter(service.make_receipt, found, driver.now, answer.arrived)
     form = await make_form(found)
     record.update(id=form.id)
     if body.max_tokens == 0:
@@ -170,11 +174,16 @@ async def _answer(
       collector.expect(number, body.choices)
     async for events in answer.events():
       for number, event in events:
+        if answer.receipt is not None:
+          answer.receipt.add(event)
         ended = collector.add(event._replace(request=number))
         if ended is not None:
           samples[number] = ended
     ordered = [samples[number] for number in range(len(sizes))]
-    return form.whole(ordered, usage(answer.prompt_tokens, answer.new_tokens))
+    told = form.whole(ordered, usage(answer.prompt_tokens, answer.new_tokens))
+    if answer.receipt is not None:
+      told['receipt'] = await answer.receipt.receipt()
+    return told
 
   with contextlib.ExitStack() as stack:
     answer = stack.enter_context(

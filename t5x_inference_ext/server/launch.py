@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import contextlib
 import dataclasses
+import functools
 import os
 import socket
 import time
@@ -24,6 +25,7 @@ from t5x_inference_ext.rendezvous import ProcessOptions
 from t5x_inference_ext.runs import loading, memory
 from t5x_inference_ext.runs.infer_options import InferOptions
 from t5x_inference_ext.runs.progress import print_on_main
+from t5x_inference_ext.runs.receipt import make_receipt
 from t5x_inference_ext.server import processes
 from t5x_inference_ext.server.access import is_loopback, read_keys
 from t5x_inference_ext.server.bodies import MAX_TOP
@@ -135,6 +137,7 @@ def make_service(
     Facts(name, checkpoint.weights),
     options,
     log or RequestLog(),
+    functools.partial(make_receipt, engine),
   )
 
 

@@ -12,6 +12,7 @@ from t5x_inference_ext.server.api_errors import ApiError, unavailable
 from t5x_inference_ext.server.driver import Driver
 from t5x_inference_ext.server.metrics import Load, Metrics
 from t5x_inference_ext.server.options import ServerOptions
+from t5x_inference_ext.server.receipts import MakeReceipt
 from t5x_inference_ext.server.request_log import RequestLog
 from t5x_inference_ext.server.token_text import TokenTexts
 from t5x_inference_ext.server.translation import Translator
@@ -42,6 +43,7 @@ class Service:
     facts: The model's name and weights.
     options: The server's options.
     log: The log of requests.
+    make_receipt: Makes receipts.
 
   Attributes:
     draining: Whether the server takes no new work, as it is about to end.
@@ -56,9 +58,10 @@ class Service:
     facts: Facts,
     options: ServerOptions,
     log: RequestLog,
+    make_receipt: MakeReceipt,
   ) -> None:
     self.driver, self.translator, self.facts, self.options = driver, translator, facts, options
-    self.log = log
+    self.log, self.make_receipt = log, make_receipt
     self.bounds = WaitingBounds(options.max_waiting_requests, options.max_waiting_tokens)
     self.metrics = Metrics(facts.name, self.load)
     self.texts = TokenTexts(translator.vocabulary)

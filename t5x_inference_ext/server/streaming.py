@@ -68,6 +68,9 @@ class EventStream:
     if self._body.tells_usage:
       counts = usage(self._answer.prompt_tokens, self._answer.new_tokens)
       await _send(send, event_line(self._form.chunk(usage=counts)))
+    if self._answer.receipt is not None:
+      receipt = await self._answer.receipt.receipt()
+      await _send(send, event_line(self._form.chunk(receipt=receipt, **usage_field)))
 
   async def _chunks(self) -> AsyncIterator[list[dict[str, Any]]]:
     """Yield chunks: the first ones of all samples, then those of events as they come."""
@@ -75,6 +78,9 @@ class EventStream:
     firsts = [form.first(p, i) for p in range(self._prompts) for i in range(self._body.choices)]
     yield [chunk for chunk in firsts if chunk is not None]
     async for events in self._answer.events():
+      if self._answer.receipt is not None:
+        for _, event in events:
+          self._answer.receipt.add(event)
       found = [form.next(number, event) for number, event in events]
       yield [chunk for chunk in found if chunk is not None]
 

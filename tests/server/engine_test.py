@@ -143,6 +143,28 @@ def test_answers_in_a_format(api, engine):
   assert json.loads(chat.choices[0].message.content).keys() == {'ok', 'n'}
 
 
+def test_receipts(http, engine):
+  body = {'model': NAME, 'prompt': 'def f', 'max_tokens': 6, 'temperature': 0.9, 'seed': 5, 'n': 2}
+  expected = engine.generate(
+    ['def f'] * 2, max_new_tokens=6, sampling=SamplingParams(0.9), seeds=[5, 6]
+  )
+  answers = [
+    http.post('/v1/completions', json={**body, 'receipt': True}).json(),
+    http.post('/v1/completions', json=body, headers={'x-receipt': '1'}).json(),
+  ]
+  streamed = http.post('/v1/completions', json={**body, 'receipt': True, 'stream': True})
+  answers.append(json.loads(events_of(streamed)[-2]))
+  assert answers[2]['choices'] == []
+  for receipt in (answer['receipt'] for answer in answers):
+    assert [sample['tokens'] for sample in receipt['samples']] == [c.tokens for c in expected]
+    assert receipt['request']['seeds'] == [5, 6] and receipt['seconds'] > 0
+    assert receipt['engine']['mesh'] == '1x1x1'
+  assert 'receipt' not in http.post('/v1/completions', json=body).json()
+  for more in ({'prompt': ['a', 'b']}, {'response_format': {'type': 'json_object'}}):
+    refused = http.post('/v1/completions', json={**body, **more, 'receipt': True})
+    assert refused.status_code == 400 and refused.json()['error']['param'] == 'receipt'
+
+
 def test_samples_have_the_engines_seeds(api, engine):
   sampling = SamplingParams(0.9, top_k=40, top_p=0.95)
   expected = engine.generate(

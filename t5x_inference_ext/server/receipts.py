@@ -1,0 +1,54 @@
+"""The receipt of an HTTP request's answer, for requests that ask for one."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from t5x_inference_ext.engine.request import Event, Request, Sample, SampleCollector
+from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.runs.receipt import check_told
+from t5x_inference_ext.server.api_errors import invalid
+
+# Makes the receipt of a request, its samples, and the seconds from its arrival to its end.
+MakeReceipt = Callable[[Request, Sequence[Sample], float], dict[str, Any]]
+
+
+class ReceiptWriter:
+  """Collects the samples of a request's one prompt, and makes the receipt.
+
+  Args:
+    make: Makes the receipt.
+    requests: The requests of all prompts.
+    now: Returns the time, in seconds.
+    arrived: Time when the request arrived.
+
+  Raises:
+    ApiError: There are several prompts, or the request has what no receipt holds.
+  """
+
+  def __init__(
+    self, make: MakeReceipt, requests: Sequence[Request], now: Callable[[], float], arrived: float
+  ) -> None:
+    if len(requests) > 1:
+      raise invalid(
+        'a receipt is about one prompt: send the others in requests of their own', 'receipt'
+      )
+    (self._request,) = requests
+    try:
+      check_told(self._request)
+    except RequestError as error:
+      raise invalid(str(error), 'receipt') from None
+    self._make, self._now, self._arrived = make, now, arrived
+    self._collector = SampleCollector()
+    self._collector.expect(0, len(self._request.seeds))
+    self._samples: list[Sample] = []
+
+  def add(self, event: Event) -> None:
+    """Take an event of the prompt."""
+    self._samples = self._collector.add(event._replace(request=0)) or self._samples
+
+  async def receipt(self) -> dict[str, Any]:
+    """Return the receipt, once all samples have ended."""
+    seconds = self._now() - self._arrived
+    # The identity of the weights is read from files, at the first receipt.
+    return await asyncio.to_thread(self._make, self._request, self._samples, seconds)
