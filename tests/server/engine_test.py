@@ -143,6 +143,22 @@ def test_answers_in_a_format(api, engine):
   assert json.loads(chat.choices[0].message.content).keys() == {'ok', 'n'}
 
 
+@pytest.mark.parametrize(
+  'format_',
+  [
+    {'type': 'regex', 'regex': '(' * 9},
+    {'type': 'json_schema', 'json_schema': {'schema': {'type': 'xyz'}}},
+    {'type': 'lark', 'lark': 'start: missing'},
+  ],
+  ids=lambda format_: format_['type'],
+)
+def test_grammars_that_the_library_refuses(http, format_):
+  response = http.post('/v1/completions', json={'prompt': 'x', 'response_format': format_})
+  error = response.json()['error']
+  assert (response.status_code, error['param']) == (400, 'response_format')
+  assert error['message'].startswith(f'response_format: the {format_["type"]}')
+
+
 def test_receipts(http, engine):
   body = {'model': NAME, 'prompt': 'def f', 'max_tokens': 6, 'temperature': 0.9, 'seed': 5, 'n': 2}
   expected = engine.generate(
