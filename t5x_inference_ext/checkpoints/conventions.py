@@ -146,7 +146,10 @@ class ConventionSources:
       return Said(value, 'given')
     if self.config is None or name == 'rescale_logits':
       return None
-    return Said(getattr(self.config, name), 'given with the model')
+    value = getattr(self.config, name)
+    # A relative bias shows in the weights: such a model has no positions besides it.
+    value = 'none' if (name, value) == ('positions', 'relative') else value
+    return Said(value, 'given with the model')
 
   def overruled(self, said: Mapping[str, Said]) -> list[str]:
     """Return a note for each recorded convention that a source of more weight overrules."""

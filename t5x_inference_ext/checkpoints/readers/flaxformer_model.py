@@ -110,7 +110,7 @@ def _needed(shape: TreeShape, sources: ConventionSources, where: str) -> tuple[s
   if shape.bias_table is None:
     rotary = () if positions and positions.value == 'none' else ('rope_max_timescale',)
     return (*names, 'rescale_logits', 'positions', *rotary)
-  if positions and positions.value != 'relative' and positions.source == 'given':
+  if positions and positions.source == 'given':
     raise CheckpointError(f'positions={positions}, but {where} has a relative bias')
   if positions and positions.value == 'rotary':
     raise CheckpointError(
