@@ -165,7 +165,8 @@ class Decoder:
     Args:
       table: Books of the slots. Every row has the page that it needs.
     """
-    return self._decode_logits(table, *self._reads(table))
+    sizes = self._config.logits_reads(self._shards)
+    return self._decode_logits(table, *next(x for x in sizes if x[0] >= table.pool.highest))
 
   def choose_masked(self, table: SlotTable, logits: jax.Array) -> None:
     """Start the choice of each row's next token, as the rows' grammars allow.
@@ -237,8 +238,7 @@ class Decoder:
       done: Gets the programs.
     """
     assert not table.busy and not self._started
-    handle = Handle(0, Request((0,)))
-    ready = ReadyRow(0, Prompt((0,), []), Row(handle, 0, (), None))
+    ready = ReadyRow(0, Prompt((0,), []), Row(Handle(0, Request((0,))), 0, (), None))
     timed_run(done, 'insert', lambda: self.insert(ready, 0, table, [], state))
     reads = self._config.reads_of_pages(self._shards), self._config.shared_reads
     for read, shared in itertools.product(*reads):
@@ -250,7 +250,7 @@ class Decoder:
         read_shared=shared,
       )
     if self._grammars:
-      for read, shared in itertools.product(*reads):
+      for read, shared in self._config.logits_reads(self._shards):
         logits = timed_run(
           done,
           'decode_logits',

@@ -118,6 +118,13 @@ class SchedulerConfig:
     """The numbers of first shared pages that decode programs read."""
     return [0, self.shared_pages] if self.shared_pages else [0]
 
+  def logits_reads(self, shards: int) -> list[tuple[int, int]]:
+    """Return the pairs (first pages, first shared pages) that steps with grammars read.
+
+    They are few, to keep the programs few: every second number of pages, and all shared pages.
+    """
+    return [(read, self.shared_reads[-1]) for read in self.reads_of_pages(shards)[::-2][::-1]]
+
   @property
   def chunk_sizes(self) -> list[int]:
     """The sizes of prefill chunks, in ascending order; the last is prefill_chunk."""
@@ -146,8 +153,8 @@ class SchedulerConfig:
     pages, shared = self.reads_of_pages(shards), self.shared_reads
     others = 4 if self.prefix_bytes else 2  # insert and start_prefill, load_blocks and save_blocks
     steps = len(pages) * len(shared)
-    if grammars:  # decode_logits of the same sizes, and choose_masked
-      steps, others = 2 * steps, others + 1
+    if grammars:  # decode_logits, and choose_masked
+      steps, others = steps + len(self.logits_reads(shards)), others + 1
     count = len(chunks) * len(reads) + steps + others
     return (
       f'{count}: chunks of {numbers(chunks)} tokens after up to {numbers(reads)} positions, decode '
