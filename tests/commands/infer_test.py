@@ -531,11 +531,13 @@ def test_help_shows_examples_and_flags(command):
     'Written for each token:',
     'Sharding, memory and compilation:',
     'Batching:',
+    'What the weights of a T5X checkpoint do not show:',
     'Several processes:',
     'Gin:',
   ]
   flags = re.findall(r'^  --(\w+)', out.partition('\nRequired:')[2], re.MULTILINE)
-  assert flags[:4] == ['checkpoint', 'prompts', 'output', 'max_new_tokens'] and len(flags) == 42
+  wanted = ['checkpoint', 'prompts', 'output', 'replay', 'max_new_tokens']
+  assert flags[:5] == wanted and len(flags) == 50
   assert max(map(len, out.splitlines())) <= 100
 
 

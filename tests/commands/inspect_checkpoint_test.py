@@ -124,7 +124,7 @@ def test_public_models(testdata, tmp_path, capsys):
   assert code == 0
   for words in (
     'model of the family falcon at',
-    'BOS: 1; EOS: 2',
+    'vocabulary: none (no tokenizer.json or tokenizer.model is beside the model), no BOS, rows end',
     'transformer.h.0.self_attention.query_key_value.weight  bfloat16 [80, 48]\n',
     'with int8 weights',
   ):

@@ -93,5 +93,6 @@ def test_rules_in_t5x_form():
     'embed': 'x',
     'hidden': ('z', 'y'),
     'features': None,
+    'buckets': None,
   }
   assert dict(logical_axis_rules(Layout.parse('ws_1d/batch')))['embed'] is None

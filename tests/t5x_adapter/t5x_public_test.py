@@ -151,7 +151,7 @@ def test_a_task_alone_is_what_it_is_inside_t5x(families, tmp_path):
       'decoder_target_tokens': targets,
       'decoder_loss_weights': np.array([0] * len(prompt) + [1] * len(completion) + [0]),
     }
-    example = tasks.scoring_example(tasks.TaskExample({}, features), engine.bos)
+    example = tasks.scoring_example(tasks.TaskExample({}, features), engine.checkpoint.bos_id)
     assert list(example.inputs) == [*([1] if i else []), *prompt, *completion[:-1]]
     found = engine.score(*(np.array([part]) for part in example))
     np.testing.assert_allclose(found, generated.score, rtol=1e-5)
