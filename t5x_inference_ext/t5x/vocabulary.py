@@ -60,8 +60,9 @@ class CheckpointVocabulary(seqio.Vocabulary):
     return self._vocabulary.decode([int(i) for i in ids])
 
   def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
-    def encoded(text: bytes) -> np.ndarray:
-      return np.asarray(self._encode(text.decode()), np.int32)
+    def encoded(text: bytes | np.ndarray) -> np.ndarray:
+      data = text.item() if isinstance(text, np.ndarray) else text  # eager calls pass an array
+      return np.asarray(self._encode(data.decode()), np.int32)
 
     ids = tf.numpy_function(encoded, [tf.convert_to_tensor(s)], tf.int32)
     ids.set_shape([None])
