@@ -21,18 +21,19 @@ from t5x_inference_ext.checkpoints.readers import flaxformer, legacy, orbax
 from t5x_inference_ext.checkpoints.readers.tree import Tree
 from t5x_inference_ext.checkpoints.tensor import Tensor
 from t5x_inference_ext.checkpoints.tree_notes import recorded_conventions, tree_notes
-from t5x_inference_ext.checkpoints.with_text import WithText
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import CheckpointError, printable
 from t5x_inference_ext.options import takes_options
+from t5x_inference_ext.text.chat_template import ChatTemplate
 from t5x_inference_ext.text.settings import TextSettings, assumed_settings
+from t5x_inference_ext.text.vocabulary import Vocabulary
 
 # Formats of T5X's parameter trees.
 TREES = ('t5x', 'orbax')
 
 
 @dataclasses.dataclass(frozen=True)
-class Checkpoint(WithText):
+class Checkpoint:
   """An open checkpoint.
 
   Attributes:
@@ -65,6 +66,31 @@ class Checkpoint(WithText):
   conventions: Mapping[str, Said]
   text: TextSettings
   index_crc32: int | None = None
+
+  @property
+  def vocabulary(self) -> Vocabulary | None:
+    """The vocabulary, parsed at its first use; None if it is not known."""
+    return self.text.vocabulary
+
+  @property
+  def bos_id(self) -> int | None:
+    """The id that is put in front of a prompt; None: none is."""
+    return self.text.bos_id
+
+  @property
+  def end_ids(self) -> tuple[int, ...]:
+    """The ids that end a row."""
+    return self.text.end_ids
+
+  @property
+  def chat_template(self) -> ChatTemplate | None:
+    """The chat template; None if there is none."""
+    return self.text.chat
+
+  @property
+  def generation_defaults(self) -> Mapping[str, float]:
+    """Sampling options that the model's maker recommends, by name."""
+    return self.text.generation_defaults
 
 
 @takes_options(Conventions)

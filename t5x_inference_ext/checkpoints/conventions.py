@@ -30,7 +30,7 @@ PALM: Mapping[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Conventions:
-  """What one source says about a model. None: it does not say.
+  """Conventions as one source says them. None: it does not say.
 
   All but rescale_logits are fields of ModelConfig. The help texts explain them.
 

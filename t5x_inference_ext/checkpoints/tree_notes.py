@@ -1,4 +1,4 @@
-"""What is beside and about a T5X tree: files that say its conventions, and notes for commands."""
+"""Files beside a T5X tree that say its conventions, and notes on the tree for commands."""
 
 from collections.abc import Iterator
 import os

@@ -7,7 +7,9 @@ jax's coordination service: on the host, so that no device waits for it.
 from collections.abc import Sequence
 import pickle
 import threading
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import jax
 
 from t5x_inference_ext import distributed
 from t5x_inference_ext.engine.grammars import GrammarMatcher
@@ -94,15 +96,22 @@ class SharedInbox(Inbox):
 
   def take(self) -> list[tuple[Command, Handle | None]]:
     """Return the commands that process 0 has queued, with the handles of submissions."""
+    commands, _ = self.take_with(None)
+    return commands
+
+  def take_with(self, more: Any) -> tuple[list[tuple[Command, Handle | None]], Any]:
+    """Return what `take` does, and the value `more` of process 0, which travels with it."""
     mine: list[tuple[Command, Handle | None]] = []
+    if jax.process_count() == 1:
+      return super().take(), more
 
     def make() -> bytes:
       mine.extend(super(SharedInbox, self).take())
-      return pickle.dumps((self.closed, [command for command, _ in mine]))
+      return pickle.dumps((self.closed, more, [command for command, _ in mine]))
 
     message = self._messages.next(make)
     if distributed.is_main():
-      return mine
-    self.closed, commands = pickle.loads(message)  # from process 0 of this very run
+      return mine, more
+    self.closed, more, commands = pickle.loads(message)  # from process 0 of this very run
     self.submitted += sum(command.request is not None for command in commands)
-    return [(c, Handle(c.number, c.request) if c.request else None) for c in commands]
+    return [(c, Handle(c.number, c.request) if c.request else None) for c in commands], more

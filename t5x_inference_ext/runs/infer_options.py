@@ -214,7 +214,7 @@ class InferOptions(Conventions):
 
   @property
   def conventions(self) -> dict[str, Any]:
-    """What the user says of a T5X checkpoint that its weights do not show."""
+    """Conventions that the user says, as arguments of open_checkpoint."""
     return {name: getattr(self, name) for name in CONVENTION_NAMES}
 
   @property

@@ -59,7 +59,7 @@ def replay(
   distributed.check_same(options=options, receipt=receipt, checkpoint=checkpoint.notes)
   engine = loading.load_engine(options, checkpoint, mesh, say)
   loading.say_compiling(engine, say)
-  samples = _run(engine, request, settings.vocabulary if settings else None, options.batch_size)
+  samples = _run(engine, request, settings.vocabulary, options.batch_size)
   for line in _different_settings(receipt, engine):
     say(line)
   equal = True

@@ -44,8 +44,7 @@ class Ticket:
     number: The ticket's place among those of one HTTP request.
     handle: The request in the scheduler; None before it is there.
     left: Samples that have not ended.
-    queued_at: Time when the ticket was queued; see Driver.now.
-    started_at: Time when the scheduler took it; None before.
+    started_at: Time when the scheduler took it, see Driver.now; None before.
   """
 
   checked: CheckedRequest
@@ -54,7 +53,6 @@ class Ticket:
   number: int = 0
   handle: Handle | None = None
   left: int = dataclasses.field(init=False)
-  queued_at: float = 0.0
   started_at: float | None = None
 
   def __post_init__(self) -> None:
@@ -121,17 +119,12 @@ class Driver:
       self._thread.join(timeout)
     return not self._thread.is_alive()
 
-  def check(self, request: Request) -> CheckedRequest:
-    """Check a request, so that it can be queued; see Scheduler.check."""
-    return self.scheduler.check(request)
-
   def submit(self, ticket: Ticket) -> None:
     """Queue a ticket whose request was checked.
 
     Raises:
       ApiError: The engine is dead.
     """
-    ticket.queued_at = self.now()
     with self._wake:
       self._check_alive()
       self._queue.add(ticket.client, ticket)

@@ -146,7 +146,7 @@ async def _answer(
       if answer.closed:  # while it waited for a thread
         raise ClientDisconnect
       try:
-        return [service.driver.check(each) for each in requests()]
+        return [service.scheduler.check(each) for each in requests()]
       except UserError as error:  # the extra of grammars may be missing
         raise refused(error) from None
 

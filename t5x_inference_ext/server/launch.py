@@ -79,8 +79,8 @@ def run_server(
       settings = choose_settings(server.vocabulary, checkpoint.text, vocab_size, needed=False)
       _check_sizes(model, server, checkpoint, mesh)
     distributed.check_same(options=(model, server), checkpoint=checkpoint.notes)
-    say(f'vocabulary: {settings or "none is known: prompts must be token ids"}')
-    if settings is None or settings.chat is None:
+    say(f'vocabulary: {settings}')
+    if settings.chat is None:
       say('chat: the checkpoint has no chat template, so /v1/chat/completions is refused')
     if not keys and not is_loopback(server.host):
       say(f'warning: anyone who reaches {server.host} may use this server: give --api_key_file')
@@ -94,7 +94,7 @@ def run_server(
 
 
 def make_scheduler(
-  engine: Engine, settings: TextSettings | None, model: InferOptions, server: ServerOptions
+  engine: Engine, settings: TextSettings, model: InferOptions, server: ServerOptions
 ) -> tuple[Scheduler, TurnInbox]:
   """Return the scheduler of a server, and its inbox."""
   config = config_for(
@@ -107,8 +107,9 @@ def make_scheduler(
     top_log_probs=min(MAX_TOP, engine.model.config.vocab_size),
   )
   inbox = TurnInbox()
-  vocabulary = None if settings is None else settings.vocabulary
-  scheduler = Scheduler(engine.model, engine.weights, config, vocabulary=vocabulary, inbox=inbox)
+  scheduler = Scheduler(
+    engine.model, engine.weights, config, vocabulary=settings.vocabulary, inbox=inbox
+  )
   return scheduler, inbox
 
 
@@ -124,7 +125,7 @@ def make_service(
   engine: Engine,
   scheduler: Scheduler,
   inbox: TurnInbox,
-  settings: TextSettings | None,
+  settings: TextSettings,
   options: ServerOptions,
   log: RequestLog | None = None,
 ) -> Service:

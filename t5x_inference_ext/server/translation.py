@@ -26,16 +26,14 @@ class Translator:
   """Turns bodies into requests.
 
   Args:
-    settings: What the checkpoint says about text; None: nothing is known.
+    settings: What the checkpoint says about text.
     vocab_size: V.
     max_length: Most tokens of a prompt and its answer, BOS included.
   """
 
-  def __init__(self, settings: TextSettings | None, vocab_size: int, max_length: int) -> None:
-    self.settings = settings
-    self.vocabulary = None if settings is None else settings.vocabulary
+  def __init__(self, settings: TextSettings, vocab_size: int, max_length: int) -> None:
+    self.settings, self.vocabulary, self._chat = settings, settings.vocabulary, settings.chat
     self._vocab_size, self.max_length = vocab_size, max_length
-    self._chat = None if settings is None else settings.chat
 
   @property
   def chats(self) -> bool:
@@ -45,8 +43,7 @@ class Translator:
   @property
   def bos(self) -> tuple[int, ...]:
     """BOS, if the model has one: what is put in front of a prompt."""
-    bos = 0 if self.settings is None else self.settings.bos_id
-    return () if bos is None else (bos,)
+    return self.settings.front
 
   def prompt_ids(self, prompt: str | Sequence[int], param: str = 'prompt') -> list[int]:
     """Return the token ids of a prompt, without BOS.
@@ -80,7 +77,7 @@ class Translator:
     Raises:
       ApiError: The checkpoint has no chat template, or the template refuses the messages.
     """
-    if self._chat is None or self.settings is None or self.vocabulary is None:
+    if self._chat is None or self.vocabulary is None:
       raise invalid(
         'this checkpoint has no chat template: use /v1/completions', 'messages', 'no_chat_template'
       )
@@ -156,7 +153,7 @@ class Translator:
         name,
         'context_length_exceeded',
       )
-    ends = () if body.ignore_eos else None if self.settings is None else self.settings.end_ids
+    ends = () if body.ignore_eos else self.settings.end_ids
     return Request(
       tuple(tokens),
       tuple((seed + i) % 2**32 for i in range(body.choices)),
@@ -176,9 +173,7 @@ class Translator:
     Raises:
       ApiError: A value is out of its range.
     """
-    defaults: dict[str, Any] = {'temperature': 1.0}
-    if self.settings is not None:
-      defaults |= self.settings.generation_defaults
+    defaults: dict[str, Any] = {'temperature': 1.0, **self.settings.generation_defaults}
     given = {
       'temperature': body.temperature,
       'top_p': body.top_p,

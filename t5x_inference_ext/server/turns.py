@@ -1,17 +1,13 @@
 """One turn of the engine's threads in all processes: the same commands, then the same step.
 
-Process 0 takes what its clients ask, and tells the others turn by turn (SharedInbox does so step by
-step; here passes that score prompts travel with the commands, in one message).
+Process 0 takes what its clients ask, and tells the others turn by turn. Prompts to score travel
+with the commands, in one message.
 """
 
 from collections.abc import Sequence
-import pickle
 from typing import NamedTuple
 
-import jax
-
-from t5x_inference_ext import distributed
-from t5x_inference_ext.engine.inbox import Command, Inbox
+from t5x_inference_ext.engine.inbox import Command, SharedInbox
 from t5x_inference_ext.engine.request import Handle
 
 
@@ -27,7 +23,7 @@ class PromptToScore(NamedTuple):
   top: int
 
 
-class TurnInbox(Inbox):
+class TurnInbox(SharedInbox):
   """The inbox of a server's scheduler. The commands of a turn are taken when the turn begins.
 
   Args:
@@ -35,8 +31,7 @@ class TurnInbox(Inbox):
   """
 
   def __init__(self, name: str = 'turns') -> None:
-    super().__init__()
-    self._messages = distributed.Messages(name)
+    super().__init__(name)
     self._turn: list[tuple[Command, Handle | None]] = []
 
   @property
@@ -50,21 +45,9 @@ class TurnInbox(Inbox):
     Args:
       prompts: In process 0, the prompts to score. The other processes wait until process 0 begins.
     """
-    if jax.process_count() == 1:
-      self._turn += super().take()
-      return list(prompts)
-
-    def make() -> bytes:
-      self._turn += super(TurnInbox, self).take()
-      return pickle.dumps((self.closed, list(prompts), [command for command, _ in self._turn]))
-
-    message = self._messages.next(make)
-    if distributed.is_main():
-      return list(prompts)
-    self.closed, found, commands = pickle.loads(message)  # from process 0 of this very run
-    self.submitted += sum(command.request is not None for command in commands)
-    self._turn = [(c, Handle(c.number, c.request) if c.request else None) for c in commands]
-    return found
+    commands, prompts = self.take_with(list(prompts))
+    self._turn += commands
+    return list(prompts)
 
   def take(self) -> list[tuple[Command, Handle | None]]:
     """Return the commands of the turn."""

@@ -71,7 +71,7 @@ def test_decoder_only():
 
 
 def test_flaxformer():
-  """What no binding says has flaxformer's default: rescale_logits is False."""
+  """Options without a binding have flaxformer's defaults: rescale_logits is False."""
   assert said(FLAXFORMER) == UNSCALED
 
 

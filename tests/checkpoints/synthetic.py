@@ -26,7 +26,7 @@ def canonical(config: ModelConfig = CONFIG, seed: int = 0) -> Leaves:
 
 
 def told(config: ModelConfig, **changes) -> dict:
-  """What the weights of a DecoderLayer of this model do not show, as open_checkpoint takes it."""
+  """Conventions of a DecoderLayer of this model, as arguments of open_checkpoint."""
   names = ('norm_scale', 'norm_epsilon', 'mlp', 'positions', 'rope_max_timescale')
   return {**{name: getattr(config, name) for name in names}, 'rescale_logits': True, **changes}
 

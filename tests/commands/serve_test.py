@@ -64,7 +64,7 @@ def test_a_cache_that_no_memory_has_is_refused_before_weights_load(palm_tiny, ca
 
 
 def test_every_option_is_a_macro_of_the_gin_file():
-  """What gin binds are the options, each once, with the flags' own defaults."""
+  """Gin binds every option once, with the flag's own default."""
   gin.clear_config()
   gin.add_config_file_search_path(cli._PACKAGE_PARENT)
   gin.parse_config_file('t5x_inference_ext/configs/runs/serve.gin')

@@ -113,7 +113,7 @@ def complete(engine, prompts, **options):
 
 
 def test_rows_keep_to_their_grammars(engine):
-  """Of four slots two have a grammar; the others' tokens are those that they have without them."""
+  """Rows without a grammar, beside two that have one, keep their tokens."""
   prompts = ['def f(', 'import ', 'class A', '# ']
   plain = complete(engine, prompts, max_new_tokens=30)
   hot = SamplingParams(1.0, top_k=40)

@@ -291,7 +291,7 @@ def test_log_probabilities_are_the_engines(api, engine):
 
 
 class TestScores:
-  """What lm-evaluation-harness's local-completions sends, and how it reads the answer."""
+  """Requests as lm-evaluation-harness's local-completions sends them, read as it reads answers."""
 
   PAIRS = [('def main(', 'self):'), ('import ', 'os\n'), ('x = [1, 2', ', 3]'), ('a', 'b')]
 
@@ -299,7 +299,7 @@ class TestScores:
     return [b + 3 for b in text.encode()]
 
   def _parsed(self, answer, lengths):
-    """As its parse_logprobs does."""
+    """Return what parse_logprobs of lm-evaluation-harness reads from an answer."""
     found = []
     for choice, length in zip(sorted(answer['choices'], key=lambda c: c['index']), lengths):
       logprobs = choice['logprobs']['token_logprobs'][length:-1]

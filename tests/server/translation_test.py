@@ -3,7 +3,7 @@ import pytest
 from t5x_inference_ext.server.api_errors import ApiError
 from t5x_inference_ext.server.bodies import ChatBody, CompletionBody, Message
 from t5x_inference_ext.server.translation import Translator, first_seed, size_of
-from t5x_inference_ext.text.settings import TextSettings
+from t5x_inference_ext.text.settings import TextSettings, unknown_vocabulary
 
 TEMPLATE = (
   '{{ bos_token }}{% for m in messages %}{{ m.content }}|{% for c in m.tool_calls or [] %}'
@@ -31,12 +31,12 @@ class TestPrompts:
   def test_bos_stands_in_front(self):
     assert _translator().bos == (0,)
     assert _translator(TextSettings('bytes', bos_id=None)).bos == ()
-    assert _translator(None).bos == (0,)
+    assert _translator(unknown_vocabulary()).bos == (0,)
 
   def test_text_needs_a_vocabulary(self):
-    error = _refused(_translator(None).prompt_ids, 'x')
+    error = _refused(_translator(unknown_vocabulary()).prompt_ids, 'x')
     assert error.param == 'prompt' and 'send token ids' in error.message
-    assert _translator(None).prompt_ids([5, 6]) == [5, 6]
+    assert _translator(unknown_vocabulary()).prompt_ids([5, 6]) == [5, 6]
 
   def test_an_empty_prompt_starts_from_bos_alone(self):
     assert _translator().room(1, 'prompt') == 32

@@ -22,7 +22,7 @@ _PALM_MLPS = {1: 'gelu', 2: 'swiglu'}
 
 @dataclasses.dataclass(frozen=True)
 class TreeShape:
-  """What a tree shows of its model.
+  """Facts of a model that its tree shows.
 
   Attributes:
     kind: The kind of the model's layers.

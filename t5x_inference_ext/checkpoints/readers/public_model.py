@@ -1,4 +1,4 @@
-"""What readers of public formats return: a model, its tensors, and what is said about text."""
+"""PublicModel, which readers of public formats return: a model, its tensors, its text settings."""
 
 from collections.abc import Collection, Mapping
 import dataclasses

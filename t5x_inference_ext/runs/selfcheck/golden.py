@@ -31,7 +31,7 @@ _QUICK: dict[str, Any] = {'xla_backend_optimization_level': 0, 'xla_cpu_use_fusi
 
 
 class Goldens(NamedTuple):
-  """What the bundled model says, greedily.
+  """Prompts, and the greedy tokens of the bundled model after them.
 
   Attributes:
     checkpoint: SHA-256 of the checkpoint's WeightsIdentity.
