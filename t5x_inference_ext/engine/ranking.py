@@ -8,6 +8,7 @@ import numpy as np
 from t5x_inference_ext.engine import length_buckets, programs
 from t5x_inference_ext.engine.request import TopLogProbs
 from t5x_inference_ext.engine.scorer import Scorer
+from t5x_inference_ext.engine.scoring import ScoringExample, packed
 
 # Numbers of most likely tokens that there are programs for; the last is the most that can be asked.
 WIDTHS = (0, 1, 20)
@@ -40,13 +41,10 @@ def rank_prompts(
   width = min(next(w for w in WIDTHS if w >= most), scorer.model.config.vocab_size)
   found = [RankedPrompt([], []) for _ in prompts]
   scored = [i for i, (tokens, _) in enumerate(prompts) if len(tokens) > 1]
+  examples = [ScoringExample.of(prompts[i][0], (), None) for i in scored]
   packer = length_buckets.packer(scorer.model, _TOKENS)
-  for pack in packer.pack([len(prompts[i][0]) - 1 for i in scored]):
-    inputs, targets = np.zeros((2, pack.rows, pack.length), np.int32)
-    for row, item in enumerate(pack.items):
-      tokens, _ = prompts[scored[item]]
-      inputs[row, : len(tokens) - 1], targets[row, : len(tokens) - 1] = tokens[:-1], tokens[1:]
-    arrays = programs.put(scorer.model, inputs, targets)
+  for pack in packer.pack([len(example.targets) for example in examples]):
+    arrays = programs.put(scorer.model, *packed(examples, pack))
     result = programs.log_probs(scorer.model, scorer.weights, *arrays, top=width)
     log_probs, ids, likely = map(np.asarray, result if width else (result, None, None))
     for row, item in enumerate(pack.items):

@@ -58,13 +58,18 @@ def score_pack(
   Returns:
     Pairs of an example's index and its weighted log-probabilities, [n] float32.
   """
-  inputs, targets = np.zeros((2, pack.rows, pack.length), np.int32)
-  for row, item in enumerate(pack.items):
-    inputs[row, : len(examples[item].inputs)] = examples[item].inputs
-    targets[row, : len(examples[item].targets)] = examples[item].targets
-  scored = log_probs(inputs, targets)
+  scored = log_probs(*packed(examples, pack))
   found = []
   for row, item in enumerate(pack.items):
     weights = np.asarray(examples[item].weights, np.float32)
     found.append((item, scored[row, : len(weights)] * weights))
   return found
+
+
+def packed(examples: Sequence[ScoringExample], pack: Pack) -> tuple[np.ndarray, np.ndarray]:
+  """Return the inputs and targets of one batch, [rows, length] int32 each; see score_pack."""
+  inputs, targets = np.zeros((2, pack.rows, pack.length), np.int32)
+  for row, item in enumerate(pack.items):
+    inputs[row, : len(examples[item].inputs)] = examples[item].inputs
+    targets[row, : len(examples[item].targets)] = examples[item].targets
+  return inputs, targets

@@ -174,15 +174,13 @@ async def _answer(
       collector.expect(number, body.choices)
     async for events in answer.events():
       for number, event in events:
-        if answer.receipt is not None:
-          answer.receipt.add(event)
         ended = collector.add(event._replace(request=number))
         if ended is not None:
           samples[number] = ended
     ordered = [samples[number] for number in range(len(sizes))]
     told = form.whole(ordered, usage(answer.prompt_tokens, answer.new_tokens))
     if answer.receipt is not None:
-      told['receipt'] = await answer.receipt.receipt()
+      told['receipt'] = await answer.receipt.receipt(ordered[0])
     return told
 
   with contextlib.ExitStack() as stack:

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from t5x_inference_ext.engine.request import Event, Request, Sample, SampleCollector
+from t5x_inference_ext.engine.request import Request, Sample
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.runs.receipt import check_told
 from t5x_inference_ext.server.api_errors import invalid
@@ -14,7 +14,7 @@ MakeReceipt = Callable[[Request, Sequence[Sample], float], dict[str, Any]]
 
 
 class ReceiptWriter:
-  """Collects the samples of a request's one prompt, and makes the receipt.
+  """Makes the receipt of a request with one prompt.
 
   Args:
     make: Makes the receipt.
@@ -39,16 +39,9 @@ class ReceiptWriter:
     except RequestError as error:
       raise invalid(str(error), 'receipt') from None
     self._make, self._now, self._arrived = make, now, arrived
-    self._collector = SampleCollector()
-    self._collector.expect(0, len(self._request.seeds))
-    self._samples: list[Sample] = []
 
-  def add(self, event: Event) -> None:
-    """Take an event of the prompt."""
-    self._samples = self._collector.add(event._replace(request=0)) or self._samples
-
-  async def receipt(self) -> dict[str, Any]:
-    """Return the receipt, once all samples have ended."""
+  async def receipt(self, samples: Sequence[Sample]) -> dict[str, Any]:
+    """Return the receipt, given the prompt's samples, which have ended."""
     seconds = self._now() - self._arrived
     # The identity of the weights is read from files, at the first receipt.
-    return await asyncio.to_thread(self._make, self._request, self._samples, seconds)
+    return await asyncio.to_thread(self._make, self._request, samples, seconds)

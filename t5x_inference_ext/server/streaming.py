@@ -8,6 +8,7 @@ from typing import Any
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from t5x_inference_ext.engine.request import Sample, SampleCollector
 from t5x_inference_ext.server.answers import HttpAnswer
 from t5x_inference_ext.server.api_errors import ApiError
 from t5x_inference_ext.server.bodies import GenerationBody
@@ -44,6 +45,7 @@ class EventStream:
   ) -> None:
     self._body, self._answer, self._form = body, answer, form
     self._prompts, self._deadline, self._stack = prompts, deadline, stack
+    self._samples: list[Sample] = []  # of the prompt, for its receipt
 
   async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
     """Send the events. An error after the first one is an event too: the status was sent."""
@@ -69,18 +71,19 @@ class EventStream:
       counts = usage(self._answer.prompt_tokens, self._answer.new_tokens)
       await _send(send, event_line(self._form.chunk(usage=counts)))
     if self._answer.receipt is not None:
-      receipt = await self._answer.receipt.receipt()
+      receipt = await self._answer.receipt.receipt(self._samples)
       await _send(send, event_line(self._form.chunk(receipt=receipt, **usage_field)))
 
   async def _chunks(self) -> AsyncIterator[list[dict[str, Any]]]:
     """Yield chunks: the first ones of all samples, then those of events as they come."""
-    form = self._form
+    form, collector = self._form, SampleCollector()
+    collector.expect(0, self._body.choices)
     firsts = [form.first(p, i) for p in range(self._prompts) for i in range(self._body.choices)]
     yield [chunk for chunk in firsts if chunk is not None]
     async for events in self._answer.events():
       if self._answer.receipt is not None:
         for _, event in events:
-          self._answer.receipt.add(event)
+          self._samples = collector.add(event._replace(request=0)) or self._samples
       found = [form.next(number, event) for number, event in events]
       yield [chunk for chunk in found if chunk is not None]
 

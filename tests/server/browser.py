@@ -5,6 +5,8 @@ import importlib.util
 import shutil
 import tempfile
 
+import pytest
+
 _SWITCHES = (
   'headless',
   'no-sandbox',
@@ -32,6 +34,12 @@ def missing_browser():
     if shutil.which(program) is None:
       return f'there is no {program}: install the packages chromium and chromium-driver'
   return None
+
+
+def require():
+  """Skip the calling module where there is no browser, which pip can't install; say what lacks."""
+  if (missing := missing_browser()) is not None:
+    pytest.skip(f'the page is tested in a browser: {missing}', allow_module_level=True)
 
 
 @contextlib.contextmanager

@@ -12,8 +12,7 @@ from t5x_inference_ext.text.settings import assumed_settings
 from tests.server import browser
 from tests.server.running import running, until
 
-if (missing := browser.missing_browser()) is not None:
-  pytest.skip(f'the page is tested in a browser: {missing}', allow_module_level=True)
+browser.require()
 
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402

@@ -6,8 +6,7 @@ import pytest
 
 from tests.server import browser, stub_server
 
-if (missing := browser.missing_browser()) is not None:
-  pytest.skip(f'the page is tested in a browser: {missing}', allow_module_level=True)
+browser.require()
 
 from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402

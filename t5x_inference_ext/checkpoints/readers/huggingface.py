@@ -36,7 +36,7 @@ def read_huggingface(path: str, norm_scale: str | None = None) -> PublicModel | 
       damaged, or has weights that only pickle can read.
   """
   found = read_safetensors(path)
-  content = _config(path)
+  data, content = _config(path)
   if found is None:
     _check_pickles(path, is_model=content is not None)
     return None
@@ -61,7 +61,7 @@ def read_huggingface(path: str, norm_scale: str | None = None) -> PublicModel | 
     model,
     _with_prefix(stored, prefix, model.modules['head']),
     settings_of_directory(path, model.config.vocab_size),
-    zlib.crc32(storage.read_file(path, HUGGINGFACE_CONFIG) or b'', crc),
+    zlib.crc32(data, crc),
     title=f'model of the family {settings.value("model_type")} at {path}',
     notes=notes if unread else (),
   )
@@ -91,15 +91,15 @@ def _with_prefix(stored: Mapping[str, Tensor], prefix: str, head: str) -> dict[s
   return {n if n.startswith(f'{head}.') else f'{prefix}{n}': t for n, t in stored.items()}
 
 
-def _config(path: str) -> dict[str, Any] | None:
-  """Return the content of a directory's config.json, or None if there is none."""
+def _config(path: str) -> tuple[bytes, dict[str, Any] | None]:
+  """Return the data of a directory's config.json, and its content; None if there is none."""
   data = storage.read_file(path, HUGGINGFACE_CONFIG)
   if data is None:
-    return None
+    return b'', None
   content = storage.load_json(data, f'{path}/{HUGGINGFACE_CONFIG}', nan=True)
   if not isinstance(content, dict):
     raise CheckpointError(f'{path}/{HUGGINGFACE_CONFIG} is damaged: it is not a JSON object')
-  return content
+  return data, content
 
 
 def _check_pickles(path: str, is_model: bool) -> None:
