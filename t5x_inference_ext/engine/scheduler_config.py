@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 import itertools
 from typing import Any
 
@@ -13,6 +14,9 @@ from t5x_inference_ext.model.transformer import Model
 LENGTH_MULTIPLE = 32  # lengths and pages are whole tiles of an int8 cache
 SMALLEST_CHUNK = 16  # a prompt's last chunk is padded to a size of the list, at least this
 CHUNK_FACTOR = 4  # each size of a chunk is this many times the one before
+# A prefill pass reads all weights, which takes as long as so many positions of it: measured, 50 of
+# a small model on a CPU. On a TPU it is more.
+PASS_POSITIONS = 64
 FIRST_READ = 512  # the least positions of a prompt's cache that a chunk reads, if it reads any
 READ_FACTOR = 4
 # Decode steps in one call where nobody waits for a single token: a file, a batch of T5X.
@@ -178,17 +182,27 @@ class SchedulerConfig:
 
 
 def next_chunk(sizes: Sequence[int], left: int) -> int:
-  """Return the size of the next chunk of a prompt that has `left` tokens left.
+  """Return the size of the next chunk of a prompt that has `left` tokens left, at least 1.
 
-  The last tokens are cut into chunks so that little is padding: 70 tokens become chunks of 64 and
-  16, not one of 256.
+  This chunk and those after it cost least: 70 tokens become chunks of 64 and 16, not one of 256;
+  273 become 256 and 64, not 256, 16 and 16.
   """
-  fitting = [size for size in sizes if size <= left]
-  larger = next((size for size in sizes if size >= left), None)
-  if not fitting:
-    return sizes[0]
-  # One larger chunk, unless it is more than half padding.
-  return larger if larger is not None and larger <= 2 * left else fitting[-1]
+  if left >= sizes[-1]:
+    return sizes[-1]
+  return _cheapest_chunk(tuple(sizes), left)[1]
+
+
+@functools.cache
+def _cheapest_chunk(sizes: tuple[int, ...], left: int) -> tuple[int, int]:
+  """Return what the rest of a prompt costs, in positions, and the size of its first chunk."""
+  if left <= 0:
+    return 0, 0
+  filled = [size for size in sizes if size <= left][-1:]
+  padded = [size for size in sizes if size >= left][:1]
+  return min(
+    (PASS_POSITIONS + size + _cheapest_chunk(sizes, left - size)[0], size)
+    for size in filled + padded
+  )
 
 
 def config_for(

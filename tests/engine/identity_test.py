@@ -82,16 +82,15 @@ MIXES = 120  # about five minutes, most of them compilations
 
 
 @functools.cache
-def engine(mesh, prefill='ws_2d/batch', decode='ws_2d/batch', cache=None):
-  return memory.engine(
-    CONFIG, TENSORS, mesh, prefill=prefill, decode=decode, stacked=True, cache=cache
-  )
+def engine(mesh, prefill='ws_2d/batch', decode='ws_2d/batch', cache=None, dtype='float32'):
+  layouts = dict(prefill=prefill, decode=decode)
+  return memory.engine(CONFIG, TENSORS, mesh, **layouts, stacked=True, cache=cache, dtype=dtype)
 
 
 @functools.cache
-def scheduler(kind):
+def scheduler(kind, dtype='float32'):
   mesh, prefill, decode, cache, sizes = KINDS[kind]
-  model = engine(mesh, prefill, decode, cache)
+  model = engine(mesh, prefill, decode, cache, dtype)
   config = {
     'page_size': 32,
     'prefix_bytes': 12 * BLOCK,
@@ -115,9 +114,9 @@ def one_slot(cache):
 
 
 @functools.cache
-def alone_each(tokens: tuple[int, ...], seed: int, cache: str | None) -> list[list[int]]:
+def alone_each(tokens: tuple[int, ...], seed: int, cache: str | None, dtype: str):
   """The row of each of SAMPLINGS: a static batch, so that all of them share one compilation."""
-  found = engine('1x1x1', cache=cache).generate(
+  found = engine('1x1x1', cache=cache, dtype=dtype).generate(
     [tokens[1:]] * len(SAMPLINGS),
     max_new_tokens=[MOST] * len(SAMPLINGS),
     sampling=SAMPLINGS,
@@ -128,16 +127,16 @@ def alone_each(tokens: tuple[int, ...], seed: int, cache: str | None) -> list[li
   return [completion.tokens for completion in found]
 
 
-def alone(request: Request, seed: int, cache: str | None) -> list[int]:
+def alone(request: Request, seed: int, cache: str | None, dtype: str = 'float32') -> list[int]:
   if request.grammar is not None:
     core = one_slot(cache)
     core.submit(dataclasses.replace(request, seeds=(seed,)))
     return [token for _ in iter(lambda: core.idle, True) for e in core.step() for token in e.tokens]
-  rows = alone_each(request.tokens, seed, cache)
+  rows = alone_each(request.tokens, seed, cache, dtype)
   return rows[SAMPLINGS.index(request.sampling)][: request.limit]
 
 
-def mix(rng, grammars):
+def mix(rng, grammars, samplings=SAMPLINGS):
   """Requests, most of which begin alike with parts of one beginning, and some have grammars."""
   beginning = np.random.default_rng(rng.integers(3)).integers(3, CONFIG.vocab_size, 90).tolist()
   requests = []
@@ -146,7 +145,7 @@ def mix(rng, grammars):
     own = rng.integers(3, CONFIG.vocab_size, rng.integers(0, LONGEST - len(begin) + 1)).tolist()
     seeds = tuple(rng.integers(0, 2**32, 1 + (rng.random() < 0.2)).tolist())
     limit = int(rng.integers(1, MOST + 1))
-    sampling = SAMPLINGS[rng.integers(len(SAMPLINGS))]
+    sampling = samplings[rng.integers(len(samplings))]
     grammar = None
     if grammars and rng.random() < 0.4:
       grammar = [*LANGUAGES][rng.integers(len(LANGUAGES))]
@@ -185,12 +184,13 @@ def served(core: Scheduler, requests, rng):
   return found
 
 
-def near_tie(request, seed, tokens, cache):
-  """Whether the two best perturbed logits after these tokens are within 1e-4."""
+def margin(request, seed, tokens, cache, dtype='float32'):
+  """The best perturbed logit after these tokens less the next one, both without penalties."""
   whole = [*request.tokens, *tokens]
   inputs = np.zeros((1, 1 + LONGEST + MOST), np.int32)
   inputs[0, : len(whole)] = whole
-  logits = np.array(engine('1x1x1', cache=cache).logits(inputs)[0, len(whole) - 1])
+  model = engine('1x1x1', cache=cache, dtype=dtype)
+  logits = np.array(model.logits(inputs)[0, len(whole) - 1], np.float32)
   if request.grammar is not None:
     logits[~allowed(request.grammar, tokens)] = -np.inf
   if request.sampling.temperature:
@@ -199,7 +199,7 @@ def near_tie(request, seed, tokens, cache):
     )
     logits = logits / request.sampling.temperature + np.asarray(noise)[0]
   second, first = np.sort(logits)[-2:]
-  return first - second < 1e-4
+  return first - second
 
 
 def allowed(grammar, tokens):
@@ -229,6 +229,11 @@ def reason(request, tokens):
   return 'stop' if any(stops) else 'length'
 
 
+def first_difference(row, other):
+  """The index of the first token that differs between two rows, or is in one alone."""
+  return next(i for i, (a, b) in enumerate(zip([*row, None], [*other, None])) if a != b)
+
+
 def test_random_mixes_are_identical_to_one_at_a_time():
   rows = ties = ended_early = constrained = satisfied = 0
   for i in range(MIXES):
@@ -252,9 +257,9 @@ def test_random_mixes_are_identical_to_one_at_a_time():
       else:
         assert finish == reason(asked, tokens)
       if tokens != wanted:
-        first = next(n for n, (a, b) in enumerate(zip([*tokens, None], [*wanted, None])) if a != b)
+        same = wanted[: first_difference(tokens, wanted)]
         where = i, index, tokens, wanted
-        assert near_tie(asked, asked.seeds[sample], wanted[:first], cache), where
+        assert margin(asked, asked.seeds[sample], same, cache) < 1e-4, where
         ties += 1
   stats = [scheduler(kind).stats for kind in range(len(KINDS))]
   preempted, hits = sum(s.preempted for s in stats), sum(s.prefixes.hits for s in stats)
@@ -271,3 +276,24 @@ def test_random_mixes_are_identical_to_one_at_a_time():
   assert rows > 3 * MIXES and ties <= rows / 100
   assert ended_early > 20 and preempted > 5 and hits > 50 and evictions > 20
   assert constrained > 80 and satisfied > 20
+
+
+def test_in_bfloat16_rows_differ_from_those_alone_only_where_two_tokens_are_close():
+  """Layouts round differently: each row goes its own way only after a choice that was narrow."""
+  kind, dtype, margins, rows = 2, 'bfloat16', [], 0
+  samplings = [s for s in SAMPLINGS if s in (SamplingParams(), SamplingParams(0.7))]
+  for i in range(MIXES // 4):
+    rng = np.random.default_rng(1000 + i)
+    requests = mix(rng, grammars=False, samplings=samplings)
+    for (index, sample), (tokens, finish) in served(scheduler(kind, dtype), requests, rng).items():
+      asked, seed = requests[index], requests[index].seeds[sample]
+      wanted = alone(asked, seed, None, dtype)
+      rows += 1
+      if finish == 'cancelled':
+        wanted = wanted[: len(tokens)]
+      if tokens != wanted:
+        same = wanted[: first_difference(tokens, wanted)]
+        margins.append(margin(asked, seed, same, None, dtype))
+        assert margins[-1] < 0.05, (i, index, tokens, wanted)
+  print(f'{rows} rows, {len(margins)} of which differ, at margins up to {max(margins, default=0)}')
+  assert rows > MIXES / 4 * 3

@@ -371,10 +371,28 @@ def test_many_requests_leave_nothing_behind():
 
 @pytest.mark.parametrize(
   'left, wanted',
-  [(1, 16), (16, 16), (17, 16), (32, 64), (40, 64), (70, 64), (128, 256), (100, 64), (999, 256)],
+  [
+    (1, [16]),
+    (16, [16]),
+    (17, [64]),
+    (70, [64, 16]),
+    (100, [64, 64]),
+    (128, [64, 64]),
+    (200, [256]),
+    (273, [256, 64]),
+    (999, [256, 256, 256, 256]),
+  ],
 )
-def test_chunks_are_mostly_filled(left, wanted):
-  assert next_chunk([16, 64, 256], left) == wanted
+def test_chunks_cost_least(left, wanted):
+  chunks = []
+  while left > 0:
+    chunks.append(next_chunk([16, 64, 256], left))
+    left -= chunks[-1]
+  assert chunks == wanted
+
+
+def test_a_long_prompt_is_cut_without_recursion_over_its_length():
+  assert next_chunk([16, 64, 256], 10**6) == 256
 
 
 def test_a_config_fits_its_requests():
