@@ -34,7 +34,7 @@ class RequestError(UserError):
 
 
 def printable(text: object, limit: int = 300) -> str:
-  """Return text from a file in a form for messages: control characters escaped, cut at `limit`."""
+  """Return text from a file for a message, with control characters escaped, cut to `limit`."""
   if not isinstance(text, str):
     text = reprlib.repr(text)
   shown = ''.join(
@@ -44,6 +44,6 @@ def printable(text: object, limit: int = 300) -> str:
 
 
 def name_list(names: Iterable[str], count: int, limit: int = 12) -> str:
-  """Return the first of `count` names, and how many more there are, as text for a message."""
+  """Return a message's text for `count` names: the first `limit`, and how many more there are."""
   first = ', '.join(map(printable, itertools.islice(names, limit)))
   return first + (f' and {count - limit} more' if count > limit else '')

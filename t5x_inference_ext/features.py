@@ -1,4 +1,4 @@
-"""The values that features of a decoder may have, and which features exclude each other."""
+"""Allowed values of ModelConfig's fields, and which of them exclude each other."""
 
 import reprlib
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
   'rope_scaling': ('none', 'linear', 'llama3'),
   'alibi_slopes': ('bloom', 'falcon', 'falcon_eager'),
 }
-# Fields that only rotary positions have.
+# Fields that are used only with rotary positions.
 ROTARY = (
   'rotary_dims',
   'rope_scaling',
@@ -91,7 +91,7 @@ def _check_values(config: 'ModelConfig') -> None:
     if value is None and kind in (int | None, float | None):
       continue
     if name in CHOICES:
-      # 1 == True, but only one of them is a number of norms.
+      # 1 == True in Python, but True is not a number of norms.
       if isinstance(value, bool) or value not in CHOICES[name]:
         raise ValueError(
           f'ModelConfig.{name} must be one of {CHOICES[name]}, got {reprlib.repr(value)}'

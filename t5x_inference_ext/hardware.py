@@ -16,8 +16,8 @@ from t5x_inference_ext.errors import UserError
 # Columns of a TPU's memory tiles, and an upper bound on their rows. A slice that does not begin at
 # a tile boundary is copied before use.
 LANES = 128
-# Most logits of attention that a chip computes at once (1 GiB in float32). Beyond that,
-# model/attention.py takes some rows at a time; planner/memory.py relies on this.
+# Maximum number of attention logits that a chip computes at once (1 GiB in float32). If a pass has
+# more, model/attention.py processes the rows in parts; planner/memory.py relies on this.
 MAX_ATTENTION_LOGITS = 2**28
 
 
@@ -35,15 +35,15 @@ class Chip:
       message; None for GPUs.
     torus: Number of physical axes of the network; 0 for chips connected by a switch.
     links: Number of torus links of a chip.
-    link_bandwidth: Bytes per second in one direction: over one link, or without a torus over all of
-      NVLink.
-    hop_latency: Seconds from a chip to the next. Measured on v4 as about 1 us; assumed for the
-      others.
+    link_bandwidth: Bytes per second in one direction: over one torus link; for GPUs, over all
+      NVLink links together.
+    hop_latency: Seconds that a message takes from a chip to its neighbour. Measured on v4 as about
+      1 us; assumed for the other chips.
     clock_hz: Rate of the cycles in the compiler's estimates; None if no compiler estimates cycles.
     matrix_rows: A product with a tile of weights takes at least the time of this many rows. A
       systolic array takes as many cycles to load its tile as it has rows; the tiles of GPU tensor
       cores have a side of 8.
-    node: Number of chips that NVLink connects; 0 on a torus, which has no nodes.
+    node: Number of GPUs in one node, connected by NVLink; 0 on a torus, which has no nodes.
     node_bandwidth: Bytes per second in one direction, from each chip to chips of other nodes; 0 on
       a torus.
     source: Publication of the numbers.
@@ -67,25 +67,23 @@ class Chip:
 
   @property
   def network_bandwidth(self) -> float:
-    """Bytes per second in one direction over all links: the paper's bandwidth of any collective."""
+    """Bytes per second, one way, over all links: the paper's bandwidth for every collective."""
     return self.link_bandwidth * max(self.links, 1)
 
   @property
   def usable_bytes(self) -> float:
-    """Bytes of memory that a program may use: the compiler's number, or else 0.9 of the memory."""
+    """Bytes of memory that a program may use: compiler_hbm_bytes, or else 90% of the memory."""
     return self.compiler_hbm_bytes or 0.9 * self.hbm_bytes
 
 
 _GIB = 2**30
 
-# Clocks: peak bf16 FLOP/s over the FLOPs that the matrix units do in a cycle. The latter is the
-# power of two just above the best rate that the compiler estimates for a bf16 product of [n, n] by
-# [n, n], n = 4096, 8192, 16384:
-#        estimated FLOP/cycle   units                              FLOP/cycle   clock
-#   v4   245,619                2 cores x 4 units x 128 x 128 x 2   262,144      1.05 GHz
-#   v5e  126,898                1 core  x 4 units x 128 x 128 x 2   131,072      1.50 GHz
-#   v5p  252,216                2 cores x 4 units x 128 x 128 x 2   262,144      1.75 GHz
-#   v6e  455,675                1 core  x 4 units x 256 x 256 x 2   524,288      1.75 GHz
+# Clocks: peak bf16 FLOP/s divided by the matrix units' FLOPs per cycle. The divisor is the next
+# power of two above the best rate that the compiler estimates for a bf16 product of [n, n] by [n,
+# n], n = 4096, 8192, 16384: estimated FLOP/cycle units FLOP/cycle clock v4 245,619 2 cores x 4
+# units x 128 x 128 x 2 262,144 1.05 GHz v5e 126,898 1 core x 4 units x 128 x 128 x 2 131,072 1.50
+# GHz v5p 252,216 2 cores x 4 units x 128 x 128 x 2 262,144 1.75 GHz v6e 455,675 1 core x 4 units x
+# 256 x 256 x 2 524,288 1.75 GHz
 _CHIPS = (
   # int8 runs at the bf16 rate.
   Chip(

@@ -45,7 +45,7 @@ def option(
 
 
 def check_options(options: Any) -> None:
-  """Check the fields of a dataclass made with `option`. Call it in the class's `__post_init__`.
+  """Check the fields of a dataclass made with `option`; called in the class's `__post_init__`.
 
   Raises:
     RequestError: A value has the wrong type, is not one of the choices, or is out of its range.
@@ -61,7 +61,7 @@ def check_options(options: Any) -> None:
 def _complaint(
   value: Any, annotation: Any, metadata: collections.abc.Mapping[str, Any]
 ) -> str | None:
-  """Return what a value must be and what it is instead, as text; None if it is valid."""
+  """Return a text that says which values are valid and which was given; None if it is valid."""
   choices, (least, most) = metadata['choices'], metadata['range']
   got = f', got {short_repr(value)}'
   if value is None and has_type(None, annotation):
@@ -76,7 +76,7 @@ def _complaint(
 
 
 def short_repr(value: Any) -> str:
-  """Return a value as one short line of text, for messages. No value makes it fail."""
+  """Return a value as one short line of text, for messages. Never raises."""
   try:
     return ' '.join(reprlib.repr(value).split())
   except ValueError:  # Python prints no integer of more than 4300 digits
@@ -86,9 +86,9 @@ def short_repr(value: Any) -> str:
 def takes_options(
   options: type, *, skip: collections.abc.Collection[str] = ()
 ) -> collections.abc.Callable[[_Function], _Function]:
-  """Return a decorator that lists options by name in a function's signature, for `**options`.
+  """Return a decorator that replaces `**options` in a function's signature by named options.
 
-  gin binds parameters by the names in a signature: so it accepts each option, and refuses others.
+  gin binds parameters by the names in a signature, so it then accepts exactly these options.
 
   Args:
     options: Dataclass whose options are the parameters.

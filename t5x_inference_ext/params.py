@@ -16,9 +16,9 @@ INT8_SUFFIX = '_scale'
 LAYERS_AXIS = 'layers'  # L, the first axis of all tensors inside layers
 VOCAB_AXIS = 'vocab'  # V
 EMBED_AXIS = 'embed'  # E of a matrix
-HIDDEN_AXIS = 'hidden'  # MLP columns and heads: out of an input matrix, into an output matrix
-FEATURES_AXIS = 'features'  # E of a vector, which no layout splits
-BUCKETS_AXIS = 'buckets'  # distances of T5's relative bias
+HIDDEN_AXIS = 'hidden' # MLP columns and heads: output dimension of input matrices, input dimension
+of output matrices FEATURES_AXIS = 'features' # E of a vector, which no layout splits BUCKETS_AXIS =
+'buckets' # distances of T5's relative bias
 
 # Norms that are outside the layers.
 OUTSIDE_NORMS = ('embedding_norm', 'final_norm')
@@ -127,9 +127,10 @@ def scales(config: ModelConfig) -> dict[str, Parameter]:
 
 
 def norm_names(config: ModelConfig, block_part: BlockPart) -> tuple[str, ...]:
-  """Return the names of the norms that feed a block part: of attention first, then of the MLP.
+  """Return the names of the norms before a block part: attention's norm first, then the MLP's.
 
-  A parallel block has one norm for both, or two. No norm is before a sublayer if all are after.
+  A parallel block has one norm for both, or two. The tuple is empty if all norms are after the
+  block parts.
   """
   if config.norm_position == 'after':
     return ()
@@ -139,7 +140,7 @@ def norm_names(config: ModelConfig, block_part: BlockPart) -> tuple[str, ...]:
 
 
 def post_norm_names(config: ModelConfig, block_part: BlockPart) -> tuple[str, ...]:
-  """Return the name of the norm of a block part's output, if there is one."""
+  """Return the name of the norm after a block part, as a tuple; () if there is none."""
   return () if config.norm_position == 'before' else (f'{block_part.name}_post_norm',)
 
 

@@ -17,7 +17,7 @@ from t5x_inference_ext.engine.request import Handle, Request
 
 
 class Command(NamedTuple):
-  """What was asked of the scheduler.
+  """A submission or cancellation for the scheduler.
 
   Attributes:
     number: Index of the request.
@@ -32,20 +32,20 @@ class Inbox:
   """Collects commands from any thread until the scheduler takes them.
 
   Attributes:
-    submitted: Number of requests so far.
-    closed: Whether no more requests come. The other processes then stop to step.
+    submitted: Number of requests submitted so far.
+    closed: Whether no more requests will come; processes other than 0 then stop stepping.
   """
 
   def __init__(self) -> None:
     # Reentrant: a stream that is dropped while a request is queued cancels in the same thread.
     self._lock = threading.RLock()
     self._commands: list[Command] = []
-    self._handles: dict[int, Handle] = {}  # of submissions that have not been taken
+    self._handles: dict[int, Handle] = {}  # of submissions not yet taken
     self.submitted = 0
     self.closed = False
 
   def submit(self, request: Request, matchers: Sequence[GrammarMatcher] = ()) -> Handle:
-    """Queue a request. `matchers` are those of its handle."""
+    """Queue a request and return its handle, which gets the grammar matchers `matchers`."""
     with self._lock:
       handle = Handle(self.submitted, request, matchers)
       self.submitted += 1
@@ -59,7 +59,7 @@ class Inbox:
       self._commands.append(Command(index, None))
 
   def close(self) -> None:
-    """Say that no more requests come."""
+    """Refuse further requests, and tell the other processes that none will come."""
     self.closed = True
 
   @property
@@ -73,7 +73,7 @@ class Inbox:
     return not self._commands
 
   def take(self) -> list[tuple[Command, Handle | None]]:
-    """Return the queued commands, with the handles of submissions, and queue nothing any more."""
+    """Empty the queue; return its commands, each submission with its handle."""
     with self._lock:
       commands, self._commands = self._commands, []
       handles, self._handles = self._handles, {}
@@ -83,8 +83,8 @@ class Inbox:
 class SharedInbox(Inbox):
   """The inbox of a scheduler that runs in several processes: process 0 alone takes requests.
 
-  All processes must call `take` equally often. They then see equal commands, so that their
-  schedulers do the same.
+  All processes must call `take` equally often. They then get equal commands, and their schedulers
+  take equal steps.
 
   Args:
     name: Unique name of the scheduler in the run.
@@ -100,7 +100,7 @@ class SharedInbox(Inbox):
     return commands
 
   def take_with(self, more: Any) -> tuple[list[tuple[Command, Handle | None]], Any]:
-    """Return what `take` does, and the value `more` of process 0, which travels with it."""
+    """Take commands like `take`; return them and the value that process 0 passed as `more`."""
     mine: list[tuple[Command, Handle | None]] = []
     if jax.process_count() == 1:
       return super().take(), more

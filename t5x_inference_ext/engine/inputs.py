@@ -18,7 +18,7 @@ def _shown(value: Any) -> str:
   try:
     return reprlib.repr(value)
   except ValueError:
-    return 'a number of thousands of digits'  # more than Python writes
+    return 'a number of thousands of digits'  # Python refuses to convert so many to text
 
 
 def model_inputs(
@@ -29,11 +29,11 @@ def model_inputs(
   Args:
     prompts: Token ids without BOS.
     size: Least number of positions, BOS not counted.
-    bos_id: Token in front of each prompt; None: none.
+    bos_id: Token in front of each prompt; None if the model has no BOS.
 
   Returns:
-    Tokens [B, size + 1] int32, BOS and the prompt from the left, and lengths [B] int32 with BOS. A
-    model without BOS has the same shapes, so that saved programs serve both.
+    Tokens [B, size + 1] int32: BOS, the prompt, then padding. Lengths [B] int32, BOS included. The
+    shapes are equal for a model without BOS, so that saved programs serve both.
 
   Raises:
     RequestError: A prompt has no token and there is no BOS.
@@ -87,7 +87,7 @@ def room(limit: int, tokens: int, config: ModelConfig) -> int:
 
 
 def end_ids_of(eos_id: int | Sequence[int]) -> tuple[int, ...]:
-  """Return the ids that end rows, given one or several; negative ids are none.
+  """Return the ids that end rows as a tuple, given one id or several; negative ids are dropped.
 
   Raises:
     RequestError: An id is not a whole number, -1 or more.
@@ -100,19 +100,19 @@ def end_ids_of(eos_id: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def plain(value: Any) -> Any:
-  """Return arrays, of NumPy or JAX, and other iterables as lists; anything else as it is."""
+  """Convert iterables, such as NumPy and JAX arrays, to lists; return anything else unchanged."""
   if hasattr(value, 'tolist') and hasattr(value, 'ndim'):
     value = np.asarray(value).tolist()
   if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
     return value
-  # Items of a list may be JAX's scalars, which are no integers for Python.
+  # Items of a list may be JAX scalars, which Python does not accept as integers.
   return [np.asarray(x).item() if getattr(x, 'ndim', None) == 0 else x for x in value]
 
 
 def plain_prompts(prompts: Any) -> list[Any]:
   """Return prompts as a list of lists, whatever iterables and arrays they are.
 
-  Items that are no iterables stay as they are, for check_tokens to refuse.
+  Items that are not iterable are kept: check_tokens refuses them later.
 
   Raises:
     RequestError: `prompts` is no iterable, or is a text.
@@ -142,7 +142,7 @@ def per_prompt(
   sampling: SamplingParams | Sequence[SamplingParams],
   seeds: Sequence[int] | None,
 ) -> tuple[list[list[int]], list[int], list[SamplingParams], list[int]]:
-  """Return prompts as lists, and a limit, sampling parameters and a seed (by default 0) for each.
+  """Return lists of prompts, limits, sampling parameters and seeds (default 0), one per prompt.
 
   Raises:
     RequestError: A sequence is not as long as `prompts`, a seed is out of range, or the sampling
@@ -160,7 +160,7 @@ def per_prompt(
 
 
 def check_at_least(least: int, **values: Any) -> None:
-  """Raise RequestError, with its name, for a value that is no whole number from `least` on.
+  """Raise RequestError, naming the argument, unless each is a whole number of at least `least`.
 
   Numbers beyond int32 are refused, too: no size here is as large.
   """
@@ -190,8 +190,7 @@ def plain_pairs(pairs: Any, vocab_size: int) -> list[tuple[list[int], list[int]]
   """Return pairs (prompt, completion) as lists of token ids.
 
   Raises:
-    RequestError: Something is no pair, or holds anything but token ids. The message names the pair,
-      counted from 0.
+    RequestError: An item is not a pair of lists of token ids. The message gives its index, from 0.
   """
   found = []
   for i, pair in enumerate(plain_prompts(pairs)):
@@ -226,7 +225,7 @@ def check_arrays(vocab_size: int, *ids: Any, weights: Any = None) -> None:
 
 
 def _numbers(values: Any, kinds: str) -> np.ndarray:
-  """Return values as an array. Raises RequestError unless it is one of NumPy's `kinds`."""
+  """Return values as an array; raise RequestError unless its NumPy dtype.kind is in `kinds`."""
   try:
     found = np.asarray(values)
   except (ValueError, TypeError) as error:
@@ -258,7 +257,7 @@ def check_generation(
   Args:
     prompts: Token ids without BOS.
     vocab_size: V.
-    limits: Most new tokens of each prompt. Every cache has room for the highest limit.
+    limits: Maximum number of new tokens of each prompt. Every row's cache has room for the highest.
     cache_size: See Engine.generate.
     prompt_size: See Engine.generate.
     max_length: See Engine.generate.

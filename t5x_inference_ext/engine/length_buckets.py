@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 SHORTEST = 16
 STEP = 8
-# A new shape is worth its compilation if it saves at least this much padding, as a share of a full
-# batch's tokens: FIRST while no shape is compiled yet, LATER afterwards.
+# A new shape is worth its compilation if it saves at least this much padding, as a fraction of a
+# full batch's tokens: FIRST while no shape is compiled yet, LATER afterwards.
 FIRST, LATER = 1 / 16, 1.0
 
 
@@ -29,8 +29,8 @@ class Pack(NamedTuple):
 class Packer:
   """Groups examples of similar lengths, in the shapes (rows, length) with the least padding.
 
-  Examples are sorted by length and cut into parts, each with one shape. The cut with the least cost
-  is taken. Its cost is the padding of its batches, and a price for each shape that is not compiled
+  Examples are sorted by length and divided into parts, each with one shape. The division with the
+  least cost is taken: the padding of all batches, plus a price for each shape that is not compiled
   yet. Shapes from earlier calls are reused.
 
   Args:
@@ -43,7 +43,7 @@ class Packer:
     self._shapes: set[tuple[int, int]] = set()
 
   def pack(self, lengths: Sequence[int]) -> list[Pack]:
-    """Return batches that hold all examples, given their lengths: the longest examples first."""
+    """Return batches that together hold all examples, the longest first, given their lengths."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     counts = collections.Counter(padded(n) for n in lengths)
     packs, start = [], 0
@@ -86,7 +86,7 @@ class Packer:
 
 @functools.lru_cache
 def packer(model: Any, tokens: int) -> Packer:
-  """Return the packer for a model and batch size; later calls return the same one."""
+  """Return the packer for a model and batch size; equal arguments give the same object."""
   return Packer(tokens, model.padded_batch)
 
 

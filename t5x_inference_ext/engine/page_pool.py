@@ -1,7 +1,8 @@
-"""The host's books of the paged cache: which pages are free, and which row has which.
+"""Page allocation of the paged cache, on the host: which pages are free, and which row has which.
 
-The devices' side is model/pages.py. Rows are split over shards; a row's pages are on its own shard
-and are numbered within it. Page 0 of each shard belongs to no row: free slots write there.
+model/pages.py holds the device functions that read and write the pages. Rows are split over shards;
+a row's pages are on its own shard and are numbered within it. Page 0 of each shard belongs to no
+row: free slots write there.
 """
 
 import heapq
@@ -12,19 +13,19 @@ from t5x_inference_ext.model.pages import UNUSED
 
 
 class PagePool:
-  """Gives out pages to rows, low pages first, so that programs may read the first pages alone.
+  """Allocates pages to rows, lowest numbers first, so that programs need read only the first pages.
 
   Args:
     rows: B, the number of slots. A multiple of `shards`.
     shards: Number of shards that split the rows.
     pages: Pages of each shard, page 0 included.
     page_size: S, positions of a page.
-    width: M, most pages of a row.
+    width: M, maximum number of pages of a row.
 
   Attributes:
     table: [B, M] int32. For each row, the page that holds positions [m * S, (m + 1) * S).
-    owners: [shards * pages] int32. Row, numbered within its shard, that has the page.
-    starts: [shards * pages] int32. Position in its row of a page's first position.
+    owners: [shards * pages] int32. The row, numbered within its shard, that holds the page.
+    starts: [shards * pages] int32. Position in the row at which the page begins.
   """
 
   def __init__(self, rows: int, shards: int, pages: int, page_size: int, width: int) -> None:
@@ -34,7 +35,7 @@ class PagePool:
     self.owners = np.zeros(shards * pages, np.int32)
     self.starts = np.full(shards * pages, UNUSED, np.int32)
     self._free = [list(range(1, pages)) for _ in range(shards)]  # heaps
-    self._first = [0] * rows  # the first page index that the row holds itself: others are shared
+    self._first = [0] * rows  # index of the row's first own page; those before it are shared
     self._ends = [0] * rows  # the page index after a row's last page
 
   def shard(self, row: int) -> int:
@@ -54,18 +55,18 @@ class PagePool:
     return -(-length // self.page_size)
 
   def begin(self, row: int, shared: int) -> None:
-    """Begin to give pages to a row. Its first `shared` pages are held elsewhere."""
+    """Prepare a row to get pages. Its first `shared` pages are shared ones, not allocated here."""
     assert not self._ends[row], f'row {row} already has pages'
     self._first[row] = self._ends[row] = shared
 
   def first(self, row: int) -> int:
-    """Return the index of the first page that a row holds itself."""
+    """Return the index of a row's first own page; the pages before it are shared."""
     return self._first[row]
 
   def grow(self, row: int, length: int) -> bool:
-    """Give pages to a row until they hold `length` positions; return whether there were enough.
+    """Allocate pages to a row until they hold `length` positions; return whether enough were free.
 
-    If there are not enough, the row gets none.
+    If too few are free, the row gets none.
     """
     shard, wanted = self.shard(row), self.pages_of(length)
     free = self._free[shard]
@@ -92,7 +93,7 @@ class PagePool:
 
   @property
   def highest(self) -> int:
-    """The number of first pages of a shard that hold everything that rows have, page 0 included."""
+    """Number of pages, from page 0 on, that a program must read on each shard to see all in use."""
     used = np.flatnonzero(self.starts.reshape(self.shards, self.pages).min(axis=0) < UNUSED)
     return int(used[-1]) + 1 if used.size else 1
 
@@ -107,7 +108,7 @@ class PagePool:
     return self.shards * (self.pages - 1)
 
   def check(self) -> list[str]:
-    """Return a sentence for each thing in the books that does not add up."""
+    """Return one sentence for each inconsistency in the page records; [] if there is none."""
     wrong = []
     for shard in range(self.shards):
       owned = [

@@ -1,4 +1,4 @@
-"""Prompts that wait for a slot: prefilled in groups, chunk by chunk, after what is cached."""
+"""Prefill of prompts that wait for a slot: in groups, chunk by chunk, after the cached prefix."""
 
 import collections
 from collections.abc import Hashable, Sequence
@@ -24,9 +24,9 @@ class Prompt:
   """A prompt to prefill, and the rows that continue it.
 
   Attributes:
-    tokens: Model inputs. Those of a preempted row include the tokens that it generated.
+    tokens: Model inputs. For a preempted row they include the tokens that it generated.
     rows: The samples of the request; for a preempted row, only the row itself.
-    path: Nodes of the prefix tree for the beginning that other rows have too.
+    path: Nodes of the prefix tree for the prefix that the prompt shares with other rows.
   """
 
   tokens: tuple[int, ...]
@@ -49,7 +49,7 @@ class ReadyRow:
   """A row whose prompt is prefilled.
 
   Attributes:
-    place: Row of the prefill state that holds the prompt.
+    place: Index of the row of the prefill state that holds the prompt.
     prompt: The prompt.
     row: The row.
   """
@@ -66,7 +66,7 @@ class Prefiller:
     model: Decides mesh and layouts.
     weights: Weights on that mesh.
     config: Sizes that the programs are compiled for.
-    prefixes: What earlier prompts left, or None.
+    prefixes: Cache of the prefixes of earlier prompts, or None.
 
   Attributes:
     state: The prompts' cache and logits, on the devices.
@@ -95,7 +95,7 @@ class Prefiller:
     return self._left > 0
 
   def begin(self, group: list[Prompt]) -> None:
-    """Begin the next group of 1 to `prefill_rows` prompts, after what is cached of them."""
+    """Begin the next group of 1 to `prefill_rows` prompts; load their cached prefixes."""
     self._group = group
     starts = np.zeros(self._config.prefill_rows, np.int32)
     if self._prefixes is not None:
@@ -144,7 +144,7 @@ class Prefiller:
       self._left = 0
 
   def warm_up(self, done: list[CompiledProgram]) -> None:
-    """Compile all programs by running them on no tokens. There must be no group."""
+    """Compile all programs by running them on zero tokens. No group may be active."""
     assert not self.active and not self.ready
     counts = np.zeros(self._config.prefill_rows, np.int32)
     for size, read in itertools.product(self._sizes, self._reads):
@@ -164,11 +164,11 @@ class Prefiller:
     )
 
   def _finish(self) -> None:
-    """Keep the prompts' blocks for later prompts, and make their rows ready."""
+    """Save the prompts' blocks in the prefix cache, and mark their rows as ready."""
     if self._prefixes is not None:
       self._prefixes.save(self.state, [(p.tokens, p.salt) for p in self._group])
       for prompt in self._group:
-        if len(prompt.rows) > 1:  # the samples share all of the prompt
+        if len(prompt.rows) > 1:  # the samples share the whole prompt's pages
           prompt.path = self._prefixes.tree.find(prompt.tokens, prompt.salt)
     for place, prompt in enumerate(self._group):
       self.ready.extend(ReadyRow(place, prompt, row) for row in prompt.rows)

@@ -1,4 +1,4 @@
-"""The beginnings of earlier prompts, kept for later ones: a tree on the host, blocks on devices."""
+"""Prefix cache: keys and values of earlier prompts; a tree on the host, blocks on the devices."""
 
 from collections.abc import Hashable, Sequence
 
@@ -22,12 +22,12 @@ from t5x_inference_ext.model.weights import Weights
 
 
 class PrefixCache:
-  """Keeps whole blocks of prompts, and copies them into prompts that begin alike.
+  """Keeps whole blocks of prompts, and copies them into later prompts with an equal prefix.
 
   Args:
     model: Decides mesh and layouts.
     weights: Weights on that mesh.
-    config: Has the memory for them, and the size of a block.
+    config: Gives the bytes for the blocks (`prefix_bytes`) and their size (`block_size`).
   """
 
   def __init__(self, model: Model, weights: Weights, config: SchedulerConfig) -> None:
@@ -48,11 +48,11 @@ class PrefixCache:
     )
 
   def match(self, tokens: Sequence[int], salt: Hashable) -> list[Node]:
-    """Return the nodes of the cached beginning of a prompt; load it before the next `save`."""
+    """Return the nodes of a prompt's longest cached prefix; `load` it before the next `save`."""
     return self.tree.match(tokens, salt)
 
   def load(self, state: PrefillState, paths: Sequence[Sequence[Node]]) -> PrefillState:
-    """Copy the cached beginnings of prompts into the prefill state; return the new state.
+    """Copy the cached prefixes of prompts into the prefill state; return the new state.
 
     Args:
       state: The prefill state. Donated.
@@ -64,7 +64,7 @@ class PrefixCache:
     return state
 
   def save(self, state: PrefillState, prompts: Sequence[tuple[Sequence[int], Hashable]]) -> None:
-    """Keep the whole blocks of prefilled prompts that are not kept yet, as many as find room.
+    """Store the whole blocks of prefilled prompts that are not stored yet, as many as fit.
 
     Args:
       state: The prefill state.
@@ -83,7 +83,7 @@ class PrefixCache:
     jax.block_until_ready(self._store)
 
   def warm_up(self, state: PrefillState, done: list[CompiledProgram]) -> PrefillState:
-    """Compile the programs by copying nothing; return the prefill state, which is donated."""
+    """Compile the programs by running them with no copies; return the prefill state (donated)."""
     rows, indices, blocks = np.zeros((3, self._most), np.int32)
     nothing = BlockCopies(rows, indices, blocks, np.int32(0))
     arguments = self._weights, self._store, nothing

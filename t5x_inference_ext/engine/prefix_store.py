@@ -1,10 +1,11 @@
-"""Blocks of keys and values that earlier prompts left, on the devices.
+"""The prefix cache's blocks of keys and values, on the devices.
 
-The blocks are in the prefill layout, beside the prompts that are being prefilled
-(slots.PrefillState): copies between the two move heads nowhere. A store has no rows, so shards that
-split the prompts' rows each have all of it: loading a block is a local copy, and saving one sends
-it from the shard that has the row to the others. engine/prefix_tree.py decides what a block holds;
-engine/programs.py compiles the functions of the devices.
+The blocks have the prefill layout, like the prompts that are being prefilled
+(prompts.PrefillState), so a copy between the two moves no heads between devices. A store has no row
+dimension: where shards split the prompts' rows, each shard has the whole store. Loading a block is
+then a local copy, and saving a block sends it from the shard that has the row to the others.
+engine/prefix_tree.py decides which tokens a block stands for; engine/programs.py compiles the
+device functions.
 """
 
 from collections.abc import Sequence
@@ -33,13 +34,13 @@ from t5x_inference_ext.sharding.layout import Axes
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PrefixStore:
-  """Rotated keys, and values, of all layers, in blocks of P positions.
+  """Keys (after rotary positions are applied) and values of all layers, in blocks of P positions.
 
   Attributes:
     keys: [L, N, P, K, Q], or a tuple of L arrays [N, P, K, Q] if the layers are unrolled. N is the
-      number of blocks, K is that of the prompts' cache.
+      number of blocks; K is as in the prompts' cache.
     values: Like keys.
-    broken: [N] bool. Whether a token up to the block's end gave values that are not finite.
+    broken: [N] bool. Whether a value that is not finite was computed up to the block's end.
   """
 
   keys: LayersKV
@@ -58,10 +59,10 @@ class BlockCopies:
   """Up to M blocks to copy between prompts' rows and the store.
 
   Attributes:
-    rows: [M] int32. Row of the prompts.
+    rows: [M] int32. Index of the prompt's row in the prefill state.
     indices: [M] int32. Index of the block in the prompt: it begins at position `index` * P.
     blocks: [M] int32. Index of the block in the store.
-    count: Scalar int32. How many of the M are meant: the first ones.
+    count: Scalar int32. Number of copies to make: the first `count` entries are valid.
   """
 
   rows: Any
@@ -71,11 +72,11 @@ class BlockCopies:
 
 
 def block_copies(copies: Sequence[tuple[int, int, int]], most: int) -> list[BlockCopies]:
-  """Return arguments for calls of load_blocks or save_blocks that make all copies.
+  """Divide copies over calls of load_blocks or save_blocks; return the argument of each call.
 
   Args:
     copies: (row, index, block) of each copy, in order.
-    most: M, how many copies a call has room for.
+    most: M, maximum number of copies in one call.
   """
   calls = []
   for first in range(0, len(copies), most):
@@ -124,7 +125,7 @@ def empty_store(
 
 
 def bytes_per_block(model: Model, weights: Weights, rows: int, block_size: int) -> int:
-  """Return the bytes that a block of a store takes on each device, without a chip's padding.
+  """Return the bytes of one block on each device, not counting the chip's tile padding.
 
   Args:
     model: Decides mesh and layouts.
@@ -151,7 +152,7 @@ def blocks_for(budget: int, model: Model, weights: Weights, rows: int, block_siz
 def load_blocks(
   model: Model, prompts: PrefillState, weights: Weights, store: PrefixStore, copies: BlockCopies
 ) -> PrefillState:
-  """Copy blocks of the store into the beginnings of prompts.
+  """Copy blocks of the store to the first positions of prompts.
 
   A row's length becomes the end of the last block that is copied into it. Other rows stay as they
   are.
@@ -161,7 +162,7 @@ def load_blocks(
     prompts: The prompts.
     weights: Weights, for their shapes and shardings.
     store: The store.
-    copies: What to copy. A row's blocks come in the order of their indices, from 0 on.
+    copies: Blocks to copy. A row's blocks come in the order of their indices, from 0 on.
 
   Raises:
     RequestError: A prompt has less room than a block.
@@ -174,11 +175,11 @@ def load_blocks(
 
     def load(i: jax.Array, cache: KVCache) -> KVCache:
       row, mine = cache_rows.local_index(rows, axes, copies.rows[i])
-      # Tiles are whole: the compiler sees that, because the multiplication comes last.
+      # The multiplication comes last, so that the compiler can see that the start is tile-aligned.
       start = copies.indices[i] * size
       old = _read((cache.keys, cache.values), row, start, size)
       new = _read((store.keys, store.values), copies.blocks[i], 0, size)
-      # A shard without the row writes back what it has, so that the update stays in place.
+      # A shard without the row writes back its old values, so that the update stays in place.
       new = jax.tree.map(lambda x, old: jnp.where(mine, x, old), new, old)
       keys, values = _write((cache.keys, cache.values), new, row, start)
       length = jnp.where(mine, start + size, cache.lengths[row])
@@ -203,7 +204,7 @@ def save_blocks(
     store: The store.
     weights: Weights, for their shapes and shardings.
     prompts: The prompts.
-    copies: What to copy. The positions of each block are prefilled.
+    copies: Blocks to copy. Their positions must be prefilled.
 
   Raises:
     RequestError: A prompt has less room than a block.
@@ -233,7 +234,7 @@ def save_blocks(
 
 
 def _read(kv: KeysValues, row: jax.Array, start: jax.Array | int, size: int) -> KeysValues:
-  """Return `size` positions of one row, or block, of this shard: [.., 1, size, K, Q]."""
+  """Return `size` positions of one row (or block) on this shard: [.., 1, size, K, Q]."""
 
   def read(x: jax.Array) -> jax.Array:
     lead = x.ndim - 4
@@ -244,7 +245,7 @@ def _read(kv: KeysValues, row: jax.Array, start: jax.Array | int, size: int) -> 
 
 
 def _write(kv: KeysValues, new: KeysValues, row: jax.Array, start: jax.Array | int) -> KeysValues:
-  """Write what `_read` returned at a row, or block, of this shard."""
+  """Write the result of `_read` to a row (or block) on this shard, from position `start` on."""
 
   def write(x: jax.Array, new: jax.Array) -> jax.Array:
     return lax.dynamic_update_slice(x, new, (*(0,) * (x.ndim - 4), row, start, 0, 0))
@@ -262,7 +263,7 @@ def _block_size(prompts: PrefillState, store: PrefixStore) -> int:
 
 
 def _specs(model: Model, weights: Weights, rows: int) -> tuple[Axes, KVCache, PrefixStore]:
-  """Return the axes that split prompts' rows, and the PartitionSpecs of prompts and of the store.
+  """Return the mesh axes that split prompt rows, and PartitionSpecs of the prompts and the store.
 
   One spec stands for all arrays of a layer's keys: for int8, both units and scales.
   """

@@ -1,12 +1,12 @@
-"""Beginnings of earlier prompts: a tree over blocks of token ids, on the host.
+"""Index of cached prompt prefixes: a tree over blocks of token ids, on the host.
 
 A node stands for P tokens that follow those of its parent. It owns one block of the prefix store
 (engine/prefix_store.py), which holds the keys and values of these P positions. Keys and values of
 a position depend on all tokens before it, so a block is found by its path from the root alone.
 
-When the store is full, the least recently used leaf goes. Every use of a node is a later use of its
-parent, so a list in the order of use has children before their parents, and the first node in it is
-a leaf: eviction searches nothing.
+When the store is full, the least recently used leaf is evicted. A node's parent is marked as used
+right after the node. So in a list ordered by last use, children come before their parents, and the
+first node is a leaf: eviction takes it without a search.
 """
 
 import collections
@@ -16,16 +16,16 @@ import dataclasses
 
 @dataclasses.dataclass(eq=False)
 class Node:
-  """P tokens after those of the parent, and their block.
+  """The P tokens that follow the parent's, and their block.
 
   Attributes:
     key: The P token ids; for a root, which has no block, (salt,).
-    parent: The node before; None for a root.
+    parent: Node of the P tokens before these; None for a root.
     block: Index of the block in the store; -1 for a root and for a node that is no longer in the
       tree.
-    depth: Index of the block in every prompt that begins with it; -1 for a root.
-    children: The nodes after this one, by key.
-    pins: How often this node or one after it is pinned.
+    depth: Index of the block in every prompt with this prefix; -1 for a root.
+    children: Child nodes, by key.
+    pins: Number of pins on this node and its descendants together.
   """
 
   key: tuple[Hashable, ...]
@@ -44,11 +44,11 @@ class Node:
 
 
 class PrefixTree:
-  """Which block holds which beginning of a prompt.
+  """Maps prompt prefixes to blocks of the store.
 
-  The tree is for one set of weights: whoever changes them calls `clear`. Everything else that
-  changes keys and values (an adapter), or who may see them (a tenant), is the `salt` of a prompt:
-  any hashable value. Prompts of different salts share nothing.
+  The tree is valid for one set of weights: call `clear` when they change. Prompts share blocks only
+  if their salts, any hashable values, are equal. So a salt must name everything else that keys and
+  values depend on, such as an adapter, and the tenant if tenants must not share.
 
   Args:
     blocks: Number of blocks in the store.
@@ -58,9 +58,9 @@ class PrefixTree:
     queries: Calls of `match`.
     hits: Calls of `match` that found a block or more.
     query_tokens: Tokens of all prompts that were looked up.
-    hit_tokens: Positions that were found, of these.
-    stored: Nodes that were made.
-    evictions: Nodes that went, to make room for others or by `clear`.
+    hit_tokens: Number of these tokens that were found.
+    stored: Number of nodes created.
+    evictions: Number of nodes removed, to make room or by `clear`.
   """
 
   def __init__(self, blocks: int, block_size: int) -> None:
@@ -81,15 +81,15 @@ class PrefixTree:
     return self.blocks - len(self._free)
 
   def match(self, tokens: Sequence[int], salt: Hashable = ()) -> list[Node]:
-    """Find the longest stored beginning of a prompt, and mark it as used.
+    """Find the longest stored prefix of a prompt, and mark it as used.
 
     Args:
-      tokens: The prompt, BOS first. Its last token is never part of the beginning, because
-        somebody has to compute the logits after it.
+      tokens: The prompt, BOS first. The prefix never includes the last token: it must be run to get
+        the logits after it.
       salt: Separates prompts that must not share.
 
     Returns:
-      The nodes of the beginning, from the first block on. They stay in the tree until the next
+      The nodes of the prefix, from the first block on. They stay in the tree until the next
       `extend`, or, if the last one is pinned, until it is unpinned.
     """
     path = self._find(tokens, salt, max(0, len(tokens) - 1) // self.block_size)
@@ -106,10 +106,10 @@ class PrefixTree:
     return self._find(tokens, salt, len(tokens) // self.block_size)
 
   def extend(self, tokens: Sequence[int], salt: Hashable = ()) -> list[Node]:
-    """Add the whole blocks of a prompt that are not in the tree yet, as many as find room.
+    """Add the whole blocks of a prompt that are not in the tree yet, as many as fit.
 
-    Whoever calls this must save each new node's block (block number `depth` of the prompt) before
-    the next prompt is looked up.
+    The caller must save each new node's block (block number `depth` of the prompt) before it looks
+    up the next prompt.
 
     Args:
       tokens: The prompt, BOS first. All its keys and values are known.
@@ -120,10 +120,10 @@ class PrefixTree:
     """
     wanted = len(tokens) // self.block_size
     path = self._find(tokens, salt, wanted)
-    # Eviction may remove a root that has no children for a moment: it is entered again below.
+    # While the root has no children, an eviction may have removed it. Enter it again.
     root = self._roots.get(salt) or Node((salt,), None, -1, -1)
     last = path[-1] if path else root
-    self._pin(last)  # eviction must spare what the new nodes follow
+    self._pin(last)  # so that eviction spares the parents of the new nodes
     made: list[Node] = []
     for depth in range(len(path), wanted):
       block = self._take_block()
@@ -131,7 +131,8 @@ class PrefixTree:
         break
       node = Node(self._key(tokens, depth), last, block, depth)
       last.children[node.key] = node
-      # The pin moves on to the new node: pins include those of the nodes after.
+      # Move the pin from the parent to the new node. The parent's count stays: it includes its
+      # descendants' pins.
       node.pins, last = 1, node
       made.append(node)
     self.stored += len(made)
@@ -161,14 +162,14 @@ class PrefixTree:
     self._unpin(node)
 
   def clear(self) -> None:
-    """Forget all beginnings, pinned ones too. Nodes of before must not be unpinned afterwards."""
+    """Remove all nodes, pinned ones too. Do not unpin a removed node afterwards."""
     for node in self._nodes():
       node.block, node.pins = -1, 0
     self.evictions += self.used
     self._reset()
 
   def check(self) -> list[str]:
-    """Return what does not add up in the tree's books, a sentence each; [] if all is well."""
+    """Return one sentence for each inconsistency in the tree's records; [] if there is none."""
     faults: list[str] = []
     nodes = list(self._nodes())
     held = sorted([node.block for node in nodes] + self._free)
@@ -194,7 +195,8 @@ class PrefixTree:
         faults.append('a root has no nodes after it')
     for node in nodes:
       faults += self._check_node(node)
-    # A parent is used whenever a child is: it is behind all its children in the order of use.
+    # A parent is marked as used right after its child, so it follows all its children in the order
+    # of use.
     order: dict[Node | None, int] = {node: i for i, node in enumerate(self._unpinned)}
     if order.keys() != {node for node in nodes if not node.pins}:
       faults.append(f'{len(order)} nodes in the order of use are not those without a pin')
@@ -216,7 +218,7 @@ class PrefixTree:
     return faults
 
   def _nodes(self) -> Iterator[Node]:
-    """Yield all nodes but the roots."""
+    """Yield all nodes except the roots."""
     left = [node for root in self._roots.values() for node in root.children.values()]
     while left:
       node = left.pop()
@@ -237,7 +239,7 @@ class PrefixTree:
     return path
 
   def _use(self, node: Node) -> None:
-    """Mark a node, and then those before it, as the latest in use."""
+    """Mark a node, then its ancestors, as the most recently used."""
     for each in node.path():
       if not each.pins:
         self._unpinned.move_to_end(each)
@@ -254,7 +256,7 @@ class PrefixTree:
         self._unpinned[each] = None
 
   def _take_block(self) -> int | None:
-    """Return a free block, if need be that of the least recently used leaf."""
+    """Return a free block, evicting the least recently used leaf if need be; None without one."""
     if self._free:
       return self._free.pop()
     if not self._unpinned:
@@ -265,7 +267,7 @@ class PrefixTree:
     assert parent is not None and not node.children
     del parent.children[node.key]
     if parent.parent is None and not parent.children:
-      # There may be as many salts as requests: their roots must not pile up.
+      # There may be as many salts as requests, so roots without children are removed.
       del self._roots[parent.key[0]]
     self.evictions += 1
     return block

@@ -1,8 +1,8 @@
 """Every program that the engine compiles, in one place.
 
-Each is a plain function of this package under `jax.jit`. The model and sizes are static: a new
-value of them means another compilation. Donated arguments are updated in place and must not be used
-afterwards.
+Each is a plain function of this package under `jax.jit`. The model and sizes are static arguments:
+each new value compiles another program. Donated arguments are updated in place, so callers must not
+use them afterwards.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,9 +25,10 @@ from t5x_inference_ext.model.weights import Weights
 
 @contextlib.contextmanager
 def stated_dtypes() -> Iterator[None]:
-  """Compute in the dtypes that the code states, whatever jax's global switches are.
+  """Override JAX settings that change dtypes: programs then compute in the dtypes as written.
 
-  JAX_ENABLE_X64 would make float64 of some constants, JAX_NUMPY_DTYPE_PROMOTION=strict refuse them.
+  JAX_ENABLE_X64 would turn some constants into float64; JAX_NUMPY_DTYPE_PROMOTION=strict would
+  refuse them.
   """
   with jax.enable_x64(False), jax.numpy_dtype_promotion('standard'):
     yield
@@ -61,7 +62,7 @@ def _compiled(
 
 
 def _replicated(function: Callable, *static: str) -> Program:
-  """Compile a function of a model so that every device, and every process, has its whole result."""
+  """Compile a function of a model so that its result is replicated on every device and process."""
 
   @functools.partial(jax.jit, static_argnames=('model', *static))
   def run(model: Model, *arguments: Any, **options: Any) -> Any:
@@ -72,12 +73,12 @@ def _replicated(function: Callable, *static: str) -> Program:
 
 
 def put(model: Model, *arrays: Any) -> Any:
-  """Place host arrays, or pytrees of arrays, whole on every device, as arguments of programs."""
+  """Copy host arrays, or pytrees of arrays, to every device (replicated), for use by programs."""
   with stated_dtypes():
     return jax.device_put(arrays, NamedSharding(model.mesh, P()))
 
 
-# Slots (engine.slots, engine.slot_steps) and prompts on their way to them (engine.prompts).
+# Slots (engine.slots, engine.slot_steps), and prompts that wait for a slot (engine.prompts).
 empty_slots = _compiled(slots.empty_slots, static=('config', 'shards'))
 empty_prefill = _compiled(prompts.empty_prefill, static=('rows', 'size'))
 start_prefill = _compiled(prompts.start_prefill, donated=('prompts',))
@@ -91,7 +92,7 @@ decode_logits = _compiled(
 )
 choose_masked = _compiled(slot_steps.choose_masked, donated=('slots',))
 
-# Beginnings of earlier prompts (engine.prefix_store).
+# The prefix cache (engine.prefix_store).
 empty_store = _compiled(prefix_store.empty_store, static=('rows', 'blocks', 'block_size'))
 load_blocks = _compiled(prefix_store.load_blocks, donated=('prompts',))
 save_blocks = _compiled(prefix_store.save_blocks, donated=('store',))
@@ -146,7 +147,7 @@ def generation_for(
     shape: What is fixed when the program is compiled.
     executable: A saved generation, or None.
     per_row: Whether rows have limits or sampling parameters of their own.
-    prefill_chunk: Most positions of the prompts in one pass; None: all.
+    prefill_chunk: Maximum number of prompt positions in one pass; None: all.
 
   Raises:
     RequestError: The run has per-row settings or a chunked prefill, which no executable supports.

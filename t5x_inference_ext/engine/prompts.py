@@ -35,7 +35,7 @@ class PrefillState:
 
 
 def prompt_room(model: Model, rows: int, length: int) -> int:
-  """Return the cache positions of a chunk of `length`, padded for the prefill layout."""
+  """Return the number of cache positions for a chunk of `length`, padded for the prefill layout."""
   return activations.padded_length(model.prefill_layout, model.mesh.shape, rows, length)
 
 
@@ -56,7 +56,7 @@ def empty_prefill(model: Model, weights: Weights, rows: int, size: int) -> Prefi
 def _prefill_state(
   model: Model, cache: KVCache, logits: jax.Array, broken: jax.Array
 ) -> PrefillState:
-  # Logits get one sharding in every call: another one would recompile the program that takes them.
+  # Logits get the same sharding in every call: a different one would recompile their consumer.
   spec = P(model.sampling_axes(len(logits)))
   logits = lax.with_sharding_constraint(logits, NamedSharding(model.mesh, spec))
   whole = NamedSharding(model.mesh, P())
@@ -78,13 +78,14 @@ def prefill_chunk(
   counts: jax.Array,
   read: int | None = None,
 ) -> PrefillState:
-  """Run the next tokens [R, T] of the prompts. counts [R] of them, possibly 0, are valid.
+  """Run the next tokens [R, T] of the prompts, of which the first counts [R] (0 or more) are valid.
 
   No prompt has more than `read` cached positions (None: as many as there is room for).
   """
   logits, cache = model.prefilling.prefill_chunk(weights, prompts.cache, tokens, counts, read=read)
   logits = jnp.where(counts[:, None] > 0, logits, prompts.logits)
-  # Later chunks attend to finite values in the place of broken ones: the row itself must not go on.
+  # Values that are not finite were replaced in the cache, so later chunks look sound. The mark
+  # stays, so that the row ends with an error.
   broken = prompts.broken | jnp.any(jnp.isnan(logits), axis=1)
   logits = jnp.where(broken[:, None], jnp.nan, logits)
   return _prefill_state(model, cache, logits, broken)

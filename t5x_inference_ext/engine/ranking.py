@@ -1,4 +1,4 @@
-"""Log-probabilities of prompts' own tokens, with the most likely tokens in their places."""
+"""Log-probabilities of the tokens of prompts, and of the most likely tokens at each position."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,17 +10,18 @@ from t5x_inference_ext.engine.request import TopLogProbs
 from t5x_inference_ext.engine.scorer import Scorer
 from t5x_inference_ext.engine.scoring import ScoringExample, packed
 
-# Numbers of most likely tokens that there are programs for; the last is the most that can be asked.
+# How many most likely tokens a program returns: one program for each number here. The last is the
+# maximum that a request may ask for.
 WIDTHS = (0, 1, 20)
 _TOKENS = 4096  # of a batch, padding included
 
 
 class RankedPrompt(NamedTuple):
-  """The scores of a prompt's tokens but the first.
+  """The scores of all tokens of a prompt except the first.
 
   Attributes:
-    log_probs: Log-probability of each, given those before it.
-    top: For each the most likely tokens in its place, as pairs (id, log-probability).
+    log_probs: Log-probability of each token, given the tokens before it.
+    top: For each token, the most likely tokens at its position, as pairs (id, log-probability).
   """
 
   log_probs: list[float]
@@ -30,12 +31,12 @@ class RankedPrompt(NamedTuple):
 def rank_prompts(
   scorer: Scorer, prompts: Sequence[tuple[Sequence[int], int]]
 ) -> list[RankedPrompt]:
-  """Score prompts together, those of like lengths in one pass.
+  """Score prompts; prompts of similar lengths share a pass.
 
   Args:
     scorer: The engine.
-    prompts: Pairs (token ids with BOS if the model has one, how many of the most likely tokens are
-      told at each place). An empty prompt, or one of one token, has no scores.
+    prompts: Pairs (token ids with BOS if the model has one, number of most likely tokens to return
+      at each position). A prompt of 0 or 1 tokens has no scores.
   """
   most = min(max((top for _, top in prompts), default=0), scorer.model.config.vocab_size)
   width = min(next(w for w in WIDTHS if w >= most), scorer.model.config.vocab_size)

@@ -11,7 +11,7 @@ from t5x_inference_ext.text.grammar import Grammar
 
 TopLogProbs = list[tuple[int, float]]
 
-# The errors of rows that fail, without and with a grammar.
+# Error texts of rows that fail: without a grammar, and with one.
 NOT_FINITE = "the row's logits are not finite: the weights or the dtype can't represent it"
 
 NO_TOKEN = (
@@ -25,7 +25,7 @@ NO_TOKEN = (
 #     and allows no further token.
 #   length: it has as many new tokens as its limit.
 #   cancelled: someone cancelled its request.
-#   error: it can't go on; the event's `error` says why. No other row is affected.
+#   error: no next token could be chosen; the event's `error` says why. Other rows go on.
 FinishReason = Literal['eos', 'stop', 'length', 'cancelled', 'error']
 
 
@@ -43,8 +43,8 @@ class Request:
       scheduler with a vocabulary.
     text: Whether events carry text. Needs a scheduler with a vocabulary.
     top_log_probs: How many of the most likely tokens are returned with each token.
-    salt: Anything besides the tokens that keys and values depend on, or a tenant's name: only
-      requests with equal salts share cached prefixes.
+    salt: Only requests with equal salts share cached prefixes. Names what keys and values depend on
+      besides the tokens (an adapter), or a tenant.
     grammar: The language that the new text of each sample must be in; None: any. Needs a scheduler
       with a vocabulary, and the extra [structured].
   """
@@ -79,8 +79,8 @@ class Handle:
     request: The request.
     state: FINISHED once all of its samples have ended. Preempted samples are WAITING again.
     finish_reasons: Why each sample has ended; None while it has not.
-    matchers: The beginning of each sample's way through the request's grammar, where the request
-      was submitted; else none.
+    matchers: A grammar matcher for each sample, in its start state; none without a grammar, and
+      none in processes where the request was not submitted.
   """
 
   index: int

@@ -24,13 +24,13 @@ class Row:
     sample: Index of the sample within the request.
     end_ids: Tokens that end the row.
     vocabulary: Needed if the request asks for text or has stop texts.
-    matcher: The beginning of the row's way through the request's grammar; None without one.
+    matcher: Matcher of the request's grammar, in its start state; None without a grammar.
 
   Attributes:
     tokens: New tokens that the host has read.
-    dispatched: Most new tokens that the row can have after the programs that were started.
+    dispatched: Maximum number of new tokens that the row can have once all started programs end.
     finish: Why the row has ended; None while it has not.
-    matcher: Where the row's tokens are in its grammar; None without one.
+    matcher: State of the grammar after the row's tokens; None without a grammar.
   """
 
   def __init__(
@@ -60,11 +60,11 @@ class Row:
 
   @property
   def limit(self) -> int:
-    """Most new tokens of the row."""
+    """Maximum number of new tokens of the row."""
     return self.handle.request.limit
 
   def cached(self, new: int) -> int:
-    """Return the positions that the cache holds of the row once it has `new` new tokens.
+    """Return the number of cache positions that the row fills once it has `new` new tokens.
 
     The last new token is not in the cache.
     """
@@ -73,12 +73,12 @@ class Row:
   def add(
     self, tokens: list[int], log_probs: list[float], top: list[TopLogProbs], failed: bool
   ) -> Event:
-    """Take new tokens in, decide whether the row ends, and return its event.
+    """Append new tokens, decide whether the row ends, and return its event.
 
     Args:
       tokens: New token ids.
       log_probs: Log-probability of each.
-      top: For each token the most likely ones at its step, or an empty list.
+      top: For each new token, the most likely tokens at its step, or an empty list.
       failed: Whether the row's logits after these tokens were not finite.
     """
     before = len(self.tokens)
@@ -131,7 +131,7 @@ class Row:
   def _told(
     self, tokens: list[int], finish: FinishReason | None
   ) -> tuple[str, int, FinishReason | None]:
-    """Return new text, how many of the tokens it takes, and why the row ends, if it does."""
+    """Return the new text, how many of the tokens it uses, and the finish reason or None."""
     assert self._text is not None and self._stops is not None
     text, before = '', len(self.tokens) - len(tokens)
     least = self.handle.request.sampling.min_new_tokens
@@ -170,8 +170,8 @@ def rows_of(handle: Handle, end_ids: Sequence[int], vocabulary: Vocabulary | Non
   """Return a row for each sample of a request.
 
   Args:
-    handle: The request. If it has a grammar, with a matcher for each sample.
-    end_ids: Tokens that end a row of a request that does not say.
+    handle: The request. If it has a grammar, its handle has a matcher for each sample.
+    end_ids: Tokens that end a row if its request gives none.
     vocabulary: See Row.
   """
   request = handle.request

@@ -32,8 +32,8 @@ class SamplingParams:
     presence_penalty: Subtracted from the logit of every token that was generated.
     logit_bias: Pairs of a token id and the number added to its logit, or a mapping of ids to
       numbers. -inf forbids a token. The order of biased logits is that of their exact sums.
-    min_new_tokens: None of the first this many tokens ends the row: none is EOS, and stop sequences
-      that end among them do not count. A row of which every token would be EOS gets one token more.
+    min_new_tokens: The first this many tokens can't end the row: EOS is forbidden among them, and
+      stop sequences that end among them are ignored. The token after them can.
     stop: Sequences of token ids. A row ends when its generated tokens end in one of them. The row's
       tokens include the sequence, as they include EOS.
 

@@ -20,12 +20,13 @@ from t5x_inference_ext.options import short_repr
 # vocabulary.
 MAX_CANDIDATES = 256
 LARGEST_INT32 = 2**31 - 1
-BIAS_WIDTH = 256  # most biased tokens of a row in slots
-END_IDS = 4  # most ids that end a row
-# Fillers for stop sequences and for the recent tokens compared with them. None is a token id.
+BIAS_WIDTH = 256  # maximum number of biased tokens of a row in slots
+END_IDS = 4  # maximum number of ids that end a row
+# Fillers for stop sequences, and for the recent tokens compared with them. Both lie outside the
+# range of token ids.
 ANY, NEVER, NOTHING = -1, -2, -3
 
-# Whether some row uses a feature: known when a program is compiled, or a scalar when it runs.
+# Whether some row uses a feature: a Python bool known at compile time, or a traced scalar.
 Flag = bool | jax.Array
 
 
@@ -34,9 +35,9 @@ class SamplingFeatures(NamedTuple):
 
   Attributes:
     sampled: Whether a row has a temperature above 0.
-    few: Pairs (n, whether no row with a temperature above 0 keeps more than n tokens), in order
-      of n. The first n that is true is how many candidates the draw takes; without one the draw is
-      from the whole vocabulary.
+    few: Pairs (n, whether no row with a temperature above 0 keeps more than n tokens), in ascending
+      order of n. The draw uses n candidates for the first n whose flag is true, or else the whole
+      vocabulary.
     limited: Whether top_k or top_p drops tokens of a row.
     both: Whether a row has both top_k and top_p.
     bias: Whether a row has a logit_bias.
@@ -68,11 +69,12 @@ class SamplingArrays:
     frequency_penalty: [B] float32.
     presence_penalty: [B] float32.
     min_new_tokens: [B] int32.
-    bias_ids: [B, N] int32. No id twice in a row; unused ids are V.
+    bias_ids: [B, N] int32. Ids within a row are distinct; unused entries are V.
     bias: [B, N] float32.
     stop: [B, N, M] int32. Stop sequences, aligned at their ends. Positions before a sequence hold
       ANY; unused sequences hold NEVER.
-    features: SamplingFeatures of these rows, compiled in; None: found at run time. Static.
+    features: SamplingFeatures of these rows, fixed at compile time; None: found at run time.
+      Static.
   """
 
   temperature: jax.Array | np.ndarray
@@ -120,9 +122,9 @@ def stack_params(
 
 
 def slot_params(params: SamplingParams, vocab_size: int) -> SamplingArrays:
-  """Return one row's sampling parameters with the widths that every row of slots has, [1, ...].
+  """Return one row's sampling parameters, [1, ...], in the widths that all slots use.
 
-  Stop sequences are left out: the host finds them in the tokens of slots.
+  Stop sequences are left out: for slots, the host looks for them in the generated tokens.
 
   Raises:
     RequestError: Parameters that `stack_params` refuses, or more than BIAS_WIDTH biased tokens.
@@ -137,11 +139,11 @@ def slot_params(params: SamplingParams, vocab_size: int) -> SamplingArrays:
 
 
 def end_id_array(ids: int | Sequence[int], rows: int) -> np.ndarray:
-  """Return the ids that end rows, as RowParams holds them: [rows, END_IDS] int32.
+  """Return the ids that end rows in the form of RowParams.end_ids: [rows, END_IDS] int32.
 
   Args:
-    ids: One id, or several. A negative id is none.
-    rows: How many rows have them.
+    ids: One id, or several. Negative ids are ignored.
+    rows: Number of rows, which all get these ids.
 
   Raises:
     RequestError: More than END_IDS ids.

@@ -18,7 +18,8 @@ from t5x_inference_ext.engine.saved_program import SavedError, damaged_header, h
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.transformer import Model
 
-# Field of a GenerationShape -> its least valid value. Only fields that may be None may be null.
+# Field of a GenerationShape -> its least valid value. JSON null stands for None, where the field
+# may be None.
 _LEAST = {
   'batch': 1,
   'prompt': 0,
@@ -71,7 +72,7 @@ def describe_run(
   stacked: bool,
   run: GenerationShape,
 ) -> dict[str, Any]:
-  """Return the description of a saved generation: what it was compiled for, JSON-ready.
+  """Return the JSON-ready description of the settings that a saved generation was compiled for.
 
   Args:
     config: ModelConfig. The model.
@@ -103,7 +104,7 @@ class SavedGeneration:
   Attributes:
     path: str. The file.
     run: GenerationShape. The limits that it was compiled for.
-    described: dict. Description of the limits, the model and the layouts (see describe_run).
+    described: dict. The settings that it was compiled for, as describe_run returns them.
   """
 
   path: str
@@ -143,7 +144,7 @@ class SavedGeneration:
     return cls(os.fspath(path), run, wanted)
 
   def check_run(self, run: GenerationShape) -> None:
-    """Raise SavedError, naming the first difference, if it was compiled for other limits."""
+    """Raise SavedError, naming the first difference, if the program has other limits."""
     saved_program.refuse_differences(
       self.path, self.described, {**self.described, **dataclasses.asdict(run)}
     )
@@ -185,7 +186,7 @@ def _shape(path: str | os.PathLike, described: dict[str, Any]) -> GenerationShap
   """Return the limits that a file describes.
 
   Raises:
-    SavedError: A limit is missing, or has a value that no generation is compiled for.
+    SavedError: A limit is missing or out of range.
   """
   for field in dataclasses.fields(GenerationShape):
     if field.name not in described:

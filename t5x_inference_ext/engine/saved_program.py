@@ -1,8 +1,9 @@
 """Saved programs: compiled on a machine with the compiler, run on one with the chips.
 
 A file has three parts: a line that names the format; a header, one line of JSON (versions, devices,
-what was compiled, shapes of the arguments); and the executable as jax serializes it. Loading one
-runs its code: load only files that you made. Other versions, devices or shapes are refused before.
+what was compiled, shapes of the arguments); and the executable as jax serializes it. Loading a file
+runs code that is in it, so load only files that you made. A file for other versions, devices or
+shapes is refused before its code runs.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +25,7 @@ PROGRAM_FORMAT = b't5x_inference_ext executable 3\n'
 # Packages whose versions must be equal where an executable is saved and where it is loaded.
 VERSIONS = ('jax', 'jaxlib', 'libtpu')
 _AGAIN = 'compile it again with this installation'
-# Field of a header -> its types in JSON, and their name in messages.
+# Field of a header -> the JSON types that it may have, and how messages call them.
 _HEADER: dict[str, tuple[tuple[type, ...], str]] = {
   'jax': ((str,), 'text'),
   'jaxlib': ((str,), 'text'),
@@ -58,8 +59,8 @@ def save(
     compiled: The executable.
     arguments: tuple of the trees that it was lowered with: arrays, or shapes with shardings.
     mesh: Mesh. The mesh that it was compiled for.
-    description: mapping, JSON-ready. Settings that it was compiled for; `load` compares them with
-      those of the run.
+    description: mapping, JSON-ready. Settings that the program was compiled for; `load` compares
+      them with the run's settings.
 
   Returns:
     The header.
@@ -89,13 +90,13 @@ def read_program_header(path: str | os.PathLike) -> dict[str, Any]:
   """Return the header of a file, without running anything in the file.
 
   Raises:
-    SavedError: There is no such file, this package did not save it, or its header is damaged.
+    SavedError: The file does not exist, was not saved by this package, or has a damaged header.
   """
   return _read(path, payload=False)[0]
 
 
 def check_header(path: str | os.PathLike, mesh: Mesh, description: Mapping[str, Any]) -> None:
-  """Check a file's header as `load` does, but read only the header: no shapes, no checksum.
+  """Check a file's versions, devices and description, as `load` does, but not shapes or checksum.
 
   Raises:
     SavedError: The versions, devices or description differ; see `load`.
@@ -114,8 +115,7 @@ def load(
 
   Args:
     path: str or path. A file written by `save` that you trust: loading it runs code.
-    function: The function that was compiled. It is traced, not compiled, for its result's
-      structure.
+    function: The function that was compiled. It is only traced, to get the structure of its result.
     arguments: tuple of the trees that it takes: arrays, or shapes with shardings.
     mesh: Mesh. The devices.
     description: mapping. Settings of this run, in the form given to `save`.
@@ -214,7 +214,7 @@ def _parse_header(name: str, line: bytes) -> dict[str, Any]:
 
 
 def damaged_header(path: str | os.PathLike, problem: str) -> SavedError:
-  """Return the error for a header that no version of this package wrote.
+  """Return the error for a damaged header.
 
   Args:
     path: str or path. The file.
@@ -231,12 +231,13 @@ def _check(
   arguments: Any,
   description: Mapping[str, Any],
 ) -> None:
-  """Raise SavedError for the header's first difference from this run; skips arguments of None."""
+  """Raise SavedError for the first difference from this run; None for `arguments` skips shapes."""
   here = _here(mesh)
   saved = {field: header_text(header[field]) for field in VERSIONS}
   versions = [(field, f'install {field} {text}, or {_AGAIN}') for field, text in saved.items()]
   saved_mesh = 'x'.join(map(header_text, header['mesh'].values()))
-  # The platform is compared before versions: without a TPU, a missing libtpu is not the problem.
+  # The platform is compared before versions: on a machine without a TPU, "libtpu is missing" would
+  # mislead.
   for field, fix in (
     ('platform', _AGAIN),
     *versions,
@@ -277,7 +278,7 @@ def refuse_differences(
 def _differences(
   saved: Mapping[str, Any], wanted: Mapping[str, Any]
 ) -> Iterator[tuple[str, Any, Any]]:
-  """Yield (field, saved value, wanted value) for every difference, nested objects included."""
+  """Yield (field, saved value, wanted value) for every difference, also in nested objects."""
   for field in sorted({*saved, *wanted}, key=str):
     a, b = saved.get(field), wanted.get(field)
     if isinstance(a, Mapping) and isinstance(b, Mapping):
@@ -288,7 +289,7 @@ def _differences(
 
 
 def _signature(arguments: Any) -> dict[str, str]:
-  """Return each leaf's path -> its type and sharding: 'bfloat16[64,2048] PartitionSpec(...)'."""
+  """Map each leaf's path to its type and sharding, as 'bfloat16[64,2048] PartitionSpec(...)'."""
   leaves = jax.tree_util.tree_leaves_with_path(arguments)
   return {
     jax.tree_util.keystr(path): f'{x.dtype}[{",".join(map(str, x.shape))}] {_sharding(x)}'.rstrip()

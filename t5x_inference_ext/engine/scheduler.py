@@ -6,8 +6,8 @@
       for event in scheduler.step():
         ...
 
-One `step` takes what was submitted or cancelled, prefills prompts that wait, inserts them into free
-slots, starts a decode step, and returns the tokens of the step before. docs/life_of_a_request.md
+One `step` takes new submissions and cancellations, prefills waiting prompts, inserts them into free
+slots, starts a decode step, and returns the tokens of the previous step. docs/life_of_a_request.md
 follows one request through the scheduler.
 """
 
@@ -35,7 +35,7 @@ from t5x_inference_ext.text.vocabulary import Vocabulary
 
 
 class Scheduler:
-  """Runs requests through the slots of a model: the core that everything serves with.
+  """Serves requests in the slots of a model. Files, tasks, the server and Engine.stream all use it.
 
   A row gets the tokens that it would get alone: neither the sampling noise nor attention depends on
   the other rows. `submit` and `cancel` may be called from any thread; one thread at a time calls
@@ -46,7 +46,7 @@ class Scheduler:
     weights: Weights on that mesh.
     config: Sizes that the programs are compiled for.
     vocabulary: Needed by requests for text, with stop texts or with a grammar.
-    inbox: Where requests come in; None: a new one, of this process alone.
+    inbox: Queue of submissions and cancellations; None: a new one, for this process alone.
   """
 
   def __init__(
@@ -101,24 +101,26 @@ class Scheduler:
 
   @property
   def pages(self) -> tuple[int, int]:
-    """Number of the cache's pages that rows have for themselves, and of those they can have."""
+    """Number of the cache's own (not shared) pages in use, and their total."""
     return self._table.pool.held, self._table.pool.total
 
   def submit(self, request: Request | CheckedRequest) -> Handle:
     """Queue a request; return its handle. Any thread may call this, also during a step.
 
-    A request that `check` did not return is checked here, with the same errors.
+    A plain Request is checked first, with the errors of `check`; a CheckedRequest is not checked
+    again.
     """
     checked = request if isinstance(request, CheckedRequest) else self.check(request)
     return self._inbox.submit(*checked)
 
   def check(self, request: Request) -> CheckedRequest:
-    """Check a request, so that `submit` takes it at once. Any thread may call this.
+    """Check a request and make its matchers; `submit` then returns at once. Any thread may call it.
 
-    A grammar may take text.grammar_check.GRAMMAR_SECONDS.
+    Compiling a grammar may take up to text.grammar_check.GRAMMAR_SECONDS.
 
     Raises:
-      UserError: It does not fit the config, its grammar can't be used, or the extra is missing.
+      UserError: The request does not fit the config, its grammar can't be used, or the extra
+        [structured] is not installed.
     """
     request = admitted(request, self.config, self._table, self.model.config, self._vocabulary)
     return CheckedRequest(request, self._grammars.matchers(request.grammar, len(request.seeds)))
@@ -136,10 +138,11 @@ class Scheduler:
     return done
 
   def step(self) -> list[Event]:
-    """Take commands, prefill, insert, start to decode; return new tokens, and rows that ended.
+    """Take commands, prefill, insert rows, start decoding; return events of the previous step.
 
-    While rows decode, prefill runs at most `prefill_budget` positions, but always one chunk if no
-    row decodes. Then a decode step follows, or `decode_steps` if nothing waits or has a grammar.
+    While rows decode, prefill runs at most `prefill_budget` positions; if no row decodes, it runs
+    at least one chunk. Then one decode step follows, or `decode_steps` of them if no request waits
+    and no row has a grammar.
     """
     events = self._take_commands()
     self._fill_slots()
@@ -147,14 +150,14 @@ class Scheduler:
     if self._make_room(events):
       if any(row is not None and row.matcher is not None for row in self._table.rows):
         logits = self._decoder.decode_logits(self._table)
-        self._read(events, leave=0)  # tokens that masks follow, while the devices are at work
+        self._read(events, leave=0)  # the masks need these tokens; meanwhile the devices work
         self._decoder.choose_masked(self._table, logits)
         leave = 1
       else:
         steps = 1 if self._rows_wait and self._table.free else self.config.decode_steps
         self._decoder.decode(self._table, steps, until_free=self._rows_wait)
       self._free_full_slots()
-    # The devices work on the newest of single steps while the host reads the one before.
+    # With single steps, the devices run the newest while the host reads the previous one.
     self._read(events, leave=leave if self._table.busy else 0)
     if events and self.idle:
       for wrong in self.check_books():
@@ -162,7 +165,7 @@ class Scheduler:
     return events
 
   def check_books(self) -> list[str]:
-    """Return a sentence for each thing in the books of an idle scheduler that does not add up."""
+    """Return one sentence for each inconsistency in an idle scheduler's records; [] if none."""
     return wrong_books(
       self._table,
       self._prefixes.tree if self._prefixes is not None else None,
@@ -173,7 +176,7 @@ class Scheduler:
     )
 
   def _take_commands(self) -> list[Event]:
-    """Take submissions and cancellations; return the last events of cancelled rows."""
+    """Process submissions and cancellations; return the final events of cancelled rows."""
     events = []
     for command, handle in self._inbox.take():
       if (request := command.request) is not None:
@@ -224,7 +227,7 @@ class Scheduler:
       self._prefiller.wait()
 
   def _has_group(self) -> bool:
-    """Start a group of waiting prompts unless there is a group; return whether there is one now."""
+    """Start a group of waiting prompts if none is active; return whether one is active now."""
     if not self._prefiller.active and self._waiting:
       count = min(self.config.prefill_rows, len(self._waiting))
       group = [self._waiting.popleft() for _ in range(count)]
@@ -249,20 +252,20 @@ class Scheduler:
     return True
 
   def _make_room(self, events: list[Event]) -> bool:
-    """Give rows the pages for their next steps, preempting the youngest; return if any decodes."""
+    """Allocate pages for the next steps, preempting the youngest rows; return if a row decodes."""
     self._free_full_slots()
     while self._table.busy:
       slot = self._table.grow(self.config.decode_steps)
       if slot is None:
         return True
-      if self._decoder.under_way:  # rows that have ended make room
+      if self._decoder.under_way:  # rows that have ended may free pages
         self._read(events, leave=0)
       else:
         self._preempt(slot)
     return False
 
   def _preempt(self, slot: int) -> None:
-    """Move a row out of its slot. It waits again, first of all, to be computed anew."""
+    """Move a row out of its slot to the front of the queue; it will be prefilled again."""
     row = self._table.rows[slot]
     assert row is not None
     self._table.leave(slot)
@@ -272,15 +275,15 @@ class Scheduler:
     self._waiting.appendleft(Prompt(tokens, [row]))
 
   def _free_full_slots(self) -> None:
-    """Free the slots of rows whose last token is under way."""
+    """Free the slots of rows whose last token a started program will produce."""
     if self.config.decode_steps == 1:
       self._table.leave_all(lambda row: row.dispatched >= row.limit)
 
   def _read(self, events: list[Event], leave: int) -> None:
-    """Read new tokens of all programs under way but the last `leave`; add their events."""
+    """Read the new tokens of all running programs except the last `leave`; append their events."""
     for new in self._decoder.read(leave=leave):
       row = new.row
-      if row.finished:  # cancelled, or ended by a stop that the devices do not know
+      if row.finished:  # cancelled, or ended by a stop that only the host looks for
         continue
       if new.tokens or new.failed:
         events.append(row.add(new.tokens, new.log_probs, new.top, new.failed))

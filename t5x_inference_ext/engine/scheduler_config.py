@@ -1,4 +1,4 @@
-"""The sizes that a scheduler's programs are compiled for, and their choice for given requests."""
+"""The sizes that a scheduler's programs are compiled for, and how they follow from requests."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -12,16 +12,16 @@ from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.transformer import Model
 
 LENGTH_MULTIPLE = 32  # lengths and pages are whole tiles of an int8 cache
-SMALLEST_CHUNK = 16  # a prompt's last chunk is padded to a size of the list, at least this
-CHUNK_FACTOR = 4  # each size of a chunk is this many times the one before
-# A prefill pass reads all weights, which takes as long as so many positions of it: measured, 50 of
-# a small model on a CPU. On a TPU it is more.
+SMALLEST_CHUNK = 16  # the smallest size that a prompt's last chunk is padded to
+CHUNK_FACTOR = 4  # ratio of consecutive chunk sizes
+# A prefill pass reads all weights. This costs as much time as processing this many positions: 50 as
+# measured with a small model on a CPU, more on a TPU.
 PASS_POSITIONS = 64
-FIRST_READ = 512  # the least positions of a prompt's cache that a chunk reads, if it reads any
+FIRST_READ = 512  # the fewest cached positions that a chunk reads, unless it reads none
 READ_FACTOR = 4
-# Decode steps in one call where nobody waits for a single token: a file, a batch of T5X.
+# Decode steps in one call where no client waits for each token: prompt files, T5X batches.
 BATCH_DECODE_STEPS = 16
-PREFIX_BYTES = 2**28  # memory of each device for beginnings of prompts
+PREFIX_BYTES = 2**28  # bytes per device for cached prefixes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,22 +32,21 @@ class SchedulerConfig:
     slots: B, rows decoded together. The mesh must be able to split it (Model.padded_batch).
     max_length: Most tokens of a row: BOS, prompt and new tokens, not counting the last new one.
     page_size: S, positions of a page of the cache. A multiple of 32, the tile of an int8 cache.
-    pages: Pages of the cache, for each shard of the mesh that splits rows; None: as many as let
-      every slot hold `max_length`. With fewer, rows are preempted and recomputed when all pages are
-      in use.
-    page_reads: Most numbers of pages that decode steps read: there is a program for each.
-    shared_pages: Most pages with beginnings that several rows have, read once for all of them.
-    prefix_bytes: Memory of each device for beginnings of earlier prompts, which later prompts
-      reuse; 0: none are kept.
-    block_size: P, positions of a block of such a beginning. A multiple of 32 that divides
+    pages: Pages of the cache on each shard that splits rows; None: enough for `max_length` in every
+      slot. With fewer, rows are preempted and recomputed when all pages are in use.
+    page_reads: Maximum number of decode programs that differ in the number of pages they read.
+    shared_pages: Maximum number of pages with prefixes that several rows share; each is read once
+      for all rows.
+    prefix_bytes: Bytes per device for the prefix cache; 0: no prefix cache.
+    block_size: P, positions of a block of the prefix cache. A multiple of 32 that divides
       page_size.
     end_ids: Tokens that end a row, at most 4, unless its request says otherwise.
-    prefill_chunk: Most positions of each prompt in one prefill pass.
+    prefill_chunk: Maximum number of positions of each prompt in one prefill pass.
     prefill_rows: R, prompts that are prefilled together.
-    prefill_budget: Most positions prefilled between decode steps while rows decode.
+    prefill_budget: Maximum number of positions prefilled between two decode steps.
     decode_steps: Decode steps in one call of the compiled loop, when no request waits. With 1, the
       host starts each step before it reads the tokens of the one before.
-    top_log_probs: Most likely tokens that a request can ask for.
+    top_log_probs: Maximum number of most likely tokens per position that a request can ask for.
 
   Raises:
     RequestError: A number that is too small, or sizes that do not fit each other.
@@ -102,30 +101,30 @@ class SchedulerConfig:
 
   @property
   def pages_of_row(self) -> int:
-    """M, the pages of a row of max_length tokens."""
+    """M, the number of pages of a row of max_length tokens."""
     return -(-self.max_length // self.page_size)
 
   def pages_of_shard(self, shards: int) -> int:
-    """Return the pages of each shard, one of which belongs to no row."""
+    """Return the number of pages of each shard, including page 0, which belongs to no row."""
     if self.pages is not None:
       return self.pages
     return self.slots // shards * self.pages_of_row + 1
 
   def reads_of_pages(self, shards: int) -> list[int]:
-    """Return the numbers of first pages that decode programs read, in ascending order."""
+    """Return how many pages of each shard decode programs read, one per program, ascending."""
     pages = self.pages_of_shard(shards)
     sizes = (1 + (self.slots // shards << i) for i in range(self.page_reads - 1))
     return [*itertools.takewhile(lambda size: size < pages, sizes), pages]
 
   @property
   def shared_reads(self) -> list[int]:
-    """The numbers of first shared pages that decode programs read."""
+    """How many shared pages decode programs read, one number per program."""
     return [0, self.shared_pages] if self.shared_pages else [0]
 
   def logits_reads(self, shards: int) -> list[tuple[int, int]]:
-    """Return the pairs (first pages, first shared pages) that steps with grammars read.
+    """Return the pairs (pages, shared pages) that decode programs with grammars read.
 
-    They are few, to keep the programs few: every second number of pages, and all shared pages.
+    To keep the number of programs low: every second number of pages, and always all shared pages.
     """
     return [(read, self.shared_reads[-1]) for read in self.reads_of_pages(shards)[::-2][::-1]]
 
@@ -138,12 +137,12 @@ class SchedulerConfig:
 
   @property
   def prefill_reads(self) -> list[int]:
-    """The numbers of cached positions that chunks read, in ascending order."""
+    """How many cached positions prefill chunks read, one number per program, ascending."""
     sizes = (FIRST_READ * READ_FACTOR**i for i in itertools.count())
     return [0, *itertools.takewhile(lambda size: size < self.max_length, sizes), self.max_length]
 
   def programs_text(self, shards: int, *, grammars: bool = False) -> str:
-    """Return a line that names every program that requests can need, with its sizes.
+    """Return one line with every program that requests can need, and its sizes.
 
     Args:
       shards: Number of shards that split the rows of the cache.
@@ -166,7 +165,7 @@ class SchedulerConfig:
     )
 
   def covers(self, other: 'SchedulerConfig') -> bool:
-    """Return whether a scheduler of this config can do what one of `other` could."""
+    """Return whether a scheduler with this config can serve every request that `other` could."""
     sizes = 'slots', 'max_length', 'pages', 'shared_pages', 'prefix_bytes', 'top_log_probs'
     return (
       self.slots >= other.slots
@@ -184,8 +183,8 @@ class SchedulerConfig:
 def next_chunk(sizes: Sequence[int], left: int) -> int:
   """Return the size of the next chunk of a prompt that has `left` tokens left, at least 1.
 
-  This chunk and those after it cost least: 70 tokens become chunks of 64 and 16, not one of 256;
-  273 become 256 and 64, not 256, 16 and 16.
+  The chunks of a prompt are chosen for the least total cost: 70 tokens become chunks of 64 and 16,
+  not one of 256; 273 become 256 and 64, not 256, 16 and 16.
   """
   if left >= sizes[-1]:
     return sizes[-1]
@@ -194,7 +193,7 @@ def next_chunk(sizes: Sequence[int], left: int) -> int:
 
 @functools.cache
 def _cheapest_chunk(sizes: tuple[int, ...], left: int) -> tuple[int, int]:
-  """Return what the rest of a prompt costs, in positions, and the size of its first chunk."""
+  """Return the cost of a prompt's remaining tokens, in positions, and the next chunk's size."""
   if left <= 0:
     return 0, 0
   filled = [size for size in sizes if size <= left][-1:]
@@ -218,11 +217,11 @@ def config_for(
 
   Args:
     model: Decides which numbers of rows the mesh can split.
-    requests: All requests; or at least one of them, if `max_length` covers the others.
-    slots: Most rows decoded together. Fewer if there are fewer samples and `max_length` is not
-      given; rounded up for the mesh.
-    max_length: Room for BOS, a prompt and its new tokens but the last, at least.
-    share: Whether beginnings of prompts are kept for later prompts.
+    requests: All requests, or some of them if `max_length` is large enough for the rest.
+    slots: Maximum number of rows decoded together. Lowered to the number of samples unless
+      `max_length` is given; rounded up for the mesh.
+    max_length: Least number of positions of a row: BOS, prompt and new tokens except the last.
+    share: Whether to keep a prefix cache.
     **options: Other fields of SchedulerConfig.
 
   Raises:

@@ -1,4 +1,4 @@
-"""Scores and logits of given tokens, from Python."""
+"""Scores and logits of given tokens: the scoring methods of Engine."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -20,10 +20,10 @@ from t5x_inference_ext.model.weights import Weights
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
-  """A model with its weights on a mesh, which scores.
+  """Scores given tokens with a model whose weights are on a mesh.
 
   Attributes:
-    checkpoint: The checkpoint that the weights came from, and what was found in it.
+    checkpoint: The checkpoint that the weights were loaded from.
     model: Functions of the model, and the mesh.
     weights: Weights on the mesh.
   """

@@ -12,7 +12,7 @@ class ScoringExample(NamedTuple):
   """Tokens to score. All three arrays have length n, which differs between examples.
 
   Attributes:
-    inputs: [n] int32. Model inputs: what stands before each target, BOS first if there is one.
+    inputs: [n] int32. Model inputs: the token before each target; the first is BOS if there is one.
     targets: [n] int32. Token ids to score.
     weights: [n] float32. Weight of each log-probability; 0 ignores it.
   """
@@ -29,7 +29,7 @@ class ScoringExample(NamedTuple):
 
     Args:
       prompt: Token ids without BOS.
-      completion: Token ids to score: the last targets of the example.
+      completion: Token ids to score. They become the last targets.
       bos_id: The id in front of each prompt; None: the prompt is not empty, and its first token is
         no target.
     """
@@ -41,7 +41,7 @@ class ScoringExample(NamedTuple):
 
 
 def tokens_read(prompt: Sequence[int], completion: Sequence[int], bos_id: int | None) -> int:
-  """Return how many tokens a model reads to score a completion: all but the last, and BOS."""
+  """Return how many tokens a model reads to score a completion: BOS, and all but the last token."""
   return len(prompt) + len(completion) - (bos_id is None)
 
 

@@ -31,9 +31,9 @@ def when(flag: bool | jax.Array, function: Callable, otherwise: Callable, *opera
 def gumbel(
   seeds: UInt32[Array, ' B'], positions: Int[Array, ' B'], ids: Int[Array, 'B N'], vocab_size: int
 ) -> Float[Array, 'B N']:
-  """Return the Gumbel noise of some tokens of each row.
+  """Return the Gumbel noise of given tokens of each row.
 
-  The generator is Threefry with the key (seed, position), whatever jax's default generator is.
+  The generator is always Threefry with the key (seed, position); jax's default does not matter.
 
   Args:
     seeds: [B] uint32. Seeds of the sampling noise.
@@ -47,7 +47,8 @@ def gumbel(
   zeros = jnp.zeros_like(seeds)
   keys = threefry2x32_p.bind(seeds, zeros, positions.astype(jnp.uint32), zeros)
   first, second = (jnp.broadcast_to(k[:, None], ids.shape) for k in keys)
-  # One hash makes two words: one for an id in the lower half of the vocabulary, one for the upper.
+  # One hash makes two words: one for an id in the lower half of the vocabulary, one for an id in
+  # the upper half.
   half = (vocab_size + 1) // 2
   upper = ids >= half
   counter = jnp.where(upper, ids - half, ids).astype(jnp.uint32)
@@ -81,8 +82,8 @@ def _gumbel_of(bits: jax.Array) -> jax.Array:
 def first_of_largest(x: Float[Array, 'B V'], top: Float[Array, 'B 1']) -> Int[Array, ' B']:
   """Return [B] int32: the lowest id of the largest value `top` [B, 1] of each row of x [B, V].
 
-  The result is jnp.argmax's, which takes 7 times as long on CPU: XLA does not vectorize it. A row
-  without its largest value, as one of NaN, gets id 0.
+  The result equals jnp.argmax, which XLA does not vectorize on CPU: it takes 7 times as long. A row
+  in which no value equals `top`, such as a row of NaN, gets id 0.
   """
   ids = jnp.arange(x.shape[1], dtype=jnp.int32)[None, :]
   first = jnp.min(jnp.where(x == top, ids, x.shape[1]), axis=-1)
@@ -141,8 +142,8 @@ def draw_from_few(
   return jnp.take_along_axis(ids, at[:, None], axis=1)[:, 0]
 
 
-# One trial of draw_from_all: the row's token; whether every row's token is kept; and for each row
-# the tokens that may be tried next, and whether its token is kept.
+# State of draw_from_all after one trial: each row's token; whether all rows' tokens are kept; the
+# tokens that each row may try next; whether each row's token is kept.
 _Look = tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]
 
 

@@ -1,4 +1,4 @@
-"""A run of requests through a scheduler, as an iterator of events."""
+"""Serving of a list of requests by a scheduler, as an iterator of events."""
 
 from collections.abc import Iterable, Iterator
 import itertools
@@ -10,11 +10,11 @@ from t5x_inference_ext.engine.scheduler import Scheduler
 def serve(scheduler: Scheduler, requests: Iterable[Request]) -> Iterator[Event]:
   """Serve requests in order and yield their events, with requests numbered from 0.
 
-  Requests are taken shortly before they are needed. If the caller stops early, or a request does
-  not fit, the others are cancelled.
+  Requests are taken from the iterable shortly before they are needed. If the caller stops
+  iterating, or a request does not fit the scheduler, unfinished requests are cancelled.
 
   Args:
-    scheduler: The scheduler, which nothing else steps meanwhile.
+    scheduler: The scheduler. No other caller may step it meanwhile.
     requests: The requests.
 
   Raises:

@@ -1,7 +1,7 @@
-"""The host's books of shared pages: beginnings that several rows of the slots have.
+"""Allocation of shared pages, on the host: pages with prefixes that several rows share.
 
-Attention reads a shared page once for all rows. A page is named by its node in the prefix tree, the
-node of the last block on it: one node stands for one beginning.
+Attention reads a shared page once for all rows. A page is named by the prefix tree's node for the
+last block on it; such a node identifies the whole prefix up to the page's end.
 """
 
 from collections.abc import Sequence
@@ -11,9 +11,9 @@ import numpy as np
 
 
 class SharedPageBook:
-  """Gives out shared pages to beginnings, and counts the rows that use each.
+  """Allocates shared pages to prefixes, and counts the rows that use each page.
 
-  A page that no row uses keeps its beginning until the page is needed for another one.
+  A page that no row uses keeps its prefix until the page is needed for another prefix.
 
   Args:
     rows: B, the number of slots.
@@ -21,8 +21,8 @@ class SharedPageBook:
     page_size: S, positions of a page.
 
   Attributes:
-    visible: [B, NS] bool. Whether a row's beginning is on the page.
-    starts: [NS] int32. Position of the page's first position in its beginning.
+    visible: [B, NS] bool. Whether the page holds a part of the row's prefix.
+    starts: [NS] int32. Position in the prefix at which the page begins.
   """
 
   def __init__(self, rows: int, pages: int, page_size: int) -> None:
@@ -35,15 +35,15 @@ class SharedPageBook:
     self._clock = 0
 
   def take(self, row: int, names: Sequence[Any]) -> tuple[list[int], list[int]]:
-    """Give a row the pages of its beginning, as many as there are.
+    """Give a row shared pages for its prefix, as many as are available.
 
     Args:
       row: The row.
-      names: Names of the pages of the beginning, in order.
+      names: Names of the pages of the prefix, in order.
 
     Returns:
-      Pages that the row now uses, in order (possibly fewer than names), and the indices among them
-      of pages that must be written first.
+      Pages that the row now uses, in order (possibly fewer than names), and the indices in that
+      list of pages that must be written before they are read.
     """
     found: list[int] = []
     unwritten: list[int] = []
@@ -69,19 +69,19 @@ class SharedPageBook:
 
   @property
   def highest(self) -> int:
-    """The number of first pages that hold everything that rows use."""
+    """Number of shared pages, from the first on, that a program must read to see all in use."""
     used = np.flatnonzero(self.visible.any(axis=0))
     return int(used[-1]) + 1 if used.size else 0
 
   def check(self) -> list[str]:
-    """Return a sentence for each thing in the books that does not add up."""
+    """Return one sentence for each inconsistency in the records; [] if there is none."""
     named = {name: page for page, name in enumerate(self._names) if name is not None}
     if named != self._pages:
       return [f'{len(named)} shared pages have a name, and {len(self._pages)} names have a page']
     return []
 
   def _unused(self) -> int | None:
-    """Return a page that no row uses: a nameless one, else the least recently used one."""
+    """Return a page that no row uses: one without a name, else the least recently used; or None."""
     unused = np.flatnonzero(~self.visible.any(axis=0))
     if not unused.size:
       return None

@@ -1,4 +1,4 @@
-"""The parameters of one row of slots: arrays whose shapes are those of every other row."""
+"""The parameters of one row of slots, as arrays of the shapes that all rows of slots use."""
 
 from collections.abc import Sequence
 
@@ -22,15 +22,15 @@ def slot_row(
 ) -> RowParams:
   """Return the parameters of one row of slots, as numpy arrays [1, ...].
 
-  Shapes and features are those of any other row: programs that take them serve every request.
+  Shapes and features do not depend on the row, so one program serves every request.
 
   Args:
     sampling: Sampling parameters. The host finds their stop sequences.
     vocab_size: V.
     seed: Seed of the row's sampling noise.
     limit: Most new tokens.
-    end_ids: Ids that end the row. A negative id is none.
-    top: How many of the most likely tokens are wanted with each token, at most `top_width`.
+    end_ids: Ids that end the row. Negative ids are ignored.
+    top: Number of most likely tokens to return with each token, at most `top_width`.
     top_width: Width that all rows have; see RowParams.
 
   Raises:

@@ -1,9 +1,10 @@
-"""Decode steps of slots, as functions of the devices.
+"""Decode steps of slots, as device functions.
 
 `decode_steps` runs the model and chooses tokens, in a loop. While a row has a grammar, the host
-must read the row's last token to know which tokens may come next. A step is then two programs:
-`decode_logits` runs the model while the host reads tokens and makes masks, and `choose_masked`
-chooses. The devices do not wait for the host, nor the other rows for those with grammars.
+must read the row's last token to know which tokens may come next. A step then consists of two
+programs: `decode_logits` runs the model while the host reads tokens and makes masks, and
+`choose_masked` chooses. So the devices do not wait for the host, and rows without a grammar are not
+delayed.
 """
 
 import dataclasses
@@ -46,12 +47,12 @@ def decode_steps(
     slots: The slots.
     weights: Weights on the mesh.
     pages: Pages of the rows, with room for the steps.
-    alive: [B] bool. Slots that have a row. The others end: their rows were cancelled.
+    alive: [B] bool. Slots that have a row. Rows in other slots were cancelled and are ended.
     steps: Scalar int32. Steps to run, at most `most`.
     until_free: Scalar bool. Whether to stop as soon as a row ends.
-    most: N, steps that the output has room for. Static.
-    read: Pages of each shard that attention reads, the first ones. Static.
-    read_shared: Shared pages that attention reads, the first ones. Static.
+    most: N, maximum number of steps, for which the output has room. Static.
+    read: Number of pages of each shard that attention reads, from the first on. Static.
+    read_shared: Number of shared pages that attention reads, from the first on. Static.
   """
   before = dataclasses.replace(slots.state, ended=slots.state.ended | ~alive)
   count, top = len(before.ended), slots.rows.top_width
@@ -100,8 +101,8 @@ def decode_logits(
     weights: Weights on the mesh.
     pages: Pages of the rows, with room for the step.
     alive: [B] bool. Slots that have a row.
-    read: Pages of each shard that attention reads, the first ones. Static.
-    read_shared: Shared pages that attention reads, the first ones. Static.
+    read: Number of pages of each shard that attention reads, from the first on. Static.
+    read_shared: Number of shared pages that attention reads, from the first on. Static.
 
   Returns:
     The slots with the rows' last tokens in the cache, and logits [B, V] float32.
@@ -123,7 +124,7 @@ def choose_masked(
     model: Decides mesh and layouts.
     slots: The slots.
     logits: [B, V] float32.
-    alive: [B] bool. Slots that have a row. The others end.
+    alive: [B] bool. Slots that have a row. Rows in other slots are ended.
     masks: Tokens that the rows' grammars allow next.
   """
   before = dataclasses.replace(slots.state, ended=slots.state.ended | ~alive)
@@ -137,7 +138,7 @@ def choose_masked(
 def _with_pages(
   model: Model, weights: Weights, cache: PagedCache, pages: SlotPages, read: int, read_shared: int
 ) -> PagedCache:
-  """Return the cache with the pages that rows now have, of which attention reads the first ones."""
+  """Return the cache with new page tables; attention reads its first `read` pages."""
   shared = cache.shared
   if shared is not None:
     shared = dataclasses.replace(shared, visible=pages.visible, starts=pages.shared_starts)
@@ -159,7 +160,7 @@ def _logits(
   """Return the logits [B, V] after each row's last token, and the cache with this token in it."""
   lengths = cache.lengths
   logits, cache = model.decode_step(weights, cache, state.tokens)
-  # A free slot's keys go beyond its length, where the next step overwrites them.
+  # For a free slot, the new keys are written after its end, where the next step overwrites them.
   lengths = jnp.where(state.ended, lengths, cache.lengths)
   return logits, dataclasses.replace(cache, lengths=lengths)
 
@@ -167,8 +168,8 @@ def _logits(
 def _after(
   model: Model, weights: Weights, before: Slots, cache: PagedCache, state: DecodeState
 ) -> Slots:
-  """Return the slots after steps, with the shardings and static fields that they had before."""
-  # Neither may change: they decide which programs take the slots.
+  """Return the slots after decode steps, with the shardings and static fields of `before`."""
+  # Shardings and static fields select the compiled program, so they must not change.
   cache, state = constrain_cache(model, cache, weights), constrain_state(model, state)
   was = before.cache
   cache = dataclasses.replace(cache, read=was.read, read_shared=was.read_shared)

@@ -1,4 +1,4 @@
-"""The host's books of the slots: which row is in which, and which pages of the cache it has."""
+"""Allocation of slots, on the host: which row is in which slot, and which cache pages it has."""
 
 from collections.abc import Callable, Hashable, Sequence
 
@@ -19,8 +19,8 @@ class SlotTable:
     shards: Number of shards that split the rows of the cache.
 
   Attributes:
-    pool: The pages that rows have for themselves.
-    shared: The pages of beginnings that several rows have.
+    pool: Allocation of the pages that belong to one row each.
+    shared: Allocation of the pages with prefixes that several rows share.
     alive: [B] bool. Whether the slot has a row.
   """
 
@@ -40,7 +40,7 @@ class SlotTable:
 
   @property
   def free(self) -> int:
-    """How many slots have no row."""
+    """Number of slots without a row."""
     return self.alive.size - int(self.alive.sum())
 
   def fits(self, length: int) -> bool:
@@ -48,7 +48,7 @@ class SlotTable:
     return self.pool.pages_of(length) < self.pool.pages
 
   def page_names(self, path: Sequence[Hashable]) -> Sequence[Hashable]:
-    """Return the names of the pages that a beginning fills, given the nodes of its blocks."""
+    """Return the names of the pages that a prefix fills, given the nodes of its blocks."""
     return path[self._blocks_of_page - 1 :: self._blocks_of_page]
 
   def find_slot(self, length: int) -> int | None:
@@ -62,8 +62,8 @@ class SlotTable:
       return None
     slot = min(map(int, slots), key=lambda s: (-self.pool.free_pages(self.pool.shard(s)), s))
     shard = self.pool.shard(slot)
-    # Pages in reserve for half of the shard's other rows, so that rows are not moved out again at
-    # once; a row alone needs none.
+    # Keep a free page for every second other row of the shard, so that entering does not soon cause
+    # a preemption. A row that is alone needs no reserve.
     others = sum(self.rows[row] is not None for row in self.pool.rows(shard))
     needed = self.pool.pages_of(length)
     if others:
@@ -71,13 +71,13 @@ class SlotTable:
     return slot if needed <= self.pool.free_pages(shard) else None
 
   def enter(self, slot: int, row: Row, length: int, names: Sequence[Hashable]) -> list[int]:
-    """Put a row into a slot; return which of its shared pages must be written, as indices.
+    """Put a row into a slot; return the indices of its shared pages that must be written.
 
     Args:
       slot: From find_slot.
       row: The row.
       length: Positions that the row needs at once.
-      names: Names of the pages of its beginning that other rows have too.
+      names: Names of the pages of the prefix that it shares with other rows.
     """
     found, unwritten = self.shared.take(slot, names)
     self.pool.begin(slot, len(found))
@@ -108,7 +108,7 @@ class SlotTable:
     )
 
   def pages(self) -> SlotPages:
-    """Return the pages of all rows, as decode programs take them."""
+    """Return the page tables of all rows, in the form that decode programs take."""
     pool = self.pool
     arrays = pool.table, pool.owners, pool.starts, self.shared.visible, self.shared.starts
     return SlotPages(*(array.copy() for array in arrays))
@@ -126,7 +126,7 @@ class SlotTable:
         self.leave(slot)
 
   def grow(self, steps: int) -> int | None:
-    """Give every row the pages for its next decode steps.
+    """Allocate the pages for every row's next decode steps.
 
     Args:
       steps: Most decode steps of the next program.
@@ -149,7 +149,7 @@ class SlotTable:
     return row.handle.index, row.sample
 
   def check(self) -> list[str]:
-    """Return a sentence for each thing in the books that does not add up."""
+    """Return one sentence for each inconsistency in the records; [] if there is none."""
     wrong = self.pool.check() + self.shared.check()
     if [row is not None for row in self.rows] != self.alive.tolist():
       wrong.append('slots with rows and slots that are alive differ')

@@ -1,6 +1,6 @@
 """Decode slots: rows of one paged cache that prompts enter and leave while the other rows go on.
 
-The module holds the functions of the devices; engine/programs.py compiles them, and
+The module holds device functions; engine/programs.py compiles them, and
 engine/decoder.py and engine/prefilling.py call them.
 """
 
@@ -35,7 +35,7 @@ from t5x_inference_ext.model.weights import Weights
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Slots:
-  """B rows, each in use or free. A free row is marked as ended.
+  """B slots, each of which holds a row or is free. A free slot is marked as ended.
 
   Attributes:
     cache: Keys and values of each row's tokens, except its last token.
@@ -53,9 +53,9 @@ class StepsOutput(NamedTuple):
 
   Attributes:
     chosen: Chosen tokens of each step, [N, B] and [N, B, top]; 0 for rows that had ended.
-    counts: [B] int32. In how many of the N steps the row got a token; these steps come first.
+    counts: [B] int32. Number of tokens that the row got: one in each of the first `counts` steps.
     ended: [B] bool. Whether the row has ended after the N steps.
-    failed: [B] bool. Whether it has ended because no token could be chosen.
+    failed: [B] bool. Whether the row has ended because no token could be chosen.
   """
 
   chosen: ChosenTokens
@@ -65,7 +65,7 @@ class StepsOutput(NamedTuple):
 
 
 class SlotPages(NamedTuple):
-  """Which pages rows have, as the host says: see model.pages.PagedCache.
+  """The rows' page tables, as the host allocated them; see model.pages.PagedCache for the fields.
 
   Attributes:
     table: [B, M] int32.
@@ -86,11 +86,11 @@ class RowPages(NamedTuple):
   """Pages of a row that enters a slot.
 
   Attributes:
-    own: [M] int32. Pages of the row alone, by their place in the row.
-    first: Scalar int32. Place of the first of them: the pages before are shared ones.
-    shared: [M] int32. Shared pages, by their place in the row.
-    shared_begin: Scalar int32. Place of the first shared page to write.
-    shared_end: Scalar int32. Place after the last shared page to write.
+    own: [M] int32. The row's own pages, by page index in the row.
+    first: Scalar int32. Page index of the first own page; earlier pages are shared.
+    shared: [M] int32. Shared pages, by page index in the row.
+    shared_begin: Scalar int32. Page index of the first shared page to write.
+    shared_end: Scalar int32. Page index after the last shared page to write.
   """
 
   own: Any
@@ -108,7 +108,7 @@ def empty_slots(
   Args:
     model: Decides mesh and layouts.
     weights: Weights, for their shapes and shardings.
-    row: [1] Parameters with the structure and shapes that all rows have.
+    row: [1, ...]. Parameters of any row; all rows have their structure and shapes.
     config: Sizes of the slots.
     shards: Number of shards that split the rows.
   """
@@ -149,16 +149,16 @@ def insert(
     model: Decides mesh and layouts.
     slots: The slots. `slot` must be free.
     weights: Weights, for their shapes and shardings.
-    prompts: Prefilled prompts. They stay there: a prompt may enter several slots.
-    place: Row of `prompts`.
+    prompts: Prefilled prompts. They are copied, not moved: a prompt may enter several slots.
+    place: Index of the prompt in `prompts`.
     slot: Slot to enter.
     pages: Pages of the row.
     row_params: [1] Parameters of the row.
     prompt: [1, T] int32. The whole prompt, BOS first. Only penalties read it.
     length: Scalar int32. Number of valid tokens in `prompt`.
-    generated: Scalar int32. How many of its last tokens the row generated itself, before it was
+    generated: Scalar int32. How many of the last tokens in `prompt` the row generated before it was
       preempted.
-    masks: [1] Tokens that the row's grammar allows next; None: no row has a grammar.
+    masks: [1, ...]. Tokens that the row's grammar allows next; None: no row has a grammar.
   """
   one = cache_rows.gather_cache_row(model.prefilling, prompts.cache, weights, place)
   # The decode layout may repeat and pad key heads differently from the prefill layout.
@@ -184,6 +184,6 @@ def insert(
 
 
 def replicated(model: Model, tree: Any) -> Any:
-  """Make arrays whole on every device: every process can read them, and no step moves them."""
+  """Replicate arrays on every device, so that every process can read them."""
   whole = NamedSharding(model.mesh, P())
   return jax.tree.map(lambda x: lax.with_sharding_constraint(x, whole), tree)

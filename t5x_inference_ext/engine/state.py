@@ -37,7 +37,8 @@ class RowParams:
     limits: [B] int32. Most new tokens of each row.
     end_ids: [B, N] int32. Tokens that end the row, such as EOS; -1 never does.
     top: [B] int32. How many of the most likely tokens each row wants with each chosen token.
-    top_width: Most likely tokens that are returned for all rows, if any row wants some. Static.
+    top_width: Number of most likely tokens that are returned for every row, if any row wants some.
+      Static.
   """
 
   sampling: SamplingArrays
@@ -61,8 +62,8 @@ class DecodeState:
       not finite, or every token was forbidden.
     recent: [B, M] int32. The last M generated tokens, where M is the length of the longest stop
       sequence that a row may have.
-    history: [B, V] int32. For each token twice the times that the row generated it, plus 1 if the
-      prompt has it; None in programs without penalties. Counted only while some row has penalties.
+    history: [B, V] int32. For each token, 2 x how often the row generated it, plus 1 if it is in
+      the prompt. None in programs without penalties. Counted only while some row has penalties.
   """
 
   tokens: jax.Array
@@ -106,8 +107,8 @@ def initial_state(
     prompts: [B, T] int32. Model inputs, BOS first. Penalties do not count BOS.
     lengths: [B] int32. Number of valid tokens in each prompt, BOS included.
     vocab_size: V.
-    generated: [B] int32. How many of each row's last tokens the row generated before: the row goes
-      on as if it had never stopped. None: none.
+    generated: [B] int32. How many of the last tokens of `prompts` each row generated before it was
+      preempted; None: 0. Such a row goes on as if it had never stopped.
   """
   count, features = prompts.shape[0], rows.sampling.features
   generated = jnp.zeros(count, jnp.int32) if generated is None else generated
@@ -162,7 +163,7 @@ def advance(
     state: State before the step.
     logits: [B, V] float32.
     positions: [B] int32. Position of the chosen token in its row; BOS is at 0.
-    model: Decides the mesh, whose devices choose the tokens of their own rows; None: no mesh.
+    model: Gives the mesh; each device chooses the tokens of its own rows. None: no mesh.
     masks: Tokens that grammars allow; None: no row has a grammar.
 
   Returns:
@@ -170,14 +171,15 @@ def advance(
   """
   choose_own: Callable[..., tuple[ChosenTokens, jax.Array | None]] = _choose_tokens
   if model is not None and (axes := model.sampling_axes(len(logits))):
-    # XLA's partitioner would gather all logits on every device for a top_k.
+    # Without shard_map, XLA's partitioner would gather all logits on every device for a top_k.
     choose_own = jax.shard_map(
       _choose_tokens, mesh=model.mesh, in_specs=P(axes), out_specs=P(axes), check_vma=False
     )
   chosen, history = choose_own(rows, state, logits, positions, masks)
   live, drawn = ~state.ended, chosen.tokens
   if model is not None:
-    # Whole on every device, as the next step's embedding needs them; the state then is, too.
+    # Replicate the tokens, as the next step's embedding needs them. The state that follows from
+    # them is then replicated, too.
     drawn = jax.lax.with_sharding_constraint(drawn, NamedSharding(model.mesh, P()))
   tokens, made = jnp.maximum(drawn, 0), drawn >= 0
   counts, recent = state.counts + made, state.recent
@@ -189,7 +191,8 @@ def advance(
     end |= _ends_in_stop(jnp.asarray(rows.sampling.stop), recent) & ~_early(rows, state)
   failed, ended = state.failed | (live & ~made), state.ended | end
   if model is not None:
-    # A loop's condition reads them: split ones would take an all-reduce in every step.
+    # A loop's condition reads `counts` and `ended`: if they were split, each step would need an
+    # all-reduce.
     whole = NamedSharding(model.mesh, P())
     counts, ended = jax.lax.with_sharding_constraint((counts, ended), whole)
   state = DecodeState(tokens, counts, ended, failed, recent, history)
@@ -208,9 +211,9 @@ def _choose_tokens(
   positions: jax.Array,
   masks: TokenMasks | None,
 ) -> tuple[ChosenTokens, jax.Array | None]:
-  """Return the chosen tokens, -1 for rows that get none, and the history with them.
+  """Return the chosen tokens (-1: none could be chosen) and the history with them counted.
 
-  The arguments may be those of some of the rows.
+  Under shard_map, the arguments are those of the device's own rows.
   """
   live, early = ~state.ended, _early(rows, state)
   features = live_features(rows.sampling, live, early, logits.shape[1])
@@ -222,7 +225,7 @@ def _choose_tokens(
   tokens, allowed = choose_tokens(
     logits, top, rows.sampling, features, restrictions, rows.seeds, positions
   )
-  # As jax.nn.logsumexp. Logits that are not finite make it NaN or infinite.
+  # Computed as in jax.nn.logsumexp. Logits that are not finite make the result NaN or infinite.
   normalizer = top[:, 0] + jnp.log(jnp.sum(jnp.exp(logits - top), axis=-1))
   made = live & allowed & jnp.isfinite(normalizer)
   chosen = _told(rows, jnp.where(made, tokens, 0), made, logits, normalizer)
@@ -234,7 +237,7 @@ def _choose_tokens(
 
 
 def _add_tokens(history: jax.Array, tokens: jax.Array, made: jax.Array) -> jax.Array:
-  """Count the tokens [B] of rows that made one in their histories [B, V]."""
+  """Count tokens [B] in the rows' histories [B, V]; rows where `made` is false are skipped."""
   return jax.vmap(lambda row, token, n: row.at[token].add(n))(history, tokens, 2 * made)
 
 

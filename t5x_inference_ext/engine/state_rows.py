@@ -1,7 +1,7 @@
 """Placement of the rows' parameters and state on a mesh.
 
-Every device has all of them except the history of tokens [B, V], which is split by rows as logits
-are.
+All arrays are replicated, except the history of tokens [B, V], which is split by rows like the
+logits.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ def state_shardings(model: Model, state: DecodeState) -> DecodeState:
 
 
 def constrain_state(model: Model, state: DecodeState) -> DecodeState:
-  """Give a state's arrays one sharding in every program; no step then moves them."""
+  """Constrain a state's arrays to one sharding in all programs, so that no step moves them."""
   return jax.tree.map(lax.with_sharding_constraint, state, state_shardings(model, state))
 
 
@@ -46,8 +46,8 @@ def put_state_row(
     rows: Parameters of B rows.
     states: State of B rows.
     slot: Scalar int32. Number of the row.
-    row: [1] Its parameters.
-    state: [1] Its state.
+    row: [1, ...]. The row's new parameters.
+    state: [1, ...]. The row's new state.
   """
 
   def put(x: jax.Array, new: jax.Array) -> jax.Array:

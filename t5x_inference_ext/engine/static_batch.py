@@ -62,21 +62,22 @@ def generate_batch(
     tokens: [B, T] int32. Model inputs: BOS, then the prompt, then padding.
     lengths: [B] int32. Number of valid tokens in each row; at least 1.
     seeds: [B] uint32. Seed of each row's sampling noise.
-    sampling_arrays: Sampling parameters of each row, or None: `sampling` for all.
+    sampling_arrays: Sampling parameters of each row; None: `sampling` for all rows.
     limits: [B] int32. Most new tokens of each row, at most `max_new_tokens`; None:
       `max_new_tokens`.
     end_ids: [B, N] int32. Tokens that end each row, -1 for none; None: `eos_id` for all.
-    sampling: Sampling parameters of all rows, compiled in. Ignored if `sampling_arrays` is given.
+    sampling: Sampling parameters of all rows, constants of the program. Ignored if
+      `sampling_arrays` is given.
     max_new_tokens: Most new tokens of any row.
     eos_id: Token that ends a row; -1 never does. Ignored if `end_ids` is given.
     cache_size: S, positions of each row's cache. At least T, and at least each row's length +
       max_new_tokens - 1: the last token is not fed back.
-    max_length: Also ends a row when its prompt and new tokens, BOS not counted, are this many: the
-      limit that T5X has.
-    prefill_chunk: Most positions of the prompts in one pass; None: all.
+    max_length: A row also ends when its prompt and new tokens together, without BOS, reach this
+      number, as in T5X.
+    prefill_chunk: Maximum number of prompt positions in one pass; None: all.
 
   Returns:
-    The generated rows, whole on every device.
+    The generated rows, replicated on every device.
   """
   count = tokens.shape[0]
   if sampling_arrays is None:

@@ -1,4 +1,4 @@
-"""Generation of a static batch from Python: arguments checked, one program run, rows returned."""
+"""Generation of a static batch from Python: checks arguments, runs one program, returns rows."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -24,8 +24,8 @@ from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
 from t5x_inference_ext.options import is_whole
 
-# Cache positions and new tokens are rounded up to it: on v4 a cache whose positions are no multiple
-# takes up to 1.7 times as long to read, and similar limits share a program.
+# Cache positions and new tokens are rounded up to a multiple of this. On v4, a cache of any other
+# size takes up to 1.7 times as long to read; and similar limits then share a program.
 SIZE_MULTIPLE = 8
 
 
@@ -33,12 +33,12 @@ class StaticOptions(NamedTuple):
   """Options of a static batch; see Engine.generate.
 
   Attributes:
-    bos_id: Token that is put in front of each prompt; None: none is.
+    bos_id: Token that is put in front of each prompt; None: no token is.
     end_ids: Tokens that end a row.
-    cache_size: Cache positions of each row, or None.
+    cache_size: Cache positions of each row; None: as many as needed.
     prompt_size: Length that prompts are padded to, or None.
-    max_length: Most tokens of prompt and completion, or None.
-    prefill_chunk: Most positions of the prompts in one pass, or None.
+    max_length: Maximum number of tokens of prompt and completion together, or None.
+    prefill_chunk: Maximum number of prompt positions in one pass; None: all.
   """
 
   bos_id: int | None
@@ -88,7 +88,7 @@ def generate_static(
   # The last generated token is never fed back, so it takes no position.
   size = max(tokens.shape[1], options.cache_size or tokens.shape[1] + max(limits) - 1)
   own: dict[str, Any] = {}
-  if executable is None:  # one program for any values of what is data
+  if executable is None:  # one program, whatever the values of its array arguments
     own = dict(
       sampling_arrays=stacked,
       end_ids=end_id_array(options.end_ids, len(prompts)),
@@ -101,7 +101,7 @@ def generate_static(
   else:
     if len(options.end_ids) > 1:
       raise RequestError(
-        f'the executable {executable.path} knows one token that ends a row, not '
+        f'the executable {executable.path} supports one token that ends a row, not '
         f'{len(options.end_ids)}: give eos_id'
       )
     compiled, ends, most = params[0], [*options.end_ids, -1][0], max(limits)

@@ -9,10 +9,10 @@ class PrefixStats:
 
   Attributes:
     queries: Prompts that were looked up.
-    hits: Prompts of which a beginning was found.
+    hits: Prompts of which a prefix was found.
     query_tokens: Tokens of the prompts that were looked up.
     hit_tokens: Tokens that were found.
-    bytes: Bytes that the cached beginnings take on each device.
+    bytes: Bytes of the cached prefixes on each device.
   """
 
   queries: int = 0
@@ -29,11 +29,11 @@ class SchedulerStats:
   Attributes:
     prefilled: Positions that prefill passes processed, padding included.
     prompt_tokens: Prompt tokens among the prefilled positions.
-    decoded: Decode steps times slots.
+    decoded: Number of decode steps times number of slots.
     generated: Tokens that decode steps added to rows. A row's first token comes from its prefill
       and is not counted.
-    preempted: Rows that left their slot for others and were computed again.
-    prefixes: Use of the prefix cache.
+    preempted: Rows that were moved out of their slot for other rows, to be computed again.
+    prefixes: Counters of the prefix cache.
   """
 
   prefilled: int = 0

@@ -1,4 +1,4 @@
-"""Requests that any number of threads follow; whichever thread waits runs the scheduler."""
+"""Streams of events for any number of threads: one of the waiting threads steps the scheduler."""
 
 import asyncio
 import collections
@@ -8,16 +8,16 @@ import threading
 from t5x_inference_ext.engine.request import Event, Handle, Request, RequestState
 from t5x_inference_ext.engine.scheduler import Scheduler
 
-# How long a thread waits for the one that steps before it looks again, in seconds. Every step wakes
-# all threads: this is for the case that the stepping thread has taken its last event and gone.
+# How long, in seconds, a waiting thread sleeps before it looks whether to step itself. Every step
+# wakes all threads; the timeout matters if the stepping thread got its last event and stopped.
 WAIT_SECONDS = 0.05
 
 
 class Stream:
   """The events of some requests, in order, with the requests numbered from 0.
 
-  Iterate over it, or `async for` over it: that does not block the event loop. Closing it, or
-  dropping it, cancels the requests that have not ended.
+  Iterate over a stream with `for`, or with `async for`, which does not block the event loop.
+  Closing or dropping the stream cancels the requests that have not ended.
 
   Attributes:
     handles: The requests in their scheduler.
@@ -71,7 +71,7 @@ class Stream:
 
 
 class Streams:
-  """The streams of one scheduler, which nothing else steps.
+  """The streams of one scheduler; no other caller may step it.
 
   Args:
     scheduler: The scheduler.
@@ -81,27 +81,28 @@ class Streams:
     self.scheduler = scheduler
     self._stepping = threading.Lock()
     self._changed = threading.Condition()
-    # For each unfinished request, where its events go, its number there, and its handle.
+    # Index of each unfinished request -> (queue of its events, its number in the stream, its
+    # handle).
     self._listeners: dict[int, tuple[collections.deque[Event], int, Handle]] = {}
 
   def open(self, requests: Sequence[Request]) -> Stream:
     """Submit requests, and return their events.
 
     Raises:
-      RequestError: A request does not fit the scheduler. None is served.
+      RequestError: A request does not fit the scheduler; then no request is served.
     """
     return Stream(self, requests)
 
   def submit(self, request: Request, events: collections.deque[Event], number: int) -> Handle:
     """Submit a request whose events, with the request numbered `number`, go to `events`."""
-    checked = self.scheduler.check(request)  # may take seconds, in which others are served
+    checked = self.scheduler.check(request)  # may take seconds; other requests are served meanwhile
     with self._changed:  # the request must have a listener before its first event
       handle = self.scheduler.submit(checked)
       self._listeners[handle.index] = events, number, handle
     return handle
 
   def wait(self, events: collections.deque[Event]) -> Event:
-    """Return the next of some events. Steps the scheduler unless another thread does."""
+    """Return the next event of a stream. Steps the scheduler unless another thread does."""
     while True:
       if self._stepping.acquire(blocking=False):
         try:

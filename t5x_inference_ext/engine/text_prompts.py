@@ -1,4 +1,4 @@
-"""Prompts that are texts, and the texts of completions."""
+"""Tokens of text prompts, and texts of completions."""
 
 from collections.abc import Sequence
 
@@ -15,10 +15,10 @@ TextOrIds = str | Sequence[int]
 def encode_prompts(
   prompts: Sequence[TextOrIds], vocabulary: Vocabulary | None
 ) -> tuple[list[Sequence[int]], list[bool]]:
-  """Return the token ids of prompts, and which of the prompts are texts.
+  """Return the token ids of prompts, and for each whether it was a text.
 
   Raises:
-    RequestError: There are texts and no vocabulary, or a text that has no ids.
+    RequestError: There are texts but no vocabulary, or a text is not valid Unicode.
   """
   found = plain(prompts)
   if not isinstance(found, list) or not any(isinstance(prompt, str) for prompt in found):

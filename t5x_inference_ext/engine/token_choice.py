@@ -2,8 +2,8 @@
 
 A row's choice depends only on its own logits, seed, position, parameters and earlier tokens. A
 feature that no row of a batch uses is skipped: when the program is compiled, if
-SamplingArrays.features says so, or else by a conditional when it runs. The conditional that greedy
-batches take returns the chosen tokens alone: one that returned logits would copy them.
+SamplingArrays.features says so, or else by a conditional when it runs. The conditional around the
+draw returns only the chosen tokens: a conditional that returned logits would copy them.
 """
 
 import functools
@@ -24,14 +24,14 @@ from t5x_inference_ext.engine.sampling_arrays import (
 )
 from t5x_inference_ext.engine.selection import when
 
-# Numbers of candidates that a program for any parameters can draw from.
+# The numbers of candidates that a program for slots can draw from.
 CANDIDATES = (MAX_CANDIDATES // 4, MAX_CANDIDATES)
 
 
 def live_features(
   rows: SamplingArrays, live: Bool[Array, ' B'], early: Bool[Array, ' B'], vocab_size: int
 ) -> SamplingFeatures:
-  """Return the features that live rows use: those compiled in, or scalars.
+  """Return the features that live rows use: the static ones of `rows`, or traced scalars.
 
   Args:
     rows: Sampling parameters.
@@ -74,12 +74,12 @@ class TokenMasks(NamedTuple):
 
 
 class Restrictions(NamedTuple):
-  """What earlier tokens mean for the choice of the next one.
+  """Restrictions on the next token that follow from the row's earlier tokens.
 
   Attributes:
-    history: [B, V] int32. For each token twice the times that the row generated it, plus 1 if the
-      prompt has it; None if no row has penalties.
-    forbidden: [B, N] int32. Ids that may not be chosen; a negative id is none.
+    history: [B, V] int32. For each token, 2 x how often the row generated it, plus 1 if it is in
+      the prompt; None if no row has penalties.
+    forbidden: [B, N] int32. Ids that may not be chosen; negative ids are ignored.
     masks: Tokens that grammars allow; None if no row has a grammar.
   """
 
@@ -103,8 +103,8 @@ def choose_tokens(
     logits: [B, V] float32.
     top: [B, 1] float32. The largest logit of each row.
     rows: Sampling parameters.
-    features: What the live rows use. Rows that use anything else get any token.
-    restrictions: What earlier tokens mean for the choice.
+    features: Features that the live rows use. Rows that use other features get arbitrary tokens.
+    restrictions: See Restrictions.
     seeds: [B] uint32. Seeds of the sampling noise.
     positions: [B] int32. Position of the chosen token in its row.
 
@@ -112,7 +112,7 @@ def choose_tokens(
     Tokens [B] int32, and [B] bool: whether any token was allowed.
   """
   changes = features.penalties | features.min_new_tokens | features.bias
-  if features.masked is not False:  # programs without masks are those of before, to the letter
+  if features.masked is not False:  # programs without grammars contain no trace of masks
     changes |= features.masked
 
   def changed(logits: jax.Array) -> jax.Array:
@@ -134,8 +134,9 @@ def choose_tokens(
   def greedy(logits: jax.Array, top: jax.Array) -> tuple[jax.Array, jax.Array]:
     return selection.first_of_largest(logits, top), jnp.ones(len(logits), bool)
 
-  # Most batches are greedy, or sample from unchanged logits. A conditional around the draw as well
-  # as around the changes would compile the draw twice: it is most of a program's compilation.
+  # Most batches are greedy, or sample from unchanged logits. If a conditional around the changes
+  # also contained the draw, the draw would be compiled twice, and it takes most of a program's
+  # compile time.
   return when(changes | features.sampled, anything, greedy, logits, top)
 
 
@@ -156,7 +157,8 @@ def penalize(
   repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
   penalized = jnp.where(history > 0, repeated, logits)
   penalized = penalized - frequency * generated - jnp.where(generated > 0, presence, 0)
-  # A penalty alone makes no logit infinite: infinite ones have no order, and -inf is forbidden.
+  # Clip, so that a penalty makes no logit infinite: infinite logits have no order, and -inf means
+  # forbidden.
   return jnp.where(jnp.isinf(logits), logits, jnp.clip(penalized, -LARGEST, LARGEST))
 
 

@@ -1,4 +1,4 @@
-"""Compilation of everything that a scheduler can run, before the first request comes."""
+"""Compilation of every program that a scheduler can run, before the first request arrives."""
 
 from collections.abc import Callable
 import time
@@ -13,8 +13,8 @@ class CompiledProgram(NamedTuple):
   Attributes:
     name: Function of engine/programs.py.
     sizes: Static sizes of this program, by name.
-    seconds: Time that its first run took: compiling it, or reading it from jax's persistent
-      compilation cache, and running it on nothing.
+    seconds: Duration of its first run, on empty inputs, including compilation or reading from jax's
+      persistent compilation cache.
   """
 
   name: str

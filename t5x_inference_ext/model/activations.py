@@ -1,4 +1,4 @@
-"""The nonlinearities of MLPs, by ModelConfig.mlp."""
+"""The nonlinearity of each kind of MLP (ModelConfig.mlp)."""
 
 from collections.abc import Callable
 import functools
@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-# The function of the gate, or of the only input matrix.
+# Kind of MLP -> its nonlinearity, applied to the gate, or to the only input product.
 _FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   'swiglu': jax.nn.swish,
   'geglu': functools.partial(jax.nn.gelu, approximate=True),
@@ -23,7 +23,7 @@ _FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def activate(mlp: str, linear: jax.Array, gate: jax.Array | None = None) -> jax.Array:
-  """Return f(gate) * linear, or f(linear) of an MLP without a gate.
+  """Return f(gate) * linear, or f(linear) for an MLP without a gate.
 
   Args:
     mlp: One of features.MLPS.

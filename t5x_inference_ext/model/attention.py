@@ -1,7 +1,7 @@
 """Attention of new tokens over a cached context and over themselves, with one softmax.
 
 This is the paper's section 3.3. All shapes are those of one shard: rows b, query heads h, key heads
-k, head dimension q. There are t new tokens; the shard has the keys and values of all of them, and
+k, head dimension q. There are t new tokens. The shard has the keys and values of all t tokens, and
 the queries of m of them.
 """
 
@@ -45,9 +45,9 @@ def attend(
 
   Args:
     q: [b, m, h, q]. Queries, rotated, not yet scaled.
-    k: [b, t, k, q]. Rotated keys, rounded as the cache holds them, so that results do not depend on
-      the sizes of chunks.
-    v: [b, t, k, q]. Values, rounded as the cache holds them.
+    k: [b, t, k, q]. Rotated keys, rounded to the cache's precision, so that results do not depend
+      on the sizes of chunks.
+    v: [b, t, k, q]. Values, rounded to the cache's precision.
     context: Keys and values cached before these tokens, or None.
     first_query: Index among the t new tokens of the shard's first query.
     rules: The layer's rules for logits, or None.
@@ -93,10 +93,10 @@ def _attend(
 
 
 def softmax_over(segments: Sequence[tuple[jax.Array, KV]], dtype: jnp.dtype) -> jax.Array:
-  """Return the mean of values with one softmax over several segments of positions.
+  """Return attention's output, with one softmax over several segments of positions.
 
   Args:
-    segments: Logits [b, k, n, s] and values [b, s, k, q], or shared values [s, k, q], of each.
+    segments: For each segment, logits [b, k, n, s] and values [b, s, k, q] (or shared [s, k, q]).
     dtype: Dtype of the operands of products.
 
   Returns:
@@ -107,23 +107,23 @@ def softmax_over(segments: Sequence[tuple[jax.Array, KV]], dtype: jnp.dtype) -> 
   weights = [jnp.exp(x - largest) for x, _ in segments]
   total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
   out = sum(mix(w, values, dtype) for w, (_, values) in zip(weights, segments)) / total
-  assert isinstance(out, jax.Array)  # for the type checker: sum() of nothing is the int 0
+  assert isinstance(out, jax.Array)  # for the type checker: sum() of an empty list is the int 0
   return out
 
 
 def grouped_queries(
   q: Float[Array, 'b m h q'], new: int, kv_heads: int, first_query: Int[Array, ''] | int
 ) -> tuple[Float[Array, 'b k n q'], Bool[Array, '1 1 n t']]:
-  """Return scaled queries as rows of one product for each key head, and their causal mask.
+  """Group scaled queries by key head, so that each group is one product; return their causal mask.
 
   Args:
     q: [b, m, h, q]. Queries, not yet scaled.
     new: t, the new tokens.
     kv_heads: k.
-    first_query: Index among the new tokens of the first of m.
+    first_query: Index, among the t new tokens, of the first of the m queries.
 
   Returns:
-    [b, k, n, q] queries, n = m * (h / k), and [1, 1, n, t] which new tokens each of them sees.
+    Queries [b, k, n, q], n = m * (h / k), and the mask [1, 1, n, t] of new tokens that each sees.
   """
   b, m, h, d = q.shape
   group = h // kv_heads  # query heads that share a key head
@@ -151,7 +151,7 @@ def masked_logits(
 ) -> Float[Array, 'b k n s']:
   """Return float32 logits of keys [b, s, k, q] or shared keys [s, k, q]; -inf where not visible.
 
-  Rules, if there are any, need the positions of the queries and of the keys.
+  The positions of queries and keys are needed only if there are rules.
   """
   keys, scales = units_and_scales(keys, q.dtype)
   if keys.ndim == 3:  # one product for all rows, which reads the shared keys once
@@ -173,7 +173,7 @@ def masked_logits(
 
 
 def _scaled(x: Float[Array, 'b k n s'], scales: jax.Array | None) -> Float[Array, 'b k n s']:
-  """Multiply x by scales [b, s, k] or shared scales [s, k]: x is smaller than keys or values."""
+  """Multiply x by int8 scales [b, s, k] or shared [s, k]; x is smaller than the keys or values."""
   if scales is None:
     return x
   scales = scales if scales.ndim == 3 else scales[None]

@@ -19,9 +19,9 @@ from t5x_inference_ext.sharding.layout import Axes
 class AttentionColumns:
   """The resharding around attention, on one shard.
 
-  The projections' columns arrive as [b_rows, t_positions, columns/hidden]: a block of columns for
-  each stored shard whose columns this device has. They are partial sums over the embed axes, unless
-  `summed`. Each kind of mesh axis has its own collectives:
+  The projections' columns arrive as [b_rows, t_positions, columns/hidden]: one block of columns for
+  each shard of the stored weights that this device holds. They are partial sums over the embed
+  axes, unless `summed`. Each kind of mesh axis has its own collectives:
 
     embed axis (x)    Partial sums are reduced into heads or positions, whichever attention splits
                       over x.
@@ -56,10 +56,10 @@ class AttentionColumns:
     """Turn blocks of columns [query | key, value] into q [b, m, h, q], k and v [b, t, k, q]."""
     sharding, heads = self.sharding, self.sharding.heads
     hidden = sharding.layout.hidden_axes
-    blocks = heads.stored.shards // ops.axis_size(hidden)  # on this device before the resharding
+    blocks = heads.stored.shards // ops.axis_size(hidden)  # number of stored shards on this device
     y = columns.reshape(*columns.shape[:2], blocks, -1)  # [b, t, blocks, columns of a block]
     by_heads = self._embed_splits(sharding.attention_heads)
-    # Queries, keys and values move in one collective wherever all go the same way.
+    # Where queries, keys and values move alike, one collective moves all three.
     if not by_heads and not self.summed:
       if self._embed_splits(sharding.attention_positions):
         y = ops.reduce_scatter(y, self._embed, 1)
@@ -76,7 +76,7 @@ class AttentionColumns:
       if heads.multiquery:
         kv = ops.all_gather(kv, _without(hidden, sharding.hidden_rows), 2)
     if not by_heads and not heads.multiquery:
-      kv = kv[:, :, :: heads.stride]  # before the gather, so that no copies move
+      kv = kv[:, :, :: heads.stride]  # drop repeated heads before the gather
     query = ops.all_to_all(query, sharding.hidden_positions, 1, 2)
     query = ops.all_gather(query, sharding.joined, 2)
     kv = ops.all_gather(kv, _without(sharding.attention_positions, sharding.hidden_positions), 1)
@@ -86,7 +86,7 @@ class AttentionColumns:
   def from_attention(
     self, out: Float[Array, 'b m h q']
   ) -> Float[Array, 'b_rows t_positions columns']:
-    """Turn attention's output into columns, split over the embed axes as to_attention got them."""
+    """Turn attention's output into columns, with the split that to_attention's argument had."""
     sharding, heads = self.sharding, self.sharding.heads
     y = out.reshape(*out.shape[:2], heads.blocks if heads.shards == 1 else 1, -1)
     y = ops.local_slice(y, sharding.joined, 2)

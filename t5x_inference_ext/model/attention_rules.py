@@ -1,7 +1,7 @@
-"""Rules by which attention's logits change: soft cap, biases by position, windows.
+"""Changes to attention's logits before the softmax: soft cap, position biases, windows.
 
-They depend on the positions of queries and keys, which a cache of any form knows. A model without
-such features has no rules, and its programs compute nothing of this.
+They need the positions of queries and keys, which every kind of cache can tell. A model without
+these features has no rules, and its programs contain none of this code.
 """
 
 import dataclasses
@@ -38,8 +38,8 @@ class AttentionRules:
   Attributes:
     config: The model.
     positions: Positions of the new tokens.
-    by_head: [heads] slopes of ALiBi, or [heads, distances] T5's biases, of this shard's query
-      heads; None without a bias.
+    by_head: This shard's query heads' biases: [heads] ALiBi slopes, or [heads, distances] T5
+      biases; None without a bias.
     local: Whether the layer is local. A traced bool if one program runs both kinds of layers.
   """
 
@@ -49,7 +49,7 @@ class AttentionRules:
   local: jax.Array | bool = False
 
   def with_positions(self, positions: TokenPositions) -> 'AttentionRules':
-    """Return the rules for other rows."""
+    """Return the same rules with other positions."""
     return dataclasses.replace(self, positions=positions)
 
   def apply(
@@ -59,12 +59,12 @@ class AttentionRules:
     queries: Int[Array, 'b m'],
     keys: Int[Array, '#b s'],
   ) -> tuple[Float[Array, 'b k n s'], Bool[Array, '#b 1 #n s']]:
-    """Return changed logits, and which of them are visible.
+    """Return the changed logits and the mask of visible keys.
 
     Args:
       logits: [b, k, n, s] float32, scaled. The n rows are m positions of the query heads that share
         a key head, with heads fastest.
-      visible: Which keys are there, and not after the query.
+      visible: Mask of keys that exist and are not after the query.
       queries: [b, m]. Positions of the queries.
       keys: [b or 1, s]. Positions of the keys.
     """
@@ -91,7 +91,7 @@ def _bias(
 
   Args:
     by_head: [k, group] or [k, group, distances]; see AttentionRules.
-    distance: Positions from each key to each query.
+    distance: [b, m, s]. Position of each query minus position of each key.
     keys: Positions of the keys.
     config: The model.
   """
@@ -101,8 +101,8 @@ def _bias(
     return jnp.transpose(found, (2, 0, 3, 1, 4))
   slopes = by_head[None, :, None, :, None]
   if config.alibi_slopes.startswith('falcon'):
-    # The softmax ignores what all keys share, so that distances from position 0 do as well. Rounded
-    # numbers differ in this.
+    # The softmax ignores a constant added to all keys, so Falcon uses positions instead of
+    # distances. Rounded to bfloat16, the two differ.
     places = jnp.broadcast_to(keys[:, None, :], distance.shape).astype(jnp.float32)
     rounded = _bfloat16(slopes * _bfloat16(places)[:, None, :, None, :])
     times = 2 if config.alibi_slopes == 'falcon_eager' else 1
@@ -111,7 +111,7 @@ def _bias(
 
 
 def _bfloat16(x: jax.Array) -> jax.Array:
-  """Round float32 numbers to bfloat16. XLA may not leave the rounding out."""
+  """Round float32 numbers to bfloat16, in a form that XLA may not optimize away."""
   return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
 
 
@@ -146,9 +146,9 @@ def pass_rules(
 def alibi_slopes(config: ModelConfig) -> np.ndarray:
   """Return ALiBi's slopes [H] float32: how much a logit falls with each position of distance.
 
-  Slopes of n heads, n a power of two, are 2**(-m / n), 2**(-2 m / n), ... 2**-m, m = alibi_max. If
-  H is no power of two, they are taken from those of the next larger one: the second, fourth, ...,
-  then the first, third, ...
+  For H a power of two, the slopes are 2**(-m / H), 2**(-2 m / H), ... 2**-m, with m = alibi_max.
+  For other H, with n the next lower power of two, the first n slopes are those of n heads, and the
+  rest are the first, third, ... slopes of 2 n heads.
   """
   heads = config.num_heads
   power = 2 ** math.ceil(math.log2(heads))
@@ -163,8 +163,8 @@ def alibi_slopes(config: ModelConfig) -> np.ndarray:
 def relative_buckets(config: ModelConfig) -> np.ndarray:
   """Return T5's bucket of each distance from 0 to relative_max_distance, int32.
 
-  Half of the buckets hold one distance each; the others are as wide as distances are large, in
-  float32 as T5 computes them. All larger distances are in the last bucket.
+  The first half of the buckets hold one distance each; the widths of the others grow with the
+  distance, computed in float32 as in T5. The last bucket holds all larger distances.
   """
   buckets, largest = config.relative_buckets, config.relative_max_distance
   exact = buckets // 2

@@ -1,8 +1,8 @@
 """One layer on one shard, in any layout (the paper's sections 3.2 to 3.4 and appendix A.2).
 
-In the parallel block one norm feeds attention and MLP; query, key, value and both MLP inputs are
-one matmul, and both outputs are another. A serial block has two block parts, one with attention
-alone and one with the MLP alone.
+In the parallel block one norm feeds attention and MLP. One matmul computes query, key, value and
+both MLP inputs; another computes the sum of both outputs. A serial block has two block parts, one
+with attention alone and one with the MLP alone.
 """
 
 from collections.abc import Mapping
@@ -43,8 +43,9 @@ class Layer:
       the cache holds them, rounded.
     angles: Rotary angles of the new tokens in global and in local layers, or None without rotary
       positions.
-    cache: This shard's part of the KV cache, or None. Here only the rows' lengths are read from it.
-    read: Cached positions of each row that attention reads, the first ones; None for all.
+    cache: This shard's part of the KV cache, or None. The layer reads only the rows' lengths from
+      it.
+    read: Number of cached positions per row that attention reads, from the first on; None: all.
     rules: Rules for attention's logits, or None.
   """
 
@@ -69,7 +70,7 @@ class Layer:
         the cache's element of `by_layer`, or None without a cache; and whether the layer is local.
 
     Returns:
-      The new x, and the new tokens' (keys, values) as the cache holds them.
+      The new x, and the new tokens' (keys, values) in the cache's dtype.
     """
     weights, cached, local = inputs
     sharding, kv = self.sharding, None
@@ -111,9 +112,9 @@ class Layer:
     return x, kv
 
   def _finished(self, y: Float[Array, 'b t e'], w: BlockPartWeights) -> Float[Array, 'b t e']:
-    """Apply what follows a block part's output product: int8 scales, biases, a norm.
+    """Apply int8 scales, biases and a norm to a block part's output product.
 
-    The product is summed over devices, so that biases are added once.
+    The product is already summed over devices, so biases are added once.
     """
     y = y if w.out_scale is None else int8.rescale(y, w.out_scale)
     for name in ('attention_output_bias', 'mlp_output_bias'):
@@ -140,7 +141,7 @@ def mlp(
     config: Shape of the model.
     sharding: Sharding of the pass's activations.
     summed: Whether the columns are already summed over the embed axes. Otherwise they are partial
-      sums, which are reduced, and the result is gathered again.
+      sums; they are reduce-scattered first, and the result is gathered again.
   """
   axes, dim = () if summed else sharding.layout.embed_axes, sharding.mlp_dim
 
@@ -148,7 +149,7 @@ def mlp(
     x, bias = ops.reduce_scatter(columns[name], axes, dim), vectors.get(f'{name}_bias')
     if bias is None:
       return x
-    # Columns may have room behind them, whose values are ignored (WeightStationary.inputs).
+    # Columns may end in spare room whose values are ignored (WeightStationary.inputs), so pad.
     bias = jnp.pad(bias, (0, x.shape[-1] - bias.shape[0]))
     return (x.astype(jnp.float32) + bias[None, None]).astype(x.dtype)
 

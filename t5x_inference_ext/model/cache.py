@@ -1,7 +1,7 @@
-"""The KV cache. Each row has its own length and grows at its end.
+"""The KV cache of a static batch: each row has its own length, and new tokens go to its end.
 
 Keys and values are floats, or int8 with scales (quantization.kv.Int8KV). Functions map over the
-arrays of a pytree, and so work for both.
+arrays of a pytree, so they work for both.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from jaxtyping import Array, Int
 from t5x_inference_ext.model.attention import Context
 from t5x_inference_ext.quantization.kv import KV, tile_positions, whole_tiles
 
-# Keys, or values, of all layers: one array with leading L, or one array per layer.
+# Keys (or values) of all layers: one array with leading L, or one array per layer.
 LayersKV = KV | tuple[KV, ...]
 # (keys, values) of all layers.
 KeysValues = tuple[LayersKV, LayersKV]
@@ -26,7 +26,7 @@ RowIndex = Int[Array, ''] | int
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-  """Rotated keys, and values, of all layers.
+  """Keys (after rotary positions are applied) and values of all layers.
 
   Attributes:
     keys: [L, B, S, K, Q], or a tuple of L arrays [B, S, K, Q] if the layers are unrolled.
@@ -44,7 +44,7 @@ class KVCache:
     return positions_of(self.keys)
 
   def by_layer(self, read: int | None = None) -> Any:
-    """Return the argument of `context` for every layer: with leading L, or one tuple per layer.
+    """Return the arguments of `context` for all layers: arrays with leading L, or a tuple a layer.
 
     With `read`, attention reads only the first `read` positions.
     """
@@ -67,14 +67,15 @@ def layer_indices(stacked: LayersKV) -> Int[Array, ' L']:
 
 
 def read_layer(stacked: LayersKV, layer: jax.Array, sizes: Sequence[int | None]) -> Any:
-  """Return the beginning of one layer of stacked keys or values.
+  """Return the first positions of one layer of stacked keys or values.
 
-  One slice cuts layer and size: XLA:TPU would make a copy of a whole layer to cut it again.
+  A single slice selects both layer and positions: for two slices, XLA:TPU would copy the whole
+  layer in between.
 
   Args:
     stacked: [L, ..].
     layer: Scalar int32. Index of the layer.
-    sizes: Size to keep of the first dimensions after L; None for all.
+    sizes: How much to keep of each of the first dimensions after L; None keeps all.
   """
 
   def read(x: jax.Array) -> jax.Array:
@@ -86,7 +87,7 @@ def read_layer(stacked: LayersKV, layer: jax.Array, sizes: Sequence[int | None])
 
 
 def positions_of(kv: Any) -> int:
-  """Return the positions of keys or values, which may be shapes alone."""
+  """Return the number of positions of keys or values (arrays or their shapes)."""
   return jax.tree.leaves(kv)[0].shape[-3]
 
 
@@ -134,9 +135,9 @@ def append(
 def _row_by_row(
   cache: KVCache, keys: LayersKV, values: LayersKV, counts: jax.Array | None
 ) -> KeysValues:
-  """Write one row after another, in place.
+  """Write one row at a time, in place.
 
-  Given a scatter or a masked rewrite instead, XLA:CPU copies the whole cache in every step.
+  For a scatter or a masked rewrite, XLA:CPU would copy the whole cache in every step.
   """
   tokens = positions_of(keys)
 
@@ -163,7 +164,7 @@ def write_window(
     row: Index of the row.
     new: [.., 1, T, K, Q]. The tokens, T at most S.
     position: Position of the first token. Tokens outside of [0, S) are dropped.
-    count: How many of the tokens are valid: the first ones.
+    count: Number of valid tokens, which come first.
   """
   lead, tokens = (0,) * (x.ndim - 4), new.shape[-3]
   size, tile = x.shape[-3], tile_positions(x.dtype)
@@ -187,7 +188,7 @@ def _scatter(
 ) -> KeysValues:
   """Write all rows at once, in place on a GPU.
 
-  A loop would start a GPU kernel for each row, layer, and key or value.
+  A loop over rows would start a GPU kernel for each row and layer, for keys and again for values.
   """
   tokens = positions_of(keys)
   positions = cache.lengths[:, None] + jnp.arange(tokens)[None, :]  # [B, T]
@@ -202,7 +203,7 @@ def _scatter(
 
 
 def read_local_row(cache: KVCache, row: RowIndex) -> KVCache:
-  """Return the row with index `row` on this shard, from this shard's part of a cache."""
+  """Return row number `row` of this shard's part of a cache."""
 
   def read(x: jax.Array, axis: int = 0) -> jax.Array:
     return lax.dynamic_slice_in_dim(x, row, 1, axis)
@@ -216,9 +217,9 @@ def with_heads(x: Array, held: Sequence[int | None], wanted: Sequence[int | None
 
   Args:
     x: Keys or values (or int8 scales [.., K, 1]).
-    held: AttentionHeads.cached() of x's sharding: for each head of x its key head, None for
-      padding.
-    wanted: AttentionHeads.cached() of the result's sharding, which may repeat and pad other heads.
+    held: AttentionHeads.cached() of x's sharding: for each head of x, the model's key head that it
+      holds; None for padding.
+    wanted: AttentionHeads.cached() of the result's sharding, with other repeats and padding.
   """
   if held == wanted:
     return x

@@ -1,4 +1,4 @@
-"""Prefill in chunks of bounded memory; empty caches."""
+"""Prefill in chunks, which bounds the memory of activations; construction of empty caches."""
 
 import dataclasses
 from typing import Any
@@ -41,16 +41,16 @@ def empty_pages(
   table_width: int,
   shared_pages: int = 0,
 ) -> PagedCache:
-  """Make a cache in pages, in the model's decode layout, whose pages nobody owns.
+  """Make a paged cache in the model's decode layout; no row owns a page yet.
 
   Args:
     model: The model whose decode_step will use the cache.
     weights: Weights. If they are stacked, the cache is too; else it has an array per layer.
     rows: B.
-    pages: Pages of each device that splits rows, page 0, which is scratch, included.
+    pages: Number of pages on each device that splits rows, including page 0 (scratch).
     page_size: S, positions of a page.
-    table_width: M, pages that a row can have.
-    shared_pages: NS, pages that any rows can share. 0: the cache has none.
+    table_width: M, maximum number of pages of a row.
+    shared_pages: NS, number of pages that rows can share.
 
   Raises:
     RequestError: Pages cannot have this size.
@@ -78,12 +78,12 @@ def empty_pages(
 
 
 def page_shards(model: Model, rows: int) -> int:
-  """Return how many devices split the rows, and so the pages, of a cache: each has its own pool."""
+  """Return how many devices split a cache's rows; each has its own pool of pages."""
   return num_shards(model.cache_sharding(rows).attention_rows, model.mesh.shape)
 
 
 def _empty(model: Model, weights: Weights, rows: int, shape: tuple[int, int]) -> LayersKV:
-  """Return keys or values that are zero, with (rows or pages, positions) in `shape`."""
+  """Return keys (or values) of zeros; `shape` is (rows, positions) or (pages, positions)."""
   heads, config = len(model.cache_sharding(rows).heads.cached()), model.config
   count, size = shape
   lead = (config.num_layers,) if weights.stacked else ()
@@ -101,7 +101,7 @@ def constrain_cache(model: Model, cache: AnyCache, weights: Weights) -> AnyCache
 
 
 def abstract_cache(model: Model, cache: AnyCache, weights: Weights) -> AnyCache:
-  """Add the shardings of the model's decode layout to a cache of shapes (from jax.eval_shape)."""
+  """Add the decode layout's shardings to a cache of abstract arrays (from jax.eval_shape)."""
   specs = model.cache_spec(model.cache_sharding(cache.lengths.shape[0]), weights, cache)
 
   def with_sharding(spec: P, arrays: Any) -> Any:  # all arrays of a layer's keys, or values
@@ -112,7 +112,7 @@ def abstract_cache(model: Model, cache: AnyCache, weights: Weights) -> AnyCache:
 
 
 def with_layout_of(model: Model, cache: KVCache, weights: Weights, to: Model) -> KVCache:
-  """Convert a cache from `model`'s to `to`'s decode layout."""
+  """Convert a cache from the decode layout of `model` to that of `to`."""
   rows = cache.lengths.shape[0]
   held, wanted = (m.cache_sharding(rows).heads.cached() for m in (model, to))
   keys, values = jax.tree.map(lambda x: with_heads(x, held, wanted), (cache.keys, cache.values))
@@ -127,7 +127,7 @@ def prefill_in_chunks(
   size: int,
   chunk: int,
 ) -> tuple[Float[Array, 'B V'], KVCache]:
-  """Run prompts as Model.prefill does, but `chunk` positions of all rows at a time.
+  """Run prompts like Model.prefill, but in passes of `chunk` positions of every row.
 
   Activations take only the memory of one chunk, however long the prompts are.
 
@@ -147,7 +147,7 @@ def prefill_in_chunks(
   chunk = min(chunk, length)
   steps = -(-length // chunk)
   tokens = jnp.pad(tokens, ((0, 0), (0, steps * chunk - length)))
-  # At least `chunk` positions: the padding of the last chunk is beyond every row's end.
+  # The cache needs at least `chunk` positions, since every pass writes so many, padding included.
   cache = empty_cache(prefill, weights, rows, max(size, chunk))
 
   def step(state: tuple[jax.Array, KVCache], i: jax.Array) -> tuple[Any, None]:
@@ -155,7 +155,8 @@ def prefill_in_chunks(
     new = lax.dynamic_slice_in_dim(tokens, i * chunk, chunk, 1)
     counts = jnp.clip(lengths - i * chunk, 0, chunk)
     chunk_logits, cache = prefill.prefill_chunk(weights, cache, new, counts)
-    # A row that broke in an earlier chunk stays marked: what it cached is finite.
+    # A row with NaN logits stays so. Its later chunks would look sound, because values that are not
+    # finite are replaced in the cache.
     new_logits = (counts[:, None] > 0) & ~jnp.isnan(logits[:, :1])
     return (jnp.where(new_logits, chunk_logits, logits), cache), None
 

@@ -1,7 +1,7 @@
 """The embedding and the head on one shard: lookup and logits.
 
-Both tables stay split as they are stored, rows over the hidden axes and columns over the embed
-axis, so that no weights move.
+Both tables keep the split of the stored weights: rows over the hidden axes, columns over the embed
+axis. So no weights move.
 """
 
 import math
@@ -37,8 +37,8 @@ def embed(
   Args:
     weights: This shard's part of the weights.
     tokens: [B, T] int32. All tokens of the pass, on every shard.
-    start: [rows] int32. Position of each row's first token, of the rows that attention has on this
-      shard. None: rows begin with these tokens.
+    start: [rows] int32. Position of each row's first token, for the rows that this shard's
+      attention processes. None: 0 for all rows.
     model: Gives the config and the dtype.
     sharding: Sharding of the pass's activations.
   """
@@ -68,13 +68,13 @@ def _lookups(
   num_positions: int | None,
   sharding: ActivationSharding,
 ) -> Float[Array, 'b t e']:
-  """Return the sum of lookups, each of ids [B, T] in this shard's part [v, e_stored] of a table.
+  """Return the sum of lookups; each is a pair of ids [B, T] and this shard's table [v, e_stored].
 
-  The second lookup, if any, is that of positions, of which there are num_positions.
+  The second lookup, if there is one, is of learned positions, of which there are num_positions.
   """
-  # Every device looks up all tokens, including those that other devices keep. If only rows are
-  # split, the lookup takes some positions at a time, so that it never needs more memory than the
-  # residual stream itself.
+  # Every device looks up all tokens, also those that only other devices keep. If only rows are
+  # split, the lookup processes a part of the positions at a time, so that it never needs more
+  # memory than the residual stream.
   tables, ids = zip(*lookups)
   batch, length = ids[0].shape
   rows, positions, _ = map(ops.axis_size, sharding.residual)
@@ -128,7 +128,7 @@ def last_positions(
   y = jnp.take_along_axis(x, jnp.clip(last, 0, x.shape[1] - 1)[:, None, None], axis=1)
   here = (last >= 0) & (last < x.shape[1])
   y = jnp.where(here[:, None, None], y, jnp.zeros((), y.dtype))
-  # The sum over shards carries the NaN of any of them: no further collective.
+  # If any shard has NaN, so does the sum over shards: no further collective is needed.
   return ops.all_reduce(mark_rows(y, broken_rows(x, lengths, first)), positions)
 
 
@@ -162,7 +162,7 @@ def unembed(
   table = weights.embedding if weights.head is None else weights.head
   table = table.astype(model.dtype)  # [v, e_stored]
   x = ops.all_gather(ops.all_gather(x, row_axes, 0), position_axes, 1)
-  # All tokens, with features split as in the table: [B, T, e_stored].
+  # Gather all tokens, with features split as in the table: [B, T, e_stored].
   x = ops.all_gather(x, tuple(a for a in features if a in layout.stored_hidden), 2)
   gathered = tuple(a for a in layout.stored_embed if a in layout.gathered_axes)
   x = ops.local_slice(x, gathered, 2)

@@ -1,11 +1,11 @@
-"""Marks of broken rows: NaN logits wherever a row's residual stream was not finite before.
+"""Detection of broken rows: logits become NaN once a row's residual stream was not finite.
 
 Keys and values are made finite before they are cached (quantization.kv.to_cache), so that a broken
-row breaks no other. The row itself may then look sound at its later positions. Functions here write
-NaN over its residual stream at the positions whose logits are asked for; the final norm and the
-product with the embedding carry the NaN to every logit, also where features are split. A decode
-step of one token needs no mark: what breaks there is in the residual stream that logits are made
-of.
+row breaks no other. The row itself may then look sound at its later positions. So these functions
+overwrite its residual stream with NaN at the positions whose logits are computed; the final norm
+and the product with the embedding carry the NaN to every logit, also where features are split. A
+decode step of one token needs no mark: its logits come from the very residual stream that is not
+finite.
 """
 
 from jax import lax
@@ -17,7 +17,7 @@ from t5x_inference_ext.sharding.layout import Axes
 
 
 def broken_positions(x: Float[Array, 'b t e']) -> Bool[Array, 'b t']:
-  """Return where this shard's part of the residual stream is not finite."""
+  """Return a mask of the positions at which this shard's residual stream is not finite."""
   return jnp.any(~jnp.isfinite(x), axis=-1)
 
 
@@ -31,7 +31,7 @@ def mark_broken_before(x: Float[Array, 'b t e'], axes: Axes) -> Float[Array, 'b 
   broken = broken_positions(x)
   so_far = lax.cummax(broken.astype(jnp.int32), axis=1) > 0
   if ops.axis_size(axes) > 1:
-    # [b, shards]: whether each shard of the positions has a broken one.
+    # [b, shards]: whether each shard's positions include a broken one.
     shards = ops.all_gather(jnp.any(broken, axis=1, keepdims=True).astype(jnp.int32), axes, 1)
     before = jnp.arange(shards.shape[1]) < ops.shard_index(axes)
     so_far |= jnp.any((shards > 0) & before[None, :], axis=1, keepdims=True)
@@ -46,7 +46,7 @@ def broken_rows(
   Args:
     x: [b, t, e]. This shard's part of the residual stream.
     lengths: [b] int32. Valid positions of each row, on all shards.
-    first: Position of the shard's first one.
+    first: Position in the row of the shard's first position.
   """
   valid = jnp.arange(x.shape[1])[None, :] < lengths[:, None] - first
   return jnp.any(broken_positions(x) & valid, axis=1)

@@ -41,13 +41,12 @@ def forward(
     sharding: Sharding of the pass's activations.
     finish: Computes the outputs of the pass from the residual stream and the new tokens' keys and
       values.
-    read: Cached positions of each row that attention reads, the first ones: 0 if nothing is cached;
-      None for all.
+    read: Number of cached positions per row that attention reads, from the first on; None: all.
     weights: This shard's part of the weights.
     cache: This shard's part of the KV cache that the tokens continue, or None if rows begin with
       the tokens.
     tokens: [B, T] int32. All tokens of the pass, on every shard. A decode step passes [B], which is
-      widened here, because widening outside of the shards would be an extra operation.
+      reshaped to [B, 1] here, because reshaping outside of shard_map would be an extra operation.
     *inputs: Further per-shard arguments of `finish`.
   """
   if tokens.ndim == 1:
@@ -88,10 +87,11 @@ def forward(
 
 
 def _written_after(cache: KVCache | PagedCache, x: Float[Array, 'b t e']) -> KVCache | PagedCache:
-  """Return the cache with lengths that seem to depend on x, the residual stream.
+  """Return the cache with lengths that, to the compiler, depend on x, the residual stream.
 
-  New tokens are then written after the last layer has read its cache. XLA:CPU could write earlier,
-  and copies that layer's cache twice to be able to; it drops optimization barriers before.
+  So new tokens are written after the last layer has read its cache. Otherwise XLA:CPU copies that
+  layer's cache twice in order to write earlier. An optimization barrier does not help: XLA:CPU
+  drops it.
   """
   never = (x[0, 0, 0] > jnp.inf).astype(jnp.int32)
   return dataclasses.replace(cache, lengths=cache.lengths + never)

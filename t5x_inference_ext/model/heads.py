@@ -1,6 +1,6 @@
 """Queries, keys and values before attention: biases, clipping, norms, rotary positions.
 
-All are applied to whole heads, where the sums over devices are complete.
+All of them are applied to whole heads, after the sums over devices are complete.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ def prepare_heads(
   sharding: ActivationSharding,
   angles: RotaryAngles | None,
 ) -> tuple[Float[Array, 'b m h q'], Float[Array, 'b t k q'], Float[Array, 'b t k q']]:
-  """Return queries, keys and values as attention takes them.
+  """Apply biases, clipping, norms and rotary positions to queries, keys and values.
 
   Args:
     q, k, v: Products with the matrices, summed.
@@ -94,7 +94,7 @@ def _means_of_all_heads(
 ) -> tuple[jax.Array, jax.Array]:
   """Average means of heads [b, t, heads, 1] over all heads of the model, on all devices.
 
-  Padding heads do not count. Several devices may have copies of one key head.
+  Padding heads are left out. Copies of one key head on several devices count once.
   """
   axes, heads = sharding.axes, sharding.heads
 

@@ -11,13 +11,13 @@ from jaxtyping import Array, Float, Int
 from t5x_inference_ext.model.collectives import ops
 from t5x_inference_ext.sharding.layout import Axes
 
-# Elements of float32 logits that a device makes at once, at most (256 MiB): logits are computed for
-# some positions at a time.
+# Maximum number of float32 logits that a device holds at once (256 MiB): logits are computed for a
+# part of the positions at a time.
 MAX_LOGITS = 2**26
 
 
 class RankedTokens(NamedTuple):
-  """Log-probabilities of given tokens, and the most likely tokens in their places.
+  """Log-probabilities of given tokens, and the most likely tokens at each position.
 
   Attributes:
     log_probs: [rows, T] float32. Log-probability of each given token.
@@ -38,15 +38,15 @@ def target_log_probs(
   width: int,
   top: int = 0,
 ) -> Float[Array, 'rows T'] | RankedTokens:
-  """Return log p(target) at each position, computing the logits of some positions at a time.
+  """Return log p(target) at each position, computing logits for a part of the positions at a time.
 
   Args:
     x: [b, t, e]. This shard's part of the residual stream after the last layer.
-    targets: [rows, T] int32. Target tokens at all positions, with rows split like the logits' rows.
-    logits: Function of x at some of its positions (every shard takes the same ones). Returns
-      float32 logits [rows, positions of all shards, V].
+    targets: [rows, T] int32. Targets at all positions, for this shard's rows of the logits.
+    logits: Function from x at some positions to float32 logits [rows, positions of all shards, V].
+      Every shard calls it with the same local positions.
     axes: Mesh axes that split the positions of x.
-    width: Elements of one position's logits on a device while they are computed.
+    width: Number of logits per position on one device while they are computed.
     top: How many of the most likely tokens are returned with each target.
 
   Returns:

@@ -1,7 +1,7 @@
 """Log-probabilities of long sequences, in chunks over a KV cache.
 
 One pass over T positions needs attention logits for T * T pairs. Chunks need a cache of T positions
-and the logits of one chunk: memory grows with T alone.
+and the logits of one chunk, so memory grows linearly with T.
 """
 
 from typing import Any
@@ -21,14 +21,15 @@ from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
 from t5x_inference_ext.sharding.layout import num_shards
 
-LONG = 1024  # positions up to which one pass is taken, which is a little faster
-# Attention logits of a chunk on a device, at most (16 MiB in float32), unless LEAST_CHUNK has more.
+LONG = 1024  # up to this many positions, one pass is used: it is a little faster
+# Maximum number of attention logits of a chunk on a device (16 MiB in float32), unless a chunk of
+# LEAST_CHUNK positions has more.
 MOST_LOGITS = 2**22
 LEAST_CHUNK = 128
 
 
 def chunk_size(model: Model, rows: int, length: int) -> int:
-  """Return the positions of a row to run in one pass: `length`, or a multiple of LEAST_CHUNK."""
+  """Return how many positions of a row one pass takes: `length`, or a multiple of LEAST_CHUNK."""
   logits = rows * model.config.num_heads * length / model.mesh.size  # of one position
   if length <= LONG or logits * length <= MOST_LOGITS:
     return length
@@ -42,7 +43,7 @@ def score_sequences(
   targets: Int[Array, 'B T'],
   top: int = 0,
 ) -> Float[Array, 'B T'] | RankedTokens:
-  """Return log p(target | inputs so far) at each position, as Model.target_scores does.
+  """Return log p(target | inputs so far) at each position: Model.target_scores for long rows.
 
   Args:
     model: The model.

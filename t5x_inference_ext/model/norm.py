@@ -37,8 +37,8 @@ def normalized(x: Float[Array, 'b t e'], config: ModelConfig, axes: Axes) -> Flo
   """Return x in float32, divided by its deviation over d_model, without a learned scale.
 
   The moments are computed in float32 over all of d_model. RMS norm all-reduces one number per
-  position. Layer norm all-reduces two numbers: first the mean, then the variance around that mean,
-  which loses no digits to cancellation.
+  position. Layer norm all-reduces two: first the mean, then the variance around that mean, so that
+  no digits are lost to cancellation.
   """
   x32 = x.astype(jnp.float32)
 

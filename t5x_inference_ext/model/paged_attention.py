@@ -1,8 +1,9 @@
 """Attention of new tokens over pages of a pool, over shared pages, and over themselves.
 
 Pages are the batch axis of the products: each page meets the queries of the row that owns it. The
-partial softmaxes of a row's pages are then combined, so that time follows the pages that are read.
-All shapes are those of one shard, with the letters of model.attention, and n pages of s positions.
+partial softmaxes of a row's pages are then combined. So the time is proportional to the number of
+pages read. Shapes are per shard, with the letters of model.attention; there are n pages of s
+positions.
 """
 
 import math
@@ -28,15 +29,15 @@ class PagedContext(NamedTuple):
   """Keys and values of one layer that were cached in pages before the new tokens.
 
   Attributes:
-    keys: [n, s, k, q]; of a shard with a single row [1, n * s, k, q].
+    keys: [n, s, k, q]; on a shard with a single row, [1, n * s, k, q].
     values: Like keys.
     lengths: [b] int32. Filled positions of each row.
     owners: [n] int32. The row that each page belongs to.
-    starts: [n] int32. Position in its row of each page's first one.
+    starts: [n] int32. Position in its row at which each page begins.
     shared_keys: [p, k, q], or None. Keys of all shared pages.
     shared_values: [p, k, q], or None.
     shared_visible: [b, pages] bool, or None. Which rows see which shared pages.
-    shared_starts: [pages] int32, or None. Position in its rows of each shared page's first one.
+    shared_starts: [pages] int32, or None. Position in its rows at which each shared page begins.
   """
 
   keys: KV
@@ -58,15 +59,15 @@ def attend_pages(
   first_query: Int[Array, ''] | int = 0,
   rules: AttentionRules | None = None,
 ) -> Float[Array, 'b m h q']:
-  """Attend as model.attention.attend does, to a context in pages.
+  """Attend from each new token to its row's context in pages, and to the new tokens up to itself.
 
-  A row whose logits or sums are not finite gets NaN, and no other row does. Logits of few new
-  tokens are smaller than the cache itself: there is no limit to pages in one product.
+  A row whose logits or sums are not finite gets NaN; other rows are not affected. All pages are in
+  one product, without a limit: for few new tokens, the logits are smaller than the cache.
 
   Args:
     q: [b, m, h, q]. Queries, rotated, not yet scaled.
-    k: [b, t, k, q]. Rotated keys of the new tokens, as the cache holds them.
-    v: [b, t, k, q]. Values, as the cache holds them.
+    k: [b, t, k, q]. Rotated keys of the new tokens, rounded to the cache's precision.
+    v: [b, t, k, q]. Values, rounded to the cache's precision.
     context: Keys and values cached before these tokens.
     first_query: Index among the t new tokens of the shard's first query.
     rules: The layer's rules for logits, or None.
@@ -74,7 +75,7 @@ def attend_pages(
   grouped, causal = grouped_queries(q, k.shape[1], k.shape[2], first_query)
   owners, starts = context.owners, context.starts
   queries, new = (None, None) if rules is None else rules.positions
-  # Segments that have rows as their batch axis.
+  # Segments whose batch axis is the rows: the new tokens and the shared pages.
   segments = [(masked_logits(grouped, k, causal, rules, queries, new), v)]
   if context.shared_keys is not None:
     assert context.shared_values is not None and context.shared_visible is not None
@@ -104,14 +105,14 @@ def attend_pages(
     None if queries is None else _of_owners(queries, owners),
     positions,
   )
-  # [b, n, 1, 1]: whose pages are whose.
+  # [b, n, 1, 1]: whether row b owns page n.
   mine = (jnp.arange(len(q))[:, None] == owners[None, :])[:, :, None, None]
   largest = jnp.max(jnp.where(mine, jnp.max(logits, axis=-1)[None], -jnp.inf), axis=1)
   for x, _ in segments:
     largest = jnp.maximum(largest, jnp.max(x, axis=-1))  # finite: a new token sees itself
-  # [b, k, m * group], as all sums are. Broken pages get no weights at all, because pages are summed
-  # in a product with zeros and ones, where 0 times NaN would break the other rows. Cached values
-  # are so small that their sum is finite.
+  # [b, k, m * group], like all sums here. Pages are summed by a product with zeros and ones, in
+  # which 0 times NaN would break other rows; so pages that are not finite get weight 0. Cached
+  # values are small enough that their sum is finite.
   sound = _of_owners(jnp.isfinite(largest), owners)[..., None]
   weights = jnp.exp(logits - _of_owners(largest, owners)[..., None])
   weights = jnp.where(sound, weights, 0)
@@ -130,5 +131,5 @@ def attend_pages(
 
 
 def _of_owners(x: Array, owners: Int[Array, ' n']) -> Array:
-  """Return, for each page, x [b, ...] of the row that owns it."""
+  """Return, for each page, the element of x [b, ...] for the row that owns the page."""
   return jnp.take(x, owners, axis=0, mode='clip')

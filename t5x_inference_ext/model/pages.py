@@ -1,8 +1,8 @@
-"""The KV cache of decode slots in pages: its size follows what rows hold, not the longest row.
+"""The paged KV cache of decode slots: its size follows the tokens in use, not the longest row.
 
 Attention takes the page axis as its batch axis: each page is read once, in place, with the queries
-of the row that owns it (model.paged_attention). The host gives pages to rows, and sets `table`,
-`owners` and `starts`; devices write new tokens.
+of the row that owns it (model.paged_attention). The host allocates pages to rows, and sets `table`,
+`owners` and `starts`; the devices write new tokens.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from t5x_inference_ext.model.cache import KeysValues, KVCache, LayersKV, RowInde
 from t5x_inference_ext.model.paged_attention import PagedContext
 from t5x_inference_ext.quantization.kv import KV, tile_positions
 
-# Positions of a page are a multiple of this: on v4, a cache whose positions are none takes up to
+# A page's number of positions must be a multiple of this: on v4, a cache of other sizes takes up to
 # 1.7 times as long to read.
 POSITIONS_MULTIPLE = 8
 # First position of a page that is not in use: beyond every row's end.
@@ -40,14 +40,14 @@ def check_page_size(size: int, dtype: str) -> None:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SharedPages:
-  """Pages that any number of rows see; each device that splits rows has all of them.
+  """Pages that several rows can read; every device has all of them.
 
   Attributes:
     keys: [L, NS, S, K, Q], or a tuple of L arrays [NS, S, K, Q] if the layers are unrolled.
     values: Like keys.
-    visible: [B, NS] bool. Which rows see which pages, in whole.
-    starts: [NS] int32. Position in its rows of a page's first one. Rules of attention (windows,
-      biases by position) read it.
+    visible: [B, NS] bool. Whether a row attends to a page; it then attends to the whole page.
+    starts: [NS] int32. Position in its rows at which a page begins, for attention rules (windows,
+      position biases).
   """
 
   keys: LayersKV
@@ -59,23 +59,22 @@ class SharedPages:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PagedCache:
-  """Rotated keys, and values, of all layers, in pages of S positions.
+  """Keys (after rotary positions are applied) and values of all layers, in pages of S positions.
 
-  Devices that split rows each have an equal part of the pages, and number them from 0: a row's
-  pages are on the row's own device. Page 0 of each is scratch, where free slots write.
+  The devices that split rows have equally many pages each, numbered from 0. A row's pages are on
+  the row's own device. Page 0 of each device is scratch space, where free slots write.
 
   Attributes:
     keys: [L, N, S, K, Q], or a tuple of L arrays [N, S, K, Q] if the layers are unrolled.
     values: Like keys.
-    lengths: [B] int32. Position of each row's next token: its filled positions, shared ones
-      included.
+    lengths: [B] int32. Number of filled positions of each row, including those in shared pages.
     table: [B, M] int32. The page that holds positions [m * S, (m + 1) * S) of a row.
     owners: [N] int32. The row, numbered on its device, that a page belongs to.
-    starts: [N] int32. Position in its row of a page's first one; UNUSED if nobody owns the page.
-    shared: Pages that come before rows' own ones, or None.
-    read: Pages of each device that attention reads, the first ones. Static: all pages in use are
-      among them.
-    read_shared: Shared pages that attention reads, the first ones. Static.
+    starts: [N] int32. Position in its row at which a page begins; UNUSED if no row owns the page.
+    shared: Shared pages, which come before a row's own pages; or None.
+    read: Number of pages per device that attention reads, from the first on; all pages in use are
+      among them. Static.
+    read_shared: Number of shared pages that attention reads, from the first on. Static.
   """
 
   keys: LayersKV
@@ -94,9 +93,9 @@ class PagedCache:
     return kv_cache.positions_of(self.keys)
 
   def by_layer(self, read: int | None = None) -> Any:
-    """Return the argument of `context` for every layer: indices, or one tuple per unrolled layer.
+    """Return the arguments of `context` for all layers: layer indices, or one tuple a layer.
 
-    `read` is None: the pages that are read are a field of the cache.
+    `read` must be None: the field `read` of the cache says how many pages attention reads.
     """
     assert read is None
     if not isinstance(self.keys, tuple):
@@ -143,9 +142,9 @@ def _first_pages(kv: KV, count: int, layer: jax.Array | None, merged: bool) -> K
   Args:
     kv: [N, S, K, Q], or stacked [L, N, S, K, Q].
     count: Number of pages.
-    layer: Index of the layer of stacked ones, or None.
-    merged: Whether pages become one dimension with their positions. They do before they are cut:
-      XLA:TPU would copy a cut that is reshaped.
+    layer: Index of the layer if kv is stacked, else None.
+    merged: Whether to merge the dimensions of pages and positions. They are merged before the
+      slice: XLA:TPU would copy a slice that is reshaped.
   """
   size = count * kv.shape[-3] if merged else count
 
@@ -173,7 +172,7 @@ def append_tokens(
     cache: This shard's part of the cache.
     keys: [.., B, T, K, Q]. Keys of the new tokens. T is at most a page's size.
     values: Like keys.
-    counts: [B] int32. How many of the T tokens are valid: the first ones. None: all T.
+    counts: [B] int32. Number of valid tokens, which come first. None: all T.
   """
   if isinstance(cache, KVCache):
     return kv_cache.append(cache, keys, values, counts)
@@ -199,8 +198,8 @@ def _row_by_row(
     for crossed in range(1 if tokens == 1 else 2):  # the page of the first token, and the next one
       index = length // size + crossed
       page = cache.table[i, jnp.minimum(index, width - 1)]
-      offset = length - index * size  # of the first token in the page; negative in the next one
-      wanted = jnp.where(index < width, count, 0)
+      offset = length - index * size # index of the first token in this page; negative in the next
+      page wanted = jnp.where(index < width, count, 0)
 
       write = functools.partial(_write_tokens, row=i, page=page, offset=offset, count=wanted)
       kv = jax.tree.map(write, kv, (keys, values))
@@ -212,7 +211,7 @@ def _row_by_row(
 def _write_tokens(
   x: jax.Array, new: jax.Array, row: RowIndex, page: RowIndex, offset: RowIndex, count: RowIndex
 ) -> jax.Array:
-  """Write the first `count` tokens of a row of new [.., B, T, K, Q] into a page, from `offset`."""
+  """Write the first `count` tokens of one row of `new` [.., B, T, K, Q] into a page at `offset`."""
   new = lax.dynamic_slice_in_dim(new, row, 1, new.ndim - 4)
   return kv_cache.write_window(x, page, new, offset, count)
 
@@ -227,7 +226,7 @@ def _scatter(
   index = positions // size
   pages = jnp.take_along_axis(cache.table, jnp.minimum(index, width - 1), axis=1)
   valid = index < width if counts is None else (index < width) & (new < counts[:, None])
-  # Tokens that are not valid go to a page outside the pool, and are dropped.
+  # Invalid tokens get a page index outside the pool, so that the scatter drops them.
   pages = jnp.where(valid, pages, cache.owners.shape[0])
 
   def write(x: jax.Array, new: jax.Array) -> jax.Array:
@@ -248,10 +247,10 @@ def copy_pages(
 
   Args:
     pool: Keys and values of pages [.., N, S, K, Q].
-    one: Keys and values of one row [.., 1, positions, K, Q]; zeros follow up to a whole page.
+    one: Keys and values of one row [.., 1, positions, K, Q]; padded here with zeros to whole pages.
     pages: [M] int32. Page of the pool for each page of the row.
-    first: The first page of the row to be copied.
-    stop: The page of the row before which to end.
+    first: Index in the row of the first page to copy.
+    stop: Index in the row of the page after the last one to copy.
   """
   size = kv_cache.positions_of(pool)
   one = jax.tree.map(lambda x: kv_cache.pad_positions(x, -(-x.shape[-3] // size) * size), one)

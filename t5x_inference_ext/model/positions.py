@@ -1,7 +1,7 @@
 """Rotary position embedding by halves: dimension i is rotated with dimension i + R/2.
 
-R is the number of a head's dimensions that are rotated: the first ones, usually all Q. xPos
-multiplies queries besides by a power of their position, and keys by its inverse.
+The first R dimensions of a head are rotated, usually all Q. xPos also multiplies queries by a scale
+to the power of their position, and keys by the inverse.
 """
 
 from typing import NamedTuple
@@ -70,7 +70,7 @@ def rotary_angles(positions: Int[Array, 'b t'], config: ModelConfig, local: bool
   Args:
     positions: [b, t].
     config: The model.
-    local: Whether the angles are those of local layers, which may have another base.
+    local: Whether to return the angles of local layers, which may have another base.
   """
   size = config.rotary_size
   if not local and not config.global_rotary:
@@ -99,10 +99,11 @@ def chosen_angles(
 
 
 def _stretched(timescale: jax.Array, config: ModelConfig) -> jax.Array:
-  """Return the timescales that rope_scaling makes of a model's original ones.
+  """Return a model's timescales after rope_scaling.
 
-  'llama3' stretches wavelengths by rope_factor if rope_low_factor of them do not fit into the
-  original length, keeps them if rope_high_factor of them do, and interpolates in between.
+  With 'llama3', a wavelength is multiplied by rope_factor if fewer than rope_low_factor of it fit
+  into the original context length, kept if at least rope_high_factor fit, and interpolated in
+  between.
   """
   c = config
   if c.rope_scaling == 'none':

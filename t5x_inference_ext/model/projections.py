@@ -1,10 +1,10 @@
-"""Matmuls of a block part, by weights that stay (sections 3.2.1, 3.2.2) or are gathered (3.2.3).
+"""Matmuls of a block part, weight-stationary (sections 3.2.1, 3.2.2) or weight-gathered (3.2.3).
 
 WeightStationary and WeightGathered have one interface. `inputs` maps the residual stream, split
 from [B, T, E], to columns (`inputs_of_two_norms` where attention and MLP have a norm each);
-`outputs` maps columns back to the residual stream. Columns are partial
-sums over the embed axes. If all columns of a block part are reduced into rows, or all into
-positions (ActivationSharding.sums_into), they are already summed, and split in that dimension.
+`outputs` maps columns back to the residual stream. Columns are partial sums over the embed axes,
+except where all columns of a block part are reduced into rows, or all into positions
+(ActivationSharding.sums_into): then they arrive summed, and split in that dimension.
 """
 
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ Columns = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class WeightStationary:
-  """Activations move to the weights: one fused matmul in, one out."""
+  """Moves activations to the weights; one fused matmul for inputs, one for outputs."""
 
   sharding: ActivationSharding
   block_part: BlockPart
@@ -48,8 +48,8 @@ class WeightStationary:
     dim = self.sharding.sums_into(self.block_part)
     if dim is not None:  # sum all columns before cutting them
       y = ops.reduce_scatter(y, layout.embed_axes, dim)
-    # If MLP and attention columns are one array, attention's output is written beside the MLP's.
-    # The MLP's slices leave room for it: they include the columns that follow, whose values are
+    # If MLP and attention columns are one array, attention's output is later written into it,
+    # beside the MLP's. So the MLP's slice keeps the columns after it as room; their values are
     # ignored.
     room = w.w_out.shape[0] - widths.get('linear', 0) if len(widths) > 1 and dim is not None else 0
     columns, offset = {}, 0
@@ -61,7 +61,7 @@ class WeightStationary:
   def inputs_of_two_norms(
     self, y: Float[Array, 'b t e'], w: BlockPartWeights, widths: Mapping[str, int]
   ) -> Columns:
-    """Multiply y by w_in, scaled for each column by the norm that feeds it.
+    """Multiply y, scaled by each column's own norm, by w_in.
 
     One gather of y serves both norms. A ring runs once for each norm.
 
@@ -108,7 +108,7 @@ class WeightStationary:
 def _scaled_by_two_norms(
   y: Float[Array, 'b t e'], w: BlockPartWeights
 ) -> tuple[Float[Array, 'b t e'], Float[Array, 'b t e']]:
-  """Return the inputs of attention and of the MLP."""
+  """Scale y by the two norms; return the inputs of attention and of the MLP."""
   assert w.norm is not None
   y32 = y.astype(jnp.float32)
   return (
@@ -118,10 +118,11 @@ def _scaled_by_two_norms(
 
 
 def _side_by_side(columns: list[jax.Array], width: int) -> jax.Array:
-  """Concatenate columns, `width` in all; write them into the first array if it has room.
+  """Concatenate columns to a total of `width`, in place in the first array if it has room.
 
-  On a TPU a concatenation is one more pass over all the data, as is padding the first array.
-  XLA:CPU runs a fusion that writes in place on one core, with all that is fused into it.
+  On a TPU, a concatenation or padding the first array is one more pass over all the data. On a CPU,
+  writing in place is slower: XLA:CPU runs the fusion that writes, and everything fused into it, on
+  one core.
   """
   if columns[0].shape[-1] < width:
     return jnp.concatenate(columns, axis=-1)
@@ -142,7 +143,7 @@ def _side_by_side(columns: list[jax.Array], width: int) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class WeightGathered:
-  """Weights move to the activations, one matrix at a time: a whole layer would not fit."""
+  """Gathers weights where the activations are, one matrix at a time: a layer would not fit."""
 
   sharding: ActivationSharding
   gatherer: Gatherer
@@ -177,7 +178,8 @@ class WeightGathered:
     self, inputs: Mapping[str, jax.Array], w: BlockPartWeights, widths: Mapping[str, int]
   ) -> Columns:
     columns, stop = {}, w.w_in.shape[1]
-    # Attention's columns come first, because attention takes longest before the output matmul.
+    # Attention's columns are computed first, because attention takes longest before the output
+    # matmul.
     for name, width in reversed([*widths.items()]):
       block = slice(stop - width, stop)
       x = self.gatherer.matmul(inputs[name], w.w_in[:, block], self._embed, self._hidden)
@@ -222,7 +224,7 @@ def keep_slices_apart(
 def projections(
   sharding: ActivationSharding, block_part: BlockPart
 ) -> WeightStationary | WeightGathered:
-  """Return the matmuls of a block part that the layout calls for."""
+  """Return the matmuls of a block part, WeightStationary or WeightGathered as the layout says."""
   if sharding.layout.gathered_axes:
     return WeightGathered(sharding, Gatherer(sharding.layout.ring_directions))
   return WeightStationary(sharding, block_part)

@@ -48,7 +48,7 @@ class ShardedModel:
     dtype: Dtype of activations, 'float32' or 'bfloat16'. Norms, softmax and logits are always
       float32.
     cache: Dtype of the KV cache: 'float32', 'bfloat16', 'int8' (with a scale for each position and
-      head), or None for `dtype`. Passes without a cache round keys and values as if they had one.
+      head), or None for `dtype`. Passes without a cache also round keys and values to this dtype.
 
   Raises:
     RequestError: The dtype or cache is unknown.
@@ -79,8 +79,8 @@ class ShardedModel:
   def chunk_sharding(self, rows: int, length: int) -> ActivationSharding:
     """Return the sharding of a chunk's activations, in the decode layout.
 
-    A chunk is `length` new positions for each cached row. The sharding of the cache is that of
-    cache_sharding.
+    A chunk is `length` new positions for each cached row. The cache has the sharding that
+    cache_sharding returns.
     """
     return self._sharding(self.decode_layout, rows, length, cached=True)
 
@@ -95,8 +95,8 @@ class ShardedModel:
   def cache_sharding(self, rows: int) -> ActivationSharding:
     """Return the sharding of a cache of this many rows in the decode layout.
 
-    Unlike decode_sharding, it allows numbers of rows that a decode step cannot split: a prefill may
-    have such numbers.
+    Unlike decode_sharding, this accepts numbers of rows that a decode step cannot split, because a
+    prefill may have them.
     """
     return self.chunk_sharding(rows, 1)
 
@@ -116,11 +116,11 @@ class ShardedModel:
     return activations.sampling_axes(self.prefill_layout, rows, self.mesh.shape)
 
   def padded_batch(self, rows: int) -> int:
-    """Return the smallest batch of at least `rows` rows that fills all mesh axes it can."""
+    """Round a number of rows up so that decode splits them over all mesh axes it can use."""
     return activations.padded_batch(self.decode_layout, rows, self.mesh.shape)
 
   def weight_specs(self, weights: Weights) -> Weights:
-    """Return PartitionSpecs for weights of this form (stacked or not, int8 or not)."""
+    """Return PartitionSpecs for weights in the form of `weights` (stacked or not, int8 or not)."""
     tensors = packed_tensors(self.config, self.prefill_layout, self.mesh.shape, weights.is_int8)
 
     def spec(name: str, layers: slice | int | None) -> P:
@@ -129,14 +129,14 @@ class ShardedModel:
     return build_weights(tensors, self.config.num_layers, weights.stacked, spec)
 
   def kv_spec(self, sharding: ActivationSharding, weights: Weights) -> Any:
-    """Return PartitionSpecs of keys (or values): one with leading L, or one per unrolled layer."""
+    """Return PartitionSpecs of keys (or values): one if layers are stacked, else one per layer."""
     return P(None, *sharding.cache) if weights.stacked else (sharding.cache,) * len(weights.layers)
 
   def cache_spec(self, sharding: ActivationSharding, weights: Weights, cache: Any = None) -> Any:
     """Return PartitionSpecs of a KVCache or PagedCache, including a PagedCache's shared pages.
 
-    One spec stands for all arrays of a layer's keys: for int8, both units and scales. Without a
-    cache, they are those of a KVCache. Pages are split as rows are.
+    One spec stands for all arrays of a layer's keys: for int8, both units and scales. If `cache` is
+    None, return specs for a KVCache. Pages are split like rows.
     """
     kv = self.kv_spec(sharding, weights)
     rows: Any = P(sharding.attention_rows)
@@ -144,7 +144,7 @@ class ShardedModel:
       return KVCache(kv, kv, rows)
     shared = None
     if cache.shared is not None:
-      # Shared pages have no rows dimension: devices that split rows each have all of them.
+      # Shared pages have no row dimension, so each device has all of them.
       part: Any = P(None, *sharding.cache[1:])
       part = P(None, *part) if weights.stacked else (part,) * len(weights.layers)
       whole: Any = P()

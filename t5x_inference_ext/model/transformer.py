@@ -31,11 +31,11 @@ from t5x_inference_ext.sharding.layout import num_shards
 
 @dataclasses.dataclass(frozen=True)
 class Model(ShardedModel):
-  """A model's passes on one mesh. A Model holds no weights: it is hashable and cheap to make."""
+  """The passes of a model on one mesh. It holds no weights, is hashable and is cheap to make."""
 
   @property
   def prefilling(self) -> 'Model':
-    """This model, with the prefill layout in both phases: its caches are in the prefill layout."""
+    """A copy of this model that uses the prefill layout in both phases, and so for its caches."""
     return dataclasses.replace(self, decode_layout=self.prefill_layout)
 
   def prefill(
@@ -118,7 +118,7 @@ class Model(ShardedModel):
   ) -> tuple[Float[Array, 'B V'], KVCache]:
     """Run T more tokens per row after the cached ones, in the decode layout.
 
-    The new tokens are a chunk of a prompt, or a chat's next turn. Results do not depend on the
+    The new tokens can be a chunk of a prompt, or a chat's next turn. Results do not depend on the
     sizes of chunks.
 
     Args:
@@ -127,8 +127,8 @@ class Model(ShardedModel):
       tokens: [B, T] int32, right-padded.
       counts: [B] int32. Number of valid tokens in each row. A row with 0 keeps its cache; its
         logits are meaningless.
-      read: Cached positions of each row that attention reads, the first ones: no row has more.
-        None: all. Static.
+      read: Number of cached positions per row that attention reads, from the first on; no row has
+        more. None: all. Static.
 
     Returns:
       Logits [B, V] float32 after each row's last token, NaN in a row whose residual stream is not
@@ -159,7 +159,7 @@ class Model(ShardedModel):
       return logits, append_tokens(cache, *kv, cached_counts)
 
     spec = self.cache_spec(sharding, weights, cache)
-    # The counts are passed twice, with rows split as in the residual stream and as in the cache.
+    # The counts are passed twice: with rows split as in the residual stream, and as in the cache.
     return self.on_shards(
       sharding,
       finish,
@@ -173,7 +173,7 @@ class Model(ShardedModel):
   def logits(self, weights: Weights, tokens: Int[Array, 'B T']) -> Float[Array, 'B T V']:
     """Return float32 logits [B, T, V] of the token after each position of model inputs [B, T].
 
-    They are NaN from the first position on at which a row's residual stream is not finite.
+    A row's logits are NaN from the first position on where its residual stream is not finite.
     """
     rows, length = tokens.shape
     sharding = self.prefill_sharding(rows, length)
@@ -204,11 +204,12 @@ class Model(ShardedModel):
   def target_scores(
     self, weights: Weights, tokens: Int[Array, 'B T'], targets: Int[Array, 'B T'], top: int = 0
   ) -> Any:
-    """Return what `log_probs` does; with `top`, RankedTokens of [B, T] and [B, T, top]."""
+    """Return log_probs(...), or with `top` RankedTokens of shapes [B, T] and [B, T, top]."""
     rows, length = tokens.shape
     sharding = self.prefill_sharding(rows, length)
     sampling, shape = self.sampling_axes(rows), self.mesh.shape
-    # While logits are computed they are split over the vocabulary, afterwards over rows.
+    # While logits are computed, they are split over the vocabulary; then they are moved to a split
+    # over rows.
     shards = min(num_shards(self.prefill_layout.stored_hidden, shape), num_shards(sampling, shape))
     width = rows * self.config.vocab_size // shards
     position_axes = sharding.residual[1]
@@ -241,12 +242,12 @@ class Model(ShardedModel):
     outputs: Any,
     read: int | None = None,
   ) -> Callable[..., Any]:
-    """Return `forward` over all shards, as a function of global (weights, cache, tokens, *inputs).
+    """Wrap `forward` in shard_map; return a function of global (weights, cache, tokens, *inputs).
 
     Args:
       sharding: Sharding of the pass's activations.
       finish: See forward.
-      weights: Weights. If they are stacked, there is one spec for all layers, else one per layer.
+      weights: Weights, for their form: one spec for all layers if stacked, else one per layer.
       cache_spec: PartitionSpecs of the cache, or None without one.
       inputs: PartitionSpecs of the further arguments of `finish`.
       outputs: PartitionSpecs of the results of `finish`.

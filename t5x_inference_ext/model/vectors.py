@@ -1,7 +1,8 @@
-"""Norms and biases of all layers, cut to what one shard needs, before the loop over layers.
+"""Norms and biases of all layers: each shard's slices, taken before the loop over layers.
 
-Vectors are whole on every device. Each is cut as the activation that it is added to, or multiplied
-by, is split at that place, where sums over devices are complete: so a bias is added once.
+Vectors are replicated on every device. A shard takes the slice that matches its part of the
+activation to which the vector is added or multiplied. That happens after the sums over devices are
+complete, so a bias is added once.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,8 @@ from t5x_inference_ext.model.weights import BlockPartWeights
 from t5x_inference_ext.sharding.activations import ActivationSharding
 from t5x_inference_ext.sharding.layout import Axes
 
-# Field -> the heads that the vector belongs to. It becomes [.., heads, Q] of this shard's heads.
+# Field -> kind of heads that the vector belongs to. It is cut to [.., heads, Q] for the shard's
+# heads.
 _QUERY_VECTORS = ('query_bias', 'query_norm', 'query_norm_bias')
 _KEY_VECTORS = ('key_bias', 'key_norm', 'key_norm_bias', 'value_bias')
 _HEAD_VECTORS = _QUERY_VECTORS + _KEY_VECTORS
@@ -34,8 +36,8 @@ def local_vectors(layers: Any, config: ModelConfig, sharding: ActivationSharding
     sharding: Sharding of the pass's activations.
 
   Returns:
-    Like `layers`. Vectors of E features are [.., e] as in the residual stream, those of an MLP's
-    columns [.., f], those of queries or keys [.., heads, Q].
+    Like `layers`. Vectors over E features become [.., e], split like the residual stream; vectors
+    over MLP columns become [.., f]; vectors over queries or keys become [.., heads, Q].
   """
   parts = {part.name: part for part in config.block_parts}
 
@@ -75,7 +77,7 @@ def _cut_part(
 
 
 def input_norm_axes(part: BlockPart, config: ModelConfig, sharding: ActivationSharding) -> Axes:
-  """Return the axes that split features where the norms of a block part's inputs are applied.
+  """Return the axes that split the features to which a block part's input norms are applied.
 
   A parallel block with two norms gathers its normalized input once, and applies both norms'
   scales to the gathered features. Around a ring, each slice is scaled before it travels.
@@ -87,7 +89,7 @@ def input_norm_axes(part: BlockPart, config: ModelConfig, sharding: ActivationSh
 
 
 def mlp_axes(part: BlockPart, sharding: ActivationSharding) -> Axes:
-  """Return the axes that split the MLP's columns where its nonlinearity is applied."""
+  """Return the axes that split the MLP's columns when its nonlinearity is applied."""
   layout = sharding.layout
   split = sharding.mlp_dim == 2 and sharding.sums_into(part) is None
   return layout.hidden_axes + (layout.embed_axes if split else ())
@@ -96,11 +98,12 @@ def mlp_axes(part: BlockPart, sharding: ActivationSharding) -> Axes:
 def take_heads(
   x: Float[Array, '*lead H n'], heads: Sequence[int | None], axes: Axes
 ) -> Float[Array, '*lead h n']:
-  """Return what x has of this shard's heads; zeros for padding.
+  """Return the vectors in x of this shard's heads, with zeros for padding heads.
 
   Args:
     x: Vectors of all heads of the model.
-    heads: For each head on all devices along `axes`, its index in the model, None for padding.
+    heads: For each head position over all devices along `axes`, its index in the model; None for
+      padding.
     axes: Mesh axes that split the heads.
   """
   if None in heads:

@@ -1,4 +1,4 @@
-"""Weights on the chips, a pytree of global arrays; see sharding/packing.py for the shards."""
+"""Weights on the chips: a pytree of global arrays. sharding/packing.py describes their shards."""
 
 from collections.abc import Callable, Iterable, Mapping
 import dataclasses
@@ -8,7 +8,8 @@ import jax
 
 from t5x_inference_ext.sharding.packing import PackedTensor
 
-# A tensor to make: its name, and the index of a layer, or of the place outside the layers.
+# A tensor to make: its name, and 0 for a tensor outside the layers, else 1 + the layer's index (1
+# for stacked layers).
 TensorJob = tuple[str, int]
 
 
@@ -18,16 +19,16 @@ class BlockPartWeights:
   """Weights of one block part of one layer (or of all layers, with a leading L).
 
   Attributes:
-    norm: [E] float32. The factor to multiply by (not a stored scale around zero). None if norms are
-      after sublayers only. In a parallel block with two norms, the one that feeds attention.
+    norm: [E] float32. The factor to multiply by (not a stored scale around zero). None if the model
+      has norms only after attention and MLP. In a parallel block with two norms, the norm that
+      feeds attention.
     w_in: [E, columns], float or int8. A shard's columns are [gate | linear | query | key, value],
       as far as the block part has them.
     w_out: [rows, E], float or int8. A shard's rows are [MLP | attention].
     norm_bias: [E] float32 with layer norm, else None.
     in_scale: [columns] float32 with int8 weights, else None.
     out_scale: [E] float32 with int8 weights, else None.
-    vectors: Other norms, and biases of matrices, by field name (params.vector_names): float32, as
-      canonical tensors are.
+    vectors: Other norms, and biases of matrices, by field name (params.vector_names). float32.
   """
 
   norm: jax.Array | None
@@ -40,7 +41,7 @@ class BlockPartWeights:
 
   @classmethod
   def of(cls, fields: Mapping[str, Any]) -> 'BlockPartWeights':
-    """Build a block part from its arrays (or specs) by field name, `vectors` among them."""
+    """Build a block part from its arrays (or specs) by field name, including those in `vectors`."""
     known = {f.name for f in dataclasses.fields(cls)}
     vectors = {name: fields[name] for name in fields if name not in known}
     own = {name: fields[name] for name in fields if name in known}
@@ -60,12 +61,12 @@ class Weights:
     embedding: [V, E] in the compute dtype, with V padded to the mesh.
     final_norm: [E] float32.
     layers: A tuple of layers (the program unrolls them), or one layer whose arrays have a leading L
-      (the program loops over them, as is best for deep models).
+      (the program loops over layers; best for deep models).
     final_norm_bias: [E] float32 with layer norm, else None.
     head: [V, E] like the embedding, or None: logits are products with the embedding.
     head_bias: [V] float32, or None. Added to the scaled logits.
-    embedding_norm: [E] float32, or None. A norm after the embedding.
-    embedding_norm_bias: [E] float32, or None.
+    embedding_norm: [E] float32, or None. Scale of a norm after the embedding.
+    embedding_norm_bias: [E] float32, or None. Bias of that norm.
     position_embedding: [P, E] like the embedding, or None. Added to it.
     relative_bias: [H, buckets] float32, or None. T5's bias of attention logits by distance.
   """
@@ -83,7 +84,7 @@ class Weights:
 
   @property
   def stacked(self) -> bool:
-    """Whether `layers` is one layer with a leading L."""
+    """Whether the layers' arrays are stacked: one array for all layers, with a leading L."""
     return not isinstance(self.layers, tuple)
 
   @property

@@ -1,4 +1,4 @@
-"""The error when no plan is possible: how far off the nearest plan is, and which change helps."""
+"""The error if no plan is possible: how far off the nearest is, and which change would help."""
 
 from collections.abc import Callable, Sequence
 
@@ -40,7 +40,7 @@ def nothing_fits(
     machines: Machines to choose from.
     refusal: The first MeshError of a machine whose chips do not divide the model, or None.
   """
-  excess: dict[Machine, float] = {}  # bytes that the plan with the least memory lacks on a chip
+  excess: dict[Machine, float] = {}  # bytes per chip by which the smallest plan exceeds the memory
   for machine in machines:
     try:
       needed = min(search.needed_bytes(request, machine))
@@ -78,7 +78,7 @@ def _fits(request: PlanRequest, machine: Machine) -> bool:
 
 
 def _other_dtype(request: PlanRequest, machines: Sequence[Machine], field: str, words: str) -> str:
-  """Return `words` if int8 in a field makes the request fit, else ''."""
+  """Return `words` if the request fits with int8 in a field, else ''."""
   if getattr(request, field) == 'int8':
     return ''
   smaller = request.replace(**{field: 'int8'})
@@ -86,7 +86,7 @@ def _other_dtype(request: PlanRequest, machines: Sequence[Machine], field: str, 
 
 
 def _most(request: PlanRequest, machine: Machine, field: str, words: str) -> str:
-  """Return `words` with the largest number in a field that fits, or '' if not even 1 fits."""
+  """Return `words` with the largest value of a field that fits, or '' if not even 1 fits."""
 
   def fits(value: int) -> bool:
     return _fits(request.replace(**{field: value}), machine)
@@ -104,7 +104,7 @@ def largest_that(fits: Callable[[int], bool], limit: int) -> int:
   high = 1
   while high < limit and fits(high):
     high *= 2
-  low, high = high // 2, min(high, limit)  # low fits, or is 0; high does not
+  low, high = high // 2, min(high, limit)  # low fits, or is 0; high does not fit
   while high - low > 1:
     middle = (low + high) // 2
     if fits(middle):
@@ -115,7 +115,7 @@ def largest_that(fits: Callable[[int], bool], limit: int) -> int:
 
 
 def _larger_slice(request: PlanRequest, machines: Sequence[Machine]) -> str:
-  """Return the smallest larger slice of these kinds of chip that fits, or '' if none does."""
+  """Return the name of the smallest larger slice of these chips that fits, or '' if none does."""
   kinds = dict.fromkeys(machine.chip.name for machine in machines)
   most = max(machine.chips for machine in machines)
   known = (Machine.parse(name) for kind in kinds for name in known_machines(kind))

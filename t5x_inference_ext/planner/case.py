@@ -98,7 +98,7 @@ class PassCase:
 
   @functools.cached_property
   def sharding(self) -> ActivationSharding:
-    """The layout, resolved for this pass."""
+    """The activation sharding: the layout, resolved for this pass."""
     return activations.shard_activations(
       self.layout, self.config, axis_sizes(self.mesh), self.batch, self.padded
     )
@@ -112,7 +112,7 @@ class PassCase:
 
   @property
   def seen(self) -> int:
-    """S after padding: the positions that attention sees."""
+    """S after padding: the number of positions that attention sees."""
     return self.context + self.padded - self.length
 
   @property
@@ -123,7 +123,7 @@ class PassCase:
 
   @property
   def moves(self) -> tuple[list[Collective], list[Collective]]:
-    """The collectives of one layer; and those of the lookup, the final norm and the logits."""
+    """The collectives of one layer, and the collectives of lookup, final norm and logits."""
     arguments = self.config, self.sharding, axis_sizes(self.mesh), self.batch, self.padded
     # logits_moves needs the prefill layout, which splits rows for sampling. Every layout that can
     # share weights with this one splits them in the same way.

@@ -42,9 +42,9 @@ class Choice:
 
   @functools.cached_property
   def paper_plan(self) -> Plan | None:
-    """The plan that the paper's convention would choose, priced in the request's convention.
+    """The plan chosen under the paper's network convention, with costs in the request's convention.
 
-    None if it is this plan. Cached, because the report and the JSON file both need it.
+    None if it is the chosen plan itself. Cached, because both the report and the JSON file need it.
     """
     plan = self.plan
     request = plan.request

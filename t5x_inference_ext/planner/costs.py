@@ -2,8 +2,8 @@
 
 The formulas are those of the paper's sections 2 and 3.
 
-Nothing overlaps, except the gathering of weights, which does not depend on activations and so runs
-during the products of the previous layer (section 3.5). Only the time by which it is longer than
+Nothing overlaps, except that weights are gathered during the products of the previous layer
+(section 3.5), since that does not depend on activations. Of the gathering, only the time beyond
 these products is counted.
 """
 
@@ -154,7 +154,7 @@ def cost(
   done, chip = work(case), case.machine.chip
 
   def product_seconds(flops: float, rows: float) -> float:
-    # A product with fewer rows than the matrix unit has takes as long as a full one.
+    # A product with fewer rows than the matrix unit takes as long as one with as many rows as it.
     return flops * max(1, chip.matrix_rows / rows) / chip.bf16_flops
 
   matmuls = product_seconds(done.matmul_flops, done.matmul_rows)

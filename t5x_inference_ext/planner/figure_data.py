@@ -35,7 +35,7 @@ def feedforward_bytes(config: ModelConfig, mesh: Mesh, feedforward: str, tokens:
 def switch_points(
   config: ModelConfig, mesh: Mesh, feedforward: Sequence[str] = FEEDFORWARD_LAYOUTS
 ) -> list[tuple[float, str, str]]:
-  """Return the points (tokens, layout below, layout above) where the best layout changes.
+  """Return (tokens, layout below, layout above) for each number where the best layout changes.
 
   The best layout sends the fewest bytes: bytes of weights, which are constant, and bytes of
     activations, proportional to the tokens.
@@ -64,7 +64,7 @@ def switch_points(
 def longest_context(
   config: ModelConfig, machine: Machine, mesh: Mesh, layout: str, batch: int
 ) -> int:
-  """Return the positions per row of a bfloat16 cache in CACHE_SHARE of the chips' memory.
+  """Return the longest context, in positions per row, whose bfloat16 cache fits CACHE_SHARE.
 
   Args:
     config: The model.
@@ -96,7 +96,7 @@ class ContextRow:
 
 
 def context_rows(config: ModelConfig) -> tuple[ContextRow, ...]:
-  """Return a row for each split of attention: by heads, and by batch.
+  """Return Table 1's rows: one for each split of attention, by heads and by batch.
 
   A multiquery model is also compared with multihead attention with heads of half the size, as in
   the paper.

@@ -45,7 +45,7 @@ def pareto(path: str, points: Sequence[Point]) -> None:
 
 
 def _name_slices(axes: Any, best: Sequence[Point], colour: str, above: bool) -> None:
-  """Label the first point of each slice on the front with its chips and batch."""
+  """Label each slice's first point on the Pareto front with its number of chips and batch."""
   first_of_slice = {p.cost.case.machine.chips: p for p in reversed(best)}
   for chips, p in first_of_slice.items():
     axes.annotate(
@@ -66,7 +66,7 @@ def _milliseconds(points: Sequence[Point]) -> tuple[list[float], list[float]]:
 
 
 def communication(path: str, config: ModelConfig, mesh: Mesh) -> None:
-  """Draw GB that a chip sends in one feedforward layer against tokens, by layout (Figure 3)."""
+  """Draw, by layout, the GB a chip sends in one feedforward layer against tokens (Figure 3)."""
   step = math.prod(mesh)
   tokens = [step * 2**i for i in range(max(1, (_MAX_TOKENS // step).bit_length()))]
   about = f'{_model_text(config)}; mesh {"x".join(map(str, mesh))}, bfloat16'
@@ -171,7 +171,7 @@ def _axes(
 
   Args:
     figure: The figure.
-    place: (rows, columns, index from 1) in the figure.
+    place: (rows, columns, index from 1) of the grid of axes, as in Figure.add_subplot.
     x: Label of the x axis.
     y: Label of the y axis.
     scale: Scale of both axes, 'log' or 'linear'.

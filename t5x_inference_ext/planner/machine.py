@@ -74,7 +74,7 @@ class Machine:
   def meshes(self, config: ModelConfig, split: bool = True) -> tuple[Mesh, ...]:
     """Return the candidate meshes (X, Y, Z) for a model, with the default mesh first.
 
-    Y is at least Z, since swapping both moves equally many bytes. On a torus the candidates are
+    Y is at least Z, since swapping the two moves equally many bytes. On a torus the candidates are
     those of mesh_choice.torus_meshes. GPUs have no torus: any three factors are candidates, best
     for ws_2d first.
 

@@ -54,11 +54,11 @@ def memory(case: PassCase, positions: int) -> PlannedMemory:
 
 
 def _working_bytes(case: PassCase) -> float:
-  """Estimate the bytes of temporaries at the point of a pass that needs most.
+  """Estimate the bytes of temporaries at the point of a pass where they are largest.
 
   In a layer these are the residual stream and its sum; the MLP's columns (gate and linear in one),
-  or the queries; attention's logits, up to the number that is computed at once; and the largest
-  gathered matrix. After the last layer they are the logits of each row's last position.
+  or the queries; attention's logits, as many as are computed at once; and the largest gathered
+  matrix. After the last layer they are the logits of each row's last position.
   """
   c, p = case.config, case.sharding
   tokens = case.batch * case.padded / case.size(case.layout.gathered_axes)

@@ -29,7 +29,7 @@ from t5x_inference_ext.sharding.mesh import mesh_text
 
 RECEIPT_FORMAT = 't5x_inference_ext receipt'
 RECEIPT_VERSION = 1
-# Fields of a request that choose its tokens, and those that don't.
+# Fields of a request that affect its tokens, so receipts record them; then fields that don't.
 TOLD = ('tokens', 'seeds', 'limit', 'end_ids', 'stop_texts', 'sampling')
 _WITHOUT_EFFECT = ('text', 'top_log_probs', 'salt')
 

@@ -1,4 +1,4 @@
-"""The file of a receipt: read and checked, as it may come from anyone."""
+"""Reading of receipt files. They may come from anyone, so every field is checked."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -36,8 +36,8 @@ class Receipt:
     request: The request.
     weights: Dtype of the matrices.
     identity: Identity of the weights.
-    setting: How the engine was set.
-    versions: Versions by name.
+    setting: Settings of the engine that affect results, such as layouts and dtypes.
+    versions: Name of a package or device -> its version.
     samples: Tokens and finish reason of each sample.
   """
 
@@ -53,7 +53,8 @@ def read_receipt(path: str) -> Receipt:
   """Read a receipt from a file.
 
   Raises:
-    RequestError: There is no such file, or it holds no receipt. The message names the field.
+    RequestError: The file does not exist or is not a valid receipt. The message names the wrong
+      field.
   """
   try:
     with open(path, 'rb') as file:
@@ -61,17 +62,17 @@ def read_receipt(path: str) -> Receipt:
   except OSError as error:
     raise RequestError(f"the receipt {path} can't be read: {error.strerror}") from error
   if len(data) > _MOST_BYTES:
-    raise RequestError(f'{path} is no receipt: it has more than {_MOST_BYTES} bytes')
+    raise RequestError(f'{path} is not a receipt: it has more than {_MOST_BYTES} bytes')
   try:
     return _receipt(parse_json(data.decode()))
   except UnicodeDecodeError as error:
-    raise RequestError(f'{path} is no receipt: it is not UTF-8') from error
+    raise RequestError(f'{path} is not a receipt: it is not UTF-8') from error
   except (UserError, ValueError) as error:
-    raise RequestError(f'{path} is no receipt that can be run again: {error}') from error
+    raise RequestError(f'{path} is not a receipt that can be replayed: {error}') from error
 
 
 def _receipt(value: Any) -> Receipt:
-  """Return the receipt that a JSON value holds. Raises ValueError."""
+  """Convert a JSON value to a receipt; raise ValueError if a field is wrong."""
   if isinstance(value, dict) and 'format' in value:
     kind, version = value['format'], value.get('version')
     if (kind, version) != (RECEIPT_FORMAT, RECEIPT_VERSION) or isinstance(version, bool):
@@ -161,7 +162,7 @@ def _samples(value: Any, request: Request) -> list[tuple[list[int], str]]:
 
 
 def _fields(where: str, value: Any, names: Sequence[str]) -> dict[str, Any]:
-  """Return an object that has exactly these names. Raises ValueError for any other value."""
+  """Return a JSON object's fields; raise ValueError unless they are exactly `names`."""
   if not isinstance(value, dict):
     raise ValueError(f'{where} is {short_repr(value)}, not an object with {", ".join(names)}')
   for missing in names:

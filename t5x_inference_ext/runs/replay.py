@@ -1,4 +1,4 @@
-"""The replay of a receipt: its request once more, and whether the tokens are equal."""
+"""Replay of a receipt: runs its request again and compares the tokens."""
 
 from collections.abc import Callable
 import dataclasses
@@ -30,20 +30,20 @@ def replay(
   vocabulary: str | None = None,
   say: Callable[[str], None] = print_on_main,
 ) -> bool:
-  """Run the request of a receipt again; say for each sample whether its tokens are equal.
+  """Run the request of a receipt again; print for each sample whether its tokens are equal.
 
   Args:
     receipt: The receipt.
-    options: Checkpoint, mesh, layouts and dtypes to run on. Other options are the receipt's.
-    vocabulary: As the option of that name, for stop texts.
+    options: Checkpoint, mesh, layouts and dtypes to run with. Other options come from the receipt.
+    vocabulary: The option --vocabulary; needed for stop texts.
     say: Prints a line.
 
   Returns:
     Whether all tokens and finish reasons are equal.
 
   Raises:
-    UserError: The receipt is of other weights, or does not fit the model. Raised before weights
-      load.
+    UserError: The receipt belongs to other weights, or its request does not fit the model. Raised
+      before weights are loaded.
   """
   with distributed.together():
     checkpoint, mesh = loading.open_model(options, say)
@@ -71,11 +71,11 @@ def replay(
 
 
 def _check_weights(receipt: Receipt, checkpoint: Checkpoint) -> None:
-  """Raise RequestError if the receipt is not of the checkpoint's weights."""
+  """Raise RequestError if the receipt was made with other weights than the checkpoint's."""
   found = weights_identity(checkpoint)
   if found != receipt.identity or checkpoint.weights != receipt.weights:
     raise RequestError(
-      f'the receipt is of other weights: {receipt.weights}, {receipt.identity.covers} '
+      f'the receipt was made with other weights: {receipt.weights}, {receipt.identity.covers} '
       f'{receipt.identity.sha256[:12]}, and {checkpoint.path} has {checkpoint.weights}, '
       f'{found.covers} {found.sha256[:12]}: give the checkpoint that the server had'
     )
@@ -101,7 +101,7 @@ def _run(
 
 
 def _different_settings(receipt: Receipt, engine: Engine) -> list[str]:
-  """Return a line about what was not as it is now, which may explain other tokens."""
+  """Return [] or one line: the settings that differ from the receipt's and may change tokens."""
   now = {**dataclasses.asdict(EngineSetting.of(engine)), **versions()}
   then = {**dataclasses.asdict(receipt.setting), **receipt.versions}
   changed = [f'{name} {then[name]}, now {now[name]}' for name in now if now[name] != then[name]]
@@ -111,7 +111,7 @@ def _different_settings(receipt: Receipt, engine: Engine) -> list[str]:
 
 
 def _compare(sample: Sample, tokens: list[int], finish: str) -> str:
-  """Return how a sample differs from the receipt's; '' if it does not."""
+  """Return a text that says how a sample differs from the receipt's; '' if they are equal."""
   pairs = itertools.zip_longest(tokens, sample.tokens, fillvalue='none')
   for i, (then, now) in enumerate(pairs):
     if then != now:

@@ -1,4 +1,4 @@
-"""Sampling options that a row of a prompts file gives for itself, in place of the run's."""
+"""Sampling options of single rows of a prompts file, which replace those of the run."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -19,13 +19,13 @@ _KNOWN = (*_FIELDS, 'max_new_tokens', 'seed')
 
 @dataclasses.dataclass(frozen=True)
 class RowSampling:
-  """How one row is continued.
+  """The sampling options of one row.
 
   Attributes:
     sampling: How tokens are chosen, and which ids end the row.
-    max_new_tokens: Most tokens generated for the row.
-    seed: Seed of the row's first sample. Other samples count up from it. None: derived from the
-      run's seed and the row's index.
+    max_new_tokens: Maximum number of new tokens of the row.
+    seed: Seed of the row's first sample; the next samples have seed + 1, seed + 2, ... None:
+      derived from the run's seed and the row's index.
     stop: Texts that end the row.
     grammar: The language that the row's text must be in; None: any.
   """
@@ -47,7 +47,7 @@ def row_sampling(
     given: The row's `sampling` as read from JSON. It may have the fields of SamplingParams, with
       texts or ids in `stop` and an object as `logit_bias`; `max_new_tokens`, at most the run's; and
       `seed`.
-    vocabulary: Writes the row's text; None if it is not known.
+    vocabulary: Encodes stop texts; None if it is not known.
     vocab_size: V, rows of the model's embedding.
 
   Raises:
@@ -102,14 +102,14 @@ def _stop(value: Any, vocabulary: Vocabulary | None) -> tuple[tuple[str, ...], l
 
 
 def parse_logit_bias(value: Any) -> dict[int, float]:
-  """Return the logit bias that a JSON object {"TOKEN ID": NUMBER or "-Infinity", ...} stands for.
+  """Convert a JSON object {"TOKEN ID": NUMBER or "-Infinity", ...} to a logit bias.
 
   Raises:
-    RequestError: The value is not such an object, or a number is too large for a float.
+    RequestError: The value is no such object, or a number is too large for a float.
   """
   try:
     found = {int(token): float(bias) for token, bias in value.items()}
-    # int() takes ' 3' and '+3', too, and float() any text of a number.
+    # int() would also accept ' 3' and '+3', and float() any text of a number.
     if [*map(str, found)] == [*value] and all(
       has_type(bias, float) or bias == '-Infinity' for bias in value.values()
     ):
@@ -117,5 +117,5 @@ def parse_logit_bias(value: Any) -> dict[int, float]:
   except (AttributeError, OverflowError, TypeError, ValueError):
     pass
   raise RequestError(
-    f'logit_bias must be an object of token ids and numbers, got {reprlib.repr(value)}'
+    f'logit_bias must be an object that maps token ids to numbers, got {reprlib.repr(value)}'
   )

@@ -1,4 +1,4 @@
-"""The text of completed rows: how a row ends on the devices, and what is cut from its text."""
+"""Stop texts: token ids that end a row early on the devices, and the text cut at a stop text."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -13,7 +13,7 @@ from t5x_inference_ext.text.vocabulary import Vocabulary
 def with_early_ends(
   sampling: SamplingParams, stop: Sequence[str], vocabulary: Any, end_ids: Sequence[int] = ()
 ) -> SamplingParams:
-  """Return sampling parameters that also end rows at ids which usually write a stop text.
+  """Add the token ids that usually encode a stop text to the stop sequences of `sampling`.
 
   Args:
     sampling: How tokens are chosen, and which ids end the row.
@@ -33,16 +33,16 @@ def completed_text(
   sampling: SamplingParams,
   stop: Sequence[str],
 ) -> tuple[str, int]:
-  """Return the text of a completion, and how many of its tokens belong to it.
+  """Return the text of a completion, and how many of its tokens to keep.
 
-  The text ends before the first stop text and before stop ids. The tokens include those that write
-  the stop text.
+  The text ends before the first stop text and before stop ids. The kept tokens include those of the
+  stop text.
 
   Args:
     vocabulary: Decodes the tokens.
     prompt: Ids of the prompt, so that the completion's first space stays.
     tokens: Generated ids.
-    sampling: The row's parameters, with stop ids of the user's own.
+    sampling: The row's parameters, with only the stop ids that the user gave.
     stop: Stop texts.
   """
   detokenizer, stops, parts = Detokenizer(vocabulary, prompt), StopTexts(stop), []

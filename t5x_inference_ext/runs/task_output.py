@@ -32,7 +32,7 @@ def make_directory(path: str) -> None:
 
 @contextlib.contextmanager
 def open_output(path: str) -> Iterator[IO[str]]:
-  """Open a file for writing; what processes other than 0 write is dropped.
+  """Open a file for writing; in processes other than 0, writes are dropped.
 
   Raises:
     RequestError: The file can't be written, for example on a full disk.

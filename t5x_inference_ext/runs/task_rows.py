@@ -24,13 +24,14 @@ def predicted_row(
 
   Args:
     example: The example that was continued.
-    samples: Tokens and score of each prediction. Several are written as lists, from the worst to
-      the best, as T5X's return_all_decodes does.
-    length: Length that tokens are padded to before decoding: some vocabularies decode padding too.
+    samples: Tokens and score of each prediction. Several are written as lists, from the lowest
+      score to the highest, as with T5X's return_all_decodes.
+    length: Number of tokens to pad to before decoding, because some vocabularies decode padding
+      too.
     vocabulary: Decodes the predictions.
     mode: 'predict' or 'predict_with_aux'.
     stop: Texts that end a prediction, and are cut from it.
-    min_new_tokens: Tokens before which stop texts do not count.
+    min_new_tokens: Stop texts that end among this many first tokens are ignored.
   """
   samples = sorted(samples, key=lambda sample: sample[1])
   ids = np.zeros((len(samples), length), np.int32)
@@ -66,7 +67,7 @@ def _pretokenized(example: TaskExample) -> dict[str, Any]:
 
 
 def _json(value: Any) -> Any:
-  """Return numpy values as JSON values. Bytes that are not UTF-8 are replaced, not refused."""
+  """Convert numpy values to JSON values. Bytes that are not UTF-8 are replaced, not refused."""
   if isinstance(value, bytes):
     return value.decode('utf-8', errors='replace')
   if isinstance(value, (np.ndarray, np.generic)):

@@ -40,8 +40,8 @@ from t5x_inference_ext.runs.work import ScoreWork, StaticWork, Work, refill_work
 from t5x_inference_ext.text.settings import EOS_ID
 
 RECORD = 'infer.config.json'
-SCORED_BATCHES = 128  # batches whose examples are sorted by length together
-# InferOptions that have another name in a run over a task, or do not exist there.
+SCORED_BATCHES = 128  # number of batches whose examples are sorted by length together
+# Options of InferOptions that have another name in a run over a task, or do not exist there.
 _OTHER_OPTIONS = (
   'checkpoint',
   'max_new_tokens',
@@ -84,13 +84,13 @@ def infer(
     module: Module to import first, which registers the task.
     split: Split of the task.
     use_cached: Whether to read seqio's cached form of the task.
-    max_new_tokens: Most tokens of each prediction. None: prompt and prediction may fill the whole
-      sequence, as in T5X.
+    max_new_tokens: Maximum number of tokens of each prediction. None: prompt and prediction may
+      fill the whole sequence, as in T5X.
     sampling: How tokens are chosen.
     model_config: Model that the checkpoint must hold; None: any.
     shard_id: Index of this run among `num_shards` runs that share the task's examples.
     num_shards: Number of runs that share the task's examples.
-    config_text: Configuration of the run, kept as config.gin beside the results.
+    config_text: Configuration of the run, written as config.gin beside the results.
     explain_layout: Whether to print the sharding of every tensor and do nothing else.
     **options: Options of InferOptions and ProcessOptions, by name.
 
@@ -149,14 +149,14 @@ def infer(
 
 
 def _with_limits(options: InferOptions, length: int, max_new_tokens: int | None) -> InferOptions:
-  """Return options that limit predictions to max_new_tokens; for None, by `length`, as T5X does."""
+  """Return options that limit predictions to max_new_tokens, or if None to `length`, as in T5X."""
   if max_new_tokens is not None:
     return dataclasses.replace(options, max_new_tokens=max_new_tokens)
   return dataclasses.replace(options, max_new_tokens=length, max_length=length, cache_length=length)
 
 
 def _with_task_vocabulary(options: InferOptions, task: seqio.Task) -> InferOptions:
-  """Return options that end rows at ids which usually write their stop texts."""
+  """Return options whose stop sequences include ids that usually encode the stop texts."""
   vocabulary = task.output_features['targets'].vocabulary
   sampling = with_early_ends(options.sampling, options.stop, vocabulary)
   return dataclasses.replace(options, sampling=sampling)
@@ -165,13 +165,13 @@ def _with_task_vocabulary(options: InferOptions, task: seqio.Task) -> InferOptio
 def _uncompleted(
   found: list[seqio.Task], source: Source, mode: str, output_dir: str
 ) -> list[seqio.Task]:
-  """Return the tasks that no earlier run completed."""
+  """Return the tasks whose output no earlier run has completed."""
 
   def completed() -> list[str]:
     paths = {task.name: output_path(task.name, source, mode, output_dir) for task in found}
     return [name for name, path in paths.items() if gfile.exists(path + COMPLETED_SUFFIX)]
 
-  # Perhaps only process 0 can see the output directory.
+  # Only process 0 looks: the other processes may not see the output directory.
   names = distributed.from_main(completed)
   for name in names:
     path = output_path(name, source, mode, output_dir)
@@ -248,7 +248,7 @@ def _prepare_task(
 
 
 def _features(batch: list[tuple[int, TaskExample]]) -> list[list]:
-  """Return a batch's inputs of the model, which must be equal in all processes."""
+  """Return a batch's model inputs, for a check that they are equal in all processes."""
   return [
     [(name, value.tolist()) for name, value in sorted(example.model.items())]
     for _, example in batch

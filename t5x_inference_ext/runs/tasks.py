@@ -73,7 +73,7 @@ def find_tasks(source: Source) -> list[seqio.Task]:
 
 
 def check_source(source: Source, mode: str, tasks: list[seqio.Task]) -> None:
-  """Raise RequestError for lengths, features, splits or shards that the tasks don't have."""
+  """Raise RequestError if the tasks lack a length, feature, split or shard that `source` names."""
   lengths = source.feature_lengths
   if (
     not isinstance(lengths, Mapping)
@@ -105,7 +105,7 @@ def check_source(source: Source, mode: str, tasks: list[seqio.Task]) -> None:
 
 
 def check_vocabularies(source: Source, tasks: list[seqio.Task], vocab_size: int) -> None:
-  """Raise RequestError for a task with ids that a model of `vocab_size` rows does not have."""
+  """Raise RequestError if a task's vocabulary has more ids than the model's `vocab_size` rows."""
   for task in tasks:
     for name in source.feature_lengths:
       size = task.output_features[name].vocabulary.vocab_size
@@ -164,7 +164,7 @@ def scoring_example(example: TaskExample, bos_id: int | None) -> ScoringExample:
 
   Args:
     example: The example. seqio puts T5X's BOS, 0, in front of its inputs.
-    bos_id: The model's BOS; None: it has none, and the first token is no target.
+    bos_id: The model's BOS; None: the model has none, and the first token is not scored.
 
   Raises:
     RequestError: The first token has a loss weight, and there is no BOS to predict it from.

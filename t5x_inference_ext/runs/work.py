@@ -39,7 +39,7 @@ class Work(Protocol):
 
 
 class NoWork:
-  """The work of a run in which every row was already done."""
+  """The work of a run that has no rows left to serve."""
 
   finished = True
 
@@ -49,7 +49,7 @@ class NoWork:
 
 
 class RefillWork:
-  """Rows in slots that are refilled when rows end. A row's result is the list of its samples.
+  """Serves rows in slots that are refilled. A row's result is the list of its samples.
 
   Args:
     scheduler: The scheduler to run on.
@@ -103,7 +103,7 @@ def refill_work(
   vocabulary: Vocabulary | None = None,
   **sizes: Any,
 ) -> tuple[Work, dict[str, int]]:
-  """Return the work of requests in refilled slots, and its sizes for the record of the run.
+  """Return a RefillWork for requests, and its sizes (for the record of the run).
 
   Args:
     engine: The engine to run on.
@@ -111,7 +111,7 @@ def refill_work(
     requests: Pairs (row, request), in order.
     clock: Counts time, rows and tokens.
     say: Prints a line.
-    ahead: Number of requests to read for their sizes; None: all.
+    ahead: Number of requests to read before the start, to choose the sizes; None: all.
     vocabulary: Needed by stop texts and grammars.
     **sizes: Other arguments of scheduler_config.config_for.
   """
@@ -138,7 +138,7 @@ def refill_work(
 
 
 class StaticWork:
-  """Batches of one shape, each of which ends as a whole. A row's result is a Completion.
+  """Generates static batches of one shape. A row's result is a Completion.
 
   Args:
     engine: The engine to run on.
@@ -189,13 +189,13 @@ class StaticWork:
 
 
 class ScoreWork:
-  """Scoring of given tokens. A result is each token's weighted log-probability, [n] float32.
+  """Scores given tokens. A row's result is its weighted log-probabilities, [n] float32.
 
   Args:
     engine: The engine to run on.
     groups: Lists of pairs (row, example). Examples of similar lengths within a group are scored
       together.
-    tokens: Most tokens of a batch, padding included.
+    tokens: Maximum number of tokens of a batch, padding included.
     clock: Counts time, rows and tokens.
   """
 

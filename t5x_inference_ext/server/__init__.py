@@ -1,1 +1,1 @@
-"""HTTP over the engine: the API that OpenAI's clients speak, with bounds, metrics and a drain."""
+"""HTTP server over the engine: OpenAI's API, limits on waiting work, metrics, graceful shutdown."""

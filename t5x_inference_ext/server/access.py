@@ -13,22 +13,22 @@ _LOCAL_NAMES = ('localhost', '127.0.0.1', '::1')
 
 
 class Keys:
-  """API keys, kept as digests.
+  """The server's API keys, stored as digests.
 
   Args:
-    keys: The keys; none: every request is let in.
+    keys: The keys. If there are none, every request is accepted.
   """
 
   def __init__(self, keys: Sequence[str]) -> None:
     self._digests = [_digest(key) for key in keys]
 
   def client(self, headers: Mapping[str, str]) -> str | None:
-    """Return a name of the client that a request's key stands for; None without keys.
+    """Return a name for the client, derived from its key; None if the server has no keys.
 
-    The time that this takes tells nothing about the keys: all are compared, by their digests.
+    All keys are compared, by digest, so the time taken reveals nothing about them.
 
     Raises:
-      ApiError: The request has no key that is known.
+      ApiError: The request has no key, or an unknown one.
     """
     if not self._digests:
       return None
@@ -65,14 +65,14 @@ def read_keys(options: ServerOptions) -> list[str]:
       raise RequestError(f"can't read api_key_file {printable(name)}: {error}") from error
     keys += [key for key in found if key and not key.startswith('#')]
     if not keys:
-      raise RequestError(f'api_key_file {printable(name)} holds no key: write one a line')
+      raise RequestError(f'api_key_file {printable(name)} holds no key: write one key per line')
   if not all(keys):
-    raise RequestError('api_key is empty: give a key, or none of the two options')
+    raise RequestError('api_key is empty: give a key, or neither --api_key nor --api_key_file')
   return keys
 
 
 def is_loopback(host: str) -> bool:
-  """Return whether an address takes connections of this machine alone."""
+  """Return whether an address accepts connections only from this machine."""
   try:
     return ipaddress.ip_address(host).is_loopback
   except ValueError:
@@ -82,11 +82,11 @@ def is_loopback(host: str) -> bool:
 class Hosts:
   """Names that the Host header may have.
 
-  At an address of this machine alone a page of a stranger could otherwise reach the server, through
-  a name that it makes point here (DNS rebinding).
+  Without this check, a web page could reach a server on a loopback address through a host name that
+  it makes resolve to 127.0.0.1 (DNS rebinding).
 
   Args:
-    options: The address, and further names.
+    options: Gives the address, and further names.
   """
 
   def __init__(self, options: ServerOptions) -> None:

@@ -1,4 +1,4 @@
-"""The bounds on what waits, and the order in which it enters the engine."""
+"""Limits on the prompts that wait, and the order in which they enter the engine."""
 
 import collections
 from collections.abc import Callable, Hashable
@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 from t5x_inference_ext.server.api_errors import ApiError, invalid
 from t5x_inference_ext.server.rates import MeasuredRate
 
-_LONGEST = 600  # seconds that a client is asked to wait, at most
+_LONGEST = 600  # maximum number of seconds that a client is asked to wait
 
 _T = TypeVar('_T')
 
@@ -18,16 +18,17 @@ class WaitingBounds:
   """Counts the prompts that wait, and refuses more than the bounds allow.
 
   A prompt waits from the moment its body is read, before it is rendered and tokenized, until its
-  first token. Text counts its bytes: no text has more tokens than bytes.
+  first token. A text counts as many tokens as it has bytes; it can't have more.
 
   Args:
-    requests: Most prompts.
-    tokens: Most tokens of all prompts. One prompt may always wait, however long it is.
+    requests: Maximum number of waiting prompts.
+    tokens: Maximum number of tokens of all waiting prompts. A single prompt may always wait,
+      however long it is.
     now: Returns the time in seconds.
 
   Attributes:
-    waiting: Prompts that wait.
-    tokens: Their tokens.
+    waiting: Number of prompts that wait.
+    tokens: Number of their tokens.
   """
 
   def __init__(self, requests: int, tokens: int, now: Callable[[], float] = time.monotonic) -> None:
@@ -36,11 +37,11 @@ class WaitingBounds:
     self._request_rate, self._token_rate = MeasuredRate(now), MeasuredRate(now)
 
   def enter(self, sizes: list[int]) -> None:
-    """Count prompts of these sizes, all or none.
+    """Count prompts of these sizes as waiting: all of them, or none.
 
     Raises:
-      ApiError: There are too many. 429 says after how many seconds there may be room, by the rates
-        at which prompts have begun lately; 400 if there will never be room.
+      ApiError: Too many prompts would wait. Status 429 says after how many seconds there may be
+        room, judging by the recent rate; status 400 if there can never be room.
     """
     if len(sizes) > self._most_requests:
       raise invalid(
@@ -65,7 +66,7 @@ class WaitingBounds:
     self.waiting, self.tokens = requests, tokens
 
   def leave(self, size: int, *, served: bool) -> None:
-    """Count a prompt no longer; `served` says whether it has begun, or was given up."""
+    """Stop counting a prompt. `served`: it has begun; otherwise it was given up."""
     self.waiting -= 1
     self.tokens -= size
     if served:
@@ -74,17 +75,17 @@ class WaitingBounds:
 
 
 def _seconds(excess: int, rate: MeasuredRate) -> int:
-  """Return the whole seconds until an excess is worked off, 1 while no rate is known."""
+  """Return the seconds, rounded up, until an excess is worked off; 1 while no rate is known."""
   if excess <= 0 or not rate.per_second:
     return 1
   return min(max(1, math.ceil(excess / rate.per_second)), _LONGEST)
 
 
 class FairQueue(Generic[_T]):
-  """Items of several clients, each client's in its order; clients take turns.
+  """A queue in which clients take turns; each client's own items stay in order.
 
-  A client with hundreds of items delays another one's first item by one item. Not for several
-  threads at once.
+  So a client with hundreds of items delays another client's first item by only one item. The queue
+  is not thread-safe.
   """
 
   def __init__(self) -> None:
@@ -98,7 +99,7 @@ class FairQueue(Generic[_T]):
     return sum(map(len, self._clients.values()))
 
   def add(self, client: Hashable, item: _T) -> None:
-    """Add an item, the last of its client."""
+    """Add an item after the client's other items."""
     self._clients.setdefault(client, {})[item] = None
 
   def take(self) -> _T:
@@ -108,7 +109,7 @@ class FairQueue(Generic[_T]):
     del items[item]
     del self._clients[client]
     if items:
-      self._clients[client] = items  # the last to have its turn again
+      self._clients[client] = items  # this client's next turn comes last
     return item
 
   def remove(self, client: Hashable, item: _T) -> bool:

@@ -1,4 +1,4 @@
-"""One HTTP request in the engine: its tickets, their events, and what the metrics learn of them."""
+"""One HTTP request in the engine: its tickets, their events, and their metrics."""
 
 import asyncio
 from collections.abc import AsyncIterator, Hashable, Sequence
@@ -15,27 +15,27 @@ from t5x_inference_ext.server.receipts import ReceiptWriter
 
 
 class HttpAnswer:
-  """Follows the prompts of one HTTP request, from before they are tokenized to their last token.
+  """Tracks the prompts of one HTTP request, from before they are tokenized to their last token.
 
-  A context manager: what has not ended when it closes is cancelled.
+  A context manager: on exit, samples that have not ended are cancelled.
 
   Args:
     driver: The engine's thread.
-    bounds: Counts what waits.
-    metrics: Learn of every event.
-    sizes: Size of each prompt, as WaitingBounds count it.
-    client: Whose request it is.
-    keep_texts: Whether the log is told the answers.
+    bounds: Limits on waiting prompts.
+    metrics: Metrics to update with every event.
+    sizes: Size of each prompt in tokens, or bytes of text; see WaitingBounds.
+    client: Name of the client that sent the request.
+    keep_texts: Whether the request log records the answers' texts.
 
   Attributes:
-    arrived: Time when the request arrived; see Driver.now.
-    prompt_tokens: Tokens of all prompts.
-    new_tokens: Tokens of all samples so far.
-    finishes: Why samples have ended.
-    queue_seconds: Time until the first prompt's work began; None before.
-    first_seconds: Time until the first token; None before.
+    arrived: Time when the request arrived, in seconds; see Driver.now.
+    prompt_tokens: Number of tokens of all prompts.
+    new_tokens: Number of tokens of all samples so far.
+    finishes: Finish reasons of the samples that have ended.
+    queue_seconds: Time from arrival until the first prompt was started; None before.
+    first_seconds: Time from arrival until the first token; None before.
     receipt: Makes the receipt, if one is asked for.
-    closed: Whether nobody waits for the answer any more.
+    closed: Whether the answer was closed: no client waits for it.
 
   Raises:
     ApiError: More prompts wait than the bounds allow.
@@ -77,7 +77,7 @@ class HttpAnswer:
 
     Args:
       requests: A request for each prompt.
-      at_once: Whether events are wanted as they come, or together at the end.
+      at_once: Whether to deliver each event as it comes (a stream); otherwise all at the end.
 
     Raises:
       ApiError: The engine is dead.
@@ -90,7 +90,7 @@ class HttpAnswer:
       self._driver.submit(ticket)
 
   def finish_at_once(self, prompts: int, samples: int) -> None:
-    """End every sample without a token: only the prompts are told."""
+    """End every sample without a token, for a request that asks only for its prompts."""
     self._left = prompts * samples
     for number in range(prompts):
       self._leave(number, served=True)
@@ -103,7 +103,7 @@ class HttpAnswer:
     """Yield events as pairs (number of the prompt, event) until all samples have ended.
 
     Raises:
-      ApiError: The engine is dead, the server ends, or a row can't go on.
+      ApiError: The engine has failed, the server is shutting down, or a row can't go on.
     """
     done = 0
     while done < self._left:
@@ -120,7 +120,7 @@ class HttpAnswer:
         raise self._error
 
   def push(self, ticket: Ticket, event: Event) -> None:
-    """Take an event of a ticket."""
+    """Process an event of a ticket."""
     self._observe(ticket, event)
     if self._texts is not None:
       key = ticket.number, event.sample
@@ -130,12 +130,12 @@ class HttpAnswer:
       self._wake.set()
 
   def fail(self, error: ApiError) -> None:
-    """End with an error, which whoever follows the events gets."""
+    """End the answer with an error, which `events` then raises."""
     self._error = error
     self._wake.set()
 
   def close(self) -> None:
-    """Cancel what has not ended, and count it no longer."""
+    """Cancel samples that have not ended, and remove their prompts from the waiting count."""
     self.closed = True
     for ticket in self._tickets:
       if ticket.left:
@@ -169,7 +169,7 @@ class HttpAnswer:
       if number not in self._firsts:
         self._begin(ticket, now)
       elif key in self._lasts:
-        # A sample's first token has none before it.
+        # A sample's first token has no time since the previous token.
         metrics.observe('between_tokens', (now - self._lasts[key]) / len(event.tokens))
       self._lasts[key] = now
       self._counts[key] = self._counts.get(key, 0) + len(event.tokens)
@@ -192,7 +192,7 @@ class HttpAnswer:
     self._metrics.began(len(ticket.request.tokens), queue, now - started)
 
   def summary(self) -> dict[str, Any]:
-    """Return what the log of requests tells of this one."""
+    """Return the fields of this request for the request log."""
     return {
       'prompt_tokens': self.prompt_tokens,
       'completion_tokens': self.new_tokens,

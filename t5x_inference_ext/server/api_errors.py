@@ -1,4 +1,4 @@
-"""Errors as clients of the API know them: a status, and an object that says what is wrong."""
+"""Errors in the API's form: an HTTP status, and a JSON object that says what is wrong."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +18,7 @@ class ApiError(Exception):
     status: HTTP status.
     message: One sentence: the problem, its place and the fix.
     param: Field of the request that is wrong.
-    code: Word for programs.
+    code: Short error code for programs.
     headers: Further headers of the answer.
   """
 
@@ -51,23 +51,23 @@ class ApiError(Exception):
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-  """Return the error of a request that its client can mend."""
+  """Return the error (status 400) for a request that the client can correct."""
   return ApiError(400, message, param=param, code=code)
 
 
 def unavailable(reason: str, code: str, retry_after: int | None = None) -> ApiError:
-  """Return the error of a server that takes no work."""
+  """Return the error (status 503) for a server that accepts no work."""
   headers = {} if retry_after is None else {'retry-after': str(retry_after)}
   return ApiError(503, reason, code=code, headers=headers)
 
 
 def too_late(seconds: float) -> ApiError:
-  """Return the error of a request that has used up its time."""
+  """Return the error for a request that has exceeded its time limit."""
   return ApiError(
     408,
     f'the request did not end within {seconds:g} s: ask for fewer tokens, or raise `timeout` or '
     "the server's --request_timeout",
     param='timeout',
     code='timeout',
-    headers={'x-should-retry': 'false'},  # clients of OpenAI try again otherwise
+    headers={'x-should-retry': 'false'},  # otherwise OpenAI's clients send the request again
   )

@@ -1,4 +1,4 @@
-"""The server as an ASGI application: its routes, and what stands in front of them."""
+"""The server as an ASGI application: its routes, and the checks before them."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
@@ -22,9 +22,9 @@ from t5x_inference_ext.server.bodies import DetokenizeBody, TokenizeBody, valida
 from t5x_inference_ext.server.body_reading import read_json
 from t5x_inference_ext.server.service import Service
 
-# Paths that need no key: they tell of the server, not of its clients.
+# Paths that need no key, because they reveal nothing about clients.
 _OPEN = ('/health', '/metrics', '/version', '/status')
-# Paths that are asked every few seconds, and are not logged.
+# Paths that monitors request every few seconds; such requests are not logged.
 _QUIET = ('/health', '/metrics', '/status')
 _MOST_TRACEBACK = 4000  # characters of a traceback in the log
 _PAGE_TYPES = {
@@ -42,7 +42,7 @@ _Handler = Callable[[Service, Request], Awaitable[Any]]
 
 
 def make_app(service: Service) -> ASGIApp:
-  """Return the application of a server."""
+  """Return the ASGI application for a service."""
   page = _page_files()
 
   def route(path: str, handler: _Handler, method: str = 'GET') -> Route:
@@ -79,7 +79,7 @@ def make_app(service: Service) -> ASGIApp:
 
 
 class _Gate:
-  """Checks who asks, before any route; and logs each request when it has ended."""
+  """ASGI middleware: checks key and Host header before any route; logs each request at its end."""
 
   def __init__(self, app: ASGIApp, service: Service, page: set[str]) -> None:
     self._app, self._service, self._page = app, service, page
@@ -117,7 +117,7 @@ class _Gate:
         await response(scope, receive, send_noted)
         return
       await self._app(scope, receive, send_noted)
-    except Exception:  # whatever it is, the answer says so, and other requests go on
+    except Exception:  # whatever the error: it is logged, and other requests go on
       record['traceback'] = traceback.format_exc()[-_MOST_TRACEBACK:]
       if not whole:
         raise  # the connection is closed
@@ -212,7 +212,7 @@ def _told_by_starlette(request: Request, error: Exception) -> Response:
 
 def _left(request: Request, error: Exception) -> Response:
   request.scope['state']['record']['left'] = True
-  return Response(status_code=499)  # for the log: nobody reads it
+  return Response(status_code=499)  # the client has left: the status is only for the log
 
 
 def _failed(request: Request, error: Exception) -> Response:
@@ -223,7 +223,7 @@ def _failed(request: Request, error: Exception) -> Response:
 
 
 def _page_files() -> dict[str, tuple[bytes, str]]:
-  """Return the files of the page by their paths, with their types; read once, none later."""
+  """Return the status page's files: path -> (type, content). They are read once."""
   folder = importlib.resources.files('t5x_inference_ext.server') / 'page'
   found = {}
   if folder.is_dir():

@@ -1,4 +1,4 @@
-"""Bodies of requests: their fields, types and ranges. Unknown fields are refused by name."""
+"""Request bodies: their fields, types and ranges. An unknown field is an error that names it."""
 
 import re
 from typing import Annotated, Any, Literal, TypeVar
@@ -9,12 +9,12 @@ from t5x_inference_ext.errors import printable
 from t5x_inference_ext.options import LARGEST_WHOLE, short_repr
 from t5x_inference_ext.server.api_errors import ApiError, invalid
 
-MAX_CHOICES = 128  # samples of a prompt
-MAX_SAMPLES = 1024  # of all prompts of a request
-MAX_TOP = 20  # most likely tokens told with each token
-MAX_STOPS = 16  # texts that end a row
-_MAX_NAMES = 12  # unknown fields named in an error
-# Parts of pydantic's places that name a member of a union.
+MAX_CHOICES = 128  # maximum number of samples of a prompt
+MAX_SAMPLES = 1024  # maximum number of samples of all prompts of a request
+MAX_TOP = 20  # maximum number of most likely tokens returned with each token
+MAX_STOPS = 16  # maximum number of stop texts
+_MAX_NAMES = 12  # maximum number of unknown fields that an error names
+# Parts of a pydantic error location that name a member of a union, not a field.
 _TYPE = re.compile(r'str|list\[.*\]')
 
 _Body = TypeVar('_Body', bound=pydantic.BaseModel)
@@ -41,7 +41,7 @@ class StreamOptions(_Strict):
 
 
 class GenerationBody(_Strict):
-  """Fields that completions and chats share: how tokens are chosen, and what is told of them.
+  """Fields that completions and chats share: sampling, and which details to return.
 
   Attributes without an effect: user, metadata, store, service_tier, safety_identifier,
   prompt_cache_key. `timeout` (seconds), `top_k`, `min_tokens`, `repetition_penalty`, `ignore_eos`,
@@ -78,7 +78,7 @@ class GenerationBody(_Strict):
 
   @property
   def choices(self) -> int:
-    """Samples of each prompt."""
+    """Number of samples of each prompt."""
     return self.n or 1
 
   @property
@@ -90,7 +90,7 @@ class GenerationBody(_Strict):
 
   @property
   def tells_usage(self) -> bool:
-    """Whether a stream ends with a count of tokens."""
+    """Whether a stream ends with token counts (`usage`)."""
     return self.stream_options is not None and bool(self.stream_options.include_usage)
 
   @pydantic.field_validator('stop')
@@ -108,9 +108,9 @@ class CompletionBody(GenerationBody):
 
   Attributes:
     prompt: A text, token ids, or a list of either.
-    echo: Whether answers begin with the prompt.
-    logprobs: How many of the most likely tokens are told with each token.
-    best_of: As many as `n`, if it is given.
+    echo: Whether each answer begins with the prompt's text.
+    logprobs: Number of most likely tokens to return with each token.
+    best_of: Must equal `n` if given.
     suffix: Not supported.
   """
 
@@ -158,7 +158,7 @@ class CompletionBody(GenerationBody):
 
 
 class Message(_Strict):
-  """A message of a conversation, as the chat template gets it."""
+  """A message of a conversation, in the form that the chat template gets."""
 
   role: str
   content: str | list[dict[str, Any]] | None = None
@@ -175,10 +175,10 @@ class ChatBody(GenerationBody):
   Attributes:
     messages: The conversation so far.
     max_completion_tokens: Another name of max_tokens.
-    logprobs: Whether log-probabilities of tokens are told.
-    top_logprobs: How many of the most likely tokens are told with each token.
+    logprobs: Whether to return log-probabilities of tokens.
+    top_logprobs: Number of most likely tokens to return with each token.
     tools: Descriptions of functions, passed to the chat template.
-    tool_choice: 'auto' or 'none': whether the template gets the tools.
+    tool_choice: 'auto' passes the tools to the template, 'none' does not.
     parallel_tool_calls: Ignored.
     chat_template_kwargs: Further variables of the chat template.
   """
@@ -234,10 +234,10 @@ class DetokenizeBody(_Strict):
 
 
 def validated(kind: type[_Body], value: Any) -> _Body:
-  """Return the body of a request.
+  """Check a JSON value and return the request body.
 
   Args:
-    kind: The model of the body.
+    kind: The pydantic model of the body.
     value: The body as read from JSON.
 
   Raises:
@@ -252,7 +252,7 @@ def validated(kind: type[_Body], value: Any) -> _Body:
 
 
 def _told(error: pydantic.ValidationError) -> ApiError:
-  """Return the error of a body that is not valid: its unknown fields, else its first problem."""
+  """Return the error for an invalid body: names its unknown fields, else its first problem."""
   errors = error.errors(include_url=False)
   unknown = [_path(each['loc']) for each in errors if each['type'] == 'extra_forbidden']
   if unknown:
@@ -262,7 +262,7 @@ def _told(error: pydantic.ValidationError) -> ApiError:
   first = errors[0]
   message = first['msg'].removeprefix('Input ').removeprefix('Value error, ')
   path = _path(first['loc'])
-  if not path:  # a check of several fields, whose message begins with the first of them
+  if not path:  # a check over several fields: its message begins with the first field's name
     return invalid(printable(message), message.split()[0], 'invalid_value')
   if first['type'] == 'missing':
     return invalid(f'{path} is required', path, 'missing_field')
@@ -271,7 +271,7 @@ def _told(error: pydantic.ValidationError) -> ApiError:
 
 
 def _path(loc: tuple[int | str, ...]) -> str:
-  """Return the place of a field: messages[0].role."""
+  """Return the path of a field as text, such as messages[0].role."""
   path = ''
   for part in loc:
     if isinstance(part, int):

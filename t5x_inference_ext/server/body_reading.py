@@ -1,4 +1,4 @@
-"""Reading of request bodies: JSON of a limited size, checked before it is kept."""
+"""Reading of request bodies: JSON of limited size."""
 
 import asyncio
 from typing import Any
@@ -8,7 +8,7 @@ from starlette.requests import Request
 from t5x_inference_ext.server.api_errors import ApiError, invalid
 from t5x_inference_ext.text_files import parse_json
 
-BODY_SECONDS = 30  # time that a body may take to come
+BODY_SECONDS = 30  # time limit for receiving a body
 
 
 async def read_json(request: Request, most: int) -> Any:
@@ -16,11 +16,11 @@ async def read_json(request: Request, most: int) -> Any:
 
   Args:
     request: The request.
-    most: Most bytes. More are not read.
+    most: Maximum number of bytes; further bytes are not read.
 
   Raises:
-    ApiError: The body is not JSON in UTF-8, is too large, or does not come.
-    ClientDisconnect: The client left before the body had come.
+    ApiError: The body is not JSON in UTF-8, is too large, or does not arrive in time.
+    ClientDisconnect: The client disconnected before the body had arrived.
   """
   kind = request.headers.get('content-type', '').partition(';')[0].strip().lower()
   if kind != 'application/json':
@@ -38,7 +38,7 @@ async def read_json(request: Request, most: int) -> Any:
         if len(data) > most:
           raise _too_large(most)
   except TimeoutError:
-    raise ApiError(408, f'the body did not come within {BODY_SECONDS} s') from None
+    raise ApiError(408, f'the body did not arrive within {BODY_SECONDS} s') from None
   if not data:
     raise invalid('the body is empty: send a JSON object')
   try:

@@ -1,7 +1,7 @@
-"""The thread that runs the engine, and its door for the event loop.
+"""The thread that runs the engine, and the interface between it and the event loop.
 
-The event loop never waits for a device: it queues tickets, and gets their events back in one call a
-step. All methods but those of the thread itself are for the event loop alone.
+The event loop never waits for a device: it queues tickets, and receives their events in one call
+per step. Only the event loop calls these methods, except those marked as the thread's.
 """
 
 import asyncio
@@ -19,7 +19,8 @@ from t5x_inference_ext.server.admission_queue import FairQueue
 from t5x_inference_ext.server.api_errors import ApiError, unavailable
 from t5x_inference_ext.server.turns import PromptToScore, TurnInbox
 
-# Tokens of prompts that are scored in one turn, beyond the first prompt: rows that decode wait.
+# Maximum number of prompt tokens scored in one turn, beyond the first prompt, because decoding rows
+# wait meanwhile.
 SCORED_TOKENS = 4096
 
 
@@ -27,24 +28,24 @@ class Listener(Protocol):
   """A follower of a ticket. Both methods are called in the event loop."""
 
   def push(self, ticket: 'Ticket', event: Event) -> None:
-    """Take an event of a ticket."""
+    """Receive an event of a ticket."""
 
   def fail(self, error: ApiError) -> None:
-    """Learn that no more events come, and why."""
+    """Learn that no more events will come, and the reason."""
 
 
 @dataclasses.dataclass(eq=False)
 class Ticket:
-  """A request on its way through the engine.
+  """A request in the driver, from its queue to its last event.
 
   Attributes:
     checked: The request, and the matchers of its grammar.
-    listener: Gets the events.
-    client: Whose request it is: clients take turns.
-    number: The ticket's place among those of one HTTP request.
-    handle: The request in the scheduler; None before it is there.
-    left: Samples that have not ended.
-    started_at: Time when the scheduler took it, see Driver.now; None before.
+    listener: Receives the events.
+    client: Name of the client; clients take turns.
+    number: Index of the prompt within its HTTP request.
+    handle: The request's handle in the scheduler; None before it is submitted there.
+    left: Number of samples that have not ended.
+    started_at: Time when it was submitted to the scheduler (see Driver.now); None before.
   """
 
   checked: CheckedRequest
@@ -75,13 +76,13 @@ class Driver:
   """Runs a scheduler in a thread of its own.
 
   Args:
-    scheduler: The scheduler, which nothing else steps. Its inbox is `inbox`.
-    inbox: The inbox, for turns that other processes follow.
-    score: Scores prompts; see engine.ranking.rank_prompts. Called in the thread.
+    scheduler: The scheduler, with `inbox` as its inbox. No other caller may step it.
+    inbox: The inbox, which also sends each turn to the other processes.
+    score: Function that scores prompts, as engine.ranking.rank_prompts; called in the thread.
 
   Attributes:
-    error: Why the engine is dead; None while it lives.
-    steps: Steps so far.
+    error: Why the engine has failed; None while it works.
+    steps: Number of steps so far.
   """
 
   now = staticmethod(time.monotonic)
@@ -94,11 +95,11 @@ class Driver:
   ) -> None:
     self.scheduler, self._inbox, self._score = scheduler, inbox, score
     self._wake = threading.Condition()
-    # Shared with the thread, under _wake.
+    # State that the event loop and the thread share; the lock is _wake.
     self._queue = FairQueue[Ticket]()
     self._scores: list[_Score] = []
     self._closing = False
-    # The tickets in the scheduler, by their index there.
+    # Index of a request in the scheduler -> its ticket.
     self._tickets: dict[int, Ticket] = {}
     self.error: str | None = None
     self.steps = 0
@@ -106,12 +107,12 @@ class Driver:
     self._thread = threading.Thread(target=self._run, name='engine', daemon=True)
 
   def start(self, loop: asyncio.AbstractEventLoop) -> None:
-    """Begin to serve; events go to this event loop."""
+    """Start the thread; it delivers events to the event loop `loop`."""
     self._loop = loop
     self._thread.start()
 
   def close(self, timeout: float | None = None) -> bool:
-    """End the thread, once the scheduler is idle; return whether it has ended within `timeout`."""
+    """End the thread once the scheduler is idle; return whether it ended in `timeout` seconds."""
     with self._wake:
       self._closing = True
       self._wake.notify()
@@ -140,7 +141,7 @@ class Driver:
         self._wake.notify()
 
   async def score(self, prompt: PromptToScore) -> Any:
-    """Return the scores of a prompt; see `score` of the class.
+    """Score a prompt in the thread; see the argument `score` of the class.
 
     Raises:
       ApiError: The engine is dead.
@@ -154,7 +155,7 @@ class Driver:
     return await future
 
   def fail(self, reason: str) -> None:
-    """Say that the engine is dead, to all that follow tickets. The thread may hang."""
+    """Mark the engine as failed, and tell all listeners. Works even if the thread hangs."""
     with self._wake:
       if self.error is not None:
         return
@@ -172,7 +173,7 @@ class Driver:
         each.future.set_exception(error)
 
   def fail_soon(self, reason: str) -> None:
-    """Say that the engine is dead, from any thread."""
+    """Call `fail` in the event loop. Any thread may call this."""
     self._call(self.fail, reason)
 
   def _check_alive(self) -> None:
@@ -186,12 +187,12 @@ class Driver:
     try:
       while self._turn():
         pass
-    except BaseException as error:  # whatever it is, clients must not wait for it
+    except BaseException as error:  # after any error, clients must not wait for the thread
       reason = str(error) if isinstance(error, UserError) else f'{type(error).__name__}: {error}'
       self._call(self.fail, reason)
 
   def _turn(self) -> bool:
-    """Wait for work and do some; return False once the driver is closed and nothing is left."""
+    """Wait for work and do one turn; return False once the driver is closed and no work is left."""
     with self._wake:
       while not (self._scores or self._queue or not self.scheduler.idle):
         if self._closing or self.error is not None:
@@ -212,15 +213,15 @@ class Driver:
     return True
 
   def _call(self, function: Callable, *arguments: Any) -> None:
-    """Call a function in the event loop, soon."""
+    """Schedule a call of a function in the event loop."""
     assert self._loop is not None
     try:
       self._loop.call_soon_threadsafe(function, *arguments)
-    except RuntimeError:  # the loop is closed: nobody listens any more
+    except RuntimeError:  # the event loop is closed, so there are no listeners
       self._closing = True
 
   def _take_scores(self) -> list[_Score]:
-    """Take prompts to score, at least one if there is any."""
+    """Remove prompts to score from the queue: at least one, if there is one."""
     taken: list[_Score] = []
     tokens = 0
     while self._scores:
@@ -233,7 +234,7 @@ class Driver:
     return taken
 
   def _score_all(self, scores: list[_Score]) -> None:
-    """Score prompts, and hand out the results. An error is theirs alone: rows go on."""
+    """Score prompts and deliver the results. An error goes only to these prompts; rows go on."""
     try:
       results = self._score([each.prompt for each in scores])
     except Exception as error:  # such as too little memory for a long prompt
@@ -242,7 +243,7 @@ class Driver:
     self._call(_resolve, scores, results)
 
   def _feed(self) -> None:
-    """Give the scheduler as many tickets as it can begin."""
+    """Submit as many tickets to the scheduler as it can start."""
     for _ in range(self.scheduler.wanted):
       if not self._queue:
         return

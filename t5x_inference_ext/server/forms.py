@@ -1,4 +1,4 @@
-"""Answers in the forms of the API: whole, or as the chunks of a stream."""
+"""Answers as the API's JSON objects: one whole object, or the chunks of a stream."""
 
 from collections.abc import Sequence
 import secrets
@@ -9,12 +9,12 @@ from t5x_inference_ext.engine.request import Event, Sample
 from t5x_inference_ext.server.bodies import ChatBody, CompletionBody
 from t5x_inference_ext.server.token_text import TokenTexts
 
-# Why a sample ended, in the API's words.
+# The engine's finish reason -> the API's finish reason.
 FINISHES = {'eos': 'stop', 'stop': 'stop', 'length': 'length'}
 
 
 def new_id(kind: str) -> str:
-  """Return a new id, which nobody can guess."""
+  """Return a new random id that can't be guessed."""
   return f'{kind}-{secrets.token_hex(12)}'
 
 
@@ -28,12 +28,12 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
 
 
 class _Form:
-  """An answer's fields that do not change.
+  """The fields that all chunks of an answer share.
 
   Args:
-    kind: Beginning of the answer's id.
-    name: `object` of the answer.
-    chunk_name: `object` of a chunk.
+    kind: Prefix of the answer's id.
+    name: Value of the field `object` in a whole answer.
+    chunk_name: Value of the field `object` in a chunk.
     model: Name of the model.
   """
 
@@ -56,9 +56,9 @@ class CompletionForm(_Form):
   Args:
     body: The request.
     model: Name of the model.
-    texts: Texts of tokens.
-    echoes: What each prompt's answers begin with, if the request asks for that: its text, and its
-      tokens' log-probabilities as TokenTexts.completion gives them, or None.
+    texts: Converts tokens and log-probabilities to texts.
+    echoes: For requests with `echo`, each prompt's text and its tokens' log-probabilities (from
+      TokenTexts.completion, or None).
     prompt_ids: The tokens of each prompt, without BOS.
   """
 
@@ -75,7 +75,7 @@ class CompletionForm(_Form):
     self._offsets: dict[int, int] = {}
 
   def whole(self, samples: Sequence[Sequence[Sample]], counts: dict[str, int]) -> dict[str, Any]:
-    """Return the answer.
+    """Return the whole answer.
 
     Args:
       samples: The samples of each prompt.
@@ -98,7 +98,7 @@ class CompletionForm(_Form):
     return self._whole(choices, counts)
 
   def first(self, prompt: int, sample: int) -> dict[str, Any] | None:
-    """Return the first chunk of a sample: its echo. None without one."""
+    """Return a sample's first chunk, which holds the echoed prompt; None without echo."""
     text, log_probs = self._echo(prompt)
     self._offsets[prompt * self._body.choices + sample] = len(text)
     if not text and log_probs is None:
@@ -206,7 +206,7 @@ class ChatForm(_Form):
 
 
 def joined(first: dict[str, Any] | None, second: dict[str, Any] | None) -> dict[str, Any] | None:
-  """Return the log-probabilities of two parts of a text as those of one."""
+  """Concatenate the log-probabilities of two consecutive parts of a text."""
   if first is None or second is None:
     return second if first is None else first
   return {name: None if first[name] is None else first[name] + second[name] for name in first}

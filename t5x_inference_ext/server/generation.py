@@ -26,7 +26,7 @@ from t5x_inference_ext.server.translation import first_seed, refused, size_of
 from t5x_inference_ext.server.turns import PromptToScore
 from t5x_inference_ext.server.waiting import Deadline, in_time
 
-# Prompts of more bytes are tokenized in another thread, so that others don't wait for it.
+# Prompts of more bytes are tokenized in another thread, so that the event loop is not blocked.
 SHORT = 4096
 _Requests = Sequence[engine_request.Request]
 _Form = CompletionForm | ChatForm
@@ -43,7 +43,7 @@ async def complete(service: Service, request: Request) -> ASGIApp:
 
   def requests() -> _Requests:
     seed, found = first_seed(body), []
-    # Nothing is generated for a limit of 0, but the request is checked as if one token were.
+    # With max_tokens 0 nothing is generated, but the request is checked like one for 1 token.
     asked = body.model_copy(update={'max_tokens': 1}) if body.max_tokens == 0 else body
     for i, prompt in enumerate(prompts):
       param = 'prompt' if len(prompts) == 1 else f'prompt[{i}]'
@@ -83,24 +83,24 @@ async def chat(service: Service, request: Request) -> ASGIApp:
     del found
     return ChatForm(body, service.facts.name, service.texts)
 
-  # A template may take long, however short the messages are.
+  # Render in another thread: a template may take long even for short messages.
   sizes = [size_of(messages) + size_of(body.tools)]
   return await _answer(service, request, body, sizes, requests, form, in_thread=True)
 
 
 def _check_body(service: Service, body: GenerationBody) -> None:
-  """Raise ApiError for what the body alone tells, before anything is counted or tokenized."""
+  """Raise ApiError for errors in the body that show before prompts are counted or tokenized."""
   service.check_model(body.model)
   service.translator.sampling(body)
   grammar_of(body.response_format)
   if body.stops and service.translator.vocabulary is None:
-    raise invalid('stop needs a vocabulary, and that of this model is not known', 'stop')
+    raise invalid('stop needs a vocabulary, and this model has none', 'stop')
 
 
 async def _echo(
   service: Service, body: CompletionBody, prompt: str | list[int], found: engine_request.Request
 ) -> tuple[str, dict[str, Any] | None]:
-  """Return a prompt's text and the log-probabilities of its tokens, if they are asked for."""
+  """Return a prompt's text and, if requested, the log-probabilities of its tokens."""
   translator = service.translator
   ids = found.tokens[len(translator.bos) :]
   text = prompt if isinstance(prompt, str) else ''
@@ -109,7 +109,7 @@ async def _echo(
   if body.logprobs is None:
     return text, None
   ranked = await service.driver.score(PromptToScore(found.tokens, body.logprobs))
-  # The first token of a model without BOS has none before it.
+  # Without BOS, a prompt's first token has no log-probability: no token is before it.
   unknown = [None] * (len(ids) - len(ranked.log_probs))
   log_probs, top = [*unknown, *ranked.log_probs], [*unknown, *ranked.top]
   return text, service.texts.completion(ids, log_probs, top, 0, body.logprobs)
@@ -124,16 +124,16 @@ async def _answer(
   make_form: Callable[[_Requests], Coroutine[Any, Any, _Form]],
   in_thread: bool,
 ) -> ASGIApp:
-  """Answer a request, whole or as a stream.
+  """Answer a request with a whole answer or a stream.
 
   Args:
     service: The server's parts.
     request: The HTTP request, whose body was read.
     body: Its body.
-    sizes: Size of each prompt, for the bounds.
-    requests: Tokenizes the prompts.
-    make_form: Makes the form of the answer.
-    in_thread: Whether prompts are tokenized in another thread.
+    sizes: Size of each prompt in tokens, or bytes of text, for the limits on waiting prompts.
+    requests: Function that tokenizes the prompts and returns a Request for each.
+    make_form: Function that returns the answer's form, given its requests.
+    in_thread: Whether to tokenize the prompts in another thread.
   """
   options, record = service.options, request.state.record
   record.update(stream=bool(body.stream), n=body.choices)
@@ -143,14 +143,14 @@ async def _answer(
     """Tokenize, check and queue the prompts; return the form of the answer."""
 
     def check() -> list[CheckedRequest]:
-      if answer.closed:  # while it waited for a thread
+      if answer.closed:  # closed while the request waited for a thread
         raise ClientDisconnect
       try:
         return [service.scheduler.check(each) for each in requests()]
-      except UserError as error:  # the extra of grammars may be missing
+      except UserError as error:  # for example the extra [structured] is not installed
         raise refused(error) from None
 
-    # A grammar may take seconds.
+    # Compiling a grammar may take seconds.
     slow = in_thread or body.response_format is not None
     checked = await asyncio.to_thread(check) if slow else check()
     found = [each.request for each in checked]

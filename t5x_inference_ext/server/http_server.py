@@ -1,4 +1,4 @@
-"""The HTTP server: its socket, and its end on SIGTERM."""
+"""The HTTP server: its socket, and graceful shutdown on SIGTERM."""
 
 import asyncio
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def bind(options: ServerOptions) -> socket.socket:
   """Return a socket at the address of the options; it does not listen yet.
 
   Raises:
-    RequestError: The address is in use, or is none of this machine.
+    RequestError: The address is in use, or does not belong to this machine.
   """
   try:
     found = socket.getaddrinfo(
@@ -52,10 +52,11 @@ def address_of(listener: socket.socket) -> str:
 
 
 class HttpServer(uvicorn.Server):
-  """Serves a service until it is asked to end.
+  """Runs the service until SIGTERM, SIGINT or `stop`.
 
-  The first SIGTERM or SIGINT lets requests go on for `drain_seconds` and refuses new ones; then it
-  ends the others, telling their clients. A second signal ends the process at once.
+  After the first SIGTERM or SIGINT, new requests are refused, and running ones may go on for
+  `drain_seconds`; then they end with an error to their clients. A second signal ends the process at
+  once.
 
   Args:
     service: The server's parts.
@@ -80,7 +81,7 @@ class HttpServer(uvicorn.Server):
     self._loop: asyncio.AbstractEventLoop | None = None
 
   async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-    """Serve on sockets that are bound."""
+    """Serve on bound sockets."""
     self._loop = asyncio.get_running_loop()
     self._service.driver.start(self._loop)
     await super().serve(sockets)
@@ -91,20 +92,20 @@ class HttpServer(uvicorn.Server):
       runner.run(self.serve([listener]))
 
   async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-    """Begin to listen, and say so."""
+    """Start listening, and print the address."""
     await super().startup(sockets)
     if self.started and sockets:
       self._say(f'ready on {address_of(sockets[0])}')
 
   def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-    """Begin to end, on the first signal; end at once, on the second."""
+    """Begin the shutdown on the first signal; end the process at once on the second."""
     del frame
     if self._service.draining:
       os._exit(128 + sig)
     self.stop()
 
   def stop(self) -> None:
-    """Begin to end. Any thread may call this."""
+    """Begin the shutdown. Any thread may call this."""
     self._service.draining = True
     assert self._loop is not None
     self._loop.call_soon_threadsafe(self._begin_drain)
@@ -114,7 +115,7 @@ class HttpServer(uvicorn.Server):
       self._drain = asyncio.ensure_future(self._end())
 
   async def _end(self) -> None:
-    """Let requests end, then tell the others, then end the server."""
+    """Wait for requests to end, end the remaining ones with an error, then end the server."""
     service = self._service
     seconds = service.options.drain_seconds
     self._say(f'draining: {len(service.answers)} requests may go on for {seconds} s')
@@ -127,7 +128,7 @@ class HttpServer(uvicorn.Server):
     self.should_exit = True
 
   async def _no_answers(self, seconds: float) -> None:
-    """Wait until no request is answered any more, at most that long."""
+    """Wait until no request is being answered, for at most `seconds`."""
     deadline = asyncio.get_running_loop().time() + seconds
     while self._service.answers and asyncio.get_running_loop().time() < deadline:
       await asyncio.sleep(_POLL_SECONDS)

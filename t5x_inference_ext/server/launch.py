@@ -1,4 +1,4 @@
-"""A server from its options: the checkpoint, the engine, its programs, then the port."""
+"""Start of a server from its options: load the engine, compile its programs, open the port."""
 
 from collections.abc import Callable
 import contextlib
@@ -58,12 +58,12 @@ def run_server(
 
   Args:
     config: Model that the checkpoint must hold; None: any.
-    options_of_cache: Where compiled programs are kept; None: as CacheOptions has it.
+    options_of_cache: Options of the compilation cache; None: the defaults of CacheOptions.
     say: Prints a line.
     **options: Options of InferOptions, ServerOptions and ProcessOptions, by their names.
 
   Raises:
-    UserError: Anything that the user can fix; before weights load.
+    UserError: Anything that the user can fix. Raised before weights are loaded.
   """
   processes_of_run = _taken(ProcessOptions, options)
   server = _taken(ServerOptions, options)
@@ -114,7 +114,7 @@ def make_scheduler(
 
 
 def compile_programs(scheduler: Scheduler, say: _Say) -> None:
-  """Compile everything that requests can need, and say so."""
+  """Compile every program that requests can need, and print the time."""
   say('compiling: the port opens after this')
   begin = time.monotonic()
   programs = scheduler.warm_up()
@@ -129,7 +129,7 @@ def make_service(
   options: ServerOptions,
   log: RequestLog | None = None,
 ) -> Service:
-  """Return the parts of a server. Its thread does not run yet."""
+  """Return the parts of a server; the engine's thread is not started."""
   checkpoint = engine.checkpoint
   name = options.model_name or os.path.basename(os.path.normpath(checkpoint.path))
   return Service(
@@ -154,14 +154,14 @@ def _serve(service: Service, listener: socket.socket, say: _Say) -> None:
     service.log.close()
   say('ended')
   if not ended or driver.error is not None:
-    # The thread waits for a device or for a process that is lost: nothing else could end it.
+    # The thread waits for a device or a lost process, and only os._exit can end it.
     os._exit(int(driver.error is not None))
 
 
 def _check_sizes(
   model: InferOptions, server: ServerOptions, checkpoint: Checkpoint, mesh: jax.sharding.Mesh
 ) -> None:
-  """Raise RequestError for rows that the model or the memory has no room for."""
+  """Raise RequestError if max_length or the cache exceeds the model's positions or the memory."""
   most = checkpoint.config.num_positions
   if most is not None and server.max_length > most:
     raise RequestError(
@@ -173,6 +173,6 @@ def _check_sizes(
 
 
 def _taken(kind: type, options: dict[str, Any]) -> Any:
-  """Return an instance of a dataclass, taking its fields out of the options."""
+  """Build a dataclass from `options`, and remove its fields from them."""
   names = [each.name for each in dataclasses.fields(kind) if each.name in options]
   return kind(**{name: options.pop(name) for name in names})

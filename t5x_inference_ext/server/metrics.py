@@ -1,4 +1,4 @@
-"""Metrics for Prometheus, under the names that dashboards of vLLM know. All names are here."""
+"""Prometheus metrics, with vLLM's names so that its dashboards work. All names are defined here."""
 
 from collections.abc import Callable, Iterator
 import dataclasses
@@ -34,7 +34,7 @@ class Load:
     slots_used: Slots with a row.
     slots: All slots.
     waiting: Prompts that wait for a slot.
-    pages_used: Pages of the cache that rows have for themselves.
+    pages_used: Number of the cache's own (not shared) pages in use.
     pages: All pages of the cache.
     stats: Counters of the scheduler's work.
   """
@@ -52,10 +52,10 @@ class Metrics:
 
   Args:
     model: Name of the model.
-    load: Returns what the engine does, at each scrape.
+    load: Function that returns the engine's load; called at each scrape.
 
   Attributes:
-    rate: Tokens a second.
+    rate: Measured rate of new tokens, in tokens/s.
     first_token_seconds: Mean time to the first token of the last requests; None before any.
   """
 
@@ -86,7 +86,7 @@ class Metrics:
     self.first_token_seconds: float | None = None
 
   def observe(self, name: str, value: float) -> None:
-    """Count a value of a histogram, a key of _HISTOGRAMS."""
+    """Add a value to a histogram; `name` is a key of _HISTOGRAMS."""
     self._histograms[name].observe(value)
 
   def began(self, prompt_tokens: int, queue: float, prefill: float) -> None:
@@ -115,7 +115,7 @@ class Metrics:
 
 
 class _Engine:
-  """Metrics that the engine itself counts, read at each scrape."""
+  """Prometheus collector of the engine's own counters, read at each scrape."""
 
   def __init__(self, model: str, load: Callable[[], Load]) -> None:
     self._model, self._load = model, load

@@ -5,7 +5,7 @@ import dataclasses
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.options import check_options, option
 
-# Options of the infer command that a server has not: its requests have them, or nothing has.
+# Options of the infer command that a server lacks: they come with each request, or don't apply.
 NOT_SERVED = (
   'max_new_tokens',
   'mode',

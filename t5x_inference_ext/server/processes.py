@@ -1,4 +1,4 @@
-"""Several processes: the others follow process 0 turn by turn, and each shows that it lives."""
+"""Serving with several processes: the others repeat each turn of process 0; heartbeats."""
 
 from collections.abc import Callable, Sequence
 import contextlib
@@ -16,22 +16,22 @@ from t5x_inference_ext.engine.scheduler import Scheduler
 from t5x_inference_ext.server.turns import PromptToScore, TurnInbox
 
 BEAT_SECONDS = 1.0
-LOST_SECONDS = 7.0  # a process that has shown no life for this long is lost
+LOST_SECONDS = 7.0  # a process without a heartbeat for this long counts as lost
 _KEY = 't5x_inference_ext/server/alive/{}'
 
 
 def follow(
   scheduler: Scheduler, inbox: TurnInbox, score: Callable[[Sequence[PromptToScore]], list[Any]]
 ) -> None:
-  """Do what process 0 does, until it ends.
+  """Repeat the turns of process 0 in this process, until process 0 ends.
 
-  The first SIGTERM has no effect: process 0 drains, and then ends all. A second one ends this
-  process at once.
+  The first SIGTERM has no effect here: process 0 drains, and then ends all processes. A second
+  SIGTERM ends this process at once.
 
   Args:
     scheduler: The scheduler of this process.
     inbox: Its inbox.
-    score: Scores prompts, as in process 0.
+    score: Function that scores prompts, as in Driver.
   """
   asked = False
 
@@ -50,13 +50,13 @@ def follow(
     if inbox.closed:
       return
     if prompts:
-      with contextlib.suppress(Exception):  # process 0 tells of it
+      with contextlib.suppress(Exception):  # process 0 reports the error
         score(prompts)
     scheduler.step()
 
 
 def show_life() -> None:
-  """Show that this process lives, from now on, in a thread of its own."""
+  """Start a thread that sends heartbeats of this process."""
   client: Any = jax_distributed.global_state.client
   key = _KEY.format(jax.process_index())
 
@@ -74,9 +74,9 @@ def show_life() -> None:
 
 
 def watch_others(lost: Callable[[str], None]) -> None:
-  """Call `lost` with a sentence once another process shows no life any more.
+  """Call `lost` with a sentence once another process sends no more heartbeats.
 
-  Called in process 0; it watches in a thread of its own.
+  Called in process 0; starts a thread.
   """
   client: Any = jax_distributed.global_state.client
   others = range(1, jax.process_count())
@@ -88,7 +88,7 @@ def watch_others(lost: Callable[[str], None]) -> None:
       for process, (before, at) in seen.items():
         try:
           count = client.key_value_try_get(_KEY.format(process))
-        except Exception:  # there is no such key yet
+        except Exception:  # the process has not sent a heartbeat yet
           count = ''
         if count != before:
           seen[process] = count, time.monotonic()

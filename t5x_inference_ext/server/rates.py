@@ -1,15 +1,15 @@
-"""Rates of what the engine does, measured over the last seconds."""
+"""Rates of events, measured over the last seconds."""
 
 import collections
 from collections.abc import Callable
 import time
 
 WINDOW_SECONDS = 30.0
-_GRAIN = 0.25  # seconds whose amounts are kept as one
+_GRAIN = 0.25  # seconds; amounts within this interval are summed
 
 
 class MeasuredRate:
-  """An amount a second, over the last WINDOW_SECONDS.
+  """The rate per second of an amount over the last WINDOW_SECONDS.
 
   Args:
     now: Returns the time in seconds.
@@ -42,4 +42,4 @@ class MeasuredRate:
     while self._parts and now - self._parts[0][0] >= WINDOW_SECONDS:
       self._sum -= self._parts.popleft()[1]
     if not self._parts:
-      self._sum = 0.0  # without the rounding of sums
+      self._sum = 0.0  # removes accumulated rounding errors

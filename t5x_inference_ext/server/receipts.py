@@ -23,7 +23,7 @@ class ReceiptWriter:
     arrived: Time when the request arrived.
 
   Raises:
-    ApiError: There are several prompts, or the request has what no receipt holds.
+    ApiError: There are several prompts, or the request has an option that receipts don't support.
   """
 
   def __init__(
@@ -31,7 +31,7 @@ class ReceiptWriter:
   ) -> None:
     if len(requests) > 1:
       raise invalid(
-        'a receipt is about one prompt: send the others in requests of their own', 'receipt'
+        'a receipt is for one prompt: send each prompt in its own request', 'receipt'
       )
     (self._request,) = requests
     try:
@@ -43,5 +43,5 @@ class ReceiptWriter:
   async def receipt(self, samples: Sequence[Sample]) -> dict[str, Any]:
     """Return the receipt, given the prompt's samples, which have ended."""
     seconds = self._now() - self._arrived
-    # The identity of the weights is read from files, at the first receipt.
+    # The first receipt reads files to get the weights' identity, so use another thread.
     return await asyncio.to_thread(self._make, self._request, samples, seconds)

@@ -9,11 +9,11 @@ import queue
 import sys
 from typing import Any, TextIO
 
-_MOST = 10_000  # lines that wait to be written; more are dropped
+_MOST = 10_000  # maximum number of lines waiting to be written; more are dropped
 
 
 class _Lossy(logging.handlers.QueueHandler):
-  """Drops lines while the log can't be written: requests must not wait for it."""
+  """Drops lines if the queue is full, so that requests never wait for the log."""
 
   def enqueue(self, record: logging.LogRecord) -> None:
     with contextlib.suppress(queue.Full):
@@ -42,7 +42,7 @@ class RequestLog:
     self._logger.info('%s', json.dumps({'time': now, **known}))
 
   def close(self) -> None:
-    """Write what waits, and end the thread."""
+    """Write the waiting lines, and end the thread."""
     self._listener.stop()
 
 

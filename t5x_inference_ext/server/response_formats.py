@@ -1,4 +1,4 @@
-"""The field `response_format` of requests, as grammars of the engine."""
+"""Conversion of the request field `response_format` to a grammar."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ _FORMS = (
   '{"name": TEXT, "schema": SCHEMA}}, {"type": "regex", "regex": TEXT} and '
   '{"type": "lark", "lark": TEXT}'
 )
-# Beside the schema, which may be left out: any object is a JSON object then.
+# Fields allowed beside the schema. Without a schema, any JSON object is valid.
 _OF_SCHEMAS = {'name', 'description', 'strict', 'schema'}
 
 
@@ -21,7 +21,7 @@ def grammar_of(value: Mapping[str, Any] | None) -> Grammar | None:
   """Return the grammar that a `response_format` asks for; None: any text.
 
   Raises:
-    ApiError: It is none of the forms, or its grammar is malformed.
+    ApiError: The value has none of the allowed forms, or its grammar is malformed.
   """
   if value is None or value == {'type': 'text'}:
     return None

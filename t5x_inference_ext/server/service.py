@@ -1,4 +1,4 @@
-"""The parts that all routes of a server share: the engine, its bounds, metrics and state."""
+"""The objects that all routes of a server share: driver, limits, metrics, log and state."""
 
 import dataclasses
 import time
@@ -18,7 +18,7 @@ from t5x_inference_ext.server.token_text import TokenTexts
 from t5x_inference_ext.server.translation import Translator
 from t5x_inference_ext.sharding.mesh import mesh_text
 
-DRAIN_RETRY = 10  # seconds after which a client of a draining server may try again, elsewhere
+DRAIN_RETRY = 10  # seconds after which a draining server asks clients to retry, elsewhere
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,18 +35,18 @@ class Facts:
 
 
 class Service:
-  """One server's parts.
+  """The objects that all routes of one server share.
 
   Args:
     driver: The engine's thread.
-    translator: Turns bodies into requests.
+    translator: Converts request bodies to engine requests.
     facts: The model's name and weights.
     options: The server's options.
     log: The log of requests.
     make_receipt: Makes receipts.
 
   Attributes:
-    draining: Whether the server takes no new work, as it is about to end.
+    draining: Whether the server refuses new work because it is shutting down.
     answers: The HTTP requests that are being answered.
     began: Time when the server began, in seconds since 1970.
   """
@@ -77,13 +77,13 @@ class Service:
 
   @property
   def max_top(self) -> int:
-    """How many of the most likely tokens can be told."""
+    """Maximum number of most likely tokens that a request can ask for."""
     return self.scheduler.config.top_log_probs
 
   def check_open(self) -> None:
-    """Raise ApiError if no new work is taken."""
+    """Raise ApiError if the server accepts no new work."""
     if self.draining:
-      raise unavailable('the server is shutting down: ask another one', 'draining', DRAIN_RETRY)
+      raise unavailable('the server is shutting down: use another one', 'draining', DRAIN_RETRY)
     if self.driver.error is not None:
       raise unavailable(f'the engine has stopped: {self.driver.error}', 'engine_dead')
 
@@ -98,7 +98,7 @@ class Service:
       )
 
   def load(self) -> Load:
-    """Return what the engine has to do now."""
+    """Return the engine's current load."""
     scheduler = self.scheduler
     used, pages = scheduler.pages
     slots = scheduler.rows
@@ -106,7 +106,7 @@ class Service:
     return Load(busy, len(slots), self.bounds.waiting, used, pages, scheduler.stats)
 
   def status(self) -> dict[str, Any]:
-    """Return what the page shows of the engine, JSON-ready."""
+    """Return the engine's state for the status page, JSON-ready."""
     load, model = self.load(), self.scheduler.model
     dead = self.driver.error is not None
     return {

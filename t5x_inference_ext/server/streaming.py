@@ -18,7 +18,7 @@ from t5x_inference_ext.server.waiting import Deadline, in_time
 _HEADERS = [
   (b'content-type', b'text/event-stream; charset=utf-8'),
   (b'cache-control', b'no-store'),
-  (b'x-accel-buffering', b'no'),  # proxies must not collect the events
+  (b'x-accel-buffering', b'no'),  # tells proxies not to buffer the events
 ]
 
 
@@ -30,8 +30,8 @@ class EventStream:
     answer: The request in the engine.
     form: The form of the answer.
     prompts: Number of prompts.
-    deadline: The end of the request's time.
-    stack: Closed at the end.
+    deadline: Time limit of the request.
+    stack: Contexts to close when the stream ends.
   """
 
   def __init__(
@@ -45,10 +45,10 @@ class EventStream:
   ) -> None:
     self._body, self._answer, self._form = body, answer, form
     self._prompts, self._deadline, self._stack = prompts, deadline, stack
-    self._samples: list[Sample] = []  # of the prompt, for its receipt
+    self._samples: list[Sample] = []  # the prompt's samples, for its receipt
 
   async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-    """Send the events. An error after the first one is an event too: the status was sent."""
+    """Send the events. After the first, an error is an event, since the status was already sent."""
     with self._stack:
       record = scope['state']['record']
       try:
@@ -75,7 +75,7 @@ class EventStream:
       await _send(send, event_line(self._form.chunk(receipt=receipt, **usage_field)))
 
   async def _chunks(self) -> AsyncIterator[list[dict[str, Any]]]:
-    """Yield chunks: the first ones of all samples, then those of events as they come."""
+    """Yield chunks: the first chunk of every sample, then a chunk for each event."""
     form, collector = self._form, SampleCollector()
     collector.expect(0, self._body.choices)
     firsts = [form.first(p, i) for p in range(self._prompts) for i in range(self._body.choices)]
@@ -89,7 +89,7 @@ class EventStream:
 
 
 def event_line(value: Any) -> bytes:
-  """Return a value as a server-sent event."""
+  """Encode a JSON-ready value as a server-sent event."""
   return b'data: ' + json.dumps(value, separators=(',', ':')).encode() + b'\n\n'
 
 

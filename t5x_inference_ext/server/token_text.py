@@ -1,4 +1,4 @@
-"""Texts of single tokens, and their log-probabilities in the forms of the API."""
+"""Texts of single tokens, and log-probabilities as the API's JSON objects."""
 
 from collections.abc import Sequence
 import functools
@@ -7,14 +7,14 @@ from typing import Any
 from t5x_inference_ext.engine.request import TopLogProbs
 from t5x_inference_ext.text.vocabulary import Vocabulary
 
-_LEAST = -9999.0  # in place of minus infinity, which JSON has not
+_LEAST = -9999.0  # stands for minus infinity, which JSON can't express
 
 
 class TokenTexts:
   """The texts of single tokens.
 
   Args:
-    vocabulary: The vocabulary; None: tokens are told by their ids.
+    vocabulary: The vocabulary; None: token ids stand for the texts.
   """
 
   def __init__(self, vocabulary: Vocabulary | None) -> None:
@@ -23,7 +23,7 @@ class TokenTexts:
     self.text = functools.lru_cache(2**16)(self._text)
 
   def _data(self, token: int) -> bytes:
-    """Return the bytes of a token; special tokens have those of their names."""
+    """Return the bytes of a token; for a special token, those of its name."""
     if self._vocabulary is None:
       return b'token_id:%d' % token
     return self._vocabulary.piece(token, special=True)
@@ -44,14 +44,14 @@ class TokenTexts:
     offset: int,
     wanted: int,
   ) -> dict[str, Any]:
-    """Return log-probabilities as completions tell them.
+    """Return log-probabilities in the form of /v1/completions.
 
     Args:
       tokens: Token ids.
-      log_probs: Log-probability of each; None for one that has none.
-      top: The most likely tokens at each place.
-      offset: Place in the answer's text where the first token begins.
-      wanted: How many of the most likely tokens were asked for.
+      log_probs: Log-probability of each token; None if it has none.
+      top: The most likely tokens at each position.
+      offset: Character offset of the first token in the answer's text.
+      wanted: Number of most likely tokens that were requested.
     """
     offsets = []
     for token in tokens:
@@ -70,7 +70,7 @@ class TokenTexts:
     }
 
   def _top(self, token: int, log_prob: float, likely: TopLogProbs) -> dict[str, float]:
-    """Return the most likely tokens by their texts, and the token that was chosen."""
+    """Return text -> log-probability of the most likely tokens and of the chosen token."""
     found: dict[str, float] = {}
     for other, value in [*likely, (token, log_prob)]:
       found.setdefault(self.text(other), _finite(value))
@@ -79,7 +79,7 @@ class TokenTexts:
   def chat(
     self, tokens: Sequence[int], log_probs: Sequence[float], top: Sequence[TopLogProbs]
   ) -> dict[str, Any]:
-    """Return log-probabilities as chats tell them; see `completion`."""
+    """Return log-probabilities in the form of /v1/chat/completions; see `completion`."""
     return {
       'content': [
         {**self._entry(token, value), 'top_logprobs': [self._entry(*other) for other in likely]}

@@ -1,4 +1,4 @@
-"""Translation of bodies into requests of the engine: token ids and sampling parameters."""
+"""Conversion of request bodies to engine requests: token ids and sampling parameters."""
 
 from collections.abc import Mapping, Sequence
 import contextlib
@@ -17,18 +17,18 @@ from t5x_inference_ext.text.settings import TextSettings
 from t5x_inference_ext.text.stop_texts import check_stop_texts
 from t5x_inference_ext.text_files import parse_json
 
-DEFAULT_TOKENS = 16  # new tokens of a completion that asks for no number, as OpenAI has it
-# Names that sampling parameters have in requests.
+DEFAULT_TOKENS = 16  # default max_tokens of a completion, as in OpenAI's API
+# Sampling parameter of the engine -> its name in requests.
 _NAMES = {'min_new_tokens': 'min_tokens', 'max_new_tokens': 'max_tokens'}
 
 
 class Translator:
-  """Turns bodies into requests.
+  """Converts request bodies to engine requests.
 
   Args:
-    settings: What the checkpoint says about text.
+    settings: The checkpoint's text settings: vocabulary, BOS, chat template.
     vocab_size: V.
-    max_length: Most tokens of a prompt and its answer, BOS included.
+    max_length: Maximum number of tokens of a prompt and its answer together, BOS included.
   """
 
   def __init__(self, settings: TextSettings, vocab_size: int, max_length: int) -> None:
@@ -42,7 +42,7 @@ class Translator:
 
   @property
   def bos(self) -> tuple[int, ...]:
-    """BOS, if the model has one: what is put in front of a prompt."""
+    """The tokens that are put in front of a prompt: BOS, or none."""
     return self.settings.front
 
   def prompt_ids(self, prompt: str | Sequence[int], param: str = 'prompt') -> list[int]:
@@ -59,7 +59,7 @@ class Translator:
       return list(prompt)
     if self.vocabulary is None:
       raise invalid(
-        f'{param} is text, and the vocabulary of this model is not known: send token ids', param
+        f'{param} is text, and this model has no vocabulary: send token ids', param
       )
     try:
       return self.vocabulary.encode(prompt)
@@ -99,7 +99,7 @@ class Translator:
     except (RequestError, CheckpointError) as error:
       raise invalid(str(error), 'messages', 'chat_template_failed') from None
     ids = self.prompt_ids(text, 'messages')
-    # A template writes BOS itself, unless it has no text.
+    # A template's text includes BOS, unless BOS has no text.
     return (*(() if bos is None or self._name(bos) else (bos,)), *ids)
 
   def _name(self, token: int) -> str:
@@ -107,10 +107,10 @@ class Translator:
     return self.vocabulary.piece(token, special=True).decode(errors='replace')
 
   def room(self, length: int, param: str) -> int:
-    """Return the most new tokens after a prompt of `length` tokens, BOS included.
+    """Return the maximum number of new tokens after a prompt of `length` tokens, BOS included.
 
     Raises:
-      ApiError: There is no room for any, or there is no prompt.
+      ApiError: There is no room for a new token, or the prompt is empty.
     """
     if not length:
       raise invalid(f'{param} is empty, and this model has no BOS to start from', param)
@@ -132,12 +132,12 @@ class Translator:
     Args:
       body: The body of the HTTP request.
       tokens: Token ids, BOS included.
-      top: How many of the most likely tokens are told.
-      param: Field that the prompt came from.
+      top: Number of most likely tokens to return.
+      param: Name of the field that the prompt came from.
       seed: Seed of the first sample.
 
     Raises:
-      ApiError: The prompt is too long, asks for too many tokens, or has a bad option.
+      ApiError: The prompt is too long, too many tokens are requested, or an option is invalid.
     """
     room = self.room(len(tokens), param)
     chat = isinstance(body, ChatBody)
@@ -168,7 +168,7 @@ class Translator:
     )
 
   def sampling(self, body: GenerationBody) -> SamplingParams:
-    """Return sampling parameters. What is not given is as the checkpoint recommends.
+    """Return sampling parameters; the checkpoint's recommendations are the defaults.
 
     Raises:
       ApiError: A value is out of its range.
@@ -208,12 +208,12 @@ class Translator:
 
 
 def first_seed(body: GenerationBody) -> int:
-  """Return the seed of a request's first sample: its own, or one that nobody knows."""
+  """Return the seed of a request's first sample: the one given, or a random one."""
   return secrets.randbits(32) if body.seed is None else body.seed % 2**32
 
 
 def refused(error: UserError) -> ApiError:
-  """Return the API's error for one of the engine, whose message begins with an option's name."""
+  """Convert an engine error, whose message begins with an option's name, to an ApiError."""
   message = str(error)
   if isinstance(error, RequestError) and message.startswith('grammar: '):
     return refused_grammar(error)
@@ -224,7 +224,7 @@ def refused(error: UserError) -> ApiError:
 
 
 def _message(index: int, message: Message) -> dict[str, Any]:
-  """Return a message as templates take it: content as text, arguments of calls as objects."""
+  """Convert a message to the form for templates: text content, call arguments as objects."""
   fields = message.model_dump(exclude_none=True)
   if isinstance(message.content, list):
     texts = []
@@ -238,7 +238,7 @@ def _message(index: int, message: Message) -> dict[str, Any]:
   for call in fields.get('tool_calls', []):
     function = call.get('function')
     if isinstance(function, dict) and isinstance(function.get('arguments'), str):
-      with contextlib.suppress(ValueError):  # the template gets the text
+      with contextlib.suppress(ValueError):  # otherwise the template gets the arguments as text
         call['function'] = {**function, 'arguments': parse_json(function['arguments'])}
   return fields
 

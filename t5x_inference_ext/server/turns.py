@@ -1,7 +1,7 @@
-"""One turn of the engine's threads in all processes: the same commands, then the same step.
+"""Turns of the engine threads of all processes: each takes equal commands, then an equal step.
 
-Process 0 takes what its clients ask, and tells the others turn by turn. Prompts to score travel
-with the commands, in one message.
+Process 0 takes the clients' requests, and sends them to the other processes turn by turn. Prompts
+to score are sent in the same message as the commands.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ class PromptToScore(NamedTuple):
   """A prompt whose tokens are scored.
 
   Attributes:
-    tokens: Token ids, BOS included. Each but the first is scored, given those before it.
-    top: How many of the most likely tokens are told at each place.
+    tokens: Token ids, BOS included. All but the first are scored, given the tokens before them.
+    top: Number of most likely tokens to return at each position.
   """
 
   tokens: tuple[int, ...]
@@ -36,7 +36,7 @@ class TurnInbox(SharedInbox):
 
   @property
   def empty(self) -> bool:
-    """Whether nothing is queued, and nothing of the turn is left."""
+    """Whether no command is queued, and none of the current turn is left."""
     return not self._commands and not self._turn
 
   def begin_turn(self, prompts: Sequence[PromptToScore] = ()) -> list[PromptToScore]:

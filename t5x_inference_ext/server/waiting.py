@@ -1,4 +1,4 @@
-"""Work for a client that may leave, within the time that its request has."""
+"""Work that stops when its client disconnects or its time limit passes."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -13,11 +13,11 @@ _T = TypeVar('_T')
 
 
 class Deadline(NamedTuple):
-  """The end of a request's time.
+  """The time limit of a request.
 
   Attributes:
-    at: Time of the event loop.
-    seconds: Time that the request had from its beginning, for messages.
+    at: Time of the event loop's clock, in seconds.
+    seconds: The limit in seconds from the start of the request, for messages.
   """
 
   at: float
@@ -25,17 +25,17 @@ class Deadline(NamedTuple):
 
   @classmethod
   def after(cls, seconds: float) -> 'Deadline':
-    """Return the deadline that many seconds from now."""
+    """Return a deadline `seconds` from now."""
     return cls(asyncio.get_running_loop().time() + seconds, seconds)
 
 
 async def in_time(receive: Receive, work: Coroutine[Any, Any, _T], deadline: Deadline) -> _T:
-  """Return the result of some work, unless its client leaves or its time is up.
+  """Return the result of `work`, unless its client disconnects or its deadline passes.
 
   Args:
-    receive: Returns the client's messages. Its body was read.
+    receive: ASGI function that returns the client's messages; the body was already read.
     work: The work.
-    deadline: The end of its time.
+    deadline: Its time limit.
 
   Raises:
     ClientDisconnect: The client has left. The work is cancelled.

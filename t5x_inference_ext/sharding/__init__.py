@@ -1,1 +1,1 @@
-"""Layouts, and their consequences: meshes, shards, and the bytes that move."""
+"""Layouts, and what follows from them: meshes, shards, and the bytes that move."""

@@ -16,7 +16,7 @@ from t5x_inference_ext.sharding.heads import AttentionHeads, HeadSplit, stored_h
 from t5x_inference_ext.sharding.layout import Axes, Layout, num_shards, shape_text
 from t5x_inference_ext.sharding.mesh import AXES
 
-# Logical axes of the activations and the KV cache. Those of weights are in params.py.
+# Logical axes of the activations and the KV cache. params.py has the weights' logical axes.
 ACTIVATION_AXES = {
   'residual': ('residual_rows', 'residual_positions', 'residual'),  # [B, T, E]
   'mlp': ('rows', 'positions', 'mlp'),  # [B, T, F]
@@ -32,23 +32,24 @@ class ActivationSharding:
   Inside a layer, `rows` and `positions` split tokens [B, T]. In attention, the three `attention_`
   fields split queries [B, T, H, Q]; keys and values have the same rows, but all positions.
 
-  A product summed over some axes leaves its sum split over those axes: the residual stream over the
-  layout's hidden axes, the MLP's columns over its embed axes. Rows are split if the axes divide
-  them, else positions, else features. With rows the norm needs no all-reduce, since a device has
-  all features of a row, and a TPU need not change memory layouts around collectives.
+  Products are summed by reduce-scatter, so the sum is split over the axes that it was summed over:
+  the residual stream over the layout's hidden axes, the MLP's columns over its embed axes. The sum
+  is split by rows if the axes divide the rows, else by positions, else by features. Split by rows,
+  the norm needs no all-reduce, since a device has all features of a row, and a TPU need not change
+  memory layouts around collectives.
 
   Attributes:
     layout: The layout that was resolved.
     rows, positions: Axes that split tokens; together, the axes that weights are gathered over.
     residual_dim: The dimension of the residual stream [B, T, E] that the hidden axes split.
     mlp_dim: The dimension of the MLP's columns [B, T, F] that the embed axes split.
-    attention_rows: Axes that split the rows of attention and of the KV cache, first those in
-      `rows`.
+    attention_rows: Axes that split the rows of attention and of the KV cache, those in `rows`
+      first.
     attention_heads: Axes that split the heads of attention.
-    attention_positions: Axes that split the positions of queries, first those in `positions`. They
+    attention_positions: Axes that split the positions of queries, those in `positions` first. They
       include hidden axes if a shard's columns hold parts of heads.
     joined: Hidden axes over which the queries' columns are gathered, because too few positions are
-      left to split. All devices along these axes compute the same.
+      left to split. All devices along these axes compute the same attention.
     heads: The heads on each device.
   """
 
@@ -99,7 +100,8 @@ class ActivationSharding:
     """Return the dimension of tokens [B, T] that one reduce-scatter splits for all columns.
 
     That collective then sums the columns of a whole block part over the embed axes. Return None if
-    MLP and attention split different dimensions, or features, or if there is no axis to sum over.
+    MLP and attention split different dimensions, if they split features, or if there is no axis to
+    sum over.
     """
     embed = set(self.layout.embed_axes)
     dims = [self.mlp_dim] if block_part.mlp else []
@@ -138,8 +140,8 @@ def shard_activations(
     config: The model.
     mesh: Axis name -> size.
     batch: B, rows.
-    length: T, positions of each row; 1 for a decode step. Must be one that padded_length returns.
-    cached: Whether the positions follow others in a KV cache. The cache is then split as for decode
+    length: T, positions of each row, as rounded up by padded_length; 1 for a decode step.
+    cached: Whether the positions follow others in a KV cache, which is then split as for decode
       steps of the same layout.
 
   Raises:
@@ -172,9 +174,9 @@ def _shard_activations(
   head_axes = tuple(a for a in hidden if a not in more_rows + whole)
   attention_positions, cut = positions, 1
   if embed and embed[0] not in more_rows:
-    # Partial sums over x are reduced into positions, as for the MLP. If the layout asks for heads,
-    # or positions do not divide, they are reduced into padded heads, if most of the heads are real.
-    # Otherwise (one token, few heads) they are all-reduced.
+    # Partial sums over x are reduce-scattered to positions, as for the MLP. If the layout asks for
+    # heads, or x does not divide the positions, they are reduce-scattered to padded heads, provided
+    # that padding is less than half. Otherwise (one token, few heads) they are all-reduced.
     parts = num_shards(embed, mesh)
     positions_divide = (1 if cached else length) % parts == 0
     enough_heads = head_axes == hidden and 2 * stored.local_heads > parts
@@ -190,8 +192,8 @@ def _shard_activations(
     layout=layout,
     rows=rows,
     positions=positions,
-    # With looped collectives each step of a ring multiplies one slice. A slice of features has all
-    # rows, a slice of rows would have only a few.
+    # With looped collectives, each step of a ring multiplies one slice. A slice of features has all
+    # rows; a slice of rows would have too few for an efficient product.
     residual_dim=2 if layout.ring_directions else _token_dim(local_tokens, hidden, mesh),
     mlp_dim=_token_dim(local_tokens, embed, mesh),
     attention_rows=rows + more_rows,
@@ -212,15 +214,15 @@ def padded_length(layout: Layout, mesh: Mapping[str, int], batch: int, length: i
 
 
 def sampling_axes(layout: Layout, batch: int, mesh: Mapping[str, int]) -> Axes:
-  """Return the axes that split the rows of logits [B, V] for sampling: as many as rows can fill."""
+  """Return the axes that split the rows of logits [B, V] for sampling: as many as rows allow."""
   return _most_devices(_row_axes(layout.stored_embed, layout.stored_hidden), batch, mesh)
 
 
 def padded_batch(decode: Layout, batch: int, mesh: Mapping[str, int]) -> int:
-  """Return the smallest batch of at least `batch` rows that fills every mesh axis it can.
+  """Round a batch size up so that decode steps split the rows over every mesh axis they can use.
 
-  On 2x2x2, 3 rows become 4, 5 become 8 and 9 become 16: a few extra rows cost less than rows that
-  several devices compute. If decode splits only heads, no batch size is better than another. With
+  On 2x2x2, 3 rows become 4, 5 become 8 and 9 become 16: a few padding rows cost less than rows that
+  several devices compute redundantly. If decode splits only heads, any batch size will do. With
   gathered weights, the batch is a multiple of the devices that weights are gathered over.
   """
   gathered = num_shards(decode.gathered_axes, mesh)
@@ -236,7 +238,7 @@ def padded_batch(decode: Layout, batch: int, mesh: Mapping[str, int]) -> int:
 
 
 def _whole_head_axes(stored: HeadSplit, hidden: Axes, taken: Axes, mesh: Mapping[str, int]) -> Axes:
-  """Return the hidden axes to join so that their devices together have columns of whole heads.
+  """Return the hidden axes to join, so that the devices along them together hold whole heads.
 
   Args:
     stored: Heads that each shard of the weights holds.
@@ -245,7 +247,7 @@ def _whole_head_axes(stored: HeadSplit, hidden: Axes, taken: Axes, mesh: Mapping
     mesh: Axis name -> size.
 
   Returns:
-    The fewest axes that suffice, taken from the fastest of those not in `taken`.
+    The fewest axes that suffice, from those not in `taken`, fastest axes first.
   """
   local = stored.shards // num_shards(hidden, mesh)
   local *= num_shards(tuple(a for a in hidden if a in taken), mesh)
@@ -257,7 +259,7 @@ def _whole_head_axes(stored: HeadSplit, hidden: Axes, taken: Axes, mesh: Mapping
 
 
 def _token_axes(layout: Layout, batch: int, mesh: Mapping[str, int]) -> tuple[Axes, Axes]:
-  """Divide the gathered axes: return those that split rows, and the others, for positions."""
+  """Divide the gathered axes into (axes that split rows, axes that split positions)."""
   rows = _most_devices(_subsets(layout.gathered_axes), batch, mesh)
   return rows, tuple(a for a in layout.gathered_axes if a not in rows)
 
@@ -273,7 +275,7 @@ def _token_dim(local_tokens: tuple[int, int], axes: Axes, mesh: Mapping[str, int
 def _row_axes(embed: Axes, hidden: Axes) -> list[Axes]:
   """Return the sets of axes that may split rows in attention.
 
-  Hidden axes are taken from the fastest on, so that the axes left over hold consecutive heads.
+  Hidden axes are taken fastest first, so that the axes left over hold consecutive heads.
   """
   found = []
   for first in range(len(hidden) + 1):
@@ -286,8 +288,8 @@ def _row_axes(embed: Axes, hidden: Axes) -> list[Axes]:
 def _most_devices(candidates: Iterable[Axes], batch: int, mesh: Mapping[str, int]) -> Axes:
   """Return the candidate with the most devices, among those whose devices divide the batch.
 
-  Among equals the candidate with x is taken: heads can be split over the other axes, but without
-  rows x would be idle, because products are partial sums over x.
+  Among equals, a candidate with x is preferred: other axes can also split heads, but x would be
+  idle, because products are partial sums over x.
   """
   return max(
     (axes for axes in candidates if batch % num_shards(axes, mesh) == 0),

@@ -1,4 +1,4 @@
-"""Attention's part of a layer's traffic: resharding of projection columns, and back (3.3).
+"""Attention's part of a layer's traffic: resharding of projection columns, and back (section 3.3).
 
 This module counts the collectives of model/attention_columns.py. Notation as in traffic.py.
 """
@@ -24,8 +24,8 @@ def to_attention(p: Pass, sharding: ActivationSharding, summed: bool) -> list[Co
   together, split = 'query, keys and values', _embed_split(sharding)
   moves: list[Collective] = []
   if split == 'heads':
-    # Queries are padded so that heads divide over the embed axes, and so are keys and values,
-    # unless several devices share a key head.
+    # Query heads are padded to divide over the embed axes; so are key heads, unless several devices
+    # share one.
     cut = heads.cut
     query = p.tokens * cut.padded_groups * cut.padded_queries * d_head
     moves += p.activations('query', 'reduce_scatter', embed, query)
@@ -55,7 +55,7 @@ def to_attention(p: Pass, sharding: ActivationSharding, summed: bool) -> list[Co
     moves += p.activations('keys and values', 'all_gather', other, kv)
   elif split != 'heads':
     kv //= heads.stride  # one copy of a key head that blocks share
-  # Every query needs all keys. Over hidden axes they were gathered above.
+  # Every query needs all keys. Over hidden axes, the keys were gathered above.
   positions = tuple(a for a in sharding.attention_positions if a not in sharding.hidden_positions)
   return moves + p.activations('keys and values', 'all_gather', positions, kv * p.size(positions))
 

@@ -1,7 +1,7 @@
 """Axis rules in T5X's form: pairs of a logical axis and the mesh axes that split it.
 
-A logical axis names the meaning of a dimension, and is the same in every layout and phase. The mesh
-axes come from Layout.weight_axes and ActivationSharding.axes: nothing is decided here.
+A logical axis names the meaning of a dimension, which does not depend on layout or phase. The mesh
+axes come from Layout.weight_axes and ActivationSharding.axes; this module only converts them.
 """
 
 from collections.abc import Mapping
@@ -28,9 +28,8 @@ def logical_axis_rules(layout: Layout, sharding: ActivationSharding | None = Non
 
   Args:
     layout: The layout of either phase.
-    sharding: If given, the activation rules of its phase are put in front. They do not replace the
-      rules of weights: a function that declares weights under rules without their names gathers
-      them onto every device.
+    sharding: If given, its activation rules come first. The weights' rules must follow: in a
+      function that declares weights without rules for them, every device gathers them.
   """
   return (*(() if sharding is None else activation_rules(sharding)), *weight_rules(layout))
 

@@ -7,7 +7,7 @@ from t5x_inference_ext.config import BlockPart, ModelConfig
 from t5x_inference_ext.sharding import columns
 from t5x_inference_ext.sharding.layout import Axes, Layout, num_shards
 
-# Bytes of a float32 element. Norm moments, scales and logits are float32 in any run.
+# Bytes of a float32 element. Norm moments, scales and logits are float32 in every run.
 FLOAT32 = 4
 # Bytes of an int32 element, such as a row's length.
 INT32 = 4
@@ -21,9 +21,9 @@ class Collective:
     name: The array that moves: 'input', 'weights: gate', 'scales: gate', 'query', 'output', ...
     kind: 'all_gather', 'reduce_scatter', 'all_reduce' or 'all_to_all'.
     axes: The mesh axes that it runs over, without axes of size 1.
-    shards: K, the devices along these axes.
-    bytes: Bytes of the array on one device where it is largest: the output of an all-gather, the
-      input of a reduce-scatter, either one of an all-reduce or all-to-all.
+    shards: K, the number of devices along these axes.
+    bytes: Bytes on one device of the larger of input and output: the output of an all-gather, the
+      input of a reduce-scatter; of an all-reduce or all-to-all, both are equal.
     directions: 0 for a plain collective. 1 or 2 for a ring of K - 1 steps, each of which sends
       bytes / K to the neighbours in one or two collective-permutes (section 3.5).
   """
@@ -37,7 +37,7 @@ class Collective:
 
   @property
   def moved(self) -> float:
-    """Bytes that a device sends: bytes (K-1)/K, and twice that in an all-reduce.
+    """Bytes that a device sends: bytes * (K-1)/K, or twice that in an all-reduce.
 
     An all-reduce is a reduce-scatter and an all-gather. The paper gives no formula for an
     all-to-all: each device keeps 1/K of its array and sends the rest, which also gives (K-1)/K.
@@ -88,7 +88,7 @@ class Pass:
   def move(
     self, name: str, kind: str, axes: Axes, count: int, width: int, looped: bool = False
   ) -> list[Collective]:
-    """Return a list of the collective, or an empty list if the axes have one device.
+    """Return a list of this one collective, or an empty list if the axes have only one device.
 
     Args:
       name: The array that moves.

@@ -1,4 +1,4 @@
-"""The columns that each shard holds of a layer's fused matrices, defined only here.
+"""The columns of a layer's fused matrices that each shard holds. Only this module defines them.
 
 The input matrix of a block part is [E, columns], its output matrix [rows, E]. A shard's columns are
 one block [gate | linear | query | key, value], and its rows one block [mlp | attention]. Weight
@@ -72,7 +72,7 @@ def input_parts(config: ModelConfig, block_part: BlockPart, shards: int) -> tupl
     split, width = stored_heads(config, shards), config.num_kv_heads * config.d_head
     parts.append(_queries('query', config, split))
     if config.num_kv_heads == 1:
-      # A shard has less than one key head: the shards split its columns, and gather them.
+      # All shards split the columns of the single key head, and gather them for use.
       used, padded = kv_columns(config, split)
       parts.append(_even(('key', 'value'), (width, width), shards, used, padded))
     else:
@@ -109,7 +109,7 @@ def positions_part(config: ModelConfig, shards: int) -> PackedPart:
 
 
 def column_widths(config: ModelConfig, block_part: BlockPart, shards: int) -> dict[str, int]:
-  """Return the number of a shard's input-matrix columns by their reader, in order.
+  """Return reader -> number of a shard's input-matrix columns, in order.
 
   The keys are the MLP's inputs ('gate', 'linear') and 'attention': queries, then keys and values.
   The arguments are those of input_parts.
@@ -131,7 +131,7 @@ def _even(
 ) -> PackedPart:
   """Cut concatenated tensors into equal shares, by default as small as possible.
 
-  If the shares together are larger than the tensors, the last shards have less, or nothing.
+  If the shares do not come out even, the last shards have less, or nothing.
   """
   total = sum(sizes)
   share = share or -(-total // shards)
@@ -154,7 +154,7 @@ def _by_heads(
 
 
 def _queries(name: str, config: ModelConfig, split: HeadSplit) -> PackedPart:
-  """Cut the columns of all query heads into heads, or evenly if shards hold parts of heads."""
+  """Cut all query heads' columns: by whole heads, or evenly if shards hold parts of heads."""
   size = config.num_heads * config.d_head
   if split.pieces > 1:
     return _even((name,), (size,), split.shards)

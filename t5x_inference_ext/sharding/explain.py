@@ -34,7 +34,7 @@ class ExplainSetting:
     cache: The dtype of the KV cache: a float dtype, 'int8', or None for `dtype`.
     int8: Whether the matrices are int8.
     stacked: Whether one array holds all layers.
-    batch: Rows asked for. As in a run, they are rounded up to a number that the mesh can split.
+    batch: Requested number of rows. As in a run, it is rounded up for the mesh.
     prompt_length: T of the prefill.
     cache_length: S, positions of the cache for each row.
   """

@@ -26,8 +26,8 @@ class HeadSplit:
     local_groups: Groups of a shard; 1 if it has only a part of a group.
     local_queries: A shard's query heads in each of its groups, padding included.
     copies: Number of shards that share one group.
-    pieces: Number of consecutive shards that share the columns of `local_heads` evenly; 1 if each
-      shard has `local_heads` heads of its own.
+    pieces: Number of consecutive shards that split the columns of `local_heads` heads evenly; 1 if
+      each shard has whole heads.
   """
 
   groups: int
@@ -80,7 +80,7 @@ class HeadSplit:
 
 
 def stored_heads(config: ModelConfig, shards: int) -> HeadSplit:
-  """Return how the shards of the hidden axes hold a model's heads in the stored weights.
+  """Return how the stored weights divide a model's heads over the shards of the hidden axes.
 
   With a single key head, query heads that would need padding are cut evenly over a few shards, if
   each shard then has whole tiles of LANES columns. For example, 48 heads of 256 over 32 shards are
@@ -110,7 +110,7 @@ def kv_columns(config: ModelConfig, stored: HeadSplit) -> tuple[int, int]:
   """Return a shard's number of key and value columns together: (without padding, with padding).
 
   A single key head is split evenly over all shards. Its columns are padded to whole tiles of LANES
-  if a shard has so many query columns that the padding is comparatively small.
+  if the padding is small compared with a shard's query columns.
   """
   if config.num_kv_heads > 1:
     columns = 2 * stored.local_groups * config.d_head
@@ -168,7 +168,7 @@ class AttentionHeads:
 
   @property
   def heads(self) -> int:
-    """Number of query heads on the device, padding included. Consecutive ones share a key head."""
+    """Number of query heads on the device, padding included; neighbours share a key head."""
     if self.shards > 1:
       return self.cut.local_heads
     return self.blocks * self.stored.local_heads // self.stored.pieces

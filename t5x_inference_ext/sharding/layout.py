@@ -33,7 +33,7 @@ from t5x_inference_ext.sharding.mesh import AXES
 
 Axes = tuple[str, ...]
 
-# The order of mesh axes that together split one dimension, slowest first. y is last, so that a
+# If several mesh axes split one dimension, this is their order, slowest first. y is last, so that a
 # device that has gathered over y (wg_xy) holds consecutive columns.
 ORDER = ('x', 'z', 'y')
 
@@ -81,7 +81,7 @@ class Layout:
     if self.attention == 'heads' and not self.embed_axes + self.hidden_axes:
       raise MeshError(
         f'{self.feedforward}/heads makes no sense: {self.feedforward} splits rows over every axis, '
-        f'which leaves none to split heads over; use {self.feedforward}/batch'
+        f'and no axis is left to split heads over: use {self.feedforward}/batch'
       )
 
   @classmethod
@@ -124,7 +124,7 @@ class Layout:
     """The mesh axes that split each logical axis of a weight (params.py).
 
     The embedding [V, E] is split so that neither the lookup nor the logits move weights. Vectors
-    are small, and whole on every device; each device reads its part.
+    are small and replicated on every device; each device reads its part.
     """
     return {
       params.LAYERS_AXIS: (),

@@ -1,7 +1,7 @@
 """The torus links that a collective over some mesh axes uses.
 
-A collective uses all physical axes along which its chips differ, at the same time. If several
-groups of chips of one collective lie on the same links, they share the bandwidth.
+A collective uses, at the same time, all physical axes along which its chips differ. Groups of chips
+that use the same links share the bandwidth.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ class LinkPath:
     chips: Chips of a group along the axis.
     ring: Whether a group goes all around the axis.
     load: Number of groups whose data the busiest link carries.
-    step: Links between neighbouring chips of a group, at most.
+    step: Maximum number of links between neighbouring chips of a group.
   """
 
   chips: int
@@ -34,19 +34,19 @@ class LinkPath:
 
   @property
   def links(self) -> float:
-    """Links that bring data to a chip: two in a ring or one in a chain, divided by `load`."""
+    """Effective number of links into a chip: two in a ring or one in a chain, divided by `load`."""
     return (2 if self.ring else 1) / self.load
 
   @property
   def hops(self) -> int:
-    """Links to the farthest chip of a group. Around a ring, data travels in both directions."""
+    """Number of links to the farthest chip of a group; around a ring, data travels both ways."""
     return (self.chips // 2 if self.ring else self.chips - 1) * self.step
 
   @property
   def exchange(self) -> float:
-    """Bytes through the busiest link of an all-to-all, per byte of a chip's array.
+    """Bytes through the busiest link in an all-to-all, per byte of a chip's array.
 
-    Half of all bytes cross the middle of the axis.
+    The busiest link is in the middle of the axis, which half of all bytes cross.
     """
     return self.chips * self.load / (8 if self.ring else 4)
 
@@ -66,7 +66,7 @@ def paths(
 
 
 def bytes_through_a_link(move: Collective, found: Sequence[LinkPath]) -> float:
-  """Return the bytes that pass a link, one after another, during a collective on these paths.
+  """Return the bytes that the busiest link carries during a collective on these paths.
 
   The latency of hops is not included.
   """
@@ -111,21 +111,20 @@ def _paths(
       found.append(path)
   size = math.prod(n for n, keep in zip(mesh, kept, strict=True) if not keep)
   if math.prod(path.chips for path in found) != size:
-    # If a mesh axis winds through several physical axes, it has one link in each direction.
+    # A mesh axis that winds through several physical axes has one link in each direction.
     return (LinkPath(size, all(path.ring for path in found)),)
   return tuple(found)
 
 
 def _renumbered(lines: np.ndarray) -> np.ndarray:
-  """Number each line's groups by their first chip on the line, so that similar lines are equal."""
+  """Renumber each line's groups in order of their first chips, so that similar lines are equal."""
   return (lines[:, :, None] == lines[:, None, :]).argmax(axis=-1)
 
 
 def _line_path(line: np.ndarray, wrap: bool) -> LinkPath:
   """Return the path of the groups on one line of chips.
 
-  Each group passes from chip to chip the short way, and leaves out the longest gap between two
-  chips.
+  A group's path goes from chip to chip and leaves out the longest gap between two chips.
   """
   size, groups = len(line), set(line.tolist())
   if len(groups) == 1:

@@ -73,7 +73,7 @@ def physical_shape(devices: Sequence[jax.Device]) -> tuple[int, int, int] | None
 def mesh_links(mesh: Mesh) -> dict[str, str] | None:
   """Return the links of each mesh axis on the torus: 'ring', 'chain' or 'broken'.
 
-  See torus.axis_links. Return None if the devices are not on a torus.
+  Defined in torus.axis_links. Return None if the devices are not on a torus.
   """
   devices = mesh.devices.ravel().tolist()
   if physical_shape(devices) is None:

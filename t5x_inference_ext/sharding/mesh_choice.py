@@ -1,4 +1,4 @@
-"""Choice of a mesh: the meshes that fit a slice's torus, the best for a model, and defaults."""
+"""Choice of a mesh: the meshes that fit a slice's torus, the best one for a model, the default."""
 
 from collections.abc import Iterator, Sequence
 import fractions
@@ -35,9 +35,9 @@ def torus_meshes(
 ) -> tuple[MeshShape, ...]:
   """Return the meshes (X, Y, Z) whose neighbours are neighbours on the torus.
 
-  Each physical axis goes to one mesh axis; a mesh axis may get several. A ring of 4, which is a
-  square, may also give half to one mesh axis and half to another; parts of other axes would share
-  links. Y is at least Z, since swapping both moves equally many bytes.
+  Each physical axis is assigned to one mesh axis; a mesh axis may get several. A physical ring of 4
+  chips is a 2x2 square, so its halves may go to two mesh axes; halves of other axes would share
+  links. Y is at least Z, since swapping the two moves equally many bytes.
 
   Args:
     shape: Chips of the slice along each physical axis.
@@ -46,7 +46,7 @@ def torus_meshes(
   """
 
   def shares(size: int, wrap: bool) -> Iterator[MeshShape]:
-    """Yield the factors (x, y, z) by which one physical axis may contribute to the mesh."""
+    """Yield the factors (x, y, z) that one physical axis may contribute to the mesh axes."""
     yield from ((size, 1, 1), (1, size, 1), (1, 1, size))
     if split and size == 4 and wrap:
       yield from ((1, 2, 2), (2, 1, 2), (2, 2, 1))
@@ -65,14 +65,14 @@ def torus_meshes(
 def torus_mesh(
   shape: Sequence[int], wraps: Sequence[bool], config: ModelConfig, split: bool = True
 ) -> MeshShape:
-  """Return the mesh of torus_meshes on which a ws_2d decode step waits least for links.
+  """Return the torus_meshes mesh on which a ws_2d decode step spends the least time on links.
 
-  The wait is for the collectives of one layer (traffic.layer_moves), with as many rows as chips,
-  over the links that each collective has (links.bytes_through_a_link); the number of hops is the
-  same on all meshes. A larger X moves fewer features and more columns; columns move over x, which
-  has the fewest links. X is 1, which makes ws_2d equal to ws_1d, only if splitting two dimensions
-  moves more bytes (section 3.2.2). Of equally good meshes, one of whole physical axes is taken,
-  with Y and Z as equal as possible.
+  The time counts the collectives of one layer (traffic.layer_moves), with as many rows as chips, by
+  the bytes through the busiest link (links.bytes_through_a_link). It does not count hops, which are
+  equally many on all meshes. With a larger X, fewer features and more columns move; columns move
+  over x, which has the fewest links. X = 1, where ws_2d equals ws_1d, is chosen only if splitting
+  two dimensions moves more bytes (section 3.2.2). Among equally good meshes, the function prefers
+  whole physical axes, then Y and Z as equal as possible.
 
   The function does not check that the chips divide the model.
 
@@ -107,7 +107,7 @@ def _torus_mesh(
 def layer_bytes_through_a_link(
   shape: Sequence[int], wraps: Sequence[bool], mesh: MeshShape, config: ModelConfig
 ) -> float:
-  """Return the bytes that pass a link, one after another, in a layer of torus_mesh's decode step.
+  """Return the bytes that the busiest link carries in a layer of torus_mesh's decode step.
 
   Args:
     shape: Chips of the slice along each physical axis.
@@ -131,8 +131,8 @@ def _decode_moves(config: ModelConfig, mesh: MeshShape) -> list[Collective]:
 def default_mesh(config: ModelConfig, devices: int) -> MeshShape:
   """Return a mesh over the largest number of devices that divides the model, shaped for ws_2d.
 
-  Activations move the fewest bytes if X = sqrt(devices * E / F), which is half the square root of
-  the devices for F = 4 E (section 3.2.2). Y and Z share the rest as equally as possible.
+  Activations move the fewest bytes if X = sqrt(devices * E / F), which for F = 4 E is sqrt(devices)
+  / 2 (section 3.2.2). Y and Z divide the rest as equally as possible.
   """
   for count in range(devices, 0, -1):
     try:

@@ -3,7 +3,7 @@
 Each step multiplies the data that a device has, while the next step's data travels one link of the
 ring. The loops are unrolled, so that the compiler starts a step's collective-permute before the
 step's matmul and waits for it afterwards. Results and bytes moved equal those of the collectives in
-ops.py with one matmul. Over axes of size 1 nothing is left but the matmul.
+ops.py with one matmul. Over axes of size 1 only the matmul remains.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ def all_gather_matmul(
     [..., out] in x's dtype; partial sums are added in float32.
 
   Raises:
-    ValueError: The number of w's rows is not that of the gathered x's columns.
+    ValueError: w's number of rows differs from the gathered x's number of columns.
   """
   ring = Ring(axes)
   width = x.shape[-1]
@@ -61,9 +61,9 @@ def matmul_reduce_scatter(
 ) -> Float[Array, '*b slice']:
   """Compute reduce_scatter(x @ w, last dimension), in as many steps as there are shards.
 
-  A sum travels around the ring, adds one shard's product at each step, and ends at the shard that
-  keeps it. Additions are in float32, but sums travel in x's dtype, so that no more bytes move than
-  in one reduce-scatter: in bfloat16 a sum is rounded n times.
+  Each sum travels around the ring. Every shard on the way adds its product, and the last shard
+  keeps the sum. Additions are in float32, but sums travel in x's dtype, so that no more bytes move
+  than in one reduce-scatter: in bfloat16 a sum is rounded n times.
 
   Args:
     x: [..., in]. This shard's part of the contracted dimension.
@@ -90,7 +90,7 @@ def matmul_reduce_scatter(
   for step in range(ring.size):
     arrived, sums = sums, []
     for i, (offset, size, direction) in enumerate(parts):
-      # A sum holds the columns of the shard that it reaches in the last step.
+      # Each sum is over the columns that belong to the shard at which it ends.
       shard = ring.shard_at(step + 1, direction)
       columns = lax.dynamic_slice_in_dim(w, shard * width + offset, size, 1)
       total = int8.matmul(x, columns, dtype=jnp.float32)

@@ -48,8 +48,9 @@ def all_gather(x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
   if len(axes) == _ALL:
     return all_gather(all_gather(x, axes[-1:], dim), axes[:-1], dim)
   if dim == x.ndim - 1 and x.shape[dim] % LANES:
-    # XLA:TPU would gather parts of tiles into an array with features slowest, and transpose it: ten
-    # times the time of the gather. A separate dimension for the shards avoids that.
+    # If shards are parts of tiles, XLA:TPU gathers them into an array with features slowest and
+    # then transposes it, which takes ten times as long as the gather. A separate dimension for the
+    # shards avoids that.
     return jnp.moveaxis(lax.all_gather(x, axes), 0, -2).reshape(*x.shape[:-1], -1)
   return lax.all_gather(x, axes, axis=dim, tiled=True)
 
@@ -63,7 +64,7 @@ def reduce_scatter(x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
     return reduce_scatter(reduce_scatter(x, axes[:-1], dim), axes[-1:], dim)
   shards, last = axis_size(axes), dim == x.ndim - 1
   shape = (*x.shape[:dim], x.shape[dim] // shards, *x.shape[dim + 1 :])
-  kept: tuple[int, ...]  # the shape that follows the dimension of the shards
+  kept: tuple[int, ...]  # the shape after the shards' dimension
   if (
     not last
     and math.prod(shape[dim:-1]) <= _ROWS
@@ -71,8 +72,8 @@ def reduce_scatter(x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
     and x.shape[dim] % shards == 0
   ):
     kept = (-1, LANES)
-    # Without the barrier XLA:TPU also tiles the product that computes x, and changes the layout of
-    # its weights for that.
+    # Without the barrier, XLA:TPU also tiles the product that computes x, and for that copies its
+    # weights into another layout.
     x = lax.optimization_barrier(x)
   elif x.size >= _LARGE and x.shape[dim] % (shards * (LANES if last else _ROWS)) == 0:
     kept = shape[dim:]

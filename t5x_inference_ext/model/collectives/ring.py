@@ -16,7 +16,7 @@ from t5x_inference_ext.model.collectives import ops
 
 
 class Ring:
-  """The shards of some mesh axes in a closed loop whose neighbours are neighbours in the mesh.
+  """The shards of some mesh axes, ordered as a closed loop in which neighbours are mesh neighbours.
 
   Attributes:
     axes: Mesh axis names, the first slowest in a shard's linear index, as in a PartitionSpec. Axes
@@ -30,8 +30,7 @@ class Ring:
     self.size = ops.axis_size(self.axes)
     sizes = tuple(lax.axis_size(a) for a in self.axes)
     self.order = snake(sizes)
-    # lax.ppermute numbers shards in the order of the mesh's axes, in whatever order the axes are
-    # given to it.
+    # lax.ppermute numbers shards by the mesh's order of axes, whatever the order of its argument.
     self._mesh_axes = tuple(
       a for a in jax.sharding.get_abstract_mesh().axis_names if a in self.axes
     )
@@ -58,25 +57,27 @@ class Ring:
 
 @functools.cache
 def snake(sizes: tuple[int, ...]) -> tuple[int, ...]:
-  """Return a walk through a grid, as linear indices (first dimension slowest) of neighbours.
+  """Return a walk through a grid from neighbour to neighbour, as linear indices (row-major).
 
   The order is the reflected mixed-radix order: one dimension is walked once, from its first to its
   last position, while the others are walked back and forth. If that dimension has an even size, the
   walk ends where the other dimensions began, and the dimension's wraparound closes the ring (a size
-  of 2 needs no wraparound). So the walk takes a dimension of size 2 for it, or else an even one.
+  of 2 needs no wraparound). So the walk prefers, as this dimension, one of size 2, or else one of
+  even size.
   """
   slowest = min(range(len(sizes)), key=lambda i: (sizes[i] != 2, sizes[i] % 2), default=0)
   dims = sorted(range(len(sizes)), key=lambda i: i != slowest)
   walk: list[tuple[int, ...]] = [()]
   for i in reversed(dims):
-    # Walk the faster dimensions forward at even positions of this dimension, backward at odd ones.
+    # The faster dimensions are walked forward at even positions of this dimension, backward at odd
+    # ones.
     walk = [(p, *w) for p in range(sizes[i]) for w in (walk if p % 2 == 0 else walk[::-1])]
   strides = [math.prod(sizes[i + 1 :]) for i in dims]
   return tuple(sum(map(operator.mul, position, strides)) for position in walk)
 
 
 def lanes(size: int, directions: int) -> list[tuple[int, int, int]]:
-  """Split a slice into the parts that travel around the ring, as (offset, size, direction).
+  """Split a slice into the parts that travel around a ring; return their (offset, size, direction).
 
   Args:
     size: Size of the dimension that is split.

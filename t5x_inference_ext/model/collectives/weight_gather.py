@@ -1,8 +1,8 @@
 """Matmuls by weights that are gathered while they are used: weight-gathered layouts (3.2.3).
 
 A gathered matrix is large (one layer of PaLM 540B in bfloat16 is 8.5 GiB). It should arrive during
-the matmul just before its own, not earlier. An optimization barrier ties the start of each gather
-to an earlier result. XLA:TPU schedules by the barrier; XLA:CPU drops the barrier, and gathers all
+the matmul just before the one that uses it, not earlier. An optimization barrier ties the start of
+each gather to an earlier result. XLA:TPU respects the barrier; XLA:CPU drops it and gathers all
 matrices at once.
 """
 
@@ -20,15 +20,15 @@ from t5x_inference_ext.quantization import int8
 
 
 class Gatherer:
-  """The gathered matmuls of a layer, in the order of their calls: one in use, the next in flight.
+  """Orders the gathered matmuls of a layer: one matrix is in use while the next is in flight.
 
-  Without it a compiler may start every gather at once, and hold each gathered matrix until its use.
-  Here a matrix starts to travel when the matmul before the previous one is done, so that it has the
-  time of one matmul to arrive. Matmuls by weights that stay do not go through the Gatherer.
+  Otherwise a compiler may start all gathers at once, and hold each gathered matrix until its use.
+  Here the gather for matmul n starts when matmul n - 2 is done, so it has the time of matmul n - 1
+  to finish. Matmuls by weights that stay in place do not use the Gatherer.
   """
 
   def __init__(self, directions: int = 0) -> None:
-    """Make a Gatherer without matmuls so far; see gathered_matmul for `directions`."""
+    """Make a Gatherer for a new layer; see gathered_matmul for `directions`."""
     self._directions = directions
     # Results of the last two matmuls, the older one first.
     self._done: tuple[jax.Array | None, jax.Array | None] = (None, None)
@@ -91,7 +91,8 @@ def gathered_matmul(
       f'{shards} shards of {w.shape[0]} rows cannot be multiplied by {x.shape[-1]} columns'
     )
   if directions == 0 or Ring((*row_axes, *column_axes)).size == 1:
-    # Fewer shards first: most bytes then move over more axes, and so over more links, of a torus.
+    # Gather over the fewer shards first: then most bytes move in the second gather, over more axes,
+    # and so over more torus links.
     for axes, dim in sorted(
       [(row_axes, 0), (column_axes, 1)], key=lambda gather: ops.axis_size(gather[0])
     ):

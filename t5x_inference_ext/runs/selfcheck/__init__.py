@@ -1,1 +1,1 @@
-"""The selfcheck command: whether this package computes on these devices what it should."""
+"""The selfcheck command: tests whether this package computes correctly on the local devices."""

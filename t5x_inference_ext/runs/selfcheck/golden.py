@@ -1,4 +1,4 @@
-"""Golden tokens in every pair of layouts: what T5X itself decoded, and a reference in NumPy."""
+"""Check of golden tokens (decoded by T5X, or by a NumPy reference) in every pair of layouts."""
 
 from collections.abc import Iterator, Sequence
 import dataclasses
@@ -22,22 +22,22 @@ from t5x_inference_ext.precompile.case import CompileCase
 from t5x_inference_ext.precompile.program import phase_function
 from t5x_inference_ext.sharding.layout import ATTENTION, FEEDFORWARD, Layout, check_pair
 
-# Where both phases have one layout, all golden tokens are decoded; else the cache has moved from
-# one layout to the other after the first of them, and a few more suffice.
+# If both phases have one layout, all golden tokens are decoded. Otherwise a few are enough to show
+# that the cache was converted correctly, since that happens after the first token.
 FEW_STEPS = 8
 _CONTEXT = 96  # positions of the cache: the longest prompt, BOS and all new tokens, in whole tiles
-# On a CPU the check is a rehearsal: without optimizations XLA compiles five times as fast.
+# On a CPU speed does not matter: without optimizations XLA compiles five times as fast.
 _QUICK: dict[str, Any] = {'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False}
 
 
 class Goldens(NamedTuple):
-  """Prompts, and the greedy tokens of the bundled model after them.
+  """Prompts, and the tokens that the bundled model decodes greedily after each.
 
   Attributes:
     checkpoint: SHA-256 of the checkpoint's WeightsIdentity.
     prompts: Token ids of the prompts, without BOS.
-    tokens: By dtype of the weights, the new tokens of each prompt: of 'float32' as T5X decoded
-      them, of 'int8' as a reference in NumPy does with the rounded weights.
+    tokens: Dtype of the weights -> new tokens of each prompt. T5X decoded those of 'float32'; a
+      NumPy reference with the rounded weights decoded those of 'int8'.
   """
 
   checkpoint: str
@@ -46,7 +46,7 @@ class Goldens(NamedTuple):
 
 
 def read_goldens() -> Goldens:
-  """Return the golden tokens that come with the package."""
+  """Return the golden tokens that are bundled with the package."""
   file = importlib.resources.files('t5x_inference_ext.runs.selfcheck') / 'golden.json'
   content = json.loads(file.read_text(encoding='utf-8'))
   rows = content['rows']
@@ -56,14 +56,14 @@ def read_goldens() -> Goldens:
 
 @dataclasses.dataclass(frozen=True)
 class PairResult:
-  """The tokens of one pair of layouts beside the golden ones.
+  """The comparison of one pair of layouts' tokens with the golden tokens.
 
   Attributes:
     prefill: Layout of prefill.
     decode: Layout of decode steps.
     weights: Dtype of the weights.
-    steps: Tokens of each row.
-    seconds: Time to compile and run.
+    steps: Number of tokens compared for each row.
+    seconds: Time to compile and run, in seconds.
     different: How the first wrong token differs; '' if there is none.
     impossible: Why the mesh can't have this pair; '' if it can.
   """
@@ -89,7 +89,7 @@ def layout_pairs() -> list[tuple[Layout, Layout]]:
     for attention in ATTENTION:
       try:
         layouts.append(Layout(feedforward, attention))
-      except MeshError:  # wg_xyz/heads: no axis is left for heads
+      except MeshError:  # as wg_xyz/heads, where no axis is left for heads
         continue
   pairs = []
   for prefill in layouts:
@@ -132,7 +132,7 @@ def check_goldens(
 
 
 class _Check:
-  """Keeps what pairs share: weights by how they are stored, decode steps by their layout."""
+  """Caches what pairs of layouts share: packed weights, and compiled decode steps."""
 
   def __init__(self, checkpoint: Checkpoint, mesh: jax.sharding.Mesh, goldens: Goldens) -> None:
     self._checkpoint, self._mesh = checkpoint, mesh
@@ -150,7 +150,7 @@ class _Check:
     weights = self._stored(model)
     run, _ = self._compile(case)
     tokens, cache = run(weights, *programs.put(model, self._tokens, self._lengths))
-    # A decode step knows nothing of the prefill's layout, so pairs share it.
+    # A decode step does not depend on the prefill layout, so pairs share it.
     if decode not in self._decoders:
       self._decoders[decode] = self._compile(self._case('decode', decode, decode)[0])
     step, (_, cache_like, _) = self._decoders[decode]
@@ -172,7 +172,7 @@ class _Check:
   def _case(self, phase: str, layout: Layout, other: Layout) -> tuple[CompileCase, Model]:
     case = CompileCase(
       self._checkpoint.config,
-      'int8' if self._checkpoint.weights == 'int8' else 'bfloat16',  # else: those of `dtype`
+      'int8' if self._checkpoint.weights == 'int8' else 'bfloat16',  # bfloat16: not int8
       phase,
       len(self._lengths),
       _CONTEXT,

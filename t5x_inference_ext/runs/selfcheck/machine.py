@@ -12,11 +12,11 @@ from t5x_inference_ext.sharding import torus
 from t5x_inference_ext.sharding.mesh import mesh_text, physical_shape, wraps
 
 _DISTRIBUTIONS = ('libtpu', 'numpy', 'tensorstore')
-_MOST_DEVICES = 64  # whose places are listed
+_MOST_DEVICES = 64  # devices whose coordinates are listed
 
 
 def slice_of(mesh: jax.sharding.Mesh) -> torus.TpuSlice | None:
-  """Return the TPU slice that a mesh covers; None for other devices, or a part of a slice."""
+  """Return the TPU slice that a mesh covers; None if its devices are not a whole TPU slice."""
   devices = list(mesh.devices.flat)
   shape, kind = physical_shape(devices), torus.kind_of(devices[0].device_kind)
   if shape is None or kind is None or len(devices) != len(jax.devices()):
@@ -25,7 +25,7 @@ def slice_of(mesh: jax.sharding.Mesh) -> torus.TpuSlice | None:
 
 
 def describe_machine(mesh: jax.sharding.Mesh) -> dict[str, Any]:
-  """Return what was found of the machine, JSON-ready."""
+  """Return the machine's versions, devices, links and memory as a JSON-ready dict."""
   devices = jax.devices()
   shape, found = physical_shape(devices), slice_of(mesh)
   return {
@@ -48,7 +48,7 @@ def describe_machine(mesh: jax.sharding.Mesh) -> dict[str, Any]:
 
 
 def device_memory() -> dict[str, int]:
-  """Return the first device's memory statistics; empty where the platform keeps none."""
+  """Return the first device's memory statistics; {} if the platform has none."""
   stats = jax.local_devices()[0].memory_stats() or {}
   return {name: int(stats[name]) for name in sorted(stats) if 'bytes' in name}
 

@@ -1,4 +1,4 @@
-"""The selfcheck itself: its parts in order, each of which may fail without ending the others."""
+"""The selfcheck: runs its parts in order; if one fails, the others still run."""
 
 from collections.abc import Callable
 import contextlib
@@ -32,7 +32,7 @@ from t5x_inference_ext.text_format import seconds_text
 REPORT_FORMAT, REPORT_VERSION = 't5x_inference_ext selfcheck', 1
 _BUNDLED = pathlib.Path('examples', 'palm_tiny', 'checkpoint_1000')
 _CHECKOUT = pathlib.Path(__file__).resolve().parents[3]
-# Dtypes of weights, activations and cache, and the layouts, that requests are served in.
+# The configurations to serve requests with: dtypes of weights, activations and cache; layouts.
 _SERVED = (
   ('int8', 'float32', 'float32', 'wg_xyz/batch', 'ws_2d/batch'),
   ('int8', 'bfloat16', 'int8', 'ws_2d/batch', 'ws_2d/batch'),
@@ -60,11 +60,11 @@ class SelfcheckOptions:
 
 
 class _Parts:
-  """Runs parts of the check, and keeps what they found.
+  """Runs parts of the check, and collects their results and problems.
 
   Attributes:
     found: Results by part, JSON-ready.
-    problems: A sentence for everything that is wrong.
+    problems: One sentence for each problem found.
   """
 
   def __init__(self, say: Callable[[str], None]) -> None:
@@ -73,17 +73,17 @@ class _Parts:
     self.problems: list[str] = []
 
   def run(self, name: str, part: Callable[[], Any]) -> None:
-    """Run a part. An error in it is a problem, and not the end."""
+    """Run a part. An exception in it is recorded as a problem; the check goes on."""
     begin = time.perf_counter()
     try:
       self.found[name] = part()
-    except Exception as error:  # whatever fails on a new machine is what the report is for
+    except Exception as error:  # the report must show any failure on a new machine
       self.problem(f'{name}: {type(error).__name__}: {printable(str(error))}')
       self.found[name] = {'error': traceback.format_exc()}
     self.found.setdefault('seconds', {})[name] = time.perf_counter() - begin
 
   def problem(self, text: str) -> None:
-    """Keep and print a problem."""
+    """Record and print a problem."""
     self.problems.append(text)
     self.say(f'WRONG: {text}')
 
@@ -99,7 +99,7 @@ def selfcheck(options: SelfcheckOptions, say: Callable[[str], None] = print_on_m
     Whether nothing is wrong: no golden token differs, and no part failed.
 
   Raises:
-    UserError: The checkpoint, the mesh or the output can't be used; before anything runs.
+    UserError: The checkpoint, mesh or output can't be used. Raised before any part runs.
   """
   with distributed.together():
     check_writable(options.output)
@@ -140,13 +140,13 @@ def _find_bundled() -> str:
     if (directory / _BUNDLED).is_dir():
       return str(directory / _BUNDLED)
   raise UserError(
-    f'the bundled checkpoint is not here, as the package was installed without its source: give '
+    f'the bundled checkpoint is missing: the package was installed without its source: give '
     f'--checkpoint=DIR, {_BUNDLED} of the source code'
   )
 
 
 def _as_int8(source: str, stack: contextlib.ExitStack) -> Checkpoint:
-  """Return the checkpoint with int8 weights, in a directory that lasts as long as the stack."""
+  """Convert a checkpoint to int8, in a directory that is removed when `stack` closes."""
   directory = stack.enter_context(tempfile.TemporaryDirectory())
   converted = os.path.join(directory, 'int8')
   convert(source, converted)
@@ -163,7 +163,8 @@ def _golden(
   parts: _Parts, source: Callable[[], Checkpoint], mesh: jax.sharding.Mesh, goldens: golden.Goldens
 ) -> list[dict[str, Any]]:
   checkpoint, pairs = source(), golden.layout_pairs()
-  if checkpoint.weights == 'int8':  # a cache moves from layout to layout as with other weights
+  if checkpoint.weights == 'int8': # the cache's conversion between layouts does not depend on the
+  dtype of weights
     pairs = [(prefill, decode) for prefill, decode in pairs if prefill == decode]
   parts.say(f'{checkpoint.weights} weights: {len(pairs)} pairs of layouts ...')
   results = []

@@ -1,4 +1,4 @@
-"""Golden tokens through the scheduler, which serves every request: pages, chunks, slots."""
+"""Check of golden tokens served by the scheduler, with its pages, chunks and slots."""
 
 import time
 from typing import Any
@@ -22,10 +22,10 @@ def check_serving(
   prefill_layout: str,
   decode_layout: str,
 ) -> dict[str, Any]:
-  """Serve the golden prompts twice; return what was found, JSON-ready.
+  """Serve the golden prompts twice; return the results, JSON-ready.
 
-  In float32, tokens must be the golden ones. Other dtypes round, and have no golden tokens: the
-  share of equal ones is told.
+  In float32, the tokens must equal the golden ones. Other dtypes round differently; for them, the
+  result only states the share of equal tokens.
 
   Args:
     checkpoint: The bundled model, with weights of a dtype that `goldens` has.

@@ -1,4 +1,4 @@
-"""Times of a few programs: measured on these devices, beside the estimate where there is one."""
+"""Measured times of a few programs on these devices, beside the compiler's estimates if any."""
 
 import dataclasses
 import statistics
@@ -30,7 +30,7 @@ class TimedShape:
     weights: 'int8' or 'bfloat16'.
     batch: B.
     context: S, positions of each row's cache.
-    prompt: T of a prefill.
+    prompt: T, positions of each row in a prefill.
     layout: Layout of the phase.
   """
 
@@ -45,7 +45,7 @@ class TimedShape:
 
 
 def timed_shapes(mesh: jax.sharding.Mesh) -> list[TimedShape]:
-  """Return the programs to time: of a small model on CPUs, else of a quarter of PaLM 8B."""
+  """Return the programs to time: for a small model on CPUs, else for a quarter of PaLM 8B."""
   if mesh.devices.flat[0].platform == 'cpu':
     tiny = ModelConfig(num_layers=2, d_model=256, d_ff=1024, num_heads=8, d_head=32, vocab_size=512)
     name, config, batch, context, prompt = 'a model of 2 layers', tiny, mesh.size, 128, 32
@@ -59,7 +59,7 @@ def timed_shapes(mesh: jax.sharding.Mesh) -> list[TimedShape]:
 
 
 def time_shape(shape: TimedShape, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-  """Compile a program and time it on zeros; return what was found, JSON-ready."""
+  """Compile a program and time it on zeros; return the times and the estimate, JSON-ready."""
   case = CompileCase(
     shape.config,
     shape.weights,
@@ -84,7 +84,7 @@ def time_shape(shape: TimedShape, mesh: jax.sharding.Mesh) -> dict[str, Any]:
 
 
 def _measure(program: Program) -> list[float]:
-  """Return the time of a step or a prefill, in each of some repeats. Argument arrays are zeros."""
+  """Return the seconds of one step (or one prefill) in each repeat, on arguments of zeros."""
   weights, *state = jax.tree.map(
     lambda like: jnp.zeros(like.shape, like.dtype, device=like.sharding), program.arguments
   )
@@ -92,20 +92,20 @@ def _measure(program: Program) -> list[float]:
   for repeat in range(REPEATS + 1):
     begin = time.perf_counter()
     for _ in range(STEPS):
-      if program.case.phase == 'decode':  # takes the cache, and gives it back
+      if program.case.phase == 'decode':  # the cache is an argument and a result
         cache, tokens = state
         tokens, cache = program.compiled(weights, cache, tokens)
         state = [cache, tokens]
       else:
         tokens, _ = program.compiled(weights, *state)
     jax.block_until_ready(tokens)
-    if repeat:  # the first is slower
+    if repeat:  # the first repeat is slower
       found.append((time.perf_counter() - begin) / STEPS)
   return found
 
 
 def _estimate(program: Program, mesh: jax.sharding.Mesh) -> list[float] | None:
-  """Return the estimated seconds, overlapped and in sequence; None where nothing is estimated."""
+  """Return the estimated seconds, [with overlap, without]; None if there is no estimate."""
   slice_ = slice_of(mesh)
   if slice_ is None:
     return None
