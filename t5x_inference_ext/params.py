@@ -16,9 +16,9 @@ INT8_SUFFIX = '_scale'
 LAYERS_AXIS = 'layers'  # L, the first axis of all tensors inside layers
 VOCAB_AXIS = 'vocab'  # V
 EMBED_AXIS = 'embed'  # E of a matrix
-HIDDEN_AXIS = 'hidden' # MLP columns and heads: output dimension of input matrices, input dimension
-of output matrices FEATURES_AXIS = 'features' # E of a vector, which no layout splits BUCKETS_AXIS =
-'buckets' # distances of T5's relative bias
+HIDDEN_AXIS = 'hidden'  # MLP columns and heads: out of input matrices, into output matrices
+FEATURES_AXIS = 'features'  # E of a vector, which no layout splits
+BUCKETS_AXIS = 'buckets'  # distances of T5's relative bias
 
 # Norms that are outside the layers.
 OUTSIDE_NORMS = ('embedding_norm', 'final_norm')

@@ -10,11 +10,11 @@ from typing import Any
 
 from t5x_inference_ext.errors import RequestError, UserError
 
-_MAX_DEPTH = 200  # levels of JSON: far below Python's limit, so that values can be written again
+_MAX_DEPTH = 200  # levels of JSON: far below Python's recursion limit, so writing works too
 
 
 class _Unusable(Exception):
-  """A JSON text that means nothing here. The message says why."""
+  """A JSON text that this package does not accept. The message says why."""
 
 
 def parse_json(text: str, *, nan: bool = False) -> Any:
@@ -22,11 +22,11 @@ def parse_json(text: str, *, nan: bool = False) -> Any:
 
   Args:
     text: The text.
-    nan: Whether NaN is a value. A logit bias may be infinite, but no number of ours is NaN.
+    nan: Whether to accept NaN. Infinities are always accepted: a logit bias may be infinite.
 
   Raises:
-    ValueError: The text is not JSON, holds a value that Python can't, or gives a name of an object
-      twice. The message can follow "... is".
+    ValueError: The text is not JSON, holds a value that Python can't represent, or an object gives
+      a name twice. The message can follow "... is".
   """
   constant = float if nan else _constant
   try:
@@ -53,7 +53,7 @@ def parse_json(text: str, *, nan: bool = False) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  """Return the object of a JSON text, whose names must differ: all but the last would be lost."""
+  """Return a JSON object; raise _Unusable for a repeated name, as its first value would be lost."""
   found = dict(pairs)
   if len(found) < len(pairs):
     (twice, _), *_ = collections.Counter(name for name, _ in pairs).most_common(1)
@@ -62,14 +62,14 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _constant(text: str) -> float:
-  """Return an infinity. Raises _Unusable for NaN."""
+  """Convert the name of an infinity to a float; raise _Unusable for NaN."""
   if text == 'NaN':
     raise _Unusable('it holds NaN')
   return float(text)
 
 
 def json_line(value: Any) -> str:
-  """Return a value as JSON that any parser reads: NaN is null, an infinity a text."""
+  """Return a value as JSON that any parser reads: NaN becomes null, an infinity a string."""
   try:
     return json.dumps(value, allow_nan=False)
   except ValueError:
@@ -87,7 +87,7 @@ def _finite(value: Any) -> Any:
 
 
 def check_writable(*paths: str | None) -> None:
-  """Raise RequestError if a file can't be written; call it before the work, not after.
+  """Raise RequestError if a file can't be written; to be called before the work.
 
   Args:
     *paths: Files to write; None is ignored.
@@ -107,7 +107,7 @@ def check_extra(extra: str, what: str, *modules: str) -> None:
 
   Args:
     extra: Name of the extra of this package that installs the modules.
-    what: Beginning of the message, such as 'figures need matplotlib'.
+    what: First words of the message, such as 'figures need matplotlib'.
     *modules: Top-level modules that are needed.
   """
   if any(importlib.util.find_spec(module) is None for module in modules):
@@ -120,7 +120,7 @@ def check_plots() -> None:
 
 
 def write_text(path: str, text: str) -> None:
-  """Write a text file. Raises RequestError, naming the file."""
+  """Write a text file; on failure raise RequestError, naming the file."""
   try:
     with open(path, 'w', encoding='utf-8') as f:
       f.write(text)

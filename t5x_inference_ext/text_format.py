@@ -34,7 +34,7 @@ def gib(count: float) -> str:
 
 
 def seconds_text(seconds: float) -> str:
-  """Return a computed duration in the unit that suits it: 0.0123 -> '12.30 ms', '4.213 s'."""
+  """Return a computed duration in a suitable unit: 0.0123 -> '12.30 ms', 4.213 -> '4.213 s'."""
   if seconds == 0:
     return '0'
   if seconds >= 1:
@@ -53,7 +53,7 @@ def microseconds(seconds: float) -> str:
 
 
 def rough_duration(seconds: float) -> str:
-  """Return a duration in a rough form: 7.8 -> '8 s', '3 min', '1.2 h'; at least 1 s."""
+  """Return a rounded duration of at least 1 s: 7.8 -> '8 s'; others are like '3 min', '1.2 h'."""
   if seconds < 60:
     return f'{max(1, round(seconds))} s'
   return f'{seconds / 60:.0f} min' if seconds < 3600 else f'{seconds / 3600:.1f} h'
@@ -62,7 +62,7 @@ def rough_duration(seconds: float) -> str:
 def parse_sizes(text: str) -> tuple[int, ...]:
   """Return the sizes in a text such as '2x4x8'; () if these are not whole numbers from 1 on."""
   parts = text.split('x')
-  # At most 9 digits: Python converts no number of thousands of digits.
+  # At most 9 digits: Python refuses to convert numbers of thousands of digits.
   if all(part.isdecimal() and len(part) < 10 and int(part) > 0 for part in parts):
     return tuple(map(int, parts))
   return ()

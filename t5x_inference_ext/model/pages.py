@@ -198,8 +198,8 @@ def _row_by_row(
     for crossed in range(1 if tokens == 1 else 2):  # the page of the first token, and the next one
       index = length // size + crossed
       page = cache.table[i, jnp.minimum(index, width - 1)]
-      offset = length - index * size # index of the first token in this page; negative in the next
-      page wanted = jnp.where(index < width, count, 0)
+      offset = length - index * size  # of the first token in this page; negative in the next page
+      wanted = jnp.where(index < width, count, 0)
 
       write = functools.partial(_write_tokens, row=i, page=page, offset=offset, count=wanted)
       kv = jax.tree.map(write, kv, (keys, values))

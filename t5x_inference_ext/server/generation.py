@@ -94,7 +94,7 @@ def _check_body(service: Service, body: GenerationBody) -> None:
   service.translator.sampling(body)
   grammar_of(body.response_format)
   if body.stops and service.translator.vocabulary is None:
-    raise invalid('stop needs a vocabulary, and this model has none', 'stop')
+    raise invalid('stop needs a vocabulary, and that of this model is not known', 'stop')
 
 
 async def _echo(

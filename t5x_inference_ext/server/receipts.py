@@ -30,9 +30,7 @@ class ReceiptWriter:
     self, make: MakeReceipt, requests: Sequence[Request], now: Callable[[], float], arrived: float
   ) -> None:
     if len(requests) > 1:
-      raise invalid(
-        'a receipt is for one prompt: send each prompt in its own request', 'receipt'
-      )
+      raise invalid('a receipt is for one prompt: send each prompt in its own request', 'receipt')
     (self._request,) = requests
     try:
       check_told(self._request)

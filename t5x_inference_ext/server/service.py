@@ -83,7 +83,7 @@ class Service:
   def check_open(self) -> None:
     """Raise ApiError if the server accepts no new work."""
     if self.draining:
-      raise unavailable('the server is shutting down: use another one', 'draining', DRAIN_RETRY)
+      raise unavailable('the server is shutting down: ask another one', 'draining', DRAIN_RETRY)
     if self.driver.error is not None:
       raise unavailable(f'the engine has stopped: {self.driver.error}', 'engine_dead')
 

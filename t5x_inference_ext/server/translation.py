@@ -59,7 +59,7 @@ class Translator:
       return list(prompt)
     if self.vocabulary is None:
       raise invalid(
-        f'{param} is text, and this model has no vocabulary: send token ids', param
+        f'{param} is text, and the vocabulary of this model is not known: send token ids', param
       )
     try:
       return self.vocabulary.encode(prompt)

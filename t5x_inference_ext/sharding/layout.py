@@ -81,7 +81,7 @@ class Layout:
     if self.attention == 'heads' and not self.embed_axes + self.hidden_axes:
       raise MeshError(
         f'{self.feedforward}/heads makes no sense: {self.feedforward} splits rows over every axis, '
-        f'and no axis is left to split heads over: use {self.feedforward}/batch'
+        f'which leaves none to split heads over; use {self.feedforward}/batch'
       )
 
   @classmethod

@@ -1,9 +1,9 @@
 """Weight packing: how canonical tensors become the arrays on the devices.
 
 Tensors are fused, cut into a block of columns for each shard, and padded to the mesh. A shard's
-columns lie together, in the order of columns.py, so that one matmul gives a shard all that it needs
-and no reshape crosses shards. This order and the padding exist only on the devices: checkpoints
-hold canonical tensors. Padding is zeros. The MLP is never padded: the mesh must divide its width.
+columns are contiguous, in the order of columns.py, so that one matmul computes all of them and no
+reshape crosses shards. This order and the padding exist only on the devices: checkpoints hold
+canonical tensors. Padding is zeros. The MLP is never padded: the mesh must divide its width.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -27,7 +27,7 @@ from t5x_inference_ext.sharding.layout import Layout, check_model, num_shards
 from t5x_inference_ext.sharding.mesh import AXES
 
 Index = tuple[slice, ...]
-# (canonical name, index into that tensor) -> the values there.
+# (canonical name, index into that tensor) -> the tensor's values at the index.
 Reader = Callable[[str, Index], np.ndarray]
 
 _DTYPES = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
@@ -43,7 +43,7 @@ class PackedTensor:
     spec: The sharding, without layers.
     kind: Kind of the tensor, as in params.Parameter.
     per_layer: Whether each layer has such an array.
-    axis: The dimension of `shape` that is a sequence of blocks, one for each shard.
+    axis: The dimension of `shape` that consists of blocks, one block for each shard.
     parts: The parts of a block, in order.
   """
 
@@ -99,8 +99,8 @@ class PackedTensor:
     if high > stop:
       shape = [len(range(*s.indices(n))) for s, n in zip(index, self.shape, strict=True)]
       shape[self.axis] = high - max(low, stop)
-      # int8 if only padding is read: int8 zeros take the dtype of the values beside them, and never
-      # widen int8 values.
+      # Zeros are int8, because concatenation converts int8 to the dtype of the values beside them,
+      # and float zeros would widen int8 values.
       pieces.append(np.zeros(shape, pieces[0].dtype if pieces else np.int8))
     return pieces
 
@@ -200,6 +200,6 @@ def _layer_shape(p: params.Parameter) -> tuple[bool, tuple[int, ...], tuple[str,
 
 
 def _scales_of(part: PackedPart, declared: Mapping[str, params.Parameter]) -> PackedPart:
-  """Return the part of the scales that corresponds to a part of their matrices."""
+  """Return the part of the int8 scales that corresponds to a part of their matrices."""
   names = tuple(str(declared[name].scale) for name in part.names)
   return dataclasses.replace(part, names=names)

@@ -1,7 +1,7 @@
-"""The torus under the mesh: the position of each chip of a TPU slice (the paper's section 3.1).
+"""The physical torus of a TPU slice, and the chip at each mesh position (the paper's section 3.1).
 
 A slice is a box of chips, each linked to the next along up to three physical axes. Collectives run
-along mesh axes: a mesh is fast if a step along any of them is one physical link. `device_grid`
+along mesh axes: a mesh is fast if each step along a mesh axis is one physical link. `device_grid`
 finds the chip at each position of a mesh; mesh_choice.py chooses the mesh.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 from t5x_inference_ext.errors import MeshError
 from t5x_inference_ext.text_format import parse_sizes
 
-# Generation -> number of physical axes. The compiler calls generations by device kinds.
+# Generation -> number of physical axes. jax names generations by their device kind (kind_of).
 GENERATIONS = {'v4': 3, 'v5e': 2, 'v5p': 3, 'v6e': 2}
 _DEVICE_KINDS = {
   'TPU v4': 'v4',
@@ -30,7 +30,7 @@ _DEVICE_KINDS = {
 
 RING, CHAIN, BROKEN = 'ring', 'chain', 'broken'
 
-# For each mesh axis, the factor of a physical axis that it takes.
+# How the mesh axes x, y, z divide one physical axis: a factor for each.
 _Shares = tuple[int, ...]
 
 
@@ -57,7 +57,7 @@ class TpuSlice:
     return wraparound(self.shape, self.kind)
 
   def __str__(self) -> str:
-    """Return the text that parse_slice reads, which jax calls the topology: v4:4x4x4, v5e:4x8."""
+    """Return the slice's name, such as v4:4x4x4 or v5e:4x8, as parse_slice and jax read it."""
     return f'{self.kind}:{"x".join(map(str, self.shape[: GENERATIONS[self.kind]]))}'
 
 
@@ -94,8 +94,9 @@ def kind_of(device_kind: str) -> str | None:
 def wraparound(shape: Sequence[int], kind: str | None = 'v4') -> tuple[bool, bool, bool]:
   """Return whether the ends of each physical axis of a whole slice are linked.
 
-  v4 and v5p link the ends of all axes if every size is a multiple of 4, else of none (2x2x4 has
-  none). v5e and v6e link the ends of axes of 16. For an unknown kind (None) no axis is linked.
+  On v4 and v5p the ends of all axes are linked if every size is a multiple of 4; otherwise no axis
+  has linked ends (as in 2x2x4). On v5e and v6e, axes of size 16 have linked ends. For an unknown
+  kind (None), no axis does.
   """
   dimensions = None if kind is None else GENERATIONS.get(kind)
   if dimensions == 2:
@@ -106,7 +107,7 @@ def wraparound(shape: Sequence[int], kind: str | None = 'v4') -> tuple[bool, boo
 
 
 def box_of(coordinates: np.ndarray) -> tuple[tuple[int, int, int], tuple[int, int, int]] | None:
-  """Return the lowest corner and the shape of the box that coordinates [n, 3] fill once each.
+  """Return the lowest corner and the shape of the box that coordinates [n, 3] fill exactly once.
 
   Return None if they do not fill a box.
   """
@@ -128,13 +129,13 @@ def device_grid(
 ) -> np.ndarray:
   """Return the device at each mesh position, so that mesh neighbours are torus neighbours.
 
-  A mesh axis made of one physical axis follows that axis. A mesh axis made of several winds through
-  them; if one of them is even, it comes back beside its start, and is a ring even without
-  wraparound. If no products of whole physical axes make the mesh, physical axes are split. A ring
-  of 4 is a square of 2 x 2, whose halves are neighbours on separate links, so 2x2x16 still fits
-  4x4x4. Any other split puts some neighbours apart (8 chips in a row hold no 2 x 4 grid). The
-  arrangement with the fewest such pairs is then taken, and `axis_links` says which mesh axes are
-  affected.
+  A mesh axis made of one physical axis follows that axis. A mesh axis made of several physical axes
+  winds through them; if one of these has an even size, the path ends beside its start, so the mesh
+  axis is a ring even without wraparound. If the mesh can't be made of whole physical axes, physical
+  axes are split. A ring of 4 is a square of 2 x 2, whose halves are neighbours on separate links,
+  so 2x2x16 still fits 4x4x4. With any other split, some mesh neighbours are not torus neighbours (8
+  chips in a row hold no 2 x 4 grid). Then the arrangement with the fewest such pairs is chosen, and
+  `axis_links` says which mesh axes are affected.
 
   Args:
     coordinates: [n, 3]. Physical coordinates of the devices, in any order. The box that they fill
@@ -193,14 +194,16 @@ def axis_links(
 
 
 def _arrange(shape: tuple[int, ...], mesh: tuple[int, ...], wraps: Sequence[bool]) -> np.ndarray:
-  """Return [X, Y, Z, 3] positions in the box: the best way to divide the physical axes.
+  """Return [X, Y, Z, 3] positions in the box, for the best division of the physical axes.
 
-  The best has the fewest neighbours apart, and among equals the fewest mesh axes that are no rings.
+  The best division has the fewest mesh neighbours that are not torus neighbours, and among equals
+  the fewest mesh axes that are not rings.
   """
   by_splits = collections.defaultdict(list)
   for shares in itertools.product(*(_factors(size, len(mesh)) for size in shape)):
     if tuple(math.prod(column) for column in zip(*shares, strict=True)) == mesh:
-      # Whole axes come first: a physical axis that two mesh axes share carries the traffic of both.
+      # Divisions by whole axes are tried first: a physical axis that two mesh axes share carries
+      # the traffic of both.
       splits = sum(max(0, sum(factor > 1 for factor in row) - 1) for row in shares)
       by_splits[splits].append(shares)
   best, best_apart = None, (math.inf, math.inf)
@@ -213,14 +216,14 @@ def _arrange(shape: tuple[int, ...], mesh: tuple[int, ...], wraps: Sequence[bool
         best, best_apart = positions, apart
     if best_apart[0] == 0:
       break
-  if best is None:  # no common factors (6 x 6 on 4 x 9): the axes cannot be divided
+  if best is None:  # the factors don't match (6 x 6 on 4 x 9): no division exists
     return np.stack(np.unravel_index(np.arange(math.prod(mesh)).reshape(mesh), shape), axis=-1)
   return best
 
 
 def _positions(shares: Sequence[_Shares]) -> np.ndarray:
   """Return [X, Y, Z, 3] positions. Mesh axis j takes the factor shares[i][j] of physical axis i."""
-  # For each mesh axis, [size, 3]: each position's digit on each physical axis.
+  # For each mesh axis, an array [size, 3]: each position's digit on each physical axis.
   walks = [_ring(column) for column in zip(*shares, strict=True)]
   places = []
   for i, row in enumerate(shares):
@@ -245,7 +248,7 @@ def _factors(size: int, parts: int) -> list[_Shares]:
 
 
 def _snake(sizes: Sequence[int]) -> np.ndarray:
-  """Return [product, len(sizes)]: all digits, in an order where each step moves one digit by one.
+  """Return all digits, [product, len(sizes)], in an order where each step changes one digit by 1.
 
   The order is the reflected mixed-radix order.
   """
@@ -259,7 +262,7 @@ def _snake(sizes: Sequence[int]) -> np.ndarray:
 
 
 def _ring(sizes: Sequence[int]) -> np.ndarray:
-  """Return digits as _snake does, but if possible with the last one step from the first.
+  """Return all digits like _snake, but if possible with the last ones one step from the first.
 
   It is possible if two sizes are above 1 and one of them is even. The walk goes through an even
   number of rows, back and forth over all columns but the first, then returns along the first
@@ -280,7 +283,7 @@ def _ring(sizes: Sequence[int]) -> np.ndarray:
 def _apart(
   positions: np.ndarray, shape: Sequence[int], wraps: Sequence[bool]
 ) -> list[tuple[int, int]]:
-  """Count the neighbours more than one link apart, of positions [X, Y, Z, 3] in a box.
+  """Count mesh neighbours more than one link apart, given positions [X, Y, Z, 3] in a box.
 
   Returns:
     For each mesh axis the number of such pairs: (between consecutive positions, last and first).

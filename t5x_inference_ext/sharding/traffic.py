@@ -28,8 +28,8 @@ def layer_moves(
 ) -> list[Collective]:
   """Return the collectives of one layer, block part by block part.
 
-  A serial block has two each of 'norm', 'input' and 'output'. Padding of heads and columns is
-  counted, since it moves too.
+  A serial block has the collectives 'norm', 'input' and 'output' twice. Padding of heads and
+  columns is counted, since it moves too.
 
   Args:
     config: The model.
@@ -46,7 +46,7 @@ def layer_moves(
   for part in config.block_parts:
     rows, positions, features = sharding.residual
     moments = _moments(p, features, batch * length // p.size(rows + positions))
-    moves += moments if norm_names(config, part) else []  # one for two norms of one input
+    moves += moments if norm_names(config, part) else []  # two norms of one input share the moments
     moves += _into_columns(p, part)
     summed = sharding.sums_into(part) is not None
     if summed:
@@ -116,7 +116,7 @@ def embedding_moves(
     moves += p.move('positions', 'all_gather', sharding.attention_rows, batch, INT32)
   local = batch * length * config.d_model // p.size(layout.stored_embed)
   for dim, axes in enumerate(sharding.residual):
-    if dim < 2:  # d_model is gathered while tokens are split: `count` stays
+    if dim < 2:  # gathering d_model and splitting tokens keep the count
       embed = tuple(a for a in axes if a in layout.stored_embed)
       moves += p.activations('embedding', 'all_to_all', embed, local)
     hidden = tuple(a for a in axes if a in layout.stored_hidden)
@@ -161,7 +161,7 @@ def logits_moves(
     moves += p.activations('last positions', 'all_reduce', positions, batch // p.size(rows) * width)
     length, positions = 1, ()
   moves += _moments(p, features, batch // p.size(rows) * length // p.size(positions))
-  # All tokens are gathered, then d_model is split as in the embedding.
+  # Gather all tokens, then split d_model as in the embedding.
   moves += p.activations(
     'logits input', 'all_gather', rows, batch * length // p.size(positions) * width
   )
@@ -190,7 +190,7 @@ def _moments(p: Pass, features: Axes, tokens: int) -> list[Collective]:
 
 
 def _sums_of_columns(p: Pass, part: BlockPart) -> list[Collective]:
-  """Return the reduce-scatters of all columns: one, or one for each product of two norms."""
+  """Return the reduce-scatters of a block part's columns: one, or with two norms one for each."""
   columns = p.columns(part)
   groups = {'all columns': sum(columns.values())}
   if p.config.has_two_norms(part):
@@ -205,18 +205,18 @@ def _sums_of_columns(p: Pass, part: BlockPart) -> list[Collective]:
 
 
 def _into_columns(p: Pass, part: BlockPart) -> list[Collective]:
-  """Return the collectives before the input product: of B T E/embed activations, and of weights.
+  """Return the collectives of the input product: B T E/embed activations, or gathered weights.
 
   Gathered weights go `E_xF_zy` -AG-> `E_(embed)F_(hidden)`, with the scales of their columns.
   """
   layout, features = p.layout, _features(p)
   gathered = layout.gathered_axes
-  # With gathered weights, the collectives that loop are those of the weights.
+  # With gathered weights, only the weights' collectives are looped.
   moves = p.activations(
     'input', 'all_gather', layout.hidden_axes, p.tokens * features, looped=not gathered
   )
   if p.config.has_two_norms(part) and moves and moves[0].directions:
-    moves *= 2  # a ring for each norm's columns; otherwise one gather serves both
+    moves *= 2  # one ring for each norm; without rings, one gather serves both norms
   for name, width in p.columns(part).items():
     moves += p.move(
       f'weights: {name}', 'all_gather', gathered, features * width, p.weight, looped=True
@@ -228,7 +228,7 @@ def _into_columns(p: Pass, part: BlockPart) -> list[Collective]:
 
 
 def _out_of_columns(p: Pass, part: BlockPart) -> list[Collective]:
-  """Return the collectives of the output product: of gathered weights and of B T E/embed sums."""
+  """Return the collectives of the output product: gathered weights, and B T E/embed sums."""
   layout, features = p.layout, _features(p)
   gathered = layout.gathered_axes
   moves: list[Collective] = []

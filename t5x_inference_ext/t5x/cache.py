@@ -1,9 +1,8 @@
-"""The KV cache as T5X's decoding functions take it: a nested dict.
+"""Conversion of the KV cache to and from the nested dict that T5X's decoding functions take.
 
 T5X tiles, flattens and reorders rows on one axis of every leaf: axis 1 if layers are stacked, else
-0. It makes an exception for a leaf named cache_index, and handles it inconsistently: after a
-prefill, beam_search gives that leaf a beam axis and never flattens it. So the lengths have another
-name here.
+0. The exception is a leaf named cache_index, which T5X handles inconsistently: after a prefill,
+beam_search gives it a beam axis and never flattens it. So the lengths have another name here.
 """
 
 from collections.abc import Mapping
@@ -44,7 +43,7 @@ def cache_from_t5x(cache: Mapping[str, Any]) -> KVCache:
 
 
 def _named(keys: KV, values: KV) -> Cache:
-  """Return keys and values by T5X's names, with their scales if they are int8."""
+  """Return keys and values under T5X's names, with their scales if they are int8."""
   named: Cache = {}
   for name, kv in ((_KEY, keys), (_VALUE, values)):
     if isinstance(kv, Int8KV):

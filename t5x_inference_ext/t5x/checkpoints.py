@@ -1,4 +1,4 @@
-"""Restoring in T5X: any checkpoint that this package reads, loaded straight onto the devices."""
+"""Restoring in T5X: loads any checkpoint that this package reads directly onto the devices."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
@@ -22,9 +22,10 @@ def restore_train_state(
   """Load a checkpoint's weights in the model's dtype; int8 stays int8.
 
   Args:
-    path: Directory of a serving checkpoint or of a T5X checkpoint; any name will do.
+    path: Directory of a serving checkpoint or of a T5X checkpoint. Its name need not follow T5X's
+      pattern.
     model: The model that the checkpoint must hold.
-    train_state: T5X's train state, of shapes instead of arrays and without an optimizer.
+    train_state: T5X's train state, with shapes instead of arrays and without an optimizer.
     partitioner: An InferencePartitioner.
 
   Returns:
@@ -157,7 +158,7 @@ class InferenceCheckpointManager(_Restorer):
 
   Args:
     directory: Unused: restore is given a path.
-    train_state: T5X's train state, of shapes instead of arrays.
+    train_state: T5X's train state, with shapes instead of arrays.
     partitioner: An InferencePartitioner.
     model: The model; in gin, %MODEL.
     restore_dtype: Ignored. Float weights are loaded in the model's dtype and int8 weights stay
@@ -194,7 +195,7 @@ class InferenceCheckpointer(_Restorer):
   t5x.infer with infer.use_orbax = False, and t5x.interactive_model, restore with it.
 
   Args:
-    train_state: T5X's state of shapes.
+    train_state: T5X's train state, with shapes instead of arrays.
     partitioner: An InferencePartitioner.
     checkpoints_dir: Unused: restore is given a path.
     model: The model; in gin, %MODEL.

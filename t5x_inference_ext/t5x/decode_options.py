@@ -1,7 +1,7 @@
-"""Options of T5X's decode_fn, for slot refill: each is taken over, or refused with a reason.
+"""Options of T5X's decode_fn, for slot refill: each is followed, or refused with a reason.
 
-Slot refill calls no decode_fn. It reads the options that gin, or functools.partial, binds to
-decoding.temperature_sample, and samples as they say.
+Slot refill does not call decode_fn. It reads the options that gin or functools.partial binds to
+decoding.temperature_sample, and samples accordingly.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from t5x_inference_ext.t5x.types import DecodeFn
 _WITHOUT = 'leave out configs/t5x/continuous.gin (InferenceModel.refill)'
 # Options of temperature_sample that slot refill follows.
 _TAKEN = ('temperature', 'topk', 'topp', 'max_decode_steps', 'max_decode_steps_hard_limit')
-# Options that slot refill does not have -> what to do instead.
+# Option that slot refill does not support -> what to do instead.
 _INSTEAD = {
   'num_decodes': 'bind InferenceModel.predict_batch_with_aux.num_decodes instead',
   'logit_callback_fn': f'bind LOGIT_BIAS or a penalty instead, or {_WITHOUT}',
@@ -33,7 +33,7 @@ class DecodeOptions:
   """The options of a decode_fn that slot refill follows.
 
   Attributes:
-    temperature: float. See SamplingParams; 0 if topk is 1, with which T5X is greedy.
+    temperature: float. See SamplingParams; 0 if topk is 1, because T5X then decodes greedily.
     top_k: int. See SamplingParams.
     top_p: float. See SamplingParams.
     max_new_tokens: int or None. See Refill.
@@ -53,13 +53,13 @@ def decode_options(decode_fn: DecodeFn) -> DecodeOptions:
       either.
 
   Raises:
-    RequestError: It is another function, or has an option that slot refill does not support.
+    RequestError: decode_fn is another function, or has an option that slot refill does not support.
   """
   bound = _bound_options(decode_fn)
   parameters = inspect.signature(decoding.temperature_sample).parameters
   defaults = {name: parameter.default for name, parameter in parameters.items()}
   for name, value in bound.items():
-    # True is T5X's default, and ignored here; but if it is bound explicitly, it is refused.
+    # True is T5X's default, which is ignored here; but if it is bound explicitly, it is refused.
     asked_for = name == 'rescale_log_probs' and value
     if asked_for or (name not in (*_TAKEN, 'rescale_log_probs') and value != defaults.get(name)):
       raise RequestError(
@@ -72,7 +72,7 @@ def decode_options(decode_fn: DecodeFn) -> DecodeOptions:
       f'temperature_sample takes topk = {top_k!r} or topp = {top_p!r}, not both: bind topk = 0, or '
       'TOP_K and TOP_P of continuous.gin'
     )
-  if top_k == 1:  # T5X's default, which is greedy at any temperature
+  if top_k == 1:  # T5X's default: greedy at any temperature
     temperature, top_k = 0.0, 0
   elif isinstance(temperature, numbers.Real) and temperature <= decoding.MIN_TEMPERATURE:
     temperature = 0.0
@@ -102,7 +102,7 @@ def _bound_options(decode_fn: DecodeFn) -> dict[str, Any]:
       with gin.config_scope(None):  # T5X calls the function outside of gin scopes
         return gin.get_bindings(decode_fn)
     except ValueError:
-      pass  # a reference with a scope, @scope/decoding.temperature_sample
+      pass  # not gin's configurable itself: a scoped reference, @scope/decoding.temperature_sample
   name = getattr(decode_fn, '__name__', repr(decode_fn))
   raise RequestError(
     f'slot refill chooses tokens as decoding.temperature_sample does, and has no decode_fn {name!r}'

@@ -19,7 +19,7 @@ from t5x_inference_ext.t5x.types import Array, Batch, Cache, DecodeFn, Params, P
 
 
 class ShardedDecoder(models.DecoderOnlyModel):
-  """T5X's predict and score methods on the prefill, decode steps and logits of a Model.
+  """Implements T5X's predict and score methods with a Model's prefill, decode steps and logits.
 
   Any batch size runs on any mesh: a batch is padded with copies of its last row, whose results are
   dropped.
@@ -28,7 +28,7 @@ class ShardedDecoder(models.DecoderOnlyModel):
     module: Declares the parameters. Its `model` runs the passes.
     vocabulary: Vocabulary of inputs and targets.
     decode_fn: T5X's loop over decode steps.
-    inputs_length: Number of positions that prefill runs over; None: the length of the sequence.
+    inputs_length: Number of positions that prefill processes; None: the length of the sequence.
     bos_id: Token in front of each prompt, where T5X's batches always have 0; None: none.
     feature_converter_cls: See T5X.
   """
@@ -63,7 +63,7 @@ class ShardedDecoder(models.DecoderOnlyModel):
     num_decodes: int = 1,
     decoder_params: MutableMapping[str, Any] | None = None,
   ) -> Predictions:
-    """Return what T5X's method returns: predictions without their prompts, and their scores.
+    """Return predictions without their prompts, and their scores, like T5X's method.
 
     Args:
       params: The parameters.
@@ -122,7 +122,7 @@ class ShardedDecoder(models.DecoderOnlyModel):
   def _scores(self, params: Params, tokens: Array, targets: Array) -> jax.Array:
     """Return log p(target) at each position, [B, L] float32.
 
-    Without BOS nothing predicts the first target: its entry is 0.
+    In a model without BOS, nothing predicts the first target: its entry is 0.
     """
     rows = tokens.shape[0]
     size = self._padded_batch(rows)
@@ -133,9 +133,10 @@ class ShardedDecoder(models.DecoderOnlyModel):
     return jnp.pad(scores[:rows], ((0, 0), (skipped, 0)))
 
   def _model_inputs(self, tokens: jax.Array) -> tuple[jax.Array, int]:
-    """Return T5X's inputs [B, L] as the model takes them, and how many columns were dropped.
+    """Convert T5X's inputs [B, L] to model inputs; return them and how many columns were dropped.
 
-    Column 0 of T5X's inputs is id 0: it becomes the model's BOS, or is dropped if there is none.
+    Column 0 of T5X's inputs is id 0. It is replaced by the model's BOS, or dropped if the model has
+    none.
     """
     if self._bos_id is None:
       return tokens[:, 1:], 1
@@ -150,7 +151,7 @@ class ShardedDecoder(models.DecoderOnlyModel):
     other_variables: Any = None,
   ) -> jax.Array:
     """Return logits [B, L, V] float32 after each position; zeros at position 0 without BOS."""
-    del dropout_rng, mutable, other_variables  # nothing here is random or mutable
+    del dropout_rng, mutable, other_variables  # unused: nothing here is random or mutable
     self._check(batch)
     tokens = batch['decoder_input_tokens']
     padded = _pad_rows(tokens, self._padded_batch(tokens.shape[0]))
@@ -174,7 +175,8 @@ class ShardedDecoder(models.DecoderOnlyModel):
       empty prompt.
     """
     last = jnp.maximum(jnp.sum(causal_attention_mask != 0, axis=-1).astype(jnp.int32) - 1, 0)
-    # BOS, and the prompt without its last token: as many positions as the prompt has tokens.
+    # Prefill reads BOS and the prompt without its last token: as many positions as the prompt has
+    # tokens.
     size = inputs.shape[1] if self._inputs_length is None else max(self._inputs_length, 1)
     tokens, skipped = self._model_inputs(inputs)
     cached = jnp.maximum(last - skipped, 0)
@@ -192,7 +194,7 @@ class ShardedDecoder(models.DecoderOnlyModel):
     """
     del max_decode_length
     held, tokens = cache_from_t5x(decoding_state.cache), decoding_state.cur_token[:, 0]
-    if self._bos_id:  # T5X's 0, which begins an empty prompt
+    if self._bos_id:  # for an empty prompt, T5X passes id 0 in place of BOS
       tokens = jnp.where(held.lengths == 0, self._bos_id, tokens)
     logits, cache = self.model.decode_step(weights_from_params(params), held, tokens)
     return logits, cache_to_t5x(cache)
@@ -202,11 +204,12 @@ class ShardedDecoder(models.DecoderOnlyModel):
   ) -> tuple[jax.Array, jax.Array]:
     """Call decode_fn for num_decodes samples (or beams) of each prompt.
 
-    Prefill makes a cache for decode steps of B rows, and decode_fn repeats each row num_decodes
-    times. B rows may be split over fewer devices than B * num_decodes rows, and heads over the
-    other devices. The number of heads in the cache, padding and copies included, depends on this
-    split, so the cache is first given the heads that the decode steps need. Rows move between
-    devices only once, when decode_fn repeats them: all steps of its loop use one sharding.
+    Prefill returns a cache for decode steps of B rows, and decode_fn repeats each row num_decodes
+    times. B rows may be split over fewer devices than B * num_decodes rows are, with heads split
+    over the others. The number of heads in the cache, padding and copies included, depends on this
+    split. So the cache is first converted to the heads that the decode steps need. Rows move
+    between devices only once, when decode_fn repeats them, since all steps of its loop use one
+    sharding.
     """
     rows = inputs.shape[0]
     held, wanted = (self.model.decode_sharding(rows * n).heads.cached() for n in (1, num_decodes))
@@ -219,8 +222,8 @@ class ShardedDecoder(models.DecoderOnlyModel):
   def _padded_batch(self, rows: int, copies: int = 1) -> int:
     """Return the smallest batch >= `rows` that the mesh divides, also when repeated `copies` times.
 
-    On one device it is `rows` itself, which may be a symbolic dimension of jax.export, and these
-    can't be compared.
+    On one device, `rows` is returned without a comparison, because it may be a symbolic dimension
+    of jax.export, which can't be compared.
     """
     if self.model.mesh.size == 1:
       return rows
@@ -238,7 +241,7 @@ class ShardedDecoder(models.DecoderOnlyModel):
 def _pad_rows(x: Array, rows: int) -> jax.Array:
   """Return x [B, ...] padded to [rows, ...] with copies of its last row.
 
-  A copy ends when the row that it copies ends, so padding never makes decoding longer.
+  A copy ends when its original ends, so padding never makes decoding longer.
   """
   return jnp.pad(x, [(0, rows - x.shape[0])] + [(0, 0)] * (x.ndim - 1), mode='edge')
 

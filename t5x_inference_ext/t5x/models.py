@@ -1,4 +1,4 @@
-"""InferenceModel, which gin files use instead of T5X's DecoderOnlyModel."""
+"""InferenceModel, which gin files use in place of T5X's DecoderOnlyModel."""
 
 from collections.abc import Callable, Mapping, MutableMapping
 import copy
@@ -46,13 +46,14 @@ class InferenceModel(ShardedDecoder):
 
   Args:
     vocabulary: Vocabulary of inputs and targets.
-    checkpoint: str. Directory of a checkpoint. The model's config is read from it, and whether the
-      weights are int8, but not the weights. None: `config` is required.
+    checkpoint: str. Directory of a checkpoint, from which the model's config and the dtype of its
+      weights are read, but not the weights. None: `config` is required.
     config: ModelConfig. Must equal that of the checkpoint if both are given.
     int8: Whether the matrices are int8; only used without a checkpoint.
     mesh: 'XxYxZ', over the first X*Y*Z devices. None: the largest mesh that divides the model,
       along the torus of a TPU slice (sharding.mesh_choice.choose_mesh). Or a jax Mesh with axes x,
-      y and z, whose devices may be described only, to precompile (precompile.slices.slice_mesh).
+      y and z; to precompile, it may be of devices that are not present
+      (precompile.slices.slice_mesh).
     prefill_layout: Layout of prompts and scores, 'feedforward/attention'; see
       sharding.layout.Layout.
     decode_layout: Layout of decode steps.
@@ -68,12 +69,13 @@ class InferenceModel(ShardedDecoder):
     refill: Refill. Predictions run on the host, in decode slots that are kept full, with the
       options of `decode_fn` as defaults (decode_options.py). None: T5X's loop over a batch.
     feature_converter_cls: See T5X.
-    inputs_bidirectional_attention: Must be False. It exists because stock configurations bind it.
-    **conventions: Arguments of open_checkpoint: what the weights of a T5X checkpoint do not show,
-      unless the stock model in front, or a file beside the checkpoint, says it.
+    inputs_bidirectional_attention: Must be False. Accepted because T5X's configurations bind it.
+    **conventions: Arguments of open_checkpoint: properties of a T5X checkpoint that its weights do
+      not show. Not needed if T5X's own model, configured in an earlier gin file, or a file beside
+      the checkpoint tells them.
 
   Raises:
-    CheckpointError: There is no checkpoint, or it is of another model.
+    CheckpointError: There is no checkpoint, or it belongs to another model.
     MeshError: The mesh does not fit the devices or the model, or the two layouts can't share
       weights.
     RequestError: An option is not supported.
@@ -117,10 +119,10 @@ class InferenceModel(ShardedDecoder):
       models.DecoderOnlyModel.predict_batch_with_aux, 'return_all_decodes', 'num_decodes'
     )
     bos_id: int | None = BOS_ID
-    self.notes: tuple[str, ...] = ()  # what was assumed about the checkpoint, for the log
+    self.notes: tuple[str, ...] = ()  # assumptions about the checkpoint, for the log
 
     def open_with_conventions(path: str, config: ModelConfig | None = None) -> Checkpoint:
-      """Open a checkpoint with all that the user's gin files say."""
+      """Open a checkpoint with the conventions that the user's gin files state."""
       return open_checkpoint(path, config=config, stock=_in_front, **conventions)
 
     self.open_checkpoint = open_with_conventions
@@ -191,7 +193,7 @@ class InferenceModel(ShardedDecoder):
     num_decodes: int | None = None,
     decoder_params: MutableMapping[str, Any] | None = None,
   ) -> Predictions:
-    """Return predictions and scores: see ShardedDecoder.predict_batch_with_aux.
+    """Return predictions and scores; see ShardedDecoder.predict_batch_with_aux.
 
     If return_all_decodes or num_decodes is None, the value is the one that a gin file binds to
     T5X's own method, models.DecoderOnlyModel.predict_batch_with_aux; else False or 1.
@@ -223,7 +225,7 @@ def _mesh(mesh: str | jax.sharding.Mesh | None, config: ModelConfig) -> jax.shar
 
 
 def _in_front() -> Conventions | None:
-  """Return what the stock model in front of this package's gin files says; None without one."""
+  """Return the conventions of T5X's own model, if the user's gin files configure one, else None."""
   return conventions_in_front(
     lambda: _stock_bindings(models.DecoderOnlyModel, 'module').get('module')
   )
@@ -232,13 +234,13 @@ def _in_front() -> Conventions | None:
 def _stock_bindings(configurable: Callable, *names: str) -> dict[str, Any]:
   """Return the values that gin files bind to parameters of T5X's own model class or method.
 
-  A stock configuration, included before infer.gin, binds options there. Without this they would
-  have no effect.
+  A T5X configuration that is included before infer.gin binds options there. They would have no
+  effect if they were not read here.
   """
   try:
     with gin.config_scope(None):
       bound = gin.get_bindings(configurable, resolve_references=False)
-  except ValueError:  # no gin file names it
+  except ValueError:  # no gin file binds parameters of this configurable
     return {}
   # deepcopy evaluates a gin reference. References bound to other parameters, such as the stock
   # module, are not evaluated.

@@ -95,7 +95,7 @@ def declarations(model: Model, int8: bool, stacked: bool) -> dict[ParamPath, Dec
 
 
 def weights_from_params(params: Params) -> Weights:
-  """Return T5X's parameters as Weights, which the model's functions take."""
+  """Convert T5X's parameters to Weights, which the model's functions take."""
 
   def layer(subtree: Params) -> LayerWeights:
     return {block_part: BlockPartWeights.of(fields) for block_part, fields in subtree.items()}
@@ -122,7 +122,7 @@ class _Subtree(nn.Module):
 
 
 def _declare(declared: Iterable[tuple[ParamPath, Declaration]]) -> None:
-  """Declare parameters in the flax module that is running."""
+  """Declare parameters in the flax module whose method is being called."""
   subtrees: dict[str, list[tuple[ParamPath, Declaration]]] = {}
   for (name, *below), declaration in declared:
     if below:

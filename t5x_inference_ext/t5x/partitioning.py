@@ -20,10 +20,10 @@ from t5x_inference_ext.sharding.mesh import AXES, make_mesh, mesh_text, parse_me
 from t5x_inference_ext.t5x.refill import HostStep
 
 # T5X's exporter and precompiler need a mesh axis of this name. Its size is 1, so T5X does not split
-# batches and any batch size is allowed; the model's layout splits them later.
+# batches, and any batch size is allowed; the model's layout splits batches later.
 DATA_AXIS = 'data'
 
-# The function that t5x.utils.get_infer_fn makes of a model's step.
+# Name of the function into which t5x.utils.get_infer_fn wraps a model's step.
 _INFER_STEP = 'infer_step_with_indices'
 
 
@@ -34,7 +34,7 @@ def inference_mesh(shape: Sequence[int] | Mesh) -> Mesh:
     shape: (X, Y, Z), over the first X*Y*Z devices; or a mesh with axes x, y and z.
 
   Raises:
-    MeshError: There are fewer devices than that.
+    MeshError: There are fewer devices than the mesh needs.
   """
   mesh = shape if isinstance(shape, Mesh) else make_mesh(shape)
   return Mesh(mesh.devices[None], (DATA_AXIS, *AXES))
@@ -51,18 +51,18 @@ class InferencePartitioner(partitioning.PjitPartitioner):
   T5X derives the sharding of weights from the rules: to restore weights, to partition functions of
   them, and to write model-info.txt. Both phases share one set of weights, and so one set of rules.
 
-  No rules for activations are active. Prefill, decode steps and scores run under shard_map, with
-  the sharding of activations and of the KV cache that the layout gives; `phase_rules` only
-  describes it. Nor does a phase declare weights again. T5X's own modules do, and would gather all
-  weights if the active rules lacked the weights' axes.
+  The active rules do not cover activations. Prefill, decode steps and scores run under shard_map,
+  with the layout's sharding of activations and KV cache, which `phase_rules` only describes. Phases
+  do not declare weights again. T5X's own modules do, and would gather all weights if the active
+  rules lacked the weights' axes.
 
   Args:
     model: An InferenceModel. The partitioner uses its mesh and layout.
     mesh: 'XxYxZ', if there is no model yet.
     layout: Layout of either phase, 'feedforward/attention'; only used with `mesh`.
-    executable: Path of a file written by saved_step.save_infer_step. Its program runs as
-      t5x.infer's step, which is then not compiled. Loading a file runs code in it: load only files
-      that you have made.
+    executable: Path of a file written by saved_step.save_infer_step. Its program replaces
+      t5x.infer's step, which is then not compiled. Loading a file runs code that is in it, so load
+      only files that you made.
 
   Raises:
     MeshError: Both model and mesh are given, or neither; or the mesh needs more devices than there
@@ -92,7 +92,7 @@ class InferencePartitioner(partitioning.PjitPartitioner):
       )
     self._executable = executable
     if executable is not None:
-      # So that a wrong path raises here, not after the weights are restored.
+      # Read the header now, so that a wrong path raises an error before the weights are restored.
       saved_program.read_program_header(executable)
     super().__init__(
       num_partitions=self._inference_mesh.size, logical_axis_rules=partitioner_rules(weight_layout)
@@ -101,7 +101,7 @@ class InferencePartitioner(partitioning.PjitPartitioner):
   def phase_rules(self, sharding: ActivationSharding) -> Rules:
     """Return the rules of a phase's activations, followed by the partitioner's own rules.
 
-    They are for code outside of the model, such as a decode_fn that constrains the cache with
+    The rules are for code outside of the model, such as a decode_fn that constrains the cache with
     flax's with_logical_constraint.
 
     Args:
@@ -124,9 +124,8 @@ class InferencePartitioner(partitioning.PjitPartitioner):
   ) -> 'jax.stages.Wrapped | SavedStep | HostStep':
     """Return a function that runs `fn` over the mesh.
 
-    The step of a model with `refill` is not compiled, but runs on the host. The function runs
-    without a mesh context or axis rules around it: it does not need them, since all shardings name
-    their mesh.
+    The step of a model with `refill` is not compiled, but runs on the host. It runs without a mesh
+    context or axis rules, which it does not need, since all shardings name their mesh.
 
     Args:
       fn: The function.
@@ -177,7 +176,7 @@ class InferencePartitioner(partitioning.PjitPartitioner):
       axes = (axes,) if isinstance(axes, str) else tuple(axes or ())
       used.update(axes)
       chunk, chunks = 0, 1
-      whole = True  # no earlier axis is split within the process
+      whole = True  # whether no earlier axis is split within the process
       for axis in axes:
         if chunker.num_chunks[axis] > 1 and not whole:
           raise MeshError(
@@ -193,11 +192,11 @@ class InferencePartitioner(partitioning.PjitPartitioner):
 
 
 class SavedStep:
-  """A partitioned step that is loaded from a file when it is first called.
+  """A partitioned step that is loaded from a file at its first call.
 
   Args:
     path: The file.
-    step: The step that would be compiled without the file.
+    step: The step that the file's program replaces.
     mesh: Mesh that the step runs on.
   """
 

@@ -1,4 +1,4 @@
-"""Compiling an inference step without weights; T5X's own precompile has only the train step."""
+"""Compilation of an inference step without weights; T5X's own precompile is for training."""
 
 from collections.abc import Callable, Mapping
 
@@ -20,10 +20,10 @@ def precompile_step(
 ) -> jax.stages.Compiled:
   """Compile the step that t5x.infer runs for a batch.
 
-  The result has memory_analysis() and cost_analysis() of the step, for which no weights are needed.
+  The result has memory_analysis() and cost_analysis() of the step. No weights are needed.
 
   Args:
-    model: An InferenceModel of a checkpoint, or of a config alone.
+    model: An InferenceModel made from a checkpoint or from only a config.
     partitioner: An InferencePartitioner on the model's mesh.
     task_feature_lengths: Lengths of the task's features, e.g. {'inputs': 512, 'targets': 64}.
     batch_size: Number of rows.
@@ -56,7 +56,7 @@ def abstract_inputs(
   task_feature_lengths: Mapping[str, int],
   batch_size: int,
 ) -> tuple[dict[str, jax.ShapeDtypeStruct], utils.TrainStateInitializer]:
-  """Return the shapes of a batch, and T5X's initializer, which has the train state's shapes.
+  """Return the shapes of a batch, and T5X's initializer object with the train state's shapes.
 
   Args:
     model: An InferenceModel.

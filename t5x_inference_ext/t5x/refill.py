@@ -1,7 +1,7 @@
-"""Predictions for T5X in decode slots that are kept full; a batch of the task is the queue.
+"""Predictions for T5X with slot refill: the examples of a batch queue for decode slots.
 
-T5X partitions one function, its step for a batch. Here that step runs on the host, with concrete
-arrays, and calls the model's own compiled functions. The batch size is the number of waiting
+T5X compiles one function, its step for a batch. Here that step runs on the host, with concrete
+arrays, and calls the package's own compiled programs. The batch size is the number of waiting
 examples; Refill.slots is the number of rows decoded together.
 """
 
@@ -30,15 +30,16 @@ from t5x_inference_ext.t5x.types import Array, Batch, Params, Predictions
 
 @dataclasses.dataclass(frozen=True)
 class Refill:
-  """Options of predictions in slots.
+  """Options of slot refill in T5X.
 
   Attributes:
     slots: Number of rows decoded together, rounded up to a number that the mesh can split.
     sampling: How tokens are chosen; None: with the options of the model's decode_fn.
-    max_new_tokens: Most new tokens of each prediction. None: max_decode_steps of the model's
-      decode_fn; if that is None too, until prompt and prediction fill the sequence, as in T5X.
-    chunk: Most positions of a prompt in one prefill pass.
-    budget: Most prompt tokens prefilled between decode steps while rows wait.
+    max_new_tokens: Maximum number of new tokens of each prediction. None: max_decode_steps of the
+      model's decode_fn; if that is None too, until prompt and prediction fill the sequence, as in
+      T5X.
+    chunk: Maximum number of positions of a prompt in one prefill pass.
+    budget: Maximum number of prompt tokens prefilled between two decode steps.
 
   Raises:
     RequestError: A number is not whole, or less than 1.
@@ -71,7 +72,7 @@ class Refill:
 class Predictor:
   """Predicts batches with one scheduler.
 
-  For a batch with longer sequences or other parameters, a new one is made.
+  A new scheduler is made for a batch with longer sequences or other parameters.
 
   Args:
     model: Decides mesh and layouts.
@@ -83,7 +84,7 @@ class Predictor:
   def __init__(self, model: Model, refill: Refill, eos_id: int, bos_id: int | None) -> None:
     self._model, self._refill, self._eos_id, self._bos_id = model, refill, eos_id, bos_id
     self._scheduler: Scheduler | None = None
-    self._params: Params | None = None  # parameters of the scheduler
+    self._params: Params | None = None  # the parameters that the scheduler was made with
 
   def __call__(
     self,
@@ -155,7 +156,7 @@ class Predictor:
     return Request(tokens, tuple(seeds.tolist()), int(max(limit, 1)), sampling)
 
   def _slots(self, params: Params, requests: Sequence[Request], length: int) -> Scheduler:
-    """Return a scheduler for sequences of `length` tokens: the previous one, if it suits them."""
+    """Return a scheduler for sequences of `length` tokens: the previous one if it is suitable."""
     refill = self._refill
     config = scheduler_config.config_for(
       self._model,
@@ -175,7 +176,7 @@ class Predictor:
 
 
 class HostStep:
-  """T5X's step for a batch, run on the host instead of being compiled as a whole.
+  """T5X's step for a batch, which runs on the host instead of being compiled as a whole.
 
   Args:
     step: (params, batch, rng, indices, flax_mutables) -> (indices, results).
@@ -208,7 +209,7 @@ class HostStep:
 
 
 def _seeds(rng: jax.Array | None, count: int) -> np.ndarray:
-  """Return different seeds [count] uint32, derived from a key."""
+  """Derive `count` distinct seeds [count] uint32 from a key."""
   if rng is None:
     return np.arange(count, dtype=np.uint32)
   words = np.asarray(rng if rng.dtype == np.uint32 else jax.random.key_data(rng)).ravel().tolist()

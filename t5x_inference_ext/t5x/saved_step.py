@@ -1,4 +1,4 @@
-"""The step that t5x.infer runs for each batch, compiled beforehand and kept in a file."""
+"""Saving of the step that t5x.infer runs for each batch: compiled beforehand, kept in a file."""
 
 from collections.abc import Mapping
 import os
@@ -53,7 +53,8 @@ def save_infer_step(
     steps.append(partition(*arguments, **options))
     return steps[-1]
 
-  # T5X wraps the step in a function of its own, and passes that only to partitioner.partition.
+  # T5X wraps the step in its own function, which is only available as an argument of
+  # partitioner.partition.
   with mock.patch.object(partitioner, 'partition', kept):
     utils.get_infer_fn(infer_step, batch_size, initializer.train_state_axes, partitioner)
   (step,) = steps

@@ -1,7 +1,7 @@
-"""Conventions of T5X's own model, as the user's gin files configure it in front of ours.
+"""Conventions of T5X's own ("stock") model, if the user's gin files configure one before ours.
 
-The stock module is built and traced, without values: so what its classes do by default counts as
-much as what gin binds.
+The stock module is built and traced without values, so that defaults of its classes count as well
+as gin bindings.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,15 +23,15 @@ from t5x_inference_ext.checkpoints.readers.stock_modules import (
 )
 from t5x_inference_ext.errors import RequestError
 
-_LENGTH = 8  # tokens of the traced batch
+_LENGTH = 8  # number of tokens of the traced batch
 
 
-# What the last configuration said, by its text: gin builds the model several times.
+# Cache of the last result, keyed by the configuration's text: gin builds the model several times.
 _KNOWN: dict[str, Conventions | None] = {}
 
 
 def conventions_in_front(make: Callable[[], nn.Module | None]) -> Conventions | None:
-  """Return what the stock model that gin configures says; None without one.
+  """Return the conventions of the stock model that gin configures; None if there is none.
 
   Args:
     make: Returns the value that gin binds to models.DecoderOnlyModel.module, or None.
@@ -44,7 +44,7 @@ def conventions_in_front(make: Callable[[], nn.Module | None]) -> Conventions | 
   if key not in _KNOWN:
     try:
       module = make()
-    except Exception as e:  # whatever a stranger's configuration raises
+    except Exception as e:  # a user's configuration may raise anything
       raise _not_built(e) from e
     _KNOWN.clear()
     _KNOWN[key] = None if module is None else stock_conventions(module)
@@ -58,7 +58,7 @@ def _not_built(error: Exception) -> RequestError:
 
 
 def stock_conventions(module: nn.Module) -> Conventions:
-  """Return what a module that T5X's DecoderOnlyModel drives says of its model.
+  """Return the conventions of a flax module that T5X's DecoderOnlyModel can run.
 
   Args:
     module: flaxformer's DecoderOnly, T5X's decoder_only, or a module made of their parts.
@@ -78,18 +78,18 @@ def stock_conventions(module: nn.Module) -> Conventions:
   try:
     with nn.intercept_methods(record):
       jax.eval_shape(lambda: module.init(keys, tokens, tokens, enable_dropout=False))
-  except Exception as e:  # whatever a stranger's module raises
+  except Exception as e:  # a user's module may raise anything
     raise _not_built(e) from e
   options = [option for each in found.values() for option in _options(each)]
   return conventions_of(options, STOCK)
 
 
 def _options(module: nn.Module) -> Iterator[StockModule]:
-  """Yield the options of a module that decide what weights do not show."""
+  """Yield the submodules' options that weights do not show."""
   name, home = type(module).__name__, f'{type(module).__module__}.'
   if home.startswith(DECODER_ONLY):
     yield from DECODER_ONLY_MODULES
-  if isinstance(module, nn.LayerNorm):  # flax's own, whose scales are around one
+  if isinstance(module, nn.LayerNorm):  # flax's own class, whose scales are centred at 1
     name = 'LayerNorm'
     yield StockModule(name, 'center_scale_at_zero', False)
   elif not home.startswith((FLAXFORMER, DECODER_ONLY)) or name not in OPTIONS:

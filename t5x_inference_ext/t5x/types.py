@@ -13,7 +13,7 @@ Params = Mapping[str, Any]
 Batch = Mapping[str, Array]
 # A KV cache as T5X's decoding functions take it: see cache.py.
 Cache = dict[str, Any]
-# (tokens, {'scores': ...}) of a batch.
+# Predictions of a batch: (tokens, {'scores': ...}).
 Predictions = tuple[Array, Mapping[str, Array]]
 # T5X's decoding.temperature_sample or decoding.beam_search, or a function with their arguments.
 DecodeFn = Callable[..., tuple[jax.Array, jax.Array]]

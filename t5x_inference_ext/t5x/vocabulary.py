@@ -12,13 +12,13 @@ from t5x_inference_ext.errors import CheckpointError
 
 
 class CheckpointVocabulary(seqio.Vocabulary):
-  """The vocabulary that a public model or a serving checkpoint brings with it.
+  """The vocabulary of a public model or a serving checkpoint, read from its files.
 
   Bind it as the vocabulary of a task's features. Rows end with the first of the model's end ids.
-  Special tokens are encoded by their names, and not decoded.
+  Names of special tokens in a text are encoded as these tokens; decoding drops them.
 
   Args:
-    checkpoint: The checkpoint that the task is for.
+    checkpoint: Path of the checkpoint whose vocabulary the task uses.
 
   Raises:
     CheckpointError: There is no checkpoint, or it has no vocabulary.
@@ -30,7 +30,7 @@ class CheckpointVocabulary(seqio.Vocabulary):
     found = open_checkpoint(checkpoint).vocabulary
     if found is None:
       raise CheckpointError(
-        f'{self.path} has no vocabulary: use one of seqio, such as PassThroughVocabulary for ids'
+        f'{self.path} has no vocabulary: use seqio's, such as PassThroughVocabulary for ids'
       )
     self._vocabulary = found
 
@@ -46,7 +46,7 @@ class CheckpointVocabulary(seqio.Vocabulary):
 
   @property
   def unk_id(self) -> int | None:
-    """None: every text can be encoded."""
+    """None, because every text can be encoded without an unknown id."""
     return None
 
   @property

@@ -1,7 +1,8 @@
 """The sandbox that chat templates run in.
 
-Jinja's own sandbox keeps a template from the file system and from Python's inner attributes. Here,
-steps and the sizes of values are bounded too, so that a template can't take all time or memory.
+Jinja's own sandbox keeps a template away from the file system and from Python's internal
+attributes. This sandbox also limits steps and sizes of values, so that a template can't use up time
+or memory.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,29 +15,29 @@ from typing import Any
 import jinja2
 from jinja2 import ext, nodes, sandbox, visitor
 
-MAX_SIZE = 2**22  # characters of a text, and items of nested lists
-MAX_STEPS = 10**6  # rounds of loops and calls of macros, in one rendering
+MAX_SIZE = 2**22  # maximum number of characters of a text, and of items of nested lists
+MAX_STEPS = 10**6  # maximum number of loop iterations and macro calls in one rendering
 _MAX_NUMBER = 10**18
-# Methods that make texts of any length out of a number.
+# String methods whose result can be arbitrarily long, depending on a number.
 _METHODS = ('format', 'format_map', 'center', 'ljust', 'rjust', 'zfill', 'expandtabs', 'translate')
 _FILTERS = ('center', 'format', 'indent', 'wordwrap', 'urlize', 'pprint')
 
-# A step each: looking at this many items of lists.
+# Looking at this many list items counts as one step.
 _ITEMS = 100
 
 _steps: contextvars.ContextVar[int] = contextvars.ContextVar('steps', default=0)
 
 
 class LimitExceeded(Exception):
-  """A template went beyond a limit. The message completes "the chat template ..."."""
+  """A template exceeded a limit. The message completes "the chat template ..."."""
 
 
 class MessagesRefused(Exception):
-  """A template called raise_exception, as templates do for messages that they can't write."""
+  """A template called raise_exception, as templates do for messages that they don't support."""
 
 
 def start_steps() -> None:
-  """Begin to count the steps of a rendering."""
+  """Reset the step counter, before a rendering."""
   _steps.set(0)
 
 
@@ -52,7 +53,7 @@ def compile_template(source: str) -> jinja2.Template:
 
 
 class _Bounds(visitor.NodeTransformer):
-  """Adds checks to a parsed template where the environment is not asked."""
+  """Inserts checks into a parsed template for operations that the environment doesn't see."""
 
   def _counted(self, node: Any) -> Any:
     self.generic_visit(node)
@@ -77,7 +78,7 @@ def _filter(node: Any, name: str) -> nodes.Filter:
 
 
 class _Generation(ext.Extension):
-  """The tag `generation`, which marks an answer for training: without effect here."""
+  """The tag `generation`, which marks an answer for training; it has no effect here."""
 
   tags = {'generation'}
 
@@ -115,7 +116,7 @@ class _Sandbox(sandbox.ImmutableSandboxedEnvironment):
     return _bounded(super().call(context, function, *args, **kwargs))
 
   def wrap_str_format(self, value: Any) -> None:
-    """Leave format to is_safe_attribute."""
+    """Return None: is_safe_attribute forbids `format`."""
 
   def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
     """Return whether a template may use an attribute."""
@@ -126,7 +127,7 @@ class _Sandbox(sandbox.ImmutableSandboxedEnvironment):
 
 @functools.cache
 def _environment() -> jinja2.Environment:
-  """Return the sandbox, with what transformers offers to chat templates."""
+  """Return the sandbox, with the functions and filters that transformers gives to templates."""
   environment = _Sandbox(
     trim_blocks=True,
     lstrip_blocks=True,
@@ -144,9 +145,9 @@ def _environment() -> jinja2.Environment:
 
 
 def _with_bounds(function: Callable) -> Callable:
-  """Return a filter that bounds its arguments and its result."""
+  """Wrap a filter, so that the sizes of its arguments and of its result are checked."""
 
-  @functools.wraps(function)  # keeps Jinja's mark of what the filter is passed
+  @functools.wraps(function)  # keeps Jinja's attribute that says which arguments the filter gets
   def bounded(*args: Any, **kwargs: Any) -> Any:
     for arg in (*args, *kwargs.values()):
       _bounded(arg)
@@ -156,7 +157,7 @@ def _with_bounds(function: Callable) -> Callable:
 
 
 def _bounded(value: Any) -> Any:
-  """Return a value. Raises LimitExceeded if it is a number, text or list that is too large."""
+  """Return a value unchanged; raise LimitExceeded for a number, text or list that is too large."""
   left, todo, seen = MAX_SIZE, [value], 0
   while todo:
     each = todo.pop()
@@ -183,7 +184,7 @@ def _take_steps(count: int) -> None:
     raise LimitExceeded(f'takes more than {MAX_STEPS} steps')
 
 
-@jinja2.pass_context  # so that Jinja does not compute it when it compiles
+@jinja2.pass_context  # keeps Jinja from calling it at compile time
 def _count_step(context: Any, value: str) -> str:
   _take_steps(1)
   return value
@@ -213,7 +214,7 @@ def _to_json(
   separators: tuple[str, str] | None = None,
   sort_keys: bool = False,
 ) -> str:
-  """Return a value as JSON, without the escapes of HTML that Jinja's own filter makes."""
+  """Return a value as JSON, without the HTML escapes of Jinja's own filter."""
   if indent is not None and not 0 <= indent <= 16:
     raise LimitExceeded('asks for JSON with an indent above 16')
   return json.dumps(

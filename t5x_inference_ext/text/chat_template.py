@@ -1,4 +1,4 @@
-"""Chat templates: the Jinja programs of checkpoints that write a conversation as one text."""
+"""Chat templates: Jinja programs in checkpoints that turn a conversation into one text."""
 
 from collections.abc import Mapping, Sequence
 import functools
@@ -6,13 +6,13 @@ from typing import Any
 
 from t5x_inference_ext.errors import CheckpointError, RequestError, printable
 
-MAX_TEMPLATE = 2**20  # characters; the longest known template has about 20,000
+MAX_TEMPLATE = 2**20  # maximum number of characters; the longest known template has about 20,000
 
 
 class ChatTemplate:
   """A chat template. Picklable; compiled at its first use.
 
-  A template is a stranger's program. It runs in a sandbox and within limits (chat_sandbox.py).
+  A template is an untrusted program, so it runs in a sandbox and within limits (chat_sandbox.py).
 
   Args:
     source: The template.
@@ -39,14 +39,14 @@ class ChatTemplate:
 
     Args:
       messages: Objects with `role` and `content`, in order.
-      add_generation_prompt: Whether the text ends with the beginning of an answer.
+      add_generation_prompt: Whether to end the text with the header of an answer.
       tools: Descriptions of functions that the model may call.
-      bos_token: Text of BOS, which some templates write themselves.
+      bos_token: Text of BOS, for templates that include it.
       eos_token: Text of the token that ends a turn, for templates that ask for it.
       **values: Further variables of the template.
 
     Raises:
-      CheckpointError: The template is broken, or goes beyond a limit.
+      CheckpointError: The template is invalid, or exceeds a limit.
       RequestError: The template refuses these messages.
     """
     import jinja2
@@ -82,7 +82,7 @@ class ChatTemplate:
       problem = 'is nested too deeply'
     except jinja2.TemplateSyntaxError as error:
       problem = f'is broken in line {error.lineno}: {error.message}'
-    except Exception as error:  # whatever the template's operations raise
+    except Exception as error:  # a template's operations may raise anything
       problem = f'fails with {type(error).__name__}: {printable(str(error))}'
     raise CheckpointError(f'the chat template of {self._name} {problem}')
 

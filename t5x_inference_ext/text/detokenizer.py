@@ -1,20 +1,20 @@
-"""The text of tokens as they come."""
+"""Incremental decoding of tokens to text."""
 
 import codecs
 from collections.abc import Iterable, Sequence
 
 from t5x_inference_ext.text.vocabulary import Vocabulary, count_leading_spaces
 
-_LONGEST = 4  # bytes of the longest UTF-8 character
+_LONGEST = 4  # number of bytes of the longest UTF-8 character
 
 
 class Detokenizer:
-  """Decodes a row's tokens as they come, and never cuts a character. Picklable.
+  """Decodes a row's tokens one after another, and never splits a character. Picklable.
 
-  A push costs the time of its own tokens, however long the row is. Joined, the texts of all pushes
-  and of `finish` are what the prompt's and the row's ids decode to together, without the beginning
-  that the prompt's ids alone decide. So the first space of a completion stays, and a character that
-  begins in the prompt comes whole.
+  The time of a push depends on its own tokens, not on the row's length. The concatenated results of
+  all pushes and of `finish` equal the text of prompt and row decoded together, minus the text that
+  the prompt's ids alone determine. So the first space of a completion is kept, and a character that
+  begins in the prompt is returned whole.
 
   Args:
     vocabulary: The vocabulary of the row.
@@ -23,13 +23,13 @@ class Detokenizer:
 
   def __init__(self, vocabulary: Vocabulary, prompt_ids: Sequence[int] = ()) -> None:
     self._vocabulary = vocabulary
-    self._spaces = vocabulary.leading_spaces  # to drop still
+    self._spaces = vocabulary.leading_spaces  # number of leading spaces still to drop
     self._incomplete = b''
-    for token in prompt_ids:  # to the first text: few tokens
+    for token in prompt_ids:  # stops at the first token with text
       if not self._spaces:
         break
       self.push([token])
-    # An incomplete character at the prompt's end lies in its last three bytes.
+    # An incomplete character at the prompt's end is within its last three bytes.
     tail = b''
     for token in reversed(prompt_ids):
       tail = vocabulary.piece(token) + tail
@@ -39,11 +39,11 @@ class Detokenizer:
     self._decode(tail)
 
   def push(self, ids: Iterable[int]) -> str:
-    """Return the text that further tokens complete, possibly none."""
+    """Append tokens; return the text that is complete now, possibly ''."""
     return self._kept(self._decode(b''.join(map(self._vocabulary.piece, ids))))
 
   def finish(self) -> str:
-    """Return the rest: U+FFFD for a character that stayed incomplete, else nothing."""
+    """Return the remaining text: U+FFFD for an incomplete character, else ''."""
     return self._kept(self._decode(b'', final=True))
 
   def _decode(self, data: bytes, final: bool = False) -> str:
@@ -53,7 +53,7 @@ class Detokenizer:
     return text
 
   def _kept(self, text: str) -> str:
-    """Return a text without the spaces that are still to drop from the row's beginning."""
+    """Return a text without leading spaces, as long as some are still to be dropped."""
     if not self._spaces or not text:
       return text
     dropped = count_leading_spaces(text, self._spaces)

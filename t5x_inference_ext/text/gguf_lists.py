@@ -1,4 +1,4 @@
-"""The lists of a GGUF file (tokens, merges, token types) as a tokenizer.json."""
+"""Conversion of a GGUF file's lists (tokens, merges, token types) to a tokenizer.json."""
 
 from collections.abc import Sequence
 import json
@@ -8,10 +8,10 @@ from t5x_inference_ext.errors import RequestError, printable
 from t5x_inference_ext.text.tokenizer_json import TokenizerVocabulary
 from t5x_inference_ext.text.vocabulary import SPACE_SIGN
 
-# GGUF's token types.
+# Values of GGUF's token types.
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
 
-# Patterns of pre-tokenizers, as in the tokenizer.json of the models that use them.
+# Regular expressions of pre-tokenizers, from the tokenizer.json of models that use them.
 _LLAMA3 = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
   r'|\s*[\r\n]+|\s+(?!\S)|\s+'
@@ -42,7 +42,7 @@ _FALCON = [
   {'type': 'Digits', 'individual_digits': False},
   _split('[0-9][0-9][0-9]')[0],
 ]
-# `tokenizer.ggml.pre` of a file -> the steps that cut a text before merges.
+# Value of `tokenizer.ggml.pre` -> the steps that split a text before merges.
 PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
   **dict.fromkeys(('gpt-2', 'gpt2', 'phi-2', 'mpt', 'olmo'), _GPT2),
   **dict.fromkeys(('smollm', 'starcoder', 'refact', 'command-r'), _DIGITS),
@@ -51,7 +51,7 @@ PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
   'falcon': _FALCON,
   'bloom': _split(_BLOOM),
 }
-# Pre-tokenizers whose models take a token that is a whole word without merging it.
+# Pre-tokenizers whose models look up whole words as tokens first, without merges.
 _IGNORE_MERGES = ('llama-bpe', 'llama3', 'llama-v3')
 
 
@@ -68,20 +68,20 @@ def vocabulary_of_lists(
   end_ids: Sequence[int] = (),
   add_space_prefix: bool = True,
 ) -> TokenizerVocabulary:
-  """Return the vocabulary that the lists of a GGUF file's metadata describe.
+  """Build the vocabulary that the lists in a GGUF file's metadata describe.
 
   Args:
     name: Name for messages, such as the file's path.
     tokens: `tokenizer.ggml.tokens`.
     token_types: `tokenizer.ggml.token_type`, one for each token; empty: all are normal.
-    merges: `tokenizer.ggml.merges`, for byte-level BPE: two tokens with a space between, the merge
-      that goes first in front.
-    scores: `tokenizer.ggml.scores`, for models of SentencePiece's kind.
+    merges: `tokenizer.ggml.merges`, for byte-level BPE: each is two tokens with a space between;
+      highest priority first.
+    scores: `tokenizer.ggml.scores`, for SentencePiece models.
     model: `tokenizer.ggml.model`: 'gpt2' (byte-level BPE) or 'llama' (SentencePiece's BPE).
     pre: `tokenizer.ggml.pre`, for byte-level BPE.
     bos_id: The id that is put in front of a prompt, if `tokenizer.ggml.add_bos_token` says so.
     end_ids: The ids that end a row.
-    add_space_prefix: `tokenizer.ggml.add_space_prefix`, for models of SentencePiece's kind.
+    add_space_prefix: `tokenizer.ggml.add_space_prefix`, for SentencePiece models.
 
   Raises:
     RequestError: The lists contradict each other, or the model or its pre-tokenizer is not known.
@@ -169,7 +169,7 @@ def _sentencepiece_parts(
 def _merges_of_scores(
   vocab: dict[str, int], types: Sequence[int], scores: Sequence[float]
 ) -> list[list[str]]:
-  """Return the merges that make each token of two others, the token of the highest score first."""
+  """Return all merges of two tokens into a third, in descending order of the third's score."""
   normal = {token for token, i in vocab.items() if types[i] not in (_UNKNOWN, _CONTROL, _BYTE)}
   found = []
   for token in normal:

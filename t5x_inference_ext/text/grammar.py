@@ -1,4 +1,4 @@
-"""Grammars: what the text of a row may be."""
+"""Grammars, which restrict the text of a row."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -8,11 +8,11 @@ from typing import Any, Literal, get_args
 from t5x_inference_ext import text_files
 from t5x_inference_ext.errors import RequestError, printable
 
-MAX_GRAMMAR = 2**18  # characters of a grammar's source
+MAX_GRAMMAR = 2**18  # maximum number of characters of a grammar's source
 
 # How a grammar is written:
-#   json_schema: a JSON schema, as JSON. The row's text is a value of the schema.
-#   json_object: nothing; the row's text is any JSON object.
+#   json_schema: a JSON schema, as JSON. The row's text is JSON that is valid under the schema.
+#   json_object: an empty source. The row's text is any JSON object.
 #   regex: a regular expression (Rust's syntax, without look-around), which the whole text matches.
 #   lark: a context-free grammar in the dialect of Lark that llguidance reads.
 GrammarKind = Literal['json_schema', 'json_object', 'regex', 'lark']
@@ -27,8 +27,8 @@ class Grammar:
     source: The grammar; empty for 'json_object'.
 
   Raises:
-    RequestError: An unknown kind, a source that is too long, or a schema that is not JSON. The rest
-      is checked when a request with the grammar is submitted.
+    RequestError: An unknown kind, a source that is too long, or a schema that is not JSON.
+      Everything else is checked when a request with the grammar is submitted.
   """
 
   kind: GrammarKind
@@ -38,7 +38,7 @@ class Grammar:
     kinds = get_args(GrammarKind)
     if self.kind not in kinds:
       raise RequestError(
-        f'a grammar is of one of the kinds {", ".join(kinds)}, got "{printable(self.kind, 80)}"'
+        f'the kind of a grammar must be one of {", ".join(kinds)}, got "{printable(self.kind, 80)}"'
       )
     if not isinstance(self.source, str):
       raise RequestError(f'grammar: {self.noun} must be text, got {printable(self.source, 80)}')
@@ -62,12 +62,12 @@ class Grammar:
 
   @property
   def noun(self) -> str:
-    """The grammar in messages."""
+    """Name of the grammar's kind in messages, such as 'the regex'."""
     return 'the lark grammar' if self.kind == 'lark' else f'the {self.kind}'
 
   @classmethod
   def from_dict(cls, value: Any) -> 'Grammar':
-    """Return the grammar that an object of JSON stands for.
+    """Convert a JSON value to a grammar.
 
     Args:
       value: One of {'json_schema': SCHEMA}, {'json_object': True}, {'regex': TEXT} and

@@ -1,7 +1,7 @@
-"""A process that tries grammars before they are used: a stranger's grammar may hang or crash it.
+"""Trial compilation of untrusted grammars in a subprocess, which they may hang or crash.
 
-The library that compiles grammars is native code, which nothing can interrupt. Some grammars keep
-it busy for minutes, others overflow its stack and end the process.
+The library that compiles grammars is native code, which can't be interrupted. Some grammars keep it
+busy for minutes; others overflow its stack and crash the process.
 """
 
 import contextlib
@@ -25,19 +25,20 @@ from t5x_inference_ext.text.grammar_compiler import (
   compile_grammar,
 )
 
-GRAMMAR_SECONDS = 2.0  # most time to compile a grammar
-GRAMMAR_MEMORY = 2**30  # bytes, of the whole process
-START_SECONDS = 60.0  # for the process itself, on a busy machine
-CHECK_WAIT_SECONDS = 10.0  # most time to wait while other grammars are tried
-# A thread's stack usually has 8 MiB: what fits in here will fit there.
+GRAMMAR_SECONDS = 2.0  # time limit for compiling a grammar
+GRAMMAR_MEMORY = 2**30  # memory limit of the whole subprocess, in bytes
+START_SECONDS = 60.0  # time limit for starting the subprocess, on a busy machine
+CHECK_WAIT_SECONDS = 10.0  # time limit for waiting while other grammars are tried
+# A thread's stack usually has 8 MiB, so a grammar that compiles with this stack will not overflow
+# it.
 _STACK = 2**20
 
 
 class GrammarCheck:
-  """Tries grammars in a process of its own. Any thread may call it.
+  """Compiles grammars in a subprocess, to see whether they can be used. Thread-safe.
 
-  The process starts with the first grammar, and again after one that it did not survive. It ends
-  with this object, or with this process.
+  The subprocess starts with the first grammar, and again after a grammar that ended it. It ends
+  with this object or with this process.
 
   Args:
     texts: Bytes of the model's tokens.
@@ -50,10 +51,10 @@ class GrammarCheck:
     self._stop: weakref.finalize[..., Any] | None = None
 
   def check(self, grammar: Grammar) -> None:
-    """Raise GrammarRefused for a grammar that can't be used, or that takes too much.
+    """Raise GrammarRefused for a grammar that is invalid or needs too much time or memory.
 
     Raises:
-      RequestError: Other grammars have kept the process busy for long.
+      RequestError: Other grammars kept the subprocess busy for CHECK_WAIT_SECONDS.
     """
     if not self._lock.acquire(timeout=CHECK_WAIT_SECONDS):
       raise RequestError(
@@ -75,18 +76,18 @@ class GrammarCheck:
       raise GrammarRefused(refused)
 
   def close(self) -> None:
-    """End the process."""
+    """End the subprocess."""
     if self._stop is not None:
       self._stop()
     self._child = None
 
   def _start(self) -> None:
-    """Start the process, and wait until it is ready."""
+    """Start the subprocess, and wait until it is ready."""
     self._child = subprocess.Popen(
       [sys.executable, '-c', f'from {__name__} import answer_checks; answer_checks()'],
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
-      stderr=subprocess.DEVNULL,  # the last words of native code that crashes
+      stderr=subprocess.DEVNULL,  # hides messages of native code that crashes
       env={**os.environ, 'PYTHONPATH': os.pathsep.join(p or os.getcwd() for p in sys.path)},
     )
     self._stop = weakref.finalize(self, _end, self._child)
@@ -100,11 +101,11 @@ class GrammarCheck:
       ) from error
 
   def _answer(self, message: Any, seconds: float) -> Any:
-    """Send a message to the process, and return its answer.
+    """Send a message to the subprocess, and return its answer.
 
     Raises:
-      TimeoutError: There is no answer within the time.
-      EOFError, OSError: The process has ended.
+      TimeoutError: No answer came within `seconds`.
+      EOFError, OSError: The subprocess has ended.
     """
     assert self._child is not None and self._child.stdin and self._child.stdout
     pickle.dump(message, self._child.stdin)
@@ -121,13 +122,13 @@ def _end(child: subprocess.Popen[bytes]) -> None:
   child.wait()
   for pipe in (child.stdin, child.stdout):
     assert pipe is not None
-    with contextlib.suppress(OSError):  # what was not sent
+    with contextlib.suppress(OSError):  # flushing unsent data fails if the subprocess has ended
       pipe.close()
 
 
 def answer_checks() -> None:
-  """Answer for grammars on standard input and output: None, or why one is refused."""
-  import resource  # only this process, on Unix, needs it
+  """Run the subprocess: read grammars from stdin; for each write None or the reason of refusal."""
+  import resource  # exists only on Unix, and only the subprocess needs it
 
   resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
   tokenizer = build_tokenizer(pickle.load(sys.stdin.buffer))
@@ -141,7 +142,7 @@ def answer_checks() -> None:
       kind, source = pickle.load(sys.stdin.buffer)
     except EOFError:
       return
-    # Also if the other process is gone. A native loop hears of no signal but one that kills.
+    # Ends this process even if its parent is gone: only a fatal signal stops a native loop.
     signal.alarm(math.ceil(GRAMMAR_SECONDS) + 1)
     answers: list[str | None] = []
     thread = threading.Thread(target=_try, args=(Grammar(kind, source), tokenizer, answers))

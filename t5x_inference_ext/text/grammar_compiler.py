@@ -1,7 +1,7 @@
-"""Grammars in the library llguidance, within limits. Needs the extra [structured].
+"""Compilation of grammars by llguidance, within limits. Needs the extra [structured].
 
-The module imports nothing large: the process that tries strangers' grammars runs it, too
-(grammar_check.py).
+The module imports nothing large, because the subprocess that tries untrusted grammars imports it,
+too (grammar_check.py).
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,8 @@ from t5x_inference_ext.text.grammar import Grammar
 from t5x_inference_ext.text.vocabulary import Vocabulary
 from t5x_inference_ext.text_files import check_extra
 
-# Limits of the library, so that no grammar can take all time or memory; in the comments its own.
+# Limits for the library, so that no grammar can use up time or memory. Comments give its default,
+# then what the limit counts.
 GRAMMAR_LIMITS: dict[str, Any] = {
   'max_items_in_row': 1000,  # 2000. Ways to go on that the parser keeps for a position
   'initial_lexer_fuel': 1_000_000,  # the same. Work to compile regular expressions
@@ -24,17 +25,17 @@ GRAMMAR_LIMITS: dict[str, Any] = {
   'max_lexer_states': 50_000,  # 250,000. Memory of a row's lexer, about 0.5 kB each
   'max_grammar_size': 500_000,  # the same. Symbols of all rules
 }
-# JSON may be indented, but a model can't write white space forever.
+# White space that JSON may contain: enough for indentation, but not without limit.
 MAX_WHITESPACE = 20
 _WHITESPACE = f'[\\x20\\x0A\\x0D\\x09]{{1,{MAX_WHITESPACE}}}'
-# Every way to cut the text into tokens is allowed: the library could force the way of a tokenizer,
-# but its cost has no bound.
+# Allow every way to split the text into tokens. The library could enforce the tokenizer's own way,
+# but the cost of that is unbounded.
 _OPTIONS = '\n%llguidance {"no_forcing": true}\n'
-_MAX_REASON = 200  # characters of the library's message that are shown
+_MAX_REASON = 200  # maximum number of characters of the library's message to show
 
 
 class GrammarRefused(Exception):
-  """A grammar can't be used. The message completes "the regex ..."."""
+  """The grammar can't be used. The message completes "the regex ..."."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +43,10 @@ class TokenBytes:
   """The bytes of a model's tokens. Picklable.
 
   Attributes:
-    pieces: V + 1 pieces: each token's bytes, and those of an end that no vocabulary has. Empty for
-      tokens without text.
-    special: Ids whose pieces are names: a grammar's text never stands for them.
+    pieces: V + 1 byte strings: each token's bytes (empty for tokens without text), then an extra
+      end token's.
+    special: Ids of special tokens, whose pieces are their names. A grammar's text never matches
+      them.
   """
 
   pieces: list[bytes]
@@ -52,7 +54,7 @@ class TokenBytes:
 
   @classmethod
   def of(cls, vocabulary: Vocabulary, vocab_size: int) -> 'TokenBytes':
-    """Return the texts of a vocabulary's tokens.
+    """Collect the bytes of a vocabulary's tokens.
 
     Args:
       vocabulary: The vocabulary.
@@ -60,7 +62,7 @@ class TokenBytes:
     """
     pieces = [vocabulary.piece(token, special=True) for token in range(vocab_size)]
     special = [i for i, piece in enumerate(pieces) if piece and not vocabulary.piece(i)]
-    # The row's own end tokens differ from request to request: the library knows none of them.
+    # End tokens differ between requests, so the library is given only the extra one.
     return cls([*pieces, b'<end>'], [*special, vocab_size])
 
 
@@ -79,7 +81,7 @@ def build_tokenizer(texts: TokenBytes) -> Any:
 
 
 class _Tokens:
-  """Tokens as llguidance wants them described."""
+  """Describes tokens in the form that llguidance needs."""
 
   is_tokenizer_wrapper = True
   bos_token_id = None
@@ -92,10 +94,11 @@ class _Tokens:
 
 
 def compile_grammar(grammar: Grammar, tokenizer: Any) -> Any:
-  """Return an llguidance.LLMatcher at the beginning of a text.
+  """Compile a grammar; return an llguidance.LLMatcher in its start state.
 
   Raises:
-    GrammarRefused: The library does not take the grammar, or no text satisfies it.
+    GrammarRefused: The library refuses the grammar, or no text that the vocabulary can write
+      satisfies it.
   """
   import llguidance
 
@@ -127,7 +130,7 @@ def match_error(matcher: Any, *, line: bool = False) -> str:
   place = re.match(r'(?:at )?(\d+)\((\d+)\): (failed to compile JSON schema: )?', text)
   if place is not None:
     text = text[place.end() :]
-  if found := re.search(r'^ *error: (.*)', rest, re.MULTILINE):  # the regex parser's own
+  if found := re.search(r'^ *error: (.*)', rest, re.MULTILINE):  # message of the regex parser
     text = found[1]
   if place is not None and line:
     text = f'line {place[1]}, column {place[2]}: {text}'
@@ -135,11 +138,11 @@ def match_error(matcher: Any, *, line: bool = False) -> str:
 
 
 def _library_source(grammar: Grammar) -> str:
-  """Return a grammar as the library reads it."""
+  """Convert a grammar to the source that the library reads."""
   import llguidance
 
   if grammar.kind == 'lark':
-    if grammar.source.lstrip().startswith('{'):  # the library's own format, without these limits
+    if grammar.source.lstrip().startswith('{'):  # the library's own format has no such limits
       raise GrammarRefused("begins with '{', which no rule does")
     return grammar.source + _OPTIONS
   if grammar.kind == 'regex':
@@ -150,6 +153,6 @@ def _library_source(grammar: Grammar) -> str:
     schema = {}
   if isinstance(schema, dict):
     own = schema.get('x-guidance', {})
-    if isinstance(own, dict) and 'whitespace_flexible' not in own:  # which the pattern overrides
+    if isinstance(own, dict) and 'whitespace_flexible' not in own:  # it would override the pattern
       schema['x-guidance'] = {'whitespace_pattern': _WHITESPACE, **own}
   return f'start: %json {json.dumps(schema)}{_OPTIONS}'

@@ -1,4 +1,4 @@
-"""The files of a model's directory that say how its text begins and ends, beside the vocabulary."""
+"""Reading of BOS, end tokens and chat template from the config files of a public model."""
 
 from collections.abc import Callable, Mapping
 import dataclasses
@@ -14,7 +14,7 @@ from t5x_inference_ext.text.settings import (
 )
 from t5x_inference_ext.text.vocabulary import Vocabulary
 
-# Reads a file of a directory; None if there is none.
+# Returns the content of a file of the directory; None if the file does not exist.
 ReadFile = Callable[[str], bytes | None]
 _TOKENIZER, _GENERATION, _MODEL = 'tokenizer_config.json', 'generation_config.json', 'config.json'
 _TEMPLATE = 'chat_template.jinja'
@@ -22,12 +22,12 @@ _TEMPLATE = 'chat_template.jinja'
 
 @dataclasses.dataclass(frozen=True)
 class ModelFiles:
-  """The content of the files that transformers keeps beside a model, without its vocabulary.
+  """The content of the text-related files of a transformers model, without the vocabulary.
 
   Attributes:
     directory: The directory, for messages.
-    configs: Content of tokenizer_config.json, generation_config.json and config.json by name, empty
-      where there is no such file.
+    configs: File name -> parsed content of tokenizer_config.json, generation_config.json and
+      config.json; {} for a missing file.
     template: Content of chat_template.jinja, or None.
   """
 
@@ -52,14 +52,14 @@ class ModelFiles:
       raise CheckpointError(f'{directory}/{_TEMPLATE} is not UTF-8: {error}') from error
 
   def settings(self, vocabulary: Vocabulary | None, source: str = 'given') -> TextSettings:
-    """Return the settings of a vocabulary that these files are beside.
+    """Return the text settings that these files and a vocabulary give.
 
     Args:
-      vocabulary: The vocabulary; None: it is unknown, and the settings are of the kind 'none'.
+      vocabulary: The vocabulary; None: it is unknown, and the settings get the kind 'none'.
       source: Where the vocabulary comes from, or why it is unknown.
 
     Raises:
-      CheckpointError: A file names something that is no id.
+      CheckpointError: A file gives an id that is not a whole number.
     """
     fields: dict[str, Any] = {
       'source': source,
@@ -73,10 +73,9 @@ class ModelFiles:
     return settings_of_vocabulary(vocabulary, **fields)
 
   def _bos_id(self, vocabulary: Vocabulary | None) -> int | None:
-    """Return BOS: by add_bos_token of tokenizer_config.json, else as the vocabulary's library does.
+    """Return BOS as add_bos_token of tokenizer_config.json says, else as the vocabulary does.
 
-    Without either, prompts are taken as they are: that a model has a BOS does not say that its
-    prompts begin with it.
+    If neither says that prompts begin with BOS, return None, even if the model has a BOS token.
     """
     adds = self.configs[_TOKENIZER].get('add_bos_token')
     own = None if vocabulary is None or adds is False else vocabulary.own_bos_id
@@ -88,8 +87,8 @@ class ModelFiles:
   def _end_ids(self, vocabulary: Vocabulary | None) -> tuple[int, ...]:
     """Return the ids that end rows.
 
-    They are those of generation_config.json, else of config.json, else of tokenizer_config.json,
-    else the vocabulary's own.
+    They come from generation_config.json, else config.json, else tokenizer_config.json, else the
+    vocabulary.
     """
     listed = self._listed_ids('eos_token_id')
     if listed:
@@ -98,7 +97,7 @@ class ModelFiles:
     return (named,) if named is not None else vocabulary.end_ids if vocabulary else ()
 
   def _listed_ids(self, name: str) -> tuple[int, ...]:
-    """Return the ids of a setting, of generation_config.json before config.json."""
+    """Return the ids in a setting of generation_config.json, else of config.json."""
     for file in (_GENERATION, _MODEL):
       value = self.configs[file].get(name)
       if value is None:
@@ -127,18 +126,18 @@ class ModelFiles:
     return None
 
   def _chat_template(self) -> str | None:
-    """Return the chat template of its own file, else the default one of tokenizer_config.json."""
+    """Return the template in chat_template.jinja, else the default one in tokenizer_config.json."""
     if self.template is not None:
       return self.template
     found = self.configs[_TOKENIZER].get('chat_template')
-    if isinstance(found, list):  # several, by name
+    if isinstance(found, list):  # several templates, by name
       named = {each.get('name'): each.get('template') for each in found if isinstance(each, dict)}
       found = named.get('default')
     return found if isinstance(found, str) else None
 
 
 def generation_defaults(config: Mapping[str, Any]) -> dict[str, float]:
-  """Return the sampling options that a generation_config.json recommends; none for greedy ones."""
+  """Return the sampling options that generation_config.json recommends; {} if it is greedy."""
   if not config.get('do_sample'):
     return {}
   return {
@@ -149,7 +148,7 @@ def generation_defaults(config: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _read_json(directory: str, file: str, read: ReadFile) -> dict[str, Any]:
-  """Return the object in a JSON file; empty if there is no such file."""
+  """Return the object in a JSON file; {} if the file does not exist."""
   data = read(file)
   if data is None:
     return {}

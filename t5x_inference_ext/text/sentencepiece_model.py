@@ -13,7 +13,7 @@ _ALL = 2**31
 
 
 class SentencePieceVocabulary(Vocabulary):
-  """A SentencePiece model as it is; seqio's extra_ids are not added.
+  """A SentencePiece model, without seqio's extra_ids.
 
   Args:
     name: Name for messages, such as the file's path.
@@ -22,7 +22,7 @@ class SentencePieceVocabulary(Vocabulary):
     end_ids: The ids that end a row; None: the model's own EOS.
 
   Raises:
-    RequestError: The data is no SentencePiece model.
+    RequestError: The data is not a SentencePiece model.
   """
 
   kind = 'sentencepiece'
@@ -40,16 +40,16 @@ class SentencePieceVocabulary(Vocabulary):
 
   @functools.cached_property
   def _model(self) -> Any:
-    import sentencepiece  # needed by few runs
+    import sentencepiece  # imported here because few runs need it
 
     try:
-      # An empty file would make a processor without a model.
+      # From an empty file, the library would make a processor without a model.
       model = sentencepiece.SentencePieceProcessor(model_proto=self._data or b'\0')
       if model.get_piece_size() > 0:
         return model
       reason = 'it has no pieces'
     except (OSError, RuntimeError) as error:
-      # The message begins with a line of the library's source.
+      # The library's message begins with a location in its source code; drop it.
       reason = re.sub(r'^\w+: \S+\(\d+\) ', '', str(error))
     raise RequestError(
       f'{printable(self.name)} is not a SentencePiece model, or only part of one: '
@@ -63,7 +63,7 @@ class SentencePieceVocabulary(Vocabulary):
 
   @property
   def own_bos_id(self) -> int | None:
-    """The model's BOS; None: it has none."""
+    """The model's BOS; None if it has none."""
     own = self._model.bos_id()
     return None if own < 0 else own
 
@@ -85,9 +85,9 @@ class SentencePieceVocabulary(Vocabulary):
     if model.is_control(token):
       return model.id_to_piece(token).encode() if special else b''
     if model.is_unknown(token):
-      return model.decode([token]).encode()  # the model's own sign for unknown text
+      return model.decode([token]).encode()  # the model's own text for the unknown token
     if model.is_byte(token):
-      return bytes([int(model.id_to_piece(token)[3:5], 16)])  # <0xE9>
+      return bytes([int(model.id_to_piece(token)[3:5], 16)])  # a byte token such as <0xE9>
     return model.id_to_piece(token).replace(SPACE_SIGN, ' ').encode()
 
   def files(self) -> Mapping[str, bytes]:
@@ -95,7 +95,7 @@ class SentencePieceVocabulary(Vocabulary):
     return {MODEL_FILE: self._data}
 
   def _dropped_spaces(self) -> int:
-    """Return how many spaces the model's own decoding drops from the beginning of a text."""
+    """Return how many leading spaces of a text the model's own decoding drops."""
     model = self._model
     words = (i for i in range(self.size) if model.id_to_piece(i).startswith(SPACE_SIGN))
     word = next((i for i in words if len(model.id_to_piece(i)) > 1), None)

@@ -1,4 +1,4 @@
-"""What a checkpoint says about text: vocabulary, BOS, end tokens, chat template, defaults."""
+"""A checkpoint's text settings: vocabulary, BOS, end tokens, chat template, sampling defaults."""
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
@@ -12,15 +12,16 @@ from t5x_inference_ext.text.sentencepiece_model import MODEL_FILE, SentencePiece
 from t5x_inference_ext.text.tokenizer_json import TOKENIZER_FILE, TokenizerVocabulary
 from t5x_inference_ext.text.vocabulary import BYTE_ROWS, ByteVocabulary, Vocabulary, check_size
 
-BOS_ID, EOS_ID = 0, 1  # T5X shifts targets right and starts from 0; its vocabularies end with 1
-# Kinds of vocabularies, and the file that holds each. Of 'none' only BOS and end tokens are known.
+BOS_ID, EOS_ID = 0, 1  # T5X shifts targets right, with 0 as BOS; its vocabularies' EOS is 1
+# Kind of vocabulary -> its files. With 'none', the vocabulary is unknown, except BOS and end
+# tokens.
 KINDS: dict[str, tuple[str, ...]] = {
   'none': (),
   'bytes': (),
   'sentencepiece': (MODEL_FILE,),
   'tokenizer.json': (TOKENIZER_FILE,),
 }
-# Sampling options that a model's maker recommends: their ranges.
+# Sampling options that a checkpoint may recommend -> their valid ranges.
 DEFAULTS: dict[str, tuple[float, float]] = {
   'temperature': (0, math.inf),
   'top_p': (0, 1),
@@ -31,15 +32,15 @@ DEFAULTS: dict[str, tuple[float, float]] = {
 
 @dataclasses.dataclass(frozen=True)
 class TextSettings:
-  """What a checkpoint says about text.
+  """A checkpoint's text settings.
 
   Attributes:
     kind: Kind of the vocabulary, a key of KINDS.
     files: The vocabulary's files: name -> content.
-    name: Where the vocabulary came from, for messages.
-    source: Why this vocabulary was taken: 'given', 'recorded', or the reason of an assumption, or
-      why none is known.
-    bos_id: The id that is put in front of a prompt; None: none is.
+    name: Name of the vocabulary in messages, such as its file's path.
+    source: Why this vocabulary is used: 'given', 'recorded' or the reason for an assumption; or why
+      no vocabulary is known.
+    bos_id: The id that is put in front of a prompt; None: no id is.
     end_ids: The ids that end a row.
     chat_template: The chat template, or None.
     generation_defaults: Recommended sampling options, with keys of DEFAULTS.
@@ -56,7 +57,7 @@ class TextSettings:
 
   @functools.cached_property
   def vocabulary(self) -> Vocabulary | None:
-    """The vocabulary, parsed at its first use; None: it is not known.
+    """The vocabulary, parsed at its first use; None if it is not known.
 
     Raises RequestError for damaged files.
     """
@@ -80,11 +81,11 @@ class TextSettings:
 
   @property
   def is_only_t5x(self) -> bool:
-    """Whether BOS and end tokens are T5X's, which nothing in a checkpoint has to say."""
+    """Whether the settings are just T5X's BOS and EOS, which a checkpoint need not record."""
     return (self.bos_id, self.end_ids) == (BOS_ID, (EOS_ID,))
 
   def to_dict(self) -> dict[str, Any]:
-    """Return all but the files' content, JSON-ready; from_dict is the inverse."""
+    """Return all fields except the files' content, JSON-ready; from_dict is the inverse."""
     fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
     return {**fields, 'files': sorted(self.files), 'end_ids': list(self.end_ids)}
 
@@ -92,24 +93,24 @@ class TextSettings:
   def from_dict(
     cls, fields: Any, rows: int, where: str, read: Callable[[str], bytes]
   ) -> 'TextSettings':
-    """Return the settings of a serving checkpoint.
+    """Restore the settings of a serving checkpoint.
 
     Args:
-      fields: What to_dict returned, as read from a file.
+      fields: The result of to_dict, as read from a file.
       rows: V, rows of the model's embedding.
       where: Name of the file, for messages.
-      read: Returns the content of a file of the checkpoint.
+      read: Function that returns the content of a file of the checkpoint.
 
     Raises:
-      CheckpointError: A field is not what to_dict writes.
+      CheckpointError: A field has a value that to_dict never writes.
     """
     known = {field.name for field in dataclasses.fields(cls)}
     if not isinstance(fields, dict) or set(fields) != known or fields['kind'] not in KINDS:
       raise CheckpointError(
-        f'{where}: the section on text is not one that this version knows: convert again'
+        f'{where}: this version does not know the form of the text settings: convert again'
       )
     if fields['files'] != sorted(KINDS[fields['kind']]):
-      raise CheckpointError(f'{where}: the files of the vocabulary are not those of its kind')
+      raise CheckpointError(f'{where}: the files of the vocabulary do not match its kind')
     settings = cls(**{**fields, 'files': {}, 'end_ids': _ids(where, fields['end_ids'])})
     if settings.source == 'given':
       settings = dataclasses.replace(settings, source='recorded')
@@ -153,7 +154,7 @@ class TextSettings:
 
 
 def settings_of_vocabulary(vocabulary: Vocabulary, **fields: Any) -> TextSettings:
-  """Return the settings of an open vocabulary; `fields` are further attributes of TextSettings."""
+  """Return settings for an open vocabulary; `fields` are other attributes of TextSettings."""
   settings = TextSettings(
     vocabulary.kind,
     vocabulary.files(),
@@ -167,12 +168,12 @@ def settings_of_vocabulary(vocabulary: Vocabulary, **fields: Any) -> TextSetting
 
 
 def unknown_vocabulary(**fields: Any) -> TextSettings:
-  """Return the settings of a model without its vocabulary; `fields` are further attributes."""
+  """Return settings without a vocabulary; `fields` are other attributes of TextSettings."""
   return TextSettings('none', name='none', **fields)
 
 
 def assumed_settings(rows: int) -> TextSettings:
-  """Return the settings of a T5X checkpoint of which nothing is known: bytes for 384 rows."""
+  """Return the settings to assume for a T5X checkpoint without any: bytes if it has 384 rows."""
   if rows != BYTE_ROWS:
     return unknown_vocabulary(source=f'not known for {rows} rows')
   return settings_of_vocabulary(ByteVocabulary(), source=f'assumed from {rows} rows')

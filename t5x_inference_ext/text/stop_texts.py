@@ -1,4 +1,4 @@
-"""Texts that end a row, found in its text."""
+"""Search for the stop texts that end a row."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,11 +7,11 @@ from t5x_inference_ext.errors import RequestError
 
 
 class StopTexts:
-  """Finds stop texts in a text that comes in pieces, whatever tokens write it. Picklable.
+  """Finds stop texts in a text that arrives in pieces. Picklable.
 
-  The first place where any stop text ends counts; of several that end there, the longest. This does
-  not depend on how the text is cut into pieces. A push costs the time of its own characters, times
-  the number of stop texts.
+  The result is the stop text that ends first; of several that end at one position, the longest. It
+  does not depend on how the text is divided into pieces. The time of a push is proportional to its
+  number of characters times the number of stop texts.
 
   Args:
     texts: The stop texts.
@@ -24,19 +24,19 @@ class StopTexts:
     check_stop_texts(texts)
     self._texts = tuple(dict.fromkeys(texts))
     self._borders = [_borders(text) for text in self._texts]
-    self._matched = [0] * len(self._texts)  # characters of each text that the end of the row has
+    self._matched = [0] * len(self._texts)  # matched length of each stop text
     self._held = ''
 
   def push(self, delta: str, may_stop: bool = True) -> tuple[str, str | None]:
-    """Return the text to release, and the stop text that was found.
+    """Append a piece; return the text to release, and the stop text that was found or None.
 
     Args:
-      delta: The text that follows.
-      may_stop: Whether a stop text that ends in this piece counts; else it is text like any other.
+      delta: The next piece of text.
+      may_stop: Whether a stop text may end in this piece; if not, it is ordinary text.
 
     Returns:
-      (text that is no part of a stop text, however the row goes on; the stop text found or None).
-      The row ends before the stop text: nothing after it is released.
+      (text that can't become part of a stop text any more, stop text found or None). Text from the
+      stop text on is never released.
     """
     held = self._held + delta
     for place, character in enumerate(delta):
@@ -54,17 +54,17 @@ class StopTexts:
     return held[: len(held) - keep], None
 
   def finish(self) -> str:
-    """Return the text that was held back, at the end of a row without a stop text."""
+    """Return the text that was held back; call it when a row ends without a stop text."""
     held, self._held = self._held, ''
     return held
 
   def _kept(self, i: int) -> int:
-    """Return how many characters of the row's end may still become text `i`."""
+    """Return how many characters at the row's end may still become part of stop text `i`."""
     matched = self._matched[i]
     return matched if matched < len(self._texts[i]) else self._borders[i][-1]
 
   def _advanced(self, i: int, character: str) -> int:
-    """Return how much of text `i` the row's end has after one more character."""
+    """Return how much of stop text `i` the row ends with after one more character."""
     text, borders, matched = self._texts[i], self._borders[i], self._matched[i]
     while matched == len(text) or (matched and text[matched] != character):
       matched = borders[matched - 1]
@@ -87,7 +87,7 @@ def check_stop_texts(texts: Sequence[str]) -> None:
 
 
 def cut_at_stop(text: str, stops: Sequence[str], begin: int = 0) -> str:
-  """Return a whole text up to its first stop text that ends after the first `begin` characters."""
+  """Cut a text before the first stop text that ends after its first `begin` characters."""
   finder = StopTexts(stops)
   first, _ = finder.push(text[:begin], may_stop=False)
   rest, found = finder.push(text[begin:])
@@ -95,18 +95,19 @@ def cut_at_stop(text: str, stops: Sequence[str], begin: int = 0) -> str:
 
 
 def likely_stop_ids(vocabulary: Any, text: str) -> list[list[int]]:
-  """Return id sequences that usually write a stop text.
+  """Return id sequences that usually encode a stop text.
 
-  A batch that decodes on the devices sees ids, no text. With these it ends most rows where their
-  text ends; StopTexts then finds the place. A text has several sequences: SentencePiece divides a
-  text into other tokens at the beginning of a word than after other letters.
+  A static batch on the devices sees ids, no text. With these sequences it ends most rows soon after
+  their stop text; StopTexts then finds the exact position. A text has several sequences, because
+  SentencePiece splits it differently at the beginning of a word than after other letters.
 
   Args:
     vocabulary: A Vocabulary, or one of seqio.
     text: A stop text.
 
   Returns:
-    The sequences; none if the vocabulary writes the text differently, as after normalization.
+    The sequences; [] if the vocabulary does not decode them to the same text, as after
+    normalization.
   """
   if text not in vocabulary.decode(list(vocabulary.encode(f'a{text}a'))):
     return []
@@ -120,9 +121,9 @@ def likely_stop_ids(vocabulary: Any, text: str) -> list[list[int]]:
 
 
 def _borders(text: str) -> list[int]:
-  """Return, for each beginning of a text, the length of its longest border (Knuth-Morris-Pratt).
+  """Return, for each prefix of a text, the length of its longest border (Knuth-Morris-Pratt).
 
-  A border is a beginning, not the whole, that is also an end.
+  A border is a proper prefix that is also a suffix.
   """
   borders, matched = [0], 0
   for character in text[1:]:

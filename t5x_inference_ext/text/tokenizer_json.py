@@ -15,8 +15,8 @@ MAX_BYTES = 256 * 2**20  # the largest known file has 33 MB
 class TokenizerVocabulary(Vocabulary):
   """A tokenizer.json.
 
-  Tokens are decoded by their bytes. Where a library's own decoder replaces a whole run of byte
-  tokens that is not UTF-8, here only the wrong bytes become U+FFFD.
+  Tokens are decoded by their bytes. In a run of byte tokens that is not UTF-8, only the wrong bytes
+  become U+FFFD; the library's own decoder would replace the whole run.
 
   Args:
     name: Name for messages, such as the file's path.
@@ -25,7 +25,7 @@ class TokenizerVocabulary(Vocabulary):
     end_ids: The ids that end a row.
 
   Raises:
-    RequestError: The data is no tokenizer, or one whose tokens don't decode one by one.
+    RequestError: The data is not a tokenizer, or its tokens can't be decoded one by one.
   """
 
   kind = 'tokenizer.json'
@@ -36,7 +36,7 @@ class TokenizerVocabulary(Vocabulary):
     self.name, self._data, self.bos_id, self.end_ids = name, data, bos_id, tuple(end_ids)
     self._byte_level = self._byte_fallback = self._spaces = False
     decoder = self._tokenizer.decoder
-    # The decoder's state is its part of the file.
+    # The decoder's state is the section `decoder` of the file.
     state = None if decoder is None else json.loads(decoder.__getstate__())
     try:
       self._read_decoder(state)
@@ -59,7 +59,7 @@ class TokenizerVocabulary(Vocabulary):
         raise ValueError(f'it has more than {MAX_BYTES // 2**20} MiB')
       tokenizer = tokenizers.Tokenizer.from_str(self._data.decode())
     except BaseException as error:
-      # A panic of the library is a BaseException.
+      # If the library panics, it raises a BaseException.
       if not isinstance(error, Exception) and type(error).__name__ != 'PanicException':
         raise
       raise RequestError(
@@ -93,7 +93,7 @@ class TokenizerVocabulary(Vocabulary):
     return front[0] if front and with_specials[len(front) :] == without else None
 
   def encode(self, text: str) -> list[int]:
-    """Return the ids of a text, without BOS and end; names of special tokens become those.
+    """Encode a text without BOS and end; names of special tokens in it become these tokens.
 
     Raises:
       UnicodeEncodeError: The text has a lone surrogate.
@@ -123,7 +123,7 @@ class TokenizerVocabulary(Vocabulary):
     return {TOKENIZER_FILE: self._data}
 
   def _read_decoder(self, state: Mapping[str, Any] | None) -> None:
-    """Note how tokens become bytes. Raises KeyError or TypeError for an unknown decoder."""
+    """Find out how tokens become bytes; raise KeyError or TypeError for an unknown decoder."""
     if state is None:
       raise KeyError('none')
     parts = state['decoders'] if state['type'] == 'Sequence' else [state]
@@ -153,7 +153,7 @@ class TokenizerVocabulary(Vocabulary):
 
 @functools.cache
 def byte_of_character() -> dict[str, int]:
-  """Return the byte that each character of a byte-level token stands for, as in GPT-2.
+  """Map each character of a byte-level token to the byte that it stands for, as in GPT-2.
 
   Printable characters of Latin-1 stand for themselves, other bytes for characters from U+0100 on.
   """

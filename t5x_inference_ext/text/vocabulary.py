@@ -1,7 +1,8 @@
 """The vocabularies' interface, and UTF-8 bytes as a vocabulary.
 
-Every vocabulary says which bytes each token adds to a text. So the text of ids is their bytes in a
-row, decoded once, and a stream of tokens is decoded exactly as it comes (detokenizer.py).
+Every vocabulary gives the bytes that each token adds to a text. The text of ids is their
+concatenated bytes, decoded as UTF-8. So a stream of tokens can be decoded incrementally with an
+equal result (detokenizer.py).
 """
 
 import abc
@@ -10,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from t5x_inference_ext.errors import RequestError
 
-# How SentencePiece, and tokenizers made of it, write a space.
+# The character that SentencePiece, and tokenizers converted from it, use for a space.
 SPACE_SIGN = '\u2581'
 # Embedding rows of a model trained on bytes: 259 ids, padded to a multiple of 128.
 BYTE_ROWS = 384
@@ -20,12 +21,12 @@ class Vocabulary(abc.ABC):
   """A vocabulary: encodes text to token ids, and decodes them. Picklable.
 
   Attributes:
-    kind: A key of settings.KINDS but 'none'.
+    kind: A key of settings.KINDS other than 'none'.
     name: Name for messages: 'bytes', or the file's path.
     bos_id: The id that is put in front of a prompt; None: none is.
     end_ids: The ids that end a row.
-    leading_spaces: Most spaces that decoding drops from the beginning of a text: SentencePiece
-      writes one in front of the first word.
+    leading_spaces: Maximum number of leading spaces of a text that decoding drops. SentencePiece
+      puts one before the first word.
   """
 
   kind: str
@@ -37,13 +38,13 @@ class Vocabulary(abc.ABC):
   @property
   @abc.abstractmethod
   def size(self) -> int:
-    """Number of ids: each id is below it."""
+    """Number of ids: all ids are below it."""
 
   @property
   def own_bos_id(self) -> int | None:
     """The id that the vocabulary's own library puts in front of a text; None: none.
 
-    A checkpoint may say otherwise.
+    A checkpoint's settings take precedence.
     """
     return self.bos_id
 
@@ -64,13 +65,13 @@ class Vocabulary(abc.ABC):
     """Return the UTF-8 bytes that a token adds to a text; a token may hold part of a character.
 
     Args:
-      token: Any id. An id that is not the vocabulary's adds nothing.
-      special: Whether special tokens (BOS, end, roles of a chat) add their names; else they add
+      token: Any id. An id outside the vocabulary adds nothing.
+      special: Whether special tokens (BOS, end, chat roles) add their names; otherwise they add
         nothing.
     """
 
   def files(self) -> Mapping[str, bytes]:
-    """Return the files that hold the vocabulary: name -> content. Bytes need none."""
+    """Return the files that hold the vocabulary: name -> content; {} for bytes."""
     return {}
 
   def decode(self, ids: Sequence[int], special: bool = False) -> str:
@@ -78,7 +79,7 @@ class Vocabulary(abc.ABC):
 
     Args:
       ids: Token ids.
-      special: Whether names of special tokens are part of the text.
+      special: Whether to include the names of special tokens.
     """
     text = codecs.decode(b''.join(self.piece(i, special) for i in ids), 'utf-8', 'replace')
     return text[count_leading_spaces(text, self.leading_spaces) :]
@@ -116,8 +117,8 @@ def encode_pair(
 ) -> tuple[list[int], list[int]]:
   """Return the ids of a prompt and of its completion, encoded together as one text.
 
-  The completion's tokens are those whose text ends after the prompt. So a token that holds the end
-  of the prompt and the beginning of the completion is the completion's.
+  A token belongs to the completion if its text ends after the prompt's. This includes a token that
+  spans the end of the prompt and the beginning of the completion.
 
   Raises:
     UnicodeEncodeError: The text has a lone surrogate.

@@ -1,4 +1,4 @@
-"""Finding the vocabulary of a run or a conversion."""
+"""Choice and reading of the vocabulary of a run or a conversion."""
 
 import dataclasses
 import os
@@ -10,20 +10,20 @@ from t5x_inference_ext.text.settings import TextSettings, check_settings, settin
 from t5x_inference_ext.text.tokenizer_json import TOKENIZER_FILE, TokenizerVocabulary
 from t5x_inference_ext.text.vocabulary import ByteVocabulary, Vocabulary
 
-# The vocabularies that transformers keeps in a model's directory, the first of which is taken.
+# Names of vocabulary files in a model's directory, in order of preference.
 PUBLIC_FILES = (TOKENIZER_FILE, 'tokenizer.model')
 
 
 def vocabulary_of_file(name: str, data: bytes) -> Vocabulary:
-  """Return the vocabulary in a file, with the BOS that its own library puts in front.
+  """Read a vocabulary file; its BOS is the one that its own library puts in front of a text.
 
   Args:
-    name: Path of the file: one that ends with .json is a tokenizer.json, another one a
+    name: Path of the file. A name that ends with .json means a tokenizer.json, any other name a
       SentencePiece model.
     data: Its content.
 
   Raises:
-    RequestError: The data is no vocabulary.
+    RequestError: The data is not a vocabulary.
   """
   make = TokenizerVocabulary if name.endswith('.json') else SentencePieceVocabulary
   vocabulary = make(name, data)
@@ -32,14 +32,14 @@ def vocabulary_of_file(name: str, data: bytes) -> Vocabulary:
 
 
 def open_settings(name: str) -> TextSettings:
-  """Return the settings that a vocabulary's file holds, with those of the files beside it.
+  """Read the text settings from a vocabulary file and the config files beside it.
 
   Args:
-    name: 'bytes', a SentencePiece .model file, or a tokenizer.json. Beside a file that has a name
-      of transformers, tokenizer.json or tokenizer.model, further files are read (model_files.py).
+    name: 'bytes', a SentencePiece .model file, or a tokenizer.json. Config files (model_files.py)
+      are read only beside a file named tokenizer.json or tokenizer.model.
 
   Raises:
-    RequestError: There is no such file, or it is no vocabulary.
+    RequestError: The file does not exist, or is not a vocabulary.
     CheckpointError: A file beside it is damaged.
   """
   if name == 'bytes':
@@ -62,7 +62,7 @@ def open_settings(name: str) -> TextSettings:
       raise RequestError(f"can't read {path}: {error.strerror}") from error
 
   data = read(file)
-  assert data is not None  # it is a file
+  assert data is not None  # the file exists
   vocabulary = vocabulary_of_file(name, data)
   if not name.endswith('.json') and file not in PUBLIC_FILES:
     return settings_of_vocabulary(vocabulary)
@@ -72,17 +72,17 @@ def open_settings(name: str) -> TextSettings:
 def choose_settings(
   name: str | None, recorded: TextSettings, rows: int, *, needed: bool
 ) -> TextSettings:
-  """Return the settings of a run.
+  """Choose the text settings of a run.
 
   Args:
-    name: The vocabulary that was asked for (see open_settings), or None: the checkpoint's own.
+    name: The requested vocabulary (see open_settings); None: the checkpoint's own.
     recorded: The checkpoint's settings.
     rows: V, rows of the model's embedding.
     needed: Whether there is text to encode. Token ids need no vocabulary.
 
   Raises:
-    RequestError: A vocabulary is needed and not known, is no vocabulary, or has more ids than the
-      model has rows.
+    RequestError: A vocabulary is needed but not known, the file is not a vocabulary, or it has more
+      ids than the model has rows.
     CheckpointError: A file beside the vocabulary is damaged.
   """
   found = recorded if name is None else _given(open_settings(name), recorded)
@@ -97,11 +97,10 @@ def choose_settings(
 
 
 def _given(given: TextSettings, recorded: TextSettings) -> TextSettings:
-  """Return the settings of a vocabulary that was asked for, with what the checkpoint says itself.
+  """Combine the settings of a requested vocabulary with the checkpoint's own settings.
 
-  BOS is the model's, which started each row of its training with it: 0 in T5X. A public model of
-  which no vocabulary is known may say which ids end its rows; its BOS is the vocabulary's, unless
-  it says that too.
+  BOS is the checkpoint's, because the model was trained with it (0 in T5X). A public model without
+  a known vocabulary may state its end ids. If it does not state BOS, the vocabulary's BOS is used.
   """
   if recorded.kind != 'none' or recorded.is_only_t5x:
     return dataclasses.replace(given, bos_id=recorded.bos_id)

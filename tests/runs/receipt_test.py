@@ -158,7 +158,7 @@ def test_identity_depends_on_values_and_not_on_the_place(palm_tiny, testdata, tm
 
 def test_other_weights_are_refused(refusal, receipt, testdata):
   checkpoint = testdata / 'palm_unscanned' / 'checkpoint_0'
-  assert 'of other weights' in refusal(receipt, '--mesh=1x1x1', checkpoint=checkpoint)
+  assert 'made with other weights' in refusal(receipt, '--mesh=1x1x1', checkpoint=checkpoint)
   receipt['weights']['sha256'] = '0' * 64
   assert 'norms 000000000000, and ' in refusal(receipt)
 

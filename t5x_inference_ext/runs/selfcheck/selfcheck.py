@@ -163,8 +163,7 @@ def _golden(
   parts: _Parts, source: Callable[[], Checkpoint], mesh: jax.sharding.Mesh, goldens: golden.Goldens
 ) -> list[dict[str, Any]]:
   checkpoint, pairs = source(), golden.layout_pairs()
-  if checkpoint.weights == 'int8': # the cache's conversion between layouts does not depend on the
-  dtype of weights
+  if checkpoint.weights == 'int8':  # moving the cache between layouts does not depend on it
     pairs = [(prefill, decode) for prefill, decode in pairs if prefill == decode]
   parts.say(f'{checkpoint.weights} weights: {len(pairs)} pairs of layouts ...')
   results = []
