@@ -42,7 +42,7 @@ def __getattr__(name: str) -> Any:
   if name not in _MODULES:
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
   value = getattr(importlib.import_module(f'{__name__}.{_MODULES[name]}'), name)
-  globals()[name] = value  # later uses find it without this function
+  globals()[name] = value  # later uses do not call this function
   return value
 
 

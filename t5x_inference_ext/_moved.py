@@ -1,6 +1,6 @@
 """Errors for old names of modules and classes: using one raises an error with the new name.
 
-Gin files name modules and classes, so a rename breaks files of users that no tool here sees.
+Users' gin files name modules and classes, so a rename breaks files that no tool here can check.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,7 @@ from typing import Any
 _PACKAGE = 't5x_inference_ext'
 _WHERE = '(CHANGELOG.md lists all new names)'
 
-# Removed packages, and the package that most of their modules moved to.
+# Removed package -> package that most of its modules moved to.
 _PACKAGES = {
   'collectives': 'model.collectives',
   'decoding': 'engine',
@@ -56,14 +56,14 @@ _MODULES = {
 class MovedModuleFinder:
   """The last finder in `sys.meta_path`. It raises an error for old module names of this package.
 
-  For a removed package it returns an empty package. Python then asks for the package's modules one
-  by one, and each module has its own new name.
+  For a removed package it returns an empty package. Python then asks for each module in it, which
+  has its own new name.
   """
 
   def find_spec(
     self, fullname: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
   ) -> importlib.machinery.ModuleSpec | None:
-    """Return an empty package, or None for a name that was never this package's.
+    """Return an empty package, or None for a name that this package never had.
 
     Raises:
       ModuleNotFoundError: The module has a new name.

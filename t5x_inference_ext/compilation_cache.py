@@ -1,9 +1,9 @@
 """The commands' persistent compilation cache: compiled programs in files, for later runs.
 
-jax finds a program by a hash of its code, the compiler's options and the version. jax's own files,
-though, are not written atomically and have no checksum: one that was cut off stays there, and fails
-in every run. Here each file has a checksum, gets its name when it is whole, and is removed when it
-is damaged. No error of the directory ends a run.
+jax finds a program by a hash of its code, the compiler's options and the version. But jax does not
+write its files atomically, and they have no checksum: a truncated file stays, and every later run
+fails. Here each file has a checksum, is renamed to its final name when it is complete, and is
+removed if it is damaged. Errors of the directory never end a run.
 """
 
 from collections.abc import Callable
@@ -20,11 +20,11 @@ import warnings
 from t5x_inference_ext.options import check_options, option
 from t5x_inference_ext.text_format import decimal_bytes
 
-MOST_BYTES = 4 * 10**9  # the files used least recently are removed above it
-LEAST_SECONDS = 0.1  # programs that compile in less are not kept
+MOST_BYTES = 4 * 10**9  # beyond this, the least recently used files are removed
+LEAST_SECONDS = 0.1  # programs that compile faster are not kept
 GROUP = 'Sharding, memory and compilation'
 _SUFFIX = '.program'
-_CHECKSUM_BYTES = 32  # sha256, at a file's beginning
+_CHECKSUM_BYTES = 32  # SHA-256, at the beginning of a file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,16 +50,16 @@ class ProgramFiles:
 
   Args:
     directory: The directory; made if it does not exist.
-    warn: Prints one line about a directory that can't be used.
+    warn: Function that prints one line if the directory can't be used.
 
   Attributes:
-    count: Number of programs that were found in the directory.
-    size: Their bytes.
+    count: Number of programs found in the directory.
+    size: Total bytes of these programs.
     failed: Whether the directory could not be used, and `warn` was called.
   """
 
   def __init__(self, directory: str, warn: Callable[[str], None]) -> None:
-    # jax reads _path in messages.
+    # jax prints the attribute _path in messages.
     self._path = self._directory = pathlib.Path(directory)
     self._warn, self.failed = warn, False
     self.count = self.size = 0
@@ -68,7 +68,7 @@ class ProgramFiles:
       self._remove_oldest()
 
   def get(self, key: str) -> bytes | None:
-    """Return a program, or None if there is none that is whole."""
+    """Return a program, or None if it is missing or damaged."""
     path = self._directory / (key + _SUFFIX)
     try:
       data = path.read_bytes()
@@ -82,11 +82,11 @@ class ProgramFiles:
       if hashlib.sha256(program).digest() != checksum:
         path.unlink()
         return None
-      os.utime(path)  # the time of its last use
+      os.utime(path)  # record the time of its last use
     return program if hashlib.sha256(program).digest() == checksum else None
 
   def put(self, key: str, value: bytes) -> None:
-    """Keep a program."""
+    """Store a program."""
     with self._errors('written'):
       handle, temporary = tempfile.mkstemp(suffix='.tmp', dir=self._directory)
       try:
@@ -98,10 +98,10 @@ class ProgramFiles:
         raise
 
   def clear(self) -> None:
-    """Do nothing: jax clears a cache in its own tests alone."""
+    """Do nothing: only jax's own tests clear a cache."""
 
   def _remove_oldest(self) -> None:
-    """Count the programs, after removing those used least recently if there are too many bytes."""
+    """Remove the least recently used programs beyond MOST_BYTES, and count the remaining ones."""
     found = []
     for path in self._directory.glob(f'*{_SUFFIX}'):
       with contextlib.suppress(FileNotFoundError):  # another process removed it
@@ -121,7 +121,7 @@ class ProgramFiles:
       self._say(verb, error)
 
   def _say(self, verb: str, error: OSError) -> None:
-    """Warn once: a directory that fails goes on failing."""
+    """Warn about the directory, but only once: it will keep failing."""
     if not self.failed:
       self.failed = True
       self._warn(
@@ -131,13 +131,13 @@ class ProgramFiles:
 
 
 def use_compilation_cache(options: CacheOptions, say: Callable[[str], None]) -> None:
-  """Let jax keep the programs of this process in a directory, and say which.
+  """Make jax store this process's compiled programs in a directory, and print its path.
 
   It changes jax's global configuration, which only commands may do. JAX_ENABLE_COMPILATION_CACHE=0
   turns the cache off.
 
   Args:
-    options: The directory, '' for none.
+    options: Gives the directory; '' turns the cache off.
     say: Prints a line.
   """
   import jax
@@ -150,7 +150,8 @@ def use_compilation_cache(options: CacheOptions, say: Callable[[str], None]) -> 
     say('compilation cache: none')
     return
   directory = os.path.abspath(directory or default_directory())
-  # CPU programs hold instructions of this processor, which a shared home directory may outlive.
+  # CPU programs contain instructions of this processor; a shared home directory may be used with
+  # others.
   directory = os.path.join(directory, f'jax-{jax.__version__}-{_processor()}')
   files = ProgramFiles(directory, say)
   jax.config.update('jax_compilation_cache_dir', directory)
@@ -158,7 +159,7 @@ def use_compilation_cache(options: CacheOptions, say: Callable[[str], None]) -> 
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
   _install(files)
   if files.failed:
-    return  # and the warning has been printed
+    return  # the warning has already been printed
   say(
     f'compilation cache: {directory}, {files.count} programs, {decimal_bytes(files.size)} '
     '(--compilation_cache= turns it off)'
@@ -168,13 +169,13 @@ def use_compilation_cache(options: CacheOptions, say: Callable[[str], None]) -> 
 def default_directory() -> str:
   """Return the user's directory for compiled programs."""
   home = os.environ.get('XDG_CACHE_HOME', '')
-  if not os.path.isabs(home):  # as the XDG specification has it
+  if not os.path.isabs(home):  # the XDG specification says to ignore relative paths
     home = os.path.join(os.path.expanduser('~'), '.cache')
   return os.path.join(home, 't5x_inference_ext', 'programs')
 
 
 def _install(files: ProgramFiles) -> None:
-  """Make jax use `files`. Where another version of jax has no such place, it uses its own files."""
+  """Make jax use `files`; a version of jax that does not allow it keeps using its own files."""
   with contextlib.suppress(ImportError, AttributeError):
     import jax._src.compilation_cache as module
 
@@ -182,7 +183,7 @@ def _install(files: ProgramFiles) -> None:
     cache.get_file_cache  # noqa: B018  # an AttributeError, if there is none
     cache.reset_cache()
     cache.get_file_cache = lambda path: (files, path)
-  # A program that the compiler refuses to load again is compiled, without jax's many lines.
+  # If a program can't be loaded again, it is compiled; silence jax's long warning about that.
   warnings.filterwarnings('ignore', 'Error (reading|writing) persistent compilation cache entry')
 
 
@@ -190,7 +191,7 @@ def _processor() -> str:
   """Return a short name of this processor's kind and instructions."""
   try:
     with open('/proc/cpuinfo', encoding='utf-8', errors='replace') as file:
-      # The first of the processors, without what changes: clock and number.
+      # The entry of the first processor, without fields that vary: clock and number.
       lines = file.read().partition('\n\n')[0].splitlines()
   except OSError:
     lines = [platform.processor()]

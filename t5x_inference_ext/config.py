@@ -15,7 +15,7 @@ from t5x_inference_ext.errors import name_list
 from t5x_inference_ext.features import MLPS, check_features
 from t5x_inference_ext.presets import PRESETS
 
-# Fields that every serving checkpoint records; others only if they are not the default.
+# Fields that every serving checkpoint records. Other fields are recorded only if not the default.
 _RECORDED = 13
 
 
@@ -47,7 +47,7 @@ class ModelConfig:
     d_ff: F, the width of the MLP: 4 E in PaLM and Megatron-Turing, about 8/3 E or more in
       Llama-like models.
     num_heads: H, query heads.
-    d_head: Q. H * Q need not be E: it is less in PaLM and more in Gemma 7B.
+    d_head: Q. H * Q may differ from E: it is less in PaLM and more in Gemma 7B.
     vocab_size: V, rows of the embedding.
     num_kv_heads: K, key/value heads; a divisor of H. 1: multiquery (PaLM, Falcon-7B, Gemma 2B). H:
       multihead (Megatron-Turing, Llama 7B and 13B, Command-R, OLMo). Between: grouped-query (Llama
@@ -87,7 +87,7 @@ class ModelConfig:
     qkv_clip: Queries, keys and values are clipped to +- this value, or None (OLMo, some MPT).
     attention_soft_cap: Attention logits x become cap * tanh(x / cap); None: unchanged. 50 in Gemma
       2.
-    logit_soft_cap: Logits likewise. 30 in Gemma 2.
+    logit_soft_cap: The soft cap of logits, applied likewise. 30 in Gemma 2.
     positions: 'rotary'; 'alibi' (BLOOM, MPT, Falcon-RW); 'learned', a table that is added to the
       embedding (GPT-2, OPT, StarCoder); 'relative', T5's bias by distance, one table for all layers
       (T5X's decoders); or 'none'.
@@ -107,7 +107,7 @@ class ModelConfig:
       with eager attention: its mask holds the bias too.
     alibi_max: Slopes are powers of two down to 2**-alibi_max: 8 in all but some MPT models.
     num_positions: Rows of the learned table of positions.
-    relative_buckets, relative_max_distance: Of T5's relative bias.
+    relative_buckets, relative_max_distance: Parameters of T5's relative bias.
     embedding_norm: Whether a norm follows the embedding (BLOOM).
     layer_pattern: Kinds of layers, repeated over all layers: 'global' layers attend to all
       positions, 'local' ones to the last `window`. ('local',) in Mistral v0.1, ('local', 'global')
@@ -163,7 +163,7 @@ class ModelConfig:
   window: int | None = None
 
   def __post_init__(self) -> None:
-    object.__setattr__(self, 'layer_pattern', tuple(self.layer_pattern))  # JSON has lists
+    object.__setattr__(self, 'layer_pattern', tuple(self.layer_pattern))  # JSON gives a list
     check_features(self)
 
   @property
@@ -174,7 +174,7 @@ class ModelConfig:
     return BlockPart('attention', True, False), BlockPart('mlp', False, True)
 
   def has_two_norms(self, block_part: BlockPart) -> bool:
-    """Return whether attention and MLP of a block part are fed by a norm each."""
+    """Return whether attention and MLP of a block part each have their own norm."""
     return block_part.name == 'parallel' and self.parallel_norms == 2
 
   @property
@@ -197,7 +197,7 @@ class ModelConfig:
 
   @property
   def features(self) -> dict[str, Any]:
-    """The features in which the model differs from PaLM: fields that are not the default."""
+    """Fields that are not the default: the features in which the model differs from PaLM."""
     fields = dataclasses.fields(self)[_RECORDED:]
     return {f.name: v for f in fields if (v := getattr(self, f.name)) != f.default}
 
@@ -221,7 +221,8 @@ class ModelConfig:
   def to_dict(self) -> dict[str, Any]:
     """Return the fields as a JSON-ready dict; from_dict is the inverse.
 
-    Features that are PaLM's are left out, so that versions without these features read the dict.
+    Features that equal PaLM's are left out, so that versions without these features can read the
+    dict.
     """
     fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)[:_RECORDED]}
     features = {k: [*v] if isinstance(v, tuple) else v for k, v in self.features.items()}
@@ -229,7 +230,7 @@ class ModelConfig:
 
   @classmethod
   def from_dict(cls, fields: Mapping[str, Any]) -> 'ModelConfig':
-    """Return the config with the fields that to_dict returned.
+    """Make a config from the fields that to_dict returned.
 
     Raises:
       ValueError: A field is unknown. A newer version may have written it.
@@ -255,11 +256,11 @@ class ModelConfig:
 
 
 def preset(name: str, **overrides: Any) -> ModelConfig:
-  """Return a named shape.
+  """Return the ModelConfig of a named model.
 
   Args:
     name: A key of PRESETS.
-    **overrides: Attributes of ModelConfig that replace those of the preset.
+    **overrides: Attributes of ModelConfig that replace the preset's values.
 
   Raises:
     ValueError: The name is unknown; the message lists the known ones.

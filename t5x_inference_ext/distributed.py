@@ -1,9 +1,9 @@
 """Several processes that run one program, each with its own devices: joining, and agreement.
 
 Every computation over the mesh needs all processes, so all of them take the same steps. A step that
-can fail in one process alone (reading a file that only it lacks, writing the output in process 0)
-ends with an exchange: all processes learn of the error, and end. With one process these functions
-cost nothing.
+can fail in only one process (reading a file that it lacks, writing the output in process 0) ends
+with an exchange, so that all processes learn of the error and end. With a single process these
+functions cost nothing.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -25,12 +25,12 @@ from t5x_inference_ext.errors import MeshError, RequestError, UserError
 from t5x_inference_ext.rendezvous import AUTO, ProcessOptions
 
 TIMEOUT_SECONDS = 120  # limit on waiting for the other processes
-# Seconds that a finished process waits for the others: tf.data takes up to a minute to drop an
-# iterator.
+# Seconds that a finished process waits for the others, since tf.data takes up to a minute to drop
+# an iterator.
 SHUTDOWN_SECONDS = 120
-# Milliseconds that a process waits for a message: process 0 may have nothing to do for a day.
+# Milliseconds that a process waits for a message. Long, since process 0 may be idle for a day.
 _MESSAGE_MS = 86_400_000
-# Attribute of an error that all processes know: such an error is not exchanged again.
+# Attribute that marks an error that all processes know; it is not exchanged again.
 _EXCHANGED = '_exchanged'
 
 _T = TypeVar('_T')
@@ -41,7 +41,8 @@ def initialize(processes: ProcessOptions, *, timeout: float = TIMEOUT_SECONDS) -
 
   Args:
     processes: The coordinator's address, the number of processes, and the index of this one. With
-      the address 'auto' jax finds all three, as on TPU pods, SLURM, Open MPI and Kubernetes.
+      the address 'auto', jax finds all three; this works on TPU pods, SLURM, Open MPI and
+      Kubernetes.
     timeout: Seconds to wait for the others.
 
   Raises:
@@ -85,7 +86,7 @@ def is_main() -> bool:
 
 
 def check_mesh(mesh: jax.sharding.Mesh) -> None:
-  """Raise MeshError if the mesh has no device of some process, which then could not take part."""
+  """Raise MeshError if the mesh has no device of some process, which could then not take part."""
   idle = set(range(jax.process_count())) - {device.process_index for device in mesh.devices.flat}
   if idle:
     raise MeshError(
@@ -103,14 +104,14 @@ def exchange(make: Callable[[], _T]) -> list[_T]:
 
   Raises:
     Exception: The error of `make`, in the process where it was raised.
-    RequestError: An error with that message, in the other processes.
+    RequestError: In the other processes, an error with the message of that error.
   """
   if jax.process_count() == 1:
     return [make()]
   value, error = None, None
   try:
     value = make()
-  except Exception as e:  # for any error, the other processes must not wait for this one
+  except Exception as e:  # after any error, the other processes must not wait for this one
     error = e
   answers = [json.loads(text) for text in _gather(json.dumps([_message(error), value]))]
   if error is not None:
@@ -139,7 +140,7 @@ def check_same(**parts: Any) -> None:
       if digest[name] != value:
         raise _exchanged(
           RequestError(
-            f'process {process} has other {name} than process 0: all processes need the same '
+            f'{name} of process {process} and of process 0 differ: all processes need the same '
             'flags and files'
           )
         )
@@ -147,7 +148,7 @@ def check_same(**parts: Any) -> None:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-  """Run a block in every process. If it raises in one of them, it raises in all of them."""
+  """Run a block in every process. If it raises in one process, raise in all processes."""
   try:
     yield
   except Exception as error:
@@ -159,11 +160,11 @@ def together() -> Iterator[None]:
 
 
 def lockstep(items: Iterable[_T], key: Callable[[_T], Any] = lambda item: None) -> Iterator[_T]:
-  """Yield each item when every process has one, so that all processes run equal batches.
+  """Yield items in step with the other processes, checking that their items are equal.
 
   Args:
     items: The items of this process.
-    key: Returns the value that has to be equal in all processes, with a readable repr.
+    key: Function from an item to a value that must be equal in all processes, with a readable repr.
 
   Raises:
     RequestError: The processes have different items, or different numbers of them.
@@ -196,7 +197,7 @@ def _digest(value: Any) -> str:
 
 
 def _gather(text: str) -> list[str]:
-  """Return the text of every process. Texts are padded to few sizes, to save compilations."""
+  """Return the texts of all processes. Texts are padded to a few sizes, to save compilations."""
   data = np.frombuffer(text.encode(), np.uint8)
   sizes = multihost_utils.process_allgather(np.asarray(len(data), np.int32))
   width = -(-int(sizes.max()) // 1024) * 1024
@@ -220,10 +221,10 @@ def _raise(error: Exception) -> None:
 
 
 class Messages:
-  """Bytes from process 0 to the others, in order, on the hosts alone: no device waits for them.
+  """Sends bytes from process 0 to the others, in order, between hosts; devices are not involved.
 
-  They go through jax's coordination service. After every SERIES messages all processes wait for
-  each other once, and process 0 removes what all have read.
+  Messages go through jax's coordination service. After every SERIES messages all processes wait for
+  each other once, and process 0 removes the messages that all have read.
 
   Args:
     name: Name of the messages, unique in the run.
@@ -236,7 +237,7 @@ class Messages:
     self._client: Any = jax_distributed.global_state.client
 
   def next(self, make: Callable[[], bytes]) -> bytes:
-    """Return the next message: made and sent by process 0, awaited by the others."""
+    """Return the next message; process 0 makes and sends it, the others wait for it."""
     if jax.process_count() == 1:
       return make()
     series, number = divmod(self._count, self.SERIES)

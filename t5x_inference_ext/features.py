@@ -113,6 +113,6 @@ def _check_values(config: 'ModelConfig') -> None:
   pattern = config.layer_pattern
   if not 1 <= len(pattern) <= config.num_layers or not set(pattern) <= {'global', 'local'}:
     raise ValueError(
-      f"ModelConfig.layer_pattern must hold 1 to {config.num_layers} times 'global' or 'local', "
+      f"ModelConfig.layer_pattern must be 1 to {config.num_layers} times 'global' or 'local', "
       f'got {pattern!r:.200}'
     )

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-# PaLM's published shapes (the paper's section 4 and PaLM's own Table 1), the Megatron-Turing model
-# that the paper compares with (its section 5), the small model of the test fixtures, and public
-# models, from their config.json.
+# PaLM's published shapes (section 4 of Pope et al. and Table 1 of the PaLM paper), the
+# Megatron-Turing model that Pope et al. compare with (section 5), the small bundled model, and
+# public models (from their config.json).
 PRESETS: dict[str, dict[str, Any]] = {
   'palm_tiny': dict(num_layers=4, d_model=256, d_ff=1024, num_heads=8, d_head=32, vocab_size=384),
   'palm_8b': dict(

@@ -1,4 +1,4 @@
-"""Lines on stdout without delay; progress on stderr: a bar on a terminal, else lines at times."""
+"""Unbuffered lines on stdout; progress on stderr, as a bar on a terminal, else as rare lines."""
 
 import contextlib
 import sys
@@ -13,11 +13,11 @@ LINE_SECONDS = 10  # seconds between lines, if there is no terminal
 
 
 def print_line(line: str) -> None:
-  """Print a line of a command's output without delay. Raises UserError if it can't be written."""
+  """Print a line of a command's output, unbuffered; raise UserError if it can't be written."""
   try:
     print(line, flush=True)
   except BrokenPipeError:
-    raise  # the command ends, and says nothing
+    raise  # the reader has closed the pipe: the command ends silently
   except OSError as e:
     raise UserError(f"can't write to standard output: {e.strerror}") from e
 
@@ -28,7 +28,7 @@ class ProgressBar:
   Args:
     what: Name of the step.
     total: Number of items or bytes, or None if unknown.
-    is_bytes: Whether bytes are counted. Their bar, and a last line, stay after the step is done.
+    is_bytes: Whether the count is in bytes. A bar of bytes, with a last line, stays after the step.
     shown: Whether to show anything.
   """
 
@@ -75,14 +75,14 @@ class ProgressBar:
 
 
 class PassProgress:
-  """A progress bar for each pass over the data: convert, verify, upload."""
+  """Shows a progress bar for each pass over the data: convert, verify, upload."""
 
   def __init__(self) -> None:
     self._pass = ''
     self._bar: ProgressBar | None = None
 
   def __call__(self, what: str, done: int, total: int) -> None:
-    """Count bytes of a pass; `what` begins with the name of the pass."""
+    """Show that `done` of `total` bytes of a pass are done; `what` begins with the pass's name."""
     name = next((n for n in ('verify', 'upload') if what.startswith(f'{n} ')), 'convert')
     if self._bar is None or name != self._pass:
       self.close()

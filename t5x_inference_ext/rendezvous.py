@@ -1,9 +1,9 @@
-"""Rendezvous of a run's processes: all of them arrive, or each one says which are missing.
+"""Rendezvous of a run's processes: if some do not arrive, all others report which are missing.
 
 Without it jax 0.10 ends a process after a timeout with SIGABRT and a C++ stack trace, which does
 not name the missing processes; there is no Python error to handle. Here process 0 listens at the
-coordinator's port until the others have sent their indices, sends all of them the verdict, and
-frees the port for jax. Messages are one JSON object per line.
+coordinator's port until the other processes have sent their indices. Then it sends the result to
+all of them, and frees the port for jax. Messages are one JSON object per line.
 """
 
 import contextlib
@@ -17,9 +17,9 @@ from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.options import check_options, option
 
 AUTO = 'auto'
-NAME = 't5x_inference_ext'  # in every message, to recognize strangers at the port
+NAME = 't5x_inference_ext'  # in every message, to recognize other programs at the port
 RETRY_SECONDS = 0.2
-HELLO_SECONDS = 5  # seconds for a connection to send its index
+HELLO_SECONDS = 5  # time limit for a connection to send its index
 MAX_MESSAGE = 4096
 _PROCESSES = 'Several processes'
 
@@ -76,7 +76,7 @@ class ProcessOptions:
 
 
 def parse_address(address: str) -> tuple[str, int]:
-  """Return the host and port in 'HOST:PORT'. Raises RequestError for other text."""
+  """Parse 'HOST:PORT'; raise RequestError for other text."""
   host, colon, port = address.rpartition(':')
   if not colon or not host or not port.isdecimal() or len(port) > 5 or not 0 < int(port) < 2**16:
     raise RequestError(
@@ -92,7 +92,7 @@ def meet(address: str, num_processes: int, process_id: int, timeout: float) -> N
     address: HOST:PORT of process 0.
     num_processes: Number of processes of the run.
     process_id: Index of this process.
-    timeout: Seconds to wait, at most.
+    timeout: Maximum number of seconds to wait.
 
   Raises:
     RequestError: Process 0 can't be reached or can't listen; or processes are missing, have the
@@ -107,7 +107,7 @@ def meet(address: str, num_processes: int, process_id: int, timeout: float) -> N
 
 
 def _receive_all(port: int, num_processes: int, deadline: float, timeout: float) -> None:
-  """Wait in process 0 for the others, and send them the verdict."""
+  """In process 0, wait for the other processes, and send them the result."""
   arrived, connections, error = {0}, [], None
   with contextlib.ExitStack() as stack:
     server = stack.enter_context(_listen(port, num_processes))
@@ -146,7 +146,7 @@ def _receive_all(port: int, num_processes: int, deadline: float, timeout: float)
 def _report(
   host: str, port: int, num_processes: int, process_id: int, deadline: float, timeout: float
 ) -> None:
-  """Send process 0 this process's index, and wait for the verdict."""
+  """Send this process's index to process 0, and wait for the result."""
   while True:
     try:
       with socket.create_connection((host, port), timeout=_left(deadline)) as connection:
@@ -169,7 +169,7 @@ def _report(
 
 
 def _left(deadline: float) -> float:
-  """Return the seconds until a deadline, above 0, because 0 makes a socket not wait at all."""
+  """Return the seconds until a deadline, but more than 0: with 0 a socket would not wait at all."""
   return max(deadline - time.monotonic(), 0.001)
 
 
@@ -194,7 +194,7 @@ def _write(connection: socket.socket, **message: Any) -> None:
 
 
 def _read(connection: socket.socket) -> dict[str, Any] | None:
-  """Return the message, or None for anything else: strangers may connect to an open port."""
+  """Read a message; return None for anything else, since any program may connect to the port."""
   try:
     with connection.makefile('rb') as stream:
       message = json.loads(stream.readline(MAX_MESSAGE))

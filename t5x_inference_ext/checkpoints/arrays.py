@@ -2,7 +2,7 @@
 
 Loading, conversion and the writer of T5X checkpoints all use this map.
 
-A stored array is worked on in *factored* order [L, *inputs, *outputs]: the layer axis first, then
+A stored array is processed in *factored* order [L, *inputs, *outputs]: the layer axis first, then
 the axes that a matmul sums over, then the axes that it keeps. A canonical tensor is addressed as
 one matrix per layer, [L, rows, columns]: rows are the merged inputs, columns the merged outputs. A
 norm is one row; a tensor without a layer axis has L = 1.
@@ -53,7 +53,7 @@ class KernelPart:
     return stored if exact else np.dtype(np.float32)
 
   def to_canonical(self, values: np.ndarray) -> np.ndarray:
-    """Return the canonical values of stored values."""
+    """Convert stored values to canonical values."""
     if self.reciprocal:
       with np.errstate(divide='ignore', over='ignore'):
         values = values.dtype.type(1) / values
@@ -63,7 +63,7 @@ class KernelPart:
     return values.astype(dtype, copy=False) * dtype.type(self.factor)
 
   def to_stored(self, values: np.ndarray) -> np.ndarray:
-    """Return the values to store for canonical values: the inverse of to_canonical."""
+    """Convert canonical values to stored values: the inverse of to_canonical."""
     if self.factor != 1:
       values = values / values.dtype.type(self.factor)
     return 1 / values if self.reciprocal else values
@@ -103,14 +103,14 @@ class KernelLayout:
     return (self.layers or 1, *self.inputs, *self.outputs)
 
   def to_factored(self, stored: tuple) -> tuple:
-    """Reorder sizes or ranges from stored axes to factored ones."""
+    """Reorder sizes or ranges from the stored to the factored order of axes."""
     if self.layers is None:
       return ((0, 1) if isinstance(stored[0], tuple) else 1, *stored)
     axis = self.layer_axis
     return (stored[axis], *stored[:axis], *stored[axis + 1 :])
 
   def to_stored(self, factored: tuple) -> tuple:
-    """Reorder sizes or ranges from factored axes to stored ones."""
+    """Reorder sizes or ranges from the factored to the stored order of axes."""
     if self.layers is None:
       return factored[1:]
     axis = self.layer_axis
@@ -179,7 +179,7 @@ class KernelLayout:
     return tuple(sizes[: len(self.inputs)]), tuple(sizes[len(self.inputs) :])
 
   def _shifted(self, part: KernelPart, bounds: Bounds) -> Bounds:
-    """Move factored bounds from within a part to the part's place in the array."""
+    """Convert factored bounds within a part to bounds within the array."""
     place = 1 + self.axis
     begin, end = bounds[place]
     return (*bounds[:place], (begin + part.start, end + part.start), *bounds[place + 1 :])

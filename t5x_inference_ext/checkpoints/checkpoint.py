@@ -48,8 +48,8 @@ class Checkpoint:
     form: The arrangement of parameters in a T5X tree (flaxformer.Reading.form); None if not
       recorded.
     notes: Lines for commands to print: what was found, and what was assumed.
-    conventions: What the weights of a T5X checkpoint do not show, by name, and who says it; as a
-      serving checkpoint made from one records it.
+    conventions: Name -> value and source of each property that T5X weights do not show. A serving
+      checkpoint converted from T5X's records them.
     text: Vocabulary, BOS, end tokens, chat template and generation defaults.
     index_crc32: CRC-32 of the headers of a checkpoint in a public format; None for other formats.
   """
@@ -74,7 +74,7 @@ class Checkpoint:
 
   @property
   def bos_id(self) -> int | None:
-    """The id that is put in front of a prompt; None: none is."""
+    """The id that is put in front of a prompt; None: no id is."""
     return self.text.bos_id
 
   @property
@@ -89,7 +89,7 @@ class Checkpoint:
 
   @property
   def generation_defaults(self) -> Mapping[str, float]:
-    """Sampling options that the model's maker recommends, by name."""
+    """Sampling options that the checkpoint recommends, by name."""
     return self.text.generation_defaults
 
 
@@ -110,16 +110,16 @@ def open_checkpoint(
       gs://; or a model's name on a hub, hf:OWNER/NAME.
     config: The model that the checkpoint must hold. None takes what the checkpoint records or, in
       T5X's formats, derives the model from names and shapes.
-    stock: Returns what T5X's own model says, as the user's gin configures it; asked for a T5X
-      checkpoint alone. docs/serving_checkpoint.md has the order of all sources.
-    **conventions: What weights do not show, by the names of Conventions, for a checkpoint that does
-      not record it. Where nobody says it, only a tree of ParallelFusedDecoderLayer is opened, with
-      PaLM's conventions. Notes say who said what.
+    stock: Function that returns the conventions of T5X's own model, as the user's gin configures
+      it; called only for a T5X checkpoint. docs/serving_checkpoint.md has the order of all sources.
+    **conventions: Fields of Conventions, for a T5X checkpoint that does not record them. If no
+      source states one, only a tree of ParallelFusedDecoderLayer can be opened, with PaLM's
+      conventions. Notes tell the source of each.
 
   Raises:
-    CheckpointError: There is no checkpoint, or it is of another model, or nobody says a convention.
+    CheckpointError: There is no checkpoint, it holds another model, or a convention is not stated.
       The message says what to do.
-    RequestError: A convention has no such value.
+    RequestError: A convention has an invalid value.
   """
   given = Conventions(**conventions)
   path = storage.normalize(path)
@@ -170,7 +170,7 @@ def is_finished(path: str | os.PathLike) -> bool:
 
 
 def read_tree(path: str) -> tuple[str, Tree] | None:
-  """Return the format and the parameters of a T5X checkpoint of any model; None for no checkpoint.
+  """Return the format and parameters of a T5X checkpoint of any model; None if there is none.
 
   Raises:
     CheckpointError: The checkpoint is damaged.
@@ -183,7 +183,7 @@ def read_tree(path: str) -> tuple[str, Tree] | None:
 
 
 def _from_tree(kind: str, tree: Tree, sources: ConventionSources) -> Checkpoint:
-  """Return the checkpoint of a tree in format `kind`."""
+  """Interpret a parameter tree in format `kind` as a checkpoint."""
   found = flaxformer.canonical(tree, sources)
   return Checkpoint(
     tree.path,
@@ -244,7 +244,7 @@ def _from_serving(
 
 def _compare(config: ModelConfig, found: ModelConfig, weights: str, path: str) -> None:
   """Raise CheckpointError for the first difference between a model and the recorded model."""
-  kinds = ('block', 'mlp', 'norm')  # these fields decide which tensors there are
+  kinds = ('block', 'mlp', 'norm')  # these fields decide which tensors exist
   fields = [*kinds, *(f.name for f in dataclasses.fields(config) if f.name not in kinds)]
   differing = next(name for name in fields if getattr(config, name) != getattr(found, name))
   if differing not in kinds:

@@ -1,6 +1,6 @@
-"""Conventions of a model that the weights in a T5X tree do not show, and who says them.
+"""Conventions: properties of a model that T5X weights do not show, and the sources that state them.
 
-For example, the same kernels serve a model with GELU and one with swish. The sources, in order of
+For example, a model with GELU and one with swish have equal kernels. The sources, in order of
 precedence: the manifest of a conversion that wrote the tree; T5X's own model, as the user's gin
 configures it (inside T5X); the config.gin of the training run; the user's options or MODEL_CONFIG.
 """
@@ -15,10 +15,10 @@ from t5x_inference_ext.features import MLPS, NORM_SCALES
 from t5x_inference_ext.options import check_options, option
 
 _GROUP = 'What the weights of a T5X checkpoint do not show'
-# The source that is the gin files in front of configs/t5x/infer.gin.
+# Name of the source: the gin files that are included before configs/t5x/infer.gin.
 STOCK = "T5X's own model, in the gin files in front"
 ASSUMED = "assumed, PaLM's"
-# The only conventions for which there is a default: those of PaLM, in the layer made for PaLM.
+# Only the layer made for PaLM has defaults, those of PaLM.
 PALM: Mapping[str, Any] = {
   'norm_scale': 'zero',
   'norm_epsilon': 1e-6,
@@ -30,9 +30,9 @@ PALM: Mapping[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Conventions:
-  """Conventions as one source says them. None: it does not say.
+  """Conventions as one source states them; None: the source does not state it.
 
-  All but rescale_logits are fields of ModelConfig. The help texts explain them.
+  All except rescale_logits are fields of ModelConfig. The help texts explain them.
 
   Raises:
     RequestError: A value is of the wrong type, or not one of the choices.
@@ -81,7 +81,7 @@ class Conventions:
     check_options(self)
 
   def said(self) -> dict[str, Any]:
-    """Return what the source says, by name."""
+    """Return the conventions that the source states, by name."""
     return {name: value for name, value in vars(self).items() if value is not None}
 
 
@@ -90,7 +90,7 @@ CONVENTION_NAMES = tuple(field.name for field in dataclasses.fields(Conventions)
 
 @dataclasses.dataclass(frozen=True)
 class Said:
-  """The value of a convention, and who said it."""
+  """The value of a convention, and its source."""
 
   value: Any
   source: str
@@ -105,13 +105,13 @@ class Said:
 
 @dataclasses.dataclass(frozen=True)
 class ConventionSources:
-  """All who may say a convention.
+  """All sources of conventions.
 
   Attributes:
-    recorded: (name, what it says) of files beside the checkpoint, and of T5X's own model, in order
-      of precedence.
+    recorded: Pairs (name of a source, its conventions), in order of precedence: files beside the
+      checkpoint, and T5X's own model.
     given: The user's options.
-    config: The model that the user asks for, which says all conventions but rescale_logits.
+    config: The model that the user requires, which states all conventions except rescale_logits.
   """
 
   recorded: Sequence[tuple[str, Conventions]] = ()
@@ -119,10 +119,10 @@ class ConventionSources:
   config: ModelConfig | None = None
 
   def find(self, name: str) -> Said | None:
-    """Return the value from the first source that says it, or None.
+    """Return a convention from the first source that states it, or None.
 
     Raises:
-      CheckpointError: The user asks for something else than a source of more weight says.
+      CheckpointError: The user's value differs from that of a source with precedence.
     """
     for source, conventions in self.recorded:
       if (value := getattr(conventions, name)) is not None:
@@ -147,12 +147,12 @@ class ConventionSources:
     if self.config is None or name == 'rescale_logits':
       return None
     value = getattr(self.config, name)
-    # A relative bias shows in the weights: such a model has no positions besides it.
+    # The weights show a relative bias; a model with one has no other positions.
     value = 'none' if (name, value) == ('positions', 'relative') else value
     return Said(value, 'given with the model')
 
   def overruled(self, said: Mapping[str, Said]) -> list[str]:
-    """Return a note for each recorded convention that a source of more weight overrules."""
+    """Return a note for each recorded convention that a source with precedence overrules."""
     return [
       f'  {name} is {value} by {source}, which {said[name].source} overrules'
       for source, conventions in self.recorded
@@ -162,10 +162,10 @@ class ConventionSources:
 
 
 def check_said(given: Conventions, found: ModelConfig, where: str) -> None:
-  """Compare the user's options with a model that is recorded whole.
+  """Compare the user's options with the complete model that a checkpoint records.
 
   Raises:
-    CheckpointError: They differ, or say something that was fixed when the model was recorded.
+    CheckpointError: An option differs, or can't be changed once the model is recorded.
   """
   for name, value in given.said().items():
     if name == 'rescale_logits':
@@ -180,9 +180,9 @@ def check_said(given: Conventions, found: ModelConfig, where: str) -> None:
 
 
 def recorded_in(header: Mapping[str, Any]) -> dict[str, Said]:
-  """Return what a serving checkpoint's header says of its source's conventions, by name."""
+  """Return the conventions of its source that a serving checkpoint's header records, by name."""
   listed = header['source'].get('conventions')
-  if not isinstance(listed, dict):  # of an earlier version
+  if not isinstance(listed, dict):  # header of an earlier version
     return {'norm_scale': Said(header['model'].get('norm_scale'), 'recorded in the checkpoint')}
   return {
     printable(name): Said(_plain(said.get('value')), f'recorded: {printable(said.get("source"))}')
@@ -205,14 +205,14 @@ def resolve(
   """Return the value and source of each needed convention.
 
   Args:
-    sources: All who may say one.
+    sources: All sources of conventions.
     needed: Names of the conventions that the model has and its weights do not show.
     inputs: Matrices that feed the MLP, 1 or 2.
-    defaults: Values that are assumed where nobody says one.
+    defaults: Values to assume if no source states one.
     where: The checkpoint, for messages.
 
   Raises:
-    CheckpointError: Nobody says one of them; the message lists these with their choices.
+    CheckpointError: A convention is not stated; the message lists all such with their choices.
   """
   said = {name: found for name in needed if (found := sources.find(name)) is not None}
   said |= {n: Said(defaults[n], ASSUMED) for n in needed if n not in said and n in defaults}

@@ -2,8 +2,8 @@
 
 Blocks of stored chunks are read once, converted, and written into uncompressed arrays with
 preallocated space. For int8, a slice holds everything that is summed into its output channels, so
-that scales come from the same reading. Blocks that do not fit into `hold_bytes` are read a second
-time (and a third time, with a search for scales).
+that one reading gives its scales. Blocks that do not fit into `hold_bytes` are read a second time
+(and a third time, with a search for scales).
 """
 
 from collections.abc import Callable
@@ -43,21 +43,21 @@ def convert(
 
   Args:
     input_checkpoint: Directory of a checkpoint of any format.
-    output_checkpoint: Directory to make, of any name; local, or gs://.
+    output_checkpoint: Directory to make, with any name; local, or gs://.
     weights: Field of ConvertOptions.
     config: Argument of open_checkpoint.
     vocabulary: Vocabulary to put into a serving checkpoint: 'bytes', a SentencePiece .model file or
       a tokenizer.json; None: the source's own, else bytes for a model of 384 rows.
     staging: Local directory in which an output in a bucket is made before it is uploaded.
-    found: Called with the opened checkpoint.
-    planned: Called with each line that says what will be done.
+    found: Function that is called with the opened checkpoint.
+    planned: Function that is called with each line of the plan's description.
     progress: Called after every block.
     **options: Other fields of ConvertOptions, and conventions, arguments of open_checkpoint.
 
   Raises:
     CheckpointError: The input can't be read, or holds NaN or infinite values; or the output exists,
       or can't be written.
-    UserError: An option is unknown, or the vocabulary is not one of the model.
+    UserError: An option is unknown, or the vocabulary does not fit the model.
   """
   conventions = {name: options.pop(name) for name in CONVENTION_NAMES if name in options}
   convert_options = ConvertOptions(weights=weights, **options)
@@ -88,7 +88,7 @@ def convert(
 def _with_vocabulary(
   source: Checkpoint, vocabulary: str | None, options: ConvertOptions
 ) -> Checkpoint:
-  """Return the source with the vocabulary that its serving checkpoint gets."""
+  """Return the source checkpoint with the vocabulary to write into the serving checkpoint."""
   if options.format != 'serving':
     if vocabulary is not None:
       raise UserError(

@@ -1,7 +1,7 @@
-"""Models by their names on a hub: hf:OWNER/NAME, hf:OWNER/NAME@REVISION, hf:OWNER/NAME/FILE.gguf.
+"""Models on a hub, by address: hf:OWNER/NAME, hf:OWNER/NAME@REVISION, hf:OWNER/NAME/FILE.gguf.
 
-Files are fetched by huggingface_hub, the extra `hub`, into its own cache. Its environment variables
-hold: HF_ENDPOINT, HF_HUB_CACHE, HF_TOKEN, HF_HUB_OFFLINE.
+Files are fetched by huggingface_hub (the extra `hub`) into its own cache. Its environment variables
+apply: HF_ENDPOINT, HF_HUB_CACHE, HF_TOKEN, HF_HUB_OFFLINE.
 """
 
 import os
@@ -16,7 +16,7 @@ from t5x_inference_ext.errors import CheckpointError, UserError, name_list, prin
 
 _NAME = r'[A-Za-z0-9][\w.-]{0,95}'
 _ADDRESS = re.compile(rf'hf:({_NAME}/{_NAME})(?:/([\w./-]+))?(?:@([\w./-]+))?')
-# Files beside weights: settings and vocabularies.
+# Files to fetch besides weights: settings and vocabularies.
 _SMALL = ('.json', '.model', '.jinja', 'merges.txt')
 
 
@@ -27,7 +27,7 @@ def fetch(address: str) -> tuple[str, str]:
     address: Address that begins with hf:.
 
   Returns:
-    Its local directory or file, and the address with the revision (a commit) that it has.
+    The model's local directory or file, and its address with the fetched revision (a commit).
 
   Raises:
     CheckpointError: There is no such model, it can't be fetched, or its weights are pickles.
@@ -70,7 +70,7 @@ def fetch(address: str) -> tuple[str, str]:
 
 
 def _wanted(names: list[str], file: str | None, address: str) -> list[str]:
-  """Return the names of the files to fetch, out of all files of a model."""
+  """Choose the files to fetch from the names of all files of a model."""
   if file is not None:
     if file not in names or not file.endswith(GGUF_SUFFIX):
       found = [name for name in names if name.endswith(GGUF_SUFFIX)]

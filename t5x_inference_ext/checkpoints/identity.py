@@ -1,4 +1,4 @@
-"""The identity of a checkpoint's weights: which weights an answer came from."""
+"""The identity of a checkpoint's weights, a checksum by which a receipt names them."""
 
 import hashlib
 import json
@@ -12,13 +12,13 @@ from t5x_inference_ext.checkpoints.serving import ServingTensor
 
 # What an identity covers, besides the model's shape and the dtype of its matrices:
 #   chunks: the recorded checksum of every chunk of a serving checkpoint, and so every value.
-#   norms: the values of all norm scales. Training changes them; weights that were changed in
-#     matrices alone, as by merging an adapter, have the identity of the weights that they were.
+#   norms: the values of all norm scales. Training changes them, but merging an adapter into the
+#     matrices does not: the identity then stays that of the original weights.
 COVERS = ('chunks', 'norms')
 
 
 class WeightsIdentity(NamedTuple):
-  """The identity of weights. It does not depend on where the checkpoint lies.
+  """The identity of weights. It does not depend on the checkpoint's path.
 
   Attributes:
     covers: One of COVERS.
@@ -32,8 +32,8 @@ class WeightsIdentity(NamedTuple):
 def weights_identity(checkpoint: Checkpoint) -> WeightsIdentity:
   """Return the identity of a checkpoint's weights.
 
-  The checksums of a serving checkpoint were read when it was opened. Other formats record none:
-  their norm scales are read.
+  For a serving checkpoint, it is computed from checksums that were read at opening. Other formats
+  record none, so their norm scales are read.
 
   Raises:
     CheckpointError: A norm scale can't be read.

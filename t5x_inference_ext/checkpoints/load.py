@@ -1,4 +1,4 @@
-"""Loading of weights from a checkpoint onto their shards. No host ever holds a whole model."""
+"""Loading of weights from a checkpoint, shard by shard: no host ever holds a whole model."""
 
 from collections.abc import Callable, Iterable
 
@@ -13,15 +13,15 @@ from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights, build_weights
 from t5x_inference_ext.sharding.packing import PackedTensor, packed_tensors, tensor_dtype
 
-# On CPU the program unrolls up to this many layers, which avoids a copy of each layer's weights.
-# Beyond it, a loop keeps programs small and compilation short.
+# On CPU, up to this many layers are unrolled, which avoids a copy of each layer's weights. For more
+# layers, a loop keeps programs small and compilation short.
 MAX_UNROLLED_LAYERS = 8
 
 
 def scans_layers(num_layers: int, asked: bool | None = None, platform: str = 'tpu') -> bool:
   """Return whether the program loops over stacked layers.
 
-  By default it does on CPU for more than MAX_UNROLLED_LAYERS layers, and never on accelerators. On
+  The default is True on CPU for more than MAX_UNROLLED_LAYERS layers, and False on accelerators. On
   a GPU, each iteration of a loop copies the layer's weights out of the stack, which more than
   doubles the bytes of a decode step. A TPU prefetches whole arrays into on-chip memory, but not
   slices of a stack: without the loop a decode step takes a fifth less time (docs/tpu_v4_tuning.md),
@@ -85,7 +85,7 @@ def load_tensor(
       an array outside the layers.
   """
   dtype = tensor_dtype(tensor, checkpoint.weights, model.dtype)
-  # Norms may be stored around zero; the program multiplies by the value itself.
+  # Norm scales may be stored centred at zero; the program multiplies by 1 + the stored value.
   offset = 1 if tensor.kind == 'norm' and model.config.norm_scale == 'zero' else 0
 
   def read_layer(layer: int | None, index: tuple[slice, ...] | None) -> np.ndarray:
@@ -104,7 +104,8 @@ def load_tensor(
     assert index is not None
     stack = range(*index[0].indices(num_layers))
     sizes = [len(range(*s.indices(n))) for s, n in zip(index[1:], tensor.shape)]
-    # Filled layer by layer, so that besides it only one layer's float source is held.
+    # Fill the stack layer by layer, so that besides it only one layer's source values are in
+    # memory.
     out = np.empty((len(stack), *sizes), dtype)
     for i, layer in enumerate(stack):
       out[i] = read_layer(layer, index[1:])
@@ -115,9 +116,9 @@ def load_tensor(
 
 
 def _read(checkpoint: Checkpoint, name: str, where: tuple[slice, ...]) -> np.ndarray:
-  """Return a tensor's values.
+  """Read a tensor's values, and check that they are finite.
 
-  Values of a serving checkpoint are not checked: they were finite when written, and have checksums.
+  A serving checkpoint's values are not checked: they were checked when written, and have checksums.
 
   Raises:
     CheckpointError: The values are NaN or infinite.

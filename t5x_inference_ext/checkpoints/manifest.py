@@ -1,4 +1,4 @@
-"""The manifest of a finished checkpoint: the CRC-32 of each small file, and its own.
+"""The manifest of a finished checkpoint: the CRC-32 of each small file and of the manifest itself.
 
 The manifest is serving_config.json in a serving checkpoint, t5x_inference_ext.json in a T5X
 checkpoint. It is JSON with these fields:
@@ -43,7 +43,7 @@ def check_manifest(path: str, name: str, manifest: Mapping[str, Any]) -> list[st
     The names of the small files; empty for a manifest of an earlier version, which lists none.
 
   Raises:
-    CheckpointError: A file is not as it was written; the message names the first one.
+    CheckpointError: A file has changed since it was written; the message names the first one.
   """
   if 'files' not in manifest and 'crc32' not in manifest:
     return []
@@ -62,7 +62,7 @@ def check_own_checksum(path: str, name: str, data: bytes, own: Any) -> None:
     path: Directory of the checkpoint.
     name: Name of the manifest's file.
     data: Content of the file.
-    own: The checksum that it records.
+    own: The checksum that the manifest records for itself.
   """
   if not isinstance(own, str) or _crc(_with_own(data, own, _UNKNOWN)) != own:
     raise CheckpointError(
@@ -72,7 +72,7 @@ def check_own_checksum(path: str, name: str, data: bytes, own: Any) -> None:
 
 
 def check_file(path: str, name: str, manifest: Mapping[str, Any], file: str) -> bytes:
-  """Return the content of a small file of a checkpoint.
+  """Read a small file of a checkpoint, and check its checksum.
 
   Args:
     path: Directory of the checkpoint.
@@ -81,7 +81,7 @@ def check_file(path: str, name: str, manifest: Mapping[str, Any], file: str) -> 
     file: Name of the small file.
 
   Raises:
-    CheckpointError: The file is missing, or not as it was written.
+    CheckpointError: The file is missing, or has changed since it was written.
   """
   found, files = storage.read_file(path, file), manifest.get('files')
   recorded = files.get(file) if isinstance(files, dict) else None

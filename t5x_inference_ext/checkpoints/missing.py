@@ -1,4 +1,4 @@
-"""Messages for paths that hold no checkpoint."""
+"""Error messages for paths that hold no checkpoint."""
 
 import os
 
@@ -38,7 +38,7 @@ def missing_checkpoint(path: str) -> str:
 
 
 def _hint(directory: str) -> str:
-  """Return the end of a message, naming the checkpoints inside a directory, or ''."""
+  """Return the last part of a message, with the checkpoints inside a directory; '' if none."""
   headers = (
     *(legacy.INDEX, serving.CONFIG, orbax.METADATA, f'{orbax.STATE}/{orbax.METADATA}'),
     *(SAFETENSORS, SAFETENSORS_INDEX),

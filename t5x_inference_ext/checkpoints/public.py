@@ -18,12 +18,12 @@ from t5x_inference_ext.errors import CheckpointError, printable
 
 
 def read_public(path: str, norm_scale: str | None = None) -> PublicModel | None:
-  """Return the model at a path, or None if there is none in a public format.
+  """Read the model at a path; return None if there is no model in a public format.
 
   Args:
     path: A directory with config.json and safetensors, or a file of it; or a GGUF file; or a
       directory with a single GGUF file; or an address on a hub (hub.py).
-    norm_scale: As in read_huggingface.
+    norm_scale: See read_huggingface.
 
   Raises:
     CheckpointError: There is a model, but it is damaged, or can't be served.
@@ -32,7 +32,7 @@ def read_public(path: str, norm_scale: str | None = None) -> PublicModel | None:
     local, address = hub.fetch(path)
     model = read_public(local, norm_scale)
     if model is None:
-      raise CheckpointError(f'{address} holds no model that can be read; it is in {local}')
+      raise CheckpointError(f'{address} holds no model that can be read; its files are in {local}')
     notes = (f'fetched {address} into {local}', *model.notes)
     return dataclasses.replace(model, path=address, notes=notes)
   directory, name = os.path.split(path)
@@ -60,7 +60,7 @@ def read_public(path: str, norm_scale: str | None = None) -> PublicModel | None:
 
 
 def check_asked(config: ModelConfig, model: PublicModel) -> None:
-  """Raise CheckpointError if a model's settings say another model than the user asks for."""
+  """Raise CheckpointError if a model's settings differ from the model that the user requires."""
   for name, value in vars(config).items():
     if value != getattr(model.config, name):
       raise CheckpointError(

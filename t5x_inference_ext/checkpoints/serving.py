@@ -30,13 +30,13 @@ CHECKSUMS = 'checksums.json'
 SERVING_FORMAT = 't5x_inference_ext serving checkpoint'
 # Formats of sources that are public models.
 PUBLIC_FORMATS = ('safetensors', 'gguf')
-# Version 2 has a section on text, and a header whose checksum is checked when it is opened.
+# Version 2 adds text settings, and a header whose checksum is checked when it is opened.
 VERSION = 2
 SERVING_WEIGHTS = ('int8', 'bfloat16')
 
-# A chunk's sides are halved until they are at most these, and then its rows until it has at most
-# MAX_CHUNK_BYTES. So any shard of a matrix reads few chunks beyond its share, and a conversion can
-# hold all rows of one column of chunks.
+# A chunk's sides are halved until they are at most these, then its rows until it has at most
+# MAX_CHUNK_BYTES. So a shard of a matrix reads little beyond its share, and a conversion can hold
+# all rows of one column of chunks in memory.
 MAX_CHUNK_ROWS = 8192
 MAX_CHUNK_COLUMNS = 4096
 MAX_CHUNK_BYTES = 64 * 2**20
@@ -119,7 +119,7 @@ class ServingTensor(Tensor):
       yield int(np.ravel_multi_index(place, self._grid)), index
 
   def check(self, number: int, index: tuple[slice, ...]) -> np.ndarray:
-    """Return the values of a chunk. Raises CheckpointError if its checksum differs."""
+    """Return the values of a chunk; raise CheckpointError if its checksum differs."""
     values = self._load(index)
     if number not in self._verified:
       if checksum(values) != self.checksums[number]:
@@ -139,7 +139,7 @@ class ServingTensor(Tensor):
     assert self._store.kvstore is not None  # every zarr array has a kvstore
     stored = self._store.kvstore.read(key).result().value
     if len(stored) != math.prod(self.chunk) * self.dtype.itemsize:
-      return  # a compressed chunk of an earlier version
+      return  # compressed: written by an earlier version
     values = np.frombuffer(stored, np.uint8).reshape(*self.chunk, self.dtype.itemsize).copy()
     values[inside] = 0
     if values.any():
@@ -185,7 +185,7 @@ def read_serving_header(path: str, data: bytes) -> tuple[dict[str, Any], ModelCo
     data: Content of serving_config.json.
 
   Raises:
-    CheckpointError: The header is damaged, or of another version.
+    CheckpointError: The header is damaged, or has an unknown version.
   """
   where = f'{path}/{CONFIG}'
   header = storage.load_json(data, where)
@@ -199,7 +199,7 @@ def read_serving_header(path: str, data: bytes) -> tuple[dict[str, Any], ModelCo
         f'{where}: format version {printable(header["version"], 80)}, but this package reads only '
         f'versions 1 and {VERSION}: written by {printable(header.get("written_by"), 80)}'
       )
-    if header['version'] > 1 or 'crc32' in header:  # the first headers had no checksum
+    if header['version'] > 1 or 'crc32' in header:  # the earliest headers had no checksum
       check_own_checksum(path, CONFIG, data, header.get('crc32'))
     config = ModelConfig.from_dict(header['model'])
     if header['weights'] not in SERVING_WEIGHTS:
@@ -216,16 +216,17 @@ def read_serving_header(path: str, data: bytes) -> tuple[dict[str, Any], ModelCo
 
 
 def read_text(path: str, header: Mapping[str, Any], rows: int) -> TextSettings:
-  """Return what a serving checkpoint says about text.
+  """Return a serving checkpoint's text settings.
 
   Args:
     path: Directory of the checkpoint.
-    header: Content of serving_config.json. Version 1 has no section on text: it is that of a T5X
-      checkpoint. In early headers of version 2 the section is null where no vocabulary is known.
+    header: Content of serving_config.json. In version 1 it has no text settings; those to assume
+      for a T5X checkpoint apply. In early headers of version 2 they are null if no vocabulary is
+      known.
     rows: V, rows of the model's embedding.
 
   Raises:
-    CheckpointError: The section or a file of the vocabulary is damaged.
+    CheckpointError: The text settings or a file of the vocabulary are damaged.
   """
   if header['version'] == 1:
     return assumed_settings(rows)
@@ -265,7 +266,7 @@ def read_listed(
     path: The directory. Each array has its own directory in it, named after it.
     listed: Shape and dtype name of each array, by name.
     header_file: Name of the file that lists the arrays, for messages.
-    cached: As in read_tensors.
+    cached: See read_tensors.
   """
   data = storage.read_file(path, CHECKSUMS)
   if data is None:

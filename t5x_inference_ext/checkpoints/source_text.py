@@ -1,4 +1,4 @@
-"""What the files of a model in a public format say about text, as TextSettings."""
+"""Text settings of models in public formats, from their files."""
 
 from collections.abc import Callable, Mapping
 import dataclasses
@@ -21,14 +21,15 @@ from t5x_inference_ext.text.vocabulary_files import PUBLIC_FILES, vocabulary_of_
 def settings_of_directory(path: str, rows: int) -> TextSettings:
   """Return the settings of a model in a directory, local or gs://.
 
-  A vocabulary that is missing or can't be used leaves the kind 'none': the model takes token ids.
+  If the vocabulary is missing or can't be used, the settings have the kind 'none', and the model
+  takes only token ids.
 
   Args:
     path: The directory.
     rows: V, rows of the model's embedding.
 
   Raises:
-    CheckpointError: A file is damaged, other than that of the vocabulary.
+    CheckpointError: A file other than the vocabulary is damaged.
   """
   files = ModelFiles.read(path, functools.partial(storage.read_file, path))
   vocabulary, reason = None, f'no {" or ".join(PUBLIC_FILES)} is beside the model'
@@ -46,11 +47,11 @@ def settings_of_lists(path: str, lists: Mapping[str, Any], rows: int) -> TextSet
 
   Args:
     path: The file, for messages.
-    lists: The keys of its metadata that begin with `tokenizer.`, without that.
+    lists: The file's metadata whose keys begin with `tokenizer.`; the keys here lack that prefix.
     rows: V, rows of the model's embedding.
 
   Raises:
-    CheckpointError: A key names something that is no id, or no text.
+    CheckpointError: A value that should be an id or a text is not.
   """
 
   def token(name: str) -> int | None:
@@ -63,7 +64,7 @@ def settings_of_lists(path: str, lists: Mapping[str, Any], rows: int) -> TextSet
 
   template = lists.get('chat_template')
   if not isinstance(template, str | None):
-    raise CheckpointError(f'{path}: tokenizer.chat_template is no text')
+    raise CheckpointError(f'{path}: tokenizer.chat_template is not text')
   bos_id = token('bos')
   if not lists.get('ggml.add_bos_token', lists.get('ggml.model') == 'llama'):
     bos_id = None
@@ -80,7 +81,7 @@ def settings_of_lists(path: str, lists: Mapping[str, Any], rows: int) -> TextSet
 
 
 def _usable(make: Callable[[], Vocabulary], rows: int) -> tuple[Vocabulary | None, str]:
-  """Return a model's own vocabulary and 'given'; or None, and why it can't be used."""
+  """Call `make`; return (its vocabulary, 'given'), or (None, the reason why it can't be used)."""
   try:
     vocabulary = make()
     check_size(vocabulary, rows)
@@ -90,7 +91,7 @@ def _usable(make: Callable[[], Vocabulary], rows: int) -> tuple[Vocabulary | Non
 
 
 def _within(settings: TextSettings, rows: int) -> TextSettings:
-  """Return settings without ids that the model has no rows for: it can't make them."""
+  """Drop ids from settings for which the model has no embedding rows."""
   ends = tuple(token for token in settings.end_ids if token < rows)
   bos_id = settings.bos_id
   if bos_id is not None and bos_id >= rows:
@@ -103,7 +104,7 @@ def _within(settings: TextSettings, rows: int) -> TextSettings:
 def _vocabulary_of_lists(
   name: str, lists: Mapping[str, Any], bos_id: int | None, end_ids: tuple[int, ...]
 ) -> Vocabulary:
-  """Return the vocabulary in a GGUF file's metadata. Raises UserError if it can't be used."""
+  """Return the vocabulary in a GGUF file's metadata; raise UserError if it can't be used."""
 
   def value(key: str, kind: type, default: Any) -> Any:
     found = lists.get(key, default)

@@ -21,7 +21,7 @@ def is_on_hub(path: str) -> bool:
 
 
 def normalize(path: str | os.PathLike) -> str:
-  """Return an absolute path without a trailing slash; addresses only lose the slash."""
+  """Make a path absolute, and drop a trailing slash; from an address, only drop the slash."""
   path = os.fspath(path)
   if is_on_hub(path):
     return path.rstrip('/')
@@ -37,7 +37,7 @@ def kvstore(path: str) -> dict[str, Any]:
 
 
 def read_file(directory: str, name: str) -> bytes | None:
-  """Return the content of a small file, or None if there is none."""
+  """Return the content of a small file, or None if it does not exist."""
   if not is_remote(directory):
     path = os.path.join(directory, name)
     if not os.path.isfile(path):
@@ -52,7 +52,7 @@ def read_file(directory: str, name: str) -> bytes | None:
 
 
 def has_file(directory: str, name: str) -> bool:
-  """Return whether a directory holds a file; nothing of the file is read."""
+  """Return whether a directory holds a file, without reading the file."""
   if not is_remote(directory):
     return os.path.isfile(os.path.join(directory, name))
   try:
@@ -68,7 +68,7 @@ def load_json(data: bytes, where: str, *, nan: bool = False) -> Any:
   Args:
     data: Content of the file.
     where: Name of the file, for messages.
-    nan: Whether NaN is a value, as in settings that other programs write.
+    nan: Whether to accept NaN, which other programs may write.
 
   Raises:
     CheckpointError: The data is not JSON, gives a name of an object twice, or is nested too deeply.
@@ -85,7 +85,7 @@ def read_object(directory: str, name: str, unless: bytes | None = None) -> ts.Kv
   Args:
     directory: Directory of the object, a gs:// address.
     name: Name of the object within the directory.
-    unless: A generation that the caller already has: for it, the result has no value.
+    unless: A generation that the caller already has; if it is current, the result has no value.
   """
   try:
     return _open(directory).read(name, if_not_equal=unless).result()
@@ -137,6 +137,6 @@ def _open(directory: str) -> ts.KvStore:
 
 
 def reason(error: Exception) -> str:
-  """Return tensorstore's message without its status code and the spec that it prints."""
+  """Return tensorstore's message without its status code and without the spec."""
   text = re.sub(r'\s*\[(tensorstore_spec|source locations)=.*', '', str(error), flags=re.DOTALL)
   return re.sub(r'^[A-Z_]+: ', '', text)

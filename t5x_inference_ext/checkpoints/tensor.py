@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from t5x_inference_ext.errors import CheckpointError
 
-# Span: [begin, end) of one axis. Bounds: a span for every axis.
+# Span: [begin, end) along one axis. Bounds: a span for every axis.
 Span: TypeAlias = tuple[int, int]
 Bounds: TypeAlias = tuple[Span, ...]
 
@@ -34,7 +34,7 @@ class Tensor:
     return self
 
   def read(self, index: tuple[slice, ...] | None = None) -> np.ndarray:
-    """Read the values at `index`, and little else.
+    """Read the values at `index` (and the rest of the chunks that hold them).
 
     Args:
       index: A slice of step 1 for each axis; missing slices mean whole axes. None reads the whole
@@ -87,7 +87,7 @@ class InMemory(Tensor):
 
 
 class Stack(Tensor):
-  """Per-layer tensors of one shape, stacked along `axis`, like one scanned tensor."""
+  """Per-layer tensors of equal shapes, presented as one tensor stacked along `axis`."""
 
   def __init__(self, layers: Sequence[Tensor], axis: int) -> None:
     first = layers[0]
@@ -110,9 +110,9 @@ class Stack(Tensor):
 
 
 class Cast(Tensor):
-  """A tensor in another dtype.
+  """A tensor whose values are cast to another dtype when read.
 
-  Casts to integers must be exact: T5X's legacy writer stores int8 kernels as floats of equal value.
+  Casts to integers must be exact; T5X's legacy writer stores int8 kernels as floats of equal value.
   """
 
   def __init__(self, source: Tensor, dtype: npt.DTypeLike, name: str) -> None:
@@ -129,7 +129,7 @@ class Cast(Tensor):
       return values.astype(self.dtype)
     values = values.astype(np.float32)
     limits = np.iinfo(self.dtype)
-    # No comparison after a cast: casting NaN or out-of-range values to integers is undefined.
+    # Compare before the cast: casting NaN or out-of-range values to integers is undefined.
     if not np.all((values >= limits.min) & (values <= limits.max) & (values == np.rint(values))):
       raise CheckpointError(
         f'{self._name}: {self.path} should hold {self.dtype.name} values, but holds other values'

@@ -1,4 +1,4 @@
-"""Files beside a T5X tree that say its conventions, and notes on the tree for commands."""
+"""Conventions in files beside a T5X tree, and notes on the tree for commands to print."""
 
 from collections.abc import Iterator
 import os
@@ -26,18 +26,18 @@ MANIFEST = 't5x_inference_ext.json'
 def recorded_conventions(
   path: str, stock: Conventions | None = None
 ) -> tuple[tuple[str, Conventions], ...]:
-  """Return (name, what it says) of what is recorded about a checkpoint, in order of precedence.
+  """Return pairs (source, conventions) recorded about a checkpoint, in order of precedence.
 
-  First comes the manifest of a conversion, in the checkpoint: it says what the conversion made of
-  the model. Then T5X's own model, and then the config.gin that T5X writes into the directory of its
-  checkpoints. Those that say nothing are left out.
+  First comes the manifest in the checkpoint, if a conversion wrote it; then T5X's own model; then
+  the config.gin that T5X writes into the directory of its checkpoints. Sources that state nothing
+  are left out.
 
   Args:
     path: Directory of the checkpoint, local or in a bucket.
-    stock: What T5X's own model says, as the user's gin configures it; None: there is none.
+    stock: Conventions of T5X's own model, as the user's gin configures it; None without one.
 
   Raises:
-    CheckpointError: A file is damaged, or says that the model can't be served.
+    CheckpointError: A file is damaged, or describes a model that can't be served.
   """
   found = []
   if (data := storage.read_file(path, MANIFEST)) is not None:
@@ -53,7 +53,7 @@ def recorded_conventions(
 
 
 def _of_manifest(data: bytes, where: str) -> Conventions:
-  """Return what the manifest of a conversion says: a converted tree is rescaled."""
+  """Return the conventions in a conversion's manifest. A converted tree has rescale_logits=True."""
   content = storage.load_json(data, where)
   try:
     model = vars(ModelConfig.from_dict(content['model']))
@@ -67,16 +67,16 @@ def _text(data: bytes, where: str) -> str:
   try:
     return data.decode()
   except UnicodeDecodeError as e:
-    raise CheckpointError(f'{where} is no gin file: it is not UTF-8') from e
+    raise CheckpointError(f'{where} is not a gin file: it is not UTF-8') from e
 
 
 def tree_notes(tree: Tree, found: Reading, sources: ConventionSources) -> tuple[str, ...]:
-  """Return lines for commands to print: what was found in a tree, and who says its conventions.
+  """Return lines for commands to print: the contents of a tree, and the sources of conventions.
 
   Args:
     tree: The parameters, as stored.
     found: The model.
-    sources: Those who said the conventions.
+    sources: Sources of the conventions.
   """
   step = '' if tree.step is None else f', step {tree.step}'
   scale = found.conventions['norm_scale'].value
@@ -92,9 +92,9 @@ def tree_notes(tree: Tree, found: Reading, sources: ConventionSources) -> tuple[
 
 
 def _norm_doubts(scale: str, tree: Tree) -> Iterator[str]:
-  """Yield a note if norm scales look as if they were stored in the other convention.
+  """Yield a note if norm scales look like those of the opposite convention (zero or one).
 
-  With the wrong convention a model's output makes no sense.
+  With the wrong convention, a model's output is nonsense.
   """
   final_norm = tree.leaves[f'{FINAL_NORM}/scale']
   mean = float(np.mean(final_norm.read()))

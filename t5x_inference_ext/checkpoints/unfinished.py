@@ -1,4 +1,4 @@
-"""The marker file of an unfinished checkpoint, which makes every reader refuse it."""
+"""The marker file of an unfinished checkpoint; readers refuse a directory that contains it."""
 
 import os
 

@@ -7,7 +7,7 @@ from t5x_inference_ext.checkpoints.tensor import Bounds, Tensor
 
 
 class Transposed(Tensor):
-  """A tensor with its last two axes exchanged."""
+  """A tensor with its last two axes swapped."""
 
   def __init__(self, source: Tensor) -> None:
     super().__init__(_exchanged(source.shape), source.dtype, source.path)
@@ -26,10 +26,10 @@ def _exchanged(sizes: tuple) -> tuple:
 
 
 class Reordered(Tensor):
-  """Some indices of a tensor's axis, in another order: heads out of a fused matrix, for example.
+  """Given indices of a tensor's axis, in a given order, such as heads out of a fused matrix.
 
-  Indices of the view are read `unit` at a time, each with the smallest range that holds them. So a
-  unit, such as a head, should be taken from about as many neighbouring indices.
+  The view reads `unit` indices at a time, by reading the smallest range of `source` that contains
+  them. So the indices of a unit, such as a head, should be close together in `source`.
   """
 
   def __init__(self, source: Tensor, axis: int, order: npt.NDArray[np.int64], unit: int) -> None:

@@ -53,9 +53,9 @@ class Session:
   """One run of a command: its flags, and an exit code however the command ends.
 
   A context manager. Errors that the user can fix (UserError, a full disk, too little memory) become
-  one line `error: ...` on stderr and exit code 2. Ctrl-C becomes code 130. A reader of the output
-  that has ended, as with `| head`, becomes a shell's code for SIGPIPE. Other exceptions keep their
-  traceback. Printed lines appear without delay, even if the output is a file.
+  one line `error: ...` on stderr and exit code 2. Ctrl-C gives code 130. If the reader of a pipe
+  has ended, as with `| head`, the code is a shell's code for SIGPIPE. Other exceptions keep their
+  traceback. Printed lines are not buffered, even if the output is a file.
 
   Args:
     doc: Text that --help prints before the flags.
@@ -78,7 +78,7 @@ class Session:
 
   def __enter__(self) -> 'Session':
     if isinstance(sys.stdout, io.TextIOWrapper):
-      # A path on the command line may hold bytes that are not text. They are printed as escapes.
+      # A path on the command line may hold bytes that are not UTF-8. They are printed as escapes.
       sys.stdout.reconfigure(line_buffering=True, errors='backslashreplace')
     return self
 
@@ -95,7 +95,7 @@ class Session:
       self.code = 130
     elif isinstance(error, BrokenPipeError):
       nowhere = os.open(os.devnull, os.O_WRONLY)
-      os.dup2(nowhere, sys.stdout.fileno())  # Python flushes again when it exits
+      os.dup2(nowhere, sys.stdout.fileno())  # because Python flushes again at exit
       self.code = 128 + signal.SIGPIPE
     elif error is not None and (message := _user_message(error)):
       print(f'error: {message}', file=sys.stderr)
@@ -113,7 +113,7 @@ class Session:
     self._define_flags(flags)
     _define_gin_flags(flags)
     try:
-      # Flags that the command does not define are absl's, like --alsologtostderr.
+      # Flags that the command does not define may be absl's, such as --alsologtostderr.
       unknown = flags(rewrite_gin_flags(self._argv), known_only=True)
       if flags.help:
         print(option_flags.help_text(self._doc, flags))
@@ -127,13 +127,13 @@ class Session:
 
 
 def _user_message(error: BaseException) -> str:
-  """Return one line about an error that the user can fix; '' if this package is at fault."""
+  """Return one line for an error that the user can fix; '' for an error of this package."""
   if isinstance(error, UserError):
     return str(error)
-  # FileNotFoundError may be this package's fault; other OSErrors are the machine's.
+  # A FileNotFoundError may be this package's fault; other OSErrors are due to the machine.
   if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) and error.strerror:
     return f'{error.strerror}: {error.filename}' if error.filename else error.strerror
-  # jax's error class is not imported here, because some commands run without jax.
+  # Compare the name of jax's error class, since some commands run without importing jax.
   if isinstance(error, MemoryError) or str(error).startswith('RESOURCE_EXHAUSTED'):
     why = str(error).removeprefix('RESOURCE_EXHAUSTED: ').partition('\n')[0] or 'MemoryError'
     return f'too little memory ({why}): take fewer or shorter rows, or more devices'
@@ -141,7 +141,7 @@ def _user_message(error: BaseException) -> str:
 
 
 def rewrite_gin_flags(argv: Sequence[str]) -> list[str]:
-  """Return a command line with `--gin.NAME=VALUE` written as `--gin_bindings=NAME = VALUE`."""
+  """Rewrite `--gin.NAME=VALUE` in a command line as `--gin_bindings=NAME = VALUE`."""
   rewritten = []
   for arg in argv:
     name, equals, value = arg.partition('=')
@@ -185,11 +185,11 @@ def parse_gin(flags: absl_flags.FlagValues) -> str:
     The whole configuration as gin text, for a record of the run.
 
   Raises:
-    UserError: A file is not found; a binding is for something unknown (including a macro that no
-      file defines or uses, which gin would ignore); or a required macro is not set.
+    UserError: A file is not found; a binding's target is unknown (including a macro that no file
+      defines or uses, which gin would ignore); or a required macro is not set.
   """
   gin.clear_config()
-  # The package's parent is a gin search path, so that its files are found from any directory.
+  # The package's parent directory is a gin search path, so its gin files are found from everywhere.
   for path in [*flags.gin_search_paths, _PACKAGE_PARENT]:
     gin.add_config_file_search_path(path)
   logging.getLogger().addFilter(_is_no_search)
@@ -217,12 +217,12 @@ def parse_gin(flags: absl_flags.FlagValues) -> str:
 
 
 def _is_no_search(record: logging.LogRecord) -> bool:
-  """Filter out gin's error for each search path that lacks a file: the next path may have it."""
+  """Drop gin's log of an error for each search path that lacks a file: the next may have it."""
   return not str(record.msg).startswith('Path not found')
 
 
 def configure(function: Callable[..., Any], **arguments: Any) -> Callable[[], Any]:
-  """Return `function` with the arguments that gin binds and those given here, ready to be called.
+  """Bind gin's arguments and those given here to `function`; return a function without arguments.
 
   Raises:
     UserError: A parameter without a default is neither bound nor given, a value is not of the
@@ -233,9 +233,9 @@ def configure(function: Callable[..., Any], **arguments: Any) -> Callable[[], An
     sources = gin.get_bindings(function, resolve_references=False)
   except (TypeError, ValueError) as e:
     message, call, _ = str(e).partition('\n  In call to configurable')
-    if call or isinstance(e, UserError):  # an object that gin makes rejects its values
+    if call or isinstance(e, UserError):  # raised while gin made an object
       raise UserError(message) from e
-    bound, sources = {}, {}  # no gin file names the function
+    bound, sources = {}, {}  # no gin file binds the function's parameters
   hints = typing.get_type_hints(function)
   for name, value in bound.items():
     if name in hints and not has_type(value, hints[name]):

@@ -13,20 +13,21 @@ The same through gin:
 The input is a directory that T5X wrote (legacy or Orbax, scanned or with one subtree a layer, with
 or without optimizer state, float or already quantized as qkernel and qscale); a public model, which
 is a directory of safetensors with config.json or a GGUF file (docs/public_models.md); or a serving
-checkpoint. The model's shape is derived from it. What the weights of a T5X checkpoint do not show,
-such as the activations, comes from the config.gin of the training run beside it, or from flags such
-as --mlp and --rescale_logits, or with gin from MODEL_CONFIG; the serving checkpoint records it. Of
-PaLM's fused parallel layers alone PaLM's conventions are assumed, and printed
+checkpoint. The model's shape is derived from it. Properties that the weights of a T5X checkpoint do
+not show, such as the activations, come from the config.gin of the training run beside it, from
+flags such as --mlp and --rescale_logits, or with gin from MODEL_CONFIG; the serving checkpoint
+records them. Only for PaLM's fused parallel layers, PaLM's conventions are assumed, and printed
 (docs/serving_checkpoint.md).
 
 --format=t5x_int8 writes flaxformer's quantized tree (qkernel, qscale) in T5X's legacy format,
 --format=t5x_float a float32 tree. Both also take a serving checkpoint as input.
 
 --output names the directory to make. It must not exist, and appears when it is complete and has
-been read back. A run that is killed, or finds the disk full or the source unreadable, leaves
-OUTPUT.unfinished, which no command accepts as a checkpoint: the same command continues from it. The
-memory and disk needed are printed first. Several processes, also on hosts that share a file system,
-can divide the work: start each with the same flags except --shard_id.
+been read back. If a run is killed, or fails because the disk is full or the source unreadable,
+OUTPUT.unfinished remains. No command accepts it as a checkpoint; the same conversion command
+continues from it. The required memory and disk space are printed first. Several processes, also on
+hosts that share a file system, can divide the work: start each with the same flags except
+--shard_id.
 
   python -m t5x_inference_ext.convert_checkpoint ... --num_shards=8 --shard_id=0
 
@@ -42,7 +43,7 @@ with its source:
   python -m t5x_inference_ext.convert_checkpoint --verify --output=/tmp/palm_tiny_int8 \
       --input=CHECKPOINT
 
---report writes the effect of rounding as a table and a plot, with the conversion, or later for a
+--report writes the effect of rounding as a table and a plot, during the conversion or later for a
 finished output. Given tokens, the report has the losses of both models on them:
 
   python -m t5x_inference_ext.convert_checkpoint --input=CHECKPOINT --output=/tmp/palm_tiny_int8 \
@@ -70,9 +71,9 @@ from t5x_inference_ext.progress_bar import PassProgress, print_line
 from t5x_inference_ext.rendezvous import ProcessOptions
 from t5x_inference_ext.text_files import check_plots
 
-# Flags that are allowed beside gin flags.
+# Flags that may be combined with gin flags.
 HERE = ('workers', 'num_shards', 'shard_id')
-# Flags whose parameters of convert.convert have another name.
+# Flag -> parameter of convert.convert, if the names differ.
 PARAMETERS = {'input': 'input_checkpoint', 'output': 'output_checkpoint'}
 _REQUIRED, _REPORT = 'Required', 'Quality report'
 
@@ -128,7 +129,7 @@ class ReportOptions:
   )
 
   def check(self) -> None:
-    """Raise UserError if the report can't be made, before hours of conversion."""
+    """Raise UserError, before hours of conversion, if the report can't be made."""
     check_options(self)
     if not (self.report_tokens is None or self.report_task is None):
       raise UserError('--report_tokens and --report_task exclude each other: give one')
@@ -198,7 +199,7 @@ def convert_or_verify(flags: absl_flags.FlagValues) -> None:
 
 
 def shards_of_processes(flags: absl_flags.FlagValues) -> dict[str, int]:
-  """Return num_shards and shard_id from jax.distributed's processes, if flags ask for them."""
+  """Join the run's processes if flags say so; return their num_shards and shard_id, else {}."""
   if not any(flags[name].present for name in option_flags.option_names(ProcessOptions)):
     return {}
   if flags.num_shards != 1 or flags.shard_id != 0:
@@ -218,7 +219,7 @@ def verify_only(flags: absl_flags.FlagValues) -> None:
     raise UserError('--verify can be combined only with --output, --input and --workers')
   if flags.output is None:
     raise UserError(
-      '--output not given: --verify needs it, the finished checkpoint; --input may be its source'
+      '--verify needs --output, the finished checkpoint, and optionally --input, its source'
     )
   with PassProgress() as progress:
     for line in verify(flags.output, flags.input, workers=flags.workers, progress=progress):
@@ -226,7 +227,7 @@ def verify_only(flags: absl_flags.FlagValues) -> None:
 
 
 def write_report(options: ReportOptions, directory: str, arguments: dict[str, Any]) -> None:
-  """Write the quality report of a conversion with `arguments`."""
+  """Write the quality report of the conversion that `arguments` describe."""
   from t5x_inference_ext.runs import quality  # imports jax and matplotlib
 
   for line in quality.report(

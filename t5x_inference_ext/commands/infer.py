@@ -6,10 +6,10 @@ A run over a file of prompts, one JSON object a line, {"prompt": TEXT or [token 
       --prompts=examples/prompts.jsonl --output=/tmp/completions.jsonl \
       --max_new_tokens=48 --temperature=0 --dtype=float32 --mesh=1x1x1
 
-Rows come out in the same order, {"prompt", "completion", "tokens", "score"}. `tokens` are the
-generated ids, EOS included if the row ended with it; `score` is the sum of their log-probabilities.
-Other fields of a row are kept. To sample, with a seed for every row from --seed and the row's
-index:
+Output rows have the order of the prompts, and the form {"prompt", "completion", "tokens", "score"}.
+`tokens` are the generated ids, EOS included if the row ended with it; `score` is the sum of their
+log-probabilities. Other fields of a row are kept. To sample, with a seed for every row from --seed
+and the row's index:
 
   python -m t5x_inference_ext.infer --checkpoint=DIR --prompts=FILE.jsonl --output=FILE.jsonl \
       --temperature=0.8 --top_k=40 --top_p=0.95 --seed=7 --vocabulary=FILE.model
@@ -30,8 +30,8 @@ text is such a file:
   python -m t5x_inference_ext.infer --checkpoint=DIR --prompts=FILE.jsonl --output=FILE.jsonl \
       --mode=score
 
-A run over a seqio task, with the features, rows and file names of T5X's infer (the head of the gin
-file lists all macros):
+A run over a seqio task, with the features, rows and file names of T5X's infer (comments at the top
+of the gin file list all macros):
 
   python -m t5x_inference_ext.infer --gin_file=t5x_inference_ext/configs/runs/infer.gin \
       --gin.CHECKPOINT_PATH=\"DIR\" --gin.INFER_OUTPUT_DIR=\"DIR\" \
@@ -50,8 +50,8 @@ Several processes, each with some devices of one mesh, are started with equal fl
   python -m t5x_inference_ext.infer ... \
       --coordinator_address=HOST:PORT --num_processes=2 --process_id=0
 
-To run the request of a receipt again (docs/infer.md); the exit code is 1 if the tokens are not
-those of the receipt:
+To run the request of a receipt again (docs/infer.md); the exit code is 1 if the tokens differ from
+the receipt's:
 
   python -m t5x_inference_ext.infer --checkpoint=DIR --replay=receipt.json
 
@@ -82,7 +82,7 @@ from t5x_inference_ext.text_files import check_extra
 
 EQUAL, DIFFERENT = 0, 1  # exit codes of a replay
 _REPLAY_TAKES = ('checkpoint', 'vocabulary', 'norm_scale', 'scan_layers', 'batch_size')
-EXPLAINED_PROMPT = 512  # prompt tokens to explain a layout for, if --cache_length is not given
+EXPLAINED_PROMPT = 512  # prompt tokens that --explain_layout assumes without --cache_length
 
 
 def define_flags(flags: absl_flags.FlagValues) -> None:

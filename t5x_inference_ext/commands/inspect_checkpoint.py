@@ -1,12 +1,12 @@
-"""Print what a checkpoint holds, the known model most like it, and the cost of converting it.
+"""Print a checkpoint's contents, the most similar known model, and the cost of converting it.
 
   python -m t5x_inference_ext.inspect_checkpoint examples/palm_tiny/checkpoint_1000
 
 Any format is accepted: T5X's legacy format and Orbax, scanned or not, float or quantized; public
 models as safetensors or GGUF; serving checkpoints; and trees of models that can't be served, with
-the reason. Only the norms are read, and one block of the largest array, to time its decoding and
-rounding. The printed time is for all blocks at this rate on all cores; a slower disk makes it
-longer.
+the reason. Only the norms are read, and one block of the largest array, to measure how long
+decoding and rounding take. The printed time assumes this rate for all blocks on all cores; with a
+slower disk it will be longer.
 """
 
 from collections.abc import Iterator, Mapping
@@ -31,7 +31,7 @@ from t5x_inference_ext.progress_bar import print_line
 from t5x_inference_ext.quantization import rounding
 from t5x_inference_ext.text_format import decimal_bytes, rough_duration
 
-# Fields that tell one known model from another. The vocabulary size does not: it may be padded.
+# Fields by which known models are distinguished. The vocabulary size is not one: it may be padded.
 SHAPE = (
   'num_layers',
   'd_model',
@@ -63,7 +63,7 @@ def describe_checkpoint(path: str) -> Iterator[str]:
   """Yield lines that describe the checkpoint at `path`.
 
   Raises:
-    CheckpointError: `path` is not a checkpoint, or a damaged one.
+    CheckpointError: `path` is not a checkpoint, or is damaged.
   """
   path = storage.normalize(path)
   try:
@@ -102,7 +102,7 @@ def tensor_lines(tensors: Mapping[str, Tensor], is_chunked: bool = True) -> Iter
 
   Args:
     tensors: The tensors, by name.
-    is_chunked: Whether they are stored in chunks. Others can be read from any byte on.
+    is_chunked: Whether they are stored in chunks; if not, any range of bytes can be read.
   """
   names = {printable(name): tensor for name, tensor in tensors.items()}
   width = max(map(len, names), default=0)
@@ -184,7 +184,7 @@ def rate(conversion: Conversion) -> float:
 
 
 def run(argv: list[str] | None = None) -> int:
-  """Run the command. Returns the exit code."""
+  """Run the command; return the exit code."""
   argv = list(sys.argv if argv is None else argv)
   if len(argv) == 2 and not argv[1].startswith('-'):
     argv[1] = f'--path={argv[1]}'

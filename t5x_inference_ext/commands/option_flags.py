@@ -20,7 +20,7 @@ _T = TypeVar('_T')
 def option_fields(
   options: type, *, skip: Collection[str] = (), named: Collection[str] | None = None
 ) -> Iterator[dataclasses.Field]:
-  """Yield the option fields of a dataclass: all but `skip`, or only those in `named`."""
+  """Yield the option fields of a dataclass: all except `skip`, or only those in `named`."""
   for field in dataclasses.fields(options):
     if (
       'help' in field.metadata and field.name not in skip and (named is None or field.name in named)
@@ -47,8 +47,8 @@ def define_options(
     flags: FlagValues to add the flags to.
     options: Dataclass whose fields are made with options.option.
     skip: Names of fields that do not become flags.
-    group: Heading in --help, instead of the fields' own headings.
-    prefix: Beginning of each help text.
+    group: Heading in --help; None: the headings of the fields.
+    prefix: Text to put before each help text.
   """
   hints = typing.get_type_hints(options)
   for field in option_fields(options, skip=skip):
@@ -89,7 +89,7 @@ def define_flag(
   members = set(typing.get_args(annotation)) - {types.NoneType}
   kind: Any = annotation
   if typing.get_origin(annotation) is types.UnionType:
-    kind = str if str in members else members.pop()  # int | str: a number that may have a unit
+    kind = str if str in members else members.pop()  # int | str: a number with an optional unit
   # absl groups flags by module name; here the module name is the heading that --help shows.
   arguments: dict[str, Any] = {'flag_values': flags, 'module_name': group or 'Flags'}
   if choices:
@@ -109,7 +109,7 @@ def read_options(
     flags: Parsed flags.
     options: Dataclass whose flags define_options made.
     skip: As given to define_options.
-    **others: Values of fields that are no flags.
+    **others: Values of fields without flags.
 
   Raises:
     UserError: The dataclass rejects a value.
@@ -132,7 +132,7 @@ def help_text(doc: str, flags: absl_flags.FlagValues) -> str:
   """Return the text of --help: a command's docstring, then its flags by group, in order."""
   lines = [inspect.cleandoc(doc)]
   for group, members in flags.flags_by_module_dict().items():
-    # The group of absl's own flags is a module name, which has a dot and is no heading.
+    # The group of absl's own flags is a module name, which contains a dot and is not a heading.
     lines += ['', f'{"Flags" if "." in group else group}:', *map(_flag_text, members)]
   return '\n'.join(lines)
 

@@ -1,4 +1,4 @@
-r"""Predict what each slice, mesh, batch and pair of layouts costs, and choose the best.
+r"""Predict the cost of each slice, mesh, batch and pair of layouts, and choose the best.
 
   python -m t5x_inference_ext.plan --model=palm_540b --slice=v4:4x4x4 --batch=64 \
       --input_length=1920 --output_length=64
@@ -138,7 +138,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
 
 def _main(flags: absl_flags.FlagValues) -> None:
   """Plan from flags, or from gin bindings."""
-  # Set before jax is imported: the command must not take this machine's accelerators.
+  # Set before jax is imported, so that the command does not occupy this machine's accelerators.
   os.environ['JAX_PLATFORMS'] = 'cpu'
   from t5x_inference_ext.planner import run as runner
 

@@ -1,4 +1,4 @@
-r"""Compile a model for a TPU slice that is not here: does it fit, and how long does a step take?
+r"""Compile a model for a TPU slice without having one: does it fit, and how long is a step?
 
   python -m t5x_inference_ext.precompile --model=palm_540b --weights=int8 --slice=v4:4x4x4 \
       --phase=decode --batch=64 --context=2048 --layout=ws_2d/batch
@@ -66,14 +66,13 @@ PRECOMPILE_FILES = {
   'hlo': 'Write the compiled program into this file, as text.',
   'save': 'Write the executable into this file.',
 }
-# Defaults of options that CompileCase has no default for.
+# Defaults of options that have no default in CompileCase.
 _DEFAULTS = {'weights': 'int8', 'phase': 'decode', 'context': 2048}
 
 
 def define_flags(flags: absl_flags.FlagValues) -> None:
   """Define the command's flags, in the order of --help."""
-  # Set before jax is imported: the command runs nothing on this machine's accelerators, and must
-  # leave them to others.
+  # Set before jax is imported, so that the command does not occupy this machine's accelerators.
   os.environ['JAX_PLATFORMS'] = 'cpu'
   from t5x_inference_ext.commands import sampling_flags
   from t5x_inference_ext.precompile.case import CompileCase

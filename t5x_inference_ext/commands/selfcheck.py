@@ -1,11 +1,12 @@
-"""Check this package on the devices that are here: the command for the first minutes on a TPU.
+"""Check this package on the local devices: the command for the first minutes on a TPU.
 
   python -m t5x_inference_ext.selfcheck --output=report.json
 
-It tells the devices and how they are connected; decodes golden tokens with the bundled checkpoint,
-with float32 weights in every pair of layouts, with int8 weights in every layout, and through the
-scheduler that serves requests; and times a few programs, on a TPU beside their estimates. A part
-that fails is told, and the others go on. The report has everything, to send back.
+It prints the devices and how they are connected. It decodes golden tokens with the bundled
+checkpoint: with float32 weights in every pair of layouts, with int8 weights in every layout, and
+through the scheduler that serves requests. It times a few programs, on a TPU beside their
+estimates. If a part fails, this is printed and the other parts run. The report contains all
+results, to send to the developers.
 
 On a slice of several hosts, start it on all of them:
 

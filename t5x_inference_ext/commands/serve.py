@@ -2,16 +2,16 @@ r"""Serve a checkpoint over HTTP, with the API that OpenAI's clients speak.
 
   python -m t5x_inference_ext.serve --checkpoint=DIR --port=8000
 
-It compiles everything first, then says `ready on http://127.0.0.1:8000`. Then, for example:
+It compiles all programs first, then prints `ready on http://127.0.0.1:8000`. Then, for example:
 
   curl http://127.0.0.1:8000/v1/completions -H 'content-type: application/json' \
       -d '{"prompt": "def main(", "max_tokens": 16}'
 
-The address is of this machine alone. For others, with a key of theirs:
+Only this machine can connect to that address. To let other machines connect, with API keys:
 
   python -m t5x_inference_ext.serve --checkpoint=DIR --host=0.0.0.0 --api_key_file=keys.txt
 
-All options as gin macros, which the head of the gin file lists:
+All options are also gin macros, which comments at the top of the gin file list:
 
   python -m t5x_inference_ext.serve --gin_file=t5x_inference_ext/configs/runs/serve.gin \
       --gin.CHECKPOINT_PATH=\"DIR\" --gin.PORT=8000

@@ -1,4 +1,4 @@
-"""Whether a request fits a scheduler: checked before it is queued."""
+"""Checks whether a scheduler can serve a request, before it is queued."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -34,12 +34,12 @@ def admitted(
   model: ModelConfig,
   vocabulary: Vocabulary | None,
 ) -> Request:
-  """Check a request, and return it as it can be served: its rows end where learned positions end.
+  """Check a request; return it with limits lowered to the model's learned positions, if any.
 
   Args:
     request: The request.
     config: Sizes of the scheduler.
-    table: Its slots, for the size of the cache.
+    table: Slot table of the scheduler, which gives the size of the cache.
     model: The model.
     vocabulary: Vocabulary of the scheduler, or None.
 
@@ -64,7 +64,7 @@ def admitted(
       f'{length} tokens, BOS included, and {limit} new ones do not fit into a cache of '
       f'{table.pool.pages - 1} pages of {config.page_size} positions: raise `pages`'
     )
-  slot_row(  # checks the rest
+  slot_row(  # checks the other fields
     request.sampling,
     model.vocab_size,
     seed=0,

@@ -1,4 +1,4 @@
-"""The books of a scheduler: what must add up when it is idle."""
+"""Consistency checks of an idle scheduler's records."""
 
 from t5x_inference_ext.engine.prefix_tree import PrefixTree
 from t5x_inference_ext.engine.slot_table import SlotTable
@@ -13,15 +13,15 @@ def wrong_books(
   requests: tuple[int, int, int],
   queued: int,
 ) -> list[str]:
-  """Return a sentence for each thing that does not add up.
+  """Return one sentence for each inconsistency; [] if there is none.
 
   Args:
     table: Slots and pages.
-    tree: Cached beginnings, or None.
+    tree: Prefix tree, or None.
     rows_wait: Whether rows wait although no request is unfinished.
     rows_decode: Whether rows have slots although no request is unfinished.
-    requests: Numbers of requests that came, that have finished, and that have not.
-    queued: Number of requests that have not been looked at.
+    requests: Numbers of requests that were submitted, that have finished, and that have not.
+    queued: Number of requests that the scheduler has not taken yet.
   """
   wrong = table.check() + (tree.check() if tree is not None else [])
   for found, what in ((rows_wait, 'wait'), (rows_decode, 'have slots')):

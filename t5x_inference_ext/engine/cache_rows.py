@@ -1,7 +1,7 @@
 """Reads and writes of single rows of sharded arrays: only the shard that holds a row does work.
 
-Left to XLA's partitioner, a dynamic slice along a split dimension gathers the whole array on every
-device, and a dynamic update rewrites each device's part. Here every function is a shard_map.
+XLA's partitioner would gather the whole array on every device for a dynamic slice along a split
+dimension, and rewrite each device's part for a dynamic update. So these functions use shard_map.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from t5x_inference_ext.sharding.layout import Axes
 
 
 def gather_row(model: Model, x: jax.Array, axes: Axes, row: jax.Array) -> jax.Array:
-  """Return row `row` of x [B, ...], as [1, ...] on every device. `axes` split the rows of x."""
+  """Return row `row` of x [B, ...] as [1, ...], replicated; `axes` split the rows of x."""
 
   def run(x: jax.Array, row: jax.Array) -> jax.Array:
     local, mine = local_index(x.shape[0], axes, row)
@@ -70,9 +70,9 @@ def insert_row(
   shared_ids: Int[Array, ' M'] | None = None,
   shared_range: tuple[Any, Any] = (0, 0),
 ) -> PagedCache:
-  """Put a dense row into pages of `cache`, in place, and set the row's length; return the result.
+  """Copy a dense row into pages of `cache`, in place, and set the row's length; return the cache.
 
-  The host sets which pages belong to whom.
+  The host has already allocated the pages.
 
   Args:
     model: Decides mesh and layouts.
@@ -82,8 +82,8 @@ def insert_row(
     one: A cache of a single row, with heads as in `cache`. Its length is the position of the row's
       next token.
     pages: [M] int32. The row's page for each S positions, numbered on the row's device.
-    first: Scalar int32. The first page of the row to copy: earlier ones are shared pages.
-    shared_ids: [M] int32, or None. Shared page for each S positions, of those in shared_range.
+    first: Scalar int32. Index of the first page of the row to copy; earlier pages are shared.
+    shared_ids: [M] int32, or None. The shared page for each S positions; read within shared_range.
     shared_range: Two scalars int32. Pages [begin, end) of the row to copy into shared pages.
   """
   sharding = model.cache_sharding(cache.lengths.shape[0])
@@ -102,7 +102,7 @@ def insert_row(
     end: jax.Array,
   ) -> PagedCache:
     local, mine = local_index(cache.lengths.shape[0], axes, row)
-    # Only the row's own device copies pages; others run through no page at all.
+    # Only the row's own device copies pages; on other devices the loop has no iterations.
     stop = jnp.where(mine, -(-one.lengths[0] // cache.page_size), first)
     kv = copy_pages((cache.keys, cache.values), (one.keys, one.values), pages, first, stop)
     lengths = cache.lengths
@@ -127,7 +127,7 @@ def insert_row(
 
 
 def _specs(model: Model, cache: KVCache | PagedCache, weights: Weights) -> tuple[Axes, Any, Any]:
-  """Return the axes that split a cache's rows, and the PartitionSpecs of a cache and of one row."""
+  """Return the axes that split a cache's rows, and PartitionSpecs of the cache and of one row."""
   sharding = model.cache_sharding(cache.lengths.shape[0])
   spec = model.cache_spec(sharding, weights)
 
@@ -149,14 +149,14 @@ def local_index(rows: int, axes: Axes, row: jax.Array) -> tuple[jax.Array, jax.A
 
 
 def from_owner(x: jax.Array, axes: Axes, mine: jax.Array) -> jax.Array:
-  """Return x of the only shard where `mine` is true, on every shard."""
+  """Return, on every shard, the x of the one shard where `mine` is true."""
   if ops.axis_size(axes) == 1:
     return x
   return ops.all_reduce(jnp.where(mine, x, jnp.zeros_like(x)), axes)
 
 
 def per_shard(model: Model, run: Callable, in_specs: Any, out_specs: Any) -> Callable:
-  """Return `run` on every shard, as a function of whole arrays. See jax.shard_map."""
+  """Wrap `run` in jax.shard_map; return a function of global arrays."""
   return jax.shard_map(
     run, mesh=model.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
   )

@@ -1,4 +1,4 @@
-"""A conversation in turns, each of which is prefilled after what is cached of the turns before.
+"""A conversation in turns; the prefix cache saves prefilling earlier turns again.
 
 chat = engine.chat(max_length=1024)
 for token in chat.reply(turn, max_new_tokens=64):
@@ -15,14 +15,14 @@ from t5x_inference_ext.errors import RequestError
 
 
 class Conversation:
-  """The tokens of a conversation. Its cached keys and values are those of the prefix cache.
+  """The tokens of a conversation. Its keys and values are cached only in the prefix cache.
 
-  A reply is the continuation of the whole conversation so far, taken as one prompt.
+  A reply continues the whole conversation so far, as one prompt.
 
   Args:
-    streams: Serve the replies.
+    streams: Streams that serve the replies.
     vocab_size: V.
-    max_length: Most tokens of the whole conversation.
+    max_length: Maximum number of tokens of the whole conversation.
     bos: First tokens of the conversation: BOS, or none.
     end_ids: Tokens that end a reply.
 
@@ -58,12 +58,12 @@ class Conversation:
   ) -> Iterator[int]:
     """Add a turn, and yield the tokens of the reply as they are made.
 
-    Tokens that the caller has not taken from the iterator are not part of the conversation: closing
-    the iterator, or the next turn, ends the reply.
+    Closing the iterator, or the next turn, ends the reply; tokens that the caller has not taken
+    from the iterator are then not part of the conversation.
 
     Args:
-      turn: Token ids. An empty turn goes on from where the last reply ended.
-      max_new_tokens: Most tokens of the reply.
+      turn: Token ids. An empty turn continues the last reply.
+      max_new_tokens: Maximum number of tokens of the reply.
       sampling: How tokens are chosen.
       seed: Seed of the sampling noise, 0 to 2**32 - 1.
 

@@ -1,4 +1,4 @@
-"""An engine's scheduler, which stays from one call to the next with its programs and its caches."""
+"""An engine's scheduler, kept with its programs and caches from one call to the next."""
 
 from collections.abc import Sequence
 import threading
@@ -14,7 +14,7 @@ from t5x_inference_ext.text.vocabulary import Vocabulary
 
 
 class Core:
-  """Makes a scheduler when one is first needed, and another only when that one does not suit.
+  """Makes a scheduler at the first need, and a new one only if the old one is not suitable.
 
   Args:
     model: Decides mesh and layouts.
@@ -28,9 +28,9 @@ class Core:
     self._streams: Streams | None = None
 
   def streams(self, requests: Sequence[Request] = (), **options: Any) -> Streams:
-    """Return the streams of a scheduler for these requests and options of `config_for`.
+    """Return the streams of a scheduler that can serve these requests with options of `config_for`.
 
-    A scheduler that is replaced still ends the requests that it has.
+    A replaced scheduler still finishes its requests.
 
     Raises:
       RequestError: An option out of its range.

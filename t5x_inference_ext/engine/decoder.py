@@ -1,4 +1,4 @@
-"""The slots on the devices, and the programs under way for them, as the host drives them."""
+"""The host's control of the slots on the devices: starts their programs and reads results."""
 
 import collections
 from collections.abc import Iterator, Sequence
@@ -49,7 +49,7 @@ class NewTokens(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Started:
-  """A program that was started: the rows by slot, and what it will return."""
+  """A started program: the row in each slot, and the output arrays to come."""
 
   rows: dict[int, Row]
   output: device.StepsOutput
@@ -67,8 +67,8 @@ class Decoder:
     grammars: Whether rows may have grammars.
 
   Attributes:
-    decoded: Decode steps times slots, so far.
-    generated: Tokens that decode steps added to rows, so far.
+    decoded: Number of decode steps times number of slots, so far.
+    generated: Number of tokens that decode steps added to rows, so far.
   """
 
   def __init__(
@@ -109,11 +109,10 @@ class Decoder:
     """Start the insertion of a prefilled row, which also chooses its next token; return its output.
 
     Args:
-      ready: The row, and where its prompt is.
-      slot: Its slot. The table has it already.
-      table: Books of the slots.
-      unwritten: Indices of the row's shared pages that must be written.
-      state: The prompts.
+      ready: The row, and the position of its prompt in the prefill state.
+      slot: The row's slot; the table already records it.
+      table: Table of the slots. unwritten: Indices of the row's shared pages that must be written.
+      state: The prefill state that holds the prompt.
     """
     row, request = ready.row, ready.row.handle.request
     vocab_size = self._model.config.vocab_size
@@ -126,7 +125,7 @@ class Decoder:
       top=request.top_log_probs,
       top_width=self._config.top_log_probs,
     )
-    # Only penalties read the prompt's tokens.
+    # The prompt's tokens are copied only because penalties read them.
     tokens = np.zeros((1, self._config.max_length), np.int32)
     if request.sampling.penalizes:
       tokens[0, : len(ready.prompt.tokens)] = ready.prompt.tokens
@@ -152,18 +151,18 @@ class Decoder:
     """Start decode steps for all slots.
 
     Args:
-      table: Books of the slots. Every row has the pages that it needs.
-      steps: Most steps.
+      table: Table of the slots, in which every row has the pages that it needs.
+      steps: Maximum number of steps.
       until_free: Whether to stop as soon as a row ends.
     """
     output = self._decode(table, steps, until_free, *self._reads(table))
     self._start_steps(table, output, steps)
 
   def decode_logits(self, table: SlotTable) -> jax.Array:
-    """Start a decode step for all slots, up to its logits [B, V]; return these.
+    """Start a decode step for all slots, up to its logits [B, V]; return the logits.
 
     Args:
-      table: Books of the slots. Every row has the page that it needs.
+      table: Table of the slots, in which every row has the page that it needs.
     """
     sizes = self._config.logits_reads(self._shards)
     return self._decode_logits(table, *next(x for x in sizes if x[0] >= table.pool.highest))
@@ -172,7 +171,7 @@ class Decoder:
     """Start the choice of each row's next token, as the rows' grammars allow.
 
     Args:
-      table: Books of the slots. All tokens of rows that have grammars have been read.
+      table: Table of the slots. All tokens of rows with grammars must have been read.
       logits: From `decode_logits`.
     """
     self._start_steps(table, self._choose(table, logits), 1)
@@ -188,7 +187,7 @@ class Decoder:
     return masks_of(matchers, self._model.config.vocab_size)
 
   def _reads(self, table: SlotTable) -> tuple[int, int]:
-    """Return how many pages, and how many shared ones, the next step must read."""
+    """Return how many own pages and how many shared pages the next step must read."""
     return (
       _least(self._config.reads_of_pages(self._shards), table.pool.highest),
       _least(self._config.shared_reads, table.shared.highest),
@@ -230,12 +229,12 @@ class Decoder:
     return output
 
   def warm_up(self, table: SlotTable, state: PrefillState, done: list[CompiledProgram]) -> None:
-    """Compile all programs by running no steps of them. There must be no rows.
+    """Compile all programs by running them with 0 steps. There must be no rows.
 
     Args:
-      table: Books of the slots.
-      state: Some prefill state.
-      done: Gets the programs.
+      table: Table of the slots.
+      state: Any prefill state.
+      done: List to which the programs are appended.
     """
     assert not table.busy and not self._started
     ready = ReadyRow(0, Prompt((0,), []), Row(Handle(0, Request((0,))), 0, (), None))
@@ -268,10 +267,10 @@ class Decoder:
     self._started.append(_Started(rows, output, steps))
 
   def read(self, *, leave: int = 0) -> Iterator[NewTokens]:
-    """Wait for the programs under way, and yield the tokens of each row that got any or ended.
+    """Wait for started programs, and yield the tokens of each row that got some or ended.
 
     Args:
-      leave: How many of the latest programs to leave under way.
+      leave: Number of latest programs not to wait for.
     """
     while len(self._started) > leave:
       started = self._started.popleft()
@@ -279,7 +278,7 @@ class Decoder:
       if started.steps:
         self.decoded += int(output.counts.max()) * self._config.slots
         self.generated += int(output.counts.sum())
-      # Lists once for all rows: arrays are slow to take apart on the host.
+      # Convert to lists once for all rows: indexing arrays row by row is slow.
       tokens, log_probs = (x.T.tolist() for x in output.chosen[:2])
       counts, failed = output.counts.tolist(), output.failed.tolist()
       for slot, row in started.rows.items():

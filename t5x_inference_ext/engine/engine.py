@@ -43,10 +43,10 @@ from t5x_inference_ext.text.grammar import Grammar
 
 @dataclasses.dataclass(frozen=True)
 class Engine(Scorer):
-  """A model with its weights on a mesh: it scores (see Scorer), and it generates.
+  """A model with its weights on a mesh, which generates text and scores it (see Scorer).
 
   Attributes:
-    executable: A saved program that runs generations in place of compiled ones, or None.
+    executable: A saved program that `generate` runs instead of compiling one, or None.
   """
 
   executable: SavedGeneration | None = None
@@ -70,8 +70,8 @@ class Engine(Scorer):
 
     Args:
       checkpoint: Directory, or the result of open_checkpoint.
-      mesh: 'XxYxZ' over the first X*Y*Z devices; a mesh with axes x, y, z; or None: all devices
-        that divide the model, as the infer command has it.
+      mesh: 'XxYxZ' over the first X*Y*Z devices; a mesh with axes x, y, z; or None: the largest
+        mesh that divides the model, as in the infer command.
       dtype: Type of activations and float weights, 'float32' or 'bfloat16'; int8 stays int8.
       cache: Type of the KV cache: 'float32', 'bfloat16', 'int8' (with a scale for each position
         and head), or None: `dtype`.
@@ -80,9 +80,10 @@ class Engine(Scorer):
       scan_layers: Whether one array holds all layers and the program loops over them; None: a
         loop for more than 8 layers on CPU, never on accelerators.
       executable: File of a generation that precompile saved for this model, mesh and these
-        versions. It runs only what it was compiled for. Loading one runs code: use your own files.
+        versions. It serves only the shapes and options that it was compiled for. Loading a file
+        runs code in it: use only your own.
       progress: Wraps the list of tensors that are loaded, e.g. tqdm.
-      **conventions: Arguments of open_checkpoint: what the weights of a T5X checkpoint do not show.
+      **conventions: Arguments of open_checkpoint: properties that T5X weights do not show.
 
     Raises:
       UserError: A checkpoint, mesh, layout, executable or option that does not fit (errors.py lists
@@ -121,22 +122,22 @@ class Engine(Scorer):
     """Continue each prompt until EOS or its limit, in one static batch.
 
     Args:
-      prompts: Texts, or token ids without BOS. An empty prompt starts from BOS alone, as in T5X.
+      prompts: Texts, or token ids without BOS. An empty prompt means BOS alone, as in T5X.
         Texts need a checkpoint with a vocabulary.
-      max_new_tokens: Most new tokens: one number for all prompts, or one for each.
+      max_new_tokens: Maximum number of new tokens: one number for all prompts, or one for each.
       sampling: How tokens are chosen: for all prompts, or one for each.
       seeds: A seed for each prompt, 0 to 2**32 - 1; None: 0 for all.
-      eos_id: Token that ends a row, or several; -1 never does. None: those of the checkpoint.
+      eos_id: Token that ends a row, or several; -1: no token does; None: the checkpoint's.
       cache_size: Cache positions of each row, BOS and new tokens included; None: as many as
         needed.
       prompt_size: Length that prompts are padded to, to share a compilation; None: the longest.
-      max_length: Also ends a row when prompt and new tokens together are this many, as T5X does.
-      prefill_chunk: Most positions of the prompts in one pass, to save memory; None: all.
+      max_length: A row also ends when prompt and new tokens together reach this number, as in T5X.
+      prefill_chunk: Maximum number of prompt positions in one pass, to save memory; None: all.
 
     Raises:
       RequestError: No prompts, a prompt that is longer than the cache or holds ids outside the
         vocabulary, or an option out of its range.
-      SavedError: With an executable, anything but what it was compiled for.
+      SavedError: The executable was compiled for other shapes or options.
       MeshError: A number of prompts that the decode layout can't split: see Model.padded_batch.
     """
     vocabulary = self.checkpoint.vocabulary
@@ -180,26 +181,26 @@ class Engine(Scorer):
     grammar: Grammar | None = None,
     **options: Any,
   ) -> Stream:
-    """Continue prompts in slots that are kept full; return each row's new tokens as they are made.
+    """Continue prompts with continuous batching; return each row's new tokens as they are made.
 
-    Tokens are those of `generate`. The engine's scheduler serves them, together with what other
-    threads asked for; it stays, with its compiled programs and its cache of beginnings. The stream
-    can be iterated with `for` and with `async for`; closing it ends the rows.
+    The tokens equal those of `generate`. The engine's scheduler serves them together with requests
+    of other threads; it is kept for later calls, with its compiled programs and prefix cache. The
+    stream can be iterated with `for` and with `async for`; closing it ends the rows.
 
     Args:
       prompts: See `generate`. Events of texts carry text.
       max_new_tokens: See `generate`.
       sampling: See `generate`.
       seeds: See `generate`. The i-th sample of a prompt has the seed (prompt's seed + i) % 2**32.
-      samples: Samples of each prompt.
+      samples: Number of samples of each prompt.
       eos_id: See `generate`.
       stop: Texts that end a row. They are cut from its text.
-      top_log_probs: How many of the most likely tokens are returned with each token.
-      salt: Only prompts with equal salts share what is cached of their beginnings.
+      top_log_probs: Number of most likely tokens to return with each token.
+      salt: Only prompts with equal salts share cached prefixes.
       grammar: The language that each row's new text must be in; None: any.
       **options: Options of engine.scheduler_config.config_for: slots, max_length, pages,
-        prefill_chunk, prefill_rows, prefill_budget, decode_steps, share. Other options than those
-        of the last call, or longer rows, make a new scheduler.
+        prefill_chunk, prefill_rows, prefill_budget, decode_steps, share. If options differ from the
+        last call's, or rows are longer, a new scheduler is made.
 
     Raises:
       RequestError: Arguments that `generate` refuses, or an option out of its range; before
@@ -273,7 +274,7 @@ class Engine(Scorer):
   def chat(
     self, *, max_length: int, eos_id: int | Sequence[int] | None = None, **options: Any
   ) -> Conversation:
-    """Begin a conversation. What is cached of its turns stays in the engine's scheduler.
+    """Begin a conversation. The engine's scheduler keeps its turns in the prefix cache.
 
     Args:
       max_length: Most tokens of the whole conversation.
@@ -291,7 +292,7 @@ class Engine(Scorer):
 
   @property
   def bos(self) -> tuple[int, ...]:
-    """The token in front of each prompt, or none."""
+    """The tokens in front of each prompt: BOS, or none."""
     return () if self.checkpoint.bos_id is None else (self.checkpoint.bos_id,)
 
   def _end_ids(self, eos_id: int | Sequence[int] | None) -> tuple[int, ...]:

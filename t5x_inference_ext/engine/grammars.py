@@ -1,4 +1,4 @@
-"""Rows' grammars: which tokens each row may get next. Needs the extra [structured]."""
+"""Grammars of rows: masks of tokens that a row may get next. Needs the extra [structured]."""
 
 import collections
 from collections.abc import Sequence
@@ -23,20 +23,20 @@ from t5x_inference_ext.text.grammar_compiler import (
 )
 from t5x_inference_ext.text.vocabulary import Vocabulary
 
-_CHECKED = 1024  # grammars that are remembered as usable, the last ones used
+_CHECKED = 1024  # number of recent grammars that are remembered as usable
 
 
 class GrammarMatcher:
   """Follows one row's tokens through its grammar.
 
   Args:
-    matcher: An llguidance.LLMatcher of the row alone: rows that share one would share its limits.
+    matcher: An llguidance.LLMatcher used for this row only, because its limits count all its uses.
     vocab_size: V.
 
   Attributes:
-    error: Why no token can be chosen any more; None while one can.
-    exhausted: Whether the tokens so far satisfy the grammar, and the vocabulary has no token that
-      could follow, nor the row an end token.
+    error: Why no further token can be chosen; None while one can be.
+    exhausted: Whether the tokens so far satisfy the grammar, no token of the vocabulary can follow,
+      and the row has no end token.
   """
 
   def __init__(self, matcher: Any, vocab_size: int) -> None:
@@ -55,17 +55,17 @@ class GrammarMatcher:
     return self._matcher.is_stopped() and not self._matcher.is_error() and self.accepting
 
   def push(self, token: int) -> None:
-    """Take the row's next token in. It must be one that `fill` allowed, and not an end token."""
+    """Advance by the row's next token, which `fill` must have allowed; not an end token."""
     if self.error is None and not self._matcher.consume_token(token):
       self._fail()
 
   def fill(self, masks: np.ndarray, row: int, end_ids: Sequence[int]) -> None:
-    """Write which tokens may come next; none after an error.
+    """Write the mask of tokens that may come next; after an error, of no token.
 
     Args:
       masks: [B, W] uint32, as in TokenMasks, with W from `mask_words`.
       row: Row of the masks.
-      end_ids: Tokens that end the row. They may come when the tokens so far satisfy the grammar.
+      end_ids: Tokens that end the row. They are allowed if the tokens so far satisfy the grammar.
     """
     from llguidance.numpy import fill_next_token_bitmask
 
@@ -77,7 +77,7 @@ class GrammarMatcher:
     if self.error is not None:
       mask[:] = 0
       return
-    _set_bit(mask, self._vocab_size, False)  # the library's end
+    _set_bit(mask, self._vocab_size, False)  # the library's own end token
     accepting = self.accepting
     for token in end_ids:
       if 0 <= token < self._vocab_size:
@@ -97,14 +97,14 @@ def _set_bit(mask: np.ndarray, token: int, value: bool) -> None:
 
 
 def mask_words(vocab_size: int) -> int:
-  """Return W of the masks of V tokens. The library's own end has the bit after the last token's."""
+  """Return W, the words of a mask for V tokens and the library's own end token, which is last."""
   return vocab_size // 32 + 1
 
 
 def masks_of(
   matchers: Sequence[tuple[GrammarMatcher, Sequence[int]] | None], vocab_size: int
 ) -> TokenMasks:
-  """Return which tokens may come next in each row.
+  """Return the masks of the tokens that may come next in each row.
 
   Args:
     matchers: For each row its matcher and its end tokens; None for a row without a grammar.
@@ -119,7 +119,7 @@ def masks_of(
 
 
 class Grammars:
-  """Compiles grammars for one model. Any thread may call it.
+  """Compiles grammars for one model. Thread-safe.
 
   Args:
     vocabulary: Vocabulary of the model; None: no grammar can be used.
@@ -137,11 +137,11 @@ class Grammars:
     self.available = vocabulary is not None and installed
 
   def matchers(self, grammar: Grammar | None, samples: int) -> list[GrammarMatcher]:
-    """Check a grammar, in about GRAMMAR_SECONDS at most; return a matcher for each sample.
+    """Check a grammar, within about GRAMMAR_SECONDS; return a matcher for each sample.
 
     Raises:
       RequestError: There is no vocabulary, or the grammar can't be used.
-      UserError: The extra is not installed.
+      UserError: The extra [structured] is not installed.
     """
     if grammar is None:
       return []
@@ -149,7 +149,7 @@ class Grammars:
     return self.compiled(grammar, samples)
 
   def compiled(self, grammar: Grammar, samples: int) -> list[GrammarMatcher]:
-    """Return a matcher for each sample, for a grammar that was checked here or elsewhere."""
+    """Return a matcher for each sample of a grammar that was already checked, here or elsewhere."""
     return [
       GrammarMatcher(compile_grammar(grammar, self._tokenizer), self._vocab_size)
       for _ in range(samples)
@@ -173,7 +173,7 @@ class Grammars:
         self._checked.popitem(last=False)
 
   def warm_up(self) -> None:
-    """Do now what the first grammar would wait for, if grammars can be used."""
+    """If grammars can be used, do the setup now that the first grammar would wait for."""
     if self.available:
       self.matchers(Grammar('json_object'), 1)
 

@@ -4,10 +4,10 @@ Both take a sharding.collective.Collective from sharding/traffic.py, and give it
 efficiency.py has the share of the links' bandwidth that programs reach.
 
   paper   Sections 3.2 and 3.3: bytes over the bandwidth of all links of a chip (270 GB/s on v4),
-          whatever axes the collective runs over. (K-1)/K is taken as 1. There are no hops.
-  torus   A collective uses only the links along its own axes (sharding/links.py). A physical axis
-          with wraparound (torus.wraparound) brings two links; one without, or a part of an axis,
-          brings one; several axes add up. (K-1)/K counts (appendix A.1). Each chip passed is a hop.
+          for all mesh axes alike. (K-1)/K is taken as 1. There are no hops.
+  torus A collective uses only the links along its own axes (sharding/links.py). A physical axis
+  with wraparound (torus.wraparound) adds two links; one without, or a part of an axis, adds one.
+  (K-1)/K is included (appendix A.1). Each chip passed is a hop.
           GPUs have no torus: NVLink joins the chips of a node, each chip's network card reaches
           other nodes, and there are log2 K hops.
 """
@@ -63,8 +63,8 @@ class Network:
     """Return the time in seconds of one pass of data over GPUs.
 
     Within a node data travels over NVLink. Between nodes each chip sends its share through its own
-    network card. Any chip is one hop from any other, so log2 K rounds of exchanges in pairs reach
-    all.
+    network card. Any chip is one hop from any other, so log2 K rounds of pairwise exchanges reach
+    all chips.
     """
     chip = self.machine.chip
     grid = links.grid(self.machine.shape, self.machine.wraps, self.mesh)

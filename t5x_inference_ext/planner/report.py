@@ -103,7 +103,7 @@ def _parts(plan: Plan) -> list[str]:
 
 
 def _spread(cells: Iterable[str]) -> list[str]:
-  """Return the cells, each followed by an empty cell, where other rows have a share."""
+  """Return the cells, each followed by an empty one for the column of shares in other rows."""
   return [text for cell in cells for text in (cell, '')]
 
 
@@ -153,7 +153,7 @@ def why(choice: Choice, in_json: bool = False) -> str:
 
 
 def _largest_difference(plan: Plan, rival: Plan) -> tuple[str, str, float]:
-  """Return (phase, part, seconds) for the part in which the plan saves most against a rival."""
+  """Return (phase, part, seconds) for the part in which the plan saves most time over a rival."""
   differences = [
     (ours.case.phase, part, plan.runs(ours) * (theirs.parts[part] - ours.parts[part]))
     for ours, theirs in zip(plan.phases, rival.phases)

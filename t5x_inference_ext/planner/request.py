@@ -19,7 +19,7 @@ from t5x_inference_ext.planner.memory import PlannedMemory, memory
 from t5x_inference_ext.planner.network import CONVENTIONS
 
 OBJECTIVES = ('latency', 'throughput', 'cost')
-# Both phases on one machine, or only one of them, if the other runs elsewhere.
+# Phases that this machine runs: both, or one of them if another machine runs the other.
 PLAN_PHASES = ('both', 'prefill', 'decode')
 
 
@@ -37,8 +37,8 @@ class PlanRequest:
     convention: Convention of the network, one of network.CONVENTIONS.
     efficiency: Shares of the chip's peak rates. None: the shares fitted for the convention.
     mesh: The only mesh (X, Y, Z) to consider. None: every candidate mesh.
-    phase: The phases that run on this machine, one of PLAN_PHASES. Only these are priced and have
-      to fit.
+    phase: The phases that run on this machine, one of PLAN_PHASES. Only they have to fit, and only
+      their time counts.
 
   Raises:
     RequestError: A value is out of its range.
@@ -74,7 +74,7 @@ class PlanRequest:
 
   @property
   def mean_context(self) -> int:
-    """Positions that attention sees in the middle decode step, whose time stands for all steps."""
+    """Positions that attention sees in the middle decode step, whose time represents all steps."""
     return self.input_length + (self.output_length + 1) // 2
 
   def replace(self, **fields: Any) -> 'PlanRequest':
@@ -87,8 +87,8 @@ def pair_memories(
 ) -> dict[str, PlannedMemory]:
   """Return the memory of one chip, by phase.
 
-  Prefill writes the whole cache, split as for decode, so it needs the larger cache of the two
-  phases.
+  Prefill writes the whole cache, also in decode's split, so it needs the larger of the two phases'
+  caches.
   """
   in_prefill = memory(prefill, request.input_length)
   in_decode = memory(decode, request.context)
@@ -134,7 +134,7 @@ class Plan:
 
   @property
   def rows(self) -> int:
-    """B after adding empty rows to the requested ones, so that the mesh can split them."""
+    """B: the requested rows plus empty rows, so that the mesh can split them."""
     return self.decode.case.batch
 
   @property
@@ -146,7 +146,8 @@ class Plan:
   def phases(self) -> tuple[PassCost, ...]:
     """The costs of the phases that run here.
 
-    If only one phase runs here, the other is the fastest one that can share its weights.
+    If only one phase runs here, the other one is priced in the fastest layout that can share its
+    weights.
     """
     return {
       'both': (self.prefill, self.decode),

@@ -45,7 +45,7 @@ def plan(
   Args:
     model: The model.
     slice_name: 'v4:4x4x4' or 'A100:16'. None: the usual slices of `chip` are all considered.
-    chip: One of hardware.CHIPS, or several with commas.
+    chip: One of hardware.CHIPS, or several, separated by commas.
     batch: Rows run together. None: powers of two up to 1024 are considered.
     input_length: Tokens of each prompt.
     output_length: Tokens to generate for each prompt.
@@ -58,7 +58,7 @@ def plan(
     phase: 'both', 'prefill' or 'decode': the phases that run here.
     check: Whether to compile the chosen plan too.
     sweep: Whether to draw latency against cost for all slices and batches, instead of choosing.
-    figure: Whether to draw the figures of the choice.
+    figure: Whether to draw figures of the chosen plan.
     output_dir: Directory of the figures and of the sweep's CSV.
     gin_output: File for the plan as gin bindings.
     json_file: File for every number, as JSON.
@@ -153,7 +153,7 @@ def _sweep(
   """Write the sweep's CSV and figure, and print its front."""
   points = sweeps.sweep(request, machines, batches, ('int8', 'bfloat16'), _say)
   if not points:
-    # Raises NothingFits, whose message says how far off the nearest plan is.
+    # `choose` raises NothingFits, whose message says how far off the nearest plan is.
     choose.choose(request.replace(batch=min(batches), weights='int8'), machines)
   csv_file, figure_file = (os.path.join(output_dir, f'pareto.{kind}') for kind in ('csv', 'svg'))
   write_text(csv_file, sweeps.csv_text(points))

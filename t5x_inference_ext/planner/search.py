@@ -21,8 +21,9 @@ from t5x_inference_ext.sharding.layout import (
   check_pair,
 )
 
-# wg_xyz splits rows over every axis, so it leaves none to split heads over. Looped collectives are
-# left out: they move as many bytes, and the fitted efficiencies already include what they hide.
+# wg_xyz splits rows over every axis, which leaves none to split heads over. Looped collectives are
+# left out: they move equally many bytes, and the fitted efficiencies include the time that they
+# hide.
 LAYOUTS = tuple(
   Layout(feedforward, attention)
   for feedforward in ('ws_2d', *(f for f in FEEDFORWARD if f != 'ws_2d'))
@@ -54,7 +55,7 @@ def plans(request: PlanRequest, machine: Machine) -> list[Plan]:
 
 
 def best(found: Iterable[Plan]) -> list[Plan]:
-  """Return the best plan of each pair of layouts: those that fit by time, then others by memory.
+  """Return the best plan of each pair of layouts: fitting plans by time, then others by memory.
 
   The best plan of a pair is the fastest one that fits, or else the one that needs the least memory.
   If the request is for one phase, there is one plan for each layout of that phase.
@@ -86,8 +87,8 @@ def fits(request: PlanRequest, machine: Machine) -> bool:
   available = machine.chip.usable_bytes
   for mesh in meshes(request, machine):
     for rows in row_choices(request.batch, mesh):
-      # A pair needs at least as much as either phase alone. Often no prefill fits, which ends the
-      # search.
+      # A pair needs at least as much memory as either of its phases. Often no prefill fits, and
+      # then decode need not be searched.
       prefills = _fitting_cases(request, machine, mesh, 'prefill', rows)
       decodes = prefills and _fitting_cases(request, machine, mesh, 'decode', rows)
       for prefill, decode in itertools.product(prefills, decodes):
@@ -99,7 +100,7 @@ def fits(request: PlanRequest, machine: Machine) -> bool:
 def _fitting_cases(
   request: PlanRequest, machine: Machine, mesh: Mesh, phase: str, rows: int
 ) -> list[PassCase]:
-  """Return one phase in each layout in which it fits alone; in all layouts if it runs elsewhere."""
+  """Return a phase in each layout in which it alone fits; in all layouts if it runs elsewhere."""
   cases = list(_cases(request, machine, mesh, phase, rows))
   if request.phase not in ('both', phase):
     return cases
@@ -149,10 +150,11 @@ def meshes(request: PlanRequest, machine: Machine) -> tuple[Mesh, ...]:
 
 @functools.lru_cache(maxsize=4096)
 def row_choices(batch: int, mesh: Mesh) -> tuple[int, ...]:
-  """Return numbers of rows, at least `batch`: the least that each set of mesh axes splits evenly.
+  """Return numbers of rows to try: for each set of mesh axes, the least one that it divides.
 
-  A few empty rows may save time: a layout splits rows only if they divide evenly. With one number
-  for each set of axes, a request for more rows never takes less time.
+  All are at least `batch`. A few empty rows may save time, since a layout splits rows only if they
+  divide evenly. Trying one number for each set of axes makes sure that a request for more rows
+  never takes less time.
   """
   shares = sorted({math.prod(axes) for n in range(4) for axes in itertools.combinations(mesh, n)})
   found: dict[tuple[bool, ...], int] = {}
@@ -166,7 +168,8 @@ def phase_costs(
 ) -> list[PassCost]:
   """Return the costs of one phase in every layout that can run `rows` rows, fastest first.
 
-  Attention by batch that splits no rows is left out if it costs the same as attention by heads.
+  A layout with attention by batch is left out if it splits no rows and costs as much as attention
+  by heads.
   """
   found = [
     cost(case, request.convention, request.efficiency)
@@ -201,7 +204,7 @@ def _cases(
     if _repeats_another(layout, mesh):
       continue
     if phase == 'decode' and rows != _rows_that_run(layout, rows, mesh):
-      continue  # needs other numbers of rows, which are tried separately
+      continue  # needs another number of rows, which row_choices includes
     case = PassCase(
       request.config,
       machine,
@@ -222,7 +225,7 @@ def _cases(
 
 @functools.lru_cache(maxsize=65536)
 def _rows_that_run(layout: Layout, rows: int, mesh: Mesh) -> int:
-  """Return the rows that the engine would decode for `rows` requested ones: it may add some."""
+  """Return how many rows the engine would decode if `rows` are requested, padding included."""
   return activations.padded_batch(layout, rows, axis_sizes(mesh))
 
 

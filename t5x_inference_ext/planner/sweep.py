@@ -21,7 +21,7 @@ class Point:
   Attributes:
     request: The model and its work, with the batch of this point.
     cost: Cost of the pass: a prefill or a decode step.
-    on_front: Whether no other point of its phase and weights is both as fast and as cheap.
+    on_front: Whether the point is on the Pareto front of its phase and weights.
   """
 
   request: PlanRequest
@@ -51,7 +51,7 @@ def sweep(
   weights: Sequence[str],
   say: Callable[[str], None] = lambda text: None,
 ) -> list[Point]:
-  """Return the points of both phases by phase, weights and latency, with the front marked.
+  """Return points of both phases, sorted by phase, weights and latency, with the front marked.
 
   There is no point for a machine that does not divide the model, or for a batch that does not fit.
 
@@ -81,7 +81,7 @@ def sweep(
 
 
 def front(points: Iterable[Point]) -> list[Point]:
-  """Return the points by latency. Marks each point that costs less than every faster point."""
+  """Sort points by latency, and mark those that cost less than every faster point."""
   least, marked = float('inf'), []
   for point in sorted(points, key=lambda p: (p.seconds, p.chip_seconds_per_token)):
     better = point.chip_seconds_per_token < least
@@ -127,7 +127,7 @@ def _csv_row(point: Point) -> dict[str, object]:
 
 
 def csv_text(points: Sequence[Point]) -> str:
-  """Return a CSV with a row for each point (at least one); `pareto` is 1 on the front."""
+  """Return points (at least one) as the text of a CSV; `pareto` is 1 on the front."""
   rows = [_csv_row(point) for point in points]
   out = io.StringIO()
   writer = csv.DictWriter(out, list(rows[0]), lineterminator='\n')

@@ -1,4 +1,4 @@
-"""The work of one chip in a pass, counted from its arrays, so that padding counts too."""
+"""The work of one chip in a pass, computed from its arrays, and so including padding."""
 
 import dataclasses
 import math
@@ -41,7 +41,7 @@ def work(case: PassCase) -> PassWork:
   matrices = sum(math.prod(t.shape) for t in case.tensors.values() if t.kind == 'matrix')
   head = 'embedding' if c.tied_head else 'head'
   table = case.tensors[head].shape[0] * c.d_model
-  # Of tables that are only looked up, few rows are read.
+  # Skip tables that are only looked up: few of their rows are read.
   read = sum(
     stored_bytes(case, t) * (gathered if t.kind == 'matrix' else 1)
     for name, t in case.tensors.items()
@@ -49,7 +49,7 @@ def work(case: PassCase) -> PassWork:
   )
   rows = case.batch / case.size(p.attention_rows)
   positions = case.padded / case.size(p.attention_positions)
-  # Two products of 2 FLOPs each. Positions that the mask hides are computed too.
+  # Two products, 2 FLOPs each per element. Positions that the mask hides are computed, too.
   attention = 4 * rows * positions * p.heads.heads * c.d_head * case.seen * c.num_layers
   return PassWork(
     matmul_flops=2 * tokens * matrices * c.num_layers / chips,

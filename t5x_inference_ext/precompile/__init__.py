@@ -1,1 +1,1 @@
-"""The TPU compiler on any machine: does a model fit a slice, and how long does a phase take?"""
+"""Compilation for TPUs without a TPU: whether a model fits a slice, and the estimated time."""

@@ -1,6 +1,6 @@
 """Compile a phase of a model for a slice, choose its layout, and estimate its time.
 
-If the phase does not fit, the answer has changes that would make it fit.
+If the phase does not fit, the answer lists changes that would make it fit.
 """
 
 from collections.abc import Callable
@@ -39,14 +39,14 @@ class Tried:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-  """The answer: a compiled phase and its time, or what is missing for it to fit.
+  """The answer: a compiled phase and its time; or the memory it lacks, and alternatives.
 
   Attributes:
     slice: TpuSlice. The chips.
-    program: Program, or the Shortage if it does not fit.
+    program: Program, or a Shortage if it does not fit.
     estimate: Estimate or None. The program's time, if it fits.
     tried: tuple of Tried. The candidates if no layout was requested, else ().
-    alternatives: tuple of Alternative. Changes that make a program fit, if this one does not.
+    alternatives: tuple of Alternative. If the program does not fit, changes that make it fit.
   """
 
   slice: TpuSlice
@@ -104,7 +104,7 @@ def analyze(
     layout: str or None. 'feedforward/attention' of the phase. By default, the phase's candidate
       with the smallest serial estimate.
     other_layout: str or None. The layout of the other phase; see CompileCase.
-    mesh: str or None. 'XxYxZ' over the whole slice. By default along its torus.
+    mesh: str or None. 'XxYxZ' over the whole slice. By default a mesh along its torus.
     cache: str or None. Dtype of the KV cache: 'int8', or None for bfloat16.
     scan_layers: bool or None. True for one loop over all layers; by default the layers are
       unrolled. In the search for a layout, models with many layers are compiled as loops, which
@@ -116,7 +116,7 @@ def analyze(
 
   Raises:
     UserError: A slice, mesh, layout or number is invalid, libtpu is missing, or the compiler
-      refuses the program for another reason than memory.
+      refuses the program for a reason other than memory.
   """
   slice_ = parse_slice(slice_name)
   slices.check_slice(slice_)
@@ -159,7 +159,7 @@ def analyze(
 
 
 def _quick(case: CompileCase) -> CompileCase:
-  """Return the case as a loop over its layers, if compiling them unrolled would take minutes."""
+  """Return the case with its layers as a loop, if compiling them unrolled would take minutes."""
   many = case.config.num_layers > MAX_UNROLLED_LAYERS
   return dataclasses.replace(case, scan_layers=case.stacked or many)
 
@@ -167,7 +167,7 @@ def _quick(case: CompileCase) -> CompileCase:
 def _best_layout(
   case: CompileCase, compiled: Callable[[CompileCase], _Result]
 ) -> tuple[_Result, tuple[Tried, ...]]:
-  """Return the program with the smallest estimate, or the smallest shortage; and all tried."""
+  """Return the program with the smallest estimate, or the smallest shortage; and all candidates."""
   results: list[_Result] = []
   tried: list[Tried] = []
   refusal: MeshError | None = None
@@ -176,7 +176,7 @@ def _best_layout(
   for text in candidates:
     try:
       program, found = compiled(dataclasses.replace(case, layout=Layout.parse(text)))
-    except MeshError as e:  # it can't split the rows, or share weights with the other phase
+    except MeshError as e:  # can't split rows, or share weights with the other phase
       tried.append(Tried(text, None, str(e), case.stacked))
       refusal = refusal or e
       continue
@@ -189,7 +189,7 @@ def _best_layout(
 
 
 def _rank(result: _Result) -> tuple[bool, float]:
-  """Return a sort key: programs that fit by time, then the others by bytes."""
+  """Return a sort key: programs that fit by time, then other programs by bytes."""
   program, found = result
   if isinstance(program, Shortage):
     return True, program.needed or program.weights + program.cache

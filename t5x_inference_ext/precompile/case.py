@@ -23,11 +23,11 @@ _GROUP = 'Program'
 
 @dataclasses.dataclass(frozen=True)
 class CompileCase:
-  """A phase to compile, without its devices. Fields with a help text are options of the command.
+  """A phase to compile, without its devices. Fields made with `option` have their help text there.
 
   Attributes:
     config: ModelConfig. The model.
-    layout: Layout. The layout of the phase; for 'generate', of its prefill.
+    layout: Layout. The layout of the phase; for 'generate', the layout of its prefill.
     other_layout: Layout or None. The layout of the other phase, which shares the weights and passes
       on or receives the cache. By default ws_2d/batch; for ws_1d, which stores weights differently,
       ws_1d/batch.
@@ -108,7 +108,7 @@ class CompileCase:
 
   @property
   def length(self) -> int:
-    """T, the tokens of each row in one pass; for 'generate', in its prefill."""
+    """T, tokens of each row in one pass; for 'generate', in the prefill pass."""
     if self.phase == 'generate':
       return self.generation.prompt + 1
     if self.phase == 'extend':

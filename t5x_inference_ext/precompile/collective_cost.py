@@ -45,9 +45,9 @@ def find_collective(
 ) -> HloCollective | None:
   """Return the collective that an instruction runs or starts, or None.
 
-  A collective inside a fusion or an asynchronous operation is found too. A fusion of an all-reduce
-  that keeps only a slice of the sum sends as much as a reduce-scatter, and counts as one. The end
-  of an asynchronous collective does not count.
+  A collective inside a fusion or an asynchronous operation is found, too. A fusion of an all-reduce
+  that keeps only a slice of the sum is counted as a reduce-scatter, because it sends equally many
+  bytes. For the done instruction of an asynchronous collective, return None.
 
   Args:
     module: Module. The program.
@@ -108,12 +108,12 @@ def replica_groups(instruction: Instruction, partitions: int) -> tuple[tuple[int
 def seconds(collective: HloCollective, chip: Chip, slice_: TpuSlice) -> float:
   """Return the time in seconds of a collective with no other traffic on its links.
 
-  An all-gather over K chips takes (K-1)/K of its result over all torus axes that it uses at once,
-  and their hops. A reduce-scatter takes as long for its operand, an all-reduce both times, an
-  all-to-all the time of half an all-gather's bytes. Up to 4 chips use one axis, up to 16 two, more
-  chips three, if the torus has as many. If a slice's axes have other lengths, the chips count
-  as a box with as many axes, as even as possible. A collective-permute takes its bytes over one
-  link, and one hop.
+  An all-gather over K chips takes the time to send (K-1)/K of its result over all torus axes that
+  it uses at once, plus the hops. A reduce-scatter takes as long for its operand, an all-reduce
+  takes both times, and an all-to-all takes the time of half an all-gather's bytes. Up to 4 chips
+  use one axis, up to 16 use two, and more use three, if the torus has so many. The chips are
+  assumed to form a box with that many axes, of lengths as equal as possible. A collective-permute
+  takes the time of its bytes over one link, plus one hop.
   """
   if collective.kind == PERMUTE:
     return collective.bytes / chip.link_bandwidth + chip.hop_latency
@@ -137,7 +137,7 @@ def axis_lengths(k: int, chip: Chip) -> tuple[int, ...]:
   axes = min(1 if k <= 4 else 2 if k <= 16 else 3, chip.torus)
   lengths: list[int] = []
   for left in range(axes, 0, -1):
-    # The least divisor that is at least the even share, so the longest axis comes first.
+    # Take the least divisor that is at least the even share, so that the longest axis comes first.
     share = round(k ** (1 / left), 9)
     lengths.append(next(d for d in range(1, k + 1) if k % d == 0 and d >= share))
     k //= lengths[-1]

@@ -1,22 +1,23 @@
 """The time of a compiled TPU program, from the compiler's estimates and the links' speed.
 
-The serial estimate runs everything in sequence, without overlap:
+The serial estimate assumes that everything runs in sequence, without overlap:
 
 - The cycles that the compiler estimates for an instruction are divided by the chip's clock. An
   instruction without cycles (custom calls, kernels, plain copies) takes the longer of two times:
   its bytes, read and written, over the HBM bandwidth, and its FLOPs over the bf16 peak. Reports
   list such instructions by name. An in-place dynamic-update-slice reads and writes only its update.
-  Asynchronous copies into on-chip memory count as no time: they overlap with the rest.
+  Asynchronous copies into on-chip memory count 0 seconds, since they overlap with other work.
 - A link carries hardware.Chip's bytes per second in each direction. A torus axis with wraparound
   carries twice that, and takes size/2 hops; one without carries it once, and takes size-1 hops (see
-  collective_cost.seconds for each kind of collective). Of two simultaneous collective-permutes in
-  opposite directions only the longer counts.
-- Loops multiply by their trip counts. Of a conditional, the longest branch counts.
+  collective_cost.seconds for each kind of collective). If two collective-permutes run at the same
+  time in opposite directions, only the longer one counts.
+- Times inside loops are multiplied by the trip counts. For a conditional, the longest branch
+counts.
 
 In the overlapped estimate each asynchronous collective is shortened by the compute that the
 schedule puts between its start and its done.
 
-Estimates are no measurements: they rank programs, and show where time is spent.
+Estimates are not measurements: they rank programs, and show where time is spent.
 """
 
 import collections
@@ -44,9 +45,9 @@ class Estimate:
   Attributes:
     costs: tuple of OperationCost. Every instruction that runs, in the order of the schedule, except
       the ends of asynchronous ones.
-    unknown_loops: tuple of str. Loops whose trip count is not in the text. They count once, so that
-      the sums are too small.
-    weight_copies: tuple of WeightCopy. Weights and caches that the program writes to HBM again.
+    unknown_loops: tuple of str. Loops whose trip count is not in the text. Their bodies are counted
+      once, so the sums are too small.
+    weight_copies: tuple of WeightCopy. Copies of weights and caches that the program writes to HBM.
   """
 
   costs: tuple[OperationCost, ...]
@@ -63,7 +64,7 @@ class Estimate:
 
   @property
   def turn_seconds(self) -> tuple[float, float]:
-    """(serial, overlapped) seconds in the longest loop; for one turn if its length is unknown."""
+    """(serial, overlapped) seconds of the longest loop, or of one turn if its length is unknown."""
     inside = [c for c in self.costs if c.in_layer_loop]
     return sum(c.seconds for c in inside), sum(c.seconds - c.hidden_seconds for c in inside)
 
@@ -111,7 +112,7 @@ def estimate(text: str, slice_: TpuSlice, mesh: Mapping[str, int]) -> Estimate:
 
 
 def _stretch(run: Executed) -> tuple[object, ...]:
-  """Return a key of the stretch of the schedule in which an instruction runs."""
+  """Return a key for the part of the schedule (loops and branches) in which an instruction runs."""
   return run.computation.name, run.loops, run.branches
 
 
@@ -152,7 +153,7 @@ def _keep_longest_branches(runs: Sequence[Executed], costs: list[OperationCost])
 
 def _hide_collectives(runs: Sequence[Executed], costs: list[OperationCost]) -> None:
   """Set hidden_seconds of each async collective: the compute between its start and its done."""
-  compute: dict[tuple[object, str], float] = {}  # compute so far during each running collective
+  compute: dict[tuple[object, str], float] = {}  # seconds during each running collective
   started: dict[tuple[object, str], int] = {}
   for n, run in enumerate(runs):
     i, stretch = run.instruction, _stretch(run)

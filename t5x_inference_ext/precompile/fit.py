@@ -1,6 +1,6 @@
 """Programs that do not fit a slice, and changes that make them fit.
 
-Arithmetic proposes candidates; the compiler decides.
+Estimates by arithmetic propose candidates; the compiler decides whether they fit.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ from t5x_inference_ext.sharding.mesh import AXES
 from t5x_inference_ext.sharding.mesh_choice import torus_mesh
 from t5x_inference_ext.sharding.torus import TpuSlice, parse_slice
 
-# Most compilations in the search for each kind of alternative.
+# Maximum number of compilations in the search for each kind of alternative.
 TRIES = 3
 
 
@@ -30,13 +30,13 @@ class Shortage:
 
   Attributes:
     case: CompileCase. The case that was to be compiled.
-    slice: TpuSlice. The chips that it was for.
+    slice: TpuSlice. The chips that it was to run on.
     needed: int or None. Bytes of arguments, results and temporaries on a chip; None if the compiler
       does not report it.
     available: int. Bytes of a chip that a program may use.
     weights: int. Bytes of the weights on a chip, by arithmetic.
     cache: int. Bytes of the KV cache on a chip, by arithmetic.
-    message: str. The first line of the compiler's message, or the reason why it was not run.
+    message: str. The first line of the compiler's message, or why the compiler was not run.
   """
 
   case: CompileCase
@@ -63,9 +63,9 @@ class Alternative:
   program: Program
 
 
-# Compiles a case for a slice, or returns the shortage.
+# Function that compiles a case for a slice; returns a Program or a Shortage.
 Compile = Callable[[CompileCase, TpuSlice], Program | Shortage]
-# Is called with lines of progress.
+# Function that is called with lines of progress.
 Say = Callable[[str], None]
 _Candidates = Iterator[tuple[CompileCase, TpuSlice]]
 
@@ -82,11 +82,11 @@ def try_compile(
   Args:
     case: CompileCase. What to compile.
     slice_: TpuSlice. The chips.
-    mesh: Mesh or None. The mesh over the slice; by default along its torus.
+    mesh: Mesh or None. The mesh over the slice; by default a mesh along its torus.
 
   Raises:
     MeshError: There is no such slice, or the mesh or layout does not divide the model or batch.
-    UserError: libtpu is missing, or the compiler refused the program for another reason than
+    UserError: libtpu is missing, or the compiler refused the program for a reason other than
       memory.
   """
   mesh = slices.slice_mesh(slice_, case.config) if mesh is None else mesh
@@ -97,7 +97,7 @@ def try_compile(
   def shortage(needed: int | None, message: str) -> Shortage:
     return Shortage(case, slice_, needed, available, weights, cache, message)
 
-  if weights + cache > available:  # saves the seconds that the compiler takes to refuse
+  if weights + cache > available:  # obviously too large: skip the compilation
     reason = 'weights and cache alone are more than a chip has: nothing was compiled'
     return shortage(weights + cache, reason)
   try:
@@ -179,7 +179,7 @@ def _promising(case: CompileCase, slice_: TpuSlice, limit: int) -> bool:
 
 def _other_layouts(shortage: Shortage) -> _Candidates:
   case, limit = shortage.case, shortage.available
-  if case.kind.cache_decides:  # only a layout with a smaller cache can help
+  if case.kind.cache_decides:  # temporaries don't matter: only a smaller cache can help
     limit = min(limit, shortage.weights + shortage.cache)
   for text in case.kind.layouts:
     layout = Layout.parse(text)
@@ -189,12 +189,12 @@ def _other_layouts(shortage: Shortage) -> _Candidates:
 
 
 def _smaller_batches(shortage: Shortage) -> _Candidates:
-  """Yield smaller batches, from the largest that may fit, most of them halves."""
+  """Yield smaller batches: the largest that may fit, then halves of the requested batch."""
   case, batch = shortage.case, shortage.case.batch
   room = shortage.available - shortage.weights
   if room <= 0:
     return
-  # Everything except the weights is assumed to grow with the number of rows.
+  # Everything except the weights is assumed to be proportional to the number of rows.
   needed = max(shortage.needed or 0, shortage.weights + shortage.cache) - shortage.weights
   most = int(batch * min(room / max(needed, 1), 0.999))
   # Halves of the requested batch are the most likely to be split evenly by a mesh.

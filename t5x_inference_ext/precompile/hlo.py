@@ -18,9 +18,9 @@ class Instruction:
     shapes: tuple of ArrayShape. The arrays of the result. Nested tuples are flattened.
     parts: tuple of int. Number of arrays in each element of a result tuple; () for an array.
     operands: tuple of str. Names of instructions of the same computation.
-    argument: str. Text between the parentheses: a parameter's number, a constant's value.
-    called: tuple of (role, computation name). Roles are body, condition, calls, to_apply, branch,
-      and for a custom call 'custom'.
+    argument: str. Text between the parentheses, such as a parameter's number or a constant's value.
+    called: tuple of (role, computation name). Roles are 'body', 'condition', 'calls', 'to_apply',
+      'branch' and, for a custom call, 'custom'.
     attributes: str. Text after the operands.
     cycles: int or None. The cycles that the compiler estimates.
     op_name: str. Name of the JAX operation that the instruction comes from, or ''.
@@ -53,12 +53,12 @@ class Instruction:
 
   @property
   def operation(self) -> str:
-    """The opcode without its phase: 'copy' for copy-start."""
+    """The opcode without its phase, such as 'copy' for copy-start."""
     return self.opcode.removesuffix(f'-{self.phase}') if self.phase else self.opcode
 
   @property
   def results(self) -> tuple[ArrayShape, ...]:
-    """The resulting arrays, without the operands and contexts that an async start also returns."""
+    """The result arrays, without the operands and contexts that an async start also returns."""
     if self.phase != 'start':
       return self.shapes
     return self.element(0 if self.opcode == 'copy-start' else min(1, len(self.parts) - 1))
@@ -165,7 +165,7 @@ class Module:
     return found
 
   def functions(self, instruction: Instruction) -> tuple[str, ...]:
-    """Return the functions of the user's program around an instruction, the innermost first."""
+    """Return the user program's functions around an instruction, innermost first."""
     found: list[str] = []
     frame = instruction.frame
     while frame in self.frames and len(found) < 100:
@@ -181,7 +181,7 @@ class Module:
         yield from self.inside(inner)
 
   def home(self, instruction: Instruction, likely: Computation) -> Computation:
-    """Return the computation that contains an instruction; `likely` is tried first."""
+    """Return the computation that contains an instruction; search `likely` first."""
     candidates = (likely, *self.computations.values())
     return next(c for c in candidates if c.by_name.get(instruction.name) is instruction)
 

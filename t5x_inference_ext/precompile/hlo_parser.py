@@ -25,7 +25,7 @@ _OP_NAME = re.compile(r'metadata=\{[^}]*?op_name="((?:[^"\\]|\\.)*)"')
 _FRAME = re.compile(r'\bstack_frame_id=(\d+)')
 _TABLE_ROW = re.compile(r'^(\d+) (?:"(.*)"|\{(.*)\})$')
 
-# A table at the head of a module: number -> text, or number -> fields.
+# A table in a module's header: number -> text, or number -> fields.
 _Tables = dict[str, dict[int, str | dict[str, str]]]
 
 
@@ -78,7 +78,7 @@ def _frames(tables: _Tables) -> dict[int, tuple[str, int]]:
     location = field('StackFrames', number, 'file_location_id')
     function = field('FileLocations', location, 'function_name_id')
     name = tables.get('FunctionNames', {}).get(function, '')
-    # The table has the caller's number plus 1, so that 0 can mean the outermost frame.
+    # The table stores the caller's number plus 1; 0 means that there is no caller.
     found[number] = (str(name), field('StackFrames', number, 'parent_frame_id', 1) - 1)
   return found
 

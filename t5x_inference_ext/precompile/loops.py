@@ -1,4 +1,4 @@
-"""The number of times each instruction of a compiled program runs, from loops' trip counts."""
+"""How often each instruction of a compiled program runs, computed from loops' trip counts."""
 
 from collections.abc import Iterator
 import dataclasses
@@ -9,13 +9,13 @@ from t5x_inference_ext.precompile.hlo import Computation, Instruction, Module
 _KNOWN = re.compile(r'"known_trip_count":\{"n":"?(\d+)"?\}')
 # Operations whose result has the value of their first operand.
 _SAME_VALUE = ('copy', 'bitcast', 'reshape', 'convert', 'broadcast', 'bitcast-convert')
-# Direction of a comparison -> direction with the sides exchanged: a < b is b > a.
+# Direction of a comparison -> direction after swapping its sides: a < b is b > a.
 _TURNED = {'LT': 'GT', 'GT': 'LT', 'LE': 'GE', 'GE': 'LE', 'NE': 'NE', 'EQ': 'EQ'}
 
 # (computation that contains a loop, the loop's while instruction)
 _Loop = tuple[Computation, Instruction]
-# Nested computations, innermost last, each with the fusion in the previous one that calls it. The
-# first has no fusion: its parameter is the loop's state.
+# Nested computations, innermost last, each with the fusion that calls it. The first has no fusion;
+# its parameter is the loop's state.
 _Stack = list[tuple[Computation, Instruction | None]]
 
 
@@ -26,7 +26,7 @@ class Executed:
   Attributes:
     instruction: Instruction. The instruction.
     computation: Computation. The computation that contains it.
-    times: int. Number of executions; a loop of unknown length counts once.
+    times: int. Number of executions; a loop of unknown length counts as one turn.
     loops: tuple of str. The while instructions around it, outermost first.
     branches: tuple of (conditional, branch number). The branches that contain it. Only one branch
       of each conditional runs.
@@ -41,16 +41,16 @@ class Executed:
 
 @dataclasses.dataclass(frozen=True)
 class _Value:
-  """A scalar: an element of the loop's state (or None for 0) plus a constant."""
+  """A scalar: an element of the loop's state (None: 0) plus a constant."""
 
   element: int | None
   constant: int
 
 
 def executed(module: Module) -> tuple[list[Executed], list[str]]:
-  """Return every instruction that runs by itself, in order, and the loops of unknown length.
+  """Return all instructions that run by themselves, in order, and the loops of unknown length.
 
-  A fusion is listed, the instructions inside it are not.
+  Instructions inside a fusion are not listed, only the fusion.
   """
   unknown: list[str] = []
 
@@ -85,16 +85,16 @@ def trip_count(
 ) -> int | None:
   """Return the number of turns of a while instruction, or None if the text does not determine it.
 
-  The number is the compiler's own note, if there is one. Otherwise it is derived from the
-  condition, which compares an element of the state with a constant, if the element starts at a
-  constant and changes by a constant in every turn.
+  If the compiler noted the number, it is returned. Otherwise it is derived from the condition, if
+  that compares an element of the state with a constant, and the element starts at a constant and
+  changes by a constant in every turn.
 
   Args:
     module: Module. The program.
     computation: Computation. The computation that contains the loop.
     loop: Instruction. The while instruction.
-    outer: tuple of (computation, loop). The loops around it, innermost first. Constants may be
-      passed in through their state.
+    outer: tuple of (computation, loop). The loops around it, innermost first. Their states may pass
+      constants to this loop.
   """
   if known := _KNOWN.search(loop.attributes):
     return int(known[1])
@@ -116,7 +116,7 @@ def trip_count(
 
 
 def _turns(direction: str, distance: int, step: int) -> int | None:
-  """Return the turns of a counter that moves by `step` to a bound that is `distance` away."""
+  """Return how many turns a counter takes to a bound `distance` away, in steps of `step`."""
   if direction == 'EQ':
     return None
   if direction == 'NE':
@@ -142,7 +142,7 @@ def _comparison(module: Module, stack: _Stack, name: str) -> tuple[str, _Value, 
 
 
 def _value(module: Module, stack: _Stack, name: str) -> _Value | None:
-  """Return the scalar that a name in the innermost computation stands for.
+  """Return the scalar that `name` refers to in the innermost computation.
 
   Return None if it is neither an element of the loop's state nor a constant.
   """
@@ -209,7 +209,7 @@ def _start(
     return None
   if found.element is None:
     return found.constant + value.constant
-  # The value comes in through the state of the surrounding loop, which must not change it.
+  # The value comes from the state of the surrounding loop, which must leave it unchanged.
   if not outer or _after_turn(module, computation, found.element) != _Value(found.element, 0):
     return None
   (around, enclosing), *rest = outer

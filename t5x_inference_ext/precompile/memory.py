@@ -1,4 +1,4 @@
-"""The memory of a chip that a compiled program takes, as reported by the compiler."""
+"""The memory that a compiled program takes on a chip, as reported by the compiler."""
 
 import dataclasses
 import math
@@ -14,11 +14,11 @@ class CompiledMemory:
 
   Attributes:
     weights: int. The weights, which are arguments.
-    cache: int. The KV cache if it is an argument, or a prefill's result. A whole generation has its
-      cache among the temporaries.
+    cache: int. The KV cache, if it is an argument or a result. The cache of a whole generation is
+      among the temporaries.
     other: int. Tokens, lengths and logits that are arguments or results, and the program's code.
     temporaries: int. Further memory that the program needs while it runs.
-    available: int or None. Memory that a program may take in all; None if unknown (CPU).
+    available: int or None. Memory that a program may take in total; None if unknown (CPU).
   """
 
   weights: int
@@ -35,9 +35,9 @@ class CompiledMemory:
 def memory_of(
   phase: str, arguments: tuple[Any, ...], compiled: jax.stages.Compiled, available: int | None
 ) -> CompiledMemory:
-  """Return the compiler's account of a program's memory.
+  """Return a program's memory as the compiler reports it.
 
-  `other` is the compiler's sum minus the plain bytes of weights and cache.
+  `other` is the compiler's total minus the bytes of weights and cache.
 
   Args:
     phase: str. The program's phase, one of phases.COMPILE_PHASES.

@@ -118,7 +118,7 @@ def _prefetches(module: Module, i: Instruction) -> bool:
 
 
 def _kind(module: Module, computation: Computation, i: Instruction, work: int) -> str:
-  # A fusion is named after its root, but the product in it tells more about its origin.
+  # A fusion has the op_name of its root, but the op_name of the product in it tells more.
   product = next((p for p in module.inside(i) if p.opcode in ('dot', 'convolution')), i)
   if any(_ATTENDS.search(f) for f in (*module.functions(product), *module.functions(i))):
     return ATTENTION

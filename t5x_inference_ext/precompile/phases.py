@@ -1,4 +1,4 @@
-"""The phases that precompile compiles, in one table for flags, layouts and reports."""
+"""Table of the phases that precompile compiles, for flags, layout search and reports."""
 
 import dataclasses
 
@@ -8,15 +8,15 @@ _PREFILL_LAYOUTS = ('ws_2d/batch', 'ws_2d/heads', 'wg_x/batch', 'wg_xy/batch', '
 
 @dataclasses.dataclass(frozen=True)
 class CompilePhase:
-  """A phase: its properties for flags, for the search for layouts, and for reports.
+  """A phase, with its properties for flags, layout search and reports.
 
   Attributes:
     help: str. A short description, for `--help`.
-    beside: str. A format for reports that describes the other phase, with fields prefill, decode
-      and new_tokens.
+    beside: str. A format string in which reports describe the other phase, with fields prefill,
+      decode and new_tokens.
     layouts: tuple of str. Layouts to try, in this order, if none is requested (docs/layouts.md says
       what each is good for).
-    unit: str. Name of one pass, whose time is reported: a step, a chunk.
+    unit: str. Name of one pass, whose time is reported, such as 'step' or 'chunk'.
     one_token: bool. Whether each row takes one token per pass, so that there is no prompt length T.
     slot_refill: bool. Whether the phase belongs to slot refill (engine.slots), not static batches.
     cache_decides: bool. Whether layouts differ in the cache's size, not in temporaries. Then only a
@@ -50,7 +50,8 @@ COMPILE_PHASES = {
   'generate': CompilePhase(
     help='the whole generation of a static batch, for infer to run',
     beside='decode in {decode}, {new_tokens} new tokens',
-    # The number of its loop's turns is known only at run time, so an estimate could not choose.
+    # There is only one candidate: the number of loop turns is known only at run time, so estimates
+    # could not compare layouts.
     layouts=('ws_2d/batch',),
     unit='step',
   ),

@@ -64,10 +64,10 @@ class Program:
 
 
 def _dumped_text(case: CompileCase, mesh: Mesh) -> str | None:
-  """Compile once more, and return the text that the compiler itself dumps, or None.
+  """Compile again, and return the text that the compiler dumps to a file, or None.
 
-  jaxlib can't read everything that a newer compiler produces, such as lookups that v5p and v6e run
-  on sparse cores.
+  jaxlib can't convert every program of a newer compiler to text, such as v5p's and v6e's lookups on
+  sparse cores.
   """
   function, arguments = phase_function(case, mesh)
   with tempfile.TemporaryDirectory() as directory:
@@ -88,8 +88,8 @@ def compile_case(case: CompileCase, mesh: Mesh, available: int | None = None) ->
 
   Raises:
     MeshError: The mesh does not divide the model, or the layout can't split the batch.
-    jax.errors.JaxRuntimeError: The compiler refused the program; with RESOURCE_EXHAUSTED, for lack
-    of memory.
+    jax.errors.JaxRuntimeError: The compiler refused the program. RESOURCE_EXHAUSTED means lack of
+      memory.
   """
   function, arguments = phase_function(case, mesh)
   start = time.monotonic()
@@ -120,7 +120,7 @@ def phase_function(case: CompileCase, mesh: Mesh) -> tuple[jax.stages.Wrapped, t
 
   def choose(logits: jax.Array) -> jax.Array:
     tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    # Whole on every device, as the next step's embedding needs them.
+    # Replicate the tokens, as the next step's embedding needs them.
     return jax.lax.with_sharding_constraint(tokens, whole)
 
   if case.phase == 'prefill':
@@ -143,7 +143,7 @@ def phase_function(case: CompileCase, mesh: Mesh) -> tuple[jax.stages.Wrapped, t
 
 
 def abstract_weights(model: Model, weights: str, stacked: bool = True) -> Weights:
-  """Return the shapes and shardings of a model's weights, as checkpoints.load makes them.
+  """Return the shapes and shardings that checkpoints.load gives to a model's weights.
 
   Args:
     model: Model. Decides mesh and layout.
@@ -168,7 +168,7 @@ def abstract_weights(model: Model, weights: str, stacked: bool = True) -> Weight
 
 
 def abstract_decode_cache(model: Model, weights: Weights, batch: int, context: int) -> KVCache:
-  """Return the shapes and shardings of a decode step's cache, as a prefill makes it.
+  """Return the shapes and shardings of the cache that prefill passes to a decode step.
 
   Raises:
     MeshError: The decode layout can't split the rows.

@@ -1,6 +1,7 @@
 """Copies of weights and KV caches: instructions that write them to HBM again.
 
-Such copies should not be needed, because of the layout in which weights and caches are stored.
+Such copies should not be needed: weights and caches are stored in the layout in which they are
+used.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ from t5x_inference_ext.precompile.work import in_place
 _MATERIALISES = REARRANGES | {'fusion', 'select', 'multiply'}
 # Opcodes that move elements without changing their values.
 _CUTS = frozenset(('copy', 'slice', 'dynamic-slice', 'pad'))
-# Opcodes followed back from a fusion's result to the value that it moves.
+# Opcodes to follow backwards from a fusion's result to the value that it moves.
 _MOVED_WHOLE = _CUTS | {'bitcast', 'fusion'}
 
 
@@ -46,7 +47,7 @@ def weight_copies(module: Module, smallest: int = 2**18) -> list[WeightCopy]:
 
   Args:
     module: Module. The program.
-    smallest: int. Smallest size in bytes that counts.
+    smallest: int. Ignore arrays with fewer bytes.
   """
   flow = follow_weights(module, smallest)
   found = []
@@ -67,7 +68,8 @@ def relays(before: ArrayShape, after: ArrayShape) -> bool:
   """Return whether two arrays have different layouts in memory.
 
   Layouts differ if the orders of dimensions differ or, for equal sizes, the tiles. Dimensions of
-  size 1 are ignored. If one array has fewer dimensions, it lacks the other's first ones.
+  size 1 are ignored. An array with fewer dimensions than the other is assumed to lack the other's
+  first dimensions.
   """
   if len(before.dims) == len(after.dims):
     wide = [d for d in after.minor_to_major if before.dims[d] != 1 and after.dims[d] != 1]
@@ -85,7 +87,8 @@ def _relays(module: Module, computation: Computation, i: Instruction) -> bool:
   if _changes(module, computation, i):
     return True
   if i.opcode == 'fusion':
-    # Cuts and copies within a fusion never reach memory: only its operands and results count.
+    # Slices and copies within a fusion never reach memory, so compare only its operands and
+    # results.
     body = module.body(i)
     ends = [end for end in body.roots if end.opcode in _MOVED_WHOLE]
     return any(relays(_origin(body, end).shapes[0], end.shapes[0]) for end in ends)
@@ -107,7 +110,7 @@ def _changes(module: Module, computation: Computation, i: Instruction) -> bool:
 
 
 def _origin(body: Computation, i: Instruction) -> Instruction:
-  """Return the instruction whose result a fusion has cut and copied."""
+  """Return the instruction of a fusion whose result `i` slices or copies."""
   while i.opcode in _MOVED_WHOLE:
     i = body.operands(i)[0]
   return i

@@ -92,7 +92,7 @@ def _time(answer: Answer) -> Iterator[str]:
   case, (_, found), limits = answer.case, answer.compiled, time_bounds(answer)
   serial, overlapped = found.serial_seconds, found.overlapped_seconds
   yield ''
-  if case.phase == 'generate':  # the number of steps is known only at run time
+  if case.phase == 'generate':  # no estimate: the number of steps is known only at run time
     yield (
       f'time: {milliseconds(serial)} for the prefill and one decode step, with nothing overlapped; '
       '--phase=decode gives the time of each step'
@@ -107,7 +107,7 @@ def _time(answer: Answer) -> Iterator[str]:
     f'time: {milliseconds(serial)} a {case.kind.unit} with nothing overlapped, '
     f'{milliseconds(overlapped)} with what the schedule overlaps{once}'
   )
-  if case.phase == 'admit':  # it only moves data, so no bound applies
+  if case.phase == 'admit':  # inserting only moves data, so no bound applies
     yield time
     return
   yield f'{time}; {_between(case.tokens, serial, overlapped, ",.0f")} tokens/s'
@@ -124,7 +124,7 @@ def _time(answer: Answer) -> Iterator[str]:
 
 
 def _between(value: float, serial: float, overlapped: float, form: str) -> str:
-  """Return a value relative to both times, once if they give equal text."""
+  """Return a value divided by both times; only one text if the two are equal."""
   low, high = f'{value / serial:{form}}', f'{value / overlapped:{form}}'
   return low if low == high else f'{low} to {high}'
 
@@ -150,7 +150,7 @@ def _operations(found: Estimate) -> Iterator[str]:
 
 
 def _origin(c: OperationCost) -> str:
-  """Return the origin of an operation: its name, function and JAX operation."""
+  """Return where an operation comes from: its name, function and JAX operation."""
   function = f' in {c.functions[0]}' if c.functions and c.functions[0] else ''
   tail = f' ({"/".join(c.op_name.split("/")[-2:])})' if c.op_name else ''
   return f'{c.name}{function}{tail}'[:56]
@@ -187,7 +187,7 @@ def _remarks(answer: Answer) -> Iterator[str]:
       f'({binary_bytes(copy.result.bytes)})',
       '    ',
     )
-  # The loop of 'slots' runs as many steps as the call asks for: the times above are for one step.
+  # The loop of 'slots' has no fixed number of steps; the times above are for one step.
   for loop in found.unknown_loops[answer.case.phase == 'slots' :]:
     yield (
       f'  ! the trip count of loop {loop} is not in the program: it counts once, so the '
@@ -215,7 +215,7 @@ def _shortage(answer: Answer, s: Shortage) -> Iterator[str]:
 
 
 def _share(part: float, whole: float, form: str) -> str:
-  """Return a part's share of a whole as a percentage; above 1, the count was wrong."""
+  """Return a part's share of a whole as a percentage; a share above 1 means a counting error."""
   return f'{part / whole:{form}}' if part <= whole else 'above 100%: an error of the count'
 
 

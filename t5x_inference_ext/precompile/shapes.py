@@ -11,7 +11,7 @@ HBM, HOST = 0, 5
 
 _ARRAY = re.compile(r'([a-z]\w*)\[([0-9<=,\s]*)\](?:\{([^{}]*)\})?')
 _COMMENT = re.compile(r'/\*.*?\*/')
-# Most element types have their bits in their name: bf16, s8, f8e4m3fn. The others are listed here.
+# Most names of element types contain the number of bits: bf16, s8, f8e4m3fn. The others are listed.
 _NUMBERED = re.compile(r'(?:[suc]|bf|f)(\d+)(?:e\d+m\d+\w*)?')
 _UNNUMBERED = {'pred': 8, 'token': 0, 'opaque': 0}
 
@@ -29,7 +29,7 @@ class ArrayShape:
     dims: tuple of int. Sizes of the dimensions.
     minor_to_major: tuple of int. The dimensions in memory order, fastest first.
     tiles: str. The tiling as in the text: 'T(8,128)(2,1)'.
-    space: int. The memory: 0 is HBM, 5 the host's; others are on-chip.
+    space: int. Memory space: 0 is HBM, 5 is host memory, others are on-chip.
   """
 
   dtype: str
@@ -63,9 +63,9 @@ class ArrayShape:
 
 
 def parse_result(text: str) -> tuple[tuple[ArrayShape, ...], tuple[int, ...]]:
-  """Return the arrays of an instruction's type, and the number of arrays in each tuple element.
+  """Parse an instruction's type; return its arrays, and how many each tuple element has.
 
-  For an array the second is ().
+  For a type that is not a tuple, the second result is ().
 
   Raises:
     HloError: An element type is unknown, or the text is not a type.

@@ -1,4 +1,4 @@
-"""Devices of a slice that is not here, as described by libtpu, which has the TPU compiler."""
+"""Devices of a TPU slice that is not present, as described by libtpu (which has the compiler)."""
 
 from collections.abc import Sequence
 import functools
@@ -19,9 +19,8 @@ from t5x_inference_ext.sharding.mesh import AXES, make_mesh
 from t5x_inference_ext.sharding.mesh_choice import torus_mesh
 from t5x_inference_ext.sharding.torus import GENERATIONS, TpuSlice
 
-# libtpu aborts the process for boxes that no pod has (v4:1x2x2), so only existing ones reach it.
-# Small boxes are listed here; larger ones of v4 and v5p are boxes of whole 4x4x4 cubes, and cubes
-# in a row.
+# For boxes that no pod has, such as v4:1x2x2, libtpu aborts the process, so they are refused
+# before. Small boxes are listed here; larger slices of v4 and v5p are boxes of whole 4x4x4 cubes.
 _BOXES = {
   3: ((1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4)),
   2: ((1, 1, 1), (2, 2, 1), (2, 4, 1), (4, 4, 1), (4, 8, 1), (8, 8, 1), (8, 16, 1), (16, 16, 1)),
@@ -29,7 +28,8 @@ _BOXES = {
 _USUAL_CUBES = ((4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8), (8, 8, 16))
 _CUBE = 4
 _MAX_CHIPS = {'v4': 4096, 'v5p': 6144}
-# Kind -> (the cloud's accelerator type, its number per chip). v4 counts cores.
+# Kind -> (prefix of the cloud's accelerator type, units per chip in its number). v4 and v5p count
+# cores.
 _TYPES = {'v4': ('v4', 2), 'v5p': ('v5p', 2), 'v5e': ('v5litepod', 1), 'v6e': ('v6e', 1)}
 
 _AVAILABLE = re.compile(
@@ -40,7 +40,7 @@ _UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 
 def check_slice(slice_: TpuSlice) -> None:
-  """Raise MeshError for a slice that can't be rented, on which the compiler would crash.
+  """Raise MeshError for a slice that does not exist, for which the compiler would crash.
 
   Raises:
     MeshError: There is no such slice. The message lists the usual ones of its generation.
@@ -76,7 +76,7 @@ def accelerator_type(slice_: TpuSlice) -> str:
 def topology_devices(slice_: TpuSlice) -> Sequence[jax.Device]:
   """Return the slice's devices, one per chip. Programs can be compiled for them, but not run.
 
-  Sets the environment variables that libtpu reads when it is loaded, unless the user has set them.
+  Sets environment variables that libtpu reads when it is loaded, unless the user has set them.
 
   Raises:
     MeshError: There is no such slice.
@@ -93,18 +93,19 @@ def topology_devices(slice_: TpuSlice) -> Sequence[jax.Device]:
     ('TPU_WORKER_HOSTNAMES', 'localhost'),
     ('ALLOW_MULTIPLE_LIBTPU_LOAD', '1'),
     ('TPU_ACCELERATOR_TYPE', accelerator_type(slice_)),
-    # The compiler logs at length what it does; its errors reach the user as exceptions.
+    # Silence the compiler's long logs; its errors reach the user as exceptions.
     ('TPU_STDERR_LOG_LEVEL', '3'),
     ('TPU_MIN_LOG_LEVEL', '3'),
   ):
     os.environ.setdefault(name, value)
-  # These generations use two cores as one device. Without the name, v4 has two devices per chip.
+  # On these generations, one device is two cores. Without this name, v4 would have two devices per
+  # chip.
   options = {'chip_config_name': 'megacore'} if GENERATIONS[slice_.kind] == 3 else {}
   try:
     devices = topologies.get_topology_desc(
       platform='tpu', topology_name=str(slice_), **options
     ).devices
-  except Exception as e:  # many kinds of JaxRuntimeError: libtpu has no list of its slices
+  except Exception as e:  # errors of many kinds, since libtpu can't list its slices
     reason = ' '.join(str(e).split())
     raise UserError(f'the installed libtpu knows no slice {slice_}: {reason}') from e
   if len(devices) != slice_.chips:
@@ -141,8 +142,8 @@ def slice_mesh(slice_: TpuSlice, config: ModelConfig, shape: Sequence[int] | Non
 def available_bytes(kind: str) -> int:
   """Return the bytes of a chip's memory that a program may take, as the compiler counts them.
 
-  No table has the number. The compiler states it when it refuses a program, so a program is
-  compiled that no chip could hold.
+  The number is not published, but the compiler states it when it refuses a program. So this
+  function compiles a program that no chip could hold.
 
   Raises:
     UserError: The compiler does not state it.

@@ -1,7 +1,7 @@
 """The programs of slot refill (engine.slots), and the shapes of their arguments.
 
-There are three: a prefill chunk of prompts, decode steps of slots, and the insertion of a prompt
-into a slot.
+There are three programs: a prefill chunk of prompts, decode steps of slots, and the insertion of a
+prompt into a slot.
 """
 
 from collections.abc import Callable
@@ -51,8 +51,8 @@ def slot_program(
     batch: int. B: number of prompts for 'extend', else of slots.
     context: int. Positions of each row's cache; for slots, rounded up to whole pages.
     length: int. T, the tokens of a chunk, or of the inserted prompt.
-    sampling: SamplingParams. How tokens are chosen. A scheduler's own programs choose in every way,
-      and skip what no row uses when they run; these have that left out.
+    sampling: SamplingParams. How tokens are chosen. Features that it does not use are left out of
+      the program; a scheduler's programs contain all features, and skip unused ones at run time.
   """
   if phase == 'extend':
     state = _abstract_prompts(model, weights, batch, context)
@@ -75,7 +75,7 @@ def slot_program(
     run = _jitted(slot_steps.decode_steps, model, most=config.decode_steps, **read)
     return run, (weights, slots, *_replicated(model.mesh, rest))
   state = _abstract_prompts(model, weights, model.prefilling.padded_batch(1), length)
-  # Only penalties read the prompt's own tokens.
+  # The prompt's tokens are an argument only because penalties read them.
   tokens = _ints(1, length if sampling.penalizes else 1)
   places, pages = (np.int32(0), np.int32(0)), table.pages_to_write(0, [])
   rest = *places, pages, row, tokens, np.int32(0), np.int32(0)
@@ -94,7 +94,7 @@ def slot_config(model: Model, slots: int, context: int) -> SchedulerConfig:
 
 
 def _jitted(function: Callable[..., Any], model: Model, **static: Any) -> jax.stages.Wrapped:
-  """Jit a function of the engine with the weights as first argument, kept even if unused."""
+  """Jit an engine function with the weights as first argument, which is kept even if unused."""
   run = lambda weights, state, *arguments: function(model, state, weights, *arguments, **static)
   return jax.jit(run, donate_argnums=1, keep_unused=True)
 
@@ -131,6 +131,6 @@ def _ints(*shape: int) -> jax.ShapeDtypeStruct:
 
 
 def _replicated(mesh: Mesh, tree: Any) -> Any:
-  """Return the shapes of a tree of arrays that every device holds whole."""
+  """Return the shapes of a tree of arrays with a replicated sharding."""
   whole = NamedSharding(mesh, P())
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), tree)

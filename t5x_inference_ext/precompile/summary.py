@@ -1,4 +1,4 @@
-"""Numbers for reports: bounds of the time, and collectives and operations in groups."""
+"""Summaries for reports: lower bounds on the time; collectives and operations in groups."""
 
 import collections
 from collections.abc import Iterable
@@ -35,7 +35,7 @@ def time_bounds(answer: Answer) -> TimeBounds:
 
 
 def collective_rows(found: Estimate) -> list[dict[str, Any]]:
-  """Return the collectives, JSON-ready: one row per kind, axes and size, longest first."""
+  """Return the collectives, JSON-ready: one row per (kind, axes, size), longest time first."""
   rows: dict[tuple[Any, ...], dict[str, Any]] = {}
   for cost in found.costs:
     if c := cost.collective:
@@ -49,7 +49,7 @@ def collective_rows(found: Estimate) -> list[dict[str, Any]]:
 
 
 def grouped_operations(costs: Iterable[OperationCost]) -> list[list[OperationCost]]:
-  """Group operations of one kind and one place in the program; return groups, longest first.
+  """Group operations by kind and origin in the program; return the groups, longest time first.
 
   Matrix products are not grouped.
   """

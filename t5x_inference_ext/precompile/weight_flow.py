@@ -1,7 +1,7 @@
-"""Flow of weights: which values of a compiled program hold weights or KV caches, or parts of them.
+"""Flow of weights: finds the values of a program that hold weights or KV caches, or parts of them.
 
-Weights and caches are followed from the program's parameters (and caches that the program makes,
-from its results) through loops, slices, gathers and elementwise operations. Results computed from
+Weights and caches are followed from the program's parameters (for caches that the program makes:
+from its results) through loops, slices, gathers and elementwise operations. Values computed from
 them (a product, a reduction, a looked-up row) are not followed.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from t5x_inference_ext.precompile.hlo import Computation, Instruction, Module
 from t5x_inference_ext.precompile.work import in_place, is_free
 
-# Opcodes whose results hold their operands' values, moved or converted.
+# Opcodes whose results are their operands' values, moved or converted.
 _RESHAPES = {'transpose', 'reshape', 'convert', 'bitcast-convert', 'reverse'}
 _CUTS = {'copy', 'slice', 'dynamic-slice', 'pad', 'concatenate'}
 REARRANGES = frozenset(_RESHAPES | _CUTS)
@@ -20,7 +20,7 @@ _ELEMENTWISE = _ARITHMETIC | {'select', 'negate', 'clamp'}
 _GATHERS = {'all-gather', 'all-to-all', 'collective-permute'}
 _RENAMES = {'bitcast', 'optimization-barrier', 'opt-barrier', 'copy-done'}
 _MOVES = REARRANGES | _ELEMENTWISE | _GATHERS | _RENAMES | {'dynamic-update-slice'}
-# Element types of tokens, lengths and the like, which are not weights.
+# Element types of integers such as tokens and lengths, which are not weights.
 _COUNTS = ('s32', 'u32', 's64', 'u64', 'pred')
 
 # Names of the weights and caches that a value holds; for a tuple, one set per element.
@@ -34,7 +34,7 @@ def follow_weights(module: Module, smallest: int) -> 'WeightFlow':
 
   Args:
     module: Module. The program.
-    smallest: int. Smallest size in bytes of a parameter or result that counts.
+    smallest: int. Ignore parameters and results with fewer bytes.
   """
   flow = WeightFlow(module, smallest)
   flow.run_entry()
@@ -49,7 +49,7 @@ class WeightFlow:
 
   Attributes:
     carried: dict. (computation, instruction) -> names of the weights and caches in its result.
-    executed: dict whose keys are the names of the computations that run by themselves.
+    executed: dict. Its keys are the names of computations that run by themselves, not in a fusion.
     accumulators: dict. (loop, element of its state) -> name of a result that the loop fills.
   """
 
@@ -103,7 +103,7 @@ class WeightFlow:
       return self._loop(i, operands[0])
     if i.opcode == 'fusion' or (i.phase == 'start' and module.called(i) and operands):
       return self._run(module.body(i), operands, fused=True)
-    if i.phase == 'update' and len(operands) > 1:  # it has operands that the start does not have
+    if i.phase == 'update' and len(operands) > 1:  # an update may have operands of its own
       return self._run(module.body(computation[i.operands[0]]), operands[1:], fused=True)
     if i.opcode == 'call':
       return self._run(module.body(i, 'to_apply'), operands)
@@ -111,7 +111,7 @@ class WeightFlow:
       branches = (module.computations[name] for name in i.branches)
       return _either([self._run(b, [o]) for b, o in zip(branches, operands[1:])])
     if i.phase:
-      # A start's result has its operands, results and contexts; any of them may be read.
+      # The result of a start is a tuple of operands, results and contexts; later ones may read any.
       return _union(operands)
     if i.opcode == 'dynamic-update-slice':
       return _flat(operands[0])

@@ -1,4 +1,4 @@
-"""Bytes and FLOPs of an instruction, for instructions without cycles from the compiler."""
+"""Bytes and FLOPs of instructions for which the compiler gives no cycles."""
 
 from collections.abc import Sequence
 import math
@@ -7,19 +7,20 @@ import re
 from t5x_inference_ext.precompile.hlo import Computation, Instruction, Module
 from t5x_inference_ext.precompile.shapes import HloError
 
-# Opcodes that compute nothing: names of values, reserved memory, and calls (their callees count).
+# Opcodes that take no time themselves: names of values, reserved memory, and calls (the time is in
+# their callees).
 _NAMES = {'parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast'}
 _IDS = {'partition-id', 'replica-id'}
 _ORDERING = {'after-all', 'add-dependency', 'optimization-barrier', 'opt-barrier'}
 _CALLERS = {'while', 'call', 'conditional'}
 FREE = frozenset(_NAMES | _IDS | _ORDERING | _CALLERS)
-# Custom calls that compute nothing.
+# Custom calls that take no time.
 _FREE_CALLS = re.compile(
   '"(AllocateBuffer|AssumeGatherIndicesInBound|ConcatBitcast|GatherScatterIndicesBitpacked)"'
 )
 _SLICING = ('dynamic-slice', 'slice', 'gather')
 _UPDATING = ('dynamic-update-slice', 'scatter')
-# A hand-written kernel costs as many FLOPs as its author's CostEstimate says.
+# A Pallas kernel's FLOPs and bytes are read from its author's CostEstimate.
 _KERNEL_FLOPS = re.compile(r'"?\bflops"?:\s*"?(\d+)')
 _KERNEL_BYTES = re.compile(r'"?\bbytes_accessed"?:\s*"?(\d+)')
 _WINDOW = re.compile(r'(\w+)=([0-9x_-]+)')
@@ -54,7 +55,8 @@ def flops(module: Module, computation: Computation, instruction: Instruction) ->
 def traffic(module: Module, computation: Computation, instruction: Instruction) -> int:
   """Return the bytes that an instruction reads and writes.
 
-  Of a sliced operand only the result's bytes count, and of an in-place update only the update's.
+  For a slice, only the result's bytes are counted as read; for an in-place update, only the
+  update's bytes.
   """
   i = instruction
   if is_free(i) or i.phase == 'done':
@@ -68,7 +70,7 @@ def traffic(module: Module, computation: Computation, instruction: Instruction) 
   if i.operation == 'dynamic-update-slice':
     return 2 * operands[1].bytes
   if i.opcode == 'scatter':
-    # The operands of a scatter: arrays, then indices, then one update for each array.
+    # The operands of a scatter are arrays, then indices, then one update for each array.
     indices = len(operands) // 2
     return operands[indices].bytes + 2 * sum(o.bytes for o in operands[indices + 1 :])
   if i.opcode == 'fusion':
@@ -84,7 +86,7 @@ def traffic(module: Module, computation: Computation, instruction: Instruction) 
 
 
 def _traffic_of_all(module: Module, body: Computation) -> int:
-  """Return the traffic in bytes of everything that an asynchronous computation runs.
+  """Return the total traffic, in bytes, of the instructions of an asynchronous computation.
 
   The computation may call another one, as it does for work on a sparse core.
   """
@@ -98,7 +100,7 @@ def _traffic_of_all(module: Module, body: Computation) -> int:
 
 
 def in_place(module: Module, instruction: Instruction) -> bool:
-  """Return whether the result shares an operand's memory: an in-place update, a declared alias."""
+  """Return whether the result shares an operand's memory (in-place update or declared alias)."""
   if instruction.opcode in _UPDATING or 'output_to_operand_aliasing=' in instruction.attributes:
     return True
   if instruction.opcode != 'fusion':
@@ -119,7 +121,7 @@ def _read(
   value: Instruction,
   around: Sequence[tuple[Computation, Instruction]] = (),
 ) -> int:
-  """Return the bytes of a value in a fused computation that its users read: slices, or all of it.
+  """Return how many bytes of a value the instructions of a fused computation read.
 
   Args:
     module: Module. The program.
@@ -171,7 +173,7 @@ def _written(module: Module, body: Computation) -> int:
 def _convolution_flops(computation: Computation, i: Instruction) -> int:
   """Return the FLOPs of a convolution: 2 for each product of an input and a weight.
 
-  Products with padding and with gaps are not counted.
+  Products with padding or with dilation gaps are not counted.
   """
   left, right = (o.shapes[0] for o in computation.operands(i)[:2])
   result = i.shapes[0]
@@ -207,7 +209,7 @@ def _convolution_flops(computation: Computation, i: Instruction) -> int:
 def _meetings(
   length: int, outputs: int, size: int, stride: int, low: int, dilate: int, spread: int
 ) -> int:
-  """Return the number of (output, weight) pairs in one window dimension that meet an input.
+  """Count the (output, weight) pairs, in one window dimension, that use an input element.
 
   Args:
     length: int. Positions of the input.

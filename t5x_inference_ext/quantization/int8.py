@@ -1,4 +1,4 @@
-"""Matmuls by int8 weights with a float32 scale per output channel (section 3.6), in bfloat16."""
+"""Matmuls by int8 weights with float32 output-channel scales (the paper's section 3.6)."""
 
 import math
 
@@ -17,8 +17,8 @@ def matmul(
 ) -> Float[Array, '*b out']:
   """Multiply activations by a float or int8 matrix.
 
-  The scale multiplies the product, not the weights: the weights are read once, as int8, and
-  converted on the way into the matrix unit. Integers up to 127 are exact in bfloat16.
+  The scale multiplies the product, not the weights. So the weights are read from memory once, as
+  int8, and converted on the way into the matrix unit. Integers up to 127 are exact in bfloat16.
 
   Args:
     x: [..., in]. Activations, with at least one leading dimension.
@@ -36,11 +36,11 @@ def matmul(
     )
 
   def doubled(x: jax.Array, w: jax.Array) -> jax.Array:
-    # The barrier hides from the compiler that the two rows are equal.
+    # Without the barrier, the compiler would see that the two rows are equal, and compute one.
     return product(jax.lax.optimization_barrier(jnp.concatenate([x, x])), w)[:1]
 
-  # On a TPU a product of one row bypasses the matrix unit, and takes three times as long as two
-  # rows.
+  # On a TPU, a product with a single row bypasses the matrix unit and takes three times as long as
+  # with two rows. So duplicate it.
   one_row = math.prod(x.shape[:-1]) == 1
   y = jax.lax.platform_dependent(x, w, tpu=doubled, default=product) if one_row else product(x, w)
   return y if scale is None else rescale(y, scale)

@@ -9,8 +9,8 @@ from jaxtyping import Array, Float
 
 from t5x_inference_ext.quantization.rounding import QMAX
 
-# Largest magnitude that a cache holds: far beyond that of any sound model, and so small that the
-# sum of 2^23 of them is finite.
+# Largest magnitude that a cache holds. No sound model's values come near it, and the sum of 2^23
+# such values is still finite in float32.
 _LARGEST = 2.0**104
 
 
@@ -19,8 +19,8 @@ _LARGEST = 2.0**104
 class Int8KV:
   """Keys, or values, rounded to units * scales, with units in [-127, 127].
 
-  Both arrays have the dimensions of the float keys or values. Code that moves, cuts or writes
-  positions and heads of a cache maps over the arrays, and needs no special case for int8.
+  Both arrays have the dimensions of the float keys or values. Code that moves, slices or writes
+  positions and heads of a cache maps over the arrays, and so needs no special case for int8.
 
   Attributes:
     units: [.., S, K, Q] int8.
@@ -40,7 +40,7 @@ KV = jax.Array | Int8KV
 
 
 def tile_positions(dtype: DTypeLike) -> int:
-  """Return the tile size in positions: how many of them a TPU writes together.
+  """Return the tile size in positions: the smallest aligned group that a TPU writes in place.
 
   To write part of an int8 tile in place, XLA:TPU would copy the whole cache into another layout.
   """
@@ -54,14 +54,14 @@ def whole_tiles(size: int, dtype: DTypeLike) -> int:
 
 
 def to_cache(x: Float[Array, '*lead q'], dtype: str) -> KV:
-  """Round keys or values to the form that a KV cache holds: all of it is finite.
+  """Convert keys or values to the cache's dtype, and replace values that are not finite.
 
-  Attention multiplies positions that a row does not see with 0, and 0 times NaN or infinity is NaN:
-  one broken row would break every row that is later stored where its keys and values were.
+  Attention multiplies the values at positions that a row does not see by 0, but 0 times NaN or
+  infinity is NaN. So one broken row would break every row that is later stored in its place.
 
   Args:
     x: [.., S, K, Q]. Keys or values. NaN and infinities become the largest magnitude that a cache
-      holds; the row that they belong to is told by its logits (model.finite).
+      holds; logits show which row is broken (model.finite).
     dtype: Dtype of the cache: a float dtype or 'int8'.
   """
   x = x.astype(jnp.float32 if dtype == 'int8' else dtype)
@@ -75,9 +75,10 @@ def to_cache(x: Float[Array, '*lead q'], dtype: str) -> KV:
 
 
 def empty_kv(shape: tuple[int, ...], dtype: str) -> KV:
-  """Return what `to_cache` makes of zeros [.., S, K, Q], without computing it.
+  """Return keys or values of zeros [.., S, K, Q] in the cache's form, without calling `to_cache`.
 
-  XLA folds constants on the host: for a large cache that takes minutes.
+  XLA would fold the constants of to_cache(zeros) on the host, which takes minutes for a large
+  cache.
   """
   if dtype != 'int8':
     return jnp.zeros(shape, dtype)
@@ -86,7 +87,7 @@ def empty_kv(shape: tuple[int, ...], dtype: str) -> KV:
 
 
 def units_and_scales(kv: KV, dtype: DTypeLike) -> tuple[jax.Array, jax.Array | None]:
-  """Return the operand of products, in `dtype`, and the scales [.., S, K] (None for floats).
+  """Return the keys or values as an operand in `dtype`, and their scales [.., S, K] or None.
 
   Integers up to 127 are exact in bfloat16.
   """

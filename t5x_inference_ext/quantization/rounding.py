@@ -12,11 +12,11 @@ import ml_dtypes
 import numpy as np
 
 QMAX = 127
-# Factors of max|w| / 127 that the search for the least squared error tries, largest first. All are
-# exact in float32.
+# Factors by which the search for the least squared error multiplies max|w| / 127, largest first.
+# All are exact in float32.
 SEARCHED = tuple(1 - k / 64 for k in range(24))
-# Squared errors are integers, in units of 1 / SQUARE_UNITS of a squared step of the scale. An error
-# is at most 127 / SEARCHED[-1] steps: its square, summed over a million rows, fits into 63 bits.
+# Squared errors are integers, in units of scale^2 / SQUARE_UNITS. An error is at most 127 /
+# SEARCHED[-1] scales; the sum of its square over a million rows fits into 63 bits.
 SQUARE_UNITS = 2**24
 
 # Approximate number of elements in a block. Rows are processed in blocks so that temporaries stay
@@ -27,7 +27,7 @@ _BLOCK_ELEMENTS, _TILE_ROWS = 2**17, 2**9
 def largest(w: Real[np.ndarray, 'L rows out']) -> Float32[np.ndarray, 'L out']:
   """Return max|w| of each layer and output channel; NaN if a weight is NaN."""
   if w.dtype == ml_dtypes.bfloat16:
-    # Without their sign, floats are in the order of their bits; NaN are above infinity.
+    # Without the sign bit, floats are ordered like their bits as integers; NaN is above infinity.
     bits = np.zeros((w.shape[0], w.shape[2]), np.uint16)
     for index in blocks(w):
       layers, _, columns = index
@@ -59,7 +59,8 @@ def quantize_layers(
     layers, _, columns = index
     units = w[index].astype(np.float32, copy=False) / scale[layers, None, columns]
     np.rint(units, out=units)
-    # int8 first: writing transposes a tile, which then takes fewer lines of the cache.
+    # Convert to int8 before writing to `out`: the write transposes a tile, and int8 touches fewer
+    # cache lines.
     out[index] = np.clip(units, -QMAX, QMAX, out=units).astype(np.int8)
   return out
 
@@ -67,9 +68,9 @@ def quantize_layers(
 def contiguous(
   w: Real[np.ndarray, 'L rows out'], dtype: np.dtype
 ) -> Real[np.ndarray, 'L rows out']:
-  """Return w in C order and in a float dtype; w itself if it has both.
+  """Return w in C order and in `dtype`; w itself if it has both already.
 
-  A transposed w is copied a tile at a time, which takes a fifth of the time of a whole copy.
+  A transposed w is copied tile by tile, which takes a fifth of the time of one copy.
   """
   if w.dtype == dtype and w.flags.c_contiguous:
     return w
@@ -89,7 +90,7 @@ def dequantize(
 def squared_errors(
   w: Real[np.ndarray, 'L rows out'], scale: Float32[np.ndarray, 'L out']
 ) -> Int64[np.ndarray, 'searched L out']:
-  """Return the squared rounding error of w for each factor of SEARCHED, applied to the scales.
+  """Return the squared rounding error of w with the scales times each factor in SEARCHED.
 
   Returns:
     [SEARCHED, L, out] int64: sums over rows, in units of (scale * factor)^2 / SQUARE_UNITS. Sums of
@@ -120,9 +121,9 @@ def best_scales(
 def blocks(w: np.ndarray) -> Iterator[tuple[slice, slice, slice]]:
   """Yield the indices of blocks of w [L, in, out], each of about _BLOCK_ELEMENTS elements.
 
-  A block has all columns of some rows. Only if a column's values lie together, as those of
-  torch.nn.Linear's weights do, it is a tile of _TILE_ROWS: what is written then lies in the other
-  order, and a block of whole columns would be spread over too many lines of the cache.
+  A block has all columns of some rows. If columns are contiguous in memory, as in torch.nn.Linear's
+  weights, a block is instead a tile of _TILE_ROWS rows: the output is row-major, and writing whole
+  columns would touch too many cache lines.
   """
   layers, rows, columns = w.shape
   if w.strides[1] < w.strides[2]:

@@ -1,4 +1,4 @@
-"""Shape and seeds of batches: all batches of a run have one shape, and so share a compilation."""
+"""Shape and seeds of batches. All batches of a run have one shape, so they share a compilation."""
 
 from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import numpy as np
 
-PROMPT_MULTIPLE = 16  # prompts are padded to a multiple: similar files share compilations
+PROMPT_MULTIPLE = 16  # prompts are padded to a multiple of this, to share compilations
 _Row = TypeVar('_Row')
 
 
@@ -19,7 +19,7 @@ class BatchShape:
     batch: Number of rows. The mesh must divide it.
     prompt: Length in tokens that prompts are padded to.
     cache: Positions of each row's cache; None: as many as the prompts and new tokens need.
-    length: Most tokens of a row, prompt and new tokens together; None: no such limit.
+    length: Maximum number of tokens of a row, prompt and new tokens together; None: no limit.
   """
 
   batch: int

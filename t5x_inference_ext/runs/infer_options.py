@@ -43,9 +43,9 @@ def _layout_help(phase: str) -> str:
 class InferOptions(Conventions):
   """Options of a run of the infer command, over a prompts file or a seqio task.
 
-  Attributes without a help text of their own:
+  Attributes that are not made with `option`:
     config: Model that the checkpoint must hold; None: any.
-    max_length: Most tokens of a row, prompt and new tokens together; None: no such limit.
+    max_length: Maximum number of tokens of a row, prompt and new tokens together; None: no limit.
     sampling: How tokens are chosen. Its stop sequences are ids; `stop` holds texts.
 
   Raises:
@@ -214,7 +214,7 @@ class InferOptions(Conventions):
 
   @property
   def conventions(self) -> dict[str, Any]:
-    """Conventions that the user says, as arguments of open_checkpoint."""
+    """Conventions that the user states, as arguments of open_checkpoint."""
     return {name: getattr(self, name) for name in CONVENTION_NAMES}
 
   @property
@@ -224,12 +224,12 @@ class InferOptions(Conventions):
 
   @property
   def continuous(self) -> bool:
-    """Whether decode slots are refilled. With a saved program they are not."""
+    """Whether the run uses slot refill; with a saved program, it does not."""
     return self.batching == 'continuous' and self.executable is None
 
   @property
   def max_prompt(self) -> int | None:
-    """Most tokens of a prompt that the cache has room for; None: no limit."""
+    """Maximum number of prompt tokens for which the cache has room; None: no limit."""
     return None if self.cache_length is None else self.cache_length - self.max_new_tokens
 
 

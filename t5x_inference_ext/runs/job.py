@@ -12,7 +12,7 @@ from t5x_inference_ext.runs.work import Work
 
 
 class Job:
-  """A run for which everything that could be refused has been checked.
+  """A prepared run: all checks that could refuse it have passed.
 
     with job:
       while not job.work.finished:
@@ -22,8 +22,8 @@ class Job:
   Args:
     work: Serves the rows.
     journal: Keeps finished rows until the output is written.
-    tell: Turns (row, result of `work`) into JSON-ready data to keep and write.
-    write: Writes the output from the journal's rows.
+    tell: Function that converts (row, result of `work`) to JSON-ready data to keep and write.
+    write: Function that writes the output from the journal's rows.
     progress: Shows how many rows are done.
 
   If one of several processes raises in the `with` block, all of them end.

@@ -1,6 +1,6 @@
-"""Journal: the finished rows of a run, kept beside the output until all of it is written.
+"""The journal: finished rows of a run, stored beside the output file until that is complete.
 
-A run that was stopped, for whatever reason, continues from the journal.
+A run that was stopped for any reason continues from the journal.
 """
 
 from collections.abc import Iterator
@@ -16,16 +16,16 @@ from typing import IO, Any
 from t5x_inference_ext import distributed
 from t5x_inference_ext.errors import RequestError
 
-FLUSH_ROWS = 64  # rows written at once to a bucket, where appending may rewrite the file
+FLUSH_ROWS = 64  # rows written together to a bucket, where appending may rewrite the file
 
 
 class Journal:
-  """A file with one line for each finished row. With several processes, process 0 has the file.
+  """A file with one line for each finished row. With several processes, only process 0 writes it.
 
   A local file is locked while it is open, so that two runs cannot write one output. The file is
   only appended to (or emptied, if another run wrote it), so that no kill loses a finished row. Each
-  line has a checksum of its row and of the run: a damaged line, or one of another run, costs no
-  more than its own row, which is computed again.
+  line has a checksum of its row and of the run's settings. If a line is damaged or belongs to
+  another run, only its own row is computed again.
 
   Args:
     path: The file, which exists only while rows are missing.
@@ -35,7 +35,7 @@ class Journal:
       such as gs://.
 
   Attributes:
-    done: Results by row, at first those of an earlier run with equal settings.
+    done: Row -> result; initially the results of an earlier run with equal settings.
 
   Raises:
     RequestError: Another run is using the file, or the path holds anything but a file.
@@ -52,7 +52,7 @@ class Journal:
     self.done.update({int(row): result for row, result in found})
 
   def keep(self, row: int, result: Any) -> None:
-    """Keep the JSON-ready result of a row. On return it is being written to the disk."""
+    """Store the JSON-ready result of a row; when this returns, the system is writing it to disk."""
     self.done[row] = result
     if not distributed.is_main():
       return
@@ -82,11 +82,11 @@ class Journal:
     return (self.done[row] for row in sorted(self.done))
 
   def close(self) -> None:
-    """Close the file. It stays if it holds a row."""
+    """Close the file, and remove it if it holds no row."""
     if self._file is not None:
       if not self._in_bucket and not self.done:
         pathlib.Path(self._path).unlink(missing_ok=True)
-      with contextlib.suppress(OSError):  # on a full disk, `keep` has raised
+      with contextlib.suppress(OSError):  # on a full disk, `keep` has already raised
         self._file.close()
       self._file = None
 
@@ -103,7 +103,7 @@ class Journal:
     """Remove the file, once the output is written."""
     if not distributed.is_main():
       return
-    if not self._in_bucket:  # while it is locked, so that no other run takes it up
+    if not self._in_bucket:  # remove while locked, so that no other run opens it
       pathlib.Path(self._path).unlink(missing_ok=True)
     self.close()
     if self._in_bucket and self._bucket_files.exists(self._path):
@@ -148,12 +148,12 @@ class Journal:
         if type(row) is int and self._line(row, result) == f'{line}\n':
           rows.append((row, result))
       except (ValueError, TypeError, KeyError, RecursionError):
-        continue  # cut off, damaged, or no row
+        continue  # the line is cut off, damaged, or not a row
     return rows
 
 
 def check_journal_path(path: str) -> None:
-  """Raise RequestError if a local path holds no journal, or another run's. Makes no file."""
+  """Raise RequestError if a local path can't be used for a journal. Creates no file."""
   if distributed.is_main() and os.path.lexists(path):
     _locked_file(path).close()
 
@@ -166,11 +166,11 @@ def _locked_file(path: str) -> IO[str]:
   """Open a local file for reading and appending, and lock it.
 
   Raises:
-    RequestError: The path is not that of a file that can be written, or another run holds it.
+    RequestError: The path can't be opened as a regular file, or another run has locked it.
   """
   while True:
     try:
-      # A link is not followed, and a FIFO not waited for.
+      # Do not follow a link, and do not wait for a FIFO.
       flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
       handle = os.open(path, flags, 0o666)
     except OSError as error:
@@ -193,5 +193,5 @@ def _locked_file(path: str) -> IO[str]:
         'output'
       ) from None
     except OSError:
-      return file  # a file system without locks
+      return file  # the file system has no locks
     file.close()

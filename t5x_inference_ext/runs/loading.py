@@ -1,4 +1,4 @@
-"""Preparation of an engine from a run's options, printing what is found, assumed and chosen."""
+"""Preparation of an engine from a run's options; prints what it finds, assumes and chooses."""
 
 from collections.abc import Callable
 import dataclasses
@@ -28,12 +28,12 @@ def open_model(
   """Open the checkpoint and make the mesh. Does not read weights yet.
 
   Raises:
-    CheckpointError: There is no checkpoint, or it is of another model.
+    CheckpointError: There is no checkpoint, or it holds another model.
     MeshError: The mesh does not fit the devices or the model.
   """
-  # A mesh larger than the devices is an error before the checkpoint is read.
+  # Check the mesh before the checkpoint is read: it may need more devices than there are.
   mesh = None if options.mesh is None else make_mesh(parse_mesh(options.mesh))
-  if '://' in options.checkpoint:  # without credentials, a bucket is tried for minutes
+  if '://' in options.checkpoint:  # warn: without credentials, the library retries for minutes
     say(f'opening {options.checkpoint}, with the credentials of this machine')
   checkpoint = open_checkpoint(options.checkpoint, config=options.config, **options.conventions)
   for note in checkpoint.notes:
@@ -55,7 +55,7 @@ def open_model(
 def explain_layout(
   options: InferOptions, prompt_length: int, say: Callable[[str], None] = print_on_main
 ) -> None:
-  """Print the sharding of every tensor of a run. The mesh may have more devices than there are.
+  """Print the sharding of every tensor of a run. The mesh may be larger than the machine.
 
   Args:
     options: Options of the run.
@@ -63,7 +63,7 @@ def explain_layout(
     say: Prints a line.
 
   Raises:
-    CheckpointError: There is no checkpoint, or it is of another model.
+    CheckpointError: There is no checkpoint, or it holds another model.
     MeshError: The mesh does not fit the model.
   """
   checkpoint = open_checkpoint(options.checkpoint, config=options.config, **options.conventions)
@@ -129,7 +129,7 @@ def load_engine(
 
 
 def say_compiling(engine: Engine, say: Callable[[str], None] = print_on_main) -> None:
-  """Say that the first rows wait for compilation; say nothing for a saved program."""
+  """Print that the first rows wait for compilation, unless the program is a saved one."""
   if engine.executable is None:
     say('compiling: the first rows come after this')
 
@@ -140,12 +140,12 @@ def batch_rows(
   rows: int | None,
   say: Callable[[str], None] = print_on_main,
 ) -> int:
-  """Return the rows of a batch: batch_size, or fewer for fewer rows, rounded up for the mesh.
+  """Return the batch size: batch_size, or `rows` if fewer, rounded up for the mesh.
 
   Args:
     options: Options of the run.
     engine: The engine to run on.
-    rows: Rows of the whole run; None if unknown, or if there are enough.
+    rows: Number of rows of the run; None if unknown, or if at least batch_size.
     say: Prints a line.
   """
   if engine.executable:
@@ -159,7 +159,7 @@ def batch_rows(
 
 
 def rounded_note(options: InferOptions, rows: int, engine: Engine) -> str:
-  """Return a note if a batch has more rows than asked for, else ''."""
+  """Return a note if a batch was rounded up to more rows than requested, else ''."""
   if rows <= options.batch_size:
     return ''
   mesh = mesh_text(engine.model.mesh)

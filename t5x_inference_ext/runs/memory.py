@@ -1,4 +1,4 @@
-"""The check, before weights load, that a run's KV cache can fit into memory at all."""
+"""Check, before weights are loaded, that a run's KV cache can fit into memory."""
 
 import os
 
@@ -9,7 +9,7 @@ from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.text_format import decimal_bytes
 
 _FLOAT_BYTES = {'float32': 4, 'bfloat16': 2}
-_SCALE_BYTES = 4  # of an int8 cache: one for each position and head
+_SCALE_BYTES = 4  # an int8 cache has a scale for each position and head
 
 
 def check_cache_fits(
@@ -17,8 +17,8 @@ def check_cache_fits(
 ) -> None:
   """Raise RequestError if the cache of `rows` rows is larger than the memory of all devices.
 
-  A cache that passes may still be too large, beside weights and activations: then the device says
-  so. Without this check the memory of a CPU would run out, and the system would kill the run.
+  A cache that passes may still not fit beside weights and activations; the device then raises an
+  error. On a CPU there is no such error: without this check, the system would kill the process.
 
   Args:
     config: Shape of the model.
@@ -42,7 +42,7 @@ def check_cache_fits(
 
 
 def _memory(mesh: jax.sharding.Mesh) -> int:
-  """Return the bytes of memory of all devices of a mesh. CPU devices of a process share theirs."""
+  """Return the bytes of memory of all devices of a mesh; CPU devices of a process share memory."""
   device = mesh.local_devices[0]
   stats = device.memory_stats() if device.platform != 'cpu' else None
   if stats and 'bytes_limit' in stats:

@@ -1,4 +1,4 @@
-"""Output files that are never left partial. With several processes, process 0 writes them."""
+"""Output files, which are complete or absent. With several processes, process 0 writes them."""
 
 from collections.abc import Iterator
 import contextlib
@@ -12,16 +12,16 @@ from t5x_inference_ext import distributed
 from t5x_inference_ext.errors import RequestError
 
 RECORD_SUFFIX = '.config.json'
-# Bytes that '.NAME.12345678.tmp', the longest name beside an output, adds to the output's name.
+# The longest name of a temporary file is '.NAME.12345678.tmp': the bytes it adds to NAME.
 _ADDED_BYTES = 14
 
 
 def check_output(path: str, *, overwrite: bool, source: str) -> None:
-  """Raise RequestError for a file that could not be written at the end, before any work is done.
+  """Raise RequestError, before any work is done, if an output file can't be written.
 
   Args:
     path: The output.
-    overwrite: Whether to replace a file that is there.
+    overwrite: Whether to replace an existing file.
     source: File that the run reads, which the output must not replace.
   """
   if not distributed.is_main():
@@ -44,11 +44,11 @@ def check_output(path: str, *, overwrite: bool, source: str) -> None:
       f"the output's name has {len(os.fsencode(name))} bytes; at most {longest} leave room for "
       'the names of the files beside it: choose a shorter name'
     )
-  # A link may be the system's (/dev/stdout), and a file is replaced, not written into.
+  # Refuse links and devices, such as /dev/stdout: the output replaces the file by a rename.
   for each in (path, path + RECORD_SUFFIX):
     if os.path.lexists(each) and not stat.S_ISREG(os.lstat(each).st_mode):
       kind = 'a link' if os.path.islink(each) else 'not a regular file'
-      raise RequestError(f"{each} can't be written, as it is {kind}: name the output otherwise")
+      raise RequestError(f"{each} can't be written, because it is {kind}: choose another --output")
   if os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
     raise RequestError(f'the output {path} is also the file of prompts: choose another --output')
   if os.path.exists(path) and not overwrite:
@@ -64,9 +64,9 @@ def open_text(path: str, mode: str) -> TextIO:
 
 @contextlib.contextmanager
 def whole_file(path: str) -> Iterator[TextIO]:
-  """Open a file for writing; it takes its name when all of it is written.
+  """Open a temporary file for writing; rename it to `path` when it is complete.
 
-  On an exception no file is left. In processes other than 0 nothing is written.
+  On an exception, no file is left. In processes other than 0, nothing is written.
 
   Raises:
     RequestError: The file can't be written, for example on a full disk.
@@ -85,7 +85,7 @@ def whole_file(path: str) -> Iterator[TextIO]:
       yield file
     umask = os.umask(0)
     os.umask(umask)
-    os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner reads
+    os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner can read
     os.replace(temporary, path)
   except BaseException as error:
     if temporary is not None:
@@ -97,7 +97,7 @@ def whole_file(path: str) -> Iterator[TextIO]:
 
 
 def write_record(path: str, record: dict[str, Any]) -> str:
-  """Write a run's resolved settings beside its rows, to `path` + RECORD_SUFFIX, and return it."""
+  """Write a run's resolved settings beside its rows, to `path` + RECORD_SUFFIX; return the path."""
   with whole_file(path + RECORD_SUFFIX) as file:
     json.dump(record, file, indent=2)
     file.write('\n')

@@ -10,7 +10,7 @@ _T = TypeVar('_T')
 
 
 def print_on_main(text: str) -> None:
-  """Print a line without delay, in process 0 only. Raises UserError if it can't be written."""
+  """Print a line, unbuffered, in process 0 only; raise UserError if it can't be written."""
   if distributed.is_main():
     print_line(text)
 

@@ -29,8 +29,8 @@ class PromptRow:
 
   Attributes:
     line: Line number in the file, from 1.
-    fields: The whole JSON object. Fields that the run does not use are written out again.
-    prompt: Text or token ids. An empty prompt starts from BOS alone.
+    fields: The whole JSON object. The output repeats fields that the run does not use.
+    prompt: Text or token ids. An empty prompt means BOS alone.
     completion: Text or token ids to score; None if nothing is scored.
     sampling: The row's own sampling options; None if it has none, or is scored.
     grammar: The row's grammar; None if it has none, or is scored.
@@ -45,7 +45,7 @@ class PromptRow:
 
   @property
   def is_text(self) -> bool:
-    """Whether the row has text or a grammar, and so needs a vocabulary."""
+    """Whether the row needs a vocabulary, because it has text or a grammar."""
     texts = self.prompt, self.completion
     return self.grammar is not None or any(isinstance(text, str) for text in texts)
 
@@ -57,7 +57,7 @@ class TokenizedRow:
   Attributes:
     prompt: Ids of the prompt, without BOS.
     completion: Ids to score; empty if nothing is scored.
-    asked: Sampling options of the row.
+    asked: Sampling options that apply to the row.
   """
 
   prompt: list[int]
@@ -74,8 +74,8 @@ def read_rows(path: str, *, score: bool) -> list[PromptRow]:
     score: Whether rows are to be scored.
 
   Raises:
-    RequestError: There is no such file, or it has no rows, or rows can't be used (each is named
-      with its line).
+    RequestError: The file does not exist, has no rows, or has invalid rows. The message gives the
+      lines of invalid rows.
   """
   try:
     # utf-8-sig drops the byte order mark that some editors write.
@@ -115,19 +115,19 @@ def tokenize(
   run: RowSampling,
   max_prompt: int | None = None,
 ) -> list[TokenizedRow]:
-  """Return rows in token ids. A prompt and a completion that are both text are encoded together.
+  """Tokenize rows. If prompt and completion are both text, they are encoded together.
 
   Args:
     path: File that the rows come from, for messages.
     rows: Rows from read_rows.
     checkpoint: The model, with a vocabulary if a row has text or a grammar.
-    run: Sampling options of rows that have none of their own.
-    max_prompt: Most tokens of a prompt that the cache has room for; None: no limit.
+    run: Sampling options for rows without their own.
+    max_prompt: Maximum number of prompt tokens for which the cache has room; None: no limit.
 
   Raises:
-    RequestError: Rows have ids outside the vocabulary, prompts that are longer than the cache or
-      than the model's positions, or that are empty where there is no BOS, wrong sampling options,
-      or grammars that can't be used. The message names their lines.
+    RequestError: Rows have ids outside the vocabulary, prompts longer than the cache or than the
+      model's positions, empty prompts without BOS, invalid sampling options, or invalid grammars.
+      The message gives their lines.
   """
   vocabulary, bos_id = checkpoint.vocabulary, checkpoint.bos_id
   config, vocab_size = checkpoint.config, checkpoint.config.vocab_size
@@ -178,7 +178,7 @@ def tokenize(
     if row.sampling is not None:
       asked = row_sampling(run, row.sampling, vocabulary, vocab_size)
     if row.grammar is not None:
-      grammars.matchers(row.grammar, 1)  # checks it
+      grammars.matchers(row.grammar, 1)  # raises if the grammar is invalid
       asked = dataclasses.replace(asked, grammar=row.grammar)
     return TokenizedRow(prompt, completion, asked)
 
@@ -195,7 +195,7 @@ def _check_unicode(name: str, text: str) -> None:
 
 
 def _parse(number: int, line: str, score: bool) -> PromptRow:
-  """Return the row that a line holds. Raises ValueError, which does not name the line."""
+  """Parse a line; raise ValueError, without the line number, if it is not a valid row."""
   try:
     fields = parse_json(line)
   except ValueError as error:
@@ -230,7 +230,7 @@ def _parse(number: int, line: str, score: bool) -> PromptRow:
 
 
 def _text(name: str, value: Any) -> Text:
-  """Return a value that is text or token ids. Raises ValueError for any other value."""
+  """Return a value if it is text or token ids; raise ValueError for any other value."""
   if isinstance(value, str):
     return value
   if not isinstance(value, list):

@@ -1,4 +1,4 @@
-"""The run over a prompts file: JSONL prompts in, JSONL completions out, in the same order."""
+"""A run over a prompts file: JSONL prompts in, JSONL completions out, in the same order."""
 
 from collections.abc import Callable, Iterator
 import dataclasses
@@ -33,11 +33,11 @@ def prepare(
   files: infer_options.PromptsFiles,
   say: Callable[[str], None] = print_on_main,
 ) -> Iterator[Job]:
-  """Prepare to complete or score every row of a file. Errors are raised before weights load.
+  """Prepare to complete or score every row of a file; raise errors before weights are loaded.
 
   Args:
     options: Options of the run.
-    files: Files that are read and written.
+    files: Paths of the files to read and write.
     say: Prints a line.
 
   Yields:
@@ -59,7 +59,7 @@ def prepare(
       rows_of_model,
       needed=bool(options.stop) or any(row.is_text for row in rows),
     )
-    # Whatever comes from the checkpoint or from its engine has what was chosen.
+    # Put the chosen text settings into the checkpoint, from which the engine takes them.
     checkpoint = dataclasses.replace(checkpoint, text=text)
     vocabulary = text.vocabulary
     name, source = printable(text.name), printable(text.source)
@@ -84,7 +84,7 @@ def prepare(
         'rows have a `grammar`, or their own `sampling`, which needs batching=continuous'
       )
     if not options.continuous:
-      # A saved program knows one end token.
+      # A saved program supports only one end token.
       ends = text.end_ids[1:] if options.executable else ()
       sampling = with_early_ends(options.sampling, options.stop, vocabulary, ends)
       options = dataclasses.replace(options, sampling=sampling)
@@ -101,7 +101,7 @@ def prepare(
   todo = [(row, each) for row, each in enumerate(tokenized) if row not in journal.done]
   clock = Clock()
   with journal.closed_on_error():
-    with distributed.together():  # another run may have written the output until now
+    with distributed.together():  # check again: another run may have written the output meanwhile
       output.check_output(files.output, overwrite=files.overwrite, source=files.prompts)
     work, shape = _work(engine, options, todo, clock, say)
 
@@ -145,7 +145,7 @@ def _work(
   clock: Clock,
   say: Callable[[str], None],
 ) -> tuple[Work, dict[str, Any]]:
-  """Return the work of the remaining rows, and its sizes for the record of the run."""
+  """Return the work for the remaining rows, and its sizes (for the record of the run)."""
   text = engine.checkpoint.text
   if not todo:
     return NoWork(), {}
@@ -238,7 +238,7 @@ def _told_sample(
 def _told_scores(
   row: prompt_rows.TokenizedRow, scores: np.ndarray, options: infer_options.InferOptions
 ) -> dict[str, Any]:
-  """Return the fields to write for a scored row. `scores` end with those of its completion."""
+  """Return the fields to write for a scored row; the last of `scores` are the completion's."""
   told: dict[str, Any] = {'tokens': row.completion, 'score': float(np.sum(scores))}
   if options.token_log_probs:
     told['log_probs'] = scores[len(scores) - len(row.completion) :].tolist()
@@ -251,7 +251,7 @@ def _with_text(
   vocabulary: Vocabulary | None,
   told: list[dict[str, Any]],
 ) -> list[dict[str, Any]]:
-  """Add the text of each sample, in front of the sample's other fields.
+  """Add the text of each sample before the sample's other fields.
 
   The text ends before EOS, stop ids or a stop text. It is None without a vocabulary.
   """

@@ -16,7 +16,7 @@ from t5x_inference_ext.errors import UserError
 from t5x_inference_ext.text_files import check_plots
 
 BATCH_ROWS = 8
-# Number of examples of a seqio task, and tokens of each.
+# Number of examples to take from a seqio task, and number of tokens of each.
 TASK_ROWS, TASK_LENGTH = 256, 512
 
 
@@ -49,7 +49,7 @@ def report(
     The table, line by line.
 
   Raises:
-    UserError: A file is missing or is not of the expected kind, or matplotlib is missing.
+    UserError: A file is missing or invalid, or matplotlib is not installed.
   """
   pyplot = _pyplot()
   errors = read_manifest(storage.normalize(output))[1].get('errors')
@@ -58,7 +58,7 @@ def report(
       f'{output} records no errors: it was converted by an older version; convert again'
     )
   original = open_checkpoint(source, config=config, **conventions)
-  # A serving checkpoint records its model; for others `config` is needed.
+  # A serving checkpoint records its model; for other formats `config` is needed.
   is_serving = storage.read_file(storage.normalize(output), serving.CONFIG) is not None
   rounded = open_checkpoint(output, config=None if is_serving else original.config)
   targets = None
@@ -95,16 +95,16 @@ def report(
 def loss(
   checkpoint: Checkpoint, targets: np.ndarray, dtype: str = 'float32', cache: str | None = None
 ) -> float:
-  """Return the loss in nats per token, where each target is predicted from the targets before it.
+  """Return the mean loss in nats per token; each target is predicted from the targets before it.
 
-  The first target of a row is predicted from BOS, and not at all by a model without BOS.
+  The first target of a row is predicted from BOS; a model without BOS does not predict it.
 
   Args:
     checkpoint: The model.
     targets: [rows, length]. Token ids to predict; 0 is padding.
     dtype: Dtype of activations and float weights. In float32, products are exact: only int8 rounds.
-    cache: Dtype of the KV cache, as in Engine.load. Each position sees keys and values rounded as
-      they would be in decoding.
+    cache: Dtype of the KV cache, as in Engine.load. Attention uses keys and values rounded as in
+      decoding.
   """
   engine = Engine.load(checkpoint, mesh='1x1x1', dtype=dtype, cache=cache)
   total, bos_id, first = 0.0, checkpoint.bos_id, int(checkpoint.bos_id is None)
@@ -118,7 +118,7 @@ def loss(
 
 
 def read_tokens(path: str, vocab_size: int) -> np.ndarray:
-  """Return the token ids [rows, length] in a .npy file. Raises UserError."""
+  """Read token ids [rows, length] from a .npy file; raise UserError if it is invalid."""
   try:
     tokens = np.load(path, allow_pickle=False)
   except (OSError, ValueError) as e:
@@ -127,7 +127,7 @@ def read_tokens(path: str, vocab_size: int) -> np.ndarray:
 
 
 def task_tokens(name: str, module: str | None, split: str, vocab_size: int) -> np.ndarray:
-  """Return the first TASK_ROWS targets of a seqio task, trimmed and padded. Raises UserError."""
+  """Return a seqio task's first TASK_ROWS targets, trimmed and padded; may raise UserError."""
   from t5x_inference_ext.runs import tasks  # imports TensorFlow
 
   tasks.import_tasks(module)
@@ -161,7 +161,7 @@ def _checked(tokens: np.ndarray, where: str, vocab_size: int) -> np.ndarray:
 def _table(
   errors: dict[str, dict[str, float]], losses: dict[str, float], tokens: int
 ) -> Iterator[str]:
-  """Yield the report's lines. `tokens` is the number of tokens that the losses average over."""
+  """Yield the report's lines. `tokens`: number of tokens over which the losses are averaged."""
   yield f'{"tensor":26}{"max":>12}{"Frobenius":>12}   of max|w|, of ||w||'
   for name, error in errors.items():
     yield f'{name:26}{error["largest"]:12.4%}{error["relative"]:12.4%}'

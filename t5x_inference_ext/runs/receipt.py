@@ -1,7 +1,7 @@
-"""The receipt of a request: what made its tokens, so that anyone can make them again.
+"""The receipt of a request: records everything that determines its tokens, to reproduce them.
 
-A receipt is a JSON object. runs/receipt_file.py checks one that was written down, and
-runs/replay.py runs it again.
+A receipt is a JSON object. runs/receipt_file.py reads and checks a receipt's file, and
+runs/replay.py runs its request again.
 
   format, version    RECEIPT_FORMAT and RECEIPT_VERSION
   request            tokens (BOS included), seeds, limit, end_ids, stop_texts, sampling
@@ -36,7 +36,7 @@ _WITHOUT_EFFECT = ('text', 'top_log_probs', 'salt')
 
 @dataclasses.dataclass(frozen=True)
 class EngineSetting:
-  """How an engine is set, with names as the infer command has them."""
+  """Settings of an engine that affect results; names as in the infer command."""
 
   mesh: str
   prefill_layout: str
@@ -46,18 +46,18 @@ class EngineSetting:
 
   @classmethod
   def of(cls, engine: Engine) -> 'EngineSetting':
-    """Return the setting of an engine."""
+    """Return the settings of an engine."""
     model = engine.model
     layouts = str(model.prefill_layout), str(model.decode_layout)
     return cls(mesh_text(model.mesh), *layouts, model.dtype, model.cache_dtype)
 
 
 def check_told(request: Request) -> None:
-  """Raise RequestError for a request that has something that a receipt can't hold."""
+  """Raise RequestError if a request has an option that a receipt can't record."""
   for field in dataclasses.fields(request):
     known = field.name in (*TOLD, *_WITHOUT_EFFECT)
     if not known and getattr(request, field.name) != field.default:
-      raise RequestError(f'a request with {field.name} gets no receipt: it could not be run again')
+      raise RequestError(f'a request with {field.name} gets no receipt: it could not be replayed')
 
 
 def make_receipt(
@@ -72,7 +72,7 @@ def make_receipt(
     seconds: Time from the request's arrival to its end.
 
   Raises:
-    RequestError: The request has something that a receipt can't hold.
+    RequestError: The request has an option that a receipt can't record.
   """
   check_told(request)
   checkpoint, chips = engine.checkpoint, engine.model.mesh.size
@@ -106,7 +106,7 @@ def make_receipt(
 
 
 def versions() -> dict[str, str]:
-  """Return the versions that decide what programs compute, and the kind of chip."""
+  """Return the versions and the kind of chip, which affect what programs compute."""
   return {
     't5x_inference_ext': __version__,
     'jax': jax.__version__,
@@ -116,7 +116,7 @@ def versions() -> dict[str, str]:
 
 
 def _sampling(params: SamplingParams) -> dict[str, Any]:
-  """Return sampling parameters as rows of prompts files have them."""
+  """Return sampling parameters in the form of rows of prompts files."""
   return {
     **dataclasses.asdict(params),
     'stop': [[*sequence] for sequence in params.stop],

@@ -154,7 +154,8 @@ def device_grid(
   box = box_of(coordinates)
   if box is None:
     raise MeshError(
-      f'the {len(coordinates)} devices do not fill a box of the torus once each: leave none out'
+      f'the {len(coordinates)} devices do not fill a box of the torus exactly once: use all of its '
+      'chips'
     )
   corner, shape = box
   if math.prod(mesh_shape) != len(coordinates):

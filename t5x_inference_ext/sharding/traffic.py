@@ -112,7 +112,7 @@ def embedding_moves(
   layout = sharding.layout
   p = Pass(config, layout, mesh, batch * length, activation_bytes, activation_bytes)
   moves: list[Collective] = []
-  if config.positions == 'learned' and length == 1:  # where rows are, for every device's lookup
+  if config.positions == 'learned' and length == 1:  # every device looks up all of them
     moves += p.move('positions', 'all_gather', sharding.attention_rows, batch, INT32)
   local = batch * length * config.d_model // p.size(layout.stored_embed)
   for dim, axes in enumerate(sharding.residual):

@@ -30,7 +30,7 @@ class CheckpointVocabulary(seqio.Vocabulary):
     found = open_checkpoint(checkpoint).vocabulary
     if found is None:
       raise CheckpointError(
-        f'{self.path} has no vocabulary: use seqio's, such as PassThroughVocabulary for ids'
+        f'{self.path} has no vocabulary: use a seqio one, such as PassThroughVocabulary for ids'
       )
     self._vocabulary = found
 

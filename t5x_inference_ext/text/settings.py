@@ -192,7 +192,7 @@ def check_settings(settings: TextSettings, rows: int) -> None:
   for token in settings.end_ids:
     if token >= size:
       raise UserError(
-        f'vocabulary {printable(settings.name)} has {size} ids, and rows should end with {token}'
+        f'vocabulary {printable(settings.name)} has {size} ids, and the end token is {token}'
       )
 
 

@@ -135,7 +135,7 @@ def test_damaged_chunk(copy, damage):
     (lambda h: h['model'].update(num_layers=True), ['num_layers', 'got True']),
     (lambda h: h['model'].update(d_model=2**31), ['d_model', 'below 2**31']),
     (lambda h: h['model'].update(block=['serial']), ['block', "got ['serial']"]),
-    (lambda h: h.update(text=5), ['section on text']),
+    (lambda h: h.update(text=5), ['form of the text settings']),
     (lambda h: h.pop('model'), ['model']),
     (lambda h: h['model'].update(d_ff=48), ['gate', '[2, 8, 24]', '[2, 8, 48]']),
     (lambda h: h.update(weights='bfloat16'), ['query', 'int8', 'bfloat16']),

@@ -175,7 +175,7 @@ def test_a_damaged_vocabulary_is_refused(copy, damage, message):
     (lambda h: h['text'].update(bos_id='x'), 'must be ids'),
     (lambda h: h['text'].update(files=['../source/checkpoint']), 'files of the vocabulary'),
     (lambda h: h.pop('files'), 'tokenizer.json is damaged'),
-    (lambda h: h['text'].pop('kind'), 'section on text'),
+    (lambda h: h['text'].pop('kind'), 'form of the text settings'),
   ],
 )
 def test_a_section_that_was_written_wrongly_is_one_sentence(copy, change, message):

@@ -134,7 +134,7 @@ def test_the_vocabulary_of_a_checkpoint(families, tmp_path):
   copy = shutil.copytree(path, tmp_path / 'copy')
   assert vocabulary == CheckpointVocabulary(copy)
   assert vocabulary != seqio.ByteVocabulary()
-  with pytest.raises(CheckpointError, match='smollm2 has no vocabulary: use one of seqio'):
+  with pytest.raises(CheckpointError, match='smollm2 has no vocabulary: use a seqio one'):
     CheckpointVocabulary(families / 'smollm2')
 
 

@@ -39,14 +39,14 @@ from t5x_inference_ext.checkpoints.workers import worker_count
 from t5x_inference_ext.errors import CheckpointError
 from t5x_inference_ext.text_format import megabytes
 
-# Memory: _BASE_BYTES for Python, numpy and tensorstore. Each worker holds a block compressed,
-# decoded and reordered, and temporaries: _BLOCKS_A_WORKER blocks.
+# Estimated memory: _BASE_BYTES for Python, numpy and tensorstore, and _BLOCKS_A_WORKER blocks per
+# worker (a block compressed, decoded and reordered, and temporaries).
 _BASE_BYTES = 150 * 2**20
 _BLOCKS_A_WORKER = 3.5
 # Version of the journal's records. A run can only continue from records of its own version.
 _JOURNAL = 2
 
-# Arguments: (current step, bytes of the source just processed, bytes of the source in all).
+# Arguments: (current step, bytes of the source just processed, total bytes of the source).
 ConversionProgress = Callable[[str, int, int], None]
 # A finished slice's record in the journal.
 _Record = dict[str, Any]
@@ -115,7 +115,7 @@ class Conversion:
 
     Args:
       work: The work directory.
-      told: Called with a line if work of an earlier run can't be used.
+      told: Function that is called with a line if the work of an earlier run can't be used.
     """
     alone = False  # whether no other process uses the directory
     try:
@@ -158,7 +158,7 @@ class Conversion:
     return missing is None
 
   def _is_complete(self, slices: dict[int, _Record]) -> bool:
-    return len(slices) > len(self.plan.slices)  # one more than in the plan: the scales
+    return len(slices) > len(self.plan.slices)  # one more than in the plan, for the scales
 
   def _convert_shard(self, work: WorkDirectory) -> None:
     """Convert this shard's unfinished slices."""
@@ -276,7 +276,7 @@ def _slices(work: WorkDirectory) -> dict[int, _Record]:
 
 
 def _disk_usage(path: str) -> int:
-  """Return the bytes in all files below a directory."""
+  """Return the total bytes of all files below a directory."""
   return sum(
     os.path.getsize(os.path.join(root, name)) for root, _, names in os.walk(path) for name in names
   )

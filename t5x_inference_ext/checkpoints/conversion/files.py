@@ -1,4 +1,4 @@
-"""All of a conversion's changes to the disk.
+"""Functions through which a conversion makes all its changes to the disk.
 
 Each function raises OSError if the disk is full or fails, and the error names the file. Files are
 opened for writing only in this module, and never through a symbolic link.
@@ -123,7 +123,7 @@ def _write_mapped(
     rows = rows.reshape(*shape[:axis], last - first, *shape[axis + 1 :])
     for index, values in blocks:
       rows[*index[:axis], :, *index[axis + 1 :]] = values
-    del rows  # a view of `memory`, which can't be closed while it exists
+    del rows  # it is a view of `memory`, which can't be closed while the view exists
 
 
 def sync(path: str) -> None:

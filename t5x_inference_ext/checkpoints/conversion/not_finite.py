@@ -13,8 +13,8 @@ class NotFinite(CheckpointError):
   """The source has values that can't be written. Repeating the command does not help."""
 
 
-# The largest values that can be written. int8 weights stand for floats that the program holds as
-# bfloat16.
+# The largest values that can be written. For int8, the limit is bfloat16's, because the program
+# holds the floats that int8 weights stand for as bfloat16.
 _FLOAT32, _BFLOAT16 = (
   float(ml_dtypes.finfo(dtype).max) for dtype in (np.float32, ml_dtypes.bfloat16)
 )
@@ -32,7 +32,7 @@ def check_finite(
   Args:
     source: Checkpoint that holds the tensor.
     name: Name of the tensor.
-    values: [layers, ...] float32. Values of some layers, or maxima of their magnitudes.
+    values: [layers, ...] float32. Values of some layers, or the maxima of their magnitudes.
     first_layer: Index of the first of these layers.
     written: Dtype in which the values are written.
   """

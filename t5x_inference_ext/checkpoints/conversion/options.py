@@ -18,7 +18,7 @@ _UNITS = {'': 1, 'kB': 10**3, 'MB': 10**6, 'GB': 10**9, 'KiB': 2**10, 'MiB': 2**
 
 
 def parse_size(name: str, size: int | str) -> int:
-  """Return a number of bytes, given as a number or with a unit: 512MiB. Raises UserError."""
+  """Parse a number of bytes, given as a number or with a unit (512MiB); may raise UserError."""
   found = re.fullmatch(r'(\d+) *([kMGKi]*B)?', str(size))
   if found is None or (found[2] or '') not in _UNITS:
     raise UserError(
@@ -92,12 +92,12 @@ class ConvertOptions:
 
   @property
   def held_size(self) -> int:
-    """hold_bytes as a number of bytes."""
+    """Option hold_bytes as a number of bytes."""
     return parse_size('hold_bytes', self.hold_bytes)
 
   @property
   def slice_size(self) -> int:
-    """slice_bytes as a number of bytes."""
+    """Option slice_bytes as a number of bytes."""
     return parse_size('slice_bytes', self.slice_bytes)
 
 
@@ -128,7 +128,7 @@ class Report:
   layer_float32_bytes: int
 
   def summary(self, seconds: float) -> Iterator[str]:
-    """Yield lines with the rounding errors, the sizes, and where the output is."""
+    """Yield lines with the rounding errors, the sizes and the path of the output."""
     if not self.errors:
       return
     yield (

@@ -1,4 +1,4 @@
-"""The interface of a format that a conversion writes."""
+"""The interface of the formats that a conversion can write."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +11,7 @@ from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
 from t5x_inference_ext.checkpoints.conversion.raw_array import RawArray, array_files
 from t5x_inference_ext.checkpoints.tensor import Bounds
 
-# (array, bounds within it, values there)
+# (array, bounds within the array, values at the bounds)
 ArrayWrite = tuple[RawArray, Bounds, np.ndarray]
 
 
@@ -53,7 +53,7 @@ class Output:
     raise NotImplementedError
 
   def placements(self, name: str, rectangle: Rectangle, values: np.ndarray) -> Iterator[ArrayWrite]:
-    """Yield the writes for canonical values [layers, rows, columns]; scales have one row."""
+    """Yield the array writes for canonical values [layers, rows, columns]; scales have one row."""
     raise NotImplementedError
 
   def is_layer_weight(self, array: str) -> bool:

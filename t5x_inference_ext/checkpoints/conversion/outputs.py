@@ -58,7 +58,7 @@ class ServingOutput(Output):
 def make_output(
   source: Checkpoint, directory: str, options: ConvertOptions, record: dict[str, Any]
 ) -> Output:
-  """Return the output that `options` ask for, inside a directory.
+  """Make the output that `options` select, inside a directory.
 
   Args:
     source: Checkpoint to convert.

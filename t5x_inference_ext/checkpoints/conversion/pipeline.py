@@ -1,4 +1,4 @@
-"""Slices in a pool of threads: while one slice is written, the next is read.
+"""Processing of slices in a pool of threads: while one slice is written, the next is read.
 
 Reading a chunk, numpy's arithmetic on a block and writing all release Python's lock. A slice is
 processed in steps (find its scales, write it). The jobs of a step, one per block, run in any order,
@@ -30,7 +30,7 @@ class _Open:
 
   Attributes:
     work: The slice.
-    waiting: Jobs of the current step that no thread has taken; the last is taken next.
+    waiting: Jobs of the current step that no thread has taken; threads take the last one next.
     running: Number of jobs that threads have taken but not finished.
     started: Whether the slice's first step has begun.
   """
@@ -49,7 +49,7 @@ class Pipeline:
     self._open: list[_Open] = []
 
   def run(self) -> None:
-    """Run all slices to the end. Raises the first error of a job, after running jobs have ended."""
+    """Run all slices to the end; after an error in a job, let running jobs end and raise it."""
     running: dict[concurrent.futures.Future[None], _Open] = {}
     with concurrent.futures.ThreadPoolExecutor(self._workers) as pool:
       while True:
@@ -64,7 +64,7 @@ class Pipeline:
           future.result()
 
   def _take(self) -> tuple[_Open, PipelineJob] | None:
-    """Return a job that may begin now, or None."""
+    """Return a job that can start now, or None."""
     position = 0
     while position < 2:
       if position == len(self._open) and not self._open_next():
@@ -80,7 +80,7 @@ class Pipeline:
             continue
           opened.waiting = jobs[::-1]
           if not jobs:
-            continue  # the step had no jobs: go on to the next step
+            continue  # the step had no jobs: continue with the next step
         if opened.waiting:
           opened.running += 1
           return opened, opened.waiting.pop()
@@ -88,7 +88,7 @@ class Pipeline:
     return None
 
   def _open_next(self) -> bool:
-    """Open the next slice. Returns whether there is one."""
+    """Start the next slice; return whether there was one."""
     work = next(self._works, None)
     if work is not None:
       self._open.append(_Open(work))

@@ -1,4 +1,4 @@
-"""The record of a conversion in the checkpoint that it made."""
+"""The record of a conversion, which is stored in the checkpoint that it makes."""
 
 import contextlib
 import importlib.metadata
@@ -47,7 +47,7 @@ def conversion_record(source: Checkpoint, scale_search: str) -> dict[str, Any]:
 
 
 def _index_checksum(path: str) -> int:
-  """Return the CRC-32 of the small files of a checkpoint, which identifies the checkpoint."""
+  """Return the CRC-32 of a checkpoint's small files, which identifies the checkpoint."""
   total = 0
   for name in _INDEX_FILES:
     with contextlib.suppress(CheckpointError):

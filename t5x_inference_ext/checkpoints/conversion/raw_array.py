@@ -24,7 +24,7 @@ from t5x_inference_ext.checkpoints.tensor import Bounds
 ZARR_DTYPES = {'int8': '|i1', 'bfloat16': 'bfloat16', 'float32': '<f4'}
 # Fingerprints are summed modulo this.
 FINGERPRINTS = 2**32
-# A piece's rows are fingerprinted this many bytes at a time, to stay in the processor's cache.
+# Rows are fingerprinted in pieces of this many bytes, to stay in the processor's cache.
 _FINGERPRINT_BYTES = 2**18
 
 
@@ -66,7 +66,7 @@ class RawArray:
 
   @functools.cached_property
   def metadata(self) -> dict[str, Any]:
-    """The content of METADATA. There is no fill value, so a missing chunk is a lost chunk."""
+    """The content of METADATA. It has no fill value, so a missing chunk means lost data."""
     return {
       'chunks': list(self.chunk),
       'compressor': None,
@@ -101,7 +101,7 @@ class RawArray:
       return False
 
   def write(self, pieces: list[tuple[Bounds, np.ndarray]]) -> None:
-    """Write pairs (bounds, values). Concurrent writes to other parts of a chunk are allowed."""
+    """Write pairs (bounds, values). Other threads may write other parts of a chunk concurrently."""
     by_chunk: dict[tuple[int, ...], list[files.IndexedValues]] = {}
     for bounds, values in pieces:
       for place in itertools.product(
@@ -132,7 +132,7 @@ class RawArray:
     """Flush a chunk to the disk, and read it back from the disk.
 
     Returns:
-      CRC-32 and fingerprint of the chunk's values, without padding.
+      CRC-32 and fingerprint of the chunk's values, excluding padding.
     """
     self.sync(number)
     bounds = self._bounds(number)

@@ -1,4 +1,4 @@
-"""Verification at the end of a conversion: what was written is read back from the disk."""
+"""Verification at the end of a conversion: reads the output back from the disk."""
 
 from collections.abc import Callable, Iterable, Iterator
 import functools
@@ -26,12 +26,12 @@ def read_back(
 
   Args:
     arrays: All arrays that were written.
-    entries: Returns the journal's entries. Groups in them are not read again.
-    record: Adds an entry to the journal.
+    entries: Function that returns the journal's entries. Groups recorded there are not read again.
+    record: Function that adds an entry to the journal.
     workers: Number of threads.
     progress: Called after each group.
-    claim: If several processes read back, returns whether this process shall read the group with a
-      given index. None: read all groups.
+    claim: If several processes read back, a function that returns whether this process is to read
+      the group with a given index. None: read all groups.
   """
   arrays = list(arrays)
   total = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)

@@ -39,9 +39,9 @@ class RoundingError:
     for index in rounding.blocks(w):
       exact = _floats(w[index], index, scale)
       self.norm += _squares(exact)
-      if written.dtype == w.dtype:  # the values themselves
+      if written.dtype == w.dtype:  # written without conversion
         continue
-      # In the order of w's values: subtracting across orders is slow.
+      # Copy to w's memory order first: subtracting arrays of different orders is slow.
       order: Literal['F', 'C'] = 'F' if w.strides[1] < w.strides[2] else 'C'
       stored = np.asarray(written[index], order=order)
       difference = np.subtract(_floats(stored, index, scale), exact)

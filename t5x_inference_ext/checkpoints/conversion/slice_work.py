@@ -22,19 +22,19 @@ from t5x_inference_ext.checkpoints.conversion.rounding_error import RoundingErro
 from t5x_inference_ext.checkpoints.conversion.slices import ConversionPlan, StoredBlock, TensorSlice
 from t5x_inference_ext.quantization import rounding
 
-# Takes final values, all those of a block at once, either to write them or to compare them with
-# what was written.
+# Function that takes all final values of a block, to write them or to compare them with those
+# written.
 PutWrites = Callable[[list[ArrayWrite]], None]
 
 
 class Hold:
-  """A budget of memory for blocks that are needed again. Blocks beyond it are read again."""
+  """A memory budget for blocks that are needed again; other blocks are read a second time."""
 
   def __init__(self, nbytes: int) -> None:
     self._free, self._lock = nbytes, threading.Lock()
 
   def take(self, nbytes: int) -> bool:
-    """Reserve memory. Returns whether there was enough."""
+    """Reserve memory; return whether there was enough."""
     with self._lock:
       if self._free < nbytes:
         return False
@@ -59,7 +59,7 @@ class SliceContext:
     source: The checkpoint read.
     output: The format written.
     plan: All slices.
-    put: Takes the values to write.
+    put: Function that takes the values to write.
     hold: Budget for blocks that are needed again.
     search: Whether scales are searched for the least squared error.
     progress: Called with the written tensors' names and errors, and bytes of the source.
@@ -107,7 +107,7 @@ class SliceWork:
     self._steps = iter([*steps, self._write])
     self._lock = threading.Lock()
     self._layers = piece.boxes[0].bounds[0]
-    # Scales' name -> columns (begin, end) in the tensor -> their first column in a buffer.
+    # Name of scales -> {columns (begin, end) in the tensor -> first column in a buffer}.
     self._columns = self._channels() if piece.scaled else {}
     self._held: dict[int, np.ndarray] = {}  # held values of blocks, by block number
     self._maxima: dict[str, np.ndarray] = {}  # max|w| [layers, columns], by tensor
@@ -250,7 +250,7 @@ class SliceWork:
     return places
 
   def _place(self, scale: str, rectangle: Rectangle) -> tuple[slice, slice]:
-    """Return the index, in the slice's buffers, of a rectangle's layers and columns."""
+    """Return the index of a rectangle's layers and columns in the slice's buffers."""
     ranges = list(self._columns[scale])
     begin, end = rectangle.columns
     first = ranges[bisect.bisect_right(ranges, (begin, math.inf)) - 1]
@@ -284,5 +284,5 @@ def _round(w: np.ndarray, scale: np.ndarray | None, dtype: np.dtype) -> np.ndarr
   if w.dtype == np.int8:
     assert scale is not None
     w = rounding.dequantize(w, scale[:, None])
-  # Once here, not for each of fingerprint and file.
+  # Convert once here, instead of once for the fingerprint and once for the file.
   return rounding.contiguous(w, dtype)

@@ -1,7 +1,7 @@
 """The units of a conversion: slices, each made of blocks of stored chunks.
 
 A block is the unit of decoding: whole stored chunks, at least one. A slice is the unit of progress:
-it is finished, and recorded, as a whole. If int8 scales have to be found, a slice is everything
+it is finished and recorded as a whole. If int8 scales have to be found, a slice is everything
 that is summed into its output channels: all rows of some columns of some layers, of every array
 that shares the scales. Otherwise a slice is any box of chunks.
 """
@@ -68,7 +68,7 @@ class ConversionPlan:
     for i, array in enumerate(self.arrays):
       scales = sorted(filter(None, (kinds[part.name].scale for part in array.arrangement.parts)))
       if scales and finds_scales:
-        # Output matrices share one scale: arrays with equal first scales share all scales.
+        # Group arrays by their first scale: output matrices that share it share all scales.
         by_scale.setdefault(scales[0], []).append(i)
       else:
         cell = self._cell(i, slice_bytes)

@@ -1,7 +1,7 @@
-"""An output in a bucket: made in a directory on a local disk, then uploaded.
+"""Staging of an output in a bucket: it is made in a local directory, then uploaded.
 
 In a bucket, objects can't be written in pieces, and directories can't be renamed. A checkpoint
-still appears in one step, because its header is uploaded last, and nothing without a header is a
+still appears in one step: its header is uploaded last, and without a header a directory is not a
 checkpoint.
 
 STAGING/NAME-CHECKSUM/    CHECKSUM is that of the output's address
@@ -33,8 +33,8 @@ from t5x_inference_ext.checkpoints.workers import run_jobs
 from t5x_inference_ext.errors import CheckpointError
 from t5x_inference_ext.text_format import megabytes
 
-# Copies of a file in memory during its upload: as read from the disk, as passed on, and twice as
-# read back.
+# Number of copies of a file in memory during its upload: one read from the disk, one passed to the
+# library, two read back.
 _COPIES = 4
 _COMPLETE = 'complete'
 
@@ -80,7 +80,7 @@ class Staging:
     )
 
   def adopt(self, plan: dict[str, Any]) -> bool:
-    """Prepare the directory for `plan`. Leftovers of another plan are removed, in the bucket too.
+    """Prepare the directory for `plan`; remove leftovers of another plan, also in the bucket.
 
     Returns:
       Whether everything is already in the bucket.
@@ -111,11 +111,11 @@ class Staging:
     for path in (self._journal, self._plan):
       with contextlib.suppress(FileNotFoundError):
         os.remove(path)
-    # The marker is written first, which shows whether the bucket can be written.
+    # Write the marker first: this shows whether the bucket is writable.
     generation = storage.write_object(
       self.path, MARKER, b'Unfinished: run the same convert_checkpoint again.\n'
     )
-    # Headers are removed first, before the arrays that they describe.
+    # Remove headers first, before the arrays that they describe.
     for name in sorted(storage.list_objects(self.path), key=lambda n: ('/' in n, n)):
       if name != MARKER:
         storage.remove_object(self.path, name)
@@ -131,8 +131,8 @@ class Staging:
       progress: Called after every file.
 
     Raises:
-      CheckpointError: An object read back is not the one written, or the bucket can't be written or
-        read.
+      CheckpointError: An object read back differs from the one written, or the bucket can't be
+        accessed.
     """
     with self._uploading():
       if not os.path.isdir(self.local):
@@ -170,7 +170,7 @@ class Staging:
     return found.state == 'unspecified'
 
   def _copy(self, name: str) -> bytes:
-    """Upload a file and read it back. Returns the object's generation."""
+    """Upload a file, read it back, and return the object's generation."""
     with open(os.path.join(self.local, name), 'rb') as f:
       data = f.read()
     generation = storage.write_object(self.path, name, data)
@@ -190,7 +190,7 @@ class Staging:
     shutil.rmtree(self.root, ignore_errors=True)
 
   def _entries(self) -> dict[str, str]:
-    """Return the objects in the bucket by the journal: name -> generation."""
+    """Return the objects that the journal lists as uploaded: name -> generation."""
     if not os.path.exists(self._journal):
       return {}
     return {

@@ -1,6 +1,6 @@
-"""Writing T5X's own checkpoint format: float32, or int8 with flaxformer's names qkernel and qscale.
+"""Writing of T5X's checkpoint format: float32, or int8 with flaxformer's names qkernel and qscale.
 
-The tree has the arrangement of the tree that the weights came from, if that is known
+The tree is arranged like the tree that the weights came from, if that is known
 (flaxformer.Reading.form, which serving checkpoints record). Otherwise it has flaxformer's usual
 arrangement of such a model: scanned; a ParallelFusedDecoderLayer if the model can be one, else a
 DecoderLayer with split heads.
@@ -46,7 +46,7 @@ class T5xOutput(Output):
     check_written(source.config)
     form = source.form or usual_form(source.config)
     self._directory, self._step, self._num_layers = directory, source.step, source.config.num_layers
-    # A leaf of the tree is one array, or one array per layer. Canonical tensors go to leaves.
+    # Each leaf of the tree is one array, or one array per layer; a leaf holds canonical tensors.
     self._leaves: dict[str, list[RawArray]] = {}
     self._places: dict[str, list[tuple[str, KernelLayout]]] = {}
     self._layer_weights: set[str] = set()
@@ -155,7 +155,7 @@ class T5xOutput(Output):
 
 
 def check_written(config: ModelConfig) -> None:
-  """Raise CheckpointError for features that T5X checkpoints are not written with."""
+  """Raise CheckpointError if the model has a feature that a T5X checkpoint can't represent."""
   features = dict(config.features)
   if config.mlp not in ('swiglu', 'gelu'):
     features['mlp'] = config.mlp

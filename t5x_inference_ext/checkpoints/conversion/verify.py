@@ -21,7 +21,7 @@ from t5x_inference_ext.checkpoints.workers import run_jobs, worker_count
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import CheckpointError
 
-# Arguments: (current step, bytes just processed, bytes in all).
+# Arguments: (current step, bytes just processed, total bytes).
 VerifyProgress = Callable[[str, int, int], None]
 
 
@@ -47,7 +47,7 @@ def verify(
     Lines with the results.
 
   Raises:
-    CheckpointError: Something is not as recorded; the message names the first such thing.
+    CheckpointError: A file or value differs from the record; the message names the first one.
   """
   threads = worker_count(workers)
   path = storage.normalize(path)
@@ -98,7 +98,7 @@ def _compare(
   rescale_logits: bool | None,
   progress: VerifyProgress,
 ) -> None:
-  """Raise CheckpointError if a checkpoint's bits are not what its source converts to."""
+  """Raise CheckpointError if a checkpoint's bits differ from a conversion of its source."""
   made_from = manifest['source']
   if rescale_logits is None and made_from['format'] in TREES:
     # Earlier versions assumed True, and recorded null.
@@ -124,7 +124,7 @@ def _compare(
   def compare(writes: list[ArrayWrite]) -> None:
     for array, bounds, values in writes:
       found = stored[array.name].read(tuple(slice(*b) for b in bounds))
-      # Bits are compared instead of values, because 0 and -0 differ.
+      # Compare bits instead of values: 0 and -0 are equal values with different bits.
       bits = f'u{found.itemsize}'
       different = found.view(bits) != np.ascontiguousarray(values).view(bits)
       if different.any():
@@ -167,7 +167,7 @@ def read_manifest(path: str) -> tuple[str, dict[str, Any]]:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
       pass
     raise CheckpointError(f'{path}/{name} is damaged')
-  open_checkpoint(path)  # raises its own error if this is no checkpoint
+  open_checkpoint(path)  # raises a better error if this is not a checkpoint
   raise CheckpointError(
     f'{path} was not written by a conversion: it has no manifest ({serving.CONFIG} or '
     f'{t5x_output.MANIFEST}) to verify it against'

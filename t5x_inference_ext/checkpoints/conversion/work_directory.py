@@ -1,4 +1,4 @@
-"""The work directory of a conversion: its finished slices, its locks, and how the output appears.
+"""The work directory of a conversion: finished slices, locks, and the unfinished output.
 
 OUTPUT.unfinished/
   UNFINISHED            marks a conversion's directory; has the plan once all files are allocated
@@ -67,7 +67,7 @@ class WorkDirectory:
 
   @contextlib.contextmanager
   def lock(self, name: str, refusal: str | None = None, shared: bool = False) -> Iterator[bool]:
-    """Hold a lock file of the directory; if it is held, wait, or raise CheckpointError(refusal).
+    """Hold a lock file of the directory; if taken, wait, or raise CheckpointError(refusal).
 
     Yields:
       Whether the lock file still exists: the process that held it may have removed the directory.
@@ -88,7 +88,7 @@ class WorkDirectory:
 
   @contextlib.contextmanager
   def setup(self) -> Iterator[None]:
-    """Make the directory if needed, and be the only process that starts or finishes work in it.
+    """Make the directory if needed, and hold the lock under which work is started or finished.
 
     Raises:
       CheckpointError: The output exists, or the directory was not left by a conversion or holds
@@ -119,7 +119,7 @@ class WorkDirectory:
 
   @contextlib.contextmanager
   def working(self, shard: int) -> Iterator[None]:
-    """Be the only process that works as this shard.
+    """Hold the lock under which a process works as shard `shard`.
 
     Enter it within setup(), so that a process that waits holds no shard's lock.
 
@@ -137,9 +137,9 @@ class WorkDirectory:
     """Wait for the shards at work, then read back what they wrote, together with other shards.
 
     Yields:
-      A function that takes the index of a part and returns whether this process shall read it; the
-      part is then its own until the end of the context. None if another process has already
-      finished.
+      A function that takes the index of a part and returns whether this process is to read it; if
+      so, no other process reads the part until the context ends. None if another process has
+      already finished.
     """
     with contextlib.ExitStack() as held:
       current = False
@@ -168,7 +168,7 @@ class WorkDirectory:
 
   @contextlib.contextmanager
   def finishing(self) -> Iterator[bool]:
-    """Wait for the shards at work. Yields whether this process shall finish the output."""
+    """Wait for the shards at work; yield whether this process is to finish the output."""
     with contextlib.ExitStack() as locks:
       try:
         locks.enter_context(self.lock('setup.lock'))
@@ -184,7 +184,7 @@ class WorkDirectory:
 
     Args:
       plan: The source and the options.
-      is_laid_out: Returns whether the payload has all files that were allocated for the plan.
+      is_laid_out: Function that returns whether the payload has all files allocated for the plan.
 
     Returns:
       Whether work can continue from an earlier run. If not, the directory was cleared, and the
@@ -236,13 +236,13 @@ class WorkDirectory:
     files.append_line(path, entry)
 
   def entries(self) -> list[dict[str, Any]]:
-    """Return the entries of all shards that can be relied on.
+    """Return the journal entries of all shards whose data is certain to be on the disk.
 
-    A line that a kill cut off is dropped: its slice is converted again. So is everything that was
-    written on another machine, or before this machine restarted, and not yet SYNCED: it may have
-    been only in that machine's page cache. (Flushing each slice would write most pages several
-    times, since many slices fill one chunk.) Entries that were read back after everything was
-    SYNCED are on the disk.
+    A line that a kill cut off is dropped, and its slice is converted again. Dropped, too, are
+    entries written on another machine, or before this machine restarted, that were not yet SYNCED:
+    their data may only have been in a page cache. (Flushing each slice would write most pages
+    several times, since many slices fill one chunk.) Entries that were read back after everything
+    was SYNCED are on the disk.
     """
     found: list[dict[str, Any]] = []
     here = _boot_id()
@@ -263,7 +263,7 @@ class WorkDirectory:
     return found
 
   def finish(self) -> None:
-    """Move the output to its final path, and remove the rest."""
+    """Move the output to its final path, and remove the work directory."""
     self.check_absent()
     files.publish(self.payload, self.path)
     self.clear()
@@ -274,7 +274,7 @@ class WorkDirectory:
     self.clear()
 
   def clear(self) -> None:
-    """Remove a work directory without a payload; the marker, which identifies it, goes last."""
+    """Remove a work directory without a payload; remove the marker, which identifies it, last."""
     while os.path.isdir(self.root):
       with contextlib.suppress(FileNotFoundError):
         for name in sorted(os.listdir(self.root), key=lambda n: n == MARKER):

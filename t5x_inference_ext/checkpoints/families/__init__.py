@@ -1,1 +1,1 @@
-"""Public families of decoders: their settings as ModelConfig, their tensors as canonical ones."""
+"""Families of public decoders: conversion of settings to ModelConfig, and of tensors to ours."""

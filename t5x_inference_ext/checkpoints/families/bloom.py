@@ -1,7 +1,7 @@
 """Families with ALiBi or with names like BLOOM's: BLOOM, MPT, Falcon; and OPT.
 
 Each function reads a family's settings as its config.json has them, with the defaults of
-transformers, and returns the model with the places of its tensors.
+transformers, and returns the model with the stored names of its tensors.
 """
 
 from t5x_inference_ext.checkpoints.families.family import PLAIN, FamilyModel, rotary_fields
@@ -39,7 +39,7 @@ _BLOOM_MODULES = {
   'linear': f'{_H}mlp.dense_h_to_4h',
   'mlp_output': f'{_H}mlp.dense_4h_to_h',
 }
-# With eager attention transformers 5.24 adds ALiBi to the scores and to the mask; otherwise once.
+# With eager attention, transformers 5.24 adds ALiBi twice: to the scores and to the mask.
 _FALCON_ALIBI = (
   "assumed: ALiBi counts twice, as in transformers' eager attention (alibi_slopes=falcon_eager; "
   'once is falcon)'
@@ -59,7 +59,7 @@ _MPT_MODULES = {
 
 
 def opt(s: Settings) -> FamilyModel:
-  """Return an OPT whose norms are before its sublayers: all but OPT-350M."""
+  """Return an OPT with norms before attention and MLP: every OPT except OPT-350M."""
   s.only('do_layer_norm_before', True)
   s.only('_remove_final_layer_norm', False)
   s.only('layer_norm_elementwise_affine', True)
@@ -125,7 +125,7 @@ def mpt(s: Settings) -> FamilyModel:
   fields = {
     'num_layers': s.layers('n_layers'),
     'd_model': d_model,
-    'd_ff': 4 * d_model,  # whatever expansion_ratio says
+    'd_ff': 4 * d_model,  # transformers ignores expansion_ratio
     'vocab_size': s.integer('vocab_size'),
     'num_heads': heads,
     'num_kv_heads': heads,

@@ -1,4 +1,4 @@
-"""A family's table: how its settings make a ModelConfig, and where its tensors are stored."""
+"""The description of a family: conversion of settings to ModelConfig, and names of its tensors."""
 
 from collections.abc import Callable, Mapping
 import dataclasses
@@ -14,22 +14,23 @@ class FamilyModel:
 
   Attributes:
     config: The model.
-    modules: Canonical tensor -> module that holds it, with {} for the layer, and [] for the head
-      where each head has a module. A bias is in the module of its matrix or norm.
-    fused: How query, key and value lie in one matrix if they share a module: 'stacked', all queries
-      before all keys before all values; 'grouped', key head by key head; 'codegen', four times
-      queries, values, keys; 'lucidrains', stacked, and behind them linear and gate.
+    modules: Canonical tensor -> path of the module that holds it; {} stands for the layer's index,
+      and [] for the head's if each head has a module. A bias is in the module of its matrix or
+      norm.
+    fused: Order of rows in a matrix that holds query, key and value. 'stacked': all queries, all
+      keys, all values. 'grouped': for each key head, its queries, key and value. 'codegen': four
+      times queries, values, keys. 'lucidrains': stacked, then linear and gate.
     interleaved: Whether rotary positions rotate neighbouring dimensions of a head, not its halves.
     transposed: Whether matrices are stored [out, in], as torch.nn.Linear has them.
     absent: Canonical norm scales and biases that are not stored: ones and zeros.
-    norm_offset: Added to stored norm scales: 1 where 1 + scale is applied but the model has
-      norm_scale='one'.
-    embedding_scale: Factor of the embedding's rows where tokens are looked up.
+    norm_offset: Number to add to stored norm scales: 1 if the family applies 1 + scale but config
+      has norm_scale='one'.
+    embedding_scale: Factor by which looked-up rows of the embedding are multiplied.
     logit_scale: Factor of the logits.
     attention_scale: Factor of attention logits; None: Q**-0.5.
     norm_leaves: Names of a norm's scale and bias in its module.
-    skipped_positions: Rows in front of the table of positions that no position has.
-    notes: Lines about what is assumed.
+    skipped_positions: Number of unused rows at the beginning of the table of positions.
+    notes: Lines that state assumptions.
   """
 
   config: ModelConfig
@@ -49,8 +50,8 @@ class FamilyModel:
   def factor(self, name: str) -> float:
     """Return the factor from stored to canonical values of a tensor.
 
-    The program multiplies attention logits by Q**-0.5 and logits by E**-0.5. Other scales are moved
-    into the query, or into its norm, and into the final norm.
+    The program multiplies attention logits by Q**-0.5 and logits by E**-0.5. Other scales are
+    multiplied into the query (or its norm) and into the final norm.
     """
     c = self.config
     if name == 'embedding':
@@ -69,7 +70,7 @@ class Family:
   """A family of models, with one `model_type` in config.json.
 
   Attributes:
-    prefix: Beginning of the stored names, which some files leave out.
+    prefix: First part of the stored names, which some files leave out.
     model: Function from settings to a model. Raises CheckpointError.
   """
 
@@ -77,7 +78,7 @@ class Family:
   model: Callable[[Settings], FamilyModel]
 
 
-# Activations as transformers names them, of an MLP with a gate and of one without.
+# transformers' name of an activation -> our MLP with a gate, and without.
 GATED = {
   'silu': 'swiglu',
   'swish': 'swiglu',
@@ -103,7 +104,7 @@ _LAYERS = {'full_attention': 'global', 'sliding_attention': 'local'}
 
 
 def head_sizes(s: Settings, d_model: int, heads: int, default: int | None = None) -> dict[str, int]:
-  """Return num_heads, d_head and num_kv_heads as Llama's settings have them."""
+  """Return num_heads, d_head and num_kv_heads, from settings with Llama's names."""
   d_head = s.integer('head_dim', default=default or max(1, d_model // heads))
   kv_heads = s.integer('num_key_value_heads', default=heads)
   return {'num_heads': heads, 'd_head': d_head, 'num_kv_heads': kv_heads}
@@ -112,13 +113,13 @@ def head_sizes(s: Settings, d_model: int, heads: int, default: int | None = None
 def rotary_fields(
   s: Settings, d_head: int, *, theta: float = 1e4, part: float = 1.0
 ) -> dict[str, Any]:
-  """Return the fields of rotary positions, in the settings' form of any version.
+  """Return the ModelConfig fields of rotary positions, from settings of any transformers version.
 
   Args:
     s: The settings.
     d_head: Q.
-    theta: The family's base of rotary positions if the settings do not say one.
-    part: The family's share of a head's dimensions that is rotated, likewise.
+    theta: The family's default base of rotary positions.
+    part: The family's default fraction of a head's dimensions that is rotated.
   """
   names = 'rope_theta', 'rotary_emb_base'
   parts = 'partial_rotary_factor', 'rotary_pct', 'rope_pct'
@@ -137,7 +138,7 @@ def rotary_fields(
 
 
 def _scaling_fields(scaling: Settings) -> dict[str, Any]:
-  """Return the fields of a change of rotary frequencies."""
+  """Return the ModelConfig fields of a scaling of rotary frequencies."""
   known = {name: name for name in ('default', 'linear', 'llama3')}
   name = 'rope_type' if scaling.value('rope_type', default=None) is not None else 'type'
   kind = scaling.choice(name, known, default='default')
@@ -154,13 +155,13 @@ def _scaling_fields(scaling: Settings) -> dict[str, Any]:
 
 
 def window_fields(s: Settings, num_layers: int, window: int | None, every: int) -> dict[str, Any]:
-  """Return the fields of sliding windows.
+  """Return the ModelConfig fields of sliding windows.
 
   Args:
-    s: The settings; layer_types, if there, says the kind of each layer.
+    s: The settings. layer_types, if present, gives the kind of each layer.
     num_layers: L.
     window: Positions of a sliding layer; None if all layers attend to all positions.
-    every: Without layer_types, each such layer attends to all positions; 0: none does.
+    every: Without layer_types, every this many layers one attends to all positions; 0: none does.
   """
   kinds = s.value('layer_types', default=None)
   pattern: tuple[str, ...]

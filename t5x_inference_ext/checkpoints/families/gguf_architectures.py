@@ -1,9 +1,9 @@
-"""llama.cpp's architectures: how a GGUF file's metadata become a family's settings, and its names.
+"""llama.cpp's architectures: conversion of a GGUF file's metadata and names to a family's.
 
-A family's function (registry.py) reads the settings, so a family is described once. A file differs
-from transformers' in its names, and in what llama.cpp's converter did: fused matrices hold all
-queries, then all keys, then all values; rows of some architectures are rotated interleaved; 1 is
-added to Gemma's norm scales. Activations are those of the architecture.
+A family's function (registry.py) reads the settings, so a family is described once. A GGUF file
+differs from transformers' files in names and in llama.cpp's conversions: fused matrices hold all
+queries, then all keys, then all values; some architectures rotate interleaved rows; Gemma's norm
+scales have 1 added. The architecture implies the activations.
 """
 
 from collections.abc import Callable, Mapping
@@ -44,7 +44,7 @@ _MODULES = {
 }
 _FUSED = f'{_BLOCK}attn_qkv'
 _SECOND_NORM = f'{_BLOCK}attn_norm_2'
-# Settings of a family -> keys of a file, without the architecture in front.
+# Setting of a family -> key in the file, without the architecture's name in front.
 _KEYS = {
   'hidden_size': 'embedding_length',
   'num_hidden_layers': 'block_count',
@@ -81,7 +81,7 @@ class Architecture:
   Attributes:
     family: Key of FAMILIES.
     interleaved: Whether rotary positions rotate neighbouring rows.
-    more: Function from the settings so far, and the stored tensors, to further settings.
+    more: Function from (settings so far, stored tensors) to further settings.
   """
 
   family: str
@@ -156,7 +156,7 @@ ARCHITECTURES = {
 def gguf_family_model(
   metadata: Mapping[str, Any], stored: Mapping[str, Tensor], where: str
 ) -> FamilyModel:
-  """Return the model that a GGUF file's metadata describe, with the names in the file.
+  """Return the model that a GGUF file's metadata describe, with the file's tensor names.
 
   Args:
     metadata: Values by key.
@@ -197,7 +197,7 @@ def gguf_family_model(
 def _settings(
   metadata: Mapping[str, Any], name: str, stored: Mapping[str, Tensor], where: str
 ) -> dict[str, Any]:
-  """Return the settings that all architectures have, as config.json names them."""
+  """Return the settings that all architectures have, with config.json's names."""
 
   def value(key: str) -> Any:
     found = metadata.get(f'{name}.{key}')
@@ -228,10 +228,10 @@ def _settings(
 def _llama3_scaling(
   freqs: Tensor, settings: Mapping[str, Any], d_head: Any, where: str
 ) -> dict[str, Any]:
-  """Return the scaling of rotary positions that made a file's divisors of frequencies, [Q / 2].
+  """Find the rotary scaling from which a file's divisors of frequencies [Q / 2] were computed.
 
   Raises:
-    CheckpointError: They are not Llama 3's for any known length of its original context.
+    CheckpointError: The divisors are not Llama 3's for any known original context length.
   """
   theta = settings.get('rope_theta', 1e4)
   if type(theta) is float and theta > 0 and freqs.shape == (d_head // 2,):

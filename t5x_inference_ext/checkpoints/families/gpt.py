@@ -1,7 +1,7 @@
-"""Families with names of their own: GPT-2, StarCoder, GPT-J, CodeGen, GPT-NeoX, Phi.
+"""Families whose tensors each have other names: GPT-2, StarCoder, GPT-J, CodeGen, GPT-NeoX, Phi.
 
 Each function reads a family's settings as its config.json has them, with the defaults of
-transformers, and returns the model with the places of its tensors.
+transformers, and returns the model with the stored names of its tensors.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ _H = 'transformer.h.{}.'
 
 
 def one_module(module: str) -> dict[str, str]:
-  """Return the table of queries, keys and values that share a module."""
+  """Return the entries of FamilyModel.modules for queries, keys and values in one module."""
   return dict.fromkeys(('query', 'key', 'value'), module)
 
 
@@ -76,12 +76,12 @@ _PHI_MODULES = {
 
 
 def layer_norm(s: Settings, *names: str) -> dict[str, Any]:
-  """Return the fields of layer norms; the names are those of the epsilon."""
+  """Return the ModelConfig fields of layer norm; `names` are the settings' names of its epsilon."""
   return {'norm': 'layer', 'norm_scale': 'one', 'norm_epsilon': s.number(*names, default=1e-5)}
 
 
 def _gpt_sizes(s: Settings) -> dict[str, Any]:
-  """Return the sizes as GPT-2's settings name them."""
+  """Return the sizes, from settings with GPT-2's names."""
   d_model, heads = s.integer('n_embd', 'hidden_size'), s.integer('n_head', 'num_attention_heads')
   return {
     'num_layers': s.layers('n_layer', 'num_hidden_layers'),
@@ -95,13 +95,13 @@ def _gpt_sizes(s: Settings) -> dict[str, Any]:
 
 
 def learned(s: Settings) -> dict[str, Any]:
-  """Return the fields of learned positions."""
+  """Return the ModelConfig fields of learned positions."""
   count = s.integer('n_positions', 'max_position_embeddings', default=1024)
   return {'positions': 'learned', 'num_positions': count}
 
 
 def _unscaled(s: Settings) -> float | None:
-  """Return the scale of attention's logits, which GPT-2 can leave out."""
+  """Return the scale of attention logits: 1 if GPT-2's settings turn scaling off, else None."""
   return None if s.flag('scale_attn_weights', True) else 1.0
 
 
@@ -129,7 +129,7 @@ def gpt2(s: Settings) -> FamilyModel:
 def gpt_bigcode(s: Settings) -> FamilyModel:
   """Return a SantaCoder or StarCoder."""
   multiquery = s.flag('multi_query', True)
-  s.value('num_key_value_heads', default=None)  # follows from multi_query
+  s.value('num_key_value_heads', default=None)  # redundant: multi_query says it
   fields = {
     **_gpt_sizes(s),
     **layer_norm(s, 'layer_norm_epsilon'),

@@ -1,7 +1,7 @@
-"""Families with Llama's names: Llama, Mistral, Qwen, Gemma, Command-R, OLMo, StableLM.
+"""Families with Llama's tensor names: Llama, Mistral, Qwen, Gemma, Command-R, OLMo, StableLM.
 
 Each function reads a family's settings as its config.json has them, with the defaults of
-transformers, and returns the model with the places of its tensors.
+transformers, and returns the model with the stored names of its tensors.
 """
 
 from typing import Any
@@ -34,7 +34,7 @@ _MODULES = {
 }
 SERIAL_MODULES = {**_MODULES, 'attention_norm': _FIRST, 'mlp_norm': _SECOND}
 _PARALLEL_MODULES = {**_MODULES, 'layer_norm': _FIRST}
-# Gemma 2 and 3: the second norm is behind attention.
+# In Gemma 2 and 3, the second norm is after attention, not before the MLP.
 _SANDWICH_MODULES = {
   **_MODULES,
   'attention_norm': _FIRST,
@@ -52,7 +52,7 @@ _AFTER_MODULES = {
 def _fields(
   s: Settings, *, tied: bool, d_head: int | None = None, theta: float = 1e4, part: float = 1.0
 ) -> dict[str, Any]:
-  """Return the fields that all these families have; the arguments are a family's defaults."""
+  """Return the ModelConfig fields that these families share; arguments are a family's defaults."""
   d_model, heads = s.integer('hidden_size'), s.integer('num_attention_heads')
   sizes = head_sizes(s, d_model, heads, d_head)
   return {
@@ -93,7 +93,7 @@ def mistral(s: Settings) -> FamilyModel:
   """Return a Mistral."""
   fields = _fields(s, tied=False)
   fields |= {**_rms(s), 'mlp': s.choice('hidden_act', GATED, 'silu')}
-  # null, as in versions from 0.2 on, is not the default.
+  # null, as in Mistral 0.2 and later, means no window, which is not the default.
   window = s.integer('sliding_window', default=4096) if not s.is_null('sliding_window') else None
   fields |= window_fields(s, fields['num_layers'], window, 0)
   return FamilyModel(ModelConfig(**fields), SERIAL_MODULES)
@@ -120,7 +120,7 @@ def _qwen(s: Settings, fields: dict[str, Any]) -> FamilyModel:
     kinds = s.value('layer_types', default=kinds)
     fields |= window_fields(s.changed(layer_types=kinds), layers, window, 0)
   else:
-    s.value('sliding_window', 'layer_types', default=None)  # of no meaning then
+    s.value('sliding_window', 'layer_types', default=None)  # they have no effect then
   return FamilyModel(ModelConfig(**fields), SERIAL_MODULES)
 
 
@@ -166,7 +166,7 @@ def gemma3(s: Settings) -> FamilyModel:
 
 
 def _gemma_fields(s: Settings, theta: float = 1e4) -> dict[str, Any]:
-  s.value('hidden_act', default=None)  # transformers takes hidden_activation alone
+  s.value('hidden_act', default=None)  # transformers reads only hidden_activation
   s.only('use_bidirectional_attention', False)
   activation = s.choice('hidden_activation', GATED, 'gelu_pytorch_tanh')
   return {**_fields(s, tied=True, d_head=256, theta=theta), **_rms(s), 'mlp': activation}
@@ -239,7 +239,7 @@ def olmo(s: Settings) -> FamilyModel:
 
 
 def olmo2(s: Settings) -> FamilyModel:
-  """Return an OLMo 2: norms behind the sublayers, and of all queries and all keys."""
+  """Return an OLMo 2: norms after attention and MLP, and over all query heads and all key heads."""
   fields = {
     **_fields(s, tied=False),
     **_attention_bias(s),
@@ -252,7 +252,7 @@ def olmo2(s: Settings) -> FamilyModel:
 
 
 def stablelm(s: Settings) -> FamilyModel:
-  """Return a StableLM 2; each head has a norm of its own if queries and keys have any."""
+  """Return a StableLM 2; if queries and keys have norms, each head has its own."""
   parallel = s.flag('use_parallel_residual', False)
   fields = {
     **_fields(s, tied=False, part=0.25),

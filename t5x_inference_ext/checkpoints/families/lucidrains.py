@@ -1,8 +1,8 @@
-"""PaLM in lucidrains' palm_rlhf_pytorch, of which conceptofmind's weights are: a copy of its state.
+"""PaLM models of lucidrains' palm_rlhf_pytorch, such as conceptofmind's, from their state dict.
 
-There are no settings: sizes follow from shapes, and the rest is what that code does. It is printed.
-Only norm scales can't be told from the tensors: until 2024 the code stored them around one, since
-January 2025 around zero.
+There are no settings: sizes follow from shapes, and other properties from that code; they are
+printed. Only the form of norm scales can't be derived: until 2024 the code stored them centred at
+one, since January 2025 at zero.
 """
 
 from collections.abc import Mapping
@@ -40,12 +40,12 @@ def is_lucidrains(stored: Mapping[str, Tensor]) -> bool:
 def lucidrains_model(
   stored: Mapping[str, Tensor], norm_scale: str | None, where: str
 ) -> FamilyModel:
-  """Return the model that stored tensors hold.
+  """Derive the model from its stored tensors.
 
   Args:
     stored: Stored tensors, by name.
     norm_scale: How norm scales are stored, 'zero' or 'one'.
-    where: Place of the tensors, for messages.
+    where: Path of the tensors, for messages.
 
   Raises:
     CheckpointError: The shapes fit no model, or norm_scale is not given.

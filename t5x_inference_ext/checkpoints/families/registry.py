@@ -31,8 +31,8 @@ FAMILIES = {
   'mpt': Family('transformer.', bloom.mpt),
   'falcon': Family('transformer.', bloom.falcon),
 }
-# Settings that a family of ours does not have. A model with another value than the first computes
-# something else.
+# Settings that a family here does not support. A model whose value differs from the first one
+# computes something else.
 _FOREIGN = {
   'quantization_config': (None,),
   'is_encoder_decoder': (False,),
@@ -52,7 +52,7 @@ def family_of(settings: Settings) -> Family:
   """Return the family of a model.
 
   Raises:
-    CheckpointError: It is unknown; the message names the nearest one.
+    CheckpointError: The family is unknown; the message names the nearest one.
   """
   name = settings.value('model_type')
   if isinstance(name, str) and name in FAMILIES:
@@ -77,5 +77,5 @@ def family_model(settings: Settings) -> FamilyModel:
     return family.model(settings)
   except CheckpointError:
     raise
-  except ValueError as e:  # of ModelConfig
+  except ValueError as e:  # raised by ModelConfig
     raise CheckpointError(f'{settings.where}: {e}') from e

@@ -1,4 +1,4 @@
-"""Settings of a model as its checkpoint has them: the content of config.json, read by type."""
+"""Settings of a public model: the content of config.json, read with checks of types."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 from t5x_inference_ext.errors import CheckpointError, printable
 
 _MAX_INTEGER, _MAX_LAYERS = 2**31, 10_000
-# The default of a setting that must be there.
+# Marks a setting without a default: it must be present.
 REQUIRED: Any = object()
 
-# Settings that change no result of a decoder here: names, training, the cache, how transformers
-# computes. Others that nobody reads are printed.
+# Settings that do not affect a decoder's results here: names, training, the cache, how transformers
+# computes. Other unread settings are printed.
 _IRRELEVANT = {
   '_name_or_path',
   'architectures',
@@ -66,7 +66,7 @@ class Settings:
   """Settings by name, with a record of those that were read.
 
   Attributes:
-    where: Place of the settings, for messages.
+    where: Path of the settings' file, for messages.
   """
 
   def __init__(self, content: Mapping[str, Any], where: str) -> None:
@@ -74,10 +74,10 @@ class Settings:
     self._read: set[str] = set()
 
   def value(self, *names: str, default: Any = REQUIRED) -> Any:
-    """Return the value of the first of several names that is there, as JSON has it.
+    """Return the JSON value of the first of several names that is present.
 
     Raises:
-      CheckpointError: None is there, and there is no default.
+      CheckpointError: No name is present, and there is no default.
     """
     self._read |= set(names)
     for name in names:
@@ -117,7 +117,7 @@ class Settings:
     return value
 
   def cap(self, name: str, default: float | None) -> float | None:
-    """Return a number above 0, or None where the setting is null."""
+    """Return a number above 0, or None if the setting is null."""
     return None if self.is_null(name) else self.number(name, default=default)
 
   def flag(self, name: str, default: Any = REQUIRED) -> bool:
@@ -128,14 +128,14 @@ class Settings:
     return value
 
   def choice(self, name: str, known: Mapping[str, Any], default: Any = REQUIRED) -> Any:
-    """Return the meaning of a name that is one of several."""
+    """Return known[value] for a setting whose value must be a key of `known`."""
     value = self.value(name, default=default)
     if not isinstance(value, str) or value not in known:
       raise self.error(name, value, f'supported are {", ".join(known)}')
     return known[value]
 
   def group(self, name: str) -> 'Settings | None':
-    """Return the settings inside one, or None if there are none."""
+    """Return a nested object as Settings, or None if it is missing."""
     value = self.value(name, default=None)
     if value is None:
       return None
@@ -144,25 +144,25 @@ class Settings:
     return Settings(value, f'{name} in {self.where}')
 
   def is_null(self, name: str) -> bool:
-    """Return whether a setting is there and null, instead of left to its default."""
+    """Return whether a setting is present and null, as opposed to missing."""
     self._read.add(name)
     return self._content.get(name, name) is None
 
   def changed(self, **values: Any) -> 'Settings':
-    """Return these settings with other values of some; both have one record of what was read."""
+    """Return a copy with some values changed; it shares the record of settings that were read."""
     changed = Settings({**self._content, **values}, self.where)
     changed._read = self._read
     return changed
 
   def only(self, name: str, *supported: Any, default: Any = None) -> None:
-    """Raise CheckpointError if a setting is there and not one of the supported values."""
+    """Raise CheckpointError if a setting is present and has an unsupported value."""
     value = self.value(name, default=default)
     if value not in supported and value is not default:
       known = ' or '.join(map(str, supported))
-      raise self.error(name, value, f'no such model can be served; supported is {known}')
+      raise self.error(name, value, f'no such model can be served: supported is {known}')
 
   def unread(self) -> Iterator[str]:
-    """Yield the names of settings that nobody has read, and that might mean something."""
+    """Yield the names of settings that were not read but may affect results."""
     for name, value in self._content.items():
       known = name in self._read or name in _IRRELEVANT or name.startswith('_')
       if not known and value and not any(part in name for part in _IRRELEVANT_PARTS):

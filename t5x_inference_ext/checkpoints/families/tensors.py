@@ -1,4 +1,4 @@
-"""Canonical tensors as views of a family's stored tensors, one stored tensor a layer."""
+"""Canonical tensors as views of a family's stored tensors (one stored tensor per layer)."""
 
 from collections.abc import Callable, Mapping
 import itertools
@@ -17,7 +17,7 @@ from t5x_inference_ext.errors import CheckpointError, name_list, printable
 
 _HEADS = {'query': 'num_heads', 'key': 'num_kv_heads', 'value': 'num_kv_heads'}
 _CODEGEN_BLOCKS = 4
-# Stored tensors that hold nothing of a model: masks and frequencies of old versions.
+# Stored tensors that are not parameters: masks and rotary frequencies from old versions.
 _CONSTANTS = re.compile(
   r'.*(\.rotary_emb\.(inv_freq|scale)|\.attn\.(masked_)?bias|\.attention\.(masked_)?bias|causal_mask'
   r'|embed_positions)$'
@@ -33,11 +33,10 @@ def canonical_tensors(
   Args:
     model: The model, and where its tensors are.
     stored: The stored tensors, by name.
-    where: Place of the stored tensors, for messages.
+    where: Path of the stored tensors, for messages.
 
   Raises:
-    CheckpointError: A tensor is missing, has another shape than the model says, or holds something
-      that the model does not use.
+    CheckpointError: A tensor is missing, has a wrong shape, or is not used by the model.
   """
   used: set[str] = set()
 
@@ -60,7 +59,7 @@ def canonical_tensors(
 
 
 def _tensor(model: FamilyModel, name: str, take: Callable[[str], Tensor], where: str) -> Tensor:
-  """Return one canonical tensor; `take` returns a stored one by name."""
+  """Return one canonical tensor; `take` is a function from a name to the stored tensor."""
   c, p, factor = model.config, params.parameters(model.config)[name], model.factor(name)
   if name in model.absent:
     return Constant(p.shape, factor if p.kind == 'norm' else 0.0, where)
@@ -106,12 +105,12 @@ def _tensor(model: FamilyModel, name: str, take: Callable[[str], Tensor], where:
 def _heads(
   model: FamilyModel, name: str, tensor: Tensor, shape: tuple[int, ...], axis: int, stored_name: str
 ) -> Tensor:
-  """Return the queries, keys or values in a stored matrix or bias, or what is fused with them.
+  """Return the rows of `name` in a stored matrix or bias that may hold several fused tensors.
 
   Args:
     model: The model.
     name: 'query', 'key' or 'value', or 'linear' or 'gate'.
-    tensor: The stored matrix or bias, which may hold all three.
+    tensor: The stored matrix or bias.
     shape: Shape of the result.
     axis: Axis of the heads' dimensions.
     stored_name: Name of the stored tensor.
@@ -132,7 +131,7 @@ def _heads(
 
 
 def fused_order(c: ModelConfig, fused: str, name: str) -> npt.NDArray[np.int64]:
-  """Return the rows of queries, keys or values in a matrix of all three; see FamilyModel.fused."""
+  """Return the indices of the rows of `name` in a fused matrix; see FamilyModel.fused."""
   heads, kv, q = c.num_heads, c.num_kv_heads, c.d_head
   if fused in ('stacked', 'lucidrains'):
     sizes = {'query': heads * q, 'key': kv * q, 'value': kv * q, 'linear': c.d_ff, 'gate': c.d_ff}
@@ -149,7 +148,7 @@ def fused_order(c: ModelConfig, fused: str, name: str) -> npt.NDArray[np.int64]:
 
 
 def halves_order(c: ModelConfig, heads: int) -> npt.NDArray[np.int64]:
-  """Return the order of dimensions of all heads that turns interleaved rotation into halves."""
+  """Return the permutation of all heads' dimensions from interleaved rotation to halves."""
   rotated = c.rotary_size
   within = np.concatenate(
     [np.arange(0, rotated, 2), np.arange(1, rotated, 2), np.arange(rotated, c.d_head)]
@@ -162,8 +161,8 @@ def _head_norm(
 ) -> Tensor:
   """Return the scale or bias of a layer's norm of queries or keys, [heads * Q].
 
-  One head's is stored and holds for all, or each head's own, in one tensor or (with [] in the
-  name) in one for each head.
+  Stored is either one head's, which is used for all heads, or every head's: in one tensor, or (with
+  [] in the name) in a tensor for each head.
   """
   c = model.config
   heads = getattr(c, _HEADS[name.removesuffix('_norm')])
@@ -188,7 +187,7 @@ def _head_norm(
 
 
 def _as_float(tensor: Tensor, name: str) -> Tensor:
-  """Return a stored tensor as float32 or bfloat16; float16 has the values of float32."""
+  """Return a stored tensor as float32 or bfloat16; float16 is converted to float32."""
   if tensor.dtype in _FLOATS:
     return tensor
   if tensor.dtype in (np.float16, np.float64):

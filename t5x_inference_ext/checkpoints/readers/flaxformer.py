@@ -80,12 +80,12 @@ def canonical(tree: Tree, sources: ConventionSources) -> Reading:
 
   Args:
     tree: The parameters, as stored.
-    sources: Those who say what the weights do not show. Without the division of attention logits by
-      sqrt(Q), queries are multiplied by sqrt(Q) here.
+    sources: Sources of conventions. If attention logits are not divided by sqrt(Q), queries are
+      multiplied by sqrt(Q) here.
 
   Raises:
-    CheckpointError: Parameters are missing, unknown or of the wrong shape, or nobody says a
-      convention. The message names them.
+    CheckpointError: Parameters are missing, unknown or of the wrong shape, or conventions are not
+      stated. The message names them.
   """
   leaves = stack_layers(tree)
   quantized = any(name.endswith('/qkernel') for name in leaves)
@@ -169,7 +169,8 @@ def stack_layers(tree: Tree) -> dict[str, Tensor]:
 def find_kind(leaves: Collection[str]) -> LayerKind:
   """Return the kind of layer that best fits the leaves of a tree in scanned form.
 
-  The best fit has the most parameters among the leaves, and among equals lacks the fewest.
+  The best kind has the most of its parameters among the leaves, and among equals the fewest
+  missing.
   """
   stored = modules_in(leaves)
 
@@ -185,8 +186,8 @@ def _unquantized_arrays(
 ) -> list[SourceArray]:
   """Return the arrays of the embedding, the head, the relative bias and the norms.
 
-  They are never quantized. The program divides logits by sqrt(E), as flaxformer does for a tied
-  head alone: for another head the factor goes into the final norm.
+  They are never quantized. The program always divides logits by sqrt(E); flaxformer does so only
+  with a tied head. So for an untied head, the final norm is multiplied by sqrt(E).
   """
   arrays = [whole_array(leaves[EMBEDDING], 'embedding', None)]
   if RELATIVE_BIAS in leaves:

@@ -1,4 +1,4 @@
-"""The model in flaxformer's parameter tree: what shapes show, and the conventions they do not."""
+"""The model in flaxformer's parameter tree, from its shapes and from conventions."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -16,13 +16,13 @@ from t5x_inference_ext.checkpoints.tensor import Tensor
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import CheckpointError
 
-# PaLM's MLP, by the number of matrices that feed it.
+# Number of the MLP's input matrices -> PaLM's kind of MLP.
 _PALM_MLPS = {1: 'gelu', 2: 'swiglu'}
 
 
 @dataclasses.dataclass(frozen=True)
 class TreeShape:
-  """Facts of a model that its tree shows.
+  """Properties of a model that its tree shows.
 
   Attributes:
     kind: The kind of the model's layers.
@@ -45,7 +45,7 @@ class TreeShape:
     return None if leaf is None else leaf.shape
 
   def facts(self) -> dict[str, Any]:
-    """Return the fields of ModelConfig, besides sizes, that the tree shows."""
+    """Return the ModelConfig fields, except sizes, that the tree shows."""
     facts: dict[str, Any] = {'block': self.kind.block, 'norm': self.norm}
     facts['tied_head'] = HEAD not in self.leaves
     if self.bias_table is not None:
@@ -59,13 +59,13 @@ def find_model(
   """Return a tree's model, and the conventions that its weights do not show.
 
   Args:
-    shape: What the tree shows.
-    sources: Those who say the conventions. The model asked for must be the tree's.
+    shape: Properties that the tree shows.
+    sources: Sources of conventions. A model that the user requires must be the tree's.
     where: The checkpoint, for messages.
 
   Raises:
-    ValueError: The shapes fit no model, or not the model asked for.
-    CheckpointError: Nobody says a convention.
+    ValueError: The shapes fit no model, or not the model that the user requires.
+    CheckpointError: A convention is not stated.
   """
   if shape.bias_table is not None and len(shape.bias_table) != 2:
     raise UnknownSizes(
@@ -87,7 +87,7 @@ def find_model(
     raise UnknownSizes(f'num_heads={told}, but the kernels have {sizes["num_heads"]}')
   defaults = {**PALM, 'mlp': _PALM_MLPS[inputs]} if shape.kind.is_palms else {}
   said = resolve(sources, needed, inputs, defaults, where)
-  if shape.norm == 'layer':  # flax's, whose scales have one meaning
+  if shape.norm == 'layer':  # flax's layer norm always stores scales centred at one
     said = {'norm_scale': sources.find('norm_scale') or Said('one', "flax's LayerNorm"), **said}
   values = {name: s.value for name, s in said.items() if name != 'rescale_logits'}
   if config is not None:
@@ -104,7 +104,7 @@ def find_model(
 
 
 def _needed(shape: TreeShape, sources: ConventionSources, where: str) -> tuple[str, ...]:
-  """Return the names of the conventions that a tree's model has, num_heads aside."""
+  """Return the names of the conventions that a tree's model needs, except num_heads."""
   names = ('mlp', *(('norm_scale',) if shape.norm == 'rms' else ()), 'norm_epsilon')
   positions = sources.find('positions')
   if shape.bias_table is None:
@@ -121,7 +121,7 @@ def _needed(shape: TreeShape, sources: ConventionSources, where: str) -> tuple[s
 
 
 def _check_asked(config: ModelConfig, facts: Mapping[str, Any], inputs: int) -> None:
-  """Raise UnknownSizes if the model asked for is not what a tree shows."""
+  """Raise UnknownSizes if the model that the user requires differs from what the tree shows."""
   shown = {name: (getattr(config, name), value) for name, value in facts.items()}
   if 'positions' not in facts and config.positions == 'relative':
     shown['positions'] = config.positions, 'no relative bias'

@@ -18,7 +18,7 @@ RELATIVE_BIAS = 'decoder/relpos_bias/rel_embedding'
 HEAD = 'decoder/logits_dense/kernel'
 LAYERS = 'decoder/decoder'
 LAYER = re.compile(r'decoder/layers_(0|[1-9][0-9]{0,8})/(.*)')
-# Parameters that a model may have or not, whatever its layers are.
+# Optional parameters, which a model with any kind of layers may have.
 OPTIONAL = (RELATIVE_BIAS, HEAD)
 SUPPORTED = (
   "Supported are decoders of flaxformer's ParallelFusedDecoderLayer or DecoderLayer, and T5X's "
@@ -76,7 +76,7 @@ def check_names(
 
 
 def check_dtypes(leaves: Mapping[str, Tensor]) -> None:
-  """Raise CheckpointError for a parameter that is not float. A qkernel may have any dtype."""
+  """Raise CheckpointError for a parameter that is not float; a qkernel may have any dtype."""
   for name, leaf in leaves.items():
     is_float = leaf.dtype.kind == 'f' or leaf.dtype == ml_dtypes.bfloat16
     if not is_float and not name.endswith('/qkernel'):
@@ -95,7 +95,7 @@ def check_shapes(
   axis: int,
   given: bool,
 ) -> None:
-  """Raise CheckpointError for the first parameter whose shape is not the model's.
+  """Raise CheckpointError for the first parameter whose shape differs from the model's.
 
   The message has the expected shape, the stored shape and the parameter's file.
 

@@ -1,4 +1,4 @@
-"""Tensors of GGUF files, plain or quantized, read by slices."""
+"""Tensors of GGUF files, plain or quantized, which can be read in slices."""
 
 import math
 import os
@@ -19,7 +19,7 @@ from t5x_inference_ext.errors import CheckpointError, printable
 
 GGUF_SUFFIX = '.gguf'
 _PLAIN = {'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16, 'F64': np.float64}
-# ggml's numbers of types. Those that are neither plain nor in BLOCK_TYPES are known by name only.
+# ggml's type number -> type name. Types that are neither plain nor in BLOCK_TYPES can't be read.
 _TYPE_NAMES = {
   **dict(enumerate(('F32', 'F16', 'Q4_0', 'Q4_1'))),
   **dict(enumerate(('Q5_0', 'Q5_1', 'Q8_0', 'Q8_1'), 6)),
@@ -61,7 +61,7 @@ class QuantizedTensor(Tensor):
 
 
 def read_gguf(path: str) -> tuple[GgufHeader, dict[str, Tensor], dict[str, str]]:
-  """Return the header of a GGUF file, its tensors, outermost axis first, and their types, by name.
+  """Return a GGUF file's header, tensors (outermost axis first) and their types, by name.
 
   Raises:
     CheckpointError: The file is damaged, or holds a type that can't be read.

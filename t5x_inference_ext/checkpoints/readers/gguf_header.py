@@ -4,8 +4,8 @@
   each key:     name, type, value                           an array has a type, a length, values
   each tensor:  name, number of sizes, sizes (innermost first), type, offset
 
-Nothing in a header is believed: each length is compared with the bytes that are left in the file
-and with a limit before anything of this length is read.
+A header is not trusted: before anything is read, its length is compared with the bytes left in the
+file and with a limit.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from t5x_inference_ext.errors import CheckpointError, printable
 GGUF_MAGIC = b'GGUF'
 _VERSIONS = (2, 3)
 _PIECE_BYTES = 2**20  # the header is read in pieces of this size
-# Vocabularies of 262,144 tokens are the largest known, chat templates of 20 kB.
+# The largest known vocabulary has 262,144 tokens, the largest known chat template 20 kB.
 _MAX_KEYS, _MAX_TENSORS = 2**16, 2**20
 _MAX_STRING, _MAX_ARRAY, _MAX_HEADER = 2**24, 2**21, 2**28
 _MAX_AXES = 4
@@ -49,7 +49,7 @@ class GgufEntry:
   Attributes:
     sizes: Sizes of the axes, the innermost first.
     type_number: ggml's number of the type of the values.
-    offset: First byte, from the beginning of the data on.
+    offset: First byte, relative to the beginning of the data.
   """
 
   sizes: tuple[int, ...]
@@ -78,7 +78,7 @@ def read_gguf_header(file: StoredBytes) -> GgufHeader:
   """Return the header of a GGUF file.
 
   Raises:
-    CheckpointError: The file is no GGUF file, of an unknown version, or damaged.
+    CheckpointError: The file is not a GGUF file, has an unknown version, or is damaged.
   """
   reader = _Reader(file)
   if file.size < len(GGUF_MAGIC) or reader.take(len(GGUF_MAGIC)) != GGUF_MAGIC:
@@ -111,7 +111,7 @@ class _Reader:
     self.position = self.crc = 0
 
   def take(self, size: int) -> bytes:
-    """Return the next `size` bytes. Raises CheckpointError if there are fewer, or too many."""
+    """Return the next `size` bytes; raise CheckpointError if the file or a limit has fewer."""
     if self.position + size > min(self._file.size, _MAX_HEADER):
       raise CheckpointError(
         f'{self._file.path} is cut off, or damaged: byte {self.position} of its header asks for '
@@ -132,11 +132,11 @@ class _Reader:
   def number(self, form: str) -> Any:
     """Return the next number, as a Python number."""
     (value,) = struct.unpack(form, self.take(struct.calcsize(form)))
-    # 1e-5, not 9.99999974e-6: the shortest decimal of the float32 is what was written.
+    # Read 1e-5, not 9.99999974e-6: take the shortest decimal that gives this float32.
     return float(str(np.float32(value))) if form == '<f' else value
 
   def count(self, what: str, form: str, limit: int, least_bytes: int) -> int:
-    """Return the next number, of things that take at least `least_bytes` each in this file."""
+    """Return the next number, a count of things that take at least `least_bytes` bytes each."""
     count = self.number(form)
     if count > limit or count * least_bytes > self._file.size - self.position:
       raise CheckpointError(
@@ -151,10 +151,10 @@ class _Reader:
     try:
       return data.decode()
     except UnicodeDecodeError:
-      return data.decode('utf-8', 'surrogateescape')  # tokens of some vocabularies
+      return data.decode('utf-8', 'surrogateescape')  # tokens of some vocabularies are not UTF-8
 
   def named(self, count: int, what: str, read: Callable[[], Any]) -> dict[str, Any]:
-    """Return `count` things by the name before each."""
+    """Read `count` things, each with its name before it; return name -> thing."""
     found: dict[str, Any] = {}
     for _ in range(count):
       name = self.text()
@@ -166,7 +166,7 @@ class _Reader:
     return found
 
   def value(self) -> Any:
-    """Return the next value of a key, with its type before it."""
+    """Read the next key's type and value; return the value."""
     kind = self.number('<I')
     if kind == _STRING:
       return self.text()

@@ -1,4 +1,4 @@
-"""GGUF files as models."""
+"""Reading of models from GGUF files."""
 
 import collections
 
@@ -14,8 +14,7 @@ def read_gguf_model(path: str) -> PublicModel:
   """Return the model in a GGUF file.
 
   Raises:
-    CheckpointError: The architecture is unknown, has a feature that can't be served, or the file is
-      damaged.
+    CheckpointError: The architecture is unknown, the model can't be served, or the file is damaged.
   """
   header, stored, types = read_gguf(path)
   model = gguf_family_model(header.metadata, stored, path)

@@ -1,4 +1,4 @@
-"""Directories as transformers saves them: config.json, and weights as safetensors."""
+"""Reading of models that transformers saved: config.json, and weights as safetensors."""
 
 from collections.abc import Iterable, Mapping
 import os
@@ -20,7 +20,7 @@ from t5x_inference_ext.checkpoints.tensor import Tensor
 from t5x_inference_ext.errors import CheckpointError, name_list
 
 HUGGINGFACE_CONFIG = 'config.json'
-# Names of files that pickle writes: whoever opens one runs the program that it holds.
+# Names of pickle files. Opening a pickle can run any program in it.
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
 
 
@@ -32,8 +32,8 @@ def read_huggingface(path: str, norm_scale: str | None = None) -> PublicModel | 
     norm_scale: How norm scales are stored, for a model without config.json (lucidrains.py).
 
   Raises:
-    CheckpointError: The model is of an unknown family, has a feature that can't be served, is
-      damaged, or has weights that only pickle can read.
+    CheckpointError: The model's family is unknown, the model can't be served, is damaged, or has
+      its weights in pickles.
   """
   found = read_safetensors(path)
   data, content = _config(path)
@@ -85,14 +85,14 @@ def _lucidrains(
 
 
 def _with_prefix(stored: Mapping[str, Tensor], prefix: str, head: str) -> dict[str, Tensor]:
-  """Return stored tensors with the prefix that some files leave out of all names but the head's."""
+  """Add the prefix to all tensor names except the head's, if the file leaves it out."""
   if any(name.startswith(prefix) for name in stored):
     return dict(stored)
   return {n if n.startswith(f'{head}.') else f'{prefix}{n}': t for n, t in stored.items()}
 
 
 def _config(path: str) -> tuple[bytes, dict[str, Any] | None]:
-  """Return the data of a directory's config.json, and its content; None if there is none."""
+  """Return the bytes of a directory's config.json, and its parsed content (None: no such file)."""
   data = storage.read_file(path, HUGGINGFACE_CONFIG)
   if data is None:
     return b'', None
@@ -128,5 +128,5 @@ PICKLE_ADVICE = (
 
 
 def pickle_names(names: Iterable[str]) -> list[str]:
-  """Return the names that are those of pickles, or of the index of several."""
+  """Return the names of pickles, or of an index of pickles, among `names`."""
   return [n for n in names if n.endswith(PICKLES) or n.endswith('.bin.index.json')]

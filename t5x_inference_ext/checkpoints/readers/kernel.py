@@ -16,7 +16,7 @@ class Kernel:
     module: Path of the kernel's module in a layer's subtree.
     inputs: Sizes of the axes that a matmul sums over.
     outputs: Sizes of the axes that a matmul keeps.
-    parts: (canonical name, width) of each matrix, in their order on the part axis.
+    parts: (canonical name, width) of each matrix, in the order on the part axis.
     axis: Position of the part axis in inputs + outputs.
   """
 
@@ -53,7 +53,7 @@ class Kernel:
     """Return the map from the stored `qscale` of a quantized kernel to canonical scales.
 
     AQT stores the number that a weight is multiplied by before rounding: the reciprocal of the
-    canonical scale. In `qscale`, axes that are summed over have size 1, and parts that are
+    canonical scale. In `qscale`, axes that a matmul sums over have size 1; parts that are
     concatenated on such an axis share one scale.
 
     Args:

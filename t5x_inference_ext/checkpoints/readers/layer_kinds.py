@@ -1,6 +1,6 @@
 """flaxformer's decoder layers: the names, axes and canonical matrices of their kernels.
 
-These tables hold all differences between the kinds of layers; flaxformer.py reads trees by them.
+All differences between kinds of layers are in these tables, with which flaxformer.py reads trees.
 Shapes are those of one layer, without the layer axis. C is the number of columns per head.
 
   ParallelFusedDecoderLayer, for multiquery only; C = Q + 2F/H with a gate, else Q + F/H
@@ -44,15 +44,15 @@ class LayerKind:
     name: flaxformer's name of the layer, for messages.
     block: Value of ModelConfig.block for such layers.
     norms: (canonical name, module) of each norm.
-    alternatives: For each choice, the possible sets of modules. A tree has exactly one set of each
-      choice.
+    alternatives: A list of choices, each a list of sets of modules. From each choice, a tree has
+      exactly one set.
     ranks: Numbers of axes that a module's kernel may have.
     sizes: Function from stored shapes, and the number of heads if it is known, to (d_ff, num_heads,
       d_head, num_kv_heads). Raises UnknownSizes.
     mlp_inputs: Function from stored shapes to the number of matrices that feed the MLP, 1 or 2.
-    kernels: Function from a model to its kernels by module, those of all alternatives included.
-    output_factor: Factor that the layer multiplies its outputs by before adding them.
-    is_palms: Whether PaLM's conventions are assumed where nobody says another.
+    kernels: Function from a model to {module -> kernel}, for the modules of all alternatives.
+    output_factor: Factor by which the layer multiplies its outputs before it adds them.
+    is_palms: Whether to assume PaLM's conventions if no source states them.
   """
 
   name: str
@@ -77,8 +77,8 @@ class LayerKind:
   def factors(self, model: ModelConfig, rescale_logits: bool = True) -> dict[str, float]:
     """Return the factors from stored to canonical matrices, by canonical name; 1 if missing.
 
-    Without flaxformer's `rescale_logits` the model was trained without dividing attention logits by
-    sqrt(Q). The program always divides, so queries are multiplied by sqrt(Q).
+    With rescale_logits=False, flaxformer trains without dividing attention logits by sqrt(Q). The
+    program here always divides, so queries are multiplied by sqrt(Q).
     """
     return {
       'attention_output': self.output_factor,
@@ -95,7 +95,7 @@ def _fused_inputs(shapes: Shapes) -> int:
 
 
 def _fused_sizes(shapes: Shapes, known_heads: int | None) -> dict[str, int]:
-  del known_heads  # the shapes show them
+  del known_heads  # unused: the shapes show them
   (_, heads, columns), (_, kv_heads, kv_columns) = shapes[Q_WI], shapes[KV]
   inputs = _fused_inputs(shapes)
   q = kv_columns // 2
@@ -110,7 +110,7 @@ def _fused_sizes(shapes: Shapes, known_heads: int | None) -> dict[str, int]:
 
 
 def _fused_kernels(c: ModelConfig, shapes: Shapes) -> dict[str, Kernel]:
-  del shapes  # there is only one form
+  del shapes  # unused: there is only one form
   if c.d_ff % c.num_heads:
     raise UnknownSizes(
       f'd_ff {c.d_ff} is not a multiple of {c.num_heads} heads: no fused kernel has this shape'
@@ -233,7 +233,7 @@ LAYER_KINDS = (
     (('attention_norm', 'pre_self_attention_layer_norm'), ('mlp_norm', 'pre_mlp_layer_norm')),
     **_SEPARATE,
   ),
-  # This layer adds (attention + MLP) / sqrt(2): the factor is moved into both output matrices.
+  # This layer adds (attention + MLP) / sqrt(2). The factor is multiplied into both output matrices.
   LayerKind(
     'DecoderLayer(parallel=True)',
     'parallel',

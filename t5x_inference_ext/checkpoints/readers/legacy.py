@@ -1,4 +1,4 @@
-"""T5X's own checkpoint format: a msgpack index, and next to it one zarr array per parameter."""
+"""Reader of T5X's own checkpoint format: a msgpack index, and one zarr array per parameter."""
 
 from collections.abc import Iterator
 import os
@@ -17,8 +17,8 @@ from t5x_inference_ext.errors import CheckpointError, printable
 
 INDEX = 'checkpoint'
 
-# flax's msgpack extension types, and the key of an array that flax had to cut into pieces below
-# msgpack's 4 GiB.
+# flax's msgpack extension types, and the key that marks an array that flax divided into pieces,
+# because msgpack is limited to 4 GiB.
 _NDARRAY, _SCALAR = 1, 3
 _CHUNKED = '__msgpack_chunked_array__'
 
@@ -88,14 +88,14 @@ def parse_index(data: bytes, path: str) -> Any:
 
 
 def pack_array(values: npt.ArrayLike) -> msgpack.ExtType:
-  """Return a small array in flax's form inside an index, which parse_index reads."""
+  """Encode a small array in the form that flax uses inside an index, and parse_index reads."""
   values = np.asarray(values)
   content = values.shape, values.dtype.name, values.tobytes()
   return msgpack.ExtType(_NDARRAY, msgpack.packb(content, use_bin_type=True))
 
 
 def flat_leaves(tree: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
-  """Yield the keys and value of each leaf: a reference to an array, or a value that is no dict."""
+  """Yield the keys and value of each leaf (a reference to an array, or any value but a dict)."""
   pending: list[tuple[tuple[str, ...], Any]] = [((), tree)]
   while pending:  # no recursion: a damaged index may be nested too deeply for it
     keys, node = pending.pop()
@@ -106,7 +106,7 @@ def flat_leaves(tree: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
 
 
 def _extension(code: int, data: bytes) -> Any:
-  """Return the value that one of flax's msgpack extension types encodes."""
+  """Decode a value of one of flax's msgpack extension types."""
   if code not in (_NDARRAY, _SCALAR):
     return msgpack.ExtType(code, data)
   shape, dtype_name, buffer = msgpack.unpackb(data, raw=True)
@@ -116,7 +116,7 @@ def _extension(code: int, data: bytes) -> Any:
 
 
 def _join_chunks(node: dict) -> Any:
-  """Return the array that flax cut into pieces; return other nodes unchanged."""
+  """Join the pieces of an array that flax divided; return other nodes unchanged."""
   if not node.get(_CHUNKED):
     return node
   chunks, shape = (

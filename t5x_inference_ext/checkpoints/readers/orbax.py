@@ -1,4 +1,4 @@
-"""Checkpoints that T5X, or any other program, saves through Orbax.
+"""Reader of checkpoints that T5X, or any other program, saved through Orbax.
 
 A `state` directory holds zarr arrays, usually in one OCDBT store. They are read through
 tensorstore, which can read slices; Orbax itself is not needed.
@@ -19,13 +19,13 @@ from t5x_inference_ext.errors import CheckpointError, name_list, printable
 
 METADATA = '_METADATA'
 STATE = 'state'
-# Directory of the item: T5X names it `state`, Orbax's default is `default`.
+# Directory of the saved item: T5X names it `state`, Orbax's default is `default`.
 _ITEMS = ('', STATE, 'default')
 # The index of Orbax's first releases: a msgpack tree in flax's form, in which large leaves are
 # strings.
 _OLD_INDEX = 'checkpoint'
 _PLACEHOLDER = 'PLACEHOLDER://'
-# Orbax writes into a directory with such a name, and renames it when everything is written.
+# Orbax writes into a directory whose name contains this, and renames it when everything is written.
 _UNFINISHED = re.compile(r'\.orbax-checkpoint-tmp\b[^/]*(/|$)')
 
 # Keys in the tree -> leaf; None for an array in the store.
@@ -51,10 +51,10 @@ def read_orbax(path: str, directory: str) -> Tree:
 
   Args:
     path: Directory of the checkpoint.
-    directory: Directory of the arrays, as find_state returns it.
+    directory: Directory of the arrays: the result of find_state.
 
   Raises:
-    CheckpointError: The checkpoint is damaged, or holds no parameters of T5X.
+    CheckpointError: The checkpoint is damaged, or has no T5X parameters.
   """
   metadata = storage.read_file(directory, METADATA)
   if metadata is None:
@@ -71,8 +71,8 @@ def read_orbax(path: str, directory: str) -> Tree:
       zarr3, ocdbt = content.get('use_zarr3', False), content.get('use_ocdbt', True)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
       raise CheckpointError(f'{where} is damaged: {type(e).__name__} {e!s:.200}') from e
-    # Orbax's zarr 2 arrays have no fill value, so zeros are always stored; its zarr 3 arrays have
-    # one.
+    # Orbax's zarr 2 arrays have no fill value, so zeros are always stored; its zarr 3 arrays have a
+    # fill value, and chunks of zeros may be left out.
     zeros_are_stored = not zarr3 or bool(content.get('store_array_data_equal_to_fill_value'))
   if ocdbt and storage.read_file(directory, 'manifest.ocdbt') is None:
     raise CheckpointError(
@@ -109,7 +109,7 @@ def read_orbax(path: str, directory: str) -> Tree:
 
 
 def _finished(directory: str) -> str:
-  """Return the directory. Raises CheckpointError if its name is that of an unfinished save."""
+  """Return the directory; raise CheckpointError if its name marks an unfinished save."""
   if _UNFINISHED.search(directory):
     raise CheckpointError(
       f'{directory} is not a checkpoint: Orbax is still writing it, or was interrupted; use an '
@@ -119,7 +119,7 @@ def _finished(directory: str) -> str:
 
 
 def _target_prefix(leaves: _Leaves, where: str) -> tuple[str, ...]:
-  """Return the keys of the subtree of parameters. Raises CheckpointError if there is none."""
+  """Return the keys of the subtree of parameters; raise CheckpointError if there is none."""
   for prefix in (('target',), ('optimizer', 'target')):
     if any(keys[: len(prefix)] == prefix for keys in leaves):
       return prefix

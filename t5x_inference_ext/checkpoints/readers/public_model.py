@@ -1,4 +1,4 @@
-"""PublicModel, which readers of public formats return: a model, its tensors, its text settings."""
+"""PublicModel, the result of readers of public formats: a model, its tensors, its text settings."""
 
 from collections.abc import Collection, Mapping
 import dataclasses
@@ -24,7 +24,7 @@ class PublicModel:
     tensors: The canonical tensors, by name.
     stored: The stored tensors, by stored name.
     notes: Lines for commands to print: what was found, and what was assumed.
-    text: What the source says about text, as far as it can be used.
+    text: The source's text settings, as far as they can be used.
     index_crc32: CRC-32 of all headers, which identifies the source.
   """
 
@@ -53,7 +53,7 @@ class PublicModel:
     types: str = '',
     settings: Collection[str] = (),
   ) -> 'PublicModel':
-    """Return a model of a family.
+    """Make a PublicModel from a model of a family and the stored tensors.
 
     Args:
       path: See the attributes.
@@ -62,14 +62,13 @@ class PublicModel:
       stored: See the attributes.
       text: See the attributes.
       index_crc32: See the attributes.
-      title: First of the notes.
-      notes: Last of them.
-      types: Types that the weights are stored in, where the dtype they are read as is another.
-      settings: Stored tensors that hold settings of the model, not weights.
+      title: The first note.
+      notes: The last notes.
+      types: Storage types of the weights as text, if they differ from the dtype of the values read.
+      settings: Names of stored tensors that hold settings, not weights.
 
     Raises:
-      CheckpointError: A tensor is missing, has another shape than the model says, or holds
-        something that the model does not use.
+      CheckpointError: A tensor is missing, has a wrong shape, or is not used by the model.
     """
     weights = {name: tensor for name, tensor in stored.items() if name not in settings}
     tensors = canonical_tensors(model, weights, path)

@@ -1,4 +1,4 @@
-"""Arrays that lie in a file as they are: little-endian, in C order, uncompressed."""
+"""Arrays stored in a file without encoding: little-endian, in C order, uncompressed."""
 
 from collections.abc import Sequence
 import itertools
@@ -12,7 +12,7 @@ from t5x_inference_ext.checkpoints.tensor import Bounds, Tensor
 
 
 class RawTensor(Tensor):
-  """An array in a file, of which only the bytes asked for are read."""
+  """An array in a file. Reading a slice reads only the slice's bytes."""
 
   def __init__(
     self, file: StoredBytes, offset: int, shape: Sequence[int], dtype: npt.DTypeLike
@@ -27,7 +27,7 @@ class RawTensor(Tensor):
     """
     super().__init__(shape, dtype, file.path)
     self._file, self._offset = file, offset
-    # Any bytes can be read. Whole rows are one range of bytes.
+    # Any bytes can be read, so a chunk is nominal: whole rows, which are one range of bytes.
     self.chunk = (*(1 for _ in self.shape[:-1]), *self.shape[-1:])
 
   def _read(self, bounds: Bounds) -> np.ndarray:

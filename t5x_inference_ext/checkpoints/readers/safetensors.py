@@ -1,10 +1,10 @@
-"""Files of safetensors: a JSON header with the place of each array, then the arrays.
+"""Reader of safetensors files: a JSON header with the position of each array, then the arrays.
 
 A model is one file, model.safetensors, or several with an index, model.safetensors.index.json:
 {"weight_map": {name of an array: name of its file}}.
 
-Nothing in a header is believed: each array must lie within the file, have as many bytes as its
-shape and dtype say, and share no byte with another one.
+A header is not trusted: each array must lie within the file, have as many bytes as its shape and
+dtype require, and share no byte with another array.
 """
 
 from collections.abc import Iterable
@@ -23,7 +23,7 @@ from t5x_inference_ext.errors import CheckpointError, name_list, printable
 
 SAFETENSORS = 'model.safetensors'
 SAFETENSORS_INDEX = f'{SAFETENSORS}.index.json'
-# Larger headers are refused. A file of 100,000 arrays has one of 12 MB.
+# Larger headers are refused. The header of a file of 100,000 arrays has 12 MB.
 MAX_HEADER_BYTES = 64 * 2**20
 _LENGTH_BYTES = 8
 _DTYPES = {
@@ -153,7 +153,7 @@ def _entry(entry: Any, where: str) -> tuple[np.dtype, tuple[int, ...], tuple[int
       f'{where}: unknown dtype {printable(name, 80)}; known are {", ".join(_DTYPES)}'
     )
   if not _are_sizes(shape) or len(shape) > 8:
-    raise CheckpointError(f'{where}: its shape {printable(shape, 80)} is not one of an array')
+    raise CheckpointError(f'{where}: its shape {printable(shape, 80)} is not the shape of an array')
   if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
     raise CheckpointError(
       f'{where}: its data_offsets {printable(offsets, 80)} are not a begin and an end'
@@ -162,7 +162,7 @@ def _entry(entry: Any, where: str) -> tuple[np.dtype, tuple[int, ...], tuple[int
 
 
 def _are_sizes(values: Any) -> TypeGuard[list[int]]:
-  """Return whether a value is a list of whole numbers from 0 on that an offset can be."""
+  """Return whether a value is a list of whole numbers in the range of offsets, from 0 on."""
   return isinstance(values, list) and all(type(n) is int and 0 <= n < 2**63 for n in values)
 
 
@@ -188,7 +188,7 @@ def _check_spans(spans: list[tuple[int, int, str]], file: StoredBytes, begin: in
 
 
 def _check_file_names(names: Iterable[Any], where: str) -> None:
-  """Raise CheckpointError for a name in an index that is not that of a file beside the index."""
+  """Raise CheckpointError for a file name in an index that points outside the index's directory."""
   for name in names:
     if not isinstance(name, str) or not name or name in ('.', '..') or set(name) & set('/\\\0'):
       raise CheckpointError(

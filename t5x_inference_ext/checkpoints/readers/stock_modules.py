@@ -1,4 +1,4 @@
-"""Conventions of a model made of flaxformer's modules, or T5X's decoder_only, from their options.
+"""Conventions of a model of flaxformer's or T5X's decoder_only modules, from their options.
 
 The options come from a run's gin file (training_gin.py), or from the modules themselves
 (t5x/stock_model.py).
@@ -20,8 +20,8 @@ _ATTENTION: dict[str, Any] = {
 }
 _NORM: dict[str, Any] = {'epsilon': 1e-6, 'center_scale_at_zero': False}
 _RELATIVE: dict[str, Any] = {'max_distance': None, 'num_heads': None}
-# Class -> its options that decide what the weights do not show, with flaxformer's defaults. A class
-# of another name says nothing.
+# Class -> its options that decide conventions, with flaxformer's defaults. Other classes are
+# ignored.
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
   'MlpBlock': {'activations': ('relu',)},
   'MultiHeadDotProductAttention': _ATTENTION,
@@ -35,7 +35,7 @@ _KINDS = {
   'MultiQueryDotProductAttention': 'MultiHeadDotProductAttention',
   'T5LayerNorm': 'LayerNorm',
 }
-# The activations of one input, and of the first of two of which the second is linear.
+# Activation -> kind of MLP: of a single input matrix; of the first of two, if the second is linear.
 _PLAIN = {'gelu': 'gelu', 'relu': 'relu', 'swish': 'swish', 'silu': 'swish'}
 _GATED = {
   'gelu': 'geglu',
@@ -61,7 +61,7 @@ class StockModule(NamedTuple):
   value: Any
 
 
-# What decoder_only's modules do whatever their options are.
+# Conventions of decoder_only's modules that do not depend on options.
 DECODER_ONLY_MODULES = (
   StockModule('MultiHeadDotProductAttention', 'rescale_logits', False),
   StockModule('LayerNorm', 'epsilon', 1e-6),
@@ -71,17 +71,16 @@ DECODER_ONLY_MODULES = (
 
 
 def conventions_of(modules: Iterable[StockModule], where: str, exact: bool = True) -> Conventions:
-  """Return what a model's modules say.
+  """Derive conventions from the options of a model's modules.
 
   Args:
     modules: The options of all modules of known classes.
-    where: Who configures them, for messages.
-    exact: Whether these are the model's modules, and not only what they may be. If not, an option
-      of several values says nothing.
+    where: Name of the configuration, for messages.
+    exact: Whether these are exactly the model's modules. If they are only candidates, an option
+      with several values is ignored.
 
   Raises:
-    CheckpointError: The model has an option that this package has no model for, or modules of one
-      kind differ.
+    CheckpointError: An option is not supported, or modules of one kind have different options.
   """
   values: dict[tuple[str, str], set[Any]] = {}
   for name, option, value in modules:

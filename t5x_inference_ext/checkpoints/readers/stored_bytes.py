@@ -14,12 +14,12 @@ from t5x_inference_ext.errors import CheckpointError, printable
 class StoredBytes:
   """A file that is read by byte ranges. Threads may share it.
 
-  A local file is read with `pread`, not through a memory map: mapped pages count as memory of the
-  process, and a file that is cut off while it is mapped kills the process.
+  A local file is read with `pread`, not through a memory map, because mapped pages count as memory
+  of the process, and truncating a mapped file kills the process.
 
   Attributes:
     path: Address of the file, for messages.
-    size: Bytes of the file; infinite in a bucket, where only reading tells.
+    size: Bytes of the file; infinite in a bucket, where the size is not known before reading.
   """
 
   def __init__(self, directory: str, name: str) -> None:
@@ -46,7 +46,7 @@ class StoredBytes:
       raise CheckpointError(f"can't read {printable(self.path)}: {e.strerror}") from e
 
   def read(self, begin: int, size: int) -> np.ndarray:
-    """Return `size` bytes from `begin` on, as uint8. Raises CheckpointError as `read_into` does."""
+    """Return `size` bytes from `begin` on, as uint8; errors are those of `read_into`."""
     out = np.empty(size, np.uint8)
     self.read_into(begin, out)
     return out

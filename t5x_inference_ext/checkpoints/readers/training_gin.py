@@ -1,7 +1,7 @@
-"""The config.gin that T5X writes into the model directory of a training run.
+"""Conventions from the config.gin that T5X writes into the directory of a training run.
 
-It is parsed and not run: what it imports need not be installed. Options that it does not bind have
-the defaults of flaxformer, if a binding refers to the class.
+The file is only parsed, so modules that it imports need not be installed. If a binding refers to a
+class, options of the class that are not bound have flaxformer's defaults.
 """
 
 from collections.abc import Iterator, Mapping, Set
@@ -21,7 +21,7 @@ from t5x_inference_ext.checkpoints.readers.stock_modules import (
 from t5x_inference_ext.errors import CheckpointError, RequestError
 
 CONFIG_GIN = 'config.gin'
-# decoder_only's options are fields of one class, and the rest is fixed in its code.
+# decoder_only's options are fields of one class; other properties are fixed in its code.
 _DECODER_ONLY = f'{DECODER_ONLY}network.TransformerConfig'
 _DECODER_ONLY_DEFAULTS: Mapping[str, Any] = {'mlp_activations': ('relu',), 'num_heads': 8}
 _DECODER_ONLY_OPTIONS = {
@@ -45,19 +45,19 @@ class _Macro:
   name: str
 
 
-# The value of a macro that the file does not bind to a plain value.
+# Stands for a value that is not plain, such as a macro bound to a reference.
 _UNKNOWN = object()
 
 
 def training_conventions(text: str, where: str) -> Conventions:
-  """Return what a run's gin file says about its model; nothing for a file of another model.
+  """Return the conventions in a run's gin file; empty ones if it configures no known model.
 
   Args:
     text: Content of the file.
     where: The file, for messages.
 
   Raises:
-    CheckpointError: The file is no gin file, or its model can't be served.
+    CheckpointError: The file is not a gin file, or its model can't be served.
   """
   bindings, imports = _parse(text, where)
   macros = {
@@ -84,13 +84,13 @@ def training_conventions(text: str, where: str) -> Conventions:
         modules.append(StockModule(short, option, value))
   try:
     return conventions_of(modules, where, exact=False)
-  except RequestError as e:  # a value of another type
+  except RequestError as e:  # a value of the wrong type
     raise CheckpointError(f'{where}: {e}') from e
 
 
 def _parse(text: str, where: str) -> tuple[dict[tuple[str, str, str], Any], dict[str, str]]:
   """Return a file's bindings by (scope, selector, argument), and its imported modules by name."""
-  from gin import config_parser  # imports much, and few checkpoints need it
+  from gin import config_parser  # imported here: slow, and rarely needed
 
   class Delegate(config_parser.ParserDelegate):
     def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> _Reference:
@@ -133,7 +133,7 @@ def _references(value: Any) -> Iterator[_Reference]:
 
 
 def _resolved(value: Any, macros: Mapping[str, Any], depth: int = 8) -> Any:
-  """Return a plain value, with macros replaced; _UNKNOWN for anything else."""
+  """Return a plain value, with macros replaced by their values; else _UNKNOWN."""
   if isinstance(value, _Macro):
     return _resolved(macros.get(value.name, _UNKNOWN), macros, depth - 1) if depth else _UNKNOWN
   if isinstance(value, (list, tuple)):
@@ -150,7 +150,8 @@ def _values(
   Args:
     bound: Option -> scope -> value in a gin file.
     defaults: Option -> value where the file binds none.
-    scopes: Scopes of the references to the class. A reference without a scope is called in any.
+    scopes: Scopes of the references to the class. A reference without a scope may be called in any
+      scope.
   """
   for option, default in defaults.items():
     by_scope = {'': default, **bound.get(option, {})}

@@ -26,7 +26,7 @@ class Tree:
 
 
 def step_number(values: Any) -> int | None:
-  """Return the training step that a checkpoint holds; None if the value is not a whole number."""
+  """Return the training step in a checkpoint's value; None if it is not a whole number."""
   values = np.asarray(values)
   if values.size != 1 or values.dtype.kind not in 'iuf' or not np.isfinite(values).all():
     return None

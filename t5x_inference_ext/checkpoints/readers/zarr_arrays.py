@@ -15,7 +15,7 @@ from t5x_inference_ext.errors import CheckpointError
 # once.
 CACHE_BYTES = 512 * 2**20
 _cached = ts.Context({'cache_pool': {'total_bytes_limit': CACHE_BYTES}})
-# For values that are read only once, or must come from the disk.
+# No cache: for values that are read only once, or must come from the disk.
 _uncached = ts.Context({'cache_pool': {'total_bytes_limit': 0}})
 
 
@@ -75,14 +75,14 @@ class _GzipTrailers:
 
   @classmethod
   def of(cls, store: ts.TensorStore) -> '_GzipTrailers | None':
-    """Return the trailers of T5X's arrays (gzip, zarr version 2), or None for other arrays."""
+    """Make a _GzipTrailers for an array of T5X (gzip, zarr version 2); None for other arrays."""
     spec = store.spec().to_json()
     compressor = spec['metadata'].get('compressor') or {}
     is_gzip = spec['driver'] == 'zarr' and compressor.get('id') == 'gzip'
     return cls(store, spec['metadata']) if is_gzip else None
 
   def read(self, bounds: Bounds) -> dict[str, ts.Future]:
-    """Start to read the trailers of chunks in `bounds` that were not read before; by chunk key."""
+    """Start reading new trailers of chunks in `bounds`; return chunk key -> future."""
     ranges = (range(begin // c, -(-end // c)) for (begin, end), c in zip(bounds, self._chunk))
     keys = (self._separator.join(map(str, place)) or '0' for place in itertools.product(*ranges))
     tail = slice(-self._BYTES, None)
@@ -113,7 +113,7 @@ class OpeningArray:
       raise self._error(storage.reason(e)) from e
 
   def store(self) -> ts.TensorStore:
-    """Wait for the array. Raises CheckpointError, naming the parameter and the directory."""
+    """Wait for the array; on failure raise CheckpointError, naming parameter and directory."""
     try:
       store = self._future.result()
     except ValueError as e:
@@ -128,7 +128,7 @@ class OpeningArray:
     return store
 
   def tensor(self) -> ZarrTensor:
-    """Wait for the array. Raises CheckpointError, naming the parameter and the directory."""
+    """Wait for the array; on failure raise CheckpointError, naming parameter and directory."""
     return ZarrTensor(self.name, self.path, self.store(), self._spec)
 
   def _error(self, reason: str) -> CheckpointError:
@@ -154,8 +154,8 @@ def open_array(
     base: Spec of a key-value store that holds the array under `key`; None if the array is a
       directory.
     key: Key of the array in `base`.
-    zeros_are_stored: False only if the writer is known to leave out chunks that are all fill value.
-      Otherwise a missing chunk is a lost chunk.
+    zeros_are_stored: False only if the writer is known to leave out chunks that hold only the fill
+      value. Otherwise a missing chunk is an error.
     cached: Whether decoded chunks are cached for later reads; False reads from the disk each time.
   """
   store = storage.kvstore(path) if base is None else {**base, 'path': key.rstrip('/') + '/'}
