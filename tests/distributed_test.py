@@ -230,8 +230,8 @@ def test_what_process_0_completed_is_skipped_by_all(seen):
     ),
     (
       'differing',
-      'process 1 has other options than process 0',
-      'process 1 has other options than process 0',
+      'options of process 1 and of process 0 differ',
+      'options of process 1 and of process 0 differ',
     ),
     ('lacking', 'process 1: no prompts file at', 'error: no prompts file at'),
   ],

@@ -275,7 +275,7 @@ def test_a_gguf_chat_template_that_is_no_text(tmp_path, families):
   metadata, arrays = gguf_families.converted(families / 'smollm2')
   metadata |= {'tokenizer.chat_template': 5}
   path = public_files.write_gguf(tmp_path / 'model.gguf', metadata, arrays)
-  with pytest.raises(CheckpointError, match='model.gguf: tokenizer.chat_template is no text'):
+  with pytest.raises(CheckpointError, match='model.gguf: tokenizer.chat_template is not text'):
     open_checkpoint(path)
 
 

@@ -171,4 +171,4 @@ def test_command(root, capsys):
   assert 'are as recorded in serving_config.json' in capsys.readouterr().out
   assert run(f'--output={root}/serving', f'--input={root}/other') == 2
   assert run() == 2
-  assert '--output not given' in capsys.readouterr().err
+  assert '--verify needs --output' in capsys.readouterr().err

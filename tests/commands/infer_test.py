@@ -725,15 +725,15 @@ def test_outputs_that_are_no_files(complaint, tmp_path):
   (tmp_path / 'directory').mkdir()
   row = '{"prompt": "a"}\n'
   for name, says in (
-    ('fifo', "fifo can't be written, as it is not a regular file: name the output otherwise"),
-    ('link', "link can't be written, as it is a link"),
-    ('dangling', "dangling can't be written, as it is a link"),
-    ('beside', "beside.config.json can't be written, as it is not a regular file"),
+    ('fifo', "fifo can't be written, because it is not a regular file: choose another --output"),
+    ('link', "link can't be written, because it is a link"),
+    ('dangling', "dangling can't be written, because it is a link"),
+    ('beside', "beside.config.json can't be written, because it is not a regular file"),
     ('kept', "finished rows can't be kept beside the output, in "),
     ('directory', 'is a directory: --output names the file to write'),
     ('prompts.jsonl', 'prompts.jsonl is also the file of prompts: choose another --output'),
-    ('/dev/full', "/dev/full can't be written, as it is not a regular file"),
-    ('/dev/stdout', "/dev/stdout can't be written, as it is a link"),
+    ('/dev/full', "/dev/full can't be written, because it is not a regular file"),
+    ('/dev/stdout', "/dev/stdout can't be written, because it is a link"),
   ):
     assert says in complaint(row, f'--output={tmp_path / name}', '--overwrite')
   assert (tmp_path / 'precious').read_text() == 'precious'
