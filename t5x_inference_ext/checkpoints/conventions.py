@@ -63,7 +63,7 @@ class Conventions:
   )
   positions: str | None = option(
     None,
-    help="Positions of a tree without T5's relative bias.",
+    help="Kind of positions, for a tree without T5's relative bias.",
     group=_GROUP,
     choices=('rotary', 'none'),
   )
@@ -71,10 +71,10 @@ class Conventions:
     None, help="The base of rotary positions; 1e4 is flaxformer's default.", group=_GROUP
   )
   relative_max_distance: int | None = option(
-    None, help="The distance from which T5's relative bias is constant.", group=_GROUP, least=1
+    None, help="Distance from which on T5's relative bias is constant.", group=_GROUP, least=1
   )
   num_heads: int | None = option(
-    None, help='Heads of kernels [E, H Q] that do not show them.', group=_GROUP, least=1
+    None, help='Number of heads, where kernels [E, H Q] do not show it.', group=_GROUP, least=1
   )
 
   def __post_init__(self) -> None:

@@ -101,7 +101,7 @@ class SourceOptions:
   )
   staging: str | None = option(
     None,
-    help='For an output in a bucket: local directory in which it is made before the upload.',
+    help='For an output in a bucket: local directory in which to make it before the upload.',
     group=COMMON,
   )
 

@@ -73,7 +73,7 @@ _FLAGS: tuple[tuple[Any, ...], ...] = (
     'enum',
     'objective',
     'latency',
-    'How to choose among slices and batches: latency, the fastest; throughput, most tokens a '
+    'How to choose among slices and batches: latency: the fastest; throughput: most tokens per '
     'second; cost, fewest chip-seconds a token. With one slice and one batch all mean the fastest '
     'layouts.',
     ('latency', 'throughput', 'cost'),
@@ -99,7 +99,7 @@ _FLAGS: tuple[tuple[Any, ...], ...] = (
     'phase',
     'both',
     'Phases that run on the slice: both; or prefill or decode, if the other phase runs on another '
-    'slice. Only these phases are priced and have to fit.',
+    'slice. Only these phases have to fit, and only their time counts.',
     ('both', 'prefill', 'decode'),
   ),
   (

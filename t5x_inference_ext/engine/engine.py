@@ -277,7 +277,7 @@ class Engine(Scorer):
     """Begin a conversation. The engine's scheduler keeps its turns in the prefix cache.
 
     Args:
-      max_length: Most tokens of the whole conversation.
+      max_length: Maximum number of tokens of the whole conversation.
       eos_id: See `generate`.
       **options: See `stream`.
     """

@@ -77,7 +77,7 @@ def room(limit: int, tokens: int, config: ModelConfig) -> int:
   """Return the most new tokens of a row: `limit`, or fewer where learned positions end.
 
   Args:
-    limit: Most new tokens that are asked for.
+    limit: Maximum number of new tokens that is requested.
     tokens: Number of tokens of the prompt, BOS included.
     config: The model.
   """

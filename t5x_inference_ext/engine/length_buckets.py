@@ -34,7 +34,7 @@ class Packer:
   yet. Shapes from earlier calls are reused.
 
   Args:
-    tokens: Most tokens of a batch, before its rows are rounded up for the mesh.
+    tokens: Maximum number of tokens of a batch, before its rows are rounded up for the mesh.
     padded_batch: Model.padded_batch.
   """
 

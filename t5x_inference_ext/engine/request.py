@@ -36,7 +36,7 @@ class Request:
   Attributes:
     tokens: Model inputs: BOS if the model has one, then the prompt.
     seeds: One seed for each sample; the samples share the prompt's prefill.
-    limit: Most new tokens of each sample.
+    limit: Maximum number of new tokens of each sample.
     sampling: How tokens are chosen, and what ends a sample.
     end_ids: Token ids that end a sample; None: those of the scheduler's config.
     stop_texts: Texts that end a sample. They are found in its text and cut from it. Needs a

@@ -41,7 +41,9 @@ class SamplingParams:
     RequestError: A value outside its range.
   """
 
-  temperature: float = option(0.0, help='0 takes the most likely token.')
+  temperature: float = option(
+    0.0, help='0 takes the most likely token; logits are divided by others.'
+  )
   top_k: int = option(0, help='Sample among the k most likely tokens; 0: all.')
   top_p: float = option(
     1.0, help='Sample among the fewest most likely tokens whose probabilities reach this; 1: all.'
@@ -61,7 +63,7 @@ class SamplingParams:
     (), help='Numbers added to logits: {"TOKEN ID": NUMBER, ...}; -Infinity forbids a token.'
   )
   min_new_tokens: int = option(
-    0, help='None of the first this many tokens is EOS or completes a stop sequence.'
+    0, help='The first this many tokens can not end the row, by EOS or a stop sequence.'
   )
   stop: tuple[tuple[int, ...], ...] = ()
 

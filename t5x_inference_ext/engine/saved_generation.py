@@ -38,10 +38,11 @@ class GenerationShape:
     batch: int. B.
     prompt: int. Length in tokens that prompts are padded to, BOS not counted.
     context: int. S, the positions of each row's cache.
-    max_new_tokens: int. Most new tokens of each row.
+    max_new_tokens: int. Maximum number of new tokens of each row.
     sampling: SamplingParams. How tokens are chosen.
     eos_id: int. The token that ends a row.
-    max_length: int or None. Most tokens of prompt and output together (engine.static_batch).
+    max_length: int or None. Maximum number of tokens of prompt and output together
+      (engine.static_batch).
   """
 
   batch: int

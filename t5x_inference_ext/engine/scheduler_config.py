@@ -30,7 +30,8 @@ class SchedulerConfig:
 
   Attributes:
     slots: B, rows decoded together. The mesh must be able to split it (Model.padded_batch).
-    max_length: Most tokens of a row: BOS, prompt and new tokens, not counting the last new one.
+    max_length: Maximum number of tokens of a row: BOS, prompt and new tokens, not counting the last
+      new one.
     page_size: S, positions of a page of the cache. A multiple of 32, the tile of an int8 cache.
     pages: Pages of the cache on each shard that splits rows; None: enough for `max_length` in every
       slot. With fewer, rows are preempted and recomputed when all pages are in use.

@@ -69,7 +69,7 @@ class Scorer:
 
     Args:
       pairs: Pairs (prompt, completion) of token ids without BOS.
-      tokens: Most tokens of a batch, padding included.
+      tokens: Maximum number of tokens of a batch, padding included.
 
     Raises:
       RequestError: Ids outside the vocabulary, more tokens than the model has positions, or an

@@ -28,7 +28,7 @@ def slot_row(
     sampling: Sampling parameters. The host finds their stop sequences.
     vocab_size: V.
     seed: Seed of the row's sampling noise.
-    limit: Most new tokens.
+    limit: Maximum number of new tokens.
     end_ids: Ids that end the row. Negative ids are ignored.
     top: Number of most likely tokens to return with each token, at most `top_width`.
     top_width: Width that all rows have; see RowParams.

@@ -129,7 +129,7 @@ class SlotTable:
     """Allocate the pages for every row's next decode steps.
 
     Args:
-      steps: Most decode steps of the next program.
+      steps: Maximum number of decode steps of the next program.
 
     Returns:
       None, or the slot of the youngest row of a shard that has too few pages left.

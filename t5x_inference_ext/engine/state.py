@@ -34,7 +34,7 @@ class RowParams:
   Attributes:
     sampling: Sampling parameters of each row.
     seeds: [B] uint32. Seed of each row's sampling noise.
-    limits: [B] int32. Most new tokens of each row.
+    limits: [B] int32. Maximum number of new tokens of each row.
     end_ids: [B, N] int32. Tokens that end the row, such as EOS; -1 never does.
     top: [B] int32. How many of the most likely tokens each row wants with each chosen token.
     top_width: Number of most likely tokens that are returned for every row, if any row wants some.

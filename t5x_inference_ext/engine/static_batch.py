@@ -63,12 +63,12 @@ def generate_batch(
     lengths: [B] int32. Number of valid tokens in each row; at least 1.
     seeds: [B] uint32. Seed of each row's sampling noise.
     sampling_arrays: Sampling parameters of each row; None: `sampling` for all rows.
-    limits: [B] int32. Most new tokens of each row, at most `max_new_tokens`; None:
+    limits: [B] int32. Maximum number of new tokens of each row, at most `max_new_tokens`; None:
       `max_new_tokens`.
     end_ids: [B, N] int32. Tokens that end each row, -1 for none; None: `eos_id` for all.
     sampling: Sampling parameters of all rows, constants of the program. Ignored if
       `sampling_arrays` is given.
-    max_new_tokens: Most new tokens of any row.
+    max_new_tokens: Maximum number of new tokens of any row.
     eos_id: Token that ends a row; -1 never does. Ignored if `end_ids` is given.
     cache_size: S, positions of each row's cache. At least T, and at least each row's length +
       max_new_tokens - 1: the last token is not fed back.

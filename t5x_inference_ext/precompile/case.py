@@ -47,9 +47,7 @@ class CompileCase:
     group=_GROUP,
   )
   batch: int = option(
-    help='Number of rows; of prompts for extend; of slots for slots and admit.',
-    least=1,
-    group=_GROUP,
+    help='Number of rows (for extend: prompts; for slots and admit: slots).', least=1, group=_GROUP
   )
   context: int = option(help='Positions of the KV cache for each row.', least=1, group=_GROUP)
   layout: Layout = Layout()
@@ -78,7 +76,7 @@ class CompileCase:
     group=_GROUP,
   )
   max_new_tokens: int = option(
-    64, help='Most new tokens of each row, for generate.', least=1, group=_GROUP
+    64, help='Maximum number of new tokens of each row, for generate.', least=1, group=_GROUP
   )
   sampling: SamplingParams = GREEDY
 

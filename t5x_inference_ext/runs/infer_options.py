@@ -54,11 +54,10 @@ class InferOptions(Conventions):
   """
 
   checkpoint: str = option(
-    help='Checkpoint directory: a serving checkpoint, or one of T5X (legacy or Orbax).',
-    group=_NEEDED,
+    help='Checkpoint: a serving, T5X (legacy or Orbax) or public one.', group=_NEEDED
   )
   max_new_tokens: int = option(
-    64, help='Most tokens generated for each row.', group=_COMMON, least=1
+    64, help='Maximum number of new tokens of each row.', group=_COMMON, least=1
   )
   mode: str = option(
     'predict',
@@ -70,7 +69,7 @@ class InferOptions(Conventions):
   )
   num_decodes: int = option(
     1,
-    help='Samples of each prompt, which share its prefill. Several are written as a list, '
+    help='Number of samples of each prompt; they share its prefill. Several are written as a list, '
     '`samples`.',
     group=_COMMON,
     least=1,
@@ -78,7 +77,7 @@ class InferOptions(Conventions):
   )
   seed: int = option(
     0,
-    help='Seed of the whole run; every row has its own seed from it.',
+    help='Seed of the run, from which the seed of every row is derived.',
     group=_COMMON,
     least=0,
     most=math.inf,
@@ -150,19 +149,20 @@ class InferOptions(Conventions):
   batching: str = option(
     'continuous',
     help='continuous: finished rows leave and waiting prompts take their slots. static: a batch '
-    'ends with its last row. Both give the same rows.',
+    'ends with its last row. Both give equal rows.',
     group=_BATCHING,
     choices=BATCHING,
   )
   prefill_chunk: int = option(
     256,
-    help='Positions of a prompt in one pass, with continuous batching.',
+    help='Maximum number of positions of a prompt in one pass, with continuous batching.',
     group=_BATCHING,
     least=1,
   )
   prefill_budget: int = option(
     2048,
-    help='Most prompt tokens between decode steps while rows wait, with continuous batching.',
+    help='Maximum number of prompt tokens prefilled between two decode steps, with continuous '
+    'batching.',
     group=_BATCHING,
     least=1,
   )

@@ -29,11 +29,11 @@ class ServerOptions:
     RequestError: A value is out of its range.
   """
 
-  port: int = option(8000, help='Port to listen at; 0: any free one.', group=_HTTP, least=0)
+  port: int = option(8000, help='Port to listen at; 0: any free port.', group=_HTTP, least=0)
   host: str = option(
     '127.0.0.1',
-    help='Address to listen at. 127.0.0.1 takes requests of this machine alone, and checks their '
-    'Host header; 0.0.0.0 takes those of all networks: give --api_key_file then.',
+    help='Address to listen at. 127.0.0.1 accepts requests only from this machine, and checks '
+    'their Host header; 0.0.0.0 accepts requests from all networks: give --api_key_file then.',
     group=_HTTP,
   )
   allowed_host: tuple[str, ...] = option(
@@ -50,7 +50,7 @@ class ServerOptions:
   )
   max_length: int = option(
     2048,
-    help='Most tokens of a prompt and its answer together, BOS included.',
+    help='Maximum number of tokens of a prompt and its answer together, BOS included.',
     group=_TEXT,
     least=2,
   )
@@ -61,11 +61,14 @@ class ServerOptions:
     group=_TEXT,
   )
   max_waiting_requests: int = option(
-    256, help='Most prompts that wait for a slot. More are refused with 429.', group=_LOAD, least=1
+    256,
+    help='Maximum number of prompts that wait for a slot. More are refused with status 429.',
+    group=_LOAD,
+    least=1,
   )
   max_waiting_tokens: int = option(
     1_000_000,
-    help='Most tokens of the prompts that wait for a slot; text counts its bytes. More are refused '
+    help='Maximum number of tokens of waiting prompts (of a text, its bytes). More are refused '
     'with 429.',
     group=_LOAD,
     least=1,
@@ -78,25 +81,25 @@ class ServerOptions:
   )
   drain_seconds: int = option(
     30,
-    help='Seconds that requests may go on after SIGTERM. The rest is then ended, and told so. A '
-    'second SIGTERM ends all at once.',
+    help='Seconds that requests may go on after SIGTERM. Requests that are left then end with an '
+    'error. A second SIGTERM ends all requests at once.',
     group=_LOAD,
     least=0,
   )
   max_body_bytes: int = option(
-    4 * 2**20, help='Most bytes of a request body.', group=_SAFETY, least=1
+    4 * 2**20, help='Maximum number of bytes of a request body.', group=_SAFETY, least=1
   )
   api_key: str | None = option(
     None,
-    help='Key that clients must send. Other users of this machine can see it: better give '
-    '--api_key_file.',
+    help='Key that clients must send. Other users of this machine can see it; --api_key_file is '
+    'safer.',
     group=_SAFETY,
   )
   api_key_file: str | None = option(
-    None, help='File with keys that clients may send, one a line.', group=_SAFETY
+    None, help='File with keys that clients may send, one per line.', group=_SAFETY
   )
   log_prompts: bool = option(
-    False, help='Write prompts and answers into the log of requests.', group=_SAFETY
+    False, help='Write prompts and answers into the request log.', group=_SAFETY
   )
 
   def __post_init__(self) -> None:

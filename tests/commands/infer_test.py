@@ -524,7 +524,7 @@ def test_help_shows_examples_and_flags(command):
   code, out, _ = command('--help')
   assert code == 0
   assert '--gin_file=t5x_inference_ext/configs/runs/infer.gin' in out
-  assert '  --max_new_tokens: Most tokens generated for each row. Default: 64.\n' in out
+  assert '  --max_new_tokens: Maximum number of new tokens of each row. Default: 64.\n' in out
   assert re.findall(r'^[A-Z].*:$', out.partition('\nRequired:')[2], re.MULTILINE) == [
     'Common:',
     'Choosing tokens:',

@@ -68,7 +68,7 @@ class ConvertOptions:
   )
   slice_bytes: int | str = option(
     '256MiB',
-    help='Bytes of the source that are recorded as finished at a time, if its chunks allow it.',
+    help='Bytes of the source after which progress is recorded, as far as its chunks allow.',
     group=MEMORY,
   )
   num_shards: int = option(1, help='Number of processes that divide the work.', group=SHARDS)

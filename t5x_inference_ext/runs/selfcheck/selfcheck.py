@@ -47,7 +47,7 @@ class SelfcheckOptions:
     None, help='Mesh XxYxZ. By default over all devices that divide the bundled model.'
   )
   output: str | None = option(
-    None, help='File for the whole report, as JSON. An earlier report there is replaced.'
+    None, help='File for the whole report, as JSON. An existing file is replaced.'
   )
   checkpoint: str | None = option(
     None,
