@@ -40,9 +40,9 @@ class Chip:
     hop_latency: Seconds that a message takes from a chip to its neighbour. Measured on v4 as about
       1 us; assumed for the other chips.
     clock_hz: Rate of the cycles in the compiler's estimates; None if no compiler estimates cycles.
-    matrix_rows: A product with a tile of weights takes at least the time of this many rows. A
-      systolic array takes as many cycles to load its tile as it has rows; the tiles of GPU tensor
-      cores have a side of 8.
+    matrix_rows: Rows of the matrix unit. A product with fewer rows of activations takes as long as
+      one with this many: a systolic array takes one cycle per row to load a tile of weights. For
+      GPU tensor cores, the side of a tile, 8.
     node: Number of GPUs in one node, connected by NVLink; 0 on a torus, which has no nodes.
     node_bandwidth: Bytes per second in one direction, from each chip to chips of other nodes; 0 on
       a torus.

@@ -145,8 +145,8 @@ def per_prompt(
   """Return lists of prompts, limits, sampling parameters and seeds (default 0), one per prompt.
 
   Raises:
-    RequestError: A sequence is not as long as `prompts`, a seed is out of range, or the sampling
-      parameters are something else.
+    RequestError: A sequence is not as long as `prompts`, a seed is out of range, or a sampling
+      argument is not SamplingParams.
   """
   prompts = plain_prompts(prompts)
   each_seed = for_each(prompts, 'seeds', 0 if seeds is None else seeds)

@@ -76,7 +76,7 @@ class Packer:
     return best[-1][1]
 
   def _cheapest(self, count: int, length: int, worth: float) -> tuple[float, tuple[int, int]]:
-    """Return the cost, in tokens, of `count` examples no longer than `length`, and their shape."""
+    """Return the least cost, in tokens, of `count` examples up to `length`, and their shape."""
     most = self._padded_batch(max(1, self._tokens // length))
     rows = self._padded_batch(-(-count // -(-count // most)))
     new = -(-count // rows) * rows * length + worth, (rows, length)
@@ -93,8 +93,8 @@ def packer(model: Any, tokens: int) -> Packer:
 def padded(length: int) -> int:
   """Return the least allowed size that is at least `length`.
 
-  Allowed sizes are multiples of STEP from SHORTEST on. Above that, there are sixteen sizes between
-  a power of two and the next.
+  Allowed sizes begin with SHORTEST and are multiples of STEP. Where that would give more than
+  sixteen sizes between consecutive powers of two, sizes are sixteenths of a power of two apart.
   """
   step = max(STEP, (1 << (max(length, SHORTEST) - 1).bit_length()) // 32)
   return max(SHORTEST, -(-length // step) * step)

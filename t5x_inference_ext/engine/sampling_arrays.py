@@ -22,8 +22,7 @@ MAX_CANDIDATES = 256
 LARGEST_INT32 = 2**31 - 1
 BIAS_WIDTH = 256  # maximum number of biased tokens of a row in slots
 END_IDS = 4  # maximum number of ids that end a row
-# Fillers for stop sequences, and for the recent tokens compared with them. Both lie outside the
-# range of token ids.
+# Fillers for stop sequences, and for the recent tokens compared with them. No token has these ids.
 ANY, NEVER, NOTHING = -1, -2, -3
 
 # Whether some row uses a feature: a Python bool known at compile time, or a traced scalar.

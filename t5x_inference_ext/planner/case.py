@@ -125,8 +125,8 @@ class PassCase:
   def moves(self) -> tuple[list[Collective], list[Collective]]:
     """The collectives of one layer, and the collectives of lookup, final norm and logits."""
     arguments = self.config, self.sharding, axis_sizes(self.mesh), self.batch, self.padded
-    # logits_moves needs the prefill layout, which splits rows for sampling. Every layout that can
-    # share weights with this one splits them in the same way.
+    # logits_moves needs the prefill layout, because it decides how rows are split for sampling.
+    # This layout can stand for it: all layouts that can share weights split them alike.
     return (
       traffic.layer_moves(*arguments, ACTIVATION_BYTES, WEIGHT_BYTES[self.weights]),
       traffic.embedding_moves(*arguments, ACTIVATION_BYTES)

@@ -21,9 +21,9 @@ from t5x_inference_ext.sharding.layout import (
   check_pair,
 )
 
-# wg_xyz splits rows over every axis, which leaves none to split heads over. Looped collectives are
-# left out: they move equally many bytes, and the fitted efficiencies include the time that they
-# hide.
+# wg_xyz/heads is left out, because wg_xyz splits rows over every axis, and no axis is left for
+# heads. Looped collectives are left out, because they move equally many bytes, and the fitted
+# efficiencies include the time that they hide.
 LAYOUTS = tuple(
   Layout(feedforward, attention)
   for feedforward in ('ws_2d', *(f for f in FEEDFORWARD if f != 'ws_2d'))

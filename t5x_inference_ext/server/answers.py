@@ -80,7 +80,7 @@ class HttpAnswer:
       at_once: Whether to deliver each event as it comes (a stream); otherwise all at the end.
 
     Raises:
-      ApiError: The engine is dead.
+      ApiError: The engine has failed.
     """
     self._wakes = at_once
     self._left = sum(len(each.request.seeds) for each in requests)

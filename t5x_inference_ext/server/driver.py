@@ -124,7 +124,7 @@ class Driver:
     """Queue a ticket whose request was checked.
 
     Raises:
-      ApiError: The engine is dead.
+      ApiError: The engine has failed.
     """
     with self._wake:
       self._check_alive()
@@ -144,7 +144,7 @@ class Driver:
     """Score a prompt in the thread; see the argument `score` of the class.
 
     Raises:
-      ApiError: The engine is dead.
+      ApiError: The engine has failed.
     """
     assert self._loop is not None
     future = self._loop.create_future()

@@ -49,7 +49,7 @@ class HeadSplit:
 
   @property
   def local_heads(self) -> int:
-    """Query heads of a shard, or of `pieces` shards together, padding included."""
+    """Number of query heads of a shard, or of `pieces` shards together, padding included."""
     return self.local_groups * self.local_queries
 
   @property

@@ -99,8 +99,8 @@ class PackedTensor:
     if high > stop:
       shape = [len(range(*s.indices(n))) for s, n in zip(index, self.shape, strict=True)]
       shape[self.axis] = high - max(low, stop)
-      # Zeros are int8, because concatenation converts int8 to the dtype of the values beside them,
-      # and float zeros would widen int8 values.
+      # If only padding is read, the zeros are int8. When they are joined with other values, int8
+      # zeros take those values' dtype, while float zeros would widen int8 values.
       pieces.append(np.zeros(shape, pieces[0].dtype if pieces else np.int8))
     return pieces
 

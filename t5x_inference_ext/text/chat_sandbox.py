@@ -116,7 +116,7 @@ class _Sandbox(sandbox.ImmutableSandboxedEnvironment):
     return _bounded(super().call(context, function, *args, **kwargs))
 
   def wrap_str_format(self, value: Any) -> None:
-    """Return None: is_safe_attribute forbids `format`."""
+    """Return None, so that Jinja does not wrap str.format; is_safe_attribute forbids it instead."""
 
   def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
     """Return whether a template may use an attribute."""

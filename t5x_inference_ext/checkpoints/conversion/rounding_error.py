@@ -32,7 +32,7 @@ class RoundingError:
     Args:
       w: [L, in, out]. The source's values, float or int8.
       written: [L, in, out]. The values written for w, float or int8.
-      scale: [L, out]. Scales of the int8 side, or None if both are float.
+      scale: [L, out]. Scales of whichever of w and `written` is int8; None if both are float.
       magnitude: max|w|.
     """
     self.magnitude = max(self.magnitude, magnitude)
