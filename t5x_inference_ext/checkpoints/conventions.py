@@ -136,7 +136,7 @@ class ConventionSources:
     if asked.value != found.value:
       raise CheckpointError(
         f'{name}={asked.value} was {asked.source}, but it is {found.value} by {found.source}: '
-        'leave it out, or change that'
+        f'leave {name} out, or change its value there'
       )
     return found
 
