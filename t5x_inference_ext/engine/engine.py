@@ -80,8 +80,7 @@ class Engine(Scorer):
       scan_layers: Whether one array holds all layers and the program loops over them; None: a
         loop for more than 8 layers on CPU, never on accelerators.
       executable: File of a generation that precompile saved for this model, mesh and these
-        versions. It serves only the shapes and options that it was compiled for. Loading a file
-        runs code in it: use only your own.
+        versions. It serves only what it was compiled for. Loading runs code: use your own files.
       progress: Wraps the list of tensors that are loaded, e.g. tqdm.
       **conventions: Arguments of open_checkpoint: properties that T5X weights do not show.
 

@@ -236,8 +236,7 @@ def _check(
   saved = {field: header_text(header[field]) for field in VERSIONS}
   versions = [(field, f'install {field} {text}, or {_AGAIN}') for field, text in saved.items()]
   saved_mesh = 'x'.join(map(header_text, header['mesh'].values()))
-  # The platform is compared before versions: on a machine without a TPU, "libtpu is missing" would
-  # mislead.
+  # The platform is compared first: on a machine without a TPU, "libtpu is missing" would mislead.
   for field, fix in (
     ('platform', _AGAIN),
     *versions,

@@ -107,8 +107,7 @@ class Scheduler:
   def submit(self, request: Request | CheckedRequest) -> Handle:
     """Queue a request; return its handle. Any thread may call this, also during a step.
 
-    A plain Request is checked first, with the errors of `check`; a CheckedRequest is not checked
-    again.
+    A plain Request is checked first, with the errors of `check`; a CheckedRequest is not.
     """
     checked = request if isinstance(request, CheckedRequest) else self.check(request)
     return self._inbox.submit(*checked)
@@ -119,8 +118,7 @@ class Scheduler:
     Compiling a grammar may take up to text.grammar_check.GRAMMAR_SECONDS.
 
     Raises:
-      UserError: The request does not fit the config, its grammar can't be used, or the extra
-        [structured] is not installed.
+      UserError: The request does not fit, its grammar can't be used, or [structured] is missing.
     """
     request = admitted(request, self.config, self._table, self.model.config, self._vocabulary)
     return CheckedRequest(request, self._grammars.matchers(request.grammar, len(request.seeds)))
@@ -138,11 +136,10 @@ class Scheduler:
     return done
 
   def step(self) -> list[Event]:
-    """Take commands, prefill, insert rows, start decoding; return events of the previous step.
+    """Take commands, prefill, insert rows, start decoding; return new tokens and ends of rows.
 
-    While rows decode, prefill runs at most `prefill_budget` positions; if no row decodes, it runs
-    at least one chunk. Then one decode step follows, or `decode_steps` of them if no request waits
-    and no row has a grammar.
+    While rows decode, prefill runs at most `prefill_budget` positions; else at least one chunk.
+    Then one decode step follows, or `decode_steps` if no request waits and no row has a grammar.
     """
     events = self._take_commands()
     self._fill_slots()

@@ -32,21 +32,20 @@ class ActivationSharding:
   Inside a layer, `rows` and `positions` split tokens [B, T]. In attention, the three `attention_`
   fields split queries [B, T, H, Q]; keys and values have the same rows, but all positions.
 
-  Products are summed by reduce-scatter, so the sum is split over the axes that it was summed over:
-  the residual stream over the layout's hidden axes, the MLP's columns over its embed axes. The sum
-  is split by rows if the axes divide the rows, else by positions, else by features. Split by rows,
-  the norm needs no all-reduce, since a device has all features of a row, and a TPU need not change
-  memory layouts around collectives.
+  Products are summed by reduce-scatter, which splits the sum over the same axes: the residual
+  stream over the layout's hidden axes, the MLP's columns over its embed axes. These axes split rows
+  if they divide them, else positions, else features. With split rows, the norm needs no all-reduce,
+  since a device has all features of a row, and a TPU need not change memory layouts around
+  collectives.
 
   Attributes:
     layout: The layout that was resolved.
     rows, positions: Axes that split tokens; together, the axes that weights are gathered over.
     residual_dim: The dimension of the residual stream [B, T, E] that the hidden axes split.
     mlp_dim: The dimension of the MLP's columns [B, T, F] that the embed axes split.
-    attention_rows: Axes that split the rows of attention and of the KV cache, those in `rows`
-      first.
+    attention_rows: Axes that split the rows of attention and of the KV cache: `rows`, then others.
     attention_heads: Axes that split the heads of attention.
-    attention_positions: Axes that split the positions of queries, those in `positions` first. They
+    attention_positions: Axes that split the positions of queries: `positions`, then others. They
       include hidden axes if a shard's columns hold parts of heads.
     joined: Hidden axes over which the queries' columns are gathered, because too few positions are
       left to split. All devices along these axes compute the same attention.
@@ -100,8 +99,7 @@ class ActivationSharding:
     """Return the dimension of tokens [B, T] that one reduce-scatter splits for all columns.
 
     That collective then sums the columns of a whole block part over the embed axes. Return None if
-    MLP and attention split different dimensions, if they split features, or if there is no axis to
-    sum over.
+    MLP and attention split different dimensions or features, or without such axes.
     """
     embed = set(self.layout.embed_axes)
     dims = [self.mlp_dim] if block_part.mlp else []

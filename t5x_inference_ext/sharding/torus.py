@@ -94,9 +94,8 @@ def kind_of(device_kind: str) -> str | None:
 def wraparound(shape: Sequence[int], kind: str | None = 'v4') -> tuple[bool, bool, bool]:
   """Return whether the ends of each physical axis of a whole slice are linked.
 
-  On v4 and v5p the ends of all axes are linked if every size is a multiple of 4; otherwise no axis
-  has linked ends (as in 2x2x4). On v5e and v6e, axes of size 16 have linked ends. For an unknown
-  kind (None), no axis does.
+  On v4 and v5p all axes have linked ends if every size is a multiple of 4, else none has (2x2x4).
+  On v5e and v6e, axes of size 16 have linked ends. For an unknown kind (None), no axis does.
   """
   dimensions = None if kind is None else GENERATIONS.get(kind)
   if dimensions == 2:
@@ -197,14 +196,12 @@ def axis_links(
 def _arrange(shape: tuple[int, ...], mesh: tuple[int, ...], wraps: Sequence[bool]) -> np.ndarray:
   """Return [X, Y, Z, 3] positions in the box, for the best division of the physical axes.
 
-  The best division has the fewest mesh neighbours that are not torus neighbours, and among equals
-  the fewest mesh axes that are not rings.
+  The best one has the fewest mesh neighbours more than one link apart, then the most rings.
   """
   by_splits = collections.defaultdict(list)
   for shares in itertools.product(*(_factors(size, len(mesh)) for size in shape)):
     if tuple(math.prod(column) for column in zip(*shares, strict=True)) == mesh:
-      # Divisions by whole axes are tried first: a physical axis that two mesh axes share carries
-      # the traffic of both.
+      # Whole axes are tried first: a physical axis shared by two mesh axes carries both's traffic.
       splits = sum(max(0, sum(factor > 1 for factor in row) - 1) for row in shares)
       by_splits[splits].append(shares)
   best, best_apart = None, (math.inf, math.inf)
