@@ -85,7 +85,8 @@ def load_tensor(
       an array outside the layers.
   """
   dtype = tensor_dtype(tensor, checkpoint.weights, model.dtype)
-  # Norm scales may be stored centred at zero; the program multiplies by 1 + the stored value.
+  # Norm scales may be stored centred at zero. Add 1 here, since the program multiplies by the scale
+  # itself.
   offset = 1 if tensor.kind == 'norm' and model.config.norm_scale == 'zero' else 0
 
   def read_layer(layer: int | None, index: tuple[slice, ...] | None) -> np.ndarray:

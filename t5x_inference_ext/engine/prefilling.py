@@ -168,7 +168,7 @@ class Prefiller:
     if self._prefixes is not None:
       self._prefixes.save(self.state, [(p.tokens, p.salt) for p in self._group])
       for prompt in self._group:
-        if len(prompt.rows) > 1:  # the samples share the whole prompt's pages
+        if len(prompt.rows) > 1:  # several samples share the pages of the whole prompt
           prompt.path = self._prefixes.tree.find(prompt.tokens, prompt.salt)
     for place, prompt in enumerate(self._group):
       self.ready.extend(ReadyRow(place, prompt, row) for row in prompt.rows)

@@ -87,8 +87,8 @@ def pair_memories(
 ) -> dict[str, PlannedMemory]:
   """Return the memory of one chip, by phase.
 
-  Prefill writes the whole cache, also in decode's split, so it needs the larger of the two phases'
-  caches.
+  Prefill writes the cache for decode, in decode's sharding, so it needs the larger of the two
+  phases' caches.
   """
   in_prefill = memory(prefill, request.input_length)
   in_decode = memory(decode, request.context)

@@ -161,7 +161,7 @@ def window_fields(s: Settings, num_layers: int, window: int | None, every: int) 
     s: The settings. layer_types, if present, gives the kind of each layer.
     num_layers: L.
     window: Positions of a sliding layer; None if all layers attend to all positions.
-    every: Without layer_types, every this many layers one attends to all positions; 0: none does.
+    every: Without layer_types, one layer in `every` attends to all positions; 0: no layer does.
   """
   kinds = s.value('layer_types', default=None)
   pattern: tuple[str, ...]

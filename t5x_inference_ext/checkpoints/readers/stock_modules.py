@@ -98,7 +98,7 @@ def conventions_of(modules: Iterable[StockModule], where: str, exact: bool = Tru
     if len(found) > 1:
       raise CheckpointError(
         f'{where}: {kind}.{option} has several values, '
-        f'{printable(", ".join(sorted(map(repr, found))))}; a model here has one'
+        f'{printable(", ".join(sorted(map(repr, found))))}; a model may have only one'
       )
     return next(iter(found), None)
 
