@@ -85,7 +85,7 @@ def check_features(config: 'ModelConfig') -> None:
 
 
 def _check_values(config: 'ModelConfig') -> None:
-  """Check each field alone."""
+  """Check the value of each field by itself."""
   for name, field in config.__dataclass_fields__.items():
     value, kind = getattr(config, name), field.type
     if value is None and kind in (int | None, float | None):

@@ -47,7 +47,7 @@ class Checkpoint:
     arrays: The stored arrays that hold the canonical tensors, except the scales of int8 weights.
     form: The arrangement of parameters in a T5X tree (flaxformer.Reading.form); None if not
       recorded.
-    notes: Lines for commands to print: what was found, and what was assumed.
+    notes: Lines for commands to print: properties that were found or assumed.
     conventions: Name -> value and source of each property that T5X weights do not show. A serving
       checkpoint converted from T5X's records them.
     text: Vocabulary, BOS, end tokens, chat template and generation defaults.

@@ -52,7 +52,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
 
 
 def print_description(flags: absl_flags.FlagValues) -> None:
-  """Print what the checkpoint at --path holds."""
+  """Print a description of the checkpoint at --path."""
   if flags.path is None:
     raise UserError('no checkpoint given: inspect_checkpoint PATH')
   for line in describe_checkpoint(flags.path):

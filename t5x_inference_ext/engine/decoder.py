@@ -57,7 +57,7 @@ class _Started:
 
 
 class Decoder:
-  """Starts programs that change the slots, and reads what they return, in order.
+  """Starts programs that change the slots, and reads their results in order.
 
   Args:
     model: Decides mesh and layouts.

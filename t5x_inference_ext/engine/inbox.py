@@ -1,6 +1,6 @@
 """Requests and cancellations on their way to the scheduler, from any thread.
 
-With several processes, process 0 alone takes requests. The others get them, step by step, through
+With several processes, only process 0 accepts requests. The others get them, step by step, through
 jax's coordination service: on the host, so that no device waits for it.
 """
 
@@ -81,7 +81,7 @@ class Inbox:
 
 
 class SharedInbox(Inbox):
-  """The inbox of a scheduler that runs in several processes: process 0 alone takes requests.
+  """The inbox of a scheduler that runs in several processes: only process 0 accepts requests.
 
   All processes must call `take` equally often. They then get equal commands, and their schedulers
   take equal steps.

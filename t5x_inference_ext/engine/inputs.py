@@ -110,12 +110,12 @@ def plain(value: Any) -> Any:
 
 
 def plain_prompts(prompts: Any) -> list[Any]:
-  """Return prompts as a list of lists, whatever iterables and arrays they are.
+  """Convert prompts, any iterables or arrays, to a list of lists.
 
   Items that are not iterable are kept: check_tokens refuses them later.
 
   Raises:
-    RequestError: `prompts` is no iterable, or is a text.
+    RequestError: `prompts` is not iterable, or is a text.
   """
   found = plain(prompts)
   if not isinstance(found, list):

@@ -2,7 +2,7 @@
 
 A node stands for P tokens that follow those of its parent. It owns one block of the prefix store
 (engine/prefix_store.py), which holds the keys and values of these P positions. Keys and values of
-a position depend on all tokens before it, so a block is found by its path from the root alone.
+a position depend on all tokens before it, so a block is identified by its whole path from the root.
 
 When the store is full, the least recently used leaf is evicted. A node's parent is marked as used
 right after the node. So in a list ordered by last use, children come before their parents, and the

@@ -2,7 +2,7 @@
 
 In the parallel block one norm feeds attention and MLP. One matmul computes query, key, value and
 both MLP inputs; another computes the sum of both outputs. A serial block has two block parts, one
-with attention alone and one with the MLP alone.
+with only attention and one with only the MLP.
 """
 
 from collections.abc import Mapping

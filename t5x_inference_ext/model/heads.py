@@ -61,7 +61,7 @@ def _normed(
   config: ModelConfig,
   sharding: ActivationSharding,
 ) -> tuple[jax.Array, jax.Array]:
-  """Normalize queries and keys [b, t, heads, q]: each head alone, or all heads together."""
+  """Normalize queries and keys [b, t, heads, q], each head separately or all heads together."""
   pair = q.astype(jnp.float32), k.astype(jnp.float32)
 
   def means(values: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -78,8 +78,8 @@ def choose(
 
   With one machine and one batch every objective means the least time. With several, 'latency' takes
   the fastest, 'throughput' the one with the most tokens/s, and 'cost' the one with the fewest
-  chip-seconds per token. With a target, the cheapest plan that meets it is taken, whatever the
-  objective.
+  chip-seconds per token. With a target, the objective is ignored, and the cheapest plan that meets
+  the target is taken.
 
   Args:
     request: The model and its work.

@@ -100,7 +100,7 @@ def fits(request: PlanRequest, machine: Machine) -> bool:
 def _fitting_cases(
   request: PlanRequest, machine: Machine, mesh: Mesh, phase: str, rows: int
 ) -> list[PassCase]:
-  """Return a phase in each layout in which it alone fits; in all layouts if it runs elsewhere."""
+  """Return a phase in each layout in which it fits; in all layouts if it runs elsewhere."""
   cases = list(_cases(request, machine, mesh, phase, rows))
   if request.phase not in ('both', phase):
     return cases

@@ -112,7 +112,7 @@ def try_compile(
 
 
 def held_bytes(case: CompileCase, mesh: dict[str, int]) -> tuple[int, int]:
-  """Return the bytes of (weights, cache) on each device, by arithmetic alone.
+  """Return the bytes of (weights, cache) on each device, computed without compiling.
 
   Args:
     case: CompileCase. The case.

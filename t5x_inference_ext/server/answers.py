@@ -34,7 +34,7 @@ class HttpAnswer:
     finishes: Finish reasons of the samples that have ended.
     queue_seconds: Time from arrival until the first prompt was started; None before.
     first_seconds: Time from arrival until the first token; None before.
-    receipt: Makes the receipt, if one is asked for.
+    receipt: Makes the receipt, if the request asks for one.
     closed: Whether the answer was closed: no client waits for it.
 
   Raises:

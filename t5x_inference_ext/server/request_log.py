@@ -1,4 +1,4 @@
-"""The log of requests: one JSON object a line, without prompts unless they are asked for."""
+"""The request log: one JSON object per line, without prompts unless --log_prompts is given."""
 
 import contextlib
 import datetime

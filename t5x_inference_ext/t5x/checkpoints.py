@@ -32,7 +32,7 @@ def restore_train_state(
     The train state with arrays on the model's mesh, and the checkpoint's step.
 
   Raises:
-    CheckpointError: There is no checkpoint, or it is not of this model: the message names the
+    CheckpointError: There is no checkpoint, or it holds another model: the message names the
       parameter, both shapes and the file.
     MeshError: The partitioner's mesh or rules differ from the model's.
   """

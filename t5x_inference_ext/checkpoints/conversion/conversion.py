@@ -205,7 +205,7 @@ class Conversion:
       self._progress(what, nbytes, self._total)
 
   def _errors(self, slices: Collection[_Record]) -> dict[str, RoundingError]:
-    """Return the rounding errors of all tensors by name; empty if there are no records."""
+    """Return tensor name -> rounding errors; {} if the slices' records have none."""
     errors = (
       {name: RoundingError() for name in params.parameters(self.source.config)} if slices else {}
     )

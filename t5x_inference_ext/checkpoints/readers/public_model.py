@@ -23,7 +23,7 @@ class PublicModel:
     weights: Dtype of the matrices: 'float32' or 'bfloat16'.
     tensors: The canonical tensors, by name.
     stored: The stored tensors, by stored name.
-    notes: Lines for commands to print: what was found, and what was assumed.
+    notes: Lines for commands to print: properties that were found or assumed.
     text: The source's text settings, as far as they can be used.
     index_crc32: CRC-32 of all headers, which identifies the source.
   """
