@@ -60,8 +60,8 @@ def lucidrains_model(
   d_head, odd = divmod(rows - q - 2 * d_ff, 2)
   if odd or d_head < 1 or q % d_head:
     raise CheckpointError(
-      f'{names[0]} in {where} has {rows} rows, which do not fit the queries, key, value and MLP inputs of '
-      f'a model with {q} rows of queries and d_ff {d_ff}'
+      f'{names[0]} in {where} has {rows} rows, which do not fit the queries, key, value '
+      f'and MLP inputs of a model with {q} rows of queries and d_ff {d_ff}'
     )
   if norm_scale not in NORM_SCALES:
     raise CheckpointError(
