@@ -143,7 +143,7 @@ def _side_by_side(columns: list[jax.Array], width: int) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class WeightGathered:
-  """Gathers weights where the activations are, one matrix at a time: a layer would not fit."""
+  """Gathers weights to the activations, one matrix at a time: a whole layer's would not fit."""
 
   sharding: ActivationSharding
   gatherer: Gatherer

@@ -154,7 +154,7 @@ def cost(
   done, chip = work(case), case.machine.chip
 
   def product_seconds(flops: float, rows: float) -> float:
-    # A product with fewer rows than the matrix unit takes as long as one with as many rows as it.
+    # A product with fewer rows than the matrix unit takes as long as a full one.
     return flops * max(1, chip.matrix_rows / rows) / chip.bf16_flops
 
   matmuls = product_seconds(done.matmul_flops, done.matmul_rows)

@@ -73,12 +73,12 @@ def _check_partitioner(partitioner: partitioning.BasePartitioner, model: Inferen
     theirs = mesh_text(partitioner.mesh) if set(AXES) <= set(shape) else shape
     raise MeshError(
       f"the model's mesh is {mesh_text(mesh)} and the partitioner's {theirs}: use "
-      'InferencePartitioner, made of the same model'
+      'InferencePartitioner, built from the same model'
     )
   if partitioner.logical_axis_rules != partitioner_rules(layout):
     raise MeshError(
       f"the partitioner's axis rules are not those of the model's layout {layout}: "
-      'use InferencePartitioner, made of the same model'
+      'use InferencePartitioner, built from the same model'
     )
 
 

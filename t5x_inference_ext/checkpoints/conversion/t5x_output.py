@@ -183,7 +183,7 @@ def usual_form(config: ModelConfig) -> dict[str, Any]:
     if c.num_kv_heads not in (1, c.num_heads):
       raise CheckpointError(
         f'flaxformer has no layer with {c.num_heads} query and {c.num_kv_heads} key/value heads: a '
-        'T5X checkpoint is written only if this model came from one'
+        'T5X checkpoint is written only if this model came from a T5X checkpoint'
       )
     mlp = ('mlp/wi_0', 'mlp/wi_1') if c.mlp == 'swiglu' else ('mlp/wi',)
     heads = (
