@@ -282,8 +282,8 @@ def test_a_damaged_file_beside_a_tokenizer_is_named(tmp_path, content):
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
-    ({'kind': 'x'}, 'not one that this version knows'),
-    ({'extra': 1}, 'not one that this version knows'),
+    ({'kind': 'x'}, 'form of the text settings'),
+    ({'extra': 1}, 'form of the text settings'),
     ({'files': ['../x']}, 'files of the vocabulary'),
     ({'bos_id': 'x'}, 'must be ids'),
     ({'bos_id': True}, 'must be ids'),
