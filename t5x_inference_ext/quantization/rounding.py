@@ -21,7 +21,10 @@ SQUARE_UNITS = 2**24
 
 # Approximate number of elements in a block. Rows are processed in blocks so that temporaries stay
 # in the processor's cache.
-_BLOCK_ELEMENTS, _TILE_ROWS = 2**17, 2**9
+_BLOCK_ELEMENTS = 2**16
+# Sides of a block of a transposed matrix.
+_TILE_ROWS, _TILE_COLUMNS = 2**9, 2**7
+_CACHE_LINE = 64
 
 
 def largest(w: Real[np.ndarray, 'L rows out']) -> Float32[np.ndarray, 'L out']:
@@ -50,33 +53,70 @@ def scales_of(maxima: Float32[np.ndarray, '*shape']) -> Float32[np.ndarray, '*sh
   return np.where(maxima > 0, scales, np.float32(1))
 
 
-def quantize_layers(
-  w: Real[np.ndarray, 'L rows out'], scale: Float32[np.ndarray, 'L out']
-) -> Int8[np.ndarray, 'L rows out']:
-  """Round weights, divided by their scales, to the nearest int8; halves round to even."""
-  out = np.empty(w.shape, np.int8)
-  for index in blocks(w):
-    layers, _, columns = index
-    units = w[index].astype(np.float32, copy=False) / scale[layers, None, columns]
-    np.rint(units, out=units)
-    # int8 first: writing transposes a tile, which then takes fewer lines of the cache.
-    out[index] = np.clip(units, -QMAX, QMAX, out=units).astype(np.int8)
-  return out
+def rounded(
+  w: Real[np.ndarray, 'L rows out'],
+  scale: Float32[np.ndarray, 'L out'] | None,
+  out: Real[np.ndarray, 'L rows out'],
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """Round w into `out`, block by block, in one pass over w and `out`.
 
+  int8 values are the nearest integers to weights / scale; halves round to even.
 
-def contiguous(
-  w: Real[np.ndarray, 'L rows out'], dtype: np.dtype
-) -> Real[np.ndarray, 'L rows out']:
-  """Return w in C order and in a float dtype; w itself if it has both.
+  Args:
+    w: float, or int8 with scales.
+    scale: Scales of whichever of w and `out` is int8; None if neither is.
+    out: Array to fill, in C order.
 
-  A transposed w is copied a tile at a time, which takes a fifth of the time of a whole copy.
+  Yields:
+    The weights of a block before and after rounding, float32; both may be overwritten.
   """
-  if w.dtype == dtype and w.flags.c_contiguous:
+  for index, block in _filled(w, out):
+    layers, _, columns = index
+    before = w[index].astype(np.float32)
+    factors = np.float32(1) if scale is None else scale[layers, None, columns]
+    if w.dtype == np.int8:
+      before *= factors
+    if out.dtype == np.int8:
+      after = before / factors
+      np.clip(np.rint(after, out=after), -QMAX, QMAX, out=after)
+      np.copyto(block, after, casting='unsafe')
+      after *= factors
+    else:
+      block[...] = before
+      after = block.astype(np.float32)
+    yield before, after
+
+
+def contiguous(w: Real[np.ndarray, 'L rows out']) -> Real[np.ndarray, 'L rows out']:
+  """Return w in C order; w itself if it has it."""
+  if w.flags.c_contiguous:
     return w
-  out = np.empty(w.shape, dtype)
-  for index in blocks(w):
-    out[index] = w[index]
+  out = np.empty(w.shape, w.dtype)
+  for index, block in _filled(w, out):
+    block[...] = w[index]
   return out
+
+
+def _filled(
+  w: np.ndarray, out: np.ndarray
+) -> Iterator[tuple[tuple[slice, slice, slice], np.ndarray]]:
+  """Yield the index of each block of w, and an array for the values to put at the index of `out`.
+
+  If w is transposed, that array is a small one in w's order, which is copied to `out` when the next
+  block is asked for. Its rows are padded: the sides of matrices are often powers of two, and the
+  values of a row of w itself compete for few sets of the processor's cache.
+  """
+  if not _is_transposed(w):
+    for index in blocks(w):
+      yield index, out[index]
+    return
+  padding = _CACHE_LINE // out.itemsize
+  tile = np.empty((_TILE_COLUMNS, _TILE_ROWS + padding), out.dtype)
+  for index in blocks(w):
+    to = out[index]
+    block = tile[None, : to.shape[2], : to.shape[1]].swapaxes(1, 2)
+    yield index, block
+    to[...] = block
 
 
 def dequantize(
@@ -121,14 +161,14 @@ def blocks(w: np.ndarray) -> Iterator[tuple[slice, slice, slice]]:
   """Yield the indices of blocks of w [L, in, out], each of about _BLOCK_ELEMENTS elements.
 
   A block has all columns of some rows. Only if a column's values lie together, as those of
-  torch.nn.Linear's weights do, it is a tile of _TILE_ROWS: what is written then lies in the other
-  order, and a block of whole columns would be spread over too many lines of the cache.
+  torch.nn.Linear's weights do, it is a tile: what is written then lies in the other order, and a
+  block of whole columns would be spread over too many lines of the cache.
   """
   layers, rows, columns = w.shape
-  if w.strides[1] < w.strides[2]:
-    high, wide = _TILE_ROWS, max(1, _BLOCK_ELEMENTS // _TILE_ROWS)
-    for i, j, k in itertools.product(range(layers), range(0, rows, high), range(0, columns, wide)):
-      yield slice(i, i + 1), slice(j, j + high), slice(k, k + wide)
+  if _is_transposed(w):
+    high, wide = _TILE_ROWS, _TILE_COLUMNS
+    for i, j, k in itertools.product(range(layers), range(0, columns, wide), range(0, rows, high)):
+      yield slice(i, i + 1), slice(k, k + high), slice(j, j + wide)
     return
   step = max(1, _BLOCK_ELEMENTS // max(1, columns))
   if step >= 2 * rows:
@@ -139,3 +179,8 @@ def blocks(w: np.ndarray) -> Iterator[tuple[slice, slice, slice]]:
   for i in range(layers):
     for j in range(0, rows, step):
       yield slice(i, i + 1), slice(j, j + step), slice(None)
+
+
+def _is_transposed(w: np.ndarray) -> bool:
+  """Return whether the values of a column of w [L, in, out] lie together."""
+  return w.strides[1] < w.strides[2]

@@ -6,7 +6,7 @@ spread over many output chunks, one per layer, and each of these gets values fro
 chunks. A compressed chunk would have to stay in memory until it is complete.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 import functools
 import itertools
 import json
@@ -102,19 +102,26 @@ class RawArray:
 
   def write(self, pieces: list[tuple[Bounds, np.ndarray]]) -> None:
     """Write pairs (bounds, values). Concurrent writes to other parts of a chunk are allowed."""
-    by_chunk: dict[tuple[int, ...], list[files.IndexedValues]] = {}
+    by_chunk: dict[int, list[files.IndexedValues]] = {}
     for bounds, values in pieces:
-      for place in itertools.product(
-        *(range(b // c, -(-e // c)) for (b, e), c in zip(bounds, self.chunk))
-      ):
-        inside, taken = [], []
-        for p, c, (b, e) in zip(place, self.chunk, bounds):
-          first, last = max(b, p * c), min(e, (p + 1) * c)
-          inside.append(slice(first - p * c, last - p * c))
-          taken.append(slice(first - b, last - b))
-        by_chunk.setdefault(place, []).append((tuple(inside), values[tuple(taken)]))
-    for place, blocks in by_chunk.items():
-      files.write_blocks(os.path.join(self.path, '.'.join(map(str, place))), self.chunk, blocks)
+      for number, inside in self.overlaps(bounds):
+        place = self._place(number)
+        first = tuple(p * c - b for p, c, (b, _) in zip(place, self.chunk, bounds))
+        taken = tuple(slice(f + s.start, f + s.stop) for f, s in zip(first, inside))
+        by_chunk.setdefault(number, []).append((inside, values[taken]))
+    for number, blocks in by_chunk.items():
+      files.write_blocks(self._path(number), self.chunk, blocks)
+
+  def overlaps(self, bounds: Bounds) -> Iterator[tuple[int, tuple[slice, ...]]]:
+    """Yield the index of each chunk that overlaps `bounds`, and the index of the overlap in it."""
+    for place in itertools.product(
+      *(range(b // c, -(-e // c)) for (b, e), c in zip(bounds, self.chunk))
+    ):
+      inside = (
+        slice(max(b - p * c, 0), min(e - p * c, c))
+        for p, c, (b, e) in zip(place, self.chunk, bounds)
+      )
+      yield int(np.ravel_multi_index(place, self.grid)), tuple(inside)
 
   def chunks(self) -> range:
     """Return the indices of the chunks, in C order of their grid."""
@@ -169,11 +176,16 @@ class RawArray:
 
   def _bounds(self, number: int) -> Bounds:
     """Return the bounds of a chunk in the array."""
-    place = map(int, np.unravel_index(number, self.grid))
-    return tuple((p * c, min((p + 1) * c, n)) for p, c, n in zip(place, self.chunk, self.shape))
+    return tuple(
+      (p * c, min((p + 1) * c, n)) for p, c, n in zip(self._place(number), self.chunk, self.shape)
+    )
+
+  def _place(self, number: int) -> tuple[int, ...]:
+    """Return the place of a chunk in the grid."""
+    return tuple(map(int, np.unravel_index(number, self.grid)))
 
   def _path(self, number: int) -> str:
-    return os.path.join(self.path, '.'.join(map(str, np.unravel_index(number, self.grid))))
+    return os.path.join(self.path, '.'.join(map(str, self._place(number))))
 
 
 def _weights(places: np.ndarray) -> np.ndarray:
