@@ -18,7 +18,7 @@ from t5x_inference_ext.checkpoints.workers import run_jobs
 from t5x_inference_ext.errors import CheckpointError
 
 # Chunks are read back and recorded in groups of about this many bytes.
-GROUP_BYTES = 256 * 2**20
+GROUP_BYTES = 128 * 2**20
 
 
 class ReadBack:
