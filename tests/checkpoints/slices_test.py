@@ -230,7 +230,6 @@ def test_memory_said_does_not_grow_with_the_model():
   [
     (dict(format='gguf'), 'serving, t5x_int8, t5x_float'),
     (dict(scale_search='best'), 'absmax, mse'),
-    (dict(embedding='int8'), "can't be served"),
     (dict(workers=0), 'at least 1'),
     (dict(workers=100_000), 'at most 1024'),
   ],

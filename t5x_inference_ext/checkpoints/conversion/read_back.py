@@ -76,14 +76,15 @@ class ReadBack:
       array and index of the chunk. Raises the error of a group that could not be read.
     """
     left = {group: _values_bytes(*group) for group in self._groups}
+    groups = {(array, chunk): (array, chunks) for array, chunks in self._groups for chunk in chunks}
     running: list[concurrent.futures.Future[None]] = []
 
     def written(nbytes: Counter[tuple[RawArray, int]]) -> None:
       for future in running:
         if future.done():
           future.result()
-      for (array, chunk), n in nbytes.items():
-        group = array, _group(array, chunk)
+      for place, n in nbytes.items():
+        group = groups[place]
         left[group] -= n
         if not left[group]:
           running.append(pool.submit(self._read_group, *group))
@@ -145,18 +146,9 @@ def _read(entries: Iterable[dict[str, Any]]) -> dict[tuple[str, int], dict[str, 
 
 def _groups(array: RawArray) -> Iterator[range]:
   """Yield the indices of the chunks of each group."""
-  last = -1
-  for chunk in array.chunks():
-    if chunk > last:
-      yield (group := _group(array, chunk))
-      last = group[-1]
-
-
-def _group(array: RawArray, chunk: int) -> range:
-  """Return the indices of the chunks in a chunk's group."""
+  chunks = array.chunks()
   step = max(1, GROUP_BYTES // array.chunk_bytes)
-  first = chunk - chunk % step
-  return array.chunks()[first : first + step]
+  return (chunks[i : i + step] for i in chunks[::step])
 
 
 def _values_bytes(array: RawArray, chunks: range) -> int:
