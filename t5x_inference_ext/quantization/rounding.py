@@ -29,20 +29,21 @@ _CACHE_LINE = 64
 
 def largest(w: Real[np.ndarray, 'L rows out']) -> Float32[np.ndarray, 'L out']:
   """Return max|w| of each layer and output channel; NaN if a weight is NaN."""
-  if w.dtype == ml_dtypes.bfloat16:
-    # Without their sign, floats are in the order of their bits; NaN are above infinity.
-    bits = np.zeros((w.shape[0], w.shape[2]), np.uint16)
-    for index in blocks(w):
-      layers, _, columns = index
-      found = (w[index].view(np.uint16) & np.uint16(0x7FFF)).max(1)
-      np.maximum(bits[layers, columns], found, out=bits[layers, columns])
-    return bits.view(ml_dtypes.bfloat16).astype(np.float32)
   out = np.zeros((w.shape[0], w.shape[2]), np.float32)
+  transposed = _is_transposed(w)
+  if transposed:  # nothing is written in the other order: blocks of whole columns
+    w = w.swapaxes(1, 2)
+  axis = 2 if transposed else 1
   for index in blocks(w):
-    layers, _, columns = index
-    block = w[index].astype(np.float32, copy=False)
-    found = np.maximum(block.max(1), -block.min(1))
-    np.maximum(out[layers, columns], found, out=out[layers, columns])
+    where = index[0], index[3 - axis]
+    if w.dtype == ml_dtypes.bfloat16:
+      # Without their sign, floats are in the order of their bits; NaN are above infinity.
+      bits = (w[index].view(np.uint16) & np.uint16(0x7FFF)).max(axis)
+      found = bits.view(ml_dtypes.bfloat16).astype(np.float32)
+    else:
+      block = w[index].astype(np.float32, copy=False)
+      found = np.maximum(block.max(axis), -block.min(axis))
+    np.maximum(out[where], found, out=out[where])
   return out
 
 

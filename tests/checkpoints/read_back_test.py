@@ -3,12 +3,14 @@
 from collections import Counter
 import threading
 
+import ml_dtypes
 import numpy as np
 import pytest
 
-from t5x_inference_ext.checkpoints.conversion import read_back
-from t5x_inference_ext.checkpoints.conversion.raw_array import RawArray
+from t5x_inference_ext.checkpoints.conversion import raw_array, read_back
+from t5x_inference_ext.checkpoints.conversion.raw_array import FINGERPRINTS, RawArray
 from t5x_inference_ext.checkpoints.conversion.read_back import ReadBack
+from t5x_inference_ext.checkpoints.manifest import checksum
 
 CHUNK = 12  # bytes
 
@@ -55,6 +57,23 @@ def test_groups_are_read_as_soon_as_they_are_written(arrays):
   whole = ((0, 3), (0, CHUNK))
   sums = {a.name: a.fingerprint(whole, np.arange(3 * CHUNK, dtype=np.int8).reshape(3, CHUNK))}
   assert len(read_back.checksums([a], [{'fingerprints': sums}], journal.lines)['a']) == 3
+
+
+@pytest.mark.parametrize('read', [1, 30, 2**22])
+@pytest.mark.parametrize('shape,chunk', [((2, 10, 7), (1, 4, 5)), ((7,), (3,)), ((3, 1), (1, 1))])
+def test_a_chunk_read_a_few_rows_at_a_time(tmp_path, monkeypatch, read, shape, chunk):
+  """Of chunks at the end of an array, the padding does not count."""
+  monkeypatch.setattr(raw_array, '_READ_BYTES', read)
+  values = np.random.default_rng(0).standard_normal(shape).astype(ml_dtypes.bfloat16)
+  array = RawArray(str(tmp_path), 'a', shape, values.dtype, chunk)
+  whole = tuple((0, n) for n in shape)
+  array.create()
+  array.write([(whole, values)])
+  found = [array.read_back(number) for number in array.chunks()]
+  places = [np.unravel_index(number, array.grid) for number in array.chunks()]
+  indices = [tuple(slice(p * c, (p + 1) * c) for p, c in zip(place, chunk)) for place in places]
+  assert [crc for crc, _ in found] == [checksum(values[index]) for index in indices]
+  assert sum(n for _, n in found) % FINGERPRINTS == array.fingerprint(whole, values)
 
 
 def test_a_group_that_cannot_be_read_ends_the_conversion(arrays, monkeypatch):

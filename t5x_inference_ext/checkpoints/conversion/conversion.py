@@ -42,7 +42,7 @@ from t5x_inference_ext.errors import CheckpointError
 from t5x_inference_ext.text_format import megabytes
 
 # Memory: _BASE_BYTES for Python, numpy and tensorstore. Each worker holds a block compressed,
-# decoded and reordered, and temporaries: _BLOCKS_A_WORKER blocks. A chunk is read back meanwhile.
+# decoded and reordered, and temporaries: _BLOCKS_A_WORKER blocks.
 _BASE_BYTES = 150 * 2**20
 _BLOCKS_A_WORKER = 3.5
 # Version of the journal's records. A run can only continue from records of its own version.
@@ -93,9 +93,7 @@ class Conversion:
   def peak_bytes(self) -> int:
     """Estimate of the memory of the process, in bytes."""
     held = min(self._options.held_size, self.plan.slice_bytes) if self._finds_scales else 0
-    read_back = max(array.chunk_bytes for array in self.output.arrays)
-    working = self.workers * _BLOCKS_A_WORKER * self.plan.block_bytes
-    return int(_BASE_BYTES + held + read_back + working)
+    return int(_BASE_BYTES + held + self.workers * _BLOCKS_A_WORKER * self.plan.block_bytes)
 
   def description(self) -> Iterator[str]:
     """Yield lines that say what will be done."""

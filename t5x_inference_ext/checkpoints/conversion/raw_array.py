@@ -24,6 +24,8 @@ from t5x_inference_ext.checkpoints.tensor import Bounds
 ZARR_DTYPES = {'int8': '|i1', 'bfloat16': 'bfloat16', 'float32': '<f4'}
 # Fingerprints are summed modulo this.
 FINGERPRINTS = 2**32
+# A chunk is read back so many bytes at a time.
+_READ_BYTES = 2**22
 # A piece's rows are fingerprinted this many units at a time, to stay in the processor's cache.
 _FINGERPRINT_UNITS = 2**17
 
@@ -143,9 +145,21 @@ class RawArray:
     """
     self.sync(number)
     bounds = self._bounds(number)
-    values = np.fromfile(self._path(number), self.dtype).reshape(self.chunk)
-    values = values[tuple(slice(e - b) for b, e in bounds)]
-    return checksum(values), self.fingerprint(bounds, values)
+    axis = next((a for a, n in enumerate(self.chunk) if n > 1), 0)  # the file is rows of this axis
+    inner = self.chunk[axis + 1 :]
+    step = max(1, _READ_BYTES // (math.prod(inner) * self.dtype.itemsize))
+    inside = tuple(slice(e - b) for b, e in bounds[axis + 1 :])
+    begin, end = bounds[axis]
+    crc = fingerprint = 0
+    with open(self._path(number), 'rb') as f:
+      for first in range(begin, end, step):
+        last = min(first + step, end)
+        values = np.fromfile(f, self.dtype, (last - first) * math.prod(inner))
+        values = values.reshape(last - first, *inner)[:, *inside]
+        crc = checksum(values, crc)
+        part = (*bounds[:axis], (first, last), *bounds[axis + 1 :])
+        fingerprint += self.fingerprint(part, values)
+    return crc, fingerprint % FINGERPRINTS
 
   def fingerprint(self, bounds: Bounds, values: np.ndarray) -> int:
     """Return the sum of all units, each weighted by its position in the array, mod FINGERPRINTS.
