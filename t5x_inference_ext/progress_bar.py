@@ -75,24 +75,22 @@ class ProgressBar:
 
 
 class PassProgress:
-  """Shows a progress bar for each pass over the data: convert, verify, upload."""
+  """A progress bar for each pass over the data: convert, verify, upload. Passes may overlap."""
 
   def __init__(self) -> None:
-    self._pass = ''
-    self._bar: ProgressBar | None = None
+    self._bars: dict[str, ProgressBar] = {}
 
   def __call__(self, what: str, done: int, total: int) -> None:
     """Show that `done` of `total` bytes of a pass are done; `what` begins with the pass's name."""
     name = next((n for n in ('verify', 'upload') if what.startswith(f'{n} ')), 'convert')
-    if self._bar is None or name != self._pass:
-      self.close()
-      self._pass, self._bar = name, ProgressBar(name, total, is_bytes=True)
-    self._bar.advance(done)
+    if name not in self._bars:
+      self._bars[name] = ProgressBar(name, total, is_bytes=True)
+    self._bars[name].advance(done)
 
   def close(self) -> None:
-    """End the bar of the last pass."""
-    if self._bar is not None:
-      self._bar.close()
+    """End the bars."""
+    for bar in self._bars.values():
+      bar.close()
 
   def __enter__(self) -> 'PassProgress':
     return self

@@ -103,6 +103,11 @@ def _with_own(data: bytes, old: str, new: str) -> bytes:
   return head + field + (new.encode() + tail[len(old) :] if tail.startswith(old.encode()) else tail)
 
 
-def checksum(values: np.ndarray) -> int:
-  """Return the CRC-32 (zlib's) of an array's raw little-endian bytes in C order."""
-  return zlib.crc32(np.ascontiguousarray(values).view(np.uint8).data)
+def checksum(values: np.ndarray, before: int = 0) -> int:
+  """Return the CRC-32 (zlib's) of an array's raw little-endian bytes in C order.
+
+  Args:
+    values: The array.
+    before: CRC-32 of what precedes the array.
+  """
+  return zlib.crc32(np.ascontiguousarray(values).view(np.uint8).data, before)

@@ -105,8 +105,12 @@ class Stack(Tensor):
   def _read(self, bounds: Bounds) -> np.ndarray:
     begin, end = bounds[self._axis]
     within = _slices(bounds[: self._axis] + bounds[self._axis + 1 :])
-    values = [layer.read(within) for layer in self._layers[begin:end]]
-    return np.stack([v.astype(self.dtype, copy=False) for v in values], self._axis)
+    values = [
+      layer.read(within).astype(self.dtype, copy=False) for layer in self._layers[begin:end]
+    ]
+    if len(values) == 1:  # without a copy
+      return np.expand_dims(values[0], self._axis)
+    return np.stack(values, self._axis)
 
 
 class Cast(Tensor):

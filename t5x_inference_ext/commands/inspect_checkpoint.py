@@ -17,11 +17,11 @@ import time
 from absl import flags as absl_flags
 import numpy as np
 
-from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints import serving, storage
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint, open_checkpoint, read_tree
 from t5x_inference_ext.checkpoints.conversion.conversion import Conversion
 from t5x_inference_ext.checkpoints.conversion.options import ConvertOptions
+from t5x_inference_ext.checkpoints.conversion.rounding_error import RoundingError
 from t5x_inference_ext.checkpoints.public import read_public
 from t5x_inference_ext.checkpoints.tensor import Tensor
 from t5x_inference_ext.commands import cli
@@ -172,14 +172,11 @@ def rate(conversion: Conversion) -> float:
   start = time.perf_counter()
   array = plan.arrays[block.array]
   values = array.read(block.bounds)
-  kinds = params.parameters(conversion.source.config)
-  to_int8 = conversion.output.weights == 'int8' and values.dtype.kind != 'i'
   with np.errstate(all='ignore'):  # conversions report NaN
     for part, _, w in array.rectangles(values, block.bounds):
-      if to_int8 and kinds[part.name].kind == 'matrix':
-        rounding.quantize_layers(w, rounding.scales_of(rounding.largest(w)))
-      else:
-        w.astype(conversion.output.dtype(part.name))
+      dtype = conversion.output.dtype(part.name)
+      scale = rounding.scales_of(rounding.largest(w)) if np.int8 in (w.dtype, dtype) else None
+      RoundingError().round(w, scale, dtype, 0.0)
   return values.nbytes / max(time.perf_counter() - start, 1e-6)
 
 

@@ -21,25 +21,29 @@ SQUARE_UNITS = 2**24
 
 # Approximate number of elements in a block. Rows are processed in blocks so that temporaries stay
 # in the processor's cache.
-_BLOCK_ELEMENTS, _TILE_ROWS = 2**17, 2**9
+_BLOCK_ELEMENTS = 2**16
+# Sides of a block of a transposed matrix.
+_TILE_ROWS, _TILE_COLUMNS = 2**9, 2**7
+_CACHE_LINE = 64
 
 
 def largest(w: Real[np.ndarray, 'L rows out']) -> Float32[np.ndarray, 'L out']:
   """Return max|w| of each layer and output channel; NaN if a weight is NaN."""
-  if w.dtype == ml_dtypes.bfloat16:
-    # Without the sign bit, floats are ordered like their bits as integers; NaN is above infinity.
-    bits = np.zeros((w.shape[0], w.shape[2]), np.uint16)
-    for index in blocks(w):
-      layers, _, columns = index
-      found = (w[index].view(np.uint16) & np.uint16(0x7FFF)).max(1)
-      np.maximum(bits[layers, columns], found, out=bits[layers, columns])
-    return bits.view(ml_dtypes.bfloat16).astype(np.float32)
   out = np.zeros((w.shape[0], w.shape[2]), np.float32)
+  transposed = _is_transposed(w)
+  if transposed:  # nothing is written in the other order: blocks of whole columns
+    w = w.swapaxes(1, 2)
+  axis = 2 if transposed else 1
   for index in blocks(w):
-    layers, _, columns = index
-    block = w[index].astype(np.float32, copy=False)
-    found = np.maximum(block.max(1), -block.min(1))
-    np.maximum(out[layers, columns], found, out=out[layers, columns])
+    where = index[0], index[3 - axis]
+    if w.dtype == ml_dtypes.bfloat16:
+      # Without their sign, floats are in the order of their bits; NaN are above infinity.
+      bits = (w[index].view(np.uint16) & np.uint16(0x7FFF)).max(axis)
+      found = bits.view(ml_dtypes.bfloat16).astype(np.float32)
+    else:
+      block = w[index].astype(np.float32, copy=False)
+      found = np.maximum(block.max(axis), -block.min(axis))
+    np.maximum(out[where], found, out=out[where])
   return out
 
 
@@ -50,34 +54,70 @@ def scales_of(maxima: Float32[np.ndarray, '*shape']) -> Float32[np.ndarray, '*sh
   return np.where(maxima > 0, scales, np.float32(1))
 
 
-def quantize_layers(
-  w: Real[np.ndarray, 'L rows out'], scale: Float32[np.ndarray, 'L out']
-) -> Int8[np.ndarray, 'L rows out']:
-  """Round weights, divided by their scales, to the nearest int8; halves round to even."""
-  out = np.empty(w.shape, np.int8)
-  for index in blocks(w):
-    layers, _, columns = index
-    units = w[index].astype(np.float32, copy=False) / scale[layers, None, columns]
-    np.rint(units, out=units)
-    # Convert to int8 before writing to `out`: the write transposes a tile, and int8 touches fewer
-    # cache lines.
-    out[index] = np.clip(units, -QMAX, QMAX, out=units).astype(np.int8)
-  return out
+def rounded(
+  w: Real[np.ndarray, 'L rows out'],
+  scale: Float32[np.ndarray, 'L out'] | None,
+  out: Real[np.ndarray, 'L rows out'],
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """Round w into `out`, block by block, in one pass over w and `out`.
 
+  int8 values are the nearest integers to weights / scale; halves round to even.
 
-def contiguous(
-  w: Real[np.ndarray, 'L rows out'], dtype: np.dtype
-) -> Real[np.ndarray, 'L rows out']:
-  """Return w in C order and in `dtype`; w itself if it has both already.
+  Args:
+    w: float, or int8 with scales.
+    scale: Scales of whichever of w and `out` is int8; None if neither is.
+    out: Array to fill, in C order.
 
-  A transposed w is copied tile by tile, which takes a fifth of the time of one copy.
+  Yields:
+    The weights of a block before and after rounding, float32; both may be overwritten.
   """
-  if w.dtype == dtype and w.flags.c_contiguous:
+  for index, block in _filled(w, out):
+    layers, _, columns = index
+    before = w[index].astype(np.float32)
+    factors = np.float32(1) if scale is None else scale[layers, None, columns]
+    if w.dtype == np.int8:
+      before *= factors
+    if out.dtype == np.int8:
+      after = before / factors
+      np.clip(np.rint(after, out=after), -QMAX, QMAX, out=after)
+      np.copyto(block, after, casting='unsafe')
+      after *= factors
+    else:
+      block[...] = before
+      after = block.astype(np.float32)
+    yield before, after
+
+
+def contiguous(w: Real[np.ndarray, 'L rows out']) -> Real[np.ndarray, 'L rows out']:
+  """Return w in C order; w itself if it has it."""
+  if w.flags.c_contiguous:
     return w
-  out = np.empty(w.shape, dtype)
-  for index in blocks(w):
-    out[index] = w[index]
+  out = np.empty(w.shape, w.dtype)
+  for index, block in _filled(w, out):
+    block[...] = w[index]
   return out
+
+
+def _filled(
+  w: np.ndarray, out: np.ndarray
+) -> Iterator[tuple[tuple[slice, slice, slice], np.ndarray]]:
+  """Yield the index of each block of w, and an array for the values to put at the index of `out`.
+
+  If w is transposed, that array is a small one in w's order, which is copied to `out` when the next
+  block is asked for. Its rows are padded: the sides of matrices are often powers of two, and the
+  values of a row of w itself compete for few sets of the processor's cache.
+  """
+  if not _is_transposed(w):
+    for index in blocks(w):
+      yield index, out[index]
+    return
+  padding = _CACHE_LINE // out.itemsize
+  tile = np.empty((_TILE_COLUMNS, _TILE_ROWS + padding), out.dtype)
+  for index in blocks(w):
+    to = out[index]
+    block = tile[None, : to.shape[2], : to.shape[1]].swapaxes(1, 2)
+    yield index, block
+    to[...] = block
 
 
 def dequantize(
@@ -121,15 +161,15 @@ def best_scales(
 def blocks(w: np.ndarray) -> Iterator[tuple[slice, slice, slice]]:
   """Yield the indices of blocks of w [L, in, out], each of about _BLOCK_ELEMENTS elements.
 
-  A block has all columns of some rows. If columns are contiguous in memory, as in torch.nn.Linear's
-  weights, a block is instead a tile of _TILE_ROWS rows: the output is row-major, and writing whole
-  columns would touch too many cache lines.
+  A block has all columns of some rows. Only if a column's values lie together, as those of
+  torch.nn.Linear's weights do, it is a tile: what is written then lies in the other order, and a
+  block of whole columns would be spread over too many lines of the cache.
   """
   layers, rows, columns = w.shape
-  if w.strides[1] < w.strides[2]:
-    high, wide = _TILE_ROWS, max(1, _BLOCK_ELEMENTS // _TILE_ROWS)
-    for i, j, k in itertools.product(range(layers), range(0, rows, high), range(0, columns, wide)):
-      yield slice(i, i + 1), slice(j, j + high), slice(k, k + wide)
+  if _is_transposed(w):
+    high, wide = _TILE_ROWS, _TILE_COLUMNS
+    for i, j, k in itertools.product(range(layers), range(0, columns, wide), range(0, rows, high)):
+      yield slice(i, i + 1), slice(k, k + high), slice(j, j + wide)
     return
   step = max(1, _BLOCK_ELEMENTS // max(1, columns))
   if step >= 2 * rows:
@@ -140,3 +180,8 @@ def blocks(w: np.ndarray) -> Iterator[tuple[slice, slice, slice]]:
   for i in range(layers):
     for j in range(0, rows, step):
       yield slice(i, i + 1), slice(j, j + step), slice(None)
+
+
+def _is_transposed(w: np.ndarray) -> bool:
+  """Return whether the values of a column of w [L, in, out] lie together."""
+  return w.strides[1] < w.strides[2]

@@ -12,6 +12,7 @@ import pytest
 
 from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints import convert, open_checkpoint, serving
+from t5x_inference_ext.checkpoints.conversion import files
 from t5x_inference_ext.checkpoints.conversion.work_directory import WorkDirectory
 from t5x_inference_ext.checkpoints.unfinished import MARKER
 from t5x_inference_ext.errors import CheckpointError, UserError
@@ -262,16 +263,19 @@ def test_output_that_appears_meanwhile(source, tmp_path):
   assert sorted(p.name for p in tmp_path.iterdir()) == ['out', 'source']
 
 
-def test_what_was_written_wrongly_is_noticed(source, tmp_path):
+def test_what_was_written_wrongly_is_noticed(source, tmp_path, monkeypatch):
   """A disk that does not keep what it was given."""
+  sync = files.sync
 
-  def damage(what, done, total):
-    root = tmp_path / 'out.unfinished' / 'checkpoint'
-    if what.startswith('verify query'):
-      (root / 'gate' / '0.0.0').write_bytes((root / 'linear' / '0.0.0').read_bytes())
+  def damaging(path):
+    sync(path)
+    if path.endswith('gate/0.0.0'):
+      gate = pathlib.Path(path)
+      gate.write_bytes((gate.parent.parent / 'linear' / '0.0.0').read_bytes())
 
+  monkeypatch.setattr(files, 'sync', damaging)
   with pytest.raises(CheckpointError, match='gate: damaged data'):
-    convert.convert(source, tmp_path / 'out', progress=damage, workers=1)
+    convert.convert(source, tmp_path / 'out', workers=1)
   assert not (tmp_path / 'out').exists()
 
 

@@ -44,7 +44,7 @@ def test_the_last_shard_finishes(source, tmp_path):
   report = run(source, tmp_path / 'out', num_shards=3, shard_id=1)
   assert report.finished and not (tmp_path / 'out.unfinished').exists()
   assert contents(tmp_path / 'out') == contents(tmp_path / 'whole')
-  assert all(error.norm > 0 for error in report.errors.values())  # of all shards
+  assert all(error.magnitude > 0 for error in report.errors.values())  # of all shards
 
 
 def test_another_number_of_shards_goes_on(source, tmp_path):
@@ -95,7 +95,7 @@ def written(source, tmp_path, monkeypatch):
   assert not run(source, tmp_path / 'out', num_shards=2, shard_id=0).finished
   with monkeypatch.context() as patched:
     patched.setattr(
-      read_back, 'read_back', lambda *_: (_ for _ in ()).throw(CheckpointError('stopped'))
+      read_back.ReadBack, 'run', lambda *_: (_ for _ in ()).throw(CheckpointError('stopped'))
     )
     with pytest.raises(CheckpointError, match='stopped'):
       run(source, tmp_path / 'out', num_shards=2, shard_id=1)

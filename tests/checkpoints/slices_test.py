@@ -170,6 +170,10 @@ def test_mse_scales_are_better_and_do_not_depend_on_chunks(tmp_path):
   assert together(reports['mse', None]) <= together(reports['absmax', None])
 
 
+def to_int8(w, scale):
+  return RoundingError().round(w, scale, np.dtype(np.int8), 0.0)
+
+
 def test_squared_errors_are_what_they_say():
   w = np.random.default_rng(0).standard_normal((2, 3000, 3)).astype(np.float32)
   w[:, 0] *= 1.5  # outliers, that are worth clipping
@@ -177,9 +181,7 @@ def test_squared_errors_are_what_they_say():
   errors = rounding.squared_errors(w, scale)
   for i, factor in enumerate(rounding.SEARCHED):
     s = (scale * np.float32(factor)).astype(np.float32)
-    exact = np.square(
-      rounding.dequantize(rounding.quantize_layers(w, s), s[:, None]).astype(np.float64) - w
-    ).sum(1)
+    exact = np.square(rounding.dequantize(to_int8(w, s), s[:, None]).astype(np.float64) - w).sum(1)
     np.testing.assert_allclose(
       errors[i] * (s.astype(np.float64) ** 2) / rounding.SQUARE_UNITS, exact, rtol=1e-4
     )
@@ -187,16 +189,15 @@ def test_squared_errors_are_what_they_say():
   np.testing.assert_array_equal(errors, halves)
   best = rounding.best_scales(scale, errors)
   assert (best <= scale).all() and (best < scale).any()
-  written = [rounding.dequantize(rounding.quantize_layers(w, s), s[:, None]) for s in (scale, best)]
+  written = [rounding.dequantize(to_int8(w, s), s[:, None]) for s in (scale, best)]
   assert np.square(written[1] - w).sum() < np.square(written[0] - w).sum()
 
 
 @pytest.mark.parametrize('size', [1e-30, 1e-3, 1e25])
 def test_errors_of_values_whose_squares_no_float32_holds(size):
   w = (np.random.default_rng(0).standard_normal((1, 50, 3)) * size).astype(np.float32)
-  written = w.astype(ml_dtypes.bfloat16)
   error = RoundingError()
-  error.add(w, written, None, float(np.abs(w).max()))
+  written = error.round(w, None, np.dtype(ml_dtypes.bfloat16), float(np.abs(w).max()))
   exact = w.astype(np.float64)
   expected = np.linalg.norm(written.astype(np.float64) - exact) / np.linalg.norm(exact)
   np.testing.assert_allclose(error.relative, expected, rtol=1e-4)
@@ -229,7 +230,6 @@ def test_memory_said_does_not_grow_with_the_model():
   [
     (dict(format='gguf'), 'serving, t5x_int8, t5x_float'),
     (dict(scale_search='best'), 'absmax, mse'),
-    (dict(embedding='int8'), "can't be served"),
     (dict(workers=0), 'at least 1'),
     (dict(workers=100_000), 'at most 1024'),
   ],

@@ -1,5 +1,6 @@
 """Damage to a work directory between two runs: links in it, files gone, bytes changed."""
 
+import contextlib
 import os
 import pathlib
 
@@ -9,6 +10,7 @@ import pytest
 from t5x_inference_ext.checkpoints import convert
 from t5x_inference_ext.checkpoints.conversion import files
 from t5x_inference_ext.checkpoints.conversion.raw_array import FINGERPRINTS, RawArray
+from t5x_inference_ext.checkpoints.conversion.read_back import ReadBack
 from t5x_inference_ext.errors import CheckpointError
 from tests.checkpoints import synthetic
 
@@ -36,15 +38,11 @@ def precious(tmp_path) -> pathlib.Path:
 def killed(source, tmp_path, monkeypatch) -> pathlib.Path:
   """The work directory of a conversion that was killed when it had finished all slices."""
   with monkeypatch.context() as patched:
-    patched.setattr(files, 'sync', lambda *_: (_ for _ in ()).throw(Killed))
-    patched.setattr(files, 'write_file', write_unsynced)
+    patched.setattr(ReadBack, 'ahead', lambda self: contextlib.nullcontext(lambda nbytes: None))
+    patched.setattr(ReadBack, 'run', lambda *_: (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):
       convert.convert(source, tmp_path / 'out', workers=1, slice_bytes=1)
   return tmp_path / 'out.unfinished'
-
-
-def write_unsynced(path: str, data: bytes) -> None:
-  pathlib.Path(path).write_bytes(data)
 
 
 def contents(path: pathlib.Path) -> dict[str, bytes]:

@@ -88,13 +88,6 @@ def test_formats_and_scale_search(palm_tiny, tmp_path, capsys):
     't5x',
     'float32',
   )
-  assert (
-    run(f'--input={palm_tiny}', f'--output={tmp_path}/x', '--weights=int8', '--embedding=int8') == 2
-  )
-  assert "can't be served" in capsys.readouterr().err and sorted(os.listdir(tmp_path)) == [
-    'float',
-    'int8',
-  ]
 
 
 def test_a_model_whose_tree_does_not_say_its_heads(tmp_path, capsys):

@@ -14,7 +14,11 @@ def scales(*matrices):
 
 
 def quantize(w, scale):
-  return rounding.quantize_layers(w[None], scale[None])[0]
+  return round_layers(w[None], scale[None])[0]
+
+
+def round_layers(w, scale, dtype=np.int8):
+  return RoundingError().round(w, scale, np.dtype(dtype), 0.0)
 
 
 def test_halves_round_to_even():
@@ -56,16 +60,18 @@ def test_blocks_do_not_show(monkeypatch):
   np.testing.assert_array_equal(quantize(w, scale), whole)
 
 
+@pytest.mark.parametrize('dtype', [np.float32, ml_dtypes.bfloat16])
 @pytest.mark.parametrize('written', [np.float32, ml_dtypes.bfloat16])
 @pytest.mark.parametrize('order', [(0, 1, 2), (0, 2, 1)])
-def test_contiguous_is_a_whole_copy(monkeypatch, written, order):
+def test_what_is_written_lies_in_c_order(monkeypatch, dtype, written, order):
   monkeypatch.setattr(rounding, '_BLOCK_ELEMENTS', 600)
   monkeypatch.setattr(rounding, '_TILE_ROWS', 40)
-  w = np.random.default_rng(0).standard_normal((3, 50, 70)).astype(np.float32).transpose(order)
-  found = rounding.contiguous(w, np.dtype(written))
+  monkeypatch.setattr(rounding, '_TILE_COLUMNS', 15)
+  w = np.random.default_rng(0).standard_normal((3, 50, 70)).astype(dtype).transpose(order)
+  found = round_layers(w, None, written)
   assert found.flags.c_contiguous and found.dtype == written
   np.testing.assert_array_equal(found, w.astype(written))
-  assert (found is w) == (written == np.float32 and order == (0, 1, 2))
+  assert (found is w) == (written == dtype and order == (0, 1, 2))
 
 
 @pytest.mark.parametrize('dtype', [np.float32, ml_dtypes.bfloat16])
@@ -73,22 +79,22 @@ def test_the_order_in_memory_does_not_show(dtype):
   """Columns whose values lie together, as in a transposed matrix: several tiles of them."""
   w = np.random.default_rng(0).standard_normal((2, 1200, 700)).astype(dtype)
   transposed = np.ascontiguousarray(w.swapaxes(1, 2)).swapaxes(1, 2)
-  assert len([*rounding.blocks(transposed)]) == 2 * 3 * 3
+  assert len([*rounding.blocks(transposed)]) == 2 * 3 * 6
   maxima = rounding.largest(w)
   np.testing.assert_array_equal(maxima, np.abs(w.astype(np.float32)).max(1))
   np.testing.assert_array_equal(rounding.largest(transposed), maxima, strict=True)
   scale = rounding.scales_of(maxima)
-  rounded = rounding.quantize_layers(transposed, scale)
-  np.testing.assert_array_equal(rounded, rounding.quantize_layers(w, scale), strict=True)
   np.testing.assert_array_equal(
     rounding.squared_errors(transposed, scale), rounding.squared_errors(w, scale)
   )
-  for written in (rounded, transposed.astype(np.float16).astype(np.float32)):
+  for used, written in ((scale, np.int8), (None, ml_dtypes.bfloat16), (None, np.float32)):
     found, wanted = RoundingError(), RoundingError()
-    used = scale if written is rounded else None
-    found.add(transposed, written, used, 1.0)
-    wanted.add(w, np.ascontiguousarray(written), used, 1.0)
-    assert (found.largest, found.magnitude) == (wanted.largest, 1.0)
+    np.testing.assert_array_equal(
+      found.round(transposed, used, np.dtype(written), 1.0),
+      wanted.round(w, used, np.dtype(written), 1.0),
+      strict=True,
+    )
+    assert (found.largest, found.magnitude) == (wanted.largest, wanted.magnitude)
     np.testing.assert_allclose(
       [found.squares, found.norm], [wanted.squares, wanted.norm], rtol=1e-5
     )

@@ -3,6 +3,7 @@
 Each shard converts its slices; the last shard to finish completes the output.
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 import contextlib
 import functools
@@ -26,6 +27,7 @@ from t5x_inference_ext.checkpoints.conversion.provenance import conversion_recor
 from t5x_inference_ext.checkpoints.conversion.raw_array import RawArray
 from t5x_inference_ext.checkpoints.conversion.rounding_error import RoundingError
 from t5x_inference_ext.checkpoints.conversion.slice_work import (
+  Finished,
   Hold,
   PutWrites,
   SliceContext,
@@ -44,7 +46,7 @@ from t5x_inference_ext.text_format import megabytes
 _BASE_BYTES = 150 * 2**20
 _BLOCKS_A_WORKER = 3.5
 # Version of the journal's records. A run can only continue from records of its own version.
-_JOURNAL = 2
+_JOURNAL = 3
 
 # Arguments: (current step, bytes of the source just processed, total bytes of the source).
 ConversionProgress = Callable[[str, int, int], None]
@@ -132,12 +134,12 @@ class Conversion:
       if self._options.num_shards > 1:
         with work.reading_back() as claim:
           if claim is not None and self._is_complete(_slices(work)):
-            self._read_back(work, claim)
+            self._read_back(work).run(self.workers, claim)
       with work.finishing() as last:
         slices = _slices(work) if last else {}
         if not self._is_complete(slices):
           return self.report(work.path, slices.values(), finished=False)
-        self._read_back(work)
+        self._read_back(work).run(self.workers)
         self._publish(work, slices)
     except (CheckpointError, OSError) as e:
       # Remove the directory if the source can't be converted, or if no slice is finished.
@@ -149,7 +151,7 @@ class Conversion:
 
   def compare(self, put: PutWrites) -> None:
     """Pass everything that a conversion would write to `put`, a block at a time."""
-    self._convert(range(len(self.plan.slices) + 1), put, lambda entry: None)
+    self._convert(range(len(self.plan.slices) + 1), put, lambda record, nbytes: None)
 
   def _is_laid_out(self, told: Callable[[str], None]) -> bool:
     missing = next((a for a in self.output.arrays if not a.is_created()), None)
@@ -164,20 +166,25 @@ class Conversion:
     """Convert this shard's unfinished slices."""
     done, shards = _slices(work), self._options.num_shards
     mine = range(self._options.shard_id, len(self.plan.slices) + 1, shards)
-    self._convert([n for n in mine if n not in done], _write, work.record)
+    with self._read_back(work).ahead() as written:
+
+      def finished(record: _Record, nbytes: Counter[tuple[RawArray, int]]) -> None:
+        work.record(record)
+        if shards == 1:
+          written(nbytes)
+
+      self._convert([n for n in mine if n not in done], _write, finished)
     if shards > 1:
       for array in self.output.arrays:
         for number in array.chunks():
           array.sync(number)
       work.record({SYNCED: True})
 
-  def _convert(
-    self, numbers: Iterable[int], put: PutWrites, record: Callable[[_Record], None]
-  ) -> None:
+  def _convert(self, numbers: Iterable[int], put: PutWrites, finished: Finished) -> None:
     search = self._options.scale_search == 'mse'
     hold = Hold(self._options.held_size)
     context = SliceContext(
-      self.source, self.output, self.plan, put, hold, search, self._told, record
+      self.source, self.output, self.plan, put, hold, search, self._told, finished
     )
 
     def works() -> Iterator[PipelineWork]:
@@ -187,10 +194,8 @@ class Conversion:
 
     Pipeline(works(), self.workers).run()
 
-  def _read_back(self, work: WorkDirectory, claim: Callable[[int], bool] | None = None) -> None:
-    read_back.read_back(
-      self.output.arrays, work.entries, work.record, self.workers, self._progress, claim
-    )
+  def _read_back(self, work: WorkDirectory) -> read_back.ReadBack:
+    return read_back.ReadBack(self.output.arrays, work.entries, work.record, self._progress)
 
   def _publish(self, work: WorkDirectory, slices: dict[int, _Record]) -> None:
     """Write the small files, and move the output to its final path."""
@@ -245,8 +250,7 @@ class ScalesWork:
     """Return the jobs of the single step, one per tensor."""
     context = self._context
     if self._started:
-      number, sums = len(context.plan.slices), self._sums.by_array
-      context.finished({'slice': number, 'fingerprints': sums, 'errors': {}})
+      self._sums.finish(len(context.plan.slices), {})
       return None
     self._started = True
     names = params.scales(context.source.config) if context.source.weights == 'int8' else ()

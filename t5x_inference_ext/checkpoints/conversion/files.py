@@ -94,6 +94,8 @@ def _write_range(
   data = memoryview(np.ascontiguousarray(values).view(np.uint8).data).cast('B')
   while data:
     written = os.pwrite(file.fileno(), data, begin)
+    # Linux then begins to write these pages to the disk: sync() has less to wait for.
+    _forget(file.fileno(), begin, written)
     begin, data = begin + written, data[written:]
 
 
@@ -132,10 +134,16 @@ def sync(path: str) -> None:
   try:
     with _named(path):
       os.fsync(descriptor)
-      if not os.path.isdir(path) and hasattr(os, 'posix_fadvise'):
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+      if not os.path.isdir(path):
+        _forget(descriptor)
   finally:
     os.close(descriptor)
+
+
+def _forget(descriptor: int, begin: int = 0, size: int = 0) -> None:
+  """Tell the system that bytes of a file are not needed in the page cache; size 0: to the end."""
+  if hasattr(os, 'posix_fadvise'):
+    os.posix_fadvise(descriptor, begin, size, os.POSIX_FADV_DONTNEED)
 
 
 def append_line(path: str, entry: dict[str, Any]) -> None:

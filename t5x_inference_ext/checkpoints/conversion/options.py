@@ -50,12 +50,6 @@ class ConvertOptions:
     group=COMMON,
     choices=('absmax', 'mse'),
   )
-  embedding: str = option(
-    'bfloat16',
-    help="Dtype of a serving checkpoint's embedding. int8 is refused: it can't be served.",
-    group=COMMON,
-    choices=('bfloat16', 'int8'),
-  )
   workers: int | None = option(
     None,
     help='Number of threads. By default one per core; more help with a source in a bucket.',
@@ -76,11 +70,6 @@ class ConvertOptions:
 
   def __post_init__(self) -> None:
     check_options(self)
-    if self.embedding != 'bfloat16':
-      raise UserError(
-        f"embedding={self.embedding!r} can't be served: the program looks up and multiplies "
-        'its rows without scales; it stays bfloat16'
-      )
     if self.num_shards < 1:
       raise UserError(f'num_shards must be at least 1, got {self.num_shards}')
     if not 0 <= self.shard_id < self.num_shards:

@@ -6,7 +6,7 @@ spread over many output chunks, one per layer, and each of these gets values fro
 chunks. A compressed chunk would have to stay in memory until it is complete.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 import functools
 import itertools
 import json
@@ -24,8 +24,10 @@ from t5x_inference_ext.checkpoints.tensor import Bounds
 ZARR_DTYPES = {'int8': '|i1', 'bfloat16': 'bfloat16', 'float32': '<f4'}
 # Fingerprints are summed modulo this.
 FINGERPRINTS = 2**32
-# Rows are fingerprinted in pieces of this many bytes, to stay in the processor's cache.
-_FINGERPRINT_BYTES = 2**18
+# A chunk is read back so many bytes at a time.
+_READ_BYTES = 2**22
+# A piece's rows are fingerprinted this many units at a time, to stay in the processor's cache.
+_FINGERPRINT_UNITS = 2**17
 
 
 class RawArray:
@@ -101,20 +103,27 @@ class RawArray:
       return False
 
   def write(self, pieces: list[tuple[Bounds, np.ndarray]]) -> None:
-    """Write pairs (bounds, values). Other threads may write other parts of a chunk concurrently."""
-    by_chunk: dict[tuple[int, ...], list[files.IndexedValues]] = {}
+    """Write pairs (bounds, values). Concurrent writes to other parts of a chunk are allowed."""
+    by_chunk: dict[int, list[files.IndexedValues]] = {}
     for bounds, values in pieces:
-      for place in itertools.product(
-        *(range(b // c, -(-e // c)) for (b, e), c in zip(bounds, self.chunk))
-      ):
-        inside, taken = [], []
-        for p, c, (b, e) in zip(place, self.chunk, bounds):
-          first, last = max(b, p * c), min(e, (p + 1) * c)
-          inside.append(slice(first - p * c, last - p * c))
-          taken.append(slice(first - b, last - b))
-        by_chunk.setdefault(place, []).append((tuple(inside), values[tuple(taken)]))
-    for place, blocks in by_chunk.items():
-      files.write_blocks(os.path.join(self.path, '.'.join(map(str, place))), self.chunk, blocks)
+      for number, inside in self.overlaps(bounds):
+        place = self._place(number)
+        first = tuple(p * c - b for p, c, (b, _) in zip(place, self.chunk, bounds))
+        taken = tuple(slice(f + s.start, f + s.stop) for f, s in zip(first, inside))
+        by_chunk.setdefault(number, []).append((inside, values[taken]))
+    for number, blocks in by_chunk.items():
+      files.write_blocks(self._path(number), self.chunk, blocks)
+
+  def overlaps(self, bounds: Bounds) -> Iterator[tuple[int, tuple[slice, ...]]]:
+    """Yield the index of each chunk that overlaps `bounds`, and the index of the overlap in it."""
+    for place in itertools.product(
+      *(range(b // c, -(-e // c)) for (b, e), c in zip(bounds, self.chunk))
+    ):
+      inside = (
+        slice(max(b - p * c, 0), min(e - p * c, c))
+        for p, c, (b, e) in zip(place, self.chunk, bounds)
+      )
+      yield int(np.ravel_multi_index(place, self.grid)), tuple(inside)
 
   def chunks(self) -> range:
     """Return the indices of the chunks, in C order of their grid."""
@@ -136,12 +145,26 @@ class RawArray:
     """
     self.sync(number)
     bounds = self._bounds(number)
-    values = np.fromfile(self._path(number), self.dtype).reshape(self.chunk)
-    values = values[tuple(slice(e - b) for b, e in bounds)]
-    return checksum(values), self.fingerprint(bounds, values)
+    axis = next((a for a, n in enumerate(self.chunk) if n > 1), 0)  # the file is rows of this axis
+    inner = self.chunk[axis + 1 :]
+    step = max(1, _READ_BYTES // (math.prod(inner) * self.dtype.itemsize))
+    inside = tuple(slice(e - b) for b, e in bounds[axis + 1 :])
+    begin, end = bounds[axis]
+    crc = fingerprint = 0
+    with open(self._path(number), 'rb') as f:
+      for first in range(begin, end, step):
+        last = min(first + step, end)
+        values = np.fromfile(f, self.dtype, (last - first) * math.prod(inner))
+        values = values.reshape(last - first, *inner)[:, *inside]
+        crc = checksum(values, crc)
+        part = (*bounds[:axis], (first, last), *bounds[axis + 1 :])
+        fingerprint += self.fingerprint(part, values)
+    return crc, fingerprint % FINGERPRINTS
 
   def fingerprint(self, bounds: Bounds, values: np.ndarray) -> int:
-    """Return the sum of all bytes, each weighted by its position in the array, mod FINGERPRINTS.
+    """Return the sum of all units, each weighted by its position in the array, mod FINGERPRINTS.
+
+    A unit is a byte of int8, and two bytes of other dtypes: half as many take half the time.
 
     The fingerprints of pieces add up to that of the array, in any order and for any cut into
     pieces. So the expected sum is known before anything is read back. Weights are pseudo-random, so
@@ -153,14 +176,15 @@ class RawArray:
       values: [...], in the array's dtype.
     """
     *outer, (begin, end) = bounds
-    width = self.dtype.itemsize
+    unit = np.dtype(np.uint8 if self.dtype.itemsize == 1 else '<u2')
+    width = self.dtype.itemsize // unit.itemsize
     column_weights = _weights(np.arange(begin * width, end * width))
     rows = np.zeros((), np.int64)  # the index of each row in the array
     for (b, e), n in zip(outer, self.shape):
       rows = rows[..., None] * n + np.arange(b, e)
     row_weights = _weights(rows.reshape(-1))
-    data = np.ascontiguousarray(values).reshape(len(row_weights), -1).view(np.uint8)
-    step = max(1, _FINGERPRINT_BYTES // data.shape[1])
+    data = np.ascontiguousarray(values).reshape(len(row_weights), -1).view(unit)
+    step = max(1, _FINGERPRINT_UNITS // data.shape[1])
     total = 0
     for i in range(0, len(data), step):
       sums = np.einsum('rc,c->r', data[i : i + step].astype(np.uint32), column_weights)
@@ -169,11 +193,16 @@ class RawArray:
 
   def _bounds(self, number: int) -> Bounds:
     """Return the bounds of a chunk in the array."""
-    place = map(int, np.unravel_index(number, self.grid))
-    return tuple((p * c, min((p + 1) * c, n)) for p, c, n in zip(place, self.chunk, self.shape))
+    return tuple(
+      (p * c, min((p + 1) * c, n)) for p, c, n in zip(self._place(number), self.chunk, self.shape)
+    )
+
+  def _place(self, number: int) -> tuple[int, ...]:
+    """Return the place of a chunk in the grid."""
+    return tuple(map(int, np.unravel_index(number, self.grid)))
 
   def _path(self, number: int) -> str:
-    return os.path.join(self.path, '.'.join(map(str, np.unravel_index(number, self.grid))))
+    return os.path.join(self.path, '.'.join(map(str, self._place(number))))
 
 
 def _weights(places: np.ndarray) -> np.ndarray:

@@ -1,8 +1,15 @@
-"""Verification at the end of a conversion: reads the output back from the disk."""
+"""Verification of a conversion: what was written is read back from the disk.
 
+Chunks are read back in groups. A group is read as soon as all of it is written and recorded, by a
+thread of its own, while others are still being converted: so the disk is not waited for. At the end
+follows what is left, such as groups that earlier runs or several shards have written.
+"""
+
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+import concurrent.futures
+import contextlib
 import functools
-import math
 import threading
 from typing import Any
 
@@ -11,38 +18,90 @@ from t5x_inference_ext.checkpoints.workers import run_jobs
 from t5x_inference_ext.errors import CheckpointError
 
 # Chunks are read back and recorded in groups of about this many bytes.
-GROUP_BYTES = 256 * 2**20
+GROUP_BYTES = 128 * 2**20
 
 
-def read_back(
-  arrays: Iterable[RawArray],
-  entries: Callable[[], Iterable[dict[str, Any]]],
-  record: Callable[[dict[str, Any]], None],
-  workers: int,
-  progress: Callable[[str, int, int], None],
-  claim: Callable[[int], bool] | None = None,
-) -> None:
-  """Read groups of chunks from the disk, and record their checksums and fingerprints.
+class ReadBack:
+  """Reads groups of chunks from the disk, and records their checksums and fingerprints."""
 
-  Args:
-    arrays: All arrays that were written.
-    entries: Function that returns the journal's entries. Groups recorded there are not read again.
-    record: Function that adds an entry to the journal.
-    workers: Number of threads.
-    progress: Called after each group.
-    claim: If several processes read back, a function that returns whether this process is to read
-      the group with a given index. None: read all groups.
-  """
-  arrays = list(arrays)
-  total = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
-  lock = threading.Lock()
+  def __init__(
+    self,
+    arrays: Iterable[RawArray],
+    entries: Callable[[], Iterable[dict[str, Any]]],
+    record: Callable[[dict[str, Any]], None],
+    progress: Callable[[str, int, int], None],
+  ) -> None:
+    """Prepare reading.
 
-  def read_group(number: int, array: RawArray, chunks: range) -> None:
-    if claim is not None and (not claim(number) or (array.name, chunks[0]) in _read(entries())):
-      return
+    Args:
+      arrays: All arrays that are written.
+      entries: Returns the journal's entries. Groups in them are not read again.
+      record: Adds an entry to the journal.
+      progress: Called after each group.
+    """
+    self._entries, self._record, self._progress = entries, record, progress
+    self._groups = [(array, chunks) for array in arrays for chunks in _groups(array)]
+    self._total = sum(_values_bytes(*group) for group in self._groups)
+    self._lock = threading.Lock()
+
+  def run(self, workers: int, claim: Callable[[int], bool] | None = None) -> None:
+    """Read all groups that are not in the journal.
+
+    Args:
+      workers: Number of threads.
+      claim: If several processes read back, returns whether this process shall read the group with
+        a given index. None: read all groups.
+    """
+
+    def read_group(number: int, array: RawArray, chunks: range) -> None:
+      if claim is None or (claim(number) and (array.name, chunks[0]) not in _read(self._entries())):
+        self._read_group(array, chunks)
+
+    read = _read(self._entries())
+    run_jobs(
+      [
+        functools.partial(read_group, number, array, chunks)
+        for number, (array, chunks) in enumerate(self._groups)
+        if (array.name, chunks[0]) not in read
+      ],
+      workers,
+    )
+
+  @contextlib.contextmanager
+  def ahead(self) -> Iterator[Callable[[Counter[tuple[RawArray, int]]], None]]:
+    """Read groups while others are still being written.
+
+    Yields:
+      A function to call when a slice is recorded, with the bytes that it wrote into each chunk, by
+      array and index of the chunk. Raises the error of a group that could not be read.
+    """
+    left = {group: _values_bytes(*group) for group in self._groups}
+    groups = {(array, chunk): (array, chunks) for array, chunks in self._groups for chunk in chunks}
+    running: list[concurrent.futures.Future[None]] = []
+
+    def written(nbytes: Counter[tuple[RawArray, int]]) -> None:
+      for future in running:
+        if future.done():
+          future.result()
+      for place, n in nbytes.items():
+        group = groups[place]
+        left[group] -= n
+        if not left[group]:
+          running.append(pool.submit(self._read_group, *group))
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+      try:
+        yield written
+      finally:
+        pool.shutdown(cancel_futures=True)  # run() reads the rest
+    for future in running:
+      if not future.cancelled():
+        future.result()
+
+  def _read_group(self, array: RawArray, chunks: range) -> None:
     results = [array.read_back(chunk) for chunk in chunks]
-    with lock:
-      record(
+    with self._lock:
+      self._record(
         {
           'read_back': array.name,
           'first': chunks[0],
@@ -50,18 +109,7 @@ def read_back(
           'fingerprint': sum(fingerprint for _, fingerprint in results) % FINGERPRINTS,
         }
       )
-      progress(f'verify {array.name}', sum(map(array.values_bytes, chunks)), total)
-
-  read = _read(entries())
-  groups = ((array, chunks) for array in arrays for chunks in _groups(array))
-  run_jobs(
-    [
-      functools.partial(read_group, number, array, chunks)
-      for number, (array, chunks) in enumerate(groups)
-      if (array.name, chunks[0]) not in read
-    ],
-    workers,
-  )
+      self._progress(f'verify {array.name}', _values_bytes(array, chunks), self._total)
 
 
 def checksums(
@@ -97,6 +145,11 @@ def _read(entries: Iterable[dict[str, Any]]) -> dict[tuple[str, int], dict[str, 
 
 
 def _groups(array: RawArray) -> Iterator[range]:
+  """Yield the indices of the chunks of each group."""
   chunks = array.chunks()
   step = max(1, GROUP_BYTES // array.chunk_bytes)
   return (chunks[i : i + step] for i in chunks[::step])
+
+
+def _values_bytes(array: RawArray, chunks: range) -> int:
+  return sum(map(array.values_bytes, chunks))

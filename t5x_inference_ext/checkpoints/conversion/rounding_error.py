@@ -1,7 +1,6 @@
 """Rounding errors: how far written values are from the source's."""
 
 import dataclasses
-from typing import Literal
 
 import numpy as np
 
@@ -16,7 +15,7 @@ class RoundingError:
     largest: max|w' - w|.
     magnitude: max|w|.
     squares: Sum of (w' - w)^2.
-    norm: Sum of w^2.
+    norm: Sum of w^2; 0 if nothing is rounded.
   """
 
   largest: float = 0.0
@@ -24,29 +23,27 @@ class RoundingError:
   squares: float = 0.0
   norm: float = 0.0
 
-  def add(
-    self, w: np.ndarray, written: np.ndarray, scale: np.ndarray | None, magnitude: float
-  ) -> None:
-    """Add a block to the sums.
+  def round(
+    self, w: np.ndarray, scale: np.ndarray | None, dtype: np.dtype, magnitude: float
+  ) -> np.ndarray:
+    """Return values as they are written, in C order, and add their errors to the sums.
 
     Args:
       w: [L, in, out]. The source's values, float or int8.
-      written: [L, in, out]. The values written for w, float or int8.
-      scale: [L, out]. Scales of whichever of w and `written` is int8; None if both are float.
+      scale: [L, out]. Scales of the int8 side, or None if both are float.
+      dtype: Dtype of the values written.
       magnitude: max|w|.
     """
     self.magnitude = max(self.magnitude, magnitude)
-    for index in rounding.blocks(w):
-      exact = _floats(w[index], index, scale)
-      self.norm += _squares(exact)
-      if written.dtype == w.dtype:  # written without conversion
-        continue
-      # Copy to w's memory order first: subtracting arrays of different orders is slow.
-      order: Literal['F', 'C'] = 'F' if w.strides[1] < w.strides[2] else 'C'
-      stored = np.asarray(written[index], order=order)
-      difference = np.subtract(_floats(stored, index, scale), exact)
-      self.largest = max(self.largest, float(difference.max()), -float(difference.min()))
-      self.squares += _squares(difference)
+    if w.dtype == dtype:  # nothing is rounded, and errors of 0 need no norm
+      return rounding.contiguous(w)
+    out = np.empty(w.shape, dtype)
+    for before, after in rounding.rounded(w, scale, out):
+      self.norm += _squares(before)
+      after -= before
+      self.largest = max(self.largest, float(after.max()), -float(after.min()))
+      self.squares += _squares(after)
+    return out
 
   def merge(self, other: 'RoundingError') -> None:
     """Add the sums of another RoundingError."""
@@ -67,17 +64,6 @@ class RoundingError:
   def relative(self) -> float:
     """||w' - w|| / ||w||."""
     return (self.squares / self.norm) ** 0.5 if self.norm else 0.0
-
-
-def _floats(
-  block: np.ndarray, index: tuple[slice, slice, slice], scale: np.ndarray | None
-) -> np.ndarray:
-  """Return the float or int8 values of a block as float32."""
-  layers, _, columns = index
-  if block.dtype == np.int8:
-    assert scale is not None
-    return rounding.dequantize(block, scale[layers, None, columns])
-  return block.astype(np.float32, copy=False)
 
 
 def _squares(values: np.ndarray) -> float:

@@ -1,7 +1,8 @@
 """The processing of one slice: read, measure, round, write."""
 
 import bisect
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 import itertools
@@ -17,7 +18,7 @@ from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
 from t5x_inference_ext.checkpoints.conversion.not_finite import check_finite
 from t5x_inference_ext.checkpoints.conversion.outputs import ArrayWrite, Output
 from t5x_inference_ext.checkpoints.conversion.pipeline import PipelineJob
-from t5x_inference_ext.checkpoints.conversion.raw_array import FINGERPRINTS
+from t5x_inference_ext.checkpoints.conversion.raw_array import FINGERPRINTS, RawArray
 from t5x_inference_ext.checkpoints.conversion.rounding_error import RoundingError
 from t5x_inference_ext.checkpoints.conversion.slices import ConversionPlan, StoredBlock, TensorSlice
 from t5x_inference_ext.quantization import rounding
@@ -25,6 +26,7 @@ from t5x_inference_ext.quantization import rounding
 # Function that takes all final values of a block, to write them or to compare them with those
 # written.
 PutWrites = Callable[[list[ArrayWrite]], None]
+Finished = Callable[[dict[str, Any], Counter[tuple[RawArray, int]]], None]
 
 
 class Hold:
@@ -63,7 +65,8 @@ class SliceContext:
     hold: Budget for blocks that are needed again.
     search: Whether scales are searched for the least squared error.
     progress: Called with the written tensors' names and errors, and bytes of the source.
-    finished: Called with each slice's record.
+    finished: Called with each slice's record, and the bytes that it wrote into each chunk, by array
+      and index of the chunk.
   """
 
   source: Checkpoint
@@ -73,24 +76,37 @@ class SliceContext:
   hold: Hold
   search: bool
   progress: Callable[[str, int], None]
-  finished: Callable[[dict[str, Any]], None]
+  finished: Finished
 
 
 class WrittenSums:
-  """Fingerprints of all values that a slice has written, by array."""
+  """Fingerprints of all values that a slice has written, by array, and where they are."""
 
   def __init__(self, context: SliceContext) -> None:
-    self._put, self._lock = context.put, threading.Lock()
-    self.by_array: dict[str, int] = {}
+    self._context, self._lock = context, threading.Lock()
+    self._by_array: Counter[str] = Counter()
+    self._nbytes: Counter[tuple[RawArray, int]] = Counter()
 
   def put(self, writes: list[ArrayWrite]) -> None:
     """Write values, and add them to the fingerprints."""
-    self._put(writes)
+    self._context.put(writes)
     for array, bounds, values in writes:
       fingerprint = array.fingerprint(bounds, values)
       with self._lock:
-        total = self.by_array.get(array.name, 0) + fingerprint
-        self.by_array[array.name] = total % FINGERPRINTS
+        self._by_array[array.name] += fingerprint
+        for chunk, part in array.overlaps(bounds):
+          self._nbytes[array, chunk] += array.dtype.itemsize * math.prod(
+            s.stop - s.start for s in part
+          )
+
+  def finish(self, number: int, errors: Mapping[str, RoundingError]) -> None:
+    """Record the slice `number` as finished."""
+    record = {
+      'slice': number,
+      'fingerprints': {name: total % FINGERPRINTS for name, total in self._by_array.items()},
+      'errors': {name: dataclasses.astuple(error) for name, error in errors.items()},
+    }
+    self._context.finished(record, self._nbytes)
 
 
 class SliceWork:
@@ -183,8 +199,8 @@ class SliceWork:
     for part, rectangle, w in context.plan.arrays[block.array].rectangles(values, block.bounds):
       dtype = context.output.dtype(part.name)
       scale, magnitude = self._scale_and_magnitude(part.name, rectangle, w, dtype)
-      written = _round(w, scale, dtype)
-      errors.setdefault(part.name, RoundingError()).add(w, written, scale, magnitude)
+      error = errors.setdefault(part.name, RoundingError())
+      written = error.round(w, scale, dtype, magnitude)
       writes.extend(context.output.placements(part.name, rectangle, written))
     self._sums.put(writes)
     with self._lock:
@@ -222,13 +238,7 @@ class SliceWork:
     for _, block_errors in sorted(self._errors.items()):
       for name, error in block_errors.items():
         errors.setdefault(name, RoundingError()).merge(error)
-    self._context.finished(
-      {
-        'slice': self._slice.number,
-        'fingerprints': self._sums.by_array,
-        'errors': {name: dataclasses.astuple(error) for name, error in errors.items()},
-      }
-    )
+    self._sums.finish(self._slice.number, errors)
 
   def _scale(self, name: str) -> str:
     """Return the name of the scales of the matrix `name`."""
@@ -266,23 +276,3 @@ class SliceWork:
       columns = sum(end - begin for begin, end in self._columns[scale])
       buffers[name] = np.zeros((*lead, self._layers[1] - self._layers[0], columns), dtype)
     return buffers[name]
-
-
-def _round(w: np.ndarray, scale: np.ndarray | None, dtype: np.dtype) -> np.ndarray:
-  """Round w to the output's dtype.
-
-  Args:
-    w: [layers, rows, columns], float or int8.
-    scale: [layers, columns] if w or the output is int8, else None.
-    dtype: Dtype of the output.
-  """
-  if w.dtype == np.int8 == dtype:
-    return w
-  if dtype == np.int8:
-    assert scale is not None
-    return rounding.quantize_layers(w, scale)
-  if w.dtype == np.int8:
-    assert scale is not None
-    w = rounding.dequantize(w, scale[:, None])
-  # Convert once here, instead of once for the fingerprint and once for the file.
-  return rounding.contiguous(w, dtype)

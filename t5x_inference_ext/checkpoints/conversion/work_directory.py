@@ -16,6 +16,7 @@ import errno
 import fcntl
 import json
 import os
+import threading
 from typing import Any
 
 from t5x_inference_ext.checkpoints import storage
@@ -47,7 +48,7 @@ class WorkDirectory:
     self.root = self.path + '.unfinished'
     self.payload = os.path.join(self.root, 'checkpoint')
     self._marker = os.path.join(self.root, MARKER)
-    self._shard, self._recording = 0, False
+    self._shard, self._recording, self._record_lock = 0, False, threading.Lock()
 
   def check_absent(self) -> None:
     """Raise CheckpointError if the output exists."""
@@ -228,12 +229,13 @@ class WorkDirectory:
       return None
 
   def record(self, entry: dict[str, Any]) -> None:
-    """Add a line to this shard's journal."""
+    """Add a line to this shard's journal. Threads may share it."""
     path = os.path.join(self.root, f'journal-{self._shard}.jsonl')
-    if not self._recording:
-      files.append_line(path, {_BOOT: _boot_id()})
-      self._recording = True
-    files.append_line(path, entry)
+    with self._record_lock:
+      if not self._recording:
+        files.append_line(path, {_BOOT: _boot_id()})
+        self._recording = True
+      files.append_line(path, entry)
 
   def entries(self) -> list[dict[str, Any]]:
     """Return the journal entries of all shards whose data is certain to be on the disk.

@@ -4,7 +4,12 @@ Each function reads a family's settings as its config.json has them, with the de
 transformers, and returns the model with the stored names of its tensors.
 """
 
-from t5x_inference_ext.checkpoints.families.family import PLAIN, FamilyModel, rotary_fields
+from t5x_inference_ext.checkpoints.families.family import (
+  PLAIN,
+  FamilyModel,
+  even_sizes,
+  rotary_fields,
+)
 from t5x_inference_ext.checkpoints.families.gpt import BIASES, layer_norm, learned, one_module
 from t5x_inference_ext.checkpoints.families.settings import Settings
 from t5x_inference_ext.config import ModelConfig
@@ -66,14 +71,9 @@ def opt(s: Settings) -> FamilyModel:
   d_model, heads = s.integer('hidden_size'), s.integer('num_attention_heads')
   s.only('word_embed_proj_dim', d_model)
   biased = s.flag('enable_bias', True)
+  d_ff, layers = s.integer('ffn_dim'), ('num_hidden_layers',)
   fields = {
-    'num_layers': s.layers('num_hidden_layers'),
-    'd_model': d_model,
-    'd_ff': s.integer('ffn_dim'),
-    'vocab_size': s.integer('vocab_size'),
-    'num_heads': heads,
-    'num_kv_heads': heads,
-    'd_head': max(1, d_model // heads),
+    **even_sizes(s, d_model, heads, d_ff=d_ff, layers=layers, tied=True),
     'norm': 'layer',
     'norm_scale': 'one',
     'norm_epsilon': 1e-5,
@@ -81,7 +81,6 @@ def opt(s: Settings) -> FamilyModel:
     **dict.fromkeys(BIASES, biased),
     'block': 'serial',
     'mlp': s.choice('activation_function', PLAIN, 'relu'),
-    'tied_head': s.flag('tie_word_embeddings', True),
   }
   return FamilyModel(ModelConfig(**fields), _OPT_MODULES, skipped_positions=2)
 
@@ -91,21 +90,15 @@ def bloom(s: Settings) -> FamilyModel:
   s.only('apply_residual_connection_post_layernorm', False)
   d_model = s.integer('hidden_size', 'n_embed')
   heads = s.integer('n_head', 'num_attention_heads')
+  layers = 'n_layer', 'num_hidden_layers'
   fields = {
-    'num_layers': s.layers('n_layer', 'num_hidden_layers'),
-    'd_model': d_model,
-    'd_ff': 4 * d_model,
-    'vocab_size': s.integer('vocab_size'),
-    'num_heads': heads,
-    'num_kv_heads': heads,
-    'd_head': max(1, d_model // heads),
+    **even_sizes(s, d_model, heads, d_ff=4 * d_model, layers=layers, tied=True),
     **layer_norm(s, 'layer_norm_epsilon'),
     **BIASES,
     'block': 'serial',
     'mlp': 'gelu',
     'positions': 'alibi',
     'embedding_norm': True,
-    'tied_head': s.flag('tie_word_embeddings', True),
   }
   return FamilyModel(ModelConfig(**fields), _BLOOM_MODULES, fused='grouped')
 
@@ -122,21 +115,15 @@ def mpt(s: Settings) -> FamilyModel:
   s.only('embedding_fraction', 1.0)
   s.value('expansion_ratio', 'learned_pos_emb', 'max_seq_len', default=None)  # unused there too
   d_model, heads = s.integer('d_model'), s.integer('n_heads')
+  d_ff = 4 * d_model  # whatever expansion_ratio says
   fields = {
-    'num_layers': s.layers('n_layers'),
-    'd_model': d_model,
-    'd_ff': 4 * d_model,  # transformers ignores expansion_ratio
-    'vocab_size': s.integer('vocab_size'),
-    'num_heads': heads,
-    'num_kv_heads': heads,
-    'd_head': max(1, d_model // heads),
+    **even_sizes(s, d_model, heads, d_ff=d_ff, layers=('n_layers',), tied=True),
     **layer_norm(s, 'layer_norm_epsilon'),
     'block': 'serial',
     'mlp': 'gelu_erf',
     'positions': 'alibi',
     'alibi_max': attention.number('alibi_bias_max', default=8.0),
     'qkv_clip': attention.cap('clip_qkv', None),
-    'tied_head': s.flag('tie_word_embeddings', True),
   }
   return FamilyModel(
     ModelConfig(**fields),
@@ -156,24 +143,19 @@ def falcon(s: Settings) -> FamilyModel:
   heads = s.integer('num_attention_heads', 'n_head')
   kv_heads = s.integer('num_kv_heads', default=heads)
   two_norms = grouped and s.integer('num_ln_in_parallel_attn', default=2) == 2
-  d_head = max(1, d_model // heads)
-  biased = s.flag('bias', False)
+  biased, layers = s.flag('bias', False), ('num_hidden_layers', 'n_layer')
+  d_ff = s.integer('ffn_hidden_size', default=4 * d_model)
+  sizes = even_sizes(s, d_model, heads, d_ff=d_ff, layers=layers, tied=True)
   fields = {
-    'num_layers': s.layers('num_hidden_layers', 'n_layer'),
-    'd_model': d_model,
-    'd_ff': s.integer('ffn_hidden_size', default=4 * d_model),
-    'vocab_size': s.integer('vocab_size'),
-    'num_heads': heads,
+    **sizes,
     'num_kv_heads': kv_heads if grouped else 1 if multiquery else heads,
-    'd_head': d_head,
     **layer_norm(s, 'layer_norm_epsilon'),
     **dict.fromkeys(BIASES, biased),
     'block': 'parallel' if parallel or grouped else 'serial',
     'parallel_norms': 2 if two_norms else 1,
     'mlp': s.choice('activation', PLAIN, 'gelu'),
-    'tied_head': s.flag('tie_word_embeddings', True),
   }
-  positions = rotary_fields(s, d_head)
+  positions = rotary_fields(s, sizes['d_head'])
   fields |= {'positions': 'alibi', 'alibi_slopes': 'falcon_eager'} if alibi else positions
   modules = dict(_BLOOM_MODULES)
   if two_norms:

@@ -1,6 +1,6 @@
 """The description of a family: conversion of settings to ModelConfig, and names of its tensors."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 import dataclasses
 from typing import Any
 
@@ -101,6 +101,31 @@ PLAIN = {
   'swish': 'swish',
 }
 _LAYERS = {'full_attention': 'global', 'sliding_attention': 'local'}
+
+
+def even_sizes(
+  s: Settings, d_model: int, heads: int, *, d_ff: int, layers: Collection[str], tied: bool
+) -> dict[str, Any]:
+  """Return the sizes of a model whose heads divide d_model, and tied_head.
+
+  Args:
+    s: The settings.
+    d_model: E.
+    heads: Number of heads, of queries as of keys and values.
+    d_ff: F.
+    layers: Names of the number of layers.
+    tied: Whether the family's head is tied if the settings do not say.
+  """
+  return {
+    'num_layers': s.layers(*layers),
+    'd_model': d_model,
+    'd_ff': d_ff,
+    'vocab_size': s.integer('vocab_size'),
+    'num_heads': heads,
+    'num_kv_heads': heads,
+    'd_head': max(1, d_model // heads),
+    'tied_head': s.flag('tie_word_embeddings', tied),
+  }
 
 
 def head_sizes(s: Settings, d_model: int, heads: int, default: int | None = None) -> dict[str, int]:

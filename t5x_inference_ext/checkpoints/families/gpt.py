@@ -9,6 +9,7 @@ from typing import Any
 from t5x_inference_ext.checkpoints.families.family import (
   PLAIN,
   FamilyModel,
+  even_sizes,
   head_sizes,
   rotary_fields,
 )
@@ -80,18 +81,11 @@ def layer_norm(s: Settings, *names: str) -> dict[str, Any]:
   return {'norm': 'layer', 'norm_scale': 'one', 'norm_epsilon': s.number(*names, default=1e-5)}
 
 
-def _gpt_sizes(s: Settings) -> dict[str, Any]:
-  """Return the sizes, from settings with GPT-2's names."""
+def _gpt_sizes(s: Settings, tied: bool) -> dict[str, Any]:
+  """Return the sizes as GPT-2's settings name them, and tied_head; `tied` is its default."""
   d_model, heads = s.integer('n_embd', 'hidden_size'), s.integer('n_head', 'num_attention_heads')
-  return {
-    'num_layers': s.layers('n_layer', 'num_hidden_layers'),
-    'd_model': d_model,
-    'd_ff': s.integer('n_inner', default=4 * d_model),
-    'vocab_size': s.integer('vocab_size'),
-    'num_heads': heads,
-    'num_kv_heads': heads,
-    'd_head': max(1, d_model // heads),
-  }
+  d_ff, layers = s.integer('n_inner', default=4 * d_model), ('n_layer', 'num_hidden_layers')
+  return even_sizes(s, d_model, heads, d_ff=d_ff, layers=layers, tied=tied)
 
 
 def learned(s: Settings) -> dict[str, Any]:
@@ -109,13 +103,12 @@ def gpt2(s: Settings) -> FamilyModel:
   """Return a GPT-2. Its matrices are stored [in, out]."""
   s.only('scale_attn_by_inverse_layer_idx', False)
   fields = {
-    **_gpt_sizes(s),
+    **_gpt_sizes(s, tied=True),
     **layer_norm(s, 'layer_norm_epsilon'),
     **learned(s),
     **BIASES,
     'block': 'serial',
     'mlp': s.choice('activation_function', PLAIN, 'gelu_new'),
-    'tied_head': s.flag('tie_word_embeddings', True),
   }
   return FamilyModel(
     ModelConfig(**fields),
@@ -131,13 +124,12 @@ def gpt_bigcode(s: Settings) -> FamilyModel:
   multiquery = s.flag('multi_query', True)
   s.value('num_key_value_heads', default=None)  # redundant: multi_query says it
   fields = {
-    **_gpt_sizes(s),
+    **_gpt_sizes(s, tied=True),
     **layer_norm(s, 'layer_norm_epsilon'),
     **learned(s),
     **BIASES,
     'block': 'serial',
     'mlp': s.choice('activation_function', PLAIN, 'gelu_pytorch_tanh'),
-    'tied_head': s.flag('tie_word_embeddings', True),
   }
   if multiquery:
     fields['num_kv_heads'] = 1
@@ -164,14 +156,13 @@ def codegen(s: Settings) -> FamilyModel:
 
 
 def _gptj_fields(s: Settings) -> dict[str, Any]:
-  sizes = _gpt_sizes(s)
+  sizes = _gpt_sizes(s, tied=False)
   rotated = s.integer('rotary_dim', default=64)
   return {
     **sizes,
     **layer_norm(s, 'layer_norm_epsilon'),
     'mlp': s.choice('activation_function', PLAIN, 'gelu_new'),
     'mlp_bias': True,
-    'tied_head': s.flag('tie_word_embeddings', False),
     'head_bias': True,
     'rotary_dims': None if rotated == sizes['d_head'] or s.is_null('rotary_dim') else rotated,
   }
@@ -181,24 +172,18 @@ def gpt_neox(s: Settings) -> FamilyModel:
   """Return a GPT-NeoX or Pythia."""
   d_model, heads = s.integer('hidden_size'), s.integer('num_attention_heads')
   parallel, biased = s.flag('use_parallel_residual', True), s.flag('attention_bias', True)
-  d_head = max(1, d_model // heads)
+  d_ff, layers = s.integer('intermediate_size'), ('num_hidden_layers',)
+  sizes = even_sizes(s, d_model, heads, d_ff=d_ff, layers=layers, tied=False)
   fields = {
-    'num_layers': s.layers('num_hidden_layers'),
-    'd_model': d_model,
-    'd_ff': s.integer('intermediate_size'),
-    'vocab_size': s.integer('vocab_size'),
-    'num_heads': heads,
-    'num_kv_heads': heads,
-    'd_head': d_head,
+    **sizes,
     **layer_norm(s, 'layer_norm_eps'),
-    **rotary_fields(s, d_head, part=0.25),
+    **rotary_fields(s, sizes['d_head'], part=0.25),
     'block': 'parallel' if parallel else 'serial',
     'parallel_norms': 2 if parallel else 1,
     'mlp': s.choice('hidden_act', PLAIN, 'gelu'),
     'qkv_bias': biased,
     'attention_output_bias': biased,
     'mlp_bias': True,
-    'tied_head': s.flag('tie_word_embeddings', False),
   }
   return FamilyModel(ModelConfig(**fields), _NEOX_MODULES, fused='grouped')
 
