@@ -19,9 +19,6 @@ from t5x_inference_ext.server.admission_queue import FairQueue
 from t5x_inference_ext.server.api_errors import ApiError, unavailable
 from t5x_inference_ext.server.turns import PromptToScore, TurnInbox
 
-# Tokens of prompts that are scored in one turn, beyond the first prompt: rows that decode wait.
-SCORED_TOKENS = 4096
-
 
 class Listener(Protocol):
   """A follower of a ticket. Both methods are called in the event loop."""
@@ -77,7 +74,7 @@ class Driver:
   Args:
     scheduler: The scheduler, which nothing else steps. Its inbox is `inbox`.
     inbox: The inbox, for turns that other processes follow.
-    score: Scores prompts; see engine.ranking.rank_prompts. Called in the thread.
+    score: Scores prompts; see engine.ranking.PromptRanker. Called in the thread.
 
   Attributes:
     error: Why the engine is dead; None while it lives.
@@ -220,16 +217,10 @@ class Driver:
       self._closing = True
 
   def _take_scores(self) -> list[_Score]:
-    """Take prompts to score, at least one if there is any."""
-    taken: list[_Score] = []
-    tokens = 0
-    while self._scores:
-      tokens += len(self._scores[0].prompt.tokens)
-      if taken and tokens > SCORED_TOKENS:
-        break
-      each = self._scores.pop(0)
-      if not each.future.cancelled():
-        taken.append(each)
+    """Take as many prompts to score as are scored together: rows that decode wait for them."""
+    self._scores = [each for each in self._scores if not each.future.cancelled()]
+    count = self.scheduler.config.prefill_rows
+    taken, self._scores = self._scores[:count], self._scores[count:]
     return taken
 
   def _score_all(self, scores: list[_Score]) -> None:
