@@ -37,7 +37,7 @@ from t5x_inference_ext.server.options import ServerOptions
 from t5x_inference_ext.server.request_log import RequestLog
 from t5x_inference_ext.server.service import Service
 
-BATCH = 64  # requests that Engine.generate answers together
+BATCH = 63  # requests that Engine.generate answers together
 FIRST_SHARE = 0.2  # of the time, after which memory should not grow
 
 
@@ -74,21 +74,29 @@ def clients(url: str, case: str, count: int, amount: int) -> list[dict]:
 
 def different(engine: Engine, answers: list[dict]) -> int:
   """Return how many answers have other tokens than Engine.generate gives."""
-  wrong = 0
-  for first in range(0, len(answers), BATCH):
-    some = answers[first : first + BATCH]
-    bodies = [each['body'] for each in some]
-    # Rows of padding, so that all batches have one shape, and compile once.
-    bodies += [{**bodies[0], 'max_tokens': MOST_NEW}] * (BATCH - len(some) + 1)
-    found = engine.generate(
-      [body['prompt'] for body in bodies],
-      max_new_tokens=[body['max_tokens'] for body in bodies],
-      sampling=[SamplingParams(body['temperature']) for body in bodies],
-      seeds=[body['seed'] for body in bodies],
-      prompt_size=LONGEST,
+  wrong, shortest = 0, 0
+  for size in (LONGEST // 8, LONGEST):  # short prompts by themselves: less padding
+    group = [each for each in answers if shortest < len(each['body']['prompt']) <= size]
+    wrong += sum(
+      _different_of_batch(engine, group[first : first + BATCH], size)
+      for first in range(0, len(group), BATCH)
     )
-    wrong += sum(each['tokens'] != alone.tokens for each, alone in zip(some, found))
+    shortest = size
   return wrong
+
+
+def _different_of_batch(engine: Engine, answers: list[dict], size: int) -> int:
+  bodies = [each['body'] for each in answers]
+  # Rows of padding, of which one has the largest limit: all batches have one shape.
+  bodies += [{**bodies[0], 'max_tokens': MOST_NEW}] * (BATCH + 1 - len(bodies))
+  found = engine.generate(
+    [body['prompt'] for body in bodies],
+    max_new_tokens=[body['max_tokens'] for body in bodies],
+    sampling=[SamplingParams(body['temperature']) for body in bodies],
+    seeds=[body['seed'] for body in bodies],
+    prompt_size=size,
+  )
+  return sum(each['tokens'] != alone.tokens for each, alone in zip(answers, found))
 
 
 def judge_mixed(engine: Engine, found: list[dict], args: argparse.Namespace) -> list[str]:
@@ -96,11 +104,13 @@ def judge_mixed(engine: Engine, found: list[dict], args: argparse.Namespace) -> 
   kept = [each for each in found if not each['left']]
   sound = [each for each in kept if each['status'] == 200 and each['finish']]
   tokens, lost = sum(len(each['tokens']) for each in sound), len(kept) - len(sound)
-  wrong = different(engine, sound)
   print(
     f'{args.clients} clients for {args.seconds} s: {len(found)} requests, {len(found) - len(kept)} '
-    f'left, {lost} lost; {len(sound)} answers of {tokens} tokens, {wrong} unlike Engine.generate'
+    f'left, {lost} lost; {len(sound)} answers of {tokens} tokens',
+    flush=True,
   )
+  wrong = different(engine, sound)
+  print(f'{wrong} answers are unlike those of Engine.generate')
   return [
     text for text in ('answers differ' * bool(wrong), 'answers are lost' * bool(lost)) if text
   ]
@@ -166,7 +176,7 @@ def main() -> int:
     service = make_service(served, settings, options, RequestLog(nowhere))
     running, memory = ServedService(service), Memory()
     found = clients(running.url, args.case, args.clients, amount)
-    print(memory.close())
+    print(memory.close(), flush=True)
     problems = left_over(service)
     running.close()
   if grown := compiled() - before:

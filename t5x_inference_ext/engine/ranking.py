@@ -33,7 +33,8 @@ class PromptRanker:
   anything.
 
   Args:
-    scheduler: Says how long prompts can be, and how many of the most likely tokens can be told.
+    scheduler: Says how long prompts can be, and how many of the most likely tokens can be told: at
+      least one.
     weights: Weights on the mesh of the scheduler's model.
   """
 

@@ -23,9 +23,10 @@ from t5x_inference_ext.precompile.case import CompileCase
 from t5x_inference_ext.precompile.program import phase_function
 from t5x_inference_ext.sharding.layout import ATTENTION, FEEDFORWARD, Layout, check_pair
 
-# Where both phases have one layout, all golden tokens are decoded; else the cache moves from one
-# layout to the other after the first of them, and a few more suffice.
-FEW_STEPS = 8
+# Where both phases have one layout, all golden tokens of float32 weights are decoded; else the cache
+# moves from one layout to the other after the first of them, and a few more suffice. Weights of int8
+# change products, not the cache.
+FEW_STEPS, INT8_STEPS = 8, 16
 _CONTEXT = 96  # positions of the cache: the longest prompt, BOS and all new tokens, in whole tiles
 # Beside what selfcheck.few_optimizations leaves out, on a CPU: loops are compiled faster without.
 _QUICK: dict[str, Any] = {'xla_cpu_use_fusion_emitters': False}
@@ -120,7 +121,8 @@ def check_goldens(
   check = _Check(checkpoint, mesh, goldens)
   for prefill, decode in pairs:
     begin = time.perf_counter()
-    steps = len(goldens.tokens[checkpoint.weights][0]) if prefill == decode else FEW_STEPS
+    steps = INT8_STEPS if checkpoint.weights == 'int8' else len(goldens.tokens['float32'][0])
+    steps = steps if prefill == decode else FEW_STEPS
     different = impossible = ''
     try:
       different = check.difference(prefill, decode, steps)
