@@ -23,9 +23,9 @@ from t5x_inference_ext.precompile.case import CompileCase
 from t5x_inference_ext.precompile.program import phase_function
 from t5x_inference_ext.sharding.layout import ATTENTION, FEEDFORWARD, Layout, check_pair
 
-# Where both phases have one layout, all golden tokens of float32 weights are decoded; else the cache
-# moves from one layout to the other after the first of them, and a few more suffice. Weights of int8
-# change products, not the cache.
+# Where both phases have one layout, all golden tokens of float32 weights are decoded. Else the
+# cache moves from one layout to the other after the first token, and a few more suffice.
+# Weights of int8 change products, not the cache.
 FEW_STEPS, INT8_STEPS = 8, 16
 _CONTEXT = 96  # positions of the cache: the longest prompt, BOS and all new tokens, in whole tiles
 # Beside what selfcheck.few_optimizations leaves out, on a CPU: loops are compiled faster without.
