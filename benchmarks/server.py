@@ -7,7 +7,8 @@ Run from the root of a checkout. Clients stream answers, in a process of their o
 checkpoint the figure is the processor time of the server's process for each step of `slots` rows,
 of which each gets a token: HTTP, JSON, metrics and threads, and the stub's own events. A step
 sleeps for 10 ms, as a device would work. With a checkpoint the figures are tokens a second of the
-clients together, beside one caller of Engine.stream on the same engine; the two take turns.
+clients together, without grammars and with, beside one caller of Engine.stream on the same engine;
+they take turns.
 """
 
 import argparse
@@ -48,9 +49,10 @@ class ServedService:
     self._service.log.close()
 
 
-def clients(url: str, count: int, new_tokens: int) -> float:
+def clients(url: str, count: int, new_tokens: int, constrained: int = 0) -> float:
   """Return the seconds of server_clients, in a process of their own."""
-  command = [sys.executable, '-m', 'benchmarks.server_clients', url, str(count), str(new_tokens)]
+  command = [sys.executable, '-m', 'benchmarks.server_clients', url]
+  command += map(str, (count, new_tokens, constrained))
   return float(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
 
 
@@ -84,14 +86,14 @@ def model_case(args) -> None:
 
   from t5x_inference_ext.engine.engine import Engine
   from t5x_inference_ext.runs.infer_options import InferOptions
-  from t5x_inference_ext.server.launch import compile_programs, make_scheduler, make_service
+  from t5x_inference_ext.server.launch import compile_programs, make_served, make_service
 
   engine = Engine.load(args.checkpoint, mesh='1x1x1', dtype=args.dtype)
   options = ServerOptions(port=0, max_length=256, model_name='model')
   model = InferOptions(checkpoint=args.checkpoint, batch_size=args.slots, dtype=args.dtype)
   settings = engine.checkpoint.text
-  scheduler, inbox = make_scheduler(engine, settings, model, options)
-  compile_programs(scheduler, print)
+  served = make_served(engine, settings, model, options)
+  compile_programs(served, print)
   prompts = [f'{i} {PROMPT}' for i in range(args.slots)]
 
   def stream() -> float:
@@ -104,13 +106,20 @@ def model_case(args) -> None:
     return count / (time.perf_counter() - begin)
 
   with open(os.devnull, 'w', encoding='utf-8') as nowhere:
-    service = make_service(engine, scheduler, inbox, settings, options, RequestLog(nowhere))
+    service = make_service(served, settings, options, RequestLog(nowhere))
     served = ServedService(service)
 
-    def over_http() -> float:
-      return args.slots * args.new_tokens / clients(served.url, args.slots, args.new_tokens)
+    def over_http(share: float) -> float:
+      constrained = round(args.slots * share)
+      seconds = clients(served.url, args.slots, args.new_tokens, constrained)
+      return args.slots * args.new_tokens / seconds
 
-    rates = {'Engine.stream': (stream, []), 'over HTTP': (over_http, [])}
+    rates = {
+      'Engine.stream': (stream, []),
+      'over HTTP': (lambda: over_http(0), []),
+      'over HTTP, half of the rows with a grammar': (lambda: over_http(0.5), []),
+      'over HTTP, all rows with a grammar': (lambda: over_http(1), []),
+    }
     for run, _ in rates.values():
       run()
     for _ in range(args.repeats):

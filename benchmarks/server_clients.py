@@ -1,6 +1,6 @@
 """Clients that stream completions together: the seconds that they wait for all tokens.
 
-    python -m benchmarks.server_clients URL CLIENTS NEW_TOKENS
+    python -m benchmarks.server_clients URL CLIENTS NEW_TOKENS CONSTRAINED
 
 benchmarks/server.py starts it; it imports nothing of the package, so that it costs little itself.
 """
@@ -10,11 +10,14 @@ import json
 import sys
 import time
 
+LINE = {'type': 'regex', 'regex': '[ -~]*'}  # never ends by itself
 PROMPT = 'The quick brown fox jumps over the lazy dog. '
 
 
-async def stream_one(host: str, port: int, body: dict) -> float:
-  """Ask for a stream; return the time of its last token."""
+async def post(
+  host: str, port: int, body: dict
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+  """Ask for a completion; return the connection, which the server closes after its answer."""
   reader, writer = await asyncio.open_connection(host, port)
   data = json.dumps(body).encode()
   writer.write(
@@ -22,14 +25,27 @@ async def stream_one(host: str, port: int, body: dict) -> float:
     b'connection: close\r\ncontent-length: %d\r\n\r\n' % len(data)
   )
   writer.write(data)
+  return reader, writer
+
+
+async def stream_one(host: str, port: int, body: dict) -> float:
+  """Ask for a stream; return the time of its last token."""
+  reader, writer = await post(host, port, body)
   answer = await reader.read()
   writer.close()
   assert answer.startswith(b'HTTP/1.1 200 ') and b'data: [DONE]' in answer, answer[:300]
   return time.perf_counter()
 
 
-def run_clients(url: str, count: int, new_tokens: int) -> None:
-  """Print the seconds that clients together waited for all of their tokens."""
+def run_clients(url: str, count: int, new_tokens: int, constrained: int) -> None:
+  """Print the seconds that clients together waited for all of their tokens.
+
+  Args:
+    url: Address of the server.
+    count: Number of clients.
+    new_tokens: Tokens of each.
+    constrained: How many of the clients ask for a text that a regular expression matches.
+  """
   host, _, port = url.removeprefix('http://').partition(':')
 
   async def all_clients():
@@ -40,6 +56,7 @@ def run_clients(url: str, count: int, new_tokens: int) -> None:
         'stream': True,
         'ignore_eos': True,
         'temperature': 0,
+        'response_format': LINE if i < constrained else {'type': 'text'},
       }
       for i in range(count)
     ]
@@ -51,4 +68,4 @@ def run_clients(url: str, count: int, new_tokens: int) -> None:
 
 
 if __name__ == '__main__':
-  run_clients(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+  run_clients(sys.argv[1], *map(int, sys.argv[2:]))

@@ -49,7 +49,7 @@ def do_nothing() -> None:
 
   one, all_rows = output(1), output(SLOTS)
   keep_state = lambda model, state, *arguments, **options: state
-  for name in ('start_prefill', 'prefill_chunk', 'load_blocks', 'save_blocks'):
+  for name in ('start_with_blocks', 'prefill_chunk', 'save_blocks'):
     setattr(programs, name, keep_state)
   programs.insert = lambda model, slots, *arguments: (slots, one)
   programs.decode_steps = lambda model, slots, *arguments, **options: (slots, all_rows)

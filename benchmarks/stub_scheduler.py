@@ -37,7 +37,7 @@ class StubScheduler:
     self._rows: list[tuple[int, int, int]] = []
     self.steps = 0
     self.stats = SchedulerStats()
-    self.config = SimpleNamespace(top_log_probs=20)
+    self.config = SimpleNamespace(top_log_probs=20, prefill_rows=1)
     self.model = SimpleNamespace(
       mesh=SimpleNamespace(shape={'x': 1, 'y': 1, 'z': 1}),
       prefill_layout='ws_2d/batch',

@@ -81,8 +81,8 @@ from t5x_inference_ext.runs.replay import replay
 from t5x_inference_ext.text_files import check_extra
 
 EQUAL, DIFFERENT = 0, 1  # exit codes of a replay
-_REPLAY_TAKES = ('checkpoint', 'vocabulary', 'norm_scale', 'scan_layers', 'batch_size')
-EXPLAINED_PROMPT = 512  # prompt tokens that --explain_layout assumes without --cache_length
+_REPLAY_TAKES = ('checkpoint', 'vocabulary', 'scan_layers', 'batch_size', *CONVENTION_NAMES)
+EXPLAINED_PROMPT = 512  # prompt tokens to explain a layout for, if --cache_length is not given
 
 
 def define_flags(flags: absl_flags.FlagValues) -> None:

@@ -3,6 +3,7 @@
 import collections
 from collections.abc import Hashable, Sequence
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -102,9 +103,10 @@ class Prefiller:
       for place, prompt in enumerate(group):
         prompt.path = self._prefixes.match(prompt.tokens, prompt.salt)
         starts[place] = len(prompt.path) * self._config.block_size
-    self.state = programs.start_prefill(self._model, self.state, self._weights)
     if self._prefixes is not None:
-      self.state = self._prefixes.load(self.state, [prompt.path for prompt in group])
+      self.state = self._prefixes.start(self.state, [prompt.path for prompt in group])
+    else:
+      self.state = programs.start_prefill(self._model, self.state, self._weights)
     self._starts = starts[: len(group)].tolist()
     self._done = 0
     self._left = max(len(p.tokens) - start for p, start in zip(group, self._starts))
@@ -159,9 +161,9 @@ class Prefiller:
       )
     if self._prefixes is not None:
       self.state = self._prefixes.warm_up(self.state, done)
-    self.state = timed_run(
-      done, 'start_prefill', lambda: programs.start_prefill(self._model, self.state, self._weights)
-    )
+    else:
+      start = functools.partial(programs.start_prefill, self._model, self.state, self._weights)
+      self.state = timed_run(done, 'start_prefill', start)
 
   def _finish(self) -> None:
     """Save the prompts' blocks in the prefix cache, and mark their rows as ready."""

@@ -3,15 +3,9 @@
 from collections.abc import Hashable, Sequence
 
 import jax
-import numpy as np
 
 from t5x_inference_ext.engine import programs
-from t5x_inference_ext.engine.prefix_store import (
-  BlockCopies,
-  block_copies,
-  blocks_for,
-  bytes_per_block,
-)
+from t5x_inference_ext.engine.prefix_store import block_copies, blocks_for, bytes_per_block
 from t5x_inference_ext.engine.prefix_tree import Node, PrefixTree
 from t5x_inference_ext.engine.prompts import PrefillState
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
@@ -37,7 +31,7 @@ class PrefixCache:
     self.tree = PrefixTree(blocks, size)
     self._store = programs.empty_store(model, weights, rows, blocks, size)
     self._bytes = bytes_per_block(model, weights, rows, size)
-    self._most = max(1, rows * (config.max_length // size))  # copies in one call
+    self._most = max(1, rows * (config.max_length // size))  # copies: all blocks of all rows
 
   @property
   def stats(self) -> PrefixStats:
@@ -48,20 +42,19 @@ class PrefixCache:
     )
 
   def match(self, tokens: Sequence[int], salt: Hashable) -> list[Node]:
-    """Return the nodes of a prompt's longest cached prefix; `load` it before the next `save`."""
+    """Return the nodes of the cached beginning of a prompt; `start` before the next `save`."""
     return self.tree.match(tokens, salt)
 
-  def load(self, state: PrefillState, paths: Sequence[Sequence[Node]]) -> PrefillState:
-    """Copy the cached prefixes of prompts into the prefill state; return the new state.
+  def start(self, state: PrefillState, paths: Sequence[Sequence[Node]]) -> PrefillState:
+    """Reset the prefill state for new prompts, with their cached beginnings; return the new state.
 
     Args:
       state: The prefill state. Donated.
       paths: For each row of the state, in order, the nodes from `match`.
     """
     copies = [(row, n.depth, n.block) for row, path in enumerate(paths) for n in path]
-    for each in block_copies(copies, self._most):
-      state = programs.load_blocks(self._model, state, self._weights, self._store, each)
-    return state
+    copied = block_copies(copies, self._most)
+    return programs.start_with_blocks(self._model, state, self._weights, self._store, copied)
 
   def save(self, state: PrefillState, prompts: Sequence[tuple[Sequence[int], Hashable]]) -> None:
     """Store the whole blocks of prefilled prompts that are not stored yet, as many as fit.
@@ -75,21 +68,18 @@ class PrefixCache:
       for row, prompt in enumerate(prompts)
       for node in self.tree.extend(*prompt)
     ]
-    for each in block_copies(copies, self._most):
-      self._store = programs.save_blocks(self._model, self._store, self._weights, state, each)
+    if copies:
+      copied = block_copies(copies, self._most)
+      self._store = programs.save_blocks(self._model, self._store, self._weights, state, copied)
 
   def wait(self) -> None:
     """Wait until the devices have run all programs that were started."""
     jax.block_until_ready(self._store)
 
   def warm_up(self, state: PrefillState, done: list[CompiledProgram]) -> PrefillState:
-    """Compile the programs by running them with no copies; return the prefill state (donated)."""
-    rows, indices, blocks = np.zeros((3, self._most), np.int32)
-    nothing = BlockCopies(rows, indices, blocks, np.int32(0))
-    arguments = self._weights, self._store, nothing
-    state = timed_run(
-      done, 'load_blocks', lambda: programs.load_blocks(self._model, state, *arguments)
-    )
+    """Compile the programs by copying nothing; return the prefill state, which is donated."""
+    state = timed_run(done, 'start_with_blocks', lambda: self.start(state, []))
+    nothing = block_copies([], self._most)
     self._store = timed_run(
       done,
       'save_blocks',

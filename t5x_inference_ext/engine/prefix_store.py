@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from t5x_inference_ext.engine import cache_rows
-from t5x_inference_ext.engine.prompts import PrefillState
+from t5x_inference_ext.engine.prompts import PrefillState, start_prefill
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.cache import KeysValues, KVCache, LayersKV
 from t5x_inference_ext.model.transformer import Model
@@ -71,21 +71,16 @@ class BlockCopies:
   count: Any
 
 
-def block_copies(copies: Sequence[tuple[int, int, int]], most: int) -> list[BlockCopies]:
-  """Divide copies over calls of load_blocks or save_blocks; return the argument of each call.
+def block_copies(copies: Sequence[tuple[int, int, int]], most: int) -> BlockCopies:
+  """Return the argument of load_blocks or save_blocks that makes all copies.
 
   Args:
     copies: (row, index, block) of each copy, in order.
-    most: M, maximum number of copies in one call.
+    most: M, how many copies there is room for.
   """
-  calls = []
-  for first in range(0, len(copies), most):
-    part = np.zeros((most, 3), np.int32)
-    some = copies[first : first + most]
-    part[: len(some)] = some
-    rows, indices, blocks = np.ascontiguousarray(part.T)
-    calls.append(BlockCopies(rows, indices, blocks, np.int32(len(some))))
-  return calls
+  padded = np.zeros((most, 3), np.int32)
+  padded[: len(copies)] = np.reshape(copies, (-1, 3))
+  return BlockCopies(*np.ascontiguousarray(padded.T), np.int32(len(copies)))
 
 
 def empty_store(
@@ -147,6 +142,13 @@ def bytes_per_block(model: Model, weights: Weights, rows: int, block_size: int) 
 def blocks_for(budget: int, model: Model, weights: Weights, rows: int, block_size: int) -> int:
   """Return how many blocks fit into `budget` bytes on each device. See bytes_per_block."""
   return max(0, budget) // bytes_per_block(model, weights, rows, block_size)
+
+
+def start_with_blocks(
+  model: Model, prompts: PrefillState, weights: Weights, store: PrefixStore, copies: BlockCopies
+) -> PrefillState:
+  """Reset the state for new prompts, and load their beginnings; see load_blocks."""
+  return load_blocks(model, start_prefill(model, prompts, weights), weights, store, copies)
 
 
 def load_blocks(

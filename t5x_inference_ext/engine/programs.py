@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from t5x_inference_ext.engine import prefix_store, prompts, slot_steps, slots, static_batch
 from t5x_inference_ext.engine.saved_generation import GenerationShape, SavedGeneration
 from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.model import long_scoring
+from t5x_inference_ext.model import chunks, long_scoring
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
 
@@ -94,7 +94,7 @@ choose_masked = _compiled(slot_steps.choose_masked, donated=('slots',))
 
 # The prefix cache (engine.prefix_store).
 empty_store = _compiled(prefix_store.empty_store, static=('rows', 'blocks', 'block_size'))
-load_blocks = _compiled(prefix_store.load_blocks, donated=('prompts',))
+start_with_blocks = _compiled(prefix_store.start_with_blocks, donated=('prompts',))
 save_blocks = _compiled(prefix_store.save_blocks, donated=('store',))
 
 # A static batch (engine.static_batch).
@@ -162,6 +162,10 @@ def generation_for(
   return executable.load(*generation_program(model, shape, weights), model.mesh)
 
 
-# Passes over whole sequences.
-log_probs = _replicated(long_scoring.score_sequences, 'top')
+# A cache from the layout of one model to that of another.
+move_cache = _compiled(chunks.with_layout_of, static=('to',))
+
+# Passes over whole sequences; score_chunks is for all lengths (engine.ranking).
+log_probs = _replicated(long_scoring.score_sequences)
+score_chunks = _replicated(long_scoring.score_chunks, 'size', 'top')
 logits = _replicated(Model.logits)

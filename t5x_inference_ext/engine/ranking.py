@@ -5,15 +5,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from t5x_inference_ext.engine import length_buckets, programs
+from t5x_inference_ext.engine import programs
 from t5x_inference_ext.engine.request import TopLogProbs
-from t5x_inference_ext.engine.scorer import Scorer
-from t5x_inference_ext.engine.scoring import ScoringExample, packed
-
-# How many most likely tokens a program returns: one program for each number here. The last is the
-# maximum that a request may ask for.
-WIDTHS = (0, 1, 20)
-_TOKENS = 4096  # of a batch, padding included
+from t5x_inference_ext.engine.scheduler import Scheduler
+from t5x_inference_ext.engine.warm_up import CompiledProgram, timed_run
+from t5x_inference_ext.model.log_probs import RankedTokens
+from t5x_inference_ext.model.weights import Weights
 
 
 class RankedPrompt(NamedTuple):
@@ -28,32 +25,64 @@ class RankedPrompt(NamedTuple):
   top: list[TopLogProbs]
 
 
-def rank_prompts(
-  scorer: Scorer, prompts: Sequence[tuple[Sequence[int], int]]
-) -> list[RankedPrompt]:
-  """Score prompts; prompts of similar lengths share a pass.
+class PromptRanker:
+  """Scores prompts of any length beside a scheduler, with one program.
+
+  The program takes as many prompts as the scheduler prefills together, and runs chunks of the
+  scheduler's largest size, as many as the longest of the prompts needs. No prompt, then, compiles
+  anything.
 
   Args:
-    scorer: The engine.
-    prompts: Pairs (token ids with BOS if the model has one, number of most likely tokens to return
-      at each position). A prompt of 0 or 1 tokens has no scores.
+    scheduler: Says how long prompts can be, and how many of the most likely tokens can be told: at
+      least one.
+    weights: Weights on the mesh of the scheduler's model.
   """
-  most = min(max((top for _, top in prompts), default=0), scorer.model.config.vocab_size)
-  width = min(next(w for w in WIDTHS if w >= most), scorer.model.config.vocab_size)
-  found = [RankedPrompt([], []) for _ in prompts]
-  scored = [i for i, (tokens, _) in enumerate(prompts) if len(tokens) > 1]
-  examples = [ScoringExample.of(prompts[i][0], (), None) for i in scored]
-  packer = length_buckets.packer(scorer.model, _TOKENS)
-  for pack in packer.pack([len(example.targets) for example in examples]):
-    arrays = programs.put(scorer.model, *packed(examples, pack))
-    result = programs.log_probs(scorer.model, scorer.weights, *arrays, top=width)
-    log_probs, ids, likely = map(np.asarray, result if width else (result, None, None))
-    for row, item in enumerate(pack.items):
-      tokens, top = prompts[scored[item]]
-      count = len(tokens) - 1
-      pairs: list[TopLogProbs] = [[] for _ in range(count)]
-      if top:
-        shown = ids[row, :count, :top].tolist(), likely[row, :count, :top].tolist()
-        pairs = [list(zip(*each)) for each in zip(*shown)]
-      found[scored[item]] = RankedPrompt(log_probs[row, :count].tolist(), pairs)
-  return found
+
+  def __init__(self, scheduler: Scheduler, weights: Weights) -> None:
+    self._scheduler, self._weights, config = scheduler, weights, scheduler.config
+    self._rows, self._top = config.prefill_rows, config.top_log_probs
+    self._size = config.chunk_sizes[-1]
+    self._length = -(-config.max_length // self._size) * self._size
+
+  def rank(self, prompts: Sequence[tuple[Sequence[int], int]]) -> list[RankedPrompt]:
+    """Score prompts.
+
+    Args:
+      prompts: Pairs (token ids with BOS if the model has one, how many of the most likely tokens
+        are told at each place). An empty prompt, or one of one token, has no scores.
+    """
+    found = [RankedPrompt([], []) for _ in prompts]
+    scored = [i for i, (tokens, _) in enumerate(prompts) if len(tokens) > 1]
+    for first in range(0, len(scored), self._rows):
+      group = scored[first : first + self._rows]
+      ranked = self._run([prompts[i][0] for i in group])
+      for row, i in enumerate(group):
+        tokens, top = prompts[i]
+        found[i] = _ranked_prompt(ranked, row, len(tokens) - 1, top)
+    return found
+
+  def warm_up(self) -> CompiledProgram:
+    """Compile the program, and return it."""
+    done: list[CompiledProgram] = []
+    timed_run(done, 'score_chunks', lambda: self._run([(0, 0)]), size=self._size)
+    return done[0]
+
+  def _run(self, prompts: Sequence[Sequence[int]]) -> RankedTokens:
+    """Return the scores of prompts of 2 tokens or more, as host arrays."""
+    inputs, targets = np.zeros((2, self._rows, self._length), np.int32)
+    for row, tokens in enumerate(prompts):
+      inputs[row, : len(tokens) - 1], targets[row, : len(tokens) - 1] = tokens[:-1], tokens[1:]
+    count = np.int32(-(-(max(map(len, prompts)) - 1) // self._size))
+    self._scheduler.settle()
+    model = self._scheduler.model
+    arrays = programs.put(model, inputs, targets, count)
+    scores = programs.score_chunks(model, self._weights, *arrays, size=self._size, top=self._top)
+    return RankedTokens(*map(np.asarray, scores))
+
+
+def _ranked_prompt(ranked: RankedTokens, row: int, count: int, top: int) -> RankedPrompt:
+  """Return the scores of a row's first `count` positions, with `top` of the most likely tokens."""
+  ids = ranked.top_tokens[row, :count, :top].tolist()
+  likely = ranked.top_log_probs[row, :count, :top].tolist()
+  pairs = [list(zip(*each)) for each in zip(ids, likely)]
+  return RankedPrompt(ranked.log_probs[row, :count].tolist(), pairs)

@@ -199,7 +199,7 @@ class Scheduler:
     """Prefill waiting prompts, within the budget, and insert rows while there are free slots."""
     budget, worked = self.config.prefill_budget, False
     while self._table.free and self._rows_wait:
-      self._settle()
+      self.settle()
       worked = True
       if self._prefiller.ready:
         if not self._insert_next():
@@ -209,14 +209,14 @@ class Scheduler:
       else:
         budget -= self._prefiller.chunk()
     if worked:
-      self._settle()
+      self.settle()
 
   @property
   def _rows_wait(self) -> bool:
     return bool(self._waiting or self._prefiller.ready or self._prefiller.active)
 
-  def _settle(self) -> None:
-    """Wait for all programs, where prefill must not run beside decode steps."""
+  def settle(self) -> None:
+    """Wait for all programs, where no other one may run beside decode steps."""
     # XLA:CPU runs collectives of many devices on few threads: those of two programs that do not
     # wait for each other can block each other forever.
     if self._one_at_a_time:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 import dataclasses
 import functools
 import itertools
+import math
 from typing import Any
 
 from t5x_inference_ext.engine.inputs import check_at_least
@@ -12,14 +13,11 @@ from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.transformer import Model
 
 LENGTH_MULTIPLE = 32  # lengths and pages are whole tiles of an int8 cache
-SMALLEST_CHUNK = 16  # the smallest size that a prompt's last chunk is padded to
-CHUNK_FACTOR = 4  # ratio of consecutive chunk sizes
-# A prefill pass reads all weights. This costs as much time as processing this many positions: 50 as
-# measured with a small model on a CPU, more on a TPU.
-PASS_POSITIONS = 64
-FIRST_READ = 512  # the fewest cached positions that a chunk reads, unless it reads none
-READ_FACTOR = 4
-# Decode steps in one call where no client waits for each token: prompt files, T5X batches.
+SMALLEST_CHUNK = 16  # a prompt's last chunk is padded to a size of the list, at least this
+CHUNK_FACTOR = 4  # each size of a chunk is this many times the one before
+CHUNK_SIZES = 3  # at most
+FIRST_READ = 512  # the least positions of a prompt's cache that a chunk reads, if it reads any
+# Decode steps in one call where nobody waits for a single token: a file, a batch of T5X.
 BATCH_DECODE_STEPS = 16
 PREFIX_BYTES = 2**28  # bytes per device for cached prefixes
 
@@ -134,13 +132,14 @@ class SchedulerConfig:
     """The sizes of prefill chunks, in ascending order; the last is prefill_chunk."""
     largest = min(self.prefill_chunk, _power_of_two(self.max_length))
     sizes = (SMALLEST_CHUNK * CHUNK_FACTOR**i for i in itertools.count())
-    return [*itertools.takewhile(lambda size: size < largest, sizes), largest]
+    return [*itertools.takewhile(lambda size: size < largest, sizes), largest][-CHUNK_SIZES:]
 
   @property
   def prefill_reads(self) -> list[int]:
-    """How many cached positions prefill chunks read, one number per program, ascending."""
-    sizes = (FIRST_READ * READ_FACTOR**i for i in itertools.count())
-    return [0, *itertools.takewhile(lambda size: size < self.max_length, sizes), self.max_length]
+    """The numbers of cached positions that chunks read, in ascending order: at most three."""
+    # A power of two: about as many times FIRST_READ as max_length is many times the middle.
+    middle = 1 << math.isqrt(FIRST_READ * max(FIRST_READ, self.max_length)).bit_length() - 1
+    return [0, *([middle] if middle < self.max_length else []), self.max_length]
 
   def programs_text(self, shards: int, *, grammars: bool = False) -> str:
     """Return one line with every program that requests can need, and its sizes.
@@ -155,7 +154,7 @@ class SchedulerConfig:
 
     chunks, reads = self.chunk_sizes, self.prefill_reads
     pages, shared = self.reads_of_pages(shards), self.shared_reads
-    others = 4 if self.prefix_bytes else 2  # insert and start_prefill, load_blocks and save_blocks
+    others = 3 if self.prefix_bytes else 2  # insert and start_prefill, and save_blocks
     steps = len(pages) * len(shared)
     if grammars:  # decode_logits, and choose_masked
       steps, others = steps + len(self.logits_reads(shards)), others + 1

@@ -19,6 +19,7 @@ from t5x_inference_ext.model.embedding import unembed
 from t5x_inference_ext.model.log_probs import RankedTokens, target_log_probs
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
+from t5x_inference_ext.sharding.activations import padded_length
 from t5x_inference_ext.sharding.layout import num_shards
 
 LONG = 1024  # up to this many positions, one pass is used: it is a little faster
@@ -37,42 +38,73 @@ def chunk_size(model: Model, rows: int, length: int) -> int:
 
 
 def score_sequences(
-  model: Model,
-  weights: Weights,
-  tokens: Int[Array, 'B T'],
-  targets: Int[Array, 'B T'],
-  top: int = 0,
-) -> Float[Array, 'B T'] | RankedTokens:
-  """Return log p(target | inputs so far) at each position: Model.target_scores for long rows.
+  model: Model, weights: Weights, tokens: Int[Array, 'B T'], targets: Int[Array, 'B T']
+) -> Float[Array, 'B T']:
+  """Return log p(target | inputs so far) at each position, as Model.log_probs does.
 
   Args:
     model: The model.
     weights: Weights on the model's mesh.
     tokens: [B, T] int32. Model inputs (BOS first).
     targets: [B, T] int32. Target of each position.
-    top: How many of the most likely tokens are returned too, as RankedTokens.
   """
   rows, length = tokens.shape
   size = chunk_size(model, rows, length)
   if size >= length:
-    return model.target_scores(weights, tokens, targets, top)
+    return model.log_probs(weights, tokens, targets)
   steps = -(-length // size)
   padding = (0, 0), (0, steps * size - length)
-  chunks = (jnp.pad(ids, padding).reshape(rows, steps, size) for ids in (tokens, targets))
-  prefill = model.prefilling
-  cache = empty_cache(prefill, weights, rows, steps * size)
+  tokens, targets = (jnp.pad(ids, padding) for ids in (tokens, targets))
+  return score_chunks(model, weights, tokens, targets, steps, size)[:, :length]
 
-  def step(cache: KVCache, chunk: Any) -> tuple[KVCache, Any]:
-    tokens, targets = chunk
-    found, cache = score_chunk(prefill, weights, cache, tokens, targets, top)
-    return cache, found
 
-  def whole(found: jax.Array) -> jax.Array:
-    joined = jnp.moveaxis(found, 0, 1).reshape(rows, steps * size, *found.shape[3:])
-    return joined[:, :length]
+def score_chunks(
+  model: Model,
+  weights: Weights,
+  tokens: Int[Array, 'B T'],
+  targets: Int[Array, 'B T'],
+  count: int | jax.Array,
+  size: int,
+  top: int = 0,
+) -> Float[Array, 'B T'] | RankedTokens:
+  """Return log p(target | inputs so far) at each position of the first chunks of rows.
 
-  _, found = lax.scan(step, cache, tuple(jnp.moveaxis(ids, 1, 0) for ids in chunks))
-  return jax.tree.map(whole, found)
+  Args:
+    model: The model.
+    weights: Weights on the model's mesh.
+    tokens: [B, T] int32. Model inputs (BOS first). T is a multiple of `size`.
+    targets: [B, T] int32. Target of each position.
+    count: Chunks of each row to run, at least 1. The results of other positions are 0.
+    size: Positions of a chunk.
+    top: How many of the most likely tokens are returned too, as RankedTokens.
+
+  Returns:
+    [B, T] float32 or RankedTokens. Log-probabilities are NaN as in Model.logits.
+  """
+  prefill, (rows, length) = model.prefilling, tokens.shape
+  room = padded_length(model.prefill_layout, model.mesh.shape, rows, length)
+  cache = empty_cache(prefill, weights, rows, room)
+
+  def run(i: int | jax.Array, cache: KVCache, read: int | None) -> tuple[Any, KVCache]:
+    chunk = (lax.dynamic_slice_in_dim(ids, i * size, size, 1) for ids in (tokens, targets))
+    return score_chunk(prefill, weights, cache, *chunk, top, read)
+
+  def step(i: jax.Array, carry: tuple[KVCache, Any]) -> tuple[KVCache, Any]:
+    cache, found = carry
+    new, cache = run(i, cache, None)
+    return cache, jax.tree.map(
+      lambda x, new: lax.dynamic_update_slice_in_dim(x, new, i * size, 1), found, new
+    )
+
+  # The first chunk is a pass of its own, for which attention reads nothing that is cached.
+  first, cache = run(0, cache, 0)
+  padding = (0, 0), (0, length - size)
+  found = jax.tree.map(lambda x: jnp.pad(x, (*padding, *((0, 0),) * (x.ndim - 2))), first)
+  _, found = lax.fori_loop(1, count, step, (cache, found))
+  # Later chunks attend to finite values in the place of broken ones.
+  log_probs = found.log_probs if top else found
+  log_probs = jnp.where(jnp.cumsum(jnp.isnan(log_probs), axis=1) > 0, jnp.nan, log_probs)
+  return found._replace(log_probs=log_probs) if top else log_probs
 
 
 def score_chunk(
@@ -82,6 +114,7 @@ def score_chunk(
   tokens: Int[Array, 'B T'],
   targets: Int[Array, 'B T'],
   top: int = 0,
+  read: int | None = None,
 ) -> tuple[Float[Array, 'B T'] | RankedTokens, KVCache]:
   """Run T more tokens per row after the cached ones; return their targets' log-probabilities.
 
@@ -92,6 +125,7 @@ def score_chunk(
     tokens: [B, T] int32. Model inputs.
     targets: [B, T] int32. Target of each position.
     top: How many of the most likely tokens are returned too, as RankedTokens.
+    read: Cached positions of each row that attention reads, the first ones; None: all.
 
   Returns:
     [B, T] float32 or RankedTokens, and the cache with the tokens in it.
@@ -126,5 +160,6 @@ def score_chunk(
     spec,
     inputs=(P(sampling), P(sharding.attention_rows)),
     outputs=(P(sampling), spec),
+    read=read,
   )(weights, cache, tokens, targets, jnp.full(rows, length, jnp.int32))
   return jax.tree.map(lambda each: each[:, :length], found), cache

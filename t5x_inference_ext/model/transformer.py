@@ -21,7 +21,7 @@ from t5x_inference_ext.model.cache import KeysValues, KVCache
 from t5x_inference_ext.model.embedding import last_positions, unembed
 from t5x_inference_ext.model.finite import mark_broken_before
 from t5x_inference_ext.model.forward import Finish, forward
-from t5x_inference_ext.model.log_probs import RankedTokens, target_log_probs
+from t5x_inference_ext.model.log_probs import target_log_probs
 from t5x_inference_ext.model.pages import AnyCache, append_tokens
 from t5x_inference_ext.model.shardings import ShardedModel
 from t5x_inference_ext.model.weights import Weights
@@ -199,12 +199,6 @@ class Model(ShardedModel):
       tokens: [B, T] int32. Model inputs (BOS first).
       targets: [B, T] int32. Target of each position.
     """
-    return self.target_scores(weights, tokens, targets)
-
-  def target_scores(
-    self, weights: Weights, tokens: Int[Array, 'B T'], targets: Int[Array, 'B T'], top: int = 0
-  ) -> Any:
-    """Return log_probs(...), or with `top` RankedTokens of shapes [B, T] and [B, T, top]."""
     rows, length = tokens.shape
     sharding = self.prefill_sharding(rows, length)
     sampling, shape = self.sampling_axes(rows), self.mesh.shape
@@ -216,20 +210,19 @@ class Model(ShardedModel):
 
     def finish(
       weights: Weights, cache: None, x: jax.Array, kv: KeysValues, targets: jax.Array
-    ) -> jax.Array | RankedTokens:
+    ) -> jax.Array:
       del cache, kv
 
       def logits(x: jax.Array) -> jax.Array:
         return unembed(self, sharding, weights, x, position_axes, rows)
 
       x = mark_broken_before(x, position_axes)
-      return target_log_probs(x, targets, logits, position_axes, width, top)
+      return target_log_probs(x, targets, logits, position_axes, width)
 
     tokens, targets = (self.pad_tokens(ids, sharding.layout) for ids in (tokens, targets))
-    found = self.on_shards(
+    return self.on_shards(
       sharding, finish, weights, None, inputs=(P(sampling),), outputs=P(sampling)
-    )(weights, None, tokens, targets)
-    return jax.tree.map(lambda each: each[:, :length], found)
+    )(weights, None, tokens, targets)[:, :length]
 
   def on_shards(
     self,

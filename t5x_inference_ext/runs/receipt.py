@@ -4,16 +4,19 @@ A receipt is a JSON object. runs/receipt_file.py reads and checks a receipt's fi
 runs/replay.py runs its request again.
 
   format, version    RECEIPT_FORMAT and RECEIPT_VERSION
-  request            tokens (BOS included), seeds, limit, end_ids, stop_texts, sampling
+  request            tokens (BOS included), seeds, limit, end_ids, stop_texts, sampling; with a
+                     grammar, its kind and source
   weights            dtype of the matrices, and what the identity `sha256` covers
   engine             mesh, prefill_layout, decode_layout, dtype, cache
-  versions           of this package, jax and jaxlib, and the kind of chip
+  versions           of this package, jax and jaxlib, of llguidance with a grammar, and the kind of
+                     chip
   seconds, chips, chip_seconds    from the request's arrival to its end; other rows shared the chips
   samples            for each seed its tokens, score and finish_reason
 """
 
 from collections.abc import Sequence
 import dataclasses
+import importlib.metadata
 import math
 from typing import Any
 
@@ -24,14 +27,13 @@ from t5x_inference_ext import __version__
 from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.engine.request import Request, Sample
 from t5x_inference_ext.engine.sampling import SamplingParams
-from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.sharding.mesh import mesh_text
 
 RECEIPT_FORMAT = 't5x_inference_ext receipt'
 RECEIPT_VERSION = 1
-# Fields of a request that affect its tokens, so receipts record them; then fields that don't.
-TOLD = ('tokens', 'seeds', 'limit', 'end_ids', 'stop_texts', 'sampling')
-_WITHOUT_EFFECT = ('text', 'top_log_probs', 'salt')
+GRAMMAR_LIBRARY = 'llguidance'
+# Fields of a request that choose its tokens; `text`, `top_log_probs` and `salt` don't.
+TOLD = ('tokens', 'seeds', 'limit', 'end_ids', 'stop_texts', 'sampling', 'grammar')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,14 +54,6 @@ class EngineSetting:
     return cls(mesh_text(model.mesh), *layouts, model.dtype, model.cache_dtype)
 
 
-def check_told(request: Request) -> None:
-  """Raise RequestError if a request has an option that a receipt can't record."""
-  for field in dataclasses.fields(request):
-    known = field.name in (*TOLD, *_WITHOUT_EFFECT)
-    if not known and getattr(request, field.name) != field.default:
-      raise RequestError(f'a request with {field.name} gets no receipt: it could not be replayed')
-
-
 def make_receipt(
   engine: Engine, request: Request, samples: Sequence[Sample], seconds: float
 ) -> dict[str, Any]:
@@ -70,13 +64,10 @@ def make_receipt(
     request: The request.
     samples: Its samples, one for each seed.
     seconds: Time from the request's arrival to its end.
-
-  Raises:
-    RequestError: The request has an option that a receipt can't record.
   """
-  check_told(request)
   checkpoint, chips = engine.checkpoint, engine.model.mesh.size
   covers, sha256 = engine.weights_identity
+  grammar = request.grammar
   return {
     'format': RECEIPT_FORMAT,
     'version': RECEIPT_VERSION,
@@ -87,10 +78,11 @@ def make_receipt(
       'end_ids': [*(checkpoint.end_ids if request.end_ids is None else request.end_ids)],
       'stop_texts': [*request.stop_texts],
       'sampling': _sampling(request.sampling),
+      **({} if grammar is None else {'grammar': dataclasses.asdict(grammar)}),
     },
     'weights': {'dtype': checkpoint.weights, 'covers': covers, 'sha256': sha256},
     'engine': dataclasses.asdict(EngineSetting.of(engine)),
-    'versions': versions(),
+    'versions': versions(grammars=grammar is not None),
     'seconds': seconds,
     'chips': chips,
     'chip_seconds': seconds * chips,
@@ -105,12 +97,17 @@ def make_receipt(
   }
 
 
-def versions() -> dict[str, str]:
-  """Return the versions and the kind of chip, which affect what programs compute."""
+def versions(*, grammars: bool = False) -> dict[str, str]:
+  """Return the versions that decide what programs compute, and the kind of chip.
+
+  Args:
+    grammars: Whether the version of the grammars' library is told, which must be installed.
+  """
   return {
     't5x_inference_ext': __version__,
     'jax': jax.__version__,
     'jaxlib': jaxlib.__version__,
+    **({GRAMMAR_LIBRARY: importlib.metadata.version(GRAMMAR_LIBRARY)} if grammars else {}),
     'chip': jax.devices()[0].device_kind,
   }
 

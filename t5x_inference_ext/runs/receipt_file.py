@@ -13,10 +13,17 @@ from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.errors import MeshError, RequestError, UserError, name_list
 from t5x_inference_ext.model.shardings import CACHE_DTYPES, COMPUTE_DTYPES
 from t5x_inference_ext.options import LARGEST_WHOLE, has_type, is_whole, short_repr
-from t5x_inference_ext.runs.receipt import RECEIPT_FORMAT, RECEIPT_VERSION, TOLD, EngineSetting
+from t5x_inference_ext.runs.receipt import (
+  GRAMMAR_LIBRARY,
+  RECEIPT_FORMAT,
+  RECEIPT_VERSION,
+  TOLD,
+  EngineSetting,
+)
 from t5x_inference_ext.runs.row_sampling import parse_logit_bias
 from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.mesh import parse_mesh
+from t5x_inference_ext.text.grammar import Grammar
 from t5x_inference_ext.text.stop_texts import check_stop_texts
 from t5x_inference_ext.text_files import parse_json
 
@@ -25,6 +32,7 @@ _FINISHES = ('eos', 'stop', 'length', 'error')
 _WEIGHTS = ('float32', 'bfloat16', 'int8')
 _VERSIONS = ('t5x_inference_ext', 'jax', 'jaxlib', 'chip')
 _TIMES = ('seconds', 'chips', 'chip_seconds')
+_GRAMMAR = tuple(field.name for field in dataclasses.fields(Grammar))
 _PARTS = ('format', 'version', 'request', 'weights', 'engine', 'versions', *_TIMES, 'samples')
 
 
@@ -84,7 +92,8 @@ def _receipt(value: Any) -> Receipt:
   for name in _TIMES:
     if not has_type(parts[name], float) or not 0 <= parts[name] < math.inf:
       raise ValueError(f'{name} is {short_repr(parts[name])}, not a number of 0 or more')
-  request = _request(_fields('request', parts['request'], TOLD))
+  request = _request(_fields('request', parts['request'], TOLD, optional=('grammar',)))
+  versions = _VERSIONS if request.grammar is None else (*_VERSIONS, GRAMMAR_LIBRARY)
   weights = _fields('weights', parts['weights'], ('dtype', *WeightsIdentity._fields))
   digest = weights['sha256']
   if not isinstance(digest, str) or not re.fullmatch('[0-9a-f]{64}', digest):
@@ -96,7 +105,7 @@ def _receipt(value: Any) -> Receipt:
     _setting(parts['engine']),
     {
       name: _line(f'versions.{name}', each)
-      for name, each in _fields('versions', parts['versions'], _VERSIONS).items()
+      for name, each in _fields('versions', parts['versions'], versions).items()
     },
     _samples(parts['samples'], request),
   )
@@ -119,6 +128,9 @@ def _request(fields: dict[str, Any]) -> Request:
   known = tuple(field.name for field in dataclasses.fields(SamplingParams))
   _fields('request.sampling', options, known)
   options = {**options, 'logit_bias': parse_logit_bias(options['logit_bias'])}
+  grammar = None
+  if 'grammar' in fields:
+    grammar = Grammar(**_fields('request.grammar', fields['grammar'], _GRAMMAR))
   return Request(
     tuple(tokens),
     tuple(seeds),
@@ -126,6 +138,7 @@ def _request(fields: dict[str, Any]) -> Request:
     SamplingParams(**options),
     end_ids=tuple(ends),
     stop_texts=tuple(stops),
+    grammar=grammar,
   )
 
 
@@ -161,12 +174,17 @@ def _samples(value: Any, request: Request) -> list[tuple[list[int], str]]:
   return found
 
 
-def _fields(where: str, value: Any, names: Sequence[str]) -> dict[str, Any]:
-  """Return a JSON object's fields; raise ValueError unless they are exactly `names`."""
+def _fields(
+  where: str, value: Any, names: Sequence[str], optional: Sequence[str] = ()
+) -> dict[str, Any]:
+  """Return an object that has exactly these names, but for the optional ones.
+
+  Raises ValueError for any other value.
+  """
   if not isinstance(value, dict):
     raise ValueError(f'{where} is {short_repr(value)}, not an object with {", ".join(names)}')
   for missing in names:
-    if missing not in value:
+    if missing not in value and missing not in optional:
       raise ValueError(f'{where} has no {missing!r}')
   unknown = [short_repr(name) for name in value if name not in names]
   if unknown:

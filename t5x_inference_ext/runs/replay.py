@@ -8,6 +8,7 @@ from t5x_inference_ext import distributed
 from t5x_inference_ext.checkpoints import Checkpoint
 from t5x_inference_ext.checkpoints.identity import weights_identity
 from t5x_inference_ext.engine.engine import Engine
+from t5x_inference_ext.engine.grammars import Grammars
 from t5x_inference_ext.engine.inputs import check_tokens
 from t5x_inference_ext.engine.request import Request, Sample, SampleCollector
 from t5x_inference_ext.engine.scheduler import Scheduler
@@ -34,8 +35,8 @@ def replay(
 
   Args:
     receipt: The receipt.
-    options: Checkpoint, mesh, layouts and dtypes to run with. Other options come from the receipt.
-    vocabulary: The option --vocabulary; needed for stop texts.
+    options: Checkpoint, mesh, layouts and dtypes to run on. Other options are the receipt's.
+    vocabulary: As the option of that name, for stop texts and grammars.
     say: Prints a line.
 
   Returns:
@@ -50,9 +51,9 @@ def replay(
     _check_weights(receipt, checkpoint)
     request, config = receipt.request, checkpoint.config
     _check_request(request, config.vocab_size)
-    settings = choose_settings(
-      vocabulary, checkpoint.text, config.vocab_size, needed=bool(request.stop_texts)
-    )
+    needed = bool(request.stop_texts) or request.grammar is not None
+    settings = choose_settings(vocabulary, checkpoint.text, config.vocab_size, needed=needed)
+    Grammars(settings.vocabulary, config.vocab_size).matchers(request.grammar, 1)  # checks it
     rows, positions = len(request.seeds), len(request.tokens) + request.limit
     cache = options.cache or options.dtype
     memory.check_cache_fits(config, mesh, cache, min(options.batch_size, rows), positions)
@@ -101,8 +102,9 @@ def _run(
 
 
 def _different_settings(receipt: Receipt, engine: Engine) -> list[str]:
-  """Return [] or one line: the settings that differ from the receipt's and may change tokens."""
-  now = {**dataclasses.asdict(EngineSetting.of(engine)), **versions()}
+  """Return a line about what was not as it is now, which may explain other tokens."""
+  grammars = receipt.request.grammar is not None
+  now = {**dataclasses.asdict(EngineSetting.of(engine)), **versions(grammars=grammars)}
   then = {**dataclasses.asdict(receipt.setting), **receipt.versions}
   changed = [f'{name} {then[name]}, now {now[name]}' for name in now if now[name] != then[name]]
   exact = all(each['dtype'] == each['cache'] == 'float32' for each in (now, then))

@@ -19,10 +19,6 @@ from t5x_inference_ext.server.admission_queue import FairQueue
 from t5x_inference_ext.server.api_errors import ApiError, unavailable
 from t5x_inference_ext.server.turns import PromptToScore, TurnInbox
 
-# Maximum number of prompt tokens scored in one turn, beyond the first prompt, because decoding rows
-# wait meanwhile.
-SCORED_TOKENS = 4096
-
 
 class Listener(Protocol):
   """A follower of a ticket. Both methods are called in the event loop."""
@@ -76,9 +72,9 @@ class Driver:
   """Runs a scheduler in a thread of its own.
 
   Args:
-    scheduler: The scheduler, with `inbox` as its inbox. No other caller may step it.
-    inbox: The inbox, which also sends each turn to the other processes.
-    score: Function that scores prompts, as engine.ranking.rank_prompts; called in the thread.
+    scheduler: The scheduler, which nothing else steps. Its inbox is `inbox`.
+    inbox: The inbox, for turns that other processes follow.
+    score: Scores prompts; see engine.ranking.PromptRanker. Called in the thread.
 
   Attributes:
     error: Why the engine has failed; None while it works.
@@ -221,16 +217,10 @@ class Driver:
       self._closing = True
 
   def _take_scores(self) -> list[_Score]:
-    """Remove prompts to score from the queue: at least one, if there is one."""
-    taken: list[_Score] = []
-    tokens = 0
-    while self._scores:
-      tokens += len(self._scores[0].prompt.tokens)
-      if taken and tokens > SCORED_TOKENS:
-        break
-      each = self._scores.pop(0)
-      if not each.future.cancelled():
-        taken.append(each)
+    """Take as many prompts to score as are scored together: rows that decode wait for them."""
+    self._scores = [each for each in self._scores if not each.future.cancelled()]
+    count = self.scheduler.config.prefill_rows
+    taken, self._scores = self._scores[:count], self._scores[count:]
     return taken
 
   def _score_all(self, scores: list[_Score]) -> None:

@@ -7,7 +7,7 @@ import functools
 import os
 import socket
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -16,7 +16,7 @@ from t5x_inference_ext.checkpoints import Checkpoint
 from t5x_inference_ext.compilation_cache import CacheOptions, use_compilation_cache
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.engine.engine import Engine
-from t5x_inference_ext.engine.ranking import rank_prompts
+from t5x_inference_ext.engine.ranking import PromptRanker
 from t5x_inference_ext.engine.scheduler import Scheduler
 from t5x_inference_ext.engine.scheduler_config import config_for
 from t5x_inference_ext.errors import RequestError
@@ -85,18 +85,34 @@ def run_server(
     if not keys and not is_loopback(server.host):
       say(f'warning: anyone who reaches {server.host} may use this server: give --api_key_file')
     engine = loading.load_engine(model, checkpoint, mesh, say)
-    scheduler, inbox = make_scheduler(engine, settings, model, server)
-    compile_programs(scheduler, say)
+    served = make_served(engine, settings, model, server)
+    compile_programs(served, say)
     if listener is None:
-      processes.follow(scheduler, inbox, lambda prompts: rank_prompts(engine, prompts))
+      processes.follow(served.scheduler, served.inbox, served.ranker.rank)
     else:
-      _serve(make_service(engine, scheduler, inbox, settings, server), listener, say)
+      _serve(make_service(served, settings, server), listener, say)
 
 
-def make_scheduler(
+class ServedEngine(NamedTuple):
+  """An engine, and what runs its requests.
+
+  Attributes:
+    engine: The engine.
+    scheduler: The scheduler.
+    inbox: Its inbox.
+    ranker: Scores prompts beside it.
+  """
+
+  engine: Engine
+  scheduler: Scheduler
+  inbox: TurnInbox
+  ranker: PromptRanker
+
+
+def make_served(
   engine: Engine, settings: TextSettings, model: InferOptions, server: ServerOptions
-) -> tuple[Scheduler, TurnInbox]:
-  """Return the scheduler of a server, and its inbox."""
+) -> ServedEngine:
+  """Return an engine with its scheduler for a server."""
   config = config_for(
     engine.model,
     (),
@@ -110,30 +126,28 @@ def make_scheduler(
   scheduler = Scheduler(
     engine.model, engine.weights, config, vocabulary=settings.vocabulary, inbox=inbox
   )
-  return scheduler, inbox
+  return ServedEngine(engine, scheduler, inbox, PromptRanker(scheduler, engine.weights))
 
 
-def compile_programs(scheduler: Scheduler, say: _Say) -> None:
-  """Compile every program that requests can need, and print the time."""
+def compile_programs(served: ServedEngine, say: _Say) -> None:
+  """Compile everything that requests can need, and say so."""
   say('compiling: the port opens after this')
   begin = time.monotonic()
-  programs = scheduler.warm_up()
+  programs = [*served.scheduler.warm_up(), served.ranker.warm_up()]
   say(f'compiled: {len(programs)} programs in {time.monotonic() - begin:.1f} s')
 
 
 def make_service(
-  engine: Engine,
-  scheduler: Scheduler,
-  inbox: TurnInbox,
+  served: ServedEngine,
   settings: TextSettings,
   options: ServerOptions,
   log: RequestLog | None = None,
 ) -> Service:
-  """Return the parts of a server; the engine's thread is not started."""
-  checkpoint = engine.checkpoint
+  """Return the parts of a server. Its thread does not run yet."""
+  engine, checkpoint = served.engine, served.engine.checkpoint
   name = options.model_name or os.path.basename(os.path.normpath(checkpoint.path))
   return Service(
-    Driver(scheduler, inbox, lambda prompts: rank_prompts(engine, prompts)),
+    Driver(served.scheduler, served.inbox, served.ranker.rank),
     Translator(settings, engine.model.config.vocab_size, options.max_length),
     Facts(name, checkpoint.weights),
     options,

@@ -5,8 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from t5x_inference_ext.engine.request import Request, Sample
-from t5x_inference_ext.errors import RequestError
-from t5x_inference_ext.runs.receipt import check_told
 from t5x_inference_ext.server.api_errors import invalid
 
 # Makes the receipt of a request, its samples, and the seconds from its arrival to its end.
@@ -23,7 +21,7 @@ class ReceiptWriter:
     arrived: Time when the request arrived.
 
   Raises:
-    ApiError: There are several prompts, or the request has an option that receipts don't support.
+    ApiError: There are several prompts.
   """
 
   def __init__(
@@ -32,10 +30,6 @@ class ReceiptWriter:
     if len(requests) > 1:
       raise invalid('a receipt is for one prompt: send each prompt in its own request', 'receipt')
     (self._request,) = requests
-    try:
-      check_told(self._request)
-    except RequestError as error:
-      raise invalid(str(error), 'receipt') from None
     self._make, self._now, self._arrived = make, now, arrived
 
   async def receipt(self, samples: Sequence[Sample]) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def test_loaded_blocks_continue_as_prefilled_ones(model, layout, mesh, rows, sta
   whole = run(state, start, np.full(rows, REST))
   store = empty_store(*on, rows, BLOCKS, size)
   # Two copies, of room for three.
-  (copies,) = prefix_store.block_copies([(0, 1, 2), (0, 0, 5)], 3)
+  copies = prefix_store.block_copies([(0, 1, 2), (0, 0, 5)], 3)
   (copies,) = programs.put(engine.model, copies)
   store = save_blocks(engine.model, store, engine.weights, whole, copies)
   for block, index in ((5, 0), (2, 1)):
@@ -133,7 +133,7 @@ def test_loaded_blocks_continue_as_prefilled_ones(model, layout, mesh, rows, sta
     )
   )
 
-  (copies,) = prefix_store.block_copies([(rows - 1, 0, 5), (rows - 1, 1, 2)], 3)
+  copies = prefix_store.block_copies([(rows - 1, 0, 5), (rows - 1, 1, 2)], 3)
   (copies,) = programs.put(engine.model, copies)
   state = load_blocks(engine.model, made[1], engine.weights, store, copies)
   assert state.cache.lengths.tolist() == [0] * (rows - 1) + [start]
@@ -160,8 +160,8 @@ def test_copies_are_in_place(mesh, stacked, cache):
     return sum(s.data.nbytes for s in shards if s.device == device)
 
   assert held(store) == blocks * block
-  (copies,) = programs.put(engine.model, *prefix_store.block_copies([(3, 1, 2)], 4))
-  load = programs.load_blocks.lower(engine.model, prompts, engine.weights, store, copies)
+  (copies,) = programs.put(engine.model, prefix_store.block_copies([(3, 1, 2)], 4))
+  load = programs.start_with_blocks.lower(engine.model, prompts, engine.weights, store, copies)
   save = programs.save_blocks.lower(engine.model, store, engine.weights, prompts, copies)
   for lowered, updated in ((load, prompts.cache), (save, store)):
     compiled = lowered.compile()
@@ -171,7 +171,7 @@ def test_copies_are_in_place(mesh, stacked, cache):
     sent = [line for line in compiled.as_text().splitlines() if ' all-reduce(' in line]
     assert bool(sent) == (lowered is save and mesh == '2x2x2')
   for program, args, donated in (
-    (programs.load_blocks, (prompts, engine.weights, store, copies), prompts.cache),
+    (programs.start_with_blocks, (prompts, engine.weights, store, copies), prompts.cache),
     (programs.save_blocks, (store, engine.weights, prompts, copies), store),
   ):
     if program is programs.save_blocks:
@@ -208,10 +208,10 @@ def test_copies_are_in_place_on_tpus(cache, layout):
     weights,
   )
   store = placed(store, store_specs)
-  (copies,) = prefix_store.block_copies([(0, 0, 0)], 16)
+  copies = prefix_store.block_copies([(0, 0, 0)], 16)
   copies = placed(copies, prefix_store.BlockCopies(P(), P(), P(), P()))
   block = prefix_store.bytes_per_block(model, weights, rows, size)
-  load = programs.load_blocks.lower(model, prompts, weights, store, copies)
+  load = programs.start_with_blocks.lower(model, prompts, weights, store, copies)
   save = programs.save_blocks.lower(model, store, weights, prompts, copies)
   for lowered in (load, save):
     memory = lowered.compile().memory_analysis()
@@ -231,13 +231,15 @@ def test_bytes_of_blocks():
       assert [prefix_store.blocks_for(b, *store) for b in budgets] == [0, 0, 1, 4]
 
 
-def test_copies_are_cut_into_calls():
-  assert prefix_store.block_copies([], 2) == []
-  calls = prefix_store.block_copies([(1, 2, 3), (4, 5, 6), (7, 8, 9)], 2)
-  assert [int(c.count) for c in calls] == [2, 1]
-  assert [c.rows.tolist() for c in calls] == [[1, 4], [7, 0]]
-  assert [c.indices.tolist() for c in calls] == [[2, 5], [8, 0]]
-  assert [c.blocks.tolist() for c in calls] == [[3, 6], [9, 0]]
+def test_copies_are_padded_to_one_size():
+  assert int(prefix_store.block_copies([], 2).count) == 0
+  copies = prefix_store.block_copies([(1, 2, 3), (4, 5, 6)], 3)
+  assert int(copies.count) == 2
+  assert [x.tolist() for x in (copies.rows, copies.indices, copies.blocks)] == [
+    [1, 4, 0],
+    [2, 5, 0],
+    [3, 6, 0],
+  ]
 
 
 def test_blocks_that_do_not_fit_are_refused():
@@ -246,7 +248,7 @@ def test_blocks_that_do_not_fit_are_refused():
   with pytest.raises(RequestError, match='blocks of 48 positions cut the tiles of an int8 cache'):
     prefix_store.empty_store(*on, 2, 3, 48)
   prompts, store = empty_prefill(*on, 2, 32), empty_store(*on, 2, 3, 64)
-  (copies,) = prefix_store.block_copies([(0, 0, 0)], 1)
+  copies = prefix_store.block_copies([(0, 0, 0)], 1)
   message = 'a block of 64 positions does not fit into prompts of 32'
   with pytest.raises(RequestError, match=message):
     prefix_store.load_blocks(engine.model, prompts, engine.weights, store, copies)

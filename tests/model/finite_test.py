@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from t5x_inference_ext.engine import programs
-from t5x_inference_ext.model import chunks
+from t5x_inference_ext.model import chunks, long_scoring
 from t5x_inference_ext.model.transformer import Model
 from tests import memory, reference
 from tests.model import layouts_test
@@ -18,6 +18,7 @@ BROKEN, ROWS, LENGTH = 50, 8, 6
 
 log_probs = memory.quick_jit(Model.log_probs, static_argnames='self')
 logits = memory.quick_jit(Model.logits, static_argnames='self')
+score_chunks = memory.quick_jit(long_scoring.score_chunks, static_argnames=('model', 'size'))
 in_chunks = memory.quick_jit(chunks.prefill_in_chunks, static_argnames=('model', 'size', 'chunk'))
 
 
@@ -104,8 +105,13 @@ def test_a_sequence_is_marked_from_its_broken_position_on(layout, model, cache):
     ids, _ = prompts(broken)
     (inputs,) = programs.put(engine.model, ids[:2])
     found.append(np.asarray(logits(*run, inputs)))
-    scores = np.asarray(log_probs(*run, inputs, *programs.put(engine.model, ids[:2] * 0 + 5)))
-    np.testing.assert_array_equal(np.isnan(scores), np.isnan(found[-1]).any(-1))
+    (targets,) = programs.put(engine.model, ids[:2] * 0 + 5)
+    # Later chunks read finite values in the place of broken ones.
+    for scores in (
+      log_probs(*run, inputs, targets),
+      score_chunks(*run, inputs, targets, LENGTH // 2, size=2),
+    ):
+      np.testing.assert_array_equal(np.isnan(scores), np.isnan(found[-1]).any(-1))
   sound, broken = found
   assert np.isfinite(sound).all() and np.isnan(broken[1, 2:]).all()
   np.testing.assert_array_equal(broken[0], sound[0])

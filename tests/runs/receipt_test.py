@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import importlib.metadata
 import json
 import re
 
@@ -12,11 +13,10 @@ from t5x_inference_ext.checkpoints.convert import convert
 from t5x_inference_ext.checkpoints.identity import weights_identity
 from t5x_inference_ext.commands import infer
 from t5x_inference_ext.engine.engine import Engine
-from t5x_inference_ext.engine.request import SampleCollector
+from t5x_inference_ext.engine.request import Request, SampleCollector
 from t5x_inference_ext.engine.sampling import SamplingParams
-from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.runs import loading
-from t5x_inference_ext.runs.receipt import make_receipt
+from t5x_inference_ext.runs.receipt import TOLD, make_receipt
 from t5x_inference_ext.runs.receipt_file import read_receipt
 from t5x_inference_ext.text.grammar import Grammar
 
@@ -110,7 +110,12 @@ def test_what_is_read_is_what_was_made(served, receipt, tmp_path):
 
 
 def test_tokens_are_equal_on_another_mesh_in_other_layouts(replay, receipt):
-  flags = '--mesh=1x1x1', '--prefill_layout=ws_2d/heads', '--decode_layout=wg_x/batch'
+  flags = (
+    '--mesh=1x1x1',
+    '--prefill_layout=ws_2d/heads',
+    '--decode_layout=wg_x/batch',
+    '--norm_epsilon=1e-6',
+  )
   code, out, _ = replay(receipt, *flags)
   assert code == 0, out
   assert 'mesh 2x2x2, now 1x1x1; prefill_layout ws_2d/batch, now ws_2d/heads' in out
@@ -129,12 +134,59 @@ def test_a_token_that_differs_is_told(replay, receipt):
   assert f'sample 1: token 4 differs: {tokens[4]} in the receipt, {right} now' in out
 
 
-def test_a_request_that_could_not_be_run_again_gets_no_receipt(served):
-  engine, request, samples, _ = served
-  assert make_receipt(engine, request, samples, 1.0)
-  constrained = dataclasses.replace(request, grammar=Grammar('regex', '[0-9]+'))
-  with pytest.raises(RequestError, match='a request with grammar gets no receipt'):
-    make_receipt(engine, constrained, samples, 1.0)
+def test_a_receipt_tells_every_field_that_chooses_tokens():
+  fields = {field.name for field in dataclasses.fields(Request)}
+  assert fields == {*TOLD, 'text', 'top_log_probs', 'salt'}
+
+
+@pytest.fixture(scope='module')
+def constrained(palm_tiny):
+  """The receipt of a request with a grammar."""
+  engine = Engine.load(palm_tiny, mesh='1x1x1', dtype='float32')
+  (request,) = engine.requests([[103, 104, 105, 35]], 12, SamplingParams(0.9), [3])
+  request = dataclasses.replace(request, grammar=Grammar('regex', '[0-9]{3}-[a-f]{2}'))
+  collector = SampleCollector()
+  collector.expect(0, 1)
+  with engine.core.streams([request]).open([request]) as stream:
+    (samples,) = [each for each in map(collector.add, stream) if each]
+  return make_receipt(engine, request, samples, 1.0)
+
+
+def test_a_grammar_is_told_and_followed_again(constrained, replay, tmp_path):
+  told = constrained['request']['grammar']
+  assert told == {'kind': 'regex', 'source': '[0-9]{3}-[a-f]{2}'}
+  assert constrained['versions']['llguidance'] == importlib.metadata.version('llguidance')
+  (sample,) = constrained['samples']
+  text = bytes(token - 3 for token in sample['tokens'] if token > 2).decode()
+  assert re.fullmatch(told['source'], text)
+  code, out, _ = replay(constrained)
+  assert code == 0 and f'all {len(sample["tokens"])} tokens are equal, and the end: ' in out, out
+  # The tokens follow from the grammar: those of another one differ.
+  constrained = copy.deepcopy(constrained)
+  constrained['request']['grammar']['source'] = '[g-z]+'
+  constrained['versions']['llguidance'] = '0.1'
+  code, out, _ = replay(constrained, '--mesh=1x1x1')
+  assert code == 1 and 'sample 0: token 0 differs' in out
+  assert 'made with llguidance 0.1, now ' in out
+
+
+@pytest.mark.parametrize(
+  ('grammar', 'words'),
+  [
+    ('[0-9]', "request.grammar is '[0-9]', not an object with kind, source"),
+    ({'kind': 'regex'}, "request.grammar has no 'source'"),
+    ({'kind': 'ebnf', 'source': 'x'}, 'one of the kinds json_schema'),
+    ({'kind': 'regex', 'source': 'x' * (2**18 + 1)}, 'at most 262144'),
+    ({'kind': 'regex', 'source': '(' * 9}, 'grammar: the regex'),
+    ({'kind': 'json_schema', 'source': '{'}, 'grammar: the json_schema is'),
+    (None, "versions has 'llguidance', which no receipt has"),
+  ],
+  ids=['text', 'half', 'kind', 'long', 'malformed', 'json', 'none'],
+)
+def test_wrong_grammars_of_receipts_are_refused(refusal, constrained, grammar, words):
+  constrained = copy.deepcopy(constrained)
+  _set('request.grammar', grammar)(constrained)
+  assert words in refusal(constrained, '--mesh=1x1x1')
 
 
 def test_identity_depends_on_values_and_not_on_the_place(palm_tiny, testdata, tmp_path):

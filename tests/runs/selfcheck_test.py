@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -100,6 +101,7 @@ def test_command_writes_a_report(quick, tmp_path, capsys):
     'nothing is wrong\n',
   ):
     assert words in out
+  assert jax.config.read('jax_disable_most_optimizations') is False  # for what comes after
   report = json.loads(path.read_text())
   assert report['right'] is True and report['problems'] == []
   assert report['machine']['mesh'] == '1x2x1' and len(report['machine']['mesh_devices']) == 2

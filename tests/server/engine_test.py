@@ -1,6 +1,7 @@
 """The server over a real engine: answers are the engine's own, whoever asks beside."""
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import random
@@ -8,14 +9,16 @@ import re
 import time
 
 import httpx
+import jax
 import numpy as np
 import openai
 import pytest
 
+from t5x_inference_ext.commands import infer
 from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.runs.infer_options import InferOptions
-from t5x_inference_ext.server.launch import make_scheduler, make_service
+from t5x_inference_ext.server.launch import compile_programs, make_served, make_service
 from t5x_inference_ext.server.options import ServerOptions
 from t5x_inference_ext.text.grammar import Grammar
 from t5x_inference_ext.text.settings import assumed_settings
@@ -31,6 +34,9 @@ OPTIONS = ServerOptions(port=0, model_name=NAME, max_length=MAX_LENGTH)
 JSON = {'content-type': 'application/json'}
 
 
+_LINES: list[str] = []  # what the server says while it compiles
+
+
 @pytest.fixture(scope='module')
 def engine(palm_tiny):
   return Engine.load(palm_tiny, mesh='1x1x1', dtype='float32', scan_layers=True)
@@ -40,8 +46,9 @@ def engine(palm_tiny):
 def service(engine, palm_tiny):
   settings = dataclasses.replace(assumed_settings(384), chat_template=TEMPLATE)
   model = InferOptions(checkpoint=str(palm_tiny), batch_size=8, dtype='float32', prefill_chunk=64)
-  scheduler, inbox = make_scheduler(engine, settings, model, OPTIONS)
-  return make_service(engine, scheduler, inbox, settings, OPTIONS)
+  served = make_served(engine, settings, model, OPTIONS)
+  compile_programs(served, _LINES.append)
+  return make_service(served, settings, OPTIONS)
 
 
 @pytest.fixture(scope='module')
@@ -176,9 +183,23 @@ def test_receipts(http, engine):
     assert receipt['request']['seeds'] == [5, 6] and receipt['seconds'] > 0
     assert receipt['engine']['mesh'] == '1x1x1'
   assert 'receipt' not in http.post('/v1/completions', json=body).json()
-  for more in ({'prompt': ['a', 'b']}, {'response_format': {'type': 'json_object'}}):
-    refused = http.post('/v1/completions', json={**body, **more, 'receipt': True})
-    assert refused.status_code == 400 and refused.json()['error']['param'] == 'receipt'
+  two = http.post('/v1/completions', json={**body, 'prompt': ['a', 'b'], 'receipt': True})
+  assert two.status_code == 400 and two.json()['error']['param'] == 'receipt'
+
+
+def test_receipt_of_an_answer_in_a_format(http, palm_tiny, tmp_path, capsys):
+  schema = {'enum': ['yes', 'no', 12]}
+  format_ = {'type': 'json_schema', 'json_schema': {'name': 'answer', 'schema': schema}}
+  body = {'prompt': 'x = ', 'max_tokens': 8, 'seed': 2, 'n': 2, 'response_format': format_}
+  answer = http.post('/v1/completions', json={**body, 'receipt': True}).json()
+  assert {json.loads(choice['text']) for choice in answer['choices']} <= {*schema['enum']}
+  grammar = answer['receipt']['request']['grammar']
+  assert grammar['kind'] == 'json_schema' and json.loads(grammar['source']) == schema
+  (tmp_path / 'receipt.json').write_text(json.dumps(answer['receipt']))
+  command = ['infer', f'--checkpoint={palm_tiny}', f'--replay={tmp_path}/receipt.json']
+  assert infer.run([*command, '--compilation_cache=']) == 0
+  out = capsys.readouterr().out
+  assert len(re.findall(r'sample \d: all \d+ tokens are equal, and the end: ', out)) == 2
 
 
 def test_samples_have_the_engines_seeds(api, engine):
@@ -288,6 +309,59 @@ def test_log_probabilities_are_the_engines(api, engine):
   assert best == told.tokens and all(len(top) == 3 for top in told.top_logprobs)
   for top, pairs in zip(told.top_logprobs, expected.top):
     assert sorted(top.values(), reverse=True) == _near([value for _, value in pairs[:3]])
+
+
+def test_a_server_that_is_ready_compiles_nothing(url):
+  """Whatever lengths and options requests have: completions, streams, grammars and scores."""
+  said = re.fullmatch(r'compiled: (\d+) programs in [0-9.]+ s', _LINES[-1])
+  assert said and int(said[1]) <= 24
+  rng = random.Random(1)
+  bodies = []
+  for i in range(60):
+    length = rng.randrange(1, MAX_LENGTH - 8)
+    body = {
+      'prompt': [[rng.randrange(3, 384) for _ in range(length)] for _ in range(rng.choice((1, 3)))],
+      'max_tokens': rng.randrange(1, 8),
+      'temperature': rng.choice((0, 0.7)),
+      'top_p': rng.choice((0.5, 1)),
+      'logprobs': rng.choice((None, 0, 1, 5, 20)),
+      'n': rng.choice((1, 2)),
+      'frequency_penalty': rng.choice((0, 0.5)),
+      'stream': rng.random() < 0.3,
+    }
+    if i % 2:
+      body.update(echo=True, max_tokens=rng.choice((0, 1)))
+    elif i % 3 == 0:
+      body.update(response_format={'type': 'regex', 'regex': f'[a-{rng.choice("xyz")}]+'})
+    bodies.append(body)
+
+  async def ask_all():
+    async with httpx.AsyncClient(base_url=url, timeout=60) as http:
+      return await asyncio.gather(*(http.post('/v1/completions', json=body) for body in bodies))
+
+  with compilations() as compiled:
+    answers = asyncio.run(ask_all())
+  assert [answer.status_code for answer in answers] == [200] * len(bodies)
+  assert compiled == []
+
+
+@contextlib.contextmanager
+def compilations():
+  """Yields a list that gets the duration of every compilation by XLA."""
+  found = []
+
+  def listen(event, duration, **_):
+    if event == '/jax/core/compile/backend_compile_duration':
+      found.append(duration)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    jax.block_until_ready(jax.jit(lambda x: x * 2)(np.arange(3)))
+    assert len(found) == 1, 'jax tells of compilations'
+    found.clear()
+    yield found
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 class TestScores:
@@ -572,10 +646,6 @@ def test_a_burst_whose_clients_leave_delays_nobody(url, http):
       tasks = (http.post('/v1/completions', json=body) for _ in range(count))
       return await asyncio.gather(*tasks, return_exceptions=True)
 
-  # A server compiles before its port opens; here requests of both kinds, in full slots, do.
-  whole = asyncio.run(burst(16, 60))
-  assert [response.status_code for response in whole] == [200] * 16
-  assert http.post('/v1/completions', json=another).status_code == 200
   results = asyncio.run(burst(200, 0.5))
   assert sum(isinstance(result, httpx.TimeoutException) for result in results) > 100
   begin = time.monotonic()

@@ -6,7 +6,7 @@ import pytest
 
 from t5x_inference_ext.engine.engine import Engine
 from t5x_inference_ext.runs.infer_options import InferOptions
-from t5x_inference_ext.server.launch import make_scheduler, make_service
+from t5x_inference_ext.server.launch import make_served, make_service
 from t5x_inference_ext.server.options import ServerOptions
 from t5x_inference_ext.text.settings import assumed_settings
 from tests.server import browser
@@ -29,8 +29,8 @@ def engine(palm_tiny):
 def service(engine, palm_tiny):
   settings = assumed_settings(384)
   model = InferOptions(checkpoint=str(palm_tiny), batch_size=2, dtype='float32', prefill_chunk=16)
-  scheduler, inbox = make_scheduler(engine, settings, model, OPTIONS)
-  return make_service(engine, scheduler, inbox, settings, OPTIONS)
+  served = make_served(engine, settings, model, OPTIONS)
+  return make_service(served, settings, OPTIONS)
 
 
 @pytest.fixture

@@ -16,18 +16,20 @@ from t5x_inference_ext.checkpoints.load import load_weights
 from t5x_inference_ext.engine import programs
 from t5x_inference_ext.engine.inputs import model_inputs
 from t5x_inference_ext.errors import MeshError
+from t5x_inference_ext.model.cache import KVCache
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
 from t5x_inference_ext.precompile.case import CompileCase
 from t5x_inference_ext.precompile.program import phase_function
 from t5x_inference_ext.sharding.layout import ATTENTION, FEEDFORWARD, Layout, check_pair
 
-# If both phases have one layout, all golden tokens are decoded. Otherwise a few are enough to show
-# that the cache was converted correctly, since that happens after the first token.
-FEW_STEPS = 8
+# Where both phases have one layout, all golden tokens of float32 weights are decoded. Else the
+# cache moves from one layout to the other after the first token, and a few more suffice.
+# Weights of int8 change products, not the cache.
+FEW_STEPS, INT8_STEPS = 8, 16
 _CONTEXT = 96  # positions of the cache: the longest prompt, BOS and all new tokens, in whole tiles
-# On a CPU speed does not matter: without optimizations XLA compiles five times as fast.
-_QUICK: dict[str, Any] = {'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False}
+# Beside what selfcheck.few_optimizations leaves out, on a CPU: loops are compiled faster without.
+_QUICK: dict[str, Any] = {'xla_cpu_use_fusion_emitters': False}
 
 
 class Goldens(NamedTuple):
@@ -119,7 +121,8 @@ def check_goldens(
   check = _Check(checkpoint, mesh, goldens)
   for prefill, decode in pairs:
     begin = time.perf_counter()
-    steps = len(goldens.tokens[checkpoint.weights][0]) if prefill == decode else FEW_STEPS
+    steps = INT8_STEPS if checkpoint.weights == 'int8' else len(goldens.tokens['float32'][0])
+    steps = steps if prefill == decode else FEW_STEPS
     different = impossible = ''
     try:
       different = check.difference(prefill, decode, steps)
@@ -132,7 +135,11 @@ def check_goldens(
 
 
 class _Check:
-  """Caches what pairs of layouts share: packed weights, and compiled decode steps."""
+  """Keeps what pairs share: weights by how they are stored, and what one layout alone decides.
+
+  A prefill knows nothing of the decode layout, and a decode step nothing of the prefill's: between
+  them, the cache moves as it does after a prefill in chunks.
+  """
 
   def __init__(self, checkpoint: Checkpoint, mesh: jax.sharding.Mesh, goldens: Goldens) -> None:
     self._checkpoint, self._mesh = checkpoint, mesh
@@ -142,22 +149,23 @@ class _Check:
     prompts = [goldens.prompts[i % len(goldens.prompts)] for i in range(rows)]
     self._tokens, self._lengths = model_inputs(prompts, max(map(len, prompts)))
     self._weights: dict[str, Weights] = {}
-    self._decoders: dict[Layout, Any] = {}
+    self._prefilled: dict[Layout, tuple[jax.Array, KVCache]] = {}
+    self._steps: dict[Layout, Any] = {}
 
   def difference(self, prefill: Layout, decode: Layout, steps: int) -> str:
     """Return how the first wrong token differs; '' if there is none."""
-    case, model = self._case('prefill', prefill, decode)
-    weights = self._stored(model)
-    run, _ = self._compile(case)
-    tokens, cache = run(weights, *programs.put(model, self._tokens, self._lengths))
-    # A decode step does not depend on the prefill layout, so pairs share it.
-    if decode not in self._decoders:
-      self._decoders[decode] = self._compile(self._case('decode', decode, decode)[0])
-    step, (_, cache_like, _) = self._decoders[decode]
-    cache = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), cache, cache_like)
+    before, after = self._model('prefill', prefill), self._model('decode', decode)
+    weights = self._stored(before)
+    if prefill not in self._prefilled:
+      run = self._compile('prefill', prefill)
+      self._prefilled[prefill] = run(weights, *programs.put(before, self._tokens, self._lengths))
+    if decode not in self._steps:
+      self._steps[decode] = self._compile('decode', decode)
+    tokens, cache = self._prefilled[prefill]
+    cache = programs.move_cache(before, cache, weights, to=after)
     found = [np.asarray(tokens)]
     for _ in range(steps - 1):
-      tokens, cache = step(weights, cache, tokens)
+      tokens, cache = self._steps[decode](weights, cache, tokens)
       found.append(np.asarray(tokens))
     return self._first_difference(np.stack(found, axis=1))
 
@@ -169,8 +177,8 @@ class _Check:
           return f'token {step} of row {row} is {token}, and should be {golden}'
     return ''
 
-  def _case(self, phase: str, layout: Layout, other: Layout) -> tuple[CompileCase, Model]:
-    case = CompileCase(
+  def _case(self, phase: str, layout: Layout) -> CompileCase:
+    return CompileCase(
       self._checkpoint.config,
       'int8' if self._checkpoint.weights == 'int8' else 'bfloat16',  # bfloat16: not int8
       phase,
@@ -178,11 +186,13 @@ class _Check:
       _CONTEXT,
       layout,
       self._tokens.shape[1] if phase == 'prefill' else None,
-      other,
+      layout,
       dtype='float32',
       scan_layers=True,
     )
-    return case, case.model(self._mesh)
+
+  def _model(self, phase: str, layout: Layout) -> Model:
+    return self._case(phase, layout).model(self._mesh)
 
   def _stored(self, model: Model) -> Weights:
     kind = str(model.prefill_layout.stored_embed)
@@ -190,11 +200,10 @@ class _Check:
       self._weights[kind] = load_weights(self._checkpoint, model, stacked=True)
     return self._weights[kind]
 
-  def _compile(self, case: CompileCase) -> tuple[Any, tuple[Any, ...]]:
-    """Return the compiled phase, and the shapes and shardings of its arguments."""
-    function, arguments = phase_function(case, self._mesh)
+  def _compile(self, phase: str, layout: Layout) -> Any:
+    """Return the compiled phase."""
+    function, arguments = phase_function(self._case(phase, layout), self._mesh)
     options = _QUICK if self._mesh.devices.flat[0].platform == 'cpu' else None
     # By default a TPU rounds the factors of float32 products to bfloat16.
     with jax.default_matmul_precision('highest'), programs.stated_dtypes():
-      compiled = function.lower(*arguments).compile(compiler_options=options)
-    return compiled, arguments
+      return function.lower(*arguments).compile(compiler_options=options)
