@@ -5,18 +5,14 @@ from collections.abc import Hashable, Sequence
 import dataclasses
 import itertools
 
-import jax
 import numpy as np
 
-from t5x_inference_ext.engine import programs
+from t5x_inference_ext.engine.executor import Executor
 from t5x_inference_ext.engine.prefix_cache import PrefixCache
 from t5x_inference_ext.engine.prefix_tree import Node
-from t5x_inference_ext.engine.prompts import prompt_room
 from t5x_inference_ext.engine.rows import Row
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig, next_chunk
 from t5x_inference_ext.engine.warm_up import CompiledProgram, timed_run
-from t5x_inference_ext.model.transformer import Model
-from t5x_inference_ext.model.weights import Weights
 
 
 @dataclasses.dataclass(eq=False)
@@ -49,7 +45,7 @@ class ReadyRow:
   """A row whose prompt is prefilled.
 
   Attributes:
-    place: Row of the prefill state that holds the prompt.
+    place: Index of the prompt in its group.
     prompt: The prompt.
     row: The row.
   """
@@ -63,26 +59,22 @@ class Prefiller:
   """Prefills prompts in groups of `prefill_rows`, one chunk of each prompt a pass.
 
   Args:
-    model: Decides mesh and layouts.
-    weights: Weights on that mesh.
+    executor: Holds the prompts' cache and logits.
     config: Sizes that the programs are compiled for.
     prefixes: What earlier prompts left, or None.
 
   Attributes:
-    state: The prompts' cache and logits, on the devices.
-    ready: Rows that wait for a slot, in order. Their prompts stay in `state` until the next group
-      begins, so all of them must be inserted before that.
+    ready: Rows that wait for a slot, in order. The executor holds their prompts until the next
+      group begins, so all of them must be inserted before that.
     positions: Positions that prefill passes have processed so far, padding included.
     tokens: Number of prompt tokens among these positions.
   """
 
   def __init__(
-    self, model: Model, weights: Weights, config: SchedulerConfig, prefixes: PrefixCache | None
+    self, executor: Executor, config: SchedulerConfig, prefixes: PrefixCache | None
   ) -> None:
-    self._model, self._weights, self._config, self._prefixes = model, weights, config, prefixes
+    self._executor, self._config, self._prefixes = executor, config, prefixes
     self._sizes, self._reads = config.chunk_sizes, config.prefill_reads
-    room = prompt_room(model, config.prefill_rows, max(config.max_length, self._sizes[-1]))
-    self.state = programs.empty_prefill(model, weights, config.prefill_rows, room)
     self.ready: collections.deque[ReadyRow] = collections.deque()
     self.positions = self.tokens = 0
     self._group: list[Prompt] = []
@@ -102,9 +94,9 @@ class Prefiller:
       for place, prompt in enumerate(group):
         prompt.path = self._prefixes.match(prompt.tokens, prompt.salt)
         starts[place] = len(prompt.path) * self._config.block_size
-    self.state = programs.start_prefill(self._model, self.state, self._weights)
+    self._executor.start_prefill()
     if self._prefixes is not None:
-      self.state = self._prefixes.load(self.state, [prompt.path for prompt in group])
+      self._prefixes.load([prompt.path for prompt in group])
     self._starts = starts[: len(group)].tolist()
     self._done = 0
     self._left = max(len(p.tokens) - start for p, start in zip(group, self._starts))
@@ -121,9 +113,7 @@ class Prefiller:
       tokens[place, : len(chunk)], counts[place] = chunk, len(chunk)
       cached = max(cached, min(first, len(prompt.tokens)))
     read = next(n for n in self._reads if n >= cached)
-    self.state = programs.prefill_chunk(
-      self._model, self.state, self._weights, tokens, counts, read=read
-    )
+    self._executor.prefill_chunk(tokens, counts, read)
     self._done += size
     self._left -= size
     self.positions += tokens.size
@@ -131,12 +121,6 @@ class Prefiller:
     if self._left <= 0:
       self._finish()
     return tokens.size
-
-  def wait(self) -> None:
-    """Wait until the devices have run all programs that were started."""
-    jax.block_until_ready(self.state)
-    if self._prefixes is not None:
-      self._prefixes.wait()
 
   def drop(self) -> None:
     """End the group if no row needs its prompts any more."""
@@ -149,24 +133,22 @@ class Prefiller:
     counts = np.zeros(self._config.prefill_rows, np.int32)
     for size, read in itertools.product(self._sizes, self._reads):
       tokens = np.zeros((self._config.prefill_rows, size), np.int32)
-      arguments = self._model, self.state, self._weights, tokens, counts
-      self.state = timed_run(
+      timed_run(
         done,
         'prefill_chunk',
-        lambda: programs.prefill_chunk(*arguments, read=read),  # noqa: B023  # runs at once
+        lambda: self._executor.prefill_chunk(tokens, counts, read),  # noqa: B023  # runs at once
+        self._executor.wait,
         tokens=size,
         read=read,
       )
     if self._prefixes is not None:
-      self.state = self._prefixes.warm_up(self.state, done)
-    self.state = timed_run(
-      done, 'start_prefill', lambda: programs.start_prefill(self._model, self.state, self._weights)
-    )
+      self._prefixes.warm_up(done)
+    timed_run(done, 'start_prefill', self._executor.start_prefill, self._executor.wait)
 
   def _finish(self) -> None:
     """Keep the prompts' blocks for later prompts, and make their rows ready."""
     if self._prefixes is not None:
-      self._prefixes.save(self.state, [(p.tokens, p.salt) for p in self._group])
+      self._prefixes.save([(p.tokens, p.salt) for p in self._group])
       for prompt in self._group:
         if len(prompt.rows) > 1:  # the samples share all of the prompt
           prompt.path = self._prefixes.tree.find(prompt.tokens, prompt.salt)

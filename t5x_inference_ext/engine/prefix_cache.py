@@ -2,41 +2,28 @@
 
 from collections.abc import Hashable, Sequence
 
-import jax
 import numpy as np
 
-from t5x_inference_ext.engine import programs
-from t5x_inference_ext.engine.prefix_store import (
-  BlockCopies,
-  block_copies,
-  blocks_for,
-  bytes_per_block,
-)
+from t5x_inference_ext.engine.executor import Executor
+from t5x_inference_ext.engine.prefix_store import BlockCopies, block_copies
 from t5x_inference_ext.engine.prefix_tree import Node, PrefixTree
-from t5x_inference_ext.engine.prompts import PrefillState
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.engine.stats import PrefixStats
 from t5x_inference_ext.engine.warm_up import CompiledProgram, timed_run
-from t5x_inference_ext.model.transformer import Model
-from t5x_inference_ext.model.weights import Weights
 
 
 class PrefixCache:
   """Keeps whole blocks of prompts, and copies them into prompts that begin alike.
 
   Args:
-    model: Decides mesh and layouts.
-    weights: Weights on that mesh.
-    config: Has the memory for them, and the size of a block.
+    executor: Holds the blocks, and the prompts.
+    config: Has the size of a block.
   """
 
-  def __init__(self, model: Model, weights: Weights, config: SchedulerConfig) -> None:
-    self._model, self._weights = model, weights
+  def __init__(self, executor: Executor, config: SchedulerConfig) -> None:
+    self._executor = executor
     rows, size = config.prefill_rows, config.block_size
-    blocks = blocks_for(config.prefix_bytes, model, weights, rows, size)
-    self.tree = PrefixTree(blocks, size)
-    self._store = programs.empty_store(model, weights, rows, blocks, size)
-    self._bytes = bytes_per_block(model, weights, rows, size)
+    self.tree = PrefixTree(executor.blocks, size)
     self._most = max(1, rows * (config.max_length // size))  # copies in one call
 
   @property
@@ -44,31 +31,32 @@ class PrefixCache:
     """Counters of the cache's use so far."""
     tree = self.tree
     return PrefixStats(
-      tree.queries, tree.hits, tree.query_tokens, tree.hit_tokens, tree.used * self._bytes
+      tree.queries,
+      tree.hits,
+      tree.query_tokens,
+      tree.hit_tokens,
+      tree.used * self._executor.block_bytes,
     )
 
   def match(self, tokens: Sequence[int], salt: Hashable) -> list[Node]:
     """Return the nodes of the cached beginning of a prompt; load it before the next `save`."""
     return self.tree.match(tokens, salt)
 
-  def load(self, state: PrefillState, paths: Sequence[Sequence[Node]]) -> PrefillState:
-    """Copy the cached beginnings of prompts into the prefill state; return the new state.
+  def load(self, paths: Sequence[Sequence[Node]]) -> None:
+    """Copy cached beginnings into the prompts of the group.
 
     Args:
-      state: The prefill state. Donated.
-      paths: For each row of the state, in order, the nodes from `match`.
+      paths: For each prompt, in order, the nodes from `match`.
     """
     copies = [(row, n.depth, n.block) for row, path in enumerate(paths) for n in path]
     for each in block_copies(copies, self._most):
-      state = programs.load_blocks(self._model, state, self._weights, self._store, each)
-    return state
+      self._executor.load_blocks(each)
 
-  def save(self, state: PrefillState, prompts: Sequence[tuple[Sequence[int], Hashable]]) -> None:
+  def save(self, prompts: Sequence[tuple[Sequence[int], Hashable]]) -> None:
     """Keep the whole blocks of prefilled prompts that are not kept yet, as many as find room.
 
     Args:
-      state: The prefill state.
-      prompts: For each row of the state, in order, its tokens and their salt.
+      prompts: For each prompt of the group, in order, its tokens and their salt.
     """
     copies = [
       (row, node.depth, node.block)
@@ -76,23 +64,12 @@ class PrefixCache:
       for node in self.tree.extend(*prompt)
     ]
     for each in block_copies(copies, self._most):
-      self._store = programs.save_blocks(self._model, self._store, self._weights, state, each)
+      self._executor.save_blocks(each)
 
-  def wait(self) -> None:
-    """Wait until the devices have run all programs that were started."""
-    jax.block_until_ready(self._store)
-
-  def warm_up(self, state: PrefillState, done: list[CompiledProgram]) -> PrefillState:
-    """Compile the programs by copying nothing; return the prefill state, which is donated."""
+  def warm_up(self, done: list[CompiledProgram]) -> None:
+    """Compile the programs by copying nothing."""
     rows, indices, blocks = np.zeros((3, self._most), np.int32)
     nothing = BlockCopies(rows, indices, blocks, np.int32(0))
-    arguments = self._weights, self._store, nothing
-    state = timed_run(
-      done, 'load_blocks', lambda: programs.load_blocks(self._model, state, *arguments)
-    )
-    self._store = timed_run(
-      done,
-      'save_blocks',
-      lambda: programs.save_blocks(self._model, self._store, self._weights, state, nothing),
-    )
-    return state
+    executor = self._executor
+    timed_run(done, 'load_blocks', lambda: executor.load_blocks(nothing), executor.wait)
+    timed_run(done, 'save_blocks', lambda: executor.save_blocks(nothing), executor.wait)

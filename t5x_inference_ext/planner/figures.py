@@ -129,6 +129,37 @@ def time_parts(path: str, plans: Sequence[Plan]) -> None:
     axes.legend(fontsize=7, loc='center left', bbox_to_anchor=(1, 0.5))
 
 
+def service_latencies(path: str, about: str, runs: Sequence[Any]) -> None:
+  """Draw latencies of simulated services against the rate of requests.
+
+  Args:
+    path: File of the figure.
+    about: Model and requests, in words.
+    runs: service.Simulated of all services and rates.
+  """
+  services = dict.fromkeys((str(r.candidate.machine), r.candidate.config.slots) for r in runs)
+  with _figure(path, 11, 4.5, about) as figure:
+    for i, (name, latency) in enumerate(
+      (('to the first token', 'first'), ('between tokens, mean of a request', 'between')), 1
+    ):
+      axes = _axes(figure, (1, 2, i), 'requests a second', f'{name} (ms)', 'log')
+      for n, (machine, slots) in enumerate(services):
+        some = [
+          r
+          for r in runs
+          if (str(r.candidate.machine), r.candidate.config.slots) == (machine, slots)
+        ]
+        rates, colour = [r.rate for r in some], _COLOURS[n % len(_COLOURS)]
+        for quantile, style in (('p95', '-'), ('p50', ':')):
+          values = [getattr(getattr(r.service, latency), quantile) * 1e3 for r in some]
+          label = f'{machine}, {slots} slots: {quantile}'
+          axes.plot(
+            rates, values, style, color=colour, marker='o', markersize=3, linewidth=1, label=label
+          )
+      if i == 2:
+        axes.legend(fontsize=6, loc='center left', bbox_to_anchor=(1, 0.5))
+
+
 def _model_text(config: ModelConfig) -> str:
   return preset_name(config) or f'd_model {config.d_model}, d_ff {config.d_ff}'
 

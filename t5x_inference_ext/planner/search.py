@@ -48,7 +48,7 @@ def plans(request: PlanRequest, machine: Machine) -> list[Plan]:
       found += [
         Plan(request, p, d)
         for p, d in itertools.product(prefills, decodes)
-        if _share_weights(p.case, d.case)
+        if share_weights(p.case, d.case)
       ]
   return sorted(found, key=_speed)
 
@@ -91,7 +91,7 @@ def fits(request: PlanRequest, machine: Machine) -> bool:
       prefills = _fitting_cases(request, machine, mesh, 'prefill', rows)
       decodes = prefills and _fitting_cases(request, machine, mesh, 'decode', rows)
       for prefill, decode in itertools.product(prefills, decodes):
-        if _share_weights(prefill, decode) and _needed(request, prefill, decode) <= available:
+        if share_weights(prefill, decode) and _needed(request, prefill, decode) <= available:
           return True
   return False
 
@@ -118,7 +118,7 @@ def needed_bytes(request: PlanRequest, machine: Machine) -> Iterator[float]:
       decodes = list(_cases(request, machine, mesh, 'decode', rows))
       for prefill in _cases(request, machine, mesh, 'prefill', rows):
         for decode in decodes:
-          if _share_weights(prefill, decode):
+          if share_weights(prefill, decode):
             yield _needed(request, prefill, decode)
 
 
@@ -239,7 +239,7 @@ def _repeats_another(layout: Layout, mesh: Mesh) -> bool:
   return layout.feedforward == 'wg_xyz' and not gathered
 
 
-def _share_weights(prefill: PassCase, decode: PassCase) -> bool:
+def share_weights(prefill: PassCase, decode: PassCase) -> bool:
   """Return whether both phases can share one copy of the weights."""
   mesh, layouts = prefill.mesh, (prefill.layout, decode.layout)
   if mesh[0] == 1 < math.prod(mesh) and all(x.feedforward == 'ws_2d' for x in layouts):
