@@ -112,6 +112,13 @@ _FLAGS: tuple[tuple[Any, ...], ...] = (
   ),
   ('string', 'mesh', None, 'XxYxZ over the whole slice. Default: the best.'),
   (
+    'string',
+    'layout',
+    None,
+    'The only layouts to price, for prefill and for decode: wg_xyz/batch,ws_2d/batch, or one for '
+    'both (docs/layouts.md). Default: all.',
+  ),
+  (
     'enum',
     'phase',
     'both',

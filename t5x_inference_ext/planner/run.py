@@ -16,6 +16,7 @@ from t5x_inference_ext.planner.machine import Machine, known_machines
 from t5x_inference_ext.planner.request import PlanRequest
 from t5x_inference_ext.planner.service_options import ServiceOptions
 from t5x_inference_ext.planner.text import table
+from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.mesh import parse_mesh
 from t5x_inference_ext.text_files import check_plots, check_writable, write_text
 from t5x_inference_ext.text_format import seconds_text
@@ -35,6 +36,7 @@ def plan(
   latency_target_ms: float | None = None,
   convention: str = 'torus',
   mesh: str | None = None,
+  layout: str | None = None,
   phase: str = 'both',
   check: bool = False,
   sweep: bool = False,
@@ -62,6 +64,7 @@ def plan(
     latency_target_ms: Milliseconds from the prompts to the last token. None: no target.
     convention: Convention of the network, one of network.CONVENTIONS.
     mesh: 'XxYxZ' over the whole slice. None: the best.
+    layout: 'PREFILL,DECODE', or one for both phases: the only layouts to price. None: all.
     phase: 'both', 'prefill' or 'decode': the phases that run here.
     check: Whether to compile the chosen plan too.
     sweep: Whether to draw latency against cost for all slices and batches, instead of choosing.
@@ -99,6 +102,7 @@ def plan(
     convention,
     mesh=parse_mesh(mesh) if mesh else None,
     phase=phase,
+    layouts=_parse_layouts(layout) if layout else None,
   )
   machines = [Machine.parse(name) for name in names]
   batches = choose.BATCHES if batch is None else (batch,)
@@ -128,6 +132,14 @@ def plan(
   _write_choice(choice, check, gin_output, json_file, write)
   if figure:
     _draw(choice, output_dir, write)
+
+
+def _parse_layouts(text: str) -> tuple[Layout, Layout]:
+  """Return the layouts of prefill and decode that 'PREFILL,DECODE', or one for both, names."""
+  names = [name.strip() for name in text.split(',')]
+  if len(names) > 2:
+    raise RequestError(f'layout is one for prefill and one for decode, got {text!r}')
+  return Layout.parse(names[0]), Layout.parse(names[-1])
 
 
 def _refuse(given: dict[str, Any], why: str) -> None:

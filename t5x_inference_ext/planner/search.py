@@ -107,19 +107,31 @@ def _fitting_cases(
   return [case for case in cases if memory(case, positions).fits]
 
 
-def needed_bytes(request: PlanRequest, machine: Machine) -> Iterator[float]:
-  """Yield the bytes that each plan needs on one chip, without computing times.
+def least_memory(request: PlanRequest, machine: Machine) -> tuple[float, PassCase, PassCase]:
+  """Return the bytes on one chip of the plan that needs the fewest, and its passes, unpriced.
 
   Raises:
-    MeshError: The chips, or the requested mesh, do not divide the model.
+    MeshError: The chips, or the requested mesh, do not divide the model, or the requested layouts
+      can't run the rows.
   """
+  least = min(_pairs(request, machine), key=lambda pair: pair[0], default=None)
+  if least is None:
+    raise MeshError(
+      f'no mesh of {machine} lets these layouts run {request.batch} rows: ask for other layouts, '
+      'another mesh or another batch'
+    )
+  return least
+
+
+def _pairs(request: PlanRequest, machine: Machine) -> Iterator[tuple[float, PassCase, PassCase]]:
+  """Yield the bytes that each plan needs on one chip, its prefill and its decode step."""
   for mesh in meshes(request, machine):
     for rows in row_choices(request.batch, mesh):
       decodes = list(_cases(request, machine, mesh, 'decode', rows))
       for prefill in _cases(request, machine, mesh, 'prefill', rows):
         for decode in decodes:
           if share_weights(prefill, decode):
-            yield _needed(request, prefill, decode)
+            yield _needed(request, prefill, decode), prefill, decode
 
 
 def _needed(request: PlanRequest, prefill: PassCase, decode: PassCase) -> float:
@@ -197,8 +209,10 @@ def _cases(
 ) -> Iterator[PassCase]:
   """Yield one phase in every layout that can run `rows` rows."""
   length, context = (request.input_length,) * 2 if phase == 'prefill' else (1, request.mean_context)
-  for layout in LAYOUTS:
-    if _repeats_another(layout, mesh):
+  pinned = request.layouts
+  layouts = LAYOUTS if pinned is None else (pinned[phase == 'decode'],)
+  for layout in layouts:
+    if pinned is None and _repeats_another(layout, mesh, alone=request.phase == phase):
       continue
     if phase == 'decode' and rows != _rows_that_run(layout, rows, mesh):
       continue  # needs other numbers of rows, which are tried separately
@@ -226,8 +240,14 @@ def _rows_that_run(layout: Layout, rows: int, mesh: Mesh) -> int:
   return activations.padded_batch(layout, rows, axis_sizes(mesh))
 
 
-def _repeats_another(layout: Layout, mesh: Mesh) -> bool:
-  """Return whether axes of size 1 make this layout equal to another one."""
+def _repeats_another(layout: Layout, mesh: Mesh, alone: bool) -> bool:
+  """Return whether axes of size 1 make this layout equal to another one.
+
+  Args:
+    layout: The layout.
+    mesh: The mesh.
+    alone: Whether no other phase shares its weights: ws_2d may then be ws_1d.
+  """
   sizes = axis_sizes(mesh)
   gathered = [a for a in layout.gathered_axes if sizes[a] > 1]
   if layout.feedforward == 'ws_1d':
@@ -236,6 +256,8 @@ def _repeats_another(layout: Layout, mesh: Mesh) -> bool:
     is_wg_x = layout.feedforward == 'wg_xy' and mesh[1] == 1
     is_wg_xyz = math.prod(sizes[a] for a in gathered) == math.prod(mesh)
     return not gathered or is_wg_x or is_wg_xyz
+  if layout.feedforward == 'ws_2d':
+    return alone and mesh[0] == 1 < math.prod(mesh)
   return layout.feedforward == 'wg_xyz' and not gathered
 
 
