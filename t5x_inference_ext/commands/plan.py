@@ -64,8 +64,8 @@ _FLAGS: tuple[tuple[Any, ...], ...] = (
     'string',
     'slice',
     None,
-    'The slice: v4:4x4x4, v5p:2x2x4, v5e:4x8, v6e:2x2, ...; or GPUs: A100:16, H100:8, H200:8; or '
-    'several, with commas. '
+    'The slice: v4:4x4x4, v5p:2x2x4, v5e:4x8, v6e:2x2, ...; or as the cloud names it, v4-128, '
+    'v5litepod-16; or GPUs: A100:16, H100:8, H200:8; or several, with commas. '
     'Default: the usual slices of --chip are all considered.',
   ),
   (
