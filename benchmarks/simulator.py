@@ -75,12 +75,15 @@ def main() -> None:
   longest = max(len(a.tokens) + a.limit for a in trace.arrivals(1, args.vocabulary))
   config = config_for(model, (), slots=args.slots, max_length=longest, end_ids=())
   Scheduler(model, weights, config).warm_up()
-  kind = f'{jax.devices()[0].device_kind}, {os.cpu_count()} cores'
+  cores = len(os.sched_getaffinity(0))
+  kind = f'{jax.devices()[0].device_kind}, {cores} cores'
   print(f'{model.config}\n{kind}, {config.slots} slots, real and simulated:')
   before = measure_service(model, weights, config, args.repeats)
   for load in map(float, args.load.split(',')):
     at_once = trace.arrivals(1e9, args.vocabulary)
-    full = simulate(model, config, PriceTable(before.programs), at_once, NO_LIMITS)
+    full = simulate(
+      model, config, PriceTable(before.programs), at_once, NO_LIMITS, shared=before.shared
+    )
     rate = load * args.requests / full.seconds
     arrivals = trace.arrivals(rate, args.vocabulary)
     scheduler = Scheduler(model, weights, config)
@@ -88,7 +91,7 @@ def main() -> None:
     real = serve_arrivals(scheduler, arrivals, WallClock(), NO_LIMITS)
     after = measure_service(model, weights, config, args.repeats)
     prices = mean_of(before, after)
-    virtual = simulate(model, config, PriceTable(prices), arrivals, NO_LIMITS)
+    virtual = simulate(model, config, PriceTable(prices), arrivals, NO_LIMITS, shared=before.shared)
     print(f'{args.requests} requests, {rate:.1f} a second, load {load:g}:')
     print_beside(real, virtual)
     before = after

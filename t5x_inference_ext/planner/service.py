@@ -115,7 +115,9 @@ def study_service(
   for rate, trace in arrivals:
     for each in candidates:
       say(f'{each.machine}, {each.config.slots} slots, {rate:.4g} requests a second')
-      service = simulate(each.model, each.config, each.prices, trace, bounds, each.block_bytes)
+      service = simulate(
+        each.model, each.config, each.prices, trace, bounds, each.block_bytes, each.shared
+      )
       runs.append(Simulated(each, rate, service, _meets(service, options)))
   mean = request.replace(
     input_length=max(1, round(sum(len(a.tokens) for a in first) / len(first))),

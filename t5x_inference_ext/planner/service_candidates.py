@@ -35,6 +35,7 @@ class Candidate:
     prices: What its programs take.
     block_bytes: Bytes of a block of the prefix store on each chip.
     memory: Bytes that a chip needs; None if unknown, with measured prices.
+    shared: Whether host and devices are the same cores.
   """
 
   machine: Machine
@@ -43,6 +44,7 @@ class Candidate:
   prices: Prices
   block_bytes: int
   memory: float | None
+  shared: bool = False
 
   @property
   def text(self) -> str:
@@ -86,9 +88,8 @@ def priced_candidate(
   model = _model(request, priced.mesh, priced.layouts)
   size = request.config.d_head * request.config.num_kv_heads * request.config.num_layers
   block_bytes = 4 * size * priced.config.block_size
-  return Candidate(
-    machine, model, priced.config, PriceTable(priced.programs, path), block_bytes, None
-  )
+  table = PriceTable(priced.programs, path)
+  return Candidate(machine, model, priced.config, table, block_bytes, None, priced.shared)
 
 
 def planned_candidates(

@@ -34,10 +34,14 @@ class VirtualClock:
 
   The devices do their work in the order in which the host starts it. The host goes on at once, and
   waits only where it reads a result.
+
+  Args:
+    shared: Whether the devices stand still while the host works: they are the host's own cores.
   """
 
-  def __init__(self) -> None:
+  def __init__(self, shared: bool = False) -> None:
     self._now = self._devices_free = 0.0
+    self._shared = shared
 
   def now(self) -> float:
     """Return the host's time in seconds."""
@@ -49,6 +53,8 @@ class VirtualClock:
 
   def spend(self, seconds: float) -> None:
     """Let the host work for some seconds."""
+    if self._shared and self._devices_free > self._now:
+      self._devices_free += seconds
     self._now += seconds
 
   def start(self, seconds: float) -> float:

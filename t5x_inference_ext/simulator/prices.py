@@ -4,10 +4,11 @@ A program is named as in engine/programs.py, and its sizes as Scheduler.warm_up 
 of prices is JSON:
 
     {"scheduler": {"slots": 8, "max_length": 256, ...},
-     "mesh": "1x1x1", "layouts": ["ws_2d/batch", "ws_2d/batch"],
+     "mesh": "1x1x1", "layouts": ["ws_2d/batch", "ws_2d/batch"], "shared": false,
      "programs": [{"program": "decode_steps", "read": 17, "read_shared": 0, "seconds": 0.004}, ...]}
 
-`scheduler` has fields of SchedulerConfig, those that the programs were compiled for.
+`scheduler` has fields of SchedulerConfig, those that the programs were compiled for. `shared` says
+whether the devices are the host's own cores, so that they stand still while it works.
 """
 
 from collections.abc import Iterable, Mapping
@@ -129,12 +130,14 @@ class PricedService:
     mesh: (X, Y, Z).
     layouts: (prefill layout, decode layout).
     programs: The table.
+    shared: Whether the devices are the host's own cores.
   """
 
   config: SchedulerConfig
   mesh: MeshShape
   layouts: tuple[Layout, Layout]
   programs: tuple[PricedProgram, ...]
+  shared: bool = False
 
   @classmethod
   def read(cls, path: str) -> 'PricedService':
@@ -155,7 +158,11 @@ class PricedService:
       scheduler['end_ids'] = tuple(scheduler.get('end_ids', ()))
       prefill, decode = map(Layout.parse, data['layouts'])
       rows = tuple(_row(row) for row in data['programs'])
-      return cls(SchedulerConfig(**scheduler), parse_mesh(data['mesh']), (prefill, decode), rows)
+      shared = data.get('shared', False)
+      if not isinstance(shared, bool):
+        raise ValueError(f'shared must be true or false, got {shared!r}')
+      config, mesh = SchedulerConfig(**scheduler), parse_mesh(data['mesh'])
+      return cls(config, mesh, (prefill, decode), rows, shared)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
       what = f'no {e}' if isinstance(e, KeyError) else str(e)
       raise RequestError(f'{path} is not a file of prices (docs/planner.md): {what}') from e
@@ -170,6 +177,7 @@ class PricedService:
           'scheduler': dataclasses.asdict(self.config),
           'mesh': 'x'.join(map(str, self.mesh)),
           'layouts': [str(layout) for layout in self.layouts],
+          'shared': self.shared,
           'programs': [
             {'program': row.program, **row.sizes, 'seconds': row.seconds} for row in self.programs
           ],

@@ -24,6 +24,7 @@ def simulate(
   arrivals: Sequence[Arrival],
   bounds: WaitingLimits = DEFAULT_LIMITS,
   block_bytes: int = 2**20,
+  shared: bool = False,
 ) -> ServedTrace:
   """Return what the clients of a service would get. No program runs.
 
@@ -34,11 +35,12 @@ def simulate(
     arrivals: The requests, by arrival.
     bounds: What may wait.
     block_bytes: Bytes of a block of the prefix store on each device.
+    shared: Whether host and devices are the same cores; see VirtualClock.
 
   Raises:
     RequestError: A request does not fit, or the prices lack a program.
   """
-  clock = VirtualClock()
+  clock = VirtualClock(shared)
   executor = ClockExecutor(model, config, prices, clock, block_bytes)
   scheduler = Scheduler(model, None, config, executor=executor)
   host = prices.seconds('host')

@@ -49,6 +49,7 @@ SERVICE = PricedService(
     PricedProgram('decode_steps', {'read': 3, 'read_shared': 0}, 0.004),
     PricedProgram('host', {}, 0.0002),
   ),
+  shared=True,
 )
 
 
@@ -62,6 +63,7 @@ def test_a_file_holds_everything(tmp_path):
   'change, words',
   [
     (lambda data: data.pop('mesh'), "no 'mesh'"),
+    (lambda data: data.update(shared='yes'), "shared must be true or false, got 'yes'"),
     (lambda data: data.update(mesh='2x'), '2x'),
     (lambda data: data.update(layouts=['ws_2d/batch']), 'not enough values'),
     (lambda data: data['scheduler'].update(slots=0), 'slots must be'),

@@ -86,6 +86,15 @@ def test_a_host_that_is_slower_than_the_devices_sets_the_pace():
   assert quick.between.p50 == pytest.approx(STEP, rel=0.03)  # hidden behind the devices' work
 
 
+def test_cores_that_are_the_devices_too_do_one_thing_at_a_time():
+  rows = arrivals((0, 16, 64))
+  apart, shared = (
+    simulate(MODEL, config(), prices(STEP / 2), rows, shared=shared) for shared in (False, True)
+  )
+  assert apart.between.p50 == pytest.approx(STEP, rel=0.03)
+  assert shared.between.p50 == pytest.approx(1.5 * STEP, rel=0.03)
+
+
 def test_several_steps_in_one_call_end_where_a_row_does():
   # Nobody waits: calls of 4, 4 and 1 steps. Their tokens come together.
   found = simulate(MODEL, config(decode_steps=4), prices(), arrivals((0, 16, 10)))
