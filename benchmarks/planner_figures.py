@@ -10,6 +10,7 @@ import os
 
 os.environ['JAX_PLATFORMS'] = 'cpu'  # before jax is imported: nothing is computed here
 
+from benchmarks.planner_table_2 import TABLE_2  # noqa: E402
 from t5x_inference_ext.config import ModelConfig, preset  # noqa: E402
 from t5x_inference_ext.planner import figures  # noqa: E402
 from t5x_inference_ext.planner.choose import BATCHES, choose  # noqa: E402
@@ -31,6 +32,30 @@ FIGURE_3_MODEL = ModelConfig(
   mlp='gelu',
 )
 SLICE = Machine.parse('v4:4x4x4')
+# The paper's Table 1: the longest context of 128 and of 512 rows.
+TABLE_1 = {'multihead': (1320, 330), 'by heads': (660, 165), 'by batch': (43_000, 10_700)}
+
+
+def table_1_points() -> list[figures.PublishedPoint]:
+  """Table 1's cells, by batch and positions."""
+  return [
+    figures.PublishedPoint('', f'{length:,}', batch, length)
+    for lengths in TABLE_1.values()
+    for batch, length in zip((128, 512), lengths)
+  ]
+
+
+def table_2_points() -> list[figures.PublishedPoint]:
+  """Table 2's columns, in milliseconds and chip-milliseconds a token."""
+  return [
+    figures.PublishedPoint(
+      column.phase,
+      f'{column.weights}, batch {column.batch}, {SLICE.chips} chips',
+      column.seconds * 1e3,
+      SLICE.chips * column.seconds * 1e3 / (column.batch * column.length),
+    )
+    for column in TABLE_2
+  ]
 
 
 def draw(output_dir: str) -> list[str]:
@@ -39,11 +64,14 @@ def draw(output_dir: str) -> list[str]:
   names = 'communication', 'context', 'parts', 'pareto'
   files = {name: os.path.join(output_dir, f'planner_{name}.svg') for name in names}
   figures.communication(files['communication'], FIGURE_3_MODEL, (4, 4, 4))
-  figures.contexts(files['context'], MODEL, SLICE, (4, 4, 4))
+  figures.contexts(
+    files['context'], MODEL, SLICE, (4, 4, 4), table_1_points(), "the paper's table 1"
+  )
   figures.time_parts(files['parts'], choose(PlanRequest(MODEL, 64), [SLICE]).ranked[:8])
   machines = [Machine.parse(name) for name in known_machines('v4')]
   points = sweep(PlanRequest(MODEL, 1), machines, BATCHES, ('int8', 'bfloat16'))
-  figures.pareto(files['pareto'], points)
+  label = "measured: the paper's table 2, 2048 tokens in"
+  figures.pareto(files['pareto'], points, table_2_points(), label)
   return list(files.values())
 
 

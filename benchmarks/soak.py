@@ -3,8 +3,8 @@
     python -m benchmarks.soak --case=turns     # 10^6 turns with programs that do nothing
     python -m benchmarks.soak --case=requests  # 10,000 requests, a fifth of them cancelled
 
-Run from the root of a checkout. `turns` replaces the compiled programs by functions that return at
-once, so that what is left is the host's own work. `requests` runs a small random model for real.
+Run from the root of a checkout. `turns` has an executor that runs no program and takes no time, so
+that what is left is the host's own work. `requests` runs a small random model for real.
 """
 
 import argparse
@@ -15,22 +15,27 @@ import warnings
 import jax
 import numpy as np
 
-from t5x_inference_ext.engine import programs
 from t5x_inference_ext.engine.request import Request
 from t5x_inference_ext.engine.scheduler import Scheduler
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
-from t5x_inference_ext.engine.slots import StepsOutput
-from t5x_inference_ext.engine.state import ChosenTokens
+from t5x_inference_ext.simulator.clock import VirtualClock
+from t5x_inference_ext.simulator.executor import ClockExecutor
+from t5x_inference_ext.simulator.prices import NoTime
 from tests import memory, reference
 
 SLOTS = 32
+BLOCK_BYTES = 2**13
 
 
-def make_scheduler(**sizes) -> Scheduler:
+def make_scheduler(idle: bool = False) -> Scheduler:
+  """A scheduler of a small random model; `idle` ones run no programs."""
   tensors = reference.random_tensors(memory.ODD, seed=1)
   engine = memory.engine(memory.ODD, tensors, '1x1x1', stacked=True)
-  config = SchedulerConfig(SLOTS, 512, page_size=32, end_ids=(), prefix_bytes=2**20, **sizes)
-  return Scheduler(engine.model, engine.weights, config)
+  config = SchedulerConfig(SLOTS, 512, page_size=32, end_ids=(), prefix_bytes=2**20)
+  executor = None
+  if idle:
+    executor = ClockExecutor(engine.model, config, NoTime(), VirtualClock(), BLOCK_BYTES)
+  return Scheduler(engine.model, engine.weights, config, executor=executor)
 
 
 def resident() -> int:
@@ -39,26 +44,9 @@ def resident() -> int:
     return int(file.read().split()[1]) * resource.getpagesize()
 
 
-def do_nothing() -> None:
-  """Replace the programs: prompts and slots stay as they are, and every row gets token 5."""
-
-  def output(rows: int) -> StepsOutput:
-    one, none = np.full((1, rows), 5, np.int32), np.zeros((1, rows, 0))
-    chosen = ChosenTokens(one, np.zeros((1, rows), np.float32), none.astype(np.int32), none)
-    return StepsOutput(chosen, np.ones(rows, np.int32), np.zeros(rows, bool), np.zeros(rows, bool))
-
-  one, all_rows = output(1), output(SLOTS)
-  keep_state = lambda model, state, *arguments, **options: state
-  for name in ('start_with_blocks', 'prefill_chunk', 'save_blocks'):
-    setattr(programs, name, keep_state)
-  programs.insert = lambda model, slots, *arguments: (slots, one)
-  programs.decode_steps = lambda model, slots, *arguments, **options: (slots, all_rows)
-
-
 def turns_case(turns: int) -> None:
   """Requests of random lengths come and go; some are cancelled."""
-  do_nothing()
-  scheduler, rng = make_scheduler(), np.random.default_rng(0)
+  scheduler, rng = make_scheduler(idle=True), np.random.default_rng(0)
   lengths, limits = rng.integers(1, 100, 4096).tolist(), rng.integers(1, 300, 4096).tolist()
   start, first, submitted = time.perf_counter(), None, 0
   for turn in range(1, turns + 1):

@@ -24,11 +24,12 @@ PALM = dict(num_layers=2, d_model=8, d_ff=24, num_heads=4, d_head=4, vocab_size=
     ('falcon_180b', 179.52e9 - 65024 * 14848),
     ('command_r', 34.98e9),
     ('bloom_176b', 176.25e9),
+    ('gpt3_175b', 174.6e9),
     ('gemma_7b', 8.54e9),
   ],
 )
 def test_presets_have_the_published_parameter_counts(name, count):
-  """PaLM's Table 1, the Megatron-Turing model and public models' files, to 0.1%.
+  """PaLM's and GPT-3's tables, the Megatron-Turing model and public models' files, to 0.1%.
 
   Falcon's files hold the head besides the embedding that it is tied to.
   """

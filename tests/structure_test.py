@@ -45,7 +45,7 @@ FLOORS = (
   {'commands'},
   {'server'},
   {'planner', 'runs', 't5x'},
-  {'precompile'},
+  {'precompile', 'simulator'},
   {'engine'},
   {'checkpoints'},
   {'model'},

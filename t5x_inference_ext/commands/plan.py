@@ -27,6 +27,15 @@ numbers side by side:
 --output_dir. --figures draws into it the bytes that layouts move, the longest contexts and the
 parts of the time. Both need pip install 't5x_inference_ext[plots]'.
 
+--rate or --trace simulates a service instead: the scheduler of serve runs in virtual time, with
+predicted or given times of its programs, on each slice. Times to the first token and between
+tokens, tokens per second and chip-hours are printed, and the cheapest slice that keeps to --ttft_ms
+and --tpot_ms is named:
+
+  python -m t5x_inference_ext.plan --model=palm_62b --slice=v4:2x2x2,v4:2x2x4 --rate=1,4 \
+      --input_length=1024 --output_length=128 --ttft_ms=2000 --tpot_ms=50
+  python -m t5x_inference_ext.plan --model=palm_62b --slice=v4:2x2x4 --trace=requests.jsonl
+
 gin has the same options, and takes models of other shapes:
 
   python -m t5x_inference_ext.plan --gin_file=t5x_inference_ext/configs/runs/plan.gin \
@@ -42,9 +51,10 @@ from typing import Any
 
 from absl import flags as absl_flags
 
-from t5x_inference_ext.commands import cli
+from t5x_inference_ext.commands import cli, option_flags
 from t5x_inference_ext.config import PRESETS, preset
 from t5x_inference_ext.errors import UserError
+from t5x_inference_ext.planner.service_options import ServiceOptions
 
 _DTYPES = ('int8', 'bfloat16')
 # (kind, name, default, help text, choices)
@@ -54,7 +64,8 @@ _FLAGS: tuple[tuple[Any, ...], ...] = (
     'string',
     'slice',
     None,
-    'The slice: v4:4x4x4, v5p:2x2x4, v5e:4x8, v6e:2x2, ...; or GPUs: A100:16, H100:8, H200:8. '
+    'The slice: v4:4x4x4, v5p:2x2x4, v5e:4x8, v6e:2x2, ...; or as the cloud names it, v4-128, '
+    'v5litepod-16; or GPUs: A100:16, H100:8, H200:8; or several, with commas. '
     'Default: the usual slices of --chip are all considered.',
   ),
   (
@@ -64,7 +75,13 @@ _FLAGS: tuple[tuple[Any, ...], ...] = (
     'The chip, if --slice is not given: v4, v5e, v5p, v6e, A100, H100, H200, or several, with '
     'commas.',
   ),
-  ('integer', 'batch', None, 'Rows run together. Default: powers of two up to 1024.'),
+  (
+    'integer',
+    'batch',
+    None,
+    'Rows run together; slots of a simulated service. Default: powers of two up to 1024; 8, 32 and '
+    '128 slots.',
+  ),
   ('integer', 'input_length', 1920, 'Tokens of each prompt.'),
   ('integer', 'output_length', 64, 'Tokens to generate for each prompt, one decode step each.'),
   ('enum', 'weights', 'int8', 'dtype of the weights.', _DTYPES),
@@ -94,6 +111,13 @@ _FLAGS: tuple[tuple[Any, ...], ...] = (
     ('torus', 'paper'),
   ),
   ('string', 'mesh', None, 'XxYxZ over the whole slice. Default: the best.'),
+  (
+    'string',
+    'layout',
+    None,
+    'The only layouts to price, for prefill and for decode: wg_xyz/batch,ws_2d/batch, or one for '
+    'both (docs/layouts.md). Default: all.',
+  ),
   (
     'enum',
     'phase',
@@ -134,6 +158,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
   for kind, name, default, text, *choices in _FLAGS:
     define = getattr(absl_flags, f'DEFINE_{kind}')
     define(name, default, *choices, text, flag_values=flags)
+  option_flags.define_options(flags, ServiceOptions)
 
 
 def _main(flags: absl_flags.FlagValues) -> None:
@@ -143,13 +168,17 @@ def _main(flags: absl_flags.FlagValues) -> None:
   from t5x_inference_ext.planner import run as runner
 
   if cli.uses_gin(flags):
-    cli.check_unmixed(flags, _NAMES, 'BATCH=64', 'configs/runs/plan.gin')
+    names = (*_NAMES, *option_flags.option_names(ServiceOptions))
+    cli.check_unmixed(flags, names, 'BATCH=64', 'configs/runs/plan.gin')
     cli.parse_gin(flags)
     cli.configure(runner.plan)()
     return
   if flags.model is None:
     raise UserError('--model not given; --help shows examples')
-  arguments: dict[str, Any] = {_PARAMETERS.get(name, name): flags[name].value for name in _NAMES}
+  arguments: dict[str, Any] = {
+    _PARAMETERS.get(name, name): flags[name].value
+    for name in (*_NAMES, *option_flags.option_names(ServiceOptions))
+  }
   runner.plan(**{**arguments, 'model': preset(flags.model)})
 
 

@@ -6,18 +6,14 @@ import dataclasses
 import functools
 import itertools
 
-import jax
 import numpy as np
 
-from t5x_inference_ext.engine import programs
+from t5x_inference_ext.engine.executor import Executor
 from t5x_inference_ext.engine.prefix_cache import PrefixCache
 from t5x_inference_ext.engine.prefix_tree import Node
-from t5x_inference_ext.engine.prompts import prompt_room
 from t5x_inference_ext.engine.rows import Row
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig, next_chunk
 from t5x_inference_ext.engine.warm_up import CompiledProgram, timed_run
-from t5x_inference_ext.model.transformer import Model
-from t5x_inference_ext.model.weights import Weights
 
 
 @dataclasses.dataclass(eq=False)
@@ -50,7 +46,7 @@ class ReadyRow:
   """A row whose prompt is prefilled.
 
   Attributes:
-    place: Index of the row of the prefill state that holds the prompt.
+    place: Index of the prompt in its group.
     prompt: The prompt.
     row: The row.
   """
@@ -64,26 +60,22 @@ class Prefiller:
   """Prefills prompts in groups of `prefill_rows`, one chunk of each prompt a pass.
 
   Args:
-    model: Decides mesh and layouts.
-    weights: Weights on that mesh.
+    executor: Holds the prompts' cache and logits.
     config: Sizes that the programs are compiled for.
     prefixes: Cache of the prefixes of earlier prompts, or None.
 
   Attributes:
-    state: The prompts' cache and logits, on the devices.
-    ready: Rows that wait for a slot, in order. Their prompts stay in `state` until the next group
-      begins, so all of them must be inserted before that.
+    ready: Rows that wait for a slot, in order. The executor holds their prompts until the next
+      group begins, so all of them must be inserted before that.
     positions: Positions that prefill passes have processed so far, padding included.
     tokens: Number of prompt tokens among these positions.
   """
 
   def __init__(
-    self, model: Model, weights: Weights, config: SchedulerConfig, prefixes: PrefixCache | None
+    self, executor: Executor, config: SchedulerConfig, prefixes: PrefixCache | None
   ) -> None:
-    self._model, self._weights, self._config, self._prefixes = model, weights, config, prefixes
+    self._executor, self._config, self._prefixes = executor, config, prefixes
     self._sizes, self._reads = config.chunk_sizes, config.prefill_reads
-    room = prompt_room(model, config.prefill_rows, max(config.max_length, self._sizes[-1]))
-    self.state = programs.empty_prefill(model, weights, config.prefill_rows, room)
     self.ready: collections.deque[ReadyRow] = collections.deque()
     self.positions = self.tokens = 0
     self._group: list[Prompt] = []
@@ -104,9 +96,9 @@ class Prefiller:
         prompt.path = self._prefixes.match(prompt.tokens, prompt.salt)
         starts[place] = len(prompt.path) * self._config.block_size
     if self._prefixes is not None:
-      self.state = self._prefixes.start(self.state, [prompt.path for prompt in group])
+      self._prefixes.start([prompt.path for prompt in group])
     else:
-      self.state = programs.start_prefill(self._model, self.state, self._weights)
+      self._executor.start_prefill(None)
     self._starts = starts[: len(group)].tolist()
     self._done = 0
     self._left = max(len(p.tokens) - start for p, start in zip(group, self._starts))
@@ -123,9 +115,7 @@ class Prefiller:
       tokens[place, : len(chunk)], counts[place] = chunk, len(chunk)
       cached = max(cached, min(first, len(prompt.tokens)))
     read = next(n for n in self._reads if n >= cached)
-    self.state = programs.prefill_chunk(
-      self._model, self.state, self._weights, tokens, counts, read=read
-    )
+    self._executor.prefill_chunk(tokens, counts, read)
     self._done += size
     self._left -= size
     self.positions += tokens.size
@@ -133,12 +123,6 @@ class Prefiller:
     if self._left <= 0:
       self._finish()
     return tokens.size
-
-  def wait(self) -> None:
-    """Wait until the devices have run all programs that were started."""
-    jax.block_until_ready(self.state)
-    if self._prefixes is not None:
-      self._prefixes.wait()
 
   def drop(self) -> None:
     """End the group if no row needs its prompts any more."""
@@ -151,24 +135,24 @@ class Prefiller:
     counts = np.zeros(self._config.prefill_rows, np.int32)
     for size, read in itertools.product(self._sizes, self._reads):
       tokens = np.zeros((self._config.prefill_rows, size), np.int32)
-      arguments = self._model, self.state, self._weights, tokens, counts
-      self.state = timed_run(
+      timed_run(
         done,
         'prefill_chunk',
-        lambda: programs.prefill_chunk(*arguments, read=read),  # noqa: B023  # runs at once
+        lambda: self._executor.prefill_chunk(tokens, counts, read),  # noqa: B023  # runs at once
+        self._executor.wait,
         tokens=size,
         read=read,
       )
     if self._prefixes is not None:
-      self.state = self._prefixes.warm_up(self.state, done)
+      self._prefixes.warm_up(done)
     else:
-      start = functools.partial(programs.start_prefill, self._model, self.state, self._weights)
-      self.state = timed_run(done, 'start_prefill', start)
+      start = functools.partial(self._executor.start_prefill, None)
+      timed_run(done, 'start_prefill', start, self._executor.wait)
 
   def _finish(self) -> None:
     """Save the prompts' blocks in the prefix cache, and mark their rows as ready."""
     if self._prefixes is not None:
-      self._prefixes.save(self.state, [(p.tokens, p.salt) for p in self._group])
+      self._prefixes.save([(p.tokens, p.salt) for p in self._group])
       for prompt in self._group:
         if len(prompt.rows) > 1:  # several samples share the pages of the whole prompt
           prompt.path = self._prefixes.tree.find(prompt.tokens, prompt.salt)

@@ -18,6 +18,7 @@ import warnings
 from t5x_inference_ext.engine.admission import CheckedRequest, admitted
 from t5x_inference_ext.engine.books import wrong_books
 from t5x_inference_ext.engine.decoder import Decoder
+from t5x_inference_ext.engine.executor import DeviceExecutor, Executor
 from t5x_inference_ext.engine.grammars import Grammars
 from t5x_inference_ext.engine.inbox import Inbox
 from t5x_inference_ext.engine.prefilling import Prefiller, Prompt
@@ -28,7 +29,6 @@ from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.engine.slot_table import SlotTable
 from t5x_inference_ext.engine.stats import PrefixStats, SchedulerStats
 from t5x_inference_ext.engine.warm_up import CompiledProgram
-from t5x_inference_ext.model.chunks import page_shards
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
 from t5x_inference_ext.text.vocabulary import Vocabulary
@@ -43,30 +43,35 @@ class Scheduler:
 
   Args:
     model: Decides mesh and layouts.
-    weights: Weights on that mesh.
+    weights: Weights on that mesh; None with an executor that has its own, or needs none.
     config: Sizes that the programs are compiled for.
     vocabulary: Needed by requests for text, with stop texts or with a grammar.
-    inbox: Queue of submissions and cancellations; None: a new one, for this process alone.
+    inbox: Where requests come in; None: a new one, of this process alone.
+    executor: Runs the programs; None: a DeviceExecutor, on the devices of the mesh.
   """
 
   def __init__(
     self,
     model: Model,
-    weights: Weights,
+    weights: Weights | None,
     config: SchedulerConfig,
     *,
     vocabulary: Vocabulary | None = None,
     inbox: Inbox | None = None,
+    executor: Executor | None = None,
   ) -> None:
     self.model, self.config = model, config
     self._vocabulary, self._inbox = vocabulary, inbox or Inbox()
-    shards = page_shards(model, config.slots)
-    self._prefixes = PrefixCache(model, weights, config) if config.prefix_bytes else None
-    self._prefiller = Prefiller(model, weights, config, self._prefixes)
+    if executor is None:
+      assert weights is not None
+      executor = DeviceExecutor(model, weights, config)
+    self._executor = executor
+    self._prefixes = PrefixCache(executor, config) if config.prefix_bytes else None
+    self._prefiller = Prefiller(executor, config, self._prefixes)
     self._grammars = Grammars(vocabulary, model.config.vocab_size)
-    self._decoder = Decoder(model, weights, config, shards, grammars=self._grammars.available)
-    self._table = SlotTable(config, shards)
-    self._one_at_a_time = model.mesh.size > 1 and model.mesh.devices.flat[0].platform == 'cpu'
+    vocab_size, grammars = model.config.vocab_size, self._grammars.available
+    self._decoder = Decoder(executor, config, vocab_size, grammars=grammars)
+    self._table = SlotTable(config, executor.shards)
     self._waiting: collections.deque[Prompt] = collections.deque()
     self._unfinished: dict[int, list[Row]] = {}
     self._finished = self._preempted = 0
@@ -131,7 +136,7 @@ class Scheduler:
     """Compile every program that a request can need; return them. The scheduler must be idle."""
     done: list[CompiledProgram] = []
     self._prefiller.warm_up(done)
-    self._decoder.warm_up(self._table, self._prefiller.state, done)
+    self._decoder.warm_up(self._table, done)
     self._grammars.warm_up()
     return done
 
@@ -217,11 +222,7 @@ class Scheduler:
 
   def settle(self) -> None:
     """Wait for all programs, where no other one may run beside decode steps."""
-    # XLA:CPU runs collectives of many devices on few threads: those of two programs that do not
-    # wait for each other can block each other forever.
-    if self._one_at_a_time:
-      self._decoder.wait()
-      self._prefiller.wait()
+    self._executor.settle()
 
   def _has_group(self) -> bool:
     """Start a group of waiting prompts if none is active; return whether one is active now."""
@@ -243,7 +244,7 @@ class Scheduler:
       if slot is None:
         return False
       unwritten = self._table.enter(slot, row, length + 1, names)
-      self._decoder.insert(ready, slot, self._table, unwritten, self._prefiller.state)
+      self._decoder.insert(ready, slot, self._table, unwritten)
       row.handle.state = RequestState.DECODING
     self._prefiller.ready.popleft()
     return True

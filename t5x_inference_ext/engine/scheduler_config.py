@@ -19,6 +19,9 @@ CHUNK_SIZES = 3  # at most
 FIRST_READ = 512  # the least positions of a prompt's cache that a chunk reads, if it reads any
 # Decode steps in one call where nobody waits for a single token: a file, a batch of T5X.
 BATCH_DECODE_STEPS = 16
+# A prefill pass reads all weights, which takes as long as this many positions of it. Measured for a
+# small model on a CPU: 50. On a TPU it is more.
+PASS_POSITIONS = 64
 PREFIX_BYTES = 2**28  # bytes per device for cached prefixes
 
 

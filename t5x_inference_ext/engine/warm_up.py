@@ -4,8 +4,6 @@ from collections.abc import Callable
 import time
 from typing import Any, NamedTuple
 
-import jax
-
 
 class CompiledProgram(NamedTuple):
   """A program that is ready to run.
@@ -27,10 +25,15 @@ class CompiledProgram(NamedTuple):
 
 
 def timed_run(
-  programs: list[CompiledProgram], name: str, run: Callable[[], Any], **sizes: int
+  programs: list[CompiledProgram],
+  name: str,
+  run: Callable[[], Any],
+  wait: Callable[[], None],
+  **sizes: int,
 ) -> Any:
-  """Run a program, add its time to `programs`, and return its result."""
+  """Run a program, `wait` for it, add its time to `programs`, and return its result."""
   start = time.perf_counter()
-  result = jax.block_until_ready(run())
+  result = run()
+  wait()
   programs.append(CompiledProgram(name, sizes, time.perf_counter() - start))
   return result

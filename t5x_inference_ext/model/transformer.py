@@ -217,7 +217,9 @@ class Model(ShardedModel):
         return unembed(self, sharding, weights, x, position_axes, rows)
 
       x = mark_broken_before(x, position_axes)
-      return target_log_probs(x, targets, logits, position_axes, width)
+      found = target_log_probs(x, targets, logits, position_axes, width)
+      assert isinstance(found, jax.Array)  # RankedTokens only where more tokens are asked for
+      return found
 
     tokens, targets = (self.pad_tokens(ids, sharding.layout) for ids in (tokens, targets))
     return self.on_shards(

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 
 from t5x_inference_ext.errors import MeshError, UserError
 from t5x_inference_ext.planner import search
-from t5x_inference_ext.planner.machine import Machine, known_machines
-from t5x_inference_ext.planner.request import Plan, PlanRequest, tightest_phase
+from t5x_inference_ext.planner.machine import Machine, Mesh, known_machines
+from t5x_inference_ext.planner.request import Plan, PlanRequest, pair_memories, tightest_phase
 from t5x_inference_ext.text_format import gib, seconds_text
 
 
@@ -40,29 +40,30 @@ def nothing_fits(
     machines: Machines to choose from.
     refusal: The first MeshError of a machine whose chips do not divide the model, or None.
   """
-  excess: dict[Machine, float] = {}  # bytes per chip by which the smallest plan exceeds the memory
+  found = {}  # the plan with the least memory on each machine
   for machine in machines:
     try:
-      needed = min(search.needed_bytes(request, machine))
-    except MeshError:
-      continue
-    excess[machine] = needed - machine.chip.usable_bytes
-  if not excess:
+      found[machine] = search.least_memory(request, machine)
+    except MeshError as e:
+      refusal = refusal or e
+  if not found:
     return NothingFits(str(refusal))
-  nearest = min(excess, key=lambda machine: excess[machine])
-  least = search.best(search.plans(request, nearest))[0]
-  m = least.memory
+  nearest = min(found, key=lambda machine: found[machine][0] - machine.chip.usable_bytes)
+  _, prefill, decode = found[nearest]
+  memories = pair_memories(request, prefill, decode)
+  tightest = tightest_phase(request, memories)
+  m = memories[tightest]
   changes = (
     _other_dtype(request, machines, 'weights', 'int8 weights'),
     _other_dtype(request, machines, 'cache', 'an int8 cache'),
-    _most(request, nearest, 'batch', 'a batch of {}'),
-    _most(request, nearest, 'input_length', 'prompts of {} tokens'),
+    _most(request, nearest, prefill.mesh, 'batch', 'a batch of {}'),
+    _most(request, nearest, prefill.mesh, 'input_length', 'prompts of {} tokens'),
     _larger_slice(request, machines),
   )
   return NothingFits(
-    f'nothing fits: with the least memory ({" and ".join(least.layouts)} on {least.mesh_text}) '
-    f'each chip of {nearest} needs {gib(m.needed)} GiB in '
-    f'{tightest_phase(request, least.memories)} (weights {gib(m.weights)}, cache {gib(m.cache)}, '
+    f'nothing fits: with the least memory ({prefill.layout_text} and {decode.layout_text} on '
+    f'{prefill.mesh_text}) each chip of {nearest} needs {gib(m.needed)} GiB in '
+    f'{tightest} (weights {gib(m.weights)}, cache {gib(m.cache)}, '
     f'temporaries about {gib(m.working)}) and has {gib(m.available)}: '
     f'{gib(m.needed - m.available)} too many; what would fit: '
     f'{"; ".join(filter(None, changes)) or "no single change"}'
@@ -85,11 +86,21 @@ def _other_dtype(request: PlanRequest, machines: Sequence[Machine], field: str, 
   return words if any(_fits(smaller, machine) for machine in machines) else ''
 
 
-def _most(request: PlanRequest, machine: Machine, field: str, words: str) -> str:
-  """Return `words` with the largest value of a field that fits, or '' if not even 1 fits."""
+def _most(request: PlanRequest, machine: Machine, mesh: Mesh, field: str, words: str) -> str:
+  """Return `words` with the largest number in a field that fits, or '' if not even 1 fits.
+
+  Args:
+    request: The request.
+    machine: The machine.
+    mesh: A mesh to try before the others: what fits on some mesh often fits on the one that comes
+      nearest for the whole request.
+    field: The field.
+    words: Text with a place for the number.
+  """
 
   def fits(value: int) -> bool:
-    return _fits(request.replace(**{field: value}), machine)
+    smaller = request.replace(**{field: value})
+    return _fits(smaller.replace(mesh=mesh), machine) or _fits(smaller, machine)
 
   most = largest_that(fits, getattr(request, field))
   return words.format(most) if most else ''
@@ -121,4 +132,15 @@ def _larger_slice(request: PlanRequest, machines: Sequence[Machine]) -> str:
   known = (Machine.parse(name) for kind in kinds for name in known_machines(kind))
   anywhere = request.replace(mesh=None)
   larger = sorted((m for m in known if m.chips > most), key=lambda m: m.chips)
-  return next((str(machine) for machine in larger if _fits(anywhere, machine)), '')
+  divide = [machine for machine in larger if _divides(anywhere, machine)]
+  if not divide or not _fits(anywhere, divide[-1]):  # what the largest can't hold, none can
+    return ''
+  return next(str(machine) for machine in divide if _fits(anywhere, machine))
+
+
+def _divides(request: PlanRequest, machine: Machine) -> bool:
+  """Return whether the chips of a machine divide the model."""
+  try:
+    return bool(search.meshes(request, machine))
+  except MeshError:
+    return False

@@ -96,6 +96,14 @@ class PassCase:
     """The mesh as 'XxYxZ'."""
     return 'x'.join(map(str, self.mesh))
 
+  @property
+  def layout_text(self) -> str:
+    """The layout's name; ws_2d on one chip along x does not split d_model, and is told as 1D."""
+    one_dimensional = self.layout.feedforward == 'ws_2d' and self.mesh[0] == 1 < math.prod(
+      self.mesh
+    )
+    return f'{self.layout} (1D)' if one_dimensional else str(self.layout)
+
   @functools.cached_property
   def sharding(self) -> ActivationSharding:
     """The activation sharding: the layout, resolved for this pass."""
@@ -135,8 +143,11 @@ class PassCase:
 
   def size(self, axes: Iterable[str]) -> int:
     """Return the number of chips along some mesh axes."""
-    sizes = axis_sizes(self.mesh)
-    return math.prod(sizes[a] for a in axes)
+    return math.prod([self._sizes[a] for a in axes])
+
+  @functools.cached_property
+  def _sizes(self) -> dict[str, int]:
+    return axis_sizes(self.mesh)
 
 
 @functools.lru_cache(maxsize=256)

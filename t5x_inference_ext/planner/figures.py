@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import contextlib
 import math
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import RequestError
@@ -22,12 +22,54 @@ from t5x_inference_ext.text_files import check_plots
 FIGURE_FORMATS = ('.svg', '.png')
 _COLOURS = ('#1f77b4', '#d62728', '#2ca02c', '#9467bd', '#ff7f0e', '#8c564b', '#7f7f7f')
 _MAX_TOKENS = 2**21
+_ADDED = 'parts of the time are added: nothing overlaps but gathering weights'
 
 
-def pareto(path: str, points: Sequence[Point]) -> None:
-  """Draw latency against cost, in a panel for each phase, with the front as a line (Figure 1)."""
+class PublishedPoint(NamedTuple):
+  """A point that somebody published, drawn beside the predicted ones.
+
+  Attributes:
+    panel: Phase whose panel has it; '' in a figure of one panel.
+    name: What it is.
+    x: Its place, in the units of the axes.
+    y: Likewise.
+  """
+
+  panel: str
+  name: str
+  x: float
+  y: float
+
+
+def _draw_published(axes: Any, published: Sequence[PublishedPoint], panel: str, label: str) -> None:
+  """Draw published points as stars with their names, and one entry of the legend."""
+  some = [p for p in published if p.panel == panel]
+  if some:
+    places = [p.x for p in some], [p.y for p in some]
+    axes.plot(*places, '*', color='black', markersize=8, linestyle='none', label=label, zorder=5)
+  for p in some:
+    axes.annotate(
+      p.name, (p.x, p.y), fontsize=6, xytext=(5, 5), textcoords='offset points', zorder=5
+    )
+
+
+def pareto(
+  path: str, points: Sequence[Point], published: Sequence[PublishedPoint] = (), label: str = ''
+) -> None:
+  """Draw latency against cost, in a panel for each phase, with the front as a line (Figure 1).
+
+  Args:
+    path: File of the figure.
+    points: Points of a sweep.
+    published: Points to draw beside them, in milliseconds and chip-milliseconds a token.
+    label: Who published them.
+  """
   chips = '/'.join(dict.fromkeys(p.cost.case.machine.chip.name for p in points))
-  about = f'{_work_text(points[0].request)}, {chips}'
+  about = (
+    f'{_work_text(points[0].request)}, {chips}, {points[0].request.cache} cache\n'
+    'a point: the fastest mesh and layout of a slice and a batch (rows run together); a line: what '
+    f'nothing beats in both; {_ADDED}'
+  )
   with _figure(path, 11, 4.5, about) as figure:
     for i, (phase, unit) in enumerate((('decode', 'a step'), ('prefill', 'all prompts')), 1):
       axes = _axes(figure, (1, 2, i), f'{phase}: {unit} (ms)', 'cost (chip-ms a token)', 'log')
@@ -40,6 +82,7 @@ def pareto(path: str, points: Sequence[Point]) -> None:
           *_milliseconds(best), color=colour, marker='o', markersize=3, label=f'{weights} weights'
         )
         _name_slices(axes, best, colour, above=n > 0)
+      _draw_published(axes, published, phase, label)
       axes.margins(x=0.12)
       axes.legend(fontsize=8)
 
@@ -69,7 +112,11 @@ def communication(path: str, config: ModelConfig, mesh: Mesh) -> None:
   """Draw, by layout, the GB a chip sends in one feedforward layer against tokens (Figure 3)."""
   step = math.prod(mesh)
   tokens = [step * 2**i for i in range(max(1, (_MAX_TOKENS // step).bit_length()))]
-  about = f'{_model_text(config)}; mesh {"x".join(map(str, mesh))}, bfloat16'
+  about = (
+    f'{_model_text(config)}, {math.prod(mesh)} chips as {"x".join(map(str, mesh))}, bfloat16 '
+    'activations and weights\none layer without attention; dotted: from here on another layout '
+    'sends least'
+  )
   with _figure(path, 6, 4.5, about) as figure:
     axes = _axes(figure, (1, 1, 1), 'tokens in a pass', 'GB sent by a chip in a layer', 'log')
     # Later lines are thinner, so that layouts with equal lines stay visible.
@@ -90,26 +137,49 @@ def communication(path: str, config: ModelConfig, mesh: Mesh) -> None:
     axes.legend(fontsize=8)
 
 
-def contexts(path: str, config: ModelConfig, machine: Machine, mesh: Mesh) -> None:
-  """Draw the longest context against the batch, for each split of attention (Table 1)."""
+def contexts(
+  path: str,
+  config: ModelConfig,
+  machine: Machine,
+  mesh: Mesh,
+  published: Sequence[PublishedPoint] = (),
+  label: str = '',
+) -> None:
+  """Draw the longest context against the batch, for each split of attention (Table 1).
+
+  Args:
+    path: File of the figure.
+    config: The model.
+    machine: The chips.
+    mesh: (X, Y, Z) over all chips.
+    published: Points to draw beside, in rows and positions.
+    label: Who published them.
+  """
   batches = [2**i for i in range(2, 11)]
   about = (
     f'{_model_text(config)}, {machine} as {"x".join(map(str, mesh))}, '
-    f'{figure_data.CACHE_SHARE:.0%} of memory for a bfloat16 cache'
+    f'{figure_data.CACHE_SHARE:.0%} of memory for a bfloat16 cache\n'
+    'a batch that fills no further mesh axis leaves more rows on each chip: hence the steps'
   )
   with _figure(path, 6, 4.5, about) as figure:
-    axes = _axes(figure, (1, 1, 1), 'batch', 'longest context (positions)', 'log')
+    axes = _axes(figure, (1, 1, 1), 'batch (rows)', 'longest context (positions)', 'log')
     for colour, row in zip(_COLOURS, figure_data.context_rows(config)):
       lengths = [
         figure_data.longest_context(row.config, machine, mesh, row.layout, b) for b in batches
       ]
       axes.plot(batches, lengths, color=colour, marker='o', markersize=3, label=row.name)
+    _draw_published(axes, published, '', label)
     axes.legend(fontsize=8)
 
 
 def time_parts(path: str, plans: Sequence[Plan]) -> None:
   """Draw the parts of the time of a prefill and of a decode step, with a bar for each plan."""
-  about = f'{_work_text(plans[0].request)}, {plans[0].machine}'
+  request = plans[0].request
+  about = (
+    f'{_work_text(request)}, {plans[0].machine}, batch {request.batch}, {request.weights} weights, '
+    f'{request.cache} cache\nthe fastest pairs of layouts (prefill, decode) on their best meshes; '
+    f'{_ADDED}'
+  )
   with _figure(path, 11, 0.35 * len(plans) + 2, about) as figure:
     for i, phase in enumerate(('prefill', 'decode'), 1):
       title = phase if phase == 'prefill' else 'a decode step'
@@ -127,6 +197,37 @@ def time_parts(path: str, plans: Sequence[Plan]) -> None:
       axes.invert_yaxis()
     # The legend goes beside the bars, not over them.
     axes.legend(fontsize=7, loc='center left', bbox_to_anchor=(1, 0.5))
+
+
+def service_latencies(path: str, about: str, runs: Sequence[Any]) -> None:
+  """Draw latencies of simulated services against the rate of requests.
+
+  Args:
+    path: File of the figure.
+    about: Model and requests, in words.
+    runs: service.Simulated of all services and rates.
+  """
+  services = dict.fromkeys((str(r.candidate.machine), r.candidate.config.slots) for r in runs)
+  with _figure(path, 11, 4.5, about) as figure:
+    for i, (name, latency) in enumerate(
+      (('to the first token', 'first'), ('between tokens, mean of a request', 'between')), 1
+    ):
+      axes = _axes(figure, (1, 2, i), 'requests a second', f'{name} (ms)', 'log')
+      for n, (machine, slots) in enumerate(services):
+        some = [
+          r
+          for r in runs
+          if (str(r.candidate.machine), r.candidate.config.slots) == (machine, slots)
+        ]
+        rates, colour = [r.rate for r in some], _COLOURS[n % len(_COLOURS)]
+        for quantile, style in (('p95', '-'), ('p50', ':')):
+          values = [getattr(getattr(r.service, latency), quantile) * 1e3 for r in some]
+          label = f'{machine}, {slots} slots: {quantile}'
+          axes.plot(
+            rates, values, style, color=colour, marker='o', markersize=3, linewidth=1, label=label
+          )
+      if i == 2:
+        axes.legend(fontsize=6, loc='center left', bbox_to_anchor=(1, 0.5))
 
 
 def _model_text(config: ModelConfig) -> str:

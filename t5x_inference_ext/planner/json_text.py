@@ -74,6 +74,7 @@ def phase_dict(plan: Plan, cost: PassCost) -> dict[str, Any]:
   held = plan.memories[cost.case.phase]
   return {
     'layout': str(cost.case.layout),
+    'layout_text': cost.case.layout_text,
     'seconds': cost.seconds,
     'parts': cost.parts,
     'limit': cost.limit,

@@ -9,6 +9,7 @@ from t5x_inference_ext.errors import MeshError
 from t5x_inference_ext.hardware import CHIPS, Chip
 from t5x_inference_ext.precompile import slices
 from t5x_inference_ext.sharding import torus
+from t5x_inference_ext.sharding.cloud_names import cloud_slice
 from t5x_inference_ext.sharding.layout import check_model
 from t5x_inference_ext.sharding.mesh import AXES
 from t5x_inference_ext.sharding.mesh import MeshShape as Mesh
@@ -33,11 +34,13 @@ class Machine:
 
   @classmethod
   def parse(cls, text: str) -> 'Machine':
-    """Return the machine that a text names: 'v4:4x4x4', 'v5e:4x8', 'A100:16', or '4x4x4' (v4).
+    """Return the machine of 'v4:4x4x4', 'v4-128', 'v5e:4x8', 'A100:16', or '4x4x4' (v4).
 
     Raises:
       MeshError: The chip is unknown, or the slice can't be rented. The message lists known ones.
     """
+    if cloud_slice(text) is not None:
+      return cls._of(torus.parse_slice(text))
     kind, colon, size = text.partition(':')
     names = {name.lower(): name for name in CHIPS}
     known = kind.lower() in names
@@ -50,15 +53,18 @@ class Machine:
       )
     chip = hardware.chip(names[kind.lower()]) if known else None
     if chip is None or chip.torus:
-      slice_ = torus.parse_slice(text)
-      slices.check_slice(slice_)
-      return cls(hardware.chip(slice_.kind), slice_.shape, slice_.wraps)
+      return cls._of(torus.parse_slice(text))
     if size not in map(str, _GPU_COUNTS):
       raise MeshError(
         f'{chip.name}s are written with their number, such as {chip.name}:8; known: '
         f'{_list(chip.name)}; got {text!r}'
       )
     return cls(chip, (int(size), 1, 1), (False, False, False))
+
+  @classmethod
+  def _of(cls, slice_: torus.TpuSlice) -> 'Machine':
+    slices.check_slice(slice_)
+    return cls(hardware.chip(slice_.kind), slice_.shape, slice_.wraps)
 
   @property
   def chips(self) -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
 from t5x_inference_ext.hardware import MAX_ATTENTION_LOGITS
 from t5x_inference_ext.planner.case import ACTIVATION_BYTES, WEIGHT_BYTES, PassCase
@@ -47,10 +48,26 @@ def memory(case: PassCase, positions: int) -> PlannedMemory:
     case: The pass.
     positions: S, positions of each row that the cache has room for.
   """
-  weights = sum(stored_bytes(case, t) for t in case.tensors.values())
   return PlannedMemory(
-    weights, cache_bytes(case, positions), _working_bytes(case), case.machine.chip.usable_bytes
+    weight_bytes(case),
+    cache_bytes(case, positions),
+    _working_bytes(case),
+    case.machine.chip.usable_bytes,
   )
+
+
+_held: dict[tuple[Any, ...], int] = {}
+
+
+def weight_bytes(case: PassCase) -> int:
+  """Return the bytes on one chip of all stored weights.
+
+  They depend on neither rows nor positions, which a search varies: each sum is made once.
+  """
+  key = case.config, case.layout.feedforward == 'ws_1d', case.mesh, case.weights
+  if key not in _held:
+    _held[key] = sum(stored_bytes(case, t) for t in case.tensors.values())
+  return _held[key]
 
 
 def _working_bytes(case: PassCase) -> float:

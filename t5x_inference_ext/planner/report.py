@@ -47,7 +47,8 @@ def _ranked(ranked: Sequence[Plan], rows: int) -> list[str]:
   header += ['per step', 'MFU', 'limit', 'GiB']
   body = [
     (
-      *plan.layouts,
+      plan.prefill.case.layout_text,
+      plan.decode.case.layout_text,
       plan.mesh_text,
       str(plan.rows),
       seconds_text(plan.seconds) if plan.fits else 'does not fit',
@@ -126,7 +127,7 @@ def why(choice: Choice, in_json: bool = False) -> str:
     in_json: Whether to use the older wording of the JSON file, which programs may read.
   """
   plan = choice.plan
-  names = ' and '.join(f'{c.case.layout} for {c.case.phase}' for c in plan.phases)
+  names = ' and '.join(f'{c.case.layout_text} for {c.case.phase}' for c in plan.phases)
   names += f' on {plan.mesh_text}'
   kind, verb = ('pair of layouts', 'take') if len(plan.phases) > 1 else ('layout', 'takes')
   rival = next((p for p in choice.ranked[1:] if p.fits), None)
@@ -194,7 +195,7 @@ def _objective_text(choice: Choice) -> str:
 
 def _layouts(plan: Plan) -> str:
   """Return the names of the layouts of the phases that run here."""
-  return ' and '.join(str(c.case.layout) for c in plan.phases)
+  return ' and '.join(c.case.layout_text for c in plan.phases)
 
 
 def _others(plans: Sequence[Plan]) -> list[str]:

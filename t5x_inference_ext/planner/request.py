@@ -5,6 +5,7 @@ import functools
 from typing import Any
 
 from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.planner.case import (
   CACHE_ELEMENT_BYTES,
   WEIGHT_BYTES,
@@ -17,6 +18,7 @@ from t5x_inference_ext.planner.efficiency import Efficiency
 from t5x_inference_ext.planner.machine import Machine, Mesh
 from t5x_inference_ext.planner.memory import PlannedMemory, memory
 from t5x_inference_ext.planner.network import CONVENTIONS
+from t5x_inference_ext.sharding.layout import Layout, check_pair
 
 OBJECTIVES = ('latency', 'throughput', 'cost')
 # Phases that this machine runs: both, or one of them if another machine runs the other.
@@ -37,11 +39,13 @@ class PlanRequest:
     convention: Convention of the network, one of network.CONVENTIONS.
     efficiency: Shares of the chip's peak rates. None: the shares fitted for the convention.
     mesh: The only mesh (X, Y, Z) to consider. None: every candidate mesh.
-    phase: The phases that run on this machine, one of PLAN_PHASES. Only they have to fit, and only
-      their time counts.
+    phase: The phases that run on this machine, one of PLAN_PHASES. Only these are priced and have
+      to fit.
+    layouts: The only (prefill layout, decode layout) to consider. None: every pair.
 
   Raises:
     RequestError: A value is out of its range.
+    MeshError: The layouts can't share weights.
   """
 
   config: ModelConfig
@@ -54,6 +58,7 @@ class PlanRequest:
   efficiency: Efficiency | None = None
   mesh: Mesh | None = None
   phase: str = 'both'
+  layouts: tuple[Layout, Layout] | None = None
 
   def __post_init__(self) -> None:
     check_counts(self, ('batch', 'input_length', 'output_length'))
@@ -66,6 +71,13 @@ class PlanRequest:
         'phase': PLAN_PHASES,
       },
     )
+    if self.layouts is not None:
+      check_pair(*self.layouts)
+      for layout in self.layouts:
+        if layout.collectives != 'plain':
+          raise RequestError(
+            f'the planner prices plain collectives, and {layout} has others: precompile compiles it'
+          )
 
   @property
   def context(self) -> int:

@@ -4,20 +4,25 @@ from collections.abc import Callable, Sequence
 import math
 import os
 import sys
+from typing import Any
 
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.options import takes_options
 from t5x_inference_ext.planner import check as checks
 from t5x_inference_ext.planner import choose, figures, gin_text, json_text, report
 from t5x_inference_ext.planner import sweep as sweeps
 from t5x_inference_ext.planner.machine import Machine, known_machines
 from t5x_inference_ext.planner.request import PlanRequest
+from t5x_inference_ext.planner.service_options import ServiceOptions
 from t5x_inference_ext.planner.text import table
+from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.mesh import parse_mesh
 from t5x_inference_ext.text_files import check_plots, check_writable, write_text
 from t5x_inference_ext.text_format import seconds_text
 
 
+@takes_options(ServiceOptions)
 def plan(
   model: ModelConfig,
   slice_name: str | None = None,
@@ -31,6 +36,7 @@ def plan(
   latency_target_ms: float | None = None,
   convention: str = 'torus',
   mesh: str | None = None,
+  layout: str | None = None,
   phase: str = 'both',
   check: bool = False,
   sweep: bool = False,
@@ -39,14 +45,17 @@ def plan(
   gin_output: str | None = None,
   json_file: str | None = None,
   write: Callable[[str], None] = print,
+  **service: Any,
 ) -> None:
   """Plan, print the report, and write the requested files.
 
   Args:
     model: The model.
-    slice_name: 'v4:4x4x4' or 'A100:16'. None: the usual slices of `chip` are all considered.
-    chip: One of hardware.CHIPS, or several, separated by commas.
-    batch: Rows run together. None: powers of two up to 1024 are considered.
+    slice_name: 'v4:4x4x4' or 'A100:16', or several, with commas. None: the usual slices of `chip`
+      are all considered.
+    chip: One of hardware.CHIPS, or several with commas.
+    batch: Rows run together; the slots of a service. None: powers of two up to 1024, of a service
+      a few numbers, are considered.
     input_length: Tokens of each prompt.
     output_length: Tokens to generate for each prompt.
     weights: 'int8' or 'bfloat16'.
@@ -55,6 +64,7 @@ def plan(
     latency_target_ms: Milliseconds from the prompts to the last token. None: no target.
     convention: Convention of the network, one of network.CONVENTIONS.
     mesh: 'XxYxZ' over the whole slice. None: the best.
+    layout: 'PREFILL,DECODE', or one for both phases: the only layouts to price. None: all.
     phase: 'both', 'prefill' or 'decode': the phases that run here.
     check: Whether to compile the chosen plan too.
     sweep: Whether to draw latency against cost for all slices and batches, instead of choosing.
@@ -63,6 +73,7 @@ def plan(
     gin_output: File for the plan as gin bindings.
     json_file: File for every number, as JSON.
     write: Takes the report's text. Progress goes to stderr.
+    **service: Options of ServiceOptions: a service to simulate instead of a plan.
 
   Raises:
     UserError: The request is invalid, nothing fits or meets the target, or a file can't be written.
@@ -74,8 +85,13 @@ def plan(
       raise RequestError(f"can't write figures: there is no directory {output_dir}")
   if latency_target_ms is not None and not 0 < latency_target_ms < math.inf:
     raise RequestError(f'latency_target_ms must be above 0 and finite, got {latency_target_ms!r}')
-  if mesh and not slice_name:
+  kinds = dict.fromkeys(kind.strip() for kind in chip.split(','))
+  names = [
+    *dict.fromkeys(name.strip() for name in (slice_name or '').split(',') if name.strip())
+  ] or [name for kind in kinds for name in known_machines(kind)]
+  if mesh and len(names) > 1:
     raise RequestError(f'mesh={mesh} needs one slice: give its name')
+  options = ServiceOptions(**service)
   request = PlanRequest(
     model,
     1 if batch is None else batch,
@@ -86,22 +102,22 @@ def plan(
     convention,
     mesh=parse_mesh(mesh) if mesh else None,
     phase=phase,
+    layouts=_parse_layouts(layout) if layout else None,
   )
-  kinds = dict.fromkeys(kind.strip() for kind in chip.split(','))
-  names = [slice_name] if slice_name else [name for kind in kinds for name in known_machines(kind)]
   machines = [Machine.parse(name) for name in names]
   batches = choose.BATCHES if batch is None else (batch,)
+  many = {
+    'gin_output': gin_output,
+    'check': check,
+    'latency_target_ms': latency_target_ms,
+    'phase': phase != 'both',
+  }
+  if options.asked:
+    _refuse({**many, 'sweep': sweep}, 'a simulated service is none')
+    _serve(request, machines, batch, options, output_dir if figure else None, json_file, write)
+    return
   if sweep:
-    for given, name in (
-      (gin_output, 'gin_output'),
-      (json_file, 'json'),
-      (check, 'check'),
-      (figure, 'figures'),
-      (latency_target_ms, 'latency_target_ms'),
-      (phase != 'both', 'phase'),
-    ):
-      if given:
-        raise RequestError(f'{name} is for one plan, and sweep has many: ask for either')
+    _refuse({**many, 'json': json_file, 'figures': figure}, 'sweep has many')
     _sweep(request, machines, batches, output_dir, write)
     return
   one = len(machines) == len(batches) == 1
@@ -116,6 +132,45 @@ def plan(
   _write_choice(choice, check, gin_output, json_file, write)
   if figure:
     _draw(choice, output_dir, write)
+
+
+def _parse_layouts(text: str) -> tuple[Layout, Layout]:
+  """Return the layouts of prefill and decode that 'PREFILL,DECODE', or one for both, names."""
+  names = [name.strip() for name in text.split(',')]
+  if len(names) > 2:
+    raise RequestError(f'layout is one for prefill and one for decode, got {text!r}')
+  return Layout.parse(names[0]), Layout.parse(names[-1])
+
+
+def _refuse(given: dict[str, Any], why: str) -> None:
+  """Raise RequestError for the first option that is for one plan and was given."""
+  for name, value in given.items():
+    if value:
+      raise RequestError(f'{name} is for one plan, and {why}: ask for either')
+
+
+def _serve(
+  request: PlanRequest,
+  machines: Sequence[Machine],
+  slots: int | None,
+  options: ServiceOptions,
+  figure_dir: str | None,
+  json_file: str | None,
+  write: Callable[[str], None],
+) -> None:
+  """Simulate a service, print its report and write its files."""
+  # A plan imports nothing that runs a model; a service runs the scheduler.
+  from t5x_inference_ext.planner import service, service_report
+
+  study = service.study_service(request, machines, slots, options, _say)
+  write(service_report.study_text(study))
+  if json_file:
+    write_text(json_file, service_report.study_json(study))
+    write(f'every number as JSON: {json_file}')
+  if figure_dir is not None:
+    path = os.path.join(figure_dir, 'service.svg')
+    figures.service_latencies(path, service_report.requests_text(study), study.runs)
+    write(f'figure: {path}')
 
 
 def _write_choice(

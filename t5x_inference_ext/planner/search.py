@@ -49,7 +49,7 @@ def plans(request: PlanRequest, machine: Machine) -> list[Plan]:
       found += [
         Plan(request, p, d)
         for p, d in itertools.product(prefills, decodes)
-        if _share_weights(p.case, d.case)
+        if share_weights(p.case, d.case)
       ]
   return sorted(found, key=_speed)
 
@@ -92,7 +92,7 @@ def fits(request: PlanRequest, machine: Machine) -> bool:
       prefills = _fitting_cases(request, machine, mesh, 'prefill', rows)
       decodes = prefills and _fitting_cases(request, machine, mesh, 'decode', rows)
       for prefill, decode in itertools.product(prefills, decodes):
-        if _share_weights(prefill, decode) and _needed(request, prefill, decode) <= available:
+        if share_weights(prefill, decode) and _needed(request, prefill, decode) <= available:
           return True
   return False
 
@@ -108,19 +108,31 @@ def _fitting_cases(
   return [case for case in cases if memory(case, positions).fits]
 
 
-def needed_bytes(request: PlanRequest, machine: Machine) -> Iterator[float]:
-  """Yield the bytes that each plan needs on one chip, without computing times.
+def least_memory(request: PlanRequest, machine: Machine) -> tuple[float, PassCase, PassCase]:
+  """Return the bytes on one chip of the plan that needs the fewest, and its passes, unpriced.
 
   Raises:
-    MeshError: The chips, or the requested mesh, do not divide the model.
+    MeshError: The chips, or the requested mesh, do not divide the model, or the requested layouts
+      can't run the rows.
   """
+  least = min(_pairs(request, machine), key=lambda pair: pair[0], default=None)
+  if least is None:
+    raise MeshError(
+      f'no mesh of {machine} lets these layouts run {request.batch} rows: ask for other layouts, '
+      'another mesh or another batch'
+    )
+  return least
+
+
+def _pairs(request: PlanRequest, machine: Machine) -> Iterator[tuple[float, PassCase, PassCase]]:
+  """Yield the bytes that each plan needs on one chip, its prefill and its decode step."""
   for mesh in meshes(request, machine):
     for rows in row_choices(request.batch, mesh):
       decodes = list(_cases(request, machine, mesh, 'decode', rows))
       for prefill in _cases(request, machine, mesh, 'prefill', rows):
         for decode in decodes:
-          if _share_weights(prefill, decode):
-            yield _needed(request, prefill, decode)
+          if share_weights(prefill, decode):
+            yield _needed(request, prefill, decode), prefill, decode
 
 
 def _needed(request: PlanRequest, prefill: PassCase, decode: PassCase) -> float:
@@ -200,8 +212,10 @@ def _cases(
 ) -> Iterator[PassCase]:
   """Yield one phase in every layout that can run `rows` rows."""
   length, context = (request.input_length,) * 2 if phase == 'prefill' else (1, request.mean_context)
-  for layout in LAYOUTS:
-    if _repeats_another(layout, mesh):
+  pinned = request.layouts
+  layouts = LAYOUTS if pinned is None else (pinned[phase == 'decode'],)
+  for layout in layouts:
+    if pinned is None and _repeats_another(layout, mesh, alone=request.phase == phase):
       continue
     if phase == 'decode' and rows != _rows_that_run(layout, rows, mesh):
       continue  # needs another number of rows, which row_choices includes
@@ -229,8 +243,14 @@ def _rows_that_run(layout: Layout, rows: int, mesh: Mesh) -> int:
   return activations.padded_batch(layout, rows, axis_sizes(mesh))
 
 
-def _repeats_another(layout: Layout, mesh: Mesh) -> bool:
-  """Return whether axes of size 1 make this layout equal to another one."""
+def _repeats_another(layout: Layout, mesh: Mesh, alone: bool) -> bool:
+  """Return whether axes of size 1 make this layout equal to another one.
+
+  Args:
+    layout: The layout.
+    mesh: The mesh.
+    alone: Whether no other phase shares its weights: ws_2d may then be ws_1d.
+  """
   sizes = axis_sizes(mesh)
   gathered = [a for a in layout.gathered_axes if sizes[a] > 1]
   if layout.feedforward == 'ws_1d':
@@ -239,10 +259,12 @@ def _repeats_another(layout: Layout, mesh: Mesh) -> bool:
     is_wg_x = layout.feedforward == 'wg_xy' and mesh[1] == 1
     is_wg_xyz = math.prod(sizes[a] for a in gathered) == math.prod(mesh)
     return not gathered or is_wg_x or is_wg_xyz
+  if layout.feedforward == 'ws_2d':
+    return alone and mesh[0] == 1 < math.prod(mesh)
   return layout.feedforward == 'wg_xyz' and not gathered
 
 
-def _share_weights(prefill: PassCase, decode: PassCase) -> bool:
+def share_weights(prefill: PassCase, decode: PassCase) -> bool:
   """Return whether both phases can share one copy of the weights."""
   mesh, layouts = prefill.mesh, (prefill.layout, decode.layout)
   if mesh[0] == 1 < math.prod(mesh) and all(x.feedforward == 'ws_2d' for x in layouts):

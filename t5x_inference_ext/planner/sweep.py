@@ -93,6 +93,7 @@ def front(points: Iterable[Point]) -> list[Point]:
 def _fastest(request: PlanRequest, machine: Machine, phase: str) -> PassCost | None:
   """Return the fastest pass of a phase that fits, or None if none fits."""
   positions = request.input_length if phase == 'prefill' else request.context
+  alone = request.replace(phase=phase)
   try:
     meshes = search.meshes(request, machine)
   except MeshError:
@@ -101,7 +102,7 @@ def _fastest(request: PlanRequest, machine: Machine, phase: str) -> PassCost | N
     cost
     for mesh in meshes
     for rows in search.row_choices(request.batch, mesh)
-    for cost in search.phase_costs(request, machine, mesh, phase, rows)
+    for cost in search.phase_costs(alone, machine, mesh, phase, rows)
     if memory(cost.case, positions).fits
   ]
   return min(fitting, key=lambda cost: cost.seconds, default=None)

@@ -1,8 +1,7 @@
 """The physical torus of a TPU slice, and the chip at each mesh position (the paper's section 3.1).
 
-A slice is a box of chips, each linked to the next along up to three physical axes. Collectives run
-along mesh axes: a mesh is fast if each step along a mesh axis is one physical link. `device_grid`
-finds the chip at each position of a mesh; mesh_choice.py chooses the mesh.
+A slice is a box of chips, linked along up to three physical axes; a mesh is fast if each step along
+its axes is one link. `device_grid` lays a mesh on a slice; mesh_choice.py chooses the mesh.
 """
 
 import collections
@@ -14,6 +13,7 @@ import math
 import numpy as np
 
 from t5x_inference_ext.errors import MeshError
+from t5x_inference_ext.sharding.cloud_names import cloud_slice
 from t5x_inference_ext.text_format import parse_sizes
 
 # Generation -> number of physical axes. jax names generations by their device kind (kind_of).
@@ -62,12 +62,13 @@ class TpuSlice:
 
 
 def parse_slice(text: str) -> TpuSlice:
-  """Return the slice that a text names: 'v4:4x4x4', '4x4x4' (v4), or 'v5e:4x8' (4x8x1 chips).
+  """Return the slice of 'v4:4x4x4', '4x4x4' (v4), 'v5e:4x8' (4x8x1), or a cloud's name, 'v4-128'.
 
   Raises:
-    MeshError: The generation is unknown, or the shape is not one whole number above 0 for each of
-      the generation's physical axes.
+    MeshError: The text names no slice. The message says why, and how one is written.
   """
+  if named := cloud_slice(text):
+    return TpuSlice(*named)
   kind, colon, sizes = text.lower().rpartition(':')
   kind = kind if colon else 'v4'
   if kind not in GENERATIONS:

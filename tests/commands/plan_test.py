@@ -421,3 +421,13 @@ def test_a_model_of_another_shape_is_written_out():
 
 def test_nothing_fits_is_an_error_of_the_user():
   assert issubclass(NothingFits, ValueError)
+
+
+def test_a_pair_of_layouts_can_be_pinned(capsys):
+  assert run(*PALM, '--layout=ws_2d/batch') == 0
+  out = capsys.readouterr().out
+  rows = re.findall(r'^(\w+/\w+) +(\w+/\w+) +(\S+) +64 +([\d.]+) s ', out, re.MULTILINE)
+  assert rows == [('ws_2d/batch', 'ws_2d/batch', '2x8x4', rows[0][3])]
+  assert 'no other pair of layouts fits' in ' '.join(out.split())
+  assert run(*PALM, '--layout=ws_2d/batch,ws_2d/batch,ws_2d/batch') == 2
+  assert 'layout is one for prefill and one for decode' in capsys.readouterr().err

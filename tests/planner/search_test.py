@@ -19,7 +19,7 @@ from t5x_inference_ext.planner.json_text import plan_json
 from t5x_inference_ext.planner.machine import Machine
 from t5x_inference_ext.planner.network import axis_sizes
 from t5x_inference_ext.planner.report import plan_text
-from t5x_inference_ext.planner.request import Plan, PlanRequest
+from t5x_inference_ext.planner.request import Plan, PlanRequest, pair_memories, tightest_phase
 from t5x_inference_ext.sharding.activations import padded_batch
 from t5x_inference_ext.sharding.layout import ATTENTION, FEEDFORWARD, Layout, check_pair
 
@@ -262,7 +262,10 @@ def test_whether_a_plan_fits_is_known_without_prices(name, batch, tokens, phase,
   machine = Machine.parse(name)
   found = search.plans(request, machine)
   assert search.fits(request, machine) == any(plan.fits for plan in found)
-  assert min(search.needed_bytes(request, machine)) == min(plan.memory.needed for plan in found)
+  needed, prefill, decode = search.least_memory(request, machine)
+  assert needed == min(plan.memory.needed for plan in found)
+  memories = pair_memories(request, prefill, decode)
+  assert needed == memories[tightest_phase(request, memories)].needed
 
 
 @pytest.mark.parametrize('most', [0, 1, 2, 3, 7, 8, 12, 16, 17, 98, 99])
@@ -353,3 +356,66 @@ def test_one_phase_alone_has_to_fit_and_is_priced_alone():
   assert prefill.chip_seconds_per_token == pytest.approx(32 * prefill.seconds / (512 * 1984))
   with pytest.raises(RequestError, match='phase must be one of both, prefill, decode'):
     request.replace(phase='train')
+
+
+def test_requested_layouts_are_the_only_ones():
+  machine = Machine.parse('v4:2x2x4')
+  asked = Layout.parse('wg_xyz/batch'), Layout.parse('ws_2d/heads')
+  request = PlanRequest(config.preset('palm_8b'), 32, 256, 16)
+  pinned = search.plans(request.replace(layouts=asked), machine)
+  assert {tuple(c.case.layout for c in plan.phases) for plan in pinned} == {asked}
+  everything = search.best(search.plans(request, machine))
+  same = next(p for p in everything if p.layouts == tuple(map(str, asked)))
+  assert search.best(pinned)[0].seconds == same.seconds
+  assert search.fits(request.replace(layouts=asked), machine)
+
+
+@pytest.mark.parametrize(
+  'layouts, error, words',
+  [
+    ('ws_1d/batch,ws_2d/batch', MeshError, 'place the weights differently'),
+    (
+      'ws_2d/batch/one_way,ws_2d/batch',
+      RequestError,
+      'prices plain collectives, and ws_2d/batch/one_way',
+    ),
+  ],
+)
+def test_layouts_that_can_not_be_priced_are_refused(layouts, error, words):
+  pair = tuple(map(Layout.parse, layouts.split(',')))
+  with pytest.raises(error, match=words):
+    PlanRequest(config.preset('palm_8b'), 32, layouts=pair)
+
+
+def test_layouts_that_can_not_run_the_rows_are_refused_in_a_sentence():
+  asked = (Layout.parse('ws_2d/batch'),) * 2
+  request = PlanRequest(
+    config.preset('palm_8b'), 1, 64, 8, convention='paper', mesh=(1, 2, 2), layouts=asked
+  )
+  with pytest.raises(NothingFits, match='no mesh of v4:2x2x1 lets these layouts run 1 rows'):
+    choose(request, [Machine.parse('v4:2x2x1')])
+
+
+@pytest.mark.parametrize('phase', ['prefill', 'decode'])
+def test_one_dimension_is_called_so(phase):
+  """On a mesh with one chip along x, ws_2d is ws_1d; beside gathered weights it keeps its name."""
+  machine = Machine.parse('v4:4x4x4')
+  request = PlanRequest(config.preset('palm_540b'), 64, phase=phase)
+  alone = [next(iter(p.phases)).case for p in search.plans(request, machine)]
+  assert any(case.layout.feedforward == 'ws_1d' for case in alone)
+  assert not any(case.layout_text.endswith('(1D)') for case in alone)
+  cases = [p.decode.case for p in search.plans(request.replace(phase='both'), machine)]
+  for case in cases:
+    one_dimensional = case.layout.feedforward == 'ws_2d' and case.mesh[0] == 1
+    assert case.layout_text == f'{case.layout}{" (1D)" * one_dimensional}'
+  assert any(case.layout_text.endswith('(1D)') for case in cases)
+
+
+def test_nothing_is_priced_to_say_that_nothing_fits(monkeypatch):
+  def price(*arguments):
+    raise AssertionError('a plan is priced')
+
+  monkeypatch.setattr(search, 'cost', price)
+  request = PlanRequest(config.preset('palm_540b'), 64)
+  with pytest.raises(NothingFits, match='weights 126.95.*what would fit: v4:2x4x4'):
+    choose(request, [Machine.parse('v4:2x2x1')])

@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from benchmarks.planner_figures import FIGURE_3_MODEL
+from benchmarks.planner_figures import FIGURE_3_MODEL, table_1_points, table_2_points
 from t5x_inference_ext import config
 from t5x_inference_ext.errors import RequestError, UserError
 from t5x_inference_ext.planner import figures
@@ -105,7 +105,11 @@ def test_figures_are_drawn_and_the_same_again(points, tmp_path):
   for words in (b'wg_xyz', b'16,384', b'65,536', b'786,432'):
     assert words in first['communication.svg']
   assert b'multiquery by batch' in first['context.svg'] and b'palm_8b' in first['context.svg']
-  assert b'weight load' in first['parts.svg'] and b'out, v4:2x2x2' in first['parts.svg']
+  assert b'weight load' in first['parts.svg'] and b'out, v4:2x2x2, batch 16' in first['parts.svg']
+  for name in ('pareto.svg', 'parts.svg'):
+    assert b'nothing overlaps but gathering weights' in first[name]
+    assert b'bfloat16 cache' in first[name]
+  assert b'64 chips as 4x4x4' in first['communication.svg']
 
 
 @pytest.fixture
@@ -197,3 +201,24 @@ def test_switch_points_are_where_bytes_are_equal():
     near = round(tokens / 32) * 32
     before, after = (feedforward_bytes(model, (4, 4, 2), name, near) for name in (below, above))
     assert before == pytest.approx(after, rel=32 / near)
+
+
+@needs_matplotlib
+def test_published_points_are_drawn_beside(points, drawn):
+  published = [
+    figures.PublishedPoint('decode', 'one', 12.5, 3.0),
+    figures.PublishedPoint('prefill', 'two', 80.0, 9.0),
+  ]
+  figures.pareto('pareto.svg', points, published, 'somebody')
+  for axes, point in zip(drawn[0].axes, published):
+    (stars,) = (line for line in axes.lines if line.get_label() == 'somebody')
+    assert (stars.get_xdata()[0], stars.get_ydata()[0]) == (point.x, point.y)
+    assert point.name in [text.get_text() for text in axes.texts]
+
+
+def test_the_papers_points_are_those_of_its_tables():
+  """Table 2's costs are the paper's own: chips times seconds over tokens."""
+  low, _, _, high = table_2_points()
+  assert (low.panel, low.x, low.y) == ('prefill', 290, pytest.approx(64 * 290 / 2048))
+  assert (high.panel, high.y) == ('decode', pytest.approx(64 * 6000 / 64 / 512))
+  assert [(p.x, p.y) for p in table_1_points()][-2:] == [(128, 43_000), (512, 10_700)]

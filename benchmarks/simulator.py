@@ -1,0 +1,107 @@
+"""The simulator of a service beside the engine itself, on the devices that are here.
+
+    python -m benchmarks.simulator [--load=0.3,0.5,0.7] [--prices=prices.json]
+
+Run from the root of a checkout. A small random model serves random requests with the real engine,
+in real time; then the simulator serves equal requests in virtual time, with a measured table of
+what each program takes as its prices. Printed are the latencies of both, and the relative
+differences, at several loads: shares of the requests a second that the simulator says can be
+served at all. The table is measured before and after each real run, as the speed of a machine
+drifts, and both are averaged; nothing is fitted to latencies. --prices writes the last table, for
+`plan --prices`.
+"""
+
+import argparse
+import os
+
+import jax
+
+from benchmarks.continuous import make_engine
+from t5x_inference_ext.engine.scheduler import Scheduler
+from t5x_inference_ext.engine.scheduler_config import config_for
+from t5x_inference_ext.simulator.clock import WallClock
+from t5x_inference_ext.simulator.measure import measure_service
+from t5x_inference_ext.simulator.prices import PricedProgram, PricedService, PriceTable
+from t5x_inference_ext.simulator.service import ServedTrace, WaitingLimits, serve_arrivals
+from t5x_inference_ext.simulator.simulate import simulate
+from t5x_inference_ext.simulator.trace import RandomTrace
+
+NO_LIMITS = WaitingLimits(10**9, 10**12)
+
+
+def mean_of(before: PricedService, after: PricedService) -> list[PricedProgram]:
+  """The mean of two tables with equal rows."""
+  return [
+    a._replace(seconds=(a.seconds + b.seconds) / 2) for a, b in zip(before.programs, after.programs)
+  ]
+
+
+def print_beside(real: ServedTrace, virtual: ServedTrace) -> None:
+  """Print the latencies of the engine, those of the simulator, and the differences."""
+  for name, served, simulated in (
+    ('first token', real.first, virtual.first),
+    ('between tokens, mean of a request', real.between, virtual.between),
+    ('between tokens, each', real.gaps, virtual.gaps),
+  ):
+    both = ', '.join(
+      f'{which} {a * 1e3:.2f} and {b * 1e3:.2f} ms ({b / a - 1:+.1%})'
+      for which, a, b in zip(('p50', 'p95', 'p99'), served, simulated)
+    )
+    print(f'  {name}: {both}')
+  rates = real.tokens_per_second, virtual.tokens_per_second
+  print(f'  tokens/s: {rates[0]:.1f} and {rates[1]:.1f}', flush=True)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--load', default='0.3,0.5,0.7', help='shares of the most that can be served')
+  parser.add_argument('--prices', help='file for the table of prices')
+  parser.add_argument('--requests', type=int, default=500)
+  parser.add_argument('--prompt', type=int, default=128, help='mean tokens of a prompt')
+  parser.add_argument('--generate', type=int, default=32, help='mean new tokens of a request')
+  parser.add_argument('--spread', type=float, default=0.5, help='see plan --length_spread')
+  parser.add_argument('--slots', type=int, default=8)
+  parser.add_argument('--layers', type=int, default=4)
+  parser.add_argument('--d_model', type=int, default=256, help='a multiple of 64')
+  parser.add_argument('--vocabulary', type=int, default=4096)
+  parser.add_argument('--dtype', default='float32')
+  parser.add_argument('--repeats', type=int, default=5)
+  args = parser.parse_args()
+  engine = make_engine(args.layers, args.d_model, args.vocabulary, args.dtype)
+  model, weights = engine.model, engine.weights
+  trace = RandomTrace(args.requests, args.prompt, args.generate, args.spread)
+  longest = max(len(a.tokens) + a.limit for a in trace.arrivals(1, args.vocabulary))
+  config = config_for(model, (), slots=args.slots, max_length=longest, end_ids=())
+  Scheduler(model, weights, config).warm_up()
+  cores = len(os.sched_getaffinity(0))
+  kind = f'{jax.devices()[0].device_kind}, {cores} cores'
+  print(f'{model.config}\n{kind}, {config.slots} slots, real and simulated:')
+  before = measure_service(model, weights, config, args.repeats)
+  for load in map(float, args.load.split(',')):
+    at_once = trace.arrivals(1e9, args.vocabulary)
+    full = simulate(
+      model, config, PriceTable(before.programs), at_once, NO_LIMITS, shared=before.shared
+    )
+    rate = load * args.requests / full.seconds
+    arrivals = trace.arrivals(rate, args.vocabulary)
+    scheduler = Scheduler(model, weights, config)
+    scheduler.warm_up()
+    real = serve_arrivals(scheduler, arrivals, WallClock(), NO_LIMITS)
+    after = measure_service(model, weights, config, args.repeats)
+    prices = mean_of(before, after)
+    virtual = simulate(model, config, PriceTable(prices), arrivals, NO_LIMITS, shared=before.shared)
+    print(f'{args.requests} requests, {rate:.1f} a second, load {load:g}:')
+    print_beside(real, virtual)
+    before = after
+  for row in before.programs:
+    sizes = ', '.join(f'{name}={size}' for name, size in row.sizes.items())
+    print(f'{row.program}({sizes}): {row.seconds * 1e3:.3f} ms')
+  if args.prices:
+    with open(args.prices, 'w', encoding='utf-8') as file:
+      file.write(before.text())
+
+
+if __name__ == '__main__':
+  main()

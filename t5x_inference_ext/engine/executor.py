@@ -1,0 +1,228 @@
+"""What runs a scheduler's programs: the seam between its books on the host and the devices.
+
+Everything above an executor is host work. DeviceExecutor runs the programs of engine/programs.py;
+simulator/executor.py has one that only counts the time that they would take.
+"""
+
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from t5x_inference_ext.engine import programs
+from t5x_inference_ext.engine.prefix_store import BlockCopies, blocks_for, bytes_per_block
+from t5x_inference_ext.engine.prompts import prompt_room
+from t5x_inference_ext.engine.sampling import SamplingParams
+from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
+from t5x_inference_ext.engine.slot_params import slot_row
+from t5x_inference_ext.engine.slots import RowPages, SlotPages, StepsOutput
+from t5x_inference_ext.engine.state import RowParams
+from t5x_inference_ext.engine.token_choice import TokenMasks
+from t5x_inference_ext.model.chunks import page_shards
+from t5x_inference_ext.model.transformer import Model
+from t5x_inference_ext.model.weights import Weights
+
+
+class Executor(Protocol):
+  """Holds the prompts, the slots and the prefix store of a scheduler, and runs what changes them.
+
+  Methods start work and may return before it is done; work is done in the order of the calls.
+
+  Attributes:
+    shards: Number of shards that split the rows of the slots' cache.
+    blocks: Blocks that the prefix store has room for.
+    block_bytes: Bytes of such a block on each device.
+  """
+
+  shards: int
+  blocks: int
+  block_bytes: int
+
+  def start_prefill(self, copies: BlockCopies | None) -> None:
+    """Reset the prompts for a new group, which begins with copies of blocks of the prefix store.
+
+    See prefix_store.start_with_blocks. Without a store there are no copies, None.
+    """
+
+  def prefill_chunk(self, tokens: np.ndarray, counts: np.ndarray, read: int) -> None:
+    """Run the next tokens of the prompts. See prompts.prefill_chunk."""
+
+  def save_blocks(self, copies: BlockCopies) -> None:
+    """Copy blocks of prompts into the prefix store. See prefix_store.save_blocks."""
+
+  def insert(
+    self,
+    place: int,
+    slot: int,
+    pages: RowPages,
+    params: RowParams,
+    tokens: np.ndarray,
+    length: int,
+    generated: int,
+    masks: TokenMasks | None,
+  ) -> StepsOutput:
+    """Put the prompt at `place` into a slot, and choose its next token. See slots.insert."""
+
+  def decode_steps(
+    self,
+    pages: SlotPages,
+    alive: np.ndarray,
+    steps: int,
+    until_free: bool,
+    read: int,
+    read_shared: int,
+  ) -> StepsOutput:
+    """Run decode steps of all slots. See slot_steps.decode_steps."""
+
+  def decode_logits(self, pages: SlotPages, alive: np.ndarray, read: int, read_shared: int) -> Any:
+    """Run a decode step up to its logits, and return them. See slot_steps.decode_logits."""
+
+  def choose_masked(self, logits: Any, alive: np.ndarray, masks: TokenMasks) -> StepsOutput:
+    """Choose the next token of each slot from logits. See slot_steps.choose_masked."""
+
+  def fetch(self, output: StepsOutput) -> StepsOutput:
+    """Wait for a program's output, and return it as numpy arrays."""
+
+  def wait(self) -> None:
+    """Wait until all work that was started is done."""
+
+  def settle(self) -> None:
+    """Wait likewise, if prefill must not run beside decode steps here."""
+
+
+class DeviceExecutor:
+  """Runs the programs on the devices of a model's mesh. See Executor.
+
+  Args:
+    model: Decides mesh and layouts.
+    weights: Weights on that mesh.
+    config: Sizes that the programs are compiled for.
+  """
+
+  def __init__(self, model: Model, weights: Weights, config: SchedulerConfig) -> None:
+    self._model, self._weights, self._config = model, weights, config
+    self.shards = page_shards(model, config.slots)
+    # XLA:CPU runs collectives of many devices on few threads: those of two programs that do not
+    # wait for each other can block each other forever.
+    self._one_at_a_time = model.mesh.size > 1 and model.mesh.devices.flat[0].platform == 'cpu'
+    self.blocks = self.block_bytes = 0
+    self._store: Any = None
+    rows, size = config.prefill_rows, config.block_size
+    if config.prefix_bytes:
+      self.blocks = blocks_for(config.prefix_bytes, model, weights, rows, size)
+      self.block_bytes = bytes_per_block(model, weights, rows, size)
+      self._store = programs.empty_store(model, weights, rows, self.blocks, size)
+    room = prompt_room(model, rows, max(config.max_length, config.chunk_sizes[-1]))
+    self._prompts = programs.empty_prefill(model, weights, rows, room)
+    any_row = slot_row(
+      SamplingParams(), model.config.vocab_size, seed=0, limit=1, top_width=config.top_log_probs
+    )
+    self._slots = programs.empty_slots(model, weights, any_row, config=config, shards=self.shards)
+
+  def start_prefill(self, copies: BlockCopies | None) -> None:
+    """Reset the prompts for a new group, which begins with copies of blocks of the prefix store."""
+    if copies is None:
+      self._prompts = programs.start_prefill(self._model, self._prompts, self._weights)
+    else:
+      self._prompts = programs.start_with_blocks(
+        self._model, self._prompts, self._weights, self._store, copies
+      )
+
+  def prefill_chunk(self, tokens: np.ndarray, counts: np.ndarray, read: int) -> None:
+    """Run the next tokens of the prompts."""
+    self._prompts = programs.prefill_chunk(
+      self._model, self._prompts, self._weights, tokens, counts, read=read
+    )
+
+  def save_blocks(self, copies: BlockCopies) -> None:
+    """Copy blocks of prompts into the prefix store."""
+    self._store = programs.save_blocks(
+      self._model, self._store, self._weights, self._prompts, copies
+    )
+
+  def insert(
+    self,
+    place: int,
+    slot: int,
+    pages: RowPages,
+    params: RowParams,
+    tokens: np.ndarray,
+    length: int,
+    generated: int,
+    masks: TokenMasks | None,
+  ) -> StepsOutput:
+    """Put a prompt into a slot, and choose its next token."""
+    self._slots, output = programs.insert(
+      self._model,
+      self._slots,
+      self._weights,
+      self._prompts,
+      np.int32(place),
+      np.int32(slot),
+      pages,
+      params,
+      tokens,
+      np.int32(length),
+      np.int32(generated),
+      masks,
+    )
+    return _on_its_way(output)
+
+  def decode_steps(
+    self,
+    pages: SlotPages,
+    alive: np.ndarray,
+    steps: int,
+    until_free: bool,
+    read: int,
+    read_shared: int,
+  ) -> StepsOutput:
+    """Run decode steps of all slots."""
+    self._slots, output = programs.decode_steps(
+      self._model,
+      self._slots,
+      self._weights,
+      pages,
+      alive,
+      np.int32(steps),
+      np.bool_(until_free),
+      most=self._config.decode_steps,
+      read=read,
+      read_shared=read_shared,
+    )
+    return _on_its_way(output)
+
+  def decode_logits(
+    self, pages: SlotPages, alive: np.ndarray, read: int, read_shared: int
+  ) -> jax.Array:
+    """Run a decode step up to its logits [B, V], and return them."""
+    self._slots, logits = programs.decode_logits(
+      self._model, self._slots, self._weights, pages, alive, read=read, read_shared=read_shared
+    )
+    return logits
+
+  def choose_masked(self, logits: jax.Array, alive: np.ndarray, masks: TokenMasks) -> StepsOutput:
+    """Choose the next token of each slot from logits."""
+    self._slots, output = programs.choose_masked(self._model, self._slots, logits, alive, masks)
+    return _on_its_way(output)
+
+  def fetch(self, output: StepsOutput) -> StepsOutput:
+    """Wait for a program's output, and return it as numpy arrays."""
+    return jax.device_get(output)
+
+  def wait(self) -> None:
+    """Wait until all work that was started is done."""
+    jax.block_until_ready((self._prompts, self._slots, self._store))
+
+  def settle(self) -> None:
+    """Wait likewise, if prefill must not run beside decode steps here."""
+    if self._one_at_a_time:
+      self.wait()
+
+
+def _on_its_way(output: StepsOutput) -> StepsOutput:
+  """Begin to copy an output to the host, so that reading it later waits less; return it."""
+  for array in jax.tree.leaves(output):
+    if isinstance(array, jax.Array):
+      array.copy_to_host_async()
+  return output

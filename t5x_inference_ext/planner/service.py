@@ -1,0 +1,153 @@
+"""A service simulated on each slice that was asked for, and the cheapest that keeps its targets."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+
+from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.planner.machine import Machine
+from t5x_inference_ext.planner.request import PlanRequest
+from t5x_inference_ext.planner.service_candidates import (
+  SLOTS,
+  Candidate,
+  all_candidates,
+  priced_candidate,
+)
+from t5x_inference_ext.planner.service_options import ServiceOptions
+from t5x_inference_ext.simulator.service import ServedTrace, WaitingLimits
+from t5x_inference_ext.simulator.simulate import simulate
+from t5x_inference_ext.simulator.trace import Arrival, RandomTrace, at_rate, rate_of, read_trace
+
+_HOUR = 3600
+
+
+@dataclasses.dataclass(frozen=True)
+class Simulated:
+  """What a candidate does with a trace.
+
+  Attributes:
+    candidate: The service.
+    rate: Requests a second.
+    service: What clients got.
+    meets: Whether it keeps to the targets, and refuses nobody.
+  """
+
+  candidate: Candidate
+  rate: float
+  service: ServedTrace
+  meets: bool
+
+  @property
+  def chip_seconds_per_token(self) -> float:
+    """Chip-seconds for each new token, idle time included."""
+    return self.candidate.machine.chips * self.service.seconds / max(1, self.service.tokens)
+
+  @property
+  def chip_hours_per_million(self) -> float:
+    """Chip-hours for a million new tokens, idle time included."""
+    return self.chip_seconds_per_token * 1e6 / _HOUR
+
+
+@dataclasses.dataclass(frozen=True)
+class ServiceStudy:
+  """Services simulated with equal requests.
+
+  Attributes:
+    request: The model; its lengths are the means of the requests.
+    options: What was asked for.
+    requests: Number of requests at each rate.
+    runs: Every service at every rate, by rate, then in the order of the slices.
+  """
+
+  request: PlanRequest
+  options: ServiceOptions
+  requests: int
+  runs: tuple[Simulated, ...]
+
+  @property
+  def rates(self) -> tuple[float, ...]:
+    """The rates, in ascending order."""
+    return tuple(dict.fromkeys(run.rate for run in self.runs))
+
+  def cheapest(self, rate: float) -> Simulated | None:
+    """Return the service with the fewest chip-seconds a token of those that meet the targets.
+
+    Of equally cheap ones it is the one whose tokens come faster. None: none meets them.
+    """
+    meeting = [run for run in self.runs if run.rate == rate and run.meets]
+    # Idle time counts, so services of equally many chips differ only by when their last token came.
+    return min(
+      meeting, key=lambda run: (run.candidate.machine.chips, run.service.between.p95), default=None
+    )
+
+
+def study_service(
+  request: PlanRequest,
+  machines: Sequence[Machine],
+  slots: int | None,
+  options: ServiceOptions,
+  say: Callable[[str], None] = lambda text: None,
+) -> ServiceStudy:
+  """Simulate a service on each machine, at each rate.
+
+  Args:
+    request: The model, and the lengths of random requests.
+    machines: The slices.
+    slots: Slots of the scheduler; None: each of SLOTS that fits.
+    options: The requests, prices and targets.
+    say: Takes a line of progress for each simulation.
+
+  Raises:
+    RequestError: A file can't be read, nothing fits, or a request does not fit.
+    MeshError: None of the machines divides the model.
+  """
+  arrivals = _traces(request, options)
+  (_, first), *_ = arrivals
+  if options.prices is None:
+    candidates = all_candidates(
+      request, machines, SLOTS if slots is None else (slots,), first, options.host_us / 1e6
+    )
+  else:
+    if len(machines) != 1 or slots is not None:
+      raise RequestError('prices are for one slice and its slots: give one slice, and no batch')
+    candidates = [priced_candidate(request, machines[0], options.prices, first)]
+  runs = []
+  bounds = WaitingLimits(options.max_waiting_requests, options.max_waiting_tokens)
+  for rate, trace in arrivals:
+    for each in candidates:
+      say(f'{each.machine}, {each.config.slots} slots, {rate:.4g} requests a second')
+      service = simulate(
+        each.model, each.config, each.prices, trace, bounds, each.block_bytes, each.shared
+      )
+      runs.append(Simulated(each, rate, service, _meets(service, options)))
+  mean = request.replace(
+    input_length=max(1, round(sum(len(a.tokens) for a in first) / len(first))),
+    output_length=max(1, round(sum(a.limit for a in first) / len(first))),
+  )
+  return ServiceStudy(mean, options, len(first), tuple(runs))
+
+
+def _traces(request: PlanRequest, options: ServiceOptions) -> list[tuple[float, list[Arrival]]]:
+  """Return each rate with its requests."""
+  vocab_size = request.config.vocab_size
+  if options.trace is not None:
+    arrivals = read_trace(options.trace, vocab_size)
+    rates = options.rates
+    if not rates:
+      return [(rate_of(arrivals), arrivals)]
+    return [(rate, at_rate(arrivals, rate)) for rate in rates]
+  trace = RandomTrace(
+    options.requests,
+    request.input_length,
+    request.output_length,
+    options.length_spread,
+    options.shared_length,
+  )
+  return [(rate, trace.arrivals(rate, vocab_size)) for rate in options.rates]
+
+
+def _meets(service: ServedTrace, options: ServiceOptions) -> bool:
+  first, between = (
+    limit is None or not latency.p95 * 1e3 > limit
+    for limit, latency in ((options.ttft_ms, service.first), (options.tpot_ms, service.between))
+  )
+  return first and between and not service.refused

@@ -1,0 +1,64 @@
+"""Predicted times of a scheduler's programs, for the simulator of a service."""
+
+import dataclasses
+import functools
+
+from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
+from t5x_inference_ext.planner.costs import PassCost, cost
+from t5x_inference_ext.planner.work import cache_bytes
+
+
+class PlannedPrices:
+  """What programs take by the planner's model. See simulator.prices.Prices.
+
+  Chunks of prompts and decode steps are passes. Insertions and copies of blocks read and write keys
+  and values at the rate of the memory; starting a group takes no time. The host's work beside the
+  devices is given.
+
+  Args:
+    prefill: Cost of some chunk, with the scheduler's rows of a group.
+    decode: Cost of some decode step of all slots.
+    config: Sizes of the scheduler.
+    host_seconds: The host's own work in a turn.
+  """
+
+  def __init__(
+    self, prefill: PassCost, decode: PassCost, config: SchedulerConfig, host_seconds: float
+  ) -> None:
+    self._prefill, self._decode, self._config = prefill, decode, config
+    self._host = host_seconds
+    case = decode.case
+    # Rows of the slots that one shard has, whose pages a step reads.
+    self._rows = case.batch / case.size(case.sharding.attention_rows)
+    self._pass = functools.cache(self._pass_seconds)
+
+  @property
+  def position_bytes(self) -> float:
+    """Bytes on a chip of a position of one prompt's keys and values, in the prefill layout."""
+    case = self._prefill.case
+    rows = case.batch / case.size(case.sharding.attention_rows)
+    return cache_bytes(case, 1) / rows
+
+  def seconds(self, program: str, **sizes: int) -> float:
+    """Return the seconds of a program; of decode_steps, those of one step."""
+    page = self._config.page_size
+    if program == 'prefill_chunk':
+      return self._pass('prefill', sizes['tokens'], sizes['tokens'] + sizes['read'])
+    if program == 'decode_steps':
+      # Shared pages are read once for all rows of a shard, as those of one row.
+      positions = (sizes['read'] + sizes['read_shared']) * page / self._rows
+      return self._pass('decode', 1, max(1, round(positions)))
+    if program == 'insert':
+      return self._copy_seconds(sizes['positions'])
+    if program in ('start_prefill', 'save_blocks'):
+      return self._copy_seconds(sizes['blocks'] * self._config.block_size)
+    return self._host if program == 'host' else 0.0
+
+  def _pass_seconds(self, phase: str, length: int, context: int) -> float:
+    like = self._prefill if phase == 'prefill' else self._decode
+    case = dataclasses.replace(like.case, length=length, context=context)
+    return cost(case, like.convention, like.efficiency).seconds
+
+  def _copy_seconds(self, positions: int) -> float:
+    rate = self._prefill.case.machine.chip.hbm_bandwidth * self._prefill.efficiency.memory
+    return 2 * positions * self.position_bytes / rate

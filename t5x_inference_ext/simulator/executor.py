@@ -1,0 +1,150 @@
+"""An executor that runs no program: it counts the time that programs would take."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from t5x_inference_ext.engine.prefix_store import BlockCopies
+from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
+from t5x_inference_ext.engine.slots import RowPages, SlotPages, StepsOutput
+from t5x_inference_ext.engine.state import ChosenTokens, RowParams
+from t5x_inference_ext.engine.token_choice import TokenMasks
+from t5x_inference_ext.model.chunks import page_shards
+from t5x_inference_ext.model.transformer import Model
+from t5x_inference_ext.simulator.clock import VirtualClock
+from t5x_inference_ext.simulator.prices import Prices
+
+_TOKEN = 5  # what every row gets in every step
+
+
+class _Pending(NamedTuple):
+  """A program's output, and the time when it will be there."""
+
+  output: StepsOutput
+  done: float
+
+
+class ClockExecutor:
+  """Takes the time of a scheduler's programs, and gives every row any token until its limit.
+
+  See engine.executor.Executor. Rows end only at their limits.
+
+  Args:
+    model: The model. Its mesh may be abstract: no device is used.
+    config: Sizes of the scheduler.
+    prices: What programs take.
+    clock: Time of host and devices.
+    block_bytes: Bytes of a block of the prefix store on each device.
+  """
+
+  def __init__(
+    self,
+    model: Model,
+    config: SchedulerConfig,
+    prices: Prices,
+    clock: VirtualClock,
+    block_bytes: int,
+  ) -> None:
+    self._config, self._prices, self._clock = config, prices, clock
+    self.shards = page_shards(model, config.slots)
+    self.block_bytes = block_bytes
+    self.blocks = config.prefix_bytes // block_bytes
+    self._left = np.zeros(config.slots, np.int64)  # tokens until the limit of each slot's row
+
+  def start_prefill(self, copies: BlockCopies | None) -> None:
+    """Take the time of a new group."""
+    self._start('start_prefill', blocks=int(copies.count) if copies else 0)
+
+  def prefill_chunk(self, tokens: np.ndarray, counts: np.ndarray, read: int) -> None:
+    """Take the time of a chunk."""
+    del counts
+    self._start('prefill_chunk', tokens=tokens.shape[1], read=read)
+
+  def save_blocks(self, copies: BlockCopies) -> None:
+    """Take the time of copies into the prefix store."""
+    self._start('save_blocks', blocks=int(copies.count))
+
+  def insert(
+    self,
+    place: int,
+    slot: int,
+    pages: RowPages,
+    params: RowParams,
+    tokens: np.ndarray,
+    length: int,
+    generated: int,
+    masks: TokenMasks | None,
+  ) -> Any:
+    """Take the time of an insertion; the row gets its next token."""
+    del place, pages, tokens, masks
+    self._left[slot] = int(params.limits[0]) - generated - 1
+    one = np.ones(1, np.int32)
+    return self._output(
+      self._start('insert', positions=length), 1, one, self._left[slot : slot + 1]
+    )
+
+  def decode_steps(
+    self,
+    pages: SlotPages,
+    alive: np.ndarray,
+    steps: int,
+    until_free: bool,
+    read: int,
+    read_shared: int,
+  ) -> Any:
+    """Take the time of decode steps; each row gets a token a step until its limit."""
+    del pages
+    return self._steps(alive, steps, until_free, read, read_shared)
+
+  def _steps(
+    self, alive: np.ndarray, steps: int, until_free: bool, read: int, read_shared: int
+  ) -> _Pending:
+    going = alive & (self._left > 0)
+    left = self._left[going]
+    run = min(steps, int(left.min() if until_free else left.max())) if left.size else 0
+    counts = np.where(going, np.minimum(self._left, run), 0).astype(np.int32)
+    self._left -= counts
+    each = self._prices.seconds('decode_steps', read=read, read_shared=read_shared)
+    done = self._begin(run * each)
+    return self._output(done, self._config.decode_steps, counts, self._left)
+
+  def decode_logits(
+    self, pages: SlotPages, alive: np.ndarray, read: int, read_shared: int
+  ) -> tuple[int, int]:
+    """Return the sizes of a step, whose whole time `choose_masked` takes."""
+    del pages, alive
+    return read, read_shared
+
+  def choose_masked(self, logits: Any, alive: np.ndarray, masks: TokenMasks) -> Any:
+    """Take the time of a decode step; each row gets any token, whatever its grammar."""
+    del masks
+    read, read_shared = logits
+    return self._steps(alive, 1, False, read, read_shared)
+
+  def fetch(self, output: Any) -> StepsOutput:
+    """Wait for a program's output, and return it."""
+    self._clock.sleep_until(output.done)
+    return output.output
+
+  def wait(self) -> None:
+    """Wait until all work that was started is done."""
+    self._clock.drain()
+
+  def settle(self) -> None:
+    """Do nothing: devices do all work in order."""
+
+  def _start(self, program: str, **sizes: int) -> float:
+    return self._begin(self._prices.seconds(program, **sizes))
+
+  def _begin(self, seconds: float) -> float:
+    self._clock.spend(self._prices.seconds('start'))
+    return self._clock.start(seconds)
+
+  def _output(self, done: float, steps: int, counts: np.ndarray, left: np.ndarray) -> _Pending:
+    """Return tokens for rows that get `counts` of them in up to `steps` steps."""
+    rows = len(counts)
+    none = np.zeros((steps, rows, 0))
+    tokens = np.full((steps, rows), _TOKEN, np.int32)
+    chosen: tuple[Any, ...] = tokens, np.zeros((steps, rows), np.float32), none.astype(int), none
+    output: tuple[Any, ...] = ChosenTokens(*chosen), counts, left <= 0, np.zeros(rows, bool)
+    return _Pending(StepsOutput(*output), done)

@@ -1,0 +1,185 @@
+"""Prices of a scheduler's programs, measured on the devices that are here."""
+
+from collections.abc import Callable, Iterator
+import functools
+import itertools
+import statistics
+import time
+
+import numpy as np
+
+from t5x_inference_ext.engine.executor import DeviceExecutor
+from t5x_inference_ext.engine.prefix_store import BlockCopies, block_copies
+from t5x_inference_ext.engine.request import Handle, Request
+from t5x_inference_ext.engine.rows import Row
+from t5x_inference_ext.engine.sampling import SamplingParams
+from t5x_inference_ext.engine.scheduler import Scheduler
+from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
+from t5x_inference_ext.engine.slot_params import slot_row
+from t5x_inference_ext.engine.slot_table import SlotTable
+from t5x_inference_ext.model.transformer import Model
+from t5x_inference_ext.model.weights import Weights
+from t5x_inference_ext.simulator.clock import VirtualClock
+from t5x_inference_ext.simulator.executor import ClockExecutor
+from t5x_inference_ext.simulator.prices import NoTime, PricedProgram, PricedService
+from t5x_inference_ext.simulator.service import WaitingLimits, serve_arrivals
+from t5x_inference_ext.simulator.trace import RandomTrace
+
+_CALLS = 8  # calls in a row: starting them hides behind running them, as in a busy scheduler
+_PROMPT = 32  # tokens of the rows whose decode steps are timed
+_HOST_REQUESTS = 200
+
+
+def measure_service(
+  model: Model, weights: Weights, config: SchedulerConfig, repeats: int = 5
+) -> PricedService:
+  """Return the prices of a scheduler's programs: medians over `repeats` runs of several calls.
+
+  It runs each program that a service needs, so it takes longer than Scheduler.warm_up.
+  """
+  timer = _Timer(model, weights, config, repeats)
+  rows = [*timer.prefill(), *timer.insertions(), *timer.steps(), *timer.copies()]
+  rows += [timer.start(), PricedProgram('host', {}, host_seconds(model, config))]
+  layouts = model.prefill_layout, model.decode_layout
+  x, y, z = model.mesh.shape.values()
+  return PricedService(config, (x, y, z), layouts, tuple(rows), timer.shared)
+
+
+def host_seconds(model: Model, config: SchedulerConfig) -> float:
+  """Measure the host's own work in a turn of a scheduler of full slots, in seconds."""
+  length = max(1, config.max_length // 4)
+  trace = RandomTrace(_HOST_REQUESTS, length, length)
+  executor = ClockExecutor(model, config, NoTime(), clock := VirtualClock(), 2**20)
+  scheduler = Scheduler(model, None, config, executor=executor)
+  turns = itertools.count()
+  begin = time.perf_counter()
+  arrivals = trace.arrivals(1e9, model.config.vocab_size)
+  serve_arrivals(scheduler, arrivals, clock, WaitingLimits(_HOST_REQUESTS), lambda: next(turns))
+  return (time.perf_counter() - begin) / max(1, next(turns))
+
+
+class _Timer:
+  """Times the programs of a scheduler that has no requests."""
+
+  def __init__(self, model: Model, weights: Weights, config: SchedulerConfig, repeats: int) -> None:
+    self._config, self._repeats = config, repeats
+    self._executor = DeviceExecutor(model, weights, config)
+    self._vocab_size = model.config.vocab_size
+    self.shared = model.mesh.devices.flat[0].platform == 'cpu'
+    self._table = SlotTable(config, self._executor.shards)
+    for slot in range(config.slots):
+      row = Row(Handle(slot, Request((0,))), 0, (), None)
+      self._table.enter(slot, row, min(_PROMPT + _CALLS, config.max_length), [])
+
+  def _time(self, run: Callable[[], object], prepare: Callable[[], object] | None = None) -> float:
+    """Return the median time of a call, of _CALLS in a row after `prepare`."""
+    found = []
+    for _ in range(self._repeats + 1):  # the first one compiles
+      if prepare is not None:
+        prepare()
+      self._executor.wait()
+      begin = time.perf_counter()
+      for _ in range(_CALLS):
+        run()
+      self._executor.wait()
+      found.append((time.perf_counter() - begin) / _CALLS)
+    return statistics.median(found[1:])
+
+  def _copies(self, count: int) -> BlockCopies | None:
+    """Return copies of the first blocks of the store into one prompt; None without a store."""
+    if not self._executor.blocks:
+      return None
+    config = self._config
+    room = max(1, config.prefill_rows * (config.max_length // config.block_size))
+    return block_copies([(0, i, i) for i in range(count)], room)
+
+  def _reset(self) -> None:
+    self._executor.start_prefill(self._copies(0))
+
+  def _chunk(self, size: int, read: int = 0) -> None:
+    rows = self._config.prefill_rows
+    tokens = np.full((rows, size), 3, np.int32)
+    self._executor.prefill_chunk(tokens, np.full(rows, size, np.int32), read)
+
+  def prefill(self) -> Iterator[PricedProgram]:
+    """Yield the prices of chunks."""
+    for size, read in itertools.product(self._config.chunk_sizes, self._config.prefill_reads):
+      seconds = self._time(lambda: self._chunk(size, read), self._reset)  # noqa: B023  # runs at once
+      yield PricedProgram('prefill_chunk', {'tokens': size, 'read': read}, seconds)
+
+  def _insert(self, slot: int, length: int) -> object:
+    params = slot_row(
+      SamplingParams(), self._vocab_size, seed=0, limit=2**30, top_width=self._config.top_log_probs
+    )
+    tokens = np.zeros((1, self._config.max_length), np.int32)
+    pages = self._table.pages_to_write(slot, [])
+    return self._executor.insert(0, slot, pages, params, tokens, length, 0, None)
+
+  def _fill(self) -> None:
+    """Put a short row that never ends into each slot."""
+    self._reset()
+    self._chunk(min(_PROMPT, self._config.chunk_sizes[-1]))
+    for slot in range(self._config.slots):
+      self._insert(slot, _PROMPT)
+
+  def insertions(self) -> Iterator[PricedProgram]:
+    """Yield the prices of the insertion of a short row, and of a long one."""
+    for length in (self._config.chunk_sizes[0], self._config.max_length):
+
+      def prepare() -> None:
+        self._reset()
+        chunks, last = divmod(length, self._config.chunk_sizes[-1])  # noqa: B023  # runs at once
+        for _ in range(chunks):
+          self._chunk(self._config.chunk_sizes[-1], self._config.prefill_reads[-1])
+        if last:
+          self._chunk(next(size for size in self._config.chunk_sizes if size >= last))
+
+      seconds = self._time(lambda: self._insert(0, length), prepare)  # noqa: B023  # runs at once
+      yield PricedProgram('insert', {'positions': length}, seconds)
+
+  def _step(self, read: int, shared: int) -> object:
+    pages, alive = self._table.pages(), self._table.alive.copy()
+    return self._executor.decode_steps(pages, alive, 1, False, read, shared)
+
+  def _reads(self) -> Iterator[tuple[int, int]]:
+    pages = self._config.reads_of_pages(self._executor.shards)
+    return itertools.product(pages, self._config.shared_reads)
+
+  def steps(self) -> Iterator[PricedProgram]:
+    """Yield the prices of a decode step of all slots."""
+    for read, shared in self._reads():
+      seconds = self._time(lambda: self._step(read, shared), self._fill)  # noqa: B023  # runs at once
+      yield PricedProgram('decode_steps', {'read': read, 'read_shared': shared}, seconds)
+
+  def copies(self) -> Iterator[PricedProgram]:
+    """Yield the prices of a group's start, and of copies to the prefix store."""
+    most = min(self._config.max_length // self._config.block_size, self._executor.blocks)
+    for count in (0, most) if most else (0,):
+      copies = self._copies(count)
+      start = functools.partial(self._executor.start_prefill, copies)
+      yield PricedProgram('start_prefill', {'blocks': count}, self._time(start))
+    for count in (1, most) if most else ():
+      copies = self._copies(count)
+      assert copies is not None
+      save = functools.partial(self._executor.save_blocks, copies)
+      yield PricedProgram('save_blocks', {'blocks': count}, self._time(save))
+
+  def start(self) -> PricedProgram:
+    """Return the host's time to start a program, and to take an output that is there.
+
+    Where the host's cores are the devices, the programs' own times include their starts.
+    """
+    read, shared = next(self._reads())
+    self._fill()
+    found = []
+    for _ in range(_CALLS * self._repeats):
+      self._executor.wait()
+      begin = time.perf_counter()
+      output = self._step(read, shared)
+      started = time.perf_counter()
+      self._executor.wait()
+      waited = time.perf_counter()
+      self._executor.fetch(output)  # type: ignore[arg-type]  # what _step returned
+      start = 0.0 if self.shared else started - begin
+      found.append(start + time.perf_counter() - waited)
+    return PricedProgram('start', {}, statistics.median(found))

@@ -1,0 +1,47 @@
+"""A trace through the real scheduler in virtual time."""
+
+from collections.abc import Sequence
+
+from t5x_inference_ext.engine.scheduler import Scheduler
+from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
+from t5x_inference_ext.model.transformer import Model
+from t5x_inference_ext.simulator.clock import VirtualClock
+from t5x_inference_ext.simulator.executor import ClockExecutor
+from t5x_inference_ext.simulator.prices import Prices
+from t5x_inference_ext.simulator.service import (
+  DEFAULT_LIMITS,
+  ServedTrace,
+  WaitingLimits,
+  serve_arrivals,
+)
+from t5x_inference_ext.simulator.trace import Arrival
+
+
+def simulate(
+  model: Model,
+  config: SchedulerConfig,
+  prices: Prices,
+  arrivals: Sequence[Arrival],
+  bounds: WaitingLimits = DEFAULT_LIMITS,
+  block_bytes: int = 2**20,
+  shared: bool = False,
+) -> ServedTrace:
+  """Return what the clients of a service would get. No program runs.
+
+  Args:
+    model: The model. Its mesh may be abstract.
+    config: Sizes of the scheduler.
+    prices: What programs take, and the host's own work.
+    arrivals: The requests, by arrival.
+    bounds: What may wait.
+    block_bytes: Bytes of a block of the prefix store on each device.
+    shared: Whether host and devices are the same cores; see VirtualClock.
+
+  Raises:
+    RequestError: A request does not fit, or the prices lack a program.
+  """
+  clock = VirtualClock(shared)
+  executor = ClockExecutor(model, config, prices, clock, block_bytes)
+  scheduler = Scheduler(model, None, config, executor=executor)
+  host = prices.seconds('host')
+  return serve_arrivals(scheduler, arrivals, clock, bounds, lambda: clock.spend(host))
