@@ -75,7 +75,7 @@ class PromptRanker:
     for row, tokens in enumerate(prompts):
       inputs[row, : len(tokens) - 1], targets[row, : len(tokens) - 1] = tokens[:-1], tokens[1:]
     count = np.int32(-(-(max(map(len, prompts)) - 1) // self._size))
-    self._scheduler.settle()
+    self._scheduler.executor.settle()
     model = self._scheduler.model
     arrays = programs.put(model, inputs, targets, count)
     scores = programs.score_chunks(model, self._weights, *arrays, size=self._size, top=self._top)

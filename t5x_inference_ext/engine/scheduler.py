@@ -65,7 +65,7 @@ class Scheduler:
     if executor is None:
       assert weights is not None
       executor = DeviceExecutor(model, weights, config)
-    self._executor = executor
+    self.executor = executor
     self._prefixes = PrefixCache(executor, config) if config.prefix_bytes else None
     self._prefiller = Prefiller(executor, config, self._prefixes)
     self._grammars = Grammars(vocabulary, model.config.vocab_size)
@@ -204,7 +204,7 @@ class Scheduler:
     """Prefill waiting prompts, within the budget, and insert rows while there are free slots."""
     budget, worked = self.config.prefill_budget, False
     while self._table.free and self._rows_wait:
-      self.settle()
+      self.executor.settle()
       worked = True
       if self._prefiller.ready:
         if not self._insert_next():
@@ -214,15 +214,11 @@ class Scheduler:
       else:
         budget -= self._prefiller.chunk()
     if worked:
-      self.settle()
+      self.executor.settle()
 
   @property
   def _rows_wait(self) -> bool:
     return bool(self._waiting or self._prefiller.ready or self._prefiller.active)
-
-  def settle(self) -> None:
-    """Wait for all programs, where no other one may run beside decode steps."""
-    self._executor.settle()
 
   def _has_group(self) -> bool:
     """Start a group of waiting prompts if none is active; return whether one is active now."""
