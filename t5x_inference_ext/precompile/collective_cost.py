@@ -134,7 +134,7 @@ def seconds(
   kind = collective.kind.replace('-', '_')
   move = Collective(kind, kind, collective.axes, collective.size, collective.bytes)
   paths = _paths(collective.groups, slice_.shape, slice_.wraps, chips)
-  return links.seconds(move, paths, chip.link_bandwidth, chip.hop_latency)
+  return links.collective_seconds(move, paths, chip.link_bandwidth, chip.hop_latency)
 
 
 @functools.lru_cache(maxsize=256)

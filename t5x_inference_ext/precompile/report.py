@@ -59,10 +59,10 @@ def _tried(answer: Answer) -> Iterator[str]:
     return
   results = '; '.join(map(_result, answer.tried))
   chosen = 'has the smallest estimated time' if answer.fits else 'is the nearest to fitting'
-  as_loops = any(t.stacked for t in answer.tried) and not answer.case.stacked
+  few = any(t.from_few_layers for t in answer.tried)
   yield from _wrap(
     f'layout: none given; {answer.case.layout} {chosen} of {results}'
-    + (', as loops over the layers' if as_loops else ''),
+    + (', extrapolated from a few layers' if few else ''),
     '        ',
   )
 

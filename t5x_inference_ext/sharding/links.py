@@ -91,7 +91,7 @@ def group_paths(groups: np.ndarray, wraps: Sequence[bool]) -> tuple[LinkPath, ..
   return tuple(found)
 
 
-def seconds(
+def collective_seconds(
   move: Collective, found: Sequence[LinkPath], link_bandwidth: float, hop_latency: float
 ) -> float:
   """Return the time in seconds of a collective on its paths, with no other traffic on the links.
