@@ -7,12 +7,16 @@ reports is what runs.
 import jax
 
 # Both turn a collective into a start and an end with other work between them. Without them TPU v4
-# runs all-gathers and all-to-alls synchronously (docs/tpu_v4_tuning.md has the times).
-_ASYNCHRONOUS = {'xla_enable_async_all_gather': True, 'xla_tpu_enable_async_all_to_all': True}
+# runs all-gathers and all-to-alls synchronously (docs/tpu_v4_tuning.md has the times). Other TPUs run
+# all-gathers asynchronously without options, and v5e refuses asynchronous all-to-alls.
+_ASYNCHRONOUS: dict[str, str | bool] = {
+  'xla_enable_async_all_gather': True,
+  'xla_tpu_enable_async_all_to_all': True,
+}
 _OF_KIND = {'TPU v4': _ASYNCHRONOUS}
 
 
-def compiler_options(device: jax.Device) -> dict[str, bool] | None:
+def compiler_options(device: jax.Device) -> dict[str, str | bool] | None:
   """Return the options for programs on a kind of device; None: the compiler's defaults.
 
   Args:

@@ -129,7 +129,7 @@ def estimate(
 def _ends(run: Executed, cost: OperationCost) -> bool:
   """Return whether an instruction only carries on or ends an asynchronous operation."""
   step = cost.step
-  return bool(step) and not step.computes and step.start != run.instruction.name
+  return step is not None and not step.computes and step.start != run.instruction.name
 
 
 def _pair_permutes(runs: Sequence[Executed], costs: list[OperationCost]) -> None:

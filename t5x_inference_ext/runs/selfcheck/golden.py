@@ -195,7 +195,7 @@ class _Check:
     """Return the compiled phase, and the shapes and shardings of its arguments."""
     function, arguments = phase_function(case, self._mesh)
     device = self._mesh.devices.flat[0]
-    options = _QUICK if device.platform == 'cpu' else compiler_options(device)
+    options: Any = _QUICK if device.platform == 'cpu' else compiler_options(device)
     # By default a TPU rounds the factors of float32 products to bfloat16.
     with jax.default_matmul_precision('highest'), programs.stated_dtypes():
       compiled = function.lower(*arguments).compile(compiler_options=options)
