@@ -151,7 +151,7 @@ def _time_rows(predicted: PassCost, compiled: Estimate) -> Iterator[CheckRow]:
     's',
     predicted.hidden_seconds,
     ideal.hidden_seconds,
-    sum(c.hidden_seconds for c in compiled.costs),
+    sum(c.hidden_seconds for c in compiled.costs if c.collective),
   )
   yield CheckRow(
     'all, hidden time left out', 's', predicted.seconds, ideal.seconds, compiled.overlapped_seconds
