@@ -6,14 +6,14 @@ reports is what runs.
 
 import jax
 
-# Both turn a collective into a start and an end with other work between them. Without them TPU v4
-# runs all-gathers and all-to-alls synchronously (docs/tpu_v4_tuning.md has the times). Other TPUs run
-# all-gathers asynchronously without options, and v5e refuses asynchronous all-to-alls.
+# Each turns a collective into a start and an end with other work between them. Without them v4 and
+# v5p run all-gathers and all-to-alls synchronously (docs/tpu_v4_tuning.md has the times). v5e and
+# v6e run all-gathers asynchronously by themselves; v5e refuses asynchronous all-to-alls.
 _ASYNCHRONOUS: dict[str, str | bool] = {
   'xla_enable_async_all_gather': True,
   'xla_tpu_enable_async_all_to_all': True,
 }
-_OF_KIND = {'TPU v4': _ASYNCHRONOUS}
+_OF_KIND = {'TPU v4': _ASYNCHRONOUS, 'TPU v5': _ASYNCHRONOUS, 'TPU v5p': _ASYNCHRONOUS}
 
 
 def compiler_options(device: jax.Device) -> dict[str, str | bool] | None:
