@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+import numpy as np
 import seqio
 from t5x import decoding, models, partitioning, train_state
 
@@ -152,8 +153,13 @@ def analyze(
     partitioning_,
     batch,
     memory_of(phase, arguments, compiled, available),
-    estimate(compiled.as_text(), slice_, partitioner.mesh.shape),
+    estimate(compiled.as_text(), slice_, partitioner.mesh.shape, _chips(partitioner.mesh, slice_)),
   )
+
+
+def _chips(mesh: Mesh, slice_: TpuSlice) -> list[int]:
+  """Return the number of each device's chip, in row-major order of the slice's shape."""
+  return [int(np.ravel_multi_index(d.coords, slice_.shape)) for d in mesh.devices.flat]
 
 
 def slice_partitioner(slice_: TpuSlice, choice: Partitioning) -> partitioning.PjitPartitioner:

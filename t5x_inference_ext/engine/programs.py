@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from t5x_inference_ext.compiler_options import compiler_options
 from t5x_inference_ext.engine import prefix_store, prompts, slot_steps, slots, static_batch
 from t5x_inference_ext.engine.saved_generation import GenerationShape, SavedGeneration
 from t5x_inference_ext.errors import RequestError
@@ -35,41 +36,52 @@ def stated_dtypes() -> Iterator[None]:
 
 
 class Program:
-  """A jitted function that computes in the stated dtypes.
+  """A jitted function of a model that computes in the stated dtypes.
 
   Attributes:
-    jitted: The function as jax.jit returned it.
+    jitted: Kind of device -> the function as jax.jit returned it, with the options for that kind
+      (compiler_options.py). Filled as models of that kind come.
   """
 
-  def __init__(self, jitted: Any) -> None:
-    self.jitted = jitted
+  def __init__(self, function: Callable, **jit: Any) -> None:
+    """Take `function(model, ...)`, and arguments of jax.jit."""
+    self.jitted: dict[str, Any] = {}
+    self._function, self._jit = function, jit
 
-  def __call__(self, *arguments: Any, **options: Any) -> Any:
+  def __call__(self, model: Model, *arguments: Any, **options: Any) -> Any:
     """Run the function."""
     with stated_dtypes():
-      return self.jitted(*arguments, **options)
+      return self._jitted_for(model)(model, *arguments, **options)
 
-  def lower(self, *arguments: Any, **options: Any) -> jax.stages.Lowered:
+  def lower(self, model: Model, *arguments: Any, **options: Any) -> jax.stages.Lowered:
     """Lower the function, as the jitted function's own method does."""
     with stated_dtypes():
-      return self.jitted.lower(*arguments, **options)
+      return self._jitted_for(model).lower(model, *arguments, **options)
+
+  def _jitted_for(self, model: Model) -> Any:
+    device = model.mesh.devices.flat[0]
+    if device.device_kind not in self.jitted:
+      options = compiler_options(device)
+      self.jitted[device.device_kind] = jax.jit(
+        self._function, compiler_options=options, **self._jit
+      )
+    return self.jitted[device.device_kind]
 
 
 def _compiled(
   function: Callable, static: tuple[str, ...] = (), donated: tuple[str, ...] = ()
 ) -> Program:
-  return Program(jax.jit(function, static_argnames=('model', *static), donate_argnames=donated))
+  return Program(function, static_argnames=('model', *static), donate_argnames=donated)
 
 
 def _replicated(function: Callable, *static: str) -> Program:
   """Compile a function of a model so that its result is replicated on every device and process."""
 
-  @functools.partial(jax.jit, static_argnames=('model', *static))
   def run(model: Model, *arguments: Any, **options: Any) -> Any:
     whole = NamedSharding(model.mesh, P())
     return jax.lax.with_sharding_constraint(function(model, *arguments, **options), whole)
 
-  return Program(run)
+  return Program(run, static_argnames=('model', *static))
 
 
 def put(model: Model, *arrays: Any) -> Any:

@@ -25,6 +25,8 @@ if typing.TYPE_CHECKING:
   from t5x_inference_ext.precompile.memory import CompiledMemory
 
 COLLECTIVES_ROW = 'collectives'
+# precompile.calibration corrects what was compiled; the prediction is at its fitted efficiency.
+CALIBRATED_ROW = 'all, compiled one calibrated'
 # Row -> (kinds of compiled operations, predicted parts). Compiled products include reading their
 # weights.
 GROUPS = {
@@ -149,11 +151,15 @@ def _time_rows(predicted: PassCost, compiled: Estimate) -> Iterator[CheckRow]:
     's',
     predicted.hidden_seconds,
     ideal.hidden_seconds,
-    sum(c.hidden_seconds for c in compiled.costs),
+    sum(c.hidden_seconds for c in compiled.costs if c.collective),
   )
   yield CheckRow(
     'all, hidden time left out', 's', predicted.seconds, ideal.seconds, compiled.overlapped_seconds
   )
+  if calibrated := compiled.calibrated:
+    yield CheckRow(
+      CALIBRATED_ROW, 's', predicted.seconds, ideal.seconds, calibrated.overlapped_seconds
+    )
 
 
 def _byte_rows(

@@ -55,9 +55,9 @@ class Network:
       return passes * move.bytes / chip.network_bandwidth
     if not chip.torus:
       return passes * self._through_switches(move)
-    paths = self.paths(move.axes)
-    latency = passes * sum(p.hops for p in paths) * chip.hop_latency
-    return links.bytes_through_a_link(move, paths) / chip.link_bandwidth + latency
+    return links.collective_seconds(
+      move, self.paths(move.axes), chip.link_bandwidth, chip.hop_latency
+    )
 
   def _through_switches(self, move: Collective) -> float:
     """Return the time in seconds of one pass of data over GPUs.

@@ -5,6 +5,7 @@ If the phase does not fit, the answer lists changes that would make it fit.
 
 from collections.abc import Callable
 import dataclasses
+import math
 
 from t5x_inference_ext.checkpoints.load import MAX_UNROLLED_LAYERS
 from t5x_inference_ext.config import ModelConfig
@@ -28,13 +29,13 @@ class Tried:
     layout: str. 'feedforward/attention'.
     seconds: float or None. The layout's serial estimate.
     reason: str. The reason why there is no estimate, else ''.
-    stacked: bool. Whether it was compiled with its layers as a loop.
+    from_few_layers: bool. Whether the estimate is extrapolated from a few layers.
   """
 
   layout: str
   seconds: float | None
   reason: str = ''
-  stacked: bool = False
+  from_few_layers: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +108,8 @@ def analyze(
     mesh: str or None. 'XxYxZ' over the whole slice. By default a mesh along its torus.
     cache: str or None. Dtype of the KV cache: 'int8', or None for bfloat16.
     scan_layers: bool or None. True for one loop over all layers; by default the layers are
-      unrolled. In the search for a layout, models with many layers are compiled as loops, which
-      takes seconds.
+      unrolled. In the search for a layout, a model with many layers is compiled as a loop, which
+      tells in seconds whether it fits, and with a few unrolled layers, which tell its time.
     prompt: int or None. Tokens of each row in one pass; see CompileCase.
     max_new_tokens: int. New tokens of each row in 'generate'.
     sampling: SamplingParams. How 'generate', 'slots' and 'admit' choose tokens.
@@ -167,31 +168,60 @@ def _quick(case: CompileCase) -> CompileCase:
 def _best_layout(
   case: CompileCase, compiled: Callable[[CompileCase], _Result]
 ) -> tuple[_Result, tuple[Tried, ...]]:
-  """Return the program with the smallest estimate, or the smallest shortage; and all candidates."""
-  results: list[_Result] = []
+  """Return the program with the smallest estimate, or the smallest shortage; and all tried."""
+  results: list[tuple[tuple[bool, float], _Result]] = []
   tried: list[Tried] = []
   refusal: MeshError | None = None
   candidates = case.kind.layouts
-  case = _quick(case) if len(candidates) > 1 else case
+  quick = _quick(case) if len(candidates) > 1 else case
+  # A loop's time may rank layouts otherwise than the unrolled program that will run.
+  extrapolated = quick.stacked and not case.stacked
   for text in candidates:
+    layout = Layout.parse(text)
     try:
-      program, found = compiled(dataclasses.replace(case, layout=Layout.parse(text)))
-    except MeshError as e:  # can't split rows, or share weights with the other phase
-      tried.append(Tried(text, None, str(e), case.stacked))
+      program, found = compiled(dataclasses.replace(quick, layout=layout))
+    except MeshError as e:  # it can't split the rows, or share weights with the other phase
+      tried.append(Tried(text, None, str(e)))
       refusal = refusal or e
       continue
-    results.append((program, found))
-    seconds, reason = (found.serial_seconds, '') if found else (None, 'does not fit')
-    tried.append(Tried(text, seconds, reason, case.stacked))
+    if found is None:
+      assert isinstance(program, Shortage)
+      tried.append(Tried(text, None, 'does not fit'))
+      rank = True, float(program.needed or program.weights + program.cache)
+    else:
+      seconds = found.serial_seconds
+      if extrapolated:
+        seconds = _seconds_of_all_layers(dataclasses.replace(case, layout=layout), compiled)
+      fits = seconds < math.inf
+      reason = '' if fits else 'does not fit'
+      tried.append(Tried(text, seconds if fits else None, reason, extrapolated))
+      rank = False, seconds
+    results.append((rank, (program, found)))
   if not results:
     raise UserError(f'none of the layouts {", ".join(candidates)} can be used: {refusal}')
-  return min(results, key=_rank), tuple(tried)
+  return min(results, key=lambda each: each[0])[1], tuple(tried)
 
 
-def _rank(result: _Result) -> tuple[bool, float]:
-  """Return a sort key: programs that fit by time, then other programs by bytes."""
-  program, found = result
-  if isinstance(program, Shortage):
-    return True, program.needed or program.weights + program.cache
-  assert found is not None
-  return False, found.serial_seconds
+def _seconds_of_all_layers(case: CompileCase, compiled: Callable[[CompileCase], _Result]) -> float:
+  """Return the serial estimate of an unrolled program, from two programs of a few layers.
+
+  Both hold each kind of layer equally often as the whole model, and at least 2 layers.
+  """
+  kinds = len(case.config.layer_pattern)
+  few = -(-2 // kinds) * kinds
+  if 3 * few >= case.config.num_layers:
+    return _serial(compiled(case))
+
+  def seconds(layers: int) -> float:
+    config = dataclasses.replace(case.config, num_layers=layers)
+    return _serial(compiled(dataclasses.replace(case, config=config)))
+
+  first, last = seconds(few), seconds(3 * few)
+  if math.isinf(last):
+    return last
+  return first + (last - first) / (2 * few) * (case.config.num_layers - few)
+
+
+def _serial(result: _Result) -> float:
+  """Return a program's serial estimate; infinity if it does not fit."""
+  return result[1].serial_seconds if result[1] else math.inf

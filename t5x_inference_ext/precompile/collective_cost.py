@@ -2,14 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import functools
 import math
 import re
 
 import numpy as np
 
 from t5x_inference_ext.hardware import Chip
+from t5x_inference_ext.precompile.asynchronous import async_step
 from t5x_inference_ext.precompile.hlo import Computation, Instruction, Module
 from t5x_inference_ext.precompile.shapes import HloError
+from t5x_inference_ext.sharding import links
+from t5x_inference_ext.sharding.collective import Collective
 from t5x_inference_ext.sharding.torus import TpuSlice
 
 PERMUTE = 'collective-permute'
@@ -31,6 +35,7 @@ class HloCollective:
       operand; for other kinds operand and result are equal.
     axes: tuple of str. The mesh axes along which the devices of a group differ.
     pairs: tuple of (source, target). The devices of a collective-permute.
+    groups: tuple of tuples of int. The devices of each group.
   """
 
   kind: str
@@ -38,6 +43,7 @@ class HloCollective:
   bytes: int
   axes: tuple[str, ...]
   pairs: tuple[tuple[int, int], ...] = ()
+  groups: tuple[tuple[int, ...], ...] = dataclasses.field(default=(), compare=False, repr=False)
 
 
 def find_collective(
@@ -45,9 +51,9 @@ def find_collective(
 ) -> HloCollective | None:
   """Return the collective that an instruction runs or starts, or None.
 
-  A collective inside a fusion or an asynchronous operation is found, too. A fusion of an all-reduce
-  that keeps only a slice of the sum is counted as a reduce-scatter, because it sends equally many
-  bytes. For the done instruction of an asynchronous collective, return None.
+  A collective inside a fusion or an asynchronous operation is found too. A fusion of an all-reduce
+  that keeps only a slice of the sum sends as much as a reduce-scatter, and counts as one. An
+  asynchronous collective counts where it starts (see asynchronous.async_step).
 
   Args:
     module: Module. The program.
@@ -58,7 +64,8 @@ def find_collective(
   Raises:
     HloError: The groups are in an unknown form, or there are more devices than the mesh has.
   """
-  if instruction.phase in ('update', 'done') or 'async-collective-done' in instruction.name:
+  step = async_step(module, computation, instruction)
+  if step and step.start != instruction.name:
     return None
   inside = module.inside(instruction)
   i = next((i for i in inside if i.operation in HLO_COLLECTIVES), None)
@@ -75,7 +82,7 @@ def find_collective(
   size = len(groups[0])
   # The result of an asynchronous start depends on the kind; the operands do not.
   gathered = operand * size if kind == 'all-gather' else operand
-  return HloCollective(kind, size, gathered, _axes(groups, mesh))
+  return HloCollective(kind, size, gathered, _axes(groups, mesh), groups=groups)
 
 
 def replica_groups(instruction: Instruction, partitions: int) -> tuple[tuple[int, ...], ...]:
@@ -105,43 +112,43 @@ def replica_groups(instruction: Instruction, partitions: int) -> tuple[tuple[int
   raise HloError(f'replica groups in an unknown form: {instruction.attributes[:200]}')
 
 
-def seconds(collective: HloCollective, chip: Chip, slice_: TpuSlice) -> float:
+def seconds(
+  collective: HloCollective, chip: Chip, slice_: TpuSlice, chips: tuple[int, ...]
+) -> float:
   """Return the time in seconds of a collective with no other traffic on its links.
 
-  An all-gather over K chips takes the time to send (K-1)/K of its result over all torus axes that
-  it uses at once, plus the hops. A reduce-scatter takes as long for its operand, an all-reduce
-  takes both times, and an all-to-all takes the time of half an all-gather's bytes. Up to 4 chips
-  use one axis, up to 16 use two, and more use three, if the torus has so many. The chips are
-  assumed to form a box with that many axes, of lengths as equal as possible. A collective-permute
-  takes the time of its bytes over one link, plus one hop.
+  A collective-permute takes its bytes over one link, and one hop. sharding.links has the time of
+  the other kinds, from the links between the chips of each group.
+
+  Args:
+    collective: HloCollective. The collective.
+    chip: hardware.Chip. The rates of a link.
+    slice_: TpuSlice. The slice whose torus carries the collective.
+    chips: tuple of int. The chip of each device of the program, numbered in row-major order of the
+      slice's shape.
   """
   if collective.kind == PERMUTE:
     return collective.bytes / chip.link_bandwidth + chip.hop_latency
-  k = collective.size
-  if k == 1:
+  if collective.size == 1:
     return 0.0
-  rate, hops = 0.0, 0
-  for length in axis_lengths(k, chip):
-    wraps = length == 16 if chip.torus == 2 else all(slice_.wraps)
-    rate += chip.link_bandwidth * (2 if wraps else 1)
-    hops += length // 2 if wraps else length - 1
-  moved = collective.bytes * (k - 1) / k / rate
-  latency = hops * chip.hop_latency
-  if collective.kind == 'all-reduce':
-    return 2 * (moved + latency)
-  return (moved / 2 if collective.kind == 'all-to-all' else moved) + latency
+  kind = collective.kind.replace('-', '_')
+  move = Collective(kind, kind, collective.axes, collective.size, collective.bytes)
+  paths = _paths(collective.groups, slice_.shape, slice_.wraps, chips)
+  return links.collective_seconds(move, paths, chip.link_bandwidth, chip.hop_latency)
 
 
-def axis_lengths(k: int, chip: Chip) -> tuple[int, ...]:
-  """Return the lengths of k chips along a collective's torus axes: 64 -> (4, 4, 4), 8 -> (4, 2)."""
-  axes = min(1 if k <= 4 else 2 if k <= 16 else 3, chip.torus)
-  lengths: list[int] = []
-  for left in range(axes, 0, -1):
-    # Take the least divisor that is at least the even share, so that the longest axis comes first.
-    share = round(k ** (1 / left), 9)
-    lengths.append(next(d for d in range(1, k + 1) if k % d == 0 and d >= share))
-    k //= lengths[-1]
-  return tuple(lengths)
+@functools.lru_cache(maxsize=256)
+def _paths(
+  groups: tuple[tuple[int, ...], ...],
+  shape: tuple[int, ...],
+  wraps: tuple[bool, ...],
+  chips: tuple[int, ...],
+) -> tuple[links.LinkPath, ...]:
+  """Return the paths of groups of devices on the torus."""
+  numbers = np.empty(math.prod(shape), int)
+  for number, group in enumerate(groups):
+    numbers[[chips[device] for device in group]] = number
+  return links.group_paths(numbers.reshape(shape), wraps)
 
 
 def opposite(a: HloCollective, b: HloCollective) -> bool:

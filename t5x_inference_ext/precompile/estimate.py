@@ -6,18 +6,21 @@ The serial estimate assumes that everything runs in sequence, without overlap:
   instruction without cycles (custom calls, kernels, plain copies) takes the longer of two times:
   its bytes, read and written, over the HBM bandwidth, and its FLOPs over the bf16 peak. Reports
   list such instructions by name. An in-place dynamic-update-slice reads and writes only its update.
-  Asynchronous copies into on-chip memory count 0 seconds, since they overlap with other work.
-- A link carries hardware.Chip's bytes per second in each direction. A torus axis with wraparound
-  carries twice that, and takes size/2 hops; one without carries it once, and takes size-1 hops (see
-  collective_cost.seconds for each kind of collective). If two collective-permutes run at the same
-  time in opposite directions, only the longer one counts.
-- Times inside loops are multiplied by the trip counts. For a conditional, the longest branch
-counts.
+  Asynchronous copies into on-chip memory count as no time: they overlap with the rest.
+- A link carries hardware.Chip's bytes per second in each direction. A ring of the torus that a
+  collective's groups fill brings two links to a chip, and takes size/2 hops; a chain, or a part of
+  a ring, brings one, and takes size-1 hops (sharding.links: the model of the planner and of the
+  choice of a mesh too). Of two simultaneous collective-permutes in opposite directions only the
+  longer counts.
+- A collective that fusions carry on while they compute counts once, where it starts; what they
+  compute counts as compute.
+- Loops multiply by their trip counts. Of a conditional, the longest branch counts.
 
-In the overlapped estimate each asynchronous collective is shortened by the compute that the
-schedule puts between its start and its done.
+In the overlapped estimate the schedule is run through in order, with asynchronous collectives and
+copies beside the rest (schedule.py).
 
-Estimates are not measurements: they rank programs, and show where time is spent.
+Estimates are no measurements: they rank programs, and show where time is spent. For chips whose
+estimates could be compared with measured programs, calibration.py corrects them by category.
 """
 
 import collections
@@ -27,12 +30,15 @@ from typing import TypeVar
 
 from t5x_inference_ext import hardware
 from t5x_inference_ext.precompile import collective_cost, loops
+from t5x_inference_ext.precompile.calibration import CalibratedTime, calibrated_time
 from t5x_inference_ext.precompile.collective_cost import PERMUTE
 from t5x_inference_ext.precompile.hlo_parser import parse_hlo
 from t5x_inference_ext.precompile.loops import Executed
 from t5x_inference_ext.precompile.operations import OperationCost, operation_cost
 from t5x_inference_ext.precompile.relayouts import WeightCopy, weight_copies
+from t5x_inference_ext.precompile.schedule import exposed_seconds, stretch
 from t5x_inference_ext.precompile.work import is_free
+from t5x_inference_ext.sharding import links
 from t5x_inference_ext.sharding.torus import TpuSlice
 
 _Key = TypeVar('_Key')
@@ -45,14 +51,16 @@ class Estimate:
   Attributes:
     costs: tuple of OperationCost. Every instruction that runs, in the order of the schedule, except
       the ends of asynchronous ones.
-    unknown_loops: tuple of str. Loops whose trip count is not in the text. Their bodies are counted
-      once, so the sums are too small.
-    weight_copies: tuple of WeightCopy. Copies of weights and caches that the program writes to HBM.
+    unknown_loops: tuple of str. Loops whose trip count is not in the text. They count once, so that
+      the sums are too small.
+    weight_copies: tuple of WeightCopy. Weights and caches that the program writes to HBM again.
+    calibrated: CalibratedTime or None. The times corrected by what was measured on this chip.
   """
 
   costs: tuple[OperationCost, ...]
   unknown_loops: tuple[str, ...]
   weight_copies: tuple[WeightCopy, ...]
+  calibrated: CalibratedTime | None = None
 
   @property
   def serial_seconds(self) -> float:
@@ -60,13 +68,13 @@ class Estimate:
 
   @property
   def overlapped_seconds(self) -> float:
-    return sum(c.seconds - c.hidden_seconds for c in self.costs)
+    return sum(c.exposed_seconds for c in self.costs)
 
   @property
   def turn_seconds(self) -> tuple[float, float]:
     """(serial, overlapped) seconds of the longest loop, or of one turn if its length is unknown."""
     inside = [c for c in self.costs if c.in_layer_loop]
-    return sum(c.seconds for c in inside), sum(c.seconds - c.hidden_seconds for c in inside)
+    return sum(c.seconds for c in inside), sum(c.exposed_seconds for c in inside)
 
   @property
   def flops(self) -> int:
@@ -85,42 +93,50 @@ class Estimate:
     return tuple(c for c in self.weight_copies if c.relaid)
 
 
-def estimate(text: str, slice_: TpuSlice, mesh: Mapping[str, int]) -> Estimate:
+def estimate(
+  text: str, slice_: TpuSlice, mesh: Mapping[str, int], chips: Sequence[int] | None = None
+) -> Estimate:
   """Estimate the time of one run of a compiled program.
 
   Args:
     text: str. compiled.as_text().
     slice_: TpuSlice. The chips that it was compiled for.
     mesh: mapping of axis to size, in the order of the devices.
+    chips: sequence of int or None. The chip at each position of the mesh, in row-major order, as a
+      number in row-major order of the slice's shape. By default as make_mesh arranges them.
 
   Raises:
     HloError: The text is not a compiled program, or has a collective in an unknown form.
   """
   program, chip = parse_hlo(text), hardware.chip(slice_.kind)
   runs, unknown = loops.executed(program)
-  costs = [operation_cost(program, run, chip, slice_, mesh) for run in runs]
+  if chips is None:
+    chips = links.grid(slice_.shape, slice_.wraps, tuple(mesh.values())).ravel().tolist()
+  costs = [operation_cost(program, run, chip, slice_, mesh, tuple(chips)) for run in runs]
   _pair_permutes(runs, costs)
   _keep_longest_branches(runs, costs)
-  _hide_collectives(runs, costs)
+  exposed = exposed_seconds(runs, costs, lambda c: c.seconds, lambda c: c.busy_seconds)
+  costs = [dataclasses.replace(c, exposed_seconds=e) for c, e in zip(costs, exposed)]
   _mark_layer_loop(runs, costs)
   kept = tuple(
-    cost
-    for run, cost in zip(runs, costs)
-    if not is_free(run.instruction) and run.instruction.phase not in ('done', 'update')
+    cost for run, cost in zip(runs, costs) if not is_free(run.instruction) and not _ends(run, cost)
   )
-  return Estimate(kept, tuple(unknown), tuple(weight_copies(program)))
+  return Estimate(
+    kept, tuple(unknown), tuple(weight_copies(program)), calibrated_time(runs, costs, chip)
+  )
 
 
-def _stretch(run: Executed) -> tuple[object, ...]:
-  """Return a key for the part of the schedule (loops and branches) in which an instruction runs."""
-  return run.computation.name, run.loops, run.branches
+def _ends(run: Executed, cost: OperationCost) -> bool:
+  """Return whether an instruction only carries on or ends an asynchronous operation."""
+  step = cost.step
+  return step is not None and not step.computes and step.start != run.instruction.name
 
 
 def _pair_permutes(runs: Sequence[Executed], costs: list[OperationCost]) -> None:
   """Set the shorter of two opposite simultaneous collective-permutes to 0 seconds."""
   under_way: dict[tuple[object, ...], list[int]] = collections.defaultdict(list)
   for n, run in enumerate(runs):
-    i, waiting = run.instruction, under_way[_stretch(run)]
+    i, waiting = run.instruction, under_way[stretch(run)]
     if i.phase == 'done':
       waiting[:] = [m for m in waiting if runs[m].instruction.name not in i.operands]
     sent = costs[n].collective
@@ -131,7 +147,7 @@ def _pair_permutes(runs: Sequence[Executed], costs: list[OperationCost]) -> None
       if other and collective_cost.opposite(other, sent):
         waiting.remove(m)
         shorter = min(n, m, key=lambda each: costs[each].seconds)
-        costs[shorter] = dataclasses.replace(costs[shorter], seconds=0.0)
+        costs[shorter] = dataclasses.replace(costs[shorter], seconds=0.0, busy_seconds=0.0)
         break
     else:
       waiting.append(n)
@@ -148,24 +164,7 @@ def _keep_longest_branches(runs: Sequence[Executed], costs: list[OperationCost])
     for conditional, branch in run.branches:
       branches = totals[run.loops, conditional]
       if branch != max(branches, key=lambda b: branches[b]):
-        costs[n] = dataclasses.replace(costs[n], seconds=0.0, count=0)
-
-
-def _hide_collectives(runs: Sequence[Executed], costs: list[OperationCost]) -> None:
-  """Set hidden_seconds of each async collective: the compute between its start and its done."""
-  compute: dict[tuple[object, str], float] = {}  # seconds during each running collective
-  started: dict[tuple[object, str], int] = {}
-  for n, run in enumerate(runs):
-    i, stretch = run.instruction, _stretch(run)
-    if i.phase == 'start' and costs[n].collective:
-      started[stretch, i.name], compute[stretch, i.name] = n, 0.0
-    elif i.phase == 'done' and (stretch, i.operands[0]) in started:
-      start = started.pop((stretch, i.operands[0]))
-      hidden = min(costs[start].seconds, compute.pop((stretch, i.operands[0])))
-      costs[start] = dataclasses.replace(costs[start], hidden_seconds=hidden)
-    elif not costs[n].collective:
-      for key in compute:
-        compute[key] += costs[n].seconds
+        costs[n] = dataclasses.replace(costs[n], seconds=0.0, busy_seconds=0.0, count=0)
 
 
 def _mark_layer_loop(runs: Sequence[Executed], costs: list[OperationCost]) -> None:

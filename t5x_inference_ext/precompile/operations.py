@@ -6,6 +6,7 @@ import re
 
 from t5x_inference_ext.hardware import Chip
 from t5x_inference_ext.precompile import collective_cost
+from t5x_inference_ext.precompile.asynchronous import AsyncStep, async_step
 from t5x_inference_ext.precompile.collective_cost import HloCollective
 from t5x_inference_ext.precompile.hlo import Computation, Instruction, Module
 from t5x_inference_ext.precompile.loops import Executed
@@ -42,7 +43,11 @@ class OperationCost:
       into another layout.
     count: int. Number of runs.
     seconds: float. Total time of all runs in the serial estimate.
-    hidden_seconds: float. The part of `seconds` that the schedule hides behind compute.
+    busy_seconds: float. Total time for which an asynchronous operation occupies its resource: the
+      links, or the memory. Equal to `seconds`, except for copies into on-chip memory, which are
+      free in the serial estimate.
+    exposed_seconds: float. Total time that the schedule waits for the operation in the overlapped
+      estimate; `seconds` for what runs alone.
     bytes: int. Bytes read and written in one run; for a collective, the bytes that its time is
       computed from.
     flops: int. FLOPs of the matrix products in one run.
@@ -50,6 +55,7 @@ class OperationCost:
     in_layer_loop: bool. Whether it runs inside the longest loop, or a loop within that one.
     collective: HloCollective or None. The collective that it runs.
     functions: tuple of str. Functions of the user's program around it, innermost first.
+    step: AsyncStep or None. Its part in an asynchronous operation.
   """
 
   name: str
@@ -58,17 +64,29 @@ class OperationCost:
   kind: str
   count: int
   seconds: float
-  hidden_seconds: float
+  busy_seconds: float
+  exposed_seconds: float
   bytes: int
   flops: int
   estimated: bool
   in_layer_loop: bool
   collective: HloCollective | None = None
   functions: tuple[str, ...] = ()
+  step: AsyncStep | None = None
+
+  @property
+  def hidden_seconds(self) -> float:
+    """The part of `seconds` that the schedule hides behind other work."""
+    return max(0.0, self.seconds - self.exposed_seconds)
 
 
 def operation_cost(
-  module: Module, run: Executed, chip: Chip, slice_: TpuSlice, mesh: Mapping[str, int]
+  module: Module,
+  run: Executed,
+  chip: Chip,
+  slice_: TpuSlice,
+  mesh: Mapping[str, int],
+  chips: tuple[int, ...],
 ) -> OperationCost:
   """Return the cost of an instruction, with nothing overlapped.
 
@@ -78,14 +96,19 @@ def operation_cost(
     chip: hardware.Chip. The rates of a chip.
     slice_: TpuSlice. The slice whose torus carries the collectives.
     mesh: mapping of axis to size, in the order of the devices.
+    chips: tuple of int. The chip of each device; see collective_cost.seconds.
   """
   i = run.instruction
+  step = async_step(module, run.computation, i)
   collective = collective_cost.find_collective(module, run.computation, i, mesh)
   work, moved = flops(module, run.computation, i), traffic(module, run.computation, i)
+  busy = None
   if collective:
-    each, moved = collective_cost.seconds(collective, chip, slice_), collective.bytes
-  elif is_free(i) or i.phase in ('update', 'done') or _prefetches(module, i):
+    each, moved = collective_cost.seconds(collective, chip, slice_, chips), collective.bytes
+  elif is_free(i) or (step and not step.computes and step.start != i.name):
     each = 0.0
+  elif _prefetches(module, i):
+    each, busy = 0.0, moved / 2 / chip.hbm_bandwidth
   elif i.cycles is not None and chip.clock_hz:
     each = i.cycles / chip.clock_hz
   else:
@@ -97,13 +120,15 @@ def operation_cost(
     kind=COLLECTIVE if collective else _kind(module, run.computation, i, work),
     count=run.times,
     seconds=each * run.times,
-    hidden_seconds=0.0,
+    busy_seconds=(each if busy is None else busy) * run.times,
+    exposed_seconds=each * run.times,
     bytes=moved,
     flops=work,
     estimated=i.cycles is not None,
     in_layer_loop=False,
     collective=collective,
     functions=module.functions(i),
+    step=step,
   )
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from t5x_inference_ext.compiler_options import compiler_options
 from t5x_inference_ext.engine.programs import generation_program
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.cache import KVCache
@@ -71,7 +72,8 @@ def _dumped_text(case: CompileCase, mesh: Mesh) -> str | None:
   """
   function, arguments = phase_function(case, mesh)
   with tempfile.TemporaryDirectory() as directory:
-    options: dict[str, str | bool] = {'xla_dump_to': directory, 'xla_dump_hlo_as_text': True}
+    dump: dict[str, str | bool] = {'xla_dump_to': directory, 'xla_dump_hlo_as_text': True}
+    options = (compiler_options(mesh.devices.flat[0]) or {}) | dump
     function.lower(*arguments).compile(compiler_options=options)
     texts = list(pathlib.Path(directory).glob('*.after_codegen.txt'))
     largest = max(texts, key=lambda path: path.stat().st_size, default=None)
@@ -93,7 +95,8 @@ def compile_case(case: CompileCase, mesh: Mesh, available: int | None = None) ->
   """
   function, arguments = phase_function(case, mesh)
   start = time.monotonic()
-  compiled = function.lower(*arguments).compile()
+  options = compiler_options(mesh.devices.flat[0])
+  compiled = function.lower(*arguments).compile(compiler_options=options)
   seconds = time.monotonic() - start
   memory = memory_of(case.phase, arguments, compiled, available)
   return Program(case, mesh, compiled, arguments, memory, seconds)

@@ -59,10 +59,10 @@ def _tried(answer: Answer) -> Iterator[str]:
     return
   results = '; '.join(map(_result, answer.tried))
   chosen = 'has the smallest estimated time' if answer.fits else 'is the nearest to fitting'
-  as_loops = any(t.stacked for t in answer.tried) and not answer.case.stacked
+  few = any(t.from_few_layers for t in answer.tried)
   yield from _wrap(
     f'layout: none given; {answer.case.layout} {chosen} of {results}'
-    + (', as loops over the layers' if as_loops else ''),
+    + (', extrapolated from a few layers' if few else ''),
     '        ',
   )
 
@@ -111,6 +111,7 @@ def _time(answer: Answer) -> Iterator[str]:
     yield time
     return
   yield f'{time}; {_between(case.tokens, serial, overlapped, ",.0f")} tokens/s'
+  yield from _wrap(_calibrated(answer), '  ')
   for name, bound, what in (
     ('FLOP bound (2N a token, bf16 peak):', limits.flops, ' of the time: the MFU'),
     ('weight-load bound (each read once):', limits.weights, ' of the time'),
@@ -121,6 +122,20 @@ def _time(answer: Answer) -> Iterator[str]:
       yield f'{line}above the estimated time: an error of the estimate'
     else:
       yield line + _between(bound, serial, overlapped, '.1%') + what
+
+
+def _calibrated(answer: Answer) -> str:
+  """Return the time corrected by category, or why there is none."""
+  found = answer.compiled[1].calibrated
+  if found is None:
+    return f'  calibrated: no program was measured on {answer.slice.kind}'
+  low, high = (f'{share:+.0%}' for share in found.spread)
+  serial, overlapped = map(milliseconds, (found.serial_seconds, found.overlapped_seconds))
+  whole = ' for the whole call' if answer.case.phase == 'slots' else ''
+  return (
+    f'  calibrated by category: {serial}, {overlapped} overlapped{whole}; {low} to {high} of what '
+    f'was measured, in {found.source}'
+  )
 
 
 def _between(value: float, serial: float, overlapped: float, form: str) -> str:

@@ -44,6 +44,7 @@ def report_dict(answer: Answer) -> dict[str, Any]:
     'compile_seconds': program.seconds,
     'memory': {**dataclasses.asdict(program.memory), 'needed': program.memory.needed},
     'seconds': {**seconds, 'by_kind': found.by_kind, **step},
+    'calibrated': found.calibrated and dataclasses.asdict(found.calibrated),
     'tokens': answer.case.tokens,
     'bounds': dataclasses.asdict(bounds),
     'mfu': shares(bounds.flops),

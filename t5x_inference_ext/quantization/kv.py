@@ -9,8 +9,11 @@ from jaxtyping import Array, Float
 
 from t5x_inference_ext.quantization.rounding import QMAX
 
-# Largest magnitude that a cache holds. No sound model's values come near it, and the sum of 2^23
-# such values is still finite in float32.
+# Positions in a tile of a TPU's memory. A cache that is no multiple of them, with several rows on a
+# chip, XLA:TPU copies into another layout in every step.
+_TILE_ROWS = 8
+# Largest magnitude that a cache holds: far beyond that of any sound model, and so small that the
+# sum of 2^23 of them is finite.
 _LARGEST = 2.0**104
 
 
@@ -48,8 +51,8 @@ def tile_positions(dtype: DTypeLike) -> int:
 
 
 def whole_tiles(size: int, dtype: DTypeLike) -> int:
-  """Round `size` positions of keys and values in `dtype` up to whole tiles."""
-  tile = tile_positions(dtype)
+  """Round `size` positions of keys and values in `dtype` up to whole tiles: of 8, int8 of 32."""
+  tile = max(_TILE_ROWS, tile_positions(dtype))
   return -(-size // tile) * tile
 
 

@@ -65,6 +65,51 @@ def paths(
   return _paths(tuple(shape), tuple(wraps), mesh, tuple(sorted(axes)))
 
 
+def group_paths(groups: np.ndarray, wraps: Sequence[bool]) -> tuple[LinkPath, ...]:
+  """Return the paths of a collective, one for each physical axis that its groups extend along.
+
+  Args:
+    groups: [the slice's shape] int. For each chip of the slice, the number of its group.
+    wraps: For each physical axis, whether its ends are linked.
+  """
+  found = []
+  for axis, size in enumerate(groups.shape):
+    lines = np.unique(_renumbered(np.moveaxis(groups, axis, -1).reshape(-1, size)), axis=0)
+    line_paths = [_line_path(line, wraps[axis]) for line in lines]
+    path = LinkPath(
+      max(p.chips for p in line_paths),
+      all(p.ring for p in line_paths),
+      max(p.load for p in line_paths),
+      max(p.step for p in line_paths),
+    )
+    if path.chips > 1:
+      found.append(path)
+  size = int(np.unique(groups, return_counts=True)[1].max())
+  if math.prod(path.chips for path in found) != size:
+    # If a mesh axis winds through several physical axes, it has one link in each direction.
+    return (LinkPath(size, all(path.ring for path in found)),)
+  return tuple(found)
+
+
+def collective_seconds(
+  move: Collective, found: Sequence[LinkPath], link_bandwidth: float, hop_latency: float
+) -> float:
+  """Return the time in seconds of a collective on its paths, with no other traffic on the links.
+
+  This is the one link model: the planner's costs, the compiled programs' estimate and (by bytes
+  alone) the choice of a mesh use it.
+
+  Args:
+    move: The collective.
+    found: Its paths.
+    link_bandwidth: Bytes per second over one link in one direction.
+    hop_latency: Seconds from a chip to the next. An all-reduce passes all hops twice.
+  """
+  passes = 2 if move.kind == 'all_reduce' else 1
+  latency = passes * sum(path.hops for path in found) * hop_latency
+  return bytes_through_a_link(move, found) / link_bandwidth + latency
+
+
 def bytes_through_a_link(move: Collective, found: Sequence[LinkPath]) -> float:
   """Return the bytes that the busiest link carries during a collective on these paths.
 
@@ -76,7 +121,7 @@ def bytes_through_a_link(move: Collective, found: Sequence[LinkPath]) -> float:
 
 
 @functools.lru_cache(maxsize=256)
-def grid(shape: tuple[int, ...], wraps: tuple[bool, ...], mesh: MeshShape) -> np.ndarray:
+def grid(shape: tuple[int, ...], wraps: tuple[bool, ...], mesh: tuple[int, ...]) -> np.ndarray:
   """Return [X, Y, Z] indices of chips, in row-major order of the slice's shape."""
   if sum(size > 1 for size in shape) < 2:
     return np.arange(math.prod(shape)).reshape(mesh)
@@ -96,24 +141,7 @@ def _paths(
   )
   groups = np.empty(math.prod(shape), int)
   groups[grid(shape, wraps, mesh).ravel()] = numbers
-  groups = groups.reshape(shape)
-  found = []
-  for axis, size in enumerate(shape):
-    lines = np.unique(_renumbered(np.moveaxis(groups, axis, -1).reshape(-1, size)), axis=0)
-    line_paths = [_line_path(line, wraps[axis]) for line in lines]
-    path = LinkPath(
-      max(p.chips for p in line_paths),
-      all(p.ring for p in line_paths),
-      max(p.load for p in line_paths),
-      max(p.step for p in line_paths),
-    )
-    if path.chips > 1:
-      found.append(path)
-  size = math.prod(n for n, keep in zip(mesh, kept, strict=True) if not keep)
-  if math.prod(path.chips for path in found) != size:
-    # A mesh axis that winds through several physical axes has one link in each direction.
-    return (LinkPath(size, all(path.ring for path in found)),)
-  return tuple(found)
+  return group_paths(groups.reshape(shape), wraps)
 
 
 def _renumbered(lines: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import seqio
 from t5x import decoding, models
 
+from t5x_inference_ext.compiler_options import compiler_options
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.cache import with_heads
 from t5x_inference_ext.model.transformer import Model
@@ -44,7 +45,8 @@ class ShardedDecoder(models.DecoderOnlyModel):
   ) -> None:
     self.model: Model = module.model
     self._inputs_length, self._bos_id = inputs_length, bos_id
-    self._jitted_scores = jax.jit(self._scores)
+    options = compiler_options(self.model.mesh.devices.flat[0])
+    self._jitted_scores = jax.jit(self._scores, compiler_options=options)
     super().__init__(
       module,
       vocabulary,

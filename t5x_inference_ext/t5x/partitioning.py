@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from t5x import partitioning
 
+from t5x_inference_ext.compiler_options import compiler_options
 from t5x_inference_ext.engine import saved_program
 from t5x_inference_ext.errors import MeshError, RequestError
 from t5x_inference_ext.sharding.activations import ActivationSharding
@@ -150,6 +151,7 @@ class InferencePartitioner(partitioning.PjitPartitioner):
       out_shardings=shardings(out_axis_resources),
       static_argnums=static_argnums,
       donate_argnums=donate_argnums,
+      compiler_options=compiler_options(self.mesh.devices.flat[0]),
     )
     if self._executable is None or fn.__name__ != _INFER_STEP:
       return step

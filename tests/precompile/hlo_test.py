@@ -1,7 +1,9 @@
 """Reading a compiled program: instructions, layouts, groups of devices, trip counts, work."""
 
+import math
 import pathlib
 
+import numpy as np
 import pytest
 
 from t5x_inference_ext import hardware
@@ -12,6 +14,7 @@ from t5x_inference_ext.precompile.hlo import Module
 from t5x_inference_ext.precompile.hlo_parser import parse_hlo
 from t5x_inference_ext.precompile.relayouts import relays, weight_copies
 from t5x_inference_ext.precompile.shapes import HBM, ArrayShape, HloError
+from t5x_inference_ext.sharding import links
 from t5x_inference_ext.sharding.torus import parse_slice
 
 TEXTS = pathlib.Path(__file__).parents[1] / 'testdata' / 'hlo'
@@ -205,28 +208,44 @@ def test_collectives_with_bytes_and_mesh_axes(decode, ring):
 
 
 @pytest.mark.parametrize(
-  'kind, size, slice_, seconds',
+  'kind, mesh, axes, slice_, seconds',
   [
     # 90 MB. A ring of 4 has 90 GB/s and 2 hops, two of them 180 and 4, three of them 270 and 6.
-    ('all-gather', 4, 'v4:4x4x4', 0.75e-3 + 2e-6),
-    ('reduce-scatter', 16, 'v4:4x4x4', 15 / 16 * 0.5e-3 + 4e-6),
-    ('all-reduce', 64, 'v4:4x4x4', 2 * (63 / 64 * 1e-3 / 3 + 6e-6)),
-    ('all-to-all', 16, 'v4:4x4x4', 15 / 32 * 0.5e-3 + 4e-6),
+    ('all-gather', (4, 4, 4), 'x', 'v4:4x4x4', 0.75e-3 + 2e-6),
+    ('reduce-scatter', (4, 4, 4), 'yz', 'v4:4x4x4', 15 / 16 * 0.5e-3 + 4e-6),
+    ('all-reduce', (4, 4, 4), 'xyz', 'v4:4x4x4', 2 * (63 / 64 * 1e-3 / 3 + 6e-6)),
+    # Half a ring: one link of 45 GB/s, one hop.
+    ('all-gather', (2, 8, 4), 'x', 'v4:4x4x4', 1e-3 + 1e-6),
+    ('all-gather', (2, 8, 4), 'y', 'v4:4x4x4', 7 / 8 * 90e6 / 135e9 + 3e-6),
+    ('all-gather', (2, 8, 4), 'yz', 'v4:4x4x4', 31 / 32 * 90e6 / 225e9 + 5e-6),
+    # Half of the bytes of a ring of 4, or of two at once, pass through its middle.
+    ('all-to-all', (4, 4, 4), 'x', 'v4:4x4x4', 1e-3 + 2e-6),
+    ('all-to-all', (4, 4, 4), 'yz', 'v4:4x4x4', 1e-3 + 4e-6),
     # Without wraparound: 45 GB/s an axis, size - 1 hops.
-    ('all-gather', 4, 'v4:2x2x4', 1.5e-3 + 3e-6),
-    ('all-gather', 8, 'v4:2x2x4', 7 / 8 * 1e-3 + 4e-6),
-    ('all-gather', 16, 'v5p:4x4x4', 15 / 16 * 0.25e-3 + 4e-6),
+    ('all-gather', (2, 4, 2), 'y', 'v4:2x2x4', 1.5e-3 + 3e-6),
+    ('all-gather', (2, 4, 2), 'xy', 'v4:2x2x4', 7 / 8 * 1e-3 + 4e-6),
+    ('all-gather', (4, 4, 4), 'xy', 'v5p:4x4x4', 15 / 16 * 0.25e-3 + 4e-6),
+    # A square of 2 x 2 has links along both axes.
+    ('all-gather', (1, 4, 1), 'y', 'v4:2x2x1', 0.75e-3 + 2e-6),
     # Two torus axes at most, and rings only of 16.
-    ('all-gather', 64, 'v5e:8x8', 63 / 64 * 1e-3 + 14e-6),
-    ('all-gather', 256, 'v6e:16x16', 255 / 256 * 0.25e-3 + 16e-6),
-    ('all-gather', 1, 'v4:4x4x4', 0),
-    ('collective-permute', 2, 'v4:2x2x1', 2e-3 + 1e-6),
+    ('all-gather', (8, 8, 1), 'xy', 'v5e:8x8', 63 / 64 * 1e-3 + 14e-6),
+    ('all-gather', (16, 16, 1), 'xy', 'v6e:16x16', 255 / 256 * 0.25e-3 + 16e-6),
+    ('all-gather', (4, 4, 4), '', 'v4:4x4x4', 0),
+    ('collective-permute', (2, 2, 1), 'x', 'v4:2x2x1', 2e-3 + 1e-6),
   ],
 )
-def test_time_of_a_collective_at_link_speed(kind, size, slice_, seconds):
+def test_time_of_a_collective_at_link_speed(kind, mesh, axes, slice_, seconds):
   slice_ = parse_slice(slice_)
+  along = [axis for axis, name in enumerate('xyz') if name in axes]
+  size = math.prod(mesh[axis] for axis in along)
+  devices = np.moveaxis(np.arange(math.prod(mesh)).reshape(mesh), along, range(-len(along), 0))
+  groups = tuple(map(tuple, devices.reshape(-1, size).tolist()))
+  chips = tuple(links.grid(slice_.shape, slice_.wraps, mesh).ravel().tolist())
   found = collective_cost.seconds(
-    HloCollective(kind, size, 90_000_000, ()), hardware.chip(slice_.kind), slice_
+    HloCollective(kind, size, 90_000_000, (), groups=groups),
+    hardware.chip(slice_.kind),
+    slice_,
+    chips,
   )
   assert found == pytest.approx(seconds, rel=1e-12)
 

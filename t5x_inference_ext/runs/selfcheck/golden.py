@@ -13,6 +13,7 @@ import numpy as np
 
 from t5x_inference_ext.checkpoints import Checkpoint
 from t5x_inference_ext.checkpoints.load import load_weights
+from t5x_inference_ext.compiler_options import compiler_options
 from t5x_inference_ext.engine import programs
 from t5x_inference_ext.engine.inputs import model_inputs
 from t5x_inference_ext.errors import MeshError
@@ -203,7 +204,8 @@ class _Check:
   def _compile(self, phase: str, layout: Layout) -> Any:
     """Return the compiled phase."""
     function, arguments = phase_function(self._case(phase, layout), self._mesh)
-    options = _QUICK if self._mesh.devices.flat[0].platform == 'cpu' else None
+    device = self._mesh.devices.flat[0]
+    options: Any = _QUICK if device.platform == 'cpu' else compiler_options(device)
     # By default a TPU rounds the factors of float32 products to bfloat16.
     with jax.default_matmul_precision('highest'), programs.stated_dtypes():
       return function.lower(*arguments).compile(compiler_options=options)

@@ -1,0 +1,25 @@
+"""Options of the compiler for each kind of device, the same for every program of this package.
+
+`infer`, the server, the T5X adapter and precompile all take them from here, so that what precompile
+reports is what runs.
+"""
+
+import jax
+
+# Each turns a collective into a start and an end with other work between them. Without them v4 and
+# v5p run all-gathers and all-to-alls synchronously (docs/tpu_v4_tuning.md has the times). v5e and
+# v6e run all-gathers asynchronously by themselves; v5e refuses asynchronous all-to-alls.
+_ASYNCHRONOUS: dict[str, str | bool] = {
+  'xla_enable_async_all_gather': True,
+  'xla_tpu_enable_async_all_to_all': True,
+}
+_OF_KIND = {'TPU v4': _ASYNCHRONOUS, 'TPU v5': _ASYNCHRONOUS, 'TPU v5p': _ASYNCHRONOUS}
+
+
+def compiler_options(device: jax.Device) -> dict[str, str | bool] | None:
+  """Return the options for programs on a kind of device; None: the compiler's defaults.
+
+  Args:
+    device: A device of that kind. It need not exist on this machine.
+  """
+  return _OF_KIND.get(device.device_kind)
