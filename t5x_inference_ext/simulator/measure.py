@@ -17,6 +17,7 @@ from t5x_inference_ext.engine.scheduler import Scheduler
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.engine.slot_params import slot_row
 from t5x_inference_ext.engine.slot_table import SlotTable
+from t5x_inference_ext.engine.slots import StepsOutput
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
 from t5x_inference_ext.simulator.clock import VirtualClock
@@ -33,7 +34,11 @@ _HOST_REQUESTS = 200
 def measure_service(
   model: Model, weights: Weights, config: SchedulerConfig, repeats: int = 5
 ) -> PricedService:
-  """Return the prices of a scheduler's programs: medians over `repeats` runs of several calls.
+  """Return the prices of a scheduler's programs: means over `repeats` runs of several calls.
+
+  Means, not medians: what slows a machine now and then slows a service on it too. Programs whose
+  output the host reads are timed in the scheduler's rhythm, each started before the output of the
+  one before is read.
 
   It runs each program that a service needs, so it takes longer than Scheduler.warm_up.
   """
@@ -71,19 +76,25 @@ class _Timer:
       row = Row(Handle(slot, Request((0,))), 0, (), None)
       self._table.enter(slot, row, min(_PROMPT + _CALLS, config.max_length), [])
 
-  def _time(self, run: Callable[[], object], prepare: Callable[[], object] | None = None) -> float:
-    """Return the median time of a call, of _CALLS in a row after `prepare`."""
+  def _time(
+    self, run: Callable[[], StepsOutput | None], prepare: Callable[[], object] | None = None
+  ) -> float:
+    """Return the mean time of a call, of _CALLS in a row after `prepare`."""
     found = []
     for _ in range(self._repeats + 1):  # the first one compiles
       if prepare is not None:
         prepare()
       self._executor.wait()
       begin = time.perf_counter()
+      before = None
       for _ in range(_CALLS):
-        run()
+        output = run()
+        if before is not None:
+          self._executor.fetch(before)
+        before = output
       self._executor.wait()
       found.append((time.perf_counter() - begin) / _CALLS)
-    return statistics.median(found[1:])
+    return statistics.fmean(found[1:])
 
   def _copies(self, count: int) -> BlockCopies | None:
     """Return copies of the first blocks of the store into one prompt; None without a store."""
@@ -107,7 +118,7 @@ class _Timer:
       seconds = self._time(lambda: self._chunk(size, read), self._reset)  # noqa: B023  # runs at once
       yield PricedProgram('prefill_chunk', {'tokens': size, 'read': read}, seconds)
 
-  def _insert(self, slot: int, length: int) -> object:
+  def _insert(self, slot: int, length: int) -> StepsOutput:
     params = slot_row(
       SamplingParams(), self._vocab_size, seed=0, limit=2**30, top_width=self._config.top_log_probs
     )
@@ -137,7 +148,7 @@ class _Timer:
       seconds = self._time(lambda: self._insert(0, length), prepare)  # noqa: B023  # runs at once
       yield PricedProgram('insert', {'positions': length}, seconds)
 
-  def _step(self, read: int, shared: int) -> object:
+  def _step(self, read: int, shared: int) -> StepsOutput:
     pages, alive = self._table.pages(), self._table.alive.copy()
     return self._executor.decode_steps(pages, alive, 1, False, read, shared)
 
@@ -167,8 +178,10 @@ class _Timer:
   def start(self) -> PricedProgram:
     """Return the host's time to start a program, and to take an output that is there.
 
-    Where the host's cores are the devices, the programs' own times include their starts.
+    Where the host's cores are the devices, the programs' own times include it.
     """
+    if self.shared:
+      return PricedProgram('start', {}, 0.0)
     read, shared = next(self._reads())
     self._fill()
     found = []
@@ -179,7 +192,6 @@ class _Timer:
       started = time.perf_counter()
       self._executor.wait()
       waited = time.perf_counter()
-      self._executor.fetch(output)  # type: ignore[arg-type]  # what _step returned
-      start = 0.0 if self.shared else started - begin
-      found.append(start + time.perf_counter() - waited)
+      self._executor.fetch(output)
+      found.append(started - begin + time.perf_counter() - waited)
     return PricedProgram('start', {}, statistics.median(found))

@@ -90,7 +90,8 @@ def test_every_program_of_a_service_is_measured():
   )
   found = measure_service(engine.model, engine.weights, config, repeats=1)
   assert {row.program for row in found.programs} == set(PROGRAMS)
-  assert all(row.seconds > 0 for row in found.programs)
+  # On a CPU the programs' own times include their starts.
+  assert found.shared and {row.program for row in found.programs if not row.seconds} == {'start'}
   sizes = [tuple(r.sizes.values()) for r in found.programs if r.program == 'decode_steps']
   assert sizes == [(read, shared) for read in config.reads_of_pages(1) for shared in (0, 2)]
   chunks = [tuple(r.sizes.values()) for r in found.programs if r.program == 'prefill_chunk']
