@@ -7,8 +7,7 @@
         ...
 
 One `step` takes what was submitted or cancelled, prefills prompts that wait, inserts them into free
-slots, starts a decode step, and returns the tokens of the step before. docs/life_of_a_request.md
-follows one request through the scheduler.
+slots, starts a decode step, and returns the tokens of the step before (docs/life_of_a_request.md).
 """
 
 import collections
@@ -138,8 +137,8 @@ class Scheduler:
   def step(self) -> list[Event]:
     """Take commands, prefill, insert, start to decode; return new tokens, and rows that ended.
 
-    While rows decode, prefill runs at most `prefill_budget` positions, but always one chunk if no
-    row decodes. Then a decode step follows, or `decode_steps` if nothing waits or has a grammar.
+    A step prefills at most `prefill_budget` positions, but a chunk at least. A decode step follows,
+    or `decode_steps` if nothing waits or has a grammar.
     """
     events = self._take_commands()
     self._fill_slots()
@@ -204,12 +203,14 @@ class Scheduler:
       if self._prefiller.ready:
         if not self._insert_next():
           break
-      elif (budget <= 0 and self._table.busy) or not self._has_group():
+      elif budget <= 0 or not self._has_group():
         break
       else:
         budget -= self._prefiller.chunk()
     if worked:
       self.settle()
+    if worked and not self._table.busy:  # chunks of prompts that are cancelled must not queue up
+      self._prefiller.wait()
 
   @property
   def _rows_wait(self) -> bool:
@@ -217,8 +218,7 @@ class Scheduler:
 
   def settle(self) -> None:
     """Wait for all programs, where no other one may run beside decode steps."""
-    # XLA:CPU runs collectives of many devices on few threads: those of two programs that do not
-    # wait for each other can block each other forever.
+    # On the few threads of XLA:CPU, collectives of two programs can block each other forever.
     if self._one_at_a_time:
       self._decoder.wait()
       self._prefiller.wait()
