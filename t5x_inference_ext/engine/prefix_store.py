@@ -79,7 +79,8 @@ def block_copies(copies: Sequence[tuple[int, int, int]], most: int) -> BlockCopi
   """
   padded = np.zeros((most, 3), np.int32)
   padded[: len(copies)] = np.reshape(copies, (-1, 3))
-  return BlockCopies(*np.ascontiguousarray(padded.T), np.int32(len(copies)))
+  rows, indices, blocks = np.ascontiguousarray(padded.T)
+  return BlockCopies(rows, indices, blocks, np.int32(len(copies)))
 
 
 def empty_store(

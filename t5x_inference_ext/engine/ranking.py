@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from t5x_inference_ext.engine import programs
@@ -77,7 +78,7 @@ class PromptRanker:
     model = self._scheduler.model
     arrays = programs.put(model, inputs, targets, count)
     scores = programs.score_chunks(model, self._weights, *arrays, size=self._size, top=self._top)
-    return RankedTokens(*map(np.asarray, scores))
+    return jax.tree.map(np.asarray, scores)
 
 
 def _ranked_prompt(ranked: RankedTokens, row: int, count: int, top: int) -> RankedPrompt:

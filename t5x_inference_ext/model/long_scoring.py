@@ -54,7 +54,8 @@ def score_sequences(
   steps = -(-length // size)
   padding = (0, 0), (0, steps * size - length)
   tokens, targets = (jnp.pad(ids, padding) for ids in (tokens, targets))
-  return score_chunks(model, weights, tokens, targets, steps, size)[:, :length]
+  found: Any = score_chunks(model, weights, tokens, targets, steps, size)
+  return found[:, :length]
 
 
 def score_chunks(
@@ -85,8 +86,8 @@ def score_chunks(
   cache = empty_cache(prefill, weights, rows, room)
 
   def run(i: int | jax.Array, cache: KVCache, read: int | None) -> tuple[Any, KVCache]:
-    chunk = (lax.dynamic_slice_in_dim(ids, i * size, size, 1) for ids in (tokens, targets))
-    return score_chunk(prefill, weights, cache, *chunk, top, read)
+    inputs, wanted = (lax.dynamic_slice_in_dim(x, i * size, size, 1) for x in (tokens, targets))
+    return score_chunk(prefill, weights, cache, inputs, wanted, top, read)
 
   def step(i: jax.Array, carry: tuple[KVCache, Any]) -> tuple[KVCache, Any]:
     cache, found = carry
