@@ -8,7 +8,6 @@ nothing of the package. `mixed` prints a line for each request, `burst` one for 
 """
 
 import asyncio
-import contextlib
 import json
 import random
 import re
@@ -57,11 +56,9 @@ async def ask(host: str, port: int, body: dict, leaves_after: float | None) -> d
   try:
     answer = await asyncio.wait_for(reader.read(), leaves_after)
   except TimeoutError:
+    writer.transport.abort()  # what was not sent yet is not sent
     return {'left': True}
-  finally:
-    writer.close()
-    with contextlib.suppress(ConnectionError):
-      await writer.wait_closed()
+  writer.close()
   return {'left': False, **parsed(answer)}
 
 

@@ -26,6 +26,7 @@ from t5x_inference_ext.server.options import ServerOptions
 from t5x_inference_ext.server.request_log import RequestLog
 
 STEP_SECONDS = 0.01
+MAX_LENGTH = 224  # of a prompt and its answer, with a model
 
 
 class ServedService:
@@ -89,7 +90,7 @@ def model_case(args) -> None:
   from t5x_inference_ext.server.launch import compile_programs, make_served, make_service
 
   engine = Engine.load(args.checkpoint, mesh='1x1x1', dtype=args.dtype)
-  options = ServerOptions(port=0, max_length=256, model_name='model')
+  options = ServerOptions(port=0, max_length=MAX_LENGTH, model_name='model')
   model = InferOptions(checkpoint=args.checkpoint, batch_size=args.slots, dtype=args.dtype)
   settings = engine.checkpoint.text
   served = make_served(engine, settings, model, options)
@@ -98,7 +99,7 @@ def model_case(args) -> None:
 
   def stream() -> float:
     # The scheduler of the server and this one have equal sizes, and so the same programs.
-    sizes = {'slots': args.slots, 'max_length': 256, 'eos_id': -1, 'top_log_probs': 20}
+    sizes = {'slots': args.slots, 'max_length': MAX_LENGTH, 'eos_id': -1, 'top_log_probs': 20}
     begin = time.perf_counter()
     with engine.stream(prompts, max_new_tokens=args.new_tokens, **sizes) as events:
       count = sum(len(event.tokens) for event in events)

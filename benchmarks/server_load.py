@@ -157,6 +157,7 @@ def main() -> int:
   parser.add_argument('--seconds', type=int, default=120)
   parser.add_argument('--tokens', type=int, default=10_000)
   parser.add_argument('--slots', type=int, default=32)
+  parser.add_argument('--prefill_budget', type=int, default=2048)
   args = parser.parse_args()
   judge, count, amount, length = {
     'mixed': (judge_mixed, 64, args.seconds, LONGEST + MOST_NEW),
@@ -167,7 +168,12 @@ def main() -> int:
   options = ServerOptions(
     port=0, max_length=length, model_name='model', max_waiting_tokens=args.clients * length
   )
-  model = InferOptions(checkpoint=args.checkpoint, batch_size=args.slots, dtype='float32')
+  model = InferOptions(
+    checkpoint=args.checkpoint,
+    batch_size=args.slots,
+    dtype='float32',
+    prefill_budget=args.prefill_budget,
+  )
   settings = engine.checkpoint.text
   served = make_served(engine, settings, model, options)
   compile_programs(served, print)

@@ -143,8 +143,8 @@ class Scheduler:
   def step(self) -> list[Event]:
     """Take commands, prefill, insert rows, start decoding; return new tokens and ends of rows.
 
-    While rows decode, prefill runs at most `prefill_budget` positions; else at least one chunk.
-    Then one decode step follows, or `decode_steps` if no request waits and no row has a grammar.
+    A step prefills at most `prefill_budget` positions, but at least one chunk. Then one decode step
+    follows, or `decode_steps` if no request waits and no row has a grammar.
     """
     events = self._take_commands()
     self._fill_slots()
@@ -209,12 +209,14 @@ class Scheduler:
       if self._prefiller.ready:
         if not self._insert_next():
           break
-      elif (budget <= 0 and self._table.busy) or not self._has_group():
+      elif budget <= 0 or not self._has_group():
         break
       else:
         budget -= self._prefiller.chunk()
     if worked:
       self.executor.settle()
+    if worked and not self._table.busy:  # chunks of prompts that are cancelled must not queue up
+      self.executor.wait()
 
   @property
   def _rows_wait(self) -> bool:

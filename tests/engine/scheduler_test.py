@@ -328,6 +328,16 @@ def test_any_request_uses_the_programs_of_warm_up(mesh):
   assert sizes_of_programs() == compiled
 
 
+def test_a_long_prompt_that_is_cancelled_is_not_prefilled_to_its_end():
+  core = scheduler(max_length=640, prefill_budget=32)
+  handle = core.submit(Request((0, *[5] * 599), limit=4))
+  assert core.step() == [] and core.stats.prefilled == 32
+  core.cancel(handle)
+  (event,) = core.step()
+  assert event.finish == 'cancelled' and core.idle
+  assert core.stats.prefilled == 32
+
+
 @pytest.mark.parametrize('chunk', [1, 16, 100, 256, 2000])
 @pytest.mark.parametrize('max_length', [2, 512, 640, 1024, 2048, 2080, 8192, 10**6])
 def test_programs_are_few(max_length, chunk):
