@@ -17,7 +17,7 @@ from matplotlib import pyplot  # noqa: E402
 # Model and slice: milliseconds of a decode step, here (int8 weights) and in stock T5X (bfloat16).
 STEPS = {
   'PaLM 8B\n4 chips, 32 rows': (4.5, 55),
-  'PaLM 62B\n16 chips, 32 rows': (8.0, 138),
+  'PaLM 62B\n16 chips, 32 rows': (7.96, 138),
   'PaLM 540B\n64 chips, 64 rows': (17.9, 779),
 }
 SIDES = ('t5x_inference_ext, int8 weights', 'stock T5X, bfloat16 weights')
