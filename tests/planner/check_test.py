@@ -8,7 +8,7 @@ import pytest
 
 from t5x_inference_ext import config
 from t5x_inference_ext.commands import plan as command
-from t5x_inference_ext.planner.check import GROUPS, check_plan, check_text
+from t5x_inference_ext.planner.check import GROUPS, HIDDEN_ROW, check_plan, check_text
 from t5x_inference_ext.planner.choose import choose
 from t5x_inference_ext.planner.machine import Machine
 from t5x_inference_ext.planner.request import PlanRequest
@@ -37,7 +37,7 @@ def test_parts_are_summed_alike(checked):
   for phase in checked:
     rows = {row.name: row for row in phase.rows}
     groups = [rows[name] for name in GROUPS]
-    hidden = rows['of collectives, hidden']
+    hidden = rows[HIDDEN_ROW]
     for which in ('predicted', 'at_full_rate', 'compiled'):
       assert sum(getattr(row, which) for row in groups) - getattr(hidden, which) == pytest.approx(
         getattr(rows['all, hidden time left out'], which)
