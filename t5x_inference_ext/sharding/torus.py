@@ -1,7 +1,7 @@
 """The physical torus of a TPU slice, and the chip at each mesh position (the paper's section 3.1).
 
-A slice is a box of chips, linked along up to three physical axes; a mesh is fast if each step along
-its axes is one link. `device_grid` lays a mesh on a slice; mesh_choice.py chooses the mesh.
+A slice is a box of chips, linked along up to three physical axes. A mesh is fast if each step along
+its axes is one link: `device_grid` lays a mesh on a slice, and mesh_choice.py chooses the mesh.
 """
 
 import collections
@@ -107,10 +107,7 @@ def wraparound(shape: Sequence[int], kind: str | None = 'v4') -> tuple[bool, boo
 
 
 def box_of(coordinates: np.ndarray) -> tuple[tuple[int, int, int], tuple[int, int, int]] | None:
-  """Return the lowest corner and the shape of the box that coordinates [n, 3] fill exactly once.
-
-  Return None if they do not fill a box.
-  """
+  """Return the lowest corner and the shape of the box that coordinates [n, 3] fill; else None."""
   coordinates = np.asarray(coordinates)
   if coordinates.ndim != 2 or coordinates.shape[1] != 3 or not len(coordinates):
     return None

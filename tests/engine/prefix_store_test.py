@@ -170,8 +170,9 @@ def test_copies_are_in_place(mesh, stacked, cache):
     assert memory.temp_size_in_bytes < 5 * block
     sent = [line for line in compiled.as_text().splitlines() if ' all-reduce(' in line]
     assert bool(sent) == (lowered is save and mesh == '2x2x2')
+  keys_values = prompts.cache.keys, prompts.cache.values  # lengths are set, not changed
   for program, args, donated in (
-    (programs.start_with_blocks, (prompts, engine.weights, store, copies), prompts.cache),
+    (programs.start_with_blocks, (prompts, engine.weights, store, copies), keys_values),
     (programs.save_blocks, (store, engine.weights, prompts, copies), store),
   ):
     if program is programs.save_blocks:

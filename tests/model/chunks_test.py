@@ -205,14 +205,14 @@ def test_a_chunk_reads_the_first_positions_alone(mesh, stacked, holds):
 
 def test_more_tokens_than_positions_are_refused():
   model = memory.engine(memory.ODD, reference.random_tensors(memory.ODD), '1x1x1')
-  cache = empty_cache(model.model, model.weights, 2, 4)
+  cache = empty_cache(model.model, model.weights, 2, 8)
   with pytest.raises(
-    RequestError, match='5 new tokens at once do not fit into a cache of 4 positions'
+    RequestError, match='9 new tokens at once do not fit into a cache of 8 positions'
   ):
     jax.eval_shape(
       model.model.prefill_chunk,
       model.weights,
       cache,
-      jnp.zeros((2, 5), jnp.int32),
+      jnp.zeros((2, 9), jnp.int32),
       jnp.ones(2, jnp.int32),
     )

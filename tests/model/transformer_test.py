@@ -135,10 +135,11 @@ def test_an_id_outside_the_vocabulary_embeds_as_zeros(mesh):
 @pytest.mark.parametrize('stacked', [False, True], ids=['unrolled', 'stacked'])
 def test_a_full_row_drops_its_write_and_the_others_do_not(stacked):
   """The first row is full. Its logits are right: attention sees the cache and the new token."""
-  config, size = memory.ODD, 4
+  config, size = memory.ODD, 8
   engine = memory.engine(config, TENSORS[config], '2x1x1', stacked=stacked)
-  tokens, wanted = memory.tokens(config, 2, LENGTH), expected(config, 2)
-  lengths = np.array([4, 2], np.int32)
+  tokens = memory.tokens(config, 2, size + 1)
+  wanted = reference.logits(config, TENSORS[config], tokens)
+  lengths = np.array([size, 2], np.int32)
   prompt = np.where(np.arange(size)[None, :] < lengths[:, None], tokens[:, :size], 77).astype(
     np.int32
   )

@@ -175,7 +175,7 @@ def test_a_grammar_is_told_and_followed_again(constrained, replay, tmp_path):
   [
     ('[0-9]', "request.grammar is '[0-9]', not an object with kind, source"),
     ({'kind': 'regex'}, "request.grammar has no 'source'"),
-    ({'kind': 'ebnf', 'source': 'x'}, 'one of the kinds json_schema'),
+    ({'kind': 'ebnf', 'source': 'x'}, 'must be one of json_schema'),
     ({'kind': 'regex', 'source': 'x' * (2**18 + 1)}, 'at most 262144'),
     ({'kind': 'regex', 'source': '(' * 9}, 'grammar: the regex'),
     ({'kind': 'json_schema', 'source': '{'}, 'grammar: the json_schema is'),
