@@ -144,7 +144,7 @@ def left_over(service: Service) -> list[str]:
 def compiled() -> int:
   """Return how many programs of the engine have been compiled."""
   all_programs = (each for each in vars(programs).values() if isinstance(each, programs.Program))
-  return sum(each.jitted._cache_size() for each in all_programs)
+  return sum(each.compiled for each in all_programs)
 
 
 def main() -> int:

@@ -58,6 +58,11 @@ class Program:
     with stated_dtypes():
       return self._jitted_for(model).lower(model, *arguments, **options)
 
+  @property
+  def compiled(self) -> int:
+    """Number of programs that were compiled, for any kind of device."""
+    return sum(jitted._cache_size() for jitted in self.jitted.values())
+
   def _jitted_for(self, model: Model) -> Any:
     device = model.mesh.devices.flat[0]
     if device.device_kind not in self.jitted:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import re
 
+import jax.numpy as jnp
 import numpy as np
 
 from t5x_inference_ext.engine import selection
@@ -195,7 +196,7 @@ def margin(request, seed, tokens, cache, dtype='float32'):
     logits[~allowed(request.grammar, tokens)] = -np.inf
   if request.sampling.temperature:
     noise = selection.gumbel_of_all(
-      *map(np.asarray, ([np.uint32(seed)], [np.int32(len(whole))])), CONFIG.vocab_size
+      jnp.asarray([seed], jnp.uint32), jnp.asarray([len(whole)], jnp.int32), CONFIG.vocab_size
     )
     logits = logits / request.sampling.temperature + np.asarray(noise)[0]
   second, first = np.sort(logits)[-2:]

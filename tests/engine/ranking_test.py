@@ -45,7 +45,7 @@ def _log_probs(tensors, tokens):
 )
 def test_scores_of_all_lengths_are_the_references_and_compile_once(mesh, layout):
   tensors, scheduler, ranker = _ranker(mesh, layout)
-  compiled = programs.score_chunks.jitted._cache_size()
+  compiled = programs.score_chunks.compiled
   assert ranker.warm_up().name == 'score_chunks'
   lengths = [0, 1, 2, CHUNK, CHUNK + 1, CHUNK + 2, 3 * CHUNK, MAX_LENGTH, 37]
   prompts = _prompts(lengths)
@@ -54,7 +54,7 @@ def test_scores_of_all_lengths_are_the_references_and_compile_once(mesh, layout)
     for _ in range(3):
       scheduler.step()
   found = ranker.rank([(tokens, i % (TOP + 1)) for i, tokens in enumerate(prompts)])
-  assert programs.score_chunks.jitted._cache_size() == compiled + 1
+  assert programs.score_chunks.compiled == compiled + 1
   assert found[0] == found[1] == ([], [])
   for i, (tokens, ranked) in enumerate(zip(prompts, found)):
     if len(tokens) < 2:

@@ -274,9 +274,7 @@ def test_text_comes_in_whole_characters_and_ends_before_a_stop_text():
 def sizes_of_programs():
   """How many times each program has been compiled."""
   return [
-    sum(jitted._cache_size() for jitted in program.jitted.values())
-    for program in vars(programs).values()
-    if isinstance(program, programs.Program)
+    program.compiled for program in vars(programs).values() if isinstance(program, programs.Program)
   ]
 
 
