@@ -1,4 +1,4 @@
-"""What runs a scheduler's programs: the seam between its books on the host and the devices.
+"""Executors, which run a scheduler's programs: the seam between the host's work and the devices.
 
 Everything above an executor is host work. DeviceExecutor runs the programs of engine/programs.py;
 simulator/executor.py has one that only counts the time that they would take.

@@ -22,7 +22,7 @@ _HOUR = 3600
 
 @dataclasses.dataclass(frozen=True)
 class Simulated:
-  """What a candidate does with a trace.
+  """The result of simulating a candidate with a trace.
 
   Attributes:
     candidate: The service.

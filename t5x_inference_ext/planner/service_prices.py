@@ -9,7 +9,7 @@ from t5x_inference_ext.planner.work import cache_bytes
 
 
 class PlannedPrices:
-  """What programs take by the planner's model. See simulator.prices.Prices.
+  """Prices of programs by the planner's model. See simulator.prices.Prices.
 
   Chunks of prompts and decode steps are passes. Insertions and copies of blocks read and write keys
   and values at the rate of the memory; starting a group takes no time. The host's work beside the

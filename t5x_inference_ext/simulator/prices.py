@@ -1,4 +1,4 @@
-"""What the programs of a scheduler take: a table of measured or compiled times.
+"""Prices of a scheduler's programs: tables of measured or compiled times.
 
 A program is named as in engine/programs.py, and its sizes as Scheduler.warm_up names them. A file
 of prices is JSON:

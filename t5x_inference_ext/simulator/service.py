@@ -13,7 +13,7 @@ from t5x_inference_ext.simulator.trace import Arrival
 
 
 class WaitingLimits(NamedTuple):
-  """What may wait at a time; more is refused, as by the server.
+  """Limits on the requests that wait at a time; more are refused, as by the server.
 
   Attributes:
     requests: Most requests that wait for their first token.
@@ -47,7 +47,7 @@ class Quantiles(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ServedTrace:
-  """What clients got.
+  """The latencies and tokens that clients got.
 
   Attributes:
     first: Time to first token of each request, from its arrival.

@@ -62,7 +62,7 @@ def test_groups_are_read_as_soon_as_they_are_written(arrays):
 @pytest.mark.parametrize('read', [1, 30, 2**22])
 @pytest.mark.parametrize('shape,chunk', [((2, 10, 7), (1, 4, 5)), ((7,), (3,)), ((3, 1), (1, 1))])
 def test_a_chunk_read_a_few_rows_at_a_time(tmp_path, monkeypatch, read, shape, chunk):
-  """Of chunks at the end of an array, the padding does not count."""
+  """The padding of chunks at the end of an array does not count."""
   monkeypatch.setattr(raw_array, '_READ_BYTES', read)
   values = np.random.default_rng(0).standard_normal(shape).astype(ml_dtypes.bfloat16)
   array = RawArray(str(tmp_path), 'a', shape, values.dtype, chunk)

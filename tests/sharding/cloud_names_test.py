@@ -28,7 +28,7 @@ def test_a_name_stands_for_a_slice(name, slice_, chips):
 
 @pytest.mark.parametrize('kind', GENERATIONS)
 def test_names_are_those_that_the_cloud_is_asked_for(kind):
-  """What precompile tells the compiler and what is read here are inverse."""
+  """The names that precompile gives the compiler are read as the slices that they name."""
   for text in slices.known_slices(kind):
     slice_ = parse_slice(text)
     if slice_.chips > 1 or GENERATIONS[kind] == 2:
