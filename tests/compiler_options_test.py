@@ -55,16 +55,6 @@ def test_programs_of_precompile_take_the_options(unknown_option):
     compile_case(case, make_mesh((1, 1, 1)))
 
 
-def test_programs_of_the_adapter_take_the_options(unknown_option):
-  partitioning = pytest.importorskip('t5x_inference_ext.t5x.partitioning', exc_type=ImportError)
-  partitioner = partitioning.InferencePartitioner.__new__(partitioning.InferencePartitioner)
-  partitioner._inference_mesh = make_mesh((1, 1, 1))
-  partitioner._host_driven, partitioner._executable = False, None
-  step = partitioner.partition(jnp.sin, None, None)
-  with pytest.raises(jax.errors.JaxRuntimeError, match=UNKNOWN):
-    step.lower(jnp.zeros(2)).compile()
-
-
 @pytest.mark.libtpu
 @pytest.mark.parametrize(
   'name,starts',

@@ -233,7 +233,6 @@ class TestCommand:
     assert words in err and err.count('\n') == 1
 
   def test_the_figure_has_a_line_for_each_service(self, tmp_path, capsys):
-    pytest.importorskip('matplotlib')
     asked = [*self.SERVICE, '--rate=1,5', '--figures', f'--output_dir={tmp_path}']
     assert self.run(*asked) == 0
     assert 'figure: ' in capsys.readouterr().out

@@ -3,16 +3,19 @@
 from flax import linen as nn
 from flax.linen import partitioning as flax_partitioning
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 from t5x import checkpoints, utils
 
+from t5x_inference_ext import compiler_options
 from t5x_inference_ext.config import preset
 from t5x_inference_ext.errors import MeshError
 from t5x_inference_ext.params import EMBED_AXIS, HIDDEN_AXIS
 from t5x_inference_ext.sharding.activations import ACTIVATION_AXES
+from t5x_inference_ext.sharding.mesh import make_mesh
 from t5x_inference_ext.t5x import module, partitioning
 from t5x_inference_ext.t5x.models import InferenceModel
 from tests.t5x_adapter import running
@@ -186,3 +189,15 @@ def test_t5x_can_save_what_is_loaded(int8_checkpoint, tmp_path):
   saved, held = (tree['layers_0']['parallel']['w_in'] for tree in (again, state.params))
   assert saved.dtype == np.int8
   np.testing.assert_array_equal(saved, held)
+
+
+def test_programs_take_the_compiler_s_options(monkeypatch):
+  unknown = 'xla_no_compiler_has_this_option'
+  kinds = compiler_options._OF_KIND
+  monkeypatch.setitem(kinds, jax.devices()[0].device_kind, {unknown: True})
+  partitioner = partitioning.InferencePartitioner.__new__(partitioning.InferencePartitioner)
+  partitioner._inference_mesh = make_mesh((1, 1, 1))
+  partitioner._host_driven, partitioner._executable = False, None
+  step = partitioner.partition(jnp.sin, None, None)
+  with pytest.raises(jax.errors.JaxRuntimeError, match=unknown):
+    step.lower(jnp.zeros(2)).compile()
