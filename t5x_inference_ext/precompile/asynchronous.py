@@ -26,13 +26,20 @@ class AsyncStep:
 
   Attributes:
     start: str. Name of the instruction that starts the operation, in the same computation.
+    begins: bool. Whether this instruction is the one that starts it.
     ends: bool. Whether the instruction waits for the operation's end.
     computes: bool. Whether the instruction computes something of its own meanwhile.
   """
 
   start: str
+  begins: bool = False
   ends: bool = False
   computes: bool = False
+
+  @property
+  def follows(self) -> bool:
+    """Whether the instruction only carries on, or ends, what another one started."""
+    return not self.begins and not self.computes
 
 
 def async_step(
@@ -47,20 +54,21 @@ def async_step(
   """
   i = instruction
   if i.phase == 'start':
-    return AsyncStep(i.name)
+    return AsyncStep(i.name, begins=True)
   if i.phase:
     first = i
     while first.phase != 'start' and first.operands:
       first = computation[first.operands[0]]
-    return AsyncStep(first.name, ends=i.phase == 'done')
+    return AsyncStep(first.name, begins=first is i, ends=i.phase == 'done')
   chain = _chain(module, i)
   if chain is None:
     return None
   first, before = i, _before(module, computation, i, chain)
   while before is not None:
     first, before = before, _before(module, computation, before, chain)
-  ends = i is not first and i.name.startswith(_END)
-  return AsyncStep(first.name, ends, computes=i is not first and not ends)
+  begins = i is first
+  ends = not begins and i.name.startswith(_END)
+  return AsyncStep(first.name, begins, ends, computes=not begins and not ends)
 
 
 def _chain(module: Module, i: Instruction) -> tuple[str, ...] | None:

@@ -65,7 +65,7 @@ def find_collective(
     HloError: The groups are in an unknown form, or there are more devices than the mesh has.
   """
   step = async_step(module, computation, instruction)
-  if step and step.start != instruction.name:
+  if step and not step.begins:
     return None
   inside = module.inside(instruction)
   i = next((i for i in inside if i.operation in HLO_COLLECTIVES), None)

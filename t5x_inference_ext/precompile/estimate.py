@@ -119,17 +119,13 @@ def estimate(
   costs = [dataclasses.replace(c, exposed_seconds=e) for c, e in zip(costs, exposed)]
   _mark_layer_loop(runs, costs)
   kept = tuple(
-    cost for run, cost in zip(runs, costs) if not is_free(run.instruction) and not _ends(run, cost)
+    cost
+    for run, cost in zip(runs, costs)
+    if not is_free(run.instruction) and not (cost.step and cost.step.follows)
   )
   return Estimate(
     kept, tuple(unknown), tuple(weight_copies(program)), calibrated_time(runs, costs, chip)
   )
-
-
-def _ends(run: Executed, cost: OperationCost) -> bool:
-  """Return whether an instruction only carries on or ends an asynchronous operation."""
-  step = cost.step
-  return step is not None and not step.computes and step.start != run.instruction.name
 
 
 def _pair_permutes(runs: Sequence[Executed], costs: list[OperationCost]) -> None:

@@ -105,7 +105,7 @@ def operation_cost(
   busy = None
   if collective:
     each, moved = collective_cost.seconds(collective, chip, slice_, chips), collective.bytes
-  elif is_free(i) or (step and not step.computes and step.start != i.name):
+  elif is_free(i) or (step and step.follows):
     each = 0.0
   elif _prefetches(module, i):
     each, busy = 0.0, moved / 2 / chip.hbm_bandwidth

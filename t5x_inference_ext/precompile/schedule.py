@@ -48,7 +48,7 @@ def exposed_seconds(
   under_way: dict[_Key, tuple[int, float]] = {}
   for n, (run, cost) in enumerate(zip(runs, costs)):
     step, begin = cost.step, now
-    if step and step.start == run.instruction.name:
+    if step and step.begins:
       seconds = busy(cost)
       if not seconds:  # in a branch that does not run; or sent beside a longer one
         end = now
