@@ -20,9 +20,8 @@ class PrefixCache:
 
   def __init__(self, executor: Executor, config: SchedulerConfig) -> None:
     self._executor = executor
-    rows, size = config.prefill_rows, config.block_size
-    self.tree = PrefixTree(executor.blocks, size)
-    self._most = max(1, rows * (config.max_length // size))  # copies: all blocks of all rows
+    self.tree = PrefixTree(executor.blocks, config.block_size)
+    self._most = config.block_copies
 
   @property
   def stats(self) -> PrefixStats:

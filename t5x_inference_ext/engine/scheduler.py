@@ -213,9 +213,9 @@ class Scheduler:
         break
       else:
         budget -= self._prefiller.chunk()
-    if worked:
+    if worked and self._table.busy:
       self.executor.settle()
-    if worked and not self._table.busy:  # chunks of prompts that are cancelled must not queue up
+    elif worked:  # chunks of prompts that are cancelled must not queue up
       self.executor.wait()
 
   @property

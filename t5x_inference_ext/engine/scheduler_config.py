@@ -106,6 +106,11 @@ class SchedulerConfig:
     """M, the number of pages of a row of max_length tokens."""
     return -(-self.max_length // self.page_size)
 
+  @property
+  def block_copies(self) -> int:
+    """Most copies of blocks in one call: all blocks of the prompts that are prefilled together."""
+    return max(1, self.prefill_rows * (self.max_length // self.block_size))
+
   def pages_of_shard(self, shards: int) -> int:
     """Return the number of pages of each shard, including page 0, which belongs to no row."""
     if self.pages is not None:

@@ -83,8 +83,6 @@ class ServiceOptions:
       least = math.ulp(0.0) if name in ('ttft_ms', 'tpot_ms') else 0.0
       if value is None:
         continue
-      if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise RequestError(f'{name} must be a number, got {value!r}')
       if not least <= value < math.inf:
         bound = 'above 0' if least else '0 or more'
         raise RequestError(f'{name} must be {bound} and finite, got {value!r}')

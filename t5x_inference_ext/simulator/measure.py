@@ -100,9 +100,7 @@ class _Timer:
     """Return copies of the first blocks of the store into one prompt; None without a store."""
     if not self._executor.blocks:
       return None
-    config = self._config
-    room = max(1, config.prefill_rows * (config.max_length // config.block_size))
-    return block_copies([(0, i, i) for i in range(count)], room)
+    return block_copies([(0, i, i) for i in range(count)], self._config.block_copies)
 
   def _reset(self) -> None:
     self._executor.start_prefill(self._copies(0))

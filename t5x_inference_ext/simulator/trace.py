@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from t5x_inference_ext.errors import RequestError
+from t5x_inference_ext.options import has_type
 from t5x_inference_ext.text_files import parse_json
 
 HASH_BLOCK = 512  # tokens that one of hash_ids stands for
@@ -120,7 +121,7 @@ def _arrival(row: Any, rng: np.random.Generator, vocab_size: int) -> Arrival:
   if not isinstance(row, dict):
     raise ValueError('no JSON object')
   at = row['timestamp'] / 1e3 if 'timestamp' in row else row['arrival']
-  if isinstance(at, bool) or not isinstance(at, (int, float)) or not 0 <= at < math.inf:
+  if not has_type(at, float) or not 0 <= at < math.inf:
     raise ValueError(f'no request: it arrives at {at!r}')
   if 'tokens' in row:
     tokens = tuple(row['tokens'])
