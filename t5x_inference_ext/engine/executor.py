@@ -111,6 +111,7 @@ class DeviceExecutor:
     if config.prefix_bytes:
       self.blocks = blocks_for(config.prefix_bytes, model, weights, rows, size)
       self.block_bytes = bytes_per_block(model, weights, rows, size)
+    if self.blocks:
       self._store = programs.empty_store(model, weights, rows, self.blocks, size)
     room = prompt_room(model, rows, max(config.max_length, config.chunk_sizes[-1]))
     self._prompts = programs.empty_prefill(model, weights, rows, room)

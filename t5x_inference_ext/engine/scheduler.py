@@ -66,7 +66,7 @@ class Scheduler:
       assert weights is not None
       executor = DeviceExecutor(model, weights, config)
     self.executor = executor
-    self._prefixes = PrefixCache(executor, config) if config.prefix_bytes else None
+    self._prefixes = PrefixCache(executor, config) if executor.blocks else None
     self._prefiller = Prefiller(executor, config, self._prefixes)
     self._grammars = Grammars(vocabulary, model.config.vocab_size)
     vocab_size, grammars = model.config.vocab_size, self._grammars.available

@@ -39,7 +39,7 @@ class SchedulerConfig:
     page_reads: Maximum number of decode programs that differ in the number of pages they read.
     shared_pages: Maximum number of pages with prefixes that several rows share; each is read once
       for all rows.
-    prefix_bytes: Bytes per device for the prefix cache; 0: no prefix cache.
+    prefix_bytes: Bytes per device for the prefix cache. If no block fits, there is no prefix cache.
     block_size: P, positions of a block of the prefix cache. A multiple of 32 that divides
       page_size.
     end_ids: Tokens that end a row, at most 4, unless its request says otherwise.

@@ -13,6 +13,7 @@ from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.scheduler import Scheduler
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig, next_chunk
 from t5x_inference_ext.engine.serve import serve
+from t5x_inference_ext.engine.stats import PrefixStats
 from t5x_inference_ext.engine.streams import Streams
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.chunks import page_shards
@@ -170,6 +171,16 @@ def test_a_cached_beginning_is_not_prefilled_again():
   core.submit(Request((*prompt, 50), limit=3, salt='another tenant'))
   finished(core)
   assert core.stats.prefixes.hits == 2
+
+
+def test_a_prefix_cache_without_room_for_a_block_is_none():
+  core = scheduler(prefix_bytes=BLOCK - 1)
+  prompt = [*range(3, 45)]
+  for _ in range(2):
+    core.submit(Request((0, *prompt), limit=3))
+  rows, _ = finished(core)
+  assert core.stats.prefixes == PrefixStats()
+  assert set(map(tuple, rows.values())) == {tuple(alone(prompt, 3))}
 
 
 def test_states_and_finish_reasons():
