@@ -78,7 +78,7 @@ test:
 	@$(TEST) mypy
 	@$(MAKE) --no-print-directory docs
 	@echo '== all tests, on 8 simulated devices'
-	@$(TEST) pytest -q -n $(WORKERS) --dist loadfile
+	@$(TEST) pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 docs:
 	@echo '== documentation'
