@@ -29,10 +29,23 @@ Columns = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class WeightStationary:
-  """Moves activations to the weights; one fused matmul for inputs, one for outputs."""
+  """Moves activations to the weights; one fused matmul for inputs, one for outputs.
+
+  Attributes:
+    sharding: Sharding of the pass's activations.
+    block_part: The block part.
+    overlaps: Whether other products can run while columns are summed.
+  """
 
   sharding: ActivationSharding
   block_part: BlockPart
+  overlaps: bool = False
+
+  def _sum_columns(self, y: Float[Array, 'b t columns'], dim: int | None) -> jax.Array:
+    """Sum columns over the embed axes into dimension `dim`; None: leave them partial sums."""
+    if dim is None:
+      return y
+    return ops.reduce_scatter(y, self.sharding.layout.embed_axes, dim, self.overlaps)
 
   def inputs(
     self, y: Float[Array, 'b t e'], w: BlockPartWeights, widths: Mapping[str, int]
@@ -46,8 +59,7 @@ class WeightStationary:
       y = ops.all_gather(y, layout.hidden_axes, self.sharding.residual_dim)  # [b, t, E/embed]
       y = int8.matmul(y, w.w_in, w.in_scale)
     dim = self.sharding.sums_into(self.block_part)
-    if dim is not None:  # sum all columns before cutting them
-      y = ops.reduce_scatter(y, layout.embed_axes, dim)
+    y = self._sum_columns(y, dim)  # all columns, before cutting them
     # If MLP and attention columns are one array, attention's output is later written into it,
     # beside the MLP's. So the MLP's slice keeps the columns after it as room; their values are
     # ignored.
@@ -84,7 +96,7 @@ class WeightStationary:
       else:
         x = int8.matmul(normed, w.w_in[:, block])
       x = x if w.in_scale is None else int8.rescale(x, w.in_scale[block])
-      products.append(x if dim is None else ops.reduce_scatter(x, layout.embed_axes, dim))
+      products.append(self._sum_columns(x, dim))
     columns, offset = {'attention': products[1]}, 0
     for name, width in widths.items():
       if name != 'attention':
@@ -222,9 +234,15 @@ def keep_slices_apart(
 
 
 def projections(
-  sharding: ActivationSharding, block_part: BlockPart
+  sharding: ActivationSharding, block_part: BlockPart, overlaps: bool = False
 ) -> WeightStationary | WeightGathered:
-  """Return the matmuls of a block part, WeightStationary or WeightGathered as the layout says."""
+  """Return the matmuls of a block part, WeightStationary or WeightGathered as the layout says.
+
+  Args:
+    sharding: Sharding of the pass's activations.
+    block_part: The block part.
+    overlaps: Whether other products can run while columns are summed.
+  """
   if sharding.layout.gathered_axes:
     return WeightGathered(sharding, Gatherer(sharding.layout.ring_directions))
-  return WeightStationary(sharding, block_part)
+  return WeightStationary(sharding, block_part, overlaps)
