@@ -112,7 +112,7 @@ def _look_up(
     if dim < 2:
       x = ops.all_to_all(x, tuple(a for a in axes if a in layout.stored_embed), dim, 2)
     x = ops.reduce_scatter(x, tuple(a for a in axes if a in layout.stored_hidden), dim)
-  return x
+  return x if sharding.residual_dim is not None else ops.all_reduce(x, layout.stored_hidden)
 
 
 def last_positions(
