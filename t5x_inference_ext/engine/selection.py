@@ -79,17 +79,6 @@ def _gumbel_of(bits: jax.Array) -> jax.Array:
   return -jnp.log(-jnp.log(jnp.minimum(uniform, 1 - 2.0**-24)))
 
 
-def first_of_largest(x: Float[Array, 'B V'], top: Float[Array, 'B 1']) -> Int[Array, ' B']:
-  """Return [B] int32: the lowest id of the largest value `top` [B, 1] of each row of x [B, V].
-
-  The result equals jnp.argmax, which XLA does not vectorize on CPU: it takes 7 times as long. A row
-  in which no value equals `top`, such as a row of NaN, gets id 0.
-  """
-  ids = jnp.arange(x.shape[1], dtype=jnp.int32)[None, :]
-  first = jnp.min(jnp.where(x == top, ids, x.shape[1]), axis=-1)
-  return jnp.where(first < x.shape[1], first, 0)
-
-
 def most_likely(
   logits: Float[Array, 'B V'], count: int
 ) -> tuple[Float[Array, 'B N'], Int[Array, 'B N']]:

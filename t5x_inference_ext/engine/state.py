@@ -23,6 +23,7 @@ from t5x_inference_ext.engine.token_choice import (
   choose_tokens,
   live_features,
 )
+from t5x_inference_ext.model.best_tokens import BestTokens
 from t5x_inference_ext.model.transformer import Model
 
 
@@ -175,7 +176,35 @@ def advance(
     choose_own = jax.shard_map(
       _choose_tokens, mesh=model.mesh, in_specs=P(axes), out_specs=P(axes), check_vma=False
     )
-  chosen, history = choose_own(rows, state, logits, positions, masks)
+  return _advanced(rows, state, *choose_own(rows, state, logits, positions, masks), model)
+
+
+def advance_greedily(
+  rows: RowParams, state: DecodeState, best: BestTokens, model: Model
+) -> tuple[DecodeState, ChosenTokens]:
+  """Take each row's most likely token, as `advance` does for rows that use no sampling feature.
+
+  Args:
+    rows: Parameters of the rows, with neither sampling features nor most likely tokens to return.
+    state: State before the step.
+    best: The most likely tokens.
+    model: Gives the mesh.
+  """
+  made = ~state.ended & jnp.isfinite(best.normalizers)
+  scores = jnp.where(made, best.logits - best.normalizers, 0)
+  none = jnp.zeros((len(made), 0), jnp.int32)
+  chosen = ChosenTokens(jnp.where(made, best.ids, -1), scores, none, none.astype(jnp.float32))
+  return _advanced(rows, state, chosen, state.history, model)
+
+
+def _advanced(
+  rows: RowParams,
+  state: DecodeState,
+  chosen: ChosenTokens,
+  history: jax.Array | None,
+  model: Model | None,
+) -> tuple[DecodeState, ChosenTokens]:
+  """Return the state after the chosen tokens (-1: none could be chosen), and these tokens."""
   live, drawn = ~state.ended, chosen.tokens
   if model is not None:
     # Replicate the tokens, as the next step's embedding needs them. The state that follows from

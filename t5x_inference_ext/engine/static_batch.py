@@ -6,9 +6,20 @@ import jax
 import jax.numpy as jnp
 
 from t5x_inference_ext.engine.sampling import SamplingParams
-from t5x_inference_ext.engine.sampling_arrays import SamplingArrays, end_id_array, stack_params
+from t5x_inference_ext.engine.sampling_arrays import (
+  SamplingArrays,
+  SamplingFeatures,
+  end_id_array,
+  stack_params,
+)
 from t5x_inference_ext.engine.slots import replicated
-from t5x_inference_ext.engine.state import DecodeState, RowParams, advance, initial_state
+from t5x_inference_ext.engine.state import (
+  DecodeState,
+  RowParams,
+  advance,
+  advance_greedily,
+  initial_state,
+)
 from t5x_inference_ext.engine.state_rows import constrain_state
 from t5x_inference_ext.model.cache import KVCache
 from t5x_inference_ext.model.chunks import prefill_in_chunks
@@ -95,8 +106,12 @@ def generate_batch(
 
   def step(carry: _Carry) -> _Carry:
     i, state, cache, out, scores = carry
-    logits, cache = model.decode_step(weights, cache, state.tokens)
-    state, chosen = advance(rows, state, logits, cache.lengths, model)
+    if sampling_arrays.features == SamplingFeatures():
+      best, cache = model.decode_greedily(weights, cache, state.tokens)
+      state, chosen = advance_greedily(rows, state, best, model)
+    else:
+      logits, cache = model.decode_step(weights, cache, state.tokens)
+      state, chosen = advance(rows, state, logits, cache.lengths, model)
     out = jax.lax.dynamic_update_slice(out, chosen.tokens[:, None], (0, i))
     return i + 1, state, cache, out, scores + chosen.log_probs
 

@@ -23,6 +23,7 @@ from t5x_inference_ext.engine.sampling_arrays import (
   SamplingFeatures,
 )
 from t5x_inference_ext.engine.selection import when
+from t5x_inference_ext.model.best_tokens import first_of_largest
 
 # The numbers of candidates that a program for slots can draw from.
 CANDIDATES = (MAX_CANDIDATES // 4, MAX_CANDIDATES)
@@ -132,7 +133,7 @@ def choose_tokens(
     return chosen, top[:, 0] > -jnp.inf
 
   def greedy(logits: jax.Array, top: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return selection.first_of_largest(logits, top), jnp.ones(len(logits), bool)
+    return first_of_largest(logits, top), jnp.ones(len(logits), bool)
 
   # Most batches are greedy, or sample from unchanged logits. If a conditional around the changes
   # also contained the draw, the draw would be compiled twice, and it takes most of a program's
@@ -229,9 +230,9 @@ def _draw(
   def from_all(logits: jax.Array, top: jax.Array) -> jax.Array:
     # The barrier keeps XLA from computing the noise in both searches.
     noisy = lax.optimization_barrier(scaled(logits, top) + noise_of_all())
-    return selection.first_of_largest(noisy, jnp.max(noisy, axis=-1, keepdims=True))
+    return first_of_largest(noisy, jnp.max(noisy, axis=-1, keepdims=True))
 
   sampled = functools.partial(when, features.limited, from_part, from_all)
   for count, enough in reversed(features.few):
     sampled = functools.partial(when, enough, functools.partial(from_few, count), sampled)
-  return when(features.sampled, sampled, selection.first_of_largest, logits, top)
+  return when(features.sampled, sampled, first_of_largest, logits, top)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.config import BlockPart, ModelConfig
 from t5x_inference_ext.model.activations import activate
 from t5x_inference_ext.model.attention import attend
 from t5x_inference_ext.model.attention_columns import AttentionColumns
@@ -24,7 +24,14 @@ from t5x_inference_ext.model.norm import norm, normalized
 from t5x_inference_ext.model.paged_attention import PagedContext, attend_pages
 from t5x_inference_ext.model.pages import PagedCache
 from t5x_inference_ext.model.positions import RotaryAngles, chosen_angles
-from t5x_inference_ext.model.projections import keep_slices_apart, projections
+from t5x_inference_ext.model.projections import (
+  Columns,
+  WeightGathered,
+  WeightStationary,
+  keep_slices_apart,
+  projections,
+)
+from t5x_inference_ext.model.token_parts import TokenParts
 from t5x_inference_ext.model.weights import BlockPartWeights, LayerWeights
 from t5x_inference_ext.quantization import int8
 from t5x_inference_ext.quantization.kv import KV, to_cache
@@ -47,6 +54,7 @@ class Layer:
       it.
     read: Number of cached positions per row that attention reads, from the first on; None: all.
     rules: Rules for attention's logits, or None.
+    parts: How the tokens are cut into parts that go through the products one after the other.
   """
 
   config: ModelConfig
@@ -56,16 +64,17 @@ class Layer:
   cache: KVCache | PagedCache | None
   read: int | None = None
   rules: AttentionRules | None = None
+  parts: TokenParts = TokenParts()
 
   def __call__(
     self,
-    x: Float[Array, 'b t e'],
+    x: tuple[Float[Array, 'b t e'], ...],
     inputs: tuple[LayerWeights, tuple[KV, ...] | Int[Array, ''] | None, jax.Array | bool],
-  ) -> tuple[Float[Array, 'b t e'], tuple[KV, KV]]:
+  ) -> tuple[tuple[Float[Array, 'b t e'], ...], tuple[KV, KV]]:
     """Run the layer.
 
     Args:
-      x: [b, t, e]. This shard's part of the residual stream.
+      x: The parts [b, t, e] of this shard's residual stream.
       inputs: This shard's part of the layer's weights, with vectors cut (vectors.local_vectors);
         the cache's element of `by_layer`, or None without a cache; and whether the layer is local.
 
@@ -80,23 +89,16 @@ class Layer:
     if self.cache is not None and cached is not None and self.read != 0:
       context = self.cache.context(cached, self.read)
     for part in self.config.block_parts:
-      project = projections(sharding, part)
+      project = projections(sharding, part, overlaps=self.parts.count > 1)
       w = keep_slices_apart(weights[part.name], part, sharding, self.config)
       summed = sharding.sums_into(part) is not None
-      widths = column_widths(self.config, part, sharding.heads.stored.shards)
-      if self.config.has_two_norms(part):
-        y = normalized(x, self.config, sharding.residual[2]).astype(x.dtype)
-        columns = project.inputs_of_two_norms(y, w, widths)
-      else:
-        y = x
-        if w.norm is not None:
-          y = norm(x, w.norm, w.norm_bias, self.config, sharding.residual[2])
-        columns = project.inputs(y, w, widths)
-      outputs = []
+      columns = [self._columns(each, project, w, part) for each in x]
+      outputs: list[list[jax.Array]] = [[] for _ in x]
       if part.attention:
         reshard = AttentionColumns(sharding, self.config, summed)
+        attention = self.parts.join([each['attention'] for each in columns])
         q, k, v = prepare_heads(
-          *reshard.to_attention(columns['attention']), w.vectors, self.config, sharding, angles
+          *reshard.to_attention(attention), w.vectors, self.config, sharding, angles
         )
         kv = to_cache(k, self.cache_dtype), to_cache(v, self.cache_dtype)
         first_query = reshard.first_query(k.shape[1])
@@ -104,12 +106,29 @@ class Layer:
           attended = attend_pages(q, *kv, context, first_query, rules)
         else:
           attended = attend(q, *kv, context, first_query, rules)
-        outputs.append(reshard.from_attention(attended))
+        outputs = [[each] for each in self.parts.split(reshard.from_attention(attended))]
       if part.mlp:  # MLP first: w_out's rows are [MLP | attention]
-        outputs.insert(0, mlp(columns, w.vectors, self.config, sharding, summed))
-      x = x + self._finished(project.outputs(outputs, w), w)
+        for out, inputs_of_mlp in zip(outputs, columns):
+          out.insert(0, mlp(inputs_of_mlp, w.vectors, self.config, sharding, summed))
+      x = tuple(each + self._finished(project.outputs(out, w), w) for each, out in zip(x, outputs))
     assert kv is not None, 'a layer has one block part with attention'
     return x, kv
+
+  def _columns(
+    self,
+    x: Float[Array, 'b t e'],
+    project: WeightStationary | WeightGathered,
+    w: BlockPartWeights,
+    part: BlockPart,
+  ) -> Columns:
+    """Return the columns of a block part's input product: norm, then product."""
+    config, features = self.config, self.sharding.residual[2]
+    widths = column_widths(config, part, self.sharding.heads.stored.shards)
+    if config.has_two_norms(part):
+      y = normalized(x, config, features).astype(x.dtype)
+      return project.inputs_of_two_norms(y, w, widths)
+    y = x if w.norm is None else norm(x, w.norm, w.norm_bias, config, features)
+    return project.inputs(y, w, widths)
 
   def _finished(self, y: Float[Array, 'b t e'], w: BlockPartWeights) -> Float[Array, 'b t e']:
     """Apply int8 scales, biases and a norm to a block part's output product.

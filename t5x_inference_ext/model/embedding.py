@@ -11,6 +11,8 @@ from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from t5x_inference_ext.config import ModelConfig
+from t5x_inference_ext.model.best_tokens import BestTokens, best_tokens
 from t5x_inference_ext.model.collectives import ops
 from t5x_inference_ext.model.finite import broken_rows, mark_rows
 from t5x_inference_ext.model.norm import norm
@@ -112,7 +114,7 @@ def _look_up(
     if dim < 2:
       x = ops.all_to_all(x, tuple(a for a in axes if a in layout.stored_embed), dim, 2)
     x = ops.reduce_scatter(x, tuple(a for a in axes if a in layout.stored_hidden), dim)
-  return x
+  return x if sharding.residual_dim is not None else ops.all_reduce(x, layout.stored_hidden)
 
 
 def last_positions(
@@ -155,6 +157,50 @@ def unembed(
   Returns:
     [rows, T, V] float32: this shard's rows of the logits, at all positions of x.
   """
+  products = _head_products(model, sharding, weights, x, position_axes, rows)
+  stored, sampling_axes = sharding.layout.stored_hidden, model.sampling_axes(rows)
+  hidden_rows = tuple(a for a in stored if a in sampling_axes)
+  logits = ops.all_to_all(products[:, :, None], hidden_rows, 0, 2)  # [rows, T, blocks, v]
+  logits = ops.all_gather(logits, tuple(a for a in stored if a not in sampling_axes), 2)
+  logits = logits.reshape(*logits.shape[:2], -1)[..., : model.config.vocab_size]
+  return _logits_of(logits, weights.head_bias, model.config)
+
+
+def best_next_tokens(
+  model: ShardedModel,
+  sharding: ActivationSharding,
+  weights: Weights,
+  x: Float[Array, 'b 1 e'],
+  rows: int,
+) -> BestTokens:
+  """Return the most likely token by the logits that `unembed` returns, on every shard.
+
+  The arguments are those of unembed.
+  """
+  stored, size = sharding.layout.stored_hidden, model.config.vocab_size
+  products = _head_products(model, sharding, weights, x, (), rows)[:, 0]
+  width, bias = products.shape[1], weights.head_bias
+  if bias is not None:
+    padding = width * ops.axis_size(stored) - size
+    bias = ops.local_slice(jnp.pad(bias, (0, padding)), stored, 0)
+  logits = _logits_of(products[:, None], bias, model.config)[:, 0]
+  id_ = ops.shard_index(stored) * width + jnp.arange(width)[None, :]
+  axes = tuple(a for a in sharding.layout.stored_embed if a in model.sampling_axes(rows))
+  return best_tokens(jnp.where(id_ < size, logits, -jnp.inf), stored, axes)
+
+
+def _head_products(
+  model: ShardedModel,
+  sharding: ActivationSharding,
+  weights: Weights,
+  x: Float[Array, 'b t e'],
+  position_axes: Axes,
+  rows: int,
+) -> Float[Array, 'r T v']:
+  """Return the products of normed x and the head: all rows, or those of this embed shard.
+
+  Each shard has its part of the padded vocabulary, split over the stored hidden axes.
+  """
   config, layout = model.config, sharding.layout
   row_axes, _, features = sharding.residual
   scale, bias = local_norm(weights.final_norm, weights.final_norm_bias, features)
@@ -167,17 +213,18 @@ def unembed(
   gathered = tuple(a for a in layout.stored_embed if a in layout.gathered_axes)
   x = ops.local_slice(x, gathered, 2)
   # [B, T, v], partial sums over the embed axis.
-  logits = int8.matmul(x, table, dtype=jnp.float32, transposed=True)
+  products = int8.matmul(x, table, dtype=jnp.float32, transposed=True)
   sampling_axes = model.sampling_axes(rows)
   embed_rows = tuple(a for a in layout.stored_embed if a in sampling_axes)
-  logits = ops.reduce_scatter(logits, embed_rows, 0)
-  logits = ops.all_reduce(logits, tuple(a for a in layout.stored_embed if a not in sampling_axes))
-  hidden_rows = tuple(a for a in layout.stored_hidden if a in sampling_axes)
-  logits = ops.all_to_all(logits[:, :, None], hidden_rows, 0, 2)  # [rows, T, blocks, v]
-  unsplit = tuple(a for a in layout.stored_hidden if a not in sampling_axes)
-  logits = ops.all_gather(logits, unsplit, 2)
-  logits = logits.reshape(*logits.shape[:2], -1)[..., : config.vocab_size] * config.d_model**-0.5
-  if weights.head_bias is not None:
-    logits = logits + weights.head_bias[None, None]
+  products = ops.reduce_scatter(products, embed_rows, 0)
+  return ops.all_reduce(products, tuple(a for a in layout.stored_embed if a not in sampling_axes))
+
+
+def _logits_of(
+  products: Float[Array, 'r t v'], bias: Float[Array, ' v'] | None, config: ModelConfig
+) -> Float[Array, 'r t v']:
+  logits = products * config.d_model**-0.5
+  if bias is not None:
+    logits = logits + bias[None, None]
   cap = config.logit_soft_cap
   return logits if cap is None else cap * jnp.tanh(logits / cap)

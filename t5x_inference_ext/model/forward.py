@@ -16,6 +16,7 @@ from t5x_inference_ext.model.embedding import embed
 from t5x_inference_ext.model.pages import PagedCache
 from t5x_inference_ext.model.positions import pass_angles
 from t5x_inference_ext.model.shardings import ShardedModel
+from t5x_inference_ext.model.token_parts import token_parts
 from t5x_inference_ext.model.vectors import local_vectors
 from t5x_inference_ext.model.weights import Weights
 from t5x_inference_ext.sharding.activations import ActivationSharding
@@ -64,8 +65,9 @@ def forward(
     weights.relative_bias,
     TokenPositions(ops.local_slice(positions, query_axes, 1), positions),
   )
-  x = embed(weights, tokens, None if cache is None else start, model, sharding)
-  layer = Layer(config, sharding, model.cache_dtype, angles, cache, read, rules)
+  parts = token_parts(config, sharding, model.mesh, *tokens.shape)
+  x = parts.split(embed(weights, tokens, None if cache is None else start, model, sharding))
+  layer = Layer(config, sharding, model.cache_dtype, angles, cache, read, rules, parts)
   layers = local_vectors(weights.layers, config, sharding)
   cached = None if cache is None else cache.by_layer(read)
   local = config.local_layers
@@ -82,8 +84,8 @@ def forward(
     keys, values = zip(*by_layer)
     kv = keys, values
     if cache is not None:
-      cache = _written_after(cache, x)
-  return finish(weights, cache, x, kv, *inputs)
+      cache = _written_after(cache, x[0])
+  return finish(weights, cache, parts.join(x), kv, *inputs)
 
 
 def _written_after(cache: KVCache | PagedCache, x: Float[Array, 'b t e']) -> KVCache | PagedCache:

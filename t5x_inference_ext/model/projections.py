@@ -29,10 +29,28 @@ Columns = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class WeightStationary:
-  """Moves activations to the weights; one fused matmul for inputs, one for outputs."""
+  """Moves activations to the weights; one fused matmul for inputs, one for outputs.
+
+  Attributes:
+    sharding: Sharding of the pass's activations.
+    block_part: The block part.
+    overlaps: Whether other products can run while columns are summed.
+  """
 
   sharding: ActivationSharding
   block_part: BlockPart
+  overlaps: bool = False
+
+  def _gathered(self, y: Float[Array, 'b t e']) -> Float[Array, 'rows positions width']:
+    """Gather all tokens, or features, that the hidden axes split."""
+    split = self.sharding.residual_dim
+    return y if split is None else ops.all_gather(y, self.sharding.layout.hidden_axes, split)
+
+  def _sum_columns(self, y: Float[Array, 'b t columns'], dim: int | None) -> jax.Array:
+    """Sum columns over the embed axes into dimension `dim`; None: leave them partial sums."""
+    if dim is None:
+      return y
+    return ops.reduce_scatter(y, self.sharding.layout.embed_axes, dim, self.overlaps)
 
   def inputs(
     self, y: Float[Array, 'b t e'], w: BlockPartWeights, widths: Mapping[str, int]
@@ -43,11 +61,10 @@ class WeightStationary:
       y = looped.all_gather_matmul(y, w.w_in, layout.hidden_axes, layout.ring_directions)
       y = y if w.in_scale is None else int8.rescale(y, w.in_scale)
     else:
-      y = ops.all_gather(y, layout.hidden_axes, self.sharding.residual_dim)  # [b, t, E/embed]
+      y = self._gathered(y)
       y = int8.matmul(y, w.w_in, w.in_scale)
     dim = self.sharding.sums_into(self.block_part)
-    if dim is not None:  # sum all columns before cutting them
-      y = ops.reduce_scatter(y, layout.embed_axes, dim)
+    y = self._sum_columns(y, dim)  # all columns, before cutting them
     # If MLP and attention columns are one array, attention's output is later written into it,
     # beside the MLP's. So the MLP's slice keeps the columns after it as room; their values are
     # ignored.
@@ -72,7 +89,7 @@ class WeightStationary:
     """
     layout, dim = self.sharding.layout, self.sharding.sums_into(self.block_part)
     if not layout.ring_directions:
-      y = ops.all_gather(y, layout.hidden_axes, self.sharding.residual_dim)  # [b, t, E/embed]
+      y = self._gathered(y)
     attention, mlp = _scaled_by_two_norms(y, w)
     last = w.w_in.shape[1] - widths['attention']
     products = []
@@ -84,7 +101,7 @@ class WeightStationary:
       else:
         x = int8.matmul(normed, w.w_in[:, block])
       x = x if w.in_scale is None else int8.rescale(x, w.in_scale[block])
-      products.append(x if dim is None else ops.reduce_scatter(x, layout.embed_axes, dim))
+      products.append(self._sum_columns(x, dim))
     columns, offset = {'attention': products[1]}, 0
     for name, width in widths.items():
       if name != 'attention':
@@ -101,8 +118,10 @@ class WeightStationary:
       y = ops.all_gather(y, layout.embed_axes, dim)
     if layout.ring_directions:
       return looped.matmul_reduce_scatter(y, w.w_out, layout.hidden_axes, layout.ring_directions)
-    y = int8.matmul(y, w.w_out)
-    return ops.reduce_scatter(y, layout.hidden_axes, self.sharding.residual_dim)
+    y, split = int8.matmul(y, w.w_out), self.sharding.residual_dim
+    if split is None:
+      return ops.all_reduce(y, layout.hidden_axes)
+    return ops.reduce_scatter(y, layout.hidden_axes, split)
 
 
 def _scaled_by_two_norms(
@@ -148,6 +167,12 @@ class WeightGathered:
   sharding: ActivationSharding
   gatherer: Gatherer
 
+  @property
+  def _residual_dim(self) -> int:
+    dim = self.sharding.residual_dim
+    assert dim is not None, 'layouts that gather weights split the residual stream over all axes'
+    return dim
+
   def _gathered(self, stored: Axes) -> Axes:
     return tuple(a for a in stored if a in self.sharding.layout.gathered_axes)
 
@@ -163,14 +188,14 @@ class WeightGathered:
     self, y: Float[Array, 'b t e'], w: BlockPartWeights, widths: Mapping[str, int]
   ) -> Columns:
     """Multiply y, this shard's part of the normed residual stream, by w_in."""
-    y = ops.all_gather(y, self.sharding.layout.hidden_axes, self.sharding.residual_dim)  # [b, t, E]
+    y = ops.all_gather(y, self.sharding.layout.hidden_axes, self._residual_dim)  # [b, t, E]
     return self._columns(dict.fromkeys(widths, y), w, widths)
 
   def inputs_of_two_norms(
     self, y: Float[Array, 'b t e'], w: BlockPartWeights, widths: Mapping[str, int]
   ) -> Columns:
     """Multiply y by w_in; see WeightStationary."""
-    y = ops.all_gather(y, self.sharding.layout.hidden_axes, self.sharding.residual_dim)  # [b, t, E]
+    y = ops.all_gather(y, self.sharding.layout.hidden_axes, self._residual_dim)  # [b, t, E]
     attention, mlp = _scaled_by_two_norms(y, w)
     return self._columns({**dict.fromkeys(widths, mlp), 'attention': attention}, w, widths)
 
@@ -202,7 +227,7 @@ class WeightGathered:
     for product in products[1:]:
       y = y + product
     layout = self.sharding.layout
-    return ops.reduce_scatter(y, layout.hidden_axes, self.sharding.residual_dim)
+    return ops.reduce_scatter(y, layout.hidden_axes, self._residual_dim)
 
 
 def keep_slices_apart(
@@ -222,9 +247,15 @@ def keep_slices_apart(
 
 
 def projections(
-  sharding: ActivationSharding, block_part: BlockPart
+  sharding: ActivationSharding, block_part: BlockPart, overlaps: bool = False
 ) -> WeightStationary | WeightGathered:
-  """Return the matmuls of a block part, WeightStationary or WeightGathered as the layout says."""
+  """Return the matmuls of a block part, WeightStationary or WeightGathered as the layout says.
+
+  Args:
+    sharding: Sharding of the pass's activations.
+    block_part: The block part.
+    overlaps: Whether other products can run while columns are summed.
+  """
   if sharding.layout.gathered_axes:
     return WeightGathered(sharding, Gatherer(sharding.layout.ring_directions))
-  return WeightStationary(sharding, block_part)
+  return WeightStationary(sharding, block_part, overlaps)

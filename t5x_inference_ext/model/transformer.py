@@ -17,8 +17,9 @@ from jaxtyping import Array, Float, Int
 
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model import cache as kv_cache
+from t5x_inference_ext.model.best_tokens import BestTokens
 from t5x_inference_ext.model.cache import KeysValues, KVCache
-from t5x_inference_ext.model.embedding import last_positions, unembed
+from t5x_inference_ext.model.embedding import best_next_tokens, last_positions, unembed
 from t5x_inference_ext.model.finite import mark_broken_before
 from t5x_inference_ext.model.forward import Finish, forward
 from t5x_inference_ext.model.log_probs import target_log_probs
@@ -97,16 +98,53 @@ class Model(ShardedModel):
     rows = tokens.shape[0]
     sharding = self.decode_sharding(rows)
 
+    def head(weights: Weights, x: jax.Array) -> jax.Array:
+      return unembed(self, sharding, weights, x, (), rows)[:, 0]
+
+    return self._decode(weights, cache, tokens, head, P(self.sampling_axes(rows)))
+
+  def decode_greedily(
+    self, weights: Weights, cache: AnyCache, tokens: Int[Array, ' B']
+  ) -> tuple[BestTokens, AnyCache]:
+    """Run one token per row as decode_step does, without moving logits between devices.
+
+    Returns:
+      The most likely next token of each row, on every device; and the cache with the token in it.
+    """
+    rows = tokens.shape[0]
+    sharding = self.decode_sharding(rows)
+
+    def head(weights: Weights, x: jax.Array) -> BestTokens:
+      return best_next_tokens(self, sharding, weights, x, rows)
+
+    return self._decode(weights, cache, tokens, head, P())
+
+  def _decode(
+    self,
+    weights: Weights,
+    cache: AnyCache,
+    tokens: jax.Array,
+    head: Callable[[Weights, jax.Array], Any],
+    head_spec: P,
+  ) -> tuple[Any, AnyCache]:
+    """Run a decode step; return head(weights, x [b, 1, e]) and the cache.
+
+    Args:
+      weights, cache, tokens: See decode_step.
+      head: Function of a shard's weights and residual stream after the last layer.
+      head_spec: Sharding of its results.
+    """
+    sharding = self.decode_sharding(tokens.shape[0])
+
     def finish(
       weights: Weights, cache: AnyCache, x: jax.Array, kv: KeysValues
-    ) -> tuple[jax.Array, AnyCache]:
-      logits = unembed(self, sharding, weights, x, (), rows)[:, 0]
-      return logits, append_tokens(cache, *kv)
+    ) -> tuple[Any, AnyCache]:
+      return head(weights, x), append_tokens(cache, *kv)
 
     spec = self.cache_spec(sharding, weights, cache)
-    return self.on_shards(
-      sharding, finish, weights, spec, inputs=(), outputs=(P(self.sampling_axes(rows)), spec)
-    )(weights, cache, tokens)
+    return self.on_shards(sharding, finish, weights, spec, inputs=(), outputs=(head_spec, spec))(
+      weights, cache, tokens
+    )
 
   def prefill_chunk(
     self,

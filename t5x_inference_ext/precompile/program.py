@@ -138,8 +138,8 @@ def phase_function(case: CompileCase, mesh: Mesh) -> tuple[jax.stages.Wrapped, t
     return jax.jit(prefill), (weights, tokens, row_of_ints)
 
   def decode(weights: Weights, cache: KVCache, tokens: jax.Array) -> tuple[jax.Array, KVCache]:
-    logits, cache = model.decode_step(weights, cache, tokens)
-    return choose(logits), cache
+    best, cache = model.decode_greedily(weights, cache, tokens)
+    return best.ids, cache
 
   cache = abstract_decode_cache(model, weights, case.batch, case.context)
   return jax.jit(decode, donate_argnames='cache'), (weights, cache, row_of_ints)

@@ -3,7 +3,7 @@
 The model, its predicted traffic (traffic.py) and the planner all read the result.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 import dataclasses
 import functools
 import itertools
@@ -15,6 +15,13 @@ from t5x_inference_ext.errors import MeshError
 from t5x_inference_ext.sharding.heads import AttentionHeads, HeadSplit, stored_heads
 from t5x_inference_ext.sharding.layout import Axes, Layout, num_shards, shape_text
 from t5x_inference_ext.sharding.mesh import AXES
+from t5x_inference_ext.sharding.token_axes import (
+  most_devices,
+  residual_dim,
+  row_axes,
+  token_axes,
+  token_dim,
+)
 
 # Logical axes of the activations and the KV cache. params.py has the weights' logical axes.
 ACTIVATION_AXES = {
@@ -36,12 +43,14 @@ class ActivationSharding:
   stream over the layout's hidden axes, the MLP's columns over its embed axes. These axes split rows
   if they divide them, else positions, else features. With split rows, the norm needs no all-reduce,
   since a device has all features of a row, and a TPU need not change memory layouts around
-  collectives.
+  collectives. Few tokens that do not divide over the hidden axes are not split over them: there the
+  residual stream is summed by all-reduce.
 
   Attributes:
     layout: The layout that was resolved.
     rows, positions: Axes that split tokens; together, the axes that weights are gathered over.
-    residual_dim: The dimension of the residual stream [B, T, E] that the hidden axes split.
+    residual_dim: The dimension of the residual stream [B, T, E] that the hidden axes split. None:
+      they split none, so that every device along them has the same part of the stream.
     mlp_dim: The dimension of the MLP's columns [B, T, F] that the embed axes split.
     attention_rows: Axes that split the rows of attention and of the KV cache: `rows`, then others.
     attention_heads: Axes that split the heads of attention.
@@ -55,7 +64,7 @@ class ActivationSharding:
   layout: Layout
   rows: Axes
   positions: Axes
-  residual_dim: int
+  residual_dim: int | None
   mlp_dim: int
   attention_rows: Axes
   attention_heads: Axes
@@ -67,7 +76,8 @@ class ActivationSharding:
   def residual(self) -> tuple[Axes, Axes, Axes]:
     """The axes that split each dimension of the residual stream [B, T, E]."""
     split = [self.rows, self.positions, self.layout.embed_axes]
-    split[self.residual_dim] += self.layout.hidden_axes
+    if self.residual_dim is not None:
+      split[self.residual_dim] += self.layout.hidden_axes
     return split[0], split[1], split[2]
 
   @property
@@ -154,7 +164,7 @@ def _shard_activations(
   layout: Layout, config: ModelConfig, sizes: tuple[int, ...], batch: int, length: int, cached: bool
 ) -> ActivationSharding:
   mesh = dict(zip(AXES, sizes, strict=True))
-  rows, positions = _token_axes(layout, batch, mesh)
+  rows, positions = token_axes(layout, batch, mesh)
   if length % num_shards(positions, mesh):
     devices = num_shards(layout.gathered_axes, mesh)
     raise MeshError(
@@ -166,7 +176,7 @@ def _shard_activations(
   local_tokens = batch // num_shards(rows, mesh), length // num_shards(positions, mesh)
   more_rows: Axes = ()
   if layout.attention == 'batch':
-    more_rows = _most_devices(_row_axes(embed, hidden), local_tokens[0], mesh)
+    more_rows = most_devices(row_axes(embed, hidden), local_tokens[0], mesh)
   stored = stored_heads(config, num_shards(layout.stored_hidden, mesh))
   whole = _whole_head_axes(stored, hidden, more_rows, mesh)
   head_axes = tuple(a for a in hidden if a not in more_rows + whole)
@@ -192,8 +202,8 @@ def _shard_activations(
     positions=positions,
     # With looped collectives, each step of a ring multiplies one slice. A slice of features has all
     # rows; a slice of rows would have too few for an efficient product.
-    residual_dim=2 if layout.ring_directions else _token_dim(local_tokens, hidden, mesh),
-    mlp_dim=_token_dim(local_tokens, embed, mesh),
+    residual_dim=2 if layout.ring_directions else residual_dim(layout, local_tokens, mesh),
+    mlp_dim=token_dim(local_tokens, embed, mesh),
     attention_rows=rows + more_rows,
     attention_heads=head_axes,
     attention_positions=attention_positions,
@@ -207,13 +217,13 @@ def padded_length(layout: Layout, mesh: Mapping[str, int], batch: int, length: i
 
   Padding is on the right of each row, where no token attends to it.
   """
-  multiple = num_shards(_token_axes(layout, batch, mesh)[1], mesh)
+  multiple = num_shards(token_axes(layout, batch, mesh)[1], mesh)
   return -(-length // multiple) * multiple
 
 
 def sampling_axes(layout: Layout, batch: int, mesh: Mapping[str, int]) -> Axes:
   """Return the axes that split the rows of logits [B, V] for sampling: as many as rows allow."""
-  return _most_devices(_row_axes(layout.stored_embed, layout.stored_hidden), batch, mesh)
+  return most_devices(row_axes(layout.stored_embed, layout.stored_hidden), batch, mesh)
 
 
 def padded_batch(decode: Layout, batch: int, mesh: Mapping[str, int]) -> int:
@@ -226,7 +236,7 @@ def padded_batch(decode: Layout, batch: int, mesh: Mapping[str, int]) -> int:
   gathered = num_shards(decode.gathered_axes, mesh)
   candidates: list[Axes] = [()]
   if decode.attention == 'batch':
-    candidates = _row_axes(decode.embed_axes, decode.hidden_axes)
+    candidates = row_axes(decode.embed_axes, decode.hidden_axes)
   sizes = [num_shards(axes, mesh) for axes in candidates]
 
   def fills(rows: int) -> bool:
@@ -254,47 +264,3 @@ def _whole_head_axes(stored: HeadSplit, hidden: Axes, taken: Axes, mesh: Mapping
   while local * num_shards(left[first:], mesh) % stored.pieces:
     first -= 1
   return left[first:]
-
-
-def _token_axes(layout: Layout, batch: int, mesh: Mapping[str, int]) -> tuple[Axes, Axes]:
-  """Divide the gathered axes into (axes that split rows, axes that split positions)."""
-  rows = _most_devices(_subsets(layout.gathered_axes), batch, mesh)
-  return rows, tuple(a for a in layout.gathered_axes if a not in rows)
-
-
-def _token_dim(local_tokens: tuple[int, int], axes: Axes, mesh: Mapping[str, int]) -> int:
-  """Return the first dimension of [rows, positions, features] that `axes` divide evenly."""
-  for dim, count in enumerate(local_tokens):
-    if count % num_shards(axes, mesh) == 0:
-      return dim
-  return 2
-
-
-def _row_axes(embed: Axes, hidden: Axes) -> list[Axes]:
-  """Return the sets of axes that may split rows in attention.
-
-  Hidden axes are taken fastest first, so that the axes left over hold consecutive heads.
-  """
-  found = []
-  for first in range(len(hidden) + 1):
-    if embed:
-      found.append(embed + hidden[first:])
-    found.append(hidden[first:])
-  return found
-
-
-def _most_devices(candidates: Iterable[Axes], batch: int, mesh: Mapping[str, int]) -> Axes:
-  """Return the candidate with the most devices, among those whose devices divide the batch.
-
-  Among equals, a candidate with x is preferred: other axes can also split heads, but x would be
-  idle, because products are partial sums over x.
-  """
-  return max(
-    (axes for axes in candidates if batch % num_shards(axes, mesh) == 0),
-    key=lambda axes: (num_shards(axes, mesh), 'x' in axes),
-  )
-
-
-def _subsets(axes: Axes) -> list[Axes]:
-  """Return all subsets of some axes, the largest first."""
-  return [s for n in range(len(axes), -1, -1) for s in itertools.combinations(axes, n)]

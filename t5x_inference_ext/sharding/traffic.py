@@ -47,7 +47,7 @@ def layer_moves(
     rows, positions, features = sharding.residual
     moments = _moments(p, features, batch * length // p.size(rows + positions))
     moves += moments if norm_names(config, part) else []  # two norms of one input share the moments
-    moves += _into_columns(p, part)
+    moves += _into_columns(p, part, sharding.residual_dim is None)
     summed = sharding.sums_into(part) is not None
     if summed:
       moves += _sums_of_columns(p, part)
@@ -61,7 +61,7 @@ def layer_moves(
     if summed:
       count = p.tokens * sum(p.rows(part).values())
       moves += p.activations('mlp and attention', 'all_gather', embed, count)
-    moves += _out_of_columns(p, part)
+    moves += _out_of_columns(p, part, sharding.residual_dim is None)
     moves += moments if post_norm_names(config, part) else []
   return moves
 
@@ -122,6 +122,8 @@ def embedding_moves(
     hidden = tuple(a for a in axes if a in layout.stored_hidden)
     moves += p.activations('embedding', 'reduce_scatter', hidden, local)
     local //= p.size(hidden)
+  if sharding.residual_dim is None:
+    moves += p.activations('embedding', 'all_reduce', layout.stored_hidden, local)
   if config.embedding_norm:
     rows, positions, features = sharding.residual
     moves += _moments(p, features, batch * length // p.size(rows + positions))
@@ -204,17 +206,21 @@ def _sums_of_columns(p: Pass, part: BlockPart) -> list[Collective]:
   return moves
 
 
-def _into_columns(p: Pass, part: BlockPart) -> list[Collective]:
+def _into_columns(p: Pass, part: BlockPart, whole: bool = False) -> list[Collective]:
   """Return the collectives of the input product: B T E/embed activations, or gathered weights.
 
   Gathered weights go `E_xF_zy` -AG-> `E_(embed)F_(hidden)`, with the scales of their columns.
+
+  Args:
+    p: The pass.
+    part: The block part.
+    whole: Whether each device along the hidden axes has the activations already.
   """
   layout, features = p.layout, _features(p)
   gathered = layout.gathered_axes
   # With gathered weights, only the weights' collectives are looped.
-  moves = p.activations(
-    'input', 'all_gather', layout.hidden_axes, p.tokens * features, looped=not gathered
-  )
+  axes = () if whole else layout.hidden_axes
+  moves = p.activations('input', 'all_gather', axes, p.tokens * features, looped=not gathered)
   if p.config.has_two_norms(part) and moves and moves[0].directions:
     moves *= 2  # one ring for each norm; without rings, one gather serves both norms
   for name, width in p.columns(part).items():
@@ -227,16 +233,23 @@ def _into_columns(p: Pass, part: BlockPart) -> list[Collective]:
   return moves
 
 
-def _out_of_columns(p: Pass, part: BlockPart) -> list[Collective]:
-  """Return the collectives of the output product: gathered weights, and B T E/embed sums."""
+def _out_of_columns(p: Pass, part: BlockPart, whole: bool = False) -> list[Collective]:
+  """Return the collectives of the output product: gathered weights, and B T E/embed sums.
+
+  Args:
+    p: The pass.
+    part: The block part.
+    whole: Whether each device along the hidden axes gets all sums.
+  """
   layout, features = p.layout, _features(p)
   gathered = layout.gathered_axes
   moves: list[Collective] = []
   for name, width in p.rows(part).items():
     what = f'weights: {name.replace("_", " ")}'
     moves += p.move(what, 'all_gather', gathered, width * features, p.weight, looped=True)
+  kind = 'all_reduce' if whole else 'reduce_scatter'
   return moves + p.activations(
-    'output', 'reduce_scatter', layout.hidden_axes, p.tokens * features, looped=not gathered
+    'output', kind, layout.hidden_axes, p.tokens * features, looped=not gathered
   )
 
 

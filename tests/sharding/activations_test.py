@@ -65,10 +65,12 @@ def used(axes, mesh):
 def test_every_axis_splits_one_thing_and_divides_it(layout, mesh, batch, length, heads):
   length = padded_length(layout, mesh, batch, length)
   p = shard_activations(layout, config(heads), mesh, batch, length)
-  # Tokens over the gathered axes; the residual stream over all.
+  # Tokens over the gathered axes; the residual stream over all, or few tokens not over hidden axes.
   assert sorted(p.rows + p.positions) == sorted(layout.gathered_axes)
   rows, positions, features = p.residual
-  assert sorted(rows + positions + features) == sorted(AXES)
+  assert sorted(rows + positions + features) == sorted(
+    AXES if p.residual_dim is not None else layout.embed_axes
+  )
   assert rows[: len(p.rows)] == p.rows and positions[: len(p.positions)] == p.positions
   assert features[: len(layout.embed_axes)] == layout.embed_axes
   assert batch % size(rows, mesh) == 0 and length % size(positions, mesh) == 0
@@ -276,7 +278,11 @@ def test_padded_batch_of_small_meshes(layout, mesh, batch, padded):
     # Rows, then positions, then features; of a block part in one array where both parts split one.
     ('ws_2d/batch', 8, 8, ('zy', '', 'x'), {'parallel': 0, 'attention': 0, 'mlp': 0}),
     ('ws_2d/batch', 1, 8, ('', 'zy', 'x'), {'parallel': 1, 'attention': 1, 'mlp': 1}),
-    ('ws_2d/batch', 1, 3, ('', '', 'xzy'), {'parallel': None, 'attention': None, 'mlp': None}),
+    ('ws_2d/batch', 1, 301, ('', '', 'xzy'), {'parallel': None, 'attention': None, 'mlp': None}),
+    # Few tokens that do not divide are not split.
+    ('ws_2d/batch', 1, 3, ('', '', 'x'), {'parallel': None, 'attention': None, 'mlp': None}),
+    ('ws_1d/batch', 2, 1, ('', '', ''), {'parallel': None, 'attention': None, 'mlp': None}),
+    ('wg_x/batch', 2, 1, ('x', '', 'zy'), {'parallel': None, 'attention': None, 'mlp': None}),
     ('ws_2d/heads', 8, 8, ('zy', '', 'x'), {'parallel': None, 'attention': None, 'mlp': 0}),
     # Rings split features, whose sums they make.
     ('ws_2d/batch/two_way', 8, 8, ('', '', 'xzy'), {'parallel': 0, 'attention': 0, 'mlp': 0}),
@@ -292,3 +298,25 @@ def test_what_sums_are_split_over(layout, rows, length, residual, summed):
     assert tuple(map(''.join, p.residual)) == residual
     for part in model.block_parts:
       assert p.sums_into(part) == summed[part.name]
+
+
+@pytest.mark.parametrize(
+  'layout, mesh, rows, whole',
+  [
+    # Two axes with all of more than 4 devices, on which the sum would be an all-reduce anyway.
+    ('ws_1d/batch', '4x4x1', 128, True),
+    ('ws_2d/batch', '1x4x4', 32, True),
+    ('ws_1d/batch', '4x4x1', 512, False),
+    ('ws_2d/batch', '1x2x2', 32, False),
+    ('ws_2d/batch', '2x8x4', 64, False),
+    ('ws_1d/batch', '4x4x4', 64, False),
+    ('ws_1d/batch', '16x1x1', 32, False),
+    # Rows that do not divide.
+    ('ws_2d/batch', '2x8x4', 16, True),
+    ('ws_1d/batch', '16x1x1', 8, True),
+    ('wg_x/batch', '2x4x4', 2, False),
+  ],
+)
+def test_few_tokens_are_kept_whole_where_their_sum_is_an_all_reduce(layout, mesh, rows, whole):
+  p = shard_activations(Layout.parse(layout), preset('palm_tiny'), mesh_of(mesh), rows, 1)
+  assert (p.residual_dim is None) == whole

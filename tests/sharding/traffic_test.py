@@ -151,7 +151,9 @@ def layer_collectives(
     angles = pass_angles(positions, config, placed.attention_positions)
     cache = KVCache(keys, values, lengths) if decode else None
     layer = Layer(config, placed, 'float32', angles, cache)
-    return layer(x, (local_vectors(w, config, placed), cache and cache.by_layer(), False))
+    inputs = local_vectors(w, config, placed), cache and cache.by_layer(), False
+    (x,), kv = layer((x,), inputs)
+    return x, kv
 
   specs = (P(*placed.residual), weight_specs, placed.cache, placed.cache, P(placed.attention_rows))
   return compiled(

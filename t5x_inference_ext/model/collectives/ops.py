@@ -55,11 +55,25 @@ def all_gather(x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
   return lax.all_gather(x, axes, axis=dim, tiled=True)
 
 
-def reduce_scatter(x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
-  """Sum over the axes; each shard keeps its slice of `dim`."""
+def reduce_scatter(
+  x: jax.Array, axes: Sequence[str], dim: int, overlaps: bool = False
+) -> jax.Array:
+  """Sum over the axes; each shard keeps its slice of `dim`.
+
+  Args:
+    x: Each shard's summand.
+    axes: Mesh axes to sum over.
+    dim: Dimension of x that the axes split.
+    overlaps: Whether independent work can run at the same time. XLA:TPU runs no reduce-scatter
+      beside other work, but collective-permutes. So two shards then exchange the halves that they
+      do not keep.
+  """
   axes = _used(axes)
   if not axes:
     return x
+  if overlaps and axis_size(axes) == 2:
+    sent = lax.ppermute(_pair_slice(x, axes, dim, True), axes[0], [(0, 1), (1, 0)])
+    return _pair_slice(x, axes, dim, False) + sent
   if len(axes) == _ALL:
     return reduce_scatter(reduce_scatter(x, axes[:-1], dim), axes[-1:], dim)
   shards, last = axis_size(axes), dim == x.ndim - 1
@@ -81,6 +95,13 @@ def reduce_scatter(x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
     return lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
   x = x.reshape(*x.shape[:dim], shards, *kept)
   return lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=False).reshape(shape)
+
+
+def _pair_slice(x: jax.Array, axes: Sequence[str], dim: int, other: bool) -> jax.Array:
+  """Return the half of `dim` that this shard of two keeps, or the one that the other keeps."""
+  index = shard_index(axes)
+  width = x.shape[dim] // 2
+  return lax.dynamic_slice_in_dim(x, (1 - index if other else index) * width, width, dim)
 
 
 def all_to_all(x: jax.Array, axes: Sequence[str], split: int, concat: int) -> jax.Array:
