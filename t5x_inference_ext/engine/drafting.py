@@ -18,11 +18,11 @@ from jaxtyping import Array, Bool, Float, Int
 from t5x_inference_ext.engine.state import DecodeState, RowParams
 from t5x_inference_ext.model.transformer import Model
 
-# Weights of the acceptance that a grade is expected to have, in draft tokens, and of what was seen
-# before, after each step that saw more.
-PRIOR_TOKENS = 4.0
-DECAY = 0.9
-# How far, in each step, what was seen returns to the prior where nothing more is seen.
+# Weight of what is usual, in draft tokens, when a row begins; and of what was seen of the row, and
+# of all rows, after each step that saw more.
+USUAL_TOKENS = 4.0
+DECAY, USUAL_DECAY = 0.9, 0.98
+# How far, in each step, what was seen of a row returns to what is usual where nothing more is seen.
 RETURN = 0.005
 # A row may accept everything for a while, but not forever.
 HIGHEST_RATE = 0.98
@@ -37,11 +37,13 @@ class DraftState:
     tokens: [B, S] int32. Each row's tokens: prompt and new ones, the last one too.
     seen: [B, G, 2] float32. For drafts of each grade, the accepted tokens and the checked ones.
       Older steps weigh less.
+    usual: [G, 2] float32. The same of all rows, those that have left, too.
     own: State of the drafter's own, such as the cache of a model; None if it has none.
   """
 
   tokens: jax.Array
   seen: jax.Array
+  usual: jax.Array
   own: Any = None
 
 
@@ -123,8 +125,10 @@ def empty_drafting(drafter: Drafter, weights: Any, rows: int, size: int) -> Draf
     size: S, the most tokens of a row.
   """
   tokens = jnp.zeros((rows, size), jnp.int32)
-  seen = jnp.broadcast_to(_unseen(drafter), (rows, len(drafter.expected), 2))
-  return DraftState(tokens, seen, drafter.start(weights, rows, size))
+  expected: Any = jnp.asarray(drafter.expected, jnp.float32)
+  usual = jnp.stack([expected, jnp.ones_like(expected)], axis=1) * USUAL_TOKENS
+  seen = jnp.broadcast_to(usual, (rows, *usual.shape))
+  return DraftState(tokens, seen, usual, drafter.start(weights, rows, size))
 
 
 def enter_drafting(
@@ -150,7 +154,8 @@ def enter_drafting(
   tokens = lax.dynamic_update_slice(tokens, token[None, :], (0, length))
   return DraftState(
     lax.dynamic_update_slice_in_dim(drafting.tokens, tokens, slot, 0),
-    lax.dynamic_update_slice_in_dim(drafting.seen, _unseen(drafter)[None], slot, 0),
+    lax.dynamic_update_slice_in_dim(drafting.seen, _as_usual(drafting)[None], slot, 0),
+    drafting.usual,
     drafter.enter(drafting.own, slot),
   )
 
@@ -167,8 +172,10 @@ def placed_drafting(
     weights: Weights of the drafter, or None.
   """
   whole = NamedSharding(model.mesh, P())
-  tokens, seen = lax.with_sharding_constraint((drafting.tokens, drafting.seen), whole)
-  return DraftState(tokens, seen, drafter.placed(drafting.own, weights))
+  own = drafter.placed(drafting.own, weights)
+  drafting = dataclasses.replace(drafting, own=None)
+  drafting = jax.tree.map(lambda x: lax.with_sharding_constraint(x, whole), drafting)
+  return dataclasses.replace(drafting, own=own)
 
 
 def note_tokens(
@@ -186,7 +193,6 @@ def note_tokens(
 
 
 def note_acceptance(
-  drafter: Drafter,
   drafting: DraftState,
   grades: Int[Array, ' B'],
   accepted: Int[Array, ' B'],
@@ -194,14 +200,18 @@ def note_acceptance(
 ) -> DraftState:
   """Count the accepted and the checked tokens of each row's draft.
 
-  Grades of which nothing was checked return slowly to what is expected of them.
+  A row's grades of which nothing was checked return slowly to what is usual.
   """
   mine = jnp.arange(drafting.seen.shape[1])[None, :] == grades[:, None]
   mine &= (checked > 0)[:, None]
   new = jnp.stack([accepted, checked], axis=1).astype(jnp.float32)[:, None, :]
-  others = drafting.seen + RETURN * (_unseen(drafter)[None] - drafting.seen)
+  new = jnp.where(mine[:, :, None], new, 0)  # [B, G, 2]
+  others = drafting.seen + RETURN * (_as_usual(drafting)[None] - drafting.seen)
+  kept = jnp.where(jnp.any(mine, axis=0)[:, None], USUAL_DECAY, 1.0) * drafting.usual
   return dataclasses.replace(
-    drafting, seen=jnp.where(mine[:, :, None], DECAY * drafting.seen + new, others)
+    drafting,
+    seen=jnp.where(mine[:, :, None], DECAY * drafting.seen + new, others),
+    usual=kept + jnp.sum(new, axis=0),
   )
 
 
@@ -218,7 +228,6 @@ def expected_tokens(
   return jnp.sum(jnp.where(live, total, 0))
 
 
-def _unseen(drafter: Drafter) -> jax.Array:
-  """Return [G, 2]: what counts as seen of each grade before any draft was checked."""
-  expected: Any = jnp.asarray(drafter.expected, jnp.float32)
-  return jnp.stack([expected, jnp.ones_like(expected)], axis=1) * PRIOR_TOKENS
+def _as_usual(drafting: DraftState) -> jax.Array:
+  """Return [G, 2]: what counts as seen of a row of which no draft was checked."""
+  return drafting.usual / drafting.usual[:, 1:] * USUAL_TOKENS

@@ -26,7 +26,7 @@ class NgramDrafter:
 
   most: int
   longest: int = 8
-  expected: tuple[float, ...] = (0.15, 0.35, 0.5, 0.7)
+  expected: tuple[float, ...] = (0.1, 0.2, 0.3, 0.5)
 
   def outlook(self, tokens: Int[Array, 'B S'], last: Int[Array, ' B']) -> Outlook:
     """Return the drafts that could be made. See drafting.Drafter."""

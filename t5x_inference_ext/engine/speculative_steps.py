@@ -36,7 +36,7 @@ from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
 
 # A step that checks drafts must be expected to gain this much: prices and acceptance are estimates.
-LEAST_GAIN = 1.03
+LEAST_GAIN = 1.1
 
 
 # Cache, logits [B, K + 1, V] and drafts [B, K] of a step, and the drafter's own state.
@@ -131,7 +131,7 @@ def speculative_steps(
     choice = choose_checked(slots.rows, before, loop.state, first, loop.out, checked)
     made = choice.state.counts - loop.state.counts
     counts = choice.accepted, choice.checked
-    drafting = note_acceptance(drafter, choice.drafting, outlook.grades, *counts)
+    drafting = note_acceptance(choice.drafting, outlook.grades, *counts)
     work = StepsWork(
       loop.work.passes.at[index].add(1),
       loop.work.rows + jnp.sum(live),

@@ -264,7 +264,7 @@ def test_a_draft_is_what_followed_the_longest_match():
   last = rng.integers(0, size, rows).astype(np.int32)
   last[:3] = 10, 0, size - 1
   outlook = drafter.outlook(jnp.asarray(tokens), jnp.asarray(last))
-  state = drafting.DraftState(jnp.asarray(tokens), jnp.zeros(0))
+  state = drafting.DraftState(jnp.asarray(tokens), jnp.zeros(0), jnp.zeros(0))
   inputs = drafting.DraftInputs(None, None, None, state, jnp.asarray(last))
   draft = np.asarray(drafter.draft(inputs, outlook, 5)[1])
   matched = 0
@@ -282,25 +282,34 @@ def test_a_draft_is_what_followed_the_longest_match():
 
 
 def test_expected_tokens_follow_what_was_accepted():
+  """Of each row lately; where nothing was, of all rows."""
   drafter = NgramDrafter(3, expected=(0.5, 0.25))
   state = drafting.empty_drafting(drafter, None, 2, 8)
   ints = lambda *values: jnp.asarray(values, jnp.int32)
   both = Outlook(ints(3, 1), ints(0, 1), ints(0, 0), ints(0, 0))
-  live = jnp.asarray([True, True])
-  assert drafting.expected_tokens(state, both, 0, live) == 2
-  assert np.isclose(drafting.expected_tokens(state, both, 2, live), (1 + 0.5 + 0.25) + (1 + 0.25))
-  only = jnp.asarray([True, False])
-  assert np.isclose(drafting.expected_tokens(state, both, 3, only), 1.875)
+  live, first = jnp.asarray([True, True]), jnp.asarray([True, False])
+  expected = lambda state, width, rows: float(drafting.expected_tokens(state, both, width, rows))
+  assert expected(state, 0, live) == 2
+  assert np.isclose(expected(state, 2, live), (1 + 0.5 + 0.25) + (1 + 0.25))
+  assert np.isclose(expected(state, 3, first), 1.875)
   for _ in range(50):  # the first row accepts all, the second had nothing to check
-    state = drafting.note_acceptance(drafter, state, ints(0, 0), ints(2, 0), ints(2, 0))
+    state = drafting.note_acceptance(state, ints(0, 0), ints(2, 0), ints(2, 0))
   rate = drafting.HIGHEST_RATE
-  assert np.isclose(drafting.expected_tokens(state, both, 2, only), 1 + rate + rate**2)
-  assert np.isclose(drafting.expected_tokens(state, both, 2, ~only), 1.25)
-  state = drafting.note_acceptance(drafter, state, ints(0, 1), ints(0, 0), ints(4, 4))
-  assert drafting.expected_tokens(state, both, 1, only) < 1.9
+  assert np.isclose(expected(state, 2, first), 1 + rate + rate**2)
+  assert np.isclose(expected(state, 2, ~first), 1.25)
+  for _ in range(3):
+    state = drafting.note_acceptance(state, ints(0, 1), ints(0, 0), ints(4, 4))
+  assert expected(state, 1, first) < 1.6 and expected(state, 1, ~first) < 1.1
+  usual = (state.usual[:, 0] / state.usual[:, 1]).tolist()
+  assert 0.6 < usual[0] < 0.95 and 0.05 < usual[1] < 0.15
+  entered = drafting.enter_drafting(
+    drafter, state, jnp.int32(0), jnp.asarray([[7, 8, 0]]), jnp.int32(2), ints(9)
+  )
+  assert entered.tokens.tolist() == [[7, 8, 9, 0, 0, 0, 0, 0], [0] * 8]
+  assert np.isclose(expected(entered, 1, first), 1 + usual[0])
   for _ in range(2000):  # nothing is checked any more
-    state = drafting.note_acceptance(drafter, state, ints(0, 1), ints(0, 0), ints(0, 0))
-  assert np.isclose(drafting.expected_tokens(state, both, 2, live), 1.75 + 1.25, atol=1e-2)
+    state = drafting.note_acceptance(state, ints(0, 1), ints(0, 0), ints(0, 0))
+  assert np.isclose(expected(state, 1, live), 2 + sum(usual), atol=1e-2)
 
 
 def test_prices_follow_measured_times():
