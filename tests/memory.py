@@ -94,10 +94,8 @@ def greedy(config: ModelConfig, tensors: dict[str, np.ndarray], rows: int, steps
 
 # jax.jit without optimizations, which take three quarters of compile time; the partitioned program
 # is the same.
-quick_jit = functools.partial(
-  jax.jit,
-  compiler_options={'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False},
-)
+QUICK_OPTIONS = {'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False}
+quick_jit = functools.partial(jax.jit, compiler_options=QUICK_OPTIONS)
 prefill = quick_jit(Model.prefill, static_argnames=('self', 'size'))
 decode_step = quick_jit(Model.decode_step, static_argnames='self')
 

@@ -127,6 +127,13 @@ _FLAGS: tuple[tuple[Any, ...], ...] = (
     ('both', 'prefill', 'decode'),
   ),
   (
+    'integer',
+    'speculate',
+    None,
+    'Most tokens of a draft, 1 to 16: also print the time of steps that check drafts, and from '
+    'which acceptance on they pay (docs/decoding.md).',
+  ),
+  (
     'boolean',
     'check',
     False,

@@ -2,8 +2,8 @@
 
 import collections
 from collections.abc import Iterator, Sequence
-import dataclasses
 import itertools
+import time
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +17,10 @@ from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.engine.slot_params import slot_row
 from t5x_inference_ext.engine.slot_table import SlotTable
 from t5x_inference_ext.engine.slots import StepsOutput
+from t5x_inference_ext.engine.speculative_steps import verify_widths
 from t5x_inference_ext.engine.state import ChosenTokens
+from t5x_inference_ext.engine.stats import DraftStats
+from t5x_inference_ext.engine.step_prices import StepPrices
 from t5x_inference_ext.engine.token_choice import TokenMasks
 from t5x_inference_ext.engine.warm_up import CompiledProgram, timed_run
 
@@ -42,13 +45,16 @@ class NewTokens(NamedTuple):
   failed: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class _Started:
-  """A started program: the row in each slot, and the output arrays to come."""
+class _Started(NamedTuple):
+  """A started program: the row in each slot, the output arrays to come, and whether it decodes.
+
+  `begun` is when it was started, for decode steps whose time tells prices; None for others.
+  """
 
   rows: dict[int, Row]
   output: StepsOutput
-  steps: int
+  steps: bool
+  begun: float | None = None
 
 
 class Decoder:
@@ -63,6 +69,7 @@ class Decoder:
   Attributes:
     decoded: Number of decode steps times number of slots, so far.
     generated: Number of tokens that decode steps added to rows, so far.
+    drafts: Counters of drafts, so far.
   """
 
   def __init__(
@@ -72,6 +79,12 @@ class Decoder:
     self._vocab_size, self._grammars = vocab_size, grammars
     self._started: collections.deque[_Started] = collections.deque()
     self.decoded = self.generated = 0
+    self.drafts = DraftStats()
+    self._prices: StepPrices | None = None
+    if config.speculate is not None:
+      self._prices = StepPrices((0, *verify_widths(config.speculate.most)))
+    self._timed: set[tuple[int, int]] = set()  # programs whose first run, a compilation, is over
+    self._read_at = 0.0
 
   @property
   def under_way(self) -> int:
@@ -99,9 +112,9 @@ class Decoder:
       top=request.top_log_probs,
       top_width=self._config.top_log_probs,
     )
-    # The prompt's tokens are copied only because penalties read them.
+    # The prompt's tokens are copied only because penalties and drafts read them.
     tokens = np.zeros((1, self._config.max_length), np.int32)
-    if request.sampling.penalizes:
+    if request.sampling.penalizes or self._prices is not None:
       tokens[0, : len(ready.prompt.tokens)] = ready.prompt.tokens
     output = self._executor.insert(
       ready.place,
@@ -113,20 +126,29 @@ class Decoder:
       len(row.tokens),
       self._masks([row]) if self._grammars else None,
     )
-    row.dispatched = len(row.tokens) + 1
-    self._start({slot: row}, output, 0)
+    row.started.append(1)
+    self._started.append(_Started({slot: row}, output, False))
     return output
 
-  def decode(self, table: SlotTable, steps: int, until_free: bool) -> None:
+  def decode(self, table: SlotTable, steps: int, until_free: bool, *, alone: bool = False) -> None:
     """Start decode steps for all slots.
 
     Args:
       table: Table of the slots, in which every row has the pages that it needs.
-      steps: Maximum number of steps.
+      steps: Maximum number of steps; with drafts, the number of tokens of some row at which to
+        stop.
       until_free: Whether to stop as soon as a row ends.
+      alone: Whether nothing else was started since the last decode steps, so that their time tells
+        the price of a step.
     """
-    output = self._decode(table, steps, until_free, *self._reads(table))
-    self._start_steps(table, output, steps)
+    begun, reads = time.perf_counter(), self._reads(table)
+    timed = alone and reads in self._timed
+    if not timed:  # compiling, or other work, delays also what was started before
+      self._started = collections.deque(each._replace(begun=None) for each in self._started)
+    output = self._decode(table, steps, until_free, *reads)
+    drafts = self._config.most_tokens - self._config.decode_steps
+    self._start_steps(table, output, steps + drafts, begun if timed else None)
+    self._timed.add(reads)
 
   def decode_logits(self, table: SlotTable) -> Any:
     """Start a decode step for all slots, up to its logits [B, V]; return these.
@@ -160,11 +182,13 @@ class Decoder:
       _least(self._config.shared_reads, table.shared.highest),
     )
 
-  def _start_steps(self, table: SlotTable, output: StepsOutput, steps: int) -> None:
+  def _start_steps(
+    self, table: SlotTable, output: StepsOutput, tokens: int, begun: float | None = None
+  ) -> None:
     rows = {slot: row for slot, row in enumerate(table.rows) if row is not None}
     for row in rows.values():
-      row.dispatched = min(row.dispatched + steps, row.limit)
-    self._start(rows, output, steps)
+      row.started.append(tokens)
+    self._started.append(_Started(rows, output, True, begun))
 
   def _decode_logits(self, table: SlotTable, read: int, read_shared: int) -> Any:
     return self._executor.decode_logits(table.pages(), table.alive.copy(), read, read_shared)
@@ -172,8 +196,9 @@ class Decoder:
   def _decode(
     self, table: SlotTable, steps: int, until_free: bool, read: int, read_shared: int
   ) -> StepsOutput:
+    prices = None if self._prices is None else self._prices.next()
     return self._executor.decode_steps(
-      table.pages(), table.alive.copy(), steps, until_free, read, read_shared
+      table.pages(), table.alive.copy(), steps, until_free, read, read_shared, prices
     )
 
   def warm_up(self, table: SlotTable, done: list[CompiledProgram]) -> None:
@@ -211,9 +236,6 @@ class Decoder:
       timed_run(done, 'choose_masked', lambda: self._choose(table, logits), wait)
     self._started.clear()
 
-  def _start(self, rows: dict[int, Row], output: StepsOutput, steps: int) -> None:
-    self._started.append(_Started(rows, output, steps))
-
   def read(self, *, leave: int = 0) -> Iterator[NewTokens]:
     """Wait for started programs, and yield the tokens of each row that got some or ended.
 
@@ -224,16 +246,32 @@ class Decoder:
       started = self._started.popleft()
       output = self._executor.fetch(started.output)
       if started.steps:
-        self.decoded += int(output.counts.max()) * self._config.slots
-        self.generated += int(output.counts.sum())
+        self._count(started, output)
       # Convert to lists once for all rows: indexing arrays row by row is slow.
       tokens, log_probs = (x.T.tolist() for x in output.chosen[:2])
       counts, failed = output.counts.tolist(), output.failed.tolist()
       for slot, row in started.rows.items():
         at = slot if started.steps else 0
         count, asked = counts[at], row.handle.request.top_log_probs
+        row.started.popleft()
         top = _most_likely(output.chosen, at, count, asked) if asked else [[]] * count
         yield NewTokens(slot, row, tokens[at][:count], log_probs[at][:count], top, failed[at])
+
+  def _count(self, started: _Started, output: StepsOutput) -> None:
+    """Count the work of decode steps, and learn the prices of steps from their time."""
+    generated, steps = int(output.counts.sum()), int(output.counts.max())
+    self.generated += generated
+    work = output.work
+    if work is None or self._prices is None:
+      self.decoded += steps * self._config.slots
+      return
+    self.decoded += int(work.passes.sum()) * self._config.slots
+    new = DraftStats(int(work.rows), generated, int(work.drafted), int(work.accepted))
+    self.drafts = self.drafts.plus(new)
+    now = time.perf_counter()
+    if started.begun is not None:
+      self._prices.add(now - max(started.begun, self._read_at), np.asarray(work.passes))
+    self._read_at = now
 
 
 def _least(sizes: Sequence[int], needed: int) -> int:

@@ -198,8 +198,8 @@ class Engine(Scorer):
       salt: Only prompts with equal salts share cached prefixes.
       grammar: The language that each row's new text must be in; None: any.
       **options: Options of engine.scheduler_config.config_for: slots, max_length, pages,
-        prefill_chunk, prefill_rows, prefill_budget, decode_steps, share. If options differ from the
-        last call's, or rows are longer, a new scheduler is made.
+        prefill_chunk, prefill_rows, prefill_budget, decode_steps, share, speculate. With other
+        options than the last call's, or longer rows, a new scheduler is made.
 
     Raises:
       RequestError: Arguments that `generate` refuses, or an option out of its range; before

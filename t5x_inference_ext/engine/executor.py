@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from t5x_inference_ext.engine import programs
+from t5x_inference_ext.engine.open_drafter import open_drafter
 from t5x_inference_ext.engine.prefix_store import BlockCopies, blocks_for, bytes_per_block
 from t5x_inference_ext.engine.prompts import prompt_room
 from t5x_inference_ext.engine.sampling import SamplingParams
@@ -71,8 +72,12 @@ class Executor(Protocol):
     until_free: bool,
     read: int,
     read_shared: int,
+    prices: np.ndarray | None = None,
   ) -> StepsOutput:
-    """Run decode steps of all slots. See slot_steps.decode_steps."""
+    """Run decode steps of all slots. See slot_steps.decode_steps.
+
+    With prices, steps may check drafts. See speculative_steps.speculative_steps.
+    """
 
   def decode_logits(self, pages: SlotPages, alive: np.ndarray, read: int, read_shared: int) -> Any:
     """Run a decode step up to its logits, and return them. See slot_steps.decode_logits."""
@@ -97,6 +102,9 @@ class DeviceExecutor:
     model: Decides mesh and layouts.
     weights: Weights on that mesh.
     config: Sizes that the programs are compiled for.
+
+  Raises:
+    UserError: The draft model of the config can't be used.
   """
 
   def __init__(self, model: Model, weights: Weights, config: SchedulerConfig) -> None:
@@ -118,7 +126,16 @@ class DeviceExecutor:
     any_row = slot_row(
       SamplingParams(), model.config.vocab_size, seed=0, limit=1, top_width=config.top_log_probs
     )
-    self._slots = programs.empty_slots(model, weights, any_row, config=config, shards=self.shards)
+    self._drafter, self._draft_weights = open_drafter(config.speculate, model)
+    self._slots = programs.empty_slots(
+      model,
+      weights,
+      any_row,
+      config=config,
+      shards=self.shards,
+      draft_weights=self._draft_weights,
+      drafter=self._drafter,
+    )
 
   def start_prefill(self, copies: BlockCopies | None) -> None:
     """Reset the prompts for a new group, which begins with copies of blocks of the prefix store."""
@@ -166,6 +183,8 @@ class DeviceExecutor:
       np.int32(length),
       np.int32(generated),
       masks,
+      self._draft_weights,
+      drafter=self._drafter,
     )
     return _on_its_way(output)
 
@@ -177,20 +196,18 @@ class DeviceExecutor:
     until_free: bool,
     read: int,
     read_shared: int,
+    prices: np.ndarray | None = None,
   ) -> StepsOutput:
     """Run decode steps of all slots."""
-    self._slots, output = programs.decode_steps(
-      self._model,
-      self._slots,
-      self._weights,
-      pages,
-      alive,
-      np.int32(steps),
-      np.bool_(until_free),
-      most=self._config.decode_steps,
-      read=read,
-      read_shared=read_shared,
-    )
+    state = self._model, self._slots, self._weights
+    rest = pages, alive, np.int32(steps), np.bool_(until_free)
+    sizes: dict[str, Any] = dict(most=self._config.decode_steps, read=read, read_shared=read_shared)
+    if prices is None:
+      self._slots, output = programs.decode_steps(*state, *rest, **sizes)
+    else:
+      self._slots, output = programs.speculative_steps(
+        *state, *rest, prices, self._draft_weights, drafter=self._drafter, **sizes
+      )
     return _on_its_way(output)
 
   def decode_logits(

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from t5x_inference_ext.compiler_options import compiler_options
 from t5x_inference_ext.engine import prefix_store, prompts, slot_steps, slots, static_batch
+from t5x_inference_ext.engine import speculative_steps as speculative_steps_module
 from t5x_inference_ext.engine.saved_generation import GenerationShape, SavedGeneration
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model import chunks, long_scoring
@@ -96,13 +97,18 @@ def put(model: Model, *arrays: Any) -> Any:
 
 
 # Slots (engine.slots, engine.slot_steps), and prompts that wait for a slot (engine.prompts).
-empty_slots = _compiled(slots.empty_slots, static=('config', 'shards'))
+empty_slots = _compiled(slots.empty_slots, static=('config', 'shards', 'drafter'))
 empty_prefill = _compiled(prompts.empty_prefill, static=('rows', 'size'))
 start_prefill = _compiled(prompts.start_prefill, donated=('prompts',))
 prefill_chunk = _compiled(prompts.prefill_chunk, static=('read',), donated=('prompts',))
-insert = _compiled(slots.insert, donated=('slots',))
+insert = _compiled(slots.insert, static=('drafter',), donated=('slots',))
 decode_steps = _compiled(
   slot_steps.decode_steps, static=('most', 'read', 'read_shared'), donated=('slots',)
+)
+speculative_steps = _compiled(
+  speculative_steps_module.speculative_steps,
+  static=('drafter', 'most', 'read', 'read_shared'),
+  donated=('slots',),
 )
 decode_logits = _compiled(
   slot_steps.decode_logits, static=('read', 'read_shared'), donated=('slots',)

@@ -1,5 +1,6 @@
 """A row: one sample of a request, from its submission to its end, as the host knows it."""
 
+import collections
 from collections.abc import Sequence
 
 from t5x_inference_ext.engine.grammars import GrammarMatcher
@@ -28,7 +29,7 @@ class Row:
 
   Attributes:
     tokens: New tokens that the host has read.
-    dispatched: Maximum number of new tokens that the row can have once all started programs end.
+    started: For each started program that was not read, the most tokens that it gives the row.
     finish: Why the row has ended; None while it has not.
     matcher: State of the grammar after the row's tokens; None without a grammar.
   """
@@ -44,7 +45,7 @@ class Row:
     self.handle, self.sample, self.end_ids = handle, sample, tuple(end_ids)
     self.matcher = matcher
     self.tokens: list[int] = []
-    self.dispatched = 0
+    self.started: collections.deque[int] = collections.deque()
     self.finish: FinishReason | None = None
     request = handle.request
     self._text = self._stops = None
@@ -62,6 +63,19 @@ class Row:
   def limit(self) -> int:
     """Maximum number of new tokens of the row."""
     return self.handle.request.limit
+
+  @property
+  def most(self) -> int:
+    """Maximum number of new tokens that the row can have once all started programs end."""
+    return min(len(self.tokens) + sum(self.started), self.limit)
+
+  @property
+  def least(self) -> int:
+    """Number of new tokens that the row has once all started programs end, unless it ends early.
+
+    Programs that were not read give at least one token each.
+    """
+    return len(self.tokens) + len(self.started)
 
   def cached(self, new: int) -> int:
     """Return the number of cache positions that the row fills once it has `new` new tokens.

@@ -86,6 +86,7 @@ class Scheduler:
       self._decoder.generated,
       self._preempted,
       self._prefixes.stats if self._prefixes is not None else PrefixStats(),
+      self._decoder.drafts,
     )
 
   @property
@@ -147,7 +148,7 @@ class Scheduler:
     follows, or `decode_steps` if no request waits and no row has a grammar.
     """
     events = self._take_commands()
-    self._fill_slots()
+    filled = self._fill_slots()
     leave = int(self.config.decode_steps == 1)
     if self._make_room(events):
       if any(row is not None and row.matcher is not None for row in self._table.rows):
@@ -157,7 +158,7 @@ class Scheduler:
         leave = 1
       else:
         steps = 1 if self._rows_wait and self._table.free else self.config.decode_steps
-        self._decoder.decode(self._table, steps, until_free=self._rows_wait)
+        self._decoder.decode(self._table, steps, until_free=self._rows_wait, alone=not filled)
       self._free_full_slots()
     # With single steps, the devices run the newest while the host reads the previous one.
     self._read(events, leave=leave if self._table.busy else 0)
@@ -200,8 +201,8 @@ class Scheduler:
       self._table.leave_all(lambda row: row.finished)
     return events
 
-  def _fill_slots(self) -> None:
-    """Prefill waiting prompts, within the budget, and insert rows while there are free slots."""
+  def _fill_slots(self) -> bool:
+    """Prefill waiting prompts within the budget, and fill free slots; return if any work began."""
     budget, worked = self.config.prefill_budget, False
     while self._table.free and self._rows_wait:
       self.executor.settle()
@@ -217,6 +218,7 @@ class Scheduler:
       self.executor.settle()
     elif worked:  # chunks of prompts that are cancelled must not queue up
       self.executor.wait()
+    return worked
 
   @property
   def _rows_wait(self) -> bool:
@@ -251,7 +253,7 @@ class Scheduler:
     """Allocate pages for the next steps, preempting the youngest rows; return if a row decodes."""
     self._free_full_slots()
     while self._table.busy:
-      slot = self._table.grow(self.config.decode_steps)
+      slot = self._table.grow(self.config.most_tokens)
       if slot is None:
         return True
       if self._decoder.under_way:  # rows that have ended may free pages
@@ -273,7 +275,7 @@ class Scheduler:
   def _free_full_slots(self) -> None:
     """Free the slots of rows whose last token a started program will produce."""
     if self.config.decode_steps == 1:
-      self._table.leave_all(lambda row: row.dispatched >= row.limit)
+      self._table.leave_all(lambda row: row.least >= row.limit)
 
   def _read(self, events: list[Event], leave: int) -> None:
     """Read the new tokens of all running programs except the last `leave`; append their events."""
@@ -283,8 +285,6 @@ class Scheduler:
         continue
       if new.tokens or new.failed:
         events.append(row.add(new.tokens, new.log_probs, new.top, new.failed))
-      if not self._decoder.under_way:
-        row.dispatched = len(row.tokens)
       if row.finished:
         if self._table.rows[new.slot] is row:
           self._table.leave(new.slot)

@@ -9,6 +9,7 @@ from typing import Any
 
 from t5x_inference_ext.engine.inputs import check_at_least
 from t5x_inference_ext.engine.request import Request
+from t5x_inference_ext.engine.speculation import Speculation, parse_speculation
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.transformer import Model
 
@@ -49,6 +50,7 @@ class SchedulerConfig:
     decode_steps: Decode steps in one call of the compiled loop, when no request waits. With 1, the
       host starts each step before it reads the tokens of the one before.
     top_log_probs: Maximum number of most likely tokens per position that a request can ask for.
+    speculate: Drafts that steps check, so that a row may get several tokens in one; None: none.
 
   Raises:
     RequestError: A number that is too small, or sizes that do not fit each other.
@@ -68,6 +70,7 @@ class SchedulerConfig:
   prefill_budget: int = 2048
   decode_steps: int = 1
   top_log_probs: int = 0
+  speculate: Speculation | None = None
 
   def __post_init__(self) -> None:
     check_at_least(
@@ -100,6 +103,11 @@ class SchedulerConfig:
         f'a cache of {self.pages} pages is too small for one row of max_length={self.max_length}: '
         f'{self.pages_of_row + 1} pages of {self.page_size} positions are needed'
       )
+
+  @property
+  def most_tokens(self) -> int:
+    """Most tokens that a row can get in one call of the compiled loop."""
+    return self.decode_steps + (0 if self.speculate is None else self.speculate.most)
 
   @property
   def pages_of_row(self) -> int:
@@ -219,6 +227,7 @@ def config_for(
   slots: int = 32,
   max_length: int | None = None,
   share: bool = True,
+  speculate: str | None = None,
   **options: Any,
 ) -> SchedulerConfig:
   """Return a config that fits the requests.
@@ -230,6 +239,7 @@ def config_for(
       `max_length` is given; rounded up for the mesh.
     max_length: Least number of positions of a row: BOS, prompt and new tokens except the last.
     share: Whether to keep a prefix cache.
+    speculate: Kind and length of drafts, such as 'ngram:8'; None: none.
     **options: Other fields of SchedulerConfig.
 
   Raises:
@@ -257,6 +267,7 @@ def config_for(
     max_length=length,
     page_size=page_size,
     top_log_probs=top,
+    speculate=None if speculate is None else parse_speculation(speculate),
     **{'prefill_rows': model.prefilling.padded_batch(1), **options},
   )
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from t5x_inference_ext.engine.drafting import note_tokens
 from t5x_inference_ext.engine.slots import SlotPages, Slots, StepsOutput, replicated
 from t5x_inference_ext.engine.state import ChosenTokens, DecodeState, advance
 from t5x_inference_ext.engine.state_rows import constrain_state
@@ -70,18 +71,18 @@ def decode_steps(
 
   def step(carry: _Carry) -> _Carry:
     i, state, cache, out = carry
-    logits, cache = _logits(model, weights, state, cache)
+    logits, cache = decode_logits_of(model, weights, state, cache)
     state, chosen = advance(slots.rows, state, logits, cache.lengths)
     out = jax.tree.map(
       lambda x, new: lax.dynamic_update_slice_in_dim(x, new[None], i, 0), out, chosen
     )
     return i + 1, constrain_state(model, state), cache, out
 
-  cache = _with_pages(model, weights, slots.cache, pages, read, read_shared)
+  cache = with_pages(model, weights, slots.cache, pages, read, read_shared)
   carry = jnp.asarray(0), constrain_state(model, before), cache, out
   _, state, cache, out = lax.while_loop(running, step, carry)
   output = StepsOutput(out, state.counts - before.counts, state.ended, state.failed)
-  return _after(model, weights, slots, cache, state), replicated(model, output)
+  return after_steps(model, weights, slots, cache, state), replicated(model, output)
 
 
 def decode_logits(
@@ -108,11 +109,11 @@ def decode_logits(
     The slots with the rows' last tokens in the cache, and logits [B, V] float32.
   """
   state = dataclasses.replace(slots.state, ended=slots.state.ended | ~alive)
-  cache = _with_pages(model, weights, slots.cache, pages, read, read_shared)
-  logits, cache = _logits(model, weights, state, cache)
+  cache = with_pages(model, weights, slots.cache, pages, read, read_shared)
+  logits, cache = decode_logits_of(model, weights, state, cache)
   sharding = NamedSharding(model.mesh, P(model.sampling_axes(len(logits))))
   logits = lax.with_sharding_constraint(logits, sharding)
-  return _after(model, weights, slots, cache, state), logits
+  return after_steps(model, weights, slots, cache, state), logits
 
 
 def choose_masked(
@@ -132,10 +133,15 @@ def choose_masked(
   chosen = jax.tree.map(lambda x: x[None], chosen)
   output = StepsOutput(chosen, state.counts - before.counts, state.ended, state.failed)
   slots = dataclasses.replace(slots, state=constrain_state(model, state))
+  if slots.drafting is not None:
+    made = output.counts > 0
+    drafting = note_tokens(slots.drafting, slots.cache.lengths, state.tokens, made)
+    drafting = dataclasses.replace(drafting, tokens=replicated(model, drafting.tokens))
+    slots = dataclasses.replace(slots, drafting=drafting)
   return slots, replicated(model, output)
 
 
-def _with_pages(
+def with_pages(
   model: Model, weights: Weights, cache: PagedCache, pages: SlotPages, read: int, read_shared: int
 ) -> PagedCache:
   """Return the cache with new page tables; attention reads its first `read` pages."""
@@ -154,7 +160,7 @@ def _with_pages(
   return constrain_cache(model, cache, weights)
 
 
-def _logits(
+def decode_logits_of(
   model: Model, weights: Weights, state: DecodeState, cache: PagedCache
 ) -> tuple[jax.Array, PagedCache]:
   """Return the logits [B, V] after each row's last token, and the cache with this token in it."""
@@ -165,7 +171,7 @@ def _logits(
   return logits, dataclasses.replace(cache, lengths=lengths)
 
 
-def _after(
+def after_steps(
   model: Model, weights: Weights, before: Slots, cache: PagedCache, state: DecodeState
 ) -> Slots:
   """Return the slots after decode steps, with the shardings and static fields of `before`."""
@@ -173,4 +179,4 @@ def _after(
   cache, state = constrain_cache(model, cache, weights), constrain_state(model, state)
   was = before.cache
   cache = dataclasses.replace(cache, read=was.read, read_shared=was.read_shared)
-  return Slots(cache, before.rows, state)
+  return dataclasses.replace(before, cache=cache, state=state)

@@ -125,11 +125,11 @@ class SlotTable:
       if row is not None and done(row):
         self.leave(slot)
 
-  def grow(self, steps: int) -> int | None:
+  def grow(self, tokens: int) -> int | None:
     """Allocate the pages for every row's next decode steps.
 
     Args:
-      steps: Maximum number of decode steps of the next program.
+      tokens: Maximum number of tokens that the next program gives a row.
 
     Returns:
       None, or the slot of the youngest row of a shard that has too few pages left.
@@ -137,7 +137,7 @@ class SlotTable:
     for slot, row in enumerate(self.rows):
       if row is None:
         continue
-      length = row.cached(min(row.dispatched + steps, row.limit))
+      length = row.cached(min(row.most + tokens, row.limit))
       if not self.pool.grow(slot, length):
         rivals = [s for s in self.pool.rows(self.pool.shard(slot)) if self.rows[s] is not None]
         return max(rivals, key=self._age)

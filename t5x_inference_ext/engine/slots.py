@@ -14,6 +14,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from t5x_inference_ext.engine import cache_rows
+from t5x_inference_ext.engine.drafting import (
+  Drafter,
+  DraftState,
+  empty_drafting,
+  enter_drafting,
+  placed_drafting,
+)
 from t5x_inference_ext.engine.prompts import PrefillState
 from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.engine.state import (
@@ -41,11 +48,32 @@ class Slots:
     cache: Keys and values of each row's tokens, except its last token.
     rows: Parameters of the rows.
     state: State of the rows.
+    drafting: Tokens of the rows, for drafts; None in programs without drafts.
+    draft_logits: [B, K + 1, V] float32. A place for the logits of a step that checks K tokens of
+      drafts; None in programs without drafts.
   """
 
   cache: PagedCache
   rows: RowParams
   state: DecodeState
+  drafting: DraftState | None = None
+  draft_logits: jax.Array | None = None
+
+
+class StepsWork(NamedTuple):
+  """The work of some decode steps that may check drafts.
+
+  Attributes:
+    passes: [W] int32. Steps without drafts, and of each number of draft tokens that can be checked.
+    rows: Scalar int32. Sum over the steps of the rows that took part.
+    drafted: Scalar int32. Number of tokens of drafts that were checked.
+    accepted: Scalar int32. Number of these that were accepted.
+  """
+
+  passes: jax.Array
+  rows: jax.Array
+  drafted: jax.Array
+  accepted: jax.Array
 
 
 class StepsOutput(NamedTuple):
@@ -56,12 +84,14 @@ class StepsOutput(NamedTuple):
     counts: [B] int32. Number of tokens that the row got: one in each of the first `counts` steps.
     ended: [B] bool. Whether the row has ended after the N steps.
     failed: [B] bool. Whether the row has ended because no token could be chosen.
+    work: The work of steps that may check drafts; None for others.
   """
 
   chosen: ChosenTokens
   counts: jax.Array
   ended: jax.Array
   failed: jax.Array
+  work: StepsWork | None = None
 
 
 class SlotPages(NamedTuple):
@@ -101,7 +131,13 @@ class RowPages(NamedTuple):
 
 
 def empty_slots(
-  model: Model, weights: Weights, row: RowParams, config: SchedulerConfig, shards: int
+  model: Model,
+  weights: Weights,
+  row: RowParams,
+  config: SchedulerConfig,
+  shards: int,
+  draft_weights: Any = None,
+  drafter: Drafter | None = None,
 ) -> Slots:
   """Return slots that are all free.
 
@@ -111,6 +147,8 @@ def empty_slots(
     row: [1, ...]. Parameters of any row; all rows have their structure and shapes.
     config: Sizes of the slots.
     shards: Number of shards that split the rows.
+    draft_weights: Weights of the drafter, if it has any.
+    drafter: Makes drafts; None: there are none. Static.
   """
   rows = config.slots
   params = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], (rows, *x.shape[1:])), row)
@@ -126,7 +164,17 @@ def empty_slots(
     table_width=config.pages_of_row,
     shared_pages=config.shared_pages,
   )
-  return Slots(cache, replicated(model, params), constrain_state(model, state))
+  slots = Slots(cache, replicated(model, params), constrain_state(model, state))
+  if drafter is None:
+    return slots
+  drafting = empty_drafting(drafter, draft_weights, rows, config.max_length + 1)
+  logits = jnp.zeros((rows, drafter.most + 1, model.config.vocab_size), jnp.float32)
+  split = NamedSharding(model.mesh, P(model.sampling_axes(rows)))
+  return dataclasses.replace(
+    slots,
+    drafting=placed_drafting(model, drafter, drafting, draft_weights),
+    draft_logits=lax.with_sharding_constraint(logits, split),
+  )
 
 
 def insert(
@@ -142,6 +190,8 @@ def insert(
   length: jax.Array,
   generated: jax.Array,
   masks: TokenMasks | None = None,
+  draft_weights: Any = None,
+  drafter: Drafter | None = None,
 ) -> tuple[Slots, StepsOutput]:
   """Put a prefilled prompt into a free slot, and choose its next token.
 
@@ -154,11 +204,13 @@ def insert(
     slot: Slot to enter.
     pages: Pages of the row.
     row_params: [1] Parameters of the row.
-    prompt: [1, T] int32. The whole prompt, BOS first. Only penalties read it.
+    prompt: [1, T] int32. The whole prompt, BOS first. Only penalties and drafts read it.
     length: Scalar int32. Number of valid tokens in `prompt`.
     generated: Scalar int32. How many of the last tokens in `prompt` the row generated before it was
       preempted.
     masks: [1, ...]. Tokens that the row's grammar allows next; None: no row has a grammar.
+    draft_weights: Weights of the drafter, if it has any.
+    drafter: Makes drafts; None: there are none. Static.
   """
   one = cache_rows.gather_cache_row(model.prefilling, prompts.cache, weights, place)
   # The decode layout may repeat and pad key heads differently from the prefill layout.
@@ -180,7 +232,12 @@ def insert(
   rows, states = put_state_row(model, slots.rows, slots.state, slot, row_params, state)
   made = (~state.failed).astype(jnp.int32)
   output = StepsOutput(jax.tree.map(lambda x: x[None], chosen), made, state.ended, state.failed)
-  return Slots(cache, replicated(model, rows), states), replicated(model, output)
+  drafting = slots.drafting
+  if drafting is not None and drafter is not None:
+    drafting = enter_drafting(drafter, drafting, slot, prompt, length, state.tokens)
+    drafting = placed_drafting(model, drafter, drafting, draft_weights)
+  slots = Slots(cache, replicated(model, rows), states, drafting, slots.draft_logits)
+  return slots, replicated(model, output)
 
 
 def replicated(model: Model, tree: Any) -> Any:

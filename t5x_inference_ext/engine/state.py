@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 import numpy as np
 
 from t5x_inference_ext.engine import selection
-from t5x_inference_ext.engine.sampling_arrays import ANY, NOTHING, SamplingArrays
+from t5x_inference_ext.engine.sampling_arrays import ANY, NOTHING, SamplingArrays, SamplingFeatures
 from t5x_inference_ext.engine.selection import when
 from t5x_inference_ext.engine.token_choice import (
   Restrictions,
@@ -244,16 +244,8 @@ def _choose_tokens(
 
   Under shard_map, the arguments are those of the device's own rows.
   """
-  live, early = ~state.ended, _early(rows, state)
-  features = live_features(rows.sampling, live, early, logits.shape[1])
-  if masks is not None:
-    features = features._replace(masked=jnp.any(live & jnp.asarray(masks.constrained)))
-  forbidden = jnp.where(early[:, None], jnp.asarray(rows.end_ids), -1)
-  restrictions = Restrictions(state.history, forbidden, masks)
-  top = jnp.max(logits, axis=-1, keepdims=True)
-  tokens, allowed = choose_tokens(
-    logits, top, rows.sampling, features, restrictions, rows.seeds, positions
-  )
+  live, top = ~state.ended, jnp.max(logits, axis=-1, keepdims=True)
+  tokens, allowed, features = _drawn(rows, state, logits, top, positions, masks)
   # Computed as in jax.nn.logsumexp. Logits that are not finite make the result NaN or infinite.
   normalizer = top[:, 0] + jnp.log(jnp.sum(jnp.exp(logits - top), axis=-1))
   made = live & allowed & jnp.isfinite(normalizer)
@@ -263,6 +255,42 @@ def _choose_tokens(
     # The update is in place, but XLA:TPU copies the whole history into fast memory for it.
     history = when(features.penalties, _add_tokens, lambda x, *_: x, history, chosen.tokens, made)
   return chosen._replace(tokens=jnp.where(made, tokens, -1)), history
+
+
+def _drawn(
+  rows: RowParams,
+  state: DecodeState,
+  logits: jax.Array,
+  top: jax.Array,
+  positions: jax.Array,
+  masks: TokenMasks | None,
+) -> tuple[jax.Array, jax.Array, SamplingFeatures]:
+  """Return each row's draw, whether any token was allowed, and the features that live rows use."""
+  live, early = ~state.ended, _early(rows, state)
+  features = live_features(rows.sampling, live, early, logits.shape[1])
+  if masks is not None:
+    features = features._replace(masked=jnp.any(live & jnp.asarray(masks.constrained)))
+  forbidden = jnp.where(early[:, None], jnp.asarray(rows.end_ids), -1)
+  restrictions = Restrictions(state.history, forbidden, masks)
+  tokens, allowed = choose_tokens(
+    logits, top, rows.sampling, features, restrictions, rows.seeds, positions
+  )
+  return tokens, allowed, features
+
+
+def draw_tokens(
+  rows: RowParams, state: DecodeState, logits: Float[Array, 'B V'], positions: Int[Array, ' B']
+) -> Int[Array, ' B']:
+  """Return the tokens [B] that rows would draw from logits, and change no state.
+
+  Args:
+    rows: Parameters of the rows.
+    state: State of the rows.
+    logits: [B, V] float32.
+    positions: [B] int32. Position of the drawn token in its row; BOS is at 0.
+  """
+  top = jnp.max(logits, axis=-1, keepdims=True)
+  return _drawn(rows, state, logits, top, positions, None)[0]
 
 
 def _add_tokens(history: jax.Array, tokens: jax.Array, made: jax.Array) -> jax.Array:

@@ -23,6 +23,32 @@ class PrefixStats:
 
 
 @dataclasses.dataclass(frozen=True)
+class DraftStats:
+  """Counters of drafts, all 0 without them.
+
+  Attributes:
+    row_steps: Sum over the decode steps of the rows that took part.
+    generated: Tokens that these steps added to rows.
+    drafted: Tokens of drafts that these steps checked.
+    accepted: Number of these that were accepted.
+  """
+
+  row_steps: int = 0
+  generated: int = 0
+  drafted: int = 0
+  accepted: int = 0
+
+  def plus(self, other: 'DraftStats') -> 'DraftStats':
+    """Return the sum of these counters and others."""
+    return DraftStats(*map(sum, zip(dataclasses.astuple(self), dataclasses.astuple(other))))
+
+  @property
+  def tokens_per_step(self) -> float:
+    """Tokens that a row got in a step, on average; 0 before any step."""
+    return self.generated / self.row_steps if self.row_steps else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
 class SchedulerStats:
   """Counters of a scheduler's work.
 
@@ -34,6 +60,7 @@ class SchedulerStats:
       and is not counted.
     preempted: Rows that were moved out of their slot for other rows, to be computed again.
     prefixes: Counters of the prefix cache.
+    drafts: Counters of drafts.
   """
 
   prefilled: int = 0
@@ -42,3 +69,4 @@ class SchedulerStats:
   generated: int = 0
   preempted: int = 0
   prefixes: PrefixStats = PrefixStats()
+  drafts: DraftStats = DraftStats()

@@ -1,4 +1,4 @@
-"""The passes of the model: prefill, prefill_chunk, decode_step, logits, log_probs.
+"""The passes of the model: prefill, prefill_chunk, decode_step, verify, logits, log_probs.
 
 Each is a function of weights and tokens, ready for jit. It runs `forward.forward` on every shard of
 the mesh (jax.shard_map): embed the tokens, run the layers (block.Layer), then call `finish`, which
@@ -145,6 +145,46 @@ class Model(ShardedModel):
     return self.on_shards(sharding, finish, weights, spec, inputs=(), outputs=(head_spec, spec))(
       weights, cache, tokens
     )
+
+  def verify(
+    self, weights: Weights, cache: AnyCache, tokens: Int[Array, 'B T'], counts: Int[Array, ' B']
+  ) -> tuple[Float[Array, 'B T V'], AnyCache]:
+    """Run each row's next token and its draft, in the decode layout; return logits at all of them.
+
+    A caller rejects tokens by lowering `lengths` of the cache: positions beyond are never read.
+
+    Args:
+      weights: Weights on this model's mesh.
+      cache: KVCache or PagedCache with room for the new tokens in each row.
+      tokens: [B, T] int32, right-padded. The next token of each row, then its draft. T is at most
+        the size of a page, rounded up for the mesh if the layout splits positions.
+      counts: [B] int32. Number of valid tokens in each row. A row with 0 keeps its cache.
+
+    Returns:
+      Logits [B, T, V] float32 after each token, NaN from the first token on at which the row's
+      residual stream is not finite; and the cache with the valid tokens in it.
+    """
+    rows, length = tokens.shape
+    sharding = self.chunk_sharding(rows, length)
+
+    def finish(
+      weights: Weights, cache: AnyCache, x: jax.Array, kv: KeysValues, counts: jax.Array
+    ) -> tuple[jax.Array, AnyCache]:
+      positions = sharding.residual[1]
+      x = mark_broken_before(x, positions)
+      logits = unembed(self, sharding, weights, x, positions, rows)
+      return logits, append_tokens(cache, *kv, counts)
+
+    spec = self.cache_spec(sharding, weights, cache)
+    logits, cache = self.on_shards(
+      sharding,
+      finish,
+      weights,
+      spec,
+      inputs=(P(sharding.attention_rows),),
+      outputs=(P(self.sampling_axes(rows)), spec),
+    )(weights, cache, self.pad_tokens(tokens, self.decode_layout), counts)
+    return logits[:, :length], cache
 
   def prefill_chunk(
     self,

@@ -49,10 +49,10 @@ class PassCase:
     machine: The chips.
     mesh: (X, Y, Z) over all chips of the machine.
     layout: Layout of the phase.
-    phase: 'prefill' or 'decode'.
+    phase: 'prefill', 'decode', or 'verify': a decode step that checks drafts.
     batch: B, the rows of the pass. For a decode step the layout must be able to split them
       (sharding/activations.py).
-    length: T, positions of each row in the pass; 1 in decode.
+    length: T, positions of each row in the pass; 1 in decode; of 'verify', a draft's and one more.
     context: S, positions of each row that attention sees at the end of the pass, including those of
       the pass.
     weights: 'int8' or 'bfloat16'.
@@ -75,7 +75,7 @@ class PassCase:
   cache: str = 'bfloat16'
 
   def __post_init__(self) -> None:
-    known = {'phase': PASSES, 'weights': WEIGHT_BYTES, 'cache': CACHE_ELEMENT_BYTES}
+    known = {'phase': (*PASSES, 'verify'), 'weights': WEIGHT_BYTES, 'cache': CACHE_ELEMENT_BYTES}
     check_choices(self, known)
     check_counts(self, ('batch', 'length', 'context'))
     if self.phase == 'decode' and self.length != 1:
@@ -108,7 +108,12 @@ class PassCase:
   def sharding(self) -> ActivationSharding:
     """The activation sharding: the layout, resolved for this pass."""
     return activations.shard_activations(
-      self.layout, self.config, axis_sizes(self.mesh), self.batch, self.padded
+      self.layout,
+      self.config,
+      axis_sizes(self.mesh),
+      self.batch,
+      self.padded,
+      cached=self.phase == 'verify',
     )
 
   @functools.cached_property
@@ -138,7 +143,9 @@ class PassCase:
     return (
       traffic.layer_moves(*arguments, ACTIVATION_BYTES, WEIGHT_BYTES[self.weights]),
       traffic.embedding_moves(*arguments, ACTIVATION_BYTES)
-      + traffic.logits_moves(*arguments, self.layout, ACTIVATION_BYTES),
+      + traffic.logits_moves(
+        *arguments, self.layout, ACTIVATION_BYTES, last=self.phase != 'verify'
+      ),
     )
 
   def size(self, axes: Iterable[str]) -> int:

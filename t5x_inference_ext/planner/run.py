@@ -10,7 +10,7 @@ from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.options import takes_options
 from t5x_inference_ext.planner import check as checks
-from t5x_inference_ext.planner import choose, figures, gin_text, json_text, report
+from t5x_inference_ext.planner import choose, drafts, figures, gin_text, json_text, report
 from t5x_inference_ext.planner import sweep as sweeps
 from t5x_inference_ext.planner.machine import Machine, known_machines
 from t5x_inference_ext.planner.request import PlanRequest
@@ -44,6 +44,7 @@ def plan(
   output_dir: str = '.',
   gin_output: str | None = None,
   json_file: str | None = None,
+  speculate: int | None = None,
   write: Callable[[str], None] = print,
   **service: Any,
 ) -> None:
@@ -72,6 +73,7 @@ def plan(
     output_dir: Directory of the figures and of the sweep's CSV.
     gin_output: File for the plan as gin bindings.
     json_file: File for every number, as JSON.
+    speculate: Most tokens of a draft: print where drafts pay. None: drafts are left out.
     write: Takes the report's text. Progress goes to stderr.
     **service: Options of ServiceOptions: a service to simulate instead of a plan.
 
@@ -111,6 +113,7 @@ def plan(
     'check': check,
     'latency_target_ms': latency_target_ms,
     'phase': phase != 'both',
+    'speculate': speculate,
   }
   if options.asked:
     _refuse({**many, 'sweep': sweep}, 'a simulated service is none')
@@ -120,6 +123,8 @@ def plan(
     _refuse({**many, 'json': json_file, 'figures': figure}, 'sweep has many')
     _sweep(request, machines, batches, output_dir, write)
     return
+  if speculate is not None and phase == 'prefill':
+    raise RequestError('speculate is for decode steps, and phase=prefill has none')
   one = len(machines) == len(batches) == 1
   choice = choose.choose(
     request,
@@ -129,7 +134,7 @@ def plan(
     target=None if latency_target_ms is None else latency_target_ms / 1e3,
     say=(lambda text: None) if one else _say,
   )
-  _write_choice(choice, check, gin_output, json_file, write)
+  _write_choice(choice, check, gin_output, json_file, speculate, write)
   if figure:
     _draw(choice, output_dir, write)
 
@@ -178,14 +183,18 @@ def _write_choice(
   check: bool,
   gin_output: str | None,
   json_file: str | None,
+  speculate: int | None,
   write: Callable[[str], None],
 ) -> None:
   """Print the report, compile the plan if asked to, and write its files."""
+  told = drafts.drafts_text(choice.plan, speculate) if speculate is not None else None
   if gin_output:  # before compiling, to fail early if a file can't be written
     gin = gin_text.gin_text(choice.plan)
   if check:
     checks.refuse_unchecked(choice.plan)
   write(report.plan_text(choice))
+  if told is not None:
+    write(told)
   checked: tuple[checks.Checked, ...] = ()
   if check:
     checked = checks.check_plan(choice.plan, lambda text: _say(f'{text} ...'))
@@ -194,7 +203,7 @@ def _write_choice(
     write_text(gin_output, gin)
     write(f'gin: {gin_output}')
   if json_file:
-    write_text(json_file, json_text.plan_json(choice, checked))
+    write_text(json_file, json_text.plan_json(choice, checked, speculate))
     write(f'every number as JSON: {json_file}')
 
 

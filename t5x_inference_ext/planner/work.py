@@ -50,12 +50,13 @@ def work(case: PassCase) -> PassWork:
   rows = case.batch / case.size(p.attention_rows)
   positions = case.padded / case.size(p.attention_positions)
   # Two products, 2 FLOPs each per element. Positions that the mask hides are computed, too.
+  unembedded = tokens if case.phase == 'verify' else case.batch  # else only last positions
   attention = 4 * rows * positions * p.heads.heads * c.d_head * case.seen * c.num_layers
   return PassWork(
     matmul_flops=2 * tokens * matrices * c.num_layers / chips,
     matmul_rows=tokens / gathered,
-    logits_flops=2 * case.batch * table / chips,  # only for each row's last position
-    logits_rows=case.batch,
+    logits_flops=2 * unembedded * table / chips,
+    logits_rows=unembedded,
     attention_flops=attention,
     weight_bytes=read,
     cache_bytes=cache_bytes(case, case.seen),

@@ -18,6 +18,7 @@ from t5x_inference_ext.sharding.layout import Layout
 
 GREEDY = SamplingParams()
 CHUNK = SchedulerConfig.prefill_chunk
+CHECKED = 9  # tokens of a row in 'verify': its last one and a draft of 8
 _GROUP = 'Program'
 
 
@@ -47,15 +48,18 @@ class CompileCase:
     group=_GROUP,
   )
   batch: int = option(
-    help='Number of rows (for extend: prompts; for slots and admit: slots).', least=1, group=_GROUP
+    help='Number of rows (for extend: prompts; for slots, verify and admit: slots).',
+    least=1,
+    group=_GROUP,
   )
   context: int = option(help='Positions of the KV cache for each row.', least=1, group=_GROUP)
   layout: Layout = Layout()
   prompt: int | None = option(
     None,
     help='Tokens of each row in one prefill. By default the whole context; for generate (BOS not '
-    f'counted) the context without new tokens; for extend a chunk of {CHUNK}. For admit the '
-    'positions that a prompt has room for.',
+    f'counted) the context without new tokens; for extend a chunk of {CHUNK}; for verify '
+    f'{CHECKED}, the last token and a draft of {CHECKED - 1}. For admit the positions that a '
+    'prompt has room for.',
     least=1,
     group=_GROUP,
   )
@@ -111,6 +115,8 @@ class CompileCase:
       return self.generation.prompt + 1
     if self.phase == 'extend':
       return self.prompt or min(CHUNK, self.context)
+    if self.phase == 'verify':
+      return self.prompt or CHECKED
     return 1 if self.kind.one_token else self.prompt or self.context
 
   @property

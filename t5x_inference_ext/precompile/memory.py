@@ -50,7 +50,7 @@ def memory_of(
   results = found.output_size_in_bytes - found.alias_size_in_bytes
   total = found.argument_size_in_bytes + results + found.generated_code_size_in_bytes
   weights = shard_bytes(arguments[0])
-  if phase == 'decode':
+  if phase in ('decode', 'verify'):
     cache = shard_bytes(arguments[1])
   elif phase == 'prefill':
     cache = results

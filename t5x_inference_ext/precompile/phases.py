@@ -71,6 +71,14 @@ COMPILE_PHASES = {
     slot_refill=True,
     cache_decides=True,
   ),
+  'verify': CompilePhase(
+    help='the last token of each row and a draft of the next ones, with logits after all of them',
+    beside='slot refill, prompts in {prefill}',
+    layouts=_DECODE_LAYOUTS,
+    unit='step',
+    slot_refill=True,
+    cache_decides=True,
+  ),
   'admit': CompilePhase(
     help='the insertion of a prompt into a slot',
     beside='a prompt from {prefill} into its slot',

@@ -108,7 +108,7 @@ def phase_function(case: CompileCase, mesh: Mesh) -> tuple[jax.stages.Wrapped, t
   decode: (weights, cache, tokens [B]) -> (next tokens [B], cache), updating the cache in place.
   prefill: (weights, tokens [B, T], lengths [B]) -> (next tokens [B], cache).
   generate: (weights, tokens [B, T], lengths [B], seeds [B]) -> engine.static_batch.Generation.
-  extend, slots, admit: see slot_programs.slot_program.
+  extend, slots, verify, admit: see slot_programs.slot_program.
   """
   model = case.model(mesh)
   weights = abstract_weights(model, case.weights, case.stacked)

@@ -1,7 +1,7 @@
 """The programs of slot refill (engine.slots), and the shapes of their arguments.
 
-There are three programs: a prefill chunk of prompts, decode steps of slots, and the insertion of a
-prompt into a slot.
+There are four programs: a prefill chunk of prompts, decode steps of slots, the pass of a step that
+checks drafts, and the insertion of a prompt into a slot.
 """
 
 from collections.abc import Callable
@@ -23,6 +23,7 @@ from t5x_inference_ext.engine.slot_table import SlotTable
 from t5x_inference_ext.engine.state import RowParams
 from t5x_inference_ext.engine.state_rows import state_shardings
 from t5x_inference_ext.model.chunks import abstract_cache, page_shards
+from t5x_inference_ext.model.pages import PagedCache
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.model.weights import Weights
 
@@ -41,16 +42,18 @@ def slot_program(
   extend: (weights, prompts, tokens [B, T], counts [B]) -> prompts.
   slots: (weights, slots, pages, alive, steps, until_free) -> (slots, engine.slots.StepsOutput),
     with at most one step.
+  verify: (weights, cache, tokens [B, T], counts [B]) -> (next tokens [B, T], cache), with the
+    pages of slots.
   admit: (weights, slots, prompts, place, slot, pages, row_params, prompt [1, T], length,
     generated) -> (slots, engine.slots.StepsOutput).
 
   Args:
-    phase: str. 'extend', 'slots' or 'admit'.
+    phase: str. 'extend', 'slots', 'verify' or 'admit'.
     model: Model. Decides mesh and layouts.
     weights: Weights. Shapes with shardings.
     batch: int. B: number of prompts for 'extend', else of slots.
     context: int. Positions of each row's cache; for slots, rounded up to whole pages.
-    length: int. T, the tokens of a chunk, or of the inserted prompt.
+    length: int. T, the tokens of a chunk, of a row's draft and one more, or of the inserted prompt.
     sampling: SamplingParams. How tokens are chosen. Features that it does not use are left out of
       the program; a scheduler's programs contain all features, and skip unused ones at run time.
   """
@@ -65,12 +68,16 @@ def slot_program(
     end_id_array(1, 1),
     jnp.zeros(1, jnp.int32),
   )
+  rest: tuple[Any, ...]
   config = slot_config(model, batch, context)
   row = _replicated(model.mesh, params)
   slots = _abstract_slots(model, weights, row, config)
+  if phase == 'verify':
+    rest = _replicated(model.mesh, (_ints(batch, length), _ints(batch)))
+    return _verify_program(model), (weights, slots.cache, *rest)
   table = SlotTable(config, page_shards(model, batch))
   if phase == 'slots':
-    rest: tuple[Any, ...] = table.pages(), table.alive, np.int32(0), np.bool_(False)
+    rest = table.pages(), table.alive, np.int32(0), np.bool_(False)
     read = dict(read=table.pool.pages, read_shared=0)
     run = _jitted(slot_steps.decode_steps, model, most=config.decode_steps, **read)
     return run, (weights, slots, *_replicated(model.mesh, rest))
@@ -85,6 +92,20 @@ def slot_program(
     state,
     *_replicated(model.mesh, rest),
   )
+
+
+def _verify_program(model: Model) -> jax.stages.Wrapped:
+  """Jit the pass over drafts, and the most likely token after each of their tokens."""
+
+  def verify(
+    weights: Weights, cache: PagedCache, tokens: jax.Array, counts: jax.Array
+  ) -> tuple[jax.Array, PagedCache]:
+    logits, cache = model.verify(weights, cache, tokens, counts)
+    chosen = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    whole = NamedSharding(model.mesh, P())
+    return jax.lax.with_sharding_constraint(chosen, whole), cache
+
+  return jax.jit(verify, donate_argnames='cache')
 
 
 def slot_config(model: Model, slots: int, context: int) -> SchedulerConfig:

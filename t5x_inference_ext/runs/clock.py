@@ -3,8 +3,11 @@
 import dataclasses
 import time
 from types import TracebackType
+from typing import Any
 
 import jax
+
+from t5x_inference_ext.engine.stats import DraftStats
 
 COMPILE_EVENTS = '/jax/core/compile/'
 
@@ -18,21 +21,27 @@ class Clock:
     tokens: Useful tokens: generated (EOS included) or scored; padding is not counted.
     seconds: Seconds in the engine, without compilation.
     compile_seconds: Seconds of tracing and compilation.
+    drafts: Counters of drafts.
   """
 
   rows: int = 0
   tokens: int = 0
   seconds: float = 0.0
   compile_seconds: float = 0.0
+  drafts: DraftStats = DraftStats()
 
   @property
   def tokens_per_second(self) -> float:
     """Useful tokens per second, not counting compilation; 0 before anything ran."""
     return self.tokens / self.seconds if self.seconds else 0.0
 
-  def to_dict(self) -> dict[str, float]:
-    """Return the counters, JSON-ready."""
-    return {**dataclasses.asdict(self), 'tokens_per_second': self.tokens_per_second}
+  def to_dict(self) -> dict[str, Any]:
+    """Return the counters, JSON-ready; those of drafts only if there were any steps with them."""
+    found = {**dataclasses.asdict(self), 'tokens_per_second': self.tokens_per_second}
+    drafts = found.pop('drafts')
+    if self.drafts.row_steps:
+      found['drafts'] = {**drafts, 'tokens_per_step': self.drafts.tokens_per_step}
+    return found
 
   def add(self, rows: int, tokens: int) -> None:
     """Count rows and useful tokens."""

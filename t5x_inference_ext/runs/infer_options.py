@@ -8,6 +8,7 @@ from t5x_inference_ext.checkpoints.conventions import CONVENTION_NAMES, Conventi
 from t5x_inference_ext.config import ModelConfig
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.sampling_arrays import stack_params
+from t5x_inference_ext.engine.speculation import parse_speculation
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.shardings import CACHE_DTYPES, COMPUTE_DTYPES
 from t5x_inference_ext.options import check_options, option
@@ -166,6 +167,14 @@ class InferOptions(Conventions):
     group=_BATCHING,
     least=1,
   )
+  speculate: str | None = option(
+    None,
+    help='Drafts of the next tokens, so that a step may give several: ngram:8 drafts up to 8 that '
+    "followed a row's last tokens where they stood before; draft:DIR:4 up to 4 that the model of "
+    'the checkpoint DIR draws, which has the same vocabulary. The tokens stay those without '
+    'drafts. Needs continuous batching.',
+    group=_BATCHING,
+  )
   config: ModelConfig | None = None
   max_length: int | None = None
   sampling: SamplingParams = SamplingParams()
@@ -176,6 +185,8 @@ class InferOptions(Conventions):
     check_stop_texts(self.stop)
     object.__setattr__(self, 'stop', tuple(self.stop))
     self._check_generation_options()
+    if self.speculate is not None:
+      parse_speculation(self.speculate)
     if self.executable is not None and self.mode == 'score':
       raise RequestError(f"the executable {self.executable} can't run mode=score: it generates")
     # An empty prompt needs max_new_tokens positions: BOS takes one, the last new token takes none.
@@ -196,6 +207,7 @@ class InferOptions(Conventions):
     given: dict[str, Any] = {
       'num_decodes': self.num_decodes > 1,
       'top_log_probs': self.top_log_probs,
+      'speculate': self.speculate,
     }
     if self.mode == 'score':
       given |= {'stop': self.stop or self.sampling.stop, 'logit_bias': self.sampling.logit_bias}

@@ -11,7 +11,9 @@ from t5x_inference_ext import distributed
 from t5x_inference_ext.checkpoints import Checkpoint, open_checkpoint
 from t5x_inference_ext.checkpoints.load import scans_layers
 from t5x_inference_ext.engine import saved_generation
+from t5x_inference_ext.engine.draft_model import open_draft_model
 from t5x_inference_ext.engine.engine import Engine
+from t5x_inference_ext.engine.speculation import parse_speculation
 from t5x_inference_ext.runs.clock import Clock
 from t5x_inference_ext.runs.infer_options import InferOptions
 from t5x_inference_ext.runs.progress import print_on_main, progress
@@ -30,6 +32,7 @@ def open_model(
   Raises:
     CheckpointError: There is no checkpoint, or it holds another model.
     MeshError: The mesh does not fit the devices or the model.
+    RequestError: The draft model has another vocabulary.
   """
   # Check the mesh before the checkpoint is read: it may need more devices than there are.
   mesh = None if options.mesh is None else make_mesh(parse_mesh(options.mesh))
@@ -44,6 +47,8 @@ def open_model(
     mesh, source = make_mesh(choose_mesh(checkpoint.config, devices)), 'all that divide the model'
   distributed.check_mesh(mesh)
   check_model(checkpoint.config, mesh.shape)
+  if options.speculate is not None and (draft := parse_speculation(options.speculate).path):
+    open_draft_model(draft, checkpoint.config, mesh)
   processes = f' in {jax.process_count()} processes' if jax.process_count() > 1 else ''
   say(
     f'mesh: {mesh_text(mesh)} ({source}), {mesh.size} of {len(devices)} {devices[0].platform} '
@@ -188,6 +193,7 @@ def description(options: InferOptions, engine: Engine) -> dict[str, Any]:
     'max_new_tokens': options.max_new_tokens,
     'max_length': options.max_length,
     'num_decodes': options.num_decodes,
+    **({} if options.speculate is None else {'speculate': options.speculate}),
     'batching': 'continuous' if options.continuous else 'static',
     'jax': jax.__version__,
     'devices': jax.devices()[0].device_kind,
@@ -198,8 +204,14 @@ def description(options: InferOptions, engine: Engine) -> dict[str, Any]:
 def run_summary(clock: Clock, mode: str) -> str:
   """Return a line with a run's rows, useful tokens and speed, not counting compilation."""
   verb = 'scored' if mode == 'score' else 'generated'
+  drafts, note = clock.drafts, ''
+  if drafts.row_steps:
+    note = (
+      f'; {drafts.tokens_per_step:.2f} tokens a step, {drafts.accepted} of {drafts.drafted} draft '
+      'tokens accepted'
+    )
   return (
     f'{clock.rows} rows, {clock.tokens} tokens {verb} in {clock.seconds:.2f} s: '
     f'{clock.tokens_per_second:.0f} tokens/s; compilation took {clock.compile_seconds:.2f} s '
-    'extra'
+    f'extra{note}'
   )

@@ -64,6 +64,7 @@ class RefillWork:
     self._requests, self._clock = iter(requests), clock
     self._rows: dict[int, int] = {}  # the scheduler's index of a request -> row
     self._samples = SampleCollector()
+    self._drafts = clock.drafts  # of earlier work
     self.finished = False
 
   def step(self) -> list[tuple[int, list[Sample]]]:
@@ -71,6 +72,7 @@ class RefillWork:
     self._submit()
     with self._clock:
       events = self._scheduler.step()
+    self._clock.drafts = self._drafts.plus(self._scheduler.stats.drafts)
     done = []
     for event in events:
       self._clock.add(0, len(event.tokens))
@@ -125,6 +127,7 @@ def refill_work(
     prefill_chunk=options.prefill_chunk,
     prefill_budget=options.prefill_budget,
     decode_steps=scheduler_config.BATCH_DECODE_STEPS,
+    speculate=options.speculate,
     **sizes,
   )
   note = loading.rounded_note(options, config.slots, engine)

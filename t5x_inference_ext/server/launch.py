@@ -120,6 +120,7 @@ def make_served(
     max_length=server.max_length,
     prefill_chunk=model.prefill_chunk,
     prefill_budget=model.prefill_budget,
+    speculate=model.speculate,
     top_log_probs=min(MAX_TOP, engine.model.config.vocab_size),
   )
   inbox = TurnInbox()

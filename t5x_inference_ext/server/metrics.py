@@ -137,6 +137,12 @@ class _Engine:
       'vllm:prefix_cache_hits': ('Prompt tokens found.', stats.prefixes.hit_tokens),
       'vllm:num_preemptions': ('Samples that left their slot for others.', stats.preempted),
     }
+    if stats.drafts.row_steps:
+      drafted, accepted = stats.drafts.drafted, stats.drafts.accepted
+      counters |= {
+        'vllm:spec_decode_num_draft_tokens': ('Tokens of drafts that were checked.', drafted),
+        'vllm:spec_decode_num_accepted_tokens': ('Tokens of drafts that were right.', accepted),
+      }
     for name, (text, value) in gauges.items():
       gauge = core.GaugeMetricFamily(name, text, labels=('model_name',))
       gauge.add_metric((self._model,), value)

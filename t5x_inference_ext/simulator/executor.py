@@ -9,6 +9,7 @@ from t5x_inference_ext.engine.scheduler_config import SchedulerConfig
 from t5x_inference_ext.engine.slots import RowPages, SlotPages, StepsOutput
 from t5x_inference_ext.engine.state import ChosenTokens, RowParams
 from t5x_inference_ext.engine.token_choice import TokenMasks
+from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.chunks import page_shards
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.simulator.clock import VirtualClock
@@ -35,6 +36,9 @@ class ClockExecutor:
     prices: What programs take.
     clock: Time of host and devices.
     block_bytes: Bytes of a block of the prefix store on each device.
+
+  Raises:
+    RequestError: The config has drafts.
   """
 
   def __init__(
@@ -45,6 +49,8 @@ class ClockExecutor:
     clock: VirtualClock,
     block_bytes: int,
   ) -> None:
+    if config.speculate is not None:
+      raise RequestError('a simulation knows no drafts: run it without speculate')
     self._config, self._prices, self._clock = config, prices, clock
     self.shards = page_shards(model, config.slots)
     self.block_bytes = block_bytes
@@ -91,9 +97,10 @@ class ClockExecutor:
     until_free: bool,
     read: int,
     read_shared: int,
+    prices: np.ndarray | None = None,
   ) -> Any:
     """Take the time of decode steps; each row gets a token a step until its limit."""
-    del pages
+    del pages, prices
     return self._steps(alive, steps, until_free, read, read_shared)
 
   def _steps(

@@ -20,6 +20,7 @@ from t5x_inference_ext.engine.request import Request
 from t5x_inference_ext.engine.sampling import SamplingParams
 from t5x_inference_ext.engine.scheduler import Scheduler
 from t5x_inference_ext.engine.serve import serve
+from t5x_inference_ext.engine.speculation import parse_speculation
 from t5x_inference_ext.errors import RequestError
 from t5x_inference_ext.model.transformer import Model
 from t5x_inference_ext.options import is_whole
@@ -40,9 +41,10 @@ class Refill:
       T5X.
     chunk: Maximum number of positions of a prompt in one prefill pass.
     budget: Maximum number of prompt tokens prefilled between two decode steps.
+    speculate: Drafts that steps check, such as 'ngram:8'; None: none.
 
   Raises:
-    RequestError: A number is not whole, or less than 1.
+    RequestError: A number is not whole, or less than 1, or `speculate` names no drafts.
   """
 
   slots: int = 32
@@ -50,6 +52,7 @@ class Refill:
   max_new_tokens: int | None = None
   chunk: int = 256
   budget: int = 2048
+  speculate: str | None = None
 
   def __post_init__(self) -> None:
     for name in ('slots', 'max_new_tokens', 'chunk', 'budget'):
@@ -58,6 +61,8 @@ class Refill:
         continue
       if not is_whole(value) or value < 1:
         raise RequestError(f'Refill.{name} must be a whole number, 1 or more, got {value!r}')
+    if self.speculate is not None:
+      parse_speculation(self.speculate)
 
   def with_defaults(self, options: DecodeOptions) -> 'Refill':
     """Return these options, with the options of a decode_fn in place of None."""
@@ -167,6 +172,7 @@ class Predictor:
       prefill_chunk=refill.chunk,
       prefill_budget=refill.budget,
       decode_steps=scheduler_config.BATCH_DECODE_STEPS,
+      speculate=refill.speculate,
     )
     known = self._params is params and self._scheduler is not None
     if self._scheduler is None or not known or not self._scheduler.config.covers(config):

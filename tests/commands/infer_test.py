@@ -357,6 +357,33 @@ def test_batching_changes_no_row(complete):
   assert [r['score'] for r in rows] == pytest.approx([r['score'] for r in static], rel=1e-5)
 
 
+def test_drafts_change_no_row(complete, palm_tiny, tmp_path):
+  """Of n-grams, and of the model itself, which is right but for ends; the record counts them."""
+  rows = [{'prompt': 'x = [1, 1, 1, 1, 1, '}, {'prompt': 'import os\nimport sys\nimport '}]
+  flags = ('--max_new_tokens=24', '--mesh=1x1x1', '--top_log_probs=2')
+  plain, out = complete(rows, *flags, name='plain.jsonl')
+  assert 'tokens a step' not in out
+  for speculate in ('ngram:4', f'draft:{palm_tiny}:3'):
+    found, out = complete(rows, *flags, f'--speculate={speculate}', '--overwrite')
+    assert [row['tokens'] for row in found] == [row['tokens'] for row in plain]
+    assert [row['score'] for row in found] == pytest.approx([row['score'] for row in plain])
+    record = json.loads((tmp_path / 'out.jsonl.config.json').read_text())
+    drafts = record['time']['drafts']
+    assert record['speculate'] == speculate
+    assert f'{drafts["accepted"]} of {drafts["drafted"]} draft tokens accepted' in out
+    assert drafts['generated'] == 2 * 23 and drafts['accepted'] > 0
+    assert drafts['tokens_per_step'] == drafts['generated'] / drafts['row_steps'] > 1
+
+
+def test_drafts_that_cannot_be(complaint, tmp_path):
+  prompt = '{"prompt": "a"}\n'
+  assert 'a draft has 1 to 16 tokens' in complaint(prompt, '--speculate=ngram:99')
+  assert 'no checkpoint' in complaint(prompt, f'--speculate=draft:{tmp_path}/none:4')
+  assert 'speculate needs batching=continuous' in complaint(
+    prompt, '--speculate=ngram:4', '--batching=static'
+  )
+
+
 def test_an_int8_cache(complete, tmp_path):
   """Both batchings give equal tokens; the run's record holds the dtype of the cache."""
   rows = [{'prompt': 'def f(x):\n'}, {'prompt': 'import '}]

@@ -48,6 +48,17 @@ def run(*argv: str) -> int:
   return command.run(['plan', *argv])
 
 
+def test_it_says_where_drafts_pay(capsys, tmp_path):
+  path = tmp_path / 'plan.json'
+  assert run(*TINY, '--speculate=4', f'--json={path}') == 0
+  assert 'draft  ' in capsys.readouterr().out
+  assert [step['draft'] for step in json.loads(path.read_text())['drafts']] == [1, 2, 4]
+  assert run(*TINY, '--speculate=4', '--phase=prefill') == 2
+  assert 'speculate is for decode steps' in capsys.readouterr().err
+  assert run(*TINY, '--speculate=4', '--rate=1') == 2
+  assert 'speculate is for one plan' in capsys.readouterr().err
+
+
 def test_the_report_ranks_breaks_down_and_says_why(capsys):
   assert run(*PALM) == 0
   out = capsys.readouterr().out

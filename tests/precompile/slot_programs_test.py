@@ -134,10 +134,34 @@ def test_a_saved_program_takes_and_gives_what_it_did(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, *results)
 
 
+def test_drafts_are_checked_as_decode_steps_would():
+  """Of 2 tokens after the last one; some rows have fewer, or are free slots."""
+  mesh = make_mesh((2, 2, 2))
+  check, (weights, cache, tokens, counts) = phase_function(_case('verify', prompt=3), mesh)
+  random = np.random.default_rng(0)
+  weights = jax.tree.map(
+    lambda x: jax.device_put(random.normal(size=x.shape).astype(x.dtype) * 0.05, x.sharding),
+    weights,
+  )
+  asked = random.integers(3, 380, (ROWS, 3), np.int32)
+  number = np.asarray([3, 2, 1, 0] * (ROWS // 4), np.int32)
+  found, cache = check(weights, _zeros(cache), _put(tokens, asked), _put(counts, number))
+  assert cache.lengths.tolist() == number.tolist()
+  decode, (_, dense, token) = phase_function(_case('decode', prompt=None), mesh)
+  dense, compared = _zeros(dense), 0
+  for i in range(3):
+    wanted, dense = decode(weights, dense, _put(token, asked[:, i]))
+    some = number > i
+    compared += int(some.sum())
+    np.testing.assert_array_equal(np.asarray(found)[some, i], np.asarray(wanted)[some])
+  assert compared == number.sum()
+
+
 def test_the_default_chunk_is_the_scheduler_s():
   assert CompileCase(SMALL, 'int8', 'extend', 8, 2048).length == CHUNK == 256
   assert CompileCase(SMALL, 'int8', 'extend', 8, 64).length == 64
   assert CompileCase(SMALL, 'int8', 'slots', 8, 64).length == 1
+  assert CompileCase(SMALL, 'int8', 'verify', 8, 64).length == 9
   with pytest.raises(RequestError, match='prompt=65 does not fit into context=64'):
     CompileCase(SMALL, 'int8', 'extend', 8, 64, prompt=65)
 
@@ -163,7 +187,8 @@ def _answer(phase, sampling=SamplingParams(), layout='ws_2d/batch', **fields):
 
 @pytest.mark.libtpu
 @pytest.mark.parametrize(
-  'phase, unit', [('extend', 'a chunk'), ('slots', 'a step'), ('admit', 'a prompt')]
+  'phase, unit',
+  [('extend', 'a chunk'), ('slots', 'a step'), ('verify', 'a step'), ('admit', 'a prompt')],
 )
 def test_the_report_tells_the_time_of_one(phase, unit):
   answer = _answer(phase)

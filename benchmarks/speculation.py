@@ -1,0 +1,185 @@
+"""Decoding with drafts beside decoding without: tokens/s, tokens a step, acceptance.
+
+    python -m benchmarks.speculation --model=SmolLM2-135M-Instruct.Q4_1.gguf \
+        --prompts repeat.jsonl free.jsonl
+    python -m benchmarks.speculation --model=examples/palm_tiny/checkpoint_1000 \
+        --prompts examples/prompts.jsonl --speculate draft:palm_draft/checkpoint_1500:4 \
+        --greedy_guesses --temperature 0 0.7 1
+
+Run from the root of a checkout, on one device. Each line of a file is {"chat": TEXT}, a message to
+the model, or {"prompt": TEXT}. An answer has at most --max_new_tokens tokens. Both sides take
+turns, --rounds times, after one that is not measured. Tokens and seconds are those of the
+scheduler's steps that prefill nothing. The last column has the number of rows with other tokens:
+after a choice between two tokens that are closer than rounding, a row may go on otherwise. With
+--greedy_guesses, a draft model also drafts its most likely tokens, in place of its draws with the
+rows' noise.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import pathlib
+import time
+
+import jax
+
+from t5x_inference_ext.engine import scheduler_config
+from t5x_inference_ext.engine.engine import Engine
+from t5x_inference_ext.engine.request import Request
+from t5x_inference_ext.engine.sampling import SamplingParams
+from t5x_inference_ext.engine.scheduler import Scheduler
+from t5x_inference_ext.engine.stats import DraftStats
+
+TITLES = (
+  'prompts',
+  'temperature',
+  'rows',
+  'drafts',
+  'tokens/s without',
+  'with',
+  'times',
+  'tokens a step',
+  'accepted',
+  'prices',
+  'rows that differ',
+)
+
+
+def read_requests(engine: Engine, path: pathlib.Path, limit: int, temperature: float):
+  """Return a request for each line of a file."""
+  text, vocabulary = engine.checkpoint.text, engine.checkpoint.vocabulary
+  name = lambda token: '' if token is None else vocabulary.piece(token, special=True).decode()
+  requests, sampling = [], SamplingParams(temperature)
+  for i, line in enumerate(path.read_text(encoding='utf-8').splitlines()):
+    fields = json.loads(line)
+    if 'chat' in fields:
+      names = {'bos_token': name(text.bos_id), 'eos_token': name(text.end_ids[0])}
+      rendered = text.chat.render([{'role': 'user', 'content': fields['chat']}], **names)
+      tokens = tuple(vocabulary.encode(rendered))
+    else:
+      tokens = (*engine.bos, *vocabulary.encode(fields['prompt']))
+    ends = engine.checkpoint.end_ids
+    requests.append(Request(tokens, (i,), limit, sampling, end_ids=tuple(ends)))
+  return requests
+
+
+class Side:
+  """One scheduler that serves the requests again and again.
+
+  Attributes:
+    seconds: Seconds of the steps that prefilled nothing, so far.
+    generated: Tokens of these steps.
+    tokens: The tokens of each request, of the last time.
+  """
+
+  def __init__(
+    self,
+    engine: Engine,
+    requests: list[Request],
+    slots: int,
+    steps: int,
+    speculate: str | None,
+    *,
+    greedy: bool = False,
+  ):
+    config = scheduler_config.config_for(
+      engine.model, requests, slots=slots, decode_steps=steps, speculate=speculate
+    )
+    self.scheduler = Scheduler(engine.model, engine.weights, config)
+    if greedy:  # before any program is compiled
+      runs = self.scheduler.executor
+      runs._drafter = dataclasses.replace(runs._drafter, shared_noise=False)
+    self._requests = requests
+    self.tokens: list[list[int]] = []
+    self.reset()
+
+  def reset(self) -> None:
+    """Forget the counts."""
+    self.seconds, self.generated = 0.0, 0
+    self._before = self.scheduler.stats.drafts
+
+  def run(self) -> None:
+    """Serve all requests once."""
+    first = self.scheduler.submit(self._requests[0]).index
+    for request in self._requests[1:]:
+      self.scheduler.submit(request)
+    self.tokens = [[] for _ in self._requests]
+    while not self.scheduler.idle:
+      prefilled, start = self.scheduler.stats.prefilled, time.perf_counter()
+      events = self.scheduler.step()
+      if self.scheduler.stats.prefilled == prefilled:
+        self.seconds += time.perf_counter() - start
+        self.generated += sum(len(event.tokens) for event in events)
+      for event in events:
+        self.tokens[event.request - first] += event.tokens
+
+  @property
+  def drafts(self) -> DraftStats:
+    """Counters of drafts since the reset."""
+    now, was = self.scheduler.stats.drafts, self._before
+    return DraftStats(
+      now.row_steps - was.row_steps,
+      now.generated - was.generated,
+      now.drafted - was.drafted,
+      now.accepted - was.accepted,
+    )
+
+
+def row(names: list[str], sides: list[Side], rounds: int) -> str:
+  """Run both sides in turns; return a row of the table, which begins with `names`."""
+  for side in sides:
+    side.run()
+    side.reset()
+  for _ in range(rounds):
+    for side in sides:
+      side.run()
+  without, drafted = (side.generated / side.seconds for side in sides)
+  drafts, prices = sides[1].drafts, sides[1].scheduler._decoder._prices.prices
+  different = sum(a != b for a, b in zip(sides[0].tokens, sides[1].tokens))
+  cells = [
+    *names,
+    f'{without:.1f}',
+    f'{drafted:.1f}',
+    f'{drafted / without:.2f}',
+    f'{drafts.tokens_per_step:.2f}',
+    f'{drafts.accepted} of {drafts.drafted}, {drafts.accepted / max(1, drafts.drafted):.0%}',
+    ', '.join(f'{price:.2f}' for price in prices),
+    different,
+  ]
+  return '| ' + ' | '.join(map(str, cells)) + ' |'
+
+
+def main():
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--model', required=True, help='A checkpoint with a vocabulary.')
+  parser.add_argument('--prompts', nargs='+', required=True, type=pathlib.Path, help='JSONL files.')
+  parser.add_argument('--rows', nargs='+', type=int, default=[1, 8], help='Rows decoded together.')
+  parser.add_argument('--speculate', nargs='+', default=['ngram:8'])
+  parser.add_argument('--max_new_tokens', type=int, default=96)
+  parser.add_argument('--decode_steps', type=int, default=16, help='1 as in a server.')
+  parser.add_argument('--rounds', type=int, default=2)
+  parser.add_argument('--temperature', nargs='+', type=float, default=[0.0])
+  parser.add_argument('--greedy_guesses', action='store_true')
+  parser.add_argument('--dtype', default='float32')
+  args = parser.parse_args()
+  engine = Engine.load(args.model, mesh='1x1x1', dtype=args.dtype)
+  print(f'{jax.devices()[0].device_kind}, jax {jax.__version__}, {args}')
+  print('| ' + ' | '.join(TITLES) + ' |\n' + '|---' * len(TITLES) + '|', flush=True)
+  guesses = (False, True) if args.greedy_guesses else (False,)
+  for path, temperature in itertools.product(args.prompts, args.temperature):
+    requests = read_requests(engine, path, args.max_new_tokens, temperature)
+    for slots in args.rows:
+      plain = Side(engine, requests, slots, args.decode_steps, None)
+      for speculate, greedy in itertools.product(args.speculate, guesses):
+        side = Side(engine, requests, slots, args.decode_steps, speculate, greedy=greedy)
+        note = ', greedy guesses' if greedy else ''
+        kind = speculate.split(':')
+        names = [path.name, f'{temperature:g}', str(slots), f'{kind[0]}:{kind[-1]}{note}']
+        print(row(names, [plain, side], args.rounds), flush=True)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,111 @@
+"""The choice of rows' tokens from the logits after drafts: as many as the draft had right, and one.
+
+A row's tokens are chosen one after the other, with everything that a plain decode step does, so
+penalties, ends and limits see the tokens before. The next one is chosen while the last one equals
+the draft's.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from t5x_inference_ext.engine.drafting import DraftState, note_tokens
+from t5x_inference_ext.engine.state import ChosenTokens, DecodeState, RowParams, advance
+
+
+class CheckedDrafts(NamedTuple):
+  """Drafts of B rows, and the model's logits after each of their tokens.
+
+  Attributes:
+    logits: [B, K + 1, V] float32. Logits after the last token and each token of the draft.
+    drafts: [B, K] int32. The drafts; -1 where a token is not known.
+    counts: [B] int32. Number of tokens of each row's draft.
+    width: Scalar int32. Number of tokens of drafts that the model has run.
+    lengths: [B] int32. Index of each row's last token.
+  """
+
+  logits: jax.Array
+  drafts: jax.Array
+  counts: jax.Array
+  width: jax.Array
+  lengths: jax.Array
+
+
+class DraftChoice(NamedTuple):
+  """State of the choice of one step's tokens.
+
+  Attributes:
+    step: Scalar int32. Number of tokens that rows may have got in this step so far.
+    going: [B] bool. Whether the row gets another token.
+    state: State of the rows.
+    drafting: Tokens of the rows.
+    out: Tokens of each row since the program began, [N, B].
+    accepted: [B] int32. Number of tokens of the draft that were right.
+    checked: [B] int32. Number of tokens of the draft that were compared.
+  """
+
+  step: jax.Array
+  going: jax.Array
+  state: DecodeState
+  drafting: DraftState
+  out: ChosenTokens
+  accepted: jax.Array
+  checked: jax.Array
+
+
+def choose_checked(
+  rows: RowParams,
+  before: DecodeState,
+  state: DecodeState,
+  drafting: DraftState,
+  out: ChosenTokens,
+  checked: CheckedDrafts,
+) -> DraftChoice:
+  """Choose each row's tokens, as long as they equal its draft.
+
+  Args:
+    rows: Parameters of the rows.
+    before: State before the first step of the program.
+    state: State before this step.
+    drafting: Tokens of the rows.
+    out: Tokens of each row since the program began; the new ones are added.
+    checked: Drafts and logits.
+  """
+  logits, drafts, counts, width, lengths = checked
+  row = jnp.arange(len(counts))
+
+  def going(choice: DraftChoice) -> jax.Array:
+    return jnp.any(choice.going)
+
+  def choose(choice: DraftChoice) -> DraftChoice:
+    step, was, position = choice.step, choice.state, lengths + 1 + choice.step
+    now = lax.dynamic_index_in_dim(logits, step, 1, keepdims=False)
+    state = dataclasses.replace(was, ended=was.ended | ~choice.going)
+    state, chosen = advance(rows, state, now, position)
+    made = state.counts > was.counts
+    ended = jnp.where(choice.going, state.ended, was.ended)
+    tokens = jnp.where(choice.going, state.tokens, was.tokens)
+    place = jnp.where(made, was.counts - before.counts, len(choice.out.tokens))
+    index = jnp.minimum(step, drafts.shape[1] - 1)
+    drafted = lax.dynamic_index_in_dim(drafts, index, 1, keepdims=False)
+    # A step without drafts tells, too, whether the first token of one would have been right.
+    known = made & (drafted >= 0) & (step < jnp.minimum(counts, jnp.maximum(width, 1)))
+    right = known & (chosen.tokens == drafted)
+    return DraftChoice(
+      step + 1,
+      right & (step < width) & ~ended,
+      dataclasses.replace(state, ended=ended, tokens=tokens),
+      note_tokens(choice.drafting, position, chosen.tokens, made),
+      jax.tree.map(lambda x, new: x.at[place, row].set(new, mode='drop'), choice.out, chosen),
+      choice.accepted + right,
+      choice.checked + known,
+    )
+
+  nothing = jnp.zeros_like(counts)
+  first = DraftChoice(
+    jnp.zeros((), jnp.int32), ~state.ended, state, drafting, out, nothing, nothing
+  )
+  return lax.while_loop(going, choose, first)

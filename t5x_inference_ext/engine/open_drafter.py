@@ -1,0 +1,27 @@
+"""Opening of what makes drafts: nothing for n-grams, a checkpoint for a draft model."""
+
+from typing import Any
+
+from t5x_inference_ext.engine.draft_model import load_draft_model
+from t5x_inference_ext.engine.drafting import Drafter
+from t5x_inference_ext.engine.ngram_drafts import NgramDrafter
+from t5x_inference_ext.engine.speculation import Speculation
+from t5x_inference_ext.model.transformer import Model
+
+
+def open_drafter(speculation: Speculation | None, model: Model) -> tuple[Drafter | None, Any]:
+  """Return what makes drafts, and its weights on the mesh; None for what there is not.
+
+  Args:
+    speculation: Which drafts; None: none.
+    model: The model that the drafts are for.
+
+  Raises:
+    UserError: The draft model's checkpoint can't be read, or does not fit the model or the mesh.
+  """
+  if speculation is None:
+    return None, None
+  if speculation.kind == 'ngram':
+    return NgramDrafter(speculation.most), None
+  assert speculation.path is not None
+  return load_draft_model(speculation.path, speculation.most, model)

@@ -1,0 +1,42 @@
+"""The option `speculate`: which kind of drafts rows get, and of how many tokens."""
+
+import dataclasses
+
+from t5x_inference_ext.errors import RequestError
+
+MOST_DRAFT = 16  # tokens of a draft; a page must have room for one more
+
+
+@dataclasses.dataclass(frozen=True)
+class Speculation:
+  """A kind of drafts.
+
+  Attributes:
+    kind: 'ngram': what followed a row's last tokens where they stood before; 'draft': what a second
+      model draws.
+    most: Maximum number of tokens of a draft. Each step checks as many as are worthwhile.
+    path: Checkpoint of the second model; None for other kinds.
+  """
+
+  kind: str
+  most: int
+  path: str | None = None
+
+  def __str__(self) -> str:
+    return ':'.join(map(str, [self.kind, *([self.path] if self.path else []), self.most]))
+
+
+def parse_speculation(text: str) -> Speculation:
+  """Return what an option says, such as 'ngram:8' or 'draft:DIR:4'.
+
+  Raises:
+    RequestError: The text names no kind of drafts, or a number of tokens out of its range.
+  """
+  kind, _, rest = text.partition(':')
+  path, _, number = rest.rpartition(':')
+  wanted = {'ngram': not path, 'draft': bool(path)}
+  if not wanted.get(kind) or not number.isascii() or not number.isdigit():
+    raise RequestError(f'speculate must be ngram:N or draft:DIR:N, such as ngram:8, got {text!r}')
+  if not 1 <= int(number) <= MOST_DRAFT:
+    raise RequestError(f'a draft has 1 to {MOST_DRAFT} tokens, got speculate={text}')
+  return Speculation(kind, int(number), path or None)

@@ -1,0 +1,76 @@
+"""Prices of decode steps by the number of draft tokens that they check, measured while running."""
+
+from collections.abc import Sequence
+import itertools
+
+import jax
+import numpy as np
+
+from t5x_inference_ext import distributed
+
+# Before anything is measured, a step takes this share of a plain step's time more for each draft
+# token that it checks. It is low, so that steps of each kind are tried where drafts are good.
+FIRST_PRICE = 0.02
+# Weights of what was measured before, after each measurement, and of the first price of each kind,
+# in measurements. So a kind that is too dear is tried again after some 260 measurements: what made
+# it dear may be over.
+KEPT, FIRST_WEIGHT = 0.98, 0.005
+# A time beyond these shares of the expected one counts as these: other work disturbs some.
+LEAST, MOST = 0.5, 3.0
+# How often several processes exchange prices: once in so many programs.
+AGREE_EVERY = 32
+_COUNT = itertools.count()  # of the prices in this process, for unique names
+
+
+class StepPrices:
+  """Estimates the time of a step of each kind, from the times of programs that mix kinds.
+
+  Processes that share a mesh must agree on prices, and their clocks differ: those of process 0
+  count.
+
+  Args:
+    widths: Number of draft tokens that each kind of step checks, ascending; the first is 0.
+  """
+
+  def __init__(self, widths: Sequence[int]) -> None:
+    self._first = 1 + FIRST_PRICE * np.asarray(widths, np.float64)
+    self._seconds: np.ndarray | None = None
+    # Normal equations of the least squares of relative errors: one row and column for each kind.
+    self._matrix, self._right = np.zeros((len(widths), len(widths))), np.zeros(len(widths))
+    self._asked, self._agreed = 0, self.prices
+    self._messages: distributed.Messages | None = None
+    if jax.process_count() > 1:
+      self._messages = distributed.Messages(f'prices-{next(_COUNT)}')
+
+  @property
+  def prices(self) -> np.ndarray:
+    """The price of each kind, [W] float32: its time in plain steps."""
+    found = self._first if self._seconds is None else self._seconds
+    return (found / found[0]).astype(np.float32)
+
+  def next(self) -> np.ndarray:
+    """Return the prices for the next program, [W] float32. All processes must call it as often."""
+    if self._messages is None:
+      return self.prices
+    if self._asked % AGREE_EVERY == 0:
+      message = self._messages.next(self.prices.tobytes)
+      self._agreed = np.frombuffer(message, np.float32)
+    self._asked += 1
+    return self._agreed
+
+  def add(self, seconds: float, passes: np.ndarray) -> None:
+    """Learn from a program that took `seconds` for `passes` [W] steps of each kind."""
+    counts = passes.astype(np.float64)
+    if not counts.any() or seconds <= 0:
+      return
+    if self._seconds is None:
+      self._seconds = self._first * (seconds / (counts @ self._first))
+    expected = counts @ self._seconds
+    seconds = float(np.clip(seconds, LEAST * expected, MOST * expected))
+    self._matrix = KEPT * self._matrix + np.outer(counts, counts) / seconds**2
+    self._right = KEPT * self._right + counts / seconds
+    first = self._first * self._seconds[0]
+    weights = FIRST_WEIGHT / first**2
+    found = np.linalg.solve(self._matrix + np.diag(weights), self._right + weights * first)
+    # More tokens take no less time.
+    self._seconds = np.maximum.accumulate(np.maximum(found, LEAST * first))
