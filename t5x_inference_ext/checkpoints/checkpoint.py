@@ -1,4 +1,4 @@
-"""Opening of checkpoints in any supported format: the model, and tensors to read values from."""
+"""Open a checkpoint of any supported format: its model, and lazy tensors."""
 
 from collections.abc import Callable, Mapping
 import dataclasses
@@ -37,7 +37,7 @@ class Checkpoint:
   """An open checkpoint.
 
   Attributes:
-    path: Directory of the checkpoint, or a GGUF file.
+    path: Directory of the checkpoint, or path of a GGUF file.
     format: 't5x' (T5X's legacy format), 'orbax', 'serving', 'safetensors' or 'gguf'.
     step: Training step, or None if not recorded.
     config: The model.
@@ -74,7 +74,7 @@ class Checkpoint:
 
   @property
   def bos_id(self) -> int | None:
-    """The id that is put in front of a prompt; None: no id is."""
+    """The id in front of every prompt; None if there is none."""
     return self.text.bos_id
 
   @property
@@ -103,7 +103,7 @@ def open_checkpoint(
 ) -> Checkpoint:
   """Open a checkpoint, and check the names and shapes of its parameters.
 
-  Values are read later, from the tensors.
+  No weight is read here: the returned tensors read their values on demand.
 
   Args:
     path: A checkpoint directory of any name, or the msgpack file in it, or a GGUF file; local or
@@ -113,8 +113,8 @@ def open_checkpoint(
     stock: Function that returns the conventions of T5X's own model, as the user's gin configures
       it; called only for a T5X checkpoint. docs/serving_checkpoint.md has the order of all sources.
     **conventions: Fields of Conventions, for a T5X checkpoint that does not record them. If no
-      source states one, only a tree of ParallelFusedDecoderLayer can be opened, with PaLM's
-      conventions. Notes tell the source of each.
+      source states a required convention, only a tree of ParallelFusedDecoderLayer can be opened:
+      it gets PaLM's. `notes` names the source of each convention.
 
   Raises:
     CheckpointError: There is no checkpoint, it holds another model, or a convention is not stated.
@@ -244,7 +244,7 @@ def _from_serving(
 
 def _compare(config: ModelConfig, found: ModelConfig, weights: str, path: str) -> None:
   """Raise CheckpointError for the first difference between a model and the recorded model."""
-  kinds = ('block', 'mlp', 'norm')  # these fields decide which tensors exist
+  kinds = ('block', 'mlp', 'norm')  # these fields decide which tensors a model has
   fields = [*kinds, *(f.name for f in dataclasses.fields(config) if f.name not in kinds)]
   differing = next(name for name in fields if getattr(config, name) != getattr(found, name))
   if differing not in kinds:

@@ -18,7 +18,7 @@ _GROUP = 'What the weights of a T5X checkpoint do not show'
 # Name of the source: the gin files that are included before configs/t5x/infer.gin.
 STOCK = "T5X's own model, in the gin files in front"
 ASSUMED = "assumed, PaLM's"
-# Only the layer made for PaLM has defaults, those of PaLM.
+# Defaults of ParallelFusedDecoderLayer, which was made for PaLM. Other layers have no defaults.
 PALM: Mapping[str, Any] = {
   'norm_scale': 'zero',
   'norm_epsilon': 1e-6,
@@ -30,7 +30,7 @@ PALM: Mapping[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Conventions:
-  """Conventions as one source states them; None: the source does not state it.
+  """The conventions that one source states. None for those that it does not state.
 
   All except rescale_logits are fields of ModelConfig. The help texts explain them.
 
@@ -40,13 +40,13 @@ class Conventions:
 
   norm_scale: str | None = option(
     None,
-    help='How norm scales are stored: the value applied is 1 + scale (zero) or scale (one). By '
-    'default what the checkpoint, or the config.gin beside it, records.',
+    help='How norm scales are stored. zero: norms apply 1 + scale. one: norms apply the scale '
+    'itself. The default is the value recorded in the checkpoint, or in the config.gin beside it.',
     group=_GROUP,
     choices=NORM_SCALES,
   )
   norm_epsilon: float | None = option(
-    None, help="What norms add to the mean square; 1e-6 is flaxformer's default.", group=_GROUP
+    None, help="Norms add this to the mean square; 1e-6 is flaxformer's default.", group=_GROUP
   )
   mlp: str | None = option(
     None,
@@ -147,12 +147,12 @@ class ConventionSources:
     if self.config is None or name == 'rescale_logits':
       return None
     value = getattr(self.config, name)
-    # The weights show a relative bias; a model with one has no other positions.
+    # A relative bias is visible in the weights, and excludes other positions: so state 'none' here.
     value = 'none' if (name, value) == ('positions', 'relative') else value
     return Said(value, 'given with the model')
 
   def overruled(self, said: Mapping[str, Said]) -> list[str]:
-    """Return a note for each recorded convention that a source with precedence overrules."""
+    """Return a note for each recorded value that a source of higher precedence overrides."""
     return [
       f'  {name} is {value} by {source}, which {said[name].source} overrules'
       for source, conventions in self.recorded
@@ -165,7 +165,7 @@ def check_said(given: Conventions, found: ModelConfig, where: str) -> None:
   """Compare the user's options with the complete model that a checkpoint records.
 
   Raises:
-    CheckpointError: An option differs, or can't be changed once the model is recorded.
+    CheckpointError: An option differs from the recorded model, or has no effect on one.
   """
   for name, value in given.said().items():
     if name == 'rescale_logits':
@@ -212,7 +212,7 @@ def resolve(
     where: The checkpoint, for messages.
 
   Raises:
-    CheckpointError: A convention is not stated; the message lists all such with their choices.
+    CheckpointError: Conventions are not stated. The message lists them, with their choices.
   """
   said = {name: found for name in needed if (found := sources.find(name)) is not None}
   said |= {n: Said(defaults[n], ASSUMED) for n in needed if n not in said and n in defaults}

@@ -117,7 +117,7 @@ class Conversion:
 
     Args:
       work: The work directory.
-      told: Function that is called with a line if the work of an earlier run can't be used.
+      told: Called with one line of text if the work of an earlier run can't be used.
     """
     alone = False  # whether no other process uses the directory
     try:
@@ -142,7 +142,7 @@ class Conversion:
         self._read_back(work).run(self.workers)
         self._publish(work, slices)
     except (CheckpointError, OSError) as e:
-      # Remove the directory if the source can't be converted, or if no slice is finished.
+      # Remove the work directory if the source can't be converted, or if no slice is finished.
       if alone and (isinstance(e, NotFinite) or not _slices(work)):
         with contextlib.suppress(OSError):
           work.discard()
@@ -150,7 +150,7 @@ class Conversion:
     return self.report(work.path, slices.values())
 
   def compare(self, put: PutWrites) -> None:
-    """Pass everything that a conversion would write to `put`, a block at a time."""
+    """Convert the source block by block, and pass the values to `put` instead of writing them."""
     self._convert(range(len(self.plan.slices) + 1), put, lambda record, nbytes: None)
 
   def _is_laid_out(self, told: Callable[[str], None]) -> bool:
