@@ -71,11 +71,11 @@ def _text(data: bytes, where: str) -> str:
 
 
 def tree_notes(tree: Tree, found: Reading, sources: ConventionSources) -> tuple[str, ...]:
-  """Return lines for commands to print: the contents of a tree, and the sources of conventions.
+  """Return lines that describe a tree's contents and the sources of its conventions, to print.
 
   Args:
     tree: The parameters, as stored.
-    found: The model.
+    found: The tree, parsed as a model.
     sources: Sources of the conventions.
   """
   step = '' if tree.step is None else f', step {tree.step}'
@@ -92,7 +92,7 @@ def tree_notes(tree: Tree, found: Reading, sources: ConventionSources) -> tuple[
 
 
 def _norm_doubts(scale: str, tree: Tree) -> Iterator[str]:
-  """Yield a note if norm scales look like those of the opposite convention (zero or one).
+  """Yield a note if the values of norm scales suggest the other norm_scale, zero or one.
 
   With the wrong convention, a model's output is nonsense.
   """

@@ -17,7 +17,7 @@ from t5x_inference_ext.sharding.layout import Layout
 from t5x_inference_ext.sharding.packing import PackedTensor, packed_tensors
 
 PASSES = ('prefill', 'decode')
-# Bytes of an element. Activations are always bfloat16 (in section 3.6 only weights are int8).
+# Bytes of an element. Activations are always bfloat16, as in section 3.6 of the paper.
 WEIGHT_BYTES = {'int8': 1, 'bfloat16': 2}
 CACHE_ELEMENT_BYTES = {'int8': 1, 'bfloat16': 2}
 ACTIVATION_BYTES = 2
@@ -53,8 +53,8 @@ class PassCase:
     batch: B, the rows of the pass. For a decode step the layout must be able to split them
       (sharding/activations.py).
     length: T, positions of each row in the pass; 1 in decode.
-    context: S, positions of each row that attention sees at the end of the pass, including those of
-      the pass.
+    context: S, positions of each row that attention reads at the end of the pass, the T new ones
+      included.
     weights: 'int8' or 'bfloat16'.
     cache: 'int8' or 'bfloat16'. Dtype of keys and values.
 
@@ -98,7 +98,7 @@ class PassCase:
 
   @property
   def layout_text(self) -> str:
-    """The layout's name; ws_2d on one chip along x does not split d_model, and is told as 1D."""
+    """The layout's name. It has '(1D)' if ws_2d does not split d_model, with one chip along x."""
     one_dimensional = self.layout.feedforward == 'ws_2d' and self.mesh[0] == 1 < math.prod(
       self.mesh
     )
@@ -120,7 +120,7 @@ class PassCase:
 
   @property
   def seen(self) -> int:
-    """S after padding: the number of positions that attention sees."""
+    """S after padding: the number of positions that attention reads."""
     return self.context + self.padded - self.length
 
   @property
@@ -133,8 +133,9 @@ class PassCase:
   def moves(self) -> tuple[list[Collective], list[Collective]]:
     """The collectives of one layer, and the collectives of lookup, final norm and logits."""
     arguments = self.config, self.sharding, axis_sizes(self.mesh), self.batch, self.padded
-    # logits_moves needs the prefill layout, because it decides how rows are split for sampling.
-    # This layout can stand for it: all layouts that can share weights split them alike.
+    # logits_moves takes the prefill layout, which decides how rows are split for sampling. Any
+    # layout that can share weights with the prefill's splits them in the same way, so pass this
+    # one.
     return (
       traffic.layer_moves(*arguments, ACTIVATION_BYTES, WEIGHT_BYTES[self.weights]),
       traffic.embedding_moves(*arguments, ACTIVATION_BYTES)

@@ -23,7 +23,7 @@ CACHE_SHARE = 0.3  # share of a chip's memory for the cache, in the paper's Tabl
 def feedforward_bytes(config: ModelConfig, mesh: Mesh, feedforward: str, tokens: int) -> int:
   """Return the bytes that a chip sends for the MLP of one layer.
 
-  Elements are bfloat16, and (K-1)/K is taken as 1.
+  Elements are bfloat16, and the factor (K-1)/K of each collective is taken as 1.
 
   Raises:
     ValueError: The tokens do not divide over the chips that split them.
@@ -35,16 +35,16 @@ def feedforward_bytes(config: ModelConfig, mesh: Mesh, feedforward: str, tokens:
 def switch_points(
   config: ModelConfig, mesh: Mesh, feedforward: Sequence[str] = FEEDFORWARD_LAYOUTS
 ) -> list[tuple[float, str, str]]:
-  """Return (tokens, layout below, layout above) for each number where the best layout changes.
+  """Return (tokens, layout below, layout above) for each number of tokens where the best changes.
 
-  The best layout sends the fewest bytes: bytes of weights, which are constant, and bytes of
-    activations, proportional to the tokens.
+  The best layout sends the fewest bytes. A layout's bytes are a line in the number of tokens:
+  constant for weights, proportional to the tokens for activations.
   """
   step = math.prod(mesh)
   lines = {}
   for name in feedforward:
     low, high = (feedforward_bytes(config, mesh, name, n) for n in (step, 2 * step))
-    lines[name] = 2 * low - high, (high - low) / step  # bytes of weights, bytes a token
+    lines[name] = 2 * low - high, (high - low) / step  # (bytes of weights, bytes per token)
   points: list[tuple[float, str, str]] = []
   at, current = 0.0, min(lines, key=lambda name: lines[name])
   while True:

@@ -7,7 +7,7 @@ efficiency.py has the share of the links' bandwidth that programs reach.
           for all mesh axes alike. (K-1)/K is taken as 1. There are no hops.
   torus A collective uses only the links along its own axes (sharding/links.py). A physical axis
   with wraparound (torus.wraparound) adds two links; one without, or a part of an axis, adds one.
-  (K-1)/K is included (appendix A.1). Each chip passed is a hop.
+  (K-1)/K is included (appendix A.1). Each link on the way is a hop.
           GPUs have no torus: NVLink joins the chips of a node, each chip's network card reaches
           other nodes, and there are log2 K hops.
 """

@@ -81,7 +81,7 @@ def sweep(
 
 
 def front(points: Iterable[Point]) -> list[Point]:
-  """Sort points by latency, and mark those that cost less than every faster point."""
+  """Sort points by latency; mark those on the Pareto front (cheaper than every faster point)."""
   least, marked = float('inf'), []
   for point in sorted(points, key=lambda p: (p.seconds, p.chip_seconds_per_token)):
     better = point.chip_seconds_per_token < least

@@ -1,4 +1,4 @@
-"""The model in flaxformer's parameter tree, from its shapes and from conventions."""
+"""The ModelConfig of a flaxformer tree, derived from its shapes and from conventions."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -22,7 +22,7 @@ _PALM_MLPS = {1: 'gelu', 2: 'swiglu'}
 
 @dataclasses.dataclass(frozen=True)
 class TreeShape:
-  """Properties of a model that its tree shows.
+  """Properties of a model that can be derived from its tree.
 
   Attributes:
     kind: The kind of the model's layers.
@@ -45,7 +45,7 @@ class TreeShape:
     return None if leaf is None else leaf.shape
 
   def facts(self) -> dict[str, Any]:
-    """Return the ModelConfig fields, except sizes, that the tree shows."""
+    """Return the ModelConfig fields, except sizes, that can be derived from the tree."""
     facts: dict[str, Any] = {'block': self.kind.block, 'norm': self.norm}
     facts['tied_head'] = HEAD not in self.leaves
     if self.bias_table is not None:
@@ -56,11 +56,11 @@ class TreeShape:
 def find_model(
   shape: TreeShape, sources: ConventionSources, where: str
 ) -> tuple[ModelConfig, dict[str, Said]]:
-  """Return a tree's model, and the conventions that its weights do not show.
+  """Return a tree's model, and the conventions that had to be looked up.
 
   Args:
-    shape: Properties that the tree shows.
-    sources: Sources of conventions. A model that the user requires must be the tree's.
+    shape: The tree's properties.
+    sources: Sources of conventions. If they include a required model, it must equal the tree's.
     where: The checkpoint, for messages.
 
   Raises:
