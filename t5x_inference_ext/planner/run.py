@@ -113,11 +113,11 @@ def plan(
     'phase': phase != 'both',
   }
   if options.asked:
-    _refuse({**many, 'sweep': sweep}, 'a simulated service is none')
+    _refuse({**many, 'sweep': sweep}, 'this run simulates a service')
     _serve(request, machines, batch, options, output_dir if figure else None, json_file, write)
     return
   if sweep:
-    _refuse({**many, 'json': json_file, 'figures': figure}, 'sweep has many')
+    _refuse({**many, 'json': json_file, 'figures': figure}, 'sweep makes many')
     _sweep(request, machines, batches, output_dir, write)
     return
   one = len(machines) == len(batches) == 1

@@ -32,23 +32,25 @@ class ActivationSharding:
   Inside a layer, `rows` and `positions` split tokens [B, T]. In attention, the three `attention_`
   fields split queries [B, T, H, Q]; keys and values have the same rows, but all positions.
 
-  Products are summed by reduce-scatter, which splits the sum over the same axes: the residual
-  stream over the layout's hidden axes, the MLP's columns over its embed axes. These axes split rows
-  if they divide them, else positions, else features. With split rows, the norm needs no all-reduce,
-  since a device has all features of a row, and a TPU need not change memory layouts around
-  collectives.
+  Partial sums are added by a reduce-scatter, which also splits the sum over the axes that it runs
+  over: the residual stream over the layout's hidden axes, the MLP's columns over its embed axes.
+  Those axes split rows if they divide them, else positions, else features. If rows are split, the
+  norm needs no all-reduce, since a device has all features of a row, and a TPU need not change
+  memory layouts around collectives.
 
   Attributes:
     layout: The layout that was resolved.
-    rows, positions: Axes that split tokens; together, the axes that weights are gathered over.
+    rows, positions: Axes that split rows, and positions. Together they are the axes that weights
+      are gathered over.
     residual_dim: The dimension of the residual stream [B, T, E] that the hidden axes split.
     mlp_dim: The dimension of the MLP's columns [B, T, F] that the embed axes split.
-    attention_rows: Axes that split the rows of attention and of the KV cache: `rows`, then others.
+    attention_rows: Axes that split rows in attention and in the KV cache: those of `rows`, then
+      others.
     attention_heads: Axes that split the heads of attention.
-    attention_positions: Axes that split the positions of queries: `positions`, then others. They
-      include hidden axes if a shard's columns hold parts of heads.
-    joined: Hidden axes over which the queries' columns are gathered, because too few positions are
-      left to split. All devices along these axes compute the same attention.
+    attention_positions: Axes that split the positions of queries: those of `positions`, then
+      others. Hidden axes are among the others if a shard's columns hold parts of heads.
+    joined: Hidden axes along which query columns are gathered instead, because there are too few
+      positions to split. All devices along these axes compute equal attention.
     heads: The heads on each device.
   """
 
@@ -96,10 +98,10 @@ class ActivationSharding:
     return P(*(self.axes[axis] or None for axis in ACTIVATION_AXES['cache']))
 
   def sums_into(self, block_part: BlockPart) -> int | None:
-    """Return the dimension of tokens [B, T] that one reduce-scatter splits for all columns.
+    """Return the dimension of tokens [B, T] into which all columns of a part are reduce-scattered.
 
-    That collective then sums the columns of a whole block part over the embed axes. Return None if
-    MLP and attention split different dimensions or features, or without such axes.
+    One collective then sums all columns of the block part over the embed axes. Return None if there
+    are no such axes, or if MLP and attention split different dimensions or split features.
     """
     embed = set(self.layout.embed_axes)
     dims = [self.mlp_dim] if block_part.mlp else []
@@ -139,8 +141,8 @@ def shard_activations(
     mesh: Axis name -> size.
     batch: B, rows.
     length: T, positions of each row, as rounded up by padded_length; 1 for a decode step.
-    cached: Whether the positions follow others in a KV cache, which is then split as for decode
-      steps of the same layout.
+    cached: Whether the KV cache already holds earlier positions. It is then split as for decode
+      steps of this layout.
 
   Raises:
     MeshError: The tokens do not divide over the axes that weights are gathered over.
@@ -172,9 +174,10 @@ def _shard_activations(
   head_axes = tuple(a for a in hidden if a not in more_rows + whole)
   attention_positions, cut = positions, 1
   if embed and embed[0] not in more_rows:
-    # Partial sums over x are reduce-scattered to positions, as for the MLP. If the layout asks for
-    # heads, or x does not divide the positions, they are reduce-scattered to padded heads, provided
-    # that padding is less than half. Otherwise (one token, few heads) they are all-reduced.
+    # Partial sums over x are reduce-scattered to positions, as for the MLP. If the layout splits
+    # attention by heads, or x does not divide the positions, they are reduce-scattered to padded
+    # heads, unless half or more would be padding. Otherwise (one token, few heads) they are
+    # all-reduced.
     parts = num_shards(embed, mesh)
     positions_divide = (1 if cached else length) % parts == 0
     enough_heads = head_axes == hidden and 2 * stored.local_heads > parts
@@ -190,8 +193,8 @@ def _shard_activations(
     layout=layout,
     rows=rows,
     positions=positions,
-    # With looped collectives, each step of a ring multiplies one slice. A slice of features has all
-    # rows; a slice of rows would have too few for an efficient product.
+    # A looped collective multiplies one slice in each step of the ring. Split features, so that a
+    # slice has all rows: a slice of rows would be too few rows for an efficient product.
     residual_dim=2 if layout.ring_directions else _token_dim(local_tokens, hidden, mesh),
     mlp_dim=_token_dim(local_tokens, embed, mesh),
     attention_rows=rows + more_rows,
@@ -205,7 +208,7 @@ def _shard_activations(
 def padded_length(layout: Layout, mesh: Mapping[str, int], batch: int, length: int) -> int:
   """Return the smallest length, at least `length`, that shard_activations accepts.
 
-  Padding is on the right of each row, where no token attends to it.
+  Padding is added on the right of each row, where no token attends to it.
   """
   multiple = num_shards(_token_axes(layout, batch, mesh)[1], mesh)
   return -(-length // multiple) * multiple
@@ -217,11 +220,11 @@ def sampling_axes(layout: Layout, batch: int, mesh: Mapping[str, int]) -> Axes:
 
 
 def padded_batch(decode: Layout, batch: int, mesh: Mapping[str, int]) -> int:
-  """Round a batch size up so that decode steps split the rows over every mesh axis they can use.
+  """Round a batch size up, so that decode splits rows over all axes that the layout allows.
 
   On 2x2x2, 3 rows become 4, 5 become 8 and 9 become 16: a few padding rows cost less than rows that
-  several devices compute redundantly. If decode splits only heads, any batch size will do. With
-  gathered weights, the batch is a multiple of the devices that weights are gathered over.
+  several devices compute redundantly. If decode splits only heads, the batch size is not changed.
+  With gathered weights, the batch is a multiple of the devices that weights are gathered over.
   """
   gathered = num_shards(decode.gathered_axes, mesh)
   candidates: list[Axes] = [()]
@@ -236,7 +239,7 @@ def padded_batch(decode: Layout, batch: int, mesh: Mapping[str, int]) -> int:
 
 
 def _whole_head_axes(stored: HeadSplit, hidden: Axes, taken: Axes, mesh: Mapping[str, int]) -> Axes:
-  """Return the hidden axes to join, so that the devices along them together hold whole heads.
+  """Return the hidden axes to gather along, so that each group of devices holds whole heads.
 
   Args:
     stored: Heads that each shard of the weights holds.
@@ -245,7 +248,7 @@ def _whole_head_axes(stored: HeadSplit, hidden: Axes, taken: Axes, mesh: Mapping
     mesh: Axis name -> size.
 
   Returns:
-    The fewest axes that suffice, from those not in `taken`, fastest axes first.
+    The smallest sufficient set of axes not in `taken`, chosen from the fastest axis on.
   """
   local = stored.shards // num_shards(hidden, mesh)
   local *= num_shards(tuple(a for a in hidden if a in taken), mesh)
@@ -273,7 +276,8 @@ def _token_dim(local_tokens: tuple[int, int], axes: Axes, mesh: Mapping[str, int
 def _row_axes(embed: Axes, hidden: Axes) -> list[Axes]:
   """Return the sets of axes that may split rows in attention.
 
-  Hidden axes are taken fastest first, so that the axes left over hold consecutive heads.
+  Hidden axes are taken from the fastest on, so that shards along the remaining axes hold
+  consecutive heads.
   """
   found = []
   for first in range(len(hidden) + 1):

@@ -1,4 +1,4 @@
-"""Attention's part of a layer's traffic: resharding of projection columns, and back (section 3.3).
+"""Attention's traffic in a layer: resharding of projection columns, and back (section 3.3).
 
 This module counts the collectives of model/attention_columns.py. Notation as in traffic.py.
 """

@@ -115,7 +115,7 @@ class ExplainedPhase:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-  """A run's settings with the tensors and collectives that follow from them.
+  """A run's settings, with the resulting tensors and collectives.
 
   Attributes:
     setting: The run's settings.

@@ -29,7 +29,7 @@ def layer_moves(
   """Return the collectives of one layer, block part by block part.
 
   A serial block has the collectives 'norm', 'input' and 'output' twice. Padding of heads and
-  columns is counted, since it moves too.
+  columns is counted, because it is sent too.
 
   Args:
     config: The model.
@@ -46,7 +46,7 @@ def layer_moves(
   for part in config.block_parts:
     rows, positions, features = sharding.residual
     moments = _moments(p, features, batch * length // p.size(rows + positions))
-    moves += moments if norm_names(config, part) else []  # two norms of one input share the moments
+    moves += moments if norm_names(config, part) else []  # two norms of one input share moments
     moves += _into_columns(p, part)
     summed = sharding.sums_into(part) is not None
     if summed:
@@ -105,18 +105,18 @@ def embedding_moves(
 ) -> list[Collective]:
   """Return the collectives of the embedding lookup, which runs once per pass.
 
-  They reshard [B, T, E/stored embed], partial sums over the vocabulary, to the residual stream. If
-  rows are split, the lookup runs in parts of a few positions; bytes are then the sums over the
-  parts. The arguments are those of layer_moves.
+  The lookup gives [B, T, E/stored embed], partial sums over the vocabulary; the collectives reshard
+  them to the residual stream. If rows are split, the lookup runs on a few positions at a time, and
+  `bytes` is the sum over all runs. The arguments are those of layer_moves.
   """
   layout = sharding.layout
   p = Pass(config, layout, mesh, batch * length, activation_bytes, activation_bytes)
   moves: list[Collective] = []
-  if config.positions == 'learned' and length == 1:  # every device looks up all of them
+  if config.positions == 'learned' and length == 1:  # every device looks up all positions
     moves += p.move('positions', 'all_gather', sharding.attention_rows, batch, INT32)
   local = batch * length * config.d_model // p.size(layout.stored_embed)
   for dim, axes in enumerate(sharding.residual):
-    if dim < 2:  # gathering d_model and splitting tokens keep the count
+    if dim < 2:  # gathering d_model while splitting tokens keeps the element count
       embed = tuple(a for a in axes if a in layout.stored_embed)
       moves += p.activations('embedding', 'all_to_all', embed, local)
     hidden = tuple(a for a in axes if a in layout.stored_hidden)
@@ -216,7 +216,7 @@ def _into_columns(p: Pass, part: BlockPart) -> list[Collective]:
     'input', 'all_gather', layout.hidden_axes, p.tokens * features, looped=not gathered
   )
   if p.config.has_two_norms(part) and moves and moves[0].directions:
-    moves *= 2  # one ring for each norm; without rings, one gather serves both norms
+    moves *= 2  # with rings, each norm has its own gather; plain, one gather serves both norms
   for name, width in p.columns(part).items():
     moves += p.move(
       f'weights: {name}', 'all_gather', gathered, features * width, p.weight, looped=True
