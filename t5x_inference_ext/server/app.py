@@ -22,7 +22,7 @@ from t5x_inference_ext.server.bodies import DetokenizeBody, TokenizeBody, valida
 from t5x_inference_ext.server.body_reading import read_json
 from t5x_inference_ext.server.service import Service
 
-# Paths that need no key, because they reveal nothing about clients.
+# Paths that need no key, because their answers reveal nothing about clients.
 _OPEN = ('/health', '/metrics', '/version', '/status')
 # Paths that monitors request every few seconds; such requests are not logged.
 _QUIET = ('/health', '/metrics', '/status')
@@ -117,7 +117,7 @@ class _Gate:
         await response(scope, receive, send_noted)
         return
       await self._app(scope, receive, send_noted)
-    except Exception:  # whatever the error: it is logged, and other requests go on
+    except Exception:  # any error: log it, so that other requests go on
       record['traceback'] = traceback.format_exc()[-_MOST_TRACEBACK:]
       if not whole:
         raise  # the connection is closed

@@ -83,13 +83,13 @@ async def chat(service: Service, request: Request) -> ASGIApp:
     del found
     return ChatForm(body, service.facts.name, service.texts)
 
-  # Render in another thread: a template may take long even for short messages.
+  # Render in another thread, since a template may take long even for short messages.
   sizes = [size_of(messages) + size_of(body.tools)]
   return await _answer(service, request, body, sizes, requests, form, in_thread=True)
 
 
 def _check_body(service: Service, body: GenerationBody) -> None:
-  """Raise ApiError for errors in the body that show before prompts are counted or tokenized."""
+  """Raise ApiError for errors in the body that can be found before tokenization."""
   service.check_model(body.model)
   service.translator.sampling(body)
   grammar_of(body.response_format)
@@ -109,7 +109,7 @@ async def _echo(
   if body.logprobs is None:
     return text, None
   ranked = await service.driver.score(PromptToScore(found.tokens, body.logprobs))
-  # Without BOS, a prompt's first token has no log-probability: no token is before it.
+  # Without BOS, a prompt's first token has no log-probability, because no token precedes it.
   unknown = [None] * (len(ids) - len(ranked.log_probs))
   log_probs, top = [*unknown, *ranked.log_probs], [*unknown, *ranked.top]
   return text, service.texts.completion(ids, log_probs, top, 0, body.logprobs)

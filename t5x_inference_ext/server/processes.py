@@ -1,4 +1,4 @@
-"""Serving with several processes: the others repeat each turn of process 0; heartbeats."""
+"""Several processes: the others repeat each step of process 0, and send heartbeats."""
 
 from collections.abc import Callable, Sequence
 import contextlib
@@ -23,14 +23,14 @@ _KEY = 't5x_inference_ext/server/alive/{}'
 def follow(
   scheduler: Scheduler, inbox: TurnInbox, score: Callable[[Sequence[PromptToScore]], list[Any]]
 ) -> None:
-  """Repeat the turns of process 0 in this process, until process 0 ends.
+  """Repeat the steps of process 0 in this process, until process 0 ends.
 
-  The first SIGTERM has no effect here: process 0 drains, and then ends all processes. A second
-  SIGTERM ends this process at once.
+  The first SIGTERM to this process has no effect, because process 0 drains and then ends all
+  processes. A second SIGTERM ends this process at once.
 
   Args:
     scheduler: The scheduler of this process.
-    inbox: Its inbox.
+    inbox: The scheduler's inbox.
     score: Function that scores prompts, as in Driver.
   """
   asked = False
@@ -74,9 +74,9 @@ def show_life() -> None:
 
 
 def watch_others(lost: Callable[[str], None]) -> None:
-  """Call `lost` with a sentence once another process sends no more heartbeats.
+  """Start a thread that calls `lost(text)` when another process stops sending heartbeats.
 
-  Called in process 0; starts a thread.
+  To be called in process 0.
   """
   client: Any = jax_distributed.global_state.client
   others = range(1, jax.process_count())

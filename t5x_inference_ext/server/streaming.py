@@ -48,7 +48,7 @@ class EventStream:
     self._samples: list[Sample] = []  # the prompt's samples, for its receipt
 
   async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-    """Send the events. After the first, an error is an event, since the status was already sent."""
+    """Send the events. Errors after the first event are events too: the status was already sent."""
     with self._stack:
       record = scope['state']['record']
       try:

@@ -63,7 +63,7 @@ class HeadSplit:
     return self.local_queries * self.copies
 
   def query_range(self, shard: int) -> tuple[int, int]:
-    """Return the range [start, stop) of a shard's query heads; padding up to local_heads follows."""
+    """Return the range [start, stop) of a shard's query heads, which padding follows."""
     first_group, part = shard // self.copies * self.local_groups, shard % self.copies
     start = first_group * self.queries + part * self.local_queries
     stop = start + self.local_heads
