@@ -1,4 +1,4 @@
-"""A prepared run: its work, the journal of its finished rows, and the writer of the output."""
+"""Job: a prepared run with its work, its journal of finished rows, and its output."""
 
 from collections.abc import Callable
 import contextlib
@@ -12,7 +12,7 @@ from t5x_inference_ext.runs.work import Work
 
 
 class Job:
-  """A prepared run: all checks that could refuse it have passed.
+  """A prepared run, which has passed all checks of its options and files.
 
     with job:
       while not job.work.finished:
@@ -22,11 +22,11 @@ class Job:
   Args:
     work: Serves the rows.
     journal: Keeps finished rows until the output is written.
-    tell: Function that converts (row, result of `work`) to JSON-ready data to keep and write.
+    tell: Function from (row, result of `work`) to the JSON-ready data to keep and write.
     write: Function that writes the output from the journal's rows.
-    progress: Shows how many rows are done.
+    progress: Progress bar of the rows.
 
-  If one of several processes raises in the `with` block, all of them end.
+  If one of several processes raises in the `with` block, all processes end.
   """
 
   def __init__(

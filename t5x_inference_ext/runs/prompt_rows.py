@@ -1,4 +1,4 @@
-"""Rows of a prompts file: read, checked and tokenized. Errors name the line of each bad row."""
+"""Read, check and tokenize the rows of a prompts file. Errors name the line of each bad row."""
 
 from collections.abc import Callable
 import dataclasses
@@ -29,7 +29,7 @@ class PromptRow:
 
   Attributes:
     line: Line number in the file, from 1.
-    fields: The whole JSON object. The output repeats fields that the run does not use.
+    fields: The whole JSON object. Fields that the run does not use are copied to the output.
     prompt: Text or token ids. An empty prompt means BOS alone.
     completion: Text or token ids to score; None if nothing is scored.
     sampling: The row's own sampling options; None if it has none, or is scored.
@@ -258,7 +258,7 @@ def _kind(value: Any) -> str:
 def _map_rows(
   path: str, items: list[_Item], function: Callable[[_Item], _Result], line: Callable[[_Item], int]
 ) -> list[_Result]:
-  """Return function(item) for each item; join all their ValueErrors into one RequestError."""
+  """Return function(item) for each item; raise one RequestError for all their ValueErrors."""
   results, complaints = [], []
   for item in items:
     try:

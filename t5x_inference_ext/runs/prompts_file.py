@@ -33,7 +33,7 @@ def prepare(
   files: infer_options.PromptsFiles,
   say: Callable[[str], None] = print_on_main,
 ) -> Iterator[Job]:
-  """Prepare to complete or score every row of a file; raise errors before weights are loaded.
+  """Context manager: prepare a run over a file. Errors are raised before weights are loaded.
 
   Args:
     options: Options of the run.
@@ -59,7 +59,7 @@ def prepare(
       rows_of_model,
       needed=bool(options.stop) or any(row.is_text for row in rows),
     )
-    # Put the chosen text settings into the checkpoint, from which the engine takes them.
+    # The engine takes its text settings from the checkpoint, so put the chosen ones there.
     checkpoint = dataclasses.replace(checkpoint, text=text)
     vocabulary = text.vocabulary
     name, source = printable(text.name), printable(text.source)
@@ -80,9 +80,7 @@ def prepare(
         or max(len(row.prompt) + row.asked.max_new_tokens for row in tokenized),
       )
     if not options.continuous and any(row.asked != asked for row in tokenized):
-      raise RequestError(
-        'rows have a `grammar`, or their own `sampling`, which needs batching=continuous'
-      )
+      raise RequestError('some rows have `grammar` or `sampling`, which need batching=continuous')
     if not options.continuous:
       # A saved program supports only one end token.
       ends = text.end_ids[1:] if options.executable else ()
@@ -101,7 +99,7 @@ def prepare(
   todo = [(row, each) for row, each in enumerate(tokenized) if row not in journal.done]
   clock = Clock()
   with journal.closed_on_error():
-    with distributed.together():  # check again: another run may have written the output meanwhile
+    with distributed.together():  # again: another run may have written the output meanwhile
       output.check_output(files.output, overwrite=files.overwrite, source=files.prompts)
     work, shape = _work(engine, options, todo, clock, say)
 
@@ -145,7 +143,7 @@ def _work(
   clock: Clock,
   say: Callable[[str], None],
 ) -> tuple[Work, dict[str, Any]]:
-  """Return the work for the remaining rows, and its sizes (for the record of the run)."""
+  """Return the work of the remaining rows, and its sizes for the record of the run."""
   text = engine.checkpoint.text
   if not todo:
     return NoWork(), {}
@@ -238,7 +236,7 @@ def _told_sample(
 def _told_scores(
   row: prompt_rows.TokenizedRow, scores: np.ndarray, options: infer_options.InferOptions
 ) -> dict[str, Any]:
-  """Return the fields to write for a scored row; the last of `scores` are the completion's."""
+  """Return the fields to write for a scored row. The completion has the last of `scores`."""
   told: dict[str, Any] = {'tokens': row.completion, 'score': float(np.sum(scores))}
   if options.token_log_probs:
     told['log_probs'] = scores[len(scores) - len(row.completion) :].tolist()
