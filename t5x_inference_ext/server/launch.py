@@ -131,7 +131,7 @@ def make_served(
 
 def compile_programs(served: ServedEngine, say: _Say) -> None:
   """Compile all programs that requests can need, and print how many."""
-  say('compiling: the port opens when this is done')
+  say('compiling: the port opens after this')
   begin = time.monotonic()
   programs = [*served.scheduler.warm_up(), served.ranker.warm_up()]
   say(f'compiled: {len(programs)} programs in {time.monotonic() - begin:.1f} s')

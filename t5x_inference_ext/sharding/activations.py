@@ -40,12 +40,10 @@ class ActivationSharding:
 
   Attributes:
     layout: The layout that was resolved.
-    rows, positions: Axes that split rows, and positions. Together they are the axes that weights
-      are gathered over.
+    rows, positions: Axes that split tokens; together, the axes that weights are gathered over.
     residual_dim: The dimension of the residual stream [B, T, E] that the hidden axes split.
     mlp_dim: The dimension of the MLP's columns [B, T, F] that the embed axes split.
-    attention_rows: Axes that split rows in attention and in the KV cache: those of `rows`, then
-      others.
+    attention_rows: Axes that split rows in attention and the KV cache: `rows`, then others.
     attention_heads: Axes that split the heads of attention.
     attention_positions: Axes that split the positions of queries: those of `positions`, then
       others. Hidden axes are among the others if a shard's columns hold parts of heads.
@@ -176,8 +174,7 @@ def _shard_activations(
   if embed and embed[0] not in more_rows:
     # Partial sums over x are reduce-scattered to positions, as for the MLP. If the layout splits
     # attention by heads, or x does not divide the positions, they are reduce-scattered to padded
-    # heads, unless half or more would be padding. Otherwise (one token, few heads) they are
-    # all-reduced.
+    # heads, if less than half is padding. Otherwise (one token, few heads) they are all-reduced.
     parts = num_shards(embed, mesh)
     positions_divide = (1 if cached else length) % parts == 0
     enough_heads = head_axes == hidden and 2 * stored.local_heads > parts
@@ -276,8 +273,7 @@ def _token_dim(local_tokens: tuple[int, int], axes: Axes, mesh: Mapping[str, int
 def _row_axes(embed: Axes, hidden: Axes) -> list[Axes]:
   """Return the sets of axes that may split rows in attention.
 
-  Hidden axes are taken from the fastest on, so that shards along the remaining axes hold
-  consecutive heads.
+  Hidden axes are taken fastest first, so that the axes left over hold consecutive heads.
   """
   found = []
   for first in range(len(hidden) + 1):

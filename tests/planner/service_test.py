@@ -127,8 +127,8 @@ class TestStudies:
     assert run.service.between.p50 == pytest.approx(0.25, rel=0.01)
     assert run.candidate.config.slots == 4 and run.candidate.memory is None
     for arguments, words in (
-      ({'slots': 8}, 'prices are for one slice and its slots'),
-      ({'slots': None, 'slices': ('v4:1x1x1', 'v4:2x2x1')}, 'prices are for one slice'),
+      ({'slots': 8}, 'prices is for one slice and its slots'),
+      ({'slots': None, 'slices': ('v4:1x1x1', 'v4:2x2x1')}, 'prices is for one slice'),
       ({'slots': None, 'slices': ('v4:1x1x1',)}, 'is for 4 chips and v4:1x1x1 has 1'),
     ):
       with pytest.raises(RequestError, match=words):
