@@ -10,8 +10,8 @@ from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints.checkpoint import Checkpoint
 from t5x_inference_ext.checkpoints.serving import ServingTensor
 
-# What an identity covers, besides the model's shape and the dtype of its matrices. chunks: the
-# recorded checksum of every chunk of a serving checkpoint, and so every value.
+# What an identity covers, besides the model's shape and the dtype of its matrices:
+#   chunks: the recorded checksum of every chunk of a serving checkpoint, and so every value.
 #   norms: the values of all norm scales. Training changes them, but merging an adapter into the
 #     matrices does not: the identity then stays that of the original weights.
 COVERS = ('chunks', 'norms')

@@ -44,9 +44,9 @@ class InferOptions(Conventions):
   """Options of a run of the infer command, over a prompts file or a seqio task.
 
   Attributes without a flag of their own:
-    config: Model that the checkpoint must hold; None: any. max_length: Maximum number of tokens of
-    a row, prompt and new tokens together; None: no limit. sampling: How tokens are chosen.
-    `sampling.stop` has token ids, the attribute `stop` has texts.
+    config: Model that the checkpoint must hold; None: any.
+    max_length: Maximum number of tokens of a row, prompt and new tokens together; None: no limit.
+    sampling: How tokens are chosen. `sampling.stop` has token ids, the attribute `stop` has texts.
 
   Raises:
     RequestError: A value is out of its range, or two options exclude each other.
