@@ -22,7 +22,7 @@ class Job:
   Args:
     work: Serves the rows.
     journal: Keeps finished rows until the output is written.
-    tell: Function from (row, result of `work`) to the JSON-ready data to keep and write.
+    to_json: Function from (row, result of `work`) to the JSON-ready data to keep and write.
     write: Function that writes the output from the journal's rows.
     progress: Progress bar of the rows.
 
@@ -33,17 +33,17 @@ class Job:
     self,
     work: Work,
     journal: Journal,
-    tell: Callable[[int, Any], Any],
+    to_json: Callable[[int, Any], Any],
     write: Callable[[], None],
     progress: Progress,
   ) -> None:
-    self.work, self._journal, self._tell, self._write = work, journal, tell, write
+    self.work, self._journal, self._to_json, self._write = work, journal, to_json, write
     self._progress = progress
 
   def keep(self, results: Any) -> None:
     """Put finished rows, each as (row, result), into the journal."""
     for row, result in results:
-      self._journal.keep(row, self._tell(row, result))
+      self._journal.keep(row, self._to_json(row, result))
       self._progress.advance()
 
   def write(self) -> None:

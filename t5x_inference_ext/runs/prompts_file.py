@@ -103,16 +103,16 @@ def prepare(
       output.check_output(files.output, overwrite=files.overwrite, source=files.prompts)
     work, shape = _work(engine, options, todo, clock, say)
 
-  def tell(row: int, result: Any) -> list[dict[str, Any]]:
+  def to_json(row: int, result: Any) -> list[dict[str, Any]]:
     if scoring:
-      return [_told_scores(tokenized[row], result, options)]
+      return [_score_fields(tokenized[row], result, options)]
     samples = [result] if isinstance(result, Completion) else result
-    return [_told_sample(sample, options) for sample in samples]
+    return [_sample_fields(sample, options) for sample in samples]
 
   def write() -> None:
     with output.whole_file(files.output) as file:
-      for row, each, told in zip(rows, tokenized, journal.in_order()):
-        samples = _with_text(row, each, vocabulary, told)
+      for row, each, results in zip(rows, tokenized, journal.in_order()):
+        samples = _with_text(row, each, vocabulary, results)
         fields = samples[0] if options.num_decodes == 1 else {'samples': samples}
         file.write(json_line({**row.fields, 'prompt': row.prompt, **fields}) + '\n')
     record = output.write_record(
@@ -128,7 +128,9 @@ def prepare(
     say(loading.run_summary(clock, options.mode))
     say(f'wrote {files.output} and {record}')
 
-  yield Job(work, journal, tell, write, Progress('scoring' if scoring else 'generating', len(todo)))
+  yield Job(
+    work, journal, to_json, write, Progress('scoring' if scoring else 'generating', len(todo))
+  )
 
 
 def _journal_path(path: str) -> str:
@@ -214,40 +216,40 @@ def _shape(
   )
 
 
-def _told_sample(
+def _sample_fields(
   sample: Sample | Completion, options: infer_options.InferOptions
 ) -> dict[str, Any]:
   """Return the fields to write for a generated sample, except its text."""
-  told: dict[str, Any] = {
+  fields: dict[str, Any] = {
     'tokens': sample.tokens,
     'score': sample.score,
     'finish_reason': sample.finish_reason,
   }
   if sample.finish_reason == 'error':
-    told['error'] = (isinstance(sample, Sample) and sample.error) or NOT_FINITE
+    fields['error'] = (isinstance(sample, Sample) and sample.error) or NOT_FINITE
   if isinstance(sample, Sample):
     if options.token_log_probs or options.top_log_probs:
-      told['log_probs'] = sample.log_probs
+      fields['log_probs'] = sample.log_probs
     if options.top_log_probs:
-      told['top_log_probs'] = sample.top
-  return told
+      fields['top_log_probs'] = sample.top
+  return fields
 
 
-def _told_scores(
+def _score_fields(
   row: prompt_rows.TokenizedRow, scores: np.ndarray, options: infer_options.InferOptions
 ) -> dict[str, Any]:
   """Return the fields to write for a scored row. The completion has the last of `scores`."""
-  told: dict[str, Any] = {'tokens': row.completion, 'score': float(np.sum(scores))}
+  fields: dict[str, Any] = {'tokens': row.completion, 'score': float(np.sum(scores))}
   if options.token_log_probs:
-    told['log_probs'] = scores[len(scores) - len(row.completion) :].tolist()
-  return told
+    fields['log_probs'] = scores[len(scores) - len(row.completion) :].tolist()
+  return fields
 
 
 def _with_text(
   row: prompt_rows.PromptRow,
   tokenized: prompt_rows.TokenizedRow,
   vocabulary: Vocabulary | None,
-  told: list[dict[str, Any]],
+  results: list[dict[str, Any]],
 ) -> list[dict[str, Any]]:
   """Add the text of each sample before the sample's other fields.
 
@@ -262,4 +264,4 @@ def _with_text(
       return None
     return completed_text(vocabulary, tokenized.prompt, tokens, asked.sampling, asked.stop)[0]
 
-  return [{'completion': text(sample['tokens']), **sample} for sample in told]
+  return [{'completion': text(sample['tokens']), **sample} for sample in results]

@@ -228,7 +228,7 @@ def _prepare_task(
   # Pad tokens to the whole sequence, as T5X does: some vocabularies decode padding as text.
   length = max(sum(source.feature_lengths.values()), options.max_new_tokens)
 
-  def tell(row: int, result: Any) -> dict[str, Any]:
+  def to_json(row: int, result: Any) -> dict[str, Any]:
     example = under_way.pop(row)
     if scoring:
       return task_rows.scored_row(example, float(np.sum(result)))
@@ -243,7 +243,7 @@ def _prepare_task(
     print_on_main(f'{task.name}: {loading.run_summary(clock, options.mode)}')
     print_on_main(f'wrote {path}')
 
-  return Job(work, journal, tell, write, Progress(task.name))
+  return Job(work, journal, to_json, write, Progress(task.name))
 
 
 def _features(batch: list[tuple[int, TaskExample]]) -> list[list]:

@@ -70,7 +70,7 @@ def make_app(service: Service) -> ASGIApp:
     *(route(path, page_file) for path in page),
   ]
   handlers: Mapping[Any, Any] = {
-    ApiError: _told,
+    ApiError: _error_response,
     HTTPException: _told_by_starlette,
     ClientDisconnect: _left,
     Exception: _failed,
@@ -196,7 +196,7 @@ async def _status(service: Service, request: Request) -> Response:
   return JSONResponse(service.status())
 
 
-def _told(request: Request, error: Exception) -> Response:
+def _error_response(request: Request, error: Exception) -> Response:
   assert isinstance(error, ApiError)
   request.scope['state']['record']['error'] = error.message
   return JSONResponse(error.body, error.status, error.headers)
@@ -206,8 +206,8 @@ def _told_by_starlette(request: Request, error: Exception) -> Response:
   assert isinstance(error, HTTPException)
   what = {404: 'there is no such path', 405: f'{request.method} is not for this path'}
   message = what.get(error.status_code, str(error.detail))
-  told = ApiError(error.status_code, message, headers=error.headers)
-  return _told(request, told)
+  found = ApiError(error.status_code, message, headers=error.headers)
+  return _error_response(request, found)
 
 
 def _left(request: Request, error: Exception) -> Response:
@@ -218,8 +218,8 @@ def _left(request: Request, error: Exception) -> Response:
 def _failed(request: Request, error: Exception) -> Response:
   kind = type(error).__name__
   request.scope['state']['record']['error'] = f'{kind}: {error}'[:500]
-  told = ApiError(500, f'the server failed ({kind}); its log says more', code='internal_error')
-  return JSONResponse(told.body, told.status)
+  found = ApiError(500, f'the server failed ({kind}); its log says more', code='internal_error')
+  return JSONResponse(found.body, found.status)
 
 
 def _page_files() -> dict[str, tuple[bytes, str]]:

@@ -89,7 +89,7 @@ class GenerationBody(_Strict):
     return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
   @property
-  def tells_usage(self) -> bool:
+  def includes_usage(self) -> bool:
     """Whether a stream ends with token counts (`usage`)."""
     return self.stream_options is not None and bool(self.stream_options.include_usage)
 
@@ -248,10 +248,10 @@ def validated(kind: type[_Body], value: Any) -> _Body:
   try:
     return kind.model_validate(value)
   except pydantic.ValidationError as error:
-    raise _told(error) from None
+    raise _validation_error(error) from None
 
 
-def _told(error: pydantic.ValidationError) -> ApiError:
+def _validation_error(error: pydantic.ValidationError) -> ApiError:
   """Return the error for an invalid body. It names the unknown fields, else the first problem."""
   errors = error.errors(include_url=False)
   unknown = [_path(each['loc']) for each in errors if each['type'] == 'extra_forbidden']

@@ -205,7 +205,7 @@ class Driver:
     events = self.scheduler.step()
     self.steps += 1
     if events:
-      self._call(self._tell, events)
+      self._call(self._deliver, events)
     return True
 
   def _call(self, function: Callable, *arguments: Any) -> None:
@@ -242,7 +242,7 @@ class Driver:
       ticket.handle = self._inbox.submit(*ticket.checked)
       self._tickets[ticket.handle.index] = ticket
 
-  def _tell(self, events: list[Event]) -> None:
+  def _deliver(self, events: list[Event]) -> None:
     """Hand events to their listeners; called in the event loop."""
     for event in events:
       ticket = self._tickets.get(event.request)

@@ -178,10 +178,10 @@ async def _answer(
         if ended is not None:
           samples[number] = ended
     ordered = [samples[number] for number in range(len(sizes))]
-    told = form.whole(ordered, usage(answer.prompt_tokens, answer.new_tokens))
+    answered = form.whole(ordered, usage(answer.prompt_tokens, answer.new_tokens))
     if answer.receipt is not None:
-      told['receipt'] = await answer.receipt.receipt(ordered[0])
-    return told
+      answered['receipt'] = await answer.receipt.receipt(ordered[0])
+    return answered
 
   with contextlib.ExitStack() as stack:
     answer = stack.enter_context(

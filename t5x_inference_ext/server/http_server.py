@@ -15,7 +15,7 @@ from t5x_inference_ext.server.app import make_app
 from t5x_inference_ext.server.options import ServerOptions
 from t5x_inference_ext.server.service import Service
 
-_TELL_SECONDS = 1  # seconds to send clients the error that the server ends
+_NOTIFY_SECONDS = 1  # seconds to send clients the error that the server ends
 _CLOSE_SECONDS = 1  # seconds for connections to close after that
 _POLL_SECONDS = 0.05
 _BACKLOG = 1024
@@ -123,7 +123,7 @@ class HttpServer(uvicorn.Server):
       self._say(f'ending {len(service.answers)} requests')
       for answer in list(service.answers):
         answer.fail(unavailable('the server has ended: try another one', 'server_ended'))
-      await self._no_answers(_TELL_SECONDS)
+      await self._no_answers(_NOTIFY_SECONDS)
     self.should_exit = True
 
   async def _no_answers(self, seconds: float) -> None:

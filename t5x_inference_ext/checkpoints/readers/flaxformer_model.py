@@ -77,14 +77,14 @@ def find_model(
     _check_asked(config, facts, inputs)
   needed = _needed(shape, sources, where)
   heads = shape.bias_table[0] if shape.bias_table else None
-  told = sources.find('num_heads')
-  known = told.value if told else None
+  stated_heads = sources.find('num_heads')
+  known = stated_heads.value if stated_heads else None
   try:
     sizes = {} if config else shape.kind.sizes(shape.kernels, heads or known)
   except UnknownHeads:
     sizes, needed = {}, (*needed, 'num_heads')
-  if told is not None and sizes and sizes['num_heads'] != told.value:
-    raise UnknownSizes(f'num_heads={told}, but the kernels have {sizes["num_heads"]}')
+  if stated_heads is not None and sizes and sizes['num_heads'] != stated_heads.value:
+    raise UnknownSizes(f'num_heads={stated_heads}, but the kernels have {sizes["num_heads"]}')
   defaults = {**PALM, 'mlp': _PALM_MLPS[inputs]} if shape.kind.is_palms else {}
   said = resolve(sources, needed, inputs, defaults, where)
   if shape.norm == 'layer':  # flax's layer norm always stores scales centred at one
