@@ -11,8 +11,8 @@ from t5x_inference_ext.checkpoints.arrays import SourceArray, whole_array
 from t5x_inference_ext.checkpoints.conventions import (
   Conventions,
   ConventionSources,
-  Said,
-  check_said,
+  ResolvedOption,
+  check_stated,
   recorded_in,
 )
 from t5x_inference_ext.checkpoints.missing import missing_checkpoint
@@ -63,7 +63,7 @@ class Checkpoint:
   arrays: tuple[SourceArray, ...]
   form: dict[str, Any] | None
   notes: tuple[str, ...]
-  conventions: Mapping[str, Said]
+  conventions: Mapping[str, ResolvedOption]
   text: TextSettings
   index_crc32: int | None = None
 
@@ -141,7 +141,7 @@ def open_checkpoint(
   model = read_public(path, given.norm_scale or (config.norm_scale if config else None))
   if model is None:
     raise CheckpointError(missing_checkpoint(path))
-  check_said(given, model.config, model.path)
+  check_stated(given, model.config, model.path)
   if config is not None:
     check_asked(config, model)
   return Checkpoint(
@@ -209,7 +209,7 @@ def _from_serving(
   """
   header, found = serving.read_serving_header(path, data)
   where = f'{path}/{serving.CONFIG}'
-  check_said(given, found, where)
+  check_stated(given, found, where)
   if config is not None and config != found:
     _compare(config, found, header['weights'], path)
   tensors = serving.read_tensors(path, found, header['weights'])
@@ -220,7 +220,7 @@ def _from_serving(
     + ('' if step is None else f', step {printable(step)}'),
     f'model: {found}',
     f'weights: {header["weights"]}',
-    *(f'{name}: {said}' for name, said in conventions.items()),
+    *(f'{name}: {stated}' for name, stated in conventions.items()),
   )
   arrays = tuple(
     whole_array(t, name, 0 if serving.is_layered(name) else None)

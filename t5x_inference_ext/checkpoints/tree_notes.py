@@ -49,7 +49,7 @@ def recorded_conventions(
     if data is not None:
       where = f'{directory}/{CONFIG_GIN}'
       found.append((where, training_conventions(_text(data, where), where)))
-  return tuple((name, conventions) for name, conventions in found if conventions.said())
+  return tuple((name, conventions) for name, conventions in found if conventions.stated())
 
 
 def _of_manifest(data: bytes, where: str) -> Conventions:
@@ -57,8 +57,8 @@ def _of_manifest(data: bytes, where: str) -> Conventions:
   content = storage.load_json(data, where)
   try:
     model = vars(ModelConfig.from_dict(content['model']))
-    said = {name: model[name] for name in CONVENTION_NAMES if name in model}
-    return Conventions(**said, rescale_logits=True)
+    stated = {name: model[name] for name in CONVENTION_NAMES if name in model}
+    return Conventions(**stated, rescale_logits=True)
   except (ValueError, TypeError, KeyError) as e:
     raise CheckpointError(f'{where} is damaged: {type(e).__name__} {e!s:.200}') from e
 
@@ -85,7 +85,7 @@ def tree_notes(tree: Tree, found: Reading, sources: ConventionSources) -> tuple[
     f'model: {found.config}',
     f"layers: flaxformer's {found.kind.name}, layer axis {found.layer_axis}",
     f'weights: {found.weights}',
-    *(f'{name}: {said}' for name, said in found.conventions.items()),
+    *(f'{name}: {stated}' for name, stated in found.conventions.items()),
     *sources.overruled(found.conventions),
     *_norm_doubts(scale, tree),
   )

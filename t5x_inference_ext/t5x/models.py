@@ -140,9 +140,9 @@ class InferenceModel(ShardedDecoder):
         "InferenceModel needs a checkpoint to read the model's shape from, or a config"
       )
     else:
-      said = Conventions(**conventions).said()
-      said.pop('rescale_logits', None)
-      config = dataclasses.replace(config, **said)
+      stated = Conventions(**conventions).stated()
+      stated.pop('rescale_logits', None)
+      config = dataclasses.replace(config, **stated)
     if vocabulary.vocab_size > config.vocab_size:
       raise RequestError(
         f"the vocabulary has {vocabulary.vocab_size} ids and the model's embedding "

@@ -23,7 +23,7 @@ import numpy as np
 
 from t5x_inference_ext import params
 from t5x_inference_ext.checkpoints.arrays import SourceArray, whole_array
-from t5x_inference_ext.checkpoints.conventions import ConventionSources, Said
+from t5x_inference_ext.checkpoints.conventions import ConventionSources, ResolvedOption
 from t5x_inference_ext.checkpoints.readers.flaxformer_model import TreeShape, find_model
 from t5x_inference_ext.checkpoints.readers.flaxformer_names import (
   EMBEDDING,
@@ -69,7 +69,7 @@ class Reading:
   weights: str
   tensors: dict[str, Tensor]
   arrays: tuple[SourceArray, ...]
-  conventions: dict[str, Said]
+  conventions: dict[str, ResolvedOption]
   kind: LayerKind
   layer_axis: int
   form: dict[str, Any]

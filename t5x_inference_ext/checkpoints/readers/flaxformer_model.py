@@ -4,7 +4,12 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
-from t5x_inference_ext.checkpoints.conventions import PALM, ConventionSources, Said, resolve
+from t5x_inference_ext.checkpoints.conventions import (
+  PALM,
+  ConventionSources,
+  ResolvedOption,
+  resolve,
+)
 from t5x_inference_ext.checkpoints.readers.flaxformer_names import EMBEDDING, HEAD, RELATIVE_BIAS
 from t5x_inference_ext.checkpoints.readers.layer_kinds import (
   LayerKind,
@@ -55,7 +60,7 @@ class TreeShape:
 
 def find_model(
   shape: TreeShape, sources: ConventionSources, where: str
-) -> tuple[ModelConfig, dict[str, Said]]:
+) -> tuple[ModelConfig, dict[str, ResolvedOption]]:
   """Return a tree's model, and the conventions that had to be looked up.
 
   Args:
@@ -86,10 +91,13 @@ def find_model(
   if stated_heads is not None and sizes and sizes['num_heads'] != stated_heads.value:
     raise UnknownSizes(f'num_heads={stated_heads}, but the kernels have {sizes["num_heads"]}')
   defaults = {**PALM, 'mlp': _PALM_MLPS[inputs]} if shape.kind.is_palms else {}
-  said = resolve(sources, needed, inputs, defaults, where)
+  stated = resolve(sources, needed, inputs, defaults, where)
   if shape.norm == 'layer':  # flax's layer norm always stores scales centred at one
-    said = {'norm_scale': sources.find('norm_scale') or Said('one', "flax's LayerNorm"), **said}
-  values = {name: s.value for name, s in said.items() if name != 'rescale_logits'}
+    stated = {
+      'norm_scale': sources.find('norm_scale') or ResolvedOption('one', "flax's LayerNorm"),
+      **stated,
+    }
+  values = {name: s.value for name, s in stated.items() if name != 'rescale_logits'}
   if config is not None:
     model = dataclasses.replace(config, **values)
   else:
@@ -98,9 +106,9 @@ def find_model(
     model = ModelConfig(**{**sizes, **facts, **values})
   if len(model.mlp_inputs) != inputs:
     raise UnknownSizes(
-      f'mlp={said["mlp"]} has {len(model.mlp_inputs)} input matrices, but the tree has {inputs}'
+      f'mlp={stated["mlp"]} has {len(model.mlp_inputs)} input matrices, but the tree has {inputs}'
     )
-  return model, said
+  return model, stated
 
 
 def _needed(shape: TreeShape, sources: ConventionSources, where: str) -> tuple[str, ...]:
