@@ -45,7 +45,7 @@ class Checkpoint:
     tensors: Canonical tensors by name: exactly params.parameters(config), and with int8
       params.scales(config) too.
     arrays: The stored arrays that hold the canonical tensors, except the scales of int8 weights.
-    form: The arrangement of parameters in a T5X tree (flaxformer.Reading.form); None if not
+    form: The arrangement of parameters in a T5X tree (flaxformer.ParsedModel.form); None if not
       recorded.
     notes: Lines for commands to print: properties that were found or assumed.
     conventions: Name -> value and source of each property that T5X weights do not show. A serving

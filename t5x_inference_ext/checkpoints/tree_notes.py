@@ -12,7 +12,7 @@ from t5x_inference_ext.checkpoints.conventions import (
   Conventions,
   ConventionSources,
 )
-from t5x_inference_ext.checkpoints.readers.flaxformer import Reading
+from t5x_inference_ext.checkpoints.readers.flaxformer import ParsedModel
 from t5x_inference_ext.checkpoints.readers.flaxformer_names import FINAL_NORM
 from t5x_inference_ext.checkpoints.readers.training_gin import CONFIG_GIN, training_conventions
 from t5x_inference_ext.checkpoints.readers.tree import Tree
@@ -70,7 +70,7 @@ def _text(data: bytes, where: str) -> str:
     raise CheckpointError(f'{where} is not a gin file: it is not UTF-8') from e
 
 
-def tree_notes(tree: Tree, found: Reading, sources: ConventionSources) -> tuple[str, ...]:
+def tree_notes(tree: Tree, found: ParsedModel, sources: ConventionSources) -> tuple[str, ...]:
   """Return lines that describe a tree's contents and the sources of its conventions, to print.
 
   Args:

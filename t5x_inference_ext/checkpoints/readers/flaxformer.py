@@ -51,7 +51,7 @@ _STACK_AXIS = 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Reading:
+class ParsedModel:
   """A parameter tree, interpreted as a model.
 
   Attributes:
@@ -75,7 +75,7 @@ class Reading:
   form: dict[str, Any]
 
 
-def canonical(tree: Tree, sources: ConventionSources) -> Reading:
+def canonical(tree: Tree, sources: ConventionSources) -> ParsedModel:
   """Determine a tree's model, and find the canonical tensors in the tree's arrays.
 
   Args:
@@ -132,7 +132,7 @@ def canonical(tree: Tree, sources: ConventionSources) -> Reading:
     'kernels': {kernel.module: list(kernel.shape) for kernel in kernels},
   }
   weights = _weights(tensors, model, quantized)
-  return Reading(model, weights, tensors, tuple(arrays), conventions, kind, axis, form)
+  return ParsedModel(model, weights, tensors, tuple(arrays), conventions, kind, axis, form)
 
 
 def stack_layers(tree: Tree) -> dict[str, Tensor]:
