@@ -130,16 +130,16 @@ class PassCase:
     return _packed(self.config, one_dimensional, self.mesh, self.weights == 'int8')
 
   @property
-  def moves(self) -> tuple[list[Collective], list[Collective]]:
+  def collectives(self) -> tuple[list[Collective], list[Collective]]:
     """The collectives of one layer, and the collectives of lookup, final norm and logits."""
     arguments = self.config, self.sharding, axis_sizes(self.mesh), self.batch, self.padded
-    # logits_moves takes the prefill layout, which decides how rows are split for sampling. Any
+    # logits_collectives takes the prefill layout, which decides how rows are split for sampling. Any
     # layout that can share weights with the prefill's splits them in the same way, so pass this
     # one.
     return (
-      traffic.layer_moves(*arguments, ACTIVATION_BYTES, WEIGHT_BYTES[self.weights]),
-      traffic.embedding_moves(*arguments, ACTIVATION_BYTES)
-      + traffic.logits_moves(*arguments, self.layout, ACTIVATION_BYTES),
+      traffic.layer_collectives(*arguments, ACTIVATION_BYTES, WEIGHT_BYTES[self.weights]),
+      traffic.embedding_collectives(*arguments, ACTIVATION_BYTES)
+      + traffic.logits_collectives(*arguments, self.layout, ACTIVATION_BYTES),
     )
 
   def size(self, axes: Iterable[str]) -> int:

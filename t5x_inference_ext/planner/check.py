@@ -168,7 +168,7 @@ def _time_rows(predicted: PassCost, compiled: Estimate) -> Iterator[CheckRow]:
 def _byte_rows(
   predicted: PassCost, estimate: Estimate, compiled: CompiledMemory, held: PlannedMemory
 ) -> Iterator[CheckRow]:
-  moved = sum(c.count * c.move.moved for c in predicted.collectives)
+  moved = sum(c.count * c.collective.moved for c in predicted.collectives)
   sent = sum(_sent_bytes(c) for c in estimate.costs)
   for name, planned_bytes, compiled_bytes in (
     ('sent by a chip', moved, sent),

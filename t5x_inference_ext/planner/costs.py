@@ -41,13 +41,13 @@ class CollectiveTime:
   """A collective with all its runs in a pass.
 
   Attributes:
-    move: The collective.
+    collective: The collective.
     count: Number of runs.
     seconds: Total time of all runs, with no other traffic on the links.
     of_weights: Whether the collective gathers weights, which overlaps with matmuls.
   """
 
-  move: Collective
+  collective: Collective
   count: int
   seconds: float
   of_weights: bool
@@ -177,11 +177,11 @@ def _collectives(case: PassCase, network: Network) -> tuple[CollectiveTime, ...]
   """Return the collectives of the layers, then those of the lookup and the logits."""
   return tuple(
     CollectiveTime(
-      move,
+      collective,
       count,
-      count * network.seconds(move),
-      of_weights=move.name.startswith(('weights: ', 'scales: ')),
+      count * network.seconds(collective),
+      of_weights=collective.name.startswith(('weights: ', 'scales: ')),
     )
-    for moves, count in zip(case.moves, (case.config.num_layers, 1))
-    for move in moves
+    for run, count in zip(case.collectives, (case.config.num_layers, 1))
+    for collective in run
   )

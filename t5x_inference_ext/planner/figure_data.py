@@ -13,7 +13,7 @@ from t5x_inference_ext.planner.machine import Machine, Mesh
 from t5x_inference_ext.planner.network import axis_sizes
 from t5x_inference_ext.planner.work import cache_bytes
 from t5x_inference_ext.sharding.layout import Layout
-from t5x_inference_ext.sharding.traffic import feedforward_moves
+from t5x_inference_ext.sharding.traffic import feedforward_collectives
 
 # The layouts that the paper draws.
 FEEDFORWARD_LAYOUTS = ('ws_2d', 'wg_x', 'wg_xy', 'wg_xyz')
@@ -28,8 +28,10 @@ def feedforward_bytes(config: ModelConfig, mesh: Mesh, feedforward: str, tokens:
   Raises:
     ValueError: The tokens do not divide over the chips that split them.
   """
-  moves = feedforward_moves(config, Layout(feedforward), axis_sizes(mesh), tokens)
-  return sum(move.bytes * (2 if move.kind == 'all_reduce' else 1) for move in moves)
+  collectives = feedforward_collectives(config, Layout(feedforward), axis_sizes(mesh), tokens)
+  return sum(
+    collective.bytes * (2 if collective.kind == 'all_reduce' else 1) for collective in collectives
+  )
 
 
 def switch_points(

@@ -85,7 +85,7 @@ class Pass:
     """B T / N, tokens on one device, where weights are gathered over N devices."""
     return self.total // self.size(self.layout.gathered_axes)
 
-  def move(
+  def collective(
     self, name: str, kind: str, axes: Axes, count: int, width: int, looped: bool = False
   ) -> list[Collective]:
     """Return a list with this collective; an empty list if the axes have only one device.
@@ -107,8 +107,8 @@ class Pass:
   def activations(
     self, name: str, kind: str, axes: Axes, count: int, looped: bool = False
   ) -> list[Collective]:
-    """Return the collective of `count` activation elements, in a list; see move."""
-    return self.move(name, kind, axes, count, self.activation, looped)
+    """Return the collective of `count` activation elements, in a list; see `collective`."""
+    return self.collective(name, kind, axes, count, self.activation, looped)
 
   def size(self, axes: Axes) -> int:
     """Return the number of devices along the axes."""

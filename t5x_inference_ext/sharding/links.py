@@ -92,7 +92,7 @@ def group_paths(groups: np.ndarray, wraps: Sequence[bool]) -> tuple[LinkPath, ..
 
 
 def collective_seconds(
-  move: Collective, found: Sequence[LinkPath], link_bandwidth: float, hop_latency: float
+  collective: Collective, found: Sequence[LinkPath], link_bandwidth: float, hop_latency: float
 ) -> float:
   """Return the time in seconds of a collective on its paths, with no other traffic on the links.
 
@@ -100,24 +100,24 @@ def collective_seconds(
   only bytes) all use this link model.
 
   Args:
-    move: The collective.
+    collective: The collective.
     found: Its paths.
     link_bandwidth: Bytes per second over one link in one direction.
     hop_latency: Seconds from a chip to the next. An all-reduce passes all hops twice.
   """
-  passes = 2 if move.kind == 'all_reduce' else 1
+  passes = 2 if collective.kind == 'all_reduce' else 1
   latency = passes * sum(path.hops for path in found) * hop_latency
-  return bytes_through_a_link(move, found) / link_bandwidth + latency
+  return bytes_through_a_link(collective, found) / link_bandwidth + latency
 
 
-def bytes_through_a_link(move: Collective, found: Sequence[LinkPath]) -> float:
+def bytes_through_a_link(collective: Collective, found: Sequence[LinkPath]) -> float:
   """Return the bytes that the busiest link carries during a collective on these paths.
 
   The latency of hops is not included.
   """
-  if move.kind == 'all_to_all':
-    return max(path.exchange for path in found) * move.bytes
-  return move.moved / sum(path.links for path in found)
+  if collective.kind == 'all_to_all':
+    return max(path.exchange for path in found) * collective.bytes
+  return collective.moved / sum(path.links for path in found)
 
 
 @functools.lru_cache(maxsize=256)
