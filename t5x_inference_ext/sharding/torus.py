@@ -221,12 +221,12 @@ def _positions(shares: Sequence[_Shares]) -> np.ndarray:
   """Return [X, Y, Z, 3] torus positions: physical axis i is divided into factors shares[i][j]."""
   # One array [size, 3] per mesh axis j: the path along j as digits, one digit for each physical
   # axis.
-  walks = [_ring(column) for column in zip(*shares, strict=True)]
+  walks = [_cyclic_gray_code(column) for column in zip(*shares, strict=True)]
   places = []
   for i, row in enumerate(shares):
     # The smallest factor becomes the most significant digit, since a step of that digit is long.
     order = sorted(range(len(row)), key=lambda j: row[j])
-    digits = _snake([row[j] for j in order])
+    digits = _gray_code([row[j] for j in order])
     table = np.empty(row, int)
     table[tuple(digits[:, order.index(j)] for j in range(len(row)))] = np.arange(math.prod(row))
     places.append(table[np.ix_(*(walk[:, i] for walk in walks))])
@@ -244,22 +244,22 @@ def _factors(size: int, parts: int) -> list[_Shares]:
   return found
 
 
-def _snake(sizes: Sequence[int]) -> np.ndarray:
+def _gray_code(sizes: Sequence[int]) -> np.ndarray:
   """Return the reflected mixed-radix Gray code of `sizes`: all digit tuples, [product, len(sizes)].
 
   Consecutive tuples differ by 1 in one digit.
   """
   if not sizes:
     return np.zeros((1, 0), int)
-  rest = _snake(sizes[1:])
+  rest = _gray_code(sizes[1:])
   rows = [
     np.column_stack([np.full(len(rest), i), rest[::-1] if i % 2 else rest]) for i in range(sizes[0])
   ]
   return np.concatenate(rows)
 
 
-def _ring(sizes: Sequence[int]) -> np.ndarray:
-  """Return all digit tuples like _snake, in a cyclic order if one exists.
+def _cyclic_gray_code(sizes: Sequence[int]) -> np.ndarray:
+  """Return all digit tuples like _gray_code, in a cyclic order if one exists.
 
   In a cyclic order, the last tuple also differs by 1 from the first. One exists if two sizes are
   above 1 and one of them is even. The path goes through the even number of rows, back and forth
@@ -267,10 +267,10 @@ def _ring(sizes: Sequence[int]) -> np.ndarray:
   """
   even = next((i for i, size in enumerate(sizes) if size % 2 == 0), None)
   if even is None or math.prod(sizes) == sizes[even]:
-    return _snake(sizes)
-  columns = _snake([*sizes[:even], *sizes[even + 1 :]])
+    return _gray_code(sizes)
+  columns = _gray_code([*sizes[:even], *sizes[even + 1 :]])
   walk = [(0, 0)]
-  for row, column in _snake([sizes[even], len(columns) - 1]).tolist():
+  for row, column in _gray_code([sizes[even], len(columns) - 1]).tolist():
     walk.append((row, column + 1))
   walk += [(row, 0) for row in range(sizes[even] - 1, 0, -1)]
   rows, order = np.asarray(walk).T
