@@ -28,7 +28,7 @@ from t5x_inference_ext.checkpoints.conversion.raw_array import RawArray
 from t5x_inference_ext.checkpoints.conversion.rounding_error import RoundingError
 from t5x_inference_ext.checkpoints.conversion.slice_work import (
   Finished,
-  Hold,
+  MemoryBudget,
   PutWrites,
   SliceContext,
   SliceWork,
@@ -182,9 +182,9 @@ class Conversion:
 
   def _convert(self, numbers: Iterable[int], put: PutWrites, finished: Finished) -> None:
     search = self._options.scale_search == 'mse'
-    hold = Hold(self._options.held_size)
+    budget = MemoryBudget(self._options.held_size)
     context = SliceContext(
-      self.source, self.output, self.plan, put, hold, search, self._report_progress, finished
+      self.source, self.output, self.plan, put, budget, search, self._report_progress, finished
     )
 
     def works() -> Iterator[PipelineWork]:

@@ -28,13 +28,13 @@ PutWrites = Callable[[list[ArrayWrite]], None]
 Finished = Callable[[dict[str, Any], Counter[tuple[RawArray, int]]], None]
 
 
-class Hold:
+class MemoryBudget:
   """A memory budget for blocks that a later step needs. Blocks beyond it are read a second time."""
 
   def __init__(self, nbytes: int) -> None:
     self._free, self._lock = nbytes, threading.Lock()
 
-  def take(self, nbytes: int) -> bool:
+  def acquire(self, nbytes: int) -> bool:
     """Reserve memory; return whether there was enough."""
     with self._lock:
       if self._free < nbytes:
@@ -42,7 +42,7 @@ class Hold:
       self._free -= nbytes
       return True
 
-  def give(self, nbytes: int) -> None:
+  def release(self, nbytes: int) -> None:
     """Give reserved memory back."""
     with self._lock:
       self._free += nbytes
@@ -61,7 +61,7 @@ class SliceContext:
     output: The format written.
     plan: All slices.
     put: Function that takes the values to write.
-    hold: Budget for blocks that are needed again.
+    budget: Budget for blocks that are needed again.
     search: Whether scales are searched for the least squared error.
     progress: Called with the written tensors' names and errors, and bytes of the source.
     finished: Called with each slice's record, and a dict from (array, chunk's index) to the bytes
@@ -72,7 +72,7 @@ class SliceContext:
   output: Output
   plan: ConversionPlan
   put: PutWrites
-  hold: Hold
+  budget: MemoryBudget
   search: bool
   progress: Callable[[str, int], None]
   finished: Finished
@@ -133,7 +133,7 @@ class SliceWork:
 
   def may_start(self) -> bool:
     """Return whether there is memory left to hold a block."""
-    return not self._slice.scaled or self._context.hold.has(self._context.plan.block_bytes)
+    return not self._slice.scaled or self._context.budget.has(self._context.plan.block_bytes)
 
   def jobs(self) -> list[PipelineJob] | None:
     """Return the next step's jobs, one per block."""
@@ -164,7 +164,7 @@ class SliceWork:
       with self._lock:
         maxima = self._buffer(self._maxima, part.name, scale, np.float32)
         np.maximum(maxima[place], largest, out=maxima[place])
-    if self._context.hold.take(values.nbytes):
+    if self._context.budget.acquire(values.nbytes):
       self._held[number] = values
 
   def _find_scales(self) -> None:
@@ -205,7 +205,7 @@ class SliceWork:
     with self._lock:
       self._errors[number] = errors
     if held is not None:
-      context.hold.give(held.nbytes)
+      context.budget.release(held.nbytes)
     first, end = block.bounds[0]
     where = f'layers {first}-{end - 1} ' if self._slice.scaled else ''
     context.progress(where + ' '.join(errors), values.nbytes)
