@@ -44,7 +44,7 @@ def follow(
 
   for each in (signal.SIGTERM, signal.SIGINT):
     signal.signal(each, handle_exit)
-  show_life()
+  start_heartbeat()
   while True:
     prompts = inbox.begin_turn()
     if inbox.closed:
@@ -55,7 +55,7 @@ def follow(
     scheduler.step()
 
 
-def show_life() -> None:
+def start_heartbeat() -> None:
   """Start a thread that sends heartbeats of this process."""
   client: Any = jax_distributed.global_state.client
   key = _KEY.format(jax.process_index())
