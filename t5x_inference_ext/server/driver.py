@@ -17,7 +17,7 @@ from t5x_inference_ext.engine.scheduler import Scheduler
 from t5x_inference_ext.errors import UserError
 from t5x_inference_ext.server.admission_queue import FairQueue
 from t5x_inference_ext.server.api_errors import ApiError, unavailable
-from t5x_inference_ext.server.turns import PromptToScore, TurnInbox
+from t5x_inference_ext.server.lockstep import PromptToScore, StepInbox
 
 
 class Listener(Protocol):
@@ -86,7 +86,7 @@ class Driver:
   def __init__(
     self,
     scheduler: Scheduler,
-    inbox: TurnInbox,
+    inbox: StepInbox,
     score: Callable[[Sequence[PromptToScore]], list[Any]],
   ) -> None:
     self.scheduler, self._inbox, self._score = scheduler, inbox, score
@@ -181,13 +181,13 @@ class Driver:
   def _run(self) -> None:
     assert self._loop is not None
     try:
-      while self._turn():
+      while self._step():
         pass
     except BaseException as error:  # any error: clients must not wait for the thread
       reason = str(error) if isinstance(error, UserError) else f'{type(error).__name__}: {error}'
       self._call(self.fail, reason)
 
-  def _turn(self) -> bool:
+  def _step(self) -> bool:
     """Wait for work and run a step; return False if the driver is closed and has no work left."""
     with self._wake:
       while not (self._scores or self._queue or not self.scheduler.idle):
@@ -197,7 +197,7 @@ class Driver:
         self._wake.wait()
       scores = self._take_scores()
       self._feed()
-    self._inbox.begin_turn([each.prompt for each in scores])
+    self._inbox.begin_step([each.prompt for each in scores])
     if self._inbox.closed:
       return False
     if scores:

@@ -23,7 +23,7 @@ from t5x_inference_ext.server.response_formats import grammar_of
 from t5x_inference_ext.server.service import Service
 from t5x_inference_ext.server.streaming import EventStream
 from t5x_inference_ext.server.translation import first_seed, refused, size_of
-from t5x_inference_ext.server.turns import PromptToScore
+from t5x_inference_ext.server.lockstep import PromptToScore
 from t5x_inference_ext.server.waiting import Deadline, in_time
 
 # Prompts of more bytes are tokenized in another thread, so that the event loop is not blocked.

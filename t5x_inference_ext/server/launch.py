@@ -35,7 +35,7 @@ from t5x_inference_ext.server.options import NOT_SERVED, ServerOptions
 from t5x_inference_ext.server.request_log import RequestLog
 from t5x_inference_ext.server.service import Facts, Service
 from t5x_inference_ext.server.translation import Translator
-from t5x_inference_ext.server.turns import TurnInbox
+from t5x_inference_ext.server.lockstep import StepInbox
 from t5x_inference_ext.text.settings import TextSettings
 from t5x_inference_ext.text.vocabulary_files import choose_settings
 
@@ -105,7 +105,7 @@ class ServedEngine(NamedTuple):
 
   engine: Engine
   scheduler: Scheduler
-  inbox: TurnInbox
+  inbox: StepInbox
   ranker: PromptRanker
 
 
@@ -122,7 +122,7 @@ def make_served(
     prefill_budget=model.prefill_budget,
     top_log_probs=min(MAX_TOP, engine.model.config.vocab_size),
   )
-  inbox = TurnInbox()
+  inbox = StepInbox()
   scheduler = Scheduler(
     engine.model, engine.weights, config, vocabulary=settings.vocabulary, inbox=inbox
   )

@@ -13,7 +13,7 @@ import jax
 from jax._src import distributed as jax_distributed  # the coordination service has no other API
 
 from t5x_inference_ext.engine.scheduler import Scheduler
-from t5x_inference_ext.server.turns import PromptToScore, TurnInbox
+from t5x_inference_ext.server.lockstep import PromptToScore, StepInbox
 
 BEAT_SECONDS = 1.0
 LOST_SECONDS = 7.0  # a process without a heartbeat for this long counts as lost
@@ -21,7 +21,7 @@ _KEY = 't5x_inference_ext/server/alive/{}'
 
 
 def follow(
-  scheduler: Scheduler, inbox: TurnInbox, score: Callable[[Sequence[PromptToScore]], list[Any]]
+  scheduler: Scheduler, inbox: StepInbox, score: Callable[[Sequence[PromptToScore]], list[Any]]
 ) -> None:
   """Repeat the steps of process 0 in this process, until process 0 ends.
 
@@ -46,7 +46,7 @@ def follow(
     signal.signal(each, handle_exit)
   start_heartbeat()
   while True:
-    prompts = inbox.begin_turn()
+    prompts = inbox.begin_step()
     if inbox.closed:
       return
     if prompts:

@@ -87,7 +87,7 @@ def serve_arrivals(
   arrivals: Sequence[Arrival],
   clock: ServiceClock,
   bounds: WaitingLimits = DEFAULT_LIMITS,
-  begin_turn: Callable[[], object] = lambda: None,
+  begin_step: Callable[[], object] = lambda: None,
 ) -> ServedTrace:
   """Serve requests as they arrive, and return their latencies and tokens.
 
@@ -98,7 +98,7 @@ def serve_arrivals(
     arrivals: The requests, by arrival.
     clock: The clock; its time begins at 0.
     bounds: Limits on waiting requests.
-    begin_turn: Called before each step of the scheduler.
+    begin_step: Called before each step of the scheduler.
 
   Raises:
     RequestError: A request does not fit the scheduler.
@@ -125,7 +125,7 @@ def serve_arrivals(
       arrival = queue.popleft()
       handle = scheduler.submit(Request(arrival.tokens, limit=arrival.limit))
       served[handle.index] = _Served(arrival.seconds, len(arrival.tokens))
-    begin_turn()
+    begin_step()
     events = scheduler.step()
     now = clock.now()
     for event in events:

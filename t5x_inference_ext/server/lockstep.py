@@ -23,7 +23,7 @@ class PromptToScore(NamedTuple):
   top: int
 
 
-class TurnInbox(SharedInbox):
+class StepInbox(SharedInbox):
   """The inbox of a server's scheduler. A step's commands are fixed when the step begins.
 
   Args:
@@ -39,7 +39,7 @@ class TurnInbox(SharedInbox):
     """Whether no command is queued, nor left of the current step."""
     return not self._commands and not self._turn
 
-  def begin_turn(self, prompts: Sequence[PromptToScore] = ()) -> list[PromptToScore]:
+  def begin_step(self, prompts: Sequence[PromptToScore] = ()) -> list[PromptToScore]:
     """Begin a step in this process; return the prompts to score before it.
 
     Args:
