@@ -16,7 +16,7 @@ from t5x_inference_ext.checkpoints.conventions import (
   recorded_in,
 )
 from t5x_inference_ext.checkpoints.missing import missing_checkpoint
-from t5x_inference_ext.checkpoints.public import check_asked, read_public
+from t5x_inference_ext.checkpoints.public import check_required, read_public
 from t5x_inference_ext.checkpoints.readers import flaxformer, legacy, orbax
 from t5x_inference_ext.checkpoints.readers.tree import Tree
 from t5x_inference_ext.checkpoints.tensor import Tensor
@@ -143,7 +143,7 @@ def open_checkpoint(
     raise CheckpointError(missing_checkpoint(path))
   check_stated(given, model.config, model.path)
   if config is not None:
-    check_asked(config, model)
+    check_required(config, model)
   return Checkpoint(
     model.path,
     model.format,
@@ -248,12 +248,12 @@ def _compare(config: ModelConfig, found: ModelConfig, weights: str, path: str) -
   fields = [*kinds, *(f.name for f in dataclasses.fields(config) if f.name not in kinds)]
   differing = next(name for name in fields if getattr(config, name) != getattr(found, name))
   if differing not in kinds:
-    asked = serving.serving_tensors(config, weights)
+    required = serving.serving_tensors(config, weights)
     for name, (shape, _) in serving.serving_tensors(found, weights).items():
-      if shape != asked[name][0]:
+      if shape != required[name][0]:
         raise CheckpointError(
           f'{name}: shape {list(shape)} in {path}/{name}, but the model asked for needs '
-          f'{list(asked[name][0])}'
+          f'{list(required[name][0])}'
         )
   raise CheckpointError(
     f'{differing}={getattr(config, differing)} was asked for, but {path}/{serving.CONFIG} records '

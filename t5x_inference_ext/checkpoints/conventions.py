@@ -130,17 +130,17 @@ class ConventionSources:
         break
     else:
       found = None
-    asked = self._asked(name)
-    if found is None or asked is None:
-      return found or asked
-    if asked.value != found.value:
+    requested = self._requested(name)
+    if found is None or requested is None:
+      return found or requested
+    if requested.value != found.value:
       raise CheckpointError(
-        f'{name}={asked.value} was {asked.source}, but it is {found.value} by {found.source}: '
+        f'{name}={requested.value} was {requested.source}, but it is {found.value} by {found.source}: '
         f'leave {name} out, or change its value there'
       )
     return found
 
-  def _asked(self, name: str) -> ResolvedOption | None:
+  def _requested(self, name: str) -> ResolvedOption | None:
     value = getattr(self.given, name)
     if value is not None:
       return ResolvedOption(value, 'given')

@@ -18,7 +18,7 @@ from t5x_inference_ext.sharding.packing import PackedTensor, packed_tensors, ten
 MAX_UNROLLED_LAYERS = 8
 
 
-def scans_layers(num_layers: int, asked: bool | None = None, platform: str = 'tpu') -> bool:
+def scans_layers(num_layers: int, choice: bool | None = None, platform: str = 'tpu') -> bool:
   """Return whether the program loops over stacked layers.
 
   The default is True on CPU for more than MAX_UNROLLED_LAYERS layers, and False on accelerators. On
@@ -29,11 +29,11 @@ def scans_layers(num_layers: int, asked: bool | None = None, platform: str = 'tp
 
   Args:
     num_layers: Number of layers of the model.
-    asked: The user's choice; None: the default.
+    choice: The user's choice; None: the default.
     platform: JAX's name for the platform of the devices.
   """
-  if asked is not None:
-    return asked
+  if choice is not None:
+    return choice
   return platform == 'cpu' and num_layers > MAX_UNROLLED_LAYERS
 
 

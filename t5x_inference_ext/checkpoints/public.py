@@ -59,7 +59,7 @@ def read_public(path: str, norm_scale: str | None = None) -> PublicModel | None:
   return read_gguf_model(os.path.join(path, files[0])) if files else None
 
 
-def check_asked(config: ModelConfig, model: PublicModel) -> None:
+def check_required(config: ModelConfig, model: PublicModel) -> None:
   """Raise CheckpointError if a model's settings differ from the model that the user requires."""
   for name, value in vars(config).items():
     if value != getattr(model.config, name):

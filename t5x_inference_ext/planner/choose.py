@@ -100,16 +100,16 @@ def choose(
   refusal = None
   for machine in machines:
     for batch in batches or (request.batch,):
-      asked = request.replace(batch=batch)
+      candidate = request.replace(batch=batch)
       try:
-        fits = search.fits(asked, machine)
+        fits = search.fits(candidate, machine)
       except MeshError as e:
         refusal = refusal or e
         break
       if not fits:  # larger batches will not fit either
         say(f'{machine}, batch {batch}: does not fit')
         break
-      candidates.append(search.best(search.plans(asked, machine)))
+      candidates.append(search.best(search.plans(candidate, machine)))
       say(f'{machine}, batch {batch}: {candidates[-1][0].seconds:.3g} s')
   if not candidates:
     if refusal and len(machines) == 1:

@@ -112,7 +112,7 @@ def plan(
     'latency_target_ms': latency_target_ms,
     'phase': phase != 'both',
   }
-  if options.asked:
+  if options.is_enabled:
     _refuse({**many, 'sweep': sweep}, 'this run simulates a service')
     _serve(request, machines, batch, options, output_dir if figure else None, json_file, write)
     return

@@ -126,12 +126,12 @@ def _ways(
   prompt = max(1, round(sum(len(a.tokens) for a in arrivals) / len(arrivals)))
   new = max(1, round(sum(a.limit for a in arrivals) / len(arrivals)))
   chunk = min(prompt, SchedulerConfig.prefill_chunk)
-  asked = request.replace(batch=slots, input_length=prompt, output_length=new)
+  candidate = request.replace(batch=slots, input_length=prompt, output_length=new)
   chunked = request.replace(batch=1, input_length=chunk)
   for mesh in search.meshes(request, machine):
     prefills = search.phase_costs(chunked, machine, mesh, 'prefill', 1)
     for rows in search.row_choices(slots, mesh):
-      for decode in search.phase_costs(asked, machine, mesh, 'decode', rows):
+      for decode in search.phase_costs(candidate, machine, mesh, 'decode', rows):
         for prefill in prefills:
           if search.share_weights(prefill.case, decode.case):
             work = prompt / chunk * prefill.seconds + new * decode.seconds / slots

@@ -94,7 +94,7 @@ class ServiceOptions:
       if not least <= value < math.inf:
         bound = 'above 0' if least else '0 or more'
         raise RequestError(f'{name} must be {bound} and finite, got {value!r}')
-    if self.asked:
+    if self.is_enabled:
       assert self.rates is not None  # raises for invalid rates
     else:
       given = [
@@ -106,7 +106,7 @@ class ServiceOptions:
         raise RequestError(f'{given[0]} is for a simulated service: give --trace or --rate too')
 
   @property
-  def asked(self) -> bool:
+  def is_enabled(self) -> bool:
     """Whether a service is simulated."""
     return self.trace is not None or self.rate is not None
 

@@ -67,11 +67,11 @@ def sweep(
     say(f'sweep: {machine}, {n} of {len(machines)}')
     for batch in batches:
       for dtype in weights:
-        asked = request.replace(batch=batch, weights=dtype)
+        candidate = request.replace(batch=batch, weights=dtype)
         for phase in PASSES:
-          fastest = _fastest(asked, machine, phase)
+          fastest = _fastest(candidate, machine, phase)
           if fastest is not None:
-            points.append(Point(asked, fastest))
+            points.append(Point(candidate, fastest))
   return [
     point
     for phase in PASSES

@@ -57,12 +57,12 @@ class TokenizedRow:
   Attributes:
     prompt: Ids of the prompt, without BOS.
     completion: Ids to score; empty if nothing is scored.
-    asked: Sampling options that apply to the row.
+    options: Sampling options that apply to the row.
   """
 
   prompt: list[int]
   completion: list[int]
-  asked: RowSampling
+  options: RowSampling
 
 
 def read_rows(path: str, *, score: bool) -> list[PromptRow]:
@@ -174,13 +174,13 @@ def tokenize(
         f'{max_prompt} beside the new ones: shorten it, raise --cache_length or lower '
         '--max_new_tokens'
       )
-    asked = run
+    options = run
     if row.sampling is not None:
-      asked = row_sampling(run, row.sampling, vocabulary, vocab_size)
+      options = row_sampling(run, row.sampling, vocabulary, vocab_size)
     if row.grammar is not None:
       grammars.matchers(row.grammar, 1)  # raises if the grammar is invalid
-      asked = dataclasses.replace(asked, grammar=row.grammar)
-    return TokenizedRow(prompt, completion, asked)
+      options = dataclasses.replace(options, grammar=row.grammar)
+    return TokenizedRow(prompt, completion, options)
 
   return _map_rows(path, rows, tokenized, lambda row: row.line)
 

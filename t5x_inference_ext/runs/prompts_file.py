@@ -65,9 +65,9 @@ def prepare(
     name, source = printable(text.name), printable(text.source)
     say(f'vocabulary: {name} ({source}){"" if vocabulary else _IDS_ALONE}')
     infer_options.check_vocab_size(options, rows_of_model)
-    asked = RowSampling(options.sampling, options.max_new_tokens, stop=options.stop)
+    default = RowSampling(options.sampling, options.max_new_tokens, stop=options.stop)
     tokenized = prompt_rows.tokenize(
-      files.prompts, rows, checkpoint, asked, None if scoring else options.max_prompt
+      files.prompts, rows, checkpoint, default, None if scoring else options.max_prompt
     )
     if not scoring:
       samples = options.num_decodes * len(rows)
@@ -77,9 +77,9 @@ def prepare(
         options.cache or options.dtype,
         min(options.batch_size, samples),
         options.cache_length
-        or max(len(row.prompt) + row.asked.max_new_tokens for row in tokenized),
+        or max(len(row.prompt) + row.options.max_new_tokens for row in tokenized),
       )
-    if not options.continuous and any(row.asked != asked for row in tokenized):
+    if not options.continuous and any(row.options != default for row in tokenized):
       raise RequestError('some rows have `grammar` or `sampling`, which need batching=continuous')
     if not options.continuous:
       # A saved program supports only one end token.
@@ -180,17 +180,17 @@ def _request(
 ) -> Request:
   samples = options.num_decodes
   seeds = batches.row_seeds(options.seed, index, samples)
-  if row.asked.seed is not None:
-    seeds = tuple((row.asked.seed + i) % 2**32 for i in range(samples))
+  if row.options.seed is not None:
+    seeds = tuple((row.options.seed + i) % 2**32 for i in range(samples))
   return Request(
     (*text.front, *row.prompt),
     seeds,
-    row.asked.max_new_tokens,
-    row.asked.sampling,
+    row.options.max_new_tokens,
+    row.options.sampling,
     end_ids=text.end_ids,
-    stop_texts=row.asked.stop,
+    stop_texts=row.options.stop,
     top_log_probs=options.top_log_probs,
-    grammar=row.asked.grammar,
+    grammar=row.options.grammar,
   )
 
 
@@ -255,13 +255,13 @@ def _with_text(
 
   The text ends before EOS, stop ids or a stop text. It is None without a vocabulary.
   """
-  asked = tokenized.asked
+  own = tokenized.options
 
   def text(tokens: list[int]) -> str | None:
     if isinstance(row.completion, str):
       return row.completion
     if vocabulary is None:
       return None
-    return completed_text(vocabulary, tokenized.prompt, tokens, asked.sampling, asked.stop)[0]
+    return completed_text(vocabulary, tokenized.prompt, tokens, own.sampling, own.stop)[0]
 
   return [{'completion': text(sample['tokens']), **sample} for sample in results]

@@ -189,7 +189,7 @@ def _prepare_task(
 ) -> Job:
   """Return the job of a task. It writes <task>-<mode>.jsonl-SSSSS-of-NNNNN, then .COMPLETED."""
   path = output_path(task.name, source, options.mode, output_dir)
-  asked = options.sampling
+  sampling = options.sampling
   options = _with_task_vocabulary(options, task)
   scoring = options.mode == 'score'
   rows = tasks.examples(task, source)
@@ -233,9 +233,9 @@ def _prepare_task(
     if scoring:
       return task_rows.scored_row(example, float(np.sum(result)))
     samples = [result] if isinstance(result, Completion) else result
-    predicted = [(asked.before_stop(s.tokens), s.score) for s in samples]
+    predicted = [(sampling.before_stop(s.tokens), s.score) for s in samples]
     return task_rows.predicted_row(
-      example, predicted, length, vocabulary, options.mode, options.stop, asked.min_new_tokens
+      example, predicted, length, vocabulary, options.mode, options.stop, sampling.min_new_tokens
     )
 
   def write() -> None:

@@ -44,11 +44,11 @@ async def complete(service: Service, request: Request) -> ASGIApp:
   def requests() -> _Requests:
     seed, found = first_seed(body), []
     # With max_tokens 0 nothing is generated, but the request is checked like one for 1 token.
-    asked = body.model_copy(update={'max_tokens': 1}) if body.max_tokens == 0 else body
+    checked = body.model_copy(update={'max_tokens': 1}) if body.max_tokens == 0 else body
     for i, prompt in enumerate(prompts):
       param = 'prompt' if len(prompts) == 1 else f'prompt[{i}]'
       tokens = [*translator.bos, *translator.prompt_ids(prompt, param)]
-      found.append(translator.request(asked, tokens, body.logprobs or 0, param, seed))
+      found.append(translator.request(checked, tokens, body.logprobs or 0, param, seed))
     return found
 
   async def form(found: _Requests) -> _Form:

@@ -33,14 +33,14 @@ def follow(
     inbox: The scheduler's inbox.
     score: Function that scores prompts, as in Driver.
   """
-  asked = False
+  signalled = False
 
   def handle_exit(sig: int, frame: FrameType | None) -> None:
-    nonlocal asked
+    nonlocal signalled
     del frame
-    if asked:
+    if signalled:
       os._exit(128 + sig)
-    asked = True
+    signalled = True
 
   for each in (signal.SIGTERM, signal.SIGINT):
     signal.signal(each, handle_exit)

@@ -104,8 +104,10 @@ class PriceTable:
       return _on_line([(each[0], seconds) for each, seconds in rows], sizes[0])
     fitting = [s for each, s in rows if all(have >= ask for have, ask in zip(each, sizes))]
     if not fitting:
-      asked = ', '.join(f'{name}={size}' for name, size in zip(PROGRAMS[program], sizes))
-      raise RequestError(f'{self._name} has no row for {program}({asked}) or larger sizes: add one')
+      wanted = ', '.join(f'{name}={size}' for name, size in zip(PROGRAMS[program], sizes))
+      raise RequestError(
+        f'{self._name} has no row for {program}({wanted}) or larger sizes: add one'
+      )
     return fitting[0]
 
 

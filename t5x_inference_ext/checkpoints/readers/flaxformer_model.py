@@ -79,7 +79,7 @@ def find_model(
   inputs = shape.kind.mlp_inputs(shape.kernels)
   facts, config = shape.facts(), sources.config
   if config is not None:
-    _check_asked(config, facts, inputs)
+    _check_required(config, facts, inputs)
   needed = _needed(shape, sources, where)
   heads = shape.bias_table[0] if shape.bias_table else None
   stated_heads = sources.find('num_heads')
@@ -128,13 +128,15 @@ def _needed(shape: TreeShape, sources: ConventionSources, where: str) -> tuple[s
   return (*names, 'rescale_logits', 'relative_max_distance')
 
 
-def _check_asked(config: ModelConfig, facts: Mapping[str, Any], inputs: int) -> None:
+def _check_required(config: ModelConfig, facts: Mapping[str, Any], inputs: int) -> None:
   """Raise UnknownSizes if the model that the user requires differs from what the tree shows."""
   shown = {name: (getattr(config, name), value) for name, value in facts.items()}
   if 'positions' not in facts and config.positions == 'relative':
     shown['positions'] = config.positions, 'no relative bias'
   if len(config.mlp_inputs) != inputs:
     shown['mlp'] = config.mlp, f'{inputs} input matrices'
-  for name, (asked, found) in shown.items():
-    if asked != found:
-      raise UnknownSizes(f'the model asked for has {name}={asked}, but the tree has {name}={found}')
+  for name, (required, found) in shown.items():
+    if required != found:
+      raise UnknownSizes(
+        f'the model asked for has {name}={required}, but the tree has {name}={found}'
+      )
