@@ -82,7 +82,7 @@ class Layer:
     for part in self.config.block_parts:
       project = projections(sharding, part)
       w = keep_slices_apart(weights[part.name], part, sharding, self.config)
-      summed = sharding.sums_into(part) is not None
+      summed = sharding.reduce_scatter_dim(part) is not None
       widths = column_widths(self.config, part, sharding.heads.stored.shards)
       if self.config.has_two_norms(part):
         y = normalized(x, self.config, sharding.residual[2]).astype(x.dtype)

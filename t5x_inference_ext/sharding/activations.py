@@ -95,7 +95,7 @@ class ActivationSharding:
     """The sharding of one layer's keys or values [B, S, K, Q]."""
     return P(*(self.axes[axis] or None for axis in ACTIVATION_AXES['cache']))
 
-  def sums_into(self, block_part: BlockPart) -> int | None:
+  def reduce_scatter_dim(self, block_part: BlockPart) -> int | None:
     """Return the dimension of tokens [B, T] into which all columns of a part are reduce-scattered.
 
     One collective then sums all columns of the block part over the embed axes. Return None if there

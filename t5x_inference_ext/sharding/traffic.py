@@ -50,7 +50,7 @@ def layer_collectives(
       moments if norm_names(config, part) else []
     )  # two norms of one input share moments
     collectives += _into_columns(p, part)
-    summed = sharding.sums_into(part) is not None
+    summed = sharding.reduce_scatter_dim(part) is not None
     if summed:
       collectives += _sums_of_columns(p, part)
     if part.attention:

@@ -176,7 +176,7 @@ def feedforward_collectives(config: ModelConfig, layout: Layout, mesh, batch: in
     y = norm(x, w.norm, w.norm_bias, config, placed.residual[2])
     columns = project.inputs(y, w, column_widths(config, part, placed.heads.stored.shards))
     return x + project.outputs(
-      [mlp(columns, {}, config, placed, placed.sums_into(part) is not None)], w
+      [mlp(columns, {}, config, placed, placed.reduce_scatter_dim(part) is not None)], w
     )
 
   return compiled(
